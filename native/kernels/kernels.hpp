@@ -1,9 +1,9 @@
-// What a kernel set offers the runtime: tables of plain functions per ISA variant, filled by kernels/<isa>/*.cpp from the
-// algorithms in kernels/generic. The runtime knows threads, slots and steps; a kernel
-// knows lanes and tiles. Every function works on a range given by the caller and touches nothing global, so that the
-// runtime alone decides how work is split. Rows are `stride` BYTES apart throughout.
+// The interface between kernels and runtime: one table of plain functions per ISA variant, filled in by kernels/<isa>/*.cpp
+// from the algorithms in kernels/generic. The runtime deals with threads, slots and steps; a kernel deals with lanes and tiles.
+// Every function works on a range given by the caller and touches no global state, so that the runtime alone decides how work
+// is split. `stride` is in BYTES throughout.
 //
-// This header is included by ISA translation units: plain types only, no inline function, no std header with inline code.
+// This header is included by ISA translation units: plain types only, no inline functions, no std header with inline code.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -20,131 +20,132 @@ struct Matrix {  // a packed weight, see dso.h
   const uint8_t* data;
 };
 
-struct KvLayout {  // of one cache; the kernels own what is inside a block
+struct KvLayout {  // one cache; the layout inside a block is private to the kernels
   int32_t type;    // DSO_KV_*
   int32_t kv_heads, head_dim;
   int64_t layer_bytes;  // bytes of one layer within a block; a multiple of 64
-  // A latent cache has these instead of heads: 32 rows of `rank` and `rope` numbers, token after token; then 32 rows of `index`
-  // numbers of the indexer. See latent_row_bytes and index_row_bytes in runtime/layout.hpp.
+  // A latent cache has these instead of heads: 32 rows of `rank` and `rope` elements, token after token, then 32 rows of
+  // `index` elements of the indexer's keys. See latent_row_bytes and index_row_bytes in runtime/layout.hpp.
   int32_t rank = 0, rope = 0, index = 0;
-  int64_t row_bytes = 0, index_bytes = 0;  // of one row
-  // Summaries of 32 blocks and one kv head (latent: of all numbers of a row), see kernels/generic/summaries.hpp; 0: there are
-  // none.
+  int64_t row_bytes = 0, index_bytes = 0;  // per row
+  // Bytes of the summaries of 32 blocks and one kv head (latent: of all elements of a row), see kernels/generic/summaries.hpp;
+  // 0: none.
   int64_t summary_bytes = 0;
 };
 
-// A sequence's view of one layer of the cache: token t lies in block table[t / 32], slot t % 32.
+// One layer of the cache for one sequence: token t is in block table[t / 32], slot t % 32.
 struct KvView {
-  uint8_t* base;         // start of block 0, this layer
-  int64_t block_stride;  // bytes from a block to the next
+  uint8_t* base;         // start of block 0 of this layer
+  int64_t block_stride;  // bytes from one block to the next
   const int32_t* table;
-  uint8_t* summaries = nullptr;  // of blocks 0 to 31, this layer, kv head after kv head
-  int64_t summary_stride = 0;    // bytes to those of the next 32 blocks
+  uint8_t* summaries = nullptr;  // of blocks 0 to 31 of this layer, one kv head after the other
+  int64_t summary_stride = 0;    // bytes to the summaries of the next 32 blocks
 };
 
-struct VisibleTokens {              // what a row sees of the tokens up to itself
-  int64_t window = 0, sinks = 0;    // the last `window` of them and the first `sinks`; window 0: all
-  const int32_t* chosen = nullptr;  // or those in these blocks of the sequence and no others: `blocks` numbers, ascending
+struct VisibleTokens {              // the tokens, up to itself, that a row attends to
+  int64_t window = 0, sinks = 0;    // the last `window` and the first `sinks`; window 0: all
+  const int32_t* chosen = nullptr;  // or only those in these blocks of the sequence: `blocks` indices, ascending
   int64_t blocks = 0;
 };
 
-struct Rotation {      // of the keys of a block: numbers [offset, offset + rot) of each, in pairs as `rope` has them
-  const float* table;  // cosines and sines of 32 tokens; their order is the kernel's
+struct Rotation {      // of the keys of a block: elements [offset, offset + rot) of each, in pairs as in `rope`
+  const float* table;  // cosines and sines of 32 tokens, in the kernel's order
   int64_t rot, offset;
   bool interleaved;
 };
 
-struct MlaHead {              // of expanded latent attention
+struct MlaHead {              // for expanded latent attention
   int64_t nope, rope, v_dim;  // nope + rope and v_dim are at most max_head_dim
-  bool single;                // all in fp32; otherwise keys, values (and where the ISA has it, q and weights) are bf16
+  bool single;                // all in fp32; otherwise keys and values (and q and weights if the ISA has bf16) are bf16
 };
 
 struct ElementwiseOp {  // out[i] = f(a[i]) or f(a[i], b[i])
   int32_t op;           // DSO_OP_*
-  const char* name;     // for messages
+  const char* name;     // for error messages
   int32_t inputs;       // 1 or 2
-  // One row of n elements. b is null for ops of one input; out may be a or b.
+  // One row of n elements. b is null for ops with one input; out may alias a or b.
   void (*row)(const float* a, const float* b, int64_t n, float* out);
 };
 
 struct LinearKernels {
-  // ---- linear: y[t, n] for tokens [0, T) and row tiles [tile_begin, tile_end) (16 outputs each; outputs past `rows` are
-  // not written). x rows are of `kind`. `prefill` picks the family (they may be the same code). scratch: private to the
-  // caller's thread, linear_scratch() bytes, 64-aligned. y may be strided; bias may be null.
+  // ---- linear: y[t, n] for tokens [0, T) and row tiles [tile_begin, tile_end) (16 outputs each; outputs past `rows` are not
+  // written). x rows are of `kind`. `prefill` selects the family (both may be the same code). scratch: private to the caller's
+  // thread, linear_scratch bytes, 64-aligned. y may be strided; bias may be null.
   void (*linear)(const Matrix& w, const float* bias, int32_t kind, const uint8_t* x, int64_t x_stride, int64_t T, bool prefill,
                  int64_t tile_begin, int64_t tile_end, float* y, int64_t y_stride, uint8_t* scratch);
   size_t linear_scratch;
 };
 
 struct AttentionKernels {
-  // Below, q and o point at row 0 of the sequence and at the first q head that is meant: row r is r strides further. A tail of
-  // a block that nobody wrote may hold NaN; a NaN in tokens that a row does not see does not reach it. scale has any sign.
-  // Decode family: partial attention of query rows [r0, r1) of one sequence (their q heads of ONE kv head, `group` of them)
-  // over the absolute chunk `chunk` of attn_chunk tokens; or over as many chosen blocks, from number chunk * attn_chunk / 32
-  // on, and then r1 is r0 + 1. Row r is token ctx + r. Blocks that no row sees are not touched. Writes for every (row, q head):
-  // m, l and o[head_dim] to part + ((r - r0) * group + h) * (head_dim + 16) floats: part[0] = m, part[1] = l, o at +16. Rows
-  // that see nothing of the chunk get m = -inf, l = 0, o = 0.
+  // Below, q and o point at row 0 of the sequence and at the first q head concerned: row r is r strides further. Unwritten
+  // slots at the end of a block may hold NaN; a NaN in tokens that a row does not see never reaches its result. scale may have
+  // either sign. Decode family: partial attention of query rows [r0, r1) of one sequence (`group` q heads of ONE kv head) over
+  // chunk number `chunk` of attn_chunk tokens, counted from the start of the sequence; or over the same number of chosen
+  // blocks, starting at chosen block chunk * attn_chunk / 32, and then r1 must be r0 + 1. Row r is token ctx + r. Blocks that
+  // no row sees are not touched. For every (row, q head), writes m, l and o[head_dim] to part + ((r - r0) * group + h) *
+  // (head_dim + 16) floats: part[0] = m, part[1] = l, o at +16. Rows that see nothing of the chunk get m = -inf, l = 0, o = 0.
   void (*attn_decode_chunk)(const KvLayout& l, const KvView& v, int64_t kv_head, const float* q, int64_t q_stride,
                             int64_t group, int64_t r0, int64_t r1, int64_t ctx, const VisibleTokens& sight, float scale,
                             int64_t chunk, float* part, uint8_t* scratch);
   // Merges chunks [c0, c1) of ONE (row, q head) in ascending order; partials are `part_stride` floats apart.
   void (*attn_merge)(const float* part, int64_t part_stride, int64_t chunks, int64_t head_dim, float* out);
-  // The same, to what a chunk would have been that saw all of it: a part, which a later merge takes. Of one part, that part.
+  // The same, but returns a partial result as for one chunk that covers all of them, for a later merge. A single part is
+  // copied.
   void (*attn_fold)(const float* part, int64_t part_stride, int64_t chunks, int64_t head_dim, float* out);
-  // Prefill family: rows [r0, r1) of one sequence, all q heads of one kv head, online softmax over blocks of 32 ascending; a
-  // row's bits depend on nothing but its own q and the cache up to it. o: [rows, heads*head_dim] at the first q head.
+  // Prefill family: rows [r0, r1) of one sequence, all q heads of one kv head, online softmax over blocks of 32 in ascending
+  // order; a row's result depends, bit for bit, only on its own q and the cache up to it. o: [rows, heads*head_dim] at the
+  // first q head.
   void (*attn_prefill)(const KvLayout& l, const KvView& v, int64_t kv_head, const float* q, int64_t q_stride, int64_t group,
                        int64_t r0, int64_t r1, int64_t ctx, const VisibleTokens& sight, float scale, float* o, int64_t o_stride,
                        uint8_t* scratch);
-  // The plain form: the whole score row of one (row, q head), softmax, weighted sum. scores: scratch of ctx + r + 1 floats.
+  // Eager form: the whole score row of one (row, q head), softmax, weighted sum. scores: scratch for ctx + r + 1 floats.
   void (*attn_eager)(const KvLayout& l, const KvView& v, int64_t kv_head, const float* q, int64_t n, int64_t first, float scale,
                      float* scores, float* o);  // sees tokens [first, n)
   size_t attn_scratch;                          // bytes, private to the caller's thread
 
-  // Absorbed attention: up to mla_heads heads of one query row against up to attn_chunk tokens. `scratch`: private to the
-  // caller's thread, mla_scratch() bytes, 64-aligned; mla_tokens puts the tokens there, and any number of mla_attend reads
-  // them.
+  // Absorbed attention: up to mla_heads heads of one query row over up to attn_chunk tokens. `scratch`: private to the caller's
+  // thread, mla_scratch() bytes, 64-aligned; mla_tokens loads the tokens into it, and any number of mla_attend calls read them.
   int64_t (*mla_scratch)(const KvLayout& l);
-  int64_t (*mla_query_bytes)(const KvLayout& l);  // of a packed query, a multiple of 64
+  int64_t (*mla_query_bytes)(const KvLayout& l);  // of one packed query, a multiple of 64
   void (*mla_query)(const KvLayout& l, const float* q, int64_t heads, float scale, uint8_t* packed);  // q: [heads, rank + rope]
-  // Tokens chosen[0 .. n) of the sequence; where null, [first, first + n). All of them must have been written.
+  // Tokens chosen[0 .. n) of the sequence; if `chosen` is null, [first, first + n). All must have been written.
   void (*mla_tokens)(const KvLayout& l, const KvView& v, const int32_t* chosen, int64_t first, int64_t n, uint8_t* scratch);
-  // The query sees tokens [begin, end) of these (none where begin >= end) and knows nothing of the others. Writes for every
-  // head what attn_decode_chunk does, o being rank numbers: the weighted sum of the latents.
+  // The query sees tokens [begin, end) of these (none if begin >= end) and is unaffected by the others. For every head, writes
+  // the same as attn_decode_chunk, where o has `rank` elements: the weighted sum of the latents.
   void (*mla_attend)(const KvLayout& l, const uint8_t* packed, int64_t heads, int64_t begin, int64_t end, float* part,
                      uint8_t* scratch);
 
-  // Expanded attention, a chunk of attn_chunk tokens and a head at a time: its latents become rows that a product reads, the
-  // product keys and values, these panels, and rows of q go over them. Latents of tokens [first, first + n) as rows of a slot
-  // kind; room: rank floats.
+  // Expanded attention, one chunk of attn_chunk tokens and one head at a time: mla_rows converts latents to rows that a matrix
+  // product reads, the product computes keys and values, mla_panels stores these as panels, and mla_expanded runs rows of q
+  // over the panels. mla_rows: latents of tokens [first, first + n) as rows of a slot kind; room: rank floats.
   void (*mla_rows)(const KvLayout& l, const KvView& v, int64_t first, int64_t n, int32_t kind, float* room, uint8_t* rows,
                    int64_t stride);
-  int64_t (*mla_panel_bytes)(const MlaHead& head);  // of a chunk
-  // Keys and values of tokens [first, first + n), in rows of `nope` and v_dim numbers, into the panels of their chunk. Tokens
-  // come in order, whole blocks but for the last.
+  int64_t (*mla_panel_bytes)(const MlaHead& head);  // per chunk
+  // Stores keys and values of tokens [first, first + n), in rows of `nope` and v_dim elements, in the panels of their chunk.
+  // Tokens are given in order, in whole blocks except for the last.
   void (*mla_panels)(const KvLayout& l, const KvView& v, const MlaHead& head, int64_t first, int64_t n, const float* kv,
                      int64_t stride, uint8_t* panels);
-  // Rows [r0, r1) of a sequence against the chunk, of which panels are there for every block that a row sees. q, o, and the
-  // state (m, l of row r at [r - r0]) as attn_prefill has them: the caller sets m to -inf, l and o to 0 before a row's first
-  // chunk, and divides o by l behind its last. scratch: attn_scratch bytes.
+  // Rows [r0, r1) of a sequence over the chunk, whose panels exist for every block that a row sees. q, o and the state (m, l of
+  // row r at [r - r0]) as in attn_prefill: the caller sets m to -inf, and l and o to 0, before a row's first chunk, and divides
+  // o by l after its last. scratch: attn_scratch bytes.
   void (*mla_expanded)(const MlaHead& head, const uint8_t* panels, int64_t chunk, const float* q, int64_t q_stride, int64_t r0,
                        int64_t r1, int64_t ctx, const VisibleTokens& sight, float scale, float* m, float* sum, float* o,
                        int64_t o_stride, uint8_t* scratch);
 };
 
-struct RowKernels {  // the rest: rows of activations, weights and caches
+struct RowKernels {  // everything else: rows of activations, weights and caches
   // ---- the element-wise ops of plans, one row each
   const ElementwiseOp* elementwise_ops;
   int64_t elementwise_count;
 
-  // ---- activations: columns [begin, end) of an f32 row (x points at column `begin`) -> the same columns of a slot row
-  // (BF16, Q8, Q16) of `width` columns; begin is a multiple of 32, the group that holds column width - 1 is zero-filled.
+  // ---- activations: columns [begin, end) of an f32 row (x points at column `begin`) to the same columns of a slot row (BF16,
+  // Q8, Q16) of `width` columns; begin is a multiple of 32, and the group that contains column width - 1 is zero-filled.
   void (*convert)(int32_t kind, const float* x, int64_t begin, int64_t end, int64_t width, void* row);
 
   void (*embed_row)(const Matrix& w, int32_t row, float scale, float* out);
   void (*unpack_rows)(const Matrix& w, int64_t begin, int64_t end, float* out, int64_t stride);
-  // One tile row (FP8: number `tile` of the bands of 8 tile rows, which share scales); src is the whole matrix, dst the whole
-  // packed matrix. importance: of the columns, for INT4 and Q4_1; may be null.
+  // Packs one tile row (FP8: the band of 8 tile rows, which share scales, with index `tile`); src is the whole matrix, dst the
+  // whole packed matrix. importance: per column, for INT4 and Q4_1; may be null.
   void (*pack_tile)(int32_t format, int32_t src_type, const void* src, int64_t rows, int64_t cols, int64_t stride,
                     const float* importance, int64_t tile, uint8_t* dst);
 
@@ -170,41 +171,42 @@ struct RowKernels {  // the rest: rows of activations, weights and caches
   void (*kv_rotate)(const KvLayout& l, const KvView& v, int64_t block,
                     const Rotation& turn);  // table: [rot][32 tokens], cosines first
 
-  // ---- the choice of blocks, by summaries
+  // ---- block choice by summaries
   void (*kv_summarise)(const KvLayout& l, const KvView& v, int64_t block);      // of a full block, all heads
   void (*latent_summarise)(const KvLayout& l, const KvView& v, int64_t block);  // rank + rope is at most max_summary_width
-  // Estimates of `n` panels of summary_blocks blocks of the cache, for rows [r0, r1), all q heads of one kv head (q as above;
-  // of a latent cache, whose rows are keys of one kv head, absorbed): that of head h of row r for column c of panels[i] goes to
-  // estimates[((r - r0) * group + h) * stride + i * summary_blocks + c]. scratch: attn_scratch bytes. Columns of blocks that
-  // are not full give anything.
+  // Estimates for `n` panels of summary_blocks blocks of the cache, for rows [r0, r1) and all q heads of one kv head (q as
+  // above; for a latent cache, whose rows are keys of one kv head, absorbed): the estimate for head h of row r and column c of
+  // panels[i] is written to estimates[((r - r0) * group + h) * stride + i * summary_blocks + c]. scratch: attn_scratch bytes.
+  // Columns of blocks that are not full are undefined.
   void (*block_estimates)(const KvLayout& l, const KvView& v, int64_t kv_head, const float* q, int64_t q_stride, int64_t group,
                           int64_t r0, int64_t r1, const int32_t* panels, int64_t n, float* estimates, int64_t stride,
                           uint8_t* scratch);
-  // scores[j] = the largest over h of estimates[h * stride + j] - (the largest of head h's n); NaN counts as infinity.
+  // scores[j] = the maximum over h of estimates[h * stride + j] - (the maximum of head h's n estimates); NaN counts as
+  // infinity.
   void (*block_scores)(const float* estimates, int64_t stride, int64_t group, int64_t n, float* scores);
 
   // ---- the lightning indexer, over the index keys of a latent cache
   void (*index_write)(const KvLayout& l, const KvView& v, int64_t start, int64_t n, const float* k,
                       int64_t k_stride);  // as kv_write
-  // One row of q [heads, index], brought into the order that index_scores reads: index_query_bytes(heads, index), 64-aligned.
+  // Reorders one row of q [heads, index] as index_scores reads it: index_query_bytes(heads, index) bytes, 64-aligned.
   void (*index_query)(const KvLayout& l, int64_t heads, const float* q, uint8_t* packed);
   int64_t (*index_query_bytes)(int64_t heads, int64_t index);
   // scores[t - begin] = scale * sum over h of w_h relu(q_h . k_t), for tokens [begin, end); NaN counts as infinity.
   void (*index_scores)(const KvLayout& l, const KvView& v, int64_t heads, const uint8_t* q, const float* w, int64_t begin,
                        int64_t end, float scale, float* scores);
-  // The k largest of n scores, 0 < k < n, of equal ones the first: their numbers, ascending, as floats. No score is NaN.
+  // Indices of the k largest of n scores, 0 < k < n, ascending, as floats; ties go to the first. No score may be NaN.
   void (*index_select)(const float* scores, int64_t n, int64_t k, float* chosen);
 
   // ---- latent caches
   void (*latent_write)(const KvLayout& l, const KvView& v, int64_t start, int64_t n, const float* x, int64_t stride);
   void (*latent_read)(const KvLayout& l, const KvView& v, int64_t tokens, float* latent, float* index);  // index may be null
-  // Tables: [32 tokens][rot], each cosines first. index: of the indexer's keys, null where there are none. room: floats for the
-  // larger rot.
+  // Tables: [32 tokens][rot], cosines first in each. index: for the indexer's keys, null if there are none. room: floats for
+  // the larger rot.
   void (*latent_rotate)(const KvLayout& l, const KvView& v, int64_t block, const Rotation& key, const Rotation* index,
                         float* room);
 };
 
-// A variant's kernels. Each part has translation units of its own; a variant may share parts with another
+// The kernels of one variant. Each part has its own translation units; a variant may share parts with another
 // (runtime/variants.cpp).
 struct Kernels : LinearKernels, AttentionKernels, RowKernels {
   const char* isa;
@@ -214,16 +216,16 @@ struct Kernels : LinearKernels, AttentionKernels, RowKernels {
   const TrainAttention* train_attention;
 };
 
-constexpr int64_t attn_chunk = 256;  // absolute chunk borders of the decode family
-constexpr int64_t attn_rows = 32;    // query rows of a prefill task
-constexpr int64_t summary_blocks =
-    32;                            // blocks whose summaries share a panel: rows of 32 times 4 bytes, a block's in one column
-constexpr int64_t mla_heads = 16;  // of a packed query
-constexpr int64_t latent_group = 128;                     // numbers of an int8 latent that share a scale
-constexpr int64_t max_head_dim = 256;                     // and head_dim is even: cache and attention take columns in pairs
-constexpr int64_t max_summary_width = 15 * max_head_dim;  // numbers of a key that estimates are made of
+constexpr int64_t attn_chunk = 256;     // chunk size of the decode family; chunks are counted from the start of the sequence
+constexpr int64_t attn_rows = 32;       // query rows per prefill task
+constexpr int64_t summary_blocks = 32;  // blocks whose summaries share a panel: rows of 32 times 4 bytes, one column per block
+constexpr int64_t mla_heads = 16;       // heads of a packed query
+constexpr int64_t latent_group = 128;   // elements of an int8 latent that share a scale
+constexpr int64_t max_head_dim = 256;   // head_dim is also even: cache and attention take columns in pairs
+constexpr int64_t max_summary_width =
+    15 * max_head_dim;  // maximum number of elements of a key that estimates are computed from
 
-// One per variant; null where the compiler could not build it.
+// One per variant; null if the compiler could not build it.
 const Kernels* kernels_avx2();
 const Kernels* kernels_avx2_vnni();
 const Kernels* kernels_avx512();

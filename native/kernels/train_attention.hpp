@@ -1,15 +1,16 @@
-// What a kernel set offers training: attention. As kernels.hpp: plain types only, no std header with inline code.
+// The interface between kernels and runtime for training: attention. As in kernels.hpp: plain types only, no std header with
+// inline code.
 #pragma once
 #include <cstddef>
 #include <cstdint>
 
 namespace dso {
 
-constexpr int64_t train_attn_block = 64;  // tokens; tasks begin at its multiples
+constexpr int64_t train_attn_block = 64;  // tokens; tasks begin at multiples of it
 
 template <class Byte>
-struct Heads {  // some heads' numbers; strides are in numbers
-  Byte* data;   // of the first head and the sequence's first token
+struct Heads {  // elements of several heads; strides are in elements
+  Byte* data;   // the first head of the sequence's first token
   int64_t token, head;
 
   template <class T>
@@ -18,41 +19,42 @@ struct Heads {  // some heads' numbers; strides are in numbers
   }
 };
 
-// A sequence and a kv head with the query heads that share it. Token t sees tokens (t - window, t]; window 0: [0, t].
+// One sequence and one kv head with the query heads that share it. Token t sees tokens (t - window, t]; window 0: [0, t].
 struct TrainAttnTask {
-  int32_t type;  // DSO_TYPE_* of all but the fp32 state
+  int32_t type;  // DSO_TYPE_* of everything but the fp32 state
   int64_t tokens, qk_width, v_width;
   int64_t group;  // query heads
   float scale;
   int64_t window;
-  int64_t begin, end;  // of the queries (forward), of the keys (backward); begin is a multiple of train_attn_block
+  int64_t begin, end;  // of queries (forward) or keys (backward); begin is a multiple of train_attn_block
   Heads<const void> q, k, v;
   Heads<void> o;  // forward: written; backward: read
-  // Of a query head and token: the largest logit in units of log 2, and the sum of 2^(logit - largest). The pair is kept
-  // instead of its logarithm, so that weights are the same to the bit in the backward, however large the logits. head: stride
-  // of both.
+  // Per query head and token: the largest logit in units of log 2, and the sum of 2^(logit - largest). Both are stored, instead
+  // of the logarithm of the sum, so that the backward pass computes bitwise equal weights, however large the logits are.
+  // state_head: head stride of both.
   float *largest, *sum;
   int64_t state_head;
-  // backward
+  // backward only
   Heads<const void> o_grad;
-  Heads<void> q_grad, k_grad, v_grad;  // q_grad: for the runtime, which has query_grad write it
-  // Transposed blocks of fp32 sums, block i of head h at (h * blocks + i) * train_attn_query_grad(qk_width), blocks counted
-  // from `begin` to the sequence's end: what query_grad adds up. Blocks whose queries see none of the keys are not written.
+  Heads<void> q_grad, k_grad, v_grad;  // q_grad: used by the runtime, which calls query_grad to write it
+  // Transposed blocks of fp32 sums that query_grad adds up: block i of head h at (h * blocks + i) *
+  // train_attn_query_grad(qk_width), with blocks counted from `begin` to the end of the sequence. Blocks whose queries see none
+  // of the keys are not written.
   float* q_sums;
 };
 
 constexpr int64_t train_attn_query_grad(int64_t qk_width) {
   return (qk_width + 31) / 32 * 32 * train_attn_block;
-}  // floats of a block
+}  // floats per block
 
 struct TrainAttention {
-  // Bytes that a task needs, private to its thread, 64-aligned.
+  // Scratch bytes per task, private to its thread, 64-aligned.
   int64_t (*forward_scratch)(const TrainAttnTask& task);
   int64_t (*backward_scratch)(const TrainAttnTask& task);
   void (*forward)(const TrainAttnTask& task, uint8_t* scratch);
   void (*backward)(const TrainAttnTask& task, uint8_t* scratch);
-  // Rows of q's gradient: `count` (at most train_attn_block) sums of parts[0], parts[1] .. in this order, times scale. A part
-  // is a block as `backward` leaves it.
+  // Rows of q's gradient: the sum of `count` (at most train_attn_block) rows of parts[0], parts[1] .., in this order, times
+  // scale. A part is a block as written by `backward`.
   void (*query_grad)(int32_t type, const float* const* parts, int64_t part_count, int64_t count, int64_t qk_width, float scale,
                      void* out, int64_t out_token);
 };

@@ -1,4 +1,4 @@
-// The C border: pointers checked, exceptions turned into codes. What each call does lies behind it.
+// The C interface: checks pointers and converts exceptions to error codes. The work of each call is done in other files.
 #include "bandwidth.hpp"
 #include "border.hpp"
 #include "cache.hpp"
@@ -42,11 +42,11 @@ int32_t dso_default_threads(void) { return default_threads(); }
 int32_t dso_context_create(const char* isa, int32_t threads, dso_context** out) {
   return guarded([&] {
     given(out, "out") = nullptr;
-    if (threads > kMostThreads) fail(DSO_EINVAL, "threads is %d, at most %d", threads, kMostThreads);
+    if (threads > kMostThreads) fail(DSO_EINVAL, "threads is %d, must be at most %d", threads, kMostThreads);
     *out = new dso_context{std::make_shared<Context>(choose_kernels(isa), threads > 0 ? threads : default_threads())};
   });
 }
-void dso_context_destroy(dso_context* c) { delete c; }  // plans made on it keep what they share
+void dso_context_destroy(dso_context* c) { delete c; }  // plans created on it keep the shared context alive
 const char* dso_context_isa(const dso_context* c) { return c ? c->shared->kernels.isa : nullptr; }
 int32_t dso_context_threads(const dso_context* c) { return c ? c->shared->pool.threads() : 0; }
 int32_t dso_context_set_checked(dso_context* c, int32_t on) {

@@ -24,15 +24,16 @@ Arena::Arena(int64_t bytes) {
   if (bytes <= 0) return;
   const int64_t size = round_up(bytes, bytes >= kHugePage ? kHugePage : kPage);
   void* p = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  if (p == MAP_FAILED) fail(DSO_ENOMEM, "%lld bytes of memory could not be had: %s", (long long)size, std::strerror(errno));
-  if (size >= kHugePage) madvise(p, size, MADV_HUGEPAGE);  // a wish: without it all still works
+  if (p == MAP_FAILED)
+    fail(DSO_ENOMEM, "%lld bytes of memory could not be allocated: %s", (long long)size, std::strerror(errno));
+  if (size >= kHugePage) madvise(p, size, MADV_HUGEPAGE);  // only a hint: the memory works without it
   data_ = static_cast<uint8_t*>(p);
   size_ = size;
   ASAN_POISON_MEMORY_REGION(data_ + bytes, size_ - bytes);
 }
 
 Arena::~Arena() {
-  ASAN_UNPOISON_MEMORY_REGION(data_, size_);  // whoever gets these addresses next
+  ASAN_UNPOISON_MEMORY_REGION(data_, size_);  // for the next owner of these addresses
   if (data_) munmap(data_, size_);
 }
 
@@ -48,11 +49,11 @@ void Arena::allow([[maybe_unused]] int64_t from, [[maybe_unused]] int64_t bytes)
 
 void Arena::reserve(int64_t bytes) {
   if (bytes <= size_) {
-    ASAN_UNPOISON_MEMORY_REGION(data_, bytes);  // of whole pages, those asked for before may have been fewer
+    ASAN_UNPOISON_MEMORY_REGION(data_, bytes);  // of whole pages; the previous reservation may have been smaller
     return;
   }
   const int64_t grown = std::max(bytes, size_ + size_ / 4);
-  *this = Arena();  // give the old memory back first
+  *this = Arena();  // free the old memory first
   *this = Arena(grown);
 }
 
@@ -60,7 +61,7 @@ void Arena::release(int64_t from) {
   const int64_t begin = round_up(from, kPage);
   if (begin >= size_) return;
   if (madvise(data_ + begin, size_ - begin, MADV_DONTNEED) != 0)
-    fail(DSO_ENOMEM, "memory could not be given back: %s", std::strerror(errno));
+    fail(DSO_ENOMEM, "memory could not be returned to the system: %s", std::strerror(errno));
 }
 
 }  // namespace dso

@@ -1,4 +1,4 @@
-// Memory straight from the system: page-aligned, zero, huge pages where they help, resident when first touched.
+// Memory directly from the system: page-aligned, zeroed, with huge pages if they help, resident when first touched.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -9,7 +9,7 @@ namespace dso {
 class Arena {
  public:
   Arena() = default;
-  explicit Arena(int64_t bytes);  // address space only: nothing is resident yet. DSO_ENOMEM
+  explicit Arena(int64_t bytes);  // reserves address space only: nothing is resident yet. DSO_ENOMEM
   ~Arena();
   Arena(Arena&& other) noexcept { swap(other); }
   Arena& operator=(Arena&& other) noexcept {
@@ -17,13 +17,13 @@ class Arena {
     return *this;
   }
 
-  // At least `bytes`; what was inside is lost when it grows. Grows by a quarter or more: a context that gets longer token
-  // by token does not remap at every step.
+  // Makes room for at least `bytes`; the content is lost when it grows. It grows by at least a quarter, so that a context that
+  // gets longer token by token does not remap at every step.
   void reserve(int64_t bytes);
-  void release(int64_t from);  // pages wholly past `from` go back to the system, and read as zero
+  void release(int64_t from);  // pages entirely past `from` are returned to the system and read as zero
 
-  // For tests of what is kept in it. Under AddressSanitizer close() fills the arena with NaN and forbids all of it, allow()
-  // gives one region back, and regions want a gap between them; otherwise these do nothing.
+  // For testing the memory's users. Under AddressSanitizer close() fills the arena with NaN and forbids all access, allow()
+  // permits one region again, and regions must have a gap between them; otherwise these do nothing.
   void close();
   void allow(int64_t from, int64_t bytes);
 #ifdef __SANITIZE_ADDRESS__

@@ -5,7 +5,7 @@
 namespace dso {
 namespace {
 constexpr int64_t kDecodeRows = 8;           // rows that share a read of the cache
-constexpr int64_t kPrivateFloats = 1 << 18;  // partial results a thread keeps at hand, where it can choose
+constexpr int64_t kPrivateFloats = 1 << 18;  // partial results that a thread keeps in its own scratch, if possible
 }  // namespace
 
 AttentionKind AttentionSchedule::kind_of(const Run& run, int64_t sequence) const {
@@ -32,7 +32,7 @@ RowChunks AttentionSchedule::chunks(int64_t context, int64_t r0, int64_t r1) con
 
 int64_t AttentionSchedule::rows_of_a_block(AttentionKind kind, int64_t chunks) const {
   if (kind != AttentionKind::kDecode) return attn_rows;
-  if (shape.top_k > 0) return 1;  // each row reads its own blocks
+  if (shape.top_k > 0) return 1;  // each row attends to its own blocks
   return std::clamp<int64_t>(kPrivateFloats / (chunks * shape.group() * shape.part_floats()), 1, kDecodeRows);
 }
 
@@ -48,7 +48,7 @@ void AttentionSchedule::build(const Run& run) {
     total += n * tokens(b.context_len[s], middle, middle + 1) * shape.heads;
     blocks += ceil_div(n, rows_of_a_block(kind_of(run, s), chunks_of(s)));
   }
-  // A countdown for each block of rows, and one for each set of heads of it.
+  // One countdown per block of rows, and one per set of heads within it.
   countdowns_.reset(size_t(blocks * (1 + shape.heads)));
   for (int64_t s = 0; s < b.S; ++s) {
     const AttentionKind kind = kind_of(run, s);
@@ -64,7 +64,7 @@ void AttentionSchedule::add_rows(const Run& run, AttentionKind kind, int64_t s, 
   const int64_t context = run.batch.source->context_len[s], group = shape.group(), rows = r1 - r0;
   const RowChunks chunks = this->chunks(context, r0, r1);
 
-  // First along the cache, where a task costs nothing more by it; then by heads, which makes each task read the cache again.
+  // Split along the cache first, which costs nothing extra per task; then by heads, which makes each task read the cache again.
   int64_t pieces = 1, cost = rows * tokens(context, r0, r1) * group;
   if (kind == AttentionKind::kDecode) pieces = std::clamp<int64_t>(ceil_div(4 * cost, fair), 1, chunks.count);
   const int64_t span = ceil_div(chunks.count, pieces);
@@ -74,7 +74,7 @@ void AttentionSchedule::add_rows(const Run& run, AttentionKind kind, int64_t s, 
 
   if (kind == AttentionKind::kEager) private_floats = std::max(private_floats, round_up(context + r1, 16));
   const int32_t rows_left = shape.converts ? countdowns_.add() : -1;
-  // Where sequences alone are tasks enough, one thread reads all heads: they lie side by side in a block.
+  // If there are enough tasks without splitting heads, one thread processes all heads: they are adjacent in a block.
   const bool together = kind == AttentionKind::kDecode && pieces * parts == 1 && 4 * cost * shape.kv_heads <= fair;
   const int64_t heads_step = together ? shape.kv_heads : 1;
   for (int64_t h = 0; h < shape.kv_heads; h += heads_step) {
@@ -105,7 +105,7 @@ void AttentionSchedule::add_rows(const Run& run, AttentionKind kind, int64_t s, 
         t.c0 = c;
         t.c1 = std::min(chunks.count, c + span);
         tasks.push_back(t);
-        if (kind != AttentionKind::kDecode) break;  // it walks all chunks by itself
+        if (kind != AttentionKind::kDecode) break;  // the task walks all chunks itself
       }
     }
   }

@@ -14,16 +14,16 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-constexpr int64_t kStride = 512;  // bytes a turn of the loop
+constexpr int64_t kStride = 512;  // bytes per iteration of the loop
 constexpr int64_t kLeast = 1 << 20;
-constexpr int64_t kRoundBytes = 256 << 20;  // a round reads at least this much, so that its begin and end don't count
+constexpr int64_t kRoundBytes = 256 << 20;  // minimum bytes per round, so that its start and end do not count
 constexpr int kLeastRounds = 4;
 
 typedef int64_t Bytes32 __attribute__((vector_size(32), may_alias));
 typedef int64_t Bytes64 __attribute__((vector_size(64), may_alias));
 
-// The widest loads that this CPU has, whatever a context's ISA: of narrow ones too few lines are under way at once to fill
-// the memory's bus. One accumulator a load, so that no load waits for another. Always inlined: compiled for its caller's ISA.
+// The widest loads of this CPU, whatever the context's ISA: narrow loads keep too few cache lines in flight to saturate the
+// memory bus. One accumulator per load, so that no load waits for another. Always inlined: compiled for the ISA of its caller.
 template <class Vector>
 [[gnu::always_inline]] inline int64_t read(const uint8_t* begin, const uint8_t* end) {
   constexpr int64_t kLoads = 8;
@@ -39,7 +39,7 @@ template <class Vector>
 [[gnu::target("avx512f")]] int64_t read_avx512(const uint8_t* begin, const uint8_t* end) { return read<Bytes64>(begin, end); }
 [[gnu::target("avx2")]] int64_t read_avx2(const uint8_t* begin, const uint8_t* end) { return read<Bytes32>(begin, end); }
 
-// The first stage writes the memory, each thread's share by a task of its own; every stage after it is a round of reading.
+// The first stage writes the memory, one task per thread for its share; every later stage is a round of reading.
 class Reading final : public Job {
  public:
   Reading(int64_t bytes, int threads, double seconds)
@@ -69,7 +69,7 @@ class Reading final : public Job {
     int64_t sum = 0;
     for (int64_t pass = 0; pass < passes_; ++pass) {
       const uint8_t* again = begin;
-      asm volatile("" : "+r"(again));  // else a pass could be taken for the one before
+      asm volatile("" : "+r"(again));  // otherwise the compiler could merge passes
       sum ^= read_(again, again + share_);
     }
     sink_.fetch_xor(sum, std::memory_order_relaxed);
@@ -92,8 +92,8 @@ class Reading final : public Job {
 }  // namespace
 
 double read_bandwidth(Context& c, int64_t bytes, double seconds) {
-  if (bytes < kLeast) fail(DSO_EINVAL, "bytes is %lld, at least %lld", (long long)bytes, (long long)kLeast);
-  if (!(seconds >= 0 && seconds <= 3600)) fail(DSO_EINVAL, "seconds is %g, from 0 to 3600", seconds);
+  if (bytes < kLeast) fail(DSO_EINVAL, "bytes is %lld, must be at least %lld", (long long)bytes, (long long)kLeast);
+  if (!(seconds >= 0 && seconds <= 3600)) fail(DSO_EINVAL, "seconds is %g, must be from 0 to 3600", seconds);
   ThreadPool::Lease lease(c.pool);
   Reading reading(bytes, c.pool.threads(), seconds);
   lease.team().run(reading);

@@ -1,4 +1,4 @@
-// How fast this machine reads memory: what a decode step, which reads every weight once, is held against.
+// Measures the memory bandwidth of this machine: the limit of a decode step, which reads every weight once.
 #pragma once
 #include <cstdint>
 
@@ -6,8 +6,8 @@
 
 namespace dso {
 
-// Bytes a second of all the context's threads together, each reading a share of `bytes` in order, over and over: the fastest
-// of the rounds that fit `seconds`, four at least. Within a cache's size that cache is what is measured.
+// Bytes per second of all the context's threads together, each reading its share of `bytes` in order, repeatedly: the fastest
+// of the rounds that fit into `seconds`, at least four. If `bytes` fits into a cache, that cache's bandwidth is measured.
 double read_bandwidth(Context& c, int64_t bytes, double seconds);
 
 }  // namespace dso

@@ -13,50 +13,53 @@ constexpr int64_t kMostNumbered = int64_t(1) << 24;  // integers below it are ex
 
 void check_cache(const dso_batch& b, const BatchNeeds& needs) {
   const dso_cache* k = b.cache;
-  if (!k) fail(DSO_EINVAL, "batch.cache is NULL, and the plan has attention");
+  if (!k) fail(DSO_EINVAL, "batch.cache is NULL, but the plan has attention");
   const KvLayout& l = k->layout;
-  const bool latents = needs.rank > 0 || needs.index == 0;  // index keys alone fit beside any
+  const bool latents = needs.rank > 0 || needs.index == 0;  // index keys alone go with any cache
   if ((latents && (l.rank != needs.rank || l.rope != needs.rope)) || (needs.index > 0 && l.index != needs.index))
-    fail(DSO_EINVAL, "batch.cache has latents of %d and %d, index keys of %d; the plan needs %lld and %lld, %lld", l.rank,
+    fail(DSO_EINVAL, "batch.cache has rank %d, rope %d, index %d; the plan needs rank %lld, rope %lld, index %lld", l.rank,
          l.rope, l.index, (long long)needs.rank, (long long)needs.rope, (long long)needs.index);
   if (l.kv_heads != needs.kv_heads || l.head_dim != needs.head_dim || k->layers < needs.layers)
-    fail(DSO_EINVAL, "batch.cache has %lld layers of %d heads of %d, the plan needs %lld of %lld of %lld", (long long)k->layers,
-         k->layout.kv_heads, k->layout.head_dim, (long long)needs.layers, (long long)needs.kv_heads, (long long)needs.head_dim);
+    fail(DSO_EINVAL,
+         "batch.cache has %lld layers, kv_heads %d, head_dim %d; the plan needs %lld layers, kv_heads %lld, head_dim %lld",
+         (long long)k->layers, k->layout.kv_heads, k->layout.head_dim, (long long)needs.layers, (long long)needs.kv_heads,
+         (long long)needs.head_dim);
   if (needs.summaries && l.summary_bytes == 0)
-    fail(DSO_EINVAL, "batch.cache has no summaries, and the plan chooses blocks by them");
+    fail(DSO_EINVAL, "batch.cache has no summaries, but the plan chooses blocks by them");
   if (!b.block_table) fail(DSO_EINVAL, "batch.block_table is NULL");
   for (int64_t s = 0; s < b.S; ++s) {
     const int64_t longest = needs.index > 0 || (needs.rank > 0 && needs.summaries) ? kMostNumbered
                             : needs.summaries                                      ? kMostNumbered * DSO_BLOCK_TOKENS
                                                                                    : INT32_MAX;
     if (int64_t(b.context_len[s]) + b.query_len[s] > longest)
-      fail(DSO_EINVAL, "batch: sequence %lld is longer than %lld tokens: what is chosen is numbered in fp32", (long long)s,
-           (long long)longest);
+      fail(DSO_EINVAL, "batch: sequence %lld is longer than %lld tokens, the maximum with sparse attention (fp32 indices)",
+           (long long)s, (long long)longest);
     const int64_t blocks = ceil_div(int64_t(b.context_len[s]) + b.query_len[s], DSO_BLOCK_TOKENS);
     if (blocks > b.max_blocks)
-      fail(DSO_EINVAL, "batch: sequence %lld needs %lld blocks, max_blocks is %d", (long long)s, (long long)blocks,
+      fail(DSO_EINVAL, "batch: sequence %lld needs %lld blocks, but max_blocks is %d", (long long)s, (long long)blocks,
            b.max_blocks);
     const int32_t* table = b.block_table + s * b.max_blocks;
     for (int64_t i = 0; i < blocks; ++i)
       if ((table[i] < 0 || table[i] >= k->blocks) && !(table[i] == -1 && needs.hides(i, b.context_len[s])))
-        fail(DSO_EINVAL, "batch.block_table[%lld][%lld] is %d, the cache has %lld blocks", (long long)s, (long long)i, table[i],
-             (long long)k->blocks);
+        fail(DSO_EINVAL, "batch.block_table[%lld][%lld] is %d, but the cache has %lld blocks", (long long)s, (long long)i,
+             table[i], (long long)k->blocks);
   }
 }
 
 void check_sequences(const dso_batch& b) {
   int64_t total = 0;
   for (int64_t s = 0; s < b.S; ++s) {
-    if (b.query_len[s] < 1) fail(DSO_EINVAL, "batch.query_len[%lld] is %d", (long long)s, b.query_len[s]);
+    if (b.query_len[s] < 1) fail(DSO_EINVAL, "batch.query_len[%lld] is %d, must be at least 1", (long long)s, b.query_len[s]);
     if (b.context_len[s] < 0 || int64_t(b.context_len[s]) + b.query_len[s] > INT32_MAX)
-      fail(DSO_EINVAL, "batch.context_len[%lld] is %d", (long long)s, b.context_len[s]);
+      fail(DSO_EINVAL, "batch.context_len[%lld] is %d, must be from 0 to INT32_MAX - query_len", (long long)s,
+           b.context_len[s]);
     if (b.phase[s] != DSO_PHASE_DECODE && b.phase[s] != DSO_PHASE_PREFILL)
-      fail(DSO_EINVAL, "batch.phase[%lld] is %d", (long long)s, b.phase[s]);
+      fail(DSO_EINVAL, "batch.phase[%lld] is %d, must be 0 (decode) or 1 (prefill)", (long long)s, b.phase[s]);
     if (s > 0 && b.phase[s] < b.phase[s - 1])
-      fail(DSO_EINVAL, "batch.phase[%lld]: sequences in decode phase come first", (long long)s);
+      fail(DSO_EINVAL, "batch.phase[%lld]: sequences in decode phase must come first", (long long)s);
     total += b.query_len[s];
   }
-  if (total != b.T) fail(DSO_EINVAL, "batch.query_len sums to %lld, T is %d", (long long)total, b.T);
+  if (total != b.T) fail(DSO_EINVAL, "batch.query_len sums to %lld, but T is %d", (long long)total, b.T);
 }
 
 }  // namespace
@@ -68,10 +71,10 @@ bool BatchNeeds::hides(int64_t block, int64_t context) const {
 }
 
 void check_batch(const dso_batch& b, const BatchNeeds& needs) {
-  if (b.T < 1) fail(DSO_EINVAL, "batch.T is %d", b.T);
-  if (b.S < 1 || b.S > b.T) fail(DSO_EINVAL, "batch.S is %d, T is %d", b.S, b.T);
-  if (b.R < 0 || b.R > b.T) fail(DSO_EINVAL, "batch.R is %d, T is %d", b.R, b.T);
-  if (b.max_blocks < 0) fail(DSO_EINVAL, "batch.max_blocks is %d", b.max_blocks);
+  if (b.T < 1) fail(DSO_EINVAL, "batch.T is %d, must be at least 1", b.T);
+  if (b.S < 1 || b.S > b.T) fail(DSO_EINVAL, "batch.S is %d, must be from 1 to T, %d", b.S, b.T);
+  if (b.R < 0 || b.R > b.T) fail(DSO_EINVAL, "batch.R is %d, must be from 0 to T, %d", b.R, b.T);
+  if (b.max_blocks < 0) fail(DSO_EINVAL, "batch.max_blocks is %d, must not be negative", b.max_blocks);
   if (!b.query_len) fail(DSO_EINVAL, "batch.query_len is NULL");
   if (!b.context_len) fail(DSO_EINVAL, "batch.context_len is NULL");
   if (!b.phase) fail(DSO_EINVAL, "batch.phase is NULL");
@@ -80,17 +83,17 @@ void check_batch(const dso_batch& b, const BatchNeeds& needs) {
     if (!b.token_ids) fail(DSO_EINVAL, "batch.token_ids and batch.inputs_embeds are both NULL");
     for (int64_t t = 0; t < b.T; ++t)
       if (b.token_ids[t] < 0 || b.token_ids[t] >= needs.vocab)
-        fail(DSO_EINVAL, "batch.token_ids[%lld] is %d, the vocabulary has %lld", (long long)t, b.token_ids[t],
+        fail(DSO_EINVAL, "batch.token_ids[%lld] is %d, but the vocabulary has %lld tokens", (long long)t, b.token_ids[t],
              (long long)needs.vocab);
   }
   if (needs.positions && !b.positions) fail(DSO_EINVAL, "batch.positions is NULL");
   if (b.inv_freq && needs.rope_tables != 1)
-    fail(DSO_EINVAL, "batch.inv_freq is given, and the plan has %lld ROPE_TABLEs", (long long)needs.rope_tables);
+    fail(DSO_EINVAL, "batch.inv_freq needs a plan with one ROPE_TABLE, not %lld", (long long)needs.rope_tables);
   if (needs.states && !b.states) fail(DSO_EINVAL, "batch.states is NULL");
   if (b.R > 0 && !b.logit_rows) fail(DSO_EINVAL, "batch.logit_rows is NULL");
   for (int64_t r = 0; r < b.R; ++r) {
     if (b.logit_rows[r] < 0 || b.logit_rows[r] >= b.T)
-      fail(DSO_EINVAL, "batch.logit_rows[%lld] is %d, T is %d", (long long)r, b.logit_rows[r], b.T);
+      fail(DSO_EINVAL, "batch.logit_rows[%lld] is %d, but T is %d", (long long)r, b.logit_rows[r], b.T);
     if (r > 0 && b.logit_rows[r] <= b.logit_rows[r - 1])
       fail(DSO_EINVAL, "batch.logit_rows[%lld] is %d: they must ascend", (long long)r, b.logit_rows[r]);
   }

@@ -1,4 +1,4 @@
-// A ragged batch, checked, and what the steps need to know of it.
+// A ragged batch after validation, and what steps need to know about it.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -8,26 +8,26 @@
 
 namespace dso {
 
-// What a plan asks of the batches it is given.
+// A plan's requirements for its batches.
 struct BatchNeeds {
-  int64_t vocab = 0;  // ids are below it: the smaller of vocab_size and the embedding's rows
+  int64_t vocab = 0;  // exclusive limit of token ids: the smaller of vocab_size and the embedding's rows
   bool token_ids = false, positions = false, states = false, logits = false;
-  int64_t layers = 0;  // of the cache; 0: no cache is used
+  int64_t layers = 0;  // of the cache; 0: the plan uses no cache
   int64_t kv_heads = 0, head_dim = 0;
-  int64_t rank = 0, rope = 0, index = 0;  // of a latent cache, instead
+  int64_t rank = 0, rope = 0, index = 0;  // of a latent cache, instead of heads
   int64_t rope_tables = 0;
-  bool summaries = false;  // of the cache
-  // What attention sees: all, in one layer at least, or the widest window and the most sinks of any.
+  bool summaries = false;  // whether the cache must have summaries
+  // Visible tokens: all of them in at least one layer, or else the widest window and the most sinks of any layer.
   bool sees_all = false;
   int64_t window = 0, sinks = 0;
 
-  // Whether no row sees the block, of a sequence whose first row has so many tokens before it.
+  // Whether no row sees this block of a sequence with `context` tokens before its first row.
   bool hides(int64_t block, int64_t context) const;
 };
 
-// Consecutive rows of one sequence that lie in one cache block.
+// Consecutive rows of one sequence within one cache block.
 struct Piece {
-  int64_t sequence, row, rows;  // row: of the batch
+  int64_t sequence, row, rows;  // row: index in the batch
   int64_t position;             // in the cache
 };
 
@@ -36,9 +36,9 @@ struct Batch {
 
   const dso_batch* source = nullptr;
   int64_t T = 0, R = 0;
-  int64_t decode_rows = 0, decode_logits = 0;  // how many leading rows (of T, of R) belong to sequences in decode phase
-  int64_t serial = 0;                          // counts batches: what was made for one is stale for the next
-  std::vector<int64_t> first_row;              // of each sequence
+  int64_t decode_rows = 0, decode_logits = 0;  // number of leading rows (of T, of R) of sequences in decode phase
+  int64_t serial = 0;                          // counts batches: data computed for another batch is stale
+  std::vector<int64_t> first_row;              // per sequence
   std::vector<Piece> pieces;
 
   int64_t sequence_of(int64_t row) const {

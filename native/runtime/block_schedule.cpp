@@ -4,9 +4,9 @@
 
 namespace dso {
 namespace {
-constexpr int64_t kFillRows = 64;        // rows of a task that estimates nothing
-constexpr int64_t kRows = 8;             // of a task that does,
-constexpr int64_t kEstimates = 1 << 16;  // unless its estimates are more than so many
+constexpr int64_t kFillRows = 64;        // rows of a task without estimates
+constexpr int64_t kRows = 8;             // rows of a task with estimates,
+constexpr int64_t kEstimates = 1 << 16;  // unless these are more than this many
 }  // namespace
 
 int64_t BlockSchedule::rows_that_see_all(const dso_batch& b, int64_t sequence) const {
@@ -24,7 +24,7 @@ void BlockSchedule::build(const Run& run) {
   runs.clear();
   shared_floats = private_floats = candidates = 0;
   const dso_batch& b = *run.batch.source;
-  int64_t total = 0, most = 0;  // blocks and rows to be estimated, of a kv head; tasks, were they of one row
+  int64_t total = 0, most = 0;  // blocks x rows to be estimated, per kv head; number of one-row tasks
   for (int64_t s = 0; s < b.S; ++s) {
     const int64_t rows = b.query_len[s] - rows_that_see_all(b, s);
     total += rows * (shape.end(b.context_len[s] + b.query_len[s] - 1) - shape.first());
@@ -81,7 +81,7 @@ void BlockSchedule::add_chosen(const Run& run, int64_t sequence, int64_t first_r
   candidates = std::max(candidates, end - shape.first());
 }
 
-// Panels and runs of blocks [first, end): a panel is read once, however its blocks are strewn over the sequence.
+// Panels and runs of blocks [first, end): each panel is read once, however its blocks are scattered over the sequence.
 void BlockSchedule::find_blocks(const int32_t* table, int64_t end) {
   const int64_t begin = shape.first(), first_panel = int64_t(panels.size()), first_run = int64_t(runs.size());
   for (int64_t i = begin; i < end; ++i)

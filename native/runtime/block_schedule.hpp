@@ -1,9 +1,9 @@
-// How choosing blocks for a ragged batch is cut into tasks, and where the summaries of each sequence's blocks lie. Made once a
-// step of the model, used by all layers that are alike.
+// Splits block choice for a ragged batch into tasks, and locates the summaries of each sequence's blocks. Built once per step
+// of the model and shared by all layers of the same shape.
 //
-// A row that sees no more than top_k blocks takes all of them. The others go in tasks of one kv head and a few rows of one
-// sequence, which share a read of the summaries; where that is more than a thread's share, several tasks estimate some of the
-// panels each, and the last to end chooses. An estimate depends on its row and its block alone, and so does the choice.
+// A row that sees no more than top_k blocks takes all of them. The others form tasks of one kv head and a few rows of one
+// sequence, which share one pass over the summaries; if that exceeds a thread's share, several tasks each estimate some of the
+// panels, and the last to finish makes the choice. An estimate depends only on its row and its block, and so does the choice.
 #pragma once
 #include <cstdint>
 #include <vector>
@@ -13,45 +13,45 @@
 
 namespace dso {
 
-struct BlockShape {  // latents: one kv head, and head_dim is that of a whole row
+struct BlockShape {  // latents: one kv head, and head_dim is the width of a whole row
   int64_t heads, kv_heads, head_dim, top_k, window, sinks;
   bool operator==(const BlockShape&) const = default;
   int64_t group() const { return heads / kv_heads; }
-  int64_t first() const { return ceil_div(sinks, DSO_BLOCK_TOKENS); }  // block behind those of the sinks
+  int64_t first() const { return ceil_div(sinks, DSO_BLOCK_TOKENS); }  // first block after those of the sinks
   int64_t seen(int64_t token) const { return token / DSO_BLOCK_TOKENS + 1; }
   int64_t end(int64_t token) const {
     return std::max<int64_t>(0, token + 1 - window) / DSO_BLOCK_TOKENS;
-  }  // block where its window begins
+  }  // first block of its window
 };
 
-// Blocks [block, block + count) of a sequence, whose estimates lie side by side from `at` on where its panels lie one after the
-// other.
+// Blocks [block, block + count) of a sequence whose estimates are consecutive, starting at `at`, when the estimates of its
+// panels are stored one after the other.
 struct BlockRun {
   int64_t block, count, at;
 };
 
 struct BlockTask {
-  int64_t sequence, r0, r1;  // rows, within the sequence
-  int64_t kv_head;           // -1: the rows take all they see, for all kv heads
-  int64_t p0, p1;            // of `panels`
-  int64_t first, width;      // the first panel of all tasks on these rows, and the blocks of all their panels
-  int64_t b0, b1;            // of `runs`
-  int64_t part;   // where the estimates of all begin in the shared memory, in floats; -1: this task makes all of them
-  int32_t merge;  // countdown: tasks left before the rows are chosen for
+  int64_t sequence, r0, r1;  // rows within the sequence
+  int64_t kv_head;           // -1: the rows take all visible blocks, for all kv heads
+  int64_t p0, p1;            // range of `panels`
+  int64_t first, width;      // the first panel of all tasks on these rows, and the number of blocks in all their panels
+  int64_t b0, b1;            // range of `runs`
+  int64_t part;              // offset of all estimates in the shared memory, in floats; -1: this task computes all of them
+  int32_t merge;             // countdown: tasks left before the rows can choose
   int64_t cost;
 };
 
 class BlockSchedule {
  public:
   explicit BlockSchedule(const BlockShape& shape) : shape(shape) {}
-  void build(const Run& run);  // does nothing when it is up to date
+  void build(const Run& run);  // does nothing if it is up to date
 
   const BlockShape shape;
   std::vector<BlockTask> tasks;
-  std::vector<int32_t> panels;                    // sequence after sequence, ascending: those with blocks that may be chosen
-  std::vector<BlockRun> runs;                     // sequence after sequence
+  std::vector<int32_t> panels;  // one sequence after the other, ascending: panels with blocks that may be chosen
+  std::vector<BlockRun> runs;   // one sequence after the other
   int64_t shared_floats = 0, private_floats = 0;  // estimates
-  int64_t candidates = 0;                         // of a row, blocks
+  int64_t candidates = 0;                         // blocks per row
   Countdowns countdowns;
 
  private:

@@ -1,4 +1,4 @@
-// What every function at the C border begins with.
+// Argument checks at the start of every function of the C interface.
 #pragma once
 #include "context.hpp"
 #include "error.hpp"

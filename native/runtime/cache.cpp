@@ -10,10 +10,10 @@ namespace {
 KvLayout checked_latent(const dso_cache_shape& s) {
   auto even = [](const char* name, int64_t n, int64_t least) {
     if (n < least || n > (1 << 16) || n % 2)
-      fail(DSO_EINVAL, "cache: %s is %lld, and must be even and from %lld to 65536", name, (long long)n, (long long)least);
+      fail(DSO_EINVAL, "cache: %s is %lld, must be even and from %lld to 65536", name, (long long)n, (long long)least);
   };
   if (s.kv_heads != 0 || s.head_dim != 0)
-    fail(DSO_EINVAL, "cache: kv_heads %d and head_dim %d beside a rank of %d", s.kv_heads, s.head_dim, s.rank);
+    fail(DSO_EINVAL, "cache: kv_heads is %d and head_dim %d, must be 0 with rank %d", s.kv_heads, s.head_dim, s.rank);
   even("rank", s.rank, 2);
   even("rope", s.rope, 2);
   even("index", s.index, 0);
@@ -29,12 +29,12 @@ KvLayout checked_latent(const dso_cache_shape& s) {
 KvLayout checked_layout(const Kernels& kernels, const dso_cache_shape& s) {
   if (s.kv_type != DSO_KV_F32 && s.kv_type != DSO_KV_BF16 && s.kv_type != DSO_KV_INT8)
     fail(DSO_EINVAL, "cache: kv_type %d is unknown", s.kv_type);
-  if (s.layers < 1 || s.layers > 65536) fail(DSO_EINVAL, "cache: %d layers", s.layers);
-  if (s.summaries != 0 && s.summaries != 1) fail(DSO_EINVAL, "cache: summaries is %d, and must be 0 or 1", s.summaries);
+  if (s.layers < 1 || s.layers > 65536) fail(DSO_EINVAL, "cache: %d layers, must be from 1 to 65536", s.layers);
+  if (s.summaries != 0 && s.summaries != 1) fail(DSO_EINVAL, "cache: summaries is %d, must be 0 or 1", s.summaries);
   if (s.rank != 0 || s.rope != 0 || s.index != 0) return checked_latent(s);
-  if (s.kv_heads < 1 || s.kv_heads > 65536) fail(DSO_EINVAL, "cache: %d kv_heads", s.kv_heads);
+  if (s.kv_heads < 1 || s.kv_heads > 65536) fail(DSO_EINVAL, "cache: %d kv_heads, must be from 1 to 65536", s.kv_heads);
   if (!is_head_dim(s.head_dim))
-    fail(DSO_EINVAL, "cache: head_dim is %d, and must be even and at most %d", s.head_dim, int(max_head_dim));
+    fail(DSO_EINVAL, "cache: head_dim is %d, must be even and at most %d", s.head_dim, int(max_head_dim));
   return {s.kv_type,  s.kv_heads,
           s.head_dim, round_up(kernels.kv_layer_bytes(s.kv_type, s.kv_heads, s.head_dim), 64),
           0,          0,
@@ -52,9 +52,9 @@ constexpr int64_t kSummaryRow = 4 * summary_blocks;
 
 int64_t checked_bytes(int64_t blocks, int64_t block_bytes) {
   int64_t bytes;
-  if (blocks < 1 || blocks > INT32_MAX) fail(DSO_EINVAL, "cache: %lld blocks", (long long)blocks);
+  if (blocks < 1 || blocks > INT32_MAX) fail(DSO_EINVAL, "cache: %lld blocks, must be from 1 to INT32_MAX", (long long)blocks);
   if (__builtin_mul_overflow(blocks, block_bytes, &bytes))
-    fail(DSO_ENOMEM, "cache: %lld blocks are too many", (long long)blocks);
+    fail(DSO_ENOMEM, "cache: %lld blocks exceed the address space", (long long)blocks);
   return bytes;
 }
 }  // namespace
@@ -76,7 +76,8 @@ uint8_t* dso_cache::summary(int64_t block) const {
 
 void dso_cache::copy_block(int64_t from, int64_t to) {
   if (from < 0 || from >= blocks || to < 0 || to >= blocks)
-    fail(DSO_EINVAL, "cache: copy of block %lld to %lld, there are %lld", (long long)from, (long long)to, (long long)blocks);
+    fail(DSO_EINVAL, "cache: cannot copy block %lld to %lld, there are %lld blocks", (long long)from, (long long)to,
+         (long long)blocks);
   if (from == to) return;
   std::memcpy(arena.data() + to * block_bytes(), arena.data() + from * block_bytes(), block_bytes());
   for (int64_t at = 0; at < group_bytes(); at += kSummaryRow) std::memcpy(summary(to) + at, summary(from) + at, 4);
@@ -84,13 +85,14 @@ void dso_cache::copy_block(int64_t from, int64_t to) {
 
 void dso_cache::release(int64_t from_block) {
   if (from_block < 0 || from_block > blocks)
-    fail(DSO_EINVAL, "cache: release from block %lld, there are %lld", (long long)from_block, (long long)blocks);
+    fail(DSO_EINVAL, "cache: cannot release from block %lld, there are %lld blocks", (long long)from_block, (long long)blocks);
   arena.release(from_block * block_bytes());
   summaries.release(ceil_div(from_block, summary_blocks) * group_bytes());
 }
 
 void dso_cache::check_block(int64_t block) const {
-  if (block < 0 || block >= blocks) fail(DSO_EINVAL, "cache: block %lld, there are %lld", (long long)block, (long long)blocks);
+  if (block < 0 || block >= blocks)
+    fail(DSO_EINVAL, "cache: block %lld does not exist, there are %lld blocks", (long long)block, (long long)blocks);
 }
 
 void dso_cache::save_block(int64_t block, uint8_t* bytes) const {
@@ -108,8 +110,9 @@ void dso_cache::load_block(int64_t block, const uint8_t* bytes) {
 }
 
 void dso_cache::read(int64_t layer, const int32_t* table, int64_t tokens, float* key, float* value) const {
-  if (layer < 0 || layer >= layers) fail(DSO_EINVAL, "cache: layer %lld of %lld", (long long)layer, (long long)layers);
-  if (tokens < 0) fail(DSO_EINVAL, "cache: %lld tokens", (long long)tokens);
+  if (layer < 0 || layer >= layers)
+    fail(DSO_EINVAL, "cache: layer %lld does not exist, there are %lld layers", (long long)layer, (long long)layers);
+  if (tokens < 0) fail(DSO_EINVAL, "cache: %lld tokens, must not be negative", (long long)tokens);
   if (tokens == 0) return;
   if (!table || !key || (!value && !layout.rank)) fail(DSO_EINVAL, "cache: block_table, key or value is NULL");
   for (int64_t b = 0; b < ceil_div(tokens, DSO_BLOCK_TOKENS); ++b)

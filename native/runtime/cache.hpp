@@ -1,8 +1,8 @@
-// The paged KV cache: `blocks` blocks in one stretch of address space, block-major (a block holds 32 tokens of every
-// layer), so that whole blocks can be copied, shared and given back. What is inside a layer belongs to the kernels.
+// The paged KV cache: `blocks` blocks in one range of address space, block-major (a block holds 32 tokens of every layer), so
+// that whole blocks can be copied, shared and released. The layout within a layer is private to the kernels.
 //
-// Summaries lie in a stretch of their own, by groups of summary_blocks blocks: rows of 32 times 4 bytes, of which each block
-// has one column. So the summaries of many blocks are read as a stream, and a group goes back to the system when its blocks do.
+// Summaries are stored in a separate range, in groups of summary_blocks blocks: rows of 32 times 4 bytes, with one column per
+// block. So the summaries of many blocks are read as a stream, and a group is returned to the system with its blocks.
 #pragma once
 #include <algorithm>
 
@@ -25,22 +25,22 @@ struct dso_cache {
     return {arena.data() + layer * layout.layer_bytes, block_bytes(), table, summaries.data() + layer * layer_summaries(),
             group_bytes()};
   }
-  int64_t group_bytes() const { return layers * layer_summaries(); }  // summaries of summary_blocks blocks; 0: there are none
+  int64_t group_bytes() const { return layers * layer_summaries(); }  // summaries of summary_blocks blocks; 0: none
 
-  const dso::Kernels& kernels;  // the layout is the same on every ISA: any reads what another wrote
+  const dso::Kernels& kernels;  // the layout is the same on every ISA: each can read what another wrote
   const dso::KvLayout layout;
   const int64_t layers, blocks;
   dso::Arena arena, summaries;
 
  private:
   int64_t layer_summaries() const { return std::max(1, layout.kv_heads) * layout.summary_bytes; }
-  uint8_t* summary(int64_t block) const;  // its column's first 4 bytes; kSummaryRow further are the next
+  uint8_t* summary(int64_t block) const;  // the first 4 bytes of its column; the next ones are kSummaryRow further
   void check_block(int64_t block) const;
 };
 
 namespace dso {
-// What one layer of a block holds. DSO_EINVAL for a bad shape or type.
+// Layout of one layer of a block. DSO_EINVAL for an invalid shape or type.
 KvLayout checked_layout(const Kernels& kernels, const dso_cache_shape& shape);
-// Of all its layers, its part of the summaries included.
+// Bytes of all layers, including the block's share of the summaries.
 int64_t cache_block_bytes(const Kernels& kernels, const dso_cache_shape& shape);
 }  // namespace dso

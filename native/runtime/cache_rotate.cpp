@@ -15,12 +15,13 @@ constexpr int64_t kTokens = DSO_BLOCK_TOKENS;
 
 void check_rotation(const char* name, const dso_rotation& r, int64_t width) {
   if (r.rot < 2 || r.rot % 2 || r.offset < 0 || int64_t(r.offset) + r.rot > width)
-    fail(DSO_EINVAL, "%s: numbers [%d, %lld) of %lld cannot turn in pairs", name, r.offset, (long long)r.offset + r.rot,
+    fail(DSO_EINVAL, "%s: elements [%d, %lld) of %lld cannot be rotated in pairs", name, r.offset, (long long)r.offset + r.rot,
          (long long)width);
-  if (r.flags & ~DSO_FLAG_INTERLEAVED) fail(DSO_EINVAL, "%s: flags are %d", name, r.flags);
+  if (r.flags & ~DSO_FLAG_INTERLEAVED) fail(DSO_EINVAL, "%s: flags are %d, only INTERLEAVED is supported", name, r.flags);
   if (!r.inv_freq) fail(DSO_EINVAL, "%s: inv_freq is NULL", name);
   for (int64_t i = 0; i < r.rot / 2; ++i)
-    if (!std::isfinite(r.inv_freq[i])) fail(DSO_EINVAL, "%s: inv_freq[%lld] is %g", name, (long long)i, double(r.inv_freq[i]));
+    if (!std::isfinite(r.inv_freq[i]))
+      fail(DSO_EINVAL, "%s: inv_freq[%lld] is %g, must be finite", name, (long long)i, double(r.inv_freq[i]));
 }
 
 void check_blocks(const dso_cache& cache, const int32_t* table, int64_t blocks) {
@@ -32,10 +33,10 @@ void check_blocks(const dso_cache& cache, const int32_t* table, int64_t blocks) 
   std::vector<int32_t> sorted(table, table + blocks);
   std::sort(sorted.begin(), sorted.end());
   const auto twice = std::adjacent_find(sorted.begin(), sorted.end());
-  if (twice != sorted.end()) fail(DSO_EINVAL, "cache: block %d is there twice, and would turn twice", *twice);
+  if (twice != sorted.end()) fail(DSO_EINVAL, "cache: block %d occurs twice in block_table and would be rotated twice", *twice);
 }
 
-// Cosines and sines of a block's tokens: number n of token t (cosines first) goes to out[n * per_number + t * per_token].
+// Cosines and sines for a block's tokens: element n of token t (cosines first) goes to out[n * per_number + t * per_token].
 void fill(const dso_rotation& r, int64_t position, int64_t delta, int64_t per_number, int64_t per_token, float* out) {
   const int64_t half = r.rot / 2;
   for (int64_t t = 0; t < kTokens; ++t) {
@@ -60,10 +61,9 @@ void turn(Context& c, dso_cache& cache, const dso_rotation& key, const dso_rotat
   const KvLayout& layout = cache.layout;
   check_rotation("key", key, layout.rank ? layout.rope : layout.head_dim);
   if (!index != !layout.index)
-    fail(DSO_EINVAL, "cache: index is %s, and the cache's keys of an indexer have %d numbers", index ? "given" : "NULL",
-         layout.index);
+    fail(DSO_EINVAL, "cache: index is %s, but the cache's index keys have %d elements", index ? "given" : "NULL", layout.index);
   if (index) check_rotation("index", *index, layout.index);
-  if (tokens < 0) fail(DSO_EINVAL, "cache: %lld tokens", (long long)tokens);
+  if (tokens < 0) fail(DSO_EINVAL, "cache: %lld tokens, must not be negative", (long long)tokens);
   const int64_t blocks = ceil_div(tokens, kTokens), first = std::min(position, position + delta),
                 last = std::max(position, position + delta) + tokens;
   if (first < 0 || last > INT32_MAX)
@@ -71,7 +71,7 @@ void turn(Context& c, dso_cache& cache, const dso_rotation& key, const dso_rotat
          (long long)delta);
   if (blocks == 0) return;
   check_blocks(cache, table, blocks);
-  if (delta == 0) return;  // keys would come back the same, INT8 rounded once more
+  if (delta == 0) return;  // the keys would not change, but INT8 would be rounded again
 
   const int64_t key_room = kTokens * key.rot, index_room = index ? kTokens * index->rot : 0,
                 room = std::max(key.rot, index ? index->rot : 0);

@@ -1,4 +1,4 @@
-// Cached keys turned to other positions: what a window does with the tokens behind a gap.
+// Rotates cached keys to other positions: used for the tokens after a gap when a window drops tokens.
 #pragma once
 #include "cache.hpp"
 #include "context.hpp"

@@ -1,5 +1,5 @@
-// Steps that write to the cache. Tasks are pieces of sequences that lie in one cache block, so that no two threads write to one
-// block.
+// Steps that write to the cache. A task covers the part of a sequence within one cache block, so that no two threads write to
+// the same block.
 #pragma once
 #include "cache.hpp"
 #include "op.hpp"
@@ -20,7 +20,7 @@ class CacheWriter : public Op {
 
  protected:
   virtual void write(const Run& run, const Piece& piece, const KvLayout& layout, const KvView& view, int thread) = 0;
-  // Whether the piece completes its block, of which the cache keeps a summary.
+  // Whether this part completes its block, so that the cache needs its summary.
   static bool fills_summary(const Piece& p, const KvLayout& layout) {
     return layout.summary_bytes > 0 && (p.position + p.rows) % DSO_BLOCK_TOKENS == 0;
   }
@@ -29,7 +29,7 @@ class CacheWriter : public Op {
   const int64_t layer_;
 };
 
-// Rows as they are, one a token, by a kernel of this form.
+// Writes unmodified rows, one per token, with a kernel of this signature.
 class RowsWriter final : public CacheWriter {
  public:
   using Kernel = void (*Kernels::*)(const KvLayout& l, const KvView& v, int64_t start, int64_t n, const float* x,
@@ -47,7 +47,7 @@ class RowsWriter final : public CacheWriter {
   }
   const SlotRef in_;
   const Kernel kernel_;
-  const Summarise summarise_;  // of the blocks that they fill, where the cache keeps summaries
+  const Summarise summarise_;  // for completed blocks, if the cache has summaries
 };
 
 }  // namespace dso

@@ -1,4 +1,4 @@
-// A context: one ISA's kernels and the threads that run them. Shared by the caller's handle and every plan made on it.
+// A context: the kernels of one ISA and the threads that run them. Shared by the caller's handle and every plan created on it.
 #pragma once
 #include <atomic>
 #include <memory>
@@ -13,8 +13,8 @@ struct Context {
   Context(const Kernels& kernels, int threads) : kernels(kernels), pool(threads) {}
   const Kernels& kernels;
   ThreadPool pool;
-  std::atomic<bool> checked{false};  // plans made from now on have red zones
-  Arena scratch;                     // of calls outside a plan; touched only under a Lease of the pool
+  std::atomic<bool> checked{false};  // plans created from now on have red zones
+  Arena scratch;                     // for calls outside a plan; used only under a Lease of the pool
 };
 
 }  // namespace dso

@@ -1,5 +1,5 @@
-// Counts down to the last of several tasks that make one thing together, so that whoever ends last goes on with the whole: no
-// stage in between.
+// Counts down to the last of several tasks that compute one result together, so that the last one to finish continues with the
+// whole result, without a stage in between.
 #pragma once
 #include <atomic>
 #include <cstdint>
@@ -9,7 +9,7 @@ namespace dso {
 
 class Countdowns {
  public:
-  void reset(size_t most) {  // forgets all; room for so many
+  void reset(size_t most) {  // clears all countdowns; makes room for this many
     used_ = 0;
     if (all_.size() < most) all_ = std::vector<One>(most + most / 2);
   }
@@ -23,11 +23,11 @@ class Countdowns {
     all_[i].total += more;
     all_[i].left.store(all_[i].total, std::memory_order_relaxed);
   }
-  // True for the one caller that completes what countdown `i` waits for; it then starts anew, for the next layer.
+  // True for the one caller that completes countdown `i`; the countdown then restarts, for the next layer.
   bool last(int32_t i) {
     One& c = all_[i];
     if (c.left.fetch_sub(1, std::memory_order_acq_rel) != 1) return false;
-    c.left.store(c.total, std::memory_order_relaxed);  // the next stage publishes it
+    c.left.store(c.total, std::memory_order_relaxed);  // published by the next stage
     return true;
   }
 

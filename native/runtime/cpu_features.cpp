@@ -19,7 +19,7 @@ struct Registers {
 
 Registers cpuid(uint32_t leaf, uint32_t subleaf = 0) {
   Registers r;
-  __get_cpuid_count(leaf, subleaf, &r.a, &r.b, &r.c, &r.d);  // leaves r alone past the highest leaf
+  __get_cpuid_count(leaf, subleaf, &r.a, &r.b, &r.c, &r.d);  // leaves r unchanged past the highest leaf
   return r;
 }
 
@@ -31,7 +31,7 @@ uint64_t xcr0() {
   return (uint64_t(hi) << 32) | lo;
 }
 
-// arch_prctl codes of asm/prctl.h, which older kernel headers lack.
+// arch_prctl codes from asm/prctl.h, which older kernel headers lack.
 constexpr int kGetXcompSupported = 0x1021;
 constexpr int kRequestXcompPermission = 0x1023;
 constexpr int kTileData = 18;
@@ -88,7 +88,7 @@ std::string brand() {
 
 uint32_t detect_features() {
   const Registers one = cpuid(1);
-  if (!bit(one.c, 27)) return 0;  // OSXSAVE: without it the system saves no vector state
+  if (!bit(one.c, 27)) return 0;  // OSXSAVE: without it the system does not save vector registers
   const uint64_t state = xcr0();
   const bool ymm = (state & 0x6) == 0x6, zmm = ymm && (state & 0xe0) == 0xe0, tiles = (state & 0x60000) == 0x60000;
   const Registers seven = cpuid(7), seven_one = seven.a >= 1 ? cpuid(7, 1) : Registers{};

@@ -1,5 +1,5 @@
-// What this CPU and this operating system let us execute: cpuid says what the CPU has, XCR0 which registers the system
-// saves, and AMX also needs the kernel's leave for the process (see request_amx).
+// What this CPU and operating system can execute: cpuid reports the CPU's features, XCR0 which registers the system saves, and
+// AMX also needs the kernel's permission for the process (see request_amx).
 #pragma once
 #include <cstdint>
 #include <string>
@@ -24,10 +24,11 @@ enum Feature : uint32_t {
 };
 
 uint32_t detect_features();                    // a set of Feature
-std::string feature_names(uint32_t features);  // "avx2, fma": as Linux writes them in /proc/cpuinfo
+std::string feature_names(uint32_t features);  // "avx2, fma": with the names of /proc/cpuinfo
 std::string describe_cpu();                    // JSON: vendor, model, features, caches in bytes, logical cores
 
-// Asks Linux for the tile registers, for the whole process and for good. Empty, or why not.
+// Requests the tile registers from Linux, permanently for the whole process. Returns an empty string, or the reason for
+// refusal.
 std::string request_amx();
 
 }  // namespace dso

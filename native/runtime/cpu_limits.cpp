@@ -31,7 +31,7 @@ void tighten(int& limit, int found) {
 }
 
 int affinity_cpus() {
-  for (int n = 1024; n <= 1 << 18; n *= 4) {  // a mask that is too small for this kernel fails: try a larger one
+  for (int n = 1024; n <= 1 << 18; n *= 4) {  // a mask too small for this kernel fails: try a larger one
     std::unique_ptr<cpu_set_t, void (*)(cpu_set_t*)> set(CPU_ALLOC(n), [](cpu_set_t* s) { CPU_FREE(s); });
     const size_t bytes = CPU_ALLOC_SIZE(n);
     if (set && sched_getaffinity(0, bytes, set.get()) == 0) return CPU_COUNT_S(bytes, set.get());
@@ -50,7 +50,7 @@ int cgroup_cpus(const std::string& membership, const std::string& root) {
     const std::string controllers = "," + line.substr(a + 1, b - a - 1) + ",";
     const bool v2 = controllers == ",,";
     if (!v2 && controllers.find(",cpu,") == std::string::npos) continue;
-    // In a container the path may be the host's; the walk up to the mounted root finds the limit all the same.
+    // In a container the path may be the host's; walking up to the mounted root still finds the limit.
     for (std::string path = line.substr(b + 1);; path.erase(path.rfind('/'))) {
       if (path == "/") path.clear();
       if (v2) {

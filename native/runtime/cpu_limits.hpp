@@ -1,11 +1,11 @@
-// How many CPUs this process may use.
+// The number of CPUs that this process may use.
 #pragma once
 #include <string>
 
 namespace dso {
 
-// ceil(quota / period) of the tightest CPU quota among a process's cgroups (v2 and v1) and their parents; 0: no limit.
-// `membership` is /proc/self/cgroup, `root` where the hierarchies are mounted.
+// ceil(quota / period) for the smallest CPU quota among a process's cgroups (v2 and v1) and their parents; 0: no limit.
+// `membership` is /proc/self/cgroup, `root` the mount point of the hierarchies.
 int cgroup_cpus(const std::string& membership = "/proc/self/cgroup", const std::string& root = "/sys/fs/cgroup");
 
 int default_threads();  // min(affinity, cgroup limit), at least 1

@@ -1,4 +1,4 @@
-// Work outside a plan, spread over a context's threads: packing, unpacking, one conversion, one product.
+// Work outside a plan, split over a context's threads: packing, unpacking, one conversion, one product.
 #pragma once
 #include "context.hpp"
 #include "dso.h"

@@ -18,7 +18,7 @@ std::string vtext(const char* format, va_list args) {
   return out;
 }
 
-// A plain array: it needs no destructor when a thread ends, and no memory when there is none left.
+// A plain array: it needs no destructor when a thread ends and no allocation when memory is exhausted.
 thread_local char message[1024] = "";
 
 }  // namespace

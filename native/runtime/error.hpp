@@ -1,4 +1,4 @@
-// Errors inside the library are exceptions; at the C border they become a code and this thread's message.
+// Errors inside the library are exceptions; the C interface converts them to a code and this thread's message.
 #pragma once
 #include <cstdint>
 #include <exception>
@@ -22,7 +22,7 @@ std::string text(const char* format, ...) __attribute__((format(printf, 1, 2)));
 void set_last_error(const char* message) noexcept;  // of the calling thread
 const char* last_error() noexcept;
 
-// Runs `body` at the C border: nothing is thrown past it.
+// Runs `body` at the C interface: no exception leaves it.
 template <class Body>
 int32_t guarded(Body&& body) noexcept {
   try {

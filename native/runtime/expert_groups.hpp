@@ -1,9 +1,9 @@
-// Which rows meet which expert's matrices, and how that work is cut. Made once for the steps over one slot of routes, when
-// these are known; EXPERTS_GATE_UP writes its rows in the order of the groups, and EXPERTS_DOWN reads them so.
+// Which rows use which expert, and how that work is split. Built once for the steps over one slot of routes, as soon as the
+// routes are known; EXPERTS_GATE_UP writes its rows in the order of the groups, and EXPERTS_DOWN reads them in that order.
 //
-// Grouped: the (token, choice) pairs sorted by expert, tokens ascending, so that an expert's weights meet all their rows at
-// once. Else each pair is a group by itself, in the order of the tokens: the plain form. Which it is never changes a row's
-// bits.
+// Grouped: the (token, choice) pairs are sorted by expert, tokens ascending, so that an expert's weights are read once for all
+// its rows. Otherwise each pair is a group of its own, in the order of the tokens: the plain form. The form never changes a
+// row's bits.
 #pragma once
 #include <algorithm>
 #include <vector>
@@ -14,7 +14,7 @@
 
 namespace dso {
 
-struct Group {  // pairs [begin, end): one expert's; those from `prefill` on belong to sequences in prefill phase
+struct Group {  // pairs [begin, end) of one expert; those from `prefill` on belong to sequences in prefill phase
   int64_t expert, begin, prefill, end;
 };
 
@@ -22,8 +22,8 @@ class ExpertGroups {
  public:
   ExpertGroups(int32_t routes, const Chosen& chosen, bool grouped) : routes(routes), chosen(chosen), grouped(grouped) {}
 
-  void reserve(int64_t tokens);  // room for so many, so that build() takes no memory
-  // `decode`: how many leading tokens belong to sequences in decode phase. A number that is no expert's counts as 0.
+  void reserve(int64_t tokens);  // reserves room for this many, so that build() does not allocate
+  // `decode`: number of leading tokens of sequences in decode phase. An invalid expert index counts as 0.
   void build(const Rows& routes, int64_t decode);
 
   const int32_t routes;  // the slot
@@ -32,7 +32,7 @@ class ExpertGroups {
 
   int64_t pairs() const { return int64_t(tokens_.size()); }
   const std::vector<Group>& groups() const { return groups_; }
-  // Of pair `p`. Within a group tokens ascend; a token's pairs lie in groups of ascending experts.
+  // Accessors for pair `p`. Within a group tokens ascend; a token's pairs are in groups of ascending experts.
   const int32_t* tokens(int64_t p) const { return tokens_.data() + p; }
   float weight(int64_t p) const { return weights_[p]; }
 
@@ -40,10 +40,10 @@ class ExpertGroups {
   std::vector<int32_t> tokens_;
   std::vector<float> weights_;
   std::vector<Group> groups_;
-  std::vector<int64_t> places_;  // of each expert: where its next pair goes
+  std::vector<int64_t> places_;  // per expert: position of its next pair
 };
 
-// body(begin, end, prefill) for the pairs [begin, end) of a group, of each kernel family by itself.
+// Calls body(begin, end, prefill) for the pairs [begin, end) of a group, separately for each kernel family.
 template <class Body>
 void by_family(const Group& g, bool one_family, const Body& body) {
   const int64_t border = one_family && g.prefill < g.end ? g.begin : g.prefill;
@@ -51,7 +51,7 @@ void by_family(const Group& g, bool one_family, const Body& body) {
   if (border < g.end) body(border, g.end, true);
 }
 
-// `tiles` in `blocks` blocks that differ by one step at most.
+// Splits `tiles` into `blocks` blocks whose sizes differ by at most one step.
 struct TileBlocks {
   int64_t tiles = 0, step = 1, blocks = 1;
 

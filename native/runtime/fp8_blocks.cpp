@@ -18,7 +18,7 @@ bool any_nan(const uint8_t* codes, int64_t stride, int64_t rows, int64_t cols) {
   return found;
 }
 
-// One tile of `rows` x `cols` real codes.
+// One tile, of which `rows` x `cols` codes exist.
 void repack_tile(const uint8_t* codes, int64_t stride, int64_t rows, int64_t cols, float scale, uint8_t* tile) {
   uint8_t row[kTileRows][kTileCols] = {};
   for (int64_t r = 0; r < rows; ++r) memcpy(row[r], codes + r * stride, size_t(cols));

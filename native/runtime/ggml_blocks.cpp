@@ -1,5 +1,5 @@
-// Blocks as ggml-common.h of llama.cpp has them: fp16 scale (Q4_1: and minimum), then codes. 4-bit: 16 bytes, columns 0..15
-// low, 16..31 high; 8-bit: 32 signed bytes.
+// Blocks as defined in ggml-common.h of llama.cpp: fp16 scale (Q4_1: and minimum), then codes. 4-bit: 16 bytes, columns 0..15
+// in the low nibbles, 16..31 in the high ones; 8-bit: 32 signed bytes.
 #include "ggml_blocks.hpp"
 
 #include <cstring>
@@ -18,7 +18,7 @@ void reorder_nibbles(const uint32_t in[4], uint32_t out[4]) {
   out[3] = (in[2] >> 4 & kLow) | (in[3] & kHigh);
 }
 
-// halves: fp16 numbers before a block's codes; words: 32-bit words of codes; zero: a word of codes of zero.
+// halves: number of fp16 values before a block's codes; words: 32-bit words of codes; zero: a word of zero codes.
 template <int halves, int words, uint32_t zero>
 void repack(const uint8_t* source, int64_t rows, int64_t groups, int64_t stride, uint8_t* packed) {
   constexpr int64_t block = 2 * halves + 4 * words;

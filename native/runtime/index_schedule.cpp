@@ -4,7 +4,7 @@
 
 namespace dso {
 namespace {
-constexpr int64_t kFillRows = 64;  // rows of a task that scores nothing
+constexpr int64_t kFillRows = 64;  // rows of a task without scores
 }
 
 void IndexSchedule::build(const Run& run) {

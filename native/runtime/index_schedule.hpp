@@ -1,9 +1,10 @@
-// How choosing tokens for a ragged batch is cut into tasks. Made once a step of the model, used by all layers that are alike.
+// Splits token choice for a ragged batch into tasks. Built once per step of the model and shared by all layers of the same
+// shape.
 //
-// A row that sees no more than top_k tokens takes all of them and costs next to nothing. The others go in blocks of a few rows
-// of one sequence, which share a read of the keys; where such a block is more than a thread's share, several tasks score a
-// range of its tokens each, and the last to end chooses. A score does not depend on the range it was made in, so neither does
-// the choice.
+// A row that sees no more than top_k tokens takes all of them, at almost no cost. The others form blocks of a few rows of one
+// sequence, which share one pass over the keys; if such a block exceeds a thread's share, several tasks each score a range of
+// its tokens, and the last to finish makes the choice. A score does not depend on the range in which it was computed, so
+// neither does the choice.
 #pragma once
 #include <cstdint>
 #include <vector>
@@ -19,23 +20,23 @@ struct IndexShape {
 };
 
 struct IndexTask {
-  int64_t sequence, r0, r1;  // rows, within the sequence
-  int64_t t0, t1;            // tokens to score; none: the rows take all they see
-  int64_t stride;            // floats from a row's scores to the next row's
-  int64_t part;   // where the scores of the block lie in the shared memory, in floats; -1: this task makes all of them
-  int32_t merge;  // countdown: tasks left before the rows are chosen for
+  int64_t sequence, r0, r1;  // rows within the sequence
+  int64_t t0, t1;            // tokens to score; none: the rows take all visible tokens
+  int64_t stride;            // floats from one row's scores to the next row's
+  int64_t part;              // offset of the block's scores in the shared memory, in floats; -1: this task computes all of them
+  int32_t merge;             // countdown: tasks left before the rows can choose
   int64_t cost;
 };
 
 class IndexSchedule {
  public:
   explicit IndexSchedule(const IndexShape& shape) : shape(shape) {}
-  void build(const Run& run);  // does nothing when it is up to date
+  void build(const Run& run);  // does nothing if it is up to date
   bool last(int32_t countdown) { return countdowns_.last(countdown); }
 
-  static constexpr int64_t kRows = 4;  // of a block: 64 heads of 128 take 128 KB packed
+  static constexpr int64_t kRows = 4;  // rows per block: 64 heads of 128 take 128 KB packed
   static constexpr int64_t kTokens =
-      256;  // that all rows of a block are scored against, one after the other: their keys stay near
+      256;  // tokens scored for all rows of a block before the next ones, so that their keys stay in cache
 
   const IndexShape shape;
   std::vector<IndexTask> tasks;

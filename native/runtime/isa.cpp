@@ -48,19 +48,20 @@ const Kernels& choose_kernels(const char* name) {
     if (!isa) {
       std::string known;
       for (const Isa& i : isas()) known += (known.empty() ? "" : ", ") + std::string(i.name);
-      fail(DSO_EISA, "unknown ISA \"%s\"; known: %s", name, known.c_str());
+      fail(DSO_EISA, "unknown ISA \"%s\"; choose one of %s", name, known.c_str());
     }
     if (const uint32_t missing = isa->needs & ~features_here())
-      fail(DSO_EISA, "ISA \"%s\" cannot run here: this CPU or system lacks %s", name, feature_names(missing).c_str());
-    if (!isa->kernels()) fail(DSO_EISA, "ISA \"%s\" is not in this build: the compiler lacked its flags", name);
+      fail(DSO_EISA, "ISA \"%s\" cannot run on this machine: the CPU or system lacks %s", name, feature_names(missing).c_str());
+    if (!isa->kernels()) fail(DSO_EISA, "ISA \"%s\" is not in this build: the compiler does not support it", name);
     if (isa->needs & kAmxTile)
       if (const std::string why = request_amx(); !why.empty())
-        fail(DSO_EISA, "ISA \"%s\" cannot run here: %s", name, why.c_str());
+        fail(DSO_EISA, "ISA \"%s\" cannot run on this machine: %s", name, why.c_str());
     return *isa->kernels();
   }
   for (auto isa = isas().rbegin(); isa != isas().rend(); ++isa)
     if (isa->automatic && runs_here(*isa) && (!(isa->needs & kAmxTile) || request_amx().empty())) return *isa->kernels();
-  fail(DSO_EISA, "no ISA of this build runs here: avx2 lacks %s", feature_names(kNeedsAvx2 & ~features_here()).c_str());
+  fail(DSO_EISA, "no ISA of this build runs on this machine: avx2 needs %s",
+       feature_names(kNeedsAvx2 & ~features_here()).c_str());
 }
 
 }  // namespace dso

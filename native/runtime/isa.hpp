@@ -1,4 +1,4 @@
-// The ISA variants this library was built with, what each needs, and the choice among them.
+// The ISA variants of this build, their requirements, and the choice among them.
 #pragma once
 #include <cstdint>
 #include <vector>
@@ -10,15 +10,15 @@ namespace dso {
 struct Isa {
   const char* name;
   uint32_t needs;               // a set of Feature
-  const Kernels* (*kernels)();  // null where the compiler could not build it
-  bool automatic;               // may be chosen by itself
+  const Kernels* (*kernels)();  // null if the compiler could not build it
+  bool automatic;               // may be chosen automatically
 };
 
 const std::vector<Isa>& isas();         // best last; names as in dso.h
 const Isa* find_isa(const char* name);  // null for an unknown name
 bool runs_here(const Isa& isa);
 
-// The kernels called `name`, or the best that run here (null). Error DSO_EISA says what is missing.
+// The kernels called `name`, or, if null, the best that run on this machine. Error DSO_EISA says what is missing.
 const Kernels& choose_kernels(const char* name);
 
 }  // namespace dso

@@ -4,7 +4,8 @@
 
 namespace dso {
 namespace {
-constexpr int64_t kLargest = int64_t(1) << 31;  // rows, columns and widths are below it, so that products fit in int64
+constexpr int64_t kLargest =
+    int64_t(1) << 31;  // exclusive upper limit of rows, columns and widths, so that products fit in int64
 }
 
 int64_t tile_bytes(int32_t format) {
@@ -127,17 +128,17 @@ int64_t summary_bytes(int32_t kv_type, int64_t width) { return summary_blocks * 
 Matrix check_matrix(const dso_weight& w, const std::string& what) { return check_stack(w, 1, what).first; }
 
 Stack check_stack(const dso_weight& w, int64_t count, const std::string& what) {
-  if (tile_bytes(w.format) < 0) fail(DSO_EINVAL, "%s: format %d is no packed matrix format", what.c_str(), w.format);
+  if (tile_bytes(w.format) < 0) fail(DSO_EINVAL, "%s: format %d is not a packed matrix format", what.c_str(), w.format);
   const int64_t expected = packed_bytes(w.format, w.rows, w.cols);
-  if (expected < 0) fail(DSO_EINVAL, "%s: a matrix of %d x %d", what.c_str(), w.rows, w.cols);
+  if (expected < 0) fail(DSO_EINVAL, "%s: invalid shape: a matrix of %d x %d", what.c_str(), w.rows, w.cols);
   const int64_t given = w.count == 0 ? 1 : w.count;
   if (given != count)
-    fail(DSO_EINVAL, "%s: a stack of %lld matrices, not of %lld", what.c_str(), (long long)given, (long long)count);
+    fail(DSO_EINVAL, "%s: a stack of %lld matrices, must be %lld", what.c_str(), (long long)given, (long long)count);
   if (!w.data) fail(DSO_EINVAL, "%s: data is NULL", what.c_str());
   int64_t all;
   if (__builtin_mul_overflow(expected, count, &all) || w.bytes != all)
-    fail(DSO_EINVAL, "%s: %s of %d x %d takes %lld bytes, times %lld; not %lld", what.c_str(), format_name(w.format), w.rows,
-         w.cols, (long long)expected, (long long)count, (long long)w.bytes);
+    fail(DSO_EINVAL, "%s: %s of %d x %d takes %lld bytes, times %lld; bytes is %lld", what.c_str(), format_name(w.format),
+         w.rows, w.cols, (long long)expected, (long long)count, (long long)w.bytes);
   return {{w.format, w.rows, w.cols, static_cast<const uint8_t*>(w.data)}, count, expected};
 }
 
@@ -147,7 +148,7 @@ const float* check_vector(const dso_weight& w, int64_t cols, const std::string& 
     fail(DSO_EINVAL, "%s: must be 1 x %lld, is %d x %d", what.c_str(), (long long)cols, w.rows, w.cols);
   if (!w.data) fail(DSO_EINVAL, "%s: data is NULL", what.c_str());
   if (w.bytes != 4 * cols)
-    fail(DSO_EINVAL, "%s: takes %lld bytes, not %lld", what.c_str(), (long long)(4 * cols), (long long)w.bytes);
+    fail(DSO_EINVAL, "%s: takes %lld bytes, but bytes is %lld", what.c_str(), (long long)(4 * cols), (long long)w.bytes);
   return static_cast<const float*>(w.data);
 }
 

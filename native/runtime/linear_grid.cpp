@@ -5,7 +5,7 @@ namespace {
 constexpr int64_t kRowsBytes = 384 << 10;
 constexpr int64_t kBlockTiles = 12;
 
-int64_t even_blocks(int64_t total, int64_t most, int64_t step) {  // the block size: equal blocks, none above `most`
+int64_t even_blocks(int64_t total, int64_t most, int64_t step) {  // the block size: equal blocks, none larger than `most`
   return round_up(ceil_div(total, ceil_div(total, most)), step);
 }
 }  // namespace

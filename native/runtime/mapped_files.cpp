@@ -21,10 +21,10 @@ namespace {
 
 enum State : int32_t { kIntact = 0, kLost = 1, kWritten = 2 };
 
-// Never freed, but used again: the handler walks the list without a lock. It looks at the atomic fields and `next`; the others
-// belong to whoever holds the mutex.
+// Never freed, only reused: the handler walks the list without a lock. It reads the atomic fields and `next`; the others are
+// protected by the mutex.
 struct Mapping {
-  std::atomic<uint32_t> version{0};  // odd while the next three change
+  std::atomic<uint32_t> version{0};  // odd while the next three fields change
   std::atomic<int64_t> number{0};    // 0: free
   std::atomic<uintptr_t> begin{0}, end{0};
   std::atomic<int32_t> state{kIntact};
@@ -37,13 +37,14 @@ struct Mapping {
 
 std::atomic<Mapping*> mappings{nullptr};
 std::atomic<int32_t> live{0};
-std::atomic<pid_t> chaining{0};  // the thread in which the handler before ours is being called
-struct sigaction before;         // whom we call for all other faults; written under the mutex
+std::atomic<pid_t> chaining{0};  // the thread in which the previous handler is being called
+struct sigaction before;         // the previous handler, called for all other faults; written under the mutex
 
 std::mutex& mutex() {
   static std::mutex* const made = [] {
-    auto* const m = new std::mutex;  // never destroyed: mappings may be removed while the process ends
-    pthread_atfork([] { mutex().lock(); }, [] { mutex().unlock(); }, [] { mutex().unlock(); });  // a child must find it free
+    auto* const m = new std::mutex;  // never destroyed: mappings may be removed while the process exits
+    pthread_atfork([] { mutex().lock(); }, [] { mutex().unlock(); },
+                   [] { mutex().unlock(); });  // so that a child does not inherit a locked mutex
     return m;
   }();
   return *made;
@@ -57,7 +58,7 @@ void place(Mapping& m, int64_t number, uintptr_t begin, uintptr_t end) {
   m.version.fetch_add(1);
 }
 
-// ---- the handler: nothing here takes a lock or memory
+// ---- the handler: nothing here locks or allocates
 
 struct Range {
   Mapping* mapping = nullptr;
@@ -65,7 +66,7 @@ struct Range {
   uintptr_t begin = 0, end = 0;
 };
 
-// The newest mapping that holds this address: one that was unmapped may be removed late.
+// The newest mapping that contains this address: an old one may be removed only after it was unmapped.
 Range find(const void* address) {
   const auto at = reinterpret_cast<uintptr_t>(address);
   Range found;
@@ -80,7 +81,7 @@ Range find(const void* address) {
 bool replace_by_zeros(void* address) {
   const Range r = find(address);
   if (!r.mapping) return false;
-  r.mapping->state.store(kLost);  // first: whoever reads zeros must find it
+  r.mapping->state.store(kLost);  // first: a thread that reads zeros must see this state
   void* const made = mmap(reinterpret_cast<void*>(r.begin), r.end - r.begin, PROT_READ | PROT_WRITE,
                           MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED | MAP_NORESERVE, -1, 0);
   return made != MAP_FAILED;
@@ -90,13 +91,14 @@ void call_default(int signal, bool fault) {
   struct sigaction standard = {};
   standard.sa_handler = SIG_DFL;
   sigaction(signal, &standard, nullptr);
-  if (!fault) raise(signal);  // a fault comes again by itself
+  if (!fault) raise(signal);  // a fault repeats by itself
 }
 
 void call_before(int signal, siginfo_t* info, void* context) {
   const bool fault = info->si_code > 0;
   const pid_t thread = pid_t(syscall(SYS_gettid));
-  // Python's faulthandler, once it has written, restores whom it found and raises the signal anew: if that was us, it is done.
+  // Python's faulthandler, after writing, restores the handler it replaced and raises the signal again: if that is this one,
+  // stop.
   if (!fault && chaining.load() == thread) return call_default(signal, fault);
   if (!(before.sa_flags & SA_SIGINFO)) {
     if (before.sa_handler == SIG_IGN && !fault) return;
@@ -116,14 +118,15 @@ void on_sigbus(int signal, siginfo_t* info, void* context) {
   errno = error;
 }
 
-// ---- the rest holds the mutex
+// ---- the functions below hold the mutex
 
 void install() {
   struct sigaction now = {};
   if (sigaction(SIGBUS, nullptr, &now) == 0 && (now.sa_flags & SA_SIGINFO) && now.sa_sigaction == on_sigbus) return;
   struct sigaction ours = {};
   ours.sa_sigaction = on_sigbus;
-  ours.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_RESTART | SA_NODEFER;  // what a handler raises within ours comes within ours
+  ours.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_RESTART |
+                  SA_NODEFER;  // so that a signal raised by a handler within ours is delivered within ours
   sigemptyset(&ours.sa_mask);
   before = now;
   sigaction(SIGBUS, &ours, nullptr);
@@ -131,7 +134,7 @@ void install() {
 
 int64_t modified(const struct stat& s) { return int64_t(s.st_mtim.tv_sec) * 1000000000 + s.st_mtim.tv_nsec; }
 
-// Looks at the file; what was found once stays.
+// Checks the file; a detected change is permanent.
 int32_t look(Mapping& m) {
   struct stat s;
   if (m.state.load() == kIntact && m.fd >= 0) {
@@ -148,9 +151,9 @@ int32_t look(Mapping& m) {
 }  // namespace
 
 int64_t add_mapping(const void* address, int64_t bytes, int fd, int64_t modified_ns, const char* name) {
-  if (!address || bytes < 1 || !name) fail(DSO_EINVAL, "a mapping of %lld bytes at %p", (long long)bytes, address);
+  if (!address || bytes < 1 || !name) fail(DSO_EINVAL, "invalid mapping: %lld bytes at %p", (long long)bytes, address);
   const int own = fd < 0 ? -1 : fcntl(fd, F_DUPFD_CLOEXEC, 3);
-  if (fd >= 0 && own < 0) fail(DSO_EINVAL, "%s cannot be kept open (error %d)", name, errno);
+  if (fd >= 0 && own < 0) fail(DSO_EINVAL, "%s: its file descriptor cannot be duplicated (error %d)", name, errno);
   std::lock_guard lock(mutex());
   Mapping* m = mappings.load();
   while (m && m->number.load() != 0) m = m->next;

@@ -2,16 +2,16 @@
 
 namespace dso {
 namespace {
-constexpr int64_t kAbsorbedRows = 8;    // rows that share a read of the cache
-constexpr int64_t kExpandedRows = 512;  // rows that share keys and values made for them
+constexpr int64_t kAbsorbedRows = 8;    // rows that share one pass over the cache
+constexpr int64_t kExpandedRows = 512;  // rows that share the keys and values expanded for them
 constexpr int64_t kLeastExpandedRows = 64;
-// Partial results, in floats (32 MiB): of a block of several rows in its task's scratch, and of all pieces that tasks share.
-// What is beyond it takes whole groups as tasks: of a row, ceil(tokens / 8192) groups in the shared memory and the 32 pieces of
-// one in a task's scratch. At 160K tokens, 128 heads and rank 512 that is 5.4 MB and at most 8.7 MB a thread; all pieces would
-// be 169 MB.
+// Limits of partial results, in floats (32 MiB): for a block of several rows in its task's scratch, and for all pieces that
+// tasks share. Larger work uses whole groups as tasks: per row, ceil(tokens / 8192) groups in the shared memory and the 32
+// pieces of one group in a task's scratch. At 160K tokens, 128 heads and rank 512 that is 5.4 MB and at most 8.7 MB per thread;
+// all pieces would be 169 MB.
 constexpr int64_t kPartFloats = 1 << 23;
 
-// Multiply-adds a head, for rows that are tokens [i0, i1) of their sequence.
+// Multiply-adds per head for rows that are tokens [i0, i1) of their sequence.
 int64_t absorbed_cost(const MlaShape& s, int64_t i0, int64_t i1) {
   return (i1 - i0) * s.rank * (s.nope + s.v_dim) + s.window.pairs(i0, i1) * (2 * s.rank + s.rope);
 }
@@ -19,7 +19,7 @@ int64_t sparse_cost(const MlaShape& s, int64_t rows) {
   return rows * (s.rank * (s.nope + s.v_dim) + s.top_k * (2 * s.rank + s.rope));
 }
 int64_t expanded_cost(const MlaShape& s, int64_t i0, int64_t i1) {
-  int64_t made = 0;  // tokens for which keys and values are made
+  int64_t made = 0;  // tokens whose keys and values are expanded
   for (int64_t i = i0; i < i1; i += kExpandedRows) made += s.window.pieces(i, std::min(i + kExpandedRows, i1)).tokens();
   return made * s.rank * (s.nope + s.v_dim) + s.window.pairs(i0, i1) * (s.head_dim() + s.v_dim);
 }
@@ -66,7 +66,7 @@ int64_t MlaSchedule::rows_of_a_block(const Run& run, const RowSpan& span) const 
                              kAbsorbedRows);
 }
 
-// Fewer where the heads alone are too few tasks: making keys and values again costs less than threads that wait.
+// Fewer rows per task if the heads alone make too few tasks: expanding keys and values again costs less than idle threads.
 int64_t MlaSchedule::expanded_rows(const Run& run, int64_t rows) const {
   return std::clamp(round_up(ceil_div(rows * shape.heads, run.threads), kLeastExpandedRows), kLeastExpandedRows, kExpandedRows);
 }
@@ -112,11 +112,11 @@ void MlaSchedule::add_absorbed(const Run& run, const RowSpan& span, int64_t r0, 
   t.r1 = r1;
   t.pieces = pieces(run, span, r0, r1);
   const int64_t rows = r1 - r0, sets = ceil_div(shape.heads, mla_heads),
-                floats = rows * shape.part_floats();  // of a head and piece
+                floats = rows * shape.part_floats();  // per head and piece
   const bool whole_groups = t.pieces.count() * floats * shape.heads > room_;
-  const int64_t units = whole_groups ? t.pieces.groups() : t.pieces.count();  // that are not cut
+  const int64_t units = whole_groups ? t.pieces.groups() : t.pieces.count();  // units that are not split
 
-  // First along the cache, where a task costs nothing more by it; then by heads, which makes each task read the cache again.
+  // Split along the cache first, which costs nothing extra per task; then by heads, which makes each task read the cache again.
   const int64_t cost = shape.heads * rows * t.pieces.tokens() * (2 * shape.rank + shape.rope);
   const int64_t stretch = ceil_div(units, std::clamp<int64_t>(ceil_div(4 * cost, fair), 1, units)),
                 stretches = ceil_div(units, stretch);
@@ -146,7 +146,7 @@ void MlaSchedule::add_absorbed(const Run& run, const RowSpan& span, int64_t r0, 
   }
 }
 
-// Heads of a task share the latents brought into the form that kv_b reads.
+// The heads of a task share the latents, converted to the kind that kv_b reads.
 void MlaSchedule::add_expanded(const Run& run, const RowSpan& span, int64_t r0, int64_t r1, int64_t fair) {
   const int64_t context = run.batch.source->context_len[span.sequence], cost = expanded_cost(shape, context + r0, context + r1);
   const int64_t heads = std::clamp<int64_t>(fair / (4 * cost), 1, shape.heads);
@@ -170,16 +170,17 @@ std::shared_ptr<MlaSchedule> mla_schedule(StepReader& s) {
                        s.positive("rope", s.step.rope),       s.positive("rank", s.step.rank),
                        s.positive("v_dim", s.step.v_dim),     s.step.top_k,
                        (s.step.flags & DSO_FLAG_EXPAND) != 0, {s.step.window, s.step.sinks}};
-  if (shape.top_k < 0) s.refuse("top_k is %d", s.step.top_k);
-  if (s.step.window < 0) s.refuse("window is %d", s.step.window);
+  if (shape.top_k < 0) s.refuse("top_k is %d, must not be negative", s.step.top_k);
+  if (s.step.window < 0) s.refuse("window is %d, must not be negative", s.step.window);
   if (s.step.sinks < 0 || (s.step.sinks > 0 && s.step.window == 0))
-    s.refuse("sinks is %d beside a window of %d", s.step.sinks, s.step.window);
+    s.refuse("sinks is %d with a window of %d: must be 0 without a window, and never negative", s.step.sinks, s.step.window);
   if (shape.top_k > 0 && s.step.window > 0)
-    s.refuse("top_k is %d beside a window of %d: what is seen is chosen one way", s.step.top_k, s.step.window);
-  if (shape.top_k > 0 && shape.expand) s.refuse("top_k is %d, but chosen tokens are never expanded", s.step.top_k);
+    s.refuse("top_k is %d with a window of %d: use one of them", s.step.top_k, s.step.window);
+  if (shape.top_k > 0 && shape.expand)
+    s.refuse("top_k is %d with the EXPAND flag, but chosen tokens are never expanded", s.step.top_k);
   if (shape.expand && !shape.can_expand())
-    s.refuse("heads of %lld, with values of %lld, cannot be expanded: both must be even and at most %d",
-             (long long)shape.head_dim(), (long long)shape.v_dim, int(max_head_dim));
+    s.refuse("head_dim %lld and v_dim %lld cannot be expanded: both must be even and at most %d", (long long)shape.head_dim(),
+             (long long)shape.v_dim, int(max_head_dim));
   return shared_schedule(s.plan().mla_schedules, shape);
 }
 

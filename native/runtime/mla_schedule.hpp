@@ -1,12 +1,12 @@
-// How latent attention over a ragged batch is done and cut into tasks. Made once a step of the model, used by all layers that
-// are alike, and by the products before and behind the attention.
+// Chooses the form of latent attention for a ragged batch and splits it into tasks. Built once per step of the model and shared
+// by all layers of the same shape, and by the products before and after the attention.
 //
-// Sequences in decode phase are absorbed; one in prefill takes the form of fewer multiply-adds, which depends on nothing but
-// its own lengths. An absorbed task is some heads of some rows of one sequence and some of the pieces they see
-// (mla_pieces.hpp); an expanded one is some heads of some rows, and walks the chunks by itself.
+// Sequences in decode phase are absorbed; one in prefill uses the form with fewer multiply-adds, which depends only on its own
+// lengths. An absorbed task is some heads of some rows of one sequence and some of their pieces (mla_pieces.hpp); an expanded
+// one is some heads of some rows, and walks the chunks itself.
 //
-// Sparse attention: a row that sees no more than top_k tokens attends to all of them, like any other. The rows behind are
-// absorbed, each by itself, over chunks of 256 of its chosen tokens; so a row's bits are the same on both sides of the border.
+// Sparse attention: a row that sees no more than top_k tokens attends to all of them, like any other. Later rows are absorbed
+// one by one, over chunks of 256 of their chosen tokens; so a row's bits are the same on both sides of this limit.
 #pragma once
 #include "countdown.hpp"
 #include "mla_pieces.hpp"
@@ -17,21 +17,21 @@ namespace dso {
 
 struct MlaShape {
   int64_t heads, nope, rope, rank, v_dim;
-  int64_t top_k;     // tokens that a row attends to, at most; 0: all that it sees
-  bool expand;       // every row
-  MlaWindow window;  // not beside top_k
+  int64_t top_k;     // maximum number of tokens that a row attends to; 0: all visible ones
+  bool expand;       // expand every row
+  MlaWindow window;  // not together with top_k
   bool operator==(const MlaShape&) const = default;
   int64_t width() const { return rank + rope; }
   int64_t head_dim() const { return nope + rope; }
-  int64_t part_floats() const { return rank + 16; }  // of one (row, head, piece): see Kernels::mla_attend
-  bool can_expand() const;                           // whether the kernels take heads of this size
+  int64_t part_floats() const { return rank + 16; }  // per (row, head, piece): see Kernels::mla_attend
+  bool can_expand() const;                           // whether the kernels support heads of this size
 };
 
-// Where an absorbed task keeps the partial results of its rows and heads.
+// Where an absorbed task stores the partial results of its rows and heads.
 enum class MlaParts : uint8_t {
-  kAlone,   // it has all pieces: in its scratch, those of a group at a time
-  kPieces,  // one of several: every piece's in the shared memory
-  kGroups,  // one of several, of whole groups: every group's in the shared memory, those of a group's pieces in its scratch
+  kAlone,   // it has all pieces: in its scratch, one group at a time
+  kPieces,  // one of several tasks: all pieces in the shared memory
+  kGroups,  // one of several, with whole groups: groups in the shared memory, the pieces of one group in its scratch
 };
 
 struct MlaTask {
@@ -39,21 +39,21 @@ struct MlaTask {
   MlaParts parts;
   int64_t sequence;
   int64_t h0, h1;    // absorbed: h0 is a multiple of mla_heads
-  int64_t r0, r1;    // rows, within the sequence
-  MlaPieces pieces;  // that the rows see (sparse: of the list of what its one row chose),
+  int64_t r0, r1;    // rows within the sequence
+  MlaPieces pieces;  // pieces that the rows see (sparse: of the list of tokens chosen by its single row),
   int64_t p0, p1;    // and those of this task
-  int64_t part;      // where the partial results begin in the shared memory, in floats
-  int32_t merge;     // countdown: tasks left before all are merged
+  int64_t part;      // offset of the partial results in the shared memory, in floats
+  int32_t merge;     // countdown: tasks left before all can be merged
   int64_t cost;      // multiply-adds
 };
 
-struct RowSpan {  // rows of a sequence that attend alike
+struct RowSpan {  // rows of a sequence that attend in the same way
   int64_t sequence, r0, r1;
   bool sparse, expanded;
   int64_t rows() const { return r1 - r0; }
 };
 
-struct RowRange {  // consecutive rows of the batch, of one phase and form
+struct RowRange {  // consecutive rows of the batch with one phase and form
   int64_t begin, end;
   bool decode, expanded;
 };
@@ -61,21 +61,21 @@ struct RowRange {  // consecutive rows of the batch, of one phase and form
 class MlaSchedule {
  public:
   explicit MlaSchedule(const MlaShape& shape) : shape(shape) {}
-  void build(const Run& run);  // does nothing when it is up to date
+  void build(const Run& run);  // does nothing if it is up to date
 
   const MlaShape shape;
   std::vector<MlaTask> tasks;
   std::vector<RowRange> ranges;  // all rows, ascending
   Countdowns countdowns;
   int64_t shared_floats = 0;   // partial results in shared memory
-  int64_t private_floats = 0;  // and in a task's scratch
-  int64_t queries = 0;         // packed queries of a task: rows x sets of mla_heads heads
-  int64_t states = 0;          // of an expanded task: rows x heads; 0: there is none
+  int64_t private_floats = 0;  // partial results in a task's scratch
+  int64_t queries = 0;         // packed queries per task: rows x sets of mla_heads heads
+  int64_t states = 0;          // per expanded task: rows x heads; 0: there is none
 
  private:
   void find_spans(const Run& run);
   bool expands(const Run& run, const RowSpan& span) const;
-  int64_t cost(const Run& run, const RowSpan& span) const;  // multiply-adds a head
+  int64_t cost(const Run& run, const RowSpan& span) const;  // multiply-adds per head
   MlaPieces pieces(const Run& run, const RowSpan& span, int64_t r0, int64_t r1) const;
   int64_t rows_of_a_block(const Run& run, const RowSpan& span) const;
   int64_t expanded_rows(const Run& run, int64_t rows) const;
@@ -84,11 +84,12 @@ class MlaSchedule {
   void add_expanded(const Run& run, const RowSpan& span, int64_t r0, int64_t r1, int64_t fair);
 
   std::vector<RowSpan> spans_;
-  int64_t room_ = 0;  // floats of shared memory that a block of rows may fill with its pieces' partial results
+  int64_t room_ = 0;  // maximum floats of shared memory for the partial results of a block of rows
   int64_t built_ = 0;
 };
 
-// The schedule of a step's shape: heads, nope, rope, rank, v_dim, top_k, window, sinks and the EXPAND flag. Checks them.
+// The schedule for a step's shape: heads, nope, rope, rank, v_dim, top_k, window, sinks and the EXPAND flag. Checks these
+// fields.
 std::shared_ptr<MlaSchedule> mla_schedule(StepReader& step);
 
 }  // namespace dso

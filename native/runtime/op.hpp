@@ -1,5 +1,5 @@
-// What a step is to the interpreter: so many independent tasks for the batch at hand, each done by whichever thread takes it.
-// Tasks never split a sum, so results do not depend on who does what.
+// The interface of a step to the interpreter: a number of independent tasks for the current batch, each run by whichever thread
+// takes it. Tasks never split a sum, so results do not depend on the assignment.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -12,7 +12,7 @@
 
 namespace dso {
 
-struct Rows {  // of a slot, in this run
+struct Rows {  // rows of a slot in this run
   uint8_t* data;
   int64_t stride;  // bytes
   int64_t count;
@@ -25,9 +25,9 @@ struct Run {  // one dso_plan_run
   const int threads;
   Batch batch;
   std::vector<Rows> slots;
-  uint8_t* scratch = nullptr;  // of thread 0; the others' follow
+  uint8_t* scratch = nullptr;  // of thread 0; the other threads' follow
   int64_t scratch_stride = 0;
-  uint8_t* shared = nullptr;  // of the step, all threads: attention's partial results
+  uint8_t* shared = nullptr;  // of the step, for all threads: attention's partial results
 
   uint8_t* thread_scratch(int thread) const { return scratch + thread * scratch_stride; }
 };
@@ -35,34 +35,34 @@ struct Run {  // one dso_plan_run
 class Op {
  public:
   virtual ~Op() = default;
-  // Called when T, R or the decode rows differ from the last run's: decides how the work is cut.
+  // Called when T, R or the decode rows differ from the last run's: decides how the work is split.
   virtual void shape(const Run& run) = 0;
   // Elements touched: below kSerialWork one thread does all of it, while the next stage is opened.
   virtual int64_t work(const Run& run) const = 0;
   virtual int64_t tasks(const Run& run) const = 0;
   virtual void task(const Run& run, int64_t index, int thread) = 0;
-  // Asked before the slots have their places: of these only the counts are known.
+  // Called before the slots have addresses: only their row counts are known.
   virtual int64_t scratch_bytes(const Run&) const { return 0; }  // private to a thread
   virtual int64_t shared_bytes(const Run&) const { return 0; }
-  // Called for every run, before it starts, by the calling thread.
+  // Called by the calling thread before every run starts.
   virtual void prepare(const Run&) {}
-  // Whether this run has nothing to do here, such as hidden states that nobody asked for.
+  // Whether this run needs nothing from the step, such as hidden states that were not requested.
   virtual bool idle(const Run& run) const { return tasks(run) == 0; }
-  // Called once all that it reads is there, by the one thread that opens its stage, before anyone asks for its tasks: work
-  // whose cut depends on data, such as which experts were chosen.
+  // Called once all inputs are ready, by the one thread that opens its stage, before its tasks are counted: for work whose
+  // split depends on data, such as the chosen experts.
   virtual void open(const Run&) {}
 };
 
 constexpr int64_t kSerialWork = 8192;
 
-// The schedule of this shape among those known, which layers that are alike share; a new one where there is none.
+// The existing schedule of this shape, which layers of the same shape share, or a new one.
 template <class Schedule, class Shape>
 std::shared_ptr<Schedule> shared_schedule(std::vector<std::shared_ptr<Schedule>>& known, const Shape& shape) {
   const auto alike = std::find_if(known.begin(), known.end(), [&](const auto& k) { return k->shape == shape; });
   return alike != known.end() ? *alike : known.emplace_back(std::make_shared<Schedule>(shape));
 }
 
-// Rows dealt out in blocks that are worth taking.
+// Rows split into blocks large enough for a task.
 class RowOp : public Op {
  public:
   void shape(const Run& run) override {

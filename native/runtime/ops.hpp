@@ -1,5 +1,5 @@
-// From a step to its op: one maker a kind of step. Each checks all that it will rely on (Error DSO_EINVAL names the step
-// and the field), so that running needs no checks of the plan.
+// From a step to its op: one maker per kind of step. Each checks everything it relies on (Error DSO_EINVAL names the step and
+// the field), so that running needs no checks of the plan.
 #pragma once
 #include <memory>
 
@@ -12,12 +12,12 @@ namespace dso {
 std::unique_ptr<Op> make_op(StepReader& step);  // by step.op
 const char* op_name(const Kernels& kernels, int32_t op);
 
-// How many leading rows, of rows like these, belong to sequences in decode phase.
+// Number of leading rows, among rows of this kind, of sequences in decode phase.
 inline int64_t decode_rows(const Run& run, const SlotRef& rows) {
   return rows.selected ? run.batch.decode_logits : run.batch.decode_rows;
 }
 
-// Columns [begin, end) of a row of any kind, from fp32: where they are converted, whole groups of 32.
+// Writes columns [begin, end) of a row of any kind from fp32: converted kinds need whole groups of 32.
 inline void write_columns(const Run& run, const SlotRef& to, int64_t row, const float* from, int64_t begin, int64_t end) {
   const Rows& rows = run.slots[to.index];
   if (is_f32(to.kind))

@@ -1,5 +1,5 @@
-// Attention over the paged cache. The last task to finish a row's heads merges its chunks, the last to finish its block of rows
-// converts them for the matrix product that follows: neither costs a stage.
+// Attention over the paged cache. The last task to finish a row's heads merges its chunks, and the last to finish a block of
+// rows converts them for the following matrix product: neither needs a stage of its own.
 #include "attention_schedule.hpp"
 #include "cache.hpp"
 #include "ops.hpp"
@@ -20,7 +20,7 @@ class Attention final : public Op {
         scale_(scale) {}
 
   void shape(const Run&) override {}
-  int64_t work(const Run&) const override { return kSerialWork; }  // never serial: it reads the cache
+  int64_t work(const Run&) const override { return kSerialWork; }  // never serial: it reads the whole cache
   void prepare(const Run& run) override { schedule_->build(run); }
   int64_t tasks(const Run&) const override { return int64_t(schedule_->tasks.size()); }
   int64_t scratch_bytes(const Run& run) const override { return private_at(run) + 4 * schedule_->private_floats; }
@@ -50,7 +50,7 @@ class Attention final : public Op {
     return reinterpret_cast<float*>(run.thread_scratch(thread) + private_at(run));
   }
 
-  // fp32 rows of the result: the slot's own, or staging rows.
+  // fp32 rows of the result: those of the slot, or staging rows.
   Rows results(const Run& run) const {
     return shape_.converts ? Rows{run.shared, staging_stride(), run.batch.T} : run.slots[out_.index];
   }
@@ -66,8 +66,8 @@ class Attention final : public Op {
     return run.batch.source->cache->view(layer_, run.batch.table(t.sequence));
   }
 
-  // What the task's rows see; with chosen blocks, what row r sees. Whatever a slot may hold, no number leads outside the
-  // sequence.
+  // The tokens visible to the task's rows; with chosen blocks, those visible to row r. Whatever values the slot holds, no index
+  // leads outside the sequence.
   VisibleTokens sight(const Run& run, const AttentionTask& t, int64_t r, int thread) const {
     if (shape_.top_k == 0) return {shape_.window, shape_.sinks};
     const int64_t last = (run.batch.source->context_len[t.sequence] + r) / DSO_BLOCK_TOKENS,
@@ -86,7 +86,7 @@ class Attention final : public Op {
     finish(run, t);
   }
 
-  // False where another task is left that the merge waits for.
+  // False while another task that the merge waits for is unfinished.
   bool decode_head(const Run& run, const AttentionTask& t, int thread) {
     const int64_t heads = t.h1 - t.h0, chunk_floats = (t.r1 - t.r0) * heads * shape_.part_floats();
     const int64_t context = run.batch.source->context_len[t.sequence];
@@ -143,7 +143,7 @@ std::unique_ptr<Op> make_attention(StepReader& s) {
   const dso_step& step = s.step;
   const bool eager = step.flags & DSO_FLAG_EAGER;
   if (step.window < 0 || step.sinks < 0 || step.top_k < 0)
-    s.refuse("window is %d, sinks %d, top_k %d", step.window, step.sinks, step.top_k);
+    s.refuse("window is %d, sinks %d, top_k %d: none may be negative", step.window, step.sinks, step.top_k);
   if (step.sinks > 0 && (step.window == 0 || eager))
     s.refuse("sinks is %d with %s", step.sinks, eager ? "the EAGER flag" : "no window");
   if (step.top_k > 0 && (step.window > 0 || eager))
@@ -153,7 +153,7 @@ std::unique_ptr<Op> make_attention(StepReader& s) {
   s.sees(step.window, step.sinks);
   s.uses_shared();
   const int64_t heads = s.positive("heads", s.step.heads);
-  if (heads % s.step.kv_heads) s.refuse("heads %d is no multiple of kv_heads %d", s.step.heads, s.step.kv_heads);
+  if (heads % s.step.kv_heads) s.refuse("heads %d is not a multiple of kv_heads %d", s.step.heads, s.step.kv_heads);
   const SlotRef q = s.token_rows(0, heads * step.head_dim), out = s.out(0, kAnyKind, q.width, false);
   const SlotRef chosen = step.top_k > 0 ? s.token_rows(1, int64_t(step.kv_heads) * step.top_k) : SlotRef{};
   if (out.index == q.index || out.index == chosen.index) s.refuse("out[0], slot %d, is an input", out.index);

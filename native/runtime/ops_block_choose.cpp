@@ -1,5 +1,5 @@
-// The blocks that block-sparse attention reads, for each row and kv head: sinks, window, and the best estimates between. Of
-// latents, which are keys of one kv head, their tokens.
+// Chooses the blocks that block-sparse attention reads, for each row and kv head: sinks, window, and the best estimates of the
+// middle. For a latent cache, which has the keys of one kv head, it returns the tokens of these blocks.
 #include "block_schedule.hpp"
 #include "cache.hpp"
 #include "ops.hpp"
@@ -13,7 +13,7 @@ class BlockChoose final : public Op {
       : q_(q), out_(out), schedule_(std::move(schedule)), shape_(schedule_->shape), layer_(layer), tokens_(tokens) {}
 
   void shape(const Run&) override {}
-  int64_t work(const Run&) const override { return kSerialWork; }  // never serial: it reads the cache
+  int64_t work(const Run&) const override { return kSerialWork; }  // never serial: it reads the whole cache
   void prepare(const Run& run) override { schedule_->build(run); }
   int64_t tasks(const Run&) const override { return int64_t(schedule_->tasks.size()); }
   int64_t scratch_bytes(const Run& run) const override { return scores_at(run) + 4 * stride(); }
@@ -54,8 +54,8 @@ class BlockChoose final : public Op {
       }
   }
 
-  // The numbers of a row's blocks to those of their tokens up to the row itself, -1 behind the last; backwards, over the
-  // blocks.
+  // Replaces the indices of a row's blocks by those of their tokens up to the row itself, -1 after the last; from the end
+  // backwards, in place.
   void blocks_to_tokens(float* row, int64_t last) const {
     for (int64_t i = shape_.top_k - 1; i >= 0; --i) {
       const int64_t first = int64_t(row[i]) * DSO_BLOCK_TOKENS;
@@ -64,7 +64,7 @@ class BlockChoose final : public Op {
     }
   }
 
-  // Estimates lie as the cache's blocks do; in the sequence's order they make the row's scores.
+  // Estimates are in the order of the cache's blocks; in the order of the sequence they are the row's scores.
   void choose(const Run& run, const BlockTask& t, int64_t r, const float* estimates, uint8_t* scratch) const {
     const int64_t seen = shape_.seen(token(run, t, r)), end = shape_.end(token(run, t, r)), first = shape_.first();
     const int64_t between = end - first, best = shape_.top_k - first - (seen - end);
@@ -99,10 +99,11 @@ std::shared_ptr<BlockSchedule> block_schedule(StepReader& s, int64_t kv_heads, i
   s.plan().needs.summaries = true;
   const BlockShape shape{s.positive("heads", step.heads), kv_heads,    head_dim,
                          s.positive("top_k", step.top_k), step.window, step.sinks};
-  if (shape.heads % shape.kv_heads) s.refuse("heads %d is no multiple of kv_heads %d", step.heads, step.kv_heads);
-  if (step.window < 0 || step.sinks < 0) s.refuse("window is %d, sinks %d", step.window, step.sinks);
+  if (shape.heads % shape.kv_heads) s.refuse("heads %d is not a multiple of kv_heads %d", step.heads, step.kv_heads);
+  if (step.window < 0 || step.sinks < 0) s.refuse("window is %d, sinks %d: neither may be negative", step.window, step.sinks);
   const int64_t sure = shape.first() + ceil_div(shape.window, DSO_BLOCK_TOKENS) + 1;
-  if (sure >= shape.top_k) s.refuse("top_k is %d, and %lld blocks are always chosen", step.top_k, (long long)sure);
+  if (sure >= shape.top_k)
+    s.refuse("top_k is %d, must exceed the %lld blocks that are always chosen", step.top_k, (long long)sure);
   return shared_schedule(s.plan().block_schedules, shape);
 }
 
@@ -125,7 +126,7 @@ std::unique_ptr<Op> make_latent_choose(StepReader& s) {
   s.attends_latent(step.layer, step.rank, step.rope, false);
   const int64_t width = int64_t(step.rank) + step.rope;
   if (width > max_summary_width)
-    s.refuse("latents of %lld numbers, and estimates are made of %lld at most", (long long)width, (long long)max_summary_width);
+    s.refuse("latents of %lld elements: estimates support at most %lld", (long long)width, (long long)max_summary_width);
   auto schedule = block_schedule(s, 1, width);
   const SlotRef q = s.token_rows(0, step.heads * width),
                 out = s.out(0, kF32Only, int64_t(step.top_k) * DSO_BLOCK_TOKENS, false);

@@ -1,4 +1,4 @@
-// Steps that treat each row alone: embedding, element-wise ops, norms, conversions, copies of rows, rows side by side.
+// Steps that process each row independently: embedding, element-wise ops, norms, conversions, copying and concatenating rows.
 #include <cstring>
 
 #include "ops.hpp"
@@ -6,7 +6,7 @@
 namespace dso {
 namespace {
 
-// A row of any kind by way of fp32: make(numbers) writes them where they stay, or into scratch.
+// Writes a row of any kind from fp32: make(values) writes them in their final place or to scratch.
 template <class Make>
 void write_row(const Run& run, const SlotRef& to, int64_t row, int thread, const Make& make) {
   if (is_f32(to.kind)) return make(run.slots[to.index].f32(row));
@@ -14,9 +14,9 @@ void write_row(const Run& run, const SlotRef& to, int64_t row, int thread, const
   make(numbers);
   write_columns(run, to, row, numbers, 0, to.width);
 }
-int64_t row_scratch(const SlotRef& to) { return is_f32(to.kind) ? 0 : 4 * to.width; }  // bytes that it takes
+int64_t row_scratch(const SlotRef& to) { return is_f32(to.kind) ? 0 : 4 * to.width; }  // scratch bytes that it needs
 
-class RowsOf : public RowOp {  // one row of work for each row of `like`
+class RowsOf : public RowOp {  // one row of work per row of `like`
  public:
   explicit RowsOf(const SlotRef& like) : like_(like) {}
 
@@ -48,7 +48,7 @@ class Embedding final : public RowsOf {
   const float scale_;
 };
 
-// norm(x) into a row of any kind, by way of fp32. RMS, or, with a bias, layer norm.
+// norm(x) to a row of any kind, via fp32. RMS norm, or, with a bias, layer norm.
 class Norm {
  public:
   Norm(const float* weight, const float* bias, float eps, const SlotRef& out)
@@ -95,7 +95,7 @@ class HeadNorm final : public RowsOf {
   const float eps_;
 };
 
-class Elementwise final : public RowsOf {  // b is a where the kernel has one input
+class Elementwise final : public RowsOf {  // b is a if the kernel has one input
  public:
   Elementwise(const ElementwiseOp& kernel, const SlotRef& a, const SlotRef& b, const SlotRef& out)
       : RowsOf(a), kernel_(kernel), b_(b), out_(out) {}
@@ -255,7 +255,7 @@ std::unique_ptr<Op> make_hidden_out(StepReader& s) {
   s.takes(1, 0, 0, 0, DSO_FLAG_LAST);
   const SlotRef in = s.in(0, kF32Only);
   if (in.selected) s.refuse("in[0], slot %d, holds selected rows", in.index);
-  if (s.step.layer < 0) s.refuse("layer (the index) is %d", s.step.layer);
+  if (s.step.layer < 0) s.refuse("layer (the index) is %d, must not be negative", s.step.layer);
   return std::make_unique<HiddenOut>(in, s.step.layer, s.step.flags & DSO_FLAG_LAST);
 }
 

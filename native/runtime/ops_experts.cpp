@@ -1,4 +1,4 @@
-// EXPERTS_GATE_UP and EXPERTS_DOWN: a mixture of experts' products, by groups of rows that share an expert's matrices.
+// EXPERTS_GATE_UP and EXPERTS_DOWN: the products of a mixture of experts, by groups of rows that share an expert's matrices.
 #include <cstring>
 
 #include "expert_groups.hpp"
@@ -7,9 +7,9 @@
 namespace dso {
 namespace {
 
-constexpr int64_t kVectorRows = 4;  // up to here kernels take weights tile by tile
+constexpr int64_t kVectorRows = 4;  // up to this many rows, kernels read weights tile by tile
 
-struct Experts {  // one of the two steps: what it reads, and the stack it is multiplied with
+struct Experts {  // one of the two steps: its inputs and its stack of weights
   SlotRef in, routes;
   Stack stack;
   std::shared_ptr<ExpertGroups> groups;
@@ -19,13 +19,13 @@ struct Experts {  // one of the two steps: what it reads, and the stack it is mu
   bool one_family() const { return dso::one_family(stack.first, in.kind); }
   int64_t tiles() const { return tile_rows(stack.first); }
   int64_t tile_bytes() const { return tile_row_bytes(stack.first); }
-  // What `products` matrices of this stack are cut into where they are bound by memory, in bytes.
+  // Bytes of weights per task for `products` matrices of this stack when limited by memory bandwidth.
   int64_t stretch(const Run& run, int64_t products) const {
     return std::clamp(products * stack.bytes / (kTasksAThread * run.threads), kLeastBytes, kMostBytes);
   }
 };
 
-// The rows of the groups' experts, cut into (expert, block of tiles, block of rows). Like GATE_UP, a task makes the same
+// The rows of the groups' experts, split into (expert, block of tiles, block of rows). As in GATE_UP, a task computes the same
 // columns of gate and up in its own buffers and writes silu(gate) * up of them as whole groups of 32 columns.
 class ExpertsGateUp final : public Op {
  public:
@@ -36,7 +36,7 @@ class ExpertsGateUp final : public Op {
     x_.groups->reserve(x_.rows(run));
     parts_.reserve(2 * (x_.groups->grouped ? std::min(pairs, x_.groups->chosen.experts) : pairs));
     tasks_ = 0;
-    // The largest blocks that open() may cut: few rows and a long stretch, or many and few tiles.
+    // The largest blocks that open() may create: few rows and a long run of tiles, or many rows and few tiles.
     const bool many = pairs >= kFewRows;
     max_rows_ = many ? std::max(kFewRows, round_up(max_rows(x_.in.kind, x_.stack.first.cols), 4)) : pairs;
     const int64_t few = std::min(pairs, kFewRows) *
@@ -53,7 +53,8 @@ class ExpertsGateUp final : public Op {
         parts_.push_back(cut_part(run, g.expert, begin, end, prefill));
         many |= end - begin >= kFewRows;
       });
-    // Bound by arithmetic the heaviest go first, so that all threads end together; bound by memory all lie in its order.
+    // If limited by arithmetic, the most expensive tasks go first, so that all threads finish together; if limited by memory,
+    // tasks follow the order in memory.
     if (many) std::stable_sort(parts_.begin(), parts_.end(), [](const Part& a, const Part& b) { return a.cost() > b.cost(); });
     stretches_ = !many;
     tasks_ = 0;
@@ -93,9 +94,9 @@ class ExpertsGateUp final : public Op {
   }
 
  private:
-  // More tiles than LinearGrid takes: a task may have to gather its rows first.
+  // Smaller blocks of tiles than in LinearGrid: a task may have to gather its rows first.
   static constexpr int64_t kMostTiles = 24;
-  static constexpr int64_t kBalancingRows = 8;  // so many cost about as much time as fetching the weights
+  static constexpr int64_t kBalancingRows = 8;  // rows that cost about as much time as fetching the weights
 
   struct Part {  // pairs [begin, end) of one expert and family
     int64_t expert, begin, end;
@@ -103,7 +104,7 @@ class ExpertsGateUp final : public Op {
     int64_t block_rows, row_blocks;
     TileBlocks tiles;
     int64_t first_task;
-    int64_t cost() const { return std::max(block_rows, kBalancingRows) * tiles.largest(); }  // of a task
+    int64_t cost() const { return std::max(block_rows, kBalancingRows) * tiles.largest(); }  // per task
   };
 
   // Blocks of tiles have even length, so that groups of 32 columns stay whole.
@@ -117,7 +118,7 @@ class ExpertsGateUp final : public Op {
       return {expert, begin, end, prefill, rows, 1, stretches(rows, x_.stretch(run, int64_t(x_.groups->groups().size()))), 0};
     const int64_t wanted = ceil_div(rows, max_rows(x_.in.kind, x_.stack.first.cols)),
                   block_rows = round_up(ceil_div(rows, wanted), 4);
-    const int64_t fair = x_.groups->pairs() * x_.tiles() / (kTasksAThread * run.threads) / block_rows;  // tiles of a task
+    const int64_t fair = x_.groups->pairs() * x_.tiles() / (kTasksAThread * run.threads) / block_rows;  // tiles per task
     const int64_t tiles = std::clamp(fair, kTileStep, kMostTiles);
     return {expert,
             begin,
@@ -132,7 +133,7 @@ class ExpertsGateUp final : public Op {
   int64_t gather_at(const Run& run) const { return round_up(int64_t(run.kernels.linear_scratch), 64); }
   int64_t buffers_at(const Run& run) const { return gather_at(run) + max_rows_ * row_bytes(x_.in.kind, x_.in.width); }
 
-  // The input rows of pairs [begin, begin + n), copied together where they don't lie so.
+  // The input rows of pairs [begin, begin + n), copied together unless they are contiguous.
   Rows rows_of(const Run& run, int64_t begin, int64_t n, uint8_t* gathered) const {
     const Rows& x = run.slots[x_.in.index];
     const int32_t* tokens = x_.groups->tokens(begin);
@@ -148,8 +149,8 @@ class ExpertsGateUp final : public Op {
   bool stretches_ = false;
 };
 
-// A task owns a block of columns of a block of tokens, and walks the groups in order, so that each result is one chain of
-// multiply-adds over the token's experts, ascending. The cut follows from the shape alone: each token brings the same work.
+// A task owns a block of columns of a block of tokens and walks the groups in order, so that each result is one chain of
+// multiply-adds over the token's experts, ascending. The split depends only on the shape: each token costs the same.
 class ExpertsDown final : public Op {
  public:
   ExpertsDown(Experts experts, const SlotRef& out) : h_(std::move(experts)), out_(out) {}
@@ -165,7 +166,7 @@ class ExpertsDown final : public Op {
       while (step > 1 && ceil_div(tiles, step) < kTasksAThread * run.threads) step = step > 3 ? 3 : 1;
       tiles_ = TileBlocks::of(tiles, step, round_up(ceil_div(groups * h_.stack.bytes, h_.stretch(run, groups)), run.threads));
     } else {
-      int64_t wanted = 2 * kTasksAThread * run.threads;  // narrower blocks cost more, so fewer of them will do
+      int64_t wanted = 2 * kTasksAThread * run.threads;  // narrower blocks cost more, so fewer tasks are enough
       for (const int64_t block : {2 * kTileStep, kTileStep, kTileStep / 2, int64_t(1)}) {
         tiles_ = TileBlocks::of(tiles, std::min(block, kTileStep), ceil_div(tiles, block));
         while (tiles_.blocks * token_blocks_ < wanted && pairs / groups / (2 * token_blocks_) >= kLeastRows) token_blocks_ *= 2;
@@ -264,7 +265,7 @@ std::unique_ptr<Op> make_experts_down(StepReader& s) {
   const SlotRef out = s.out(0, kF32Only, x.stack.first.rows, x.in.selected);
   if (out.index == x.in.index || out.index == x.routes.index) s.refuse("out[0] is an input");
   const auto* known = find_groups(s, x);
-  if (!known) s.refuse("no earlier EXPERTS_GATE_UP has these routes, slot %d, experts, top_k and flags", x.routes.index);
+  if (!known) s.refuse("no earlier EXPERTS_GATE_UP has the same routes (slot %d), experts, top_k and flags", x.routes.index);
   x.groups = *known;
   return std::make_unique<ExpertsDown>(std::move(x), out);
 }

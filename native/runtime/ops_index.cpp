@@ -1,4 +1,4 @@
-// The lightning indexer: its keys on their way to the cache, and the choice of the tokens that sparse attention reads.
+// The lightning indexer: writing its keys to the cache, and choosing the tokens that sparse attention reads.
 #include "cache_write.hpp"
 #include "index_schedule.hpp"
 #include "ops.hpp"
@@ -13,7 +13,7 @@ class IndexChoose final : public Op {
       : q_(q), w_(w), out_(out), schedule_(std::move(schedule)), shape_(schedule_->shape), layer_(layer), scale_(scale) {}
 
   void shape(const Run&) override {}
-  int64_t work(const Run&) const override { return kSerialWork; }  // never serial: it reads the cache
+  int64_t work(const Run&) const override { return kSerialWork; }  // never serial: it reads the whole cache
   void prepare(const Run& run) override { schedule_->build(run); }
   int64_t tasks(const Run&) const override { return int64_t(schedule_->tasks.size()); }
   int64_t scratch_bytes(const Run& run) const override { return scores_at(run) + 4 * schedule_->private_floats; }

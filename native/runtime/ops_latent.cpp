@@ -1,4 +1,4 @@
-// Latents: normed and turned, and on their way to the cache.
+// Latents: normalising, rotating and writing them to the cache.
 #include "cache_write.hpp"
 #include "ops.hpp"
 
@@ -31,7 +31,7 @@ class Latent final : public RowOp {
 std::unique_ptr<Op> make_latent(StepReader& s) {
   s.takes(2, 1, 1, 0, DSO_FLAG_INTERLEAVED);
   const int64_t rank = s.positive("rank", s.step.rank), rope = s.positive("rope", s.step.rope);
-  if (rope % 2) s.refuse("rope is %lld, and must be even", (long long)rope);
+  if (rope % 2) s.refuse("rope is %lld, must be even", (long long)rope);
   const SlotRef in = s.token_rows(0, rank + rope), table = s.token_rows(1, rope), out = s.out(0, kF32Only, rank + rope, false);
   s.alias_only(out, in);
   return std::make_unique<Latent>(in, table, out, s.vector('w', 0, rank), s.eps(), (s.step.flags & DSO_FLAG_INTERLEAVED) != 0);

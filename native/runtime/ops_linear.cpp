@@ -1,4 +1,4 @@
-// Matrix products: LINEAR (up to three matrices over one input, one region) and GATE_UP (SwiGLU inside the projection).
+// Matrix products: LINEAR (up to three matrices over one input, in one stage) and GATE_UP (SwiGLU inside the projection).
 #include "linear_grid.hpp"
 #include "ops.hpp"
 
@@ -57,8 +57,8 @@ class Linear final : public Op {
   int64_t tasks_ = 0;
 };
 
-// A task makes the same columns of gate and up in its own buffers, and writes silu(gate) * up of them straight into the
-// rows that the next product reads: whole groups of 32 columns, so conversion needs no other task's columns.
+// A task computes the same columns of gate and up in its own buffers and writes silu(gate) * up of them directly to the rows
+// that the next product reads: whole groups of 32 columns, so conversion does not need another task's columns.
 class GateUp final : public Op {
  public:
   GateUp(const SlotRef& in, const SlotRef& out, const Matrix& gate, const Matrix& up, const float* gate_bias,
@@ -104,7 +104,7 @@ class GateUp final : public Op {
 
  private:
   int64_t buffers_at(const Run& run) const { return round_up(int64_t(run.kernels.linear_scratch), 64); }
-  // linear() writes at the matrix's own columns: the buffer's first column is the task's.
+  // linear() writes at the matrix's own columns: the buffer starts at the task's first column.
   void product(const Run& run, const Matrix& w, const float* bias, const LinearGrid& g, int64_t row, int64_t n, int64_t tile,
                int64_t tile_end, float* buffer, int64_t stride, int thread) const {
     const Rows& x = run.slots[in_.index];
@@ -130,9 +130,9 @@ std::unique_ptr<Op> make_linear(StepReader& s) {
   for (int i = 0; i < n; ++i) {
     const Matrix w = s.matrix(i);
     if (i == 0) in = s.activations(w);
-    if (w.cols != in.width) s.refuse("w[%d] has %d columns, in[0] has width %lld", i, w.cols, (long long)in.width);
+    if (w.cols != in.width) s.refuse("w[%d] has %d columns, but in[0] has width %lld", i, w.cols, (long long)in.width);
     if (!reads(w.format, in.kind))
-      s.refuse("in[0] is %s, which the %s weights of w[%d] do not read", kind_name(in.kind), format_name(w.format), i);
+      s.refuse("in[0] is %s, which the %s weights of w[%d] do not support", kind_name(in.kind), format_name(w.format), i);
     const SlotRef out = s.out(i, kF32Only, w.rows, in.selected);
     if (out.index == in.index) s.refuse("out[%d] is in[0]", i);
     products.push_back({w, s.bias(i, w.rows), out});
@@ -144,7 +144,7 @@ std::unique_ptr<Op> make_gate_up(StepReader& s) {
   s.takes(1, 1, 2, 2, 0);
   const Matrix gate = s.matrix(0), up = s.matrix(1);
   if (gate.format != up.format || gate.rows != up.rows || gate.cols != up.cols)
-    s.refuse("w[0] is %s of %d x %d, w[1] %s of %d x %d: they must be alike", format_name(gate.format), gate.rows, gate.cols,
+    s.refuse("w[0] is %s of %d x %d, w[1] is %s of %d x %d: they must be equal", format_name(gate.format), gate.rows, gate.cols,
              format_name(up.format), up.rows, up.cols);
   const SlotRef in = s.activations(gate), out = s.out(0, kAnyKind, gate.rows, in.selected);
   if (out.index == in.index) s.refuse("out[0] is in[0]");

@@ -1,4 +1,4 @@
-// The products around absorbed attention: queries to the space of latents, and sums of latents to values, head by head.
+// The products around absorbed attention: from queries to the latent space, and from sums of latents to values, head by head.
 #include <numeric>
 
 #include "linear_grid.hpp"
@@ -8,18 +8,18 @@
 namespace dso {
 namespace {
 
-constexpr int64_t kRows = 64;  // of a task: a head's weights are read once for them
+constexpr int64_t kRows = 64;  // rows per task: a head's weights are read once for them
 
 // Tasks of some heads and some rows of one form and phase.
 class HeadsOp : public Op {
  public:
-  // `together`: heads go in multiples of it. expanded: rows of that form have tasks too.
+  // together: heads are split in multiples of it. expanded: rows of the expanded form also get tasks.
   HeadsOp(std::shared_ptr<MlaSchedule> schedule, const Stack& w, int64_t together, bool expanded)
       : schedule_(std::move(schedule)), shape_(schedule_->shape), w_(w), together_(together), expanded_(expanded) {}
 
   void shape(const Run&) override {}
   int64_t work(const Run&) const override { return kSerialWork; }
-  bool idle(const Run&) const override { return false; }  // which rows are of which form changes from run to run
+  bool idle(const Run&) const override { return false; }  // the form of a row changes from run to run
   void prepare(const Run& run) override {
     schedule_->build(run);
     blocks_.clear();
@@ -40,7 +40,7 @@ class HeadsOp : public Op {
  protected:
   virtual void block(const Run& run, const RowRange& rows, int64_t h0, int64_t h1, int thread) = 0;
 
-  // Columns of fp32 rows as the weights read them: where they lie, or converted in scratch.
+  // Columns of fp32 rows in the kind that the weights read: in place, or converted in scratch.
   Rows read(const Run& run, const Rows& from, const RowRange& rows, int64_t column, int32_t kind, uint8_t* scratch) const {
     if (kind == DSO_SLOT_F32)
       return {reinterpret_cast<uint8_t*>(from.f32(rows.begin) + column), from.stride, rows.end - rows.begin};
@@ -95,7 +95,7 @@ class Value final : public HeadsOp {
  public:
   Value(std::shared_ptr<MlaSchedule> schedule, const Stack& w, int32_t kind, const SlotRef& sums, const SlotRef& expanded,
         const SlotRef& out)
-      // Whole groups of 32 columns, so that conversion needs no other task's.
+      // Whole groups of 32 columns, so that conversion does not need another task's columns.
       : HeadsOp(std::move(schedule), w, is_f32(out.kind) ? 1 : 32 / std::gcd<int64_t>(32, w.first.rows), true),
         kind_(kind),
         sums_(sums),
@@ -131,7 +131,7 @@ class Value final : public HeadsOp {
 Stack heads_stack(StepReader& s, const MlaShape& shape, int64_t rows, int64_t cols) {
   const Stack w = s.stack(0, shape.heads);
   if (w.first.rows != rows || w.first.cols != cols)
-    s.refuse("w[0] has matrices of %d x %d, not of %lld x %lld", w.first.rows, w.first.cols, (long long)rows, (long long)cols);
+    s.refuse("w[0] has matrices of %d x %d, must be %lld x %lld", w.first.rows, w.first.cols, (long long)rows, (long long)cols);
   return w;
 }
 
@@ -143,7 +143,7 @@ std::unique_ptr<Op> make_mla_absorb(StepReader& s) {
   const MlaShape& shape = schedule->shape;
   const Stack w = heads_stack(s, shape, shape.rank, shape.nope);
   if (w.first.format != DSO_F32 && w.first.format != DSO_BF16)
-    s.refuse("w[0] is %s, and must be F32 or BF16", format_name(w.first.format));
+    s.refuse("w[0] is %s, must be F32 or BF16", format_name(w.first.format));
   const SlotRef q = s.token_rows(0, shape.heads * shape.head_dim()),
                 out = s.out(0, kF32Only, shape.heads * shape.width(), false);
   if (out.index == q.index) s.refuse("out[0] is in[0]");

@@ -1,5 +1,5 @@
-// Latent attention over the paged cache, in the form that the schedule chose for each sequence. Absorbed, the last task to
-// finish a row's heads merges its pieces: that costs no stage.
+// Latent attention over the paged cache, in the form that the schedule chose for each sequence. In the absorbed form, the last
+// task to finish a row's heads merges its pieces, without a stage of its own.
 #include <limits>
 
 #include "cache.hpp"
@@ -9,7 +9,8 @@
 namespace dso {
 namespace {
 
-constexpr int64_t kProductRows = 64;  // of latents: what a head makes of them, in fp32, stays in L2 until it lies in panels
+constexpr int64_t kProductRows =
+    64;  // latents per product: a head's fp32 keys and values of them stay in L2 until they are stored in panels
 
 class MlaAttention final : public Op {
  public:
@@ -26,7 +27,7 @@ class MlaAttention final : public Op {
         scale_(scale) {}
 
   void shape(const Run&) override {}
-  int64_t work(const Run&) const override { return kSerialWork; }  // never serial: it reads the cache
+  int64_t work(const Run&) const override { return kSerialWork; }  // never serial: it reads the whole cache
   void prepare(const Run& run) override { schedule_->build(run); }
   int64_t tasks(const Run&) const override { return int64_t(schedule_->tasks.size()); }
   int64_t scratch_bytes(const Run& run) const override {
@@ -48,7 +49,7 @@ class MlaAttention final : public Op {
 
   int64_t rows_floats(const MlaTask& t) const {
     return (t.r1 - t.r0) * (t.h1 - t.h0) * shape_.part_floats();
-  }  // of a piece, or of a group
+  }  // per piece or group
 
   void absorbed(const Run& run, const MlaTask& t, uint8_t* scratch) {
     const int64_t floats = rows_floats(t), groups = t.pieces.groups();
@@ -93,7 +94,7 @@ class MlaAttention final : public Op {
                               std::min(mla_heads, t.h1 - h), scale_, packed);
   }
 
-  // One piece. Rows share what is read of the cache, and so do their heads, mla_heads at a time.
+  // One piece. Rows share what is read from the cache, and so do their heads, mla_heads at a time.
   void attend(const Run& run, const MlaTask& t, int64_t index, float* part, uint8_t* scratch) const {
     const int64_t context = run.batch.source->context_len[t.sequence], heads = t.h1 - t.h0;
     const KvView view = run.batch.source->cache->view(layer_, run.batch.table(t.sequence));
@@ -113,12 +114,12 @@ class MlaAttention final : public Op {
     }
   }
 
-  // Where things lie in a thread's scratch, behind what the kernels keep there.
+  // Offsets in a thread's scratch, after the part that the kernels use.
   struct ExpandRoom {
     int64_t latents, numbers, kv, panels, state, bytes;
     ExpandRoom(const MlaAttention& op, const Run& run) {
       const int64_t product_columns =
-          round_up(op.shape_.nope + op.shape_.v_dim, kTileRows) + kTileRows;  // a head may begin inside a tile
+          round_up(op.shape_.nope + op.shape_.v_dim, kTileRows) + kTileRows;  // a head may start inside a tile
       latents = round_up(int64_t(std::max(run.kernels.linear_scratch, run.kernels.attn_scratch)), 64);
       numbers = latents + attn_chunk * row_bytes(op.kind_, op.shape_.rank);
       kv = numbers + round_up(4 * op.shape_.rank, 64);
@@ -131,7 +132,7 @@ class MlaAttention final : public Op {
     return {shape_.nope, shape_.rope, shape_.v_dim, kv_b_.format == DSO_F32 && layout(run).type == DSO_KV_F32};
   }
 
-  // Chunk by chunk, those that a row sees; what they see of it is brought into rows once for all heads of the task.
+  // Processes the chunks that a row sees, one by one; their latents are converted to rows once for all heads of the task.
   void expanded(const Run& run, const MlaTask& t, uint8_t* scratch) const {
     const ExpandRoom room(*this, run);
     const MlaHead shape = head(run);
@@ -169,7 +170,7 @@ class MlaAttention final : public Op {
       }
   }
 
-  // Keys and values of a head: its rows of kv_b, which may begin inside a tile.
+  // Keys and values of one head: its rows of kv_b, which may start inside a tile.
   void make_panels(const Run& run, const KvView& view, const MlaHead& shape, int64_t h, int64_t first, int64_t tokens,
                    const Rows& latents, uint8_t* scratch, const ExpandRoom& room) const {
     const int64_t begin = h * (shape_.nope + shape_.v_dim), end = begin + shape_.nope + shape_.v_dim;
@@ -185,8 +186,8 @@ class MlaAttention final : public Op {
     }
   }
 
-  // Numbers of tokens as they travel between steps, up to the first negative one: how many. Whatever a slot may hold, none
-  // leads outside the row's sequence.
+  // Counts the token indices in a row of a slot, up to the first negative one. Whatever values the slot holds, no index leads
+  // outside the row's sequence.
   static int64_t read_chosen(const float* from, int64_t most, int64_t last, int32_t* to) {
     int64_t n = 0;
     for (; n < most && from[n] >= 0; ++n) to[n] = int32_t(std::min<int64_t>(int64_t(std::min(from[n], 2e9f)), last));
@@ -197,7 +198,7 @@ class MlaAttention final : public Op {
   const MlaShape shape_;
   const Slots slots_;
   const Matrix kv_b_;
-  const int32_t kind_;  // that latents are brought into for kv_b
+  const int32_t kind_;  // slot kind of the latents for the product with kv_b
   const int64_t layer_;
   const float scale_;
 };
@@ -213,14 +214,14 @@ std::unique_ptr<Op> make_mla_attention(StepReader& s) {
   s.uses_shared();
   const Matrix kv_b = s.matrix(0);
   if (kv_b.rows != shape.heads * (shape.nope + shape.v_dim) || kv_b.cols != shape.rank)
-    s.refuse("w[0] is %d x %d, not %lld x %lld", kv_b.rows, kv_b.cols, (long long)(shape.heads * (shape.nope + shape.v_dim)),
-             (long long)shape.rank);
+    s.refuse("w[0] is %d x %d, must be %lld x %lld", kv_b.rows, kv_b.cols,
+             (long long)(shape.heads * (shape.nope + shape.v_dim)), (long long)shape.rank);
   MlaAttention::Slots slots;
   slots.q = s.token_rows(0, shape.heads * shape.head_dim());
   slots.out = s.out(1, kF32Only, shape.heads * shape.v_dim, false);
   if (shape.expand) {
     if (s.step.in[1] != -1 || s.step.out[0] != -1)
-      s.refuse("in[1] and out[0] belong to absorbed rows, and must be -1 where all are expanded");
+      s.refuse("in[1] and out[0] are for absorbed rows and must be -1 with the EXPAND flag");
   } else {
     slots.absorbed = s.token_rows(1, shape.heads * shape.width());
     if (shape.top_k > 0) slots.chosen = s.token_rows(2, shape.top_k);
@@ -228,7 +229,7 @@ std::unique_ptr<Op> make_mla_attention(StepReader& s) {
   }
   for (const SlotRef& out : {slots.out, slots.sums})
     for (const SlotRef& in : {slots.q, slots.absorbed, slots.chosen})
-      if (out.index >= 0 && out.index == in.index) s.refuse("slot %d is both an input and an out", out.index);
+      if (out.index >= 0 && out.index == in.index) s.refuse("slot %d is both an input and an output", out.index);
   return std::make_unique<MlaAttention>(std::move(schedule), slots, kv_b, s.step.layer, s.step.scale);
 }
 

@@ -1,4 +1,4 @@
-// Rotary positions, and keys and values on their way to the cache.
+// Rotary position embedding, and writing keys and values to the cache.
 #include <cmath>
 
 #include "cache_write.hpp"
@@ -7,15 +7,15 @@
 namespace dso {
 namespace {
 
-// cos | sin of position * inverse frequency (the sequence's own where the batch has some). The angle is the fp32 product, as in
-// Transformers; cos and sin of that fp32 number are rounded once, from double.
+// cos | sin of position * inverse frequency (the sequence's own if the batch has them). The angle is the fp32 product, as in
+// Transformers; cos and sin of that fp32 value are rounded once, from double.
 class RopeTable final : public RowOp {
  public:
   RopeTable(const float* frequencies, const SlotRef& out, float scale) : frequencies_(frequencies), out_(out), scale_(scale) {}
 
  private:
   int64_t rows(const Run& run) const override { return run.batch.T; }
-  int64_t row_work() const override { return 16 * out_.width; }  // a sine is far dearer than a sum
+  int64_t row_work() const override { return 16 * out_.width; }  // a sine costs far more than an addition
   void row(const Run& run, int64_t r, int) override {
     float* out = run.slots[out_.index].f32(r);
     const int64_t half = out_.width / 2;
@@ -109,9 +109,9 @@ class RopeCache final : public KvWriter {
 HeadRotation rotation(StepReader& s, int table) {
   const int64_t heads = s.positive("heads", s.step.heads), head_dim = s.positive("head_dim", s.step.head_dim);
   const SlotRef t = s.token_rows(table);
-  if (s.step.offset < 0) s.refuse("offset is %d", s.step.offset);
+  if (s.step.offset < 0) s.refuse("offset is %d, must not be negative", s.step.offset);
   if (s.step.offset + t.width > head_dim || t.width % 2)
-    s.refuse("in[%d], the table, has width %lld for a head_dim of %lld from %d on", table, (long long)t.width,
+    s.refuse("in[%d], the table, has width %lld, which does not fit head_dim %lld with offset %d", table, (long long)t.width,
              (long long)head_dim, s.step.offset);
   return {t, heads, head_dim, s.step.offset, (s.step.flags & DSO_FLAG_INTERLEAVED) != 0};
 }
@@ -123,7 +123,7 @@ std::unique_ptr<Op> make_rope_table(StepReader& s) {
   const int32_t index = s.step.out[0];
   const int64_t width = index >= 0 && index < s.plan().n_slots ? s.plan().slots[index].width : 2;
   const SlotRef out = s.out(0, kF32Only, width, false);
-  if (width % 2) s.refuse("out[0] has odd width %lld", (long long)width);
+  if (width % 2) s.refuse("out[0] has width %lld, must be even", (long long)width);
   s.plan().needs.positions = true;
   ++s.plan().needs.rope_tables;
   return std::make_unique<RopeTable>(s.vector('w', 0, width / 2), out, s.step.scale);

@@ -1,8 +1,8 @@
-// ROUTE: which experts each row goes to, and with what weights.
+// ROUTE: chooses each row's experts and their weights.
 //
 // Scores are a softmax or sigmoids in fp32. The choice is by score plus bias, in the best groups only, and exact: scores are
-// compared as keys, whose upper half orders as the numbers do and whose lower half puts the lower expert (or group) first among
-// equals. A NaN is the largest of all, as in torch.topk, so it is chosen and reaches the row's result instead of being lost.
+// compared as keys, whose upper half has the order of the values and whose lower half ranks the lower expert (or group) first
+// among equals. A NaN ranks highest, as in torch.topk, so that it is chosen and reaches the row's result instead of being lost.
 #include <algorithm>
 #include <cmath>
 #include <functional>
@@ -14,7 +14,7 @@ namespace {
 
 using Key = uint64_t;
 
-Key key(float value, int64_t index) {  // value is not -0: no score is, and so no sum with one
+Key key(float value, int64_t index) {  // value is never -0: no score is, nor a sum with one
   uint32_t bits;
   __builtin_memcpy(&bits, &value, 4);
   const uint32_t ordered = std::isnan(value) ? UINT32_MAX : bits & 0x80000000u ? ~bits : bits | 0x80000000u;
@@ -28,7 +28,7 @@ float value_of(Key k) {
   return value;
 }
 
-// The `count` largest go first, in descending order. A heap of them: for six of 64 its top turns nearly all others away.
+// Moves the `count` largest to the front, in descending order. Uses a heap: for six of 64, its top rejects nearly all others.
 void largest_first(Key* keys, int64_t count, int64_t n) { std::partial_sort(keys, keys + count, keys + n, std::greater<>()); }
 
 struct Routing {
@@ -74,7 +74,7 @@ class Route final : public RowOp {
     for (int64_t j = 0; j < top_k; ++j) weights[j] = weights[j] / whole * routing_.scale;
   }
 
-  // Moves the keys of experts in the best groups to the front; returns how many.
+  // Moves the keys of experts in the best groups to the front; returns their number.
   int64_t keep_best_groups(Key* keys, Key* groups) const {
     const int64_t n = routing_.group(), kept = routing_.top_groups;
     for (int64_t g = 0; g < routing_.groups; ++g) {
@@ -86,8 +86,7 @@ class Route final : public RowOp {
       groups[g] = key(routing_.top2 ? value_of(best) + value_of(second) : value_of(best), g);
     }
     largest_first(groups, kept, routing_.groups);
-    std::sort(groups, groups + kept,
-              [](Key a, Key b) { return index_of(a) < index_of(b); });  // so that a group moves left only
+    std::sort(groups, groups + kept, [](Key a, Key b) { return index_of(a) < index_of(b); });  // so that groups only move left
     for (int64_t i = 0; i < kept; ++i) std::copy_n(keys + index_of(groups[i]) * n, n, keys + i * n);
     return kept * n;
   }
@@ -110,14 +109,14 @@ std::unique_ptr<Op> make_route(StepReader& s) {
                   (s.step.flags & DSO_FLAG_TOP2) != 0,
                   (s.step.flags & DSO_FLAG_NORMALISE) != 0,
                   s.step.scale};
-  if (r.experts % r.groups)
-    s.refuse("groups is %lld, which does not divide experts %lld", (long long)r.groups, (long long)r.experts);
-  if (r.top_groups > r.groups) s.refuse("top_groups is %lld of groups %lld", (long long)r.top_groups, (long long)r.groups);
+  if (r.experts % r.groups) s.refuse("groups is %lld, must divide experts, %lld", (long long)r.groups, (long long)r.experts);
+  if (r.top_groups > r.groups)
+    s.refuse("top_groups is %lld, must be at most groups, %lld", (long long)r.top_groups, (long long)r.groups);
   if (r.top_k > r.top_groups * r.group())
-    s.refuse("top_k is %lld, and top_groups %lld of %lld experts hold fewer", (long long)r.top_k, (long long)r.top_groups,
+    s.refuse("top_k is %lld, but top_groups %lld of %lld experts each hold fewer", (long long)r.top_k, (long long)r.top_groups,
              (long long)r.group());
-  if (r.top2 && r.groups > 1 && r.group() < 2) s.refuse("groups of one expert have no best two");
-  if (!std::isfinite(r.scale)) s.refuse("scale is %g", double(r.scale));
+  if (r.top2 && r.groups > 1 && r.group() < 2) s.refuse("the TOP2 flag needs groups of at least two experts");
+  if (!std::isfinite(r.scale)) s.refuse("scale is %g, must be finite", double(r.scale));
   const SlotRef in = s.in(0, kF32Only, r.experts), out = s.out(0, kF32Only, 2 * r.top_k, in.selected);
   if (out.index == in.index) s.refuse("out[0] is in[0]");
   return std::make_unique<Route>(in, out, s.bias(0, r.experts), r);

@@ -1,4 +1,4 @@
-// Calls outside a plan on a context's threads: stages of independent tasks, one after the other.
+// Runs calls outside a plan on a context's threads: stages of independent tasks, one after the other.
 #pragma once
 #include <cstdint>
 #include <functional>
@@ -11,7 +11,7 @@ namespace dso {
 
 struct Stage {
   int64_t tasks;
-  std::function<void(int64_t index, int thread)> task;  // may not throw
+  std::function<void(int64_t index, int thread)> task;  // must not throw
 };
 
 class Stages final : public Job {

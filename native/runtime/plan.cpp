@@ -21,9 +21,9 @@ void check_slots(const dso_slot* slots, int32_t n, int32_t vocab_size) {
   for (int32_t i = 0; i < n; ++i) {
     const dso_slot& s = slots[i];
     if (row_bytes(s.kind, 32) < 0) fail(DSO_EINVAL, "slot %d: kind %d is unknown", i, s.kind);
-    if (row_bytes(s.kind, s.width) < 0) fail(DSO_EINVAL, "slot %d: width is %d", i, s.width);
-    if (s.selected != 0 && s.selected != 1) fail(DSO_EINVAL, "slot %d: selected is %d", i, s.selected);
-    if (s.repeat < 0 || s.repeat > kMostRepeat) fail(DSO_EINVAL, "slot %d: repeat is %d", i, s.repeat);
+    if (row_bytes(s.kind, s.width) < 0) fail(DSO_EINVAL, "slot %d: width is %d, out of range", i, s.width);
+    if (s.selected != 0 && s.selected != 1) fail(DSO_EINVAL, "slot %d: selected is %d, must be 0 or 1", i, s.selected);
+    if (s.repeat < 0 || s.repeat > kMostRepeat) fail(DSO_EINVAL, "slot %d: repeat is %d, out of range", i, s.repeat);
     if (s.kind == DSO_SLOT_LOGITS && (s.width != vocab_size || !s.selected || s.repeat > 1))
       fail(DSO_EINVAL, "slot %d: LOGITS must be selected rows of vocab_size %d, not width %d", i, vocab_size, s.width);
   }
@@ -35,12 +35,13 @@ dso_plan::dso_plan(std::shared_ptr<Context> context, const dso_step* steps, int3
                    int32_t n_slots, const dso_weight* weights, int32_t n_weights, int32_t vocab_size)
     : context_(std::move(context)),
       run_{context_->kernels, context_->pool.threads(), {}, {}},
-      checked_(Arena::kGap == 0 && context_->checked),  // AddressSanitizer sees to the gaps itself
+      checked_(Arena::kGap == 0 && context_->checked),  // AddressSanitizer itself checks the gaps
       gap_(checked_ ? RedZones::kBytes : Arena::kGap) {
-  if (n_steps < 1 || n_steps > kMostSteps || !steps) fail(DSO_EINVAL, "steps: %d of them", n_steps);
-  if (n_slots < 1 || n_slots > kMostSlots || !slots) fail(DSO_EINVAL, "slots: %d of them", n_slots);
-  if (n_weights < 0 || (n_weights > 0 && !weights)) fail(DSO_EINVAL, "weights: %d of them", n_weights);
-  if (vocab_size < 1) fail(DSO_EINVAL, "vocab_size is %d", vocab_size);
+  if (n_steps < 1 || n_steps > kMostSteps || !steps) fail(DSO_EINVAL, "n_steps is %d, out of range, or steps is NULL", n_steps);
+  if (n_slots < 1 || n_slots > kMostSlots || !slots) fail(DSO_EINVAL, "n_slots is %d, out of range, or slots is NULL", n_slots);
+  if (n_weights < 0 || (n_weights > 0 && !weights))
+    fail(DSO_EINVAL, "n_weights is %d, out of range, or weights is NULL", n_weights);
+  if (vocab_size < 1) fail(DSO_EINVAL, "vocab_size is %d, must be at least 1", vocab_size);
   check_slots(slots, n_slots, vocab_size);
   slots_.assign(slots, slots + n_slots);
   for (int32_t i = 0; i < n_weights; ++i) {
@@ -63,7 +64,7 @@ dso_plan::dso_plan(std::shared_ptr<Context> context, const dso_step* steps, int3
 }
 
 int64_t dso_plan::slot_bytes(const dso_slot& s, int64_t T, int64_t R) const {
-  if (s.kind == DSO_SLOT_LOGITS) return 0;  // the caller's
+  if (s.kind == DSO_SLOT_LOGITS) return 0;  // provided by the caller
   return round_up(row_bytes(s.kind, s.width) * slot_rows(s, T, R), 64) + gap_;
 }
 
@@ -79,7 +80,7 @@ int64_t dso_plan::buffer_bytes(int64_t T, int64_t R) const {
   return slots_bytes(T, R) - gaps;
 }
 
-// Where the slots, the shared memory and the threads' scratch lie; the sizes of the latter follow from the batch.
+// Offsets of the slots, the shared memory and the threads' scratch; the sizes of the latter depend on the batch.
 void dso_plan::place(int64_t T, int64_t R) {
   int64_t shared = 0, scratch = 64;
   for (const Step& s : steps_) {
@@ -110,7 +111,8 @@ void dso_plan::place(int64_t T, int64_t R) {
 }
 
 void dso_plan::reserve(int64_t T, int64_t R) {
-  if (T < 0 || R < 0 || R > T) fail(DSO_EINVAL, "reserve: T is %lld, R is %lld", (long long)T, (long long)R);
+  if (T < 0 || R < 0 || R > T)
+    fail(DSO_EINVAL, "reserve: T is %lld, R is %lld: must be 0 <= R <= T", (long long)T, (long long)R);
   ThreadPool::Lease lease(context_->pool);
   arena_.reserve(slots_bytes(T, R));
 }
@@ -119,15 +121,15 @@ void dso_plan::reshape() {
   const Batch& b = run_.batch;
   const Shape shape{b.T, b.R, b.decode_rows, b.decode_logits, b.source->hidden != nullptr, b.source->last_hidden != nullptr};
   if (shape == shape_) return;
-  shape_ = {};  // until all of it is done
+  shape_ = {};  // until all of it is up to date
   for (size_t i = 0; i < slots_.size(); ++i) run_.slots[i].count = slot_rows(slots_[i], b.T, b.R);
   for (Step& s : steps_) s.op->shape(run_);
   make_stages();
   shape_ = shape;
 }
 
-// A step joins the stage unless it reads what another shared step of it writes, or writes what another reads or writes. One
-// with little work is done while the stage is opened, so it goes before the shared ones or into a new stage.
+// A step joins the stage unless it reads what another shared step of the stage writes, or writes what another reads or writes.
+// A step with little work is run when the stage is opened, so it goes before the shared ones or into a new stage.
 void dso_plan::make_stages() {
   stages_.clear();
   std::vector<bool> read(resources_), written(resources_);  // by the shared steps of the stage
@@ -136,7 +138,7 @@ void dso_plan::make_stages() {
     if (s.op->idle(run_)) continue;
     const bool serial = s.op->work(run_) < kSerialWork;
     const bool shared = !stages_.empty() && stages_.back().shared < stages_.back().end;
-    bool fresh = stages_.empty() || (shared && (serial || timing_));  // timed steps share a stage with no other
+    bool fresh = stages_.empty() || (shared && (serial || timing_));  // timed steps have a stage of their own
     for (int32_t r : s.reads) fresh |= written[r];
     for (int32_t w : s.writes) fresh |= written[w] || read[w];
     if (fresh) {
@@ -189,7 +191,7 @@ int64_t dso_plan::next() {
     if (op.idle(run_)) continue;
     op.open(run_);
     const int64_t n = op.tasks(run_);
-    for (int64_t t = 0; t < n; ++t) op.task(run_, t, 0);  // no task runs now, so any thread's scratch is free
+    for (int64_t t = 0; t < n; ++t) op.task(run_, t, 0);  // no other task is running, so any thread's scratch is free
     if (timing_) took(i);
     if (checked_) look(i, i + 1);
   }
@@ -219,12 +221,12 @@ void dso_plan::look(int32_t begin, int32_t end) {
 void dso_plan::fail_overwritten() const {
   const int64_t slots = int64_t(slots_.size());
   const std::string where = found_.zone < slots    ? text("slot %d", found_.zone)
-                            : found_.zone == slots ? text("the steps' shared memory")
+                            : found_.zone == slots ? text("the shared memory of the steps")
                                                    : text("the scratch of thread %d", int(found_.zone - slots - 1));
   std::string which;
   for (int32_t i = found_begin_; i < found_end_; ++i)
     which += text("%s%d (op %d)", which.empty() ? "" : ", ", i, steps_[i].code);
-  fail(DSO_ECHECK, "step %s wrote byte %d behind %s", which.c_str(), found_.byte, where.c_str());
+  fail(DSO_ECHECK, "step %s wrote byte %d after the end of %s", which.c_str(), found_.byte, where.c_str());
 }
 
 void dso_plan::took(int32_t step) {

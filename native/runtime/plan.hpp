@@ -1,5 +1,5 @@
 // A plan and its interpreter. Steps that do not depend on each other form a stage, whose tasks all threads share; short steps
-// are done between stages, by the thread that ended the last one.
+// run between stages, on the thread that finished the last one.
 #pragma once
 #include <atomic>
 #include <memory>
@@ -16,9 +16,9 @@ struct dso_plan final : private dso::Job {
            int32_t n_slots, const dso_weight* weights, int32_t n_weights, int32_t vocab_size);
 
   void run(const dso_batch& batch);
-  void check_weights() const;  // an Error where a mapped file that holds some is not what it was
+  void check_weights() const;  // Error if a mapped file that contains some of them has changed
   void reserve(int64_t T, int64_t R);
-  int64_t buffer_bytes(int64_t T, int64_t R) const;  // of the slots, without the gaps that a check puts between them
+  int64_t buffer_bytes(int64_t T, int64_t R) const;  // of the slots, without the gaps of a checked context
 
   void set_timing(bool on);
   void timing(double* seconds_per_step, int64_t* runs) const;
@@ -31,7 +31,7 @@ struct dso_plan final : private dso::Job {
     double seconds = 0;
   };
   struct Stage {
-    int32_t begin, shared, end;  // steps [begin, shared) are done by whoever opens the stage, [shared, end) by all
+    int32_t begin, shared, end;  // steps [begin, shared) are run by the thread that opens the stage, [shared, end) by all
   };
 
   void reshape();
@@ -39,23 +39,23 @@ struct dso_plan final : private dso::Job {
   void place(int64_t T, int64_t R);
   int64_t next() override;
   void task(int64_t index, int thread) override;
-  void took(int32_t step);                                            // timing: it ended now
-  int64_t slot_bytes(const dso_slot& s, int64_t T, int64_t R) const;  // with the gap behind it
+  void took(int32_t step);                                            // timing: the step has just ended
+  int64_t slot_bytes(const dso_slot& s, int64_t T, int64_t R) const;  // including the gap after it
   int64_t slots_bytes(int64_t T, int64_t R) const;
-  void look(int32_t begin, int32_t end);  // at the red zones, after steps [begin, end)
+  void look(int32_t begin, int32_t end);  // checks the red zones after steps [begin, end)
   [[noreturn]] void fail_overwritten() const;
 
   const std::shared_ptr<dso::Context> context_;
   std::vector<dso_slot> slots_;
-  std::vector<const void*> mapped_;  // starts of the mapped files that hold weights
+  std::vector<const void*> mapped_;  // starts of the mapped files that contain weights
   dso::BatchNeeds needs_;
   std::vector<Step> steps_;
-  int32_t resources_ = 0;  // that steps may depend on: slots, the shared memory, layers of the cache
+  int32_t resources_ = 0;  // what steps may depend on: slots, the shared memory, layers of the cache
 
   dso::Run run_;
   dso::Arena arena_;
   std::vector<Stage> stages_;
-  size_t stage_ = 0;  // the one that next() opens
+  size_t stage_ = 0;  // the stage that next() opens
   struct Shape {
     int64_t T = -1, R = -1, decode_rows = -1, decode_logits = -1;
     bool hidden = false, last_hidden = false;
@@ -63,12 +63,12 @@ struct dso_plan final : private dso::Job {
   } shape_;
 
   const bool checked_;
-  const int64_t gap_;    // bytes behind each buffer
-  dso::RedZones zones_;  // numbers: of slots, then the shared memory, then the threads' scratch
+  const int64_t gap_;    // bytes after each buffer
+  dso::RedZones zones_;  // numbered: slots, then the shared memory, then the threads' scratch
   dso::RedZones::Found found_;
-  int32_t found_begin_ = 0, found_end_ = 0;  // the steps after which it was
+  int32_t found_begin_ = 0, found_end_ = 0;  // the steps after which the overwrite was found
 
   bool timing_ = false;
   int64_t runs_ = 0;
-  double mark_ = 0;  // when the step being timed began
+  double mark_ = 0;  // start time of the step being timed
 };

@@ -1,5 +1,5 @@
-// Bytes beside a plan's buffers that nothing may write: filled with a pattern, and looked at after each stage of a checked
-// context. What AddressSanitizer does of the optimised build, at the price of a few cache lines a stage; for tests.
+// Bytes around a plan's buffers that must not be written: filled with a pattern, and checked after each stage in a checked
+// context. Like AddressSanitizer, but for the optimised build and at the cost of a few cache lines per stage; for tests.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -13,8 +13,8 @@ class RedZones {
   static constexpr uint8_t kPattern = 0xc3;
 
   struct Found {
-    int32_t zone = -1;  // the number it was added with; -1: all are whole
-    int32_t byte = 0;   // of the zone, the first that was written
+    int32_t zone = -1;  // the number it was added with; -1: all are intact
+    int32_t byte = 0;   // offset in the zone of the first overwritten byte
   };
 
   void clear() { zones_.clear(); }

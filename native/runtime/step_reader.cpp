@@ -12,7 +12,7 @@
 namespace dso {
 namespace {
 
-constexpr int32_t kMostExperts = 1 << 14;  // numbers of experts are exact in fp32
+constexpr int32_t kMostExperts = 1 << 14;  // expert indices are exact in fp32
 
 bool allowed(SlotKinds kinds, int32_t kind) {
   const bool integer = kind == DSO_SLOT_Q8 || kind == DSO_SLOT_Q16;
@@ -45,7 +45,8 @@ void StepReader::refuse(const char* format, ...) const {
 }
 
 SlotRef StepReader::slot(const char* field, int i, int32_t index, SlotKinds kinds) const {
-  if (index < 0 || index >= plan_.n_slots) refuse("%s[%d] is slot %d, the plan has %d", field, i, index, plan_.n_slots);
+  if (index < 0 || index >= plan_.n_slots)
+    refuse("%s[%d] is slot %d, but the plan has %d slots", field, i, index, plan_.n_slots);
   const dso_slot& s = plan_.slots[index];
   if (!allowed(kinds, s.kind)) refuse("%s[%d] may not be %s (slot %d)", field, i, kind_name(s.kind), index);
   return {index, s.kind, s.width, s.selected != 0, std::max(1, s.repeat)};
@@ -54,10 +55,10 @@ SlotRef StepReader::slot(const char* field, int i, int32_t index, SlotKinds kind
 SlotRef StepReader::in(int i, SlotKinds kinds, int64_t width, int64_t repeat) {
   const SlotRef s = slot("in", i, step.in[i], kinds);
   if (width && s.width != width)
-    refuse("in[%d] must have width %lld, slot %d has %lld", i, (long long)width, s.index, (long long)s.width);
+    refuse("in[%d] must have width %lld, but slot %d has %lld", i, (long long)width, s.index, (long long)s.width);
   if (s.repeat != repeat)
-    refuse("in[%d], slot %d, has %lld rows a token, not %lld", i, s.index, (long long)s.repeat, (long long)repeat);
-  if (!plan_.written[s.index]) refuse("in[%d] is slot %d, which no earlier step fills", i, s.index);
+    refuse("in[%d], slot %d, has %lld rows per token, must have %lld", i, s.index, (long long)s.repeat, (long long)repeat);
+  if (!plan_.written[s.index]) refuse("in[%d] is slot %d, which no earlier step writes", i, s.index);
   reads.push_back(s.index);
   return s;
 }
@@ -71,26 +72,27 @@ SlotRef StepReader::token_rows(int i, int64_t width) {
 SlotRef StepReader::activations(const Matrix& w, int64_t repeat) {
   const SlotRef s = in(0, kAnyKind, w.cols, repeat);
   if (!dso::reads(w.format, s.kind))
-    refuse("in[0] is %s (slot %d), which %s weights do not read", kind_name(s.kind), s.index, format_name(w.format));
+    refuse("in[0] is %s (slot %d), which %s weights do not support", kind_name(s.kind), s.index, format_name(w.format));
   return s;
 }
 
 SlotRef StepReader::out(int i, SlotKinds kinds, int64_t width, bool selected, int64_t repeat) {
   const SlotRef s = slot("out", i, step.out[i], kinds);
   if (width && s.width != width)
-    refuse("out[%d] must have width %lld, slot %d has %lld", i, (long long)width, s.index, (long long)s.width);
+    refuse("out[%d] must have width %lld, but slot %d has %lld", i, (long long)width, s.index, (long long)s.width);
   if (s.repeat != repeat)
-    refuse("out[%d], slot %d, has %lld rows a token, not %lld", i, s.index, (long long)s.repeat, (long long)repeat);
+    refuse("out[%d], slot %d, has %lld rows per token, must have %lld", i, s.index, (long long)s.repeat, (long long)repeat);
   if (s.selected != selected) refuse("out[%d], slot %d, must hold %s rows", i, s.index, selected ? "the selected" : "all");
   if (std::find(writes.begin(), writes.end(), s.index) != writes.end())
-    refuse("out[%d] is slot %d, as another out is", i, s.index);
+    refuse("out[%d] is slot %d, the same as another output", i, s.index);
   writes.push_back(s.index);
   return s;
 }
 
 const dso_weight& StepReader::weight(char field, int i) const {
   const int32_t index = (field == 'w' ? step.w : step.b)[i];
-  if (index < 0 || index >= plan_.n_weights) refuse("%c[%d] is weight %d, the plan has %d", field, i, index, plan_.n_weights);
+  if (index < 0 || index >= plan_.n_weights)
+    refuse("%c[%d] is weight %d, but the plan has %d weights", field, i, index, plan_.n_weights);
   return plan_.weights[index];
 }
 
@@ -110,29 +112,31 @@ const float* StepReader::vector(int field, int i, int64_t cols) const {
 const float* StepReader::bias(int i, int64_t rows) const { return step.b[i] == -1 ? nullptr : vector('b', i, rows); }
 
 int32_t StepReader::positive(const char* field, int32_t value) const {
-  if (value < 1 || value > (1 << 24)) refuse("%s is %d", field, value);
+  if (value < 1 || value > (1 << 24)) refuse("%s is %d, must be from 1 to 2^24", field, value);
   return value;
 }
 
 float StepReader::eps() const {
-  if (!(step.eps >= 0 && step.eps <= std::numeric_limits<float>::max())) refuse("eps is %g", double(step.eps));
+  if (!(step.eps >= 0 && step.eps <= std::numeric_limits<float>::max()))
+    refuse("eps is %g, must be finite and not negative", double(step.eps));
   return step.eps;
 }
 
 Chosen StepReader::chosen() const {
-  if (step.experts < 1 || step.experts > kMostExperts) refuse("experts is %d, and must be 1 to %d", step.experts, kMostExperts);
+  if (step.experts < 1 || step.experts > kMostExperts)
+    refuse("experts is %d, must be from 1 to %d", step.experts, kMostExperts);
   if (step.top_k < 1 || step.top_k > step.experts)
-    refuse("top_k is %d, and must be 1 to experts, %d", step.top_k, step.experts);
+    refuse("top_k is %d, must be from 1 to experts, %d", step.top_k, step.experts);
   return {step.experts, step.top_k};
 }
 
 void StepReader::attends(int32_t layer, int32_t kv_heads, int32_t head_dim, bool writes_cache) {
   BatchNeeds& needs = plan_.needs;
   positive("kv_heads", kv_heads);
-  if (!is_head_dim(head_dim)) refuse("head_dim is %d, and must be even and at most %d", head_dim, int(max_head_dim));
-  if (needs.rank > 0 || needs.index > 0) refuse("heads, but an earlier step uses latents, and the cache is of one kind");
+  if (!is_head_dim(head_dim)) refuse("head_dim is %d, must be even and at most %d", head_dim, int(max_head_dim));
+  if (needs.rank > 0 || needs.index > 0) refuse("the step uses heads, but an earlier step uses latents: a cache has one kind");
   if (needs.layers > 0 && (needs.kv_heads != kv_heads || needs.head_dim != head_dim))
-    refuse("kv_heads %d of %d, but an earlier step uses %lld of %lld, and the cache has one shape", kv_heads, head_dim,
+    refuse("kv_heads is %d and head_dim %d, but an earlier step has %lld and %lld: the cache has one shape", kv_heads, head_dim,
            (long long)needs.kv_heads, (long long)needs.head_dim);
   needs.kv_heads = kv_heads;
   needs.head_dim = head_dim;
@@ -143,9 +147,9 @@ void StepReader::attends_latent(int32_t layer, int32_t rank, int32_t rope, bool 
   BatchNeeds& needs = plan_.needs;
   positive("rank", rank);
   positive("rope", rope);
-  if (needs.kv_heads > 0) refuse("latents, but an earlier step uses heads, and the cache is of one kind");
+  if (needs.kv_heads > 0) refuse("the step uses latents, but an earlier step uses heads: a cache has one kind");
   if (needs.rank > 0 && (needs.rank != rank || needs.rope != rope))
-    refuse("rank %d and rope %d, but an earlier step uses %lld and %lld, and the cache has one shape", rank, rope,
+    refuse("rank is %d and rope %d, but an earlier step has %lld and %lld: the cache has one shape", rank, rope,
            (long long)needs.rank, (long long)needs.rope);
   needs.rank = rank;
   needs.rope = rope;
@@ -155,9 +159,9 @@ void StepReader::attends_latent(int32_t layer, int32_t rank, int32_t rope, bool 
 void StepReader::attends_index(int32_t layer, int32_t index, bool writes_cache) {
   BatchNeeds& needs = plan_.needs;
   positive("index", index);
-  if (needs.kv_heads > 0) refuse("an index, but an earlier step uses heads, and the cache is of one kind");
+  if (needs.kv_heads > 0) refuse("the step uses index keys, but an earlier step uses heads: a cache has one kind");
   if (needs.index > 0 && needs.index != index)
-    refuse("index %d, but an earlier step uses %lld, and the cache has one shape", index, (long long)needs.index);
+    refuse("index is %d, but an earlier step has %lld: the cache has one shape", index, (long long)needs.index);
   needs.index = index;
   uses_layer(layer, writes_cache);
 }
@@ -170,7 +174,7 @@ void StepReader::sees(int64_t window, int64_t sinks) {
 }
 
 void StepReader::uses_layer(int32_t layer, bool writes_cache) {
-  if (layer < 0 || layer >= 65536) refuse("layer is %d", layer);
+  if (layer < 0 || layer >= 65536) refuse("layer is %d, must be from 0 to 65535", layer);
   plan_.needs.layers = std::max<int64_t>(plan_.needs.layers, layer + 1);
   (writes_cache ? writes : reads).push_back(shared_resource() + 1 + layer);
 }
@@ -178,18 +182,19 @@ void StepReader::uses_layer(int32_t layer, bool writes_cache) {
 void StepReader::takes(int ins, int outs, int ws, int bs, int32_t flags) const {
   auto absent = [this](const char* field, const int32_t* values, int from, int to) {
     for (int i = from; i < to; ++i)
-      if (values[i] != -1) refuse("%s[%d] is %d, and must be -1: the op does not take it", field, i, values[i]);
+      if (values[i] != -1) refuse("%s[%d] is %d, must be -1: the op does not use it", field, i, values[i]);
   };
   absent("in", step.in, ins, 4);
   absent("out", step.out, outs, 3);
   absent("w", step.w, ws, 3);
   absent("b", step.b, bs, 3);
-  if (step.flags & ~flags) refuse("flags are %d", step.flags);
+  if (step.flags & ~flags) refuse("flags are %d, some of which the op does not support", step.flags);
 }
 
 void StepReader::alias_only(const SlotRef& out, const SlotRef& in) {
   if (out.index == in.index) return;
-  if (std::find(reads.begin(), reads.end(), out.index) != reads.end()) refuse("slot %d is both an input and an out", out.index);
+  if (std::find(reads.begin(), reads.end(), out.index) != reads.end())
+    refuse("slot %d is both an input and an output", out.index);
 }
 
 void StepReader::done() {

@@ -1,4 +1,4 @@
-// Reads one dso_step and checks every field it is asked for; what a step reads and writes is noted for the interpreter.
+// Reads one dso_step and checks every field that is used; records what a step reads and writes for the interpreter.
 #pragma once
 #include <memory>
 #include <string>
@@ -17,7 +17,7 @@ class IndexSchedule;
 class MlaSchedule;
 class ExpertGroups;
 
-struct PlanSource {  // what dso_plan_create was given, and what the steps have asked of batches so far
+struct PlanSource {  // the arguments of dso_plan_create, and what the steps so far require of batches
   const dso_slot* slots;
   int32_t n_slots;
   const dso_weight* weights;
@@ -25,8 +25,8 @@ struct PlanSource {  // what dso_plan_create was given, and what the steps have 
   int32_t vocab_size;
   const Kernels& kernels;
   BatchNeeds needs;
-  std::vector<bool> written;                                  // slots that an earlier step fills
-  std::vector<std::shared_ptr<AttentionSchedule>> schedules;  // shared by layers that are alike
+  std::vector<bool> written;                                  // slots that an earlier step writes
+  std::vector<std::shared_ptr<AttentionSchedule>> schedules;  // shared by layers of the same shape
   std::vector<std::shared_ptr<BlockSchedule>> block_schedules;
   std::vector<std::shared_ptr<IndexSchedule>> index_schedules;
   std::vector<std::shared_ptr<MlaSchedule>> mla_schedules;
@@ -40,7 +40,7 @@ struct SlotRef {
   int64_t repeat = 1;
 };
 
-struct Chosen {  // experts of a row: top_k of so many
+struct Chosen {  // top_k of `experts` chosen per row
   int64_t experts, top_k;
   bool operator==(const Chosen&) const = default;
 };
@@ -54,13 +54,13 @@ class StepReader {
   const dso_step& step;
 
   SlotRef in(int i, SlotKinds kinds, int64_t width = 0, int64_t repeat = 1);  // width 0: any
-  SlotRef token_rows(int i, int64_t width = 0);                               // in(i) in fp32, of all tokens
+  SlotRef token_rows(int i, int64_t width = 0);                               // in(i) in fp32, for all tokens
   SlotRef activations(const Matrix& w, int64_t repeat = 1);                   // in(0), of a kind that products with w read
-  SlotRef out(int i, SlotKinds kinds, int64_t width, bool selected, int64_t repeat = 1);  // as for in
+  SlotRef out(int i, SlotKinds kinds, int64_t width, bool selected, int64_t repeat = 1);  // arguments as for in
   Matrix matrix(int i) const;
   Stack stack(int i, int64_t count) const;
   const float* vector(int field_w_or_b, int i, int64_t cols) const;  // 'w' or 'b'
-  const float* bias(int i, int64_t rows) const;                      // null where b[i] is -1
+  const float* bias(int i, int64_t rows) const;                      // null if b[i] is -1
   bool has_weight(int i) const { return step.w[i] != -1; }
   int32_t positive(const char* field, int32_t value) const;
   float eps() const;
@@ -68,18 +68,18 @@ class StepReader {
   void attends(int32_t layer, int32_t kv_heads, int32_t head_dim, bool writes);  // uses the cache
   void attends_latent(int32_t layer, int32_t rank, int32_t rope, bool writes);
   void attends_index(int32_t layer, int32_t index, bool writes);
-  void sees(int64_t window, int64_t sinks);  // what of its layer's tokens; window 0: all of them
+  void sees(int64_t window, int64_t sinks);  // visible tokens of its layer; window 0: all of them
   void uses_shared() { writes.push_back(shared_resource()); }
-  // The step takes no more than these; a field set beyond them is a mistake in the plan.
+  // The step uses at most these; a field set beyond them is an error in the plan.
   void takes(int ins, int outs, int ws, int bs, int32_t flags) const;
-  void alias_only(const SlotRef& out, const SlotRef& in);  // no alias of out among the inputs, but this one
+  void alias_only(const SlotRef& out, const SlotRef& in);  // `out` must not alias any input except this one
   PlanSource& plan() { return plan_; }
   [[noreturn]] void refuse(const char* format, ...) const __attribute__((format(printf, 2, 3)));
   std::string name() const;  // "step 3 (LINEAR)"
 
-  std::vector<int32_t> reads, writes;  // slots; then the shared memory, then one a layer of the cache
+  std::vector<int32_t> reads, writes;  // slots; then the shared memory, then one per layer of the cache
   int32_t shared_resource() const { return plan_.n_slots; }
-  void done();  // marks what it wrote
+  void done();  // marks its outputs as written
 
  private:
   SlotRef slot(const char* field, int i, int32_t index, SlotKinds kinds) const;

@@ -18,7 +18,7 @@ namespace {
 
 constexpr double kSpinSeconds = 40e-6;
 
-// The time stamp counter, unlike `pause`, takes the same time on every CPU.
+// Unlike `pause`, reading the time stamp counter takes the same time on every CPU.
 uint64_t ticks(double seconds) {
   static const double per_second = [] {
     using Clock = std::chrono::steady_clock;
@@ -41,8 +41,8 @@ void futex_wake_all(std::atomic<uint32_t>* word) {
   syscall(SYS_futex, reinterpret_cast<uint32_t*>(word), FUTEX_WAKE_PRIVATE, INT_MAX, nullptr, nullptr, 0);
 }
 
-// Threads started meanwhile leave signals to the host program's own threads, but for those that an instruction of theirs may
-// cause: where these are blocked, the process ends without its handlers being called (`mapped_files.hpp`, faulthandler).
+// Threads started meanwhile leave signals to the host program's own threads, except for those that their own instructions may
+// cause: if these are blocked, the process ends without its handlers being called (`mapped_files.hpp`, faulthandler).
 class SignalsBlocked {
  public:
   SignalsBlocked() {
@@ -57,8 +57,8 @@ class SignalsBlocked {
   sigset_t before_;
 };
 
-// Which thread takes a task must not change its bits, and a host may have set its thread to flush denormals (torch can, and
-// so does loading a library built with -ffast-math). Round to nearest, denormals as they are, no traps.
+// A task's bits must not depend on the thread that runs it, but a host may have set its thread to flush denormals (torch can,
+// and so does loading a library built with -ffast-math). Round to nearest, keep denormals, no traps.
 class StandardFloats {
  public:
   StandardFloats() { _mm_setcsr(0x1f80); }
@@ -81,7 +81,7 @@ Team::Team(int threads) : threads_(threads), spin_ticks_(threads > 1 ? ticks(kSp
       });
       pthread_setname_np(workers_.back().native_handle(), "dso-worker");
     }
-  } catch (const std::exception& e) {  // no thread to be had (system_error), or no memory for its handle
+  } catch (const std::exception& e) {  // no thread available (system_error), or no memory for its handle
     stop();
     fail(DSO_ENOMEM, "could not start thread %zu of %d: %s", workers_.size() + 1, threads, e.what());
   }
@@ -107,7 +107,7 @@ void Team::serve(int thread) {
   for (;;) {
     const uint32_t phase = phase_.load(std::memory_order_acquire);
     if (thread == 0 ? finished_.load(std::memory_order_acquire) : stop_.load(std::memory_order_relaxed)) return;
-    // A task once taken keeps the stage open, so all taken here are of one stage, though it may be newer than `phase`.
+    // A taken task keeps its stage open, so all tasks taken here belong to one stage, though it may be newer than `phase`.
     int64_t done = 0;
     for (int64_t n; (n = untaken_.fetch_sub(1, std::memory_order_acq_rel)) > 0; ++done) job_->task(tasks_ - n, thread);
     if (done > 0 && unfinished_.fetch_sub(done, std::memory_order_acq_rel) == done)
@@ -123,7 +123,7 @@ void Team::advance() {
   }
   if (n < 0) {
     finished_.store(true, std::memory_order_release);  // the caller may see this before the new phase, and return
-    return publish();                                  // from here on the job may be gone
+    return publish();                                  // from here on the job may be destroyed
   }
   tasks_ = n;
   unfinished_.store(n, std::memory_order_relaxed);
@@ -157,14 +157,14 @@ struct ThreadPool::Owned {
 
 ThreadPool::~ThreadPool() {
   Owned* o = owned_.load();
-  if (o && o->pid == getpid()) delete o;  // after a fork its threads are the parent's: nothing to join
+  if (o && o->pid == getpid()) delete o;  // after a fork its threads belong to the parent: nothing to join
 }
 
 ThreadPool::Owned* ThreadPool::owned() {
   const pid_t pid = getpid();
   Owned* current = owned_.load(std::memory_order_acquire);
   while (!current || current->pid != pid) {
-    // The parent's mutex may be held and its threads are gone: the child leaves both behind, untouched.
+    // The parent's mutex may be locked and its threads do not exist here: the child abandons both, untouched.
     auto fresh = std::make_unique<Owned>(pid);
     if (owned_.compare_exchange_strong(current, fresh.get(), std::memory_order_acq_rel)) return fresh.release();
   }

@@ -1,4 +1,4 @@
-// Training: attention, cut into tasks; and their C border.
+// Training: splits attention into tasks, and implements its C interface.
 #include "../kernels/train_attention.hpp"
 
 #include <algorithm>
@@ -17,16 +17,16 @@ namespace {
 constexpr int64_t kBlock = train_attn_block;
 // Queries and heads of a forward task: each packs all keys that it sees, which then takes one or two percent of its time.
 constexpr int64_t kQueries = 1536;
-// Keys of a sequence are cut where it is longer than kWhole, so that a few long ones feed all threads. Each piece has its own
-// sums for the gradient of q, so they are few. Nothing here may hang on the number of threads, or gradients would.
+// The keys of sequences longer than kWhole are split, so that a few long sequences keep all threads busy. Each part has its own
+// sums for the gradient of q, so there are few parts. Nothing here may depend on the number of threads, or the gradients would.
 constexpr int64_t kWhole = 1536, kPiece = 1024, kMostPieces = 4;
 
 using Task = TrainAttnTask;
 
 struct Work {
   Task task;
-  double pairs;         // of queries and keys: what it costs
-  int64_t q_sums = -1;  // where its sums for the gradient of q are, in floats; -1: the thread's own, and it alone has some
+  double pairs;         // of queries and keys: the task's cost
+  int64_t q_sums = -1;  // offset of its sums for the gradient of q, in floats; -1: in the thread's own scratch (the only part)
 };
 
 template <class Byte>
@@ -56,7 +56,7 @@ Task task_of(const dso_train_attention& a, int64_t i, int64_t kv_head) {
   return t;
 }
 
-double pairs_of(const Task& t, int64_t begin, int64_t end) {  // of queries [begin, end) with the keys they see
+double pairs_of(const Task& t, int64_t begin, int64_t end) {  // pairs of queries [begin, end) and the keys they see
   const double most = t.window ? double(t.window) : double(end);
   return double(t.group) * double(end - begin) * std::min(double(begin + end) / 2, most);
 }
@@ -84,7 +84,7 @@ std::vector<Work> forward_work(const dso_train_attention& a) {
   return work;
 }
 
-// Borders of pieces of keys [0, tokens) that queries see equally often, all of them behind each other.
+// Boundaries that split keys [0, tokens) into parts with equal numbers of visible (query, key) pairs.
 std::vector<int64_t> pieces_of(const Task& t) {
   const int64_t pieces = t.tokens <= kWhole ? 1 : std::min(ceil_div(t.tokens, kPiece), kMostPieces);
   std::vector<int64_t> borders = {0};
@@ -100,7 +100,7 @@ int64_t q_sums_of(const Task& t) {  // floats
   return t.group * ceil_div(t.tokens - t.begin, kBlock) * train_attn_query_grad(t.qk_width);
 }
 
-// Blocks of queries that see keys of the task.
+// Number of blocks of queries that see keys of the task.
 int64_t query_blocks(const Task& t) {
   const int64_t last = t.window ? std::min(t.tokens, round_up(t.end, kBlock) + t.window - 1) : t.tokens;
   return ceil_div(last - t.begin, kBlock);
@@ -108,8 +108,8 @@ int64_t query_blocks(const Task& t) {
 
 struct BackwardWork {
   std::vector<Work> work;
-  std::vector<std::vector<Work>> cut;  // the pieces of what was cut, whose sums for the gradient of q are to be added up
-  int64_t sums = 0;                    // floats of all pieces
+  std::vector<std::vector<Work>> cut;  // parts of each split task, whose sums for the gradient of q must be added up
+  int64_t sums = 0;                    // floats for all parts
 };
 
 BackwardWork backward_work(const dso_train_attention& a) {
@@ -144,10 +144,10 @@ void forward(Context& c, const dso_train_attention& a) {
   team.run(stages);
 }
 
-// Block `block` of a head's gradient of q, out of the sums of `pieces` of keys, in their order.
+// Block `block` of a head's gradient of q, from the sums of `pieces`, in order of their keys.
 void write_q_grad(const TrainAttention& kernels, const Work* pieces, size_t count, const float* const* sums, int64_t head,
                   int64_t block) {
-  const Task& whole = pieces->task;  // of the first piece: it begins where the sequence does
+  const Task& whole = pieces->task;  // the first part starts where the sequence does
   const float* parts[kMostPieces];
   int64_t seen = 0;
   for (size_t p = 0; p < count; ++p) {
@@ -170,7 +170,7 @@ void backward(Context& c, const dso_train_attention& a) {
     scratch = std::max(scratch, round_up(kernels.backward_scratch(w.task), 4096));
     if (w.q_sums < 0) own = std::max(own, round_up(q_sums_of(w.task) * 4, 4096));
   }
-  std::vector<int64_t> first = {0};  // blocks of queries before each of what was cut
+  std::vector<int64_t> first = {0};  // blocks of queries before each split task
   for (const std::vector<Work>& pieces : all.cut)
     first.push_back(first.back() + pieces[0].task.group * ceil_div(pieces[0].task.tokens, kBlock));
 
@@ -200,7 +200,7 @@ void backward(Context& c, const dso_train_attention& a) {
   team.run(stages);
 }
 
-// ---- the border
+// ---- the C interface
 
 constexpr int64_t kMostTokens = int64_t(1) << 40;
 
@@ -210,25 +210,25 @@ void check(const dso_train_heads& h, const char* name) {
 
 const dso_train_attention& checked(const dso_train_attention* given_one, bool backward) {
   const dso_train_attention& a = given(given_one, "attention");
-  if (a.type != DSO_TYPE_F32 && a.type != DSO_TYPE_BF16) fail(DSO_EINVAL, "type %d is unknown", a.type);
+  if (a.type != DSO_TYPE_F32 && a.type != DSO_TYPE_BF16) fail(DSO_EINVAL, "unknown type %d", a.type);
   if (a.kv_heads < 1 || a.heads < 1 || a.heads % a.kv_heads)
-    fail(DSO_EINVAL, "%d heads share %d kv heads", a.heads, a.kv_heads);
+    fail(DSO_EINVAL, "%d heads cannot share %d kv heads: heads must be a multiple", a.heads, a.kv_heads);
   if (!is_head_dim(a.qk_width))
     fail(DSO_EINVAL, "qk_width is %d; it must be even and at most %lld", a.qk_width, (long long)max_head_dim);
   if (!is_head_dim(a.v_width))
     fail(DSO_EINVAL, "v_width is %d; it must be even and at most %lld", a.v_width, (long long)max_head_dim);
-  if (a.window < 0) fail(DSO_EINVAL, "window is %lld", (long long)a.window);
+  if (a.window < 0) fail(DSO_EINVAL, "window is %lld, must not be negative", (long long)a.window);
   if (a.rows < 0 || a.row_tokens < 0 || a.rows > kMostTokens || a.row_tokens > kMostTokens)
-    fail(DSO_EINVAL, "%lld rows of %lld tokens", (long long)a.rows, (long long)a.row_tokens);
-  if (a.sequences < 0) fail(DSO_EINVAL, "sequences is %lld", (long long)a.sequences);
+    fail(DSO_EINVAL, "invalid shape: %lld rows of %lld tokens", (long long)a.rows, (long long)a.row_tokens);
+  if (a.sequences < 0) fail(DSO_EINVAL, "sequences is %lld, must not be negative", (long long)a.sequences);
   if (a.sequences > 0) given(a.begin, "begin"), given(a.end, "end"), given(a.state, "state");
   for (int64_t i = 0, before = 0; i < a.sequences; before = a.end[i++]) {
     const int64_t begin = a.begin[i], end = a.end[i];
     if (begin < before || end < begin || end > a.rows * a.row_tokens)
-      fail(DSO_EINVAL, "sequence %lld has tokens %lld to %lld, behind %lld of %lld", (long long)i, (long long)begin,
+      fail(DSO_EINVAL, "sequence %lld has tokens %lld to %lld, must lie within %lld to %lld", (long long)i, (long long)begin,
            (long long)end, (long long)before, (long long)(a.rows * a.row_tokens));
     if (end > begin && begin / a.row_tokens != (end - 1) / a.row_tokens)
-      fail(DSO_EINVAL, "sequence %lld, tokens %lld to %lld, crosses a row of %lld", (long long)i, (long long)begin,
+      fail(DSO_EINVAL, "sequence %lld, tokens %lld to %lld, crosses the end of a row of %lld", (long long)i, (long long)begin,
            (long long)end, (long long)a.row_tokens);
   }
   if (a.sequences == 0) return a;

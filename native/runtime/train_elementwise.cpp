@@ -1,4 +1,4 @@
-// Training: row-wise ops and the loss, cut into tasks; and their C border.
+// Training: splits row-wise ops and the loss into tasks, and implements their C interface.
 #include "../kernels/train_elementwise.hpp"
 
 #include <algorithm>
@@ -14,36 +14,37 @@
 namespace dso {
 namespace {
 
-constexpr int64_t kTaskNumbers = 16384;                    // of a task, about
-constexpr int64_t kMostPieces = 64, kLeastPieceRows = 16;  // of rows whose weight gradients are summed apart
+constexpr int64_t kTaskNumbers = 16384;                    // elements per task, approximately
+constexpr int64_t kMostPieces = 64, kLeastPieceRows = 16;  // chunks of rows whose weight gradients are summed separately
 constexpr int64_t kMostSide = int64_t(1) << 40;            // no product of sizes overflows
 
 void check_shape(int64_t rows, int64_t n) {
   if (rows < 0 || n < 0 || rows > kMostSide || n > kMostSide)
-    fail(DSO_EINVAL, "%lld rows of %lld", (long long)rows, (long long)n);
+    fail(DSO_EINVAL, "invalid shape: %lld rows of %lld", (long long)rows, (long long)n);
 }
 
 void check_type(int32_t type, const char* name) {
-  if (type != DSO_TYPE_F32 && type != DSO_TYPE_BF16) fail(DSO_EINVAL, "%s.type %d is unknown", name, type);
+  if (type != DSO_TYPE_F32 && type != DSO_TYPE_BF16) fail(DSO_EINVAL, "%s.type is %d, which is unknown", name, type);
 }
 
 void need(const void* p, const char* name) {
   if (!p) fail(DSO_EINVAL, "%s is NULL", name);
 }
 
-// The rows of an operand, all of a call's being of one type.
+// The rows of an operand; all operands of a call have one type.
 class Rows {
  public:
   Rows(const dso_train_matrix* m, const char* name, int64_t rows, int64_t n, int32_t type) {
     given(m, name);
     check_type(m->type, name);
-    if (m->type != type) fail(DSO_EINVAL, "%s is of another type than the first operand", name);
-    if (rows > 1 && m->ld < n) fail(DSO_EINVAL, "%s.ld is %lld, a row has %lld numbers", name, (long long)m->ld, (long long)n);
+    if (m->type != type) fail(DSO_EINVAL, "%s must have the type of the first operand", name);
+    if (rows > 1 && m->ld < n)
+      fail(DSO_EINVAL, "%s.ld is %lld, but a row has %lld elements", name, (long long)m->ld, (long long)n);
     if (rows > 0 && n > 0 && !m->data) fail(DSO_EINVAL, "%s.data is NULL", name);
     data_ = static_cast<uint8_t*>(m->data);
     stride_ = m->ld * (type == DSO_TYPE_BF16 ? 2 : 4);
   }
-  Rows() = default;  // of an operand that is not there
+  Rows() = default;  // an absent operand
   void* operator[](int64_t row) const { return data_ ? data_ + row * stride_ : nullptr; }
 
  private:
@@ -70,7 +71,7 @@ void rms_norm_backward(Context& c, int64_t rows, int64_t n, int32_t type, const 
   }
   const int64_t block = std::max(kLeastPieceRows, ceil_div(rows, kMostPieces)), pieces = ceil_div(rows, block);
   ThreadPool::Lease lease(c.pool);
-  const int64_t piece_floats = round_up(n, 16);  // no two threads write to one line
+  const int64_t piece_floats = round_up(n, 16);  // no two threads write to the same cache line
   c.scratch.reserve(pieces * piece_floats * 4);
   float* const sums = reinterpret_cast<float*>(c.scratch.data());
   Stages stages({{pieces,
@@ -91,9 +92,10 @@ void rms_norm_backward(Context& c, int64_t rows, int64_t n, int32_t type, const 
 void check_rotation(const dso_train_rotation& r) {
   check_type(r.type, "rotation");
   for (int64_t size : {r.batch, r.tokens, r.heads, r.head_dim, r.half})
-    if (size < 0 || size > kMostSide) fail(DSO_EINVAL, "rotation: a size is %lld", (long long)size);
+    if (size < 0 || size > kMostSide) fail(DSO_EINVAL, "rotation: a size is %lld, out of range", (long long)size);
   if (2 * r.half > r.head_dim)
-    fail(DSO_EINVAL, "rotation: half is %lld of head_dim %lld", (long long)r.half, (long long)r.head_dim);
+    fail(DSO_EINVAL, "rotation: half is %lld, must be from 0 to half of head_dim, %lld", (long long)r.half,
+         (long long)r.head_dim);
 }
 
 void rope(Context& c, const dso_train_rotation& r, const void* x, const void* cosine, const void* sine, void* result) {
@@ -112,7 +114,7 @@ void cross_entropy(Context& c, int64_t rows, int64_t n, int32_t type, const Rows
                    int64_t ignored, float factor, int32_t gradient, double* losses) {
   for (int64_t r = 0; r < rows; ++r)
     if (labels[r] != ignored && (labels[r] < 0 || labels[r] >= n))
-      fail(DSO_EINVAL, "labels[%lld] is %lld, a row has %lld logits", (long long)r, (long long)labels[r], (long long)n);
+      fail(DSO_EINVAL, "labels[%lld] is %lld, but a row has %lld logits", (long long)r, (long long)labels[r], (long long)n);
   each_row(c, rows, n, [&](int64_t r) {
     if (labels[r] == ignored) {
       losses[r] = 0;
@@ -124,7 +126,7 @@ void cross_entropy(Context& c, int64_t rows, int64_t n, int32_t type, const Rows
   });
 }
 
-// Each task has rows of the result to itself, and finds those of x among (number, row) in order.
+// Each task owns some rows of the result and finds the matching rows of x in the sorted list of (number, row).
 void rows_summed(Context& c, int64_t rows, int64_t n, const dso_train_matrix& x, const int64_t* numbers, int64_t ignored,
                  int64_t result_rows, const dso_train_matrix& result, bool adds) {
   std::vector<std::pair<int64_t, int64_t>> order;
@@ -132,7 +134,7 @@ void rows_summed(Context& c, int64_t rows, int64_t n, const dso_train_matrix& x,
   for (int64_t r = 0; r < rows; ++r) {
     if (numbers[r] == ignored) continue;
     if (numbers[r] < 0 || numbers[r] >= result_rows)
-      fail(DSO_EINVAL, "numbers[%lld] is %lld, result has %lld rows", (long long)r, (long long)numbers[r],
+      fail(DSO_EINVAL, "numbers[%lld] is %lld, but result has %lld rows", (long long)r, (long long)numbers[r],
            (long long)result_rows);
     order.emplace_back(numbers[r], r);
   }
@@ -221,7 +223,7 @@ int32_t dso_train_rope(dso_context* c, const dso_train_rotation* rotation, const
     if (r.batch == 0 || r.tokens == 0 || r.heads == 0 || r.head_dim == 0) return;
     need(x, "x"), need(result, "result");
     if (r.half > 0) need(cosine, "cosine"), need(sine, "sine");
-    if (r.interleaved && x == result) fail(DSO_EINVAL, "result is x, which it cannot be with interleaving");
+    if (r.interleaved && x == result) fail(DSO_EINVAL, "result must not be x with interleaving");
     rope(shared(c), r, x, cosine, sine, result);
   });
 }
@@ -245,7 +247,7 @@ int32_t dso_train_cross_entropy(dso_context* c, int64_t rows, int64_t n, const d
     check_shape(rows, n);
     const int32_t type = given(logits, "logits").type;
     if (gradient != -1 && gradient != DSO_TYPE_BF16 && (gradient != DSO_TYPE_F32 || type == DSO_TYPE_BF16))
-      fail(DSO_EINVAL, "gradient is %d for logits of type %d", gradient, type);
+      fail(DSO_EINVAL, "gradient is %d, which does not fit logits of type %d", gradient, type);
     const Rows x(logits, "logits", rows, n, type);
     if (rows == 0) return;
     cross_entropy(shared(c), rows, n, type, x, &given(labels, "labels"), ignored, factor, gradient, &given(losses, "losses"));

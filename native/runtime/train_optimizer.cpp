@@ -1,4 +1,4 @@
-// Training: the optimizer and the norm of its gradients, many tensors a call, cut into tasks; and their C border.
+// Training: splits the optimizer and gradient norms, for many tensors per call, into tasks, and implements their C interface.
 #include <algorithm>
 #include <vector>
 
@@ -10,9 +10,9 @@
 namespace dso {
 namespace {
 
-constexpr int64_t kPiece = 16384;  // elements of a task: a multiple of 256, the blocks of 8-bit moments
+constexpr int64_t kPiece = 16384;  // elements per task: a multiple of 256, the block size of 8-bit moments
 
-// Many tensors as one row of tasks: task i is elements [begin, end) of a tensor.
+// Many tensors as one list of tasks: task i is elements [begin, end) of a tensor.
 class Pieces {
  public:
   template <class T>
@@ -30,18 +30,18 @@ class Pieces {
 };
 
 void check_type(int32_t type, const char* name) {
-  if (type != DSO_TYPE_F32 && type != DSO_TYPE_BF16) fail(DSO_EINVAL, "%s is %d, which is no DSO_TYPE_*", name, type);
+  if (type != DSO_TYPE_F32 && type != DSO_TYPE_BF16) fail(DSO_EINVAL, "%s is %d, must be a DSO_TYPE_*", name, type);
 }
 
 void check_update(const dso_train_update& u, int64_t i) {
   const auto need = [i](const void* p, const char* name) {
     if (!p) fail(DSO_EINVAL, "update %lld: %s is NULL", (long long)i, name);
   };
-  if (u.count < 0) fail(DSO_EINVAL, "update %lld: count is %lld", (long long)i, (long long)u.count);
+  if (u.count < 0) fail(DSO_EINVAL, "update %lld: count is %lld, must not be negative", (long long)i, (long long)u.count);
   if (u.master < DSO_MASTER_NONE || u.master > DSO_MASTER_STOCHASTIC)
-    fail(DSO_EINVAL, "update %lld: master is %d", (long long)i, u.master);
+    fail(DSO_EINVAL, "update %lld: master is %d, must be a DSO_MASTER_*", (long long)i, u.master);
   if (u.moments < DSO_MOMENTS_F32 || u.moments > DSO_MOMENTS_INT8)
-    fail(DSO_EINVAL, "update %lld: moments is %d", (long long)i, u.moments);
+    fail(DSO_EINVAL, "update %lld: moments is %d, must be a DSO_MOMENTS_*", (long long)i, u.moments);
   check_type(u.gradient_type, "gradient_type");
   if (u.count == 0) return;
   need(u.parameter, "parameter");
@@ -65,7 +65,8 @@ void adamw(Context& c, const dso_train_update* updates, int64_t count) {
 void squares(Context& c, const dso_train_numbers* tensors, int64_t count, double* sums, int64_t* not_finite) {
   for (int64_t i = 0; i < count; ++i) {
     check_type(tensors[i].type, "type");
-    if (tensors[i].count < 0) fail(DSO_EINVAL, "tensor %lld: count is %lld", (long long)i, (long long)tensors[i].count);
+    if (tensors[i].count < 0)
+      fail(DSO_EINVAL, "tensor %lld: count is %lld, must not be negative", (long long)i, (long long)tensors[i].count);
     if (tensors[i].count && !tensors[i].data) fail(DSO_EINVAL, "tensor %lld: data is NULL", (long long)i);
   }
   const Pieces pieces(tensors, count);
@@ -93,7 +94,7 @@ void squares(Context& c, const dso_train_numbers* tensors, int64_t count, double
 
 void check_numbers(const dso_train_numbers& x, const char* name) {
   check_type(x.type, name);
-  if (x.count < 0) fail(DSO_EINVAL, "%s: count is %lld", name, (long long)x.count);
+  if (x.count < 0) fail(DSO_EINVAL, "%s: count is %lld, must not be negative", name, (long long)x.count);
   if (x.count && !x.data) fail(DSO_EINVAL, "%s: data is NULL", name);
 }
 
@@ -106,7 +107,7 @@ extern "C" {
 
 int32_t dso_train_adamw(dso_context* c, const dso_train_update* updates, int64_t updates_count) {
   return guarded([&] {
-    if (updates_count < 0) fail(DSO_EINVAL, "updates_count is %lld", (long long)updates_count);
+    if (updates_count < 0) fail(DSO_EINVAL, "updates_count is %lld, must not be negative", (long long)updates_count);
     if (updates_count) adamw(shared(c), &given(updates, "updates"), updates_count);
   });
 }
@@ -114,7 +115,7 @@ int32_t dso_train_adamw(dso_context* c, const dso_train_update* updates, int64_t
 int32_t dso_train_squares(dso_context* c, const dso_train_numbers* tensors, int64_t tensors_count, double* sums,
                           int64_t* not_finite) {
   return guarded([&] {
-    if (tensors_count < 0) fail(DSO_EINVAL, "tensors_count is %lld", (long long)tensors_count);
+    if (tensors_count < 0) fail(DSO_EINVAL, "tensors_count is %lld, must not be negative", (long long)tensors_count);
     if (tensors_count)
       squares(shared(c), &given(tensors, "tensors"), tensors_count, &given(sums, "sums"), &given(not_finite, "not_finite"));
   });
@@ -126,7 +127,7 @@ int32_t dso_train_scale(dso_context* c, const dso_train_numbers* x, float scale,
     check_numbers(given(x, "x"), "x");
     check_numbers(given(result, "result"), "result");
     if (x->count != result->count)
-      fail(DSO_EINVAL, "x has %lld numbers, result %lld", (long long)x->count, (long long)result->count);
+      fail(DSO_EINVAL, "x has %lld elements, but result has %lld", (long long)x->count, (long long)result->count);
     const Pieces pieces(x, 1);
     if (pieces.tasks() == 0) return;
     parallel(shared(c), pieces.tasks(), [&](int64_t task, int) {

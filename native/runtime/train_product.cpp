@@ -1,4 +1,4 @@
-// Training: matrix products, cut into tasks; and their C border.
+// Training: splits matrix products into tasks, and implements their C interface.
 #include "train_product.hpp"
 
 #include <algorithm>
@@ -12,16 +12,15 @@
 namespace dso {
 namespace {
 
-constexpr int64_t kMostRows = 384, kMostColumns = 768;  // of a block: its packed rows stay in L2
-constexpr int64_t kPackCost =
-    20;  // what a number costs to pack, in numbers multiplied (sampled on Zen 4; nothing but speed hangs on it)
+constexpr int64_t kMostRows = 384, kMostColumns = 768;  // per block: its packed rows stay in L2
+constexpr int64_t kPackCost = 20;  // cost of packing an element, in multiplied elements (sampled on Zen 4; affects only speed)
 constexpr int64_t kColumnsOfSums = 256;
 
-constexpr int64_t kMostSide = int64_t(1) << 40;  // no product of sizes below overflows
+constexpr int64_t kMostSide = int64_t(1) << 40;  // no product of sizes below it overflows
 
 }  // namespace
 
-// The time of a block, and how many of them the busiest thread has: the least product of the two.
+// Estimated time: that of a block times the number of blocks of the busiest thread; the smallest product is chosen.
 ProductGrid cut_product(int64_t M, int64_t N, int64_t jobs, int threads) {
   ProductGrid best{product_rows, product_columns};
   int64_t least = std::numeric_limits<int64_t>::max();
@@ -57,8 +56,7 @@ void multiply(Context& c, const std::vector<ProductJob>& jobs, bool exact) {
                     const size_t at = size_t(std::upper_bound(first.begin(), first.end(), index) - first.begin()) - 1;
                     const ProductJob& job = jobs[at];
                     const int64_t row_blocks = ceil_div(job.M, grid.rows), task = index - first[at];
-                    // Row blocks first: the threads share what one of them fetched of the columns, which are weights most of
-                    // the time.
+                    // Row blocks first: the threads share the columns, mostly weights, that one of them fetched.
                     const int64_t m = task % row_blocks * grid.rows, n = task / row_blocks * grid.columns;
                     kernels.block(job, exact, m, std::min(m + grid.rows, job.M), n, std::min(n + grid.columns, job.N),
                                   memory + thread * scratch);
@@ -71,12 +69,12 @@ namespace {
 const dso_train_matrix& checked(const dso_train_matrix* m, const char* name, int64_t rows, int64_t columns,
                                 int64_t groups = 1) {
   given(m, name);
-  if (m->type != DSO_TYPE_F32 && m->type != DSO_TYPE_BF16) fail(DSO_EINVAL, "%s.type %d is unknown", name, m->type);
+  if (m->type != DSO_TYPE_F32 && m->type != DSO_TYPE_BF16) fail(DSO_EINVAL, "%s.type is %d, which is unknown", name, m->type);
   if (rows < 0 || columns < 0 || rows > kMostSide || columns > kMostSide)
-    fail(DSO_EINVAL, "%s is %lld x %lld", name, (long long)rows, (long long)columns);
+    fail(DSO_EINVAL, "%s has invalid shape %lld x %lld", name, (long long)rows, (long long)columns);
   if (m->ld < columns && rows > 1)
-    fail(DSO_EINVAL, "%s.ld is %lld, a row has %lld numbers", name, (long long)m->ld, (long long)columns);
-  if (groups > 1 && m->next < 0) fail(DSO_EINVAL, "%s.next is %lld", name, (long long)m->next);
+    fail(DSO_EINVAL, "%s.ld is %lld, but a row has %lld elements", name, (long long)m->ld, (long long)columns);
+  if (groups > 1 && m->next < 0) fail(DSO_EINVAL, "%s.next is %lld, must not be negative", name, (long long)m->next);
   if (rows > 0 && columns > 0 && groups > 0 && !m->data) fail(DSO_EINVAL, "%s.data is NULL", name);
   return *m;
 }
@@ -88,8 +86,8 @@ ProductOperand operand(const dso_train_matrix& m, bool along) {
 }
 
 void check_form(int32_t form, int32_t flags) {
-  if (form != DSO_PRODUCT_NT && form != DSO_PRODUCT_NN && form != DSO_PRODUCT_TN) fail(DSO_EINVAL, "form %d is unknown", form);
-  if (flags & ~(DSO_PRODUCT_ADD | DSO_PRODUCT_EXACT)) fail(DSO_EINVAL, "flags %d are unknown", flags);
+  if (form != DSO_PRODUCT_NT && form != DSO_PRODUCT_NN && form != DSO_PRODUCT_TN) fail(DSO_EINVAL, "unknown form %d", form);
+  if (flags & ~(DSO_PRODUCT_ADD | DSO_PRODUCT_EXACT)) fail(DSO_EINVAL, "unknown flags %d", flags);
 }
 
 ProductJob job_of(int32_t form, int32_t flags, int64_t M, int64_t N, int64_t K, const dso_train_matrix* a,
@@ -111,12 +109,12 @@ ProductJob job_of(int32_t form, int32_t flags, int64_t M, int64_t N, int64_t K, 
 std::vector<ProductJob> jobs_of_groups(int32_t form, int32_t flags, int32_t groups, const int64_t* offsets, int64_t M,
                                        int64_t N, int64_t K, const dso_train_matrix* a, const dso_train_matrix* b,
                                        const dso_train_matrix* result) {
-  if (groups < 0) fail(DSO_EINVAL, "groups is %d", groups);
+  if (groups < 0) fail(DSO_EINVAL, "groups is %d, must not be negative", groups);
   given(offsets, "offsets");
   const bool tn = form == DSO_PRODUCT_TN;
   for (int32_t g = 0; g < groups; ++g)
     if (offsets[g] < 0 || offsets[g + 1] < offsets[g])
-      fail(DSO_EINVAL, "offsets[%d] is %lld, behind %lld", g + 1, (long long)offsets[g + 1], (long long)offsets[g]);
+      fail(DSO_EINVAL, "offsets[%d] is %lld, must be at least %lld", g + 1, (long long)offsets[g + 1], (long long)offsets[g]);
   const int64_t rows = groups ? offsets[groups] : 0;
   const ProductJob whole = job_of(form, flags, tn ? M : rows, N, tn ? rows : K, a, b, nullptr, result, groups);
   std::vector<ProductJob> jobs;
@@ -132,7 +130,7 @@ std::vector<ProductJob> jobs_of_groups(int32_t form, int32_t flags, int32_t grou
 }
 
 void sum_columns(Context& c, int32_t flags, int64_t T, int64_t N, const dso_train_matrix* x, const dso_train_matrix* sums) {
-  if (flags & ~DSO_PRODUCT_ADD) fail(DSO_EINVAL, "flags %d are unknown", flags);
+  if (flags & ~DSO_PRODUCT_ADD) fail(DSO_EINVAL, "unknown flags %d", flags);
   const dso_train_matrix &from = checked(x, "x", T, N), &to = checked(sums, "sums", 1, N);
   parallel(c, ceil_div(N, kColumnsOfSums), [&](int64_t block, int) {
     const int64_t begin = block * kColumnsOfSums, end = std::min(begin + kColumnsOfSums, N);

@@ -1,4 +1,4 @@
-// How the products of training are cut into tasks.
+// Splits the products of training into tasks.
 #pragma once
 #include <cstdint>
 #include <vector>
@@ -8,10 +8,10 @@
 namespace dso {
 
 struct ProductGrid {
-  int64_t rows, columns;  // of a task's block
+  int64_t rows, columns;  // per block of a task
 };
 
-// Blocks of C[M, N] (of the largest of several) for `threads` threads. Only speed depends on it.
+// Block size for C[M, N] (the largest of several) on `threads` threads. Only affects speed.
 ProductGrid cut_product(int64_t M, int64_t N, int64_t jobs, int threads);
 
 struct Context;

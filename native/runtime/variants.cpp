@@ -1,6 +1,6 @@
-// What each variant's kernels are: its own where its flags change the code, and otherwise those of the variant it extends.
-// Assembled here, in code for any x86-64: what is compiled for a variant may run only where the variant does. CMakeLists.txt
-// defines DSO_WITHOUT_<VARIANT> for those that the compiler could not build.
+// Assembles each variant's kernels: its own where its flags change the code, and otherwise those of the variant it extends.
+// This file is compiled for any x86-64: code compiled for a variant may run only where the variant does. CMakeLists.txt defines
+// DSO_WITHOUT_<VARIANT> for variants that the compiler could not build.
 #include <algorithm>
 
 #include "kernels.hpp"
@@ -8,7 +8,7 @@
 namespace dso {
 namespace {
 
-// `base`, with products of a variant's own, which scratch of either kind serves.
+// `base` with a variant's own products; the larger scratch serves both.
 [[maybe_unused]] Kernels extended(const Kernels& base, const char* isa, const LinearKernels& linear) {
   Kernels kernels = base;
   kernels.isa = isa;

@@ -1,7 +1,7 @@
-// Speed of attention on one thread: decode in GB/s of cache read, beside what plain loads of the same memory reach, and
-// prefill in GFLOP/s (four operations for a visible pair of query and key, per dimension). Best of several runs.
-// And what modes cost at 4K to 32K tokens: all heads of a row, one thread.
-// Usage: bench_attention [variant]. A table, then one line of JSON.
+// Speed of attention on one thread: decode in GB/s of cache read, compared with plain loads of the same memory, and prefill in
+// GFLOP/s (four operations per visible pair of query and key and per dimension). Best of several runs. Also the cost of the
+// attention modes at 4K to 32K tokens: all heads of a row, one thread. Usage: bench_attention [variant]. Prints a table, then
+// one line of JSON.
 #include <immintrin.h>
 
 #include <algorithm>
@@ -37,7 +37,7 @@ struct Case {
   float scale() const { return 1.0f / std::sqrt((float)shape.head_dim); }
 };
 
-// What one thread can read of the same memory with plain loads.
+// Speed of plain loads of the same memory on one thread.
 static double read_speed(Buffer& memory) {
   const __m128i* p = (const __m128i*)memory.get();
   const size_t n = memory.size() / sizeof(__m128i);
@@ -50,7 +50,7 @@ static double read_speed(Buffer& memory) {
   return (double)memory.size() / t * 1e-9;
 }
 
-// As many sequences of 4,096 tokens as exceed the last-level cache.
+// Enough sequences of 4,096 tokens to exceed the last-level cache.
 static void decode(const Variant& v, Shape s, int32_t type, std::string& json) {
   constexpr int64_t context = 4096;
   Random random(4);
@@ -107,8 +107,8 @@ static void prefill(const Variant& v, Shape s, int32_t type, std::string& json) 
   json += line;
 }
 
-// Rows behind `context` tokens: a step's attention (and the choice of blocks before it) as a plan runs it. Rows near each other
-// ask for nearly the same, as they do in a text.
+// Rows after `context` tokens: a step's attention (and the block choice before it) as run by a plan. Neighbouring rows have
+// similar queries, as in a text.
 struct Mode {
   const char* name;
   int32_t window, sinks, top_k;

@@ -1,4 +1,5 @@
-// Speed of experts: per token count, GB/s of the chosen experts' packed weights and GMAC/s, of each of the two steps by itself.
+// Speed of experts: per token count, GB/s of the chosen experts' packed weights and GMAC/s, for each of the two steps
+// separately.
 //   bench_experts [variant] [threads] [tokens...]       (default: the best variant, 1 thread, 1 4 64 512)
 //   SHAPE=hidden,inner,experts,top_k (default: DeepSeek-V2-Lite's, 2048,1408,64,6), FORMAT=int4|int8|q4_1
 #include <algorithm>
@@ -6,7 +7,7 @@
 #include <set>
 
 #include "check.hpp"
-// After check.hpp, whose sizes are another reading of the layout.
+// After check.hpp, whose size functions are an independent implementation of the layout.
 #include "experts_fixture.hpp"
 
 int main(int argc, char** argv) {
@@ -38,7 +39,7 @@ int main(int argc, char** argv) {
     std::vector<float> x((size_t)T * (size_t)spec.hidden);
     double best[2] = {1e9, 1e9}, spent = 0, bytes[2] = {};
     for (int run = 0; run < 3 || (spent < 0.5 && run < 200); ++run) {
-      for (float& v : x) v = random.normal();  // other experts each time: the caches hold few of these
+      for (float& v : x) v = random.normal();  // other experts each time: the CPU caches hold few of them
       dso_plan_set_timing(moe.plan(), 1);
       const Moe::Out out = moe.run(x, T, T < 8 ? T : 0);
       std::vector<double> seconds(moe.steps().size());

@@ -1,5 +1,5 @@
-// Speed of matrix products: per variant, format and token count, GB/s of packed weights and GMAC/s on one core, next to what a
-// plain read loop gets on the same buffer.
+// Speed of matrix products: per variant, format and token count, GB/s of packed weights and GMAC/s on one core, compared with a
+// plain read loop over the same buffer.
 //   bench_linear [variant] [cols] [rows] [tokens...]       (default: every variant, 1536 8960, 1 4 16 512)
 #include <immintrin.h>
 
@@ -57,7 +57,7 @@ int main(int argc, char** argv) {
         Buffer data(bytes), scratch(k.linear_scratch);
         Random random(1);
         for (size_t i = 0; i < bytes; ++i) data[i] = (uint8_t)(i * 2654435761u >> 13);
-        for (size_t tile = 0; tile < bytes; tile += tile_bytes(format))  // finite scales; of FP8, one float
+        for (size_t tile = 0; tile < bytes; tile += tile_bytes(format))  // finite scales; for FP8, one float
           for (size_t i = code_bytes(format); i < tile_bytes(format); i += 2) data[tile + i + 1] = 0x14;
         const Matrix w = {format, rows, cols, data.get()};
         const double read = best_seconds([&] { read_all(data.get(), bytes); });

@@ -1,7 +1,7 @@
-// Speed of latent attention on one thread, at the shapes of DeepSeek-V2-Lite (16 heads) and V3 (128), rank 512 and rope 64.
+// Speed of latent attention on one thread, with the shapes of DeepSeek-V2-Lite (16 heads) and V3 (128), rank 512 and rope 64.
 // Decode, absorbed: GB/s of cache read, GMAC/s, and nanoseconds for 16 heads and a block of 32 tokens. Prefill of 512 rows
-// behind 4,096 tokens: GMAC/s of both forms, and how long a row and head takes in each. Best of several runs. Usage: bench_mla
-// [variant]. A table, then one line of JSON.
+// after 4,096 tokens: GMAC/s of both forms, and time per row and head. Best of several runs. Usage: bench_mla [variant]. Prints
+// a table, then one line of JSON.
 #include "latent_fixture.hpp"
 #include "timing.hpp"
 
@@ -19,7 +19,7 @@ struct Case {
     const std::vector<float> x = normal((size_t)(256 * kWidth), 1, random);
     for (int64_t t = 0; t < tokens; t += 256) cache.write(t, x);
   }
-  // One row of `heads` heads over tokens [0, context), which begin at block `at` of the table.
+  // One row of `heads` heads over tokens [0, context), which start at block `at` of the table.
   void absorbed(const float* q, int64_t heads, int64_t at, int64_t context, std::vector<uint8_t>& packed, float* parts,
                 float* out) {
     const KvLayout& l = cache.layout;
@@ -65,7 +65,7 @@ static void decode(const Variant& v, int32_t type, int64_t heads, int64_t contex
 
 // One head, expanded with kv_b in this format, and absorbed as one set of 16 heads.
 static void prefill(const Variant& v, int32_t type, int32_t format, std::string& json) {
-  constexpr int64_t context = 4096, rows = 512, shared = 8;  // shared: rows that an absorbed task holds
+  constexpr int64_t context = 4096, rows = 512, shared = 8;  // shared: rows per absorbed task
   Random random(5);
   Case c(v, type, context + rows, random);
   const Kernels& k = c.k;
@@ -100,7 +100,7 @@ static void prefill(const Variant& v, int32_t type, int32_t format, std::string&
     }
   });
   std::vector<float> part((size_t)(mla_heads * (kRank + 16)));
-  const double absorbed = best([&] {  // the last rows of them
+  const double absorbed = best([&] {  // only the last rows
     for (int64_t r = 0; r < shared; ++r)
       k.mla_query(l, q.data() + r * mla_heads * kWidth, mla_heads, 0.1f, queries.data() + r * k.mla_query_bytes(l));
     for (int64_t first = 0; first < context + rows; first += attn_chunk) {

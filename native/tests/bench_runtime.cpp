@@ -1,5 +1,5 @@
-// What the runtime itself costs: a stage, the start of a run, a whole decode step, and what is left when another process
-// takes a core.
+// Costs of the runtime itself: a stage, the start of a run, a whole decode step, and the throughput while another process
+// occupies a core.
 //   bench_runtime [threads]           (default: as many as this process may use)
 #include <sched.h>
 #include <signal.h>
@@ -26,7 +26,7 @@ double best(int times, auto&& body) {
   return s;
 }
 
-class Busy {  // a process that takes all it can get of the last CPU
+class Busy {  // a process that uses all available time of the last CPU
  public:
   Busy() : child_(fork()) {
     if (child_ == 0) {
@@ -46,7 +46,7 @@ class Busy {  // a process that takes all it can get of the last CPU
   const pid_t child_;
 };
 
-struct Empty final : Job {  // a task a thread
+struct Empty final : Job {  // one task per thread
   int64_t stages, tasks;
   Empty(int64_t stages, int64_t tasks) : stages(stages), tasks(tasks) {}
   int64_t next() override { return stages-- > 0 ? tasks : -1; }

@@ -1,5 +1,5 @@
-// Speed of attention in training: GFLOP/s of forward and backward, of the products that a causal mask leaves.
-//   bench_train_attention [isa]      one thread, by its own time; default: all ISAs that run here
+// Speed of attention in training: GFLOP/s of forward and backward, counting only visible pairs of the causal mask.
+//   bench_train_attention [isa]      one thread, by its own CPU time; default: all ISAs that run on this machine
 #include "plan_parts.hpp"
 #include "timing.hpp"
 #include "train_attention_fixture.hpp"
@@ -11,7 +11,7 @@ static void measure(const Variant& v, const Shape& s) {
   Sequences of;
   for (int64_t row = 0; row < s.rows; ++row) of.add(row * s.row_tokens, (row + 1) * s.row_tokens);
   OwnContext context(*v.kernels, 1);
-  // One thread is the caller itself, so its time is all of it.
+  // The only thread is the caller itself, so its CPU time is the whole time.
   const dso_train_attention a = call_of(in, out, of);
   const double forward = best([&] { check(dso_train_attention_forward(context.c, &a) == DSO_OK, "%s", dso_last_error()); });
   const double backward = best([&] { check(dso_train_attention_backward(context.c, &a) == DSO_OK, "%s", dso_last_error()); });

@@ -11,7 +11,8 @@
 #include "timing.hpp"
 
 namespace {
-// The best of several: by the wall clock, with one thread by that thread's own time, which others on the core don't change.
+// The best of several runs: by wall clock, or with one thread by its own CPU time, which other processes on the core do not
+// affect.
 double best_seconds(dso_context* c, int form, int flags, int64_t M, int64_t N, int64_t K, const dso_train_matrix& a,
                     const dso_train_matrix& b, const dso_train_matrix& y) {
   const auto product = [&] {

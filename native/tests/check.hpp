@@ -1,5 +1,5 @@
-// What the native tests share: a check that counts failures, random numbers, guarded buffers, the variants that run here,
-// and the packed layout in plain scalar code (a second reading of dso.h, not the kernels').
+// Shared by the native tests: a check that counts failures, random numbers, guarded buffers, the variants that run on this
+// machine, and the packed layout in plain scalar code (an independent implementation of dso.h).
 #pragma once
 #include <cmath>
 #include <cstdarg>
@@ -64,7 +64,7 @@ inline std::vector<float> normal(size_t n, float scale, Random& random) {
 
 inline const char* kv_name(int type) { return type == DSO_KV_F32 ? "f32" : type == DSO_KV_BF16 ? "bf16" : "int8"; }
 
-// 64-aligned bytes between guards; the destructor checks that the guards are whole.
+// 64-aligned bytes between guards; the destructor checks that the guards are intact.
 class Buffer {
  public:
   explicit Buffer(size_t bytes, uint8_t fill = 0xa5)
@@ -96,7 +96,7 @@ struct Variant {
   std::string name;
   const Kernels* kernels;
 };
-inline std::vector<Variant> variants() {  // those that were built and run here
+inline std::vector<Variant> variants() {  // those that were built and run on this machine
   const struct {
     const char* name;
     const Kernels* (*get)();
@@ -114,8 +114,8 @@ inline std::vector<Variant> variants() {  // those that were built and run here
   return here;
 }
 
-// Those of them whose attention and rows are code of their own: the others share these with one that is here
-// (runtime/variants.cpp), and only their products need a test.
+// The variants whose attention and row kernels are their own: the others share these with one of them (runtime/variants.cpp),
+// and only their products need a test.
 inline std::vector<Variant> vector_variants() {
   std::vector<Variant> own;
   for (const Variant& v : variants()) {
@@ -154,11 +154,11 @@ inline float e4m3_to_float(uint8_t code) {
 inline uint8_t to_e4m3(float x) {  // nearest even, |x| <= 448
   const float a = std::fabs(x);
   const int exponent = a < std::ldexp(1.0f, -6) ? -6 : std::ilogb(a);
-  const int units = (int)std::nearbyint(std::ldexp((double)a, 3 - exponent));  // of the last place; 16 carries over
+  const int units = (int)std::nearbyint(std::ldexp((double)a, 3 - exponent));  // in units of the last place; 16 carries over
   return (uint8_t)((std::signbit(x) ? 0x80 : 0) |
                    (units + ((exponent + 6) << 3)));  // the implicit bit makes a subnormal normal
 }
-// Equal bits, or both NaN: which NaN comes out of an operation on two is the processor's choice.
+// Bitwise equal, or both NaN: the NaN that results from an operation on two NaNs depends on the processor.
 inline bool same(float a, float b) { return to_bits(a) == to_bits(b) || (std::isnan(a) && std::isnan(b)); }
 inline float rounded_bf16(float x) {  // nearest even
   const uint32_t u = to_bits(x);
@@ -196,7 +196,7 @@ inline const char* format_name(int format) {
 inline size_t packed_bytes(int format, int64_t rows, int64_t cols) {
   return (size_t)((rows + 15) / 16 * ((cols + 31) / 32)) * tile_bytes(format);
 }
-inline int band_rows(int format) { return format == DSO_FP8 ? 128 : 16; }  // what pack_tile packs at a time
+inline int band_rows(int format) { return format == DSO_FP8 ? 128 : 16; }  // rows that pack_tile packs at a time
 inline size_t row_bytes(int kind, int64_t width) {                         // of a slot
   const size_t wp = (size_t)(width + 31) / 32 * 32;
   const size_t bytes = kind == DSO_SLOT_BF16  ? 2 * wp
@@ -205,7 +205,7 @@ inline size_t row_bytes(int kind, int64_t width) {                         // of
                                               : 4 * (size_t)width;
   return (bytes + 63) / 64 * 64;
 }
-// Where the code of W[row, col] lies: the byte, and the shift of its 4 bits (0 for INT8).
+// Position of the code of W[row, col]: the byte, and the shift of its 4 bits (0 for INT8).
 inline size_t code_at(int format, int64_t row, int64_t col, int64_t cols, int* shift) {
   const size_t tile = (size_t)(row / 16 * ((cols + 31) / 32) + col / 32) * tile_bytes(format);
   const int r = (int)(row % 16), k = (int)(col % 32);

@@ -1,13 +1,13 @@
-// Whether blocks were chosen as BLOCK_CHOOSE and LATENT_CHOOSE promise, by estimates in doubles.
+// Checks the blocks that BLOCK_CHOOSE and LATENT_CHOOSE chose against estimates in double.
 #pragma once
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <vector>
 
-// Blocks [0, S) and [W, n) are chosen, and of those between none that another beats by more than rounding may do. A group's
-// `heads` queries of d numbers lie one after the other, as do the blocks' largest and smallest numbers; `rounding`: of an
-// estimate, relative.
+// Blocks [0, S) and [W, n) must be chosen, and no middle block whose estimate is exceeded by that of another by more than
+// rounding allows. A group's `heads` queries of d elements are consecutive, as are the blocks' maxima and minima; `rounding`:
+// relative error of an estimate.
 inline bool best_are_chosen(const std::vector<char>& chosen, int64_t S, int64_t W, const float* q, int64_t heads, int64_t d,
                             const float* largest, const float* smallest, double rounding) {
   const int64_t n = (int64_t)chosen.size();

@@ -1,5 +1,5 @@
-// One mixture of experts as a plan of its own, for tests and measurements: x (a batch's embeddings) -> scores -> routes ->
-// experts -> hidden states, which hold y and the routes.
+// A mixture of experts as a plan, for tests and benchmarks: x (a batch's embeddings) -> scores -> routes -> experts -> hidden
+// states, which hold y and the routes.
 #pragma once
 #include <functional>
 
@@ -12,7 +12,7 @@ struct MoeSpec {
   int32_t groups = 1, top_groups = 1, flags = DSO_FLAG_SIGMOID | DSO_FLAG_NORMALISE;
 };
 
-// Weights of one layer, used by plans of any context.
+// Weights of one layer, used by plans on any context.
 class MoeWeights {
  public:
   using Fill = std::function<void(int32_t format, int32_t rows, int32_t cols, uint8_t* packed)>;  // one matrix
@@ -89,7 +89,7 @@ class Moe {
   struct Out {
     std::vector<float> y, routes;  // [T, hidden], [T, 2 * top_k]
   };
-  // The first `decode` rows are a sequence in decode phase each, the others one in prefill phase.
+  // Each of the first `decode` rows is a sequence in decode phase; the others are one sequence in prefill phase.
   Out run(const std::vector<float>& x, int32_t T, int32_t decode) {
     std::vector<int32_t> query((size_t)decode, 1), phase((size_t)decode, DSO_PHASE_DECODE);
     if (decode < T) {
@@ -117,7 +117,7 @@ class Moe {
   const MoeSpec spec;
 
  private:
-  int32_t routes_at() const { return (spec.hidden + 2 * spec.top_k - 1) / (2 * spec.top_k); }  // behind y, in rows of routes
+  int32_t routes_at() const { return (spec.hidden + 2 * spec.top_k - 1) / (2 * spec.top_k); }  // after y, in rows of routes
   int32_t slot(int32_t kind, int32_t width, int32_t repeat = 1) {
     slots_.push_back({kind, width, 0, repeat});
     return (int32_t)slots_.size() - 1;
@@ -140,7 +140,7 @@ class Moe {
   std::vector<float> hidden_;
   dso_plan* plan_ = nullptr;
 
-  static std::vector<dso_step> reserved() {  // references that add() gave stay good
+  static std::vector<dso_step> reserved() {  // references returned by add() stay valid
     std::vector<dso_step> steps;
     steps.reserve(16);
     return steps;

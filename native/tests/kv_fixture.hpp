@@ -1,4 +1,4 @@
-// A cache of one layer for tests: blocks in shuffled order inside guarded memory that starts as NaN everywhere.
+// A cache of one layer for tests: blocks in shuffled order in guarded memory that is NaN initially.
 #pragma once
 #include "check.hpp"
 

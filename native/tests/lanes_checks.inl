@@ -1,5 +1,5 @@
-// The checks of test_lanes.cpp, included once per ISA after its lanes and math.hpp. Everything against scalar code; `bits`
-// collects results that must also be the same on every ISA.
+// The checks of test_lanes.cpp, included once per ISA after its lanes and math.hpp. Everything is compared with scalar code;
+// `bits` collects results that must also be bitwise equal on every ISA.
 namespace dso::DSO_ISA_NAMESPACE {
 
 struct Floats {

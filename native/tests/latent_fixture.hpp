@@ -1,4 +1,4 @@
-// A latent cache of one layer for tests: blocks in shuffled order inside guarded memory that starts as NaN everywhere.
+// A latent cache of one layer for tests: blocks in shuffled order in guarded memory that is NaN initially.
 #pragma once
 #include <algorithm>
 
@@ -29,7 +29,7 @@ struct LatentCache {
   int64_t width() const { return layout.rank + layout.rope; }
   void write(int64_t start, const std::vector<float>& x) {  // dense rows
     const int64_t n = (int64_t)x.size() / width();
-    for (int64_t t = 0; t < n;) {  // as a plan does it, no piece crosses a block
+    for (int64_t t = 0; t < n;) {  // as in a plan, no write crosses a block
       const int64_t piece = std::min(n - t, 32 - (start + t) % 32);
       kernels.latent_write(layout, view, start + t, piece, x.data() + t * width(), width() * 4);
       t += piece;

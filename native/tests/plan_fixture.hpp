@@ -1,5 +1,5 @@
-// A small Llama-shaped model for tests of the interpreter: random weights, its plan in fused or plain steps, and a
-// runner that feeds ragged batches and keeps each sequence's cache and logits.
+// A small Llama-shaped model for tests of the interpreter: random weights, its plan with fused or plain steps, and a runner
+// that feeds ragged batches and stores each sequence's cache and logits.
 #pragma once
 #include <map>
 
@@ -67,7 +67,7 @@ class Model {
     steps.back().eps = 1e-5f;
     return steps.back();
   }
-  int32_t converted(int32_t x, int32_t width, bool selected = false) {  // what a product reads
+  int32_t converted(int32_t x, int32_t width, bool selected = false) {  // the input kind of a product
     if (spec.activation == DSO_SLOT_F32) return x;
     const int32_t y = slot(spec.activation, width, selected);
     step(DSO_OP_CONVERT, {{x}, {y}, {}, {}});
@@ -94,7 +94,7 @@ class Model {
     int32_t delta = -1;
     for (int32_t l = 0; l < spec.layers; ++l) {
       const std::string p = std::to_string(l) + ".";
-      // Norm, with the residual added when fused.
+      // Norm, with the residual addition if fused.
       auto norm = [&](const std::string& name) {
         const int32_t w = vector(p + name, H, 1, 0.1f, random);
         if (spec.fused) {
@@ -189,7 +189,7 @@ struct Sequence {
   std::vector<std::vector<float>> logits;  // of every token
 };
 
-// Feeds sequences to a model; blocks are handed out from a shuffled pool, and go back to it once no later token can see them.
+// Feeds sequences to a model; blocks are taken from a shuffled pool, and returned to it once no later token can see them.
 class Feeder {
  public:
   Feeder(Model& model, int64_t blocks, Random& random)
@@ -204,7 +204,7 @@ class Feeder {
     int32_t rows;
     int32_t phase;
   };
-  // One step; parts in decode phase must come first. Returns dso_plan_run's code.
+  // One step; sequences in decode phase must come first. Returns dso_plan_run's code.
   int32_t feed(const std::vector<Part>& parts, std::vector<float>* hidden = nullptr) {
     const Spec& spec = model_.spec;
     std::vector<int32_t> ids, positions, query, context, phase, rows, table;

@@ -1,10 +1,10 @@
-// What tests that run plans share: a context of their own, packed weights, steps by their operands.
+// Shared by tests that run plans: a context, packed weights, and steps built from their operands.
 #pragma once
 #include <algorithm>
 #include <memory>
 
 #include "check.hpp"
-// After check.hpp, whose names layout.hpp has too.
+// After check.hpp, whose names layout.hpp also defines.
 #include "context.hpp"
 #include "plan.hpp"
 
@@ -15,7 +15,7 @@ struct OwnContext {
   OwnContext(const OwnContext&) = delete;
 };
 
-// w [count, rows, cols] as a stack, or (count 0) as the one matrix that it is; `keep` owns the tiles.
+// w [count, rows, cols] as a stack, or (count 0) as a single matrix; `keep` owns the tiles.
 inline dso_weight packed_weight(dso_context* c, int32_t format, const std::vector<float>& w, int32_t count, int32_t rows,
                                 int32_t cols, std::vector<std::unique_ptr<Buffer>>& keep) {
   const size_t bytes = ::packed_bytes(format, rows, cols), numbers = (size_t)rows * (size_t)cols,
@@ -27,7 +27,7 @@ inline dso_weight packed_weight(dso_context* c, int32_t format, const std::vecto
   return {format, rows, cols, count, tiles.get(), (int64_t)tiles.size()};
 }
 
-// Operands in their order; -1 where there is none.
+// Operands in order; -1 if absent.
 inline dso_step step_of(int32_t op, const std::vector<int32_t>& in, const std::vector<int32_t>& out,
                         const std::vector<int32_t>& w = {}, const std::vector<int32_t>& b = {}) {
   dso_step s{};

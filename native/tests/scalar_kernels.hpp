@@ -1,5 +1,5 @@
-// Every kernel in plain scalar code, for F32 weights, F32 rows and an F32 cache: an oracle for the interpreter that shares
-// nothing with the real kernels, and shows that the runtime relies on their contract alone.
+// All kernels in plain scalar code, for F32 weights, F32 rows and an F32 cache: a reference for the interpreter that shares no
+// code with the real kernels, and shows that the runtime relies only on their interface.
 #pragma once
 #include <algorithm>
 #include <vector>
@@ -107,7 +107,7 @@ inline void kv_read(const KvLayout& l, const KvView& v, int64_t tokens, float* k
     }
 }
 
-// Softmax over tokens: m, the sum, and the weighted values, not yet divided.
+// Softmax over tokens: m, the sum, and the weighted values, not divided by the sum.
 inline void attend(const KvLayout& l, const KvView& v, int64_t head, const float* q, const std::vector<int64_t>& tokens,
                    float scale, float* m, float* sum, float* o) {
   *m = -INFINITY;
@@ -128,14 +128,14 @@ inline void attend(const KvLayout& l, const KvView& v, int64_t head, const float
 }
 inline void attn_eager(const KvLayout& l, const KvView& v, int64_t head, const float* q, int64_t n, int64_t first, float scale,
                        float* scores, float* o) {
-  std::fill_n(scores, n, 0.0f);  // the caller promised room for them
+  std::fill_n(scores, n, 0.0f);  // the caller guarantees room for them
   std::vector<int64_t> tokens;
   for (int64_t t = first; t < n; ++t) tokens.push_back(t);
   float m, sum;
   attend(l, v, head, q, tokens, scale, &m, &sum, o);
   for (int64_t i = 0; i < l.head_dim; ++i) o[i] /= sum;
 }
-// What token `row` sees, of the chunk (-1: of all).
+// Tokens visible to `row`, within the chunk (-1: all chunks).
 inline std::vector<int64_t> seen(const VisibleTokens& sight, int64_t row, int64_t chunk) {
   std::vector<int64_t> tokens;
   if (!sight.chosen) {
@@ -180,7 +180,7 @@ inline void attn_merge(const float* part, int64_t stride, int64_t chunks, int64_
   for (int64_t i = 0; i < d; ++i) out[i] /= sum;
 }
 
-// The indexer's keys, in a cache of fp32 or bf16 rows behind the latents.
+// The indexer's keys, in a cache of fp32 or bf16 rows, after the latents.
 inline uint8_t* index_row(const KvLayout& l, const KvView& v, int64_t t) {
   return v.base + v.table[t / 32] * v.block_stride + 32 * l.row_bytes + t % 32 * l.index_bytes;
 }

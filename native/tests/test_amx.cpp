@@ -1,5 +1,5 @@
-// AMX: the emulated tiles against the instructions' description, products on tiles against scalar code and against the vector
-// kernels, and, where the host has AMX, the real tiles against the emulated ones, bit for bit.
+// AMX: the emulated tiles against the instructions' documentation, products on tiles against scalar code and against the vector
+// kernels, and, if the host has AMX, the real tiles against the emulated ones, bit for bit.
 #include <algorithm>
 #include <utility>
 
@@ -72,8 +72,8 @@ float dot(const std::vector<std::pair<float, float>>& ab, float c) {
 }
 
 void floats() {
-  const float big = 16777216.0f, small = std::ldexp(1.0f, -126);  // 2^24; the least normal number
-  // Even and odd columns apart: with one chain the ones beside 2^24 would vanish.
+  const float big = 16777216.0f, small = std::ldexp(1.0f, -126);  // 2^24; the smallest normal number
+  // Even and odd columns are separate chains: in a single chain the elements added to 2^24 would vanish.
   check(dot({{big, 1}, {1, 1}, {-big, 1}, {1, 1}}, 0) == 2.0f, "even and odd columns are one chain");
   // Columns ascending within a chain: 2^24 + 1 rounds back to 2^24.
   check(dot({{big, 1}, {0, 0}, {1, 1}, {0, 0}, {-big, 1}}, 0) == 0.0f, "the chain's order or its rounding is wrong");
@@ -84,7 +84,7 @@ void floats() {
   // Fused: the product's low bits reach the sum.
   const float x = 1 + std::ldexp(1.0f, -7);
   check(dot({{x, x}, {0, 0}, {-1, 1}}, 0) == std::fmaf(x, x, -1.0f), "the product is rounded");
-  // Denormals are zero: in A, in B, in C, as a result of the chain and of the last sum; signs stay.
+  // Denormals count as zero: in A, in B, in C, as a result of the chain and of the final sum; signs are preserved.
   check(dot({{small / 2, 2}}, 0) == 0 && dot({{2, small / 2}}, 0) == 0, "a denormal input counts");
   check(dot({}, small / 2) == 0, "a denormal in C counts");
   check(dot({{small, 0.5f}, {0, 0}, {small, 0.5f}}, 0) == 0, "a denormal intermediate counts");
@@ -104,7 +104,7 @@ struct Run {
   bool prefill;
 };
 
-// Random tiles with finite scales; the same for the same seed.
+// Random tiles with finite scales; equal for equal seeds.
 std::vector<uint8_t> weights(int format, int rows, int cols, Random& random) {
   std::vector<float> w((size_t)(rows * cols));
   for (float& x : w) x = random.normal();
@@ -128,7 +128,7 @@ std::vector<uint8_t> product(const Kernels& k, const Run& r, const std::vector<u
   return {y.get(), y.get() + y.size()};
 }
 
-// The same bytes, those outside the tiles included, whichever of the two kernels made them.
+// Both kernels must give the same bytes, including those outside the tiles.
 void equal(const Kernels& a, const Kernels& b, Run r, Random& random) {
   const std::vector<uint8_t> packed = weights(r.format, r.rows, r.cols, random);
   std::vector<float> x((size_t)(r.T * r.cols)), bias((size_t)r.rows);
@@ -170,7 +170,7 @@ void against_vectors(const Kernels& amx) {
 
 float flushed(float x) { return std::fpclassify(x) == FP_SUBNORMAL ? std::copysign(0.0f, x) : x; }
 
-// BF16 prefill: 32 columns at a time, even and odd columns apart, then their sum to the output.
+// BF16 prefill: 32 columns at a time, even and odd columns separately, then their sum is added to the output.
 void bf16_prefill(const Kernels& amx) {
   Random random(5);
   for (int i = 0; i < 60; ++i) {

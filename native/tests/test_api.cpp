@@ -1,5 +1,5 @@
-// The C interface's manners: every mistake gives its code and a message that names the culprit, and changes nothing; what
-// lies outside plans (conversion, products, packing, the cache) does what dso.h says, on any number of threads.
+// The C interface: every invalid call returns its code and a message that names the culprit, and changes nothing; functions
+// outside plans (conversion, products, packing, the cache) do what dso.h says, with any number of threads.
 #include <cmath>
 #include <thread>
 
@@ -15,7 +15,7 @@ bool refuses(int32_t rc, int32_t code, const char* words, const char* what) {
 
 void contexts() {
   dso_context* c = nullptr;
-  refuses(dso_context_create("sse9", 1, &c), DSO_EISA, "unknown ISA \"sse9\"; known: avx2", "unknown ISA");
+  refuses(dso_context_create("sse9", 1, &c), DSO_EISA, "unknown ISA \"sse9\"; choose one of avx2", "unknown ISA");
   check(c == nullptr, "a failed call left a context");
   refuses(dso_context_create(nullptr, 1, nullptr), DSO_EINVAL, "out is NULL", "no out");
   refuses(dso_context_create(nullptr, 5000, &c), DSO_EINVAL, "threads is 5000", "too many threads");
@@ -53,7 +53,7 @@ void bandwidth() {
     refuses(dso_read_bandwidth(c, 1000, 0, &found), DSO_EINVAL, "bytes is 1000", "too little to read");
     refuses(dso_read_bandwidth(c, 1 << 20, -1, &found), DSO_EINVAL, "seconds is -1", "negative time");
     refuses(dso_read_bandwidth(c, 1 << 20, NAN, &found), DSO_EINVAL, "seconds is", "no time");
-    refuses(dso_read_bandwidth(c, INT64_C(1) << 60, 0, &found), DSO_ENOMEM, "could not be had", "too much to read");
+    refuses(dso_read_bandwidth(c, INT64_C(1) << 60, 0, &found), DSO_ENOMEM, "could not be allocated", "too much to read");
     refuses(dso_read_bandwidth(c, 1 << 20, 0, nullptr), DSO_EINVAL, "bytes_per_second is NULL", "no place for it");
     check(found == 0, "a failed call left %g", found);
     for (int64_t bytes : {1 << 20, (3 << 20) + 77}) {
@@ -77,16 +77,16 @@ void sizes() {
   check(dso_packed_bytes(DSO_BF16, 17, 33) == 4 * 1024, "a started tile is a whole tile");
   check(dso_packed_bytes(DSO_BF16, 0, 33) == -1 && dso_packed_bytes(DSO_BF16, -5, 33) == -1 &&
             dso_packed_bytes(DSO_F32, INT64_MAX, INT64_MAX) == -1,
-        "absurd shapes");
+        "invalid shapes");
   for (int width : {1, 31, 32, 33, 576, 1000})
     for (int kind : {DSO_SLOT_F32, DSO_SLOT_BF16, DSO_SLOT_Q8, DSO_SLOT_Q16})
       check(dso_row_bytes(kind, width) == (int64_t)::row_bytes(kind, width), "row_bytes(%d, %d) is %ld", kind, width,
             (long)dso_row_bytes(kind, width));
   check(dso_row_bytes(9, 32) == -1 && dso_row_bytes(DSO_SLOT_Q8, 0) == -1 && dso_row_bytes(DSO_SLOT_Q8, -1) == -1,
-        "absurd rows");
+        "invalid rows");
 }
 
-// ---- plans: one mistake at a time in a plan that is right
+// ---- plans: one error at a time in a valid plan
 void plans() {
   Model m(Spec(), scalar::table, 2);
   auto create = [&](const char* words, const char* what, auto&& spoil) {
@@ -113,7 +113,7 @@ void plans() {
                rope = step_of(DSO_OP_ROPE_CACHE);
   create("op 99 is unknown", "op", [&](S s, L, W) { s[0].op = 99; });
   create("step 0 (EMBEDDING): out[0] is slot 1000", "slot index", [&](S s, L, W) { s[0].out[0] = 1000; });
-  create("in[1] is 0, and must be -1", "extra input", [&](S s, L, W) { s[0].in[1] = 0; });
+  create("in[1] is 0, must be -1", "extra input", [&](S s, L, W) { s[0].in[1] = 0; });
   create("w[0] is weight 1000", "weight index", [&](S s, L, W) { s[0].w[0] = 1000; });
   create("w[0] is weight -1", "no weight", [&](S s, L, W) { s[0].w[0] = -1; });
   create("kind 9 is unknown", "slot kind", [&](S, L l, W) { l[0].kind = 9; });
@@ -130,13 +130,13 @@ void plans() {
   create("format 55", "format", [&](S, L, W w) { w[0].format = 55; });
   create("a matrix of -3 x 80", "negative rows", [&](S, L, W w) { w[0].rows = -3; });
   create("must be a VECTOR", "matrix for vector", [&](S s, L, W) { s[1].w[0] = 0; });
-  create("columns, in[0] has width", "columns of w[1]",
+  create("columns, but in[0] has width", "columns of w[1]",
          [&](S s, L, W w) { w[(size_t)s[linear].w[1]] = w[(size_t)s[gate + 1].w[0]]; });
-  create("which no earlier step fills", "read before written", [&](S s, L, W) { std::swap(s[linear], s[gate]); });
-  create("as another out is", "two outs, one slot", [&](S s, L, W) { s[linear].out[2] = s[linear].out[1]; });
-  create("which F32 weights do not read", "activation kind",
+  create("which no earlier step writes", "read before written", [&](S s, L, W) { std::swap(s[linear], s[gate]); });
+  create("the same as another output", "two outs, one slot", [&](S s, L, W) { s[linear].out[2] = s[linear].out[1]; });
+  create("which F32 weights do not support", "activation kind",
          [&](S s, L l, W) { l[(size_t)s[linear].in[0]].kind = DSO_SLOT_BF16; });
-  create("heads 5 is no multiple of kv_heads 2", "group", [&](S s, L, W) { s[attention].heads = 5; });
+  create("heads 5 is not a multiple of kv_heads 2", "group", [&](S s, L, W) { s[attention].heads = 5; });
   create("window is -1", "window", [&](S s, L, W) { s[attention].window = -1; });
   create("layer is -1", "layer", [&](S s, L, W) { s[attention].layer = -1; });
   for (int d : {0, 17, 320}) create("must be even and at most 256", "head_dim", [&](S s, L, W) { s[attention].head_dim = d; });
@@ -157,7 +157,7 @@ void plans() {
     s[rope].in[0] = s[rope].in[2];
     s[rope].out[0] = s[rope].in[1];
   });
-  create("they must be alike", "gate and up", [&](S s, L, W) { s[gate].w[1] = s[gate + 1].w[0]; });
+  create("they must be equal", "gate and up", [&](S s, L, W) { s[gate].w[1] = s[gate + 1].w[0]; });
   create("flags are 64", "flags", [&](S s, L, W) { s[attention].flags = 64; });
   create("eps is", "eps", [&](S s, L, W) { s[step_of(DSO_OP_ADD_RMS_NORM)].eps = NAN; });
   create("must hold the selected rows", "select into all rows",
@@ -174,7 +174,7 @@ void plans() {
   refuses(dso_plan_reserve(m.plan, -1, 0), DSO_EINVAL, "T is -1", "reserve");
 }
 
-// ---- batches: one mistake at a time; the logits must not be touched
+// ---- batches: one error at a time; the logits must not be touched
 void batches() {
   const Spec spec;
   Model m(spec, scalar::table, 2);
@@ -220,17 +220,17 @@ void batches() {
   bad("batch.T is 0", [](B b, D) { b.T = 0; });
   bad("batch.S is 4", [](B b, D) { b.S = 4; });
   bad("batch.R is -1", [](B b, D) { b.R = -1; });
-  bad("token_ids[1] is 150, the vocabulary has 150", [](B, D d) { d.ids[1] = 150; });
+  bad("token_ids[1] is 150, but the vocabulary has 150", [](B, D d) { d.ids[1] = 150; });
   bad("token_ids[2] is -1", [](B, D d) { d.ids[2] = -1; });
   bad("token_ids and batch.inputs_embeds are both NULL", [](B b, D) { b.token_ids = nullptr; });
   bad("positions is NULL", [](B b, D) { b.positions = nullptr; });
   bad("query_len[1] is 0", [](B, D d) { d.query[1] = 0; });
-  bad("query_len sums to 4, T is 3", [](B, D d) { d.query[1] = 3; });
+  bad("query_len sums to 4, but T is 3", [](B, D d) { d.query[1] = 3; });
   bad("context_len[0] is -1", [](B, D d) { d.context[0] = -1; });
   bad("context_len[0] is 2147483647", [](B, D d) { d.context[0] = INT32_MAX; });
   bad("phase[0] is 2", [](B, D d) { d.phase[0] = 2; });
-  bad("decode phase come first", [](B, D d) { d.phase = {1, 0}; });
-  bad("sequence 0 needs 3 blocks, max_blocks is 2", [](B, D d) { d.context[0] = 64; });
+  bad("decode phase must come first", [](B, D d) { d.phase = {1, 0}; });
+  bad("sequence 0 needs 3 blocks, but max_blocks is 2", [](B, D d) { d.context[0] = 64; });
   bad("block_table[0][1] is 4", [](B, D d) { d.table[1] = 4; });
   bad("block_table[1][0] is -3", [](B, D d) { d.table[2] = -3; });
   bad("block_table is NULL", [](B b, D) { b.block_table = nullptr; });
@@ -240,11 +240,11 @@ void batches() {
   bad("logits is NULL", [](B b, D) { b.logits = nullptr; });
   bad("cache is NULL", [](B b, D) { b.cache = nullptr; });
   bad("batch.cache has 1 layers", [&](B b, D) { b.cache = &small; });
-  bad("of 1 heads of 16", [&](B b, D) { b.cache = &other; });
+  bad("kv_heads 1, head_dim 16", [&](B b, D) { b.cache = &other; });
   check(run([](B, D) {}) == 0, "good again: %s", dso_last_error());
 }
 
-// A block may be missing where no row sees it, and every layer has a window.
+// A block may be missing if no row sees it and every layer has a window.
 void missing_blocks() {
   auto runs = [](bool first_full, int32_t missing, int32_t context) {
     Spec spec;
@@ -271,7 +271,7 @@ void missing_blocks() {
   refuses(runs(true, 2, 200), DSO_EINVAL, "block_table[0][2] is -1", "a layer that sees all");
 }
 
-void context_goes_first() {  // the plan keeps what it shares
+void context_goes_first() {  // the plan keeps the shared context alive
   const Spec spec;
   auto m = std::make_unique<Model>(spec, scalar::table, 2);
   dso_context_destroy(m->context.c);
@@ -282,7 +282,7 @@ void context_goes_first() {  // the plan keeps what it shares
   check(feeder.feed({{&s, 3, DSO_PHASE_PREFILL}}) == 0, "a plan after its context");
 }
 
-void many_callers() {  // two models on a context each, four threads: all get what one gets
+void many_callers() {  // two models on one context each, four threads: all get the results of a single thread
   const Spec spec;
   std::vector<std::unique_ptr<Model>> models;
   for (int i = 0; i < 2; ++i) models.push_back(std::make_unique<Model>(spec, scalar::table, 2));
@@ -350,7 +350,7 @@ void direct() {
         }
       refuses(
           dso_linear(one.c, &weight, nullptr, k.kind == DSO_SLOT_F32 ? DSO_SLOT_Q8 : DSO_SLOT_F32, x.data(), T, 0, y.data()),
-          DSO_EINVAL, "do not read", "wrong activation");
+          DSO_EINVAL, "do not support", "wrong activation");
       refuses(dso_linear(one.c, &weight, nullptr, k.kind, x.data(), T, T + 1, y.data()), DSO_EINVAL, "decode_rows",
               "too many decode rows");
       refuses(dso_unpack(one.c, &weight, 0, rows + 1, real.data()), DSO_EINVAL, "of 75", "rows past the end");
@@ -362,7 +362,7 @@ void direct() {
             "convert");
       check(memcmp(a.get(), b.get(), a.size()) == 0, "%s: conversion depends on threads", isa);
     }
-    refuses(dso_convert(one.c, DSO_SLOT_F32, x.data(), T, cols, w.data()), DSO_EINVAL, "slot_kind 0", "convert to F32");
+    refuses(dso_convert(one.c, DSO_SLOT_F32, x.data(), T, cols, w.data()), DSO_EINVAL, "slot_kind is 0", "convert to F32");
     refuses(dso_pack(one.c, DSO_VECTOR, DSO_SRC_F32, w.data(), rows, cols, cols, nullptr, x.data()), DSO_EINVAL, "format 100",
             "pack a vector");
     refuses(dso_pack(one.c, DSO_INT8, 9, w.data(), rows, cols, cols, nullptr, x.data()), DSO_EINVAL, "src_type 9",
@@ -376,9 +376,9 @@ void direct() {
             "importance[0] is inf", "infinite importance");
     refuses(dso_pack(one.c, DSO_BF16, DSO_SRC_GGML, w.data(), 1, 32, 32, nullptr, x.data()), DSO_EINVAL, "BF16",
             "ggml blocks as bf16");
-    refuses(dso_pack(one.c, DSO_INT8, DSO_SRC_GGML, w.data(), 1, 33, 64, nullptr, x.data()), DSO_EINVAL, "33 every 64",
+    refuses(dso_pack(one.c, DSO_INT8, DSO_SRC_GGML, w.data(), 1, 33, 64, nullptr, x.data()), DSO_EINVAL, "got 33 and 64",
             "columns of ggml blocks");
-    refuses(dso_pack(one.c, DSO_INT8, DSO_SRC_GGML, w.data(), 1, 32, 33, nullptr, x.data()), DSO_EINVAL, "32 every 33",
+    refuses(dso_pack(one.c, DSO_INT8, DSO_SRC_GGML, w.data(), 1, 32, 33, nullptr, x.data()), DSO_EINVAL, "got 32 and 33",
             "stride of ggml blocks");
   }
 }
@@ -388,7 +388,7 @@ int64_t block_bytes(dso_cache_shape shape) { return dso_cache_block_bytes(&shape
 
 void latent_caches() {
   dso_cache* k = nullptr;
-  refuses(create({DSO_KV_BF16, 1, 1, 16, 32, 16, 0, 0}, 4, &k), DSO_EINVAL, "beside a rank", "heads in a latent cache");
+  refuses(create({DSO_KV_BF16, 1, 1, 16, 32, 16, 0, 0}, 4, &k), DSO_EINVAL, "with rank", "heads in a latent cache");
   refuses(create({DSO_KV_BF16, 1, 0, 0, 31, 16, 0, 0}, 4, &k), DSO_EINVAL, "rank is 31", "odd rank");
   refuses(create({DSO_KV_BF16, 1, 0, 0, 0, 16, 0, 0}, 4, &k), DSO_EINVAL, "rank is 0", "no rank");
   refuses(create({DSO_KV_BF16, 1, 0, 0, 32, 0, 0, 0}, 4, &k), DSO_EINVAL, "rope is 0", "no rope");
@@ -398,7 +398,7 @@ void latent_caches() {
   check(block_bytes({DSO_KV_F32, 2, 0, 0, 512, 64, 128, 0}) == 2 * 32 * 4 * (576 + 128), "index keys");
 }
 
-// E4M3 by blocks: the codes and scales of what dso_pack makes of their values, wherever the rows lie.
+// Block-scaled E4M3: the codes and scales that dso_pack produces from their values, for any row stride.
 void e4m3_blocks() {
   OwnContext one(*variants()[0].kernels, 1), many(*variants()[0].kernels, 5);
   Random random(5);
@@ -444,14 +444,14 @@ void caches() {
     refuses(create({DSO_KV_BF16, 1, 1, d, 0, 0, 0, 0}, 4, &k), DSO_EINVAL, "must be even and at most 256", "head_dim");
   refuses(create({DSO_KV_F32, 60000, 60000, 256, 0, 0, 0, 0}, INT32_MAX, &k), DSO_ENOMEM, "",
           "a cache larger than any address space");
-  check(block_bytes({DSO_KV_BF16, 1, 1, -1, 0, 0, 0, 0}) == -1, "absurd block");
+  check(block_bytes({DSO_KV_BF16, 1, 1, -1, 0, 0, 0, 0}) == -1, "invalid block");
   for (int type : {DSO_KV_F32, DSO_KV_BF16, DSO_KV_INT8}) {
     for (const Variant& v : variants())
       check(v.kernels->kv_layer_bytes(type, 3, 64) == variants()[0].kernels->kv_layer_bytes(type, 3, 64),
             "%s: another cache layout", v.name.c_str());
     check(create({type, 2, 3, 64, 0, 0, 0, 0}, 1000, &k) == 0, "cache: %s", dso_last_error());
     check(block_bytes({type, 2, 3, 64, 0, 0, 0, 0}) == k->block_bytes(), "block bytes");
-    // Written by one variant, read by another: the layout is one.
+    // Written by one variant, read by another: the layout is the same.
     const std::vector<Variant> all = variants();
     Random random(type);
     const int tokens = 45, width = 3 * 64;
@@ -481,7 +481,7 @@ void caches() {
           "released memory reads as zero");
     refuses(dso_cache_copy_block(k, 3, 1000), DSO_EINVAL, "to 1000", "copy past the end");
     refuses(dso_cache_release(k, -1), DSO_EINVAL, "-1", "release");
-    refuses(dso_cache_read(k, 2, table, 5, read_k.data(), read_v.data()), DSO_EINVAL, "layer 2 of 2", "layer");
+    refuses(dso_cache_read(k, 2, table, 5, read_k.data(), read_v.data()), DSO_EINVAL, "layer 2 does not exist", "layer");
     const int32_t wrong[] = {1000};
     refuses(dso_cache_read(k, 0, wrong, 5, read_k.data(), read_v.data()), DSO_EINVAL, "block_table[0] is 1000", "block");
     dso_cache_destroy(k);

@@ -1,5 +1,5 @@
-// Attention on every variant against softmax(scale q K^T) V in doubles over what the cache holds, and the promise that a
-// row's bits depend on nothing but its q and the tokens it sees: not on its task, its company or the cache's other slots.
+// Attention on every variant against softmax(scale q K^T) V in double over the cache's content. A row's bits must depend only
+// on its q and the tokens it sees: not on its task, other rows or the cache's other slots.
 #include <algorithm>
 
 #include "kv_fixture.hpp"
@@ -11,7 +11,7 @@ struct Case {
   int32_t type, kv_heads, group, head_dim;
   int64_t ctx, rows, window;
   float scale, magnitude;        // of q
-  int64_t sinks = 0, top_k = 0;  // top_k: each row and kv head sees at most so many blocks, drawn by the test
+  int64_t sinks = 0, top_k = 0;  // top_k: each row and kv head sees at most this many blocks, drawn by the test
 };
 
 struct Setup {
@@ -20,7 +20,7 @@ struct Setup {
   Cache cache;
   std::vector<float> q;  // [rows, heads * head_dim]
   Buffer scratch;
-  const int64_t first;                       // token of row 0, whatever step it is a row of
+  const int64_t first;                       // token of row 0, whichever row of its step it is
   std::vector<std::vector<int32_t>> chosen;  // blocks, by row and kv head
 
   Setup(const Variant& v, const Case& c, Random& random)
@@ -45,7 +45,7 @@ struct Setup {
     for (int64_t r = 0; r < c.rows; ++r)
       for (int64_t h = 0; h < c.kv_heads; ++h) chosen.push_back(draw_blocks((c.ctx + r) / 32, random));
   }
-  // top_k of blocks [0, last], ascending; most often with the last.
+  // top_k of blocks [0, last], ascending; usually including the last.
   std::vector<int32_t> draw_blocks(int64_t last, Random& random) const {
     std::vector<int32_t> blocks;
     for (int32_t b = 0; b <= last; ++b) blocks.push_back(b);
@@ -71,7 +71,7 @@ struct Setup {
     const std::vector<int32_t>& blocks = blocks_of(row, kv_head);
     return std::binary_search(blocks.begin(), blocks.end(), (int32_t)(token / 32));
   }
-  // The table without the blocks that rows [r0, r1) don't see: they are missing, or full of NaN.
+  // The table without the blocks that rows [r0, r1) do not see: these are missing, or full of NaN.
   std::vector<int32_t> holed(int64_t kv_head, int64_t r0, int64_t r1) const {
     std::vector<int32_t> table = cache.table;
     for (size_t b = 0; b < table.size(); ++b) {
@@ -87,7 +87,7 @@ struct Setup {
   int64_t begin(int64_t row) const { return c.window ? std::max<int64_t>(0, c.ctx + row + 1 - c.window) : 0; }
   int64_t end(int64_t row) const { return c.ctx + row + 1; }
 
-  // Rows [r0, r1) of a family as one task each kv head; out is [rows, width + 3], the last three are left alone.
+  // Rows [r0, r1) of a family as one task per kv head; out is [rows, width + 3], of which the last three must not be touched.
   void run(Family family, int64_t r0, int64_t r1, std::vector<float>& out) {
     if (c.top_k > 0 && r1 - r0 > 1) {
       for (int64_t r = r0; r < r1; ++r) run(family, r, r + 1, out);
@@ -126,7 +126,7 @@ struct Setup {
   std::vector<float> empty() const { return std::vector<float>((size_t)(c.rows * (width() + 3)), -77.0f); }
 };
 
-// Tasks as a runtime cuts them: up to attn_rows rows of prefill, up to 16 of decode.
+// Tasks as the runtime forms them: up to attn_rows rows of prefill, up to 16 of decode.
 static std::vector<float> in_tasks(Setup& s, Family family, Random& random) {
   std::vector<float> out = s.empty();
   const int64_t most = family == Family::decode ? 16 : attn_rows;
@@ -213,7 +213,7 @@ static void equal_bits(const Setup& s, Family f, const std::vector<float>& a, co
 static void all_families(const Variant& v, const Case& c, Random& random) {
   Setup s(v, c, random);
   for (Family f : {Family::decode, Family::prefill, Family::eager}) {
-    if (f == Family::eager && (c.sinks > 0 || c.top_k > 0)) continue;  // it knows neither
+    if (f == Family::eager && (c.sinks > 0 || c.top_k > 0)) continue;  // not supported by this family
     const std::vector<float> out = in_tasks(s, f, random);
     against_reference(s, f, out);
     if (f == Family::eager) continue;
@@ -234,7 +234,7 @@ static void all_families(const Variant& v, const Case& c, Random& random) {
     std::copy(second.begin(), second.end(), later.begin() + cut * (s.width() + 3));
     equal_bits(s, f, out, later, c.rows, "in another step");
 
-    // Tokens that a row does not see may hold anything: the last quarter of the rows is poisoned.
+    // Hidden tokens may hold anything: the last quarter of the rows is filled with NaN.
     const int64_t clean = c.rows - (c.rows + 3) / 4;
     const std::vector<uint8_t> before(s.cache.memory.get(), s.cache.memory.get() + s.cache.memory.size());
     for (int64_t t = c.ctx + clean; t < c.ctx + c.rows; ++t) {
@@ -243,18 +243,18 @@ static void all_families(const Variant& v, const Case& c, Random& random) {
       k[(size_t)random.below((int)k.size())] = NAN;
       s.cache.write(t, 1, k.data(), val.data());
     }
-    equal_bits(s, f, out, in_tasks(s, f, random), clean, "beside a NaN");
+    equal_bits(s, f, out, in_tasks(s, f, random), clean, "with a NaN in hidden tokens");
     memcpy(s.cache.memory.get(), before.data(), before.size());
   }
 }
 
-// Heads and rows beyond what one pass holds are cut inside the kernel.
+// The kernel splits heads and rows that exceed one pass.
 static void many_heads(const Variant& v, Random& random) {
   for (int32_t group : {65, 71, 130, 600})
     all_families(v, {DSO_KV_BF16, 1, group, 8, 40, group > 200 ? 1 : 5, 0, 0.3f, 1.0f}, random);
 }
 
-// A window, or chosen blocks, that cover all the cache give the bits of full attention.
+// A window, or chosen blocks, that cover the whole cache give the bits of full attention.
 static void covers_all(const Variant& v, Case c, Random& random) {
   c.window = c.sinks = c.top_k = 0;
   Setup s(v, c, random);
@@ -273,7 +273,7 @@ static void covers_all(const Variant& v, Case c, Random& random) {
   }
 }
 
-// A chunk in which a row sees nothing weighs nothing.
+// A chunk without visible tokens has no weight.
 static void empty_chunk(const Variant& v, Random& random) {
   Setup s(v, {DSO_KV_BF16, 1, 2, 64, 600, 1, 50, 0.125f, 1.0f}, random);
   Buffer part(2 * 80 * 4, 0xff);

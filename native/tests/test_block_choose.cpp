@@ -1,6 +1,5 @@
-// Block-sparse attention on every variant: summaries against the keys that the cache holds, choices against estimates in
-// doubles, attention against softmax over the chosen blocks; and a row's bits, which depend on nothing but the row and what it
-// sees.
+// Block-sparse attention on every variant: summaries against the keys in the cache, choices against estimates in double,
+// attention against softmax over the chosen blocks. A row's bits must depend only on the row and the tokens it sees.
 #include <algorithm>
 #include <memory>
 
@@ -28,7 +27,7 @@ struct Sequence {
 
 constexpr int32_t kBlocks = 400;
 
-// Rows bring q, k and v side by side, given as embeddings and taken apart by products with ones and zeros.
+// Rows contain q, k and v side by side, passed as embeddings and separated by products with ones and zeros.
 class Model {
  public:
   Model(const Spec& s, const Variant& v, int threads, bool sparse, Random& random)
@@ -65,7 +64,7 @@ class Model {
                           weights_.data(), (int32_t)weights_.size(), 1, &plan_) == 0,
           "plan: %s", dso_last_error());
     for (int32_t i = 0; i < kBlocks; ++i) free_.push_back(kBlocks - 1 - i);
-    const int runs = 1 + random.below(40);  // blocks of a sequence are neighbours, or strewn
+    const int runs = 1 + random.below(40);  // blocks of a sequence are adjacent, or scattered
     for (int i = 0; i < runs; ++i) std::swap(free_[(size_t)random.below(kBlocks)], free_[(size_t)random.below(kBlocks)]);
     if (random.below(3) == 0) random.shuffle(free_);
   }
@@ -144,7 +143,7 @@ class Model {
 
 bool rounds_q(const Model& m) { return m.spec.type != DSO_KV_F32 && (m.isa == "avx512-bf16" || m.isa.starts_with("amx")); }
 
-// A layer of a sequence as the cache holds it, and of each full block and kv head the largest and smallest numbers of the keys.
+// A layer of a sequence as stored in the cache, and for each full block and kv head the maxima and minima of the keys.
 struct Held {
   std::vector<float> keys, values, largest, smallest;  // [kv_heads, tokens, head_dim]; [kv_heads, blocks, head_dim]
   int64_t tokens, blocks;
@@ -169,7 +168,7 @@ struct Held {
   }
 };
 
-// Number i of a block's summary as the cache keeps it.
+// Element i of a block's summary as stored in the cache.
 float kept(const dso_cache& cache, int32_t block, int64_t kv_head, bool smallest, int64_t i, const int32_t* table) {
   const KvView v = cache.view(0, table);
   const uint8_t* panel = v.summaries + block / 32 * v.summary_stride + kv_head * cache.layout.summary_bytes +
@@ -194,8 +193,7 @@ void summaries_hold(Model& m, const Sequence& s, const char* what) {
         }
 }
 
-// Whether the blocks chosen for a row and kv head are those of the definition, but for estimates that rounding cannot tell
-// apart.
+// Whether the blocks chosen for a row and kv head match the definition, except for estimates that differ less than rounding.
 bool good_choice(const Model& m, const Held& held, const Sequence& s, int64_t token, int64_t kv_head) {
   const Spec& c = m.spec;
   const int64_t n = token / 32 + 1, d = c.head_dim, S = (c.sinks + 31) / 32,
@@ -270,8 +268,8 @@ bool equal(const std::vector<float>& a, const std::vector<float>& b) {
   return a.size() == b.size() && memcmp(a.data(), b.data(), a.size() * 4) == 0;
 }
 
-// Each alone on one thread, its prompt at once; then in random company and pieces on several; and without a choice, where all
-// is chosen.
+// Each sequence alone on one thread with its prompt at once; then in random batches and chunks on several threads; and without
+// a choice, where all blocks are chosen.
 void company(const Spec& spec, const Variant& v, int threads, Random& random) {
   struct Life {
     int32_t prompt, total;
@@ -313,7 +311,7 @@ void company(const Spec& spec, const Variant& v, int threads, Random& random) {
     for (int32_t t = 0; t < l.total; ++t) {
       if (!check(equal(l.alone.chosen[(size_t)t], l.mixed.chosen[(size_t)t]) &&
                      equal(l.alone.out[(size_t)t], l.mixed.out[(size_t)t]),
-                 "%s %s, %d threads: d=%d group=%d top_k=%d: token %d of %d differs in company", v.name.c_str(),
+                 "%s %s, %d threads: d=%d group=%d top_k=%d: token %d of %d differs in a batch", v.name.c_str(),
                  kv_name(spec.type), threads, spec.head_dim, spec.group, spec.top_k, t, l.total))
         return;
       if (t < 32 * spec.top_k && !check(equal(l.alone.out[(size_t)t], l.flash.out[(size_t)t]),
@@ -324,7 +322,7 @@ void company(const Spec& spec, const Variant& v, int threads, Random& random) {
   }
 }
 
-// Of equal estimates the earlier block goes first; a block with a NaN is not lost; whatever comes of infinities stays inside.
+// Ties go to the earlier block; a block with a NaN is chosen; with infinities the results are still valid blocks.
 void odd_numbers(const Variant& v, Random& random) {
   const Spec spec = {DSO_KV_F32, 2, 3, 10, 6, 20, 3};
   const int32_t total = 32 * 20 + 5;
@@ -352,7 +350,7 @@ void odd_numbers(const Variant& v, Random& random) {
     }
 }
 
-// Copies, files and turns keep the summaries right; blocks that nobody needs give them back.
+// Copies, files and rotations keep the summaries correct; unused blocks release them.
 void caches(const Variant& v, int type, Random& random) {
   const Spec spec = {type, 2, 2, 2 * (1 + random.below(60)), 4, 0, 0};
   Model m(spec, v, 2, true, random);
@@ -382,8 +380,8 @@ void caches(const Variant& v, int type, Random& random) {
   const dso_rotation turn = {frequencies.data(), 2, 0, 0, 0};
   OwnContext context(*v.kernels, 2);
   check(dso_cache_rotate(context.c, &m.cache, &turn, nullptr, copy.blocks.data(), 75, 50, -20) == 0, "%s", dso_last_error());
-  summaries_hold(m, copy, "as turned");
-  summaries_hold(m, s, "beside what turned");
+  summaries_hold(m, copy, "after rotation");
+  summaries_hold(m, s, "of the sequence that was not rotated");
 
   const dso_cache_shape shape = {type, 1, spec.kv_heads, spec.head_dim, 0, 0, 0, 1},
                         plain = {type, 1, spec.kv_heads, spec.head_dim, 0, 0, 0, 0};
@@ -392,7 +390,7 @@ void caches(const Variant& v, int type, Random& random) {
         "summaries take %ld bytes of a block", (long)(dso_cache_block_bytes(&shape) - dso_cache_block_bytes(&plain)));
 }
 
-// Groups of 32 blocks go back to the system, and with a group that stays, its other blocks' summaries.
+// Groups of 32 blocks are returned to the system; with a group that stays, so do the summaries of its other blocks.
 void released() {
   const dso_cache_shape shape = {DSO_KV_BF16, 8, 4, 64, 0, 0, 0, 1};
   dso_cache* cache = nullptr;
@@ -400,7 +398,7 @@ void released() {
   memset(cache->summaries.data(), 1, (size_t)(8 * cache->group_bytes()));
   check(dso_cache_release(cache, 40) == 0, "%s", dso_last_error());
   const uint8_t* at = cache->summaries.data();
-  check(at[2 * cache->group_bytes() - 1] == 1, "the summaries of block 39 went with those behind");
+  check(at[2 * cache->group_bytes() - 1] == 1, "the summaries of block 39 were released with later ones");
   check(at[2 * cache->group_bytes()] == 0 && at[8 * cache->group_bytes() - 1] == 0, "summaries of released blocks stayed");
   dso_cache_destroy(cache);
 }
@@ -438,9 +436,9 @@ void refusals() {
     check(rc == DSO_EINVAL && strstr(dso_last_error(), words), "expected \"%s\", got %d: %s", words, rc, dso_last_error());
   };
   plan_of([](dso_step&) {}, &plain, "batch.cache has no summaries");
-  plan_of([](dso_step& c) { c.window = 33; }, &plain, "4 blocks are always chosen");
+  plan_of([](dso_step& c) { c.window = 33; }, &plain, "4 blocks that are always chosen");
   plan_of([](dso_step& c) { c.sinks = -1; }, &plain, "sinks -1");
-  plan_of([](dso_step& c) { c.kv_heads = 3; }, &plain, "heads 2 is no multiple of kv_heads 3");
+  plan_of([](dso_step& c) { c.kv_heads = 3; }, &plain, "heads 2 is not a multiple of kv_heads 3");
   plan_of([](dso_step& c) { c.kv_heads = 2; }, &plain, "out[0] must have width 8");
 }
 

@@ -1,4 +1,4 @@
-// Element-wise kernels on every variant: against doubles, the same bits on every ISA, any width, no byte out of place.
+// Element-wise kernels on every variant: against double, bitwise equal on every ISA, any width, nothing written outside.
 #include <algorithm>
 
 #include "kv_fixture.hpp"
@@ -56,7 +56,7 @@ static void rows(const std::vector<Variant>& all, int64_t n, float scale, Random
   }
 }
 
-// Every element-wise op of plans, whatever it computes: the same bits on every variant, for any width and in place.
+// Every element-wise op of plans: bitwise equal on every variant, for any width and in place.
 static void ops(const std::vector<Variant>& all, int64_t n, Random& random) {
   const std::vector<float> x = normal((size_t)n, 3, random), y = normal((size_t)n, 1, random);
   const Kernels& first = *all[0].kernels;

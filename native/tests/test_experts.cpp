@@ -1,14 +1,14 @@
-// Experts on every variant and format: the bits of a row are those of its own products, one after the other, whatever the
-// company, the grouping and the threads; near the sum in double; who goes where when routes are absurd.
+// Experts on every variant and format: a row's bits are those of its own products, computed one by one, whatever other rows,
+// grouping and threads; close to the sum in double; and the assignment of rows if routes are invalid.
 #include "scalar_kernels.hpp"
-// After check.hpp, whose sizes are another reading of the layout.
+// After check.hpp, whose size functions are an independent implementation of the layout.
 #include "experts_fixture.hpp"
 
 #include "expert_groups.hpp"
 
 namespace {
 
-// y of one row by its routes, each product by itself: what every plan must equal bit for bit.
+// y of one row by its routes, each product separately: every plan must equal it bit for bit.
 std::vector<float> plain(const MoeSpec& s, MoeWeights& weights, const Kernels& k, const float* x, const float* routes,
                          bool prefill) {
   const size_t up_bytes = ::packed_bytes(s.up_format, s.inner, s.hidden),
@@ -75,7 +75,7 @@ void equals_plain(const Kernels& k, const Formats& f, const Shape& shape, const 
   Random random(9);
   const int32_t most = *std::max_element(tokens.begin(), tokens.end());
   std::vector<float> x = normal((size_t)most * (size_t)shape.hidden, 1, random);
-  x[3] = NAN;  // a row that is lost, and no other with it
+  x[3] = NAN;  // this row becomes NaN, and no other
   std::vector<std::vector<float>> by_phase[2];
   for (bool grouped : {true, false})
     for (int n : threads) {
@@ -159,7 +159,7 @@ void groups(int64_t tokens, int64_t experts, int64_t top_k, bool grouped, int64_
       check(at == group.begin || t >= *g.tokens(at - 1), "tokens descend at pair %ld", (long)at);
       if (!grouped) check(t == at / top_k, "pair %ld is of token %ld", (long)at, (long)t);
       ++times[(size_t)t];
-      bool found = false;  // the weight that stands beside this expert, or beside an absurd number
+      bool found = false;  // the weight of this expert, or of an invalid index
       for (int64_t j = 0; j < top_k; ++j) {
         const float number = routes[(size_t)(t * 2 * top_k + j)];
         const int64_t meant = number >= 0 && number < (float)experts ? (int64_t)number : 0;

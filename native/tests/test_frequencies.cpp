@@ -1,4 +1,5 @@
-// ROPE_TABLE with frequencies of the plan and of each sequence: every row against the formula, whatever lies beside it.
+// ROPE_TABLE with the plan's frequencies and with those of each sequence: every row against the formula, whatever other
+// sequences the batch has.
 #include <cmath>
 #include <cstring>
 
@@ -81,7 +82,7 @@ void refused() {
   std::fill(found.begin(), found.end(), 123.0f);
   b.inv_freq = own;
   check(
-      dso_plan_run(two.plan, &b) == DSO_EINVAL && strstr(dso_last_error(), "inv_freq is given, and the plan has 2 ROPE_TABLEs"),
+      dso_plan_run(two.plan, &b) == DSO_EINVAL && strstr(dso_last_error(), "inv_freq needs a plan with one ROPE_TABLE, not 2"),
       "got: %s", dso_last_error());
   check(found[0] == 123.0f, "wrote before it refused");
 }

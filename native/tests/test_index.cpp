@@ -1,14 +1,14 @@
-// The lightning indexer on every variant: keys come back as they were written, scores against doubles, the choice against a
-// sort, and, through plans, that a row's choice does not depend on its step, its company or the number of threads.
+// The lightning indexer on every variant: keys are read as written, scores against double, the choice against a sort, and,
+// through plans, that a row's choice does not depend on its step, other rows or the number of threads.
 #include <algorithm>
 #include <memory>
 
 #include "cache.hpp"
 #include "scalar_kernels.hpp"
-// After scalar_kernels.hpp, whose names layout.hpp has too.
+// After scalar_kernels.hpp, whose names layout.hpp also defines.
 #include "plan_parts.hpp"
 
-// Blocks in shuffled order inside guarded memory that starts as NaN everywhere.
+// Blocks in shuffled order in guarded memory that is NaN initially.
 struct Keys {
   dso_cache_shape shape;
   KvLayout layout;
@@ -96,14 +96,14 @@ static void scores(const Variant& v, int type, int64_t heads, int32_t index, int
         "%s %s heads=%ld index=%d: scores of [%ld, %ld) differ from those of all", v.name.c_str(), kv_name(type), (long)heads,
         index, (long)begin, (long)end);
 
-  std::vector<float> bad(k.begin(), k.begin() + index);  // of a token nobody should look past
+  std::vector<float> bad(k.begin(), k.begin() + index);  // a token that must not be read
   bad[(size_t)random.below(index)] = NAN;
   v.kernels->index_write(keys.layout, keys.view, begin, 1, bad.data(), index * 4);
   Buffer poisoned((size_t)tokens * 4, 0xff);
   const float* after = (const float*)poisoned.get();
   v.kernels->index_scores(keys.layout, keys.view, heads, packed.get(), w.data(), 0, tokens, scale, (float*)poisoned.get());
   for (int64_t t = 0; t < tokens; ++t)
-    if (!check(t == begin ? after[t] == INFINITY : after[t] == got[t], "%s: beside a NaN of token %ld token %ld has score %g",
+    if (!check(t == begin ? after[t] == INFINITY : after[t] == got[t], "%s: with a NaN in token %ld, token %ld has score %g",
                v.name.c_str(), (long)begin, (long)t, after[t]))
       break;
 }
@@ -130,7 +130,8 @@ struct Shape {
   int32_t type, heads, index, top_k, width;
 };
 
-// x, given as embeddings -> q, k, w by linear products; k's norm goes to the cache; what is chosen comes out as a hidden state.
+// x, passed as embeddings -> q, k, w by linear products; k's norm is written to the cache; the chosen tokens are returned as a
+// hidden state.
 class Chooser {
  public:
   Chooser(const Shape& shape, const Kernels& kernels, int threads, int64_t blocks)
@@ -245,7 +246,7 @@ class Chooser {
   std::vector<int32_t> free_;
 };
 
-// Every row's chosen tokens ascend, are seen, and none that is left out has a larger score by more than rounding.
+// Every row's chosen tokens ascend and are visible, and no token that was not chosen has a score larger by more than rounding.
 static void matches_doubles(const Chooser& c, const Chooser::Sequence& s, const char* name) {
   const Shape& h = c.shape;
   const int64_t n = s.done;
@@ -313,7 +314,7 @@ static void plans(const Shape& shape, const Kernels& kernels, int threads, int32
       third{normal((size_t)(tokens * shape.width), 1, random), 0, {}, {}};
   alone.feed({{&a, tokens, DSO_PHASE_PREFILL}});
   matches_doubles(alone, a, kernels.isa);
-  // The same sequence in steps of any size, in either phase, beside two others.
+  // The same sequence in steps of any size, in either phase, together with two others.
   while (b.done < tokens) {
     const int32_t left = tokens - b.done,
                   rows = std::min(left, random.below(3) ? 1 + random.below(6) : 1 + random.below(tokens));
@@ -326,7 +327,7 @@ static void plans(const Shape& shape, const Kernels& kernels, int threads, int32
     std::stable_sort(parts.begin(), parts.end(), [](const auto& x, const auto& y) { return x.phase < y.phase; });
     together.feed(parts);
   }
-  check(a.chosen == b.chosen, "%s %s heads=%d index=%d top_k=%d, %d threads: the choice depends on steps and company",
+  check(a.chosen == b.chosen, "%s %s heads=%d index=%d top_k=%d, %d threads: the choice depends on steps and other sequences",
         kernels.isa, kv_name(shape.type), shape.heads, shape.index, shape.top_k, threads);
 }
 
@@ -342,10 +343,10 @@ static void refusals(const Kernels& kernels) {
       {3, [](dso_step& s) { s.index = 0; }, "index is 0"},
       {3, [](dso_step& s) { s.layer = -1; }, "layer is -1"},
       {4, [](dso_step& s) { s.heads = 4; }, "in[0] must have width 32"},
-      {4, [](dso_step& s) { s.index = 16; }, "an earlier step uses 8"},
+      {4, [](dso_step& s) { s.index = 16; }, "an earlier step has 8"},
       {4, [](dso_step& s) { s.top_k = 0; }, "top_k is 0"},
       {4, [](dso_step& s) { s.top_k = 9; }, "out[0] must have width 9"},
-      {4, [](dso_step& s) { s.w[0] = 0; }, "w[0] is 0, and must be -1"},
+      {4, [](dso_step& s) { s.w[0] = 0; }, "w[0] is 0, must be -1"},
   };
   for (const auto& c : cases) {
     Chooser chooser({DSO_KV_F32, 3, 8, 5, 24}, kernels, 1, 4);

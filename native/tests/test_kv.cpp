@@ -1,4 +1,4 @@
-// The cache's storage: what is written comes back within the format's error, in any order and pieces, and nothing else changes.
+// The cache's storage: content is read as written within the format's error, in any order and chunks, and nothing else changes.
 #include "kv_fixture.hpp"
 
 // The token's row as `type` stores it, in plain code.
@@ -17,7 +17,7 @@ static void round_trip(const Variant& v, int type, int32_t heads, int32_t d, int
         (long)cache.layout.layer_bytes);
   const int64_t width = cache.width();
   const std::vector<float> k = normal((size_t)(tokens * width), 2, random), val = normal((size_t)(tokens * width), 3, random);
-  std::vector<int64_t> cuts = {0};  // appended in pieces, each head range apart
+  std::vector<int64_t> cuts = {0};  // appended in chunks, each range of heads separately
   while (cuts.back() < tokens)
     cuts.push_back(std::min<int64_t>(tokens, cuts.back() + 1 + random.below(random.below(3) ? 5 : 70)));
   std::vector<size_t> order;
@@ -44,7 +44,7 @@ static void round_trip(const Variant& v, int type, int32_t heads, int32_t d, int
       }
 }
 
-// Slots that were not written keep their bytes: a token is written without touching its neighbours.
+// Unwritten slots keep their bytes: a token is written without touching its neighbours.
 static void neighbours(const Variant& v, int type, int32_t d, Random& random) {
   Cache cache(*v.kernels, type, 2, d, 32, random);
   const std::vector<float> k = normal((size_t)(32 * cache.width()), 1, random);

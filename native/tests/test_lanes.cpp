@@ -1,5 +1,5 @@
 // The lanes of each ISA and the functions on them against scalar code, and against each other. This file is compiled for any
-// x86-64; each ISA's checks are compiled for that ISA, and run where it is there.
+// x86-64; each ISA's checks are compiled for that ISA, and run if the machine supports it.
 #include <immintrin.h>
 
 #include "check.hpp"

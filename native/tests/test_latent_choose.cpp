@@ -1,5 +1,5 @@
-// The choice of blocks of latents on every variant: summaries against the rows that the cache holds, choices against estimates
-// in doubles; and the same choice alone and in company, on any number of threads.
+// Block choice for latent caches on every variant: summaries against the rows in the cache, choices against estimates in
+// double; the same choice alone and in a batch, with any number of threads.
 #include <algorithm>
 #include <memory>
 
@@ -27,7 +27,7 @@ struct Sequence {
   std::vector<std::vector<float>> chosen;  // of each token
 };
 
-// Rows bring queries and latent side by side, given as embeddings and taken apart by products with ones and zeros.
+// Rows contain queries and latent side by side, passed as embeddings and separated by products with ones and zeros.
 class Model {
  public:
   Model(const Spec& s, const Variant& v, int threads, Random& random)
@@ -99,7 +99,7 @@ class Model {
       p.sequence->done += p.rows;
     }
   }
-  std::vector<float> held(const Sequence& s) {  // latents as the cache gives them back
+  std::vector<float> held(const Sequence& s) {  // latents as read from the cache
     std::vector<float> x((size_t)s.done * (size_t)spec.width());
     check(dso_cache_read(&cache, 1, s.table.data(), s.done, x.data(), nullptr) == 0, "%s", dso_last_error());
     return x;
@@ -160,7 +160,7 @@ void summaries_hold(Model& m, const Sequence& s, const char* what) {
       }
 }
 
-// Whether a row's tokens are those of the definition, but for estimates that rounding cannot tell apart.
+// Whether a row's tokens match the definition, except for estimates that differ less than rounding.
 bool good_choice(const Model& m, const Extremes& x, const Sequence& s, int64_t token) {
   const Spec& c = m.spec;
   const int64_t n = token / 32 + 1, S = (c.sinks + 31) / 32, W = std::max<int64_t>(0, token + 1 - c.window) / 32;
@@ -213,7 +213,7 @@ void company(const Variant& v, const Spec& spec, Random& random) {
     summaries_hold(many, mixed, "in pieces");
     const Extremes extremes(spec, one.held(alone));
     for (int32_t t = 0; t < total; ++t) {
-      if (!check(equal(alone.chosen[(size_t)t], mixed.chosen[(size_t)t]), "%s: choice of token %d of %d differs in company",
+      if (!check(equal(alone.chosen[(size_t)t], mixed.chosen[(size_t)t]), "%s: choice of token %d of %d differs in a batch",
                  name.c_str(), t, total))
         break;
       if (t % 5 == 0 && !check(good_choice(one, extremes, alone, t), "%s: choice of token %d of %d", name.c_str(), t, total))
@@ -237,8 +237,8 @@ void turned(const Variant& v, int32_t type, Random& random) {
   const std::vector<float> frequencies = {0.3f, 0.01f};
   const dso_rotation turn = {frequencies.data(), 4, 0, 0, 0};
   check(dso_cache_rotate(m.context.c, &m.cache, &turn, nullptr, copy.table.data(), 75, 50, -20) == 0, "%s", dso_last_error());
-  summaries_hold(m, copy, "as turned");
-  summaries_hold(m, s, "beside what turned");
+  summaries_hold(m, copy, "after rotation");
+  summaries_hold(m, s, "of the sequence that was not rotated");
 }
 
 void refusals(const Variant& v) {
@@ -257,8 +257,8 @@ void refusals(const Variant& v) {
     check(!made && strstr(dso_last_error(), words), "expected \"%s\", got \"%s\"", words, made ? "a plan" : dso_last_error());
     dso_plan_destroy(plan);
   };
-  refused("estimates are made of 3840 at most", 3840, 8, 0);
-  refused("top_k is 4, and 4 blocks are always chosen", 30, 4, 1);
+  refused("estimates support at most 3840", 3840, 8, 0);
+  refused("top_k is 4, must exceed the 4 blocks", 30, 4, 1);
   refused("top_k is 0", 30, 0, 0);
 }
 

@@ -1,6 +1,6 @@
 // Latent attention through plans, over ragged batches of both phases and both forms, dense, sparse and with a window: against
-// softmax in doubles; a row's bits are the same alone and in company, with any threads; a NaN stays with the rows that see it;
-// and blocks that no row sees need no place.
+// softmax in double; a row's bits are the same alone and in a batch, with any number of threads; a NaN stays with the rows that
+// see it; and blocks that no row sees may be missing.
 #include <algorithm>
 #include <functional>
 #include <memory>
@@ -83,7 +83,7 @@ using Slots = std::vector<dso_slot>;
 
 class Plan {
  public:
-  // `spoil` makes a mistake of it, which `error` then tells.
+  // `spoil` introduces an error, which the message `error` must report.
   Plan(const Shape& s, const Weights& w, const Kernels& kernels, int threads,
        const std::function<void(Steps&, Slots&)>& spoil = nullptr)
       : s_(s), context_{std::make_shared<Context>(kernels, threads)} {
@@ -164,7 +164,7 @@ class Plan {
  private:
   int32_t chosen_at() const {
     return s_.top_k > 0 ? (s_.out() + s_.top_k - 1) / s_.top_k : 0;
-  }  // behind y, in rows of chosen tokens
+  }  // after y, in rows of chosen tokens
   void step(int32_t op, const std::vector<int32_t>& in, const std::vector<int32_t>& out, const std::vector<int32_t>& w) {
     dso_step s = step_of(op, in, out, w);
     s.heads = s_.heads;
@@ -277,7 +277,7 @@ void ragged(const Variant& v, const Shape& s, const std::vector<std::pair<int32_
     for (int32_t b = 0; b * 32 < q.context; ++b) {
       bool seen = false;
       for (int32_t t = b * 32; t < b * 32 + 32; ++t)
-        seen = seen || s.sees(q.context, t);  // by the first row, which looks back furthest
+        seen = seen || s.sees(q.context, t);  // visible to the first row, which looks back furthest
       if (!seen && (b + 1) * 32 <= q.context) table[(size_t)b] = -1;
     }
   }
@@ -306,17 +306,17 @@ void ragged(const Variant& v, const Shape& s, const std::vector<std::pair<int32_
                         together.y.data() + row * s.out());
     }
   }
-  // Each alone; those in decode phase row by row, too.
+  // Each alone; sequences in decode phase also row by row.
   for (size_t i = 0; i < all.size(); ++i) {
     const Sequence& q = all[i];
     const float* want = together.y.data() + first[i] * s.out();
     const Plan::Out alone = other.run(cache, {step[i]});
-    check(same_rows(alone.y.data(), want, (int64_t)q.rows * s.out()), "%s: sequence %zu of %d rows behind %d differs alone",
+    check(same_rows(alone.y.data(), want, (int64_t)q.rows * s.out()), "%s: sequence %zu of %d rows after %d differs alone",
           name.c_str(), i, q.rows, q.context);
     if (q.phase != DSO_PHASE_DECODE) continue;
     for (int32_t r = 0; r < q.rows; ++r) {
       const Plan::Out one = plan.run(cache, {part(q, q.context + r, 1, DSO_PHASE_DECODE)});
-      check(same_rows(one.y.data(), want + (int64_t)r * s.out(), s.out()), "%s: row %d of %d behind %d differs alone",
+      check(same_rows(one.y.data(), want + (int64_t)r * s.out(), s.out()), "%s: row %d of %d after %d differs alone",
             name.c_str(), r, q.rows, q.context);
     }
   }
@@ -326,7 +326,7 @@ void ragged(const Variant& v, const Shape& s, const std::vector<std::pair<int32_
     check(Plan(whole, w, *v.kernels, 2).run(cache, step).y == together.y, "%s: a window that covers all differs from none",
           name.c_str());
   }
-  // A NaN in a token, in one sequence of the company: rows before it, and all of the others, are as they were.
+  // A NaN in a token of one sequence of the batch: rows before it, and all other sequences, are unchanged.
   for (size_t i = 0; i < all.size(); ++i) {
     Sequence& q = all[i];
     const int32_t bad = random.below(q.rows);
@@ -337,7 +337,7 @@ void ragged(const Variant& v, const Shape& s, const std::vector<std::pair<int32_
     for (size_t j = 0; j < all.size(); ++j) {
       const int64_t clean = j == i ? bad : all[j].rows;
       check(same_rows(out.y.data() + first[j] * s.out(), together.y.data() + first[j] * s.out(), clean * s.out()),
-            "%s: %g in row %d of sequence %zu (%d rows behind %d) reached sequence %zu", name.c_str(), number, bad, i, q.rows,
+            "%s: %g in row %d of sequence %zu (%d rows after %d) reached sequence %zu", name.c_str(), number, bad, i, q.rows,
             q.context, j);
     }
     if (s.top_k == 0 && std::isnan(number))
@@ -347,7 +347,7 @@ void ragged(const Variant& v, const Shape& s, const std::vector<std::pair<int32_
   }
 }
 
-// A step that is wrong in one field is refused, and the message names it.
+// A step with one invalid field is rejected, and the message names it.
 void refusals(const Kernels& k) {
   Random random(2);
   const Shape s{2, 12, 4, 20, 10, 40, DSO_KV_F32, DSO_F32};  // as many sums of a row as chosen tokens
@@ -359,17 +359,17 @@ void refusals(const Kernels& k) {
     check(plan.error.find(words) != std::string::npos, "expected \"%s\", got \"%s\"", words, plan.error.c_str());
   };
   refused("step 3 (LATENT): eps is nan", DSO_OP_LATENT, [](dso_step& x) { x.eps = NAN; });
-  refused("rope is 3, and must be even", DSO_OP_LATENT, [](dso_step& x) { x.rope = 3, x.rank = 21; });
+  refused("rope is 3, must be even", DSO_OP_LATENT, [](dso_step& x) { x.rope = 3, x.rank = 21; });
   refused("rank is 0", DSO_OP_LATENT_WRITE, [](dso_step& x) { x.rank = 0, x.rope = 24; });
   refused("layer is 70000", DSO_OP_LATENT_WRITE, [](dso_step& x) { x.layer = 70000; });
   refused("slot 4 is both an input and an out", DSO_OP_MLA_ATTENTION, [](dso_step& x) { x.out[0] = x.in[2]; });
-  refused("w[0] is 44 x 20, not 46 x 20", DSO_OP_MLA_ATTENTION, [](dso_step& x) { x.v_dim = 11; });
-  refused("in[1] must have width 48, slot 4 has 40", DSO_OP_MLA_ATTENTION, [](dso_step& x) { x.in[1] = 4; });
+  refused("w[0] is 44 x 20, must be 46 x 20", DSO_OP_MLA_ATTENTION, [](dso_step& x) { x.v_dim = 11; });
+  refused("in[1] must have width 48, but slot 4 has 40", DSO_OP_MLA_ATTENTION, [](dso_step& x) { x.in[1] = 4; });
   refused("top_k is -1", DSO_OP_MLA_ABSORB, [](dso_step& x) { x.top_k = -1; });
-  refused("top_k is 40 beside a window of 7", DSO_OP_MLA_ATTENTION, [](dso_step& x) { x.window = 7; });
+  refused("top_k is 40 with a window of 7", DSO_OP_MLA_ATTENTION, [](dso_step& x) { x.window = 7; });
   refused("window is -1", DSO_OP_MLA_VALUE, [](dso_step& x) { x.window = -1; });
-  refused("sinks is 4 beside a window of 0", DSO_OP_MLA_ABSORB, [](dso_step& x) { x.sinks = 4; });
-  refused("a stack of 2 matrices, not of 3", DSO_OP_MLA_ABSORB, [](dso_step& x) { x.heads = 3; });
+  refused("sinks is 4 with a window of 0", DSO_OP_MLA_ABSORB, [](dso_step& x) { x.sinks = 4; });
+  refused("a stack of 2 matrices, must be 3", DSO_OP_MLA_ABSORB, [](dso_step& x) { x.heads = 3; });
   refused("chosen tokens are never expanded", DSO_OP_MLA_ATTENTION, [](dso_step& x) { x.flags = DSO_FLAG_EXPAND; });
   refused("flags are 8", DSO_OP_MLA_VALUE, [](dso_step& x) { x.flags = DSO_FLAG_EXPAND, x.top_k = 0; });
   refused("the cache has one shape", DSO_OP_INDEX_CHOOSE, [](dso_step& x) { x.index = 8, x.heads = 4; });

@@ -1,6 +1,6 @@
-// F32, BF16 and FP8 products on every variant: near the product in double, the exact chain where its order is promised, the
-// same bits whatever the token count, the tile range and the strides; NaN and infinity never lost; nothing read past a row's
-// columns nor written outside.
+// F32, BF16 and FP8 products on every variant: close to the product in double, the exact chain where its order is guaranteed,
+// bitwise equal for any token count, tile range and strides; NaN and infinity are preserved; nothing is read past a row's
+// columns or written outside.
 #include <algorithm>
 
 #include "check.hpp"
@@ -44,11 +44,11 @@ struct Run {
   bool bias = false, prefill = false;
 };
 
-// Outputs [T][rows]; those outside the tiles asked for are checked to be untouched, and returned as they were.
+// Outputs [T][rows]; those outside the requested tiles are checked to be untouched, and returned unchanged.
 std::vector<float> run(const Variant& v, const Case& c, const Run& r) {
   const size_t width = row_bytes(c.kind(), c.cols), x_stride = width + 64 * (size_t)r.x_gap,
                y_stride = 4 * (size_t)(c.rows + r.y_gap);
-  // Rows end where their slot row ends. What lies past the columns of an F32 row is not a number, and must not matter.
+  // Rows end at the end of their slot row. The memory past the columns of an F32 row is NaN, and must not matter.
   Buffer x((size_t)(r.T - 1) * x_stride + (c.format == DSO_F32 ? 4 * (size_t)c.cols : width), 0xff), data(c.packed.size());
   Buffer y((size_t)(r.T - 1) * y_stride + 4 * (size_t)c.rows), scratch(v.kernels->linear_scratch);
   memcpy(data.get(), c.packed.data(), c.packed.size());
@@ -79,7 +79,7 @@ std::vector<float> run(const Variant& v, const Case& c, const Run& r) {
   return out;
 }
 
-// Every row alone, over all tiles, without bias: what any other way of asking must repeat.
+// Every row alone, over all tiles, without bias: all other calls must give the same.
 std::vector<float> alone(const Variant& v, const Case& c, bool prefill) {
   std::vector<float> out;
   for (int t = 0; t < c.tokens; ++t) {
@@ -89,7 +89,7 @@ std::vector<float> alone(const Variant& v, const Case& c, bool prefill) {
   return out;
 }
 
-// The chain that is promised: over all columns, or, for FP8, over 128 at a time of the codes' values, times the block's scale.
+// The guaranteed chain: over all columns, or, for FP8, over 128 columns of code values at a time, times the block's scale.
 float chain(const Case& c, int t, int n) {
   float acc = 0, sum = 0;
   for (int k = 0; k < c.cols; ++k) {

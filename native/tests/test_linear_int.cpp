@@ -1,5 +1,5 @@
-// Integer products on every variant: the exact bits of the recipe in scalar code (docs/contracts.md), whatever the token
-// count, the tile range and the strides; near the product in double; NaN and infinity never lost; nothing written outside.
+// Integer products on every variant: bitwise equal to the rule of docs/contracts.md in scalar code, for any token count, tile
+// range and strides; close to the product in double; NaN and infinity are preserved; nothing is written outside.
 #include "check.hpp"
 
 namespace {
@@ -49,7 +49,7 @@ Case make(int format, int kind, int rows, int cols, int tokens, Random& random) 
   return c;
 }
 
-// What a slot row says.
+// The values of a slot row.
 struct Row {
   const uint8_t* bytes;
   int kind, wp;

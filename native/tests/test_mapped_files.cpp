@@ -1,5 +1,5 @@
-// Mapped files that change while they are read: no thread dies, every call that read one says so, and faults elsewhere go to
-// whoever handled them before.
+// Mapped files that change while they are read: no thread dies, every call that read one reports it, and faults elsewhere are
+// passed to the previous handler.
 #include <fcntl.h>
 #include <pthread.h>
 #include <signal.h>
@@ -27,7 +27,7 @@ class File {
     fd_ = mkstemp(path_);
     const std::vector<uint8_t> ones(bytes, 1);
     check(fd_ >= 0 && write(fd_, ones.data(), bytes) == bytes, "%s could not be written", path_);
-    const timespec then[2] = {{1000000000, 0}, {1000000000, 0}};  // else a change might fall into the same tick of the clock
+    const timespec then[2] = {{1000000000, 0}, {1000000000, 0}};  // otherwise a change might fall into the same clock tick
     futimens(fd_, then);
     data_ = static_cast<uint8_t*>(mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE, fd_, 0));
     const int64_t modified = int64_t(1000000000) * 1000000000;
@@ -70,7 +70,7 @@ void cut_short() {
   File lost("lost"), other("other");
   intact(lost);
   lost.cut(0);
-  std::vector<std::thread> readers;  // all at once: each may be the one that meets the fault
+  std::vector<std::thread> readers;  // all at once: each may be the one that faults
   std::vector<int64_t> sums(8, -1);
   for (size_t i = 0; i < sums.size(); ++i) readers.emplace_back([&, i] { sums[i] = lost.sum(); });
   for (std::thread& t : readers) t.join();
@@ -97,7 +97,7 @@ void written() {
   written.write_at(5, 7);
   changed(written.data(), "was written to while its weights are in use: written");
   written.write_at(5, 1);
-  changed(written.data(), ": written");  // what was found once stays
+  changed(written.data(), ": written");  // a detected change is permanent
   grown.write_at(kBytes, 1);
   changed(grown.data(), "was written to while its weights are in use: grown");
   check(dso_mapping_check(touched.data()) == DSO_OK, "%s", dso_last_error());
@@ -136,7 +136,7 @@ void registered_and_not() {
   dso_mapping_remove(1 << 30);
 }
 
-// What reads weights says so itself.
+// Functions that read weights report it themselves.
 void calls() {
   const int64_t rows = 64, cols = 640, bytes = dso_packed_bytes(DSO_F32, rows, cols);
   dso_context* c = nullptr;
@@ -161,7 +161,7 @@ void calls() {
   dso_context_destroy(c);
 }
 
-// Tasks that each read a file, and wait for each other: so every thread of a pool has one.
+// Tasks that each read a file and wait for each other, so that every thread of a pool has one.
 struct Readers final : Job {
   Readers(const File& file, int threads) : file(file), left(threads), tasks(threads) {}
   int64_t next() override { return std::exchange(tasks, -1); }
@@ -189,7 +189,7 @@ void pool() {
   changed(f.data(), ": f");
 }
 
-// How a child process ends that does this: its exit code, or the negative signal.
+// How a child process that runs this ends: its exit code, or the negative signal.
 int child(const std::function<void()>& work) {
   fflush(nullptr);
   const pid_t pid = fork();
@@ -212,7 +212,7 @@ void fault_elsewhere() {
   File unknown("unknown");
   int64_t page = sysconf(_SC_PAGESIZE);
   void* const data = mmap(nullptr, page, PROT_READ, MAP_SHARED, open("/proc/self/exe", O_RDONLY), 1 << 30);
-  check(data != MAP_FAILED && *static_cast<volatile uint8_t*>(data) == 0, "read behind the end of a file");
+  check(data != MAP_FAILED && *static_cast<volatile uint8_t*>(data) == 0, "read past the end of a file");
 }
 
 struct sigaction found;  // by a handler like that of Python's faulthandler

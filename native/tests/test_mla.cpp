@@ -1,6 +1,5 @@
 // Multi-head latent attention's kernels on every variant: latents to the cache and back, and absorbed attention against
-// softmax(scale q K^T) V in doubles over what the cache holds. A head's bits depend on nothing but its q and the tokens it
-// sees.
+// softmax(scale q K^T) V in double over the cache's content. A head's bits must depend only on its q and the tokens it sees.
 #include "latent_fixture.hpp"
 
 static void writing(const Variant& v, const KvLayout& l, Random& random) {
@@ -23,7 +22,7 @@ static void writing(const Variant& v, const KvLayout& l, Random& random) {
                  (long)(start + t), (long)i, found, given))
         return;
     }
-  // Nothing but the rows was touched.
+  // Only the rows were touched.
   for (int64_t b = 0; b < (int64_t)c.table.size(); ++b)
     for (int64_t i = 0; i < l.layer_bytes; ++i) {
       const int64_t token = b * 32 + i / l.row_bytes, at = c.table[(size_t)b] * l.layer_bytes + i;
@@ -32,14 +31,14 @@ static void writing(const Variant& v, const KvLayout& l, Random& random) {
                  kv_name(l.type), (long)i, (long)b))
         return;
     }
-  // A NaN poisons its group, or its number.
+  // A NaN makes its group NaN, or only its element.
   x.assign((size_t)width, 1.0f);
   x[0] = NAN;
   c.write(start, x);
   check(std::isnan(c.read()[(size_t)(start * width)]), "%s %s: a NaN was lost", v.name.c_str(), kv_name(l.type));
 }
 
-// The index keys behind the latents, as INDEX_WRITE lays them.
+// The index keys after the latents, as written by INDEX_WRITE.
 static void reading_index(const Variant& v, int type, Random& random) {
   LatentCache c(*v.kernels, LatentCache::shape(type, 30, 6, 10), 70, random);
   c.write(0, normal((size_t)(70 * c.width()), 1, random));
@@ -58,7 +57,7 @@ static void reading_index(const Variant& v, int type, Random& random) {
     }
   v.kernels->latent_read(c.layout, c.view, 70, latents.data(), got.data());
   check(got == keys, "%s %s: index keys", v.name.c_str(), kv_name(type));
-  check(latents == c.read(), "%s %s: latents beside index keys", v.name.c_str(), kv_name(type));
+  check(latents == c.read(), "%s %s: latents changed by index keys", v.name.c_str(), kv_name(type));
 }
 
 struct Setup {
@@ -183,14 +182,14 @@ static void absorbed(const Variant& v, const KvLayout& l, int64_t tokens, int64_
   const std::vector<float> behind = s.all(nullptr, tokens, tokens, begin);
   against_reference(s, behind, rest, "from the middle on");
 
-  // What a row does not see may hold anything.
+  // Hidden tokens may hold anything.
   const int64_t seen = 1 + random.below((int)tokens);
   const std::vector<float> prefix = s.all(nullptr, seen, seen);
   std::vector<float> poison((size_t)((tokens - seen) * s.cache.width()));
   for (float& x : poison) x = random.below(2) ? NAN : INFINITY;
   s.cache.write(seen, poison);
-  check(s.all(nullptr, seen, tokens) == prefix, "%s: rank=%d: %ld of %ld tokens: what lies behind shows", name().c_str(),
-        l.rank, (long)seen, (long)tokens);
+  check(s.all(nullptr, seen, tokens) == prefix, "%s: rank=%d: %ld of %ld tokens: hidden tokens change the result",
+        name().c_str(), l.rank, (long)seen, (long)tokens);
   memset(s.scratch.get(), 0x7f, s.scratch.size());
   check(s.all(nullptr, seen, seen) == prefix, "%s: what scratch held shows", name().c_str());
 }

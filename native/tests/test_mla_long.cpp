@@ -1,12 +1,12 @@
-// Absorbed attention behind long contexts, whose partial results are merged by groups of 8,192 tokens: pieces cover what a row
-// sees, once; results are those of doubles; and a row's bits are the same alone and in company, whichever way the tasks keep
-// their parts.
+// Absorbed attention with long contexts, whose partial results are merged by groups of 8,192 tokens: pieces cover a row's
+// visible tokens exactly once; results match those in double; and a row's bits are the same alone and in a batch, wherever
+// tasks store their partial results.
 #include <algorithm>
 #include <memory>
 
 #include "cache.hpp"
 #include "plan_parts.hpp"
-// After check.hpp, whose names layout.hpp has too.
+// After check.hpp, whose names layout.hpp also defines.
 #include "mla_pieces.hpp"
 
 namespace {
@@ -86,7 +86,7 @@ class Plan {
   ~Plan() { dso_plan_destroy(plan_); }
   Plan(const Plan&) = delete;
 
-  // Rows [from, from + rows) of those in q, in `sequences` sequences that lie in the same blocks, one after the other.
+  // Rows [from, from + rows) of q, in `sequences` sequences that share the same blocks, one after the other.
   std::vector<float> run(dso_cache& cache, const std::vector<int32_t>& table, const std::vector<float>& q, int32_t from,
                          int32_t rows, int32_t sequences = 1) {
     const size_t all = (size_t)(rows * sequences);
@@ -199,7 +199,7 @@ void long_context(const Variant& v, int32_t type, const Case& c, Random& random)
       for (int32_t sequences : {1, 3}) {
         const std::vector<float> got = p->run(cache, table, q, r, 1, sequences);
         check(!memcmp(got.data() + (sequences - 1) * c.out(), want, 4 * (size_t)c.out()),
-              "%s: row %d of %d behind %d differs in %d sequences of one row", name.c_str(), r, c.rows, c.context, sequences);
+              "%s: row %d of %d after %d differs in %d sequences of one row", name.c_str(), r, c.rows, c.context, sequences);
       }
   }
 }

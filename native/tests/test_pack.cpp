@@ -1,5 +1,5 @@
-// Packing on every variant: the exact bytes of the rule in docs/contracts.md, written here a second time in scalar code; back
-// within each format's bound; nothing outside a tile row's place is written, nothing outside the source is read.
+// Packing on every variant: the exact bytes of the rule in docs/contracts.md, implemented here again in scalar code; unpacked
+// values within each format's bound; nothing is written outside a tile row's place or read outside the source.
 #include <algorithm>
 #include <utility>
 
@@ -63,7 +63,7 @@ struct Group {
   int codes[32];  // as stored
 };
 
-// What a scale and a minimum make of a group, in float32, the sums over columns in order.
+// Results of a scale and a minimum for a group, in float32, with sums over columns in order.
 struct Trial {
   int format, n;
   const float *w, *importance;
@@ -137,7 +137,7 @@ Group group_of(int format, const float* w, int n, const float* importance) {
   return out;
 }
 
-// The scales of the blocks of 128 x 128.
+// The scales of the 128 x 128 blocks.
 struct Fp8Scales {
   int across;
   std::vector<float> each;
@@ -226,7 +226,7 @@ float decoded(int format, const std::vector<uint8_t>& packed, int r, int c, int 
   return format == DSO_Q4_1 ? w + half_to_float(m) : w;
 }
 
-// What |unpacked - w| never exceeds, for a group of n whose scale neither over- nor underflows fp16.
+// Upper bound of |unpacked - w| for a group of n whose scale neither over- nor underflows fp16.
 double bound(int format, const float* w, int n, int i, bool importance) {
   double low = w[0], high = w[0];
   for (int k = 0; k < n; ++k) low = std::fmin(low, w[k]), high = std::fmax(high, w[k]);
@@ -258,7 +258,7 @@ void compare(const Variant& v, int format, const Source& s, const std::vector<ui
   const size_t tile_row = want.size() / (size_t)((s.rows + 15) / 16) * (size_t)band_rows(format) / 16;
   Buffer source(s.bytes.size()), packed(want.size());
   memcpy(source.get(), s.bytes.data(), s.bytes.size());
-  const int one = random.below(tiles);  // first a single tile row: the others stay untouched
+  const int one = random.below(tiles);  // first a single tile row: the others must not be touched
   auto pack = [&](int tile) {
     v.kernels->pack_tile(format, s.type, source.get(), s.rows, s.cols, s.stride(), s.weights(0), tile, packed.get());
   };
@@ -317,7 +317,7 @@ void bounded(int format, const Source& s, const std::vector<uint8_t>& packed) {
     }
 }
 
-// No group's weighted error is above that of ggml's own scale (and minimum), but for the rounding of the sums.
+// No group's weighted error exceeds that of ggml's own scale (and minimum), up to rounding of the sums.
 void no_worse_than_ggml(int format, const Source& s, const std::vector<uint8_t>& packed) {
   if (format != DSO_INT4 && format != DSO_Q4_1) return;
   for (int r = 0; r < s.rows; ++r)
@@ -343,7 +343,7 @@ void no_worse_than_ggml(int format, const Source& s, const std::vector<uint8_t>&
     }
 }
 
-// Weights of columns over some magnitudes, some of them zero.
+// Column weights over several magnitudes, some of them zero.
 std::vector<float> importance_of(int cols, Random& random) {
   std::vector<float> found;
   for (int c = 0; c < cols; ++c) found.push_back(random.below(8) ? std::ldexp(random.uniform(), random.below(12) - 6) : 0);
@@ -371,7 +371,7 @@ void shapes(const std::vector<Variant>& all) {
     }
 }
 
-// Groups where the rule has corners, mixed among ordinary ones.
+// Groups with corner cases of the rule, among ordinary ones.
 void corners(const std::vector<Variant>& all) {
   Random random(2);
   for (int round = 0; round < 60; ++round) {
@@ -441,7 +441,7 @@ void corners(const std::vector<Variant>& all) {
   }
 }
 
-// Numbers that came out of a Q4_0 block, or of this format, go back to the same scale and codes.
+// Values unpacked from a Q4_0 block, or from this format, get the same scale and codes again.
 void again(const std::vector<Variant>& all) {
   Random random(3);
   std::vector<float> wanted;
@@ -459,7 +459,7 @@ void again(const std::vector<Variant>& all) {
       if (!check(back[i] == wanted[i], "%s: %g came back as %g", v.name.c_str(), wanted[i], back[i])) break;
   }
 }
-// FP8: several blocks, some of them broken; and every number halfway between two codes, and its neighbours.
+// FP8: several blocks, some of them invalid; and every value halfway between two codes, and its neighbours.
 void e4m3(const std::vector<Variant>& all) {
   Random random(4);
   for (int round = 0; round < 8; ++round) {

@@ -1,5 +1,5 @@
-// The interpreter: a model's logits against a forward pass written down in doubles; fused against plain steps; and sequences
-// in company, in chunks and on any number of threads against the same sequences alone, bit for bit, on every variant.
+// The interpreter: a model's logits against a forward pass in double; fused against plain steps; and sequences in batches, in
+// chunks and with any number of threads against the same sequences alone, bit for bit, on every variant.
 #include "plan_fixture.hpp"
 #include "scalar_kernels.hpp"
 
@@ -24,7 +24,7 @@ Vec norm(const Vec& x, const std::vector<float>& w, size_t begin, size_t n) {
   return y;
 }
 
-// One sequence through the model, as a textbook has it.
+// One sequence through the model, by the textbook formulas.
 std::vector<Vec> forward(const Model& m, const std::vector<int32_t>& tokens) {
   const Spec& s = m.spec;
   const size_t d = (size_t)s.head_dim, group = (size_t)(s.heads / s.kv_heads);
@@ -117,13 +117,13 @@ void matches_textbook(const Spec& spec, const Kernels& kernels, int threads, int
 bool equal(const Sequence& a, const Sequence& b, const char* isa, const char* what, int threads) {
   for (size_t t = 0; t < a.logits.size(); ++t)
     if (!check(memcmp(a.logits[t].data(), b.logits[t].data(), a.logits[t].size() * 4) == 0,
-               "%s, %s, %d threads: token %zu differs in company", isa, what, threads, t))
+               "%s, %s, %d threads: token %zu differs in a batch", isa, what, threads, t))
       return false;
   return true;
 }
 
 // Sequences, each with a prompt and tokens to decode (one at a time, or several as in verification). First each alone on one
-// thread, its prompt at once; then in random company and chunks.
+// thread with its prompt at once; then in random batches and chunks.
 void company(const Spec& spec, const Kernels& kernels, int threads, const char* what, int longest, int sequences = 5) {
   Random random(11);
   struct Life {
@@ -177,7 +177,7 @@ void fused_equals_plain(Spec spec, const Kernels& kernels, const char* what) {
     spec.fused = s == &a;
     spec.select_first = s == &a;
     Model model(spec, kernels, 2);
-    // The same weights in both: they are drawn in the same order.
+    // Both have the same weights: they are drawn in the same order.
     Feeder feeder(model, 8, random);
     feeder.feed({{s, 40, DSO_PHASE_PREFILL}}, s == &a ? &hidden_a : &hidden_b);
     while (s->done < 45) feeder.feed({{s, 1, DSO_PHASE_DECODE}});
@@ -236,7 +236,7 @@ void timing(const Kernels& kernels) {
 }
 
 #ifndef DSO_SCALAR_ONLY
-// A slot may hold any numbers of blocks; none leads outside the table, also where fp32 would round the last one up.
+// A slot may hold any block indices; none leads outside the table, even if fp32 would round the last one up.
 void chosen_blocks_stay_inside(const Kernels& kernels) {
   OwnContext context(kernels, 1);
   std::vector<std::unique_ptr<Buffer>> keep;
@@ -269,7 +269,7 @@ void chosen_blocks_stay_inside(const Kernels& kernels) {
 int main() {
   Spec plain;
   plain.fused = false;
-  Spec rich;  // what Qwen, windows and partial rotation bring
+  Spec rich;  // features of Qwen, windows and partial rotation
   rich.biases = rich.qk_norm = true;
   rich.window = 20;
   rich.rot = 8;
@@ -320,7 +320,7 @@ int main() {
         s.kv_type = k.kv;
         company(s, *v.kernels, 2, k.name, 300);
         company(s, *v.kernels, 5, k.name, 40);
-        company(s, *v.kernels, 2, k.name, 40, 24);  // so many that a task of attention takes all heads of one
+        company(s, *v.kernels, 2, k.name, 40, 24);  // enough sequences that an attention task takes all heads of one
         fused_equals_plain(s, *v.kernels, k.name);
       }
     }

@@ -1,4 +1,5 @@
-// The thread pool: every task once, stage after stage; several pools, callers and forks; and how many CPUs a process may use.
+// The thread pool: every task once, stage after stage; several pools, callers and forks; and the number of CPUs that a process
+// may use.
 #include <sys/stat.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -31,8 +32,8 @@ __attribute__((noinline)) void operator delete(void* p, size_t) noexcept { free(
 
 namespace {
 
-// Stages of a few tasks, now and then none. As each opens, every task of the one before must have run, once, and none be
-// running.
+// Stages of a few tasks, sometimes none. When each opens, every task of the previous one must have run exactly once, and none
+// may be running.
 class Checked final : public Job {
  public:
   Checked(int threads, int stages, void (*pause)(int64_t stage, int thread) = nullptr)
@@ -79,14 +80,15 @@ void stages() {
     ThreadPool pool(n);
     for (int run = 0; run < 3; ++run) {
       ThreadPool::Lease lease(pool);
-      const long wrong = mistakes_of(lease.team(), n > 2 ? 500 : 20000);  // more threads than cores: mostly sleeps and wakes
+      const long wrong = mistakes_of(lease.team(), n > 2 ? 500 : 20000);  // more threads than cores: mostly sleeps and wake-ups
       check(wrong == 0, "%d threads: %ld mistakes", n, wrong);
       check(mistakes_of(lease.team(), 0) == 0, "%d threads: an empty job", n);
     }
   }
 }
 
-// What tasks write, the next stage and the caller read: plain numbers, so that ThreadSanitizer sees a missing order.
+// Data written by tasks and read by the next stage and the caller: plain variables, so that ThreadSanitizer detects a missing
+// order.
 void results_are_seen() {
   struct Count final : Job {
     int stage = 0;
@@ -109,7 +111,7 @@ void results_are_seen() {
   }
 }
 
-// All threads compute alike, whatever the caller's thread is set to, and the caller's setting stays.
+// All threads compute with the same settings, whatever the caller's thread has, and the caller's settings are preserved.
 void floats() {
   struct Tiny final : Job {
     int64_t left = 50;
@@ -138,7 +140,7 @@ void floats() {
   }
 }
 
-// Memory runs out as the team is made: an error, whatever was being allocated, and no thread is left behind.
+// Memory runs out while the team is created: an error at any allocation, and no thread is left behind.
 void no_memory() {
   ThreadPool pool(4);
   for (int after = 0; after < 8; ++after) {
@@ -146,7 +148,7 @@ void no_memory() {
       allocations_left = after;
       ThreadPool::Lease lease(pool);
       allocations_left = -1;
-      check(mistakes_of(lease.team(), 20) == 0, "a team made with %d allocations", after);
+      check(mistakes_of(lease.team(), 20) == 0, "a team created with %d allocations", after);
       return;
     } catch (const std::bad_alloc&) {  // before the first thread
     } catch (const Error& e) {

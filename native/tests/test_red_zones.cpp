@@ -1,4 +1,5 @@
-// A checked context: right kernels leave its red zones whole and give the same bits, and one that writes past a row is named.
+// A checked context: correct kernels leave its red zones intact and give bitwise equal results, and one that writes past a row
+// is named.
 #include "plan_fixture.hpp"
 
 namespace {
@@ -10,7 +11,7 @@ void add_too_much(const float* a, const float* b, int64_t n, float* out) {
   out[n] = 1;
 }
 
-// A step of three tokens on a plan of its own. Returns dso_plan_run's code.
+// A step of three tokens on its own plan. Returns dso_plan_run's code.
 int32_t run(const Kernels& kernels, bool checked, std::vector<float>& logits) {
   Spec spec;
   spec.fused = false;
@@ -38,7 +39,7 @@ int32_t run(const Kernels& kernels, bool checked, std::vector<float>& logits) {
   b.logits = logits.data();
   b.cache = &cache;
   int32_t rc = 0;
-  for (int i = 0; i < 2; ++i) rc = dso_plan_run(plan, &b);  // the second run lays the zones anew
+  for (int i = 0; i < 2; ++i) rc = dso_plan_run(plan, &b);  // the second run fills the zones again
   dso_plan_destroy(plan);
   return rc;
 }
@@ -52,11 +53,11 @@ int main() {
     check(run(*v.kernels, false, plain) == 0, "%s: %s", v.name.c_str(), dso_last_error());
     check(run(*v.kernels, true, checked) == 0, "%s, checked: %s", v.name.c_str(), dso_last_error());
     check(plain == checked, "%s: a checked plan gives other logits", v.name.c_str());
-#ifndef __SANITIZE_ADDRESS__  // which ends the program there
+#ifndef __SANITIZE_ADDRESS__  // which would end the program there
     Kernels broken = *v.kernels;
     broken.add = add_too_much;
-    check(run(broken, true, checked) == DSO_ECHECK, "%s: a write past a slot went unseen", v.name.c_str());
-    check(std::strstr(dso_last_error(), "(op 3) wrote byte 0 behind slot 0") != nullptr, "%s: %s", v.name.c_str(),
+    check(run(broken, true, checked) == DSO_ECHECK, "%s: a write past a slot was not detected", v.name.c_str());
+    check(std::strstr(dso_last_error(), "(op 3) wrote byte 0 after the end of slot 0") != nullptr, "%s: %s", v.name.c_str(),
           dso_last_error());
 #endif
   }

@@ -1,4 +1,5 @@
-// Cached keys turned to other positions, against keys made there in double: every storage and ISA, and nothing else touched.
+// Cached keys rotated to other positions, against keys computed there in double: every storage type and ISA, and nothing else
+// is touched.
 #include <algorithm>
 #include <cmath>
 
@@ -7,7 +8,7 @@
 
 namespace {
 
-struct Keys {  // what turns of a token's row: numbers [offset, offset + rot) of `width`
+struct Keys {  // the rotated elements of a token's row: [offset, offset + rot) of `width`
   int32_t width, rot, offset;
   bool interleaved;
 };
@@ -31,7 +32,7 @@ std::vector<double> turned(const std::vector<Real>& x, const Keys& k, const std:
   return out;
 }
 
-// The most that storing x may change its numbers: half a step of the storage.
+// Maximum error of storing x: half a step of the storage type.
 double half_step(int type, const std::vector<double>& x, size_t i) {
   double top = 0;
   for (double v : x) top = std::max(top, std::fabs(v));
@@ -44,7 +45,7 @@ dso_rotation rotation(const Keys& k, const std::vector<float>& f) {
 
 std::vector<uint8_t> bytes_of(const dso_cache& k) { return {k.arena.data(), k.arena.data() + k.blocks * k.block_bytes()}; }
 
-// A cache of 3 layers and 6 blocks, all of them written; a sequence lies in three of them.
+// A cache of 3 layers and 6 blocks, all of them written; a sequence uses three of them.
 struct Case {
   static constexpr int layers = 3, tokens = 75, position = 40;
   const int32_t table[3] = {4, 1, 3};
@@ -87,7 +88,7 @@ struct Case {
     const dso_rotation k = rotation(key, f), i = rotation(index, g);
     return dso_cache_rotate(c, cache, &k, index.width ? &i : nullptr, table, tokens, at, delta);
   }
-  struct Rows {  // of a layer: keys that turn, row after row; and what must not turn
+  struct Rows {  // for one layer: rotated keys, row after row; and the data that must not change
     std::vector<float> key, value, index, latent;
   };
   Rows read(int layer) const {
@@ -129,7 +130,7 @@ void compare(const char* name, int type, const Keys& k, const std::vector<float>
   }
 }
 
-// One turn is the key of the new position, within half a step of its storage; all else keeps its bytes.
+// One rotation gives the key of the new position, within half a step of its storage; all else keeps its bytes.
 void one_turn(const Variant& v, int type, int heads, Keys key, int rank, Keys index, Random& random) {
   Case c(v, type, heads, key, rank, index, 10000, random);
   OwnContext one(*v.kernels, 1), many(*v.kernels, 3);
@@ -148,7 +149,7 @@ void one_turn(const Variant& v, int type, int heads, Keys key, int rank, Keys in
               rows.index, delta);
     check(rows.value == before[(size_t)layer].value && rows.latent == before[(size_t)layer].latent,
           "%s %s: values or latents changed", v.name.c_str(), kv_name(type));
-    if (index.width)  // numbers that don't turn keep their bits
+    if (index.width)  // elements that are not rotated keep their bits
       for (int t = 0; t < Case::tokens; ++t)
         for (int i = 0; i < index.width; ++i)
           if (i < index.offset || i >= index.offset + index.rot)
@@ -159,16 +160,16 @@ void one_turn(const Variant& v, int type, int heads, Keys key, int rank, Keys in
   for (int block : {0, 2, 5})
     check(!memcmp(whole.data() + block * bytes, after.data() + block * bytes, (size_t)bytes),
           "%s: block %d changed, which is not the sequence's", v.name.c_str(), block);
-  // On three threads the same bytes.
+  // The same bytes with three threads.
   std::copy(whole.begin(), whole.end(), c.cache->arena.data());
   check(c.turn(many.c, Case::position, delta) == 0 && bytes_of(*c.cache) == after, "%s: depends on threads", v.name.c_str());
-  // Nothing to do: nothing done.
-  check(c.turn(many.c, Case::position, 0) == 0 && bytes_of(*c.cache) == after, "%s: a turn by nothing changed bytes",
+  // Rotation by zero changes nothing.
+  check(c.turn(many.c, Case::position, 0) == 0 && bytes_of(*c.cache) == after, "%s: a rotation by zero changed bytes",
         v.name.c_str());
 }
 
-// Eight turns by a quarter of a window of 8,192: how far from keys made at the last position. Returned: largest and root mean
-// square error after each, of a key's root mean square.
+// Eight rotations by a quarter of a window of 8,192: the error against keys computed at the final position. Returns the maximum
+// and root mean square error after each, relative to a key's root mean square.
 struct Drift {
   double most[8] = {}, mean[8] = {};
 };
@@ -200,26 +201,26 @@ Drift drift(const Variant& v, int type, Random& random) {
   return d;
 }
 
-// Rounding adds up as independent errors do, with the root of the count; angles add nothing.
+// Rounding accumulates like independent errors, with the root of the count; angles add no error.
 void drifts(const Variant& v, Random& random) {
   const Drift f32 = drift(v, DSO_KV_F32, random), bf16 = drift(v, DSO_KV_BF16, random), int8 = drift(v, DSO_KV_INT8, random);
   printf(
-      "%s, relative error after 1, 2, 4, 8 turns: f32 %.1e %.1e %.1e %.1e, bf16 %.2g%% %.2g%% %.2g%% %.2g%%, int8 %.2g%% "
+      "%s, relative error after 1, 2, 4, 8 rotations: f32 %.1e %.1e %.1e %.1e, bf16 %.2g%% %.2g%% %.2g%% %.2g%%, int8 %.2g%% "
       "%.2g%% %.2g%% %.2g%%\n",
       v.name.c_str(), f32.mean[0], f32.mean[1], f32.mean[3], f32.mean[7], 100 * bf16.mean[0], 100 * bf16.mean[1],
       100 * bf16.mean[3], 100 * bf16.mean[7], 100 * int8.mean[0], 100 * int8.mean[1], 100 * int8.mean[3], 100 * int8.mean[7]);
   for (int n = 1; n <= 8; ++n) {
     const double root = std::sqrt(n);
-    check(f32.mean[n - 1] < 6e-8 * root && f32.most[n - 1] < 1e-6 * root, "%s f32: %g, %g after %d turns", v.name.c_str(),
+    check(f32.mean[n - 1] < 6e-8 * root && f32.most[n - 1] < 1e-6 * root, "%s f32: %g, %g after %d rotations", v.name.c_str(),
           f32.mean[n - 1], f32.most[n - 1], n);
-    check(bf16.mean[n - 1] < 0.0018 * root, "%s bf16: %g after %d turns", v.name.c_str(), bf16.mean[n - 1], n);
-    check(int8.mean[n - 1] < 0.0070 * root, "%s int8: %g after %d turns", v.name.c_str(), int8.mean[n - 1], n);
+    check(bf16.mean[n - 1] < 0.0018 * root, "%s bf16: %g after %d rotations", v.name.c_str(), bf16.mean[n - 1], n);
+    check(int8.mean[n - 1] < 0.0070 * root, "%s int8: %g after %d rotations", v.name.c_str(), int8.mean[n - 1], n);
     check(bf16.mean[n - 1] > 0.0010 * root && int8.mean[n - 1] > 0.0045 * root,
-          "%s: no rounding after %d turns: nothing turned", v.name.c_str(), n);
+          "%s: no rounding after %d rotations: nothing was rotated", v.name.c_str(), n);
   }
 }
 
-// A NaN stays in its token, and a key of zeros stays one.
+// A NaN stays in its token, and a zero key stays zero.
 void special_values(const Variant& v, int type, Random& random) {
   const int32_t table[] = {0};
   const dso_cache_shape shape{type, 1, 1, 16, 0, 0, 0, 0};
@@ -248,7 +249,7 @@ void special_values(const Variant& v, int type, Random& random) {
   dso_cache_destroy(k);
 }
 
-// A block turns as a whole, and what the cache keeps of it is made anew, also where it is full of tokens behind the last.
+// A block is rotated as a whole, and its summary is recomputed, also if it contains tokens after the last.
 void summaries_follow(const Variant& v, int type, Random& random) {
   const int32_t table[] = {1, 0};
   dso_cache cache(*v.kernels, {type, 1, 1, 16, 0, 0, 0, 1}, 2);
@@ -265,7 +266,7 @@ void summaries_follow(const Variant& v, int type, Random& random) {
   const dso_rotation key = {f.data(), 16, 0, 0, 0};
   check(dso_cache_rotate(c.c, &cache, &key, nullptr, table, 40, 100, -64) == 0, "%s", dso_last_error());
   const std::vector<uint8_t> after(cache.summaries.data(), cache.summaries.data() + cache.group_bytes());
-  check(after != before && after == summarise(), "%s %s: summaries are not those of the keys that turned", v.name.c_str(),
+  check(after != before && after == summarise(), "%s %s: summaries are not those of the rotated keys", v.name.c_str(),
         kv_name(type));
 }
 
@@ -286,7 +287,7 @@ void refusals(const Variant& v, Random& random) {
     return dso_rotation{r.inv_freq, rot, offset, flags, 0};
   };
   for (auto bad : {with(good, 15, 0), with(good, 0, 0), with(good, 16, 2), with(good, 8, -2), with(good, INT32_MAX - 1, 2)})
-    refuses("cannot turn in pairs", full, bad, nullptr, full.table, 75, 40, -1);
+    refuses("cannot be rotated in pairs", full, bad, nullptr, full.table, 75, 40, -1);
   refuses("flags are 3", full, with(good, 16, 0, 3), nullptr, full.table, 75, 40, -1);
   refuses("inv_freq is NULL", full, {nullptr, 16, 0, 0, 0}, nullptr, full.table, 75, 40, -1);
   std::vector<float> wild = full.f;
@@ -295,10 +296,10 @@ void refusals(const Variant& v, Random& random) {
   refuses("index is given", full, good, &index, full.table, 75, 40, -1);
   refuses("index is NULL", latent, turning, nullptr, latent.table, 75, 40, -1);
   const dso_rotation wide = with(index, 14, 0);
-  refuses("index: numbers", latent, turning, &wide, latent.table, 75, 40, -1);
+  refuses("index: elements", latent, turning, &wide, latent.table, 75, 40, -1);
   const int32_t far[] = {4, 6, 3}, twice[] = {4, 1, 4};
   refuses("block_table[1] is 6", full, good, nullptr, far, 75, 40, -1);
-  refuses("block 4 is there twice", full, good, nullptr, twice, 75, 40, -1);
+  refuses("block 4 occurs twice", full, good, nullptr, twice, 75, 40, -1);
   refuses("block_table is NULL", full, good, nullptr, nullptr, 75, 40, -1);
   refuses("-1 tokens", full, good, nullptr, full.table, -1, 40, -1);
   refuses("cannot move by -41", full, good, nullptr, full.table, 75, 40, -41);
@@ -307,7 +308,7 @@ void refusals(const Variant& v, Random& random) {
             strstr(dso_last_error(), "key is NULL"),
         "%s", dso_last_error());
   check(dso_cache_rotate(c.c, full.cache, &good, nullptr, nullptr, 0, 40, -1) == 0, "no tokens: %s", dso_last_error());
-  check(bytes_of(*full.cache) == a && bytes_of(*latent.cache) == b, "a refused turn changed bytes");
+  check(bytes_of(*full.cache) == a && bytes_of(*latent.cache) == b, "a rejected rotation changed bytes");
 }
 
 }  // namespace

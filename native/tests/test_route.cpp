@@ -1,7 +1,7 @@
-// Routes on every variant against a plain reading of Transformers' routers in double: which experts, their weights, ties,
-// groups, NaN and infinities; the same bits whatever the company; and every mistake in the steps of experts by name.
+// Routes on every variant against a plain implementation of Transformers' routers in double: which experts, their weights,
+// ties, groups, NaN and infinities; the same bits whatever other rows; and every error in the steps of experts by name.
 #include "scalar_kernels.hpp"
-// After check.hpp, whose sizes are another reading of the layout.
+// After check.hpp, whose size functions are an independent implementation of the layout.
 #include "experts_fixture.hpp"
 
 namespace {
@@ -53,7 +53,7 @@ class Router {
   dso_plan* plan_ = nullptr;
 };
 
-// NaN counts as the largest; the lower number goes first among equals.
+// NaN ranks highest; ties go to the lower index.
 bool before(double a, double b) { return std::isnan(a) ? !std::isnan(b) : a > b; }
 std::vector<int> best(const std::vector<double>& values, int n) {
   std::vector<int> order;
@@ -112,7 +112,7 @@ void compare(const Spec& s, const Kernels& k, const std::vector<float>& x, const
   int told = 0;
   for (int32_t t = 0; t < T; ++t) {
     const float *row = x.data() + (size_t)t * (size_t)s.experts, *routes = all.data() + (size_t)t * 2 * (size_t)s.top_k;
-    check(memcmp(router(row, 1).data(), routes, 8 * (size_t)s.top_k) == 0, "%s: row %d differs in company", k.isa, t);
+    check(memcmp(router(row, 1).data(), routes, 8 * (size_t)s.top_k) == 0, "%s: row %d differs in a batch", k.isa, t);
     const Expected e = expect(s, row, bias);
     if (e.close && !exact_ties) continue;
     ++told;
@@ -177,7 +177,7 @@ void ties_and_broken_scores(const Kernels& k) {
   }
 }
 
-// A step of experts that is wrong in one field is refused, and the message names it.
+// A step of experts with one invalid field is rejected, and the message names it.
 void mistakes() {
   MoeSpec spec{72, 40, 8, 2, DSO_INT4, DSO_SLOT_Q8, DSO_INT4, DSO_SLOT_Q8};
   OwnContext context(*variants()[0].kernels, 1);
@@ -207,23 +207,24 @@ void mistakes() {
     step("experts is 0", op, [](dso_step& s) { s.experts = 0; });
     step("experts is 99999", op, [](dso_step& s) { s.experts = 99999; });
     step("top_k is 0", op, [](dso_step& s) { s.top_k = 0; });
-    step("top_k is 9, and must be 1 to experts, 8", op, [](dso_step& s) { s.top_k = 9; });
+    step("top_k is 9, must be from 1 to experts, 8", op, [](dso_step& s) { s.top_k = 9; });
     step("flags are", op, [](dso_step& s) { s.flags |= DSO_FLAG_EAGER; });
   }
   step("groups is 0", DSO_OP_ROUTE, [](dso_step& s) { s.groups = 0; });
-  step("groups is 3, which does not divide experts 8", DSO_OP_ROUTE, [](dso_step& s) { s.groups = 3; });
-  step("top_groups is 2 of groups 1", DSO_OP_ROUTE, [](dso_step& s) { s.top_groups = 2; });
-  step("top_k is 2, and top_groups 1 of 1 experts", DSO_OP_ROUTE, [](dso_step& s) { s.groups = 8; });
-  step("no best two", DSO_OP_ROUTE, [](dso_step& s) { s.groups = s.top_groups = 8, s.flags |= DSO_FLAG_TOP2; });
+  step("groups is 3, must divide experts, 8", DSO_OP_ROUTE, [](dso_step& s) { s.groups = 3; });
+  step("top_groups is 2, must be at most groups, 1", DSO_OP_ROUTE, [](dso_step& s) { s.top_groups = 2; });
+  step("top_k is 2, but top_groups 1 of 1 experts", DSO_OP_ROUTE, [](dso_step& s) { s.groups = 8; });
+  step("groups of at least two experts", DSO_OP_ROUTE,
+       [](dso_step& s) { s.groups = s.top_groups = 8, s.flags |= DSO_FLAG_TOP2; });
   step("scale is nan", DSO_OP_ROUTE, [](dso_step& s) { s.scale = NAN; });
   step("in[0] must have width 7", DSO_OP_ROUTE, [](dso_step& s) { s.experts = 7; });
   step("out[0] must have width 6", DSO_OP_ROUTE, [](dso_step& s) { s.top_k = 3; });
   step("in[1] must have width 6", DSO_OP_EXPERTS_GATE_UP, [](dso_step& s) { s.top_k = 3; });
-  step("a stack of 16 matrices, not of 14", DSO_OP_EXPERTS_GATE_UP, [](dso_step& s) { s.experts = 7; });
-  step("a stack of 8 matrices, not of 7", DSO_OP_EXPERTS_DOWN, [](dso_step& s) { s.experts = 7; });
+  step("a stack of 16 matrices, must be 14", DSO_OP_EXPERTS_GATE_UP, [](dso_step& s) { s.experts = 7; });
+  step("a stack of 8 matrices, must be 7", DSO_OP_EXPERTS_DOWN, [](dso_step& s) { s.experts = 7; });
   step("no earlier EXPERTS_GATE_UP", DSO_OP_EXPERTS_DOWN, [](dso_step& s) { s.flags = 0; });
-  step("which INT4 weights do not read", DSO_OP_EXPERTS_GATE_UP, [](dso_step& s) { s.in[0] = 0; });
-  refused("1 rows a token, not 2",
+  step("which INT4 weights do not support", DSO_OP_EXPERTS_GATE_UP, [](dso_step& s) { s.in[0] = 0; });
+  refused("1 rows per token, must have 2",
           [&](auto& steps, auto& slots, auto&) { slots[(size_t)at(steps, DSO_OP_EXPERTS_GATE_UP).out[0]].repeat = 1; });
   refused("must have width 40",
           [&](auto& steps, auto& slots, auto&) { slots[(size_t)at(steps, DSO_OP_EXPERTS_GATE_UP).out[0]].width = 41; });

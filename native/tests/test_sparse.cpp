@@ -1,5 +1,5 @@
-// Sparse latent attention through plans, with tokens chosen by the test: against softmax over those tokens in doubles; what was
-// not chosen is never read; and where the chosen are all that another row sees, the bits are that row's.
+// Sparse latent attention through plans, with tokens chosen by the test: against softmax over those tokens in double; tokens
+// that were not chosen are never read; and if the chosen tokens are all that another row sees, the bits are that row's.
 #include <algorithm>
 #include <memory>
 #include <set>
@@ -17,7 +17,7 @@ struct Row {
   std::vector<float> q, latent, chosen;
 };
 
-// Rows carry q, latent and chosen tokens side by side, given as embeddings and taken apart by products with ones and zeros.
+// Rows contain q, latent and chosen tokens side by side, passed as embeddings and separated by products with ones and zeros.
 class Plan {
  public:
   Plan(const Kernels& kernels, int32_t type, int32_t top_k, int threads)
@@ -56,7 +56,7 @@ class Plan {
   ~Plan() { dso_plan_destroy(plan_); }
   Plan(const Plan&) = delete;
 
-  // Rows of one sequence in decode phase, behind `context` tokens: [rows, heads * v_dim].
+  // Rows of one sequence in decode phase, after `context` tokens: [rows, heads * v_dim].
   std::vector<float> run(int32_t context, const std::vector<Row>& rows) {
     std::vector<float> x, out(rows.size() * kOut, NAN);
     for (const Row& r : rows) {
@@ -184,7 +184,7 @@ void sparse(const Variant& v, int32_t type, int32_t top_k, int threads, Random& 
     against_doubles(v, p, asked[i], latents, together.data() + i * kOut);
     read.insert(asked[i].chosen.begin(), asked[i].chosen.end());
   }
-  // Alone, in a step of its own, and with everything that nobody chose poisoned.
+  // Alone, in a separate step, and with NaN in all tokens that were not chosen.
   for (int64_t t = 0; t < context; ++t)
     if (!read.count((float)t)) memset(p.latent_row(t), 0xff, (size_t)p.cache.layout.row_bytes);
   for (size_t i = 0; i < asked.size(); ++i) {
@@ -193,14 +193,14 @@ void sparse(const Variant& v, int32_t type, int32_t top_k, int threads, Random& 
           "%s kv %d, top_k %d: row %zu of %zu differs alone, or reads what it did not choose", v.name.c_str(), type, top_k, i,
           asked.size());
   }
-  // No number leads outside the sequence.
+  // No index leads outside the sequence.
   Row wild = random_row(random);
   wild.chosen.assign((size_t)top_k, 0);
   for (float& t : wild.chosen) t = random.below(2) ? 3e9f : -5.0f;
   p.run(context, {wild});
 }
 
-// The first top_k tokens, chosen by a row behind them, are what the last of them saw.
+// The first top_k tokens, chosen by a later row, are those visible to the last of them.
 void equals_dense(const Variant& v, int32_t type, int32_t top_k, int threads, Random& random) {
   Plan dense(*v.kernels, type, 0, threads), p(*v.kernels, type, top_k, threads);
   std::vector<Row> rows((size_t)top_k);

@@ -1,4 +1,4 @@
-// What MTP layers need beside the rest: STATE_IN, CONCAT into every kind of row, and the last hidden state by itself.
+// What MTP layers need in addition: STATE_IN, CONCAT to every kind of row, and the last hidden state alone.
 #include <numeric>
 
 #include "cache.hpp"
@@ -12,7 +12,7 @@ struct Case {
   int32_t format, slot;
 };
 
-// logits = W [embedding, state]: against dso_linear of the rows put side by side here.
+// logits = W [embedding, state]: against dso_linear of the rows concatenated here.
 void rows_side_by_side(const Kernels& kernels, const Case& c, int32_t H, int32_t T, int threads) {
   Random random(uint64_t(H * 100 + T));
   dso_context context{std::make_shared<Context>(kernels, threads)};
@@ -62,7 +62,7 @@ void rows_side_by_side(const Kernels& kernels, const Case& c, int32_t H, int32_t
   check(dso_plan_run(plan, &b) == DSO_EINVAL && strstr(dso_last_error(), "batch.states is NULL"), "no states: %s",
         dso_last_error());
   b.states = states.data();
-  // Hidden states: none, the last by itself, all, both.
+  // Hidden states: none, only the last, all, both.
   for (int asked = 0; asked < 4; ++asked) {
     std::vector<float> last(states.size(), NAN), all(2 * states.size(), NAN);
     b.last_hidden = asked & 1 ? last.data() : nullptr;
@@ -88,7 +88,7 @@ void refused() {
           "got: %s", dso_last_error());
   };
   refuse(step_of(DSO_OP_CONCAT, {0, 0}, {1}), "out[0] must have width 16");
-  refuse(step_of(DSO_OP_CONCAT, {0, 1}, {2}), "slot 1, which no earlier step fills");
+  refuse(step_of(DSO_OP_CONCAT, {0, 1}, {2}), "slot 1, which no earlier step writes");
   refuse(step_of(DSO_OP_STATE_IN, {0}, {1}), "must be -1");
 }
 

@@ -1,5 +1,5 @@
-// Eight threads that run one plan, beside others that make and drop plans and caches and call products on its context. For
-// ThreadSanitizer (make test-native-tsan) as much as for the results.
+// Eight threads that run one plan, while others create and destroy plans and caches and compute products on its context. For
+// ThreadSanitizer (make test-native-tsan) as well as for the results.
 #include <atomic>
 #include <thread>
 

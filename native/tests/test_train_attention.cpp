@@ -1,5 +1,5 @@
-// Attention of training on every variant against softmax in doubles with a bound for each number; the same bits whatever the
-// threads and the company of a sequence; nothing written beside the sequences; overflow, NaN, and what the border refuses.
+// Attention for training on every variant against softmax in double with a bound for each element; the same bits whatever the
+// threads and other sequences; nothing written between the sequences; overflow, NaN, and the errors of the C interface.
 #include "plan_parts.hpp"
 #include "train_attention_fixture.hpp"
 
@@ -12,7 +12,7 @@ static Results run(const Variant& v, int threads, Inputs& in, const Sequences& o
   return out;
 }
 
-// What a number should be, and the sum of what its errors are relative to.
+// The expected value, and the magnitude that errors are relative to.
 struct Expected {
   std::vector<double> value, size;
   explicit Expected(size_t n) : value(n), size(n) {}
@@ -22,7 +22,7 @@ struct Expected {
 struct Reference {
   Expected o, q_grad, k_grad, v_grad;
   double largest_logit = 0;  // sum of |q k|, which bounds the error of a logit
-  double rounding;           // of a number that is stored
+  double rounding;           // of a stored element
 
   Reference(const Inputs& in, const Sequences& of)
       : o(count(in, in.o_grad)),
@@ -151,7 +151,7 @@ static void long_sequences(const Variant& v) {
   }
 }
 
-// A sequence's bits hang on nothing but itself; what is not of the sequences stays as it was.
+// A sequence's bits depend only on itself; memory between the sequences is unchanged.
 static void alone(const Variant& v) {
   Random random(13);
   for (const int type : {DSO_TYPE_F32, DSO_TYPE_BF16}) {
@@ -175,7 +175,7 @@ static void alone(const Variant& v) {
   }
 }
 
-// Logits of thousands: one key takes all, sums neither overflow nor lose it.
+// Logits of thousands: one key gets all weight, and sums neither overflow nor vanish.
 static void overflow(const Variant& v) {
   Random random(14);
   for (const float magnitude : {300.0f, 3e4f, 1e17f})
@@ -193,7 +193,7 @@ static void overflow(const Variant& v) {
     }
 }
 
-// A NaN is seen by every row that sees its token, and by no other sequence.
+// A NaN reaches every row that sees its token, and no other sequence.
 static void nan(const Variant& v) {
   Random random(15);
   for (const int type : {DSO_TYPE_F32, DSO_TYPE_BF16})
@@ -228,14 +228,14 @@ static void refused(const Variant& v) {
     check(code == DSO_EINVAL && strstr(dso_last_error(), says), "expected \"%s\", got %d \"%s\"", says, code, dso_last_error());
   };
   expect("type 9", [](auto& a) { a.type = 9; });
-  expect("2 heads share 3 kv heads", [](auto& a) { a.kv_heads = 3; });
+  expect("2 heads cannot share 3 kv heads", [](auto& a) { a.kv_heads = 3; });
   expect("qk_width is 7", [](auto& a) { a.qk_width = 7; });
   expect("v_width is 258", [](auto& a) { a.v_width = 258; });
   expect("window is -1", [](auto& a) { a.window = -1; });
   expect("o_grad.data is NULL", [](auto& a) { a.o_grad.data = nullptr; });
   expect("state is NULL", [](auto& a) { a.state = nullptr; });
-  expect("crosses a row of 10", [](auto&) {}, {{0}, {11}});
-  expect("sequence 1 has tokens 3 to 8, behind 5 of 20", [](auto&) {}, {{0, 3}, {5, 8}});
+  expect("crosses the end of a row of 10", [](auto&) {}, {{0}, {11}});
+  expect("sequence 1 has tokens 3 to 8, must lie within 5 to 20", [](auto&) {}, {{0, 3}, {5, 8}});
   expect("sequence 0 has tokens 15 to 21", [](auto&) {}, {{15}, {21}});
   dso_train_attention none = call_of(in, out, {});
   none.q.data = nullptr;

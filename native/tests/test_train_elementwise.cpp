@@ -1,5 +1,5 @@
-// Row-wise ops, the loss and the optimizer of training on every variant: near what doubles give over odd sizes, types and
-// strides; the same bits on every ISA and whatever the number of threads; nothing written outside, nothing read past a row.
+// Row-wise ops, the loss and the optimizer of training on every variant: close to results in double over odd sizes, types and
+// strides; bitwise equal on every ISA and for any number of threads; nothing written outside, nothing read past a row.
 #include <algorithm>
 #include <functional>
 
@@ -16,7 +16,7 @@ struct Context {
   ~Context() { dso_context_destroy(c); }
 };
 
-// rows x n numbers between guards, `gap` numbers that nobody may read (NaN) or write between rows.
+// rows x n elements between guards, with `gap` elements between rows that must not be read (NaN) or written.
 struct Numbers {
   int64_t rows, n, gap;
   int type;
@@ -53,7 +53,7 @@ struct Numbers {
   std::vector<uint8_t> all() { return {bytes.get(), bytes.get() + bytes.size()}; }
 };
 
-// Of the largest number of its row: a rounding to bf16, or a few of fp32.
+// Relative to the largest element of its row: one rounding to bf16, or a few of fp32.
 double bound(int type) { return type == DSO_TYPE_BF16 ? 0x1p-8 : 2e-6; }
 
 void near(Numbers& found, const std::function<double(int64_t, int64_t)>& exact, const char* what) {
@@ -137,7 +137,7 @@ Bytes gates(dso_context* c, int64_t rows, int64_t n, int type, int64_t gap, Rand
         return dh.get(r, i) * up.get(r, i) * s * (1 + g * (1 - s));
       },
       "dgate");
-  check(again.all() == h.all(), "h made again differs");
+  check(again.all() == h.all(), "the recomputed h differs");
   Numbers g2(gate), u2(up), d2(dh);
   const auto m1 = g2.matrix(), m2 = u2.matrix(), m3 = d2.matrix();
   ok(dso_train_swiglu_backward(c, rows, n, &m1, &m2, &m3, &m1, &m2, &m3));
@@ -229,7 +229,7 @@ Bytes losses(dso_context* c, int64_t rows, int64_t n, int type, int gradient, in
   return all;
 }
 
-// One step of AdamW against doubles, from moments of F32; the other formats are judged beside the reference in Python.
+// One step of AdamW against double, with F32 moments; the other formats are tested against the reference in Python.
 Bytes steps(dso_context* c, int64_t n, int master, int moments, int gradient_type, Random random) {
   const int weight_type = master == DSO_MASTER_NONE ? DSO_TYPE_F32 : DSO_TYPE_BF16;
   Numbers weights(1, n, weight_type), gradient(1, n, gradient_type), low_bits(1, n, DSO_TYPE_BF16);
@@ -263,7 +263,7 @@ Bytes steps(dso_context* c, int64_t n, int master, int moments, int gradient_typ
                exact))
       break;
   }
-  ok(dso_train_adamw(c, &u, 1));  // out of moments that were stored
+  ok(dso_train_adamw(c, &u, 1));  // with stored moments
   Bytes all = weights.all();
   append(all, low_bits.all());
   for (Buffer* b : {&m, &v, &m_scale, &v_scale}) append(all, {b->get(), b->get() + b->size()});
@@ -327,7 +327,8 @@ Bytes everything(dso_context* c) {
     for (const auto& [rows, n] :
          std::vector<std::pair<int64_t, int64_t>>{{0, 5}, {1, 1}, {2, 16}, {3, 31}, {5, 64}, {150, 33}, {1100, 48}, {7, 1000}})
       for (int64_t gap : {0, 3}) {
-        if (n > 1) append(all, norms(c, rows, n, type, gap, Random(++seed)));  // of a row of one number nothing is left of dx
+        if (n > 1)
+          append(all, norms(c, rows, n, type, gap, Random(++seed)));  // for a row of one element dx is zero up to rounding
         append(all, gates(c, rows, n, type, gap, Random(++seed)));
         for (int gradient : {-1, (int)DSO_TYPE_F32, (int)DSO_TYPE_BF16})
           if (gradient != DSO_TYPE_F32 || type == DSO_TYPE_F32)
@@ -358,7 +359,7 @@ void refusals(dso_context* c) {
           dso_last_error());
   };
   refused(dso_train_cross_entropy(c, 2, 4, &mx, labels.data(), -100, 1, -1, found.data()), "labels[1] is 4");
-  refused(dso_train_swiglu(c, 2, 4, &mx, &my, &mx), "up is of another type");
+  refused(dso_train_swiglu(c, 2, 4, &mx, &my, &mx), "up must have the type");
   refused(dso_train_swiglu(c, 2, 5, &mx, &mx, &mx), "ld is 4");
   refused(dso_train_rms_norm(c, 2, 4, &mx, nullptr, 1e-5f, &mx, (float*)y.bytes.get()), "weight is NULL");
   refused(dso_train_rows_summed(c, 2, 4, &mx, labels.data(), -1, 4, &mx, 0), "numbers[1] is 4");

@@ -1,6 +1,6 @@
-// Products of training on every variant: near the product in double over random and odd shapes, orders, types and strides, to
-// the bit the chain that is promised where it is one of fp32; the same bits whatever the number of threads; groups as products
-// one by one; NaN and infinity never lost; nothing written outside, nothing read past a row.
+// Products of training on every variant: close to the product in double over random and odd shapes, orders, types and strides,
+// bitwise equal to the guaranteed chain where it is one of fp32; the same bits for any number of threads; groups equal to
+// single products; NaN and infinity are preserved; nothing written outside, nothing read past a row.
 #include <algorithm>
 
 #include "check.hpp"
@@ -9,7 +9,7 @@
 namespace {
 constexpr const char* form_names[] = {"NT", "NN", "TN"};
 
-struct Numbers {  // rows x cols, `gap` numbers of NaN between rows
+struct Numbers {  // rows x cols, with `gap` NaN elements between rows
   int64_t rows, cols, gap;
   int type;
   Buffer bytes;
@@ -99,7 +99,7 @@ bool run(const Context& context, const Case& k, Operands& o) {
                "%s", dso_last_error());
 }
 
-// Whether a number of C is a plain chain of fused multiply-adds in fp32.
+// Whether an element of C is a plain chain of fused multiply-adds in fp32.
 bool chained(const std::string& isa, const Case& k) {
   return (k.flags & DSO_PRODUCT_EXACT) || isa.rfind("avx2", 0) == 0 || isa == "avx512" || isa == "avx512-vnni";
 }
@@ -180,7 +180,7 @@ void threads(const Variant& v) {
   }
 }
 
-// Groups against products one by one, to the bit.
+// Groups against single products, bit for bit.
 void groups(const Variant& v) {
   const Context context(v.name, 2);
   for (int i = 0; i < 30; ++i) {

@@ -1,10 +1,10 @@
-// Seconds that work takes on one thread, best of several runs.
+// Time of work on one thread in seconds, best of several runs.
 #pragma once
 #include <time.h>
 
 #include <algorithm>
 
-inline double seconds() {  // of this thread: others may hold the core
+inline double seconds() {  // CPU time of this thread: others may occupy the core
   timespec t;
   clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t);
   return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;

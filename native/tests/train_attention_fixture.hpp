@@ -1,5 +1,5 @@
-// Attention of training for its tests and its benchmark: rows of tokens with sequences in them, in any layout, and the results
-// of a call.
+// Attention for training, for its tests and its benchmark: rows of tokens that contain sequences, in any layout, and the
+// results of a call.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -22,7 +22,7 @@ struct Sequences {
   void add(int64_t b, int64_t e) { begin.push_back(b), end.push_back(e); }
 };
 
-// Numbers [rows, row_tokens, heads, width] as tokens of heads, or as heads of tokens, with something between rows of them.
+// Elements [rows, row_tokens, heads, width] as tokens of heads, or as heads of tokens, with gaps between rows.
 class Tensor {
  public:
   Tensor(const Shape& s, int heads, int width, bool by_head, int64_t gap = 0)

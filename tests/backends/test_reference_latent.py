@@ -101,8 +101,8 @@ def test_choosing() -> None:
     chosen = latent.choose(scores, mask, 2)
     assert chosen.tolist() == [[0, -1], [1, 2], [0, 1], [0, 1]]  # what is not seen is never chosen; of equals the earlier
     assert latent.choose(scores, mask, 6)[2].tolist() == [0, 1, 2, -1, -1, -1]
-    assert torch.equal(latent.seen(latent.choose(scores, mask, 4), 4), mask)
-    assert latent.seen(chosen, 5).int().tolist() == [[1, 0, 0, 0, 0], [0, 1, 1, 0, 0], [1, 1, 0, 0, 0], [1, 1, 0, 0, 0]]
+    assert torch.equal(latent.chosen_keys(latent.choose(scores, mask, 4), 4), mask)
+    assert latent.chosen_keys(chosen, 5).int().tolist() == [[1, 0, 0, 0, 0], [0, 1, 1, 0, 0], [1, 1, 0, 0, 0], [1, 1, 0, 0, 0]]
 
 
 @pytest.mark.parametrize("case", ["deepseek_v32-indexer", "deepseek_v32-types"])

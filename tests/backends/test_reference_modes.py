@@ -204,7 +204,7 @@ def test_an_estimate_is_never_below_a_logit() -> None:
 def test_tokens_of_a_window() -> None:
     """Blocks that hold a seen token are read, and no others."""
     for queries, context, window, sinks in ((1, 0, 5, 2), (3, 100, 37, 3), (40, 300, 64, 33), (5, 70, 200, 0), (1, 319, 32, 0)):
-        blocks, tokens = ops.tokens_seen(queries, context, window, sinks, torch.device("cpu"))
+        blocks, tokens = ops.visible_blocks(queries, context, window, sinks, torch.device("cpu"))
         seen = ops.visible(queries, context, torch.arange(context + queries), window, sinks).any(0).nonzero()[:, 0]
         assert set(blocks.tolist()) == set((seen // 32).tolist())
         assert tokens.tolist() == [t for t in range(context + queries) if t // 32 in set(blocks.tolist())]

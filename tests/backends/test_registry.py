@@ -90,20 +90,20 @@ def test_auto_takes_the_highest_priority_that_can_run(registered, monkeypatch):
     monkeypatch.setattr(cpu, "unavailable_reason", lambda: "it was not built")
     monkeypatch.delenv("DSO_ISA", raising=False)
     spec, note = choose_spec(wanted(), CPU)
-    assert spec is TOY and note == "the toy backend serves, slower than the lost backend: no such card"
+    assert spec is TOY and note == "using the toy backend, slower than the lost backend: no such card"
     monkeypatch.setattr(cpu, "unavailable_reason", lambda: None)
     assert choose_spec(wanted(), CPU)[0].name == "cpu"
     registered()
     monkeypatch.setattr(cpu, "unavailable_reason", lambda: "it was not built")
     spec, note = choose_spec(wanted(), CPU)
     assert spec.name == "reference" and note is not None
-    assert note.startswith("the reference backend serves, much slower than") and note.endswith("it was not built")
+    assert note.startswith("using the reference backend, much slower than") and note.endswith("it was not built")
 
 
 def test_other_devices(registered):
     registered(toy=f"{__name__}:TOY")
     spec, note = choose_spec(wanted(), CUDA)
-    assert spec.name == "reference" and note == "the model is on cuda:0, where the reference backend serves"
+    assert spec.name == "reference" and note == "the model is on cuda:0: using the reference backend"
     assert choose_spec(wanted("reference"), CUDA) == (spec, None)
     assert registry.runs_on("auto", "cuda") and registry.runs_on("reference", "cuda") and not registry.runs_on("cpu", "cuda")
 

@@ -170,15 +170,15 @@ def test_dynamic_frequencies_are_refused_where_they_may_have_changed() -> None:
 def test_a_rotation_of_another_cache_is_refused() -> None:
     spec, rotation = SHAPES["heads"]
     latent, _ = SHAPES["indexer"]
-    with pytest.raises(ValueError, match="indexer"):
+    with pytest.raises(ValueError, match="index keys"):
         filled(latent, "fp32")[0].rotate(rotation, TABLE, 75, 100, -1)
     if cpu.unavailable_reason():
         pytest.skip("no native build")
     store = CpuStore(native.shared_context(None, None), spec, "fp32", 8)
     for wrong, words in (
         (KeyRotation(FREQUENCIES, rotation.key, Pairs(12, 0, False)), "index is given"),
-        (KeyRotation(FREQUENCIES[:3], rotation.key), "3 frequencies do not turn 12"),
-        (KeyRotation(FREQUENCIES, Pairs(12, 2, False)), "of 12 cannot turn"),
+        (KeyRotation(FREQUENCIES[:3], rotation.key), "rotating 12 elements needs 6 frequencies, got 3"),
+        (KeyRotation(FREQUENCIES, Pairs(12, 2, False)), "of 12 cannot be rotated"),
     ):
         with pytest.raises(ValueError, match=words):
             store.rotate(wrong, TABLE, 75, 100, -1)

@@ -82,6 +82,6 @@ def test_logits_of_a_window(name: str, backend: str) -> None:
         logits.append(run_step(plan, arena.store, [Part(sequence, ids[begin:end], phase)]).logits)
         most = max(most, len(sequence.blocks))
     assert_close_rows(torch.cat(logits), expected)
-    assert 32 * most <= POLICY.window  # memory stays what it was
-    assert sequence.tokens + dropped == READ and dropped >= 2 * POLICY.window
+    assert 32 * most <= POLICY.tokens  # memory stays what it was
+    assert sequence.tokens + dropped == READ and dropped >= 2 * POLICY.tokens
     assert pinned == ((38, 43),)  # the block between it and the sinks is gone

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from deepseek_optimizer import load_model
-from deepseek_optimizer.backends.cpu import crowding, native, unavailable_reason
+from deepseek_optimizer.backends.cpu import native, oversubscription, unavailable_reason
 from deepseek_optimizer.integration.bind.runtime import OptimizerWarning
 from deepseek_optimizer.integration.load.pack_checkpoint import pack_checkpoint
 
@@ -21,7 +21,11 @@ def few(monkeypatch):
 
 
 def test_as_many_as_there_are_is_nothing_to_say(few):
-    assert crowding(1) is None and crowding(2) is None and "3 threads share the 2 processors" in (crowding(3) or "")
+    assert (
+        oversubscription(1) is None
+        and oversubscription(2) is None
+        and "3 threads share the 2 processors" in (oversubscription(3) or "")
+    )
 
 
 def test_loading_says_it(few, tiny_model):

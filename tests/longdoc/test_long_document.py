@@ -217,7 +217,7 @@ def test_a_bar_is_shown_to_who_can_see_it(loaded, monkeypatch):
     def shown(_words):
         yield lambda done, total: seen.append((done, total))
 
-    monkeypatch.setattr(long_document, "counted", shown)
+    monkeypatch.setattr(long_document, "show_progress", shown)
     with opened(loaded, LONG) as made:
         seen.clear()
         made.summarize()

@@ -142,9 +142,9 @@ def test_states_are_checked() -> None:
     main = runner(ReferenceBackend(), build_graph(model.config, mtp_layers=1), weights_of(model))
     plan = ReferenceBackend().compile(build_mtp_graph(model.config, 0), transformers_layer(model, 0)[1])
     for states in (None, torch.zeros(3, 72), torch.zeros(4, 71)):
-        with pytest.raises(BackendError, match=r"step.states: shape \(4, 72\)"):
+        with pytest.raises(BackendError, match=r"step.states: must have shape \(4, 72\)"):
             run_mtp(plan, main.store, main.sequence(), [1, 2, 3, 4], states)
-    with pytest.raises(BackendError, match="step.states: this graph takes none"):
+    with pytest.raises(BackendError, match="step.states: must be None"):
         run_mtp(main.plan, main.store, main.sequence(), [1, 2, 3, 4], torch.zeros(4, 72))
 
 

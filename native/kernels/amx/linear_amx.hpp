@@ -1,19 +1,19 @@
 // y = x W^T + bias on tile registers (tile.hpp, or its emulation): blocks of two tiles of tokens by two tiles of outputs.
 //
-// Integer formats: the recipe of generic/linear_int.hpp to the bit. A product of tiles covers one group of 32 columns, because
-// every group has its own scales; its int32 results go through memory to the same ordered float epilogue, so tiles and vectors
-// are one family and only speed decides between them. Q16 rows are their high and low bytes as the two tiles of tokens.
+// Integer formats: bitwise equal to generic/linear_int.hpp. A tile product covers one group of 32 columns, because every group
+// has its own scales; its int32 results go through memory to the same ordered float epilogue, so tiles and vectors are one
+// family and are chosen only by speed. The high and low bytes of Q16 rows are the two tiles of tokens.
 //
 // BF16: the prefill family of this ISA. Tile products of 32 columns, ascending, each added to C as TDPBF16PS does; bias last.
-// Decode keeps the vector kernel. A family may not depend on the token count, so prefill takes tiles for a single token too.
+// Decode uses the vector kernel. A family must not depend on the token count, so prefill uses tiles even for a single token.
 //
-// Other formats, and few tokens of integer ones, go to the vector kernels of AVX-512 with BF16.
+// Other formats, and integer formats with few tokens, use the vector kernels of AVX-512 with BF16.
 #pragma once
 #include <cstdint>
 
 #include "../kernels.hpp"
 #include "dso.h"
-// After those: they use their names.
+// After those headers, whose names they use.
 #include "../generic/math.hpp"
 #include "../generic/convert.hpp"
 #include "../generic/linear_int.hpp"
@@ -25,7 +25,7 @@ extern const LinearKernels linear_kernels;
 namespace dso::DSO_ISA_NAMESPACE {
 namespace tiled {
 
-constexpr int64_t vector_tokens = 4;  // up to here a tile of 16 tokens is mostly empty, and integer vectors win
+constexpr int64_t vector_tokens = 4;  // up to this number a tile of 16 tokens is mostly empty, and integer vectors are faster
 constexpr int panel_groups = 16;      // two tile rows of unpacked weights: 20 KB
 constexpr int flight_groups = 4;      // int32 results in flight: 16 KB
 
@@ -36,7 +36,7 @@ struct alignas(64) Scratch {
 
 // ---- integers
 
-// One token's groups [g0, g1) of one tile row: `high` and `low` are its rows of C, a group being `step` further.
+// One token's groups [g0, g1) of one tile row: `high` and `low` are its rows of C, with `step` from one group to the next.
 template <class W, int kind>
 static F epilogue(F acc, const int32_t* high, const int32_t* low, const uint8_t* panel, const float* scales,
                   const int32_t* sums, int groups) {
@@ -52,7 +52,7 @@ static F epilogue(F acc, const int32_t* high, const int32_t* low, const uint8_t*
   return acc;
 }
 
-// A block of tokens: Q8 up to 32, Q16 up to 16. Groups [g0, g1) are in the panel; sums wait in y between panels.
+// A block of tokens: Q8 up to 32, Q16 up to 16. Groups [g0, g1) are in the panel; sums are stored in y between panels.
 template <class W, int kind>
 static void int_block(Tiles& tiles, Scratch& s, const Output& out, Rows<kind> x, int64_t t, int tokens, int64_t tile, bool two,
                       int64_t g0, int64_t g1) {
@@ -149,7 +149,7 @@ static void floats(const Matrix& w, const Output& out, const uint8_t* x, int64_t
     for (int64_t t = 0; t < T; t += 32) {
       const int tokens = (int)(T - t < 32 ? T - t : 32);
       const int first = tokens < 16 ? tokens : 16, second = tokens - first;
-      tiles.shape(first, second);  // and C becomes zero
+      tiles.shape(first, second);  // and sets C to zero
       const uint8_t* a = x + t * stride;
       for (int64_t g = 0; g < groups; g++) {
         tiles.load<4>(a + 64 * g, stride);

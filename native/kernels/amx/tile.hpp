@@ -1,9 +1,9 @@
-// AMX tile registers. tile_emulated.hpp offers the same class in plain code.
+// AMX tile registers. tile_emulated.hpp implements the same class in plain code.
 //
 // Eight tiles of fixed roles, for blocks of 2 x 2 products: C in 0..3, A in 4 and 5, B in 6 and 7; C0 = A4 B6, C1 = A4 B7,
 // C2 = A5 B6, C3 = A5 B7. Rows past a token tail are configured away, not computed.
 //
-// Inline assembly, because the compiler's intrinsics take a tile's number as a literal, which no template argument is.
+// Inline assembly, because the compiler's intrinsics need the tile's number as a literal, and reject a template argument.
 #pragma once
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -19,12 +19,12 @@ class Tiles {
  public:
   // A tiles have rows of k_bytes, B tiles k_bytes / 4 rows of 64 bytes, C tiles rows of 64 bytes.
   explicit Tiles(int k_bytes) : k_bytes_(k_bytes) { ask_permission(); }
-  ~Tiles() { __asm__ volatile("tilerelease"); }  // lets the core sleep deeply again
+  ~Tiles() { __asm__ volatile("tilerelease"); }  // so that the core can enter deep sleep again
   Tiles(const Tiles&) = delete;
   Tiles& operator=(const Tiles&) = delete;
 
-  // rows0 (1..16) of A4, C0 and C1; rows1 (0..16) of A5, C2 and C3, which may not be touched at 0. Tiles become zero.
-  // To be called before anything else. The configuration is this thread's; others (oneDNN) may have changed it since.
+  // rows0 (1..16): rows of A4, C0 and C1; rows1 (0..16): rows of A5, C2 and C3, which must not be used if it is 0. Zeroes the
+  // tiles. Must be called first. The configuration belongs to this thread; other code (oneDNN) may have changed it since.
   void shape(int rows0, int rows1) {
     struct alignas(64) {
       uint8_t palette = 1, start_row = 0, reserved[14] = {};
@@ -53,20 +53,20 @@ class Tiles {
   void store(void* p, int64_t stride) {
     __asm__ volatile("tilestored %%tmm%c2, (%0,%1,1)" : : "r"(p), "r"(stride), "i"(t) : "memory");
   }
-  // C += A B: int32 += s8 x u8, four to a lane.
+  // C += A B: int32 += s8 x u8, four per lane.
   template <int c, int a, int b>
   void dot_s8_u8() {
     __asm__ volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(c), "i"(a), "i"(b));
   }
-  // C += A B: fp32 += bf16 x bf16, two to a lane.
+  // C += A B: fp32 += bf16 x bf16, two per lane.
   template <int c, int a, int b>
   void dot_bf16() {
     __asm__ volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(c), "i"(a), "i"(b));
   }
 
  private:
-  // Linux gives tiles to a process that asks (asm/prctl.h: ARCH_REQ_XCOMP_PERM; XTILEDATA is feature 18). The runtime asks
-  // before it chooses these kernels and reports a refusal; here it only makes them safe to call by themselves.
+  // Linux grants tiles to a process on request (asm/prctl.h: ARCH_REQ_XCOMP_PERM; XTILEDATA is feature 18). The runtime makes
+  // the request before it chooses these kernels and reports a refusal; this one only makes the kernels safe to call directly.
   static void ask_permission() {
     static const bool granted = syscall(SYS_arch_prctl, 0x1023, 18) == 0;
     if (granted) return;

@@ -1,6 +1,6 @@
-// The class of tile.hpp in plain code, bit for bit what the instructions are documented to do (Intel SDM;
-// felixcloutier.com/x86/ tdpbssd:tdpbsud:tdpbusd:tdpbuud and /x86/tdpbf16ps), so that everything built on tiles is tested on
-// hosts without them. A tile that is used before shape(), or at zero rows, traps as the processor would.
+// The class of tile.hpp in plain code, bit for bit as the instructions are documented (Intel SDM; felixcloutier.com/x86/
+// tdpbssd:tdpbsud:tdpbusd:tdpbuud and /x86/tdpbf16ps), so that all code based on tiles can be tested on hosts without them.
+// Using a tile before shape(), or with zero rows, traps, as on the processor.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -53,8 +53,8 @@ class Tiles {
     }
   }
 
-  // Even and odd columns are two chains of fused multiply-adds that start from zero in every instruction; their sum is added
-  // to C. Denormals count as zero on the way in and out, whatever MXCSR says.
+  // Even and odd columns are two chains of fused multiply-adds that start from zero in every instruction; their sum is added to
+  // C. Denormal inputs and outputs count as zero, whatever MXCSR says.
   template <int c, int a, int b>
   void dot_bf16() {
     Tile& out = used(c);
@@ -82,7 +82,7 @@ class Tiles {
     if (tiles_[t].rows < 1 || tiles_[t].rows > 16 || tiles_[t].row_bytes > 64) __builtin_trap();
     return tiles_[t];
   }
-  static float flush(float x) {  // denormals to a zero of their sign
+  static float flush(float x) {  // denormals to zero with the same sign
     uint32_t u;
     memcpy(&u, &x, 4);
     if ((u & 0x7f800000u) == 0) u &= 0x80000000u;

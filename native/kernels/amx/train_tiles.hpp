@@ -1,5 +1,5 @@
-// The engine of generic/train_product.hpp on tile registers: two tiles of rows by two of columns. A recipe of its own: products
-// of 32 columns are added to C as TDPBF16PS does, ascending.
+// The engine of generic/train_product.hpp on tile registers: two tiles of rows by two of columns. Its arithmetic differs from
+// the vector engine: products of 32 columns are added to C as TDPBF16PS does, ascending.
 #pragma once
 #include "../generic/train_product.hpp"
 

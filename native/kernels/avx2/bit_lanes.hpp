@@ -1,4 +1,4 @@
-// What training needs of the lanes beyond lanes.hpp: bits of floats, 16-bit integers, roots, sums in double.
+// Lane operations that only training needs: bits of floats, 16-bit integers, roots, sums in double.
 #pragma once
 #include "lanes.hpp"
 
@@ -34,7 +34,7 @@ DSO_INLINE void store_16(void* p, I x) {  // the low halves
                 packed = _mm256_packus_epi32(_mm256_and_si256(x.lo, low), _mm256_and_si256(x.hi, low));
   _mm256_storeu_si256((__m256i*)p, _mm256_permute4x64_epi64(packed, 0xd8));
 }
-DSO_INLINE void store_u8(void* p, I x) {  // values already fit
+DSO_INLINE void store_u8(void* p, I x) {  // the values must fit
   const __m256i words = _mm256_permute4x64_epi64(_mm256_packus_epi32(x.lo, x.hi), 0xd8);
   _mm_storeu_si128((__m128i*)p, _mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
 }

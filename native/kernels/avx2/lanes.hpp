@@ -1,5 +1,5 @@
-// The SIMD lane type on AVX2 (FMA, F16C; AVX-VNNI where the translation unit has it): the names of avx512/lanes.hpp over
-// pairs of 256-bit registers. Ordered float operations and integer dots give the bits that AVX-512 gives.
+// The SIMD lane type on AVX2 (FMA, F16C; AVX-VNNI if the translation unit has it): the names of avx512/lanes.hpp over pairs of
+// 256-bit registers. Ordered float operations and integer dot products are bitwise equal to those on AVX-512.
 #ifndef DSO_AVX2_LANES_HPP  // not #pragma once: test_lanes includes it for several ISAs
 #define DSO_AVX2_LANES_HPP
 #include <immintrin.h>
@@ -85,7 +85,7 @@ DSO_INLINE float largest(F a) {
   x = _mm_max_ps(x, _mm_movehl_ps(x, x));
   return _mm_cvtss_f32(_mm_max_ss(x, _mm_movehdup_ps(x)));
 }
-DSO_INLINE F keep(F a, int64_t lo, int64_t hi, F other) {  // lanes [lo, hi) of a, the rest of `other`; any lo and hi
+DSO_INLINE F keep(F a, int64_t lo, int64_t hi, F other) {  // lanes [lo, hi) of a, the others of `other`; any lo and hi
   const I l = first(lo < 0 ? 0 : lo), h = first(hi < 0 ? 0 : hi);
   return {_mm256_blendv_ps(other.lo, a.lo, _mm256_castsi256_ps(_mm256_andnot_si256(l.lo, h.lo))),
           _mm256_blendv_ps(other.hi, a.hi, _mm256_castsi256_ps(_mm256_andnot_si256(l.hi, h.hi)))};
@@ -108,7 +108,7 @@ DSO_INLINE F load_bf16(const void* p) { return {bf16_half((const uint16_t*)p), b
 DSO_INLINE F load_f16(const void* p) {
   return {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)), _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p + 1))};
 }
-DSO_INLINE __m256i bf16_bits(__m256 x) {  // nearest even in the low halves, NaN kept quiet; denormals as they are
+DSO_INLINE __m256i bf16_bits(__m256 x) {  // nearest even in the low halves, NaN as quiet NaN; denormals are preserved
   const __m256i u = _mm256_castps_si256(x), odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
   const __m256i r = _mm256_add_epi32(u, _mm256_add_epi32(_mm256_set1_epi32(0x7fff), odd));
   const __m256i quiet = _mm256_or_si256(u, _mm256_set1_epi32(0x400000));
@@ -142,7 +142,7 @@ DSO_INLINE I load_u8(const void* p) {  // 16 unsigned bytes
   return {_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)),
           _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)((const char*)p + 8)))};
 }
-DSO_INLINE void store_i8(void* p, I a) {  // values already fit
+DSO_INLINE void store_i8(void* p, I a) {  // the values must fit
   const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(a.lo, a.hi), 0xd8);
   _mm_storeu_si128((__m128i*)p, _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
 }
@@ -202,7 +202,7 @@ DSO_INLINE I add_pairs(I acc) {
   return {_mm256_madd_epi16(acc.lo, _mm256_set1_epi16(1)), _mm256_madd_epi16(acc.hi, _mm256_set1_epi16(1))};
 }
 
-// A lane's two bf16 numbers as floats, and back (the upper 16 bits: for numbers that are bf16 already).
+// A lane's two bf16 elements as floats, and back (the upper 16 bits: for values that are bf16 already).
 DSO_INLINE F even_bf16(B x) {
   return {_mm256_castsi256_ps(_mm256_slli_epi32(x.lo, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(x.hi, 16))};
 }
@@ -216,17 +216,18 @@ DSO_INLINE __m256i pair_bf16_half(__m256 even, __m256 odd) {
 }
 DSO_INLINE B pair_bf16(F even, F odd) { return {pair_bf16_half(even.lo, odd.lo), pair_bf16_half(even.hi, odd.hi)}; }
 
-// 32 numbers in E4M3 (two bytes a lane) as bf16, each divided by 256: exact, and none of them subnormal. NaN codes don't occur.
+// 32 E4M3 codes (two bytes per lane) as bf16, each divided by 256: exact, and never subnormal. NaN codes do not occur.
 DSO_INLINE B expand_e4m3(const void* p) {
   const __m256i high_of_subnormal = _mm256_broadcastsi128_si256(
       _mm_setr_epi8(0, 0x37, 0x37, 0x37, 0x38, 0x38, 0x38, 0x38, 0, 0, 0, 0, 0, 0, 0, 0));  // m 2^-17
   const __m256i low_of_subnormal =
       _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 0, (char)0x80, (char)0xc0, 0, 0x20, 0x40, 0x60, 0, 0, 0, 0, 0, 0, 0, 0));
-  const __m256i code =
-      _mm256_permute4x64_epi64(_mm256_loadu_si256((const __m256i*)p), 0xd8);  // unpacked by halves, in order again
+  const __m256i code = _mm256_permute4x64_epi64(_mm256_loadu_si256((const __m256i*)p),
+                                                0xd8);  // halves are unpacked separately; this restores the order
   const __m256i magnitude = _mm256_and_si256(code, _mm256_set1_epi8(0x7f)),
                 is_subnormal = _mm256_cmpgt_epi8(_mm256_set1_epi8(8), magnitude);
-  // Exponent and mantissa as the two bytes of a bf16; exponents 0..15 (bias 7) meet 112: as bf16's 112 + e they are e - 15.
+  // Exponent and mantissa as the two bytes of a bf16; exponents 0..15 (bias 7) are combined with 112: as bf16's 112 + e they
+  // represent e - 15.
   __m256i high = _mm256_or_si256(_mm256_and_si256(_mm256_srli_epi16(code, 4), _mm256_set1_epi8(0x07)), _mm256_set1_epi8(0x38));
   __m256i low = _mm256_and_si256(_mm256_slli_epi16(code, 4), _mm256_set1_epi8((char)0xf0));
   high = _mm256_blendv_epi8(high, _mm256_shuffle_epi8(high_of_subnormal, magnitude), is_subnormal);
@@ -235,8 +236,8 @@ DSO_INLINE B expand_e4m3(const void* p) {
   return {_mm256_unpacklo_epi8(low, high), _mm256_unpackhi_epi8(low, high)};
 }
 
-// Two rows of 32 16-bit numbers to pairs of one column: x holds columns 0-3, 8-11, 16-19 and 24-27, y the others. What was
-// summed over such pairs goes back into columns 0-15 and 16-31 by in_columns.
+// Two rows of 32 16-bit elements to pairs per column: x holds columns 0-3, 8-11, 16-19 and 24-27, y the others. in_columns
+// returns sums over such pairs to columns 0-15 and 16-31.
 DSO_INLINE void pair_columns(B a, B b, B& x, B& y) {
   x = {_mm256_unpacklo_epi16(a.lo, b.lo), _mm256_unpacklo_epi16(a.hi, b.hi)};
   y = {_mm256_unpackhi_epi16(a.lo, b.lo), _mm256_unpackhi_epi16(a.hi, b.hi)};
@@ -294,7 +295,7 @@ DSO_INLINE B round_pair_bf16(F even, F odd) {
   return {round_pair_bf16_half(even.lo, odd.lo), round_pair_bf16_half(even.hi, odd.hi)};
 }
 
-// Two bf16 columns a lane: acc + w0*a0 + w1*a1, by two fmas. Its rounding belongs to the variant.
+// Two bf16 columns per lane: acc + w0*a0 + w1*a1, by two fmas. Its rounding is specific to the variant.
 DSO_INLINE __m256 dot_bf16_half(__m256 acc, __m256i w, __m256i a) {
   const __m256i high = _mm256_set1_epi32((int)0xffff0000);
   acc = _mm256_fmadd_ps(_mm256_castsi256_ps(_mm256_slli_epi32(w, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(a, 16)), acc);

@@ -1,5 +1,4 @@
-// What training needs of the lanes beyond lanes.hpp: bits of floats, 16-bit integers, roots, sums in double. As
-// avx2/bit_lanes.hpp.
+// Lane operations that only training needs: bits of floats, 16-bit integers, roots, sums in double. As in avx2/bit_lanes.hpp.
 #pragma once
 #include "lanes.hpp"
 
@@ -24,7 +23,7 @@ DSO_INLINE F where_nan(F a, F x, F y) {
 DSO_INLINE I load_u16(const void* p) { return _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)); }
 DSO_INLINE I load_i16(const void* p) { return _mm512_cvtepi16_epi32(_mm256_loadu_si256((const __m256i*)p)); }
 DSO_INLINE void store_16(void* p, I x) { _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(x)); }  // the low halves
-DSO_INLINE void store_u8(void* p, I x) { _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(x)); }      // values already fit
+DSO_INLINE void store_u8(void* p, I x) { _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(x)); }      // the values must fit
 
 struct D {
   __m512d lo, hi;

@@ -1,9 +1,9 @@
-// The SIMD lane type on AVX-512 (F, BW, DQ, VL; VNNI and BF16 where the translation unit has them): 16 floats, 16 int32
-// or 64 bytes at a time. avx2/lanes.hpp offers the same names over pairs of 256-bit registers, so that kernels/generic is
-// written once. A lane is one output row of a matrix, or one element of a vector.
+// The SIMD lane type on AVX-512 (F, BW, DQ, VL; VNNI and BF16 if the translation unit has them): 16 floats, 16 int32 or 64
+// bytes at a time. avx2/lanes.hpp implements the same names over pairs of 256-bit registers, so that kernels/generic is written
+// once. A lane is one output row of a matrix, or one element of a vector.
 //
-// Included inside a per-variant namespace (DSO_ISA_NAMESPACE) and everything here has internal linkage by that: no
-// function compiled for AVX-512 may be shared with a translation unit of another ISA.
+// Included inside a per-variant namespace (DSO_ISA_NAMESPACE), so everything here has internal linkage: no function compiled
+// for AVX-512 may be shared with a translation unit of another ISA.
 #ifndef DSO_AVX512_LANES_HPP  // not #pragma once: test_lanes includes it for several ISAs
 #define DSO_AVX512_LANES_HPP
 #include <immintrin.h>
@@ -57,7 +57,7 @@ DSO_INLINE float largest(F a) {
   return _mm_cvtss_f32(_mm_max_ss(x, _mm_movehdup_ps(x)));
 }
 
-DSO_INLINE F keep(F a, int64_t lo, int64_t hi, F other) {  // lanes [lo, hi) of a, the rest of `other`; any lo and hi
+DSO_INLINE F keep(F a, int64_t lo, int64_t hi, F other) {  // lanes [lo, hi) of a, the others of `other`; any lo and hi
   const __mmask16 m = first(hi < 0 ? 0 : hi) & ~first(lo < 0 ? 0 : lo);
   return _mm512_mask_mov_ps(other, m, a);
 }
@@ -69,7 +69,7 @@ DSO_INLINE F load_bf16(const void* p) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
 }
 DSO_INLINE F load_f16(const void* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
-DSO_INLINE __m512i bf16_bits(F x) {  // nearest even in the low halves, NaN kept quiet; denormals as they are
+DSO_INLINE __m512i bf16_bits(F x) {  // nearest even in the low halves, NaN as quiet NaN; denormals are preserved
   __m512i u = _mm512_castps_si512(x);
   __m512i r = _mm512_add_epi32(
       u, _mm512_add_epi32(_mm512_set1_epi32(0x7fff), _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1))));
@@ -131,7 +131,7 @@ DSO_INLINE I dot_u8(I acc, B w, B a) {  // even and odd bytes as 16-bit integers
 DSO_INLINE I pairs_u4(I acc, B w, B a) { return _mm512_add_epi16(acc, _mm512_maddubs_epi16(w, a)); }
 DSO_INLINE I add_pairs(I acc) { return _mm512_madd_epi16(acc, _mm512_set1_epi16(1)); }
 
-// A lane's two bf16 numbers as floats, and back (the upper 16 bits: for numbers that are bf16 already).
+// A lane's two bf16 elements as floats, and back (the upper 16 bits: for values that are bf16 already).
 DSO_INLINE F even_bf16(B x) { return _mm512_castsi512_ps(_mm512_slli_epi32(x, 16)); }
 DSO_INLINE F odd_bf16(B x) { return _mm512_castsi512_ps(_mm512_and_si512(x, _mm512_set1_epi32((int)0xffff0000))); }
 DSO_INLINE B pair_bf16(F even, F odd) {
@@ -139,20 +139,21 @@ DSO_INLINE B pair_bf16(F even, F odd) {
                          _mm512_and_si512(_mm512_castps_si512(odd), _mm512_set1_epi32((int)0xffff0000)));
 }
 
-// 32 numbers in E4M3 (two bytes a lane) as bf16, each divided by 256: exact, and none of them subnormal. NaN codes don't occur.
+// 32 E4M3 codes (two bytes per lane) as bf16, each divided by 256: exact, and never subnormal. NaN codes do not occur.
 DSO_INLINE B expand_e4m3(const void* p) {
   const __m512i subnormals =
       _mm512_castsi128_si512(_mm_setr_epi16(0, 0x3700, 0x3780, 0x37c0, 0x3800, 0x3820, 0x3840, 0x3860));  // m 2^-17
   const __m512i code = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)p));
-  // Exponent and mantissa move to their places; exponents 0..15 (bias 7) meet 112: as bf16's 112 + e they are e - 15.
+  // Exponent and mantissa move to their positions; exponents 0..15 (bias 7) are combined with 112: as bf16's 112 + e they
+  // represent e - 15.
   __m512i x = _mm512_ternarylogic_epi32(_mm512_slli_epi16(code, 4), _mm512_set1_epi16(0x07f0), _mm512_set1_epi16(0x3800),
                                         0xea);  // a & b | c
   x = _mm512_mask_permutexvar_epi16(x, _mm512_testn_epi16_mask(code, _mm512_set1_epi16(0x78)), code, subnormals);
   return _mm512_ternarylogic_epi32(x, code, _mm512_set1_epi16((short)0x8000), 0xd8);  // the sign: c ? b : a
 }
 
-// Two rows of 32 16-bit numbers to pairs of one column: x holds columns 0-3, 8-11, 16-19 and 24-27, y the others. What was
-// summed over such pairs goes back into columns 0-15 and 16-31 by in_columns.
+// Two rows of 32 16-bit elements to pairs per column: x holds columns 0-3, 8-11, 16-19 and 24-27, y the others. in_columns
+// returns sums over such pairs to columns 0-15 and 16-31.
 DSO_INLINE void pair_columns(B a, B b, B& x, B& y) {
   x = _mm512_unpacklo_epi16(a, b);
   y = _mm512_unpackhi_epi16(a, b);
@@ -188,12 +189,13 @@ DSO_INLINE void transpose(B (&x)[16]) {  // 16 x 16 lanes
   }
 }
 
-// Two bf16 columns a lane: acc + w0*a0 + w1*a1. Its rounding belongs to the variant (a kernel family is fixed per variant).
+// Two bf16 columns per lane: acc + w0*a0 + w1*a1. Its rounding is specific to the variant (a kernel family is fixed per
+// variant).
 #ifdef __AVX512BF16__
 constexpr bool has_dot_bf16 = true;
 DSO_INLINE void round_bf16(void* p, F x) {
   _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(x));
-}  // as the dot reads: denormals are 0
+}  // as the dot product reads them: denormals are 0
 DSO_INLINE B round_pair_bf16(F even, F odd) {
   alignas(64) static constexpr uint16_t order[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
                                                      8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};

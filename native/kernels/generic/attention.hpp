@@ -1,13 +1,13 @@
 // The core of attention, shared by its families: a tile of query rows against a chunk of the cache.
 //
 // A row's state is (m, l, o): the largest logit so far, the sum of weights 2^(logit - m), and the weighted sum of values.
-// Logits are in units of log 2: q is multiplied by scale * log2(e) when it is brought into the tile, so softmax needs 2^x
-// only. Both products, q K^T and p V, are one small kernel over panels of 32 columns (kv.hpp); every output is one chain
-// of additions, over rows of the panel ascending, so a row's bits do not depend on which rows share its tile.
+// Logits are in units of log 2: q is multiplied by scale * log2(e) when it is copied into the tile, so softmax needs only 2^x.
+// Both products, q K^T and p V, are one small kernel over panels of 32 columns (kv.hpp); every output is one chain of additions
+// over ascending rows of the panel, so a row's bits do not depend on which rows share its tile.
 //
-// A row sees the tokens of its Span. Unseen tokens within a tile's blocks get the logit -inf and thus the weight 0, which
-// changes neither sums nor bits. Slots that no row of the call sees may hold anything, NaN too: see visible_block; blocks that
-// none sees are not touched, and may be missing from the table.
+// A row sees the tokens of its Span. Hidden tokens within a tile's blocks get the logit -inf and thus the weight 0, which
+// changes neither sums nor bits. Slots that no row of the call sees may hold anything, including NaN: see visible_block; blocks
+// that no row sees are not touched, and may be missing from the table.
 #pragma once
 #include "kv.hpp"
 
@@ -22,26 +22,27 @@ constexpr int row_depth = T == Read::bf16 || narrow<T> ? 2 : 1;
 template <Read T>
 constexpr int64_t row_bytes = T == Read::i8       ? 32
                               : T == Read::i8_dot ? 64
-                                                  : 128;  // of a panel's row, or pair of rows
+                                                  : 128;  // bytes of a panel's row, or pair of rows
 template <Read T>
 constexpr int64_t column_bytes = T == Read::i8 || T == Read::i8_dot ? 1 : 4;
 constexpr int tile_cols = registers >= 32 ? 2 : 1;  // registers of 16 columns in a tile
 constexpr int tile_rows = registers >= 32 ? 8 : 4;
 constexpr int64_t chunk_blocks = attn_chunk / block_tokens;
-constexpr int64_t row_stride = attn_chunk + 16;  // elements from a tile's row to the next, off the powers of two
-constexpr int64_t look_ahead_pieces = 6;         // 12 KB with BF16: measured best of 2 to 24
+constexpr int64_t row_stride = attn_chunk + 16;  // elements from one row of a tile to the next; not a power of two
+constexpr int64_t look_ahead_pieces = 6;         // 12 KB with BF16: the fastest of 2 to 24 as measured
 constexpr float log2e = 1.44269504f;
 
 DSO_INLINE float minus_infinity() { return -__builtin_inff(); }
 
-// How many panels a tile of R rows goes over at once: few rows alone are too few sums to keep the ports busy.
+// Number of panels that a tile of R rows processes at once: few rows alone have too few sums to keep the ports busy.
 template <int R>
 constexpr int panels_at_once = 4 * R <= tile_rows   ? 4
                                : 2 * R <= tile_rows ? 2
                                                     : 1;
 
-// acc[p][r] += a[r] * panel[p], over `rows` of the panels (pairs of rows for BF16). `a` has row_stride floats, or bf16 numbers
-// for dot, a row. Lines ahead[p] bytes further are fetched, row by row.
+// acc[p][r] += a[r] * panel[p], over `rows` of the panels (pairs of rows for BF16). A row of `a` has row_stride floats, or bf16
+// elements for dot. Prefetches the lines ahead[p] bytes further, row by row. for dot, a row. Lines ahead[p] bytes further are
+// fetched, row by row.
 template <Read T, int R, int P>
 DSO_INLINE void product(const void* a, const uint8_t* const (&panel)[P], int64_t rows, const int64_t (&ahead)[P],
                         F (&acc)[P][R][tile_cols]) {
@@ -107,7 +108,8 @@ DSO_INLINE void product(const void* a, const uint8_t* panel, int64_t rows, int64
   product<T, R, 1>(a, panels, rows, distances, acc);
 }
 
-// n things P at a time, the rest by fewer: `call` takes the first one, and their number as something whose `count` it is.
+// Calls `call` for n items, P at a time and the rest in smaller groups: with the first item and a type whose `count` is the
+// group's size.
 template <int N>
 struct Count {
   static constexpr int count = N;
@@ -134,7 +136,7 @@ struct Span {  // tokens [begin, end) and [0, sinks); sinks < begin, or 0
   }
 };
 
-// What query row r sees; the first and the last of several rows tell what all of them see together.
+// The tokens that query row r sees; the first and last of several rows determine what all of them see together.
 DSO_INLINE Span visible(int64_t ctx, const VisibleTokens& sight, int64_t r) {
   const int64_t end = ctx + r + 1, begin = end - sight.window;
   if (sight.window <= 0 || begin <= sight.sinks) return {0, end};
@@ -145,12 +147,12 @@ DSO_INLINE Span together(const Span& first, const Span& last) { return {first.be
 struct Block {  // one kv head of one block, ready to read
   const uint8_t *k, *v;
   const float *k_scale, *v_scale;  // INT8 only
-  int64_t token;                   // its first one
+  int64_t token;                   // its first token
 };
 
-constexpr int64_t block_room_bytes = block_tokens * max_head_dim * 4;  // what visible_block may need: V in fp32
+constexpr int64_t block_room_bytes = block_tokens * max_head_dim * 4;  // maximum bytes that visible_block needs: V in fp32
 
-// Copies a V panel of the block whose first token is `token`, with zeros for what is not seen.
+// Copies a V panel of the block whose first token is `token`, with zeros for hidden tokens.
 template <Read T>
 static void copy_seen(const uint8_t* panel, int64_t token, const Span& seen, uint8_t* out) {
   for (int64_t row = 0; row < block_tokens / row_depth<T>; ++row) {
@@ -160,8 +162,8 @@ static void copy_seen(const uint8_t* panel, int64_t token, const Span& seen, uin
   }
 }
 
-// Block `block` of a kv head for reading by T, when tokens of `seen` matter. Values and scales that a weight of 0 could
-// turn into NaN are replaced by zeros in `room`, a copy: the cache itself is never changed by reading.
+// Prepares block `block` of a kv head for reading by T, if tokens of `seen` are needed. Values and scales that a weight of 0
+// could turn into NaN are replaced by zeros in `room`, a copy: reading never changes the cache itself.
 template <Read T>
 static Block visible_block(const KvLayout& l, const KvView& view, int64_t kv_head, int64_t block, const Span& seen,
                            uint8_t* room) {
@@ -186,7 +188,7 @@ static Block visible_block(const KvLayout& l, const KvView& view, int64_t kv_hea
   return b;
 }
 
-// Column k of a tile's rows, as product reads them.
+// Column k of a tile's rows, in the form that product reads.
 template <Read T>
 DSO_INLINE const void* tile_column(const void* a, int64_t k) {
   return (const char*)a + k * (narrow<T> ? 2 : 4);
@@ -195,19 +197,19 @@ DSO_INLINE const void* tile_column(const void* a, int64_t k) {
 // ---- a tile of rows against a chunk ------------------------------------------------------------------------------------
 
 struct Workspace {                         // private to a thread; rows of row_stride elements
-  alignas(64) float s[8 * row_stride];     // logits, then weights where these are fp32
+  alignas(64) float s[8 * row_stride];     // logits, then weights if these are fp32
   alignas(64) float q[8 * row_stride];     // fp32, or bf16 in the first half
   alignas(64) uint16_t p[8 * row_stride];  // weights in bf16
   alignas(64) uint8_t room[chunk_blocks][block_room_bytes];
 };
 
-struct State {  // of R consecutive rows
+struct State {  // for R consecutive rows
   float *m, *l;
   float* o[8];
 };
 
-// Up to chunk_blocks blocks as a tile reads them. A piece is 32 rows of a panel: K block by block, then V panel by panel, block
-// by block. ahead[i] is how far from piece i the one lies that is to be fetched meanwhile.
+// Up to chunk_blocks blocks in the form that a tile reads. A piece is 32 rows of a panel: K block by block, then V panel by
+// panel, block by block. ahead[i] is the distance from piece i to the one to prefetch at that time.
 constexpr int64_t max_pieces = 2 * chunk_blocks * max_head_dim / 32;
 
 struct Stretch {
@@ -217,7 +219,7 @@ struct Stretch {
       panel_bytes;  // K's pieces of a block, the last of which may be short, are as long as a panel of V
   const int64_t* ahead;
 
-  void look_ahead(const uint8_t* next, int64_t* out) const {  // next: the K panel that follows, or null
+  void look_ahead(const uint8_t* next, int64_t* out) const {  // next: the following K panel, or null
     const uint8_t* piece[max_pieces + look_ahead_pieces];
     int64_t pieces = 0;
     for (int64_t b = 0; b < count; ++b)
@@ -229,7 +231,7 @@ struct Stretch {
   }
 };
 
-// Logits of a tile's rows for P blocks: q K^T, masked, and the largest so far, lane by lane.
+// Logits of a tile's rows for P blocks: q K^T, masked, and the running maximum per lane.
 template <Read T, int R, int P>
 static void block_logits(const Block* blocks, int64_t head_dim, const Span* see, int64_t k_pieces, const int64_t* ahead,
                          const float* q, float* s, F* top) {
@@ -266,7 +268,7 @@ static void block_logits(const Block* blocks, int64_t head_dim, const Span* see,
   }
 }
 
-// Logits of one row to weights 2^(logit - m), into bf16 for dot, in place otherwise. Returns their fp32 sum.
+// Converts logits of one row to weights 2^(logit - m), to bf16 for dot, in place otherwise. Returns their fp32 sum.
 template <Read T>
 DSO_INLINE float weights(float* s, float m, const Block* blocks, int64_t count, uint16_t* p) {
   F total = zero();
@@ -317,7 +319,7 @@ static void add_columns(const Stretch& x, int64_t first, int64_t v_dim, const vo
       }
 }
 
-// Adds a stretch of the cache to the state of R rows whose q lies in w.q.
+// Adds a part of the cache to the state of R rows whose q is in w.q.
 template <Read T, int R>
 static void attend(const Stretch& x, int64_t k_dim, int64_t v_dim, const Span* see, State& state, Workspace& w) {
   F top[R];
@@ -326,12 +328,12 @@ static void attend(const Stretch& x, int64_t k_dim, int64_t v_dim, const Span* s
     block_logits<T, R, several.count>(x.blocks + b, k_dim, see, x.k_pieces, x.ahead + b * x.k_pieces, w.q,
                                       w.s + b * block_tokens, top);
   });
-  float fade[16] = {};  // 2^(old m - new m), 0 where nothing was seen before
+  float fade[16] = {};  // 2^(old m - new m), 0 if no token was visible before
   float base[R];
   for (int r = 0; r < R; ++r) {
     const float t = largest(top[r]), old = state.m[r];
     const float m = t > old ? t : old;
-    base[r] = m == minus_infinity() ? 0.0f : m;  // nothing seen: 2^(-inf - 0) = 0, not 2^(-inf + inf)
+    base[r] = m == minus_infinity() ? 0.0f : m;  // no visible token: 2^(-inf - 0) = 0, not 2^(-inf + inf)
     fade[r] = old - base[r];
     state.m[r] = m;
   }
@@ -347,7 +349,7 @@ static void attend(const Stretch& x, int64_t k_dim, int64_t v_dim, const Span* s
   });
 }
 
-// A tile's number of rows as a constant.
+// Passes a tile's number of rows as a constant.
 template <class Call>
 DSO_INLINE void with_rows(int rows, Call call) {
   switch (rows) {
@@ -379,7 +381,7 @@ static void attend_rows(int rows, const Stretch& x, int64_t k_dim, int64_t v_dim
   with_rows(rows, [&](auto tile) { attend<T, tile.count>(x, k_dim, v_dim, see, state, w); });
 }
 
-// A row of q into the tile, in units of log 2.
+// Copies a row of q into the tile, in units of log 2.
 template <Read T>
 static void bring_query(const float* q, int64_t head_dim, float scale, int r, Workspace& w) {
   const F s = set(scale * log2e);
@@ -392,7 +394,7 @@ static void bring_query(const float* q, int64_t head_dim, float scale, int r, Wo
   }
 }
 
-// Query rows [r0, r1) of a sequence, all `group` heads of one kv head. Where the row has chosen blocks, it is the only one.
+// Query rows [r0, r1) of a sequence, all `group` heads of one kv head. With chosen blocks there is a single row.
 struct QueryRows {
   const float* q;
   int64_t q_stride, group, r0, r1, ctx;
@@ -403,14 +405,14 @@ struct QueryRows {
   Span all() const { return together(row(r0), row(r1 - 1)); }
 };
 
-// ---- the blocks of a chunk: eight of the cache, of which those are read that a row sees, or eight that were chosen
+// ---- the blocks of a chunk: those of eight consecutive blocks that a row sees, or eight chosen ones
 
 struct Blocks {
   int64_t number[chunk_blocks];
-  int64_t count, next;  // next: what is read after these, or -1
+  int64_t count, next;  // next: the block to read after these, or -1
 };
 
-// The first chunk after `chunk` of which the rows see anything, or -1; after -1 the first of all.
+// The first chunk after `chunk` of which the rows see anything, or -1; after -1: the first of all.
 static int64_t next_chunk(const QueryRows& rows, int64_t chunk) {
   if (rows.sight.chosen) return (chunk + 1) * chunk_blocks < rows.sight.blocks ? chunk + 1 : -1;
   const Span all = rows.all();
@@ -437,17 +439,17 @@ static Blocks blocks_of(const QueryRows& rows, int64_t chunk) {
 
 constexpr int64_t nothing_ahead[max_pieces] = {};
 
-// Blocks of the cache against query rows: heads of a row are consecutive rows of a tile. m[i], l[i] and o[i] belong to head
+// Blocks of the cache against query rows: the heads of a row are consecutive rows of a tile. m[i], l[i] and o[i] belong to head
 // i % group of row r0 + i / group.
 template <Read T, class Output>
 static void attend_blocks(const KvLayout& l, const KvView& view, int64_t kv_head, const QueryRows& rows, const Blocks& read,
                           float* m, float* ell, Output output, Workspace& w) {
   const int64_t count = (rows.r1 - rows.r0) * rows.group, panels = round_up(l.head_dim, 32) / 32;
   const Span all = rows.all();
-  Block blocks[chunk_blocks];  // what the rows see together
+  Block blocks[chunk_blocks];  // visible to any of the rows
   for (int64_t b = 0; b < read.count; ++b) blocks[b] = visible_block<T>(l, view, kv_head, read.number[b], all, w.room[b]);
 
-  // What is read after these blocks: the next ones, or the next head's first, should the caller go on with it.
+  // Read after these blocks: the next ones, or the next head's first, if the caller continues with it.
   const HeadLayout layout = head_layout(l.type, l.head_dim);
   const uint8_t* next = nullptr;
   if (read.next >= 0)
@@ -456,7 +458,7 @@ static void attend_blocks(const KvLayout& l, const KvView& view, int64_t kv_head
     next = kv_head_block(view, layout, kv_head + 1, all.sinks > 0 ? 0 : all.begin / block_tokens);
 
   const int64_t tiles = (count + tile_rows - 1) / tile_rows;
-  for (int64_t tile = 0; tile < tiles; ++tile) {  // of equal size, or nearly
+  for (int64_t tile = 0; tile < tiles; ++tile) {  // of equal or nearly equal size
     const int64_t i0 = count * tile / tiles, i1 = count * (tile + 1) / tiles;
     Span see[tile_rows];
     State state = {m + i0, ell + i0, {}};
@@ -471,7 +473,7 @@ static void attend_blocks(const KvLayout& l, const KvView& view, int64_t kv_head
       if (seen.touches(read.number[b])) own[part.count++] = blocks[b];
     if (part.count == 0) continue;
     int64_t ahead[max_pieces];
-    if (tile == 0) {  // the tiles that follow find all of it in the cache
+    if (tile == 0) {  // later tiles find everything in the cache
       part.look_ahead(next, ahead);
       part.ahead = ahead;
     }
@@ -483,8 +485,8 @@ static void attend_blocks(const KvLayout& l, const KvView& view, int64_t kv_head
   }
 }
 
-// The same for any type of cache. Both families read it alike: where the ISA has a bf16 dot product, q and weights are
-// rounded to bf16 for BF16 and INT8 caches, whose int8 numbers are exact in bf16 and take their scale outside the product.
+// The same for any type of cache. Both families read it in the same way: if the ISA has a bf16 dot product, q and weights are
+// rounded to bf16 for BF16 and INT8 caches; int8 elements are exact in bf16, and their scale is applied outside the product.
 template <class Output>
 static void attend_cache(const KvLayout& l, const KvView& view, int64_t kv_head, const QueryRows& rows, int64_t chunk, float* m,
                          float* ell, Output output, Workspace& w) {

@@ -1,9 +1,9 @@
-// Fills this variant's AttentionKernels; included once, behind its lanes. As linear.inl: nothing of the standard library that
-// emits code.
+// Defines this variant's AttentionKernels; included once, after its lanes. As in linear.inl: nothing from the standard library
+// that emits code.
 #include "../kernels.hpp"
 #include "dso.h"
 #include "math.hpp"
-// After math.hpp: they use its names.
+// After math.hpp, whose names they use.
 #include "convert.hpp"
 
 #include "attention_decode.hpp"
@@ -13,7 +13,7 @@
 #include "mla_prefill.hpp"
 
 namespace dso::DSO_ISA_NAMESPACE {
-extern const AttentionKernels attention_kernels;  // without this, a const object would be of this unit alone
+extern const AttentionKernels attention_kernels;  // `extern`, because a const object would otherwise be local to this unit
 const AttentionKernels attention_kernels = {
     .attn_decode_chunk = attn_decode_chunk,
     .attn_merge = attn_merge,

@@ -1,5 +1,5 @@
-// The decode family: one chunk of 256 tokens a task, so that a lone sequence feeds every thread, then a merge in order. The
-// heads of a group, and the rows of speculated tokens, share each load of the cache: reading it is what takes the time.
+// The decode family: one chunk of 256 tokens per task, so that a single sequence keeps every thread busy, then a merge in
+// order. The heads of a group, and the rows of drafts, share each load from the cache: reading it dominates the time.
 #pragma once
 #include "attention.hpp"
 
@@ -16,7 +16,7 @@ static void attn_decode_chunk(const KvLayout& l, const KvView& v, int64_t kv_hea
                               int64_t chunk, float* part, uint8_t* scratch) {
   Workspace& w = *(Workspace*)scratch;
   const int64_t d = l.head_dim, stride = d + 16, count = (r1 - r0) * group;
-  constexpr int64_t most = 64;  // rows and heads whose m and l fit on the stack
+  constexpr int64_t most = 64;  // number of rows and heads whose m and l fit on the stack
   if (count > most && r1 - r0 > 1) {
     const int64_t half = r0 + (r1 - r0) / 2;
     attn_decode_chunk(l, v, kv_head, q, q_stride, group, r0, half, ctx, sight, scale, chunk, part, scratch);
@@ -41,7 +41,7 @@ static void attn_decode_chunk(const KvLayout& l, const KvView& v, int64_t kv_hea
       out[i * stride + 1] = sum[i];
     }
   }
-  // 0 * NaN: a row may have met a NaN or infinity of a token that only later rows see. Alone, it does not.
+  // 0 * NaN: a row may have met a NaN or infinity of a token that only later rows see. Recomputed alone, it does not.
   if (r1 - r0 > 1)
     for (int64_t i = 0; i < count; ++i)
       if (any_nan(part + i * stride + 16, d)) {
@@ -52,8 +52,8 @@ static void attn_decode_chunk(const KvLayout& l, const KvView& v, int64_t kv_hea
       }
 }
 
-// Sums of o and l over chunks, each times 2^(m - top); chunks that saw nothing have m = -inf and weigh 0. Up to 64 columns at a
-// time: the weights are the same for all.
+// Sums of o and l over chunks, each times 2^(m - top); chunks without visible tokens have m = -inf and weight 0. Up to 64
+// columns at a time: the weights are the same for all.
 template <int N>
 DSO_INLINE F merge_columns(const float* part, int64_t part_stride, int64_t chunks, float top, int64_t column, int64_t columns,
                            F (&o)[N]) {
@@ -70,7 +70,8 @@ DSO_INLINE F merge_columns(const float* part, int64_t part_stride, int64_t chunk
   return l;
 }
 
-// Of the sums' columns [column, column + columns): divided by the sum of weights, or as they are, behind m and l of a part.
+// Stores columns [column, column + columns) of the sums: divided by the sum of weights, or, for a part, undivided after m and
+// l.
 template <int N, bool whole>
 DSO_INLINE void merged(const float* part, int64_t part_stride, int64_t chunks, float top, int64_t column, int64_t columns,
                        float* out) {

@@ -1,5 +1,5 @@
-// Attention as written in a textbook, in fp32: every score of the row, softmax, weighted sum. What the fused families are
-// compared with; one query head at a time and no online softmax.
+// Attention by the textbook formula, in fp32: every score of the row, softmax, weighted sum. The reference for the fused
+// families; one query head at a time and no online softmax.
 #pragma once
 #include "attention.hpp"
 

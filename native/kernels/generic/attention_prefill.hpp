@@ -1,12 +1,12 @@
-// The prefill family: up to attn_rows rows of a sequence and all their heads against the cache, chunk after chunk, with the
-// softmax kept online.
+// The prefill family: up to attn_rows rows of a sequence and all their heads against the cache, chunk after chunk, with online
+// softmax.
 #pragma once
 #include "attention.hpp"
-#include "attention_decode.hpp"  // any_nan of a row
+#include "attention_decode.hpp"  // any_nan for a row
 
 namespace dso::DSO_ISA_NAMESPACE {
 
-constexpr int64_t state_rows = 512;  // rows and heads of a task
+constexpr int64_t state_rows = 512;  // rows and heads per task
 
 struct PrefillScratch {
   Workspace work;
@@ -47,7 +47,7 @@ static void attn_prefill(const KvLayout& l, const KvView& v, int64_t kv_head, co
     for (int64_t c = 0; c < d; c += 16) store(out + c, div(load(out + c, d - c), set(s.l[i])), d - c);
     poisoned = poisoned || any_nan(out, d);
   }
-  // 0 * NaN: a row may have met a NaN or infinity of a token that only later rows see. Alone, it does not.
+  // 0 * NaN: a row may have met a NaN or infinity of a token that only later rows see. Recomputed alone, it does not.
   if (poisoned && r1 - r0 > 1)
     for (int64_t r = r0; r < r1; ++r)
       attn_prefill(l, v, kv_head, q, q_stride, group, r, r + 1, ctx, sight, scale, o, o_stride, scratch);

@@ -1,10 +1,10 @@
-// Activations from fp32 to the rows that matrix products read: BF16, Q8 and Q16, laid out as dso.h says.
+// Converts activations from fp32 to the rows that matrix products read: BF16, Q8 and Q16, laid out as in dso.h.
 #pragma once
 
 namespace dso::DSO_ISA_NAMESPACE {
 
-// One group of 32 columns. A group with a NaN or an infinity gets scale NaN, so that every product with it is NaN. Where
-// steps / max|x| overflows (max|x| < 1e-34 at most) the group counts as zeros.
+// One group of 32 columns. A group with a NaN or an infinity gets scale NaN, so that every product with it is NaN. If steps /
+// max|x| overflows (only for max|x| < 1e-34) the group counts as zeros.
 template <int steps>
 struct Group {
   I q0, q1;
@@ -20,7 +20,7 @@ DSO_INLINE Group<steps> quantise(F x0, F x1) {
   return {to_int(mul(x0, set(inverse))), to_int(mul(x1, set(inverse))), top / (float)steps};
 }
 
-// The pieces of a row of `width` (padded to 32) columns.
+// The parts of a row of `width` (padded to 32) columns.
 DSO_INLINE int64_t padded(int64_t width) { return (width + 31) & ~(int64_t)31; }
 template <int kind>
 DSO_INLINE int64_t scales_at(int64_t padded_width) {

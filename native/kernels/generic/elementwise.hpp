@@ -1,9 +1,9 @@
-// Element-wise kernels, one row a call, any width. Each follows Transformers' fp32 arithmetic operation by operation.
+// Element-wise kernels, one row per call, any width. Each follows Transformers' fp32 arithmetic operation by operation.
 #pragma once
 
 namespace dso::DSO_ISA_NAMESPACE {
 
-// out[i] = f(a[i]), and f(a[i], b[i]), for functions of lanes. out may be an input.
+// out[i] = f(a[i]), and f(a[i], b[i]), for functions of lanes. out may alias an input.
 template <class Function>
 DSO_INLINE void each(const float* a, int64_t n, float* out, const Function& f) {
   int64_t i = 0;
@@ -17,7 +17,7 @@ DSO_INLINE void each(const float* a, const float* b, int64_t n, float* out, cons
   if (i < n) store(out + i, f(load(a + i, n - i), load(b + i, n - i)), n - i);
 }
 
-// x / sqrt(mean(x^2) + eps) * weight. The sum runs over four rows of lanes, added in a fixed tree: the same bits on every ISA.
+// x / sqrt(mean(x^2) + eps) * weight. The sum uses four accumulators, added in a fixed tree: bitwise equal on every ISA.
 static void rms_norm(const float* x, const float* weight, int64_t n, float eps, float* out) {
   F s[4] = {zero(), zero(), zero(), zero()};
   int64_t i = 0;
@@ -36,8 +36,8 @@ static void rms_norm(const float* x, const float* weight, int64_t n, float eps, 
   if (i < n) store(out + i, mul(mul(load(x + i, n - i), scale), load(weight + i, n - i)), n - i);
 }
 
-// (x - mean) / sqrt(variance + eps) * weight + bias. The variance is the mean of squared distances: a mean far from zero costs
-// no digits. Sums as in rms_norm.
+// (x - mean) / sqrt(variance + eps) * weight + bias. The variance is the mean of squared differences, so that a mean far from
+// zero costs no precision. Sums as in rms_norm.
 static void layer_norm(const float* x, const float* weight, const float* bias, int64_t n, float eps, float* out) {
   const auto total = [=](auto term) {
     F s[4] = {zero(), zero(), zero(), zero()};
@@ -63,7 +63,7 @@ static void swiglu(const float* gate, const float* up, int64_t n, float* out) {
   each(gate, up, n, out, [](F x, F y) { return mul(silu(x), y); });
 }
 
-// e^(x - max x) over their sum, which runs over one row of lanes. A NaN or a positive infinity makes all NaN, as in torch.
+// e^(x - max x) divided by their sum, which uses one accumulator. A NaN or a positive infinity makes all NaN, as in torch.
 static void softmax(const float* x, int64_t n, float* out) {
   const F least = set(-__builtin_inff());
   F top = least;
@@ -91,8 +91,8 @@ static void add_scaled(const float* x, float scale, int64_t n, float* y) {
   if (i < n) store(y + i, fma(load(x + i, n - i), factor, load(y + i, n - i)), n - i);
 }
 
-// Rotates numbers [offset, offset + rot) of every head by the angles of `table` (cos[rot/2] | sin[rot/2]), passes the rest
-// through. Pairs are (i, i + rot/2), or (2i, 2i+1) when interleaved. out may be x.
+// Rotates elements [offset, offset + rot) of every head by the angles of `table` (cos[rot/2] | sin[rot/2]), and copies the
+// others. Pairs are (i, i + rot/2), or (2i, 2i+1) if interleaved. out may be x.
 static void rope(const float* x_heads, const float* table, int64_t heads, int64_t head_dim, int64_t offset, int64_t rot,
                  bool interleaved, float* out_heads) {
   const int64_t half = rot / 2;

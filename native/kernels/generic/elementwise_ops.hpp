@@ -1,5 +1,5 @@
-// The element-wise ops of plans: a function of rows and its line in the table. Nothing else in native code names such an op but
-// its number in dso.h. All operands are F32 rows of one width; the output may be of any kind, which the runtime sees to.
+// The element-wise ops of plans: a row function and an entry in the table. Nothing else in native code refers to such an op
+// except its number in dso.h. All operands are F32 rows of one width; the runtime converts if the output is of another kind.
 #pragma once
 
 namespace dso::DSO_ISA_NAMESPACE {

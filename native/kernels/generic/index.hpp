@@ -1,20 +1,20 @@
 // The lightning indexer (DeepSeek-V3.2, section 2.1): a token's score is the sum over heads h of w_h relu(q_h . k), and the
-// tokens of largest score are chosen.
+// tokens with the largest scores are chosen.
 //
-// A key row is `index` numbers, row-major. Lanes are heads: q of a row lies in tiles of 16 heads, number after number, and keys
-// are broadcast, so that no sum runs across lanes until the very end: relu and the weights are applied lane by lane, tiles
-// ascending, and one horizontal sum makes the score. Every product is one chain over the numbers ascending: a score's bits
-// depend on q, w and the key alone, not on the range of tokens that was asked for.
+// A key row is `index` elements, row-major. Lanes are heads: q of a row is stored in tiles of 16 heads, element after element,
+// and keys are broadcast, so that no sum runs across lanes until the end: relu and the weights are applied lane by lane, in
+// ascending order of tiles, and one horizontal sum gives the score. Every product is one chain over ascending elements: a
+// score's bits depend only on q, w and the key, not on the requested range of tokens.
 #pragma once
 #include "latent.hpp"
 
 namespace dso::DSO_ISA_NAMESPACE {
 namespace indexer {
 
-enum class Keys { f32, bf16, dot };  // bf16: widened to fp32; dot: read by dot_bf16, with q in bf16 pairs as well
+enum class Keys { f32, bf16, dot };  // bf16: widened to fp32; dot: read by dot_bf16, with q also in bf16 pairs
 
-constexpr int max_tokens = 4;                       // of a block of accumulators
-constexpr int max_tiles = registers >= 32 ? 4 : 1;  // so that these, a tile row each and a broadcast fit the registers
+constexpr int max_tokens = 4;                       // tokens per block of accumulators
+constexpr int max_tiles = registers >= 32 ? 4 : 1;  // so that these, one tile row each and a broadcast fit into the registers
 
 template <Keys K>
 DSO_INLINE int64_t tile_bytes(int64_t index) {
@@ -76,7 +76,7 @@ static void add_heads(const uint8_t* q, const float* w, int64_t heads, const uin
   for (int n = 0; n < N; ++n) {
     const F weight = load(w + n * lanes, heads - n * lanes);
 #pragma GCC unroll 4
-    for (int t = 0; t < max_tokens; ++t) total[t] = fma(max(zero(), acc[t][n]), weight, total[t]);  // a NaN stays
+    for (int t = 0; t < max_tokens; ++t) total[t] = fma(max(zero(), acc[t][n]), weight, total[t]);  // NaN is preserved
   }
 }
 
@@ -90,7 +90,7 @@ static void scores_of(const KvLayout& l, const KvView& v, int64_t heads, const u
     const uint8_t* next = last < end ? index_row(l, v, (block + 1) * block_tokens) : first;
     for (; t < last; t += max_tokens) {
       const int64_t slot = t % block_tokens, n = last - t < max_tokens ? last - t : max_tokens;
-      const uint8_t* keys[max_tokens];  // the last one again, where there are fewer
+      const uint8_t* keys[max_tokens];  // the last one repeated if there are fewer
       for (int64_t i = 0; i < max_tokens; ++i) keys[i] = first + (slot + (i < n ? i : n - 1)) * row;
       for (int64_t i = 0; i < n * row; i += 64) __builtin_prefetch(next + slot * row + i);
       F total[max_tokens] = {zero(), zero(), zero(), zero()};
@@ -100,14 +100,14 @@ static void scores_of(const KvLayout& l, const KvView& v, int64_t heads, const u
       for (; i < tiles; ++i) add_heads<K, 1>(q + i * tile, w + i * lanes, heads - i * lanes, keys, l.index, total);
       for (int64_t j = 0; j < n; ++j) {
         const float score = sum(total[j]) * scale;
-        scores[t - begin + j] = score == score ? score : __builtin_inff();  // torch.topk takes NaN for the largest, too
+        scores[t - begin + j] = score == score ? score : __builtin_inff();  // torch.topk also ranks NaN highest
       }
     }
     t = last;
   }
 }
 
-// Numbers in the order of floats: key(a) < key(b) where a < b; the floats between two keys are all there are.
+// Integers in the order of floats: key(a) < key(b) if a < b; consecutive floats have consecutive keys.
 DSO_INLINE uint32_t key_of(float x) {
   uint32_t u;
   memcpy(&u, &x, 4);
@@ -120,7 +120,7 @@ DSO_INLINE float of_key(uint32_t key) {
   return x;
 }
 
-static int64_t count_from(const float* x, int64_t n, float least) {  // how many are not below it
+static int64_t count_from(const float* x, int64_t n, float least) {  // number of elements that are at least `least`
   const F bound = set(least);
   int64_t count = 0;
   for (int64_t i = 0; i < n; i += lanes)
@@ -171,8 +171,8 @@ static void index_scores(const KvLayout& l, const KvView& v, int64_t heads, cons
     indexer::scores_of<has_dot_bf16 ? indexer::Keys::dot : indexer::Keys::bf16>(l, v, heads, q, w, begin, end, scale, scores);
 }
 
-// The k-th largest is found by halving the range of floats between the smallest and the largest, each time counting how many
-// scores are not below the middle: 32 passes at most, about 17 of 32,768 scores, for a count of exactly k ends it.
+// Finds the k-th largest by bisection of the range of floats between the smallest and the largest, each time counting the
+// scores that are at least the midpoint: at most 32 passes, about 17 for 32,768 scores, because a count of exactly k ends it.
 static void index_select(const float* scores, int64_t n, int64_t k, float* chosen) {
   using namespace indexer;
   F low = set(scores[0]), high = low;
@@ -181,13 +181,13 @@ static void index_select(const float* scores, int64_t n, int64_t k, float* chose
     low = min(low, x);
     high = max(high, x);
   }
-  // At least k are not below lo, fewer not below hi. A largest of -0 counts as 0, which it equals.
+  // Invariant: at least k are >= lo, fewer than k are >= hi. A maximum of -0 counts as 0, which it equals.
   uint32_t lo = key_of(-largest(sub(zero(), low))), hi = key_of(largest(high) + 0.0f) + 1;
-  int64_t above = 0;  // how many are not below hi
+  int64_t above = 0;  // number of elements >= hi
   while (hi - lo > 1) {
     const uint32_t middle = lo + (hi - lo) / 2;
     const int64_t count = count_from(scores, n, of_key(middle));
-    if (count == k) {  // all of these and no other
+    if (count == k) {  // exactly these
       hi = middle;
       above = k;
       break;

@@ -1,4 +1,4 @@
-// Tiles of integer weights (INT8, INT4, Q4_1; dso.h): as packed, and unpacked to a byte a weight and fp32 scales for matrix
+// Tiles of integer weights (INT8, INT4, Q4_1; dso.h): packed, or unpacked to one byte per weight and fp32 scales for matrix
 // units. A kernel reads either through read(), scale() and min().
 #pragma once
 
@@ -12,7 +12,7 @@ struct Format {
   static constexpr int64_t code_bytes = nibbles ? 256 : 512;
 };
 
-// `quads` vectors a read, each 4 columns x 16 rows.
+// `quads` vectors per read, each 4 columns x 16 rows.
 template <int format>
 struct Packed : Format<format> {
   using Base = Format<format>;

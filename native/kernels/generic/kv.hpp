@@ -1,12 +1,12 @@
-// What is inside a cache block: 32 tokens of one layer, kv head after kv head. A head's part is
+// The layout inside a cache block: 32 tokens of one layer, kv head after kv head. A head's part is
 //
 //   K panel | V panels | with INT8: scale of K [32], scale of V [32]     (one fp32 scale per token and head)
 //
-// A panel has 32 columns and is a ready operand of attention's product: K as [head_dim][32 tokens], so that a register
-// holds the logits of 16 tokens and no sum runs across lanes; V as ceil(head_dim/32) panels of [32 tokens][32 columns].
-// F32 and INT8 panels are plain rows; BF16 panels hold pairs of rows, [rows/2][32][2], the operand of dot_bf16.
-// A token is written without touching its neighbours, so that threads may write different tokens of one block. Slots past
-// a sequence's end and columns past head_dim hold anything.
+// A panel has 32 columns and is directly an operand of attention's product: K as [head_dim][32 tokens], so that a register
+// holds the logits of 16 tokens and no sum runs across lanes; V as ceil(head_dim/32) panels of [32 tokens][32 columns]. F32 and
+// INT8 panels are plain rows; BF16 panels hold pairs of rows, [rows/2][32][2], the operand of dot_bf16. A token is written
+// without touching its neighbours, so that threads may write different tokens of one block. Slots past a sequence's end and
+// columns past head_dim are undefined.
 #pragma once
 
 namespace dso::DSO_ISA_NAMESPACE {
@@ -16,9 +16,9 @@ constexpr int64_t block_tokens = DSO_BLOCK_TOKENS;
 DSO_INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 struct HeadLayout {  // offsets in bytes
-  int64_t panel;     // from a V panel to the next
+  int64_t panel;     // from one V panel to the next
   int64_t v, k_scale, v_scale;
-  int64_t bytes;  // of one kv head in a block
+  int64_t bytes;  // per kv head in a block
 };
 
 DSO_INLINE HeadLayout head_layout(int32_t type, int64_t k_dim, int64_t v_dim) {
@@ -41,12 +41,12 @@ DSO_INLINE uint8_t* kv_head_block(const KvView& v, const HeadLayout& h, int64_t 
   return v.base + v.table[block] * v.block_stride + kv_head * h.bytes;
 }
 
-// One token's row of one head, rounded; zeros up to a multiple of 16.
+// One token's row of one head, rounded; zero-padded to a multiple of 16.
 static void bf16_row(const float* x, int64_t d, uint16_t* out) {
   for (int64_t i = 0; i < d; i += 16) store_bf16(out + i, load(x + i, d - i));
 }
 
-// int8 = rint(x * 127 / max|x|). A row that holds a NaN or an infinity has scale NaN, one without magnitude scale 0.
+// int8 = rint(x * 127 / max|x|). A row with a NaN or an infinity has scale NaN, an all-zero or tiny row scale 0.
 static float int8_row(const float* x, int64_t d, int8_t* out) {
   F top = zero(), poison = zero();
   for (int64_t i = 0; i < d; i += 16) {
@@ -94,7 +94,7 @@ static void write_bf16_value(const float* v, int64_t d, uint8_t* values, const H
   for (int64_t i = 0; i < d; ++i) memcpy(values + i / 32 * h.panel + slot / 2 * 128 + i % 32 * 4 + slot % 2 * 2, row + i, 2);
 }
 
-// Two tokens that share their pairs, slot even: whole registers at a time.
+// Two tokens that form pairs of rows, slot even: whole registers at a time.
 static void write_bf16_values(const float* v, const float* next, int64_t d, uint8_t* values, const HeadLayout& h,
                               int64_t slot) {
   uint16_t even[max_head_dim + 16], odd[max_head_dim + 16];

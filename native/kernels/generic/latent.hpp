@@ -1,10 +1,10 @@
-// What is inside a block of a latent cache: 32 rows of `rank` and `rope` numbers, one a token, then 32 rows of `index` numbers
-// (KvLayout). With INT8 a row is
+// The layout inside a block of a latent cache: 32 rows of `rank` and `rope` elements, one per token, then 32 rows of `index`
+// elements (KvLayout). With INT8 a row is
 //
 //   int8 [rank] | fp32 scale [ceil(rank / 128)] | bf16 [rope]
 //
-// and otherwise the numbers one after the other. Rows are read as they lie, so the whole of a layer's block is one stream. Rows
-// past a sequence's end hold anything.
+// and otherwise its elements one after the other. Rows are read directly, so a layer's block is one stream. Rows past a
+// sequence's end are undefined.
 #pragma once
 #include "kv.hpp"
 
@@ -18,7 +18,7 @@ DSO_INLINE uint8_t* index_row(const KvLayout& l, const KvView& v, int64_t token)
          token % block_tokens * l.index_bytes;
 }
 
-// n numbers to bf16, and nothing behind them: the next row may be in use.
+// Writes n elements as bf16, and nothing after them: the next row may be in use.
 static void write_bf16(const float* x, int64_t n, uint8_t* out) {
   int64_t i = 0;
   for (; i + 16 <= n; i += 16) store_bf16(out + 2 * i, load(x + i));
@@ -59,7 +59,7 @@ static void latent_write(const KvLayout& l, const KvView& v, int64_t start, int6
   }
 }
 
-// Numbers [i, i + n) of a row: with INT8 of one group of the first rank, or of the others.
+// Elements [i, i + n) of a row: with INT8 either within one group of the first rank elements, or within the others.
 static void latent_part(const KvLayout& l, const uint8_t* row, int64_t i, int64_t n, float* out) {
   if (l.type == DSO_KV_F32) {
     memcpy(out, row + 4 * i, 4 * n);
@@ -76,7 +76,7 @@ static void latent_part(const KvLayout& l, const uint8_t* row, int64_t i, int64_
   }
 }
 
-// A row's first rank numbers, and its others where `turned` is given.
+// A row's first rank elements, and its other elements if `turned` is given.
 static void latent_numbers(const KvLayout& l, const uint8_t* row, float* latent, float* turned) {
   if (turned) latent_part(l, row, l.rank, l.rope, turned);
   const int64_t step = l.type == DSO_KV_INT8 ? latent_group : l.rank;
@@ -95,7 +95,7 @@ static void latent_read(const KvLayout& l, const KvView& v, int64_t tokens, floa
   }
 }
 
-// An INT8 row as bf16 numbers; `out` has room for 16 more than rank + rope.
+// An INT8 row as bf16 elements; `out` has room for 16 more than rank + rope.
 static void latent_to_bf16(const KvLayout& l, const uint8_t* row, uint8_t* out) {
   const uint8_t* scales = row + l.rank;
   for (int64_t g = 0; g < l.rank; g += latent_group, scales += 4) {

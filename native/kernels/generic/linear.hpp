@@ -1,4 +1,4 @@
-// The entry of matrix products: by weight format to the integer, FP8 or float kernels.
+// Entry point of matrix products: selects the integer, FP8 or float kernels by weight format.
 #pragma once
 #include "linear_float.hpp"
 #include "linear_fp8.hpp"

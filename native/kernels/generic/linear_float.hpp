@@ -1,13 +1,12 @@
 // y = x W^T + bias for F32 weights with F32 rows, and BF16 weights with BF16 rows.
 //
-// One recipe per variant for any T, tile range and phase: each output is ONE chain of fused multiply-adds, columns ascending
-// (BF16: pairs ascending, a pair as the lanes' dot_bf16 adds it), bias added last. Blocking along columns parks the chain in y
-// and takes it up again, which changes no bit.
+// The same arithmetic per variant for any T, tile range and phase: each output is ONE chain of fused multiply-adds over
+// ascending columns (BF16: ascending pairs, added as in the lanes' dot_bf16), with the bias added last. Blocking along columns
+// stores the chain in y and resumes it, which does not change the result.
 //
-// A lane is an output row; a step is 64 bytes of weights (16 rows x 4 bytes) against 4 broadcast bytes of activations: one F32
-// column, or two BF16 columns. Steps of a tile row lie one after the other, whatever the tile. A block is M tokens x N tiles of
-// accumulators in registers. Few rows stream the weights once (memory bound); more rows walk over a panel of weights that stays
-// in L1.
+// A lane is an output row; a step is 64 bytes of weights (16 rows x 4 bytes) times 4 broadcast bytes of activations: one F32
+// column, or two BF16 columns. Steps of a tile row are contiguous, across tiles. A block is M tokens x N tiles of accumulators
+// in registers. Few rows stream the weights once (limited by memory); more rows process a panel of weights that stays in L1.
 #pragma once
 #include <immintrin.h>
 
@@ -20,29 +19,29 @@
 namespace dso::DSO_ISA_NAMESPACE {
 namespace floating {
 
-// Tokens of a block: widening BF16 without its own instruction takes registers that six tokens would need.
+// Tokens per block: widening BF16 without a bf16 instruction needs registers that six tokens would use.
 template <int format>
 constexpr int max_tokens = registers >= 32 || format == DSO_F32 ? 6 : 4;
 constexpr int step_bytes = 64;
-constexpr int ahead = 1536;                // bytes prefetched beyond a weight that is streamed
-constexpr int64_t panel_bytes = 24 << 10;  // of a 32 or 48 KB L1, leaving room for activations and outputs
+constexpr int ahead = 1536;                // bytes prefetched ahead of streamed weights
+constexpr int64_t panel_bytes = 24 << 10;  // for an L1 of 32 or 48 KB, leaving room for activations and outputs
 
-// Tiles beside each other, so that M x N accumulators, N weights and a broadcast fit the registers.
+// Tiles side by side, so that M x N accumulators, N weights and a broadcast fit into the registers.
 constexpr int tiles_for(int M) { return registers >= 32 ? 4 : M == 1 ? 4 : M == 2 ? 2 : 1; }
 constexpr int64_t panel_steps = panel_bytes / step_bytes / tiles_for(6);
 
-struct Output {       // where a block's results go
+struct Output {       // destination of a block's results
   float* y;           // first token, first tile
   int64_t stride;     // bytes
   int64_t columns;    // outputs that exist from the first tile on; at least one
-  const float* bias;  // at the first tile, or null
-  bool begin, end;    // of the columns: start from zero, add the bias
+  const float* bias;  // for the first tile, or null
+  bool begin, end;    // begin, end of the columns: start from zero, add the bias
 };
 
-// n outputs from p on, as many as a tile has.
+// n outputs from p on, at most as many as a tile has.
 DSO_INLINE F read(const float* p, int64_t n) { return n >= lanes ? load(p) : load(p, n); }
 
-// M tokens x N tiles over `steps` steps. w_next: bytes from a tile row to the next. stream: w comes from memory.
+// M tokens x N tiles over `steps` steps. w_next: bytes from one tile row to the next. stream: w comes from memory.
 template <int format, int M, int N, bool stream>
 static void block(const uint8_t* w, int64_t w_next, const uint8_t* x, int64_t x_stride, int64_t steps, const Output& out) {
   F acc[M][N];
@@ -117,9 +116,9 @@ static void rows(int M, const uint8_t* w, int64_t w_next, const uint8_t* x, int6
 
 struct Job {
   const uint8_t* w;  // packed matrix
-  int64_t w_next;    // bytes of a tile row
-  int64_t steps;     // of a row
-  int64_t outputs;   // of the matrix
+  int64_t w_next;    // bytes per tile row
+  int64_t steps;     // per row
+  int64_t outputs;   // outputs of the matrix
   const float* bias;
   const uint8_t* x;
   int64_t x_stride, T;
@@ -149,21 +148,21 @@ static void stream(const Job& j, int64_t tile, int64_t tile_end) {
 
 // ---- many rows: panels
 
-// N tiles against all rows, the weights `panel_steps` steps at a time.
+// N tiles times all rows, with panels of `panel_steps` steps of weights.
 template <int format, int N>
 static void panels(const Job& j, int64_t tile) {
   const int64_t blocks = (j.T + max_tokens<format> - 1) / max_tokens<format>;
   for (int64_t s = 0; s < j.steps; s += panel_steps) {
     const int64_t steps = j.steps - s < panel_steps ? j.steps - s : panel_steps;
     const uint8_t* w = j.w + tile * j.w_next + s * step_bytes;
-    for (int64_t b = 0, t = 0; b < blocks; b++) {  // blocks of even size: none is left with a single row
+    for (int64_t b = 0, t = 0; b < blocks; b++) {  // blocks of even size, so that none has a single row
       const int M = (int)((b + 1) * j.T / blocks - t);
       Output out = j.output(tile, t);
       out.begin = s == 0;
       out.end = s + steps == j.steps;
       const uint8_t* x = j.x + t * j.x_stride + 4 * s;
       if (b == 0)
-        rows<format, N, true>(M, w, j.w_next, x, j.x_stride, steps, out);  // later ones find the panel in L1
+        rows<format, N, true>(M, w, j.w_next, x, j.x_stride, steps, out);  // later blocks find the panel in L1
       else
         rows<format, N, false>(M, w, j.w_next, x, j.x_stride, steps, out);
       t += M;
@@ -203,7 +202,7 @@ constexpr size_t linear_float_scratch_bytes = 0;
 static void linear_float(const Matrix& w, const float* bias, [[maybe_unused]] int32_t kind, const uint8_t* x, int64_t x_stride,
                          int64_t T, [[maybe_unused]] bool prefill, int64_t tile_begin, int64_t tile_end, float* y,
                          int64_t y_stride, [[maybe_unused]] uint8_t* scratch) {
-  const int64_t groups = (w.cols + 31) / 32, columns = w.format == DSO_F32 ? 1 : 2;  // of a step
+  const int64_t groups = (w.cols + 31) / 32, columns = w.format == DSO_F32 ? 1 : 2;  // columns per step
   const floating::Job job = {
       w.data,  groups * 32 / columns * floating::step_bytes, (w.cols + columns - 1) / columns, w.rows, bias, x, x_stride, T, y,
       y_stride};

@@ -1,12 +1,12 @@
-// y = x W^T + bias for FP8 weights (E4M3, a scale for each block of 128 x 128) with BF16 rows.
+// y = x W^T + bias for FP8 weights (E4M3, one scale per 128 x 128 block) with BF16 rows.
 //
-// One recipe per variant for any T, tile range and phase: codes become bf16 exactly; each output sums the pairs of 128 columns
-// in ONE chain of dot_bf16, ascending from zero; then acc = fma(sum, scale, acc), blocks ascending; bias added last. So a row
-// has the same bits whether codes are expanded as they stream by (few rows: memory bound), or once into a panel that all rows
-// meet in L1.
+// The same arithmetic per variant for any T, tile range and phase: codes are converted to bf16 exactly; each output sums the
+// pairs of 128 columns in ONE chain of dot_bf16, ascending from zero; then acc = fma(sum, scale, acc), blocks ascending; the
+// bias is added last. So a row's bits are the same whether codes are expanded while streaming (few rows: limited by memory) or
+// once into a panel in L1 for all rows.
 //
-// expand_e4m3 gives value / 256: with that every code, subnormals of E4M3 too, is a normal bf16 that one OR makes (dot_bf16
-// takes bf16's own subnormals for zero). The scale makes up for it.
+// expand_e4m3 gives value / 256, so that every code, including subnormals of E4M3, is a normal bf16 built with a single OR
+// (dot_bf16 treats subnormal bf16 as zero). The scale compensates.
 #pragma once
 #include "linear_float.hpp"
 
@@ -17,15 +17,15 @@ using floating::read;
 using floating::tiles_for;
 
 constexpr int64_t tile_bytes = 544, scale_at = 512;
-constexpr int tile_steps = 16;   // a step: two columns
-constexpr int block_tiles = 4;   // of 32 columns, that share a scale
-constexpr int64_t ahead = 4096;  // bytes prefetched beyond what is streamed, of all tile rows together
+constexpr int tile_steps = 16;   // each step has two columns
+constexpr int block_tiles = 4;   // tiles of 32 columns that share a scale
+constexpr int64_t ahead = 4096;  // bytes prefetched ahead of streamed weights, for all tile rows together
 constexpr int max_tokens = floating::max_tokens<DSO_BF16>;
 constexpr int panel_rows = tiles_for(max_tokens);
 
-struct Codes {  // tile rows as packed, from one block of columns on
+struct Codes {  // packed tile rows, from one block of columns on
   const uint8_t* at;
-  int64_t next;  // bytes from a tile row to the next
+  int64_t next;  // bytes from one tile row to the next
   template <int N>
   DSO_INLINE B step(const Codes& w, int n, int tile, int s) {
     return expand_e4m3(w.at + n * w.next + tile * tile_bytes + 32 * s);
@@ -52,8 +52,8 @@ struct Panel {  // the same, expanded: [tile][step][N][64 bytes]
 struct Output {
   float* y;                 // first token, first tile row
   int64_t stride, columns;  // bytes; outputs that exist from there on, at least one
-  const float* bias;        // at the first tile row; null where there is none, or further blocks of columns follow
-  bool first;               // of the blocks of columns
+  const float* bias;        // for the first tile row; null if there is none, or further blocks of columns follow
+  bool first;               // whether this is the first block of columns
 };
 
 template <class W, int M, int N>
@@ -119,7 +119,7 @@ struct Job {
   uint8_t* scratch;
 };
 
-// N tile rows against all rows of x, one block of columns after the other.
+// N tile rows times all rows of x, one block of columns after the other.
 template <int N>
 static void tile_rows(const Job& j, int64_t tile) {
   const int64_t all = (j.w.cols + 31) / 32, next = all * tile_bytes;
@@ -141,7 +141,7 @@ static void tile_rows(const Job& j, int64_t tile) {
       }
     }
     const bool last = g + block_tiles >= all;
-    for (int64_t b = 0, t = 0; b < blocks; b++) {  // blocks of even size: none is left with a single row
+    for (int64_t b = 0, t = 0; b < blocks; b++) {  // blocks of even size, so that none has a single row
       const int M = (int)((b + 1) * j.T / blocks - t);
       const uint8_t* x = j.x + t * j.x_stride + 64 * g;
       const Output out = {(float*)((uint8_t*)j.y + t * j.y_stride) + tile * lanes, j.y_stride, j.w.rows - tile * lanes,

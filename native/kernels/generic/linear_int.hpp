@@ -1,11 +1,11 @@
-// y = x W^T for integer weights (INT8, INT4, Q4_1) and integer activations (Q8, Q16). One numeric recipe for every token
-// count, tile range and ISA: exact int32 dots over groups of 32 columns, then groups ascending
+// y = x W^T for integer weights (INT8, INT4, Q4_1) and integer activations (Q8, Q16). The same arithmetic for every token
+// count, tile range and ISA: exact int32 dot products over groups of 32 columns, then, over ascending groups,
 //   acc = fma(float(dot), scale_w * scale_a, acc);  Q4_1 also  acc = fma(min * scale_a, float(sum a), acc);
 // and y = acc + bias.
 //
-// A few tile rows meet all tokens, 4 at a time, while the tile rows that come next are fetched into L2.
-// Packed tiles are read as they are: unpacking uses ports that dots leave free. Measured on Zen 5, panels of unpacked weights
-// in L1, blocks of K and blocks of tokens by cache size all gained nothing at any token count from 8 to 512.
+// A few tile rows are multiplied by all tokens, 4 at a time, while the next tile rows are prefetched into L2. Packed tiles are
+// read directly: unpacking uses ports that dot products leave free. Measured on Zen 5, panels of unpacked weights in L1, blocks
+// of K and cache-sized blocks of tokens gained nothing at any token count from 8 to 512.
 #pragma once
 #include "int_tiles.hpp"
 
@@ -23,7 +23,7 @@ struct Rows {
 };
 
 // ---- the inner block: M tokens x N tile rows, `row_bytes` apart.
-// acc += the exact dots of one group.
+// acc += the exact dot products of one group.
 template <class W, int M, int N>
 DSO_INLINE void dots(I (&acc)[M][N], const uint8_t* w, int64_t row_bytes, const uint8_t* x, int64_t stride) {
   constexpr bool pairs = W::nibbles && !vnni;
@@ -51,8 +51,8 @@ DSO_INLINE void dots(I (&acc)[M][N], const uint8_t* w, int64_t row_bytes, const 
     for (int n = 0; n < N; ++n) acc[m][n] = pairs ? iadd(acc[m][n], add_pairs(sum[m][n])) : sum[m][n];
 }
 
-// What is asked for ahead of its use: the hardware's own prefetchers stop at every page.
-// Stream: the weights `distance` bytes on, for those that are met by one block of tokens.
+// Prefetching: the hardware's own prefetchers stop at every page.
+// Stream: prefetches weights `distance` bytes ahead, for weights that only one block of tokens uses.
 struct Stream {
   template <class W>
   inline __attribute__((always_inline)) void step(const uint8_t* w) {
@@ -60,10 +60,10 @@ struct Stream {
     for (int64_t i = 0; i < W::bytes; i += 64) __builtin_prefetch(w + distance + i);
   }
 };
-// Ahead: the tile rows that come next, into L2, in equal portions while all blocks of tokens meet the present ones.
+// Ahead: prefetches the next tile rows into L2, in equal portions while all blocks of tokens use the current ones.
 struct Ahead {
   const uint8_t *at, *end;
-  int64_t portion;  // bytes a group, a multiple of 64
+  int64_t portion;  // bytes per group, a multiple of 64
   template <class W>
   inline __attribute__((always_inline)) void step(const uint8_t*) {
     if (at >= end) return;
@@ -72,7 +72,7 @@ struct Ahead {
   }
 };
 
-// All groups of M tokens x N tile rows, by the recipe.
+// All groups of M tokens x N tile rows.
 template <class W, int kind, int M, int N, class Fetch>
 DSO_INLINE void accumulate(F (&acc)[M][N], const uint8_t* w, int64_t row_bytes, const Rows<kind>& x, Fetch& fetch) {
   for (int64_t g = 0; g < x.width / 32; ++g, w += W::bytes) {
@@ -82,7 +82,7 @@ DSO_INLINE void accumulate(F (&acc)[M][N], const uint8_t* w, int64_t row_bytes, 
     for (int m = 0; m < M; ++m)
       for (int n = 0; n < N; ++n) dot[m][n] = kind == DSO_SLOT_Q16 ? izero() : start[m];
     dots<W>(dot, w, row_bytes, x.codes(0) + 32 * g, x.stride);
-    if constexpr (kind == DSO_SLOT_Q16) {  // those were the high bytes
+    if constexpr (kind == DSO_SLOT_Q16) {  // so far the high bytes
       for (int m = 0; m < M; ++m)
         for (int n = 0; n < N; ++n) dot[m][n] = iadd(shl<8>(dot[m][n]), start[m]);
       dots<W>(dot, w, row_bytes, x.codes(0) + x.width + 32 * g, x.stride);
@@ -123,7 +123,7 @@ static void block(const Matrix& w, const Output& out, const Rows<kind>& x, int64
     for (int n = 0; n < N; ++n) finish(out, t + m, tile + n, acc[m][n]);
 }
 
-constexpr int block_rows = 4;  // tokens
+constexpr int block_rows = 4;  // tokens per block
 
 template <int format, int kind, int N, class Fetch>
 static void up_to_a_block(const Matrix& w, const Output& out, const Rows<kind>& x, int64_t t, int64_t tokens, int64_t tile,
@@ -144,7 +144,7 @@ static void up_to_a_block(const Matrix& w, const Output& out, const Rows<kind>& 
 template <int format, int kind, int N>
 static void some_tiles(const Matrix& w, const Output& out, const Rows<kind>& x, int64_t T, int64_t tile) {
   const int64_t groups = x.width / 32, row_bytes = groups * Packed<format>::bytes, blocks = (T + block_rows - 1) / block_rows;
-  const uint8_t* next = w.data + (tile + N) * row_bytes;  // past the last tile row nothing is read, only asked for
+  const uint8_t* next = w.data + (tile + N) * row_bytes;  // past the last tile row nothing is read, only prefetched
   Ahead fetch = {next, next + N * row_bytes, (N * Packed<format>::bytes / blocks + 63) / 64 * 64};
   for (int64_t t = 0; t < T; t += block_rows) up_to_a_block<format, kind, N>(w, out, x, t, T - t, tile, fetch);
 }
@@ -152,13 +152,13 @@ static void some_tiles(const Matrix& w, const Output& out, const Rows<kind>& x, 
 template <int format, int kind>
 static void linear_int(const Matrix& w, const Output& out, const Rows<kind>& x, int64_t T, int64_t begin, int64_t end) {
   int64_t tile = begin;
-  if (T <= block_rows) {  // bound by memory, whose fastest way is one stream
+  if (T <= block_rows) {  // limited by memory, which is fastest with a single stream
     Stream fetch;
     for (; tile < end; ++tile) up_to_a_block<format, kind, 1>(w, out, x, 0, T, tile, fetch);
     return;
   }
   constexpr int N =
-      registers >= 32 && vnni ? 3 : 1;  // 4 x 3 int32 and 4 x 3 float accumulators; dots without VNNI need registers
+      registers >= 32 && vnni ? 3 : 1;  // 4 x 3 int32 and 4 x 3 float accumulators; without VNNI, dot products need registers
   for (; tile + N <= end; tile += N) some_tiles<format, kind, N>(w, out, x, T, tile);
   for (; tile < end; ++tile) some_tiles<format, kind, 1>(w, out, x, T, tile);
 }

@@ -1,9 +1,9 @@
-// Fills the LinearKernels of a variant that differs from another, DSO_BASE, in the dot products of integers alone; included
-// once, behind its lanes. As linear.inl: nothing of the standard library that emits code.
+// Defines the LinearKernels of a variant that differs from another, DSO_BASE, only in integer dot products; included once,
+// after its lanes. As in linear.inl: nothing from the standard library that emits code.
 #include "../kernels.hpp"
 #include "dso.h"
 #include "math.hpp"
-// After math.hpp: they use its names.
+// After math.hpp, whose names they use.
 #include "convert.hpp"
 #include "linear_int.hpp"
 
@@ -21,6 +21,6 @@ static void linear(const Matrix& w, const float* bias, int32_t kind, const uint8
   DSO_BASE::linear_kernels.linear(w, bias, kind, x, x_stride, T, prefill, tile_begin, tile_end, y, y_stride, scratch);
 }
 
-extern const LinearKernels linear_kernels;  // without this, a const object would be of this unit alone
+extern const LinearKernels linear_kernels;  // `extern`, because a const object would otherwise be local to this unit
 const LinearKernels linear_kernels = {.linear = linear, .linear_scratch = 0};
 }  // namespace dso::DSO_ISA_NAMESPACE

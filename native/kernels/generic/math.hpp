@@ -1,4 +1,4 @@
-// What every ISA's lanes have in common: elementary functions, to the same bits, conversions of single numbers, stores.
+// Functions shared by the lanes of every ISA: elementary functions with bitwise equal results, scalar conversions, stores.
 #ifndef DSO_MATH_HPP  // not #pragma once: test_lanes includes it for several ISAs
 #define DSO_MATH_HPP
 
@@ -7,7 +7,7 @@ namespace dso::DSO_ISA_NAMESPACE {
 // e^x with a relative error below 1e-7 where the result is normal; exp(-inf) = 0, exp(inf) = inf, NaN stays NaN.
 // x = n ln2 + r, |r| <= ln2/2; e^r by Cephes' expf polynomial, then scaled by 2^n.
 DSO_INLINE F exp(F x) {
-  x = min(set(89.0f), max(set(-104.0f), x));  // e^89 overflows, e^-104 rounds to 0; a NaN in the second operand stays
+  x = min(set(89.0f), max(set(-104.0f), x));  // e^89 overflows, e^-104 rounds to 0; a NaN in the second operand is preserved
   const F n = round(mul(x, set(1.44269504f)));
   F r = fnma(n, set(0.693359375f), x);  // ln2 in two parts: n times the first is exact
   r = fnma(n, set(-2.12194440e-4f), r);
@@ -45,7 +45,7 @@ DSO_INLINE float from_bf16(uint16_t x) {
   return f;
 }
 
-// n numbers, 16 at most count: a masked store costs many times a plain one on AVX2.
+// Stores n elements, at most 16: a masked store costs many times a plain one on AVX2.
 DSO_INLINE void store_some(float* p, F x, int64_t n) {
   if (n >= 16) return store(p, x);
   store(p, x, n);

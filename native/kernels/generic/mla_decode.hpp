@@ -1,16 +1,14 @@
-// Multi-head latent attention, absorbed (DeepSeek-V2, section 2.1.2): all heads attend to the same rows of rank + rope numbers,
-// as they lie in the cache, and the weighted sums are of their first rank numbers. Up to 16 heads of one query row against a
-// chunk of up to 256 tokens.
+// Multi-head latent attention, absorbed (DeepSeek-V2, section 2.1.2): all heads attend to the same rows of rank + rope
+// elements, read directly from the cache, and the weighted sums are of their first rank elements. Up to 16 heads of one query
+// row times a chunk of up to 256 tokens.
 //
-//   q K^T  lanes are heads, so softmax is vertical. q is packed [steps][16 heads], a step being 4 bytes of a row: one fp32
-//          number or two bf16 ones; a step of each token's row is broadcast against it. scale * log2(e) lies in q
-//          (attention.hpp).
-//   p V    lanes are columns of the rows, 32 at a time; with bf16, two tokens' rows are paired up in registers. Weights,
-//   rounded
-//          to bf16 where the rows are, are broadcast: fp32 [tokens][16 heads], or bf16 [tokens / 2][16 heads][2].
+//   q K^T  lanes are heads, so softmax is vertical. q is packed [steps][16 heads], where a step is 4 bytes of a row: one fp32
+//          element or two bf16 ones; a step of each token's row is broadcast. scale * log2(e) is part of q (attention.hpp).
+//   p V    lanes are columns of the rows, 32 at a time; with bf16, two tokens' rows are paired in registers. Weights, rounded
+//          to bf16 if the rows are, are broadcast: fp32 [tokens][16 heads], or bf16 [tokens / 2][16 heads][2].
 //
-// A row of q sees some consecutive tokens of the chunk and never multiplies with another: what lies around, NaN too, cannot
-// reach it. Sums over a row's numbers and over tokens run in a fixed order, head by head, so no bit depends on company.
+// A row of q sees consecutive tokens of the chunk and is never multiplied by others: hidden tokens, even NaN, cannot reach it.
+// Sums over a row's elements and over tokens have a fixed order per head, so no bit depends on other rows or heads.
 #pragma once
 #include "attention.hpp"  // log2e, minus_infinity
 #include "latent.hpp"
@@ -18,7 +16,7 @@
 namespace dso::DSO_ISA_NAMESPACE {
 namespace mla {
 
-// What a step of 4 bytes holds, and how two of them are multiplied and added up.
+// The contents of a 4-byte step, and how two steps are multiplied and added.
 struct Single {
   static constexpr int64_t depth = 1;
   DSO_INLINE F multiply(F acc, const uint8_t* across, const uint8_t* spread) {
@@ -34,24 +32,24 @@ struct Pair {
   }
 };
 
-constexpr int tokens_wide = registers >= 32 ? 8 : 4;  // tokens whose logits are summed beside each other,
-constexpr int chains = registers >= 32 ? 2 : 1;       // each in so many sums, to hide the latency of adding
-constexpr int heads_wide = registers >= 32 ? 8 : 2;   // heads whose 32 columns are summed beside each other
-constexpr int64_t step_bytes = 64;                    // of 16 heads
-constexpr int64_t line_steps = 16;                    // steps of a row in a cache line
+constexpr int tokens_wide = registers >= 32 ? 8 : 4;  // tokens whose logits are computed side by side,
+constexpr int chains = registers >= 32 ? 2 : 1;       // each with several sums, to hide the latency of additions
+constexpr int heads_wide = registers >= 32 ? 8 : 2;   // heads whose 32 columns are computed side by side
+constexpr int64_t step_bytes = 64;                    // for 16 heads
+constexpr int64_t line_steps = 16;                    // steps of a row per cache line
 
 struct Scratch {
-  alignas(64) float s[attn_chunk * mla_heads];         // logits, then weights where these are fp32
+  alignas(64) float s[attn_chunk * mla_heads];         // logits, then weights if these are fp32
   alignas(64) uint8_t p[attn_chunk / 2 * step_bytes];  // weights in bf16
   const uint8_t* rows[attn_chunk + 2 * tokens_wide];   // of the tokens, then of `nothing`
   uint8_t* nothing;                                    // a row of zeros
-};  // behind it: that row, then INT8 rows in bf16
+};  // followed by that row, then INT8 rows as bf16
 
 DSO_INLINE int64_t width(const KvLayout& l) { return l.rank + l.rope; }
 DSO_INLINE int64_t steps(const KvLayout& l) { return l.type == DSO_KV_F32 ? width(l) : width(l) / 2; }
-DSO_INLINE int64_t room_bytes(const KvLayout& l) { return round_up(4 * steps(l) + 64, 64); }  // of a row in scratch
+DSO_INLINE int64_t room_bytes(const KvLayout& l) { return round_up(4 * steps(l) + 64, 64); }  // per row in scratch
 
-// Logits [M tokens][16 heads]. The M rows that follow are fetched meanwhile.
+// Logits [M tokens][16 heads]. Prefetches the M rows that follow.
 template <class Step, int M>
 static void logits(const uint8_t* q, const uint8_t* const* rows, int64_t n_steps, float* s) {
   const uint8_t* row[M];
@@ -80,10 +78,10 @@ static void logits(const uint8_t* q, const uint8_t* const* rows, int64_t n_steps
 }
 
 struct Softmax {
-  F m, l;  // of 16 heads
+  F m, l;  // for 16 heads
 };
 
-// Logits of n tokens to weights 2^(logit - m): in place, or to pairs of bf16.
+// Converts logits of n tokens to weights 2^(logit - m): in place, or to pairs of bf16.
 template <class Step>
 DSO_INLINE Softmax weigh(float* s, int64_t n, uint8_t* p) {
   F m = set(minus_infinity());
@@ -105,7 +103,7 @@ DSO_INLINE Softmax weigh(float* s, int64_t n, uint8_t* p) {
   return {m, add(even, odd)};
 }
 
-// 32 bf16 numbers, of which n exist.
+// 32 bf16 elements, of which n exist.
 template <bool whole>
 DSO_INLINE B numbers(const uint8_t* p, int64_t n) {
   if constexpr (whole) return load_bytes(p);
@@ -114,7 +112,7 @@ DSO_INLINE B numbers(const uint8_t* p, int64_t n) {
   return load_bytes(room);
 }
 
-// Weighted sums of `n` columns (32 where whole) from `column` on, for H heads whose weights p points at.
+// Weighted sums of `n` columns (32 if whole) from `column` on, for H heads whose weights p points at.
 template <class Step, int H, bool whole>
 static void values(const uint8_t* p, const uint8_t* const* rows, const uint8_t* nothing, int64_t tokens, int64_t column,
                    int64_t n, F (&acc)[H][2]) {
@@ -188,7 +186,7 @@ static int64_t mla_query_bytes(const KvLayout& l) { return mla::steps(l) * mla::
 static void mla_query(const KvLayout& l, const float* q, int64_t heads, float scale, uint8_t* packed) {
   const int64_t steps = mla::steps(l), width = mla::width(l), depth = width / steps;
   const F factor = set(scale * log2e);
-  alignas(64) uint8_t block[mla_heads][64] = {};  // 16 steps of each head
+  alignas(64) uint8_t block[mla_heads][64] = {};  // 16 steps per head
   for (int64_t s = 0; s < steps; s += 16) {
     for (int64_t h = 0; h < heads; ++h)
       for (int64_t i = 0; i < depth; ++i) {

@@ -1,9 +1,8 @@
-// Multi-head latent attention, expanded: keys and values of one head are made out of a chunk's latents, laid out as a cache
-// block holds them (kv.hpp), and attention's tiles go over them: for many rows of q that costs less than attending to the
-// latents.
+// Multi-head latent attention, expanded: keys and values of one head are computed from a chunk's latents, laid out as in a
+// cache block (kv.hpp), and processed by attention's tiles: for many rows of q this costs less than attending to the latents.
 //
 // A row's bits depend on its own q and the tokens it sees, as in attention.hpp. Values of other tokens may be NaN or infinite;
-// a block that holds such is taken row by row, with zeros for what the row does not see.
+// a block with such values is processed row by row, with zeros for hidden tokens.
 #pragma once
 #include "attention.hpp"
 #include "attention_prefill.hpp"
@@ -12,7 +11,7 @@
 namespace dso::DSO_ISA_NAMESPACE {
 namespace expanded {
 
-struct Panels {  // of a chunk; blocks as HeadLayout has them lie behind it
+struct Panels {  // for one chunk; followed by blocks laid out as in HeadLayout
   int64_t tokens;
   bool poisoned[chunk_blocks];  // a value is NaN or infinite
 };
@@ -44,7 +43,7 @@ static void write_values(const MlaHead& h, const HeadLayout& l, const float* v, 
   }
 }
 
-struct Task {  // rows [r0, r1) of a sequence against a chunk
+struct Task {  // rows [r0, r1) of a sequence times a chunk
   const float* q;
   int64_t q_stride, r0, r1, ctx;
   VisibleTokens sight;
@@ -54,8 +53,7 @@ struct Task {  // rows [r0, r1) of a sequence against a chunk
   Span row(int64_t r) const { return visible(ctx, sight, r); }
 };
 
-// Rows [begin, end) of one tile. Where they are one row alone, blocks that hold a NaN or infinity and that it sees in part are
-// cleaned.
+// Rows [begin, end) of one tile. For a single row, partly visible blocks that contain a NaN or infinity are cleaned.
 template <Read T>
 static void attend_tile(const MlaHead& h, const uint8_t* panels, int64_t start, const Task& t, int64_t begin, int64_t end,
                         Workspace& w) {
@@ -100,7 +98,7 @@ static void attend_head(const MlaHead& h, const uint8_t* panels, int64_t start, 
   while (last > first && !sees(last - 1)) --last;
 
   const int64_t count = last - first, tiles = (count + tile_rows - 1) / tile_rows;
-  for (int64_t i = 0; i < tiles; ++i) {  // of equal size, or nearly
+  for (int64_t i = 0; i < tiles; ++i) {  // of equal or nearly equal size
     const int64_t begin = first + count * i / tiles, end = first + count * (i + 1) / tiles;
     const Span early = t.row(begin), late = t.row(end - 1);
     bool poisoned = false;  // by a token that not every row sees

@@ -1,5 +1,5 @@
-// Packing and unpacking of weights, all formats of dso.h. The rule to the bit is in docs/contracts.md;
-// src/deepseek_optimizer/quant/ is its definition in torch.
+// Packs and unpacks weights in all formats of dso.h. The exact rule is in docs/contracts.md; src/deepseek_optimizer/quant/
+// defines it in torch.
 //
 // A tile's 16 rows are transposed, so that a lane is a row: extrema, scales and codes of 16 groups are computed side by side
 // without a horizontal step, and four code vectors joined are already the tile's layout. Transposition and the fp16 rounding
@@ -61,7 +61,7 @@ static inline void read_row(int32_t src_type, const uint8_t* src, int64_t n, flo
   }
 }
 
-// rows x cols of 32-bit items, in[rows][cols] -> out[cols][rows]; both multiples of 4. Moves bits, whatever they mean.
+// rows x cols of 32-bit items, in[rows][cols] -> out[cols][rows]; both multiples of 4. Moves bits of any type.
 template <int rows, int cols>
 static inline void transpose(const void* in, void* out) {
   const float* a = (const float*)in;
@@ -83,11 +83,12 @@ static inline void transpose(const void* in, void* out) {
 
 static inline bool finite16(uint16_t h) { return (h & 0x7c00) != 0x7c00; }
 
-// The first element of largest magnitude in row r, where the largest and the least are opposite.
+// The first element with the largest magnitude in row r, where the maximum and the minimum have equal magnitude and opposite
+// signs.
 static inline float first_of_largest(const float (*t)[R], int r, float magnitude) {
   for (int k = 0; k < C; k++)
     if (t[k][r] == magnitude || t[k][r] == -magnitude) return t[k][r];
-  return magnitude;  // not reached: the magnitude was found among these
+  return magnitude;  // not reached: the magnitude is that of one of these
 }
 static inline F largest_of(const float (*t)[R], F high, F low) {
   alignas(64) float hi[R], lo[R], e[R];
@@ -96,15 +97,16 @@ static inline F largest_of(const float (*t)[R], F high, F low) {
   return load(e);
 }
 
-// The numbers of 16 groups, t[column][row] of which n columns are real; written as fp16, and returned as decoding reads them,
-// but zero instead of a scale that is NaN. Rows without a usable scale are blanked in t: their codes are the code of zero.
+// Scales (and minima) of 16 groups, t[column][row], of which n columns exist; written as fp16, and returned as decoding reads
+// them, except that a NaN scale is returned as zero. Rows without a usable scale are blanked in t: their codes are the code of
+// zero.
 template <int format>
 static inline Numbers numbers_of(float (*t)[R], int n, const float* importance, uint16_t* scale16, uint16_t* min16) {
   alignas(64) float bad[R], settled[R];
   F hi = load(t[0]), lo = hi, nan = mul(hi, zero());
   for (int k = 1; k < n; k++) {
     const F x = load(t[k]);
-    hi = max(hi, x), lo = min(lo, x), nan = fma(x, zero(), nan);  // NaN and infinity times zero stay NaN
+    hi = max(hi, x), lo = min(lo, x), nan = fma(x, zero(), nan);  // NaN and infinity times zero are NaN
   }
   store(bad, nan);
   [[maybe_unused]] F largest = zero();
@@ -177,11 +179,11 @@ static inline void pack_bf16(const float* staged, uint8_t* dst) {
   transpose<R, C / 2>(rows, dst);  // pairs of columns move together
 }
 
-// ---- a band of FP8: 128 rows, whose blocks of 128 columns have a scale each
+// ---- a band of FP8: 128 rows, with one scale per 128 columns
 
 constexpr int E4M3_BLOCK = 128;
 
-// Nearest even; |x| <= 448. Below 2^-6 numbers are multiples of 2^-9, as a sum with 2^14 rounds them.
+// Nearest even; |x| <= 448. Below 2^-6 values are multiples of 2^-9, which adding 2^14 rounds to.
 static inline uint8_t to_e4m3(float x) {
   uint32_t u, small;
   memcpy(&u, &x, 4);
@@ -202,7 +204,7 @@ static inline float from_e4m3(uint8_t code) {
   return code & 0x80 ? -x : x;
 }
 
-// max|W| / 448 of a block, `rows` x `cols` of it real; NaN where a number is NaN or infinite.
+// max|W| / 448 of a block, of which `rows` x `cols` exist; NaN if an element is NaN or infinite.
 static inline float scale_of_block(int32_t src_type, const uint8_t* src, int64_t stride, int64_t rows, int64_t cols) {
   F most = zero(), nan = zero();
   for (int64_t r = 0; r < rows; r++)
@@ -243,7 +245,7 @@ static void pack_band_fp8(int32_t src_type, const uint8_t* src, int64_t stride, 
   }
 }
 
-// ---- one row back
+// ---- unpacking one row
 
 // Columns [0, 32) of row r of a tile.
 template <int format>
@@ -330,7 +332,8 @@ static void unpack_rows(const Matrix& w, int64_t begin, int64_t end, float* out,
     embed_row(w, (int32_t)row, 1.0f, (float*)((uint8_t*)out + (row - begin) * stride));
 }
 
-// One tile row: rows [16 tile, 16 tile + 16) of src, whose rows are `stride` bytes apart, to their place in dst. FP8: 128 rows.
+// One tile row: rows [16 tile, 16 tile + 16) of src, whose rows are `stride` bytes apart, packed to their place in dst. FP8:
+// 128 rows.
 static void pack_tile(int32_t format, int32_t src_type, const void* src, int64_t rows, int64_t cols, int64_t stride,
                       const float* importance, int64_t tile, uint8_t* dst) {
   using namespace packing;

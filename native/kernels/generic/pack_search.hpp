@@ -1,5 +1,5 @@
-// The scale (and minimum) of a group of 32 weights: ggml's own first, then those that may have a smaller weighted error. The
-// rule to the bit is in docs/contracts.md, its definition in src/deepseek_optimizer/quant/search.py, int4.py and q4_1.py.
+// Chooses the scale (and minimum) of a group of 32 weights: ggml's own first, then candidates that may have a smaller weighted
+// error. The exact rule is in docs/contracts.md, its definition in src/deepseek_optimizer/quant/search.py, int4.py and q4_1.py.
 //
 // A lane is a row: 16 groups are searched side by side, and their sums run over the columns in order.
 #pragma once
@@ -41,8 +41,8 @@ static inline F as_f16(F x) {  // rounded to fp16, as float
   return load_f16(half);
 }
 
-// 16 groups, x[column][row]. n: how many columns are real. importance: weights of the columns' errors; null: the elements'
-// magnitude.
+// 16 groups, x[column][row]. n: number of existing columns. importance: weights of the columns' errors; null: the elements'
+// magnitudes.
 struct Groups {
   const float (*x)[R];
   int n;
@@ -51,7 +51,7 @@ struct Groups {
   F weight(int k) const { return importance ? set(importance[k]) : abs(load(x[k])); }
 };
 
-struct Numbers {  // of each group; exact in fp16
+struct Numbers {  // per group; exact in fp16
   F scale, least;
 };
 
@@ -66,7 +66,7 @@ static inline F above_least(F x, F least) {
 }
 static inline F within(F x, F limit) {
   return min(limit, max(sub(zero(), limit), x));
-}  // NaN stays: max and min hand on the second
+}  // NaN is preserved: max and min return the second operand
 
 template <int format>
 static inline F weighted_error(const Groups& t, const Numbers& with) {
@@ -79,9 +79,10 @@ static inline F weighted_error(const Groups& t, const Numbers& with) {
   return total;
 }
 
-constexpr float refit = 1.0f / 16, shift = 0.5f;  // how far a fit moves a scale, in terms of itself, and a minimum, in steps
+constexpr float refit = 1.0f / 16,
+                shift = 0.5f;  // how far a refit may move a scale, relative to itself, and a minimum, in steps
 
-// The numbers of least weighted error for the codes that `old` gives, not far from it.
+// The scale and minimum with the smallest weighted error for the codes of `old`, within a limited distance from it.
 template <int format>
 static inline Numbers fitted(const Groups& t, const Numbers& old) {
   const F inverse = inverse_of(old.scale);
@@ -115,17 +116,17 @@ struct Best {
   }
 };
 
-// What the element of largest magnitude becomes, in steps: `first` is ggml's and the only one without importance.
+// Target code of the element with the largest magnitude: `first` is ggml's and the only one without importance.
 constexpr float ends[] = {-6.5f, -7, -7.5f, -8.5f, -9, -9.5f, 6.5f, 7, 7.5f, 8, 8.5f, 9, 9.5f};
 constexpr float first_end = -8;
-// What is left off of a group's range at either end, in 32nds: none is ggml's choice.
+// Fractions of a group's range to cut off at either end, in 32nds, below this limit: zero is ggml's choice.
 constexpr int trims = 4;
 
-// The element of largest magnitude is `largest` (INT4), or the elements reach from `low` to `high` (Q4_1).
+// `largest`: the element with the largest magnitude (INT4); `low`, `high`: the range of the elements (Q4_1).
 static inline Numbers first_int4(F largest) { return {as_f16(div(largest, set(first_end))), zero()}; }
 static inline Numbers first_q4_1(F low, F high) { return {as_f16(div(sub(high, low), set(15))), as_f16(low)}; }
 
-// `settled`: lanes below zero are searched, the others keep the first choice.
+// `settled`: only lanes below zero are searched, the others keep the first choice.
 static inline Numbers search_int4(const Groups& t, const Numbers& first, F settled, F largest) {
   Best<DSO_INT4> best{t, first, less(settled, zero(), weighted_error<DSO_INT4>(t, first), zero())};
   if (t.importance)

@@ -1,12 +1,12 @@
-// Cached keys moved to other positions, a block at a time and in place. RoPE turns compose: a key made at one position and
-// turned by the difference of two angles is the key of the other, up to what its storage rounds.
+// Rotates cached keys to other positions, one block at a time and in place. RoPE rotations compose: a key computed at one
+// position and rotated by the difference of two angles equals the key at the other position, up to the rounding of its storage.
 #pragma once
 #include "elementwise.hpp"
 #include "latent.hpp"
 
 namespace dso::DSO_ISA_NAMESPACE {
 
-// A K panel in numbers, [head_dim][32 tokens], lanes being tokens.
+// A K panel as floats, [head_dim][32 tokens]; lanes are tokens.
 static void rotate_panel(float* x, const Rotation& turn) {
   const int64_t half = turn.rot / 2;
   for (int64_t i = 0; i < half; ++i) {
@@ -39,7 +39,7 @@ static void rotate_bf16_panel(uint8_t* panel, int64_t d, const Rotation& turn) {
     }
 }
 
-// int8_row's rule for each token: a key may have another largest number once it is turned.
+// int8_row's rule for each token: the maximum of a key may change when it is rotated.
 static void rotate_int8_panel(uint8_t* panel, float* scales, int64_t d, const Rotation& turn) {
   float x[max_head_dim * block_tokens];
   for (int64_t t = 0; t < block_tokens; t += lanes) {
@@ -83,7 +83,7 @@ static void kv_rotate(const KvLayout& l, const KvView& v, int64_t block, const R
   }
 }
 
-// The numbers of a row that turn; only those are rounded again.
+// The rotated elements of a row; only these are rounded again.
 static void rotate_row(uint8_t* numbers, bool single, const Rotation& turn, int64_t slot, float* room) {
   const float* table = turn.table + slot * turn.rot;
   uint8_t* at = numbers + turn.offset * (single ? 4 : 2);
@@ -99,7 +99,7 @@ static void latent_rotate(const KvLayout& l, const KvView& v, int64_t block, con
   for (int64_t slot = 0; slot < block_tokens; ++slot) {
     const int64_t token = block * block_tokens + slot;
     rotate_row(latent_row(l, v, token) + l.row_bytes - (single ? 4 : 2) * l.rope, single, key, slot,
-               room);  // the row's last numbers
+               room);  // the row's last elements
     if (index) rotate_row(index_row(l, v, token), single, *index, slot, room);
   }
 }

@@ -1,9 +1,9 @@
-// Fills this variant's RowKernels; included once, behind its lanes. As linear.inl: nothing of the standard library that emits
-// code.
+// Defines this variant's RowKernels; included once, after its lanes. As in linear.inl: nothing from the standard library that
+// emits code.
 #include "../kernels.hpp"
 #include "dso.h"
 #include "math.hpp"
-// After math.hpp: they use its names.
+// After math.hpp, whose names they use.
 #include "convert.hpp"
 #include "elementwise.hpp"
 #include "elementwise_ops.hpp"
@@ -15,7 +15,7 @@
 #include "summaries.hpp"
 
 namespace dso::DSO_ISA_NAMESPACE {
-extern const RowKernels row_kernels;  // without this, a const object would be of this unit alone
+extern const RowKernels row_kernels;  // `extern`, because a const object would otherwise be local to this unit
 const RowKernels row_kernels = {
     .elementwise_ops = elementwise_ops,
     .elementwise_count = sizeof elementwise_ops / sizeof *elementwise_ops,

@@ -1,11 +1,11 @@
-// What a cache keeps of full blocks besides their tokens: the element-wise largest and smallest of the block's keys, and the
-// estimates that are made of them (Tang et al. 2024, Quest): no key of a block has a larger product with q than
+// Summaries of full blocks: the element-wise maximum and minimum of the block's keys, and the estimates computed from them
+// (Tang et al. 2024, Quest): no key of a block has a larger product with q than
 //
 //   e = sum over d of max(q_d largest_d, q_d smallest_d) = max(q, 0) . largest + min(q, 0) . smallest
 //
-// The summaries of 32 blocks of the cache, of one layer and kv head, are a panel as K's are (kv.hpp), blocks in place of tokens
-// and largest's rows before smallest's: the estimates of 32 blocks are one product. Blocks are written one by one, each its own
-// column. A latent row is one key of all heads.
+// The summaries of 32 blocks of the cache, for one layer and kv head, form a panel like K's (kv.hpp), with blocks in place of
+// tokens and the maxima's rows before the minima's: the estimates of 32 blocks are one product. Blocks are written one by one,
+// each to its own column. A latent row is one key of all heads.
 #pragma once
 #include "attention.hpp"
 #include "latent.hpp"
@@ -17,7 +17,7 @@ DSO_INLINE uint8_t* summary_panel(const KvLayout& l, const KvView& v, int64_t kv
   return v.summaries + panel * v.summary_stride + kv_head * l.summary_bytes;
 }
 
-// n numbers into a block's column of the rows at `rows`.
+// Writes n elements to a block's column of the rows at `rows`.
 static void write_column(int32_t type, const float* x, int64_t n, uint8_t* rows, int64_t column) {
   for (int64_t i = 0; i < n; i += 16) {
     uint16_t rounded[16];
@@ -31,7 +31,7 @@ static void write_column(int32_t type, const float* x, int64_t n, uint8_t* rows,
   }
 }
 
-// Numbers [i, i + n) of a full block's summary; i is even.
+// Elements [i, i + n) of a full block's summary; i is even.
 static void write_summary(const KvLayout& l, const KvView& v, int64_t kv_head, int64_t block, int64_t i, int64_t n,
                           const float* largest, const float* smallest) {
   uint8_t* rows = summary_panel(l, v, kv_head, v.table[block] / summary_blocks) + (l.type == DSO_KV_F32 ? i : i / 2) * 128;
@@ -40,7 +40,7 @@ static void write_summary(const KvLayout& l, const KvView& v, int64_t kv_head, i
   write_column(l.type, smallest, n, rows + l.summary_bytes / 2, column);
 }
 
-// 16 tokens' numbers i of the keys; with BF16 also i + 1.
+// Element i of 16 tokens' keys; with BF16 also i + 1.
 DSO_INLINE void key_numbers(const KvLayout& l, const HeadLayout& h, const uint8_t* head, int64_t i, int64_t token, F (&x)[2]) {
   if (l.type == DSO_KV_F32) {
     x[0] = load((const float*)head + i * block_tokens + token);
@@ -72,7 +72,7 @@ static void kv_summarise(const KvLayout& l, const KvView& v, int64_t block) {
   }
 }
 
-// A latent's, some columns of all its rows at a time.
+// For a latent cache, several columns of all its rows at a time.
 static void latent_summarise(const KvLayout& l, const KvView& v, int64_t block) {
   const int64_t width = summary_width(l);
   for (int64_t i = 0, n; i < width; i += n) {
@@ -91,8 +91,8 @@ static void latent_summarise(const KvLayout& l, const KvView& v, int64_t block) 
   }
 }
 
-// Rows of q, split in what meets the largest and what meets the smallest numbers; and in slices, each a tile as `product` reads
-// it.
+// Rows of q, split into the factors of the maxima and of the minima, and into slices, each a tile in the form that `product`
+// reads.
 constexpr int64_t slice_width = max_head_dim;
 constexpr int64_t slice_bytes = tile_rows * row_stride * 4;
 static_assert(2 * max_summary_width / slice_width * slice_bytes <= (int64_t)sizeof(Workspace::room));
@@ -117,7 +117,7 @@ static void split_query(const float* q, int64_t width, int r, Workspace& w) {
   }
 }
 
-// Estimates of P panels, of `left` that lie before the end, for the R rows in w.
+// Estimates of P panels, `left` of which remain before the end, for the R rows in w.
 template <Read T, int R, int P>
 static void estimate(const KvLayout& l, const KvView& v, int64_t kv_head, const int32_t* panels, int64_t left, Workspace& w,
                      float* estimates, int64_t stride) {
@@ -181,10 +181,10 @@ static void block_scores(const float* estimates, int64_t stride, int64_t group, 
   for (int64_t h = 0; h < group; ++h, estimates += stride) {
     F top = none;
     for (int64_t i = 0; i < n; i += 16)
-      top = max(keep(load(estimates + i, n - i), 0, n - i, none), top);  // of a NaN: what there was
+      top = max(keep(load(estimates + i, n - i), 0, n - i, none), top);  // NaN: keeps the previous value
     const F most = set(largest(top));
     for (int64_t i = 0; i < n; i += 16) {
-      const F score = min(sub(load(estimates + i, n - i), most), set(-minus_infinity()));  // of a NaN: infinity
+      const F score = min(sub(load(estimates + i, n - i), most), set(-minus_infinity()));  // NaN: infinity
       store_some(scores + i, h == 0 ? score : max(score, load(scores + i, n - i)), n - i);
     }
   }

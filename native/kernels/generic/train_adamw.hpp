@@ -1,5 +1,5 @@
-// AdamW of one tensor (Loshchilov and Hutter 2019) in one pass, and the squares of its gradient. The arithmetic is that of
-// train/ops/adamw.py, operation by operation and without fused products, to the same bits.
+// AdamW on one tensor (Loshchilov and Hutter 2019) in one pass, and the squares of its gradient. The arithmetic is that of
+// train/ops/adamw.py, operation by operation and without fused products, with bitwise equal results.
 #pragma once
 
 namespace dso::DSO_ISA_NAMESPACE {
@@ -8,7 +8,7 @@ struct Moments {
   F m, v;
 };
 
-// ---- masters: the fp32 weights and how they are kept
+// ---- master weights: the fp32 weights and how they are stored
 template <int master>
 DSO_INLINE F load_weights(const dso_train_update& u, int64_t i, int64_t n) {
   if constexpr (master == DSO_MASTER_NONE) {
@@ -30,7 +30,7 @@ DSO_INLINE void store_weights(const dso_train_update& u, int64_t i, int64_t n, F
     store_some((float*)u.parameter + i, x, n);
   } else if constexpr (master == DSO_MASTER_STOCHASTIC) {
     store_upper((uint16_t*)u.parameter + i, round_by_chance(x, iand(random_bits(i, key, second), iset(0xffff))), n);
-  } else {  // the nearest bf16, of two the one farther from zero; what is left of the bits fits 16 with a sign
+  } else {  // the nearest bf16, ties away from zero; the difference of the bits fits into 16 bits with a sign
     const I all = bits(where_nan(x, set(__builtin_nanf("")), x));
     const I upper = iand(iadd(all, iset(0x8000)), iset((int32_t)0xffff0000));
     store_upper((uint16_t*)u.parameter + i, from_bits(upper), n);
@@ -40,7 +40,7 @@ DSO_INLINE void store_weights(const dso_train_update& u, int64_t i, int64_t n, F
   }
 }
 
-// ---- moments in 8 bits by blocks of 256, after FlashOptim (arXiv 2602.23349): m by softsign, v by its root
+// ---- 8-bit moments in blocks of 256, after FlashOptim (arXiv 2602.23349): m by softsign, v by its root
 constexpr int64_t block = 256;
 struct Block {
   alignas(64) float m[block], root[block];
@@ -57,7 +57,7 @@ DSO_INLINE void store_codes(void* p, int64_t i, int64_t n, I codes, bool is_sign
   is_signed ? store_i8(to, codes) : store_u8(to, codes);
   if (n < 16) memcpy((uint8_t*)p + i, few, (size_t)fewer<uint8_t>(n));
 }
-DSO_INLINE float inverse_of(float scale) {  // 0 where it overflows: such a block counts as zeros
+DSO_INLINE float inverse_of(float scale) {  // 0 if it overflows: such a block counts as zeros
   const float inverse = 1.0f / scale;
   return inverse <= 3.4028234664e38f ? inverse : 0.0f;
 }
@@ -82,7 +82,7 @@ DSO_INLINE void store_block(const dso_train_update& u, int64_t begin, int64_t n,
     const F y = mul(load(b.m + i), to_m), soft = div(add(y, y), add(set(1.0f), abs(y)));
     store_codes(u.m, begin + i, n - i, to_int(mul(soft, set(127.0f))), true);
     const F root = load(b.root + i), code = round(mul(mul(root, to_root), set(255.0f)));
-    // A root that is not zero stays so: what is divided by it would explode.
+    // A nonzero root stays nonzero: dividing by it would otherwise overflow.
     store_codes(u.v, begin + i, n - i, to_int(less(zero(), root, max(code, set(1.0f)), code)), false);
   }
 }
@@ -153,7 +153,7 @@ static void adamw(const dso_train_update& u, int64_t begin, int64_t end) {
     adamw_masters<float>(u, begin, end);
 }
 
-// ---- the sum of squares, in double, in an order of its own, and how many numbers are not finite
+// ---- the sum of squares, in double and in a fixed order, and the number of non-finite elements
 template <class T>
 static void squares_of(const T* x, int64_t n, double* squares, int64_t* not_finite) {
   D sums[2] = {no_squares(), no_squares()};

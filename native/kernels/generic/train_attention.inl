@@ -1,5 +1,5 @@
-// Fills this variant's TrainAttention; included once, behind its lanes. As linear.inl: nothing of the standard library that
-// emits code. A variant with tile registers includes its tiles too, and defines DSO_TILES.
+// Defines this variant's TrainAttention; included once, after its lanes. As in linear.inl: nothing from the standard library
+// that emits code. A variant with tile registers also includes its tiles, and defines DSO_TILES.
 #include "train_attention_backward.hpp"
 #include "train_attention_forward.hpp"
 
@@ -27,6 +27,6 @@ void backward(const TrainAttnTask& t, uint8_t* scratch) {
 
 }  // namespace
 
-extern const TrainAttention train_attention;  // without this, a const object would be of this unit alone
+extern const TrainAttention train_attention;  // `extern`, because a const object would otherwise be local to this unit
 const TrainAttention train_attention = {forward_scratch, backward_scratch, forward, backward, query_grad};
 }  // namespace dso::DSO_ISA_NAMESPACE

@@ -1,8 +1,8 @@
-// Attention of training, backward (FlashAttention-2; Dao 2023, algorithm 2), transposed as the forward is. For a block of keys
-// and all blocks of queries that see it, with weights made anew from the rows' largest logits and sums:
+// Attention for training, backward (FlashAttention-2; Dao 2023, algorithm 2), transposed like the forward. For a block of keys
+// and all blocks of queries that see it, with weights recomputed from the rows' largest logits and sums:
 //   P^T = 2^(K Q^T - m) / l,  dS^T = P^T * (V dO^T - delta),  delta = rowsum(dO * O),
 //   dV += P^T dO,  dK += dS^T Q,  dQ^T += K^T dS^T.
-// A task sums over its query heads, and each sum has one order.
+// A task sums over its query heads, and each sum has a fixed order.
 #pragma once
 #include "train_attention_pack.hpp"
 
@@ -15,12 +15,12 @@ struct BackwardRoom {
   static constexpr int64_t per = word<pairs>;
 
   int64_t qk, vw;                       // padded widths
-  Word *k, *k_turned, *v;               // of the keys
-  Word *q, *q_columns, *g, *g_columns;  // of a head's queries and gradients of results, interleaved and columns
-  Word* rows;                           // of a block
-  float *m, *inverse, *delta;           // of the queries
+  Word *k, *k_turned, *v;               // for the keys
+  Word *q, *q_columns, *g, *g_columns;  // for a head's queries and gradients of results, interleaved and as columns
+  Word* rows;                           // for one block
+  float *m, *inverse, *delta;           // for the queries
   float *k_grad, *v_grad;
-  float *s, *p_grad;        // of two blocks
+  float *s, *p_grad;        // for two blocks
   Word *p, *ds, *ds_pairs;  // P^T and dS^T as left operands, dS^T as right operand
   int64_t bytes;
 
@@ -52,7 +52,7 @@ struct BackwardRoom {
   int64_t v_block() const { return attn_block * vw / per; }
 };
 
-// S^T and V dO^T of two blocks to P^T and dS^T. key, query: their first ones, counted from the task's.
+// S^T and V dO^T of two blocks to P^T and dS^T. key, query: the first ones, counted from the task's.
 template <class Product>
 static void softmax_gradient(const BackwardRoom<Product>& r, float scale, const Part& part, int64_t key, int64_t query,
                              const Mask* mask) {
@@ -93,7 +93,7 @@ static void pack_keys(const TrainAttnTask& t, const BackwardRoom<Product>& r) {
   }
 }
 
-// Queries of block i, counted from the task's first key, and what belongs to them.
+// The queries of block i, counted from the task's first key, and their data.
 template <class Number, class Product>
 static void pack_queries(const TrainAttnTask& t, const BackwardRoom<Product>& r, int64_t head, int64_t i) {
   constexpr bool pairs = Product::pairs;
@@ -137,7 +137,7 @@ static void attn_backward(const TrainAttnTask& t, uint8_t* memory) {
   for (int64_t head = 0; head < t.group; ++head) {
     const int64_t end = mask.last_query_block(key_blocks - 1, query_blocks) + 1;
     for (int64_t i = 0; i < end; ++i) pack_queries<Number>(t, r, head, i);
-    int64_t begun = 0;  // blocks of queries whose gradient has a first summand
+    int64_t begun = 0;  // blocks of queries whose gradient has its first summand
     for (int64_t j = 0; j < key_blocks; ++j) {
       const int64_t keys = padded(least(attn_block, t.tokens - t.begin - j * attn_block)),
                     last = mask.last_query_block(j, query_blocks);

@@ -1,4 +1,4 @@
-// Attention of training, forward: online softmax (FlashAttention-2; Dao 2023, algorithm 1), transposed. Keys are rows and
+// Attention for training, forward: online softmax (FlashAttention-2; Dao 2023, algorithm 1), transposed. Keys are rows and
 // queries are lanes, so that largest logits, sums and factors are vectors over queries and nothing is reduced across lanes:
 //   S^T = K Q^T,  P^T = 2^(S^T - m),  O^T = O^T * 2^(m_before - m) + V^T P^T.
 #pragma once
@@ -12,8 +12,8 @@ struct ForwardRoom {
   static constexpr bool pairs = Product::pairs;
   static constexpr int64_t per = word<pairs>;
 
-  Word *k, *v;         // rows; turned, block by block
-  Word *rows, *q;      // of a block of queries: rows, columns
+  Word *k, *v;         // K as rows; V transposed, block by block
+  Word *rows, *q;      // for a block of queries: rows, columns
   Word* p;             // weights, interleaved
   float *s, *o, *out;  // logits, O^T, rows of the result
   float *m, *l, *factor;
@@ -39,13 +39,13 @@ struct ForwardRoom {
   int64_t v_block(int64_t v_width) const { return padded(v_width) * attn_block / per; }
 };
 
-// Weights of a block of keys, and what m, l and O^T are to be multiplied with. Returns whether that is 1 everywhere.
+// Computes the weights of a block of keys and the factors of m, l and O^T. Returns whether all factors are 1.
 template <class Product>
 bool softmax_block(const ForwardRoom<Product>& r, float scale, const Part& part, int64_t key, int64_t query, const Mask* mask) {
   bool same = true;
   const F one = set(1.0f), c = set(scale * log2e);
   for (int64_t n = part.begin; n < part.end; n += 32) {
-    F before[2], top[2][2], total[2][2];  // [columns][even, odd keys]: chains that do not wait for each other
+    F before[2], top[2][2], total[2][2];  // [columns][even, odd keys]: independent chains
 #pragma GCC unroll 2
     for (int h = 0; h < 2; ++h) before[h] = top[h][0] = top[h][1] = load(r.m + n + 16 * h);
     for (int64_t i = 0; i < part.keys; i += 2) {
@@ -95,7 +95,7 @@ static void scale_columns(float* o, int64_t rows, const Part& part, const float*
     for (int64_t n = part.begin; n < part.end; n += 16) store(o + n, mul(load(o + n), load(factor + n)));
 }
 
-// Rows [t, t + count) of the task's head out of O^T.
+// Writes rows [t, t + count) of the task's head from O^T.
 template <class Number, class Product>
 static void write_block(const TrainAttnTask& t, const ForwardRoom<Product>& r, int64_t head, int64_t query, int64_t count) {
   const int64_t wide = padded(t.v_width);
@@ -131,7 +131,7 @@ static void attn_forward(const TrainAttnTask& t, uint8_t* memory) {
       pack_rows<Number, pairs>(t.q.template row<const Number>(head, query), t.q.token, count, t.qk_width, r.rows);
       pack_columns<pairs>(r.rows, count, t.qk_width, r.q);
       for (int64_t n = 0; n < attn_block; n += 16) {
-        store(r.m + n, set(-3e38f));  // finite: -inf less it is -inf, where a row sees nothing yet
+        store(r.m + n, set(-3e38f));  // finite, because -inf - -inf is NaN: for rows without a visible token so far
         store(r.l + n, zero());
       }
       const int64_t j0 = mask.first_key_block(i);

@@ -1,5 +1,5 @@
-// Tokens of a head in the forms in which the products of attention read them. All rows are padded with zeros to `padded`
-// numbers, blocks of tokens to 32 of them.
+// A head's tokens in the layouts that the products of attention read. All rows are zero-padded to `padded` elements, blocks of
+// tokens to multiples of 32.
 //   rows        [token][width]              the left operand of products along the width
 //   columns     [width word][token]         the right operand of these
 //   interleaved [token word][width]         the right operand of products along the tokens
@@ -20,7 +20,7 @@ DSO_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 DSO_INLINE int64_t blocks_of(int64_t tokens) { return (tokens + attn_block - 1) / attn_block; }
 
 template <bool pairs>
-constexpr int64_t word = pairs ? 2 : 1;  // numbers in it
+constexpr int64_t word = pairs ? 2 : 1;  // elements per word
 
 DSO_INLINE F read16(const float* p) { return load(p); }
 DSO_INLINE F read16(const uint16_t* p) { return load_bf16(p); }
@@ -54,7 +54,7 @@ static void pack_rows(const Number* from, int64_t stride, int64_t count, int64_t
   memset(rows, 0, (size_t)((padded(count) - count) * line) * 4);
 }
 
-// Words [rows][cols], multiples of 16, to [cols][rows].
+// Transposes words [rows][cols], multiples of 16, to [cols][rows].
 static void turn_words(const Word* from, int64_t from_stride, int64_t rows, int64_t cols, Word* to, int64_t to_stride) {
   for (int64_t r = 0; r < rows; r += 16)
     for (int64_t c = 0; c < cols; c += 16) {
@@ -93,7 +93,7 @@ static void pack_turned(const Word* interleaved, int64_t count, int64_t width, W
   turn_words(interleaved, padded(width), padded(count) / word<pairs>, padded(width), turned, attn_block / word<pairs>);
 }
 
-// Floats of a task's memory, one array after the other; with no memory it only counts.
+// Divides a task's memory into arrays, in floats; without memory it only counts.
 struct Room {
   uint8_t* memory;
   int64_t used = 0;
@@ -106,18 +106,18 @@ struct Room {
   }
 };
 
-struct Part {  // queries [begin, end) of a block, and how many of a block's keys they may see; multiples of 32
+struct Part {  // queries [begin, end) of a block, and the number of the block's keys that they may see; multiples of 32
   int64_t begin, end, keys;
 };
 
-// Which lanes of queries see a key, where a block needs to ask.
+// Which query lanes see a key, for blocks that need a mask.
 struct Mask {
   int64_t window;
 
   bool needed(int64_t query_block, int64_t key_block) const {
     return query_block == key_block || (window > 0 && (query_block - key_block + 1) * attn_block > window);
   }
-  // Logits of 16 queries from `query` on for one key: -inf where it is not seen.
+  // Logits of 16 queries from `query` on for one key: -inf if it is hidden.
   F operator()(F x, int64_t query, int64_t key) const {
     return keep(x, key - query, window > 0 ? key + window - query : 16, set(-__builtin_inff()));
   }
@@ -125,7 +125,7 @@ struct Mask {
   static int64_t reach(int64_t query_block, int64_t key_block, int64_t keys, int64_t end) {
     return query_block == key_block ? least(keys, end) : keys;
   }
-  // Queries that are taken together: half a block on the diagonal, where the first half sees none of the last 32 keys.
+  // Queries that are processed together: half a block on the diagonal, where the first half sees none of the last 32 keys.
   static int64_t together(int64_t query_block, int64_t key_block) {
     return query_block == key_block ? attn_block / 2 : attn_block;
   }

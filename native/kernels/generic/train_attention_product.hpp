@@ -1,7 +1,7 @@
 // The products of attention in training: c[rows][cols] (+)= a[rows][depth] b[depth][cols].
 //
-// Operands are words of 4 bytes: an fp32 number, or a pair of bf16 numbers that follow each other along the depth. Of `a` a
-// word is broadcast, of `b` 16 columns are read at once. Each output is one chain of additions along the depth, whatever the
+// Operands are words of 4 bytes: an fp32 element, or a pair of bf16 elements that are adjacent along the depth. A word of `a`
+// is broadcast; 16 columns of `b` are read at once. Each output is one chain of additions along the depth, whatever the
 // blocking.
 #pragma once
 #include "../train_attention.hpp"
@@ -15,12 +15,12 @@ using Word = uint32_t;
 
 struct Operand {
   const Word* words;
-  int64_t stride;  // words from a row to the next
+  int64_t stride;  // words from one row to the next
 };
 struct Result {
   float* data;
   int64_t stride;
-  bool add;  // to what is there
+  bool add;  // to the previous content
 };
 
 template <bool pairs, int R, int C>
@@ -71,7 +71,7 @@ template <bool of_pairs>
 struct VectorProduct {
   static constexpr bool pairs = of_pairs;
   static constexpr int64_t step = 16;                   // rows and columns are multiples of it
-  static constexpr int64_t depth_step = pairs ? 2 : 1;  // numbers of the depth, too
+  static constexpr int64_t depth_step = pairs ? 2 : 1;  // so is the depth, in elements
 
   void operator()(Operand a, int64_t rows, Operand b, int64_t cols, int64_t depth, Result c) {
     constexpr int C = registers >= 32 ? 2 : 1;
@@ -83,7 +83,7 @@ struct VectorProduct {
 };
 
 #ifdef DSO_TILES
-// The same on tile registers: blocks of 32 rows and 32 columns, 32 numbers of the depth at a time.
+// The same on tile registers: blocks of 32 rows and 32 columns, with 32 elements of the depth at a time.
 struct TileProduct {
   static constexpr bool pairs = true;
   static constexpr int64_t step = 32, depth_step = 32;
@@ -120,7 +120,7 @@ struct TileProduct {
 };
 using NarrowProduct = TileProduct;
 #else
-using NarrowProduct = VectorProduct<has_dot_bf16>;  // where bf16 has no instruction, products are fp32's
+using NarrowProduct = VectorProduct<has_dot_bf16>;  // without a bf16 instruction, products are in fp32
 #endif
 using WideProduct = VectorProduct<false>;
 }  // namespace

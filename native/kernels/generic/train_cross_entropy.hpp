@@ -1,17 +1,17 @@
-// Cross entropy of a row of logits, and its gradient in the place of the logits.
+// Cross entropy of a row of logits, and its gradient in place of the logits.
 #pragma once
 
 namespace dso::DSO_ISA_NAMESPACE {
 
-// log(sum of e^x) - x[label]; NaN where a logit is NaN or plus infinity, or all are minus infinity. The sum is made of pieces
-// in fp32, and of these in double. With `keeps` an fp32 row is left holding e^(x - top).
+// log(sum of e^x) - x[label]; NaN if a logit is NaN or plus infinity, or all are minus infinity. The sum is computed in fp32 by
+// parts, which are added in double. With `keeps`, an fp32 row is overwritten with e^(x - top).
 template <class T>
 static double loss_of(T* x, int64_t n, int64_t label, bool keeps, float& top, double& total) {
   F tops[4];
-  for (F& t : tops) t = set(-3.4028234664e38f);  // not -inf, from which -inf could not be subtracted
+  for (F& t : tops) t = set(-3.4028234664e38f);  // not -inf, from which -inf cannot be subtracted
   int64_t i = 0;
   for (; i + 64 <= n; i += 64)
-    for (int j = 0; j < 4; ++j) tops[j] = max(load_some(x + i + 16 * j, 16), tops[j]);  // the old one where x is NaN
+    for (int j = 0; j < 4; ++j) tops[j] = max(load_some(x + i + 16 * j, 16), tops[j]);  // the previous one if x is NaN
   for (; i < n; i += 16) tops[0] = max(keep(load_some(x + i, n - i), 0, n - i, tops[0]), tops[0]);
   top = largest(max(max(tops[0], tops[1]), max(tops[2], tops[3])));
 
@@ -40,7 +40,7 @@ static double loss_of(T* x, int64_t n, int64_t label, bool keeps, float& top, do
   return (double)top - (double)target + __builtin_log(total);
 }
 
-// (softmax(x) - [label]) factor, in type G from the row's start on: behind what is still to be read.
+// (softmax(x) - [label]) factor, in type G from the start of the row: never past what is still to be read.
 template <class T, class G>
 static void gradient_of(T* x, int64_t n, int64_t label, float factor, float top, double total, G* out) {
   const F scale = set((float)((double)factor / total)), shift = set(top);

@@ -1,8 +1,8 @@
-// Fills this variant's TrainElementwise; included once, behind its lanes. As linear.inl: nothing of the standard library that
-// emits code.
+// Defines this variant's TrainElementwise; included once, after its lanes. As in linear.inl: nothing from the standard library
+// that emits code.
 #include "../train_elementwise.hpp"
 #include "math.hpp"
-// After math.hpp: they use its names.
+// After math.hpp, whose names they use.
 #include "train_numbers.hpp"
 
 #include "train_adamw.hpp"
@@ -10,7 +10,7 @@
 #include "train_rows.hpp"
 
 namespace dso::DSO_ISA_NAMESPACE {
-extern const TrainElementwise train_elementwise;  // without this, a const object would be of this unit alone
+extern const TrainElementwise train_elementwise;  // `extern`, because a const object would otherwise be local to this unit
 const TrainElementwise train_elementwise = {
     .adamw = adamw,
     .squares = squares,

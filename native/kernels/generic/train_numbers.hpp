@@ -1,5 +1,5 @@
-// Numbers in memory, fp32 or bf16 (uint16_t here), as lanes and back: up to 16 at a time, and nothing beyond the last is
-// touched.
+// Loads and stores elements in memory, fp32 or bf16 (uint16_t here), as lanes: up to 16 at a time, without touching memory past
+// the last element.
 #pragma once
 
 namespace dso::DSO_ISA_NAMESPACE {
@@ -23,8 +23,8 @@ DSO_INLINE void store_some(uint16_t* p, F x, int64_t n) {
   memcpy(p, few, (size_t)fewer<uint16_t>(n));
 }
 
-// The random 32 bits of an element: Hoang's and Wellons's "lowbias32" with a key at each end. train/ops/random_bits.py has it
-// too.
+// The 32 random bits of an element: "lowbias32" by Hoang and Wellons with a key at each end. The same as in
+// train/ops/random_bits.py.
 DSO_INLINE I random_bits(int64_t element, uint32_t key, uint32_t second) {
   I x = iadd(iadd(count_up(), iset((int32_t)(uint32_t)element)), iset((int32_t)key));
   x = imul(ixor(x, shr<16>(x)), iset(0x7feb352d));
@@ -33,12 +33,12 @@ DSO_INLINE I random_bits(int64_t element, uint32_t key, uint32_t second) {
   return ixor(x, shr<16>(x));
 }
 
-// Rounded to bf16, up with the probability of what is cut off, by 16 random bits: the expected value is x. NaN and infinity
-// stay.
+// Stochastic rounding to bf16 with 16 random bits: rounds up with the probability of the discarded fraction, so that the
+// expected value is x. NaN and infinity are preserved.
 DSO_INLINE F round_by_chance(F x, I sixteen) {
   return where_nan(x, x, from_bits(iand(iadd(bits(x), sixteen), iset((int32_t)0xffff0000))));
 }
-DSO_INLINE void store_upper(uint16_t* p, F x, int64_t n) {  // of numbers that are bf16 already; a NaN keeps its upper half
+DSO_INLINE void store_upper(uint16_t* p, F x, int64_t n) {  // for values that are bf16 already; a NaN keeps its upper half
   if (n >= 16) return store_16(p, shr<16>(bits(x)));
   uint16_t few[16];
   store_16(few, shr<16>(bits(x)));

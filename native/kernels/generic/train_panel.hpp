@@ -1,11 +1,10 @@
-// Panels: what the products of training read. 16 lanes (rows of the left matrix, columns of the right one) by so many steps; a
-// step is 4 bytes of each lane: two bf16 numbers of k ascending, or one fp32 number. A panel is blocks of 16 steps, 1 KB: step
-// after step
-// ("steps first": vectors, and the right matrix of tile registers) or lane after lane (their left matrix). Lanes and k past the
-// end are zero.
+// Panels: the operands of the products of training. A panel has 16 lanes (rows of the left matrix, columns of the right one) by
+// a number of steps; a step is 4 bytes of each lane: two bf16 elements of ascending k, or one fp32 element. A panel consists of
+// blocks of 16 steps, 1 KB, stored step after step ("steps first": for vectors, and for the right matrix of tile registers) or
+// lane after lane (for their left matrix). Lanes and k past the end are zero.
 //
-// Where k is the dimension that lies together in memory a block comes lane by lane, otherwise step by step; a transposition of
-// 16 x 16 makes the one of the other.
+// If k is contiguous in memory, a block is read lane by lane, otherwise step by step; a 16 x 16 transposition converts between
+// the two.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -17,14 +16,14 @@ namespace dso::DSO_ISA_NAMESPACE {
 namespace {
 
 constexpr int64_t block_steps = 16, block_bytes = 1024;
-constexpr int64_t ahead = 256;  // bytes that are fetched early: a block has more rows than the processor follows by itself
+constexpr int64_t ahead = 256;  // bytes prefetched ahead: a block has more rows than the hardware prefetchers follow
 
-enum class Numbers { bf16, rounded, fp32 };  // pairs of bf16; fp32 that was rounded to bf16, where that has no product; fp32
+enum class Numbers { bf16, rounded, fp32 };  // pairs of bf16; fp32 rounded to bf16, without a bf16 product; fp32
 
 constexpr int64_t columns_of_step(Numbers kind) { return kind == Numbers::bf16 ? 2 : 1; }
 constexpr int64_t columns_of_block(Numbers kind) { return block_steps * columns_of_step(kind); }
 
-// n numbers, 16 at most count, the rest zero.
+// n elements, at most 16, the rest zero.
 template <bool bf16>
 DSO_INLINE F read_number(const uint8_t* p, int64_t n) {
   if constexpr (bf16) {
@@ -43,7 +42,7 @@ DSO_INLINE F through_bf16(F x) {
   return load_bf16(rounded);
 }
 
-// A block's part of one lane: n numbers from p on.
+// A block's part of one lane: n elements from p on.
 template <Numbers kind, bool bf16>
 DSO_INLINE B lane_of(const uint8_t* p, int64_t n) {
   if constexpr (kind != Numbers::bf16) {
@@ -62,7 +61,7 @@ DSO_INLINE B lane_of(const uint8_t* p, int64_t n) {
   }
 }
 
-// One step of n lanes, of which k numbers exist (at least one); `next`: bytes from a k to the next.
+// One step of n lanes, of which k elements exist (at least one); `next`: bytes from one k to the next.
 template <Numbers kind, bool bf16>
 DSO_INLINE B step_of(const uint8_t* p, int64_t next, int64_t n, int64_t k) {
   if constexpr (kind != Numbers::bf16) {
@@ -75,8 +74,8 @@ DSO_INLINE B step_of(const uint8_t* p, int64_t next, int64_t n, int64_t k) {
   }
 }
 
-// The block of `lanes` lanes and `depth` numbers each that begins at p; `next`: bytes from a row of memory to the next. What a
-// block lacks is zero.
+// The block of `lanes` lanes and `depth` elements each that starts at p; `next`: bytes from one row in memory to the next.
+// Missing elements are zero.
 template <Numbers kind, bool bf16, bool along, bool lanes_first, bool whole>
 static void pack_block(const uint8_t* p, int64_t next, int64_t lanes, int64_t depth, uint8_t* to) {
   constexpr int64_t columns = along ? columns_of_block(kind) : columns_of_step(kind);
@@ -131,7 +130,7 @@ static void pack_panels(const ProductOperand& s, int64_t begin, int64_t end, int
             : pack_in_order<kind, lanes_first, false, false>(s, begin, end, k0, k1, to);
 }
 
-// Part number `part` of `parts` of what pack_panels is going to read comes into L2.
+// Prefetches part `part` of `parts` of what pack_panels will read, into L2.
 static void fetch_lanes(const ProductOperand& s, int64_t begin, int64_t end, int64_t k0, int64_t k1, int64_t part,
                         int64_t parts) {
   const int64_t size = s.bf16 ? 2 : 4, rows = s.along ? end - begin : k1 - k0, bytes = (s.along ? k1 - k0 : end - begin) * size;

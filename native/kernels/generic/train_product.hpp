@@ -1,9 +1,10 @@
-// C = A B (+ bias) (+ C) for operands in any of the orders of training: y = x W^T, dx = dy W, dW = dy^T x.
+// C = A B (+ bias) (+ C) for operands in any of the layouts of training: y = x W^T, dx = dy W, dW = dy^T x.
 //
 // After BLIS (Van Zee and van de Geijn, 2015): a block of A is packed, `depth_steps` steps at a time, and stays in L2; a strip
-// of B of a few panels is packed, and the block's panels pass by while it is in L1 and L2. Sums of a depth wait in fp32 scratch
-// for the next, which changes no bit: every number of C is one chain of fused multiply-adds, k ascending (bf16: pairs, as the
-// lanes' dot_bf16 adds them). Bias and what C holds are added last, and the sum is rounded once.
+// of B of a few panels is packed, and is multiplied by all panels of the block while it is in L1 and L2. The sums over a depth
+// stay in fp32 scratch for the next depth, which does not change the result: every element of C is one chain of fused
+// multiply-adds over ascending k (bf16: pairs, as the lanes' dot_bf16 adds them). The bias and the previous content of C are
+// added last, and the sum is rounded once.
 //
 // An Engine multiplies a few panels of A by a strip: vectors here, tile registers in amx/train_tiles.hpp.
 #pragma once
@@ -12,17 +13,16 @@
 namespace dso::DSO_ISA_NAMESPACE {
 namespace {
 
-constexpr int64_t depth_steps =
-    288;  // a strip of 3 panels: 54 KB, of which L2 brings what L1 lost faster than it is multiplied
+constexpr int64_t depth_steps = 288;  // for a strip of 3 panels: 54 KB, of which L2 refills L1 faster than it is multiplied
 
-// Sums of `rows` x 16 `panels` numbers, rows 16 * panels floats apart.
+// Sums of `rows` x 16 `panels` elements, rows 16 * panels floats apart.
 template <Numbers kind>
 class Vectors {
  public:
   static constexpr bool lanes_first = false;
   static constexpr int rows = 16, panels = 3;
 
-  // a: a panel; b: a strip, its panels `b_next` bytes apart. begin: sums start from zero.
+  // a: a panel; b: a strip whose panels are `b_next` bytes apart. begin: sums start from zero.
   void multiply(const uint8_t* a, [[maybe_unused]] int64_t a_next, const uint8_t* b, int64_t b_next, int64_t steps, int64_t m,
                 int64_t n, float* sums, bool begin) {
     constexpr int most = registers >= 32 ? 8 : 6, beside = registers >= 32 ? panels : 1;
@@ -120,7 +120,7 @@ DSO_INLINE void write_number(uint8_t* p, bool bf16, F x, int64_t n) {
   memcpy(p, some, 2 * (size_t)n);
 }
 
-// Rows [m, m + rows) and columns [n, n + columns); sums are `stride` floats a row.
+// Rows [m, m + rows) and columns [n, n + columns); sums have `stride` floats per row.
 static void finish(const ProductResult& c, int64_t m, int64_t rows, int64_t n, int64_t columns, const float* sums,
                    int64_t stride) {
   const int64_t size = c.bf16 ? 2 : 4, bias_size = c.bias_bf16 ? 2 : 4;
@@ -136,7 +136,7 @@ static void finish(const ProductResult& c, int64_t m, int64_t rows, int64_t n, i
   }
 }
 
-// What `finish` is going to write comes while the sums are made.
+// Prefetches what `finish` will write, while the sums are computed.
 static void fetch(const ProductResult& c, int64_t m, int64_t rows, int64_t n, int64_t columns) {
   const int64_t size = c.bf16 ? 2 : 4;
   for (int64_t i = 0; i < rows; i++)
@@ -145,7 +145,7 @@ static void fetch(const ProductResult& c, int64_t m, int64_t rows, int64_t n, in
 
 // ---- a block
 
-struct Shares {  // of a thread's scratch
+struct Shares {  // parts of a thread's scratch
   int64_t left, right, sums;
   int64_t bytes() const { return left + right + sums; }
 };
@@ -153,7 +153,7 @@ struct Shares {  // of a thread's scratch
 template <class Engine>
 constexpr int64_t cell_floats = Engine::rows * 16 * Engine::panels;
 
-// How much of K is packed at a time: even pieces, whole blocks, at least one.
+// Depth of K packed at a time: equal parts of whole blocks, at least one.
 constexpr int64_t depth_for(Numbers kind, int64_t K) {
   const int64_t most = depth_steps * columns_of_step(kind), pieces = K > most ? (K + most - 1) / most : 1;
   return blocks_for(kind, K > 0 ? (K + pieces - 1) / pieces : 1) * columns_of_block(kind);
@@ -162,7 +162,7 @@ constexpr int64_t depth_for(Numbers kind, int64_t K) {
 template <Numbers kind, class Engine>
 static Shares shares(int64_t rows, int64_t columns, int64_t K) {
   const int64_t panels = (rows + Engine::rows - 1) / Engine::rows * (Engine::rows / 16);
-  const int64_t bytes = depth_for(kind, K) / columns_of_step(kind) * 64;  // of a panel
+  const int64_t bytes = depth_for(kind, K) / columns_of_step(kind) * 64;  // per panel
   const int64_t cells =
       K > depth_for(kind, K) ? (columns + 16 * Engine::panels - 1) / (16 * Engine::panels) * (panels * 16 / Engine::rows) : 1;
   return {panels * bytes, Engine::panels * bytes, cells * cell_floats<Engine> * 4};
@@ -177,7 +177,7 @@ static void block_with(const ProductJob& job, int64_t m0, int64_t m1, int64_t n0
   float* const sums = (float*)(right + at.right);
   const int64_t cells = (m1 - m0 + Engine::rows - 1) / Engine::rows;
   Engine engine;
-  for (int64_t k = 0; k == 0 || k < job.K; k += depth) {  // once also where nothing is to be summed
+  for (int64_t k = 0; k == 0 || k < job.K; k += depth) {  // also once if K is 0
     const int64_t end = job.K - k < depth ? job.K : k + depth, panel = blocks_for(kind, end - k) * block_bytes;
     const bool last = end == job.K, parked = job.K > depth;
     for (int64_t n = n0; n < n1; n += strip) {
@@ -185,7 +185,7 @@ static void block_with(const ProductJob& job, int64_t m0, int64_t m1, int64_t n0
       pack_panels<kind, false>(job.b, n, n + columns, k, end, right);
       for (int64_t cell = 0; cell < cells; cell++) {
         const int64_t m = m0 + cell * Engine::rows, rows = m1 - m < Engine::rows ? m1 - m : Engine::rows;
-        // The first strip meets A cell by cell: the next one's numbers come from memory while this one's are multiplied, as do
+        // While the first strip is multiplied by one cell of A, the elements of the next cell are fetched from memory, as are
         // those of the next strip.
         if (n == n0) {
           pack_panels<kind, Engine::lanes_first>(job.a, m, m + rows, k, end, left + cell * (Engine::rows / 16) * panel);

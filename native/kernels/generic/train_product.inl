@@ -1,5 +1,5 @@
-// Fills this variant's TrainProduct; included once, behind its lanes. A variant with matrix units of its own defines
-// DSO_TRAIN_ENGINE. As linear.inl: nothing of the standard library that emits code.
+// Defines this variant's TrainProduct; included once, after its lanes. A variant with its own matrix units defines
+// DSO_TRAIN_ENGINE. As in linear.inl: nothing from the standard library that emits code.
 #include "train_product.hpp"
 
 #ifndef DSO_TRAIN_ENGINE
@@ -7,7 +7,7 @@
 #endif
 
 namespace dso::DSO_ISA_NAMESPACE {
-extern const TrainProduct train_product;  // without this, a const object would be of this unit alone
+extern const TrainProduct train_product;  // `extern`, because a const object would otherwise be local to this unit
 const TrainProduct train_product = {
     .block = product_block<DSO_TRAIN_ENGINE>,
     .scratch = product_scratch<DSO_TRAIN_ENGINE>,

@@ -1,6 +1,5 @@
-// Row-wise ops of training, forward and backward: RMS norm, SwiGLU, RoPE. Arithmetic in fp32, one rounding a number that is
-// stored. T is float, or uint16_t for bf16. Results may lie where operands do, element for element, unless a comment says
-// otherwise.
+// Row-wise ops of training, forward and backward: RMS norm, SwiGLU, RoPE. Arithmetic is in fp32, with one rounding per stored
+// element. T is float, or uint16_t for bf16. Results may alias operands element for element unless a comment says otherwise.
 #pragma once
 
 namespace dso::DSO_ISA_NAMESPACE {
@@ -50,7 +49,7 @@ static void swiglu_row(const T* gate, const T* up, int64_t n, T* h) {
   for (int64_t i = 0; i < n; i += 16) store_some(h + i, mul(silu(load_some(gate + i, n - i)), load_some(up + i, n - i)), n - i);
 }
 
-// dgate = dh up s (1 + gate (1 - s)), dup = dh gate s, s = sigmoid(gate); h = gate s up where it is asked for
+// dgate = dh up s (1 + gate (1 - s)), dup = dh gate s, s = sigmoid(gate); h = gate s up if requested
 template <class T>
 static void swiglu_backward_row(const T* gate, const T* up, const T* dh, int64_t n, T* dgate, T* dup, T* h) {
   const F one = set(1.0f);
@@ -83,10 +82,10 @@ static void sum_of_rows(const X* x, int64_t ld, const int64_t* which, int64_t co
   }
 }
 
-// ---- RoPE of the heads of a token. Pair i is numbers (i, i + half), or, interleaved, (2i, 2i + 1) on the side of x:
+// ---- RoPE for the heads of a token. Pair i is elements (i, i + half), or, interleaved, (2i, 2i + 1) on the side of x:
 //   forward   a' = a cos_i - b sin_i,  b' = b cos_(i + half) + a sin_(i + half)       x may be interleaved
 //   backward  a' = a cos_i + b sin_(i + half),  b' = b cos_(i + half) - a sin_i       out may be interleaved
-// Numbers from 2 half on are copied. With interleaving, out must not be x.
+// Elements from 2 half on are copied. With interleaving, out must not be x.
 template <class T>
 DSO_INLINE void load_pairs(const T* p, int64_t n, F& a, F& b) {
   float x[16] = {}, y[16] = {};

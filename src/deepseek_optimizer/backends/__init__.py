@@ -1,1 +1,1 @@
-"""Backends: one graph, the same answers. `base.py` is what each offers."""
+"""Backends, which compile and run graphs with the same results. `base.py` defines the interface that each implements."""

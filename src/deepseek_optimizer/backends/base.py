@@ -1,7 +1,7 @@
-"""The contract of a backend: it compiles graphs to plans, stores the KV cache, and packs and multiplies weights.
+"""The interface of a backend: it compiles graphs to plans, stores the KV cache, and packs and multiplies weights.
 
-Everything above this folder uses a backend through these protocols only, so one backend can stand in for another, and a
-package outside this one can add its own: see `registry.py`. No torch is imported here.
+Everything outside this folder uses a backend only through these protocols, so backends are interchangeable, and another package
+can add its own: see `registry.py`. No torch is imported here.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from ..cache.block_manager import BLOCK_TOKENS as BLOCK_TOKENS  # of a cache block, on every backend
+from ..cache.block_manager import BLOCK_TOKENS as BLOCK_TOKENS  # the same on every backend
 from ..errors import BackendError
 from ..graph.rotation import KeyRotation
 from .sampling import TokenChoice
@@ -30,25 +30,25 @@ if TYPE_CHECKING:
 
 Int32 = npt.NDArray[np.int32]
 
-DECODE, PREFILL = 0, 1  # a sequence's phase, which picks the kernel family
+DECODE, PREFILL = 0, 1  # a sequence's phase, which selects the kernel family
 PHASES = ("decode", "prefill")
 
 
 @dataclass(frozen=True)
 class Capabilities:
-    """What a backend can run on this machine. Whatever is listed compiles and runs; `check_supported` refuses the rest.
+    """What a backend supports on this machine. Everything listed compiles and runs; `check_supported` rejects the rest.
 
     Attributes:
-        name: that the backend is registered under.
-        device_type: torch's name of the kind of device that weights, cache and logits are on: "cpu", "cuda", ...
-        phases: of PHASES.
-        weight_formats: names of `quant.FORMATS`.
-        kv_dtypes: storage of the KV cache: "fp32", "bf16", "int8".
+        name: the name that the backend is registered under.
+        device_type: torch's device type for weights, cache and logits: "cpu", "cuda", ...
+        phases: a subset of PHASES.
+        weight_formats: names from `quant.FORMATS`.
+        kv_dtypes: storage types of the KV cache: "fp32", "bf16", "int8".
         attention_modes: values of `DeepSeekConfig.attention_optimization`.
-        activations: values of `CompileOptions.activation` that make a difference.
-        isas: variants of the instruction set that run here, the best last; empty where there is no choice.
-        batch_invariant: whether a row of a step is the same to the bit whatever else runs in that step.
-        training: whether there are native training products beside `linear` and `linear_gradient` (`train/ops/`).
+        activations: values of `CompileOptions.activation` that have an effect.
+        isas: instruction sets that run on this machine, the best last; empty if there is no choice.
+        batch_invariant: whether a row's result is bitwise equal whatever other rows the step has.
+        training: whether there are native training operations in addition to `linear` and `linear_gradient` (`train/ops/`).
     """
 
     name: str
@@ -65,9 +65,11 @@ class Capabilities:
 
 @dataclass(frozen=True)
 class CompileOptions:
-    """Attributes:
-    activation: what products of integer weight formats may round their rows to: "int8", "int16", or "auto", what each format
-        asks for. Backends that do not round rows ignore it.
+    """Options of `Backend.compile`.
+
+    Attributes:
+        activation: format that products with integer weights round their input rows to: "int8", "int16", or "auto", the
+            default of each weight format. Backends that do not round rows ignore it.
     """
 
     activation: str = "auto"
@@ -81,22 +83,22 @@ class StepBatch:
     """One ragged step: no padding. Decode sequences come first; a sequence's rows are consecutive.
 
     Attributes:
-        token_ids: int32 [T]; ignored where `inputs_embeds` is given.
+        token_ids: int32 [T]; ignored if `inputs_embeds` is given.
         positions: int32 [T], for RoPE only; causality follows the order in the cache.
         query_len: int32 [S], > 0, sums to T.
         context_len: int32 [S], tokens in the cache before this step.
         phase: int32 [S], DECODE or PREFILL, ascending.
         block_table: int32 [S, max_blocks], block ids that cover context_len + query_len tokens.
-        logit_rows: int32 [R], ascending rows of T whose logits are wanted.
+        logit_rows: int32 [R], the rows of T whose logits are computed, ascending.
         inputs_embeds: float32 [T, H] torch tensor, or None.
-        states: float32 [T, H] torch tensor, what `state_in` gives; None for graphs without it.
-        hidden: whether all hidden states are wanted.
-        last_hidden: whether the last one (normed) is wanted by itself.
-        reach: int32 [S], > 0: for how many tokens each sequence's frequencies are made, where RoPE is dynamic. One number for a
-            sequence's whole life gives all its keys and queries the same frequencies, however it is cut and whoever runs
-            beside it. None: of each its highest position in this step + 1.
-        logits: float32 torch [R, V], contiguous, on the plan's device, for a plan to write into; None: fresh memory. A big
-            batch over a big vocabulary pays for fresh pages at every step.
+        states: float32 [T, H] torch tensor, the input of `state_in`; None for graphs without it.
+        hidden: whether to return all hidden states.
+        last_hidden: whether to return the last one (after the final norm) separately.
+        reach: int32 [S], > 0: the length in tokens that each sequence's RoPE frequencies are computed for, if RoPE is dynamic.
+            A constant value over a sequence's lifetime gives all its keys and queries the same frequencies, independent of
+            chunking and of other requests. None: each sequence's highest position in this step + 1.
+        logits: float32 torch [R, V], contiguous, on the plan's device, for the plan to write to; None: newly allocated. For a
+            large batch and vocabulary, new memory costs page faults at every step.
     """
 
     token_ids: Int32
@@ -115,7 +117,7 @@ class StepBatch:
 
 
 def reach_of(batch: StepBatch) -> list[int]:
-    """Of each sequence, for how many tokens its frequencies are made."""
+    """For each sequence, the length in tokens that its RoPE frequencies are computed for."""
     if batch.reach is not None:
         return batch.reach.tolist()
     starts = np.cumsum(batch.query_len) - batch.query_len
@@ -124,9 +126,13 @@ def reach_of(batch: StepBatch) -> list[int]:
 
 @dataclass
 class StepOutput:
-    """logits: float32 torch [R, V] on the plan's device. hidden: float32 torch [n_hidden, T, H] or None (the last one
-    normed, as Transformers returns it); last_hidden: float32 [T, H] or None. The caller owns all; logits are the batch's own
-    tensor where it gave one."""
+    """The result of a step. The caller owns all tensors.
+
+    Attributes:
+        logits: float32 torch [R, V] on the plan's device; the batch's own tensor if it has one.
+        hidden: float32 torch [n_hidden, T, H] or None; the last one after the final norm, as in Transformers.
+        last_hidden: float32 [T, H] or None.
+    """
 
     logits: torch.Tensor
     hidden: torch.Tensor | None = None
@@ -134,7 +140,7 @@ class StepOutput:
 
 
 class KvStore(Protocol):
-    """A backend's block storage. Which block belongs to whom is `cache.BlockManager`'s business."""
+    """A backend's block storage. `cache.BlockManager` decides which block belongs to which sequence."""
 
     num_blocks: int
     block_bytes: int
@@ -142,43 +148,43 @@ class KvStore(Protocol):
     def copy_block(self, source: int, target: int) -> None: ...
 
     def release(self, from_block: int) -> None:
-        """Returns the memory of blocks >= from_block to the system; their content is lost."""
+        """Returns the memory of blocks >= from_block to the system; their contents are lost."""
 
     @property
     def saved_bytes(self) -> int:
         """Length of what `read_block` returns, in bytes."""
 
     def read_block(self, block: int) -> bytes:
-        """A block's content, to be saved in a file. Any store of the same backend, graph and dtype can read it back."""
+        """A block's content, to be saved in a file. Any store of the same backend, graph and dtype can restore it."""
 
     def write_block(self, block: int, data: bytes) -> None:
         """Restores what `read_block` returned.
 
         Raises:
-            ValueError: another number of bytes; nothing was changed.
+            ValueError: the wrong number of bytes; nothing was changed.
         """
 
     def rotate(self, rotation: KeyRotation, block_table: Int32, tokens: int, position: int, delta: int) -> None:
         """Moves cached tokens by `delta` positions: rotates their keys in all layers, and changes nothing else.
 
-        Angles are exact: however often a key was rotated, it has the angle that RoPE's float32 product gives at its last
-        position. Rounding by the storage accumulates as independent errors do: after eight rotations it is 0.5% of a key in
-        bf16, 1.3% in int8.
+        Angles are exact: however often a key was rotated, it has the angle that RoPE's float32 product gives at its final
+        position. Rounding errors of the storage accumulate like independent errors: after eight rotations they are 0.5% of a
+        key in bf16, 1.3% in int8.
 
         Args:
             rotation: the model's, from `graph.rotation.key_rotation`.
             block_table: int32 [blocks], without repetition, not shared with another sequence: whole blocks are rotated.
-            tokens: number of tokens in these blocks; the places after the last one hold undefined values afterwards.
-            position: present RoPE position of the first token; those of the others follow it.
+            tokens: number of tokens in these blocks; the slots after the last one hold undefined values afterwards.
+            position: current RoPE position of the first token; the others follow consecutively.
 
         Raises:
             UnsupportedRequestError: RoPE is dynamic, and its frequencies at these positions depend on the length.
-            ValueError: a bad table or position. Nothing was changed in either case.
+            ValueError: an invalid table or position. Nothing was changed in either case.
         """
 
     def read(self, layer: int, block_table: Int32, tokens: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """K and V of one sequence's layer as torch float32 [kv_heads, tokens, head_dim]; of a latent cache the latents
-        [tokens, rank + rope], and the indexer's keys [tokens, index] or None."""
+        """One layer of a sequence: K and V as torch float32 [kv_heads, tokens, head_dim]; for a latent cache the latents
+        [tokens, rank + rope] and the indexer's keys [tokens, index] or None."""
 
 
 class Plan(Protocol):
@@ -186,66 +192,69 @@ class Plan(Protocol):
 
     @property
     def device(self) -> torch.device:
-        """Where its logits and hidden states are."""
+        """The device of its logits and hidden states."""
 
     def run(self, batch: StepBatch, store: KvStore) -> StepOutput:
-        """One step. Returns when it has been computed: schedulers measure it.
+        """Runs one step. Returns when it is complete: schedulers measure its time.
 
         Args:
-            store: made by the same backend for the same cache.
+            batch: the rows of the step.
+            store: created by the same backend for the same cache.
 
-        Raises, besides what the arguments may cause, what `check_weights` does; no result is valid then.
+        Raises:
+            ValueError or BackendError: an invalid batch.
+            CheckpointChangedError: see `check_weights`; no result is valid then.
         """
 
     def choose_tokens(self, logits: torch.Tensor, choices: Sequence[TokenChoice | None]) -> list[int | None]:
-        """Chooses tokens where the logits are, so that whole rows need not be copied to the host.
+        """Chooses tokens on the device of the logits, so that whole rows need not be copied to the host.
 
         Args:
-            logits: float32 [R, V] of a step of this plan; not changed.
-            choices: one for each row; None leaves the row to the caller.
+            logits: float32 [R, V] from a step of this plan; not changed.
+            choices: one per row; None leaves the row to the caller.
 
-        Returns: for each row the token that `sampling.choose_token` would give, NOT_FINITE included, or None.
+        Returns: for each row the token that `sampling.choose_token` would return, NOT_FINITE included, or None.
         """
 
     def check_weights(self) -> None:
-        """Raises CheckpointChangedError where weights are in a mapped file that was changed. Cheap."""
+        """Raises CheckpointChangedError if weights are in a mapped file that was changed. Cheap."""
 
     def reserve(self, tokens: int, logit_rows: int) -> None:
         """Allocates buffers for steps of up to `tokens` tokens and `logit_rows` rows of logits."""
 
     def buffer_bytes(self, tokens: int, logit_rows: int) -> int:
-        """Bytes of the buffers that `reserve` allocates; the logits, which are the caller's, are not counted."""
+        """Bytes of the buffers that `reserve` allocates, without the logits, which belong to the caller."""
 
     def describe(self) -> list[dict[str, Any]]:
-        """One row for each step of the plan: op, kernel, format, outputs; for the report."""
+        """One row per step of the plan: op, kernel, format, outputs; for the report."""
 
 
 class FileMapping(Protocol):
-    """A file mapped into memory: a writable buffer, private to this process, that can be weakly referenced."""
+    """A file mapped into memory: a writable buffer, private to this process, that supports weak references."""
 
     def replaced(self) -> Path | None:
-        """The file's path, where another file or none is found under it by now; None: it is still the one that was mapped."""
+        """The file's path if it now leads to another file or to none; None: it is still the mapped file."""
 
 
 class Sizes(Protocol):
-    """Memory that a backend takes, computed from the graph alone: neither a device nor threads are needed."""
+    """Memory that a backend needs, computed from the graph alone, without a device or threads."""
 
     def block_bytes(self, graph: Graph, kv_dtype: str) -> int:
-        """Bytes of one cache block, all layers together."""
+        """Bytes of one cache block of all layers."""
 
     def buffer_bytes(
         self, graph: Graph, formats: Mapping[str, str], options: CompileOptions, tokens: int, logit_rows: int
     ) -> int:
-        """Bytes that a compiled plan's buffers take at its largest step, and its logits.
+        """Bytes of a compiled plan's buffers, including logits, for steps of the given size.
 
         Args:
             formats: weight format of every matrix of the graph by name.
-            tokens, logit_rows: of the step.
+            tokens, logit_rows: size of the largest step.
         """
 
 
 class Backend(Sizes, Protocol):
-    """Compiles and runs graphs, and packs weights, on one device. Packed weights are in `quant/`'s layout on every backend."""
+    """Compiles and runs graphs, and packs weights, on one device. All backends use the layout of packed weights in `quant/`."""
 
     @property
     def capabilities(self) -> Capabilities: ...
@@ -259,19 +268,19 @@ class Backend(Sizes, Protocol):
 
     @property
     def detail(self) -> str:
-        """What it runs on, for the report: such as the ISA and the number of threads."""
+        """A description for the report, such as the ISA and the number of threads."""
 
     @property
     def isa(self) -> str | None:
-        """The variant of the instruction set in use, one of `capabilities.isas`; None where there is no choice."""
+        """The instruction set in use, one of `capabilities.isas`; None if there is no choice."""
 
     @property
     def threads(self) -> int | None:
-        """Its worker threads; None where it has none of its own."""
+        """Number of worker threads; None if the backend has none of its own."""
 
     @property
     def note(self) -> str | None:
-        """What the user should know of how it was set up; None: nothing."""
+        """A notice for the user about the setup; None if there is nothing to report."""
 
     def compile(
         self, graph: Graph, weights: Mapping[str, PackedWeight | torch.Tensor], options: CompileOptions = DEFAULTS
@@ -280,19 +289,20 @@ class Backend(Sizes, Protocol):
 
         Args:
             weights: by name: matrices and stacks packed, vectors as 1-D tensors, `graph.min_formats.exact_weights` as either.
+            options: see `CompileOptions`.
 
         Raises:
-            BackendError: a weight is missing or does not fit, or the graph has what this backend does not run.
+            BackendError: a weight is missing or does not fit, or the graph has an op that this backend does not support.
         """
 
     def new_store(self, graph: Graph, kv_dtype: str, num_blocks: int) -> KvStore:
-        """An empty cache of `num_blocks` blocks. Memory may be taken as blocks are first written."""
+        """An empty cache of `num_blocks` blocks. Memory may be allocated when blocks are first written."""
 
     def free_memory(self) -> FreeMemory:
-        """What can still be allocated where the cache is: the host's limits, or the device's memory."""
+        """What can still be allocated for the cache: the host's limits, or the device's memory."""
 
     def thread_context(self) -> AbstractContextManager[None]:
-        """To be entered while steps run on the calling thread: keeps torch's own threads out of the backend's way."""
+        """A context for running steps on the calling thread: keeps torch's threads from competing with the backend's."""
 
     def pack(
         self,
@@ -311,14 +321,14 @@ class Backend(Sizes, Protocol):
         """x [..., K] @ W.T (+ bias) as float32 [..., N]."""
 
     def linear_gradient(self, grad: torch.Tensor, matrix: PackedMatrix) -> torch.Tensor:
-        """grad [..., N] @ W as float32 [..., K]: the gradient of `linear` in x."""
+        """grad [..., N] @ W as float32 [..., K]: the gradient of `linear` with respect to x."""
 
     @property
     def maps_files(self) -> bool:
-        """Whether `map_file` works; otherwise weights are read into memory."""
+        """Whether `map_file` is supported; otherwise weights are read into memory."""
 
     def map_file(self, fd: int, size: int, modified_ns: int, path: Path) -> FileMapping:
-        """A `checkpoint.files.Mapper`: a file of packed weights mapped into memory.
+        """A `checkpoint.files.Mapper`: maps a file of packed weights into memory.
 
         Raises:
             CheckpointChangedError, CheckpointError: see `checkpoint.files.Mapper`.
@@ -326,19 +336,19 @@ class Backend(Sizes, Protocol):
         """
 
     def check_tensor(self, tensor: torch.Tensor) -> None:
-        """Raises CheckpointChangedError where a tensor is in a mapped file that was changed."""
+        """Raises CheckpointChangedError if a tensor is in a mapped file that was changed."""
 
 
 def check_supported(capabilities: Capabilities, formats: Sequence[str], kv_dtype: str, attention_mode: str) -> None:
-    """Raises BackendError where a backend does not run one of these, naming it and what can be asked for instead."""
-    asked = (
+    """Raises BackendError, with the alternatives, if a backend does not support one of these."""
+    requested = (
         *(("weight format", name, capabilities.weight_formats, "precision") for name in formats),
         ("KV cache dtype", kv_dtype, capabilities.kv_dtypes, "kv_cache"),
         ("attention mode", attention_mode, capabilities.attention_modes, "attention_optimization"),
     )
-    for what, value, known, field in asked:
-        if value not in known:
+    for what, value, supported, field in requested:
+        if value not in supported:
             raise BackendError(
                 f"the {capabilities.name} backend does not support {what} {value!r}; choose {field} among "
-                f"{', '.join(known)}, or another backend"
+                f"{', '.join(supported)}, or another backend"
             )

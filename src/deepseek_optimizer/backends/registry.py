@@ -1,7 +1,7 @@
-"""Which backend runs a model.
+"""Chooses the backend that runs a model.
 
-A backend is registered as an entry point of the group "deepseek_optimizer.backends" whose value names a `BackendSpec`, so that
-a package outside this one can add a backend: see `system/backend_entries.py`.
+A backend is registered as an entry point of the group "deepseek_optimizer.backends" that refers to a `BackendSpec`, so that
+another package can add a backend: see `system/backend_entries.py`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .base import Backend, Sizes
 if TYPE_CHECKING:
     import torch
 
-FALLBACK = 0  # priority of a backend that is only meant for where no other can run
+FALLBACK = 0  # priority of a backend that is used only if no other can run
 
 
 class BackendSettings(Protocol):
@@ -42,14 +42,14 @@ class BackendSettings(Protocol):
 
 @dataclass(frozen=True)
 class BackendSpec:
-    """A backend before it is created; what an entry point names.
+    """A backend that is not created yet: the object that an entry point refers to.
 
     Attributes:
         name: as in `DeepSeekConfig(backend=name)`; the entry point has the same name.
-        create: the backend for a device and settings. Raises BackendError where it cannot run.
-        sizes: what it would allocate. Raises BackendError where that cannot be known.
-        unavailable_reason: why "auto" must not choose it here, with the remedy; None: it can run.
-        device_types: torch's names of the kinds of devices that it runs on; None: all of them.
+        create: creates the backend for a device and settings. Raises BackendError if it cannot run.
+        sizes: returns the sizes of its allocations. Raises BackendError if these are unknown.
+        unavailable_reason: why "auto" must not choose it on this machine, with the remedy; None: it can run.
+        device_types: torch's device types that it runs on; None: all of them.
         priority: "auto" chooses the highest among the available ones that run on the device. The native CPU backend has 100,
             the reference backend FALLBACK.
     """
@@ -66,10 +66,10 @@ class BackendSpec:
 
 
 def find(name: str) -> BackendSpec:
-    """The backend called `name`.
+    """The registered backend called `name`.
 
     Raises:
-        BackendError: there is none, or its package does not load.
+        BackendError: it is not registered, or its package cannot be imported.
     """
     entry = entry_of(name)
     if entry is None:
@@ -81,7 +81,7 @@ def find(name: str) -> BackendSpec:
         )
     try:
         spec = entry.load()
-    except Exception as error:  # whatever a foreign package raises at import
+    except Exception as error:  # another package may raise anything at import
         raise _broken(entry, f"cannot be loaded ({type(error).__name__}: {error})") from error
     if not isinstance(spec, BackendSpec) or spec.name != name:
         raise _broken(entry, f"is registered as {entry.value}, which is not a BackendSpec of that name")
@@ -89,20 +89,20 @@ def find(name: str) -> BackendSpec:
 
 
 def runs_on(name: str, device_type: str) -> bool:
-    """Whether `DeepSeekConfig(backend=name)` can run a model on such a device; "auto" always can."""
+    """Whether `DeepSeekConfig(backend=name)` can run a model on this type of device; "auto" always can."""
     return name == AUTO or find(name).runs_on(device_type)
 
 
 def is_fallback(name: str) -> bool:
-    """Whether the backend called `name` is only meant for where no other can run: plain torch, much slower."""
+    """Whether the backend called `name` is used only if no other can run: plain torch, much slower."""
     return find(name).priority == FALLBACK
 
 
 def choose_spec(settings: BackendSettings, device: torch.device) -> tuple[BackendSpec, str | None]:
-    """The backend for a model on `device`, and why it may not be the one that the user expects; None: it is.
+    """The backend for a model on `device`, and a note if it may not be the one that the user expects, else None.
 
     Raises:
-        BackendError: the settings name a backend that is not registered, does not load, or does not run on such a device.
+        BackendError: the settings name a backend that is not registered, cannot be loaded, or does not support the device.
     """
     if settings.backend != AUTO:
         spec = find(settings.backend)
@@ -126,19 +126,19 @@ def choose_spec(settings: BackendSettings, device: torch.device) -> tuple[Backen
             continue
         if missing is not None:
             slower = "much slower" if spec.priority == FALLBACK else "slower"
-            notes.insert(0, f"the {spec.name} backend serves, {slower} than the {missing[0].name} backend: {missing[1]}")
+            notes.insert(0, f"using the {spec.name} backend, {slower} than the {missing[0].name} backend: {missing[1]}")
         elif spec.priority == FALLBACK and device.type != "cpu":
-            notes.insert(0, f"the model is on {device}, where the {spec.name} backend serves")
+            notes.insert(0, f"the model is on {device}: using the {spec.name} backend")
         return spec, "; ".join(notes) or None
-    raise BackendError(f"no registered backend runs a model on {device} (registered: {', '.join(names())}); move it to the CPU")
+    raise BackendError(f"no registered backend supports {device} (registered: {', '.join(names())}); move the model to the CPU")
 
 
 def choose_backend(settings: BackendSettings, device: torch.device) -> tuple[Backend, str | None]:
-    """The backend for a model on `device`, created, and what the user should know of the choice; None: nothing.
+    """Creates the backend for a model on `device`; also returns a note about the choice for the user, or None.
 
     Raises:
-        BackendError: see `choose_spec`; or the backend cannot run here.
-        ConfigError: a setting that it reads has no meaning.
+        BackendError: see `choose_spec`; or the backend cannot run on this machine.
+        ConfigError: a setting is invalid.
     """
     spec, note = choose_spec(settings, device)
     try:

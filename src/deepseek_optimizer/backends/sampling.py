@@ -1,4 +1,4 @@
-"""How a token is chosen from a row of logits, in numpy: the definition that every backend's `Plan.choose_tokens` follows.
+"""Chooses a token from a row of logits, in numpy: the definition that every backend's `Plan.choose_tokens` follows.
 
 The filters are those of Transformers (`TemperatureLogitsWarper`, `TopKLogitsWarper`, `TopPLogitsWarper`, `MinPLogitsWarper`),
 in that order. Sorting a whole vocabulary takes longer than the rest of a small model's step, so only tokens that can pass the
@@ -17,12 +17,12 @@ import numpy.typing as npt
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
-NOT_FINITE = -1  # in place of a token: the row's largest logit is NaN or infinite
-_LANES = 64  # rows that a vocabulary is folded into, to look at its maxima and sums first
+NOT_FINITE = -1  # instead of a token: the row's largest logit is NaN or infinite
+_LANES = 64  # rows that a vocabulary is folded into, to search its columns' maxima and sums first
 
 
 class Filters(Protocol):
-    """Temperature (above 0) and the filters; the defaults of `TokenChoice` filter nothing."""
+    """Temperature (above 0) and the filters; with the defaults of `TokenChoice` nothing is filtered."""
 
     @property
     def temperature(self) -> float: ...
@@ -41,9 +41,11 @@ class TokenChoice(NamedTuple):
     """How one row's token is chosen.
 
     Attributes:
-        temperature: 0: the largest logit, the first of equals; the other fields are not read then.
-        top_k: 0: all. top_p in (0, 1]. min_p in [0, 1]: of the likeliest token's probability.
-        u: a number from [0, 1) that selects the token of the filtered distribution, see `draw`.
+        temperature: 0: the largest logit, the first if several are equal; the other fields are ignored then.
+        top_k: number of likeliest tokens to sample from; 0: all.
+        top_p: total probability of the likeliest tokens to sample from, in (0, 1].
+        min_p: minimum probability relative to the likeliest token's, in [0, 1].
+        u: a number in [0, 1) that selects a token of the filtered distribution, see `draw`.
     """
 
     temperature: float = 0.0
@@ -57,7 +59,7 @@ GREEDY = TokenChoice()
 
 
 def choose_token(logits: Floats, choice: TokenChoice) -> int:
-    """The token that `choice` takes from float32 logits [V]; NOT_FINITE where they are not all numbers."""
+    """The token that `choice` selects from float32 logits [V]; NOT_FINITE if the largest logit is NaN or infinite."""
     token = int(logits.argmax())
     if not np.isfinite(logits[token]):
         return NOT_FINITE
@@ -65,36 +67,37 @@ def choose_token(logits: Floats, choice: TokenChoice) -> int:
 
 
 def choose_tokens(logits: Floats, choices: Sequence[TokenChoice | None]) -> list[int | None]:
-    """`choose_token` of each row of float32 logits [R, V]; None where its choice is None."""
+    """`choose_token` for each row of float32 logits [R, V]; None if its choice is None."""
     return [None if choice is None else choose_token(row, choice) for row, choice in zip(logits, choices, strict=True)]
 
 
 def uniform(seed: int, place: int) -> float:
-    """A number in [0, 1) that belongs to a seed and a place in the text: the same whatever was drawn before it."""
+    """A pseudo-random number in [0, 1) determined by a seed and a position in the text, independent of earlier draws."""
     digest = hashlib.blake2b(struct.pack("<QQ", seed, place), digest_size=8).digest()
     return float(int.from_bytes(digest, "little") >> 11) / (1 << 53)
 
 
 def draw(logits: Floats, sampling: Filters, u: float) -> int:
-    """A token from the filtered distribution.
+    """Samples a token from the filtered distribution.
 
     Args:
-        logits: [V], penalties and masks in; at least one is finite.
-        u: from [0, 1).
+        logits: [V], with penalties and masks applied; at least one is finite.
+        sampling: temperature and filters.
+        u: in [0, 1); selects the token.
     """
     scaled = logits / np.float32(sampling.temperature)
     if sampling.top_k or sampling.top_p < 1 or sampling.min_p:
         tokens, weights = filtered(scaled, sampling)
         return int(tokens[_place(np.cumsum(weights, dtype=np.float64), u)])
-    return _drawn_of_all(scaled, u)
+    return _draw_unfiltered(scaled, u)
 
 
 def filtered(scaled: Floats, sampling: Filters) -> tuple[Ints, Floats]:
-    """What the filters let through: tokens, likeliest first (of equals the lower number), and their weights [n]: not divided by
-    their sum.
+    """The tokens that pass the filters, likeliest first (ties: the lower id first), and their unnormalised weights [n].
 
     Args:
-        scaled: logits over temperature, [V].
+        scaled: logits divided by temperature, [V].
+        sampling: the filters.
     """
     tokens = _candidates(scaled, sampling)
     weights = np.exp(scaled[tokens] - scaled[tokens[0]])
@@ -110,28 +113,28 @@ def filtered(scaled: Floats, sampling: Filters) -> tuple[Ints, Floats]:
 
 
 def _candidates(scaled: Floats, sampling: Filters) -> Ints:
-    """Tokens that may pass, sorted; no more than `top_k` where that is given."""
+    """Tokens that may pass, sorted by descending logit; at most `top_k` if that is set."""
     largest = scaled.max()
-    least = -np.inf
-    if sampling.top_p < 1:  # tokens below this together weigh less than what top_p leaves out: the largest alone weighs 1
-        least = float(largest) + np.log((1 - sampling.top_p) / len(scaled))
+    bound = -np.inf
+    if sampling.top_p < 1:  # all tokens below it together weigh less than top_p may discard: the largest alone weighs 1
+        bound = float(largest) + np.log((1 - sampling.top_p) / len(scaled))
     if sampling.min_p:
-        least = max(least, float(largest) + np.log(sampling.min_p) - 1e-4)
+        bound = max(bound, float(largest) + np.log(sampling.min_p) - 1e-4)
     if sampling.top_k and sampling.top_k < len(scaled):
-        least = max(least, _at_least(scaled, sampling.top_k))
-    found = np.flatnonzero(scaled >= np.float32(least)) if np.isfinite(least) else np.flatnonzero(np.isfinite(scaled))
-    found = found[np.argsort(-scaled[found], kind="stable")]
-    return found[: sampling.top_k] if sampling.top_k else found
+        bound = max(bound, _lower_bound(scaled, sampling.top_k))
+    tokens = np.flatnonzero(scaled >= np.float32(bound)) if np.isfinite(bound) else np.flatnonzero(np.isfinite(scaled))
+    tokens = tokens[np.argsort(-scaled[tokens], kind="stable")]
+    return tokens[: sampling.top_k] if sampling.top_k else tokens
 
 
 def largest_tokens(values: Floats, count: int) -> Ints:
-    """The `count` tokens of largest value, sorted; of equals the lower number first."""
-    found = np.flatnonzero(values >= np.float32(_at_least(values, count)))
-    return found[np.argsort(-values[found], kind="stable")][:count]
+    """The `count` tokens with the largest values, in descending order; ties: the lower id first."""
+    tokens = np.flatnonzero(values >= np.float32(_lower_bound(values, count)))
+    return tokens[np.argsort(-values[tokens], kind="stable")][:count]
 
 
-def _at_least(values: Floats, count: int) -> float:
-    """A number that at least `count` of the values reach: that of the lanes' maxima."""
+def _lower_bound(values: Floats, count: int) -> float:
+    """A lower bound of the `count` largest values, from the maxima of the folded columns."""
     columns = len(values) // _LANES
     if count > columns // 2:
         return float(np.partition(values, -count)[-count]) if count < len(values) else -np.inf
@@ -139,8 +142,9 @@ def _at_least(values: Floats, count: int) -> float:
     return float(np.partition(maxima, -count)[-count])
 
 
-def _drawn_of_all(scaled: Floats, u: float) -> int:
-    """By sums over columns of the folded vocabulary, then inside one column: two short searches instead of one sum of all."""
+def _draw_unfiltered(scaled: Floats, u: float) -> int:
+    """Samples from all tokens: first a column of the folded vocabulary by its sum, then a token in it. Two short searches
+    replace a cumulative sum over the whole vocabulary."""
     size = len(scaled)
     columns = -(-size // _LANES)
     weights = np.zeros(columns * _LANES, np.float32)
@@ -157,14 +161,14 @@ def _drawn_of_all(scaled: Floats, u: float) -> int:
 
 
 def _place(sums: npt.NDArray[np.float64], u: float) -> int:
-    """The first place whose running sum is above u of the last: one of weight above zero."""
+    """The first index whose cumulative sum exceeds u times the total; its weight is above zero."""
     place = int(np.searchsorted(sums, min(max(u, 0.0), 1.0) * sums[-1], side="right"))
     return place if place < len(sums) else int(np.searchsorted(sums, sums[-1]))
 
 
 def log_probability(logits: Floats, tokens: Ints) -> npt.NDArray[np.float64]:
-    """Log probabilities of some tokens in the softmax of logits [V]."""
+    """Log probabilities of the given tokens in the softmax of logits [V]."""
     largest = float(logits.max())
     total = np.exp(logits - np.float32(largest)).sum(dtype=np.float64)
-    found: npt.NDArray[np.float64] = logits[tokens].astype(np.float64) - largest - np.log(total)
-    return found
+    result: npt.NDArray[np.float64] = logits[tokens].astype(np.float64) - largest - np.log(total)
+    return result

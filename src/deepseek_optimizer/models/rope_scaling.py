@@ -50,13 +50,13 @@ def frequencies(
 
 def _inverse(base: Any, rot: int) -> torch.Tensor:
     """base ** (-2 i / rot) for i < rot / 2."""
-    return 1.0 / (base ** (torch.arange(0, rot, 2, dtype=torch.int64).to(dtype=torch.float) / rot))
+    return 1.0 / (base ** (torch.arange(0, rot, 2, dtype=torch.int64, device="cpu").to(dtype=torch.float) / rot))
 
 
 def _grown(base: Any, rot: int, factor: Any, max_positions: int, length: torch.Tensor | None) -> Any:
     reach: Any = max_positions
     if length is not None:
-        reach = torch.maximum(length, torch.tensor(max_positions, dtype=length.dtype))
+        reach = torch.maximum(length, torch.tensor(max_positions, dtype=length.dtype, device=length.device))
     return base * ((factor * reach / max_positions) - (factor - 1)) ** (rot / (rot - 2))
 
 
@@ -80,9 +80,9 @@ def _yarn(parameters: dict[str, Any], base: Any, rot: int, max_positions: int) -
     low, high = max(low, 0), min(high, rot - 1)
     if low == high:
         high += 0.001
-    ramp = torch.clamp((torch.arange(rot // 2, dtype=torch.float32) - low) / (high - low), 0, 1)
+    ramp = torch.clamp((torch.arange(rot // 2, dtype=torch.float32, device="cpu") - low) / (high - low), 0, 1)
     share = 1 - ramp.to(dtype=torch.float)  # of extrapolation
-    positions = base ** (torch.arange(0, rot, 2).to(dtype=torch.float) / rot)
+    positions = base ** (torch.arange(0, rot, 2, dtype=torch.int64, device="cpu").to(dtype=torch.float) / rot)
     extrapolated, interpolated = 1.0 / positions, 1.0 / (factor * positions)
     return interpolated * (1 - share) + extrapolated * share, float(scaling)
 

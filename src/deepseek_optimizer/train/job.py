@@ -21,7 +21,7 @@ from transformers import (
     set_seed,
 )
 
-from ..backends.cpu import crowding
+from ..backends.cpu import oversubscription
 from ..backends.cpu.environment import forced_threads
 from ..checkpoint import Checkpoint, GgufCheckpoint, PackedCheckpoint, load_tokenizer, open_checkpoint
 from ..checkpoint.atomic import atomic_file
@@ -311,7 +311,7 @@ class TrainingJob:
 def _crowded() -> list[str]:
     """A remark if DSO_THREADS requests more threads than there are processors."""
     threads = forced_threads()
-    note = crowding(threads) if threads is not None and built() else None
+    note = oversubscription(threads) if threads is not None and built() else None
     return [] if note is None else [note]
 
 

@@ -232,8 +232,8 @@ def test_what_the_plan_says_and_refuses():
     assert (rows["experts_gate_up"]["writes"], rows["experts_down"]["activation"]) == ("q8", "q8")
     with pytest.raises(BackendError, match=r"needs weight 'experts\.down_proj'"):
         backend.compile(moe_graph(config), {n: w for n, w in weights.items() if n != "experts.down_proj"})
-    with pytest.raises(BackendError, match=r"needs 'experts\.gate_up_proj' packed"):
+    with pytest.raises(BackendError, match=r"'experts\.gate_up_proj' must be packed"):
         backend.compile(moe_graph(config), weights | {"experts.gate_up_proj": torch.zeros(7, 80, 72)})
     half = PackedStack(stack.format, 7, stack.rows, stack.cols, stack.data[:7])
-    with pytest.raises(ValueError, match="a stack of 7 matrices, not of 14"):
+    with pytest.raises(ValueError, match="a stack of 7 matrices, must be 14"):
         backend.compile(moe_graph(config), weights | {"experts.gate_up_proj": half})

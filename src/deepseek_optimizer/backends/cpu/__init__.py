@@ -30,14 +30,14 @@ ISA_GROUPS = ("avx2", "avx512")  # ISA names that stand for several variants
 unavailable_reason = native.unavailable_reason
 
 
-def crowding(threads: int) -> str | None:
-    """That so many threads are more than this process has processors for; None: they are not."""
+def oversubscription(threads: int) -> str | None:
+    """A warning if there are more threads than processors that this process may use, else None."""
     usable = int(native.library().dso_default_threads())
     if threads <= usable:
         return None
     return (
-        f"{threads} threads share the {usable} processors that this process may use, and a step ends with the last of them: "
-        f"leave threads and DSO_THREADS out, or ask for {usable}"
+        f"{threads} threads share the {usable} processors that this process may use, and a step waits for the slowest thread: "
+        f"leave threads and DSO_THREADS unset, or use {usable}"
     )
 
 
@@ -45,13 +45,13 @@ class CpuBackend(CpuSizes):
     """Implements `Backend`: graphs compiled to native plans.
 
     Args:
-        isa: None: DSO_ISA, or else the best that runs here. "avx2", "avx512": the best variant of that family. "avx2-base",
-            "avx512-base", "avx512-vnni", ...: exactly that variant.
-        threads: None: DSO_THREADS, or else what affinity and cgroup limits allow.
+        isa: None: DSO_ISA if set, otherwise the best that runs on this machine. "avx2", "avx512": the best variant of that
+            family. "avx2-base", "avx512-base", "avx512-vnni", ...: exactly that variant.
+        threads: None: DSO_THREADS if set, otherwise as many as CPU affinity and cgroup limits allow.
 
     Raises:
-        BackendError: no native build, or the ISA cannot run here (the message says what is missing).
-        ConfigError: DSO_THREADS is not a number of threads.
+        BackendError: no native build, or the ISA cannot run on this machine (the message says what is missing).
+        ConfigError: DSO_THREADS is not a valid number of threads.
     """
 
     name = "cpu"
@@ -59,12 +59,12 @@ class CpuBackend(CpuSizes):
     maps_files = True
 
     def __init__(self, isa: str | None = None, threads: int | None = None) -> None:
-        wanted = isa or forced_isa()
+        requested = isa or forced_isa()
         try:
-            self.context = native.shared_context(_variant(wanted), threads or forced_threads())
+            self.context = native.shared_context(_variant(requested), threads or forced_threads())
         except BackendError as error:
-            if isa is None and wanted is not None:
-                raise BackendError(f"DSO_ISA={wanted}: {error}") from error
+            if isa is None and requested is not None:
+                raise BackendError(f"DSO_ISA={requested}: {error}") from error
             raise
 
     @property
@@ -92,8 +92,8 @@ class CpuBackend(CpuSizes):
 
     @property
     def note(self) -> str | None:
-        """What the user should know of its threads."""
-        return crowding(self.threads)
+        """See `oversubscription`."""
+        return oversubscription(self.threads)
 
     @property
     def detail(self) -> str:
@@ -130,7 +130,7 @@ class CpuBackend(CpuSizes):
         return map_file(fd, size, modified_ns, path)
 
     def check_tensor(self, tensor: torch.Tensor) -> None:
-        """Raises CheckpointChangedError where a tensor lies in a mapped file that is not what was mapped."""
+        """Raises CheckpointChangedError if a tensor is in a mapped file that was changed."""
         check_tensor(tensor)
 
     def unpack(self, matrix: PackedMatrix, begin: int = 0, end: int | None = None) -> torch.Tensor:
@@ -146,12 +146,12 @@ class CpuBackend(CpuSizes):
 
 
 def exact(name: str) -> str:
-    """The `isa` argument that means exactly this one of `native.isa_names()`."""
+    """The `isa` argument that selects exactly this one of `native.isa_names()`."""
     return f"{name}-base" if name in ISA_GROUPS else name
 
 
 def _variant(isa: str | None) -> str | None:
-    """The native name of what was asked for. The library refuses what cannot run."""
+    """The native name of the requested ISA. The library rejects one that cannot run."""
     if isa not in ISA_GROUPS:
         return isa.removesuffix("-base") if isa else None
     members = [n for n in native.isa_names() if n.split("-")[0] == isa]
@@ -159,7 +159,7 @@ def _variant(isa: str | None) -> str | None:
 
 
 def _unavailable(settings: BackendSettings) -> str | None:
-    """An ISA that was asked for by name is never passed over in silence: that it cannot be had is an error of `CpuBackend`."""
+    """None if an ISA was requested by name: then `CpuBackend` raises an error instead of silently using another backend."""
     return None if settings.isa or forced_isa() else unavailable_reason()
 
 

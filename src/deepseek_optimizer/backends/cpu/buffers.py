@@ -1,7 +1,7 @@
-"""Memory that the native library gets: every pointer is taken here, from a tensor or an array that was checked to be what the
-library takes it for. It sees an address, and would read or write past the end of anything else.
+"""Memory passed to the native library. Every pointer is created here, from a tensor or an array whose dtype, shape and layout
+were checked: the library only sees an address, and would read or write past the end of anything else.
 
-With DSO_CHECK=1, for tests, what the library writes into has red zones besides: `Outputs` makes it and looks at them after each
+With DSO_CHECK=1, for tests, the library's outputs also have red zones: `Outputs` allocates them and checks the zones after each
 call.
 """
 
@@ -17,37 +17,40 @@ import torch
 
 from ...errors import BackendError
 
-ZONE: Final = 64  # bytes before and behind a checked buffer; as much as the allocator aligns it to
+ZONE: Final = 64  # bytes before and after a checked buffer; equal to the allocator's alignment
 _PATTERN: Final = bytes([0xC3]) * ZONE
 Memory = torch.Tensor | np.ndarray[Any, Any]
 
 
 def address(memory: Memory, name: str, dtype: Any, shape: tuple[int, ...]) -> int:
-    """Where dense memory of this dtype and shape on the CPU begins; the caller keeps it alive over the call.
+    """The address of contiguous CPU memory with this dtype and shape; the caller keeps it alive during the call.
 
     Args:
-        name: what the error calls it.
+        memory: the tensor or array.
+        name: its name in the error.
         dtype: torch's for a tensor, numpy's for an array.
+        shape: the required shape.
 
-    Raises: ValueError for any other memory.
+    Raises:
+        ValueError: the memory has another dtype, shape, layout or device.
     """
     if isinstance(memory, np.ndarray):
         kind = memory.dtype
         if (kind is not dtype and kind != dtype) or memory.shape != shape or not memory.flags.c_contiguous:
             raise _unfit(memory, name, "contiguous", dtype, shape)
-        return int(memory.__array_interface__["data"][0])  # a third of what `.ctypes` costs
+        return int(memory.__array_interface__["data"][0])  # takes a third of the time of `.ctypes`
     if memory.dtype is not dtype or memory.shape != shape or not memory.is_cpu or not memory.is_contiguous():
         raise _unfit(memory, name, "contiguous", dtype, shape)
     return memory.data_ptr()
 
 
 def optional(memory: Memory | None, name: str, dtype: Any, shape: tuple[int, ...]) -> int | None:
-    """The same; NULL for None."""
+    """`address`, or NULL for None."""
     return None if memory is None else address(memory, name, dtype, shape)
 
 
 def strided(tensor: torch.Tensor, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> int:
-    """The same for a tensor whose rows lie apart: only numbers of its last dimension must lie together."""
+    """`address` for a tensor with any strides, of which only the last dimension must be contiguous."""
     fits = tensor.dtype is dtype and tensor.shape == shape and tensor.is_cpu
     if not fits or (shape[-1] > 1 and tensor.stride(-1) != 1 and tensor.numel()):
         raise _unfit(tensor, name, "dense rows of", dtype, shape)
@@ -59,10 +62,10 @@ def _unfit(memory: Memory, name: str, layout: str, dtype: Any, shape: Iterable[i
         dense, device = memory.is_contiguous(), memory.device.type
     else:
         dense, device = memory.flags.c_contiguous, "cpu"
-    found = (
+    actual = (
         f"{'' if dense else 'strided '}{_name(memory.dtype)} {list(memory.shape)}{'' if device == 'cpu' else f' on {device}'}"
     )
-    return ValueError(f"{name} must be {layout} {_name(dtype)} {list(shape)} on the CPU, and is {found}")
+    return ValueError(f"{name} must be {layout} {_name(dtype)} {list(shape)} on the CPU, and is {actual}")
 
 
 def _name(dtype: Any) -> str:
@@ -70,15 +73,15 @@ def _name(dtype: Any) -> str:
 
 
 class Outputs:
-    """Makes the tensors that the library writes into.
+    """Allocates the tensors that the library writes to.
 
     Args:
-        checked: with red zones before and behind each, for `verify`.
+        checked: whether to add red zones before and after each, for `verify`.
     """
 
     def __init__(self, checked: bool) -> None:
         self.checked = checked
-        self._zones: dict[int, tuple[memoryview, int, int]] = {}  # address -> what it lies in, where, bytes
+        self._zones: dict[int, tuple[memoryview, int, int]] = {}  # address -> surrounding memory, offset in it, bytes
 
     def empty(self, shape: Iterable[int], dtype: torch.dtype) -> torch.Tensor:
         """An uninitialised tensor on the CPU."""
@@ -98,14 +101,19 @@ class Outputs:
         return tensor
 
     def verify(self, call: str, written: Mapping[str, torch.Tensor | None]) -> None:
-        """Looks at the red zones of what a call wrote into; memory that was not made here has none.
+        """Checks the red zones of a call's outputs; memory that was not allocated here has none.
 
-        Raises: BackendError that names the call, the buffer and the place.
+        Args:
+            call: name of the library's function.
+            written: its outputs by name.
+
+        Raises:
+            BackendError: a red zone was overwritten; the message names the call, the buffer and the byte.
         """
         for name, tensor in written.items():
-            if tensor is None or (found := self._zones.get(tensor.data_ptr())) is None:
+            if tensor is None or (zone := self._zones.get(tensor.data_ptr())) is None:
                 continue
-            whole, start, size = found
+            whole, start, size = zone
             for begin, offset in ((start - ZONE, -ZONE), (start + size, size)):
                 if whole[begin : begin + ZONE] != _PATTERN:
                     byte = next(i for i in range(ZONE) if whole[begin + i] != _PATTERN[i])
@@ -114,5 +122,5 @@ class Outputs:
 
 
 def checking() -> bool:
-    """Whether DSO_CHECK=1 asks for red zones. Read where a context is made."""
+    """Whether DSO_CHECK=1 enables red zones. Read when a context is created."""
     return os.environ.get("DSO_CHECK") == "1"

@@ -1,4 +1,4 @@
-"""Graph -> native plan: lowering, slots, weights, steps."""
+"""Compiles a graph to a native plan: lowering, slots, weights, steps."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ class _Compiler:
 
     def matrix(self, name: str) -> PackedWeight:
         try:
-            found = self.given[name]
+            weight = self.given[name]
         except KeyError:
             raise BackendError(f"the graph needs weight {name!r}, which the model does not have") from None
-        if not isinstance(found, PackedWeight):
-            raise BackendError(f"the cpu backend needs {name!r} packed, not a {type(found).__name__}")
-        return found
+        if not isinstance(weight, PackedWeight):
+            raise BackendError(f"weight {name!r} must be packed for the cpu backend, got a {type(weight).__name__}")
+        return weight
 
     def format_of(self, name: str) -> str:
         return self.matrix(name).format
@@ -59,13 +59,13 @@ class _Compiler:
         return row_kind(self.format_of(name), self.activation)
 
     def weight(self, name: str | None) -> int:
-        """Index of a weight in the plan's table, added at its first use."""
+        """Index of a weight in the plan's table; it is added at its first use."""
         if name is None:
             return -1
         if name not in self.index:
-            found = self.given.get(name)
-            if isinstance(found, torch.Tensor):
-                self._add(name, self._vector(found))
+            weight = self.given.get(name)
+            if isinstance(weight, torch.Tensor):
+                self._add(name, self._vector(weight))
             else:
                 matrix = self.matrix(name)
                 self.keep.append(matrix.data)
@@ -78,7 +78,7 @@ class _Compiler:
 
     def _vector(self, tensor: torch.Tensor) -> Weight:
         if tensor.ndim != 1:
-            raise BackendError(f"a vector was expected, got shape {tuple(tensor.shape)}")
+            raise BackendError(f"the weight must be a vector, got shape {tuple(tensor.shape)}")
         vector = tensor.detach().to("cpu", torch.float32).contiguous()
         self.keep.append(vector)
         place = address(vector, "a vector", torch.float32, tuple(tensor.shape))
@@ -93,7 +93,7 @@ class _Compiler:
     def step(self, node: Node) -> Step:
         a, spec = node.attrs, spec_of(node)
         if spec.code is None:
-            raise BackendError(f"the cpu backend has no op {node.op!r}")
+            raise BackendError(f"the cpu backend does not support op {node.op!r}")
         s = Step()
         s.op = spec.code
         self._operands(s, node)
@@ -115,7 +115,7 @@ class _Compiler:
         return s
 
     def _operands(self, s: Step, node: Node) -> None:
-        """Slots of inputs and outputs, indices of weights and biases; -1 where there is none."""
+        """Sets the slots of inputs and outputs and the indices of weights and biases; -1 if absent."""
         a = node.attrs
         inputs = [self.slot_of[v] for v in node.inputs]
         outputs = [self.slot_of[v] for v in node.outputs]
@@ -131,14 +131,14 @@ class _Compiler:
             field[:] = values + [-1] * (len(field) - len(values))
 
     def row(self, node: Node) -> dict[str, Any]:
-        """What the report says of a step."""
+        """A step's row in the report."""
         row: dict[str, Any] = {"op": node.op, "output": node.outputs[0].name if node.outputs else None}
         matrices = [n for n in node.weights if isinstance(self.given.get(n), PackedWeight)]
         if matrices:
             row["weights"] = list(matrices)
             row["format"] = ",".join(dict.fromkeys(self.format_of(n) for n in matrices))
             row["bytes"] = sum(self.matrix(n).nbytes for n in matrices)
-        if absorbs(node):  # kv_b itself is read where prefill expands; decode reads its stacks, in the steps around this one
+        if absorbs(node):  # prefill reads kv_b itself to expand; decode reads its stacks in the steps around this one
             row["prefill_bytes"] = row.pop("bytes")
         row |= {name: node.attrs[name] for name in ("experts", "top_k") if node.op.startswith("experts")}
         if node.inputs and node.inputs[0].kind != "f32":
@@ -158,7 +158,7 @@ class _Compiler:
 
 
 def row_kind(format_name: str, activation: str) -> str:
-    """Slot kind of the rows that a product with a matrix in this format reads; `activation` as in `CompileOptions`."""
+    """Slot kind of the input rows of a product with a matrix in this format; `activation` as in `CompileOptions`."""
     if activation in ACTIVATIONS and format_name in INTEGER_FORMATS:
         return ACTIVATIONS[activation]
     return get_format(format_name).activation
@@ -170,7 +170,7 @@ def _flags(spec: OpSpec, node: Node) -> list[str]:
 
 
 def _exact_matrices(graph: Graph, weights: Mapping[str, PackedWeight | torch.Tensor]) -> Mapping[str, PackedMatrix]:
-    """Matrices that no format packs, as fp32: their products decide which experts and which tokens are looked at."""
+    """Matrices that are never quantised, as fp32: their products decide which experts and which tokens are chosen."""
     floats = {n: w for n in exact_weights(graph) if isinstance(w := weights.get(n), torch.Tensor) and w.ndim == 2}
     return {n: pack(w.detach().to("cpu", torch.float32), "fp32") for n, w in floats.items()}
 
@@ -181,8 +181,14 @@ def compile_graph(
     """Binds `graph` to `weights` on this context.
 
     Args:
+        context: the library's context that runs the plan.
+        graph: the graph, before lowering.
         weights: matrices and stacks of them packed, vectors as 1-D tensors (copied to fp32), `exact_weights` as either.
-        activation: rows that integer products read: "auto" (what each format asks for), "int8" or "int16".
+        activation: format of the input rows of integer products: "auto" (the default of each weight format), "int8" or
+            "int16".
+
+    Raises:
+        BackendError: a weight is missing or not packed, or the graph has an unsupported op.
     """
     compiler = _Compiler(context, graph, weights, activation)
     nodes = compiler.graph.nodes

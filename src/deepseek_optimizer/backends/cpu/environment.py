@@ -1,6 +1,6 @@
-"""What the environment asks of the native backend where the config leaves it open: DSO_ISA and DSO_THREADS.
+"""Environment variables of the native backend, used if the config does not set a value: DSO_ISA and DSO_THREADS.
 
-Both are read when a backend is made. Empty is the same as unset; anything that can't be meant is an error, never ignored.
+Both are read when a backend is created. Empty is the same as unset; an invalid value is an error, never ignored.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ MAX_THREADS = 1024
 
 
 def forced_isa() -> str | None:
-    """DSO_ISA as it stands: the library refuses what it does not know and what cannot run here."""
+    """DSO_ISA, unchecked: the library rejects ISAs that are unknown or cannot run on this machine."""
     return os.environ.get("DSO_ISA") or None
 
 
 def forced_threads() -> int | None:
-    """DSO_THREADS. Raises: ConfigError."""
+    """DSO_THREADS, or None if unset. Raises ConfigError for an invalid value."""
     text = os.environ.get("DSO_THREADS") or None
     if text is None:
         return None

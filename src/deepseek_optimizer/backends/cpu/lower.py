@@ -1,9 +1,9 @@
-"""Lowering: which values a native plan holds in bf16, q8 or q16 rows, and where they are converted.
+"""Lowering: decides which values of a native plan are bf16, q8 or q16 rows, and where they are converted.
 
-A product reads its input in the kind its weight's format asks for. Where every reader of a value wants the same kind, the op
-that makes the value writes that kind itself (a norm that quantises its result); elsewhere a `convert` step makes it, once.
-Ops over several matrices are split where their formats want different kinds. A router is a product in fp32, then the choice.
-The last node's output is the caller's logits, if the graph has a head.
+A product reads its input in the kind that its weight's format requires. If all readers of a value need the same kind, the op
+that computes the value writes that kind directly (a norm that quantises its result); otherwise a `convert` step converts it,
+once per kind. Ops over several matrices are split if their formats need different kinds. A router becomes an fp32 product and
+a choice. The last node's output is the caller's logits, if the graph has a head.
 """
 
 from __future__ import annotations
@@ -17,15 +17,18 @@ from .mla_weights import absorbs, key_stack, value_stack
 
 
 def lower(graph: Graph, kind_of: Callable[[str], str], format_of: Callable[[str], str]) -> Graph:
-    """The same graph with kinds and converts.
+    """The same graph with slot kinds and `convert` nodes.
 
     Args:
-        kind_of: weight name -> slot kind its product reads ("f32", "bf16", "q8", "q16").
+        graph: the graph before lowering.
+        kind_of: weight name -> slot kind that its product reads ("f32", "bf16", "q8", "q16").
         format_of: weight name -> format name; gate_up needs equal formats.
     """
     nodes = _once(part for node in graph.nodes for part in _split(node, kind_of, format_of))
     wanted = _wanted_kinds(nodes, kind_of)
-    in_place = {v: kinds[0] for v, kinds in wanted.items() if len(kinds) == 1 and kinds[0] != "f32" and _maker_writes(nodes, v)}
+    in_place = {
+        v: kinds[0] for v, kinds in wanted.items() if len(kinds) == 1 and kinds[0] != "f32" and _writes_any_kind(nodes, v)
+    }
     lowered: list[Node] = []
     for node in nodes:
         lowered.append(_rewire(node, kind_of, in_place))
@@ -36,18 +39,18 @@ def lower(graph: Graph, kind_of: Callable[[str], str], format_of: Callable[[str]
 
 
 def _once(nodes: Iterable[Node]) -> list[Node]:
-    """Without nodes whose outputs an earlier one made: queries absorbed for a choice are those of the attention."""
-    kept: list[Node] = []
-    made: set[Value] = set()
+    """Drops nodes whose outputs an earlier node computes: a choice and its attention share the absorbed queries."""
+    unique: list[Node] = []
+    computed: set[Value] = set()
     for node in nodes:
-        if not node.outputs or not made.issuperset(node.outputs):
-            kept.append(node)
-            made.update(node.outputs)
-    return kept
+        if not node.outputs or not computed.issuperset(node.outputs):
+            unique.append(node)
+            computed.update(node.outputs)
+    return unique
 
 
 def _selection(nodes: list[Node]) -> list[Node]:
-    """Without rule `last_logits` the head runs on every token; the rows asked for are picked from its output."""
+    """Without the rule `last_logits` the head runs on every token, and a node selects the requested rows of its output."""
     if nodes[-1].op != "lm_head":
         return []
     logits = nodes[-1].outputs[0]
@@ -63,8 +66,8 @@ def _as(value: Value, kind: str) -> Value:
 
 
 def _split(node: Node, kind_of: Callable[[str], str], format_of: Callable[[str], str]) -> list[Node]:
-    """One node a kind for a linear over several matrices; a gate_up of unequal formats as linears and swiglu; a router as a
-    linear and the choice."""
+    """Splits a node: a linear over several matrices into one node per kind; a gate_up with different formats into linears and
+    swiglu; a router into a linear and the choice."""
     biases = node.attrs.get("biases") or (None,) * len(node.weights)
     if node.op == "linear" and len(node.weights) > 1:
         groups: dict[str, list[int]] = {}
@@ -93,8 +96,8 @@ def _split(node: Node, kind_of: Callable[[str], str], format_of: Callable[[str],
 
 
 def _absorbed(node: Node) -> list[Node]:
-    """Queries to the space of latents, attention, and sums of latents to values. Rows that the step expands after all go past
-    both products."""
+    """Absorbed attention: queries to the latent space, attention, and sums of latents to values. Rows that the step expands
+    instead bypass both products."""
     (q, *chosen), (out,), (kv_b,), a = node.inputs, node.outputs, node.weights, node.attrs
     absorb = _absorb(node, chosen[0].width if chosen else 0, a.get("window", 0), a.get("sinks", 0))
     sums, expanded = Value(f"{out.name}.latents", a["heads"] * a["rank"]), Value(f"{out.name}.expanded", out.width)
@@ -107,12 +110,12 @@ def _absorbed(node: Node) -> list[Node]:
 
 
 def _absorb(node: Node, top_k: int, window: int = 0, sinks: int = 0) -> Node:
-    """Queries to the space of latents, for attention that sees so many tokens."""
+    """Maps queries to the latent space, for attention with this top_k or window."""
     a, q = node.attrs, node.inputs[0]
     shape = {name: a[name] for name in ("layer", "heads", "nope", "rope", "rank", "v_dim")}
-    made = Value(f"{q.name}.absorbed", a["heads"] * (a["rank"] + a["rope"]))
+    absorbed = Value(f"{q.name}.absorbed", a["heads"] * (a["rank"] + a["rope"]))
     attrs = {**shape, "form": "absorbed", "top_k": top_k, "window": window, "sinks": sinks}
-    return Node("mla_absorb", (q,), (made,), (key_stack(node.weights[0]),), attrs)
+    return Node("mla_absorb", (q,), (absorbed,), (key_stack(node.weights[0]),), attrs)
 
 
 def _linear(node: Node, indices: list[int], biases: tuple[str | None, ...]) -> Node:
@@ -123,7 +126,7 @@ def _linear(node: Node, indices: list[int], biases: tuple[str | None, ...]) -> N
 
 
 def _wanted_kinds(nodes: list[Node], kind_of: Callable[[str], str]) -> Mapping[Value, list[str]]:
-    """Value -> the kinds its readers want, in order of first use."""
+    """Value -> the kinds that its readers need, in order of first use."""
     wanted: dict[Value, dict[str, None]] = {}
     for node in nodes:
         for i, value in enumerate(node.inputs):
@@ -132,12 +135,13 @@ def _wanted_kinds(nodes: list[Node], kind_of: Callable[[str], str]) -> Mapping[V
     return {value: list(kinds) for value, kinds in wanted.items()}
 
 
-def _maker_writes(nodes: list[Node], value: Value) -> bool:
-    maker = next((n for n in nodes if value in n.outputs), None)
-    if maker is None:
+def _writes_any_kind(nodes: list[Node], value: Value) -> bool:
+    """Whether the node that computes the value can write any slot kind."""
+    producer = next((n for n in nodes if value in n.outputs), None)
+    if producer is None:
         return False
-    index = spec_of(maker).any_kind
-    return index is not None and maker.outputs[index] == value
+    index = spec_of(producer).any_kind
+    return index is not None and producer.outputs[index] == value
 
 
 def _rewire(node: Node, kind_of: Callable[[str], str], in_place: Mapping[Value, str]) -> Node:

@@ -1,8 +1,8 @@
-"""kv_b as absorbed attention reads it: a stack of heads for the queries, and one for the values.
+"""kv_b in the form that absorbed attention reads: one stack of heads for the queries, and one for the values.
 
-Head h of kv_b has `nope` key rows, then `v_dim` value rows, each of `rank` columns. Queries meet the key rows' columns, so
-those are transposed: [rank, nope], in fp32 where kv_b is, else in bf16, since a format's groups would run along the other
-axis. Value rows stay as they are: kv_b's own tiles where a head's rows fill whole ones, else bf16 (or fp32) again.
+Head h of kv_b has `nope` key rows, then `v_dim` value rows, each of `rank` columns. Queries are multiplied along the key rows,
+so those are transposed: [rank, nope], in fp32 if kv_b is fp32, else in bf16, since a format's groups would run along the other
+axis. Value rows are unchanged: kv_b's own tiles if a head's rows fill whole tiles, else repacked as bf16 (or fp32).
 """
 
 from __future__ import annotations
@@ -21,25 +21,26 @@ from .native import Context
 
 
 def key_stack(kv_b: str) -> str:
-    """The name that a plan gives the keys' stack of this weight."""
+    """A plan's name for the stack of keys of this weight."""
     return f"{kv_b}:keys"
 
 
 def value_stack(kv_b: str) -> str:
-    """The name that a plan gives the values' stack of this weight."""
+    """A plan's name for the stack of values of this weight."""
     return f"{kv_b}:values"
 
 
 def absorbs(node: Node) -> bool:
-    """Whether plans have this attention in absorbed form: also where it is sparse, whatever the graph says. Expanding the few
+    """Whether plans run this attention in absorbed form. Sparse attention always is, whatever the graph says: expanding the few
     tokens that a row chose, for that row alone, is never cheaper."""
     return node.op == "mla_attention" and (node.attrs["form"] == "absorbed" or len(node.inputs) > 1)
 
 
 def absorbed_stacks(context: Context, graph: Graph, weights: Mapping[str, Any]) -> dict[str, PackedStack]:
-    """Both stacks of every kv_b that the graph absorbs, by the names above. Other weights are not looked at.
+    """Both stacks of every kv_b that the graph absorbs, by the names above. Other weights are ignored.
 
-    Raises: BackendError where kv_b is missing, not packed, or of another shape.
+    Raises:
+        BackendError: kv_b is missing, not packed, or has the wrong shape.
     """
     stacks = {}
     for node in graph.nodes:

@@ -1,6 +1,6 @@
-"""The native library through ctypes: one Python name a function of `native/include/dso.h`, errors turned into exceptions.
+"""The native library through ctypes: the functions of `native/include/dso.h`, with error codes converted to exceptions.
 
-Nothing is loaded at import: `library()` finds and checks the shared object at its first call.
+Nothing is loaded at import: `library()` loads and checks the shared object at its first call.
 """
 
 from __future__ import annotations
@@ -124,12 +124,12 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
 
 
 def library_path() -> Path:
-    """Where the wheel (or `make native`) puts the shared library."""
+    """The path at which the wheel (or `make native`) installs the shared library."""
     return Path(__file__).resolve().parents[2] / "_native" / "libdso.so"
 
 
 def unavailable_reason() -> str | None:
-    """None where the native backend can be used; else why not, with the remedy."""
+    """None if the native backend can be used; otherwise the reason and the remedy."""
     try:
         library()
     except BackendError as error:
@@ -139,7 +139,7 @@ def unavailable_reason() -> str | None:
 
 @functools.lru_cache(maxsize=1)
 def library() -> Any:
-    """The loaded library with typed functions. Raises BackendError where it was not built or does not fit."""
+    """The loaded library with typed functions. Raises BackendError if it was not built or has another version."""
     path = library_path()
     if not path.exists():
         raise BackendError(
@@ -162,11 +162,11 @@ def library() -> Any:
     return lib
 
 
-_MEMORY_REMEDY = "end other programs, take a smaller kv_cache_memory, or load the model in a smaller format"
+_MEMORY_REMEDY = "close other programs, set a smaller kv_cache_memory, or load the model in a smaller format"
 
 
 def check(code: int) -> None:
-    """Raises what a non-zero return code stands for, with the library's own message."""
+    """Raises the exception for a non-zero return code, with the library's message."""
     if code == 0:
         return
     message = library().dso_last_error().decode(errors="replace")
@@ -181,10 +181,11 @@ def check(code: int) -> None:
 
 
 class Handle:
-    """An object of the library, as its functions take it; destroyed with the last Python object that holds it.
+    """An object of the library, usable as an argument of its functions; destroyed when this object is.
 
     Args:
-        create, destroy: the library's functions; `create` takes `arguments` and where to put the pointer.
+        create, destroy: the library's functions; `create` takes `arguments` and the address for the pointer.
+        arguments: passed to `create`.
     """
 
     def __init__(self, create: Any, destroy: Any, *arguments: Any) -> None:
@@ -197,7 +198,7 @@ class Handle:
         return self._as_parameter_.value
 
     def __copy__(self) -> Handle:
-        return self  # two that destroy one object would do it twice
+        return self  # a second handle would destroy the same object again
 
     def __del__(self) -> None:
         if "_destroy" in self.__dict__:
@@ -205,12 +206,15 @@ class Handle:
 
 
 class Context:
-    """An ISA's kernels and a thread pool. Several plans may share one; runs on it are serialised. With DSO_CHECK=1 all that the
-    library writes into has red zones, which are looked at after each call.
+    """An ISA's kernels and a thread pool. Several plans may share one; runs on it are serialised. With DSO_CHECK=1 all outputs
+    of the library have red zones, which are checked after each call.
 
     Args:
-        isa: a name of `isa_names()` or None for the best that runs here.
-        threads: None or <= 0: what affinity and cgroup limits allow.
+        isa: a name from `isa_names()`, or None for the best that runs on this machine.
+        threads: None or <= 0: as many as CPU affinity and cgroup limits allow.
+
+    Raises:
+        BackendError: the library is not available, or the ISA cannot run on this machine.
     """
 
     def __init__(self, isa: str | None = None, threads: int | None = None) -> None:
@@ -222,13 +226,14 @@ class Context:
             check(self.lib.dso_context_set_checked(self.handle, 1))
 
     def call(self, name: str, *arguments: Any, **written: torch.Tensor | None) -> None:
-        """Runs a function of the library.
+        """Calls a function of the library.
 
         Args:
-            arguments: all of them; addresses come from `buffers`.
-            written: by name what the function writes into, for the red zones of `outputs`.
+            name: the function.
+            arguments: all of its arguments; addresses come from `buffers`.
+            written: its output tensors by name, to check their red zones.
 
-        Raises: what `check` does; BackendError where a red zone was written.
+        Raises: as `check`; BackendError if a red zone was overwritten.
         """
         check(getattr(self.lib, name)(*arguments))
         if self.outputs.checked:
@@ -243,36 +248,36 @@ class Context:
         return int(self.lib.dso_context_threads(self.handle))
 
     def read_bandwidth(self, size: int, seconds: float) -> float:
-        """Bytes a second at which all threads together read `size` bytes (1 MiB at least) over and over, the fastest round of
-        `seconds`. Raises ValueError, MemoryError."""
-        found = C.c_double()
-        check(self.lib.dso_read_bandwidth(self.handle, size, seconds, C.byref(found)))
-        return found.value
+        """Memory bandwidth in bytes per second: all threads together read `size` bytes (at least 1 MiB) repeatedly; the fastest
+        round within `seconds` counts. Raises ValueError, MemoryError."""
+        bandwidth = C.c_double()
+        check(self.lib.dso_read_bandwidth(self.handle, size, seconds, C.byref(bandwidth)))
+        return bandwidth.value
 
 
 @functools.lru_cache(maxsize=8)
 def shared_context(isa: str | None, threads: int | None) -> Context:
-    """The process's context for these settings: models that agree on them share one pool."""
+    """The process's context for these settings: models with equal settings share one pool."""
     return Context(isa, threads)
 
 
 def cache_shape(spec: CacheSpec | LatentSpec, kv_dtype: str) -> CacheShape:
-    """What the library calls the cache of this spec."""
+    """The library's description of a cache with this spec."""
     if isinstance(spec, LatentSpec):
         return CacheShape(KV_TYPES[kv_dtype], spec.layers, 0, 0, spec.rank, spec.rope, spec.index, spec.summaries)
     return CacheShape(KV_TYPES[kv_dtype], spec.layers, spec.kv_heads, spec.head_dim, 0, 0, 0, spec.summaries)
 
 
 def block_bytes(spec: CacheSpec | LatentSpec, kv_dtype: str) -> int:
-    """Bytes of a block of 32 tokens of all layers. Raises ValueError for a shape that no cache can have."""
-    found = int(library().dso_cache_block_bytes(C.byref(cache_shape(spec, kv_dtype))))
-    if found < 0:
+    """Bytes of a block of 32 tokens of all layers. Raises ValueError for an invalid shape."""
+    size = int(library().dso_cache_block_bytes(C.byref(cache_shape(spec, kv_dtype))))
+    if size < 0:
         check(_EINVAL)
-    return found
+    return size
 
 
 def isa_names() -> list[str]:
-    """Every ISA variant this library was built with, best last."""
+    """The ISA variants that this library was built with, best last."""
     lib = library()
     return [lib.dso_isa_name(i).decode() for i in range(lib.dso_isa_count())]
 
@@ -282,6 +287,6 @@ def isa_runs_here(name: str) -> bool:
 
 
 def cpu_description() -> dict[str, Any]:
-    """Vendor, model name, features found, caches, cores."""
+    """The CPU's vendor, model name, detected features, caches and cores."""
     description: dict[str, Any] = json.loads(library().dso_cpu_description().decode())
     return description

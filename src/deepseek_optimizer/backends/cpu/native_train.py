@@ -1,6 +1,6 @@
-"""The functions of `native/include/dso_train.h`, as `native.library()` types them: (result, arguments) by name.
+"""Signatures of the functions of `native/include/dso_train.h` for `native.library()`: (result, arguments) by name.
 
-A function stands here only once the library that is in use has it: `library()` refuses one that lacks any.
+`library()` rejects a shared library that lacks any of these functions.
 """
 
 from __future__ import annotations

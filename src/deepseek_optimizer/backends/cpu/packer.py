@@ -1,4 +1,4 @@
-"""Packing and single products through the native library, for loaders and for the packed modules' own forward."""
+"""Packing and single products with the native library, for loaders and for the forward of packed modules."""
 
 from __future__ import annotations
 
@@ -26,20 +26,26 @@ def pack(
     importance: torch.Tensor | None = None,
     scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """float [N, K] (fp32, bf16 or fp16), ggml blocks, or E4M3 -> uint8 tiles, the bits of `quant.reference_packer`.
+    """Packs float [N, K] (fp32, bf16 or fp16), ggml blocks, or E4M3 to uint8 tiles, bitwise equal to `quant.reference_packer`.
 
     Args:
-        out: contiguous tiles to fill; None: fresh ones.
-        importance: float32 [K], as `quant.Packer` has it.
-        scale: the blocks' scales of an E4M3 matrix, as `quant.Packer` has them.
+        context: the library's context.
+        weight: the matrix.
+        format_name: the target format.
+        out: contiguous tiles to fill; None: newly allocated.
+        importance: float32 [K], see `quant.Packer`.
+        scale: block scales of an E4M3 matrix, see `quant.Packer`.
+
+    Raises:
+        ValueError: `out`, `importance` or `scale` has the wrong dtype, shape or values.
     """
     weight = weight.detach()
     if weight.dtype not in (*_SOURCES, torch.float8_e4m3fn):
         weight = weight.float()
     rows, cols = weight.shape
-    if weight.stride(1) != 1 or weight.stride(0) < cols or weight.dtype == torch.uint8:  # transposed, or a row shown many times
+    if weight.stride(1) != 1 or weight.stride(0) < cols or weight.dtype == torch.uint8:  # transposed, or a broadcast row
         weight = weight.contiguous()
-    stride = max(weight.stride(0), cols)  # a single row may have any
+    stride = max(weight.stride(0), cols)  # the stride of a single row is arbitrary
     if weight.dtype == torch.uint8:
         cols = stride = ggml.blocks_for(format_name, cols)[1]
     out = _tiles_for(context, rows, cols, format_name, out)
@@ -61,20 +67,23 @@ def pack(
 
 
 def _tiles_for(context: Context, rows: int, cols: int, format_name: str, out: torch.Tensor | None) -> torch.Tensor:
-    """`out` if it is the tiles of such a matrix, ValueError if not; fresh ones where it is None."""
+    """`out` after checking that it fits such a matrix (ValueError if not), or newly allocated tiles if it is None."""
     tile_bytes = get_format(format_name).tile_bytes
     shape = (*tile_counts(rows, cols), tile_bytes)
     if out is None:
         return context.outputs.empty(shape, torch.uint8)
     if out.shape != shape or out.dtype != torch.uint8 or not out.is_contiguous():
-        raise ValueError(f"{out.dtype} {tuple(out.shape)} are not the tiles of a {rows} x {cols} matrix in {format_name}")
+        raise ValueError(
+            f"out must be contiguous torch.uint8 {shape} for a {rows} x {cols} matrix in {format_name}, got {out.dtype} "
+            f"{tuple(out.shape)}"
+        )
     return out
 
 
 def weight_struct(matrix: PackedMatrix) -> Weight:
     """The C view of a packed matrix; the caller keeps `matrix.data` alive."""
     if matrix.format not in FORMATS:
-        raise BackendError(f"the cpu backend has no kernels for format {matrix.format!r}; it knows {', '.join(FORMATS)}")
+        raise BackendError(f"the cpu backend does not support format {matrix.format!r}; choose one of {', '.join(FORMATS)}")
     shape = (*tile_counts(matrix.rows, matrix.cols), get_format(matrix.format).tile_bytes)
     data = _tiles_address(matrix.data, shape)
     return Weight(FORMATS[matrix.format], matrix.rows, matrix.cols, 1, data, matrix.data.numel())
@@ -113,11 +122,11 @@ def linear(
     activation: str | None = None,
     decode_rows: int = 0,
 ) -> torch.Tensor:
-    """x [..., K] -> float32 [..., N]: the same kernels and bits as a plan's product of that family.
+    """x [..., K] @ W.T (+ bias) as float32 [..., N], bitwise equal to a plan's product of the same kernel family.
 
     Args:
-        activation: slot kind x is converted to first; None: what the format asks for.
-        decode_rows: how many leading rows run the decode family.
+        activation: slot kind that x is converted to first; None: the default of the format.
+        decode_rows: number of leading rows computed by the decode family; the others: prefill.
     """
     kind = activation or get_format(matrix.format).activation
     flat = x.detach().reshape(-1, matrix.cols).float().contiguous()
@@ -135,9 +144,9 @@ def linear(
 
 
 def linear_gradient(context: Context, grad: torch.Tensor, matrix: PackedMatrix) -> torch.Tensor:
-    """grad [..., N] @ W -> float32 [..., K], the gradient of `linear` in x, with W dequantised by panels of rows.
+    """grad [..., N] @ W -> float32 [..., K], the gradient of `linear` with respect to x. W is dequantised in panels of rows.
 
-    A gradient in bf16 is multiplied as that, with W rounded to it on the way; any other in fp32.
+    A bf16 gradient is multiplied in bf16, with W rounded to it; any other in fp32.
     """
     flat = grad.detach().reshape(-1, matrix.rows)
     flat = (flat if flat.dtype == torch.bfloat16 else flat.float()).contiguous()

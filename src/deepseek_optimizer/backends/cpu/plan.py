@@ -1,4 +1,4 @@
-"""A compiled native plan and the block store it reads: one library call a step."""
+"""A compiled native plan and its block store: one library call per step."""
 
 from __future__ import annotations
 
@@ -23,10 +23,11 @@ _I32, _F32, _U8 = np.dtype(np.int32), np.dtype(np.float32), np.dtype(np.uint8)
 
 
 class CpuStore:
-    """Paged K and V in the native arena: memory is taken as blocks are first written.
+    """Paged K and V in the native arena: memory becomes resident when blocks are first written.
 
     Args:
-        spec: the model's.
+        context: the library's context.
+        spec: the model's cache.
         kv_dtype: "fp32", "bf16" or "int8".
         num_blocks: capacity in blocks of 32 tokens.
     """
@@ -50,10 +51,10 @@ class CpuStore:
         return int(self.lib.dso_cache_saved_bytes(self.handle))
 
     def read_block(self, block: int) -> bytes:
-        found = self.context.outputs.empty((self.saved_bytes,), torch.uint8)
-        place = address(found, "a block", torch.uint8, (self.saved_bytes,))
-        self.context.call("dso_cache_save_block", self.handle, block, place, block=found)
-        return found.numpy().tobytes()
+        content = self.context.outputs.empty((self.saved_bytes,), torch.uint8)
+        place = address(content, "a block", torch.uint8, (self.saved_bytes,))
+        self.context.call("dso_cache_save_block", self.handle, block, place, block=content)
+        return content.numpy().tobytes()
 
     def write_block(self, block: int, data: bytes) -> None:
         if len(data) != self.saved_bytes:
@@ -84,22 +85,22 @@ class CpuStore:
 
 
 def _table(block_table: Int32, tokens: int) -> Int32:
-    """The table as the library reads it. Raises ValueError for one that ends before the tokens do."""
+    """The table as a contiguous int32 array. Raises ValueError if it has too few blocks for the tokens."""
     table = np.ascontiguousarray(block_table, dtype=np.int32)
     if table.size * BLOCK_TOKENS < tokens:
-        raise ValueError(f"a table of {table.size} blocks does not hold {tokens} tokens")
+        raise ValueError(f"block_table has {table.size} blocks, too few for {tokens} tokens")
     return table
 
 
 def _rotation(pairs: Pairs, frequencies: Any) -> Rotation:
     if 2 * len(frequencies) != pairs.rot:
-        raise ValueError(f"{len(frequencies)} frequencies do not turn {pairs.rot} numbers")
+        raise ValueError(f"rotating {pairs.rot} elements needs {pairs.rot // 2} frequencies, got {len(frequencies)}")
     place = address(frequencies, "inv_freq", _F32, (pairs.rot // 2,))
     return Rotation(place, pairs.rot, pairs.offset, FLAGS["interleaved"] if pairs.interleaved else 0, 0)
 
 
 class CpuPlan:
-    """Implements `Plan`: steps bound to packed weights. Made by `CpuBackend.compile`; keeps the weights it points at alive."""
+    """Implements `Plan`: steps bound to packed weights. Created by `CpuBackend.compile`; keeps its weights alive."""
 
     device = torch.device("cpu")
 
@@ -131,16 +132,16 @@ class CpuPlan:
         )  # fmt: skip
 
     def run(self, batch: StepBatch, store: KvStore) -> StepOutput:
-        """One step over a `CpuStore`. Shapes are checked here, ids and lengths by the library, before anything is written."""
+        """Runs a step over a `CpuStore`. Before writing anything, shapes are checked here, ids and lengths by the library."""
         tokens, rows = len(batch.positions), len(batch.logit_rows)
         if rows and not self.has_head:
-            raise ValueError(f"logit_rows asks for {rows} rows of logits, and this plan has no head")
+            raise ValueError(f"logit_rows must be empty for a plan that has no head, got {rows} rows")
         sequences, blocks, width = len(batch.query_len), batch.block_table.shape[-1], self.hidden_size
         f32, new = torch.float32, self.context.outputs.empty
         shape, logits = (rows, self.vocab_size), batch.logits
         if logits is None or self.context.outputs.checked:
             optional(logits, "logits", f32, shape)
-            logits = new(shape, f32)  # red zones lie around a copy
+            logits = new(shape, f32)  # the copy has red zones
         hidden = new((self.hidden_states, tokens, width), f32) if batch.hidden else None
         last = new((tokens, width), f32) if batch.last_hidden else None
         embeds = None if batch.inputs_embeds is None else batch.inputs_embeds.detach().to("cpu", f32).contiguous()
@@ -168,11 +169,11 @@ class CpuPlan:
         return StepOutput(logits, hidden, last)
 
     def _frequencies(self, batch: StepBatch) -> npt.NDArray[np.float32] | None:
-        """float32 [S, rot/2], contiguous; None where every sequence has the plan's own."""
+        """RoPE frequencies per sequence, float32 [S, rot/2], contiguous; None if all sequences use the plan's own."""
         if self._rope is None or self._inv_freq_at is None:
             return None
         if batch.reach is not None and (batch.reach.shape != batch.query_len.shape or (batch.reach < 1).any()):
-            raise ValueError(f"reach must be {len(batch.query_len)} numbers above 0, and is {batch.reach}")
+            raise ValueError(f"reach must be {len(batch.query_len)} positive values, got {batch.reach}")
         lengths = reach_of(batch)
         return None if max(lengths) <= self._rope.context else np.stack([self._inv_freq_at(n) for n in lengths])
 
@@ -192,11 +193,11 @@ class CpuPlan:
         return self._rows
 
     def timing(self, on: bool = True) -> None:
-        """Starts (and clears) or stops the per-step clock."""
+        """Starts (from zero) or stops timing of the steps."""
         check(self.lib.dso_plan_set_timing(self.handle, int(on)))
 
     def timings(self) -> list[dict[str, Any]]:
-        """Seconds of each step summed over the runs since `timing()`, beside what `describe` says of it."""
+        """The rows of `describe` with each step's seconds, summed over the runs since `timing()`, and the number of runs."""
         seconds, runs = (C.c_double * self._steps)(), C.c_int64()
         check(self.lib.dso_plan_timing(self.handle, seconds, C.byref(runs)))
         return [{**row, "seconds": s, "runs": runs.value} for row, s in zip(self._rows, seconds, strict=True)]

@@ -1,4 +1,4 @@
-"""What a native plan and its cache take, computed from the graph: no context and no threads are created."""
+"""Memory of a native plan and its cache, computed from the graph without creating a context or threads."""
 
 from __future__ import annotations
 

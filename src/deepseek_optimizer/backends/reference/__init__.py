@@ -1,6 +1,6 @@
-"""The reference backend: any graph, with plain torch ops, in any dtype on any device.
+"""The reference backend: runs any graph with plain torch ops, in any dtype on any device.
 
-It is the oracle for rules, kernels and models, and what serves where there is no native build.
+It is the reference for fusion rules, kernels and models, and the fallback where there is no native build.
 """
 
 from ..registry import FALLBACK, BackendSpec

@@ -24,7 +24,7 @@ class ReferenceSizes:
     """Implements `Sizes`.
 
     Args:
-        dtype: of rows.
+        dtype: dtype of activations.
     """
 
     def __init__(self, dtype: torch.dtype = torch.float32) -> None:
@@ -43,10 +43,10 @@ class ReferenceBackend(ReferenceSizes):
     """Implements `Backend`: runs graphs with torch.
 
     Args:
-        device: where weights and cache are.
-        dtype: of weights and rows; torch.float32 gives the oracle, torch.bfloat16 rounds where Transformers does.
-        rounding: None: products read rows as they are. "format": rows are first rounded to what the native product of each
-            weight's format reads; "bf16", "q8" or "q16": to that. It separates kernel error from quantisation error.
+        device: device of weights and cache.
+        dtype: dtype of weights and activations; torch.float32 is the reference, torch.bfloat16 rounds where Transformers does.
+        rounding: None: products use unrounded rows. "format": rows are first rounded to the kind that the native product of
+            each weight's format reads; "bf16", "q8" or "q16": to that kind. It separates kernel error from quantisation error.
     """
 
     name = "reference"
@@ -84,19 +84,19 @@ class ReferenceBackend(ReferenceSizes):
 
         Raises:
             BackendError: a weight is missing or has the wrong shape.
-            GraphError: the graph is not well formed.
+            GraphError: the graph is invalid.
         """
         check_graph(graph)
         stacks = stack_shapes(graph)
         for name, shape in weight_shapes(graph).items():
             weight = weights.get(name)
             if weight is None:
-                raise BackendError(f"the graph needs weight {name!r}, which is not given")
+                raise BackendError(f"the graph needs weight {name!r}, which the model does not have")
             needed, given = shape, tuple(weight.shape)
             if isinstance(weight, PackedStack):
                 needed = stacks.get(name, shape)
             if given != needed:
-                raise BackendError(f"weight {name!r} has shape {given}, the graph needs {needed}")
+                raise BackendError(f"weight {name!r} has shape {given}, but the graph needs {needed}")
         return ReferencePlan(graph, weights, self.device, self.dtype, self.rounding)
 
     def new_store(self, graph: Graph, kv_dtype: str, num_blocks: int) -> Store:
@@ -107,7 +107,7 @@ class ReferenceBackend(ReferenceSizes):
         return free_memory() if self.device.type == "cpu" else device_memory(self.device)
 
     def thread_context(self) -> AbstractContextManager[None]:
-        """Torch's threads are its own."""
+        """Does nothing: the backend uses torch's threads."""
         return nullcontext()
 
     def pack(
@@ -130,10 +130,10 @@ class ReferenceBackend(ReferenceSizes):
         return products.linear_gradient(grad, matrix)
 
     def map_file(self, fd: int, size: int, modified_ns: int, path: Path) -> FileMapping:
-        raise BackendError(f"the reference backend does not map {path}: nothing would notice a change; read it into memory")
+        raise BackendError(f"the reference backend cannot map {path}, since it cannot detect changes; read it into memory")
 
     def check_tensor(self, tensor: torch.Tensor) -> None:
-        """Nothing to do: no tensor is in a mapped file."""
+        """Does nothing: no tensor is in a mapped file."""
 
     def __repr__(self) -> str:
         return f"ReferenceBackend({self.detail})"

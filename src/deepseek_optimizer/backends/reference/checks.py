@@ -1,4 +1,4 @@
-"""Checks of a step before anything is written, the same that the native library makes."""
+"""Checks of a step before anything is written, the same as in the native library."""
 
 from __future__ import annotations
 
@@ -10,23 +10,26 @@ from ..base import BLOCK_TOKENS, DECODE, PREFILL, StepBatch
 
 
 def check_batch(batch: StepBatch, graph: Graph, num_blocks: int, span: tuple[int, int] | None = None) -> None:
-    """Raises BackendError, naming the field, where a batch contradicts itself, the graph or the cache.
+    """Raises BackendError, naming the field, if a batch is inconsistent with itself, the graph or the cache.
 
     Args:
-        span: the graph's window and sinks (`graph.attention_mode.forgetting`): blocks that no row sees need not be there.
+        batch: the step.
+        graph: the plan's graph.
+        num_blocks: size of the cache.
+        span: the graph's window and sinks (`graph.attention_mode.forgetting`): blocks that no row sees may be missing.
     """
     tokens, sequences = len(batch.positions), len(batch.query_len)
     _require(tokens > 0 and sequences > 0, "query_len", "a step needs at least one token")
     for name in ("context_len", "phase", "block_table"):
-        _require(len(getattr(batch, name)) == sequences, name, f"one entry for each of {sequences} sequences is needed")
+        _require(len(getattr(batch, name)) == sequences, name, f"must have one entry for each of {sequences} sequences")
     _require((batch.query_len > 0).all(), "query_len", "each sequence needs at least one token")
-    _require(int(batch.query_len.sum()) == tokens, "query_len", f"does not sum to {tokens} tokens")
+    _require(int(batch.query_len.sum()) == tokens, "query_len", f"must sum to {tokens} tokens")
     _require((batch.positions >= 0).all(), "positions", "must not be negative")
     _require((batch.context_len >= 0).all(), "context_len", "must not be negative")
     if batch.reach is not None:
-        _require(len(batch.reach) == sequences and (batch.reach > 0).all(), "reach", f"{sequences} numbers above 0 are needed")
+        _require(len(batch.reach) == sequences and (batch.reach > 0).all(), "reach", f"must be {sequences} positive values")
     phases = set(batch.phase.tolist())
-    _require(phases <= {DECODE, PREFILL} and (np.diff(batch.phase) >= 0).all(), "phase", "decode comes first, then prefill")
+    _require(phases <= {DECODE, PREFILL} and (np.diff(batch.phase) >= 0).all(), "phase", "must be decode first, then prefill")
     _check_inputs(batch, graph, tokens)
     _check_blocks(batch, num_blocks, span)
     rows = batch.logit_rows
@@ -38,26 +41,26 @@ def check_batch(batch: StepBatch, graph: Graph, num_blocks: int, span: tuple[int
 def _check_inputs(batch: StepBatch, graph: Graph, tokens: int) -> None:
     wanted = (tokens, graph.hidden_size) if any(n.op == "state_in" for n in graph.nodes) else None
     given = None if batch.states is None else tuple(batch.states.shape)
-    _require(given == wanted, "states", f"shape {wanted} is needed" if wanted else "this graph takes none")
+    _require(given == wanted, "states", f"must have shape {wanted}" if wanted else "must be None: this graph has no state_in")
     if batch.inputs_embeds is not None:
         wanted = (tokens, graph.hidden_size)
-        _require(tuple(batch.inputs_embeds.shape) == wanted, "inputs_embeds", f"shape {wanted} is needed")
+        _require(tuple(batch.inputs_embeds.shape) == wanted, "inputs_embeds", f"must have shape {wanted}")
         return
     ids = batch.token_ids
-    _require(len(ids) == tokens, "token_ids", f"{tokens} are needed")
+    _require(len(ids) == tokens, "token_ids", f"must have {tokens} entries")
     _require(((ids >= 0) & (ids < graph.vocab_size)).all(), "token_ids", f"must lie in [0, {graph.vocab_size})")
 
 
 def _check_blocks(batch: StepBatch, num_blocks: int, span: tuple[int, int] | None) -> None:
     needed = -(-(batch.context_len + batch.query_len) // BLOCK_TOKENS)
-    _require(int(np.max(needed)) <= batch.block_table.shape[1], "block_table", "has too few blocks for its sequence")
+    _require(int(np.max(needed)) <= batch.block_table.shape[1], "block_table", "has too few blocks for a sequence")
     for table, count, context in zip(batch.block_table, needed, batch.context_len, strict=True):
         used = table[:count]
         if span is not None:
             window, sinks = span
             unseen = slice(-(-sinks // BLOCK_TOKENS), max(0, context + 1 - window) // BLOCK_TOKENS)
             used = np.delete(used, unseen)
-        _require(((used >= 0) & (used < num_blocks)).all(), "block_table", f"names blocks outside [0, {num_blocks})")
+        _require(((used >= 0) & (used < num_blocks)).all(), "block_table", f"has block ids outside [0, {num_blocks})")
 
 
 def _require(condition: object, field: str, message: str) -> None:

@@ -1,5 +1,5 @@
-"""Block-sparse attention: which blocks of 32 tokens a row sees, by Quest's estimate (Tang et al. 2024, section 3.3). The rule
-stands in `graph/ir.py`."""
+"""Block-sparse attention: chooses the blocks of 32 tokens that a row attends to by Quest's estimate (Tang et al. 2024, section
+3.3). The rule is defined in `graph/ir.py`."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from . import ops
 
 
 def summaries(keys: torch.Tensor, exact: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """The element-wise largest and smallest of each full block's keys, float32 [blocks, heads, width].
+    """The element-wise maximum and minimum of each full block's keys, float32 [blocks, heads, width].
 
     Args:
-        keys: float32 [tokens, heads, width], as the cache holds them.
-        exact: whether the cache is fp32; otherwise they are rounded to bf16.
+        keys: float32 [tokens, heads, width], as stored in the cache.
+        exact: whether the cache is fp32; otherwise the summaries are rounded to bf16.
     """
     full = keys[: len(keys) // BLOCK_TOKENS * BLOCK_TOKENS].unflatten(0, (-1, BLOCK_TOKENS))
     largest, smallest = full.amax(1), full.amin(1)
@@ -22,11 +22,12 @@ def summaries(keys: torch.Tensor, exact: bool) -> tuple[torch.Tensor, torch.Tens
 
 
 def estimates(q: torch.Tensor, largest: torch.Tensor, smallest: torch.Tensor) -> torch.Tensor:
-    """What no key of a block gives more than: sum over d of max(q_d largest_d, q_d smallest_d), which is q_d largest_d for
-    q_d > 0 and q_d smallest_d otherwise. float32 [queries, heads, group, blocks].
+    """Upper bounds of q . k over the keys of each block: sum over d of max(q_d largest_d, q_d smallest_d), where the maximum is
+    q_d largest_d for q_d > 0 and q_d smallest_d otherwise. float32 [queries, heads, group, blocks].
 
     Args:
         q: float32 [queries, heads, group, width].
+        largest, smallest: the summaries, float32 [blocks, heads, width].
     """
     above = torch.einsum("qhgd,bhd->qhgb", q.clamp(min=0), largest)
     return above + torch.einsum("qhgd,bhd->qhgb", q.clamp(max=0), smallest)
@@ -35,44 +36,48 @@ def estimates(q: torch.Tensor, largest: torch.Tensor, smallest: torch.Tensor) ->
 def choose_blocks(
     q: torch.Tensor, keys: torch.Tensor, context: int, blocks: int, sinks: int, window: int, exact: bool
 ) -> torch.Tensor:
-    """Numbers of the blocks that each row sees, ascending, -1 behind the last: float32 [queries, heads, blocks].
+    """Indices of the blocks that each row attends to, ascending, -1 after the last: float32 [queries, heads, blocks].
 
     Args:
         q: float32 [queries, heads, group, width]; row i is token context + i.
         keys: float32 [context + queries, heads, width].
+        context: tokens in the cache before these rows.
+        blocks: number of blocks to choose.
+        sinks, window: tokens whose blocks are always chosen.
+        exact: see `summaries`.
     """
     row = torch.arange(context, context + len(q), device=q.device, dtype=torch.int64)[:, None]
     block = torch.arange(-(-len(keys) // BLOCK_TOKENS), device=q.device, dtype=torch.int64)
     before, first, last = -(-sinks // BLOCK_TOKENS), (row + 1 - window).clamp(min=0) // BLOCK_TOKENS, row // BLOCK_TOKENS
-    seen, between = block <= last, (block >= before) & (block < first)
-    enough = last < blocks  # all that the row sees may be chosen
+    visible, middle = block <= last, (block >= before) & (block < first)
+    enough = last < blocks  # all visible blocks can be chosen
     left = blocks - before - (last + 1 - first)
-    found = _ranked(estimates(q, *summaries(keys, exact)), between) < left[..., None]
-    chosen = torch.where(enough, seen, seen & ~between)[:, None] | (found & between[:, None])
-    numbers = torch.where(chosen, block, len(block)).sort(-1).values[..., :blocks]
-    made = q.new_full((*q.shape[:2], blocks), -1.0)
-    made[..., : numbers.shape[-1]] = torch.where(numbers < len(block), numbers, -1).to(made.dtype)
-    return made
+    best = _ranked(estimates(q, *summaries(keys, exact)), middle) < left[..., None]
+    chosen = torch.where(enough, visible, visible & ~middle)[:, None] | (best & middle[:, None])
+    ascending = torch.where(chosen, block, len(block)).sort(-1).values[..., :blocks]
+    indices = q.new_full((*q.shape[:2], blocks), -1.0)
+    indices[..., : ascending.shape[-1]] = torch.where(ascending < len(block), ascending, -1).to(indices.dtype)
+    return indices
 
 
-def _ranked(estimate: torch.Tensor, between: torch.Tensor) -> torch.Tensor:
-    """The rank of each block among those between by the best that a head of the group says of it, int64 [queries, heads,
-    blocks]: 0 is the first. A head counts by how far a block stays behind its own best one.
+def _ranked(estimate: torch.Tensor, middle: torch.Tensor) -> torch.Tensor:
+    """The rank of each block among those of the middle, int64 [queries, heads, blocks]: 0 is the best. A block's score is the
+    maximum over the group's heads of its estimate minus the head's largest estimate.
 
     Args:
         estimate: float32 [queries, heads, group, full blocks].
-        between: bool [queries, blocks].
+        middle: bool [queries, blocks].
     """
-    score = estimate.new_full((*estimate.shape[:3], between.shape[-1]), -torch.inf)
+    score = estimate.new_full((*estimate.shape[:3], middle.shape[-1]), -torch.inf)
     score[..., : estimate.shape[-1]] = estimate
-    score = score.masked_fill(~between[:, None, None], -torch.inf)
+    score = score.masked_fill(~middle[:, None, None], -torch.inf)
     best = score.amax(-1, keepdim=True)
-    behind = torch.where(between[:, None, None], score - best, -torch.inf).amax(2)
-    return ops.best(behind, behind.shape[-1]).argsort(-1)
+    relative = torch.where(middle[:, None, None], score - best, -torch.inf).amax(2)
+    return ops.best(relative, relative.shape[-1]).argsort(-1)
 
 
-def seen_tokens(chosen: torch.Tensor, keys: int) -> torch.Tensor:
-    """bool [queries, heads, keys]: whether a token lies in one of the chosen blocks."""
+def chosen_tokens(chosen: torch.Tensor, keys: int) -> torch.Tensor:
+    """bool [queries, heads, keys]: whether a token is in one of the chosen blocks."""
     count = -(-keys // BLOCK_TOKENS)
     mask = torch.zeros(*chosen.shape[:2], count + 1, dtype=torch.bool, device=chosen.device)
     mask.scatter_(2, torch.where(chosen < 0, count, chosen).long(), True)
@@ -80,7 +85,7 @@ def seen_tokens(chosen: torch.Tensor, keys: int) -> torch.Tensor:
 
 
 def tokens_of(chosen: torch.Tensor, context: int) -> torch.Tensor:
-    """Numbers of the chosen blocks' tokens that a row sees, ascending, -1 behind the last: float32 [queries, 32 * blocks].
+    """Indices of the visible tokens of the chosen blocks, ascending, -1 in unused places: float32 [queries, 32 * blocks].
 
     Args:
         chosen: float32 [queries, blocks].

@@ -8,31 +8,31 @@ from . import ops
 
 
 def latent(x: torch.Tensor, table: torch.Tensor, weight: torch.Tensor, eps: float, interleaved: bool) -> torch.Tensor:
-    """[T, rank + rope]: the first `rank` numbers normed, the others turned."""
-    still, turning = x.tensor_split((len(weight),), -1)
-    return torch.cat((ops.rms_norm(still, weight, eps), ops.rope(turning, table, 1, interleaved)), -1)
+    """[T, rank + rope]: RMS norm of the first `rank` elements, rotation of the others."""
+    normed, rotated = x.tensor_split((len(weight),), -1)
+    return torch.cat((ops.rms_norm(normed, weight, eps), ops.rope(rotated, table, 1, interleaved)), -1)
 
 
-def attend_expanded(q: torch.Tensor, kv: torch.Tensor, turned: torch.Tensor, mask: torch.Tensor, scale: float) -> torch.Tensor:
+def attend_expanded(q: torch.Tensor, kv: torch.Tensor, rotated: torch.Tensor, mask: torch.Tensor, scale: float) -> torch.Tensor:
     """Attention over keys and values of every head.
 
     Args:
         q: float32 [queries, heads, nope + rope].
-        kv: float32 [keys, heads, nope + v_dim], made of the latents.
-        turned: float32 [keys, rope], the same for every head.
+        kv: float32 [keys, heads, nope + v_dim], computed from the latents.
+        rotated: rotated keys, float32 [keys, rope], shared by all heads.
         mask: bool [queries, keys].
 
     Returns: float32 [queries, heads, v_dim].
     """
-    nope = q.shape[-1] - turned.shape[-1]
-    k = torch.cat((kv[..., :nope], turned[:, None].expand(-1, q.shape[1], -1)), -1)
+    nope = q.shape[-1] - rotated.shape[-1]
+    k = torch.cat((kv[..., :nope], rotated[:, None].expand(-1, q.shape[1], -1)), -1)
     return ops.attention(q.unsqueeze(2), k, kv[..., nope:], mask, scale).squeeze(2)
 
 
 def attend_absorbed(
     q: torch.Tensor, latents: torch.Tensor, kv_b: torch.Tensor, mask: torch.Tensor, scale: float
 ) -> torch.Tensor:
-    """The same out of the latents themselves: kv_b goes into the queries, and into the result.
+    """The same directly on the latents: kv_b is applied to the queries and to the result.
 
     Args:
         latents: float32 [keys, rank + rope].
@@ -40,13 +40,13 @@ def attend_absorbed(
     """
     rank = kv_b.shape[-1]
     nope = q.shape[-1] - (latents.shape[-1] - rank)
-    keys = latents[:, None]  # one head's, which all query heads share
+    keys = latents[:, None]  # one kv head, shared by all query heads
     mixed = ops.attention_online(absorbed(q, kv_b, nope)[:, None], keys, keys[..., :rank], mask, scale)[:, 0]
     return torch.einsum("qhr,hvr->qhv", mixed, kv_b[:, nope:])
 
 
 def absorbed(q: torch.Tensor, kv_b: torch.Tensor, nope: int) -> torch.Tensor:
-    """Queries [queries, heads, nope + rope] in the space of latent rows, [queries, heads, rank + rope]."""
+    """Maps queries [queries, heads, nope + rope] to the space of latent rows, [queries, heads, rank + rope]."""
     return torch.cat((torch.einsum("qhn,hnr->qhr", q[..., :nope], kv_b[:, :nope]), q[..., nope:]), -1)
 
 
@@ -65,8 +65,8 @@ def index_scores(q: torch.Tensor, weights: torch.Tensor, keys: torch.Tensor, sca
 
 
 def choose(scores: torch.Tensor, mask: torch.Tensor, top_k: int) -> torch.Tensor:
-    """Numbers of the top_k keys of largest score that a query sees (`mask`), ascending, -1 behind the last: float32
-    [queries, top_k]. Of equal scores the earlier key goes first."""
+    """Indices of the top_k visible keys (`mask`) with the largest scores, ascending, -1 after the last: float32
+    [queries, top_k]. Ties go to the earlier key."""
     keys = scores.shape[-1]
     best = ops.best(scores.masked_fill(~mask, -torch.inf), min(top_k, keys))
     visible = torch.arange(best.shape[-1], device=best.device, dtype=torch.int64) < mask.sum(-1, keepdim=True)
@@ -76,7 +76,7 @@ def choose(scores: torch.Tensor, mask: torch.Tensor, top_k: int) -> torch.Tensor
     return chosen
 
 
-def seen(chosen: torch.Tensor, keys: int) -> torch.Tensor:
+def chosen_keys(chosen: torch.Tensor, keys: int) -> torch.Tensor:
     """bool [queries, keys]: whether a key is among the chosen."""
     places = torch.where(chosen < 0, keys, chosen).long()
     mask = torch.zeros(len(chosen), keys + 1, dtype=torch.bool, device=chosen.device)

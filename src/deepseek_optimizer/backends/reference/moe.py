@@ -1,4 +1,4 @@
-"""A mixture of experts: the router and the experts' products. Source: DeepSeek-V2, section 2.2; DeepSeek-V3, section 2.1.2."""
+"""Mixture of experts: the router and the experts' products. Source: DeepSeek-V2, section 2.2; DeepSeek-V3, section 2.1.2."""
 
 from __future__ import annotations
 
@@ -22,13 +22,20 @@ def route(
     normalise: bool,
     scale: float,
 ) -> torch.Tensor:
-    """float32 [T, 2 * top_k]: the chosen experts' numbers, ascending, then their weights.
+    """float32 [T, 2 * top_k]: the indices of the chosen experts, ascending, then their weights.
 
-    Of each group the best score ("max") or the sum of the best two ("top2") counts; experts outside the best groups cannot be
-    chosen. `bias` counts for the choice only.
+    A group is rated by its best score ("max") or the sum of its two best ("top2"); experts outside the best groups cannot be
+    chosen. `bias` affects only the choice.
 
     Args:
         logits: float32 [T, experts].
+        bias: float32 [experts], or None.
+        top_k: experts per token.
+        groups, top_groups: number of groups, and of groups that experts may be chosen from.
+        scoring: "softmax" or "sigmoid".
+        group_score: "max" or "top2".
+        normalise: whether weights are divided by their sum.
+        scale: factor of the weights.
     """
     scores = logits.softmax(-1) if scoring == "softmax" else logits.sigmoid()
     choice = scores if bias is None else scores + bias
@@ -45,7 +52,7 @@ def route(
 
 
 def gate_up(x: torch.Tensor, routes: torch.Tensor, weight: torch.Tensor, grouped: bool) -> torch.Tensor:
-    """[T * top_k, I]: silu(gate x) * (up x) of each token's chosen experts.
+    """[T * top_k, I]: silu(gate x) * (up x) for each token's chosen experts.
 
     Args:
         x: [T, H].
@@ -59,7 +66,7 @@ def gate_up(x: torch.Tensor, routes: torch.Tensor, weight: torch.Tensor, grouped
 
 
 def down(hidden: torch.Tensor, routes: torch.Tensor, weight: torch.Tensor, grouped: bool) -> torch.Tensor:
-    """float32 [T, H]: the weighted sum of the chosen experts' results, experts ascending.
+    """float32 [T, H]: the weighted sum of the chosen experts' results, in ascending order of experts.
 
     Args:
         hidden: [T * top_k, I].
@@ -77,7 +84,7 @@ def down(hidden: torch.Tensor, routes: torch.Tensor, weight: torch.Tensor, group
 
 
 def _visits(chosen: torch.Tensor, grouped: bool) -> Iterator[tuple[int, torch.Tensor]]:
-    """Expert, and the rows it works on: once an expert, or once a row."""
+    """Pairs of an expert and its rows: once per expert if grouped, else once per row."""
     flat = chosen.flatten().long()
     if grouped:
         for expert in flat.unique().tolist():

@@ -1,4 +1,4 @@
-"""The standard ops over rows [T, width], each as its formula says. Nothing here knows graphs, caches or batches."""
+"""The standard ops over rows [T, width], each written as its formula, independent of graphs, caches and batches."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def rope_table(positions: torch.Tensor, inv_freq: torch.Tensor, scaling: float) 
 
     Args:
         positions: int64 [T].
-        inv_freq: float32 [rot/2], or [T, rot/2] where rows have their own.
+        inv_freq: float32 [rot/2], or [T, rot/2] for frequencies per row.
     """
     angle = (positions[:, None].float() * inv_freq).double()
     return (torch.cat((angle.cos(), angle.sin()), -1) * scaling).float()
@@ -39,34 +39,36 @@ def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: f
 
 
 def rope(x: torch.Tensor, table: torch.Tensor, heads: int, interleaved: bool, offset: int = 0) -> torch.Tensor:
-    """Turns numbers [offset, offset + rot) of each head: pairs (i, i + rot/2), or (2i, 2i + 1) if interleaved."""
+    """Rotates elements [offset, offset + rot) of each head: pairs (i, i + rot/2), or (2i, 2i + 1) if interleaved."""
     rot = table.shape[-1]
     cos, sin = (part[:, None, :].to(x.dtype) for part in table.chunk(2, -1))
     by_head = x.unflatten(-1, (heads, -1))
-    before, turning, behind = by_head.tensor_split((offset, offset + rot), -1)
+    before, x_rot, after = by_head.tensor_split((offset, offset + rot), -1)
     if interleaved:
-        a, b = turning[..., 0::2], turning[..., 1::2]
-        turned = torch.stack((a * cos - b * sin, b * cos + a * sin), -1).flatten(-2)
+        a, b = x_rot[..., 0::2], x_rot[..., 1::2]
+        rotated = torch.stack((a * cos - b * sin, b * cos + a * sin), -1).flatten(-2)
     else:
-        a, b = turning.chunk(2, -1)
-        turned = torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
-    return torch.cat((before, turned, behind), -1).flatten(-2)
+        a, b = x_rot.chunk(2, -1)
+        rotated = torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+    return torch.cat((before, rotated, after), -1).flatten(-2)
 
 
 def visible(queries: int, context: int, keys: torch.Tensor, window: int = 0, sinks: int = 0) -> torch.Tensor:
-    """bool [queries, keys]: query i is token context + i; it sees itself and what lies before, with a window the last `window`
-    of these and the first `sinks`.
+    """bool [queries, keys]: the visible keys. Query i is token context + i; it sees all tokens up to itself, or with a window
+    the last `window` of these and the first `sinks`.
 
     Args:
-        keys: int64 [keys], numbers of tokens of the sequence.
+        keys: int64 [keys], indices of the keys' tokens in the sequence.
     """
     query = torch.arange(context, context + queries, device=keys.device, dtype=torch.int64)[:, None]
     seen = keys <= query
     return seen & ((keys > query - window) | (keys < sinks)) if window else seen
 
 
-def tokens_seen(queries: int, context: int, window: int, sinks: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Numbers of the sequence's blocks that may hold what a query sees, and of the tokens in them: int64, ascending."""
+def visible_blocks(
+    queries: int, context: int, window: int, sinks: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Indices of the sequence's blocks that may hold visible tokens, and of all tokens in these: int64, ascending."""
     total = context + queries
     blocks = torch.arange(-(-total // BLOCK_TOKENS), device=device, dtype=torch.int64)
     if window:
@@ -92,7 +94,7 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Ten
 
 
 def attention_online(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, scale: float) -> torch.Tensor:
-    """`attention` without a score matrix: keys in blocks of 32, ascending, with running maximum and sum (Milakov and
+    """`attention` without a score matrix: keys in blocks of 32, ascending, with a running maximum and sum (Milakov and
     Gimelshein 2018): m' = max(m, max s); l' = l e^(m - m') + sum e^(s - m'); o' = o e^(m - m') + e^(s - m') v."""
     m = q.new_full(q.shape[:-1], -torch.inf)
     total, out = q.new_zeros(q.shape[:-1]), q.new_zeros((*q.shape[:-1], v.shape[-1]))
@@ -100,7 +102,7 @@ def attention_online(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: to
         block = slice(begin, begin + BLOCK_TOKENS)
         scores = _scores(q, k[block], mask[..., block], scale)
         top = torch.maximum(m, scores.amax(-1))
-        shift = torch.where(top == -torch.inf, 0.0, top)  # nothing seen yet: keep e^(-inf - shift) at 0, not NaN
+        shift = torch.where(top == -torch.inf, 0.0, top)  # no visible key so far: e^(-inf - shift) must be 0, not NaN
         weight = torch.exp(scores - shift[..., None])
         fade = torch.exp(m - shift)
         total = total * fade + weight.sum(-1)
@@ -131,11 +133,11 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
 
 
 def best(scores: torch.Tensor, count: int) -> torch.Tensor:
-    """int64 [..., count]: where the largest numbers of the last axis are, largest first; of equals the first."""
+    """int64 [..., count]: indices of the largest elements of the last axis, largest first; ties go to the first."""
     return scores.sort(dim=-1, descending=True, stable=True).indices[..., :count]
 
 
-# Ops with one output that depends on the inputs and attributes alone: called with the inputs, and the attributes by keyword.
+# Ops with one output that depends only on inputs and attributes: called with the inputs, and the attributes by keyword.
 FUNCTIONS: Mapping[str, Callable[..., torch.Tensor]] = {
     "add": add,
     "concat": concat,

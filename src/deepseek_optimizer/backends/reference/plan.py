@@ -1,4 +1,4 @@
-"""A graph bound to torch weights: walks the nodes, one small function an op."""
+"""A graph bound to torch weights: executes the nodes in order, one small function per op."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .checks import check_batch
 
 @dataclass
 class _Step:
-    """What the ops of one run share. sequences: (rows of the step, tokens before them, blocks as int64 [n])."""
+    """State shared by the ops of one run. sequences: (rows of the step, tokens before them, blocks as int64 [n])."""
 
     batch: StepBatch
     store: Any
@@ -35,7 +35,7 @@ class _Step:
 
 
 class ReferencePlan:
-    """Implements `Plan`. Made by `ReferenceBackend.compile`."""
+    """Implements `Plan`. Created by `ReferenceBackend.compile`."""
 
     def __init__(
         self,
@@ -60,12 +60,12 @@ class ReferencePlan:
 
     @torch.no_grad()
     def run(self, batch: StepBatch, store: KvStore) -> StepOutput:
-        """One step over a store of this backend."""
-        with torch.autocast(self.device.type, enabled=False):  # a plan has a dtype of its own, on every backend
-            made = self._run(batch, store)
+        """Runs one step over a store of this backend."""
+        with torch.autocast(self.device.type, enabled=False):  # a plan defines its own dtypes, on every backend
+            output = self._run(batch, store)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        return made
+        return output
 
     def _run(self, batch: StepBatch, store: KvStore) -> StepOutput:
         check_batch(batch, self.graph, store.num_blocks, self._span)
@@ -74,8 +74,8 @@ class ReferencePlan:
         for i, node in enumerate(self.graph.nodes):
             if not batch.hidden and i in unwanted:
                 continue
-            made = _OPS[node.op](self, step, node, *(step.values[v] for v in node.inputs))
-            step.values.update(zip(node.outputs, made, strict=True))
+            outputs = _OPS[node.op](self, step, node, *(step.values[v] for v in node.inputs))
+            step.values.update(zip(node.outputs, outputs, strict=True))
         logits = self._logits(step)
         hidden = torch.stack([step.hidden[i] for i in range(self.graph.hidden_states)]) if batch.hidden else None
         last = step.hidden[self.graph.hidden_states - 1] if batch.last_hidden else None
@@ -86,17 +86,17 @@ class ReferencePlan:
         return choose_tokens(logits.numpy(), choices) if logits.is_cpu else choose_on_device(logits, choices)
 
     def check_weights(self) -> None:
-        """Nothing to do: they are dequantised, in memory of the plan's own."""
+        """Does nothing: the weights are dequantised copies."""
 
     def _logits(self, step: _Step) -> torch.Tensor:
-        """[R, V]; R is 0 where the graph has no head."""
+        """[R, V]; R is 0 if the graph has no head."""
         head = next((n.outputs[0] for n in self.graph.nodes if n.op == "lm_head"), None)
         if head is None:
             return torch.empty(0, self.graph.vocab_size, dtype=torch.float32, device=self.device)
         return step.values[head] if head.selected else step.values[head][self._rows(step.batch)]
 
     def reserve(self, tokens: int, logit_rows: int) -> None:
-        """Nothing to do: torch allocates as it goes."""
+        """Does nothing: torch allocates during the step."""
 
     def buffer_bytes(self, tokens: int, logit_rows: int) -> int:
         return buffer_bytes(self.graph, self.dtype, tokens, logit_rows)
@@ -116,7 +116,7 @@ class ReferencePlan:
         return F.linear(self._rounded(x, name), self._weights[name], None if bias is None else self._weights[bias])
 
     def _rounded(self, x: torch.Tensor, name: str) -> torch.Tensor:
-        """x as the native product with this weight would read it, if that was asked for."""
+        """x rounded to the kind that the native product with this weight reads, if requested."""
         kind = self._rounding[name]
         if kind is None:
             return x
@@ -124,7 +124,7 @@ class ReferencePlan:
 
         return fake_quantize(x.float(), kind).to(x.dtype)
 
-    # ---- one method an op: inputs as tensors -> outputs as a tuple
+    # ---- one method per op: inputs as tensors -> outputs as a tuple
 
     def _embedding(self, step: _Step, node: Node) -> tuple[torch.Tensor, ...]:
         if step.batch.inputs_embeds is not None:
@@ -142,7 +142,7 @@ class ReferencePlan:
         return tuple(self._product(x, w, b) for w, b in zip(node.weights, node.attrs["biases"], strict=True))
 
     def _rope_table(self, step: _Step, node: Node) -> tuple[torch.Tensor, ...]:
-        """A sequence's rows share its frequencies, which for dynamic kinds follow from its reach."""
+        """The rows of a sequence share its frequencies, which for dynamic RoPE depend on its reach."""
         spec, positions = node.attrs["rope"], step.batch.positions
         parts = []
         for (rows, _, _), length in zip(step.sequences, reach_of(step.batch), strict=True):
@@ -169,44 +169,44 @@ class ReferencePlan:
     def _attention(
         self, step: _Step, node: Node, q: torch.Tensor, chosen: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, ...]:
-        """In float32 whatever the rows' dtype; the result is rounded to it."""
+        """In float32, whatever the dtype of the rows; the result is rounded to that."""
         a, attend = node.attrs, ops.attention_online if node.attrs["softmax"] == "online" else ops.attention
         q = q.float().unflatten(-1, (a["kv_heads"], -1, a["head_dim"]))
         out = torch.empty_like(q)
         for rows, context, table in step.sequences:
-            blocks, tokens, mask = self._seen(node, rows, context)
+            blocks, tokens, mask = self._visible(node, rows, context)
             k, v = step.store.gather(a["layer"], table[blocks], len(tokens))
             if chosen is not None:
                 by_head = chosen[rows].unflatten(-1, (a["kv_heads"], -1))
-                mask = mask[:, None] & choose.seen_tokens(by_head, len(tokens))
+                mask = mask[:, None] & choose.chosen_tokens(by_head, len(tokens))
             out[rows] = attend(q[rows], k, v, mask, a["scale"])
         return (out.flatten(1).to(self.dtype),)
 
-    def _seen(self, node: Node, rows: slice, context: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Of a sequence the blocks to be read, the numbers of the tokens in them, and which of these each row sees. What lies
-        between a window and its sinks is not read: it may be gone."""
+    def _visible(self, node: Node, rows: slice, context: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The blocks of a sequence to read, the indices of their tokens, and which of these each row sees. The tokens between
+        the sinks and a window are not read: their blocks may be missing."""
         queries, window, sinks = rows.stop - rows.start, node.attrs.get("window", 0), node.attrs.get("sinks", 0)
-        blocks, tokens = ops.tokens_seen(queries, context, window, sinks, self.device)
+        blocks, tokens = ops.visible_blocks(queries, context, window, sinks, self.device)
         return blocks, tokens, ops.visible(queries, context, tokens, window, sinks)
 
     def _block_choose(self, step: _Step, node: Node, q: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """In float32 whatever the rows' dtype: so are the numbers of blocks that come out."""
-        a, made = node.attrs, []
+        """In float32, whatever the dtype of the rows, as are the resulting indices of blocks."""
+        a, chosen = node.attrs, []
         q = q.float().unflatten(-1, (a["kv_heads"], -1, a["head_dim"]))
         for rows, context, table in step.sequences:
             keys, _ = step.store.gather(a["layer"], table, context + rows.stop - rows.start)
-            made.append(self._chosen_blocks(step, node, q[rows], keys, context).flatten(1))
-        return (torch.cat(made),)
+            chosen.append(self._chosen_blocks(step, node, q[rows], keys, context).flatten(1))
+        return (torch.cat(chosen),)
 
     def _latent_choose(self, step: _Step, node: Node, q: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """A latent row is one key of all heads."""
-        a, made = node.attrs, []
+        """A latent row is one key, shared by all heads."""
+        a, chosen = node.attrs, []
         kv_b = self._weights[node.weights[0]].float().unflatten(0, (a["heads"], -1))
         q = latent.absorbed(q.float().unflatten(-1, (a["heads"], -1)), kv_b, a["nope"])[:, None]
         for rows, context, table in step.sequences:
             keys = step.store.gather(a["layer"], table, context + rows.stop - rows.start)[:, None]
-            made.append(choose.tokens_of(self._chosen_blocks(step, node, q[rows], keys, context)[:, 0], context))
-        return (torch.cat(made),)
+            chosen.append(choose.tokens_of(self._chosen_blocks(step, node, q[rows], keys, context)[:, 0], context))
+        return (torch.cat(chosen),)
 
     def _chosen_blocks(self, step: _Step, node: Node, q: torch.Tensor, keys: torch.Tensor, context: int) -> torch.Tensor:
         a = node.attrs
@@ -224,16 +224,16 @@ class ReferencePlan:
     def _mla_attention(
         self, step: _Step, node: Node, q: torch.Tensor, chosen: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, ...]:
-        """As `_attention`; expanded, keys and values are products like others, rounded to the rows' dtype."""
+        """As `_attention`; in the expanded form, keys and values are ordinary products, rounded to the dtype of the rows."""
         a, name = node.attrs, node.weights[0]
         q = q.float().unflatten(-1, (a["heads"], -1))
         out = q.new_empty(*q.shape[:2], a["v_dim"])
         kv_b = self._weights[name].float().unflatten(0, (a["heads"], -1))
         for rows, context, table in step.sequences:
-            blocks, tokens, mask = self._seen(node, rows, context)
+            blocks, tokens, mask = self._visible(node, rows, context)
             latents = step.store.gather(a["layer"], table[blocks], len(tokens))
             if chosen is not None:
-                mask &= latent.seen(chosen[rows], len(tokens))
+                mask &= latent.chosen_keys(chosen[rows], len(tokens))
             if a["form"] == "absorbed":
                 out[rows] = latent.attend_absorbed(q[rows], latents, kv_b, mask, a["scale"])
             else:
@@ -247,17 +247,17 @@ class ReferencePlan:
         return ()
 
     def _index_choose(self, step: _Step, node: Node, q: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """In float32 whatever the rows' dtype: so are the numbers of tokens that come out."""
+        """In float32, whatever the dtype of the rows, as are the resulting indices of tokens."""
         a, chosen = node.attrs, []
         q, weights = q.float().unflatten(-1, (a["heads"], -1)), weights.float()
         for rows, context, table in step.sequences:
             keys = context + rows.stop - rows.start
             scores = latent.index_scores(q[rows], weights[rows], step.store.gather_index(a["layer"], table, keys), a["scale"])
-            chosen.append(latent.choose(scores, self._seen(node, rows, context)[2], a["top_k"]))
+            chosen.append(latent.choose(scores, self._visible(node, rows, context)[2], a["top_k"]))
         return (torch.cat(chosen),)
 
     def _router(self, step: _Step, node: Node, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """In float32 whatever the rows' dtype."""
+        """In float32, whatever the dtype of the rows."""
         options = {name: value for name, value in node.attrs.items() if name not in ("bias", "experts")}
         bias = node.attrs["bias"] and self._weights[node.attrs["bias"]]
         return (moe.route(F.linear(x.float(), self._weights[node.weights[0]]), bias, **options),)
@@ -268,15 +268,15 @@ class ReferencePlan:
 
     def _experts_down(self, step: _Step, node: Node, hidden: torch.Tensor, routes: torch.Tensor) -> tuple[torch.Tensor, ...]:
         name = node.weights[0]
-        made = moe.down(self._rounded(hidden, name), routes, self._weights[name], node.attrs["grouped"])
-        return (made.to(self.dtype),)
+        out = moe.down(self._rounded(hidden, name), routes, self._weights[name], node.attrs["grouped"])
+        return (out.to(self.dtype),)
 
     def _layer_norm(self, step: _Step, node: Node, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         weight, bias = (self._weights[name] for name in node.weights)
         return (ops.layer_norm(x, weight, bias, node.attrs["eps"]),)
 
     def _state_in(self, step: _Step, node: Node) -> tuple[torch.Tensor, ...]:
-        assert step.batch.states is not None  # `check_batch` has seen to it
+        assert step.batch.states is not None  # checked by `check_batch`
         return (step.batch.states.detach().to(self.device, self.dtype),)
 
     def _gate_up(self, step: _Step, node: Node, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -299,7 +299,7 @@ class ReferencePlan:
 
 
 def _of_inputs(function: Callable[..., torch.Tensor]) -> Callable[..., tuple[torch.Tensor, ...]]:
-    """A function of `ops.FUNCTIONS` in the form of the methods above."""
+    """Adapts a function of `ops.FUNCTIONS` to the signature of the methods above."""
     return lambda plan, step, node, *inputs: (function(*inputs, **node.attrs),)
 
 
@@ -335,20 +335,20 @@ _OPS: Mapping[str, Callable[..., tuple[torch.Tensor, ...]]] = {
 
 
 def choose_on_device(logits: torch.Tensor, choices: Sequence[TokenChoice | None]) -> list[int | None]:
-    """See `Plan.choose_tokens`. Only rows that are sampled from are copied to the host, where the definition draws."""
+    """See `Plan.choose_tokens`. Only rows with sampling are copied to the host, for `sampling.choose_token`."""
     largest, tokens = logits.max(-1)
     greedy = torch.where(largest.isfinite(), tokens, NOT_FINITE).tolist()
-    found: list[int | None] = []
+    chosen: list[int | None] = []
     for row, token, choice in zip(logits, greedy, choices, strict=True):
         if choice is None:
-            found.append(None)
+            chosen.append(None)
         else:
-            found.append(token if choice.temperature == 0 else choose_token(row.cpu().numpy(), choice))
-    return found
+            chosen.append(token if choice.temperature == 0 else choose_token(row.cpu().numpy(), choice))
+    return chosen
 
 
 def buffer_bytes(graph: Graph, dtype: torch.dtype, tokens: int, logit_rows: int) -> int:
-    """An upper bound of what a step takes: all values of the graph at once."""
+    """An upper bound of the bytes of a step: all values of the graph at once."""
     rows = {False: tokens, True: logit_rows}
     values = {v for node in graph.nodes for v in node.outputs}
     return sum(rows[v.selected] * v.repeat * v.width * dtype.itemsize for v in values)
@@ -364,7 +364,7 @@ def _sequences(batch: StepBatch, device: torch.device) -> list[tuple[slice, int,
 
 
 def _dense(weight: PackedWeight | torch.Tensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    """As float; a stack as [count, rows, cols]."""
+    """The weight as float; a stack as [count, rows, cols]."""
     if isinstance(weight, PackedStack):
         return torch.stack([_dense(weight.matrix(i), device, dtype) for i in range(weight.count)])
     if isinstance(weight, PackedMatrix):
@@ -374,12 +374,12 @@ def _dense(weight: PackedWeight | torch.Tensor, device: torch.device, dtype: tor
     return weight.detach().to(device, dtype)
 
 
-def _rounding(format_name: str | None, asked: str | None) -> str | None:
+def _rounding(format_name: str | None, requested: str | None) -> str | None:
     """The rounding of rows before a product with a weight of this format; None for no rounding."""
-    if asked not in (None, "format", "bf16", "q8", "q16"):
-        raise BackendError(f"unknown rounding {asked!r}; known: None, 'format', 'bf16', 'q8', 'q16'")
-    if asked != "format":
-        return asked
+    if requested not in (None, "format", "bf16", "q8", "q16"):
+        raise BackendError(f"unknown rounding {requested!r}; choose one of None, 'format', 'bf16', 'q8', 'q16'")
+    if requested != "format":
+        return requested
     if format_name is None:
         return None
     from ...quant import get_format

@@ -1,4 +1,4 @@
-"""Paged caches as torch tensors [blocks, 32, ...], some of each a layer: keys and values, or latents."""
+"""Paged caches as torch tensors [blocks, 32, ...], several per layer: keys and values, or latents."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from ..base import BLOCK_TOKENS, Int32
 from .ops import rope
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
-LATENT_GROUP = 128  # numbers of an int8 latent that share a scale
+LATENT_GROUP = 128  # elements of an int8 latent that share a scale
 
 
 def store_block_bytes(spec: CacheSpec | LatentSpec, kv_dtype: str) -> int:
-    """Bytes of one block of all layers. int8 has a float32 scale for each token and head, or each group of a token's latent;
-    what a latent cache keeps beside the latents is bf16 then."""
+    """Bytes of one block of all layers. int8 has a float32 scale per token and head, or per group of a token's latent; the
+    other parts of an int8 latent cache are bf16."""
     dtype = _dtype(kv_dtype)
     if isinstance(spec, LatentSpec):
         scales = 4 * _groups(spec) if kv_dtype == "int8" else 0
-        beside = (spec.rope + spec.index) * _beside(dtype).itemsize
-        return spec.layers * BLOCK_TOKENS * (spec.rank * dtype.itemsize + scales + beside)
+        others = (spec.rope + spec.index) * _unquantised(dtype).itemsize
+        return spec.layers * BLOCK_TOKENS * (spec.rank * dtype.itemsize + scales + others)
     row = spec.head_dim * dtype.itemsize + (4 if kv_dtype == "int8" else 0)
     return 2 * spec.layers * BLOCK_TOKENS * spec.kv_heads * row
 
@@ -35,10 +35,11 @@ def _dtype(kv_dtype: str) -> torch.dtype:
     try:
         return DTYPES[kv_dtype]
     except KeyError:
-        raise BackendError(f"unknown KV cache dtype {kv_dtype!r}; known: {', '.join(DTYPES)}") from None
+        raise BackendError(f"unknown KV cache dtype {kv_dtype!r}; choose one of {', '.join(DTYPES)}") from None
 
 
-def _beside(dtype: torch.dtype) -> torch.dtype:
+def _unquantised(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of a latent cache's rotated and indexer keys."""
     return torch.bfloat16 if dtype == torch.int8 else dtype
 
 
@@ -47,13 +48,13 @@ def _groups(spec: LatentSpec) -> int:
 
 
 class _Blocks:
-    """Blocks over some tensors [blocks, 32, ...]. Memory grows with the highest block written."""
+    """Blocks stored in tensors [blocks, 32, ...]. Memory grows with the highest block written."""
 
     def __init__(self, spec: CacheSpec | LatentSpec, kv_dtype: str, num_blocks: int) -> None:
         self.kv_dtype, self.num_blocks = kv_dtype, num_blocks
         self.block_bytes = store_block_bytes(spec, kv_dtype)
         self._data: list[torch.Tensor] = []
-        self._scales: list[torch.Tensor] = []  # of int8 numbers
+        self._scales: list[torch.Tensor] = []  # of int8 elements
 
     def copy_block(self, source: int, target: int) -> None:
         self._grow(max(source, target) + 1)
@@ -65,7 +66,7 @@ class _Blocks:
 
     @property
     def _tensors(self) -> list[torch.Tensor]:
-        """All that have numbers: an indexer's keys may have none."""
+        """All tensors with elements: an indexer's keys may have width 0."""
         return [tensor for tensor in (*self._data, *self._scales) if tensor.shape[-1]]
 
     @property
@@ -92,21 +93,21 @@ class _Blocks:
             raise ValueError(f"{tokens} tokens from position {position} cannot move by {delta}")
         table = self._table(block_table, tokens)[: -(-tokens // BLOCK_TOKENS)]
         if len(table.unique()) != len(table) or (table < 0).any():
-            raise ValueError(f"a block may be there once, and {table.tolist()} is the table")
+            raise ValueError(f"block_table must have distinct, non-negative blocks, got {table.tolist()}")
         if delta and tokens:
             angles = _angle_table(rotation.inv_freq, position, len(table) * BLOCK_TOKENS, delta, table.device)
-            made = list(self._turned(rotation, table, angles))  # all of it before any is written
-            for tensor, rows in made:
+            rotated = list(self._rotated(rotation, table, angles))  # computed before anything is written
+            for tensor, rows in rotated:
                 tensor[table] = rows.to(tensor.dtype)
 
-    def _turned(
+    def _rotated(
         self, rotation: KeyRotation, blocks: torch.Tensor, angles: torch.Tensor
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Tensors that turning changes, each with its new rows of the blocks."""
+        """The tensors that the rotation changes, each with its new rows for the blocks."""
         raise NotImplementedError
 
     def _places(self, table: torch.Tensor, start: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Blocks and places in them of a sequence's tokens [start, start + count); there is memory for them after this."""
+        """Blocks and slots of a sequence's tokens [start, start + count); allocates memory for them."""
         tokens = torch.arange(start, start + count, device=table.device, dtype=torch.int64)
         blocks = table[tokens // BLOCK_TOKENS]
         self._grow(int(blocks.max()) + 1)
@@ -115,30 +116,30 @@ class _Blocks:
     def _table(self, block_table: Int32, tokens: int) -> torch.Tensor:
         table = torch.from_numpy(block_table).to(self._data[0].device, torch.int64)
         if len(table) * BLOCK_TOKENS < tokens:
-            raise BackendError(f"a table of {len(table)} blocks does not hold {tokens} tokens")
+            raise BackendError(f"block_table has {len(table)} blocks, too few for {tokens} tokens")
         if tokens and int(table.max()) >= len(self._data[0]):
             raise BackendError(f"block {int(table.max())} was never written")
         return table
 
     def _grow(self, blocks: int) -> None:
-        have = len(self._data[0])
+        allocated = len(self._data[0])
         if blocks > self.num_blocks:
             raise BackendError(f"block {blocks - 1} is outside the cache of {self.num_blocks} blocks")
-        if blocks > have:
-            self._resize(min(self.num_blocks, max(blocks, 2 * have)))
+        if blocks > allocated:
+            self._resize(min(self.num_blocks, max(blocks, 2 * allocated)))
 
     def _resize(self, blocks: int) -> None:
         for tensors in (self._data, self._scales):
             for i, old in enumerate(tensors):
                 tensors[i] = old.new_zeros((blocks, *old.shape[1:]))
-                kept = min(blocks, len(old))
-                tensors[i][:kept] = old[:kept]
+                common = min(blocks, len(old))
+                tensors[i][:common] = old[:common]
 
 
 class TorchStore(_Blocks):
     """Implements `KvStore`: K and V, [blocks, 32, kv_heads, head_dim] each.
 
-    int8: scale = max|x| / 127 of a token's head, q = rint(x / scale).
+    int8: scale = max|x| / 127 per token and head, q = rint(x / scale).
     """
 
     def __init__(self, spec: CacheSpec, kv_dtype: str, num_blocks: int, device: torch.device) -> None:
@@ -151,7 +152,7 @@ class TorchStore(_Blocks):
         ]
 
     def write(self, layer: int, table: torch.Tensor, start: int, key: torch.Tensor, value: torch.Tensor) -> None:
-        """Puts K and V, float [n, kv_heads, head_dim], at tokens [start, start + n) of a sequence.
+        """Writes K and V, float [n, kv_heads, head_dim], to tokens [start, start + n) of a sequence.
 
         Args:
             table: int64 [blocks], the sequence's blocks.
@@ -173,14 +174,14 @@ class TorchStore(_Blocks):
             both.append(rows)
         return both[0], both[1]
 
-    def _turned(
+    def _rotated(
         self, rotation: KeyRotation, blocks: torch.Tensor, angles: torch.Tensor
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         for i in range(0, len(self._data), 2):
             key = self._data[i][blocks].float()
             if self.kv_dtype == "int8":
                 key = key * self._scales[i][blocks][..., None]
-            key = _turn(key, angles, rotation.key)
+            key = _rotate(key, angles, rotation.key)
             if self.kv_dtype == "int8":
                 key, scales = _quantised(key)
                 yield self._scales[i], scales
@@ -192,15 +193,15 @@ class TorchStore(_Blocks):
 
 
 class LatentStore(_Blocks):
-    """Implements `KvStore`: a token's latent of `rank` numbers, its turned key of `rope`, and an indexer's key of `index`.
+    """Implements `KvStore`: per token a latent of `rank` elements, a rotated key of `rope`, and an indexer's key of `index`.
 
-    int8: latents only, scale = max|x| / 127 of a group of 128 numbers (the last may be shorter), q = rint(x / scale).
+    int8: latents only, scale = max|x| / 127 per group of 128 elements (the last may be shorter), q = rint(x / scale).
     """
 
     def __init__(self, spec: LatentSpec, kv_dtype: str, num_blocks: int, device: torch.device) -> None:
         super().__init__(spec, kv_dtype, num_blocks)
         self.spec, dtype = spec, _dtype(kv_dtype)
-        for width, kind in ((spec.rank, dtype), (spec.rope, _beside(dtype)), (spec.index, _beside(dtype))):
+        for width, kind in ((spec.rank, dtype), (spec.rope, _unquantised(dtype)), (spec.index, _unquantised(dtype))):
             self._data += [torch.zeros((0, BLOCK_TOKENS, width), dtype=kind, device=device) for _ in range(spec.layers)]
         if kv_dtype == "int8":
             self._scales = [
@@ -208,26 +209,26 @@ class LatentStore(_Blocks):
             ]
 
     def write(self, layer: int, table: torch.Tensor, start: int, rows: torch.Tensor) -> None:
-        """Puts latents and turned keys, float [n, rank + rope], at tokens [start, start + n) of a sequence."""
+        """Writes latents and rotated keys, float [n, rank + rope], to tokens [start, start + n) of a sequence."""
         at, spec = self._places(table, start, len(rows)), self.spec
-        latent, turned = rows.split((spec.rank, spec.rope), -1)
+        latent, rotated = rows.split((spec.rank, spec.rope), -1)
         if self.kv_dtype == "int8":
             padded = F.pad(latent.float(), (0, _groups(spec) * LATENT_GROUP - spec.rank))
             quantised, self._scales[layer][at] = _quantised(padded.unflatten(-1, (-1, LATENT_GROUP)))
             latent = quantised.flatten(-2)[:, : spec.rank]
-        for i, part in ((layer, latent), (layer + spec.layers, turned)):
+        for i, part in ((layer, latent), (layer + spec.layers, rotated)):
             self._data[i][at] = part.to(self._data[i].dtype)
 
     def gather(self, layer: int, table: torch.Tensor, tokens: int) -> torch.Tensor:
-        """Latents and turned keys of a sequence's first `tokens` tokens, float32 [tokens, rank + rope]."""
-        latent, turned = (self._rows(self._data[i], table, tokens) for i in (layer, layer + self.spec.layers))
+        """Latents and rotated keys of a sequence's first `tokens` tokens, float32 [tokens, rank + rope]."""
+        latent, rotated = (self._rows(self._data[i], table, tokens) for i in (layer, layer + self.spec.layers))
         if self.kv_dtype == "int8":
             scales = self._rows(self._scales[layer], table, tokens)
             latent = latent * scales.repeat_interleave(LATENT_GROUP, -1)[:, : self.spec.rank]
-        return torch.cat((latent, turned), -1)
+        return torch.cat((latent, rotated), -1)
 
     def write_index(self, layer: int, table: torch.Tensor, start: int, keys: torch.Tensor) -> None:
-        """Puts the indexer's keys, float [n, index]."""
+        """Writes the indexer's keys, float [n, index], to tokens [start, start + n) of a sequence."""
         at = self._places(table, start, len(keys))
         data = self._data[layer + 2 * self.spec.layers]
         data[at] = keys.to(data.dtype)
@@ -236,20 +237,18 @@ class LatentStore(_Blocks):
         """The indexer's keys of a sequence's first `tokens` tokens, float32 [tokens, index]."""
         return self._rows(self._data[layer + 2 * self.spec.layers], table, tokens)
 
-    def _turned(
+    def _rotated(
         self, rotation: KeyRotation, blocks: torch.Tensor, angles: torch.Tensor
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         layers = self.spec.layers
         if (rotation.index is None) != (self.spec.index == 0):
-            raise ValueError(
-                f"the cache's keys of an indexer have {self.spec.index} numbers, and rotation.index is {rotation.index}"
-            )
+            raise ValueError(f"rotation.index is {rotation.index}, but the cache's index keys have {self.spec.index} elements")
         parts = [(self._data[layers : 2 * layers], rotation.key)]
         if rotation.index is not None:
             parts.append((self._data[2 * layers :], rotation.index))
         for tensors, pairs in parts:
             for data in tensors:
-                yield data, _turn(data[blocks].float()[..., None, :], angles, pairs)[..., 0, :]
+                yield data, _rotate(data[blocks].float()[..., None, :], angles, pairs)[..., 0, :]
 
     def read(self, layer: int, block_table: Int32, tokens: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         table = self._table(block_table, tokens)
@@ -265,26 +264,26 @@ Store = TorchStore | LatentStore
 
 def make_store(spec: CacheSpec | LatentSpec, kv_dtype: str, num_blocks: int, device: torch.device) -> Store:
     """An empty cache of `num_blocks` blocks."""
-    made = LatentStore if isinstance(spec, LatentSpec) else TorchStore
-    return made(spec, kv_dtype, num_blocks, device)  # type: ignore[arg-type]
+    kind = LatentStore if isinstance(spec, LatentSpec) else TorchStore
+    return kind(spec, kv_dtype, num_blocks, device)  # type: ignore[arg-type]
 
 
 def _quantised(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """x by its last axis as whole numbers from -127 to 127, and their scales."""
+    """x quantised along its last axis to integers from -127 to 127, and their scales."""
     scale = x.abs().amax(-1) / 127
     return torch.round(x / torch.where(scale == 0, 1.0, scale)[..., None]), scale
 
 
 def _angle_table(inv_freq: np.ndarray, position: int, count: int, delta: int, device: torch.device) -> torch.Tensor:
     """cos and sin, float32 [count, rot], of the angles between positions position + t and position + t + delta: RoPE's are
-    float32 products, and their differences are taken in double, so that turns add up to the last position's own angle."""
+    float32 products, and their differences are taken in double, so that rotations add up to the final position's angle."""
     positions = torch.arange(position, position + count, device=device, dtype=torch.int64)
     frequencies = torch.from_numpy(inv_freq).to(device)
-    made, wanted = ((at[:, None].float() * frequencies).double() for at in (positions, positions + delta))
-    return torch.cat(((wanted - made).cos(), (wanted - made).sin()), -1).float()
+    old, new = ((at[:, None].float() * frequencies).double() for at in (positions, positions + delta))
+    return torch.cat(((new - old).cos(), (new - old).sin()), -1).float()
 
 
-def _turn(key: torch.Tensor, angles: torch.Tensor, pairs: Pairs) -> torch.Tensor:
-    """Keys float32 [blocks, 32, heads, width], turned by a table [blocks * 32, rot]."""
+def _rotate(key: torch.Tensor, angles: torch.Tensor, pairs: Pairs) -> torch.Tensor:
+    """Rotates keys float32 [blocks, 32, heads, width] by a table [blocks * 32, rot]."""
     rows = rope(key.flatten(0, 1).flatten(1), angles, key.shape[2], pairs.interleaved, pairs.offset)
     return rows.view(key.shape)
