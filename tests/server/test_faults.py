@@ -157,7 +157,7 @@ import torch, transformers, uvicorn
 import deepseek_optimizer.server.run, deepseek_optimizer.serving
 from deepseek_optimizer_cli.app import main
 used = int(open("/proc/self/statm").read().split()[0]) * 4096
-resource.setrlimit(resource.RLIMIT_AS, (used + (350 << 20), resource.RLIM_INFINITY))
+resource.setrlimit(resource.RLIMIT_AS, (used + (250 << 20), resource.RLIM_INFINITY))
 sys.argv = ["dso", "serve", {str(tmp_path / "m")!r}, "--port", "0", "--precision", "fp32"]
 main()
 """
