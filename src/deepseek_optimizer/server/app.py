@@ -98,7 +98,7 @@ async def _sweep(state: ServerState) -> None:
     """Lets go of files when their time is over, also where nobody asks for any; looks at those of the model."""
     while True:
         await asyncio.sleep(_SWEEP_SECONDS)
-        state.engine.tell_of_replaced_files()
+        state.engine.log_replaced_files()
         state.files.sweep()
         state.documents.sweep()
 

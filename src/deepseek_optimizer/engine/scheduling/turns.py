@@ -1,7 +1,8 @@
-"""Whose turn it is: clients share the places of a batch, the cache and the prompts' tokens, whoever sends more. No torch.
+"""Fair sharing of batch places, cache blocks and prompt tokens among clients. Does not import torch.
 
-Priorities come first. Among requests of one priority, the client with the fewest goes next, or else the one whose last turn is
-longest ago, and of its own the earliest request; where there is one client, that is the order in which they came.
+Priorities come first. Among requests of one priority, the client with the fewest running requests is next; of several such
+clients, the one whose last turn is longest ago; of its requests, the earliest. With a single client this is first come, first
+served.
 """
 
 from __future__ import annotations
@@ -12,25 +13,26 @@ from heapq import heapify, heappop, heappush
 
 from ..running import Running
 
-_REMEMBERED = 256  # clients; more only while more of them are there
+_REMEMBERED = 256  # number of clients to remember; more only while more of them have requests
 
 
 class Turns:
-    """When each client had its last turn."""
+    """Records the order of the clients' last turns."""
 
     def __init__(self) -> None:
         self._last: dict[str, int] = {}
         self._count = 0
 
     def last(self, client: str) -> int:
-        """A number that grows from turn to turn; 0: it had none that is remembered."""
+        """Returns the number of the client's last turn, which increases with every turn; 0: none is recorded."""
         return self._last.get(client, 0)
 
-    def had(self, client: str, there: Iterable[Running]) -> None:
-        """A client has its turn now.
+    def record(self, client: str, there: Iterable[Running]) -> None:
+        """Records a turn of a client.
 
         Args:
-            there: requests of all clients that are still to be remembered.
+            client: the client.
+            there: current requests; clients without any may be forgotten.
         """
         self._count += 1
         self._last[client] = self._count
@@ -40,12 +42,12 @@ class Turns:
 
 
 def in_turn(waiting: Iterable[Running], running: Sequence[Running], turns: Turns) -> Iterator[Running]:
-    """Those that wait, in the order in which they are to be taken in.
+    """Yields waiting requests in the order in which to admit them.
 
     Args:
-        waiting: in order.
-        running: looked at anew for each; whoever is taken in is there before the next is asked for.
-        turns: of being taken in.
+        waiting: waiting requests in scheduling order.
+        running: running requests; read again for each item, so the caller adds an admitted request before it asks for the next.
+        turns: turns of being admitted.
     """
     queues: dict[tuple[int, str], deque[Running]] = {}
     for one in waiting:
@@ -57,7 +59,7 @@ def in_turn(waiting: Iterable[Running], running: Sequence[Running], turns: Turns
     heapify(heads)
     while heads:
         priority, count, turn, number, client = heappop(heads)
-        if (count, turn) != (held[client], turns.last(client)):  # it has lost a place since, or got one for another priority
+        if (count, turn) != (held[client], turns.last(client)):  # changed since: a place lost, or won in another priority
             heappush(heads, (priority, held[client], turns.last(client), number, client))
             continue
         queue = queues[priority, client]
@@ -68,11 +70,11 @@ def in_turn(waiting: Iterable[Running], running: Sequence[Running], turns: Turns
 
 
 def alternating(requests: Sequence[Running], turns: Turns) -> list[Running]:
-    """All clients' first ones, then their second ones, and so on; by priority first.
+    """Returns requests by priority, then round-robin over clients: the first request of each, then the second, and so on.
 
     Args:
-        requests: in order.
-        turns: of getting on.
+        requests: requests in scheduling order.
+        turns: turns of having a prompt processed.
     """
     seen = Counter[tuple[int, str]]()
     ranked = []
@@ -84,11 +86,12 @@ def alternating(requests: Sequence[Running], turns: Turns) -> list[Running]:
 
 
 def first_to_yield(running: Sequence[Running]) -> Running:
-    """Who gives up its blocks where there are too few: of the last priority, the latest of the client that has most. So the
-    earliest of all never does unless it is alone, and always gets on.
+    """Returns the request to preempt when blocks are short: of the lowest priority, the latest of the client that has the most.
+
+    The earliest request of all is therefore preempted only if it runs alone, so it always makes progress.
 
     Args:
-        running: in order, one at least.
+        running: running requests in scheduling order, at least one.
     """
     last = running[-1].request.priority
     of_last = [one for one in running if one.request.priority == last]
@@ -97,11 +100,13 @@ def first_to_yield(running: Sequence[Running]) -> Running:
 
 
 def place_for(newcomer: Running, running: Sequence[Running]) -> Running | None:
-    """Who gives up its place in the batch for a client that has none; None: nobody, since each client there has but one, or a
-    better priority.
+    """Returns the request to preempt so that a client without a place in the batch gets one.
 
     Args:
-        running: in order.
+        newcomer: a waiting request.
+        running: running requests in scheduling order.
+
+    Returns: None if the newcomer's client has a place, or all other clients have only one or a better priority.
     """
     own = newcomer.request
     if any(one.request.client == own.client for one in running):

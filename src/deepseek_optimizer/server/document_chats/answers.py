@@ -191,8 +191,8 @@ class DocumentAnswers(Answers):
         params, room = self.request.sampling, self._state.engine.room - len(ask.prompt)
         most = min(params.max_tokens or ask.max_tokens, max(1, room))
         answers = self._submit(ask.prompt, replace(params, max_tokens=most))
-        if self._told is not None:
-            answers.when_ended(self._told)  # the engine is done then, whether or not anybody reads on
+        if self._on_end is not None:
+            answers.when_ended(self._on_end)  # the engine is done then, whether or not anybody reads on
         pieces: list[str] = []
         self._streamed = True
         try:
