@@ -334,7 +334,7 @@ class DeepSeekConfig(QuantizationConfigMixin):
         if "modules" in config_dict:
             raise ConfigError(
                 f"quantization_config.format_version {config_dict.get('format_version')!r}: this checkpoint was packed by an "
-                "earlier version and its layout is no longer supported; convert the original model again"
+                "earlier version and its layout is no longer supported; convert the original again"
             )
         return super().from_dict(config_dict, return_unused_kwargs, **kwargs)  # type: ignore[no-untyped-call]
 
