@@ -94,8 +94,9 @@ def summary_table(spine: results.Entries, standing: results.Entries, language: s
                 yield _cells(f"{model}, 512 in: {kind.label}", "Transformers bf16", *speeds, _bold(_fraction(row, kind.unit)))
     rows = {row.name: row for row in (*STANDING, *DEEPSEEK)}
     for name in _SUMMARY:
-        entry = standing.get(name)
-        for judged in entry["bars"] if entry else ():
+        if (entry := standing.get(name)) is None:
+            continue
+        for judged in entry["bars"]:
             theirs, ours = judged["against"], list(entry["sides"])[-1]
             yield _cells(rows[name].title, theirs, _speed(entry, theirs), _speed(entry, ours), _bold(_times(judged)))
 

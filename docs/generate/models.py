@@ -88,7 +88,7 @@ def need(model: Model) -> Need:
 
     from deepseek_optimizer.backends.reference import ReferenceBackend
     from deepseek_optimizer.cache.block_manager import BLOCK_TOKENS
-    from deepseek_optimizer.checkpoint.packed import PackedEntry
+    from deepseek_optimizer.checkpoint.manifest import PackedEntry
     from deepseek_optimizer.config import larger
     from deepseek_optimizer.graph.analysis import stack_shapes
     from deepseek_optimizer.graph.least import least_formats

@@ -29,7 +29,7 @@ MODELS = [
     "llama-gqa", "llama-yarn", "llama-llama3", "llama-dynamic", "qwen2-windows", "qwen3-gqa", "deepseek_v2-greedy",
     "deepseek_v2-groups", "deepseek_v3-groups", "deepseek_v3-halves", "deepseek_v32-indexer", "youtu-direct",
 ]  # fmt: skip
-POLICY = CacheWindow(window=192, sinks=1, share=0.25)
+POLICY = CacheWindow(tokens=192, sinks=1, share=0.25)
 READ, CHUNK, PINNED = 640, 45, ((70, 75),)
 
 

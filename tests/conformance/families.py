@@ -34,6 +34,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "llama": SMALL,
     "qwen2": SMALL,
     "qwen3": {**SMALL, "head_dim": 8},
+    "mistral": SMALL,
     "deepseek_v2": EXPERTS,
     "deepseek_v3": GROUPS,
     # So many index heads because a key that all of them shun has a score of exactly 0, and several such are ties.

@@ -17,6 +17,7 @@ from transformers import (
     DeepseekV3Config,
     DeepseekV32Config,
     LlamaConfig,
+    MistralConfig,
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
@@ -42,6 +43,10 @@ def qwen2(**fields: Any) -> Qwen2Config:
 
 def qwen3(**fields: Any) -> Qwen3Config:
     return Qwen3Config(**{**_small(), "head_dim": 16, **fields})
+
+
+def mistral(**fields: Any) -> MistralConfig:
+    return MistralConfig(**{**_small(), "sliding_window": None, **fields})
 
 
 def deepseek_v2(**fields: Any) -> DeepseekV2Config:
@@ -134,6 +139,8 @@ CASES: dict[str, Callable[[], Any]] = {
     "qwen3-layer-types": lambda: qwen3(
         use_sliding_window=True, sliding_window=5, layer_types=["sliding_attention", "full_attention", "sliding_attention"]
     ),
+    "mistral-gqa": mistral,
+    "mistral-tied-window": lambda: mistral(tie_word_embeddings=True, sliding_window=37),
     "deepseek_v2-greedy": lambda: deepseek_v2(q_lora_rank=None, **_LITE),
     "deepseek_v2-groups": lambda: deepseek_v2(**_LIMITED),
     "deepseek_v2-biases": lambda: deepseek_v2(attention_bias=True, mlp_bias=True, hidden_size=80, num_attention_heads=16),

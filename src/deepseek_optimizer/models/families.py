@@ -42,7 +42,7 @@ FAMILIES: Final[Mapping[str, Family]] = MappingProxyType({
     "deepseek_v3": Family(rotates_halves=False),
     "deepseek_v32": Family(rotates_halves=False, plain_residuals=False),
     "youtu": Family(rotates_halves=False, plain_residuals=False),
-    "mistral": Family(served=False, window_from_config=True),
+    "mistral": Family(window_from_config=True),
     "qwen2_moe": Family(served=False, rotates_halves=False, plain_residuals=False),
     "qwen3_moe": Family(served=False, rotates_halves=False, plain_residuals=False),
 })  # fmt: skip
