@@ -297,7 +297,7 @@ class DeepSeekConfig(QuantizationConfigMixin):
         window = WINDOWS[mode] if self.attention_window is None else self.attention_window
         return AttentionMode(mode, window, self.attention_sinks, self.attention_budget)  # type: ignore[arg-type]
 
-    def format_of(self, weight: str, natural: str, least: str | None = None) -> str:
+    def format_of(self, weight: str, natural: str, min_format: str | None = None) -> str:
         """Returns the name of the format to pack one weight matrix of an original model in.
 
         With a `kl_budget` that is `natural`: the model is first packed without loss, then measured to choose other formats.
@@ -305,7 +305,7 @@ class DeepSeekConfig(QuantizationConfigMixin):
         Args:
             weight: name of the parameter.
             natural: the format that is lossless for this matrix.
-            least: the smallest format that `precision` may select; one named in `formats` may be smaller.
+            min_format: the smallest format that `precision` may select; one named in `formats` may be smaller.
         """
         if self.kl_budget is not None:
             return natural
@@ -313,7 +313,7 @@ class DeepSeekConfig(QuantizationConfigMixin):
             return named
         if self.precision == "auto":
             return natural
-        return self.precision if least is None else larger(self.precision, least)
+        return self.precision if min_format is None else larger(self.precision, min_format)
 
     def named_format(self, module: str) -> str | None:
         """Returns the format that `formats` has for a module: by its name, or else by the first matching pattern."""

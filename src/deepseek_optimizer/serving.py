@@ -62,7 +62,8 @@ def make_async_engine(model: Any, tokenizer: Any, *, model_name: str | None = No
         model, tokenizer, options: as for `make_engine`.
         model_name: the name that clients use; None: the last component of the path that the model was loaded from.
 
-    Raises: as `make_engine`.
+    Raises:
+        ConfigError, NotEnoughMemoryError: as for `make_engine`.
     """
     core, running = _core(model, tokenizer, {"stall": STALL, **options})
     return AsyncEngine(core, model_name or _name(model), running, runtime_of(model).replaced_files)
@@ -146,13 +147,14 @@ def _proposers(runtime: Runtime, arena: Arena, draft: Proposer | None) -> list[t
 
 def _draft_model(runtime: Runtime, other: Runtime, options: EngineOptions) -> DraftModelProposer:
     """Returns a proposer with a cache of its own; both models' caches together take at most half of free memory."""
-    mine, theirs = runtime.graph.vocab_size, other.graph.vocab_size
-    if mine != theirs:
+    vocab_size, draft_vocab_size = runtime.graph.vocab_size, other.graph.vocab_size
+    if vocab_size != draft_vocab_size:
         raise ConfigError(
-            f"draft_model has a vocabulary of {theirs} tokens, the model one of {mine}; use one with the same tokenizer"
+            f"draft_model has a vocabulary of {draft_vocab_size} tokens, the model one of {vocab_size}; use one with the same "
+            "tokenizer"
         )
     arena = other.serving_arena(_full_batch(other, options), _full_batch(runtime, options).bytes)
-    return DraftModelProposer(Runner(other.plan, arena, mine), other.graph.max_positions, other.config.prefill_chunk)
+    return DraftModelProposer(Runner(other.plan, arena, vocab_size), other.graph.max_positions, other.config.prefill_chunk)
 
 
 def _ends(model: Any, vocab: int) -> frozenset[int]:

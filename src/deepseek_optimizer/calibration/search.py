@@ -1,4 +1,4 @@
-"""Searches the smallest model whose measured KL divergence is within a budget, and the trade-off curve around it.
+"""Searches for the smallest model whose measured KL divergence is within a budget, and the trade-off curve around it.
 
 A prediction adds up the KL divergences that the groups cause alone; together they may cause more or less. The search therefore
 predicts a choice, measures the assembled model, and adjusts the budget of the prediction until the measured KL is just within
@@ -48,7 +48,7 @@ def search(
     measure: Callable[[Choice], float],
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[Point, list[Point]]:
-    """Searches the smallest choice whose measured KL is within the budget.
+    """Searches for the smallest choice whose measured KL is within the budget.
 
     Args:
         groups: the options of each group.
@@ -72,12 +72,12 @@ def search(
                 progress(len(measured), _SPREAD + ROUNDS + 1)
         return measured[choice]
 
-    along = path(groups)
-    for kl in (total_kl(along[0]) * _STEP**-i for i in range(_SPREAD)):
-        at(next((choice for choice in along if total_kl(choice) <= kl), along[-1]))
+    choices = path(groups)
+    for kl in (total_kl(choices[0]) * _STEP**-i for i in range(_SPREAD)):
+        at(next((choice for choice in choices if total_kl(choice) <= kl), choices[-1]))
     _tighten(groups, budget, base, at)
     if not any(point.measured_kl <= budget for point in measured.values()):
-        at(along[-1])
+        at(choices[-1])
     curve = _front(list(measured.values()))
     if curve[-1].measured_kl > budget:
         raise KlBudgetError(budget, curve[-1].measured_kl)

@@ -86,7 +86,12 @@ class Engine:
     def stream(self, prompt: str | list[int] | Request, sampling: SamplingParams | None = None) -> Iterator[Output]:
         """Yields the outputs of one request as they are generated; closing the iterator cancels the request.
 
-        Args, Raises: as `generate`.
+        Args:
+            prompt: a text, a list of token ids, or a request.
+            sampling: parameters for a prompt that is not a request; None: the defaults.
+
+        Raises:
+            RequestError: the prompt cannot be served; nothing was run.
         """
         for outputs in self.steps([self._request(prompt, sampling or SamplingParams())]):
             yield from outputs

@@ -56,11 +56,12 @@ class SamplingParams:
 
     Attributes:
         max_tokens: maximum number of tokens to generate, at least 1; None: until the context is full.
-        min_tokens: number of tokens to generate before an end-of-text token, stop token or stop string may end the text.
+        min_tokens: until this many tokens are generated, no end-of-text or stop token is chosen, and no stop string ends the
+            text.
         temperature: 0 to 100; 0 chooses the most likely token, and so does any value below 1e-5, for which scaled logits would
             overflow.
         top_k: sample from the k most likely tokens only; 0: from all.
-        top_p: sample from the smallest set of most likely tokens whose probabilities sum to this; in (0, 1].
+        top_p: sample from the smallest set of most likely tokens whose probabilities sum to at least this; in (0, 1].
         min_p: minimum probability of a token, relative to that of the most likely one; in [0, 1].
         repetition_penalty: above 0, at most 100; 1: none. Applies to tokens of the prompt and of the text, as in Transformers.
         presence_penalty, frequency_penalty: -2 to 2; apply to tokens of the text, as OpenAI defines them.

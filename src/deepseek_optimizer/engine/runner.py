@@ -120,8 +120,8 @@ class Runner:
         tokens = self.plan.choose_tokens(logits, choices)
         if self.on_host:
             return tokens, logits.numpy()
-        wanted = [row for row, choice in enumerate(choices) if choice is None]
-        return tokens, dict(zip(wanted, logits[wanted].cpu().numpy(), strict=True))
+        needed = [row for row, choice in enumerate(choices) if choice is None]
+        return tokens, dict(zip(needed, logits[needed].cpu().numpy(), strict=True))
 
     def draft(self, parts: list[Part], states: list[torch.Tensor], *, logits: bool) -> StepOutput:
         """Runs a step of a drafting plan; the output has the hidden states of all rows.

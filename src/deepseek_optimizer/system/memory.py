@@ -144,8 +144,8 @@ def cgroup_limits(root: Path, own: dict[str, int]) -> Iterator[Limit]:
             used = own.get("VmRSS", 0)  # the group's usage is unknown
         stat, prefix = read_sizes(root, f"{group.folder}/memory.stat"), "" if group.v2 else "total_"
         files = stat.get(f"{prefix}active_file", 0) + stat.get(f"{prefix}inactive_file", 0)
-        held = max(0, used - max(0, files - own.get("RssFile", 0)))
-        yield Limit("cgroup", f"the cgroup {group.name}", "memory", total, max(0, total - held))
+        occupied = max(0, used - max(0, files - own.get("RssFile", 0)))
+        yield Limit("cgroup", f"the cgroup {group.name}", "memory", total, max(0, total - occupied))
 
 
 def _limit(root: Path, group: ControlGroup) -> int | None:

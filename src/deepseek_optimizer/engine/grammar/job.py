@@ -92,10 +92,10 @@ def _try(compiled: Any, xgrammar: Any) -> None:
         times: list[float] = []
         while len(times) < _STEPS:
             began = time.perf_counter()
-            some = matcher.fill_next_token_bitmask(bits)
+            constrained = matcher.fill_next_token_bitmask(bits)
             taken = time.perf_counter() - began
             flags = np.unpackbits(bits.view(np.uint8)[0], bitorder="little")[: len(vocabulary)]
-            allowed = np.flatnonzero(flags) if some else np.arange(len(vocabulary))
+            allowed = np.flatnonzero(flags) if constrained else np.arange(len(vocabulary))
             drawn = [int(allowed[choose.randrange(len(allowed))]) for _ in range(16)] if len(allowed) else []
             drawn = [token for token in drawn if token not in stops]
             if not drawn:

@@ -266,13 +266,13 @@ class _Normaliser:
                 if more is False:
                     refuse(at, f"requires {shown(key)}, which is not in properties")
                 properties[key] = more
-        least, most = schema.get("minProperties"), schema.get("maxProperties")
-        if least is not None and least > len(set(required)):
+        minimum, maximum = schema.get("minProperties"), schema.get("maxProperties")
+        if minimum is not None and minimum > len(set(required)):
             if more is not False:
                 refuse(at, "minProperties can't be enforced for arbitrary names; list the names in required")
-            out["minProperties"] = least
-        if most is not None:
-            out["maxProperties"] = most
+            out["minProperties"] = minimum
+        if maximum is not None:
+            out["maxProperties"] = maximum
         if properties:
             out["properties"] = properties
         return {**out, "required": sorted(set(required), key=list(properties).index), "additionalProperties": more}
@@ -280,20 +280,20 @@ class _Normaliser:
     def _array(self, schema: Mapping[str, Any], name: str, at: str, depth: int) -> dict[str, Any]:
         out: dict[str, Any] = {"type": "array"}
         prefix = schema.get("prefixItems", [])
-        least, most = schema.get("minItems"), schema.get("maxItems")
-        more = schema.get("items", not prefix or (least or 0) > len(prefix))
+        minimum, maximum = schema.get("minItems"), schema.get("maxItems")
+        more = schema.get("items", not prefix or (minimum or 0) > len(prefix))
         if prefix:
             out["prefixItems"] = [self.node(item, f"{at}/prefixItems/{i}", depth + 1) for i, item in enumerate(prefix)]
         out["items"] = more if more is False else self.node(more, f"{at}/items", depth + 1)
-        if least is not None:
-            out["minItems"] = least
-        if most is not None:
-            out["maxItems"] = most
+        if minimum is not None:
+            out["minItems"] = minimum
+        if maximum is not None:
+            out["maxItems"] = maximum
         return out
 
     def _text(self, schema: Mapping[str, Any], name: str, at: str, depth: int) -> dict[str, Any]:
         out: dict[str, Any] = {"type": "string"}
-        least, most = schema.get("minLength") or None, schema.get("maxLength")
+        minimum, maximum = schema.get("minLength") or None, schema.get("maxLength")
         shape = schema.get("format")
         if shape in _OTHER_FORMATS:
             refuse(at, f"format {shape} can't be enforced")
@@ -301,16 +301,16 @@ class _Normaliser:
         if "pattern" in schema and shape in _FORMATS:
             refuse(at, "pattern and format can't both be enforced")
         if pattern is not None:
-            if least is not None or most is not None:
+            if minimum is not None or maximum is not None:
                 refuse(at, "minLength and maxLength can't be enforced together with pattern or format")
             try:
                 return {**out, "pattern": self._placeholder(pattern)}
             except ValueError as error:
                 refuse(at, f"pattern: {error}")
-        if least is not None:
-            out["minLength"] = least
-        if most is not None:
-            out["maxLength"] = most
+        if minimum is not None:
+            out["minLength"] = minimum
+        if maximum is not None:
+            out["maxLength"] = maximum
         return out
 
     def _placeholder(self, pattern: str) -> str:

@@ -39,10 +39,10 @@ class _State:
         if self._thoughts is not None:
             return self._answer.mask(bits)
         if self._opens is not None and self._tokens == 0:
-            some = self._answer.mask(bits)
-            if some:
+            constrained = self._answer.mask(bits)
+            if constrained:
                 _set(bits, self._opens, True)
-            return some
+            return constrained
         bits.fill(-1)
         for token in self._stops:
             _set(bits, token, False)

@@ -37,7 +37,7 @@ class Turns:
         self._count += 1
         self._last[client] = self._count
         if len(self._last) > _REMEMBERED:
-            clients = {one.request.client for one in there}
+            clients = {r.request.client for r in there}
             self._last = {name: turn for name, turn in self._last.items() if name in clients}
 
 
@@ -50,23 +50,23 @@ def in_turn(waiting: Iterable[Running], running: Sequence[Running], turns: Turns
         turns: turns of being admitted.
     """
     queues: dict[tuple[int, str], deque[Running]] = {}
-    for one in waiting:
-        queues.setdefault((one.request.priority, one.request.client), deque()).append(one)
-    held = _held(running)
+    for r in waiting:
+        queues.setdefault((r.request.priority, r.request.client), deque()).append(r)
+    counts = _per_client(running)
     heads = [
-        (priority, held[client], turns.last(client), queue[0].number, client) for (priority, client), queue in queues.items()
+        (priority, counts[client], turns.last(client), queue[0].number, client) for (priority, client), queue in queues.items()
     ]
     heapify(heads)
     while heads:
         priority, count, turn, number, client = heappop(heads)
-        if (count, turn) != (held[client], turns.last(client)):  # changed since: a place lost, or won in another priority
-            heappush(heads, (priority, held[client], turns.last(client), number, client))
+        if (count, turn) != (counts[client], turns.last(client)):  # changed since: a place lost, or won in another priority
+            heappush(heads, (priority, counts[client], turns.last(client), number, client))
             continue
         queue = queues[priority, client]
         yield queue.popleft()
-        held = _held(running)
+        counts = _per_client(running)
         if queue:
-            heappush(heads, (priority, held[client], turns.last(client), queue[0].number, client))
+            heappush(heads, (priority, counts[client], turns.last(client), queue[0].number, client))
 
 
 def alternating(requests: Sequence[Running], turns: Turns) -> list[Running]:
@@ -78,11 +78,11 @@ def alternating(requests: Sequence[Running], turns: Turns) -> list[Running]:
     """
     seen = Counter[tuple[int, str]]()
     ranked = []
-    for one in requests:
-        owner = one.request.priority, one.request.client
-        ranked.append((one.request.priority, seen[owner], turns.last(one.request.client), one.number, one))
+    for r in requests:
+        owner = r.request.priority, r.request.client
+        ranked.append((r.request.priority, seen[owner], turns.last(r.request.client), r.number, r))
         seen[owner] += 1
-    return [one for *_, one in sorted(ranked, key=lambda entry: entry[:4])]
+    return [r for *_, r in sorted(ranked, key=lambda entry: entry[:4])]
 
 
 def first_to_yield(running: Sequence[Running]) -> Running:
@@ -94,9 +94,9 @@ def first_to_yield(running: Sequence[Running]) -> Running:
         running: running requests in scheduling order, at least one.
     """
     last = running[-1].request.priority
-    of_last = [one for one in running if one.request.priority == last]
-    held = _held(of_last)
-    return max(of_last, key=lambda one: (held[one.request.client], one.number))
+    of_last = [r for r in running if r.request.priority == last]
+    counts = _per_client(of_last)
+    return max(of_last, key=lambda r: (counts[r.request.client], r.number))
 
 
 def place_for(newcomer: Running, running: Sequence[Running]) -> Running | None:
@@ -109,13 +109,13 @@ def place_for(newcomer: Running, running: Sequence[Running]) -> Running | None:
     Returns: None if the newcomer's client has a place, or all other clients have only one or a better priority.
     """
     own = newcomer.request
-    if any(one.request.client == own.client for one in running):
+    if any(r.request.client == own.client for r in running):
         return None
-    others = [one for one in running if one.request.priority >= own.priority]
-    held = _held(others)
-    others = [one for one in others if held[one.request.client] > 1]
+    others = [r for r in running if r.request.priority >= own.priority]
+    counts = _per_client(others)
+    others = [r for r in others if counts[r.request.client] > 1]
     return first_to_yield(others) if others else None
 
 
-def _held(requests: Iterable[Running]) -> Counter[str]:
-    return Counter(one.request.client for one in requests)
+def _per_client(requests: Iterable[Running]) -> Counter[str]:
+    return Counter(r.request.client for r in requests)

@@ -46,7 +46,7 @@ class WorkerPool:
             with self._lock:
                 self._waiting -= 1
         with self._lock:
-            worker = next((one for one in self._idle if one.pid is not None), self._idle[0])
+            worker = next((w for w in self._idle if w.pid is not None), self._idle[0])
             self._idle.remove(worker)
         try:
             return worker.call(payload)
@@ -65,7 +65,7 @@ class WorkerPool:
             if self._closed or not self._places.acquire(blocking=False):
                 return
             with self._lock:
-                worker = next((one for one in self._idle if one.pid is None), self._idle[0])
+                worker = next((w for w in self._idle if w.pid is None), self._idle[0])
                 self._idle.remove(worker)
             try:
                 _start(worker)
