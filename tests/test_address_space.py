@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from deepseek_optimizer.address_space import LEAST
+from deepseek_optimizer.address_space import MIN_BYTES
 
 LINUX = sys.platform.startswith("linux")
 pytestmark = pytest.mark.skipif(not LINUX, reason="RLIMIT_AS limits nothing but Linux's")
 
 
-@pytest.mark.parametrize("megabytes", [100, 570, 670, LEAST // (1 << 20) - 1])
+@pytest.mark.parametrize("megabytes", [100, 570, 670, MIN_BYTES // (1 << 20) - 1])
 def test_too_little_for_torch_is_said_before_it_is_loaded(tiny_model, megabytes):
     limit = megabytes << 20
     done = subprocess.run(

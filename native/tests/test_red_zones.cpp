@@ -55,7 +55,10 @@ int main() {
     check(plain == checked, "%s: a checked plan gives other logits", v.name.c_str());
 #ifndef __SANITIZE_ADDRESS__  // which would end the program there
     Kernels broken = *v.kernels;
-    broken.add = add_too_much;
+    std::vector<ElementwiseOp> ops(broken.elementwise_ops, broken.elementwise_ops + broken.elementwise_count);
+    for (ElementwiseOp& op : ops)
+      if (op.op == DSO_OP_ADD) op.row = add_too_much;
+    broken.elementwise_ops = ops.data();
     check(run(broken, true, checked) == DSO_ECHECK, "%s: a write past a slot was not detected", v.name.c_str());
     check(std::strstr(dso_last_error(), "(op 3) wrote byte 0 after the end of slot 0") != nullptr, "%s: %s", v.name.c_str(),
           dso_last_error());

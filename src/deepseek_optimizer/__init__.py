@@ -1,8 +1,8 @@
-"""deepseek-optimizer: makes Hugging Face Transformers models fast and small, and leaves them Transformers models.
+"""deepseek-optimizer: makes Hugging Face Transformers models faster and smaller; they remain Transformers models.
 
-Importing this package registers its names with Transformers and does nothing else, so that
-`AutoModelForCausalLM.from_pretrained(path, quantization_config=DeepSeekConfig(...))` works, packed checkpoints load,
-`pipeline("conversational", ...)` is a task, and `attn_implementation="dso_sliding"` an attention of plain Transformers models.
+Importing this package only registers its names with Transformers. This makes
+`AutoModelForCausalLM.from_pretrained(path, quantization_config=DeepSeekConfig(...))` work, packed checkpoints loadable,
+`pipeline("conversational", ...)` a task, and `attn_implementation="dso_sliding"` available to plain Transformers models.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from .address_space import check_address_space as _check_address_space
 
-_check_address_space()  # before torch is loaded
+_check_address_space()  # before torch is imported
 
 from .config import DeepSeekConfig
 from .dialogue.task import register_task as _register_task
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from .train.arguments import DeepSeekTrainingArguments as TrainingArguments
     from .train.trainer import DeepSeekTrainer
 
-# name -> module, and the name there if it is another
+# public name -> module, or module:name if the names differ
 _LAZY = {
     "DynamicGraphOptimizer": "optimizer",
     "load_model": "optimizer",
@@ -69,7 +69,7 @@ _LAZY = {
     "SamplingParams": "engine.request",
     "DeepSeekTrainer": "train.trainer",
     "DeepSeekTrainingArguments": "train.arguments",
-    "TrainingArguments": "train.arguments:DeepSeekTrainingArguments",  # the article's name for them
+    "TrainingArguments": "train.arguments:DeepSeekTrainingArguments",  # the name that the article uses
 }
 
 __all__ = [

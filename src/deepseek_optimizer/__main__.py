@@ -1,4 +1,4 @@
-"""`python -m deepseek_optimizer` is `dso`."""
+"""`python -m deepseek_optimizer` runs `dso`."""
 
 from deepseek_optimizer_cli.app import main
 

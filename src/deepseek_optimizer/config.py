@@ -1,4 +1,4 @@
-"""`DeepSeekConfig`: one validated description of what to optimise."""
+"""`DeepSeekConfig`: the validated settings of what to optimise and how."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ Activation = Literal["auto", "int8", "int16"]
 Mtp = Literal["auto", "off"]
 ContextExtension = Literal["yarn", "dynamic"]
 
-# Tokens of the window where the config does not say: sparse attention chooses the rest.
+# Default window in tokens by attention mode; sparse attention selects further tokens itself.
 WINDOWS: Final = {"sliding": 4096, "sparse": 512}
 
-_LONG: Final = ("formats",)  # left out where a config is shown
+_LONG: Final = ("formats",)  # omitted from `repr`
 
 
 def _one_of(*allowed: str) -> Callable[[str, Any], Any]:
@@ -50,14 +50,14 @@ def _one_of(*allowed: str) -> Callable[[str, Any], Any]:
 
 
 def _backend(name: str, value: Any) -> str:
-    """ "auto" or a registered name. Other packages' entry points are only read for a name that is not built in."""
+    """Checks for "auto" or a registered name. Other packages' entry points are only read for names that are not built in."""
     known = (AUTO, *BUILT_IN)
     if isinstance(value, str) and value in known:
         return value
     try:
         checked: str = _one_of(*dict.fromkeys((*known, *names())))(name, value)
     except ConfigError as error:
-        raise ConfigError(f"{error}; a backend of another package can be named once that package is installed") from None
+        raise ConfigError(f"{error}; to use a backend of another package, install that package") from None
     return checked
 
 
@@ -76,11 +76,11 @@ def _integer(low: int, high: int) -> Callable[[str, Any], int]:
     return check
 
 
-def _agree(precision: str, kl_budget: float | None, **_: Any) -> None:
+def _check_precision(precision: str, kl_budget: float | None, **_: Any) -> None:
     if kl_budget is not None and precision != "auto":
         raise ConfigError(
-            f"kl_budget chooses the formats itself, so precision={precision!r} cannot be kept; leave precision at 'auto', "
-            "or name single matrices in formats"
+            f"kl_budget chooses the formats itself and conflicts with precision={precision!r}; leave precision at 'auto', "
+            "or set the formats of single matrices in formats"
         )
 
 
@@ -105,7 +105,7 @@ def _range(name: str, value: Any) -> tuple[int, int]:
 
 def _path(name: str, value: Any) -> str:
     text = os.fspath(value) if isinstance(value, (str, os.PathLike)) else None
-    if not isinstance(text, str) or not text.strip() or "\0" in text:  # no system takes a path with a NUL in it
+    if not isinstance(text, str) or not text.strip() or "\0" in text:  # no system allows NUL in a path
         raise ConfigError(f"{name} must be the path of a text file or None, got {value!r}")
     return text
 
@@ -118,7 +118,7 @@ def _above_zero(name: str, value: Any) -> float:
 
 def _formats(name: str, value: Any) -> dict[str, str]:
     if not isinstance(value, Mapping) or not all(isinstance(module, str) for module in value):
-        raise ConfigError(f"{name} must map names of modules to names of formats, got {value!r}")
+        raise ConfigError(f"{name} must be a dict from module names to format names, got {value!r}")
     try:
         return {module: get_format(format).name for module, format in value.items()}
     except ConfigError as error:
@@ -129,55 +129,61 @@ def _formats(name: str, value: Any) -> dict[str, str]:
 class DeepSeekConfig(QuantizationConfigMixin):
     """What to optimise and how; also Transformers' `quantization_config`.
 
-    Every field is checked when it is set, at construction and later. Unknown names are refused. It holds the user's settings
-    only, and nothing here changes a config that it is given; what is known about a packed model is in its
-    `checkpoint.manifest.Manifest` (`model.dso.manifest`).
+    Every field is checked whenever it is set, and unknown names are refused. The config holds only the user's settings, and the
+    package never modifies a config passed to it. Properties of a packed model are in its `checkpoint.manifest.Manifest`
+    (`model.dso.manifest`).
 
     Attributes:
-        precision: format of the weight matrices: "int4" (4.5 bits a weight), "q4_1" (5 bits, with a minimum), "int8",
-            "fp8" (E4M3, blocks of 128 x 128), "bf16", "fp32", or "auto": as they are, without loss (a float model in its own
-            dtype, a GGUF file's, FP8 or packed checkpoint's own formats; but F16 and F32 of a GGUF file become bf16).
-        kernel_fusion: False leaves every fusion rule out; results stay the same within the format's tolerance.
-        fusion_rules: names of the rules to apply (`FUSION_RULES`); None is all of them.
-        attention_optimization: "flash" (every token sees all before it; online softmax, no score matrix), "eager" (the same
-            with scores in full; leaves the rule `attention_softmax` out), "sliding" (a token sees the latest `attention_window`
-            tokens and the first `attention_sinks`; the cache forgets the rest), or "sparse" (it sees `attention_budget` tokens
-            at most: blocks of 32 that hold the sinks, the window, and those that its query ranks highest). The last two change
-            answers where something is hidden; their cost grows in proportion to length.
-        attention_window: tokens; None: 4096 with "sliding", 512 with "sparse".
-        attention_sinks: tokens.
-        attention_budget: tokens, of "sparse".
-        sparse_attention: True is attention_optimization="sparse" over a cache in int8 (where `kv_cache` is "auto" and not all
-            weights are fp32): long texts in half the memory.
-        kv_cache: storage of keys and values: "fp32", "bf16", "int8"; "auto" is fp32 where all weights are, int8 with
+        precision: format of the weight matrices: "int4" (4.5 bits per weight), "q4_1" (5 bits, with a minimum), "int8",
+            "fp8" (E4M3, blocks of 128 x 128), "bf16", "fp32", or "auto": the stored format, without loss (a float model's
+            dtype; the own formats of a GGUF, FP8 or packed checkpoint, except that F16 and F32 in a GGUF file become bf16).
+        kernel_fusion: False disables all fusion rules; results stay the same within the format's tolerance.
+        fusion_rules: names of the fusion rules to apply (`FUSION_RULES`); None: all.
+        attention_optimization: attention mode: "flash" (every token attends to all earlier tokens; online softmax, no score
+            matrix), "eager" (the same with a full score matrix; disables the rule `attention_softmax`), "sliding" (a token
+            attends to the latest `attention_window` tokens and the first `attention_sinks`; the cache drops the rest), or
+            "sparse" (a token attends to at most `attention_budget` tokens, in blocks of 32: the sinks, the window, and the
+            blocks that its query ranks highest). The last two change answers when relevant tokens are not visible; their cost
+            grows linearly with length.
+        attention_window: size of the window in tokens; None: 4096 with "sliding", 512 with "sparse".
+        attention_sinks: number of sinks, in tokens.
+        attention_budget: maximum number of visible tokens with "sparse".
+        sparse_attention: True means attention_optimization="sparse" with an int8 cache (if `kv_cache` is "auto" and not all
+            weights are fp32), which halves the memory for long texts.
+        kv_cache: storage of keys and values: "fp32", "bf16", "int8", or "auto": fp32 if all weights are fp32, int8 with
             `sparse_attention`, bf16 otherwise.
-        kv_cache_memory: most bytes the cache may take, as it is used; None is what is free when the first cache is made, less a
-            reserve, and of an engine or server what a full batch needs, within half of what is free.
-        threads: worker threads of the native backend; None is the environment's DSO_THREADS, or else what affinity and
-            cgroup limits allow.
-        isa: instruction set to force: "avx2", "avx512" or "amx"; None is DSO_ISA, or else the best one here.
-        backend: "cpu" (native), "reference" (plain torch), the name that another package registers its backend under (see
+        kv_cache_memory: maximum size of the cache in bytes, allocated as it is used. None: the memory that is free when the
+            first cache is created, less a reserve; for an engine or server the size that a full batch needs, but at most half
+            of free memory.
+        threads: worker threads of the native backend; None: the environment variable DSO_THREADS, or else what CPU affinity
+            and cgroup limits allow.
+        isa: instruction set to use: "avx2", "avx512" or "amx"; None: the environment variable DSO_ISA, or else the best one
+            that this machine supports.
+        backend: "cpu" (native), "reference" (plain torch), the name of a backend registered by another package (see
             `backends/registry.py`), or "auto": the best one that can run on the model's device.
-        activation: bits of activations in integer products: "int8", "int16", or "auto": what the weight format needs.
-        batch_invariant: one kernel family for prefill and decode, so that no chunking or recomputation changes a bit.
-        prefill_chunk: most tokens in one prefill step; bounds the size of the plan's buffers.
-        batch_size_range: (smallest, largest) number of sequences to size buffers for.
-        fast_path: drive plain `generate` calls without Transformers' per-token overhead; the tokens are the same.
-        mtp: "auto": layers for multi-token prediction are loaded where the checkpoint has them, for `generate(use_mtp=True)`;
-            "off": never.
-        context_extension: makes room for more tokens than the model was trained for, where its config does not scale RoPE
-            already: "yarn" (one set of frequencies for all lengths; short texts change a little too) or "dynamic" (NTK scaling:
-            a text within the trained length is as it was, a longer one has the frequencies for the tokens that it may get).
-            Quality beyond the trained length is not assured: measure it.
-        context_length: tokens to make room for, with `context_extension`.
-        calibration: path of a UTF-8 text, some pages like those the model will see: `load_model` runs the original over it and
-            weighs the rounding of int4 and q4_1 by how strongly each input column is used. None: all columns alike.
-        kl_budget: only with precision "auto": the smallest formats are chosen, matrix by matrix, with which the mean KL
-            divergence to the model as it is stays within this many nats a token, as measured on the calibration text (without
-            one: on a text that every Python ships). int8 throughout costs some thousandths, int4 some tenths. None: no loss.
-        formats: format of single matrices by module name, such as {"lm_head": "int8"}, or of all that a pattern with * fits,
-            such as {"model.layers.*.mlp.experts.*": "int8"}; goes before `precision`. A name goes before patterns, of those the
-            first that fits. With `kl_budget` the matrices named here keep these formats, and the others' are chosen.
+        activation: format of activations in integer products: "int8", "int16", or "auto": the one that the weight format needs.
+        batch_invariant: use one kernel family for prefill and decode, so that results do not depend, bit for bit, on chunking
+            or recomputation.
+        prefill_chunk: maximum number of tokens in one prefill step; limits the size of the plan's buffers.
+        batch_size_range: (smallest, largest) number of sequences to allocate buffers for.
+        fast_path: run plain `generate` calls without Transformers' per-token overhead; the tokens are the same.
+        mtp: "auto": load the layers for multi-token prediction if the checkpoint has them, for `generate(use_mtp=True)`;
+            "off": never load them.
+        context_extension: extends the context beyond the trained length, if the model's config does not scale RoPE already:
+            "yarn" (one set of frequencies for all lengths; results for short texts change slightly too) or "dynamic" (NTK
+            scaling: texts within the trained length are unchanged; a longer one uses the frequencies for the length that it
+            may reach). Quality beyond the trained length is not guaranteed: measure it.
+        context_length: context length in tokens, with `context_extension`.
+        calibration: path of a UTF-8 text file, a few pages typical of what the model will process. `load_model` runs the
+            original model over it and weights rounding errors of int4 and q4_1 by how strongly each input column is used.
+            None: all columns have equal weight.
+        kl_budget: only with precision "auto": chooses the smallest format of each matrix such that the mean KL divergence from
+            the original model stays within this many nats per token, measured on the calibration text (without one, on a text
+            that every Python installation contains). int8 everywhere costs a few thousandths, int4 a few tenths. None:
+            lossless.
+        formats: formats of single matrices by module name, such as {"lm_head": "int8"}, or of all modules that match a pattern
+            with *, such as {"model.layers.*.mlp.experts.*": "int8"}; overrides `precision`. A name overrides patterns; of
+            several matching patterns the first is used. With `kl_budget`, only the formats of the other matrices are chosen.
     """
 
     quant_method: str = QUANT_METHOD  # type: ignore[assignment]  # Transformers' enum cannot take new members
@@ -235,30 +241,28 @@ class DeepSeekConfig(QuantizationConfigMixin):
     }
 
     def __new__(cls, *args: Any, **given: Any) -> DeepSeekConfig:
-        for name in given:  # before the generated __init__, whose TypeError could not name the nearest field
-            cls._known(name)
+        for name in given:  # checked before the generated __init__, whose TypeError could not suggest the closest field
+            cls._check_of(name)
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
         if self.context_extension is not None and self.context_length is None:
             raise ConfigError(
-                f"context_extension={self.context_extension!r} needs context_length, the tokens to make room for, such as 32768"
+                f"context_extension={self.context_extension!r} needs context_length, a number of tokens such as 32768"
             )
         if self.context_length is not None and self.context_extension is None:
-            raise ConfigError(
-                f"context_length={self.context_length} needs context_extension, the way to make room: 'yarn' or 'dynamic'"
-            )
-        _ = self.attention  # settings that do not go together are an error here, before anything is loaded
+            raise ConfigError(f"context_length={self.context_length} needs context_extension, which is 'yarn' or 'dynamic'")
+        _ = self.attention  # raises an error for conflicting settings before anything is loaded
 
     def __setattr__(self, name: str, value: Any) -> None:
         if not name.startswith("_"):  # private names are Transformers' own bookkeeping
-            value = self._known(name)(name, value)
+            value = self._check_of(name)(name, value)
         if name in ("precision", "kl_budget"):
-            _agree(**{"precision": "auto", "kl_budget": None, **self.__dict__, name: value})
+            _check_precision(**{"precision": "auto", "kl_budget": None, **self.__dict__, name: value})
         object.__setattr__(self, name, value)
 
     @classmethod
-    def _known(cls, name: str) -> Callable[[str, Any], Any]:
+    def _check_of(cls, name: str) -> Callable[[str, Any], Any]:
         if name not in cls._checks:
             near = difflib.get_close_matches(name, cls._checks, n=1, cutoff=0.4)
             hint = f"did you mean {near[0]!r}?" if near else f"the fields are {', '.join(cls._checks)}"
@@ -267,39 +271,41 @@ class DeepSeekConfig(QuantizationConfigMixin):
 
     @classmethod
     def check(cls, name: str, value: Any) -> None:
-        """Raises ConfigError if there is no such field, or it can't have this value."""
-        cls._known(name)(name, value)
+        """Raises ConfigError if there is no field `name`, or `value` is invalid for it."""
+        cls._check_of(name)(name, value)
 
     @property
     def rules(self) -> tuple[str, ...]:
         """Names of the rules to apply, in the order of application."""
-        chosen: tuple[str, ...] = FUSION_RULES if self.fusion_rules is None else self.fusion_rules
+        enabled: tuple[str, ...] = FUSION_RULES if self.fusion_rules is None else self.fusion_rules
         if not self.kernel_fusion:
-            chosen = ()
+            enabled = ()
         if self.attention_optimization == "eager":
-            chosen = tuple(r for r in chosen if r != "attention_softmax")
-        return tuple(r for r in FUSION_RULES if r in chosen)
+            enabled = tuple(r for r in enabled if r != "attention_softmax")
+        return tuple(r for r in FUSION_RULES if r in enabled)
 
     @property
     def attention(self) -> AttentionMode:
-        """Which tokens a token sees. Raises ConfigError where the settings do not go together."""
-        asked: str = self.attention_optimization
+        """The attention mode with its window, sinks and budget. Raises ConfigError if settings conflict."""
+        mode: str = self.attention_optimization
         if self.sparse_attention:
-            if asked not in ("flash", "sparse"):
-                raise ConfigError(f"sparse_attention=True and attention_optimization={asked!r}: choose one")
-            asked = "sparse"
-        if asked not in WINDOWS:
+            if mode not in ("flash", "sparse"):
+                raise ConfigError(f"sparse_attention=True and attention_optimization={mode!r} conflict; choose one")
+            mode = "sparse"
+        if mode not in WINDOWS:
             return AttentionMode()
-        window = WINDOWS[asked] if self.attention_window is None else self.attention_window
-        return AttentionMode(asked, window, self.attention_sinks, self.attention_budget)  # type: ignore[arg-type]
+        window = WINDOWS[mode] if self.attention_window is None else self.attention_window
+        return AttentionMode(mode, window, self.attention_sinks, self.attention_budget)  # type: ignore[arg-type]
 
-    def format_of(self, weight: str, natural: str, least: str | None = None) -> str:
-        """Name of the format that one weight matrix of an original model is packed in. With a `kl_budget` that is the natural
-        one at first: the others are chosen by measuring the model in it.
+    def format_of(self, weight: str, natural: str, min_format: str | None = None) -> str:
+        """Returns the name of the format to pack one weight matrix of an original model in.
+
+        With a `kl_budget` that is `natural`: the model is first packed without loss, then measured to choose other formats.
 
         Args:
-            natural: the one that keeps it as it is.
-            least: the smallest that `precision` may make it; one named in `formats` may be smaller.
+            weight: name of the parameter.
+            natural: the format that is lossless for this matrix.
+            min_format: the smallest format that `precision` may select; one named in `formats` may be smaller.
         """
         if self.kl_budget is not None:
             return natural
@@ -307,33 +313,33 @@ class DeepSeekConfig(QuantizationConfigMixin):
             return named
         if self.precision == "auto":
             return natural
-        return self.precision if least is None else larger(self.precision, least)
+        return self.precision if min_format is None else larger(self.precision, min_format)
 
     def named_format(self, module: str) -> str | None:
-        """What `formats` says of a module: by its name, or else by the first pattern that fits it."""
+        """Returns the format that `formats` has for a module: by its name, or else by the first matching pattern."""
         formats = self.formats or {}
-        return formats.get(module) or next((f for entry, f in formats.items() if _fits(entry, module)), None)
+        return formats.get(module) or next((f for entry, f in formats.items() if _matches(entry, module)), None)
 
     def unmatched(self, modules: Collection[str]) -> list[str]:
-        """The entries of `formats` that none of these modules has or fits."""
-        return [e for e in self.formats or () if e not in modules and not any(_fits(e, module) for module in modules)]
+        """Returns the entries of `formats` that match none of these modules."""
+        return [e for e in self.formats or () if e not in modules and not any(_matches(e, module) for module in modules)]
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """A config of the dict that `to_dict` made, as Transformers reads it from config.json.
+        """Creates a config from a dict made by `to_dict`, as Transformers does when it reads config.json.
 
         Raises:
-            ConfigError: a field is unknown or wrong, or the dict is that of a checkpoint packed by an earlier version.
+            ConfigError: a field is unknown or invalid, or the dict is from a checkpoint packed by an earlier version.
         """
         if "modules" in config_dict:
             raise ConfigError(
                 f"quantization_config.format_version {config_dict.get('format_version')!r}: this checkpoint was packed by an "
-                "earlier version, whose layout is not read any more; convert the original again"
+                "earlier version and its layout is no longer supported; convert the original again"
             )
         return super().from_dict(config_dict, return_unused_kwargs, **kwargs)  # type: ignore[no-untyped-call]
 
     def to_dict(self) -> dict[str, Any]:
-        """Fields as JSON types; `from_dict` reads them back to an equal config."""
+        """Returns the fields as JSON types; `from_dict` restores an equal config."""
         return {f.name: _jsonable(getattr(self, f.name)) for f in fields(self)}
 
     def __iter__(self) -> Iterator[tuple[str, Any]]:
@@ -349,12 +355,12 @@ class DeepSeekConfig(QuantizationConfigMixin):
 
 
 def larger(*formats: str) -> str:
-    """The format with the most bits a weight; the first of equals."""
+    """Returns the format with the most bits per weight; the first one if several are equal."""
     return max(formats, key=lambda name: get_format(name).bits)
 
 
-def _fits(entry: str, module: str) -> bool:
-    """Whether an entry of `formats` is a pattern, and this module's name fits it: * stands for any characters."""
+def _matches(entry: str, module: str) -> bool:
+    """Whether an entry of `formats` is a pattern that matches the module's name; * matches any characters."""
     return "*" in entry and re.fullmatch(".*".join(map(re.escape, entry.split("*"))), module) is not None
 
 

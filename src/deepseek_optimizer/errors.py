@@ -1,58 +1,58 @@
-"""Typed errors. Each says what was wrong, where (file, tensor, field), and what to do about it."""
+"""Typed errors. Each message states what is wrong, where (file, tensor, field), and how to fix it."""
 
 from __future__ import annotations
 
-_EXCERPT = 100  # characters of a text from outside that an error quotes
+_EXCERPT = 100  # maximum number of characters of untrusted text that an error quotes
 
 
 def excerpt(text: str) -> str:
-    """A text from outside (a client, a file) as an error quotes it: its beginning, and how long it is where that is not all."""
+    """Shortens untrusted text (of a client or a file) for an error message: the first characters, then the total length."""
     return text if len(text) <= _EXCERPT else f"{text[:_EXCERPT]}... ({len(text):,} characters)"
 
 
 def shown(value: object) -> str:
-    """A value from outside as an error shows it: as Python writes it, or the beginning of that."""
+    """Formats an untrusted value for an error message: its `repr`, shortened by `excerpt`."""
     try:
         return excerpt(repr(value))
-    except (ValueError, RecursionError):  # an integer of very many digits; what is nested too deeply
+    except (ValueError, RecursionError):  # an integer with too many digits; a value nested too deeply
         return f"a value of type {type(value).__name__}"
 
 
 class DeepSeekOptimizerError(Exception):
-    """Base class of every error this package raises on purpose."""
+    """Base class of all errors that this package raises deliberately."""
 
 
 class ConfigError(DeepSeekOptimizerError, ValueError):
-    """A field of `DeepSeekConfig` or of a model's config is wrong; the message names the field."""
+    """A field of `DeepSeekConfig` or of a model's config is invalid; the message names the field."""
 
 
 class UnsupportedModelError(ConfigError):
-    """The model's family or one of its features is not known; the message lists what is."""
+    """The model's family or one of its features is not supported; the message lists what is."""
 
 
 class KlBudgetError(ConfigError):
     """No choice of formats keeps the KL divergence within `kl_budget`.
 
     Args:
-        budget: what was allowed, in nats a token.
-        reached: the smallest that was measured.
+        budget: the allowed KL divergence, in nats per token.
+        reached: the smallest KL divergence measured, in nats per token.
     """
 
     def __init__(self, budget: float, reached: float) -> None:
         self.budget, self.reached = budget, reached
         super().__init__(
-            f"kl_budget={budget:g}: the smallest KL divergence that can be reached is {reached:.3g}. Allow that much, or give "
-            'kv_cache and formats more bits ("auto" and None keep all of them)'
+            f"kl_budget={budget:g}: the smallest KL divergence that can be reached is {reached:.3g}. Raise kl_budget to that, "
+            'or use more bits in kv_cache and formats ("auto" and None are lossless)'
         )
 
 
 class CheckpointError(DeepSeekOptimizerError, ValueError):
-    """A checkpoint file is damaged, incomplete or lies about itself.
+    """A checkpoint file is damaged, incomplete or inconsistent.
 
     Args:
         message: what is wrong.
-        file: path of the file, if one is at fault.
-        tensor: name of the tensor, if one is at fault.
+        file: path of the file at fault, if any.
+        tensor: name of the tensor at fault, if any.
     """
 
     def __init__(self, message: str, *, file: object = None, tensor: str | None = None) -> None:
@@ -62,10 +62,10 @@ class CheckpointError(DeepSeekOptimizerError, ValueError):
 
 
 class CheckpointChangedError(CheckpointError):
-    """A checkpoint file was changed while its weights are in use; results that rest on it are not given out.
+    """A checkpoint file was modified while its weights were in use; results computed from it are discarded.
 
     Args:
-        message: what happened to the file, to follow its name.
+        message: what happened to the file; follows the file name in the error.
         file: path of the file.
     """
 
@@ -75,59 +75,62 @@ class CheckpointChangedError(CheckpointError):
 
 
 class SaveError(DeepSeekOptimizerError, OSError):
-    """A checkpoint of training or a model could not be written; what was there before it is as it was.
+    """A training checkpoint or a model could not be written; files that existed before are unchanged.
 
     Args:
-        target: what was to be written.
-        cause: as a sentence without its stop.
-        last: the newest checkpoint that stands, if there is one.
+        target: path that was being written.
+        cause: why it failed, as a sentence without a period.
+        last: path of the latest complete checkpoint, if there is one.
     """
 
     def __init__(self, target: object, cause: str, last: object | None) -> None:
         self.target, self.last = str(target), None if last is None else str(last)
-        stands = (
-            f"{last} stands; train(resume_from_checkpoint=True) goes on from it" if last else "no checkpoint stands before it"
+        resume = (
+            f"the latest complete checkpoint is {last}; resume from it with train(resume_from_checkpoint=True)"
+            if last
+            else "there is no earlier checkpoint"
         )
-        super().__init__(f"{target} was not saved: {cause}. Nothing of it is left, and {stands}")
+        super().__init__(f"{target} was not saved: {cause}. The partial files were removed; {resume}")
 
 
 class TrainingError(DeepSeekOptimizerError, ArithmeticError):
-    """Training came to a loss or to gradients that are not finite; no weight was changed by them.
+    """The loss or the gradients of a training step are not finite; the weights were not updated with them.
 
     Args:
         step: the optimizer step, counted from 1.
-        cause: what was found, as the beginning of a sentence.
-        last: the newest checkpoint that stands, if there is one.
+        cause: what is not finite, as a sentence without a period.
+        last: path of the latest complete checkpoint, if there is one.
     """
 
     def __init__(self, step: int, cause: str, last: object | None) -> None:
         self.step, self.last = step, None if last is None else str(last)
-        stands = (
-            f"{last} stands; go on from it by train(resume_from_checkpoint=True), or dso train --resume"
+        resume = (
+            f"the latest complete checkpoint is {last}; resume from it with train(resume_from_checkpoint=True) or "
+            "dso train --resume"
             if last
-            else "no checkpoint stands yet"
+            else "there is no checkpoint yet"
         )
         super().__init__(
-            f'step {step}: {cause}. Take a smaller learning_rate or look at the data of this step; on_nan="skip" leaves single '
-            f"steps out. The weights are those from before the step, and {stands}"
+            f'step {step}: {cause}. Use a smaller learning_rate or check the data of this step; on_nan="skip" skips single '
+            f"steps. The weights are those before the step; {resume}"
         )
 
 
 class BackendError(DeepSeekOptimizerError, RuntimeError):
-    """A backend cannot do what was asked: no native build, an ISA that cannot run here, a plan misused."""
+    """A backend cannot perform an operation: it is not built, the machine lacks the instruction set, or a plan was misused."""
 
 
 class GraphError(DeepSeekOptimizerError, ValueError):
-    """A graph is not well formed, or a rule was asked for that does not exist."""
+    """A graph is not well formed, or a requested fusion rule does not exist."""
 
 
 class CacheFullError(DeepSeekOptimizerError, RuntimeError):
-    """The KV cache has fewer free blocks than were asked for; nothing was changed.
+    """The KV cache has fewer free blocks than requested; nothing was changed.
 
     Args:
-        needed: blocks that were asked for.
-        free: blocks that are free.
-        shortage: why the cache cannot grow, where it is smaller than it may be.
+        needed: number of blocks requested.
+        free: number of free blocks.
+        shortage: why the cache cannot grow to its configured size, if that is the reason.
     """
 
     def __init__(self, needed: int, free: int, shortage: str | None = None) -> None:
@@ -141,48 +144,48 @@ class CacheFullError(DeepSeekOptimizerError, RuntimeError):
 
 
 class NotEnoughMemoryError(DeepSeekOptimizerError, MemoryError):
-    """Something does not fit in the memory that is free; none was taken.
+    """Something does not fit in free memory; none was allocated.
 
     Args:
-        what: that was to be made; where the system refused memory and the bytes are not known, what it said.
-        needed, free: bytes; None where they are not known.
-        remedy: what to do, as a sentence without its stop.
-        limit: which limit leaves no more, as a sentence without its stop.
+        what: what needs the memory; if the system refused an allocation of unknown size, the system's message.
+        needed, free: bytes; None if unknown.
+        remedy: what to do, as a sentence without a period.
+        limit: the limit that leaves no more memory, as a sentence without a period.
     """
 
     def __init__(self, what: str, needed: int | None, free: int | None, remedy: str, limit: object = None) -> None:
         self.needed, self.free = needed, free
         which = "" if limit is None else f" ({limit})"
         if needed is not None and free is not None:
-            what = f"{what} takes {needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free{which}"
-        super().__init__(f"{what}: {remedy}")
+            what = f"{what}: {needed / 1e9:.2f} GB needed, but only {free / 1e9:.2f} GB free{which}"
+        super().__init__(f"{what}; {remedy}")
 
 
 class ForgottenError(DeepSeekOptimizerError, ValueError):
-    """A cache that keeps a window of its tokens was to go back to where what it let go of would be seen.
+    """A cache with a sliding window cannot be cropped to a length at which dropped tokens would be visible again.
 
     Args:
-        tokens: to go back to.
-        held: tokens that there are.
-        window: tokens that a token sees.
+        tokens: the requested length, in tokens.
+        held: the current length, in tokens.
+        window: the attention window, in tokens.
     """
 
     def __init__(self, tokens: int, held: int, window: int) -> None:
         super().__init__(
-            f"the cache cannot go back from {held} tokens to {tokens}: attention sees a window of {window} tokens, and those "
-            "that would be seen from there are gone. Begin again without a cache, or take a larger attention_window"
+            f"the cache cannot be cropped from {held} tokens to {tokens}: with an attention window of {window} tokens, some "
+            "that would be visible from there were dropped. Start without a cache, or use a larger attention_window"
         )
 
 
 class UnsupportedRequestError(DeepSeekOptimizerError, ValueError):
-    """Neither the plan nor Transformers' own forward can serve this call; the message names the remedy."""
+    """Neither the plan nor Transformers' own forward supports this call; the message says what to change."""
 
 
 class RequestError(DeepSeekOptimizerError, ValueError):
-    """A field of a request to the engine is wrong: the client's fault.
+    """A field of a request to the engine is invalid: the client's mistake.
 
     Args:
-        field: its name.
+        field: name of the field.
         message: what is wrong with it.
     """
 
@@ -192,32 +195,32 @@ class RequestError(DeepSeekOptimizerError, ValueError):
 
 
 class EngineBusyError(DeepSeekOptimizerError, RuntimeError):
-    """The engine has as many requests as it takes.
+    """The engine's queue is full.
 
     Args:
-        waiting: requests in it.
-        retry_after: seconds until there may be room, by what requests took lately.
+        waiting: number of requests in flight.
+        retry_after: seconds until a place may be free, estimated from recent requests.
     """
 
     def __init__(self, waiting: int, retry_after: float) -> None:
         self.waiting, self.retry_after = waiting, retry_after
-        super().__init__(f"{waiting} requests are in flight, and no more are taken; try again in {retry_after:.0f} s")
+        super().__init__(f"{waiting} requests are in flight, which is the maximum; try again in {retry_after:.0f} s")
 
 
 class EngineDeadError(DeepSeekOptimizerError, RuntimeError):
-    """The engine has stopped, by `close` or by an error that is this one's cause; nothing more is answered."""
+    """The engine has stopped, by `close` or by an error, which is this exception's cause; it serves no more requests."""
 
 
 class WorkerLostError(DeepSeekOptimizerError, RuntimeError):
-    """A worker process was ended from outside, got no time, or could not be started: the machine's fault, not the request's."""
+    """A worker process was killed from outside, got no CPU time, or could not be started: not the request's fault."""
 
 
 class DocumentError(DeepSeekOptimizerError, ValueError):
-    """A file that cannot be read as a document.
+    """A file cannot be read as a document.
 
     Args:
-        file: its name or path.
-        message: what is wrong with it, and what to do, as a sentence to follow the name.
+        file: name or path of the file.
+        message: what is wrong with it and how to fix it; follows the file name in the error.
     """
 
     def __init__(self, file: str, message: str) -> None:
@@ -226,13 +229,13 @@ class DocumentError(DeepSeekOptimizerError, ValueError):
 
 
 class DataError(DeepSeekOptimizerError, ValueError):
-    """Training data that cannot be used.
+    """Training data is invalid.
 
     Args:
-        message: what is wrong, and what to do.
-        file: the file at fault, if one is.
-        line: its line, or of a JSON array the record, counted from 1.
-        field: of that record, such as `messages[2].role`.
+        message: what is wrong and how to fix it.
+        file: path of the file at fault, if any.
+        line: line in the file, or index of the record in a JSON array, counted from 1.
+        field: field of that record, such as `messages[2].role`.
     """
 
     def __init__(self, message: str, *, file: object = None, line: int | None = None, field: str | None = None) -> None:
@@ -242,12 +245,12 @@ class DataError(DeepSeekOptimizerError, ValueError):
 
 
 class MissingPackageError(DeepSeekOptimizerError, ImportError):
-    """Something needs a library that is not installed.
+    """A feature needs a package that is not installed.
 
     Args:
-        purpose: what needs it.
-        package: its name on PyPI.
-        extra: the extra of this package that brings it.
+        purpose: the feature that needs it.
+        package: name of the package on PyPI.
+        extra: the extra of deepseek-optimizer that installs it.
     """
 
     def __init__(self, purpose: str, package: str, extra: str) -> None:

@@ -1,4 +1,4 @@
-"""`load_model` and `DynamicGraphOptimizer`: the two ways to an optimised model beside `from_pretrained`."""
+"""`load_model` and `DynamicGraphOptimizer`: ways to get an optimised model besides `from_pretrained`."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from .errors import ConfigError
 
 
 def load_model(path: str | os.PathLike[str], config: DeepSeekConfig | None = None, **fields: Any) -> Any:
-    """Loads a checkpoint as an optimised Transformers model, on the CPU, ready to generate.
+    """Loads a checkpoint as an optimised Transformers model on the CPU, ready to generate.
 
-    Weights are packed as they stream in: beside the packed model, memory for a panel of rows is all it takes. Those of a packed
-    checkpoint are mapped from its file instead: as long as the model lives, that file may be replaced (`save_pretrained` and
-    `dso convert` do), and the model goes on with what it loaded. Where it is written into or cut short, every later call
-    raises CheckpointChangedError.
+    Weights are packed while they are read: besides the packed model, only memory for a panel of rows is needed. The weights of
+    a packed checkpoint are mapped from its file instead. While the model is in use, that file may be replaced (as
+    `save_pretrained` and `dso convert` do); the model continues to use the weights it loaded. If the file is written to or
+    truncated, every later call raises CheckpointChangedError.
 
     Args:
-        path: a directory as `save_pretrained` writes it (float or packed), a .gguf file, or a hub name.
-        config: what to optimise; None: everything, weights kept without loss.
-        fields: single fields of `DeepSeekConfig`, over those of `config`.
+        path: a directory written by `save_pretrained` (float or packed), a .gguf file, or a model name on the hub.
+        config: what to optimise; None: everything that is lossless.
+        fields: single fields of `DeepSeekConfig`; they override those of `config`.
 
     Returns:
-        The family's `ForCausalLM` model, in eval mode; `model.report()` says what was made of it. Load other classes
+        The family's `ForCausalLM` model in eval mode; `model.report()` lists the optimisations. Load other classes
         (`AutoModel`, classifiers) with their own `from_pretrained(path, quantization_config=config)`.
 
     Raises:
-        CheckpointError: a file is damaged, incomplete or not what it claims. Names file and tensor; no pickle is ever opened.
-        CheckpointChangedError: a file was written to while it was read.
-        ConfigError: a field, or the checkpoint's config.json, is wrong or names what is not supported.
-        NotEnoughMemoryError: the weights do not fit in what is free; before any is read.
+        CheckpointError: a file is damaged, incomplete or inconsistent; names the file and tensor. Pickles are never opened.
+        CheckpointChangedError: a file was modified while it was read.
+        ConfigError: a field, or the checkpoint's config.json, is invalid or not supported.
+        NotEnoughMemoryError: the weights do not fit in free memory; raised before any are read.
     """
     from .integration.load.loader import load
 
@@ -39,11 +39,14 @@ def load_model(path: str | os.PathLike[str], config: DeepSeekConfig | None = Non
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Any:
-    """The tokenizer of a checkpoint that `load_model` takes, checked against the size of the embedding.
+    """Loads the tokenizer of a checkpoint and checks it against the size of the embedding.
+
+    Args:
+        path: as for `load_model`.
 
     Raises:
-        CheckpointError: there is none, or it is wrong.
-        ConfigError: the checkpoint's config.json is wrong; Transformers reads it too, and would blame the tokenizer.
+        CheckpointError: the tokenizer is missing or invalid.
+        ConfigError: the checkpoint's config.json is invalid. Transformers reads it too, and would report a tokenizer error.
     """
     from .checkpoint import load_tokenizer as load
     from .checkpoint import open_checkpoint
@@ -56,7 +59,7 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Any:
 
 
 def report(model: Any) -> Any:
-    """What was made of an optimised model: prints as a table, `.to_dict()` for programs."""
+    """Returns the report of an optimised model: it prints as a table; `.to_dict()` is for programs."""
     from .integration.bind.runtime import runtime_of
 
     return runtime_of(model).report()
@@ -66,13 +69,13 @@ class DynamicGraphOptimizer:
     """Optimises a model that is already loaded, in place.
 
     Args:
-        model: a Transformers model of a known family, float, or optimised before (then only rules and ranges change).
-        fusion_rules: names of the rules to apply; None: those of `config`.
-        batch_size_range: (smallest, largest) batch that buffers are sized and kernels warmed for; None: that of `config`.
+        model: a Transformers model of a supported family, either float or optimised before (then only rules and ranges change).
+        fusion_rules: names of the fusion rules to apply; None: those of `config`.
+        batch_size_range: (smallest, largest) batch size to allocate buffers and warm up kernels for; None: that of `config`.
         config: what to optimise; None: the weights keep their dtype.
 
     Raises:
-        ConfigError, UnsupportedModelError: at construction, before anything is changed.
+        ConfigError, UnsupportedModelError: at construction, before the model is changed.
     """
 
     def __init__(
@@ -88,11 +91,11 @@ class DynamicGraphOptimizer:
 
         if config is not None and not isinstance(config, DeepSeekConfig):
             raise ConfigError(f"config must be a DeepSeekConfig or None, got {type(config).__name__}")
-        given = {"fusion_rules": fusion_rules, "batch_size_range": batch_size_range}
+        overrides = {"fusion_rules": fusion_rules, "batch_size_range": batch_size_range}
         fields = {} if config is None else config.to_dict()
-        self.config = DeepSeekConfig(**{**fields, **{name: value for name, value in given.items() if value is not None}})
+        self.config = DeepSeekConfig(**{**fields, **{name: value for name, value in overrides.items() if value is not None}})
         if getattr(model, "hf_quantizer", None) is not None and "dso" not in model.__dict__:
-            raise ConfigError("the model is quantised by another method; load the original")
+            raise ConfigError("the model is quantised by another method; load the original model")
         earlier = getattr(model, "__dict__", {}).get("dso")
         chosen_for = earlier.config.kl_budget if earlier is not None else None
         if self.config.kl_budget not in (None, chosen_for):
@@ -106,13 +109,13 @@ class DynamicGraphOptimizer:
         if (dtype := getattr(model, "dtype", None)) not in NATURAL:
             raise ConfigError(f"a model of dtype {dtype} cannot be packed; use model.float() or model.bfloat16() first")
         if model.device.type == "meta":
-            raise ConfigError("the model is on the meta device: it has no weights yet; load them first")
+            raise ConfigError("the model is on the meta device, so it has no weights; load them first")
         self.model = model
 
     def optimize(self) -> Any:
-        """Packs the weights module by module, giving back the originals' memory as it goes, and puts the plan in charge.
+        """Packs the weights module by module, frees each original as it is replaced, and makes the model run the plan.
 
-        Returns: the model that was given.
+        Returns: the same model object.
         """
         from .integration.load.convert import optimize_in_place
 
@@ -120,5 +123,8 @@ class DynamicGraphOptimizer:
         return self.model
 
     def report(self) -> Any:
-        """Which rules fired where, kernels, ISA, formats, bytes before and after. Only after `optimize()`."""
+        """Returns where rules were applied, kernels, instruction set, formats, and bytes before and after.
+
+        To be called after `optimize()`.
+        """
         return report(self.model)

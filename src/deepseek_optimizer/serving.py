@@ -1,4 +1,4 @@
-"""Engines for optimised models: what a model brings along is put together here."""
+"""Creates engines for optimised models from the model's plan, cache and drafting layers."""
 
 from __future__ import annotations
 
@@ -27,36 +27,43 @@ from .integration.generation.special_tokens import token_ids
 from .integration.memory.arena import Arena
 from .integration.memory.cache_size import FullBatch
 
-_LATENT_CHUNK = 64  # tokens: the form that latent attention takes depends on where a prompt is cut
-_LOOKUP, _MTP, _DRAFT_MODEL = 8, 3, 4  # drafts of a round at most
-STALL = 2.5  # what a server's streams may notice of others' prompts
+_LATENT_CHUNK = 64  # tokens; the form of latent attention (absorbed or expanded) depends on how a prompt is split into chunks
+_LOOKUP, _MTP, _DRAFT_MODEL = 8, 3, 4  # maximum number of drafts per round
+STALL = 2.5  # the default of `EngineOptions.stall` for servers
 
 
 def make_engine(model: Any, tokenizer: Any = None, **options: Any) -> Engine:
-    """An engine that answers many prompts at once: `make_engine(model, tokenizer).generate(["...", "..."])`.
+    """Creates an engine that processes many prompts in one batch: `make_engine(model, tokenizer).generate(["...", "..."])`.
 
     Args:
-        model: of `load_model`, `from_pretrained` with our config, or `DynamicGraphOptimizer.optimize()`.
-        tokenizer: for prompts and answers that are text.
-        options: of `EngineOptions`, where the model's config does not say; `drafts=False`: no speculative decoding;
-            `draft_model`: a small optimised model of the same tokenizer that drafts for this one; `arena`: cache memory to
-            use in place of the model's own, of `model.dso.new_arena(bytes)`. The model's own may grow to `kv_cache_memory`;
-            where the config doesn't say, to what a full batch at the model's context needs, at most half of what is free.
+        model: an optimised model, from `load_model`, `from_pretrained` with a `DeepSeekConfig`, or
+            `DynamicGraphOptimizer.optimize()`.
+        tokenizer: for prompts and answers as text; None: token ids only.
+        options: fields of `EngineOptions`, which override the model's config; `drafts=False`: no speculative decoding;
+            `draft_model`: a small optimised model with the same tokenizer that drafts for this one; `arena`: cache memory from
+            `model.dso.new_arena(bytes)` to use instead of the model's own. The model's own cache may grow to `kv_cache_memory`;
+            if that is not set, to the size that a full batch at the model's context length needs, but at most half of free
+            memory.
 
     Raises:
-        ConfigError: not an optimised model, an unknown option, or one that this model cannot do.
-        NotEnoughMemoryError: `kv_cache_memory` is more than is free.
+        ConfigError: the model is not optimised, an option is unknown, or the model does not support it.
+        NotEnoughMemoryError: `kv_cache_memory` exceeds free memory.
     """
     core, running = _core(model, tokenizer, options)
     return Engine(core, running)
 
 
 def make_async_engine(model: Any, tokenizer: Any, *, model_name: str | None = None, **options: Any) -> AsyncEngine:
-    """The same for an event loop, such as the server's. Prompts are run in pieces that stall the other streams by STALL at
-    most.
+    """Creates an engine for an event loop, such as the server's.
+
+    Prompts are processed in chunks; a step with prompt tokens takes at most about STALL times as long as one without.
 
     Args:
-        model_name: what clients call it; None: the last part of the path that it was loaded from.
+        model, tokenizer, options: as for `make_engine`.
+        model_name: the name that clients use; None: the last component of the path that the model was loaded from.
+
+    Raises:
+        ConfigError, NotEnoughMemoryError: as for `make_engine`.
     """
     core, running = _core(model, tokenizer, {"stall": STALL, **options})
     return AsyncEngine(core, model_name or _name(model), running, runtime_of(model).replaced_files)
@@ -75,25 +82,24 @@ def _core(model: Any, tokenizer: Any, given: dict[str, Any]) -> tuple[EngineCore
     arena = given.pop("arena", None)
     unknown = set(given) - {f.name for f in fields(EngineOptions)}
     if unknown:
-        raise ConfigError(
-            f"an engine has no option {sorted(unknown)[0]!r}; it has {', '.join(f.name for f in fields(EngineOptions))}"
-        )
+        known = ", ".join(f.name for f in fields(EngineOptions))
+        raise ConfigError(f"an engine has no option {sorted(unknown)[0]!r}; the options are {known}")
     options = EngineOptions(
         batch_size_range=config.batch_size_range, step_tokens=config.prefill_chunk, batch_invariant=config.batch_invariant
     )
     options = replace(options, **given)
     if (reason := runtime.changed()) is not None:
-        raise UnsupportedRequestError(f"{reason}: an engine runs the plan alone; take it away first")
+        raise UnsupportedRequestError(f"{reason}: an engine runs only the compiled plan; remove the change first")
     backend = runtime.backend
     if options.batch_invariant and not backend.capabilities.batch_invariant:
         raise ConfigError(
-            f'batch_invariant=True: the {backend.name} backend\'s products depend on the batch; use backend="cpu", or leave '
-            "batch_invariant out"
+            f'batch_invariant=True: results of the {backend.name} backend depend on the batch; use backend="cpu", or omit '
+            "batch_invariant"
         )
     if options.cache_window is not None:
         if options.batch_invariant:
-            raise ConfigError("batch_invariant=True and cache_window: when the window slides depends on the batch; choose one")
-        key_rotation(runtime.graph)  # an error where keys cannot be moved
+            raise ConfigError("batch_invariant=True and cache_window: the window slides depending on the batch; choose one")
+        key_rotation(runtime.graph)  # raises an error if this model's keys cannot be moved to other positions
     batch = _full_batch(runtime, options)
     other = _with_head(draft_model) if drafts and draft_model is not None else None
     arena = arena or runtime.serving_arena(batch, 0 if other is None else _full_batch(other, options).bytes)
@@ -116,7 +122,7 @@ def _core(model: Any, tokenizer: Any, given: dict[str, Any]) -> tuple[EngineCore
 
 
 def _full_batch(runtime: Runtime, options: EngineOptions) -> FullBatch:
-    """The cache that all sequences of an engine take at most."""
+    """Returns the maximum size of the cache: all sequences of an engine at their maximum length."""
     context = runtime.graph.max_positions
     tokens = context if options.cache_window is None else min(context, options.cache_window)
     return runtime.full_batch(options.batch_size_range[1], tokens, options.step_tokens)
@@ -125,33 +131,34 @@ def _full_batch(runtime: Runtime, options: EngineOptions) -> FullBatch:
 def _with_head(model: Any) -> Runtime:
     runtime = runtime_of(model)
     if not runtime.graph.has_head:
-        raise ConfigError(f"{type(model).__name__} has no head to generate with; load the checkpoint with load_model")
+        raise ConfigError(f"{type(model).__name__} has no language model head; load the checkpoint with load_model")
     return runtime
 
 
 def _proposers(runtime: Runtime, arena: Arena, draft: Proposer | None) -> list[tuple[Proposer, int]]:
-    found: list[tuple[Proposer, int]] = [(PromptLookupProposer(), _LOOKUP)]
+    proposers: list[tuple[Proposer, int]] = [(PromptLookupProposer(), _LOOKUP)]
     if draft is not None:
-        found.append((draft, _DRAFT_MODEL))
+        proposers.append((draft, _DRAFT_MODEL))
     if plans := runtime.mtp_plans:
         layers = [Runner(plan, arena) for plan in plans]
-        found.append((MtpProposer(layers, lambda _, __, logits: (int(largest(logits[None])), None)), max(_MTP, len(plans))))
-    return found
+        proposers.append((MtpProposer(layers, lambda _, __, logits: (int(largest(logits[None])), None)), max(_MTP, len(plans))))
+    return proposers
 
 
 def _draft_model(runtime: Runtime, other: Runtime, options: EngineOptions) -> DraftModelProposer:
-    """Its cache is the draft model's own, with a share of the half that the model's has."""
-    mine, theirs = runtime.graph.vocab_size, other.graph.vocab_size
-    if mine != theirs:
+    """Returns a proposer with a cache of its own; both models' caches together take at most half of free memory."""
+    vocab_size, draft_vocab_size = runtime.graph.vocab_size, other.graph.vocab_size
+    if vocab_size != draft_vocab_size:
         raise ConfigError(
-            f"draft_model has a vocabulary of {theirs} tokens, the model one of {mine}: they must share a tokenizer"
+            f"draft_model has a vocabulary of {draft_vocab_size} tokens, the model one of {vocab_size}; use one with the same "
+            "tokenizer"
         )
     arena = other.serving_arena(_full_batch(other, options), _full_batch(runtime, options).bytes)
-    return DraftModelProposer(Runner(other.plan, arena, mine), other.graph.max_positions, other.config.prefill_chunk)
+    return DraftModelProposer(Runner(other.plan, arena, vocab_size), other.graph.max_positions, other.config.prefill_chunk)
 
 
 def _ends(model: Any, vocab: int) -> frozenset[int]:
-    """Tokens that end a text, by the model's generation config; ids that are no tokens (-1 for "none") end none."""
+    """Returns the end-of-text tokens of the model's generation config, without ids outside the vocabulary (-1 means none)."""
     ids = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     if ids is None:
         ids = getattr(model.config, "eos_token_id", None)

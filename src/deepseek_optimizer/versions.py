@@ -1,4 +1,4 @@
-"""Versions of what is installed, as reports and the command line show them."""
+"""Versions of installed packages, for reports and the command line."""
 
 from __future__ import annotations
 
@@ -6,11 +6,15 @@ from importlib.metadata import PackageNotFoundError, version
 
 
 def versions(*names: str) -> dict[str, str]:
-    """Version of each distribution; "not installed" where there is none (a source tree on PYTHONPATH)."""
-    found = {}
+    """Returns the version of each distribution, or "not installed" (as for a source tree on PYTHONPATH).
+
+    Args:
+        names: names of distributions; without any, this package, torch and Transformers.
+    """
+    installed = {}
     for name in names or ("deepseek-optimizer", "torch", "transformers"):
         try:
-            found[name] = version(name)
+            installed[name] = version(name)
         except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+            installed[name] = "not installed"
+    return installed

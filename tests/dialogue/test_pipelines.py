@@ -149,7 +149,7 @@ def test_a_dialogue_longer_than_max_length_goes_on(tiny_model):
     chat = pipeline(
         "conversational", model=str(tiny_model), device="cpu", optimizer_config={**CONFIG, "max_length": 100}, system="S" * 10
     )
-    with pytest.warns(OptimizerWarning, match="outgrown its 100 tokens"):
+    with pytest.warns(OptimizerWarning, match="exceeds its maximum of 100 tokens"):
         for n in range(4):
             chat(f"{n}" * 30, max_new_tokens=8, min_new_tokens=8)
     assert chat.dropped and len(chat.turns) == 8 and chat.engine.core.metrics.prompt_tokens < 400
@@ -195,7 +195,7 @@ def test_a_plain_model_is_optimised_in_place(tiny_model):
 def test_an_optimised_model_is_taken_as_it_is(tiny_model):
     model = load_model(tiny_model)
     assert pipeline("conversational", model=model, device="cpu", optimizer_config=CONFIG).model is model
-    with pytest.raises(ConfigError, match="optimised already: give precision to load_model"):
+    with pytest.raises(ConfigError, match="optimised already; pass precision to load_model"):
         pipeline("conversational", model=model, device="cpu", optimizer_config={"precision": "int8"})
 
 
@@ -245,8 +245,8 @@ def test_a_device_that_is_not_there(tiny_model, device):
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"model_kwargs": {"attn_implementation": "eager"}}, "attn_implementation.* means nothing"),
-        ({"model_kwargs": {"device_map": {"": 0}}}, "say device="),
+        ({"model_kwargs": {"attn_implementation": "eager"}}, "attn_implementation.* is not supported"),
+        ({"model_kwargs": {"device_map": {"": 0}}}, "use device="),
         ({"dtype": torch.float16}, "float32 or bfloat16"),
     ],
 )

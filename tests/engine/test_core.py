@@ -117,7 +117,7 @@ def test_room_for_drafts_that_nobody_makes():
     script = {1: prompt + expected(prompt, 60, None)}
     core = make_core(proposers=[(Silent(script, 0.9, VOCAB), 4)])
     answer = run(core, [Request(prompt, SamplingParams(temperature=0, max_tokens=60, ignore_eos=True), id="a")])["a"]
-    assert answer.token_ids == script[1][2:] and core.drafting.held > 0
+    assert answer.token_ids == script[1][2:] and core.drafting.accepted > 0
 
 
 def test_preemption_happens_and_changes_nothing():
@@ -451,7 +451,7 @@ def test_a_seed_gives_the_same_text_with_drafts_in_company_and_without():
     drafted = make_core(proposers=[(ScriptedProposer(script, 0.7, VOCAB), 4)])
     others = [Request([n], SamplingParams(temperature=1.0, max_tokens=50), id=str(n)) for n in range(4)]
     assert run(drafted, [request, *others])["a"].token_ids == alone
-    assert drafted.drafting.held > 10
+    assert drafted.drafting.accepted > 10
 
 
 def test_two_of_one_id_are_refused():

@@ -5,7 +5,7 @@ import random
 import pytest
 
 from deepseek_optimizer.engine.scheduling.batch_size import BatchSize
-from deepseek_optimizer.engine.scheduling.budget import LEAST, PromptBudget
+from deepseek_optimizer.engine.scheduling.budget import MIN_TOKENS, PromptBudget
 from deepseek_optimizer.engine.scheduling.step_times import StepTimes
 from deepseek_optimizer.engine.speculative.bandit import DraftBandit
 
@@ -40,7 +40,7 @@ def test_a_prompt_gets_what_the_stall_allows():
     assert budget.tokens(4) == pytest.approx(2 * 4.0 / 0.1, abs=1)
     assert budget.tokens(0) == 512
     assert PromptBudget(512, None, times(2.0, 0.5, prompt=0.1)).tokens(4) == 508
-    assert PromptBudget(512, 3.0, times(2.0, 0.5, prompt=50.0)).tokens(4) == LEAST
+    assert PromptBudget(512, 3.0, times(2.0, 0.5, prompt=50.0)).tokens(4) == MIN_TOKENS
     assert PromptBudget(512, 3.0, StepTimes()).tokens(4) == 64
 
 

@@ -15,13 +15,13 @@ WRONG = "caf\udce9"  # what Python makes of Latin-1 on a UTF-8 command line
 
 def test_where_it_is():
     check_text("prompt", "café 世界 😀")
-    with pytest.raises(RequestError, match="prompt: has half of a surrogate pair at character 4"):
+    with pytest.raises(RequestError, match="prompt: has an unpaired surrogate at character 4"):
         check_text("prompt", WRONG)
 
 
 @pytest.mark.parametrize("raw", [False, True])
 def test_messages(byte_tokenizer, raw):
-    with pytest.raises(RequestError, match="the user's message: has half of a surrogate pair at character 4"):
+    with pytest.raises(RequestError, match="the user's message: has an unpaired surrogate at character 4"):
         prompt_tokens(byte_tokenizer, [{"role": "user", "content": WRONG}], raw=raw)
 
 
@@ -32,10 +32,10 @@ def test_prompts_of_an_engine(tiny_model):
 
     engine = make_engine(load_model(tiny_model, backend="reference"), AutoTokenizer.from_pretrained(tiny_model), drafts=False)
     assert isinstance(engine, Engine)
-    with pytest.raises(RequestError, match="prompt: has half of a surrogate pair"):
+    with pytest.raises(RequestError, match="prompt: has an unpaired surrogate"):
         engine.generate([WRONG])
 
 
 def test_questions():
-    with pytest.raises(RequestError, match="question: has half of a surrogate pair"):
+    with pytest.raises(RequestError, match="question: has an unpaired surrogate"):
         Question(WRONG)

@@ -102,12 +102,12 @@ def test_a_file_that_is_replaced_under_its_name_is_served_on(live, packed: Path,
         return live.client.post(TEXT, json=SHORT).json()["choices"][0]["text"]
 
     before = text()
-    live.call(live.engine.tell_of_replaced_files)
+    live.call(live.engine.log_replaced_files)
     assert not caplog.records
     (packed / "new").write_bytes(b"another model")
     os.replace(packed / "new", packed / "model.safetensors")
     assert text() == before and live.client.get("/ready").status_code == 200
     for _ in range(2):
-        live.call(live.engine.tell_of_replaced_files)
+        live.call(live.engine.log_replaced_files)
     (record,) = caplog.records
-    assert str(packed / "model.safetensors") in record.message and "goes on with what it loaded" in record.message
+    assert str(packed / "model.safetensors") in record.message and "uses the loaded version" in record.message

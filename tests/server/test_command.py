@@ -60,7 +60,7 @@ def test_a_port_that_is_taken_is_told_before_a_model_is_loaded(serve):
 
 
 def test_more_cache_than_is_free_is_told_before_a_model_is_loaded(serve):
-    assert "the KV cache takes 1000000.00 GB" in error_of(serve("--kv-cache-memory", 10**15, "--port", 0))
+    assert "the KV cache: 1000000.00 GB needed" in error_of(serve("--kv-cache-memory", 10**15, "--port", 0))
 
 
 def test_keys_that_others_can_read_are_warned_of(serve, tmp_path):

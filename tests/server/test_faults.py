@@ -165,4 +165,4 @@ main()
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "m")
     byte_tokenizer.save_pretrained(tmp_path / "m")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 2 and done.stderr.startswith("dso: the model's weights takes"), done.stderr
+    assert done.returncode == 2 and done.stderr.startswith("dso: the model's weights: "), done.stderr

@@ -1,1 +1,1 @@
-"""Calibration: what a sample text tells about a model's weights, before they are quantised."""
+"""Calibration: measures a model on a sample text to choose rounding and formats before its weights are quantised."""

@@ -1,13 +1,13 @@
-"""The formats of the smallest model whose predicted KL divergence stays within a budget.
+"""Chooses the formats of the smallest model whose predicted KL divergence is within a budget.
 
-A group of matrices has options, each with its size and the KL divergence that it alone causes. KLs are taken as additive: to
-second order in small errors they are, as far as the errors of different groups are independent. So this is a multiple-choice
-knapsack: one option a group, fewest bytes, sum of KL <= budget.
+A group of matrices has options, each with its size and the KL divergence that it alone causes. The KL divergences are assumed
+to add up, which holds to second order in small errors if the errors of different groups are independent. The task is then a
+multiple-choice knapsack problem: choose one option per group to minimise bytes, with the sum of KL <= budget.
 
-On the lower convex hull of each group's (bytes, KL) points, every step to the next larger option buys less KL a byte than the
-one before. All groups' steps, sorted by what they buy, are a path of choices, each the best of its size: the curve of size
-against quality (Shoham and Gersho 1988, "Efficient bit allocation for an arbitrary set of quantizers"). Between two choices
-of the path lies one step of one group; what room is left there is filled by single replacements.
+On the lower convex hull of each group's (bytes, KL) points, every step to the next larger option reduces the KL by less per
+byte than the one before. The steps of all groups, sorted by this reduction, form a path of choices, each the best of its size:
+the trade-off curve of size and quality (Shoham and Gersho 1988, "Efficient bit allocation for an arbitrary set of quantizers").
+Adjacent choices on the path differ by one step of one group; the rest of the budget is used by replacing single options.
 """
 
 from __future__ import annotations
@@ -19,14 +19,20 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Option:
-    """A group in certain formats. `formats`: those of its matrices, in order; `kl`: nats a token, >= 0."""
+    """A choice of formats for one group.
+
+    Attributes:
+        formats: format of each of its matrices, in order.
+        bytes: size of the group in these formats.
+        kl: KL divergence that they alone cause, in nats per token, >= 0.
+    """
 
     formats: tuple[str, ...]
     bytes: int
     kl: float
 
 
-Choice = tuple[Option, ...]  # one option a group, in the order of the groups
+Choice = tuple[Option, ...]  # one option per group, in the order of the groups
 
 
 def total_bytes(choice: Choice) -> int:
@@ -38,27 +44,33 @@ def total_kl(choice: Choice) -> float:
 
 
 def path(groups: Sequence[Sequence[Option]]) -> list[Choice]:
-    """Choices from the smallest to that of the smallest KL: each step enlarges one group, and KL falls with every step."""
+    """Returns choices from the smallest to the one with the smallest KL; each step enlarges one group and reduces the KL."""
     hulls = [_hull(options) for options in groups]
     steps = [(_gain(a, b), i, b) for i, hull in enumerate(hulls) for a, b in itertools.pairwise(hull)]
     current = [hull[0] for hull in hulls]
     choices = [tuple(current)]
-    for _, group, option in sorted(steps, key=lambda step: -step[0]):  # stable: a group's own steps keep their order
+    for _, group, option in sorted(steps, key=lambda step: -step[0]):  # stable: the steps of a group stay in order
         current[group] = option
         choices.append(tuple(current))
     return choices
 
 
 def choose(groups: Sequence[Sequence[Option]], budget: float) -> Choice:
-    """The smallest choice whose KL is within `budget`, up to less than one step of one group; where none is, that of the
-    smallest KL."""
-    along = path(groups)
-    found = next((choice for choice in along if total_kl(choice) <= budget), None)
-    return along[-1] if found is None else _filled(groups, found, budget)
+    """Returns the smallest choice with a total KL within `budget`, up to less than one step of one group.
+
+    If there is none, returns the choice with the smallest KL.
+
+    Args:
+        groups: the options of each group.
+        budget: maximum total KL divergence, in nats per token.
+    """
+    choices = path(groups)
+    within = next((choice for choice in choices if total_kl(choice) <= budget), None)
+    return choices[-1] if within is None else _filled(groups, within, budget)
 
 
 def _hull(options: Sequence[Option]) -> list[Option]:
-    """The options on the lower convex hull of (bytes, KL), from the smallest on; larger ones that gain nothing are left out."""
+    """Returns the options on the lower convex hull of (bytes, KL), in ascending size and with descending KL."""
     hull: list[Option] = []
     for option in sorted(options, key=lambda o: (o.bytes, o.kl)):
         if hull and option.kl >= hull[-1].kl:
@@ -70,12 +82,12 @@ def _hull(options: Sequence[Option]) -> list[Option]:
 
 
 def _gain(smaller: Option, larger: Option) -> float:
-    """KL that a byte more buys. Two options of a hull never have the same size: the worse one was left out."""
+    """Returns the reduction of KL per additional byte. Options on a hull have different sizes, so this is finite."""
     return (smaller.kl - larger.kl) / (larger.bytes - smaller.bytes)
 
 
 def _filled(groups: Sequence[Sequence[Option]], choice: Choice, budget: float) -> Choice:
-    """Single options replaced by smaller ones while that fits, the largest saving first."""
+    """Replaces single options by smaller ones while the budget allows, the largest saving first."""
     current = list(choice)
     while True:
         room = budget - total_kl(tuple(current))

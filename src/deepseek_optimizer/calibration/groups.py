@@ -1,7 +1,8 @@
-"""Which matrices are given one format together: those that one fused kernel reads.
+"""Groups of matrices that must have the same format, since one fused kernel reads them.
 
-Found in the graph with every rule applied: the weights of one node (q, k and v; gate and up; the experts of a layer) belong
-together, and so do nodes that share a matrix (a tied embedding and head). A new family or rule needs nothing here.
+They are derived from the graph with all rules applied: the weights of one node (q, k and v; gate and up; the experts of a
+layer) form a group, and nodes that share a matrix (a tied embedding and head) are merged. New families and rules need no
+change here.
 """
 
 from __future__ import annotations
@@ -14,9 +15,11 @@ from ..graph.ir import Graph
 
 @dataclass(frozen=True)
 class Group:
-    """Attributes:
-    matrices: parameter names, in order of use.
-    start: index of the last hidden state that does not depend on them; None where even the first one does.
+    """A group of matrices.
+
+    Attributes:
+        matrices: parameter names, in order of use.
+        start: index of the last hidden state that does not depend on them; None: all depend on them.
     """
 
     matrices: tuple[str, ...]
@@ -24,12 +27,13 @@ class Group:
 
 
 def format_groups(graph: Graph, matrices: Collection[str]) -> list[Group]:
-    """The groups of a graph with all its rules applied, in order of use.
+    """Returns the groups of a graph in order of use.
 
     Args:
-        matrices: names of the weights that have a format; others (norms, biases) are passed over.
+        graph: a graph with all rules applied.
+        matrices: names of the weights that have a format; others (norms, biases) are ignored.
     """
-    members: dict[str, set[str]] = {}  # name -> the group it is in; its members share one set
+    members: dict[str, set[str]] = {}  # name -> its group; the members of a group share one set
     starts: dict[str, int | None] = {}  # in order of use
     at: int | None = None
     for node in graph.nodes:

@@ -1,8 +1,8 @@
-"""The smallest model whose MEASURED KL divergence is within a budget, and the curve of size against quality around it.
+"""Searches for the smallest model whose measured KL divergence is within a budget, and the trade-off curve around it.
 
-Predictions add up what each group costs alone; together the groups may cost more or less. So a choice is predicted, the
-assembled model measured, and the prediction's budget moved by what the two differ, until the measured KL is just within the
-budget.
+A prediction adds up the KL divergences that the groups cause alone; together they may cause more or less. The search therefore
+predicts a choice, measures the assembled model, and adjusts the budget of the prediction until the measured KL is just within
+the real budget.
 """
 
 from __future__ import annotations
@@ -15,14 +15,21 @@ from dataclasses import dataclass
 from ..errors import KlBudgetError
 from .budget import Choice, Option, choose, path, total_bytes, total_kl
 
-ROUNDS = 10  # predictions tried; two or three are usual, and a choice that comes again is not measured again
-CLOSE = 0.95  # of the budget: a measured KL from there on is near enough
-_SPREAD, _STEP = 6, 4.0  # other points of the curve: how many, and the factor between their predicted KLs
+ROUNDS = 10  # maximum number of predictions; two or three are usual, and repeated choices are not measured again
+CLOSE = 0.95  # fraction of the budget from which on a measured KL is close enough
+_SPREAD, _STEP = 6, 4.0  # number of other points of the curve, and the factor between their predicted KLs
 
 
 @dataclass(frozen=True)
 class Point:
-    """A choice of formats, measured. KLs in nats a token; `predicted_kl` is the sum of what the groups cost alone."""
+    """A measured choice of formats.
+
+    Attributes:
+        choice: the option of each group.
+        bytes: total size.
+        predicted_kl: sum of the KL divergences that the groups cause alone, and that of the cache, in nats per token.
+        measured_kl: KL divergence of the assembled model, in nats per token.
+    """
 
     choice: Choice
     bytes: int
@@ -30,7 +37,7 @@ class Point:
     measured_kl: float
 
     def counts(self) -> dict[str, int]:
-        """How many matrices have each format."""
+        """Returns the number of matrices in each format."""
         return dict(Counter(format for option in self.choice for format in option.formats))
 
 
@@ -41,17 +48,20 @@ def search(
     measure: Callable[[Choice], float],
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[Point, list[Point]]:
-    """The smallest measured choice within the budget, and the curve it lies on: the measured choices that no smaller one
-    betters, from the smallest on.
+    """Searches for the smallest choice whose measured KL is within the budget.
 
     Args:
         groups: the options of each group.
-        base: KL that is there whatever the formats: of the cache's storage.
-        measure: the KL of the model assembled from a choice.
-        progress: called after each measurement with how many are done, and how many there will be at most.
+        budget: maximum KL divergence, in nats per token.
+        base: KL divergence independent of the formats, caused by the cache's storage.
+        measure: returns the KL divergence of the model assembled from a choice.
+        progress: called after each measurement with the number of measurements and their maximum number.
+
+    Returns: the smallest measured choice within the budget, and the trade-off curve: in ascending size, the measured choices
+        with a smaller KL than all smaller ones.
 
     Raises:
-        KlBudgetError: even the best formats cost more than `budget`.
+        KlBudgetError: even the best formats exceed `budget`.
     """
     measured: dict[Choice, Point] = {}
 
@@ -62,12 +72,12 @@ def search(
                 progress(len(measured), _SPREAD + ROUNDS + 1)
         return measured[choice]
 
-    along = path(groups)
-    for kl in (total_kl(along[0]) * _STEP**-i for i in range(_SPREAD)):
-        at(next((choice for choice in along if total_kl(choice) <= kl), along[-1]))
+    choices = path(groups)
+    for kl in (total_kl(choices[0]) * _STEP**-i for i in range(_SPREAD)):
+        at(next((choice for choice in choices if total_kl(choice) <= kl), choices[-1]))
     _tighten(groups, budget, base, at)
     if not any(point.measured_kl <= budget for point in measured.values()):
-        at(along[-1])
+        at(choices[-1])
     curve = _front(list(measured.values()))
     if curve[-1].measured_kl > budget:
         raise KlBudgetError(budget, curve[-1].measured_kl)
@@ -75,7 +85,7 @@ def search(
 
 
 def _tighten(groups: Sequence[Sequence[Option]], budget: float, base: float, at: Callable[[Choice], Point]) -> None:
-    """Moves the prediction's budget until the measured KL is close below the real one: by their ratio, or else by halves."""
+    """Adjusts the budget of the prediction, by ratio or by bisection, until the measured KL is just within the real budget."""
     allowed, low, high = budget, 0.0, math.inf
     seen: set[Choice] = set()
     for _ in range(ROUNDS):
@@ -92,7 +102,7 @@ def _tighten(groups: Sequence[Sequence[Option]], budget: float, base: float, at:
 
 
 def _front(points: list[Point]) -> list[Point]:
-    """From the smallest on, those whose measured KL is below that of every smaller one."""
+    """Returns, in ascending size, the points whose measured KL is below that of all smaller ones."""
     front: list[Point] = []
     for point in sorted(points, key=lambda p: (p.bytes, p.measured_kl)):
         if not front or point.measured_kl < front[-1].measured_kl:

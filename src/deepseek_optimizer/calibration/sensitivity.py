@@ -1,9 +1,9 @@
-"""How much each group of matrices costs in each format: the KL divergence that it alone causes.
+"""Measures the sensitivity of each group of matrices: the KL divergence that each format of the group alone causes.
 
-KL(p || q) = sum p (log p - log q), the mean over every token of the calibration text; p are the distributions of the model as
-it is, q those with one group in another format. The running model is not touched: a trial is a plan of its own, compiled from
-the same weights but for the group's. It begins at the hidden state before the group, which the model as it is has left
-behind, so that only what comes after is computed again: half of the layers, on average.
+KL(p || q) = sum p (log p - log q), averaged over all tokens of the calibration text, where p is the distribution of the
+original model and q that with one group in another format. The running model is not changed: a trial is a separate plan,
+compiled from the same weights except those of the group. It starts at the hidden state before the group, which was saved when
+the original model ran, so that only later layers are computed, on average half of them.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ from .budget import Option
 from .groups import Group
 
 Float32 = npt.NDArray[np.float32]
-Repack = Callable[[str, str], PackedWeight]  # a matrix's name, format -> that matrix in it; the model's own where it has it
+Repack = Callable[[str, str], PackedWeight]  # name of a matrix, format -> the matrix in that format; the model's if it has it
 
-FORMATS = ("int4", "q4_1", "int8", "bf16")  # that a group may be given, the smallest first
+FORMATS = ("int4", "q4_1", "int8", "bf16")  # formats to try, the smallest first
 
-_KL_ROWS = 4  # of logits at a time: what is made of them stays in the second-level cache's reach
+_KL_ROWS = 4  # rows of logits processed at a time, so that intermediate results fit in the second-level cache
 
 
 class Probe:
-    """A model, the calibration text, and its distributions there.
+    """A model with its distributions on the calibration text, to measure changed weights against.
 
     Args:
         backend: compiles and runs the trials.
-        graph: the model's, unfused.
-        weights: the model's, by name: matrices packed, vectors as tensors.
-        texts: stretches of token ids, int64 [1, n] each; they run as one step.
-        kv_dtype: storage of the cache as the model itself has it.
-        options: of `Backend.compile`.
+        graph: the model's graph, without fusion rules applied.
+        weights: the model's weights by name: packed matrices, and vectors as tensors.
+        texts: stretches of token ids, int64 [1, n] each, which run in one step.
+        kv_dtype: storage of the model's cache.
+        options: options of `Backend.compile`.
     """
 
     def __init__(
@@ -64,20 +64,21 @@ class Probe:
             logits[i : i + _KL_ROWS] = _log_softmax(logits[i : i + _KL_ROWS])
 
     def kl(self, replaced: Mapping[str, PackedWeight], start: int | None = None, kv_dtype: str | None = None) -> float:
-        """Mean KL divergence, in nats a token, with some matrices replaced.
+        """Returns the mean KL divergence, in nats per token, with some matrices replaced.
 
         Args:
-            start: index of the last hidden state that does not depend on them.
-            kv_dtype: storage of the cache; None: the model's own. With another, `start` must be None.
+            replaced: name -> matrix to use instead of the model's.
+            start: index of the last hidden state that does not depend on these matrices; None: run the whole model.
+            kv_dtype: storage of the cache; None: the model's. With another storage, `start` must be None.
         """
         if start not in self._fused:
-            self._fused[start] = rules.apply(resumed(self.graph, start))[0]  # type: ignore[arg-type]  # None is there
+            self._fused[start] = rules.apply(resumed(self.graph, start))[0]  # type: ignore[arg-type]  # None is always a key
         self._batch.inputs_embeds = None if start is None else self._hidden[start]
         logits, _ = self._run(self._fused[start], replaced, kv_dtype or self.kv_dtype)
         return _mean_kl(self._reference, logits)
 
     def size(self, group: Group) -> int:
-        """Bytes of a group as it is."""
+        """Returns the size of a group in the model, in bytes."""
         return sum(self.weights[name].nbytes for name in group.matrices)
 
     def _run(self, graph: Graph, replaced: Mapping[str, PackedWeight], kv_dtype: str) -> tuple[Float32, Any]:
@@ -95,34 +96,38 @@ def measure(
     repack: Repack,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[list[Option]]:
-    """Every group in every combination of formats that may help it, the smallest first; as it is, without loss, is one of them.
+    """Measures every group in every useful combination of formats.
 
-    Any change, however exact, makes later activations round another way. This noise does not add up: two changes make no more
-    of it than one. So it is measured, and counted once for the whole model: of each group's KL, what is noise is divided by the
-    number of groups. A group that is down to noise in one format is not tried in larger ones.
+    Any change of weights, even an exact one, changes the rounding of later activations. This noise does not add up: two changes
+    cause no more of it than one. It is therefore measured and counted once for the whole model: the noise in each group's KL is
+    divided by the number of groups. If a format of a group causes no more than noise, larger formats are not tried.
 
     Args:
-        held: a matrix's name, its group's format (None: as it is) -> the format that the matrix then has.
-        repack: makes the matrices of one trial, which are in memory as long as that.
-        progress: called after each group with how many are done, and how many there are.
+        probe: the model and the calibration text.
+        groups: the groups to measure.
+        held: name of a matrix, format of its group (None: the model's) -> format that the matrix then has.
+        repack: returns the matrices of a trial, which are in memory during the trial only.
+        progress: called after each group with the number of groups measured and their total number.
+
+    Returns: for each group its options in ascending size; one of them is the model's own, without loss.
     """
     noise = _noise(probe, groups, repack)
-    found = []
+    options = []
     for done, group in enumerate(groups, 1):
-        found.append(_options(probe, group, held, repack, noise.get(group.start or 0, 0.0), 1 / len(groups)))
+        options.append(_options(probe, group, held, repack, noise.get(group.start or 0, 0.0), 1 / len(groups)))
         if progress is not None:
             progress(done, len(groups))
-    return found
+    return options
 
 
 def _options(
     probe: Probe, group: Group, held: Callable[[str, str | None], str], repack: Repack, noise: float, share: float
 ) -> list[Option]:
-    """One group's; `share` is that of the noise which it is charged with."""
-    as_it_is, *others = dict.fromkeys(tuple(held(n, f) for n in group.matrices) for f in (None, *FORMATS))
+    """Measures the options of one group; `share` is the fraction of the noise to attribute to it."""
+    original, *others = dict.fromkeys(tuple(held(n, f) for n in group.matrices) for f in (None, *FORMATS))
     options, within_noise = [], False
-    for formats in (*others, as_it_is):
-        if within_noise and formats != as_it_is:
+    for formats in (*others, original):
+        if within_noise and formats != original:
             continue
         matrices = {n: repack(n, f) for n, f in zip(group.matrices, formats, strict=True)}
         changed = {n: m for n, m in matrices.items() if m is not probe.weights[n]}
@@ -134,10 +139,11 @@ def _options(
 
 
 def _noise(probe: Probe, groups: Sequence[Group], repack: Repack) -> dict[int, float]:
-    """By the hidden state that a change begins after: the KL of exactly the same weights in fp32, whose products alone differ.
+    """Returns the noise by the hidden state before a change: the KL with exactly the same weights in fp32, so that only the
+    products' rounding differs.
 
-    The smallest group after each state stands for all of them. After the last state there is but the head: nothing rounds its
-    results again.
+    The smallest group after each state represents all of them. After the last state there is only the head, whose results are
+    not rounded again.
     """
     smallest: dict[int, Group] = {}
     for group in groups:
@@ -151,9 +157,9 @@ def _noise(probe: Probe, groups: Sequence[Group], repack: Repack) -> dict[int, f
 
 
 def _step(texts: Sequence[Any]) -> StepBatch:
-    """All stretches in one step of prefill, from position 0 each, with logits for every token."""
+    """Returns a prefill step over all stretches, each from position 0, with logits for every token."""
     lengths = [len(text) for text in texts]
-    most = -(-max(lengths) // BLOCK_TOKENS)
+    max_blocks = -(-max(lengths) // BLOCK_TOKENS)
     sequences, tokens = len(texts), sum(lengths)
     return StepBatch(
         token_ids=np.concatenate(texts),
@@ -161,13 +167,18 @@ def _step(texts: Sequence[Any]) -> StepBatch:
         query_len=np.array(lengths, np.int32),
         context_len=np.zeros(sequences, np.int32),
         phase=np.full(sequences, PREFILL, np.int32),
-        block_table=np.arange(sequences * most, dtype=np.int32).reshape(sequences, most),
+        block_table=np.arange(sequences * max_blocks, dtype=np.int32).reshape(sequences, max_blocks),
         logit_rows=np.arange(tokens, dtype=np.int32),
     )
 
 
 def _mean_kl(reference: Float32, logits: Float32) -> float:
-    """reference: log p, [T, V], made by `_log_softmax`, so that equal logits have a KL of exactly 0; logits: [T, V] of q."""
+    """Returns the mean KL divergence of T tokens, in nats.
+
+    Args:
+        reference: log p, float32 [T, V], computed by `_log_softmax`, so that equal logits have a KL of exactly 0.
+        logits: logits of q, float32 [T, V].
+    """
     total = 0.0
     for i in range(0, len(logits), _KL_ROWS):
         p = reference[i : i + _KL_ROWS]
@@ -178,7 +189,7 @@ def _mean_kl(reference: Float32, logits: Float32) -> float:
 
 
 def _log_softmax(logits: Float32) -> Float32:
-    """In numpy, on this thread alone: torch's threads and the backend's would take the cores from each other at each change."""
+    """Computes log softmax with numpy on the calling thread: torch's threads would compete with the backend's for the cores."""
     rows: Float32 = logits - logits.max(-1, keepdims=True)
     rows -= np.log(np.exp(rows).sum(-1, keepdims=True))
     return rows

@@ -1,8 +1,9 @@
-"""Which input columns of a matrix matter: the mean square of what each is multiplied with, over a calibration text.
+"""The importance of a matrix's input columns: the mean square of the activations of each, over a calibration text.
 
-The error of a product y = W x is (W' - W) x. Where the columns of x are not correlated, its mean square is the sum over W's
+The error of a product y = W x is (W' - W) x. If the elements of x are uncorrelated, its mean square is the sum over W's
 elements of (w' - w)^2 mean(x^2): the weighted error by which int4 and q4_1 choose their scales (`quant/search.py`).
-Correlations, which GPTQ follows, are left out: they take a matrix K x K a layer, and packing would no longer take seconds.
+Correlations, which GPTQ takes into account, are ignored: they need a K x K matrix per layer, and packing would no longer take
+seconds.
 """
 
 from __future__ import annotations
@@ -16,19 +17,28 @@ from torch import nn
 
 
 class ColumnSquares:
-    """Sums of the squares of input columns, by name of the matrix that reads them."""
+    """Sums of the squares of input columns, by the name of the matrix."""
 
     def __init__(self) -> None:
         self._sums: dict[str, torch.Tensor] = {}
 
     def add(self, name: str, x: torch.Tensor) -> None:
-        """x: float [..., K], what the matrix `name` [N, K] is multiplied with."""
+        """Adds activations.
+
+        Args:
+            name: name of a matrix [N, K].
+            x: its input, float [..., K].
+        """
         squares = x.detach().reshape(-1, x.shape[-1]).double().square().sum(0)
         self._sums[name] = self._sums[name] + squares if name in self._sums else squares
 
     @contextmanager
     def watching(self, modules: Mapping[str, nn.Module]) -> Iterator[None]:
-        """Adds what reaches each module, as its first argument, under the module's name here."""
+        """Returns a context manager in which the inputs of modules are added.
+
+        Args:
+            modules: name -> module; the module's first argument is added under that name.
+        """
 
         def hook(name: str) -> Any:
             return lambda module, arguments: self.add(name, arguments[0])
@@ -41,5 +51,5 @@ class ColumnSquares:
                 handle.remove()
 
     def importance(self) -> dict[str, torch.Tensor]:
-        """Each matrix's column weights, float32 [K], of mean 1; all zeros where nothing but zeros came."""
+        """Returns the column weights of each matrix, float32 [K], with mean 1; all zeros if all inputs were zero."""
         return {name: (s / s.mean().clamp_min(torch.finfo(s.dtype).tiny)).float() for name, s in self._sums.items()}

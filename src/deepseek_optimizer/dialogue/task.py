@@ -1,4 +1,4 @@
-"""Registers the task "conversational" with Transformers' pipelines."""
+"""Registers the task "conversational" for Transformers' pipelines."""
 
 from __future__ import annotations
 
@@ -10,6 +10,6 @@ TASK = "conversational"
 
 
 def register_task() -> None:
-    """May be called more than once."""
+    """Registers the task. May be called more than once."""
     if TASK not in PIPELINE_REGISTRY.supported_tasks:
         PIPELINE_REGISTRY.register_pipeline(TASK, ConversationalPipeline, pt_model=Unloaded, type="text")

@@ -1,4 +1,4 @@
-"""What goes on between a request and a plan: sequences, steps over many of them, the choice of tokens, drafts.
+"""The inference engine: requests, continuous batching, sampling, and speculative decoding over a compiled plan.
 
-No torch here but in `runner` and `sampler`. Nothing knows Transformers.
+Only `runner` and `sampler` import torch. Nothing here depends on Transformers.
 """

@@ -1,8 +1,8 @@
-"""`AsyncEngine`: the engine on a thread of its own, for an event loop with many clients.
+"""`AsyncEngine`: the engine on its own thread, for an event loop with many clients.
 
-Steps run one after the other on the thread; between two of them it takes in what the loop has sent: new requests,
-cancellations. What a step brings goes to the loop in one call. A client that does not read costs one pending output: what
-comes meanwhile is merged into it. If the thread dies, every request ends with an error and `alive` is False.
+The thread runs steps one after another and, between steps, handles the new requests and cancellations that the loop has sent.
+The outputs of a step are passed to the loop in one call. A client that does not read holds one pending output, into which
+later ones are merged. If the thread dies, all requests end with an error and `alive` becomes False.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
 
 _log = logging.getLogger(__name__)
-_CLIENTS = 4  # whose requests are taken, if each has as many as it may
-_NAP = 0.002  # seconds between steps while nobody can go on
+_CLIENTS = 4  # the queue holds this many times the maximum number of requests of one client
+_NAP = 0.002  # seconds between steps while no request can continue
 
 
 class Answers:
-    """The outputs of one request: `async for output in answers`. Made by `AsyncEngine.submit`."""
+    """The outputs of one request: `async for output in answers`. Created by `AsyncEngine.submit`."""
 
     def __init__(self, engine: AsyncEngine, request: Request) -> None:
         self._engine, self.request = engine, request
         self._pending: Output | None = None
         self._ready = asyncio.Event()
-        self._ended = False  # the last output was handed out
-        self._told: Callable[[], None] | None = None
+        self._ended = False  # the last output has been returned
+        self._on_end: Callable[[], None] | None = None
 
     def __aiter__(self) -> AsyncIterator[Output]:
         return self
@@ -57,26 +57,26 @@ class Answers:
         return output
 
     def cancel(self) -> None:
-        """Ends it within a step. Does nothing once it has ended."""
+        """Cancels the request: it ends within a step. Does nothing if it has ended already."""
         self._engine.cancel(self.request.id)
 
-    def when_ended(self, tell: Callable[[], None]) -> None:
-        """Calls this once the engine is done with the request, whether or not anybody has read its last output."""
+    def when_ended(self, callback: Callable[[], None]) -> None:
+        """Calls `callback` once the engine has finished the request, whether or not its last output has been read."""
         if self._ended or (self._pending is not None and self._pending.finish is not None):
-            tell()
+            callback()
         else:
-            self._told = tell
+            self._on_end = callback
 
     def put(self, output: Output) -> None:
-        """From the loop's own thread."""
+        """Adds an output. To be called on the loop's thread."""
         self._pending = output if self._pending is None else merged(self._pending, output)
         self._ready.set()
-        if output.finish is not None and self._told is not None:
-            self._told()
+        if output.finish is not None and self._on_end is not None:
+            self._on_end()
 
 
 def merged(first: Output, then: Output) -> Output:
-    """Two outputs of a request as one."""
+    """Merges two consecutive outputs of a request into one."""
     logprobs = first.logprobs
     if then.logprobs is not None:
         logprobs = (first.logprobs or []) + then.logprobs
@@ -84,7 +84,7 @@ def merged(first: Output, then: Output) -> Output:
 
 
 class Admission:
-    """Places in the queue, held while a request is prepared and answered: `with engine.admit(): ...`."""
+    """Places in the queue, held while a request is prepared and processed: `with engine.admit(): ...`."""
 
     def __init__(self, engine: AsyncEngine, requests: int, client: str) -> None:
         self._engine, self._requests, self._client = engine, requests, client
@@ -96,18 +96,19 @@ class Admission:
         self.leave()
 
     def leave(self) -> None:
-        """Gives the places back, once."""
+        """Releases the places. Further calls have no effect."""
         self._engine.left(self._requests, self._client)
         self._requests = 0
 
 
 class AsyncEngine:
-    """
+    """Runs an engine core on its own thread; all public methods are for the event loop's thread.
+
     Args:
-        core: nobody else may use it.
-        model_name: what the API calls it.
-        running: what is entered while steps run: the backend's arrangements with torch's threads.
-        replaced_files: paths of the model's mapped files that lead to others by now.
+        core: an engine core that nothing else uses.
+        model_name: name of the model in the API.
+        running: returns a context manager that is active during each step, such as the backend's thread settings.
+        replaced_files: returns the paths of the model's mapped files that have been replaced or removed since.
     """
 
     def __init__(
@@ -122,13 +123,13 @@ class AsyncEngine:
         self._wake = threading.Condition()
         self._stopping = False
         self._dead: BaseException | None = None
-        self._told: set[str] = set()  # replaced files
-        self._changed: CheckpointChangedError | None = None  # found out by asking, before a step met it
+        self._logged: set[str] = set()  # replaced files
+        self._changed: CheckpointChangedError | None = None  # detected by a check before a step failed
         self._answers: dict[str, Answers] = {}
         self._ids = itertools.count(1)
         self._admitted = Counter[str]()  # places by client
         self._draining = False
-        self._left: deque[float] = deque(maxlen=64)  # when places were given back
+        self._left: deque[float] = deque(maxlen=64)  # times at which places were released
         self._empty: asyncio.Event | None = None
 
     @cached_property
@@ -146,18 +147,18 @@ class AsyncEngine:
 
     @property
     def alive(self) -> bool:
-        """Whether requests are answered."""
+        """Whether the engine serves requests."""
         return self._thread is not None and self._thread.is_alive() and self._failure() is None
 
-    def tell_of_replaced_files(self) -> None:
-        """Logs, once each, that the model goes on with files that have been replaced."""
+    def log_replaced_files(self) -> None:
+        """Logs a warning, once per file, for files of the model that have been replaced or removed."""
         for file in self._replaced_files():
-            if file not in self._told:
-                self._told.add(file)
-                _log.warning("%s was replaced or removed; the model goes on with what it loaded until it is restarted", file)
+            if file not in self._logged:
+                self._logged.add(file)
+                _log.warning("%s was replaced or removed; the model uses the loaded version until it is restarted", file)
 
     def _failure(self) -> BaseException | None:
-        """What keeps requests from being answered: what ended the thread, or would end it at its next step."""
+        """Returns the error that ended the thread, or would end it at its next step."""
         if self._dead is None and self._changed is None:
             try:
                 self.core.runner.check_weights()
@@ -168,22 +169,22 @@ class AsyncEngine:
 
     @property
     def admitted(self) -> int:
-        """Places that are taken."""
+        """Number of places in the queue that are taken."""
         return self._admitted.total()
 
     @property
     def cache_window(self) -> int | None:
-        """Tokens of a sequence that the cache keeps, see `EngineOptions`; None: sequences end with the context."""
+        """Maximum number of tokens of a sequence in the cache, see `EngineOptions`; None: sequences end with the context."""
         return None if self.core.sliding is None else self.core.sliding.window
 
     @property
     def room(self) -> int:
-        """Tokens that prompt and text of a request may take together."""
+        """Maximum number of tokens of a request, prompt and text together."""
         return self.core.room
 
     @property
     def capacity(self) -> int:
-        """Places that a client may have. There are _CLIENTS times as many, so that who takes all of its own leaves some."""
+        """Maximum number of places per client. The queue has _CLIENTS times as many, so that one client cannot fill it."""
         return self.core.options.batch_size_range[1] + self.core.options.max_waiting
 
     async def start(self) -> None:
@@ -197,11 +198,12 @@ class AsyncEngine:
         """Takes places in the queue. To be called before any work is done for the request.
 
         Args:
-            client: whose request it is.
+            requests: number of places.
+            client: identifier of the client that sent the request.
 
         Raises:
-            EngineBusyError: there are not so many left, or the engine is draining.
-            EngineDeadError: nothing is answered any more.
+            EngineBusyError: fewer places are free, or the engine is draining.
+            EngineDeadError: the engine has stopped.
         """
         self.check_alive()
         own, all_ = self._admitted[client], self._admitted.total()
@@ -211,7 +213,7 @@ class AsyncEngine:
         return Admission(self, requests, client)
 
     def left(self, requests: int, client: str) -> None:
-        """Places are free again."""
+        """Releases places in the queue."""
         self._admitted[client] -= requests
         if not self._admitted[client]:
             del self._admitted[client]
@@ -220,37 +222,38 @@ class AsyncEngine:
             self._empty.set()
 
     def _retry_after(self, requests: int) -> float:
-        """By the rate at which places became free lately."""
+        """Returns an estimate in seconds, from the rate at which places were released recently."""
         if len(self._left) < 2:
             return 1.0
         seconds = max(time.monotonic() - self._left[0], 1e-3)
         return min(60.0, max(1.0, requests * seconds / len(self._left)))
 
     def submit(self, request: Request) -> Answers:
-        """Queues a request.
+        """Queues a request and returns its stream of outputs.
 
         Raises:
-            RequestError: it can never be served as it is.
-            EngineDeadError: nothing is answered any more.
+            RequestError: the request can never be served.
+            EngineDeadError: the engine has stopped.
         """
         self.check_alive()
         self.core.check(request)
-        # The engine's own ids: two clients may send the same one.
+        # The id is made unique, since two clients may send the same one.
         request = replace(request, id=f"{request.id or 'request'}-{next(self._ids)}")
         answers = self._answers[request.id] = Answers(self, request)
         self._send(request)
         return answers
 
     def cancel(self, request_id: str) -> None:
-        """Ends a request within a step, if it has not ended yet."""
+        """Cancels a request: it ends within a step, unless it has ended already."""
         if request_id in self._answers:
             self._send(request_id)
 
     def check_alive(self) -> None:
-        """
+        """Checks that the engine serves requests.
+
         Raises:
-            EngineDeadError: nothing is answered any more. Its cause tells why, where there was an error: a
-                CheckpointChangedError where a file that the model is mapped from was changed.
+            EngineDeadError: the engine has stopped. If an error is the reason, it is the exception's cause, such as a
+                CheckpointChangedError if a mapped file of the model was modified.
         """
         if not self.alive or self._stopping:
             raise EngineDeadError("the engine has stopped; restart the server") from self._failure()
@@ -275,9 +278,12 @@ class AsyncEngine:
             self._deliver([Output(request_id, finish="error", error="the engine has stopped")])
 
     async def drain(self, seconds: float) -> bool:
-        """Takes no new requests, and waits for those in it; those that are left after so many seconds are cancelled.
+        """Stops admitting requests and waits for the admitted ones to end.
 
-        Returns: whether all could end by themselves.
+        Args:
+            seconds: time after which the remaining requests are cancelled.
+
+        Returns: whether all requests ended without being cancelled.
         """
         self._draining = True
         if not self._admitted or self._empty is None:
@@ -292,7 +298,7 @@ class AsyncEngine:
             return False
 
     async def close(self) -> None:
-        """Ends the thread; requests in it end as cancelled."""
+        """Stops the thread; unfinished requests end as cancelled."""
         for request_id in list(self._answers):
             self.cancel(request_id)
         with self._wake:
@@ -300,7 +306,7 @@ class AsyncEngine:
             self._wake.notify()
         if self._thread is not None:
             await asyncio.to_thread(self._thread.join)
-            await asyncio.sleep(0)  # what it has sent last is delivered
+            await asyncio.sleep(0)  # delivers the last outputs it sent
         self._deliver([Output(request_id, finish="cancelled") for request_id in list(self._answers)])
 
     # ---- on the thread
@@ -309,14 +315,14 @@ class AsyncEngine:
         assert self._loop is not None
         try:
             while True:
-                self._take_in()
+                self._process_inbox()
                 if self._stopping and self.core.idle:
                     return
                 with self._running():
                     outputs = self.core.step()
                 if outputs:
                     self._loop.call_soon_threadsafe(self._deliver, outputs)
-                elif self.core.nobody_ran:
+                elif self.core.stalled:
                     time.sleep(_NAP)
         except BaseException as error:
             if isinstance(error, CheckpointChangedError):
@@ -326,7 +332,8 @@ class AsyncEngine:
             if not self._loop.is_closed():
                 self._loop.call_soon_threadsafe(self._died, error)
 
-    def _take_in(self) -> None:
+    def _process_inbox(self) -> None:
+        """Waits while there is nothing to do; then handles new requests and cancellations."""
         with self._wake:
             while not self._inbox and self.core.idle and not self._stopping:
                 self._wake.wait()
@@ -341,7 +348,7 @@ class AsyncEngine:
         assert self._loop is not None
         try:
             self.core.add(request)
-        except Exception as error:  # its grammar could not be started, say: the others go on
-            _log.exception("request %s could not begin", request.id)
-            failed = Output(request.id, finish="error", error=f"the request could not begin: {type(error).__name__}")
+        except Exception as error:  # such as a grammar that fails to start; other requests are not affected
+            _log.exception("request %s could not be started", request.id)
+            failed = Output(request.id, finish="error", error=f"the request could not be started: {type(error).__name__}")
             self._loop.call_soon_threadsafe(self._deliver, [failed])

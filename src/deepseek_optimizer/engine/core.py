@@ -1,6 +1,6 @@
-"""The engine's heart: one step is schedule, draft, run, choose. Knows no threads and no clock but the one it is given.
+"""The core of the engine: a step schedules requests, drafts tokens, runs the model and samples. Single-threaded.
 
-No torch: the tokens come from the backend where it can choose them, or else rows of logits as numpy arrays.
+Does not import torch: the backend samples tokens where it can; otherwise logits come as rows of numpy arrays.
 """
 
 from __future__ import annotations
@@ -39,19 +39,21 @@ if TYPE_CHECKING:
     from .runner import Runner
 
 _log = logging.getLogger(__name__)
-_TRIES = 3  # of a request to be run alone
-_PATIENCE = 10.0  # seconds without a step before a request is given up
+_TRIES = 3  # number of preemptions of a request that runs alone before it fails
+_PATIENCE = 10.0  # seconds without a step before a request fails
 
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What the engine must know of a model.
+    """Properties of a model that the engine needs.
 
     Attributes:
-        context: positions it has; what prompt and text may take together.
-        eos: tokens that end a text.
-        chunk: tokens that prompts are always cut into, because the model's arithmetic depends on where; None: anywhere.
-        plain: tokens up to which a text has the plain frequencies, where RoPE is dynamic; None: all have them.
+        vocab_size: number of logits per row.
+        hidden_size: size of the hidden states.
+        context: context length in tokens, the maximum of prompt and text together.
+        eos: end-of-text token ids.
+        chunk: fixed chunk size in tokens for prompts, for models whose results depend on the chunking; None: any size.
+        plain: with dynamic RoPE, the length in tokens up to which frequencies are not scaled; None: they never are.
     """
 
     vocab_size: int
@@ -63,13 +65,17 @@ class ModelFacts:
 
 
 class EngineCore:
-    """
+    """Schedules and runs requests; the base of `Engine` and `AsyncEngine`.
+
     Args:
-        runner: of the model's plan.
-        memory: the cache that it runs over.
-        tokenizer: writes the text; None: there is none, only tokens.
-        proposers: of drafts, and how many each may make in a round, in order of asking.
-        keep: what must live as long as the engine: the model.
+        runner: runs the model's plan.
+        memory: the cache memory that it uses.
+        facts: properties of the model.
+        options: options of the engine.
+        tokenizer: converts tokens to text; None: outputs have token ids only.
+        proposers: (proposer, maximum number of drafts per round) of speculative decoding, in the order in which they are tried.
+        clock: returns the time in seconds.
+        keep: objects to keep alive as long as the engine, such as the model.
     """
 
     def __init__(
@@ -93,8 +99,8 @@ class EngineCore:
         self.sliding: Sliding | None = None
         if options.cache_window is not None:
             window = window_of(options.cache_window, facts.plain or facts.context, self.blocks)
-            sinks = options.sinks if self.forgetting is None else self.forgetting.sinks  # no others are seen
-            self.sliding = Sliding(memory, self.prefix, window, sinks, self._moved)
+            sinks = options.sinks if self.forgetting is None else self.forgetting.sinks  # others are not visible
+            self.sliding = Sliding(memory, self.prefix, window, sinks, self._window_moved)
         self.scheduler = Scheduler(
             memory,
             PromptBudget(options.step_tokens, options.stall, self.times, facts.chunk),
@@ -102,7 +108,7 @@ class EngineCore:
             self.prefix,
             self.sliding,
             invariant=options.batch_invariant,
-            lost=self._lost,
+            lost=self._reset_drafting,
         )
         self.drafting = Drafting(proposers, self.times) if proposers else None
         self.metrics = EngineMetrics()
@@ -110,28 +116,28 @@ class EngineCore:
         self._count = 0
         self._idle_since: float | None = None
 
-    # ---- what comes in
+    # ---- requests
 
     @property
     def room(self) -> int:
-        """Tokens that prompt and text of a request may take together, but for what is read through a window."""
-        most = self.facts.context if self.sliding is None else self.sliding.window
-        return most if self.blocks >= self._max_blocks(most) else self.blocks * BLOCK_TOKENS
+        """Maximum number of tokens of a request, prompt and text together. With a sliding window, the size of the window."""
+        limit = self.facts.context if self.sliding is None else self.sliding.window
+        return limit if self.blocks >= self._max_blocks(limit) else self.blocks * BLOCK_TOKENS
 
     def check(self, request: Request) -> int:
-        """Tokens of text that it may get.
+        """Checks a request and returns the maximum number of tokens to generate for it.
 
         Raises:
-            RequestError: it can never be served as it is.
+            RequestError: the request can never be served.
         """
         prompt, sampling, facts = request.prompt, request.sampling, self.facts
         if not prompt:
             raise RequestError("prompt", "is empty")
         if min(prompt) < 0 or max(prompt) >= facts.vocab_size:
-            raise RequestError("prompt", f"holds token ids outside the vocabulary of {facts.vocab_size}")
+            raise RequestError("prompt", f"has token ids outside the vocabulary of {facts.vocab_size}")
         for name, tokens in (("logit_bias", sampling.logit_bias), ("stop_token_ids", sampling.stop_token_ids)):
             if any(t >= facts.vocab_size for t in tokens):
-                raise RequestError(name, f"names tokens outside the vocabulary of {facts.vocab_size}")
+                raise RequestError(name, f"has token ids outside the vocabulary of {facts.vocab_size}")
         room, what, fix = facts.context, "the model's context", "shorten it"
         if self.sliding is not None:
             if not request.embed:
@@ -142,17 +148,17 @@ class EngineCore:
             room, what = self.room, "the whole cache (kv_cache_memory)"
             if self.forgetting is None:
                 fix += ', or load the model with sparse_attention=True or attention_optimization="sliding"'
-        asked = 1 if sampling.max_tokens is None or request.embed else sampling.max_tokens
-        if len(prompt) + (0 if request.embed else asked) > room:
-            more = "" if sampling.max_tokens is None or request.embed else f" and max_tokens={asked}"
+        max_tokens = 1 if sampling.max_tokens is None or request.embed else sampling.max_tokens
+        if len(prompt) + (0 if request.embed else max_tokens) > room:
+            more = "" if sampling.max_tokens is None or request.embed else f" and max_tokens={max_tokens}"
             raise RequestError("prompt", f"{len(prompt)} tokens{more} do not fit {what} of {room} tokens; {fix}")
-        return room - len(prompt) if sampling.max_tokens is None else asked
+        return room - len(prompt) if sampling.max_tokens is None else max_tokens
 
     def add(self, request: Request) -> None:
-        """It waits from now on. Call `check` first: nothing is checked here but the id.
+        """Adds a request to the waiting ones.
 
         Raises:
-            RequestError: there is one of this id already.
+            RequestError: a request with this id is in the engine already, or the request can never be served.
         """
         if request.id in self._requests:
             raise RequestError("id", f"{shown(request.id)} is running already")
@@ -160,8 +166,8 @@ class EngineCore:
         if self.idle:
             self._idle_since = None
         self._count += 1
-        most = self.check(request)
-        reach = self._reach(request, most)
+        max_tokens = self.check(request)
+        reach = self._reach(request, max_tokens)
         with self.memory.locked() as manager:
             sequence = Sequence(self._count, list(request.prompt), SequenceBlocks(manager), reach=reach)
         running = Running(
@@ -175,7 +181,7 @@ class EngineCore:
                 include_stop=sampling.include_stop,
                 skip_special_tokens=sampling.skip_special_tokens,
             ),
-            most=most,
+            max_tokens=max_tokens,
             arrived=self.clock(),
             prompt=len(request.prompt),
             pinned=self._pinned(request),
@@ -185,21 +191,21 @@ class EngineCore:
         self.scheduler.add(running)
 
     def _pinned(self, request: Request) -> tuple[tuple[int, int], ...]:
-        """What a window must keep of a request: nothing where attention does not see it."""
+        """Returns the ranges that the sliding window must keep: none if attention itself has a window."""
         return request.pinned if self.sliding is not None and self.forgetting is None else ()
 
     def _max_blocks(self, tokens: int) -> int:
-        """Blocks that a sequence of so many tokens takes at most at once."""
+        """Returns the maximum number of blocks that a sequence of `tokens` tokens has at any time."""
         blocks = -(-tokens // BLOCK_TOKENS)
         return blocks if self.forgetting is None else min(blocks, self.forgetting.blocks(self.options.step_tokens))
 
-    def _reach(self, request: Request, most: int) -> int:
-        """Tokens that it may have in the cache at once."""
-        tokens = len(request.prompt) + (0 if request.embed else most)
+    def _reach(self, request: Request, max_tokens: int) -> int:
+        """Returns the maximum number of tokens that the request has in the cache at any time."""
+        tokens = len(request.prompt) + (0 if request.embed else max_tokens)
         return min(tokens, self.facts.context if self.sliding is None else self.sliding.window)
 
     def cancel(self, request_id: str) -> None:
-        """It ends with the next step, if it has not ended yet."""
+        """Cancels a request: it ends with the next step, unless it has ended already."""
         if (running := self._requests.get(request_id)) is not None:
             running.cancelled = True
 
@@ -208,85 +214,86 @@ class EngineCore:
         return not self._requests
 
     @property
-    def nobody_ran(self) -> bool:
-        """Whether the last step found nobody who could go on."""
+    def stalled(self) -> bool:
+        """Whether no request could continue in the last step."""
         return self._idle_since is not None
 
     def cache_usage(self) -> float:
-        """Share of the cache's blocks that sequences use; those that only the prefix cache keeps are as good as free."""
+        """Returns the fraction of cache blocks in use by sequences; blocks that only the prefix cache holds do not count."""
         with self.memory.locked() as manager:
             used = manager.num_blocks - manager.free_blocks - (self.prefix.unused if self.prefix else 0)
         return used / max(1, self.blocks)
 
     @property
     def requests(self) -> int:
-        """That are in it."""
+        """Number of requests in the engine."""
         return len(self._requests)
 
     # ---- a step
 
     def step(self) -> list[Output]:
-        """One step of all that take part in it, and what it brought.
+        """Runs one step and returns its outputs.
 
         Raises:
-            CheckpointChangedError: a file that the model's weights are mapped from was changed. Nothing of the step is kept.
+            CheckpointChangedError: a file that the model's weights are mapped from was modified; the step's results are
+                discarded.
         """
-        outputs = self._expired()
+        outputs = self._end_expired()
         begun = self.clock()
         try:
-            shares = self._schedule()
-        except (MemoryError, BackendError) as error:  # in the midst: nobody knows what was taken for whom
-            return outputs + self._failed(list(self.scheduler.running), error)
-        outputs += self._starved()
-        if not shares:
-            return outputs or self._stuck()
+            chunks = self._schedule()
+        except (MemoryError, BackendError) as error:  # the requests' blocks are in an unknown state
+            return outputs + self._fail(list(self.scheduler.running), error)
+        outputs += self._end_starved()
+        if not chunks:
+            return outputs or self._check_stalled()
         self._idle_since = None
-        parts = [_part(share) for share in shares]
+        parts = [_part(chunk) for chunk in chunks]
         ends = list(accumulate(len(p.ids) for p in parts))
-        rows = [row for share, end in zip(shares, ends, strict=True) for row in _rows(share, end)]
-        states = any(s.running.request.embed for s in shares) or bool(self.drafting and self.drafting.wants_states)
+        rows = [row for chunk, end in zip(chunks, ends, strict=True) for row in _rows(chunk, end)]
+        states = any(s.running.request.embed for s in chunks) or bool(self.drafting and self.drafting.wants_states)
         try:
-            made = self.runner.step(parts, rows, last_hidden=states)
+            result = self.runner.step(parts, rows, last_hidden=states)
             ran = self.clock()
-            tokens, logits = self.runner.choose_tokens(made.logits, self._choices(shares))
+            tokens, logits = self.runner.choose_tokens(result.logits, self._choices(chunks))
         except (MemoryError, BackendError) as error:
-            return outputs + self._failed([share.running for share in shares], error)
-        outputs += self._advance(shares, tokens, logits, made.last_hidden if states else None)
-        for share in shares:
-            self.scheduler.forget(share.running)
-        self._measure(shares, ran - begun, self.clock())
+            return outputs + self._fail([chunk.running for chunk in chunks], error)
+        outputs += self._advance(chunks, tokens, logits, result.last_hidden if states else None)
+        for chunk in chunks:
+            self.scheduler.forget(chunk.running)
+        self._measure(chunks, ran - begun, self.clock())
         return outputs
 
     def _schedule(self) -> list[ScheduledChunk]:
         running = [r for r in self.scheduler.running if r.decoding]
-        wanted = self.drafting.wanted(running) if self.drafting and running else {}
-        decoders = self.scheduler.decoders(wanted)
-        if wanted and self.drafting:
-            room = {s.running: wanted[s.running] for s in decoders if wanted.get(s.running)}
+        max_drafts = self.drafting.max_drafts(running) if self.drafting and running else {}
+        decoders = self.scheduler.decoders(max_drafts)
+        if max_drafts and self.drafting:
+            room = {s.running: max_drafts[s.running] for s in decoders if max_drafts.get(s.running)}
             try:
                 drafts = self.drafting.propose(room)
-            except (MemoryError, BackendError):  # the text does without
-                _log.exception("drafts could not be made")
+            except (MemoryError, BackendError):  # this step continues without drafts
+                _log.exception("drafting failed; this step runs without drafts")
                 drafts = {}
-            except CheckpointChangedError as error:  # the draft model's; the model's own is found out in the step
-                _log.error("no more drafts are made: %s", error)
+            except CheckpointChangedError as error:  # of the draft model; the step itself checks the model's own files
+                _log.error("speculative decoding is disabled: %s", error)
                 self.drafting, drafts = None, {}
-            for share in decoders:
-                share.drafts = drafts.get(share.running, [])
+            for chunk in decoders:
+                chunk.drafts = drafts.get(chunk.running, [])
         prompts = self.scheduler.prompts(sum(1 + len(s.drafts) for s in decoders))
-        shares = [s for s in decoders + prompts if s.holds]  # and has not lost its blocks since
+        chunks = [s for s in decoders + prompts if s.valid]  # not preempted since
         now = self.clock()
-        for share in shares:
-            if share.running.started is None:
-                share.running.started = now
-        shares.sort(key=lambda s: s.phase)  # stable; DECODE first
-        return shares
+        for chunk in chunks:
+            if chunk.running.started is None:
+                chunk.running.started = now
+        chunks.sort(key=lambda s: s.phase)  # stable; DECODE first
+        return chunks
 
-    def _stuck(self) -> list[Output]:
-        """Nobody can go on: others use the cache. Whoever waits for long is told so."""
+    def _check_stalled(self) -> list[Output]:
+        """Handles a step in which no request can run, as others use the cache: after _PATIENCE the first request fails."""
         if self.idle:
             return []
-        self.runner.check_weights()  # no step would meet it
+        self.runner.check_weights()  # as no step checks them
         now = self.clock()
         self._idle_since = now if self._idle_since is None else self._idle_since
         if now - self._idle_since < _PATIENCE:
@@ -295,31 +302,31 @@ class EngineCore:
         first = min(self._requests.values(), key=lambda r: r.order)
         return [self._short_of_memory(first)]
 
-    def _moved(self, r: Running, tokens: int) -> None:
-        """A window has slid: whoever remembers places in its text is wrong now."""
-        if (share := self.scheduler.shares.get(r)) is not None:
-            share.start -= tokens
-        self._lost(r)
+    def _window_moved(self, r: Running, tokens: int) -> None:
+        """Called after a request's window has slid: drops all state that refers to positions in its text."""
+        if (chunk := self.scheduler.chunks.get(r)) is not None:
+            chunk.start -= tokens
+        self._reset_drafting(r)
 
-    def _lost(self, r: Running) -> None:
+    def _reset_drafting(self, r: Running) -> None:
         if self.drafting:
             self.drafting.forget(r, ended=False)
 
-    def _starved(self) -> list[Output]:
-        """Those that cannot be run although nobody else of ours is: blocks that they lack belong to others for good."""
-        found = [r for r in self.scheduler.waiting if r.starved >= _TRIES]
-        return [self._short_of_memory(r) for r in found]
+    def _end_starved(self) -> list[Output]:
+        """Ends the requests that cannot run even alone, since other users of the cache hold the blocks that they need."""
+        starved = [r for r in self.scheduler.waiting if r.starved >= _TRIES]
+        return [self._short_of_memory(r) for r in starved]
 
     def _short_of_memory(self, r: Running) -> Output:
         with self.memory.locked() as manager:
             shortage = manager.shortage
-        why = "the cache is used by others; raise kv_cache_memory, or" if shortage is None else f"{shortage};"
+        why = "others use the KV cache; raise kv_cache_memory, or" if shortage is None else f"{shortage};"
         output = self._end(r, "error", error=f"{why} try again later")
         output.transient = True
         return output
 
-    def _expired(self) -> list[Output]:
-        """Those that were cancelled, or whose time is up."""
+    def _end_expired(self) -> list[Output]:
+        """Ends the requests that were cancelled or are past their deadline."""
         now = self.clock()
         ended: list[tuple[Running, Finish]] = []
         for r in self._requests.values():
@@ -329,47 +336,47 @@ class EngineCore:
                 ended.append((r, "deadline"))
         return [self._end(r, finish) for r, finish in ended]
 
-    def _failed(self, running: list[Running], error: Exception) -> list[Output]:
-        """A step that could not be run: its requests end, the others go on."""
+    def _fail(self, running: list[Running], error: Exception) -> list[Output]:
+        """Ends the requests of a step that failed; other requests are not affected."""
         outputs = [self._end(r, "error", error=f"{type(error).__name__}: {error}") for r in running]
         for output in outputs:
             output.transient = isinstance(error, MemoryError)
         return outputs
 
-    def _choices(self, shares: list[ScheduledChunk]) -> list[TokenChoice | None]:
-        """How the backend is to choose the token of each row of logits; None: it is chosen here."""
+    def _choices(self, chunks: list[ScheduledChunk]) -> list[TokenChoice | None]:
+        """Returns how the backend is to choose the token of each row of logits; None: it is chosen here."""
         choices: list[TokenChoice | None] = []
-        for share in shares:
-            if not share.ends or share.running.request.embed:
+        for chunk in chunks:
+            if not chunk.ends or chunk.running.request.embed:
                 continue
-            if share.drafts and self.runner.on_host:  # rows behind a rejected draft are not needed: one after the other
-                choices += [None] * (1 + len(share.drafts))
+            if chunk.drafts and self.runner.on_host:  # chosen one by one: rows after a rejected draft are not needed
+                choices += [None] * (1 + len(chunk.drafts))
                 continue
-            chooser, place = share.running.chooser, share.running.generated
-            choices += [chooser.choice(place + j) for j in range(1 + len(share.drafts))]
+            chooser, place = chunk.running.chooser, chunk.running.generated
+            choices += [chooser.choice(place + j) for j in range(1 + len(chunk.drafts))]
         return choices
 
-    def _advance(self, shares: list[ScheduledChunk], tokens: list[int | None], logits: Any, states: Any) -> list[Output]:
+    def _advance(self, chunks: list[ScheduledChunk], tokens: list[int | None], logits: Any, states: Any) -> list[Output]:
         outputs: list[Output] = []
         outcomes: list[tuple[Running, int, int]] = []
         row = begin = 0
-        for share in shares:
-            r, sequence = share.running, share.running.sequence
-            count, drafted = share.count + len(share.drafts), len(share.drafts)
+        for chunk in chunks:
+            r, sequence = chunk.running, chunk.running.sequence
+            count, drafted = chunk.count + len(chunk.drafts), len(chunk.drafts)
             if r.request.embed:
-                self._embed(r, states[begin : begin + count], share, outputs)
-            elif share.ends:
+                self._embed(r, states[begin : begin + count], chunk, outputs)
+            elif chunk.ends:
                 generated = r.generated
-                output = self._take(r, share, tokens, logits, row)
+                output = self._append_tokens(r, chunk, tokens, logits, row)
                 row += 1 + drafted
                 outputs.append(output)
-                if share.phase == DECODE and generated:
+                if chunk.phase == DECODE and generated:
                     outcomes.append((r, drafted, max(0, len(output.token_ids) - 1)))
-                kept = share.start + share.count - 1 + len(output.token_ids)
-                if output.finish is None and sequence.cached > kept:  # drafts that fell, or room for some that nobody made
-                    self.runner.crop([sequence], [kept])
+                cached = chunk.start + chunk.count - 1 + len(output.token_ids)
+                if output.finish is None and sequence.cached > cached:  # rejected drafts, or unused room for drafts
+                    self.runner.crop([sequence], [cached])
             if states is not None and self.drafting and r.request.id in self._requests and not r.request.embed:
-                self._follow(r, states[begin : begin + sequence.cached - share.start])
+                self._follow(r, states[begin : begin + sequence.cached - chunk.start])
             begin += count
         if self.drafting and outcomes:
             self.drafting.record(outcomes)
@@ -379,53 +386,57 @@ class EngineCore:
         assert self.drafting is not None
         try:
             self.drafting.follow(r, states)
-        except (MemoryError, BackendError):  # the text does without its drafts
-            _log.exception("drafts could not follow")
-            self._lost(r)
+        except (MemoryError, BackendError):  # the request continues without drafts for now
+            _log.exception("updating the drafting state failed; request %s continues without drafts", r.request.id)
+            self._reset_drafting(r)
         except CheckpointChangedError as error:
-            _log.error("no more drafts are made: %s", error)
+            _log.error("speculative decoding is disabled: %s", error)
             self.drafting = None
 
-    def _take(self, r: Running, share: ScheduledChunk, tokens: list[int | None], logits: Any, row: int) -> Output:
-        """The tokens that a share brings, up to where the text ends: the backend's choice, or one made here from the logits.
-        `row`: the share's first."""
+    def _append_tokens(self, r: Running, chunk: ScheduledChunk, tokens: list[int | None], logits: Any, row: int) -> Output:
+        """Appends the tokens of a chunk to the request, up to the end of its text, and returns the output.
+
+        Args:
+            tokens: tokens chosen by the backend; None: the token is chosen here from the logits.
+            row: index of the chunk's first row.
+        """
         output = r.output()
-        kept = r.chooser.sampling.logprobs is not None
-        if kept:
+        report_logprobs = r.chooser.sampling.logprobs is not None
+        if report_logprobs:
             output.logprobs = []
         finish: Finish | None = None
         try:
-            for j in range(1 + len(share.drafts)):
+            for j in range(1 + len(chunk.drafts)):
                 token = tokens[row + j]
                 if token is None:
                     token = r.chooser.choose(logits[row + j], r.generated)
                 elif token == NOT_FINITE:
                     raise NotANumberError
-                if kept and output.logprobs is not None:
+                if report_logprobs and output.logprobs is not None:
                     output.logprobs.append(r.chooser.logprob(logits[row + j], token))
                 output.token_ids.append(token)
                 r.sequence.tokens.append(token)
                 r.generated += 1
                 finish = self._write(r, token, output)
-                if finish or j == len(share.drafts) or share.drafts[j] != token:
+                if finish or j == len(chunk.drafts) or chunk.drafts[j] != token:
                     break
         except NotANumberError as error:
             return self._end(r, "error", output, error=str(error))
         except NoTokenError:
-            finish, output.stop_reason = "stop", "no token may come"
-        except Exception as error:  # of its grammar or its text: no other request has a part in it
-            _log.exception("request %s has failed", r.request.id)
+            finish, output.stop_reason = "stop", "no token is allowed"
+        except Exception as error:  # in its grammar or detokenizer: other requests are not affected
+            _log.exception("request %s failed", r.request.id)
             return self._end(r, "error", output, error=f"choosing a token failed: {type(error).__name__}")
         output.completion_tokens = r.generated
         if output.token_ids:
             r.starved = 0
-            self._clock_tokens(r, len(output.token_ids))
-        cached = share.start + share.count + len(output.token_ids) - 1  # what was drafted behind it is nobody's text
+            self._record_tokens(r, len(output.token_ids))
+        cached = chunk.start + chunk.count + len(output.token_ids) - 1  # without rejected drafts
         self.scheduler.computed(r, cached)
         return self._end(r, finish, output) if finish else output
 
     def _write(self, r: Running, token: int, output: Output) -> Finish | None:
-        """Adds a token's text; why the request ends at it, if it does."""
+        """Adds a token's text to the output; returns why the request ends at this token, or None."""
         sampling = r.chooser.sampling
         stops = r.generated > sampling.min_tokens
         if stops and token in self.facts.eos and not sampling.ignore_eos:
@@ -441,15 +452,15 @@ class EngineCore:
                 return "stop"
         if r.chooser.grammar is not None and r.chooser.grammar.finished:
             return "stop"
-        return "length" if r.generated >= r.most else None
+        return "length" if r.generated >= r.max_tokens else None
 
-    def _embed(self, r: Running, states: Any, share: ScheduledChunk, outputs: list[Output]) -> None:
-        """Adds up rows in order, so that the sum is the same however the prompt is cut."""
+    def _embed(self, r: Running, states: Any, chunk: ScheduledChunk, outputs: list[Output]) -> None:
+        """Adds the rows to the sum one after another, so that the result does not depend on the chunking."""
         rows = states.cpu().numpy().astype(np.float64)
         if r.states is not None:
             rows = np.concatenate([r.states[None], rows])
         r.states = np.add.reduce(rows, axis=0)
-        if share.ends:
+        if chunk.ends:
             output = r.output()
             mean = (r.states / len(r.request.prompt)).astype(np.float32)
             if not np.isfinite(mean).all():
@@ -470,29 +481,33 @@ class EngineCore:
         self.metrics.ended(r, finish, self.clock())
         return output
 
-    # ---- what is measured
+    # ---- measurements
 
-    def _clock_tokens(self, r: Running, tokens: int) -> None:
+    def _record_tokens(self, r: Running, tokens: int) -> None:
         now = self.clock()
         self.metrics.tokens(r, tokens, now)
         if r.first is None:
             r.first = now
         r.last = now
 
-    def _measure(self, shares: list[ScheduledChunk], seconds: float, now: float) -> None:
-        decoding = sum(1 + len(s.drafts) for s in shares if s.ends and s.phase == DECODE and s.count == 1)
-        prompt = sum(s.count for s in shares) - sum(1 for s in shares if s.ends and s.phase == DECODE and s.count == 1)
+    def _measure(self, chunks: list[ScheduledChunk], seconds: float, now: float) -> None:
+        decoding = sum(1 + len(s.drafts) for s in chunks if s.ends and s.phase == DECODE and s.count == 1)
+        prompt = sum(s.count for s in chunks) - sum(1 for s in chunks if s.ends and s.phase == DECODE and s.count == 1)
         self.times.add(seconds, decoding, prompt)
-        self.metrics.step(len(shares), decoding, prompt, seconds, self.scheduler.preemptions)
+        self.metrics.step(len(chunks), decoding, prompt, seconds, self.scheduler.preemptions)
 
 
-def _part(share: ScheduledChunk) -> Part:
-    tokens = share.running.sequence.tokens[share.start : share.start + share.count]
-    return Part(share.running.sequence, [*tokens, *share.drafts], share.start, phase=share.phase)
+def _part(chunk: ScheduledChunk) -> Part:
+    tokens = chunk.running.sequence.tokens[chunk.start : chunk.start + chunk.count]
+    return Part(chunk.running.sequence, [*tokens, *chunk.drafts], chunk.start, phase=chunk.phase)
 
 
-def _rows(share: ScheduledChunk, end: int) -> range:
-    """The step's rows whose logits a share needs; `end`: one past its own."""
-    if not share.ends or share.running.request.embed:
+def _rows(chunk: ScheduledChunk, end: int) -> range:
+    """Returns the rows of the step whose logits a chunk needs.
+
+    Args:
+        end: one past the chunk's last row.
+    """
+    if not chunk.ends or chunk.running.request.embed:
         return range(end, end)
-    return range(end - 1 - len(share.drafts), end)
+    return range(end - 1 - len(chunk.drafts), end)

@@ -1,25 +1,25 @@
-"""Tokens to text as they come, and where a stop string ends it. No torch.
+"""Incremental detokenization with stop strings. Does not import torch.
 
-Pieces concatenate to exactly what decoding all tokens at once gives, but for half a character at the very end. What may still
-change is held back: a character whose bytes are not all there, and the beginning of what may become a stop string.
+The concatenated pieces of text equal the text from decoding all tokens at once, except for an incomplete character at the very
+end. Text that may still change is held back: a character with missing bytes, and a possible beginning of a stop string.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-_INCOMPLETE = "\ufffd"  # what a tokenizer shows for a character whose bytes are not all there yet
-_MAX_HELD = 8  # tokens held for one character: after so many a broken one is what the model wrote
+_INCOMPLETE = "\ufffd"  # what tokenizers decode a character with missing bytes to
+_MAX_HELD = 8  # maximum number of tokens held for one character; after that, the model has written an invalid one
 
 
 class Detokenizer:
-    """Of one request.
+    """Detokenizer of one request.
 
     Args:
-        tokenizer: has `decode`.
+        tokenizer: a Transformers tokenizer, or another object with `decode`.
         stop: strings that end the text.
-        include_stop: the text ends behind them, not before.
-        skip_special_tokens: leaves them out of the text.
+        include_stop: the text ends after the stop string instead of before it.
+        skip_special_tokens: omit special tokens from the text.
     """
 
     def __init__(
@@ -28,14 +28,15 @@ class Detokenizer:
         self._decode_ids, self._skip = _decoder(tokenizer), skip_special_tokens
         self._stop, self._include = stop, include_stop
         self._ids: list[int] = []
-        self._start = self._read = 0  # ids[start:read] are decoded, and are the context that ids[read:] are decoded in
-        self._held = ""  # decoded, and may be the beginning of a stop string
+        self._start = self._read = 0  # ids[start:read] are decoded already; ids[read:] are decoded together with them
+        self._held = ""  # decoded text that may be the beginning of a stop string
         self._before = ""  # text of ids[start:read]
 
     def add(self, token: int, *, stops: bool = True) -> tuple[str, str | None]:
-        """Text that is now sure, and the stop string that ends it here if one does.
+        """Adds a token; returns the text that is final now, and the stop string that ends it here or None.
 
         Args:
+            token: token id.
             stops: whether a stop string may end the text at this token.
         """
         self._ids.append(token)
@@ -45,7 +46,7 @@ class Detokenizer:
         return self._passed(text, stops)
 
     def end(self) -> str:
-        """What was held back, when no more tokens come; but no beginning of a character whose rest does not."""
+        """Returns the text that was held back, after the last token, without an incomplete character."""
         text = self._before
         if self._read < len(self._ids):
             text = self._decode(self._ids[self._start :]).rstrip(_INCOMPLETE)
@@ -60,8 +61,8 @@ class Detokenizer:
         if not self._stop:
             return new, None
         text = self._held + new
-        if stops and (found := self._first_stop(text)) is not None:
-            at, stop = found
+        if stops and (match := self._first_stop(text)) is not None:
+            at, stop = match
             self._held = ""
             return text[: at + len(stop)] if self._include else text[:at], stop
         keep = _overlap(text, self._stop) if stops else 0
@@ -69,21 +70,24 @@ class Detokenizer:
         return text[: len(text) - keep], None
 
     def _first_stop(self, text: str) -> tuple[int, str] | None:
-        places = [(at, stop) for stop in self._stop if (at := text.find(stop)) >= 0]
-        return min(places, key=lambda found: found[0]) if places else None
+        matches = [(at, stop) for stop in self._stop if (at := text.find(stop)) >= 0]
+        return min(matches, key=lambda match: match[0]) if matches else None
 
     def _decode(self, ids: list[int]) -> str:
         return str(self._decode_ids(ids, self._skip))
 
 
 def _overlap(text: str, stops: tuple[str, ...]) -> int:
-    """Characters of the longest end of `text` that a stop string begins with."""
+    """Returns the length of the longest suffix of `text` that is a proper prefix of a stop string."""
     longest = min(len(text), max(map(len, stops)) - 1)
     return next((n for n in range(longest, 0, -1) if any(stop.startswith(text[-n:]) for stop in stops if len(stop) > n)), 0)
 
 
 def _decoder(tokenizer: Any) -> Any:
-    """(ids, skip_special_tokens) -> text. A fast tokenizer's own, which Transformers' `decode` wraps in 20 us of checks."""
+    """Returns a function (ids, skip_special_tokens) -> text.
+
+    For a fast tokenizer it is the inner `decode`, without the 20 us of checks in Transformers' wrapper.
+    """
     fast = getattr(tokenizer, "_tokenizer", None)
     if fast is not None:
         return fast.decode

@@ -1,4 +1,4 @@
-"""Tokens that a proposer drafts for a sequence."""
+"""Draft tokens of speculative decoding."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Draft:
-    """Tokens proposed to follow a sequence's own.
+    """Draft tokens for one sequence.
 
     Attributes:
-        q: float32 numpy [V] of each, the distribution it was drawn from; None: it was chosen for certain. What sampling must
-            know to keep the model's distribution.
+        tokens: proposed token ids, which continue the sequence.
+        q: for each token the distribution it was sampled from, float32 numpy [V]; None: tokens were chosen deterministically.
+            Verification needs it to preserve the model's distribution.
     """
 
     tokens: list[int] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""`Engine`: many requests at once, for programs that want all answers. The synchronous face of `core`."""
+"""`Engine`: synchronous batch inference over `EngineCore`."""
 
 from __future__ import annotations
 
@@ -13,11 +13,14 @@ from .request import Finish, Output, Request, SamplingParams, TokenLogprob, chec
 
 @dataclass
 class Completion:
-    """A whole answer.
+    """The complete result of a request.
 
     Attributes:
-        finish, stop_reason, error: as in `Output`.
-        embedding: of requests with `embed`.
+        text: generated text.
+        token_ids: generated token ids.
+        logprobs, finish, stop_reason, error: as in `Output`.
+        prompt_tokens, cached_tokens, dropped_tokens: as in `Output`, at the end.
+        embedding: as in `Output`, for requests with `embed`.
     """
 
     text: str = ""
@@ -32,7 +35,7 @@ class Completion:
     error: str | None = None
 
     def add(self, output: Output) -> None:
-        """Takes in what a step brought."""
+        """Adds the output of a step."""
         self.text += output.text
         self.token_ids += output.token_ids
         if output.logprobs is not None:
@@ -43,11 +46,11 @@ class Completion:
 
 
 class Engine:
-    """Runs on the caller's thread. For one thread at a time; `AsyncEngine` is for many.
+    """Runs requests on the caller's thread. Not thread-safe; use `AsyncEngine` for concurrent callers.
 
     Args:
-        core: with nothing in it that others would wait for.
-        running: what is entered while steps run: the backend's arrangements with torch's threads.
+        core: an engine core that nothing else uses.
+        running: returns a context manager that is active during each step, such as the backend's thread settings.
     """
 
     def __init__(self, core: EngineCore, running: Any = nullcontext) -> None:
@@ -61,35 +64,48 @@ class Engine:
     def generate(
         self, prompts: Sequence[str | list[int] | Request], sampling: SamplingParams | None = None
     ) -> list[Completion]:
-        """All answers, in the prompts' order.
+        """Generates completions for all prompts, in one batch as far as they fit.
 
         Args:
-            prompts: texts, as they are (a chat is rendered by `tokenizer.apply_chat_template`), token ids, or requests.
-            sampling: of prompts that bring none of their own.
+            prompts: texts without a template (render chats with `tokenizer.apply_chat_template`), lists of token ids, or
+                requests.
+            sampling: parameters for prompts that are not requests; None: the defaults.
+
+        Returns: completions in the order of the prompts.
 
         Raises:
             RequestError: a prompt cannot be served; nothing was run.
         """
         requests = [self._request(prompt, sampling or SamplingParams()) for prompt in prompts]
-        found = {request.id: Completion() for request in requests}
+        completions = {request.id: Completion() for request in requests}
         for outputs in self.steps(requests):
             for output in outputs:
-                found[output.request_id].add(output)
-        return [found[request.id] for request in requests]
+                completions[output.request_id].add(output)
+        return [completions[request.id] for request in requests]
 
     def stream(self, prompt: str | list[int] | Request, sampling: SamplingParams | None = None) -> Iterator[Output]:
-        """One answer as it comes; leaving the loop ends it."""
+        """Yields the outputs of one request as they are generated; closing the iterator cancels the request.
+
+        Args:
+            prompt: a text, a list of token ids, or a request.
+            sampling: parameters for a prompt that is not a request; None: the defaults.
+
+        Raises:
+            RequestError: the prompt cannot be served; nothing was run.
+        """
         for outputs in self.steps([self._request(prompt, sampling or SamplingParams())]):
             yield from outputs
 
     def steps(self, requests: Sequence[Request]) -> Iterator[list[Output]]:
-        """What each step brings, until all have ended; nothing where it only read prompts. Leaving the loop ends them.
+        """Runs requests and yields the outputs of each step until all have ended.
+
+        The list is empty for a step that only processed prompts. Closing the iterator cancels the remaining requests.
 
         Args:
-            requests: with ids, no two alike.
+            requests: requests with distinct ids.
 
         Raises:
-            RequestError: one cannot be served; nothing was run.
+            RequestError: a request cannot be served; nothing was run.
         """
         for request in requests:
             self.core.check(request)

@@ -1,4 +1,4 @@
-"""What the engine counts and times, in one place. No torch, and no library: `prometheus` shows it to whoever asks."""
+"""Counters and histograms of the engine, without a metrics library; `prometheus` exports them. Does not import torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,11 @@ _COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384,
 
 
 class Histogram:
-    """Counts by upper bounds, as Prometheus has them."""
+    """Counts of values by upper bounds, as in Prometheus.
+
+    Args:
+        bounds: ascending upper bounds, inclusive; a last bucket counts larger values.
+    """
 
     def __init__(self, bounds: tuple[float, ...]) -> None:
         self.bounds, self.counts, self.sum = bounds, [0] * (len(bounds) + 1), 0.0
@@ -34,7 +38,20 @@ def _counts() -> Histogram:
 
 @dataclass
 class EngineMetrics:
-    """Times in seconds; `waits` from arrival to the first step, `first` to the first token, `between` of a stream's tokens."""
+    """Metrics of an engine since its start; times are in seconds.
+
+    Attributes:
+        steps, step_seconds: number of steps, and the time spent in them.
+        prompt_tokens, generated_tokens, cached_tokens: tokens processed in prompts, generated, found in the prefix cache.
+        preemptions: how often a request was preempted.
+        finished: number of ended requests by reason.
+        waits: time from arrival to the first step.
+        first: time from arrival to the first token.
+        between: time between the tokens of a request.
+        whole: time from arrival to the end.
+        prompts, texts: number of tokens of prompts and of generated texts.
+        recent_steps: (decoding rows, prompt tokens, seconds) of the latest steps.
+    """
 
     steps: int = 0
     step_seconds: float = 0.0
@@ -59,7 +76,7 @@ class EngineMetrics:
         self.recent_steps.append((decoding, prompt, seconds))
 
     def tokens(self, r: Running, count: int, now: float) -> None:
-        """A request got so many tokens at once: the first of them took the time, the others came with it."""
+        """Counts `count` tokens that one step generated for a request; they share the time since its previous token."""
         self.generated_tokens += count
         if r.last is None:
             self.first.add(now - r.arrived)

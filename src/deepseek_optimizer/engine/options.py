@@ -1,4 +1,4 @@
-"""How an engine runs. No torch."""
+"""Options of an engine. Does not import torch."""
 
 from __future__ import annotations
 
@@ -7,23 +7,26 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """
+    """How an engine schedules requests and uses its cache.
+
     Attributes:
-        batch_size_range: fewest and most sequences that run at once; how many of them do follows from measured step times.
-        step_tokens: tokens of a step at most, prompts' and others'.
-        stall: how many times as long a step may take for the sake of prompts: what other streams notice of them. None: as long
-            as it takes; best where nobody watches.
-        target_itl: seconds between a stream's tokens that the batch size keeps to; None: as many tokens a second as there can
-            be.
-        prefix_cache: prompts that begin alike (with the same salt) share blocks, also with what was answered before.
-        batch_invariant: a request's tokens and log probabilities are the same to the bit, whatever runs beside it and whatever
-            is recomputed.
-        cache_window: tokens of a sequence that the cache keeps: a longer one drops blocks from its middle and can continue
-            without end; None: a sequence ends with the model's context. The first `sinks` tokens always stay, and what a
-            request pins; with attention_optimization="sliding" only that attention's own sinks. Not to be confused with
-            `DeepSeekConfig.attention_window`, which says what each token attends to.
-        max_waiting: requests of one client that an `AsyncEngine` takes beside those that can run; of all clients four times
-            as many.
+        batch_size_range: (smallest, largest) number of sequences that run at once; the number within this range is chosen from
+            measured step times.
+        step_tokens: maximum number of tokens in a step, prompt tokens and others together.
+        stall: maximum factor by which prompt tokens may prolong a step, which delays the streams of other requests. None: no
+            limit; best for offline batches.
+        target_itl: target inter-token latency in seconds, which limits the batch size; None: maximise tokens per second.
+        prefix_cache: prompts with the same beginning (and the same salt) share cache blocks, including blocks of earlier
+            answers.
+        batch_invariant: a request's tokens and log probabilities are the same, bit for bit, whatever other requests are in the
+            batch and whatever is recomputed.
+        cache_window: maximum number of tokens of a sequence in the cache; a longer sequence drops blocks from its middle and
+            can continue without limit. None: a sequence ends with the model's context. The first `sinks` tokens and the
+            request's pinned tokens always stay; with attention_optimization="sliding", only the sinks of that attention. Not to
+            be confused with `DeepSeekConfig.attention_window`, the tokens that each token attends to.
+        sinks: number of tokens at the beginning of a sequence that always stay in the cache, with `cache_window`.
+        max_waiting: maximum number of waiting requests of one client of an `AsyncEngine`, in addition to those that can run;
+            for all clients together four times as many.
     """
 
     batch_size_range: tuple[int, int] = (1, 32)

@@ -1,4 +1,7 @@
-"""The engine's metrics for Prometheus, by vLLM's names where they mean the same. Needs `prometheus-client`. No torch."""
+"""Exports the engine's metrics to Prometheus, under vLLM's names where the meaning is the same.
+
+Needs `prometheus-client`. Does not import torch.
+"""
 
 from __future__ import annotations
 
@@ -14,38 +17,38 @@ from .metrics import Histogram
 if TYPE_CHECKING:
     from prometheus_client.metrics_core import Metric
 
-# name, attribute of EngineMetrics, what it is
+# name, attribute of EngineMetrics, description
 _COUNTERS = (
-    ("vllm:prompt_tokens", "prompt_tokens", "Prompt tokens that were run."),
-    ("vllm:generation_tokens", "generated_tokens", "Tokens that were generated."),
-    ("vllm:num_preemptions", "preemptions", "How often a request lost its blocks to another."),
-    ("vllm:prefix_cache_hits", "cached_tokens", "Prompt tokens that came out of the prefix cache."),
-    ("dso:steps", "steps", "Steps of the model."),
-    ("dso:step_seconds", "step_seconds", "Seconds spent in them."),
+    ("vllm:prompt_tokens", "prompt_tokens", "Number of prompt tokens processed."),
+    ("vllm:generation_tokens", "generated_tokens", "Number of tokens generated."),
+    ("vllm:num_preemptions", "preemptions", "Number of preemptions."),
+    ("vllm:prefix_cache_hits", "cached_tokens", "Number of prompt tokens found in the prefix cache."),
+    ("dso:steps", "steps", "Number of steps of the model."),
+    ("dso:step_seconds", "step_seconds", "Time spent in steps in seconds."),
 )
 _HISTOGRAMS = (
-    ("vllm:time_to_first_token_seconds", "first", "From arrival to the first token."),
-    ("vllm:inter_token_latency_seconds", "between", "Between a request's tokens; those of one step share its time."),
-    ("vllm:e2e_request_latency_seconds", "whole", "From arrival to the end."),
-    ("vllm:request_queue_time_seconds", "waits", "From arrival to the first step."),
-    ("vllm:request_prompt_tokens", "prompts", "Tokens of prompts."),
-    ("vllm:request_generation_tokens", "texts", "Tokens of answers."),
+    ("vllm:time_to_first_token_seconds", "first", "Time from arrival to the first token in seconds."),
+    ("vllm:inter_token_latency_seconds", "between", "Time between tokens of a request in seconds; tokens of a step share it."),
+    ("vllm:e2e_request_latency_seconds", "whole", "Time from arrival to the end of a request in seconds."),
+    ("vllm:request_queue_time_seconds", "waits", "Time from arrival to the first step in seconds."),
+    ("vllm:request_prompt_tokens", "prompts", "Number of prompt tokens of a request."),
+    ("vllm:request_generation_tokens", "texts", "Number of tokens generated for a request."),
 )
 
 
 class MeasuredEngine(Protocol):
-    """What the collector reads of an `AsyncEngine`."""
+    """The attributes of an `AsyncEngine` that the collector reads."""
 
     core: EngineCore
     model_name: str
 
     @property
     def admitted(self) -> int:
-        """Requests that hold a place in the queue."""
+        """Number of requests that hold a place in the queue."""
 
 
 class EngineCollector(Collector):
-    """Reads the engine at each scrape; a step that runs at that moment may or may not be counted."""
+    """Collects the metrics of an engine at each scrape; a step in progress may or may not be counted."""
 
     def __init__(self, engine: MeasuredEngine) -> None:
         self._engine = engine
@@ -55,30 +58,30 @@ class EngineCollector(Collector):
         label, names = ["model_name"], [engine.model_name]
 
         def gauge(name: str, text: str, value: float) -> Metric:
-            found = GaugeMetricFamily(name, text, labels=label)
-            found.add_metric(names, value)
-            return found
+            family = GaugeMetricFamily(name, text, labels=label)
+            family.add_metric(names, value)
+            return family
 
         scheduler = core.scheduler
-        yield gauge("vllm:num_requests_running", "Requests that take part in steps.", len(scheduler.running))
-        yield gauge("vllm:num_requests_waiting", "Requests that wait for blocks or a place.", len(scheduler.waiting))
-        yield gauge("dso:requests_admitted", "Places of the queue that are taken.", engine.admitted)
-        yield gauge("dso:batch_size", "Sequences that may run at once, by measured step times.", scheduler.batch.choose())
-        yield gauge("vllm:kv_cache_usage_perc", "Share of the cache in use, 1 being all.", core.cache_usage())
+        yield gauge("vllm:num_requests_running", "Number of requests in the running batch.", len(scheduler.running))
+        yield gauge("vllm:num_requests_waiting", "Number of requests waiting for the batch.", len(scheduler.waiting))
+        yield gauge("dso:requests_admitted", "Number of places in the queue that are taken.", engine.admitted)
+        yield gauge("dso:batch_size", "Maximum number of sequences in the batch.", scheduler.batch.choose())
+        yield gauge("vllm:kv_cache_usage_perc", "KV-cache usage. 1 means 100 percent usage.", core.cache_usage())
         for name, attribute, text in _COUNTERS:
             counter = CounterMetricFamily(name, text, labels=label)
             counter.add_metric(names, getattr(core.metrics, attribute))
             yield counter
         finished = CounterMetricFamily(
-            "vllm:request_success", "Requests that ended, by reason.", labels=[*label, "finished_reason"]
+            "vllm:request_success", "Number of ended requests by reason.", labels=[*label, "finished_reason"]
         )
         for reason, count in dict(core.metrics.finished).items():
             finished.add_metric([*names, reason], count)
         yield finished
         if core.drafting is not None:
             for name, value, text in (
-                ("vllm:spec_decode_num_draft_tokens", core.drafting.proposed, "Drafts that were verified."),
-                ("vllm:spec_decode_num_accepted_tokens", core.drafting.held, "Drafts that held."),
+                ("vllm:spec_decode_num_draft_tokens", core.drafting.proposed, "Number of draft tokens verified."),
+                ("vllm:spec_decode_num_accepted_tokens", core.drafting.accepted, "Number of draft tokens accepted."),
             ):
                 counter = CounterMetricFamily(name, text, labels=label)
                 counter.add_metric(names, value)
@@ -91,9 +94,9 @@ class EngineCollector(Collector):
 
 
 def _buckets(histogram: Histogram) -> list[tuple[str, float]]:
-    """Counts of all values up to each bound."""
-    total, found = 0, []
+    """Returns (upper bound, cumulative count) of each bucket."""
+    total, buckets = 0, []
     for bound, count in zip([*map(float, histogram.bounds), float("inf")], list(histogram.counts), strict=True):
         total += count
-        found.append(("+Inf" if bound == float("inf") else str(bound), float(total)))
-    return found
+        buckets.append(("+Inf" if bound == float("inf") else str(bound), float(total)))
+    return buckets

@@ -1,4 +1,4 @@
-"""What is asked of an engine, and what it answers: requests, how their tokens are chosen, and outputs. No torch."""
+"""Requests to an engine, their sampling parameters, and its outputs. Does not import torch."""
 
 from __future__ import annotations
 
@@ -18,54 +18,63 @@ Finish = Literal["stop", "length", "cancelled", "deadline", "error"]
 
 
 class Grammar(Protocol):
-    """Where one request is in a grammar that its text must keep to."""
+    """State of one request's text in the grammar that it must conform to."""
 
     def mask(self, bits: npt.NDArray[np.int32]) -> bool:
-        """Writes which tokens may come next: bit t % 32 of bits[t // 32] for token t, int32 [ceil(V / 32)].
+        """Writes a bitmask of the tokens allowed next.
 
-        Returns: False where all may, and `bits` was not written.
+        Args:
+            bits: int32 [ceil(V / 32)], overwritten; bit t % 32 of bits[t // 32] is set if token t is allowed.
+
+        Returns: False if all tokens are allowed; `bits` is then not written.
         """
 
     def accept(self, token: int) -> None:
-        """Goes on by a token that may come. An end-of-text token where the text may end is one."""
+        """Advances by an allowed token. An end-of-text token is allowed where the text may end."""
 
     def rollback(self, tokens: int) -> None:
-        """Takes back the last so many tokens."""
+        """Removes the last `tokens` accepted tokens."""
 
     @property
     def finished(self) -> bool:
-        """Whether the text is whole and nothing may follow."""
+        """Whether the text is complete and nothing may follow."""
 
 
 class CompiledGrammar(Protocol):
-    """A grammar that requests can share."""
+    """A compiled grammar, which several requests can share."""
 
-    def start(self) -> Grammar: ...
+    def start(self) -> Grammar:
+        """Returns a new state at the beginning of a text."""
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How a request's tokens are chosen, and when it ends.
+    """How a request's tokens are sampled, and when generation ends.
 
-    Every filter works on what those before it left, in this order: repetition, presence and frequency penalty, logit_bias,
-    grammar, temperature, top_k, top_p, min_p.
+    Each step is applied to the result of the previous one, in this order: repetition, presence and frequency penalty,
+    logit_bias, grammar, temperature, top_k, top_p, min_p.
 
     Attributes:
-        max_tokens: to generate at most, 1 or more; None: as many as the context has room for.
-        min_tokens: before these no end-of-text or stop token is chosen, and no stop string ends the text.
-        temperature: 0 takes the likeliest token, and so does any below 1e-5, where logits over it would overflow.
-        top_k: 0: all. top_p in (0, 1]. min_p in [0, 1]: of the likeliest token's probability.
-        repetition_penalty: above 0; 1: none. On tokens of the prompt and of the text, as in Transformers.
-        presence_penalty, frequency_penalty: -2 to 2, on tokens of the text, as OpenAI defines them.
-        logit_bias: token -> what is added to its logit, -100 to 100; -100 forbids it.
-        seed: 0 to 2^64 - 1: the same request gives the same text again, drafts or not. None: unpredictable.
-        stop: strings that end the text, which then stops before them (behind them with include_stop).
-        stop_token_ids: tokens that end the text, beside the model's own.
-        ignore_eos: the model's own end-of-text tokens do not end the text.
-        logprobs: how many of the likeliest tokens to report at each place, 0 to MAX_LOGPROBS, beside the chosen one: log
-            probabilities of the model's own distribution, before any of the above. None: none.
-        grammar: what the text must keep to.
-        skip_special_tokens: leave them out of the text.
+        max_tokens: maximum number of tokens to generate, at least 1; None: until the context is full.
+        min_tokens: until this many tokens are generated, no end-of-text or stop token is chosen, and no stop string ends the
+            text.
+        temperature: 0 to 100; 0 chooses the most likely token, and so does any value below 1e-5, for which scaled logits would
+            overflow.
+        top_k: sample from the k most likely tokens only; 0: from all.
+        top_p: sample from the smallest set of most likely tokens whose probabilities sum to at least this; in (0, 1].
+        min_p: minimum probability of a token, relative to that of the most likely one; in [0, 1].
+        repetition_penalty: above 0, at most 100; 1: none. Applies to tokens of the prompt and of the text, as in Transformers.
+        presence_penalty, frequency_penalty: -2 to 2; apply to tokens of the text, as OpenAI defines them.
+        logit_bias: token id -> value to add to its logit, -100 to 100; -100 forbids the token.
+        seed: 0 to 2^64 - 1; the same request with the same seed gives the same text, with or without drafts. None: random.
+        stop: strings that end the text; the text ends before the string.
+        include_stop: the text ends after the stop string instead of before it.
+        stop_token_ids: tokens that end the text, in addition to the model's end-of-text tokens.
+        ignore_eos: the model's end-of-text tokens do not end the text.
+        logprobs: number of most likely tokens to report for each generated token, 0 to MAX_LOGPROBS, besides the token itself.
+            Log probabilities are those of the model's distribution before any of the above is applied. None: none are reported.
+        grammar: grammar that the text must conform to.
+        skip_special_tokens: omit special tokens from the text.
     """
 
     max_tokens: int | None = 512
@@ -109,7 +118,7 @@ class SamplingParams:
         for token in self.stop_token_ids:
             _integer("stop_token_ids", token, 0, 1 << 31)
         if len(self.stop) > MAX_STOPS or any(not s or len(s) > MAX_STOP_CHARACTERS for s in self.stop):
-            raise RequestError("stop", f"at most {MAX_STOPS} strings of 1 to {MAX_STOP_CHARACTERS} characters")
+            raise RequestError("stop", f"must be at most {MAX_STOPS} strings of 1 to {MAX_STOP_CHARACTERS} characters")
 
     @property
     def greedy(self) -> bool:
@@ -117,13 +126,11 @@ class SamplingParams:
 
 
 def check_text(field: str, text: str) -> None:
-    """Raises RequestError for half of a surrogate pair, which no tokenizer takes; bytes that aren't UTF-8 become one."""
+    """Raises RequestError if the text has an unpaired surrogate, as invalid UTF-8 is decoded to; tokenizers reject it."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise RequestError(
-            field, f"has half of a surrogate pair at character {error.start + 1:,}, which is no character; give UTF-8"
-        ) from None
+        raise RequestError(field, f"has an unpaired surrogate at character {error.start + 1:,}; use valid UTF-8") from None
 
 
 def _integer(name: str, value: Any, low: int, high: int) -> None:
@@ -134,23 +141,26 @@ def _integer(name: str, value: Any, low: int, high: int) -> None:
 def _number(name: str, value: Any, low: float, high: float, above: bool = False) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high or (above and value == low):
         raise RequestError(
-            name, f"must be a number from {low:g} to {high:g}{', and not the first' if above else ''}, got {shown(value)}"
+            name, f"must be a number from {low:g} to {high:g}{f', above {low:g}' if above else ''}, got {shown(value)}"
         )
 
 
 @dataclass(frozen=True)
 class Request:
-    """
+    """A request to an engine.
+
     Attributes:
         prompt: token ids.
-        id: the engine makes it where it is empty.
-        priority: lower goes first.
-        salt: only requests with the same one share cached prefixes: whose key it is.
-        deadline: of the engine's clock (`time.monotonic`), by which the request must have ended.
-        embed: the answer is the mean of the last hidden states of the prompt, and no text.
-        drafts: whether tokens may be drafted for it; None: as the engine does by default.
-        pinned: (begin, end) of prompt tokens that a window must keep; the first `sinks` always stay.
-        client: whose it is: of requests of one priority, clients have their turns, and only a client's own wait for each other.
+        sampling: sampling parameters.
+        id: identifier; the engine generates one if it is empty.
+        priority: requests with lower values are scheduled first.
+        salt: only requests with the same salt share cached prefixes.
+        deadline: time at which the request is ended if it is unfinished, in seconds of the engine's clock (`time.monotonic`).
+        embed: return the mean of the prompt's last hidden states instead of generating text.
+        drafts: whether speculative decoding may be used; None: the engine's default.
+        pinned: (begin, end) ranges of prompt tokens that a sliding window must keep; the first `sinks` tokens always stay.
+        client: identifier of the client. Among requests of one priority, clients take turns, so that a request waits for
+            earlier ones of the same client only.
     """
 
     prompt: list[int]
@@ -167,7 +177,13 @@ class Request:
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """A token's log probability, and the likeliest at its place: (token, log probability), best first."""
+    """Log probability of a token.
+
+    Attributes:
+        token: token id.
+        logprob: its natural log probability.
+        top: (token, log probability) of the most likely tokens at the same position, best first.
+    """
 
     token: int
     logprob: float
@@ -176,21 +192,22 @@ class TokenLogprob:
 
 @dataclass
 class Output:
-    """What a step brought one request; the pieces of `text` add up to the whole text.
+    """The results of one step for one request; the concatenated `text` of all outputs is the whole text.
 
     Attributes:
-        request_id: whose.
-        token_ids: new tokens, with the one that ended the text if one did.
-        text: new characters that are sure to stay: none that a stop string may yet take away, and no half of a character.
-        logprobs: of each new token, where they were asked for.
-        finish: why it ended: at a stop string, stop token or end of text "stop", at max_tokens or the end of the context
-            "length". None: it goes on.
-        stop_reason: the string or token of the request's own that ended it.
-        prompt_tokens, cached_tokens, completion_tokens: so far; `cached_tokens` of the prompt came from the prefix cache.
-        dropped_tokens: that the window has let go so far.
-        embedding: float32 [H], with finish "stop", of requests with `embed`.
-        error: with finish "error": what went wrong.
-        transient: with finish "error": the same request may well be served later, when there is memory.
+        request_id: id of the request.
+        token_ids: new token ids, including the one that ended the text.
+        text: new characters that are final: none that may belong to a stop string, and no incomplete character.
+        logprobs: log probabilities of each new token, if requested.
+        finish: why the request ended: "stop" (stop string, stop token or end of text), "length" (max_tokens or the end of the
+            context), "cancelled", "deadline" or "error". None: the request continues.
+        stop_reason: the stop string or token of the request that ended it.
+        prompt_tokens, completion_tokens: number of tokens of the prompt and generated so far.
+        cached_tokens: number of prompt tokens that were found in the prefix cache.
+        dropped_tokens: number of tokens that the sliding window has dropped so far.
+        embedding: mean of the last hidden states, float32 [H], with finish "stop", for requests with `embed`.
+        error: message, with finish "error".
+        transient: with finish "error": the same request may succeed later, when memory is free.
     """
 
     request_id: str

@@ -1,4 +1,4 @@
-"""Ragged steps of a plan over sequences: from Python lists to a `StepBatch`, and the blocks that a step writes into."""
+"""Runs steps of a plan over ragged batches: builds a `StepBatch` from Python lists and reserves the blocks to write to."""
 
 from __future__ import annotations
 
@@ -13,37 +13,42 @@ from ..backends.sampling import Floats, TokenChoice
 from .scheduling.memory import Memory
 from .sequence import Part, Sequence
 
-_FEW = 16  # rows of a sequence up to which the decode family serves where either may
+_FEW = 16  # up to this many rows per sequence, drafting uses the decode kernels
 
 
 class Runner:
-    """A plan over a memory.
+    """Runs a plan over cache memory.
 
     Args:
-        vocab_size: for `step` to keep memory for the logits of a plan on the CPU; 0: they get fresh memory each time.
+        plan: the compiled plan.
+        memory: cache memory of the sequences.
+        vocab_size: if not 0, `step` reuses a buffer for the logits of a plan on the CPU instead of allocating one each time.
 
     Attributes:
-        on_host: whether the plan's logits are in the host's memory.
+        on_host: whether the plan's logits are in host memory.
     """
 
     def __init__(self, plan: Plan, memory: Memory, vocab_size: int = 0) -> None:
         self.plan, self.memory, self.on_host = plan, memory, plan.device.type == "cpu"
         self._vocab_size = vocab_size if self.on_host else 0
-        self._logits: torch.Tensor | None = None  # a big batch over a big vocabulary would pay for fresh pages at every step
+        self._logits: torch.Tensor | None = None  # reused: new pages at every step would be slow for large batches
 
     def check_weights(self) -> None:
         """See `Plan.check_weights`."""
         self.plan.check_weights()
 
     def reserve(self, sequences: Iterable[Sequence], counts: Iterable[int]) -> None:
-        """Room for so many more tokens of each.
+        """Reserves room in the cache for more tokens of each sequence.
 
-        Raises: CacheFullError, with nothing changed.
+        Args:
+            sequences: the sequences.
+            counts: number of tokens to add for each.
+
+        Raises:
+            CacheFullError: too few blocks are free; nothing was changed.
         """
         sequences, counts = list(sequences), list(counts)
-        if all(
-            s.blocks.fits(n) for s, n in zip(sequences, counts, strict=True)
-        ):  # the common step: nothing to ask the manager for
+        if all(s.blocks.fits(n) for s, n in zip(sequences, counts, strict=True)):  # the usual case: no new block is needed
             for sequence, count in zip(sequences, counts, strict=True):
                 sequence.blocks.tokens += count
             return
@@ -60,7 +65,12 @@ class Runner:
                 raise
 
     def crop(self, sequences: Iterable[Sequence], tokens: Iterable[int]) -> None:
-        """Keeps the first so many tokens of each."""
+        """Crops each sequence in the cache to its first tokens.
+
+        Args:
+            sequences: the sequences.
+            tokens: number of tokens to keep of each.
+        """
         pairs = [(s, n) for s, n in zip(sequences, tokens, strict=True) if n != s.cached]
         if not pairs:
             return
@@ -69,23 +79,24 @@ class Runner:
                 sequence.blocks.crop(count)
 
     def forget(self, sequences: Iterable[Sequence]) -> None:
-        """Lets go of the blocks that none of their later tokens sees."""
-        found = [sequence.blocks for sequence in sequences if sequence.blocks.forgettable]
-        if found:
+        """Frees the blocks that are not visible to any later token of the sequences."""
+        forgettable = [sequence.blocks for sequence in sequences if sequence.blocks.forgettable]
+        if forgettable:
             with self.memory.locked():
-                for blocks in found:
+                for blocks in forgettable:
                     blocks.forget()
 
     def verify(self, parts: list[Part], *, last_hidden: bool) -> StepOutput:
-        """Logits of every row, by the decode family: to the bit those that plain decoding gives."""
+        """Runs a step with logits for every row, by the decode kernels: bit for bit the logits of plain decoding."""
         return self._run(parts, np.arange(sum(len(p.ids) for p in parts), dtype=np.int32), last_hidden=last_hidden)
 
     def step(self, parts: list[Part], rows: list[int], *, last_hidden: bool) -> StepOutput:
-        """A step over parts of both phases. Its logits lie where those of the step before were.
+        """Runs a step over parts of both phases. Its logits overwrite those of the previous step.
 
         Args:
-            parts: those of phase DECODE first.
-            rows: ascending rows, of all parts' together, whose logits are wanted.
+            parts: the sequences' tokens, those of phase DECODE first.
+            rows: ascending indices, into the rows of all parts together, of the rows whose logits are needed.
+            last_hidden: whether to return the last hidden states.
         """
         logits = None
         if self._vocab_size:
@@ -97,29 +108,32 @@ class Runner:
     def choose_tokens(
         self, logits: torch.Tensor, choices: list[TokenChoice | None]
     ) -> tuple[list[int | None], Floats | Mapping[int, Floats]]:
-        """What the backend chooses of a step's logits, and the rows that are left to the caller.
+        """Lets the backend choose tokens from a step's logits.
 
         Args:
             logits: float32 [R, V].
-            choices: one for each row; None: its logits are wanted.
+            choices: how to choose the token of each row; None: the caller needs the row's logits.
 
-        Returns: see `Plan.choose_tokens`; and float32 [V] on the host by row, of those whose choice is None at least.
+        Returns: the tokens, see `Plan.choose_tokens`; and logits on the host by row, float32 [V], at least for the rows whose
+            choice is None.
         """
         tokens = self.plan.choose_tokens(logits, choices)
         if self.on_host:
             return tokens, logits.numpy()
-        wanted = [row for row, choice in enumerate(choices) if choice is None]
-        return tokens, dict(zip(wanted, logits[wanted].cpu().numpy(), strict=True))
+        needed = [row for row, choice in enumerate(choices) if choice is None]
+        return tokens, dict(zip(needed, logits[needed].cpu().numpy(), strict=True))
 
     def draft(self, parts: list[Part], states: list[torch.Tensor], *, logits: bool) -> StepOutput:
-        """A step of a drafting plan: logits of each sequence's last row if asked for, hidden states of all rows.
+        """Runs a step of a drafting plan; the output has the hidden states of all rows.
 
         Args:
-            states: hidden states that go in, float32 [n, H] each; together a row for every token.
+            parts: the sequences' tokens.
+            states: input hidden states, float32 [n, H] each; together one row per token.
+            logits: whether to compute the logits of each sequence's last row.
         """
         counts = [len(p.ids) for p in parts]
         rows = np.cumsum(counts, dtype=np.int32) - 1 if logits else np.zeros(0, np.int32)
-        if max(counts) > _FEW:  # nothing but speed depends on it
+        if max(counts) > _FEW:  # affects speed only
             parts = [replace(part, phase=PREFILL) for part in parts]
         return self._run(parts, rows.astype(np.int32), torch.cat(states), last_hidden=True)
 
@@ -154,13 +168,13 @@ class Runner:
 
 
 def _reach(parts: list[Part]) -> Int32 | None:
-    """int32 [S]; None where the sequences leave it to each step."""
+    """Returns `reach` of each sequence, int32 [S]; None if a sequence has none."""
     reach = [part.sequence.reach for part in parts]
     return None if None in reach else np.array(reach, np.int32)
 
 
 def _tables(blocks: list[list[int]]) -> Int32:
-    """int32 [S, max_blocks]; zero past a sequence's own."""
+    """Returns the block tables of the sequences, int32 [S, max_blocks], padded with zeros."""
     table = np.zeros((len(blocks), max(map(len, blocks))), np.int32)
     for row, own in zip(table, blocks, strict=True):
         row[: len(own)] = own

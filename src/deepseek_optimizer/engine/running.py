@@ -1,4 +1,4 @@
-"""A request inside the engine: its tokens and blocks, how far it is, and what chooses and writes its text. No torch."""
+"""State of a request inside the engine: tokens, blocks, progress, sampling and detokenization. Does not import torch."""
 
 from __future__ import annotations
 
@@ -16,23 +16,30 @@ from .sequence import Sequence
 
 @dataclass(eq=False)
 class Running:
-    """
+    """State of a request in the engine.
+
     Attributes:
-        number: of arrival; the earlier goes first among equal priorities.
-        sequence: tokens of prompt and text; what its cache lacks of them is still to be run.
-        most: tokens of text at most.
-        prompt: tokens of the sequence that came with the request; fewer after a window has dropped some.
-        generated: tokens of text so far, those that a window dropped included.
-        frequencies: the tokens that its RoPE's frequencies are made for where they are not the plain ones; 0: they are.
-        keys: of its full blocks, as far as they were needed; no block behind the first that a window has moved has one.
-        shareable: blocks from the beginning that may be shared with others; None: all.
-        registered: blocks from the beginning that are in the prefix cache.
-        cached: tokens that came out of the prefix cache at first.
-        preempted: how often it lost its blocks.
-        starved: how often it lost them since its last token although nobody else ran.
-        states: sum of the prompt's hidden states, for embeddings: float64 [H].
-        pinned: tokens that a window must keep, in the sequence's present numbering.
-        started, first, last: engine's clock: taken in, first token, latest token.
+        number: order of arrival; among equal priorities, lower numbers are scheduled first.
+        request: the request.
+        sequence: tokens of prompt and text; tokens not in its cache yet are still to be processed.
+        chooser: samples the tokens.
+        text: detokenizes the text.
+        max_tokens: maximum number of tokens to generate.
+        arrived: time of arrival, in seconds of the engine's clock.
+        prompt: number of prompt tokens in the sequence; decreases when a sliding window drops some.
+        generated: number of tokens generated so far, including dropped ones.
+        frequencies: with dynamic RoPE, the length in tokens that the frequencies are scaled for; 0: they are not scaled.
+        keys: prefix cache keys of its full blocks, as far as they were needed; blocks moved by a sliding window have none.
+        shareable: number of leading blocks that may be shared with other requests; None: all.
+        registered: number of leading blocks that are in the prefix cache.
+        cached: number of tokens that were found in the prefix cache on admission.
+        dropped: number of tokens that the sliding window has dropped.
+        preempted: number of preemptions.
+        starved: number of preemptions since its last token while no other request was running.
+        states: sum of the prompt's hidden states, float64 [H], for embeddings.
+        pinned: ranges of tokens that a sliding window must keep, as positions in the current sequence.
+        started, first, last: times of admission, of the first token and of the latest token, by the engine's clock.
+        cancelled: whether the request is to be ended by the next step.
     """
 
     number: int
@@ -40,7 +47,7 @@ class Running:
     sequence: Sequence
     chooser: Chooser
     text: Detokenizer
-    most: int
+    max_tokens: int
     arrived: float
     prompt: int
     generated: int = 0
@@ -61,26 +68,26 @@ class Running:
 
     @property
     def order(self) -> tuple[int, int]:
-        """Who goes first."""
+        """Sort key of scheduling order."""
         return self.request.priority, self.number
 
     @property
     def missing(self) -> int:
-        """Tokens that are not in the cache yet."""
+        """Number of tokens that are not in the cache yet."""
         return len(self.sequence.tokens) - self.sequence.cached
 
     @property
     def decoding(self) -> bool:
-        """Whether a step brings it a token: all but the last are in the cache, and that one is its own."""
+        """Whether it is in the decode phase: all tokens but the last are in the cache, and the last one was generated."""
         return self.generated > 0 and self.missing == 1
 
     @property
     def room(self) -> int:
-        """Tokens it may still get."""
-        return self.most - self.generated
+        """Number of tokens that may still be generated."""
+        return self.max_tokens - self.generated
 
     def output(self) -> Output:
-        """An output with what is known of it, and nothing new."""
+        """Returns an output with the current counts and no new tokens."""
         return Output(
             self.request.id,
             prompt_tokens=len(self.request.prompt),

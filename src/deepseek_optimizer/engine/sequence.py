@@ -1,4 +1,4 @@
-"""One running sequence: its tokens, and which of them are in the cache; and what it has in a step."""
+"""A running sequence with its tokens and cache blocks, and its part in a step."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from ..cache import SequenceBlocks
 
 @dataclass(eq=False)
 class Sequence:
-    """Between steps all tokens but the last are in the cache.
+    """A sequence of tokens. Between steps, all but the last are in the cache.
 
     Attributes:
-        index: its number among those it runs with; stays the same when others leave.
-        tokens: of the prompt and generated, as the cache has them: no padding.
-        blocks: of the cache.
-        first_position: RoPE position of token 0; the others count on from there.
-        reach: for how many tokens its frequencies are made, where RoPE is dynamic: as many as it may get, for its whole life.
-            None: in each step for those that it has.
+        index: identifies the sequence among those it runs with; stays the same when others leave.
+        tokens: token ids of the prompt and the text, without padding.
+        blocks: its blocks of the cache.
+        first_position: RoPE position of token 0; those of the others follow.
+        reach: with dynamic RoPE, the length in tokens that the frequencies are scaled for: the maximum length of the sequence,
+            constant while it exists. None: in each step the current length.
     """
 
     index: int
@@ -31,7 +31,7 @@ class Sequence:
 
     @property
     def cached(self) -> int:
-        """Tokens in the cache."""
+        """Number of tokens in the cache."""
         return self.blocks.tokens
 
 
@@ -40,10 +40,11 @@ class Part:
     """One sequence's rows of a step.
 
     Attributes:
-        ids: tokens that go in.
-        start: the first one's place in the cache. Room for all is there already.
-        first_block: blocks of the sequence before this one are hidden from the step.
-        phase: DECODE or PREFILL: the kernel family.
+        sequence: the sequence.
+        ids: token ids to process.
+        start: slot of the first one in the sequence's cache. Room for all must be reserved already.
+        first_block: blocks of the sequence before this one are not visible in the step.
+        phase: DECODE or PREFILL, the kernel family to use.
     """
 
     sequence: Sequence
@@ -54,6 +55,6 @@ class Part:
 
 
 def rows_of(rows: Any, parts: list[Part]) -> list[Any]:
-    """What a step made, a row a token [T, ...], cut into the rows of each part."""
+    """Splits an output of a step, [T, ...] with one row per token, into the rows of each part."""
     counts = [len(part.ids) for part in parts]
     return [rows[end - count : end] for end, count in zip(accumulate(counts), counts, strict=True)]

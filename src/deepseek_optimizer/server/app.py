@@ -101,7 +101,7 @@ async def _sweep(state: ServerState) -> None:
     """Deletes expired files periodically, and checks whether the model's files were replaced."""
     while True:
         await asyncio.sleep(_SWEEP_SECONDS)
-        state.engine.tell_of_replaced_files()
+        state.engine.log_replaced_files()
         state.files.sweep()
         state.documents.sweep()
 

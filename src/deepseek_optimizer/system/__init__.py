@@ -1,1 +1,1 @@
-"""What the machine has and allows. Every function reads the system's files below a root, so that tests can bring their own."""
+"""Resources and limits of the machine. Functions read system files below a root directory, which tests can replace."""

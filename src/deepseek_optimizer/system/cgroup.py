@@ -1,7 +1,7 @@
-"""Control groups, v1 and v2: those that this process is in, and what they allow of processors' time.
+"""The control groups (v1 and v2) of this process, and their CPU quotas.
 
-Files: /proc/self/cgroup has this process's path in each hierarchy, /proc/self/mountinfo where each is mounted, and which of its
-groups is the root of that mount. Both are as seen from this process's cgroup namespace.
+/proc/self/cgroup has this process's path in each hierarchy; /proc/self/mountinfo has the mount point of each hierarchy and the
+group at the root of the mount. Both are relative to this process's cgroup namespace.
 """
 
 from __future__ import annotations
@@ -12,15 +12,17 @@ from pathlib import Path
 
 from .files import read_text
 
-_MOUNTS_V2 = ("/sys/fs/cgroup", "/sys/fs/cgroup/unified")  # where they lie by custom, if mountinfo can't be read
+_MOUNTS_V2 = ("/sys/fs/cgroup", "/sys/fs/cgroup/unified")  # conventional mount points, used if mountinfo cannot be read
 
 
 @dataclass(frozen=True)
 class ControlGroup:
-    """Attributes:
-    name: its path, such as `/system.slice/x.service`.
-    folder: of its files, below the root.
-    v2: whether it is of the unified hierarchy.
+    """A control group.
+
+    Attributes:
+        name: path of the group, such as `/system.slice/x.service`.
+        folder: directory of its files, below the root.
+        v2: whether it belongs to the unified hierarchy.
     """
 
     name: str
@@ -30,9 +32,11 @@ class ControlGroup:
 
 @dataclass(frozen=True)
 class _Mount:
-    """Attributes:
-    root: the group at the mount's root.
-    folder: where it is mounted.
+    """A mounted hierarchy.
+
+    Attributes:
+        root: the group at the root of the mount.
+        folder: the mount point.
     """
 
     root: str
@@ -40,10 +44,15 @@ class _Mount:
 
 
 def groups(root: Path, controller: str) -> Iterator[ControlGroup]:
-    """This process's group for a controller and all above it that can be seen, from the innermost on.
+    """Yields this process's group for a controller and all visible ancestors, starting with the innermost.
 
-    Where the process's path does not lie below the root of a mount, that root is the nearest group to be seen: `/../x` of a
-    process that was put into a cgroup namespace from outside, or a tree that is mounted from above the namespace's root.
+    If the process's path is not below the root of a mount, that root is the nearest visible group. This is the case for a path
+    like `/../x` of a process that was put into a cgroup namespace from outside, or if the hierarchy is mounted from above the
+    namespace's root.
+
+    Args:
+        root: directory with the system's files.
+        controller: name of the controller, such as "memory" or "cpu".
     """
     for line in read_text(root, "/proc/self/cgroup").splitlines():  # "id:controllers:path"; v2 is "0::path"
         _, _, rest = line.partition(":")
@@ -60,8 +69,8 @@ def groups(root: Path, controller: str) -> Iterator[ControlGroup]:
 
 
 def _mounts(root: Path, controller: str | None) -> list[_Mount]:
-    """Where a v1 controller's hierarchy is mounted; None: the unified one."""
-    found = []
+    """Returns the mounts of a v1 controller's hierarchy, or for None of the unified hierarchy."""
+    mounts = []
     table = read_text(root, "/proc/self/mountinfo")
     for line in table.splitlines():  # "36 35 98:0 ROOT FOLDER OPTIONS [more] - TYPE SOURCE SUPER_OPTIONS"
         mount, _, filesystem = line.partition(" - ")
@@ -69,9 +78,9 @@ def _mounts(root: Path, controller: str | None) -> list[_Mount]:
         if len(fields) < 5 or len(kind) < 3:
             continue
         if kind[0] == "cgroup2" if controller is None else kind[0] == "cgroup" and controller in kind[2].split(","):
-            found.append(_Mount(_unescaped(fields[3]), _unescaped(fields[4])))
+            mounts.append(_Mount(_unescaped(fields[3]), _unescaped(fields[4])))
     if table:
-        return found
+        return mounts
     folders = _MOUNTS_V2 if controller is None else [f"/sys/fs/cgroup/{controller}"]
     if controller == "cpu":
         folders = [*folders, "/sys/fs/cgroup/cpu,cpuacct"]
@@ -87,20 +96,20 @@ def _parts(path: str) -> list[str]:
 
 
 def cpu_quota(root: Path) -> float | None:
-    """Processors' worth of time that this process may use; None without a limit."""
+    """Returns the CPU quota of this process in CPUs, the smallest of all its groups; None without a limit."""
     quotas = []
     for group in groups(root, "cpu"):
         if group.v2:
             words = read_text(root, f"{group.folder}/cpu.max").split()
         else:
             words = [read_text(root, f"{group.folder}/cpu.cfs_{name}_us") for name in ("quota", "period")]
-        if len(words) == 2 and words[0].isdigit() and words[1].isdigit() and int(words[1]):  # "max" and -1 are no limits
+        if len(words) == 2 and words[0].isdigit() and words[1].isdigit() and int(words[1]):  # "max" and -1 mean no limit
             quotas.append(int(words[0]) / int(words[1]))
     return min(quotas, default=None)
 
 
 def throttled_periods(root: Path) -> int:
-    """How often the quota stopped this group, since it was made."""
+    """Returns the number of periods in which the quota throttled this process's group since its creation."""
     counts = [0]
     for group in groups(root, "cpu"):
         for line in read_text(root, f"{group.folder}/cpu.stat").splitlines():

@@ -1,4 +1,4 @@
-"""Files by which the kernel tells about itself and this process."""
+"""Reads files with information of the kernel, such as those in /proc."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ ROOT = Path("/")
 
 
 def read_text(root: Path, path: str) -> str:
-    """A system file's text without white space around it; "" where it can't be read."""
+    """Returns the text of a system file without surrounding white space; "" if it cannot be read."""
     try:
         return (root / path.lstrip("/")).read_text(encoding="utf-8", errors="replace").strip()
     except OSError:
@@ -16,10 +16,10 @@ def read_text(root: Path, path: str) -> str:
 
 
 def read_sizes(root: Path, path: str) -> dict[str, int]:
-    """Bytes by name, of a file of lines such as `MemTotal:  1024 kB` or `inactive_file 4096`."""
-    found = {}
+    """Returns sizes in bytes by name, from a file with lines such as `MemTotal:  1024 kB` or `inactive_file 4096`."""
+    sizes = {}
     for line in read_text(root, path).splitlines():
         words = line.replace(":", " ", 1).split()
         if len(words) in (2, 3) and words[1].isdigit():
-            found[words[0]] = int(words[1]) * (1024 if words[2:] == ["kB"] else 1)
-    return found
+            sizes[words[0]] = int(words[1]) * (1024 if words[2:] == ["kB"] else 1)
+    return sizes

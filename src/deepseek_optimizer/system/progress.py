@@ -1,4 +1,4 @@
-"""How far long work has come: a bar on a terminal, a plain line every ten seconds elsewhere, and nothing for quick work."""
+"""Progress of long operations: a bar on a terminal, a plain line every ten seconds elsewhere, nothing for short operations."""
 
 from __future__ import annotations
 
@@ -9,47 +9,53 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, TextIO
 
-FIRST_LINE_S = 2.0  # work that is over sooner prints no line
+FIRST_LINE_S = 2.0  # an operation that ends sooner prints no line
 NEXT_LINE_S = 10.0
 
 
 class Progress:
-    """Where one piece of work is. Call it with the units done and in total; a total of 0 means that it is not known yet."""
+    """Progress of one operation. Call it with the units done and in total.
+
+    Args:
+        description: the operation, such as "Loading SmolLM2".
+        clock: returns the time in seconds.
+    """
 
     def __init__(self, description: str, clock: Callable[[], float] = time.monotonic) -> None:
         self.description = description
         self.done, self.total, self.note = 0, 0, ""
         self._clock, self._start = clock, clock()
-        self._first: tuple[float, int] | None = None  # the first call: its time, and the units done by then
+        self._first: tuple[float, int] | None = None  # time of the first call, and the units done by then
 
     def __call__(self, done: int, total: int, note: str = "") -> None:
-        """
+        """Reports progress.
+
         Args:
-            done, total: in any unit.
-            note: what else to show beside them, such as the current loss.
+            done, total: units done and in total, in any unit; a total of 0: unknown.
+            note: text to show in addition, such as the current loss.
         """
         self.done, self.total, self.note = done, total, note or self.note
         if self._first is None:
             self._first = (self._clock(), done)
 
     def say(self, line: str) -> None:
-        """Prints a line of its own, where someone watches a terminal."""
+        """Prints a line, on a terminal only."""
 
     @property
     def seconds(self) -> float:
-        """Seconds since the work began."""
+        """Seconds since the start of the operation."""
         return self._clock() - self._start
 
     @property
     def seconds_left(self) -> float | None:
-        """At the rate since the first call; None until there is one."""
+        """Estimated seconds left, at the rate since the first call; None until progress has been reported."""
         if self._first is None or self.done <= self._first[1]:
             return None
         begun, units = self._first
         return (self._clock() - begun) * max(self.total - self.done, 0) / (self.done - units)
 
     def line(self) -> str:
-        """One line of text, such as "Loading model: 40%, 12 s left"."""
+        """Returns a line of text, such as "Loading model: 40%, 12 s left"."""
         parts = [f"{100 * self.done // self.total}%"] if self.total else []
         left = self.seconds_left
         parts.append(f"{duration(self.seconds)} so far" if left is None else f"{duration(left)} left")
@@ -57,7 +63,7 @@ class Progress:
 
 
 class _Bar(Progress):
-    """The same on a terminal."""
+    """Progress shown as a bar on a terminal."""
 
     def __init__(self, description: str, bar: Any) -> None:
         super().__init__(description)
@@ -73,11 +79,11 @@ class _Bar(Progress):
 
 @contextmanager
 def show_progress(description: str, unit: Literal["steps", "bytes"] = "steps") -> Iterator[Progress]:
-    """Shows on stderr how far the work inside the `with` has come. Yields what to call with it.
+    """Shows the progress of the operation in the `with` block on stderr. Yields the `Progress` to call.
 
     Args:
-        description: what is being done, such as "Loading SmolLM2".
-        unit: what is counted; a bar writes bytes as MB or GB.
+        description: the operation, such as "Loading SmolLM2".
+        unit: what is counted; a bar shows bytes as MB or GB.
     """
     if sys.stderr is not None and sys.stderr.isatty():
         with _bar(unit) as bar:
@@ -103,7 +109,7 @@ def _bar(unit: str) -> Any:
 
 
 def _write_lines(progress: Progress, stop: threading.Event, stream: TextIO | None) -> None:
-    """From a thread of its own, so that a step that takes minutes is no silence."""
+    """Prints lines until `stop` is set. Runs on its own thread, so that lines appear during steps that take minutes."""
     wait, written = FIRST_LINE_S, False
     try:
         while not stop.wait(wait):
@@ -111,12 +117,12 @@ def _write_lines(progress: Progress, stop: threading.Event, stream: TextIO | Non
             wait, written = NEXT_LINE_S, True
         if written:
             print(f"{progress.description}: {duration(progress.seconds)} in all", file=stream, flush=True)
-    except (OSError, ValueError):  # nobody reads any more: the pipe or the file is closed
+    except (OSError, ValueError):  # the pipe or file is closed
         return
 
 
 def duration(seconds: float) -> str:
-    """Such as "8 s", "3 min 20 s" or "2 h 5 min"."""
+    """Formats a duration, such as "8 s", "3 min 20 s" or "2 h 5 min"."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"

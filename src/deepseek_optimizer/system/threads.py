@@ -1,4 +1,4 @@
-"""Torch's threads beside those of the native backend."""
+"""Limits torch's threads while the native backend's threads run."""
 
 from __future__ import annotations
 
@@ -9,27 +9,29 @@ from contextlib import contextmanager
 import torch
 
 _lock = threading.Lock()
-_users: list[int] = []  # what each of those who are at it found; the process has one number of threads, so they share this
+_users: list[int] = []  # number of threads to restore, for each active context; the setting is process-wide
 
 
 @contextmanager
 def one_torch_thread() -> Iterator[None]:
-    """The products run on the backend's threads: torch's own, which spin for a while after each operation, would take their
-    cores from them at each change of hands. On two cores: 31 s for 1,024 tokens of SmolLM2 through its modules instead of 1.1;
-    a step of 13 ms instead of 8.5 where logits of 102,400 tokens are processed.
+    """Sets torch to one thread within the context.
 
-    Several threads may be in it at once: each leaves the number that the first one found.
+    Matrix products run on the backend's threads. Torch's threads, which spin for a while after each operation, would compete
+    with them for the cores. On two cores without this: 31 s instead of 1.1 s for 1,024 tokens of SmolLM2 through its modules; a
+    step of 13 ms instead of 8.5 ms when logits of 102,400 tokens are processed.
+
+    Several threads may be in the context at once; each restores the number of threads from before the first one entered.
     """
     with _lock:
-        # asked for in any case: a thread takes the process's number over at its first question, which were it to come after
-        # `set_num_threads` could be what another has put back meanwhile
-        here = torch.get_num_threads()
-        _users.append(_users[0] if _users else here)
-        found = _users[-1]
+        # Always read: a thread adopts the process's number at its first read. If that came after `set_num_threads`, it could
+        # be a number that another thread has restored meanwhile.
+        current = torch.get_num_threads()
+        _users.append(_users[0] if _users else current)
+        before = _users[-1]
         torch.set_num_threads(1)
     try:
         yield
     finally:
         with _lock:
             _users.pop()
-            torch.set_num_threads(found)
+            torch.set_num_threads(before)

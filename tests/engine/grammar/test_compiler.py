@@ -152,7 +152,7 @@ def test_strings_of_bounded_length_are_counted_in_characters(compiler, tokenizer
     compiled = compiler.json_schema({"type": "string", "maxLength": 6})
     assert follow(compiled, tokenizer, '"aé深👩 /"').finished
     for text in ('"\x01"', '"\x0b"', '"\n"', '"1234567"'):
-        with pytest.raises(ValueError, match="may not come"):
+        with pytest.raises(ValueError, match="is not allowed"):
             follow(compiled, tokenizer, text)
 
 
@@ -237,7 +237,7 @@ def test_what_is_taken_back_has_not_been(compiler, tokenizer):
         for token in ids[-back:]:
             grammar.accept(token)
     grammar = compiled.start()
-    with pytest.raises(ValueError, match="may not come"):
+    with pytest.raises(ValueError, match="is not allowed"):
         grammar.accept(ids[-1])
     assert follow(compiled, tokenizer, '{"a": 12}').finished
 
@@ -346,7 +346,7 @@ def test_a_compiler_that_is_killed_is_replaced(tokenizer):
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
     assert follow(compiler.regex("a"), tokenizer, "a").finished, "what is cached stays usable"
-    with pytest.raises(RequestError, match="ending"):
+    with pytest.raises(RequestError, match="shutting down"):
         compiler.regex("c")
 
 

@@ -138,7 +138,7 @@ def test_what_leaves_no_room_is_refused():
     core = make_core(blocks=40, context=512, cache_window=256)
     with pytest.raises(RequestError, match="pinned"):
         core.check(Request([1] * 400, endless(5), pinned=((0, 250),)))
-    with pytest.raises(RequestError, match="behind the prompt"):
+    with pytest.raises(RequestError, match="after the prompt"):
         core.check(Request([1] * 40, endless(5), pinned=((30, 50),)))
     with pytest.raises(RequestError, match="the window"):
         core.check(Request([1] * 300, embed=True))

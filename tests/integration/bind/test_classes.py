@@ -331,7 +331,7 @@ def test_a_missing_tensor_is_named(saved, tmp_path):
 def test_what_needs_a_head_is_refused(saved):
     with pytest.raises(ConfigError, match="kl_budget measures logits, and LlamaModel has none"):
         AutoModel.from_pretrained(saved("llama-gqa")[0], quantization_config=DeepSeekConfig(kl_budget=0.1, backend="reference"))
-    with pytest.raises(ConfigError, match="LlamaModel has no head to generate with"):
+    with pytest.raises(ConfigError, match="LlamaModel has no language model head"):
         make_engine(AutoModel.from_pretrained(saved("llama-gqa")[1]))
 
 

@@ -1,1 +1,1 @@
-"""Grammars that an answer must conform to."""
+"""Grammars for constrained decoding."""

@@ -1,7 +1,7 @@
-"""Grammars that an answer must keep to, by xgrammar: JSON, JSON schemas, regular expressions, EBNF, calls of tools.
+"""Compiles grammars with xgrammar: JSON, JSON schemas, regular expressions, EBNF, tool calls.
 
-They come from clients, so they are compiled in a process of its own, with limits (see `worker`), and cached. A grammar that
-can't be compiled, takes too long or would slow down each step is refused with the reason.
+Grammars come from clients, so they are compiled in worker processes with limits (see `system.sandbox.worker`) and cached. A
+grammar that cannot be compiled, takes too long or would slow down each step is refused with the reason.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ from .source import CallShape, GrammarSource, ebnf_source, object_source, regex_
 from .thoughts import AfterThoughts
 
 _JOB = Path(__file__).with_name("job.py")
-_MAX_BYTES = 1 << 25  # of a compiled grammar
-_NICE = 5  # of the processes: answers that are being written go first
-_CACHED, _CACHED_BYTES = 256, 1 << 27  # compiled grammars kept at most
+_MAX_BYTES = 1 << 25  # maximum size of a compiled grammar
+_NICE = 5  # niceness of the worker processes, so that running requests have precedence
+_CACHED, _CACHED_BYTES = 256, 1 << 27  # maximum number and total size of cached grammars
 
 
 class GrammarCompiler:
-    """Makes grammars for one model. Methods block, at most for as long as a job may take, and may be called by many threads.
+    """Compiles grammars for one model. Thread-safe; methods block until the grammar is compiled or a limit is reached.
 
     Args:
-        tokenizer: of Transformers.
-        vocab_size: of the model's logits: it may have more than the tokenizer has tokens, and those are never allowed.
-        stop_token_ids: that end a text, beside the tokenizer's end of text.
-        seconds: of CPU time that compiling one may take. A string of a bounded length of 128 or more takes one or two of them,
-            the others of a schema milliseconds.
-        memory: bytes that it may take.
-        workers: processes that compile, at most.
+        tokenizer: the model's Transformers tokenizer.
+        vocab_size: number of the model's logits; those beyond the tokenizer's tokens are never allowed.
+        stop_token_ids: tokens that end a text, in addition to the tokenizer's end-of-text token.
+        seconds: maximum CPU time to compile a grammar. A string with a maximum length of 128 or more takes one or two seconds,
+            other parts of a schema take milliseconds.
+        memory: maximum memory to compile a grammar, in bytes.
+        workers: maximum number of worker processes.
     """
 
     def __init__(
@@ -62,65 +62,69 @@ class GrammarCompiler:
         self._cache: OrderedDict[tuple[str, str], _Compiled | RequestError] = OrderedDict()
 
     def json_object(self) -> CompiledGrammar:
-        """Any JSON object."""
+        """Compiles a grammar for any JSON object."""
         return self.compile(object_source())
 
     def json_schema(self, schema: Mapping[str, Any] | str) -> CompiledGrammar:
-        """JSON that is valid under a schema; errors as of `schema_source` and `compile`."""
+        """Compiles a grammar for JSON that is valid under a schema; errors as of `schema_source` and `compile`."""
         return self.compile(schema_source(schema))
 
     def regex(self, pattern: str) -> CompiledGrammar:
-        """Text that a regular expression matches; errors as of `regex_source` and `compile`."""
+        """Compiles a grammar for text that a regular expression matches; errors as of `regex_source` and `compile`."""
         return self.compile(regex_source(pattern))
 
     def ebnf(self, text: str) -> CompiledGrammar:
-        """Text of a grammar in GBNF; errors as of `ebnf_source` and `compile`."""
+        """Compiles a grammar in GBNF; errors as of `ebnf_source` and `compile`."""
         return self.compile(ebnf_source(text))
 
     def tools(
         self, tools: Sequence[Mapping[str, Any]], choice: str, shape: CallShape, parallel: bool = True
     ) -> CompiledGrammar | None:
-        """Calls of tools; arguments and errors as of `tools_source` and `compile`. None: nothing is asked of the text."""
+        """Compiles a grammar for tool calls; arguments and errors as of `tools_source` and `compile`.
+
+        Returns: None if the text is not constrained.
+        """
         source = tools_source(tools, choice, shape, parallel)
         return None if source is None else self.compile(source)
 
     def known(self, source: GrammarSource) -> CompiledGrammar | None:
-        """What was compiled of this source before; None: nothing, so that `compile` would have work to do.
+        """Returns the cached grammar of a source; None: it is not cached, so `compile` would have to compile it.
 
         Raises:
-            RequestError: it was refused before.
+            RequestError: the grammar was refused before.
         """
         with self._lock:
-            found = self._cache.get((source.kind, source.text))
-            if found is not None:
+            cached = self._cache.get((source.kind, source.text))
+            if cached is not None:
                 self._cache.move_to_end((source.kind, source.text))
-        if isinstance(found, RequestError):
-            raise RequestError(source.field, str(found).partition(": ")[2])
-        return found
+        if isinstance(cached, RequestError):
+            raise RequestError(source.field, str(cached).partition(": ")[2])
+        return cached
 
     def compile(self, source: GrammarSource) -> CompiledGrammar:
-        """
+        """Compiles a grammar, or returns it from the cache.
+
         Raises:
-            RequestError: it is wrong, or can't be compiled within the limits.
-            WorkerLostError: something else ended the process that compiled it, twice.
-            EngineBusyError: others' grammars took all the time that one waits for them.
+            RequestError: the grammar is invalid, or cannot be compiled within the limits.
+            WorkerLostError: the worker process was killed from outside twice.
+            EngineBusyError: no worker became free in time.
         """
-        found = self.known(source)
-        if found is not None:
-            return found
-        made = self._make(source)
-        self._keep((source.kind, source.text), made)
-        if isinstance(made, RequestError):
-            raise made
-        return made
+        cached = self.known(source)
+        if cached is not None:
+            return cached
+        compiled = self._compile(source)
+        self._add_to_cache((source.kind, source.text), compiled)
+        if isinstance(compiled, RequestError):
+            raise compiled
+        return compiled
 
     def after_thoughts(self, grammar: CompiledGrammar, open_tag: str, close_tag: str, opened: bool) -> CompiledGrammar:
-        """A grammar for a model that thinks first: it begins behind the thoughts, which are free.
+        """Returns a grammar for a model that thinks first: thoughts are unconstrained, then `grammar` applies.
 
         Args:
-            grammar: of what follows them.
-            open_tag, close_tag: around thoughts, each one token.
-            opened: the prompt ends with the first; otherwise the model may begin with it, or not think.
+            grammar: grammar of the answer.
+            open_tag, close_tag: tags around thoughts, each a single token.
+            opened: the prompt ends with `open_tag`; otherwise the model may begin with it, or answer without thoughts.
 
         Raises:
             RequestError: the tokenizer has no such token.
@@ -128,12 +132,12 @@ class GrammarCompiler:
         ids = [self._tokenizer.convert_tokens_to_ids(tag) for tag in (open_tag, close_tag)]
         if any(i is None or i == self._tokenizer.unk_token_id for i in ids):
             raise RequestError(
-                "response_format", f"this model's tokenizer has no token {close_tag}, so its thoughts have no end"
+                "response_format", f"this model's tokenizer has no token {close_tag}, which must end the thoughts"
             )
         return AfterThoughts(grammar, None if opened else ids[0], ids[1], self._stops)
 
     def close(self) -> None:
-        """Ends the process; what was compiled stays usable."""
+        """Ends the worker processes; compiled grammars stay usable."""
         with self._lock:
             self._closed = True
             workers, self._workers = self._workers, None
@@ -141,30 +145,30 @@ class GrammarCompiler:
             workers.close()
 
     def start(self) -> None:
-        """Starts the processes, which takes seconds: the first grammars need not wait for them."""
+        """Starts the worker processes, which takes seconds, so that the first grammars need not wait for them."""
         self._started().start()
 
     @property
     def pids(self) -> list[int]:
-        """Of the processes that there are."""
+        """Process ids of the running workers."""
         with self._lock:
             return self._workers.pids if self._workers is not None else []
 
-    def _make(self, source: GrammarSource) -> _Compiled | RequestError:
+    def _compile(self, source: GrammarSource) -> _Compiled | RequestError:
         workers = self._started()
         try:
             text = workers.call({"kind": source.kind, "source": source.text})
         except JobError as error:
             return RequestError(source.field, str(error))
-        except WorkerError as error:  # not kept: it may have been the machine
+        except WorkerError as error:  # not cached: the machine may have been busy
             raise RequestError(source.field, str(error)) from None
         import xgrammar
 
         return _Compiled(xgrammar.CompiledGrammar.deserialize_json(text, self._info), self._vocab_size, self._stops)
 
-    def _keep(self, key: tuple[str, str], found: _Compiled | RequestError) -> None:
+    def _add_to_cache(self, key: tuple[str, str], compiled: _Compiled | RequestError) -> None:
         with self._lock:
-            self._cache[key] = found
+            self._cache[key] = compiled
             size = sum(_size(source, value) for (_, source), value in self._cache.items())
             while len(self._cache) > _CACHED or (size > _CACHED_BYTES and len(self._cache) > 1):
                 (_, source), oldest = self._cache.popitem(last=False)
@@ -173,10 +177,10 @@ class GrammarCompiler:
     def _started(self) -> WorkerPool:
         with self._lock:
             if self._closed:
-                raise RequestError("grammar", "the server is ending")
+                raise RequestError("grammar", "the server is shutting down")
             if self._workers is None:
                 self._info = _tokenizer_info(self._tokenizer, self._vocab_size, self._stops)
-                setup = {"tokenizer": self._info.serialize_json(), "most": _MAX_BYTES}
+                setup = {"tokenizer": self._info.serialize_json(), "max_bytes": _MAX_BYTES}
                 self._workers = WorkerPool(
                     _JOB, setup, self._count, patience=2 * self._seconds, seconds=self._seconds, memory=self._memory, nice=_NICE
                 )
@@ -184,12 +188,12 @@ class GrammarCompiler:
 
 
 class _Compiled:
-    """See `CompiledGrammar`.
+    """A `CompiledGrammar`.
 
     Args:
-        compiled: xgrammar's.
-        vocab_size: of the model.
-        stops: tokens that end a text.
+        compiled: xgrammar's compiled grammar.
+        vocab_size: number of the model's logits.
+        stops: end-of-text tokens.
     """
 
     def __init__(self, compiled: Any, vocab_size: int, stops: Sequence[int]) -> None:
@@ -205,11 +209,11 @@ class _Compiled:
 
 
 class _State:
-    """See `Grammar`. After an end of text there is nothing more but another one.
+    """A `Grammar`. After an end-of-text token, only end-of-text tokens are allowed.
 
     Args:
-        matcher: xgrammar's.
-        stops: a mask of the tokens that end a text.
+        matcher: xgrammar's matcher.
+        stops: bitmask of the end-of-text tokens.
     """
 
     def __init__(self, matcher: Any, stops: npt.NDArray[np.int32]) -> None:
@@ -222,9 +226,9 @@ class _State:
         return bool(self._matcher.fill_next_token_bitmask(bits.reshape(1, -1)))
 
     def accept(self, token: int) -> None:
-        """Raises ValueError for a token that may not come."""
+        """Advances by a token; raises ValueError if it is not allowed."""
         if not self._matcher.accept_token(token):
-            raise ValueError(f"token {token} may not come here in the grammar")
+            raise ValueError(f"token {token} is not allowed by the grammar at this position")
 
     def rollback(self, tokens: int) -> None:
         self._matcher.rollback(tokens)
@@ -236,29 +240,29 @@ class _State:
         if not self._matcher.is_completed():
             return False
         bits = np.empty_like(self._stops)
-        return self.mask(bits) and not np.any(bits & ~self._stops)  # nothing may come but the end
+        return self.mask(bits) and not np.any(bits & ~self._stops)  # only the end is allowed
 
 
 def _tokenizer_info(tokenizer: Any, vocab_size: int, stops: Sequence[int]) -> Any:
-    """xgrammar's view of the tokens: special ones have no text, since none of theirs comes into an answer."""
+    """Returns xgrammar's description of the vocabulary. Special tokens get no text, since their text is not part of answers."""
     try:
         import xgrammar
     except ImportError as error:
         raise RequestError(
-            "response_format", "grammars need xgrammar, which this server lacks: pip install 'deepseek-optimizer[serve]'"
+            "response_format", "grammars need xgrammar, which is not installed: pip install 'deepseek-optimizer[serve]'"
         ) from error
-    found = xgrammar.TokenizerInfo.from_huggingface(tokenizer, vocab_size=vocab_size, stop_token_ids=list(stops))
+    info = xgrammar.TokenizerInfo.from_huggingface(tokenizer, vocab_size=vocab_size, stop_token_ids=list(stops))
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    texts = [b"" if i in special else text for i, text in enumerate(found.decoded_vocab)]
+    texts = [b"" if i in special else text for i, text in enumerate(info.decoded_vocab)]
     return xgrammar.TokenizerInfo(
         texts,
         xgrammar.VocabType.RAW,
         vocab_size=vocab_size,
         stop_token_ids=list(stops),
-        add_prefix_space=found.add_prefix_space,
+        add_prefix_space=info.add_prefix_space,
     )
 
 
-def _size(source: str, found: _Compiled | RequestError) -> int:
-    """Bytes that a cached grammar takes."""
-    return len(source) + (found.compiled.memory_size_bytes if isinstance(found, _Compiled) else 0)
+def _size(source: str, compiled: _Compiled | RequestError) -> int:
+    """Returns the size of a cached grammar in bytes."""
+    return len(source) + (compiled.compiled.memory_size_bytes if isinstance(compiled, _Compiled) else 0)

@@ -1,4 +1,4 @@
-"""Compiles grammars with xgrammar in a worker (see `system.sandbox.worker`), and tries how long their steps take."""
+"""Compiles grammars with xgrammar in a worker process (see `system.sandbox.worker`) and times their steps."""
 
 from __future__ import annotations
 
@@ -9,22 +9,19 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-# The rule for a character of a string of bounded length, and what it should be: in xgrammar 0.2.8 it has control characters and
-# halves of surrogate pairs. It has no escapes: with them a mask takes a second.
+# xgrammar's rule for a character of a string of bounded length, and its replacement: in xgrammar 0.2.8 it allows control
+# characters and unpaired surrogates. The replacement has no escapes: with them, computing a mask takes a second.
 _CHARACTERS = re.compile(r"(?m)^(\w+ ::= \(\()\[\^\\\"\\\\\\r\\n\](\)\))$")
 _CHARACTER = r"[\U00000020-\U00000021\U00000023-\U0000005b\U0000005d-\U0000d7ff\U0000e000-\U0010ffff]"
-_WALKS, _STEPS = 4, 96  # of the trial
-_SLOW, _GROWING = (
-    2e-3,
-    3e-4,
-)  # seconds: a step that takes the first, or the second and ever more, is too slow for others to wait for
+_WALKS, _STEPS = 4, 96  # number of random texts to time, and of tokens of each
+_SLOW, _GROWING = 2e-3, 3e-4  # maximum seconds of a step, and of a step of a grammar whose steps get slower
 
 
 def prepare(setup: dict[str, Any]) -> Callable[[dict[str, Any]], Any]:
-    """See `system.sandbox.worker.Worker`.
+    """Prepares the job, see `system.sandbox.worker.Worker`.
 
     Args:
-        setup: {"tokenizer": xgrammar's TokenizerInfo as JSON, "most": bytes that a compiled grammar may have}.
+        setup: {"tokenizer": xgrammar's TokenizerInfo as JSON, "max_bytes": maximum size of a compiled grammar}.
     """
     import xgrammar
 
@@ -47,33 +44,33 @@ def prepare(setup: dict[str, Any]) -> Callable[[dict[str, Any]], Any]:
             compiled = kinds[payload["kind"]](payload["source"])
         except RuntimeError as error:
             raise ValueError(_reason(str(error))) from None
-        if compiled.memory_size_bytes > setup["most"]:
-            raise ValueError("it becomes too large; give it fewer alternatives, optional properties or repetitions")
+        if compiled.memory_size_bytes > setup["max_bytes"]:
+            raise ValueError("the grammar is too large; use fewer alternatives, optional properties or repetitions")
         _try(compiled, xgrammar)
         text = compiled.serialize_json()
-        if len(text) > setup["most"]:
-            raise ValueError("it becomes too large; give it fewer alternatives, optional properties or repetitions")
+        if len(text) > setup["max_bytes"]:
+            raise ValueError("the grammar is too large; use fewer alternatives, optional properties or repetitions")
         return text
 
     return run
 
 
 def _ebnf(enforced: dict[str, Any], xgrammar: Any) -> str:
-    """Of an `Enforced` schema: xgrammar's grammar with our patterns and characters in it.
+    """Converts an `Enforced` schema to EBNF: xgrammar's grammar with our rules for patterns and characters.
 
-    White space is fixed: a model that may write it can go on with it for ever.
+    White space is fixed: a model that may write any can repeat it without end.
     """
     text = str(xgrammar.Grammar.from_json_schema(json.dumps(enforced["schema"]), any_whitespace=False))
     for name, rules in enforced["rules"].items():
         place = f'Regex("^{name}$", json_string=true)'
         if place not in text:
-            raise ValueError("this release of xgrammar writes patterns in a way that is not known here")
+            raise ValueError("patterns are not supported with the installed release of xgrammar; remove the pattern")
         text = text.replace(place, name) + f"\n{rules}\n"
     return _CHARACTERS.sub(lambda rule: f"{rule[1]}{_CHARACTER}{rule[2]}", text)
 
 
 def _with_grammars(value: Any, xgrammar: Any) -> Any:
-    """A structural tag whose contents were `Enforced` schemas."""
+    """Replaces the `Enforced` schemas in a structural tag by grammars."""
     if isinstance(value, list):
         return [_with_grammars(item, xgrammar) for item in value]
     if not isinstance(value, dict):
@@ -84,7 +81,7 @@ def _with_grammars(value: Any, xgrammar: Any) -> Any:
 
 
 def _try(compiled: Any, xgrammar: Any) -> None:
-    """Follows a grammar along random tokens: an ambiguous one takes longer at each, and every answer beside it would wait."""
+    """Times a grammar on random texts; raises ValueError for an ambiguous one, whose slow steps would delay other requests."""
     import numpy as np
 
     tokenizer = compiled.tokenizer_info
@@ -95,10 +92,10 @@ def _try(compiled: Any, xgrammar: Any) -> None:
         times: list[float] = []
         while len(times) < _STEPS:
             began = time.perf_counter()
-            some = matcher.fill_next_token_bitmask(bits)
+            constrained = matcher.fill_next_token_bitmask(bits)
             taken = time.perf_counter() - began
             flags = np.unpackbits(bits.view(np.uint8)[0], bitorder="little")[: len(vocabulary)]
-            allowed = np.flatnonzero(flags) if some else np.arange(len(vocabulary))
+            allowed = np.flatnonzero(flags) if constrained else np.arange(len(vocabulary))
             drawn = [int(allowed[choose.randrange(len(allowed))]) for _ in range(16)] if len(allowed) else []
             drawn = [token for token in drawn if token not in stops]
             if not drawn:
@@ -111,9 +108,9 @@ def _try(compiled: Any, xgrammar: Any) -> None:
         if len(times) == _STEPS:
             early, late = (sorted(part)[len(part) // 2] for part in (times[16:48], times[-32:]))
             if late > _SLOW or (late > _GROWING and late > 1.6 * early):
-                raise ValueError("it is too ambiguous: there are too many ways to read one text")
+                raise ValueError("the grammar is too ambiguous: one text can be parsed in too many ways")
 
 
 def _reason(message: str) -> str:
-    """xgrammar's, without where in its sources it stands."""
-    return message.rpartition(".cc:")[2].partition(":")[2].strip()[:300] or "it is not well formed"
+    """Returns xgrammar's message without the place in its source code."""
+    return message.rpartition(".cc:")[2].partition(":")[2].strip()[:300] or "the grammar is not well formed"

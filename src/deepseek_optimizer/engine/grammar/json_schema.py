@@ -1,8 +1,8 @@
-"""JSON schemas made ready for xgrammar, so that every text of the grammar is valid under the schema.
+"""Prepares JSON schemas for xgrammar, so that every text that the grammar allows is valid under the schema.
 
-xgrammar leaves keywords out in silence that it can't express. Here each keyword is known: it is enforced, it is rewritten into
-one that is, it is an annotation and dropped, or the schema is refused. Where a schema leaves open what else may come, the
-grammar takes less: objects with `properties` have no others unless `additionalProperties` says so.
+xgrammar silently ignores keywords that it does not support. Here every keyword is enforced, rewritten into one that is,
+dropped as an annotation, or refused. Where a schema is open, the grammar allows less: objects with `properties` have no others
+unless `additionalProperties` is given.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from .schema_overlap import canonical, disjoint, is_of_type
 from .schema_shapes import FIELD, check_shapes, refuse
 
 MAX_DEPTH, MAX_NODES, MAX_BYTES = 32, 4_000, 1 << 18
-_MAX_EXCLUSIVE = 256  # branches of one oneOf, which are compared with one another
-_INDEX = re.compile(r"[0-9]{1,6}")  # into a list, in a reference
-_MAX_NESTING = 4 * MAX_DEPTH  # of lists and objects, values of enum and const among them
+_MAX_EXCLUSIVE = 256  # maximum number of branches of a oneOf, which are compared in pairs
+_INDEX = re.compile(r"[0-9]{1,6}")  # index into a list, in a reference
+_MAX_NESTING = 4 * MAX_DEPTH  # maximum depth of lists and objects, including values of enum and const
 _OF_TYPE = {
     "object": {"properties", "required", "additionalProperties", "minProperties", "maxProperties"},
     "array": {"items", "prefixItems", "minItems", "maxItems"},
@@ -40,7 +40,7 @@ _DAY = r"\d{4}-((0[13578]|1[02])-(0[1-9]|[12]\d|3[01])|(0[469]|11)-(0[1-9]|[12]\
 _TIME = r"([01]\d|2[0-3]):[0-5]\d:[0-5]\d(\.\d{1,6})?(Z|[+-]([01]\d|2[0-3]):[0-5]\d)"
 _BYTE = r"(25[0-5]|2[0-4]\d|1\d\d|[1-9]?\d)"
 _LABEL = r"[a-z]([a-z0-9]{0,20})"
-# What these formats allow, or a part of it; xgrammar's own allow a 31st of June.
+# Patterns that match these formats or a subset of them; xgrammar's own patterns allow June 31.
 _FORMATS = {
     "date": _DAY,
     "time": _TIME,
@@ -59,10 +59,11 @@ _OTHER_FORMATS = {
 
 @dataclass(frozen=True)
 class Enforced:
-    """
+    """A schema of which every keyword is enforced.
+
     Attributes:
-        schema: for xgrammar. A pattern `^NAME$` stands for the rule of that name.
-        rules: NAME -> that rule, and those that it needs, in EBNF.
+        schema: schema for xgrammar. A pattern `^NAME$` stands for the rule NAME.
+        rules: NAME -> the rule and those that it needs, in EBNF.
     """
 
     schema: dict[str, Any]
@@ -70,10 +71,13 @@ class Enforced:
 
 
 def normalise(schema: Any) -> Enforced:
-    """The schema that is compiled.
+    """Checks a JSON schema and rewrites it for xgrammar.
+
+    Args:
+        schema: a schema as JSON text or as parsed JSON.
 
     Raises:
-        RequestError: what can't be enforced, and where.
+        RequestError: the schema is invalid, too large, or has a keyword that cannot be enforced; names the place.
     """
     if isinstance(schema, str):
         try:
@@ -88,57 +92,57 @@ def normalise(schema: Any) -> Enforced:
         raise RequestError(FIELD, "must be plain JSON that is not nested too deeply") from None
     if len(text) > MAX_BYTES:
         raise RequestError(FIELD, f"is larger than {MAX_BYTES:,} characters")
-    schema = json.loads(text)  # of plain lists and objects, whose keys are strings
+    schema = json.loads(text)  # has only plain lists, and objects with string keys
     if _deeper(schema, _MAX_NESTING):
-        raise RequestError(FIELD, f"nests lists and objects more than {_MAX_NESTING} deep")
+        raise RequestError(FIELD, f"nests lists and objects more than {_MAX_NESTING} levels deep")
     normaliser = _Normaliser(schema)
     return Enforced(normaliser.whole(), normaliser.rules)
 
 
 class _Normaliser:
-    """Of one schema.
+    """Rewrites one schema.
 
-    What a reference leads to is rewritten like the rest, wherever it stands, and put into `$defs` under a name of its own: a
-    place that the schema doesn't have as a schema (a value of an enum, say) would otherwise be followed as it was written.
+    Targets of references are rewritten wherever they are, and put into `$defs` under new names. Otherwise xgrammar would follow
+    a reference to a place that is not rewritten, such as a value of an enum.
 
     Args:
-        root: that `$ref` points into: plain JSON.
+        root: the whole schema, which `$ref` points into, as plain JSON.
     """
 
     def __init__(self, root: Any) -> None:
         self._root, self._nodes = root, 0
-        self._names: dict[str, str] = {}  # of patterns
-        self.rules: dict[str, str] = {}  # of those names
-        self._shared: dict[int, str] = {}  # names in `$defs`, by the identity of what stands there
-        self._targets: list[tuple[Any, str]] = []  # of those names: what is to be rewritten, and where it stands
-        self._exclusive: list[tuple[list[Any], str]] = []  # branches of oneOf, and where: judged once all of them are checked
+        self._names: dict[str, str] = {}  # pattern -> rule name
+        self.rules: dict[str, str] = {}  # rule name -> rules
+        self._shared: dict[int, str] = {}  # id of a reference's target -> its name in `$defs`
+        self._targets: list[tuple[Any, str]] = []  # the targets with their JSON pointers, in the order of the names
+        self._exclusive: list[tuple[list[Any], str]] = []  # branches of each oneOf, JSON pointer; compared at the end
 
     def whole(self) -> dict[str, Any]:
         out = self.node(self._root, "#", 0)
-        shared = [self.node(target, at, 0) for target, at in self._targets]  # grows: one may refer to others
+        shared = [self.node(target, at, 0) for target, at in self._targets]  # grows meanwhile: targets may refer to others
         for branches, at in self._exclusive:
             if not disjoint([self._followed(branch) for branch in branches]):
-                refuse(at, "oneOf can't be enforced where two branches may both hold; use anyOf")
+                refuse(at, "oneOf can't be enforced if two branches may both be valid; use anyOf")
         if shared:
             out["$defs"] = dict(zip(self._shared.values(), shared, strict=True))
         return out
 
     def _share(self, target: Any, at: str) -> str:
-        """The name in `$defs` of a part of the schema."""
+        """Returns the name in `$defs` of a part of the schema."""
         if id(target) not in self._shared:
             self._shared[id(target)] = f"r{len(self._shared)}"
             self._targets.append((target, at))
         return self._shared[id(target)]
 
     def node(self, schema: Any, at: str, depth: int) -> dict[str, Any]:
-        """A schema in it, rewritten; `at`: where it stands."""
+        """Rewrites a part of the schema; `at` is its JSON pointer."""
         self._nodes += 1
         if depth > MAX_DEPTH or self._nodes > MAX_NODES:
-            raise RequestError(FIELD, f"has more than {MAX_NODES:,} parts, or some deeper than {MAX_DEPTH}")
+            raise RequestError(FIELD, f"has more than {MAX_NODES:,} parts, or is more than {MAX_DEPTH} levels deep")
         if schema is True:
             return {}
         if not isinstance(schema, dict):
-            refuse(at, "must be a schema, and not false, which nothing meets")
+            refuse(at, "must be a schema other than false, under which no value is valid")
         for key, value in schema.items():
             harmless = (
                 (key == "uniqueItems" and value is False)
@@ -171,25 +175,25 @@ class _Normaliser:
         return self._typed(schema, used, at, depth)
 
     def _reference(self, reference: str, at: str) -> str:
-        """To the same in `$defs`; checked to lead to a schema within, and not only to other references."""
+        """Returns the reference into `$defs` for a reference; checks that it ends at a schema, not in a cycle of references."""
         seen = set()
         pointer, target = reference, self._target(reference, at)
         while isinstance(target, dict) and isinstance(target.get("$ref"), str):
             if pointer in seen:
-                refuse(at, "$ref leads to itself")
+                refuse(at, "$ref refers to itself")
             seen.add(pointer)
             pointer = target["$ref"]
             target = self._target(pointer, at)
         if not isinstance(target, (dict, bool)):
-            refuse(at, f"$ref {excerpt(pointer)} leads to what is no schema")
+            refuse(at, f"$ref {excerpt(pointer)} does not refer to a schema")
         return f"#/$defs/{self._share(self._target(reference, at), reference)}"
 
     def _target(self, pointer: str, at: str) -> Any:
-        """What a reference points to."""
+        """Returns the target of a reference."""
         if not (pointer == "#" or pointer.startswith("#/")):
-            refuse(at, "$ref must point into the schema itself (#/...); nothing is fetched")
+            refuse(at, "$ref must refer to a part of this schema (#/...); nothing is fetched")
         if "~" in pointer or "%" in pointer:
-            refuse(at, "$ref with ~ or % can't be followed; rename what it points to")
+            refuse(at, "$ref with ~ or % is not supported; rename its target")
         target = self._root
         for part in pointer.split("/")[1:]:
             if isinstance(target, dict) and part in target:
@@ -197,11 +201,11 @@ class _Normaliser:
             elif isinstance(target, list) and _INDEX.fullmatch(part) and int(part) < len(target):
                 target = target[int(part)]
             else:
-                refuse(at, f"$ref {excerpt(pointer)} leads nowhere")
+                refuse(at, f"$ref {excerpt(pointer)} does not exist")
         return target
 
     def _followed(self, schema: Any) -> Any:
-        """What references lead to, which are known to end."""
+        """Follows references, which have been checked to end."""
         while isinstance(schema, dict) and "$ref" in schema:
             schema = self._target(schema["$ref"], "#")
         return schema
@@ -214,11 +218,11 @@ class _Normaliser:
         types = _types(schema)
         values = [value for value in values if types is None or any(is_of_type(value, name) for name in types)]
         if not values:
-            refuse(at, "enum, const and type leave no value")
+            refuse(at, "enum, const and type allow no value")
         return {"enum": values}
 
     def _choice(self, key: str, schema: Mapping[str, Any], used: set[str], at: str, depth: int) -> dict[str, Any]:
-        """`anyOf` and `oneOf`. A type beside them goes into the branches."""
+        """Rewrites `anyOf` or `oneOf`. A type next to it is moved into the branches."""
         _alone(key, used - {"type"}, at)
         branches = schema[key]
         if key == "oneOf" and len(branches) > _MAX_EXCLUSIVE:
@@ -226,7 +230,7 @@ class _Normaliser:
         if "type" in used:
             for branch in branches:
                 if not isinstance(branch, dict) or branch.get("type", schema["type"]) != schema["type"] or "$ref" in branch:
-                    refuse(at, f"type beside {key} can't be enforced; write it in each branch")
+                    refuse(at, f"type together with {key} can't be enforced; write it in each branch")
             branches = [{**branch, "type": schema["type"]} for branch in branches]
         if key == "oneOf":
             self._exclusive.append((branches, at))
@@ -260,15 +264,15 @@ class _Normaliser:
         for key in required:
             if key not in properties:
                 if more is False:
-                    refuse(at, f"requires {shown(key)}, which properties do not have")
+                    refuse(at, f"requires {shown(key)}, which is not in properties")
                 properties[key] = more
-        least, most = schema.get("minProperties"), schema.get("maxProperties")
-        if least is not None and least > len(set(required)):
+        minimum, maximum = schema.get("minProperties"), schema.get("maxProperties")
+        if minimum is not None and minimum > len(set(required)):
             if more is not False:
-                refuse(at, "minProperties can't be enforced where names are free; name them as required")
-            out["minProperties"] = least
-        if most is not None:
-            out["maxProperties"] = most
+                refuse(at, "minProperties can't be enforced for arbitrary names; list the names in required")
+            out["minProperties"] = minimum
+        if maximum is not None:
+            out["maxProperties"] = maximum
         if properties:
             out["properties"] = properties
         return {**out, "required": sorted(set(required), key=list(properties).index), "additionalProperties": more}
@@ -276,20 +280,20 @@ class _Normaliser:
     def _array(self, schema: Mapping[str, Any], name: str, at: str, depth: int) -> dict[str, Any]:
         out: dict[str, Any] = {"type": "array"}
         prefix = schema.get("prefixItems", [])
-        least, most = schema.get("minItems"), schema.get("maxItems")
-        more = schema.get("items", not prefix or (least or 0) > len(prefix))
+        minimum, maximum = schema.get("minItems"), schema.get("maxItems")
+        more = schema.get("items", not prefix or (minimum or 0) > len(prefix))
         if prefix:
             out["prefixItems"] = [self.node(item, f"{at}/prefixItems/{i}", depth + 1) for i, item in enumerate(prefix)]
         out["items"] = more if more is False else self.node(more, f"{at}/items", depth + 1)
-        if least is not None:
-            out["minItems"] = least
-        if most is not None:
-            out["maxItems"] = most
+        if minimum is not None:
+            out["minItems"] = minimum
+        if maximum is not None:
+            out["maxItems"] = maximum
         return out
 
     def _text(self, schema: Mapping[str, Any], name: str, at: str, depth: int) -> dict[str, Any]:
         out: dict[str, Any] = {"type": "string"}
-        least, most = schema.get("minLength") or None, schema.get("maxLength")
+        minimum, maximum = schema.get("minLength") or None, schema.get("maxLength")
         shape = schema.get("format")
         if shape in _OTHER_FORMATS:
             refuse(at, f"format {shape} can't be enforced")
@@ -297,16 +301,16 @@ class _Normaliser:
         if "pattern" in schema and shape in _FORMATS:
             refuse(at, "pattern and format can't both be enforced")
         if pattern is not None:
-            if least is not None or most is not None:
-                refuse(at, "minLength and maxLength can't be enforced beside pattern or format")
+            if minimum is not None or maximum is not None:
+                refuse(at, "minLength and maxLength can't be enforced together with pattern or format")
             try:
                 return {**out, "pattern": self._placeholder(pattern)}
             except ValueError as error:
                 refuse(at, f"pattern: {error}")
-        if least is not None:
-            out["minLength"] = least
-        if most is not None:
-            out["maxLength"] = most
+        if minimum is not None:
+            out["minLength"] = minimum
+        if maximum is not None:
+            out["maxLength"] = maximum
         return out
 
     def _placeholder(self, pattern: str) -> str:
@@ -318,7 +322,7 @@ class _Normaliser:
     def _number(self, schema: Mapping[str, Any], name: str, at: str, depth: int) -> dict[str, Any]:
         bounds = {key: schema[key] for key in _OF_TYPE[name] if key in schema}
         if {"minimum", "exclusiveMinimum"} <= bounds.keys() or {"maximum", "exclusiveMaximum"} <= bounds.keys():
-            refuse(at, "one bound of a kind only, exclusive or not")
+            refuse(at, "a bound and its exclusive form can't both be given; use one bound")
         return {"type": name, **(_whole(bounds) if name == "integer" else bounds)}
 
     def _each(self, schemas: Mapping[str, Any], at: str, depth: int) -> dict[str, Any]:
@@ -328,7 +332,7 @@ class _Normaliser:
 def _alone(key: str, used: set[str], at: str) -> None:
     others = used - {key}
     if others:
-        refuse(at, f"{', '.join(sorted(others))} beside {key} can't be enforced")
+        refuse(at, f"{', '.join(sorted(others))} together with {key} can't be enforced")
 
 
 def _types(schema: Mapping[str, Any]) -> list[str] | None:
@@ -338,10 +342,10 @@ def _types(schema: Mapping[str, Any]) -> list[str] | None:
     return [name for name in types if name != "integer" or "number" not in types]
 
 
-def _deeper(value: Any, most: int) -> bool:
-    """Whether lists and objects nest deeper. Level by level, so that no depth can exhaust the stack."""
+def _deeper(value: Any, max_depth: int) -> bool:
+    """Whether lists and objects are nested more than `max_depth` levels. Not recursive, so that no depth exhausts the stack."""
     level = [value]
-    for _ in range(most + 1):
+    for _ in range(max_depth + 1):
         level = [
             child
             for item in level
@@ -353,7 +357,7 @@ def _deeper(value: Any, most: int) -> bool:
 
 
 def _whole(bounds: Mapping[str, int | float]) -> dict[str, int]:
-    """Bounds of integers, as integers that are allowed themselves."""
+    """Converts bounds of integers to inclusive integer bounds."""
     out = {}
     for key, value in bounds.items():
         if key == "minimum":

@@ -1,9 +1,10 @@
-"""Regular expressions as grammars that never take long: one rule a state of the deterministic automaton.
+"""Converts regular expressions to grammars with bounded step times: one rule per state of a deterministic automaton.
 
-xgrammar's own ways either take too much where repetitions stand in alternatives (0.2.8, in JSON schemas: `(a{0,3}|a)` takes any
-number of a) or follow every way to read a text, of which there may be too many to wait for. Here a text has one way only.
+xgrammar's own conversions are either wrong for repetitions in alternatives (0.2.8, in JSON schemas: `(a{0,3}|a)` accepts any
+number of a) or follow every possible parse of a text, of which there may be too many. Here every text has a single parse.
 
-Where dialects differ, the grammar has what all of them take: the whole text matches, and what is "not a digit" is so in ASCII.
+Where dialects differ, the grammar accepts what all of them accept: the whole text must match, and negated shorthands such as
+\\D match ASCII characters only.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ from collections.abc import Iterable, Iterator
 from typing import Any, NoReturn
 
 _MAX_DEPTH, _LAST = 50, 0x10FFFF
-_MAX_NODES, _MAX_STATES, _MAX_EDGES = 4_000, 1_000, 100_000  # of the automata, and of the work to make one
+_MAX_NODES, _MAX_STATES, _MAX_EDGES = 4_000, 1_000, 100_000  # limits of the automata, and of the work to construct one
 _NO_TEXT = ((0, 0), (0xD800, 0xDFFF))
-_ESCAPED = ((0, 0x1F), (0x22, 0x22), (0x5C, 0x5C), (0x7F, 0x7F))  # in a JSON string
+_ESCAPED = ((0, 0x1F), (0x22, 0x22), (0x5C, 0x5C), (0x7F, 0x7F))  # characters not written literally in a JSON string
 _SHORTHANDS = {"d": ((48, 57),), "w": ((48, 57), (65, 90), (95, 95), (97, 122)), "s": ((9, 13), (32, 32))}
 _CONTROLS = {"n": "\n", "t": "\t", "r": "\r", "f": "\f", "v": "\v", "0": "\0"}
 _COUNT = re.compile(r"\{(\d{1,5})(,(\d{0,5}))?\}")
@@ -27,21 +28,21 @@ Node = tuple[Any, ...]  # ("chars", ranges), ("all", nodes), ("any", nodes), ("r
 
 
 def to_rules(pattern: str, name: str, *, json_string: bool) -> str:
-    """Rules of EBNF, the first of them `name`.
+    """Converts a regular expression to EBNF rules, the first of which is `name`.
 
     Args:
         pattern: regular expression.
-        name: of rules that stand nowhere else: others begin with it too.
-        json_string: the text stands between the quotes of a JSON string. Characters that JSON must escape are left out of
-            classes, and escaped where they are named.
+        name: name of the first rule and prefix of all other rules' names; must be unique.
+        json_string: the text is inside the quotes of a JSON string. Characters that JSON must escape are removed from classes,
+            and escaped where they are literals.
 
     Raises:
-        ValueError: it is no regular expression, has what no grammar can express, or becomes too large.
+        ValueError: the pattern is not a regular expression, is not supported, or is too large.
     """
     reader = _Reader(pattern, json_string)
     node = reader.alternatives(0)
     if reader.at < len(pattern):
-        reader.fail("a parenthesis is not open")
+        reader.fail("unmatched closing parenthesis")
     automaton = _Automaton()
     end = automaton.add(node, 0)
     names = [name] + [f"{name}_{i}" for i in range(1, _MAX_STATES)]
@@ -53,7 +54,7 @@ def to_rules(pattern: str, name: str, *, json_string: bool) -> str:
 
 
 class _Reader:
-    """Reads one pattern from the left.
+    """Recursive descent parser of a pattern.
 
     Args:
         pattern: regular expression.
@@ -80,12 +81,12 @@ class _Reader:
 
     def _next(self) -> str:
         if self.at >= len(self.text):
-            self.fail("it ends too soon")
+            self.fail("unexpected end of the pattern")
         self.at += 1
         return self.text[self.at - 1]
 
     def _sequence(self, depth: int) -> Node:
-        """Up to a bar, a closing parenthesis or the end. Anchors may stand at the ends of the outermost ones only."""
+        """Parses up to a bar, a closing parenthesis or the end. Anchors are allowed only at the ends of outermost sequences."""
         parts: list[Node] = []
         if depth == 0 and self._peek() == "^":
             self.at += 1
@@ -105,10 +106,10 @@ class _Reader:
         if character == ".":
             return self._of(_without([(0, _LAST)], [(10, 10), (13, 13), (0x2028, 0x2029)]))
         if character == "\\":
-            found = self._escape()
-            return self._literal(found) if isinstance(found, str) else self._of(found)
+            escaped = self._escape()
+            return self._literal(escaped) if isinstance(escaped, str) else self._of(escaped)
         if character in "*+?{}]^$":
-            self.fail(f"{character} can't stand here")
+            self.fail(f"{character} is not allowed here")
         return self._literal(character)
 
     def _group(self, depth: int) -> Node:
@@ -130,19 +131,19 @@ class _Reader:
             low = int(counted[1])
             high = low if counted[2] is None else int(counted[3]) if counted[3] else None
             if high is not None and high < low:
-                self.fail("a repetition has its bounds the wrong way round")
+                self.fail("the upper bound of a repetition is below its lower bound")
         elif self._peek() and self._peek() in "*+?":
             low, high = {"*": (0, None), "+": (1, None), "?": (0, 1)}[self._next()]
         else:
             return atom
-        if self._peek() == "?":  # as few as may be: of the whole text that says nothing
+        if self._peek() == "?":  # lazy: no difference when the whole text must match
             self.at += 1
         if self._peek() and self._peek() in "*+{":
             self.fail("a repetition can't be repeated")
         return "repeat", atom, low, high
 
     def _escape(self) -> str | Ranges:
-        """Behind a backslash: one character, or ranges of them."""
+        """Parses the rest of an escape after the backslash: a character, or ranges of characters."""
         character = self._next()
         if character in _SHORTHANDS:
             return list(_SHORTHANDS[character])
@@ -179,7 +180,7 @@ class _Reader:
                 character = self._next()
                 end = self._escape() if character == "\\" else character
                 if not isinstance(end, str) or end < low:
-                    self.fail("a range of characters has no end, or one before its beginning")
+                    self.fail("a range of characters has no end, or ends before it begins")
                 high = end
             ranges.append((ord(low), ord(high)))
         if negated:
@@ -187,11 +188,11 @@ class _Reader:
         return self._of(ranges)
 
     def _of(self, ranges: Ranges) -> Node:
-        """One character of a class."""
-        found = _without(ranges, [*_NO_TEXT, *(_ESCAPED if self._json else ())])
-        if not found:
-            self.fail("there is no character of this kind that the text can hold as it is")
-        return "chars", found
+        """Returns the node for one character of a class."""
+        allowed = _without(ranges, [*_NO_TEXT, *(_ESCAPED if self._json else ())])
+        if not allowed:
+            self.fail("no character of this class can be written in the text without an escape")
+        return "chars", allowed
 
     def _literal(self, character: str) -> Node:
         written = json.dumps(character, ensure_ascii=False)[1:-1] if self._json else character
@@ -201,21 +202,21 @@ class _Reader:
 
 
 class _Automaton:
-    """Of nodes, the first is 0. Edges have a range of characters, or none."""
+    """A nondeterministic automaton; node 0 is the start."""
 
     def __init__(self) -> None:
-        self._edges: list[list[tuple[int, int, int]]] = [[]]  # of each node: (first character, last, to)
-        self._free: list[list[int]] = [[]]
+        self._edges: list[list[tuple[int, int, int]]] = [[]]  # for each node: (first character, last, target)
+        self._free: list[list[int]] = [[]]  # for each node: targets of edges without a character
 
     def _new(self) -> int:
         if len(self._edges) == _MAX_NODES:
-            raise ValueError("it becomes too large; give it fewer repetitions")
+            raise ValueError("the pattern is too large; use fewer repetitions")
         self._edges.append([])
         self._free.append([])
         return len(self._edges) - 1
 
     def add(self, node: Node, begin: int) -> int:
-        """What a node of the expression says, from a node of the automaton on; returns where it ends."""
+        """Adds a node of the expression, starting at node `begin` of the automaton; returns the node where it ends."""
         kind = node[0]
         if kind == "chars":
             end = self._new()
@@ -236,7 +237,7 @@ class _Automaton:
         for _ in range(low):
             begin = self.add(inner, begin)
         end = self._new()
-        if high is None:  # a loop of its own nodes
+        if high is None:  # a loop with its own nodes
             first = self._new()
             self._free[begin].append(first)
             self._free[first].append(end)
@@ -249,24 +250,24 @@ class _Automaton:
         return end
 
     def _closure(self, nodes: Iterable[int]) -> frozenset[int]:
-        found, todo = set(nodes), list(nodes)
+        reached, todo = set(nodes), list(nodes)
         while todo:
             for node in self._free[todo.pop()]:
-                if node not in found:
-                    found.add(node)
+                if node not in reached:
+                    reached.add(node)
                     todo.append(node)
-        return frozenset(found)
+        return frozenset(reached)
 
     def deterministic(self, end: int) -> list[tuple[dict[int, Ranges], bool]]:
-        """States: where which characters lead, and whether the text may end."""
+        """Converts to a deterministic automaton; returns (target -> ranges of characters, whether it accepts) of each state."""
         states = {self._closure([0]): 0}
         out: list[tuple[dict[int, Ranges], bool]] = []
         todo, work = list(states), 0
-        for state in todo:  # grows
+        for state in todo:  # grows meanwhile
             edges = [edge for node in state for edge in self._edges[node]]
             work += len(edges) + len(state)
             targets: dict[int, Ranges] = {}
-            for low, high, nodes in _pieces(edges):
+            for low, high, nodes in _disjoint(edges):
                 reached = self._closure(nodes)
                 work += len(reached)
                 if reached not in states:
@@ -274,13 +275,13 @@ class _Automaton:
                     todo.append(reached)
                 targets.setdefault(states[reached], []).append((low, high))
                 if len(states) > _MAX_STATES or work > _MAX_EDGES:
-                    raise ValueError("it becomes too large; give it fewer repetitions and alternatives")
+                    raise ValueError("the pattern is too large; use fewer repetitions and alternatives")
             out.append((targets, end in state))
         return out
 
 
-def _pieces(edges: list[tuple[int, int, int]]) -> Iterator[tuple[int, int, frozenset[int]]]:
-    """Ranges that do not overlap, with all that each leads to."""
+def _disjoint(edges: list[tuple[int, int, int]]) -> Iterator[tuple[int, int, frozenset[int]]]:
+    """Yields disjoint ranges with all targets of each."""
     starts: dict[int, list[int]] = {}
     stops: dict[int, list[int]] = {}
     for low, high, node in edges:
@@ -297,7 +298,7 @@ def _pieces(edges: list[tuple[int, int, int]]) -> Iterator[tuple[int, int, froze
 
 
 def _without(ranges: Ranges, taken: Ranges) -> Ranges:
-    """What is left of ranges, in order."""
+    """Returns `ranges` without the characters in `taken`, in ascending order."""
     out: Ranges = []
     for low, high in _merged(ranges):
         for t_low, t_high in _merged(taken):

@@ -1,6 +1,6 @@
-"""Whether two schemas may both hold for one value, as far as can be seen without solving them; `oneOf` needs that none do.
+"""Conservative test whether a value can be valid under two schemas, without solving them; `oneOf` requires that none can.
 
-What is compared must have been checked (`schema_shapes.check_shapes`) and hold no reference at its top.
+The schemas must have been checked (`schema_shapes.check_shapes`) and must not be references.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from .schema_shapes import TYPES
 
 
 def disjoint(schemas: Sequence[Any]) -> bool:
-    """Whether no value meets two of them: by their types, their listed values, or those of a required property."""
+    """Whether no value is valid under two of the schemas, by types, enumerated values, or those of a required property."""
     facts = [_facts(schema) for schema in schemas]
     return all(_differ(a, b) for i, a in enumerate(facts) for b in facts[:i])
 
 
 def is_of_type(value: Any, name: str) -> bool:
-    """Whether a value of JSON has a type of JSON schema."""
+    """Whether a JSON value has the JSON schema type `name`."""
     if isinstance(value, bool) or value is None:
         return name == ("null" if value is None else "boolean")
     if isinstance(value, (int, float)):
@@ -29,7 +29,7 @@ def is_of_type(value: Any, name: str) -> bool:
 
 
 def canonical(value: Any) -> str:
-    """The same text for values that are equal in JSON schema: 1 and 1.0 are, 1 and true are not."""
+    """Returns a text that is the same for values that JSON schema regards as equal: 1 and 1.0 are, 1 and true are not."""
     return json.dumps(_with_integers(value), sort_keys=True)
 
 
@@ -45,12 +45,12 @@ def _with_integers(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class _Facts:
-    """What is known of all values of a schema.
+    """What holds for all values that are valid under a schema.
 
     Attributes:
-        types: one of these.
-        values: one of these, in `canonical` form; None: not known.
-        required: property -> the values that it must have one of.
+        types: the possible types.
+        values: the possible values in `canonical` form; None: unknown.
+        required: required property -> its possible values in `canonical` form.
     """
 
     types: frozenset[str]
@@ -78,14 +78,14 @@ def _facts(schema: Any) -> _Facts:
 
 
 def _listed(schema: Any) -> list[Any] | None:
-    """The values of an enum or a const."""
+    """Returns the values of an enum or const; None: the schema has neither."""
     if not isinstance(schema, dict):
         return None
     return [schema["const"]] if "const" in schema else schema.get("enum")
 
 
 def _differ(a: _Facts, b: _Facts) -> bool:
-    """Whether no value meets both schemas."""
+    """Whether no value is valid under both schemas."""
     if not a.types & b.types:
         return True
     if a.values is not None and b.values is not None:

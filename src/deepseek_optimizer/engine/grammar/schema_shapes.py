@@ -1,6 +1,6 @@
-"""What the value of each keyword of a JSON schema must be.
+"""Checks the values of JSON schema keywords.
 
-Checked of a whole schema object before any of its keywords is used, so that whoever uses one can rely on it.
+A whole schema object is checked before any of its keywords is used, so that the code that uses a keyword can rely on its value.
 """
 
 from __future__ import annotations
@@ -18,18 +18,24 @@ FIELD = "json_schema"
 
 
 def refuse(at: str, message: str) -> NoReturn:
-    """
+    """Raises RequestError for a part of a schema.
+
     Args:
-        at: where in the schema, as a JSON pointer.
-        message: what is wrong there.
+        at: the part, as a JSON pointer.
+        message: what is wrong with it.
     """
     raise RequestError(FIELD, f"{excerpt(at)}: {message}")
 
 
 def check_shapes(schema: Mapping[str, Any], at: str) -> None:
-    """
+    """Checks the values of all known keywords of a schema object.
+
+    Args:
+        schema: the schema object.
+        at: its JSON pointer, for errors.
+
     Raises:
-        RequestError: a keyword's value is not of the kind that the keyword takes.
+        RequestError: a keyword's value is invalid.
     """
     for keyword, value in schema.items():
         if keyword in _SHAPES:
@@ -50,7 +56,7 @@ def _is_count(value: Any) -> bool:
 def _is_number(value: Any) -> bool:
     if isinstance(value, float):
         return math.isfinite(value)
-    return isinstance(value, int) and not isinstance(value, bool) and abs(value) <= 1 << 1000  # what fits in a float
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) <= 1 << 1000  # fits in a float
 
 
 def _is_schema(value: Any) -> bool:
@@ -80,7 +86,7 @@ _SHAPES: dict[str, _Shape] = {
     "additionalProperties": (_is_schema, "a schema"),
     "minProperties": _COUNT,
     "maxProperties": _COUNT,
-    "items": (_is_schema, "one schema; those of each place go into prefixItems"),
+    "items": (_is_schema, "one schema; put schemas of single positions into prefixItems"),
     "prefixItems": (lambda value: isinstance(value, list) and all(map(_is_schema, value)), "a list of schemas"),
     "minItems": _COUNT,
     "maxItems": _COUNT,

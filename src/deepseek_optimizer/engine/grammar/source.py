@@ -1,6 +1,6 @@
-"""What a grammar is compiled from, made of what clients send: schemas, regular expressions, EBNF, tools. Quick, and no process.
+"""Sources of grammars, from clients' schemas, regular expressions, EBNF and tools. Fast, and without a worker process.
 
-Sizes are bounded here, before anything is compiled.
+Sizes are limited here, before anything is compiled.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ _MAX_OF_TOOLS = 1 << 20  # characters of the schemas of all tools together
 
 
 class GrammarSource(NamedTuple):
-    """
+    """The checked source of a grammar.
+
     Attributes:
-        kind: of the job that compiles it (`grammar_job`).
-        text: for that job.
-        field: of the request, which errors name.
+        kind: kind of source, which selects the compiler in `job`.
+        text: the source.
+        field: field of the request that it comes from, for errors.
     """
 
     kind: str
@@ -33,7 +34,7 @@ class GrammarSource(NamedTuple):
 
 @dataclass(frozen=True)
 class CallShape:
-    """How a model writes calls of tools: `begin (before NAME between ARGUMENTS after, separator between them) end`."""
+    """How a model writes tool calls: begin, calls (before NAME between ARGUMENTS after) joined by separator, end."""
 
     before: str
     between: str
@@ -44,24 +45,24 @@ class CallShape:
 
 
 def object_source() -> GrammarSource:
-    """Any JSON object."""
+    """Returns the source for any JSON object."""
     return GrammarSource("json_object", "", "response_format")
 
 
 def schema_source(schema: Mapping[str, Any] | str) -> GrammarSource:
-    """JSON that is valid under a schema. Of what it leaves open, the grammar may allow less.
+    """Returns the source for JSON that is valid under a schema. The grammar may allow less than the schema.
 
     Raises:
-        RequestError: the schema is wrong, too large, or has what can't be enforced.
+        RequestError: the schema is invalid, too large, or has keywords that cannot be enforced.
     """
     return _checked("json_schema", json.dumps(asdict(normalise(schema))), "json_schema")
 
 
 def regex_source(pattern: str) -> GrammarSource:
-    """Text that a regular expression matches from beginning to end; errors as of `schema_source`."""
-    most = _MAX_CHARACTERS["regex"]
-    if not isinstance(pattern, str) or not 0 < len(pattern) <= most:
-        raise RequestError("regex", f"must be a string of 1 to {most} characters")
+    """Returns the source for text that a regular expression matches as a whole; errors as of `schema_source`."""
+    max_characters = _MAX_CHARACTERS["regex"]
+    if not isinstance(pattern, str) or not 0 < len(pattern) <= max_characters:
+        raise RequestError("regex", f"must be a string of 1 to {max_characters} characters")
     try:
         rules = to_rules(pattern, "root", json_string=False)
     except ValueError as error:
@@ -70,7 +71,7 @@ def regex_source(pattern: str) -> GrammarSource:
 
 
 def ebnf_source(text: str) -> GrammarSource:
-    """Text of a grammar in GBNF, llama.cpp's notation, whose first rule is `root`; errors as of `schema_source`."""
+    """Returns the source for a grammar in GBNF, llama.cpp's notation, with start rule `root`; errors as of `schema_source`."""
     if not isinstance(text, str) or not 0 < len(text) <= _MAX_CHARACTERS["ebnf"]:
         raise RequestError("grammar", f"must be a string of 1 to {_MAX_CHARACTERS['ebnf']} characters")
     return _checked("ebnf", text, "grammar")
@@ -79,14 +80,15 @@ def ebnf_source(text: str) -> GrammarSource:
 def tools_source(
     tools: Sequence[Mapping[str, Any]], choice: str, shape: CallShape, parallel: bool = True
 ) -> GrammarSource | None:
-    """Calls whose arguments are valid under the tools' schemas, and nothing else.
+    """Returns the source for tool calls whose arguments are valid under the tools' schemas, without other text.
 
     Args:
-        tools: as OpenAI's API has them.
-        choice: "required" for a call of any of them, or the name of the one to call. With "auto" and "none" nothing can be
-            asked of the text, and there is no grammar.
+        tools: tools in the format of OpenAI's API.
+        choice: "required" to call any of them, or the name of the tool to call. With "auto" and "none" there is no grammar.
         shape: how the model writes calls.
-        parallel: whether there may be several.
+        parallel: whether several calls are allowed.
+
+    Returns: None if the text is not constrained.
 
     Raises:
         RequestError: as of `schema_source`, or there is no tool to call.
@@ -98,8 +100,8 @@ def tools_source(
         raise RequestError("tool_choice", f"there is no tool {shown(choice)}" if tools else "there are no tools to call")
     size = sum(len(json.dumps(function.get("parameters"))) for function in functions)
     if size > _MAX_OF_TOOLS:
-        raise RequestError("tools", f"their parameters have {size:,} characters together, and {_MAX_OF_TOOLS:,} are the most")
-    calls = [  # as xgrammar's structural tags, but for the contents, which the job makes into grammars
+        raise RequestError("tools", f"their parameters have {size:,} characters in total; the maximum is {_MAX_OF_TOOLS:,}")
+    calls = [  # xgrammar's structural tags, except for the contents, which the job replaces by grammars
         {
             "type": "tag",
             "begin": f"{shape.before}{function['name']}{shape.between}",
@@ -123,12 +125,12 @@ def tools_source(
 
 def _checked(kind: str, text: str, field: str) -> GrammarSource:
     if "\0" in text or any("\ud800" <= character <= "\udfff" for character in text):
-        raise RequestError(field, "has a NUL or half of a surrogate pair")
+        raise RequestError(field, "has a NUL character or an unpaired surrogate")
     return GrammarSource(kind, text, field)
 
 
 def _parameters(function: Mapping[str, Any]) -> Enforced:
-    """The schema of a tool's arguments, which are an object."""
+    """Returns the normalised schema of a tool's arguments, which must be an object."""
     name, schema = excerpt(function["name"]), function.get("parameters") or {}
     if not isinstance(schema, Mapping):
         raise RequestError("tools", f"parameters of {name}: must be an object")

@@ -1,4 +1,4 @@
-"""A grammar that begins behind a model's thoughts."""
+"""A grammar for models that think first: it applies to the answer after the thoughts."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from ..request import CompiledGrammar, Grammar
 
 
 class AfterThoughts:
-    """See `CompiledGrammar`.
+    """A `CompiledGrammar` for thoughts, which are unconstrained, followed by an answer.
 
     Args:
-        grammar: of the answer.
-        opens: the token that opens thoughts; the answer may begin with it, or without. None: the prompt has opened them.
-        closes: the token that ends them.
-        stops: tokens that end a text, which thoughts alone may not.
+        grammar: grammar of the answer.
+        opens: the token that opens thoughts, with which the text may but need not begin. None: the prompt has opened them.
+        closes: the token that ends thoughts.
+        stops: end-of-text tokens, which are not allowed within thoughts.
     """
 
     def __init__(self, grammar: CompiledGrammar, opens: int | None, closes: int, stops: Iterable[int]) -> None:
@@ -28,7 +28,7 @@ class AfterThoughts:
 
 
 class _State:
-    """See `Grammar`. The answer's tokens are those behind the first `_thoughts`, which are None while it is open how many."""
+    """A `Grammar`. `_thoughts` is the number of tokens before the answer; None while the thoughts have not ended."""
 
     def __init__(self, answer: Grammar, opens: int | None, closes: int, stops: tuple[int, ...]) -> None:
         self._answer, self._opens, self._closes, self._stops = answer, opens, closes, stops
@@ -39,10 +39,10 @@ class _State:
         if self._thoughts is not None:
             return self._answer.mask(bits)
         if self._opens is not None and self._tokens == 0:
-            some = self._answer.mask(bits)
-            if some:
+            constrained = self._answer.mask(bits)
+            if constrained:
                 _set(bits, self._opens, True)
-            return some
+            return constrained
         bits.fill(-1)
         for token in self._stops:
             _set(bits, token, False)

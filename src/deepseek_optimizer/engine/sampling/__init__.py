@@ -1,1 +1,1 @@
-"""The choice of tokens from logits."""
+"""Sampling: choosing tokens from logits."""

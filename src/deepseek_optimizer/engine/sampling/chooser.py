@@ -1,8 +1,8 @@
-"""Chooses the tokens of one request: penalties, biases and grammar, then the likeliest or one drawn. No torch.
+"""Samples the tokens of one request: applies penalties, biases and grammar, then chooses a token. Does not import torch.
 
-Drafts are verified by choosing as if there were none and comparing: a draft that was proposed for certain is accepted with the
-probability that the model gives it, so the text is distributed as plain sampling's, and, since a place in the text has a random
-number of its own, it is plain sampling's text.
+Drafts are verified by choosing a token without regard to them and comparing. A deterministic draft is thus accepted with the
+probability that the model assigns to it, so the text has the distribution of plain sampling. Since each position in the text
+has its own random number, it is even the same text.
 """
 
 from __future__ import annotations
@@ -18,27 +18,28 @@ from ..request import Request, TokenLogprob
 Bools = npt.NDArray[np.bool_]
 
 
-# Logits over it and over any temperature are still numbers. A smaller penalty means the same: a token seen is certain.
-_LEAST_PENALTY = 1e-25
+# Logits divided by it and by any temperature are finite. Smaller penalties have the same effect: a token seen is certain.
+_MIN_PENALTY = 1e-25
 
 
 class NoTokenError(ValueError):
-    """Every token is forbidden."""
+    """No token is allowed."""
 
 
 class NotANumberError(ValueError):
-    """The model's logits hold a NaN, or no finite number."""
+    """The model's logits contain NaN or no finite value."""
 
     def __init__(self) -> None:
         super().__init__("the model's logits are not finite")
 
 
 class Chooser:
-    """
+    """Samples the tokens of a request. A preempted request continues with the same chooser.
+
     Args:
-        request: whose tokens these are; a text that goes on after preemption goes on with the same chooser.
-        vocab_size: logits of a row.
-        eos: tokens that end the text.
+        request: the request.
+        vocab_size: number of logits per row.
+        eos: end-of-text token ids.
     """
 
     def __init__(self, request: Request, vocab_size: int, eos: frozenset[int]) -> None:
@@ -58,14 +59,17 @@ class Chooser:
         self._biased = np.array(list(biases), np.int64)
         self._bias = np.array([-np.inf if b <= -100 else b for b in biases.values()], np.float32)
         self._ends = np.array(sorted({*eos, *sampling.stop_token_ids}), np.int64)
-        # Whether nothing is done to logits once `min_tokens` are there: then the likeliest is the model's own.
+        # Whether logits are used unchanged after `min_tokens`: the most likely token is then that of the model.
         self._plain = self._seen is None and self._counts is None and not len(self._biased) and self.grammar is None
         self._by_backend = self._plain and sampling.logprobs is None
 
     def choice(self, place: int) -> TokenChoice | None:
-        """How a backend can choose the token for a place of the text by itself; nothing follows from it for the next one.
+        """Returns how a backend can choose the token at a position of the text by itself, without changing the state here.
 
-        Returns: None where the logits are needed here: for penalties, biases, a grammar, `min_tokens` or log probabilities.
+        Args:
+            place: position in the generated text, from 0.
+
+        Returns: None if the logits are needed here: for penalties, biases, a grammar, `min_tokens` or log probabilities.
         """
         sampling = self.sampling
         if not self._by_backend or place < sampling.min_tokens:
@@ -75,14 +79,15 @@ class Chooser:
         return TokenChoice(sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p, uniform(self._seed, place))
 
     def choose(self, logits: Floats, place: int) -> int:
-        """The token for a place of the text (0: the first), and what follows from it for the next.
+        """Chooses the token at a position of the text and updates penalties and grammar with it.
 
         Args:
-            logits: the model's own, [V]; not changed.
+            logits: the model's logits, float32 [V]; not modified.
+            place: position in the generated text, from 0.
 
         Raises:
-            NotANumberError: they are not all numbers.
-            NoTokenError: none may come.
+            NotANumberError: the largest logit is not finite.
+            NoTokenError: no token is allowed.
         """
         token = int(logits.argmax())
         if not np.isfinite(logits[token]):
@@ -91,7 +96,7 @@ class Chooser:
             logits = self._processed(logits, place)
             token = int(logits.argmax())
             if not np.isfinite(logits[token]):
-                raise NoTokenError("logit_bias, min_tokens and the grammar leave no token that may come")
+                raise NoTokenError("logit_bias, min_tokens and the grammar allow no token")
         if not self.sampling.greedy:
             token = draw(logits, self.sampling, uniform(self._seed, place))
         self._took(token)
@@ -102,7 +107,7 @@ class Chooser:
         logits: Floats = raw.copy()
         if self._seen is not None:
             seen = logits[self._seen]
-            penalty = np.float32(max(sampling.repetition_penalty, _LEAST_PENALTY))
+            penalty = np.float32(max(sampling.repetition_penalty, _MIN_PENALTY))
             logits[self._seen] = np.where(seen < 0, seen * penalty, seen / penalty)
         if self._counts:
             tokens = np.fromiter(self._counts, np.int64)
@@ -126,7 +131,7 @@ class Chooser:
             self.grammar.accept(token)
 
     def logprob(self, logits: Floats, token: int) -> TokenLogprob:
-        """What is reported of a chosen token: by the model's own logits [V]."""
+        """Returns the log probability to report for a chosen token, from the model's logits, float32 [V]."""
         top = largest_tokens(logits, self.sampling.logprobs or 0) if self.sampling.logprobs else np.zeros(0, np.int64)
-        found = log_probability(logits, np.concatenate([np.array([token], np.int64), top]))
-        return TokenLogprob(token, float(found[0]), tuple(zip(top.tolist(), found[1:].tolist(), strict=True)))
+        logprobs = log_probability(logits, np.concatenate([np.array([token], np.int64), top]))
+        return TokenLogprob(token, float(logprobs[0]), tuple(zip(top.tolist(), logprobs[1:].tolist(), strict=True)))

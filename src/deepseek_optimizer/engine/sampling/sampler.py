@@ -1,4 +1,4 @@
-"""From logits to tokens, for one request: greedy or sampled, through the request's logits processors."""
+"""Samples tokens from torch logits for one request: greedily or at random, after its logits processors."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ import torch
 from ..draft import Draft
 from .verify import accept_greedy, accept_sampled
 
-# (sequence's index, tokens drafted behind its own, logits [1, V]) -> processed logits [1, V]
+# (sequence's index, draft tokens after its own, logits [1, V]) -> processed logits [1, V]
 Process = Callable[[int, list[int], torch.Tensor], torch.Tensor]
 Float32 = npt.NDArray[np.float32]
 
 
 class Sampler:
-    """Random numbers come from torch's default generator, as Transformers' do.
+    """Samples and verifies tokens. Random numbers come from torch's default generator, as in Transformers.
 
     Args:
-        sampled: drawn from the processed distribution; else its largest.
-        process: what the request does to logits; None: nothing.
+        sampled: sample from the processed distribution; otherwise choose the largest logit.
+        process: the request's logits processors; None: logits are not changed.
     """
 
     def __init__(self, *, sampled: bool, process: Process | None = None) -> None:
@@ -31,29 +31,33 @@ class Sampler:
     def accept(
         self, index: int, draft: Draft, logits: torch.Tensor, used: list[tuple[torch.Tensor, torch.Tensor]] | None = None
     ) -> list[int]:
-        """The drafts that hold, then one more token of the model's own.
+        """Returns the accepted drafts and one more token chosen by the model.
 
         Args:
-            logits: float32 [1 + n, V]: row j follows the first j drafts.
-            used: where to put (raw, processed) logits [1, V] of each token returned.
+            index: index of the sequence.
+            draft: n draft tokens.
+            logits: the model's logits, float32 [1 + n, V]; row j is for the token after the first j drafts.
+            used: a list to append the (raw, processed) logits, [1, V], of each returned token to.
         """
 
         def processed(j: int) -> torch.Tensor:
             raw = logits[j : j + 1]
-            found = self._processed(index, draft.tokens[:j], raw)
+            processed_logits = self._processed(index, draft.tokens[:j], raw)
             if used is not None:
-                used.append((raw, found))
-            return found
+                used.append((raw, processed_logits))
+            return processed_logits
 
         if not self.sampled:
             return accept_greedy(draft.tokens, lambda j: int(largest(processed(j))))
         return accept_sampled(draft.tokens, draft.q, lambda j: _probabilities(processed(j)), _uniform, _drawn)
 
     def draft(self, index: int, drafted: list[int], logits: torch.Tensor) -> tuple[int, Float32 | None]:
-        """A token for the place behind `drafted`, and the distribution [V] it was drawn from (None: the largest, for certain).
+        """Returns a draft token, and the distribution that it was sampled from, float32 [V] (None: it is the largest).
 
         Args:
-            logits: float32 [V], of the drafting model.
+            index: index of the sequence.
+            drafted: draft tokens before this one.
+            logits: the drafting model's logits, float32 [V].
         """
         processed = self._processed(index, drafted, logits[None])
         if not self.sampled:
@@ -66,9 +70,9 @@ class Sampler:
 
 
 def largest(logits: torch.Tensor) -> torch.Tensor:
-    """Index of each row's largest logit, the first of equals: float [B, V] -> int64 [B].
+    """Returns the index of the largest logit in each row, the first if several are equal: float [B, V] -> int64 [B].
 
-    By numpy on the CPU: torch shares a vocabulary among its own threads, which then wait for the cores that the plan's hold.
+    Uses numpy on the CPU: torch would distribute the work over its own threads, which compete with the plan's threads.
     """
     if logits.device.type != "cpu" or logits.dtype != torch.float32:
         return logits.argmax(-1)
@@ -76,8 +80,8 @@ def largest(logits: torch.Tensor) -> torch.Tensor:
 
 
 def _probabilities(logits: torch.Tensor) -> Float32:
-    found: Float32 = logits[0].softmax(-1, dtype=torch.float32).detach().cpu().numpy()
-    return found
+    probabilities: Float32 = logits[0].softmax(-1, dtype=torch.float32).detach().cpu().numpy()
+    return probabilities
 
 
 def _uniform() -> float:
@@ -85,5 +89,5 @@ def _uniform() -> float:
 
 
 def _drawn(weights: npt.NDArray[Any]) -> int:
-    """An index, drawn in proportion to non-negative weights [V]."""
+    """Returns an index sampled in proportion to non-negative weights [V]."""
     return int(torch.multinomial(torch.from_numpy(weights), 1))

@@ -1,12 +1,12 @@
-"""Which drafts are accepted, exactly: the tokens are distributed as if the model had been asked for one after the other.
+"""Exact verification of drafts: the tokens have the same distribution as if the model had sampled them one by one.
 
-Greedy: a draft holds where it is what the model would have chosen, so the text is the plain text.
+Greedy decoding: a draft is accepted if it is the token that the model would have chosen, so the text is the same.
 
-Sampled: speculative sampling (Leviathan et al. 2023, "Fast Inference from Transformers via Speculative Decoding", algorithm 1;
-Chen et al. 2023, "Accelerating Large Language Model Decoding with Speculative Sampling", theorem 1). A draft x drawn from q is
-accepted with probability min(1, p(x) / q(x)); at the first that is not, the token is drawn from max(0, p - q), normalised.
-Together that is p. p is what the request samples from: temperature, top-k and all other processors applied. A draft chosen for
-certain is one whose q is 1 at x: it is accepted with probability p(x), and else p without x is drawn from.
+Sampling: speculative sampling (Leviathan et al. 2023, "Fast Inference from Transformers via Speculative Decoding", algorithm 1;
+Chen et al. 2023, "Accelerating Large Language Model Decoding with Speculative Sampling", theorem 1). A draft x sampled from q
+is accepted with probability min(1, p(x) / q(x)); instead of the first rejected draft, a token is sampled from max(0, p - q),
+normalised. The result has distribution p, the request's distribution after temperature, top-k and all other processors. A
+deterministic draft has q(x) = 1: it is accepted with probability p(x); otherwise the token is sampled from p without x.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ Floats = npt.NDArray[Any]
 
 
 def accept_greedy(drafts: list[int], largest: Callable[[int], int]) -> list[int]:
-    """The accepted drafts and the model's own next token.
+    """Verifies drafts for greedy decoding; returns the accepted drafts and the model's next token.
 
     Args:
-        largest: j -> the model's choice behind the first j drafts. Asked in order, and no further than needed.
+        drafts: draft tokens.
+        largest: j -> the model's token after the first j drafts. Called in order, and only as far as needed.
     """
     tokens = []
     for j in range(len(drafts) + 1):
@@ -41,13 +42,14 @@ def accept_sampled(
     uniform: Callable[[], float],
     draw: Callable[[Floats], int],
 ) -> list[int]:
-    """The accepted drafts and one token more.
+    """Verifies drafts for sampling; returns the accepted drafts and one more token.
 
     Args:
-        q: of each draft, the distribution [V] it was drawn from; None: all were chosen for certain.
-        probabilities: j -> the model's distribution [V] behind the first j drafts. Asked in order, and no further than needed.
-        uniform: a number drawn from [0, 1).
-        draw: an index drawn in proportion to weights [V], which need not sum to one.
+        drafts: draft tokens.
+        q: for each draft the distribution [V] it was sampled from; None: all are deterministic.
+        probabilities: j -> the model's distribution [V] after the first j drafts. Called in order, and only as far as needed.
+        uniform: returns a random number from [0, 1).
+        draw: samples an index in proportion to weights [V], which need not sum to one.
     """
     tokens = []
     for j, x in enumerate(drafts):
@@ -61,10 +63,10 @@ def accept_sampled(
 
 
 def _rest(p: Floats, x: int, q: Floats | None) -> Floats:
-    """max(0, p - q): what p has beyond what a draft x from q covers."""
+    """Returns max(0, p - q), not normalised, for a rejected draft x sampled from q (None: x was deterministic)."""
     if q is None:
         rest = p.copy()
         rest[x] = 0
     else:
         rest = np.maximum(p - q, 0)
-    return rest if rest.any() else p  # nothing is left only where rounding alone has refused the draft
+    return rest if rest.any() else p  # all zero only if the draft was rejected because of rounding

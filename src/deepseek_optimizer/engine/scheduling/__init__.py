@@ -1,1 +1,1 @@
-"""Which requests run in a step, and how many tokens of each."""
+"""Scheduling: which requests run in a step, and with how many tokens."""

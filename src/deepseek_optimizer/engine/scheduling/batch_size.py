@@ -1,23 +1,25 @@
-"""How many sequences run at once: dynamic batching, by measured step times. No torch.
+"""The batch size, chosen from measured step times (dynamic batching). Does not import torch.
 
-A step of n sequences takes about a + b n seconds: a for reading the weights, b for each one's arithmetic. So each sequence more
-makes the whole faster, n / (a + b n) tokens a second, but less and less, while every stream gets slower. The batch is the
-smallest that has nearly the rate of the largest allowed one. With a target for the time between tokens it is the largest that
-keeps to it.
+A step of n sequences takes about a + b n seconds: a for reading the weights, b for the arithmetic of one sequence. Each
+additional sequence raises the throughput, n / (a + b n) tokens per second, by less than the one before, while every stream
+gets slower. The smallest batch size is chosen whose throughput is close to that of the largest allowed one. With a target
+inter-token latency, it is the largest batch size that meets the target.
 """
 
 from __future__ import annotations
 
 from .step_times import StepTimes
 
-_NEARLY = 0.97  # of the rate of the largest batch
+_NEARLY = 0.97  # required fraction of the largest batch's throughput
 
 
 class BatchSize:
-    """
+    """Chooses the batch size.
+
     Args:
         low, high: the range, `batch_size_range`.
-        target: seconds between a sequence's tokens at most; None: no matter.
+        times: measured step times.
+        target: maximum inter-token latency in seconds; None: not limited.
     """
 
     def __init__(self, low: int, high: int, times: StepTimes, target: float | None = None) -> None:
@@ -25,7 +27,7 @@ class BatchSize:
         self._times = times
 
     def choose(self) -> int:
-        """Sequences to run at most; all that are allowed until something is measured."""
+        """Returns the maximum number of sequences in the batch; `high` before the first measurement."""
         line = self._times.line()
         if line is None:
             return self.high

@@ -1,41 +1,49 @@
-"""How many prompt tokens a step may have beside those that decode, so that a long prompt does not stall the others' streams.
+"""The number of prompt tokens in a step (chunked prefill), limited so that long prompts do not stall other streams.
 
-A step of d decoding rows takes t(d) seconds, and a prompt token adds s. With `stall` = r a step may take r t(d): so prompts get
-(r - 1) t(d) / s tokens, and alone as many as fit a step. Both times are measured as steps go by. No torch.
+A step of d decoding rows takes t(d) seconds, and a prompt token adds s. With `stall` = r a step may take r t(d), so there is
+room for (r - 1) t(d) / s prompt tokens; without decoding rows, prompt tokens fill the step. Both times are measured while the
+engine runs. Does not import torch.
 """
 
 from __future__ import annotations
 
 from .step_times import StepTimes
 
-LEAST = 8  # tokens: fewer would read all weights for next to nothing
-_UNKNOWN = 64  # tokens, before times are known
+MIN_TOKENS = 8  # with fewer, reading the weights would dominate the cost
+_UNKNOWN = 64  # number of tokens before times have been measured
 
 
 class PromptBudget:
-    """
+    """Chooses how many prompt tokens a step processes.
+
     Args:
-        most: tokens of a step at most.
-        stall: how many times as long as without them a step with prompt tokens may take; None: no matter.
-        fixed: tokens that prompts are always cut into, whatever else runs: for models whose arithmetic depends on where a
-            prompt is cut; None: any.
+        max_tokens: maximum number of tokens in a step.
+        stall: maximum factor by which prompt tokens may prolong a step; None: no limit.
+        times: measured step times.
+        fixed: fixed chunk size in tokens, whatever else runs, for models whose results depend on the chunking; None: any size.
     """
 
-    def __init__(self, most: int, stall: float | None, times: StepTimes, fixed: int | None = None) -> None:
-        self.most, self.stall, self.times = most, stall, times
-        self.fixed = None if fixed is None else min(fixed, most)
+    def __init__(self, max_tokens: int, stall: float | None, times: StepTimes, fixed: int | None = None) -> None:
+        self.max_tokens, self.stall, self.times = max_tokens, stall, times
+        self.fixed = None if fixed is None else min(fixed, max_tokens)
 
     def tokens(self, decoding: int) -> int:
-        """Prompt tokens of a step in which so many rows decode."""
+        """Returns the number of prompt tokens for a step with `decoding` decoding rows."""
         if not decoding or self.stall is None:
-            return max(self.fixed or 1, self.most - decoding)
+            return max(self.fixed or 1, self.max_tokens - decoding)
         plain, each = self.times.decode(decoding), self.times.prompt
         if plain is None or not each:
-            return max(self.fixed or 1, min(self.most, _UNKNOWN))
-        return max(self.fixed or LEAST, min(self.most, int((self.stall - 1) * plain / each)))
+            return max(self.fixed or 1, min(self.max_tokens, _UNKNOWN))
+        return max(self.fixed or MIN_TOKENS, min(self.max_tokens, int((self.stall - 1) * plain / each)))
 
     def part(self, start: int, missing: int, room: int) -> int:
-        """Tokens of a prompt that go into a step with so much room left, from token `start` on; 0: it waits."""
+        """Returns how many tokens of a prompt to process in a step; 0: the prompt waits.
+
+        Args:
+            start: number of its tokens that have been processed.
+            missing: number of its tokens that have not.
+            room: number of prompt tokens that the step has room for.
+        """
         if self.fixed is None:
             return min(missing, room)
         count = min(missing, self.fixed - start % self.fixed)

@@ -1,4 +1,4 @@
-"""What the engine needs of the cache memory that sequences share. No torch."""
+"""The interface of the engine to the cache memory that sequences share. Does not import torch."""
 
 from __future__ import annotations
 
@@ -12,16 +12,25 @@ if TYPE_CHECKING:
 
 
 class Memory(Protocol):
-    """The cache memory that sequences share, and runs over it."""
+    """The cache memory that sequences share."""
 
-    def locked(self) -> AbstractContextManager[BlockManager]: ...
+    def locked(self) -> AbstractContextManager[BlockManager]:
+        """Returns a context manager that locks the memory and yields its block manager."""
 
-    def copy_blocks(self, copies: list[tuple[int, int]]) -> None: ...
+    def copy_blocks(self, copies: list[tuple[int, int]]) -> None:
+        """Copies blocks, each a pair (source, destination)."""
 
     def drop_blocks(self, sequence: SequenceBlocks, first_block: int, count: int) -> None:
-        """Lets go of full blocks from the midst of a sequence; the tokens behind move up, and so do their positions.
+        """Drops full blocks from the middle of a sequence; later tokens move up, and their positions are shifted.
 
-        Raises: CacheFullError, with nothing changed.
+        Args:
+            sequence: the sequence's blocks.
+            first_block: index of the first block to drop.
+            count: number of blocks to drop.
+
+        Raises:
+            CacheFullError: too few blocks are free; nothing was changed.
         """
 
-    def run(self, plan: Plan, batch: StepBatch) -> StepOutput: ...
+    def run(self, plan: Plan, batch: StepBatch) -> StepOutput:
+        """Runs a step of a plan over this memory."""

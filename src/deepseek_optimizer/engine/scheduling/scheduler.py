@@ -1,9 +1,9 @@
-"""Who takes part in the next step, and with how many tokens: continuous batching over paged blocks. No torch.
+"""The scheduler: continuous batching with chunked prefill over paged blocks. Does not import torch.
 
-Decoding sequences take part in every step; what the budget leaves goes to prompts, in pieces. Blocks are taken as tokens come.
-Where none are left, unused ones of the prefix cache go first; then whoever is last by priority and arrival loses its own and
-waits, to be run again from its tokens (or from what the prefix cache still has of them). Several clients have their
-turns, and the one with most loses first (`turns`).
+Decoding sequences take part in every step; the rest of the token budget goes to prompts, in chunks. Blocks are allocated as
+tokens are added. If none are free, unused blocks of the prefix cache are evicted first; then the last request by priority and
+arrival is preempted: it loses its blocks, waits, and is recomputed from its tokens (or from the part that the prefix cache
+still has). Clients take turns, and the client with the most requests is preempted first (`turns`).
 """
 
 from __future__ import annotations
@@ -29,15 +29,16 @@ if TYPE_CHECKING:
 
 @dataclass
 class ScheduledChunk:
-    """What a request has in a step.
+    """The tokens of one request in a step.
 
     Attributes:
-        start: place of its first token in the cache.
-        count: tokens that go in, drafts left out.
-        phase: DECODE, or PREFILL for tokens of its prompt.
-        ends: its last known token is among them: it gets its next one.
-        drafts: tokens that go in behind that one.
-        preempted: how often its request had lost its blocks when it was made: if that is more by now, it no longer holds.
+        running: the request.
+        start: slot of the first token in the request's cache.
+        count: number of tokens, without drafts.
+        phase: DECODE, or PREFILL for prompt tokens.
+        ends: whether the request's last token is included, so that the step samples its next one.
+        drafts: draft tokens, processed after the last token.
+        preempted: the request's number of preemptions when the chunk was scheduled; a later preemption makes it invalid.
     """
 
     running: Running
@@ -49,18 +50,22 @@ class ScheduledChunk:
     preempted: int = 0
 
     @property
-    def holds(self) -> bool:
+    def valid(self) -> bool:
+        """Whether the request has not been preempted since."""
         return self.preempted == self.running.preempted
 
 
 class Scheduler:
-    """
+    """Schedules requests into steps and allocates their blocks.
+
     Args:
-        memory: where the blocks are.
-        prefix: None: no sharing.
-        sliding: of windows; None: there are none.
-        lost: told of each that loses its blocks.
-        invariant: prompts run in the decode family too.
+        memory: the cache memory.
+        budget: chooses the number of prompt tokens in a step.
+        batch: chooses the batch size.
+        prefix: the prefix cache; None: prompts do not share blocks.
+        sliding: slides the windows of sequences; None: there are no windows.
+        invariant: process prompts with the decode kernels, too.
+        lost: called with each request that loses its blocks.
     """
 
     def __init__(
@@ -76,13 +81,13 @@ class Scheduler:
     ) -> None:
         self.memory, self.budget, self.batch, self.prefix, self.sliding = memory, budget, batch, prefix, sliding
         self._prompt_phase = DECODE if invariant else PREFILL
-        self.waiting: list[Running] = []  # in order
-        self.running: list[Running] = []  # in order
+        self.waiting: list[Running] = []  # in scheduling order
+        self.running: list[Running] = []  # in scheduling order
         self.preemptions = 0
-        self.shares: dict[Running, ScheduledChunk] = {}  # of the step that is being made up
+        self.chunks: dict[Running, ScheduledChunk] = {}  # of the step that is being scheduled
         self._lost = lost
         self._shortest_rotate = False
-        self._admission_turns, self._read = Turns(), Turns()
+        self._admission_turns, self._prompt_turns = Turns(), Turns()
 
     @property
     def idle(self) -> bool:
@@ -92,109 +97,116 @@ class Scheduler:
         insort(self.waiting, running, key=lambda r: r.order)
 
     def remove(self, running: Running) -> None:
-        """It has ended: its blocks are free, but for those that the prefix cache keeps."""
+        """Removes a request that has ended and frees its blocks, except those that the prefix cache holds."""
         if running in self.waiting:
             self.waiting.remove(running)
             return
         self.running.remove(running)
         self._free(running)
 
-    def decoders(self, drafts: dict[Running, int]) -> list[ScheduledChunk]:
-        """The shares of those that get a token each, with room in the cache for it and so many drafts."""
-        found: list[ScheduledChunk] = []
-        self.shares.clear()
-        for running in [r for r in self.running if r.decoding]:
-            if running not in self.running:  # it lost its blocks to one before it
-                continue
-            most = drafts.get(running, 0)
-            if most and self.sliding is not None:
-                drafts[running] = most = min(most, self.sliding.most(running) - 1)
-            if most and not self._extend(running, 1 + most):
-                drafts[running] = most = 0
-            if most or self._extend_or_preempt(running, 1):
-                start = running.sequence.cached - 1 - most
-                self._add(found, ScheduledChunk(running, start, 1, DECODE, True, preempted=running.preempted))
-        return found
+    def decoders(self, max_drafts: dict[Running, int]) -> list[ScheduledChunk]:
+        """Schedules the decoding requests, each with room in the cache for its token and drafts.
 
-    def _add(self, found: list[ScheduledChunk], share: ScheduledChunk) -> None:
-        found.append(share)
-        self.shares[share.running] = share
+        Args:
+            max_drafts: number of drafts to reserve room for; updated where there is less room.
+        """
+        chunks: list[ScheduledChunk] = []
+        self.chunks.clear()
+        for running in [r for r in self.running if r.decoding]:
+            if running not in self.running:  # preempted by an earlier one
+                continue
+            count = max_drafts.get(running, 0)
+            if count and self.sliding is not None:
+                max_drafts[running] = count = min(count, self.sliding.max_new_tokens(running) - 1)
+            if count and not self._extend(running, 1 + count):
+                max_drafts[running] = count = 0
+            if count or self._extend_or_preempt(running, 1):
+                start = running.sequence.cached - 1 - count
+                self._add(chunks, ScheduledChunk(running, start, 1, DECODE, True, preempted=running.preempted))
+        return chunks
+
+    def _add(self, chunks: list[ScheduledChunk], chunk: ScheduledChunk) -> None:
+        chunks.append(chunk)
+        self.chunks[chunk.running] = chunk
 
     def prompts(self, decoding: int) -> list[ScheduledChunk]:
-        """The shares of prompts, beside so many rows that decode: in order, but half of the room goes to the shortest, so that
-        a short question need not wait for somebody's book."""
+        """Admits waiting requests and schedules prompt tokens for a step with `decoding` decoding rows.
+
+        Prompts are processed in scheduling order, except that half of the room goes to the shortest one, so that a short
+        prompt need not wait for a long one.
+        """
         self._admit_waiting()
-        found: list[ScheduledChunk] = []
+        chunks: list[ScheduledChunk] = []
         room = self.budget.tokens(decoding)
-        # Of those that decode all is taken in by now.
-        filling = alternating([r for r in self.running if r.missing and not r.decoding], self._read)
+        # The tokens of decoding requests have all been processed.
+        filling = alternating([r for r in self.running if r.missing and not r.decoding], self._prompt_turns)
         if len(filling) > 1:
             first, shortest = filling[0], min(filling, key=lambda r: (r.request.priority, r.missing))
             if shortest is not first and shortest.request.priority == first.request.priority:
                 half = room // 2
-                if half < (self.budget.fixed or 1):  # a piece for one of the two: in turns
+                if half < (self.budget.fixed or 1):  # room for a chunk of one of the two: they alternate
                     self._shortest_rotate = not self._shortest_rotate
                     half = room if self._shortest_rotate else 0
                 if half:
-                    room -= self._piece(shortest, half, found)
+                    room -= self._add_prompt(shortest, half, chunks)
                     filling.remove(shortest)
         for running in filling:
             if room <= 0:
                 break
-            if running in self.running:  # and has not lost its blocks to one before it
-                room -= self._piece(running, room, found)
-        for share in found:
-            self._read.had(share.running.request.client, self.running)
-        return found
+            if running in self.running:  # not preempted by an earlier one
+                room -= self._add_prompt(running, room, chunks)
+        for chunk in chunks:
+            self._prompt_turns.record(chunk.running.request.client, self.running)
+        return chunks
 
-    def _piece(self, running: Running, room: int, found: list[ScheduledChunk]) -> int:
-        """Tokens of a prompt that were added to the step."""
+    def _add_prompt(self, running: Running, room: int, chunks: list[ScheduledChunk]) -> int:
+        """Schedules a chunk of a prompt, of at most `room` tokens; returns its number of tokens."""
         start, missing = running.sequence.cached, running.missing
         if start < running.prompt:
             count, phase = self.budget.part(start, min(missing, running.prompt - start), room), self._prompt_phase
-        else:  # text that is run again: in the family that it was made in, so that it stays the same
+        else:  # generated text is recomputed by the kernels that computed it, so that it stays the same
             count, phase = min(missing, room), DECODE
         if self.sliding is not None:
-            count = min(count, self.sliding.most(running))
+            count = min(count, self.sliding.max_new_tokens(running))
         if count <= 0 or not self._extend_or_preempt(running, count):
             return 0
-        start = running.sequence.cached - count  # a window may have slid
-        self._add(found, ScheduledChunk(running, start, count, phase, count == missing, preempted=running.preempted))
+        start = running.sequence.cached - count  # its window may have slid
+        self._add(chunks, ScheduledChunk(running, start, count, phase, count == missing, preempted=running.preempted))
         return count
 
     def _admit_waiting(self) -> None:
-        """Takes in who waits, one after the other and clients in turns, as long as there are places and blocks."""
+        """Admits waiting requests, with clients taking turns, while there are places in the batch and blocks."""
         if not self.waiting:
             return
-        most = self.batch.choose()
+        batch_size = self.batch.choose()
         filling = self._being_filled()
         for running in in_turn(self.waiting, self.running, self._admission_turns):
-            full = len(self.running) >= most
+            full = len(self.running) >= batch_size
             if full and place_for(running, self.running) is None:
                 return
-            shares = self.prefix is not None and not running.request.embed
-            if shares and self._twin_runs(running, filling):
+            use_prefix = self.prefix is not None and not running.request.embed
+            if use_prefix and self._prefix_in_progress(running, filling):
                 continue
             if full:
                 self._make_place(running)
-            while not self._admit(running, shares):
+            while not self._admit(running, use_prefix):
                 if not self._make_place(running):
                     return
-            self._admission_turns.had(running.request.client, [*self.waiting, *self.running])
+            self._admission_turns.record(running.request.client, [*self.waiting, *self.running])
             filling.update(running.keys[running.registered :])
 
     def _make_place(self, newcomer: Running) -> bool:
-        """Whether somebody of a client with several gave up its place, and its blocks, for a client that has none."""
+        """Preempts a request of a client with several, if the newcomer's client has none; returns whether it did."""
         victim = place_for(newcomer, self.running)
         if victim is None:
             return False
         self.preempt(victim)
         return True
 
-    def _twin_runs(self, running: Running, filling: set[bytes]) -> bool:
-        """Whether somebody is computing the next block that it needs: it waits, and finds it in the cache."""
+    def _prefix_in_progress(self, running: Running, filling: set[bytes]) -> bool:
+        """Whether another request is computing the next block of its prefix; it then waits for that block in the cache."""
         assert self.prefix is not None
-        self._know_keys(running, (len(running.sequence.tokens) - 1) // BLOCK_TOKENS)
+        self._compute_keys(running, (len(running.sequence.tokens) - 1) // BLOCK_TOKENS)
         known = self.prefix.known(running.keys)
         return known < len(running.keys) and running.keys[known] in filling
 
@@ -202,16 +214,17 @@ class Scheduler:
         filling = (r for r in self.running if r.missing and not r.decoding)
         return {key for r in filling for key in r.keys[r.registered : r.shareable]}
 
-    def _admit(self, running: Running, shares: bool) -> bool:
+    def _admit(self, running: Running, use_prefix: bool) -> bool:
+        """Admits a request if there are enough blocks for its prompt and for the running requests; returns whether it did."""
         sequence = running.sequence
         with self.memory.locked() as manager:
-            if shares:
+            if use_prefix:
                 assert self.prefix is not None
-                full = (len(sequence.tokens) - 1) // BLOCK_TOKENS  # one token at least is left to be run
+                full = (len(sequence.tokens) - 1) // BLOCK_TOKENS  # at least one token must be processed
                 sequence.blocks.adopt(self.prefix.match(running.keys[:full]))
                 running.registered = len(sequence.blocks.blocks)
-            promised = sum(self._lacks(r) for r in self.running)
-            needed = self._lacks(running) + promised + len(self.running)  # and a block each, so that they can go on
+            promised = sum(self._missing_blocks(r) for r in self.running)
+            needed = self._missing_blocks(running) + promised + len(self.running)  # including one block each for decoding
             more = needed - manager.free_blocks
             if self.running and more > 0 and not (self.prefix and self.prefix.can_evict(more)):
                 sequence.blocks.free()
@@ -223,31 +236,39 @@ class Scheduler:
         insort(self.running, running, key=lambda r: r.order)
         return True
 
-    def _lacks(self, running: Running) -> int:
-        """Blocks that it will take before it gets its first token, the last of which may be there in part."""
+    def _missing_blocks(self, running: Running) -> int:
+        """Returns the number of blocks that it needs in addition, until all its current tokens are processed."""
         blocks, tokens = running.sequence.blocks, len(running.sequence.tokens)
         if self.sliding is not None:
             tokens = min(tokens, self.sliding.window)
-        most, forgetting = -(-tokens // BLOCK_TOKENS), blocks.manager.forgetting
+        total, forgetting = -(-tokens // BLOCK_TOKENS), blocks.manager.forgetting
         if forgetting is not None:
-            most = min(most, forgetting.blocks(self.budget.most))
-        return max(0, most - blocks.held)
+            total = min(total, forgetting.blocks(self.budget.max_tokens))
+        return max(0, total - blocks.held)
 
     def forget(self, running: Running) -> None:
-        """Lets go of the blocks that none of its later tokens sees; in the prefix cache too, unless others use them, or they
-        are what its prompt was read up to: from there the next question about the same text goes on."""
+        """Frees the blocks that are not visible to any later token of the request.
+
+        They are removed from the prefix cache too, unless others use them or they are visible at the end of its prompt: a next
+        question about the same text continues from there.
+        """
         blocks = running.sequence.blocks
         if not blocks.forgettable:
             return
         with self.memory.locked() as manager:
-            gone = blocks.forget()
+            freed = blocks.forget()
             if self.prefix is not None and manager.forgetting is not None:
                 kept = range(manager.forgetting.first_kept(running.prompt), running.prompt // BLOCK_TOKENS)
-                known = range(gone.start, min(gone.stop, running.registered))
-                self.prefix.forget_unused([running.keys[place] for place in known if place not in kept])
+                registered = range(freed.start, min(freed.stop, running.registered))
+                self.prefix.forget_unused([running.keys[place] for place in registered if place not in kept])
 
     def computed(self, running: Running, tokens: int) -> None:
-        """Its first so many tokens led to logits that are numbers: others may have its full blocks of them."""
+        """Registers full blocks in the prefix cache, once finite logits have been computed from them.
+
+        Args:
+            running: the request.
+            tokens: number of its first tokens that have been processed.
+        """
         if self.prefix is None or running.request.embed:
             return
         full = tokens // BLOCK_TOKENS
@@ -255,13 +276,13 @@ class Scheduler:
             full = min(full, running.shareable)
         if full <= running.registered:
             return
-        self._know_keys(running, full)
+        self._compute_keys(running, full)
         with self.memory.locked():
             for n in range(running.registered, full):
                 self.prefix.put(running.keys[n], running.sequence.blocks.blocks[n])
         running.registered = full
 
-    def _know_keys(self, running: Running, blocks: int) -> None:
+    def _compute_keys(self, running: Running, blocks: int) -> None:
         if len(running.keys) < blocks:
             tokens, salt = running.sequence.tokens, running.request.salt
             running.keys = keys(tokens, salt, blocks, running.keys, frequencies=running.frequencies)
@@ -274,11 +295,11 @@ class Scheduler:
         running.registered = 0
 
     def _extend(self, running: Running, count: int) -> bool:
-        """Room for so many more tokens, at the cost of its own window and of the prefix cache alone."""
+        """Reserves room for `count` more tokens, by sliding its own window and evicting from the prefix cache only."""
         if self.sliding is not None and not self.sliding.slide(running, count):
             return False
         blocks = running.sequence.blocks
-        if blocks.fits(count):  # the common step: nothing to ask the manager for
+        if blocks.fits(count):  # the usual case: no new block is needed
             blocks.tokens += count
             return True
         with self.memory.locked():
@@ -292,8 +313,10 @@ class Scheduler:
         return False
 
     def _extend_or_preempt(self, running: Running, count: int) -> bool:
-        """Room for so many more tokens, at the cost of others' windows and of those behind it; False: it was the last itself,
-        and waits now."""
+        """Reserves room for `count` more tokens, if necessary by shrinking windows and preempting other requests.
+
+        Returns: False if the request itself was preempted.
+        """
         while not self._extend(running, count):
             if self.sliding is not None and self.sliding.shrink([r for r in self.running if self._may_shrink(r)]):
                 continue
@@ -305,12 +328,12 @@ class Scheduler:
         return True
 
     def _may_shrink(self, running: Running) -> bool:
-        """Whether tokens of it may go now: none are still to be read in this step, but for the last few of a text."""
-        share = self.shares.get(running)
-        return not running.request.embed and (share is None or share.count == 1)
+        """Whether its window may shrink now: this step processes none of its tokens, or only the last ones of its text."""
+        chunk = self.chunks.get(running)
+        return not running.request.embed and (chunk is None or chunk.count == 1)
 
     def preempt(self, victim: Running) -> None:
-        """It loses its blocks and waits. What it will be run from again are the tokens that it has: a text of their own."""
+        """Preempts a request: frees its blocks and lets it wait, to be recomputed from its current tokens."""
         self.running.remove(victim)
         self._free(victim)
         self._lost(victim)

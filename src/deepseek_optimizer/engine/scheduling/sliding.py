@@ -1,9 +1,9 @@
-"""Dialogues without end in bounded memory: sequences whose cache slides. No torch.
+"""Sliding cache windows: dialogues of unlimited length in bounded memory. Does not import torch.
 
-A window grows with its dialogue, so that nothing goes that need not, up to what was asked for, within the model's trained
-context and the cache. Before more tokens come than fit, blocks from its middle go and those behind move up
-(`cache.cache_window` says which, the memory rotates their keys). Where other sequences need blocks, the largest window shrinks
-before any sequence loses all of its own.
+A window grows with its dialogue up to the configured size, within the model's trained context and the cache, so that no tokens
+are dropped needlessly. When new tokens do not fit, blocks from its middle are dropped and later ones move up
+(`cache.cache_window` chooses the blocks; the memory rotates the moved keys). If other sequences need blocks, the largest window
+shrinks before any sequence is preempted.
 """
 
 from __future__ import annotations
@@ -17,15 +17,18 @@ from ...errors import CacheFullError, ConfigError, RequestError
 from ..running import Running
 from .memory import Memory
 
-FLOOR = 1024  # tokens: a window does not shrink below them for others' sake
+FLOOR = 1024  # tokens; a window does not shrink below this for other sequences
 
 
 class Sliding:
-    """
+    """Slides and shrinks the windows of sequences.
+
     Args:
-        window: tokens that a sequence may hold, within the trained context.
-        sinks: at the beginning, that always stay.
-        moved: told of each sequence whose tokens have moved, and by how many places.
+        memory: the cache memory.
+        prefix: the prefix cache; None: there is none.
+        window: maximum number of tokens of a sequence in the cache, within the trained context.
+        sinks: number of tokens at the beginning that always stay.
+        moved: called with each request whose tokens have moved, and the number of tokens dropped.
     """
 
     def __init__(
@@ -39,28 +42,36 @@ class Sliding:
         return self.policy.tokens
 
     def check(self, pinned: Iterable[tuple[int, int]], prompt: int) -> None:
-        """Raises RequestError for spans that leave no room in a window, or lie outside the prompt."""
+        """Checks a request's pinned ranges.
+
+        Args:
+            pinned: (begin, end) ranges of prompt tokens.
+            prompt: number of prompt tokens.
+
+        Raises:
+            RequestError: the ranges leave no room in a window, or lie outside the prompt.
+        """
         pinned = tuple(pinned)
         self.policy.check(pinned)
         if any(end > prompt for _, end in pinned):
-            raise RequestError("pinned", f"a span reaches behind the prompt's {prompt} tokens")
+            raise RequestError("pinned", f"a range ends after the prompt's {prompt} tokens")
 
-    def most(self, running: Running) -> int:
-        """Tokens that may come into its cache at once."""
+    def max_new_tokens(self, running: Running) -> int:
+        """Returns the maximum number of tokens that can be added to the request's cache at once."""
         return max(1, self.policy.room(running.pinned))
 
     def slide(self, running: Running, coming: int) -> bool:
-        """Makes its window fit so many tokens more; False: there are too few blocks to do it."""
+        """Makes room for `coming` more tokens in the request's window; returns False if too few blocks are free for that."""
         return self._drop(running, self.policy, coming)
 
     def shrink(self, running: list[Running]) -> bool:
-        """Lets a share of somebody's window go because others need the blocks: the largest window's. False: all are small."""
+        """Shrinks the largest window of these requests, to free blocks for others; returns False if none can shrink."""
         for r in sorted(running, key=lambda r: -r.sequence.cached):
             if r.sequence.cached <= FLOOR:
                 return False
             try:
                 smaller = CacheWindow(r.sequence.cached, self.sinks)
-            except ConfigError:  # it is little more than its sinks
+            except ConfigError:  # little more than its sinks
                 continue
             if smaller.room(r.pinned) > 0 and self._drop(r, smaller, 1):
                 return True
@@ -79,13 +90,13 @@ class Sliding:
                     return False
                 try:
                     self._memory.drop_blocks(running.sequence.blocks, drop.first_block, drop.count)
-                except CacheFullError:  # others took them meanwhile
+                except CacheFullError:  # others have taken the blocks meanwhile
                     return False
             self._renumber(running, drop)
         return True
 
     def _release(self, running: Running, first: int) -> None:
-        """What it shares with the prefix cache alone, from block `first` on, becomes its own: nobody needs copies then."""
+        """Removes the request's blocks from `first` on from the prefix cache, so that they need not be copied to be changed."""
         if self._prefix is not None and running.registered > first:
             with self._memory.locked():
                 self._prefix.forget(running.keys[first : running.registered])
@@ -102,6 +113,6 @@ class Sliding:
         self._moved(running, drop.tokens)
 
 
-def window_of(asked: int, context: int, blocks: int) -> int:
-    """Tokens of a window: as asked for, as far as the model's trained context and the cache go."""
-    return min(asked, context, blocks * BLOCK_TOKENS)
+def window_of(tokens: int, context: int, blocks: int) -> int:
+    """Returns the size of a window in tokens: the configured size, limited by the trained context and the cache."""
+    return min(tokens, context, blocks * BLOCK_TOKENS)

@@ -1,22 +1,31 @@
-"""What steps take, as measured: by their number of decoding rows, and for each prompt token beside them. No torch."""
+"""Measured step times, by the number of decoding rows, and the time per prompt token. Does not import torch."""
 
 from __future__ import annotations
 
-_FADING = 0.8
-_MEMORY = 512  # steps after which what was not seen again is forgotten: it may have been disturbed, and contexts grow
+_FADING = 0.8  # weight of the previous mean
+_MEMORY = 512  # steps after which a measurement that was not repeated is discarded: it may be an outlier, and contexts grow
 
 
 class StepTimes:
-    """Fading means; what disturbs makes slower, so a sample counts at most twice the mean."""
+    """Exponential moving averages of step times.
+
+    Disturbances only make steps slower, so a sample counts as at most twice the mean.
+    """
 
     def __init__(self) -> None:
         self._decode: dict[int, float] = {}
-        self._seen: dict[int, int] = {}  # when
+        self._seen: dict[int, int] = {}  # step of the latest measurement, by number of rows
         self._steps = 0
         self._prompt: float | None = None
 
     def add(self, seconds: float, rows: int, prompt: int) -> None:
-        """A step of so many decoding rows and prompt tokens."""
+        """Adds a measured step.
+
+        Args:
+            seconds: duration of the step.
+            rows: number of decoding rows.
+            prompt: number of prompt tokens.
+        """
         self._steps += 1
         if prompt == 0:
             if rows:
@@ -34,11 +43,14 @@ class StepTimes:
 
     @property
     def prompt(self) -> float | None:
-        """Seconds of one prompt token."""
+        """Seconds per prompt token; None before the first measurement."""
         return self._prompt
 
     def decode(self, rows: int) -> float | None:
-        """Seconds of a step with so many rows and no prompt: between known numbers on a line, outside them by `line`."""
+        """Returns the seconds of a step with `rows` decoding rows and no prompt tokens; None before the first measurement.
+
+        Between measured numbers of rows it is interpolated, outside them it follows `line`.
+        """
         if not self._decode:
             return None
         if rows in self._decode:
@@ -52,8 +64,8 @@ class StepTimes:
         return at_a + (at_b - at_a) * (rows - below) / (above - below)
 
     def line(self) -> tuple[float, float] | None:
-        """(a, b), neither negative, of a + b rows through what was measured; None before anything was."""
-        points = dict(self._decode)  # whoever shows metrics asks from another thread
+        """Returns (a, b), not negative, of the least-squares line a + b * rows through the measurements; None without any."""
+        points = dict(self._decode)  # a copy: metrics are read on another thread
         if not points:
             return None
         n = len(points)

@@ -1,4 +1,5 @@
-"""Speculative decoding: a proposer drafts some tokens, one step of the model verifies them all, and those that hold are kept.
+"""Speculative decoding: a proposer drafts tokens, and one step of the model verifies all of them.
 
-The text is the model's own: see `sampling/verify.py`. How many drafts pay is measured: see `gate`. One proposer a file.
+The output distribution is that of the model alone, see `sampling/verify.py`. The number of drafts is chosen from measurements,
+see `gate`. Each proposer has its own file.
 """

@@ -1,4 +1,4 @@
-"""How likely drafts hold, by their place in a round: what has held lately. No torch."""
+"""Estimates of the acceptance rate of drafts, by position in a round. Does not import torch."""
 
 from __future__ import annotations
 
@@ -6,33 +6,41 @@ _FADING, _PRIOR = 0.97, 0.7
 
 
 class Acceptance:
-    """Counts with weights that fade, so that a change in the text is noticed; before a place was tried it is taken to be as the
-    one before it.
+    """Acceptance rates from exponentially decayed counts, which follow changes in the text. A position that has not been tried
+    is assumed to have the rate of the position before it.
 
     Args:
-        most: drafts of a round.
-        prior: what the first draft is taken to hold at before any was tried.
+        max_drafts: maximum number of drafts in a round.
+        prior: assumed acceptance rate of the first draft before any has been tried.
     """
 
-    def __init__(self, most: int, prior: float = _PRIOR) -> None:
+    def __init__(self, max_drafts: int, prior: float = _PRIOR) -> None:
         self._prior = prior
-        self._held, self._tried = [0.0] * most, [0.0] * most
+        self._accepted, self._tried = [0.0] * max_drafts, [0.0] * max_drafts
 
     def of(self, j: int) -> float:
-        """Estimate for draft j (from 0), given that those before it held."""
+        """Returns the estimate for draft j (from 0), given that those before it were accepted."""
         before = self._prior if j == 0 else self.of(j - 1)
-        return (self._held[j] + before) / (self._tried[j] + 1)
+        return (self._accepted[j] + before) / (self._tried[j] + 1)
 
-    def expected(self, most: int) -> list[float]:
-        """Tokens of a round with 0 .. `most` drafts: 1 + a_1 + a_1 a_2 + ... (Leviathan et al. 2023, section 3.1)."""
-        found, likely = [1.0], 1.0
-        for j in range(most):
-            likely *= self.of(j)
-            found.append(found[-1] + likely)
-        return found
+    def expected(self, max_drafts: int) -> list[float]:
+        """Returns the expected number of tokens of a round with 0 .. `max_drafts` drafts.
 
-    def count(self, drafted: int, held: int) -> None:
-        """A round's outcome; drafts behind the first that fell say nothing."""
-        for j in range(min(drafted, held + 1)):
-            self._held[j] = self._held[j] * _FADING + (j < held)
+        It is 1 + a_1 + a_1 a_2 + ... (Leviathan et al. 2023, section 3.1).
+        """
+        tokens, probability = [1.0], 1.0
+        for j in range(max_drafts):
+            probability *= self.of(j)
+            tokens.append(tokens[-1] + probability)
+        return tokens
+
+    def count(self, drafted: int, accepted: int) -> None:
+        """Adds the outcome of a round. Drafts after the first rejected one are not counted.
+
+        Args:
+            drafted: number of drafts.
+            accepted: number of drafts accepted.
+        """
+        for j in range(min(drafted, accepted + 1)):
+            self._accepted[j] = self._accepted[j] * _FADING + (j < accepted)
             self._tried[j] = self._tried[j] * _FADING + 1

@@ -1,12 +1,12 @@
-"""How many drafts a request gets in a step it shares with others: a bandit of its own for each request. No torch.
+"""The number of drafts of a request in a shared batch, chosen by one bandit per request. Does not import torch.
 
-A step of the batch with R rows takes t(R) seconds, as measured, and brings B requests a token each: a token's worth is t(R) /
-B. n drafts bring E(n) - 1 tokens more (see `Acceptance`) and cost t(R + n) - t(R), and what proposing takes. The bandit takes
-the n of largest worth less cost, if it is above zero; alone in the batch that is the largest E(n) / t. What it does not take
-for long it tries again now and then, later and later while it fails.
+A step of the batch with R rows takes t(R) seconds, as measured, and generates one token for each of B requests, so a token is
+worth t(R) / B. With n drafts a request gets E(n) - 1 additional tokens (see `Acceptance`), which cost t(R + n) - t(R) and the
+time of drafting. The bandit chooses the n with the largest gain (worth less cost), if it is positive; for a single request
+that is the largest E(n) / t. If it chooses none, it tries drafts again at intervals, which grow while they are rejected.
 
-As in `gate`, drafts must be covered by a credit: a share of the time that passes and what drafts have gained, so that no
-request loses more than that share by them.
+As in `gate`, drafts must be covered by a credit, which grows by a share of the elapsed time and by the time that drafts have
+saved, so that no request loses more than that share.
 """
 
 from __future__ import annotations
@@ -14,46 +14,47 @@ from __future__ import annotations
 from ..scheduling.step_times import StepTimes
 from .acceptance import Acceptance
 
-SHARE = 0.01  # of the time that passes may be lost by drafts that do not hold
-_FIRST, _MAX = 1.0, 4.0  # plain steps of credit, at first and at most
-_SOON, _LATER = 8, 128  # chances that go by before drafts are tried again: doubles from the first to the second
-_MARGIN = 0.05  # of a step that drafts must promise, so that noise does not choose
+SHARE = 0.01  # maximum share of the elapsed time that rejected drafts may cost
+_FIRST, _MAX = 1.0, 4.0  # initial and maximum credit, in plain steps
+_SOON, _LATER = 8, 128  # minimum and maximum number of steps before drafts are tried again; doubles each time
+_MARGIN = 0.05  # minimum expected gain in steps, above measurement noise
 
 
 class DraftBandit:
-    """Of one request and one proposer.
+    """Bandit of one request and one proposer.
 
     Args:
-        most: drafts at most.
-        prior: how likely its first draft is taken to hold.
+        max_drafts: maximum number of drafts in a step.
+        prior: assumed acceptance rate of the first draft before any has been tried.
     """
 
-    def __init__(self, most: int, prior: float = 0.7) -> None:
-        self.most, self._acceptance = most, Acceptance(most, prior)
+    def __init__(self, max_drafts: int, prior: float = 0.7) -> None:
+        self.max_drafts, self._acceptance = max_drafts, Acceptance(max_drafts, prior)
         self._credit: float | None = None
         self._chances, self._wait = 0, _SOON
-        self.proposed = self.held = 0
+        self.proposed = self.accepted = 0
 
-    def choose(self, most: int, rows: int, sequences: int, times: StepTimes, proposing: float = 0.0) -> int:
-        """Drafts in the next step.
+    def choose(self, max_drafts: int, rows: int, sequences: int, times: StepTimes, proposing: float = 0.0) -> int:
+        """Returns the number of drafts for the next step.
 
         Args:
-            most: that make sense here.
-            rows, sequences: of the step without them.
-            proposing: seconds that a draft takes to make.
+            max_drafts: maximum number of drafts in this step.
+            rows, sequences: number of rows and sequences in the step without drafts.
+            times: measured step times.
+            proposing: seconds to propose one draft.
         """
-        most, plain = min(most, self.most), times.decode(rows)
-        if most <= 0 or plain is None:
+        max_drafts, plain = min(max_drafts, self.max_drafts), times.decode(rows)
+        if max_drafts <= 0 or plain is None:
             return 0
         if self._credit is None:
             self._credit = _FIRST * plain / sequences
-        expected, token = self._acceptance.expected(most), plain / sequences
+        expected, token = self._acceptance.expected(max_drafts), plain / sequences
 
         def cost(n: int) -> float:
             return max((times.decode(rows + n) or plain) - plain, 0.0) + n * proposing
 
-        gains = [(expected[n] - 1) * token - cost(n) for n in range(most + 1)]
-        best = max(range(most + 1), key=lambda n: gains[n])
+        gains = [(expected[n] - 1) * token - cost(n) for n in range(max_drafts + 1)]
+        best = max(range(max_drafts + 1), key=lambda n: gains[n])
         if gains[best] < _MARGIN * token:
             self._chances += 1
             if self._chances < self._wait:
@@ -63,16 +64,17 @@ class DraftBandit:
             best -= 1
         return best
 
-    def record(self, drafted: int, held: int, cost: float, token: float) -> None:
-        """What came of a step.
+    def record(self, drafted: int, accepted: int, cost: float, token: float) -> None:
+        """Adds the outcome of a step.
 
         Args:
-            cost: seconds that its drafts took.
+            drafted, accepted: number of drafts, and of those accepted.
+            cost: seconds that the drafts took.
             token: seconds that a token is worth.
         """
-        self._acceptance.count(drafted, held)
-        self.proposed, self.held = self.proposed + drafted, self.held + held
-        if held:
+        self._acceptance.count(drafted, accepted)
+        self.proposed, self.accepted = self.proposed + drafted, self.accepted + accepted
+        if accepted:
             self._wait = _SOON
         if self._credit is not None:
-            self._credit = min(self._credit + held * token - cost + SHARE * token, _MAX * token)
+            self._credit = min(self._credit + accepted * token - cost + SHARE * token, _MAX * token)

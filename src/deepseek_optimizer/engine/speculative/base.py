@@ -1,4 +1,4 @@
-"""What a proposer of drafts is."""
+"""The interface of proposers, which draft tokens for speculative decoding."""
 
 from __future__ import annotations
 
@@ -9,29 +9,37 @@ from ..sequence import Sequence
 
 
 class Proposer(Protocol):
-    """Proposes what may follow sequences.
+    """Proposes draft tokens to continue sequences.
 
     Attributes:
-        name: for reports, and for what is remembered of its cost.
-        wants_states: `follow` is to be called with the model's hidden states.
+        name: identifies the proposer in reports and cost measurements.
+        wants_states: whether `follow` must be called with the model's hidden states.
     """
 
     name: str
     wants_states: bool
 
     def ready(self, sequence: Sequence) -> bool:
-        """Whether there is something to propose: cheap, and never wrong where it says no."""
+        """Whether there may be drafts for a sequence. Cheap; if it returns False, there are none."""
 
-    def propose(self, sequences: list[Sequence], most: list[int]) -> list[Draft]:
-        """At most so many drafts for each. The cache has room for them and the last token, which `cached` counts already."""
+    def propose(self, sequences: list[Sequence], max_drafts: list[int]) -> list[Draft]:
+        """Returns drafts for each sequence.
+
+        Args:
+            sequences: the sequences. Their caches have room for the last token and the drafts, which `cached` counts already.
+            max_drafts: maximum number of drafts of each.
+        """
 
     def follow(self, sequence: Sequence, states: Any) -> None:
-        """The model's last hidden states (normed), float32 torch [n, H], of the n tokens of this sequence that came into the
-        cache since the last call, in order. The next token of each is among `sequence.tokens`, but for the very last one's,
-        which may not be known yet."""
+        """Passes on the hidden states of tokens that were added to the cache since the last call.
+
+        Args:
+            sequence: the sequence. Its `tokens` include the next token of each of these, except possibly of the last one.
+            states: the model's last hidden states (normalised), float32 torch [n, H], in order.
+        """
 
     def fork(self, sequence: Sequence, twin: Sequence) -> None:
-        """`twin` begins as a copy of `sequence`, cache included."""
+        """Copies the state of `sequence` for `twin`, a copy of it including its cache."""
 
     def forget(self, sequence: Sequence) -> None:
-        """The sequence has ended, or lost its cache: nothing of what is remembered of it holds any more."""
+        """Discards the state of a sequence that has ended or lost its cache."""

@@ -1,34 +1,43 @@
-"""What steps cost, as measured: seconds by the number of sequences and of drafted rows beside theirs."""
+"""Measured costs of steps: seconds by the number of sequences and of draft rows."""
 
 from __future__ import annotations
 
 import statistics
 from collections import deque
 
-_KEPT = 5  # samples; old ones were taken at other context lengths
-_UNKNOWN = 0.5  # of a plain step, that a further row a sequence is taken to cost before any was measured
+_KEPT = 5  # number of latest samples kept; older ones are from other context lengths
+_UNKNOWN = 0.5  # assumed cost of one more row per sequence before any is measured, as a fraction of a plain step
 
 
 class StepCosts:
-    """Of one request: another one's steps, at another context length, cost something else."""
+    """Costs of the steps of one request; they depend on its context length."""
 
     def __init__(self) -> None:
         self._samples: dict[tuple[int, int], deque[float]] = {}
         self._medians: dict[int, dict[int, float]] = {}
 
     def add(self, sequences: int, drafted: int, seconds: float) -> None:
-        """A round of so many sequences, which verified so many drafts in all."""
+        """Adds a measured round.
+
+        Args:
+            sequences: number of sequences.
+            drafted: number of drafts verified, over all sequences.
+            seconds: duration of the round.
+        """
         samples = self._samples.setdefault((sequences, drafted), deque(maxlen=_KEPT))
         samples.append(seconds)
         self._medians.setdefault(sequences, {})[drafted] = _middle(samples)
 
     def samples(self, sequences: int, drafted: int) -> int:
-        """How many were kept."""
+        """Returns the number of samples kept for such rounds."""
         return len(self._samples.get((sequences, drafted), ()))
 
     def seconds(self, sequences: int, drafted: int) -> float | None:
-        """The median; of fewer than three the smallest, since what disturbs makes slower. Between and behind measured numbers
-        of drafts along straight lines. None before a plain step was measured."""
+        """Returns the cost of a round in seconds; None before a plain step has been measured.
+
+        It is the median of the samples, or the minimum of fewer than three, since disturbances only make steps slower. For
+        other numbers of drafts it is interpolated or extrapolated linearly.
+        """
         known = self._medians.get(sequences, {})
         if 0 not in known:
             return None

@@ -1,4 +1,4 @@
-"""A round of speculative decoding over many sequences: draft, verify in one ragged step, keep what holds."""
+"""A round of speculative decoding over many sequences: draft, verify in one ragged step, keep the accepted drafts."""
 
 from __future__ import annotations
 
@@ -18,12 +18,14 @@ if TYPE_CHECKING:
 
 
 class SpeculativeDecoder:
-    """What drives a proposer.
+    """Runs rounds of speculative decoding.
 
     Args:
-        runner: of the model's own plan.
-        sampler: chooses tokens as the request wants them.
-        clock: seconds; what the gate goes by.
+        runner: runs the model's plan.
+        proposer: proposes drafts.
+        sampler: samples tokens by the request's parameters.
+        gate: chooses the number of drafts.
+        clock: returns the time in seconds, to measure rounds for the gate.
     """
 
     def __init__(
@@ -32,43 +34,52 @@ class SpeculativeDecoder:
         self.runner, self.proposer, self.sampler, self.gate, self._clock = runner, proposer, sampler, gate, clock
 
     def round(self, sequences: list[Sequence], room: list[int], used: list[Any] | None = None) -> list[list[int]]:
-        """One step for every sequence: its new tokens, at least one, appended to it; all but the last are cached.
+        """Runs one step and appends the new tokens, at least one, to each sequence; all but the last are in the cache.
 
         Args:
-            room: most tokens that each may get, 1 or more.
-            used: of a single sequence, where to put (raw, processed) logits of each new token.
+            sequences: the sequences.
+            room: maximum number of new tokens of each, at least 1.
+            used: for a single sequence, a list to append the (raw, processed) logits of each new token to.
 
-        Raises: CacheFullError. Errors leave tokens and cache as they were.
+        Returns: the new tokens of each sequence.
+
+        Raises:
+            CacheFullError: too few blocks are free. After any error, tokens and cache are unchanged.
         """
         begun = self._clock()
         before = [s.cached for s in sequences]
         allowed = self.gate.choose(len(sequences), max(room) - 1)
-        most = self._reserve(sequences, [min(allowed, r - 1) for r in room])
+        max_drafts = self._reserve(sequences, [min(allowed, r - 1) for r in room])
         try:
-            drafts = self.proposer.propose(sequences, most) if any(most) else [Draft() for _ in sequences]
+            drafts = self.proposer.propose(sequences, max_drafts) if any(max_drafts) else [Draft() for _ in sequences]
             parts = [Part(s, [s.tokens[-1], *d.tokens], n) for s, d, n in zip(sequences, drafts, before, strict=True)]
-            made = self.runner.verify(parts, last_hidden=self.proposer.wants_states)
-            logits = rows_of(made.logits, parts)
-            found = [self.sampler.accept(s.index, d, rows, used) for s, d, rows in zip(sequences, drafts, logits, strict=True)]
+            result = self.runner.verify(parts, last_hidden=self.proposer.wants_states)
+            logits = rows_of(result.logits, parts)
+            accepted = [
+                self.sampler.accept(s.index, d, rows, used) for s, d, rows in zip(sequences, drafts, logits, strict=True)
+            ]
         except BaseException:
             self.runner.crop(sequences, before)
             raise
-        self.runner.crop(sequences, [n + len(tokens) for n, tokens in zip(before, found, strict=True)])
-        for sequence, tokens in zip(sequences, found, strict=True):
+        self.runner.crop(sequences, [n + len(tokens) for n, tokens in zip(before, accepted, strict=True)])
+        for sequence, tokens in zip(sequences, accepted, strict=True):
             sequence.tokens += tokens
         if self.proposer.wants_states:
-            for part, tokens, states in zip(parts, found, rows_of(made.last_hidden, parts), strict=True):
+            for part, tokens, states in zip(parts, accepted, rows_of(result.last_hidden, parts), strict=True):
                 self.proposer.follow(part.sequence, states[: len(tokens)])
         self.runner.forget(sequences)
-        outcomes = [(len(d.tokens), len(tokens) - 1) for d, tokens in zip(drafts, found, strict=True)]
+        outcomes = [(len(d.tokens), len(tokens) - 1) for d, tokens in zip(drafts, accepted, strict=True)]
         self.gate.record(self._clock() - begun, outcomes)
-        return found
+        return accepted
 
-    def _reserve(self, sequences: list[Sequence], most: list[int]) -> list[int]:
-        """Room for one token and so many drafts each; without drafts where the cache has no room for them."""
+    def _reserve(self, sequences: list[Sequence], max_drafts: list[int]) -> list[int]:
+        """Reserves room for one token and the drafts of each; if the cache has no room for drafts, for one token only.
+
+        Returns: the number of drafts of each that there is room for.
+        """
         try:
-            self.runner.reserve(sequences, [1 + n for n in most])
+            self.runner.reserve(sequences, [1 + n for n in max_drafts])
         except CacheFullError:
-            most = [0] * len(sequences)
+            max_drafts = [0] * len(sequences)
             self.runner.reserve(sequences, [1] * len(sequences))
-        return most
+        return max_drafts

@@ -1,7 +1,7 @@
-"""Drafts by a smaller model of the same tokenizer (Leviathan et al. 2023; Chen et al. 2023): its likeliest tokens.
+"""Drafts by a smaller model with the same tokenizer (Leviathan et al. 2023; Chen et al. 2023): its most likely tokens.
 
-It has a cache of its own, which follows the sequence: what it drafted and the model did not take is cropped away, and what it
-has not seen is run before it drafts again.
+The draft model has its own cache, which follows the sequence: rejected drafts are cropped, and tokens that it has not
+processed are processed before it drafts again.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ if TYPE_CHECKING:
 
 
 class DraftModelProposer:
-    """
+    """Proposes the most likely tokens of a draft model.
+
     Args:
-        runner: of the small model, over a memory of its own.
-        context: positions it has: it drafts nothing past them.
-        step_tokens: of a step at most.
+        runner: runs the draft model, over its own cache memory.
+        context: context length of the draft model in tokens; it drafts nothing beyond it.
+        step_tokens: maximum number of tokens in a step.
     """
 
     name = "draft_model"
@@ -38,22 +39,22 @@ class DraftModelProposer:
     def ready(self, sequence: Sequence) -> bool:
         return len(sequence.tokens) < self._context
 
-    def propose(self, sequences: list[Sequence], most: list[int]) -> list[Draft]:
-        found: list[list[int]] = [[] for _ in sequences]
+    def propose(self, sequences: list[Sequence], max_drafts: list[int]) -> list[Draft]:
+        drafts: list[list[int]] = [[] for _ in sequences]
         active = []
         for n, sequence in enumerate(sequences):
             room = self._context - len(sequence.tokens)
-            if min(most[n], room) > 0 and self._catch_up(sequence):
+            if min(max_drafts[n], room) > 0 and self._catch_up(sequence):
                 active.append(n)
-        for further in range(max(most, default=0)):
-            active = [n for n in active if further < min(most[n], self._context - len(sequences[n].tokens))]
+        for further in range(max(max_drafts, default=0)):
+            active = [n for n in active if further < min(max_drafts[n], self._context - len(sequences[n].tokens))]
             if not active:
                 break
-            self._draft(sequences, active, found)
-        return [Draft(tokens) for tokens in found]
+            self._draft(sequences, active, drafts)
+        return [Draft(tokens) for tokens in drafts]
 
-    def _draft(self, sequences: list[Sequence], active: list[int], found: list[list[int]]) -> None:
-        """A token more for each of `active`, in place; those whose cache is full leave it."""
+    def _draft(self, sequences: list[Sequence], active: list[int], drafts: list[list[int]]) -> None:
+        """Appends one draft for each sequence in `active`; removes those from it whose cache is full."""
         for n in list(active):
             own = self._own[sequences[n].index]
             try:
@@ -64,14 +65,14 @@ class DraftModelProposer:
             return
         owns = [self._own[sequences[n].index] for n in active]
         parts = [Part(own, [own.tokens[-1]], own.cached - 1, phase=DECODE) for own in owns]
-        made = self._runner.step(parts, list(range(len(parts))), last_hidden=False)
-        for n, own, token in zip(active, owns, np.argmax(made.logits.cpu().numpy(), -1).tolist(), strict=True):
+        result = self._runner.step(parts, list(range(len(parts))), last_hidden=False)
+        for n, own, token in zip(active, owns, np.argmax(result.logits.cpu().numpy(), -1).tolist(), strict=True):
             own.tokens.append(token)
-            found[n].append(token)
+            drafts[n].append(token)
         self._runner.forget(owns)
 
     def _catch_up(self, sequence: Sequence) -> bool:
-        """Its cache holds all of the sequence's tokens but the last; False: there is no room."""
+        """Brings the draft model's cache up to all tokens of the sequence but the last; returns False if there is no room."""
         own = self._own.get(sequence.index)
         if own is None:
             with self._runner.memory.locked() as manager:
@@ -92,10 +93,10 @@ class DraftModelProposer:
         return True
 
     def follow(self, sequence: Sequence, states: object) -> None:
-        """Needs nothing."""
+        """Does nothing: hidden states are not used."""
 
     def fork(self, sequence: Sequence, twin: Sequence) -> None:
-        """Runs the twin's tokens when it is asked for drafts."""
+        """Does nothing: the twin's tokens are processed when drafts are proposed for it."""
 
     def forget(self, sequence: Sequence) -> None:
         own = self._own.pop(sequence.index, None)
@@ -104,8 +105,8 @@ class DraftModelProposer:
                 own.blocks.free()
 
 
-def _common(a: list[int], b: list[int], most: int) -> int:
-    """Tokens that both begin with, looked for from the end of the first `most`: what differs are the last few."""
-    while most and a[:most] != b[:most]:
-        most -= 1
-    return most
+def _common(a: list[int], b: list[int], limit: int) -> int:
+    """Returns the length of the common prefix, at most `limit`. Searched from its end, as only the last few tokens differ."""
+    while limit and a[:limit] != b[:limit]:
+        limit -= 1
+    return limit

@@ -1,15 +1,15 @@
-"""How many drafts a round verifies: as many as pay, by what was measured, and never at a loss for long.
+"""The number of drafts in a round, chosen from measurements to maximise speed, with bounded losses.
 
-With acceptance a_j of the j-th draft (given that those before it held) a round of n drafts yields
+If the j-th draft is accepted with probability a_j (given that those before it were), a round of n drafts yields
 E(n) = 1 + a_1 + a_1 a_2 + ... + a_1 ... a_n tokens (Leviathan et al. 2023, section 3.1, with unequal a_j) and takes c(n)
-seconds, drafting included. n = 0 is plain decoding. The gate chooses the n of largest E(n) / c(n).
+seconds including drafting; n = 0 is plain decoding. The gate chooses the n with the largest E(n) / c(n).
 
-Acceptances are counted with weights that fade, so that a change in the text is noticed; before a position was tried it is taken
-to be as the one before it. Costs are medians.
+Acceptance rates are estimated from exponentially decayed counts, which follow changes in the text; a position that has not been
+tried is assumed to have the rate of the position before it. Costs are medians.
 
-Whatever the estimates say, a round with drafts must be covered by a credit, in seconds: one plain step at first, a small share
-of the time that passes, and what drafts have saved so far, up to a few steps. What drafts lose is taken from it. So against
-plain decoding no more than FIRST steps and SHARE of the time can be lost, whatever is accepted.
+Independently of the estimates, a round with drafts must be covered by a credit in seconds. It starts at FIRST plain steps and
+grows by a small share of the elapsed time and by the time that drafts have saved, up to MAX steps; losses are subtracted.
+Compared with plain decoding, at most FIRST steps and SHARE of the time can be lost, whatever is accepted.
 """
 
 from __future__ import annotations
@@ -20,23 +20,24 @@ from dataclasses import dataclass
 from .acceptance import Acceptance
 from .costs import StepCosts
 
-FIRST, SHARE, MAX = 0.8, 0.012, 4.0  # plain steps of credit at first and at most; share of the time that adds to it
-_BETTER = 1.02  # that drafts must promise over plain decoding
+FIRST, SHARE, MAX = 0.8, 0.012, 4.0  # initial credit in plain steps, share of the elapsed time added, maximum credit in steps
+_BETTER = 1.02  # minimum expected speedup of drafts over plain decoding
 _WARM = 2  # plain rounds before the first drafts
-_SOON, _LATER = 4, 32  # rounds after which something beside the best is measured again: doubles from the first to the second
+_SOON, _LATER = 4, 32  # minimum and maximum number of rounds between trials of other numbers of drafts; doubles each time
 
 
 @dataclass(frozen=True)
 class SpeculationReport:
-    """What drafts did for a request.
+    """Statistics of speculative decoding for a request.
 
     Attributes:
-        rounds: steps of the model; `drafted` of them verified drafts.
-        accepted_length: tokens that a sequence got in a round with drafts of its own, on average: 1 where no draft ever held.
-        acceptance: of each position, the share of drafts that held among those whose forerunners held.
-        proposed: how many drafts each of these shares is of.
-        chosen: (drafts, rounds) in order of time: so many rounds in a row were allowed so many drafts.
-        speedup: plain decoding's time for the same tokens, by its median step, over the time taken.
+        rounds: number of steps of the model.
+        drafted: number of steps that verified drafts.
+        accepted_length: mean number of tokens per sequence and round with drafts; 1 if no draft was accepted.
+        acceptance: acceptance rate of each position, among drafts whose predecessors were accepted.
+        proposed: number of drafts that each of these rates is from.
+        chosen: (drafts, rounds) in chronological order: the number of drafts allowed, and for how many rounds in a row.
+        speedup: time that plain decoding would take for the same tokens, by its median step, divided by the time taken.
     """
 
     rounds: int
@@ -49,76 +50,81 @@ class SpeculationReport:
 
 
 class Gate:
-    """Of one request, or of a batch of them that run together. Knows no clock: it is told what rounds took.
+    """Chooses the number of drafts for one request, or for a batch of requests that run together.
 
     Args:
-        most: drafts a sequence, at most.
-        fixed: always that many, whether or not they pay.
+        max_drafts: maximum number of drafts per sequence and round.
+        fixed: always use that number, whether or not it is faster.
     """
 
-    def __init__(self, most: int, *, fixed: bool = False) -> None:
-        self.most, self.fixed, self.costs = most, fixed, StepCosts()
-        self._acceptance = Acceptance(most)
-        self._accepted, self._proposed = [0] * most, [0] * most  # all
+    def __init__(self, max_drafts: int, *, fixed: bool = False) -> None:
+        self.max_drafts, self.fixed, self.costs = max_drafts, fixed, StepCosts()
+        self._acceptance = Acceptance(max_drafts)
+        self._accepted, self._proposed = [0] * max_drafts, [0] * max_drafts  # all
         self._credit: float | None = None
-        self._since, self._wait, self._turn = 0, _SOON, 0  # rounds since the best was left for another, and until it will be
+        self._since, self._wait, self._turn = 0, _SOON, 0  # rounds since the last trial, and until the next
         self._chosen: list[tuple[int, int]] = []
         self._rounds = self._drafted = self._lengths = self._with = 0
         self._seconds = self._plain = 0.0
 
-    def choose(self, sequences: int, most: int | None = None) -> int:
-        """Drafts a sequence in the next round.
+    def choose(self, sequences: int, max_drafts: int | None = None) -> int:
+        """Returns the number of drafts per sequence for the next round.
 
         Args:
-            sequences: that take part.
-            most: fewer than the gate's own, where the end is near.
+            sequences: number of sequences in the round.
+            max_drafts: limit for this round, such as near the end of the text; None: the gate's own.
         """
-        most = self.most if most is None else min(most, self.most)
-        chosen = most if self.fixed or most <= 0 else self._choice(sequences, most)
+        max_drafts = self.max_drafts if max_drafts is None else min(max_drafts, self.max_drafts)
+        chosen = max_drafts if self.fixed or max_drafts <= 0 else self._choice(sequences, max_drafts)
         if self._chosen and self._chosen[-1][0] == chosen:
             self._chosen[-1] = (chosen, self._chosen[-1][1] + 1)
         else:
             self._chosen.append((chosen, 1))
         return chosen
 
-    def _choice(self, sequences: int, most: int) -> int:
+    def _choice(self, sequences: int, max_drafts: int) -> int:
         plain = self.costs.seconds(sequences, 0)
         if plain is None or self.costs.samples(sequences, 0) < _WARM:
             return 0
         if self._credit is None:
             self._credit = FIRST * plain
-        expected = self._acceptance.expected(most)
-        rates = [1 / plain, *(expected[n] / self._cost(sequences, n) for n in range(1, most + 1))]
-        drafts = max(range(1, most + 1), key=lambda n: rates[n])
+        expected = self._acceptance.expected(max_drafts)
+        rates = [1 / plain, *(expected[n] / self._cost(sequences, n) for n in range(1, max_drafts + 1))]
+        drafts = max(range(1, max_drafts + 1), key=lambda n: rates[n])
         best = drafts if rates[drafts] > _BETTER * rates[0] else 0
         self._since += 1
         if self._since >= self._wait:
-            best = self._beside(best, drafts, most)
+            best = self._trial(best, drafts, max_drafts)
             self._since, self._wait, self._turn = 0, min(2 * self._wait, _LATER), self._turn + 1
         while best and self._cost(sequences, best) - plain > self._credit:
             best -= 1
         return best
 
-    def _beside(self, best: int, drafts: int, most: int) -> int:
-        """Another number than the best, of which too little may be known by now; `drafts`: the best above none."""
+    def _trial(self, best: int, drafts: int, max_drafts: int) -> int:
+        """Returns another number of drafts to measure again; `drafts` is the best number above 0."""
         if best == 0:
             return drafts
-        return (min(best + 1, most), 0, best - 1)[self._turn % 3]
+        return (min(best + 1, max_drafts), 0, best - 1)[self._turn % 3]
 
     def _cost(self, sequences: int, n: int) -> float:
-        """Of a round; no less than a plain step's, whatever disturbed that."""
-        found, plain = self.costs.seconds(sequences, sequences * n), self.costs.seconds(sequences, 0)
-        assert found is not None and plain is not None  # a plain step was measured
-        return max(found, plain)
+        """Returns the cost of a round with n drafts per sequence, at least that of a plain step."""
+        seconds, plain = self.costs.seconds(sequences, sequences * n), self.costs.seconds(sequences, 0)
+        assert seconds is not None and plain is not None  # a plain step was measured
+        return max(seconds, plain)
 
     def record(self, seconds: float, outcomes: Iterable[tuple[int, int]]) -> None:
-        """What a round took, and of each sequence (drafts verified, drafts that held)."""
+        """Adds a round.
+
+        Args:
+            seconds: duration of the round.
+            outcomes: (drafts verified, drafts accepted) of each sequence.
+        """
         outcomes = list(outcomes)
         sequences, drafted = len(outcomes), sum(n for n, _ in outcomes)
         self.costs.add(sequences, drafted, seconds)
-        tokens = 1 + sum(held for _, held in outcomes) / sequences
-        for n, held in outcomes:
-            self._count(n, held)
+        tokens = 1 + sum(accepted for _, accepted in outcomes) / sequences
+        for n, accepted in outcomes:
+            self._count(n, accepted)
         plain = self.costs.seconds(sequences, 0)
         self._rounds += 1
         self._drafted += drafted > 0
@@ -129,16 +135,16 @@ class Gate:
                 saved = tokens * plain - seconds if drafted else 0.0
                 self._credit = min(self._credit + saved + SHARE * seconds, MAX * plain)
 
-    def _count(self, drafted: int, held: int) -> None:
-        self._lengths += (1 + held) * (drafted > 0)
+    def _count(self, drafted: int, accepted: int) -> None:
+        self._lengths += (1 + accepted) * (drafted > 0)
         self._with += drafted > 0
-        self._acceptance.count(drafted, held)
-        for j in range(min(drafted, held + 1)):  # those behind a draft that fell say nothing
-            self._accepted[j] += j < held
+        self._acceptance.count(drafted, accepted)
+        for j in range(min(drafted, accepted + 1)):  # those after a rejected draft are not counted
+            self._accepted[j] += j < accepted
             self._proposed[j] += 1
 
     def report(self) -> SpeculationReport:
-        """So far."""
+        """Returns the statistics so far."""
         return SpeculationReport(
             rounds=self._rounds,
             drafted=self._drafted,

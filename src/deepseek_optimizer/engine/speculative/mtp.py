@@ -1,13 +1,14 @@
-"""Drafts by a model's own multi-token prediction layers (DeepSeek-V3's report, section 2.2).
+"""Drafts by a model's own multi-token prediction layers (DeepSeek-V3 technical report, section 2.2).
 
-Layer k (from 0) has at row i the previous layer's hidden state of row i (the model's own, for layer 0) and token i + k + 1, and
-predicts token i + k + 2. Its cache is its own layer of the model's blocks: row i lies at token i. So it follows the model by a
-row less than it has tokens, and k rows of layer k are guesses until the tokens they need are known: those are run again.
+The input of layer k (from 0) at row i is the previous layer's hidden state of row i (the model's own, for layer 0) and token
+i + k + 1; it predicts token i + k + 2. Its cache is its own layer in the model's blocks, with row i in the slot of token i. It
+thus has one row less than the model has tokens, and k rows of layer k depend on drafts until the tokens that they need are
+known; these rows are then recomputed.
 
-More drafts than layers are made by applying the last layer to its own hidden state again, a row further, as vLLM does; those
-rows are guesses too. The model overwrites nothing of this: its own layers are others.
+To draft more tokens than there are layers, the last layer is applied to its own hidden state again, one row further, as in
+vLLM; those rows depend on drafts too. The model does not overwrite these rows, since its own layers are separate.
 
-A layer that was not there from the first token on sees only blocks that it has written itself.
+A layer that did not process a sequence from its first token attends only to blocks that it has written itself.
 """
 
 from __future__ import annotations
@@ -23,21 +24,22 @@ from ..sequence import Part, Sequence, rows_of
 if TYPE_CHECKING:
     from ..runner import Runner
 
-# (sequence's index, tokens drafted so far, logits [V]) -> token, and the distribution it was drawn from or None
+# (sequence's index, tokens drafted so far, logits [V]) -> token, and the distribution it was sampled from or None
 Choose = Callable[[int, list[int], Any], "tuple[int, Any]"]
-_FLUSH = 256  # rows of hidden states that may wait: so many cost little more than one where they run at once. A cache that
-# forgets keeps what those need (`cache.forgetting.Forgetting.spare`)
+# Maximum number of pending rows of hidden states: processed together, they cost little more than a single row. A cache that
+# frees blocks keeps those that pending rows need (`cache.forgetting.Forgetting.spare`).
+_FLUSH = 256
 
 
 @dataclass
 class _Track:
-    """What a sequence's MTP layers have seen.
+    """Progress of the MTP layers in a sequence.
 
     Attributes:
-        base: rows before it are not there; a multiple of a block.
-        seen: rows whose states have come from the model, those before `base` included.
-        done: of each layer, rows in its cache that will stay.
-        waiting: of each layer, input states of rows from `done` on that will stay as they are.
+        base: first row that the layers have processed; a multiple of the block size.
+        seen: number of rows whose states the model has delivered, including those before `base`.
+        done: for each layer, number of final rows in its cache.
+        waiting: for each layer, final input states of the rows from `done` on.
     """
 
     base: int
@@ -46,17 +48,26 @@ class _Track:
     waiting: list[list[Any]] = field(default_factory=list)
 
     def first_block(self, sequence: Sequence) -> int:
-        """The first block that the layers may see. Where a cache has forgotten, they see no sinks but the text's own, all of
-        them: what lies between those that they began behind and the window is not a beginning of theirs."""
+        """Returns the first block that the layers may attend to.
+
+        If the cache has freed blocks, layers that did not start at the beginning of the text have no sinks: their first block
+        is then the one after the freed blocks.
+        """
         first, holes = self.base // BLOCK_TOKENS, sequence.blocks.holes
         return holes.stop if holes and (first in holes or 0 < first < holes.start) else first
 
 
 class _Drafting:
-    """A sequence while drafts are made for it. guessed: hidden states that rest on drafts, the input of rows to come."""
+    """State of drafting for one sequence.
 
-    def __init__(self, sequence: Sequence, most: int, track: _Track | None) -> None:
-        self.sequence, self.most = sequence, most
+    Attributes:
+        ready: whether drafts can be made.
+        tokens, q: drafts so far, and their distributions.
+        guessed: hidden states that depend on drafts, the input of further rows.
+    """
+
+    def __init__(self, sequence: Sequence, max_drafts: int, track: _Track | None) -> None:
+        self.sequence, self.max_drafts = sequence, max_drafts
         self.ready = track is not None and track.done[0] < track.seen
         if track is not None:
             self.track = track
@@ -70,15 +81,16 @@ class _Drafting:
         self.q.append(q)
 
     def draft(self) -> Draft:
-        q = self.q[: self.most]
-        return Draft(self.tokens[: self.most], None if any(d is None for d in q) else q)
+        q = self.q[: self.max_drafts]
+        return Draft(self.tokens[: self.max_drafts], None if any(d is None for d in q) else q)
 
 
 class MtpProposer:
-    """
+    """Proposes drafts by MTP layers.
+
     Args:
         layers: runners of the MTP layers' plans, over the model's own cache.
-        choose: how drafts are chosen from a layer's logits.
+        choose: chooses a draft from a layer's logits.
     """
 
     name = "mtp"
@@ -115,32 +127,32 @@ class MtpProposer:
         self._tracks.pop(sequence.index, None)
 
     def _catch_up(self, sequence: Sequence, track: _Track) -> None:
-        """Runs the rows whose tokens are known, for the cache alone."""
+        """Processes the rows whose tokens are known, only to fill the cache."""
         for k, runner in enumerate(self._layers):
             begin = track.done[k]
-            ready = track.done[k - 1] if k else track.seen - 1  # the last row waits: a draft comes from it
+            ready = track.done[k - 1] if k else track.seen - 1  # not the last row, which predicts a draft
             end = min(ready, len(sequence.tokens) - 1 - k)
             if end <= begin:
                 return
             part = Part(sequence, sequence.tokens[begin + k + 1 : end + k + 1], begin, track.first_block(sequence))
             states, rest = _split(track.waiting[k], end - begin)
-            made = runner.draft([part], states, logits=False).last_hidden
+            result = runner.draft([part], states, logits=False).last_hidden
             track.waiting[k], track.done[k] = rest, end
             if k + 1 < len(self._layers):
-                track.waiting[k + 1].append(made)
+                track.waiting[k + 1].append(result)
 
-    def propose(self, sequences: list[Sequence], most: list[int]) -> list[Draft]:
-        found = [_Drafting(s, n, self._tracks.get(s.index)) for s, n in zip(sequences, most, strict=True)]
-        active = [d for d in found if d.most and d.ready]
+    def propose(self, sequences: list[Sequence], max_drafts: list[int]) -> list[Draft]:
+        drafting = [_Drafting(s, n, self._tracks.get(s.index)) for s, n in zip(sequences, max_drafts, strict=True)]
+        active = [d for d in drafting if d.max_drafts and d.ready]
         if active:
             for k in range(len(self._layers)):
                 self._layer(k, active)
-            for further in range(max(d.most for d in active) - len(self._layers)):
-                self._again(further, [d for d in active if d.most > len(d.tokens)])
-        return [d.draft() for d in found]
+            for further in range(max(d.max_drafts for d in active) - len(self._layers)):
+                self._repeat_last(further, [d for d in active if d.max_drafts > len(d.tokens)])
+        return [d.draft() for d in drafting]
 
     def _layer(self, k: int, active: list[_Drafting]) -> None:
-        """Layer k over the rows that wait for it and, behind them, those that rest on drafts; adds a draft to each."""
+        """Runs layer k over its pending rows and then those that depend on drafts; adds a draft to each sequence."""
         parts, inputs = [], []
         for d in active:
             begin, count = d.track.done[k], d.track.seen - d.track.done[k]
@@ -148,28 +160,28 @@ class MtpProposer:
             ids = [*d.sequence.tokens[first:], *d.tokens[max(0, first - len(d.sequence.tokens)) :]][:count]
             parts.append(Part(d.sequence, ids, begin, d.track.first_block(d.sequence)))
             inputs += [*d.track.waiting[k], d.guessed] if d.guessed is not None else d.track.waiting[k]
-        made = self._layers[k].draft(parts, inputs, logits=True)
+        result = self._layers[k].draft(parts, inputs, logits=True)
         last = k + 1 == len(self._layers)
-        for d, logits, rows in zip(active, made.logits, rows_of(made.last_hidden, parts), strict=True):
+        for d, logits, rows in zip(active, result.logits, rows_of(result.last_hidden, parts), strict=True):
             d.add(self._choose, logits)
-            stay = max(0, len(rows) - k)  # those whose token is known
+            stay = max(0, len(rows) - k)  # rows whose token is known
             d.track.done[k] += stay
             d.track.waiting[k] = _split(d.track.waiting[k], stay)[1]
             if not last:
                 d.track.waiting[k + 1].append(rows[:stay])
             d.guessed = rows[-1:] if last else rows[stay:]
 
-    def _again(self, further: int, active: list[_Drafting]) -> None:
-        """The last layer over its own hidden state, `further` rows behind the model's."""
+    def _repeat_last(self, further: int, active: list[_Drafting]) -> None:
+        """Applies the last layer to its own hidden state, `further` rows after the model's last."""
         parts = [Part(d.sequence, d.tokens[-1:], d.track.seen + further, d.track.first_block(d.sequence)) for d in active]
-        made = self._layers[-1].draft(parts, [d.guessed for d in active], logits=True)
-        for d, logits, rows in zip(active, made.logits, rows_of(made.last_hidden, parts), strict=True):
+        result = self._layers[-1].draft(parts, [d.guessed for d in active], logits=True)
+        for d, logits, rows in zip(active, result.logits, rows_of(result.last_hidden, parts), strict=True):
             d.add(self._choose, logits)
             d.guessed = rows
 
 
 def _split(rows: list[Any], count: int) -> tuple[list[Any], list[Any]]:
-    """The first `count` rows of tensors [n, H], and those behind."""
+    """Splits the rows of tensors [n, H] into the first `count` and the rest."""
     first, rest = [], []
     for tensor in rows:
         take = min(count, len(tensor))

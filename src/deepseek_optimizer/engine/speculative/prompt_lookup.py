@@ -1,5 +1,5 @@
-"""Drafts out of the sequence itself: what followed the last n-gram when it was seen before (Saxena 2023, "Prompt Lookup
-Decoding"). Costs next to nothing; pays where the answer repeats the prompt: summaries, edits, code."""
+"""Prompt lookup: drafts the tokens that followed an earlier occurrence of the last n-gram (Saxena 2023, "Prompt Lookup
+Decoding"). The cost is negligible; it helps when the answer repeats the prompt, as in summaries, edits and code."""
 
 from __future__ import annotations
 
@@ -12,36 +12,41 @@ from ..sequence import Sequence
 
 @dataclass
 class _Index:
-    """n-gram -> where what follows its latest occurrence begins; of the first `read` tokens."""
+    """Index of n-grams.
+
+    Attributes:
+        places: n-gram -> position after its latest occurrence.
+        read: number of tokens indexed.
+    """
 
     places: dict[tuple[int, ...], int] = field(default_factory=dict)
     read: int = 0
 
 
 class PromptLookupProposer:
-    """The longest n-gram that was seen before counts, and of its occurrences the latest.
+    """Proposes the tokens after the latest earlier occurrence of the longest n-gram that occurred before.
 
     Args:
-        longest: tokens of an n-gram, at most.
-        shortest: and at least.
+        max_ngram, min_ngram: maximum and minimum number of tokens of an n-gram.
     """
 
     name = "prompt_lookup"
     wants_states = False
 
-    def __init__(self, longest: int = 3, shortest: int = 2) -> None:
-        self._sizes = range(longest, min(shortest, longest) - 1, -1)
+    def __init__(self, max_ngram: int = 3, min_ngram: int = 2) -> None:
+        self._sizes = range(max_ngram, min(min_ngram, max_ngram) - 1, -1)
         self._indexes: dict[int, _Index] = {}
 
     def ready(self, sequence: Sequence) -> bool:
-        return bool(self._behind(sequence, 1))
+        return bool(self._continuation(sequence, 1))
 
-    def propose(self, sequences: list[Sequence], most: list[int]) -> list[Draft]:
-        return [Draft(self._behind(sequence, count)) for sequence, count in zip(sequences, most, strict=True)]
+    def propose(self, sequences: list[Sequence], max_drafts: list[int]) -> list[Draft]:
+        return [Draft(self._continuation(sequence, count)) for sequence, count in zip(sequences, max_drafts, strict=True)]
 
-    def _behind(self, sequence: Sequence, count: int) -> list[int]:
+    def _continuation(self, sequence: Sequence, count: int) -> list[int]:
+        """Indexes new tokens; returns up to `count` tokens that followed the last n-gram before."""
         tokens, index = sequence.tokens, self._indexes.setdefault(sequence.index, _Index())
-        for end in range(index.read + 1, len(tokens)):  # n-grams that something follows
+        for end in range(index.read + 1, len(tokens)):  # n-grams with a following token
             for size in self._sizes:
                 if size <= end:
                     index.places[tuple(tokens[end - size : end])] = end
@@ -53,10 +58,10 @@ class PromptLookupProposer:
         return []
 
     def follow(self, sequence: Sequence, states: Any) -> None:
-        """Needs nothing."""
+        """Does nothing: hidden states are not used."""
 
     def fork(self, sequence: Sequence, twin: Sequence) -> None:
-        """Reads the twin's tokens when it is asked for drafts."""
+        """Does nothing: the twin's tokens are indexed when drafts are proposed for it."""
 
     def forget(self, sequence: Sequence) -> None:
         self._indexes.pop(sequence.index, None)

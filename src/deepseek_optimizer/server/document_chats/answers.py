@@ -209,8 +209,8 @@ class DocumentAnswers(Answers):
         params, room = self.request.sampling, self._state.engine.room - len(ask.prompt)
         max_tokens = min(params.max_tokens or ask.max_tokens, max(1, room))
         answers = self._submit(ask.prompt, replace(params, max_tokens=max_tokens))
-        if self._told is not None:
-            answers.when_ended(self._told)  # the engine is done then, whether or not the client has read everything
+        if self._on_end is not None:
+            answers.when_ended(self._on_end)  # the engine is done then, whether or not the client has read everything
         texts: list[str] = []
         self._streamed = True
         try:

@@ -1,1 +1,1 @@
-"""Work on untrusted input in processes of its own, with limits of time and memory."""
+"""Processes untrusted input in worker processes with limits on time and memory."""

@@ -1,4 +1,4 @@
-"""The process of a `Worker`: reads jobs from its input, writes answers to its output. Run by its path, not imported."""
+"""The process of a `Worker`: reads jobs from stdin and writes answers to stdout. Run by its path, not imported."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _HEADER = 8
 
 
 def _read(pipe: BinaryIO) -> Any:
-    """The next message; ends the process where there is none."""
+    """Returns the next message; ends the process if there is none."""
     header = pipe.read(_HEADER)
     if len(header) < _HEADER:
         os._exit(0)
@@ -28,7 +28,7 @@ def _write(pipe: BinaryIO, message: Any) -> None:
 
 
 def _limit_memory(more: int) -> None:
-    """To what the process has now, and so much more."""
+    """Limits the address space to its current size plus `more` bytes."""
     with open("/proc/self/statm", encoding="utf-8") as file:
         pages = int(file.read().split()[0])
     limit = pages * os.sysconf("SC_PAGE_SIZE") + more
@@ -36,9 +36,9 @@ def _limit_memory(more: int) -> None:
 
 
 def _give_way(nice: int) -> None:
-    """To processes of the same machine that are in more of a hurry."""
+    """Lowers the priority of this process by `nice`."""
     os.nice(nice)
-    try:  # where the kernel shares out time by sessions, and by niceness only within them
+    try:  # with autogroups, the kernel schedules by session first and applies niceness only within one
         with open("/proc/self/autogroup", "w", encoding="ascii") as file:
             file.write(str(nice))
     except OSError:
@@ -47,7 +47,7 @@ def _give_way(nice: int) -> None:
 
 def main() -> None:
     jobs, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what a library prints must not stand among the answers
+    os.dup2(2, 1)  # output of libraries must not mix with the answers
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     first = _read(jobs)
     sys.path[:] = first["path"]
@@ -56,14 +56,14 @@ def main() -> None:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     run = module.prepare(first["setup"])
-    if first["nice"]:  # not before: somebody waits for the worker to start
+    if first["nice"]:  # not earlier: a caller may wait for the worker to start
         _give_way(first["nice"])
     if sys.platform == "linux":
         _limit_memory(first["memory"])
     _write(answers, ["ready", None])
     while True:
         payload = _read(jobs)
-        signal.setitimer(signal.ITIMER_PROF, first["seconds"])  # SIGPROF ends the process, whatever it is in
+        signal.setitimer(signal.ITIMER_PROF, first["seconds"])  # SIGPROF ends the process, whatever it is executing
         try:
             answer = ["done", run(payload)]
         except ValueError as error:

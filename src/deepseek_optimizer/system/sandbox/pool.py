@@ -1,4 +1,4 @@
-"""Several workers of one kind: a job that takes long leaves the others to other jobs."""
+"""A pool of workers for one job, so that a long call does not block others."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from .worker import Worker, WorkerError
 
 
 class WorkerPool:
-    """
+    """A pool of workers.
+
     Args:
-        job, setup: as of `Worker`.
-        count: processes at most. Each starts with the first job that finds no other one idle, or with `start`.
-        patience: seconds that a call waits for an idle one.
-        limits: the others of `Worker`.
+        job, setup: as for `Worker`.
+        count: maximum number of processes. Each starts with the first call that finds no other one idle, or with `start`.
+        patience: maximum seconds that a call waits for an idle worker.
+        limits: further arguments of `Worker`.
     """
 
     def __init__(self, job: Path, setup: Mapping[str, Any], count: int, *, patience: float = 10.0, **limits: Any) -> None:
@@ -28,13 +29,13 @@ class WorkerPool:
 
     @property
     def pids(self) -> list[int]:
-        """Of the processes that there are."""
+        """Process ids of the running workers."""
         return [pid for worker in self._workers if (pid := worker.pid) is not None]
 
     def call(self, payload: Any) -> Any:
-        """As `Worker.call`, by whichever is idle.
+        """Runs a job on an idle worker, as `Worker.call`.
 
-        A job that ended its worker waits until there is another: its caller pays for the start, and not the next one.
+        If the job ended its worker, the call waits until a new one has started, so that the next caller need not.
         """
         with self._lock:
             self._waiting += 1
@@ -45,7 +46,7 @@ class WorkerPool:
             with self._lock:
                 self._waiting -= 1
         with self._lock:
-            worker = next((one for one in self._idle if one.pid is not None), self._idle[0])
+            worker = next((w for w in self._idle if w.pid is not None), self._idle[0])
             self._idle.remove(worker)
         try:
             return worker.call(payload)
@@ -59,12 +60,12 @@ class WorkerPool:
             self._places.release()
 
     def start(self) -> None:
-        """Starts all, one after the other; jobs meanwhile go to those that run."""
+        """Starts all workers, one after another; calls can use those that run already."""
         for _ in self._workers:
             if self._closed or not self._places.acquire(blocking=False):
                 return
             with self._lock:
-                worker = next((one for one in self._idle if one.pid is None), self._idle[0])
+                worker = next((w for w in self._idle if w.pid is None), self._idle[0])
                 self._idle.remove(worker)
             try:
                 _start(worker)
@@ -74,7 +75,7 @@ class WorkerPool:
                 self._places.release()
 
     def close(self) -> None:
-        """Ends all processes and waits for them; jobs that run end with a WorkerError. May be called twice."""
+        """Ends all processes and waits for them; running calls raise WorkerError. May be called twice."""
         self._closed = True
         for worker in self._workers:
             worker.close()
@@ -83,5 +84,5 @@ class WorkerPool:
 def _start(worker: Worker) -> None:
     try:
         worker.start()
-    except WorkerLostError:  # the next job tries again, and its caller is told
+    except WorkerLostError:  # the next call tries again and raises the error
         pass

@@ -1,10 +1,10 @@
-"""Work that may run away, in a process of its own: text from clients is compiled there, and templates of checkpoints run there.
+"""Runs untrusted work in a separate process: compiling text from clients, and templates from checkpoints.
 
-A worker starts at its first job, takes one at a time, and is started anew after it died. A job that takes more CPU time or
-memory than it may ends its worker and nothing else. A worker that somebody else ends (the kernel when memory is short, an
-operator) says nothing about its job, which a new one gets once more. Jobs and answers travel as JSON, so that not even a worker
-that was taken over can make its parent run anything. The child ends when its pipe does: with `close`, or with this process,
-however it ended.
+A worker process starts with its first job, runs one job at a time, and is restarted after it has ended. A job that exceeds its
+CPU time or memory only ends its worker. If the worker is killed from outside (by the kernel when memory is short, or by an
+operator), the job is not to blame and is tried once more in a new process. Jobs and answers are exchanged as JSON, so that even
+a compromised worker cannot make its parent execute code. The child ends when its pipe is closed: by `close`, or when this
+process ends for any reason.
 """
 
 from __future__ import annotations
@@ -24,38 +24,39 @@ from typing import Any
 from ...errors import EngineBusyError, WorkerLostError
 
 _CHILD = Path(__file__).with_name("child.py")
-_HEADER = 8  # bytes before each message: how long it is
-_START_SECONDS = 60.0  # imports, on a busy machine
-_WALL = 10  # times the CPU time that a job may take on the clock: the machine may have other things to do
-_ENDING_SECONDS = 10.0  # from the end of its answers to its own: the kernel frees its memory meanwhile
-_TIMED_OUT = -signal.SIGPROF  # by its own timer
-# Codes of a process that others ended. The other signals, such as SIGSEGV and SIGABRT, come of what the job made a library do.
+_HEADER = 8  # bytes before each message, which contain its length
+_START_SECONDS = 60.0  # maximum time for imports, on a busy machine
+_WALL = 10  # maximum wall-clock time of a job, as a multiple of its CPU time: the machine may be busy
+_ENDING_SECONDS = 10.0  # maximum time from the end of its output to the end of the process, while the kernel frees its memory
+_TIMED_OUT = -signal.SIGPROF  # exit code after its own timer
+# Exit codes after a kill from outside. Other signals, such as SIGSEGV and SIGABRT, are caused by the job.
 _FROM_OUTSIDE = frozenset(-s for s in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT))
-_TRIES = 2  # of a job whose worker others end
+_TRIES = 2  # number of attempts of a job whose worker is killed from outside
 
 
 class JobError(Exception):
-    """The job said no; the message is for whoever asked."""
+    """The job refused its input; the message is for the user."""
 
 
 class WorkerError(Exception):
-    """The job ended its worker: it took too long, or too much memory."""
+    """The job ended its worker: it took too much time or memory, or crashed."""
 
 
 class _TooSlow(WorkerLostError):
-    """It would be so a second time."""
+    """The job exceeded its wall-clock time; it is not tried again."""
 
 
 class Worker:
-    """
+    """A worker process for one kind of job.
+
     Args:
-        job: a Python file that imports nothing of this package. `prepare(setup)` returns the function that is called with each
-            payload; ValueError from it becomes a JobError.
-        setup: for `prepare`, JSON.
-        seconds: of CPU time that a job may take.
-        memory: bytes that a job may take beside what the worker needs to be there.
-        patience: seconds that a call waits for those before it.
-        nice: what the process adds to its niceness, so that long jobs leave the cores to answers that are being written.
+        job: path of a Python file that does not import this package. Its `prepare(setup)` returns a function that is called
+            with each payload; a ValueError from it becomes a JobError.
+        setup: argument of `prepare`, as JSON types.
+        seconds: maximum CPU time of a job.
+        memory: maximum memory of a job in bytes, in addition to that of the idle worker.
+        patience: maximum seconds that a call waits for earlier calls.
+        nice: increase of the process's niceness, so that running requests have precedence over long jobs.
     """
 
     def __init__(
@@ -72,18 +73,21 @@ class Worker:
 
     @property
     def pid(self) -> int | None:
-        """Of the process, None while there is none."""
+        """Process id; None while there is no process."""
         return self._process.pid if self._process else None
 
     def call(self, payload: Any) -> Any:
-        """What the job answers; blocks.
+        """Runs a job and returns its result; blocks.
+
+        Args:
+            payload: input of the job, as JSON types.
 
         Raises:
             JobError: the job refused the payload.
-            WorkerError: it ended its worker. The next call has a new one.
-            WorkerLostError: its worker did not start, or something else ended it, twice; or it got too little of the machine's
-                time to use its own.
-            EngineBusyError: others' jobs took all of `patience`.
+            WorkerError: the job ended its worker. The next call starts a new one.
+            WorkerLostError: the worker could not be started, or was killed from outside, in two attempts; or the machine was
+                too busy to run the job in time.
+            EngineBusyError: earlier calls took longer than `patience`.
         """
         self._waiting += 1
         try:
@@ -105,13 +109,13 @@ class Worker:
             self._lock.release()
 
     def start(self) -> None:
-        """Starts the process where there is none, and waits until it takes jobs; raises as `call` does, after one try."""
+        """Starts the process if there is none, and waits until it is ready; raises as `call` does, after one attempt."""
         with self._lock:
             if not self._closed:
                 self._start()
 
     def close(self) -> None:
-        """Ends the process and waits for it; a job that runs ends with a WorkerError. May be called twice."""
+        """Ends the process and waits for it; a running call raises WorkerError. May be called twice."""
         self._closed = True
         process = self._process
         if process is not None:
@@ -121,7 +125,7 @@ class Worker:
 
     def _start(self) -> None:
         if self._process is not None and self._process.poll() is not None:
-            self._end()  # it was ended while it had nothing to do
+            self._end()  # it was killed while idle
         if self._process is not None:
             return
         try:
@@ -130,13 +134,13 @@ class Worker:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
-                start_new_session=True,  # a Ctrl-C at the terminal is for this process to handle
+                start_new_session=True,  # Ctrl-C at the terminal is handled by this process
             )
-        except OSError as error:  # no file descriptor, process or memory left
+        except OSError as error:  # no free file descriptor, process or memory
             raise WorkerLostError(f"a worker process could not be started: {error.strerror}") from None
         try:
             self._exchange(self._setup, _START_SECONDS)
-        except WorkerError as error:  # nobody's job was in it
+        except WorkerError as error:  # not caused by a job
             raise WorkerLostError(f"a worker process could not be started: {error}") from None
 
     def _ask(self, payload: Any) -> Any:
@@ -161,18 +165,18 @@ class Worker:
             return json.loads(self._read(size, deadline))
         except TimeoutError:
             self._end()
-            raise _TooSlow(f"a worker process was not done in {seconds:g} s on the clock: the machine is too busy") from None
+            raise _TooSlow(f"a worker process did not finish in {seconds:g} s: the machine is too busy; try again") from None
         except (OSError, EOFError):
             code = self._end(_ENDING_SECONDS)
             if code in _FROM_OUTSIDE:
-                raise WorkerLostError(f"something ended a worker process with signal {-code}") from None
+                raise WorkerLostError(f"a worker process was killed from outside with signal {-code}; try again") from None
             late = f"it takes too long, more than {self._seconds:g} s"
             raise WorkerError(late if code == _TIMED_OUT else "it failed") from None
 
     def _read(self, size: int, deadline: float) -> bytes:
         process = self._process
         assert process is not None and process.stdout is not None
-        poll = select.poll()  # unlike select, for any number of open files
+        poll = select.poll()  # unlike select, works with any number of open files
         poll.register(process.stdout, select.POLLIN)
         parts, missing = [], size
         while missing:
@@ -189,9 +193,9 @@ class Worker:
         """Ends the process.
 
         Args:
-            grace: seconds for it to end by itself: its code says why.
+            grace: seconds for it to end by itself, to get its exit code.
 
-        Returns: its code, negative where a signal ended it; None where it had to be killed.
+        Returns: its exit code, negative if a signal ended it; None if it had to be killed.
         """
         process, self._process = self._process, None
         if process is None:
@@ -208,5 +212,5 @@ class Worker:
             try:
                 pipe.close()
             except OSError:
-                pass  # what was still to be written
+                pass  # unwritten data
         return code
