@@ -1,4 +1,4 @@
-"""Mistral: Llama without biases; all layers attend to the config's sliding window, or to everything where it has none."""
+"""Mistral: Llama without biases; all layers use the sliding window of the config, or none if it is not set."""
 
 from __future__ import annotations
 

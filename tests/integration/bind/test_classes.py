@@ -304,7 +304,7 @@ def test_a_class_that_a_checkpoint_does_not_have_is_named(saved, tmp_path, case,
     with pytest.raises(CheckpointError, match="from LlamaForSequenceClassification.*AutoModelForSequenceClassification"):
         load_model(tmp_path / "m", settings())
     if case == "llama-gqa":  # tied, the head is the embedding, which is there
-        with pytest.raises(CheckpointError, match="lacks lm_head.weight.*open it with AutoModelForSequenceClassification"):
+        with pytest.raises(CheckpointError, match="lacks lm_head.weight.*load it with AutoModelForSequenceClassification"):
             AutoModelForCausalLM.from_pretrained(tmp_path / "m", **given)
 
 
@@ -329,7 +329,7 @@ def test_a_missing_tensor_is_named(saved, tmp_path):
 
 
 def test_what_needs_a_head_is_refused(saved):
-    with pytest.raises(ConfigError, match="kl_budget measures logits, and LlamaModel has none"):
+    with pytest.raises(ConfigError, match="kl_budget measures logits, but LlamaModel has none"):
         AutoModel.from_pretrained(saved("llama-gqa")[0], quantization_config=DeepSeekConfig(kl_budget=0.1, backend="reference"))
     with pytest.raises(ConfigError, match="LlamaModel has no language model head"):
         make_engine(AutoModel.from_pretrained(saved("llama-gqa")[1]))
