@@ -1,38 +1,32 @@
-#native : builds the library and copies it into the source tree, for development without installing.
-#test - native : builds with AddressSanitizer and UndefinedBehaviorSanitizer and runs the native tests; then runs
-#them on the optimised build.GCC's frames for stack-use-after-return are not aligned for AVX-512 (its bug 110027).
-CMAKE ? = $(or $(shell command - v cmake), $(BIN) / cmake) NATIVE_JOBS ? = $(shell nproc)
+# native:       builds the library and copies it into the source tree, for development without installing.
+# test-native:  builds with AddressSanitizer and UndefinedBehaviorSanitizer and runs the native tests; then runs them on the
+#               optimised build. GCC aligns no frames for stack-use-after-return for AVX-512 (its bug 110027).
+CMAKE ?= $(or $(shell command -v cmake),$(BIN)/cmake)
+NATIVE_JOBS ?= $(shell nproc)
 
-                                                                               .PHONY
-                                                                       : native test - native test - native -
-                                                                             tsan
+.PHONY: native test-native test-native-tsan
 
-                                                                                 $(BIN) /
-                                                                                 cmake
-      : $(VENV) /.created $(BIN) / python -
-            m pip install-- quiet cmake ninja
+$(BIN)/cmake: $(VENV)/.created
+	$(BIN)/python -m pip install --quiet cmake ninja
 
-                native
-    : $(filter $(BIN) / cmake, $(CMAKE)) $(CMAKE) -
-      S.- B build / native $(CMAKE)-- build build / native-- target dso - j $(NATIVE_JOBS) mkdir -
-      p src / deepseek_optimizer / _native cp build / native / libdso.so src / deepseek_optimizer /
-          _native /.libdso.so.new mv src / deepseek_optimizer / _native /.libdso.so.new src / deepseek_optimizer / _native /
-          libdso.so
+native: $(filter $(BIN)/cmake,$(CMAKE))
+	$(CMAKE) -S . -B build/native
+	$(CMAKE) --build build/native --target dso -j $(NATIVE_JOBS)
+	mkdir -p src/deepseek_optimizer/_native
+	cp build/native/libdso.so src/deepseek_optimizer/_native/.libdso.so.new
+	mv src/deepseek_optimizer/_native/.libdso.so.new src/deepseek_optimizer/_native/libdso.so
 
-              test -
-      native : $(filter $(BIN) / cmake, $(CMAKE)) $(CMAKE) - S.- B build / native - sanitized -
-               DDSO_TESTS = ON - DDSO_SANITIZE = ON $(CMAKE)-- build build / native - sanitized - j $(NATIVE_JOBS)
-cd build / native - sanitized&& ASAN_OPTIONS = detect_stack_use_after_return = 0 UBSAN_OPTIONS = print_stacktrace =
-    1 ctest - j $(NATIVE_JOBS)-- output - on - failure-- timeout 600 $(CMAKE) - S.- B build / native - DDSO_TESTS =
-        ON $(CMAKE)-- build build / native - j $(NATIVE_JOBS)
-cd build / native&& ctest - j $(NATIVE_JOBS)-- output - on -
-        failure
+test-native: $(filter $(BIN)/cmake,$(CMAKE))
+	$(CMAKE) -S . -B build/native-sanitized -DDSO_TESTS=ON -DDSO_SANITIZE=ON
+	$(CMAKE) --build build/native-sanitized -j $(NATIVE_JOBS)
+	cd build/native-sanitized && ASAN_OPTIONS=detect_stack_use_after_return=0 UBSAN_OPTIONS=print_stacktrace=1 ctest -j $(NATIVE_JOBS) --output-on-failure --timeout 600
+	$(CMAKE) -S . -B build/native -DDSO_TESTS=ON
+	$(CMAKE) --build build/native -j $(NATIVE_JOBS)
+	cd build/native && ctest -j $(NATIVE_JOBS) --output-on-failure
 
-#Tests of the thread pool and of plans shared by several threads, under ThreadSanitizer.
-        TSAN_TESTS
-    ? = test_pool test_threads test_red_zones test_plan test - native - tsan
-    : $(filter $(BIN) / cmake, $(CMAKE)) $(CMAKE) - S.- B build / native - tsan
-          - DDSO_TESTS = ON - DDSO_SANITIZE = thread $(CMAKE)-- build build / native - tsan
-                                              - j $(NATIVE_JOBS)-- target $(TSAN_TESTS)
-cd build / native - tsan&& TSAN_OPTIONS = die_after_fork =
-    0 ctest-- output - on - failure-- timeout 900 - R '^($(subst $(eval ) ,|,$(strip $(TSAN_TESTS))))$$'
+# The thread pool and plans that several threads share, under ThreadSanitizer.
+TSAN_TESTS ?= test_pool test_threads test_red_zones test_plan
+test-native-tsan: $(filter $(BIN)/cmake,$(CMAKE))
+	$(CMAKE) -S . -B build/native-tsan -DDSO_TESTS=ON -DDSO_SANITIZE=thread
+	$(CMAKE) --build build/native-tsan -j $(NATIVE_JOBS) --target $(TSAN_TESTS)
+	cd build/native-tsan && TSAN_OPTIONS=die_after_fork=0 ctest --output-on-failure --timeout 900 -R '^($(subst $(eval ) ,|,$(strip $(TSAN_TESTS))))$$'
