@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from zlib import crc32
-
 import pytest
 
 from deepseek_optimizer.engine.request import Request, SamplingParams
@@ -12,7 +10,8 @@ from support.mock_model import blocks_in_use, expected, make_core
 
 def asked(name: str, client: str, tokens: int = 20, prompt: int = 3, priority: int = 0) -> Request:
     sampling = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
-    return Request([crc32(name.encode()) % 50] * prompt, sampling, id=name, client=client, priority=priority)
+    tokens_of_name = [ord(c) % 50 for c in name]  # prompts of two names differ in every block
+    return Request((tokens_of_name * prompt)[:prompt], sampling, id=name, client=client, priority=priority)
 
 
 class Watched:
