@@ -1,6 +1,6 @@
-"""The layers of the package, and what may import what: the one place that says so.
+"""The layers of the package and what each may import: the single definition.
 
-`tests/test_layers.py` holds the sources against it, and CONTRIBUTING.md's table of folders is made from it:
+`tests/test_layers.py` checks the sources against it, and CONTRIBUTING.md's table of folders is generated from it:
 
     PYTHONPATH=tests python -m support.layers        # writes the table into CONTRIBUTING.md
 """
@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ROOT / "src"
 PACKAGE = "deepseek_optimizer"
 CLI = f"{PACKAGE}_cli"
-REST = "*"  # the files of a folder that none of its levels names
+REST = "*"  # the files of a folder that are in none of its levels
 
 
 @dataclass(frozen=True)
@@ -22,11 +22,11 @@ class Layer:
     """A folder of the package, or a file directly in it.
 
     Attributes:
-        name: of the folder, or of the file without ".py"; `CLI` for the package beside it.
-        holds: what is in it, as CONTRIBUTING.md says it.
-        may: what it may import besides `errors`: names of layers below; "..name" stands for that layer and all below it.
-        levels: inside the folder, from the bottom up: its subfolders, and files directly in it. A level imports the levels
-            before it; subfolders of one level do not import each other.
+        name: of the folder, or of the file without ".py"; `CLI` for the second package.
+        holds: its contents, in the words of CONTRIBUTING.md.
+        may: what it may import besides `errors`: names of layers below; "..name" means that layer and all below it.
+        levels: inside the folder, from the bottom up: its subfolders, and files directly in it. A level may import the levels
+            before it; subfolders of the same level do not import each other.
     """
 
     name: str
@@ -43,40 +43,41 @@ class Layer:
 LAYERS = (
     Layer("errors", "typed errors: fact, place, remedy"),
     Layer("address_space", "a check of the address space limit, before torch is loaded"),
-    Layer("versions", "versions of this package and of what it runs on"),
+    Layer("versions", "versions of installed packages"),
     Layer(
         "system",
-        "limits of the machine (memory, control groups, threads) and progress output; `sandbox/`: worker processes "
-        "with limits, for untrusted input",
+        "limits of the machine (memory, control groups, threads), progress output and the names of installed backends; "
+        "`sandbox/`: worker processes with limits, for untrusted input",
         levels=((REST,), ("sandbox",)),
     ),
     Layer(
         "cache",
-        "block manager of the paged KV cache (which sequence owns which block, and what may be dropped), prefix "
+        "block manager of the paged KV cache (which sequence owns which block, and which blocks may be dropped), prefix "
         "cache, sliding window; no torch",
     ),
     Layer("quant", "weight formats: packing, unpacking, error bounds"),
     Layer(
         "graph",
-        "analysis and planning of graphs, modes of attention; `ops/`: one table of all ops; `rules/`: fusion rules",
+        "analysis and planning of graphs, attention modes; `ops/`: one table of all ops; `rules/`: fusion rules",
         levels=(("ir",), ("ops",), (REST,), ("rules",)),
     ),
     Layer("config", "`DeepSeekConfig`", may=("graph", "quant", "system")),
-    Layer("models", "build a graph from a config, one file per family; they do not import Transformers", may=("graph",)),
+    Layer("models", "build a graph from a config, one file per family, without importing Transformers", may=("graph",)),
     Layer(
         "checkpoint",
-        "reads and writes files: safetensors, GGUF, packed; checks them before memory is allocated",
+        "reads and writes checkpoints (safetensors, GGUF, packed), and checks them before memory is allocated",
         may=("quant",),
     ),
     Layer(
         "backends",
-        "run a graph: `reference` (torch) and `cpu` (native) agree; `registry.py` also finds those of other packages",
+        "run a graph: `reference` (torch) defines the results, `cpu` (native) is fast; `registry.py` also finds backends "
+        "of other packages",
         may=("cache", "graph", "quant", "system"),
         levels=(("sampling",), ("base",), ("registry",), ("reference", "cpu"), (REST,)),
     ),
     Layer(
         "engine",
-        "serves many requests at once: `scheduling/`, `sampling/`, `grammar/` (constrained output), `speculative/` "
+        "serves many requests at once. `scheduling/`, `sampling/`, `grammar/` (constrained output), `speculative/` "
         "(proposers, gate, bandit). `core` runs one step; `engine` and `async_engine` are its interfaces. torch is "
         "imported only in `runner` and `sampling/sampler`",
         may=("backends", "cache", "system"),
@@ -92,15 +93,16 @@ LAYERS = (
     ),
     Layer(
         "calibration",
-        "measures on a sample text which columns and matrices are sensitive, and which formats meet a quality budget",
+        "measures on a sample text which columns and matrices are sensitive to rounding, and chooses formats within a quality "
+        "budget",
         may=("backends", "graph", "quant"),
     ),
     Layer(
         "integration",
         "everything that uses Transformers' internals. `attention/`: attention functions and masks registered with "
         "it; `memory/`: cache memory; `bind/`: a model bound to an execution plan (graph, packed modules, runtime); "
-        "`generation/`: `generate` and its cache; `model/`: methods that an optimised model gets in place of its "
-        "class's; `load/`: loading, packing and saving checkpoints; `training/`: Trainer and modules, for `train/`",
+        "`generation/`: `generate` and its cache; `model/`: methods of an optimised model that replace those of its "
+        "class; `load/`: loading, packing and saving checkpoints; `training/`: Trainer and modules, for `train/`",
         may=("..calibration",),
         levels=(
             ("compat", "configs"),
@@ -111,11 +113,11 @@ LAYERS = (
             ("load", "training"),
         ),
     ),
-    Layer("optimizer", "`load_model`, `DynamicGraphOptimizer`, `report`", may=("..integration",)),
+    Layer("optimizer", "`load_model`, `load_tokenizer`, `DynamicGraphOptimizer`, `report`", may=("..integration",)),
     Layer("serving", "`make_engine`, `make_async_engine`: an engine for a model", may=("..integration",)),
     Layer(
         "chat",
-        "conversations, prompts, reasoning in outputs; `tools/`: one tool-call format per file",
+        "conversations, prompts, reasoning in outputs; `tools/`: formats of tool calls, one per file",
         may=("..serving",),
         levels=(("deltas", "scan"), ("tools",), (REST,)),
     ),
@@ -150,7 +152,8 @@ LAYERS = (
     ),
     Layer(
         "bench",
-        "benchmarks: `peers/` (other engines), `sides/` (the processes that are measured), `long/` (long documents), reports",
+        "benchmarks and their reports. `peers/`: other engines; `sides/`: the processes that are measured; `long/`: generated "
+        "long texts with known answers",
         may=("..chat",),
         levels=((REST,), ("peers",), ("long",), ("sides",), ("demo", "report")),
     ),
@@ -162,7 +165,7 @@ LAYERS = (
     ),
     Layer(
         "server",
-        "the HTTP server. `http/`: connections, bodies, queues; `tokens/`: tokenising; `documents/`: uploaded files; "
+        "the HTTP server. `http/`: connections, bodies, queues; `tokens/`: tokenisation; `documents/`: uploaded files; "
         "`protocol/`: OpenAI's requests and responses, one protocol per file; `chat/`: from requests to the engine "
         "and back; `document_chats/`: chats with documents; `routes/`: one route per file; `page/`: the chat page",
         may=("..chat", "longdoc"),
@@ -214,7 +217,7 @@ BEGIN, END = "<!-- layers: made by tests/support/layers.py -->", "<!-- /layers -
 
 
 def written(text: str) -> str:
-    """CONTRIBUTING.md's text with the table in its place."""
+    """CONTRIBUTING.md's text with the table inserted."""
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
     return f"{before}{BEGIN}\n{table()}\n{END}{after}"

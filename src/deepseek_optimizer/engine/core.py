@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..backends.base import BLOCK_TOKENS, DECODE
-from ..backends.sampling import NOT_FINITE, TokenChoice
+from ..backends.sampling import NOT_FINITE
 from ..cache.block_manager import SequenceBlocks
 from ..cache.prefix_cache import PrefixCache
 from ..errors import BackendError, CheckpointChangedError, RequestError, shown
@@ -31,9 +31,10 @@ from .scheduling.memory import Memory
 from .scheduling.scheduler import ScheduledChunk, Scheduler
 from .scheduling.sliding import Sliding, window_of
 from .scheduling.step_times import StepTimes
-from .sequence import Part, Sequence
+from .sequence import Sequence
 from .speculative.base import Proposer
 from .speculative.drafting import Drafting
+from .step_rows import logit_rows, part_of, token_choices
 
 if TYPE_CHECKING:
     from .runner import Runner
@@ -248,14 +249,14 @@ class EngineCore:
         if not chunks:
             return outputs or self._check_stalled()
         self._idle_since = None
-        parts = [_part(chunk) for chunk in chunks]
+        parts = [part_of(chunk) for chunk in chunks]
         ends = list(accumulate(len(p.ids) for p in parts))
-        rows = [row for chunk, end in zip(chunks, ends, strict=True) for row in _rows(chunk, end)]
+        rows = [row for chunk, end in zip(chunks, ends, strict=True) for row in logit_rows(chunk, end)]
         states = any(s.running.request.embed for s in chunks) or bool(self.drafting and self.drafting.wants_states)
         try:
             result = self.runner.step(parts, rows, last_hidden=states)
             ran = self.clock()
-            tokens, logits = self.runner.choose_tokens(result.logits, self._choices(chunks))
+            tokens, logits = self.runner.choose_tokens(result.logits, token_choices(chunks, self.runner.on_host))
         except (MemoryError, BackendError) as error:
             return outputs + self._fail([chunk.running for chunk in chunks], error)
         outputs += self._advance(chunks, tokens, logits, result.last_hidden if states else None)
@@ -342,19 +343,6 @@ class EngineCore:
         for output in outputs:
             output.transient = isinstance(error, MemoryError)
         return outputs
-
-    def _choices(self, chunks: list[ScheduledChunk]) -> list[TokenChoice | None]:
-        """Returns how the backend is to choose the token of each row of logits; None: it is chosen here."""
-        choices: list[TokenChoice | None] = []
-        for chunk in chunks:
-            if not chunk.ends or chunk.running.request.embed:
-                continue
-            if chunk.drafts and self.runner.on_host:  # chosen one by one: rows after a rejected draft are not needed
-                choices += [None] * (1 + len(chunk.drafts))
-                continue
-            chooser, place = chunk.running.chooser, chunk.running.generated
-            choices += [chooser.choice(place + j) for j in range(1 + len(chunk.drafts))]
-        return choices
 
     def _advance(self, chunks: list[ScheduledChunk], tokens: list[int | None], logits: Any, states: Any) -> list[Output]:
         outputs: list[Output] = []
@@ -495,19 +483,3 @@ class EngineCore:
         prompt = sum(s.count for s in chunks) - sum(1 for s in chunks if s.ends and s.phase == DECODE and s.count == 1)
         self.times.add(seconds, decoding, prompt)
         self.metrics.step(len(chunks), decoding, prompt, seconds, self.scheduler.preemptions)
-
-
-def _part(chunk: ScheduledChunk) -> Part:
-    tokens = chunk.running.sequence.tokens[chunk.start : chunk.start + chunk.count]
-    return Part(chunk.running.sequence, [*tokens, *chunk.drafts], chunk.start, phase=chunk.phase)
-
-
-def _rows(chunk: ScheduledChunk, end: int) -> range:
-    """Returns the rows of the step whose logits a chunk needs.
-
-    Args:
-        end: one past the chunk's last row.
-    """
-    if not chunk.ends or chunk.running.request.embed:
-        return range(end, end)
-    return range(end - 1 - len(chunk.drafts), end)

@@ -1,0 +1,44 @@
+"""The rows of a step: the tokens that a chunk adds to it, the rows whose logits it needs, and how their tokens are chosen."""
+
+from __future__ import annotations
+
+from ..backends.sampling import TokenChoice
+from .scheduling.scheduler import ScheduledChunk
+from .sequence import Part
+
+
+def part_of(chunk: ScheduledChunk) -> Part:
+    """Returns a chunk's part of the step: its tokens, followed by its drafts."""
+    tokens = chunk.running.sequence.tokens[chunk.start : chunk.start + chunk.count]
+    return Part(chunk.running.sequence, [*tokens, *chunk.drafts], chunk.start, phase=chunk.phase)
+
+
+def logit_rows(chunk: ScheduledChunk, end: int) -> range:
+    """Returns the rows of the step whose logits a chunk needs.
+
+    Args:
+        chunk: the chunk.
+        end: one past the chunk's last row.
+    """
+    if not chunk.ends or chunk.running.request.embed:
+        return range(end, end)
+    return range(end - 1 - len(chunk.drafts), end)
+
+
+def token_choices(chunks: list[ScheduledChunk], on_host: bool) -> list[TokenChoice | None]:
+    """Returns how the backend is to choose the token of each row of logits; None: the engine chooses it.
+
+    Args:
+        chunks: the chunks of the step, in order.
+        on_host: whether the logits are in the host's memory.
+    """
+    choices: list[TokenChoice | None] = []
+    for chunk in chunks:
+        if not chunk.ends or chunk.running.request.embed:
+            continue
+        if chunk.drafts and on_host:  # chosen one by one: rows after a rejected draft are not needed
+            choices += [None] * (1 + len(chunk.drafts))
+            continue
+        chooser, place = chunk.running.chooser, chunk.running.generated
+        choices += [chooser.choice(place + j) for j in range(1 + len(chunk.drafts))]
+    return choices
