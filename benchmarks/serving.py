@@ -115,7 +115,7 @@ def _drafts(name: str, title: str, what: str, least: float, *options: str) -> Se
     claims = [
         Claim("with drafts, beside without", (side, "drafts_tok_s"), (side, "plain_tok_s"), least=least),
         Claim("drafts that held, of those made", (side, "held"), (side, "proposed")),
-        Claim("tokens a step", (side, "tokens"), (side, "steps")),
+        Claim("tokens per step", (side, "tokens"), (side, "steps")),
     ]
     if what == "edits":
         claims.append(Claim("their words that stood there before", (side, "kept_words"), (side, "words"), least=0.7))
