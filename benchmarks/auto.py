@@ -20,7 +20,7 @@ from deepseek_optimizer import load_model, load_tokenizer
 from deepseek_optimizer.bench.process import cpu_name
 from deepseek_optimizer.bench.quality import compare
 from deepseek_optimizer.calibration.text import sample_text, stretches
-from deepseek_optimizer.integration.load.adapt import LENGTH, calibration_tokens
+from deepseek_optimizer.integration.load.kl_budget import LENGTH, calibration_tokens
 
 from . import models, results
 

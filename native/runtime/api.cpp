@@ -1,6 +1,6 @@
 // The C interface: checks pointers and converts exceptions to error codes. The work of each call is done in other files.
 #include "bandwidth.hpp"
-#include "border.hpp"
+#include "check_arguments.hpp"
 #include "cache.hpp"
 #include "cache_rotate.hpp"
 #include "context.hpp"

@@ -6,7 +6,7 @@
 #include <utility>
 #include <vector>
 
-#include "border.hpp"
+#include "check_arguments.hpp"
 #include "dso_train.h"
 #include "layout.hpp"
 #include "parallel.hpp"

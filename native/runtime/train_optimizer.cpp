@@ -3,7 +3,7 @@
 #include <vector>
 
 #include "../kernels/train_elementwise.hpp"
-#include "border.hpp"
+#include "check_arguments.hpp"
 #include "dso_train.h"
 #include "parallel.hpp"
 

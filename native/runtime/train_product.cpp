@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <limits>
 
-#include "border.hpp"
+#include "check_arguments.hpp"
 #include "dso_train.h"
 #include "layout.hpp"
 #include "parallel.hpp"

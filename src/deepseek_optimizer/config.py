@@ -136,7 +136,7 @@ class DeepSeekConfig(QuantizationConfigMixin):
     Attributes:
         precision: format of the weight matrices: "int4" (4.5 bits per weight), "q4_1" (5 bits, with a minimum), "int8",
             "fp8" (E4M3, blocks of 128 x 128), "bf16", "fp32", or "auto": the stored format, without loss (a float model's
-            dtype; the own formats of a GGUF, FP8 or packed checkpoint, except that F16 and F32 in a GGUF file become bf16).
+            dtype; the formats of a GGUF, FP8 or packed checkpoint, except that F16 and F32 in a GGUF file become bf16).
         kernel_fusion: False disables all fusion rules; results stay the same within the format's tolerance.
         fusion_rules: names of the fusion rules to apply (`FUSION_RULES`); None: all.
         attention_optimization: attention mode: "flash" (every token attends to all earlier tokens; online softmax, no score

@@ -117,7 +117,7 @@ class DynamicGraphOptimizer:
 
         Returns: the same model object.
         """
-        from .integration.load.convert import optimize_in_place
+        from .integration.load.optimize_in_place import optimize_in_place
 
         optimize_in_place(self.model, self.config)
         return self.model

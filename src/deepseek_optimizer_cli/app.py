@@ -86,7 +86,7 @@ def options(
 _COMMANDS: dict[str, tuple[Callable[..., None], str]] = {
     "run": (run.run, "Answer one prompt and exit."),
     "chat": (chat.chat, "Chat with a model in the terminal."),
-    "longdoc": (longdoc.longdoc, "Question, summarize or extract data from long documents."),
+    "longdoc": (longdoc.longdoc, "Answer questions about long documents, summarize them, or extract data."),
     "serve": (serve.serve, "Serve a model through an OpenAI-compatible API."),
     "train": (train.train, "Train a model on chats and texts."),
     "convert": (convert.convert, "Write a packed copy of a model."),

@@ -140,7 +140,7 @@ LAYERS = (
         "`modules/` (forwards for Transformers' modules); `config.py` and `job.py`: a run of `dso train`",
         may=("..chat",),
         levels=(
-            ("kept", "shards"),
+            ("saved_activations", "shards"),
             ("data", "ops"),
             ("attention", "fp8", "optimizer"),
             ("checkpoints",),

@@ -85,7 +85,7 @@ def _say(what: str) -> None:
 
 @contextmanager
 def _step(what: str) -> Iterator[None]:
-    """Says what begins, and where it takes long that it goes on."""
+    """Announces a step, and shows that it is still running if it takes long."""
     _say(what)
     with show_progress(what.partition(",")[0]):
         yield
@@ -93,9 +93,9 @@ def _step(what: str) -> Iterator[None]:
 
 def _answer(gguf: Path, threads: int) -> None:
     from ..chat.conversation import prompt_ids
-    from ..chat.generate import answer
     from ..chat.stream import write_now
     from ..optimizer import load_model, load_tokenizer
+    from .generate_answer import answer
 
     tokenizer = load_tokenizer(gguf)
     ids = prompt_ids(tokenizer, [{"role": "user", "content": QUESTION}])

@@ -38,7 +38,7 @@ _FIELDS = ("source", "reference")
 def answers(model: Any, tokenizer: Any, pairs: Sequence[tuple[str, str]], max_new_tokens: int) -> list[str]:
     """The model's greedy answer to each source."""
     from ..chat.conversation import prompt_ids
-    from ..chat.generate import answer
+    from .generate_answer import answer
 
     texts = []
     for source, _ in pairs:

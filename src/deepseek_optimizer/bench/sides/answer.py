@@ -36,7 +36,7 @@ def measure(a: argparse.Namespace) -> dict[str, Any]:
     from transformers import AutoTokenizer
 
     from ...chat.conversation import prompt_ids
-    from ...chat.generate import answer
+    from ..generate_answer import answer
 
     tokenizer = AutoTokenizer.from_pretrained(a.tokenizer)
     question, essay = (prompt_ids(tokenizer, [{"role": "user", "content": text}]) for text in (QUESTION, ESSAY))

@@ -36,9 +36,9 @@ from ..bind.context_extension import extended
 from ..bind.graphs import whole_graph
 from ..bind.swap import expected_tensors, swap_on_meta
 from ..configs import check_config
-from ..model.wrapper import bind
-from .adapt import adapt, calibration_tokens
+from ..model.bind_plan import bind
 from .importance import importance_for
+from .kl_budget import adapt, calibration_tokens
 from .mtp_layers import add_mtp_layers, own_tensors, same_tensor, stored_mtp_layers
 from .quantizer import mark_quantized
 from .resolve import resolve

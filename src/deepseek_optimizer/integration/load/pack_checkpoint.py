@@ -27,8 +27,8 @@ from ...graph.min_formats import exact_weights
 from ...versions import versions
 from ..bind.graphs import whole_graph
 from ..bind.swap import expected_tensors
+from ..model.bind_plan import describe
 from ..model.save import save_configs
-from ..model.wrapper import describe
 from .importance import importance_for
 from .loader import load, name_source, resolve, show_reading, sketch, weights_for
 from .quantizer import mark_quantized

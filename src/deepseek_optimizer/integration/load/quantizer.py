@@ -39,8 +39,8 @@ from ..bind.context_extension import extended
 from ..bind.graphs import has_head, plan_graph, whole_graph
 from ..bind.modules import Packed
 from ..bind.swap import expected_tensors, float_shape, swap_on_meta
-from ..model.wrapper import bind
-from .adapt import adapt, calibration_tokens
+from ..model.bind_plan import bind
+from .kl_budget import adapt, calibration_tokens
 from .mapped import MappedFiles
 from .mtp_layers import add_mtp_layers, ignored_keys, own_tensors, stored_mtp_layers
 from .pack_op import PackWeight, unmerged

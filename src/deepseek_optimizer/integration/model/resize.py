@@ -24,7 +24,7 @@ class ResizeTokens(Replacement):
 
     Args:
         runtime: the model's runtime.
-        bind: binds a plan to the resized model (`wrapper.bind`).
+        bind: binds a plan to the resized model (`bind_plan.bind`).
 
     Raises:
         UnsupportedRequestError: packing the weights again would round them, the model has MTP layers, or a module was wrapped.

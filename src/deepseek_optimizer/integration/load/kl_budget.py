@@ -27,7 +27,7 @@ from ...system.progress import show_progress
 from ..bind.graphs import plan_graph
 from ..bind.runtime import Runtime, kv_dtype, runtime_of
 from ..bind.swap import matrices_of, packed_twin, sites, weights_of
-from ..model.wrapper import rebind
+from ..model.bind_plan import rebind
 from .importance import measure_importance
 
 LENGTH, COUNT = 128, 4  # KL is measured in one step over COUNT stretches of LENGTH tokens, spread over the text

@@ -6,9 +6,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from ..chat.conversation import Answer, rate
+from ..chat.stream import TextStream
 from ..integration.bind.context_extension import room_of
-from .conversation import Answer, rate
-from .stream import TextStream
 
 
 def answer(

@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from deepseek_optimizer.bench.generate_answer import answer
 from deepseek_optimizer.chat.conversation import prompt_ids
-from deepseek_optimizer.chat.generate import answer
 
 GREEDY = {"do_sample": False}
 

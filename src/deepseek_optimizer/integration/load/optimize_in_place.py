@@ -15,8 +15,8 @@ from ..bind.context_extension import extend_model
 from ..bind.graphs import planned_module, whole_graph
 from ..bind.runtime import Runtime
 from ..bind.swap import pack_in_place
+from ..model.bind_plan import bind
 from ..model.parameter_count import parameter_bytes
-from ..model.wrapper import bind
 from .quantizer import mark_quantized
 
 

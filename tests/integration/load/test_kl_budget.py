@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from deepseek_optimizer import CheckpointError, ConfigError, DeepSeekConfig, DynamicGraphOptimizer, load_model, load_tokenizer
 from deepseek_optimizer.backends.cpu import unavailable_reason
 from deepseek_optimizer.errors import KlBudgetError
-from deepseek_optimizer.integration.load.adapt import calibration_tokens, spread
+from deepseek_optimizer.integration.load.kl_budget import calibration_tokens, spread
 from deepseek_optimizer.quant import get_format
 from support.models import CASES, random_model
 
