@@ -217,7 +217,7 @@ def serving_table(entries: results.Entries, windows: results.Entries) -> Iterato
 
 def _window_cells(window: dict[str, Any]) -> list[str]:
     """Late tokens of a text of many windows, beside a fresh window that holds the same text."""
-    title = f"window: {window['title']}, {window['read']:,} read: perplexity, beside a fresh window's"
+    title = f"window: {window['title']}, {window['read']:,} read: perplexity, compared with a fresh window's"
     figures = [f"{window[name]:.2f}" for name in ("fresh_perplexity", "perplexity")]
     more = f"{window['perplexity_ratio']:.3f}x; {window['max_blocks']} of {window['window_blocks']} blocks"
     if "code_nats_pinned" in window:
