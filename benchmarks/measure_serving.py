@@ -77,8 +77,13 @@ def _unit(figure: str) -> str:
 def cells(entry: Mapping[str, Any]) -> Iterator[list[str]]:
     """A measured row in text, a claim a line: title, what it is measured against, it, the value, what was asked, verdict."""
     for claim in entry["claims"]:
-        sides = [number(claim[name], claim["unit"]) for name in ("against", "of")]
+        sides = [_figure(claim[name], claim["unit"]) for name in ("against", "of")]
         yield [f"{entry['title']}: {claim['title']}", *sides, _value(claim), claim["asked"], claim["verdict"] or ""]
+
+
+def _figure(value: float, unit: str) -> str:
+    """Without a unit it is a count."""
+    return number(value, unit) if unit else f"{value:,.0f}"
 
 
 def _value(claim: Mapping[str, Any]) -> str:
@@ -91,7 +96,7 @@ def lines(entry: Mapping[str, Any]) -> list[str]:
     """A measured row in the terminal."""
     found = [entry["title"]]
     for claim in entry["claims"]:
-        sides = " -> ".join(number(claim[name], claim["unit"]) for name in ("against", "of"))
+        sides = " -> ".join(_figure(claim[name], claim["unit"]) for name in ("against", "of"))
         asked = f", {claim['asked']}: {claim['verdict']}" if claim["asked"] else ""
         found.append(f"  {claim['title']:44} {sides:28} {_value(claim)}{asked}")
     return found

@@ -118,12 +118,12 @@ def _drafted(a: argparse.Namespace, engine: Any, chats: Callable[[], Iterator[An
         for place, messages in enumerate(chats()):
             answers = {}
             for drafts in (False, True) if (turn + place) % 2 else (True, False):
-                before = drafting.proposed, drafting.held
+                before = drafting.proposed, drafting.accepted
                 tokens, ids, steps, taken = _timed(engine, _tokens(engine, messages), replace(params), drafts)
                 answers[drafts] = ids
                 if turn:
                     counts[drafts], seconds[drafts] = counts[drafts] + tokens, seconds[drafts] + taken
-                    proposed, held = proposed + drafting.proposed - before[0], held + drafting.held - before[1]
+                    proposed, held = proposed + drafting.proposed - before[0], held + drafting.accepted - before[1]
                     outputs += steps if drafts else 0
             if answers[False] != answers[True]:
                 raise SystemExit(f"with drafts the text is not the plain one: {messages[-1]['content']}")

@@ -100,7 +100,7 @@ LONG_PROMPT = {"batch": 4, "prompt": 4000, "repeats": 3, "seconds": 2.0}
 def _stall(name: str, title: str, options: tuple[str, ...]) -> Serving:
     side = "our server"
     return Serving(
-        name, f"4 streams while 4,000 tokens are read{title}",
+        name, f"4 streams while a prompt of 4,000 tokens is processed{title}",
         {side: Side(HTTP, "stall", options=options, numbers=LONG_PROMPT)},
         (
             Claim("between tokens, p99 over p99 of idle times", (side, "busy_p99_ms"), (side, "idle_p99_ms"), most=4),
@@ -113,12 +113,12 @@ def _stall(name: str, title: str, options: tuple[str, ...]) -> Serving:
 def _drafts(name: str, title: str, what: str, least: float, *options: str) -> Serving:
     side = "our engine"
     claims = [
-        Claim("with drafts, beside without", (side, "drafts_tok_s"), (side, "plain_tok_s"), least=least),
-        Claim("drafts that held, of those made", (side, "held"), (side, "proposed")),
-        Claim("tokens a step", (side, "tokens"), (side, "steps")),
+        Claim("drafts on, compared with off", (side, "drafts_tok_s"), (side, "plain_tok_s"), least=least),
+        Claim("accepted drafts, of those proposed", (side, "held"), (side, "proposed")),
+        Claim("tokens per step", (side, "tokens"), (side, "steps")),
     ]
     if what == "edits":
-        claims.append(Claim("their words that stood there before", (side, "kept_words"), (side, "words"), least=0.7))
+        claims.append(Claim("words that were in the text before", (side, "kept_words"), (side, "words"), least=0.7))
     return Serving(name, title, {side: Side(OFFLINE, what, options=options, numbers={"new": 128, "repeats": 2})}, tuple(claims))
 
 
@@ -133,7 +133,7 @@ def _invariant(form: str) -> Serving:
             options = (*PLAIN, "--fields", json.dumps({**fields, **more}))
             sides[f"{title}, {name}"] = Side(OFFLINE, what, form, options, numbers)
         claims.append(Claim(title, (f"{title}, invariant", figure), (f"{title}, default", figure)))
-    return Serving(f"invariant-{form}", f"batch_invariant beside the default, {form}", sides, tuple(claims))
+    return Serving(f"invariant-{form}", f"batch_invariant compared with the default, {form}", sides, tuple(claims))
 
 
 SERVING = (
@@ -147,26 +147,26 @@ SERVING = (
             "our server, drafts": Side(HTTP, "throughput", numbers=SIXTEEN),
         },
         (
-            Claim("through HTTP, beside our engine", ("our server", OUTPUT), ("our engine", OUTPUT), least=0.85),
-            Claim("through HTTP, beside vLLM offline", ("our server", OUTPUT), ("vLLM bf16, offline", OUTPUT), least=3),
-            Claim("the same with drafts, beside our engine", ("our server, drafts", OUTPUT), ("our engine, drafts", OUTPUT)),
-            Claim("the same with drafts, beside vLLM", ("our server, drafts", OUTPUT), ("vLLM bf16, offline", OUTPUT)),
+            Claim("through HTTP, compared with our engine", ("our server", OUTPUT), ("our engine", OUTPUT), least=0.85),
+            Claim("through HTTP, compared with vLLM offline", ("our server", OUTPUT), ("vLLM bf16, offline", OUTPUT), least=3),
+            Claim("with drafts, compared with our engine", ("our server, drafts", OUTPUT), ("our engine, drafts", OUTPUT)),
+            Claim("with drafts, compared with vLLM", ("our server, drafts", OUTPUT), ("vLLM bf16, offline", OUTPUT)),
         ),
     ),
     Serving(
-        "serve-first", "a short chat, nobody else there",
+        "serve-first", "a short chat on an idle server",
         {
             "our engine": Side(OFFLINE, "first", numbers={"repeats": 24}),
             "our server": Side(HTTP, "first", numbers={"repeats": 24}),
         },
         (
-            Claim("first token, beside the engine's", ("our server", "ttft_ms"), ("our engine", "ttft_ms"), None, 15, True),
+            Claim("first token, over the engine's", ("our server", "ttft_ms"), ("our engine", "ttft_ms"), None, 15, True),
             Claim("the same, p90", ("our server", "ttft_p90_ms"), ("our engine", "ttft_p90_ms"), difference=True),
         ),
     ),
     _stall("serve-stall", "", ()),
     _stall("serve-stall-plain", ", no drafts", PLAIN),
-    _drafts("lookup-edits", "edits, drafts out of the text", "edits", 1.8),
+    _drafts("lookup-edits", "edits, with prompt lookup", "edits", 1.8),
     _drafts("lookup-chat", "ordinary questions, greedy", "questions", 0.97),
     _drafts("lookup-chat-sampled", "ordinary questions, temperature 0.8", "questions", 0.97, "--temperature", "0.8"),
     _invariant("int4"),

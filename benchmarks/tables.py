@@ -134,8 +134,8 @@ def _standing_cells(row: Row, bar: Bar, entry: dict[str, Any] | None, place: int
 
 
 def _asked(at_least: float, read_percent: float | None, or_percent: float | None) -> str:
-    both = [f"{word} {percent:g}% of bandwidth" for word, percent in (("and", read_percent), ("or", or_percent)) if percent]
-    return " ".join([f"{at_least:g}x", *both])
+    both = [f"{word} {percent:.3g}% of bandwidth" for word, percent in (("and", read_percent), ("or", or_percent)) if percent]
+    return " ".join([f"{at_least:.3g}x", *both])
 
 
 def _speed(entry: dict[str, Any], label: str) -> str:
@@ -217,7 +217,7 @@ def serving_table(entries: results.Entries, windows: results.Entries) -> Iterato
 
 def _window_cells(window: dict[str, Any]) -> list[str]:
     """Late tokens of a text of many windows, beside a fresh window that holds the same text."""
-    title = f"window: {window['title']}, {window['read']:,} read: perplexity, beside a fresh window's"
+    title = f"window: {window['title']}, {window['read']:,} read: perplexity, compared with a fresh window's"
     figures = [f"{window[name]:.2f}" for name in ("fresh_perplexity", "perplexity")]
     more = f"{window['perplexity_ratio']:.3f}x; {window['max_blocks']} of {window['window_blocks']} blocks"
     if "code_nats_pinned" in window:
@@ -228,12 +228,15 @@ def _window_cells(window: dict[str, Any]) -> list[str]:
 def _machines(entries: Iterable[dict[str, Any]]) -> Iterator[str]:
     """Where and when, once for all rows that agree."""
     seen = dict.fromkeys(
-        f"{e['cpu']}, {e['threads']} threads, {e['date']}: medians of {e['rounds']} rounds, engines taking turns."
-        for e in entries
+        f"{e['cpu']}, {e['threads']} threads, {e['date']}: {_rounds(e['rounds'])}, engines taking turns." for e in entries
     )
     if seen:
         yield from seen
         yield ""
+
+
+def _rounds(count: int) -> str:
+    return "one round" if count == 1 else f"medians of {count} rounds"
 
 
 def _cells(*values: str) -> str:

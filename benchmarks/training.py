@@ -99,9 +99,9 @@ def rows() -> dict[str, Row]:
     close = tuple(Bar("eval_after", s.label, most, FP32.label) for s, most in ((OURS, 0.003), (INT8, 0.003), (FP8, 0.005)))
     lora, packed = Bar("peak_bytes", LORA.label, 1.5 * GB), Bar("peak_bytes", PACKED.label, 4 * GB)
     found = (
-        Row("step", "2 x 1,024 tokens a step", "smol", four, step_bars(), (*whole, "--steps", "5")),
-        Row("lora", "LoRA, 2 x 1,024 tokens a step", "smol", (LORA,), (lora,), (*whole, "--steps", "3")),
-        Row("r1q15", "LoRA on an int4 base, 1,024 tokens a step", "r1q15", (PACKED,), (packed,), one),
+        Row("step", "2 x 1,024 tokens per step", "smol", four, step_bars(), (*whole, "--steps", "5")),
+        Row("lora", "LoRA, 2 x 1,024 tokens per step", "smol", (LORA,), (lora,), (*whole, "--steps", "3")),
+        Row("r1q15", "LoRA on an int4 base, 1,024 tokens per step", "r1q15", (PACKED,), (packed,), one),
         Row("quality", "200 steps of 256 tokens", "smol", five, close, short, once=True),
     )
     return {row.name: row for row in found}
@@ -179,7 +179,7 @@ def lines(found: dict[str, Any]) -> Iterator[str]:
 
 def bar_text(bar: dict[str, Any]) -> str:
     """A bar in words, with what was measured."""
-    value, most, span = bar["value"], bar["most"], f"({bar['lowest']:.4g} - {bar['highest']:.4g})"
+    value, most, span = bar["value"], bar["most"], f"({bar['lowest']:.2f} - {bar['highest']:.2f})"
     if bar["figure"] == "seconds":
         span = f"({1 / bar['highest']:.2f} - {1 / bar['lowest']:.2f})"
         return f"{bar['side']}: {1 / value:.2f}x as fast as {bar['against']} {span}, at least {1 / most:.2g}x"

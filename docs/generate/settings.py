@@ -16,6 +16,7 @@ INTRODUCTION = """\
 
 This page is generated from the code by `python -m docs.generate`. Every value is checked when it is set; an unknown name or a
 value out of range raises [`ConfigError`](api.md#errors), which names the field and the nearest known one.
+[Quantise a model](../how-to/quantise.md) has what the formats of weights and of the KV cache cost in quality and speed.
 
 | class | used by |
 |---|---|
