@@ -231,7 +231,7 @@ def test_a_draft_model_drafts_beyond_the_trained_length(folders, beyond):
     engine = make_engine(model, draft_model=load_model(folders("llama-beyond"), precision="fp32"))
     engine.core.drafting._proposers.pop(0)
     assert engine.generate([prompt], sampling)[0].token_ids == make_engine(beyond).generate([prompt], sampling)[0].token_ids
-    assert engine.core.drafting.held > 0 and engine.core.drafting.held >= 0.9 * engine.core.drafting.proposed
+    assert engine.core.drafting.accepted > 0 and engine.core.drafting.accepted >= 0.9 * engine.core.drafting.proposed
 
 
 @native
@@ -245,7 +245,7 @@ def test_a_draft_model_drafts(folders):
     engine.core.drafting._proposers.pop(0)  # prompt lookup would be asked first
     found = engine.generate([ids, ids[:7]], sampling)
     assert [a.token_ids for a in found] == [a.token_ids for a in plain]
-    assert engine.core.drafting.held > 0 and engine.core.drafting.held >= 0.9 * engine.core.drafting.proposed
+    assert engine.core.drafting.accepted > 0 and engine.core.drafting.accepted >= 0.9 * engine.core.drafting.proposed
     small = load_model(folders("qwen3-gqa"))
     other = load_model(_other_vocabulary(folders))
     with pytest.raises(ConfigError, match="vocabulary"):
@@ -270,7 +270,7 @@ def test_mtp_layers_draft(folders):
     engine.core.drafting._proposers.pop(0)
     for _ in range(2):  # the second time behind cached prefixes, which the layers have not seen
         assert [a.token_ids for a in engine.generate(prompts, sampling)] == [a.token_ids for a in plain]
-    assert engine.core.drafting.held > 0
+    assert engine.core.drafting.accepted > 0
 
 
 @native

@@ -67,7 +67,7 @@ def test_the_entry_points_are_those_that_are_built_in():
 
 
 def test_a_package_outside_adds_a_backend(registered, tiny_model):
-    with pytest.raises(ConfigError, match="backend must be one of 'auto', 'cpu', 'reference', got 'toy'.*installed"):
+    with pytest.raises(ConfigError, match="backend must be one of 'auto', 'cpu', 'reference', got 'toy'.*install that package"):
         DeepSeekConfig(backend="toy")
     registered(toy=f"{__name__}:TOY")
     backend: Backend

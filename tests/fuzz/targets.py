@@ -146,7 +146,7 @@ def _document(data: bytes) -> None:
 
 
 def _body(data: bytes) -> None:
-    reader = BodyReader(_SETTINGS, max_per_client=1, most=1)
+    reader = BodyReader(_SETTINGS, max_per_client=1, max_jobs=1)
     try:
         value, _ = asyncio.run(reader.read(_request(data, "application/json")))
     finally:

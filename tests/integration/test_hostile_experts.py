@@ -215,5 +215,5 @@ class TestPacked:
     @both_loaders
     def test_a_cut_stack(self, packed, load):
         set_tensor(packed, f"{EXPERTS}.down_proj", lambda t: t[:-1].clone())
-        with pytest.raises(CheckpointError, match=r"is U8 \(11, 5, 2, 288\); int4 \[12, 72, 44\] is U8 \(12, 5, 2, 288\)"):
+        with pytest.raises(CheckpointError, match=r"is U8 \(11, 5, 2, 288\); int4 \[12, 72, 44\] must be U8 \(12, 5, 2, 288\)"):
             load(packed)
