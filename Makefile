@@ -49,7 +49,9 @@ wheel: $(WHEELS)/.built
 	@ls $(WHEELS)/*.whl
 
 # worksteal: a worker gets tests that follow one another, so that what a file's tests share is made once.
-PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+# OMP_NUM_THREADS: torch in two workers with two threads each spends most of its time waiting for a processor.
+ONE_THREAD := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1}
+PYTEST := $(ONE_THREAD) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 test: env
 	DSO_WHEEL=$$(ls $(WHEELS)/*.whl) $(PYTEST) $(TESTS) $(PYTEST_ARGS)
@@ -98,7 +100,7 @@ $(LOWEST)/.installed: $(WHEELS)/.built
 	touch $@
 
 test-lowest: $(LOWEST)/.installed
-	$(LOWEST)/bin/python -m pytest -q -n $(WORKERS) $(LOWEST_TESTS) $(PYTEST_ARGS)
+	$(ONE_THREAD) $(LOWEST)/bin/python -m pytest -q -n $(WORKERS) $(LOWEST_TESTS) $(PYTEST_ARGS)
 
 # Packages of other projects on optimised models, in an environment of their own: they are large, and slow every start.
 INTEROP := .venv-interop
@@ -110,7 +112,7 @@ $(INTEROP)/.installed: $(WHEELS)/.built
 	touch $@
 
 test-interop: $(INTEROP)/.installed
-	DSO_INTEROP=1 $(INTEROP)/bin/python -m pytest -q tests/interop $(PYTEST_ARGS)
+	$(ONE_THREAD) DSO_INTEROP=1 $(INTEROP)/bin/python -m pytest -q tests/interop $(PYTEST_ARGS)
 
 # Ratios in alternating runs; nothing else may run meanwhile. BENCH picks rows: make bench BENCH="smol-decode spine-smol".
 # The first run also makes models and the other engines' environments, in the user's cache directory.
