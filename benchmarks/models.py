@@ -22,6 +22,7 @@ from deepseek_optimizer.bench.peers import get_peer
 from deepseek_optimizer.bench.peers.environments import setup
 from deepseek_optimizer.bench.peers.openvino import export_command
 from deepseek_optimizer.bench.plain import dequantised
+from deepseek_optimizer.checkpoint.manifest import VERSION
 
 from . import gguf_file, gguf_v2lite, random_packed
 
@@ -58,7 +59,7 @@ def model(name: str, form: str) -> Path:
     if form == "openvino":
         python = setup(get_peer("openvino"))
         return _once(bf16.with_name(f"{bf16.name}-openvino"), lambda target: _quietly(export_command(python, bf16, target)))
-    return _once(bf16.with_name(f"{bf16.name}-{form}"), lambda target: _pack(bf16, target, form))
+    return _once(_packed(bf16, form), lambda target: _pack(bf16, target, form))
 
 
 def _with_long_context(source: Path, target: Path) -> None:
@@ -76,7 +77,7 @@ def _v2lite(form: str) -> Path:
         return blocks
     if form != "int4":
         raise ValueError(f"v2lite is there as Q4_0 and as int4, not as {form}")
-    return _once(blocks.with_name("v2lite-int4"), lambda target: _pack(blocks, target, "auto"))
+    return _once(_packed(blocks.with_name("v2lite"), "int4"), lambda target: _pack(blocks, target, "auto"))
 
 
 def _v32(form: str) -> Path:
@@ -89,8 +90,13 @@ def _v32(form: str) -> Path:
         "beta_slow": 1, "mscale": 1.0, "mscale_all_dim": 1.0,
     }  # fmt: skip
     config = DeepseekV32Config(num_hidden_layers=2, first_k_dense_replace=1, rope_parameters=yarn)  # the rest is V3.2's own
-    target = smollm2.cache_directory() / "v32-int4"
+    target = _packed(smollm2.cache_directory() / "v32", "int4")
     return _once(target, lambda path: random_packed.write(config, path, "DeepseekV32ForCausalLM"))
+
+
+def _packed(source: Path, form: str) -> Path:
+    """Where `source` lies packed. With the layout's version, since an earlier commit packs and reads its own."""
+    return source.with_name(f"{source.name}-{form}-v{VERSION}")
 
 
 def _once(target: Path, make: Callable[[Path], None]) -> Path:
