@@ -57,6 +57,11 @@ class Chat:
         page.wait_for_function(READY)
         return page
 
+    def reload(self) -> None:
+        """Reloads the page, and waits until it takes input."""
+        self.page.reload()
+        self.page.wait_for_function(READY)
+
     def _on_console(self, message: Any) -> None:
         if message.type in ("error", "warning") and not any(word in message.text for word in self.expected_errors):
             self.complaints.append(message.text)

@@ -40,7 +40,7 @@ def test_an_edited_message_keeps_the_branch_it_was_in(chat: Any) -> None:
     chat.wait_text("You said: third")
     chat.wait_done(2)
     assert [message["content"] for message in chat.messages()] == ["one", "You said: one", "third"]
-    chat.page.reload()
+    chat.reload()
     chat.wait_text("You said: third")
     assert shown(chat) == ["one", "1/2", "You said: one", "third", "2/2", "You said: third"]
     chat.page.locator(".user").first.hover()

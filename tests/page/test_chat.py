@@ -114,7 +114,7 @@ def test_editing_while_an_answer_comes_stops_it(chat: Any, server: FakeChatServe
 
 def test_a_conversation_survives_a_reload(chat: Any) -> None:
     chat.ask("one")
-    chat.page.reload()
+    chat.reload()
     chat.wait_text("You said: one")
     assert chat.titles() == ["one"]
     chat.ask("two", answers=2)
@@ -125,7 +125,7 @@ def test_a_reload_amid_an_answer_keeps_what_had_come(chat: Any, server: FakeChat
     server.replies.append(Reply([Thought("hm"), "So far ", "and no further", Event()]))
     chat.send("Hi")
     chat.wait_text("no further", ".assistant")
-    chat.page.reload()
+    chat.reload()
     chat.wait_done()
     assert chat.answer() == "So far and no further"
     chat.wait_text("The page was closed before this answer was complete.")
@@ -183,7 +183,7 @@ def test_several_conversations(chat: Any, server: FakeChatServer) -> None:
     choose("second question", "delete")
     chat.page.click("#delete-dialog [type=submit]")
     chat.page.wait_for_selector(".conversation[title='second question']", state="detached")
-    chat.page.reload()
+    chat.reload()
     chat.page.wait_for_selector(".conversation[title='A new name']")
     assert chat.titles() == ["A new name"]
 
@@ -219,7 +219,7 @@ def test_settings_are_checked_sent_and_kept(chat: Any) -> None:
         return {name: body[name] for name in values}
 
     assert sent() == values
-    chat.page.reload()
+    chat.reload()
     chat.wait_text("You said: Hi")
     chat.ask("again", answers=2)
     assert sent() == values
@@ -234,7 +234,7 @@ def test_settings_can_become_those_of_new_conversations(chat: Any) -> None:
     chat.page.check("#settings-default")
     chat.page.click("#settings-dialog [type=submit]")
     chat.page.wait_for_selector("#settings-dialog", state="hidden")
-    chat.page.reload()
+    chat.reload()
     chat.page.click("#new-chat")
     chat.ask("Hi")
     assert chat.server.bodies[-1]["temperature"] == 0.3
@@ -249,7 +249,7 @@ def test_the_model_is_chosen_for_each_conversation(open_chat: Callable[..., Any]
     assert "of 2,000 tokens" in chat.page.inner_text("#context-text")
     chat.page.click("#new-chat")
     assert chat.page.input_value("#model") == "small"
-    chat.page.reload()
+    chat.reload()
     chat.page.click(".conversation")
     chat.wait_text("You said")
     assert chat.page.input_value("#model") == "large"
@@ -334,7 +334,7 @@ def test_another_tab_sees_an_answer_and_does_not_write_over_it(chat: Any, server
 
 def test_what_was_typed_comes_back_after_a_reload(chat: Any) -> None:
     chat.page.fill("#message", "half a thou")
-    chat.page.reload()
+    chat.reload()
     chat.page.wait_for_function("() => document.getElementById('message').value === 'half a thou'")
 
 
@@ -342,7 +342,7 @@ def test_what_was_typed_comes_back_after_a_reload(chat: Any) -> None:
 def test_a_browser_that_keeps_nothing_can_still_chat(open_chat: Callable[..., Any], storage: str) -> None:
     chat = open_chat()
     chat.page.add_init_script(f"Object.defineProperty(window, '{storage}', {{get() {{ throw new Error('forbidden'); }}}})")
-    chat.page.reload()
+    chat.reload()
     if storage == "indexedDB":
         chat.wait_text("This browser does not allow the page to store data")
     chat.ask("Hi")

@@ -74,7 +74,7 @@ def test_what_is_exported_can_be_imported_with_all_its_versions(
     there.page.set_input_files("#import-input", exported)
     there.wait_text("Conversations imported: 2", "#notice")
     assert sorted(there.titles()) == ["Hi", "other"]
-    there.page.reload()
+    there.reload()
     there.page.click(".conversation[title=Hi]")
     there.wait_text("second", ".assistant")
     there.page.click("button[aria-label='Previous version']")

@@ -85,7 +85,7 @@ def test_a_pdf_is_attached_asked_about_and_cited(open_chat: Callable[..., Any], 
 
     chat.ask("And now?", answers=2)  # the file goes with the conversation
     assert FACT in live.engine.tokenizer.decode(live.engine.seen[-1].prompt)
-    chat.page.reload()
+    chat.reload()
     chat.wait_text("And now?")
     assert chips(chat, ".user") == ["map.pdf | 1 kB · 2 pages"]
     assert chat.page.locator(".citation").count() == 2
@@ -187,7 +187,7 @@ def test_drafts_keep_their_files_after_a_reload(open_chat: Callable[..., Any], l
     attach(chat, ("a.txt", FACT.encode()))
     wait_chips(chat)
     chat.page.fill("#message", "Where?")
-    chat.page.reload()
+    chat.reload()
     wait_chips(chat)
     assert chat.page.input_value("#message") == "Where?"
     chat.page.press("#message", "Enter")

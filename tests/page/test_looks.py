@@ -102,7 +102,7 @@ def test_the_reader_picks_the_colours_and_they_stay(open_chat: Callable[..., Any
     for expected in [LIGHT, DARK, DARK, LIGHT]:  # light, dark, as the system, light
         chat.page.click("#theme")
         assert chat.page.evaluate(BACKGROUND) == expected
-    chat.page.reload()
+    chat.reload()
     assert chat.page.evaluate(BACKGROUND) == LIGHT
 
 
@@ -244,7 +244,7 @@ def test_in_chinese(open_chat: Callable[..., Any], server: FakeChatServer) -> No
     assert chat.page.evaluate(letters) is None
     chat.page.click("#language")
     chat.wait_text("Thought for", "summary")
-    chat.page.reload()
+    chat.reload()
     chat.wait_text("Thought", "summary")
     assert chat.page.evaluate("document.documentElement.lang") == "en"
 

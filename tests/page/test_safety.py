@@ -75,7 +75,7 @@ def test_hostile_answers_thoughts_and_questions_are_text(chat: Any, server: Fake
         assert_untouched(chat)
         assert chat.page.inner_text(".bubble") == attack
         if number % 5 == 0:
-            chat.page.reload()
+            chat.reload()
             chat.wait_done()
             assert_untouched(chat)
         chat.page.click("#new-chat")
@@ -164,7 +164,7 @@ def test_hostile_storage_is_text(chat: Any) -> None:
         }""",
         [IMAGE],
     )
-    chat.page.reload()
+    chat.reload()
     chat.page.click(f'.conversation[title="{IMAGE}"]')
     chat.wait_text(IMAGE)
     chat.ask("more", answers=2)
