@@ -8,24 +8,6 @@ constexpr int64_t kLargest =
     int64_t(1) << 31;  // exclusive upper limit of rows, columns and widths, so that products fit in int64
 }
 
-int64_t tile_bytes(int32_t format) {
-  switch (format) {
-    case DSO_F32:
-      return 2048;
-    case DSO_BF16:
-      return 1024;
-    case DSO_INT8:
-    case DSO_FP8:
-      return 544;
-    case DSO_INT4:
-      return 288;
-    case DSO_Q4_1:
-      return 320;
-    default:
-      return -1;
-  }
-}
-
 int64_t band_rows(int32_t format) { return format == DSO_FP8 ? 128 : kTileRows; }
 
 int64_t packed_bytes(int32_t format, int64_t rows, int64_t cols) {

@@ -5,6 +5,7 @@
 
 #include "dso.h"
 #include "kernels.hpp"
+#include "tile_bytes.hpp"
 
 namespace dso {
 
@@ -19,7 +20,6 @@ constexpr int64_t kTileRows = 16, kTileCols = 32;
 constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 constexpr int64_t ceil_div(int64_t n, int64_t by) { return (n + by - 1) / by; }
 
-int64_t tile_bytes(int32_t format);                                // -1: not a packed format
 int64_t band_rows(int32_t format);                                 // rows that pack_tile packs together
 int64_t packed_bytes(int32_t format, int64_t rows, int64_t cols);  // -1: not a packed format, or an invalid shape
 int64_t row_bytes(int32_t slot_kind, int64_t width);               // -1: invalid kind, or width < 1

@@ -11,29 +11,12 @@
 #include <cstring>
 
 #include "../kernels.hpp"
+#include "../tile_bytes.hpp"
 #include "dso.h"
 #include "pack_search.hpp"
 
 namespace dso::DSO_ISA_NAMESPACE {
 namespace packing {
-
-static constexpr int64_t tile_bytes(int32_t format) {
-  switch (format) {
-    case DSO_F32:
-      return 2048;
-    case DSO_BF16:
-      return 1024;
-    case DSO_INT8:
-    case DSO_FP8:
-      return 544;
-    case DSO_INT4:
-      return 288;
-    case DSO_Q4_1:
-      return 320;
-    default:
-      return -1;
-  }
-}
 
 // ---- reading the source
 
