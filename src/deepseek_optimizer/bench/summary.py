@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from datetime import datetime
 from typing import Any
 
+from ..system.progress import duration
 from .sections import Section, number
 
 _COMPARED = {"decode_tok_s": "generates", "ttft_ms": "reaches the first token"}
@@ -36,9 +37,7 @@ def machine_text(report: dict[str, Any]) -> str:
 
 def date_text(report: dict[str, Any]) -> str:
     """When the measurement started, and how long it took."""
-    minutes, seconds = divmod(round(report["seconds"]), 60)
-    taken = f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
-    return f"{datetime.fromisoformat(report['date']):%Y-%m-%d %H:%M %Z}, took {taken}"
+    return f"{datetime.fromisoformat(report['date']):%Y-%m-%d %H:%M %Z}, took {duration(report['seconds'])}"
 
 
 def load_text(load: dict[str, Any]) -> str:
