@@ -279,7 +279,13 @@ def name_source(model: Any, path: Path, dtype: torch.dtype) -> None:
 
 
 @contextmanager
-def show_reading(checkpoint: Checkpoint, doing: str = "Loading") -> Iterator[Callable[[LoadProgress], None]]:
-    """Shows the progress of reading a checkpoint's files; yields the callback for `stream_weights`."""
+def show_reading(checkpoint: Checkpoint, doing: str = "Loading") -> Iterator[Callable[[LoadProgress], None] | None]:
+    """Shows the progress of reading a checkpoint's files; yields the callback for `stream_weights`.
+
+    Packed files that are mapped are not read: for these it yields None.
+    """
+    if isinstance(checkpoint, PackedCheckpoint) and checkpoint.mapper is not None:
+        yield None
+        return
     with show_progress(f"{doing} {checkpoint.path.name}", unit="bytes") as progress:
         yield lambda p: progress(p.done_bytes, p.total_bytes)
