@@ -111,3 +111,19 @@ def test_the_time_left_is_that_of_the_rate_since_the_first_call():
 )
 def test_durations(seconds, text):
     assert duration(seconds) == text
+
+
+def test_an_unknown_total_has_no_time_left():
+    progress = Progress("Reading", clock=iter(range(10)).__next__)
+    progress(1, 0)
+    progress(2, 0)
+    assert progress.seconds_left is None and "left" not in progress.line()
+
+
+def test_nothing_goes_to_stdout_where_stderr_is_closed(monkeypatch, capsys):
+    monkeypatch.setattr(module, "FIRST_LINE_S", 0.0)
+    monkeypatch.setattr("sys.stderr", None)
+    with show_progress("Loading") as progress:
+        progress(1, 2)
+        assert "progress" not in [thread.name for thread in threading.enumerate()]
+    assert capsys.readouterr().out == ""

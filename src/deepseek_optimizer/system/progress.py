@@ -48,8 +48,8 @@ class Progress:
 
     @property
     def seconds_left(self) -> float | None:
-        """Estimated seconds left, at the rate since the first call; None until progress has been reported."""
-        if self._first is None or self.done <= self._first[1]:
+        """Estimated seconds left, at the rate since the first call; None until that is known, or if the total is unknown."""
+        if not self.total or self._first is None or self.done <= self._first[1]:
             return None
         begun, units = self._first
         return (self._clock() - begun) * max(self.total - self.done, 0) / (self.done - units)
@@ -85,7 +85,10 @@ def show_progress(description: str, unit: Literal["steps", "bytes"] = "steps") -
         description: the operation, such as "Loading SmolLM2".
         unit: what is counted; a bar shows bytes as MB or GB.
     """
-    if sys.stderr is not None and sys.stderr.isatty():
+    if sys.stderr is None:  # closed
+        yield Progress(description)
+        return
+    if sys.stderr.isatty():
         with _bar(unit) as bar:
             yield _Bar(description, bar)
         return
@@ -108,7 +111,7 @@ def _bar(unit: str) -> Any:
     return Progress(*columns, console=Console(stderr=True), transient=True)
 
 
-def _write_lines(progress: Progress, stop: threading.Event, stream: TextIO | None) -> None:
+def _write_lines(progress: Progress, stop: threading.Event, stream: TextIO) -> None:
     """Prints lines until `stop` is set. Runs on its own thread, so that lines appear during steps that take minutes."""
     wait, written = FIRST_LINE_S, False
     try:
