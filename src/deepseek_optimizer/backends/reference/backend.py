@@ -14,9 +14,9 @@ from ...graph.ir import Graph
 from ...graph.validate import check_graph
 from ...quant import FORMATS, products, reference_packer
 from ...quant.packed import PackedMatrix, PackedStack, PackedWeight
-from ...system.memory import FreeMemory, device_memory, free_memory
+from ...system.memory import FreeMemory, device_memory
 from ..base import DEFAULTS, PHASES, Capabilities, CompileOptions, FileMapping
-from .plan import ReferencePlan, buffer_bytes
+from .plan import ReferencePlan, value_bytes
 from .store import DTYPES, Store, make_store, store_block_bytes
 
 
@@ -36,7 +36,8 @@ class ReferenceSizes:
     def buffer_bytes(
         self, graph: Graph, formats: Mapping[str, str], options: CompileOptions, tokens: int, logit_rows: int
     ) -> int:
-        return buffer_bytes(graph, self.dtype, tokens, logit_rows)
+        values = {value for node in graph.nodes for value in node.outputs}
+        return value_bytes(values, self.dtype, tokens, logit_rows)
 
 
 class ReferenceBackend(ReferenceSizes):
@@ -104,7 +105,7 @@ class ReferenceBackend(ReferenceSizes):
         return make_store(graph.cache, kv_dtype, num_blocks, self.device)
 
     def free_memory(self) -> FreeMemory:
-        return free_memory() if self.device.type == "cpu" else device_memory(self.device)
+        return device_memory(self.device)
 
     def thread_context(self) -> AbstractContextManager[None]:
         """Does nothing: the backend uses torch's threads."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,7 @@ from ...errors import BackendError
 from ...graph.analysis import hidden_only, weight_shapes
 from ...graph.attention_mode import forgetting
 from ...graph.ir import Graph, Node, Value
+from ...graph.ops import spec_of
 from ...quant.packed import PackedMatrix, PackedStack, PackedWeight
 from ..base import KvStore, StepBatch, StepOutput, reach_of
 from ..sampling import NOT_FINITE, TokenChoice, choose_token, choose_tokens
@@ -99,7 +100,8 @@ class ReferencePlan:
         """Does nothing: torch allocates during the step."""
 
     def buffer_bytes(self, tokens: int, logit_rows: int) -> int:
-        return buffer_bytes(self.graph, self.dtype, tokens, logit_rows)
+        values = {v for node in self.graph.nodes if spec_of(node).returns != "logits" for v in node.outputs}
+        return value_bytes(values, self.dtype, tokens, logit_rows)
 
     def describe(self) -> list[dict[str, Any]]:
         return [
@@ -347,10 +349,9 @@ def choose_on_device(logits: torch.Tensor, choices: Sequence[TokenChoice | None]
     return chosen
 
 
-def buffer_bytes(graph: Graph, dtype: torch.dtype, tokens: int, logit_rows: int) -> int:
-    """An upper bound of the bytes of a step: all values of the graph at once."""
+def value_bytes(values: Iterable[Value], dtype: torch.dtype, tokens: int, logit_rows: int) -> int:
+    """An upper bound of the bytes of a step: all these values of its graph at once."""
     rows = {False: tokens, True: logit_rows}
-    values = {v for node in graph.nodes for v in node.outputs}
     return sum(rows[v.selected] * v.repeat * v.width * dtype.itemsize for v in values)
 
 
