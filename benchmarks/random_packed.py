@@ -13,10 +13,11 @@ from typing import Any
 import torch
 
 from deepseek_optimizer.checkpoint.layout import Stored, bytes_of, layout_of
-from deepseek_optimizer.checkpoint.manifest import KEY, QUANT_METHOD, Manifest, PackedEntry
+from deepseek_optimizer.checkpoint.manifest import KEY, Manifest, PackedEntry
 from deepseek_optimizer.graph.analysis import stack_shapes, weight_shapes
 from deepseek_optimizer.graph.min_formats import exact_weights, min_formats
 from deepseek_optimizer.models import build_graph
+from deepseek_optimizer.quant import QUANT_METHOD
 
 DEVIATION = 0.02
 _CODES = {"int4": (256, 4.61), "int8": (512, 73.9)}  # bytes of codes in a tile, standard deviation of a uniform one

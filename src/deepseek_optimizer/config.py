@@ -17,10 +17,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from deepseek_optimizer.errors import ConfigError
 from deepseek_optimizer.graph.attention_mode import AttentionMode
 from deepseek_optimizer.graph.rules import RULES
-from deepseek_optimizer.quant import get_format
+from deepseek_optimizer.quant import QUANT_METHOD, get_format
 from deepseek_optimizer.system.backend_entries import AUTO, BUILT_IN, names
 
-QUANT_METHOD: Final = "deepseek_optimizer"
 FUSION_RULES: Final = tuple(RULES)
 MAX_THREADS: Final = 1024
 

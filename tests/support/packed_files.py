@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from deepseek_optimizer.checkpoint.manifest import KEY, QUANT_METHOD, Manifest
+from deepseek_optimizer.checkpoint.manifest import KEY, Manifest
 from deepseek_optimizer.checkpoint.packed import write_safetensors
-from deepseek_optimizer.quant import PackedWeight
+from deepseek_optimizer.quant import QUANT_METHOD, PackedWeight
 
 
 def packed_fields(tensors: Mapping[str, PackedWeight | torch.Tensor], **settings: Any) -> dict[str, Any]:

@@ -18,8 +18,8 @@ def load_plain(path: str | Path, dtype: Any) -> Any:
     """
     from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig
 
-    from ..config import QUANT_METHOD
     from ..integration.load.resolve import resolve
+    from ..quant import QUANT_METHOD
 
     path = resolve(path)
     if path.suffix != ".gguf":

@@ -29,7 +29,6 @@ from ..quant.tiles import tile_counts
 
 KEY: Final = "packed_manifest"  # in config.json
 VERSION: Final = 3  # 1 and 2 had the modules among the settings, in quantization_config
-QUANT_METHOD: Final = "deepseek_optimizer"
 
 
 @dataclass(frozen=True)

@@ -17,12 +17,12 @@ from typing import Any, ClassVar
 import torch
 
 from ..errors import CheckpointError
-from ..quant import PackedMatrix, PackedStack, Packer, reference_packer, unpack
+from ..quant import QUANT_METHOD, PackedMatrix, PackedStack, Packer, reference_packer, unpack
 from .base import TensorInfo
 from .directory import CONFIG, SafetensorsCheckpoint
 from .files import DataFile
 from .layout import Stored, bytes_of, layout_of
-from .manifest import QUANT_METHOD, Manifest
+from .manifest import Manifest
 from .stacks import StackShape
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from types import MappingProxyType
+from typing import Final
 
 import torch
 
@@ -21,6 +22,7 @@ from .q4_1 import Q4_1
 
 FORMATS: Mapping[str, WeightFormat] = MappingProxyType({f.name: f for f in (Fp32(), Bf16(), Int8(), Int4(), Q4_1(), Fp8())})
 
+QUANT_METHOD: Final = "deepseek_optimizer"  # the name of these formats in a config.json
 WEIGHED = frozenset({"int4", "q4_1"})  # formats whose scales depend on the columns' importance
 
 
@@ -92,6 +94,7 @@ def take_rows(matrix: PackedMatrix, index: torch.Tensor, dtype: torch.dtype = to
 __all__ = [
     "FORMATS",
     "PANEL_ROWS",
+    "QUANT_METHOD",
     "TILE_COLS",
     "TILE_ROWS",
     "WEIGHED",

@@ -29,10 +29,10 @@ from ...checkpoint import (
     open_checkpoint,
 )
 from ...checkpoint.directory import CONFIG, INDEX, SINGLE
-from ...config import QUANT_METHOD, DeepSeekConfig
+from ...config import DeepSeekConfig
 from ...errors import CheckpointError, ConfigError
 from ...graph.min_formats import exact_weights
-from ...quant import PackedStack, PackedWeight
+from ...quant import QUANT_METHOD, PackedStack, PackedWeight
 from ..attention.registration import check_attention_name
 from ..bind.classes import check_class, renamed_for, stored_as
 from ..bind.context_extension import extended
