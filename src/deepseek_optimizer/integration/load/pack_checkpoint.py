@@ -27,7 +27,6 @@ from ...graph.min_formats import exact_weights
 from ...versions import versions
 from ..bind.graphs import whole_graph
 from ..bind.swap import expected_tensors
-from ..model.bind_plan import describe
 from ..model.save import save_configs
 from .importance import importance_for
 from .loader import load, name_source, resolve, show_reading, sketch, weights_for
@@ -83,7 +82,6 @@ def pack_checkpoint(
             write_index(directory.folder, shards)
             manifest = Manifest.of(planned, packed.curve if packed is not None else ())
             mark_quantized(model, settings)
-            describe(model, settings, manifest)
             name_source(model, checkpoint.path, dtype)
             save_configs(model, dtype, directory.folder, manifest)
             if tokenizer is not None:
