@@ -86,7 +86,7 @@ class Scheduler:
         self.preemptions = 0
         self.chunks: dict[Running, ScheduledChunk] = {}  # of the step that is being scheduled
         self._lost = lost
-        self._shortest_rotate = False
+        self._shortest_turn = False
         self._admission_turns, self._prompt_turns = Turns(), Turns()
 
     @property
@@ -145,8 +145,8 @@ class Scheduler:
             if shortest is not first and shortest.request.priority == first.request.priority:
                 half = room // 2
                 if half < (self.budget.fixed or 1):  # room for a chunk of one of the two: they alternate
-                    self._shortest_rotate = not self._shortest_rotate
-                    half = room if self._shortest_rotate else 0
+                    self._shortest_turn = not self._shortest_turn
+                    half = room if self._shortest_turn else 0
                 if half:
                     room -= self._add_prompt(shortest, half, chunks)
                     filling.remove(shortest)

@@ -133,7 +133,7 @@ class Runtime(Instance):
         with self._making:
             if self._plan is None:
                 formats = sorted({m.format for m in matrices_of(self.model, self.graph).values()})
-                check_supported(self.backend.capabilities, formats, self.kv_dtype, self._attention_mode)
+                check_supported(self.backend.capabilities, formats, kv_dtype(self.config, formats), self._attention_mode)
                 plan = self.backend.compile(self.graph, weights_of(self.model, self.graph), self.compile_options)
                 high = self.config.batch_size_range[1]
                 plan.reserve(max(self.config.prefill_chunk, high), high)
