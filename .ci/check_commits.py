@@ -1,7 +1,7 @@
 """Checks the messages of new commits: a title of at most 72 characters, and a body that says why.
 
-New are the commits since HEAD and origin/main parted, or where there is no origin/main, those since BASE. In a tarball, a
-shallow clone that lacks these commits, or without git there is nothing to check.
+New are the commits since HEAD and origin/main parted; where there is no origin/main, or it has them already, as in a fresh
+clone, those since BASE. In a tarball, a shallow clone that lacks these commits, or without git there is nothing to check.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def problems(message: str) -> list[str]:
 def new_commits(root: Path) -> list[str]:
     """Hashes, the newest first; none where git cannot tell."""
     start = _git(root, "merge-base", "origin/main", "HEAD")
-    if not start and _git(root, "merge-base", BASE, "HEAD") == BASE:
+    if start in ("", _git(root, "rev-parse", "HEAD")) and _git(root, "merge-base", BASE, "HEAD") == BASE:
         start = BASE
     return _git(root, "rev-list", "--no-merges", f"{start}..HEAD").split() if start else []
 

@@ -61,6 +61,23 @@ def test_only_new_commits_are_checked(check, tmp_path, capsys):
     assert len(said) == 2 and all("A new title" in line for line in said)
 
 
+def test_a_clone_of_main_is_checked_from_the_recorded_commit(check, tmp_path, monkeypatch):
+    if shutil.which("git") is None:
+        pytest.skip("git is not installed")
+    identity = ["-c", "user.name=t", "-c", "user.email=t@example.org", "-c", "commit.gpgsign=false"]
+
+    def git(*arguments):
+        done = subprocess.run(["git", *identity, *arguments], cwd=tmp_path, check=True, capture_output=True, text=True)
+        return done.stdout.strip()
+
+    git("init")
+    git("commit", "--allow-empty", "-m", "An old title " + "x" * 80)
+    monkeypatch.setattr(check, "BASE", git("rev-parse", "HEAD"))
+    git("commit", "--allow-empty", "-m", "A new title " + "x" * 80)
+    git("update-ref", "refs/remotes/origin/main", "HEAD")
+    assert check.main(tmp_path) == 1
+
+
 def test_a_tarball_without_git_has_no_commits(check, tmp_path, monkeypatch):
     assert check.main(tmp_path) == 0
     monkeypatch.setenv("PATH", "")
