@@ -100,7 +100,7 @@ $(LOWEST)/.installed: $(WHEELS)/.built
 	touch $@
 
 test-lowest: $(LOWEST)/.installed
-	$(ONE_THREAD) $(LOWEST)/bin/python -m pytest -q -n $(WORKERS) $(LOWEST_TESTS) $(PYTEST_ARGS)
+	$(ONE_THREAD) $(LOWEST)/bin/python -m pytest -q -m "not slow" -n $(WORKERS) $(LOWEST_TESTS) $(PYTEST_ARGS)
 
 # Packages of other projects on optimised models, in an environment of their own: they are large, and slow every start.
 INTEROP := .venv-interop
@@ -176,7 +176,7 @@ fuzz: env
 	$(BIN)/python -m pip install --quiet "$$(ls $(WHEELS)/*.whl)[fuzz]"
 	$(BIN)/python tests/fuzz/fuzz.py $(FUZZ_TARGET) --seconds $(FUZZ_SECONDS)
 	$(BIN)/python tests/fuzz/fuzz_headers.py --inputs $(FUZZ_INPUTS)
-	DSO_SCHEMA_EXAMPLES=$(FUZZ_REQUESTS) $(BIN)/python -m pytest tests/server/test_schema_fuzz.py
+	DSO_SCHEMA_EXAMPLES=$(FUZZ_REQUESTS) $(BIN)/python -m pytest -m "" tests/server/test_schema_fuzz.py
 
 clean:
 	rm -rf $(VENV) $(LOWEST) $(INTEROP) $(DOCS) build dist .pytest_cache .mypy_cache .ruff_cache
