@@ -85,3 +85,5 @@ def test_a_session_of_each_ring(pytester, monkeypatch):
     pytester.runpytest_inprocess("-m", "").assert_outcomes(passed=41)
     listed.write_text("9.0 test_x.py::test_gone\n")
     pytester.runpytest_inprocess().stderr.fnmatch_lines(["*test_x.py::test_gone, which is not there*"])
+    listed.write_text("9.0 test_moved.py::test_many\n")
+    pytester.runpytest_inprocess().stderr.fnmatch_lines(["*test_moved.py::test_many, which is not there*"])

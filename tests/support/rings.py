@@ -31,6 +31,7 @@ SHARE = 0.1
 FAST_S = 1.5
 WIDE_S = 6.0
 MEASURED = 3
+ROOT = Path(__file__).parents[2]
 LIST = Path(__file__).with_name("wide.txt")
 
 Case = dict[str, int]  # of each parameter the number of its value
@@ -117,16 +118,21 @@ class Rings:
                     item.add_marker(mark)
 
     def _check(self, config: pytest.Config, there: set[str]) -> None:
-        """Raises UsageError where the list names a function that a collected file does not have."""
+        """Raises UsageError where the list names a file that is gone, or a function that a collected file does not have."""
         if any("::" in argument for argument in config.args):
             return
         files = {name.partition("::")[0] for name in there}
-        if gone := [name for name in self.costs if name.partition("::")[0] in files and name not in there]:
+        if gone := [name for name in self.costs if _is_gone(config.rootpath, name, files, there)]:
             raise pytest.UsageError(f"{LIST.name} names {gone[0]}, which is not there: rename or delete the line")
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         if terminalreporter.stats.get("failed"):
             terminalreporter.write_line(f"the same sample again: DSO_SAMPLE_SEED={self.seed}")
+
+
+def _is_gone(root: Path, name: str, files: set[str], there: set[str]) -> bool:
+    file = name.partition("::")[0]
+    return not (root / file).is_file() or (file in files and name not in there)
 
 
 class Costs:
@@ -161,7 +167,11 @@ class Costs:
             self.seconds.setdefault(function_of(item), []).append(sum(os.times()[:4]) - before)
 
     def pytest_sessionfinish(self) -> None:
-        costs = {name: cost for name, cost in listed().items() if name not in self.seconds}
+        costs = {
+            name: cost
+            for name, cost in listed().items()
+            if name not in self.seconds and (ROOT / name.partition("::")[0]).is_file()
+        }
         for name, each in self.seconds.items():
             mean = sum(each) / len(each)
             if mean * self.cases[name] > FAST_S:
