@@ -30,11 +30,15 @@ _BLOCK = re.compile(r"(<!-- generated:([\w-]+) -->\n).*?(<!-- /generated -->)", 
 
 
 def outdated() -> dict[Path, str]:
-    """Files that differ from what the code says, with the text that they should have."""
+    """Files that differ from what the code says, with the text that they should have. ValueError if a block is missing."""
     wanted = {ROOT / name: f"{make()}\n" for name, make in PAGES.items()}
+    missing = set(BLOCKS)
     for name in WITH_BLOCKS:
         text = (ROOT / name).read_text(encoding="utf-8")
+        missing -= {name for _, name, _ in _BLOCK.findall(text)}
         wanted[ROOT / name] = _BLOCK.sub(lambda found: f"{found[1]}{BLOCKS[found[2]]()}\n{found[3]}", text)
+    if missing:
+        raise ValueError(f"no page has the generated block {sorted(missing)[0]!r}; restore its markers")
     return {p: text for p, text in wanted.items() if not p.exists() or p.read_text(encoding="utf-8") != text}
 
 
