@@ -22,8 +22,8 @@ export const mathSetter = (katex) => (tex, display) => {
     const tree = katex.__renderToDomTree(tex, { output: 'mathml', displayMode: display, trust: false, strict: 'ignore', maxExpand: 500, maxSize: 50 });
     return nodesOf(tree)[0] ?? null;
   } catch (error) {
-    if (error instanceof katex.ParseError || error instanceof RangeError) return null; // RangeError: nested too deeply
-    throw error;
+    if (!(error instanceof katex.ParseError || error instanceof RangeError)) console.error(error); // RangeError: nested too deeply
+    return null;
   }
 };
 

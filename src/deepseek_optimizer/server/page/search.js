@@ -8,12 +8,12 @@ const AFTER = 80;
  * the match is in the title.
  */
 export function search(conversations, query) {
-  const wanted = query.trim().toLowerCase();
+  const wanted = query.trim() && new RegExp(query.trim().replace(/[\\^$.*+?()[\]{}|/]/g, '\\$&'), 'iu');
   const found = [];
   for (const conversation of conversations) {
     if (!wanted) found.push({ conversation, excerpt: null });
     else {
-      const inTitle = conversation.title.toLowerCase().includes(wanted);
+      const inTitle = wanted.test(conversation.title);
       const excerpt = inTitle ? null : excerptOf(conversation, wanted);
       if (inTitle || excerpt) found.push({ conversation, excerpt });
     }
@@ -23,9 +23,10 @@ export function search(conversations, query) {
 
 function excerptOf({ messages }, wanted) {
   for (const { content } of messages) {
-    const at = content.toLowerCase().indexOf(wanted);
-    if (at < 0) continue;
-    const end = at + wanted.length;
+    const match = wanted.exec(content);
+    if (!match) continue;
+    const at = match.index;
+    const end = at + match[0].length;
     const from = Math.max(0, at - BEFORE);
     const before = (from ? '…' : '') + content.slice(from, at);
     return [before, content.slice(at, end), content.slice(end, end + AFTER)].map((text) => text.replace(/\s+/g, ' '));
