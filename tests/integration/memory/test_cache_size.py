@@ -7,13 +7,13 @@ import torch
 
 from deepseek_optimizer import CacheFullError, NotEnoughMemoryError, PagedCache, load_model, make_engine
 from deepseek_optimizer.backends import cpu
-from deepseek_optimizer.backends.reference import backend as reference
 from deepseek_optimizer.cache import SequenceBlocks
 from deepseek_optimizer.engine.request import SamplingParams
 from deepseek_optimizer.integration.load import loader
 from deepseek_optimizer.integration.memory import cache_size, growth
 from deepseek_optimizer.integration.memory.arena import Arena
 from deepseek_optimizer.integration.memory.growth import STEP, CheckedGrowth
+from deepseek_optimizer.system import memory
 from deepseek_optimizer.system.memory import RESERVE_BYTES, Limit
 from support.memory import memory_of
 from support.models import random_ids
@@ -140,7 +140,7 @@ def free(monkeypatch):
     """free(bytes, *limits): what every reader finds from now on."""
 
     def becomes(size, *limits):
-        for module in (reference, cpu, loader):
+        for module in (memory, cpu, loader):
             monkeypatch.setattr(module, "free_memory", lambda: memory_of(size, *limits))
 
     return becomes
