@@ -62,3 +62,9 @@ def test_a_budget_below_the_best_names_what_can_be_reached() -> None:
         search(GROUPS, 0.01, 0.02, lambda choice: 0.02 + total_kl(choice))
     assert (caught.value.budget, caught.value.reached) == (0.01, 0.02)
     assert isinstance(caught.value, ConfigError)
+
+
+def test_the_models_own_formats_are_tried_last() -> None:
+    groups = [[Option(("bf16",), 160, 0.0), Option(("fp32",), 320, 0.0)] for _ in range(4)]  # bf16 alone: no KL measured
+    chosen, _ = search(groups, 1e-15, 0.0, lambda choice: 1e-7 * any(o.formats == ("bf16",) for o in choice))
+    assert all(option.formats == ("fp32",) for option in chosen.choice)

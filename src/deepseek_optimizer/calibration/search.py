@@ -51,7 +51,7 @@ def search(
     """Searches for the smallest choice whose measured KL is within the budget.
 
     Args:
-        groups: the options of each group.
+        groups: the options of each group in ascending size; the last one is the model's own formats.
         budget: maximum KL divergence, in nats per token.
         base: KL divergence independent of the formats, caused by the cache's storage.
         measure: returns the KL divergence of the model assembled from a choice.
@@ -77,7 +77,7 @@ def search(
         at(next((choice for choice in choices if total_kl(choice) <= kl), choices[-1]))
     _tighten(groups, budget, base, at)
     if not any(point.measured_kl <= budget for point in measured.values()):
-        at(choices[-1])
+        at(tuple(options[-1] for options in groups))  # the model's own formats: measured KL does not add up exactly
     curve = _front(list(measured.values()))
     if curve[-1].measured_kl > budget:
         raise KlBudgetError(budget, curve[-1].measured_kl)
