@@ -6,9 +6,10 @@ import re
 
 import pytest
 
-from deepseek_optimizer.bench.long.generate import ids_of, make_sample
+from deepseek_optimizer.bench.long.generate import _fit, ids_of, make_sample
+from deepseek_optimizer.bench.long.material import paragraphs
 from deepseek_optimizer.bench.long.sample import score
-from deepseek_optimizer.bench.long.tasks import COMMON, FREQUENT, HOPS, RARE, TASKS
+from deepseek_optimizer.bench.long.tasks import COMMON, FREQUENT, HOPS, RARE, TASKS, Draft
 from deepseek_optimizer.errors import ConfigError
 
 SEEDS = range(4)
@@ -33,8 +34,20 @@ def samples(byte_tokenizer):
 @pytest.mark.parametrize("tokens", [1500, 4096, 6001, 16_000])
 def test_as_long_as_asked(byte_tokenizer, task, tokens):
     sample = make_sample(task, byte_tokenizer, tokens)
-    assert tokens * 0.99 <= sample.tokens <= tokens
+    longest_word = max(len(word) + 1 for paragraph in paragraphs() for word in paragraph)
+    assert tokens - max(0.01 * tokens, longest_word) < sample.tokens <= tokens
     assert len(ids_of(byte_tokenizer, sample.prompt)) == sample.tokens > len(byte_tokenizer(sample.prompt)["input_ids"])
+
+
+def test_the_longest_prompt_that_fits_between_long_words():
+    def body(count):
+        return " ".join(["long" * 50] * count)
+
+    draft = Draft("Read.", "What?", body, ("x",))
+    prompt, length = _fit(len, draft, 1500, 3, "single")
+    assert length == len(prompt) == len(draft.prompt(7)) <= 1500 < len(draft.prompt(8))
+    with pytest.raises(ConfigError, match="too few"):
+        _fit(len, draft, 100, 3, "single")
 
 
 @pytest.mark.parametrize("task", TASKS)

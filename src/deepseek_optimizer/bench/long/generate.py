@@ -11,7 +11,7 @@ from ...errors import ConfigError
 from .sample import Sample
 from .tasks import TASKS, Draft
 
-SLACK = 0.01  # a prompt may be shorter than requested by this share
+SLACK = 0.01  # a prompt may be shorter than requested by this share, so that it is found in few steps
 _AIM = 0.996
 _PROBE = 400  # words from which tokens per word are estimated
 
@@ -21,7 +21,7 @@ def make_sample(task: str, tokenizer: Any, tokens: int, *, seed: int = 0, depth:
     Args:
         task: name in `TASKS`.
         tokenizer: the model's; a prompt is a user message in its chat template, if it has one.
-        tokens: maximum length of the prompt including the template; it is at most 1% shorter.
+        tokens: maximum length of the prompt including the template; it is at most 1% or one word shorter.
         seed: the same seed, task, tokens and tokenizer give the same sample.
         depth: position of the fact in the text, 0 to 1; None: random.
 
@@ -57,6 +57,7 @@ def _fit(count: Callable[[str], int], draft: Draft, tokens: int, words: int, tas
     """The prompt with as many words as fit, and its length in tokens. Counting dominates the time, so each count narrows the
     range as much as possible."""
     low, high = 0, None  # a number of words that fits, and one that is too large
+    longest: tuple[str, int] | None = None  # that fits
     for _ in range(40):
         prompt = draft.prompt(words)
         length = count(prompt)
@@ -65,10 +66,12 @@ def _fit(count: Callable[[str], int], draft: Draft, tokens: int, words: int, tas
         if length > tokens:
             high = words
         else:
-            low = words
+            low, longest = words, (prompt, length)
         guess = round(words + (tokens * _AIM - length) * words / max(1, length))
         top = high if high is not None else 2 * max(words, guess)
         if top - low <= 1:
             break
         words = min(max(guess, low + 1), top - 1)
+    if longest is not None:
+        return longest
     raise ConfigError(f"{task}: {tokens} tokens are too few for this task; use at least 1024")
