@@ -212,8 +212,12 @@ def test_empty_files_are_refused(load, content):
 def test_arrays_of_records(load):
     dataset, _ = load(json.dumps([{"text": "one"}, {"text": "two"}], indent=1).encode(), name="data.json")
     assert len(dataset) == 2 and dataset.place(1).line == 2
-    for content, error in ((b'{"text": "x"}', "must be an array"), (b"[]", "empty array"), (b"[1,\n2,]", "line 2, character 3"),
-                           (b'[{"text": "x"}, 3]', "line 2: a record must be a JSON object")):  # fmt: skip
+    for content, error in (
+        (b'{"text": "x"}', "must be an array"),
+        (b"[]", "empty array"),
+        (b"[1,\n2 3]", "line 2, character 3"),
+        (b'[{"text": "x"}, 3]', "line 2: a record must be a JSON object"),
+    ):
         with pytest.raises(DataError, match=error):
             load(content, name="data.json")
 
