@@ -100,7 +100,7 @@ $(LOWEST)/.installed: $(WHEELS)/.built
 	touch $@
 
 test-lowest: $(LOWEST)/.installed
-	$(ONE_THREAD) $(LOWEST)/bin/python -m pytest -q -m "not slow" -n $(WORKERS) $(LOWEST_TESTS) $(PYTEST_ARGS)
+	$(ONE_THREAD) $(LOWEST)/bin/python -m pytest -q -n $(WORKERS) $(LOWEST_TESTS) $(PYTEST_ARGS)
 
 # Packages of other projects on optimised models, in an environment of their own: they are large, and slow every start.
 INTEROP := .venv-interop
