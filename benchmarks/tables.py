@@ -76,7 +76,7 @@ _SUMMARY = (  # rows of the READMEs: of every kind of work the rival that the st
 )  # fmt: skip
 _SUMMARY_SPINE = ("decode_tok_s", "prefill_tok_s", "memory_bytes")
 _SUMMARY_WORDS = {
-    "en": ("work", "other engine", "theirs", "ours", "ours / theirs (range of rounds)"),
+    "en": ("workload", "other engine", "theirs", "ours", "ours / theirs (range of rounds)"),
     "zh": ("任务", "对比引擎", "对方", "本项目", "本项目 / 对方（各轮范围）"),
 }
 
@@ -115,7 +115,7 @@ def _bold(times: str) -> str:
 
 def standing_table(entries: results.Entries, rows: Sequence[Row] = STANDING) -> Iterator[str]:
     yield from _machines(entries.values())
-    yield "| work | other engine | its speed | ours | ratio (range) | target | bytes per token, share of bandwidth | verdict |"
+    yield "| workload | other engine | its speed | ours | ratio (range) | target | bytes per token, share of bandwidth | verdict |"
     yield "|---|---|---|---|---|---|---|---|"
     for row in rows:
         for place, bar in enumerate(row.bars):
@@ -152,7 +152,7 @@ def _read(share: dict[str, float]) -> str:
 
 def training_table(entries: results.Entries) -> Iterator[str]:
     yield from _machines(entries.values())
-    yield "| work | side | time per step | peak memory of the process | evaluation loss after |"
+    yield "| workload | configuration | time per step | peak memory of the process | evaluation loss after |"
     yield "|---|---|---|---|---|"
     for name in training.rows():
         for label, values in entries[name]["sides"].items() if name in entries else ():
