@@ -37,7 +37,7 @@ def doctor(
     fields: dict[str, Any],
     as_json: o.AsJson = False,
 ) -> None:
-    """Check the machine and the installation, and MODEL if given. Exits with code 1 if something will not work."""
+    """Check the machine and the installation, and MODEL if given. The exit code is 1 if something will not work."""
     from deepseek_optimizer.config import DeepSeekConfig
     from deepseek_optimizer.doctor import Case, Machine, examine, examine_symptom
 
