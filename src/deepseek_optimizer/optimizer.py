@@ -59,7 +59,7 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Any:
 
 
 def report(model: Any) -> Any:
-    """Returns the report of an optimised model: it prints as a table; `.to_dict()` is for programs."""
+    """Returns the report of an optimised model. `print` shows it as a table, `.to_dict()` returns its values."""
     from .integration.bind.runtime import runtime_of
 
     return runtime_of(model).report()
@@ -72,10 +72,10 @@ class DynamicGraphOptimizer:
         model: a Transformers model of a supported family, either float or optimised before (then only rules and ranges change).
         fusion_rules: names of the fusion rules to apply; None: those of `config`.
         batch_size_range: (smallest, largest) batch size to allocate buffers and warm up kernels for; None: that of `config`.
-        config: what to optimise; None: the weights keep their dtype.
+        config: how to optimise the model; None: the weights keep their dtype.
 
     Raises:
-        ConfigError, UnsupportedModelError: at construction, before the model is changed.
+        ConfigError, UnsupportedModelError: at construction, before the model is modified.
     """
 
     def __init__(

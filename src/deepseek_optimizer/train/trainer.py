@@ -45,7 +45,8 @@ class DeepSeekTrainer(AtomicCheckpoints):
     """A drop-in replacement for `transformers.Trainer`, with its callbacks, evaluation, logging, adapters and hub upload.
 
     Args:
-        model, args, ...: as for Trainer; `args` must be `DeepSeekTrainingArguments`.
+        model, rest, options: as for Trainer.
+        args: a `DeepSeekTrainingArguments`; None: the defaults.
 
     Attributes:
         mtp: the loss of the MTP layers if they are trained, else None; its `weight` may be changed during training.
