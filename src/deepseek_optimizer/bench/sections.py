@@ -130,8 +130,8 @@ def _against(rows: list[dict[str, Any]]) -> Section:
         for row in rows
     )
     note = (
-        "Each side runs in a process of its own, in turn. Ratio: median, lowest and highest of the rounds; above 1, this model "
-        "is better."
+        "Each side runs in a separate process, and the sides take turns. Ratio: median, lowest and highest of the "
+        "rounds; above 1, this model is better."
     )
     return Section("Compared with other engines", ("", "work", "theirs", "this model", "ratio"), body, note)
 
