@@ -133,7 +133,7 @@ def _against(rows: list[dict[str, Any]]) -> Section:
         "Each side runs in a separate process, and the sides take turns. Ratio: median, lowest and highest of the "
         "rounds; above 1, this model is better."
     )
-    return Section("Compared with other engines", ("", "work", "theirs", "this model", "ratio"), body, note)
+    return Section("Compared with other engines", ("", "workload", "theirs", "this model", "ratio"), body, note)
 
 
 def _baseline(rows: list[dict[str, Any]]) -> Section:
@@ -150,5 +150,5 @@ def _baseline(rows: list[dict[str, Any]]) -> Section:
         for row in rows
     )
     return Section(
-        "Compared with the baseline", ("work", "figure", "before", "now", "change for the worse", "allowed", ""), body
+        "Compared with the baseline", ("workload", "figure", "before", "now", "regression", "allowed", ""), body
     )
