@@ -202,7 +202,7 @@ def speculation_table(entries: results.Entries) -> Iterator[str]:
 def serving_table(entries: results.Entries, windows: results.Entries) -> Iterator[str]:
     """What serving claims, and below it the windows that conversations live in."""
     yield from _machines(entries.values())
-    yield "SmolLM2-135M, int4 unless said otherwise. Clients are a process that shares the server's cores."
+    yield "SmolLM2-135M, in int4 unless stated otherwise. The clients run in a separate process on the server's cores."
     yield ""
     yield "| what | compared with | measured | ratio (range) | target | verdict |"
     yield "|---|---|---|---|---|---|"
@@ -222,7 +222,7 @@ def _window_cells(window: dict[str, Any]) -> list[str]:
     more = f"{window['perplexity_ratio']:.3f}x; {window['max_blocks']} of {window['window_blocks']} blocks"
     if "code_nats_pinned" in window:
         more += f"; a pinned string {window['code_nats_pinned']:.1f} nats per token, dropped {window['code_nats_dropped']:.1f}"
-    return [title, *figures, more, "at most 1.05x, memory constant, pins attended", window["verdict"]]
+    return [title, *figures, more, "at most 1.05x, constant memory, pinned text remembered", window["verdict"]]
 
 
 def _machines(entries: Iterable[dict[str, Any]]) -> Iterator[str]:
