@@ -3,8 +3,8 @@
     python build_tools/page_assets.py
 
 Each package is downloaded by `npm pack`, which does not run its code. The tarball must have the SHA-512 given in the lock file,
-and each file extracted from it the SHA-256. Files that are present already are not fetched again, so a source distribution, which
-contains them, builds without network access.
+and each file extracted from it the SHA-256. Files that are present already are not fetched again, so a source distribution,
+which contains them, builds without network access.
 """
 
 from __future__ import annotations
@@ -93,7 +93,8 @@ def unpack(tarball: Path, pinned: dict[str, Any], folder: Path) -> None:
                 raise AssetError(f"{tarball.name}: contains no file {file['path']}")
             content = member.read()
             if (found := hashlib.sha256(content).hexdigest()) != file["sha256"]:
-                raise AssetError(f"{tarball.name}: the SHA-256 of {file['path']} is {found}, but {LOCK.name} has {file['sha256']}")
+                wrong = f"the SHA-256 of {file['path']} is {found}, but {LOCK.name} has {file['sha256']}"
+                raise AssetError(f"{tarball.name}: {wrong}")
             (folder / name).write_bytes(content)
 
 

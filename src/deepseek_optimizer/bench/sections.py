@@ -149,6 +149,4 @@ def _baseline(rows: list[dict[str, Any]]) -> Section:
         )
         for row in rows
     )
-    return Section(
-        "Compared with the baseline", ("workload", "figure", "before", "now", "regression", "allowed", ""), body
-    )
+    return Section("Compared with the baseline", ("workload", "figure", "before", "now", "regression", "allowed", ""), body)
