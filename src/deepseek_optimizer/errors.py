@@ -144,7 +144,7 @@ class CacheFullError(DeepSeekOptimizerError, RuntimeError):
 
 
 class NotEnoughMemoryError(DeepSeekOptimizerError, MemoryError):
-    """Something does not fit in free memory; none was allocated.
+    """Something does not fit in free memory; nothing was allocated.
 
     Args:
         what: what needs the memory; if the system refused an allocation of unknown size, the system's message.
@@ -182,7 +182,7 @@ class UnsupportedRequestError(DeepSeekOptimizerError, ValueError):
 
 
 class RequestError(DeepSeekOptimizerError, ValueError):
-    """A field of a request to the engine is invalid: the client's mistake.
+    """A field of a request to the engine is invalid, which is the client's mistake.
 
     Args:
         field: name of the field.
@@ -208,11 +208,11 @@ class EngineBusyError(DeepSeekOptimizerError, RuntimeError):
 
 
 class EngineDeadError(DeepSeekOptimizerError, RuntimeError):
-    """The engine has stopped, by `close` or by an error, which is this exception's cause; it serves no more requests."""
+    """The engine was stopped by `close` or by an error, the cause of this exception, and accepts no more requests."""
 
 
 class WorkerLostError(DeepSeekOptimizerError, RuntimeError):
-    """A worker process was killed from outside, got no CPU time, or could not be started: not the request's fault."""
+    """A worker process was killed from outside, got no CPU time, or could not be started; the request is not at fault."""
 
 
 class DocumentError(DeepSeekOptimizerError, ValueError):

@@ -69,7 +69,7 @@ class DynamicGraphOptimizer:
     """Optimises a model that is already loaded, in place.
 
     Args:
-        model: a Transformers model of a supported family, either float or optimised before (then only rules and ranges change).
+        model: a Transformers model of a supported family, float, or optimised before (then only rules and batch sizes change).
         fusion_rules: names of the fusion rules to apply; None: those of `config`.
         batch_size_range: (smallest, largest) batch size to allocate buffers and warm up kernels for; None: that of `config`.
         config: how to optimise the model; None: the weights keep their dtype.
@@ -123,8 +123,8 @@ class DynamicGraphOptimizer:
         return self.model
 
     def report(self) -> Any:
-        """Returns where rules were applied, kernels, instruction set, formats, and bytes before and after.
+        """Returns a report of the applied rules, kernels, instruction set, formats, and the sizes before and after.
 
-        To be called after `optimize()`.
+        Call it after `optimize()`.
         """
         return report(self.model)

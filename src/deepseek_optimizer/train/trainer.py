@@ -146,7 +146,10 @@ class DeepSeekTrainer(AtomicCheckpoints):
         }  # fmt: skip
 
     def report(self) -> TrainingReport:
-        """What runs natively, what does not, and the memory that training needs. May be called before `train`."""
+        """Returns a report of what runs natively and what does not, and of the memory that training needs.
+
+        May be called before `train`.
+        """
         prepared = self._prepared or self._prepare()
         try:
             return self._report(prepared)

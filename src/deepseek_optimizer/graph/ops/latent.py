@@ -181,8 +181,8 @@ SPECS = (
         rows="tokens",
         code=26,
         doc="""
-            The lightning indexer: chooses the top_k visible tokens t with the highest score, or all if there are not more. If
-            scores are equal, the earlier token is chosen. `chosen` is as in `mla_attention`.
+            The lightning indexer: chooses the top_k visible tokens t with the highest score, or all if there are at most top_k.
+            If scores are equal, the earlier token is chosen. `chosen` is as in `mla_attention`.
 
                 score(t) = scale * sum over h of w_h * relu(q_h . k_t)
 

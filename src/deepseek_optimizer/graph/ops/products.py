@@ -27,7 +27,7 @@ SPECS = (
         weight_shapes=lambda n, g: [(n.weights[0], (g.vocab_size, g.hidden_size))],
         rows="tokens",
         code=1,
-        doc="x_t = scale * table[token_t]; if the step has `inputs_embeds`, x is those rows instead.",
+        doc="x_t = scale * table[token_t]; if the step has `inputs_embeds`, x contains these rows instead.",
     ),
     OpSpec(
         name="state_in",
