@@ -35,7 +35,7 @@ class Command(TyperCommand):
                 continue
             default = "Options"
             if parameter.param_type_name == "argument":  # Typer's record also names the Python type
-                default, record = "Arguments", (argument_usage(parameter).strip("[]"), parameter.help or "")
+                default, record = "Arguments", (argument_usage(parameter).strip("[]"), getattr(parameter, "help", None) or "")
             sections.setdefault(getattr(parameter, "rich_help_panel", None) or default, []).append(record)
         for title, records in sections.items():
             with formatter.section(title):
