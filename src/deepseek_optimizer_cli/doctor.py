@@ -76,4 +76,4 @@ def _print(findings: list[Finding], counts: Counter[Any]) -> None:
         table.add_row(Text(mark, style=colour), finding.check, Text("\n".join(lines)))
     console = Console(highlight=False)
     console.print(table)
-    console.print(f"{counts['error']} errors, {counts['warning']} warnings")
+    console.print(", ".join(f"{counts[word]} {word}" + "s" * (counts[word] != 1) for word in ("error", "warning")))
