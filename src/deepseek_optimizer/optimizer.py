@@ -20,7 +20,7 @@ def load_model(path: str | os.PathLike[str], config: DeepSeekConfig | None = Non
 
     Args:
         path: a directory written by `save_pretrained` (float or packed), a .gguf file, or a model name on the hub.
-        config: what to optimise; None: everything that is lossless.
+        config: how to optimise the model; None: only lossless optimisations.
         fields: single fields of `DeepSeekConfig`; they override those of `config`.
 
     Returns:

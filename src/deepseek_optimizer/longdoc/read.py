@@ -30,8 +30,8 @@ def read_documents(
 
     Args:
         paths: one or several.
-        limit_bytes: maximum size of a file; a larger one is reported in `problems`.
-        limit_total: maximum size of all files; those beyond it are reported in `problems`.
+        limit_bytes: maximum size of a file, in bytes; a larger one is reported in `problems`.
+        limit_total: maximum size of all files, in bytes; those beyond it are reported in `problems`.
         progress: called with the number of files done and the total.
 
     Raises:
