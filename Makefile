@@ -1,5 +1,5 @@
 # make test | test-all | test-interop | test-conformance | demo | docs | lint | bench | bench-train | bench-commits | soak | quality | test-lowest | test-native | test-native-tsan | native | fuzz | wheel | page-assets | clean: each works alone, from a fresh clone.
-# Everything goes into .venv and build/. PYTHON picks the interpreter that .venv is made from.
+# Everything goes into .venv* and build/. PYTHON is the interpreter with which .venv is created.
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
@@ -12,7 +12,7 @@ TESTS ?= tests
 PYTEST_ARGS ?=
 WORKERS ?= 2
 
-# What the wheel is made of. A change in any of these builds and installs it anew.
+# The sources of the wheel. If one of them changes, the wheel is rebuilt and reinstalled.
 SOURCES := pyproject.toml README.md LICENSE $(wildcard CMakeLists.txt) \
   $(shell find native src build_tools -type f -not -name '*.pyc' -not -path '*/_native/*')
 
@@ -26,20 +26,20 @@ $(VENV)/.created:
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	touch $@
 
-# DSO_REQUIRE_NATIVE: a native part that does not compile is an error here, not a fallback.
+# DSO_REQUIRE_NATIVE: a failing native build is an error here, not a fallback. The build backend (build_tools/) also fetches the
+# libraries of the chat page; pip hides its output, so run `make page-assets` to see why they are missing.
 $(WHEELS)/.built: $(VENV)/.created $(SOURCES)
 	rm -rf $(WHEELS) && mkdir -p $(WHEELS)
-	-$(BIN)/python build_tools/page_assets.py
 	DSO_REQUIRE_NATIVE=1 $(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir $(WHEELS) .
 	touch $@
 
-# The built wheel, not an editable tree: the tests see what a user gets.
+# The built wheel rather than an editable install, so that the tests see what a user gets.
 $(VENV)/.installed: $(WHEELS)/.built
 	$(BIN)/python -m pip install --quiet "$$(ls $(WHEELS)/*.whl)[dev]"
 	$(BIN)/python -m pip install --quiet --no-deps --force-reinstall $(WHEELS)/*.whl
 	touch $@
 
-# The chat page's libraries, for a server that runs on the source tree; `make wheel` fetches them too.
+# The libraries of the chat page, for a server that runs from the source tree. Building the wheel fetches them as well.
 page-assets: $(VENV)/.created
 	$(BIN)/python build_tools/page_assets.py
 
@@ -48,21 +48,21 @@ env: $(VENV)/.installed
 wheel: $(WHEELS)/.built
 	@ls $(WHEELS)/*.whl
 
-# worksteal: a worker gets tests that follow one another, so that what a file's tests share is made once.
-# OMP_NUM_THREADS: torch in two workers with two threads each spends most of its time waiting for a processor.
+# worksteal: each worker gets consecutive tests, so that fixtures shared by a file are created once.
+# OMP_NUM_THREADS: two workers with two torch threads each would spend most of their time waiting for a CPU.
 ONE_THREAD := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1}
 PYTEST := $(ONE_THREAD) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 test: env
 	DSO_WHEEL=$$(ls $(WHEELS)/*.whl) $(PYTEST) $(TESTS) $(PYTEST_ARGS)
 
-# Everything else that CI runs. What `make test` runs is not run again.
+# The other tests that CI runs, without those of `make test`.
 test-all: test-native test-lowest test-interop test-conformance test-wide
 
 test-wide: env
 	DSO_WHEEL=$$(ls $(WHEELS)/*.whl) $(PYTEST) -m wide $(TESTS) $(PYTEST_ARGS)
 
-# Transformers' own tests on optimised models beside plain ones; CONFORMANCE takes families and options (--all: the slow ones too).
+# Transformers' own tests, on optimised and on plain models. CONFORMANCE: families and options (--all includes the slow tests).
 CONFORMANCE ?=
 test-conformance: env
 	PYTHONPATH=tests $(BIN)/python -m conformance.run $(CONFORMANCE)
@@ -70,8 +70,8 @@ test-conformance: env
 demo: env
 	$(BIN)/dso demo
 
-# The documentation as a site in build/site; a broken link or a page outside the navigation is an error. It needs neither the
-# package nor the native library. `make docs-reference` writes the pages that are generated from the code, which a test compares.
+# Builds the documentation as a site in build/site. A broken link or a page missing from the navigation is an error. Needs neither
+# the package nor the native library. `make docs-reference` writes the pages that are generated from the code, which a test compares.
 DOCS := .venv-docs
 DOCS_PACKAGES = $(shell sed -n '/^docs = \[/,/^\]/s/^ *"\(.*\)",$$/"\1"/p' pyproject.toml)
 
@@ -87,7 +87,7 @@ docs: $(DOCS)/.installed
 docs-reference: env
 	$(BIN)/python -m docs.generate
 
-# What touches Transformers, on the lowest release that pyproject.toml admits; `make test` has the newest.
+# The tests that use Transformers, on the oldest release that pyproject.toml allows; `make test` uses the newest.
 LOWEST := .venv-lowest
 LOWEST_TRANSFORMERS := $(shell sed -n 's/.*"transformers>=\([0-9.]*\),.*/\1/p' pyproject.toml)
 LOWEST_TESTS ?= tests/integration tests/models tests/test_article.py tests/test_optimizer.py \
@@ -102,7 +102,7 @@ $(LOWEST)/.installed: $(WHEELS)/.built
 test-lowest: $(LOWEST)/.installed
 	$(ONE_THREAD) $(LOWEST)/bin/python -m pytest -q -n $(WORKERS) $(LOWEST_TESTS) $(PYTEST_ARGS)
 
-# Packages of other projects on optimised models, in an environment of their own: they are large, and slow every start.
+# Other projects' packages on optimised models, in a separate environment: they are large and slow down every start.
 INTEROP := .venv-interop
 
 $(INTEROP)/.installed: $(WHEELS)/.built
@@ -114,25 +114,25 @@ $(INTEROP)/.installed: $(WHEELS)/.built
 test-interop: $(INTEROP)/.installed
 	$(ONE_THREAD) DSO_INTEROP=1 $(INTEROP)/bin/python -m pytest -q tests/interop $(PYTEST_ARGS)
 
-# Ratios in alternating runs; nothing else may run meanwhile. BENCH picks rows: make bench BENCH="smol-decode spine-smol".
-# The first run also makes models and the other engines' environments, in the user's cache directory.
+# Measures ratios in alternating runs; nothing else may run meanwhile. BENCH selects rows: make bench BENCH="smol-decode spine-smol".
+# The first run also creates the models and the other engines' environments, in the user's cache directory.
 BENCH ?=
 bench: env
 	$(BIN)/python -m benchmarks.run $(BENCH)
 	$(BIN)/python -m benchmarks.tables
 
-# This tree beside an earlier commit, in turns: make bench-commits BEFORE=HEAD~5 BENCH="smol-decode serve-16".
+# Compares this tree with an earlier commit, in alternating runs: make bench-commits BEFORE=HEAD~5 BENCH="smol-decode serve-16".
 BEFORE ?= HEAD~1
 bench-commits: env
 	$(BIN)/python -m benchmarks.commits $(BEFORE) $(BENCH)
 
-# A step of training beside Transformers' Trainer, memory, and what the loss loses.
+# Compares training with Transformers' Trainer: time per step, memory and loss.
 bench-train: env
 	$(BIN)/python -m benchmarks.training $(BENCH)
 	$(BIN)/python -m benchmarks.tables
 
-# On SmolLM2: a hostile client beside 16 honest ones for half an hour, whose answers stay right; 64 clients of all kinds for ten
-# minutes; no error, nothing left behind. And training is killed 200 times.
+# On SmolLM2: for half an hour, a hostile client next to 16 honest ones, whose answers must stay correct; for ten minutes, 64 clients
+# of all kinds, without errors or leaks; and a training run that is killed 200 times.
 SOAK_SECONDS ?= 1800
 MIXED_SECONDS ?= 600
 SOAK_KILLS ?= 200
@@ -166,8 +166,8 @@ lint: env docs
 include native/native.mk
 
 # Ten minutes of coverage-guided fuzzing for each target of tests/fuzz/targets.py; a million mutated headers of safetensors, GGUF
-# and packed files; and for each operation of the server a thousand valid and a thousand invalid requests made from its schema.
-# The suite replays the corpora, and runs a short round of the others. FUZZ_TARGET=schema fuzzes one target.
+# and packed files; and for each operation of the server a thousand valid and a thousand invalid requests generated from its schema.
+# The test suite replays the corpora and runs a short round of the rest. FUZZ_TARGET=schema fuzzes a single target.
 FUZZ_SECONDS ?= 600
 FUZZ_TARGET ?= all
 FUZZ_INPUTS ?= 1000000

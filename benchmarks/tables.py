@@ -76,7 +76,7 @@ _SUMMARY = (  # rows of the READMEs: of every kind of work the rival that the st
 )  # fmt: skip
 _SUMMARY_SPINE = ("decode_tok_s", "prefill_tok_s", "memory_bytes")
 _SUMMARY_WORDS = {
-    "en": ("work", "other engine", "theirs", "ours", "ours / theirs (range of rounds)"),
+    "en": ("workload", "other engine", "theirs", "ours", "ours / theirs (range of rounds)"),
     "zh": ("任务", "对比引擎", "对方", "本项目", "本项目 / 对方（各轮范围）"),
 }
 
@@ -115,7 +115,8 @@ def _bold(times: str) -> str:
 
 def standing_table(entries: results.Entries, rows: Sequence[Row] = STANDING) -> Iterator[str]:
     yield from _machines(entries.values())
-    yield "| work | other engine | its speed | ours | ratio (range) | target | bytes per token, share of bandwidth | verdict |"
+    read = "bytes per token, share of bandwidth"
+    yield _cells("workload", "other engine", "its speed", "ours", "ratio (range)", "target", read, "verdict")
     yield "|---|---|---|---|---|---|---|---|"
     for row in rows:
         for place, bar in enumerate(row.bars):
@@ -152,7 +153,7 @@ def _read(share: dict[str, float]) -> str:
 
 def training_table(entries: results.Entries) -> Iterator[str]:
     yield from _machines(entries.values())
-    yield "| work | side | time per step | peak memory of the process | evaluation loss after |"
+    yield "| workload | configuration | time per step | peak memory of the process | evaluation loss after |"
     yield "|---|---|---|---|---|"
     for name in training.rows():
         for label, values in entries[name]["sides"].items() if name in entries else ():
@@ -202,7 +203,7 @@ def speculation_table(entries: results.Entries) -> Iterator[str]:
 def serving_table(entries: results.Entries, windows: results.Entries) -> Iterator[str]:
     """What serving claims, and below it the windows that conversations live in."""
     yield from _machines(entries.values())
-    yield "SmolLM2-135M, int4 unless said otherwise. Clients are a process that shares the server's cores."
+    yield "SmolLM2-135M, in int4 unless stated otherwise. The clients run in a separate process on the server's cores."
     yield ""
     yield "| what | compared with | measured | ratio (range) | target | verdict |"
     yield "|---|---|---|---|---|---|"
@@ -222,7 +223,7 @@ def _window_cells(window: dict[str, Any]) -> list[str]:
     more = f"{window['perplexity_ratio']:.3f}x; {window['max_blocks']} of {window['window_blocks']} blocks"
     if "code_nats_pinned" in window:
         more += f"; a pinned string {window['code_nats_pinned']:.1f} nats per token, dropped {window['code_nats_dropped']:.1f}"
-    return [title, *figures, more, "at most 1.05x, memory constant, pins attended", window["verdict"]]
+    return [title, *figures, more, "at most 1.05x, constant memory, pinned text remembered", window["verdict"]]
 
 
 def _machines(entries: Iterable[dict[str, Any]]) -> Iterator[str]:

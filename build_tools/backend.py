@@ -1,7 +1,7 @@
-"""The build backend: scikit-build-core's, which first fetches the chat page's libraries.
+"""The build backend: scikit-build-core, after fetching the libraries of the chat page.
 
-Where they can't be had, the package builds all the same; the page then shows answers as plain text, and the server's log
-says so.
+If they cannot be fetched, the package is built without them: the page then shows answers as plain text, and the server logs a
+warning.
 """
 
 from __future__ import annotations

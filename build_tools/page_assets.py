@@ -2,9 +2,9 @@
 
     python build_tools/page_assets.py
 
-Each package is downloaded by `npm pack`, which runs none of its code. Its tarball must have the SHA-512 of the lock file, and
-each file taken from it the SHA-256. Files that are there already are not fetched again, so a source distribution, which holds
-them, builds without a network.
+Each package is downloaded by `npm pack`, which does not run its code. The tarball must have the SHA-512 given in the lock file,
+and each file extracted from it the SHA-256. Files that are present already are not fetched again, so a source distribution,
+which contains them, builds without network access.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ TIMEOUT_SECONDS = 120
 
 
 class AssetError(Exception):
-    """A library could not be had, or is not the one that the lock file pins."""
+    """A library could not be fetched, or is not the one that the lock file pins."""
 
 
 def missing(files: dict[str, Any], folder: Path) -> list[str]:
-    """Names of the files that the folder lacks, or has with other content."""
+    """Names of the files that are missing from the folder or have different content."""
 
     def differs(name: str, sha256: str) -> bool:
         path = folder / name
@@ -42,10 +42,10 @@ def missing(files: dict[str, Any], folder: Path) -> list[str]:
 
 
 def fetch(lock: Path = LOCK, folder: Path = VENDOR) -> None:
-    """Puts every file of the lock file into the folder.
+    """Fetches every file of the lock file into the folder.
 
     Raises:
-        AssetError: npm is missing or fails, or a checksum is wrong. The folder keeps the packages fetched before.
+        AssetError: npm is missing or fails, or a checksum is wrong. Packages fetched before the error stay in the folder.
     """
     for package, pinned in json.loads(lock.read_text(encoding="utf-8"))["packages"].items():
         if missing(pinned["files"], folder):
@@ -54,10 +54,10 @@ def fetch(lock: Path = LOCK, folder: Path = VENDOR) -> None:
 
 
 def download(package: str, folder: Path) -> Path:
-    """The tarball of a package, by its name and version.
+    """Downloads the tarball of a package, given as name@version.
 
     Raises:
-        AssetError: there is no npm, or it fails.
+        AssetError: npm is missing or fails.
     """
     npm = shutil.which("npm")
     if npm is None:
@@ -74,14 +74,14 @@ def download(package: str, folder: Path) -> Path:
 
 
 def unpack(tarball: Path, pinned: dict[str, Any], folder: Path) -> None:
-    """Puts the pinned files of a tarball into the folder.
+    """Extracts the pinned files of a tarball into the folder.
 
     Raises:
         AssetError: a checksum is wrong, or a file is not in the tarball.
     """
     digest = base64.b64encode(hashlib.sha512(tarball.read_bytes()).digest()).decode()
     if f"sha512-{digest}" != pinned["integrity"]:
-        raise AssetError(f"{tarball.name}: SHA-512 is {digest}, and {LOCK.name} has {pinned['integrity']}")
+        raise AssetError(f"{tarball.name}: the SHA-512 is {digest}, but {LOCK.name} has {pinned['integrity']}")
     folder.mkdir(exist_ok=True)
     with tarfile.open(tarball) as archive:
         for name, file in pinned["files"].items():
@@ -90,10 +90,11 @@ def unpack(tarball: Path, pinned: dict[str, Any], folder: Path) -> None:
             except KeyError:
                 member = None
             if member is None:
-                raise AssetError(f"{tarball.name}: holds no file {file['path']}")
+                raise AssetError(f"{tarball.name}: contains no file {file['path']}")
             content = member.read()
             if (found := hashlib.sha256(content).hexdigest()) != file["sha256"]:
-                raise AssetError(f"{tarball.name}: SHA-256 of {file['path']} is {found}, and {LOCK.name} has {file['sha256']}")
+                wrong = f"the SHA-256 of {file['path']} is {found}, but {LOCK.name} has {file['sha256']}"
+                raise AssetError(f"{tarball.name}: {wrong}")
             (folder / name).write_bytes(content)
 
 

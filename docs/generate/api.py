@@ -11,7 +11,7 @@ from .markdown import Docstring, parse, plain, raises, table
 INTRODUCTION = """\
 # Python API
 
-This page is generated from the code by `python -m docs.generate`. Everything here is imported from `deepseek_optimizer`;
+This page is generated from the code by `python -m docs.generate`. Import these names from `deepseek_optimizer`;
 other modules may change without notice.
 """
 ON_CONFIG_PAGE = ("DeepSeekConfig", "SamplingParams", "DeepSeekTrainingArguments")
@@ -47,22 +47,42 @@ def entry(name: str, value: Any, note: str = "", level: int = 2) -> str:
 
 
 def signature(name: str, value: Any) -> str:
-    """As a reader would call it; "" for properties."""
+    """The signature as in the source; "" for properties."""
     if isinstance(value, property):
         return ""
-    function = getattr(value, "__func__", value)
-    parameters = inspect.signature(function)
-    if not isinstance(value, type):
-        kept = [p for p in parameters.parameters.values() if p.name not in ("self", "cls")]
-        parameters = parameters.replace(parameters=kept)
-    else:
-        parameters = parameters.replace(return_annotation=inspect.Signature.empty)
-    text = f"{name}{parameters}".replace("'", "")
+    whole = inspect.signature(getattr(value, "__func__", value))
+    kept = [_plain(p) for p in whole.parameters.values() if isinstance(value, type) or p.name not in ("self", "cls")]
+    returned = inspect.Signature.empty if isinstance(value, type) else _Source.of(whole.return_annotation)
+    text = f"{name}{whole.replace(parameters=kept, return_annotation=returned)}"
     if len(text) > 100:
-        arguments = [str(p).replace("'", "") for p in parameters.parameters.values()]
+        arguments = [str(p) for p in kept]
+        keywords = [i for i, p in enumerate(kept) if p.kind is p.KEYWORD_ONLY]
+        if keywords and not any(p.kind is p.VAR_POSITIONAL for p in kept):
+            arguments.insert(keywords[0], "*")
         ending = text.rpartition(")")[2]
         text = f"{name}(\n    " + ",\n    ".join(arguments) + f",\n){ending}"
     return f"```text\n{text}\n```"
+
+
+class _Source(str):
+    """Source text that `repr` shows without quotes."""
+
+    __slots__ = ()
+    __repr__ = str.__str__
+
+    @classmethod
+    def of(cls, annotation: Any) -> Any:
+        return cls(annotation) if isinstance(annotation, str) else annotation
+
+
+def _plain(parameter: inspect.Parameter) -> inspect.Parameter:
+    """A parameter whose annotation and default are shown as in the source."""
+    default = parameter.default
+    if isinstance(default, type) and default is not inspect.Parameter.empty:
+        default = _Source(f"{default.__module__}.{default.__name__}")
+    elif str(default) == "<factory>":  # of a dataclass
+        default = _Source("...")
+    return parameter.replace(annotation=_Source.of(parameter.annotation), default=default)
 
 
 def body(documented: Docstring) -> str:
@@ -87,14 +107,14 @@ def errors_section() -> str:
         bases = ", ".join(f"`{base.__name__}`" for base in value.__bases__)
         rows.append((f"`{name}`", bases, plain(parse(value.__doc__).text.split("\n\n")[0])))
     intro = (
-        "Every error that the package raises on purpose, from `deepseek_optimizer.errors`. Each message says what is wrong, "
-        "where, and what to do."
+        "The errors that the package raises deliberately; import them from `deepseek_optimizer.errors`. Each message says "
+        "what is wrong, where, and what to do."
     )
-    return f"## Errors\n\n{intro}\n\n{table(('error', 'is also', 'raised when'), rows)}"
+    return f"## Errors\n\n{intro}\n\n{table(('error', 'base classes', 'meaning'), rows)}"
 
 
 def _methods(cls: type) -> list[tuple[str, Any]]:
-    """Public methods and properties that the class itself defines and documents, classmethods included."""
+    """Public methods and properties, including classmethods, that the class itself defines and documents."""
     found = []
     for name, member in vars(cls).items():
         inner = getattr(member, "__func__", member)
@@ -109,5 +129,5 @@ def _is_error(value: Any) -> bool:
 
 
 def _generated(value: Any) -> bool:
-    """Whether a dataclass wrote the docstring itself: its signature."""
+    """Whether the docstring is the one that `dataclass` generates, the signature."""
     return dataclasses.is_dataclass(value) and str(value.__doc__).startswith(f"{value.__name__}(")

@@ -8,13 +8,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
+from deepseek_optimizer_cli.help import argument_usage
+
 from .markdown import plain, table
 
 INTRODUCTION = """\
 # Command line
 
 This page is generated from the code by `python -m docs.generate`; `dso COMMAND --help` shows the same. `dso` and
-`deepseek-optimizer` are one program. MODEL is a model directory, a `.gguf` file or a name on the Hugging Face hub.
+`deepseek-optimizer` are the same program.
 
 Answers go to stdout, everything else to stderr. Exit codes: 0 success; 1 a check or comparison failed (`dso doctor`,
 `dso bench --baseline`); 2 an error, reported on one line (`dso --debug COMMAND ...` shows the traceback); 130 interrupted.
@@ -44,17 +46,13 @@ def section(name: str, command: Any) -> str:
     arguments = [p for p in command.params if p.param_type_name == "argument"]
     options = [p for p in command.params if p.param_type_name == "option" and not p.hidden and p.name != "help"]
     kinds = _kinds(command.callback)
-    usage = " ".join(["dso", name, "[OPTIONS]", *(_argument(p) for p in arguments)])
+    usage = " ".join(["dso", name, "[OPTIONS]", *(argument_usage(p) for p in arguments)])
     text = [f"## dso {name}", f"```text\n{usage}\n```", plain(" ".join((command.help or "").split()))]
     if arguments:
-        text.append(table(("argument", "meaning"), [(f"`{_argument(p)}`", plain(p.help or "")) for p in arguments]))
+        text.append(table(("argument", "meaning"), [(f"`{argument_usage(p)}`", plain(p.help or "")) for p in arguments]))
     if options:
         text.append(table(("option", "default", "meaning"), [_row(p, kinds[p.name]) for p in options]))
     return "\n\n".join(text)
-
-
-def _argument(parameter: Any) -> str:
-    return str(parameter.metavar or parameter.name.upper())
 
 
 def _kinds(callback: Any) -> dict[str, str]:

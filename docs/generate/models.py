@@ -64,7 +64,7 @@ MODELS = (
         _v2(5120, 12288, 60, 128, 160, 6, 1536, q_lora_rank=1536, topk_method="group_limited_greedy", n_group=8, topk_group=3,
             routed_scaling_factor=16.0, norm_topk_prob=False),
     ),
-    Model("deepseek-ai/DeepSeek-V3, DeepSeek-R1", "deepseek_v3", {}),
+    Model("deepseek-ai/DeepSeek-V3, deepseek-ai/DeepSeek-R1", "deepseek_v3", {}),
 )  # fmt: skip
 
 
@@ -135,7 +135,7 @@ def _long_rows() -> Iterator[tuple[str, ...]]:
         needs = need(model)
         weights = (_gb(needs.weights[name]) for name in FORMATS)
         cache_mb = f"{needs.cache_per_token * 1000 / 1e6:,.0f} MB"
-        yield f"`{model.name}`", f"`{model.family}`", _count(needs.parameters), *weights, cache_mb
+        yield f"`{model.name}`".replace(", ", "`, `"), f"`{model.family}`", _count(needs.parameters), *weights, cache_mb
 
 
 def _title(model: Model) -> str:

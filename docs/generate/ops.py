@@ -8,7 +8,7 @@ INTRODUCTION = """\
 # Graph operations
 
 This page is generated from the code by `python -m docs.generate`. A model is compiled from a graph of these operations;
-[Architecture](../architecture.md) says where each step of that lives.
+[Architecture](../architecture.md) describes how.
 """
 
 

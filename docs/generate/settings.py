@@ -15,8 +15,8 @@ INTRODUCTION = """\
 # Settings
 
 This page is generated from the code by `python -m docs.generate`. Every value is checked when it is set; an unknown name or a
-value out of range raises [`ConfigError`](api.md#errors), which names the field and the nearest known one.
-[Quantise a model](../how-to/quantise.md) has what the formats of weights and of the KV cache cost in quality and speed.
+value that is not allowed raises [`ConfigError`](api.md#errors), which names the field.
+[Quantise a model](../how-to/quantise.md) shows what the formats of weights and of the KV cache cost in quality.
 
 | class | used by |
 |---|---|

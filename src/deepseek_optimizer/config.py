@@ -126,10 +126,10 @@ def _formats(name: str, value: Any) -> dict[str, str]:
 
 @dataclass(repr=False)
 class DeepSeekConfig(QuantizationConfigMixin):
-    """What to optimise and how; also Transformers' `quantization_config`.
+    """How to optimise a model. Can be passed as `quantization_config` to Transformers.
 
-    Every field is checked whenever it is set, and unknown names are refused. The config holds only the user's settings, and the
-    package never modifies a config passed to it. Properties of a packed model are in its `checkpoint.manifest.Manifest`
+    Every field is checked whenever it is set, and unknown names are rejected. The config contains only the user's settings, and
+    the package never modifies a config passed to it. Properties of a packed model are in its `checkpoint.manifest.Manifest`
     (`model.dso.manifest`).
 
     Attributes:
@@ -154,8 +154,8 @@ class DeepSeekConfig(QuantizationConfigMixin):
         kv_cache_memory: maximum size of the cache in bytes, allocated as it is used. None: the memory that is free when the
             first cache is created, less a reserve; for an engine or server the size that a full batch needs, but at most half
             of free memory.
-        threads: worker threads of the native backend; None: the environment variable DSO_THREADS, or else what CPU affinity
-            and cgroup limits allow.
+        threads: number of worker threads of the native backend; None: the environment variable DSO_THREADS, or else as many as
+            CPU affinity and cgroup limits allow.
         isa: instruction set to use: "avx2", "avx512" or "amx"; None: the environment variable DSO_ISA, or else the best one
             that this machine supports.
         backend: "cpu" (native), "reference" (plain torch), the name of a backend registered by another package (see
@@ -165,7 +165,7 @@ class DeepSeekConfig(QuantizationConfigMixin):
             or recomputation.
         prefill_chunk: maximum number of tokens in one prefill step; limits the size of the plan's buffers.
         batch_size_range: (smallest, largest) number of sequences to allocate buffers for.
-        fast_path: run plain `generate` calls without Transformers' per-token overhead; the tokens are the same.
+        fast_path: run plain `generate` calls without Transformers' overhead per token; the tokens are the same.
         mtp: "auto": load the layers for multi-token prediction if the checkpoint has them, for `generate(use_mtp=True)`;
             "off": never load them.
         context_extension: extends the context beyond the trained length, if the model's config does not scale RoPE already:
@@ -174,12 +174,12 @@ class DeepSeekConfig(QuantizationConfigMixin):
             may reach). Quality beyond the trained length is not guaranteed: measure it.
         context_length: context length in tokens, with `context_extension`.
         calibration: path of a UTF-8 text file, a few pages typical of what the model will process. `load_model` runs the
-            original model over it and weights rounding errors of int4 and q4_1 by how strongly each input column is used.
+            original model on it, and weights the rounding errors of int4 and q4_1 by how strongly each input column is used.
             None: all columns have equal weight.
         kl_budget: only with precision "auto": chooses the smallest format of each matrix such that the mean KL divergence from
             the original model stays within this many nats per token, measured on the calibration text (without one, on a text
-            that every Python installation contains). int8 everywhere costs a few thousandths, int4 a few tenths. None:
-            lossless.
+            that every Python installation contains). int8 everywhere costs a few thousandths, int4 a few tenths. None: no
+            loss is allowed.
         formats: formats of single matrices by module name, such as {"lm_head": "int8"}, or of all modules that match a pattern
             with *, such as {"model.layers.*.mlp.experts.*": "int8"}; overrides `precision`. A name overrides patterns; of
             several matching patterns the first is used. With `kl_budget`, only the formats of the other matrices are chosen.

@@ -41,8 +41,8 @@ class KlBudgetError(ConfigError):
     def __init__(self, budget: float, reached: float) -> None:
         self.budget, self.reached = budget, reached
         super().__init__(
-            f"kl_budget={budget:g}: the smallest KL divergence that can be reached is {reached:.3g}. Raise kl_budget to that, "
-            'or use more bits in kv_cache and formats ("auto" and None are lossless)'
+            f"kl_budget={budget:g}: the smallest KL divergence that can be reached is {reached:.3g}. Raise kl_budget to this "
+            'value, or use more bits in kv_cache and formats ("auto" and None are lossless)'
         )
 
 
@@ -138,13 +138,13 @@ class CacheFullError(DeepSeekOptimizerError, RuntimeError):
         why, more = ("", "raise kv_cache_memory") if shortage is None else (f", and {shortage}", "free memory")
         super().__init__(
             f"KV cache: {needed} more block(s) needed, {free} free{why}. Shorten the request, send fewer at once, {more}, "
-            "or load the model with sparse_attention=True (half the cache) or "
-            'attention_optimization="sliding" (a window).'
+            "or load the model with sparse_attention=True (a cache of half the size) or "
+            'attention_optimization="sliding" (a cache of limited size)'
         )
 
 
 class NotEnoughMemoryError(DeepSeekOptimizerError, MemoryError):
-    """Something does not fit in free memory; none was allocated.
+    """Something does not fit in free memory; nothing was allocated.
 
     Args:
         what: what needs the memory; if the system refused an allocation of unknown size, the system's message.
@@ -172,8 +172,8 @@ class ForgottenError(DeepSeekOptimizerError, ValueError):
 
     def __init__(self, tokens: int, held: int, window: int) -> None:
         super().__init__(
-            f"the cache cannot be cropped from {held} tokens to {tokens}: with an attention window of {window} tokens, some "
-            "that would be visible from there were dropped. Start without a cache, or use a larger attention_window"
+            f"the cache cannot be cropped from {held} tokens to {tokens}: with an attention window of {window} tokens, "
+            "tokens that would be visible from there were dropped. Start with an empty cache, or use a larger attention_window"
         )
 
 
@@ -182,7 +182,7 @@ class UnsupportedRequestError(DeepSeekOptimizerError, ValueError):
 
 
 class RequestError(DeepSeekOptimizerError, ValueError):
-    """A field of a request to the engine is invalid: the client's mistake.
+    """A field of a request to the engine is invalid, which is the client's mistake.
 
     Args:
         field: name of the field.
@@ -208,11 +208,11 @@ class EngineBusyError(DeepSeekOptimizerError, RuntimeError):
 
 
 class EngineDeadError(DeepSeekOptimizerError, RuntimeError):
-    """The engine has stopped, by `close` or by an error, which is this exception's cause; it serves no more requests."""
+    """The engine was stopped by `close` or by an error, the cause of this exception, and accepts no more requests."""
 
 
 class WorkerLostError(DeepSeekOptimizerError, RuntimeError):
-    """A worker process was killed from outside, got no CPU time, or could not be started: not the request's fault."""
+    """A worker process was killed from outside, got no CPU time, or could not be started; the request is not at fault."""
 
 
 class DocumentError(DeepSeekOptimizerError, ValueError):

@@ -20,7 +20,7 @@ def load_model(path: str | os.PathLike[str], config: DeepSeekConfig | None = Non
 
     Args:
         path: a directory written by `save_pretrained` (float or packed), a .gguf file, or a model name on the hub.
-        config: what to optimise; None: everything that is lossless.
+        config: how to optimise the model; None: only lossless optimisations.
         fields: single fields of `DeepSeekConfig`; they override those of `config`.
 
     Returns:
@@ -59,7 +59,7 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Any:
 
 
 def report(model: Any) -> Any:
-    """Returns the report of an optimised model: it prints as a table; `.to_dict()` is for programs."""
+    """Returns the report of an optimised model. `print` shows it as a table, `.to_dict()` returns its values."""
     from .integration.bind.runtime import runtime_of
 
     return runtime_of(model).report()
@@ -69,13 +69,13 @@ class DynamicGraphOptimizer:
     """Optimises a model that is already loaded, in place.
 
     Args:
-        model: a Transformers model of a supported family, either float or optimised before (then only rules and ranges change).
+        model: a Transformers model of a supported family, float, or optimised before (then only rules and batch sizes change).
         fusion_rules: names of the fusion rules to apply; None: those of `config`.
         batch_size_range: (smallest, largest) batch size to allocate buffers and warm up kernels for; None: that of `config`.
-        config: what to optimise; None: the weights keep their dtype.
+        config: how to optimise the model; None: the weights keep their dtype.
 
     Raises:
-        ConfigError, UnsupportedModelError: at construction, before the model is changed.
+        ConfigError, UnsupportedModelError: at construction, before the model is modified.
     """
 
     def __init__(
@@ -123,8 +123,8 @@ class DynamicGraphOptimizer:
         return self.model
 
     def report(self) -> Any:
-        """Returns where rules were applied, kernels, instruction set, formats, and bytes before and after.
+        """Returns a report of the applied rules, kernels, instruction set, formats, and the sizes before and after.
 
-        To be called after `optimize()`.
+        Call it after `optimize()`.
         """
         return report(self.model)

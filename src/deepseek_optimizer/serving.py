@@ -40,10 +40,10 @@ def make_engine(model: Any, tokenizer: Any = None, **options: Any) -> Engine:
             `DynamicGraphOptimizer.optimize()`.
         tokenizer: for prompts and answers as text; None: token ids only.
         options: fields of `EngineOptions`, which override the model's config; `drafts=False`: no speculative decoding;
-            `draft_model`: a small optimised model with the same tokenizer that drafts for this one; `arena`: cache memory from
-            `model.dso.new_arena(bytes)` to use instead of the model's own. The model's own cache may grow to `kv_cache_memory`;
-            if that is not set, to the size that a full batch at the model's context length needs, but at most half of free
-            memory.
+            `draft_model`: a small optimised model with the same tokenizer, which drafts tokens for this one; `arena`: cache
+            memory from `model.dso.new_arena(bytes)`, to use instead of the model's own. The model's own cache may grow to
+            `kv_cache_memory` or, if that is not set, to the size that a full batch at the model's context length needs, but to
+            at most half of the free memory.
 
     Raises:
         ConfigError: the model is not optimised, an option is unknown, or the model does not support it.
@@ -56,7 +56,8 @@ def make_engine(model: Any, tokenizer: Any = None, **options: Any) -> Engine:
 def make_async_engine(model: Any, tokenizer: Any, *, model_name: str | None = None, **options: Any) -> AsyncEngine:
     """Creates an engine for an event loop, such as the server's.
 
-    Prompts are processed in chunks; a step with prompt tokens takes at most about STALL times as long as one without.
+    Prompts are processed in chunks, such that a step with prompt tokens takes at most about 2.5 times as long as one without
+    (option `stall`).
 
     Args:
         model, tokenizer, options: as for `make_engine`.

@@ -39,7 +39,9 @@ def bench(
     repeats: Annotated[
         int, typer.Option("--repeats", min=1, metavar="N", help="Measured runs of each combination.", **_MEASURE)
     ] = 5,
-    warmup: Annotated[int, typer.Option("--warmup", min=0, metavar="N", help="Unmeasured runs before them.", **_MEASURE)] = 1,
+    warmup: Annotated[
+        int, typer.Option("--warmup", min=0, metavar="N", help="Unmeasured runs before the measured ones.", **_MEASURE)
+    ] = 1,
     *,
     fields: dict[str, Any],
     quality: Annotated[
@@ -51,13 +53,13 @@ def bench(
     text: Annotated[
         Path | None,
         typer.Option(
-            "--text", exists=True, dir_okay=False, metavar="FILE", help="Like --quality, on this text file.", **_QUALITY
+            "--text", exists=True, dir_okay=False, metavar="FILE", help="Like --quality, but on this text file.", **_QUALITY
         ),
     ] = None,
     text_tokens: Annotated[
         int,
         typer.Option(
-            "--text-tokens", min=2, metavar="TOKENS", help="Maximum length of text for --quality and --text.", **_QUALITY
+            "--text-tokens", min=2, metavar="TOKENS", help="Maximum length of the text for --quality and --text.", **_QUALITY
         ),
     ] = 2048,
     reference: Annotated[
@@ -65,7 +67,7 @@ def bench(
         typer.Option(
             "--reference",
             metavar="MODEL",
-            help="The unoptimised model to compare with. Default: MODEL; required if that is packed.",
+            help="The unoptimised model to compare with. Default: MODEL; required if MODEL is packed.",
             **_QUALITY,
         ),
     ] = None,
@@ -76,7 +78,7 @@ def bench(
             exists=True,
             dir_okay=False,
             metavar="FILE",
-            help="Source and reference texts, one pair per line: report BLEU and chrF of the model's answers.",
+            help="File of source and reference texts, one pair per line; reports BLEU and chrF of the model's answers.",
             **_QUALITY,
         ),
     ] = None,
@@ -93,21 +95,29 @@ def bench(
     setup_peers: Annotated[
         bool,
         typer.Option(
-            "--setup-peers", help="Install the engines of --against (all without it), each into its own venv.", **_COMPARE
+            "--setup-peers",
+            help="Install the engines that --against names, or all of them, each in a separate virtual environment.",
+            **_COMPARE,
         ),
     ] = False,
     peer_model: Annotated[
         list[str] | None,
         typer.Option(
-            "--peer-model", metavar="ENGINE=PATH", help="The model in that engine's own format. Repeatable.", **_COMPARE
+            "--peer-model", metavar="ENGINE=PATH", help="The model in the format of this engine. Repeatable.", **_COMPARE
         ),
     ] = None,
     ablate: Annotated[
-        bool, typer.Option("--ablate", help="Measure again without each fusion rule in turn.", **_COMPARE)
+        bool, typer.Option("--ablate", help="Also measure without each of the fusion rules, one at a time.", **_COMPARE)
     ] = False,
     rounds: Annotated[
         int,
-        typer.Option("--rounds", min=1, metavar="N", help="Rounds of --against and --ablate; sides run in turn.", **_COMPARE),
+        typer.Option(
+            "--rounds",
+            min=1,
+            metavar="N",
+            help="Number of rounds of --against and --ablate, in which the sides take turns.",
+            **_COMPARE,
+        ),
     ] = 3,
     baseline: Annotated[
         Path | None,
@@ -116,7 +126,7 @@ def bench(
             exists=True,
             dir_okay=False,
             metavar="FILE",
-            help="An earlier report written with --json: exit with code 1 if this one is slower.",
+            help="An earlier report, written with --json; the exit code is 1 if this run is slower.",
             **_COMPARE,
         ),
     ] = None,
@@ -126,7 +136,7 @@ def bench(
             "--tolerance",
             min=0,
             metavar="PERCENT",
-            help="With --baseline: slowdown that does not count as a regression.",
+            help="With --baseline: slowdown that is not reported as a regression.",
             **_COMPARE,
         ),
     ] = 5,
@@ -136,7 +146,7 @@ def bench(
             "--price-per-hour",
             min=0,
             metavar="PRICE",
-            help="Price of this machine per hour, in any currency: report the cost of a million tokens.",
+            help="Price of this machine per hour, in any currency; reports the cost of a million tokens.",
             **_REPORT,
         ),
     ] = None,
@@ -149,7 +159,7 @@ def bench(
     long: Annotated[
         bool,
         typer.Option(
-            "--long", help="Instead, compare accuracy, speed and memory of the attention modes on long texts.", **_LONG
+            "--long", help="Compare accuracy, speed and memory of the attention modes on long texts instead.", **_LONG
         ),
     ] = False,
     lengths: Annotated[
@@ -157,7 +167,7 @@ def bench(
         typer.Option(
             "--lengths",
             metavar="TOKENS",
-            help="With --long: tokens of text and answer, comma-separated. Default: 4096,8192,16384,32768.",
+            help="With --long: total lengths of text and answer, comma-separated. Default: 4096,8192,16384,32768.",
             **_LONG,
         ),
     ] = None,
@@ -181,7 +191,7 @@ def bench(
         ),
     ] = None,
     samples: Annotated[
-        int, typer.Option("--samples", min=1, metavar="N", help="With --long: samples per task and length.", **_LONG)
+        int, typer.Option("--samples", min=1, metavar="N", help="With --long: number of samples per task and length.", **_LONG)
     ] = 3,
 ) -> None:
     """Measure a model: time to first token, tokens/s, memory and quality."""

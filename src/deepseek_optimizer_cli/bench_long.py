@@ -49,7 +49,7 @@ def bench_long(
     options: dict[str, Any] = {"lengths": numbers(lengths)} if lengths is not None else {}
     options |= {name: _names(text) for name, text in (("modes", modes), ("tasks", tasks)) if text is not None}
     request = LongRequest(model=model, fields=fields, samples=samples, **options)
-    with show_progress("Tokens of long texts") as progress:
+    with show_progress("Processing long texts") as progress:
         report = run(request, progress)
     show_sections(Console(highlight=False), sections(report))
     if html:

@@ -71,11 +71,11 @@ def chat(
     if (model is None) == (url is None):
         raise ValueError("give either a MODEL to load or the --url of a server")
     if url is not None and fields:
-        raise ValueError(
-            f"{o.flag_of(next(iter(fields)))} applies to a model in this process; the server decides it, so omit it with --url"
-        )
+        raise ValueError(f"{o.flag_of(next(iter(fields)))} applies only to a model loaded by this command; omit it with --url")
     if url is None and name is not None:
-        raise ValueError("--model is the model's name on a server and needs --url; pass a model to load as the argument MODEL")
+        raise ValueError(
+            "--model is the name of a model on a server and needs --url; give a model to load as the argument MODEL"
+        )
     sampling = o.sampling_options(
         max_tokens=max_new_tokens,
         temperature=temperature,
@@ -179,7 +179,7 @@ class _Loop:
         elif name == "/save" and argument:
             self.conversation.save(Path(argument).expanduser())
         else:
-            typer.echo(f"unknown or incomplete command: {line}; /help lists them", err=True)
+            typer.echo(f"unknown or incomplete command: {line}; /help lists the commands", err=True)
 
     def _note(self, text: str) -> None:
         if self.interactive:
@@ -190,7 +190,7 @@ def _stats(last: Answer | None) -> str:
     if last is None:
         return "no answer yet"
     if last.new_tokens is None:
-        return f"first word after {last.first_token_s:.2f} s; the server reported no token counts"
+        return f"first text after {last.first_token_s:.2f} s; the server reported no token counts"
     cached = f" ({last.cached_tokens} cached)" if last.cached_tokens else ""
     return (
         f"prompt {last.prompt_tokens} tokens{cached}, first token after {last.first_token_s:.2f} s, "

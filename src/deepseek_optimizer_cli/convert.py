@@ -21,7 +21,7 @@ def convert(
 ) -> None:
     """Write a packed copy of a model, with its tokenizer.
 
-    Conversion streams layer by layer, so the model may be larger than memory. --calibration needs memory for the original,
+    The model is converted layer by layer, so it may be larger than memory. --calibration needs memory for the original, and
     --kl-budget for the original and the copy. After an interruption, run the same command again to resume.
     """
     if out.exists() and Path(model).exists() and out.samefile(model):
@@ -34,7 +34,9 @@ def convert(
     from .model import print_json
 
     for path in sweep(out):
-        _note(f"{path} belongs to another run that is still writing, or to an interrupted one on a file system without locks")
+        _note(
+            f"{path} belongs to another run that is still in progress, or to an interrupted one on a file system without locks"
+        )
     fields = o.not_none(precision=precision, kl_budget=kl_budget, calibration=calibration)
     curve = _stream(model, out, fields, force) if kl_budget is None else _in_memory(model, out, fields, force)
     size = sum(f.stat().st_size for f in out.rglob("*") if f.is_file())

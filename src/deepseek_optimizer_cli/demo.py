@@ -16,7 +16,7 @@ def demo(
             "--rounds",
             min=1,
             metavar="N",
-            help="Processes to start per side; medians are shown. Default: 3, or fewer on a slow machine.",
+            help="Number of runs of each side; medians are shown. Default: 3, or fewer on a slow machine.",
         ),
     ] = None,
     threads: o.Threads = None,

@@ -37,7 +37,7 @@ def doctor(
     fields: dict[str, Any],
     as_json: o.AsJson = False,
 ) -> None:
-    """Check the machine and the installation, and MODEL if given. Exits with code 1 if something will not work."""
+    """Check the machine and the installation, and MODEL if given. The exit code is 1 if something will not work."""
     from deepseek_optimizer.config import DeepSeekConfig
     from deepseek_optimizer.doctor import Case, Machine, examine, examine_symptom
 
@@ -76,4 +76,4 @@ def _print(findings: list[Finding], counts: Counter[Any]) -> None:
         table.add_row(Text(mark, style=colour), finding.check, Text("\n".join(lines)))
     console = Console(highlight=False)
     console.print(table)
-    console.print(f"{counts['error']} errors, {counts['warning']} warnings")
+    console.print(", ".join(f"{counts[word]} {word}" + "s" * (counts[word] != 1) for word in ("error", "warning")))

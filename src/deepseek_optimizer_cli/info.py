@@ -16,7 +16,7 @@ def info(
     fields: dict[str, Any],
     as_json: o.AsJson = False,
 ) -> None:
-    """Show the CPU, the selected kernels and why; with MODEL, also its formats and memory."""
+    """Show the CPU, the selected kernels and the reason for the choice; with MODEL, also its formats and memory."""
     from .model import load, print_json
 
     facts = machine_facts()

@@ -22,7 +22,8 @@ _MAX_QUOTE = 240  # characters shown of a cited passage
 def longdoc(
     model: o.Model,
     files: Annotated[
-        list[Path], typer.Argument(metavar="FILE", help="Text, Markdown, HTML, PDF, Word or source code; or directories.")
+        list[Path],
+        typer.Argument(metavar="FILE", help="Text, Markdown, HTML, PDF, Word or source file, or a directory of such files."),
     ],
     ask: Annotated[str | None, typer.Option("--ask", "-a", metavar="QUESTION", help="Question to answer.")] = None,
     summarize: Annotated[bool, typer.Option("--summarize", help="Summarize the documents.")] = False,
@@ -42,12 +43,12 @@ def longdoc(
     max_length: Annotated[int, typer.Option("--max-length", min=1, metavar="TOKENS", help="Maximum length of a chunk.")] = 4096,
     stride: Annotated[int, typer.Option("--stride", min=0, metavar="TOKENS", help="Overlap of consecutive chunks.")] = 1024,
     top: Annotated[
-        int, typer.Option("--top", min=1, metavar="N", help="With retrieve: maximum number of chunks to answer from.")
+        int, typer.Option("--top", min=1, metavar="N", help="With retrieve: maximum number of chunks from which to answer.")
     ] = 4,
     memory_gb: Annotated[
         float | None,
         typer.Option(
-            "--memory-gb", metavar="GB", help="Memory limit in gigabytes, weights excluded. Default: the free memory."
+            "--memory-gb", metavar="GB", help="Memory limit in gigabytes, without the weights. Default: the free memory."
         ),
     ] = None,
     cache: Annotated[
@@ -68,7 +69,7 @@ def longdoc(
         raise ValueError(f"--memory-gb must be above 0, got {memory_gb:g}")
     if summarize and strategy == "retrieve":
         raise ValueError(
-            "--strategy retrieve needs a question; --summarize reads the whole document, so choose another strategy"
+            "--strategy retrieve needs a question, but --summarize covers the whole document; choose another strategy"
         )
 
     from deepseek_optimizer.longdoc.long_document import LongDocument

@@ -1,4 +1,4 @@
-"""Options that several commands share, each defined once."""
+"""Options that several commands share."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ KlBudget = Annotated[
     typer.Option(
         "--kl-budget",
         metavar="NATS",
-        help="Choose a format for each weight matrix: the smallest model whose KL divergence from the original stays within "
-        "this many nats per token.",
+        help="Choose a format for each weight matrix such that the model is as small as possible while its KL divergence from "
+        "the original stays within this many nats per token.",
         **_MODEL,
     ),
 ]
@@ -39,7 +39,7 @@ Calibration = Annotated[
     typer.Option(
         "--calibration",
         metavar="FILE",
-        help="Sample text, similar to what the model will process, used to round 4-bit weights and to choose formats.",
+        help="Sample text, similar to what the model will process; used to round 4-bit weights and to choose formats.",
         **_MODEL,
     ),
 ]
@@ -57,9 +57,9 @@ Attention = Annotated[
     typer.Option(
         "--attention",
         metavar="MODE",
-        help="Which earlier tokens each token attends to. flash: all. sliding: the first few and a window of the latest; the "
-        "cache drops the rest. sparse: a window of the latest and the highest-ranked earlier tokens. With sliding and sparse "
-        "the cost per token does not grow with the length of the text. Default: flash.",
+        help="Which earlier tokens each token attends to. flash: all. sliding: the first few, and a window of the latest; the "
+        "cache drops the others. sparse: a window of the latest, and the earlier tokens that rank highest. With sliding and "
+        "sparse, the cost per token does not grow with the length of the text. Default: flash.",
         **_MODEL,
     ),
 ]
@@ -98,7 +98,7 @@ ContextLength = Annotated[
         "--context-length",
         min=1,
         metavar="TOKENS",
-        help="With --context-extension: the length to extend the context to.",
+        help="With --context-extension: the new context length.",
         **_MODEL,
     ),
 ]

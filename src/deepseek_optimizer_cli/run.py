@@ -31,7 +31,7 @@ def run(
     """Answer one prompt and exit."""
     text = sys.stdin.read() if prompt == "-" else prompt
     if not text.strip():
-        raise ValueError("the prompt is empty; give some text")
+        raise ValueError("the prompt is empty; enter some text")
 
     from deepseek_optimizer import make_engine
     from deepseek_optimizer.chat.conversation import prompt_tokens

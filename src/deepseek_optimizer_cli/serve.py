@@ -31,7 +31,7 @@ def serve(
         typer.Option("--host", metavar="ADDRESS", help="Address to listen on; 0.0.0.0: all network interfaces.", **_ACCESS),
     ] = "127.0.0.1",
     port: Annotated[
-        int, typer.Option("--port", min=0, max=65535, metavar="PORT", help="Port; 0: any free port.", **_ACCESS)
+        int, typer.Option("--port", min=0, max=65535, metavar="PORT", help="Port to listen on; 0: any free port.", **_ACCESS)
     ] = 8000,
     name: Annotated[
         str | None,
@@ -57,7 +57,7 @@ def serve(
         typer.Option(
             "--allow-host",
             metavar="NAME",
-            help="Host name to accept in requests besides localhost and 127.0.0.1. Repeatable.",
+            help="Name to accept in the Host header, in addition to localhost and 127.0.0.1. Repeatable.",
             **_ACCESS,
         ),
     ] = None,
@@ -66,7 +66,7 @@ def serve(
         typer.Option(
             "--allow-origin",
             metavar="ORIGIN",
-            help="Web origin that browsers may call the API from (CORS), or * for any. Repeatable.",
+            help="Web origin whose pages may use the API (CORS), or * for any. Repeatable.",
             **_ACCESS,
         ),
     ] = None,
@@ -83,7 +83,7 @@ def serve(
             "--max-waiting",
             min=0,
             metavar="N",
-            help="Maximum number of queued requests; more are refused with status 429 and Retry-After.",
+            help="Maximum number of queued requests of one client; further ones receive status 429 with Retry-After.",
             **_REQUESTS,
         ),
     ] = 256,
@@ -106,15 +106,13 @@ def serve(
     ] = True,
     drafts: Annotated[
         bool,
-        typer.Option(
-            "--drafts/--no-drafts", help="Speculative decoding. Answers are identical with and without it.", **_REQUESTS
-        ),
+        typer.Option("--drafts/--no-drafts", help="Use speculative decoding, which does not change the answers.", **_REQUESTS),
     ] = True,
     batch_invariant: Annotated[
         bool,
         typer.Option(
             "--batch-invariant",
-            help="Make each answer bitwise independent of the other requests in the batch. Slower.",
+            help="Make each answer independent of the other requests in the batch, bit for bit. Processes prompts more slowly.",
             **_REQUESTS,
         ),
     ] = False,
@@ -134,7 +132,7 @@ def serve(
             "--drain-seconds",
             min=0,
             metavar="SECONDS",
-            help="Grace period for in-flight requests when the server stops.",
+            help="Grace period for requests in flight when the server stops.",
             **_REQUESTS,
         ),
     ] = 30.0,
@@ -147,8 +145,8 @@ def serve(
             "--cache-window",
             min=1,
             metavar="TOKENS",
-            help="Maximum length of a conversation in the cache; longer ones drop tokens from the middle and continue. "
-            "Default: no window, conversations end at the context length.",
+            help="Maximum length of a conversation in the cache. Longer conversations continue, but lose tokens from the "
+            "middle. Default: no window; conversations end at the context length.",
             **_CHAT,
         ),
     ] = None,
@@ -175,7 +173,7 @@ def serve(
             "--max-file-mb",
             min=0.001,
             metavar="MB",
-            help="Maximum size of an uploaded document, and of the text in it, in megabytes.",
+            help="Maximum size of an uploaded document, and of its text, in megabytes.",
             **_FILES,
         ),
     ] = 32.0,

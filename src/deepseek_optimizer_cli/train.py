@@ -20,9 +20,11 @@ def train(
     ] = None,
     model: Annotated[str | None, typer.Option("--model", "-m", metavar="MODEL", help=o.MODEL_HELP)] = None,
     output: Annotated[str | None, typer.Option("--output", "-o", metavar="DIR", help="Directory to create.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Resume from the last complete checkpoint in the output.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Resume from the newest complete checkpoint in the output directory.")
+    ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Validate settings and data, show tokens, steps and memory, and exit.")
+        bool, typer.Option("--dry-run", help="Check settings and data, show tokens, steps and memory, and exit.")
     ] = False,
     data: Annotated[
         list[str] | None,
@@ -31,7 +33,7 @@ def train(
         ),
     ] = None,
     eval_data: Annotated[
-        list[str] | None, typer.Option("--eval-data", metavar="PATH", help="Evaluation data, in the same forms.", **_DATA)
+        list[str] | None, typer.Option("--eval-data", metavar="PATH", help="Evaluation data, in the same formats.", **_DATA)
     ] = None,
     eval_fraction: Annotated[
         float | None,
@@ -51,7 +53,10 @@ def train(
     too_long: Annotated[
         str | None,
         typer.Option(
-            "--too-long", metavar="ACTION", help="For longer sequences: error (default), truncate, split or skip.", **_DATA
+            "--too-long",
+            metavar="ACTION",
+            help="What to do with longer sequences: error (default), truncate, split or skip.",
+            **_DATA,
         ),
     ] = None,
     all_tokens: Annotated[
@@ -61,7 +66,7 @@ def train(
     per_answer: Annotated[
         bool,
         typer.Option(
-            "--per-answer", help="Make each answer of a chat a sequence of its own, including its reasoning.", **_DATA
+            "--per-answer", help="Train on each answer of a chat as a separate sequence, including its reasoning.", **_DATA
         ),
     ] = False,
     skip_bad_lines: Annotated[bool, typer.Option("--skip-bad-lines", help="Skip invalid records.", **_DATA)] = False,
@@ -91,7 +96,7 @@ def train(
         float | None, typer.Option("--epochs", metavar="N", help="Passes over the training data. Default: 3.", **_LOOP)
     ] = None,
     steps: Annotated[
-        int | None, typer.Option("--steps", min=1, metavar="N", help="Number of steps; overrides --epochs.", **_LOOP)
+        int | None, typer.Option("--steps", min=1, metavar="N", help="Number of optimizer steps; overrides --epochs.", **_LOOP)
     ] = None,
     learning_rate: Annotated[
         float | None,
@@ -138,8 +143,9 @@ def train(
 ) -> None:
     """Train a model on chats and texts.
 
-    In chats, the loss covers the assistant's messages only. The output directory receives checkpoints, loss.json and loss.png
-    during training, and the model at the end. After an interruption, the same command with --resume continues bit for bit.
+    In chats, the loss covers the assistant's messages only. Checkpoints, loss.json and loss.png are written to the output
+    directory during training, and the model at the end. After an interruption, repeat the command with --resume: the result is
+    the same, bit for bit.
     """
     flags = {
         "model": model, "output": output, "lora": lora, "precision": precision, "merge": merge or None, "patience": patience,
@@ -226,12 +232,12 @@ def _describe(summary: Any, model: str) -> str:
     if summary.eval_after is not None:
         before = "" if summary.eval_before is None else f"{summary.eval_before:.4f} before, "
         lines.append(f"evaluation loss: {before}{summary.eval_after:.4f} after")
-    early = "; stopped early, since the evaluation loss stopped improving" if summary.stopped_early else ""
+    early = "; stopped early because the evaluation loss no longer improved" if summary.stopped_early else ""
     lines.append(f"training loss: {summary.loss:.4f} in {summary.steps:,} steps and {summary.seconds:,.0f} s{early}")
     lines.append(f"loss curve: {summary.curve}")
     lines.append(f"{summary.kind}: {summary.output}")
     if summary.loads:
         lines.append(f"chat with it: dso chat {summary.output}")
     else:
-        lines.append(f"an adapter for {model}; use --merge to get a model that `dso chat` can load")
+        lines.append(f"this is an adapter for {model}; to get a model that `dso chat` can load, train with --merge")
     return "\n".join(lines)

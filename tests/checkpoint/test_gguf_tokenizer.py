@@ -136,7 +136,7 @@ def test_the_rule_of_v2() -> None:
     "more, why",
     [
         ({"rule": "kimi-k2"}, "rule 'kimi-k2' is not supported.*AutoTokenizer.from_pretrained"),
-        ({"merges": ["a b c"]}, "merge that is not two tokens: 'a b c'"),
+        ({"merges": ["a b c"]}, "merge of other than two tokens: 'a b c'"),
         ({"merges": ["zz zzz"]}, "no tokenizer that can be read"),
         ({"tokens": ["a"] * 400}, "a duplicate token"),
         ({"bos": 100_000}, "bos_token_id is 100000, but must be"),

@@ -51,6 +51,13 @@ def test_help_has_a_section_for_each_group_of_options(dso):
     assert max(title for title in place.values() if title < flag) == place["Uploaded files:"]
 
 
+@pytest.mark.parametrize("name, arguments", [("run", "MODEL PROMPT"), ("chat", "[MODEL]"), ("longdoc", "MODEL FILE...")])
+def test_the_usage_line_shows_which_arguments_are_optional_or_repeatable(dso, name, arguments):
+    usage, *lines = dso(name, "--help").stdout.splitlines()
+    assert usage.endswith(f" {name} [OPTIONS] {arguments}")
+    assert not any(kind in line for line in lines for kind in ("<str>", "<list"))  # Typer's own layout names Python types
+
+
 def test_a_missing_model_is_one_line_and_exit_code_2(dso_process, tmp_path):
     done = dso_process("run", tmp_path / "nowhere", "Hello")
     assert done.returncode == 2 and done.stdout == ""

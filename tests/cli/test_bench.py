@@ -79,7 +79,7 @@ def test_peak_memory_is_the_models_and_not_that_of_measuring_the_machine(dso, ti
         (["--batch", "0"], "batch must be at least 1"),
         (["--prompt", "300"], "context"),
         (["--against", "nobody"], "unknown peer 'nobody'"),
-        (["--against", "transformers", "--peer-model", "llama.cpp=x"], "--against does not name"),
+        (["--against", "transformers", "--peer-model", "llama.cpp=x"], "is not in --against"),
         (["--peer-model", "x"], "ENGINE=PATH"),
     ],
 )

@@ -22,7 +22,7 @@ def test_modes_tables_page_and_json(dso_process, roomy_model, tmp_path):
         "bench", roomy_model, "--long", "--lengths", "2048,8192", "--modes", "flash,sparse", "--tasks", "single, common",
         "--samples", "1", "--attention-window", "256", "--threads", "1", "--precision", "fp32", "--html", page, "--json",
     )  # fmt: skip
-    assert result.returncode == 0 and all(line.startswith("Reading long texts: ") for line in result.stderr.splitlines())
+    assert result.returncode == 0 and all(line.startswith("Processing long texts: ") for line in result.stderr.splitlines())
     report = json.loads(result.stdout.splitlines()[-1])
     assert [(row["mode"], row["length"]) for row in report["rows"]] == [
         (mode, length) for mode in ("flash", "sparse") for length in (2048, 8192)

@@ -129,10 +129,16 @@ def test_a_server_whose_key_is_in_the_environment(dso, monkeypatch):
         (["some/model", "--url", "http://localhost:1"], "or the --url of a server"),
         (["--url", "localhost:8000"], "--url must be a URL such as http://localhost:8000"),
         (["--url", "http://127.0.0.1:1"], "cannot be reached"),
-        (["--url", "http://127.0.0.1:1", "--kv-cache", "int8"], "--kv-cache applies to a model in this process"),
-        (["--url", "http://127.0.0.1:1", "--context-length", "9"], "--context-length applies to a model in this process"),
-        (["--url", "http://127.0.0.1:1", "--attention", "sparse"], "--attention applies to a model in this process"),
-        (["some/model", "--model", "name"], "--model is the model's name on a server"),
+        (["--url", "http://127.0.0.1:1", "--kv-cache", "int8"], "--kv-cache applies only to a model loaded by this command"),
+        (
+            ["--url", "http://127.0.0.1:1", "--context-length", "9"],
+            "--context-length applies only to a model loaded by this command",
+        ),
+        (
+            ["--url", "http://127.0.0.1:1", "--attention", "sparse"],
+            "--attention applies only to a model loaded by this command",
+        ),
+        (["some/model", "--model", "name"], "--model is the name of a model on a server"),
         (["some/model", "--top-p", "0"], "top_p"),
     ],
 )

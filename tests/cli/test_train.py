@@ -191,7 +191,8 @@ def test_what_is_wrong_is_said_before_the_model_loads(train, chats, tmp_path, mo
     (tmp_path / "odd.jsonl").write_text('{"messages": []}\n' * 2)
     names = {name.upper(): tmp_path / f"{name}.jsonl" for name in ("chats", "broken", "empty", "cut", "odd")}
     result = train(*(names.get(flag, flag) for flag in flags))
-    assert result.exit_code == 2 and error in result.stderr and len(result.stderr.splitlines()) == 1, result.output
+    lines = [line for line in result.stderr.splitlines() if not line.startswith("Tokenizing: ")]  # shown on a slow machine
+    assert result.exit_code == 2 and error in result.stderr and len(lines) == 1, result.output
     assert not (tmp_path / "out").exists()
 
 

@@ -83,9 +83,9 @@ def test_every_bad_file_says_what_is_wrong_and_the_others_are_read(tmp_path: Pat
     ]  # fmt: skip
     said = {os.path.basename(name): message for name, message in document.problems}
     assert {name: message.split(" ")[:4] for name, message in said.items()} == {
-        "binary": "is a binary file,".split(), "broken.pdf": "is a broken PDF".split(), "empty.txt": "is empty".split(),
+        "binary": "is a binary file,".split(), "broken.pdf": "is a damaged PDF".split(), "empty.txt": "is empty".split(),
         "locked.pdf": "is encrypted and needs".split(), "pipe": "is not a regular".split(),
-        "scan.pdf": "has no text on".split(), "word.docx": "is a broken .docx".split(),
+        "scan.pdf": "has no text on".split(), "word.docx": "is a damaged .docx".split(),
     }  # fmt: skip
     assert document.files[1].warnings
 
@@ -114,7 +114,7 @@ def test_paths_that_do_not_exist_stop_all_at_once(tmp_path: Path, monkeypatch: p
 def test_nothing_to_read(tmp_path: Path) -> None:
     with pytest.raises(DocumentError, match="has no files to read"):
         read_documents(tmp_path)
-    with pytest.raises(DocumentError, match="no path: has no files to read"):
+    with pytest.raises(DocumentError, match="paths: no path was given"):
         read_documents([])
     _write(tmp_path, {"a.txt": "", "b": b"\0"})
     with pytest.raises(DocumentError, match="a.txt: is empty$"):

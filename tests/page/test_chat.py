@@ -65,7 +65,7 @@ def test_stop_keeps_what_came_and_tells_the_server(chat: Any, server: FakeChatSe
     chat.page.click("#send")
     chat.wait_done()
     assert chat.answer() == "Some words"
-    chat.wait_text("Stopped by you")
+    chat.wait_text("You stopped this answer")
     assert server.cut.wait(10)
     chat.ask("go on", answers=2)
     assert chat.messages()[1] == {"role": "assistant", "content": "Some words"}
@@ -322,7 +322,7 @@ def test_another_tab_sees_an_answer_and_does_not_write_over_it(chat: Any, server
     other.wait_for_function("() => document.getElementById('thread').innerText.includes('slow')")
     other.fill("#message", "three")
     other.press("#message", "Enter")
-    other.wait_for_function("() => document.getElementById('notice').textContent.includes('Another tab')")
+    other.wait_for_function("() => document.getElementById('notice').textContent.includes('another tab')")
     assert other.input_value("#message") == "three"
     assert len(server.bodies) == 2
     more.set()

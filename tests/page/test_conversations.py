@@ -155,8 +155,11 @@ def test_without_the_libraries_answers_are_plain_text_and_the_page_says_so(
 ) -> None:
     server.libraries = False
     server.replies.append(Reply([f"**bold** {IMAGE}"]))
-    chat = open_chat(["Failed to load resource"])
-    assert "plain text" in chat.page.inner_text("#plain-text")
+    chat = open_chat(["Failed to load resource", "could not be loaded"])
+    with chat.page.expect_console_message(lambda message: "could not be loaded" in message.text) as logged:
+        chat.reload()
+    assert logged.value.type == "warning"
+    assert "without formatting" in chat.page.inner_text("#plain-text")
     chat.ask("Hi")
     assert chat.answer() == f"**bold** {IMAGE}"
     assert chat.page.evaluate("window.pwned") is None

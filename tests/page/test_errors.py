@@ -75,7 +75,7 @@ def test_errors_are_said_in_plain_words(open_chat: Callable[..., Any], server: F
         (Reply(status=400, error=error_body("too large")), "The server refused the request (HTTP 400).", "too large"),
         (Reply(status=404, error=error_body("no such model")), unknown, "no such model"),
         (Reply(status=502, error="<h1>Bad gateway</h1>"), "The server refused the request (HTTP 502).", "<h1>Bad gateway</h1>"),
-        (Reply(["a"], error=error_body("NaN logits")), "The server ran into an error while it answered.", "NaN logits"),
+        (Reply(["a"], error=error_body("NaN logits")), "The server encountered an error while answering.", "NaN logits"),
         (Reply(["a", DROP]), "The connection was closed before the answer was complete.", None),
     ]  # fmt: skip
     for reply, said, detail in cases:
@@ -127,5 +127,5 @@ def test_stopping_before_the_first_word(chat: Any, server: FakeChatServer) -> No
     chat.page.wait_for_selector(".waiting", state="visible")
     chat.page.keyboard.press("Escape")
     chat.wait_done()
-    chat.wait_text("Stopped by you.")
+    chat.wait_text("You stopped this answer")
     assert server.cut.wait(10)

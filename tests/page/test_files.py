@@ -98,7 +98,7 @@ def test_a_long_document_says_how_it_was_read(open_chat: Callable[..., Any], liv
     attach(chat, ("book.txt", (prose(400) + FACT).encode()))
     wait_chips(chat)
     chat.ask("Where is the green key?")
-    assert "given only passages" in chat.page.inner_text(".citations .hint")
+    assert "received only passages" in chat.page.inner_text(".citations .hint")
     live.engine.frozen = False
     live.engine.step_seconds = 0.02
     try:

@@ -166,7 +166,7 @@ def test_with_the_keyboard_alone(chat: Any, server: FakeChatServer) -> None:
     chat.wait_text("slow", ".assistant")
     keys.press("Enter")  # sends nothing amid an answer
     keys.press("Escape")
-    chat.wait_text("Stopped by you")
+    chat.wait_text("You stopped this answer")
     chat.wait_done(2)
 
     keys.press("Control+/")

@@ -84,7 +84,7 @@ def test_a_file_that_is_cut_short_under_requests_in_flight(packed):
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 0
         reading.join(10)
-    told = [line for line in log if "cannot be used any more" in line]
+    told = [line for line in log if "can no longer be used" in line]
     assert len(told) == 1 and str(packed) in told[0] and "Traceback" not in "".join(log)
 
 
@@ -94,7 +94,7 @@ def test_an_idle_server_notices(live, packed, caplog):
         file.seek(-64, os.SEEK_END)
         file.write(bytes(64))
     check_lost(live.client, "was written to while its weights are in use")
-    assert sum("cannot be used any more" in record.message for record in caplog.records) == 1
+    assert sum("can no longer be used" in record.message for record in caplog.records) == 1
 
 
 def test_a_file_that_is_replaced_under_its_name_is_served_on(live, packed: Path, caplog):

@@ -90,7 +90,7 @@ def test_lists_in_pages(client):
     [
         ("locked.pdf", pdf(["secret"], user="key"), "needs a password"),
         ("scan.pdf", pdf([""]), "only images"),
-        ("broken.pdf", pdf(["some text"])[:200], "broken PDF"),
+        ("broken.pdf", pdf(["some text"])[:200], "damaged PDF"),
         ("program", b"\x7fELF\x02\x01\x01" + bytes(200), "a program or library"),
         ("data.txt", bytes(range(256)) * 40, ""),
         ("empty.txt", b"", "empty"),

@@ -60,8 +60,8 @@ def test_long_work_gets_lines_in_a_pipe_and_its_duration_at_the_end(stderr, monk
         assert stream.enough.wait(30)
     *lines, last = stream.getvalue().splitlines()
     assert len(lines) >= 3
-    assert all(re.fullmatch(r"Loading m: (25%, )?\d+ s so far( \(a note\))?", line) for line in lines), lines
-    assert re.fullmatch(r"Loading m: \d+ s in all", last)
+    assert all(re.fullmatch(r"Loading m: (25%, )?\d+ s elapsed( \(a note\))?", line) for line in lines), lines
+    assert re.fullmatch(r"Loading m: done in \d+ s", last)
 
 
 def test_a_step_that_takes_long_is_no_silence(stderr, monkeypatch):
@@ -69,7 +69,7 @@ def test_a_step_that_takes_long_is_no_silence(stderr, monkeypatch):
     stream = stderr()
     with show_progress("Downloading"):
         assert stream.enough.wait(30)
-    assert stream.getvalue().startswith("Downloading: 0 s so far\n")
+    assert stream.getvalue().startswith("Downloading: 0 s elapsed\n")
 
 
 def test_no_thread_stays_behind_even_after_an_error(stderr):

@@ -21,24 +21,27 @@ def benchmark_model(
     warmup: int = 1,
     **generation: Any,
 ) -> dict[str, Any]:
-    """Answers every test case `repeats` times, after `warmup` uncounted answers to the first one, and times the tokens.
+    """Measures generation: answers every test case `repeats` times, after `warmup` unmeasured answers to the first one.
 
     Args:
         model: any Transformers model that generates, optimised or not.
         tokenizer: the model's own.
         test_cases: prompts: texts (formatted with the model's chat template if it has one), chats (lists of messages), or
             token ids (int64 tensor [T] or [1, T]).
-        max_new_tokens: maximum length of an answer; it may end sooner, as it would for a user.
-        generation: passed to `model.generate`; greedy by default.
+        max_new_tokens: maximum length of an answer, in tokens; it may end earlier.
+        repeats: measured answers to each test case.
+        warmup: unmeasured answers to the first test case.
+        generation: arguments of `model.generate`; greedy by default.
 
     Returns:
-        "n", "p50", "p90", "p95", "p99": number of answers, and percentiles of the milliseconds from request to last token;
-        p95 is None below 20 answers and p99 below 100. "throughput": generated tokens/s, including the time for prompts.
-        "figures": TTFT, TPOT, inter-token latency, prefill and decode speed, with the same percentiles.
-        "memory_bytes": the process's peak so far, None where the system is not Linux. "cases": tokens, text and times of each.
+        "n": the number of answers. "p50", "p90", "p95", "p99": percentiles of the time from request to last token, in
+        milliseconds; p95 is None with fewer than 20 answers, p99 with fewer than 100. "throughput": generated tokens per
+        second, including the time for prompts. "figures": TTFT, TPOT, inter-token latency, prefill and decode speed, with the
+        same percentiles. "memory_bytes": the peak memory of the process so far; None on systems other than Linux. "cases":
+        tokens, text and times of each answer.
 
     Raises:
-        ValueError: there are no test cases, or one does not fit into the model's context.
+        ValueError: there are no test cases, or one does not fit the model's context.
     """
     if isinstance(test_cases, str) or not len(test_cases):
         raise ValueError("test_cases must be a list of prompts with at least one entry")

@@ -1,6 +1,6 @@
 """The demo: SmolLM2-135M-Instruct answers a question, and a table compares Transformers with the optimised model.
 
-Each side runs in a process of its own, the sides alternate, and medians of the rounds are shown. Transformers loads the
+Each side runs in a separate process, the sides alternate, and medians of the rounds are shown. Transformers loads the
 dequantised weights as a bf16 checkpoint, the format it loads fastest; the lossless side loads the GGUF file; int4 packs the
 bf16 checkpoint while loading. Each step is announced on stderr.
 """
@@ -49,12 +49,12 @@ def run(*, rounds: int | None = None, threads: int | None = None, show: bool = T
 
     console = Console(highlight=False)
     threads = threads or usable_cpus()
-    with _step("Downloading SmolLM2-135M-Instruct, 93 MB, where the cache lacks it"):
+    with _step("Downloading SmolLM2-135M-Instruct (93 MB), unless it is cached"):
         gguf = smollm2.fetch()
-    with _step("Writing its weights as a bf16 checkpoint, which Transformers loads fastest, where the cache lacks it"):
+    with _step("Writing a bf16 checkpoint, the format that Transformers loads fastest, unless it is cached"):
         bf16 = dequantised(gguf)
     if show:
-        _say("Loading the optimised model, which answers a question")
+        _say("Loading the optimised model to answer a question")
         console.print(f"[bold]{QUESTION}[/]")
         _answer(gguf, threads)
     sides = {
@@ -62,7 +62,7 @@ def run(*, rounds: int | None = None, threads: int | None = None, show: bool = T
         "lossless Q4_1": ["optimised", str(gguf)],
         "int4": ["optimised", str(bf16), "--precision", "int4"],
     }
-    _say(f"Measuring {', '.join(sides)}: in turns, a process each")
+    _say(f"Measuring {', '.join(sides)} in alternation, each in a separate process")
     common = ["--tokenizer", str(bf16), "--threads", str(threads), "--tokens", str(TOKENS)]
     measured, done = _measure(sides, common, rounds)
     result = {

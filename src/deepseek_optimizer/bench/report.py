@@ -158,7 +158,7 @@ def _peer_commands(request: Request) -> dict[str, Callable[[Work, int], list[str
 
     unknown = set(request.peer_models) - set(request.against)
     if unknown:
-        raise ConfigError(f"--peer-model names {', '.join(sorted(unknown))}, which --against does not name; add it there")
+        raise ConfigError(f"--peer-model names {', '.join(sorted(unknown))}, which is not in --against; add it there")
 
     def starter(name: str) -> Callable[[Work, int], list[str]]:
         peer = get_peer(name)

@@ -130,10 +130,10 @@ def _against(rows: list[dict[str, Any]]) -> Section:
         for row in rows
     )
     note = (
-        "Each side runs in a process of its own, in turn. Ratio: median, lowest and highest of the rounds; above 1, this model "
-        "is better."
+        "Each side runs in a separate process, and the sides take turns. Ratio: median, lowest and highest of the "
+        "rounds; above 1, this model is better."
     )
-    return Section("Compared with other engines", ("", "work", "theirs", "this model", "ratio"), body, note)
+    return Section("Compared with other engines", ("", "workload", "theirs", "this model", "ratio"), body, note)
 
 
 def _baseline(rows: list[dict[str, Any]]) -> Section:
@@ -149,6 +149,4 @@ def _baseline(rows: list[dict[str, Any]]) -> Section:
         )
         for row in rows
     )
-    return Section(
-        "Compared with the baseline", ("work", "figure", "before", "now", "change for the worse", "allowed", ""), body
-    )
+    return Section("Compared with the baseline", ("workload", "figure", "before", "now", "regression", "allowed", ""), body)

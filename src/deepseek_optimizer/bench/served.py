@@ -86,7 +86,7 @@ class Served:
     def resident_bytes(self) -> int:
         """Resident memory of the server process."""
         if (size := resident(self.process.pid)) is None:
-            raise OSError("the server has ended")
+            raise OSError("the server has exited")
         return size
 
     @property

@@ -64,7 +64,9 @@ class CacheWindow:
                 f"sinks {self.sinks}, share {self.share:g}, recent {self.recent:g}"
             )
         if self.room() < 1:
-            raise ConfigError(f"cache_window: {self.sinks} sinks and the recent tokens fill all {self.tokens}; use fewer sinks")
+            raise ConfigError(
+                f"cache_window: {self.sinks} sinks and the recent tokens fill all {self.tokens} tokens; use fewer sinks"
+            )
 
     @property
     def recent_tokens(self) -> int:
@@ -89,8 +91,8 @@ class CacheWindow:
             raise RequestError(
                 "pinned",
                 f"{len(self._pinned_blocks(pinned)) * BLOCK_TOKENS} of the window's {self.tokens} tokens, in blocks of "
-                f"{BLOCK_TOKENS}, are pinned, which leaves no room for {coming} more beside the recent ones; pin fewer tokens, "
-                "or use a larger window",
+                f"{BLOCK_TOKENS}, are pinned, which leaves no room for {coming} more besides the recent ones; pin fewer "
+                "tokens, or use a larger window",
             )
 
     def drops(self, tokens: int, pinned: Iterable[tuple[int, int]] = (), coming: int = 1) -> list[Drop]:

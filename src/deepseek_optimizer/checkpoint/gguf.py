@@ -164,7 +164,7 @@ class GgufCheckpoint(Checkpoint):
         heads: int = self._config[key]
         if self.info(name).shape[0] % (2 * heads):
             raise CheckpointError(
-                f"has {self.info(name).shape[0]} rows for {heads} heads; each must have as many, and an even number",
+                f"has {self.info(name).shape[0]} rows for {heads} heads; every head must have the same, even number of rows",
                 file=self.path,
                 tensor=name,
             )

@@ -92,10 +92,12 @@ def build_tokenizer(values: Mapping[str, Any], array: Callable[[str], list[Any]]
     tokens, types = array("tokenizer.ggml.tokens"), array("tokenizer.ggml.token_type")
     vocabulary = {token: i for i, token in enumerate(tokens)}
     if len(vocabulary) != len(tokens) or (types and len(types) != len(tokens)):
-        raise CheckpointError("the tokenizer has a duplicate token, or not one type for each token", file=path)
+        raise CheckpointError(
+            "the tokenizer has a duplicate token, or the numbers of tokens and of token types differ", file=path
+        )
     merges = [tuple(merge.split(" ")) for merge in array("tokenizer.ggml.merges")]
     if invalid := next((merge for merge in merges if len(merge) != 2), None):
-        raise CheckpointError(f"the tokenizer has a merge that is not two tokens: {' '.join(invalid)!r}", file=path)
+        raise CheckpointError(f"the tokenizer has a merge of other than two tokens: {' '.join(invalid)!r}", file=path)
     inner = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
     patterns = RULES[rule]
     splits = [pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in patterns or ()]

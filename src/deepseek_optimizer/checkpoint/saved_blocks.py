@@ -63,7 +63,7 @@ class SavedBlocks:
         if other:
             raise CheckpointError(
                 f"was made with another {', '.join(other)}; delete it and process the text again, or load the model with the "
-                "settings of that time",
+                "earlier settings",
                 file=self.path,
             )
 

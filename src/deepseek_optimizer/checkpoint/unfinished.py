@@ -202,7 +202,7 @@ def _locked(path: Path, target: Path) -> int | None:
         except FileExistsError:
             pass
         if not stat.S_ISDIR(_mode(path)):
-            raise CheckpointError("is in the place of a temporary directory; remove it", file=path)
+            raise CheckpointError("exists where a temporary directory has to be created; remove it", file=path)
         if not HAS_LOCKS:
             return None
         try:

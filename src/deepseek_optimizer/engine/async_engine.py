@@ -163,7 +163,7 @@ class AsyncEngine:
             try:
                 self.core.runner.check_weights()
             except CheckpointChangedError as error:
-                _log.error("the model cannot be used any more: %s", error)
+                _log.error("the model can no longer be used: %s", error)
                 self._changed = error
         return self._dead or self._changed
 
@@ -326,7 +326,7 @@ class AsyncEngine:
                     time.sleep(_NAP)
         except BaseException as error:
             if isinstance(error, CheckpointChangedError):
-                _log.error("the model cannot be used any more: %s", error)
+                _log.error("the model can no longer be used: %s", error)
             else:
                 _log.exception("the engine's thread has died")
             if not self._loop.is_closed():

@@ -75,10 +75,11 @@ class Problem(NamedTuple):
 
 @dataclass(frozen=True)
 class Document:
-    """
+    """The text of one or several files.
+
     Attributes:
-        files: in the order given; those of a directory sorted by name.
-        problems: files that were skipped.
+        files: the files, in the order given; those of a directory are sorted by name.
+        problems: files that were skipped, with the reasons.
     """
 
     files: tuple[TextFile, ...]

@@ -60,18 +60,22 @@ class DocumentAnswer:
 
 
 class LongDocument:
-    """
+    """Answers questions about documents that may be longer than the model's context.
+
     Args:
         model: from `load_model`.
         tokenizer: the model's.
-        document: a `Document`, one or several paths, or a text. A string with a line break is a text, otherwise a path.
-        max_length, stride: maximum tokens of a chunk, and the overlap of consecutive chunks in tokens.
+        document: a `Document`, one or several paths, or a text. A string that contains a line break is a text; any other is a
+            path.
+        max_length: maximum length of a chunk, in tokens.
+        stride: overlap of consecutive chunks, in tokens.
         strategy: "auto", "whole", "window", "map_reduce" or "retrieve".
-        memory: maximum bytes used besides the weights; None: the cache may be as large as the model's own.
-        cache_dir: directory that keeps the KV cache of documents that fit the context, for later processes; None: not kept.
-        max_tokens: maximum length of an answer.
-        top: maximum number of chunks that an answer is retrieved from.
-        sampling: sampling parameters; None: greedy. Length and grammar are set here.
+        memory: maximum memory used besides the weights, in bytes; None: the cache may be as large as the model's own.
+        cache_dir: directory in which to save the KV cache of documents that fit the context, for later processes; None: it is
+            not saved.
+        max_tokens: maximum length of an answer, in tokens.
+        top: with "retrieve", maximum number of chunks from which to answer.
+        sampling: sampling parameters; None: greedy. Maximum length and grammar are overridden.
 
     Raises:
         ConfigError: an invalid argument, or too little memory.
@@ -119,7 +123,7 @@ class LongDocument:
 
         Args:
             strategy: overrides that of the constructor.
-            stop: when set, raises KeyboardInterrupt between two steps.
+            stop: a signal that stops the work: KeyboardInterrupt is raised between two steps.
 
         Raises:
             RequestError: the question is empty, or the strategy cannot answer it; the message names the remedy.
@@ -144,7 +148,7 @@ class LongDocument:
         return self._answer(Extraction(schema), strategy, stop)
 
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
-        """Writes the document, and its KV cache if it was read whole, to a directory.
+        """Saves the document, and its KV cache if it fits the context, to a directory.
 
         Raises:
             CheckpointError: the directory exists, and `overwrite` is False.
@@ -159,10 +163,10 @@ class LongDocument:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], model: Any, tokenizer: Any, **options: Any) -> LongDocument:
-        """Loads what `save` wrote. The next question reuses the saved KV cache.
+        """Loads a document that `save` wrote. The next question reuses the saved KV cache.
 
         Args:
-            options: of `LongDocument`; they override the saved ones.
+            options: arguments of `LongDocument`, which override the saved ones.
 
         Raises:
             CheckpointError: a file is missing, truncated or damaged, or the cache belongs to another model or other settings.
@@ -175,7 +179,7 @@ class LongDocument:
         return loaded
 
     def close(self) -> None:
-        """Releases the cache memory, and ends the processes that run templates and grammars."""
+        """Releases the cache memory, and ends the worker processes for templates and grammars."""
         self._engines.close()
         self.material.prompts.close()
 

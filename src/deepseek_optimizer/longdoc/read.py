@@ -30,8 +30,8 @@ def read_documents(
 
     Args:
         paths: one or several.
-        limit_bytes: maximum size of a file; a larger one is reported in `problems`.
-        limit_total: maximum size of all files; those beyond it are reported in `problems`.
+        limit_bytes: maximum size of a file, in bytes; a larger one is reported in `problems`.
+        limit_total: maximum size of all files, in bytes; those beyond it are reported in `problems`.
         progress: called with the number of files done and the total.
 
     Raises:
@@ -133,7 +133,7 @@ def _nothing_read(paths: list[str | os.PathLike[str]], problems: list[Problem]) 
         return DocumentError(*problems[0])
     names = ", ".join(os.fspath(path) for path in paths[:3]) + (", ..." if len(paths) > 3 else "")
     if not problems:
-        return DocumentError(names or "no path", "has no files to read")
+        return DocumentError(names, "has no files to read") if names else DocumentError("paths", "no path was given")
     few = "; ".join(f"{problem.file} {problem.message}" for problem in problems[:3])
     more = f"; and {len(problems) - 3:,} more" if len(problems) > 3 else ""
     return DocumentError(names, f"none of {len(problems):,} files could be read: {few}{more}")

@@ -33,7 +33,7 @@ def restore(path: Path) -> tuple[Document, dict[str, Any]]:
         stored = json.loads(path.read_text(encoding="utf-8"))
         version, checksum, body = stored["version"], stored["checksum"], stored["body"]
     except FileNotFoundError:
-        raise CheckpointError("no saved document: the file does not exist", file=path) from None
+        raise CheckpointError("does not exist; give a directory that LongDocument.save has written", file=path) from None
     except (ValueError, KeyError, TypeError, RecursionError):
         raise CheckpointError("is not a saved document, or it is damaged", file=path) from None
     if version != _VERSION:

@@ -15,38 +15,42 @@ class ServerSettings:
     """Settings of a server. A client is an API key or, without keys, the address that a connection comes from.
 
     Attributes:
-        host, port: address to listen at. Port 0 takes any free port.
+        host: address to listen on.
+        port: port to listen on; 0: any free port.
         keys: accepted API keys; without any, requests need no key.
-        allow_hosts: names accepted in a Host header, besides the loopback names. Checked if `host` is a loopback address or
-            any names are given.
-        allow_origins: origins of web pages that may read answers (CORS); "*" for all.
-        max_body_bytes: bytes of one request's body.
-        max_body_bytes_per_client, max_body_bytes_total: bytes of the bodies that are being read at the same time, for one
-            client and for all clients.
-        max_header_bytes: bytes of a request line and its headers together.
-        max_headers: headers of a request.
-        max_json_depth: nesting depth of lists and objects in a body.
-        max_connections: open connections.
-        max_answers: answers to one request: `n` times the number of its prompts.
-        header_seconds, body_seconds: time a client has to send the headers, and the body.
-        write_seconds: time a client may leave a full send buffer unread.
+        allow_hosts: names accepted in the Host header, in addition to the loopback names. The header is checked if `host` is a
+            loopback address or any names are given.
+        allow_origins: origins whose web pages may use the API (CORS); "*" for all.
+        max_body_bytes: maximum size of a request body, in bytes.
+        max_body_bytes_per_client: maximum size of all request bodies of one client that are being received, in bytes.
+        max_body_bytes_total: the same for all clients.
+        max_header_bytes: maximum size of the request line and the headers together, in bytes.
+        max_headers: maximum number of headers of a request.
+        max_json_depth: maximum nesting depth of lists and objects in a body.
+        max_connections: maximum number of open connections.
+        max_answers: maximum number of answers to one request: `n` times the number of its prompts.
+        header_seconds: maximum time for a client to send the headers.
+        body_seconds: maximum time for a client to send the body.
+        write_seconds: maximum time for which a client may leave a full send buffer unread.
         keep_alive_seconds: idle time before a connection is closed.
-        request_seconds: time from a request's arrival to the end of its answer.
-        grammar_seconds: CPU time for compiling a grammar or JSON schema.
-        max_file_bytes: bytes of an uploaded file, and characters of the text in it.
-        max_file_bytes_per_client, max_file_bytes_total: memory for the texts of uploaded files, including those that are still
-            being received. Indexes built from them may take `max_file_bytes_total` again.
-        max_files_per_client: files that a client may store.
-        max_uploads_per_client, max_uploads_total: files that are received at the same time, from one client and from all.
-        max_jobs_per_client: requests of one client that may wait for tokenising, for grammars, or for documents. A queue
-            accepts four times as many in total.
+        request_seconds: maximum time from a request's arrival to the end of its answer.
+        grammar_seconds: maximum CPU time to compile a grammar or JSON schema.
+        max_file_bytes: maximum size of an uploaded file in bytes, and of its text in characters.
+        max_file_bytes_per_client: memory for the texts of one client's uploaded files, including those being received.
+        max_file_bytes_total: the same for all clients. Indexes built from the texts may take the same amount again.
+        max_files_per_client: maximum number of files that a client may store.
+        max_uploads_per_client: maximum number of files that are received from one client at the same time.
+        max_uploads_total: the same for all clients.
+        max_jobs_per_client: maximum number of requests of one client that wait for a tokenisation, a grammar or a document.
+            Each queue accepts four times as many in total.
         file_seconds: time after which an uploaded file is deleted.
-        file_read_seconds: CPU time for reading a file's text.
-        upload_seconds: time a client has to send a file.
-        drain_seconds: grace period for in-flight requests when the server is stopped.
-        tools_format: how the model writes tool calls, a name in `chat.tools.FORMATS`; None: recognised by its chat template.
-        reasoning: whether reasoning is separated from the answer; None: where the chat template supports it.
-        sampling: the model's recommended sampling parameters, for fields that a request omits.
+        file_read_seconds: maximum CPU time to extract the text of a file.
+        upload_seconds: maximum time for a client to send a file.
+        drain_seconds: grace period for requests in flight when the server stops.
+        tools_format: syntax in which the model writes tool calls, a name in `chat.tools.FORMATS`; None: detected from the chat
+            template.
+        reasoning: whether reasoning is returned separately from the answer; None: if the chat template supports it.
+        sampling: the model's recommended sampling parameters, used for fields that a request omits.
         access_log: write one line to stderr for each request.
     """
 

@@ -58,7 +58,7 @@ class Progress:
         """Returns a line of text, such as "Loading model: 40%, 12 s left"."""
         parts = [f"{100 * self.done // self.total}%"] if self.total else []
         left = self.seconds_left
-        parts.append(f"{duration(self.seconds)} so far" if left is None else f"{duration(left)} left")
+        parts.append(f"{duration(self.seconds)} elapsed" if left is None else f"{duration(left)} left")
         return f"{self.description}: {', '.join(parts)}" + (f" ({self.note})" if self.note else "")
 
 
@@ -119,7 +119,7 @@ def _write_lines(progress: Progress, stop: threading.Event, stream: TextIO) -> N
             print(progress.line(), file=stream, flush=True)
             wait, written = NEXT_LINE_S, True
         if written:
-            print(f"{progress.description}: {duration(progress.seconds)} in all", file=stream, flush=True)
+            print(f"{progress.description}: done in {duration(progress.seconds)}", file=stream, flush=True)
     except (OSError, ValueError):  # the pipe or file is closed
         return
 

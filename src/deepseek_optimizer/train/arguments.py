@@ -127,7 +127,7 @@ class DeepSeekTrainingArguments(PlainArguments):
         if self.fp16:
             raise ConfigError("fp16=True is not supported; use bf16=True, which needs no loss scaling, or bf16=False for fp32")
         if self.fp8_enabled and not self.bf16:
-            raise ConfigError("fp8_enabled=True needs bf16=True: all else stays in bf16, with fp32 master weights")
+            raise ConfigError("fp8_enabled=True needs bf16=True: everything else is in bf16, with fp32 master weights")
         if self.fp8_enabled and self.optim != ADAMW_DEEPSEEK:
             raise ConfigError(f'fp8_enabled=True needs optim="{ADAMW_DEEPSEEK}", which has master weights; got {self.optim!r}')
         if self.optim_args and self.optim == ADAMW_DEEPSEEK:

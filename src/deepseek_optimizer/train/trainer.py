@@ -45,7 +45,8 @@ class DeepSeekTrainer(AtomicCheckpoints):
     """A drop-in replacement for `transformers.Trainer`, with its callbacks, evaluation, logging, adapters and hub upload.
 
     Args:
-        model, args, ...: as for Trainer; `args` must be `DeepSeekTrainingArguments`.
+        model, rest, options: as for Trainer.
+        args: a `DeepSeekTrainingArguments`; None: the defaults.
 
     Attributes:
         mtp: the loss of the MTP layers if they are trained, else None; its `weight` may be changed during training.
@@ -145,7 +146,10 @@ class DeepSeekTrainer(AtomicCheckpoints):
         }  # fmt: skip
 
     def report(self) -> TrainingReport:
-        """What runs natively, what does not, and the memory that training needs. May be called before `train`."""
+        """Returns a report of what runs natively and what does not, and of the memory that training needs.
+
+        May be called before `train`.
+        """
         prepared = self._prepared or self._prepare()
         try:
             return self._report(prepared)

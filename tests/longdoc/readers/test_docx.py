@@ -93,9 +93,9 @@ def test_a_cell_that_says_it_spans_a_billion_columns() -> None:
 
 def test_broken_archives() -> None:
     data = _body("<w:p><w:r><w:t>some text</w:t></w:r></w:p>")
-    with pytest.raises(DocumentError, match="^a.docx: is a broken .docx"):
+    with pytest.raises(DocumentError, match="^a.docx: is a damaged .docx"):
         read_upload("a.docx", data[: len(data) // 2])
-    with pytest.raises(DocumentError, match="^a.docx: is a broken .docx"):
+    with pytest.raises(DocumentError, match="^a.docx: is a damaged .docx"):
         read_upload("a.docx", _with(data, "word/document.xml", lambda content: content[:-20]))
     with pytest.raises(DocumentError, match="^a.docx: has no text"):
         read_upload("a.docx", _body("<w:p/>"))
@@ -125,4 +125,4 @@ def test_entities_are_not_expanded() -> None:
     try:
         assert len(read_upload("a.docx", data).text) < 100
     except DocumentError as error:
-        assert "broken" in str(error)
+        assert "damaged" in str(error)

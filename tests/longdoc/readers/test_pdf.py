@@ -42,7 +42,7 @@ def test_encrypted(algorithm: str) -> None:
 
 def test_broken(caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]) -> None:
     whole = pdf(["Some text.", "More text."])
-    with pytest.raises(DocumentError, match=r"^a.pdf: is a broken PDF \(.+\)"):
+    with pytest.raises(DocumentError, match=r"^a.pdf: is a damaged PDF \(.+\)"):
         read_upload("a.pdf", whole[: len(whole) // 4])
     assert "Some text." in read_upload("a.pdf", whole.replace(b"startxref\n", b"startxref\n1")).text, "pypdf finds its way"
     assert not caplog.records and capfd.readouterr() == ("", ""), "and says nothing of it"
@@ -56,7 +56,7 @@ def test_one_broken_page_of_several(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(PageObject, "extract_text", lambda page: 1 / 0 if page.page_number == 1 else extract(page))
     file = read_upload("a.pdf", pdf(["First.", "Second.", "Third."]))
     assert file.text == "First.\n\nThird.\n\n" and file.page_of(file.text.index("Third")) == 3
-    assert file.warnings == ("broken pages that were left out: 2",)
+    assert file.warnings == ("damaged pages that were left out: 2",)
     monkeypatch.setattr(PageObject, "extract_text", lambda page: 1 / 0)
     with pytest.raises(DocumentError, match="none of its 3 pages can be read"):
         read_upload("a.pdf", pdf(["First.", "Second.", "Third."]))

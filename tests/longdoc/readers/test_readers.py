@@ -38,14 +38,14 @@ def test_what_only_looks_like_another_format() -> None:
     assert read_upload("a.html", b"just text").text == "just text\n\n"
     with pytest.raises(DocumentError, match="a.pdf: is not a PDF: it does not start with %PDF"):
         read_upload("a.pdf", b"just text")
-    with pytest.raises(DocumentError, match="a.docx: is a broken .docx"):
+    with pytest.raises(DocumentError, match="a.docx: is a damaged .docx"):
         read_upload("a.docx", b"just text")
 
 
 @pytest.mark.parametrize("name", ["a", "a.txt", "a.md", "a.html", "a.pdf", "a.docx", "a.py"])
 @pytest.mark.parametrize("data", [b"", b" \n\t\n"])
 def test_empty_files(name: str, data: bytes) -> None:
-    with pytest.raises(DocumentError, match=rf"^{name}: .*(empty|not a PDF|broken .docx)"):
+    with pytest.raises(DocumentError, match=rf"^{name}: .*(empty|not a PDF|damaged .docx)"):
         read_upload(name, data)
 
 

@@ -35,7 +35,7 @@ def measure(a: argparse.Namespace) -> dict[str, Any]:
     options.flash_attn_type = L.LLAMA_FLASH_ATTN_TYPE_ENABLED
     context = L.llama_init_from_model(model, options)
     if not context:
-        raise SystemExit("llama.cpp cannot make a context of this size")
+        raise SystemExit("llama.cpp cannot create a context of this size")
     load_s = time.perf_counter() - started
     vocabulary = L.llama_vocab_n_tokens(L.llama_model_get_vocab(model))
     batch = L.llama_batch_init(max(CHUNK, a.batch), 0, 1)

@@ -20,7 +20,7 @@ def check(case: Case) -> Iterator[Finding]:
     except CheckpointError as error:
         yield Finding(
             NAME, "error", "there is no tokenizer that matches these weights", str(error),
-            "put the tokenizer files of the original model (tokenizer.json, tokenizer_config.json) beside the weights",
+            "put the tokenizer files of the original model (tokenizer.json, tokenizer_config.json) next to the weights",
             {"vocab_size": case.sketch.config.vocab_size},
         )  # fmt: skip
         return
@@ -49,8 +49,8 @@ def _template(tokenizer: Any, facts: dict[str, Any]) -> Iterator[Finding]:
         yield Finding(
             NAME, "warning", "there is no chat template",
             "without one, a chat model continues plain text instead of answering; a base model is meant to",
-            "put chat_template.jinja or tokenizer_config.json of the original model beside the weights; with a base model, use "
-            "`dso run --raw`", facts,
+            "put chat_template.jinja or tokenizer_config.json of the original model next to the weights; with a base model, "
+            "use `dso run --raw`", facts,
         )  # fmt: skip
         return
     try:

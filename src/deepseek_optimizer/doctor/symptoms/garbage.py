@@ -108,8 +108,8 @@ def _quantisation(case: Case, own: Any, ids: Any) -> Iterator[Finding]:
         whole = sum(info.nbytes for info in case.checkpoint.tensors.values())
         if whole > budget(case).free:
             yield Finding(
-                NAME, "note", f"the effect of {precision} cannot be measured here", "the stored weights do not fit into "
-                "memory beside it", "",
+                NAME, "note", f"the effect of {precision} cannot be measured here", "the stored weights do not fit in "
+                "memory together with the model", "",
                 {"bytes": whole},
             )  # fmt: skip
         else:

@@ -13,7 +13,7 @@ _INTERLEAVED = Attr("interleaved", BOOL, "pairs of RoPE are (2i, 2i + 1); otherw
 _Q, _TABLE = Operand("q", "[T, heads * head_dim]"), Operand("table", "[T, rot]")
 _K, _V = Operand("k", "[T, kv_heads * head_dim]"), Operand("v", "[T, kv_heads * head_dim]")
 CHOICE = (
-    Attr("blocks", INT, "blocks that a row sees at most", step_field="top_k"),
+    Attr("blocks", INT, "maximum number of blocks that a row attends to", step_field="top_k"),
     step_attr("sinks", INT, "first tokens that are always visible"),
     step_attr("window", INT, "last tokens that are always visible"),
 )
@@ -66,7 +66,7 @@ SPECS = (
         rows="tokens",
         in_place=((0, 0),),
         code=10,
-        doc="y = `rope`(q); `cache_write`(`rope`(k), v). Made by rule `rope_cache`.",
+        doc="y = `rope`(q); `cache_write`(`rope`(k), v). Created by rule `rope_cache`.",
     ),
     OpSpec(
         name="attention",
@@ -91,9 +91,10 @@ SPECS = (
 
                 o_h = softmax(scale * q_h K^T) V
 
-            A row that is token i of its sequence sees the tokens j <= i; with a window only those with i - j < window or j <
-            sinks; with `chosen` only those in the chosen blocks. `softmax` is "eager" (a whole row of scores at once) or
-            "online" (blocks of 32 tokens with a running maximum and sum; Milakov and Gimelshein 2018, Dao et al. 2022).
+            A row that is token i of its sequence attends to the tokens j <= i; with a window, only to those with i - j < window
+            or j < sinks; with `chosen`, only to those in the chosen blocks. `softmax` is "eager" (a whole row of scores at
+            once) or "online" (blocks of 32 tokens with a running maximum and sum; Milakov and Gimelshein 2018, Dao et al.
+            2022).
 
             Source: Vaswani et al. 2017; grouped heads: Ainslie et al. 2023; sinks: Xiao et al. 2023.
         """,
@@ -109,10 +110,10 @@ SPECS = (
         rows="tokens",
         code=29,
         doc="""
-            Chooses the blocks of 32 tokens that each row and kv head attends to. Token i sees the blocks [0, n), n = i // 32 +
-            1. If n <= blocks, all of them are chosen. Otherwise the blocks of the sinks, [0, S), S = ceil(sinks / 32), and
-            those of the window, [W, n), W = max(0, i + 1 - window) // 32, are chosen, and of the blocks B between them those
-            with the highest score, until there are `blocks`. Of equal scores the earlier block wins.
+            Chooses the blocks of 32 tokens that each row and kv head attends to. Up to token i there are the blocks [0, n), n =
+            i // 32 + 1. If n <= blocks, all of them are chosen. Otherwise, the blocks of the sinks, [0, S), S = ceil(sinks /
+            32), and those of the window, [W, n), W = max(0, i + 1 - window) // 32, are chosen, and of the blocks B between them
+            those with the highest score, up to `blocks` in total. If scores are equal, the earlier block is chosen.
 
                 e_h(b)   = sum over d of max(q_hd * max_d(b), q_hd * min_d(b))
                 score(b) = max over the heads h of the kv head of (e_h(b) - max over b' in B of e_h(b'))

@@ -41,7 +41,7 @@ SPECS = (
         fits=lambda n, g: same_widths(n, g) and n.inputs[0].width == heads_width(n, "heads"),
         weight_shapes=lambda n, g: [(n.weights[0], (n.attrs["head_dim"],))],
         code=2,
-        doc="`rms_norm` of each head by itself, all heads with the same weight (the query and key norm of Qwen3).",
+        doc="`rms_norm` of each head separately, with the same weight for all heads (the query and key norm of Qwen3).",
     ),
     OpSpec(
         name="layer_norm",
@@ -78,7 +78,7 @@ SPECS = (
         in_place=((0, 0),),
         any_kind=1,
         code=4,
-        doc="z = x + delta; y = `rms_norm`(z). Made by rule `layer_norm`.",
+        doc="z = x + delta; y = `rms_norm`(z). Created by rule `layer_norm`.",
     ),
     OpSpec(
         name="swiglu",
@@ -97,8 +97,8 @@ SPECS = (
         any_kind=0,
         code=28,
         doc="""
-            z = the elements of x, then those of y, row by row. MTP layers join an embedding and a hidden state this way
-            (DeepSeek-V3, section 2.2).
+            Each row of z contains the elements of x, then those of y. MTP layers concatenate an embedding and a hidden state in
+            this way (DeepSeek-V3, section 2.2).
         """,
     ),
     OpSpec(
@@ -114,8 +114,8 @@ SPECS = (
                 a_i   = p * inv_freq_i in fp32, for i in [0, rot / 2)
                 table = rope.scaling * [cos a_0, cos a_1, ..., sin a_0, sin a_1, ...]
 
-            With dynamic RoPE each sequence has its own frequencies. Source: Su et al. 2021; Transformers' `modeling_rope_utils`
-            for the scaled kinds.
+            With dynamic RoPE, each sequence has its own frequencies. Source: Su et al. 2021; for scaled RoPE, Transformers'
+            `modeling_rope_utils`.
         """,
     ),
     OpSpec(
@@ -149,8 +149,8 @@ SPECS = (
         rows="select",
         code=14,
         doc="""
-            y = the rows of x that the step wants logits for (`StepBatch.logit_rows`). Rule `last_logits` puts it before the
-            final norm; without that rule a backend's lowering puts it behind `lm_head`.
+            y = the rows of x for which the step computes logits (`StepBatch.logit_rows`). Rule `last_logits` inserts it before
+            the final norm; without that rule, a backend's lowering inserts it after `lm_head`.
         """,
     ),
     OpSpec(

@@ -27,7 +27,7 @@ _PRODUCT = (
     _TOP_K,
     Attr("grouped", BOOL, "compute by expert instead of by token, so that an expert's weights are read once", flag="grouped"),
 )
-_PHASES = "With `grouped` (rule `experts`) the rows of one expert are multiplied together. The numbers are the same."
+_PHASES = "With `grouped` (rule `experts`), the rows of one expert are multiplied together. The results are the same."
 
 
 def _router_fits(node: Node, _: Graph) -> bool:
@@ -61,9 +61,9 @@ SPECS = (
         doc="""
             Scores are s = softmax(x W^T) or s = sigmoid(x W^T). Experts are chosen by s + b: first the `top_groups` groups with
             the highest group score, which is the largest s + b of the group ("max") or the sum of its two largest ("top2"),
-            then the `top_k` best experts of these groups. Of equal scores the lower number wins. The weight of a chosen expert
-            is scale * s; with `normalise`, s is first divided by the sum of s over the chosen experts. Lowering turns the op
-            into `linear` and `route`.
+            then the `top_k` best experts of these groups. If scores are equal, the expert with the lower number is chosen. The
+            weight of a chosen expert is scale * s; with `normalise`, s is first divided by the sum of s over the chosen
+            experts. Lowering turns the op into `linear` and `route`.
 
             Source: DeepSeekMoE (Dai et al. 2024); DeepSeek-V3, section 2.1.2.
         """,
@@ -84,8 +84,8 @@ SPECS = (
         code=17,
         kernels=_PHASES,
         doc="""
-            h = `swiglu`(gate_e x_t, up_e x_t) for each token t and its chosen experts e. Packed, the weight is a stack of 2 E
-            matrices [I, H]: gate and up of each expert in turn.
+            h = `swiglu`(gate_e x_t, up_e x_t) for each token t and its chosen experts e. When packed, the weight is a stack of
+            2 E matrices [I, H]: gate and up of each expert in turn.
         """,
     ),
     OpSpec(
@@ -113,6 +113,6 @@ SPECS = (
         fits=lambda n, g: (n.inputs[0].width, n.outputs[0].width) == (n.attrs["experts"], 2 * n.attrs["top_k"]),
         rows="tokens",
         code=16,
-        doc="The choice of `router`, from the product on.",
+        doc="The part of `router` after the product.",
     ),
 )

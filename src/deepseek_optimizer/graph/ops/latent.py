@@ -135,10 +135,10 @@ SPECS = (
 
                 q_h^nope . (K_h c) = (K_h^T q_h^nope) . c        sum of w_t (V_h c_t) = V_h (sum of w_t c_t)
 
-            In phase PREFILL a backend may expand where that is cheaper. `chosen` holds token numbers within the row's sequence,
-            ascending, as floats, padded with -1; the row sees no others. Window and sinks: as in `attention`. Lowering splits
-            the absorbed form into `mla_absorb`, `mla_attention` with other operands (q, absorbed, chosen -> sums, expanded),
-            and `mla_value`.
+            In phase PREFILL, a backend may expand if that is cheaper. `chosen` holds token numbers within the row's sequence,
+            ascending, as floats, padded with -1; the row attends to no others. Window and sinks: as in `attention`. Lowering
+            splits the absorbed form into `mla_absorb`, `mla_attention` with other operands (q, absorbed, chosen -> sums,
+            expanded), and `mla_value`.
 
             Source: DeepSeek-V2, section 2.1.
         """,
@@ -181,8 +181,8 @@ SPECS = (
         rows="tokens",
         code=26,
         doc="""
-            The lightning indexer: chooses the top_k visible tokens t with the highest score, or all if there are no more. Of
-            equal scores the earlier token wins. `chosen` is as in `mla_attention`.
+            The lightning indexer: chooses the top_k visible tokens t with the highest score, or all if there are at most top_k.
+            If scores are equal, the earlier token is chosen. `chosen` is as in `mla_attention`.
 
                 score(t) = scale * sum over h of w_h * relu(q_h . k_t)
 

@@ -10,8 +10,8 @@ from .spec import REQUIRED, Attr, Operand, OpSpec
 
 _ORIGINS = {
     "model": "Ops of model graphs",
-    "rule": "Ops made by fusion rules and attention modes",
-    "lowering": "Ops made by a backend while it compiles",
+    "rule": "Ops created by fusion rules and attention modes",
+    "lowering": "Ops created by a backend during compilation",
 }
 _INTRO = """\
 A graph describes one step of a decoder over T token rows, without padding. Of these, R rows are selected for logits. Values are

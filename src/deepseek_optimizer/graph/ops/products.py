@@ -27,7 +27,7 @@ SPECS = (
         weight_shapes=lambda n, g: [(n.weights[0], (g.vocab_size, g.hidden_size))],
         rows="tokens",
         code=1,
-        doc="x_t = scale * table[token_t]; where a step brings `inputs_embeds`, those rows replace the table's.",
+        doc="x_t = scale * table[token_t]; if the step has `inputs_embeds`, x contains these rows instead.",
     ),
     OpSpec(
         name="state_in",
@@ -36,7 +36,7 @@ SPECS = (
         rows="tokens",
         code=27,
         doc="""
-            x = the step's `states`: hidden states of another plan, which an MTP layer starts from (DeepSeek-V3, section 2.2).
+            x = the step's `states`: hidden states of another plan, the input of an MTP layer (DeepSeek-V3, section 2.2).
         """,
     ),
     OpSpec(
@@ -65,7 +65,7 @@ SPECS = (
         any_kind=0,
         code=13,
         kernels=_PHASES,
-        doc="h = `swiglu`(x gate^T + b_gate, x up^T + b_up). Made by rule `gate_up`.",
+        doc="h = `swiglu`(x gate^T + b_gate, x up^T + b_up). Created by rule `gate_up`.",
     ),
     OpSpec(
         name="hidden_out",

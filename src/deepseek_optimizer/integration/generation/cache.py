@@ -310,7 +310,12 @@ class PagedCache(Cache):
         return True
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Removes the last -n columns of every row; a positive n is the number of columns to keep (the older convention)."""
+        """Removes columns from the end of every row.
+
+        Args:
+            tokens_to_remove: minus the number of columns to remove; if positive, the number of columns to keep (Transformers'
+                older convention).
+        """
         state, n = self.state, int(tokens_to_remove)
         keep = max(state.columns + n, 0) if n <= 0 else min(n, state.columns)
         if keep < state.columns:

@@ -32,7 +32,7 @@ _SKIPPED = {
 def read(name: str, data: bytes) -> TextFile:
     """
     Raises:
-        DocumentError: it is broken, unpacks to too much, or has no text.
+        DocumentError: it is damaged, too large when unpacked, or has no text.
         MissingPackageError: python-docx is not installed.
     """
     try:
@@ -50,9 +50,9 @@ def read(name: str, data: bytes) -> TextFile:
     except DocumentError:
         raise
     except BadZipFile as error:
-        raise DocumentError(name, f"is a broken .docx ({error})") from error
+        raise DocumentError(name, f"is a damaged .docx ({error})") from error
     except Exception as error:  # a broken file can make python-docx and lxml raise anything
-        raise DocumentError(name, f"is a broken .docx ({type(error).__name__}: {str(error)[:200]})") from error
+        raise DocumentError(name, f"is a damaged .docx ({type(error).__name__}: {str(error)[:200]})") from error
 
 
 def _check(name: str, data: bytes) -> None:

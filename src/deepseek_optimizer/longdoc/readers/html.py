@@ -47,7 +47,7 @@ def read(name: str, data: bytes) -> TextFile:
     try:
         root = etree.fromstring(clean(text).encode(), parser)
     except etree.ParserError as error:
-        raise DocumentError(name, f"is broken HTML ({error})") from error
+        raise DocumentError(name, f"is invalid HTML ({error})") from error
     if root is None:
         raise DocumentError(name, "has no text")
     builder = TextBuilder(name)

@@ -19,7 +19,7 @@ _LOG = Lock()
 def read(name: str, data: bytes) -> TextFile:
     """
     Raises:
-        DocumentError: it is broken, needs a password, or contains only images.
+        DocumentError: it is damaged, needs a password, or contains only images.
         MissingPackageError: pypdf is not installed.
     """
     try:
@@ -36,7 +36,7 @@ def read(name: str, data: bytes) -> TextFile:
     except LimitReachedError as error:
         raise DocumentError(name, f"exceeds a limit when unpacked ({error})") from error
     except Exception as error:  # a broken file can make pypdf raise anything
-        raise DocumentError(name, f"is a broken PDF ({_describe(error)}); try printing it to a new PDF") from error
+        raise DocumentError(name, f"is a damaged PDF ({_describe(error)}); try printing it to a new PDF") from error
 
 
 def _read(name: str, data: bytes) -> TextFile:
@@ -64,9 +64,9 @@ def _read(name: str, data: bytes) -> TextFile:
     if len(empty) == pages:
         raise DocumentError(name, f"has no text on its {_pages(pages)}, only images; run text recognition (OCR) on it first")
     if len(broken) + len(empty) == pages:
-        raise DocumentError(name, f"is a broken PDF: none of its {_pages(pages)} can be read")
+        raise DocumentError(name, f"is a damaged PDF: none of its {_pages(pages)} can be read")
     if broken:
-        builder.warnings.append(f"broken pages that were left out: {_listed(broken)}")
+        builder.warnings.append(f"damaged pages that were left out: {_listed(broken)}")
     if empty:
         builder.warnings.append(f"pages without text (empty or images): {_listed(empty)}")
     return builder.build()

@@ -114,7 +114,9 @@ class FileStore:
         """
         if self._coming[client] >= self._settings.max_uploads_per_client:
             raise ApiError(
-                429, f"file: {self._coming[client]} of your files are being uploaded, the maximum; retry when some are done",
+                429,
+                f"file: {self._coming[client]} of your files are being uploaded, which is the maximum; retry when some are "
+                "done",
                 code="queue_full", headers={"Retry-After": "1"},
             )  # fmt: skip
         if self._coming.total() >= self._settings.max_uploads_total:

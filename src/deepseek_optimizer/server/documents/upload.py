@@ -90,7 +90,7 @@ async def _receive(request: Request, form: _Form, room: Room) -> None:
 def too_large(settings: ServerSettings) -> ApiError:
     """The error for a file that is too large: 413."""
     return ApiError(
-        413, f"file: is larger than {settings.max_file_bytes / 1e6:,.4g} MB, the maximum", param="file",
+        413, f"file: is larger than the maximum of {settings.max_file_bytes / 1e6:,.4g} MB", param="file",
         code="file_too_large", headers=_CLOSE,
     )  # fmt: skip
 

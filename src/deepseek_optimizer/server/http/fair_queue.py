@@ -105,7 +105,8 @@ class FairQueue:
         if self._held[key] >= self._max_per_client:
             self.counts.jobs["refused"] += 1
             raise ApiError(
-                429, f"{self.name}: {self._held[key]} of your requests are waiting, the maximum; retry when some are done",
+                429,
+                f"{self.name}: {self._held[key]} of your requests are waiting, which is the maximum; retry when some are done",
                 code="queue_full", headers={"Retry-After": "1"},
             )  # fmt: skip
         if self._held.total() >= self._max:

@@ -103,7 +103,7 @@ def _dead(cause: BaseException | None) -> ApiError:
     message, code = "the engine has stopped", "engine_dead"
     if isinstance(cause, CheckpointChangedError):
         name = os.path.basename(cause.file or "") or "one of its files"
-        message = f"the model cannot be used any more: {name} {cause.what}; restore the file and restart the server"
+        message = f"the model can no longer be used: {name} {cause.what}; restore the file and restart the server"
         code = "model_file_changed"
     return ApiError(503, message, code=code, headers={"Retry-After": "30"})
 

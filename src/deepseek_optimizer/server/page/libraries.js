@@ -1,7 +1,7 @@
-// The libraries in vendor/ (listed in vendor.json). They are downloaded when the package is built; an installation that was built
-// without network access has none, and its page shows answers as plain text with a notice.
+// The libraries in vendor/ (listed in vendor.json). They are downloaded when the package is built. An installation built without
+// network access lacks them; its page shows answers as plain text, with a notice.
 
-/** {markdownit, footnote, katex, hljs}, or null if a library is missing. */
+/** {markdownit, footnote, katex, hljs}, or null if a library is missing or fails to load. */
 export async function loadLibraries() {
   try {
     const [{ default: markdownit }, { default: footnote }, { default: hljs }] = await Promise.all([
@@ -11,7 +11,8 @@ export async function loadLibraries() {
       import('./vendor/katex.js'), // defines a global
     ]);
     return { markdownit, footnote, hljs, katex: globalThis.katex };
-  } catch {
+  } catch (error) {
+    console.warn('A library of the chat page could not be loaded; answers are shown as plain text.', error);
     return null;
   }
 }
