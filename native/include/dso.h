@@ -224,10 +224,9 @@ enum {
   DSO_OP_ROUTE = 16, /* in0 F32 scores [T, experts] before softmax or sigmoid, b0 (or -1) -> out0 routes. Experts are chosen by
                         score + b0 within the top_groups best of `groups` groups; weights are scores * scale. Ties go to the
                         lower index; NaN ranks highest, so that it reaches the result */
-  DSO_OP_EXPERTS_GATE_UP =
-      17,                   /* in0 any, in1 routes, w0 stack of 2 * experts (gate, up, gate, up ..) -> out0 any, repeat =
-                               top_k. GROUPED flag: rows of out0 are ordered by expert, as EXPERTS_DOWN with the same routes expects.
-                               GELU flag as in GATE_UP */
+  DSO_OP_EXPERTS_GATE_UP = 17, /* in0 any, in1 routes, w0 stack of 2 * experts (gate, up, gate, up ..) -> out0 any, repeat =
+                                  top_k. GROUPED flag: rows of out0 are ordered by expert, as EXPERTS_DOWN with the same routes
+                                  expects. GELU flag as in GATE_UP */
   DSO_OP_EXPERTS_DOWN = 18, /* in0 from EXPERTS_GATE_UP, in1 routes, w0 stack of experts -> out0 F32: sum over j, ascending, of
                                weight_j * (W x_j). GROUPED flag as in EXPERTS_GATE_UP */
 
@@ -267,11 +266,11 @@ enum {
   DSO_OP_LATENT_CHOOSE =
       30, /* in0 output of MLA_ABSORB, layer, heads, top_k, window, sinks -> out0 F32 [T, 32 * top_k]: the tokens of the chosen
              blocks up to i, ascending, -1 after the last; all heads form one group. For in2 of MLA_ATTENTION */
-  DSO_OP_GEGLU = 31,   /* in0 gate, in1 up F32 -> out0 any: gelu(gate) * up */
-  DSO_OP_GELU = 32,    /* in0 F32 -> out0 any: x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x^3))) */
-  DSO_OP_SCALE = 33,   /* in0 F32 -> out0 any: scale * x */
-  DSO_OP_SOFTCAP = 34, /* in0 F32 -> out0 any: scale * tanh(x / scale) */
-  DSO_OP_SLICE = 35,   /* in0 F32 -> out0 any: elements [offset, offset + width of out0) */
+  DSO_OP_GEGLU = 31,        /* in0 gate, in1 up F32 -> out0 any: gelu(gate) * up */
+  DSO_OP_GELU = 32,         /* in0 F32 -> out0 any: x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x^3))) */
+  DSO_OP_SCALE = 33,        /* in0 F32 -> out0 any: scale * x */
+  DSO_OP_SOFTCAP = 34,      /* in0 F32 -> out0 any: scale * tanh(x / scale) */
+  DSO_OP_SLICE = 35,        /* in0 F32 -> out0 any: elements [offset, offset + width of out0) */
   DSO_OP_SIGMOID_GATE = 36, /* in0 F32, in1 F32 of the same width or of width 1 -> out0 any: in0 * sigmoid(in1) */
 };
 enum {
@@ -280,10 +279,10 @@ enum {
   DSO_FLAG_GROUPED = 4,
   DSO_FLAG_EXPAND = 8,
   DSO_FLAG_LAST = 16,
-  DSO_FLAG_SIGMOID = 32,   /* ROUTE: scores are sigmoids instead of a softmax */
-  DSO_FLAG_TOP2 = 64,      /* ROUTE: a group's score is the sum of its two best instead of its best */
+  DSO_FLAG_SIGMOID = 32,    /* ROUTE: scores are sigmoids instead of a softmax */
+  DSO_FLAG_TOP2 = 64,       /* ROUTE: a group's score is the sum of its two best instead of its best */
   DSO_FLAG_NORMALISE = 128, /* ROUTE: weights are divided by their sum */
-  DSO_FLAG_GELU = 256      /* GATE_UP, EXPERTS_GATE_UP: the gate's activation is gelu, as in GEGLU, instead of silu */
+  DSO_FLAG_GELU = 256       /* GATE_UP, EXPERTS_GATE_UP: the gate's activation is gelu, as in GEGLU, instead of silu */
 };
 
 typedef struct dso_step {

@@ -89,13 +89,13 @@ struct AttentionKernels {
   // chunk number `chunk` of attn_chunk tokens, counted from the start of the sequence; or over the same number of chosen
   // blocks, starting at chosen block chunk * attn_chunk / 32, and then r1 must be r0 + 1. Row r is token ctx + r. Blocks that
   // no row sees are not touched. For every (row, q head), writes m, l and o[head_dim] to part + ((r - r0) * group + h) *
-  // (head_dim + 16) floats: part[0] = m, part[1] = l, o at +16. Rows that see nothing of the chunk get m = -inf, l = 0, o = 0. Sinks are
-  // left to the merge.
+  // (head_dim + 16) floats: part[0] = m, part[1] = l, o at +16. Rows that see nothing of the chunk get m = -inf, l = 0, o = 0.
+  // Sinks are left to the merge.
   void (*attn_decode_chunk)(const KvLayout& l, const KvView& v, int64_t kv_head, const float* q, int64_t q_stride,
                             int64_t group, int64_t r0, int64_t r1, int64_t ctx, const VisibleTokens& sight,
                             const Scores& scores, int64_t chunk, float* part, uint8_t* scratch);
-  // Merges chunks [c0, c1) of ONE (row, q head) in ascending order; partials are `part_stride` floats apart. sink: as in Scores,
-  // of this head; null: none.
+  // Merges chunks [c0, c1) of ONE (row, q head) in ascending order; partials are `part_stride` floats apart. sink: as in
+  // Scores, of this head; null: none.
   void (*attn_merge)(const float* part, int64_t part_stride, int64_t chunks, int64_t head_dim, const float* sink, float* out);
   // The same, but returns a partial result as for one chunk that covers all of them, for a later merge. A single part is
   // copied.
@@ -109,7 +109,7 @@ struct AttentionKernels {
   // Eager form: the whole score row of one (row, q head), softmax, weighted sum. row: scratch for ctx + r + 1 floats.
   void (*attn_eager)(const KvLayout& l, const KvView& v, int64_t kv_head, const float* q, int64_t n, int64_t first,
                      const Scores& scores, float* row, float* o);  // sees tokens [first, n)
-  size_t attn_scratch;                          // bytes, private to the caller's thread
+  size_t attn_scratch;                                             // bytes, private to the caller's thread
 
   // Absorbed attention: up to mla_heads heads of one query row over up to attn_chunk tokens. `scratch`: private to the caller's
   // thread, mla_scratch() bytes, 64-aligned; mla_tokens loads the tokens into it, and any number of mla_attend calls read them.

@@ -149,8 +149,7 @@ std::unique_ptr<Op> make_gate_up(StepReader& s) {
              format_name(up.format), up.rows, up.cols);
   const SlotRef in = s.activations(gate), out = s.out(0, kAnyKind, gate.rows, in.selected);
   if (out.index == in.index) s.refuse("out[0] is in[0]");
-  return std::make_unique<GateUp>(in, out, gate, up, s.bias(0, gate.rows), s.bias(1, gate.rows),
-                                  s.step.flags & DSO_FLAG_GELU);
+  return std::make_unique<GateUp>(in, out, gate, up, s.bias(0, gate.rows), s.bias(1, gate.rows), s.step.flags & DSO_FLAG_GELU);
 }
 
 }  // namespace dso

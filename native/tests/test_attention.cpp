@@ -20,7 +20,7 @@ struct Setup {
   const Variant& variant;
   Case c;
   Cache cache;
-  std::vector<float> q;  // [rows, heads * head_dim]
+  std::vector<float> q;           // [rows, heads * head_dim]
   std::vector<float> head_sinks;  // [heads], or empty
   Buffer scratch;
   const int64_t first;                       // token of row 0, whichever row of its step it is
@@ -113,8 +113,8 @@ struct Setup {
         Buffer part((size_t)(chunks * chunk_part) * 4, 0xff);
         float* p = (float*)part.get();
         for (int64_t i = 0; i < chunks; ++i)
-          k.attn_decode_chunk(cache.layout, view, h, first_q, width() * 4, c.group, r0, r1, c.ctx, seen,
-                              scores(h * c.group), i, p + i * chunk_part, scratch.get());
+          k.attn_decode_chunk(cache.layout, view, h, first_q, width() * 4, c.group, r0, r1, c.ctx, seen, scores(h * c.group), i,
+                              p + i * chunk_part, scratch.get());
         for (int64_t i = 0; i < (r1 - r0) * c.group; ++i)
           k.attn_merge(p + i * row_part, chunk_part, chunks, d, scores(h * c.group + i % c.group).sinks,
                        o + (r0 + i / c.group) * stride + i % c.group * d);
@@ -122,15 +122,13 @@ struct Setup {
         for (int64_t r = r0; r < r1; ++r)
           for (int64_t g = 0; g < c.group; ++g) {
             Buffer row((size_t)end(r) * 4, 0xff);
-            k.attn_eager(cache.layout, view, h, first_q + r * width() + g * d, end(r), begin(r),
-                         scores(h * c.group + g), (float*)row.get(), o + r * stride + g * d);
+            k.attn_eager(cache.layout, view, h, first_q + r * width() + g * d, end(r), begin(r), scores(h * c.group + g),
+                         (float*)row.get(), o + r * stride + g * d);
           }
       }
     }
   }
-  Scores scores(int64_t head) const {
-    return {c.scale, c.softcap, c.head_sinks ? head_sinks.data() + head : nullptr};
-  }
+  Scores scores(int64_t head) const { return {c.scale, c.softcap, c.head_sinks ? head_sinks.data() + head : nullptr}; }
   std::vector<float> empty() const { return std::vector<float>((size_t)(c.rows * (width() + 3)), -77.0f); }
 };
 
@@ -198,12 +196,13 @@ static void against_reference(Setup& s, Family family, const std::vector<float>&
       const float* got = out.data() + r * (s.width() + 3) + h * d;
       for (int64_t i = 0; i < d; ++i)
         if (!check(std::fabs(got[i] - value[(size_t)i] / total) <= bound,
-                   "%s %s %s: d=%ld group=%d kv_heads=%d ctx=%ld window=%ld sinks=%ld top_k=%ld softcap=%g head sinks=%d row %ld/%ld "
+                   "%s %s %s: d=%ld group=%d kv_heads=%d ctx=%ld window=%ld sinks=%ld top_k=%ld softcap=%g head sinks=%d row "
+                   "%ld/%ld "
                    "head %ld [%ld]: "
                    "%.7g, not %.7g (bound %.2g)",
                    s.variant.name.c_str(), kv_name(c.type), family_name(family), (long)d, c.group, c.kv_heads, (long)c.ctx,
-                   (long)c.window, (long)c.sinks, (long)c.top_k, c.softcap, c.head_sinks, (long)r, (long)c.rows, (long)h, (long)i, got[i],
-                   value[(size_t)i] / total, bound))
+                   (long)c.window, (long)c.sinks, (long)c.top_k, c.softcap, c.head_sinks, (long)r, (long)c.rows, (long)h,
+                   (long)i, got[i], value[(size_t)i] / total, bound))
           return;
     }
   for (int64_t r = 0; r < c.rows; ++r)

@@ -472,8 +472,8 @@ static void attend_blocks(const KvLayout& l, const KvView& view, int64_t kv_head
     }
     const Span seen = together(see[0], see[i1 - i0 - 1]);
     Block own[chunk_blocks];
-    Stretch part = {own, 0, panels, panels, block_tokens / row_depth<T> * row_bytes<T>, nothing_ahead,
-                    rows.scores.softcap * log2e};
+    Stretch part = {
+        own, 0, panels, panels, block_tokens / row_depth<T> * row_bytes<T>, nothing_ahead, rows.scores.softcap * log2e};
     for (int64_t b = 0; b < read.count; ++b)
       if (seen.touches(read.number[b])) own[part.count++] = blocks[b];
     if (part.count == 0) continue;

@@ -88,7 +88,8 @@ DSO_INLINE void merged(const float* part, int64_t part_stride, int64_t chunks, f
 }
 
 template <bool whole>
-static void merge_parts(const float* part, int64_t part_stride, int64_t chunks, int64_t head_dim, const float* sink, float* out) {
+static void merge_parts(const float* part, int64_t part_stride, int64_t chunks, int64_t head_dim, const float* sink,
+                        float* out) {
   float top = sink ? *sink * log2e : minus_infinity();
   for (int64_t c = 0; c < chunks; ++c)
     if (part[c * part_stride] > top) top = part[c * part_stride];
@@ -99,7 +100,8 @@ static void merge_parts(const float* part, int64_t part_stride, int64_t chunks, 
   for (; i < head_dim; i += 16) merged<1, whole>(part, part_stride, chunks, top, i, head_dim - i, sink, out);
 }
 
-static void attn_merge(const float* part, int64_t part_stride, int64_t chunks, int64_t head_dim, const float* sink, float* out) {
+static void attn_merge(const float* part, int64_t part_stride, int64_t chunks, int64_t head_dim, const float* sink,
+                       float* out) {
   merge_parts<true>(part, part_stride, chunks, head_dim, sink, out);
 }
 static void attn_fold(const float* part, int64_t part_stride, int64_t chunks, int64_t head_dim, float* out) {

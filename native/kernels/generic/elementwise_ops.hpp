@@ -18,8 +18,8 @@ static void softcap_row(const float* a, const float*, int64_t n, float scale, fl
 }
 
 static constexpr ElementwiseOp elementwise_ops[] = {
-    {DSO_OP_ADD, "ADD", 2, add_row},     {DSO_OP_SWIGLU, "SWIGLU", 2, swiglu_row}, {DSO_OP_GEGLU, "GEGLU", 2, geglu_row},
-    {DSO_OP_GELU, "GELU", 1, gelu_row},  {DSO_OP_SCALE, "SCALE", 1, scale_row},    {DSO_OP_SOFTCAP, "SOFTCAP", 1, softcap_row},
+    {DSO_OP_ADD, "ADD", 2, add_row},    {DSO_OP_SWIGLU, "SWIGLU", 2, swiglu_row}, {DSO_OP_GEGLU, "GEGLU", 2, geglu_row},
+    {DSO_OP_GELU, "GELU", 1, gelu_row}, {DSO_OP_SCALE, "SCALE", 1, scale_row},    {DSO_OP_SOFTCAP, "SOFTCAP", 1, softcap_row},
 };
 
 }  // namespace dso::DSO_ISA_NAMESPACE
