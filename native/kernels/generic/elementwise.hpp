@@ -63,6 +63,11 @@ static void swiglu(const float* gate, const float* up, int64_t n, float* out) {
   each(gate, up, n, out, [](F x, F y) { return mul(silu(x), y); });
 }
 
+// gelu(gate) * up
+static void geglu(const float* gate, const float* up, int64_t n, float* out) {
+  each(gate, up, n, out, [](F x, F y) { return mul(gelu(x), y); });
+}
+
 // e^(x - max x) divided by their sum, which uses one accumulator. A NaN or a positive infinity makes all NaN, as in torch.
 static void softmax(const float* x, int64_t n, float* out) {
   const F least = set(-__builtin_inff());
@@ -81,6 +86,16 @@ static void softmax(const float* x, int64_t n, float* out) {
 
 static void sigmoid(const float* x, int64_t n, float* out) {
   each(x, n, out, [](F v) { return sigmoid(v); });
+}
+
+// x * sigmoid(gate); `one`: gate is a single element
+static void sigmoid_gate(const float* x, const float* gate, bool one, int64_t n, float* out) {
+  if (one) {
+    const F weight = sigmoid(set(gate[0]));
+    each(x, n, out, [=](F v) { return mul(v, weight); });
+  } else {
+    each(x, gate, n, out, [](F v, F g) { return mul(v, sigmoid(g)); });
+  }
 }
 
 // y = fma(x, scale, y)

@@ -1,4 +1,4 @@
-"""Building blocks of decoders as graph nodes: embedding, layers, attention, gated MLP, head.
+"""Building blocks of decoders as graph nodes: embedding, layers, norms, MLP, head.
 
 Every function appends its nodes to a list and returns their output. Weights are named by their module path in Transformers.
 """
@@ -9,28 +9,16 @@ from collections.abc import Callable
 from typing import Any
 
 from ..graph.ir import CacheSpec, Graph, LatentSpec, Node, Value
-from .decoder import Decoder, Trunk
+from .decoder import Trunk
 
-# (nodes, input, RoPE's table, layer) -> output
-Attend = Callable[[list[Node], Value, Value, int], Value]
+# (nodes, input, RoPE's table or None for a layer without RoPE, layer) -> output
+Attend = Callable[[list[Node], Value, "Value | None", int], Value]
 # (nodes, input, layer) -> output
 FeedForward = Callable[[list[Node], Value, int], Value]
 
 
-def decoder_graph(d: Decoder) -> Graph:
-    """The unfused graph of a decoder whose attention has keys and values per head."""
-
-    def attend(nodes: list[Node], x: Value, table: Value, layer: int) -> Value:
-        return _attention(nodes, d, x, table, layer)
-
-    def feed_forward(nodes: list[Node], x: Value, layer: int) -> Value:
-        return mlp(nodes, d, x, f"l{layer}.mlp", f"model.layers.{layer}.mlp", d.intermediate)
-
-    return trunk_graph(d, CacheSpec(d.layers, d.kv_heads, d.head_dim), attend, feed_forward)
-
-
 def trunk_graph(d: Trunk, cache: CacheSpec | LatentSpec, attend: Attend, feed_forward: FeedForward) -> Graph:
-    """The unfused graph of a model of pre-norm decoder layers.
+    """The unfused graph of a decoder-only model.
 
     Args:
         d: the model's sizes.
@@ -38,27 +26,46 @@ def trunk_graph(d: Trunk, cache: CacheSpec | LatentSpec, attend: Attend, feed_fo
         attend, feed_forward: append the nodes of a layer's attention and feed-forward network.
     """
     nodes: list[Node] = []
-    x = emit(nodes, "embedding", (), "embed", d.hidden, "model.embed_tokens.weight", scale=1.0)
-    table = emit(nodes, "rope_table", (), "rope", d.rope.rot, rope=d.rope)
+    x = emit(nodes, "embedding", (), "embed", d.hidden, "model.embed_tokens.weight", scale=d.embedding_scale)
+    if d.input_scale != 1.0:
+        x = emit(nodes, "scale", (x,), "embed_scaled", d.hidden, scale=d.input_scale)
+    used = [i for i in range(len(d.ropes)) if any(d.rope_of(layer) == i for layer in range(d.layers))]
+    tables = {i: emit(nodes, "rope_table", (), f"rope{i or ''}", d.ropes[i].rot, rope=d.ropes[i]) for i in used}
     for layer in range(d.layers):
         nodes.append(Node("hidden_out", (x,), attrs={"index": layer}))
-        x = decoder_layer(nodes, d, x, table, layer, attend, feed_forward)
-    normed = norm(nodes, x, "final", "model.norm", d.eps)
+        rope = d.rope_of(layer)
+        x = decoder_layer(nodes, d, x, None if rope is None else tables[rope], layer, attend, feed_forward)
+    normed = norm(nodes, d, x, "final", "model.norm")
     nodes.append(Node("hidden_out", (normed,), attrs={"index": d.layers}))
     head = "model.embed_tokens.weight" if d.tied else "lm_head.weight"
-    emit(nodes, "lm_head", (normed,), "logits", d.vocab, head, bias=None)
+    limits = {"scale": d.logit_scale} if d.logit_scale != 1.0 else {}
+    limits |= {"softcap": d.logit_softcap} if d.logit_softcap else {}
+    emit(nodes, "lm_head", (normed,), "logits", d.vocab, head, bias=None, **limits)
     return Graph(d.family, nodes, d.vocab, d.hidden, d.layers + 1, cache, d.max_positions)
 
 
 def decoder_layer(
-    nodes: list[Node], d: Trunk, x: Value, table: Value, layer: int, attend: Attend, feed_forward: FeedForward
+    nodes: list[Node], d: Trunk, x: Value, table: Value | None, layer: int, attend: Attend, feed_forward: FeedForward
 ) -> Value:
-    """y = x + attention(norm(x)); the output is y + MLP(norm(y))."""
-    name, path = f"l{layer}", f"model.layers.{layer}"
-    normed = norm(nodes, x, f"{name}.attn_in", f"{path}.input_layernorm", d.eps)
-    x = add(nodes, x, attend(nodes, normed, table, layer), f"{name}.attn_out")
-    normed = norm(nodes, x, f"{name}.mlp_in", f"{path}.post_attention_layernorm", d.eps)
-    return add(nodes, x, feed_forward(nodes, normed, layer), f"{name}.out")
+    """y = x + attention(norm(x)); the output is y + MLP(norm(y)). `d.layer_norms` says which norms there are."""
+    name, path, norms = f"l{layer}", f"model.layers.{layer}", d.layer_norms
+
+    def normed(value: Value, which: str, label: str) -> Value:
+        return norm(nodes, d, value, f"{name}.{label}", f"{path}.{which}") if which else value
+
+    def added(residual: Value, delta: Value, label: str) -> Value:
+        if d.residual_scale != 1.0:
+            delta = emit(nodes, "scale", (delta,), f"{delta.name}.scaled", delta.width, scale=d.residual_scale)
+        return add(nodes, residual, delta, label)
+
+    before = normed(x, norms.attention_in, "attn_in")
+    attended = normed(attend(nodes, before, table, layer), norms.attention_out, "attn_normed")
+    if norms.parallel:
+        forward = feed_forward(nodes, before, layer)
+        return added(added(x, attended, f"{name}.attn_out"), forward, f"{name}.out")
+    x = added(x, attended, f"{name}.attn_out")
+    forward = feed_forward(nodes, normed(x, norms.mlp_in, "mlp_in"), layer)
+    return added(x, normed(forward, norms.mlp_out, "mlp_normed"), f"{name}.out")
 
 
 def emit(
@@ -70,12 +77,35 @@ def emit(
     return out
 
 
-def linear(nodes: list[Node], x: Value, name: str, width: int, path: str, bias: bool = False) -> Value:
-    return emit(nodes, "linear", (x,), name, width, f"{path}.weight", biases=(f"{path}.bias" if bias else None,))
+def linear(
+    nodes: list[Node],
+    x: Value,
+    name: str,
+    width: int,
+    path: str,
+    bias: bool = False,
+    rows: tuple[int, int, int] | None = None,
+) -> Value:
+    """A product with a matrix, or with `rows` (begin, end, total) of one."""
+    attrs: dict[str, Any] = {"biases": (f"{path}.bias" if bias else None,)}
+    if rows is not None:
+        attrs["rows"] = (rows,)
+    return emit(nodes, "linear", (x,), name, width, f"{path}.weight", **attrs)
 
 
-def norm(nodes: list[Node], x: Value, name: str, path: str, eps: float) -> Value:
-    return emit(nodes, "rms_norm", (x,), name, x.width, f"{path}.weight", eps=eps)
+def norm(nodes: list[Node], d: Trunk, x: Value, name: str, path: str) -> Value:
+    """The model's kind of norm over whole rows."""
+    if d.norm == "layer":
+        out = Value(name, x.width)
+        weights = (f"{path}.weight", f"{path}.bias") if d.norm_bias else (f"{path}.weight",)
+        nodes.append(Node("layer_norm", (x,), (out,), weights, {"eps": d.eps}))
+        return out
+    return rms_norm(nodes, x, name, path, d.eps, d.norm == "rms_offset")
+
+
+def rms_norm(nodes: list[Node], x: Value, name: str, path: str, eps: float, unit_offset: bool = False) -> Value:
+    offset = {"unit_offset": True} if unit_offset else {}
+    return emit(nodes, "rms_norm", (x,), name, x.width, f"{path}.weight", eps=eps, **offset)
 
 
 def add(nodes: list[Node], x: Value, delta: Value, name: str) -> Value:
@@ -83,28 +113,19 @@ def add(nodes: list[Node], x: Value, delta: Value, name: str) -> Value:
 
 
 def mlp(nodes: list[Node], d: Trunk, x: Value, name: str, path: str, width: int) -> Value:
-    """W_down (silu(W_gate x) * (W_up x)); `width`: size of the intermediate result."""
-    gate = linear(nodes, x, f"{name}.gate", width, f"{path}.gate_proj", d.mlp_bias)
-    up = linear(nodes, x, f"{name}.up", width, f"{path}.up_proj", d.mlp_bias)
-    hidden = emit(nodes, "swiglu", (gate, up), f"{name}.h", width)
-    return linear(nodes, hidden, f"{name}.down", d.hidden, f"{path}.down_proj", d.mlp_bias)
+    """W_down (act(W_gate x) * (W_up x)), or W_down act(W_up x) without a gate; `width`: size of the intermediate result."""
+    form = d.mlp
+    down = f"{path}.{form.down}"
+    if not form.gate:
+        up = linear(nodes, x, f"{name}.up", width, f"{path}.{form.up}", form.bias)
+        hidden = emit(nodes, "gelu", (up,), f"{name}.h", width)
+        return linear(nodes, hidden, f"{name}.down", d.hidden, down, form.bias)
+    fused = form.gate == form.up
+    gate_rows, up_rows = ((0, width, 2 * width), (width, 2 * width, 2 * width)) if fused else (None, None)
+    gate = linear(nodes, x, f"{name}.gate", width, f"{path}.{form.gate}", form.bias, gate_rows)
+    up = linear(nodes, x, f"{name}.up", width, f"{path}.{form.up}", form.bias, up_rows)
+    hidden = emit(nodes, GATED[form.activation], (gate, up), f"{name}.h", width)
+    return linear(nodes, hidden, f"{name}.down", d.hidden, down, form.bias)
 
 
-def _attention(nodes: list[Node], d: Decoder, x: Value, table: Value, layer: int) -> Value:
-    """Projections, q/k norm, RoPE, cache write, causal attention, output projection."""
-    name, path = f"l{layer}", f"model.layers.{layer}.self_attn"
-    heads = {"q": d.heads, "k": d.kv_heads, "v": d.kv_heads}
-    qkv = {p: linear(nodes, x, f"{name}.{p}", n * d.head_dim, f"{path}.{p}_proj", d.qkv_bias) for p, n in heads.items()}
-    for p in "qk":
-        shape = {"heads": heads[p], "head_dim": d.head_dim}
-        if d.qk_norm:
-            weight = f"{path}.{p}_norm.weight"
-            qkv[p] = emit(nodes, "head_norm", (qkv[p],), f"{name}.{p}_norm", qkv[p].width, weight, eps=d.eps, **shape)
-        qkv[p] = emit(nodes, "rope", (qkv[p], table), f"{name}.{p}_rope", qkv[p].width, interleaved=False, **shape)
-    cache = {"layer": layer, "kv_heads": d.kv_heads, "head_dim": d.head_dim}
-    nodes.append(Node("cache_write", (qkv["k"], qkv["v"]), attrs=cache))
-    attended = emit(
-        nodes, "attention", (qkv["q"],), f"{name}.attn", qkv["q"].width, heads=d.heads, scale=d.head_dim**-0.5,
-        window=d.windows[layer], softmax="eager", **cache,
-    )  # fmt: skip
-    return linear(nodes, attended, f"{name}.o", d.hidden, f"{path}.o_proj", d.o_bias)
+GATED = {"silu": "swiglu", "gelu": "geglu"}  # activation -> op

@@ -16,6 +16,7 @@ from ...graph.planner import assign_slots
 from ...quant import get_format, pack
 from ...quant.packed import PackedMatrix, PackedStack, PackedWeight
 from .buffers import address
+from .derived_weights import with_derived_weights
 from .lower import lower
 from .mla_weights import absorbed_stacks, absorbs
 from .native import FLAGS, SLOT_KINDS, VECTOR, Context, Slot, Step, Weight
@@ -34,6 +35,8 @@ class _Compiler:
     ) -> None:
         self.given = {**weights, **_exact_matrices(graph, weights), **absorbed_stacks(context, graph, weights)}
         self.activation = activation
+        graph, derived = with_derived_weights(graph, self.given)
+        self.given |= derived
         self.graph = lower(graph, self.kind_of, self.format_of)
         planned = assign_slots(self.graph)
         self.slot_of: Mapping[Value, int] = planned.slot_of

@@ -8,6 +8,7 @@ from .widths import heads_width, same_widths
 
 _X, _Y = Operand("x", "[T, N]"), Operand("y", "[T, N]")
 _EPS = step_attr("eps", FLOAT, "added to the mean square or variance")
+_OFFSET = Attr("unit_offset", BOOL, "the factor is 1 + w instead of w", False)
 
 
 def _vectors(node: Node, _: Graph) -> Shapes:
@@ -25,19 +26,21 @@ SPECS = (
         inputs=(_X,),
         outputs=(_Y,),
         weights=(Operand("w", "[N]"),),
-        attrs=(_EPS,),
+        attrs=(_EPS, _OFFSET),
         fits=same_widths,
         weight_shapes=_vectors,
         any_kind=0,
         code=2,
-        doc="y = x / sqrt(mean(x^2) + eps) * w, over each row. Source: Zhang and Sennrich 2019.",
+        doc="""
+            y = x / sqrt(mean(x^2) + eps) * w, over each row. Gemma stores w - 1. Source: Zhang and Sennrich 2019.
+        """,
     ),
     OpSpec(
         name="head_norm",
         inputs=(Operand("x", "[T, heads * head_dim]"),),
         outputs=(Operand("y", "[T, heads * head_dim]"),),
         weights=(Operand("w", "[head_dim]"),),
-        attrs=(_EPS, step_attr("heads", INT), step_attr("head_dim", INT)),
+        attrs=(_EPS, _OFFSET, step_attr("heads", INT), step_attr("head_dim", INT)),
         fits=lambda n, g: same_widths(n, g) and n.inputs[0].width == heads_width(n, "heads"),
         weight_shapes=lambda n, g: [(n.weights[0], (n.attrs["head_dim"],))],
         code=2,
@@ -47,7 +50,7 @@ SPECS = (
         name="layer_norm",
         inputs=(_X,),
         outputs=(_Y,),
-        weights=(Operand("w", "[N]"), Operand("b", "[N]")),
+        weights=(Operand("w", "[N]"), Operand("b", "[N]", optional=True)),
         attrs=(_EPS,),
         fits=same_widths,
         weight_shapes=_vectors,
@@ -72,7 +75,7 @@ SPECS = (
         inputs=(_X, Operand("delta", "[T, N]")),
         outputs=(Operand("z", "[T, N]"), _Y),
         weights=(Operand("w", "[N]"),),
-        attrs=(_EPS,),
+        attrs=(_EPS, _OFFSET),
         fits=same_widths,
         weight_shapes=_vectors,
         in_place=((0, 0),),
@@ -88,6 +91,72 @@ SPECS = (
         any_kind=0,
         code=12,
         doc="h = silu(gate) * up, where silu(x) = x / (1 + e^-x). Source: Shazeer 2020.",
+    ),
+    OpSpec(
+        name="geglu",
+        inputs=(Operand("gate", "[T, N]"), Operand("up", "[T, N]")),
+        outputs=(Operand("h", "[T, N]"),),
+        fits=same_widths,
+        any_kind=0,
+        code=31,
+        doc="h = `gelu`(gate) * up. Source: Shazeer 2020.",
+    ),
+    OpSpec(
+        name="gelu",
+        inputs=(_X,),
+        outputs=(_Y,),
+        fits=same_widths,
+        in_place=((0, 0),),
+        any_kind=0,
+        code=32,
+        doc="""
+            y = x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x^3))), the approximation that Transformers calls
+            "gelu_pytorch_tanh". Source: Hendrycks and Gimpel 2016.
+        """,
+    ),
+    OpSpec(
+        name="scale",
+        inputs=(_X,),
+        outputs=(_Y,),
+        attrs=(step_attr("scale", FLOAT),),
+        fits=same_widths,
+        in_place=((0, 0),),
+        any_kind=0,
+        code=33,
+        doc="y = scale * x.",
+    ),
+    OpSpec(
+        name="sigmoid_gate",
+        inputs=(_X, Operand("gate", "[T, N] or [T, 1]")),
+        outputs=(_Y,),
+        fits=lambda n, g: n.inputs[0].width == n.outputs[0].width and n.inputs[1].width in (1, n.inputs[0].width),
+        in_place=((0, 0),),
+        any_kind=0,
+        code=36,
+        doc="y = x / (1 + e^-gate), element by element or with one gate per row (the shared expert of Qwen2-MoE).",
+    ),
+    OpSpec(
+        name="slice",
+        origin="lowering",
+        inputs=(Operand("x", "[T, M]"),),
+        outputs=(_Y,),
+        attrs=(step_attr("offset", INT),),
+        fits=lambda n, g: n.attrs["offset"] >= 0 and n.attrs["offset"] + n.outputs[0].width <= n.inputs[0].width,
+        any_kind=0,
+        code=35,
+        doc="y = elements [offset, offset + N) of x. Lowering divides the product with a matrix of several parts this way.",
+    ),
+    OpSpec(
+        name="softcap",
+        origin="lowering",
+        inputs=(_X,),
+        outputs=(_Y,),
+        attrs=(step_attr("scale", FLOAT, "the limit"),),
+        fits=same_widths,
+        in_place=((0, 0),),
+        any_kind=0,
+        code=34,
+        doc="y = scale * tanh(x / scale). Lowering puts it behind a head with `softcap`.",
     ),
     OpSpec(
         name="concat",

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ..ir import Graph, Node, Value
+from ..ops.products import merged_rows
 from .edit import Links, rebuilt
 
 
@@ -20,7 +21,7 @@ def rewrite(graph: Graph) -> tuple[Graph, list[str]]:
         parts = [graph.nodes[i] for i in indices]
         merged = Node(
             "linear", parts[0].inputs, tuple(p.outputs[0] for p in parts), tuple(p.weights[0] for p in parts),
-            {"biases": tuple(p.attrs["biases"][0] for p in parts)},
+            {"biases": tuple(p.attrs["biases"][0] for p in parts), **merged_rows(parts)},
         )  # fmt: skip
         changes.update(dict.fromkeys(indices))
         changes[min(indices)] = merged
@@ -35,7 +36,9 @@ def _projections(graph: Graph, links: Links) -> Iterator[tuple[int, list[int]]]:
     for node in graph.nodes:
         layer = node.attrs.get("layer", -1)
         if node.op == "attention" and ("cache_write", layer) in writes:  # not if rope_cache was applied before
-            sources = [links.source(v, ("rope", "head_norm")) for v in (node.inputs[0], *writes["cache_write", layer])]
+            sources = [
+                links.source(v, ("rope", "head_norm", "rms_norm")) for v in (node.inputs[0], *writes["cache_write", layer])
+            ]
             groups = _over_one_input(graph, sources)
             if len(groups) == 1 and len(groups[0]) == 3:
                 yield layer, groups[0]
