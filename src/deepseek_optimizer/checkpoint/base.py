@@ -143,6 +143,10 @@ class Checkpoint(ABC):
                 "contains NaN or infinite weights; download the file again", file=self.info(name).file, tensor=name
             )
 
+    def ignores(self, name: str) -> bool:
+        """Whether a stored tensor that the model does not have may be left out silently."""
+        return False
+
     def conversions(self) -> list[str]:
         """One line for each kind of stored weight that was not preserved exactly where the user may expect it."""
         return []

@@ -1,0 +1,221 @@
+"""compressed-tensors, as LLM Compressor writes it: integer weights, packed or one per byte, and FP8 weights.
+
+Of a layer [N, K] with G groups (1: per channel), a checkpoint stores
+
+| `format` | tensors |
+|---|---|
+| pack-quantized | `weight_packed` I32 [N, K * bits / 32], codes plus 2^(bits-1), packed along K; `weight_shape` [2]; asymmetric: `weight_zero_point`, packed alike but along N, I32 [N * bits / 32, G]; `weight_g_idx` [K] if columns are grouped in the order of activations |
+| int-quantized | `weight` I8 [N, K]; asymmetric: `weight_zero_point` I8 [N, G] |
+| float-quantized | `weight` F8_E4M3 [N, K] (`fp8.py`) |
+
+and `weight_scale` [N, G], or one scale. W = scale * (code - zero). Bits, groups and symmetry follow from the tensors; the config's
+`config_groups` must contain them. Scales of activations are not used. Source: compressed-tensors (`compressors/`).
+"""  # noqa: E501  # a table row
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ...errors import shown
+from ..base import TensorInfo
+from .affine import AffineRows, formats_of, group_label
+from .fp8 import E4M3, Fp8Matrix
+from .matrix import QuantisedMatrix
+from .section import Section
+from .tensors import SCALES, StoredTensors, check_shape, wrong
+from .words import BITS, unpack_words, words_for
+
+_FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "mixed-precision", "dense")
+_INTEGERS = ("I32", "I64")
+_FIELDS = (
+    "format", "config_groups", "ignore", "kv_cache_scheme", "quantization_status", "sparsity_config", "transform_config",
+    "global_compression_ratio", "version", "run_compressed", "moe_sparsity_config",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Scheme:
+    """The `weights` of a config group."""
+
+    bits: int
+    floats: bool
+    size: int | None
+    block: tuple[int, int] | None
+
+
+def find_compressed_tensors(section: Section, tensors: StoredTensors) -> dict[str, QuantisedMatrix]:
+    """The quantised layers of a checkpoint, by the name of their weight."""
+    section.check_known(_FIELDS)
+    section.one_of("format", _FORMATS, "dense")
+    _check_sparsity(section)
+    if section.fields.get("transform_config"):
+        raise section.unsupported("transform_config", "rotates weights or activations, which is not supported")
+    schemes = _schemes(section)
+    found: dict[str, QuantisedMatrix] = {}
+    for layer in tensors.names(".weight_packed"):
+        found[f"{layer}.weight"] = _packed(layer, schemes, tensors)
+    block = next((scheme.block for scheme in schemes if scheme.block is not None), None)
+    for name in [name for name, info in tensors.left.items() if name.endswith(".weight") and info.dtype in ("I8", E4M3)]:
+        if tensors.left[name].dtype == "I8":
+            found[name] = _bytes(name, tensors)
+        else:
+            weight = tensors.take(name, (E4M3,), 2)
+            scale = tensors.take(f"{name}_scale", SCALES, owner=weight)
+            found[name] = Fp8Matrix(weight, scale, None if scale.shape in ((weight.shape[0], 1), (1,), ()) else block, tensors)
+    return found
+
+
+def _check_sparsity(section: Section) -> None:
+    sparsity = section.fields.get("sparsity_config")
+    if sparsity and not (isinstance(sparsity, dict) and sparsity.get("format") in (None, "dense")):
+        raise section.unsupported("sparsity_config", f"is {shown(sparsity)}; sparse formats are not supported")
+
+
+def _schemes(section: Section) -> list[_Scheme]:
+    groups = section.fields.get("config_groups")
+    if not isinstance(groups, dict):
+        raise section.unsupported("config_groups", f"is {shown(groups)}; it must be an object")
+    return [_scheme(section, f"config_groups.{name}", group) for name, group in groups.items()]
+
+
+def _scheme(section: Section, name: str, group: Any) -> _Scheme:
+    weights = group.get("weights") if isinstance(group, dict) else None
+    if not isinstance(weights, dict):
+        raise section.unsupported(name, f"is {shown(group)}; it must have weights")
+    bits, kind, size = (weights.get(field) for field in ("num_bits", "type", "group_size"))
+    if (kind, bits) not in (*(("int", b) for b in BITS), ("float", 8)):
+        raise section.unsupported(
+            f"{name}.weights", f"are {shown(kind)} of {shown(bits)} bits; supported: int of 2, 4 and 8, float of 8"
+        )
+    if size is not None and (type(size) is not int or (size < 1 and size != -1)):
+        raise section.unsupported(f"{name}.weights.group_size", f"is {shown(size)}; it must be a number of columns")
+    return _Scheme(bits, kind == "float", None if size == -1 else size, _block(section, name, weights))
+
+
+def _block(section: Section, name: str, weights: Mapping[str, Any]) -> tuple[int, int] | None:
+    block = weights.get("block_structure")
+    if block is None:
+        return None
+    if not isinstance(block, list) or len(block) != 2 or not all(type(side) is int and side > 0 for side in block):
+        raise section.unsupported(f"{name}.weights.block_structure", f"is {shown(block)}; it must be two numbers")
+    return block[0], block[1]
+
+
+def _packed(layer: str, schemes: list[_Scheme], tensors: StoredTensors) -> QuantisedMatrix:
+    weight = tensors.take(f"{layer}.weight_packed", ("I32",), 2)
+    scales = tensors.take(f"{layer}.weight_scale", SCALES, owner=weight)
+    given = tensors.take(f"{layer}.weight_shape", _INTEGERS, 1, owner=weight)
+    check_shape(given, (2,), "a shape of two sizes")
+    rows, cols = (int(size) for size in tensors.read(given))
+    fitting = [s for s in schemes if not s.floats and cols > 0 and (rows, words_for(cols, s.bits)) == weight.shape]
+    if not fitting:
+        raise wrong(weight, f"has shape {weight.shape}, which is not that of {rows} x {cols} packed weights of config_groups")
+    groups = _groups(scales, rows)
+    sizes = {s.bits: s.size for s in fitting if s.size is None or -(-cols // s.size) == groups}
+    if not sizes or (groups > 1 and not any(sizes.values())):
+        raise wrong(scales, f"has shape {scales.shape}, which fits no group_size of config_groups with {rows} x {cols} weights")
+    bits, size = next((b, s) for b, s in sizes.items() if groups == 1 or s is not None)
+    zeros = tensors.optional(f"{layer}.weight_zero_point", ("I32", "I8"))
+    if zeros is not None and zeros.dtype == "I32":
+        check_shape(zeros, (words_for(rows, bits), groups), f"{bits}-bit packed zero points of {rows} rows in {groups} groups")
+    group_of = tensors.optional(f"{layer}.weight_g_idx", _INTEGERS, 1)
+    check_shape(group_of, (cols,), f"a matrix of {cols} columns")
+    stored = _Stored(weight, scales, zeros, group_of, given)
+    return IntegerMatrix(stored, bits, cols if size is None or groups == 1 else size, (rows, cols), tensors)
+
+
+def _bytes(name: str, tensors: StoredTensors) -> QuantisedMatrix:
+    weight = tensors.take(name, ("I8",), 2)
+    scales = tensors.take(f"{name}_scale", SCALES, owner=weight)
+    zeros = tensors.optional(f"{name}_zero_point", ("I8",))
+    rows, cols = weight.shape
+    return IntegerMatrix(_Stored(weight, scales, zeros), 8, -(-cols // _groups(scales, rows)), (rows, cols), tensors)
+
+
+def _groups(scales: TensorInfo, rows: int) -> int:
+    """Number of groups in a row; CheckpointError unless there are scales for each row, or one for all."""
+    if math.prod(scales.shape) == 1 or scales.shape == (rows,):
+        return 1
+    if len(scales.shape) != 2 or scales.shape[0] != rows or scales.shape[1] == 0:
+        raise wrong(scales, f"has shape {scales.shape}; the scales of {rows} rows need one for each group of each row")
+    return scales.shape[1]
+
+
+@dataclass(frozen=True)
+class _Stored:
+    weight: TensorInfo
+    scales: TensorInfo
+    zeros: TensorInfo | None = None
+    group_of: TensorInfo | None = None
+    shape: TensorInfo | None = None
+
+
+class IntegerMatrix(QuantisedMatrix):
+    """Integer weights, packed in words (`weight` is I32) or one per byte.
+
+    Args:
+        stored: the tensors.
+        bits: of a code.
+        size: columns of a group.
+        shape: rows and columns.
+        tensors: reads them.
+    """
+
+    def __init__(self, stored: _Stored, bits: int, size: int, shape: tuple[int, int], tensors: StoredTensors) -> None:
+        self._stored, self._bits, self._size, self._tensors = stored, bits, size, tensors
+        self._packed = stored.weight.dtype == "I32"
+        rows, cols = shape
+        self._groups = _groups(stored.scales, rows)
+        if stored.zeros is not None and stored.zeros.dtype == "I8" and stored.zeros.shape != stored.scales.shape:
+            raise wrong(stored.zeros, f"has shape {stored.zeros.shape}, but the scales have {stored.scales.shape}")
+        whole = self._groups == 1
+        ordered = stored.group_of is not None and not whole
+        label = f"compressed-tensors {bits}-bit, {group_label(size, cols)}{', in activation order' if ordered else ''}"
+        kept = not ordered and (size % 32 == 0 or whole)
+        self.lossless, self.natural = formats_of(bits, stored.zeros is None, kept)
+        infos = (stored.weight, stored.scales, stored.zeros, stored.group_of, stored.shape)
+        super().__init__(label, shape, tuple(info for info in infos if info is not None))
+
+    def rows(self, begin: int, end: int) -> AffineRows:
+        stored, tensors = self._stored, self._tensors
+        codes = tensors.rows(stored.weight, begin, end)
+        if self._packed:
+            codes = unpack_words(codes, self._bits)[:, : self.shape[1]]
+        scales = tensors.finite(stored.scales, self._of_rows(stored.scales, begin, end))
+        offset = 1 << (self._bits - 1) if self._packed else 0
+        zeros = None if stored.zeros is None else self._zeros(stored.zeros, begin, end) + offset
+        return AffineRows(codes, scales, zeros, offset, self._size, self._group_of())
+
+    def _of_rows(self, info: TensorInfo, begin: int, end: int) -> torch.Tensor:
+        """The values of rows [begin, end) in each group: [end - begin, G]."""
+        if math.prod(info.shape) == 1:
+            return self._tensors.read(info).reshape(1, 1).expand(end - begin, 1)
+        return self._tensors.elements(info, begin * self._groups, end * self._groups).view(end - begin, self._groups)
+
+    def _zeros(self, info: TensorInfo, begin: int, end: int) -> torch.Tensor:
+        """Zero points of signed codes, int16 [end - begin, G]."""
+        if info.dtype == "I8":
+            return self._of_rows(info, begin, end).to(torch.int16)
+        each = 32 // self._bits
+        first, last = begin // each, -(-end // each)
+        words = self._tensors.rows(info, first, last).t()
+        codes = unpack_words(words, self._bits)[:, begin - first * each : end - first * each]
+        return codes.t().to(torch.int16) - (1 << (self._bits - 1))
+
+    def _group_of(self) -> torch.Tensor | None:
+        """The group of each column; None if it is k // group_size, which all -1 stand for too."""
+        info = self._stored.group_of
+        if info is None or self._groups == 1:
+            return None
+        group_of = self._tensors.read(info).long()
+        in_order = torch.arange(self.shape[1], dtype=torch.int64, device="cpu") // self._size
+        if torch.equal(group_of, in_order) or bool((group_of == -1).all()):
+            return None
+        if int(group_of.min()) < 0 or int(group_of.max()) >= self._groups:
+            raise wrong(info, f"contains the group {int(group_of.max())}; there are {self._groups}, counted from 0")
+        return group_of

@@ -1,0 +1,114 @@
+"""Every method's matrices against independent packers: dequantised to the bit, and kept where a format can hold them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from deepseek_optimizer import quant
+from deepseek_optimizer.checkpoint import QuantisedCheckpoint, open_checkpoint
+from deepseek_optimizer.checkpoint import base as checkpoint_base
+from support import quantised_files as files
+from support.quantised_files import SECTIONS, compressed_section, write_checkpoint
+
+NAME = "m.q_proj"
+
+
+def case(id, packer, section, shape, natural, exact, **options):
+    return pytest.param(packer, section, shape, natural, exact, options, id=id)
+
+
+def gptq_case(id, shape, natural, exact, **options):
+    section = SECTIONS["gptq"] | {
+        "bits": options.get("bits", 4), "group_size": options.get("size", 32), "sym": options.get("symmetric", True),
+        "desc_act": options.get("ordered", False), "checkpoint_format": "gptq_v2" if options.get("version") == 2 else "gptq",
+    }  # fmt: skip
+    return case(f"gptq-{id}", files.gptq, section, shape, natural, exact, **options)
+
+
+def packed_case(id, shape, natural, exact, **options):
+    size = options.get("size", 32)
+    weights = {"num_bits": options.get("bits", 4), "type": "int", "symmetric": options.get("symmetric", True)}
+    weights |= {"strategy": "channel"} if size == -1 else {"strategy": "group", "group_size": size}
+    return case(
+        f"packed-{id}", files.pack_quantized, compressed_section("pack-quantized", **weights), shape, natural, exact, **options
+    )
+
+
+# natural: the default format; exact: the format that holds the values exactly.
+CASES = [
+    gptq_case("sym", (40, 96), "int4", "int4"),
+    gptq_case("group64", (64, 192), "int4", "int4", size=64),
+    gptq_case("group128", (136, 320), "int4", "int4", size=128),
+    gptq_case("channel", (48, 160), "int4", "int4", size=-1),
+    gptq_case("no-g_idx", (40, 96), "int4", "int4", g_idx=False),
+    gptq_case("v2", (40, 96), "int4", "int4", version=2),
+    gptq_case("asym", (40, 96), "q4_1", "int8", symmetric=False),
+    gptq_case("asym-v2", (72, 128), "q4_1", "int8", symmetric=False, version=2, size=64),
+    gptq_case("ordered", (64, 256), "q4_1", None, ordered=True),
+    gptq_case("ordered-asym", (64, 256), "q4_1", None, ordered=True, symmetric=False, size=128),
+    gptq_case("ordered-one-group", (64, 64), "int4", "int4", ordered=True, size=-1),
+    gptq_case("group16", (64, 64), "q4_1", None, size=16),
+    gptq_case("8bit", (40, 96), "int8", "int8", bits=8),
+    gptq_case("8bit-asym", (40, 96), "int8", None, bits=8, symmetric=False),
+    gptq_case("8bit-ordered", (40, 96), "int8", None, bits=8, ordered=True),
+    gptq_case("2bit", (48, 96), "int4", "int4", bits=2, symmetric=False),
+    gptq_case("odd", (19, 45), "int4", "int4", size=-1),
+    gptq_case("odd-groups", (21, 333), "int4", "int4", size=64),
+    case("awq", files.awq, SECTIONS["awq"], (40, 96), "q4_1", "int8"),
+    case("awq-128", files.awq, SECTIONS["awq"] | {"group_size": 128}, (136, 384), "q4_1", "int8", size=128),
+    case("awq-channel", files.awq, SECTIONS["awq"] | {"group_size": -1}, (24, 77), "q4_1", "int8", size=-1),
+    packed_case("sym", (40, 96), "int4", "int4"),
+    packed_case("group128", (37, 256), "int4", "int4", size=128),
+    packed_case("channel", (37, 83), "int4", "int4", size=-1),
+    packed_case("asym", (37, 96), "q4_1", "int8", symmetric=False),
+    packed_case("asym-channel", (37, 83), "q4_1", "int8", symmetric=False, size=-1),
+    packed_case("ordered", (40, 128), "q4_1", None, ordered=True),
+    packed_case("8bit", (37, 96), "int8", "int8", bits=8),
+    packed_case("fp16-scales", (40, 96), "int4", "int4", scale_dtype=torch.float16),
+    case("int8", files.int_quantized, compressed_section("int-quantized", num_bits=8, type="int", strategy="channel"), (37, 83),
+         "int8", "int8"),
+    case("int8-asym", files.int_quantized, compressed_section("int-quantized", num_bits=8, type="int", strategy="channel"),
+         (37, 83), "int8", None, symmetric=False),
+    case("float-channel", files.float_quantized, compressed_section("float-quantized", num_bits=8, type="float"), (140, 150),
+         "int8", None),
+    case("float-tensor", files.float_quantized, compressed_section("float-quantized", num_bits=8, type="float"), (140, 150),
+         "fp8", "fp8", per_row=False),
+    case("fbgemm", files.float_quantized, {"quant_method": "fbgemm_fp8", "activation_scale_ub": 9.0}, (140, 150), "int8", None),
+    case("fp8-tensor", files.float_quantized, {"quant_method": "fp8", "activation_scheme": "static"}, (140, 150), "fp8", "fp8",
+         per_row=False, suffix=".weight_scale_inv"),
+    case("fp8-channel", files.float_quantized, {"quant_method": "fp8", "fmt": "e4m3"}, (140, 150), "int8", None),
+    case("nf4", files.bitsandbytes_4bit, SECTIONS["nf4"], (24, 96), "q4_1", None),
+    case("nf4-plain", files.bitsandbytes_4bit, SECTIONS["nf4"], (24, 96), "q4_1", None, nested=False),
+    case("nf4-bf16", files.bitsandbytes_4bit, SECTIONS["nf4"], (24, 96), "q4_1", None, storage=torch.bfloat16),
+    case("nf4-odd", files.bitsandbytes_4bit, SECTIONS["nf4"], (23, 51), "q4_1", None),
+    case("fp4", files.bitsandbytes_4bit, SECTIONS["fp4"], (24, 96), "q4_1", None, kind="fp4", block=128, nested=False),
+    case("bnb-int8", files.bitsandbytes_int8, SECTIONS["bnb_int8"], (37, 83), "int8", None),
+]  # fmt: skip
+
+
+def written(tmp_path, packer, section, shape, options, seed=0):
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 0.05
+    parts, values = packer(weight, **options)
+    tensors = {NAME + suffix: part for suffix, part in parts.items()} | {"m.norm.weight": torch.ones(8)}
+    return write_checkpoint(tmp_path / "m", tensors, section), values
+
+
+@pytest.mark.parametrize("panel", [700, 1 << 21])
+@pytest.mark.parametrize(("packer", "section", "shape", "natural", "exact", "options"), CASES)
+def test_dequantised_to_the_bit(tmp_path, monkeypatch, packer, section, shape, natural, exact, options, panel):
+    monkeypatch.setattr(checkpoint_base, "PANEL_ELEMENTS", panel)
+    path, values = written(tmp_path, packer, section, shape, options)
+    weight = f"{NAME}.weight"
+    with open_checkpoint(path) as checkpoint:
+        assert isinstance(checkpoint, QuantisedCheckpoint) and "quantization_config" not in checkpoint.config()
+        assert checkpoint.tensors.keys() == {weight, "m.norm.weight"}
+        assert checkpoint.shape(weight) == shape and checkpoint.natural_format(weight) == natural
+        assert torch.equal(checkpoint.read(weight), values)
+        for begin, end in ((0, 3), (5, 17), (shape[0] - 1, shape[0])):
+            assert torch.equal(checkpoint.read_rows(weight, begin, end), values[begin:end])
+        for format in ("fp32", "bf16"):
+            assert torch.equal(checkpoint.packed(weight, format).data, quant.get_format(format).pack(values))
+        if exact is not None:
+            assert torch.equal(quant.unpack(checkpoint.packed(weight, exact)), values), "nothing is rounded"
+        assert checkpoint.lossless_format(weight) in (None, exact)
