@@ -14,7 +14,6 @@ W = code * SCB / 127. Source: bitsandbytes (`functional.py`: `QuantState`, `dequ
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -101,7 +100,7 @@ def _nested(
 ) -> tuple[TensorInfo, TensorInfo, int, float]:
     """Tables, block size and offset of maxima that are quantised themselves."""
     block, offset = _size(info, state, "nested_blocksize"), state.get("nested_offset")
-    if not isinstance(offset, (int, float)) or not math.isfinite(offset):
+    if type(offset) not in (int, float) or not abs(offset) < 1e30:
         raise wrong(info, f"has the nested_offset {shown(offset)}, which is not a number")
     table = tensors.take(f"{name}.nested_quant_map", ("F32",), owner=info)
     check_shape(table, (256,), "a table of 8-bit codes")

@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from ...errors import CheckpointError
 from ...quant import Packer
 from ...quant.base import TILE_ROWS
 from ..base import TensorInfo
@@ -76,6 +77,8 @@ class QuantisedCheckpoint(SafetensorsCheckpoint):
         self._unused = [name for name in stored.left if _UNUSED.fullmatch(name)]
         plain = {name: info for name, info in stored.left.items() if name not in self._unused}
         for name, matrix in self._matrices.items():
+            if name in plain:
+                raise CheckpointError("is stored twice, quantised and not; remove one of the two", file=directory, tensor=name)
             first, nbytes = matrix.stored[0], sum(info.nbytes for info in matrix.stored)
             plain[name] = TensorInfo(name, matrix.label, matrix.shape, first.file, first.offset, nbytes)
         super().__init__(directory, config, files, plain)

@@ -15,7 +15,6 @@ and `weight_scale` [N, G], or one scale. W = scale * (code - zero). Bits, groups
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,18 +91,10 @@ def _scheme(section: Section, name: str, group: Any) -> _Scheme:
         raise section.unsupported(
             f"{name}.weights", f"are {shown(kind)} of {shown(bits)} bits; supported: int of 2, 4 and 8, float of 8"
         )
-    if size is not None and (type(size) is not int or (size < 1 and size != -1)):
+    if size is not None and (type(size) is not int or not (0 < size < 1 << 31 or size == -1)):
         raise section.unsupported(f"{name}.weights.group_size", f"is {shown(size)}; it must be a number of columns")
-    return _Scheme(bits, kind == "float", None if size == -1 else size, _block(section, name, weights))
-
-
-def _block(section: Section, name: str, weights: Mapping[str, Any]) -> tuple[int, int] | None:
-    block = weights.get("block_structure")
-    if block is None:
-        return None
-    if not isinstance(block, list) or len(block) != 2 or not all(type(side) is int and side > 0 for side in block):
-        raise section.unsupported(f"{name}.weights.block_structure", f"is {shown(block)}; it must be two numbers")
-    return block[0], block[1]
+    block = section.block(f"{name}.weights.block_structure", weights.get("block_structure"))
+    return _Scheme(bits, kind == "float", None if size == -1 else size, block)
 
 
 def _packed(layer: str, schemes: list[_Scheme], tensors: StoredTensors) -> QuantisedMatrix:

@@ -39,22 +39,13 @@ def find_fp8(section: Section, tensors: StoredTensors) -> dict[str, QuantisedMat
     section.check_known(_FIELDS)
     section.one_of("fmt", ("e4m3",), "e4m3")
     section.one_of("activation_scheme", ("dynamic", "static"), "dynamic")
-    return _find(tensors, _block(section))
+    return _find(tensors, section.block("weight_block_size", section.fields.get("weight_block_size")))
 
 
 def find_fbgemm_fp8(section: Section, tensors: StoredTensors) -> dict[str, QuantisedMatrix]:
     """The FP8 matrices of a checkpoint whose `quant_method` is "fbgemm_fp8"."""
     section.check_known(("activation_scale_ub",))
     return _find(tensors, None)
-
-
-def _block(section: Section) -> tuple[int, int] | None:
-    block = section.fields.get("weight_block_size")
-    if block is None:
-        return None
-    if not isinstance(block, list) or len(block) != 2 or not all(type(side) is int and side > 0 for side in block):
-        raise section.unsupported("weight_block_size", f"is {str(block)[:50]}; it must be two numbers, as in [128, 128]")
-    return block[0], block[1]
 
 
 def _find(tensors: StoredTensors, block: tuple[int, int] | None) -> dict[str, QuantisedMatrix]:

@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ...errors import UnsupportedModelError, shown
+from ...errors import UnsupportedModelError, excerpt, shown
+
+_MAX_SIZE = 1 << 31  # of groups and blocks
 
 
 class Section:
@@ -32,10 +34,13 @@ class Section:
                 )
 
     def one_of(self, field: str, allowed: Sequence[Any], default: Any = None) -> Any:
-        """The value of a field, or `default` if it is absent or null; UnsupportedModelError unless it is one of `allowed`."""
+        """The value of a field, or `default` if it is absent or null; UnsupportedModelError unless it is one of `allowed`.
+
+        Without a default, the field is required.
+        """
         value = self.fields.get(field)
         value = default if value is None else value
-        if not any(type(value) is type(one) and value == one for one in (*allowed, default)):
+        if not any(type(value) is type(one) and value == one for one in allowed):
             names = ", ".join(str(one) for one in allowed)
             raise self.unsupported(field, f"is {shown(value)}; supported: {names}. Use the original model instead")
         return value
@@ -49,10 +54,22 @@ class Section:
         """A group size: columns, or -1 for whole rows."""
         value = self.fields.get(field)
         value = default if value is None else value
-        if type(value) is not int or (value < 1 and value != -1):
+        if value != -1 and not _is_size(value):
             raise self.unsupported(field, f"is {shown(value)}; it must be a number of columns, or -1 for whole rows")
-        return value
+        return int(value)
+
+    def block(self, field: str, value: Any) -> tuple[int, int] | None:
+        """Rows and columns of the blocks that share a scale, from a field's value; None if that is null."""
+        if value is None:
+            return None
+        if not isinstance(value, list) or len(value) != 2 or not all(map(_is_size, value)):
+            raise self.unsupported(field, f"is {shown(value)}; it must be two numbers, as in [128, 128]")
+        return value[0], value[1]
 
     def unsupported(self, field: str, problem: str) -> UnsupportedModelError:
         """An error about a field."""
-        return UnsupportedModelError(f"{self.file}: quantization_config.{field} of {self.method} {problem}")
+        return UnsupportedModelError(f"{self.file}: quantization_config.{excerpt(field)} of {self.method} {problem}")
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int and 0 < value < _MAX_SIZE
