@@ -137,7 +137,7 @@ def test_from_pretrained_names_the_way(tiny_model, tmp_path):
         AutoModelForCausalLM.from_pretrained(folder, config=config, quantization_config=DeepSeekConfig())
 
 
-@pytest.mark.parametrize("method", ["hqq", "torchao", None, 3])
+@pytest.mark.parametrize("method", ["hqq", "quanto", None, 3])
 def test_methods_that_are_not_supported(tiny_model, tmp_path, method):
     folder, _ = quantised_copy(tiny_model, tmp_path / "m", files.gptq, {"quant_method": method})
     with pytest.raises(CheckpointError, match="is quantised by .*, which is not supported .*gptq.*; use the original model"):

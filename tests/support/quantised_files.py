@@ -237,11 +237,13 @@ def mxfp4(stack: torch.Tensor) -> Packed:
     return {"_blocks": codes[..., 1::2] << 4 | codes[..., ::2], "_scales": (exponents + 127).to(torch.uint8)}, values
 
 
-def write_checkpoint(folder: Path, tensors: dict[str, torch.Tensor], section: dict[str, Any]) -> Path:
+def write_checkpoint(
+    folder: Path, tensors: dict[str, torch.Tensor], section: dict[str, Any], metadata: dict[str, str] | None = None
+) -> Path:
     """A directory with these tensors and nothing else that a model needs."""
-    folder.mkdir()
+    folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps({"model_type": "llama", "quantization_config": section}))
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors", metadata)
     return folder
 
 

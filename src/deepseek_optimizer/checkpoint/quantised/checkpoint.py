@@ -31,6 +31,7 @@ from .matrix import Kept, QuantisedMatrix
 from .mxfp4 import find_mxfp4
 from .section import Section
 from .tensors import StoredTensors
+from .torchao import find_torchao
 
 METHODS: Mapping[str, Callable[[Section, StoredTensors], dict[str, QuantisedMatrix]]] = {
     "awq": find_awq,
@@ -40,6 +41,7 @@ METHODS: Mapping[str, Callable[[Section, StoredTensors], dict[str, QuantisedMatr
     "fp8": find_fp8,
     "gptq": find_gptq,
     "mxfp4": find_mxfp4,
+    "torchao": find_torchao,
 }
 _LOSSES = ("is exact", "keeps the codes and rounds scales and minima to float16", "rounds them again")
 # Scales of activations, and of keys and values: the plan computes its own.

@@ -14,21 +14,18 @@ and `weight_scale` [N, G], or one scale. W = scale * (code - zero). Bits, groups
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from ...errors import shown
-from ..base import TensorInfo
-from .affine import AffineRows, formats_of, group_label
 from .fp8 import E4M3, Fp8Matrix
+from .integers import IntegerMatrix, IntegerTensors, groups_of
 from .matrix import QuantisedMatrix
 from .section import Section
 from .tensors import SCALES, StoredTensors, check_shape, wrong
-from .words import BITS, unpack_words, words_for
+from .words import BITS, words_for
 
+_NAME = "compressed-tensors"
 _FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "mixed-precision", "dense")
 _INTEGERS = ("I32", "I64")
 _FIELDS = (
@@ -106,7 +103,7 @@ def _packed(layer: str, schemes: list[_Scheme], tensors: StoredTensors) -> Quant
     fitting = [s for s in schemes if not s.floats and cols > 0 and (rows, words_for(cols, s.bits)) == weight.shape]
     if not fitting:
         raise wrong(weight, f"has shape {weight.shape}, which is not that of {rows} x {cols} packed weights of config_groups")
-    groups = _groups(scales, rows)
+    groups = groups_of(scales, rows, cols)
     sizes = {s.bits: s.size for s in fitting if s.size is None or -(-cols // s.size) == groups}
     if not sizes or (groups > 1 and not any(sizes.values())):
         raise wrong(scales, f"has shape {scales.shape}, which fits no group_size of config_groups with {rows} x {cols} weights")
@@ -116,8 +113,8 @@ def _packed(layer: str, schemes: list[_Scheme], tensors: StoredTensors) -> Quant
         check_shape(zeros, (words_for(rows, bits), groups), f"{bits}-bit packed zero points of {rows} rows in {groups} groups")
     group_of = tensors.optional(f"{layer}.weight_g_idx", _INTEGERS, 1)
     check_shape(group_of, (cols,), f"a matrix of {cols} columns")
-    stored = _Stored(weight, scales, zeros, group_of, given)
-    return IntegerMatrix(stored, bits, cols if size is None or groups == 1 else size, (rows, cols), tensors)
+    stored = IntegerTensors(weight, scales, zeros, group_of, given)
+    return IntegerMatrix(stored, bits, cols if size is None or groups == 1 else size, (rows, cols), tensors, _NAME)
 
 
 def _bytes(name: str, tensors: StoredTensors) -> QuantisedMatrix:
@@ -125,88 +122,5 @@ def _bytes(name: str, tensors: StoredTensors) -> QuantisedMatrix:
     scales = tensors.take(f"{name}_scale", SCALES, owner=weight)
     zeros = tensors.optional(f"{name}_zero_point", ("I8",))
     rows, cols = weight.shape
-    return IntegerMatrix(_Stored(weight, scales, zeros), 8, -(-cols // _groups(scales, rows)), (rows, cols), tensors)
-
-
-def _groups(scales: TensorInfo, rows: int) -> int:
-    """Number of groups in a row; CheckpointError unless there are scales for each row, or one for all."""
-    if math.prod(scales.shape) == 1 or scales.shape == (rows,):
-        return 1
-    if len(scales.shape) != 2 or scales.shape[0] != rows or scales.shape[1] == 0:
-        raise wrong(scales, f"has shape {scales.shape}; the scales of {rows} rows need one for each group of each row")
-    return scales.shape[1]
-
-
-@dataclass(frozen=True)
-class _Stored:
-    weight: TensorInfo
-    scales: TensorInfo
-    zeros: TensorInfo | None = None
-    group_of: TensorInfo | None = None
-    shape: TensorInfo | None = None
-
-
-class IntegerMatrix(QuantisedMatrix):
-    """Integer weights, packed in words (`weight` is I32) or one per byte.
-
-    Args:
-        stored: the tensors.
-        bits: of a code.
-        size: columns of a group.
-        shape: rows and columns.
-        tensors: reads them.
-    """
-
-    def __init__(self, stored: _Stored, bits: int, size: int, shape: tuple[int, int], tensors: StoredTensors) -> None:
-        self._stored, self._bits, self._size, self._tensors = stored, bits, size, tensors
-        self._packed = stored.weight.dtype == "I32"
-        rows, cols = shape
-        self._groups = _groups(stored.scales, rows)
-        if stored.zeros is not None and stored.zeros.dtype == "I8" and stored.zeros.shape != stored.scales.shape:
-            raise wrong(stored.zeros, f"has shape {stored.zeros.shape}, but the scales have {stored.scales.shape}")
-        whole = self._groups == 1
-        ordered = stored.group_of is not None and not whole
-        label = f"compressed-tensors {bits}-bit, {group_label(size, cols)}{', in activation order' if ordered else ''}"
-        kept = not ordered and (size % 32 == 0 or whole)
-        self.lossless, self.natural = formats_of(bits, stored.zeros is None, kept)
-        infos = (stored.weight, stored.scales, stored.zeros, stored.group_of, stored.shape)
-        super().__init__(label, shape, tuple(info for info in infos if info is not None))
-
-    def rows(self, begin: int, end: int) -> AffineRows:
-        stored, tensors = self._stored, self._tensors
-        codes = tensors.rows(stored.weight, begin, end)
-        if self._packed:
-            codes = unpack_words(codes, self._bits)[:, : self.shape[1]]
-        scales = tensors.finite(stored.scales, self._of_rows(stored.scales, begin, end))
-        offset = 1 << (self._bits - 1) if self._packed else 0
-        zeros = None if stored.zeros is None else self._zeros(stored.zeros, begin, end) + offset
-        return AffineRows(codes, scales, zeros, offset, self._size, self._group_of())
-
-    def _of_rows(self, info: TensorInfo, begin: int, end: int) -> torch.Tensor:
-        """The values of rows [begin, end) in each group: [end - begin, G]."""
-        if math.prod(info.shape) == 1:
-            return self._tensors.read(info).reshape(1, 1).expand(end - begin, 1)
-        return self._tensors.elements(info, begin * self._groups, end * self._groups).view(end - begin, self._groups)
-
-    def _zeros(self, info: TensorInfo, begin: int, end: int) -> torch.Tensor:
-        """Zero points of signed codes, int16 [end - begin, G]."""
-        if info.dtype == "I8":
-            return self._of_rows(info, begin, end).to(torch.int16)
-        each = 32 // self._bits
-        first, last = begin // each, -(-end // each)
-        words = self._tensors.rows(info, first, last).t()
-        codes = unpack_words(words, self._bits)[:, begin - first * each : end - first * each]
-        return codes.t().to(torch.int16) - (1 << (self._bits - 1))
-
-    def _group_of(self) -> torch.Tensor | None:
-        """The group of each column; None if it is k // group_size, which all -1 stand for too."""
-        info = self._stored.group_of
-        if info is None or self._groups == 1:
-            return None
-        group_of = self._tensors.read(info).long()
-        in_order = torch.arange(self.shape[1], dtype=torch.int64, device="cpu") // self._size
-        if torch.equal(group_of, in_order) or bool((group_of == -1).all()):
-            return None
-        if int(group_of.min()) < 0 or int(group_of.max()) >= self._groups:
-            raise wrong(info, f"contains the group {int(group_of.max())}; there are {self._groups}, counted from 0")
-        return group_of
+    size = cols // groups_of(scales, rows, cols)
+    return IntegerMatrix(IntegerTensors(weight, scales, zeros), 8, size, (rows, cols), tensors, _NAME)

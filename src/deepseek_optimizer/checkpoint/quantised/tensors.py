@@ -11,6 +11,7 @@ import torch
 from ...errors import CheckpointError
 from ..base import TensorInfo
 from ..files import DataFile
+from ..safetensors import open_safetensors
 
 _TYPES = {
     "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64, "F16": torch.float16,
@@ -29,6 +30,13 @@ class StoredTensors:
     def __init__(self, files: Mapping[Path, DataFile], tensors: Mapping[str, TensorInfo]) -> None:
         self._files = files
         self.left = dict(tensors)
+
+    def metadata(self) -> dict[str, str]:
+        """The metadata of the files' headers, merged."""
+        merged: dict[str, str] = {}
+        for file in self._files.values():
+            merged |= open_safetensors(file).metadata
+        return merged
 
     def names(self, suffix: str) -> list[str]:
         """Names of the tensors left that end with `suffix`, without it."""
