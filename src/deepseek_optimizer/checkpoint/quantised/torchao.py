@@ -59,9 +59,9 @@ def _description(text: str | None, info: TensorInfo) -> tuple[str, Mapping[str, 
     value = parse_json(text.encode(), info.file, f"the metadata of tensor {info.name!r}")
     kind, data = value.get("_type"), value.get("_data")
     if kind not in _TYPES or not isinstance(data, dict):
+        problem = f"is torchao's {shown(kind)} (supported: {', '.join(_TYPES)})"
         raise UnsupportedModelError(
-            f"{info.file}, tensor {info.name!r}: is a {shown(kind)} of torchao (supported: {', '.join(_TYPES)}); save the model "
-            "in one of their layouts, or use the original model"
+            f"{info.file}, tensor {info.name!r}: {problem}; save the model in one of these layouts, or use the original model"
         )
     return kind, data
 
