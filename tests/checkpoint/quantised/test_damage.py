@@ -20,6 +20,7 @@ W8A8 = compressed_section("int-quantized", num_bits=8, type="int", strategy="cha
 SOURCES: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
     "gptq": (files.gptq, SECTIONS["gptq"], {"ordered": True}),
     "awq": (files.awq, SECTIONS["awq"], {}),
+    "auto-round": (files.gptq, {"quant_method": "auto-round", "bits": 4, "group_size": 32}, {}),
     "packed": (files.pack_quantized, W4A16, {"symmetric": False, "ordered": True}),
     "int8": (files.int_quantized, W8A8, {"symmetric": False}),
     "nf4": (files.bitsandbytes_4bit, SECTIONS["nf4"], {}),
@@ -156,7 +157,8 @@ def test_a_wrong_shape_of_packed_weights(tmp_path, shape):
         ("packed", "config_groups", []), ("packed", "config_groups", {"a": ["Linear"]}),
         ("packed", "transform_config", {"a": 1}),
         ("packed", "sparsity_config", {"format": "sparse-24-bitmask"}), ("packed", "twist", 1), ("nf4", "twist", 1),
-        ("nf4", "bnb_4bit_quant_type", "af4"), ("mxfp4", "twist", 1),
+        ("nf4", "bnb_4bit_quant_type", "af4"), ("auto-round", "packing_format", "auto_round:llm_compressor"),
+        ("auto-round", "rotation_config", {}), ("mxfp4", "twist", 1),
     ],
 )  # fmt: skip
 def test_fields_and_values_that_are_not_known(tmp_path, method, field, value):

@@ -12,6 +12,10 @@ from support import quantised_files as files
 from support.quantised_files import SECTIONS, compressed_section, write_checkpoint
 
 NAME = "m.q_proj"
+AUTO_ROUND = {
+    "quant_method": "auto-round", "bits": 4, "group_size": 32, "sym": True, "packing_format": "auto_round:auto_gptq",
+    "iters": 200, "autoround_version": "0.16.1", "data_type": "int",
+}  # fmt: skip
 
 
 def case(id, packer, section, shape, natural, exact, **options):
@@ -55,6 +59,9 @@ CASES = [
     gptq_case("2bit", (48, 96), "int4", "int4", bits=2, symmetric=False),
     gptq_case("odd", (19, 45), "int4", "int4", size=-1),
     gptq_case("odd-groups", (21, 333), "int4", "int4", size=64),
+    case("auto-round", files.gptq, AUTO_ROUND, (40, 96), "int4", "int4", g_idx=False),
+    case("auto-round-asym", files.gptq, AUTO_ROUND | {"sym": False}, (40, 96), "q4_1", "int8", g_idx=False, symmetric=False),
+    case("auto-round-awq", files.awq, AUTO_ROUND | {"packing_format": "auto_round:auto_awq"}, (40, 96), "q4_1", "int8"),
     case("awq", files.awq, SECTIONS["awq"], (40, 96), "q4_1", "int8"),
     case("awq-128", files.awq, SECTIONS["awq"] | {"group_size": 128}, (136, 384), "q4_1", "int8", size=128),
     case("awq-channel", files.awq, SECTIONS["awq"] | {"group_size": -1}, (24, 77), "q4_1", "int8", size=-1),
@@ -79,6 +86,7 @@ CASES = [
          per_row=False, suffix=".weight_scale_inv"),
     case("fp8-channel", files.float_quantized, {"quant_method": "fp8", "fmt": "e4m3"}, (140, 150), "int8", None),
     case("nf4", files.bitsandbytes_4bit, SECTIONS["nf4"], (24, 96), "q4_1", None),
+    case("bnb-unnamed", files.bitsandbytes_int8, {"load_in_8bit": True}, (24, 96), "int8", None),
     case("nf4-plain", files.bitsandbytes_4bit, SECTIONS["nf4"], (24, 96), "q4_1", None, nested=False),
     case("nf4-bf16", files.bitsandbytes_4bit, SECTIONS["nf4"], (24, 96), "q4_1", None, storage=torch.bfloat16),
     case("nf4-odd", files.bitsandbytes_4bit, SECTIONS["nf4"], (23, 51), "q4_1", None),

@@ -47,6 +47,12 @@ def find_awq(section: Section, tensors: StoredTensors) -> dict[str, QuantisedMat
     section.one_of("pack_dtype", ("int32",), "int32")
     for field in ("version", "format", "checkpoint_format"):
         section.one_of(field, _GEMM, "gemm")
+    return awq_layers(tensors, size)
+
+
+def awq_layers(tensors: StoredTensors, size: int) -> dict[str, QuantisedMatrix]:
+    """The layers that are stored as AWQ stores them, with groups of `size` columns (-1: whole rows), by the name of their
+    weight."""
     found: dict[str, QuantisedMatrix] = {}
     for layer in tensors.names(".qweight"):
         weight = tensors.take(f"{layer}.qweight", ("I32",), 2)

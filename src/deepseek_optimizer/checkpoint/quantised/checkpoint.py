@@ -22,6 +22,7 @@ from ...quant.base import TILE_ROWS
 from ..base import TensorInfo
 from ..directory import CONFIG, SafetensorsCheckpoint
 from ..files import DataFile
+from .auto_round import find_auto_round
 from .awq import find_awq
 from .bitsandbytes import find_bitsandbytes
 from .compressed_tensors import find_compressed_tensors
@@ -34,6 +35,7 @@ from .tensors import StoredTensors
 from .torchao import find_torchao
 
 METHODS: Mapping[str, Callable[[Section, StoredTensors], dict[str, QuantisedMatrix]]] = {
+    "auto-round": find_auto_round,
     "awq": find_awq,
     "bitsandbytes": find_bitsandbytes,
     "compressed-tensors": find_compressed_tensors,
@@ -53,7 +55,11 @@ _UNUSED = re.compile(
 def method_of(config: Mapping[str, Any]) -> str | None:
     """The `quant_method` of a config.json if it is one of `METHODS`."""
     section = config.get("quantization_config")
-    method = section.get("quant_method") if isinstance(section, dict) else None
+    if not isinstance(section, dict):
+        return None
+    method = section.get("quant_method")
+    if method is None and (section.get("load_in_4bit") or section.get("load_in_8bit")):
+        return "bitsandbytes"  # early releases named no method
     return method if isinstance(method, str) and method in METHODS else None
 
 
@@ -72,8 +78,9 @@ class QuantisedCheckpoint(SafetensorsCheckpoint):
 
     def __init__(self, directory: Path, config: dict[str, Any], files: dict[Path, DataFile], tensors: Mapping[str, TensorInfo]):
         config = dict(config)
-        section = config.pop("quantization_config")
-        self.method: str = section["quant_method"]
+        method, section = method_of(config), config.pop("quantization_config")
+        assert method is not None  # what makes a checkpoint one of this class
+        self.method: str = method
         stored = StoredTensors(files, tensors)
         self._matrices = METHODS[self.method](Section(section, self.method, directory / CONFIG), stored)
         self._unused = [name for name in stored.left if _UNUSED.fullmatch(name)]

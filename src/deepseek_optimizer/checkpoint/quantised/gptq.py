@@ -57,11 +57,27 @@ def find_gptq(section: Section, tensors: StoredTensors) -> dict[str, QuantisedMa
     section.one_of("is_marlin_format", (False,), False)
     named = "checkpoint_format" if section.fields.get("checkpoint_format") is not None else "format"
     version = section.one_of(named, ("gptq", "gptq_v2"), "gptq")
-    per_layer = bool(section.fields.get("dynamic"))  # some layers may have other bits and group sizes
+    per_layer = bool(section.fields.get("dynamic"))
+    return gptq_layers(tensors, bits, size, symmetric, ordered, version == "gptq", per_layer)
+
+
+def gptq_layers(
+    tensors: StoredTensors, bits: int, size: int, symmetric: bool, ordered: bool, minus_one: bool, per_layer: bool
+) -> dict[str, QuantisedMatrix]:
+    """The layers that are stored as GPTQ stores them, by the name of their weight.
+
+    Args:
+        tensors: the checkpoint's.
+        bits, size: of a code, and columns of a group (-1: whole rows).
+        symmetric: whether all zero points are the middle code.
+        ordered: whether columns may be grouped in the order of activations.
+        minus_one: whether zero points are stored less 1.
+        per_layer: whether some layers may have other bits and group sizes, which their tensors tell.
+    """
     found: dict[str, QuantisedMatrix] = {}
     for layer in tensors.names(".qweight"):
         stored = _take(layer, tensors, bits, size, per_layer)
-        found[f"{layer}.weight"] = GptqMatrix(stored, symmetric, ordered, version == "gptq", tensors)
+        found[f"{layer}.weight"] = GptqMatrix(stored, symmetric, ordered, minus_one, tensors)
     return found
 
 
