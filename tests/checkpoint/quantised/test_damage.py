@@ -101,8 +101,8 @@ def spoil(method, part, value, index):
     ("method", "part", "value", "index"),
     [
         spoil("gptq", ".scales", torch.nan, (2, 60)), spoil("gptq", ".scales", torch.inf, (0, 60)),
-        spoil("gptq", ".g_idx", 3, 95), spoil("gptq", ".g_idx", -1, 95), spoil("awq", ".scales", torch.nan, (2, 60)),
-        spoil("packed", ".weight_scale", torch.inf, (60, 0)), spoil("packed", ".weight_g_idx", 3, 7),
+        spoil("awq", ".scales", torch.nan, (2, 60)),
+        spoil("packed", ".weight_scale", torch.inf, (60, 0)),
         spoil("int8", ".weight_scale", torch.nan, (60, 0)), spoil("nf4", ".weight.nested_absmax", torch.nan, 0),
         spoil("nf4", ".weight.quant_map", torch.nan, 3), spoil("bnb-int8", ".SCB", torch.inf, 60),
         spoil("mxfp4", "_scales", 255, (0, 60, 2)),
@@ -121,6 +121,18 @@ def test_damaged_values(tmp_path, method, part, value, index):
         assert caught.value.tensor == name
         with pytest.raises(CheckpointError):
             checkpoint.pack_rows(weight, 0, rows, checkpoint.natural_format(weight), None, None)
+
+
+@pytest.mark.parametrize(("method", "part"), [("gptq", ".g_idx"), ("packed", ".weight_g_idx")])
+@pytest.mark.parametrize("value", [3, -2])
+def test_groups_that_do_not_exist(tmp_path, method, part, value):
+    path, change, tensors = made(tmp_path, method)
+    groups = tensors[NAME + part].clone()
+    groups[95] = value
+    name = change(part, groups)
+    with pytest.raises(CheckpointError, match="contains the group") as caught:
+        open_checkpoint(path)
+    assert caught.value.tensor == name and caught.value.file.endswith("model.safetensors")
 
 
 @pytest.mark.parametrize(

@@ -29,4 +29,4 @@ def find_auto_round(section: Section, tensors: StoredTensors) -> dict[str, Quant
     per_layer = bool(section.fields.get("extra_config"))
     if section.one_of("packing_format", (_GPTQ, _AWQ)) == _AWQ:
         return awq_layers(tensors, size)
-    return gptq_layers(tensors, bits, size, section.flag("sym", True), False, True, per_layer)
+    return gptq_layers(tensors, bits, size, section.flag("sym", True), True, per_layer)

@@ -130,10 +130,8 @@ class QuantisedCheckpoint(SafetensorsCheckpoint):
                 values = rows.floats()
                 self.check_finite(name, values)
                 packer(values, format, tiles)
-            elif kept.scale is None:
-                packer(kept.weight, format, tiles)
-            else:
-                packer(kept.weight, format, tiles, scale=kept.scale)
+            else:  # the importance of columns, which `packer` may have, is not for codes that are kept
+                packer(kept.weight, format, tiles, importance=None, scale=kept.scale)
             loss = max(loss, _loss(kept, format))
         self._converted[matrix.label, format, loss] += 1
         return None

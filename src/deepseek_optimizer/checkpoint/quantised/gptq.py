@@ -21,7 +21,6 @@ from dataclasses import dataclass
 
 import torch
 
-from ...errors import CheckpointError
 from ...quant.tiles import panels
 from .. import base
 from ..base import TensorInfo
@@ -52,17 +51,17 @@ def find_gptq(section: Section, tensors: StoredTensors) -> dict[str, QuantisedMa
     section.check_known(_FIELDS)
     bits = section.one_of("bits", BITS)
     size = section.group_size()
-    symmetric, ordered = section.flag("sym", True), section.flag("desc_act", False)
+    symmetric = section.flag("sym", True)
     section.one_of("pack_dtype", ("int32",), "int32")
     section.one_of("is_marlin_format", (False,), False)
     named = "checkpoint_format" if section.fields.get("checkpoint_format") is not None else "format"
     version = section.one_of(named, ("gptq", "gptq_v2"), "gptq")
     per_layer = bool(section.fields.get("dynamic"))
-    return gptq_layers(tensors, bits, size, symmetric, ordered, version == "gptq", per_layer)
+    return gptq_layers(tensors, bits, size, symmetric, version == "gptq", per_layer)
 
 
 def gptq_layers(
-    tensors: StoredTensors, bits: int, size: int, symmetric: bool, ordered: bool, minus_one: bool, per_layer: bool
+    tensors: StoredTensors, bits: int, size: int, symmetric: bool, minus_one: bool, per_layer: bool
 ) -> dict[str, QuantisedMatrix]:
     """The layers that are stored as GPTQ stores them, by the name of their weight.
 
@@ -70,14 +69,13 @@ def gptq_layers(
         tensors: the checkpoint's.
         bits, size: of a code, and columns of a group (-1: whole rows).
         symmetric: whether all zero points are the middle code.
-        ordered: whether columns may be grouped in the order of activations.
         minus_one: whether zero points are stored less 1.
         per_layer: whether some layers may have other bits and group sizes, which their tensors tell.
     """
     found: dict[str, QuantisedMatrix] = {}
     for layer in tensors.names(".qweight"):
         stored = _take(layer, tensors, bits, size, per_layer)
-        found[f"{layer}.weight"] = GptqMatrix(stored, symmetric, ordered, minus_one, tensors)
+        found[f"{layer}.weight"] = GptqMatrix(stored, symmetric, minus_one, tensors)
     return found
 
 
@@ -120,14 +118,13 @@ class GptqMatrix(QuantisedMatrix):
     Args:
         stored: its tensors.
         symmetric: whether all zero points are the middle code, as the config says.
-        ordered: whether columns may be grouped in the order of activations, as the config says.
         minus_one: whether zero points are stored one less.
         tensors: reads them.
     """
 
-    def __init__(self, stored: _Stored, symmetric: bool, ordered: bool, minus_one: bool, tensors: StoredTensors) -> None:
+    def __init__(self, stored: _Stored, symmetric: bool, minus_one: bool, tensors: StoredTensors) -> None:
         self._stored, self._minus_one, self._tensors = stored, minus_one, tensors
-        ordered = ordered and stored.scales.shape[0] > 1
+        ordered = stored.scales.shape[0] > 1 and self._group_of() is not None
         label = f"GPTQ {stored.bits}-bit, {group_label(stored.size, stored.cols)}{', in activation order' if ordered else ''}"
         kept = not ordered and (stored.size % 32 == 0 or stored.scales.shape[0] == 1)
         self.lossless, self.natural = formats_of(stored.bits, symmetric, kept)
@@ -157,17 +154,4 @@ class GptqMatrix(QuantisedMatrix):
         return AffineRows(codes, scales, zeros.t().to(torch.int16), 0, stored.size, group_of)
 
     def _group_of(self) -> torch.Tensor | None:
-        """The group of each column; None if it is k // group_size."""
-        info = self._stored.group_of
-        if info is None:
-            return None
-        groups, group_of = self._stored.scales.shape[0], self._tensors.read(info).long()
-        if torch.equal(group_of, torch.arange(self._stored.cols, dtype=torch.int64, device="cpu") // self._stored.size):
-            return None
-        if int(group_of.min()) < 0 or int(group_of.max()) >= groups:
-            raise CheckpointError(
-                f"contains the group {int(group_of.max())}; there are {groups}, counted from 0; download the file again",
-                file=info.file,
-                tensor=info.name,
-            )
-        return group_of
+        return self._tensors.group_of_columns(self._stored.group_of, self._stored.size, self._stored.scales.shape[0])

@@ -64,7 +64,7 @@ class IntegerMatrix(QuantisedMatrix):
         if stored.zeros is not None and stored.zeros.dtype == "I8" and stored.zeros.shape != stored.scales.shape:
             raise wrong(stored.zeros, f"has shape {stored.zeros.shape}, but the scales have {stored.scales.shape}")
         whole = self._groups == 1
-        ordered = stored.group_of is not None and not whole
+        ordered = self._group_of() is not None
         label = f"{quantiser} {bits}-bit, {group_label(size, cols)}{', in activation order' if ordered else ''}"
         kept = not ordered and (size % 32 == 0 or whole)
         self.lossless, self.natural = formats_of(bits, stored.zeros is None if symmetric is None else symmetric, kept)
@@ -100,14 +100,4 @@ class IntegerMatrix(QuantisedMatrix):
         return codes.t().to(torch.int16) - (1 << (self._bits - 1))
 
     def _group_of(self) -> torch.Tensor | None:
-        """The group of each column; None if it is k // group_size, which all -1 stand for too."""
-        info = self._stored.group_of
-        if info is None or self._groups == 1:
-            return None
-        group_of = self._tensors.read(info).long()
-        in_order = torch.arange(self.shape[1], dtype=torch.int64, device="cpu") // self._size
-        if torch.equal(group_of, in_order) or bool((group_of == -1).all()):
-            return None
-        if int(group_of.min()) < 0 or int(group_of.max()) >= self._groups:
-            raise wrong(info, f"contains the group {int(group_of.max())}; there are {self._groups}, counted from 0")
-        return group_of
+        return self._tensors.group_of_columns(self._stored.group_of, self._size, self._groups)

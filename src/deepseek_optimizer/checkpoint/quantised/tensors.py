@@ -98,6 +98,22 @@ class StoredTensors:
         data = self._files[info.file].read_strided(offset, stride, info.shape[0], (end - begin) * size)
         return data.view(_TYPES[info.dtype]).view(info.shape[0], end - begin)
 
+    def group_of_columns(self, info: TensorInfo | None, size: int, groups: int) -> torch.Tensor | None:
+        """The group of each column, int64 [K]; None if column k is in group k // size, which all -1 stand for too.
+
+        Raises:
+            CheckpointError: an index is not that of a group.
+        """
+        if info is None or groups == 1:
+            return None
+        group_of = self.read(info).long()
+        in_order = torch.arange(group_of.numel(), dtype=torch.int64, device="cpu") // size
+        if torch.equal(group_of, in_order) or bool((group_of == -1).all()):
+            return None
+        if bool((invalid := (group_of < 0) | (group_of >= groups)).any()):
+            raise wrong(info, f"contains the group {int(group_of[invalid][0])}; there are {groups}, counted from 0")
+        return group_of
+
     def finite(self, info: TensorInfo, values: torch.Tensor) -> torch.Tensor:
         """Scales as float32; CheckpointError if one is NaN or infinite."""
         values = values.float()
