@@ -8,6 +8,7 @@ import torch
 from deepseek_optimizer import quant
 from deepseek_optimizer.checkpoint import QuantisedCheckpoint, open_checkpoint
 from deepseek_optimizer.checkpoint import base as checkpoint_base
+from deepseek_optimizer.checkpoint.quantised.affine import AffineRows
 from support import quantised_files as files
 from support.quantised_files import SECTIONS, compressed_section, write_checkpoint
 
@@ -120,3 +121,20 @@ def test_dequantised_to_the_bit(tmp_path, monkeypatch, packer, section, shape, n
         if exact is not None:
             assert torch.equal(quant.unpack(checkpoint.packed(weight, exact)), values), "nothing is rounded"
         assert checkpoint.lossless_format(weight) in (None, exact)
+
+
+@pytest.mark.parametrize(("zero", "top"), [(128, 9), (0, 9), (16, 15), (255, 255), (8, 15)])
+@pytest.mark.parametrize("listed", [True, False])
+def test_small_codes_under_any_zero_point(zero, top, listed):
+    """A panel may happen to have small codes only; differences are exact all the same."""
+    codes = torch.randint(0, top + 1, (16, 64), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    scales = torch.full((16, 2), 0.5)
+    zeros = torch.full((16, 2), zero, dtype=torch.int16) if listed else None
+    rows = AffineRows(codes, scales, zeros, zero, 32)
+    wanted = (codes.float() - zero) * 0.5
+    assert torch.equal(rows.floats(), wanted)
+    kept = rows.kept("int8")
+    assert (kept is None) == bool((wanted.abs() > 64).any())
+    if kept is not None:
+        packed = quant.PackedMatrix("int8", 16, 64, quant.reference_packer(kept.weight, "int8"))
+        assert torch.equal(quant.unpack(packed), wanted)

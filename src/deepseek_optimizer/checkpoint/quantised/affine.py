@@ -56,7 +56,7 @@ class AffineRows(StoredRows):
             return self._kept_q4_1()
         if format not in _HOLDS:
             return None
-        codes = self.codes.to(torch.int16) - (self.zero if self.zeros is None else self._each(self.zeros))
+        codes = self._signed()
         low, high = _HOLDS[format]
         scale = self._blocks(self.scales)
         half = scale.to(torch.float16)
@@ -64,6 +64,14 @@ class AffineRows(StoredRows):
             return None
         blocks = int4_blocks(codes, half) if format == "int4" else int8_blocks(codes, half)
         return Kept(blocks, bool((half.float() == scale).all()))
+
+    def _signed(self) -> torch.Tensor:
+        """code - zero: int8 for codes of up to 4 bits, int16 for others."""
+        largest_zero = self.zero if self.zeros is None else int(self.zeros.max())
+        small = self.codes.dtype == torch.uint8 and largest_zero <= 16 and int(self.codes.max()) <= 15
+        dtype = torch.int8 if small else torch.int16
+        codes = self.codes.view(dtype) if small else self.codes.to(dtype)
+        return codes - (self.zero if self.zeros is None else self._each(self.zeros.to(dtype)))
 
     def _kept_q4_1(self) -> Kept | None:
         if int(self.codes.min()) < 0 or int(self.codes.max()) > 15:

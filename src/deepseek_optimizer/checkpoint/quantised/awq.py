@@ -28,7 +28,6 @@ from .tensors import SCALES, StoredTensors, check_shape
 from .words import lanes, unpack_words, words_for
 
 BITS = 4
-_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)  # where each of eight rows is in a word, in units of 4 bits
 _FIELDS = (
     "bits", "w_bit", "group_size", "q_group_size", "zero_point", "version", "format", "checkpoint_format", "pack_dtype",
     # How the codes were found, and how they are to be run: nothing that changes what is stored.
@@ -98,5 +97,5 @@ class AwqMatrix(QuantisedMatrix):
 
 
 def _unpack(words: torch.Tensor) -> torch.Tensor:
-    """int32 [n, w] -> uint8 [n, 8 w], in the order of rows."""
-    return unpack_words(words, BITS).view(words.shape[0], -1, 8)[..., list(_PLACES)].flatten(1)
+    """int32 [n, w] -> uint8 [n, 8 w], in the order of rows: a word has first the even rows of its eight, then the odd ones."""
+    return unpack_words(words, BITS).view(words.shape[0], -1, 2, 4).transpose(2, 3).flatten(1)

@@ -17,8 +17,8 @@ def unpack_words(words: torch.Tensor, bits: int) -> torch.Tensor:
     data = words.clone(memory_format=torch.contiguous_format).view(torch.uint8)  # `contiguous` may keep odd strides of size 1
     if bits == 8:
         return data
-    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=words.device)
-    return ((data.unsqueeze(-1) >> shifts) & ((1 << bits) - 1)).flatten(1)
+    mask = (1 << bits) - 1
+    return torch.stack([(data >> shift) & mask for shift in range(0, 8, bits)], -1).flatten(1)
 
 
 def lanes(begin: int, end: int, bits: int) -> tuple[int, int, int]:
