@@ -99,7 +99,8 @@ def _nested(
     name: str, info: TensorInfo, state: dict[str, Any], blocks: int, tensors: StoredTensors
 ) -> tuple[TensorInfo, TensorInfo, int, float]:
     """Tables, block size and offset of maxima that are quantised themselves."""
-    block, offset = _size(info, state, "nested_blocksize"), state.get("nested_offset")
+    block = _size(info, state, "nested_blocksize")
+    offset: Any = state.get("nested_offset")
     if type(offset) not in (int, float) or not abs(offset) < 1e30:
         raise wrong(info, f"has the nested_offset {shown(offset)}, which is not a number")
     table = tensors.take(f"{name}.nested_quant_map", ("F32",), owner=info)
@@ -110,7 +111,7 @@ def _nested(
 
 
 def _size(info: TensorInfo, state: dict[str, Any], field: str) -> int:
-    value = state.get(field)
+    value: Any = state.get(field)
     if not _is_size(value):
         raise wrong(info, f"has the {field} {shown(value)}, which is not a number of elements")
     size: int = value

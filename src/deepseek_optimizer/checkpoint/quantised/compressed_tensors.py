@@ -83,7 +83,8 @@ def _scheme(section: Section, name: str, group: Any) -> _Scheme:
     weights = group.get("weights") if isinstance(group, dict) else None
     if not isinstance(weights, dict):
         raise section.unsupported(name, f"is {shown(group)}; it must have weights")
-    bits, kind, size = (weights.get(field) for field in ("num_bits", "type", "group_size"))
+    bits: Any = weights.get("num_bits")
+    kind, size = weights.get("type"), weights.get("group_size")
     if (kind, bits) not in (*(("int", b) for b in BITS), ("float", 8)):
         raise section.unsupported(
             f"{name}.weights", f"are {shown(kind)} of {shown(bits)} bits; supported: int of 2, 4 and 8, float of 8"
