@@ -138,3 +138,40 @@ def test_small_codes_under_any_zero_point(zero, top, listed):
     if kept is not None:
         packed = quant.PackedMatrix("int8", 16, 64, quant.reference_packer(kept.weight, "int8"))
         assert torch.equal(quant.unpack(packed), wanted)
+
+
+def test_mxfp4_stacks(tmp_path):
+    """gpt-oss's experts: exact as float, and as int8 if the scales are float16 values; scales may span all of E8M0."""
+    stack = torch.randn(3, 40, 96, generator=torch.Generator().manual_seed(0)) * 0.02
+    parts, values = files.mxfp4(stack)
+    extreme, extreme_values = files.mxfp4(stack * torch.logspace(-36, 36, 3)[:, None, None])
+    tensors = {f"m.experts.down_proj{suffix}": part for suffix, part in parts.items()}
+    tensors |= {f"m.experts.gate_up_proj{suffix}": part for suffix, part in extreme.items()}
+    tensors["m.experts.down_proj_bias"] = torch.zeros(3, 40).bfloat16()
+    with open_checkpoint(write_checkpoint(tmp_path / "m", tensors, SECTIONS["mxfp4"])) as checkpoint:
+        name = "m.experts.down_proj"
+        assert checkpoint.shape(name) == (3, 40, 96) and checkpoint.own_format(name, (3, 40, 96)) == "int8"
+        assert torch.equal(checkpoint.read(name), values)
+        assert torch.equal(checkpoint.read_rows(name, 37, 83), values.flatten(0, 1)[37:83])
+        packed = checkpoint.packed_stack(name, "int8", (3, 40, 96))
+        assert torch.equal(torch.stack([quant.unpack(packed.matrix(i)) for i in range(3)]), values)
+        assert checkpoint.conversions() == []
+        assert torch.equal(checkpoint.read("m.experts.gate_up_proj"), extreme_values)
+        assert checkpoint.read("m.experts.down_proj_bias").dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("scale", [1e-7, 3.3e-6, 7e4])
+def test_scales_that_are_no_float16_values(tmp_path, scale):
+    """Subnormal ones are rounded, which is said; those that float16 cannot hold are left to the format's own packer."""
+    codes = torch.randint(-8, 8, (16, 64), generator=torch.Generator().manual_seed(0), dtype=torch.int8)
+    tensors = {f"{NAME}.weight": codes, f"{NAME}.weight_scale": torch.full((16, 1), scale, dtype=torch.bfloat16)}
+    section = compressed_section("int-quantized", num_bits=8, type="int", strategy="channel")
+    with open_checkpoint(write_checkpoint(tmp_path / "m", tensors, section)) as checkpoint:
+        name = f"{NAME}.weight"
+        values, ours = checkpoint.read(name), quant.unpack(checkpoint.packed(name, "int8"))
+        half = tensors[f"{NAME}.weight_scale"].float().half()
+        (said,) = checkpoint.conversions()
+        if half.isfinite().all():
+            assert torch.equal(ours, codes.float() * half.float()) and "rounds scales and minima to float16" in said
+        else:
+            assert "rounds them again" in said and torch.equal(ours, quant.unpack(quant.pack(values, "int8")))
