@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from deepseek_optimizer import CheckpointError, ConfigError, DeepSeekConfig, load_model
 from deepseek_optimizer.backends.cpu import unavailable_reason
+from deepseek_optimizer.integration.load import pack_checkpoint as pack_module
 from deepseek_optimizer.integration.load.pack_checkpoint import pack_checkpoint
 from support import quantised_files as files
 from support.models import CASES, assert_close_rows, random_model
@@ -96,6 +97,32 @@ def test_convert(tiny_model, tmp_path, method):
     saved = json.loads((tmp_path / "packed" / "config.json").read_text())
     assert saved["quantization_config"]["quant_method"] == "deepseek_optimizer"
     assert {entry["format"] for entry in saved["packed_manifest"]["modules"].values()} >= {format}
+
+
+def test_a_conversion_is_not_resumed_under_another_section(tiny_model, tmp_path, monkeypatch):
+    """Files of an interrupted run are reused by a run that reads the weights alike only."""
+    folder, _ = quantised_copy(tiny_model, tmp_path / "m", files.gptq, SECTIONS["gptq"])
+    real, written = pack_module.write_shard, []
+
+    def interrupted(file, shard, weights):
+        if written:
+            raise KeyboardInterrupt
+        real(file, shard, weights)
+        written.extend(name for name in shard.layout.order if "_proj" in name)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(pack_module, "write_shard", interrupted)
+        pack_checkpoint(folder, tmp_path / "packed", {}, shard_bytes=1 << 12)
+    assert written
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["checkpoint_format"] = "gptq_v2"
+    (folder / "config.json").write_text(json.dumps(config))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pack_checkpoint(folder, tmp_path / "packed", {}, shard_bytes=1 << 12)
+        again, model = load_model(tmp_path / "packed"), load_model(folder)
+    for (name, a), (_, b) in zip(again.named_parameters(), model.named_parameters(), strict=True):
+        assert torch.equal(a, b), name
 
 
 def test_biases_of_zeros_are_left_out(tiny_model, tmp_path):

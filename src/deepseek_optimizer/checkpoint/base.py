@@ -39,10 +39,12 @@ class Checkpoint(ABC):
     Attributes:
         path: the directory or file that was opened.
         tensors: stored tensors by Transformers' parameter name.
+        quantisation: the `quantization_config` by which tensors are read, if `config` omits it.
         mapper: maps packed weights into memory, to be used in place; None: they are read into memory.
     """
 
     kind: ClassVar[str]
+    quantisation: Mapping[str, Any] | None = None
     mapper: Mapper | None = None
 
     def __init__(self, path: Path, config: dict[str, Any], tensors: Mapping[str, TensorInfo]) -> None:

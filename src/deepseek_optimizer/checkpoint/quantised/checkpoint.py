@@ -81,6 +81,7 @@ class QuantisedCheckpoint(SafetensorsCheckpoint):
         method, section = method_of(config), config.pop("quantization_config")
         assert method is not None  # what makes a checkpoint one of this class
         self.method: str = method
+        self.quantisation = section
         stored = StoredTensors(files, tensors)
         self._matrices = METHODS[self.method](Section(section, self.method, directory / CONFIG), stored)
         self._unused = [name for name in stored.left if _UNUSED.fullmatch(name)]
