@@ -226,6 +226,19 @@ def test_scales_of_activations_are_left_out(tmp_path):
         assert checkpoint.remarks() == ["2 scales of activations or of the cache are left out: the plan computes its own"]
 
 
+def test_float16_matrices_become_bf16(tmp_path):
+    """The embedding and the head of most such checkpoints: fp32 would double their size."""
+    parts, _ = files.gptq(WEIGHT)
+    tensors = {NAME + suffix: part for suffix, part in parts.items()}
+    tensors |= {"m.embed.weight": torch.randn(40, 64).half(), "m.head.weight": torch.randn(40, 64)}
+    with open_checkpoint(write_checkpoint(tmp_path / "m", tensors, SECTIONS["gptq"])) as checkpoint:
+        formats = {name: checkpoint.natural_format(name) for name in checkpoint.tensors}
+        assert formats == {f"{NAME}.weight": "int4", "m.embed.weight": "bf16", "m.head.weight": "fp32"}
+        for name, format in formats.items():
+            checkpoint.packed(name, format)
+        assert checkpoint.conversions() == ["1 matrix converted from F16 to bf16, which rounds them again"]
+
+
 def test_bits_and_groups_of_single_layers(tmp_path):
     """GPTQModel's `dynamic`: a layer's own bits and group size follow from its tensors."""
     tensors, values = {}, {}

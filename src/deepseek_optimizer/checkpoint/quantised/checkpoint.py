@@ -88,7 +88,9 @@ class QuantisedCheckpoint(SafetensorsCheckpoint):
         plain = {name: info for name, info in stored.left.items() if name not in self._unused}
         for name, matrix in self._matrices.items():
             if name in plain:
-                raise CheckpointError("is stored twice, quantised and not; remove one of the two", file=directory, tensor=name)
+                raise CheckpointError(
+                    "is stored twice, quantised and not; remove one of the two", file=plain[name].file, tensor=name
+                )
             first, nbytes = matrix.stored[0], sum(info.nbytes for info in matrix.stored)
             plain[name] = TensorInfo(name, matrix.label, matrix.shape, first.file, first.offset, nbytes)
         super().__init__(directory, config, files, plain)
@@ -102,7 +104,11 @@ class QuantisedCheckpoint(SafetensorsCheckpoint):
         return self._matrices[name].lossless if name in self._matrices else super().lossless_format(name)
 
     def natural_format(self, name: str) -> str:
-        return self._matrices[name].natural if name in self._matrices else super().natural_format(name)
+        if name in self._matrices:
+            return self._matrices[name].natural
+        if self.info(name).dtype == "F16":
+            return "bf16"  # fp32 would be exact, but twice the size, and the head is read for each token
+        return super().natural_format(name)
 
     def read(self, name: str) -> torch.Tensor:
         if name not in self._matrices:
@@ -122,6 +128,8 @@ class QuantisedCheckpoint(SafetensorsCheckpoint):
     def pack_rows(self, name: str, begin: int, end: int, format: str, packer: Packer, out: torch.Tensor) -> None:
         matrix = self._matrices.get(name)
         if matrix is None:
+            stored = self.info(name).dtype
+            self._converted[stored, format, 2 if (stored, format) == ("F16", "bf16") else 0] += 1
             return super().pack_rows(name, begin, end, format, packer, out)
         loss = 0
         for top, bottom, rows in matrix.panels(begin, end):
