@@ -56,7 +56,7 @@ def expected(plain) -> torch.Tensor:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_logits_of_the_dequantised_model(tiny_model, tmp_path, method):
-    packer, section, options, format, said, bound = METHODS[method]
+    packer, section, options, format, warning, bound = METHODS[method]
     folder, plain = quantised_copy(tiny_model, tmp_path / "m", packer, section, **options)
     wanted = expected(plain)
     for backend in BACKENDS:
@@ -68,8 +68,8 @@ def test_logits_of_the_dequantised_model(tiny_model, tmp_path, method):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             loaded.append(load_model(folder, backend=backend))
-        said_now = [str(w.message) for w in caught if "converted" in str(w.message)]
-        assert said_now == ([] if said is None else [f"14 matrices converted from {said}"])
+        warned = [str(w.message) for w in caught if "converted" in str(w.message)]
+        assert warned == ([] if warning is None else [f"14 matrices converted from {warning}"])
         assert loaded[-1].model.layers[1].mlp.down_proj.format == format
         assert_close_rows(logits(loaded[-1]), wanted, bound)
     for (name, a), (_, b) in zip(loaded[0].named_parameters(), loaded[-1].named_parameters(), strict=True):
@@ -155,7 +155,7 @@ def test_experts_layer_by_layer(tmp_path):
     assert experts and all(m.gate_up_format == "int4" for m in experts)
 
 
-def test_from_pretrained_names_the_way(tiny_model, tmp_path):
+def test_from_pretrained_refers_to_load_model(tiny_model, tmp_path):
     """Transformers refuses two kinds of quantisation itself; without the section, this package does."""
     folder, _ = quantised_copy(tiny_model, tmp_path / "m", files.gptq, SECTIONS["gptq"])
     config = AutoConfig.from_pretrained(folder)

@@ -162,7 +162,7 @@ def test_mxfp4_stacks(tmp_path):
 
 @pytest.mark.parametrize("scale", [1e-7, 3.3e-6, 7e4])
 def test_scales_that_are_no_float16_values(tmp_path, scale):
-    """Subnormal ones are rounded, which is said; those that float16 cannot hold are left to the format's own packer."""
+    """Subnormal ones are rounded, with a warning; those beyond float16 are left to the format's own packer."""
     codes = torch.randint(-8, 8, (16, 64), generator=torch.Generator().manual_seed(0), dtype=torch.int8)
     tensors = {f"{NAME}.weight": codes, f"{NAME}.weight_scale": torch.full((16, 1), scale, dtype=torch.bfloat16)}
     section = compressed_section("int-quantized", num_bits=8, type="int", strategy="channel")
@@ -170,8 +170,8 @@ def test_scales_that_are_no_float16_values(tmp_path, scale):
         name = f"{NAME}.weight"
         values, ours = checkpoint.read(name), quant.unpack(checkpoint.packed(name, "int8"))
         half = tensors[f"{NAME}.weight_scale"].float().half()
-        (said,) = checkpoint.conversions()
+        (warning,) = checkpoint.conversions()
         if half.isfinite().all():
-            assert torch.equal(ours, codes.float() * half.float()) and "rounds scales and minima to float16" in said
+            assert torch.equal(ours, codes.float() * half.float()) and "rounds scales and minima to float16" in warning
         else:
-            assert "rounds them again" in said and torch.equal(ours, quant.unpack(quant.pack(values, "int8")))
+            assert "rounds them again" in warning and torch.equal(ours, quant.unpack(quant.pack(values, "int8")))
