@@ -19,7 +19,8 @@ def load_model(path: str | os.PathLike[str], config: DeepSeekConfig | None = Non
     truncated, every later call raises CheckpointChangedError.
 
     Args:
-        path: a directory written by `save_pretrained` (float or packed), a .gguf file, or a model name on the hub.
+        path: a directory of safetensors files (float, packed, or quantised by another tool), a .gguf file, or a model name on
+            the hub.
         config: how to optimise the model; None: only lossless optimisations.
         fields: single fields of `DeepSeekConfig`; they override those of `config`.
 

@@ -11,6 +11,7 @@ import torch
 
 from deepseek_optimizer.bench import pairs, plain, quality
 from deepseek_optimizer.errors import ConfigError
+from support.quantised_files import SECTIONS, gptq, quantised_copy
 
 
 def test_two_distributions_by_hand():
@@ -81,6 +82,12 @@ def test_a_packed_model_is_no_reference(tiny_model, tmp_path):
     load_model(tiny_model, precision="int8").save_pretrained(tmp_path / "packed")
     with pytest.raises(ConfigError, match="the original model with --reference"):
         plain.load_plain(tmp_path / "packed", torch.float32)
+
+
+def test_another_quantisers_model_is_no_reference(tiny_model, tmp_path):
+    folder, _ = quantised_copy(tiny_model, tmp_path / "m", gptq, SECTIONS["gptq"])
+    with pytest.raises(ConfigError, match="is quantised by gptq; give the original model"):
+        plain.load_plain(folder, torch.float32)
 
 
 def test_pair_files(tmp_path):

@@ -26,7 +26,7 @@ DAMAGES = {
     "a tensor too many": lambda copy: copy.edit_weights(lambda w: w.update(extra=torch.ones(2))),
     "another shape": lambda copy: copy.edit("config.json", intermediate_size=160),
     "another family": lambda copy: copy.edit("config.json", model_type="gpt2"),
-    "another quantiser": lambda copy: copy.edit("config.json", quantization_config={"quant_method": "gptq"}),
+    "another quantiser": lambda copy: copy.edit("config.json", quantization_config={"quant_method": "hqq"}),
     "a tokenizer too large": lambda copy: copy.edit("config.json", vocab_size=100),
 }
 

@@ -181,6 +181,7 @@ def _state(data: bytes) -> None:
 
 _HEADER = ("F32", "BF16", "U8", "I64", "dtype", "shape", "data_offsets", "__metadata__", "format", "int4", "int8", "q4_1")
 _MANIFEST = ("packed_manifest", "modules", "quant_method", "version")
+_QUANTISERS = ("bits", "group_size", "num_bits", "weight_block_size", "blocksize", "qweight", "g_idx", "I8", "I32", "F8_E4M3")
 _JSON = ("null", "true", "false", "[]", "{}", "1e999", "-1", "9223372036854775808", "\\ud800", "\\u0000")
 _SCHEMA = (
     "type", "properties", "required", "items", "enum", "const", "anyOf", "oneOf", "allOf", "$ref", "$defs", "#/$defs/a", "#",
@@ -195,6 +196,7 @@ _REQUEST = (
 
 TARGETS = {
     "packed": Target(_packed, (CheckpointError, ConfigError), (*_HEADER, *_JSON, *_MANIFEST)),
+    "quantised": Target(_packed, (CheckpointError, ConfigError), (*_HEADER, *_JSON, *_QUANTISERS)),
     "gguf": Target(_gguf, (CheckpointError, ConfigError), ("general.architecture", "llama", "tokenizer.ggml.tokens", "GGUF")),
     "tokenizer": Target(_tokenizer, (CheckpointError, ConfigError), (*_JSON, "model", "vocab", "merges", "BPE", "Unigram")),
     "blocks": Target(_blocks, (CheckpointError,), (*_JSON, "held", "tokens", "block_bytes", "made_with")),

@@ -255,7 +255,7 @@ def change(folder, target, **fields):
         ({"num_hidden_layers": 2}, CheckpointError, "layers.2"),
         ({"vocab_size": 212}, CheckpointError, "embed_tokens"),
         ({"model_type": "bert"}, UnsupportedModelError, "bert.*llama"),
-        ({"quantization_config": {"quant_method": "gptq"}}, CheckpointError, "gptq"),
+        ({"quantization_config": {"quant_method": "hqq"}}, CheckpointError, "hqq"),
     ],
 )
 def test_load_model_refuses(saved, tmp_path, fields, error, message):

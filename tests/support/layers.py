@@ -65,8 +65,10 @@ LAYERS = (
     Layer("models", "build a graph from a config, one file per family, without importing Transformers", may=("graph",)),
     Layer(
         "checkpoint",
-        "reads and writes checkpoints (safetensors, GGUF, packed), and checks them before memory is allocated",
+        "reads and writes checkpoints (safetensors, GGUF, packed), and checks them before memory is allocated; `quantised/`: "
+        "safetensors that other quantisers wrote, one method per file",
         may=("quant",),
+        levels=((REST,), ("quantised",)),
     ),
     Layer(
         "backends",

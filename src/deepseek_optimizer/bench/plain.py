@@ -14,10 +14,12 @@ def load_plain(path: str | Path, dtype: Any) -> Any:
     """Transformers' own model in `dtype`, from a directory or a GGUF file, which is dequantised.
 
     Raises:
-        ConfigError: a packed checkpoint, which does not contain the original weights.
+        ConfigError: a packed checkpoint, or one of another quantiser whose package Transformers would need: they do not contain
+            the original weights.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig
 
+    from ..checkpoint import METHODS
     from ..integration.load.resolve import resolve
     from ..quant import QUANT_METHOD
 
@@ -25,8 +27,11 @@ def load_plain(path: str | Path, dtype: Any) -> Any:
     if path.suffix != ".gguf":
         config = AutoConfig.from_pretrained(path)
         section = getattr(config, "quantization_config", None) or {}
-        if isinstance(section, dict) and section.get("quant_method") == QUANT_METHOD:
+        method = section.get("quant_method") if isinstance(section, dict) else None
+        if method == QUANT_METHOD:
             raise ConfigError(f"{path} is packed; give the original model with --reference to compare with")
+        if method in METHODS and method != "fp8":
+            raise ConfigError(f"{path} is quantised by {method}; give the original model with --reference to compare with")
         return AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval()
     model = AutoModelForCausalLM.from_pretrained(
         path.parent,

@@ -1,7 +1,7 @@
 """Checkpoint files: validated when they are opened, and read as a stream.
 
-`open_checkpoint` supports directories of safetensors files (float, or FP8 in blocks), directories packed by this package, and
-.gguf files.
+`open_checkpoint` supports directories of safetensors files (float, or quantised by one of `quantised.METHODS`), directories
+packed by this package, and .gguf files.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from ..errors import CheckpointError
 from .atomic import atomic_directory
 from .base import Checkpoint, TensorInfo, all_finite
 from .directory import SafetensorsCheckpoint, open_files, read_config
-from .fp8 import Fp8Checkpoint, is_fp8
 from .gguf import GgufCheckpoint
 from .load import LoadProgress, check_tensors, stream_weights
 from .manifest import Manifest
 from .packed import PackedCheckpoint, is_packed
 from .published_names import with_parameter_names
+from .quantised import METHODS, QuantisedCheckpoint, method_of
 from .tokenizer import check_tokenizer_beside, check_tokenizer_size, load_tokenizer
 
 
@@ -26,12 +26,12 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """Opens and validates a checkpoint; only headers are read.
 
     Args:
-        path: a directory with config.json and safetensors files (plain, FP8 or packed), or a .gguf file.
+        path: a directory with config.json and safetensors files (float, quantised or packed), or a .gguf file.
 
     Raises:
         CheckpointError: it is damaged, incomplete, or contains only pickled weights, which are never opened. The error names
             the file and the tensor.
-        UnsupportedModelError: its GGUF architecture, or its kind of FP8, is not supported.
+        UnsupportedModelError: its GGUF architecture, or its kind of quantisation, is not supported.
     """
     path = Path(path)
     if not os.path.exists(path):  # unlike Path.exists, False for an invalid name
@@ -43,7 +43,9 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     config = read_config(path)
     files, tensors = open_files(path)
     try:
-        kind = PackedCheckpoint if is_packed(config) else Fp8Checkpoint if is_fp8(config) else SafetensorsCheckpoint
+        if is_packed(config):
+            return PackedCheckpoint(path, config, files, tensors)
+        kind = QuantisedCheckpoint if method_of(config) else SafetensorsCheckpoint
         return kind(path, config, files, with_parameter_names(tensors, config.get("model_type")))
     except BaseException:
         for file in files.values():
@@ -52,12 +54,13 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
 
 
 __all__ = [
+    "METHODS",
     "Checkpoint",
-    "Fp8Checkpoint",
     "GgufCheckpoint",
     "LoadProgress",
     "Manifest",
     "PackedCheckpoint",
+    "QuantisedCheckpoint",
     "SafetensorsCheckpoint",
     "TensorInfo",
     "all_finite",

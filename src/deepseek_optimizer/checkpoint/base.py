@@ -39,10 +39,12 @@ class Checkpoint(ABC):
     Attributes:
         path: the directory or file that was opened.
         tensors: stored tensors by Transformers' parameter name.
+        quantisation: the `quantization_config` by which tensors are read, if `config` omits it.
         mapper: maps packed weights into memory, to be used in place; None: they are read into memory.
     """
 
     kind: ClassVar[str]
+    quantisation: Mapping[str, Any] | None = None
     mapper: Mapper | None = None
 
     def __init__(self, path: Path, config: dict[str, Any], tensors: Mapping[str, TensorInfo]) -> None:
@@ -142,6 +144,10 @@ class Checkpoint(ABC):
             raise CheckpointError(
                 "contains NaN or infinite weights; download the file again", file=self.info(name).file, tensor=name
             )
+
+    def ignores(self, name: str) -> bool:
+        """Whether a stored tensor that the model does not have may be left out silently."""
+        return False
 
     def conversions(self) -> list[str]:
         """One line for each kind of stored weight that was not preserved exactly where the user may expect it."""

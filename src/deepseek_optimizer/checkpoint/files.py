@@ -75,6 +75,15 @@ class DataFile:
         self._fill(offset, out.numpy().data)
         return out
 
+    def read_strided(self, offset: int, stride: int, rows: int, count: int) -> torch.Tensor:
+        """`count` bytes at each of `offset`, `offset + stride`, ..., as a new uint8 tensor [rows, count]."""
+        self._check(offset, (rows - 1) * stride + count if rows else 0)
+        out = torch.empty(rows, count, dtype=torch.uint8, device="cpu")
+        view = memoryview(out.view(-1).numpy().data)
+        for row in range(rows):
+            self._fill(offset + row * stride, view[row * count : (row + 1) * count])
+        return out
+
     def map_tensor(self, offset: int, count: int, mapper: Mapper) -> torch.Tensor:
         """`count` bytes at `offset`, mapped, as uint8. The mapping is private: writing to the tensor leaves the file as is."""
         self._check(offset, count)

@@ -90,7 +90,8 @@ def check_tensors(
     for name in checkpoint.tensors:
         if name not in expected and (why := surplus_expert(name, shapes)):
             raise CheckpointError(why, file=checkpoint.info(name).file, tensor=name)
-    if unexpected := [name for name in checkpoint.tensors if name not in expected and not skip.fullmatch(name)]:
+    surplus = (name for name in checkpoint.tensors if name not in expected and not skip.fullmatch(name))
+    if unexpected := [name for name in surplus if not checkpoint.ignores(name)]:
         raise CheckpointError(
             f"contains {_list(unexpected)}, which the model does not have", file=checkpoint.path, tensor=unexpected[0]
         )

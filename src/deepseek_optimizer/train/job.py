@@ -23,7 +23,7 @@ from transformers import (
 
 from ..backends.cpu import oversubscription
 from ..backends.cpu.environment import forced_threads
-from ..checkpoint import Checkpoint, GgufCheckpoint, PackedCheckpoint, load_tokenizer, open_checkpoint
+from ..checkpoint import Checkpoint, GgufCheckpoint, PackedCheckpoint, QuantisedCheckpoint, load_tokenizer, open_checkpoint
 from ..checkpoint.atomic import atomic_file
 from ..errors import ConfigError
 from ..integration.configs import check_config
@@ -370,6 +370,7 @@ def _can_resume(config: TrainConfig, output: Path) -> bool:
 def _is_frozen(config: TrainConfig, checkpoint: Checkpoint, fields: dict[str, Any]) -> bool:
     """Whether the model's own weights are packed, so that only an adapter can be trained. Raises ConfigError."""
     quantised = isinstance(checkpoint, (PackedCheckpoint, GgufCheckpoint)) or fields.get("quantization_config") is not None
+    quantised = quantised or (isinstance(checkpoint, QuantisedCheckpoint) and checkpoint.method != "fp8")
     if quantised and config.lora is None:
         raise ConfigError(f"model: the weights of {config.model} are quantised; set lora to train an adapter")
     if quantised and config.merge:

@@ -14,6 +14,7 @@ from torch import nn
 
 from ...backends.registry import choose_backend
 from ...checkpoint import (
+    METHODS,
     Checkpoint,
     GgufCheckpoint,
     LoadProgress,
@@ -126,7 +127,8 @@ def _settings(section: Any, checkpoint: Checkpoint, config: DeepSeekConfig | Non
         if section is not None and not isinstance(checkpoint, GgufCheckpoint):
             method = section.get("quant_method") if isinstance(section, dict) else section
             raise CheckpointError(
-                f"is quantised by {method!r}, which is not supported; use the original checkpoint", file=checkpoint.path
+                f"is quantised by {method!r}, which is not supported (supported: {', '.join(METHODS)}); use the original model",
+                file=checkpoint.path,
             )
         return DeepSeekConfig(**{**(config.to_dict() if config else {}), **fields})
     stored, manifest = DeepSeekConfig.from_dict(section).to_dict(), checkpoint.manifest

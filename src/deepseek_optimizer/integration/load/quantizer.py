@@ -21,8 +21,8 @@ from transformers.quantizers.base import HfQuantizer
 from ...backends.registry import choose_backend, runs_on
 from ...checkpoint import (
     Checkpoint,
-    Fp8Checkpoint,
     Manifest,
+    QuantisedCheckpoint,
     check_tensors,
     check_tokenizer_beside,
     load_tokenizer,
@@ -46,7 +46,9 @@ from .mtp_layers import add_mtp_layers, ignored_keys, own_tensors, stored_mtp_la
 from .pack_op import PackWeight, unmerged
 from .resolve import resolve
 
-_FP8 = "from_pretrained would read FP8 weights without their scales; use load_model(path, config) with the same config"
+_QUANTISED = (
+    "from_pretrained would read quantised weights without their scales; use load_model(path, config) with the same config"
+)
 
 
 class PackingQuantizer(HfQuantizer):
@@ -99,8 +101,8 @@ class PackingQuantizer(HfQuantizer):
             standard = any((folder / name).is_file() for name in (SINGLE, INDEX))
             if standard or (any(folder.glob("*.bin")) and not any(folder.rglob("*.safetensors"))):
                 with open_checkpoint(folder) as checkpoint:
-                    if isinstance(checkpoint, Fp8Checkpoint):
-                        raise ConfigError(f"{folder}: {_FP8}")
+                    if isinstance(checkpoint, QuantisedCheckpoint):
+                        raise ConfigError(f"{folder}: {_QUANTISED}")
         return config
 
     def update_device_map(self, device_map: Any) -> Any:

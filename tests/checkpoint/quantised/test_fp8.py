@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from deepseek_optimizer import quant
-from deepseek_optimizer.checkpoint import Fp8Checkpoint, open_checkpoint, stream_weights
+from deepseek_optimizer.checkpoint import QuantisedCheckpoint, open_checkpoint, stream_weights
 from deepseek_optimizer.checkpoint import base as checkpoint_base
 from deepseek_optimizer.errors import CheckpointError, ConfigError, UnsupportedModelError
 from deepseek_optimizer.quant import fp8
@@ -45,7 +45,7 @@ def test_kept_as_it_is_or_dequantised(tmp_path, monkeypatch, scale_dtype, panel)
     tensors = stored(scale_dtype)
     real = dequantised(tensors)
     with open_checkpoint(write(tmp_path / "m", tensors)) as checkpoint:
-        assert isinstance(checkpoint, Fp8Checkpoint) and checkpoint.tensors.keys() == FLOATS.keys()
+        assert isinstance(checkpoint, QuantisedCheckpoint) and checkpoint.tensors.keys() == FLOATS.keys()
         assert "quantization_config" not in checkpoint.config()
         for name in FLOATS:
             assert torch.equal(checkpoint.read(name), real[name])
@@ -149,17 +149,27 @@ def test_weights_that_are_nan(tmp_path, format, code):
 
 @pytest.mark.parametrize(
     "section",
-    [
-        {"weight_block_size": [64, 64]},
-        {"weight_block_size": None},
-        {"weight_block_size": [128]},
-        {"weight_block_size": "128"},
-        {"fmt": "e5m2"},
-        {"activation_scheme": "static"},
-    ],
+    [{"weight_block_size": [128]}, {"weight_block_size": "128"}, {"weight_block_size": [0, 1]}, {"fmt": "e5m2"}, {"twist": 1}],
 )
 def test_other_kinds_of_fp8(tmp_path, section):
     (field,) = section
-    with pytest.raises(UnsupportedModelError, match=f"config.json: quantization_config.{field} is .*original") as caught:
+    with pytest.raises(UnsupportedModelError, match=f"config.json: quantization_config.{field} of fp8 is ") as caught:
         open_checkpoint(write(tmp_path / "m", stored(), **section))
     assert isinstance(caught.value, ConfigError)
+
+
+@pytest.mark.parametrize("block", [(64, 64), (16, 130), (256, 128), (1, 128)])
+def test_other_blocks(tmp_path, block):
+    """Dequantised by their own blocks; exact as fp8 if these consist of blocks of 128 x 128."""
+    w = FLOATS[A]
+    rows, cols = torch.arange(w.shape[0]) // block[0], torch.arange(w.shape[1]) // block[1]
+    scale = torch.rand(int(rows[-1]) + 1, int(cols[-1]) + 1, generator=GENERATOR) + 0.5
+    each = scale[rows][:, cols]
+    codes = (w / each).to(torch.float8_e4m3fn)
+    path = write(tmp_path / "m", {A: codes, SCALES: scale}, weight_block_size=list(block))
+    whole = block == (256, 128)
+    with open_checkpoint(path) as checkpoint:
+        assert torch.equal(checkpoint.read_rows(A, 100, 290), (codes.float() * each)[100:290])
+        assert checkpoint.natural_format(A) == ("fp8" if whole else "int8")
+        if whole:
+            assert torch.equal(quant.unpack(checkpoint.packed(A, "fp8")), codes.float() * each)
