@@ -141,7 +141,7 @@ def test_something_else_in_its_place(tmp_path: Path, kind: str) -> None:
     else:
         (tmp_path / "other").mkdir()
         place.symlink_to(tmp_path / "other")
-    with pytest.raises(CheckpointError, match="in the place"):
+    with pytest.raises(CheckpointError, match="exists where a temporary directory has to be created"):
         Unfinished(tmp_path / "t", IDENTITY, NAMES)
     assert place.is_symlink() or place.read_text() == "mine"
 
