@@ -113,7 +113,7 @@ LAYERS = (
             ("load", "training"),
         ),
     ),
-    Layer("optimizer", "`load_model`, `load_tokenizer`, `DynamicGraphOptimizer`, `report`", may=("..integration",)),
+    Layer("optimised_model", "`load_model`, `load_tokenizer`, `DynamicGraphOptimizer`, `report`", may=("..integration",)),
     Layer("serving", "`make_engine`, `make_async_engine`: an engine for a model", may=("..integration",)),
     Layer(
         "chat",

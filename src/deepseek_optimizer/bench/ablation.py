@@ -46,7 +46,7 @@ def ablate(
         ConfigError: the model is not optimised, or runs without fusion rules.
     """
     from ..integration.bind.runtime import runtime_of
-    from ..optimizer import DynamicGraphOptimizer
+    from ..optimised_model import DynamicGraphOptimizer
 
     config = runtime_of(model).config
     rules = config.rules

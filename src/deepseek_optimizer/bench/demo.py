@@ -94,7 +94,7 @@ def _step(what: str) -> Iterator[None]:
 def _answer(gguf: Path, threads: int) -> None:
     from ..chat.conversation import prompt_ids
     from ..chat.stream import write_now
-    from ..optimizer import load_model, load_tokenizer
+    from ..optimised_model import load_model, load_tokenizer
     from .generate_answer import answer
 
     tokenizer = load_tokenizer(gguf)

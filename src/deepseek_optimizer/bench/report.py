@@ -62,7 +62,7 @@ def run(request: Request, note: Callable[[str], None] = lambda _: None) -> dict[
     """
     import torch
 
-    from ..optimizer import load_model, load_tokenizer
+    from ..optimised_model import load_model, load_tokenizer
     from .background import BackgroundLoad
     from .baseline import check, compare
     from .limits import Limits

@@ -216,7 +216,7 @@ class TrainingJob:
     def _load_model(self) -> Any:
         set_seed(self.args.seed)  # the weights of an adapter are initialised at random
         if self.frozen:
-            from ..optimizer import load_model
+            from ..optimised_model import load_model
 
             model = load_model(self.source, **self._packed_fields())
         else:

@@ -33,7 +33,7 @@ def load_side(side: str, path: str | Path, *, threads: int, dtype: str = "bfloat
     import transformers.models.llama.modeling_llama
     import transformers.models.qwen2.modeling_qwen2  # noqa: F401  otherwise their import would count as loading
 
-    from ...optimizer import load_model
+    from ...optimised_model import load_model
     from ..plain import load_plain
 
     torch.set_num_threads(threads)
