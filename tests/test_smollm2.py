@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from deepseek_optimizer import PagedCache, load_model
 from deepseek_optimizer.bench import smollm2
-from deepseek_optimizer.bench.plain import dequantised
+from deepseek_optimizer.bench.unoptimised_model import dequantised
 from deepseek_optimizer.chat.conversation import prompt_ids
 from deepseek_optimizer.integration.compat import cache_name
 

@@ -38,7 +38,7 @@ from .integration.attention.registration import register_attention as _register_
 from .integration.load.quantizer import register as _register
 
 if TYPE_CHECKING:
-    from .bench.benchmark import benchmark_model
+    from .bench.benchmark_model import benchmark_model
     from .engine.request import Request, SamplingParams
     from .integration.attention.window_mask import sliding_window_mask
     from .integration.generation.cache import PagedCache
@@ -59,7 +59,7 @@ _LAZY = {
     "report": "optimised_model",
     "PagedCache": "integration.generation.cache",
     "sliding_window_mask": "integration.attention.window_mask",
-    "benchmark_model": "bench.benchmark",
+    "benchmark_model": "bench.benchmark_model",
     "Document": "longdoc.document",
     "read_documents": "longdoc.read",
     "LongDocument": "longdoc.long_document",

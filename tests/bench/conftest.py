@@ -47,8 +47,8 @@ def soaked_engine(tiny_model, tmp_path_factory):
 @pytest.fixture
 def report():
     """report(decode=[...], **fields): a report of one work, as `dso bench` writes it."""
-    from deepseek_optimizer.bench.figures import figures
-    from deepseek_optimizer.bench.report import SCHEMA
+    from deepseek_optimizer.bench.metrics import figures
+    from deepseek_optimizer.bench.run_benchmark import SCHEMA
 
     def make(decode=(100.0, 101.0, 99.0), **fields):
         values = {

@@ -17,7 +17,7 @@ sys.path.append(str(ROOT))
 
 from benchmarks import mixed_soak as soak  # noqa: E402
 
-from deepseek_optimizer.bench.exchange import HttpReply  # noqa: E402
+from deepseek_optimizer.bench.http_client import HttpReply  # noqa: E402
 from deepseek_optimizer.bench.served import parsed  # noqa: E402
 from support.live_server import LiveServer  # noqa: E402
 

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from deepseek_optimizer.bench import pairs, plain, quality
+from deepseek_optimizer.bench import answer_scores, quality, unoptimised_model
 from deepseek_optimizer.errors import ConfigError
 
 
@@ -51,7 +51,7 @@ def test_a_model_against_itself(plain_pair, byte_tokenizer):
 
 @pytest.fixture
 def plain_pair(tiny_model):
-    return [plain.load_plain(tiny_model, torch.float32) for _ in range(2)]
+    return [unoptimised_model.load_unoptimised(tiny_model, torch.float32) for _ in range(2)]
 
 
 def test_decode_and_prefill_see_the_same_text(either, byte_tokenizer):
@@ -64,7 +64,7 @@ def test_int4_is_further_away_than_int8(tiny_model, byte_tokenizer):
     from deepseek_optimizer import load_model
 
     texts = quality.stretches(byte_tokenizer, quality.sample_text(), 128, 1)
-    reference = plain.load_plain(tiny_model, torch.float32)
+    reference = unoptimised_model.load_unoptimised(tiny_model, torch.float32)
     kl = [quality.compare(load_model(tiny_model, precision=p), reference, texts)["kl_mean"] for p in ("int8", "int4")]
     assert 0 < kl[0] < kl[1] / 10
 
@@ -80,37 +80,37 @@ def test_a_packed_model_is_no_reference(tiny_model, tmp_path):
 
     load_model(tiny_model, precision="int8").save_pretrained(tmp_path / "packed")
     with pytest.raises(ConfigError, match="the original model with --reference"):
-        plain.load_plain(tmp_path / "packed", torch.float32)
+        unoptimised_model.load_unoptimised(tmp_path / "packed", torch.float32)
 
 
 def test_pair_files(tmp_path):
     file = tmp_path / "pairs"
     file.write_text("Guten Tag\tHello\n\n" + json.dumps({"source": "a\tb", "reference": "c"}) + "\n")
-    assert pairs.read_pairs(file) == [("Guten Tag", "Hello"), ("a\tb", "c")]
+    assert answer_scores.read_pairs(file) == [("Guten Tag", "Hello"), ("a\tb", "c")]
     for wrong, line in (("Hello\tHi\nalone\n", "line 2"), ('{"source": "x"}\n', "line 1"), ("\n", "no pairs")):
         file.write_text(wrong)
         with pytest.raises(ConfigError, match=line):
-            pairs.read_pairs(file)
+            answer_scores.read_pairs(file)
 
 
 def test_scores_are_sacrebleus():
     sacrebleu = pytest.importorskip("sacrebleu")
     answers = ["the cat sat on the mat today", "there is a dog in the garden"]
     references = ["the cat sat on the mat", "a dog is in the garden"]
-    found = pairs.score(answers, references)
+    found = answer_scores.score(answers, references)
     assert found["bleu"] == pytest.approx(sacrebleu.corpus_bleu(answers, [references]).score)
     assert found["chrf"] == pytest.approx(sacrebleu.corpus_chrf(answers, [references]).score)
-    assert pairs.score(references, references)["bleu"] == pytest.approx(100)
+    assert answer_scores.score(references, references)["bleu"] == pytest.approx(100)
     assert found["pairs"] == 2 and "version" in found["bleu_signature"]
 
 
 def test_without_sacrebleu_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "sacrebleu.metrics", None)
     with pytest.raises(ConfigError, match=r"deepseek-optimizer\[bench\]"):
-        pairs.score(["a"], ["a"])
+        answer_scores.score(["a"], ["a"])
 
 
 def test_answers_are_greedy(plain_pair, byte_tokenizer):
     model = plain_pair[0]
-    texts = pairs.answers(model, byte_tokenizer, [("Hello", ""), ("You", "")], 5)
-    assert len(texts) == 2 and texts == pairs.answers(model, byte_tokenizer, [("Hello", ""), ("You", "")], 5)
+    texts = answer_scores.answers(model, byte_tokenizer, [("Hello", ""), ("You", "")], 5)
+    assert len(texts) == 2 and texts == answer_scores.answers(model, byte_tokenizer, [("Hello", ""), ("You", "")], 5)

@@ -16,9 +16,9 @@ from rich.console import Console
 
 from deepseek_optimizer.bench import baseline
 from deepseek_optimizer.bench.charts import Bar, bars
-from deepseek_optimizer.bench.figures import figures
 from deepseek_optimizer.bench.html import check_target, page, write
-from deepseek_optimizer.bench.table import show
+from deepseek_optimizer.bench.metrics import figures
+from deepseek_optimizer.bench.terminal import show
 from deepseek_optimizer.errors import ConfigError, MissingPackageError
 
 SVG = "{http://www.w3.org/2000/svg}"

@@ -21,10 +21,10 @@ from benchmarks.deepseek import DEEPSEEK  # noqa: E402
 from benchmarks.long_context import LONG  # noqa: E402
 from benchmarks.standing import DECODE, STANDING, Bar, Rival, Row  # noqa: E402
 
-from deepseek_optimizer.bench.figures import KINDS  # noqa: E402
+from deepseek_optimizer.bench.memory_traffic import Reads  # noqa: E402
+from deepseek_optimizer.bench.metrics import METRICS  # noqa: E402
 from deepseek_optimizer.bench.peers import PEERS  # noqa: E402
-from deepseek_optimizer.bench.plain import load_plain  # noqa: E402
-from deepseek_optimizer.bench.traffic import Reads  # noqa: E402
+from deepseek_optimizer.bench.unoptimised_model import load_unoptimised  # noqa: E402
 from deepseek_optimizer.bench.work import Work  # noqa: E402
 
 FAST, SLOW = Rival("a", "x", "fast"), Rival("b", "x", "slow")
@@ -43,7 +43,7 @@ def test_the_set_is_well_formed():
     names = [row.name for row in STANDING] + [c.name for c in spine.SPINE]
     assert len(set(names)) == len(names)
     for row in (*STANDING, *DEEPSEEK, *LONG):
-        assert KINDS[row.figure].more_is_better and row.model in models.TITLES
+        assert METRICS[row.figure].more_is_better and row.model in models.TITLES
         assert all(rival.engine in {*PEERS, "ours"} for rival in row.rivals)
         assert len({side.label for side in (*row.rivals, row.ours)}) == len(row.rivals) + 1
         assert row.figure != DECODE or row.work.new > 1 and row.work.batch == 1
@@ -164,7 +164,7 @@ def test_a_gguf_file_is_the_same_model(checkpoint, tmp_path):
     source, model = checkpoint
     path = tmp_path / "m.gguf"
     gguf_file.write(source, path, "Q8_0")
-    back = load_plain(path, torch.float32)
+    back = load_unoptimised(path, torch.float32)
     fields = ("hidden_size", "num_hidden_layers", "num_key_value_heads", "vocab_size", "tie_word_embeddings")
     assert [getattr(back.config, f) for f in fields] == [getattr(model.config, f) for f in fields]
     assert back.config.rope_parameters["rope_theta"] == 777 and back.config.rms_norm_eps == pytest.approx(1e-6)

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from deepseek_optimizer.bench import limits
+from deepseek_optimizer.bench import roofline
 
 SMALL = ("--prompt", "12", "--new", "4", "--repeats", "2", "--threads", "1")
 
@@ -14,8 +14,8 @@ SMALL = ("--prompt", "12", "--new", "4", "--repeats", "2", "--threads", "1")
 @pytest.fixture(autouse=True)
 def _quick_machine(monkeypatch):
     """The machine's own speed is measured in tests/bench."""
-    monkeypatch.setattr(limits, "read_gb_s", lambda *_: 50.0)
-    monkeypatch.setattr(limits, "matrix_tera", lambda *_: {"bf16": 1.0})
+    monkeypatch.setattr(roofline, "read_gb_s", lambda *_: 50.0)
+    monkeypatch.setattr(roofline, "matrix_tera", lambda *_: {"bf16": 1.0})
 
 
 def _report(result):
@@ -67,7 +67,7 @@ def test_a_baseline_decides_the_exit_code(dso, tiny_model, tmp_path):
 
 def test_peak_memory_is_the_models_and_not_that_of_measuring_the_machine(dso, tiny_model, monkeypatch):
     size = 512 << 20
-    monkeypatch.setattr(limits, "read_gb_s", lambda *_: float(len(b"x" * size)))  # written, so resident
+    monkeypatch.setattr(roofline, "read_gb_s", lambda *_: float(len(b"x" * size)))  # written, so resident
     memory = _report(dso("bench", tiny_model, *SMALL, "--json"))["memory_bytes"]
     assert memory is None or memory < size / 2
 

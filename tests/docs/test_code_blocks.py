@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from deepseek_optimizer.bench import limits
+from deepseek_optimizer.bench import roofline
 from deepseek_optimizer_cli.app import app
 from support.code_blocks import Session, blocks
 from support.documents import pdf
@@ -79,8 +79,8 @@ def session(folder, monkeypatch):
     """session(model) -> a Session whose servers end with the test."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
     monkeypatch.delenv("DSO_API_KEYS", raising=False)
-    monkeypatch.setattr(limits, "read_gb_s", lambda *_: 50.0)  # measured in tests/bench
-    monkeypatch.setattr(limits, "matrix_tera", lambda *_: {"bf16": 1.0})
+    monkeypatch.setattr(roofline, "read_gb_s", lambda *_: 50.0)  # measured in tests/bench
+    monkeypatch.setattr(roofline, "matrix_tera", lambda *_: {"bf16": 1.0})
     running = []
 
     def serve(arguments):
@@ -144,7 +144,7 @@ def test_blocks_run(page, session, documented_model):
 def smollm2():
     """The GGUF file and the same in bf16, in the user's cache directory."""
     from deepseek_optimizer.bench import smollm2
-    from deepseek_optimizer.bench.plain import dequantised
+    from deepseek_optimizer.bench.unoptimised_model import dequantised
 
     file = smollm2.fetch()
     return file, dequantised(file)

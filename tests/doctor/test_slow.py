@@ -53,7 +53,7 @@ def test_what_the_model_itself_noted(one):
 def test_fewer_threads_are_tried_where_decoding_is_slow(case, tiny_model, one, monkeypatch, seconds, said):
     timed = iter([Decode(**{**GOOD, "seconds": 0.04, "threads": 4}), Decode(**{**GOOD, "seconds": seconds, "threads": 2})])
     monkeypatch.setattr(slow, "measure_decode", lambda model: next(timed))
-    monkeypatch.setattr("deepseek_optimizer.bench.machine.read_gb_s", lambda size, threads: 50.0)
+    monkeypatch.setattr("deepseek_optimizer.bench.machine_limits.read_gb_s", lambda size, threads: 50.0)
     found = list(slow.measure(case(model=str(tiny_model))))
     assert next(timed, None) is None  # both were measured
     if said:

@@ -20,7 +20,7 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
 from deepseek_optimizer.backends.cpu import unavailable_reason
-from deepseek_optimizer.bench.process import PeakMemory
+from deepseek_optimizer.bench.peak_memory import PeakMemory
 from support.checkpoint_files import ARRAY, F32, STRING, U32, gguf_bytes, gguf_tensor, model_values
 from support.models import NATIVE_FAMILIES
 
@@ -41,7 +41,7 @@ import torch, transformers
 import transformers.models.auto.modeling_auto, transformers.core_model_loading
 import transformers.models.llama.modeling_llama, transformers.models.qwen2.modeling_qwen2
 import deepseek_optimizer, deepseek_optimizer_cli.app
-from deepseek_optimizer.bench.process import PeakMemory
+from deepseek_optimizer.bench.peak_memory import PeakMemory
 from deepseek_optimizer.checkpoint import open_checkpoint
 
 way, path, out = sys.argv[1:]

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from deepseek_optimizer.bench.exchange import Exchange, HttpReply, ask, reply_of, request_bytes, send
+from deepseek_optimizer.bench.http_client import Exchange, HttpReply, ask, reply_of, request_bytes, send
 from deepseek_optimizer.bench.served import Served
 from deepseek_optimizer.server.run import raise_file_limit
 from support.live_server import wait_for

@@ -14,7 +14,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from deepseek_optimizer import load_model
-from deepseek_optimizer.bench.exchange import reply_of, request_bytes
+from deepseek_optimizer.bench.http_client import reply_of, request_bytes
 from deepseek_optimizer.server.settings import ServerSettings
 from deepseek_optimizer.serving import make_async_engine
 from support.live_server import LiveServer, wait_for

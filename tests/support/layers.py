@@ -155,7 +155,7 @@ LAYERS = (
         "benchmarks and their reports. `peers/`: other engines; `sides/`: the processes that are measured; `long/`: generated "
         "long texts with known answers",
         may=("..chat",),
-        levels=((REST,), ("peers",), ("long",), ("sides",), ("demo", "report")),
+        levels=((REST,), ("peers",), ("long",), ("sides",), ("demo", "run_benchmark")),
     ),
     Layer(
         "doctor",

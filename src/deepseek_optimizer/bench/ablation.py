@@ -12,7 +12,7 @@ from typing import Any
 
 from ..errors import ConfigError
 from .against import Values, ratio_row
-from .figures import samples
+from .metrics import samples
 from .runs import repeated
 from .work import Work
 

@@ -21,9 +21,9 @@ from ..system.progress import Progress, show_progress
 from ..versions import versions
 from . import smollm2
 from .against import run_json
-from .plain import dequantised
-from .process import cpu_name, usable_cpus
+from .hardware import cpu_name, usable_cpus
 from .sides.answer import QUESTION
+from .unoptimised_model import dequantised
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from deepseek_optimizer.bench.charts import panels
 from deepseek_optimizer.bench.long.report import page, plot, sections
-from deepseek_optimizer.bench.table import show_sections
+from deepseek_optimizer.bench.terminal import show_sections
 
 SVG = "{http://www.w3.org/2000/svg}"
 

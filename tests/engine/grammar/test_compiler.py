@@ -89,7 +89,7 @@ def smollm2():
     from transformers import AutoTokenizer
 
     from deepseek_optimizer.bench import smollm2
-    from deepseek_optimizer.bench.plain import dequantised
+    from deepseek_optimizer.bench.unoptimised_model import dequantised
 
     tokenizer = AutoTokenizer.from_pretrained(dequantised(smollm2.fetch()))
     made = GrammarCompiler(tokenizer, len(tokenizer) + PADDED)

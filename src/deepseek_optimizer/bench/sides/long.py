@@ -23,7 +23,7 @@ from typing import Any
 from ...errors import DeepSeekOptimizerError
 from ..long.generate import ids_of, make_sample
 from ..long.sample import Sample, score
-from ..process import PeakMemory
+from ..peak_memory import PeakMemory
 from ..work import numbers
 
 NEW = 64  # tokens of an answer, included in the length

@@ -38,7 +38,7 @@ class Decode:
 
 def measure(case: Case) -> Iterator[Finding]:
     """Decodes, measures the machine's read bandwidth over the same number of bytes, and compares."""
-    from ...bench.machine import read_gb_s
+    from ...bench.machine_limits import read_gb_s
 
     decode = measure_decode(case.loaded)
     findings = list(judge(decode, read_gb_s(decode.bytes, decode.threads or case.machine.usable_cpus) * 1e9))
@@ -66,7 +66,7 @@ def measure_decode(model: Any) -> Decode:
     """The best of several rounds of `generate` with the same tokens."""
     import torch
 
-    from ...bench.traffic import traffic_of
+    from ...bench.memory_traffic import traffic_of
 
     report = model.report()
     ids = torch.arange(1, PROMPT_TOKENS + 1, dtype=torch.int64, device="cpu")[None] % model.config.vocab_size

@@ -9,7 +9,7 @@ import pytest
 
 PROBE = """
 import mmap, tempfile
-from deepseek_optimizer.bench.process import PeakMemory
+from deepseek_optimizer.bench.peak_memory import PeakMemory
 spike = bytearray(200 << 20); del spike  # before the count starts: must not show
 memory = PeakMemory()
 block = bytearray(64 << 20); del block   # freed again: the peak keeps it
@@ -28,7 +28,7 @@ def test_peak_memory_counts_what_came_after():
 
 
 AGAIN = """
-from deepseek_optimizer.bench.process import PeakMemory
+from deepseek_optimizer.bench.peak_memory import PeakMemory
 memory = PeakMemory()
 held = bytearray(64 << 20)
 spike = bytearray(200 << 20); del spike

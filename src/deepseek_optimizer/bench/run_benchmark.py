@@ -1,4 +1,4 @@
-"""`dso bench` as a function: loads, measures, compares, and returns one dict of JSON types."""
+"""Runs what `dso bench` measures on one model and returns the report, one dict of JSON types."""
 
 from __future__ import annotations
 
@@ -65,10 +65,11 @@ def run(request: Request, note: Callable[[str], None] = lambda _: None) -> dict[
     from ..optimised_model import load_model, load_tokenizer
     from .background import BackgroundLoad
     from .baseline import check, compare
-    from .limits import Limits
+    from .hardware import cpu_name, machine_memory_bytes, usable_cpus
     from .measure import add_limits, measure
+    from .peak_memory import PeakMemory
     from .peers import versions_of
-    from .process import PeakMemory, cpu_name, machine_memory_bytes, usable_cpus
+    from .roofline import Roofline
 
     date, began = datetime.now().astimezone(), time.perf_counter()
     peers = _peer_commands(request)  # raises now, not after minutes, if a peer is not set up
@@ -108,12 +109,12 @@ def run(request: Request, note: Callable[[str], None] = lambda _: None) -> dict[
     )
     report["memory_bytes"] = memory.bytes()
     note("measuring the machine's bandwidth and peak throughput")
-    add_limits(Limits(threads), model, report["works"])
+    add_limits(Roofline(threads), model, report["works"])
     if request.quality:
         note("comparing quality with the unoptimised model")
         report["quality"] = _quality(request, model, tokenizer, text)
     if pairs:
-        from .pairs import answers, score
+        from .answer_scores import answers, score
 
         note("generating answers for BLEU and chrF")
         report["pairs"] = score(answers(model, tokenizer, pairs, 256), [reference for _, reference in pairs])
@@ -132,7 +133,7 @@ def run(request: Request, note: Callable[[str], None] = lambda _: None) -> dict[
 
 
 def _inputs(request: Request) -> tuple[str | None, list[tuple[str, str]]]:
-    from .pairs import read_pairs
+    from .answer_scores import read_pairs
 
     text = request.text.read_text(encoding="utf-8") if request.text else None
     return text, read_pairs(request.pairs) if request.pairs else []
@@ -141,12 +142,12 @@ def _inputs(request: Request) -> tuple[str | None, list[tuple[str, str]]]:
 def _quality(request: Request, model: Any, tokenizer: Any, text: str | None) -> dict[str, Any]:
     import torch
 
-    from .plain import load_plain
     from .quality import compare, sample_text, stretches
+    from .unoptimised_model import load_unoptimised
 
     length = min(1024, request.text_tokens, model.config.max_position_embeddings)
     texts = stretches(tokenizer, text or sample_text(), length, max(1, request.text_tokens // length))
-    reference = load_plain(request.reference or request.model, torch.float32)
+    reference = load_unoptimised(request.reference or request.model, torch.float32)
     return {"text": str(request.text or "Python's documentation"), **compare(model, reference, texts)}
 
 

@@ -7,12 +7,12 @@ from transformers import AutoModelForCausalLM, GPTNeoXConfig
 
 from deepseek_optimizer import DeepSeekConfig, DynamicGraphOptimizer
 from deepseek_optimizer.backends import cpu
-from deepseek_optimizer.bench import limits as module
-from deepseek_optimizer.bench import machine
+from deepseek_optimizer.bench import machine_limits, roofline
 from deepseek_optimizer.bench.energy import Energy
-from deepseek_optimizer.bench.limits import Limits, cost_per_million
-from deepseek_optimizer.bench.machine import matrix_tera, read_gb_s
-from deepseek_optimizer.bench.traffic import Experts, Reads, Traffic, traffic_of
+from deepseek_optimizer.bench.machine_limits import matrix_tera, read_gb_s
+from deepseek_optimizer.bench.measure import cost_per_million
+from deepseek_optimizer.bench.memory_traffic import Experts, Reads, Traffic, traffic_of
+from deepseek_optimizer.bench.roofline import Roofline
 from deepseek_optimizer.bench.work import Work
 from support.models import CASES, random_model
 
@@ -58,23 +58,23 @@ def test_bytes_and_operations():
 
 def test_shares(monkeypatch):
     measured = []
-    monkeypatch.setattr(module, "read_gb_s", lambda size, threads: measured.append((size, threads)) or 50.0)
-    monkeypatch.setattr(module, "matrix_tera", lambda threads: {"fp32": 0.5, "int8": 2.0})
+    monkeypatch.setattr(roofline, "read_gb_s", lambda size, threads: measured.append((size, threads)) or 50.0)
+    monkeypatch.setattr(roofline, "matrix_tera", lambda threads: {"fp32": 0.5, "int8": 2.0})
     traffic, work = Traffic(10**8, 0, 10**8, 0, 0), Work(100, 10)
-    limits = Limits(3)
+    roof = Roofline(3)
     for _ in range(2):
-        share = limits.share(traffic, work, ttft_ms=100, decode_tok_s=250)
+        share = roof.share(traffic, work, ttft_ms=100, decode_tok_s=250)
     assert measured == [(10**8, 3)]
     assert share["read_gb_s"] == pytest.approx(25) and share["bandwidth_percent"] == pytest.approx(50)
     assert share["prefill_tera"] == pytest.approx(0.2) and share["matrix_percent"] == pytest.approx(10)
     assert "int8" in share["matrix_percent_of"]
-    assert "bandwidth_percent" not in limits.share(traffic, work, 100, None)
+    assert "bandwidth_percent" not in roof.share(traffic, work, 100, None)
 
 
 def test_the_machine_is_measured():
     for threads in (1, 2):
         assert 0.1 < read_gb_s(4 << 20, threads, seconds=0.05) < 10_000
-        assert 0.1 < machine._numpy_read_gb_s(4 << 20, threads, seconds=0.05) < 10_000
+        assert 0.1 < machine_limits._numpy_read_gb_s(4 << 20, threads, seconds=0.05) < 10_000
     found = matrix_tera(1, size=256, seconds=0.02)
     assert found["fp32"] > 1e-4 and all(v > 0 for v in found.values())
 

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from deepseek_optimizer.bench.exchange import ask, reply_of, request_bytes, send
+from deepseek_optimizer.bench.http_client import ask, reply_of, request_bytes, send
 from deepseek_optimizer.bench.served import Served, parsed
 from deepseek_optimizer.errors import BackendError
 

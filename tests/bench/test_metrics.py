@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from deepseek_optimizer.bench.figures import KINDS, figures, samples
+from deepseek_optimizer.bench.metrics import METRICS, figures, samples
 from deepseek_optimizer.bench.runs import Run
 from deepseek_optimizer.bench.statistics import median_error, percentile, summary
 from deepseek_optimizer.bench.work import Work, grid, numbers
@@ -63,7 +63,7 @@ def test_one_token_has_no_decode_figures():
 
 
 def test_every_figure_is_known():
-    assert samples([Run(1, 1, (1.0, 2.0), 2)]).keys() <= KINDS.keys()
+    assert samples([Run(1, 1, (1.0, 2.0), 2)]).keys() <= METRICS.keys()
     assert all(math.isfinite(v) for v in summary([1.0] * 100).values())
 
 

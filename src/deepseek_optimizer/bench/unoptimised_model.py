@@ -10,7 +10,7 @@ from typing import Any
 from ..errors import ConfigError
 
 
-def load_plain(path: str | Path, dtype: Any) -> Any:
+def load_unoptimised(path: str | Path, dtype: Any) -> Any:
     """Transformers' own model in `dtype`, from a directory or a GGUF file, which is dequantised.
 
     Raises:
@@ -49,7 +49,7 @@ def dequantised(gguf: Path) -> Path:
 
     partial = Path(tempfile.mkdtemp(dir=gguf.parent))
     try:
-        load_plain(gguf, torch.bfloat16).save_pretrained(partial)
+        load_unoptimised(gguf, torch.bfloat16).save_pretrained(partial)
         AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(partial)
         partial.rename(target)
     finally:

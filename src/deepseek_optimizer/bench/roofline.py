@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from .machine import matrix_tera, read_gb_s
-from .traffic import Traffic
+from .machine_limits import matrix_tera, read_gb_s
+from .memory_traffic import Traffic
 from .work import Work
 
 
-class Limits:
-    """Measures the machine's limits, each once.
+class Roofline:
+    """Measures the limits of the machine, each once, and compares speeds with them.
 
     Args:
         threads: number of threads that the model uses.
@@ -50,8 +50,3 @@ class Limits:
                 "bandwidth_percent": 100 * reached / self._read[size],
             }
         return result
-
-
-def cost_per_million(price_per_hour: float, output_tok_s: float) -> float:
-    """Cost of a million generated tokens, including prompts, on a fully used machine with this price and speed."""
-    return price_per_hour / 3600 / output_tok_s * 1e6

@@ -1,4 +1,4 @@
-"""Computes named figures from the times of tokens. All sides of a comparison use these definitions.
+"""Computes latency and throughput from the times of tokens. All sides of a comparison use these definitions.
 
 Prefill tokens/s is prompt tokens over TTFT, including everything around the first step. Decode tokens/s counts the tokens after
 the first one.
@@ -15,31 +15,31 @@ from .statistics import summary
 
 
 @dataclass(frozen=True)
-class Kind:
-    """A figure's label and unit, and whether higher is better."""
+class Metric:
+    """A metric's label and unit, and whether higher is better."""
 
     label: str
     unit: str
     more_is_better: bool
 
 
-KINDS = {
-    "ttft_ms": Kind("first token", "ms", False),
-    "tpot_ms": Kind("time per token", "ms", False),
-    "itl_ms": Kind("between tokens", "ms", False),
-    "e2e_ms": Kind("whole request", "ms", False),
-    "prefill_tok_s": Kind("prefill", "tok/s", True),
-    "decode_tok_s": Kind("decode", "tok/s", True),
-    "output_tok_s": Kind("output", "tok/s", True),
-    "requests_s": Kind("requests", "1/s", True),
-    "load_s": Kind("load", "s", False),
-    "to_first_token_s": Kind("load to first token", "s", False),
-    "memory_bytes": Kind("peak memory", "bytes", False),
+METRICS = {
+    "ttft_ms": Metric("first token", "ms", False),
+    "tpot_ms": Metric("time per token", "ms", False),
+    "itl_ms": Metric("between tokens", "ms", False),
+    "e2e_ms": Metric("whole request", "ms", False),
+    "prefill_tok_s": Metric("prefill", "tok/s", True),
+    "decode_tok_s": Metric("decode", "tok/s", True),
+    "output_tok_s": Metric("output", "tok/s", True),
+    "requests_s": Metric("requests", "1/s", True),
+    "load_s": Metric("load", "s", False),
+    "to_first_token_s": Metric("load to first token", "s", False),
+    "memory_bytes": Metric("peak memory", "bytes", False),
 }
 
 
 def samples(runs: Sequence[Run]) -> dict[str, list[float]]:
-    """Figure -> one sample per run, for `itl_ms` one per gap. Figures that need a second token are absent without one."""
+    """Metric -> one sample per run, for `itl_ms` one per gap. Metrics that need a second token are absent without one."""
     samples_by_name: dict[str, list[float]] = {
         "ttft_ms": [r.ttft_s * 1e3 for r in runs],
         "tpot_ms": [r.tpot_s * 1e3 for r in runs if r.tpot_s is not None],
@@ -54,7 +54,8 @@ def samples(runs: Sequence[Run]) -> dict[str, list[float]]:
 
 
 def figures(values: dict[str, list[float]]) -> dict[str, dict[str, Any]]:
-    """Figure -> {"unit", "samples", and what `statistics.summary` returns}."""
+    """Metric -> {"unit", "samples", and what `statistics.summary` returns}."""
     return {
-        name: {"unit": KINDS[name].unit, **summary(v, KINDS[name].more_is_better), "samples": v} for name, v in values.items()
+        name: {"unit": METRICS[name].unit, **summary(v, METRICS[name].more_is_better), "samples": v}
+        for name, v in values.items()
     }

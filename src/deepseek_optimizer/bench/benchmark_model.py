@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from .figures import figures, samples
-from .process import peak_resident_bytes
+from .metrics import figures, samples
+from .peak_memory import peak_resident_bytes
 from .runs import Run, timed
 from .statistics import summary
 
