@@ -228,7 +228,7 @@ def test_contributing_has_the_table_of_layers():
         (upward, made("train.job -> longdoc.work")),
         (upward, made("engine.core -> serving", kind="type")),
         (upward_inside, made("integration.bind.runtime -> integration.model.report", kind="late")),
-        (upward_inside, made("engine.sampling.sampler -> engine.speculative.base")),
+        (upward_inside, made("engine.sampling.torch_sampler -> engine.speculative.base")),
         (upward_inside, made("server.http.upload -> server.app")),
         (internals, [Import(f"{PACKAGE}.train.attention", "transformers.masking_utils", ("sdpa_mask",), 1, "late")]),
         (internals, [Import(f"{PACKAGE}.models.rope", "transformers", ("LlamaConfig",), 1, "late")]),

@@ -13,7 +13,7 @@ from .engine.core import EngineCore, ModelFacts
 from .engine.engine import Engine
 from .engine.options import EngineOptions
 from .engine.runner import Runner
-from .engine.sampling.sampler import largest
+from .engine.sampling.torch_sampler import largest
 from .engine.speculative.base import Proposer
 from .engine.speculative.draft_model import DraftModelProposer
 from .engine.speculative.mtp import MtpProposer

@@ -187,7 +187,7 @@ def test_half_a_layer_is_refused(one, load):
 @pytest.mark.parametrize("lengths", [(9,), (40, 4, 31)], ids=["one", "left-padded"])
 @pytest.mark.parametrize("drafts", [1, 3])
 def test_greedy_text_is_plain_greedy_text(folder, lengths, drafts, monkeypatch):
-    monkeypatch.setattr(speculation, "Gate", Always)
+    monkeypatch.setattr(speculation, "DraftLengthController", Always)
     model = by_load_model(folder, prefill_chunk=16)
     rows = [torch.tensor(random_ids(model.config, n, i)) for i, n in enumerate(lengths)]
     ids = torch.stack([torch.nn.functional.pad(r, (max(lengths) - len(r), 0)) for r in rows])
@@ -227,7 +227,7 @@ def prompts(count: int, length: int) -> torch.Tensor:
     return torch.tensor(documents(tiny_v3(), count, length))
 
 
-FIXED = {"use_mtp": True, "num_assistant_tokens_schedule": "constant"}  # without the gate
+FIXED = {"use_mtp": True, "num_assistant_tokens_schedule": "constant"}  # always the same number of drafts
 
 
 def test_trained_drafts_hold_as_often_as_their_training_says(trained):

@@ -78,8 +78,8 @@ LAYERS = (
     Layer(
         "engine",
         "serves many requests at once. `scheduling/`, `sampling/`, `grammar/` (constrained output), `speculative/` "
-        "(proposers, gate, bandit). `core` runs one step; `engine` and `async_engine` are its interfaces. torch is "
-        "imported only in `runner` and `sampling/sampler`",
+        "(proposers, draft length, bandit). `core` runs one step; `engine` and `async_engine` are its interfaces. torch is "
+        "imported only in `runner` and `sampling/torch_sampler`",
         may=("backends", "cache", "system"),
         levels=(
             ("detokenizer", "draft", "options", "request", "sequence"),

@@ -14,7 +14,7 @@ from deepseek_optimizer.backends.reference import ReferenceBackend
 from deepseek_optimizer.engine.runner import Runner
 from deepseek_optimizer.engine.sequence import Part, Sequence, rows_of
 from deepseek_optimizer.engine.speculative import mtp
-from deepseek_optimizer.engine.speculative.decoder import SpeculativeDecoder
+from deepseek_optimizer.engine.speculative.draft_and_verify import SpeculativeDecoder
 from deepseek_optimizer.engine.speculative.mtp import MtpProposer
 from deepseek_optimizer.graph.analysis import weight_shapes
 from deepseek_optimizer.graph.ir import Graph
@@ -116,7 +116,7 @@ class Accepting:
 
 
 class Script:
-    """A gate that allows what it is told."""
+    """A controller that returns the given numbers of drafts."""
 
     def __init__(self, chosen: list[int]) -> None:
         self.chosen = list(chosen)

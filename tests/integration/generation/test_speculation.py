@@ -22,7 +22,7 @@ EOS = 2
 
 
 class Always:
-    """A gate that always allows all drafts, and remembers what became of them."""
+    """A controller that always allows all drafts, and records how many were accepted."""
 
     def __init__(self, most, fixed=False):
         self.most, self.rounds = most, []
@@ -39,7 +39,7 @@ class Always:
 
 @pytest.fixture(autouse=True)
 def always(monkeypatch):
-    monkeypatch.setattr(speculation, "Gate", Always)
+    monkeypatch.setattr(speculation, "DraftLengthController", Always)
 
 
 def script_of(model, ids, mask, new):
@@ -330,9 +330,9 @@ def test_sampling_keeps_the_distribution_of_the_request(certain):
 
 
 def test_the_real_gate_gives_the_plain_text(pair, monkeypatch):
-    from deepseek_optimizer.engine.speculative.gate import Gate
+    from deepseek_optimizer.engine.speculative.draft_length import DraftLengthController
 
-    monkeypatch.setattr(speculation, "Gate", Gate)
+    monkeypatch.setattr(speculation, "DraftLengthController", DraftLengthController)
     plain, drafted = both(pair, (12, 30), agree=0.8, new=60, eos_token_id=None)
     assert torch.equal(plain, drafted)
     report = pair.fast.dso.speculation
@@ -350,9 +350,9 @@ def test_the_plain_loop_serves_requests_without_drafts(pair, monkeypatch):
 
 def test_a_constant_number_of_drafts_leaves_the_gate_out(pair, monkeypatch):
     """Then the number drawn does not depend on time: a seed gives the same text again."""
-    from deepseek_optimizer.engine.speculative.gate import Gate
+    from deepseek_optimizer.engine.speculative.draft_length import DraftLengthController
 
-    monkeypatch.setattr(speculation, "Gate", Gate)
+    monkeypatch.setattr(speculation, "DraftLengthController", DraftLengthController)
     ids, texts = torch.cat([pair.ids(8)] * 3, dim=1), []
     options = {"num_assistant_tokens_schedule": "constant", "max_new_tokens": 30, "do_sample": True, "top_k": 3}
     for _ in range(2):

@@ -1,4 +1,4 @@
-"""Samples tokens from torch logits for one request: greedily or at random, after its logits processors."""
+"""Samples tokens from torch logits for `generate`: greedily or at random, after the logits processors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Process = Callable[[int, list[int], torch.Tensor], torch.Tensor]
 Float32 = npt.NDArray[np.float32]
 
 
-class Sampler:
+class TorchSampler:
     """Samples and verifies tokens. Random numbers come from torch's default generator, as in Transformers.
 
     Args:

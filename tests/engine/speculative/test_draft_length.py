@@ -1,4 +1,4 @@
-"""The gate against simulated costs and acceptances: it finds what pays, and what it loses is bounded."""
+"""The choice of the draft length, with simulated costs and acceptance rates: finds the fastest; losses are bounded."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ import random
 import pytest
 
 from deepseek_optimizer.engine.speculative.costs import StepCosts
-from deepseek_optimizer.engine.speculative.gate import Gate
+from deepseek_optimizer.engine.speculative.draft_length import DraftLengthController
 
 CHEAP, STEEP = 0.06, 0.55  # of a plain step a further row costs: read-bound weights; experts that multiply with the rows
 
 
-def simulate(tokens, agree, row, *, most=3, sequences=1, seed=0, plain=10e-3, noise=0.0, gate=None):
+def simulate(tokens, agree, row, *, most=3, sequences=1, seed=0, plain=10e-3, noise=0.0, controller=None):
     """Decodes `tokens` tokens a sequence. agree: round number -> probability that a draft holds.
 
-    Returns: the gate, and plain decoding's time over the time taken.
+    Returns: the controller, and plain decoding's time over the time taken.
     """
-    rng, gate = random.Random(seed), gate or Gate(most)
+    rng, controller = random.Random(seed), controller or DraftLengthController(most)
     done, seconds, rounds = 0.0, 0.0, 0
     while done < tokens:
-        n = gate.choose(sequences, int(tokens - done) - 1)
+        n = controller.choose(sequences, int(tokens - done) - 1)
         outcomes = []
         for _ in range(sequences):
             held = 0
@@ -28,21 +28,21 @@ def simulate(tokens, agree, row, *, most=3, sequences=1, seed=0, plain=10e-3, no
                 held += 1
             outcomes.append((n, held))
         took = plain * (1 + row * n) * (1 + noise * rng.random())
-        gate.record(took, outcomes)
+        controller.record(took, outcomes)
         done += 1 + sum(held for _, held in outcomes) / sequences
         seconds += took
         rounds += 1
-    return gate, done * plain * (1 + noise / 2) / seconds
+    return controller, done * plain * (1 + noise / 2) / seconds
 
 
 @pytest.mark.parametrize("row", [CHEAP, STEEP, 1.0])
 @pytest.mark.parametrize("sequences", [1, 4])
 @pytest.mark.parametrize("tokens", [64, 128, 1000])
 def test_nothing_accepted_costs_less_than_three_percent(row, sequences, tokens):
-    gate, speed = simulate(tokens, lambda _: 0.0, row, sequences=sequences)
+    controller, speed = simulate(tokens, lambda _: 0.0, row, sequences=sequences)
     assert speed >= 0.97
-    assert gate.report().drafted > 0  # it tried
-    assert gate.report().accepted_length == 1
+    assert controller.report().drafted > 0  # it tried
+    assert controller.report().accepted_length == 1
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -50,10 +50,10 @@ def test_eighty_percent_pays(seed):
     """E(3) = 2.95 at 80%: with cheap rows nearly all of it is gained, with steep ones one draft or two gain what they can."""
     best = {CHEAP: 2.95 / 1.18, STEEP: max(1.8 / 1.55, 2.44 / 2.1, 2.95 / 2.65)}
     for row, speed in best.items():
-        gate, found = simulate(2000, lambda _: 0.8, row, seed=seed)
+        controller, found = simulate(2000, lambda _: 0.8, row, seed=seed)
         assert found > 1 + 0.8 * (speed - 1) if row == CHEAP else found > 1.04
-        assert gate.report().acceptance[0] == pytest.approx(0.8, abs=0.06)
-        assert gate.report().speedup == pytest.approx(found, rel=0.05)
+        assert controller.report().acceptance[0] == pytest.approx(0.8, abs=0.06)
+        assert controller.report().speedup == pytest.approx(found, rel=0.05)
 
 
 def test_short_requests_gain_too():
@@ -63,11 +63,11 @@ def test_short_requests_gain_too():
 
 def test_the_text_changes():
     """Off within some rounds where drafts cease to hold, on again where they hold again."""
-    gate = Gate(3)
-    _, first = simulate(400, lambda _: 0.9, CHEAP, gate=gate)
-    _, second = simulate(2000, lambda _: 0.0, CHEAP, gate=gate)
-    chosen = gate.report().chosen[-1]
-    _, third = simulate(3000, lambda _: 0.9, CHEAP, gate=gate)
+    controller = DraftLengthController(3)
+    _, first = simulate(400, lambda _: 0.9, CHEAP, controller=controller)
+    _, second = simulate(2000, lambda _: 0.0, CHEAP, controller=controller)
+    chosen = controller.report().chosen[-1]
+    _, third = simulate(3000, lambda _: 0.9, CHEAP, controller=controller)
     assert first > 2
     assert second > 0.96
     assert chosen[0] == 0
@@ -85,32 +85,32 @@ def test_deterministic():
 
 
 def test_no_drafts_where_there_is_room_for_none():
-    gate = Gate(3)
+    controller = DraftLengthController(3)
     for _ in range(5):
-        gate.record(1.0, [(0, 0)])
-    assert gate.choose(1, 0) == 0
-    assert gate.choose(1, 1) <= 1
+        controller.record(1.0, [(0, 0)])
+    assert controller.choose(1, 0) == 0
+    assert controller.choose(1, 1) <= 1
 
 
 def test_drafts_pay_for_later_positions_only_where_they_hold():
     """The first always holds, the second never: one draft is what is left."""
-    gate = Gate(3)
+    controller = DraftLengthController(3)
     rounds = []
     for _ in range(300):
-        n = gate.choose(1)
+        n = controller.choose(1)
         rounds.append(n)
-        gate.record(1 + 0.3 * n, [(n, min(n, 1))])
+        controller.record(1 + 0.3 * n, [(n, min(n, 1))])
     assert sum(n == 1 for n in rounds[100:]) > 170
-    assert gate.report().acceptance[1] == 0
-    assert gate.report().acceptance[0] == 1
+    assert controller.report().acceptance[1] == 0
+    assert controller.report().acceptance[0] == 1
 
 
 def test_report():
-    gate = Gate(2)
+    controller = DraftLengthController(2)
     for n, held in ((0, 0), (0, 0), (1, 1), (2, 1), (2, 0)):
-        gate.choose(1)
-        gate.record(1.0 + n, [(n, held)])
-    report = gate.report()
+        controller.choose(1)
+        controller.record(1.0 + n, [(n, held)])
+    report = controller.report()
     assert (report.rounds, report.drafted) == (5, 3)
     assert report.accepted_length == pytest.approx((2 + 2 + 1) / 3)
     assert report.proposed == (3, 1)

@@ -33,8 +33,8 @@ class NotANumberError(ValueError):
         super().__init__("the model's logits are not finite")
 
 
-class Chooser:
-    """Samples the tokens of a request. A preempted request continues with the same chooser.
+class RequestSampler:
+    """Samples the tokens of a request. A preempted request continues with the same sampler.
 
     Args:
         request: the request.

@@ -2,7 +2,7 @@
 
 If the j-th draft is accepted with probability a_j (given that those before it were), a round of n drafts yields
 E(n) = 1 + a_1 + a_1 a_2 + ... + a_1 ... a_n tokens (Leviathan et al. 2023, section 3.1, with unequal a_j) and takes c(n)
-seconds including drafting; n = 0 is plain decoding. The gate chooses the n with the largest E(n) / c(n).
+seconds including drafting; n = 0 is plain decoding. The controller chooses the n with the largest E(n) / c(n).
 
 Acceptance rates are estimated from exponentially decayed counts, which follow changes in the text; a position that has not been
 tried is assumed to have the rate of the position before it. Costs are medians.
@@ -49,7 +49,7 @@ class SpeculationReport:
     speedup: float
 
 
-class Gate:
+class DraftLengthController:
     """Chooses the number of drafts for one request, or for a batch of requests that run together.
 
     Args:
@@ -72,7 +72,7 @@ class Gate:
 
         Args:
             sequences: number of sequences in the round.
-            max_drafts: limit for this round, such as near the end of the text; None: the gate's own.
+            max_drafts: limit for this round, such as near the end of the text; None: `self.max_drafts`.
         """
         max_drafts = self.max_drafts if max_drafts is None else min(max_drafts, self.max_drafts)
         chosen = max_drafts if self.fixed or max_drafts <= 0 else self._choice(sequences, max_drafts)

@@ -10,11 +10,11 @@ from ...errors import CacheFullError
 from ..draft import Draft
 from ..sequence import Part, Sequence, rows_of
 from .base import Proposer
-from .gate import Gate
+from .draft_length import DraftLengthController
 
 if TYPE_CHECKING:
     from ..runner import Runner
-    from ..sampling.sampler import Sampler
+    from ..sampling.torch_sampler import TorchSampler
 
 
 class SpeculativeDecoder:
@@ -24,14 +24,20 @@ class SpeculativeDecoder:
         runner: runs the model's plan.
         proposer: proposes drafts.
         sampler: samples tokens by the request's parameters.
-        gate: chooses the number of drafts.
-        clock: returns the time in seconds, to measure rounds for the gate.
+        draft_length: chooses the number of drafts.
+        clock: returns the time in seconds, to measure rounds for `draft_length`.
     """
 
     def __init__(
-        self, runner: Runner, proposer: Proposer, sampler: Sampler, gate: Gate, clock: Callable[[], float] = time.perf_counter
+        self,
+        runner: Runner,
+        proposer: Proposer,
+        sampler: TorchSampler,
+        draft_length: DraftLengthController,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self.runner, self.proposer, self.sampler, self.gate, self._clock = runner, proposer, sampler, gate, clock
+        self.runner, self.proposer, self.sampler = runner, proposer, sampler
+        self.draft_length, self._clock = draft_length, clock
 
     def round(self, sequences: list[Sequence], room: list[int], used: list[Any] | None = None) -> list[list[int]]:
         """Runs one step and appends the new tokens, at least one, to each sequence; all but the last are in the cache.
@@ -48,7 +54,7 @@ class SpeculativeDecoder:
         """
         begun = self._clock()
         before = [s.cached for s in sequences]
-        allowed = self.gate.choose(len(sequences), max(room) - 1)
+        allowed = self.draft_length.choose(len(sequences), max(room) - 1)
         max_drafts = self._reserve(sequences, [min(allowed, r - 1) for r in room])
         try:
             drafts = self.proposer.propose(sequences, max_drafts) if any(max_drafts) else [Draft() for _ in sequences]
@@ -69,7 +75,7 @@ class SpeculativeDecoder:
                 self.proposer.follow(part.sequence, states[: len(tokens)])
         self.runner.forget(sequences)
         outcomes = [(len(d.tokens), len(tokens) - 1) for d, tokens in zip(drafts, accepted, strict=True)]
-        self.gate.record(self._clock() - begun, outcomes)
+        self.draft_length.record(self._clock() - begun, outcomes)
         return accepted
 
     def _reserve(self, sequences: list[Sequence], max_drafts: list[int]) -> list[int]:

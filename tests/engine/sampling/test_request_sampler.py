@@ -6,13 +6,13 @@ import torch
 from transformers.generation import logits_process as hf
 
 from deepseek_optimizer.engine.request import Request, SamplingParams
-from deepseek_optimizer.engine.sampling.chooser import Chooser, NotANumberError, NoTokenError
+from deepseek_optimizer.engine.sampling.request_sampler import NotANumberError, NoTokenError, RequestSampler
 
 VOCAB, EOS = 100, frozenset([7])
 
 
-def chooser(prompt=(1, 2), grammar=None, **fields):
-    return Chooser(Request(list(prompt), SamplingParams(**{"temperature": 0, **fields}, grammar=grammar)), VOCAB, EOS)
+def sampler(prompt=(1, 2), grammar=None, **fields):
+    return RequestSampler(Request(list(prompt), SamplingParams(**{"temperature": 0, **fields}, grammar=grammar)), VOCAB, EOS)
 
 
 def logits(seed=0):
@@ -20,7 +20,7 @@ def logits(seed=0):
 
 
 def test_repetition_penalty_is_transformers():
-    c, context = chooser([3, 50, 50], repetition_penalty=1.7), [3, 50, 50]
+    c, context = sampler([3, 50, 50], repetition_penalty=1.7), [3, 50, 50]
     for place in range(40):
         row = logits(place)
         scores = hf.RepetitionPenaltyLogitsProcessor(1.7)(torch.tensor([context]), torch.from_numpy(row.copy())[None])
@@ -36,12 +36,12 @@ def test_the_smallest_repetition_penalties(penalty, more):
     """The likeliest token that was seen becomes certain."""
     row = logits()
     row[[3, 50, 60]] = 1.0, 1.5, -2.0
-    c = chooser([3, 50, 60], repetition_penalty=penalty, **more)
+    c = sampler([3, 50, 60], repetition_penalty=penalty, **more)
     assert [c.choose(row, place) for place in range(5)] == [50] * 5
 
 
 def test_presence_and_frequency_are_openais():
-    c, text = chooser(presence_penalty=1.5, frequency_penalty=0.5), []
+    c, text = sampler(presence_penalty=1.5, frequency_penalty=0.5), []
     for place in range(40):
         row = logits(place % 3)
         right = row.astype(np.float64)
@@ -55,15 +55,15 @@ def test_presence_and_frequency_are_openais():
 def test_biases_forbid_and_force():
     row = logits()
     best = int(row.argmax())
-    assert chooser(logit_bias={best: -100}).choose(row, 0) != best
-    assert chooser(logit_bias={9: 100}).choose(row, 0) == 9
-    assert chooser(logit_bias={9: 0.001}).choose(row, 0) == best
+    assert sampler(logit_bias={best: -100}).choose(row, 0) != best
+    assert sampler(logit_bias={9: 100}).choose(row, 0) == 9
+    assert sampler(logit_bias={9: 0.001}).choose(row, 0) == best
 
 
 def test_no_end_before_min_tokens():
     row = logits()
     row[7], row[8] = 50, 40
-    c = chooser(min_tokens=2, stop_token_ids=(8,))
+    c = sampler(min_tokens=2, stop_token_ids=(8,))
     assert [c.choose(row, n) for n in range(3)][:2] == [c.choose(row, 0)] * 2 and c.choose(row, 2) == 7
     assert c.choose(row, 1) not in (7, 8)
 
@@ -91,10 +91,10 @@ class Even:
 
 def test_a_grammar_masks_and_follows():
     for fields in ({}, {"temperature": 1.0, "seed": 1}, {"temperature": 1.0, "top_p": 0.5, "seed": 2}):
-        c = chooser(grammar=Even(), **fields)
+        c = sampler(grammar=Even(), **fields)
         taken = [c.choose(logits(n), n) for n in range(20)]
         assert all(t % 2 == 0 for t in taken) and c.grammar.taken == taken
-    first = chooser(grammar=Even()).choose(logits(5), 0)
+    first = sampler(grammar=Even()).choose(logits(5), 0)
     assert first == max(range(0, VOCAB, 2), key=lambda t: logits(5)[t])
 
 
@@ -105,18 +105,18 @@ def test_logits_that_are_no_numbers(place, value):
         row = logits()
         row[place] = value
         with pytest.raises(NotANumberError):
-            chooser(**fields).choose(row, 0)
+            sampler(**fields).choose(row, 0)
     with pytest.raises(NotANumberError):
-        chooser().choose(np.full(VOCAB, -np.inf, np.float32), 0)
+        sampler().choose(np.full(VOCAB, -np.inf, np.float32), 0)
 
 
 def test_nothing_left():
     for fields in ({"temperature": 0}, {"temperature": 1.0}):
         with pytest.raises(NoTokenError):
-            chooser(**fields, logit_bias=dict.fromkeys(range(VOCAB), -100)).choose(logits(), 0)
+            sampler(**fields, logit_bias=dict.fromkeys(range(VOCAB), -100)).choose(logits(), 0)
 
 
 def test_without_a_seed_texts_differ():
     row = np.zeros(VOCAB, np.float32)
-    texts = {tuple(c.choose(row, n) for n in range(8)) for c in (chooser(temperature=1.0) for _ in range(10))}
+    texts = {tuple(c.choose(row, n) for n in range(8)) for c in (sampler(temperature=1.0) for _ in range(10))}
     assert len(texts) == 10
