@@ -91,7 +91,7 @@ docs-reference: env
 LOWEST := .venv-lowest
 LOWEST_TRANSFORMERS := $(shell sed -n 's/.*"transformers>=\([0-9.]*\),.*/\1/p' pyproject.toml)
 LOWEST_TESTS ?= tests/integration tests/models tests/test_article.py tests/test_optimised_model.py \
-  tests/train/test_prepare.py tests/train/test_trainer.py tests/train/test_attention.py tests/train/checkpoints
+  tests/train/test_prepare.py tests/train/test_trainer.py tests/train/test_attention_function.py tests/train/checkpoints
 
 $(LOWEST)/.installed: $(WHEELS)/.built
 	test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)

@@ -30,7 +30,7 @@ from deepseek_optimizer.bench.hardware import cpu_name
 from deepseek_optimizer.cache import SequenceBlocks
 from deepseek_optimizer.cache.cache_window import CacheWindow
 from deepseek_optimizer.calibration.text import sample_text
-from deepseek_optimizer.graph.rotation import key_rotation
+from deepseek_optimizer.graph.rope_rotation import key_rotation
 from deepseek_optimizer.integration.memory.arena import Arena
 
 from . import models, results

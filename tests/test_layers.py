@@ -225,14 +225,14 @@ def test_contributing_has_the_table_of_layers():
         (circles, made("a.b -> a.c", "a.c -> a.d", "a.d -> a.b")),
         (circles, made("a.b -> a.c") + made("a.c -> a.b", kind="late")),
         (upward, made("graph.ir -> models.llama")),
-        (upward, made("train.job -> longdoc.work")),
+        (upward, made("train.job -> longdoc.strategy_protocol")),
         (upward, made("engine.core -> serving", kind="type")),
         (upward_inside, made("integration.bind.runtime -> integration.model.report", kind="late")),
         (upward_inside, made("engine.sampling.torch_sampler -> engine.speculative.base")),
         (upward_inside, made("server.http.upload -> server.app")),
-        (internals, [Import(f"{PACKAGE}.train.attention", "transformers.masking_utils", ("sdpa_mask",), 1, "late")]),
+        (internals, [Import(f"{PACKAGE}.train.attention_function", "transformers.masking_utils", ("sdpa_mask",), 1, "late")]),
         (internals, [Import(f"{PACKAGE}.models.rope", "transformers", ("LlamaConfig",), 1, "late")]),
-        (internals, [Import(f"{PACKAGE}.train.attention", "transformers.utils", ("ModelOutput",), 1, "top")]),
+        (internals, [Import(f"{PACKAGE}.train.attention_function", "transformers.utils", ("ModelOutput",), 1, "top")]),
     ],
 )  # fmt: skip
 def test_the_checks_find_what_they_are_for(check, found):

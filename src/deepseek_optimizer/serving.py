@@ -21,7 +21,7 @@ from .engine.speculative.prompt_lookup import PromptLookupProposer
 from .errors import ConfigError, UnsupportedRequestError
 from .graph.analysis import dynamic_rope
 from .graph.ir import LatentSpec
-from .graph.rotation import key_rotation
+from .graph.rope_rotation import key_rotation
 from .integration.bind.runtime import Runtime, runtime_of
 from .integration.generation.special_tokens import token_ids
 from .integration.memory.arena import Arena

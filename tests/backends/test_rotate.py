@@ -15,7 +15,7 @@ from deepseek_optimizer.backends.reference.store import make_store
 from deepseek_optimizer.cache import SequenceBlocks
 from deepseek_optimizer.errors import BackendError, UnsupportedRequestError
 from deepseek_optimizer.graph.ir import CacheSpec, LatentSpec
-from deepseek_optimizer.graph.rotation import KeyRotation, Pairs, key_rotation
+from deepseek_optimizer.graph.rope_rotation import KeyRotation, Pairs, key_rotation
 from deepseek_optimizer.integration.memory.arena import Arena
 from deepseek_optimizer.models import build_graph
 from support.models import CASES, random_ids, random_model, weights_of

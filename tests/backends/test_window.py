@@ -16,7 +16,7 @@ from deepseek_optimizer.backends.reference import ReferenceBackend
 from deepseek_optimizer.cache import SequenceBlocks
 from deepseek_optimizer.cache.cache_window import CacheWindow
 from deepseek_optimizer.graph import rules
-from deepseek_optimizer.graph.rotation import key_rotation
+from deepseek_optimizer.graph.rope_rotation import key_rotation
 from deepseek_optimizer.integration.memory.arena import Arena
 from deepseek_optimizer.models import build_graph
 from support.late_rope import LateRope

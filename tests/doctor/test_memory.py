@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from deepseek_optimizer import load_model
-from deepseek_optimizer.doctor.budget import budget
 from deepseek_optimizer.doctor.checks import checkpoint, memory
+from deepseek_optimizer.doctor.memory_estimate import estimate_memory
 from deepseek_optimizer.doctor.symptoms import out_of_memory
 from deepseek_optimizer.system.memory import RESERVE_BYTES
 from support.models import CASES, random_model
@@ -14,7 +14,7 @@ from support.models import CASES, random_model
 
 @pytest.mark.parametrize("fields", [{}, {"precision": "int4"}, {"precision": "int8", "kv_cache": "int8"}])
 def test_the_budget_is_what_loading_takes(case, tiny_model, fields):
-    needs = budget(case(model=str(tiny_model), fields=fields))
+    needs = estimate_memory(case(model=str(tiny_model), fields=fields))
     model = load_model(tiny_model, **fields)
     report = model.report()
     assert needs.weights == report.bytes_after
@@ -25,9 +25,9 @@ def test_the_budget_is_what_loading_takes(case, tiny_model, fields):
 
 
 def test_the_size_in_other_formats(case, tiny_model):
-    needs = budget(case(model=str(tiny_model)))
+    needs = estimate_memory(case(model=str(tiny_model)))
     for name in memory.SMALLER:
-        assert needs.weights_in(name) == budget(case(model=str(tiny_model), fields={"precision": name})).weights
+        assert needs.weights_in(name) == estimate_memory(case(model=str(tiny_model), fields={"precision": name})).weights
 
 
 def test_fits(case, tiny_model, one):
@@ -37,11 +37,11 @@ def test_fits(case, tiny_model, one):
 
 def free_for(case, path, tokens):
     """Bytes that weights, buffers, so many tokens and the reserve of a small machine need."""
-    return budget(case(model=str(path))).needed(tokens) + RESERVE_BYTES
+    return estimate_memory(case(model=str(path))).needed(tokens) + RESERVE_BYTES
 
 
 def test_weights_do_not_fit(case, machine, tiny_model, one):
-    needs = budget(case(model=str(tiny_model)))
+    needs = estimate_memory(case(model=str(tiny_model)))
     box = machine(available_bytes=needs.weights_in("int8") + needs.buffers + 100)
     finding = one(memory.check(case(model=str(tiny_model), machine=box)), "error", "weights do not fit")
     assert "precision='int8'" in finding.fix
@@ -74,7 +74,7 @@ def test_beyond_the_models_context(case, tiny_model, one):
 def test_the_cache_was_granted_too_little(case, tiny_model, one, context, severity):
     given = case(model=str(tiny_model), context=context, fields={"kv_cache_memory": 1 << 16})
     finding = one(memory.check(given), severity, "kv_cache_memory holds")
-    assert f"kv_cache_memory={budget(given).cache_per_token * (224 if context else 256)}" in finding.fix
+    assert f"kv_cache_memory={estimate_memory(given).cache_per_token * (224 if context else 256)}" in finding.fix
 
 
 def test_a_container_limit_counts(case, machine, tiny_model, one):
@@ -114,11 +114,14 @@ def experts_model(tmp_path_factory):
 @pytest.mark.parametrize("fields", [{}, {"precision": "int4"}])
 def test_the_budget_of_experts_and_latents(case, experts_model, fields):
     fields = {**fields, "backend": "reference"}
-    needs = budget(case(model=str(experts_model), fields=fields))
+    needs = estimate_memory(case(model=str(experts_model), fields=fields))
     model = load_model(experts_model, **fields)
     assert needs.weights == model.report().bytes_after
     assert needs.cache_per_token == model.report().kv_token_bytes
-    assert needs.weights_in("int4") == budget(case(model=str(experts_model), fields={**fields, "precision": "int4"})).weights
+    assert (
+        needs.weights_in("int4")
+        == estimate_memory(case(model=str(experts_model), fields={**fields, "precision": "int4"})).weights
+    )
 
 
 def test_experts_are_whole(case, experts_model, one):

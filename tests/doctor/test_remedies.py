@@ -13,8 +13,8 @@ import torch
 from deepseek_optimizer import CacheFullError, load_model
 from deepseek_optimizer.backends.cpu import unavailable_reason
 from deepseek_optimizer.doctor import examine_symptom
-from deepseek_optimizer.doctor.budget import budget
 from deepseek_optimizer.doctor.checks import memory
+from deepseek_optimizer.doctor.memory_estimate import estimate_memory
 from deepseek_optimizer.doctor.remedies import LONGDOC_TOKENS, remedies
 from deepseek_optimizer.longdoc.long_document import LongDocument
 from deepseek_optimizer.longdoc.material import Limits
@@ -37,7 +37,7 @@ def long_model(tmp_path_factory):
 
 def enough_for(case, path, context=CONTEXT, **fields):
     """Bytes with which a model with these fields has just room for the context."""
-    needs = budget(case(model=path, fields=fields))
+    needs = estimate_memory(case(model=path, fields=fields))
     return needs.needed(needs.held(context)) + RESERVE_BYTES
 
 
@@ -61,9 +61,9 @@ def test_sparse_attention_is_recommended_where_it_makes_it_fit(case, machine, lo
     assert error.fix.startswith("sparse_attention=True needs")
     assert taken(found) == "sparse_attention=True"
     fits = {f.facts["name"]: f.facts for f in found if f.check == "out-of-memory"}
-    needs = budget(case(model=long_model, fields={"sparse_attention": True}))
+    needs = estimate_memory(case(model=long_model, fields={"sparse_attention": True}))
     assert fits["sparse_attention=True"]["needed"] == needs.needed(CONTEXT) == free - RESERVE_BYTES
-    assert needs.kv_cache == "int8" and needs.cache_per_token < 0.6 * budget(case(model=long_model)).cache_per_token
+    assert needs.kv_cache == "int8" and needs.cache_per_token < 0.6 * estimate_memory(case(model=long_model)).cache_per_token
     assert all(facts["fits"] for facts in fits.values() if facts["needed"] <= free - RESERVE_BYTES)
     # One byte less, and it is no remedy any more.
     assert taken(examined(case, machine, long_model, free - 1)) == 'attention_optimization="sliding"'
@@ -77,7 +77,7 @@ def test_where_it_fits_nothing_is_recommended(case, machine, long_model, one):
 
 def test_the_order_of_remedies(case, machine, long_model):
     given = case(model=long_model, machine=machine(available_bytes=1 << 40), context=CONTEXT)
-    found = [remedy.name for remedy in remedies(given, budget(given), CONTEXT)]
+    found = [remedy.name for remedy in remedies(given, estimate_memory(given), CONTEXT)]
     assert found == [
         "sparse_attention=True", 'attention_optimization="sliding"', f"dso longdoc {long_model} FILE", "precision='int8'",
         "precision='int4'", "kv_cache='int8'",
@@ -85,7 +85,7 @@ def test_the_order_of_remedies(case, machine, long_model):
 
 
 def test_a_window_is_bounded(case, long_model):
-    needs = budget(case(model=long_model, fields={**SLIDING, "attention_window": 512}))
+    needs = estimate_memory(case(model=long_model, fields={**SLIDING, "attention_window": 512}))
     assert 512 + 512 < needs.held(CONTEXT) == needs.held(8192) <= 2048
     assert needs.held(100) == 128
 
@@ -93,7 +93,7 @@ def test_a_window_is_bounded(case, long_model):
 def test_what_the_settings_have_is_no_remedy(case, machine, long_model):
     for fields, gone in (({"sparse_attention": True}, "sparse_attention"), (SLIDING, "attention_optimization")):
         given = case(model=long_model, machine=machine(available_bytes=1 << 40), fields=fields)
-        assert gone not in " ".join(remedy.name for remedy in remedies(given, budget(given), CONTEXT))
+        assert gone not in " ".join(remedy.name for remedy in remedies(given, estimate_memory(given), CONTEXT))
 
 
 def test_what_longdoc_is_predicted_with():
@@ -120,7 +120,7 @@ def test_a_document_in_pieces(case, machine, long_model, one):
 
 def test_smaller_weights(case, machine, long_model):
     """A short context, of which a window holds all."""
-    needs = budget(case(model=long_model, fields={"kv_cache": "int8"}))
+    needs = estimate_memory(case(model=long_model, fields={"kv_cache": "int8"}))
     free = needs.weights_in("int8") + needs.buffers + needs.cache_per_token * 64 + RESERVE_BYTES
     assert needs.weights + needs.buffers <= free
     given = case(model=long_model, machine=machine(available_bytes=free), fields={"kv_cache": "int8"}, context=64)
@@ -129,7 +129,7 @@ def test_smaller_weights(case, machine, long_model):
 
 
 def test_nothing_that_fits(case, machine, long_model, one):
-    needs = budget(case(model=long_model))
+    needs = estimate_memory(case(model=long_model))
     found = examined(case, machine, long_model, needs.weights + needs.buffers + RESERVE_BYTES // 2)
     assert one(found, "error", "do not fit").fix.startswith("free memory")
     notes = [f for f in found if f.check == "out-of-memory"]
@@ -154,7 +154,7 @@ def test_the_remedy_is_true(case, machine, long_model, remedy, backend):
     """A prompt that the cache has no room for is read with the remedy, in the memory that was predicted."""
     tokens = 3000
     prompt = torch.tensor([random_ids(llama(), tokens)])
-    needs = budget(case(model=long_model, fields={**remedy, "backend": backend}))
+    needs = estimate_memory(case(model=long_model, fields={**remedy, "backend": backend}))
     held = needs.held(tokens + 8)
     granted = {"kv_cache_memory": needs.cache_per_token * held, "backend": backend}
     given = case(model=long_model, machine=machine(), fields=granted, context=tokens + 8)
@@ -173,7 +173,7 @@ import resource, sys, warnings
 import psutil, torch
 from deepseek_optimizer import CacheFullError, load_model
 from deepseek_optimizer.doctor import Case, Machine, examine_symptom
-from deepseek_optimizer.doctor.budget import budget
+from deepseek_optimizer.doctor.memory_estimate import estimate_memory
 from deepseek_optimizer.system.memory import RESERVE_BYTES
 
 path, context = sys.argv[1], int(sys.argv[2])
@@ -182,7 +182,7 @@ def read(**fields):
     return load_model(path, **fields).generate(prompt, max_new_tokens=8, do_sample=False, eos_token_id=None)
 load_model(path).generate(prompt[:, :40], max_new_tokens=2)  # imports and threads are there
 with Case(Machine.here(), model=path, fields={"sparse_attention": True}) as sparse:
-    needs = budget(sparse).needed(context)
+    needs = estimate_memory(sparse).needed(context)
 limit = psutil.Process().memory_info().vms + needs + RESERVE_BYTES + (24 << 20)
 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 with Case(Machine.here(), model=path, context=context) as case:

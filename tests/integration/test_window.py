@@ -11,7 +11,7 @@ import torch
 from deepseek_optimizer.backends.reference import ReferenceBackend
 from deepseek_optimizer.cache import SequenceBlocks
 from deepseek_optimizer.errors import CacheFullError, UnsupportedRequestError
-from deepseek_optimizer.graph.rotation import KeyRotation, Pairs, key_rotation
+from deepseek_optimizer.graph.rope_rotation import KeyRotation, Pairs, key_rotation
 from deepseek_optimizer.integration.memory.arena import Arena
 from deepseek_optimizer.models import build_graph
 from support.models import llama, random_ids, random_model, weights_of

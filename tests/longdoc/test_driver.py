@@ -9,7 +9,7 @@ from deepseek_optimizer.engine.engine import Engine
 from deepseek_optimizer.engine.request import SamplingParams
 from deepseek_optimizer.errors import BackendError, RequestError
 from deepseek_optimizer.longdoc.driver import Driver, TokenUsage
-from deepseek_optimizer.longdoc.work import Ask, Batch, Result
+from deepseek_optimizer.longdoc.strategy_protocol import Ask, Batch, Result
 from support.mock_model import blocks_in_use, expected, make_core
 
 GREEDY = SamplingParams(temperature=0.0)

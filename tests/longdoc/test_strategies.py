@@ -10,8 +10,8 @@ import pytest
 from deepseek_optimizer.errors import ConfigError, RequestError
 from deepseek_optimizer.longdoc.document import Document
 from deepseek_optimizer.longdoc.strategies import answer_by, choose
+from deepseek_optimizer.longdoc.strategy_protocol import Reply
 from deepseek_optimizer.longdoc.tasks import Extraction, Question, Summary
-from deepseek_optimizer.longdoc.work import Reply
 from support.long_documents import Scripted, material, prose
 
 FACT = "The harbour of Lindisfarne closes at nine."

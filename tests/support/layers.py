@@ -125,7 +125,7 @@ LAYERS = (
     Layer(
         "longdoc",
         "documents longer than a prompt: `readers/` (file formats), chunks, retrieval, citations; `strategies/`: one "
-        "way of answering per file, each a generator that is independent of the engine (`work.py`); "
+        "way of answering per file, each a generator that is independent of the engine (`strategy_protocol.py`); "
         "`long_document.py` runs them",
         may=("..chat",),
         levels=(
@@ -144,7 +144,7 @@ LAYERS = (
         levels=(
             ("saved_activations", "shards"),
             ("data", "ops"),
-            ("attention", "fp8", "optimizer"),
+            ("attention_function", "fp8", "optimizer"),
             ("checkpoints",),
             ("modules",),
             (REST,),
@@ -161,7 +161,7 @@ LAYERS = (
         "doctor",
         "finds out why a model fails or runs slowly: one check or symptom per file",
         may=("..chat", "bench"),
-        levels=(("case", "finding", "machine", "budget", "remedies"), ("checks", "symptoms"), (REST,)),
+        levels=(("case", "finding", "machine", "memory_estimate", "remedies"), ("checks", "symptoms"), (REST,)),
     ),
     Layer(
         "server",

@@ -9,7 +9,7 @@ from deepseek_optimizer.longdoc.document import Document
 from deepseek_optimizer.longdoc.material import Limits, Material
 from deepseek_optimizer.longdoc.prompts import Prompts
 from deepseek_optimizer.longdoc.split import split
-from deepseek_optimizer.longdoc.work import Ask, Batch, Reply, Result, Work, advance
+from deepseek_optimizer.longdoc.strategy_protocol import Ask, Batch, Reply, Result, Work, advance
 
 WORDS = [a + b for a in "bcdfglmnprst" for b in ("ander", "ollow", "intern", "umble", "essing", "arrow")]
 

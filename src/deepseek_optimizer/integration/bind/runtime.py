@@ -23,7 +23,7 @@ from ...errors import BackendError, ConfigError, UnsupportedModelError
 from ...graph import rules
 from ...graph.attention_mode import apply_mode, forgetting
 from ...graph.ir import Graph
-from ...graph.rotation import KeyRotation, key_rotation
+from ...graph.rope_rotation import KeyRotation, key_rotation
 from ...models.families import FAMILIES
 from ..memory.arena import Arena, LatentRow
 from ..memory.cache_size import CacheSize, FullBatch, check_granted, check_reserved, for_batch, granted, what_is_free

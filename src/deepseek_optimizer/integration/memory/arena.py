@@ -13,7 +13,7 @@ import numpy as np
 from ...backends.base import BLOCK_TOKENS, KvStore, Plan, StepBatch, StepOutput
 from ...cache import HOLE, BlockManager, Forgetting, SequenceBlocks
 from ...errors import UnsupportedRequestError
-from ...graph.rotation import KeyRotation
+from ...graph.rope_rotation import KeyRotation
 from .cache_size import CacheSize
 from .growth import CheckedGrowth
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from deepseek_optimizer.graph import rules
-from deepseek_optimizer.graph.resume import resumed
+from deepseek_optimizer.graph.partial_graph import graph_from_hidden_state
 from deepseek_optimizer.graph.validate import check_graph
 from deepseek_optimizer.models import build_graph
 from support.models import CASES
@@ -15,7 +15,7 @@ from support.models import CASES
 @pytest.mark.parametrize("index", range(4))
 def test_what_is_left_of_a_model(case: str, index: int) -> None:
     graph = build_graph(CASES[case]())
-    rest = resumed(graph, index)
+    rest = graph_from_hidden_state(graph, index)
     check_graph(rest)
     check_graph(rules.apply(rest)[0])
     layers = {n.attrs["layer"] for n in rest.nodes if n.op in ("attention", "mla_attention")}

@@ -13,7 +13,7 @@ from .case import Case
 
 
 @dataclass(frozen=True)
-class Budget:
+class MemoryEstimate:
     """Bytes. Attributes:
     weights: packed matrices and plain tensors; tied ones count once.
     cache_per_token: of one sequence: keys and values of all layers, and the block summaries of sparse attention.
@@ -64,13 +64,13 @@ class Budget:
         packed = sum(_packed_bytes(larger(format_name, least or format_name), shape) for shape, least in self.matrices)
         return self.weights - sum(self.formats.values()) + packed
 
-    def in_format(self, format_name: str) -> Budget:
-        """The budget with every matrix in this format, assuming buffers of the same size."""
+    def in_format(self, format_name: str) -> MemoryEstimate:
+        """The estimate with every matrix in this format, assuming buffers of the same size."""
         return replace(self, weights=self.weights_in(format_name))
 
 
-def budget(case: Case) -> Budget:
-    """The budget of the case's model."""
+def estimate_memory(case: Case) -> MemoryEstimate:
+    """Estimates the memory of the case's model from its headers and settings."""
     from ..graph.min_formats import exact_weights, min_formats
     from ..integration.bind.graphs import whole_graph
     from ..integration.bind.runtime import kv_dtype
@@ -86,7 +86,7 @@ def budget(case: Case) -> Budget:
     least, exact = min_formats(whole), exact_weights(whole)
     plain = sum(p.nbytes for name, p in case.sketch.named_parameters() if name in wanted and name not in matrices)
     kv, sizes, high = kv_dtype(case.settings, formats), _sizes(case), case.settings.batch_size_range[1]
-    return Budget(
+    return MemoryEstimate(
         weights=sum(formats.values()) + plain,
         cache_per_token=sizes.block_bytes(case.graph, kv) // BLOCK,
         buffers=sizes.buffer_bytes(

@@ -10,7 +10,7 @@ import pytest
 from deepseek_optimizer.errors import UnsupportedModelError, UnsupportedRequestError
 from deepseek_optimizer.graph import rules
 from deepseek_optimizer.graph.ir import LatentSpec
-from deepseek_optimizer.graph.rotation import Pairs, key_rotation
+from deepseek_optimizer.graph.rope_rotation import Pairs, key_rotation
 from deepseek_optimizer.models import build_graph
 from support.models import CASES, llama
 

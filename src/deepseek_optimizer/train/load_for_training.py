@@ -14,7 +14,7 @@ from transformers.utils import logging
 from ..errors import CheckpointError
 
 
-def load_whole(source: Path, dtype: torch.dtype) -> Any:
+def load_for_training(source: Path, dtype: torch.dtype) -> Any:
     """Loads a model; missing weights are an error, where Transformers would initialise them at random.
 
     Args:

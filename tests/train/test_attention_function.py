@@ -7,8 +7,8 @@ from transformers import DynamicCache, MistralConfig
 from transformers.models.auto import AutoModelForCausalLM
 
 from deepseek_optimizer import UnsupportedRequestError
-from deepseek_optimizer.train import attention as module
-from deepseek_optimizer.train.attention import DSO_TRAIN, register_train_attention, train_mask
+from deepseek_optimizer.train import attention_function as module
+from deepseek_optimizer.train.attention_function import DSO_TRAIN, register_train_attention, train_mask
 from deepseek_optimizer.train.ops import native
 from support.models import CASES, random_model
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from .ir import Graph, Node, Value
 
 
-def resumed(graph: Graph, index: int) -> Graph:
+def graph_from_hidden_state(graph: Graph, index: int) -> Graph:
     """The graph from hidden state `index` on, which is passed as `inputs_embeds`.
 
     Hidden states are renumbered from there on; the cache keeps all its layers.

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from deepseek_optimizer.errors import CheckpointError
-from deepseek_optimizer.train.weights import load_whole
+from deepseek_optimizer.train.load_for_training import load_for_training
 from support.models import llama, random_model
 from support.tiny_v3 import tiny_v3
 
@@ -21,7 +21,7 @@ def test_layers_that_are_left_out_make_no_noise():
     logger = logging.getLogger("transformers")
     logger.addHandler(listener)
     try:
-        model = load_whole(tiny_v3(), torch.bfloat16)
+        model = load_for_training(tiny_v3(), torch.bfloat16)
     finally:
         logger.removeHandler(listener)
     assert model.dtype == torch.bfloat16 and not heard
@@ -37,4 +37,4 @@ def test_a_weight_that_is_not_there_is_named(tmp_path, change):
         del tensors[name]
     save_file(kept, file, {"format": "pt"})
     with pytest.raises(CheckpointError, match=name):
-        load_whole(tmp_path, torch.float32)
+        load_for_training(tmp_path, torch.float32)
