@@ -1,4 +1,4 @@
-"""Shared by all tests: one torch thread, no network, red zones, and a tiny model of a known family with its own tokenizer."""
+"""Shared by all tests: one torch thread, no network, red zones, and a tiny model of a supported family with its tokenizer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`ulimit -v` gives an error that says so, and never kills the process."""
+"""`ulimit -v` gives an error that names it, and never kills the process."""
 
 from __future__ import annotations
 

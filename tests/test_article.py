@@ -1,4 +1,4 @@
-"""The article's calls, chapter by chapter, as a reader would type them. Grows with the package."""
+"""The article's calls, chapter by chapter, as a reader would type them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""DeepSeekConfig: every field checked when set, unknown names refused with the nearest, JSON round trip."""
+"""DeepSeekConfig: every field is checked when set, unknown names raise an error with the closest name, JSON round trip."""
 
 from __future__ import annotations
 

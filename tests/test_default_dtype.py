@@ -1,4 +1,4 @@
-"""Torch's default dtype and device are the host program's, and change nothing of what we compute."""
+"""The host program's default dtype and device of torch do not change our results."""
 
 from __future__ import annotations
 

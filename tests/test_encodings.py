@@ -1,4 +1,4 @@
-"""Texts are read and written as UTF-8, whatever the locale: every place says so."""
+"""Text is read and written as UTF-8 in every locale: each call names the encoding."""
 
 from __future__ import annotations
 

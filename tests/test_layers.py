@@ -1,7 +1,8 @@
-"""The package's structure: folders import downwards only, no circle of files, Transformers' internals in integration/ alone.
+"""The package's structure: imports between folders go downwards, files form no cycle, only integration/ uses Transformers'
+internals.
 
-The layers are those of `support/layers.py`. Imports are read from the sources, those inside functions and under
-`if TYPE_CHECKING:` included.
+The layers are defined in `support/layers.py`. Imports are read from the sources, including those in functions and under
+`if TYPE_CHECKING:`.
 """
 
 from __future__ import annotations

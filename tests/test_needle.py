@@ -1,4 +1,4 @@
-"""Needles in long texts, found by a model whose weights are set by hand: what fails here is attention, and no model's wits."""
+"""Needles in long texts, retrieved by a model whose weights are set by hand: a failure is a fault of attention."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What gets installed: one wheel a platform, no torch linked, and a package that works without a compiler."""
+"""The installed package: one wheel per platform, no torch linked, and it works without a compiler."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The chat page's libraries: fetched as pinned or not at all, and in the wheel with their licences."""
+"""The chat page's libraries: downloaded with the pinned checksum or not at all, and in the wheel with their licences."""
 
 from __future__ import annotations
 

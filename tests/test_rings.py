@@ -1,4 +1,4 @@
-"""Which tests run when: the marks of tests/support/rings.py."""
+"""The marks of tests/support/rings.py decide which tests run when."""
 
 from __future__ import annotations
 

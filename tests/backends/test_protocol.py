@@ -1,6 +1,6 @@
-"""Every registered backend keeps the whole contract of `backends/base.py`, on the CPU; and nothing asks for one by name.
+"""Every registered backend implements all of `backends/base.py` on the CPU, and no code asks for a backend by name.
 
-A package that adds a backend runs this file too: its backend is registered, so it is among the parameters.
+A package that adds a backend can run this file too: a registered backend is one of the parameters.
 """
 
 from __future__ import annotations

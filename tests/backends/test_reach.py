@@ -1,5 +1,5 @@
-"""Frequencies of dynamic RoPE belong to a sequence: each row is what Transformers makes of a text of so many tokens, however
-the text is cut and whoever runs beside it."""
+"""Frequencies of dynamic RoPE depend on the sequence's own length: each row equals Transformers' result for a text of that
+length, for any chunks and any other sequences in the batch."""
 
 from __future__ import annotations
 

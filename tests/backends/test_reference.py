@@ -1,4 +1,4 @@
-"""The reference backend against Transformers' own logits and hidden states, in fp32."""
+"""The reference backend against Transformers' logits and hidden states, in fp32."""
 
 from __future__ import annotations
 

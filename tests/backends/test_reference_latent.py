@@ -1,4 +1,4 @@
-"""The reference's latent attention, indexer and latent cache: against formulas in float64, and Transformers' own choices."""
+"""The reference backend's latent attention, indexer and latent cache: against float64 formulas, and Transformers' choices."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The reference's modes of attention: against Transformers' models with attention written row by row, and among themselves."""
+"""The reference backend's attention modes: against Transformers' models with attention computed row by row, and each other."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The reference's router and experts: against Transformers' own, and against formulas in float64."""
+"""The reference backend's router and experts: against Transformers, and against formulas in float64."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The reference's ops against their formulas in float64 or complex numbers."""
+"""The reference backend's ops against their formulas in float64 or complex numbers."""
 
 from __future__ import annotations
 

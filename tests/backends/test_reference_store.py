@@ -1,4 +1,4 @@
-"""The reference's paged K and V."""
+"""The reference backend's paged K and V."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which backends there are and which one serves: entry points of other packages, devices, priorities, and what goes wrong."""
+"""The registry: entry points of other packages, devices, priorities, which backend is chosen, and errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stores turn cached keys: to those of the new position within a step of the storage, on the reference and every native ISA."""
+"""Stores rotate cached keys to new positions, within a rounding step of the stored type; the reference and every native ISA."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The distribution against Transformers' own warpers, and draws against the distribution."""
+"""The sampling distribution against Transformers' warpers, and drawn tokens against the distribution."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""A block's bytes leave a store and come into another: what was written there is read here, to the bit."""
+"""A block exported from one store and imported into another reads back bit for bit."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""A window of the cache: blocks dropped from the midst, the keys behind them turned back, against an oracle that caches keys
-before RoPE; on the reference and on every native ISA."""
+"""A window of the cache: blocks dropped from the middle and later keys rotated back, against an oracle that caches keys before
+RoPE; on the reference and on every native ISA."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Models to measure: small enough that what is tested is the measuring."""
+"""Small models for the tests of the benchmarks: the measuring is tested, not the models."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sides in turns, ratios, peers and their environments; and what each fusion rule gains."""
+"""Alternating sides, ratios, peers and their environments; and the gain of each fusion rule."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A commit's speed beside another's: by hand-made figures, and once through by both sides of this tree."""
+"""Comparison of two commits: with made-up figures, and once for real with both sides from this tree."""
 
 from __future__ import annotations
 

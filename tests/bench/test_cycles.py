@@ -1,4 +1,4 @@
-"""Loading, running and dropping a model, and running one from many threads: few rounds here, all of them with `-m slow`."""
+"""Loading, running and dropping a model, and running one from many threads: a few rounds, or all of them with `-m slow`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The demo's fetching, medians and table; the measuring itself is `make demo`."""
+"""The demo's download, medians and table; `make demo` tests the measuring itself."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One answer through `generate`, on a tiny model in plain Transformers: benchmarks ask any model so."""
+"""One answer through `generate` on a tiny plain Transformers model, as benchmarks request it from any model."""
 
 from __future__ import annotations
 

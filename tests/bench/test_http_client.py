@@ -1,4 +1,4 @@
-"""What a connection's bytes and their times mean, and a server as a process."""
+"""Parsing of a connection's bytes and their arrival times, and a server as a separate process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Percentiles, and the definitions of the figures, by hand-made times."""
+"""Percentiles, and the definitions of the metrics, with made-up times."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The soak for two seconds on a tiny model; and that it would notice."""
+"""The mixed soak test for two seconds on a tiny model, and proof that it detects faults."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the demo's memory column means: the peak above what was resident, mapped pages included."""
+"""The demo's memory column: the peak above the initial resident size, including mapped pages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Divergence and perplexity against values computed here, and BLEU and chrF against sacrebleu's own."""
+"""KL divergence and perplexity against values computed here, and BLEU and chrF against sacrebleu."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Comparing with a baseline, and what people get to see."""
+"""Comparison with a baseline, and the reports as text and HTML."""
 
 from __future__ import annotations
 

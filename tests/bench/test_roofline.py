@@ -1,4 +1,4 @@
-"""Bytes and operations counted by hand, the machine's speeds, and energy counters as Linux shows them."""
+"""Bytes and operations counted by hand, the machine's measured speeds, and energy counters as Linux reports them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs through `generate`: how many tokens, over which context, and that the model is as before afterwards."""
+"""Timed runs of `generate`: number of tokens, length of the context, and the model is unchanged afterwards."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows of serving: figures made by hand become values and verdicts; clients and the engine's side on a tiny model for real."""
+"""Serving benchmarks: values and verdicts from made-up figures; the clients and the engine's side for real on a tiny model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Scripts that run inside other engines' environments, over stand-ins of those engines: what they ask for and print."""
+"""Scripts that run in other engines' environments, with stand-ins for those engines: what they request and print."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The soak beside a hostile client for two seconds on a tiny model; that it would notice; and what the hostile one sends."""
+"""The soak test beside a hostile client for two seconds on a tiny model, proof that it detects faults, and hostile requests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows about drafts: what a round's processes print becomes ratios and verdicts; and one small model for real."""
+"""Speculative decoding benchmarks: ratios and verdicts from the output of a round's processes; one small model for real."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The standing set: verdicts by hand-made figures, GGUF files by reading them back, results and the README's tables."""
+"""The benchmark set: verdicts from made-up figures, GGUF files read back, results and the README's tables."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The rows of `make bench-train`: well formed, judged as said, and a side's run for real on a tiny model."""
+"""The rows of `make bench-train`: well formed, correctly judged, and one side for real on a tiny model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The window's row: well formed, and measured for real on the small trained model."""
+"""The benchmark of the sliding window: well formed, and measured for real on the small trained model."""
 
 from __future__ import annotations
 

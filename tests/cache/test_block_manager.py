@@ -1,4 +1,4 @@
-"""Blocks and sequences, against a model of them that is obviously right."""
+"""The block manager against a simple model of blocks and sequences."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which blocks a window lets go, against what it promises, and how large it is."""
+"""Which blocks a window drops, against its specification, and its size."""
 
 from __future__ import annotations
 

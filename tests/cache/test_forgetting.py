@@ -1,4 +1,4 @@
-"""Caches that forget: what a later token sees is always there, what none sees is not, and nothing leaks."""
+"""Caches that drop tokens: tokens that are still visible stay, the others go, and no block leaks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which matrices are chosen together."""
+"""Which matrices get a format together."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The search over predictions that are wrong: what counts is what the assembled model measures."""
+"""The search when predictions are wrong: the measurement of the assembled model decides."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What each group costs alone, against Transformers' own logits, and what of it is noise."""
+"""The KL divergence that each group causes alone, against Transformers' logits, and its noise."""
 
 from __future__ import annotations
 

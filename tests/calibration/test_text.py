@@ -1,4 +1,4 @@
-"""The calibration text: stretches spread over it, and files that are no text."""
+"""The calibration text: excerpts spread over it, and files that are not text."""
 
 from __future__ import annotations
 

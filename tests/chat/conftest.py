@@ -1,4 +1,4 @@
-"""The tiny model with an engine of its own."""
+"""The tiny model with its own engine."""
 
 from __future__ import annotations
 

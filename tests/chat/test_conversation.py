@@ -1,4 +1,4 @@
-"""A conversation's history, whoever answers."""
+"""The history of a conversation, for local and remote models."""
 
 from __future__ import annotations
 

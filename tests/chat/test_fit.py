@@ -1,4 +1,4 @@
-"""Dialogues that outgrow their window: what stays, and that the cut stays too."""
+"""Conversations longer than the context: which messages stay, and that the cut does not move with every turn."""
 
 import random
 

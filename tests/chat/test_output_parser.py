@@ -1,4 +1,4 @@
-"""Text of a model into reasoning, content and calls: each format, however the text is cut, and text that is none of them."""
+"""A model's output parsed into reasoning, content and tool calls: every format, in any chunks, and malformed output."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A server as the other side of a conversation."""
+"""A conversation with a server."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A generation config and what a caller says over it."""
+"""Sampling parameters: a generation config, overridden by the caller's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pieces that are streamed concatenate to the whole text, whatever characters the tokens cut in two."""
+"""Streamed chunks concatenate to the whole text, even if a token ends inside a character."""
 
 from __future__ import annotations
 

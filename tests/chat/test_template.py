@@ -1,4 +1,4 @@
-"""Prompts: the ids of `apply_chat_template` for what people say, and never a control token that they wrote."""
+"""Prompts: the ids of `apply_chat_template`, and text of users never becomes a control token."""
 
 from __future__ import annotations
 

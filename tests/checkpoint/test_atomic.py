@@ -1,4 +1,4 @@
-"""Nothing half-written under the final name, wherever the writer dies."""
+"""No incomplete file under the final name, wherever the writer is killed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""FP8 checkpoints: read as they are, dequantised, or refused by name."""
+"""FP8 checkpoints: read unchanged, dequantised, or rejected with an error that names the tensor."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""GGUF files as checkpoints: the same names, config and numbers as Transformers makes of them."""
+"""GGUF files as checkpoints: names, config and values equal those that Transformers loads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""GGUF's deepseek2: Transformers' config, names and numbers, whatever form and type the file has them in."""
+"""GGUF's deepseek2: Transformers' config, names and values, for every form and type of the file's tensors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every way in which a GGUF header can lie."""
+"""Invalid GGUF headers of every kind."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tokenizers of DeepSeek's GGUF files: the tokens of the tokenizer that the file was written from."""
+"""Tokenizers of DeepSeek's GGUF files give the tokens of the tokenizer that the file was written from."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What stream_weights checks before it reads, what it hands out, and the memory it takes."""
+"""stream_weights: checks before reading, the tensors it yields, and its memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Packed checkpoints: bit for bit there and back, and no lie about tiles believed."""
+"""Packed checkpoints: bit-exact round trips, and invalid tile counts are rejected."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every way in which a safetensors file can lie, refused before its tensors are touched."""
+"""Invalid safetensors files of every kind are rejected before their tensors are read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Blocks in a file: what goes in comes out, and nothing that is cut, flipped, swapped or of something else does."""
+"""Cache blocks in a file: round trips, and truncated, corrupted, swapped or foreign data is rejected."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files of a model: cut between layers, planned from shapes alone, mapped back bit for bit."""
+"""Files of a checkpoint: cut between layers, planned from shapes alone, mapped back bit for bit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stacks of experts: read one by one or merged, packed matrix by matrix, mapped again; what is wrong is named first."""
+"""Stacks of experts: read one by one or merged, packed matrix by matrix, mapped again; errors name the tensor."""
 
 from __future__ import annotations
 

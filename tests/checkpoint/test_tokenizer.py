@@ -1,4 +1,4 @@
-"""Tokenizers of checkpoints, and those that do not belong to theirs."""
+"""Tokenizers of checkpoints, and tokenizers that do not belong to the checkpoint."""
 
 from __future__ import annotations
 

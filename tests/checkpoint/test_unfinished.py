@@ -1,4 +1,5 @@
-"""A directory written over several runs: what was finished stays, what was not, or is not what the journal says, does not."""
+"""A directory written over several runs: finished files stay; unfinished files, or files that contradict the journal, do
+not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Running the command line: in this process for most tests, in one of its own where pipes and exit codes are the point."""
+"""Runs the command line: in this process for most tests, in a separate one where pipes and exit codes matter."""
 
 from __future__ import annotations
 

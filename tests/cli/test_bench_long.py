@@ -1,4 +1,4 @@
-"""`dso bench --long`: the whole way on a tiny model, and how it refuses."""
+"""`dso bench --long`: end to end on a tiny model, and its errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`dso convert`: the packed copy is whole or not there."""
+"""`dso convert`: the packed copy is complete or absent."""
 
 from __future__ import annotations
 

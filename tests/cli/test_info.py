@@ -1,4 +1,4 @@
-"""`dso info`: the machine, and with a model what was made of it."""
+"""`dso info`: the machine, and with a model, how it was optimised."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Commands in a locale that names no encoding, with Python's UTF-8 mode off: Chinese goes in and out, or is escaped."""
+"""Commands in a locale without an encoding, with Python's UTF-8 mode off: Chinese is read and written, or escaped."""
 
 from __future__ import annotations
 

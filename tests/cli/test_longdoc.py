@@ -1,4 +1,4 @@
-"""`dso longdoc`: answers and their places on stdout, problems of files on stderr, mistakes as one line."""
+"""`dso longdoc`: answers and citations on stdout, problems with files on stderr, one line per error."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`dso run`: text on stdout, everything else elsewhere."""
+"""`dso run`: only the generated text goes to stdout."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`dso train`: from chats to a model that answers, and what is refused before a model is loaded."""
+"""`dso train`: from chats to a model that answers, and errors before a model is loaded."""
 
 from __future__ import annotations
 

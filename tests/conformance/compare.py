@@ -1,4 +1,4 @@
-"""What two runs of the same tests say: which pass on plain models and not on optimised ones, and which of those may."""
+"""Compares two runs of the same tests: which pass on plain models but not on optimised ones, and which of those are allowed."""
 
 from __future__ import annotations
 

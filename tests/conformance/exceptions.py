@@ -1,7 +1,7 @@
-"""Where an optimised model is not what Transformers' tests take every model to be: at most ten kinds, each with its reason.
+"""Where optimised models deviate from what Transformers' tests expect of every model: at most ten kinds, each with a reason.
 
-A test that passes on the plain model and fails on the optimised one must fit an entry, by its name and its error. An entry that
-no test fits any more is an error too.
+A test that passes on the plain model and fails on the optimised one must match an entry by its name and its error. An entry
+that no test matches any more is an error too.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A small model of each family around Transformers' mixins; run from where `stage.py` copies it to."""
+"""A small model of each family, tested by Transformers' mixins; runs from the folder to which `stage.py` copies it."""
 
 from __future__ import annotations
 

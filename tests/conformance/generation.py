@@ -1,8 +1,8 @@
-"""What `generate` and the caches must do, a model beside the plain one: stands in for Transformers' own tests of generation.
+"""Tests of `generate` and the caches, an optimised model against a plain one: a replacement for Transformers' generation tests.
 
-Those are in its repository only (`tests/generation/test_utils.py`), not in its source distribution; where a checkout is at
-hand, `stage.py` takes them instead. Here both models get the same weights, and the same call must give the same answer from
-both: the same class, the same fields, sequences equal and numbers close.
+Those are only in its repository (`tests/generation/test_utils.py`), not in its source distribution; with a checkout at hand,
+`stage.py` uses them instead. Here both models have the same weights, and the same call must return the same from both: the same
+class, the same fields, equal sequences and close values.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""A pytest plugin for the process that runs Transformers' tests: their models are optimised as they are made.
+"""A pytest plugin for the process that runs Transformers' tests: optimises their models when they are created.
 
-`DSO_CONFORMANCE_SIDE` is "control" (models stay plain), "optimised", or "broken" (optimised, and then one
-norm is changed: what such a model fails must be reported). What became of each test is written, line by line as
-JSON, to the file that `DSO_CONFORMANCE_RESULTS` names, so that nothing is lost where the process dies. Classes of Transformers
-are patched here because their tests make models by calling them; nothing outside this process sees that.
+`DSO_CONFORMANCE_SIDE` is "control" (models stay plain), "optimised", or "broken" (optimised, then one norm is changed:
+failures of such a model must be reported). Each test's outcome is written as a line of JSON to the file named by
+`DSO_CONFORMANCE_RESULTS`, so that nothing is lost if the process crashes. Transformers' classes are patched here because their
+tests create models by calling them; nothing outside this process is affected.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""`python -m conformance.run [FAMILY ...]`: Transformers' tests on optimised models beside plain ones, family by family.
+"""`python -m conformance.run [FAMILY ...]`: Transformers' tests on optimised and on plain models, family by family.
 
-Each family's tests run in two processes at once, one a side. The figures are printed, and what deviates without an entry in
-`exceptions.py` makes the command fail.
+Each family's tests run in two processes in parallel, one per side. The counts are printed, and the command fails if a deviation
+has no entry in `exceptions.py`.
 """
 
 from __future__ import annotations

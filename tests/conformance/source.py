@@ -1,7 +1,7 @@
 """Transformers' tests of the installed version, from its source distribution on the package index.
 
-They are fetched once, through pip, and kept in the user's cache directory. The distribution has `tests/*.py` and no folders
-below: the tests of all models (`test_modeling_common.py`) are there, those of generation and of each family are not.
+They are downloaded once by pip, and stored in the user's cache directory. The distribution has `tests/*.py` without subfolders:
+it includes the tests of all models (`test_modeling_common.py`), but not those of generation and of each family.
 """
 
 from __future__ import annotations

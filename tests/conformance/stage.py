@@ -1,7 +1,7 @@
-"""Lays Transformers' tests out as pytest wants them, with stand-ins for the modules that the source distribution lacks.
+"""Arranges Transformers' tests for pytest, with replacements for the modules that the source distribution lacks.
 
 `tests/generation/test_utils.py` is `generation.py` of this folder, unless a checkout of Transformers has its own; exports are
-not tested. The families' tests are `families.py`: a small config for each, around Transformers' mixins.
+not tested. The families' tests are `families.py`: a small config for each, tested by Transformers' mixins.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The comparison can fail: what deviates is reported, what is listed is not, and a list that is too long or stale is."""
+"""The comparison detects failures: unlisted deviations are reported, listed ones are not; long or outdated lists are errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The harness on a small set of tests in place of Transformers' own: a broken model is reported, a crash too."""
+"""The harness with a few tests instead of Transformers': a broken model is reported, and so is a crash."""
 
 from __future__ import annotations
 

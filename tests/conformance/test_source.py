@@ -1,4 +1,4 @@
-"""Where Transformers' tests come from, and what is said where they cannot be had. No network: pip is replaced."""
+"""The download of Transformers' tests, and the error when it fails. No network: pip is replaced."""
 
 from __future__ import annotations
 

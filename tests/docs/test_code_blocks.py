@@ -1,4 +1,4 @@
-"""Every code block of README and docs runs, on a tiny model; with -m slow on SmolLM2, those marked as slow included."""
+"""Every code block of README and docs runs on a tiny model; with -m slow on SmolLM2, including those marked as slow."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""README and docs: links and paths lead somewhere, flags exist, both READMEs say the same, nothing points outside."""
+"""README and docs: links and paths are valid, flags exist, both READMEs say the same, nothing points outside the repository."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is generated from the code is what the code says."""
+"""The generated reference pages are up to date."""
 
 from __future__ import annotations
 

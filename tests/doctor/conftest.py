@@ -1,4 +1,4 @@
-"""A machine of files that a test writes, and small models that something is wrong with."""
+"""A machine made of files that a test writes, and small models with faults."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints that can't be loaded, found without loading them."""
+"""Checkpoints that cannot be loaded, recognised without loading them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""CUDA: driver, build and card against each other. Facts in, findings out: no card is needed."""
+"""CUDA: mismatches of driver, build and card. The facts are made up, so no card is needed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Each variable that slows things: provoked, and left alone where it does no harm."""
+"""Each environment variable that slows a model down, and values that do no harm."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is run for whom, and names that are not known."""
+"""Which checks run for which symptom, and unknown names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Garbage: every cause, provoked."""
+"""Garbage output: every cause, provoked."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Uneven streams: what each set of figures means, and each cause provoked in an engine whose time is counted, not measured."""
+"""Uneven streams: how each set of figures is read, and each cause provoked in an engine whose time is counted, not measured."""
 
 from __future__ import annotations
 

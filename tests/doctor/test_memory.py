@@ -1,4 +1,4 @@
-"""Bytes that a model needs, reckoned from headers, against what is free; and who else has memory."""
+"""A model's memory estimated from file headers, compared with the free memory; and other processes that use memory."""
 
 from __future__ import annotations
 

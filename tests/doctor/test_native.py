@@ -1,4 +1,4 @@
-"""The native build: there, missing, broken; and which of its kernels run."""
+"""The native build: present, missing or broken; and which of its kernels run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A long prompt on a small machine: what is predicted, what is recommended, and that both are true."""
+"""A long prompt on a small machine: the prediction, the recommendations, and that both are true."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Repeated text: measured on models that do, and on one that doesn't."""
+"""Repetitive text: measured on models that repeat themselves, and on one that does not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Slow answers: what each set of figures means, and that the figures are measured."""
+"""Slow answers: how each set of figures is read, and that the figures are measured."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What can be wrong with a tokenizer."""
+"""Faults of tokenizers."""
 
 from __future__ import annotations
 

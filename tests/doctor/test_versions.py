@@ -1,4 +1,4 @@
-"""Packages that don't fit each other, by their own metadata and beyond."""
+"""Incompatible packages, by their metadata and by known conflicts."""
 
 from __future__ import annotations
 

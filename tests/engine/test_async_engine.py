@@ -1,4 +1,4 @@
-"""Many clients on one loop: every request is answered once and rightly, whoever comes, goes, reads slowly or not at all."""
+"""Many clients on one event loop: every request gets exactly one correct answer, even if clients cancel or read slowly."""
 
 import asyncio
 import random

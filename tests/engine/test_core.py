@@ -1,4 +1,4 @@
-"""The engine over a model that is a hash of its context: whoever runs beside it, each request gets its own text."""
+"""The engine with a model that is a hash of its context: each request gets its own text, whatever else is in the batch."""
 
 import random
 

@@ -1,4 +1,4 @@
-"""Pieces concatenate to what decoding everything gives; half characters and half stop strings never show."""
+"""Chunks concatenate to the decoded whole; incomplete characters and partial stop strings are never emitted."""
 
 import random
 

@@ -1,4 +1,4 @@
-"""Tokens chosen where the logits are: the same texts, and no row crosses that nobody needs."""
+"""Tokens chosen on the device of the logits: the same texts, and no row of logits is copied that nobody needs."""
 
 import random
 

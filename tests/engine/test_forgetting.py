@@ -1,4 +1,4 @@
-"""The engine over a model that sees a window and sinks: each text is its own, and takes no more blocks than its window does."""
+"""The engine with a model that attends to a window and sinks: correct texts, in no more blocks than the window needs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Step times, and what follows from them: tokens of a prompt a step, sequences at once, drafts."""
+"""Step times, and the decisions based on them: prompt tokens per step, number of sequences, drafts."""
 
 import random
 

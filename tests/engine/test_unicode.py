@@ -1,4 +1,4 @@
-"""Texts that are no Unicode are an error that says where, before a tokenizer meets them."""
+"""Strings that are not valid Unicode raise an error with the position, before they reach a tokenizer."""
 
 from __future__ import annotations
 

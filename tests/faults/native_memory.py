@@ -1,4 +1,4 @@
-"""Every allocation of the native part fails, one at a time: a typed error, and the next call works as if nothing had been."""
+"""Every allocation of the native library fails, one at a time: a typed error, and the next call works normally."""
 
 from __future__ import annotations
 

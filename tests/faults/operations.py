@@ -1,4 +1,4 @@
-"""The operations that are tried with faults: everything that writes files which have to last."""
+"""The operations that are tested with faults: all that write persistent files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tries operations with faults and prints what came of each as JSON; to be started with the shim in LD_PRELOAD.
+"""Runs operations with injected faults and prints the outcomes as JSON; start it with the shim in LD_PRELOAD.
 
 python run.py MODEL FOLDER [--seed N] [OPERATION[:MAX] ...]
 """

@@ -1,6 +1,6 @@
-"""Calls to the system fail, or the process is killed there: the old state or the new is whole, and the error is one line.
+"""System calls fail, or the process is killed at one: the old or the new state is complete, and the error is one line.
 
-The default tests try a few calls of each kind of operation, chosen by a seed; the slow ones try all.
+The default tests try a few calls of each kind per operation, chosen by a seed; the slow ones try all.
 """
 
 from __future__ import annotations

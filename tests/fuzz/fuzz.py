@@ -1,12 +1,12 @@
-"""Coverage-guided fuzzing by atheris: bytes are mutated, and what reaches new code is kept and mutated further.
+"""Coverage-guided fuzzing with atheris: inputs are mutated, and those that reach new code are kept and mutated further.
 
     python tests/fuzz/fuzz.py TARGET --seconds 600      one target of targets.py
-    python tests/fuzz/fuzz.py all --seconds 600         all of them, one after the other
-    python tests/fuzz/fuzz.py TARGET --keep             adds some of the inputs that were found to the corpus, small ones only
+    python tests/fuzz/fuzz.py all --seconds 600         all targets, one after the other
+    python tests/fuzz/fuzz.py TARGET --keep             adds some of the new inputs to the corpus, small ones only
 
-Inputs begin from `corpus/TARGET`, which `test_corpus.py` replays. What is found goes to build/fuzz/TARGET; an input that
-raises what it should not, hangs or takes too much memory is written there as crash-..., timeout-... or oom-..., and belongs
-into the corpus once it is mended. Exit status 1 then.
+The initial inputs are in `corpus/TARGET`, which `test_corpus.py` replays. New inputs go to build/fuzz/TARGET; an input that
+raises an unexpected error, hangs or takes too much memory is written there as crash-..., timeout-... or oom-..., and should be
+added to the corpus once the bug is fixed. The exit status is then 1.
 """
 
 from __future__ import annotations

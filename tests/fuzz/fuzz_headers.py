@@ -2,16 +2,16 @@
 
     python tests/fuzz/fuzz_headers.py --inputs 1000000 [--seed 0] [--jobs N] [--only K]
 
-An input is a valid file with a few mutations that know what headers are made of: lengths and counts become lies, JSON tokens
-become other tokens, bytes flip, ranges vanish or repeat. Input K of a seed is always the same; `--only K` runs it alone, with
-the traceback. Each is opened, and where that succeeds its config and tensors are read. What must hold:
+An input is a valid file with a few mutations that know the structure of headers: lengths and counts get wrong values, JSON
+tokens become other tokens, bytes flip, ranges vanish or repeat. Input K of a seed is always the same; `--only K` runs it alone,
+with the traceback. Each is opened, and if that succeeds, its config and tensors are read. Requirements:
 
-- nothing but CheckpointError or ConfigError comes out;
+- no exception but CheckpointError or ConfigError;
 - no input takes longer than two seconds;
-- no memory for lies: the address space is capped while the inputs run, and every 64th input's Python memory is measured and
-  held against the file's size.
+- no large allocations: the address space is limited while the inputs run, and every 64th input's Python memory is measured and
+  compared with the file's size.
 
-Files live in memory (/dev/shm). Exit status 1 and the input's number if any of it fails.
+Files are in memory (/dev/shm). If an input violates this, its number is printed and the exit status is 1.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""What is fuzzed: functions that take any bytes and raise nothing but the errors that are theirs to raise.
+"""The fuzzed functions: they accept arbitrary bytes and raise only their documented errors.
 
-An input that two files are made of begins with the length of the first, in two bytes.
+An input that stands for two files begins with the length of the first, in two bytes.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The fuzzers' corpora once more, without atheris: what once fell must not fall again."""
+"""Replays the fuzzers' corpora without atheris: fixed bugs must stay fixed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A short run of the header fuzzer, and proof that it would notice."""
+"""A short run of the header fuzzer, and proof that it detects faults."""
 
 from __future__ import annotations
 

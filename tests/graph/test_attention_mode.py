@@ -1,4 +1,4 @@
-"""What a mode makes of a graph: which layers change, what the cache keeps, what may be forgotten."""
+"""Graphs with an attention mode: which layers change, what the cache stores, which tokens may be dropped."""
 
 from __future__ import annotations
 

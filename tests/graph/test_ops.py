@@ -1,4 +1,4 @@
-"""The table of ops: consistent in itself, true of the graphs that are made, and complete as documentation."""
+"""The table of ops is consistent, matches the graphs that families build, and is completely documented."""
 
 from __future__ import annotations
 

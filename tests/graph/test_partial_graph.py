@@ -1,4 +1,4 @@
-"""The rest of a graph from a hidden state on: well formed, and no more than what comes after."""
+"""The graph from a hidden state on is valid, and contains only the ops that follow."""
 
 from __future__ import annotations
 

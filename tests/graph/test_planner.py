@@ -1,4 +1,4 @@
-"""The slot planner, in plain form: run a graph over named slots and see that no value is overwritten while it is needed."""
+"""The slot planner: a simulation over named slots shows that no value is overwritten while it is needed."""
 
 from __future__ import annotations
 

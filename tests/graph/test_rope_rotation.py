@@ -1,4 +1,4 @@
-"""How cached keys were turned, read off graphs of every family, fused or not."""
+"""The rotation of cached keys, read from graphs of every family, fused or not."""
 
 from __future__ import annotations
 

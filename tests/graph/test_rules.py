@@ -1,4 +1,4 @@
-"""Fusion rules: where each fires, and that no choice of rules changes a result."""
+"""Fusion rules: where each applies, and that no selection of rules changes a result."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""check_graph accepts what families and rules make (see their tests), and refuses every single damage."""
+"""check_graph accepts the graphs of families and rules (see their tests), and rejects each kind of damage."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Modes of attention through load_model, generate and engines: what a token sees, what is kept, and what is said of it."""
+"""Attention modes through load_model, generate and engines: visible tokens, cached tokens, and messages about them."""
 
 from __future__ import annotations
 

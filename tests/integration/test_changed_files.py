@@ -1,4 +1,4 @@
-"""Files of weights that change while a model uses them: an error that names the file, no dead process and no wrong token."""
+"""Weight files that change while a model uses them: an error that names the file, no crash and no wrong token."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The silent-garbage trap: a sequence's text must not depend on who is computed beside it, when they came, or when they went.
+"""A sequence's text must not depend on the other sequences in the batch, nor on when those join or leave.
 
-MoE engines have mixed up tokens where sequences of different lengths met in a batch, were padded, or left at different steps
-(MoE-Infinity, issue 191). Here every sequence is run alone first; then in company, by `generate` and by steps of a plan.
+MoE engines have mixed up tokens when sequences of different lengths met in a batch, were padded, or left at different steps
+(MoE-Infinity, issue 191). Here every sequence is run alone first; then in a batch, by `generate` and by steps of a plan.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What torch wraps around a model: torch.compile, autocast, inference mode, DataParallel."""
+"""torch's wrappers around a model: torch.compile, autocast, inference mode, DataParallel."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""model(...): what Transformers returns, by the plan or by Transformers' own forward over packed modules."""
+"""model(...): the same outputs as Transformers, by the plan or by Transformers' forward over packed modules."""
 
 from __future__ import annotations
 

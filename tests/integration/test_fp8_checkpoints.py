@@ -1,4 +1,4 @@
-"""FP8 checkpoints loaded: as they are at one byte a weight, or in another format; and through `dso convert`."""
+"""FP8 checkpoints: loaded unchanged at one byte per weight, or in another format; and through `dso convert`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""generate(attention_mask=...): masks that only Transformers' own loop and forward can serve, and the note that says so."""
+"""generate(attention_mask=...): masks that only Transformers' loop and forward support, and the message that says so."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""DeepSeek's GGUF files, loaded and converted: the logits of Transformers on the file's own numbers."""
+"""DeepSeek's GGUF files, loaded and converted: the logits of Transformers with the file's values."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints that lie: refused by `load_model` and by `from_pretrained`, by name, before memory is taken for them."""
+"""Malicious checkpoints: rejected by `load_model` and `from_pretrained`, with the tensor's name, before memory is allocated."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints and configs of MoE and MLA models that lie: refused by name, before memory is taken for them."""
+"""Malicious checkpoints and configs of MoE and MLA models: rejected, with the field's name, before memory is allocated."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""PagedCache over latents: what Transformers caches of latent attention, and what it costs."""
+"""PagedCache over latents: the same content as Transformers' cache of latent attention, and its size."""
 
 from __future__ import annotations
 

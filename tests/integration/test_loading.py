@@ -1,4 +1,4 @@
-"""from_pretrained with a DeepSeekConfig, load_model, save_pretrained: one packed model, whichever way it comes."""
+"""from_pretrained with a DeepSeekConfig, load_model, save_pretrained: the same packed model in every way."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Peak memory of every way to load: never over the packed size, the largest tensor and a little; of `dso convert`, which loads
-nothing: never over the largest packed tensor and a little. Each in a process of its own.
+"""Peak memory of every way to load: at most the packed size, the largest tensor and a little; of `dso convert`, which loads
+nothing: at most the largest packed tensor and a little. Each in its own process.
 
 DSO_TEST_MODEL=<directory with a float checkpoint of some GB> adds the slow test, on a model of real size.
 """

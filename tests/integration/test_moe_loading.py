@@ -1,4 +1,5 @@
-"""Models with experts and latent attention: loaded from either form, by every way, saved, and still Transformers models."""
+"""Models with experts and latent attention: loaded from merged and separate experts in every way, saved, and still
+Transformers models."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""MTP layers: loaded by every way, saved with the model, and `generate(use_mtp=True)`."""
+"""MTP layers: loaded in every way, saved with the model, and `generate(use_mtp=True)`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Several documents in one row, separated by positions that restart: they see nothing of each other, as in Transformers."""
+"""Several documents in one row, separated by positions that restart, do not attend to each other, as in Transformers."""
 
 from __future__ import annotations
 

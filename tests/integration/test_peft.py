@@ -1,4 +1,4 @@
-"""PEFT adapters on packed modules: they train, they answer, they come off again."""
+"""PEFT adapters on packed modules: trained, used, and removed again."""
 
 from __future__ import annotations
 

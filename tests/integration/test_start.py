@@ -1,4 +1,4 @@
-"""What starting costs: what an import brings in, and what someone sees while weights load."""
+"""The cost of starting: what an import loads, and the progress shown while weights load."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""More threads than processors: said wherever they are asked for."""
+"""More threads than processors: a warning wherever they are requested."""
 
 from __future__ import annotations
 

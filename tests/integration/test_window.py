@@ -1,4 +1,4 @@
-"""Blocks dropped through the arena: shared ones keep what others see, and an error leaves everything as it was."""
+"""Blocks dropped through the arena: shared ones stay visible to other sequences, and an error changes nothing."""
 
 from __future__ import annotations
 

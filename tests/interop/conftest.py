@@ -1,5 +1,5 @@
-"""Other projects' packages over optimised models. They are large, so `make test-interop` has an environment with them, and only
-there are these tests collected."""
+"""Other projects' packages with optimised models. They are large, so `make test-interop` has its own environment; these tests
+are collected only there."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""sentence-transformers: a packed decoder under its pooling."""
+"""sentence-transformers: pooling over a packed decoder."""
 
 from __future__ import annotations
 

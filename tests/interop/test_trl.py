@@ -1,4 +1,4 @@
-"""TRL's trainer on a packed model with adapters: it has a forward of its own, which reads the head's weight."""
+"""TRL's trainer on a packed model with adapters: its own forward reads the head's weight."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A small random model with room for a few pages, and its tokenizer of bytes."""
+"""A small random model with a context of a few pages, and a byte tokenizer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where texts are cut, and sentences."""
+"""Boundaries at which texts are cut, and sentences."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Citations are really in the text, and are those that support the answer."""
+"""Citations occur in the text, and support the answer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Documents made from texts, and places in them."""
+"""Documents built from texts, and positions in them."""
 
 from __future__ import annotations
 

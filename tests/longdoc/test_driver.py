@@ -1,4 +1,4 @@
-"""Works over an engine whose model is a function: what is asked arrives, what comes back is right, and all ends cleanly."""
+"""Strategies over an engine whose model is a function: prompts arrive, replies are matched, and everything ends cleanly."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How parts of an extraction become one value."""
+"""How partial extractions are merged into one value."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`LongDocument` over a real engine with a random model: what is read, kept, saved and cited; what it says means nothing."""
+"""`LongDocument` over a real engine with a random model: what is read, reused, saved and cited; the answers are meaningless."""
 
 from __future__ import annotations
 

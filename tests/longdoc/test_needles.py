@@ -1,4 +1,5 @@
-"""The generator's single needle through `retrieve`: whatever the model says, the passage that answers is shown and cited."""
+"""The generator's single needle through `retrieve`: for any reply of the model, the passage with the answer is in the prompt
+and cited."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Prompts around a document's tokens: its words are data whatever they look like, and what stands before them never changes."""
+"""Prompts with a document: its text is always data, and the part before the document never changes."""
 
 from __future__ import annotations
 

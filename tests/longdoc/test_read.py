@@ -1,4 +1,4 @@
-"""Files and directories: which are read, in which order, and what becomes of each that can't be."""
+"""Files and directories: which are read, in which order, and problems with files that cannot be read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Texts that go round in circles are known by their ends; others are not."""
+"""Repetitive texts are recognised by their ends; others are not."""
 
 from __future__ import annotations
 

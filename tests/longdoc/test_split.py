@@ -1,4 +1,4 @@
-"""Chunks: none too long, nothing left out, cut where a reader would cut."""
+"""Chunks: none too long, no text lost, cut at natural boundaries."""
 
 from __future__ import annotations
 

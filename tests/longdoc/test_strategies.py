@@ -1,4 +1,4 @@
-"""Strategies against a scripted model: what each shows it, what it makes of the replies, and which is chosen."""
+"""Strategies with a scripted model: their prompts, how they use the replies, and which strategy is chosen."""
 
 from __future__ import annotations
 

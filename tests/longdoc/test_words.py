@@ -1,4 +1,4 @@
-"""Words of many scripts, identifiers, numbers."""
+"""Words in many scripts, identifiers, numbers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""DeepSeek's own families: configs as published, what they make, and every way they can be wrong."""
+"""DeepSeek's families: published configs, the graphs built from them, and every kind of invalid config."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Config -> graph: names of weights, windows, and every way a config can be wrong."""
+"""From config to graph: names of weights, windows, and every kind of invalid config."""
 
 from __future__ import annotations
 

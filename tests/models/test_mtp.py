@@ -1,4 +1,4 @@
-"""MTP layers: their graphs against Transformers' own layers, and against a trained one."""
+"""MTP layers: their graphs against Transformers' layers, and against a trained one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""RopeSpec against the rotary module of Transformers' own models, bit for bit."""
+"""RopeSpec against the rotary module of Transformers' models, bit for bit."""
 
 from __future__ import annotations
 

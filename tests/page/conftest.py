@@ -1,4 +1,4 @@
-"""Opens the chat page in headless Chromium, against a scripted server. A complaint of the console or the CSP fails a test."""
+"""Opens the chat page in headless Chromium, with a scripted server. Console errors and CSP violations fail a test."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Versions of a message: editing it or asking again keeps what was there before, and the reader switches between them."""
+"""Versions of a message: editing or regenerating preserves the earlier version, and the user switches between them."""
 
 from __future__ import annotations
 

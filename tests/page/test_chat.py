@@ -1,4 +1,4 @@
-"""The chat page as a person uses it: sends, reads while it comes, stops, asks again, edits, comes back."""
+"""The chat page from a user's view: sending, reading a stream, stopping, regenerating, editing, reloading."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Finding conversations again, taking them out of the browser and back in, and starting new ones."""
+"""Searching conversations, exporting and importing them, and starting new ones."""
 
 from __future__ import annotations
 

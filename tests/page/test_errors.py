@@ -1,4 +1,4 @@
-"""What the chat page says when there is no answer, and that one can go on from there."""
+"""Error messages of the chat page, and that a conversation can continue after an error."""
 
 from __future__ import annotations
 

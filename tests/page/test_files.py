@@ -1,4 +1,4 @@
-"""Documents on the chat page, over the real server (with an engine without a model): attached, asked about, cited."""
+"""Documents on the chat page, with the real server (and an engine without a model): attached, asked about, cited."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The chat page for everyone: light and dark, small screens, keyboard only, Chinese, input methods, screen readers."""
+"""Appearance and accessibility: light and dark, small screens, keyboard only, Chinese, input methods, screen readers."""
 
 from __future__ import annotations
 

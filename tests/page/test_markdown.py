@@ -1,4 +1,4 @@
-"""The page's Markdown renderer, run where it runs: what it makes of a text, whole and in pieces, and of hostile ones."""
+"""The page's Markdown renderer, in the browser: its output for whole texts, streamed texts, and malicious texts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The page over the real server (with an engine without a model): its fields are taken, its figures come, its policy is met."""
+"""The page with the real server (and an engine without a model): its requests are accepted, figures appear, the CSP is met."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""What a model or a server writes is hostile input: nothing of it runs, is fetched, or passes for the page's own.
+"""Text from a model or a server is untrusted: none of it is executed, fetched, or shown as part of the page itself.
 
-Beside what each test says, `open_chat` fails on any complaint of the CSP, any alert, and any request to another origin.
+In addition to the assertions of each test, `open_chat` fails on any CSP violation, any alert, and any request to another
+origin.
 """
 
 from __future__ import annotations

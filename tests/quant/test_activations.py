@@ -1,4 +1,4 @@
-"""Activation rows: numbers against numpy's float32, bytes against dso.h's layout."""
+"""Activation rows: values against numpy's float32, bytes against dso.h's layout."""
 
 from __future__ import annotations
 

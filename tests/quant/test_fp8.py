@@ -1,4 +1,4 @@
-"""E4M3 by blocks of 128 x 128: codes, scales and places, one weight at a time; taking over what is stored that way."""
+"""E4M3 in blocks of 128 x 128: codes, scales and positions, one weight at a time; taking over weights stored that way."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Repacked ggml blocks hold the numbers that ggml's own decoder gives, exactly."""
+"""Repacked ggml blocks have exactly the values of ggml's own decoder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A server over an engine without a model. The shared one must be left as it was found: idle."""
+"""A server over an engine without a model. Tests must leave the shared server idle."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who may ask, by which name, and from which page: keys, Hosts, origins."""
+"""Access control: API keys, Host headers, origins."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bodies that are not what they should be: a 4xx in OpenAI's shape, and the server goes on."""
+"""Invalid request bodies: a 4xx in OpenAI's error format, and the server continues."""
 
 from __future__ import annotations
 

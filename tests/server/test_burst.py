@@ -1,7 +1,7 @@
-"""Far more clients than the server has places for, on a real model, over real sockets: `dso serve` as a process of its own.
+"""Far more clients than the server has slots for, on a real model, over real sockets: `dso serve` in its own process.
 
-Every one is answered exactly once and rightly, whoever leaves or reads slowly meanwhile; nothing is left behind. And how a
-server under such load stops.
+Every request gets exactly one correct answer even if other clients leave or read slowly; no resource leaks. Also: how a server
+stops under such load.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`dso serve` over a packed checkpoint whose file changes: everybody is told, and the process lives."""
+"""`dso serve` with a packed checkpoint whose file changes: every client gets an error, and the process survives."""
 
 from __future__ import annotations
 

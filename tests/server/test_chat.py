@@ -1,4 +1,4 @@
-"""/v1/chat/completions: messages, unicode, thoughts, tools."""
+"""/v1/chat/completions: messages, Unicode, reasoning, tools."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""Clients that leave a real engine: at each stage, their place and blocks are free a step later, and nobody else notices.
+"""Clients that disconnect from a real engine: at every stage, their slot and blocks are free one step later, and no other
+request is affected.
 
-Steps are let through by the test, so that it knows where a request is when its client leaves.
+The test releases the engine's steps one by one, so it knows the stage of a request when its client disconnects.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`dso serve`: what is wrong is reported before a model is loaded. The calls of README and docs: tests/docs."""
+"""`dso serve`: errors are reported before a model is loaded. The commands of README and docs are tested in tests/docs."""
 
 from __future__ import annotations
 

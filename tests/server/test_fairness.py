@@ -1,4 +1,4 @@
-"""One key may slow itself only: what another one asks is answered while the first one's work is still in the queues."""
+"""A key can slow down only itself: requests of another key are answered while the first key's work is still queued."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Faults below the server, in a real engine: whose request it hits is told so, and everybody else goes on as if nothing was."""
+"""Faults below the server, in a real engine: the affected request gets an error, and all others continue."""
 
 from __future__ import annotations
 

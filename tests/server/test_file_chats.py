@@ -1,4 +1,4 @@
-"""Chats and responses about documents: the whole text where it fits, else by longdoc's strategies; answers with citations."""
+"""Chats and responses about documents: the whole text if it fits, otherwise longdoc's strategies; answers with citations."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Documents that clients send: /v1/files, its bounds, and whose they are."""
+"""Documents uploaded by clients: /v1/files, its limits, and who may use a file."""
 
 from __future__ import annotations
 

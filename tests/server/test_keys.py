@@ -1,4 +1,4 @@
-"""Where API keys come from, and which a request has."""
+"""Where API keys come from, and which key a request has."""
 
 from __future__ import annotations
 

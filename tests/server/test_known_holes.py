@@ -1,6 +1,6 @@
-"""Holes that other servers had, beside those that have a test where they belong: `n` without bound and large heads
-(test_sampling_fields, test_connections), templates and their sandbox, images by address (test_chat), rebound names and paths
-(test_access, test_models), scripts in what a model writes (test_page, tests/page), salts (test_access, test_real_engine)."""
+"""Vulnerabilities of other servers that are not tested elsewhere. Elsewhere: unlimited `n` and large heads
+(test_sampling_fields, test_connections), templates and their sandbox, images by URL (test_chat), DNS rebinding and paths
+(test_access, test_models), scripts in a model's output (test_page, tests/page), salts (test_access, test_real_engine)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""LangChain's ChatOpenAI against a live server."""
+"""LangChain's ChatOpenAI with a live server."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a client sends does not come back in full in an error: texts are quoted by their beginnings."""
+"""An error does not repeat a client's input in full: long texts are truncated."""
 
 from __future__ import annotations
 

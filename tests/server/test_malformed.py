@@ -1,4 +1,4 @@
-"""Bytes that are not quite HTTP: each gets one status line and a closed connection, and no request hides in another's body."""
+"""Malformed HTTP: each request gets one status line and a closed connection, and no request can be smuggled in a body."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""OpenAI's own client against a live server."""
+"""OpenAI's own client with a live server."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The chat page's files: they and no others, with a policy under which nothing else runs or is asked for."""
+"""The chat page's files: only these are served, with a policy that permits no other code or requests."""
 
 from __future__ import annotations
 

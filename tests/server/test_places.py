@@ -1,4 +1,4 @@
-"""Places in the queue belong to work, not to clients: whoever does not read keeps nobody out."""
+"""Slots in the queue belong to work, not to clients: a client that does not read blocks nobody."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The server over the engine itself, with a tiny model of random weights."""
+"""The server over a real engine, with a tiny model of random weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""/v1/responses: items, events, and what a server without state refuses."""
+"""/v1/responses: items, events, and features that a server without state rejects."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sampling parameters: what they may be, and that what is wrong is a 400 before the engine sees anything."""
+"""Sampling parameters: valid ranges; an invalid one is a 400 before the engine sees the request."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Requests made from the server's own OpenAPI schema, valid and invalid: no answer is a 5xx, and all are as the schema says.
+"""Valid and invalid requests generated from the server's OpenAPI schema: no answer is a 5xx, and all match the schema.
 
-DSO_SCHEMA_EXAMPLES: how many for each operation; `make fuzz` tries 1,000.
+DSO_SCHEMA_EXAMPLES: number of requests per operation; `make fuzz` tries 1,000.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How a server stops: what is in flight ends, what is new is sent away, and no process is left."""
+"""Shutdown of a server: running requests finish, new ones are rejected, and no process remains."""
 
 from __future__ import annotations
 

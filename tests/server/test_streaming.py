@@ -1,4 +1,4 @@
-"""Streams: the same text as without, chunks as OpenAI's, clients that leave."""
+"""Streams: the same text as without, OpenAI's chunks, clients that disconnect."""
 
 from __future__ import annotations
 

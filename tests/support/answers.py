@@ -1,7 +1,7 @@
-"""What a tiny model answers through every way into the native library, as digests, under other defaults of torch. For
-`tests/test_default_dtype.py`, in a process of its own: a mistake would corrupt its memory.
+"""Digests of a tiny model's outputs through every entry point of the native library, under other default dtypes and devices of
+torch. For `tests/test_default_dtype.py`, in its own process, since a bug would corrupt its memory.
 
-python -m support.answers FOLDER [DEFAULT ...]     a default dtype, or device:NAME; one JSON object a line, in their order
+python -m support.answers FOLDER [DEFAULT ...]     a default dtype, or device:NAME; one JSON object per line, in their order
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A model that calibration makes a difference to, with a tokenizer and a text."""
+"""A model whose quality depends on calibration, with a tokenizer and a text."""
 
 from __future__ import annotations
 

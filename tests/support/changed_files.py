@@ -1,8 +1,8 @@
-"""Models whose files change while they are in use: a program of its own, since a fault in one would kill the tests.
+"""Models whose files change while they are in use. A separate program, since a fault would kill the test process.
 
     python changed_files.py PACKED FLOAT WORK
 
-prints what came of each case as one JSON object: of calls the tokens, or the type and text of their error.
+prints the outcome of each case as one JSON object: the tokens of a call, or the type and text of its error.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Chat templates in the manner of well-known families, and small tokenizers with their control tokens; made here."""
+"""Chat templates similar to those of well-known families, and small tokenizers with their control tokens; all made here."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoint files made by hand, byte by byte, so that tests can make them wrong.
+"""Checkpoint files assembled byte by byte, so that tests can make them invalid.
 
 path.write_bytes(safetensors_bytes({"w": torch.ones(2, 3)}))
 path.write_bytes(gguf_bytes(model_values("llama"), model_tensors("llama")))

@@ -1,13 +1,13 @@
-"""The code blocks of the documentation: found in Markdown, and run page by page as a reader would type them.
+"""The code blocks of the documentation: extracted from Markdown, and run page by page as a reader would type them.
 
-A comment in front of a block says how it is run:
+A comment before a block says how to run it:
 
     <!-- not tested: REASON -->     it cannot run here
     <!-- tested: slow -->           it runs with the slow tests only
     <!-- file: NAME -->             its text is written to that file
-    <!-- stdin: TEXT -->            what is typed into its command
+    <!-- stdin: TEXT -->            the input of its command
     <!-- training -->               a few steps are enough: `STEPS` are added to `dso train`
-    <!-- fixture: packed NAME -->   a packed model of that name is there before
+    <!-- fixture: packed NAME -->   needs a packed model of that name
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""PDF and Word files made here, and texts that no reader expects."""
+"""PDF and Word files generated here, and unusual texts."""
 
 from __future__ import annotations
 

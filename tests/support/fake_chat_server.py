@@ -1,6 +1,6 @@
-"""A server that speaks OpenAI's chat protocol from a script, and serves the chat page: what clients are tested against.
+"""A server that speaks OpenAI's chat protocol from a script and serves the chat page, for tests of clients.
 
-It streams what a test tells it to, waits where the test holds an event, and keeps every request. No model, no torch.
+It streams what a test scripts, waits while the test holds an event, and records every request. No model, no torch.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""An engine without a model: what `AsyncEngine` promises the server, with scripted texts. For tests of protocols."""
+"""An engine without a model: the interface of `AsyncEngine` that the server uses, with scripted texts. For tests of
+protocols."""
 
 from __future__ import annotations
 

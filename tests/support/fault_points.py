@@ -1,11 +1,11 @@
-"""Runs an operation once for every call to the system at which it can fail, in a forked process each time.
+"""Runs an operation once for every system call at which it can fail, in a forked process each time.
 
     LD_PRELOAD=faults.so python tests/faults/run.py        (see tests/faults/test_faults.py)
 
-The process that forks has everything imported and runs nothing itself, so a trial takes milliseconds. `trials` first runs the
+The process that forks has imported everything and runs nothing itself, so a trial takes milliseconds. `trials` first runs the
 operation with a log of its calls, then repeats it from the same old state with one call failing, or the process killed there.
-After each trial the state must be the old or the new one byte for byte, the error one line that names the place, nothing may be
-left lying around, and the next run without faults must succeed.
+After each trial the state must be the old or the new one byte for byte, the error one line that names the place, no temporary
+file may remain, and the next run without faults must succeed.
 """
 
 from __future__ import annotations

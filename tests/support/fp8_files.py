@@ -1,6 +1,6 @@
-"""Checkpoints in FP8 by blocks of 128 x 128, as DeepSeek publishes them, made out of a float one.
+"""Checkpoints in FP8 with blocks of 128 x 128, as published by DeepSeek, made from a float one.
 
-folder = fp8_copy(tiny_model, tmp_path / "fp8")   # attention and MLP matrices in F8_E4M3, the rest as it was
+folder = fp8_copy(tiny_model, tmp_path / "fp8")   # attention and MLP matrices in F8_E4M3, the rest unchanged
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""The product of two matrices in FP8 as section 3.3 of the report has it, step by step: what the others are tested against."""
+"""The product of two matrices in FP8 as in section 3.3 of the DeepSeek-V3 report, step by step: the reference for the
+others."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""GGUF files of small DeepSeek-V2 and V3 models, written with llama.cpp's own package as its converter writes them.
+"""GGUF files of small DeepSeek-V2 and V3 models, written with llama.cpp's package in the layout of its converter.
 
 model = random_model(v3())
 write_gguf(path, model, {"": "Q8_0", "ffn_down_exps": "Q4_0"})

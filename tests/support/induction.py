@@ -1,15 +1,15 @@
 """A Llama of two layers that copies what followed an earlier occurrence of the last token; its weights are set, not trained.
 
-An induction head (Elhage et al. 2021; Olsson et al. 2022) answers "... K V ... K" with V. Every token has one number of its own
-in the residual stream. Layer 1 looks one position back, by RoPE alone, and puts the token it finds there into other numbers.
-Layer 2 asks with the present token for a position that had this token before it, and copies what stands there; where there is
-none, its heads look at the text's first token (BOS), as heads of trained models do, and the model answers BOS.
+An induction head (Elhage et al. 2021; Olsson et al. 2022) answers "... K V ... K" with V. Every token has its own element of
+the residual stream. Layer 1 attends to the previous position, by RoPE alone, and writes its token into other elements. Layer 2
+queries with the current token for a position that follows this token, and copies that position's token; if there is none, its
+heads attend to the text's first token (BOS), as heads of trained models do, and the model answers BOS.
 
-RoPE: theta is so large that the first pairs of a head turn fast enough to tell one position back from all others, and the rest
-does not turn at all within the context; tokens are compared in those. As only one number of a key says which token it is, a
-block of keys that holds the one asked for can be told by the largest of its keys, number by number.
+RoPE: theta is so large that the first pairs of a head rotate fast enough to distinguish the previous position from all others,
+and the rest does not rotate noticeably within the context; tokens are compared in those. Only one element of a key identifies
+the token, so the element-wise maximum of a block's keys shows whether the block contains it.
 
-Where a token occurred several times, all of its occurrences count alike.
+If a token occurred several times, all of its occurrences count equally.
 """
 
 from __future__ import annotations

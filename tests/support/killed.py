@@ -1,4 +1,4 @@
-"""A process that is killed in the midst of what it does."""
+"""A process that is killed in the middle of its work."""
 
 from __future__ import annotations
 

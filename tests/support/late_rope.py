@@ -1,7 +1,7 @@
-"""What a window of the cache must compute, by other means: Transformers' own model over keys that are cached BEFORE RoPE, and
-turned each time attention reads them, at the places they have then. Nothing is ever turned back.
+"""The oracle for windows of the cache: Transformers' own model over keys that are cached BEFORE RoPE, and rotated to their
+current positions each time attention reads them. No key is ever rotated back.
 
-Kept keys and values are those that the whole text before them made, dropped tokens included.
+The remaining keys and values were computed from the whole text before them, including dropped tokens.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""A tiny model loaded and run in forked children, each with so many more bytes of addresses than the process has by then. For
-`tests/test_address_space.py`, in a process of its own with one thread.
+"""Loads and runs a tiny model in forked children, each with a limit of some megabytes of additional address space. For
+`tests/test_address_space.py`, in its own process with one thread.
 
-python -m support.limited FOLDER MEGABYTES ...     a line for each: load or run, megabytes, status of the child, what it said
+python -m support.limited FOLDER MEGABYTES ...     one line each: load or run, megabytes, the child's status and its message
 """
 
 from __future__ import annotations

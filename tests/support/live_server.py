@@ -1,4 +1,4 @@
-"""The server as it runs, on a port of its own in a thread, for tests that talk to it over sockets."""
+"""A running server on its own port in a thread, for tests over sockets."""
 
 from __future__ import annotations
 

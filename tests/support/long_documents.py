@@ -1,4 +1,4 @@
-"""Documents, and a model that is a function: what strategies do, without an engine."""
+"""Documents, and a model that is a function: runs strategies without an engine."""
 
 from __future__ import annotations
 

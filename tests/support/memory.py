@@ -1,4 +1,4 @@
-"""Machines with as much memory as a test wants."""
+"""Machines with a given amount of memory."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""A model that is a hash of its context, over a real block manager: whatever the engine does with blocks and tokens shows.
+"""A model that is a hash of its context, over a real block manager: any mistake with blocks or tokens changes its output.
 
-It keeps tokens in blocks as a real one keeps keys and values, and reads its context back through the step's block tables. So a
-block that was shared wrongly, freed too early or written twice changes the text, and `expected` says what the text must be.
+It stores tokens in blocks as a real model stores keys and values, and reads its context through the step's block tables. A
+block that was shared wrongly, freed too early or written twice changes the text; `expected` returns the correct text.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Small random models of every family, with Transformers' own logits to compare with.
+"""Small random models of every family, with Transformers' logits for comparison.
 
 model = random_model(CASES["qwen3-gqa"]())
 graph = build_graph(model.config)

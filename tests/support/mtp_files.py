@@ -1,4 +1,4 @@
-"""Checkpoints of DeepSeek-V3 with MTP layers, as DeepSeek publishes them: per-expert tensors, embedding and head repeated."""
+"""Checkpoints of DeepSeek-V3 with MTP layers, as published by DeepSeek: per-expert tensors, embedding and head repeated."""
 
 from __future__ import annotations
 

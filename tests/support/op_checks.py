@@ -1,4 +1,4 @@
-"""How ops of training are judged: results and gradients against those of plain torch in fp64."""
+"""Checks of training ops: results and gradients against plain torch in fp64."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Packed checkpoints made of tensors, without a model."""
+"""Packed checkpoints made from tensors, without a model."""
 
 from __future__ import annotations
 

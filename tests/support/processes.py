@@ -1,4 +1,4 @@
-"""Several processes that train together, as torchrun starts them: forked, with gloo on the CPU."""
+"""Several processes that train together, as started by torchrun: forked, with gloo on the CPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model that knows nothing: random tokens among those that a grammar allows, until the text ends."""
+"""A model without knowledge: random tokens among those that a grammar allows, until the text ends."""
 
 from __future__ import annotations
 

@@ -1,19 +1,19 @@
-"""Which tests run when: a pytest plugin that marks them `wide` or `slow`.
+"""Which tests run when: a pytest plugin that marks tests `wide` or `slow`.
 
-* `make test` runs what is marked neither way;
-* `make test-all` runs `wide`: a sample that moves with the commit, whose seed the header of a run names;
+* `make test` runs the unmarked tests;
+* `make test-all` runs `wide`: a sample that changes with every commit; the header of a run shows its seed;
 * `-m slow` runs the rest.
 
-Of a function with many cases, as a product of families, formats and ISAs has, FEW are marked neither way: always the same, with
-as many of the parameters' values as so many cases can have. Of the others, some in which every remaining value occurs are wide,
-and so is a share of what is left then.
+Of a function with many cases, such as a product of families, formats and ISAs, FEW are unmarked: always the same, covering as
+many values of the parameters as possible. Of the others, cases that cover the remaining values are wide, and so is a share of
+the rest.
 
-Functions that take long are in wide.txt, with the seconds of processor time that a case takes. Theirs are fewer: as many as
-take FAST_S together in `make test`, none where one case takes longer, and WIDE_S in `make test-all`, where a case that takes
-still longer comes by chance, every few commits.
+Slow functions are listed in wide.txt, with the seconds of processor time per case. Fewer of their cases run: as many as take
+FAST_S together in `make test` (none if one case takes longer), and WIDE_S in `make test-all`, where a case that takes still
+longer is drawn at random, once every few commits.
 
-A function that is named on the command line is sampled all the same; -m "" runs all of it. `--write-wide` runs
-MEASURED cases of each, and brings wide.txt up to date for them.
+A function named on the command line is sampled too; -m "" runs all of its cases. `--write-wide` measures MEASURED cases of each
+function and updates wide.txt.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Transformers' own models with attention in a mode, written down row by row in float64: what our graphs are compared with.
+"""Transformers' models with an attention mode, computed row by row in float64: the reference for our graphs.
 
-Nothing here is shared with the package but the mode itself. It stands where a model's eager attention stands, so that all that
-comes before and after is Transformers'.
+Only the mode is shared with the package. The function replaces a model's eager attention, so everything before and after it is
+Transformers' code.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A small random Llama on disk, with a tokenizer beside it."""
+"""A small random Llama on disk, with a tokenizer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""JSON schemas that grammars enforce, and some that they can't."""
+"""JSON schemas that grammars support, and some that they do not."""
 
 from __future__ import annotations
 

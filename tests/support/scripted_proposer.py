@@ -1,4 +1,4 @@
-"""Drafts out of a known continuation, right with a given probability: for tests, and for `benchmarks/drafts.py`."""
+"""Drafts from a known continuation, each correct with a given probability: for tests, and for `benchmarks/drafts.py`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints that are spoilt on purpose, and both ways to load them."""
+"""Deliberately damaged checkpoints, and both ways to load them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Driving a plan: ragged steps over sequences whose blocks a BlockManager owns."""
+"""Runs a plan: ragged steps over sequences whose blocks belong to a BlockManager."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The small trained DeepSeek-V3 model that lies beside the repository: real routers, acceptance rates and perplexities.
+"""The small trained DeepSeek-V3 model next to the repository: real routers, acceptance rates and perplexities.
 
-It is found by the environment variable DSO_TINY_V3, or as ../shared/models/tiny-v3; where it is not, tests that need it are
-skipped and say so.
+Its path is the environment variable DSO_TINY_V3, or ../shared/models/tiny-v3; if it does not exist, tests that need it are
+skipped.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Runs of training that take a second: a tiny Llama with dropout, random tokens, a checkpoint every few steps.
+"""Training runs of a second: a tiny Llama with dropout, random tokens, a checkpoint every few steps.
 
 trainer = tiny_trainer(folder, max_steps=6, save_steps=2)
 trainer.train()

@@ -1,4 +1,4 @@
-"""Seeing what goes through a function of the package while something runs."""
+"""Records calls of a function of the package."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every place where the system says how much memory a process may have, alone and together."""
+"""Every source of the system's memory limits, alone and together."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a person sees of long work: a bar on a terminal, lines elsewhere, nothing of quick work."""
+"""Progress of long work: a bar on a terminal, lines elsewhere, nothing for quick work."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Adapters of PEFT: on plain models and on packed ones, trained, resumed, saved and put into the model."""
+"""PEFT adapters: on plain models and on packed ones, trained, resumed, saved and merged into the model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`DeepSeekTrainingArguments`: the article's call, round trips, and what contradicts itself."""
+"""`DeepSeekTrainingArguments`: the article's call, round trips, and contradictory arguments."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`attn_implementation="dso_train"` in Transformers' models: losses and gradients of sdpa, packed rows, padding, refusals."""
+"""`attn_implementation="dso_train"` in Transformers' models: losses and gradients of sdpa, packed rows, padding, errors."""
 
 import pytest
 import torch

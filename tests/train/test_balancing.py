@@ -1,4 +1,4 @@
-"""Balancing by biases: the rule, what counts, resuming, and that experts come to be equally busy."""
+"""Load balancing by biases: the rule, which tokens count, resuming, and that experts become equally loaded."""
 
 from __future__ import annotations
 

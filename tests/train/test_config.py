@@ -1,4 +1,4 @@
-"""Descriptions of runs: read from files, checked field by field."""
+"""Training configs: read from files, checked field by field."""
 
 from __future__ import annotations
 

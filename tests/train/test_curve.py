@@ -1,4 +1,4 @@
-"""The loss curve: what is logged is what is written, and a run that goes on draws on."""
+"""The loss curve: it shows the logged values, and a resumed run extends it."""
 
 from __future__ import annotations
 

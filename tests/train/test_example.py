@@ -1,4 +1,4 @@
-"""examples/tiny_v3: the script itself, and a chat with what it made."""
+"""examples/tiny_v3: the script itself, and a chat with the model that it trains."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Training killed at 20 random moments: every checkpoint with a name is whole, and the end is that of a run never killed.
+"""Training killed at 20 random moments: every named checkpoint is complete, and the result equals that of an uninterrupted run.
 `make soak` does 200."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Models read for training: whole or not at all, and without a table of what is left out on purpose."""
+"""Models loaded for training: complete or not at all, and without a report on tensors that are left out on purpose."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Preparing a model: what it computes, what it is called, and that it is given back as it was."""
+"""Preparing a model for training: its results, its names, and that it is restored afterwards."""
 
 from __future__ import annotations
 

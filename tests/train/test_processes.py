@@ -1,4 +1,4 @@
-"""Two processes train as one: DDP and FSDP2 through accelerate, gloo on the CPU."""
+"""Two processes train together: DDP and FSDP2 through accelerate, gloo on the CPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is seen of training: a bar on a terminal, lines in a pipe where it takes long."""
+"""Progress of training: a bar on a terminal, lines in a pipe if it takes long."""
 
 from __future__ import annotations
 

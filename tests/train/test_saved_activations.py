@@ -1,4 +1,4 @@
-"""Recomputation in the backward pass: equal gradients, fewer bytes saved, and no tensor mistaken for another."""
+"""Recomputation in the backward pass: equal gradients, fewer bytes saved, and no tensor confused with another."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Parameters that processes share: shards are worked on locally, norms are of the whole."""
+"""Parameters sharded over processes: shards are updated locally, norms are of the whole."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""`DeepSeekTrainer`'s steps: against Transformers' Trainer, in each way to keep and round, and where numbers are not finite."""
+"""`DeepSeekTrainer`'s steps: against Transformers' Trainer, for each storage and rounding of weights, and non-finite values."""
 
 from __future__ import annotations
 

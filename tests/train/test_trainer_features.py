@@ -1,4 +1,4 @@
-"""What Trainer offers works in `DeepSeekTrainer`: callbacks, evaluation, metrics, losses of one's own, saving, hub."""
+"""Trainer's features in `DeepSeekTrainer`: callbacks, evaluation, metrics, custom losses, saving, hub."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Native backend tests run on each ISA variant that this host has; without a native build they are skipped and say so."""
+"""Native backend tests run on each ISA variant that this host supports; without a native build they are skipped."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model's weights in a format, and a float model that holds the values those weights stand for."""
+"""Packs a model's weights in a format, and builds the float model that has the values of those packed weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The Python view of the C interface against `dso.h` and `dso_train.h` themselves: structs, prototypes, constants."""
+"""The ctypes bindings of the C interface match `dso.h` and `dso_train.h`: structs, prototypes, constants."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Step batches that are wrong are refused by name, before anything is read past its end or written."""
+"""Invalid step batches raise an error that names the field, before anything is read out of bounds or written."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Memory at the native library's border: what is refused, and writes past a buffer's end that are seen."""
+"""Memory passed to the native library: which buffers are rejected, and detection of writes past a buffer's end."""
 
 from __future__ import annotations
 

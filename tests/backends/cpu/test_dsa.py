@@ -1,5 +1,5 @@
-"""DeepSeek's sparse attention, native, on every ISA: the indexer by itself against scores in doubles, and whole models against
-Transformers'."""
+"""DeepSeek's sparse attention in native plans, on every ISA: the indexer alone against scores in float64, and whole models
+against Transformers."""
 
 from __future__ import annotations
 

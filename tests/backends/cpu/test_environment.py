@@ -1,4 +1,4 @@
-"""DSO_ISA and DSO_THREADS: obeyed, or refused out loud."""
+"""The environment variables DSO_ISA and DSO_THREADS take effect, or raise an error."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Experts in a native plan against Transformers' own modules: routing, every format, grouped or not, any company."""
+"""Experts in native plans against Transformers' modules: routing, every format, grouped or not, independent of the batch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The native plan against Transformers and against the reference backend: every family, rule and format, on every ISA."""
+"""Native plans against Transformers and the reference backend: every family, rule and format, on every ISA."""
 
 from __future__ import annotations
 

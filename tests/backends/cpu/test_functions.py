@@ -1,4 +1,4 @@
-"""Ops that are functions of their inputs alone, native against the reference, in every kind of rows that the kernel writes."""
+"""Stateless ops: native against the reference, for every kind of row that the kernels write."""
 
 from __future__ import annotations
 

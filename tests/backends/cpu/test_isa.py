@@ -1,4 +1,4 @@
-"""Which kernels run: forcing a variant, refusing what cannot be, and equality between variants."""
+"""Which kernels run: forcing a variant, errors for unsupported variants, and equality between variants."""
 
 from __future__ import annotations
 

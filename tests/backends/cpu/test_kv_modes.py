@@ -1,5 +1,5 @@
-"""Modes of attention over keys and values in native plans, on every ISA: against the reference, in pieces, in company, with
-blocks gone."""
+"""Attention modes over keys and values in native plans, on every ISA: against the reference, in chunks, in batches, with
+dropped blocks."""
 
 from __future__ import annotations
 

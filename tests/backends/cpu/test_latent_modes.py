@@ -1,4 +1,5 @@
-"""Modes of latent attention in native plans, on every ISA: against the reference, in pieces, in company, with blocks gone."""
+"""Modes of latent attention in native plans, on every ISA: against the reference, in chunks, in batches, with blocks
+dropped."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where values change kind: written by their maker where all readers agree, else converted once."""
+"""Where values change their row kind: written by the producer if all consumers agree, otherwise converted once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Latent attention in native plans: forms, formats, caches and company, with youtu (dense) as the model."""
+"""Latent attention in native plans: absorbed and expanded, formats, caches and batches, with youtu (dense) as the model."""
 
 from __future__ import annotations
 

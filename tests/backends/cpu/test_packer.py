@@ -1,4 +1,4 @@
-"""Packing and single products outside plans: any tensor works, or is refused by name."""
+"""Packing and single products outside plans: any tensor works, or raises an error that names it."""
 
 from __future__ import annotations
 

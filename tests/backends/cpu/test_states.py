@@ -1,4 +1,4 @@
-"""`state_in`, `concat`, and the last hidden state by itself, in whole plans."""
+"""`state_in`, `concat`, and the output of the last hidden state, in whole plans."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Samples: as long as asked, the same for the same seed, with answers where and as often as they should be."""
+"""Generated samples: of the requested length, the same for the same seed, with answers at the right places."""
 
 from __future__ import annotations
 

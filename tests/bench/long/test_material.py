@@ -1,4 +1,4 @@
-"""What is drawn comes once, and stands nowhere in the prose."""
+"""Names and values that are drawn are unique and do not occur in the filler prose."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a report of long texts shows, in the terminal and on the page."""
+"""The report on long texts, in the terminal and as an HTML page."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Running modes over long texts: what a side prints, what becomes of it, and sides that fail."""
+"""Attention modes over long texts: what a side process prints, how it is evaluated, and sides that fail."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Grammars: whatever a model that knows nothing writes under a mask is valid, and strangers' grammars harm no one."""
+"""Grammars: random tokens under a mask always give valid text, and users' grammars cannot harm the server."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Any JSON at the place of any keyword gives a grammar or the typed error; what references and oneOf mean is kept."""
+"""Any JSON as the value of any keyword gives a grammar or the typed error; the meaning of references and oneOf is preserved."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is done to logits before a token is chosen, against Transformers' processors and OpenAI's formulas."""
+"""Processing of logits before a token is chosen, against Transformers' processors and OpenAI's formulas."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Exact acceptance: greedy against plain greedy, sampling by chi-square against the distribution it must keep."""
+"""Exact verification: greedy against plain greedy decoding, sampling by chi-square against the target distribution."""
 
 from __future__ import annotations
 

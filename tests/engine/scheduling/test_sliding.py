@@ -1,4 +1,5 @@
-"""Windows in the engine: dialogues run on in bounded memory, what is pinned stays, and what was dropped is told."""
+"""Sliding windows in the engine: conversations continue in bounded memory, pinned tokens stay, and dropped ones are
+reported."""
 
 import random
 

@@ -1,4 +1,4 @@
-"""Clients have their turns: whoever sends much waits for their own requests, and each text stays what it is."""
+"""Fairness between clients: a client with many requests delays only itself, and no text changes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""MTP drafts against their definition: every layer run over all rows, from nothing, for every round."""
+"""MTP drafts against their definition: every layer run over all rows, from scratch, in every round."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`attn_implementation="dso_sliding"` in plain Transformers models, against dense masks given to Transformers' eager."""
+"""`attn_implementation="dso_sliding"` in plain Transformers models, against Transformers' eager attention with dense masks."""
 
 from __future__ import annotations
 

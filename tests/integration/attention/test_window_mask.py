@@ -1,4 +1,4 @@
-"""Masks of windows with sinks, against the sentence that defines them; and every shape that a tokenizer's output may have."""
+"""Masks of windows with sinks, against their definition; and every shape of a tokenizer's output."""
 
 from __future__ import annotations
 

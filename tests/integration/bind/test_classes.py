@@ -1,4 +1,5 @@
-"""Classes other than ForCausalLM: what Transformers returns, with the decoder by the plan and the class's own head on it."""
+"""Classes other than ForCausalLM: the same outputs as in Transformers, with the decoder run by the plan and the class's own
+head."""
 
 from __future__ import annotations
 

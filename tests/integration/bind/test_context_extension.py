@@ -1,5 +1,5 @@
-"""Room beyond the trained length: however a model is loaded, its graph, Transformers' own modules and saved copies agree, and
-are what Transformers makes of the same config."""
+"""Contexts beyond the trained length: for every way to load a model, its graph, Transformers' modules and saved copies agree,
+and equal what Transformers computes with the same config."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""PackedLinear and PackedEmbedding: correct, differentiable in the input, and modules like any other."""
+"""PackedLinear and PackedEmbedding: correct, differentiable in the input, and regular modules."""
 
 from __future__ import annotations
 

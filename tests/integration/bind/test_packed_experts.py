@@ -1,4 +1,4 @@
-"""PackedExperts: Transformers' own module with packed weights, differentiable, a module like any other."""
+"""PackedExperts: Transformers' module with packed weights, differentiable, a regular module."""
 
 from __future__ import annotations
 

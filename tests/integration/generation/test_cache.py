@@ -1,4 +1,4 @@
-"""PagedCache: a Transformers Cache over blocks, with padding, copies on write, and blocks that come back."""
+"""PagedCache: a Transformers Cache over blocks, with padding, copy on write, and blocks that are returned."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""generate(): the tokens of Transformers' own, through the fast loop and through Transformers' loops over the plan."""
+"""generate(): the same tokens as Transformers, through the fast loop and through Transformers' loops over the plan."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an engine has read goes to a file and into another engine: the same text, to the bit, and nothing is read again."""
+"""An engine's prefix cache saved to a file and loaded into another engine: the same text bit for bit, without new prefill."""
 
 from __future__ import annotations
 

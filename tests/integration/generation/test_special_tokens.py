@@ -1,4 +1,4 @@
-"""Special tokens of configs that are no tokens: as tolerant as Transformers where the model works, and said."""
+"""Special tokens in configs that are not valid tokens: as tolerant as Transformers where the model works, with a warning."""
 
 from __future__ import annotations
 

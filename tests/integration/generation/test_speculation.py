@@ -1,4 +1,4 @@
-"""generate() with drafts: the tokens of plain decoding, whatever the drafts are worth."""
+"""generate() with drafts: the tokens of plain decoding, whatever the drafts are."""
 
 from __future__ import annotations
 

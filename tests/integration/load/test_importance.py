@@ -1,4 +1,4 @@
-"""`calibration`: what is measured on the text, that weights are rounded by it, and where it is refused."""
+"""`calibration`: what is measured on the text, that rounding depends on it, and where it is rejected."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`kl_budget`: formats chosen by measurement, kept through saving, and refused where they cannot be."""
+"""`kl_budget`: formats chosen by measurement, preserved by saving, and rejected where they are impossible."""
 
 from __future__ import annotations
 

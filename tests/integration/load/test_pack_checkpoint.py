@@ -1,4 +1,4 @@
-"""From file to file: the same bytes as a loaded model saves, however often the run was killed on the way."""
+"""Conversion from file to file: the same bytes as a loaded model saves, however often the conversion was killed on the way."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How far caches may grow, the words for it, and that they stop where memory does."""
+"""The maximum size of caches, the settings for it, and that caches stop where memory ends."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`resize_token_embeddings` of an optimised model: Transformers' own, and packed again."""
+"""`resize_token_embeddings` of an optimised model: as in Transformers, and packed again."""
 
 from __future__ import annotations
 

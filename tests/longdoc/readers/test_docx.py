@@ -1,4 +1,4 @@
-"""Word documents: order, headings, tables, what python-docx leaves out, and archives that are made to do harm."""
+"""Word documents: order, headings, tables, content that python-docx skips, and malicious archives."""
 
 from __future__ import annotations
 

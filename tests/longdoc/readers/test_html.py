@@ -1,4 +1,4 @@
-"""HTML: what is seen of a page, and pages that are made to take long."""
+"""HTML: the visible text of a page, and pages built to take long."""
 
 from __future__ import annotations
 

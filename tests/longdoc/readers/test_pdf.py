@@ -1,4 +1,4 @@
-"""PDF: pages, passwords, files that are broken or only images."""
+"""PDF: pages, passwords, files that are broken or contain only images."""
 
 from __future__ import annotations
 

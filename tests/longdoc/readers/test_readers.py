@@ -1,4 +1,4 @@
-"""Which reader takes a file, and that no bytes make any of them fail in another way than it says."""
+"""Which reader is used for a file, and that arbitrary bytes raise only the documented errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Text: encodings, damage, and files that are no text."""
+"""Text: encodings, damaged files, and files that are not text."""
 
 from __future__ import annotations
 

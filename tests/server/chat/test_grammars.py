@@ -1,4 +1,4 @@
-"""Forms that an answer must have: JSON, a schema, a regular expression, a grammar, calls; and those that no answer can have."""
+"""Required forms of an answer: JSON, a schema, a regular expression, a grammar, calls; and forms that no answer can have."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a connection may do before it is a request, and clients that do not read."""
+"""Limits on connections before a request is complete, and clients that do not read."""
 
 from __future__ import annotations
 

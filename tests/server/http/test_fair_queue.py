@@ -1,4 +1,4 @@
-"""Turns by key: nobody waits for another's whole queue, each job runs once or never, and caps hold."""
+"""Fair queueing by key: nobody waits for another key's whole queue, each job runs at most once, and limits are kept."""
 
 from __future__ import annotations
 

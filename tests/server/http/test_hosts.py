@@ -1,4 +1,4 @@
-"""Which Host headers a server takes for its own."""
+"""Which Host headers a server accepts."""
 
 from __future__ import annotations
 

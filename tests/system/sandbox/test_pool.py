@@ -1,4 +1,4 @@
-"""Several workers: a long job leaves the others free, and whose job ended a worker waits for the next one."""
+"""Several workers: a long job does not block the others, and a free worker takes the next job."""
 
 from __future__ import annotations
 

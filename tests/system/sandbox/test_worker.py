@@ -1,4 +1,4 @@
-"""Work in a process of its own: limits end it and nothing else, and no process is left."""
+"""Work in a separate process: a limit ends only that process, and none remains."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints are whole or not there, hold no pickle, and a resumed run equals one that never stopped, to the bit."""
+"""Checkpoints are complete or absent, contain no pickle, and a resumed run equals an uninterrupted one bit for bit."""
 
 from __future__ import annotations
 

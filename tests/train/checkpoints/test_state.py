@@ -1,4 +1,4 @@
-"""States come back as they were, to the bit and to the type; what would need pickle is refused."""
+"""Saved states are restored with the same bits and types; values that would need pickle are rejected."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files of chats and texts to sequences: what is trained on, what is refused, what is kept."""
+"""From files of chats and texts to sequences: which tokens are trained on, and which records are rejected or skipped."""
 
 from __future__ import annotations
 

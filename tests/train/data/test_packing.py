@@ -1,4 +1,4 @@
-"""Packing loses nothing, mixes nothing, and leaves the loss what it is."""
+"""Packing loses no token, mixes no texts, and does not change the loss."""
 
 from __future__ import annotations
 

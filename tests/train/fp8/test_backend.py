@@ -1,5 +1,5 @@
-"""Which way is taken, and that both do FP8 arithmetic: the emulation against the report's definition, the hardware's operands
-against torch's own checks."""
+"""Which implementation is chosen, and that both do FP8 arithmetic: the emulation against the report's definition, the operands
+for the hardware against torch's checks."""
 
 from __future__ import annotations
 

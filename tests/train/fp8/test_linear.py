@@ -1,4 +1,4 @@
-"""FP8 layers: gradients are those of the definition, where they go, what is refused."""
+"""FP8 layers: gradients against their definition, which tensors get one, and what is rejected."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Codes and scales by tiles: on the FP8 grid, within its bound, exact where it says so."""
+"""Codes and scales per tile: on the FP8 grid, within the error bound, exact where documented."""
 
 from __future__ import annotations
 

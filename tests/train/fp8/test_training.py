@@ -1,4 +1,4 @@
-"""Runs of training in FP8: which layers, that FP8 arithmetic ran, how near the loss is to bf16's, what is said and refused."""
+"""Training in FP8: which layers use it, that FP8 arithmetic ran, the difference of the loss to bf16, messages and errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Grouped experts: against a sum over experts in fp64, against Transformers' own forward, and sums in one order."""
+"""Grouped experts: against a sum over experts in fp64, against Transformers' forward, and a fixed order of sums."""
 
 from __future__ import annotations
 

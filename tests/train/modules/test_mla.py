@@ -1,4 +1,4 @@
-"""Latent attention in training: against Transformers' own forward, with its gradients; calls that stay Transformers'."""
+"""Latent attention in training: against Transformers' forward, with gradients; calls that are left to Transformers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""MTP layers in training: states as the graphs have them, saved under the names of checkpoints, read and drawn."""
+"""MTP layers in training: the same states as the graphs, saved under checkpoint names, loaded and initialised."""
 
 from __future__ import annotations
 

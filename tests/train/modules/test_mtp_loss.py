@@ -1,4 +1,4 @@
-"""The loss of multi-token prediction: against plain cross entropy, at the ends of texts, and of rows packed or padded."""
+"""The loss of multi-token prediction: against plain cross entropy, at the ends of texts, in packed and padded rows."""
 
 from __future__ import annotations
 

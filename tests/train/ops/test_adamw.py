@@ -1,4 +1,4 @@
-"""AdamW's arithmetic: the native form gives the reference's bits; masters, moments and rounding keep their promises."""
+"""AdamW's arithmetic: the native form equals the reference bit for bit; properties of masters, moments and rounding."""
 
 import math
 from itertools import product

@@ -1,4 +1,4 @@
-"""Sums in training: torch's own bits, whatever is added."""
+"""Sums in training: bitwise equal to torch's, for all operands."""
 
 import pytest
 import torch

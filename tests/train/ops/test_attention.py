@@ -1,4 +1,4 @@
-"""Packed attention: gradients of the plain form by gradcheck, the native form against it in float64, and what both refuse."""
+"""Packed attention: gradients of the reference by gradcheck, the native form against it in float64, and rejected inputs."""
 
 import threading
 

@@ -1,4 +1,5 @@
-"""The loss through a head by pieces: gradients of the reference, the native form against fp64, memory, labels of all kinds."""
+"""Cross entropy through a head in chunks: the reference's gradients, the native form against fp64, memory, labels of all
+kinds."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Embeddings in training: gradients are torch's in fp64, rounded once; padding, accumulated gradients, the same bits again."""
+"""Embeddings in training: gradients are torch's in fp64, rounded once; padding, accumulated gradients, reproducible bits."""
 
 import pytest
 import torch

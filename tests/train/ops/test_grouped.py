@@ -1,4 +1,4 @@
-"""grouped_linear: gradients of experts, those without rows among them, against fp64."""
+"""grouped_linear: gradients of experts, including those without rows, against fp64."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""linear in training: gradients against fp64, where they go, and what else autograd asks of it."""
+"""linear in training: gradients against fp64, which tensors get one, and other features of autograd."""
 
 import threading
 

@@ -1,4 +1,4 @@
-"""Blocks of the ops' tensors: never two in one place, holes found again, and memory given back."""
+"""Memory for the ops' tensors: blocks never overlap, free space is reused, and memory is returned."""
 
 from __future__ import annotations
 

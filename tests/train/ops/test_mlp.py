@@ -1,4 +1,4 @@
-"""mlp in one op: gradients against fp64, kept and made again, and where they go."""
+"""mlp in one op: gradients against fp64, with saved and recomputed intermediates."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Products of training: every form, type and stride against fp64; groups; what does not fit is named."""
+"""Products in training: every layout, dtype and stride against fp64; groups; errors name the mismatch."""
 
 import itertools
 import random

@@ -1,4 +1,4 @@
-"""RoPE in training: gradients of the reference, the native form against fp64, strides, Transformers' own functions."""
+"""RoPE in training: gradients of the reference, the native form against fp64, strides, Transformers' functions."""
 
 import pytest
 import torch
