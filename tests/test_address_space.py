@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(not LINUX, reason="RLIMIT_AS limits nothing but 
 
 
 @pytest.mark.parametrize("megabytes", [100, 570, 670, MIN_BYTES // (1 << 20) - 1])
-def test_too_little_for_torch_is_said_before_it_is_loaded(tiny_model, megabytes):
+def test_too_little_for_torch_is_reported_before_it_is_loaded(tiny_model, megabytes):
     limit = megabytes << 20
     done = subprocess.run(
         [sys.executable, "-c", "from deepseek_optimizer_cli.app import main; main()", "run", str(tiny_model), "hello"],
@@ -28,7 +28,7 @@ def test_too_little_for_torch_is_said_before_it_is_loaded(tiny_model, megabytes)
     assert done.stderr.count("\n") == 1
 
 
-def test_addresses_that_run_out_later_are_an_error(tiny_model):
+def test_running_out_later_is_an_error(tiny_model):
     """In the native library, numpy or torch: whichever asks next."""
     tests = Path(__file__).parent
     limits = [0, 1, 4, 64, 1000]

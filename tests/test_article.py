@@ -42,7 +42,7 @@ def test_loading(tiny_model):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
 @pytest.mark.parametrize("device", [0, "cuda", {"": 0}])
-def test_a_device_that_is_not_there(tiny_model, device):
+def test_a_missing_device(tiny_model, device):
     from deepseek_optimizer import ConfigError, DeepSeekConfig
 
     with pytest.raises(ConfigError, match='device_map="cpu"'):

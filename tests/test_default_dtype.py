@@ -53,7 +53,7 @@ def test_every_factory_names_its_dtype_and_device():
         ("torch.frombuffer(b, dtype=torch.uint8)", 0),
     ],
 )
-def test_a_factory_without_them_is_found(code, count):
+def test_a_factory_without_them_is_detected(code, count):
     assert len(unnamed(ast.parse(code))) == count
 
 

@@ -49,13 +49,13 @@ def silent_places(source: str) -> Iterator[int]:
         "path.write_text('x')", "subprocess.run(c, text=True)", "tempfile.TemporaryFile('w+')", "io.TextIOWrapper(f)",
     ],
 )  # fmt: skip
-def test_the_search_finds(call):
+def test_the_search_detects_missing_encodings(call):
     assert list(silent_places(call)) == [1]
     assert not list(silent_places(call.removesuffix(")") + ("" if call.endswith("()") else ", ") + "encoding='utf-8')"))
 
 
 @pytest.mark.parametrize("call", ["open(p, 'rb')", "os.open(p, f)", "path.open('wb')", "tempfile.TemporaryFile()", "run(c)"])
-def test_bytes_have_no_encoding(call):
+def test_binary_modes_need_no_encoding(call):
     assert not list(silent_places(call))
 
 

@@ -136,7 +136,7 @@ def made(*pairs: str, kind: str = "top") -> list[Import]:
     return [Import(f"{PACKAGE}.{a}", f"{PACKAGE}.{b}", (), 1, kind) for a, b in (pair.split(" -> ") for pair in pairs)]
 
 
-def test_every_folder_and_file_has_its_layer():
+def test_every_folder_and_file_has_a_layer():
     assert sorted({layer_of(module) for module in MODULES} - {"__main__"}) == sorted(NAMES)
     for layer in LAYERS:
         folder = layer.name if layer.name == CLI else f"{PACKAGE}.{layer.name}"
@@ -148,7 +148,7 @@ def test_every_folder_and_file_has_its_layer():
         assert subfolders <= {name for level in layer.levels for name in level}, layer.name
 
 
-def test_no_circle_of_files():
+def test_files_form_no_cycle():
     assert circles(OURS) == []
 
 
@@ -168,7 +168,7 @@ def test_transformers_internals_in_integration_only():
     assert set(EXCEPTIONS) <= used  # an exception that nothing needs any more goes
 
 
-def test_private_attributes_of_others_in_integration_only():
+def test_private_attributes_in_integration_only():
     trees = {module: ast.parse(file.read_text(encoding="utf-8")) for module, file in MODULES.items()}
     ours = {name for tree in trees.values() for name in _defined(tree)}
     used = {
@@ -236,11 +236,11 @@ def test_contributing_has_the_table_of_layers():
         (internals, [Import(f"{PACKAGE}.train.attention_function", "transformers.utils", ("ModelOutput",), 1, "top")]),
     ],
 )  # fmt: skip
-def test_the_checks_find_what_they_are_for(check, found):
+def test_the_checks_detect_violations(check, found):
     assert check(found)
 
 
-def test_the_checks_let_pass_what_may_be():
+def test_the_checks_accept_valid_imports():
     fine = made(
         "models.llama -> graph.ir", "train.job -> chat.template", "integration.load.loader -> integration.model.wrapper"
     )

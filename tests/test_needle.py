@@ -71,7 +71,7 @@ def _right(found, hay):
     return sum(a == b for a, b in zip(found, hay.values, strict=True))
 
 
-def test_a_haystack_is_what_it_says():
+def test_haystacks_are_well_formed():
     for seed in range(50):
         hay = _needles(400, 20, seed)
         assert len(hay.ids) == 400 and hay.ids[0] == BOS and BOS not in hay.ids[1:]
@@ -90,7 +90,7 @@ def test_a_haystack_is_what_it_says():
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @torch.inference_mode()
-def test_transformers_itself_finds_every_needle(shape):
+def test_transformers_finds_every_needle(shape):
     model = induction_model(**shape).float()
     for seed in range(3):
         depths = torch.rand(12, generator=torch.Generator().manual_seed(seed)).tolist()
@@ -132,7 +132,7 @@ def test_sparse_attention_finds_98_of_100(load, length):
 
 
 @native
-def test_each_question_chooses_its_own_blocks(load):
+def test_each_question_selects_its_own_blocks(load):
     """Six blocks a question: two or three of the window, one of sinks; twenty needles lie in many more."""
     model = load("sparse", attention_window=64, attention_budget=192)
     hay = _needles(8192, 20, seed=2, high=0.9)
@@ -142,7 +142,7 @@ def test_each_question_chooses_its_own_blocks(load):
 
 @native
 @pytest.mark.parametrize("length", LENGTHS)
-def test_sliding_attention_finds_what_lies_in_the_window(load, length):
+def test_sliding_attention_finds_needles_in_the_window(load, length):
     window = 2048
     model, last = load("sliding", attention_window=window), length - 20
     inside = _needles(length, 20, seed=3, low=(length - window + 40) / length)
@@ -155,7 +155,7 @@ def test_sliding_attention_finds_what_lies_in_the_window(load, length):
 
 @native
 @pytest.mark.parametrize("distance, found", [(255, True), (256, False), (257, False)])
-def test_the_window_ends_where_it_says(load, distance, found):
+def test_the_window_has_its_stated_length(load, distance, found):
     """A token sees itself and the 255 before it."""
     model = load("sliding", attention_window=256)
     length = 1200

@@ -25,7 +25,7 @@ def model():
 
 
 @torch.no_grad()
-def test_in_place_and_the_same_logits(model):
+def test_optimising_in_place_preserves_the_logits(model):
     ids = torch.tensor([random_ids(model.config, 40)])
     expected = model(ids).logits
     assert optimise(model) is model
@@ -50,7 +50,7 @@ def test_without_a_config_the_weights_keep_their_dtype(dtype, format):
     assert model.dtype == dtype
 
 
-def test_originals_are_given_back_one_by_one(model, monkeypatch):
+def test_originals_are_freed_one_by_one(model, monkeypatch):
     """When a matrix is packed, every one before it is already gone: the peak is the model and one matrix."""
     from deepseek_optimizer.backends.reference import ReferenceBackend
     from deepseek_optimizer.quant import reference_packer
@@ -130,7 +130,7 @@ def test_report_as_table_and_dict(model):
     assert {name for name in as_dict if json.loads(json.dumps(again))[name] != as_dict[name]} <= {"kv_limit", "kv_limit_why"}
 
 
-def test_a_missing_native_build_is_said(model, monkeypatch):
+def test_a_missing_native_build_is_reported(model, monkeypatch):
     import deepseek_optimizer.backends.cpu as cpu
     from deepseek_optimizer.integration.bind.runtime import OptimizerWarning
 
@@ -140,7 +140,7 @@ def test_a_missing_native_build_is_said(model, monkeypatch):
     assert "it was not built" in str(report(model))
 
 
-def test_a_backend_that_cannot_be_had_is_an_error(model, monkeypatch):
+def test_an_unavailable_backend_is_an_error(model, monkeypatch):
     from deepseek_optimizer import BackendError
     from deepseek_optimizer.backends.cpu import native
 
@@ -162,12 +162,12 @@ def test_a_backend_that_cannot_be_had_is_an_error(model, monkeypatch):
         ({"batch_size_range": 4}, ConfigError, "batch_size_range"),
     ],
 )
-def test_bad_arguments_at_construction(model, options, error, message):
+def test_invalid_arguments_at_construction(model, options, error, message):
     with pytest.raises(error, match=message):
         DynamicGraphOptimizer(model, **options)
 
 
-def test_not_a_model_that_can_be_optimised(model):
+def test_unsupported_models(model):
     from transformers import GPT2Config, GPT2LMHeadModel
 
     with pytest.raises(UnsupportedModelError, match="gpt2.*llama"):

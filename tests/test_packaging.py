@@ -38,7 +38,7 @@ def test_the_tests_run_on_the_installed_wheel(wheel):
     assert distribution("deepseek-optimizer").version == wheel.name.split("-")[1]
 
 
-def test_wheel_holds_the_package_and_nothing_else(wheel):
+def test_wheel_contains_only_the_package(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
     information = f"deepseek_optimizer-{wheel.name.split('-')[1]}.dist-info"
@@ -51,7 +51,7 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
         assert wheel.name.split("-")[2:4] == ["py3", "none"]
 
 
-def test_wheel_holds_the_chat_page_with_its_libraries_as_pinned(wheel):
+def test_wheel_contains_the_chat_page_with_pinned_libraries(wheel):
     with zipfile.ZipFile(wheel) as archive:
         page = "deepseek_optimizer/server/page"
         packages = json.loads(archive.read(f"{page}/vendor.json"))["packages"].values()
@@ -97,7 +97,7 @@ print(json.dumps({"warnings": ours, "tokens": tokens.shape[1], "facts": machine_
 
 
 @pytest.mark.slow
-def test_without_a_compiler_it_installs_and_the_reference_backend_serves(tiny_model, tmp_path):
+def test_without_a_compiler_the_reference_backend_is_used(tiny_model, tmp_path):
     source = tmp_path / "source"
     shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".git", ".venv", "build", "_native", "*.cache", "__pycache__"))
     environment = {k: v for k, v in os.environ.items() if k != "DSO_REQUIRE_NATIVE"} | {"CC": "false", "CXX": "false"}

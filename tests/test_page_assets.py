@@ -41,7 +41,7 @@ def package(tmp_path: Path) -> tuple[Path, dict[str, Any]]:
     return tarball, {"version": "1.0.0", "integrity": f"sha512-{digest}", "files": {"some.js": file}}
 
 
-def test_what_matches_is_unpacked(assets, package, tmp_path):
+def test_matching_archives_are_unpacked(assets, package, tmp_path):
     tarball, pinned = package
     assets.unpack(tarball, pinned, tmp_path / "vendor")
     assert (tmp_path / "vendor" / "some.js").read_text() == "export default 1;\n"
@@ -51,7 +51,7 @@ def test_what_matches_is_unpacked(assets, package, tmp_path):
 
 
 @pytest.mark.parametrize("wrong", ["integrity", "sha256", "path"])
-def test_what_does_not_match_is_refused(assets, package, tmp_path, wrong):
+def test_archives_that_do_not_match_are_rejected(assets, package, tmp_path, wrong):
     tarball, pinned = package
     if wrong == "integrity":
         pinned["integrity"] = "sha512-AAAA"
@@ -62,14 +62,14 @@ def test_what_does_not_match_is_refused(assets, package, tmp_path, wrong):
     assert not (tmp_path / "vendor" / "some.js").exists()
 
 
-def test_without_npm_it_says_so_and_does_not_fail_the_build(assets, monkeypatch, tmp_path, capsys):
+def test_missing_npm_is_reported_and_does_not_fail_the_build(assets, monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(assets.fetch, "__defaults__", (assets.LOCK, tmp_path / "vendor"))
     assert assets.main() == 1
     assert "needs npm" in capsys.readouterr().err
 
 
-def test_what_is_there_is_not_fetched_again(assets, monkeypatch, package, tmp_path):
+def test_existing_files_are_not_downloaded_again(assets, monkeypatch, package, tmp_path):
     tarball, pinned = package
     lock = tmp_path / "vendor.json"
     lock.write_text(json.dumps({"packages": {"some": pinned}}))

@@ -46,7 +46,7 @@ def folders(tmp_path_factory):
     return folder
 
 
-def requests(case, count, seed, most=40):
+def requests(case, count, seed, max_tokens=40):
     """Some of them begin alike, sampled and greedy."""
     rng, found = random.Random(seed), []
     shared = [random_ids(CONFIGS[case](), 70, seed=n) for n in range(3)]
@@ -56,7 +56,7 @@ def requests(case, count, seed, most=40):
             prompt = rng.choice(shared) + prompt[:20]
         fields = {"temperature": 0.0} if rng.random() < 0.5 else {"temperature": 0.8, "top_p": 0.9, "seed": n}
         sampling = SamplingParams(
-            max_tokens=rng.randrange(most // 2, most), logprobs=2, ignore_eos=rng.random() < 0.7, **fields
+            max_tokens=rng.randrange(max_tokens // 2, max_tokens), logprobs=2, ignore_eos=rng.random() < 0.7, **fields
         )
         found.append(Request(prompt, sampling, id=str(n), priority=rng.randrange(2)))
     return found
@@ -103,7 +103,7 @@ def check_equal(answers, found):
 @native
 @pytest.mark.parametrize("precision", ["bf16", "int4"])
 @pytest.mark.parametrize("case", FAMILIES)
-def test_a_request_in_company_is_as_alone(folders, case, precision):
+def test_a_request_in_a_batch_equals_one_alone(folders, case, precision):
     model = load_model(folders(case), precision=precision)
     wanted = requests(case, 24, seed=1)
     answers = alone(make_engine(model, prefix_cache=False, drafts=False), wanted)
@@ -122,11 +122,11 @@ FORMATS = ["fp32", "bf16", "fp8", "int8", "int4", "q4_1"]
     "case,precision",
     [(c, p) for c in FAMILIES for p in (FORMATS if c in ("llama-gqa", "deepseek_v3-groups") else FORMATS[::4])],
 )
-def test_invariant_to_the_bit_whatever_happens(folders, case, precision):
+def test_batch_invariance_is_bitwise(folders, case, precision):
     """32 others, little cache, prompts cut anyhow, prefixes shared, requests cancelled, preempted and drafted."""
     fields = {"precision": precision, "batch_invariant": True}
     model = load_model(folders(case), **fields)
-    wanted = requests(case, 33, seed=2, most=160)
+    wanted = requests(case, 33, seed=2, max_tokens=160)
     answers = alone(make_engine(model, prefix_cache=False, drafts=False), wanted)
     block_bytes = model.dso.backend.block_bytes(model.dso.graph, model.dso.kv_dtype)
     little = load_model(folders(case), **fields, kv_cache_memory=max(1 << 16, 20 * block_bytes))
@@ -143,10 +143,10 @@ def test_invariant_to_the_bit_whatever_happens(folders, case, precision):
 
 @native
 @pytest.mark.parametrize("case", ["llama-gqa", "qwen3-gqa"])
-def test_preempted_by_default_goes_on_as_it_was(folders, case):
+def test_preempted_requests_continue_by_default(folders, case):
     """What is run again is run in the family that it was made in, so that even here nothing changes."""
     model = load_model(folders(case), precision="bf16")
-    wanted = requests(case, 20, seed=3, most=150)
+    wanted = requests(case, 20, seed=3, max_tokens=150)
     answers = alone(make_engine(model, prefix_cache=False, drafts=False), wanted)
     block_bytes = model.dso.backend.block_bytes(model.dso.graph, model.dso.kv_dtype)
     little = load_model(folders(case), precision="bf16", kv_cache_memory=20 * block_bytes)
@@ -158,7 +158,7 @@ def test_preempted_by_default_goes_on_as_it_was(folders, case):
 
 @pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", marks=native)])
 @pytest.mark.parametrize("case", ["llama-tied", "deepseek_v3-direct"])
-def test_greedy_text_is_generates(folders, case, backend):
+def test_greedy_text_equals_generate(folders, case, backend):
     model = load_model(folders(case), backend=backend, precision="fp32")
     engine = make_engine(model)
     for seed in range(3):
@@ -183,7 +183,7 @@ def beyond(folders):
     return load_model(folders("llama-beyond"), precision="fp32", backend="reference")
 
 
-def test_texts_beyond_the_trained_length_are_generates(beyond):
+def test_texts_beyond_the_trained_length_equal_generate(beyond):
     engine = make_engine(beyond, step_tokens=29)
     prompts = [random_ids(beyond.config, n, seed=n) for n in (40, 60, 100, 10)]
     sampling = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
@@ -193,7 +193,7 @@ def test_texts_beyond_the_trained_length_are_generates(beyond):
     assert [p + a.token_ids for p, a in zip(prompts, found, strict=True)] == wanted
 
 
-def test_blocks_turned_by_other_frequencies_are_not_shared(beyond):
+def test_blocks_rotated_with_other_frequencies_are_not_shared(beyond):
     engine, prompt = make_engine(beyond, drafts=False), random_ids(beyond.config, 100)
     cached = []
     for tokens in (10, 10, 11, 10, 11):
@@ -206,7 +206,7 @@ def test_blocks_turned_by_other_frequencies_are_not_shared(beyond):
     assert cached == [0, 32, 0]
 
 
-def test_room_of_an_engine_is_what_was_made(beyond):
+def test_the_context_of_an_engine_includes_its_extension(beyond):
     engine, prompt = make_engine(beyond), random_ids(beyond.config, 500)
     assert len(engine.generate([prompt], SamplingParams(max_tokens=None, ignore_eos=True))[0].token_ids) == 12
     with pytest.raises(RequestError, match="do not fit the model's context of 512"):
@@ -275,23 +275,23 @@ def test_mtp_layers_draft(folders):
 
 @native
 @pytest.mark.parametrize("case", ["llama-gqa", "deepseek_v2-groups", "deepseek_v3-groups"])
-def test_a_dialogue_without_end_in_a_window(folders, case):
+def test_an_endless_conversation_in_a_window(folders, case):
     """Twenty windows long; the same text whatever runs beside it, since nothing is cut by company."""
     model = load_model(folders(case), precision="bf16")
     ids = random_ids(CASES[case](), 900)
     sampling = SamplingParams(temperature=0, max_tokens=4_000, ignore_eos=True)
     request = Request(ids, sampling, pinned=((200, 260),))
     engine = make_engine(model, cache_window=256, prefix_cache=False)
-    most, output, manager = 0, None, engine.core.memory.manager
+    max_blocks, output, manager = 0, None, engine.core.memory.manager
     for output in engine.stream(request):  # noqa: B007  the last one is looked at
-        most = max(most, manager.num_blocks - manager.free_blocks)
-    assert most <= 8 and output.finish == "length" and output.completion_tokens == 4_000
+        max_blocks = max(max_blocks, manager.num_blocks - manager.free_blocks)
+    assert max_blocks <= 8 and output.finish == "length" and output.completion_tokens == 4_000
     assert output.dropped_tokens >= 900 + 4_000 - 256
     with pytest.raises(ConfigError, match="window"):
         make_engine(model, cache_window=256, batch_invariant=True)
 
 
-def test_options_that_cannot_be(folders):
+def test_invalid_options(folders):
     model = load_model(folders("llama-tied"), backend="reference")
     with pytest.raises(ConfigError, match="no option 'batch_size'"):
         make_engine(model, batch_size=3)

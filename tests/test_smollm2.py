@@ -77,7 +77,7 @@ def test_divergence_from_fp32(bf16_directory, ids, fp32_logits, precision, bound
 
 @pytest.mark.parametrize("run", [prefill, decode])
 @pytest.mark.parametrize("kv_cache, bound", [("fp32", 1e-3), ("auto", 1e-2)])
-def test_gguf_logits_are_the_dequantised_models(gguf, ids, run, kv_cache, bound):
+def test_gguf_logits_equal_the_dequantised_model(gguf, ids, run, kv_cache, bound):
     reference = prefill(
         AutoModelForCausalLM.from_pretrained(
             gguf.parent,
@@ -92,7 +92,7 @@ def test_gguf_logits_are_the_dequantised_models(gguf, ids, run, kv_cache, bound)
 
 
 @pytest.mark.parametrize("question", QUESTIONS)
-def test_bf16_greedy_text_is_transformers_or_parts_at_a_near_tie(bf16_directory, tokenizer, question):
+def test_bf16_greedy_text_equals_transformers_up_to_near_ties(bf16_directory, tokenizer, question):
     theirs = AutoModelForCausalLM.from_pretrained(bf16_directory, dtype=torch.bfloat16)
     ours = load_model(bf16_directory, precision="bf16")
     prompt = prompt_ids(tokenizer, [{"role": "user", "content": question}])

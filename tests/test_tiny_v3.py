@@ -42,5 +42,5 @@ def test_it_is_a_trained_model(in_bf16):
 
 @pytest.mark.parametrize("name", ALLOWED)
 def test_perplexity(name, in_bf16):
-    fields, most = ALLOWED[name]
-    assert perplexity(**fields) <= most * in_bf16
+    fields, factor = ALLOWED[name]
+    assert perplexity(**fields) <= factor * in_bf16

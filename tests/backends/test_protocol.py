@@ -138,10 +138,10 @@ def test_sizes(spec, backend, model):
         assert store.num_blocks == 3
     plan = backend.compile(graph, weights)
     plan.reserve(64, 4)
-    foretold = sizes.buffer_bytes(graph, formats, CompileOptions(), 64, 4)
-    assert foretold == backend.buffer_bytes(graph, formats, CompileOptions(), 64, 4)
+    predicted = sizes.buffer_bytes(graph, formats, CompileOptions(), 64, 4)
+    assert predicted == backend.buffer_bytes(graph, formats, CompileOptions(), 64, 4)
     logits = 4 * (model.config.vocab_size * 4 + 64)
-    assert 0 < plan.buffer_bytes(64, 4) <= foretold <= plan.buffer_bytes(64, 4) + logits
+    assert 0 < plan.buffer_bytes(64, 4) <= predicted <= plan.buffer_bytes(64, 4) + logits
     assert backend.free_memory().free > 0
 
 

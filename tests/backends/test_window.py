@@ -73,15 +73,15 @@ def test_logits_of_a_window(name: str, backend: str) -> None:
     serving = made(backend)
     weights = weights_of(model) if backend == "reference" else packed_weights(weights_of(model), "fp32")
     plan, arena = serving.compile(graph, weights), Arena(serving.new_store(graph, "fp32", 8), 3, rotation=key_rotation(graph))
-    sequence, pinned, logits, most, dropped = SequenceBlocks(arena.manager), PINNED, [], 0, 0
+    sequence, pinned, logits, max_blocks, dropped = SequenceBlocks(arena.manager), PINNED, [], 0, 0
     for begin, end in chunks():
         for drop in POLICY.drops(sequence.tokens, pinned, end - begin):
             arena.drop_blocks(sequence, drop.first_block, drop.count)
             pinned, dropped = drop.renumbered(pinned), dropped + 32 * drop.count
         phase = DECODE if end - begin == 1 else PREFILL
         logits.append(run_step(plan, arena.store, [Part(sequence, ids[begin:end], phase)]).logits)
-        most = max(most, len(sequence.blocks))
+        max_blocks = max(max_blocks, len(sequence.blocks))
     assert_close_rows(torch.cat(logits), expected)
-    assert 32 * most <= POLICY.tokens  # memory stays what it was
+    assert 32 * max_blocks <= POLICY.tokens  # memory stays what it was
     assert sequence.tokens + dropped == READ and dropped >= 2 * POLICY.tokens
     assert pinned == ((38, 43),)  # the block between it and the sinks is gone

@@ -24,18 +24,18 @@ def optimised(tiny_model):
 
 @pytest.fixture(params=["plain", "optimised"])
 def either(request):
-    """Transformers' own model, and an optimised one."""
+    """Transformers' model, then an optimised one."""
     return request.getfixturevalue(request.param)
 
 
 @pytest.fixture(scope="module")
 def soaked_engine(tiny_model, tmp_path_factory):
-    """An engine for soaks: a context of 2,048 tokens, and fewer blocks than all that run can use."""
+    """An engine for soak tests: a context of 2,048 tokens, and fewer blocks than its concurrent requests could use."""
     from transformers import AutoTokenizer
 
     from deepseek_optimizer import load_model
     from deepseek_optimizer.serving import make_async_engine
-    from support.spoilt import set_config
+    from support.damaged_checkpoints import set_config
 
     folder = tmp_path_factory.mktemp("soak") / "model"
     shutil.copytree(tiny_model, folder)
@@ -46,7 +46,7 @@ def soaked_engine(tiny_model, tmp_path_factory):
 
 @pytest.fixture
 def report():
-    """report(decode=[...], **fields): a report of one work, as `dso bench` writes it."""
+    """report(decode=[...], **fields): a report with one workload, as written by `dso bench`."""
     from deepseek_optimizer.bench.metrics import figures
     from deepseek_optimizer.bench.run_benchmark import SCHEMA
 

@@ -16,7 +16,7 @@ sys.path.append(str(ROOT))
 from benchmarks import commits  # noqa: E402
 
 
-def test_ratios_are_of_rounds():
+def test_ratios_are_per_round():
     found = {"now": [{"a": 30.0}, {"a": 10.0}, {"a": 11.0}], "before": [{"a": 20.0}, {"a": 10.0}, {"a": 10.0}]}
     ((line, ratio),) = commits.compared("row", found)
     assert ratio == 1.1
@@ -36,7 +36,7 @@ def test_a_slower_tree_fails(monkeypatch, capsys):
     assert "0.970x" in capsys.readouterr().out
 
 
-def test_an_unknown_row_is_named():
+def test_unknown_rows_are_errors():
     command = [sys.executable, str(ROOT / "benchmarks" / "commits_side.py"), str(ROOT), "no-such-row", "0"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 1

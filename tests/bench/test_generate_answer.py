@@ -19,7 +19,7 @@ def pair(tiny_model):
     return model, AutoTokenizer.from_pretrained(tiny_model)
 
 
-def test_answer_streams_what_generate_returns(pair):
+def test_answer_streams_the_result_of_generate(pair):
     model, tokenizer = pair
     ids = prompt_ids(tokenizer, [{"role": "user", "content": "Hello"}])
     pieces: list[str] = []
@@ -43,7 +43,7 @@ def test_answer_ends_with_the_end_token(pair):
     assert stopped.finish_reason == "stop" and stopped.ids == free.ids[:1]
 
 
-def test_answer_keeps_to_the_context(pair):
+def test_answer_fits_the_context(pair):
     model, tokenizer = pair
     ids = torch.full((1, 250), 65)
     assert answer(model, tokenizer, ids, lambda _: None, max_new_tokens=100, **GREEDY).new_tokens == 6

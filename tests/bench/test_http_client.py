@@ -29,13 +29,13 @@ def stream() -> bytes:
     return HEAD + b"".join(map(chunk, parts)) + b"0\r\n\r\n"
 
 
-def test_a_stream_need_not_say_its_tokens():
+def test_streams_without_token_counts():
     reply = reply_of([(0.0, HEAD + chunk(event("x")) + b"0\r\n\r\n")])
     assert reply.usage is None and reply.text == "x" and reply.streamed and reply.whole and not reply.done
 
 
 @pytest.mark.parametrize("size", [1, 2, 7, 50, 10_000])
-def test_an_event_counts_when_its_last_byte_came(size):
+def test_an_event_arrives_with_its_last_byte(size):
     data = stream()
     pieces = [(float(at), data[at : at + size]) for at in range(0, len(data), size)]
     reply = reply_of(pieces, -1.0)
@@ -47,7 +47,7 @@ def test_an_event_counts_when_its_last_byte_came(size):
 
 
 @pytest.mark.parametrize("cut", range(0, len(stream()), 13))
-def test_what_broke_off_is_not_whole(cut):
+def test_interrupted_responses_are_incomplete(cut):
     reply = reply_of([(0.0, stream()[:cut])])
     assert not reply.whole and not reply.done
     assert "Zwölf böse".startswith(reply.text) if reply.status else cut < len(HEAD)
@@ -99,7 +99,7 @@ def test_over_sockets():
     assert gone
 
 
-def test_a_key_goes_along():
+def test_the_key_is_sent():
     assert b"Authorization: Bearer k\r\n" in request_bytes("/", key="k") and b"Authorization" not in request_bytes("/")
 
 
@@ -115,7 +115,7 @@ def test_a_server_that_does_not_start_says_why(tmp_path):
         Served(tmp_path / "nowhere").__enter__()
 
 
-def test_a_server_that_does_not_listen_is_ended(tmp_path, monkeypatch):
+def test_a_server_that_does_not_listen_is_stopped(tmp_path, monkeypatch):
     served = Served(tmp_path)
     served.command = [sys.executable, "-c", "import time; print('still loading', flush=True); time.sleep(100)"]
     wait = served._wait

@@ -20,7 +20,7 @@ def test_percentile_is_numpys(percent, count):
     assert percentile(values, percent) == pytest.approx(np.percentile(values, percent))
 
 
-def test_percentiles_go_towards_the_worse_end():
+def test_percentiles_are_towards_the_worse_end():
     values = [float(v) for v in range(101)]
     assert summary(values) == {"n": 101, "p50": 50, "p90": 90, "p95": 95, "p99": 99}
     assert summary(values, more_is_better=True) == {"n": 101, "p50": 50, "p90": 10, "p95": 5, "p99": 1}
@@ -54,7 +54,7 @@ def test_figures_of_a_batch():
     assert found["requests_s"] == pytest.approx(2 / 1.1)
 
 
-def test_one_token_has_no_decode_figures():
+def test_single_tokens_have_no_decode_metrics():
     found = samples([Run(10, 1, (0.5,), 1)])
     assert not {"tpot_ms", "itl_ms", "decode_tok_s"} & found.keys()
     assert found["ttft_ms"] == [500]
@@ -62,7 +62,7 @@ def test_one_token_has_no_decode_figures():
     assert figures(found)["ttft_ms"] == expected
 
 
-def test_every_figure_is_known():
+def test_every_metric_is_defined():
     assert samples([Run(1, 1, (1.0, 2.0), 2)]).keys() <= METRICS.keys()
     assert all(math.isfinite(v) for v in summary([1.0] * 100).values())
 

@@ -54,7 +54,7 @@ def test_two_seconds_for_real(live, capsys):
     assert "errors     0" in capsys.readouterr().out
 
 
-def test_a_text_that_changes_is_noticed(live):
+def test_a_changed_text_is_detected(live):
     leaning = small(live)
     leaning.known = dict.fromkeys(map(str, range(8)), "what it never says")
     failures = soak.run(leaning, Server(live), 8, 1.0)
@@ -75,7 +75,7 @@ class Leaking(Server):
         return {**super().metrics(), "vllm:kv_cache_usage_perc": 0.01}
 
 
-def test_what_is_left_behind_is_noticed(live, monkeypatch):
+def test_leaks_are_detected(live, monkeypatch):
     monkeypatch.setattr(soak, "FULL", 0.0)
     monkeypatch.setattr(soak, "SETTLE", 0.2)
     failures = soak.run(small(live), Leaking(live), 1, 0.2)
@@ -84,7 +84,7 @@ def test_what_is_left_behind_is_noticed(live, monkeypatch):
     ]  # fmt: skip
 
 
-def test_a_server_that_is_not_there_is_noticed(live):
+def test_a_missing_server_is_detected(live):
     leaning = soak.Soak(1, 0)
     with pytest.raises(OSError):
         soak.run(leaning, Server(live), 2, 0.2)
@@ -117,7 +117,7 @@ def test_answers_are_checked(check, good, bad):
     assert bad is None or check(answer(bad, "length")) == ""  # it had no time to come to its end
 
 
-def test_refusals_and_halves_are_failures():
+def test_rejections_and_incomplete_answers_are_failures():
     leaning, asked = soak.Soak(1, 0), soak.Asked("text", "/", {}, lambda reply: "")
     assert leaning._wrong(asked, answer("x")) == ""
     assert "refused" in leaning._wrong(asked, answer("x", status=500))

@@ -22,7 +22,7 @@ print(memory.bytes())
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's /proc")
-def test_peak_memory_counts_what_came_after():
+def test_peak_memory_counts_later_allocations():
     done = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True, check=True)
     assert 96 << 20 <= int(done.stdout) <= 120 << 20
 
@@ -38,6 +38,6 @@ print(memory.bytes())
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's /proc")
-def test_a_peak_that_starts_again_counts_what_is_still_held():
+def test_a_restarted_peak_counts_live_allocations():
     done = subprocess.run([sys.executable, "-c", AGAIN], capture_output=True, text=True, check=True)
     assert 60 << 20 <= int(done.stdout) <= 90 << 20

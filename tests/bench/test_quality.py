@@ -26,7 +26,7 @@ def test_two_distributions_by_hand():
     assert result["perplexity_ratio"] == pytest.approx(0.5)
 
 
-def test_the_ratios_error_covers_what_samples_scatter():
+def test_the_error_of_the_ratio_covers_the_scatter():
     generator = torch.Generator().manual_seed(0)
     reference = torch.randn(40, 300, 30, generator=generator) * 2
     noisy = reference + 0.3 * torch.randn(40, 300, 30, generator=generator)
@@ -54,7 +54,7 @@ def plain_pair(tiny_model):
     return [unoptimised_model.load_unoptimised(tiny_model, torch.float32) for _ in range(2)]
 
 
-def test_decode_and_prefill_see_the_same_text(either, byte_tokenizer):
+def test_decode_and_prefill_use_the_same_text(either, byte_tokenizer):
     (ids,) = quality.stretches(byte_tokenizer, "A text of some length.", 16, 1)
     at_once, one_by_one = quality.through_prefill(either, ids), quality.through_decode(either, ids)
     torch.testing.assert_close(at_once, one_by_one, atol=1e-4, rtol=1e-3)
@@ -75,7 +75,7 @@ def test_short_texts(byte_tokenizer):
         quality.stretches(byte_tokenizer, "a", 64, 2)
 
 
-def test_a_packed_model_is_no_reference(tiny_model, tmp_path):
+def test_a_packed_model_is_not_a_reference(tiny_model, tmp_path):
     from deepseek_optimizer import load_model
 
     load_model(tiny_model, precision="int8").save_pretrained(tmp_path / "packed")
@@ -93,7 +93,7 @@ def test_pair_files(tmp_path):
             answer_scores.read_pairs(file)
 
 
-def test_scores_are_sacrebleus():
+def test_scores_equal_sacrebleu():
     sacrebleu = pytest.importorskip("sacrebleu")
     answers = ["the cat sat on the mat today", "there is a dog in the garden"]
     references = ["the cat sat on the mat", "a dog is in the garden"]
@@ -104,7 +104,7 @@ def test_scores_are_sacrebleus():
     assert found["pairs"] == 2 and "version" in found["bleu_signature"]
 
 
-def test_without_sacrebleu_the_extra_is_named(monkeypatch):
+def test_missing_sacrebleu_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "sacrebleu.metrics", None)
     with pytest.raises(ConfigError, match=r"deepseek-optimizer\[bench\]"):
         answer_scores.score(["a"], ["a"])

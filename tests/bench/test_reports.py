@@ -68,7 +68,7 @@ def test_slower_beyond_noise_is_a_regression(report):
     assert not any(row["regressed"] for row in baseline.compare(report(), now))
 
 
-def test_what_scatters_is_no_regression(report):
+def test_scatter_is_not_a_regression(report):
     now, old = report(decode=[60.0, 90.0, 120.0]), report(decode=[70.0, 100.0, 130.0])
     assert not any(row["regressed"] for row in baseline.compare(now, old))
     now, old = report(decode=[96.0, 96.0, 96.0]), report(decode=[100.0, 100.0, 100.0])
@@ -84,12 +84,12 @@ def test_times_memory_and_quality_regress_upwards(report):
 
 
 @pytest.mark.parametrize("name, value", [("model", "another"), ("cpu", "x"), ("threads", 1), ("config", {}), ("schema", 99)])
-def test_what_cannot_be_compared_is_refused(report, name, value):
+def test_incomparable_reports_are_errors(report, name, value):
     with pytest.raises(ConfigError, match=f"another {name}"):
         baseline.compare(report(), report(**{name: value}))
 
 
-def test_no_work_in_common(report):
+def test_no_common_workload(report):
     other = report()
     other["works"][0]["work"] = {**WORK, "prompt": 65}
     with pytest.raises(ConfigError, match="no run with the same --prompt"):
@@ -122,7 +122,7 @@ def test_the_table_shows_every_section(full):
         assert expected in text, expected
 
 
-def test_the_summary_comes_first_and_says_what_a_reader_needs(full):
+def test_the_summary_comes_first_and_is_complete(full):
     full["peers"] = {"llama-cpp-python": "0.3.36"}
     first = _shown(full).split("64 in, 8 out, batch 1")[0]
     for expected in (
@@ -135,7 +135,7 @@ def test_the_summary_comes_first_and_says_what_a_reader_needs(full):
         assert expected in first, expected
 
 
-def test_the_summary_names_what_was_not_measured(report):
+def test_the_summary_lists_unmeasured_values(report):
     first = _shown(report()).split("64 in, 8 out, batch 1")[0]
     assert "Nothing else; --against" in first and "Not measured; --quality" in first and "J per" not in first
 
@@ -148,7 +148,7 @@ def test_a_busy_machine_is_a_warning(report):
     assert page(busy).count('class="warning"') == 1 and "unreliable: other processes used 1.3" in page(busy)
 
 
-def test_percentiles_are_shown_only_where_there_are_samples_for_them(report):
+def test_percentiles_need_enough_samples(report):
     few = report()
     assert "p95" not in _shown(few) and "p99" not in _shown(few)
     few["works"][0]["figures"] |= figures({"itl_ms": [float(v) for v in range(1, 31)]})
@@ -158,7 +158,7 @@ def test_percentiles_are_shown_only_where_there_are_samples_for_them(report):
     assert "p99" not in _shown(few)
 
 
-def test_markup_in_names_is_text(report):
+def test_markup_in_names_is_escaped(report):
     name = "[bold]x[/] <script>alert(1)</script>"
     assert name in _shown(report(model=name))
     assert "<script>" not in page(report(model=name))
@@ -186,7 +186,7 @@ class _Page(HTMLParser):
         self.tags.append(tag)
 
 
-def test_the_page_stands_alone(full):
+def test_the_page_is_self_contained(full):
     text = page(full)
     found = _Page(text)
     assert not found.links and not {"script", "link", "img"} & set(found.tags)
@@ -195,7 +195,7 @@ def test_the_page_stands_alone(full):
     assert found.tags.count("svg") == 5  # peers, decode, prefill, gaps, one batch of the ablation
 
 
-def test_charts_have_names_of_their_own_and_follow_the_pages_colour(full):
+def test_charts_have_unique_ids_and_use_the_page_colour(full):
     text = page(full)
     names = re.findall(r' id="([^"]+)"', text)
     assert len(names) == len(set(names))
@@ -207,7 +207,7 @@ def test_charts_have_names_of_their_own_and_follow_the_pages_colour(full):
         assert set(re.findall(r'href="#([^"]+)"', chart)) <= set(names)
 
 
-def test_the_page_holds_the_report(full):
+def test_the_page_contains_the_report(full):
     from html import unescape
 
     text = page(full)
@@ -240,12 +240,12 @@ def test_charts_need_matplotlib(monkeypatch, tmp_path):
         check_target(tmp_path / "r.html")
 
 
-def test_a_directory_is_no_place_for_a_page(tmp_path):
+def test_a_page_cannot_replace_a_directory(tmp_path):
     with pytest.raises(ConfigError, match="is a directory"):
         check_target(tmp_path)
 
 
-def test_a_page_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+def test_a_page_is_written_atomically(tmp_path, monkeypatch):
     file = tmp_path / "r.html"
     write(file, "old")
     with monkeypatch.context() as patch:

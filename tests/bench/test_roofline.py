@@ -26,7 +26,7 @@ def test_traffic_of_a_plain_model(plain):
 
 
 @pytest.mark.skipif(cpu.unavailable_reason() is not None, reason="needs the native backend")
-def test_traffic_of_an_optimised_model_is_what_its_plan_reads(optimised, plain):
+def test_traffic_of_an_optimised_model(optimised, plain):
     found, floats = traffic_of(optimised), traffic_of(plain)
     tiles = LAYERS * (2 * 4 * 2 + 2 * 2 * 2 + 2 * 8 * 2 + 4 * 4) + -(-plain.config.vocab_size // 16) * 2
     assert found.weight_bytes == tiles * 544  # int8 tiles of 16 x 32; the embedding is tied, and read as the head
@@ -71,7 +71,7 @@ def test_shares(monkeypatch):
     assert "bandwidth_percent" not in roof.share(traffic, work, 100, None)
 
 
-def test_the_machine_is_measured():
+def test_machine_limits_are_measured():
     for threads in (1, 2):
         assert 0.1 < read_gb_s(4 << 20, threads, seconds=0.05) < 10_000
         assert 0.1 < machine_limits._numpy_read_gb_s(4 << 20, threads, seconds=0.05) < 10_000
@@ -89,7 +89,7 @@ def _domain(root, name, used, top=1000):
     (root / name / "max_energy_range_uj").write_text(f"{top}\n")
 
 
-def test_energy_of_packages_alone_and_across_a_wrap(tmp_path):
+def test_energy_sums_packages_and_handles_counter_wrap(tmp_path):
     _domain(tmp_path, "intel-rapl:0", 900)
     _domain(tmp_path, "intel-rapl:1", 100)
     _domain(tmp_path, "intel-rapl:0:0", 5)
@@ -110,14 +110,14 @@ def test_energy_that_cannot_be_read_is_none(tmp_path):
     assert energy.joules is None and energy.watts is None
 
 
-def test_a_step_reads_only_the_experts_that_are_chosen():
+def test_a_step_reads_only_chosen_experts():
     reads = Reads(100, 0, experts=(Experts(6400, 64, 6),))
     assert reads.step_bytes(Work(1, 1)) == pytest.approx(100 + 600)
     both = 6400 * (1 - (58 / 64) ** 2)  # two tokens share some
     assert reads.step_bytes(Work(1, 1, batch=2)) == pytest.approx(100 + both)
 
 
-def test_traffic_of_a_family_that_is_not_known_here():
+def test_traffic_of_an_unsupported_family():
     model = AutoModelForCausalLM.from_config(GPTNeoXConfig(
         hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, vocab_size=50,
     ))  # fmt: skip

@@ -24,7 +24,7 @@ def test_lengths_are_exact(either, work):
         assert list(run.times) == sorted(run.times) and run.times[0] > 0
 
 
-def test_an_end_of_sequence_does_not_end_a_run_and_is_there_again(either, monkeypatch):
+def test_end_tokens_are_ignored_and_restored(either, monkeypatch):
     ids = torch.tensor([[5, 6, 7]])
     chosen = either.generate(ids, max_new_tokens=1, do_sample=False)[0, -1].item()
     either.generation_config.eos_token_id = chosen  # would end every answer to these ids at once
@@ -34,7 +34,7 @@ def test_an_end_of_sequence_does_not_end_a_run_and_is_there_again(either, monkey
     assert either.generation_config.eos_token_id == chosen
 
 
-def test_the_cache_holds_what_comes_before_the_prompt(either, monkeypatch):
+def test_depth_fills_the_cache_before_the_prompt(either, monkeypatch):
     """Every run computes its own prompt alone, over the same cached tokens: seen in what goes into `forward`."""
     lengths = []
     original = either.generate
@@ -58,7 +58,7 @@ def test_prompts_differ_from_run_to_run_and_repeat_with_the_seed(plain, monkeypa
     assert seen[0] != seen[1] and seen[:2] == seen[2:]
 
 
-def test_work_beyond_the_context_is_refused(either):
+def test_work_beyond_the_context_is_an_error(either):
     with pytest.raises(ValueError, match="context of 300 tokens, but the model has 256"):
         list(runs.repeated(either, Work(200, 50, depth=50), repeats=1))
 

@@ -65,7 +65,7 @@ class LLM:
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_scripts_of_foreign_environments_import_nothing_of_ours(name):
+def test_foreign_scripts_do_not_import_this_package(name):
     script = Path(sides.__file__).with_name(name)
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     command = [sys.executable, "-S", script, "--help"]  # -S: no installed packages

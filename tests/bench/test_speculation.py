@@ -40,7 +40,7 @@ def test_the_rows_are_well_formed():
     assert all(row.quick().work.prompt <= 32 and row.quick().work.new <= 12 for row in SPECULATION)
 
 
-def test_ratios_are_of_neighbouring_runs(monkeypatch):
+def test_ratios_are_between_adjacent_runs(monkeypatch):
     rounds = iter([([10, 20], [25, 40], [9, 19.9]), ([10, 10], [21, 30], [9.5, 9.8])])
 
     def printed(command):
@@ -64,7 +64,7 @@ def test_ratios_are_of_neighbouring_runs(monkeypatch):
     assert "missed" in third
 
 
-def test_unknown_names_are_refused(monkeypatch, capsys):
+def test_unknown_names_are_errors(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["run", "spec-nothing"])
     with pytest.raises(SystemExit):
         run.main()

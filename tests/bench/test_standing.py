@@ -52,7 +52,7 @@ def test_the_set_is_well_formed():
         assert quick.work.prompt <= 32 and quick.work.new <= 4 and quick.work.batch == row.work.batch
 
 
-def test_ratios_are_to_the_faster_and_of_rounds():
+def test_ratios_are_per_round_to_the_faster_side():
     first, second = verdict.judge(ROW, FOUND, OURS, {})
     assert (first["against"], first["lowest"], first["better"], first["highest"]) == ("fast", 1.3, 1.5, 1.7)
     assert (second["against"], second["better"]) == ("slow", 3.4)
@@ -67,14 +67,14 @@ def test_ratios_are_to_the_faster_and_of_rounds():
         (1.9, verdict.LIMITED),  # 16.15: 3.23 times, and ours has 3.4
     ],
 )
-def test_no_bar_asks_for_more_than_the_machine_has(machine_gb_s, expected):
+def test_targets_do_not_exceed_the_machine(machine_gb_s, expected):
     read = {OURS: verdict.share(1e8, [17.0], [machine_gb_s])}
     judged = verdict.judge(ROW, FOUND, OURS, read)[1]
     assert judged["verdict"] == expected
     assert judged["allowed"] == pytest.approx(0.85 * machine_gb_s * 1e9 / 1e8 / 5)
 
 
-def test_a_share_of_the_bandwidth_can_be_asked_for():
+def test_targets_may_be_a_share_of_the_bandwidth():
     row = replace(ROW, bars=(Bar((SLOW,), 1.0),), read_percent=85)
     for machine, expected in ((1.9, verdict.REACHED), (2.1, verdict.MISSED)):
         (judged,) = verdict.judge(row, FOUND, OURS, {OURS: verdict.share(1e8, [17.0], [machine])})
@@ -84,7 +84,7 @@ def test_a_share_of_the_bandwidth_can_be_asked_for():
     }  # fmt: skip
 
 
-def test_a_row_runs_its_sides_in_turns_on_their_own_forms(monkeypatch):
+def test_a_row_alternates_sides_on_their_own_formats(monkeypatch):
     row = next(row for row in STANDING if row.name == "smol-decode")
     seen = {}
 
@@ -115,14 +115,14 @@ def test_a_row_runs_its_sides_in_turns_on_their_own_forms(monkeypatch):
     json.dumps(entry)
 
 
-def test_a_busy_row_is_measured_beside_a_neighbour_against_itself_alone(monkeypatch):
+def test_a_busy_row_is_compared_with_itself_on_an_idle_machine(monkeypatch):
     row = next(row for row in STANDING if row.busy)
     monkeypatch.setattr(measure, "model", lambda name, form: Path("m"))
     alone, busy = (measure._command(row, side, 2) for side in (*row.rivals, row.ours))
     assert busy[:3] == [sys.executable, "-m", "benchmarks.neighbour"] and busy[3:] == alone
 
 
-def test_the_neighbour_is_busy_and_goes(tmp_path):
+def test_the_background_load_runs_and_ends(tmp_path):
     code = (
         "import subprocess, time; time.sleep(0.5); from pathlib import Path\n"
         "parent = Path('/proc/self/status').read_text().split('PPid:')[1].split()[0]\n"
@@ -183,7 +183,7 @@ def test_what_llama_cpp_reads(checkpoint, tmp_path):
     assert reads.of_gguf(path) == Reads((2 * layer + 320 * 64) // 32 * 18, 2 * 2 * 2 * 2 * 16)
 
 
-def test_a_model_that_fails_on_the_way_leaves_nothing(tmp_path):
+def test_a_failed_model_leaves_no_files(tmp_path):
     def half(target):
         target.write_text("half")
         raise RuntimeError
@@ -200,7 +200,7 @@ def test_results_are_merged_by_name(tmp_path):
     assert results.read("standing", tmp_path) == {"a": {"v": 1}, "b": {"v": 3}} and results.read("spine", tmp_path) == {}
 
 
-def test_run_writes_a_row_when_it_is_there(monkeypatch, tmp_path, capsys):
+def test_rows_are_written_as_they_finish(monkeypatch, tmp_path, capsys):
     entry = {"title": "T", "work": {}, "figure": DECODE, "sides": {"x": [1.0], "ours": [2.0]}, "read": {}, "bars": []}
 
     def measured(row, **options):
@@ -236,7 +236,7 @@ def test_tables():
 
 
 @pytest.mark.parametrize("page", tables.PAGES, ids=lambda page: page.name)
-def test_pages_say_what_the_results_say(page):
+def test_pages_match_the_results(page):
     text = page.read_text(encoding="utf-8")
     assert "<!-- bench:" in text and tables.filled(text) == text
     emptied = re.sub(r"(<!-- bench:\w+ -->\n).*?(<!-- /bench -->)", r"\1\2", text, flags=re.DOTALL)

@@ -42,9 +42,9 @@ def test_the_rows_are_well_formed() -> None:
         ("eval_after", 0.003, "theirs", [10.04, 10.04], MISSED),
     ],
 )
-def test_bars(figure, most, against, ours, verdict) -> None:
+def test_bars(figure, limit, against, ours, verdict) -> None:
     found = {"ours": {figure: ours}, "theirs": {figure: [10.0] * len(ours)}}
-    judged = training.judged(training.Bar(figure, "ours", most, against), found)
+    judged = training.judged(training.Bar(figure, "ours", limit, against), found)
     assert judged["verdict"] == verdict
     assert training.bar_text(judged).startswith("ours: ")
 
@@ -72,7 +72,7 @@ def test_a_side_for_real(side: str) -> None:
     assert ("report" in found) == (side == "ours")
 
 
-def test_a_table_of_what_was_measured() -> None:
+def test_table_of_results() -> None:
     row = training.rows()["lora"]
     sides = {side.label: {"seconds": [1.0, 3.0], "peak_bytes": [1e9, 1e9]} for side in row.sides}
     bars = [training.judged(bar, sides) for bar in row.bars]

@@ -34,7 +34,7 @@ def test_a_small_window_for_real() -> None:
     assert 1 - 0.05 < row["perplexity_ratio"] <= MAX_RATIO and 10 < row["perplexity"] < 60
 
 
-def test_keys_that_do_not_turn_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unrotated_keys_are_detected(monkeypatch: pytest.MonkeyPatch) -> None:
     """The figure can fail: the same reading over a store that leaves keys where they were."""
     path = tiny_v3()
     bench = Bench(SMALL, path, quick=True)

@@ -37,7 +37,7 @@ def test_blocks_cover_the_tokens(tokens: int, blocks: int) -> None:
     assert made.table().dtype == "int32" and made.table().tolist() == made.blocks
 
 
-def test_a_full_cache_changes_nothing() -> None:
+def test_errors_of_a_full_cache_change_nothing() -> None:
     manager = BlockManager(2)
     made = sequence(manager, 40)
     with pytest.raises(CacheFullError) as error:
@@ -47,7 +47,7 @@ def test_a_full_cache_changes_nothing() -> None:
     assert made.append(24) == []
 
 
-def test_fork_shares_until_one_writes() -> None:
+def test_fork_copies_on_write() -> None:
     manager = BlockManager(4)
     first = sequence(manager, 40)
     second = first.fork()
@@ -59,7 +59,7 @@ def test_fork_shares_until_one_writes() -> None:
     assert manager.users(0) == 1 and manager.users(1) == 0
 
 
-def test_fork_at_a_block_border_copies_nothing() -> None:
+def test_fork_at_a_block_boundary_copies_nothing() -> None:
     manager = BlockManager(4)
     first = sequence(manager, 32)
     second = first.fork()
@@ -75,7 +75,7 @@ def test_no_block_for_the_copy() -> None:
     assert second.blocks == first.blocks and manager.users(1) == 2
 
 
-def test_drop_from_the_midst() -> None:
+def test_drop_from_the_middle() -> None:
     manager, seen = BlockManager(8), []
     made = sequence(manager, 150)
     made.drop(1, 2, lambda copies, behind: seen.append((copies, behind)))
@@ -86,7 +86,7 @@ def test_drop_from_the_midst() -> None:
     assert made.blocks == [0, 4] and made.tokens == 150 - 96
 
 
-def test_drop_gives_shared_blocks_behind_the_gap_their_own_copies() -> None:
+def test_drop_copies_shared_blocks_after_the_gap() -> None:
     manager, seen = BlockManager(8), []
     first = sequence(manager, 128)
     second = first.fork()
@@ -97,7 +97,7 @@ def test_drop_gives_shared_blocks_behind_the_gap_their_own_copies() -> None:
     assert [manager.users(b) for b in range(8)] == [2, 1, 1, 1, 1, 1, 1, 0]
 
 
-def test_a_drop_that_fails_changes_nothing() -> None:
+def test_a_failed_drop_changes_nothing() -> None:
     manager = BlockManager(6)
     first = sequence(manager, 128)
     second = first.fork()
@@ -125,13 +125,13 @@ def test_only_full_blocks_can_be_dropped(run: tuple[int, int]) -> None:
 @pytest.mark.parametrize(
     "call", [lambda s: s.append(-1), lambda s: s.crop(-1), lambda s: s.crop(11), lambda s: BlockManager(-1)]
 )
-def test_bad_numbers(call: object) -> None:
+def test_invalid_arguments(call: object) -> None:
     with pytest.raises(ValueError):
         call(sequence(BlockManager(2), 10))  # type: ignore[operator]
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_random_use_keeps_every_sequence_its_tokens(seed: int) -> None:
+def test_random_use_preserves_the_tokens_of_every_sequence(seed: int) -> None:
     """Each sequence writes its own marks; a mark must still be there whenever it is read, whoever forked, cropped or dropped.
     Tokens that moved up are marked anew, as a store would turn their keys: nobody else may see that."""
     rng = random.Random(seed)
@@ -224,7 +224,7 @@ class Rationed:
         return backed if self.shortage else min(self.room, max(wanted, backed + self.step))
 
 
-def test_memory_is_asked_for_before_a_block_has_it() -> None:
+def test_memory_is_reserved_before_a_block_is_used() -> None:
     growth = Rationed(room=8, step=4)
     manager = BlockManager(8, growth=growth)
     first = sequence(manager, 32)
@@ -237,7 +237,7 @@ def test_memory_is_asked_for_before_a_block_has_it() -> None:
     assert growth.asked == [(1, 0), (5, 4)]
 
 
-def test_without_memory_the_cache_is_full_and_says_why() -> None:
+def test_a_cache_without_memory_is_full_and_gives_the_reason() -> None:
     growth = Rationed(room=3)
     manager = BlockManager(8, growth=growth)
     made = sequence(manager, 64)
@@ -257,7 +257,7 @@ def test_without_memory_the_cache_is_full_and_says_why() -> None:
     assert not manager.limited and manager.shortage is None and manager.free_blocks == 3
 
 
-def test_what_is_given_back_is_asked_for_again() -> None:
+def test_returned_memory_is_reserved_again() -> None:
     growth = Rationed(room=8)
     manager = BlockManager(8, growth=growth)
     made = sequence(manager, 96)

@@ -26,7 +26,7 @@ def read(manager: BlockManager, tokens: int, step: int = 45) -> SequenceBlocks:
 
 
 @pytest.mark.parametrize("fields", [(100, 4, 32), (1, 0, 0), (32, 33, 1), (64, 0, 300), (4096, 70, 32)])
-def test_what_is_kept_by_definition(fields: tuple[int, int, int]) -> None:
+def test_visible_tokens_are_kept(fields: tuple[int, int, int]) -> None:
     forgetting = Forgetting(*fields)
     for tokens in (*range(0, 200, 7), 1000, 4127, 4128, 9999):
         later = [seen_blocks(forgetting, t) for t in range(max(0, tokens - forgetting.spare), tokens + 1)]
@@ -38,7 +38,7 @@ def test_what_is_kept_by_definition(fields: tuple[int, int, int]) -> None:
 
 
 @pytest.mark.parametrize("step", [1, 32, 45, 512])
-def test_a_long_text_takes_as_much_as_its_window(step: int) -> None:
+def test_a_long_text_needs_only_its_window(step: int) -> None:
     """A hundred thousand tokens; and never more than is promised."""
     forgetting = Forgetting(window=200, sinks=40, spare=32)
     manager = BlockManager(forgetting.blocks(step), forgetting)
@@ -54,12 +54,12 @@ def test_a_long_text_takes_as_much_as_its_window(step: int) -> None:
     assert manager.free_blocks == manager.num_blocks and made.blocks == []
 
 
-def test_without_windows_nothing_is_forgotten() -> None:
+def test_without_windows_nothing_is_dropped() -> None:
     made = read(BlockManager(40), 1_000)
     assert made.forget() == range(0) and made.held == 32
 
 
-def test_going_back() -> None:
+def test_cropping() -> None:
     manager = BlockManager(40, Forgetting(window=100, sinks=4, spare=32))
     made = read(manager, 1_000)
     before = list(made.blocks)
@@ -75,7 +75,7 @@ def test_going_back() -> None:
     assert all(block >= 0 for block in made.blocks)
 
 
-def test_forks_share_what_is_there() -> None:
+def test_forks_share_remaining_blocks() -> None:
     manager = BlockManager(40, Forgetting(window=64, sinks=4, spare=32))
     made = read(manager, 500)
     twin = made.fork()
@@ -181,7 +181,7 @@ def text(seed: int, blocks: int) -> list[int]:
     return [rng.randrange(100) for _ in range(32 * blocks)]
 
 
-def test_a_prefix_is_found_by_its_end() -> None:
+def test_a_prefix_is_matched_by_its_end() -> None:
     """What its last token does not see need not be there."""
     manager = BlockManager(40, Forgetting(window=70, sinks=4, spare=32))
     cache, wanted = PrefixCache(manager), keys(text(0, 12), "", 12)
@@ -202,7 +202,7 @@ def test_a_prefix_is_found_by_its_end() -> None:
     assert len(cache.match([keys(text(2, 1), "", 1)[0], *wanted[1:]])) == 0
 
 
-def test_what_others_use_stays_findable() -> None:
+def test_blocks_in_use_stay_in_the_prefix_cache() -> None:
     manager = BlockManager(40, Forgetting(window=64, sinks=4, spare=32))
     cache, wanted = PrefixCache(manager), keys(text(0, 8), "", 8)
     made = SequenceBlocks(manager)

@@ -25,7 +25,7 @@ def filled(manager, cache, tokens, salt=""):
     return blocks
 
 
-def test_the_longest_known_beginning_is_found():
+def test_the_longest_cached_prefix_is_returned():
     manager = BlockManager(20)
     cache = PrefixCache(manager)
     blocks = filled(manager, cache, text(1, 4))
@@ -36,7 +36,7 @@ def test_the_longest_known_beginning_is_found():
     assert cache.match(keys(text(3, 2), "", 2)) == []
 
 
-def test_a_block_counts_with_all_before_it():
+def test_a_block_matches_only_with_its_whole_prefix():
     """The same block behind another beginning is another block."""
     manager = BlockManager(20)
     cache = PrefixCache(manager)
@@ -53,7 +53,7 @@ def test_salts_share_nothing():
     assert cache.known(keys(text(1, 2), "a key", 2)) == 2
 
 
-def test_the_longest_unused_goes_first_and_ends_before_beginnings():
+def test_least_recently_used_blocks_are_evicted_from_the_end():
     manager = BlockManager(20)
     cache = PrefixCache(manager)
     old, new = text(1, 2), text(2, 2)
@@ -75,7 +75,7 @@ def test_blocks_in_use_stay():
     assert all(manager.users(b) == 1 for b in held) and len(cache) == 0
 
 
-def test_a_limit_is_kept():
+def test_the_limit_is_respected():
     manager = BlockManager(20)
     cache = PrefixCache(manager, max_blocks=3)
     filled(manager, cache, text(1, 2))
@@ -124,7 +124,7 @@ def test_at_random(seed):
     assert manager.free_blocks == 24
 
 
-def test_blocks_of_other_frequencies_are_others():
+def test_blocks_with_other_frequencies_do_not_match():
     tokens = text(1, 3)
     plain, one, other = (keys(tokens, "salt", 3, frequencies=n) for n in (0, 300, 301))
     assert plain == keys(tokens, "salt", 3)

@@ -32,7 +32,7 @@ def test_the_groups_of_a_decoder(case: str) -> None:
     assert groups == expected
 
 
-def test_nodes_that_share_a_matrix_are_one_group_from_the_first_on() -> None:
+def test_nodes_that_share_a_matrix_form_one_group() -> None:
     x, a, b, c = (Value(name, 32) for name in "xabc")
     nodes = [
         Node("embedding", (), (x,), ("e",)),

@@ -54,7 +54,7 @@ def kl_by_transformers(model, other) -> float:
 
 @pytest.mark.parametrize("name", ["reference", "cpu"])
 @pytest.mark.parametrize("case", ["llama-tied", "qwen3-gqa", "qwen2-windows"])
-def test_a_trial_that_changes_nothing_costs_nothing_wherever_it_begins(case: str, name: str) -> None:
+def test_an_unchanged_model_has_zero_kl_from_any_layer(case: str, name: str) -> None:
     probe = probe_of(random_model(CASES[case]()), name)
     for start in (None, 0, 1, 2, 3):
         assert probe.kl({}, start) < 1e-9
@@ -62,7 +62,7 @@ def test_a_trial_that_changes_nothing_costs_nothing_wherever_it_begins(case: str
 
 @pytest.mark.parametrize("name", ["reference", "cpu"])
 @pytest.mark.parametrize("case", ["llama-tied", "llama-biases", "qwen3-gqa"])
-def test_a_group_costs_what_transformers_says(case: str, name: str) -> None:
+def test_the_kl_of_a_group_equals_transformers(case: str, name: str) -> None:
     model = random_model(CASES[case]())
     probe = probe_of(model, name)
     matrices = [n for n, w in probe.weights.items() if isinstance(w, PackedMatrix)]
@@ -117,7 +117,7 @@ def test_noise_is_counted_once_for_the_whole_model() -> None:
     assert ("b", "int8", 1) not in probe.calls, "down to noise already"
 
 
-def test_after_the_last_state_there_is_no_noise() -> None:
+def test_there_is_no_noise_after_the_last_state() -> None:
     kls = {("h", "int4"): 0.09, ("h", "q4_1"): 0.05, ("h", "int8"): 0.01}
     probe = Scripted(kls, layers=2)
     (h,) = measured(probe, [Group(("h",), 2)])

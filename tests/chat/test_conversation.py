@@ -53,7 +53,7 @@ def test_history(tmp_path):
 
 
 @pytest.mark.parametrize("error", [ValueError("too long"), KeyboardInterrupt()])
-def test_a_failed_answer_leaves_no_trace(error):
+def test_a_failed_answer_does_not_change_the_history(error):
     talk = Conversation(Scripted("eins", error))
     talk.say("One", quiet)
     before = list(talk.turns)
@@ -69,7 +69,7 @@ def test_an_interrupted_answer_is_kept():
     assert talk.turns[-1] == {"role": "assistant", "content": "ei"}
 
 
-def test_asking_to_stop_calls_whoever_answers():
+def test_stopping_calls_the_answering_model():
     stop, called = StopSignal(), []
     with stop.calling(lambda: called.append("first")):
         assert not stop.asked

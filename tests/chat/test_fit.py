@@ -24,7 +24,7 @@ def dialogue(rng, turns, longest=60):
     return found
 
 
-def test_what_fits_stays_whole():
+def test_short_conversations_are_unchanged():
     messages = dialogue(random.Random(0), 3)
     assert (
         fit(messages, tokens, weight, 10_000).messages == messages
@@ -38,26 +38,26 @@ def test_the_cut_stays_for_many_turns(seed):
     rng = random.Random(seed)
     messages = dialogue(rng, 80)
     messages[7]["pinned"] = True
-    most, before, changes = 1_000, 0, 0
+    budget, before, changes = 1_000, 0, 0
     for turn in range(2, len(messages), 2):
-        found = fit([*messages[:turn], {"role": "user", "content": "now"}], tokens, weight, most)
-        assert tokens(found.messages) <= most and found.messages[-1]["content"] == "now"
+        found = fit([*messages[:turn], {"role": "user", "content": "now"}], tokens, weight, budget)
+        assert tokens(found.messages) <= budget and found.messages[-1]["content"] == "now"
         assert found.messages[0]["role"] == "system" and (turn <= 7 or messages[7] in found.messages)
         assert found.dropped + len(found.messages) == turn + 1 and found.dropped >= before
         if found.dropped:
-            assert tokens(found.messages) >= 0.4 * most  # not more than is needed
+            assert tokens(found.messages) >= 0.4 * budget  # not more than is needed
         changes += found.dropped != before
         before = found.dropped
     assert 3 <= changes <= 25  # in 79 turns
 
 
-def test_a_dialogue_goes_on_with_a_question():
+def test_the_remaining_messages_begin_with_a_question():
     messages = dialogue(random.Random(1), 40)
     found = fit([*messages, {"role": "user", "content": "now"}], tokens, weight, 500)
     assert found.dropped and found.messages[1]["role"] == "user"
 
 
-def test_what_must_stay_must_fit():
+def test_required_messages_must_fit():
     messages = [{"role": "system", "content": "s" * 900}, *dialogue(random.Random(0), 3)[1:]]
     with pytest.raises(RequestError, match="messages"):
         fit(messages, tokens, weight, 500)

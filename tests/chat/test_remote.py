@@ -36,7 +36,7 @@ def test_an_answer_streams(server):
     assert body["messages"] == [{"role": "user", "content": "Hi"}]
 
 
-def test_history_and_thoughts(server):
+def test_history_and_reasoning(server):
     """Thoughts are shown, and are no part of what is sent again."""
     server.replies = [Reply([Thought("hm"), Thought("mm"), "A"], usage={"prompt_tokens_details": {"cached_tokens": 4}})]
     talk, pieces = Conversation(RemoteSpeaker(server.url), system="Be brief."), []
@@ -56,7 +56,7 @@ def test_the_path_of_the_api(server):
 
 
 @pytest.mark.parametrize("url", ["localhost:8000", "ftp://host", "http://", "http://host/v1?x=1"])
-def test_a_url_that_is_none(url):
+def test_invalid_urls(url):
     with pytest.raises(ConfigError, match="--url must be a URL such as"):
         RemoteSpeaker(url)
 
@@ -96,7 +96,7 @@ def test_keys(server):
         (Reply(["a", DROP]), "closed the connection before the end"),
     ],
 )
-def test_what_goes_wrong_is_said_and_leaves_no_trace(server, reply, message):
+def test_errors_are_reported_and_do_not_change_the_history(server, reply, message):
     server.replies = [reply]
     talk = Conversation(RemoteSpeaker(server.url))
     with pytest.raises(RemoteError, match=message):
@@ -105,7 +105,7 @@ def test_what_goes_wrong_is_said_and_leaves_no_trace(server, reply, message):
     assert talk.say("Two", lambda _: None).text == "You said: Two"
 
 
-def test_nobody_listens():
+def test_connection_refused():
     with socket.socket() as taken:  # bound, and nobody accepts
         taken.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{taken.getsockname()[1]}"
@@ -113,7 +113,7 @@ def test_nobody_listens():
             RemoteSpeaker(url)
 
 
-def test_what_is_no_answer_of_a_chat(server):
+def test_invalid_responses(server):
     server.replies = [
         Reply([{"choices": "none"}, {"choices": [{"delta": None}]}, {"choices": [{"delta": {"content": 5}}]}, "A"])
     ]
@@ -123,7 +123,7 @@ def test_what_is_no_answer_of_a_chat(server):
         list(_events([b"data: " + b"x" * (1 << 24), b"x"]))
 
 
-def test_events_however_they_are_cut():
+def test_events_in_any_chunks():
     stream = b': comment\r\n\r\ndata: {"a": 1}\r\n\r\nevent: x\ndata:{"b": "\xe2\x80\xa8"}\n\ndata: [DONE]\n\ndata: {}\n\n'
     for size in range(1, len(stream)):
         cut = [stream[i : i + size] for i in range(0, len(stream), size)]

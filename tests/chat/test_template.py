@@ -116,7 +116,7 @@ def test_control_tokens_in_messages_are_text(made, name, prefix):
                 assert content.strip() in prompt.text
 
 
-def test_control_tokens_are_not_made_by_joining_messages():
+def test_joined_messages_form_no_control_tokens():
     tokenizer = deepseek_r1()
     template = ChatTemplate(tokenizer)
     try:
@@ -159,7 +159,7 @@ def test_control_tokens_in_tools_names_and_options_are_text(made):
     assert prompt.ids.count(end) == 4 and prompt.text.count("<|im_end|>") == 10
 
 
-def test_templates_that_change_the_content_still_do(made):
+def test_templates_may_transform_the_content(made):
     _, template = made("deepseek_r1")
     messages = [
         {"role": "user", "content": "x"},
@@ -171,7 +171,7 @@ def test_templates_that_change_the_content_still_do(made):
     assert "\n\nhi<|eot_id|>" in template.render([{"role": "user", "content": "  hi \n"}]).text
 
 
-def test_arguments_of_calls_are_given_as_the_template_wants_them(made):
+def test_call_arguments_have_the_form_that_the_template_expects(made):
     calls = [{"id": "c", "type": "function", "function": {"name": "now", "arguments": '{"tz":  "é"}'}}]
     messages = [
         {"role": "user", "content": "x"},
@@ -182,7 +182,7 @@ def test_arguments_of_calls_are_given_as_the_template_wants_them(made):
         assert '{"tz": "é"}' in made(name)[1].render(messages).text
 
 
-def test_tools_go_where_the_template_has_a_place_for_them(made):
+def test_tools_are_rendered_by_the_template(made):
     tokenizer, template = made("qwen")
     messages = [{"role": "system", "content": "S"}, {"role": "user", "content": "x"}]
     assert template.render(messages, tools=TOOLS).ids == plain(tokenizer, messages, tools=TOOLS)
@@ -191,7 +191,7 @@ def test_tools_go_where_the_template_has_a_place_for_them(made):
         made("llama3")[1].render(messages, tools=TOOLS)
 
 
-def test_options_are_those_that_the_template_reads(made):
+def test_only_options_of_the_template_are_accepted(made):
     tokenizer, template = made("qwen")
     messages = [{"role": "user", "content": "x"}]
     assert "enable_thinking" in template.variables() and not template.variables() & {"messages", "tools", "bos_token"}
@@ -264,12 +264,12 @@ BAD = [
 
 
 @pytest.mark.parametrize("messages", BAD, ids=range(len(BAD)))
-def test_bad_messages_are_refused(made, messages):
+def test_invalid_messages_are_rejected(made, messages):
     with pytest.raises(RequestError):
         made("qwen")[1].render(messages)
 
 
-def test_bad_tools_are_refused(made):
+def test_invalid_tools_are_rejected(made):
     deep: dict = {}
     for _ in range(10_000):
         deep = {"properties": {"a": deep}}
@@ -352,7 +352,7 @@ def hostile(byte_tokenizer):
         ("{{ '%999999999d' % 1 }}", "too much memory"),
     ],
 )
-def test_hostile_templates_end_in_an_error_of_the_request(hostile, source, message):
+def test_malicious_templates_fail_only_the_request(hostile, source, message):
     template = hostile(source)
     with pytest.raises(RequestError, match=message) as caught:
         template.render([{"role": "user", "content": "x"}])
@@ -361,7 +361,7 @@ def test_hostile_templates_end_in_an_error_of_the_request(hostile, source, messa
 
 
 @pytest.mark.parametrize("name", MAKERS)
-def test_what_stands_around_a_long_text(made, name):
+def test_text_around_a_long_document(made, name):
     tokenizer, template = made(name)
     before, after = template.around("Read this.\n\n", "\n\nWhat is <|im_end|> and <｜User｜>?")
     text = "Some text."
@@ -373,13 +373,13 @@ def test_what_stands_around_a_long_text(made, name):
     assert [i for i in (*before.ids, *after.ids) if i in special] == [i for i in whole.ids if i in special]
 
 
-def test_around_needs_a_template_that_shows_a_message_once(hostile):
+def test_around_needs_a_template_that_renders_a_message_once(hostile):
     for source in ("{{ messages[0].content }}{{ messages[0].content }}", "Hello", "{{ messages[0].content[:10] }}"):
         with pytest.raises(RequestError, match="unchanged and once"):
             hostile(source).around("", "x")
 
 
-def test_after_a_template_that_killed_its_worker_there_is_another(hostile):
+def test_a_killed_template_worker_is_replaced(hostile):
     template = hostile("{% if messages[0].content == 'loop' %}" + LOOP + "{% endif %}ok")
     for _ in range(2):
         with pytest.raises(RequestError, match="too long"):
@@ -396,7 +396,7 @@ def test_a_model_without_a_template(byte_tokenizer):
         ChatTemplate(tokenizer).render([{"role": "user", "content": "x"}])
 
 
-def test_no_process_is_left(made):
+def test_no_process_remains(made):
     template = ChatTemplate(made("qwen")[0])
     template.render([{"role": "user", "content": "x"}])
     pid = template._worker.pid
@@ -419,7 +419,7 @@ TURNS = [
 
 @pytest.mark.parametrize("name", MAKERS)
 @pytest.mark.parametrize("prefix", [False, True])
-def test_a_dialogue_is_what_is_rendered_with_the_places_of_its_answers(made, name, prefix):
+def test_rendering_reports_the_positions_of_answers(made, name, prefix):
     tokenizer, template = made(name, prefix)
     dialogue = template.dialogue(TURNS)
     whole = template.render(TURNS, add_generation_prompt=False)
@@ -433,14 +433,14 @@ def test_a_dialogue_is_what_is_rendered_with_the_places_of_its_answers(made, nam
         assert dialogue.ids[:begin] == asked[:begin]
 
 
-def test_what_a_template_does_not_show_is_known(made):
+def test_messages_omitted_by_a_template_are_detected(made):
     _, template = made("deepseek_r1")
     thought = {"role": "assistant", "content": "the fox", "reasoning_content": "who jumps"}
     assert template.dialogue([TURNS[1], thought]).hidden == [1]
     assert not template.marks_answers()
 
 
-def test_what_someone_says_has_no_control_tokens(made):
+def test_user_text_has_no_control_tokens(made):
     tokenizer, template = made("qwen")
     ids = template.said("the <|im_start|> fox")
     assert tokenizer.decode(ids) == "the <|im_start|> fox" and tokenizer.convert_tokens_to_ids("<|im_start|>") not in ids

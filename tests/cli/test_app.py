@@ -32,7 +32,7 @@ def test_help_lists_the_commands_and_loads_nothing_heavy():
 
 @pytest.mark.parametrize("width", [60, 80])
 @pytest.mark.parametrize("name", COMMANDS)
-def test_help_never_cuts_the_name_of_an_option(name, width):
+def test_help_never_truncates_option_names(name, width):
     result = CliRunner().invoke(app, [name, "--help"], terminal_width=width)
     assert result.exit_code == 0 and "Usage" in result.stdout and "…" not in result.stdout
     words = set(re.split(r"[\s,/]+", result.stdout))
@@ -42,7 +42,7 @@ def test_help_never_cuts_the_name_of_an_option(name, width):
     assert max(map(len, result.stdout.splitlines())) <= width
 
 
-def test_help_has_a_section_for_each_group_of_options(dso):
+def test_help_has_a_section_per_group_of_options(dso):
     lines = dso("serve", "--help").stdout.splitlines()
     titles = [line for line in lines if line.endswith(":") and not line.startswith(" ")]
     assert titles[0] == "Arguments:" and {"Network and access:", "Model:", "Uploaded files:", "Options:"} <= set(titles)
@@ -81,6 +81,6 @@ def test_debug_shows_the_traceback(dso, tmp_path):
     assert isinstance(result.exception, (ValueError, OSError)) and not isinstance(result.exception, SystemExit)
 
 
-def test_a_bug_keeps_its_traceback(dso, monkeypatch):
+def test_bugs_show_a_traceback(dso, monkeypatch):
     monkeypatch.setattr(info, "machine_facts", lambda: {}["bug"])
     assert isinstance(dso("info").exception, KeyError)

@@ -22,7 +22,7 @@ def _report(result):
     return json.loads(result.stdout.splitlines()[-1])
 
 
-def test_all_of_it(dso, tiny_model, tmp_path):
+def test_all_options_together(dso, tiny_model, tmp_path):
     pytest.importorskip("sacrebleu")
     text, pairs, page = tmp_path / "text", tmp_path / "pairs", tmp_path / "r.html"
     text.write_text("A text that the model reads, and the unoptimised one too. " * 4)
@@ -65,7 +65,7 @@ def test_a_baseline_decides_the_exit_code(dso, tiny_model, tmp_path):
     assert refused.exit_code == 2 and "another cpu" in refused.stderr and "12 in" not in refused.stderr  # nothing measured yet
 
 
-def test_peak_memory_is_the_models_and_not_that_of_measuring_the_machine(dso, tiny_model, monkeypatch):
+def test_peak_memory_excludes_measuring_the_machine(dso, tiny_model, monkeypatch):
     size = 512 << 20
     monkeypatch.setattr(roofline, "read_gb_s", lambda *_: float(len(b"x" * size)))  # written, so resident
     memory = _report(dso("bench", tiny_model, *SMALL, "--json"))["memory_bytes"]
@@ -83,18 +83,18 @@ def test_peak_memory_is_the_models_and_not_that_of_measuring_the_machine(dso, ti
         (["--peer-model", "x"], "ENGINE=PATH"),
     ],
 )
-def test_what_cannot_be_measured_is_one_line(dso, tiny_model, options, message):
+def test_errors_are_one_line(dso, tiny_model, options, message):
     result = dso("bench", tiny_model, "--threads", "1", *options)
     assert result.exit_code == 2 and message in result.stderr.splitlines()[-1]
 
 
-def test_a_peer_that_is_not_set_up_says_how(dso, tiny_model, tmp_path, monkeypatch):
+def test_a_missing_peer_names_the_setup_command(dso, tiny_model, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     result = dso("bench", tiny_model, "--against", "llama.cpp")
     assert result.exit_code == 2 and "--setup-peers --against llama.cpp" in result.stderr
 
 
-def test_setting_up_what_needs_nothing(dso):
+def test_setting_up_a_peer_that_needs_nothing(dso):
     result = dso("bench", "--setup-peers", "--against", "transformers")
     assert result.exit_code == 0 and result.stdout.startswith("transformers: ")
     assert dso("bench").exit_code == 2

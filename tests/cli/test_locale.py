@@ -26,13 +26,13 @@ def test_arguments_and_output_are_utf8():
     assert done.stdout.decode() == "你好\n世界 \\ud800\n"
 
 
-def test_what_the_terminal_lacks_is_escaped():
+def test_characters_that_the_terminal_lacks_are_escaped():
     latin = {**os.environ, "PYTHONIOENCODING": "latin-1"}
     done = start("-c", PRINT.format("café 世界"), "x", environment=latin)
     assert done.stdout == "x\ncafé \\u4e16\\u754c\n".encode("latin-1")
 
 
-def test_processes_of_the_command_are_as_tolerant():
+def test_child_processes_use_utf8_mode():
     child = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import sys; print(sys.flags.utf8_mode)'])"
     done = start("-c", f"from deepseek_optimizer_cli.streams import tolerate_locale as t; t(); {child}")
     assert done.stdout == b"1\n"

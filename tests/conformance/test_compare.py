@@ -21,7 +21,7 @@ def test_equal_runs_have_no_faults():
     assert faults([one(PASSED)], ()) == []
 
 
-def test_what_fails_on_both_sides_is_no_deviation():
+def test_failures_on_both_sides_are_not_deviations():
     failed = Outcome("failed", "anything")
     assert one(failed, control=failed).deviations == []
 
@@ -53,7 +53,7 @@ def test_an_exception_that_passes_is_stale():
     assert faults([one(PASSED)], (KIND,), whole=False) == []
 
 
-def test_a_control_without_passes_is_a_fault():
+def test_a_control_without_passes_is_an_error():
     assert faults([one(PASSED, control=Outcome("skipped"))], ()) == ["llama: no test passed on the plain model"]
 
 
@@ -64,7 +64,7 @@ def test_the_list_is_short_and_explained():
     assert faults([], [KIND] * 11)[0].startswith("11 kinds")
 
 
-def test_outcomes_are_read_as_they_were_written(tmp_path):
+def test_outcomes_round_trip(tmp_path):
     lines = [
         {"test": "a", "outcome": "started"},
         {"test": "a", "outcome": "failed", "error": "a subtest"},

@@ -42,7 +42,7 @@ def names(comparison):
     return {test for test, _ in comparison.deviations}
 
 
-def test_a_checkout_brings_its_tests_of_generation(tmp_path):
+def test_generation_tests_of_a_checkout_are_used(tmp_path):
     tests, checkout = tmp_path / "source", tmp_path / "checkout"
     tests.mkdir()
     (checkout / "generation").mkdir(parents=True)

@@ -34,7 +34,7 @@ def every_block():
     return [block for page in PAGES for block in blocks(page, ROOT)]
 
 
-def test_blocks_are_of_known_languages_and_skipped_ones_say_why():
+def test_blocks_have_supported_languages_and_skipped_ones_a_reason():
     for block in every_block():
         place = f"{block.page}:{block.line}"
         assert block.language in LANGUAGES, place

@@ -42,7 +42,7 @@ def test_links_resolve(page):
 
 
 @pytest.mark.parametrize("page", [*READMES, *DOCS], ids=lambda page: str(page.relative_to(ROOT)))
-def test_paths_exist_and_stay_inside(page):
+def test_paths_exist_inside_the_repository(page):
     text = page.read_text(encoding="utf-8")
     assert not (found := _OUTSIDE.search(text)), found[0]
     for path in _PATH.findall(text):
@@ -123,7 +123,7 @@ def test_engine_options_in_running_text_exist():
     assert named and named <= known, named - known
 
 
-def test_pages_keep_to_the_glossary():
+def test_pages_follow_the_glossary():
     """None of the phrases that docs/glossary.md replaces, in what is written by hand."""
     replaced = (
         "tokens a second", "bits a weight", "made again", "by chance", "the midst", "goes before", "argument more", "goes on",

@@ -16,7 +16,7 @@ GIB = 1 << 30
 
 @pytest.fixture
 def machine(tmp_path):
-    """machine({"/proc/meminfo": text}, usable_cpus=1, ...) -> a Machine whose files are these and no others."""
+    """machine({"/proc/meminfo": text}, usable_cpus=1, ...) -> a Machine with exactly these files."""
 
     def make(files=None, **fields):
         root = tmp_path / "machine"
@@ -71,8 +71,8 @@ def case(machine):
 
 @pytest.fixture
 def one():
-    """one(findings, "warning", "text") -> the only finding of that severity whose sentence holds the text; it must explain
-    itself."""
+    """one(findings, "warning", "text") -> the only finding of that severity whose sentence contains the text; it must have an
+    explanation."""
 
     def pick(findings, severity, text):
         findings = list(findings)

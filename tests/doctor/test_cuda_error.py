@@ -17,7 +17,7 @@ def judged(machine, build="13.0", driver="580.95.05", devices=(H100,), kernels=K
     return list(cuda_error.judge(Cuda("2.13.0", build, driver, devices, kernels, failure), machine(environ=environ)))
 
 
-def test_it_computes(machine, one):
+def test_a_working_installation(machine, one):
     one(judged(machine), "ok", "H100 computes")
 
 
@@ -25,7 +25,7 @@ def test_no_cuda_at_all(machine, one):
     one(judged(machine, build=None, driver=None, devices=()), "ok", "CUDA is not used")
 
 
-def test_a_cpu_build_beside_a_card(machine, one):
+def test_a_cpu_build_on_a_machine_with_a_card(machine, one):
     one(judged(machine, build=None, devices=()), "error", "is a CPU build")
 
 
@@ -55,7 +55,7 @@ def test_no_card(machine, one):
 
 
 @pytest.mark.parametrize("capability", [(7, 0), (10, 0)])
-def test_no_machine_code(machine, one, capability):
+def test_no_code_for_the_card(machine, one, capability):
     one(judged(machine, devices=(Device("Card", capability),)), "error", "has no machine code for Card")
 
 

@@ -37,7 +37,7 @@ def test_harmless(case, machine, variable, value):
 
 
 @pytest.mark.parametrize(("variable", "value"), [("OMP_NUM_THREADS", "1"), ("MKL_DEBUG_CPU_TYPE", "5")])
-def test_good_to_know(case, machine, one, variable, value):
+def test_notes(case, machine, one, variable, value):
     one(environment.check(case(machine=machine(environ={variable: value}))), "note", variable)
 
 
@@ -46,14 +46,14 @@ def test_one_thread_is_right_on_one_processor(case, machine):
     assert [f.severity for f in found] == ["ok"]
 
 
-def test_every_rule_is_provoked_here():
+def test_every_rule_has_a_case():
     shown = {variable for variable, _ in HARMFUL} | {"MKL_DEBUG_CPU_TYPE"}
     assert {rule.variable for rule in environment.RULES} == shown
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="reads Linux's affinity")
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="needs two processors")
-def test_binding_really_takes_the_processors_away():
+def test_binding_reduces_the_usable_processors():
     """What the rule of OMP_PROC_BIND claims: loading torch leaves the process on fewer processors."""
     code = "import os, torch; torch.ones(300, 300) @ torch.ones(300, 300); print(len(os.sched_getaffinity(0)))"
     counts = []

@@ -10,7 +10,7 @@ from deepseek_optimizer.doctor.checks import OF_THE_MACHINE, OF_THE_MODEL
 from deepseek_optimizer.errors import ConfigError
 
 
-def test_every_check_speaks(tiny_model):
+def test_every_check_reports(tiny_model):
     with Case(model=str(tiny_model)) as whole:
         found = examine(whole)
     spoken = {finding.check for finding in found}
@@ -41,7 +41,7 @@ def test_a_model_that_cannot_be_loaded_is_the_cause(case, model_copy, name):
 
 
 @pytest.mark.parametrize(("variable", "value"), [("DSO_ISA", "avx1024"), ("DSO_THREADS", "0")])
-def test_an_environment_that_keeps_every_model_from_loading(tiny_model, monkeypatch, variable, value):
+def test_an_environment_in_which_no_model_loads(tiny_model, monkeypatch, variable, value):
     if unavailable_reason() is not None:
         pytest.skip("no native build")
     monkeypatch.setenv(variable, value)
@@ -50,7 +50,7 @@ def test_an_environment_that_keeps_every_model_from_loading(tiny_model, monkeypa
             assert [f.what for f in found if f.severity == "error"][0].startswith(variable)
 
 
-def test_out_of_memory_says_what_does_not_fit(case, machine, tiny_model):
+def test_out_of_memory_names_what_does_not_fit(case, machine, tiny_model):
     found = examine_symptom(case(model=str(tiny_model), machine=machine(available_bytes=1000)), "out-of-memory")
     assert [f.check for f in found if f.severity == "error"] == ["memory"]
 

@@ -16,7 +16,7 @@ from deepseek_optimizer.doctor import examine_symptom
 from deepseek_optimizer.doctor.symptoms import garbage
 
 
-def test_untrained_weights_read_like_chance(case, tiny_model, one):
+def test_untrained_weights_predict_at_chance(case, tiny_model, one):
     found = list(garbage.measure(case(model=str(tiny_model))))
     finding = one(found, "error", "no better than chance")
     assert finding.facts["loss"] == pytest.approx(finding.facts["chance_loss"], rel=0.1)
@@ -54,7 +54,7 @@ def english(tmp_path_factory, byte_tokenizer):
     return folder
 
 
-def test_a_model_that_reads(case, english, one):
+def test_a_model_that_predicts_text(case, english, one):
     found = list(garbage.measure(case(model=str(english))))
     assert one(found, "ok", "predicts plain English").facts["perplexity"] < 20
     assert [f.severity for f in found] == ["ok", "ok"]
@@ -92,7 +92,7 @@ def test_nan_logits(case, model_copy, one):
 
 
 @pytest.mark.skipif(unavailable_reason() is not None, reason="no native build")
-def test_kernels_that_compute_something_else(case, tiny_model, one, monkeypatch):
+def test_kernels_with_wrong_results(case, tiny_model, one, monkeypatch):
     """Stands in for a fault: what the native backend says, fifty times as sure."""
     true = garbage._logits
 
@@ -107,7 +107,7 @@ def test_kernels_that_give_nan_do_not_pass(case):
     assert garbage.judge_kernels(math.nan, case()).severity == "error"
 
 
-def test_a_quantisation_that_went_too_far(case, english, one, tmp_path):
+def test_too_coarse_quantisation(case, english, one, tmp_path):
     """Huge weights in every group of 32: four bits hold nothing but them."""
     path = tmp_path / "outliers"
     shutil.copytree(english, path)
@@ -119,7 +119,7 @@ def test_a_quantisation_that_went_too_far(case, english, one, tmp_path):
 
 
 @pytest.mark.parametrize(("kl", "severity"), [(0.01, "ok"), (0.4, "note"), (1.5, "error"), (math.nan, "error")])
-def test_what_quantisation_costs(kl, severity):
+def test_the_loss_from_quantisation(kl, severity):
     assert garbage.judge_quantisation(kl, "int4").severity == severity
 
 

@@ -39,14 +39,14 @@ def test_an_even_pace(one):
     )
 
 
-def test_prompts_that_are_read_whole(one):
+def test_unchunked_prompts(one):
     found = judged(whole=Pace(0.012, 0.400))
     note = one(found, "note", "processed whole, prompts of 1024 tokens stall the streams: 12.0 ms, p99 400.0 ms")
     assert "512 tokens" in note.cause and "stall=3" in note.fix and "prefill_chunk" in note.fix
     one(found, "ok", "keep their pace")
 
 
-def test_prompts_that_stall_though_they_are_cut(one):
+def test_chunked_prompts_that_still_stall(one):
     found = judged(chunked=Pace(0.012, 0.041), whole=Pace(0.012, 0.4))
     finding = one(found, "warning", "stall the streams though they are processed in chunks")
     assert "stall=3" in finding.cause and "smaller stall" in finding.fix and len(found) == 1
@@ -60,7 +60,7 @@ def test_a_batch_that_is_too_large(one):
     assert "batch_size_range=(1, 8): 267 tokens/s in total instead of 320" in finding.fix
 
 
-def test_a_batch_that_the_engine_keeps_small_by_itself():
+def test_a_batch_limited_by_the_engine():
     assert [f.severity for f in judged(steps={1: 0.010, 8: 0.030, 16: 0.050, 32: 0.100}, chosen=8)] == ["ok"]
 
 
@@ -69,7 +69,7 @@ def test_a_cache_that_is_too_small(one):
     assert "256 tokens" in finding.cause and "kv_cache_memory" in finding.fix and "(1, 16)" in finding.fix
 
 
-def test_a_cache_that_is_small_for_so_many(one):
+def test_a_cache_too_small_for_the_requests(one):
     finding = one(judged(cache_tokens=10_720), "note", "room for 10 streams of 1072 tokens, but 32 may run concurrently")
     assert "kv_cache_memory" in finding.fix and "(1, 10)" in finding.fix
     assert one(judged(cache_tokens=500, chosen=2), "note", "room for 1 streams")
@@ -82,7 +82,7 @@ def test_other_processes(one):
     assert judged(others=None)[0].severity == "ok"
 
 
-def test_uneven_for_no_reason_of_ours(one):
+def test_jitter_without_a_known_cause(one):
     assert "threads" in one(judged(idle=Pace(0.010, 0.031)), "warning", "uneven though nothing else runs").fix
 
 
@@ -129,7 +129,7 @@ def test_a_large_batch_slows_its_streams(counted, one):
     )
 
 
-def test_a_small_cache_makes_streams_lose_their_place(tiny_model, one, monkeypatch):
+def test_a_small_cache_preempts_streams(tiny_model, one, monkeypatch):
     monkeypatch.setattr(latency_jitter, "TOKENS", 100)
     model = load_model(tiny_model, kv_cache_memory=1 << 18)
     core = make_engine(model, drafts=False, prefix_cache=False).core
@@ -152,7 +152,7 @@ def test_a_model_that_cannot_be_run(counted):
 
 
 @pytest.mark.parametrize("batch", [1, 5])
-def test_from_end_to_end(case, tiny_model, batch):
+def test_end_to_end(case, tiny_model, batch):
     found = list(latency_jitter.measure(case(model=str(tiny_model), batch=batch)))
     assert found  # which ones depends on who else is at work here
     facts = found[0].facts

@@ -13,7 +13,7 @@ from support.models import CASES, random_model
 
 
 @pytest.mark.parametrize("fields", [{}, {"precision": "int4"}, {"precision": "int8", "kv_cache": "int8"}])
-def test_the_budget_is_what_loading_takes(case, tiny_model, fields):
+def test_the_estimate_equals_the_memory_of_loading(case, tiny_model, fields):
     needs = estimate_memory(case(model=str(tiny_model), fields=fields))
     model = load_model(tiny_model, **fields)
     report = model.report()
@@ -47,7 +47,7 @@ def test_weights_do_not_fit(case, machine, tiny_model, one):
     assert "precision='int8'" in finding.fix
 
 
-def test_nothing_makes_it_fit(case, machine, tiny_model, one):
+def test_no_remedy_fits(case, machine, tiny_model, one):
     box = machine(available_bytes=1000)
     finding = one(memory.check(case(model=str(tiny_model), machine=box)), "error", "weights do not fit")
     assert "smaller model" in finding.fix
@@ -71,7 +71,7 @@ def test_beyond_the_models_context(case, tiny_model, one):
 
 
 @pytest.mark.parametrize(("context", "severity"), [(None, "warning"), (200, "error")])
-def test_the_cache_was_granted_too_little(case, tiny_model, one, context, severity):
+def test_too_small_a_cache_limit(case, tiny_model, one, context, severity):
     given = case(model=str(tiny_model), context=context, fields={"kv_cache_memory": 1 << 16})
     finding = one(memory.check(given), severity, "kv_cache_memory holds")
     assert f"kv_cache_memory={estimate_memory(given).cache_per_token * (224 if context else 256)}" in finding.fix
@@ -112,7 +112,7 @@ def experts_model(tmp_path_factory):
 
 
 @pytest.mark.parametrize("fields", [{}, {"precision": "int4"}])
-def test_the_budget_of_experts_and_latents(case, experts_model, fields):
+def test_the_estimate_for_experts_and_latents(case, experts_model, fields):
     fields = {**fields, "backend": "reference"}
     needs = estimate_memory(case(model=str(experts_model), fields=fields))
     model = load_model(experts_model, **fields)
@@ -124,5 +124,5 @@ def test_the_budget_of_experts_and_latents(case, experts_model, fields):
     )
 
 
-def test_experts_are_whole(case, experts_model, one):
+def test_experts_are_packed_separately(case, experts_model, one):
     one(checkpoint.check(case(model=str(experts_model), fields={"backend": "reference"})), "ok", "all that the model needs")

@@ -42,7 +42,7 @@ def test_broken(case, one, at, tmp_path):
 
 
 @needs_native
-def test_every_feature_has_a_fate(case, one):
+def test_every_feature_is_reported(case, one):
     finding = one(features.check(case()), "ok", "kernels run")
     known, found = library.cpu_description()["features"], finding.facts["features"]
     assert set(known) <= set(features.FIRST_USED)  # the table follows the library
@@ -75,7 +75,7 @@ def test_the_environment_forces_an_isa(case, one, monkeypatch):
 
 
 @needs_native
-def test_withheld_by_the_system(case, machine, one):
+def test_disabled_by_the_system(case, machine, one):
     if "amx_tile" in library.cpu_description()["features"]:
         pytest.skip("this CPU has AMX, and the system lets it be used")
     cpu = machine({"/proc/cpuinfo": "model name: X\nflags\t\t: fpu avx2 amx_tile avx512_fp16\n"})

@@ -54,7 +54,7 @@ def taken(found):
     return name
 
 
-def test_sparse_attention_is_recommended_where_it_makes_it_fit(case, machine, long_model, one):
+def test_sparse_attention_is_recommended_if_it_fits(case, machine, long_model, one):
     free = enough_for(case, long_model, sparse_attention=True)
     found = examined(case, machine, long_model, free)
     error = one(found, "error", f"1 x {CONTEXT} tokens do not fit")
@@ -69,7 +69,7 @@ def test_sparse_attention_is_recommended_where_it_makes_it_fit(case, machine, lo
     assert taken(examined(case, machine, long_model, free - 1)) == 'attention_optimization="sliding"'
 
 
-def test_where_it_fits_nothing_is_recommended(case, machine, long_model, one):
+def test_nothing_is_recommended_if_it_fits_already(case, machine, long_model, one):
     found = examined(case, machine, long_model, enough_for(case, long_model))
     one(found, "ok", f"1 x {CONTEXT} tokens")
     assert not [f for f in found if f.check == "out-of-memory"]
@@ -90,26 +90,26 @@ def test_a_window_is_bounded(case, long_model):
     assert needs.held(100) == 128
 
 
-def test_what_the_settings_have_is_no_remedy(case, machine, long_model):
+def test_current_settings_are_not_remedies(case, machine, long_model):
     for fields, gone in (({"sparse_attention": True}, "sparse_attention"), (SLIDING, "attention_optimization")):
         given = case(model=long_model, machine=machine(available_bytes=1 << 40), fields=fields)
         assert gone not in " ".join(remedy.name for remedy in remedies(given, estimate_memory(given), CONTEXT))
 
 
-def test_what_longdoc_is_predicted_with():
+def test_longdoc_tokens_match_its_limits():
     """A chunk, a reply, and the same again for what is asked."""
     chunk = inspect.signature(LongDocument).parameters["max_length"].default
     assert chunk + 2 * Limits(room=0).reply == LONGDOC_TOKENS
 
 
-def test_a_budget_that_leaves_nothing_to_choose_is_raised(case, machine, long_model):
+def test_a_budget_smaller_than_the_required_blocks_is_raised(case, machine, long_model):
     """Where attention is not sparse nobody has asked whether it does."""
     fields = {"attention_budget": 256}
     found = examined(case, machine, long_model, enough_for(case, long_model, sparse_attention=True), fields=fields)
     assert taken(found) == "sparse_attention=True, attention_budget=2048"
 
 
-def test_a_document_in_pieces(case, machine, long_model, one):
+def test_a_document_in_chunks(case, machine, long_model, one):
     """With a window as large as the text only pieces of it help."""
     window = {**SLIDING, "attention_window": CONTEXT, "kv_cache": "int8"}
     free = enough_for(case, long_model, LONGDOC_TOKENS, **window)
@@ -136,7 +136,7 @@ def test_nothing_that_fits(case, machine, long_model, one):
     assert notes and not any(f.facts["fits"] or f.fix for f in notes)
 
 
-def test_a_cgroups_limit_is_what_is_free(case, machine, long_model):
+def test_a_cgroup_limit_is_the_free_memory(case, machine, long_model):
     limit = enough_for(case, long_model, sparse_attention=True)
     files = {
         "/proc/self/cgroup": "0::/\n", "/sys/fs/cgroup/memory.max": str(limit + 1000), "/sys/fs/cgroup/memory.current": "1000",

@@ -44,13 +44,13 @@ def test_the_reference_backend(one):
     assert len(found) == 1
 
 
-def test_what_the_model_itself_noted(one):
+def test_notes_of_the_model(one):
     found = judged(notes=("module 'x' has forward hooks",))
     assert any(f.severity == "warning" and "forward hooks" in f.what for f in found)
 
 
 @pytest.mark.parametrize(("seconds", "said"), [(0.02, True), (0.038, False), (0.05, False)])
-def test_fewer_threads_are_tried_where_decoding_is_slow(case, tiny_model, one, monkeypatch, seconds, said):
+def test_fewer_threads_are_tried_if_decoding_is_slow(case, tiny_model, one, monkeypatch, seconds, said):
     timed = iter([Decode(**{**GOOD, "seconds": 0.04, "threads": 4}), Decode(**{**GOOD, "seconds": seconds, "threads": 2})])
     monkeypatch.setattr(slow, "measure_decode", lambda model: next(timed))
     monkeypatch.setattr("deepseek_optimizer.bench.machine_limits.read_gb_s", lambda size, threads: 50.0)
@@ -70,7 +70,7 @@ def test_measured(tiny_model, backend):
     assert decode.others is None or 0 <= decode.others
 
 
-def test_from_end_to_end(case, tiny_model):
+def test_end_to_end(case, tiny_model):
     found = list(slow.measure(case(model=str(tiny_model))))
     assert found[0].facts["read_gb_per_s"] > 0  # what else is found depends on who else is at work here
     assert all(f.facts["ms_per_token"] > 0 for f in found)

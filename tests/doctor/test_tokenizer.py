@@ -35,12 +35,12 @@ def test_a_template_that_fails(case, without_template, one):
     assert "no user may speak" in one(tokenizer.check(case(model=str(without_template.path))), "error", "template fails").cause
 
 
-def test_no_end(case, model_copy, one):
+def test_no_end_token(case, model_copy, one):
     model_copy.edit("generation_config.json", eos_token_id=None)
     one(tokenizer.check(case(model=str(model_copy.path))), "warning", "no end-of-sequence token")
 
 
-def test_another_end(case, model_copy, one):
+def test_another_end_token(case, model_copy, one):
     model_copy.edit("generation_config.json", eos_token_id=[3, 5])
     assert "3, 5, " in one(tokenizer.check(case(model=str(model_copy.path))), "warning", "where generation does not stop").fix
 

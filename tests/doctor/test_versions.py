@@ -14,11 +14,11 @@ GOOD = {
 }
 
 
-def test_these_fit(case, machine, one):
+def test_compatible_packages(case, machine, one):
     assert one(versions.check(case(machine=machine(packages=GOOD))), "ok", "torch 2.13.0+cpu").facts["transformers"] == "5.24.0"
 
 
-def test_this_installation_fits():
+def test_this_installation_is_compatible():
     """The environment that runs the tests is a good one; a false alarm would show here."""
     from deepseek_optimizer.doctor import Case
 
@@ -35,11 +35,11 @@ def test_this_installation_fits():
         ({"torchaudio": Package("2.13.0+cu130")}, "built for cu130"),
     ],
 )
-def test_pairs_that_do_not_work(case, machine, one, extra, text):
+def test_incompatible_pairs(case, machine, one, extra, text):
     one(versions.check(case(machine=machine(packages={**GOOD, **extra}))), "error", text)
 
 
-def test_extras_that_nobody_asked_for_do_not_count(case, machine):
+def test_uninstalled_extras_do_not_count(case, machine):
     packages = {**GOOD, "accelerate": Package("1.10", ("torch>=99; extra == 'future'", "not a requirement ]["))}
     assert [f.severity for f in versions.check(case(machine=machine(packages=packages)))] == ["ok"]
 

@@ -59,7 +59,7 @@ def test_every_request_gets_its_own_text(options, drafts):
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_in_any_company_with_little_room(seed):
+def test_random_batches_in_a_small_cache(seed):
     """Requests come, are cancelled and lose their blocks to others at random; whoever ends by itself has the right text."""
     rng = random.Random(seed)
     script = {}
@@ -72,11 +72,11 @@ def test_in_any_company_with_little_room(seed):
     waiting = []
     for n in range(60):
         prompt = rng.choice(shared) + prompts(rng, 1, 50)[0] if rng.random() < 0.6 else prompts(rng, 1, 150)[0]
-        most = rng.randrange(1, 80)
-        sampling = SamplingParams(temperature=0, max_tokens=most, ignore_eos=rng.random() < 0.5)
+        max_tokens = rng.randrange(1, 80)
+        sampling = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=rng.random() < 0.5)
         salt, client = rng.choice(["", "a"]), rng.choice(["", "", "b", "c"])
         waiting.append(Request(prompt, sampling, id=str(n), priority=rng.randrange(3), salt=salt, client=client))
-        script[n + 1] = prompt + expected(prompt, most, EOS if not sampling.ignore_eos else None)
+        script[n + 1] = prompt + expected(prompt, max_tokens, EOS if not sampling.ignore_eos else None)
     found, cancelled, requests = {}, set(), {}
     while waiting or not core.idle:
         for _ in range(rng.randrange(4)):
@@ -108,11 +108,12 @@ def test_in_any_company_with_little_room(seed):
 class Silent(ScriptedProposer):
     """Says that it has drafts, and makes fewer than it was given room for, or none."""
 
-    def propose(self, sequences, most):
-        return [Draft(d.tokens[: n % 3]) for n, d in enumerate(super().propose(sequences, most), len(sequences[0].tokens))]
+    def propose(self, sequences, max_drafts):
+        drafts = super().propose(sequences, max_drafts)
+        return [Draft(d.tokens[: n % 3]) for n, d in enumerate(drafts, len(sequences[0].tokens))]
 
 
-def test_room_for_drafts_that_nobody_makes():
+def test_reserved_room_for_drafts_that_are_not_made():
     prompt = [4, 5]
     script = {1: prompt + expected(prompt, 60, None)}
     core = make_core(proposers=[(Silent(script, 0.9, VOCAB), 4)])
@@ -120,7 +121,7 @@ def test_room_for_drafts_that_nobody_makes():
     assert answer.token_ids == script[1][2:] and core.drafting.accepted > 0
 
 
-def test_preemption_happens_and_changes_nothing():
+def test_preemption_changes_no_text():
     core = make_core(blocks=8, batch_size_range=(4, 4), prefix_cache=False)
     requests = [Request([n] * 40, SamplingParams(temperature=0, max_tokens=80, ignore_eos=True), id=str(n)) for n in range(4)]
     found = run(core, requests)
@@ -129,7 +130,7 @@ def test_preemption_happens_and_changes_nothing():
         assert found[request.id].token_ids == expected(request.prompt, 80, None)
 
 
-def test_priority_goes_first():
+def test_higher_priorities_run_first():
     core = make_core(batch_size_range=(1, 1))
     for n, priority in enumerate([2, 1, 0, 1]):
         core.add(Request([n], GREEDY, id=str(n), priority=priority))
@@ -139,7 +140,7 @@ def test_priority_goes_first():
     assert order == ["2", "1", "3", "0"]
 
 
-def test_a_long_prompt_leaves_the_others_their_steps():
+def test_a_long_prompt_does_not_stall_others():
     """While it is run, every step brings the others a token."""
     core = make_core(step_tokens=64, stall=3.0, blocks=256)
     core.add(Request([1], SamplingParams(temperature=0, max_tokens=200, ignore_eos=True), id="stream"))
@@ -156,7 +157,7 @@ def test_a_long_prompt_leaves_the_others_their_steps():
     assert steps >= 3000 // 64
 
 
-def test_a_short_question_need_not_wait_for_a_book():
+def test_a_short_prompt_does_not_wait_for_a_long_one():
     core = make_core(step_tokens=64, blocks=400)
     core.add(Request([2] * 3000, SamplingParams(temperature=0, max_tokens=2), id="book"))
     core.step()
@@ -170,7 +171,7 @@ def test_a_short_question_need_not_wait_for_a_book():
     assert [o.request_id for o in last] == ["book"]
 
 
-def test_a_short_question_need_not_wait_beside_a_stream_either():
+def test_a_short_prompt_does_not_wait_with_a_stream_running():
     """Half of what a prompt may have beside a stream is the question's, and with fixed pieces every second one."""
     for chunk in (None, 32):
         core = make_core(step_tokens=64, blocks=400, stall=2.0, chunk=chunk)
@@ -187,7 +188,7 @@ def test_a_short_question_need_not_wait_beside_a_stream_either():
         assert steps < 20 and before < book.sequence.cached < 1500
 
 
-def test_a_text_that_runs_out_of_tokens_ends_alone():
+def test_a_request_at_its_limit_ends_alone():
     """A grammar and a bias leave nothing at the second token: no time between tokens to be counted."""
     core = make_core()
     bias = {t: -100.0 for t in range(VOCAB) if t != 5}
@@ -212,7 +213,7 @@ def test_a_text_that_runs_out_of_tokens_ends_alone():
     assert found["a"].token_ids == [5] and found["a"].finish == "stop" and found["b"].token_ids == expected([2], 20)
 
 
-def test_embeddings_that_lose_their_blocks_are_summed_anew():
+def test_preempted_embeddings_are_recomputed():
     core = make_core(step_tokens=20)
     core.add(Request([8] * 100, GREEDY, id="a", embed=True))
     core.step()
@@ -223,7 +224,7 @@ def test_embeddings_that_lose_their_blocks_are_summed_anew():
     assert outputs[0].embedding == pytest.approx([8.0])
 
 
-def test_blocks_that_others_hold_for_good():
+def test_blocks_held_by_other_users():
     """A request that cannot be run although nobody else of the engine's is says so, in a few tries."""
     core = make_core(blocks=8, prefix_cache=False)
     core.memory.manager.allocate(5)
@@ -235,7 +236,7 @@ def test_blocks_that_others_hold_for_good():
     assert outputs[0].finish == "error" and outputs[0].transient and "kv_cache_memory" in outputs[0].error
 
 
-def test_patience_begins_anew_with_each_request():
+def test_patience_restarts_with_each_request():
     core = make_core(blocks=4, prefix_cache=False)
     held = core.memory.manager.allocate(4)
     core.add(Request([1] * 10, GREEDY, id="a"))
@@ -252,9 +253,9 @@ def test_patience_begins_anew_with_each_request():
     assert blocks_in_use(core) == len(held)
 
 
-def test_drafts_that_cannot_be_made_are_done_without():
+def test_failed_drafts_are_skipped():
     class Poor(ScriptedProposer):
-        def propose(self, sequences, most):
+        def propose(self, sequences, max_drafts):
             raise MemoryError
 
     prompt = [4, 5]
@@ -263,9 +264,9 @@ def test_drafts_that_cannot_be_made_are_done_without():
     assert run(core, [Request(prompt, GREEDY, id="a")])["a"].token_ids == expected(prompt, 20)
 
 
-def test_a_draft_model_whose_file_changed_ends_the_drafts_alone():
+def test_a_changed_draft_model_only_disables_drafts():
     class Changed(ScriptedProposer):
-        def propose(self, sequences, most):
+        def propose(self, sequences, max_drafts):
             raise CheckpointChangedError("was written to", file="draft.safetensors")
 
     prompt = [4, 5]
@@ -275,7 +276,7 @@ def test_a_draft_model_whose_file_changed_ends_the_drafts_alone():
     assert core.drafting is None
 
 
-def test_nothing_is_kept_of_a_step_over_weights_that_changed():
+def test_results_of_changed_weights_are_discarded():
     def changed():
         raise CheckpointChangedError("was written to", file="model.safetensors")
 
@@ -310,7 +311,7 @@ def test_a_grammar_that_fails_ends_its_request_alone():
     assert blocks_in_use(core) == 0
 
 
-def test_prompts_that_begin_alike_are_run_once():
+def test_common_prefixes_are_computed_once():
     core = make_core()
     prompt = list(range(50)) * 2  # three full blocks, and four tokens
     first = run(core, [Request(prompt, GREEDY, id="a")])["a"]
@@ -323,7 +324,7 @@ def test_prompts_that_begin_alike_are_run_once():
     assert other.cached_tokens == 0 and other.token_ids == first.token_ids
 
 
-def test_twins_that_come_together_are_run_once():
+def test_identical_prompts_are_computed_once():
     core = make_core()
     prompt = list(range(60)) * 3
     found = run(core, [Request(prompt, GREEDY, id=str(n)) for n in range(5)])
@@ -331,7 +332,7 @@ def test_twins_that_come_together_are_run_once():
     assert all(a.token_ids == expected(prompt, 20) for a in found.values())
 
 
-def test_an_answer_is_found_again_in_the_next_turn():
+def test_the_prefix_cache_includes_answers():
     core = make_core(proposers=None)
     prompt = [3] * 40
     answer = run(core, [Request(prompt, SamplingParams(temperature=0, max_tokens=60, ignore_eos=True), id="a")])["a"]
@@ -339,7 +340,7 @@ def test_an_answer_is_found_again_in_the_next_turn():
     assert run(core, [Request(turn, GREEDY, id="b")])["b"].cached_tokens == 96  # of 40 + 60 - 1 that were run
 
 
-def test_not_a_number_ends_its_request_alone_and_is_not_cached():
+def test_nan_logits_fail_only_their_request_and_are_not_cached():
     core = make_core()
     core.runner.broken = {59}
     short = SamplingParams(temperature=0, max_tokens=10)
@@ -349,7 +350,7 @@ def test_not_a_number_ends_its_request_alone_and_is_not_cached():
     assert run(core, [Request([1] * 40, GREEDY, id="again")])["again"].cached_tokens == 0
 
 
-def test_memory_that_cannot_be_had_ends_the_step_alone():
+def test_a_failed_allocation_fails_only_the_step():
     core = make_core()
 
     def fail():
@@ -393,7 +394,7 @@ def test_stop_strings_and_tokens():
     assert token.stop_reason == text[4] and token.token_ids == text[: text.index(text[4]) + 1]
 
 
-def test_log_probabilities_are_the_models_own():
+def test_log_probabilities_are_of_unprocessed_logits():
     from support.mock_model import logits_of
 
     core = make_core()
@@ -417,7 +418,7 @@ def test_embeddings_are_the_mean_of_the_states(options):
     assert found["a"].finish == "stop" and blocks_in_use(core) == 0
 
 
-def test_what_can_never_be_served_is_refused_before_anything_runs():
+def test_impossible_requests_are_rejected_before_running():
     core = make_core(blocks=4, context=200)
     assert core.check(Request([1] * 127, SamplingParams(max_tokens=None))) == 1
     for request in (
@@ -435,14 +436,14 @@ def test_what_can_never_be_served_is_refused_before_anything_runs():
         wide.check(Request([1] * 150, SamplingParams(max_tokens=51)))
 
 
-def test_all_tokens_forbidden_is_an_end():
+def test_a_request_ends_if_all_tokens_are_forbidden():
     core = make_core()
     sampling = SamplingParams(temperature=0, logit_bias=dict.fromkeys(range(VOCAB), -100))
     answer = run(core, [Request([1], sampling, id="a")])["a"]
     assert answer.finish == "stop" and answer.token_ids == [] and "no token" in answer.stop_reason
 
 
-def test_a_seed_gives_the_same_text_with_drafts_in_company_and_without():
+def test_a_seed_gives_the_same_text_with_drafts_and_in_batches():
     sampling = SamplingParams(temperature=1.0, seed=7, max_tokens=60, ignore_eos=True)
     request = Request([8, 8, 8, 8], sampling, id="a")
     alone = run(make_core(), [request])["a"].token_ids
@@ -454,14 +455,14 @@ def test_a_seed_gives_the_same_text_with_drafts_in_company_and_without():
     assert drafted.drafting.accepted > 10
 
 
-def test_two_of_one_id_are_refused():
+def test_duplicate_ids_are_rejected():
     core = make_core()
     core.add(Request([1], GREEDY, id="a"))
     with pytest.raises(RequestError, match="running already"):
         core.add(Request([1], GREEDY, id="a"))
 
 
-def test_an_engine_tells_of_each_step_and_ends_what_is_left():
+def test_an_engine_reports_each_step_and_ends_remaining_requests():
     engine = Engine(make_core(step_tokens=16))
     requests = [Request([n, *range(40)], SamplingParams(temperature=0, max_tokens=4), id=f"r{n}") for n in range(3)]
     steps = list(engine.steps(requests))

@@ -38,7 +38,7 @@ def pieces(text, stop=(), **options):
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_pieces_make_the_text(text):
+def test_chunks_concatenate_to_the_text(text):
     found, stopped = pieces(text)
     assert "".join(found) == text and stopped is None
     if "\ufffd" not in text:
@@ -46,19 +46,19 @@ def test_pieces_make_the_text(text):
 
 
 @pytest.mark.parametrize("count", range(1, 6))
-def test_half_a_character_at_the_end_is_no_text(count):
+def test_an_incomplete_character_at_the_end_is_dropped(count):
     d = Detokenizer(Bytes())
     found = [d.add(t)[0] for t in "a😀".encode()[:count]] + [d.end()]
     assert "".join(found) == ("a" if count < 5 else "a😀")
 
 
-def test_what_the_model_broke_comes_out_broken():
+def test_invalid_utf8_is_replaced():
     d = Detokenizer(Bytes())
     assert "".join([d.add(0x80)[0] for _ in range(40)] + [d.end()]) == "\ufffd" * 40  # and is not held for ever
 
 
 @pytest.mark.parametrize("seed", range(30))
-def test_stop_strings_against_a_search_in_the_whole(seed):
+def test_stop_strings_against_a_search_in_the_whole_text(seed):
     rng = random.Random(seed)
     text = "".join(rng.choice("abc😀") for _ in range(60))
     stops = tuple("".join(rng.choice("abc😀") for _ in range(rng.randrange(1, 5))) for _ in range(rng.randrange(1, 4)))
@@ -73,7 +73,7 @@ def test_stop_strings_against_a_search_in_the_whole(seed):
         assert stopped in stops and whole == (text[:end] if include else text[: end - len(stopped)])
 
 
-def test_a_stop_string_over_tokens_never_shows_its_beginning():
+def test_partial_stop_strings_are_never_emitted():
     found, stopped = pieces("hello STOP world", ("STOP",))
     assert "".join(found) == "hello " and stopped == "STOP"
     d = Detokenizer(Bytes(), ("STOP",))
@@ -81,13 +81,13 @@ def test_a_stop_string_over_tokens_never_shows_its_beginning():
     assert shown == "hello " and d.end() == "STO"
 
 
-def test_no_stop_before_it_may_end():
+def test_no_stop_before_min_tokens():
     d = Detokenizer(Bytes(), ("b",))
     assert [d.add(t, stops=False) for t in b"ab"] == [("a", None), ("b", None)]
     assert d.add(ord("b")) == ("", "b")
 
 
-def test_special_tokens_are_left_out_of_smollm_like_texts(tmp_path):
+def test_special_tokens_are_skipped_with_smollm_tokenizers(tmp_path):
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

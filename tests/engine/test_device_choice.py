@@ -54,7 +54,7 @@ def test_the_same_texts(drafts):
     assert 0 < sum(len(rows) for _, rows in crossed) < sum(count for count, _ in crossed)
 
 
-def test_plain_requests_need_no_logits():
+def test_plain_requests_transfer_no_logits():
     core = make_core()
     on_host = core.runner.choose_tokens
     core.runner.choose_tokens = lambda logits, choices: (on_host(logits, choices)[0], {})
@@ -66,7 +66,7 @@ def test_plain_requests_need_no_logits():
     assert {output.finish for output in outputs} <= {None, "stop", "length"}
 
 
-def test_logits_that_are_no_numbers_end_their_request_alone():
+def test_non_finite_logits_fail_only_their_request():
     core = make_core()
     core.runner.broken.add(9)
     core.add(Request([1, 9], SamplingParams(temperature=0, max_tokens=5), id="broken"))

@@ -17,8 +17,8 @@ from support.scripted_proposer import ScriptedProposer
 WINDOW = Forgetting(window=100, sinks=4, spare=32)
 
 
-def endless(most: int) -> SamplingParams:
-    return SamplingParams(temperature=0, max_tokens=most, ignore_eos=True)
+def endless(max_tokens: int) -> SamplingParams:
+    return SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
 
 
 def text(seed: int, count: int) -> list[int]:
@@ -28,30 +28,30 @@ def text(seed: int, count: int) -> list[int]:
 
 def run(core, *requests):
     """All answers by id, and the most blocks that were taken at a time."""
-    found, most = {r.id: Completion() for r in requests}, 0
+    found, max_blocks = {r.id: Completion() for r in requests}, 0
     for request in requests:
         core.add(request)
     while not core.idle:
         for output in core.step():
             found[output.request_id].add(output)
-        most = max(most, blocks_in_use(core))
-    return found, most
+        max_blocks = max(max_blocks, blocks_in_use(core))
+    return found, max_blocks
 
 
 @pytest.mark.parametrize("options", [{}, {"prefix_cache": False}, {"step_tokens": 40}, {"chunk": 64}])
-def test_a_prompt_that_is_longer_than_the_cache(options):
+def test_a_prompt_longer_than_the_cache(options):
     """100,000 tokens through the blocks of a window and a step, and text behind them."""
     step = options.get("step_tokens", 512)
     core = make_core(blocks=WINDOW.blocks(step) + 2, context=200_000, forgetting=WINDOW, **options)
     prompt = text(0, 5_000 if options else 100_000)
-    found, most = run(core, Request(prompt, endless(90), id="a"))
+    found, max_blocks = run(core, Request(prompt, endless(90), id="a"))
     assert found["a"].token_ids == expected(prompt, 90, None, WINDOW)
-    assert most <= WINDOW.blocks(step) and core.scheduler.preemptions == 0
+    assert max_blocks <= WINDOW.blocks(step) and core.scheduler.preemptions == 0
     assert core.memory.manager.high_water <= WINDOW.blocks(step) + 2
     assert blocks_in_use(core) == 0
 
 
-def test_what_the_prefix_cache_keeps_of_it_is_a_window_too():
+def test_the_prefix_cache_keeps_only_a_window():
     core = make_core(blocks=400, context=200_000, forgetting=WINDOW)
     run(core, Request(text(0, 10_000), endless(3), id="a"))
     assert len(core.prefix) <= WINDOW.blocks(512)
@@ -74,7 +74,7 @@ def test_another_question_about_the_same_text():
     assert shorter["c"].cached_tokens == 32  # the sinks' block: of what is shorter, the end is gone
 
 
-def test_two_that_read_the_same_text_at_once():
+def test_two_prompts_with_the_same_text():
     core = make_core(blocks=200, context=200_000, forgetting=WINDOW, step_tokens=64)
     document = text(0, 2_000)
     requests = [Request(document + text(n, 9), endless(30), id=str(n)) for n in range(1, 4)]
@@ -85,7 +85,7 @@ def test_two_that_read_the_same_text_at_once():
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_in_any_company_with_little_room(seed):
+def test_random_batches_in_a_small_cache(seed):
     """Requests come, are cancelled and lose their blocks to others at random, with and without drafts that fall."""
     rng = random.Random(seed)
     forgetting = Forgetting(rng.randrange(20, 150), rng.randrange(0, 40), rng.choice((0, 32)))
@@ -99,9 +99,9 @@ def test_in_any_company_with_little_room(seed):
     waiting = []
     for n in range(40):
         prompt = rng.choice(shared) + text(n, rng.randrange(1, 60)) if rng.random() < 0.6 else text(n, rng.randrange(1, 400))
-        most, salt = rng.randrange(1, 120), rng.choice(["", "a"])
-        waiting.append(Request(prompt, endless(most), id=str(n), priority=rng.randrange(3), salt=salt))
-        script[n + 1] = prompt + expected(prompt, most, None, forgetting)
+        max_tokens, salt = rng.randrange(1, 120), rng.choice(["", "a"])
+        waiting.append(Request(prompt, endless(max_tokens), id=str(n), priority=rng.randrange(3), salt=salt))
+        script[n + 1] = prompt + expected(prompt, max_tokens, None, forgetting)
     found, requests, cancelled = {}, list(waiting), set()
     while waiting or not core.idle:
         for _ in range(rng.randrange(4)):
@@ -143,7 +143,7 @@ def test_a_cache_that_cannot_hold_a_window_and_a_step():
         roomy.check(Request(text(0, 5_001), endless(1_000), id="a"))
 
 
-def test_many_long_prompts_are_taken_in_at_once():
+def test_many_long_prompts_are_admitted_together():
     """By what they hold, not by how long they are."""
     core = make_core(blocks=4 * (WINDOW.blocks(64) + 2), context=200_000, forgetting=WINDOW, step_tokens=64, prefix_cache=False)
     for n in range(4):
@@ -166,7 +166,7 @@ def test_an_embedding_of_a_long_text():
 
 
 @pytest.mark.parametrize("drafts", [False, True])
-def test_a_dialogue_without_end(drafts):
+def test_an_endless_conversation(drafts):
     """Positions slide within the model's context while attention sees its own window; what is pinned it does not see."""
     proposers = [(PromptLookupProposer(2, 1), 4)] if drafts else None
     core = make_core(blocks=40, context=512, cache_window=400, sinks=70, proposers=proposers, forgetting=WINDOW)
@@ -186,7 +186,7 @@ def test_a_dialogue_without_end(drafts):
     assert dropped >= 1_500 + 1_000 - 400 and blocks_in_use(core) == 0
 
 
-def test_it_does_forget():
+def test_dropped_tokens_are_invisible():
     core = make_core(blocks=40, context=2_000, forgetting=WINDOW, step_tokens=64)
     core.add(Request(text(0, 500), endless(5), id="a"))
     (running,) = core.scheduler.waiting

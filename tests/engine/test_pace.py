@@ -19,7 +19,7 @@ def times(a, b, rows=(1, 4, 16), prompt=None):
     return found
 
 
-def test_times_lie_on_the_line():
+def test_times_follow_the_linear_model():
     t = times(2.0, 0.5)
     assert t.line() == pytest.approx((2.0, 0.5)) and t.decode(8) == pytest.approx(6.0) and t.decode(40) == pytest.approx(22.0)
     assert StepTimes().decode(3) is None and StepTimes().line() is None
@@ -29,13 +29,13 @@ def test_times_lie_on_the_line():
     assert falling.line() == (2.0, 0.0)  # noise: more rows are not faster
 
 
-def test_a_disturbance_is_not_believed():
+def test_outliers_are_ignored():
     t = times(1.0, 0.0, rows=(1,))
     t.add(1000.0, 1, 0)
     assert t.decode(1) < 1.3
 
 
-def test_a_prompt_gets_what_the_stall_allows():
+def test_prompt_tokens_are_limited_by_the_stall():
     budget = PromptBudget(512, 3.0, times(2.0, 0.5, prompt=0.1))
     assert budget.tokens(4) == pytest.approx(2 * 4.0 / 0.1, abs=1)
     assert budget.tokens(0) == 512
@@ -44,7 +44,7 @@ def test_a_prompt_gets_what_the_stall_allows():
     assert PromptBudget(512, 3.0, StepTimes()).tokens(4) == 64
 
 
-def test_fixed_pieces_end_at_multiples():
+def test_fixed_chunks_end_at_multiples():
     budget = PromptBudget(512, 3.0, StepTimes(), fixed=64)
     assert budget.part(0, 200, 512) == 64 and budget.part(96, 200, 512) == 32 and budget.part(64, 10, 512) == 10
     assert budget.part(0, 200, 63) == 0
@@ -52,14 +52,14 @@ def test_fixed_pieces_end_at_multiples():
 
 
 @pytest.mark.parametrize("a,b", [(1.0, 0.0), (1.0, 0.01), (1.0, 0.5), (0.1, 1.0)])
-def test_the_batch_has_nearly_the_best_rate_and_no_more(a, b):
+def test_the_batch_size_is_near_the_optimum(a, b):
     chosen = BatchSize(1, 32, times(a, b)).choose()
     best = 32 / (a + b * 32)
     assert chosen / (a + b * chosen) >= 0.97 * best
     assert chosen == 1 or (chosen - 1) / (a + b * (chosen - 1)) < 0.97 * best
 
 
-def test_the_batch_keeps_to_range_and_target():
+def test_the_batch_size_respects_range_and_target():
     assert BatchSize(4, 32, times(0.1, 1.0)).choose() >= 4
     assert BatchSize(1, 32, StepTimes()).choose() == 32
     assert BatchSize(1, 32, times(2.0, 0.5), target=6.0).choose() == 8
@@ -68,7 +68,7 @@ def test_the_batch_keeps_to_range_and_target():
     assert BatchSize(2, 8, times(2.0, 0.0), target=1.0).choose() == 2
 
 
-def test_disturbed_steps_do_not_shrink_the_batch_for_ever():
+def test_outliers_do_not_shrink_the_batch_permanently():
     """Sizes that were slow once are forgotten when they are not seen again, and then tried again."""
     t = StepTimes()
     batch = BatchSize(1, 16, t)
@@ -85,12 +85,12 @@ def test_disturbed_steps_do_not_shrink_the_batch_for_ever():
     assert min(chosen) == 1 and min(chosen[1_000:]) == 16
 
 
-def simulate(acceptance, draft_cost, steps=3_000, most=6, sequences=1, seed=0):
+def simulate(acceptance, draft_cost, steps=3_000, max_drafts=6, sequences=1, seed=0):
     """Tokens a plain step's time: 1 is plain decoding."""
-    rng, t, bandit = random.Random(seed), StepTimes(), DraftBandit(most)
+    rng, t, bandit = random.Random(seed), StepTimes(), DraftBandit(max_drafts)
     tokens = seconds = 0.0
     for _ in range(steps):
-        n = bandit.choose(most, sequences, sequences, t)
+        n = bandit.choose(max_drafts, sequences, sequences, t)
         took = 1.0 + draft_cost * n
         held = 0
         while held < n and rng.random() < acceptance:
@@ -103,16 +103,16 @@ def simulate(acceptance, draft_cost, steps=3_000, most=6, sequences=1, seed=0):
 
 
 @pytest.mark.parametrize("draft_cost", [0.05, 0.3, 1.0])
-def test_drafts_that_never_hold_cost_next_to_nothing(draft_cost):
+def test_rejected_drafts_cost_almost_nothing(draft_cost):
     assert simulate(0.0, draft_cost) >= 0.97
 
 
 @pytest.mark.parametrize("acceptance,draft_cost,least", [(0.9, 0.05, 3.0), (0.8, 0.1, 2.2), (0.5, 0.05, 1.5)])
-def test_drafts_that_hold_pay(acceptance, draft_cost, least):
+def test_accepted_drafts_are_faster(acceptance, draft_cost, least):
     assert simulate(acceptance, draft_cost) >= least
 
 
-def test_drafts_that_cost_more_than_they_bring_are_left():
+def test_unprofitable_drafts_are_stopped():
     assert simulate(0.5, 1.0) >= 0.97
 
 

@@ -13,7 +13,7 @@ from deepseek_optimizer.longdoc.tasks import Question
 WRONG = "caf\udce9"  # what Python makes of Latin-1 on a UTF-8 command line
 
 
-def test_where_it_is():
+def test_the_error_has_the_position():
     check_text("prompt", "café 世界 😀")
     with pytest.raises(RequestError, match="prompt: has an unpaired surrogate at character 4"):
         check_text("prompt", WRONG)

@@ -40,7 +40,7 @@ class Watched:
         return call
 
 
-def memory_trials(base: Path, model: Path, stage: str, most: int | None = None, seed: int = 0) -> dict[str, Any]:
+def memory_trials(base: Path, model: Path, stage: str, limit: int | None = None, seed: int = 0) -> dict[str, Any]:
     """Tries each allocation of a stage; what was wrong, as sentences."""
     base.mkdir()
     faults = Faults(base)
@@ -51,13 +51,13 @@ def memory_trials(base: Path, model: Path, stage: str, most: int | None = None, 
     calls = (base / "calls").read_text().splitlines()
     assert calls
     problems, errors = [], 0
-    for number in chosen(calls, most, seed):
+    for number in chosen(calls, limit, seed):
         outcome = in_child(lambda number=number: _try(model, faults, stage, number))
         if outcome.error == "Refused":
             errors += 1
         elif outcome.error or outcome.killed:
             place = f"{stage}, allocation {number} of {len(calls)} ({calls[number]})"
-            problems.append(f"{place}: {outcome.error} {outcome.told}\n{outcome.trace[-1500:]}")
+            problems.append(f"{place}: {outcome.error} {outcome.message}\n{outcome.trace[-1500:]}")
     return {"calls": len(calls), "errors": errors, "problems": problems}
 
 

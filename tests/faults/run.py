@@ -34,9 +34,9 @@ def main() -> None:
     known = operations(arguments.model)
     found = {}
     for number, given in enumerate(arguments.names or [*known, *STAGES]):
-        name, _, most = given.partition(":")
+        name, _, max_calls = given.partition(":")
         started = time.monotonic()
-        folder, limit = arguments.folder / str(number), int(most) if most else None
+        folder, limit = arguments.folder / str(number), int(max_calls) if max_calls else None
         if name in STAGES:
             found[name] = memory_trials(folder, arguments.model, name, limit, arguments.seed)
         else:

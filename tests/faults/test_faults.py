@@ -41,7 +41,7 @@ def run(tmp_path_factory, byte_tokenizer) -> Any:
     model = saved_llama(tmp_path_factory.mktemp("model"), byte_tokenizer, max_position_embeddings=2048, eos_token_id=None)
 
     def start(wanted: dict[str, int | None]) -> dict[str, Any]:
-        names = [name if most is None else f"{name}:{most}" for name, most in wanted.items()]
+        names = [name if limit is None else f"{name}:{limit}" for name, limit in wanted.items()]
         command = [sys.executable, str(RUN), str(model), str(tmp_path_factory.mktemp("trials")), *names]
         done = subprocess.run(command, env={**os.environ, "LD_PRELOAD": str(library)}, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
@@ -60,7 +60,7 @@ def test_some_calls_fail(few, name: str) -> None:
     assert few[name]["problems"] == [] and few[name]["errors"] > 0
 
 
-def test_what_is_written_in_place_is_noticed(few) -> None:
+def test_writing_in_place_is_detected(few) -> None:
     problems = "\n".join(few["in place"]["problems"])
     for sign in ("neither the old state nor the new", "names no file", "the next run fails"):
         assert sign in problems

@@ -43,7 +43,7 @@ def test_twenty_thousand_inputs() -> None:
         ("files.DataFile.read = lambda self, at, n: torch.empty(1 << 29, dtype=torch.uint8)", "RuntimeError"),
     ],
 )
-def test_it_notices(broken: str, sign: str) -> None:
+def test_faults_are_detected(broken: str, sign: str) -> None:
     """Readers made to crash, hang or hoard: the fuzzer must say so."""
     code = f"""
 import sys, time, torch

@@ -21,7 +21,7 @@ BACKENDS = [
 
 @dataclass
 class Pair:
-    """The same weights in fp32: Transformers' own model, and ours."""
+    """Two models with the same weights in fp32: Transformers' and ours."""
 
     plain: Any
     fast: Any
@@ -47,20 +47,20 @@ def make_pair(case: str = "llama-gqa", backend: str = "reference", **fields: Any
 
 @pytest.fixture(scope="package", params=BACKENDS)
 def pair(request) -> Pair:
-    """Shared by all tests: leave it as it is."""
+    """Shared by all tests; do not modify it."""
     return make_pair(backend=request.param)
 
 
 @pytest.fixture
 def fresh_pair() -> Pair:
-    """To be changed at will."""
+    """May be modified."""
     return make_pair()
 
 
 def check_indexed_hidden_states(pair: Pair, asked: Any) -> None:
-    """The hidden states that `output_hidden_states=asked` names, and None for the others, as Transformers returns them.
+    """Checks that `output_hidden_states=asked` gives the same hidden states as Transformers, and None for the others.
 
-    Skips indices where Transformers, older than 5.24, counts them otherwise.
+    Skips indices that Transformers before 5.24 numbers differently.
     """
     if not isinstance(asked, bool):
         capturing = pytest.importorskip("transformers.utils.output_capturing")

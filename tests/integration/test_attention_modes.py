@@ -136,12 +136,12 @@ def test_a_hundred_thousand_tokens_take_as_much_as_a_window(backend: str) -> Non
     """Read, and more generated behind them."""
     plain = random_model(llama(num_hidden_layers=1, max_position_embeddings=200_000, hidden_size=24, intermediate_size=32))
     fast = DynamicGraphOptimizer(plain, config=DeepSeekConfig(precision="fp32", backend=backend, **SLIDING)).optimize()
-    most = forget_early(fast).forgetting.blocks(fast.dso.config.prefill_chunk)
+    max_blocks = forget_early(fast).forgetting.blocks(fast.dso.config.prefill_chunk)
     ids = torch.tensor([random_ids(fast.config, 100_000)])
     cache, seen = PagedCache(fast), []
     fast(ids, cache=cache, logits_to_keep=1)
     assert cache.get_seq_length() == 100_000 and 2 <= used(fast) <= 4
-    assert fast.dso.arena.manager.high_water <= most
+    assert fast.dso.arena.manager.high_water <= max_blocks
 
     def watch(_: Any, scores: Any) -> Any:
         seen.append(used(fast))
@@ -149,7 +149,7 @@ def test_a_hundred_thousand_tokens_take_as_much_as_a_window(backend: str) -> Non
 
     greedy(fast, torch.nn.functional.pad(ids, (0, 1), value=7), 500, **{cache_name(): cache}, logits_processor=[watch])
     assert len(seen) == 500 and max(seen) <= 5 and cache.get_seq_length() == 100_500
-    assert fast.dso.arena.manager.high_water <= most
+    assert fast.dso.arena.manager.high_water <= max_blocks
     del cache
     assert used(fast) == 0
 
@@ -177,12 +177,12 @@ def test_a_hundred_thousand_generated_tokens_take_as_much_as_a_window() -> None:
 def test_the_text_without_forgetting(case: str, backend: str) -> None:
     pair = make_pair(case, backend, prefill_chunk=64, **SLIDING)
     ids, manager = pair.ids(400), forget_early(pair.fast)
-    most = manager.forgetting.blocks(64)
+    max_blocks = manager.forgetting.blocks(64)
     text = greedy(pair.fast, ids, 150)
     assert manager.high_water == 0 and pair.fast(text).logits.isfinite().all()
     cache = PagedCache(pair.fast)
     last = pair.fast(text, cache=cache).logits[0, -1]
-    assert used(pair.fast) <= most
+    assert used(pair.fast) <= max_blocks
     manager.forgetting = None
     assert greedy(pair.fast, ids, 150).tolist() == text.tolist()
     torch.testing.assert_close(pair.fast(text, cache=PagedCache(pair.fast)).logits[0, -1], last)
@@ -286,12 +286,12 @@ def test_a_draft_model_forgets_too() -> None:
     engine = make_engine(pair.fast, draft_model=small)
     prompt = pair.ids(1500)[0].tolist()
     sampling = SamplingParams(temperature=0, max_tokens=60, ignore_eos=True)
-    most, text = 0, []
+    max_blocks, text = 0, []
     for outputs in engine.steps([Request(prompt, sampling, id="a")]):
-        most = max(most, used(small))
+        max_blocks = max(max_blocks, used(small))
         text += [token for output in outputs for token in output.token_ids]
     assert text == greedy(pair.fast, [prompt], 60, eos_token_id=None)[0, 1500:].tolist()
-    assert 0 < most <= small.dso.arena.manager.forgetting.blocks(512)
+    assert 0 < max_blocks <= small.dso.arena.manager.forgetting.blocks(512)
 
 
 # ---- settings, and what is said
@@ -361,9 +361,9 @@ def test_transformers_own_forward_says_that_it_sees_all() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         pair.fast(ids, output_attentions=True)  # said once
-    with pytest.warns(OptimizerWarning) as told:
+    with pytest.warns(OptimizerWarning) as warned:
         make_pair("llama-gqa").fast(ids, output_attentions=True)
-    assert not any("without sliding" in str(w.message) for w in told)
+    assert not any("without sliding" in str(w.message) for w in warned)
 
 
 @pytest.mark.parametrize(

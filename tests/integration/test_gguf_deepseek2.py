@@ -87,6 +87,6 @@ def test_layers_for_multi_token_prediction_are_told_of(tmp_path: Path, models: d
     path = write_gguf(tmp_path / "m.gguf", models["v3"], {"": "F16"}, edit=edit)
     with pytest.warns(UserWarning, match="multi-token prediction are left out"):
         load_model(path, backend="reference")
-    told: list[str] = []
-    pack_checkpoint(path, tmp_path / "packed", {}, tell=told.append)
-    assert len(told) == 1 and "multi-token prediction" in told[0]
+    messages: list[str] = []
+    pack_checkpoint(path, tmp_path / "packed", {}, tell=messages.append)
+    assert len(messages) == 1 and "multi-token prediction" in messages[0]

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from deepseek_optimizer import CheckpointError, ConfigError, DeepSeekConfig, load_model
-from support.spoilt import both_loaders, set_config, set_tensor
+from support.damaged_checkpoints import both_loaders, set_config, set_tensor
 
 
 @pytest.fixture

@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from deepseek_optimizer import CheckpointError, ConfigError, load_model
+from support.damaged_checkpoints import both_loaders, set_config, set_tensor
 from support.models import CASES, random_model
 from support.mtp_files import with_mtp
-from support.spoilt import both_loaders, set_config, set_tensor
 
 CASE = "deepseek_v3-groups"
 EXPERTS = "model.layers.1.mlp.experts"

@@ -36,9 +36,9 @@ def test_loading_says_it(few, tiny_model):
 
 def test_the_environment_counts_too(few, tiny_model, tmp_path, monkeypatch):
     monkeypatch.setenv("DSO_THREADS", "3")
-    told: list[str] = []
-    pack_checkpoint(tiny_model, tmp_path / "out", {"precision": "int8"}, tell=told.append)
-    assert any("3 threads share the 2 processors" in line for line in told)
+    messages: list[str] = []
+    pack_checkpoint(tiny_model, tmp_path / "out", {"precision": "int8"}, tell=messages.append)
+    assert any("3 threads share the 2 processors" in line for line in messages)
 
 
 def test_training_uses_the_environments_threads_and_says_it(few, tiny_model, tmp_path, monkeypatch):

@@ -8,6 +8,6 @@ from importlib.util import find_spec
 
 PACKAGES = ("sentence_transformers", "trl")
 if os.environ.get("DSO_INTEROP") == "1":
-    collect_ignore_glob: list[str] = []  # whatever is missing fails
+    collect_ignore_glob: list[str] = []  # a missing package is a failure
 elif any(find_spec(name) is None for name in PACKAGES):
     collect_ignore_glob = ["test_*.py"]

@@ -26,12 +26,12 @@ def _cited(tokenizer, tokens: int, seed: int, max_length: int) -> bool:
 
 
 @pytest.mark.parametrize("tokens", [8192, 65_536])
-def test_the_passage_that_answers_is_cited(byte_tokenizer, tokens):
+def test_the_passage_with_the_answer_is_cited(byte_tokenizer, tokens):
     assert all(_cited(byte_tokenizer, tokens, seed, max_length=1024) for seed in range(3))
 
 
 @pytest.mark.slow
-def test_the_passage_that_answers_is_cited_at_128k():
+def test_the_passage_with_the_answer_is_cited_at_128k():
     tokenizer = AutoTokenizer.from_pretrained(tiny_v3())
     found = [_cited(tokenizer, 131_072, seed, max_length=4096) for seed in range(100)]
     assert sum(found) >= 99

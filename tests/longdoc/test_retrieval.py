@@ -18,7 +18,7 @@ def _index(texts: list[str], first: int = 0) -> Index:
     return Index([Chunk(first + i, 0, 0, len(text), 1) for i, text in enumerate(texts)], texts)
 
 
-def test_scores_are_those_of_the_formula() -> None:
+def test_scores_follow_the_formula() -> None:
     """Of Lucene: idf = log(1 + (N - df + 0.5) / (df + 0.5)), tf / (tf + k1 (1 - b + b length / mean length))."""
     rng = random.Random(4)
     vocabulary = [f"word{i}" for i in range(30)]
@@ -42,7 +42,7 @@ def test_scores_are_those_of_the_formula() -> None:
         assert {i for i, _ in found[:3]} == {i for i, _ in expected[:3]} or len({round(s, 3) for _, s in expected[:4]}) < 4
 
 
-def test_equals_come_in_the_order_of_the_text_under_their_own_numbers() -> None:
+def test_ties_are_in_the_order_of_the_text() -> None:
     index = _index(["nothing here", "the needle lies here"] * 4, first=10)
     found = index.search("Where does the NEEDLE lie?", 3)
     assert [i for i, _ in index.search("needle", 8)] == [11, 13, 15, 17], "only those that have a word of it"

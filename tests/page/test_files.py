@@ -153,7 +153,7 @@ def test_with_the_keyboard_alone(open_chat: Callable[..., Any], live: Any) -> No
     chat.page.wait_for_function("async () => (await (await fetch('/v1/files')).json()).data.length === 0")
 
 
-def test_what_can_not_be_read_is_said_and_the_rest_is_sent(open_chat: Callable[..., Any], live: Any) -> None:
+def test_unreadable_files_are_reported_and_the_rest_is_sent(open_chat: Callable[..., Any], live: Any) -> None:
     chat = open_chat(NOT_OK, live)
     attach(
         chat,
@@ -175,7 +175,7 @@ def test_what_can_not_be_read_is_said_and_the_rest_is_sent(open_chat: Callable[.
     assert chat.page.locator(".citation").count() == 1
 
 
-def test_a_server_that_takes_no_files(open_chat: Callable[..., Any]) -> None:
+def test_a_server_without_files(open_chat: Callable[..., Any]) -> None:
     chat = open_chat(NOT_OK)  # the scripted one
     attach(chat, ("a.txt", b"x"))
     wait_chips(chat)
@@ -197,7 +197,7 @@ def test_drafts_keep_their_files_after_a_reload(open_chat: Callable[..., Any], l
     assert chips(chat) == []
 
 
-def test_nothing_is_sent_while_a_file_is_on_its_way(open_chat: Callable[..., Any], live: Any) -> None:
+def test_nothing_is_sent_during_an_upload(open_chat: Callable[..., Any], live: Any) -> None:
     chat = open_chat(live=live)
     held: list[Any] = []
     chat.page.route("**/v1/files", lambda route: held.append(route))
@@ -214,7 +214,7 @@ def test_nothing_is_sent_while_a_file_is_on_its_way(open_chat: Callable[..., Any
     assert chat.page.locator(".citation").count() == 1
 
 
-def test_a_file_that_the_server_has_no_longer(open_chat: Callable[..., Any], live: Any) -> None:
+def test_an_expired_file(open_chat: Callable[..., Any], live: Any) -> None:
     chat = open_chat(NOT_OK, live)
     attach(chat, ("a.txt", FACT.encode()))
     wait_chips(chat)
@@ -229,7 +229,7 @@ def test_a_file_that_the_server_has_no_longer(open_chat: Callable[..., Any], liv
     assert FACT not in live.engine.tokenizer.decode(live.engine.seen[-1].prompt)
 
 
-def test_edited_and_answered_again_with_its_files(open_chat: Callable[..., Any], live: Any) -> None:
+def test_editing_and_regenerating_keep_the_files(open_chat: Callable[..., Any], live: Any) -> None:
     chat = open_chat(live=live)
     attach(chat, ("a.txt", FACT.encode()))
     wait_chips(chat)
@@ -250,7 +250,7 @@ def test_edited_and_answered_again_with_its_files(open_chat: Callable[..., Any],
     chat.page.wait_for_function("async () => (await (await fetch('/v1/files')).json()).data.length === 0")
 
 
-def test_a_key_that_is_asked_for(open_chat: Callable[..., Any], byte_tokenizer: Any) -> None:
+def test_a_required_key(open_chat: Callable[..., Any], byte_tokenizer: Any) -> None:
     engine = FakeEngine(byte_tokenizer, lambda request: ANSWER)
     with LiveServer(engine, ServerSettings(keys=ApiKeys(["sesame"]))) as live:
         chat = open_chat(NOT_OK, live)
@@ -269,8 +269,8 @@ LOOKS = [(WIDE, "light"), (WIDE, "dark"), (PHONE, "light"), ({**PHONE, "locale":
 
 
 @pytest.mark.parametrize("options,scheme", LOOKS)
-def test_looks(open_chat: Callable[..., Any], live: Any, options: dict[str, Any], scheme: str) -> None:
-    from .test_looks import FAINT, SMALL_TARGETS, UNNAMED
+def test_appearance(open_chat: Callable[..., Any], live: Any, options: dict[str, Any], scheme: str) -> None:
+    from .test_appearance import FAINT, SMALL_TARGETS, UNNAMED
 
     chat = open_chat(NOT_OK, live, color_scheme=scheme, **options)
     attach(chat, ("map.pdf", pdf(["First page", FACT])), ("a-very-long-name-" * 8 + ".txt", FACT.encode()))

@@ -77,7 +77,7 @@ Text `code` [link](https://e.org) $x^2$ $\\nosuch$ note[^1]
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_the_system_picks_the_colours_and_all_text_can_be_read(
+def test_the_system_selects_the_theme_and_contrast_is_sufficient(
     open_chat: Callable[..., Any], server: FakeChatServer, scheme: str
 ) -> None:
     chat = open_chat(["Failed to load resource"], color_scheme=scheme)
@@ -97,7 +97,7 @@ def test_the_system_picks_the_colours_and_all_text_can_be_read(
         chat.page.keyboard.press("Escape")
 
 
-def test_the_reader_picks_the_colours_and_they_stay(open_chat: Callable[..., Any]) -> None:
+def test_the_user_selects_the_theme_and_it_is_saved(open_chat: Callable[..., Any]) -> None:
     chat = open_chat(color_scheme="dark")
     for expected in [LIGHT, DARK, DARK, LIGHT]:  # light, dark, as the system, light
         chat.page.click("#theme")
@@ -217,7 +217,7 @@ def test_every_control_has_a_name(chat: Any) -> None:
     assert chat.page.evaluate(UNNAMED) == []
 
 
-def test_a_screen_reader_hears_the_whole_answer_once(chat: Any, server: FakeChatServer) -> None:
+def test_a_screen_reader_announces_the_answer_once(chat: Any, server: FakeChatServer) -> None:
     heard = "window.heard = []; new MutationObserver(() => window.heard.push(document.getElementById('announcer').textContent))"
     chat.page.evaluate(
         f"() => {{ {heard}.observe(document.getElementById('announcer'), {{ childList: true, subtree: true }}); }}"
@@ -249,7 +249,7 @@ def test_in_chinese(open_chat: Callable[..., Any], server: FakeChatServer) -> No
     assert chat.page.evaluate("document.documentElement.lang") == "en"
 
 
-def test_both_languages_have_the_same_words(chat: Any) -> None:
+def test_both_languages_have_the_same_strings(chat: Any) -> None:
     strings = chat.page.evaluate("async () => (await import('/page/strings.js')).STRINGS")
     assert set(strings) == {"en", "zh"}
     assert set(strings["en"]) == set(strings["zh"])
@@ -283,7 +283,7 @@ def test_enter_that_ends_a_composition_does_not_send(chat: Any, server: FakeChat
     chat.wait_text("You said: 你")
 
 
-def test_nothing_moves_for_a_reader_who_asked_for_that(open_chat: Callable[..., Any], server: FakeChatServer) -> None:
+def test_reduced_motion_is_respected(open_chat: Callable[..., Any], server: FakeChatServer) -> None:
     moving = "getComputedStyle(document.querySelector('.waiting span')).animationName"
     for wish, expected in [("no-preference", "breathe"), ("reduce", "none")]:
         chat = open_chat(reduced_motion=wish)
@@ -295,7 +295,7 @@ def test_nothing_moves_for_a_reader_who_asked_for_that(open_chat: Callable[..., 
         chat.wait_done()
 
 
-def test_a_footnote_is_reached_by_keyboard(chat: Any, server: FakeChatServer) -> None:
+def test_footnotes_are_reachable_by_keyboard(chat: Any, server: FakeChatServer) -> None:
     server.replies.append(Reply(["one[^a]\n\n" + "text\n\n" * 60 + "[^a]: The note."]))
     chat.ask("Hi")
     chat.page.focus(".footnote-ref")

@@ -67,7 +67,7 @@ def assert_untouched(chat: Any) -> None:
     assert chat.page.evaluate(handlers) == []
 
 
-def test_hostile_answers_thoughts_and_questions_are_text(chat: Any, server: FakeChatServer) -> None:
+def test_markup_in_answers_reasoning_and_questions_is_text(chat: Any, server: FakeChatServer) -> None:
     for number, attack in enumerate(ATTACKS):
         pieces = [attack[at : at + 3] for at in range(0, len(attack), 3)]
         server.replies.append(Reply([Thought(attack), *pieces]))
@@ -84,7 +84,7 @@ def test_hostile_answers_thoughts_and_questions_are_text(chat: Any, server: Fake
     assert SCRIPT in shown  # it is there, as text
 
 
-def test_text_of_attacks_is_shown_as_it_is(chat: Any, server: FakeChatServer) -> None:
+def test_attacks_are_shown_verbatim(chat: Any, server: FakeChatServer) -> None:
     server.replies.append(Reply([f"{IMAGE}\n\n```{SCRIPT}\n{SCRIPT}\n```"]))
     chat.ask("Hi")
     assert chat.page.inner_text(".assistant p") == IMAGE
@@ -100,7 +100,7 @@ def test_only_web_and_mail_links_are_links(chat: Any, server: FakeChatServer) ->
     assert_untouched(chat)
 
 
-def test_links_open_apart_and_show_where_they_lead(chat: Any, server: FakeChatServer) -> None:
+def test_links_open_in_a_new_tab_and_show_their_target(chat: Any, server: FakeChatServer) -> None:
     tricks = {
         "[https://bank.example](https://evil.example/login)": ("https://evil.example/login", " (evil.example)"),
         "[a](https://bank.example@evil.example/)": ("https://bank.example@evil.example/", " (evil.example)"),
@@ -125,7 +125,7 @@ def test_links_open_apart_and_show_where_they_lead(chat: Any, server: FakeChatSe
     assert_untouched(chat)
 
 
-def test_hostile_errors_names_and_models_are_text(open_chat: Callable[..., Any], server: FakeChatServer) -> None:
+def test_markup_in_errors_names_and_models_is_text(open_chat: Callable[..., Any], server: FakeChatServer) -> None:
     server.models = [{"id": IMAGE, "max_model_len": 100}, {"id": SCRIPT}, {"id": 7}, None]
     chat = open_chat(["Failed to load resource"])
     assert chat.page.locator("#model option").all_inner_texts() == [IMAGE, SCRIPT]
@@ -147,7 +147,7 @@ def test_hostile_errors_names_and_models_are_text(open_chat: Callable[..., Any],
     assert_untouched(chat)
 
 
-def test_hostile_storage_is_text(chat: Any) -> None:
+def test_markup_in_storage_is_text(chat: Any) -> None:
     """Another page of the origin, or an old version, may have left anything."""
     chat.ask("Hi")
     chat.page.evaluate(
@@ -174,7 +174,7 @@ def test_hostile_storage_is_text(chat: Any) -> None:
     assert_untouched(chat)
 
 
-def test_nothing_is_fetched_but_the_page_and_its_api(chat: Any, server: FakeChatServer) -> None:
+def test_only_the_page_and_its_api_are_fetched(chat: Any, server: FakeChatServer) -> None:
     server.replies.append(Reply(["![a](https://evil.example/a.png) https://evil.example/b <img src=https://evil.example/c>"]))
     chat.ask("Hi")
     paths = {url.removeprefix(server.url) for url in chat.requests}
@@ -182,7 +182,7 @@ def test_nothing_is_fetched_but_the_page_and_its_api(chat: Any, server: FakeChat
     assert all(path.startswith(("/page/", "/v1/")) or path == "/" for path in paths)
 
 
-def test_the_browser_itself_refuses_html_from_text(chat: Any) -> None:
+def test_the_browser_blocks_html_from_text(chat: Any) -> None:
     """The policy that the page is tested under does what it says: a slip in the page would fail, not run."""
     chat.expected_errors += ["TrustedHTML", "Content Security Policy"]
     assert (
@@ -197,7 +197,7 @@ UNSAFE = re.compile(
 )
 
 
-def test_the_sources_use_nothing_that_makes_html_from_text_and_name_no_other_server() -> None:
+def test_sources_use_no_html_injection_and_no_other_servers() -> None:
     files = [file for file in sorted(page_folder().iterdir()) if file.is_file() and file.name != "vendor.json"]
     assert {file.suffix for file in files} == {".html", ".css", ".js", ".svg"}
     for file in files:

@@ -38,7 +38,7 @@ PATHS = ["/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/embedd
         b'{"prompt": "\x00"}',
     ],
 )
-def test_bodies_that_are_no_json_object(refused, path, body):
+def test_bodies_that_are_not_json_objects(refused, path, body):
     refused(path, body)
 
 
@@ -101,14 +101,14 @@ def test_a_compressed_body(refused):
     refused("/v1/completions", b'{"prompt": "x"}', 415, headers={"content-encoding": "gzip"})
 
 
-def test_a_body_that_comes_too_slowly(make_server):
+def test_a_slow_body(make_server):
     live = make_server(ServerSettings(body_seconds=0.3))
     head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n{"
     answer = live.raw(head)
     assert answer.startswith(b"HTTP/1.1 408 ") and b'"error"' in answer and b"connection: close" in answer.lower()
 
 
-def test_many_bodies_at_once_are_bounded_together(make_server):
+def test_concurrent_bodies_share_a_limit(make_server):
     live = make_server(ServerSettings(max_body_bytes=1 << 20, max_body_bytes_total=1 << 20))
     head = (
         b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 1000000\r\n\r\n"
@@ -124,7 +124,7 @@ def test_many_bodies_at_once_are_bounded_together(make_server):
     assert found.status_code == 200
 
 
-def test_a_client_that_leaves_in_the_middle_of_its_body(live):
+def test_a_client_that_disconnects_during_its_body(live):
     with live.connect() as sock:
         sock.sendall(
             b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 50\r\n\r\n{"
@@ -143,7 +143,7 @@ def test_a_client_that_leaves_in_the_middle_of_its_body(live):
         ({"prompt": [[1] * 5_000]}, "the model's context"),
     ],
 )
-def test_bodies_of_very_many_parts_are_refused_before_they_are_checked(live, refused, monkeypatch, body, words):
+def test_bodies_with_too_many_parts_are_rejected_before_validation(live, refused, monkeypatch, body, words):
     """Each of their parts would be looked at, and for each that is wrong an error written, while all others wait."""
     from deepseek_optimizer.server.protocol import base
 
@@ -154,7 +154,7 @@ def test_bodies_of_very_many_parts_are_refused_before_they_are_checked(live, ref
     assert sum(errors) < 200
 
 
-def test_large_bodies_have_their_turns(live, client):
+def test_large_bodies_take_turns(live, client):
     state = live.app.state.server
     before = state.bodies.queue.counts.jobs["done"]
     assert client.post("/v1/completions", json={"prompt": "x", "max_tokens": 1}).status_code == 200

@@ -66,17 +66,17 @@ def offline(tiny_model):
 
 
 @dataclass
-class Told:
+class Outcome:
     """What the clients of a burst saw."""
 
     replies: list[list[HttpReply]] = field(default_factory=list)  # of each request, those that were no refusal
     refused: int = 0
 
 
-async def burst(server: Served, asked: list[dict], leaving: set[int], slow: int, seed: int) -> Told:
+async def burst(server: Served, asked: list[dict], leaving: set[int], slow: int, seed: int) -> Outcome:
     """All at once; who is refused comes again when the server said."""
     rng = random.Random(seed)
-    told = Told([[] for _ in asked])
+    outcome = Outcome([[] for _ in asked])
     patience = [rng.random() ** 2 for _ in asked]  # seconds until those who leave do
 
     async def client(i: int) -> None:
@@ -87,9 +87,9 @@ async def burst(server: Served, asked: list[dict], leaving: set[int], slow: int,
                 exchange.leave()
             reply = await exchange.reply()
             if reply.status != 429:
-                told.replies[i].append(reply)
+                outcome.replies[i].append(reply)
                 return
-            told.refused += 1
+            outcome.refused += 1
             assert reply.json()["error"]["code"] == "queue_full" and reply.retry_after >= 1
             await asyncio.sleep(reply.retry_after + rng.random() / 2)
 
@@ -108,12 +108,12 @@ async def burst(server: Served, asked: list[dict], leaving: set[int], slow: int,
                     await asyncio.sleep(0.005)
             reply = reply_of(pieces)
             if reply.status != 429:
-                told.replies[slow].append(reply)
+                outcome.replies[slow].append(reply)
                 return
             await asyncio.sleep(reply.retry_after)
 
     await asyncio.wait_for(asyncio.gather(*(client(i) for i in range(len(asked)) if i != slow), slow_client()), 240)
-    return told
+    return outcome
 
 
 def assert_idle(server: Served) -> None:
@@ -148,9 +148,9 @@ def test_a_thousand_at_once(server, offline):
     resident = []
     for seed in range(3):
         before = server.metrics()
-        told = asyncio.run(burst(server, asked, leaving, slow, seed))
+        outcome = asyncio.run(burst(server, asked, leaving, slow, seed))
         answered = 0
-        for i, replies in enumerate(told.replies):
+        for i, replies in enumerate(outcome.replies):
             assert len(replies) == 1, f"request {i} has {len(replies)} answers"
             reply = replies[0]
             if i in leaving and not reply.whole:
@@ -163,7 +163,7 @@ def test_a_thousand_at_once(server, offline):
         after = server.metrics()
         ended = after["vllm:request_success_total"] - before.get("vllm:request_success_total", 0)
         assert REQUESTS - CANCELLED <= answered <= ended <= REQUESTS
-        assert told.refused  # there were more than the queue holds
+        assert outcome.refused  # there were more than the queue holds
         left = ("vllm:request_success_total{finished_reason=cancelled}", "dso:queue_jobs_total{outcome=left}")
         assert sum(after.get(name, 0) for name in left) > 0  # in the engine, or before they came into it
         assert not after.get("vllm:request_success_total{finished_reason=error}", 0)

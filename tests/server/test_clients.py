@@ -138,7 +138,7 @@ def blocks_in_use(live: LiveServer) -> int:
 
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize("stage", ["queued", "prefill", "streaming"])
-def test_who_leaves_is_gone_a_step_later(server, alone, stage, stream):
+def test_disconnected_clients_are_removed_a_step_later(server, alone, stage, stream):
     server.steps.hold()
     companion = Client(server, COMPANION)
     server.let_in(COMPANION["prompt"])
@@ -167,7 +167,7 @@ def test_who_leaves_is_gone_a_step_later(server, alone, stage, stream):
     assert blocks_in_use(server) == 0
 
 
-def test_who_leaves_when_all_is_written_leaves_nothing(server, alone):
+def test_clients_that_disconnect_at_the_end_leave_nothing(server, alone):
     client = Client(server, {**LEAVER, "max_tokens": 2})
     data = b""
     while b"[DONE]" not in data:
@@ -180,7 +180,7 @@ def test_who_leaves_when_all_is_written_leaves_nothing(server, alone):
 
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize("begun", [True, False])
-def test_a_deadline_ends_it_with_the_next_step(tiny_model, stream, begun):
+def test_a_deadline_ends_a_request_at_the_next_step(tiny_model, stream, begun):
     with Held(tiny_model, ServerSettings(request_seconds=1.0)) as live:
         live.steps.hold()
         client = Client(live, {**LEAVER, "stream": stream})

@@ -89,7 +89,7 @@ def test_large_prompts(server, held, attack):
     assert held.begun == 8
 
 
-def test_small_prompts_in_numbers(server, held):
+def test_many_small_prompts(server, held):
     """Of its own size class the other key waits for one text at most."""
     order = []
 
@@ -150,7 +150,7 @@ def test_documents(server, held, attack, monkeypatch):
     assert {answer.result().status_code for answer in answers} == {200}
 
 
-def test_what_clients_that_left_were_waiting_for_is_never_begun(server, held):
+def test_queued_work_of_disconnected_clients_never_starts(server, held):
     text = b'{"prompt": "hold"}'
     lines = [f"POST {TEXTS} HTTP/1.1", f"Host: 127.0.0.1:{server.port}", "Authorization: Bearer key-a",
              "Content-Type: application/json", f"Content-Length: {len(text)}", "", ""]  # fmt: skip
@@ -171,10 +171,10 @@ def test_what_clients_that_left_were_waiting_for_is_never_begun(server, held):
     assert held.begun == 1
 
 
-def test_a_prompt_that_cannot_fit_is_refused_before_it_is_tokenised(server, held):
-    most = server.app.state.server.prompt_size.max_bytes
-    assert most == server.engine.context * len("<|assistant|>")
-    text = "hold" + " " * most + "hold"
+def test_impossible_prompts_are_rejected_before_tokenising(server, held):
+    max_bytes = server.app.state.server.prompt_size.max_bytes
+    assert max_bytes == server.engine.context * len("<|assistant|>")
+    text = "hold" + " " * max_bytes + "hold"
     found = [
         server.client.post(TEXTS, headers=A, json={"prompt": text}),
         server.client.post("/v1/embeddings", headers=A, json={"input": ["x", text]}),
@@ -196,7 +196,7 @@ def test_queues_are_in_the_metrics(server):
     assert 'dso:queue_waiting{model_name="fake-model",queue="grammars"} 0.0' in text
 
 
-def test_a_header_is_no_address(live):
+def test_addresses_in_headers_are_ignored(live):
     """Without keys turns go by the connection's address, whatever a client says of it."""
     for forged in ({}, {"X-Forwarded-For": "1.2.3.4"}, {"Forwarded": "for=1.2.3.4"}, {"X-Real-IP": "1.2.3.4"}):
         assert live.client.post(TEXTS, json={"prompt": "x", "max_tokens": 1}, headers=forged).status_code == 200
@@ -260,7 +260,7 @@ def right(answer, kind, n=0) -> bool:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_worker_that_is_killed_with_a_request_in_it(byte_tokenizer, kind):
+def test_a_worker_killed_during_a_request(byte_tokenizer, kind):
     """It is answered by the next one; and where that is killed too, it is the server's fault."""
     with LiveServer(FakeEngine(byte_tokenizer)) as live, ThreadPoolExecutor(1) as pool:
         assert right(ask(live, kind), kind)

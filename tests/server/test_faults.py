@@ -64,7 +64,7 @@ def text_of(live: LiveServer, body: dict) -> str:
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("place", [0, 20, 99])
-def test_a_nan_is_its_own_requests_error(server, stream, place):
+def test_nan_logits_fail_only_their_request(server, stream, place):
     """Through the model itself: keys and values of everything behind the token are no numbers either."""
     prompt = [66] * 100
     prompt[place] = POISON
@@ -81,7 +81,7 @@ def test_a_nan_is_its_own_requests_error(server, stream, place):
     assert core.prefix is not None and core.prefix.known(keys(prompt, "", 3)) == 0  # nobody will find its blocks
 
 
-def test_a_nan_in_the_midst_of_an_answer_ends_it_with_an_error(server, monkeypatch):
+def test_nan_logits_during_an_answer_end_it_with_an_error(server, monkeypatch):
     """What has come is the text; behind it comes the error, and no finish reason."""
     step = server.engine.core.step
 
@@ -98,7 +98,7 @@ def test_a_nan_in_the_midst_of_an_answer_ends_it_with_an_error(server, monkeypat
     assert all(json.loads(event[6:])["choices"][0]["finish_reason"] is None for event in events[:-3])
 
 
-def test_a_step_without_memory_ends_its_requests_alone(server, monkeypatch):
+def test_a_step_without_memory_fails_only_its_requests(server, monkeypatch):
     runner, failing = server.engine.core.runner, threading.Event()
     real = runner.step
 
@@ -116,7 +116,7 @@ def test_a_step_without_memory_ends_its_requests_alone(server, monkeypatch):
     assert text_of(server, BODY)
 
 
-def test_when_the_engines_thread_dies(server, monkeypatch):
+def test_the_engines_thread_dies(server, monkeypatch):
     """Everybody in it gets a 5xx, and the server says that it is not well."""
     runner, dying, steps = server.engine.core.runner, threading.Event(), itertools.count()
     real = runner.step
@@ -145,7 +145,7 @@ def test_when_the_engines_thread_dies(server, monkeypatch):
     assert_error(server.client.post(PATH, json=BODY), 503)
 
 
-def test_a_machine_without_the_memory_is_an_error_and_no_hang(tmp_path, byte_tokenizer):
+def test_missing_memory_is_an_error_and_not_a_hang(tmp_path, byte_tokenizer):
     """`dso serve` on a model of more weights than it may have memory: one line, and no server."""
     config = LlamaConfig(
         hidden_size=1024, intermediate_size=4096, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=8,

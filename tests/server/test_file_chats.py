@@ -97,7 +97,7 @@ def prompts(live) -> list[str]:
 
 
 @pytest.mark.parametrize("how", ["id", "data", "bare"])
-def test_a_text_that_fits_stands_before_the_question(live, how):
+def test_a_short_document_precedes_the_question(live, how):
     text = f"# Notes\n\nNothing else.\n\n{FACT}\n"
     file = (
         by_id(upload(live, text))
@@ -116,7 +116,7 @@ def test_a_text_that_fits_stands_before_the_question(live, how):
     assert found["usage"]["prompt_tokens"] == len(live.engine.seen[0].prompt)
 
 
-def test_several_files_once_each_and_pages_of_a_pdf(live):
+def test_several_files_are_included_once(live):
     one, two = upload(live, "Of no use."), upload(live, pdf(["First", FACT]), "map.pdf")
     first = {"role": "user", "content": [by_id(one), {"type": "text", "text": "Hello"}]}
     second = {"role": "user", "content": [{"type": "text", "text": QUESTION}, by_id(two), by_id(one)]}
@@ -151,7 +151,7 @@ def test_a_long_text_is_answered_from_passages(live):
     assert len(documents._kept) == 0
 
 
-def test_a_question_about_all_of_it_asks_every_part_and_streams_the_answer(live):
+def test_a_question_about_everything_queries_every_chunk(live):
     text = long_text(1)
     chunks = stream(live, about(by_id(upload(live, text)), question="Summarize the document: where is the green key?",
                                 stream_options={"include_usage": True}))  # fmt: skip
@@ -173,7 +173,7 @@ def test_a_question_about_all_of_it_asks_every_part_and_streams_the_answer(live)
     } | {"annotations": whole["choices"][0]["message"]["annotations"]}
 
 
-def test_what_was_said_before_goes_with_the_question(live):
+def test_the_history_accompanies_the_question(live):
     body = about(by_id(upload(live, long_text(2))))
     body["messages"] = [
         {"role": "system", "content": "Speak like a sailor."},
@@ -203,12 +203,12 @@ def test_control_tokens_in_a_document_are_text(live):
 @pytest.mark.parametrize(
     "field,value", [("n", 2), ("tools", [WEATHER]), ("logprobs", True), ("response_format", {"type": "json_object"})]
 )  # fmt: skip
-def test_what_a_long_text_does_not_go_with(live, field, value):
+def test_options_that_long_documents_reject(live, field, value):
     assert_error(ask(live, by_id(upload(live, long_text(3))), **{field: value}), 400, field)
     assert live.engine.seen == []
 
 
-def test_what_a_short_text_goes_with(live):
+def test_options_that_short_documents_accept(live):
     found = ask(live, by_id(upload(live, FACT)), n=2, logprobs=True, seed=1).json()
     assert [choice["message"]["annotations"][0]["text"] for choice in found["choices"]] == [FACT, FACT]
     assert found["choices"][0]["logprobs"]["content"]
@@ -216,7 +216,7 @@ def test_what_a_short_text_goes_with(live):
     assert found["choices"][0]["message"]["content"].startswith("{")
 
 
-def test_tools_and_thoughts_beside_documents(byte_tokenizer):
+def test_tools_and_reasoning_with_documents(byte_tokenizer):
     tokenizer = copy.deepcopy(byte_tokenizer)
     tokenizer.chat_template = HERMES
     call = '<tool_call>{"name": "weather", "arguments": {"city": "Rom"}}</tool_call>'
@@ -248,12 +248,12 @@ BAD = [
 
 
 @pytest.mark.parametrize("part,param", BAD)
-def test_parts_that_are_no_file(live, part, param):
+def test_invalid_file_parts(live, part, param):
     assert_error(ask(live, part), 400, param)
     assert live.engine.seen == []
 
 
-def test_files_that_are_not_there_and_questions_that_are_not(live):
+def test_missing_files_and_missing_questions(live):
     assert_error(ask(live, by_id("file-nothing")), 404, "file_id")
     assert_error(ask(live, by_id("../../etc/passwd")), 404, "file_id")
     assert_error(ask(live, by_id(upload(live, FACT)), question=" \n"), 400, "messages")
@@ -266,7 +266,7 @@ def test_files_that_are_not_there_and_questions_that_are_not(live):
     assert_error(live.client.post("/tokenize", json=body), 400)
 
 
-def test_deleted_while_it_is_read(live):
+def test_a_file_deleted_while_it_is_used(live):
     live.engine.step_seconds = 0.01
     try:
         id = upload(live, long_text(6))
@@ -282,25 +282,25 @@ def test_deleted_while_it_is_read(live):
         live.engine.step_seconds = 0.0
 
 
-def test_few_prompts_at_once_in_one_place_of_the_queue(live):
+def test_prompts_of_a_document_share_one_slot(live):
     """While a long document is read, it has one place and a few prompts in the engine; others are answered between."""
     live.engine.step_seconds = 0.02
-    id, most = upload(live, long_text(7)), 0
+    id, max_running = upload(live, long_text(7)), 0
     with live.client.stream(
         "POST", "/v1/chat/completions", json=about(by_id(id), question="Summarize it all", stream=True)
     ) as reply:
         for _ in range(20):
-            most = max(most, live.engine.running)
+            max_running = max(max_running, live.engine.running)
             assert live.engine.admitted <= 1
             time.sleep(0.01)
         other = live.client.post("/v1/completions", json={"prompt": "x", "max_tokens": 2})
         assert other.status_code == 200
         live.engine.step_seconds = 0.0
         events(reply)
-    assert 1 < most <= 4
+    assert 1 < max_running <= 4
 
 
-def test_a_client_that_leaves_ends_all_of_it(live):
+def test_a_disconnect_ends_all_prompts(live):
     live.engine.step_seconds = 0.02
     body = json.dumps(about(by_id(upload(live, long_text(8))), question="Summarize it all", stream=True)).encode()
     head = (
@@ -316,7 +316,7 @@ def test_a_client_that_leaves_ends_all_of_it(live):
     assert len(live.engine.seen) == asked
 
 
-def test_a_part_that_fails_or_is_late_is_told(byte_tokenizer):
+def test_failed_and_late_prompts_are_reported(byte_tokenizer):
     SAY.tokenizer = byte_tokenizer
     engine = FakeEngine(byte_tokenizer, say, context=CONTEXT)
     with LiveServer(engine, ServerSettings(request_seconds=4)) as live:
@@ -329,7 +329,7 @@ def test_a_part_that_fails_or_is_late_is_told(byte_tokenizer):
         assert engine.running == 0
 
 
-def test_what_one_part_alone_says_is_held_to_the_request_s_limits(live):
+def test_single_chunk_answers_respect_the_limits(live):
     id = upload(live, long_text(12))
     for fields, text, finish in [
         ({"max_tokens": 9}, ANSWER[:9], "length"),
@@ -340,7 +340,7 @@ def test_what_one_part_alone_says_is_held_to_the_request_s_limits(live):
         assert choice["message"]["document"]["strategy"] == "map_reduce"
 
 
-def test_each_prompt_has_what_the_request_has(byte_tokenizer):
+def test_prompts_inherit_the_requests_parameters(byte_tokenizer):
     SAY.tokenizer = byte_tokenizer
     engine = FakeEngine(byte_tokenizer, say, context=CONTEXT)
     with LiveServer(engine, ServerSettings(keys=ApiKeys(["sesame"]))) as live:
@@ -385,7 +385,7 @@ def test_responses_with_files(live):
         assert_error(live.client.post("/v1/responses", json={"input": [{"role": "user", "content": [part]}]}), 400)
 
 
-def test_openais_own_client_in_a_chat(live):
+def test_openai_client_in_a_chat(live):
     client = openai.OpenAI(base_url=f"{live.url}/v1", api_key="none", max_retries=0)
     file = client.files.create(file=("map.txt", FACT.encode()), purpose="user_data")
     found = client.chat.completions.create(model="fake-model", messages=about(by_id(file.id))["messages"])
@@ -401,7 +401,7 @@ def test_openais_own_client_in_a_chat(live):
     assert client.chat.completions.create(model="fake-model", messages=again).choices[0].message.content == ANSWER
 
 
-def test_many_at_once_leave_nothing_behind(live):
+def test_concurrent_requests_leave_nothing_behind(live):
     """Uploads, questions, deletions and early leavers from many threads: no 5xx but 503, and memory is what it was."""
     state = live.app.state.server
     for file in state.files.of(""):
@@ -430,7 +430,7 @@ def test_many_at_once_leave_nothing_behind(live):
 
 
 @pytest.mark.parametrize("path", ["chat/completions", "responses"])
-def test_a_chat_without_files_does_nothing_for_documents(live, monkeypatch, path):
+def test_chats_without_files_do_no_document_work(live, monkeypatch, path):
     from deepseek_optimizer.server.document_chats import chats
 
     def entered(*args, **kwargs):

@@ -25,7 +25,7 @@ RUN_TEXT = {"eval", "exec", "compile", "__import__"}
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_nothing_that_came_from_outside_is_run(path):
+def test_input_is_never_executed(path):
     """No pickles, no `eval`, no shell, no `torch.load`, in all that a request passes through."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, (ast.Import, ast.ImportFrom)):
@@ -71,7 +71,7 @@ def saying(byte_tokenizer):
 
 
 @pytest.mark.parametrize("number", range(len(HOSTILE)))
-def test_whatever_a_model_writes_is_data(saying, number):
+def test_output_of_a_model_is_data(saying, number):
     """It comes to the client as text or as the arguments of a call, in linear time, and a stream's events cannot be forged."""
     body = {"messages": [{"role": "user", "content": f"number {number}"}], "tools": [WEATHER], "max_tokens": 5000}
     began = time.perf_counter()
@@ -88,7 +88,7 @@ def test_whatever_a_model_writes_is_data(saying, number):
     assert not Path("/tmp/run").exists()
 
 
-def test_the_server_asks_nobody_anything(saying, monkeypatch):
+def test_the_server_makes_no_requests(saying, monkeypatch):
     """Had it a reason to open a connection, this request has all of them."""
     import socket
 

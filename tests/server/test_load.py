@@ -40,7 +40,7 @@ def test_a_burst_of_ten_times_the_capacity(make_server):
     assert live.client.post("/v1/completions", json=ASKED).status_code == 200
 
 
-def test_places_are_counted_by_answers(make_server):
+def test_slots_are_counted_by_answers(make_server):
     live = make_server(capacity=4)
     live.engine.frozen = True
     with ThreadPoolExecutor(1) as pool:
@@ -57,13 +57,13 @@ def test_places_are_counted_by_answers(make_server):
 @pytest.mark.parametrize(
     "body", [{"prompt": 1}, {"prompt": [10**6]}, {"prompt": "x", "model": "other"}, {"prompt": "x" * 5000}]
 )
-def test_a_refused_request_holds_no_place(live, body):
+def test_a_rejected_request_holds_no_slot(live, body):
     for _ in range(live.engine.capacity + 1):
         assert live.client.post("/v1/completions", json=body).status_code in (400, 404)
     assert live.engine.admitted == 0
 
 
-def test_a_request_whose_second_prompt_is_refused_leaves_nothing_running(live):
+def test_a_request_with_a_rejected_second_prompt_leaves_nothing_running(live):
     assert_error(live.client.post("/v1/completions", json={"prompt": [[1], [10**6]]}), 400, "prompt")
     wait_for(lambda: live.engine.running == 0)
 
@@ -88,7 +88,7 @@ def test_the_deadline_passes_in_the_middle_of_a_stream(make_server):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_one_request_fails_and_the_others_go_on(make_server, stream):
+def test_one_failed_request_does_not_affect_others(make_server, stream):
     live = make_server()
     live.engine.frozen = True
     with ThreadPoolExecutor(2) as pool:
@@ -133,7 +133,7 @@ def test_the_engine_dies(make_server):
     assert live.engine.admitted == 0
 
 
-def test_an_error_that_nobody_expected_is_a_500_without_its_message(make_server, caplog):
+def test_unexpected_errors_are_a_500_without_the_message(make_server, caplog):
     live = make_server()
 
     def submit(request):
@@ -158,7 +158,7 @@ def test_the_same_request_many_times_at_once(live):
     assert all(answers[i]["choices"] == answers[i % 4]["choices"] for i in range(32))
 
 
-def test_prompts_at_the_contexts_end(make_server):
+def test_prompts_at_the_context_limit(make_server):
     live = make_server(context=100)
     body = {"max_tokens": 1}
     assert live.client.post("/v1/completions", json={"prompt": [1] * 99, **body}).status_code == 200

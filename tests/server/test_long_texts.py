@@ -94,7 +94,7 @@ def answers(byte_tokenizer):
 
 
 @pytest.mark.parametrize("path", BODIES)
-def test_errors_quote_the_beginning(answers, path):
+def test_errors_quote_only_the_beginning(answers, path):
     tried = 0
     for body in BODIES[path]:
         for broken in spoilt(body):

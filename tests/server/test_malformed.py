@@ -67,7 +67,7 @@ MALFORMED = {
 
 
 @pytest.mark.parametrize("name", MALFORMED)
-def test_what_is_malformed_is_answered_once_and_closed(live, name):
+def test_malformed_requests_get_one_answer_and_are_closed(live, name):
     data, status = MALFORMED[name]
     answer = live.raw(data + HIDDEN)
     assert statuses(answer) == [status]
@@ -75,14 +75,14 @@ def test_what_is_malformed_is_answered_once_and_closed(live, name):
 
 
 @pytest.mark.parametrize("name", [name for name in MALFORMED if MALFORMED[name][0].startswith((POST, CHUNKED[:40]))])
-def test_what_is_malformed_after_a_good_request_waits_for_that_ones_answer(live, name):
+def test_malformed_requests_wait_for_earlier_answers(live, name):
     data, status = MALFORMED[name]
     body = json.dumps({"prompt": "x" * 50, "max_tokens": 20}).encode()
     good = POST + b"Content-Length: %d\r\n\r\n" % len(body) + body
     assert statuses(live.raw(good + GET + b"\r\n" + data + HIDDEN)) == [200, 200, status]
 
 
-def test_chunks_that_come_later(live):
+def test_chunks_that_arrive_later(live):
     with live.connect() as sock:
         sock.sendall(CHUNKED)
         wait_for(lambda: any(c.cycle and c.cycle.more_body for c in live.server.server_state.connections if c.cycle))
@@ -90,13 +90,13 @@ def test_chunks_that_come_later(live):
         assert statuses(read_all(sock)) == [400]
 
 
-def test_a_request_for_another_protocol_is_answered_and_is_the_last(live):
+def test_protocol_upgrades_are_answered_and_the_last(live):
     for more in (b"\r\n", b"Content-Length: 5\r\n\r\nhello"):
         assert statuses(live.raw(GET + b"Connection: Upgrade\r\nUpgrade: websocket\r\n" + more + HIDDEN)) == [200]
 
 
 @pytest.mark.parametrize("size", [2 << 20, 20 << 20])
-def test_a_body_that_is_too_large_and_sent_whole_gets_its_answer(live, size):
+def test_a_too_large_body_sent_at_once_gets_an_answer(live, size):
     for _ in range(3):
         with live.connect() as sock:
             sock.sendall(POST + b"Content-Length: %d\r\n\r\n" % size)
@@ -105,14 +105,14 @@ def test_a_body_that_is_too_large_and_sent_whole_gets_its_answer(live, size):
             assert statuses(read_all(sock)) == [413]
 
 
-def test_a_head_that_is_too_large_and_sent_whole_gets_its_answer(live):
+def test_a_too_large_head_sent_at_once_gets_an_answer(live):
     for _ in range(3):
         with live.connect() as sock:
             sock.sendall(GET + b"X-A: " + b"a" * (8 << 20) + b"\r\n\r\n")
             assert statuses(read_all(sock)) == [431]
 
 
-def test_a_connection_too_many_that_sends_at_once_gets_its_answer(make_server):
+def test_an_excess_connection_that_sends_at_once_gets_an_answer(make_server):
     live = make_server(ServerSettings(max_connections=1))
     with live.connect() as first:
         first.sendall(GET + b"\r\n")

@@ -28,7 +28,7 @@ HOSTILE = [
 ]
 
 
-def test_the_list_and_the_one(client):
+def test_list_and_single_model(client):
     found = client.get("/v1/models").json()
     assert found["object"] == "list" and [card["id"] for card in found["data"]] == ["fake-model"]
     assert client.get("/v1/models/fake-model").json() == found["data"][0]
@@ -37,7 +37,7 @@ def test_the_list_and_the_one(client):
     assert found["data"][0]["default_sampling"] == plain
 
 
-def test_the_card_tells_the_recommended_sampling(make_server):
+def test_the_model_card_has_the_recommended_sampling(make_server):
     live = make_server(ServerSettings(sampling={"temperature": 0.6, "top_p": 0.95}))
     (card,) = live.client.get("/v1/models").json()["data"]
     assert card["default_sampling"] | {"temperature": 0.6, "top_p": 0.95} == card["default_sampling"]
@@ -61,7 +61,7 @@ def test_a_name_with_slashes(make_server):
         ("/detokenize", {"tokens": [1]}),
     ],
 )
-def test_other_models_are_not_there_and_no_file_is_touched(live, refused, path, rest, monkeypatch):
+def test_other_models_are_a_404_without_file_access(live, refused, path, rest, monkeypatch):
     touched = []
 
     def watch(real):
@@ -80,14 +80,14 @@ def test_other_models_are_not_there_and_no_file_is_touched(live, refused, path, 
 
 
 @pytest.mark.parametrize("name", [1, ["fake-model"], {}, True, "a" * 5000])
-def test_names_that_are_none(refused, name):
+def test_invalid_names(refused, name):
     refused("/v1/completions", {"model": name, "prompt": "x"}, 400, "model")
 
 
 @pytest.mark.parametrize(
     "name", [name for name in HOSTILE if "\x00" not in name] + ["%00", "%2e%2e%2f%2e%2e%2fetc%2fpasswd", "a" * 20_000]
 )
-def test_other_models_in_the_address(live, name):
+def test_other_models_in_the_url(live, name):
     name = name.replace(" ", "%20").encode()  # as it is: httpx would resolve the dots
     answer = live.raw(b"GET /v1/models/" + name + b" HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
     assert answer.split()[1] == b"404" and b'"error"' in answer
@@ -106,7 +106,7 @@ def test_tokens_of_a_text_and_back(client, byte_tokenizer):
     assert client.post("/detokenize", json={"tokens": found["tokens"]}).json() == {"prompt": text}
 
 
-def test_tokens_of_a_chat_are_those_that_the_model_gets(live):
+def test_tokens_of_a_chat_equal_the_prompt(live):
     messages = [{"role": "user", "content": "Hi <|end|>"}]
     found = live.client.post("/tokenize", json={"messages": messages}).json()["tokens"]
     live.client.post("/v1/chat/completions", json={"messages": messages, "max_tokens": 1})
@@ -117,16 +117,16 @@ def test_tokens_of_a_chat_are_those_that_the_model_gets(live):
 @pytest.mark.parametrize(
     "body", [{}, {"prompt": "x", "messages": [{"role": "user", "content": "x"}]}, {"prompt": 1}, {"messages": []}]
 )
-def test_what_can_not_be_tokenised(refused, body):
+def test_texts_that_cannot_be_tokenised(refused, body):
     refused("/tokenize", body)
 
 
 @pytest.mark.parametrize("tokens", [None, "1", [-1], [261], [2**63], [True], [1.5], ["1"], [[1]]])
-def test_what_is_no_list_of_tokens(refused, tokens):
+def test_invalid_token_lists(refused, tokens):
     refused("/detokenize", {"tokens": tokens})
 
 
-def test_metrics_name_handlers_and_never_what_clients_made_up(client):
+def test_metrics_have_handlers_and_no_client_supplied_names(client):
     client.get("/made-up-by-a-client")
     client.request("MADEUP", "/health")
     response = client.get("/metrics")

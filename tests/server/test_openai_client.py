@@ -75,7 +75,7 @@ def test_the_streams_helper(client):
     ).choices[0].message.content  # fmt: skip
 
 
-def test_leaving_a_stream(server, client):
+def test_closing_a_stream(server, client):
     stream = client.chat.completions.create(
         model=MODEL, messages=MESSAGES, max_tokens=3000, stream=True, extra_body={"ignore_eos": True}
     )
@@ -184,7 +184,7 @@ def test_responses_with_tools(tools_client):
         (openai.NotFoundError, lambda c: c.models.retrieve("other")),
     ],
 )
-def test_errors_are_those_that_the_client_knows(client, error, call):
+def test_errors_map_to_the_clients_exceptions(client, error, call):
     with pytest.raises(error) as caught:
         call(client)
     assert caught.value.body["message"]

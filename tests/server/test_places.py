@@ -8,7 +8,7 @@ import socket
 from support.live_server import wait_for
 
 
-def test_a_client_that_does_not_read_gives_its_place_back(make_server):
+def test_a_client_that_does_not_read_returns_its_slot(make_server):
     live = make_server(script=lambda request: "long " * 20_000, capacity=1, context=1 << 20)
     body = json.dumps({"prompt": "hi", "stream": True, "max_tokens": 100_000}).encode()
     sock = socket.socket()

@@ -50,7 +50,7 @@ def text_of(live, **body) -> str:
     "body", [{"temperature": 0}, {"temperature": 1, "seed": 3}, {"temperature": 0, "stop": ["e", "a", "\n"]}]
 )
 @pytest.mark.parametrize("path", [TEXT, CHAT])
-def test_a_stream_equals_its_whole(server, path, body):
+def test_a_stream_equals_the_whole_answer(server, path, body):
     whole = ask(server, path, **body, max_tokens=100)
     rest = {"prompt": "hello"} if path == TEXT else {"messages": MESSAGES}
     options = {"stream": True, "stream_options": {"include_usage": True}}
@@ -65,7 +65,7 @@ def test_a_stream_equals_its_whole(server, path, body):
         assert chunks[-1]["usage"][name] == whole["usage"][name]
 
 
-def test_answers_are_the_same_in_company(server):
+def test_answers_are_the_same_in_batches(server):
     bodies = [{"prompt": f"question {i}", "temperature": i % 2, "seed": i, "ignore_eos": True} for i in range(16)]
     alone = [text_of(server, **body) for body in bodies]
     with ThreadPoolExecutor(16) as pool:
@@ -80,7 +80,7 @@ def test_several_answers_to_several_prompts(server):
     assert found["usage"]["prompt_tokens"] == 6
 
 
-def test_log_probabilities_are_the_models(server, tiny_model):
+def test_log_probabilities_equal_the_model(server, tiny_model):
     from transformers import AutoModelForCausalLM
 
     choice = ask(server, temperature=0, logprobs=3, max_tokens=5, ignore_eos=True)["choices"][0]
@@ -104,7 +104,7 @@ def test_embeddings_are_the_mean_of_the_last_hidden_states(server, tiny_model):
         np.testing.assert_allclose(entry["embedding"], expected.numpy(), atol=1e-4)
 
 
-def test_prompts_at_the_contexts_end(server):
+def test_prompts_at_the_context_limit(server):
     assert ask(server, prompt=[1] * (CONTEXT - 1), max_tokens=1, ignore_eos=True)["choices"][0]["finish_reason"] == "length"
     for length in (CONTEXT, CONTEXT + 1, 100 * CONTEXT):
         found = server.client.post(TEXT, json={"prompt": [1] * length, "max_tokens": 1})
@@ -141,7 +141,7 @@ def test_every_token_banned(server):
         assert found.json()["choices"][0]["finish_reason"] in ("stop", "length")
 
 
-def test_a_form_is_kept_to(server):
+def test_grammars_are_enforced(server):
     assert text_of(server, guided_regex="[0-9]{3}-[a-f]").count("-") == 1
     schema = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"], "additionalProperties": False}
     form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
@@ -149,7 +149,7 @@ def test_a_form_is_kept_to(server):
     assert json.loads(message["content"])["a"] in (1, 2)
 
 
-def test_a_client_that_leaves_frees_its_place(server):
+def test_a_disconnect_frees_the_slot(server):
     for stream in (False, True):
         with server.connect() as sock:
             body = json.dumps({"prompt": "x", "max_tokens": 250, "ignore_eos": True, "stream": stream}).encode()
@@ -162,7 +162,7 @@ def test_a_client_that_leaves_frees_its_place(server):
     assert 'vllm:num_requests_waiting{model_name="tiny"} 0.0' in metrics
 
 
-def test_cached_prefixes_are_a_keys_own(tiny_model):
+def test_cached_prefixes_are_not_shared_between_keys(tiny_model):
     prompt = "a prefix that is longer than a few blocks of the cache, " * 3
     with start(tiny_model, ServerSettings(keys=ApiKeys(["alpha", "beta"]))) as live:
 
@@ -176,7 +176,7 @@ def test_cached_prefixes_are_a_keys_own(tiny_model):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_logits_that_are_no_numbers_end_that_request_alone(server, monkeypatch, stream):
+def test_non_finite_logits_fail_only_their_request(server, monkeypatch, stream):
     text = text_of(server, prompt="spoilt", temperature=0)
     runner = server.engine.core.runner
     real = runner.step
@@ -207,7 +207,7 @@ def test_the_engines_thread_dies(tiny_model):
         assert_error(live.client.post(TEXT, json={"prompt": "x"}), 503)
 
 
-def test_a_dialogue_outgrows_its_window(tiny_model):
+def test_a_conversation_longer_than_its_window(tiny_model):
     """Old messages are left out, the system's and pinned ones stay, what was dropped is told, and most of a turn is cached."""
     with start(tiny_model, cache_window=CONTEXT) as live:
         messages = [*MESSAGES[:1], {"role": "user", "content": "PIN this", "pinned": True}]

@@ -21,7 +21,7 @@ def events(response) -> list[dict]:
     return found
 
 
-def test_a_stream_tells_of_each_step_and_ends_with_the_whole(client):
+def test_a_stream_reports_each_step_and_ends_with_the_response(client):
     whole = client.post("/v1/responses", json={"input": "hi", "instructions": "Be brief"}).json()
     found = events(client.post("/v1/responses", json={"input": "hi", "instructions": "Be brief", "stream": True}))
     kinds = [event["type"] for event in found]
@@ -47,7 +47,7 @@ def test_a_stream_tells_of_each_step_and_ends_with_the_whole(client):
     assert last == whole and whole["status"] == "completed" and whole["usage"]["output_tokens"] > 5
 
 
-def test_a_text_that_was_cut_is_incomplete(client):
+def test_a_truncated_text_is_incomplete(client):
     body = {"input": "hi", "max_output_tokens": 3}
     whole = client.post("/v1/responses", json=body).json()
     assert whole["status"] == "incomplete" and whole["incomplete_details"] == {"reason": "max_output_tokens"}
@@ -55,7 +55,7 @@ def test_a_text_that_was_cut_is_incomplete(client):
     assert found[-1]["type"] == "response.incomplete"
 
 
-def test_log_probabilities_where_they_are_asked_for(client):
+def test_log_probabilities_on_request(client):
     body = {"input": "hi", "include": ["message.output_text.logprobs"], "top_logprobs": 2}
     part = client.post("/v1/responses", json=body).json()["output"][0]["content"][0]
     assert b"".join(bytes(entry["bytes"]) for entry in part["logprobs"]).decode().startswith(part["text"])
@@ -87,11 +87,11 @@ def test_log_probabilities_where_they_are_asked_for(client):
         ({"input": "hi", "tool_choice": {"type": "function", "name": "f"}}, "tool_choice"),
     ],
 )
-def test_what_is_refused(refused, body, param):
+def test_unsupported_fields(refused, body, param):
     refused("/v1/responses", body, 400, param)
 
 
-def test_state_is_refused_with_what_to_do(refused):
+def test_state_is_rejected_with_a_remedy(refused):
     found = refused("/v1/responses", {"input": "hi", "previous_response_id": "resp_1"})
     assert "whole conversation" in found.json()["error"]["message"]
 

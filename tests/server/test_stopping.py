@@ -109,7 +109,7 @@ def start(tiny_model):
         one.client.close()
 
 
-def test_what_is_in_flight_ends_and_what_is_new_is_sent_away(start):
+def test_running_requests_finish_and_new_ones_are_rejected(start):
     server = start()
     children = server.children()
     assert children  # the processes for templates and grammars
@@ -132,7 +132,7 @@ def test_what_is_in_flight_ends_and_what_is_new_is_sent_away(start):
     wait_for(lambda: ended(children))
 
 
-def test_what_takes_longer_than_it_may_is_ended(start):
+def test_requests_are_cancelled_after_the_drain_time(start):
     server = start(drain=0.3)
     whole, stream = server.ask(9000), server.ask(9000, stream=True)
     time.sleep(0.5)
@@ -159,7 +159,7 @@ def test_a_second_signal_ends_it_at_once(start):
     wait_for(lambda: ended(children))
 
 
-def test_a_reader_that_does_not_read_does_not_keep_it(start):
+def test_a_client_that_does_not_read_does_not_prevent_shutdown(start):
     import socket
 
     server = start(drain=1.0)

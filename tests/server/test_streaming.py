@@ -44,7 +44,7 @@ def emoji(byte_tokenizer):
 
 @pytest.mark.parametrize("stop", [None, "py", ["👩‍👩", "end"], ["nothing like it"]])
 @pytest.mark.parametrize("limit", [None, 1, 9, 11, 40])
-def test_a_chats_stream_equals_its_whole(emoji, stop, limit):
+def test_a_chat_stream_equals_the_whole_answer(emoji, stop, limit):
     body = {"messages": MESSAGES, "stop": stop, "max_tokens": limit}
     whole = emoji.client.post("/v1/chat/completions", json=body).json()
     found = chunks(
@@ -60,7 +60,7 @@ def test_a_chats_stream_equals_its_whole(emoji, stop, limit):
     assert len({chunk["id"] for chunk in found}) == 1 and {chunk["model"] for chunk in found} == {"fake-model"}
 
 
-def test_a_texts_stream_equals_its_whole(emoji):
+def test_a_completion_stream_equals_the_whole_answer(emoji):
     body = {"prompt": ["one", "two"], "n": 2, "max_tokens": 30, "echo": True}
     whole = emoji.client.post("/v1/completions", json=body).json()
     assert [choice["index"] for choice in whole["choices"]] == [0, 1, 2, 3]
@@ -77,7 +77,7 @@ def test_without_include_usage_there_is_no_usage(emoji):
     assert all("usage" not in chunk for chunk in found) and found[-1]["choices"][0]["finish_reason"] == "stop"
 
 
-def test_several_answers_stream_side_by_side(live):
+def test_several_answers_stream_concurrently(live):
     body = {"messages": MESSAGES, "n": 3, "seed": 5}
     whole = live.client.post("/v1/chat/completions", json=body).json()
     found = chunks(live.client.post("/v1/chat/completions", json={**body, "stream": True}))
@@ -94,7 +94,7 @@ def test_several_answers_stream_side_by_side(live):
         ("/v1/completions", {"prompt": "x", "logprobs": 2, "max_tokens": 40}),
     ],
 )
-def test_log_probabilities_stream_as_they_are(emoji, path, rest):
+def test_log_probabilities_in_streams(emoji, path, rest):
     whole = emoji.client.post(path, json=rest).json()["choices"][0]
     found = chunks(emoji.client.post(path, json={**rest, "stream": True}))
     streamed = [choice["logprobs"] for chunk in found for choice in chunk["choices"] if choice["logprobs"]]
@@ -124,7 +124,7 @@ LONG = {"prompt": "x", "max_tokens": 3000, "ignore_eos": True}
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("frozen", [False, True])  # in the queue or in prefill: nothing has come yet
-def test_a_client_that_leaves_frees_its_place(make_server, stream, frozen):
+def test_a_disconnect_frees_the_slot(make_server, stream, frozen):
     live = make_server(step_seconds=0.001)
     live.engine.frozen = frozen
     with live.connect() as sock:
@@ -139,7 +139,7 @@ def test_a_client_that_leaves_frees_its_place(make_server, stream, frozen):
     assert live.client.post("/v1/completions", json={"prompt": "x"}).status_code == 200
 
 
-def test_a_client_that_leaves_changes_nobody_elses_text(make_server):
+def test_a_disconnect_changes_no_other_text(make_server):
     live = make_server(step_seconds=0.001)
     body = {"prompt": "mine", "max_tokens": 200, "ignore_eos": True}
     alone = live.client.post("/v1/completions", json=body).json()["choices"][0]["text"]
@@ -163,7 +163,7 @@ def test_a_client_that_leaves_changes_nobody_elses_text(make_server):
     assert live.engine.ended.count("cancelled") == 20
 
 
-def test_a_client_that_leaves_after_done(live):
+def test_a_disconnect_after_done(live):
     with live.connect() as sock:
         post(sock, "/v1/completions", {"prompt": "x", "stream": True, "max_tokens": 2})
         data = b""
@@ -171,7 +171,7 @@ def test_a_client_that_leaves_after_done(live):
             data += sock.recv(65536)
 
 
-def test_a_connection_lives_on_after_a_stream(live):
+def test_a_connection_is_reused_after_a_stream(live):
     with live.connect() as sock:
         for _ in range(3):
             post(sock, "/v1/completions", {"prompt": "x", "stream": True, "max_tokens": 2})

@@ -41,7 +41,7 @@ def _files(folder: Path) -> str:
 
 
 def inference(model: Any) -> dict[str, str]:
-    """Digests of a forward, generations alone and in company, a cache read back, and a layer's own forward and gradient."""
+    """Digests of a forward, generation alone and in a batch, a cache's contents, and a layer's forward and gradient."""
     ids = torch.arange(2 * 40, dtype=torch.int64, device="cpu").view(2, 40) * 7 % 250
     made = model(ids, output_hidden_states=True, use_cache=True)
     greedy = model.generate(ids, max_new_tokens=8, do_sample=False, return_dict_in_generate=True, output_logits=True)
@@ -79,7 +79,7 @@ def training(model: Any) -> dict[str, str]:
 
 
 def answers(path: Path, default: str) -> dict[str, str]:
-    """Of models loaded before and after `default` became torch's, on both backends, converted, saved and trained."""
+    """Digests of models loaded before and after torch's default changed, on both backends, converted, saved and trained."""
     torch.set_default_dtype(torch.float32)
     torch.set_default_device("cpu")
     before = load_model(path, precision="int8")

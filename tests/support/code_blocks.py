@@ -24,14 +24,14 @@ from pathlib import Path
 from typing import Any
 
 STEPS = ("--steps", "4", "--max-length", "256")
-ADDRESS = "127.0.0.1:8000"  # of the server in the documentation
+ADDRESS = "127.0.0.1:8000"  # the server's address in the documentation
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _COMMENT = re.compile(r"<!-- ([^<>]*) -->\n\Z")
 
 
 @dataclass(frozen=True)
 class Block:
-    """`marks`: what the comments before it say, by their first words."""
+    """A fenced block. `marks`: the comments before it, by their first words."""
 
     page: str
     line: int
@@ -44,7 +44,7 @@ class Block:
         return self.marks.get("tested") == "slow"
 
     def commands(self) -> list[str]:
-        """Of a console block: the lines that begin with $, with those that continue them."""
+        """The commands of a console block: the lines that begin with $, with their continuation lines."""
         joined = self.text.replace("\\\n", " ")
         return [line[2:].strip() for line in joined.splitlines() if line.startswith("$ ")]
 
@@ -66,11 +66,11 @@ def blocks(path: Path, root: Path) -> list[Block]:
 
 @dataclass
 class Session:
-    """One page's blocks share a folder, Python's names and a server.
+    """Runs one page's blocks, which share a folder, Python's names and a server.
 
     Attributes:
         folder: where commands run.
-        names: what stands in the text -> what is used instead, such as a hub name -> a path.
+        names: text in the documentation -> its replacement, such as a hub name -> a path.
         invoke: runs `dso` in this process: invoke(arguments, input) -> a result of typer's CliRunner.
         serve: starts the server that a `dso serve` line describes, and returns its host and port.
     """
@@ -83,7 +83,7 @@ class Session:
     address: str = ADDRESS
 
     def run(self, block: Block) -> None:
-        """Raises whatever the block does, or AssertionError where a command fails, with the place in the documentation."""
+        """Raises the block's error, or AssertionError if a command fails, with the place in the documentation."""
         try:
             with contextlib.chdir(self.folder) if hasattr(contextlib, "chdir") else _chdir(self.folder):
                 self._run(block)
@@ -128,7 +128,7 @@ class Session:
 
 
 def _codes(words: list[str]) -> tuple[int, ...]:
-    """The doctor's exit code is 1 where it finds something, which a model of random weights gives it."""
+    """The accepted exit codes. The doctor's is 1 if it finds a problem, as with a model of random weights."""
     return (0, 1) if words[1] == "doctor" else (0,)
 
 

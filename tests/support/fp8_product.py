@@ -14,7 +14,7 @@ def block_product_reference(
     """A B^T, promoted every 128 elements: sum over blocks k of (A_k B_k^T) * a_scale_k * b_scale_k, in fp32.
 
     Args:
-        a: codes [M, K] with scales [M, ceil(K / 128)], of any kind.
+        a: codes [M, K] with scales [M, ceil(K / 128)], in any FP8 type.
         b: codes [N, K] with scales [ceil(N / b_rows), ceil(K / 128)].
         b_rows: rows of B that share a scale: 1 or 128.
     """

@@ -18,7 +18,7 @@ import torch
 from gguf import GGMLQuantizationType, quants
 from transformers import DeepseekV2Config, DeepseekV3Config, PreTrainedModel, YoutuConfig
 
-# Every row is whole blocks of 32, so that any type can hold it; the vocabulary is no multiple of a tile.
+# Rows are multiples of 32 elements, so that any type can store them; the vocabulary is not a multiple of a tile.
 _SIZES = {
     "vocab_size": 211, "hidden_size": 96, "intermediate_size": 160, "moe_intermediate_size": 64, "num_hidden_layers": 3,
     "num_attention_heads": 3, "num_key_value_heads": 3, "kv_lora_rank": 64, "q_lora_rank": 32, "qk_nope_head_dim": 32,
@@ -67,7 +67,7 @@ def youtu(**fields: Any) -> YoutuConfig:
 
 
 def metadata(config: Any) -> dict[str, Any]:
-    """What the converter writes, by key without the architecture; values are Python's own, floats mean float32."""
+    """The converter's metadata by key without the architecture; values are Python objects, floats stand for float32."""
     rope = config.rope_parameters
     values = {
         "block_count": config.num_hidden_layers,
@@ -117,7 +117,7 @@ def tensors(model: PreTrainedModel, whole_kv_b: bool = False, merged_experts: bo
     """The model's tensors under the converter's names, float32.
 
     Args:
-        whole_kv_b: `attn_kv_b`, as older files have it. merged_experts: `ffn_gate_up_exps`, as some newer ones do.
+        whole_kv_b: `attn_kv_b`, as in older files. merged_experts: `ffn_gate_up_exps`, as in some newer ones.
     """
     config, found = model.config, {}
     for name, value in model.state_dict().items():
@@ -149,7 +149,7 @@ def tensors(model: PreTrainedModel, whole_kv_b: bool = False, merged_experts: bo
 
 
 def kind_of(name: str, kinds: Mapping[str, str]) -> str:
-    """The type a tensor is stored in: F32 for vectors and routers, else of the last of `kinds` whose key is in its name."""
+    """The type of a stored tensor: F32 for vectors and routers, else that of the last key in `kinds` contained in its name."""
     if "norm" in name or name.endswith("bias") or "ffn_gate_inp" in name:
         return "F32"
     return [kind for part, kind in kinds.items() if part in name][-1]
@@ -166,7 +166,7 @@ def write_gguf(
 ) -> Path:
     """Args:
     kinds: see `kind_of`; "" is the type of the rest.
-    edit: changes metadata and tensors before they are written, to make a file wrong.
+    edit: changes metadata and tensors before they are written, to make a file invalid.
     forms: see `tensors`.
     """
     values, arrays = metadata(model.config), tensors(model, **forms)
@@ -189,7 +189,7 @@ def write_gguf(
 
 
 def dequantised(model: PreTrainedModel, kinds: Mapping[str, str], **forms: bool) -> PreTrainedModel:
-    """A float32 model of the numbers that `write_gguf` has stored, found without our reader."""
+    """A float32 model with the values that `write_gguf` stores, computed without our reader."""
     twin = copy.deepcopy(model).float()
     state, config = twin.state_dict(), model.config
     kept = {}

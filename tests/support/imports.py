@@ -12,12 +12,12 @@ from .layers import CLI, PACKAGE, SOURCES
 
 @dataclass(frozen=True)
 class Import:
-    """An import statement's effect.
+    """An imported module.
 
     Attributes:
         module: the importing module's dotted name.
-        target: the imported module: one of ours as deep as it is a file, or another package's as it is written.
-        names: what is imported from it; empty for `import target`.
+        target: the imported module: the file's module if it is ours, or another package's module as written.
+        names: imported names; empty for `import target`.
         line: of the file.
         kind: "top", "late" (inside a function), or "type" (under `if TYPE_CHECKING:`).
     """

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ROOT / "src"
 PACKAGE = "deepseek_optimizer"
 CLI = f"{PACKAGE}_cli"
-REST = "*"  # the files of a folder that are in none of its levels
+REST = "*"  # the files of a folder that are not in any of its levels
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ def _run(model: Any, tokens: int) -> Any:
 
 
 def _limited(megabytes: int, work: Callable[[], Any]) -> tuple[int, str]:
-    """Status and last words of a child that does `work` with so much room."""
+    """Status and message of a child that runs `work` with this much additional address space."""
     reader, writer = os.pipe()
     child = os.fork()
     if not child:
@@ -43,7 +43,7 @@ def _limited(megabytes: int, work: Callable[[], Any]) -> tuple[int, str]:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     path = sys.argv[1]
-    model = load_model(path, precision="int8")  # has loaded every library that the children would
+    model = load_model(path, precision="int8")  # loads every library that the children need
     _run(model, 3)
     for megabytes in map(int, sys.argv[2:]):
         for name, work in (("load", lambda: load_model(path, precision="int8")), ("run", lambda: _run(model, 200))):

@@ -15,7 +15,7 @@ WORDS = [a + b for a in "bcdfglmnprst" for b in ("ander", "ollow", "intern", "um
 
 
 def prose(sentences: int, seed: int = 0) -> str:
-    """Sentences of made-up words, some to a paragraph."""
+    """Sentences of made-up words, several per paragraph."""
     draw = random.Random(seed)
     made = [" ".join(draw.choices(WORDS, k=draw.randrange(4, 12))).capitalize() + "." for _ in range(sentences)]
     return "\n\n".join(" ".join(made[i : i + 4]) for i in range(0, sentences, 4)) + "\n"
@@ -28,10 +28,10 @@ def material(document: Document | str, tokenizer, *, max_length: int = 256, stri
 
 
 class Scripted:
-    """Drives a work with replies of a function of the prompt's text.
+    """Runs a strategy with replies computed from the prompt's text.
 
     Attributes:
-        batches: that were asked. prompts: their texts, all in one list.
+        batches: the batches of prompts. prompts: the texts of all prompts.
     """
 
     def __init__(self, tokenizer, say: Callable[[str], str | Reply]) -> None:

@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-# Of the largest number of a tensor: two or three roundings of bf16, several of fp32.
+# Relative to a tensor's largest element: two or three roundings in bf16, several in fp32.
 BOUNDS = {torch.float32: 3e-6, torch.bfloat16: 2**-7}
 
 
 def against_fp64(op: Callable[..., Any], reference: Callable[..., Any], operands: tuple[torch.Tensor, ...]) -> None:
-    """Results of op, and the gradients of all operands, are the reference's in fp64 but for rounding."""
+    """Results of op, and the gradients of all operands, equal the reference's in fp64 up to rounding."""
     ours = [t.detach().requires_grad_() for t in operands]
     exact = [t.detach().double().requires_grad_() for t in operands]
     found, expected = _results(op, ours), _results(reference, exact)
@@ -27,7 +27,7 @@ def against_fp64(op: Callable[..., Any], reference: Callable[..., Any], operands
 
 
 def contiguous_and_not(x: torch.Tensor) -> Iterator[torch.Tensor]:
-    """x [rows, n], dense, as columns of something wider, and transposed."""
+    """x [rows, n]: contiguous, as columns of a wider tensor, and transposed."""
     yield x
     yield torch.cat([x, x], 1)[:, : x.shape[1]]
     yield x.t().contiguous().t()

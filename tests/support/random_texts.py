@@ -14,9 +14,9 @@ _SHORT = ("0", "1", "true", "null", "a", "-", ":", ".", "/", "@", "Z", "T")
 class RandomModel:
     """
     Args:
-        tokenizer: of Transformers.
-        vocab_size: of the logits.
-        seed: another text for each.
+        tokenizer: a tokenizer of Transformers.
+        vocab_size: number of logits.
+        seed: each gives a different text.
     """
 
     def __init__(self, tokenizer: Any, vocab_size: int) -> None:
@@ -26,8 +26,8 @@ class RandomModel:
         self._short = np.array([text in _SHORT for text in texts])
         self._plain = np.array([text.isascii() and text.isprintable() and 0 < len(text) < 5 for text in texts])
 
-    def text(self, compiled: Any, seed: int, most: int = 400) -> str | None:
-        """A whole text; None where it has not ended after `most` tokens. After 60 it takes what closes something, if it may."""
+    def text(self, compiled: Any, seed: int, limit: int = 400) -> str | None:
+        """A complete text; None if it has not ended after `limit` tokens. After 60, closing characters are preferred."""
         grammar, choose, ids = compiled.start(), random.Random(seed), []
         bits = np.zeros(-(-self._vocab_size // 32), np.int32)
         while not grammar.finished:
@@ -52,6 +52,6 @@ class RandomModel:
             token = int(choose.choice(pool))
             grammar.accept(token)
             ids.append(token)
-            if len(ids) == most:
+            if len(ids) == limit:
                 return None
         return str(self._tokenizer.decode(ids))

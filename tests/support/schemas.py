@@ -172,7 +172,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
 
 
 def deep(levels: int) -> dict[str, Any]:
-    """Arrays of arrays."""
+    """A schema of nested arrays."""
     schema: dict[str, Any] = {"type": "integer"}
     for _ in range(levels):
         schema = {"type": "array", "items": schema}

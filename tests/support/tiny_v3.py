@@ -20,7 +20,7 @@ _EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(gate|up|down)_proj\.weight")
 
 
 def tiny_v3() -> Path:
-    """The model's folder; skips the test where there is none."""
+    """The model's folder; skips the test if it does not exist."""
     given = os.environ.get("DSO_TINY_V3")
     path = Path(given) if given else Path(__file__).resolve().parents[3] / "shared" / "models" / "tiny-v3"
     if not (path / "config.json").is_file():
@@ -29,7 +29,7 @@ def tiny_v3() -> Path:
 
 
 def documents(path: Path, count: int, length: int) -> list[list[int]]:
-    """`count` documents that the model has not seen, cut to `length` tokens; shorter ones are left out."""
+    """`count` held-out documents, truncated to `length` tokens; shorter ones are skipped."""
     tokens = np.load(path / "val_tokens.npy").astype(np.int64)
     starts = np.flatnonzero(tokens == 0)
     found = [tokens[a:b][:length].tolist() for a, b in zip(starts, [*starts[1:], len(tokens)], strict=True) if b - a >= length]
@@ -39,7 +39,7 @@ def documents(path: Path, count: int, length: int) -> list[list[int]]:
 
 @cache
 def weights(path: Path) -> dict[str, torch.Tensor]:
-    """Every weight in float32, MTP layers too, experts stacked as Transformers has them in memory."""
+    """Every weight in float32, including MTP layers, experts stacked as in Transformers."""
     stored = {name: tensor.float() for name, tensor in load_file(path / "model.safetensors").items()}
     experts: dict[str, dict[int, dict[str, torch.Tensor]]] = {}
     for name in list(stored):

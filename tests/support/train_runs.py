@@ -63,7 +63,7 @@ def tiny_trainer(
 
 
 def fingerprint(trainer: Trainer) -> dict[str, Any]:
-    """All that must be the same after a resumed run: copies."""
+    """Copies of everything that must be the same after a resumed run."""
     return copy.deepcopy(
         {
             "weights": trainer.model.state_dict(),
@@ -76,7 +76,7 @@ def fingerprint(trainer: Trainer) -> dict[str, Any]:
 
 
 def differences(one: Any, two: Any, at: str = "") -> list[str]:
-    """Where two fingerprints differ, to the bit; equal ones have none."""
+    """The places where two fingerprints are not bitwise equal."""
     if isinstance(one, torch.Tensor):
         same = isinstance(two, torch.Tensor) and one.dtype == two.dtype and one.shape == two.shape
         return [] if same and torch.equal(_bits(one), _bits(two)) else [at]
@@ -97,7 +97,7 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
 
 
 class StopAt(TrainerCallback):
-    """Ends a run after a step, as if it had been interrupted there."""
+    """Ends a run after a step, as if it were interrupted there."""
 
     def __init__(self, step: int) -> None:
         self.step = step

@@ -36,13 +36,13 @@ def test_the_machine_alone(tree):
     assert found.to_reserve is None
 
 
-def test_what_is_here():
+def test_this_machine():
     assert 0 < free_memory().free < free_memory().limits[0].total
 
 
 @pytest.mark.parametrize("mountinfo", [V2_MOUNT, None], ids=["mountinfo", "no mountinfo"])
 @pytest.mark.parametrize("tight", ["", "/pod", "/pod/box"])
-def test_the_tightest_of_nested_groups_binds(tree, tight, mountinfo):
+def test_the_tightest_of_nested_groups_applies(tree, tight, mountinfo):
     files = {**MEMINFO, "/proc/self/cgroup": "0::/pod/box\n"}
     files |= {} if mountinfo is None else {"/proc/self/mountinfo": mountinfo}
     for folder in ("", "/pod", "/pod/box"):
@@ -77,7 +77,7 @@ def test_file_cache_counts_as_free_but_not_what_this_process_has_mapped(tree):
     assert found.limits[0].free == MACHINE - (500 << 10)
 
 
-def test_what_a_group_uses_cannot_be_read(tree):
+def test_the_usage_of_a_group_cannot_be_read(tree):
     files = {**MEMINFO, "/proc/self/cgroup": "0::/\n", "/sys/fs/cgroup/memory.max": "5000000"}
     files |= {"/proc/self/status": "VmRSS:  1000 kB\n"}
     assert free_memory(tree(files)).free == 5_000_000 - (1000 << 10)
@@ -97,7 +97,7 @@ def test_v1_writes_no_limit_as_a_number(tree):
     assert free_memory(tree(files)).free == MACHINE
 
 
-def test_v1_tells_of_limits_above_what_can_be_seen(tree):
+def test_v1_reports_limits_of_invisible_parents(tree):
     """In a container the mount begins at its own group; a pod's limit above it is in memory.stat alone."""
     mount = V1_MOUNT.replace(" / ", " /kube/pod/box ", 1)
     stat = f"hierarchical_memory_limit {3_000_000}\n"
@@ -121,7 +121,7 @@ def test_hybrid_mounts(tree):
     assert free_memory(tree({**files, **unified})).free == 2_000_000
 
 
-def test_hierarchies_that_are_mounted_elsewhere(tree):
+def test_hierarchies_mounted_elsewhere(tree):
     mount = V1_MOUNT.replace("/sys/fs/cgroup/memory", "/mnt/my\\040groups")
     files = {
         **MEMINFO, "/proc/self/cgroup": "4:memory:/box\n", "/proc/self/mountinfo": mount,
@@ -140,7 +140,7 @@ def test_namespaces(tree, path, mounted):
     assert free_memory(tree(files)).free == 4_000_000
 
 
-def test_a_tree_that_is_mounted_from_above_the_container(tree):
+def test_a_tree_mounted_from_above_the_container(tree):
     mount = V2_MOUNT.replace(" / ", " /docker ", 1)
     files = {
         **MEMINFO, "/proc/self/cgroup": "0::/docker/abc/sub\n", "/proc/self/mountinfo": mount,
@@ -172,7 +172,7 @@ def test_ulimits(tree, data, space, free, says):
     assert found.to_use.free == MACHINE  # they bound what is reserved, not what was reserved and is used now
 
 
-def test_where_the_kernel_promises_no_more_than_it_has(tree):
+def test_strict_overcommit(tree):
     meminfo = MEMINFO["/proc/meminfo"] + "CommitLimit:   5000 kB\nCommitted_AS:   4000 kB\n"
     files = {"/proc/meminfo": meminfo, "/proc/sys/vm/overcommit_memory": "0\n"}
     assert free_memory(tree(files)).free == MACHINE

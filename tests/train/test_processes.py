@@ -91,5 +91,5 @@ def test_eight_bit_moments_cannot_be_shared_out(tmp_path: Path) -> None:
             return f"{type(error).__name__}: {error}"
         return "no error"
 
-    for told in in_processes(refused):
-        assert told.startswith("ConfigError") and "optimizer_state" in told
+    for error in in_processes(refused):
+        assert error.startswith("ConfigError") and "optimizer_state" in error

@@ -40,7 +40,7 @@ def found():
     }  # fmt: skip
 
 
-def test_the_table_has_modes_side_by_side_and_reasons(found):
+def test_table_compares_modes_and_gives_reasons(found):
     text = io.StringIO()
     show_sections(Console(file=text, width=120), sections(found))
     shown = text.getvalue()
@@ -52,12 +52,12 @@ def test_the_table_has_modes_side_by_side_and_reasons(found):
         assert part in shown, part
 
 
-def test_the_page_has_one_plot_and_no_markup_of_others(found):
+def test_page_has_one_plot_and_escapes_markup(found):
     text = page(found)
     assert text.count("<svg") == 1 and "m <b>" not in text and "<signal>" not in text and "m &lt;b&gt;" in text
 
 
-def test_the_plot_has_a_line_for_each_mode_in_each_panel(found):
+def test_plot_has_a_line_per_mode_in_each_panel(found):
     root = ElementTree.fromstring(plot(found).svg)
     lines = _lines(root)
     assert len(lines) == 5 * 2
@@ -66,7 +66,7 @@ def test_the_plot_has_a_line_for_each_mode_in_each_panel(found):
     assert "accuracy, %, sparse: 75 at 4K, 50 at 8K" in root[1].text
 
 
-def test_panels_place_lengths_by_doublings():
+def test_panels_have_a_logarithmic_length_axis():
     root = ElementTree.fromstring(panels("t", {"f": {"a": [(1024, 1.0), (4096, 4.0), (65536, 2.0)]}}, "x").svg)
     ((_, points),) = _lines(root)
     (x0, low), (x1, high), (x2, middle) = points

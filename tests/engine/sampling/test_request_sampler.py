@@ -19,7 +19,7 @@ def logits(seed=0):
     return np.random.default_rng(seed).standard_normal(VOCAB).astype(np.float32) * 3
 
 
-def test_repetition_penalty_is_transformers():
+def test_repetition_penalty_equals_transformers():
     c, context = sampler([3, 50, 50], repetition_penalty=1.7), [3, 50, 50]
     for place in range(40):
         row = logits(place)
@@ -40,7 +40,7 @@ def test_the_smallest_repetition_penalties(penalty, more):
     assert [c.choose(row, place) for place in range(5)] == [50] * 5
 
 
-def test_presence_and_frequency_are_openais():
+def test_presence_and_frequency_penalties_follow_openai():
     c, text = sampler(presence_penalty=1.5, frequency_penalty=0.5), []
     for place in range(40):
         row = logits(place % 3)
@@ -52,7 +52,7 @@ def test_presence_and_frequency_are_openais():
     assert len(set(text)) > 10
 
 
-def test_biases_forbid_and_force():
+def test_biases_can_forbid_and_force_tokens():
     row = logits()
     best = int(row.argmax())
     assert sampler(logit_bias={best: -100}).choose(row, 0) != best
@@ -89,7 +89,7 @@ class Even:
         return len(self.taken) == 3
 
 
-def test_a_grammar_masks_and_follows():
+def test_a_grammar_masks_logits_and_advances():
     for fields in ({}, {"temperature": 1.0, "seed": 1}, {"temperature": 1.0, "top_p": 0.5, "seed": 2}):
         c = sampler(grammar=Even(), **fields)
         taken = [c.choose(logits(n), n) for n in range(20)]
@@ -100,7 +100,7 @@ def test_a_grammar_masks_and_follows():
 
 @pytest.mark.parametrize("place", [0, 50, 99])
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_logits_that_are_no_numbers(place, value):
+def test_non_finite_logits(place, value):
     for fields in ({}, {"temperature": 1.0}, {"repetition_penalty": 1.1}):
         row = logits()
         row[place] = value
@@ -110,13 +110,13 @@ def test_logits_that_are_no_numbers(place, value):
         sampler().choose(np.full(VOCAB, -np.inf, np.float32), 0)
 
 
-def test_nothing_left():
+def test_no_token_left():
     for fields in ({"temperature": 0}, {"temperature": 1.0}):
         with pytest.raises(NoTokenError):
             sampler(**fields, logit_bias=dict.fromkeys(range(VOCAB), -100)).choose(logits(), 0)
 
 
-def test_without_a_seed_texts_differ():
+def test_unseeded_texts_differ():
     row = np.zeros(VOCAB, np.float32)
     texts = {tuple(c.choose(row, n) for n in range(8)) for c in (sampler(temperature=1.0) for _ in range(10))}
     assert len(texts) == 10

@@ -10,7 +10,7 @@ from deepseek_optimizer.engine.sampling.verify import accept_greedy, accept_samp
 V, ROUNDS = 6, 20_000
 
 
-def test_greedy_keeps_drafts_up_to_the_first_that_differs():
+def test_greedy_accepts_drafts_up_to_the_first_mismatch():
     asked = []
 
     def largest(j):
@@ -52,7 +52,7 @@ QUANTILE = {1: 10.8, 2: 13.8, 3: 16.3, 4: 18.5, 5: 20.5}  # chi-square, 0.999
 
 @pytest.mark.parametrize("kind", ["drawn from another distribution", "drawn from the model's own", "for certain"])
 @pytest.mark.parametrize("seed", [0, 1])
-def test_sampling_keeps_the_distribution(kind, seed):
+def test_sampling_preserves_the_distribution(kind, seed):
     """Of the first token, and of the second given the first, with drafts from a bad q, from q = p, and chosen by argmax."""
     rng = np.random.default_rng(seed)
     p, bad = target(seed), target(seed + 100)
@@ -87,7 +87,7 @@ def test_sampling_keeps_the_distribution(kind, seed):
         assert np.mean(np.array(lengths) > 1) == pytest.approx(np.minimum(p(()), q).sum(), abs=0.015)
 
 
-def test_a_wrong_rule_is_caught():
+def test_a_wrong_rule_is_detected():
     """The statistic sees it where rejected places draw from p instead of what is left of it."""
     rng, p, q = np.random.default_rng(0), target(0)(()), target(100)(())
     counts = np.zeros(V)

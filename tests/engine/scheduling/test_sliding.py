@@ -12,13 +12,13 @@ from deepseek_optimizer.engine.speculative.prompt_lookup import PromptLookupProp
 from support.mock_model import VOCAB, blocks_in_use, make_core, next_token
 
 
-def endless(most):
-    return SamplingParams(temperature=0, max_tokens=most, ignore_eos=True)
+def endless(max_tokens):
+    return SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
 
 
 @pytest.mark.parametrize("drafts", [False, True])
 @pytest.mark.parametrize("options", [{}, {"prefix_cache": False}, {"step_tokens": 40}])
-def test_a_dialogue_runs_on_in_its_window(options, drafts):
+def test_a_conversation_continues_in_its_window(options, drafts):
     """Each token follows from what the window holds at that moment; sinks and pinned tokens are in it to the end."""
     proposers = [(PromptLookupProposer(2, 1), 4)] if drafts else None
     core = make_core(blocks=40, context=512, cache_window=320, sinks=4, proposers=proposers, **options)
@@ -47,7 +47,7 @@ def test_a_dialogue_runs_on_in_its_window(options, drafts):
     assert blocks_in_use(core) == 0
 
 
-def test_a_moved_block_is_nobody_elses():
+def test_moved_blocks_are_not_shared():
     """What was dropped from under a block is part of what it holds: it must not be found by its tokens alone."""
     core = make_core(blocks=60, context=512, cache_window=256)
     rng = random.Random(0)
@@ -63,20 +63,20 @@ def test_a_moved_block_is_nobody_elses():
     assert blocks_in_use(core) == 0
 
 
-def test_windows_shrink_before_anybody_loses_all():
+def test_windows_shrink_before_requests_are_preempted():
     core = make_core(blocks=100, context=4_000, cache_window=3_000, prefix_cache=False, batch_size_range=(2, 2))
     core.add(Request([1] * 2_900, endless(300), id="long"))
     core.add(Request([2] * 900, endless(100), id="other"))
-    most = {}
+    outputs = {}
     while not core.idle:
         for output in core.step():
-            most[output.request_id] = output
-    assert core.scheduler.preemptions == 0 and most["long"].dropped_tokens > 0
-    assert most["other"].completion_tokens == 100 and most["long"].completion_tokens == 300
+            outputs[output.request_id] = output
+    assert core.scheduler.preemptions == 0 and outputs["long"].dropped_tokens > 0
+    assert outputs["other"].completion_tokens == 100 and outputs["long"].completion_tokens == 300
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_windows_shrink_while_they_are_read(seed):
+def test_windows_shrink_during_prefill(seed):
     """Others take blocks at random: windows shrink in the midst of steps; whoever has none left says so, or goes on."""
     rng = random.Random(seed)
     core = make_core(blocks=170, context=4_000, cache_window=rng.choice([2_000, 3_000]), batch_size_range=(3, 3),
@@ -105,16 +105,16 @@ def test_a_window_that_is_all_pinned_does_not_shrink():
     core = make_core(blocks=100, context=4_000, cache_window=3_000, prefix_cache=False, batch_size_range=(2, 2))
     core.add(Request([1] * 2_000, endless(300), id="long", pinned=((0, 2_000),)))
     core.add(Request([2] * 1_000, endless(300), id="other"))
-    most = {}
+    outputs = {}
     while not core.idle:
         for output in core.step():
-            most[output.request_id] = output
-    assert core.scheduler.preemptions > 0 and most["long"].dropped_tokens == 0
-    assert all(output.completion_tokens == 300 for output in most.values())
+            outputs[output.request_id] = output
+    assert core.scheduler.preemptions > 0 and outputs["long"].dropped_tokens == 0
+    assert all(output.completion_tokens == 300 for output in outputs.values())
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_windows_in_company(seed):
+def test_windows_in_a_mixed_batch(seed):
     """Little memory, prompts of all lengths, prefixes in common: nothing leaks, all get what they asked for."""
     rng = random.Random(seed)
     core = make_core(blocks=rng.randrange(30, 60), context=1_000, cache_window=rng.choice([256, 500]), batch_size_range=(1, 6),
@@ -135,7 +135,7 @@ def test_windows_in_company(seed):
     assert blocks_in_use(core) == 0
 
 
-def test_what_leaves_no_room_is_refused():
+def test_requests_that_leave_no_room_are_rejected():
     core = make_core(blocks=40, context=512, cache_window=256)
     with pytest.raises(RequestError, match="pinned"):
         core.check(Request([1] * 400, endless(5), pinned=((0, 250),)))

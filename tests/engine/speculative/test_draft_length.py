@@ -12,12 +12,12 @@ from deepseek_optimizer.engine.speculative.draft_length import DraftLengthContro
 CHEAP, STEEP = 0.06, 0.55  # of a plain step a further row costs: read-bound weights; experts that multiply with the rows
 
 
-def simulate(tokens, agree, row, *, most=3, sequences=1, seed=0, plain=10e-3, noise=0.0, controller=None):
+def simulate(tokens, agree, row, *, max_drafts=3, sequences=1, seed=0, plain=10e-3, noise=0.0, controller=None):
     """Decodes `tokens` tokens a sequence. agree: round number -> probability that a draft holds.
 
     Returns: the controller, and plain decoding's time over the time taken.
     """
-    rng, controller = random.Random(seed), controller or DraftLengthController(most)
+    rng, controller = random.Random(seed), controller or DraftLengthController(max_drafts)
     done, seconds, rounds = 0.0, 0.0, 0
     while done < tokens:
         n = controller.choose(sequences, int(tokens - done) - 1)
@@ -38,7 +38,7 @@ def simulate(tokens, agree, row, *, most=3, sequences=1, seed=0, plain=10e-3, no
 @pytest.mark.parametrize("row", [CHEAP, STEEP, 1.0])
 @pytest.mark.parametrize("sequences", [1, 4])
 @pytest.mark.parametrize("tokens", [64, 128, 1000])
-def test_nothing_accepted_costs_less_than_three_percent(row, sequences, tokens):
+def test_rejected_drafts_cost_less_than_three_percent(row, sequences, tokens):
     controller, speed = simulate(tokens, lambda _: 0.0, row, sequences=sequences)
     assert speed >= 0.97
     assert controller.report().drafted > 0  # it tried
@@ -46,7 +46,7 @@ def test_nothing_accepted_costs_less_than_three_percent(row, sequences, tokens):
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_eighty_percent_pays(seed):
+def test_an_acceptance_of_eighty_percent_is_faster(seed):
     """E(3) = 2.95 at 80%: with cheap rows nearly all of it is gained, with steep ones one draft or two gain what they can."""
     best = {CHEAP: 2.95 / 1.18, STEEP: max(1.8 / 1.55, 2.44 / 2.1, 2.95 / 2.65)}
     for row, speed in best.items():
@@ -74,7 +74,7 @@ def test_the_text_changes():
     assert third > 1.5
 
 
-def test_noise_does_not_turn_it_off():
+def test_noise_does_not_disable_drafts():
     _, speed = simulate(2000, lambda _: 0.8, CHEAP, noise=0.5)
     assert speed > 1.8
 
@@ -84,7 +84,7 @@ def test_deterministic():
     assert runs[0] == runs[1]
 
 
-def test_no_drafts_where_there_is_room_for_none():
+def test_no_drafts_without_room():
     controller = DraftLengthController(3)
     for _ in range(5):
         controller.record(1.0, [(0, 0)])
@@ -92,7 +92,7 @@ def test_no_drafts_where_there_is_room_for_none():
     assert controller.choose(1, 1) <= 1
 
 
-def test_drafts_pay_for_later_positions_only_where_they_hold():
+def test_later_positions_are_drafted_only_if_accepted():
     """The first always holds, the second never: one draft is what is left."""
     controller = DraftLengthController(3)
     rounds = []

@@ -93,9 +93,9 @@ class Watched(MtpProposer):
         super().__init__(layers, lambda index, drafted, logits: (int(logits.argmax()), None))
         self.world, self.bases, self.compared = world, bases, 0
 
-    def propose(self, sequences, most):
-        drafts = super().propose(sequences, most)
-        for s, n, d in zip(sequences, most, drafts, strict=True):
+    def propose(self, sequences, max_drafts):
+        drafts = super().propose(sequences, max_drafts)
+        for s, n, d in zip(sequences, max_drafts, drafts, strict=True):
             base = self.bases.get(s.index, 0)
             expected = self.world.drafts(s.tokens, n, base) if n and len(s.tokens) - 1 > base else []
             assert d.tokens == expected, f"sequence {s.index} at {s.cached}"
@@ -121,8 +121,8 @@ class Script:
     def __init__(self, chosen: list[int]) -> None:
         self.chosen = list(chosen)
 
-    def choose(self, sequences, most=None):
-        return min(self.chosen.pop(0), most)
+    def choose(self, sequences, max_drafts=None):
+        return min(self.chosen.pop(0), max_drafts)
 
     def record(self, seconds, outcomes):
         pass
@@ -158,7 +158,7 @@ def world(request) -> World:
     return World.make(request.param)
 
 
-def test_drafts_are_those_of_the_definition(world):
+def test_drafts_equal_the_definition(world):
     """Sequences of unequal lengths, drafts accepted and refused at random, rounds without any in between."""
     chosen = [3, 1, 0, 4, 2, 0, 0, 3, 1, 5, 2]
     decoder = decoder_of(world, chosen)
@@ -172,7 +172,7 @@ def test_drafts_are_those_of_the_definition(world):
     assert decoder.runner.memory.manager.free_blocks == 64
 
 
-def test_one_leaves_and_room_is_unequal(world):
+def test_sequences_leave_and_limits_differ(world):
     decoder = decoder_of(world, [3] * 6)
     ids = random_ids(world.config, 60)
     sequences = [begin(decoder, i, ids[20 * i : 20 * i + 5 + 7 * i]) for i in range(3)]
@@ -182,7 +182,7 @@ def test_one_leaves_and_room_is_unequal(world):
         decoder.round(sequences[1:], [2, 9])
 
 
-def test_waiting_states_are_run_before_there_are_too_many(world, monkeypatch):
+def test_pending_states_are_processed_in_time(world, monkeypatch):
     """Chunks of a prompt, and long stretches without drafts: drafts stay those of the definition."""
     monkeypatch.setattr(mtp, "_FLUSH", 8)
     chosen = [2, *[0] * 20, 3, 1, *[0] * 9, 2]
@@ -195,7 +195,7 @@ def test_waiting_states_are_run_before_there_are_too_many(world, monkeypatch):
     assert decoder.proposer.compared == 4
 
 
-def test_a_prefix_that_was_not_seen(world):
+def test_a_prefix_without_states(world):
     """The layers then see from the next block on, and draft nothing before."""
     decoder = decoder_of(world, [3] * 30, {0: 64})
     sequence = begin(decoder, 0, random_ids(world.config, 50), seen_from=40, chunk=40)
@@ -204,7 +204,7 @@ def test_a_prefix_that_was_not_seen(world):
     assert decoder.proposer.compared > 5
 
 
-def test_a_fork_goes_on_by_itself(world):
+def test_a_fork_continues_independently(world):
     decoder = decoder_of(world, [3] * 8)
     ids = random_ids(world.config, 40)
     one = begin(decoder, 0, ids)
@@ -216,7 +216,7 @@ def test_a_fork_goes_on_by_itself(world):
     assert decoder.proposer.compared == 16
 
 
-def test_nothing_seen_nothing_drafted(world):
+def test_no_states_no_drafts(world):
     decoder = decoder_of(world, [3], {0: 1000})
     sequence = begin(decoder, 0, random_ids(world.config, 20), seen_from=1000)
     assert len(decoder.round([sequence], [9])[0]) == 1

@@ -28,7 +28,7 @@ def looked_up(tokens, count, longest=3, shortest=2):
     return []
 
 
-def test_prompt_lookup_is_its_definition_as_tokens_come():
+def test_prompt_lookup_equals_its_definition_incrementally():
     rng = random.Random(0)
     for _ in range(30):
         proposer = PromptLookupProposer()
@@ -47,7 +47,7 @@ def test_prompt_lookup_of_single_tokens():
 
 
 @pytest.mark.parametrize("agree", [0.0, 0.8, 1.0])
-def test_scripted_drafts_agree_as_often_as_asked(agree):
+def test_scripted_drafts_have_the_given_acceptance(agree):
     script = [random.Random(1).randrange(50) for _ in range(4000)]
     proposer = ScriptedProposer({7: script}, agree, 50)
     right = []

@@ -59,9 +59,9 @@ def pair(name, window, sinks, **fields):
 
 def padded(config, *lengths, seed=0):
     """Ids [B, T] and what is real of them, padded on the left."""
-    most = max(lengths)
-    ids = torch.randint(3, config.vocab_size, (len(lengths), most), generator=torch.Generator().manual_seed(seed))
-    real = torch.stack([torch.arange(most) >= most - n for n in lengths])
+    longest = max(lengths)
+    ids = torch.randint(3, config.vocab_size, (len(lengths), longest), generator=torch.Generator().manual_seed(seed))
+    real = torch.stack([torch.arange(longest) >= longest - n for n in lengths])
     return ids * real, real
 
 

@@ -193,11 +193,11 @@ def test_it_is_said_once() -> None:
         DynamicGraphOptimizer(model, config=settings).optimize()
         for _ in range(2):
             model.generate(torch.tensor([[5] * 80]), max_new_tokens=3)
-    told = [str(w.message) for w in seen if issubclass(w.category, OptimizerWarning)]
+    messages = [str(w.message) for w in seen if issubclass(w.category, OptimizerWarning)]
     assert [
-        t for t in told if "beyond the 64 tokens the model was trained for is not assured; measure it with dso bench" in t
-    ] == told
-    assert len(told) == 1 and told[0] in model.dso.notes
+        t for t in messages if "beyond the 64 tokens the model was trained for is not assured; measure it with dso bench" in t
+    ] == messages
+    assert len(messages) == 1 and messages[0] in model.dso.notes
 
 
 # ---- generate: one set of frequencies for a text's whole life

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from deepseek_optimizer import ConfigError, load_model
 from deepseek_optimizer.engine.request import SamplingParams
 from deepseek_optimizer.serving import make_engine
-from support.spoilt import set_config
+from support.damaged_checkpoints import set_config
 
 
 @pytest.fixture

@@ -24,11 +24,11 @@ EOS = 2
 class Always:
     """A controller that always allows all drafts, and records how many were accepted."""
 
-    def __init__(self, most, fixed=False):
-        self.most, self.rounds = most, []
+    def __init__(self, max_drafts, fixed=False):
+        self.max_drafts, self.rounds = max_drafts, []
 
-    def choose(self, sequences, most=None):
-        return min(self.most, self.most if most is None else most)
+    def choose(self, sequences, max_drafts=None):
+        return min(self.max_drafts, self.max_drafts if max_drafts is None else max_drafts)
 
     def record(self, seconds, outcomes):
         self.rounds.append(list(outcomes))
@@ -298,9 +298,9 @@ class Drawn:
         self.tokens = torch.tensor(tokens)
         self.q = torch.zeros(vocab).index_fill(0, self.tokens, 1 / len(tokens)).numpy()
 
-    def propose(self, sequences, most):
+    def propose(self, sequences, max_drafts):
         found = []
-        for n in most:
+        for n in max_drafts:
             tokens = self.tokens[torch.randint(len(self.tokens), (n,))].tolist()
             found.append(Draft(tokens, [self.q] * n if len(self.tokens) > 1 else None))
         return found

@@ -37,7 +37,7 @@ def text_of(live, path=PATH, **fields):
 
 
 @pytest.mark.parametrize("path", [PATH, "/v1/completions"])
-def test_the_text_has_the_form(live, path):
+def test_the_text_follows_the_grammar(live, path):
     assert json.loads(text_of(live, path, response_format=schema_format(SCHEMA, strict=True))) == {"n": 7, "s": "yes"}
     assert re.fullmatch("(cat|dog){2}", text_of(live, path, guided_regex="(cat|dog){2}"))
     assert text_of(live, path, guided_grammar='root ::= "a" [b-d] "\\n"')[0] == "a"
@@ -83,7 +83,7 @@ def test_in_responses(live):
     ],
 )
 @pytest.mark.parametrize("path", [PATH, "/v1/completions"])
-def test_forms_that_are_none(refused, path, fields):
+def test_invalid_formats(refused, path, fields):
     refused(path, {**(CHAT if path == PATH else {"prompt": "x"}), **fields})
 
 
@@ -103,7 +103,7 @@ def impatient(byte_tokenizer):
         {"guided_grammar": "root ::= " + " ".join(["[a-z]"] * 20_000)},
     ],
 )
-def test_a_form_that_would_take_long_disturbs_nobody(impatient, fields):
+def test_slow_grammars_do_not_affect_others(impatient, fields):
     """Some of these compile and some are refused: either way at once or within the limit, and others are answered meanwhile."""
     live = impatient
     with ThreadPoolExecutor(1) as pool:
@@ -120,7 +120,7 @@ def test_a_form_that_would_take_long_disturbs_nobody(impatient, fields):
     assert slowest < 5  # the form's own limit: others do not wait for it
 
 
-def test_a_schema_that_nests_deeply(refused):
+def test_deeply_nested_schemas(refused):
     schema: dict = {"type": "integer"}
     for _ in range(45):
         schema = {"type": "object", "properties": {"a": schema}}

@@ -56,12 +56,12 @@ def test_a_head_of_many_headers_is_answered(live):
         GET + b"Transfer-Encoding: chunked\r\nContent-Length: 5\r\n\r\nhello",
     ],
 )
-def test_what_is_not_http(live, data):
+def test_bytes_that_are_not_http(live, data):
     answer = live.raw(data)
     assert status_of(answer) == 400 and error_of(answer)["message"]
 
 
-def test_a_head_that_comes_too_slowly(make_server):
+def test_a_slow_head(make_server):
     live = make_server(ServerSettings(header_seconds=0.3))
     assert status_of(live.raw(b"GET /health HT")) == 408
     assert status_of(live.raw(b"")) == 408
@@ -77,7 +77,7 @@ def test_a_head_that_comes_too_slowly(make_server):
     assert not answer or status_of(answer) == 408
 
 
-def test_a_second_head_that_comes_too_slowly(make_server):
+def test_a_slow_second_head(make_server):
     live = make_server(ServerSettings(header_seconds=0.3))
     with live.connect() as sock:
         sock.sendall(GET + b"\r\n")
@@ -91,7 +91,7 @@ def test_a_second_head_that_comes_too_slowly(make_server):
         assert read_all(sock) == b""
 
 
-def test_a_connection_that_waits_too_long_for_its_next_request(make_server):
+def test_idle_connections_are_closed(make_server):
     live = make_server(ServerSettings(keep_alive_seconds=0.2))
     with live.connect() as sock:
         sock.sendall(GET + b"\r\n")
@@ -99,7 +99,7 @@ def test_a_connection_that_waits_too_long_for_its_next_request(make_server):
         assert read_all(sock) == b""
 
 
-def test_a_head_in_pieces_and_two_requests_in_one(live):
+def test_split_heads_and_pipelined_requests(live):
     with live.connect() as sock:
         sock.sendall(b"GET /heal")
         time.sleep(0.05)
@@ -107,7 +107,7 @@ def test_a_head_in_pieces_and_two_requests_in_one(live):
         assert read_all(sock).count(b"200 OK") == 2
 
 
-def test_one_connection_too_many(make_server):
+def test_too_many_connections(make_server):
     live = make_server(ServerSettings(max_connections=2))
     with live.connect() as first, live.connect() as second:
         for sock in (first, second):
@@ -119,7 +119,7 @@ def test_one_connection_too_many(make_server):
     assert b"200 OK" in live.raw(GET + b"Connection: close\r\n\r\n")
 
 
-def test_a_reader_that_does_not_read_stalls_nobody_and_is_cut(make_server):
+def test_a_client_that_does_not_read_stalls_nobody_and_is_disconnected(make_server):
     """Its text is longer than all buffers on the way; the engine goes on, and what nobody reads is merged into one output."""
     live = make_server(ServerSettings(write_seconds=1.0), script=lambda request: "x" * 20_000, context=30_000, step_seconds=0.0)
     with socket.socket() as sock:

@@ -67,7 +67,7 @@ def run(test):
 
 
 @run
-async def test_keys_have_their_turns_whoever_sends_more():
+async def test_keys_take_turns_regardless_of_their_load():
     work, jobs = queue(), Jobs()
     asked = [("a", n) for n in range(20)] + [("b", n) for n in range(3)] + [("c", 0)]
     tasks = []
@@ -83,7 +83,7 @@ async def test_keys_have_their_turns_whoever_sends_more():
 
 
 @run
-async def test_a_key_leaves_a_place_to_the_others():
+async def test_a_key_leaves_a_slot_to_the_others():
     work, jobs = queue(places=2), Jobs()
     own = [asyncio.ensure_future(work.run("a", jobs(n), later())) for n in range(3)]
     await until(lambda: jobs.begun)
@@ -96,7 +96,7 @@ async def test_a_key_leaves_a_place_to_the_others():
 
 
 @run
-async def test_more_than_a_key_may_hold_is_refused_and_others_are_not():
+async def test_a_key_over_its_limit_is_rejected_and_others_are_not():
     work, jobs = queue(max_per_client=3, max_jobs=4), Jobs()
     own = [asyncio.ensure_future(work.run("a", jobs(n), later())) for n in range(3)]
     await until(lambda: jobs.begun)
@@ -115,7 +115,7 @@ async def test_more_than_a_key_may_hold_is_refused_and_others_are_not():
 
 
 @run
-async def test_who_leaves_before_the_turn_is_never_begun():
+async def test_jobs_cancelled_while_waiting_never_start():
     work, jobs = queue(), Jobs()
     first, second, third = (asyncio.ensure_future(work.run("a", jobs(n), later())) for n in range(3))
     await until(lambda: jobs.begun)
@@ -128,7 +128,7 @@ async def test_who_leaves_before_the_turn_is_never_begun():
 
 
 @run
-async def test_who_leaves_later_keeps_the_place_until_the_work_is_done():
+async def test_jobs_cancelled_while_running_hold_their_slot():
     work, jobs = queue(), Jobs()
     first = asyncio.ensure_future(work.run("a", jobs("first"), later()))
     await until(lambda: jobs.begun)
@@ -143,7 +143,7 @@ async def test_who_leaves_later_keeps_the_place_until_the_work_is_done():
 
 
 @run
-async def test_deadlines_end_the_wait_before_the_turn_and_in_it():
+async def test_deadlines_end_waiting_and_running_jobs():
     work, jobs = queue(), Jobs()
     with pytest.raises(ApiError) as late:
         await work.run("a", jobs("slow"), later(0.02))
@@ -157,7 +157,7 @@ async def test_deadlines_end_the_wait_before_the_turn_and_in_it():
 
 
 @run
-async def test_an_error_of_the_work_is_the_callers():
+async def test_errors_of_a_job_reach_the_caller():
     work = queue()
 
     def fail():
@@ -208,7 +208,7 @@ async def test_at_random_each_job_runs_once_or_never(seed):
 
 
 @run
-async def test_closing_ends_those_who_wait():
+async def test_closing_ends_waiting_jobs():
     work, jobs = queue(), Jobs()
     tasks = [asyncio.ensure_future(work.run("a", jobs(n), later())) for n in range(3)]
     await until(lambda: jobs.begun)
@@ -218,7 +218,7 @@ async def test_closing_ends_those_who_wait():
     assert found[0] == 0 and all(isinstance(one, asyncio.CancelledError) for one in found[1:])
 
 
-def test_what_tells_clients_apart():
+def test_how_clients_are_distinguished():
     assert client_of("hash", ("10.0.0.1", 1)) == client_of("hash", ("10.0.0.2", 2)) != client_of("other", ("10.0.0.1", 1))
     assert client_of("", ("10.0.0.1", 1)) == client_of("", ("10.0.0.1", 2)) == client_of("", ("::ffff:10.0.0.1", 3))
     assert client_of("", ("10.0.0.1", 1)) != client_of("", ("10.0.0.2", 1))
@@ -228,7 +228,7 @@ def test_what_tells_clients_apart():
 
 
 @run
-async def test_a_client_whose_jobs_may_take_a_share_of_the_time_rests_in_between():
+async def test_time_shares_are_enforced_by_pauses():
     work, begun = queue(share=0.1), []
 
     def job(name, seconds=0.0):

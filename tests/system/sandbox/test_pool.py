@@ -32,7 +32,7 @@ def pool(tmp_path):
     made.close()
 
 
-def test_a_long_job_leaves_the_other_worker_free(pool, tmp_path):
+def test_a_long_job_does_not_block_the_other_worker(pool, tmp_path):
     end, answers = tmp_path / "end", []
     thread = threading.Thread(target=lambda: answers.append(pool.call(str(end))))
     thread.start()
@@ -49,13 +49,13 @@ def test_a_long_job_leaves_the_other_worker_free(pool, tmp_path):
     assert set(pool.pids) == set(answers) and other in answers and len(pool.pids) == 2
 
 
-def test_one_process_does_where_jobs_come_one_by_one_and_all_can_be_started_before(pool):
+def test_workers_start_on_demand_or_in_advance(pool):
     assert pool.call("") == pool.call("") and len(pool.pids) == 1
     pool.start()
     assert len(pool.pids) == 2
 
 
-def test_whose_job_ended_its_worker_waits_for_the_next_one(pool):
+def test_callers_wait_for_a_replacement_worker(pool):
     first = pool.call("")
     with pytest.raises(WorkerError):
         pool.call(None)
@@ -63,7 +63,7 @@ def test_whose_job_ended_its_worker_waits_for_the_next_one(pool):
     os.kill(pool.pids[0], 0)
 
 
-def test_close_ends_all(pool):
+def test_close_ends_all_workers(pool):
     pool.start()
     pool.close()
     assert not pool.pids

@@ -200,12 +200,12 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_nothing_else(tmp_path: Path)
             os._exit(0)
         os.close(write)
         os.waitpid(child, 0)
-        told = os.read(read, 4096).decode()
+        message = os.read(read, 4096).decode()
         assert (
-            told.startswith("SaveError")
-            and "checkpoint-4 was not saved" in told
-            and "checkpoint is" in told
-            and "checkpoint-2;" in told
+            message.startswith("SaveError")
+            and "checkpoint-4 was not saved" in message
+            and "checkpoint is" in message
+            and "checkpoint-2;" in message
         )
         assert names(tmp_path) == ["checkpoint-2"]
         verify(tmp_path / "checkpoint-2")

@@ -28,7 +28,7 @@ def set_config(folder: Path, **fields: Any) -> None:
 
 
 def set_tensor(folder: Path, name: str, to: Callable[[Any], torch.Tensor] | None) -> None:
-    """`to`: what becomes of the tensor (of None, where there is none by this name); None: it goes."""
+    """Replaces a stored tensor by to(tensor), where the argument is None if there is no such tensor; to=None removes it."""
     tensors = load_file(folder / "model.safetensors")
     old = tensors.pop(name, None)
     if to is not None:
