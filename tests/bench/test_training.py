@@ -31,7 +31,7 @@ def test_the_rows_are_well_formed() -> None:
 
 
 @pytest.mark.parametrize(
-    ("figure", "most", "against", "ours", "verdict"),
+    ("figure", "limit", "against", "ours", "verdict"),
     [
         ("seconds", 1 / 2.8, "theirs", [3.5, 3.6], REACHED),
         ("seconds", 1 / 2.8, "theirs", [3.6, 3.7], MISSED),

@@ -65,7 +65,7 @@ def test_the_answer_equals_generate(chat, byte_tokenizer):
     assert answer == byte_tokenizer.decode(expected, skip_special_tokens=True)
 
 
-def test_streaming_yields_messages_with_new_text(chat):
+def test_streaming_yields_all_chunks_newest_last(chat):
     whole = chat("Hello", max_new_tokens=30, temperature=2.0, seed=3)[0]["generated_text"][-1]["content"]
     chat.reset()
     seen = list(chat("Hello", max_length=30, temperature=2.0, seed=3, stream_output=True))

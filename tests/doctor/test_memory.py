@@ -124,5 +124,5 @@ def test_the_estimate_for_experts_and_latents(case, experts_model, fields):
     )
 
 
-def test_experts_are_packed_separately(case, experts_model, one):
+def test_a_checkpoint_with_experts_is_complete(case, experts_model, one):
     one(checkpoint.check(case(model=str(experts_model), fields={"backend": "reference"})), "ok", "all that the model needs")

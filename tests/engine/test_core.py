@@ -188,7 +188,7 @@ def test_a_short_prompt_does_not_wait_with_a_stream_running():
         assert steps < 20 and before < book.sequence.cached < 1500
 
 
-def test_a_request_at_its_limit_ends_alone():
+def test_a_request_without_allowed_tokens_ends_alone():
     """A grammar and a bias leave nothing at the second token: no time between tokens to be counted."""
     core = make_core()
     bias = {t: -100.0 for t in range(VOCAB) if t != 5}

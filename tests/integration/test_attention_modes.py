@@ -80,7 +80,7 @@ def test_logits_and_text(case: str, mode: str, backend: str, pairs: Any) -> None
 
 @backends
 @pytest.mark.parametrize("mode", MODES)
-def test_rows_of_a_batch_do_not_meet(mode: str, backend: str, pairs: Any) -> None:
+def test_rows_of_a_batch_are_independent(mode: str, backend: str, pairs: Any) -> None:
     """Padded rows, whose windows begin at different places; beams, which fork and reorder; several answers."""
     pair = pairs("llama-gqa", backend, mode)
     lengths = (230, 41, 170)
@@ -111,7 +111,7 @@ def test_drafts_change_nothing(mode: str, backend: str, pairs: Any) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_mtp_layers_are_in_the_same_mode(mode: str, tmp_path: Any) -> None:
+def test_mtp_layers_use_the_same_mode(mode: str, tmp_path: Any) -> None:
     save_with_mtp(tmp_path / "model", deepseek_v3())
     model = load_model(tmp_path / "model", backend="reference", **MODES[mode])
     if mode == "sliding":
@@ -132,7 +132,7 @@ def used(model: Any) -> int:
 
 
 @backends
-def test_a_hundred_thousand_tokens_take_as_much_as_a_window(backend: str) -> None:
+def test_a_prompt_of_100000_tokens_needs_the_memory_of_a_window(backend: str) -> None:
     """Read, and more generated behind them."""
     plain = random_model(llama(num_hidden_layers=1, max_position_embeddings=200_000, hidden_size=24, intermediate_size=32))
     fast = DynamicGraphOptimizer(plain, config=DeepSeekConfig(precision="fp32", backend=backend, **SLIDING)).optimize()
@@ -156,7 +156,7 @@ def test_a_hundred_thousand_tokens_take_as_much_as_a_window(backend: str) -> Non
 
 @pytest.mark.slow
 @native
-def test_a_hundred_thousand_generated_tokens_take_as_much_as_a_window() -> None:
+def test_100000_generated_tokens_need_the_memory_of_a_window() -> None:
     plain = random_model(llama(num_hidden_layers=1, max_position_embeddings=200_000, hidden_size=24, intermediate_size=32))
     fast = DynamicGraphOptimizer(plain, config=DeepSeekConfig(precision="fp32", **SLIDING)).optimize()
     seen: list[int] = []
@@ -174,7 +174,7 @@ def test_a_hundred_thousand_generated_tokens_take_as_much_as_a_window() -> None:
 
 @backends
 @pytest.mark.parametrize("case", ["llama-gqa", "deepseek_v3-groups"])
-def test_the_text_without_forgetting(case: str, backend: str) -> None:
+def test_the_same_text_without_dropping_blocks(case: str, backend: str) -> None:
     pair = make_pair(case, backend, prefill_chunk=64, **SLIDING)
     ids, manager = pair.ids(400), forget_early(pair.fast)
     max_blocks = manager.forgetting.blocks(64)
@@ -189,7 +189,7 @@ def test_the_text_without_forgetting(case: str, backend: str) -> None:
 
 
 @backends
-def test_going_back(backend: str, pairs: Any) -> None:
+def test_cropping(backend: str, pairs: Any) -> None:
     """A little is fine; further is an error that says why, and leaves the cache as it was. What is gone reads as zeros."""
     pair = pairs("llama-gqa", backend, "sliding")
     ids = pair.ids(300)
@@ -210,7 +210,7 @@ def test_going_back(backend: str, pairs: Any) -> None:
     assert torch.equal(a, b)
 
 
-def test_a_step_that_fails_after_others_have_forgotten() -> None:
+def test_a_failed_step_after_others_dropped_blocks() -> None:
     """The cache is empty then, and its blocks are free."""
     pair = make_pair("llama-gqa", prefill_chunk=64, **SLIDING)
     forget_early(pair.fast)
@@ -233,7 +233,7 @@ def test_a_step_that_fails_after_others_have_forgotten() -> None:
 
 
 @backends
-def test_an_engine_reads_what_is_longer_than_its_cache(backend: str, tmp_path: Any) -> None:
+def test_an_engine_processes_prompts_longer_than_its_cache(backend: str, tmp_path: Any) -> None:
     model = random_model(llama(max_position_embeddings=20_000))
     model.save_pretrained(tmp_path / "model")
     made = load_model(tmp_path / "model", precision="fp32", backend=backend, prefill_chunk=128, **SLIDING)
@@ -248,7 +248,7 @@ def test_an_engine_reads_what_is_longer_than_its_cache(backend: str, tmp_path: A
 
 
 @native
-def test_mtp_layers_that_begin_behind_a_found_prefix(tmp_path: Any, caplog: Any) -> None:
+def test_mtp_layers_after_a_cached_prefix(tmp_path: Any, caplog: Any) -> None:
     """They see nothing before it; what they see first is forgotten in time, and they go on without."""
     save_with_mtp(tmp_path / "model", deepseek_v3())
     model = load_model(tmp_path / "model", **SLIDING)
@@ -264,7 +264,7 @@ def test_mtp_layers_that_begin_behind_a_found_prefix(tmp_path: Any, caplog: Any)
 
 
 @native
-def test_mtp_layers_that_begin_among_many_sinks(tmp_path: Any) -> None:
+def test_mtp_layers_that_begin_within_the_sinks(tmp_path: Any) -> None:
     """Those of the text's sinks that they have seen end at what is forgotten."""
     save_with_mtp(tmp_path / "model", deepseek_v3())
     model = load_model(tmp_path / "model", **{**SLIDING, "attention_sinks": 100})
@@ -280,7 +280,7 @@ def test_mtp_layers_that_begin_among_many_sinks(tmp_path: Any) -> None:
 
 
 @native
-def test_a_draft_model_forgets_too() -> None:
+def test_a_draft_model_drops_blocks_too() -> None:
     pair, small = make_pair("llama-gqa", "cpu"), make_pair("llama-gqa", "cpu", **SLIDING).fast
     small.dso.arena.manager.forgetting = Forgetting(37, 3, spare=64)
     engine = make_engine(pair.fast, draft_model=small)
@@ -352,7 +352,7 @@ def test_storage_of_the_cache(precision: str, fields: dict[str, Any], kind: str)
     assert ("int8 (sparse_attention)" in str(report)) == (kind == "int8")
 
 
-def test_transformers_own_forward_says_that_it_sees_all() -> None:
+def test_transformers_forward_warns_that_it_attends_to_everything() -> None:
     pair = make_pair("llama-gqa", **SLIDING)
     ids = pair.ids(120)
     with pytest.warns(OptimizerWarning, match="without sliding attention: every token attends to all before it"):
@@ -373,7 +373,7 @@ def test_transformers_own_forward_says_that_it_sees_all() -> None:
         ({"attention_optimization": "sliding", "sparse_attention": True}, "choose one"),
     ],
 )
-def test_settings_that_do_not_go_together_are_refused_first(fields: dict[str, Any], message: str, tmp_path: Any) -> None:
+def test_incompatible_settings_are_rejected_first(fields: dict[str, Any], message: str, tmp_path: Any) -> None:
     with pytest.raises(ConfigError, match=message):
         load_model(tmp_path / "nothing-here", DeepSeekConfig(**fields))
     random_model(CASES["llama-gqa"]()).save_pretrained(tmp_path / "plain")

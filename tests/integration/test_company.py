@@ -128,7 +128,7 @@ SCHEDULES = {
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_joined_and_left_at_any_step(subject, alone, schedule):
+def test_sequences_join_and_leave_at_any_step(subject, alone, schedule):
     guests = [Guest(*entry) for entry in SCHEDULES[schedule]]
     together(subject.runner(blocks=24), subject.prompts, guests)
     for guest in guests:
@@ -136,7 +136,7 @@ def test_joined_and_left_at_any_step(subject, alone, schedule):
         subject.check(torch.stack(guest.rows), alone[guest.number][: guest.count], who)
 
 
-def test_experts_see_only_their_own_tokens(subject, alone):
+def test_experts_get_only_their_own_tokens(subject, alone):
     """Prompts in chunks beside sequences that decode: a token's experts are grouped with others' in each step."""
     runner = subject.runner(blocks=24)
     other = runner.sequence()
@@ -180,7 +180,7 @@ def test_generate_of_rows_that_finish_at_different_times(subject, alone):
     assert len(lengths) > 1, "the test needs rows that end at different steps"
 
 
-def test_weights_are_those_of_the_model(subject):
+def test_weights_equal_the_model(subject):
     """The plan binds the modules' own storage, stacks included: what was tested above is what is saved."""
     for name, weight in weights_of(subject.model, subject.model.dso.graph).items():
         own = subject.model.get_submodule(name.rpartition(".")[0])

@@ -27,7 +27,7 @@ COMPILED = {
 
 @pytest.mark.parametrize("how", COMPILED)
 @torch.no_grad()
-def test_compiled_the_plan_serves_as_before(pair, how):
+def test_a_compiled_model_still_uses_the_plan(pair, how):
     ids = pair.ids(9)
     compiled = COMPILED[how](pair.fast)
     for _ in range(2):
@@ -48,7 +48,7 @@ def test_compiled_in_place_and_generate(fresh_pair):
 
 
 @torch.no_grad()
-def test_a_graph_without_breaks_is_refused(pair):
+def test_fullgraph_is_rejected(pair):
     function = torch.compile(lambda ids: pair.fast(ids).logits + 1, backend="eager", fullgraph=True)
     with pytest.raises(Exception, match="an optimised model already runs a compiled plan"):
         function(pair.ids(9))

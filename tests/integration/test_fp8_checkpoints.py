@@ -45,7 +45,7 @@ def expected(plain):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_kept_at_one_byte_a_weight(folder, expected, backend):
+def test_kept_at_one_byte_per_weight(folder, expected, backend):
     model = load_model(folder, backend=backend)
     rows = {row.format: row for row in model.dso.report().formats}
     assert rows["fp8"].matrices == 14 and rows["fp8"].bytes <= 1.07 * rows["fp8"].weights
@@ -56,14 +56,14 @@ def test_kept_at_one_byte_a_weight(folder, expected, backend):
 
 @pytest.mark.parametrize("precision", ["int4", "int8", "bf16", "fp32"])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_converted_on_the_way_in(folder, plain, precision, backend):
+def test_converted_while_loading(folder, plain, precision, backend):
     """The same bits as the dequantised model packed."""
     ours, theirs = (load_model(path, precision=precision, backend=backend) for path in (folder, plain))
     for (name, a), (other, b) in zip(ours.named_parameters(), theirs.named_parameters(), strict=True):
         assert name == other and torch.equal(a, b), name
 
 
-def test_formats_of_single_matrices(folder):
+def test_formats_of_individual_matrices(folder):
     model = load_model(folder, formats={"model.layers.0.mlp.up_proj": "int4"}, backend="reference")
     assert model.model.layers[0].mlp.up_proj.format == "int4" and model.model.layers[1].mlp.up_proj.format == "fp8"
 
@@ -94,7 +94,7 @@ def test_convert(folder, tmp_path, precision):
             assert checkpoint.kind == "packed" and not [name for name in checkpoint.tensors if "scale" in name]
 
 
-def test_transformers_own_loader_is_named_the_way_out(folder):
+def test_transformers_loader_names_the_remedy(folder):
     """With the section, Transformers refuses two kinds of quantisation; without it, it would read codes and no scales."""
     with pytest.raises(ValueError, match="quantized with"):
         AutoModelForCausalLM.from_pretrained(folder, quantization_config=DeepSeekConfig())
@@ -105,7 +105,7 @@ def test_transformers_own_loader_is_named_the_way_out(folder):
 
 
 @pytest.mark.parametrize("precision", ["auto", "int4"])
-def test_a_scale_of_the_wrong_shape_is_named_before_anything_is_read(folder, tmp_path, precision):
+def test_a_scale_of_the_wrong_shape_is_an_error_before_reading(folder, tmp_path, precision):
     path = shutil.copytree(folder, tmp_path / "m")
     tensors = load_file(path / "model.safetensors")
     name = "model.layers.1.mlp.down_proj.weight_scale_inv"

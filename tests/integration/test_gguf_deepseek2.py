@@ -53,7 +53,7 @@ def test_logits_natively(tmp_path: Path, models: dict, family: str) -> None:
     assert_close_rows(logits, transformers_logits(models[family], ids))
 
 
-def test_formats_are_the_file_s_own(tmp_path: Path, models: dict) -> None:
+def test_formats_follow_the_file(tmp_path: Path, models: dict) -> None:
     model = load_model(write_gguf(tmp_path / "m.gguf", models["v3"], MIXED), backend="reference")
     found = {name: module.format for name, module in model.named_modules() if isinstance(getattr(module, "format", None), str)}
     assert found["model.embed_tokens"] == found["model.layers.0.self_attn.o_proj"] == "int8"
@@ -79,7 +79,7 @@ def test_converted(tmp_path: Path, models: dict, family: str) -> None:
     assert (tmp_path / "packed" / "config.json").read_bytes() == (tmp_path / "saved" / "config.json").read_bytes()
 
 
-def test_layers_for_multi_token_prediction_are_told_of(tmp_path: Path, models: dict) -> None:
+def test_skipped_mtp_layers_are_reported(tmp_path: Path, models: dict) -> None:
     def edit(values, arrays):
         values |= {"block_count": 4, "nextn_predict_layers": 1}
         arrays["blk.3.nextn.eh_proj.weight"] = arrays["blk.2.attn_output.weight"]

@@ -91,7 +91,7 @@ def test_a_tokenizer_larger_than_the_embedding(folder, load, where):
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"model": 3, "x": 999999}', '{"truncation": {"max_length": 999999}}'])
-def test_a_tokenizer_that_cannot_be_read_is_nothing_to_the_model(folder, text):
+def test_an_unreadable_tokenizer_does_not_affect_the_model(folder, text):
     (folder / "tokenizer.json").write_text(text)
     load_model(folder, backend="reference")
 
@@ -111,7 +111,7 @@ def test_pickles_are_never_opened(folder, load):
 
 @both_loaders
 @pytest.mark.parametrize("name", ["../other/model.safetensors", "/model.safetensors", 3, None])
-def test_an_index_that_leads_out(folder, tiny_model, load, name):
+def test_an_index_with_paths_outside_the_directory(folder, tiny_model, load, name):
     shutil.copytree(tiny_model, folder.parent / "other")
     (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
     names = dict.fromkeys(load_file(folder / "model-00001-of-00001.safetensors"), "model-00001-of-00001.safetensors")

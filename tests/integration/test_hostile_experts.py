@@ -128,7 +128,7 @@ def test_configs(folder, load, fields, message):
 
 
 @pytest.mark.parametrize("fields", [{"n_routed_experts": "12"}, {"kv_lora_rank": None}, {"moe_intermediate_size": 0.5}])
-def test_types_that_transformers_own_config_refuses_too(folder, fields):
+def test_types_that_transformers_config_rejects_too(folder, fields):
     set_config(folder, **fields)
     with pytest.raises(ConfigError, match=next(iter(fields))):
         load_model(folder)
@@ -166,20 +166,20 @@ class TestMtpLayers:
 
     @both_loaders
     @pytest.mark.parametrize("name", ["embed_tokens.weight", "shared_head.head.weight"])
-    def test_shared_parts_may_be_left_out(self, folder, load, name):
+    def test_shared_tensors_may_be_missing(self, folder, load, name):
         with_mtp_layer(folder)
         set_tensor(folder, f"{MTP}.{name}", None)
         load(folder)
 
     @both_loaders
-    def test_another_shape(self, folder, load):
+    def test_wrong_shapes(self, folder, load):
         with_mtp_layer(folder)
         set_tensor(folder, f"{MTP}.eh_proj.weight", lambda t: t[:, 1:].clone())
         with pytest.raises(CheckpointError, match=r"\(72, 143\), but the config requires \(72, 144\)") as caught:
             load(folder)
         assert caught.value.tensor == f"{MTP}.eh_proj.weight"
 
-    def test_more_than_the_config_promises(self, folder):
+    def test_more_layers_than_in_the_config(self, folder):
         with_mtp_layer(folder)
         set_config(folder, num_nextn_predict_layers=0)
         with pytest.raises(CheckpointError, match=f"contains {MTP}.*does not have"):
@@ -200,7 +200,7 @@ class TestPacked:
         return tmp_path / "p"
 
     @both_loaders
-    def test_one_expert_less(self, packed, load):
+    def test_a_missing_expert(self, packed, load):
         set_config(packed, n_routed_experts=9)
         with pytest.raises(CheckpointError, match="the config requires"):
             load(packed)
@@ -213,7 +213,7 @@ class TestPacked:
         assert caught.value.tensor == f"{EXPERTS}.down_proj"
 
     @both_loaders
-    def test_a_cut_stack(self, packed, load):
+    def test_a_truncated_stack(self, packed, load):
         set_tensor(packed, f"{EXPERTS}.down_proj", lambda t: t[:-1].clone())
         with pytest.raises(CheckpointError, match=r"is U8 \(11, 5, 2, 288\); int4 \[12, 72, 44\] must be U8 \(12, 5, 2, 288\)"):
             load(packed)

@@ -37,7 +37,7 @@ def filled(pair, *lengths):
 
 
 @pytest.mark.parametrize("lengths", [(40, 40), (40, 3, 33)])
-def test_layers_are_what_transformers_caches(pair, lengths):
+def test_layers_equal_transformers_cache(pair, lengths):
     paged, dynamic, mask = filled(pair, *lengths)
     assert len(paged.layers) == len(dynamic.layers) == 3
     for ours, theirs in zip(paged.layers, dynamic.layers, strict=True):
@@ -50,7 +50,7 @@ def test_layers_are_what_transformers_caches(pair, lengths):
 
 
 @pytest.mark.parametrize("change", [lambda c: c.crop(-7), lambda c: c.reorder_cache(torch.tensor([1, 1])), copy.deepcopy])
-def test_the_future_after_a_change_is_transformers_own(pair, change):
+def test_continuing_after_a_change_equals_transformers(pair, change):
     paged, dynamic, _ = filled(pair, 40, 40)
     paged, dynamic = change(paged) or paged, change(dynamic) or dynamic
     ids = pair.ids(3, 3, seed=5)
@@ -60,7 +60,7 @@ def test_the_future_after_a_change_is_transformers_own(pair, change):
 
 
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"prompt_lookup_num_tokens": 3}])
-def test_generate_writes_what_transformers_does(pair, options):
+def test_generate_caches_the_same_as_transformers(pair, options):
     ids = pair.ids(20)
     settings = {"max_new_tokens": 10, "do_sample": False, "pad_token_id": 0, **options}
     assert torch.equal(pair.fast.generate(ids, **settings), pair.plain.generate(ids, **settings))
@@ -76,7 +76,7 @@ def lite() -> DeepseekV2Config:
 
 
 @pytest.mark.parametrize(("kind", "bytes_a_token"), [("bf16", 31_104), ("fp32", 62_208)])
-def test_a_token_of_v2_lite_takes_what_the_formula_says(kind, bytes_a_token):
+def test_the_size_of_a_v2_lite_token_follows_the_formula(kind, bytes_a_token):
     """27 layers of 512 + 64 numbers."""
     graph = build_graph(lite())
     assert ReferenceBackend().block_bytes(graph, kind) == 32 * bytes_a_token

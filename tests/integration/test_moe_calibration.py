@@ -49,7 +49,7 @@ def squares_that_experts_read(plain, texts) -> dict[str, torch.Tensor]:
     return sums
 
 
-def test_what_experts_read_is_measured_for_a_layer(original, texts):
+def test_inputs_of_experts_are_measured_per_layer(original, texts):
     plain = AutoModelForCausalLM.from_pretrained(original, attn_implementation="eager", experts_implementation="eager")
     model = load_model(original, backend="reference")
     found = measure_importance(model, texts)
@@ -62,7 +62,7 @@ def test_what_experts_read_is_measured_for_a_layer(original, texts):
     assert model.dso.changed() is None and model.get_submodule(STACK).listener is None, "the model is as it was"
 
 
-def test_experts_are_rounded_by_it(original, texts):
+def test_calibration_affects_the_rounding_of_experts(original, texts):
     text = str(original.parent / "text.txt")
     plain = AutoModelForCausalLM.from_pretrained(original).get_submodule(STACK)
     importance = measure_importance(load_model(original, backend="reference"), texts)

@@ -12,7 +12,7 @@ from deepseek_optimizer import load_model
 from support.models import CASES, random_model
 
 
-def test_importing_brings_in_nothing_heavy_beyond_transformers_own_models():
+def test_importing_loads_nothing_heavy():
     """Only this package and the standard library, besides what any model and any pipeline of Transformers need."""
     code = (
         "import sys, torch, numpy.typing, transformers.masking_utils, transformers.modeling_utils, transformers.pipelines\n"
@@ -32,7 +32,7 @@ class Terminal(io.StringIO):
 
 
 @pytest.mark.parametrize("stream, shown", [(Terminal(), True), (io.StringIO(), False)])
-def test_a_bar_with_the_time_left_where_someone_can_see_it(tmp_path, monkeypatch, stream, shown):
+def test_a_progress_bar_on_a_terminal(tmp_path, monkeypatch, stream, shown):
     model = random_model(CASES["llama-gqa"]())
     model.save_pretrained(tmp_path)
     monkeypatch.setenv("TERM", "xterm")

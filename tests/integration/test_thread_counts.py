@@ -20,7 +20,7 @@ def few(monkeypatch):
     monkeypatch.setattr(native.library(), "dso_default_threads", lambda: 2)
 
 
-def test_as_many_as_there_are_is_nothing_to_say(few):
+def test_as_many_threads_as_processors_give_no_warning(few):
     assert (
         oversubscription(1) is None
         and oversubscription(2) is None
@@ -28,7 +28,7 @@ def test_as_many_as_there_are_is_nothing_to_say(few):
     )
 
 
-def test_loading_says_it(few, tiny_model):
+def test_loading_warns(few, tiny_model):
     with pytest.warns(OptimizerWarning, match="3 threads share the 2 processors"):
         model = load_model(tiny_model, precision="int8", threads=3)
     assert any("3 threads" in warning for warning in model.report().to_dict()["warnings"])
@@ -41,7 +41,7 @@ def test_the_environment_counts_too(few, tiny_model, tmp_path, monkeypatch):
     assert any("3 threads share the 2 processors" in line for line in messages)
 
 
-def test_training_uses_the_environments_threads_and_says_it(few, tiny_model, tmp_path, monkeypatch):
+def test_training_uses_the_environments_threads_and_warns(few, tiny_model, tmp_path, monkeypatch):
     from typer.testing import CliRunner
 
     from deepseek_optimizer.train.ops.native import context

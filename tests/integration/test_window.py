@@ -47,7 +47,7 @@ def state(arena: Arena, sequence: SequenceBlocks) -> tuple[Any, ...]:
     return list(sequence.blocks), sequence.tokens, arena.manager.free_blocks, [arena.manager.users(b) for b in range(16)]
 
 
-def test_others_who_share_blocks_see_no_change(model: Any) -> None:
+def test_sequences_that_share_blocks_are_unaffected(model: Any) -> None:
     arena, first = arena_of(model)
     alone, only = arena_of(model)
     second = first.fork()
@@ -64,7 +64,7 @@ def test_others_who_share_blocks_see_no_change(model: Any) -> None:
     assert arena.manager.free_blocks == 16
 
 
-def test_positions_may_begin_elsewhere(model: Any) -> None:
+def test_positions_may_begin_anywhere(model: Any) -> None:
     """Keys turn from where they are: a first position changes the angles' rounding, and nothing more."""
     (a, one), (b, two) = arena_of(model), arena_of(model)
     a.drop_blocks(one, 1, 2)

@@ -39,7 +39,7 @@ def trained(model, byte_tokenizer, tmp_path):
     return trainer, before
 
 
-def test_adapters_learn_and_the_packed_weights_stay(trained, byte_tokenizer):
+def test_adapters_are_trained_and_packed_weights_are_unchanged(trained, byte_tokenizer):
     trainer, before = trained
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
     assert len(losses) == 3 and losses[2] < losses[0] - 0.1
@@ -51,7 +51,7 @@ def test_adapters_learn_and_the_packed_weights_stay(trained, byte_tokenizer):
 
 
 @torch.no_grad()
-def test_the_plan_serves_the_merged_model(trained, byte_tokenizer):
+def test_the_merged_model_uses_the_plan(trained, byte_tokenizer):
     ids = byte_tokenizer("the quick", return_tensors="pt").input_ids
     wrapped = trained[0].model.eval()
     assert wrapped.base_model.model.get_output_embeddings() is not wrapped.base_model.model.lm_head  # a float copy
@@ -60,6 +60,6 @@ def test_the_plan_serves_the_merged_model(trained, byte_tokenizer):
     assert merged.get_output_embeddings() is merged.lm_head
 
 
-def test_without_adapters_it_is_refused_at_once(model, byte_tokenizer, tmp_path):
+def test_without_adapters_it_is_an_immediate_error(model, byte_tokenizer, tmp_path):
     with pytest.raises(ValueError, match="cannot perform fine-tuning on purely quantized models.*adapters"):
         trainer_of(model, byte_tokenizer, tmp_path)

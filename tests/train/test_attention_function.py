@@ -70,7 +70,7 @@ def packed(ids):
 
 @pytest.mark.parametrize("rows", [lambda ids: {}, padded, packed], ids=["whole", "padded", "packed"])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_step_is_sdpas(name, rows):
+def test_a_step_equals_sdpa(name, rows):
     model = made(name)
     ids = ids_of(model)
     given = rows(ids)
@@ -78,7 +78,7 @@ def test_a_step_is_sdpas(name, rows):
 
 
 @pytest.mark.parametrize("name", ["llama-gqa", "qwen3-layer-types", "deepseek_v3-direct"])
-def test_a_step_in_bf16_is_eagers(name):
+def test_a_step_in_bf16_equals_eager(name):
     """Within bf16: both round weights and results at places of their own."""
     model = made(name, torch.bfloat16)
     ids = ids_of(model)
@@ -90,7 +90,7 @@ def test_a_step_in_bf16_is_eagers(name):
         assert ours < 1.2 * theirs
 
 
-def test_a_packed_text_is_what_it_is_alone():
+def test_a_packed_text_equals_one_alone():
     model = made("llama-gqa")
     ids = ids_of(model, rows=1)
     labels = ids.clone()
@@ -135,7 +135,7 @@ class LargestTensor(TorchDispatchMode):
         lambda n: {"position_ids": torch.arange(n)[None] % 200},
     ],
 )
-def test_no_mask_or_scores_of_all_pairs(rows):
+def test_no_dense_mask_or_scores(rows):
     model = made("llama-gqa").base_model
     tokens = 1200
     model.set_attn_implementation(DSO_TRAIN)
@@ -144,7 +144,7 @@ def test_no_mask_or_scores_of_all_pairs(rows):
     assert tokens < seen.numel < tokens * tokens // 3
 
 
-def test_padding_has_no_results_and_no_gradient():
+def test_padding_has_zero_outputs_and_gradients():
     mask = torch.tensor([[0, 0, 1, 1, 1, 0]])
     texts = train_mask(1, 6, 6, attention_mask=mask.bool())
     q, k, v = (torch.randn(1, 2, 6, 8, requires_grad=True) for _ in range(3))
@@ -155,7 +155,7 @@ def test_padding_has_no_results_and_no_gradient():
     assert not v.grad[0, :, mask[0] == 0].any() and v.grad[0, :, 2].all()
 
 
-def test_windows_and_chunks_are_the_models():
+def test_windows_and_chunks_follow_the_model():
     from transformers.masking_utils import chunked_causal_mask_function, sliding_window_causal_mask_function
 
     q, k, v = (torch.randn(2, 2, 23, 8) for _ in range(3))
@@ -182,7 +182,7 @@ def test_a_window_of_every_layer_and_recomputed_layers():
     assert_same_step(step(model, DSO_TRAIN, ids), expected, 1e-5)
 
 
-def test_generation_and_masks_of_callers_are_sdpas():
+def test_generation_and_callers_masks_use_sdpa():
     model = made("llama-gqa").eval()
     ids = ids_of(model)
     full = torch.ones(2, 1, TOKENS, TOKENS, dtype=torch.bool).tril()
@@ -204,7 +204,7 @@ def test_generation_and_masks_of_callers_are_sdpas():
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
-def test_what_is_refused():
+def test_rejected_calls():
     model = made("llama-gqa").train()
     model.set_attn_implementation(DSO_TRAIN)
     ids = ids_of(model)

@@ -34,7 +34,7 @@ def chosen_in(model, run):
     return seen
 
 
-def test_loads_of_steps_and_of_all_their_tokens(model):
+def test_loads_count_all_tokens_of_a_step(model):
     """Two steps that each keep other experts busy."""
     balancing = ExpertBalancing(rate=0.0)
     balancing.attach(model)
@@ -142,7 +142,7 @@ def test_resuming_is_bitwise(model):
     assert all(torch.equal(whole[p], again[p]) for p in whole)
 
 
-def test_unequal_experts_become_equally_busy(model):
+def test_unequal_experts_become_equally_loaded(model):
     ids = ids_of(model, *[60] * 8)
     balancing = ExpertBalancing(rate=0.01)
     balancing.attach(model)
@@ -158,7 +158,7 @@ def test_unequal_experts_become_equally_busy(model):
     assert max(ratios[-20:]) < 1.3
 
 
-def test_what_is_logged(model):
+def test_logged_values(model):
     balancing = ExpertBalancing()
     args = SimpleNamespace(gradient_accumulation_steps=1)
     state = SimpleNamespace(log_history=[{"loss": 3.0}])
@@ -177,7 +177,7 @@ def test_what_is_logged(model):
     assert not balancing._handles
 
 
-def test_sequence_loss_by_the_formula():
+def test_sequence_loss_follows_the_formula():
     g = torch.Generator().manual_seed(0)
     logits = torch.randn(11, 6, generator=g, dtype=torch.float64).float().requires_grad_()
     index = torch.rand(11, 6, generator=g).topk(2, -1).indices

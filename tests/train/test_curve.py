@@ -40,7 +40,7 @@ def test_points_and_picture(tmp_path):
     assert "matplotlib.pyplot" not in sys.modules  # no state of the whole process
 
 
-def test_a_run_that_goes_on_forgets_what_comes_after_its_checkpoint(tmp_path):
+def test_a_resumed_run_drops_points_after_its_checkpoint(tmp_path):
     curve = LossCurve(tmp_path)
     for step in (1, 2, 3):
         log(curve, step, loss=1.0 / step)
@@ -54,19 +54,19 @@ def test_a_run_that_goes_on_forgets_what_comes_after_its_checkpoint(tmp_path):
     assert LossCurve(tmp_path).points == []
 
 
-def test_a_broken_curve_is_named(tmp_path):
+def test_a_damaged_curve_is_an_error(tmp_path):
     (tmp_path / "loss.json").write_text('{"points": [3]}')
     with pytest.raises(CheckpointError, match="loss.json: is not a valid loss curve"):
         read_points(tmp_path / "loss.json")
 
 
-def test_matplotlib_is_asked_for_before_training(tmp_path, monkeypatch):
+def test_missing_matplotlib_is_reported_before_training(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(MissingPackageError, match=r"deepseek-optimizer\[train\]"):
         LossCurve(tmp_path)
 
 
-def test_a_full_disk_leaves_the_old_figures(tmp_path, monkeypatch):
+def test_a_full_disk_keeps_the_old_curve(tmp_path, monkeypatch):
     curve = LossCurve(tmp_path)
     log(curve, 1, loss=1.0)
     curve.on_save(None, state(1), None)

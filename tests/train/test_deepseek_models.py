@@ -33,7 +33,7 @@ def biases(model):
 
 
 @pytest.mark.parametrize("name", ["deepseek_v2-groups", "deepseek_v3-groups", "deepseek_v3-direct", "deepseek_v32-indexer"])
-def test_fp32_is_transformers_trainer(tmp_path, name):
+def test_fp32_equals_transformers_trainer(tmp_path, name):
     theirs = plain_losses(random_model(CASES[name]()), tmp_path, learning_rate=1e-3)
     ours = make_trainer(
         random_model(CASES[name]()), tmp_path, bf16=False, optimizer_state="fp32", moe_balance_rate=0.0, learning_rate=1e-3
@@ -45,7 +45,7 @@ def test_fp32_is_transformers_trainer(tmp_path, name):
     assert "Experts" in native and ("Attention" in native) == ("v32" not in name)
 
 
-def test_experts_are_balanced_and_layers_ahead_are_trained(tmp_path):
+def test_experts_are_balanced_and_mtp_layers_are_trained(tmp_path):
     model = random_model(deepseek_v3(num_nextn_predict_layers=2))
     before = biases(model)
     trainer = make_trainer(
@@ -78,7 +78,7 @@ def test_experts_are_balanced_and_layers_ahead_are_trained(tmp_path):
         assert torch.equal(bias, after[path]) and bias.dtype == torch.float32
 
 
-def test_the_loss_ahead_is_added_with_its_weight(tmp_path):
+def test_the_mtp_loss_is_added_with_its_weight(tmp_path):
     found = {}
     for weight in (None, 0.0, 0.5):
         model = random_model(deepseek_v3(num_nextn_predict_layers=1))
@@ -93,7 +93,7 @@ def test_the_loss_ahead_is_added_with_its_weight(tmp_path):
 
 
 @pytest.mark.parametrize("fields", [{}, {"gradient_accumulation_steps": 2, "activation_memory": "recompute"}])
-def test_resumed_is_never_stopped(tmp_path, fields):
+def test_resumed_equals_uninterrupted(tmp_path, fields):
     fields = {"mtp_loss_weight": 0.3, "moe_balance_rate": 0.05, "learning_rate": 1e-3, "max_steps": 6, **fields}
 
     def fresh(seed):
@@ -118,7 +118,7 @@ def test_resumed_is_never_stopped(tmp_path, fields):
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_the_best_model_has_its_experts(tmp_path):
+def test_the_best_model_includes_its_experts(tmp_path):
     trainer = make_trainer(
         random_model(deepseek_v3()), tmp_path, max_steps=6, learning_rate=0.3, eval_strategy="steps", eval_steps=1,
         save_strategy="steps", save_steps=1, load_best_model_at_end=True, metric_for_best_model="loss", greater_is_better=False,
@@ -129,7 +129,7 @@ def test_the_best_model_has_its_experts(tmp_path):
     assert trainer.evaluate()["eval_loss"] == pytest.approx(min(found), rel=1e-6)
 
 
-def test_what_cannot_be_trained_ahead(tmp_path):
+def test_unsupported_mtp_training(tmp_path):
     with pytest.raises(ConfigError, match="mtp_loss_weight.*num_nextn_predict_layers"):
         make_trainer(random_model(llama()), tmp_path, mtp_loss_weight=0.3)
     for fields in ({"fused_loss": False}, {"label_smoothing_factor": 0.1}):
@@ -185,7 +185,7 @@ def test_an_fp8_checkpoint_is_tuned_by_adapters(tmp_path, fp8):
     assert loss < untuned
 
 
-def test_an_adapter_is_trained_ahead_too(tmp_path, fp8):
+def test_an_adapter_is_trained_with_mtp(tmp_path, fp8):
     """`load_model` keeps a checkpoint's MTP layers, so adapters may stand in them."""
     peft = pytest.importorskip("peft")
     model = peft.get_peft_model(load_model(fp8[0]), peft.LoraConfig(r=4, target_modules=["o_proj", "eh_proj"]))

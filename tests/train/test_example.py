@@ -41,7 +41,7 @@ def talk(folder: Path) -> None:
     assert result.stdout.strip()
 
 
-def test_the_chain_runs(tmp_path):
+def test_the_script_runs_end_to_end(tmp_path):
     """With 0.3 M weights and 512 tokens in a third of a minute: from ln 512 = 6.2 nats a token."""
     figures = run(tmp_path, "--size", "smallest", "--minutes", "0.35", "--characters", "150000")
     assert figures["eval_loss"] < 5.9

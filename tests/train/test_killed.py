@@ -22,7 +22,7 @@ def test_killed_at_random_moments(tmp_path: Path) -> None:
     assert counts["killed"] == 20 and counts["killed while saving"] > 3
 
 
-def test_half_a_checkpoint_would_be_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_incomplete_checkpoint_is_detected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The check can fail: with checkpoints written under their final names, a kill soon leaves half of one."""
     from deepseek_optimizer.train.checkpoints import saving
 

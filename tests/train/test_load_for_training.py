@@ -14,7 +14,7 @@ from support.models import llama, random_model
 from support.tiny_v3 import tiny_v3
 
 
-def test_layers_that_are_left_out_make_no_noise():
+def test_skipped_layers_give_no_report():
     heard: list[str] = []
     listener = logging.Handler(logging.WARNING)
     listener.emit = lambda record: heard.append(record.getMessage())
@@ -28,7 +28,7 @@ def test_layers_that_are_left_out_make_no_noise():
 
 
 @pytest.mark.parametrize("change", ["gone", "shape"])
-def test_a_weight_that_is_not_there_is_named(tmp_path, change):
+def test_a_missing_weight_is_named(tmp_path, change):
     random_model(llama()).save_pretrained(tmp_path)
     file, name = tmp_path / "model.safetensors", "model.layers.1.mlp.up_proj.weight"
     tensors = load_file(file)

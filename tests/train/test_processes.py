@@ -50,7 +50,7 @@ def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("accumulated", [1, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("way", WAYS)
-def test_two_processes_are_one_with_twice_the_batch(tmp_path: Path, way: dict[str, Any], accumulated: int) -> None:
+def test_two_processes_equal_one_with_twice_the_batch(tmp_path: Path, way: dict[str, Any], accumulated: int) -> None:
     """The same data in the same order, so the same losses and weights, but for the order of sums in fp32."""
     fields = {"gradient_accumulation_steps": accumulated, "optimizer_state": "fp32"}  # no rounding by chance
     alone = run(tmp_path / "one", rows=4, **fields)
@@ -78,12 +78,12 @@ def test_resumed_together_is_exact(tmp_path: Path, way: dict[str, Any]) -> None:
     assert shapes == {tuple(weight.shape) for weight in weights(again).values()}, "a shard was saved"
 
 
-def test_a_checkpoint_of_fsdp_goes_on_in_one_process(tmp_path: Path) -> None:
+def test_an_fsdp_checkpoint_resumes_in_one_process(tmp_path: Path) -> None:
     in_processes(lambda rank: run(tmp_path, rows=2, max_steps=3, **FSDP))
     assert len(run(tmp_path, rows=4, resume=True)) == 6
 
 
-def test_eight_bit_moments_cannot_be_shared_out(tmp_path: Path) -> None:
+def test_int8_moments_cannot_be_sharded(tmp_path: Path) -> None:
     def refused(rank: int) -> str:
         try:
             run(tmp_path, rows=2, max_steps=3, width=96, optimizer_state="int8", **FSDP)

@@ -23,7 +23,7 @@ def mesh():
         dist.destroy_process_group()
 
 
-def test_a_sharded_parameter_is_trained_as_a_plain_one(mesh):
+def test_a_sharded_parameter_is_trained_like_a_plain_one(mesh):
     torch.manual_seed(0)
     weights, gradient = torch.randn(300, 7).bfloat16(), torch.randn(300, 7).bfloat16()
     plain = torch.nn.Parameter(weights.clone())
@@ -40,7 +40,7 @@ def test_a_sharded_parameter_is_trained_as_a_plain_one(mesh):
     assert torch.equal(again.state[shared]["exp_avg"], optimizers[0].state[plain]["exp_avg"])
 
 
-def test_sums_go_over_those_who_hold_different_parts(mesh, monkeypatch):
+def test_sums_are_over_the_processes_with_different_shards(mesh, monkeypatch):
     monkeypatch.setattr(dist, "all_reduce", lambda pair, group: pair.mul_(2))  # as if another process had the same
     tensors = [
         torch.ones(2),

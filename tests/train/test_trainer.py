@@ -28,7 +28,7 @@ def _plain(model, folder, **fields):
 
 
 @pytest.mark.parametrize("config", [llama, qwen3])
-def test_fp32_is_transformers_trainer(tmp_path, config):
+def test_fp32_equals_transformers_trainer(tmp_path, config):
     fields = {"weight_decay": 0.1, "max_grad_norm": 1.0, "gradient_accumulation_steps": 2, "lr_scheduler_type": "cosine",
               "warmup_steps": 2}  # fmt: skip
     plain = _plain(random_model(config()), tmp_path, **fields)
@@ -57,7 +57,7 @@ def test_bf16_follows_fp32(tmp_path):
         assert losses(ours)[-1] == pytest.approx(plain[-1], rel=0.02) and plain[-1] < 0.9 * plain[0]
 
 
-def test_the_ways_to_keep_give_the_same_run_to_the_bit(tmp_path):
+def test_all_recompute_settings_give_bitwise_equal_runs(tmp_path):
     runs = []
     for memory in ("full", "selective", "recompute"):
         trainer = make_trainer(random_model(llama(tie_word_embeddings=True)), tmp_path, activation_memory=memory)
@@ -76,7 +76,7 @@ def test_fused_and_whole_logits(tmp_path):
     assert runs[0] == pytest.approx(runs[1], rel=1e-5)
 
 
-def test_accumulation_adds_up_in_fp32(tmp_path):
+def test_accumulation_is_in_fp32(tmp_path):
     """Eight passes of one row are one pass of eight: to bf16's rounding of the gradients, not of their sum."""
     runs = []
     for rows, steps in ((8, 1), (1, 8)):
@@ -123,7 +123,7 @@ def test_other_optimizers(tmp_path, optim):
     assert losses(ours) == pytest.approx(losses(plain), rel=1e-4)
 
 
-def test_an_optimizer_of_the_callers_own(tmp_path):
+def test_a_custom_optimizer(tmp_path):
     model = random_model(llama())
     trainer = make_trainer(model, tmp_path, optimizers=(torch.optim.SGD(model.parameters(), lr=1e-3), None))
     trainer.train()
@@ -161,7 +161,7 @@ def _in_order(rows, **fields):
     return {"train_dataset": _Spoilt(rows), "train_sampling_strategy": "sequential", **fields}
 
 
-def test_a_loss_that_is_not_finite_stops_before_it_does_harm(tmp_path):
+def test_a_non_finite_loss_stops_before_the_update(tmp_path):
     for optim in ("adamw_deepseek", "adamw_torch"):
         folder = tmp_path / optim
         trainer = make_trainer(_spoilt_model(), folder, optim=optim, save_strategy="steps", save_steps=2, **_in_order({6, 7}))
@@ -201,7 +201,7 @@ def test_skipping_ends(tmp_path):
 
 
 @pytest.mark.parametrize("policy", ["stop", "skip"])
-def test_gradients_that_are_not_finite(tmp_path, policy):
+def test_non_finite_gradients(tmp_path, policy):
     """The loss is, for the spoilt weight is only seen backwards."""
     model = random_model(llama())
     handle = model.lm_head.weight.register_hook(lambda grad: grad * float("inf"))
@@ -217,7 +217,7 @@ def test_gradients_that_are_not_finite(tmp_path, policy):
     assert torch.equal(model.model.norm.weight.float(), before.bfloat16().float())
 
 
-def test_what_cannot_fit_is_refused_before_it_is_taken(tmp_path, monkeypatch):
+def test_impossible_memory_is_rejected_before_allocation(tmp_path, monkeypatch):
     from deepseek_optimizer.train import report
 
     model = random_model(llama())
@@ -244,12 +244,12 @@ def test_report(tmp_path):
     assert not trainer.model.model.norm.__dict__.get("kept")
 
 
-def test_arguments_of_transformers_are_refused(tmp_path):
+def test_plain_training_arguments_are_rejected(tmp_path):
     with pytest.raises(ConfigError, match="DeepSeekTrainingArguments"):
         DeepSeekTrainer(random_model(llama()), TrainingArguments(output_dir=str(tmp_path)))
 
 
-def test_gradients_do_not_last_beyond_a_step_of_the_callers_own_optimizer(tmp_path):
+def test_gradients_are_freed_after_a_step_of_a_custom_optimizer(tmp_path):
     """One that keeps its gradients until `zero_grad`: Trainer asks the model for that, which knows of no `main_grad`."""
     runs = []
     for free in (True, False):

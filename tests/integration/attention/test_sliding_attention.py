@@ -78,7 +78,7 @@ def test_families_and_padding(name, window, sinks, small_pieces):
 
 
 @torch.no_grad()
-def test_pieces_change_nothing(monkeypatch):
+def test_chunks_change_nothing(monkeypatch):
     _, sliding = pair("llama-gqa", 37, 3)
     ids, _ = padded(sliding.config, 700)
     whole = sliding(ids).logits[0]
@@ -124,7 +124,7 @@ def test_beams_and_assisted_generation():
 
 
 @torch.no_grad()
-def test_the_indexers_choice_is_not_asked():
+def test_the_indexer_is_not_used():
     config = CASES["deepseek_v32-types"]()  # its indexer keeps 40
     eager, sliding = pair(config, 9, 2)
     ids, real = padded(eager.config, 40)
@@ -143,7 +143,7 @@ def test_texts_packed_into_one_row():
 
 
 @torch.no_grad()
-def test_a_callers_mask_is_taken_as_it_is():
+def test_a_callers_mask_is_used_unchanged():
     eager, sliding = pair("llama-gqa", 3, 1)
     ids, real = padded(eager.config, 40)
     mask = dense(real, 11, 0)
@@ -161,7 +161,7 @@ def test_gradients(small_pieces):
 
 
 @pytest.mark.parametrize("seed", range(30))
-def test_masks_by_pieces_against_pairs(seed):
+def test_masks_by_chunks_against_dense_masks(seed):
     """With caches that have dropped their first keys, and room for more than there are."""
     draw = random.Random(seed)
     window, sinks, own = draw.choice((1, 3, 9, 50)), draw.choice((0, 1, 4, 30)), draw.choice((None, 6, 20))
@@ -221,7 +221,7 @@ def test_without_a_mask(own):
 
 
 @torch.no_grad()
-def test_attention_to_both_sides_is_left_alone():
+def test_bidirectional_attention_is_unchanged():
     eager, sliding = pair("llama-gqa", 3, 1)
     for model in (eager, sliding):
         model.config.is_causal = False
@@ -232,7 +232,7 @@ def test_attention_to_both_sides_is_left_alone():
 
 
 @torch.no_grad()
-def test_nothing_of_all_pairs_is_made():
+def test_no_dense_mask_is_built():
     _, sliding = pair("llama-gqa", 64, 4)
     tokens = 3000
     largest = 0
@@ -249,7 +249,7 @@ def test_nothing_of_all_pairs_is_made():
     assert tokens * 100 < largest < tokens**2 / 4
 
 
-def test_the_name_is_there_after_import(tiny_model):
+def test_the_name_is_registered_by_the_import(tiny_model):
     script = (
         "import deepseek_optimizer\n"
         "from transformers import AutoModelForCausalLM\n"
@@ -265,7 +265,7 @@ def test_the_name_is_there_after_import(tiny_model):
 
 
 @torch.no_grad()
-def test_defaults_see_short_texts_whole(tiny_model):
+def test_default_windows_cover_short_texts(tiny_model):
     sliding = AutoModelForCausalLM.from_pretrained(tiny_model, attn_implementation="dso_sliding")
     plain = AutoModelForCausalLM.from_pretrained(tiny_model, attn_implementation="eager")
     ids = torch.arange(3, 203)[None]
@@ -273,7 +273,7 @@ def test_defaults_see_short_texts_whole(tiny_model):
 
 
 @pytest.mark.parametrize(("field", "value"), [("dso_window", 0), ("dso_window", "many"), ("dso_sinks", -1)])
-def test_a_bad_window(field, value):
+def test_invalid_windows(field, value):
     _, sliding = pair("llama-one-layer", 8, 1)
     setattr(sliding.config, field, value)
     with pytest.raises(ConfigError, match=field):
@@ -281,7 +281,7 @@ def test_a_bad_window(field, value):
 
 
 @pytest.mark.filterwarnings("ignore::deepseek_optimizer.integration.bind.runtime.OptimizerWarning")
-def test_a_plan_does_not_take_the_name_in_silence(tiny_model):
+def test_an_optimised_model_rejects_the_name(tiny_model):
     asked = {"attn_implementation": "dso_sliding"}
     with pytest.raises(ConfigError, match='attention_optimization="sliding"'):
         AutoModelForCausalLM.from_pretrained(tiny_model, quantization_config=DeepSeekConfig(backend="reference"), **asked)
@@ -290,7 +290,7 @@ def test_a_plan_does_not_take_the_name_in_silence(tiny_model):
         DynamicGraphOptimizer(plain, config=DeepSeekConfig(backend="reference")).optimize()
 
 
-def test_other_softmaxes_are_refused():
+def test_other_softmaxes_are_rejected():
     _, sliding = pair("llama-one-layer", 8, 1)
     attention = sliding.model.layers[0].self_attn
     states = torch.zeros(1, 6, 3, 12), torch.zeros(1, 2, 3, 12), torch.zeros(1, 2, 3, 12)

@@ -106,7 +106,7 @@ def test_padding(decoder, side):
 
 
 @torch.no_grad()
-def test_the_decoders_forward_takes_what_its_class_takes(decoder):
+def test_the_decoders_forward_has_the_signature_of_its_class(decoder):
     ids = decoder.ids(20, 20)
     whole = decoder.plain(ids).last_hidden_state
     assert inspect.signature(decoder.fast.forward) == inspect.signature(decoder.plain.forward)
@@ -164,7 +164,7 @@ def test_losses(head):
 
 
 @torch.no_grad()
-def test_a_batch_without_a_padding_token_is_the_error_that_transformers_gives():
+def test_a_batch_without_a_padding_token_gives_transformers_error():
     pair = make(AutoModelForSequenceClassification, "llama-gqa")
     for model in (pair.plain, pair.fast):
         model.config.pad_token_id = None
@@ -175,7 +175,7 @@ def test_a_batch_without_a_padding_token_is_the_error_that_transformers_gives():
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @torch.no_grad()
-def test_int8_is_the_model_of_the_dequantised_weights(backend):
+def test_int8_equals_the_model_with_dequantised_weights(backend):
     pair = make(AutoModelForSequenceClassification, "qwen3-gqa", backend, precision="int8", kv_cache="fp32")
     for name, module in pair.fast.named_modules():
         if isinstance(module, Packed):
@@ -188,7 +188,7 @@ def test_int8_is_the_model_of_the_dequantised_weights(backend):
 
 
 @torch.no_grad()
-def test_what_the_plan_cannot_serve_goes_to_transformers(decoder):
+def test_unsupported_calls_go_to_transformers(decoder):
     pair = Pair(decoder.plain, copy.deepcopy(decoder.fast))
     ids = pair.ids(6)
     with pytest.warns(OptimizerWarning, match="is_causal"):
@@ -203,7 +203,7 @@ def test_what_the_plan_cannot_serve_goes_to_transformers(decoder):
     assert_close_rows(fast, pair.plain(ids).last_hidden_state)
 
 
-def test_gradients_come_from_transformers_own_forward():
+def test_gradients_come_from_transformers_forward():
     pair = make(AutoModelForSequenceClassification, "llama-gqa", "reference")
     embeds = [pair.plain.get_input_embeddings()(pair.ids(5)).detach().requires_grad_() for _ in range(2)]
     with pytest.warns(OptimizerWarning, match="gradients"):
@@ -253,7 +253,7 @@ def hidden(model):
 
 
 @pytest.mark.parametrize("case", ["llama-gqa", "llama-tied", "deepseek_v3-groups"])
-def test_a_causal_checkpoint_opens_as_other_classes(saved, case):
+def test_a_causal_checkpoint_loads_as_other_classes(saved, case):
     plain, packed = saved(case)
     expected = hidden(AutoModel.from_pretrained(plain, **EAGER))
     for model in (
@@ -268,7 +268,7 @@ def test_a_causal_checkpoint_opens_as_other_classes(saved, case):
 
 @pytest.mark.parametrize("case", ["llama-gqa", "deepseek_v3-groups"])
 @torch.no_grad()
-def test_each_class_is_saved_and_opened(saved, tmp_path, case):
+def test_each_class_is_saved_and_loaded(saved, tmp_path, case):
     for auto in (AutoModel, AutoModelForSequenceClassification, AutoModelForTokenClassification):
         first = auto.from_pretrained(saved(case)[0], quantization_config=settings(precision="int8"))
         first.save_pretrained(tmp_path / auto.__name__)
@@ -286,7 +286,7 @@ def test_each_class_is_saved_and_opened(saved, tmp_path, case):
     assert torch.equal(hidden(AutoModel.from_pretrained(tmp_path / "inner")), hidden(inner))
 
 
-def test_a_tied_decoder_opens_as_a_causal_model(saved, tmp_path):
+def test_a_tied_decoder_loads_as_a_causal_model(saved, tmp_path):
     plain, _ = saved("llama-tied")
     AutoModel.from_pretrained(plain, quantization_config=settings()).save_pretrained(tmp_path / "decoder")
     models = load_model(plain, settings()), AutoModelForCausalLM.from_pretrained(tmp_path / "decoder")
@@ -329,7 +329,7 @@ def test_a_missing_tensor_is_named(saved, tmp_path):
         AutoModel.from_pretrained(tmp_path / "m", quantization_config=settings())
 
 
-def test_what_needs_a_head_is_refused(saved):
+def test_calls_that_need_a_head_are_rejected(saved):
     with pytest.raises(ConfigError, match="kl_budget measures logits, but LlamaModel has none"):
         AutoModel.from_pretrained(saved("llama-gqa")[0], quantization_config=DeepSeekConfig(kl_budget=0.1, backend="reference"))
     with pytest.raises(ConfigError, match="LlamaModel has no language model head"):
@@ -340,7 +340,7 @@ def test_what_needs_a_head_is_refused(saved):
 
 
 @torch.no_grad()
-def test_a_classifier_is_copied_moved_and_refuses_casts():
+def test_a_classifier_can_be_copied_and_moved_but_not_cast():
     pair = make(AutoModelForSequenceClassification, "llama-gqa", "reference")
     ids = pair.ids(6)
     before = pair.fast(ids).logits

@@ -84,7 +84,7 @@ def saved(request: Any, tmp_path_factory: Any) -> Saved:
     return Saved(plain, folder, random_ids(plain.config, READ), kind)
 
 
-def test_however_it_is_loaded_and_saved(saved: Saved, tmp_path: Path) -> None:
+def test_every_way_of_loading_and_saving(saved: Saved, tmp_path: Path) -> None:
     fields, expected = {**FIELDS, "context_extension": saved.kind}, saved.expected()
     unextended = transformers_logits(saved.plain, saved.ids)
     assert not torch.allclose(expected, unextended, rtol=1e-2)  # so that forgetting it shows
@@ -134,7 +134,7 @@ def test_an_optimised_model_can_be_extended_afterwards() -> None:
 
 @pytest.mark.parametrize("name", ["llama-linear", "llama-dynamic", "llama-yarn", "llama-llama3", "deepseek_v3-groups"])
 @pytest.mark.parametrize("kind", ["yarn", "dynamic"])
-def test_what_is_scaled_already_is_refused(name: str, kind: str, tmp_path: Path) -> None:
+def test_already_scaled_models_are_rejected(name: str, kind: str, tmp_path: Path) -> None:
     plain = random_model(CASES[name]())
     plain.save_pretrained(tmp_path / "m")
     fields: dict[str, Any] = {"context_extension": kind, "context_length": 1 << 15}
@@ -150,20 +150,20 @@ def test_what_is_scaled_already_is_refused(name: str, kind: str, tmp_path: Path)
 
 
 @pytest.mark.parametrize("length", [1, TRAINED - 1, TRAINED])
-def test_a_length_that_is_no_more_is_refused(length: int) -> None:
+def test_a_length_that_extends_nothing_is_rejected(length: int) -> None:
     settings = DeepSeekConfig(context_extension="yarn", context_length=length)
     with pytest.raises(ConfigError, match=f"context_length={length} does not exceed the {TRAINED} tokens.*set a larger length"):
         DynamicGraphOptimizer(random_model(short("llama-gqa")), config=settings)
 
 
-def test_a_length_that_is_missing_is_refused() -> None:
+def test_a_missing_length_is_rejected() -> None:
     settings = DeepSeekConfig()
     settings.context_extension = "yarn"  # set later, one after the other
     with pytest.raises(ConfigError, match="needs context_length"):
         DynamicGraphOptimizer(random_model(short("llama-gqa")), config=settings)
 
 
-def test_another_length_of_a_packed_copy_is_refused(tmp_path: Path) -> None:
+def test_another_length_of_a_packed_copy_is_rejected(tmp_path: Path) -> None:
     model = random_model(short("llama-gqa"))
     fields: dict[str, Any] = {"context_extension": "yarn", "context_length": ROOM}
     DynamicGraphOptimizer(model, config=DeepSeekConfig(backend="reference", **fields)).optimize()
@@ -174,7 +174,7 @@ def test_another_length_of_a_packed_copy_is_refused(tmp_path: Path) -> None:
         load_model(tmp_path / "packed", DeepSeekConfig(), context_length=2 * ROOM)
 
 
-def test_odd_lengths_are_what_was_asked_for() -> None:
+def test_odd_lengths_are_exact() -> None:
     for trained, length in ((48, 1000), (4096, 4097), (100, 131071), (2048, (1 << 31) - 1)):
         for kind in ("yarn", "dynamic"):
             config = llama(max_position_embeddings=trained)
@@ -185,7 +185,7 @@ def test_odd_lengths_are_what_was_asked_for() -> None:
             assert build_graph(config).max_positions == room_of(config) == length
 
 
-def test_it_is_said_once() -> None:
+def test_the_warning_is_given_once() -> None:
     model = random_model(short("llama-gqa"))
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
@@ -233,7 +233,7 @@ LENGTHS = (50, 90, 3, 61)  # of prompts: within the trained length with what fol
 
 
 @pytest.mark.parametrize("how", [{}, {"prompt_lookup_num_tokens": 4}, {"num_beams": 1, "output_hidden_states": True}], ids=str)
-def test_generate_alone_and_in_company(dynamic: Any, how: dict[str, Any]) -> None:
+def test_generate_alone_and_in_batches(dynamic: Any, how: dict[str, Any]) -> None:
     ids = [random_ids(dynamic.config, n, seed=n) for n in LENGTHS]
     expected = [greedy(dynamic, text, 12) for text in ids]
     for text, whole in zip(ids, expected, strict=True):
@@ -248,7 +248,7 @@ def test_generate_alone_and_in_company(dynamic: Any, how: dict[str, Any]) -> Non
         assert row[longest - len(text) :] == whole
 
 
-def test_generate_to_the_end_of_the_room(dynamic: Any) -> None:
+def test_generate_to_the_end_of_the_context(dynamic: Any) -> None:
     text = random_ids(dynamic.config, ROOM - 5)
     with pytest.warns(OptimizerWarning, match=f"stopped at the model's context of {ROOM} tokens"):
         found = dynamic.generate(torch.tensor([text]), max_new_tokens=20, do_sample=False)[0].tolist()
@@ -270,7 +270,7 @@ def test_samples_of_one_prompt_share_its_frequencies(dynamic: Any) -> None:
     assert found.tolist() == [greedy(dynamic, text, 10)] * 3
 
 
-def test_a_cache_keeps_the_frequencies_it_was_begun_with(dynamic: Any) -> None:
+def test_a_cache_keeps_its_initial_frequencies(dynamic: Any) -> None:
     text, cache = random_ids(dynamic.config, 30), PagedCache(dynamic)
     first = dynamic.generate(torch.tensor([text]), max_new_tokens=10, do_sample=False, **{cache_name(): cache})
     assert cache.state.reach.tolist() == [40]
@@ -283,7 +283,7 @@ def test_a_cache_keeps_the_frequencies_it_was_begun_with(dynamic: Any) -> None:
     assert cache.state.reach.tolist() == [130]
 
 
-def test_transformers_own_loop_says_where_it_leaves_the_context(dynamic: Any) -> None:
+def test_transformers_loop_reports_the_end_of_the_context(dynamic: Any) -> None:
     hook = dynamic.model.layers[0].register_forward_hook(lambda *_: None)
     try:
         with pytest.warns(OptimizerWarning, match=f"continues beyond the model's context of {ROOM}"):
@@ -292,7 +292,7 @@ def test_transformers_own_loop_says_where_it_leaves_the_context(dynamic: Any) ->
         hook.remove()
 
 
-def test_a_model_with_dynamic_rope_of_its_own_has_its_room() -> None:
+def test_a_model_with_dynamic_rope_has_its_own_context() -> None:
     config = llama(max_position_embeddings=TRAINED, **rope("dynamic", factor=4.0))
     model = random_model(config)
     ids = random_ids(config, READ)

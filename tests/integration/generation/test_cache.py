@@ -42,7 +42,7 @@ def assert_same_future(pair, paged, dynamic, tokens=3):
     torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-3)
 
 
-def test_it_is_a_cache(filled):
+def test_it_is_a_transformers_cache(filled):
     pair, paged, dynamic = filled
     assert isinstance(paged, Cache)
     assert paged.batch_size == 2
@@ -149,7 +149,7 @@ def test_storage(kv):
     assert pair.fast.dso.kv_dtype == kv
 
 
-def test_blocks_go_back_when_a_cache_is_dropped(fresh_pair):
+def test_blocks_are_freed_when_a_cache_is_deleted(fresh_pair):
     arena = fresh_pair.fast.dso.arena
     gc.collect()
     gc.disable()
@@ -164,7 +164,7 @@ def test_blocks_go_back_when_a_cache_is_dropped(fresh_pair):
         gc.enable()
 
 
-def test_memory_is_given_back_with_the_last_user(fresh_pair, monkeypatch):
+def test_memory_is_freed_with_the_last_user(fresh_pair, monkeypatch):
     arena, released = fresh_pair.fast.dso.arena, []
     monkeypatch.setattr(arena.store, "release", released.append)
     first, second = PagedCache(fresh_pair.fast), PagedCache(fresh_pair.fast)
@@ -197,7 +197,7 @@ def test_a_full_cache_is_an_error_and_recovers():
 
 
 @torch.no_grad()
-def test_wrong_batch_is_refused(filled):
+def test_a_wrong_batch_size_is_rejected(filled):
     pair, paged, _ = filled
     with pytest.raises(ValueError, match="has 2 sequences, but the call has 3 rows"):
         pair.fast(pair.ids(1, 1, 1), cache=paged)
@@ -218,7 +218,7 @@ class _Store:
     def release(self, from_block): ...
 
 
-def test_reclaim_in_the_midst_of_an_allocation_waits():
+def test_reclaim_during_an_allocation_waits():
     """A finaliser may run while the manager is at work, in the same thread: it must not touch it then."""
     arena = Arena(_Store(), layers=1)
     with arena.locked() as manager:
@@ -229,7 +229,7 @@ def test_reclaim_in_the_midst_of_an_allocation_waits():
     assert arena.manager.free_blocks == 64
 
 
-def test_many_threads_leave_no_block_behind():
+def test_many_threads_leak_no_block():
     arena = Arena(_Store(), layers=1)
 
     def work():
@@ -249,7 +249,7 @@ def test_many_threads_leave_no_block_behind():
         assert manager.free_blocks == 64
 
 
-def test_reclaim_in_the_midst_of_a_step_gives_memory_back_after_it():
+def test_reclaim_during_a_step_frees_memory_after_it():
     class Plan:
         def run(self, batch, store):
             arena.reclaim([sequence])  # as the collector may

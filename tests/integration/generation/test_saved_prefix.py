@@ -41,7 +41,7 @@ def loaded(path, engine, runtime, tokens=None):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("case", ["llama-gqa", "deepseek_v3-groups"])
 @pytest.mark.parametrize("kv_cache", ["auto", "int8"])
-def test_the_same_text_without_reading_again(tmp_path, backend, case, kv_cache):
+def test_the_same_text_without_prefill(tmp_path, backend, case, kv_cache):
     prompt = random_ids(CASES[case](), 140)
     first, runtime = made(case, backend, kv_cache=kv_cache)
     [expected] = first.generate([prompt], GREEDY)
@@ -63,7 +63,7 @@ def test_the_same_text_without_reading_again(tmp_path, backend, case, kv_cache):
     ],
     ids=lambda mode: mode["attention_optimization"],
 )
-def test_what_modes_of_attention_keep_beside_is_saved_too(tmp_path, backend, mode):
+def test_data_of_attention_modes_is_saved_too(tmp_path, backend, mode):
     prompt = random_ids(CASES["llama-gqa"](), 420)
     first, runtime = made("llama-gqa", backend, **mode)
     first.generate([prompt], GREEDY)
@@ -77,7 +77,7 @@ def test_what_modes_of_attention_keep_beside_is_saved_too(tmp_path, backend, mod
     )
 
 
-def test_other_models_settings_and_texts_are_refused(tmp_path):
+def test_other_models_settings_and_texts_are_rejected(tmp_path):
     prompt = random_ids(CASES["llama-gqa"](), 70)
     engine, runtime = made("llama-gqa", "reference")
     engine.generate([prompt], GREEDY)
@@ -98,7 +98,7 @@ def test_other_models_settings_and_texts_are_refused(tmp_path):
         loaded(tmp_path / "a", engine, runtime, prompt[:40])
 
 
-def test_a_damaged_block_leaves_no_block_behind(tmp_path):
+def test_a_damaged_block_leaks_no_block(tmp_path):
     prompt = random_ids(CASES["llama-gqa"](), 140)
     engine, runtime = made("llama-gqa", "reference")
     engine.generate([prompt], GREEDY)
@@ -112,7 +112,7 @@ def test_a_damaged_block_leaves_no_block_behind(tmp_path):
     assert len(other.core.prefix) == 0 and other.core.memory.manager.free_blocks == 32
 
 
-def test_a_cache_that_is_too_small_says_so_and_one_that_is_full_makes_room(tmp_path):
+def test_too_small_caches_are_errors_and_full_ones_evict(tmp_path):
     prompt = random_ids(CASES["llama-gqa"](), 140)
     engine, runtime = made("llama-gqa", "reference")
     engine.generate([prompt], GREEDY)
@@ -126,7 +126,7 @@ def test_a_cache_that_is_too_small_says_so_and_one_that_is_full_makes_room(tmp_p
     assert full.generate([prompt], GREEDY)[0].cached_tokens == 128
 
 
-def test_nothing_read_nothing_written(tmp_path):
+def test_an_empty_cache_writes_no_file(tmp_path):
     engine, runtime = made("llama-gqa", "reference")
     assert saved(tmp_path / "a", engine, runtime, random_ids(CASES["llama-gqa"](), 70)) == 0
     assert list(tmp_path.iterdir()) == []
@@ -136,7 +136,7 @@ def test_fingerprints_are_the_same_in_another_copy():
     assert fingerprint(made("deepseek_v3-groups", "reference")[1]) == fingerprint(made("deepseek_v3-groups", "reference")[1])
 
 
-def test_frequencies_that_grow_are_told_apart():
+def test_growing_frequencies_are_distinguished():
     """What they are made of counts too: a partial is no number."""
     case, other = rope("dynamic", factor=4.0), rope("dynamic", factor=4.0, rope_theta=20000.0)
     found = []

@@ -74,14 +74,14 @@ GREEDY = {
 
 @pytest.mark.parametrize("name", GREEDY)
 @pytest.mark.parametrize("lengths", [(9,), (40, 4, 31)], ids=["one", "left-padded"])
-def test_greedy_text_is_plain_greedy_text(pair, name, lengths):
+def test_greedy_text_equals_plain_decoding(pair, name, lengths):
     plain, drafted = both(pair, lengths, **GREEDY[name])
     assert torch.equal(plain, drafted)
     assert any(held for rounds in pair.fast.dso.speculation for _, held in rounds) or "n" not in name
 
 
 @pytest.mark.parametrize("agree", [0.0, 1.0])
-def test_all_or_none_hold(pair, agree):
+def test_all_or_no_drafts_are_accepted(pair, agree):
     plain, drafted = both(pair, (9, 5), agree=agree, new=25, eos_token_id=None)
     assert torch.equal(plain, drafted)
     rounds = pair.fast.dso.speculation
@@ -97,7 +97,7 @@ def assert_same_numbers(pair, a, b):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
 
 
-def test_logits_are_bit_for_bit_those_of_plain_decoding(pair):
+def test_logits_are_bitwise_equal_to_plain_decoding(pair):
     options = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True, "eos_token_id": None}
     plain, drafted = both(pair, (9,), repetition_penalty=1.3, **options)
     assert type(plain) is type(drafted)
@@ -165,7 +165,7 @@ class EachPrefix(LogitsProcessor):
         return scores.roll(int(input_ids.sum() + self.calls) % 7, dims=-1)
 
 
-def test_processors_and_criteria_see_what_they_see_in_plain_decoding(pair):
+def test_processors_and_criteria_get_the_inputs_of_plain_decoding(pair):
     """Each token once, with its own prefix, in order: even those that count their calls give the plain text."""
     ids, seen, texts = pair.ids(5), [], []
     script = pair.fast.generate(ids, max_new_tokens=30, do_sample=False, eos_token_id=None, logits_processor=[EachPrefix()])
@@ -184,7 +184,7 @@ def test_processors_and_criteria_see_what_they_see_in_plain_decoding(pair):
     assert texts[1].shape[1] == 17
 
 
-def test_a_batch_whose_processor_may_look_across_rows_has_no_drafts():
+def test_processors_that_may_use_other_rows_disable_drafts():
     pair = make_pair()
     with pytest.warns(OptimizerWarning, match="without drafts: EachPrefix"):
         drafted = pair.fast.generate(
@@ -198,14 +198,14 @@ def test_a_batch_whose_processor_may_look_across_rows_has_no_drafts():
     assert pair.fast.dso.speculation is None
 
 
-def test_criteria_known_to_go_by_row_keep_their_drafts(pair):
+def test_row_wise_criteria_keep_drafts(pair):
     criteria = StoppingCriteriaList([MaxTimeCriteria(1000.0)])
     plain, drafted = both(pair, (5, 5), stopping_criteria=criteria, eos_token_id=None)
     assert torch.equal(plain, drafted)
     assert pair.fast.dso.speculation
 
 
-def test_a_dialogue_over_one_cache(pair):
+def test_a_conversation_with_one_cache(pair):
     """Rejected drafts are gone from the caller's cache, tokens behind an end too."""
     caches, ids = [PagedCache(pair.fast), PagedCache(pair.fast)], pair.ids(30)
     for turn in range(4):
@@ -219,7 +219,7 @@ def test_a_dialogue_over_one_cache(pair):
         ids = torch.cat([drafted, pair.ids(4, seed=turn)], dim=1)
 
 
-def test_an_exception_in_the_caller_leaves_the_cache_in_order(pair):
+def test_an_exception_in_the_caller_leaves_a_valid_cache(pair):
     class Full(Recorder):
         def put(self, value):
             super().put(value)
@@ -239,13 +239,13 @@ def test_an_exception_in_the_caller_leaves_the_cache_in_order(pair):
     assert torch.equal(plain, after)
 
 
-def test_blocks_come_back(fresh_pair):
+def test_blocks_are_freed(fresh_pair):
     both(fresh_pair, (40, 33), eos_token_id=None, new=40)
     manager = fresh_pair.fast.dso.arena.manager
     assert manager.free_blocks == manager.num_blocks
 
 
-def test_prompt_lookup_goes_through_our_loop(pair):
+def test_prompt_lookup_uses_our_loop(pair):
     ids = torch.cat([pair.ids(8)] * 3, dim=1)
     options = {"max_new_tokens": 40, "do_sample": False, "eos_token_id": None}
     plain = pair.plain.generate(ids, **options)
@@ -272,7 +272,7 @@ def test_use_mtp_without_mtp_layers(pair):
         pair.fast.generate(pair.ids(5), use_mtp=True, max_new_tokens=5)
 
 
-def test_a_proposer_where_transformers_serves():
+def test_a_proposer_in_transformers_loop():
     pair = make_pair()
     ids = pair.ids(5)
     with pytest.warns(OptimizerWarning, match="without drafts"):
@@ -307,7 +307,7 @@ class Drawn:
 
 
 @pytest.mark.parametrize("certain", [False, True], ids=["drawn", "certain"])
-def test_sampling_keeps_the_distribution_of_the_request(certain):
+def test_sampling_preserves_the_distribution(certain):
     """Of the second and third token with top-k and temperature, against plain sampling: chi-square over the pairs seen."""
     pair = make_pair()
     ids = pair.ids(6).repeat(250, 1)
@@ -329,7 +329,7 @@ def test_sampling_keeps_the_distribution_of_the_request(certain):
     assert any(held for outcomes in pair.fast.dso.speculation for _, held in outcomes)
 
 
-def test_the_real_gate_gives_the_plain_text(pair, monkeypatch):
+def test_the_draft_length_controller_gives_the_plain_text(pair, monkeypatch):
     from deepseek_optimizer.engine.speculative.draft_length import DraftLengthController
 
     monkeypatch.setattr(speculation, "DraftLengthController", DraftLengthController)
@@ -340,7 +340,7 @@ def test_the_real_gate_gives_the_plain_text(pair, monkeypatch):
     assert sum(count for _, count in report.chosen) == report.rounds
 
 
-def test_the_plain_loop_serves_requests_without_drafts(pair, monkeypatch):
+def test_requests_without_drafts_use_the_plain_loop(pair, monkeypatch):
     served = []
     sample = generate_module._sample
     monkeypatch.setattr(generate_module, "_sample", lambda *a, **k: (served.append(1), sample(*a, **k))[1])
@@ -348,7 +348,7 @@ def test_the_plain_loop_serves_requests_without_drafts(pair, monkeypatch):
     assert served == [1]
 
 
-def test_a_constant_number_of_drafts_leaves_the_gate_out(pair, monkeypatch):
+def test_a_constant_number_of_drafts_disables_the_controller(pair, monkeypatch):
     """Then the number drawn does not depend on time: a seed gives the same text again."""
     from deepseek_optimizer.engine.speculative.draft_length import DraftLengthController
 

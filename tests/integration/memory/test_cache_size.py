@@ -29,14 +29,14 @@ def batch_of(block_bytes, free, sequences=16, beside=0):
     return cache_size.for_batch(batch, free, beside)
 
 
-def test_what_a_full_batch_needs():
+def test_the_size_of_a_full_batch():
     size = batch_of(100_000, memory_of(9 * GB))
     assert size.bytes == 16 * 257 * 100_000
     words = "grows to at most 411 MB (16 sequences of 8,192 tokens; half of the 9,000 MB that are free would be 4,500 MB)"
     assert str(size) == words
 
 
-def test_half_of_what_is_free():
+def test_half_of_the_free_memory():
     size = batch_of(10_000_000, memory_of(9 * GB))
     words = "grows to at most 4,500 MB (half of the 9,000 MB that are free; 16 sequences of 8,192 tokens would take 41,120 MB)"
     assert str(size) == words
@@ -51,7 +51,7 @@ def test_two_models_share_the_half():
     assert 0 <= 4_500_000_000 - first.bytes - second.bytes < 2 and "that are free, shared with another model's;" in str(first)
 
 
-def test_what_is_granted_and_what_is_free():
+def test_explicit_limits_and_free_memory():
     assert cache_size.granted(10_500).blocks(1000) == 10 and cache_size.granted(10).blocks(1000) == 1
     assert str(cache_size.granted(2 * GB)) == "grows to at most 2,000 MB (kv_cache_memory)"
     assert str(cache_size.what_is_free(memory_of(9 * GB))) == (
@@ -104,12 +104,12 @@ def test_it_grows_in_steps_and_stops_before_the_reserve():
     assert CheckedGrowth(1 << 20, 70, lambda: memory_of(0)).grow(1, 0) == 0
 
 
-def test_address_space_that_was_reserved_is_no_limit_to_its_use():
+def test_reserved_address_space_can_be_used():
     spent = Limit("reserved", "ulimit -v", "address space", GB, 0)
     assert CheckedGrowth(1 << 20, 1000, lambda: memory_of(GB, spent)).grow(10, 0) >= 10
 
 
-def test_others_take_the_memory_and_give_it_back():
+def test_other_processes_take_and_return_memory():
     machine, clock = {"free": GB}, _Clock()
     arena = arena_in(machine, clock)
     first = hold(arena, 64)
@@ -125,7 +125,7 @@ def test_others_take_the_memory_and_give_it_back():
     assert first.blocks[0] == 0
 
 
-def test_memory_that_went_back_to_the_system_is_checked_again():
+def test_returned_memory_is_checked_again():
     machine = {"free": GB}
     arena = arena_in(machine)
     arena.reclaim([hold(arena, 10)])
@@ -188,7 +188,7 @@ def test_a_full_batch_runs_at_once(folder, monkeypatch):
     assert engine.core.scheduler.preemptions == 0 and together.count(2) >= 18
 
 
-def test_two_servers_on_one_machine_leave_each_other_memory(folder, free):
+def test_two_servers_share_the_memory_of_a_machine(folder, free):
     """Each says at most half of what is free, where each used to say nearly all of it."""
     free(4 * 1_000_000)
     sizes = [make_engine(load_model(folder, backend="reference")).core.memory.size for _ in range(2)]
@@ -196,7 +196,7 @@ def test_two_servers_on_one_machine_leave_each_other_memory(folder, free):
     assert all(str(size).startswith("grows to at most 2 MB (half of the 4 MB that are free;") for size in sizes)
 
 
-def test_two_engines_share_what_is_there(folder, monkeypatch):
+def test_two_engines_share_the_free_memory(folder, monkeypatch):
     """What one takes the other no longer finds: its requests are told so, and the first goes on."""
     monkeypatch.setattr(growth, "STEP", 1)
     models = [load_model(folder, backend="reference") for _ in range(2)]
@@ -221,7 +221,7 @@ def test_two_engines_share_what_is_there(folder, monkeypatch):
     assert len(second.generate([long], greedy)[0].token_ids) == 4
 
 
-def test_a_server_is_refused_more_than_is_free(folder, free):
+def test_a_server_cannot_request_more_than_is_free(folder, free):
     model = load_model(folder, backend="reference", kv_cache_memory=2 * GB)
     free(9 * GB, CGROUP)
     with pytest.raises(NotEnoughMemoryError, match=r"the cgroup /slice/x limits .*kv_cache_memory"):
@@ -231,7 +231,7 @@ def test_a_server_is_refused_more_than_is_free(folder, free):
 
 
 @torch.no_grad()
-def test_address_space_bounds_what_is_reserved(folder, free):
+def test_the_address_space_limits_the_reservation(folder, free):
     model = load_model(folder, backend="reference")
     space = Limit("reserved", "ulimit -v", "address space", GB, 300_000_000)
     free(9 * GB, space)
@@ -241,7 +241,7 @@ def test_address_space_bounds_what_is_reserved(folder, free):
     PagedCache(model)
 
 
-def test_weights_that_do_not_fit_are_refused_before_they_are_read(folder, free):
+def test_too_large_weights_are_rejected_before_reading(folder, free):
     needed = sum(p.nbytes for p in load_model(folder, backend="reference").parameters())
     free(needed - 1)
     with pytest.raises(NotEnoughMemoryError, match="the model's weights") as error:

@@ -19,11 +19,11 @@ def test_trainer_has_the_method(name):
 
 
 @pytest.mark.parametrize("name", PUBLIC)
-def test_a_public_name_is_new(name):
+def test_public_names_are_not_taken(name):
     assert not hasattr(Trainer, name)
 
 
-def test_each_private_method_calls_a_public_one_and_that_calls_trainers(monkeypatch):
+def test_private_methods_call_public_ones_that_call_trainer(monkeypatch):
     """So a subclass that overrides the public method is called by Trainer, and its `super()` does what Trainer does."""
     trainer = object.__new__(HookedTrainer)
     reached = []

@@ -39,7 +39,7 @@ def definition(a: torch.Tensor, b: torch.Tensor, a_dtype=E4M3, b_dtype=E4M3, b_t
 
 @pytest.mark.parametrize("gradients", [E4M3, E5M2])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_emulation_is_the_reports_arithmetic(shape, gradients) -> None:
+def test_emulation_follows_the_report(shape, gradients) -> None:
     x, w, dy = operands(*shape)
     T, N, K = shape
     how = Fp8Products(gradients)
@@ -48,7 +48,7 @@ def test_emulation_is_the_reports_arithmetic(shape, gradients) -> None:
     close(how.weight_gradient(dy, x), *definition(dy.t(), x.t(), gradients), depth=T)
 
 
-def test_reference_takes_scales_of_any_kind() -> None:
+def test_reference_accepts_scales_of_any_shape() -> None:
     """The definition itself against float64, with scales that are no powers of two."""
     generator = torch.Generator().manual_seed(0)
     codes = [torch.randn(n, 300, generator=generator).to(E4M3) for n in (7, 130)]
@@ -95,7 +95,7 @@ def test_every_operand_is_on_the_grid(monkeypatch: pytest.MonkeyPatch) -> None:
         assert operand.dtype == torch.bfloat16 and not operand.view(torch.int16).bitwise_and(0b1111).any()
 
 
-def test_choice_on_a_machine_without() -> None:
+def test_choice_without_fp8_hardware() -> None:
     assert choose("emulate", CPU).on_hardware is False
     auto = choose("auto", CPU, e4m3=False)
     assert not auto.on_hardware and auto.gradients == E5M2
@@ -146,7 +146,7 @@ def _meta(scale: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("gradients", [E4M3, E5M2])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_hardware_gets_the_layout_that_torch_asks_for(monkeypatch: pytest.MonkeyPatch, shape, gradients) -> None:
+def test_hardware_operands_have_the_layout_that_torch_requires(monkeypatch: pytest.MonkeyPatch, shape, gradients) -> None:
     """On a device that claims to be capable: `scaled_mm` is called once a product, and from its operands comes the same."""
     calls = []
 

@@ -31,7 +31,7 @@ def test_gradients(lead) -> None:
     assert 0.001 < ((y.detach().reshape(-1, 130).float() - exact).norm() / exact.norm()) < 0.06, "near, and not bf16"
 
 
-def test_main_grad_takes_the_gradient() -> None:
+def test_main_grad_gets_the_gradient() -> None:
     x, w = made(40, 64), made(48, 64, seed=1)
     w.main_grad = torch.ones(48, 64)
     fp8_linear(x, w, None, HOW).backward(made(40, 48, seed=2).detach())
@@ -40,7 +40,7 @@ def test_main_grad_takes_the_gradient() -> None:
     assert torch.equal(w.main_grad, expected) and not torch.equal(w.main_grad, torch.ones(48, 64))
 
 
-def test_only_what_is_asked_for() -> None:
+def test_only_required_gradients_are_computed() -> None:
     x, w = made(5, 32).detach(), made(16, 32, seed=1)
     fp8_linear(x, w, None, HOW).sum().backward()
     assert w.grad is not None and x.grad is None
@@ -74,7 +74,7 @@ def test_groups_add_to_main_grad() -> None:
     assert w.grad is None and w.main_grad[0].abs().sum() > 0 and not w.main_grad[1].any()
 
 
-def test_wrong_shapes_are_refused() -> None:
+def test_wrong_shapes_are_rejected() -> None:
     with pytest.raises(ValueError, match="fp8_linear.*last dimensions"):
         fp8_linear(made(2, 3), made(4, 5), None, HOW)
     with pytest.raises(ValueError, match="fp8_grouped_linear.*ascend"):

@@ -63,27 +63,27 @@ def test_scales_codes_and_bound(shape, tile, dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", [E4M3, E5M2])
-def test_bf16_holds_code_times_scale_exactly(dtype) -> None:
+def test_bf16_represents_code_times_scale_exactly(dtype) -> None:
     codes, scale = quantise(numbers((256, 256)), ROW, dtype)
     exact = dequantise(codes, scale, ROW, torch.float64)
     assert torch.equal(dequantise(codes, scale, ROW, torch.bfloat16).double(), exact)
 
 
 @pytest.mark.parametrize("tile", TILES)
-def test_what_is_on_the_grid_stays(tile) -> None:
+def test_values_on_the_grid_are_exact(tile) -> None:
     once = round_trip(numbers((200, 300)), tile)
     assert torch.equal(round_trip(once, tile), once)
     assert len(once.float().view(torch.int32).bitwise_and(0x000FFFFF).unique()) == 1, "three bits behind the leading one"
 
 
-def test_rounds_to_even_and_keeps_the_largest() -> None:
+def test_rounding_is_to_even_and_keeps_the_largest() -> None:
     x = torch.tensor([[448.0, 17.0, 19.0, 2.0**-10, 3 * 2.0**-10, -448.0]])
     assert round_trip(x, ROW).tolist() == [[448.0, 16.0, 20.0, 0.0, 2 * 2.0**-9, -448.0]]
     assert quantise(torch.tensor([[449.0]]), ROW)[1].item() == 2.0
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_what_is_not_finite_shows_in_its_tile_alone(bad) -> None:
+def test_non_finite_values_affect_only_their_tile(bad) -> None:
     x = torch.ones(4, 256, dtype=torch.bfloat16)
     x[2, 130] = bad
     back = round_trip(x, ROW)

@@ -68,7 +68,7 @@ def test_loss_is_within_half_a_percent_of_bf16(tmp_path: Path, monkeypatch: pyte
     assert any(not torch.equal(ends[True][name], ends[False][name]) for name in ends[True])
 
 
-def test_what_is_said_once_and_reported(tmp_path: Path) -> None:
+def test_messages_and_report(tmp_path: Path) -> None:
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         trainer = run(tmp_path, max_steps=2, fp8_enabled=True, fp8_e4m3=False)
@@ -78,12 +78,12 @@ def test_what_is_said_once_and_reported(tmp_path: Path) -> None:
     assert any("FP8 is emulated" in note for note in trainer.report().notes)
 
 
-def test_hardware_where_there_is_none_is_refused_at_once(tmp_path: Path) -> None:
+def test_missing_hardware_is_an_immediate_error(tmp_path: Path) -> None:
     with pytest.raises(BackendError, match='fp8_backend="hardware" is not available: .*Hopper'):
         run(tmp_path, fp8_enabled=True, fp8_backend="hardware")
 
 
-def test_evaluation_is_that_of_the_saved_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_evaluation_equals_the_saved_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend, "round_trip", lambda *a: pytest.fail("FP8 in evaluation"))
     run(tmp_path, fp8_enabled=True, fp8_backend="emulate").evaluate()
 

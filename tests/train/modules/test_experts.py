@@ -70,7 +70,7 @@ def test_equals_the_sum_over_experts(tokens, experts, chosen, only):
             torch.testing.assert_close(a.grad.double(), b.grad, rtol=1e-5, atol=1e-5)
 
 
-def test_bf16_is_near():
+def test_bf16_is_close():
     made, exact = case(40, 8, 3, torch.bfloat16), case(40, 8, 3, torch.bfloat16)
     exact = tuple(t.detach().double().requires_grad_() if t.requires_grad else t for t in exact)
     out, expected = grouped_experts(*made), one_by_one(*exact)
@@ -92,7 +92,7 @@ class CountingActivations(SavedActivations):
         return packed
 
 
-def test_what_is_made_again_equals_what_was_kept():
+def test_recomputed_equals_saved():
     """For each chosen row, only the outputs of gate and up are saved, not the row or the input of `down`."""
     results = []
     for save_all in (True, False):
@@ -116,7 +116,7 @@ def test_sums_do_not_depend_on_the_order_of_names():
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_equals_transformers_own(family):
+def test_equals_transformers(family):
     own = random_model(FAMILIES[family]()).model.layers[-1].mlp.experts
     assert TrainedExperts.fits(own)
     ours = trained(own)
@@ -135,7 +135,7 @@ def test_equals_transformers_own(family):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
-def test_what_does_not_fit():
+def test_unsupported_modules():
     layer = random_model(deepseek_v3()).model.layers[-1]
     assert not TrainedExperts.fits(layer.mlp)
     assert not TrainedExperts.fits(layer.mlp.shared_experts)

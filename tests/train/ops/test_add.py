@@ -7,7 +7,7 @@ from deepseek_optimizer.train.ops.add import add
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_torchs_own_bits_and_gradients(dtype):
+def test_bits_and_gradients_equal_torch(dtype):
     torch.manual_seed(0)
     big = torch.randn(400, 700)  # lies where a step's tensors lie
     for a, b in ((big, big.flip(0)), (big[:3], big[3:6]), (big.t(), big.t() * 2), (big, big[0]), (big[:0], big[:0])):

@@ -66,7 +66,7 @@ def test_the_reference_is_attention(window):
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "qk", "v"), [(1, 1, 2, 2), (9, 3, 64, 64), (3, 3, 48, 32), (2, 2, 192, 128), (8, 1, 40, 256)]
 )
-def test_native_is_the_reference(dtype, heads, kv_heads, qk, v):
+def test_native_equals_the_reference(dtype, heads, kv_heads, qk, v):
     torch.manual_seed(0)
     for tokens, by_head in ((1, False), (61, True), (130, False)):
         tensors = inputs(2, tokens, heads, kv_heads, qk, v, dtype, by_head)
@@ -87,7 +87,7 @@ def test_native_is_the_reference(dtype, heads, kv_heads, qk, v):
 
 
 @needs_native
-def test_it_ran_natively(monkeypatch):
+def test_the_native_form_is_used(monkeypatch):
     called = []
     monkeypatch.setattr(native, "call", lambda name, *_, **__: called.append(name))
     tensors = inputs(1, 4, 2, 1, 8, 8, torch.float32)
@@ -108,7 +108,7 @@ def test_padding_is_zero_and_has_no_gradient(dtype):
 
 @needs_native
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_packed_sequence_has_the_bits_it_has_alone(dtype):
+def test_a_packed_sequence_is_bitwise_equal_to_one_alone(dtype):
     torch.manual_seed(0)
     tensors = [t[0].detach() for t in inputs(1, 300, 6, 2, 64, 64, dtype)]
     cuts = torch.tensor([0, 1, 65, 200, 200, 300])
@@ -149,13 +149,13 @@ def test_large_logits_and_nan():
 
 
 @needs_native
-def test_the_op_keeps_torchs_rules():
+def test_the_op_passes_opcheck():
     tensors = inputs(2, 20, 4, 2, 16, 8, torch.float32)
     torch.library.opcheck(_forward, (*tensors, *bounds((0, 20), (22, 40)), 0.25, 0))
 
 
 @needs_native
-def test_threads_of_python_may_call_it_at_once():
+def test_concurrent_calls():
     torch.manual_seed(0)
     tensors = inputs(1, 90, 4, 2, 32, 32, torch.bfloat16)
     expected = with_gradients(packed_attention, tensors, *bounds((0, 90)), 0.2)
@@ -187,7 +187,7 @@ def test_autocast_and_inputs_without_gradients():
     assert q.grad is None and v.grad is not None
 
 
-def test_what_is_refused():
+def test_rejected_inputs():
     q, k, v = inputs(2, 6, 4, 2, 8, 8, torch.float32)
     whole = bounds((0, 6), (6, 12))
     cases = [
@@ -214,7 +214,7 @@ def test_what_is_refused():
 
 
 @needs_native
-def test_bounds_may_be_columns_of_a_table():
+def test_bounds_may_be_strided():
     torch.manual_seed(9)
     tensors, table = inputs(2, 16, 2, 2, 16, 16, torch.float32), torch.tensor([[0, 8], [8, 16], [16, 32]])
     found = with_gradients(packed_attention, tensors, *table.unbind(1), 0.25)

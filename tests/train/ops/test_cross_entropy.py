@@ -44,7 +44,7 @@ def gradients(loss_of, hidden, weight, labels, upstream: float = 1.0, **options)
 
 
 @pytest.mark.parametrize("options", [{}, {"num_items": 3}])
-def test_gradients_of_the_reference_and_by_pieces_in_fp64(options):
+def test_gradients_of_the_reference_and_by_chunks_in_fp64(options):
     torch.manual_seed(0)
     hidden, weight, labels = operands(11, 5, 7)
     leaves = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
@@ -57,7 +57,7 @@ def test_gradients_of_the_reference_and_by_pieces_in_fp64(options):
 @needs_native
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("options", [{}, {"num_items": 17}, {"num_items": torch.tensor(40)}])
-def test_native_is_fp64s_to_rounding(dtype, options):
+def test_native_equals_fp64_up_to_rounding(dtype, options):
     torch.manual_seed(1)
     for (tokens, width, vocabulary), chunk in (
         ((37, 24, 101), None),
@@ -97,7 +97,7 @@ def test_accumulated_fp32_gradients_are_added_to():
     torch.testing.assert_close(parameter.main_grad - 1, expected.float(), rtol=0.01, atol=1e-4)
 
 
-def test_rows_without_labels_make_no_products(monkeypatch):
+def test_rows_without_labels_need_no_products(monkeypatch):
     hidden, weight, labels = operands(40, 8, 30, torch.float32)
     labels[:36], labels[36:] = -100, 3
     rows = []
@@ -125,7 +125,7 @@ def test_leading_dimensions_and_another_ignored_label():
     assert wide[1].shape == (2, 12, 8) and all(torch.equal(a, b.view_as(a)) for a, b in zip(flat, wide, strict=True))
 
 
-def test_a_label_that_the_head_lacks_is_named():
+def test_a_label_outside_the_head_is_an_error():
     hidden, weight, labels = operands(6, 8, 30, torch.float32)
     for wrong in (30, -1):
         labels[3] = wrong
@@ -135,7 +135,7 @@ def test_a_label_that_the_head_lacks_is_named():
         linear_cross_entropy(hidden, weight, labels[:5])
 
 
-def test_what_is_not_finite_is_seen():
+def test_non_finite_values_propagate():
     hidden, weight, labels = operands(6, 8, 30, torch.float32)
     for value in (float("nan"), float("inf")):
         spoilt = hidden.clone()
@@ -164,7 +164,7 @@ def test_rows_of_very_large_very_small_and_forbidden_logits(dtype):
     assert torch.tensor(cross_entropy_(forbidden, torch.tensor([3]), None, dtype)[0]).isnan()  # as torch has it
 
 
-def test_a_second_backward_is_refused():
+def test_a_second_backward_is_an_error():
     hidden, weight, labels = operands(6, 8, 30, torch.float32)
     loss = linear_cross_entropy(hidden.requires_grad_(), weight, labels)
     loss.backward(retain_graph=True)
@@ -172,7 +172,7 @@ def test_a_second_backward_is_refused():
         loss.backward()
 
 
-def test_logits_never_stand_as_a_whole():
+def test_the_logits_never_exist_as_a_whole():
     pieces = cross_entropy._chunks(2048, 49152, None)
     assert max(p.stop - p.start for p in pieces) * 49152 * 4 <= 64 << 20
     assert [p.start for p in pieces] == [0, *(p.stop for p in pieces[:-1])] and pieces[-1].stop == 2048
@@ -180,7 +180,7 @@ def test_logits_never_stand_as_a_whole():
     assert cross_entropy._chunks(5, 10**9, None) == [slice(0, 5)] and cross_entropy._chunks(0, 10, None) == []
 
 
-def test_many_pieces_are_summed_in_fp32():
+def test_many_chunks_are_summed_in_fp32():
     torch.manual_seed(2)
     hidden, weight, labels = operands(400, 16, 50, torch.bfloat16)
     exact = gradients(linear_cross_entropy_reference, hidden.double(), weight.double(), labels)[2]

@@ -23,7 +23,7 @@ def test_gradients_of_the_reference():
 
 @needs_native
 @pytest.mark.parametrize("save_all", [False, True])
-def test_native_is_fp64s_to_rounding(save_all):
+def test_native_equals_fp64_up_to_rounding(save_all):
     torch.manual_seed(1)
     for shape, width, out in (((1, 1), 1, 1), ((7, 33), 17, 5), ((2, 30, 64), 100, None)):
         against_fp64(
@@ -32,7 +32,7 @@ def test_native_is_fp64s_to_rounding(save_all):
 
 
 @needs_native
-def test_bf16_is_no_further_from_fp64_than_torchs_own():
+def test_bf16_is_as_close_to_fp64_as_torch():
     """Roundings between the products are bf16's in both; ours are fewer."""
     torch.manual_seed(2)
     ours = parts(200, 64, dtype=torch.bfloat16, width=160)
@@ -48,7 +48,7 @@ def test_bf16_is_no_further_from_fp64_than_torchs_own():
 
 @needs_native
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_keeping_changes_no_bit_and_backward_can_be_gone_twice(dtype):
+def test_saving_changes_no_bit_and_backward_can_run_twice(dtype):
     torch.manual_seed(3)
     whole = parts(50, 64, dtype=dtype)
     found = []
@@ -60,7 +60,7 @@ def test_keeping_changes_no_bit_and_backward_can_be_gone_twice(dtype):
 
 
 @needs_native
-def test_gradients_are_made_for_what_needs_them_and_go_to_main_grad():
+def test_only_required_gradients_are_computed_and_go_to_main_grad():
     torch.manual_seed(4)
     whole = parts(50, 64, dtype=torch.bfloat16)
     right = torch.autograd.grad(mlp(*whole).sum(), whole)
@@ -73,7 +73,7 @@ def test_gradients_are_made_for_what_needs_them_and_go_to_main_grad():
         assert torch.equal(found, right[wanted]) and (not wanted or some[wanted].grad is None)
 
 
-def test_weights_that_do_not_fit_are_refused():
+def test_mismatched_weights_are_rejected():
     x, gate, up, down = parts(3, 8, dtype=torch.float32)
     with pytest.raises((ValueError, RuntimeError)):
         mlp(x, gate, up[:7], down)

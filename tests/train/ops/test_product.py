@@ -41,7 +41,7 @@ def within(found, form, a, b, extra=None):
 
 @needs_native
 @pytest.mark.parametrize("form", FORMS)
-def test_every_form_and_type_is_fp64s_to_rounding(form):
+def test_every_layout_and_dtype_equals_fp64_up_to_rounding(form):
     random.seed(0)
     torch.manual_seed(0)
     sizes = [1, 2, 15, 16, 17, 33, 48, 49, 100]
@@ -59,7 +59,7 @@ def test_every_form_and_type_is_fp64s_to_rounding(form):
 
 @needs_native
 @pytest.mark.parametrize("form", FORMS)
-def test_views_give_the_bits_of_what_lies_together(form):
+def test_views_are_bitwise_equal_to_contiguous_tensors(form):
     torch.manual_seed(1)
     for dtype in DTYPES:
         a, b = operands(form, 40, 50, 60, (dtype, dtype))
@@ -79,7 +79,7 @@ def test_views_give_the_bits_of_what_lies_together(form):
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
-def test_groups_are_products_one_by_one(form, dtype):
+def test_groups_equal_separate_products(form, dtype):
     torch.manual_seed(2)
     for ends in ([0, 0, 5, 5, 40], [0, 40], [0, 17, 33, 33], [0, 0]):
         offsets, T, E = torch.tensor(ends), ends[-1], len(ends) - 1
@@ -105,7 +105,7 @@ def test_sums_of_columns():
         torch.testing.assert_close(total.double(), x.double().sum(0) + 1, rtol=1e-5, atol=1e-5)
 
 
-def test_depths_that_differ_are_named():
+def test_mismatched_depths_are_named():
     for form, a, b in (("nt", (3, 4), (5, 6)), ("nn", (3, 4), (5, 6)), ("tn", (3, 4), (5, 6))):
         with pytest.raises(ValueError, match=r"\[3, 4\] and \[5, 6\]"):
             product(form, torch.ones(a), torch.ones(b))
