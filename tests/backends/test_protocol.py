@@ -116,7 +116,7 @@ def test_kv_dtypes_and_modes(backend, model):
         assert_close_rows(runner(backend, graph, weights, kv=kv).logits(ids), exact, KV_TOLERANCE[kv])
 
 
-def test_activations_that_are_named_make_a_difference(backend, model):
+def test_supported_activations_change_the_result(backend, model):
     if backend.capabilities.activations == ("auto",):
         pytest.skip("it has one kind of activation")
     graph, weights, ids = graph_of(model), packed_weights(weights_of(model), "int8"), random_ids(model.config, 20)
@@ -182,7 +182,7 @@ def logits_with_ties() -> torch.Tensor:
     return logits
 
 
-def test_tokens_are_chosen_as_defined(backend, model):
+def test_token_choice_follows_its_definition(backend, model):
     plan = backend.compile(graph_of(model), packed_weights(weights_of(model), backend.capabilities.weight_formats[0]))
     assert plan.device == backend.device
     logits = logits_with_ties()
@@ -198,7 +198,7 @@ def test_the_reference_chooses_the_same_on_a_device():
     assert choose_on_device(logits, CHOICES) == choose_tokens(logits.numpy(), CHOICES)
 
 
-def test_files_are_mapped_or_refused(backend, tmp_path):
+def test_files_are_mapped_or_rejected(backend, tmp_path):
     path = tmp_path / "weights"
     path.write_bytes(bytes(range(200)))
     with open(path, "rb") as file:
@@ -216,14 +216,14 @@ def test_files_are_mapped_or_refused(backend, tmp_path):
     assert mapping.replaced() == path
 
 
-def test_torch_has_its_threads_back(backend):
+def test_torch_threads_are_restored(backend):
     before = torch.get_num_threads()
     with backend.thread_context():
         assert 1 <= torch.get_num_threads() <= before
     assert torch.get_num_threads() == before
 
 
-def test_what_is_not_supported_is_named():
+def test_unsupported_options_are_named():
     able = ReferenceBackend().capabilities
     check_supported(able, ["int8", "fp32"], "bf16", "flash")
     for asked, said in (
@@ -240,7 +240,7 @@ def test_what_is_not_supported_is_named():
     ['runtime.backend.name == "cpu"', 'config.backend != "reference"', '"cpu" != self.name', 'getattr(backend, "pack", None)',
      'hasattr(self.backend, "linear")'],
 )  # fmt: skip
-def test_what_the_search_finds(line):
+def test_the_search_detects_backend_names(line):
     (node,) = (n for n in ast.walk(ast.parse(line)) if isinstance(n, (ast.Compare, ast.Call)))
     assert names_a_backend(node) if isinstance(node, ast.Compare) else asks_a_backend(node)
     assert not names_a_backend(ast.parse('device.type == "cpu"', mode="eval").body)
@@ -251,7 +251,7 @@ def sources():
         yield from sorted((Path(deepseek_optimizer.__file__).parents[1] / package).rglob("*.py"))
 
 
-def test_no_backend_is_asked_for_by_name():
+def test_no_code_asks_for_a_backend_by_name():
     """No comparison with a backend's name and no getattr of what the contract has, outside the backends' own folders."""
     found, count = [], 0
     for path in sources():

@@ -64,7 +64,7 @@ def reach(*numbers: int) -> np.ndarray:
 @pytest.mark.parametrize("phase", [PREFILL, DECODE])
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", CONFIGS)
-def test_in_any_company_and_chunks(name: str, backend: str, phase: int) -> None:
+def test_in_any_batch_and_chunks(name: str, backend: str, phase: int) -> None:
     _, ids, expected = texts(name)
     run, rng = made(name, backend), random.Random(phase)
     alone, blocks = [], [run.sequence() for _ in ids]
@@ -89,7 +89,7 @@ def test_in_any_company_and_chunks(name: str, backend: str, phase: int) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_without_a_reach_each_step_has_its_own(backend: str) -> None:
+def test_without_a_reach_each_step_uses_its_own_length(backend: str) -> None:
     ids = texts("llama")[1]
     run = made("llama", backend)
     parts = [Part(run.sequence(), text) for text in ids]
@@ -99,7 +99,7 @@ def test_without_a_reach_each_step_has_its_own(backend: str) -> None:
 
 
 @native
-def test_both_backends_turn_keys_alike() -> None:
+def test_both_backends_rotate_keys_equally() -> None:
     _, ids, _ = texts("llama")
     keys = []
     for backend in ("reference", "cpu"):
@@ -113,7 +113,7 @@ def test_both_backends_turn_keys_alike() -> None:
 
 @pytest.mark.parametrize("wrong", [(), (64,), (64, 64, 64), (64, 0), (-1, 64)])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_wrong_reach_is_refused(backend: str, wrong: tuple[int, ...]) -> None:
+def test_an_invalid_reach_is_rejected(backend: str, wrong: tuple[int, ...]) -> None:
     run = made("llama", backend)
     parts = [Part(run.sequence(), [1, 2, 3]) for _ in range(2)]
     with pytest.raises((ValueError, BackendError), match="reach"):
@@ -121,7 +121,7 @@ def test_a_wrong_reach_is_refused(backend: str, wrong: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_other_kinds_do_not_look_at_it(backend: str) -> None:
+def test_other_rope_types_ignore_it(backend: str) -> None:
     model = random_model(llama(max_position_embeddings=64, **rope("yarn", factor=4.0, original_max_position_embeddings=16)))
     graph, weights = build_graph(model.config), weights_of(model)
     chosen = ReferenceBackend() if backend == "reference" else cpu.CpuBackend(threads=2)

@@ -48,7 +48,7 @@ def test_equals_transformers(case: str) -> None:
 
 @pytest.mark.parametrize("case", FAMILIES)
 @pytest.mark.parametrize("count", [1, 2, 31, 32, 33, 64, 65])
-def test_prompt_lengths_around_block_borders(case: str, count: int) -> None:
+def test_prompt_lengths_around_block_boundaries(case: str, count: int) -> None:
     model = random_model(CASES[case]())
     ids = random_ids(model.config, count)
     run = runner(ReferenceBackend(), fused(model), weights_of(model))
@@ -100,7 +100,7 @@ def test_ragged_batches_equal_each_sequence_alone(case: str) -> None:
     assert_close_rows(output.hidden, torch.cat(hidden, 1))
 
 
-def test_forked_sequences_keep_apart() -> None:
+def test_forked_sequences_are_independent() -> None:
     model = random_model(CASES["qwen3-gqa"]())
     run = runner(ReferenceBackend(), fused(model), weights_of(model))
     prompt = random_ids(model.config, 40)
@@ -114,7 +114,7 @@ def test_forked_sequences_keep_apart() -> None:
     assert_close_rows(last[1], transformers_logits(model, [*prompt, 105, 106, 107, 108])[-1])
 
 
-def test_cropped_tokens_are_forgotten() -> None:
+def test_cropped_tokens_are_dropped() -> None:
     model = random_model(llama())
     run = runner(ReferenceBackend(), fused(model), weights_of(model))
     ids, blocks = random_ids(model.config, 50), run.sequence()
@@ -126,7 +126,7 @@ def test_cropped_tokens_are_forgotten() -> None:
 
 
 @torch.no_grad()
-def test_embeddings_given_and_positions_apart_from_the_cache() -> None:
+def test_input_embeddings_and_explicit_positions() -> None:
     """As Transformers calls it for a left-padded row: positions are not the places in the cache."""
     model = random_model(llama())
     ids = random_ids(model.config, 20)
@@ -236,7 +236,7 @@ def small_run() -> Runner:
         ("logit_rows", [2, 0]),
     ],
 )
-def test_a_wrong_step_is_refused_before_anything_is_written(field: str, value: list[int]) -> None:
+def test_an_invalid_step_is_rejected_before_writing(field: str, value: list[int]) -> None:
     run = small_run()
     good = make_batch([Part(run.sequence(), [1, 2, 3])], run.store)
     with pytest.raises(BackendError, match="step"):
@@ -246,20 +246,20 @@ def test_a_wrong_step_is_refused_before_anything_is_written(field: str, value: l
     assert run.plan.run(good, run.store).logits.isfinite().all()
 
 
-def test_prefill_before_decode_is_refused() -> None:
+def test_prefill_before_decode_is_rejected() -> None:
     run = small_run()
     parts = [Part(run.sequence(), [1]), Part(run.sequence(), [2], DECODE)]
     with pytest.raises(BackendError, match="phase"):
         run_step(run.plan, run.store, parts)
 
 
-def test_embeddings_of_a_wrong_shape_are_refused() -> None:
+def test_embeddings_of_a_wrong_shape_are_rejected() -> None:
     run = small_run()
     with pytest.raises(BackendError, match="inputs_embeds"):
         run_step(run.plan, run.store, [Part(run.sequence(), [1, 2])], inputs_embeds=torch.zeros(2, 71))
 
 
-def test_logits_go_where_the_batch_says() -> None:
+def test_logits_are_written_to_the_given_buffer() -> None:
     run = small_run()
     batch = make_batch([Part(run.sequence(), [1, 2, 3])], run.store)
     fresh = run.plan.run(batch, run.store).logits

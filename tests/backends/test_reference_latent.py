@@ -63,7 +63,7 @@ def test_latent_row() -> None:
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
-def test_numbers_of_a_head_that_turn(interleaved: bool) -> None:
+def test_rotated_elements_of_a_head(interleaved: bool) -> None:
     """With an offset, what lies before and behind stays, and what turns does so as if it were a head of its own."""
     x, table = randn(4, 3 * 11), ops.rope_table(torch.arange(4), torch.tensor([1.0, 0.1]), 1.0)
     y = ops.rope(x, table, 3, interleaved, offset=5).view(4, 3, 11)
@@ -107,7 +107,7 @@ def test_choosing() -> None:
 
 @pytest.mark.parametrize("case", ["deepseek_v32-indexer", "deepseek_v32-types"])
 @pytest.mark.parametrize("chunks", [(), (1, 50, 7)])
-def test_chosen_tokens_are_transformers(case: str, chunks: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chosen_tokens_equal_transformers(case: str, chunks: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     """As sets, in every layer and row; scores closer than 1e-5 may be told apart either way."""
     model = random_model(CASES[case]())
     ids, theirs = random_ids(model.config, 150), []
@@ -190,7 +190,7 @@ def test_copied_block_and_released_memory(kv_dtype: str) -> None:
 
 @pytest.mark.parametrize("kv_dtype", ["fp32", "bf16", "int8"])
 @pytest.mark.parametrize("spec", [SPEC, LatentSpec(3, 128, 64), LatentSpec(1, 129, 2, 4)])
-def test_block_bytes_are_what_a_block_takes(kv_dtype: str, spec: LatentSpec) -> None:
+def test_block_bytes_equal_the_size_of_a_block(kv_dtype: str, spec: LatentSpec) -> None:
     store = make_store(spec, kv_dtype, 4, torch.device("cpu"))
     store.copy_block(0, 1)
     taken = sum(t.nbytes for t in (*store._data, *store._scales)) // len(store._data[0])
@@ -201,7 +201,7 @@ def test_block_bytes_are_what_a_block_takes(kv_dtype: str, spec: LatentSpec) -> 
 
 
 @pytest.mark.parametrize("case", LATENT)
-def test_cropped_tokens_are_forgotten(case: str) -> None:
+def test_cropped_tokens_are_dropped(case: str) -> None:
     model = random_model(CASES[case]())
     run = runner(ReferenceBackend(), rules.apply(build_graph(model.config))[0], weights_of(model))
     ids, blocks = random_ids(model.config, 90), run.sequence()
@@ -241,7 +241,7 @@ def test_smaller_caches_stay_close(case: str, kv: str) -> None:
     assert 1e-4 < error < 0.05  # a row whose experts change with the rounding may be further off
 
 
-def test_the_last_hidden_state_by_itself() -> None:
+def test_the_last_hidden_state() -> None:
     model = random_model(CASES["deepseek_v3-groups"]())
     ids = random_ids(model.config, 40)
     for graph in (build_graph(model.config), rules.apply(build_graph(model.config))[0]):

@@ -46,7 +46,7 @@ def in_mode(model: Any, mode: AttentionMode, names: list[str] | None = None, con
     [*((name, mode) for name in MODELS for mode in (SLIDING, SPARSE)), ("deepseek_v32-indexer", SLIDING)],
     ids=lambda p: getattr(p, "kind", p),
 )
-def test_logits_of_transformers_in_a_mode(name: str, mode: AttentionMode) -> None:
+def test_logits_equal_transformers_in_a_mode(name: str, mode: AttentionMode) -> None:
     """Whole and cut in pieces; with fusion rules and, of some, without."""
     model, ids = model_of(name)
     expected = logits_in_mode(model, ids, mode)
@@ -63,7 +63,7 @@ def test_logits_of_transformers_in_a_mode(name: str, mode: AttentionMode) -> Non
 @pytest.mark.parametrize("kv", ["fp32", "bf16", "int8"])
 @pytest.mark.parametrize("kind", BUDGETS)
 @pytest.mark.parametrize("name", [*MODELS, "deepseek_v32-indexer"])
-def test_what_covers_everything_is_flash(name: str, kind: str, kv: str) -> None:
+def test_full_coverage_equals_flash(name: str, kind: str, kv: str) -> None:
     """Where the window or the budget holds the whole text; but for the form that latent attention takes, the very same."""
     model, ids = model_of(name)
     config = deepseek_v32(**{**model.config.to_dict(), "index_topk": 4096}) if kind == "sliding" and "v32" in name else None
@@ -74,14 +74,14 @@ def test_what_covers_everything_is_flash(name: str, kind: str, kv: str) -> None:
 @pytest.mark.parametrize("kv", ["bf16", "int8"])
 @pytest.mark.parametrize("mode", [SLIDING, SPARSE], ids=lambda m: m.kind)
 @pytest.mark.parametrize("name", ["llama-gqa", "deepseek_v3-groups"])
-def test_pieces_and_the_whole_over_a_rounded_cache(name: str, mode: AttentionMode, kv: str) -> None:
+def test_chunks_equal_the_whole_with_a_rounded_cache(name: str, mode: AttentionMode, kv: str) -> None:
     """Keys of a piece are read back as the cache holds them, so it does not matter where a text is cut."""
     model, ids = model_of(name)
     run = in_mode(model, mode, kv=kv)
     assert_close_rows(run.logits(ids, chunks=(33, 1, 100, 64)), run.logits(ids), 1e-4)
 
 
-def test_sequences_of_a_step_do_not_meet() -> None:
+def test_sequences_of_a_step_are_independent() -> None:
     """Each sees its own window, and its own blocks."""
     model, ids = model_of("qwen3-gqa")
     for mode in (SLIDING, SPARSE):
@@ -94,7 +94,7 @@ def test_sequences_of_a_step_do_not_meet() -> None:
 
 
 @pytest.mark.parametrize("mode", [SLIDING, SPARSE], ids=lambda m: m.kind)
-def test_a_layer_for_drafts_is_in_the_same_mode(mode: AttentionMode) -> None:
+def test_mtp_layers_use_the_same_mode(mode: AttentionMode) -> None:
     """Its cache is the model's own, so it must be made alike."""
     config = deepseek_v3()
     own, _ = apply_mode(build_graph(config, 1), mode)
@@ -111,7 +111,7 @@ def holes(mode: AttentionMode, tokens: int) -> range:
 
 
 @pytest.mark.parametrize("name", ["llama-gqa", "deepseek_v2-greedy", "deepseek_v3-halves"])
-def test_what_no_row_sees_may_be_gone(name: str) -> None:
+def test_invisible_blocks_may_be_missing(name: str) -> None:
     """The same logits to the bit, whatever was written where the blocks lay; a hole that is seen is an error."""
     model, ids = model_of(name)
     run = in_mode(model, SLIDING)
@@ -130,7 +130,7 @@ def test_what_no_row_sees_may_be_gone(name: str) -> None:
 
 
 @pytest.mark.parametrize("mode", [AttentionMode(), SPARSE, SLIDING], ids=lambda m: m.kind)
-def test_no_block_may_be_gone_where_a_layer_sees_all(mode: AttentionMode) -> None:
+def test_no_block_may_be_missing_with_full_attention(mode: AttentionMode) -> None:
     """qwen3-layer-types has a layer without a window between two with one."""
     model, ids = model_of("qwen3-layer-types")
     run = in_mode(model, mode)

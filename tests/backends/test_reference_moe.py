@@ -44,7 +44,7 @@ def no_tie(logits: torch.Tensor, bias: torch.Tensor | None, options: dict[str, A
 
 
 @pytest.mark.parametrize("case", WITH_EXPERTS)
-def test_chosen_experts_are_transformers(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chosen_experts_equal_transformers(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As sets, with their weights, in every layer and row of a whole model."""
     model = random_model(CASES[case]())
     ids, theirs = random_ids(model.config, 200), []
@@ -68,7 +68,7 @@ def test_chosen_experts_are_transformers(case: str, monkeypatch: pytest.MonkeyPa
     assert len(told_apart) > 20  # routers that choose
 
 
-def test_equal_scores_go_to_the_lower_number() -> None:
+def test_ties_go_to_the_lower_index() -> None:
     options = {"top_k": 3, "normalise": False, "scale": 1.0, "scoring": "softmax"}
     equal = torch.zeros(1, 12)
     assert moe.route(equal, None, groups=1, top_groups=1, group_score="max", **options)[0, :3].tolist() == [0, 1, 2]

@@ -57,7 +57,7 @@ def test_built_in_without_metadata(registered):
         assert find(name).name == name
 
 
-def test_the_entry_points_are_those_that_are_built_in():
+def test_entry_points_match_the_built_in_backends():
     """pyproject.toml and the registry agree."""
     tomllib = pytest.importorskip("tomllib")
     from pathlib import Path
@@ -66,7 +66,7 @@ def test_the_entry_points_are_those_that_are_built_in():
     assert project["entry-points"][backend_entries.GROUP] == backend_entries.BUILT_IN
 
 
-def test_a_package_outside_adds_a_backend(registered, tiny_model):
+def test_another_package_adds_a_backend(registered, tiny_model):
     with pytest.raises(ConfigError, match="backend must be one of 'auto', 'cpu', 'reference', got 'toy'.*install that package"):
         DeepSeekConfig(backend="toy")
     registered(toy=f"{__name__}:TOY")
@@ -83,7 +83,7 @@ def test_a_package_outside_adds_a_backend(registered, tiny_model):
         choose_spec(wanted("toy"), CUDA)
 
 
-def test_auto_takes_the_highest_priority_that_can_run(registered, monkeypatch):
+def test_auto_chooses_the_highest_available_priority(registered, monkeypatch):
     from deepseek_optimizer.backends import cpu
 
     registered(toy=f"{__name__}:TOY", lost=f"{__name__}:LOST")
@@ -125,13 +125,13 @@ def test_a_broken_package_is_named_and_does_not_stop_the_others(registered, valu
     assert spec.name in backend_entries.BUILT_IN and note is not None and "the backend 'broken'" in note
 
 
-def test_what_is_not_registered(registered):
+def test_unregistered_backends(registered):
     registered(toy=f"{__name__}:TOY")
     with pytest.raises(BackendError, match="there is no backend 'tox'; did you mean 'toy'"):
         find("tox")
 
 
-def test_one_name_for_two(registered):
+def test_duplicate_names(registered):
     registered(cpu="their_package:SPEC")
     with pytest.raises(BackendError, match="two backends are called 'cpu': deepseek_optimizer.*their_package:SPEC"):
         backend_entries.names()

@@ -81,7 +81,7 @@ def turned(x: torch.Tensor, pairs: Pairs, delta: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_the_reference_turns_keys_and_nothing_else(shape: str, kind: str) -> None:
+def test_the_reference_rotates_only_keys(shape: str, kind: str) -> None:
     spec, rotation = SHAPES[shape]
     store, before = filled(spec, kind)
     others = [t[[0, 2, 3, 5]].clone() for t in store._data]
@@ -143,7 +143,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("what", BAD)
-def test_what_cannot_be_turned_changes_nothing(what: str) -> None:
+def test_failed_rotations_change_nothing(what: str) -> None:
     """That the native library changes nothing either is a test of its own, native/tests/test_rotate.cpp."""
     spec, rotation = SHAPES["heads"]
     store, before = filled(spec, "bf16")
@@ -155,7 +155,7 @@ def test_what_cannot_be_turned_changes_nothing(what: str) -> None:
             CpuStore(native.shared_context(None, None), spec, "bf16", 8).rotate(rotation, *BAD[what])
 
 
-def test_dynamic_frequencies_are_refused_where_they_may_have_changed() -> None:
+def test_dynamic_frequencies_are_rejected_if_they_may_have_changed() -> None:
     spec, rotation = SHAPES["heads"]
     stores = [filled(spec, "bf16")[0]]
     if not cpu.unavailable_reason():
@@ -167,7 +167,7 @@ def test_dynamic_frequencies_are_refused_where_they_may_have_changed() -> None:
         store.rotate(dynamic, TABLE, 75, 4096 - 75, -32)
 
 
-def test_a_rotation_of_another_cache_is_refused() -> None:
+def test_a_rotation_of_another_cache_is_rejected() -> None:
     spec, rotation = SHAPES["heads"]
     latent, _ = SHAPES["indexer"]
     with pytest.raises(ValueError, match="index keys"):
@@ -204,7 +204,7 @@ def drift(backend: str, kind: str) -> list[float]:
 
 
 @pytest.mark.parametrize(("kind", "once"), [("fp32", 1e-6), ("bf16", 0.0018), ("int8", 0.0065)])
-def test_rounding_after_eight_turns(kind: str, once: float) -> None:
+def test_rounding_after_eight_rotations(kind: str, once: float) -> None:
     """Against keys made at the last position: errors are those of the storage's roundings, 1 + turns of them, and independent.
     Measured: bf16 0.24% after one turn, 0.47% after eight; int8 0.63% and 1.3%."""
     if cpu.unavailable_reason():

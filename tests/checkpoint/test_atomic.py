@@ -49,7 +49,7 @@ def test_without_an_exchange_in_one_call(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "disk full"), KeyboardInterrupt()])
-def test_exceptions_leave_what_was_there(tmp_path: Path, error: BaseException) -> None:
+def test_exceptions_preserve_the_old_state(tmp_path: Path, error: BaseException) -> None:
     write(tmp_path / "old", "old")
     for target in (tmp_path / "new", tmp_path / "old"):
         with pytest.raises(type(error)), atomic_directory(target, overwrite=True) as directory:
@@ -58,7 +58,7 @@ def test_exceptions_leave_what_was_there(tmp_path: Path, error: BaseException) -
     assert os.listdir(tmp_path) == ["old"] and content(tmp_path / "old") == "old"
 
 
-def test_a_target_made_meanwhile_is_not_replaced(tmp_path: Path) -> None:
+def test_a_target_created_meanwhile_is_not_replaced(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="exists already"), atomic_directory(tmp_path / "t"):
         write(tmp_path / "t", "other")
     assert content(tmp_path / "t") == "other" and os.listdir(tmp_path) == ["t"]
@@ -126,7 +126,7 @@ def killed(target: Path, write) -> None:
 
 
 @pytest.mark.parametrize("write", [atomic_directory, atomic_file, merged_directory])
-def test_the_next_write_removes_what_a_killed_one_left(tmp_path: Path, write) -> None:
+def test_the_next_write_removes_leftovers_of_a_killed_one(tmp_path: Path, write) -> None:
     killed(tmp_path / "t", write)
     killed(tmp_path / "other", write)
     (left,) = tmp_path.glob(".t.*.tmp")
@@ -135,7 +135,7 @@ def test_the_next_write_removes_what_a_killed_one_left(tmp_path: Path, write) ->
     assert [p.name.split(".")[1] for p in tmp_path.glob(".*")] == ["other"]  # another target's is none of its business
 
 
-def test_what_another_writer_is_at_stays(tmp_path: Path) -> None:
+def test_files_of_a_concurrent_writer_stay(tmp_path: Path) -> None:
     """Also one in this process: the second of two writers wins, and both were whole."""
     with atomic_directory(tmp_path / "t", overwrite=True) as first:
         write(tmp_path / "t", "second")
@@ -168,7 +168,7 @@ def test_many_writers_of_one_directory_some_of_them_killed(tmp_path: Path) -> No
     assert content(target) == "end" and os.listdir(tmp_path) == ["t"]
 
 
-def test_an_old_directory_that_was_moved_aside_comes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_old_directory_that_was_moved_aside_is_restored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where two names cannot be exchanged at once: killed between the two renames."""
     write(tmp_path / "t", "old")
     child = os.fork()
@@ -203,7 +203,7 @@ def test_a_merged_directory_keeps_what_it_does_not_write(tmp_path: Path, monkeyp
 
 
 @pytest.mark.parametrize("text", ["No space left on device (os error 28)", "IoError(Os { code: 28 }) (os error 28)"])
-def test_an_error_of_a_rust_library_becomes_one_of_the_system(tmp_path: Path, text: str) -> None:
+def test_errors_of_rust_libraries_become_os_errors(tmp_path: Path, text: str) -> None:
     """As `tokenizers` raises it: a bare Exception."""
     with pytest.raises(OSError, match="No space left on device: .*out") as error, atomic_directory(tmp_path / "out"):
         raise Exception(text)

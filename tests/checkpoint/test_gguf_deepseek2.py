@@ -54,7 +54,7 @@ def test_config(tmp_path: Path, family: str) -> None:
 
 @pytest.mark.parametrize("kinds", KINDS)
 @pytest.mark.parametrize("forms", [{}, {"whole_kv_b": True}, {"merged_experts": True}], ids=["new", "old", "merged"])
-def test_numbers(tmp_path: Path, model: Any, kinds: str, forms: dict[str, bool]) -> None:
+def test_values(tmp_path: Path, model: Any, kinds: str, forms: dict[str, bool]) -> None:
     """Every parameter, stacks included, packed in the format that the file's type names: without loss where there is one."""
     checkpoint = open_checkpoint(write_gguf(tmp_path / "m.gguf", model, KINDS[kinds], **forms))
     expected = state_of(dequantised(model, KINDS[kinds], **forms))
@@ -139,7 +139,7 @@ def test_older_files(tmp_path: Path) -> None:
     assert open_checkpoint(path).config()["routed_scaling_factor"] == 1.0
 
 
-def test_layers_for_multi_token_prediction_are_left_out(tmp_path: Path, model: Any) -> None:
+def test_mtp_layers_are_skipped(tmp_path: Path, model: Any) -> None:
     def edit(values: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
         values |= {"block_count": 4, "nextn_predict_layers": 1}
         arrays["blk.3.attn_norm.weight"] = np.ones(96, np.float32)
@@ -198,12 +198,12 @@ REFUSED = [
 
 
 @pytest.mark.parametrize("edit, kind, why", REFUSED)
-def test_refused(tmp_path: Path, model: Any, edit: Callable[..., None], kind: type[Exception], why: str) -> None:
+def test_rejected_files(tmp_path: Path, model: Any, edit: Callable[..., None], kind: type[Exception], why: str) -> None:
     with pytest.raises(kind, match=why):
         open_checkpoint(write_gguf(tmp_path / "m.gguf", model, {"": "Q8_0"}, edit=edit))
 
 
-def test_normalised_weights_of_softmax_gating_are_refused(tmp_path: Path) -> None:
+def test_normalised_weights_of_softmax_gating_are_rejected(tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "m.gguf", random_model(v2()), {"": "F32"}, edit=change(expert_weights_norm=True))
     with pytest.raises(UnsupportedModelError, match="expert_weights_norm is true with softmax"):
         open_checkpoint(path)

@@ -87,7 +87,7 @@ def save(path: Path, tokenizer: Callable[[gguf.GGUFWriter], None] | None, **conf
 
 
 @pytest.mark.parametrize("rule", PUBLISHED)
-def test_the_tokens_of_the_original(tmp_path: Path, rule: str) -> None:
+def test_tokens_equal_the_original(tmp_path: Path, rule: str) -> None:
     inner = original(rule)
     tokenizer = load_tokenizer(save(tmp_path / "m.gguf", writes(inner, rule)))
     rng = random.Random(0)
@@ -142,7 +142,7 @@ def test_the_rule_of_v2() -> None:
         ({"bos": 100_000}, "bos_token_id is 100000, but must be"),
     ],
 )
-def test_what_cannot_be_built_is_an_error_and_the_model_opens(tmp_path: Path, more: dict, why: str) -> None:
+def test_unsupported_tokenizers_are_errors_but_the_model_opens(tmp_path: Path, more: dict, why: str) -> None:
     inner = original("deepseek-v3")
     path = save(tmp_path / "m.gguf", writes(inner, more.pop("rule", "deepseek-v3"), **more))
     with pytest.raises(CheckpointError, match=why):

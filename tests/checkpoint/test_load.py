@@ -34,7 +34,7 @@ def checkpoint_of(tmp_path: Path, tensors: dict[str, torch.Tensor]) -> Checkpoin
 
 
 @pytest.mark.parametrize("panel", [1, 700, 1 << 21])
-def test_all_of_it(tmp_path: Path, panel: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_tensors(tmp_path: Path, panel: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoint_base, "PANEL_ELEMENTS", panel)
     seen: list[LoadProgress] = []
     loaded = dict(stream_weights(checkpoint_of(tmp_path, TENSORS), WANTED, SHAPES, progress=seen.append))
@@ -73,7 +73,7 @@ def test_importance_reaches_the_packer_by_name(tmp_path: Path, panel: int, monke
     assert not torch.equal(loaded["m.a.weight"].data, quant.get_format("int4").pack(TENSORS["m.a.weight"]))
 
 
-def test_the_packer_that_is_handed_in_packs(tmp_path: Path) -> None:
+def test_the_given_packer_is_used(tmp_path: Path) -> None:
     calls: list[str] = []
 
     def packer(weight: torch.Tensor, name: str, out: torch.Tensor | None = None) -> torch.Tensor:

@@ -49,11 +49,11 @@ def resume(target: Path, identity: dict = IDENTITY) -> tuple[set[str], str | Non
     return found, news
 
 
-def test_in_one_go(tmp_path: Path) -> None:
+def test_a_single_run(tmp_path: Path) -> None:
     assert resume(tmp_path / "t") == (set(), None)
 
 
-def test_gone_on_with(tmp_path: Path) -> None:
+def test_resumed(tmp_path: Path) -> None:
     path = interrupted(tmp_path / "t")
     (path / "files" / "c.part").write_bytes(b"half")
     (path / "files" / "stray").mkdir()
@@ -62,7 +62,7 @@ def test_gone_on_with(tmp_path: Path) -> None:
     assert found == {"a", "b"} and news is not None and "resuming" in news and "2 of 3" in news
 
 
-def test_another_identity_begins_afresh(tmp_path: Path) -> None:
+def test_another_identity_starts_over(tmp_path: Path) -> None:
     interrupted(tmp_path / "t")
     found, news = resume(tmp_path / "t", {**IDENTITY, "settings": {"precision": "int8"}})
     assert found == set() and news is not None and "another settings: starting over" in news
@@ -92,7 +92,7 @@ def edit(path: Path, **change: object) -> None:
 @pytest.mark.parametrize(
     "damage", [truncate, flip, link, lambda p: edit(p, bytes=7), lambda p: edit(p, sha256="0" * 64), lambda p: edit(p, more=1)]
 )
-def test_damaged_files_are_made_again(tmp_path: Path, damage) -> None:
+def test_damaged_files_are_rewritten(tmp_path: Path, damage) -> None:
     damage(interrupted(tmp_path / "t"))
     with Unfinished(tmp_path / "t", IDENTITY, NAMES) as directory:
         assert (
@@ -117,14 +117,14 @@ def test_a_journal_that_cannot_be_read(tmp_path: Path, journal: bytes | None) ->
     assert found == set() and news is not None and "cannot be read: starting over" in news
 
 
-def test_a_half_written_last_line(tmp_path: Path) -> None:
+def test_an_incomplete_last_line(tmp_path: Path) -> None:
     path = interrupted(tmp_path / "t")
     os.truncate(path / "journal.jsonl", (path / "journal.jsonl").stat().st_size - 10)
     found, _ = resume(tmp_path / "t")
     assert found == {"a"}
 
 
-def test_entries_that_lead_elsewhere_are_not_followed(tmp_path: Path) -> None:
+def test_entries_outside_the_directory_are_ignored(tmp_path: Path) -> None:
     (tmp_path / "mine").write_text("precious")
     path = interrupted(tmp_path / "t")
     edit(path, file="../../../mine")
@@ -135,7 +135,7 @@ def test_entries_that_lead_elsewhere_are_not_followed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["file", "link"])
-def test_something_else_in_its_place(tmp_path: Path, kind: str) -> None:
+def test_another_file_in_its_place(tmp_path: Path, kind: str) -> None:
     place = tmp_path / ".t.unfinished.tmp"
     if kind == "file":
         place.write_text("mine")
@@ -147,7 +147,7 @@ def test_something_else_in_its_place(tmp_path: Path, kind: str) -> None:
     assert place.is_symlink() or place.read_text() == "mine"
 
 
-def test_nothing_stays_of_an_error_that_will_come_again(tmp_path: Path) -> None:
+def test_permanent_errors_leave_nothing(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError), Unfinished(tmp_path / "t", IDENTITY, NAMES) as directory:
         write(directory, "a")
         raise CheckpointError("NaN")
@@ -169,7 +169,7 @@ def test_overwriting(tmp_path: Path) -> None:
     assert os.listdir(target) == ["a"] and os.listdir(tmp_path) == ["t"]
 
 
-def test_two_at_once(tmp_path: Path) -> None:
+def test_concurrent_runs(tmp_path: Path) -> None:
     with Unfinished(tmp_path / "t", IDENTITY, NAMES) as directory:
         write(directory, "a")
         with pytest.raises(CheckpointError, match="another process"):

@@ -34,7 +34,7 @@ def test_specs_are_consistent(spec: OpSpec) -> None:
         assert "layer" in names and spec.rows == "tokens"
 
 
-def test_names_of_parameters_are_in_bias_and_biases_alone() -> None:
+def test_parameter_names_are_only_in_bias_and_biases() -> None:
     """`Graph.weights` and `Graph.renamed` look there."""
     for spec in OPS.values():
         assert {a.name for a in spec.attrs if a.type in (NAME, NAMES)} <= {"bias", "biases"}

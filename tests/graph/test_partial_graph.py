@@ -13,7 +13,7 @@ from support.models import CASES
 
 @pytest.mark.parametrize("case", ["llama-tied", "qwen3-gqa", "qwen2-windows", "deepseek_v32-indexer"])
 @pytest.mark.parametrize("index", range(4))
-def test_what_is_left_of_a_model(case: str, index: int) -> None:
+def test_remaining_nodes_of_a_model(case: str, index: int) -> None:
     graph = build_graph(CASES[case]())
     rest = graph_from_hidden_state(graph, index)
     check_graph(rest)

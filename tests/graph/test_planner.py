@@ -79,7 +79,7 @@ def test_the_residual_stays_in_place() -> None:
             assert plan.slot_of[node.outputs[0]] == plan.slot_of[node.inputs[0]]
 
 
-def test_the_logits_have_a_slot_of_their_own() -> None:
+def test_the_logits_have_their_own_slot() -> None:
     graph, _ = rules.apply(build_graph(llama(vocab_size=72)))  # as wide as the hidden rows
     plan = assign_slots(graph)
     logits = graph.nodes[-1].outputs[0]

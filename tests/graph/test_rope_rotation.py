@@ -16,7 +16,7 @@ from support.models import CASES, llama
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_every_family_has_one(name: str) -> None:
+def test_every_family_has_a_rotation(name: str) -> None:
     plain = build_graph(CASES[name]())
     found, fused = key_rotation(plain), key_rotation(rules.apply(plain)[0])
     rope = next(n for n in plain.nodes if n.op == "rope_table").attrs["rope"]
@@ -28,7 +28,7 @@ def test_every_family_has_one(name: str) -> None:
     assert found.context == (4096 if name == "llama-dynamic" else None)
 
 
-def test_dynamic_frequencies_hold_up_to_the_trained_context() -> None:
+def test_dynamic_frequencies_are_valid_up_to_the_trained_context() -> None:
     rotation = key_rotation(build_graph(CASES["llama-dynamic"]()))
     rotation.check(4096)
     with pytest.raises(UnsupportedRequestError, match="dynamic.*at most 4096 tokens"):
@@ -36,7 +36,7 @@ def test_dynamic_frequencies_hold_up_to_the_trained_context() -> None:
     key_rotation(build_graph(llama())).check(1 << 30)
 
 
-def test_layers_with_different_rope_are_refused() -> None:
+def test_layers_with_different_rope_are_rejected() -> None:
     graph = build_graph(llama())
     ropes = [i for i, n in enumerate(graph.nodes) if n.op == "rope" and n.outputs[0].name.endswith("k_rope")]
     nodes = list(graph.nodes)

@@ -47,7 +47,7 @@ def test_results_do_not_depend_on_rules(case: str, choice: str) -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_each_rule_fires_everywhere(case: str) -> None:
+def test_each_rule_applies_everywhere(case: str) -> None:
     config = CASES[case]()
     graph = build_graph(config)
     layers = config.num_hidden_layers
@@ -72,7 +72,7 @@ def test_each_rule_fires_everywhere(case: str) -> None:
     assert alone == {**expected, "layer_norm": 2 * layers}  # alone, the final norm is fused too
 
 
-def test_a_fused_graph_stays_as_it_is_and_the_given_one_untouched() -> None:
+def test_fusing_is_idempotent_and_does_not_modify_its_input() -> None:
     graph = build_graph(llama())
     before = copy.copy(graph.nodes)
     fused, _ = rules.apply(graph)
@@ -87,12 +87,12 @@ def test_order_of_names_does_not_matter() -> None:
 
 
 @pytest.mark.parametrize(("name", "nearest"), [("qvk", "qkv"), ("layernorm", "layer_norm"), ("gate-up", "gate_up"), ("", "")])
-def test_unknown_rule_names_the_nearest(name: str, nearest: str) -> None:
+def test_unknown_rules_suggest_the_closest(name: str, nearest: str) -> None:
     with pytest.raises(GraphError, match=f"did you mean '{nearest}"):
         rules.apply(build_graph(llama()), ["qkv", name])
 
 
-def test_norm_for_hidden_states_runs_only_where_they_are_asked_for() -> None:
+def test_the_norm_for_hidden_states_runs_only_on_request() -> None:
     """With `last_logits` the norm of all rows feeds `hidden_out` alone."""
     graph, _ = rules.apply(build_graph(llama()))
     only = [graph.nodes[i] for i in sorted(hidden_only(graph))]
@@ -101,7 +101,7 @@ def test_norm_for_hidden_states_runs_only_where_they_are_asked_for() -> None:
     assert all(plain.nodes[i].op == "hidden_out" for i in hidden_only(plain))
 
 
-def test_selected_rows_are_those_asked_for() -> None:
+def test_selected_rows_are_the_requested_ones() -> None:
     model = random_model(llama())
     ids = random_ids(model.config, 40)
     expected = transformers_logits(model, ids)

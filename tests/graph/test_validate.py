@@ -111,23 +111,23 @@ def check_damage(graph: Graph, damage: Callable[[Graph], list[Node]], message: s
 
 
 @pytest.mark.parametrize("name", LATENT_DAMAGES)
-def test_damage_to_latent_attention_and_experts_is_found(name: str) -> None:
+def test_damage_to_latent_attention_and_experts_is_detected(name: str) -> None:
     check_damage(build_graph(deepseek_v32()), *LATENT_DAMAGES[name])
 
 
-def test_damage_to_an_mtp_layer_is_found() -> None:
+def test_damage_to_an_mtp_layer_is_detected() -> None:
     for damage in (outputs("concat", Value("l3.both", 143)), outputs("state_in", Value("state", 71))):
         check_damage(build_mtp_graph(deepseek_v3(), 0), damage, "do not fit")
 
 
-def test_ops_need_the_cache_they_are_for() -> None:
+def test_ops_need_their_kind_of_cache() -> None:
     for ours, theirs in ((llama(), deepseek_v3()), (deepseek_v3(), llama())):
         with pytest.raises(GraphError, match="do not fit"):
             check_graph(replace(build_graph(ours), cache=build_graph(theirs).cache))
 
 
 @pytest.mark.parametrize("name", DAMAGES)
-def test_damage_is_found(name: str) -> None:
+def test_damage_is_detected(name: str) -> None:
     check_damage(build_graph(qwen3()), *DAMAGES[name])
 
 

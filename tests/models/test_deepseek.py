@@ -111,13 +111,13 @@ INTEGERS = [
 
 
 @pytest.mark.parametrize("family", RAW)
-def test_the_configs_that_are_made_wrong_are_right(family: str) -> None:
+def test_the_modified_configs_are_valid_originally(family: str) -> None:
     check_config(RAW[family])
 
 
 @pytest.mark.parametrize(("family", "field"), INTEGERS)
 @pytest.mark.parametrize("value", BAD_INTEGERS)
-def test_bad_integer_is_refused_by_name(family: str, field: str, value: Any) -> None:
+def test_invalid_integers_are_rejected_by_name(family: str, field: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=rf"config\.{field}: .*got"):
         check_config({**RAW[family], field: value})
 
@@ -190,7 +190,7 @@ def test_contradictions_name_the_field(family: str, fields: dict[str, Any], mess
 
 
 @pytest.mark.parametrize(("family", "fields"), [(f, fields) for fs, fields in UNKNOWN for f in fs])
-def test_what_is_not_built_is_refused_by_name(family: str, fields: dict[str, Any]) -> None:
+def test_unsupported_features_are_rejected_by_name(family: str, fields: dict[str, Any]) -> None:
     with pytest.raises(UnsupportedModelError, match=next(iter(fields))):
         check_config({**RAW[family], **fields})
 
@@ -204,7 +204,7 @@ def test_mscale_of_zero_is_none() -> None:
     assert [n.attrs.get("scale") for n in plain.nodes] == [n.attrs.get("scale") for n in zero.nodes]
 
 
-def test_experts_do_not_matter_where_there_are_none() -> None:
+def test_expert_fields_are_ignored_without_experts() -> None:
     graph = build_graph(
         with_defaults({**RAW["deepseek_v2"], "first_k_dense_replace": 3, "n_group": 5, "num_experts_per_tok": None})
     )

@@ -76,7 +76,7 @@ def transformers_states(model: Any, layer: MtpLayer, ids: list[int], states: tor
 
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("name", WITH_LAYERS)
-def test_equals_transformers_layers_in_a_chain(name: str, fused: bool) -> None:
+def test_equals_a_chain_of_transformers_layers(name: str, fused: bool) -> None:
     """The second takes the first's normed result, and the token one further; both use the model's own blocks."""
     model = random_model(WITH_LAYERS[name]())
     config, count = model.config, mtp_layers(model.config)

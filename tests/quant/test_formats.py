@@ -54,7 +54,7 @@ def test_the_bound_is_tight(name: str) -> None:
     assert (error / fmt.error_bound(weight)).max() > 0.8
 
 
-def test_fp32_and_bf16_keep_what_they_can() -> None:
+def test_fp32_and_bf16_are_exact_or_rounded_once() -> None:
     weight = matrix(37, 70)
     assert torch.equal(quant.unpack(quant.pack(weight, "fp32")), weight)
     assert torch.equal(quant.unpack(quant.pack(weight, "bf16"), torch.bfloat16), weight.bfloat16())
@@ -187,7 +187,7 @@ def test_no_group_has_a_larger_weighted_error_than_in_ggml(name: str, weighted: 
 
 
 @pytest.mark.parametrize("name", ["int4", "q4_1"])
-def test_importance_spares_the_columns_that_matter(name: str) -> None:
+def test_importance_reduces_the_error_of_important_columns(name: str) -> None:
     weight, importance = torch.randn(64, 256, generator=torch.Generator().manual_seed(1)), torch.ones(256)
     importance[::4] = 100
     fmt = quant.get_format(name)
@@ -197,7 +197,7 @@ def test_importance_spares_the_columns_that_matter(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["int4", "q4_1"])
-def test_importance_that_is_none(name: str) -> None:
+def test_invalid_importance(name: str) -> None:
     weight, fmt = torch.ones(3, 40), quant.get_format(name)
     for wrong in (torch.ones(39), torch.ones(40, 1), torch.ones(40).double()):
         with pytest.raises(ValueError, match=r"importance must be float32 \[40\]"):
@@ -217,7 +217,7 @@ def test_float_layouts() -> None:
 
 @pytest.mark.parametrize("name", ["int8", "int4", "q4_1"])
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_broken_groups_become_nan(name: str, bad: float) -> None:
+def test_non_finite_groups_become_nan(name: str, bad: float) -> None:
     weight = torch.ones(16, 64)
     weight[3, 40] = bad
     packed = quant.get_format(name).pack(weight)
@@ -239,7 +239,7 @@ def test_too_large_for_fp16_is_nan_and_too_small_is_zero(name: str) -> None:
     assert torch.equal(fmt.pack(-torch.zeros(2, 32)), packed)
 
 
-def test_int4_takes_the_first_of_equal_magnitudes() -> None:
+def test_int4_uses_the_first_of_equal_magnitudes() -> None:
     weight = torch.zeros(2, 32)
     weight[0, 1], weight[0, 7] = 8.0, -8.0
     weight[1, 1], weight[1, 7] = -8.0, 8.0
@@ -248,7 +248,7 @@ def test_int4_takes_the_first_of_equal_magnitudes() -> None:
 
 
 @pytest.mark.parametrize("name", quant.FORMATS)
-def test_rows_do_not_depend_on_their_company(name: str) -> None:
+def test_rows_do_not_depend_on_other_rows(name: str) -> None:
     """Panels are an implementation detail: rows packed alone are the rows packed together."""
     weight = matrix(2048, 544)
     whole = quant.get_format(name).pack(weight)
@@ -273,7 +273,7 @@ def test_unknown_names() -> None:
         quant.get_format(None)  # type: ignore[arg-type]
 
 
-def test_what_pack_refuses() -> None:
+def test_inputs_that_pack_rejects() -> None:
     for wrong in (torch.zeros(3), torch.zeros(2, 2, dtype=torch.int32)):
         with pytest.raises(ValueError, match="matrix"):
             quant.pack(wrong.reshape(wrong.shape[0], -1) if wrong.dim() == 2 else wrong.unsqueeze(0).unsqueeze(0), "int8")

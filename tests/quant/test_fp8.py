@@ -19,7 +19,7 @@ def value(code: int) -> float:
     return -size if code >> 7 else size
 
 
-def test_every_code_comes_back() -> None:
+def test_every_code_round_trips() -> None:
     codes = torch.arange(256, dtype=torch.uint8)
     codes[[0x7F, 0xFF]] = 0
     packed = fp8.repack(codes.view(torch.float8_e4m3fn)[None], torch.ones(1, 2))
@@ -50,13 +50,13 @@ def test_codes_follow_the_definition(shape: tuple[int, int]) -> None:
     assert not packed[-1, :, :512].reshape(-1, 16, 16, 2)[:, :, shape[0] % 16 :].any(), "padding is zeros"
 
 
-def test_each_block_has_a_scale_of_its_own() -> None:
+def test_each_block_has_its_own_scale() -> None:
     weight = torch.ones(300, 400)
     weight[128:256, :128], weight[256:, 384:] = 1e-20, 1e20
     assert torch.equal(FORMAT.unpack(FORMAT.pack(weight), 300, 400), weight)
 
 
-def test_what_is_not_finite_breaks_its_block_alone() -> None:
+def test_non_finite_values_affect_only_their_block() -> None:
     for bad in (math.nan, math.inf, -math.inf):
         weight = torch.ones(200, 200)
         weight[130, 3] = bad
@@ -85,7 +85,7 @@ def test_taking_over_rounds_nothing() -> None:
     assert got[128:, :128].isnan().all() and got[:128].isfinite().all(), "a NaN is never lost"
 
 
-def test_what_taking_over_refuses() -> None:
+def test_inputs_that_taking_over_rejects() -> None:
     codes = torch.zeros(200, 300).to(torch.float8_e4m3fn)
     for scale in (None, torch.ones(2, 2), torch.ones(2, 3).bfloat16(), torch.ones(6)):
         with pytest.raises(ValueError, match=r"scale must be float32 \[2, 3\]"):

@@ -25,7 +25,7 @@ def random_blocks(rows: int, cols: int, name: str) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", LOSSLESS)
 @pytest.mark.parametrize("shape", [(1, 32), (16, 64), (17, 96), (211, 576), (2100, 288)])
-def test_values_are_ggmls(name: str, shape: tuple[int, int]) -> None:
+def test_values_equal_ggml(name: str, shape: tuple[int, int]) -> None:
     blocks = random_blocks(*shape, name)
     fmt = quant.get_format(ggml.lossless_format(name))
     tiles = ggml.repack(blocks, name, shape[1])
@@ -40,7 +40,7 @@ def test_values_are_ggmls(name: str, shape: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("name", LOSSLESS)
-def test_padding_holds_codes_of_zero(name: str) -> None:
+def test_padding_has_codes_of_zero(name: str) -> None:
     fmt = quant.get_format(ggml.lossless_format(name))
     tiles = ggml.repack(random_blocks(1, 32, name), name, 32)[0, 0]
     empty = fmt.pack(torch.zeros(16, 32))[0, 0]
@@ -81,12 +81,12 @@ def test_other_types_become_floats(name: str) -> None:
     assert torch.equal(ggml.to_float(blocks, name, 256).float().nan_to_num(), expected.nan_to_num())
 
 
-def test_a_type_nobody_reads() -> None:
+def test_unsupported_types() -> None:
     with pytest.raises(NotImplementedError):
         ggml.to_float(torch.zeros(1, 292, dtype=torch.uint8), "Q8_K", 256)
 
 
-def test_the_table_is_ggmls() -> None:
+def test_the_table_equals_ggml() -> None:
     for code, kind in ggml.GGML_TYPES.items():
         if kind.name in GGMLQuantizationType.__members__:  # an older gguf package knows fewer
             assert GGML_QUANT_SIZES[GGMLQuantizationType[kind.name]] == (kind.block, kind.block_bytes)

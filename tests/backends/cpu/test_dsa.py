@@ -97,7 +97,7 @@ def chosen_by(r, ids: list[int], chunks: tuple[int, ...] = (), phase: int = PREF
 
 
 @pytest.mark.parametrize(("kv", "tie"), [("fp32", TIE), ("bf16", 2e-2), ("int8", 2e-2)])
-def test_the_choice_is_that_of_the_scores(backend, kv, tie):
+def test_the_choice_follows_the_scores(backend, kv, tie):
     weights, ids = indexer_weights(), random_ids(SimpleNamespace(vocab_size=VOCAB), 400)
     scores = scores_of(weights, ids)
     r = runner(backend, indexer_graph(), packed_weights(weights, "fp32"), kv=kv)
@@ -141,7 +141,7 @@ def test_rules(backend, names):
 
 @pytest.mark.parametrize("kv", ["fp32", "bf16", "int8"])
 @pytest.mark.parametrize("format_name", ["fp32", "int8"])
-def test_a_row_is_the_same_in_any_company(backend, format_name, kv):
+def test_a_row_does_not_depend_on_the_batch(backend, format_name, kv):
     model = sparse_model(40)
     r = sparse_runner(backend, model, format_name, kv=kv)
     ids = random_ids(model.config, 150)
@@ -173,7 +173,7 @@ def test_after_a_crop(backend, kv):
 
 
 @pytest.mark.parametrize(("kv", "tolerance"), [("bf16", 4e-2), ("int8", 6e-2)])
-def test_what_small_caches_cost(backend, kv, tolerance):
+def test_error_of_small_caches(backend, kv, tolerance):
     """In the mean over rows: rounding also makes near scores change places, and who sees another token is another row."""
     model = sparse_model(40)
     ids = random_ids(model.config, 300)

@@ -151,7 +151,7 @@ FORMAT_TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2, "int8": 1e-3, "q4_1": 1e-3, "int
 
 
 @pytest.mark.parametrize("format_name", FORMAT_TOLERANCE)
-def test_formats_against_their_own_values(backend, format_name):
+def test_formats_against_their_dequantised_values(backend, format_name):
     config = CONFIGS["v3-groups"]()
     layer = random_layer(config)
     weights = packed(layer, format_name)
@@ -170,7 +170,7 @@ def test_experts_and_the_rest_in_different_formats(backend):
 
 
 @pytest.mark.parametrize("format_name", FORMAT_TOLERANCE)
-def test_a_row_is_the_same_in_any_company(isa, format_name):
+def test_a_row_does_not_depend_on_the_batch(isa, format_name):
     """Alone, in a batch, in either phase's company, grouped or not, on any number of threads: torch.equal."""
     config = CONFIGS["v2-groups"]()
     weights = packed(random_layer(config), format_name)
@@ -195,7 +195,7 @@ def test_all_tokens_to_the_same_experts(backend):
     assert_close_rows(Plan(backend, moe_graph(config), packed(layer, "fp32"))(x), expected(layer, x), 1e-5)
 
 
-def test_one_token_is_not_a_number(backend):
+def test_one_token_is_nan(backend):
     config = CONFIGS["v3-groups"]()
     plan = Plan(backend, moe_graph(config), packed(random_layer(config), "int4"))
     x = inputs(20)
@@ -222,7 +222,7 @@ def test_one_conversion_serves_routed_and_shared_experts():
 
 
 @pytest.mark.skipif(unavailable_reason() is not None, reason="no native build")
-def test_what_the_plan_says_and_refuses():
+def test_descriptions_and_errors_of_the_plan():
     config = CONFIGS["v2-greedy"]()
     backend = CpuBackend(threads=1)
     weights = packed(random_layer(config), "int4")

@@ -50,7 +50,7 @@ def test_fp32_equals_transformers(backend, case):
 
 
 @pytest.mark.parametrize("case, names", RULE_SETS.values(), ids=RULE_SETS.keys())
-def test_every_rule_alone_and_left_out(backend, case, names):
+def test_every_rule_alone_and_disabled(backend, case, names):
     model = random_model(CASES[case]())
     graph, _ = rules.apply(build_graph(model.config), names)
     ids = random_ids(model.config, 77)
@@ -73,7 +73,7 @@ FORMAT_TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2, "int8": 1e-3, "q4_1": 1e-3, "int
 
 @pytest.mark.parametrize("format_name", FORMAT_TOLERANCE)
 @pytest.mark.parametrize("case", ["llama-biases", "qwen2-tied", "qwen3-gqa"])
-def test_formats_against_their_own_values(backend, case, format_name):
+def test_formats_against_their_dequantised_values(backend, case, format_name):
     """Kernel error alone: the reference runs the dequantised weights in fp32."""
     model = random_model(CASES[case]())
     graph, _ = rules.apply(build_graph(model.config), None)
@@ -100,7 +100,7 @@ def test_cache_types(backend, kv, tolerance):
 @pytest.mark.parametrize("kv", ["fp32", "bf16", "int8"])
 @pytest.mark.parametrize("format_name", FORMAT_TOLERANCE)
 @pytest.mark.parametrize("case, phase", [("qwen2-gqa", DECODE), ("qwen2-gqa", PREFILL), ("deepseek_v3-groups", DECODE)])
-def test_a_row_is_the_same_in_any_company(backend, format_name, kv, case, phase):
+def test_a_row_does_not_depend_on_the_batch(backend, format_name, kv, case, phase):
     """Within a kernel family rows are torch.equal whatever the chunk, the place and the other sequences."""
     model = random_model(CASES[case]())
     graph, _ = rules.apply(build_graph(model.config), None)

@@ -36,7 +36,7 @@ def graph_of(model: Any, mode: AttentionMode, names: list[str] | None = None) ->
 
 @PHASES
 @MODES
-def test_logits_of_the_reference(backend, mode, phase):
+def test_logits_equal_the_reference(backend, mode, phase):
     """No row of these has a tie: rows that do are rare."""
     model = model_of()
     graph, ids = graph_of(model, mode), random_ids(model.config, 600)
@@ -75,7 +75,7 @@ def test_small_caches(backend, mode, kv):
 
 @pytest.mark.parametrize("kv", ["fp32", "bf16", "int8"])
 @PHASES
-def test_what_covers_everything_is_flash(backend, phase, kv):
+def test_full_coverage_equals_flash(backend, phase, kv):
     """To the bit, also where the sinks alone make up what the window lacks."""
     model = model_of()
     ids, weights = random_ids(model.config, 330), packed_weights(weights_of(model), "bf16")
@@ -90,7 +90,7 @@ def test_what_covers_everything_is_flash(backend, phase, kv):
 @pytest.mark.parametrize("kv", ["fp32", "bf16", "int8"])
 @PHASES
 @MODES
-def test_rows_are_the_same_in_any_company(backend, mode, phase, kv):
+def test_rows_do_not_depend_on_the_batch(backend, mode, phase, kv):
     """Whatever the pieces and the other sequences; and once no row sees a block, it need not be there."""
     model = model_of()
     r = runner(backend, graph_of(model, mode), packed_weights(weights_of(model), "bf16"), kv=kv)
@@ -107,7 +107,7 @@ def test_rows_are_the_same_in_any_company(backend, mode, phase, kv):
     assert torch.equal(alone, torch.cat(rows))
 
 
-def test_holes_that_are_seen_are_refused(backend):
+def test_visible_missing_blocks_are_rejected(backend):
     model = model_of()
     for mode, hole in ((SLIDING, 0), (SLIDING, 3), (SPARSE, 2), (AttentionMode(), 2)):
         r = runner(backend, graph_of(model, mode), packed_weights(weights_of(model), "fp32"))
@@ -119,7 +119,7 @@ def test_holes_that_are_seen_are_refused(backend):
             r.plan.run(batch, r.store)
 
 
-def test_what_a_cache_with_summaries_takes():
+def test_bytes_of_a_cache_with_summaries():
     """Two numbers more for each of a block's 64; and a plan that chooses refuses a cache without."""
     spec = CacheSpec(3, 2, 16)
     for kv, number in (("fp32", 4), ("bf16", 2), ("int8", 2)):
@@ -127,7 +127,7 @@ def test_what_a_cache_with_summaries_takes():
         assert more - plain == 2 * number * spec.layers * spec.kv_heads * spec.head_dim
 
 
-def test_a_cache_without_summaries_is_refused(backend):
+def test_a_cache_without_summaries_is_rejected(backend):
     model = model_of()
     r = runner(backend, graph_of(model, SPARSE), packed_weights(weights_of(model), "fp32"))
     r.store = backend.new_store(graph_of(model, SLIDING), "fp32", 8)

@@ -61,7 +61,7 @@ def test_sliding_over_small_caches(backend, kv, tolerance):
 
 @pytest.mark.parametrize("kv", ["fp32", "bf16", "int8"])
 @pytest.mark.parametrize("way", ["absorbed", "expanded"])
-def test_a_window_over_everything_is_none(backend, way, kv):
+def test_a_window_over_everything_equals_flash(backend, way, kv):
     """To the bit, also where the sinks alone make up what the window lacks."""
     model, (absorbed, phase) = latent_model(), WAYS[way]
     ids, weights = random_ids(model.config, 300), packed_weights(weights_of(model), "bf16")
@@ -73,7 +73,7 @@ def test_a_window_over_everything_is_none(backend, way, kv):
 
 @pytest.mark.parametrize("kv", ["fp32", "bf16", "int8"])
 @pytest.mark.parametrize("way", ["absorbed", "expanded"])
-def test_rows_under_a_window_are_the_same_in_any_company(backend, way, kv):
+def test_rows_with_a_window_do_not_depend_on_the_batch(backend, way, kv):
     """Whatever the chunks and the other sequences; and once no row sees a block, it need not be there."""
     model, (absorbed, phase) = latent_model(), WAYS[way]
     r = runner(backend, graph_of(model, SLIDING, absorbed), packed_weights(weights_of(model), "bf16"), kv=kv)
@@ -113,7 +113,7 @@ def test_sparse_over_small_caches(backend, kv):
 
 
 @pytest.mark.parametrize("kv", ["fp32", "bf16", "int8"])
-def test_sparse_rows_are_the_same_in_any_company(backend, kv):
+def test_sparse_rows_do_not_depend_on_the_batch(backend, kv):
     """Whatever the chunks and the other sequences; and those that see all have the bits of no choice."""
     model = latent_model()
     weights = packed_weights(weights_of(model), "bf16")
@@ -132,7 +132,7 @@ def test_sparse_rows_are_the_same_in_any_company(backend, kv):
     assert torch.equal(alone, torch.cat(rows))
 
 
-def test_a_trained_indexer_stays_under_sparse_attention(backend):
+def test_sparse_attention_keeps_a_trained_indexer(backend):
     model = latent_model(v32=True)
     weights, ids = packed_weights(weights_of(model), "fp32"), random_ids(model.config, 300)
     flash, sparse = (runner(backend, graph_of(model, mode), weights).logits(ids) for mode in (AttentionMode(), SPARSE))

@@ -63,7 +63,7 @@ def test_fp32_equals_transformers(backend, shape, way):
 
 @pytest.mark.parametrize("format_name", FORMATS)
 @pytest.mark.parametrize("shape", ["odd", "tiles"])
-def test_formats_against_their_own_values(backend, shape, format_name):
+def test_formats_against_their_dequantised_values(backend, shape, format_name):
     model = latent_model(shape)
     weights = packed_weights(weights_of(model), format_name)
     ids = random_ids(model.config, 70)
@@ -88,7 +88,7 @@ def test_cache_types(backend, kv, tolerance):
 @pytest.mark.parametrize("kv", ["fp32", "bf16", "int8"])
 @pytest.mark.parametrize("format_name", ["fp32", "bf16", "int8"])
 @pytest.mark.parametrize("form, phase", [WAYS["absorbed"], WAYS["expanded"], ("expanded", DECODE)])
-def test_a_row_is_the_same_in_any_company(backend, format_name, kv, form, phase):
+def test_a_row_does_not_depend_on_the_batch(backend, format_name, kv, form, phase):
     """Rows of a form are torch.equal whatever the chunk, the place, the threads and the other sequences."""
     model = latent_model("two-sets")
     graph, weights = graph_of(model, form), packed_weights(weights_of(model), format_name)
@@ -110,7 +110,7 @@ def test_a_row_is_the_same_in_any_company(backend, format_name, kv, form, phase)
 
 
 @pytest.mark.parametrize("shape", ["tiles", "two-sets"])
-def test_prefill_takes_the_form_of_fewer_multiply_adds(backend, shape):
+def test_prefill_uses_the_form_with_fewer_multiply_adds(backend, shape):
     """Which form it was shows in the last bits: with a cache in bf16 the two differ. One layer: what is cached depends on none.
     Weights in fp32: their products are of one family in both phases, on every ISA."""
     model = latent_model(shape, num_hidden_layers=1)
@@ -140,7 +140,7 @@ def after(r, ids, context, phase):
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_nan_reaches_no_row_before_it(backend, way):
+def test_a_nan_does_not_affect_earlier_rows(backend, way):
     """Neither from the same step nor from a block's tail that another sequence left behind."""
     model, (form, phase) = latent_model("tiles"), WAYS[way]
     for kv in ("fp32", "bf16", "int8"):
@@ -199,14 +199,14 @@ def test_stacks_of_heads():
     assert forms["mla_absorb"]["bytes"] == keys.nbytes and forms["mla_value"]["bytes"] == values.nbytes
 
 
-def test_values_that_fill_no_tiles_are_bf16():
+def test_values_that_are_not_multiples_of_tiles_are_bf16():
     model = latent_model("odd")
     weights = packed_weights(weights_of(model), "int4")
     stacks = absorbed_stacks(CpuBackend().context, graph_of(model), weights)
     assert {s.format for s in stacks.values()} == {"bf16"}
 
 
-def test_a_kv_b_that_does_not_fit_is_named():
+def test_a_kv_b_of_the_wrong_shape_is_named():
     model = latent_model("odd")
     weights = packed_weights(weights_of(model), "bf16")
     name = "model.layers.1.self_attn.kv_b_proj.weight"

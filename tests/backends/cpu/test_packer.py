@@ -36,13 +36,13 @@ def test_packs_views(cpu, view, dtype):
 
 
 @pytest.mark.parametrize("shape", [(0, 64), (5, 0)])
-def test_refuses_empty_matrices(cpu, shape):
+def test_empty_matrices_are_rejected(cpu, shape):
     with pytest.raises(ValueError, match="a matrix of"):
         cpu.pack(torch.empty(shape), "int8")
 
 
 @pytest.mark.parametrize("length", [19, 21, 1])
-def test_refuses_a_bias_of_another_length(cpu, length):
+def test_a_bias_of_another_length_is_rejected(cpu, length):
     matrix = PackedMatrix("fp32", 20, 32, cpu.pack(torch.ones(20, 32), "fp32"))
     assert torch.equal(cpu.linear(torch.ones(1, 32), matrix, torch.ones(20)), torch.full((1, 20), 33.0))
     with pytest.raises(ValueError, match="bias must be contiguous"):

@@ -59,7 +59,7 @@ def test_states_against_the_reference(backend, format_name, fused):
     assert_close_rows(native.last_hidden, reference.last_hidden, TOLERANCE[format_name])
 
 
-def test_last_hidden_is_the_last_of_all(backend):
+def test_last_hidden_is_the_last_hidden_state(backend):
     """With the head on some rows only: all rows have their state all the same, and logits do not change by the asking."""
     model = random_model(CASES["qwen3-gqa"]())
     graph, _ = rules.apply(build_graph(model.config), None)
@@ -78,7 +78,7 @@ def test_last_hidden_is_the_last_of_all(backend):
     assert all(torch.equal(m.logits, both.logits) for m in made)
 
 
-def test_states_of_a_wrong_shape_are_refused(backend):
+def test_states_of_a_wrong_shape_are_rejected(backend):
     model = random_model(CASES["llama-gqa"]())
     graph, _ = rules.apply(with_states(build_graph(model.config), "in.weight"), None)
     hidden = model.config.hidden_size

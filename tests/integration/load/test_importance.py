@@ -47,7 +47,7 @@ def texts_of(original) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_what_is_measured_is_what_transformers_own_model_reads(original, backend):
+def test_measured_inputs_equal_transformers(original, backend):
     seen = inputs_of(AutoModelForCausalLM.from_pretrained(original), texts_of(original))
     model = load_model(original, backend=backend)
     steps: list[tuple[int, int]] = []
@@ -60,7 +60,7 @@ def test_what_is_measured_is_what_transformers_own_model_reads(original, backend
 
 
 @pytest.mark.parametrize("precision", ["int4", "q4_1"])
-def test_weights_are_rounded_by_it(original, precision):
+def test_rounding_depends_on_importance(original, precision):
     text = str(original.parent / "text.txt")
     model = load_model(original, precision=precision, calibration=text, backend=FAST)
     plain = AutoModelForCausalLM.from_pretrained(original)
@@ -85,13 +85,13 @@ def test_weights_are_rounded_by_it(original, precision):
 
 
 @pytest.mark.parametrize("precision", ["int8", "bf16", "fp32", "auto"])
-def test_a_text_that_nothing_needs_is_not_even_read(original, precision):
+def test_an_unneeded_text_is_not_read(original, precision):
     with pytest.warns(UserWarning, match="was not used"):
         model = load_model(original, precision=precision, calibration="absent.txt", backend=FAST)
     assert UNUSED in model.report().warnings
 
 
-def test_what_is_wrong_with_the_text_is_said_before_weights_are_read(original, tmp_path, monkeypatch):
+def test_errors_of_the_text_are_raised_before_reading_weights(original, tmp_path, monkeypatch):
     from deepseek_optimizer.integration.load import loader
 
     monkeypatch.setattr(loader, "_fill", lambda *_: pytest.fail("weights were read"))
@@ -113,7 +113,7 @@ def test_packed_checkpoints(original, tmp_path, recwarn):
         load_model(tmp_path / "packed", calibration="other.txt")
 
 
-def test_where_it_is_refused(original):
+def test_where_it_is_rejected(original):
     config = DeepSeekConfig(precision="int4", calibration=str(original.parent / "text.txt"), backend=FAST)
     with pytest.raises(ConfigError, match="load_model.*dso convert"):
         AutoModelForCausalLM.from_pretrained(original, quantization_config=config)
@@ -121,7 +121,7 @@ def test_where_it_is_refused(original):
         DynamicGraphOptimizer(AutoModelForCausalLM.from_pretrained(original), config=config)
 
 
-def test_torchs_threads_come_back(original):
+def test_torch_threads_are_restored(original):
     torch.set_num_threads(2)
     try:
         measure_importance(load_model(original, backend=FAST), texts_of(original)[:1])

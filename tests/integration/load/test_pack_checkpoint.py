@@ -68,7 +68,7 @@ def test_several_files(tmp_path: Path, source: Path) -> None:
     assert torch.equal(one(ids).logits, theirs(ids).logits)
 
 
-def test_a_packed_source_and_its_place(tmp_path: Path, source: Path) -> None:
+def test_a_packed_source_and_its_own_directory(tmp_path: Path, source: Path) -> None:
     """A packed checkpoint is copied; over an existing target only when asked."""
     pack_checkpoint(source, tmp_path / "a", {"precision": "int4"}, shard_bytes=1)
     pack_checkpoint(tmp_path / "a", tmp_path / "b", {}, shard_bytes=1)
@@ -169,7 +169,7 @@ def test_killed_twice_and_damaged(tmp_path: Path, source: Path, whole: dict[str,
     assert written == ["model-00001", "model-00004", "model-00005"] and content(tmp_path / "out") == whole
 
 
-def test_another_source_or_other_settings_begin_afresh(
+def test_another_source_or_other_settings_start_over(
     tmp_path: Path, source: Path, whole: dict[str, bytes], monkeypatch
 ) -> None:
     interrupted(source, tmp_path / "out", 2, monkeypatch)
@@ -187,7 +187,7 @@ def test_another_source_or_other_settings_begin_afresh(
     assert "another source" in messages[0] and len(written) == 5
 
 
-def test_a_disk_that_is_too_small_is_said_first(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_reported_first(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
     monkeypatch.setattr(module, "write_shard", None)
     with pytest.raises(OSError, match=r"remain to be written, but only 0\.0 GB are free.*out"):

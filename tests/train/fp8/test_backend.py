@@ -48,7 +48,7 @@ def test_emulation_follows_the_report(shape, gradients) -> None:
     close(how.weight_gradient(dy, x), *definition(dy.t(), x.t(), gradients), depth=T)
 
 
-def test_reference_accepts_scales_of_any_shape() -> None:
+def test_reference_equals_float64_for_any_scales() -> None:
     """The definition itself against float64, with scales that are no powers of two."""
     generator = torch.Generator().manual_seed(0)
     codes = [torch.randn(n, 300, generator=generator).to(E4M3) for n in (7, 130)]

@@ -58,7 +58,7 @@ def test_mismatched_shapes_are_named():
 
 @needs_native
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_fused_sum_has_the_gradients_of_norm_and_sum(dtype):
+def test_rms_norm_with_residual_has_the_gradients_of_both_results(dtype):
     torch.manual_seed(5)
     for x in contiguous_and_not(torch.randn(33, 40).to(dtype)):
         found = []
