@@ -29,7 +29,7 @@ def test_too_little_for_torch_is_reported_before_it_is_loaded(tiny_model, megaby
 
 
 def test_running_out_later_is_an_error(tiny_model):
-    """In the native library, numpy or torch: whichever asks next."""
+    """In the native library, numpy or torch: whichever allocates next."""
     tests = Path(__file__).parent
     limits = [0, 1, 4, 64, 1000]
     done = subprocess.run(
@@ -39,7 +39,7 @@ def test_running_out_later_is_an_error(tiny_model):
     assert done.returncode == 0, done.stderr[-2000:]
     lines = done.stdout.splitlines()
     assert len(lines) == 2 * len(limits)
-    assert all(line.split()[2] == "0" for line in lines), done.stdout  # no signal, and no abort in another guise
+    assert all(line.split()[2] == "0" for line in lines), done.stdout  # no signal, and no other kind of abort
     said = [line.split(maxsplit=3)[3] for line in lines]
     assert said[-2:] == ["done", "done"]
     assert any("memory" in words.lower() for words in said)

@@ -51,7 +51,7 @@ def test_only_new_commits_are_checked(check, tmp_path, capsys):
 
     git("init")
     commit("An old title " + "x" * 80)
-    assert check.main(tmp_path) == 0  # neither origin/main nor the recorded commit: a shallow clone, say
+    assert check.main(tmp_path) == 0  # neither origin/main nor the recorded commit, as in a shallow clone
     git("update-ref", "refs/remotes/origin/main", "HEAD")
     commit("A good one\n\nBecause.")
     assert check.main(tmp_path) == 0

@@ -32,7 +32,7 @@ GOOD = {
     "batch_size_range": [(1, 1), [4, 32]],
     "fast_path": [True, False],
     "mtp": ["auto", "off"],
-    "context_extension": [None],  # the two go together: see below
+    "context_extension": [None],  # needs the other field, see below
     "context_length": [None],
     "calibration": [None, "notes.txt"],
     "kl_budget": [None, 0.02, 1],

@@ -24,12 +24,12 @@ SOURCE = Path(deepseek_optimizer.__file__).parent
 
 
 def unnamed(tree: ast.AST) -> list[str]:
-    """Calls of torch's factories that leave the dtype or the device of what they make to a default."""
+    """Calls of torch's factories without an explicit dtype or device."""
     found = []
     for node in ast.walk(tree):
         match node:
             case ast.Call(func=ast.Attribute(value=ast.Name(id="torch"), attr=name)) if name in FACTORIES:
-                wanted = {"dtype"} if name == "frombuffer" else {"dtype", "device"}  # which is always of the CPU
+                wanted = {"dtype"} if name == "frombuffer" else {"dtype", "device"}  # frombuffer is always on the CPU
                 if missing := sorted(wanted - {keyword.arg for keyword in node.keywords}):
                     found.append(f"line {node.lineno}: torch.{name} without {' and '.join(missing)}")
     return found
@@ -58,7 +58,7 @@ def test_a_factory_without_them_is_detected(code, count):
 
 
 def test_answers_are_the_same_under_every_default(tiny_model):
-    """To the bit, from forwards, generation, the engine, a cache read back, files and training."""
+    """Bitwise equal, from forwards, generation, the engine, a cache's contents, files and training."""
     defaults = ["float32", "bfloat16", "float64", "device:meta"]
     tests = Path(__file__).parent
     done = subprocess.run(

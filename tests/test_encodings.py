@@ -15,7 +15,7 @@ _OPENED_AS_TEXT = ("open", "fdopen", "TemporaryFile", "NamedTemporaryFile", "Spo
 
 
 def silent_places(source: str) -> Iterator[int]:
-    """Lines of calls that read or write text in the encoding of the locale."""
+    """Lines of calls that read or write text in the locale's encoding."""
     for node in ast.walk(ast.parse(source)):
         if not isinstance(node, ast.Call):
             continue
@@ -26,7 +26,7 @@ def silent_places(source: str) -> Iterator[int]:
             continue
         if method and name in ("read_text", "write_text"):
             yield node.lineno
-        elif "text" in named or "universal_newlines" in named:  # of subprocess
+        elif "text" in named or "universal_newlines" in named:  # calls of subprocess
             if name in ("run", "Popen", "check_output", "check_call"):
                 yield node.lineno
         elif name == "TextIOWrapper" and len(node.args) < 2:

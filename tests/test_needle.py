@@ -22,7 +22,7 @@ SHAPES = [
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Two heads that share their keys, 45 tokens, bf16."""
+    """A saved model: two heads that share their keys, 45 tokens, bf16."""
     folder = tmp_path_factory.mktemp("induction") / "model"
     induction_model().save_pretrained(folder)
     return folder
@@ -30,7 +30,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def load(folder):
-    """load(mode, **fields): the optimised model; one of each mode and fields."""
+    """load(mode, **fields): the optimised model, cached by mode and fields."""
     loaded = {}
 
     def load(mode, **fields):
@@ -51,14 +51,14 @@ def _needles(length, count, seed, low=0.0, high=1.0):
 
 @torch.inference_mode()
 def _read(model, hay):
-    """The model's answers, text and questions read in one call."""
+    """The model's answers, with text and questions in one call."""
     ids = torch.tensor([hay.ids])
     return model(ids, logits_to_keep=len(hay.keys)).logits[0].argmax(-1).tolist()
 
 
 @torch.inference_mode()
 def _decoded(model, hay):
-    """The same, each question a step of its own behind the cached text."""
+    """The same, with each question as a separate step after the cached text."""
     cache = model(torch.tensor([hay.ids[: hay.length]]), use_cache=True, logits_to_keep=1)[cache_name()]
     answers = []
     for key in hay.keys:
@@ -97,7 +97,7 @@ def test_transformers_finds_every_needle(shape):
         hay = haystack(shape["vocab"], (130, 1000, 2100)[seed], depths, seed)
         assert _right(_read(model, hay), hay) == 12
     ids = [token for token in hay.ids[: hay.length] if token not in hay.keys] + hay.keys
-    assert model(torch.tensor([ids]), logits_to_keep=12).logits[0].argmax(-1).tolist() == [BOS] * 12  # nothing to be found
+    assert model(torch.tensor([ids]), logits_to_keep=12).logits[0].argmax(-1).tolist() == [BOS] * 12  # no needle
 
 
 @native
@@ -133,7 +133,7 @@ def test_sparse_attention_finds_98_of_100(load, length):
 
 @native
 def test_each_question_selects_its_own_blocks(load):
-    """Six blocks a question: two or three of the window, one of sinks; twenty needles lie in many more."""
+    """Six blocks per question: two or three of the window, one of sinks; twenty needles are in many more."""
     model = load("sparse", attention_window=64, attention_budget=192)
     hay = _needles(8192, 20, seed=2, high=0.9)
     assert len({place // 32 for place in hay.places}) > 12
@@ -156,7 +156,7 @@ def test_sliding_attention_finds_needles_in_the_window(load, length):
 @native
 @pytest.mark.parametrize("distance, found", [(255, True), (256, False), (257, False)])
 def test_the_window_has_its_stated_length(load, distance, found):
-    """A token sees itself and the 255 before it."""
+    """Visible are the token itself and the 255 before it."""
     model = load("sliding", attention_window=256)
     length = 1200
     hay = haystack(45, length, [(length - 1 - distance - 1 - 1) / (length - 4)])

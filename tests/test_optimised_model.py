@@ -51,7 +51,7 @@ def test_without_a_config_the_weights_keep_their_dtype(dtype, format):
 
 
 def test_originals_are_freed_one_by_one(model, monkeypatch):
-    """When a matrix is packed, every one before it is already gone: the peak is the model and one matrix."""
+    """When a matrix is packed, all earlier ones have been freed: the peak is the model and one matrix."""
     from deepseek_optimizer.backends.reference import ReferenceBackend
     from deepseek_optimizer.quant import reference_packer
 
@@ -69,7 +69,7 @@ def test_originals_are_freed_one_by_one(model, monkeypatch):
     optimise(model)
     gc.collect()
     assert all(ref() is None for ref in alive)
-    # The tied table is held by the head until that is swapped too; nothing else lingers.
+    # The head holds the tied table until it is replaced too; nothing else remains.
     assert all(left <= total - i + 1 for i, left in enumerate(peak))
 
 

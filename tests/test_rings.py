@@ -68,7 +68,7 @@ def test_wide_txt_is_valid():
 
 
 def test_a_session_of_each_ring(pytester, monkeypatch):
-    monkeypatch.setattr(module, "LIST", module.LIST)  # which the session below changes
+    monkeypatch.setattr(module, "LIST", module.LIST)  # the session below changes it
     listed = pytester.path / "wide.txt"
     listed.write_text(f"{WIDE_S:.1f} test_x.py::test_long\n")
     pytester.makeconftest(

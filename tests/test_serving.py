@@ -24,7 +24,7 @@ from deepseek_optimizer.backends.cpu import unavailable_reason
 from support.models import CASES, llama, random_ids, random_model, rope
 
 native = pytest.mark.skipif(unavailable_reason() is not None, reason="needs the native backend")
-# Trained for 64 tokens, with room for 512: most texts here go beyond, each with frequencies of its own.
+# Trained for 64 tokens, with a context of 512: most texts here are longer, each with its own frequencies.
 CONFIGS = {**CASES, "llama-beyond": lambda: llama(max_position_embeddings=64, **rope("dynamic", factor=8.0))}
 FAMILIES = [
     "llama-gqa", "llama-beyond", "qwen2-windows", "qwen3-gqa", "deepseek_v2-groups", "deepseek_v3-groups",
@@ -47,7 +47,7 @@ def folders(tmp_path_factory):
 
 
 def requests(case, count, seed, max_tokens=40):
-    """Some of them begin alike, sampled and greedy."""
+    """Sampled and greedy requests, some with common prefixes."""
     rng, found = random.Random(seed), []
     shared = [random_ids(CONFIGS[case](), 70, seed=n) for n in range(3)]
     for n in range(count):
@@ -67,9 +67,9 @@ def alone(engine, wanted):
 
 
 def in_company(engine, wanted, seed, cancel=0.0, preempt=0.0):
-    """Joined at random; some are cancelled, and some lose their blocks, at random.
+    """Runs requests that arrive, are cancelled and preempted at random.
 
-    Returns: id -> (token ids, logprobs) of those that ended by themselves."""
+    Returns: id -> (token ids, logprobs) of those that finished."""
     rng, core, waiting = random.Random(seed), engine.core, list(wanted)
     found, texts = {}, {r.id: ([], []) for r in wanted}
     while waiting or not core.idle:
@@ -97,7 +97,7 @@ def in_company(engine, wanted, seed, cancel=0.0, preempt=0.0):
 def check_equal(answers, found):
     for name, (tokens, logprobs) in found.items():
         assert tokens == answers[name].token_ids
-        assert logprobs == answers[name].logprobs  # floats, to the bit
+        assert logprobs == answers[name].logprobs  # bitwise equal floats
 
 
 @native
@@ -123,7 +123,7 @@ FORMATS = ["fp32", "bf16", "fp8", "int8", "int4", "q4_1"]
     [(c, p) for c in FAMILIES for p in (FORMATS if c in ("llama-gqa", "deepseek_v3-groups") else FORMATS[::4])],
 )
 def test_batch_invariance_is_bitwise(folders, case, precision):
-    """32 others, little cache, prompts cut anyhow, prefixes shared, requests cancelled, preempted and drafted."""
+    """32 other requests, a small cache, chunked prompts, shared prefixes, requests cancelled, preempted and drafted."""
     fields = {"precision": precision, "batch_invariant": True}
     model = load_model(folders(case), **fields)
     wanted = requests(case, 33, seed=2, max_tokens=160)
@@ -137,14 +137,14 @@ def test_batch_invariance_is_bitwise(folders, case, precision):
         check_equal(answers, found)
         ended |= found
     assert len(ended) > 15 and engine.core.scheduler.preemptions > 0
-    if case != "llama-beyond":  # whose texts seldom have the same frequencies
+    if case != "llama-beyond":  # its texts rarely have the same frequencies
         assert engine.core.prefix is not None and engine.core.metrics.cached_tokens > 0
 
 
 @native
 @pytest.mark.parametrize("case", ["llama-gqa", "qwen3-gqa"])
 def test_preempted_requests_continue_by_default(folders, case):
-    """What is run again is run in the family that it was made in, so that even here nothing changes."""
+    """Recomputed tokens use the phase in which they were first computed, so that nothing changes here either."""
     model = load_model(folders(case), precision="bf16")
     wanted = requests(case, 20, seed=3, max_tokens=150)
     answers = alone(make_engine(model, prefix_cache=False, drafts=False), wanted)
@@ -179,7 +179,7 @@ def test_embeddings_are_the_mean_of_the_last_hidden_states(folders, backend):
 
 @pytest.fixture(scope="module")
 def beyond(folders):
-    """Trained for 64 tokens, with room for 512."""
+    """Trained for 64 tokens, with a context of 512."""
     return load_model(folders("llama-beyond"), precision="fp32", backend="reference")
 
 
@@ -201,7 +201,7 @@ def test_blocks_rotated_with_other_frequencies_are_not_shared(beyond):
         cached.append(engine.generate([prompt], sampling)[0].cached_tokens)
     assert cached == [0, 96, 0, 96, 96]
     short, cached = prompt[:40], []
-    for tokens in (5, 24, 25):  # 64 tokens and less have the plain frequencies
+    for tokens in (5, 24, 25):  # up to 64 tokens have the original frequencies
         cached.append(engine.generate([short], SamplingParams(max_tokens=tokens, ignore_eos=True))[0].cached_tokens)
     assert cached == [0, 32, 0]
 
@@ -214,7 +214,7 @@ def test_the_context_of_an_engine_includes_its_extension(beyond):
 
 
 def test_a_window_stays_within_the_trained_length(tmp_path):
-    """There frequencies are the plain ones, whatever was dropped."""
+    """There the frequencies are the original ones, whatever was dropped."""
     random_model(llama(max_position_embeddings=128, **rope("dynamic", factor=8.0))).save_pretrained(tmp_path / "m")
     model = load_model(tmp_path / "m", precision="fp32", backend="reference")
     engine = make_engine(model, cache_window=400)
@@ -236,13 +236,13 @@ def test_a_draft_model_drafts_beyond_the_trained_length(folders, beyond):
 
 @native
 def test_a_draft_model_drafts(folders):
-    """The model itself as its own draft model: nearly every draft holds."""
+    """The model as its own draft model: nearly every draft is accepted."""
     model, twin = (load_model(folders("llama-gqa"), precision="fp32") for _ in range(2))
     ids = random_ids(CASES["llama-gqa"](), 30)
     sampling = SamplingParams(temperature=0, max_tokens=60, ignore_eos=True)
     plain = make_engine(model, drafts=False).generate([ids, ids[:7]], sampling)
     engine = make_engine(model, draft_model=twin)
-    engine.core.drafting._proposers.pop(0)  # prompt lookup would be asked first
+    engine.core.drafting._proposers.pop(0)  # prompt lookup would be tried first
     found = engine.generate([ids, ids[:7]], sampling)
     assert [a.token_ids for a in found] == [a.token_ids for a in plain]
     assert engine.core.drafting.accepted > 0 and engine.core.drafting.accepted >= 0.9 * engine.core.drafting.proposed
@@ -268,7 +268,7 @@ def test_mtp_layers_draft(folders):
     plain = make_engine(model, drafts=False, prefix_cache=False).generate(prompts, sampling)
     engine = make_engine(model)
     engine.core.drafting._proposers.pop(0)
-    for _ in range(2):  # the second time behind cached prefixes, which the layers have not seen
+    for _ in range(2):  # the second time after cached prefixes, for which the layers have no states
         assert [a.token_ids for a in engine.generate(prompts, sampling)] == [a.token_ids for a in plain]
     assert engine.core.drafting.accepted > 0
 
@@ -276,7 +276,7 @@ def test_mtp_layers_draft(folders):
 @native
 @pytest.mark.parametrize("case", ["llama-gqa", "deepseek_v2-groups", "deepseek_v3-groups"])
 def test_an_endless_conversation_in_a_window(folders, case):
-    """Twenty windows long; the same text whatever runs beside it, since nothing is cut by company."""
+    """Twenty windows long; the same text in any batch, since other requests do not shrink the window."""
     model = load_model(folders(case), precision="bf16")
     ids = random_ids(CASES[case](), 900)
     sampling = SamplingParams(temperature=0, max_tokens=4_000, ignore_eos=True)

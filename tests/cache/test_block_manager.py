@@ -52,7 +52,7 @@ def test_fork_copies_on_write() -> None:
     first = sequence(manager, 40)
     second = first.fork()
     assert second.blocks == first.blocks and manager.users(1) == 2 and manager.free_blocks == 2
-    assert second.append(1) == [(1, 2)]  # the half full block is copied, the full one stays shared
+    assert second.append(1) == [(1, 2)]  # the partial block is copied, the full one stays shared
     assert (first.blocks, second.blocks) == ([0, 1], [0, 2])
     assert first.append(1) == []  # now the only user
     first.free()
@@ -132,8 +132,8 @@ def test_invalid_arguments(call: object) -> None:
 
 @pytest.mark.parametrize("seed", range(40))
 def test_random_use_preserves_the_tokens_of_every_sequence(seed: int) -> None:
-    """Each sequence writes its own marks; a mark must still be there whenever it is read, whoever forked, cropped or dropped.
-    Tokens that moved up are marked anew, as a store would turn their keys: nobody else may see that."""
+    """Each sequence writes its own marks, which must be intact whenever they are read, after any fork, crop or drop. Tokens
+    that moved are marked again, as a store would rotate their keys, which must not affect other sequences."""
     rng = random.Random(seed)
     manager = BlockManager(24)
     bytes_: dict[tuple[int, int], object] = {}  # (block, place) -> mark
@@ -204,7 +204,7 @@ def test_random_use_preserves_the_tokens_of_every_sequence(seed: int) -> None:
 
 
 def test_torch_is_not_imported() -> None:
-    """The package's own `__init__` may import torch; this part of it may not."""
+    """The package's `__init__` may import torch; this subpackage must not."""
     source = Path(inspect.getfile(BlockManager)).read_text()
     imported = {n.module if isinstance(n, ast.ImportFrom) else n.names[0].name for n in ast.walk(ast.parse(source))
                 if isinstance(n, (ast.Import, ast.ImportFrom))}  # fmt: skip
@@ -212,7 +212,7 @@ def test_torch_is_not_imported() -> None:
 
 
 class Rationed:
-    """Memory for `room` blocks, given in steps of `step`."""
+    """Memory for `room` blocks, granted in steps of `step`."""
 
     def __init__(self, room: int, step: int = 1) -> None:
         self.room, self.step, self.asked = room, step, []
@@ -231,7 +231,7 @@ def test_memory_is_reserved_before_a_block_is_used() -> None:
     assert growth.asked == [(1, 0)]
     second = sequence(manager, 96)  # within the step
     first.free()
-    sequence(manager, 32)  # a block that had memory before
+    sequence(manager, 32)  # a block that already has memory
     assert growth.asked == [(1, 0)]
     second.append(32)
     assert growth.asked == [(1, 0), (5, 4)]
@@ -247,7 +247,7 @@ def test_a_cache_without_memory_is_full_and_gives_the_reason() -> None:
     assert manager.limited and manager.free_blocks == 0 and manager.shortage == "the memory is others'"
     with pytest.raises(CacheFullError):
         made.append(64)
-    assert len(growth.asked) == 2  # nobody looks again before the limit is lifted
+    assert len(growth.asked) == 2  # not asked again before the limit is raised
     made.crop(32)
     assert manager.free_blocks == 1 and sequence(manager, 32).blocks == [1]
     growth.room = 8

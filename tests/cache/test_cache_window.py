@@ -23,7 +23,7 @@ def test_the_oldest_share_after_the_sinks_is_dropped() -> None:
     policy = CacheWindow(tokens=1024, sinks=4, share=0.25)
     assert policy.drops(1024) == [Drop(1, 8)]
     assert policy.drops(1000, coming=25) == [Drop(1, 8)]
-    assert policy.drops(1024, coming=300) == [Drop(1, 10)]  # more where more is needed
+    assert policy.drops(1024, coming=300) == [Drop(1, 10)]  # more if more is needed
     assert CacheWindow(tokens=1024, sinks=33).drops(1024) == [Drop(2, 8)]
     assert CacheWindow(tokens=1024, sinks=0).drops(1024) == [Drop(0, 8)]
 
@@ -38,7 +38,7 @@ def test_pinned_blocks_stay_and_the_last_run_is_dropped_first() -> None:
 
 def test_the_recent_part_stays() -> None:
     policy = CacheWindow(tokens=1024, recent=0.5)
-    assert policy.drops(1024, ((32, 480),), coming=32) == [Drop(15, 1)]  # half of a share is all there is
+    assert policy.drops(1024, ((32, 480),), coming=32) == [Drop(15, 1)]  # only half of a share is available
     with pytest.raises(RequestError, match="pin fewer"):
         policy.drops(1024, ((32, 480),), coming=33)
 
@@ -51,8 +51,8 @@ def test_renumbered() -> None:
 
 @pytest.mark.parametrize("seed", range(60))
 def test_an_endless_conversation(seed: int) -> None:
-    """Random windows, spans and steps, each token known by name: the window is never passed, sinks, pinned and recent tokens
-    are always there, and what `check` admits never fails."""
+    """Random windows, spans and steps with distinct tokens: the window is never exceeded, sinks, pinned and recent tokens stay,
+    and settings that `check` accepts never fail."""
     rng = random.Random(seed)
     policy = CacheWindow(
         tokens=rng.randrange(300, 2000),
@@ -94,7 +94,7 @@ def test_an_endless_conversation(seed: int) -> None:
 
 
 def test_drops_are_rare() -> None:
-    """A token that comes last is moved a few times before it is the oldest, whatever the window."""
+    """A new token is moved only a few times before it is the oldest, for any window."""
     for size in (256, 1024, 8192):
         policy, cached, moves = CacheWindow(tokens=size), 0, 0
         for _ in range(5 * size):

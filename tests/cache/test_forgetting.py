@@ -13,7 +13,7 @@ from deepseek_optimizer.errors import CacheFullError, ForgottenError
 
 
 def seen_blocks(forgetting: Forgetting, tokens: int) -> set[int]:
-    """Places of the blocks that token number `tokens` sees, itself left out; by its definition."""
+    """Indices of the blocks that are visible to token number `tokens`, without its own; by the definition."""
     return {t // 32 for t in range(tokens) if tokens - t < forgetting.window or t < forgetting.sinks}
 
 
@@ -39,7 +39,7 @@ def test_visible_tokens_are_kept(fields: tuple[int, int, int]) -> None:
 
 @pytest.mark.parametrize("step", [1, 32, 45, 512])
 def test_a_long_text_needs_only_its_window(step: int) -> None:
-    """A hundred thousand tokens; and never more than is promised."""
+    """A hundred thousand tokens, in at most the documented number of blocks."""
     forgetting = Forgetting(window=200, sinks=40, spare=32)
     manager = BlockManager(forgetting.blocks(step), forgetting)
     made, used = SequenceBlocks(manager), 0
@@ -67,9 +67,9 @@ def test_cropping() -> None:
         with pytest.raises(ForgottenError, match=f"from 1000 tokens to {tokens}.*attention_window"):
             made.crop(tokens)
         assert made.blocks == before and made.tokens == 1_000
-    made.crop(968)  # as far as is spared, and a little more: blocks go whole
+    made.crop(968)  # the spare tokens, and a few more, since whole blocks are dropped
     assert made.blocks == before[:31] and made.append(40) == []
-    made.crop(20)  # in the sinks' block: what lies before is all there
+    made.crop(20)  # in the sinks' block: all earlier tokens are present
     assert made.blocks == before[:1] and made.held == 1 and not made.holes
     made.append(70)
     assert all(block >= 0 for block in made.blocks)
@@ -91,7 +91,7 @@ def test_forks_share_remaining_blocks() -> None:
 
 @pytest.mark.parametrize("seed", range(40))
 def test_random_use(seed: int) -> None:
-    """Every sequence always has the blocks that its next token sees, with its own marks in them, and nobody else's."""
+    """Every sequence always has the blocks that are visible to its next token, with its own marks and no others."""
     rng = random.Random(seed)
     forgetting = Forgetting(rng.randrange(1, 150), rng.randrange(0, 70), rng.randrange(0, 40))
     manager = BlockManager(40, forgetting)
@@ -173,7 +173,7 @@ def test_random_use(seed: int) -> None:
     assert manager.free_blocks == 40
 
 
-# ---- found again by what they hold
+# ---- prefix cache
 
 
 def text(seed: int, blocks: int) -> list[int]:
@@ -182,7 +182,7 @@ def text(seed: int, blocks: int) -> list[int]:
 
 
 def test_a_prefix_is_matched_by_its_end() -> None:
-    """What its last token does not see need not be there."""
+    """Blocks that are invisible to its last token may be missing."""
     manager = BlockManager(40, Forgetting(window=70, sinks=4, spare=32))
     cache, wanted = PrefixCache(manager), keys(text(0, 12), "", 12)
     made = read(manager, 12 * 32)
@@ -198,7 +198,7 @@ def test_a_prefix_is_matched_by_its_end() -> None:
     assert twin.forget() and twin.blocks[9] == HOLE
     longer = cache.match([*wanted, *keys(text(1, 2), "", 2)])
     assert len(longer) == 12
-    assert len(cache.match(wanted[:10])) == 1  # of what is shorter, the end is gone
+    assert len(cache.match(wanted[:10])) == 1  # the end of the shorter one was dropped
     assert len(cache.match([keys(text(2, 1), "", 1)[0], *wanted[1:]])) == 0
 
 

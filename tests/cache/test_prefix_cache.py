@@ -15,7 +15,7 @@ def text(seed, blocks):
 
 
 def filled(manager, cache, tokens, salt=""):
-    """Takes blocks for a text, puts them in, and ends as their user."""
+    """Allocates blocks for a text, adds them to the cache, and frees them."""
     count = len(tokens) // BLOCK_TOKENS
     blocks = manager.allocate(count)
     for key, block in zip(keys(tokens, salt, count), blocks, strict=True):
@@ -37,7 +37,7 @@ def test_the_longest_cached_prefix_is_returned():
 
 
 def test_a_block_matches_only_with_its_whole_prefix():
-    """The same block behind another beginning is another block."""
+    """The same tokens after another prefix are a different block."""
     manager = BlockManager(20)
     cache = PrefixCache(manager)
     filled(manager, cache, [*text(1, 1), *text(2, 1)])
@@ -88,7 +88,7 @@ def test_the_limit_is_respected():
 
 @pytest.mark.parametrize("seed", range(5))
 def test_at_random(seed):
-    """Nothing leaks, and whatever is found is what a dictionary of texts says."""
+    """No block leaks, and every match agrees with a dictionary of texts."""
     rng = random.Random(seed)
     manager = BlockManager(24)
     cache, holds, contents = PrefixCache(manager, max_blocks=rng.choice([None, 8])), [], {}

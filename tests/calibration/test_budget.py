@@ -11,7 +11,7 @@ from deepseek_optimizer.calibration.budget import Option, choose, path, total_by
 
 
 def random_groups(seed: int, count: int = 5) -> list[list[Option]]:
-    """Groups of unlike sizes and sensitivities; now and then a larger format is no better, or worse."""
+    """Groups of different sizes and sensitivities; sometimes a larger format is no better, or worse."""
     rng = random.Random(seed)
     groups = []
     for i in range(count):
@@ -60,7 +60,7 @@ def test_the_choice_is_within_one_step_of_the_optimum(seed: int) -> None:
 
 
 def test_the_rest_of_the_budget_is_used() -> None:
-    """Along the path the large group goes first; once it is at its best, the small one need not be."""
+    """The path improves the large group first; once that has its best format, the small one may have a smaller one."""
     large = [Option(("int4",), 1000, 10.0), Option(("bf16",), 3000, 0.0)]
     small = [Option(("int4",), 10, 0.02), Option(("bf16",), 20, 0.0)]
     smaller = [Option(("int4",), 10, 0.001), Option(("bf16",), 100, 0.0)]

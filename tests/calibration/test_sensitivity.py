@@ -33,7 +33,7 @@ def texts_of(model) -> list[torch.Tensor]:
 
 
 def packed_weights(model, format: str = "fp32"):
-    """What a plan of the model binds: matrices packed, vectors as they are."""
+    """The weights of a plan of the model: packed matrices, unchanged vectors."""
     wanted = build_graph(model.config).weights()
     state = {name: t for name, t in model.state_dict().items() if name in wanted}
     return {name: pack(t, format) if t.ndim == 2 else t for name, t in state.items()}
@@ -78,7 +78,7 @@ def test_the_kl_of_a_group_equals_transformers(case: str, name: str) -> None:
 
 
 class Scripted:
-    """A probe whose KLs are written down: by the format of a group's first matrix."""
+    """A probe with given KL divergences, by the format of a group's first matrix."""
 
     def __init__(self, kls: dict[tuple[str, str], float], layers: int) -> None:
         self.graph = SimpleNamespace(hidden_states=layers + 1)

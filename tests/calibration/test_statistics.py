@@ -16,7 +16,7 @@ def test_mean_squares_over_all_rows() -> None:
     with columns.watching({"first": model[0], "second": model[1]}):
         for x in batches:
             model(x)
-    model(torch.full((1, 5), 1e6))  # nobody watches any longer
+    model(torch.full((1, 5), 1e6))  # the hooks were removed
     found = columns.importance()
     rows = torch.cat([x.reshape(-1, 5) for x in batches])
     for name, seen in (("first", rows), ("second", model[0](rows).detach())):

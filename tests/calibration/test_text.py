@@ -12,7 +12,7 @@ from deepseek_optimizer.calibration import text
 
 
 class Bytes:
-    """A tokenizer of one token a byte."""
+    """A tokenizer with one token per byte."""
 
     def __call__(self, text: str, **kwargs: object) -> dict[str, list[int]]:
         return {"input_ids": list(text.encode())}

@@ -10,7 +10,7 @@ from deepseek_optimizer.chat.conversation import Answer, Conversation, StopSigna
 
 
 class Scripted:
-    """Answers in order; an exception among the answers is raised."""
+    """Returns the given answers in order, and raises those that are exceptions."""
 
     def __init__(self, *answers):
         self.answers, self.asked = list(answers), []
@@ -78,4 +78,4 @@ def test_stopping_calls_the_answering_model():
     with stop.calling(lambda: called.append("asked before")):
         pass
     stop.ask()
-    assert called == ["first", "asked before"]  # nobody is there any more
+    assert called == ["first", "asked before"]  # nothing is answering any more

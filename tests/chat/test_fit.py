@@ -34,7 +34,7 @@ def test_short_conversations_are_unchanged():
 
 @pytest.mark.parametrize("seed", range(5))
 def test_the_cut_stays_for_many_turns(seed):
-    """As the dialogue grows, what is left out grows in few steps, each message once; system and pinned ones stay."""
+    """As the conversation grows, the number of dropped messages grows in few steps; system and pinned messages stay."""
     rng = random.Random(seed)
     messages = dialogue(rng, 80)
     messages[7]["pinned"] = True
@@ -45,7 +45,7 @@ def test_the_cut_stays_for_many_turns(seed):
         assert found.messages[0]["role"] == "system" and (turn <= 7 or messages[7] in found.messages)
         assert found.dropped + len(found.messages) == turn + 1 and found.dropped >= before
         if found.dropped:
-            assert tokens(found.messages) >= 0.4 * budget  # not more than is needed
+            assert tokens(found.messages) >= 0.4 * budget  # no more than necessary is dropped
         changes += found.dropped != before
         before = found.dropped
     assert 3 <= changes <= 25  # in 79 turns

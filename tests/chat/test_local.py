@@ -57,7 +57,7 @@ def test_stopping_ends_it_within_a_step(engine):
 
 
 def test_stopping_during_prefill(endless):
-    """Ctrl-C comes in the midst of a step, and a long prompt has many before there is any text."""
+    """Ctrl-C arrives during a step, and a long prompt needs many steps before the first token."""
     engine, stop = make_engine(*endless, step_tokens=16), StopSignal()
     steps, run = [], engine.core.runner.step
 
@@ -102,7 +102,7 @@ def test_a_conversation_longer_than_the_context_continues(engine):
     replies = [talk.say(f"Question {n}? " * 3, quiet) for n in range(8)]
     assert replies[0].dropped_messages == 0 < replies[-1].dropped_messages
     assert all(reply.new_tokens == 30 and reply.prompt_tokens + 30 <= room_of(engine) for reply in replies)
-    assert len(talk.turns) == 16  # what was said is not forgotten
+    assert len(talk.turns) == 16  # the history is complete
 
 
 def test_remaining_messages_of_a_long_conversation(byte_tokenizer):

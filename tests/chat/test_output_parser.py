@@ -175,7 +175,7 @@ def test_models_without_reasoning_may_write_tags():
 @pytest.mark.parametrize("name", WHOLE)
 @pytest.mark.parametrize(("size", "length"), [(1, 1 << 16), (1 << 20, 1 << 20)])
 def test_a_megabyte_of_anything_ends(name, size, length):
-    """In linear time: a quadratic parser would take hours."""
+    """Takes linear time: a quadratic parser would take hours."""
     marks = FORMATS[name].markers
     for unit in (marks[0], marks[0][:-1], '{"name": "now", "parameters": ', '{"a":[', "\n", "</think", '"\\'):
         text = "x" + unit * (length // len(unit))

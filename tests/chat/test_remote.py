@@ -37,7 +37,7 @@ def test_an_answer_streams(server):
 
 
 def test_history_and_reasoning(server):
-    """Thoughts are shown, and are no part of what is sent again."""
+    """Reasoning is shown, and not sent back."""
     server.replies = [Reply([Thought("hm"), Thought("mm"), "A"], usage={"prompt_tokens_details": {"cached_tokens": 4}})]
     talk, pieces = Conversation(RemoteSpeaker(server.url), system="Be brief."), []
     reply = talk.say("One", pieces.append)
@@ -106,7 +106,7 @@ def test_errors_are_reported_and_do_not_change_the_history(server, reply, messag
 
 
 def test_connection_refused():
-    with socket.socket() as taken:  # bound, and nobody accepts
+    with socket.socket() as taken:  # bound, but not listening
         taken.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{taken.getsockname()[1]}"
         with pytest.raises(RemoteError, match="cannot be reached .*is a server running there"):
@@ -139,7 +139,7 @@ def test_stopping_closes_the_stream(server):
 
 
 def test_a_signal_while_the_server_is_silent(server):
-    """As Ctrl-C arrives: in the midst of waiting for bytes."""
+    """Like Ctrl-C, which arrives while waiting for bytes."""
     never, stop = threading.Event(), StopSignal()
     server.replies = [Reply([never])]
     previous = signal.signal(signal.SIGUSR1, lambda *_: stop.ask())

@@ -21,7 +21,7 @@ def test_defaults():
 def test_values_of_the_generation_config():
     found = sampling_params(SAMPLES)
     assert (found.temperature, found.top_p, found.repetition_penalty, found.max_tokens) == (0.6, 0.95, 1.1, 77)
-    assert found.top_k == 50  # as `generate` has it where nobody says
+    assert found.top_k == 50  # the default of `generate`
 
 
 def test_the_caller_overrides_the_generation_config():

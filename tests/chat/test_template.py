@@ -45,7 +45,7 @@ TOOLS = [
 
 @pytest.fixture(scope="module")
 def made():
-    """name, prefix -> (tokenizer, template), each made once and closed."""
+    """name, prefix -> (tokenizer, template), each created once and closed."""
     found: dict = {}
 
     def get(name, prefix=False):
@@ -428,7 +428,7 @@ def test_rendering_reports_the_positions_of_answers(made, name, prefix):
     assert len(said) == 2 and "the fox" in said[0] and said[1].startswith("<b>the dog")
     for begin, end in dialogue.answers:
         assert dialogue.ids[begin:end].index(tokenizer.eos_token_id) == end - begin - 1
-        # what the model is asked with ends where the answer begins, but for thoughts
+        # the prompt ends where the answer begins, except for reasoning
         asked = template.render(TURNS[: 2 if end < dialogue.answers[1][0] else 4]).ids
         assert dialogue.ids[:begin] == asked[:begin]
 

@@ -61,7 +61,7 @@ def test_a_wrong_config_is_not_blamed_on_the_tokenizer(dso, tiny_model, tmp_path
     folder = shutil.copytree(tiny_model, tmp_path / "m")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"hidden_size": "64"}))
-    (folder / "tokenizer_config.json").unlink(missing_ok=True)  # then Transformers asks the config for the tokenizer's class
+    (folder / "tokenizer_config.json").unlink(missing_ok=True)  # Transformers then reads the tokenizer's class from the config
     for command in (["run", folder, "Hello"], ["info", folder], ["convert", folder, tmp_path / "out"]):
         result = dso(*command)
         assert result.exit_code == 2 and "config.hidden_size" in result.stderr and "tokenizer" not in result.stderr

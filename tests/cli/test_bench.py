@@ -13,7 +13,7 @@ SMALL = ("--prompt", "12", "--new", "4", "--repeats", "2", "--threads", "1")
 
 @pytest.fixture(autouse=True)
 def _quick_machine(monkeypatch):
-    """The machine's own speed is measured in tests/bench."""
+    """Replaces the measurement of the machine, which is tested in tests/bench."""
     monkeypatch.setattr(roofline, "read_gb_s", lambda *_: 50.0)
     monkeypatch.setattr(roofline, "matrix_tera", lambda *_: {"bf16": 1.0})
 
@@ -47,7 +47,7 @@ def test_a_baseline_decides_the_exit_code(dso, tiny_model, tmp_path):
     first = dso("bench", tiny_model, *SMALL, "--json")
     assert first.exit_code == 0, first.output
     report = _report(first)
-    for factor, code in ((1e-3, 0), (1e3, 1)):  # was a thousand times slower, or faster
+    for factor, code in ((1e-3, 0), (1e3, 1)):  # a thousand times slower, or faster
         old = json.loads(json.dumps(report))
         figure = old["works"][0]["figures"]["decode_tok_s"]
         figure["samples"] = [s * factor for s in figure["samples"]]
@@ -62,7 +62,7 @@ def test_a_baseline_decides_the_exit_code(dso, tiny_model, tmp_path):
 
     file.write_text(json.dumps({**report, "cpu": "another"}))
     refused = dso("bench", tiny_model, *SMALL, "--baseline", file)
-    assert refused.exit_code == 2 and "another cpu" in refused.stderr and "12 in" not in refused.stderr  # nothing measured yet
+    assert refused.exit_code == 2 and "another cpu" in refused.stderr and "12 in" not in refused.stderr  # before measuring
 
 
 def test_peak_memory_excludes_measuring_the_machine(dso, tiny_model, monkeypatch):

@@ -33,7 +33,7 @@ def test_reset_undo_and_system(dso, tiny_model, tmp_path):
     saved = tmp_path / "talk.json"
     result = _talk(
         dso, tiny_model, "One", "/reset", "Two", "Three", "/undo", "/system", f"/save {saved}"
-    )  # end of input ends it
+    )  # the end of the input ends the conversation
     assert result.exit_code == 0 and "(no system prompt)" in result.stderr
     assert [m["content"] for m in json.loads(saved.read_text(encoding="utf-8")) if m["role"] == "user"] == ["Two"]
 

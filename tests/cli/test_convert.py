@@ -60,7 +60,7 @@ def test_an_existing_directory_is_kept_unless_forced(dso, tiny_model, tmp_path):
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError("disk full")])
 def test_an_interrupted_convert_is_resumed(dso, tiny_model, tmp_path, monkeypatch, error):
-    def fails(self, folder, **options):  # the model is written already, the tokenizer is not
+    def fails(self, folder, **options):  # called after the model was written and before the tokenizer is
         assert any(Path(folder).iterdir())
         raise error
 

@@ -40,7 +40,7 @@ def test_child_processes_use_utf8_mode():
 
 @pytest.fixture
 def folder(tiny_model, tmp_path, monkeypatch):
-    """Where a model, chats and a document have Chinese names and texts."""
+    """A folder with a model, chats and a document that have Chinese names and texts."""
     shutil.copytree(tiny_model, tmp_path / "模型")
     chat = {"messages": [{"role": "user", "content": "你好世界"}, {"role": "assistant", "content": "世界你好"}]}
     (tmp_path / "数据.jsonl").write_text(f"{json.dumps(chat, ensure_ascii=False)}\n" * 4, encoding="utf-8")

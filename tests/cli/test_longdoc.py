@@ -17,7 +17,7 @@ SMALL = ("--max-length", "512", "--stride", "64", "-n", "8")
 
 @pytest.fixture
 def model(tiny_model, tmp_path):
-    """The tiny model with room for a few pages; it never ends a text by itself."""
+    """The tiny model with a context of a few pages; it never ends a text."""
     folder = shutil.copytree(tiny_model, tmp_path / "model")
     for name in ("config.json", "generation_config.json"):
         fields = {**json.loads((folder / name).read_text()), "eos_token_id": None}

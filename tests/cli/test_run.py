@@ -36,7 +36,7 @@ def test_prompt_from_standard_input_raw_and_system(dso, tiny_model):
 
 @pytest.mark.parametrize("kind", ["yarn", "dynamic"])
 def test_a_context_beyond_the_trained_length(dso, tiny_model, kind):
-    prompt = "x" * 300  # the model was the 256 tokens the model was trained for
+    prompt = "x" * 300  # the model was trained for 256 tokens
     result = dso("run", tiny_model, prompt, "-n", "8", "--json", "--context-extension", kind, "--context-length", "512")
     assert result.exit_code == 0, result.stderr
     assert json.loads(result.stdout)["prompt_tokens"] == 303

@@ -19,7 +19,7 @@ from support.tiny_v3 import tiny_v3
 
 @pytest.fixture
 def chats(tmp_path):
-    """Forty chats in which the assistant always says the same."""
+    """Forty chats in which the assistant always gives the same answer."""
     file = tmp_path / "chats.jsonl"
     turns = [[{"role": "user", "content": f"count {i}"}, {"role": "assistant", "content": "one two"}] for i in range(40)]
     file.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in turns))
@@ -28,7 +28,7 @@ def chats(tmp_path):
 
 @pytest.fixture
 def train(dso, tiny_model, tmp_path, monkeypatch):
-    """train(*flags) -> typer's result, of the tiny model into tmp_path/out."""
+    """train(*flags) -> typer's result of training the tiny model into tmp_path/out."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
     def run(*flags, model=tiny_model, out=tmp_path / "out"):
@@ -41,7 +41,7 @@ FAST = ("--steps", "30", "--lr", "1e-2", "--max-length", "64", "--eval-fraction"
 
 
 def answer(model, folder):
-    """What a model says to a question of the kind it was trained on."""
+    """A model's answer to a question similar to the training data."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     chat = [{"role": "user", "content": "count 3"}]
     ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
@@ -63,7 +63,7 @@ def test_a_whole_model_is_trained_and_answers(train, dso, chats, tmp_path):
     evals = [point["eval_loss"] for point in points if "eval_loss" in point]
     assert points[0]["step"] == 0 and points[-1]["step"] == 30 and evals[-1] < 0.7 * evals[0] and len(evals) == 4
     assert points[-1]["tokens"] > 0 and (out / "loss.png").stat().st_size > 1000
-    assert not list(out.rglob("*.bin")) and not list(out.rglob("*.pt"))  # no pickles
+    assert not list(out.rglob("*.bin")) and not list(out.rglob("*.pt"))  # no pickle files
     planned = json.loads(train("--data", chats, *FAST, "--dry-run", "--json", out=tmp_path / "other").stdout)["disk"]
     written = [sum(f.stat().st_size for f in folder.glob("*.safetensors")) for folder in (out / "checkpoint-30", out)]
     assert [planned["checkpoint"], planned["result"]] == pytest.approx(written, rel=0.1)
@@ -254,7 +254,7 @@ def test_an_interrupted_run_resumes_to_the_same_model(train, chats, tmp_path, mo
 
 
 def test_patience_ends_a_run_and_keeps_the_best_model(train, chats, tmp_path, caplog):
-    """The learning rate grows from nothing to far too much, so that the loss falls first and rises then."""
+    """The learning rate grows from zero to far too large, so that the loss first falls and then rises."""
     rising = ("--lr", "1.0", "--set", "lr_scheduler_type=constant_with_warmup", "--set", "warmup_steps=45")
     flags = ("--steps", "45", "--set", "eval_steps=5", *rising, "--set", "max_grad_norm=0", "--max-length", "64")
     result = train("--data", chats, *flags, "--eval-fraction", "0.1", "--patience", "2", "--json")
@@ -262,7 +262,7 @@ def test_patience_ends_a_run_and_keeps_the_best_model(train, chats, tmp_path, ca
     facts = json.loads(result.stdout)
     points = json.loads((tmp_path / "out" / "loss.json").read_text())["points"]
     evals = [point["eval_loss"] for point in points[1:] if "eval_loss" in point]
-    assert "missing keys" not in result.stderr + caplog.text  # for the head is tied
+    assert "missing keys" not in result.stderr + caplog.text  # since the head is tied
     assert facts["stopped_early"] and facts["steps"] < 45 and facts["eval_after"] == min(evals)
 
 

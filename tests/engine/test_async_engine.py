@@ -56,7 +56,7 @@ async def test_a_client_at_its_limit_does_not_block_others(engine):
     own.pop().leave()
     own.append(engine.admit(client="a"))
     others = [engine.admit(3, client=name) for name in "bcd"]
-    with pytest.raises(EngineBusyError):  # all together have places for four
+    with pytest.raises(EngineBusyError):  # four slots in total
         engine.admit(client="e")
     for place in own + others:
         place.leave()
@@ -72,7 +72,7 @@ async def test_answers_stream_and_end(engine):
 
 @started(blocks=40, max_waiting=2_000)
 async def test_a_thousand_at_once(engine):
-    """A tenth of them cancelled: each is answered exactly once."""
+    """A tenth is cancelled; each is answered exactly once."""
     rng = random.Random(0)
 
     async def client(n):
@@ -175,7 +175,7 @@ async def test_a_dead_thread_fails_every_request(engine):
 
 @pytest.mark.parametrize("running", [False, True])
 def test_a_model_whose_file_changed_stops_answering(running):
-    """Found out by a step, or by whoever asks while none runs; all hear why."""
+    """Detected by a step, or by a new request while none runs; all requests get the reason."""
 
     def changed():
         raise CheckpointChangedError("was written to", file="model.safetensors")

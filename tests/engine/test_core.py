@@ -43,7 +43,7 @@ def test_every_request_gets_its_own_text(options, drafts):
     proposers = [(PromptLookupProposer(2, 1), 4)] if drafts else None
     core = make_core(chunk=chunk, proposers=proposers, batch_size_range=(1, 8), **options)
     texts = prompts(rng, 30)
-    texts += [texts[0] + [1, 2, 3], texts[0], texts[0]]  # that begin alike
+    texts += [texts[0] + [1, 2, 3], texts[0], texts[0]]  # with common prefixes
     requests = [
         Request(p, SamplingParams(temperature=0, max_tokens=rng.randrange(1, 60)), id=str(n)) for n, p in enumerate(texts)
     ]
@@ -60,7 +60,7 @@ def test_every_request_gets_its_own_text(options, drafts):
 
 @pytest.mark.parametrize("seed", range(12))
 def test_random_batches_in_a_small_cache(seed):
-    """Requests come, are cancelled and lose their blocks to others at random; whoever ends by itself has the right text."""
+    """Requests arrive, are cancelled and preempted at random; those that finish have the right text."""
     rng = random.Random(seed)
     script = {}
     proposers = [(ScriptedProposer(script, 0.6, VOCAB, seed), 3)] if seed % 2 else None
@@ -106,7 +106,7 @@ def test_random_batches_in_a_small_cache(seed):
 
 
 class Silent(ScriptedProposer):
-    """Says that it has drafts, and makes fewer than it was given room for, or none."""
+    """Announces drafts, but returns fewer than there is room for, or none."""
 
     def propose(self, sequences, max_drafts):
         drafts = super().propose(sequences, max_drafts)
@@ -141,7 +141,7 @@ def test_higher_priorities_run_first():
 
 
 def test_a_long_prompt_does_not_stall_others():
-    """While it is run, every step brings the others a token."""
+    """While it is processed, every step generates a token for the others."""
     core = make_core(step_tokens=64, stall=3.0, blocks=256)
     core.add(Request([1], SamplingParams(temperature=0, max_tokens=200, ignore_eos=True), id="stream"))
     for _ in range(5):
@@ -172,7 +172,7 @@ def test_a_short_prompt_does_not_wait_for_a_long_one():
 
 
 def test_a_short_prompt_does_not_wait_with_a_stream_running():
-    """Half of what a prompt may have beside a stream is the question's, and with fixed pieces every second one."""
+    """The short prompt gets half of the prompt tokens that are allowed with a stream, or every second fixed chunk."""
     for chunk in (None, 32):
         core = make_core(step_tokens=64, blocks=400, stall=2.0, chunk=chunk)
         core.add(Request([1], SamplingParams(temperature=0, max_tokens=400, ignore_eos=True), id="stream"))
@@ -189,7 +189,7 @@ def test_a_short_prompt_does_not_wait_with_a_stream_running():
 
 
 def test_a_request_without_allowed_tokens_ends_alone():
-    """A grammar and a bias leave nothing at the second token: no time between tokens to be counted."""
+    """A grammar and a bias allow no second token, so that there is no inter-token latency to count."""
     core = make_core()
     bias = {t: -100.0 for t in range(VOCAB) if t != 5}
 
@@ -225,7 +225,7 @@ def test_preempted_embeddings_are_recomputed():
 
 
 def test_blocks_held_by_other_users():
-    """A request that cannot be run although nobody else of the engine's is says so, in a few tries."""
+    """A request that cannot run although no other does fails after a few attempts."""
     core = make_core(blocks=8, prefix_cache=False)
     core.memory.manager.allocate(5)
     core.add(Request([1] * 60, SamplingParams(temperature=0, max_tokens=100, ignore_eos=True), id="a"))
@@ -240,7 +240,7 @@ def test_patience_restarts_with_each_request():
     core = make_core(blocks=4, prefix_cache=False)
     held = core.memory.manager.allocate(4)
     core.add(Request([1] * 10, GREEDY, id="a"))
-    core.scheduler._admit = lambda *_: False  # as where the blocks that it lacks are never free
+    core.scheduler._admit = lambda *_: False  # as if the missing blocks were never free
     core.step()
     core.cancel("a")
     core.step()
@@ -337,7 +337,7 @@ def test_the_prefix_cache_includes_answers():
     prompt = [3] * 40
     answer = run(core, [Request(prompt, SamplingParams(temperature=0, max_tokens=60, ignore_eos=True), id="a")])["a"]
     turn = [*prompt, *answer.token_ids, 9, 9]
-    assert run(core, [Request(turn, GREEDY, id="b")])["b"].cached_tokens == 96  # of 40 + 60 - 1 that were run
+    assert run(core, [Request(turn, GREEDY, id="b")])["b"].cached_tokens == 96  # of 40 + 60 - 1 processed tokens
 
 
 def test_nan_logits_fail_only_their_request_and_are_not_cached():
@@ -466,7 +466,7 @@ def test_an_engine_reports_each_step_and_ends_remaining_requests():
     engine = Engine(make_core(step_tokens=16))
     requests = [Request([n, *range(40)], SamplingParams(temperature=0, max_tokens=4), id=f"r{n}") for n in range(3)]
     steps = list(engine.steps(requests))
-    assert [] in steps[:5]  # prompts were read, and nothing was said
+    assert [] in steps[:5]  # steps of prefill only
     texts: dict[str, list[int]] = {request.id: [] for request in requests}
     for output in (output for step in steps for output in step):
         texts[output.request_id] += output.token_ids

@@ -8,7 +8,7 @@ from deepseek_optimizer.engine.detokenizer import Detokenizer
 
 
 class Bytes:
-    """A token a byte; 256 is special."""
+    """One token per byte; 256 is special."""
 
     def decode(self, ids, skip_special_tokens=True, clean_up_tokenization_spaces=False):
         return bytes(i for i in ids if i < 256).decode("utf-8", errors="replace")
@@ -54,7 +54,7 @@ def test_an_incomplete_character_at_the_end_is_dropped(count):
 
 def test_invalid_utf8_is_replaced():
     d = Detokenizer(Bytes())
-    assert "".join([d.add(0x80)[0] for _ in range(40)] + [d.end()]) == "\ufffd" * 40  # and is not held for ever
+    assert "".join([d.add(0x80)[0] for _ in range(40)] + [d.end()]) == "\ufffd" * 40  # and is not held back forever
 
 
 @pytest.mark.parametrize("seed", range(30))
@@ -68,7 +68,7 @@ def test_stop_strings_against_a_search_in_the_whole_text(seed):
         if not ends:
             assert "".join(found) == text and stopped is None
             continue
-        end, begin, _ = min(ends)  # the first that is whole
+        end, begin, _ = min(ends)  # the first complete one
         whole = "".join(found)
         assert stopped in stops and whole == (text[:end] if include else text[: end - len(stopped)])
 

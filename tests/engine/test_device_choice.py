@@ -21,7 +21,7 @@ SAMPLINGS = [
 
 
 def texts(proposers=None, elsewhere=False):
-    """The answers to one set of requests, and which rows crossed in each step."""
+    """The answers to a set of requests, and the rows of logits transferred in each step."""
     rng, crossed = random.Random(4), []
     core = make_core(batch_size_range=(1, 8), proposers=proposers)
     if elsewhere:

@@ -27,7 +27,7 @@ def text(seed: int, count: int) -> list[int]:
 
 
 def run(core, *requests):
-    """All answers by id, and the most blocks that were taken at a time."""
+    """All answers by id, and the maximum number of allocated blocks."""
     found, max_blocks = {r.id: Completion() for r in requests}, 0
     for request in requests:
         core.add(request)
@@ -40,7 +40,7 @@ def run(core, *requests):
 
 @pytest.mark.parametrize("options", [{}, {"prefix_cache": False}, {"step_tokens": 40}, {"chunk": 64}])
 def test_a_prompt_longer_than_the_cache(options):
-    """100,000 tokens through the blocks of a window and a step, and text behind them."""
+    """100,000 tokens and the text after them, with the blocks of a window and a step."""
     step = options.get("step_tokens", 512)
     core = make_core(blocks=WINDOW.blocks(step) + 2, context=200_000, forgetting=WINDOW, **options)
     prompt = text(0, 5_000 if options else 100_000)
@@ -59,7 +59,7 @@ def test_the_prefix_cache_keeps_only_a_window():
 
 
 def test_another_question_about_the_same_text():
-    """What is read already is found by its end, though its beginning is gone."""
+    """A processed text is matched by its end, although its beginning was dropped."""
     core = make_core(blocks=100, context=200_000, forgetting=WINDOW)
     document = text(0, 3_200)
     first, second = document + text(1, 20), document + text(2, 30)
@@ -67,11 +67,11 @@ def test_another_question_about_the_same_text():
     again, _ = run(core, Request(second, endless(40), id="b"))
     assert found["a"].token_ids == expected(first, 300, None, WINDOW)
     assert again["b"].token_ids == expected(second, 40, None, WINDOW)
-    assert again["b"].cached_tokens == 3_200  # however long the answer was
+    assert again["b"].cached_tokens == 3_200  # for an answer of any length
     assert core.memory.manager.num_blocks - core.memory.manager.free_blocks <= 3 * WINDOW.blocks(0)
     shorter, _ = run(core, Request(document[:1_600], endless(20), id="c"))
     assert shorter["c"].token_ids == expected(document[:1_600], 20, None, WINDOW)
-    assert shorter["c"].cached_tokens == 32  # the sinks' block: of what is shorter, the end is gone
+    assert shorter["c"].cached_tokens == 32  # the sinks' block only: the end of the shorter text was dropped
 
 
 def test_two_prompts_with_the_same_text():
@@ -86,7 +86,7 @@ def test_two_prompts_with_the_same_text():
 
 @pytest.mark.parametrize("seed", range(12))
 def test_random_batches_in_a_small_cache(seed):
-    """Requests come, are cancelled and lose their blocks to others at random, with and without drafts that fall."""
+    """Requests arrive, are cancelled and preempted at random, with and without rejected drafts."""
     rng = random.Random(seed)
     forgetting = Forgetting(rng.randrange(20, 150), rng.randrange(0, 40), rng.choice((0, 32)))
     script = {}
@@ -132,7 +132,7 @@ def test_drafts_from_the_text():
 
 
 def test_a_cache_that_cannot_hold_a_window_and_a_step():
-    """Then a prompt must fit as it is."""
+    """Then the whole prompt must fit."""
     core = make_core(blocks=WINDOW.blocks(512) - 1, context=200_000, forgetting=WINDOW)
     with pytest.raises(RequestError, match="kv_cache_memory"):
         core.check(Request(text(0, 5_000), endless(1), id="a"))
@@ -144,7 +144,7 @@ def test_a_cache_that_cannot_hold_a_window_and_a_step():
 
 
 def test_many_long_prompts_are_admitted_together():
-    """By what they hold, not by how long they are."""
+    """Their blocks are counted, not their lengths."""
     core = make_core(blocks=4 * (WINDOW.blocks(64) + 2), context=200_000, forgetting=WINDOW, step_tokens=64, prefix_cache=False)
     for n in range(4):
         core.add(Request(text(n, 2_000), endless(3), id=str(n)))
@@ -167,7 +167,7 @@ def test_an_embedding_of_a_long_text():
 
 @pytest.mark.parametrize("drafts", [False, True])
 def test_an_endless_conversation(drafts):
-    """Positions slide within the model's context while attention sees its own window; what is pinned it does not see."""
+    """Positions slide within the model's context while attention has its own window, in which pinned tokens are not visible."""
     proposers = [(PromptLookupProposer(2, 1), 4)] if drafts else None
     core = make_core(blocks=40, context=512, cache_window=400, sinks=70, proposers=proposers, forgetting=WINDOW)
     prompt = text(3, 1_500)

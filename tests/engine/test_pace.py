@@ -69,7 +69,7 @@ def test_the_batch_size_respects_range_and_target():
 
 
 def test_outliers_do_not_shrink_the_batch_permanently():
-    """Sizes that were slow once are forgotten when they are not seen again, and then tried again."""
+    """Slow measurements of a size expire, and then the size is tried again."""
     t = StepTimes()
     batch = BatchSize(1, 16, t)
     for _ in range(5):
@@ -86,7 +86,7 @@ def test_outliers_do_not_shrink_the_batch_permanently():
 
 
 def simulate(acceptance, draft_cost, steps=3_000, max_drafts=6, sequences=1, seed=0):
-    """Tokens a plain step's time: 1 is plain decoding."""
+    """Tokens per duration of a plain step; 1 is plain decoding."""
     rng, t, bandit = random.Random(seed), StepTimes(), DraftBandit(max_drafts)
     tokens = seconds = 0.0
     for _ in range(steps):

@@ -9,7 +9,7 @@ WITH_TORCH = {"runner.py", "torch_sampler.py"}
 
 
 def imported(tree):
-    """Modules that a file imports when it is imported itself."""
+    """Modules that a file imports when it is imported."""
     nodes = list(tree.body)
     while nodes:
         node = nodes.pop()

@@ -10,7 +10,7 @@ from deepseek_optimizer.engine.request import check_text
 from deepseek_optimizer.errors import RequestError
 from deepseek_optimizer.longdoc.tasks import Question
 
-WRONG = "caf\udce9"  # what Python makes of Latin-1 on a UTF-8 command line
+WRONG = "caf\udce9"  # how Python decodes Latin-1 on a UTF-8 command line
 
 
 def test_the_error_has_the_position():

@@ -111,7 +111,7 @@ def test_an_allowed_origin_may_read(make_server):
         "Access-Control-Request-Method": "POST",
         "Access-Control-Request-Headers": "authorization,content-type",
     }
-    response = live.client.options("/v1/completions", headers=asked)  # browsers send no key with it
+    response = live.client.options("/v1/completions", headers=asked)  # browsers send no key with a preflight request
     assert response.status_code == 200 and response.headers["access-control-allow-origin"] == "https://chat.example"
     response = live.client.get("/health", headers={"Origin": "https://evil.example"})
     assert "access-control-allow-origin" not in response.headers

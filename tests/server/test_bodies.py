@@ -115,7 +115,7 @@ def test_concurrent_bodies_share_a_limit(make_server):
     )
     with live.connect() as first:
         first.sendall(head + b"x" * 900_000)
-        time.sleep(0.3)  # until it is held; the next one's size depends on that alone
+        time.sleep(0.3)  # until it is received; the limit for the next one depends only on that
         body = json.dumps({"prompt": "x" * 500_000})
         found = live.client.post("/v1/completions", content=body, headers={"content-type": "application/json"})
         assert_error(found, 503)
@@ -144,7 +144,7 @@ def test_a_client_that_disconnects_during_its_body(live):
     ],
 )
 def test_bodies_with_too_many_parts_are_rejected_before_validation(live, refused, monkeypatch, body, words):
-    """Each of their parts would be looked at, and for each that is wrong an error written, while all others wait."""
+    """Validating every part, and writing an error for each invalid one, would make all other requests wait."""
     from deepseek_optimizer.server.protocol import base
 
     errors = []
@@ -161,4 +161,4 @@ def test_large_bodies_take_turns(live, client):
     assert state.bodies.queue.counts.jobs["done"] == before
     body = {"prompt": "x", "max_tokens": 1, "metadata": "x" * 100_000}
     assert client.post("/v1/completions", json=body).status_code == 200
-    assert state.bodies.queue.counts.jobs["done"] == before + 2  # to read it, and to check it
+    assert state.bodies.queue.counts.jobs["done"] == before + 2  # one job to parse it, and one to validate it

@@ -22,15 +22,15 @@ from deepseek_optimizer.server.run import raise_file_limit
 from support.live_server import wait_for
 
 REQUESTS, CANCELLED = 1_000, 100
-RUNNING, WAITING = 16, 256  # places: for a quarter of those who come at once
+RUNNING, WAITING = 16, 256  # slots: for a quarter of the concurrent requests
 SERVED = ("--precision", "int8", "--max-running", str(RUNNING), "--max-waiting", str(WAITING))
-CACHE = 20 * 8192  # bytes: fewer blocks than 16 of these requests can use: some may lose theirs
-ALLOWANCE = 4 << 20  # bytes that a burst may add once there were two: Python's garbage of one lies there during the next
+CACHE = 20 * 8192  # bytes: fewer blocks than 16 of these requests can use, so that some may be preempted
+ALLOWANCE = 4 << 20  # bytes that a burst may add after the first two: Python's garbage of one exists during the next
 PATH = "/v1/completions"
 
 
 def bodies(count: int, seed: int = 0) -> list[dict]:
-    """Greedy requests of many lengths; some prompts begin alike, and some are the same."""
+    """Greedy requests of many lengths; some prompts have a common prefix, and some are equal."""
     rng = random.Random(seed)
     openings = ["", "The same long beginning, of two blocks and more. " * 2, "Another one: "]
     found = []
@@ -43,7 +43,7 @@ def bodies(count: int, seed: int = 0) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def offline(tiny_model):
-    """offline(bodies): the texts that the offline engine gives, each prompt alone, nothing shared, nothing drafted."""
+    """offline(bodies): the texts of the offline engine, each prompt alone, without shared blocks or drafts."""
     from transformers import AutoTokenizer
 
     from deepseek_optimizer import load_model
@@ -67,17 +67,17 @@ def offline(tiny_model):
 
 @dataclass
 class Outcome:
-    """What the clients of a burst saw."""
+    """The results of a burst's clients."""
 
-    replies: list[list[HttpReply]] = field(default_factory=list)  # of each request, those that were no refusal
+    replies: list[list[HttpReply]] = field(default_factory=list)  # the replies of each request that were not rejections
     refused: int = 0
 
 
 async def burst(server: Served, asked: list[dict], leaving: set[int], slow: int, seed: int) -> Outcome:
-    """All at once; who is refused comes again when the server said."""
+    """Sends all requests concurrently; rejected clients retry after the time that the server gave."""
     rng = random.Random(seed)
     outcome = Outcome([[] for _ in asked])
-    patience = [rng.random() ** 2 for _ in asked]  # seconds until those who leave do
+    patience = [rng.random() ** 2 for _ in asked]  # seconds until clients disconnect
 
     async def client(i: int) -> None:
         while True:
@@ -94,7 +94,7 @@ async def burst(server: Served, asked: list[dict], leaving: set[int], slow: int,
             await asyncio.sleep(reply.retry_after + rng.random() / 2)
 
     async def slow_client() -> None:
-        """A byte at a time for a while, through the smallest window."""
+        """Reads one byte at a time for a while, with the smallest receive window."""
         while True:
             with socket.socket() as sock:
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
@@ -117,7 +117,7 @@ async def burst(server: Served, asked: list[dict], leaving: set[int], slow: int,
 
 
 def assert_idle(server: Served) -> None:
-    """Nobody is in it, and no block is anybody's."""
+    """Asserts that no request is running and no block is allocated."""
     names = ("dso:requests_admitted", "vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc")
 
     def idle() -> bool:
@@ -137,7 +137,7 @@ def server(tiny_model):
 
 
 def test_a_thousand_at_once(server, offline):
-    """Three times, so that what one leaves behind would show."""
+    """Three times, so that leaks would be visible."""
     asked = bodies(REQUESTS)
     rng = random.Random(1)
     leaving = set(rng.sample(range(REQUESTS), CANCELLED))
@@ -163,9 +163,9 @@ def test_a_thousand_at_once(server, offline):
         after = server.metrics()
         ended = after["vllm:request_success_total"] - before.get("vllm:request_success_total", 0)
         assert REQUESTS - CANCELLED <= answered <= ended <= REQUESTS
-        assert outcome.refused  # there were more than the queue holds
+        assert outcome.refused  # there were more requests than the queue admits
         left = ("vllm:request_success_total{finished_reason=cancelled}", "dso:queue_jobs_total{outcome=left}")
-        assert sum(after.get(name, 0) for name in left) > 0  # in the engine, or before they came into it
+        assert sum(after.get(name, 0) for name in left) > 0  # cancelled in the engine, or before they reached it
         assert not after.get("vllm:request_success_total{finished_reason=error}", 0)
         assert asyncio.run(ask(server.port, PATH, baseline)).json()["choices"] == alone
         resident.append(server.resident_bytes)
@@ -173,7 +173,7 @@ def test_a_thousand_at_once(server, offline):
     assert server.get("/health") == {"status": "ok"}
 
 
-# How it stops.
+# Shutdown.
 
 STREAMS = 120
 
@@ -185,7 +185,7 @@ def own_server(tiny_model):
 
 
 async def streams(server: Served, asked: list[dict]) -> list[Exchange]:
-    """Opened, and all of them taken in."""
+    """Opens streams; all of them are admitted."""
     opened = [await send(server.port, PATH, body) for body in asked]
     while server.metrics()["dso:requests_admitted"] + sum(exchange.over for exchange in opened) < len(asked):
         await asyncio.sleep(0.01)
@@ -204,7 +204,7 @@ def long_bodies() -> list[dict]:
 
 
 def test_sigterm_under_load_drains(own_server, offline):
-    """Who is in it, running or queued, gets a whole answer; who comes is told that the server stops."""
+    """Running and queued requests get a complete answer; new ones get the error that the server is stopping."""
     asked = long_bodies()
 
     async def main() -> tuple[list[HttpReply], HttpReply | None]:
@@ -212,7 +212,7 @@ def test_sigterm_under_load_drains(own_server, offline):
         own_server.process.send_signal(signal.SIGTERM)
         while not stopping(own_server):
             await asyncio.sleep(0.01)
-        assert any(exchange.received == 0 for exchange in opened)  # some had not begun
+        assert any(exchange.received == 0 for exchange in opened)  # some had not started
         try:
             late = await ask(own_server.port, PATH, {"prompt": "late", "max_tokens": 1})
         except OSError:
@@ -229,7 +229,7 @@ def test_sigterm_under_load_drains(own_server, offline):
 
 
 def test_a_second_sigterm_ends_it_at_once(own_server):
-    """In the midst of streams, with the helpers that chats and grammars have started: none of them outlives it."""
+    """During streams, with worker processes for chats and grammars running: none of them outlives the server."""
     chat = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2, "response_format": {"type": "json_object"}}
     assert asyncio.run(ask(own_server.port, "/v1/chat/completions", chat)).status == 200
     children = own_server.children

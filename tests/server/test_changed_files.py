@@ -47,7 +47,7 @@ def live(packed):
 
 
 def check_lost(client: httpx.Client, words: str) -> None:
-    """What a server says once its model's file has changed."""
+    """Checks the answers and the log of a server whose model's file has changed."""
     for path in ("/ready", "/health"):
         found = client.get(path)
         assert (found.status_code, found.json()) == (503, {"status": "dead"})

@@ -63,7 +63,7 @@ def test_no_messages_at_all(refused):
 
 
 def test_images_are_rejected_and_not_fetched(live, refused):
-    """The address is the server's own: had it been asked for, its counts would show it."""
+    """The URL is the server's own: if it were fetched, its metrics would show it."""
 
     def counted():
         return [line for line in live.client.get("/metrics").text.splitlines() if 'handler="other",method="GET"' in line]
@@ -286,7 +286,7 @@ def test_tool_results_are_sent_back(hermes):
 
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "required"}}])
 def test_required_calls(with_template, choice):
-    """The model would rather say something else. A tool may have the name of a choice."""
+    """The model prefers another text. A tool may have the same name as a value of tool_choice."""
     live = with_template(HERMES, "I will not.")
     other = {"type": "function", "function": {"name": "required", "parameters": {"enum": [{}]}}}
     tools = [WEATHER, other] if isinstance(choice, dict) else [other]

@@ -23,11 +23,11 @@ from support.live_server import LiveServer, wait_for
 PATH = "/v1/completions"
 COMPANION = {"prompt": "somebody else", "max_tokens": 200, "temperature": 0, "ignore_eos": True, "stream": True}
 LEAVER = {"prompt": "x" * 100, "max_tokens": 100, "temperature": 0, "ignore_eos": True, "stream": True}
-PIECE = 16  # tokens of a step: the leaver's prompt takes several
+PIECE = 16  # tokens per step: the prompt of the disconnecting client takes several
 
 
 class Stepped:
-    """An engine's steps, which run as far as they are let."""
+    """Controls an engine's steps."""
 
     def __init__(self, engine) -> None:
         self._core, self._step = engine.core, engine.core.step
@@ -46,12 +46,12 @@ class Stepped:
             self.taken += 1
 
     def hold(self) -> None:
-        """No step begins from now on."""
+        """Lets no further step start."""
         with self._changed:
             self._allowed = 0
 
     def allow(self, steps: float) -> None:
-        """So many more, and until they are over."""
+        """Allows this many steps, and waits until they have finished."""
         until = self.taken + steps
         with self._changed:
             self._allowed += steps
@@ -61,7 +61,7 @@ class Stepped:
 
 
 class Held(LiveServer):
-    """A server whose engine runs at most two at once, step by step."""
+    """A server whose engine runs at most two requests, step by step."""
 
     def __init__(self, model, settings=None, **options) -> None:
         loaded = load_model(model, precision="fp32", kv_cache_memory=1 << 24, threads=1)
@@ -78,13 +78,13 @@ class Held(LiveServer):
         super().__exit__()
 
     def request(self, prompt: str):
-        """The engine's own of this prompt; None where there is none."""
+        """The engine's request with this prompt, or None."""
         decode = self.engine.tokenizer.decode
         found = [r for r in list(self.engine.core._requests.values()) if decode(r.request.prompt) == prompt]
         return found[0] if found else None
 
     def let_in(self, prompt: str):
-        """`request`, once it is there: the engine takes it in between two steps, or while it is idle."""
+        """Waits for `request`: the engine admits it between two steps, or while it is idle."""
         decode, answers = self.engine.tokenizer.decode, self.engine._answers
         wait_for(lambda: any(decode(answer.request.prompt) == prompt for answer in list(answers.values())))
         self.steps.allow(1)
@@ -94,25 +94,25 @@ class Held(LiveServer):
 
 @pytest.fixture(scope="module")
 def server(tiny_model) -> Iterator[Held]:
-    with Held(tiny_model, batch_size_range=(2, 2)) as live:  # by measured times it could be one on a busy machine
+    with Held(tiny_model, batch_size_range=(2, 2)) as live:  # otherwise one on a busy machine
         yield live
 
 
 @pytest.fixture(scope="module")
 def alone(server) -> str:
-    """The companion's text with nobody beside it."""
+    """The other client's text when it is alone."""
     return whole(server.raw(request_bytes(PATH, COMPANION)))
 
 
 def whole(answer: bytes) -> str:
-    """A stream's text; it must have come to its end."""
+    """The text of a complete stream."""
     reply = reply_of([(0.0, answer)])
     assert reply.done
     return reply.text
 
 
 class Client:
-    """A connection with a request on it."""
+    """A connection with one request."""
 
     def __init__(self, live: LiveServer, body: dict) -> None:
         self.sock = live.connect(30)
@@ -126,7 +126,7 @@ class Client:
         return b"".join(pieces)
 
     def leave(self) -> None:
-        """With a reset, as a process that was killed."""
+        """Closes the connection with a reset, like a killed process."""
         self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\x00\x00\x00\x00\x00\x00\x00")
         self.sock.close()
 
@@ -143,7 +143,7 @@ def test_disconnected_clients_are_removed_a_step_later(server, alone, stage, str
     companion = Client(server, COMPANION)
     server.let_in(COMPANION["prompt"])
     others = []
-    if stage == "queued":  # two run; the leaver is the third
+    if stage == "queued":  # two are running; the disconnecting client is the third
         others = [Client(server, {**COMPANION, "prompt": "a second"})]
         server.let_in("a second")
         server.steps.allow(4)
@@ -154,8 +154,8 @@ def test_disconnected_clients_are_removed_a_step_later(server, alone, stage, str
     assert where == stage and (stage != "prefill" or 0 < running.sequence.cached < 100)
     before = len(server.cancelled)
     leaver.leave()
-    wait_for(lambda: len(server.cancelled) > before)  # the engine has been told
-    server.steps.allow(2)  # one may have begun already
+    wait_for(lambda: len(server.cancelled) > before)  # the engine got the cancellation
+    server.steps.allow(2)  # one may have started already
     assert server.request(LEAVER["prompt"]) is None and running not in server.engine.core.scheduler.running
     assert not running.sequence.blocks.blocks
     wait_for(lambda: server.engine.admitted == 1 + len(others))

@@ -16,7 +16,7 @@ from deepseek_optimizer_cli.app import app
 
 @pytest.fixture
 def serve(tmp_path):
-    """serve(*options) -> typer's result; the model is not there, so whatever loads one says so."""
+    """serve(*options) -> typer's result; the model does not exist, so an attempt to load it is an error."""
 
     def invoke(*options):
         return CliRunner().invoke(app, ["serve", str(tmp_path / "no-model"), *map(str, options)])
@@ -72,7 +72,7 @@ def test_readable_key_files_give_a_warning(serve, tmp_path):
 
 @pytest.fixture(scope="module")
 def served(tiny_model):
-    """The command itself, with the tiny model."""
+    """The real command, with the tiny model."""
     command = [sys.executable, "-m", "deepseek_optimizer", "serve", str(tiny_model), "--port", "0"]
     command += ["--served-model-name", "r1-int4"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)

@@ -26,7 +26,7 @@ A, B = ({"Authorization": f"Bearer {key}"} for key in ("key-a", "key-b"))
 
 
 class Held:
-    """Holds work of key a: once it has begun, until it is let go."""
+    """Blocks work of key a once it has started, until it is released."""
 
     def __init__(self):
         self.begun, self.go = 0, threading.Event()
@@ -45,7 +45,7 @@ def held():
 
 @pytest.fixture
 def server(byte_tokenizer, held):
-    """Of two keys; texts that have "hold" in them are tokenised when `held` lets them."""
+    """A server with two keys; texts that contain "hold" are tokenised when `held` releases them."""
 
     class Slow(type(byte_tokenizer)):
         def __call__(self, text, *args, **kwargs):
@@ -62,7 +62,7 @@ def server(byte_tokenizer, held):
 
 @pytest.fixture
 def attack(server, held):
-    """attack(path, **sent): key a sends it eight times at once; the answers come when `held` lets them."""
+    """attack(path, **sent): key a sends the request eight times at once; answers arrive when `held` releases them."""
     with ThreadPoolExecutor(8) as pool:
 
         def begin(path, **sent):
@@ -85,12 +85,12 @@ def test_large_prompts(server, held, attack):
     assert server.client.post(TEXTS, headers=B, json={"prompt": "x"}).status_code == 200
     assert held.begun == 1 and not any(answer.done() for answer in answers)
     held.go.set()
-    assert {answer.result().status_code for answer in answers} == {400}  # more than the context, as it turns out
+    assert {answer.result().status_code for answer in answers} == {400}  # longer than the context
     assert held.begun == 8
 
 
 def test_many_small_prompts(server, held):
-    """Of its own size class the other key waits for one text at most."""
+    """Within a size class, the other key waits for at most one text."""
     order = []
 
     def send(key, name, text):
@@ -197,7 +197,7 @@ def test_queues_are_in_the_metrics(server):
 
 
 def test_addresses_in_headers_are_ignored(live):
-    """Without keys turns go by the connection's address, whatever a client says of it."""
+    """Without keys, clients are distinguished by the address of the connection, whatever the headers contain."""
     for forged in ({}, {"X-Forwarded-For": "1.2.3.4"}, {"Forwarded": "for=1.2.3.4"}, {"X-Real-IP": "1.2.3.4"}):
         assert live.client.post(TEXTS, json={"prompt": "x", "max_tokens": 1}, headers=forged).status_code == 200
         assert live.engine.seen[-1].client == "peer 127.0.0.1"
@@ -228,14 +228,14 @@ def test_bytes_of_tokens(byte_tokenizer):
         assert bytes_of_token(other) is None, change
     other = copy.deepcopy(byte_tokenizer)
     other.backend_tokenizer.normalizer = normalizers.NFKC()
-    assert bytes_of_token(other).max_bytes == 4 * found.max_bytes  # what it makes of a text may be shorter
+    assert bytes_of_token(other).max_bytes == 4 * found.max_bytes  # the normalised text may be shorter
     other = copy.deepcopy(byte_tokenizer)
     token = type(next(iter(other.added_tokens_decoder.values())))("<x>", lstrip=True)
     other.add_special_tokens({"additional_special_tokens": [token]})
     assert bytes_of_token(other) is None
 
 
-KINDS = ["template", "document", pytest.param("grammar", marks=pytest.mark.slow)]  # it imports torch each time
+KINDS = ["template", "document", pytest.param("grammar", marks=pytest.mark.slow)]  # imports torch each time
 
 
 def processes(live, kind):
@@ -246,7 +246,7 @@ def processes(live, kind):
 
 
 def ask(live, kind, n=0) -> httpx.Response:
-    """Something that only a worker of this kind can answer."""
+    """Sends a request that needs a worker of this kind."""
     if kind == "document":
         return live.client.post("/v1/files", files={"file": ("a.txt", b"text")}, data={"purpose": "user_data"})
     form = {"enum": [n]} if kind == "grammar" else None
@@ -261,7 +261,7 @@ def right(answer, kind, n=0) -> bool:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_worker_killed_during_a_request(byte_tokenizer, kind):
-    """It is answered by the next one; and where that is killed too, it is the server's fault."""
+    """The next worker answers it; if that is killed too, the error is the server's."""
     with LiveServer(FakeEngine(byte_tokenizer)) as live, ThreadPoolExecutor(1) as pool:
         assert right(ask(live, kind), kind)
         [first] = processes(live, kind)

@@ -23,14 +23,14 @@ from support.live_server import LiveServer, assert_error, wait_for
 from support.saved_llama import saved_llama
 
 PATH = "/v1/completions"
-POISON = 7  # a token whose embedding is no number
-CACHE = 1 << 18  # bytes: about ten blocks, which go from one request to the next
+POISON = 7  # a token whose embedding is NaN
+CACHE = 1 << 18  # bytes: about ten blocks, which successive requests reuse
 BODY = {"prompt": [65] * 40, "max_tokens": 30, "temperature": 0, "ignore_eos": True}
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory, byte_tokenizer):
-    """A Llama whose head is its own, so that one embedding can be spoilt and no other token notices."""
+    """A Llama with an untied head, so that damage to one embedding affects no other token."""
     return saved_llama(tmp_path_factory.mktemp("untied"), byte_tokenizer, tie_word_embeddings=False)
 
 
@@ -65,7 +65,7 @@ def text_of(live: LiveServer, body: dict) -> str:
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("place", [0, 20, 99])
 def test_nan_logits_fail_only_their_request(server, stream, place):
-    """Through the model itself: keys and values of everything behind the token are no numbers either."""
+    """Through the model: keys and values of all tokens after it are NaN too."""
     prompt = [66] * 100
     prompt[place] = POISON
     body = {**BODY, "prompt": prompt, "stream": stream}
@@ -78,14 +78,14 @@ def test_nan_logits_fail_only_their_request(server, stream, place):
         assert [other.result() for other in others] == alone * 3
     core = server.engine.core
     assert core.metrics.finished["error"] == 4
-    assert core.prefix is not None and core.prefix.known(keys(prompt, "", 3)) == 0  # nobody will find its blocks
+    assert core.prefix is not None and core.prefix.known(keys(prompt, "", 3)) == 0  # its blocks are not in the prefix cache
 
 
 def test_nan_logits_during_an_answer_end_it_with_an_error(server, monkeypatch):
-    """What has come is the text; behind it comes the error, and no finish reason."""
+    """The text so far is followed by the error, without a finish reason."""
     step = server.engine.core.step
 
-    def slow_step():  # so that the client has the first token before there is an error
+    def slow_step():  # so that the client gets the first token before the error
         time.sleep(0.05)
         return step()
 
@@ -117,12 +117,12 @@ def test_a_step_without_memory_fails_only_its_requests(server, monkeypatch):
 
 
 def test_the_engines_thread_dies(server, monkeypatch):
-    """Everybody in it gets a 5xx, and the server says that it is not well."""
+    """All its requests get a 5xx, and the server reports that it is unhealthy."""
     runner, dying, steps = server.engine.core.runner, threading.Event(), itertools.count()
     real = runner.step
 
     def step(parts, rows, **options):
-        if next(steps) > 10:  # some have begun by then
+        if next(steps) > 10:  # some have started by then
             dying.wait(20)
             raise ZeroDivisionError("a bug at /secret/path")
         return real(parts, rows, **options)
@@ -146,7 +146,7 @@ def test_the_engines_thread_dies(server, monkeypatch):
 
 
 def test_missing_memory_is_an_error_and_not_a_hang(tmp_path, byte_tokenizer):
-    """`dso serve` on a model of more weights than it may have memory: one line, and no server."""
+    """`dso serve` with a model larger than its memory limit: one line of error, and no server."""
     config = LlamaConfig(
         hidden_size=1024, intermediate_size=4096, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=8,
         vocab_size=len(byte_tokenizer), max_position_embeddings=256,

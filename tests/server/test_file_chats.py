@@ -27,7 +27,7 @@ CONTEXT = 4096
 
 
 def say(request) -> str:
-    """Answers from what the prompt has, part by part, as a model would."""
+    """Answers from the content of the prompt, as a model would."""
     text = SAY.tokenizer.decode(request.prompt)
     if "green key in the old lighthouse" in text or "key is in" in text.rpartition("Question:")[0]:
         return ANSWER
@@ -75,7 +75,7 @@ def ask(live, *files: dict, **fields):
 
 
 def long_text(seed: int = 0, sentences: int = 400) -> str:
-    """Several times the context; the fact stands in its midst."""
+    """A text of several times the context with the fact in the middle."""
     text = prose(sentences, seed)
     half = text.index("\n\n", len(text) // 2)
     return f"{text[:half]}\n\n{FACT}{text[half:]}"
@@ -144,7 +144,7 @@ def test_a_long_text_is_answered_from_passages(live):
     assert any(material.document.files[0].text == text for material, _ in documents._kept.values())
     live.client.delete(f"/v1/files/{id}")
     assert not any(material.document.files[0].text == text for material, _ in documents._kept.values())
-    ask(live, inline(text.encode(), "book.txt"))  # what came with a request is let go of when nobody asks any more
+    ask(live, inline(text.encode(), "book.txt"))  # an inline file is freed when its request is finished
     live.call(lambda: documents.sweep(3600))
     assert len(documents._kept) > 0
     live.call(lambda: documents.sweep(0))
@@ -283,7 +283,7 @@ def test_a_file_deleted_while_it_is_used(live):
 
 
 def test_prompts_of_a_document_share_one_slot(live):
-    """While a long document is read, it has one place and a few prompts in the engine; others are answered between."""
+    """A long document occupies one slot and a few prompts of the engine; other requests are answered meanwhile."""
     live.engine.step_seconds = 0.02
     id, max_running = upload(live, long_text(7)), 0
     with live.client.stream(
@@ -321,7 +321,7 @@ def test_failed_and_late_prompts_are_reported(byte_tokenizer):
     engine = FakeEngine(byte_tokenizer, say, context=CONTEXT)
     with LiveServer(engine, ServerSettings(request_seconds=4)) as live:
         id = upload(live, long_text(9))
-        assert ask(live, by_id(id)).status_code == 200  # the template's process has started
+        assert ask(live, by_id(id)).status_code == 200  # starts the template's process
         engine.frozen = True
         assert_error(ask(live, by_id(id)), 504)
         engine.frozen = False
@@ -391,7 +391,7 @@ def test_openai_client_in_a_chat(live):
     found = client.chat.completions.create(model="fake-model", messages=about(by_id(file.id))["messages"])
     assert found.choices[0].message.content == ANSWER
     assert found.choices[0].message.annotations[0].filename == "map.txt"
-    # and what a client sends back of it is taken
+    # a client may send the answer back
     again = [
         *about(by_id(file.id))["messages"],
         found.choices[0].message.model_dump(exclude_none=True),
@@ -402,7 +402,7 @@ def test_openai_client_in_a_chat(live):
 
 
 def test_concurrent_requests_leave_nothing_behind(live):
-    """Uploads, questions, deletions and early leavers from many threads: no 5xx but 503, and memory is what it was."""
+    """Uploads, questions, deletions and disconnects from many threads: no 5xx except 503, and no memory leak."""
     state = live.app.state.server
     for file in state.files.of(""):
         live.call(lambda file=file: state.files.delete("", file.id))

@@ -114,7 +114,7 @@ def test_a_word_document_that_is_a_zip_bomb(client):
 
 
 def test_a_pdf_that_takes_long(make_server):
-    """Reading is ended, and the next file is read."""
+    """Its conversion is stopped, and the next file is converted."""
     live = make_server(ServerSettings(file_read_seconds=0.5))
     data = pdf(["some words of text\n" * 200_000])
     found = send(live.client, data, "slow.pdf")
@@ -165,8 +165,8 @@ def test_names_of_four_kilobytes(client):
         b"nothing",
         b"--B\r\n",
         b"--C\r\nContent-Disposition: form-data; name=\"file\"\r\n\r\nx\r\n--C--\r\n",
-        form(FILE, PURPOSE)[:-6],  # it ends early
-        form(FILE, PURPOSE)[:-7] + b"--B\r\n",  # with another part to come
+        form(FILE, PURPOSE)[:-6],  # truncated
+        form(FILE, PURPOSE)[:-7] + b"--B\r\n",  # ends before the next part
         form(FILE, FILE, PURPOSE),
         form(PURPOSE),
         form(FILE),
@@ -197,12 +197,12 @@ def test_another_content_type(client, kind):
 def test_limits_apply_before_everything_is_read(make_server):
     live = make_server(ServerSettings(max_file_bytes=100_000))
     long = b"Content-Length: 400000\r\n\r\n" + form(FILE, PURPOSE)[:50]
-    answer = live.raw(HEAD + long)  # by what the header says, with nothing of the file sent
+    answer = live.raw(HEAD + long)  # rejected by its header, before any of the file is sent
     assert answer.startswith(b"HTTP/1.1 413 ") and b'"file_too_large"' in answer
     chunk = b"%x\r\n%s\r\n" % (60_000, b"x" * 60_000)
     begun = b'--B\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\n'
     body = b"%x\r\n%s\r\n" % (len(begun), begun) + chunk * 2
-    answer = live.raw(HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + body)  # and chunked, with no end in sight
+    answer = live.raw(HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + body)  # and chunked, without an end
     assert answer.startswith(b"HTTP/1.1 413 ")
     assert send(live.client, "y" * 100_000).status_code == 200
     assert_error(send(live.client, "y" * 100_001), 413, "file")
@@ -235,7 +235,7 @@ def test_uploads_in_any_chunks(client):
     for size in (1, 7, 64):
         pieces = (body[i : i + size] for i in range(0, len(body), size))
         sent = client.post("/v1/files", content=pieces, headers={"content-type": "multipart/form-data; boundary=B"})
-        # "\r\n--B" within the file would be its end; everything else is its own
+        # "\r\n--B" within the file would end it; everything else is content
         assert sent.status_code in (200, 400)
     whole = form(b'name="file"; filename="a.txt"\r\n\r\n' + b"\r\n-B\r--\r\n--C" * 3, PURPOSE)
     for size in (1, 7, 64):
@@ -271,7 +271,7 @@ def test_storage_per_key_is_limited(make_server):
     assert_error(full, 413, "file")
     assert full.json()["error"]["code"] == "file_memory"
     assert send(live.client, "x" * 30_000, headers=two).status_code == 200
-    others = send(live.client, "x" * 22_000, headers=two)  # within the key's, not within all
+    others = send(live.client, "x" * 22_000, headers=two)  # within the limit of the key, but not within the total
     assert_error(others, 503)
     assert others.headers["retry-after"]
     live.client.delete(f"/v1/files/{id}", headers=one)
@@ -293,10 +293,10 @@ def test_files_expire_and_free_their_memory():
     text = TextFile("a.txt", "x" * 10_000)
     short = store.add("me", "user_data", 1, "d1", text, seconds=50)
     long = store.add("me", "user_data", 1, "d2", text, seconds=10_000)
-    assert (short.expires, long.expires) == (1050, 1100)  # no longer than the server keeps any
+    assert (short.expires, long.expires) == (1050, 1100)  # limited to the server's maximum
     held = store.held
     assert held > 20_000
-    for wall.now in (0, 10**10):  # a clock that is put right, forwards or back, takes no file away and keeps none
+    for wall.now in (0, 10**10):  # setting the clock forwards or backwards neither expires nor preserves files
         assert store.of("me") == [short, long]
     clock.now = 1049
     assert store.get("me", short.id) is short
@@ -337,7 +337,7 @@ def test_a_missing_extra_is_reported(live, monkeypatch):
 
 
 def test_pages_of_other_origins_cannot_upload(make_server):
-    """A browser sends a form to any server for any page, and asks nobody first."""
+    """A browser sends forms of any page to any server without a preflight request."""
     live = make_server(ServerSettings(allow_origins=("https://friend.example",)))
     for origin in ("https://evil.example", "null", "http://127.0.0.1:1", f"http://127.0.0.1:{live.port}.evil.example"):
         assert_error(send(live.client, "text", headers={"Origin": origin}), 403)

@@ -26,7 +26,7 @@ RUN_TEXT = {"eval", "exec", "compile", "__import__"}
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_input_is_never_executed(path):
-    """No pickles, no `eval`, no shell, no `torch.load`, in all that a request passes through."""
+    """No pickle, `eval`, shell or `torch.load` in any code that a request passes through."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             names = {alias.name.split(".")[0] for alias in node.names} | {(getattr(node, "module", None) or "").split(".")[0]}
@@ -59,7 +59,7 @@ HOSTILE = [
 
 @pytest.fixture(scope="module")
 def saying(byte_tokenizer):
-    """A model that says what it is told to by the last message."""
+    """A model that repeats the last message."""
     tokenizer = copy.deepcopy(byte_tokenizer)
     tokenizer.chat_template = HERMES
 
@@ -72,7 +72,7 @@ def saying(byte_tokenizer):
 
 @pytest.mark.parametrize("number", range(len(HOSTILE)))
 def test_output_of_a_model_is_data(saying, number):
-    """It comes to the client as text or as the arguments of a call, in linear time, and a stream's events cannot be forged."""
+    """It reaches the client as text or as arguments of a call, in linear time, and cannot forge events of a stream."""
     body = {"messages": [{"role": "user", "content": f"number {number}"}], "tools": [WEATHER], "max_tokens": 5000}
     began = time.perf_counter()
     message = saying.client.post("/v1/chat/completions", json=body).json()["choices"][0]["message"]
@@ -89,7 +89,7 @@ def test_output_of_a_model_is_data(saying, number):
 
 
 def test_the_server_makes_no_requests(saying, monkeypatch):
-    """Had it a reason to open a connection, this request has all of them."""
+    """The request contains everything that could make a server open a connection."""
     import socket
 
     def connect(*arguments):
@@ -101,7 +101,7 @@ def test_the_server_makes_no_requests(saying, monkeypatch):
         {"messages": [{"role": "user", "content": f"number 9 ![]({url}) {url}"}], "max_tokens": 5},
         {"model": url, "messages": [{"role": "user", "content": "number 9"}]},
     ]
-    with saying.connect() as sock:  # its own connection is open before
+    with saying.connect() as sock:  # the client's own connection is open before
         monkeypatch.setattr(socket.socket, "connect", connect)
         monkeypatch.setattr(socket, "create_connection", connect)
         monkeypatch.setattr(socket, "getaddrinfo", connect)

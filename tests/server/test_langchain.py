@@ -15,7 +15,7 @@ from support.live_server import LiveServer
 
 
 class Weather(pydantic.BaseModel):
-    """Of a city."""
+    """The weather of a city."""
 
     city: Literal["Rom"]
 

@@ -143,12 +143,12 @@ def test_unexpected_errors_are_a_500_without_the_message(make_server, caplog):
     found = live.client.post("/v1/completions", json=ASKED)
     assert_error(found, 500)
     assert "secret" not in found.text and "ZeroDivision" not in found.text
-    assert "/secret/path" in caplog.text  # of the log
+    assert "/secret/path" in caplog.text  # only in the log
     assert live.engine.admitted == 0
 
 
 def test_the_same_request_many_times_at_once(live):
-    """Clients choose no ids, so none can be taken for another's."""
+    """Clients do not choose ids, so requests cannot be confused."""
     with ThreadPoolExecutor(16) as pool:
         bodies = [{"prompt": f"question {i % 4}", "max_tokens": 30} for i in range(32)]
         headers = {"x-request-id": "the same"}

@@ -11,7 +11,7 @@ import pytest
 from deepseek_optimizer.server.settings import ServerSettings
 
 LONG = "q" * 10_000
-MAX = 1_000  # bytes of an error, whatever was sent
+MAX = 1_000  # maximum bytes of an error, for any request
 FUNCTION = {
     "type": "function",
     "function": {"name": "f", "parameters": {"type": "object", "properties": {"a": {"type": "string"}}}},
@@ -65,19 +65,19 @@ BODIES: dict[str, list[dict[str, Any]]] = {
 }
 
 
-def spoilt(value: Any) -> Iterator[Any]:
-    """A value with a long text at one place at a time: instead of each value, for each name, and as a name more."""
+def with_long_text(value: Any) -> Iterator[Any]:
+    """Yields copies of a value with a long text in one place: as each value, as each key, and as an extra key."""
     yield LONG
     if isinstance(value, dict):
         yield {**value, LONG: 1}
         for key, inner in value.items():
             yield {**{k: v for k, v in value.items() if k != key}, LONG: inner}
-            for other in spoilt(inner):
+            for other in with_long_text(inner):
                 yield {**value, key: other}
     elif isinstance(value, list):
         yield [*value, LONG]
         for i, inner in enumerate(value):
-            for other in spoilt(inner):
+            for other in with_long_text(inner):
                 yield [*value[:i], other, *value[i + 1 :]]
 
 
@@ -97,7 +97,7 @@ def answers(byte_tokenizer):
 def test_errors_quote_only_the_beginning(answers, path):
     tried = 0
     for body in BODIES[path]:
-        for broken in spoilt(body):
+        for broken in with_long_text(body):
             if not isinstance(broken, dict):
                 continue
             found = answers.post(path, json=broken)

@@ -14,7 +14,7 @@ HOST = b"Host: localhost\r\n"
 GET = b"GET /health HTTP/1.1\r\n" + HOST
 POST = b"POST /v1/completions HTTP/1.1\r\n" + HOST + b"Content-Type: application/json\r\n"
 CHUNKED = POST + b"Transfer-Encoding: chunked\r\n\r\n"
-HIDDEN = b"GET /metrics HTTP/1.1\r\n" + HOST + b"\r\n"  # that must not be taken for a request
+HIDDEN = b"GET /metrics HTTP/1.1\r\n" + HOST + b"\r\n"  # must not be parsed as a request
 
 
 def statuses(answer: bytes) -> list[int]:
@@ -123,18 +123,18 @@ def test_an_excess_connection_that_sends_at_once_gets_an_answer(make_server):
 
 
 def test_lingering_ends(make_server):
-    """By the client, by its silence, by time, and by what it sends."""
+    """It ends when the client closes, is silent, after a time, and after a number of bytes."""
     live = make_server(ServerSettings(body_seconds=0.5, max_body_bytes=100, max_body_bytes_total=1 << 20))
     connections = live.server.server_state.connections
     refused = POST + b"Content-Length: 1000000000\r\n\r\n"
     with live.connect() as sock:
         sock.sendall(refused)
         assert statuses(read_all(sock)) == [413]
-        wait_for(lambda: not connections, 5)  # though the client keeps it open
+        wait_for(lambda: not connections, 5)  # although the client keeps it open
     with live.connect() as sock:
         sock.sendall(refused)
         assert statuses(read_all(sock)) == [413]
-        with pytest.raises(OSError):  # reset, once the server has had its fill
+        with pytest.raises(OSError):  # reset, once the server has received its maximum
             for _ in range(200):
                 sock.sendall(b"x" * (1 << 20))
     with live.connect() as sock:
@@ -148,7 +148,7 @@ def test_head_is_answered_as_get_without_the_body(live):
         found, whole = live.client.head(path), live.client.get(path)
         assert found.status_code == whole.status_code == 200, path
         assert found.content == b"" and found.headers["content-type"] == whole.headers["content-type"]
-        if path != "/metrics":  # which counts these requests too
+        if path != "/metrics":  # it counts these requests too
             assert int(found.headers["content-length"]) == len(whole.content)
     assert live.client.head("/v1/completions").status_code == 405
     assert live.client.head("/nothing").status_code == 404

@@ -88,7 +88,7 @@ def test_invalid_names(refused, name):
     "name", [name for name in HOSTILE if "\x00" not in name] + ["%00", "%2e%2e%2f%2e%2e%2fetc%2fpasswd", "a" * 20_000]
 )
 def test_other_models_in_the_url(live, name):
-    name = name.replace(" ", "%20").encode()  # as it is: httpx would resolve the dots
+    name = name.replace(" ", "%20").encode()  # unchanged: httpx would resolve the dots
     answer = live.raw(b"GET /v1/models/" + name + b" HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
     assert answer.split()[1] == b"404" and b'"error"' in answer
 
@@ -111,7 +111,7 @@ def test_tokens_of_a_chat_equal_the_prompt(live):
     found = live.client.post("/tokenize", json={"messages": messages}).json()["tokens"]
     live.client.post("/v1/chat/completions", json={"messages": messages, "max_tokens": 1})
     assert live.engine.seen[-1].prompt == found
-    assert found.count(live.engine.tokenizer.eos_token_id) == 1  # the template's, not the message's
+    assert found.count(live.engine.tokenizer.eos_token_id) == 1  # only the template's, not that in the message
 
 
 @pytest.mark.parametrize(

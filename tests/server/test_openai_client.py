@@ -93,7 +93,7 @@ def test_log_probabilities(client):
 
 
 class Report(pydantic.BaseModel):
-    """What is to be parsed."""
+    """The schema of the answer."""
 
     city: Literal["Rom"]
     sunny: bool
@@ -133,7 +133,7 @@ def test_completions(client):
 
 
 def test_embeddings(client):
-    """The client asks for base64 by itself."""
+    """The client requests base64 by default."""
     found = client.embeddings.create(model=MODEL, input=["a", "bb"])
     plain = client.embeddings.create(model=MODEL, input=["a", "bb"], encoding_format="float")
     assert [one.embedding for one in found.data] == [pytest.approx(one.embedding) for one in plain.data]

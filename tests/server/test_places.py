@@ -20,5 +20,5 @@ def test_a_client_that_does_not_read_returns_its_slot(make_server):
     wait_for(lambda: live.engine.running == 0, 60)
     wait_for(lambda: live.engine.admitted == 0)
     assert live.client.post("/v1/completions", json={"prompt": "me too", "max_tokens": 5}).status_code == 200
-    assert sock.recv(1000).startswith(b"HTTP/1.1 200")  # its answer still waits for it
+    assert sock.recv(1000).startswith(b"HTTP/1.1 200")  # its answer is still available
     sock.close()

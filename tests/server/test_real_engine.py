@@ -120,7 +120,7 @@ def test_one_request_larger_than_the_whole_cache(tiny_model):
         assert room < CONTEXT
         assert_error(live.client.post(TEXT, json={"prompt": [1] * (room + 1), "max_tokens": 1}), 400, "prompt")
         texts = [text_of(live, prompt=[i] * 40, temperature=0, ignore_eos=True) for i in range(6)]
-        with ThreadPoolExecutor(6) as pool:  # more than the cache holds: they queue, and are run again
+        with ThreadPoolExecutor(6) as pool:  # more than fit into the cache: they wait and are preempted
             found = pool.map(lambda i: text_of(live, prompt=[i] * 40, temperature=0, ignore_eos=True), range(6))
             assert list(found) == texts
 
@@ -208,7 +208,8 @@ def test_the_engines_thread_dies(tiny_model):
 
 
 def test_a_conversation_longer_than_its_window(tiny_model):
-    """Old messages are left out, the system's and pinned ones stay, what was dropped is told, and most of a turn is cached."""
+    """Old messages are dropped, the system's and pinned ones stay, the number of dropped ones is reported, and most of a turn
+    is cached."""
     with start(tiny_model, cache_window=CONTEXT) as live:
         messages = [*MESSAGES[:1], {"role": "user", "content": "PIN this", "pinned": True}]
         dropped, cached = [], []
@@ -222,7 +223,7 @@ def test_a_conversation_longer_than_its_window(tiny_model):
                 assert usage["context_tokens"] <= CONTEXT
             cached.append(usage["prompt_tokens_details"]["cached_tokens"])
         assert dropped[0] == 0 and dropped[-1] > 300 and dropped == sorted(dropped)
-        assert len(set(dropped)) < 15  # the cut stays for some turns, and then what is before it is cached
+        assert len(set(dropped)) < 15  # the cut does not move for some turns, during which the prefix is cached
         assert sum(c >= 96 for c in cached[10:]) > 20
         events = live.client.post(CHAT, json={"messages": messages, "max_tokens": 4, "stream": True,
                                               "stream_options": {"include_usage": True}}).text  # fmt: skip

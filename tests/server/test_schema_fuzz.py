@@ -31,7 +31,7 @@ EXAMPLES = int(os.environ.get("DSO_SCHEMA_EXAMPLES", "50"))
 
 
 def wrong_data_is_rejected(ctx, response, case):
-    """`negative_data_rejection`, but for what is valid after all: of a union, what is wrong for one branch another may take."""
+    """`negative_data_rejection`, except for valid data: what is invalid for one branch of a union may be valid for another."""
     try:
         return negative_data_rejection(ctx, response, case)
     except AcceptedNegativeData:
@@ -91,7 +91,7 @@ CASES = [
     (method, path, mode)
     for method, path in OPERATIONS
     for mode in GenerationMode
-    if method == "POST" or path == "/v1/files" or mode is GenerationMode.POSITIVE  # the others take nothing that could be wrong
+    if method == "POST" or path == "/v1/files" or mode is GenerationMode.POSITIVE  # the others have no inputs
 ]
 
 

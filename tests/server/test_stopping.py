@@ -35,7 +35,7 @@ print("ended", flush=True)
 
 
 class Process:
-    """A server as a process, its engine slow: a token takes 10 ms."""
+    """A server process with a slow engine: a token takes 10 ms."""
 
     def __init__(self, model: Path, drain: float):
         script = SCRIPT.format(tests=str(TESTS), model=str(model), drain=drain)
@@ -51,17 +51,17 @@ class Process:
         return Future(self.client.post, "/v1/completions", json={"prompt": "x", "max_tokens": tokens, "stream": stream})
 
     def children(self) -> list[int]:
-        """Processes that it started."""
+        """The processes that it started."""
         return [pid for pid, parent in processes() if parent == self.process.pid]
 
 
 def processes() -> list[tuple[int, int]]:
-    """(process, its parent) of all that run."""
+    """(process, parent) of all running processes."""
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
             fields = stat.read_text().rpartition(")")[2].split()
-        except OSError:  # it has ended meanwhile
+        except OSError:  # it ended meanwhile
             continue
         if fields[0] != "Z":
             found.append((int(stat.parent.name), int(fields[1])))
@@ -73,7 +73,7 @@ def ended(pids: list[int]) -> bool:
 
 
 class Future:
-    """A request on a thread."""
+    """A request in a thread."""
 
     def __init__(self, call, *arguments, **named):
         self.answer: httpx.Response | None = None
@@ -112,10 +112,10 @@ def start(tiny_model):
 def test_running_requests_finish_and_new_ones_are_rejected(start):
     server = start()
     children = server.children()
-    assert children  # the processes for templates and grammars
+    assert children  # the worker processes for templates and grammars
     whole, stream = server.ask(200), server.ask(200, stream=True)
     wait_for(lambda: "http_requests" in server.client.get("/metrics").text)
-    time.sleep(0.3)  # both are in flight: they take two seconds
+    time.sleep(0.3)  # both are running: they take two seconds
     assert server.client.get("/ready").status_code == 200
     server.process.send_signal(signal.SIGTERM)
     wait_for(lambda: server.client.get("/ready").status_code == 503)

@@ -15,7 +15,7 @@ EMOJI = "Zwölf 😀👩‍👩‍👧‍👦 中文 \n\n```py\nx = '\u2028'\n``
 
 
 def chunks(response) -> list[dict]:
-    """A stream's chunks; it must be whole."""
+    """The chunks of a complete stream."""
     assert response.status_code == 200, response.text
     assert response.headers["content-type"] == "text/event-stream; charset=utf-8"
     events = response.content.decode().split("\n\n")
@@ -110,7 +110,7 @@ def test_log_probabilities_in_streams(emoji, path, rest):
         assert len(whole["logprobs"]["tokens"]) == 40
 
 
-# Clients that leave.
+# Clients that disconnect.
 
 
 def post(sock: socket.socket, path: str, body: dict) -> None:
@@ -123,7 +123,7 @@ LONG = {"prompt": "x", "max_tokens": 3000, "ignore_eos": True}
 
 
 @pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("frozen", [False, True])  # in the queue or in prefill: nothing has come yet
+@pytest.mark.parametrize("frozen", [False, True])  # in the queue or in prefill: nothing was sent yet
 def test_a_disconnect_frees_the_slot(make_server, stream, frozen):
     live = make_server(step_seconds=0.001)
     live.engine.frozen = frozen

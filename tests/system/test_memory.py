@@ -17,7 +17,7 @@ V1_MOUNT = "35 31 0:32 / /sys/fs/cgroup/memory rw,relatime shared:9 - cgroup cgr
 
 
 def v2(folder, limit, used, files="", **more):
-    """The files of a group; `more`: others by name, `high="..."`."""
+    """The files of a group; `more`: further files by name, such as `high="..."`."""
     base = f"/sys/fs/cgroup{folder}"
     given = {"memory.max": limit, "memory.current": used, "memory.stat": files} | {f"memory.{k}": v for k, v in more.items()}
     return {f"{base}/{name}": str(text) for name, text in given.items()}
@@ -98,7 +98,7 @@ def test_v1_writes_no_limit_as_a_number(tree):
 
 
 def test_v1_reports_limits_of_invisible_parents(tree):
-    """In a container the mount begins at its own group; a pod's limit above it is in memory.stat alone."""
+    """In a container the mount begins at its own group; a pod's limit above it appears only in memory.stat."""
     mount = V1_MOUNT.replace(" / ", " /kube/pod/box ", 1)
     stat = f"hierarchical_memory_limit {3_000_000}\n"
     files = {
@@ -110,7 +110,7 @@ def test_v1_reports_limits_of_invisible_parents(tree):
 
 
 def test_hybrid_mounts(tree):
-    """The memory controller is v1's, and there is a v2 tree beside it; both are looked at."""
+    """The memory controller is in v1, and there is also a v2 tree; both are read."""
     v2_mount = V2_MOUNT.replace("/sys/fs/cgroup ", "/sys/fs/cgroup/unified ")
     files = {
         **MEMINFO, "/proc/self/cgroup": "4:memory:/box\n0::/box\n", "/proc/self/mountinfo": V1_MOUNT + v2_mount,
@@ -134,7 +134,7 @@ def test_hierarchies_mounted_elsewhere(tree):
     ("path", "mounted"), [("/", "/"), ("/../..", "/"), ("/../other", "/"), ("/", "/../.."), ("/host/path", "/docker/abc")]
 )
 def test_namespaces(tree, path, mounted):
-    """The path ends at, or leaves, what is mounted: the mount's root is the nearest group that can be seen."""
+    """The path ends at, or outside, the mount: the mount's root is the nearest visible group."""
     mount = V2_MOUNT.replace(" / ", f" {mounted} ", 1)
     files = {**MEMINFO, "/proc/self/cgroup": f"0::{path}\n", "/proc/self/mountinfo": mount, **v2("", 5_000_000, 1_000_000)}
     assert free_memory(tree(files)).free == 4_000_000
@@ -169,7 +169,7 @@ def test_ulimits(tree, data, space, free, says):
     status = {"/proc/self/status": "VmSize:  1000 kB\nVmData:  500 kB\n"}
     found = free_memory(tree({**MEMINFO, **status, "/proc/self/limits": LIMITS.format(data=data, space=space)}))
     assert found.free == free and str(found).startswith(says)
-    assert found.to_use.free == MACHINE  # they bound what is reserved, not what was reserved and is used now
+    assert found.to_use.free == MACHINE  # they limit new reservations, not the use of earlier ones
 
 
 def test_strict_overcommit(tree):

@@ -13,7 +13,7 @@ from deepseek_optimizer.system.progress import Progress, duration, show_progress
 
 
 class Stream(io.StringIO):
-    """A stream that says when it has as many lines as a test waits for."""
+    """A stream that signals when it has a given number of lines."""
 
     def __init__(self, terminal: bool = False, lines: int = 1) -> None:
         super().__init__()
@@ -100,7 +100,7 @@ def test_a_terminal_gets_a_bar(stderr, monkeypatch):
 def test_the_time_left_uses_the_rate_since_the_first_call():
     now = iter([0.0, 100.0, 130.0, 130.0, 130.0])
     progress = Progress("Training", lambda: next(now))
-    progress(50, 100)  # resumed: the first half was not done now
+    progress(50, 100)  # resumed: the first half was done earlier
     progress(60, 100)
     assert progress.seconds_left == 120.0
     assert progress.line() == "Training: 60%, 2 min 0 s left"

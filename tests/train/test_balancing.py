@@ -22,7 +22,7 @@ def ids_of(model, *lengths):
 
 
 def chosen_in(model, run):
-    """Experts chosen in each router while `run` runs, by path."""
+    """The experts chosen by each router during `run`, by path."""
     seen: dict[str, list[torch.Tensor]] = {}
     handles = [
         router.register_forward_hook(lambda m, a, out, path=path: seen.setdefault(path, []).append(out[2]))
@@ -35,7 +35,7 @@ def chosen_in(model, run):
 
 
 def test_loads_count_all_tokens_of_a_step(model):
-    """Two steps that each keep other experts busy."""
+    """Two steps that each use different experts."""
     balancing = ExpertBalancing(rate=0.0)
     balancing.attach(model)
     for busy in (0, 1):
@@ -67,12 +67,12 @@ def test_a_step_moves_each_bias_against_its_load(model):
     assert found == {"expert_load": worst, "expert_load_batch": worst, **ratios}
     assert balancing.statistics() == {}
     moved = {path: router.e_score_correction_bias.clone() for path, router in routers(model)}
-    balancing.step()  # nothing was counted since
+    balancing.step()  # nothing was counted since then
     assert all(torch.equal(router.e_score_correction_bias, moved[path]) for path, router in routers(model))
 
 
 def test_loads_are_those_of_all_processes(model, monkeypatch):
-    """Another process whose tokens all chose expert 0 turns the signs."""
+    """Another process whose tokens all chose expert 0 reverses the signs."""
 
     def add_theirs(counts):
         counts[0] += 10_000
@@ -196,7 +196,7 @@ def test_sequence_loss_follows_the_formula():
 
 
 def test_sequence_loss_reaches_the_routers_scaled(model):
-    """Its gradient is that of alpha / accumulation steps times the loss, added to the model's own."""
+    """Its gradient is alpha / accumulation steps times that of the loss, added to the model's own."""
     ids = ids_of(model, 25, 25)
     grads = []
     for alpha in (0.0, 0.5):

@@ -27,7 +27,7 @@ def test_points_and_picture(tmp_path):
     log(curve, 1, loss=2.5, learning_rate=1e-3, grad_norm=1.5, num_input_tokens_seen=64.0, epoch=0.5)
     log(curve, 2, loss=float("nan"), learning_rate=1e-3)
     log(curve, 2, eval_loss=2.0, eval_runtime=1.0)
-    log(curve, 2, train_runtime=3.0)  # nothing of a curve
+    log(curve, 2, train_runtime=3.0)  # not part of a curve
     curve.on_evaluate(None, state(2), None)
     points = json.loads((tmp_path / "loss.json").read_text())["points"]
     seconds = [point.pop("seconds") for point in points]
@@ -37,7 +37,7 @@ def test_points_and_picture(tmp_path):
         {"step": 2, "loss": None, "learning_rate": 1e-3, "eval_loss": 2.0},
     ]
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG") and len(list(tmp_path.iterdir())) == 2
-    assert "matplotlib.pyplot" not in sys.modules  # no state of the whole process
+    assert "matplotlib.pyplot" not in sys.modules  # it has global state
 
 
 def test_a_resumed_run_drops_points_after_its_checkpoint(tmp_path):

@@ -21,7 +21,7 @@ _PLAIN = ("output_dir", "max_steps", "per_device_train_batch_size", "logging_ste
 
 
 def plain_losses(model, folder, **fields):
-    """Of Transformers' own Trainer."""
+    """Losses of Transformers' Trainer."""
     base = {name: getattr(arguments(folder), name) for name in _PLAIN}
     trainer = Trainer(model, TrainingArguments(**{**base, "use_cpu": True, **fields}), train_dataset=Rows())
     trainer.train()
@@ -87,7 +87,7 @@ def test_the_mtp_loss_is_added_with_its_weight(tmp_path):
         trainer.train()
         found[weight] = trainer.state.log_history[0]
         evaluated = trainer.evaluate()["eval_loss"]
-        assert evaluated == pytest.approx(found[None]["loss"], rel=0.3)  # the model's own loss, without the layers'
+        assert evaluated == pytest.approx(found[None]["loss"], rel=0.3)  # the model's own loss, without that of the MTP layers
     assert found[0.0]["loss"] == pytest.approx(found[None]["loss"], rel=1e-6)
     assert found[0.5]["loss"] == pytest.approx(found[None]["loss"] + 0.5 * found[0.5]["mtp_loss"], rel=1e-4)
 
@@ -125,7 +125,7 @@ def test_the_best_model_includes_its_experts(tmp_path):
     )  # fmt: skip
     trainer.train()
     found = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
-    assert trainer.state.best_metric == min(found) < found[-1]  # so large a rate makes it worse
+    assert trainer.state.best_metric == min(found) < found[-1]  # so large a learning rate makes it worse
     assert trainer.evaluate()["eval_loss"] == pytest.approx(min(found), rel=1e-6)
 
 
@@ -139,7 +139,7 @@ def test_unsupported_mtp_training(tmp_path):
 
 @pytest.fixture
 def fp8(tmp_path):
-    """An FP8 checkpoint with an MTP layer, as DeepSeek publishes them, and the float model that it stands for."""
+    """An FP8 checkpoint with an MTP layer, as published by DeepSeek, and the equivalent float model."""
     save_with_mtp(tmp_path / "float", deepseek_v3(), repeated=False)
     folder = fp8_copy(tmp_path / "float", tmp_path / "fp8")
     exact = tmp_path / "exact"
@@ -152,7 +152,7 @@ def fp8(tmp_path):
 
 
 def test_an_fp8_checkpoint_is_tuned_by_adapters(tmp_path, fp8):
-    """Weights stay at a byte each, with the checkpoint's own codes and scales; the adapter is the float model's too."""
+    """Weights stay at one byte, with the checkpoint's codes and scales; the adapter equals the float model's."""
     peft = pytest.importorskip("peft")
     folder, exact = fp8
     config = {"r": 4, "target_modules": r"model\.layers\.[012]\.self_attn\.(q_b_proj|kv_b_proj|o_proj)", "lora_dropout": 0.0}
@@ -186,7 +186,7 @@ def test_an_fp8_checkpoint_is_tuned_by_adapters(tmp_path, fp8):
 
 
 def test_an_adapter_is_trained_with_mtp(tmp_path, fp8):
-    """`load_model` keeps a checkpoint's MTP layers, so adapters may stand in them."""
+    """`load_model` keeps a checkpoint's MTP layers, so they may have adapters."""
     peft = pytest.importorskip("peft")
     model = peft.get_peft_model(load_model(fp8[0]), peft.LoraConfig(r=4, target_modules=["o_proj", "eh_proj"]))
     trainer = make_trainer(model, tmp_path, max_steps=8, learning_rate=1e-2, mtp_loss_weight=1.0)

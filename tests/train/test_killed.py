@@ -23,7 +23,7 @@ def test_killed_at_random_moments(tmp_path: Path) -> None:
 
 
 def test_an_incomplete_checkpoint_is_detected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The check can fail: with checkpoints written under their final names, a kill soon leaves half of one."""
+    """The check can fail: if checkpoints are written under their final names, a kill soon leaves an incomplete one."""
     from deepseek_optimizer.train.checkpoints import saving
 
     def in_place(self, model, trial) -> None:

@@ -47,7 +47,7 @@ def equal(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
 
 
 def step_both(ours, optimizer, exact, theirs, seed: int) -> None:
-    """A step of each, by the same gradients."""
+    """A step of each optimizer with the same gradients."""
     give_gradients(ours.parameters(), seed)
     for p, q in zip(ours.parameters(), exact.parameters(), strict=True):
         q.grad = p.grad.double()
@@ -66,7 +66,7 @@ def test_fp32_equals_torch_adamw_up_to_rounding():
     for step in range(50):
         step_both(ours, optimizer, exact, theirs, step)
         for p, q in zip(ours.parameters(), exact.parameters(), strict=True):
-            assert (p.double() - q).abs().max() < 4e-7 * (step + 1) ** 0.5  # half an ulp of weights up to 2, a step
+            assert (p.double() - q).abs().max() < 4e-7 * (step + 1) ** 0.5  # half an ulp of weights up to 2 per step
 
 
 @pytest.mark.parametrize(("state", "master_weights"), FORMATS)
@@ -86,7 +86,7 @@ def test_small_formats_stay_close_to_torch_adamw(state, master_weights):
 
 
 def test_stochastic_weights_accumulate_small_updates_on_average():
-    weight = torch.nn.Parameter(torch.ones(20000, dtype=torch.bfloat16))  # whose neighbours are 0.0039 and 0.0078 away
+    weight = torch.nn.Parameter(torch.ones(20000, dtype=torch.bfloat16))  # the adjacent values are 0.0039 and 0.0078 away
     optimizer = DeepSeekAdamW([weight], lr=1e-4, weight_decay=0.0, master_weights="stochastic")
     for _ in range(20):
         weight.grad = torch.ones_like(weight)
@@ -187,7 +187,7 @@ def test_gradients_are_freed_and_missing_ones_change_nothing():
     optimizer.step()
     assert all(p.grad is None for p in net.parameters())
     assert torch.equal(net[0].bias, untouched) and not optimizer.state[net[0].bias]
-    optimizer.step()  # without a single gradient
+    optimizer.step()  # without any gradient
     assert optimizer.grad_norm == 0 and not optimizer.skipped
 
 
@@ -284,7 +284,7 @@ def test_losses_of_200_steps_are_close_to_fp32():
 
     with one_torch_thread():
         exact = loss_after(torch.float32, state="fp32")
-        assert exact < 2.4  # of 5.5: it learns
+        assert exact < 2.4  # starting from 5.5: it learns
         for state, master_weights in (("bf16", "split"), ("int8", "split"), ("int8", "stochastic")):
             found = loss_after(torch.bfloat16, state=state, master_weights=master_weights)
             assert found == pytest.approx(exact, rel=0.003), (state, master_weights)
@@ -304,8 +304,8 @@ def test_state_of_other_shapes_is_rejected_before_writing():
 
 
 def test_dithered_masters_round_to_their_weights_and_let_small_updates_through():
-    """0.001 of a step of bf16 moves one weight of a thousand by a whole step: the mean moves by the update, where masters that
-    begin at their weights are all rounded back."""
+    """An update of 0.001 of a bf16 step moves one weight in a thousand by a whole step, so that the mean moves by the update,
+    whereas masters that begin at their weights are all rounded back."""
     begin = torch.linspace(1.0, 1.99, 200_000).bfloat16()
     moved = {}
     for dither in (True, False):
@@ -319,7 +319,7 @@ def test_dithered_masters_round_to_their_weights_and_let_small_updates_through()
         optimizer.step()
         moved[dither] = float((begin.double() - weights.detach().double()).mean())
     assert moved[False] == 0.0
-    assert moved[True] == pytest.approx(2.0**-7 / 1000, rel=0.25)  # 200 of 200,000, give or take three deviations
+    assert moved[True] == pytest.approx(2.0**-7 / 1000, rel=0.25)  # 200 of 200,000, within three standard deviations
 
 
 def test_dithered_zeros_stay_finite():

@@ -24,7 +24,7 @@ WAYS = [pytest.param({}, id="ddp"), pytest.param(FSDP, id="fsdp2")]
 def run(
     folder: Path, rows: int, resume: bool = False, stop: int | None = None, width: int = 48, tied: bool = False, **fields: Any
 ) -> list[float]:
-    """Losses of six steps on batches of some rows a process."""
+    """Losses of six steps on batches of some rows per process."""
     fields = {
         "max_steps": 6, "save_steps": 3, "save_strategy": "steps", "per_device_train_batch_size": rows, "bf16": False,
         "seed": 3, "learning_rate": 1e-3, **fields,
@@ -51,8 +51,8 @@ def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("accumulated", [1, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("way", WAYS)
 def test_two_processes_equal_one_with_twice_the_batch(tmp_path: Path, way: dict[str, Any], accumulated: int) -> None:
-    """The same data in the same order, so the same losses and weights, but for the order of sums in fp32."""
-    fields = {"gradient_accumulation_steps": accumulated, "optimizer_state": "fp32"}  # no rounding by chance
+    """The same data in the same order give the same losses and weights, up to the order of fp32 sums."""
+    fields = {"gradient_accumulation_steps": accumulated, "optimizer_state": "fp32"}  # no stochastic rounding
     alone = run(tmp_path / "one", rows=4, **fields)
     together = in_processes(lambda rank: run(tmp_path / "two", rows=2, **fields, **way))
     assert together[0] == together[1] and len(alone) == 6 and alone[-1] < alone[0]
@@ -65,7 +65,7 @@ def test_two_processes_equal_one_with_twice_the_batch(tmp_path: Path, way: dict[
 
 @pytest.mark.parametrize("way", WAYS)
 def test_resumed_together_is_exact(tmp_path: Path, way: dict[str, Any]) -> None:
-    """bf16 with split masters: weights, moments and masters, gathered where they are shared."""
+    """bf16 with split masters: weights, moments and masters, gathered if they are sharded."""
     fields = {"rows": 2, "bf16": True, "tied": bool(way), **way}
     in_processes(lambda rank: run(tmp_path / "straight", **fields))
     in_processes(lambda rank: run(tmp_path / "again", stop=3, **fields))

@@ -17,7 +17,7 @@ from support.models import llama, random_model
 
 
 class Counting(SavedActivations):
-    """Counts the bytes that are saved as tensors, each storage once."""
+    """Counts the bytes of saved tensors, each storage once."""
 
     def __init__(self, save_all: bool = False) -> None:
         super().__init__(save_all)
@@ -36,7 +36,7 @@ def _weights() -> list[torch.Tensor]:
 
 
 def _two_readers(x: torch.Tensor, weights: list[torch.Tensor], saved: SavedActivations) -> torch.Tensor:
-    """silu(x) is read by two products, once as another shape."""
+    """silu(x) is the input of two products, once reshaped."""
     inner = saved.recomputable(F.silu(x), partial(F.silu, x.detach()))
     return (F.linear(inner, weights[0]) * F.linear(inner.view(2, -1, 32), weights[1]).flatten(0, 1)).sum()
 
@@ -130,7 +130,7 @@ def _saved_by(memory: str, layers: int) -> int:
 
 
 def test_bytes_per_token_and_layer():
-    """Per layer: the inputs of its two norms, its attention and its gates, and no more."""
+    """Per layer: only the inputs of its two norms, its attention and its gates."""
     hidden, inner, heads, shared, width = 72, 136, 6, 2, 12
     elements = 2 * hidden + 2 * heads * width + 2 * shared * width + 2 * inner  # inputs of norms, q, result, k, v, gate, up
     rows = 4 * (2 + 2 * heads)  # fp32: one value per norm, and two per attention head
@@ -158,7 +158,7 @@ def test_recomputed_once_per_backward():
 
 
 def test_tensors_changed_in_place_are_saved_unchanged():
-    """Like the noise of Mixtral's routers, which is multiplied into the output of a norm."""
+    """Like the noise of Mixtral's routers, by which the output of a norm is multiplied."""
     saved, weight = SavedActivations(), _weights()[0]
     x = torch.randn(64, 32, requires_grad=True)
     with saved:

@@ -41,7 +41,7 @@ def test_a_sharded_parameter_is_trained_like_a_plain_one(mesh):
 
 
 def test_sums_are_over_the_processes_with_different_shards(mesh, monkeypatch):
-    monkeypatch.setattr(dist, "all_reduce", lambda pair, group: pair.mul_(2))  # as if another process had the same
+    monkeypatch.setattr(dist, "all_reduce", lambda pair, group: pair.mul_(2))  # as if another process had the same values
     tensors = [
         torch.ones(2),
         distribute_tensor(torch.ones(2), mesh, [Shard(0)]),

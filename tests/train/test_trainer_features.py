@@ -194,7 +194,7 @@ def test_hub(tmp_path, monkeypatch):
 
 
 def test_packing(tmp_path):
-    """Rows of several texts, none of which sees another: the loss is that of the texts by themselves."""
+    """Rows of several texts that do not attend to each other: the loss equals that of the separate texts."""
 
     class Texts(Rows):
         def __getitem__(self, index):

@@ -24,7 +24,7 @@ from support.schemas import GOOD, REFUSED, deep
 from support.tiny_v3 import tiny_v3
 
 pytest.importorskip("xgrammar")
-PADDED = 40  # logits beyond the tokenizer's tokens
+PADDED = 40  # logits in addition to the tokenizer's tokens
 WEATHER = {
     "type": "object",
     "properties": {"city": {"type": "string", "maxLength": 8}, "days": {"type": "integer", "minimum": 1, "maximum": 9}},
@@ -326,7 +326,7 @@ def test_reasoning_needs_an_end_token(compiler):
 def test_malicious_grammars_are_rejected_without_side_effects(compiler, tokenizer, method, source, message):
     with pytest.raises(RequestError, match=message):
         getattr(compiler, method)(source)
-        compiler.compile(GrammarSource("no such kind", "", method))  # where it compiles after all
+        compiler.compile(GrammarSource("no such kind", "", method))  # in case it compiles
     assert follow(compiler.regex("ok"), tokenizer, "ok").finished
 
 

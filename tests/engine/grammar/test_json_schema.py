@@ -79,7 +79,7 @@ def test_any_json_compiles_or_is_a_typed_error(compiler, schema):
 
 @pytest.mark.parametrize("keyword", KEYWORDS)
 def test_every_keyword_with_every_kind_of_value(keyword):
-    """Alone, beside each type, and in a branch of oneOf, whose branches are compared with one another."""
+    """Alone, with each type, and in a branch of oneOf, whose branches are compared with each other."""
     for value in (None, True, -1, 1.5, 10**400, "", "a", [], [1], [[]], {}, {"a": 1}, [{}], {"a": {}}):
         for schema in (
             {keyword: value},
@@ -122,7 +122,7 @@ def test_any_grammar(compiler, text):
 
 
 def test_references_are_enforced_in_every_position():
-    """A value of an enum is no schema until a reference says so; then it is refused as any other."""
+    """A value of an enum becomes a schema through a reference, and is then rejected like any other."""
     schema = {
         "type": "object",
         "properties": {"a": {"enum": [{"type": "integer", "multipleOf": 2}]}, "b": {"$ref": "#/properties/a/enum/0"}},
@@ -138,7 +138,7 @@ def test_references_are_enforced_in_every_position():
 
 
 def test_references_into_rewritten_schemas(compiler, byte_tokenizer):
-    """allOf of one schema is left out of what xgrammar gets; a reference into it still leads there."""
+    """allOf with one schema is simplified before xgrammar gets it; a reference into it still works."""
     schema = {
         "type": "array",
         "prefixItems": [{"allOf": [{"type": "integer", "minimum": 7, "maximum": 9}]}, {"$ref": "#/prefixItems/0/allOf/0"}],
@@ -172,6 +172,6 @@ def test_one_of_branches(branches, apart):
 
 
 def test_very_many_branches_are_not_compared():
-    """Each with each, they would take minutes."""
+    """Comparing all pairs would take minutes."""
     with pytest.raises(RequestError, match="more than 256 branches"):
         normalise({"oneOf": [{"const": i} for i in range(5_000)]})

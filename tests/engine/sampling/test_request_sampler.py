@@ -33,7 +33,7 @@ def test_repetition_penalty_equals_transformers():
 @pytest.mark.parametrize("penalty", [5e-324, 1e-300, 1e-45, 1e-26])
 @pytest.mark.parametrize("more", [{}, {"temperature": 1e-5, "seed": 1}, {"temperature": 100.0, "seed": 1, "min_p": 1e-300}])
 def test_the_smallest_repetition_penalties(penalty, more):
-    """The likeliest token that was seen becomes certain."""
+    """The most likely token that occurred before gets all the probability."""
     row = logits()
     row[[3, 50, 60]] = 1.0, 1.5, -2.0
     c = sampler([3, 50, 60], repetition_penalty=penalty, **more)
@@ -69,7 +69,7 @@ def test_no_end_before_min_tokens():
 
 
 class Even:
-    """Even tokens only; ends after three."""
+    """A grammar of three even tokens."""
 
     def __init__(self):
         self.taken = []

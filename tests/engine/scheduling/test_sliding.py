@@ -19,7 +19,7 @@ def endless(max_tokens):
 @pytest.mark.parametrize("drafts", [False, True])
 @pytest.mark.parametrize("options", [{}, {"prefix_cache": False}, {"step_tokens": 40}])
 def test_a_conversation_continues_in_its_window(options, drafts):
-    """Each token follows from what the window holds at that moment; sinks and pinned tokens are in it to the end."""
+    """Each token depends on the content of the window at that time; sinks and pinned tokens stay to the end."""
     proposers = [(PromptLookupProposer(2, 1), 4)] if drafts else None
     core = make_core(blocks=40, context=512, cache_window=320, sinks=4, proposers=proposers, **options)
     rng = random.Random(3)
@@ -48,7 +48,7 @@ def test_a_conversation_continues_in_its_window(options, drafts):
 
 
 def test_moved_blocks_are_not_shared():
-    """What was dropped from under a block is part of what it holds: it must not be found by its tokens alone."""
+    """A block's content depends on dropped tokens too, so its own tokens alone must not match it in the prefix cache."""
     core = make_core(blocks=60, context=512, cache_window=256)
     rng = random.Random(0)
     prompt = [rng.randrange(VOCAB) for _ in range(600)]
@@ -77,7 +77,7 @@ def test_windows_shrink_before_requests_are_preempted():
 
 @pytest.mark.parametrize("seed", range(20))
 def test_windows_shrink_during_prefill(seed):
-    """Others take blocks at random: windows shrink in the midst of steps; whoever has none left says so, or goes on."""
+    """Blocks are taken at random: windows shrink during steps; requests without blocks fail or continue."""
     rng = random.Random(seed)
     core = make_core(blocks=170, context=4_000, cache_window=rng.choice([2_000, 3_000]), batch_size_range=(3, 3),
                      prefix_cache=seed % 2 == 0, step_tokens=rng.choice([64, 512]))  # fmt: skip
@@ -115,7 +115,7 @@ def test_a_window_that_is_all_pinned_does_not_shrink():
 
 @pytest.mark.parametrize("seed", range(6))
 def test_windows_in_a_mixed_batch(seed):
-    """Little memory, prompts of all lengths, prefixes in common: nothing leaks, all get what they asked for."""
+    """Little memory, prompts of all lengths, common prefixes: no block leaks, and all requests finish."""
     rng = random.Random(seed)
     core = make_core(blocks=rng.randrange(30, 60), context=1_000, cache_window=rng.choice([256, 500]), batch_size_range=(1, 6),
                      step_tokens=rng.choice([32, 256]))  # fmt: skip

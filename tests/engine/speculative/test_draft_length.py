@@ -9,11 +9,12 @@ import pytest
 from deepseek_optimizer.engine.speculative.costs import StepCosts
 from deepseek_optimizer.engine.speculative.draft_length import DraftLengthController
 
-CHEAP, STEEP = 0.06, 0.55  # of a plain step a further row costs: read-bound weights; experts that multiply with the rows
+# Cost of an additional row relative to a plain step: memory-bound weights; experts, whose work grows with the rows.
+CHEAP, STEEP = 0.06, 0.55
 
 
 def simulate(tokens, agree, row, *, max_drafts=3, sequences=1, seed=0, plain=10e-3, noise=0.0, controller=None):
-    """Decodes `tokens` tokens a sequence. agree: round number -> probability that a draft holds.
+    """Decodes `tokens` tokens per sequence. agree: round number -> probability that a draft is accepted.
 
     Returns: the controller, and plain decoding's time over the time taken.
     """
@@ -47,7 +48,7 @@ def test_rejected_drafts_cost_less_than_three_percent(row, sequences, tokens):
 
 @pytest.mark.parametrize("seed", range(5))
 def test_an_acceptance_of_eighty_percent_is_faster(seed):
-    """E(3) = 2.95 at 80%: with cheap rows nearly all of it is gained, with steep ones one draft or two gain what they can."""
+    """E(3) = 2.95 at 80%: cheap rows give nearly all of this gain, expensive ones the gain of one or two drafts."""
     best = {CHEAP: 2.95 / 1.18, STEEP: max(1.8 / 1.55, 2.44 / 2.1, 2.95 / 2.65)}
     for row, speed in best.items():
         controller, found = simulate(2000, lambda _: 0.8, row, seed=seed)
@@ -62,7 +63,7 @@ def test_short_requests_gain_too():
 
 
 def test_the_text_changes():
-    """Off within some rounds where drafts cease to hold, on again where they hold again."""
+    """Drafts stop within some rounds once they are rejected, and start again once they are accepted again."""
     controller = DraftLengthController(3)
     _, first = simulate(400, lambda _: 0.9, CHEAP, controller=controller)
     _, second = simulate(2000, lambda _: 0.0, CHEAP, controller=controller)
@@ -93,7 +94,7 @@ def test_no_drafts_without_room():
 
 
 def test_later_positions_are_drafted_only_if_accepted():
-    """The first always holds, the second never: one draft is what is left."""
+    """The first is always accepted, the second never: one draft remains."""
     controller = DraftLengthController(3)
     rounds = []
     for _ in range(300):
@@ -129,9 +130,9 @@ def test_costs():
     assert costs.seconds(1, 3) == 4.0
     assert costs.seconds(2, 1) is None
     costs.add(1, 0, 9.0)
-    assert costs.seconds(1, 0) == 1.0  # of two the smaller
+    assert costs.seconds(1, 0) == 1.0  # the smaller of two
     for value in (5.0, 5.0, 5.0):
         costs.add(1, 0, value)
     assert costs.seconds(1, 0) == 5.0
     costs.add(2, 0, 1.0)
-    assert costs.seconds(2, 2) == 1.5  # a guess
+    assert costs.seconds(2, 2) == 1.5  # an estimate

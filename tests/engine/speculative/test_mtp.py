@@ -57,7 +57,7 @@ class World:
         return Arena(self.backend.new_store(self.graph, "fp32", 64), self.graph.cache.layers)
 
     def drafts(self, tokens: list[int], count: int, base: int = 0) -> list[int]:
-        """What MTP layers draft behind tokens, the last of which is not in the cache; they have seen no row before `base`."""
+        """The drafts of MTP layers after tokens, the last of which is not in the cache; they have no rows before `base`."""
         store = self.backend.new_store(self.graph, "fp32", 64)
         main = steps.Runner(self.plans[0], store)
         blocks, cached, drafts = main.sequence(), len(tokens) - 1, []
@@ -87,7 +87,7 @@ class World:
 
 
 class Watched(MtpProposer):
-    """Holds each proposal against the definition."""
+    """Compares each proposal with the definition."""
 
     def __init__(self, world: World, layers: list[Runner], bases: dict[int, int]) -> None:
         super().__init__(layers, lambda index, drafted, logits: (int(logits.argmax()), None))
@@ -104,7 +104,7 @@ class Watched(MtpProposer):
 
 
 class Accepting:
-    """Accepts a random number of drafts, and then a random token: what a model does, for the cache's purposes."""
+    """Accepts a random number of drafts, then a random token, which for the cache is like a model."""
 
     def __init__(self, vocab: int) -> None:
         self.random, self.vocab = np.random.default_rng(0), vocab
@@ -135,7 +135,7 @@ def decoder_of(world: World, chosen: list[int], bases: dict[int, int] | None = N
 
 
 def begin(decoder: SpeculativeDecoder, index: int, ids: list[int], *, seen_from: int = 0, chunk: int = 1000) -> Sequence:
-    """A sequence whose prompt is in the cache, and whose states from a token on the proposer was given."""
+    """A sequence whose prompt is in the cache, and whose states from a token on are known to the proposer."""
     runner = decoder.runner
     sequence = Sequence(index, ids, runner_blocks(runner), first_position=3)
     for start in range(0, len(ids) - 1, chunk):
@@ -159,7 +159,7 @@ def world(request) -> World:
 
 
 def test_drafts_equal_the_definition(world):
-    """Sequences of unequal lengths, drafts accepted and refused at random, rounds without any in between."""
+    """Sequences of different lengths, drafts accepted and rejected at random, with rounds without drafts."""
     chosen = [3, 1, 0, 4, 2, 0, 0, 3, 1, 5, 2]
     decoder = decoder_of(world, chosen)
     ids = random_ids(world.config, 60)
@@ -183,7 +183,7 @@ def test_sequences_leave_and_limits_differ(world):
 
 
 def test_pending_states_are_processed_in_time(world, monkeypatch):
-    """Chunks of a prompt, and long stretches without drafts: drafts stay those of the definition."""
+    """Chunks of a prompt, and many rounds without drafts: drafts still equal the definition."""
     monkeypatch.setattr(mtp, "_FLUSH", 8)
     chosen = [2, *[0] * 20, 3, 1, *[0] * 9, 2]
     decoder = decoder_of(world, chosen)
@@ -196,7 +196,7 @@ def test_pending_states_are_processed_in_time(world, monkeypatch):
 
 
 def test_a_prefix_without_states(world):
-    """The layers then see from the next block on, and draft nothing before."""
+    """The layers then have rows from the next block on, and draft nothing before."""
     decoder = decoder_of(world, [3] * 30, {0: 64})
     sequence = begin(decoder, 0, random_ids(world.config, 50), seen_from=40, chunk=40)
     for _ in range(30):

@@ -57,7 +57,7 @@ def test_scripted_drafts_have_the_given_acceptance(agree):
         assert all(0 <= t < 50 for t in draft.tokens)
     assert sum(right) / len(right) == pytest.approx(agree, abs=0.02)
     assert proposer.propose([sequence(script[:3998], 7)], [4])[0].q is None
-    assert len(proposer.propose([sequence(script[:3998], 7)], [4])[0].tokens) == 2  # no further than the script
+    assert len(proposer.propose([sequence(script[:3998], 7)], [4])[0].tokens) == 2  # ends with the script
 
 
 def test_torch_is_imported_only_by_runner_and_torch_sampler():

@@ -104,7 +104,8 @@ def impatient(byte_tokenizer):
     ],
 )
 def test_slow_grammars_do_not_affect_others(impatient, fields):
-    """Some of these compile and some are refused: either way at once or within the limit, and others are answered meanwhile."""
+    """Some of these compile and some are rejected: either at once or within the limit, and other requests are answered
+    meanwhile."""
     live = impatient
     with ThreadPoolExecutor(1) as pool:
         hard = pool.submit(live.client.post, "/v1/completions", json={"prompt": "x", "max_tokens": 4, **fields})
@@ -117,7 +118,7 @@ def test_slow_grammars_do_not_affect_others(impatient, fields):
         assert hard.result().status_code in (200, 400), hard.result().text
         if hard.result().status_code == 400:
             assert_error(hard.result(), 400)
-    assert slowest < 5  # the form's own limit: others do not wait for it
+    assert slowest < 5  # less than the grammar's limit: others do not wait for it
 
 
 def test_deeply_nested_schemas(refused):

@@ -65,7 +65,7 @@ def test_a_slow_head(make_server):
     live = make_server(ServerSettings(header_seconds=0.3))
     assert status_of(live.raw(b"GET /health HT")) == 408
     assert status_of(live.raw(b"")) == 408
-    with live.connect() as sock:  # a byte now and then does not help
+    with live.connect() as sock:  # sending a byte from time to time does not prevent it
         answer = b""
         for byte in GET:
             try:
@@ -87,7 +87,7 @@ def test_a_slow_second_head(make_server):
     with live.connect() as sock:
         sock.sendall(GET + b"\r\n")
         sock.recv(65536)
-        sock.sendall(b"\r\n")  # no head at all
+        sock.sendall(b"\r\n")  # an empty line instead of a head
         assert read_all(sock) == b""
 
 
@@ -120,7 +120,7 @@ def test_too_many_connections(make_server):
 
 
 def test_a_client_that_does_not_read_stalls_nobody_and_is_disconnected(make_server):
-    """Its text is longer than all buffers on the way; the engine goes on, and what nobody reads is merged into one output."""
+    """Its text is longer than all buffers in between; the engine continues, and unread output is merged into one."""
     live = make_server(ServerSettings(write_seconds=1.0), script=lambda request: "x" * 20_000, context=30_000, step_seconds=0.0)
     with socket.socket() as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)

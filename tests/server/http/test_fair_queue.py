@@ -35,7 +35,7 @@ async def until(condition) -> None:
 
 
 class Jobs:
-    """Work that ends when it is told to, and what has begun."""
+    """Jobs that end on command; records which have started."""
 
     def __init__(self):
         self.begun, self.go = [], threading.Event()
@@ -171,7 +171,7 @@ async def test_errors_of_a_job_reach_the_caller():
 @pytest.mark.parametrize("seed", range(4))
 @run
 async def test_at_random_each_job_runs_once_or_never(seed):
-    """Clients come and leave at random; nobody starves, and the caps hold all the while."""
+    """Clients arrive and leave at random; nobody starves, and the limits always hold."""
     rng = random.Random(seed)
     work, ran, lock = queue(places=3, max_running=2), Counter(), threading.Lock()
     running = Counter()

@@ -37,7 +37,7 @@ def test_a_long_job_does_not_block_the_other_worker(pool, tmp_path):
     thread = threading.Thread(target=lambda: answers.append(pool.call(str(end))))
     thread.start()
     wait_for(lambda: pool.pids, 30)
-    other = pool.call("")  # answered while the first still runs
+    other = pool.call("")  # answered while the first is running
     second = threading.Thread(target=lambda: answers.append(pool.call(str(end))))
     second.start()
     wait_for(lambda: not pool._idle)
@@ -59,7 +59,7 @@ def test_callers_wait_for_a_replacement_worker(pool):
     first = pool.call("")
     with pytest.raises(WorkerError):
         pool.call(None)
-    assert len(pool.pids) == 1 and pool.pids != [first]  # there when the job's caller is told
+    assert len(pool.pids) == 1 and pool.pids != [first]  # the replacement exists before the caller gets its error
     os.kill(pool.pids[0], 0)
 
 

@@ -136,7 +136,7 @@ def test_a_worker_that_does_not_start_is_not_the_jobs_fault(tmp_path):
 
 
 def test_running_out_of_file_descriptors_is_not_the_jobs_fault(worker):
-    """As under a small `ulimit -n`; there is one as soon as there are files again."""
+    """As with a small `ulimit -n`; a worker starts as soon as file descriptors are available."""
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
     try:
@@ -212,7 +212,7 @@ def test_children_end_with_their_parent(job):
         assert alive(pid)
         parent.kill()
     for _ in range(500):
-        if not alive(pid) or Path(f"/proc/{pid}/stat").read_text().split()[2] == "Z":  # no one may be there to reap it
+        if not alive(pid) or Path(f"/proc/{pid}/stat").read_text().split()[2] == "Z":  # there may be no process to reap it
             return
         time.sleep(0.02)
     pytest.fail("the child is still there")

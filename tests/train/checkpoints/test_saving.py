@@ -22,7 +22,7 @@ from support.train_runs import StopAt, differences, fingerprint, tiny_llama, tin
 
 
 class Draws(TrainerCallback):
-    """Draws from every generator at every step, as data collators and augmentation do."""
+    """Draws from every random generator in every step, like data collators and augmentation."""
 
     def __init__(self) -> None:
         self.seen: dict[int, tuple[float, float, float]] = {}
@@ -37,7 +37,7 @@ def lora(seed: int = 0):
     config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], lora_dropout=0.1, task_type="CAUSAL_LM")
     model = peft.get_peft_model(tiny_llama(torch.bfloat16), config)
     for parameter in model.parameters():
-        parameter.data = parameter.data.bfloat16()  # so that PEFT's habit to load adapters as float32 shows
+        parameter.data = parameter.data.bfloat16()  # so that it shows if PEFT loads adapters as float32
     return model
 
 
@@ -103,7 +103,7 @@ def test_the_best_checkpoint_stays_under_its_final_path(tmp_path: Path) -> None:
     fields = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True, "save_total_limit": 1}
     fields |= {"max_steps": 6, "greater_is_better": True, "metric_for_best_model": "loss"}
     trainer = tiny_trainer(tmp_path, **fields)
-    trainer.train()  # the largest loss is "best": the first
+    trainer.train()  # "best" is the largest loss here, which is the first
     best = tmp_path / f"checkpoint-{trainer.state.best_global_step}"
     assert trainer.state.best_model_checkpoint == str(best) and best.is_dir()
     state = json.loads((best / "trainer_state.json").read_text())
@@ -179,18 +179,18 @@ def test_a_second_run_in_the_directory_is_an_error(tmp_path: Path, monkeypatch: 
                 tiny_trainer(tmp_path).train()
 
     tiny_trainer(tmp_path, max_steps=1, callbacks=[Second()]).train()
-    tiny_trainer(tmp_path, max_steps=1).train()  # and the lock is free afterwards
+    tiny_trainer(tmp_path, max_steps=1).train()  # the lock was released
 
 
 def test_a_full_disk_leaves_the_last_checkpoint_and_nothing_else(tmp_path: Path) -> None:
-    """Writes beyond a size fail, as those on a full disk do; in a child, since the limit is one of the process."""
+    """Writes beyond a size fail, as on a full disk; in a child, since the limit applies to the process."""
     tiny_trainer(tmp_path, max_steps=2).train()
     weights = (tmp_path / "checkpoint-2" / "model.safetensors").stat().st_size
     for limit in (100, weights // 2, weights + 1000):  # the config, the weights, the optimizer
         read, write = os.pipe()
         child = os.fork()
         if child == 0:
-            sys.stdout = sys.stderr = open(os.devnull, "w")  # pytest's capture is a file, too
+            sys.stdout = sys.stderr = open(os.devnull, "w")  # pytest's capture is a file too
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
             try:
                 tiny_trainer(tmp_path, max_steps=4).train(resume_from_checkpoint=True)

@@ -22,7 +22,7 @@ MARKED = (
 
 @pytest.fixture
 def load(tmp_path, byte_tokenizer):
-    """load(records or bytes, name=..., tokenizer=..., **options) -> (data set, report)."""
+    """load(records or bytes, name=..., tokenizer=..., **options) -> (dataset, report)."""
 
     def run(content, name="data.jsonl", tokenizer=None, context=4096, **options):
         file = tmp_path / name
@@ -35,7 +35,7 @@ def load(tmp_path, byte_tokenizer):
 
 
 def said(dataset, tokenizer, index=0):
-    """(all, what is trained on) of a sequence, as text."""
+    """(whole sequence, tokens that are trained on), as text."""
     row = dataset[index]
     trained = row["labels"] != -100
     assert (row["labels"][trained] == row["input_ids"][trained]).all() and not trained[0]
@@ -131,7 +131,7 @@ def test_a_template_without_answer_marks_is_an_error_with_remedies(load, byte_to
     import copy
 
     tokenizer = copy.deepcopy(byte_tokenizer)
-    tokenizer.chat_template = (  # what was asked is shown differently once it is answered
+    tokenizer.chat_template = (  # a question is rendered differently once it has an answer
         "{% for m in messages %}{{ loop.length }}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
     )
     with pytest.raises(ConfigError, match=r"data.jsonl, line 1: .*per_answer=True.*assistant_only=False"):
@@ -298,8 +298,8 @@ def test_tokens_are_cached_until_anything_changes(load, byte_tokenizer, tmp_path
             with pytest.raises(AssertionError, match="made again"):
                 change()
     kept = [entry for entry in (tmp_path / "cache").iterdir()]
-    assert len(kept) == 1  # and nothing of what failed
-    with (kept[0] / "tokens.int32").open("ab") as file:  # damaged: made anew
+    assert len(kept) == 1  # and nothing of the failed run
+    with (kept[0] / "tokens.int32").open("ab") as file:  # damaged: created again
         file.write(b"more")
     assert len(load(records)[0]) == 2 and os.path.getsize(kept[0] / "tokens.int32") % 4 == 0
 

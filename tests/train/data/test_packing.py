@@ -11,7 +11,7 @@ from support.models import llama, random_model
 
 
 def documents(lengths, seed=0, vocabulary=211):
-    """With some labels left out, as prompts are."""
+    """Documents with some ignored labels, like those of prompts."""
     generator = torch.Generator().manual_seed(seed)
     out = []
     for length in lengths:
@@ -29,7 +29,7 @@ def test_best_fit_equals_the_simple_algorithm(seed):
     lengths = torch.randint(1, row + 1, (int(torch.randint(0, 60, (), generator=generator)),), generator=generator).tolist()
     rows = best_fit(lengths, row)
     assert sorted(i for part in rows for i in part) == list(range(len(lengths)))
-    free: list[int] = []  # the same by looking at every row
+    free: list[int] = []  # the same with a linear search
     for length in sorted(lengths, reverse=True):
         rooms = [(room, i) for i, room in enumerate(free) if room >= length]
         if rooms:
@@ -45,7 +45,7 @@ def test_a_document_longer_than_a_row_is_an_error():
 
 
 def loss_sum(model, batch):
-    """(summed, counted) as Transformers' loss has it."""
+    """(sum, count) of Transformers' loss."""
     count = int((batch["labels"][:, 1:] != -100).sum())
     return model(**batch).loss.item() * count, count
 

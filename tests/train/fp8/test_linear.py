@@ -50,7 +50,7 @@ def test_only_required_gradients_are_computed() -> None:
 
 
 def test_groups_are_separate_layers() -> None:
-    """Also those without rows; no tile of the weight's gradient has rows of two groups."""
+    """Including groups without rows; no tile of the weight's gradient has rows of two groups."""
     x, w = made(200, 96), made(4, 72, 96, seed=1)
     offsets = torch.tensor([0, 50, 50, 130, 200])
     y = fp8_grouped_linear(x, w, offsets, HOW)

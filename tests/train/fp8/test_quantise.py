@@ -11,13 +11,13 @@ from deepseek_optimizer.train.fp8.quantise import BLOCK, COLUMN, E4M3, E5M2, ROW
 
 TILES = (ROW, COLUMN, BLOCK)
 SHAPES = ((1, 1), (3, 127), (128, 128), (129, 257), (1, 640), (300, 5), (2, 130, 200))
-SIGNIFICAND = {E4M3: 4, E5M2: 3}  # bits, with the leading one
+SIGNIFICAND = {E4M3: 4, E5M2: 3}  # bits, including the leading one
 SMALLEST = {E4M3: 2.0**-9, E5M2: 2.0**-16}
 LARGEST = {E4M3: 448.0, E5M2: 57344.0}
 
 
 def numbers(shape, dtype=torch.bfloat16, seed=0) -> torch.Tensor:
-    """Of very different sizes, with zeros among them."""
+    """Values of very different magnitudes, including zeros."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(shape, generator=generator) * torch.exp2(torch.randint(-20, 20, shape, generator=generator).float())
     x[torch.rand(shape, generator=generator) < 0.1] = 0
@@ -25,7 +25,7 @@ def numbers(shape, dtype=torch.bfloat16, seed=0) -> torch.Tensor:
 
 
 def tile_of(x: torch.Tensor, tile: tuple[int, int]):
-    """Each tile of x, with the place of its scale: written as plain loops."""
+    """Each tile of x with the index of its scale, by simple loops."""
     for index in [()] if x.dim() == 2 else [(i,) for i in range(x.shape[0])]:
         for r in range(0, x.shape[-2], tile[0]):
             for c in range(0, x.shape[-1], tile[1]):
@@ -33,7 +33,7 @@ def tile_of(x: torch.Tensor, tile: tuple[int, int]):
 
 
 def scale_reference(largest: float, dtype: torch.dtype) -> float:
-    """The smallest power of two by which the largest number divides into the format's range."""
+    """The smallest power of two that scales the largest magnitude into the format's range."""
     if largest == 0:
         return 1.0
     scale = 2.0**-100
@@ -54,7 +54,7 @@ def test_scales_codes_and_bound(shape, tile, dtype) -> None:
     for at, place in tile_of(x, tile):
         expected = scale_reference(float(x[at].float().abs().max()), dtype)
         assert float(scale[place]) == expected
-        # half a unit in the last place of a number, or of the smallest step
+        # half a unit in the last place of a value, or half of the smallest step
         bound = torch.maximum(x[at].double().abs() * 2.0 ** -SIGNIFICAND[dtype], torch.tensor(SMALLEST[dtype] * expected / 2))
         assert ((back[at].double() - x[at].double()).abs() <= bound).all()
         places += 1

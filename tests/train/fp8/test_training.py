@@ -52,7 +52,7 @@ def test_adapters_stay_in_bf16() -> None:
 
 @pytest.mark.parametrize("make", [lambda: tiny_llama(attention_dropout=0.0, hidden_size=144), experts], ids=["llama", "v3"])
 def test_loss_is_within_half_a_percent_of_bf16(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make) -> None:
-    """And it is FP8 that ran: each product has its two operands rounded, and weights differ at the end."""
+    """FP8 was used: both operands of each product were rounded, and the final weights differ."""
     calls = []
     real = backend.round_trip
     monkeypatch.setattr(backend, "round_trip", lambda *a: (calls.append(a[1:]), real(*a))[1])

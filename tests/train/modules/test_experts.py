@@ -22,7 +22,7 @@ def trained(module: torch.nn.Module) -> torch.nn.Module:
 
 
 def one_by_one(x, gate_up, down, index, weights):
-    """A sum over tokens and experts, as the formula has it."""
+    """A sum over tokens and experts, by the formula."""
     out = torch.zeros_like(x)
     rows = []
     for t in range(len(x)):
@@ -39,7 +39,7 @@ def case(tokens: int, experts: int, chosen: int, dtype: torch.dtype, seed: int =
     hidden, inner = 24, 10
     scores = torch.rand(tokens, experts, generator=g)
     if only is not None:
-        scores[:, only:] = -1  # experts that nobody chooses
+        scores[:, only:] = -1  # experts that no token chooses
     index = scores.topk(chosen, -1, sorted=False).indices
     tensors = (
         torch.randn(tokens, hidden, generator=g),
@@ -77,7 +77,7 @@ def test_bf16_is_close():
     out.backward(torch.ones_like(out))
     expected.backward(torch.ones_like(expected))
     pairs = [(out, expected), *((a.grad, b.grad) for a, b in zip(made, exact, strict=True) if a.requires_grad)]
-    for a, b in pairs:  # a rounding to bf16 at each of a handful of steps
+    for a, b in pairs:  # a few roundings to bf16
         assert (a.double() - b).norm() < 0.02 * b.norm()
 
 

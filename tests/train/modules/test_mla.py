@@ -14,7 +14,7 @@ LATENT = [name for name in CASES if name.split("-")[0] in ("deepseek_v2", "deeps
 
 
 def prepared(model):
-    """A copy whose latent attention is ours."""
+    """A copy with our latent attention."""
     twin = copy.deepcopy(model)
     swapped = 0
     for module in twin.modules():

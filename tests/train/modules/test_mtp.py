@@ -36,7 +36,7 @@ def with_layers(config):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_states_equal_the_graphs(name):
-    """What training computes is what drafts are made with."""
+    """Training computes the same states as drafting."""
     model = with_layers(CONFIGS[name]())
     randomise(model.model.layers[model.config.num_hidden_layers :], seed=5)
     config, count, ids = model.config, model.config.num_nextn_predict_layers, random_ids(model.config, 40)
@@ -62,7 +62,7 @@ def test_states_equal_the_graphs(name):
 
 
 def test_a_trained_checkpoint_is_loaded():
-    """tiny-v3's layer was trained to a loss of 3.04 (its README); one drawn at random is at ln 8192 = 9.0."""
+    """tiny-v3's layer was trained to a loss of 3.04 (its README); a random one has ln 8192 = 9.0."""
     path = tiny_v3()
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     assert len(model.model.layers) == 5
@@ -82,12 +82,12 @@ def test_a_random_checkpoint_is_loaded_bit_for_bit(tmp_path, repeated):
     save_with_mtp(tmp_path / "m", deepseek_v3(num_nextn_predict_layers=2), repeated=repeated)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
     assert len(add_trained_layers(model)) == 2
-    assert add_trained_layers(model) == []  # they are there
+    assert add_trained_layers(model) == []  # they exist already
     model.save_pretrained(tmp_path / "again")
     before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("m", "again"))
     shared = ("embed_tokens.weight", "shared_head.head.weight")
     wanted = {name for name in before if not (name.startswith("model.layers.") and name.endswith(shared))}
-    assert wanted == set(after)  # embedding and head are there once
+    assert wanted == set(after)  # embedding and head are stored once
     assert all(torch.equal(before[name], after[name]) for name in wanted)
 
 

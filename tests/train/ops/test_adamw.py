@@ -105,7 +105,7 @@ def test_split_masters_equal_an_fp32_run_bit_for_bit():
 def test_stochastic_rounding_is_unbiased_and_keeps_bf16_values():
     x = torch.tensor([1.0 + 2**-10, -3.14159, 1e-39, 5e20])
     many = torch.stack([stochastic_round(x, random_bits(4, *keys(seed, 1, 0)[:2]) & 0xFFFF).double() for seed in range(4000)])
-    step = torch.tensor([2**-7, 2**-6, 2**-133, 5e20 * 2**-7]).double()  # no more than this apart are neighbours
+    step = torch.tensor([2**-7, 2**-6, 2**-133, 5e20 * 2**-7]).double()  # at most the distance to the next bf16 value
     assert ((many.mean(0) - x.double()).abs() < 4 * step / 4000**0.5).all()
     assert all(len(many[:, i].unique()) == 2 for i in range(4))
     exact = torch.randn(1000).bfloat16().float()
@@ -129,7 +129,7 @@ def test_bf16_moments_follow_fp32_ones_where_rounding_to_nearest_would_freeze():
     torch.manual_seed(4)
     kept, exact = (update("none", kind, torch.zeros(4096)) for kind in ("bf16", "fp32"))
     for step in range(1, 1001):
-        g = torch.randn(4096) * (10.0 if step < 200 else 1.0)  # v has to fall by a factor of two, by 0.1% a step
+        g = torch.randn(4096) * (10.0 if step < 200 else 1.0)  # v has to fall by a factor of two, by 0.1% per step
         for u in (kept, exact):
             u.gradient, u.rates, u.key = g, rates(step, lr=0.0), keys(0, step, 0)
         adamw([kept, exact])

@@ -9,12 +9,12 @@ from deepseek_optimizer.train.ops import native
 from deepseek_optimizer.train.ops.attention import _forward, attention, packed_attention, packed_attention_reference
 
 needs_native = pytest.mark.skipif(not native.built(), reason="no native library on this machine")
-# Of the norm: a weight's rounding to bf16, and that of results that are summed over heads; fp32: a few roundings.
+# Relative to the norm: rounding of a weight to bf16, and of results that are summed over heads; fp32: a few roundings.
 BOUNDS = {torch.float32: 2e-6, torch.bfloat16: 1e-2}
 
 
 def inputs(rows, tokens, heads, kv_heads, qk, v, dtype=torch.float64, by_head=False):
-    """q, k, v as [rows, tokens, heads, width]; by_head: views of tensors that have heads before tokens."""
+    """q, k, v as [rows, tokens, heads, width]; by_head: views of tensors with heads before tokens."""
     made = []
     for count, width in ((heads, qk), (kv_heads, qk), (kv_heads, v)):
         x = torch.randn((rows, count, tokens, width) if by_head else (rows, tokens, count, width), dtype=dtype)
@@ -33,7 +33,7 @@ def with_gradients(form, tensors, *rest):
 
 
 def by_definition(q, k, v, begin, end, scale, window=0):
-    """Softmax over a dense mask of all tokens, for what `packed_attention_reference` cuts into sequences."""
+    """Softmax with a dense mask over all tokens, where `packed_attention_reference` splits into sequences."""
     rows, tokens, heads, _ = q.shape
     text = torch.full((rows * tokens,), -1)
     for i, (a, b) in enumerate(zip(begin.tolist(), end.tolist(), strict=True)):
@@ -81,7 +81,7 @@ def test_native_equals_the_reference(dtype, heads, kv_heads, qk, v):
                 expected = with_gradients(packed_attention_reference, wide, begin, end, qk**-0.5, window)
                 for name, a, b in zip("o q k v".split(), found, expected, strict=True):
                     assert a.dtype == dtype and a.shape == b.shape
-                    # A sequence of one token has a gradient of zero for q and k, and what rounding leaves of it.
+                    # A sequence of one token has zero gradients for q and k, up to rounding.
                     error = (a.double() - b).norm() / (4 * b.numel() ** 0.5 if tokens == 1 else b.norm())
                     assert error < BOUNDS[dtype], (name, tokens, window, float(error))
 
@@ -120,7 +120,7 @@ def test_a_packed_sequence_is_bitwise_equal_to_one_alone(dtype):
 
 @needs_native
 def test_strides_need_no_copies():
-    """Slices of one projection, and a gradient that is spread over rows."""
+    """Slices of one projection, and an expanded gradient."""
     torch.manual_seed(0)
     whole = torch.randn(2, 40, 8, 64, requires_grad=True)
     begin, end = bounds((0, 40), (40, 80))
@@ -129,10 +129,10 @@ def test_strides_need_no_copies():
     wide = whole.detach().double().requires_grad_()
     expected = packed_attention_reference(wide[:, :, :4], wide[:, :, 4:6], wide[:, :, 6:], begin, end, 0.125)
     torch.testing.assert_close(grad.double(), torch.autograd.grad(expected.sum(), wide)[0], rtol=1e-4, atol=1e-5)
-    turned = torch.randn(1, 40, 64, 2).transpose(2, 3)  # a head's numbers are apart
+    rotated = torch.randn(1, 40, 64, 2).transpose(2, 3)  # a head's elements are not contiguous
     torch.testing.assert_close(
-        packed_attention(turned, turned, turned, *bounds((0, 40)), 0.1),
-        packed_attention_reference(turned, turned, turned, *bounds((0, 40)), 0.1),
+        packed_attention(rotated, rotated, rotated, *bounds((0, 40)), 0.1),
+        packed_attention_reference(rotated, rotated, rotated, *bounds((0, 40)), 0.1),
     )
 
 

@@ -21,7 +21,7 @@ def linear_cross_entropy_reference(
     ignore_index: int = -100,
     num_items: float | torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """What `linear_cross_entropy` computes, in plain torch, with whole logits."""
+    """`linear_cross_entropy` in plain torch, with whole logits."""
     wide = torch.promote_types(hidden.dtype, torch.float32)
     logits = F.linear(hidden.to(wide), weight.to(wide)).reshape(-1, weight.shape[0])
     total = F.cross_entropy(logits, labels.reshape(-1), ignore_index=ignore_index, reduction="sum")
@@ -161,7 +161,7 @@ def test_rows_of_very_large_very_small_and_forbidden_logits(dtype):
     assert gradient.dtype == dtype
     torch.testing.assert_close(gradient.double(), 2 * exact.grad, rtol=2**-8 if dtype == torch.bfloat16 else 1e-5, atol=1e-7)
     forbidden = torch.full((1, 40), float("-inf"))
-    assert torch.tensor(cross_entropy_(forbidden, torch.tensor([3]), None, dtype)[0]).isnan()  # as torch has it
+    assert torch.tensor(cross_entropy_(forbidden, torch.tensor([3]), None, dtype)[0]).isnan()  # as in torch
 
 
 def test_a_second_backward_is_an_error():
@@ -189,5 +189,5 @@ def test_many_chunks_are_summed_in_fp32():
         found = gradients(linear_cross_entropy, hidden, weight, labels, chunk=chunk)[2]
         return float((found.double() - exact).norm() / exact.norm())
 
-    assert off(chunk=8) < 0.004 > off(chunk=400)  # 40 pieces and one: the rounding of logits' gradients, and of the result
+    assert off(chunk=8) < 0.004 > off(chunk=400)  # 40 chunks and one: the rounding of logits' gradients, and of the result
     assert off(chunk=48) < 0.006  # in bf16

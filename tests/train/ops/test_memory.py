@@ -18,7 +18,7 @@ MB = 1 << 20
 
 
 def test_tensors_do_not_overlap():
-    """Each keeps what was written into it while others come and go, also where only a view of it is left."""
+    """Each tensor keeps its content while others are allocated and freed, even if only a view of it is left."""
     memory, chance, alive = TensorMemory(), random.Random(0), []
     for turn in range(1500):
         if alive and chance.random() < 0.5:
@@ -40,9 +40,9 @@ def test_holes_are_merged_and_reused():
     places = [t.data_ptr() for t in tensors]
     del tensors[10:14], tensors[0]
     assert memory.used() == 251 * MB
-    assert memory.empty((4 * MB,), torch.uint8).data_ptr() == places[10]  # the four beside each other; gone again at once
+    assert memory.empty((4 * MB,), torch.uint8).data_ptr() == places[10]  # the four adjacent ones; freed immediately
     small = memory.empty((MB,), torch.uint8)
-    assert small.data_ptr() == places[0] and memory.held() == 256 * MB  # the smallest hole that it fits into
+    assert small.data_ptr() == places[0] and memory.held() == 256 * MB  # the smallest hole that fits
     more = memory.empty((300 * MB,), torch.uint8)
     assert memory.held() == 556 * MB
     del more, tensors

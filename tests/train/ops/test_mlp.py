@@ -33,7 +33,7 @@ def test_native_equals_fp64_up_to_rounding(save_all):
 
 @needs_native
 def test_bf16_is_as_close_to_fp64_as_torch():
-    """Roundings between the products are bf16's in both; ours are fewer."""
+    """Both round to bf16 between the products; ours rounds less often."""
     torch.manual_seed(2)
     ours = parts(200, 64, dtype=torch.bfloat16, width=160)
     errors = []

@@ -27,7 +27,7 @@ def operands(form, M, N, K, dtypes=DTYPES[:1] * 2):
 
 
 def within(found, form, a, b, extra=None):
-    """Whether each number is fp64's to fp32's rounding of its K + 1 sums, and then to its own type's."""
+    """Whether each element equals fp64's up to fp32 rounding of its K + 1 sums, and rounding to its dtype."""
     if torch.bfloat16 in (a.dtype, b.dtype):
         a, b = a.bfloat16(), b.bfloat16()
     right = product_reference(form, a.double(), b.double())
