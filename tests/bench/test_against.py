@@ -74,7 +74,7 @@ def test_the_model_side_prints_runs(tiny_model, side):
 
 @pytest.fixture
 def models(tmp_path):
-    """Peer -> something it would take for a model."""
+    """Peer -> a path that looks like one of its models."""
     plain, exported, file = tmp_path / "plain", tmp_path / "exported", tmp_path / "m.gguf"
     for folder, name in ((plain, "config.json"), (exported, "openvino_model.xml")):
         folder.mkdir()
@@ -122,7 +122,7 @@ def test_depth_is_rejected_for_engines_without_it(name, models):
 
 @pytest.fixture
 def fake_venv(tmp_path, monkeypatch):
-    """`setup(peer)` without pip: an interpreter that notes how it was called and exits as told."""
+    """`setup(peer)` without pip: an interpreter that records its arguments and exits with a given code."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     state = {"code": 0, "calls": []}
 
@@ -163,7 +163,7 @@ def test_failed_environments_are_not_reused(fake_venv):
     with pytest.raises(BackendError, match="llama.cpp: ERROR: no compiler"):
         environments.setup(PEERS["llama.cpp"])
     assert not environments.directory(PEERS["llama.cpp"]).exists()
-    environments.directory(PEERS["llama.cpp"]).mkdir(parents=True)  # as a killed process leaves it
+    environments.directory(PEERS["llama.cpp"]).mkdir(parents=True)  # as left by a killed process
     with pytest.raises(ConfigError):
         environments.interpreter(PEERS["llama.cpp"])
     fake_venv["code"] = 0

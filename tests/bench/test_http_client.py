@@ -62,7 +62,7 @@ def test_an_answer_of_known_length():
 
 
 def test_over_sockets():
-    """An answer, a client that leaves, and nobody there."""
+    """An answer, a client that disconnects, and no server."""
     gone = []
 
     async def serve(reader, writer):

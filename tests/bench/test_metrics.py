@@ -41,7 +41,7 @@ def test_error_of_a_median():
 
 
 def test_figures_of_a_batch():
-    # 2 rows of 100 prompt tokens; the first tokens after 0.5 s, then three more steps, 1.1 s in all
+    # 2 rows of 100 prompt tokens; the first tokens after 0.5 s, then three more steps, 1.1 s in total
     run = Run(prompt=100, batch=2, times=(0.5, 0.6, 0.9, 1.1), generated=8)
     found = {name: values[0] for name, values in samples([run]).items()}
     assert found["ttft_ms"] == pytest.approx(500)

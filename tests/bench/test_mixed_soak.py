@@ -25,7 +25,7 @@ KINDS = {"again", "chat", "left", "pattern", "schema", "text"}
 
 
 class Server:
-    """What `soak.run` looks at, of a server in this process."""
+    """The values that `soak.run` observes, from a server in this process."""
 
     log = ""
     resident_bytes = 10**8
@@ -62,7 +62,7 @@ def test_a_changed_text_is_detected(live):
 
 
 class Leaking(Server):
-    """It grows whenever it is looked at, and keeps a block."""
+    """Grows with every observation, and leaks a block."""
 
     log = "Traceback (most recent call last)"
     sizes = iter([10**8, 2 * 10**8])
@@ -114,7 +114,7 @@ def answer(text: str, finish: str = "stop", status: int = 200, whole: bool = Tru
 def test_answers_are_checked(check, good, bad):
     assert check(answer(good)) == ""
     assert check(answer(bad or "x", tokens=2))
-    assert bad is None or check(answer(bad, "length")) == ""  # it had no time to come to its end
+    assert bad is None or check(answer(bad, "length")) == ""  # it was truncated
 
 
 def test_rejections_and_incomplete_answers_are_failures():

@@ -165,7 +165,7 @@ def test_markup_in_names_is_escaped(report):
 
 
 class _Page(HTMLParser):
-    """Checks that elements nest, and collects tags and attributes."""
+    """Checks that elements are nested correctly, and collects tags and attributes."""
 
     def __init__(self, text: str) -> None:
         super().__init__()

@@ -29,7 +29,7 @@ def test_traffic_of_a_plain_model(plain):
 def test_traffic_of_an_optimised_model(optimised, plain):
     found, floats = traffic_of(optimised), traffic_of(plain)
     tiles = LAYERS * (2 * 4 * 2 + 2 * 2 * 2 + 2 * 8 * 2 + 4 * 4) + -(-plain.config.vocab_size // 16) * 2
-    assert found.weight_bytes == tiles * 544  # int8 tiles of 16 x 32; the embedding is tied, and read as the head
+    assert found.weight_bytes == tiles * 544  # int8 tiles of 16 x 32; the tied embedding is read as the head
     assert found.kv_bytes == optimised.report().kv_block_bytes / 32 >= 2 * LAYERS * KV * 2  # heads of 16 are padded
     assert (found.weights, found.head_weights) == (floats.weights, floats.head_weights)
 
@@ -38,7 +38,7 @@ def test_traffic_of_sparse_attention():
     model = random_model(CASES["deepseek_v32-indexer"]())
     plain = traffic_of(model)
     found = traffic_of(DynamicGraphOptimizer(model, config=DeepSeekConfig(backend="reference")).optimize())
-    latents, index = (3 * 4 * n for n in (40 + 12, 24))  # layers x bytes x numbers
+    latents, index = (3 * 4 * n for n in (40 + 12, 24))  # layers x bytes x elements
     assert (plain.kv_bytes, plain.chosen_bytes) == (latents + index, 0)
     assert (found.kv_bytes, found.chosen_bytes, found.top_k) == (index, latents, 16)
 
@@ -51,7 +51,7 @@ def test_bytes_and_operations():
     sparse = Traffic(1000, 10, 100, 7, 3, chosen_bytes=5, top_k=8)
     assert sparse.step_bytes(work) == 1000 + 2 * (10 * 10 + 5 * 8)
     assert sparse.step_bytes(Work(prompt=2, new=2)) == 1000 + 10 * 3 + 5 * 3
-    pairs = 6 + 7 + 8 + 9  # each prompt token sees the cache and those up to itself
+    pairs = 6 + 7 + 8 + 9  # each prompt token attends to the cache and the prompt up to itself
     assert traffic.prefill_operations(work) == 2 * (2 * 100 * 4 + 2 * 7 + 4 * 3 * pairs)
     assert sparse.prefill_operations(work) == 2 * (2 * 100 * 4 + 2 * 7 + 4 * 3 * (6 + 7 + 8 + 8))
 
@@ -80,7 +80,7 @@ def test_machine_limits_are_measured():
 
 
 def test_cost():
-    assert cost_per_million(3.6, 100) == pytest.approx(10)  # 0.001 a second; 10,000 s
+    assert cost_per_million(3.6, 100) == pytest.approx(10)  # 0.001 per second; 10,000 s
 
 
 def _domain(root, name, used, top=1000):
@@ -95,7 +95,7 @@ def test_energy_sums_packages_and_handles_counter_wrap(tmp_path):
     _domain(tmp_path, "intel-rapl:0:0", 5)
     _domain(tmp_path, "intel-rapl-mmio:0", 5)
     energy = Energy(tmp_path)
-    (tmp_path / "intel-rapl:0" / "energy_uj").write_text("99")  # 901 is the first after 1000: 101 + 99
+    (tmp_path / "intel-rapl:0" / "energy_uj").write_text("99")  # the counter wraps at 1000: 100 + 1 + 99
     (tmp_path / "intel-rapl:1" / "energy_uj").write_text("150")
     (tmp_path / "intel-rapl:0:0" / "energy_uj").write_text("77")
     assert energy.joules == pytest.approx((200 + 50) / 1e6)
@@ -113,7 +113,7 @@ def test_energy_that_cannot_be_read_is_none(tmp_path):
 def test_a_step_reads_only_chosen_experts():
     reads = Reads(100, 0, experts=(Experts(6400, 64, 6),))
     assert reads.step_bytes(Work(1, 1)) == pytest.approx(100 + 600)
-    both = 6400 * (1 - (58 / 64) ** 2)  # two tokens share some
+    both = 6400 * (1 - (58 / 64) ** 2)  # two tokens have some experts in common
     assert reads.step_bytes(Work(1, 1, batch=2)) == pytest.approx(100 + both)
 
 

@@ -27,7 +27,7 @@ def test_lengths_are_exact(either, work):
 def test_end_tokens_are_ignored_and_restored(either, monkeypatch):
     ids = torch.tensor([[5, 6, 7]])
     chosen = either.generate(ids, max_new_tokens=1, do_sample=False)[0, -1].item()
-    either.generation_config.eos_token_id = chosen  # would end every answer to these ids at once
+    either.generation_config.eos_token_id = chosen  # would end every answer to these ids immediately
     monkeypatch.setattr(runs, "random_ids", lambda *_: ids)
     (run,) = runs.repeated(either, Work(3, 6), repeats=1, warmup=0)
     assert run.generated == 6
@@ -35,7 +35,7 @@ def test_end_tokens_are_ignored_and_restored(either, monkeypatch):
 
 
 def test_depth_fills_the_cache_before_the_prompt(either, monkeypatch):
-    """Every run computes its own prompt alone, over the same cached tokens: seen in what goes into `forward`."""
+    """Every run computes only its own prompt, after the same cached tokens, as the inputs of `forward` show."""
     lengths = []
     original = either.generate
 

@@ -20,7 +20,7 @@ import numpy as np
 Tensor = np.asarray
 """
 
-# A step takes 10 ms on its own clock, the first 50; every call is noted.
+# A step takes 10 ms on its own clock, the first 50; every call is recorded.
 OPENVINO_GENAI = """
 import json, sys
 from types import SimpleNamespace as N
@@ -37,7 +37,7 @@ GenerationConfig = N
 def TokenizedInputs(*given): return given
 """
 
-# Sequences start one step after the other, so that the last one is behind the first.
+# Sequences start one step after the other, so that the last one is later than the first.
 VLLM = """
 import json, os, sys, time
 from types import SimpleNamespace as N
@@ -76,7 +76,7 @@ def test_foreign_scripts_do_not_import_this_package(name):
 
 @pytest.fixture
 def side(tmp_path):
-    """side(script, modules, options): what the script printed last, and what the stand-ins noted."""
+    """side(script, modules, options): the last output of the script, and the calls that the replacements recorded."""
 
     def run(script, modules, *options):
         for name, code in modules.items():

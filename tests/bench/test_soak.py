@@ -24,7 +24,7 @@ from support.live_server import LiveServer  # noqa: E402
 
 
 class Server:
-    """What `soak.soak` looks at, of a server in this process."""
+    """The values that `soak.soak` observes, from a server in this process."""
 
     log, children, resident_bytes = "", (), 10**8
 

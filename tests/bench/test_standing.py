@@ -62,9 +62,9 @@ def test_ratios_are_per_round_to_the_faster_side():
 @pytest.mark.parametrize(
     "machine_gb_s, expected",
     [
-        (10.0, verdict.MISSED),  # 85% of it are 85 tokens/s, 17 times the slow side's: more than the 4 asked for
-        (2.1, verdict.MISSED),  # 17.85 tokens/s: 3.57 times, which ours does not reach
-        (1.9, verdict.LIMITED),  # 16.15: 3.23 times, and ours has 3.4
+        (10.0, verdict.MISSED),  # 85% of it are 85 tokens/s, 17 times the slow side's: more than the target of 4
+        (2.1, verdict.MISSED),  # 17.85 tokens/s: 3.57 times, which our side does not reach
+        (1.9, verdict.LIMITED),  # 16.15: 3.23 times, and our side has 3.4
     ],
 )
 def test_targets_do_not_exceed_the_machine(machine_gb_s, expected):
@@ -95,7 +95,7 @@ def test_a_row_alternates_sides_on_their_own_formats(monkeypatch):
         return {label: _rounds(*[30.0 + place] * rounds) for place, label in enumerate(commands)}
 
     sizes = []
-    speeds = iter([50.0, 45.0, 50.0, 60.0, 30.0, 40.0] * 3)  # before a side and after it, each side in turn
+    speeds = iter([50.0, 45.0, 50.0, 60.0, 30.0, 40.0] * 3)  # before and after each side
     monkeypatch.setattr(measure, "run_json", lambda command: "what it printed")
     monkeypatch.setattr(measure, "model", lambda name, form: Path(f"{name}.{form}.gguf"))
     monkeypatch.setattr(measure, "setup", lambda peer: Path(f"/{peer.name}/python"))
@@ -139,7 +139,7 @@ def test_the_background_load_runs_and_ends(tmp_path):
 
 @pytest.fixture(params=[True, False], ids=["tied", "untied"])
 def checkpoint(request, tmp_path, byte_tokenizer):
-    """Llama with a tied head, Qwen2 with one of its own and biases: as Transformers saves them, and loaded."""
+    """Llama with a tied head, Qwen2 with a separate one and biases: saved by Transformers, and loaded."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
@@ -158,7 +158,7 @@ def checkpoint(request, tmp_path, byte_tokenizer):
 
 
 def test_a_gguf_file_is_the_same_model(checkpoint, tmp_path):
-    """Read back by Transformers, which undoes llama.cpp's order of rows: names, order and config."""
+    """Loaded by Transformers, which undoes llama.cpp's order of rows: names, order and config."""
     import torch
 
     source, model = checkpoint

@@ -35,7 +35,7 @@ def test_a_small_window_for_real() -> None:
 
 
 def test_unrotated_keys_are_detected(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The figure can fail: the same reading over a store that leaves keys where they were."""
+    """The figure detects faults: the same measurement with a store that does not rotate keys."""
     path = tiny_v3()
     bench = Bench(SMALL, path, quick=True)
     right = bench.compare(1)

@@ -13,14 +13,14 @@ from .exceptions import MAX, Kind
 
 @dataclass(frozen=True)
 class Outcome:
-    """Of one test: "passed", "failed", "skipped", or "crashed" where the process ended in it."""
+    """Outcome of one test: "passed", "failed", "skipped", or "crashed" if the process ended in it."""
 
     outcome: str
     error: str = ""
 
 
 def read(path: Path) -> dict[str, Outcome]:
-    """The outcomes that `plugin.py` wrote; a test with several reports (subtests) failed if any of them did."""
+    """Reads the outcomes written by `plugin.py`; a test with several reports (subtests) failed if any of them failed."""
     found: dict[str, Outcome] = {}
     for line in path.read_text().splitlines():
         entry = json.loads(line)
@@ -34,12 +34,12 @@ def read(path: Path) -> dict[str, Outcome]:
 
 @dataclass
 class Comparison:
-    """Of one family.
+    """The comparison for one family.
 
     Attributes:
-        control, optimised: how many passed.
-        excused: (kind, test) that the list of exceptions explains.
-        deviations: (test, error) that it does not.
+        control, optimised: number of passed tests.
+        excused: (kind, test) explained by the list of exceptions.
+        deviations: (test, error) not explained by it.
     """
 
     family: str
@@ -55,7 +55,7 @@ class Comparison:
 
 
 def compare(family: str, control: Mapping[str, Outcome], optimised: Mapping[str, Outcome], kinds: Sequence[Kind]) -> Comparison:
-    """Each test that passes in `control` passes in `optimised` too, or is excused, or deviates."""
+    """Classifies each test that passes in `control`: it passes in `optimised` too, is excused, or deviates."""
     passed = [test for test, outcome in control.items() if outcome.outcome == "passed"]
     made = Comparison(family, len(passed), sum(o.outcome == "passed" for o in optimised.values()))
     for test in passed:
@@ -71,10 +71,10 @@ def compare(family: str, control: Mapping[str, Outcome], optimised: Mapping[str,
 
 
 def faults(comparisons: Iterable[Comparison], kinds: Sequence[Kind], *, whole: bool = True) -> list[str]:
-    """What is wrong, a line each; empty where all is well.
+    """The problems, one line each; empty if there are none.
 
     Args:
-        whole: every family and test was run, so that a kind that explains nothing is stale.
+        whole: every family and test was run, so that a kind that explains nothing is outdated.
     """
     found, used = [], set()
     if len(kinds) > MAX:

@@ -17,9 +17,9 @@ class Kind:
     """One kind of deviation.
 
     Attributes:
-        name, why: what it is called, and why it stays.
-        tests: a regular expression that fits the whole name of each test.
-        error: a regular expression found in the error of each, or in its reason to skip.
+        name, why: its name, and the reason for it.
+        tests: a regular expression that matches the whole name of each test.
+        error: a regular expression that matches in the error of each, or in its reason to skip.
     """
 
     name: str

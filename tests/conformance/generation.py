@@ -51,16 +51,16 @@ SCENARIOS: dict[str, tuple[str | None, dict[str, Any]]] = {
 
 
 class GenerationTesterMixin:
-    """Beside `ModelTesterMixin`; `self.model_tester` makes configs and inputs."""
+    """Used with `ModelTesterMixin`; `self.model_tester` creates configs and inputs."""
 
     def pair(self) -> tuple[Any, Any]:
-        """(plain, the same as this side has it), logits far enough apart that rounding decides nothing."""
+        """(plain model, the same model on this side), with logits far enough apart that rounding does not matter."""
         config = self.model_tester.get_config()
         config.initializer_range = 0.2
         torch.manual_seed(0)
         with plain_models():
             plain = self.model_tester.causal_lm_class(config).eval()
-        with torch.no_grad():  # it is made zero, and where a model generates it every index score of DSA would be a tie
+        with torch.no_grad():  # otherwise it is zero, and when generated, every index score of DSA would be a tie
             plain.get_input_embeddings().weight[config.pad_token_id].normal_(std=config.initializer_range)
         return plain, treated(copy.deepcopy(plain))
 
@@ -77,7 +77,7 @@ class GenerationTesterMixin:
         return {"input_ids": ids, "attention_mask": mask}
 
     def generate_both(self, inputs: dict[str, Any], **options: Any) -> tuple[Any, Any]:
-        """Runs both with the same random numbers, checks that they agree, and returns both."""
+        """Runs both with the same random seed, checks that they agree, and returns both results."""
         pair, answers = self.pair(), []
         fields = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True, "max_new_tokens": 6}
         for model in pair:
@@ -87,7 +87,7 @@ class GenerationTesterMixin:
         return pair
 
     def assert_same(self, expected: Any, found: Any, name: str = "output") -> None:
-        """The same structure and close numbers; caches are compared by what can be asked of them."""
+        """Asserts the same structure and close values; caches are compared through their public methods."""
         if hasattr(expected, "get_seq_length"):
             self.assertEqual(expected.get_seq_length(), found.get_seq_length(), name)
         elif hasattr(expected, "keys"):
@@ -187,7 +187,7 @@ class GenerationTesterMixin:
         self.assertEqual(caches[0].get_seq_length(), caches[1].get_seq_length())
 
     def test_cache_operations(self) -> None:
-        """Each changes the cache alike, and the next token's logits say so."""
+        """Each changes both caches equally, as the next token's logits show."""
         operations = {
             "crop": lambda cache: cache.crop(-2),
             "reorder": lambda cache: cache.reorder_cache(torch.tensor([2, 0, 0, 1])),

@@ -22,7 +22,7 @@ from .stage import stage
 
 TESTS = Path(__file__).parents[1]
 CHECKOUT = "DSO_TRANSFORMERS_TESTS"
-# Left out unless --all: they compile with torch for minutes, or are one test in two dozen variants of dtype and kernel.
+# Skipped without --all: they compile with torch for minutes, or are one test in two dozen variants of dtype and kernel.
 SLOW = "not compil and not torch_dtype and not test_training_overfit and not (eager_matches_sdpa_inference and not fp32)"
 FOREIGN = "not keep_in_fp32_modules_strict"
 
@@ -42,10 +42,10 @@ def start(side: str, file: Path, family: str, select: str, results: Path) -> sub
 
 
 def run_family(family: str, file: Path, folder: Path, select: str, side: str = "optimised") -> Comparison:
-    """Both sides of one family.
+    """Runs both sides of one family.
 
     Raises:
-        SystemExit: the control could not be run.
+        SystemExit: the control side could not be run.
     """
     paths = {name: folder / f"{family}.{name}.jsonl" for name in ("control", side)}
     running = [start(name, file, family, select, path) for name, path in paths.items()]

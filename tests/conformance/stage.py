@@ -11,16 +11,16 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 _NO_EXPORTS = "class ExportTesterMixin:\n    pass\n\n\nclass ExportGenerateTesterMixin(ExportTesterMixin):\n    pass\n"
-_ROOT = "[pytest]\n"  # no configuration from above
+_ROOT = "[pytest]\n"  # no configuration of parent folders
 
 
 def stage(tests: Path, target: Path, checkout: Path | None = None) -> Path:
-    """Makes the folder to run pytest in.
+    """Creates the folder to run pytest in.
 
     Args:
         tests: `tests` of the source distribution.
-        target: a folder that is not there yet.
-        checkout: `tests` of a checkout of Transformers, whose tests of generation are then taken.
+        target: a folder that does not exist yet.
+        checkout: `tests` of a checkout of Transformers, whose generation tests are then used.
 
     Returns: the file to run.
     """

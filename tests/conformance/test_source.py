@@ -26,7 +26,7 @@ def archive(path, names):
 
 @pytest.fixture
 def pip(monkeypatch, tmp_path):
-    """Replaces pip by one that gives these files, or fails with this message; counts its calls."""
+    """Replaces pip by a function that provides these files, or fails with this message; counts its calls."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv(OFFLINE, raising=False)
     calls = []

@@ -17,7 +17,7 @@ from deepseek_optimizer.integration.bind.runtime import OptimizerWarning
 from support import checkpoint_files as files
 
 CONFIG = {"type": "deepseek_realtime", "max_length": 2048}
-# An answer that is long enough to leave early.
+# An answer long enough to break out of.
 LONG = {"min_new_tokens": 200, "temperature": 2.0, "seed": 1}
 
 

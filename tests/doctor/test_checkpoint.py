@@ -36,7 +36,7 @@ def test_damaged_checkpoints(case, model_copy, one, damage):
     DAMAGES[damage](model_copy)
     findings = examine(case(model=str(model_copy.path)))
     one(findings, "error", "cannot be loaded")
-    assert findings[-1].check == "checkpoint"  # what can't be opened isn't looked into
+    assert findings[-1].check == "checkpoint"  # a checkpoint that cannot be opened is not examined further
 
 
 def test_missing_checkpoints(case, one, tmp_path):

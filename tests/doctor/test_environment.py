@@ -54,7 +54,7 @@ def test_every_rule_has_a_case():
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="reads Linux's affinity")
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="needs two processors")
 def test_binding_reduces_the_usable_processors():
-    """What the rule of OMP_PROC_BIND claims: loading torch leaves the process on fewer processors."""
+    """The claim of the rule for OMP_PROC_BIND: after loading torch the process may use fewer processors."""
     code = "import os, torch; torch.ones(300, 300) @ torch.ones(300, 300); print(len(os.sched_getaffinity(0)))"
     counts = []
     for bind in ("false", "true"):

@@ -25,7 +25,7 @@ def test_untrained_weights_predict_at_chance(case, tiny_model, one):
 
 @pytest.fixture(scope="module")
 def english(tmp_path_factory, byte_tokenizer):
-    """A model that learned the letters of the doctor's own paragraph: its head says what follows what."""
+    """A model that predicts the letters of the doctor's paragraph: its head has the statistics of letter pairs."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     ids = byte_tokenizer(garbage.TEXT)["input_ids"]
@@ -33,7 +33,7 @@ def english(tmp_path_factory, byte_tokenizer):
     counts = torch.full((size, size), 0.01)
     for a, b in zip(ids, ids[1:], strict=False):
         counts[a, b] += 1
-    width = 320  # wide enough for one direction a token
+    width = 320  # wide enough for one direction per token
     config = LlamaConfig(
         hidden_size=width, intermediate_size=64, num_hidden_layers=1, num_attention_heads=5, num_key_value_heads=1,
         vocab_size=size, max_position_embeddings=1024, eos_token_id=byte_tokenizer.eos_token_id, bos_token_id=None,
@@ -45,7 +45,7 @@ def english(tmp_path_factory, byte_tokenizer):
             if "proj" in name:
                 parameter.zero_()
         model.model.embed_tokens.weight.copy_(torch.eye(size, width))
-        scale = math.sqrt(width)  # what the final norm makes of a unit vector
+        scale = math.sqrt(width)  # the length of a unit vector after the final norm
         model.lm_head.weight.zero_()
         model.lm_head.weight[:, :size] = (counts / counts.sum(1, keepdim=True)).log().T / scale
     folder = tmp_path_factory.mktemp("english") / "model"
@@ -61,7 +61,7 @@ def test_a_model_that_predicts_text(case, english, one):
 
 
 def test_the_tokenizer_of_another_model(case, english, one, tmp_path):
-    """The same letters under other numbers."""
+    """The same letters with other token ids."""
     path = tmp_path / "mixed"
     shutil.copytree(english, path)
     content = json.loads((path / "tokenizer.json").read_text())
@@ -79,7 +79,7 @@ def test_nan_weights(case, model_copy, one, name):
 
 
 def test_nan_logits(case, model_copy, one):
-    """Finite weights whose products overflow: every weight is a number, and logits are none."""
+    """Finite weights whose products overflow, so that the logits are NaN."""
 
     def overflow(weights):
         weights["model.norm.weight"].fill_(3e38)
@@ -93,7 +93,7 @@ def test_nan_logits(case, model_copy, one):
 
 @pytest.mark.skipif(unavailable_reason() is not None, reason="no native build")
 def test_kernels_with_wrong_results(case, tiny_model, one, monkeypatch):
-    """Stands in for a fault: what the native backend says, fifty times as sure."""
+    """Simulates a fault: the native backend's logits multiplied by fifty."""
     true = garbage._logits
 
     def wrong(model, ids):
@@ -108,7 +108,7 @@ def test_kernels_that_give_nan_do_not_pass(case):
 
 
 def test_too_coarse_quantisation(case, english, one, tmp_path):
-    """Huge weights in every group of 32: four bits hold nothing but them."""
+    """Outliers in every group of 32, so that four bits represent nothing else."""
     path = tmp_path / "outliers"
     shutil.copytree(english, path)
     weights = load_file(path / "model.safetensors")

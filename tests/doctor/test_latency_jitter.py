@@ -93,7 +93,7 @@ def test_percentiles():
 
 @pytest.fixture
 def counted(tiny_model):
-    """counted(**options) -> the core of an engine whose steps take 10 ms, 0.5 ms a token more and `each` s a stream more."""
+    """counted(**options) -> the core of an engine whose steps take 10 ms plus 0.5 ms per token plus `each` s per stream."""
     model = load_model(tiny_model)
 
     def make(each=0.0, **options):
@@ -133,7 +133,7 @@ def test_a_small_cache_preempts_streams(tiny_model, one, monkeypatch):
     monkeypatch.setattr(latency_jitter, "TOKENS", 100)
     model = load_model(tiny_model, kv_cache_memory=1 << 18)
     core = make_engine(model, drafts=False, prefix_cache=False).core
-    assert 4 <= core.blocks < 16  # of 32 tokens: what one stream of 116 takes, and what four do
+    assert 4 <= core.blocks < 16  # blocks of 32 tokens: enough for one stream of 116 tokens, too few for four
     found = gaps(core, nullcontext, 4)
     assert len(found) == 4 * (latency_jitter.TOKENS - 1) and core.idle
     assert "kv_cache_memory" in one(judged(preemptions=core.metrics.preemptions), "warning", "preempted").fix
@@ -154,7 +154,7 @@ def test_a_model_that_cannot_be_run(counted):
 @pytest.mark.parametrize("batch", [1, 5])
 def test_end_to_end(case, tiny_model, batch):
     found = list(latency_jitter.measure(case(model=str(tiny_model), batch=batch)))
-    assert found  # which ones depends on who else is at work here
+    assert found  # which ones depends on other processes of this machine
     facts = found[0].facts
     assert facts["idle_p50_ms"] > 0 and facts["chunked_p99_ms"] > 0 and facts["high"] == (32 if batch == 1 else 5)
     assert facts["prompt_tokens"] == 256 - 4 * 64 or facts["prompt_tokens"] <= 128

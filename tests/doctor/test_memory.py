@@ -20,7 +20,7 @@ def test_the_estimate_equals_the_memory_of_loading(case, tiny_model, fields):
     assert needs.weights == report.bytes_after
     assert needs.kv_cache == report.kv_cache and needs.cache_per_token == report.kv_block_bytes // 32
     if report.backend == "cpu":
-        row = -(-model.config.vocab_size * 4 // 64) * 64  # logits are the caller's memory, and reckoned too
+        row = -(-model.config.vocab_size * 4 // 64) * 64  # logits are in the caller's memory, and counted too
         assert needs.buffers == model.dso.plan.buffer_bytes(512, 32) + 32 * row
 
 
@@ -36,7 +36,7 @@ def test_fits(case, tiny_model, one):
 
 
 def free_for(case, path, tokens):
-    """Bytes that weights, buffers, so many tokens and the reserve of a small machine need."""
+    """Bytes of weights, buffers, `tokens` cached tokens and the reserve of a small machine."""
     return estimate_memory(case(model=str(path))).needed(tokens) + RESERVE_BYTES
 
 

@@ -13,7 +13,7 @@ needs_native = pytest.mark.skipif(unavailable_reason() is not None, reason="no n
 
 @pytest.fixture
 def at(monkeypatch):
-    """at(path): the library is looked for there."""
+    """at(path): sets the path of the library."""
 
     def move(path):
         monkeypatch.setattr(library, "library_path", lambda: path)
@@ -45,7 +45,7 @@ def test_broken(case, one, at, tmp_path):
 def test_every_feature_is_reported(case, one):
     finding = one(features.check(case()), "ok", "kernels run")
     known, found = library.cpu_description()["features"], finding.facts["features"]
-    assert set(known) <= set(features.FIRST_USED)  # the table follows the library
+    assert set(known) <= set(features.FIRST_USED)  # the table matches the library
     assert set(features.FIRST_USED.values()) <= set(library.isa_names())
     assert found["avx2"].startswith("used") and set(found) >= set(features.FIRST_USED)
     assert finding.facts["isas"][finding.facts["isa"]] == "runs here"

@@ -28,7 +28,7 @@ NATIVE = pytest.mark.skipif(unavailable_reason() is not None, reason="no native 
 
 @pytest.fixture(scope="module")
 def long_model(tmp_path_factory):
-    """In bf16, with room for 16,384 tokens that take much more than its weights."""
+    """A bf16 model with a context of 16,384 tokens, which need much more memory than its weights."""
     folder = tmp_path_factory.mktemp("long") / "model"
     config = llama(num_attention_heads=4, num_key_value_heads=4, head_dim=64, max_position_embeddings=CONTEXT)
     random_model(config, dtype=torch.bfloat16).save_pretrained(folder)
@@ -36,7 +36,7 @@ def long_model(tmp_path_factory):
 
 
 def enough_for(case, path, context=CONTEXT, **fields):
-    """Bytes with which a model with these fields has just room for the context."""
+    """Bytes with which a model with these fields just has room for the context."""
     needs = estimate_memory(case(model=path, fields=fields))
     return needs.needed(needs.held(context)) + RESERVE_BYTES
 
@@ -49,7 +49,7 @@ def examined(case, machine, path, free, **fields):
 
 
 def taken(found):
-    """The remedy that is recommended."""
+    """The recommended remedy."""
     [name] = [f.facts["name"] for f in found if f.check == "out-of-memory" and f.fix.startswith("use ")]
     return name
 
@@ -65,7 +65,7 @@ def test_sparse_attention_is_recommended_if_it_fits(case, machine, long_model, o
     assert fits["sparse_attention=True"]["needed"] == needs.needed(CONTEXT) == free - RESERVE_BYTES
     assert needs.kv_cache == "int8" and needs.cache_per_token < 0.6 * estimate_memory(case(model=long_model)).cache_per_token
     assert all(facts["fits"] for facts in fits.values() if facts["needed"] <= free - RESERVE_BYTES)
-    # One byte less, and it is no remedy any more.
+    # With one byte less it is not a remedy any more.
     assert taken(examined(case, machine, long_model, free - 1)) == 'attention_optimization="sliding"'
 
 
@@ -97,20 +97,20 @@ def test_current_settings_are_not_remedies(case, machine, long_model):
 
 
 def test_longdoc_tokens_match_its_limits():
-    """A chunk, a reply, and the same again for what is asked."""
+    """A chunk, a reply, and as much again for the question."""
     chunk = inspect.signature(LongDocument).parameters["max_length"].default
     assert chunk + 2 * Limits(room=0).reply == LONGDOC_TOKENS
 
 
 def test_a_budget_smaller_than_the_required_blocks_is_raised(case, machine, long_model):
-    """Where attention is not sparse nobody has asked whether it does."""
+    """If attention is not sparse, the budget of the settings does not matter yet."""
     fields = {"attention_budget": 256}
     found = examined(case, machine, long_model, enough_for(case, long_model, sparse_attention=True), fields=fields)
     assert taken(found) == "sparse_attention=True, attention_budget=2048"
 
 
 def test_a_document_in_chunks(case, machine, long_model, one):
-    """With a window as large as the text only pieces of it help."""
+    """With a window as large as the text, only splitting the text helps."""
     window = {**SLIDING, "attention_window": CONTEXT, "kv_cache": "int8"}
     free = enough_for(case, long_model, LONGDOC_TOKENS, **window)
     found = examined(case, machine, long_model, free, fields=window)
@@ -119,7 +119,7 @@ def test_a_document_in_chunks(case, machine, long_model, one):
 
 
 def test_smaller_weights(case, machine, long_model):
-    """A short context, of which a window holds all."""
+    """A short context, which a window covers entirely."""
     needs = estimate_memory(case(model=long_model, fields={"kv_cache": "int8"}))
     free = needs.weights_in("int8") + needs.buffers + needs.cache_per_token * 64 + RESERVE_BYTES
     assert needs.weights + needs.buffers <= free
@@ -151,7 +151,7 @@ def test_a_cgroup_limit_is_the_free_memory(case, machine, long_model):
     "remedy", [{"sparse_attention": True}, {**SLIDING, "attention_window": 512}], ids=["sparse", "sliding"]
 )
 def test_the_remedy_is_true(case, machine, long_model, remedy, backend):
-    """A prompt that the cache has no room for is read with the remedy, in the memory that was predicted."""
+    """A prompt for which the cache has no room is processed with the remedy, in the predicted memory."""
     tokens = 3000
     prompt = torch.tensor([random_ids(llama(), tokens)])
     needs = estimate_memory(case(model=long_model, fields={**remedy, "backend": backend}))
@@ -199,7 +199,7 @@ print(tuple(read(sparse_attention=True).shape))
 @pytest.mark.slow
 @NATIVE
 def test_a_process_with_little_memory(tmp_path):
-    """Under a limit of the system's own (RLIMIT_AS)."""
+    """With a real limit of the system (RLIMIT_AS)."""
     config = llama(hidden_size=64, num_attention_heads=16, num_key_value_heads=16, head_dim=128, max_position_embeddings=8192)
     random_model(config, dtype=torch.bfloat16).save_pretrained(tmp_path / "model")
     command = [sys.executable, "-c", _SMALL_PROCESS, str(tmp_path / "model"), "8192"]

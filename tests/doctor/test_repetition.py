@@ -24,7 +24,7 @@ def test_share_of_repeated_text(ids, share):
 
 
 def test_greedy_repeats_and_sampling_does_not(case, tiny_model, one):
-    """Random weights whose likeliest next token is the present one, with little weight on it."""
+    """Random weights for which the current token is the most likely next one, with a small margin."""
     finding = one(repetition.measure(case(model=str(tiny_model))), "warning", "greedy answers repeat themselves")
     assert finding.facts["repeated_greedy"] > repetition.LIMIT >= finding.facts["repeated_sampled"]
     assert "temperature=0.7" in finding.fix and "top_k=50" in finding.fix

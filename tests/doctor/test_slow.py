@@ -12,7 +12,7 @@ GOOD = {"seconds": 0.010, "others": 0.0, "bytes": 400_000_000, "backend": "cpu",
 
 
 def judged(**changes):
-    return list(slow.judge(Decode(**{**GOOD, **changes}), bandwidth=50e9))  # 8 ms a token is the floor
+    return list(slow.judge(Decode(**{**GOOD, **changes}), bandwidth=50e9))  # 8 ms per token is the minimum
 
 
 def test_near_the_limit(one):
@@ -72,5 +72,5 @@ def test_measured(tiny_model, backend):
 
 def test_end_to_end(case, tiny_model):
     found = list(slow.measure(case(model=str(tiny_model))))
-    assert found[0].facts["read_gb_per_s"] > 0  # what else is found depends on who else is at work here
+    assert found[0].facts["read_gb_per_s"] > 0  # further findings depend on other processes of this machine
     assert all(f.facts["ms_per_token"] > 0 for f in found)

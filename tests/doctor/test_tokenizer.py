@@ -46,7 +46,7 @@ def test_another_end_token(case, model_copy, one):
 
 
 def test_text_is_lost(case, model_copy, one):
-    """The vocabulary lacks bytes, as a truncated one does."""
+    """The vocabulary lacks bytes, like a truncated one."""
     content = json.loads((model_copy.path / "tokenizer.json").read_text())
     for letter in "aeiou":
         content["model"]["vocab"].pop(letter)

@@ -19,7 +19,7 @@ def test_compatible_packages(case, machine, one):
 
 
 def test_this_installation_is_compatible():
-    """The environment that runs the tests is a good one; a false alarm would show here."""
+    """The environment of the tests is valid, so this detects false alarms."""
     from deepseek_optimizer.doctor import Case
 
     assert [f.severity for f in versions.check(Case(machine=Machine.here()))] == ["ok"]

@@ -22,7 +22,7 @@ STAGES = ("load", "generate")
 
 
 class Watched:
-    """The native library, whose allocations alone are counted: between its calls the shim looks away."""
+    """The native library; only allocations during its calls are counted by the shim."""
 
     def __init__(self, library: Any, faults: Faults) -> None:
         self._library, self._faults = library, faults
@@ -41,7 +41,7 @@ class Watched:
 
 
 def memory_trials(base: Path, model: Path, stage: str, limit: int | None = None, seed: int = 0) -> dict[str, Any]:
-    """Tries each allocation of a stage; what was wrong, as sentences."""
+    """Lets each allocation of a stage fail; returns what was wrong, as sentences."""
     base.mkdir()
     faults = Faults(base)
     log = os.open(base / "calls", os.O_RDWR | os.O_CREAT)
@@ -62,7 +62,7 @@ def memory_trials(base: Path, model: Path, stage: str, limit: int | None = None,
 
 
 class Refused(Exception):
-    """The stage ended in the right error, and what came after it was right."""
+    """The stage raised the right error, and the next call was correct."""
 
 
 def _try(model: Path, faults: Faults, stage: str, number: int, log: int = -1) -> None:
@@ -95,7 +95,7 @@ def _try(model: Path, faults: Faults, stage: str, number: int, log: int = -1) ->
 
 
 def _refused(faults: Faults, number: int, log: int, work: Callable[[], Any]) -> tuple[bool, Any]:
-    """Whether it ended in the right error, and what it returned otherwise."""
+    """Whether the call raised the right error, and its result otherwise."""
     try:
         with faults.armed(number, FAIL_ONCE, errno.ENOMEM, kinds=MEMORY, smallest=1, log=log):
             return False, work()

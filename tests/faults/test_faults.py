@@ -22,7 +22,7 @@ if sys.platform != "linux" or shutil.which("cc") is None:
     pytest.skip("needs Linux and a C compiler", allow_module_level=True)
 
 RUN = Path(__file__).with_name("run.py")
-# Operations, and at how many of their calls they fail.
+# Operations, and the number of calls at which they fail.
 FEW = {
     "convert": 3, "convert to shards": 4, "save_pretrained": 5, "training": 2, "saved blocks": 6, "conversation": 6,
     "load": 3, "generate": 3,
@@ -36,7 +36,7 @@ MANY = {
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, byte_tokenizer) -> Any:
-    """run({operation: at how many calls, or None for all}) -> what came of each."""
+    """run({operation: number of calls to fail at, or None for all}) -> the outcomes."""
     library = compiled(tmp_path_factory.mktemp("shim"))
     model = saved_llama(tmp_path_factory.mktemp("model"), byte_tokenizer, max_position_embeddings=2048, eos_token_id=None)
 

@@ -19,12 +19,12 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 BUILD = HERE.parents[1] / "build" / "fuzz"
-SECONDS, MEMORY_MB, LENGTH = 10, 3072, 6144  # of one input at most
-SMALL, MAX = 1024, 12  # bytes of an input that is kept, and how many are
+SECONDS, MEMORY_MB, LENGTH = 10, 3072, 6144  # limits per input
+SMALL, MAX = 1024, 12  # maximum bytes of an input added to the corpus, and maximum number of inputs
 
 
 def fuzz(name: str, *options: str) -> None:
-    """Fuzzes in this process, which libFuzzer ends."""
+    """Fuzzes in this process, which libFuzzer terminates."""
     import atheris
 
     sys.path[:0] = [str(HERE), str(HERE.parent)]
@@ -42,7 +42,7 @@ def fuzz(name: str, *options: str) -> None:
 
 
 def keep(name: str) -> None:
-    """Adds some of what was found to the corpus. libFuzzer has made each of them as small as it can."""
+    """Adds some of the new inputs to the corpus, after libFuzzer has minimised them."""
     corpus = HERE / "corpus" / name
     known = {path.read_bytes() for path in corpus.iterdir()}
     small = [path for path in (BUILD / name).iterdir() if path.stat().st_size <= SMALL and "-" not in path.name]

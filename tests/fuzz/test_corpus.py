@@ -43,7 +43,7 @@ def test_every_input_is_accepted_or_a_typed_error(targets, name: str) -> None:
 
 
 def test_every_target_has_accepted_inputs_in_its_corpus(targets) -> None:
-    """A corpus whose every input is refused would reach the first check only."""
+    """A corpus of only rejected inputs would reach only the first check."""
     assert {path.parent.name for path in CORPUS} == targets.keys()
     for name, target in targets.items():
         read = 0

@@ -30,7 +30,7 @@ def test_twenty_thousand_inputs() -> None:
         "gguf qwen3",
         "gguf deepseek2",
     ):
-        for outcome in ("opened", "refused"):  # a fuzzer whose every input is refused tests the first check only
+        for outcome in ("opened", "refused"):  # if every input were rejected, only the first check would be tested
             assert f"{kind}: {outcome}" in run.stdout
 
 
@@ -44,7 +44,7 @@ def test_twenty_thousand_inputs() -> None:
     ],
 )
 def test_faults_are_detected(broken: str, sign: str) -> None:
-    """Readers made to crash, hang or hoard: the fuzzer must say so."""
+    """Readers that crash, hang or allocate too much: the fuzzer must report them."""
     code = f"""
 import sys, time, torch
 sys.path.insert(0, {str(FUZZER.parent)!r})

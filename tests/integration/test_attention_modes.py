@@ -39,7 +39,7 @@ native = pytest.mark.skipif(unavailable_reason() is not None, reason="no native 
 
 
 def forget_early(model: Any) -> Any:
-    """Keeps nothing to spare, so that short texts are forgotten too. Returns the manager of its cache's blocks."""
+    """Removes the spare tokens, so that blocks of short texts are dropped too. Returns the manager of the cache's blocks."""
     manager = model.dso.arena.manager
     if manager.forgetting is not None:
         manager.forgetting = replace(manager.forgetting, spare=0)
@@ -55,7 +55,7 @@ def pairs():
     made: dict[Any, Pair] = {}
 
     def pair(case: str, backend: str, mode: str) -> Pair:
-        """Shared: leave it as it is."""
+        """Shared; do not modify it."""
         key = case, backend, mode
         if key not in made:
             made[key] = make_pair(case, backend, **MODES[mode])
@@ -69,7 +69,7 @@ def pairs():
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("case", ["llama-gqa", "qwen2-windows", "deepseek_v2-greedy", "deepseek_v3-groups"])
 def test_logits_and_text(case: str, mode: str, backend: str, pairs: Any) -> None:
-    """What a model generates is what its logits of the whole text say, token by token."""
+    """Generated tokens agree with the logits of the whole text."""
     pair = pairs(case, backend, mode)
     ids = pair.ids(180)
     text = greedy(pair.fast, ids, 60)
@@ -81,7 +81,7 @@ def test_logits_and_text(case: str, mode: str, backend: str, pairs: Any) -> None
 @backends
 @pytest.mark.parametrize("mode", MODES)
 def test_rows_of_a_batch_are_independent(mode: str, backend: str, pairs: Any) -> None:
-    """Padded rows, whose windows begin at different places; beams, which fork and reorder; several answers."""
+    """Padded rows, whose windows begin at different positions; beams, which fork and reorder; several answers."""
     pair = pairs("llama-gqa", backend, mode)
     lengths = (230, 41, 170)
     ids, mask = pair.ids(*lengths), pair.mask(*lengths)
@@ -98,7 +98,7 @@ def test_rows_of_a_batch_are_independent(mode: str, backend: str, pairs: Any) ->
 @backends
 @pytest.mark.parametrize("mode", MODES)
 def test_drafts_change_nothing(mode: str, backend: str, pairs: Any) -> None:
-    """By prompt lookup, in our loop and in Transformers', and by an assistant, which takes back more than a window holds."""
+    """By prompt lookup, in our loop and in Transformers', and by an assistant, which rolls back more than a window."""
     pair = pairs("llama-gqa", backend, mode)
     ids = pair.ids(60).repeat(1, 4)
     plain = greedy(pair.fast, ids, 80).tolist()
@@ -115,7 +115,7 @@ def test_mtp_layers_use_the_same_mode(mode: str, tmp_path: Any) -> None:
     save_with_mtp(tmp_path / "model", deepseek_v3())
     model = load_model(tmp_path / "model", backend="reference", **MODES[mode])
     if mode == "sliding":
-        model.dso.arena.manager.forgetting = Forgetting(37, 3, spare=288)  # what MTP layers may be behind, and a block
+        model.dso.arena.manager.forgetting = Forgetting(37, 3, spare=288)  # the lag of MTP layers, and a block
     ids = torch.tensor([random_ids(model.config, 200)])
     plain = greedy(model, ids, 90).tolist()
     assert greedy(model, ids, 90, use_mtp=True, num_assistant_tokens_schedule="constant").tolist() == plain
@@ -123,7 +123,7 @@ def test_mtp_layers_use_the_same_mode(mode: str, tmp_path: Any) -> None:
     assert model.dso.arena.used_bytes == 0
 
 
-# ---- a cache that forgets
+# ---- a cache that drops blocks
 
 
 def used(model: Any) -> int:
@@ -133,7 +133,7 @@ def used(model: Any) -> int:
 
 @backends
 def test_a_prompt_of_100000_tokens_needs_the_memory_of_a_window(backend: str) -> None:
-    """Read, and more generated behind them."""
+    """After prefill, more tokens are generated."""
     plain = random_model(llama(num_hidden_layers=1, max_position_embeddings=200_000, hidden_size=24, intermediate_size=32))
     fast = DynamicGraphOptimizer(plain, config=DeepSeekConfig(precision="fp32", backend=backend, **SLIDING)).optimize()
     max_blocks = forget_early(fast).forgetting.blocks(fast.dso.config.prefill_chunk)
@@ -190,7 +190,7 @@ def test_the_same_text_without_dropping_blocks(case: str, backend: str) -> None:
 
 @backends
 def test_cropping(backend: str, pairs: Any) -> None:
-    """A little is fine; further is an error that says why, and leaves the cache as it was. What is gone reads as zeros."""
+    """A few tokens work; more is an error with the reason, which does not change the cache. Dropped tokens read as zeros."""
     pair = pairs("llama-gqa", backend, "sliding")
     ids = pair.ids(300)
     cache = PagedCache(pair.fast)
@@ -249,7 +249,7 @@ def test_an_engine_processes_prompts_longer_than_its_cache(backend: str, tmp_pat
 
 @native
 def test_mtp_layers_after_a_cached_prefix(tmp_path: Any, caplog: Any) -> None:
-    """They see nothing before it; what they see first is forgotten in time, and they go on without."""
+    """They have no rows before it; their first rows are dropped later, and they continue without them."""
     save_with_mtp(tmp_path / "model", deepseek_v3())
     model = load_model(tmp_path / "model", **SLIDING)
     model.dso.arena.manager.forgetting = Forgetting(37, 3, spare=288)
@@ -265,7 +265,7 @@ def test_mtp_layers_after_a_cached_prefix(tmp_path: Any, caplog: Any) -> None:
 
 @native
 def test_mtp_layers_that_begin_within_the_sinks(tmp_path: Any) -> None:
-    """Those of the text's sinks that they have seen end at what is forgotten."""
+    """The sinks that they have rows for end where the text was dropped."""
     save_with_mtp(tmp_path / "model", deepseek_v3())
     model = load_model(tmp_path / "model", **{**SLIDING, "attention_sinks": 100})
     model.dso.arena.manager.forgetting = Forgetting(37, 100, spare=288)
@@ -294,7 +294,7 @@ def test_a_draft_model_drops_blocks_too() -> None:
     assert 0 < max_blocks <= small.dso.arena.manager.forgetting.blocks(512)
 
 
-# ---- settings, and what is said
+# ---- settings and messages
 
 
 def test_saved_models_keep_their_mode(tmp_path: Any) -> None:
@@ -360,7 +360,7 @@ def test_transformers_forward_warns_that_it_attends_to_everything() -> None:
     assert_close_rows(hooked.logits[0], pair.plain(ids).logits[0], 1e-3)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        pair.fast(ids, output_attentions=True)  # said once
+        pair.fast(ids, output_attentions=True)  # reported once
     with pytest.warns(OptimizerWarning) as warned:
         make_pair("llama-gqa").fast(ids, output_attentions=True)
     assert not any("without sliding" in str(w.message) for w in warned)

@@ -41,7 +41,7 @@ def is_changed(found, words: str) -> bool:
 
 
 def test_only_packed_files_are_mapped(found):
-    """And the handler of SIGBUS comes with the first of them."""
+    """The handler of SIGBUS is installed with the first of them."""
     handlers = {"handler at first": False, "handler so far": False, "handler": True}
     ways = {"load_model": True, "from_pretrained": True, "float": False, "reference": False, "other names": False}
     assert found["mapped"] == handlers | ways

@@ -24,7 +24,7 @@ from support.tiny_v3 import documents, tiny_v3
 
 FAMILIES = ["deepseek_v2-groups", "deepseek_v3-groups", "deepseek_v32-indexer", "youtu-tied", "tiny-v3"]
 LENGTHS = (1, 7, 33, 2, 64, 19, 5, 40)  # of eight prompts: below, at and above a block's 32 tokens
-TOLERANCE = 1e-4  # of the largest logit, where a backend's products depend on how many rows they have
+TOLERANCE = 1e-4  # relative to the largest logit, for backends whose products depend on the number of rows
 
 
 def runs_natively(case: str) -> bool:
@@ -33,7 +33,7 @@ def runs_natively(case: str) -> bool:
 
 
 def cases() -> Iterator[Any]:
-    """Every family natively, in exact and in quantised products; on the reference backend one, and those that have no other."""
+    """Every family natively, with exact and quantised products; on the reference backend one, and those without another."""
     for case in FAMILIES:
         if case == "deepseek_v2-groups" or not runs_natively(case):
             yield pytest.param((case, "reference", "fp32"), id=f"{case}-reference")
@@ -43,18 +43,18 @@ def cases() -> Iterator[Any]:
 
 @dataclass
 class Subject:
-    """A model, eight prompts, and what follows each of them when it is alone."""
+    """A model, eight prompts, and the continuation of each when it is alone."""
 
     model: Any
     prompts: list[list[int]]
-    exact: bool  # whether a row's bits are the same in any company
+    exact: bool  # whether a row's bits do not depend on the batch
 
     def runner(self, blocks: int) -> Runner:
         runtime = self.model.dso
         return Runner(runtime.plan, runtime.backend.new_store(runtime.graph, runtime.kv_dtype, blocks))
 
     def check(self, logits: torch.Tensor, alone: torch.Tensor, who: str) -> None:
-        """logits, alone: float32 [steps, V] that tokens were chosen from."""
+        """logits, alone: float32 [steps, V] from which tokens were chosen."""
         assert torch.equal(logits.argmax(-1), alone.argmax(-1)), f"{who} wrote another text"
         if self.exact:
             assert torch.equal(logits, alone), who
@@ -78,8 +78,8 @@ def subject(request, tmp_path_factory) -> Subject:
 
 
 @dataclass
-class Guest:
-    """One sequence of a schedule: comes at step `at`, and leaves after `count` tokens."""
+class Member:
+    """One sequence of a schedule: joins at step `at`, and leaves after `count` tokens."""
 
     number: int
     at: int
@@ -88,31 +88,31 @@ class Guest:
     rows: list[torch.Tensor] = field(default_factory=list)
 
 
-def together(runner: Runner, prompts: list[list[int]], guests: list[Guest]) -> None:
-    """Runs the schedule: at each step the prompts of who comes, and one token each of who is there, in one batch."""
+def together(runner: Runner, prompts: list[list[int]], members: list[Member]) -> None:
+    """Runs the schedule: each step's batch has the prompts of joining sequences, and one token of each other sequence."""
     step = 0
-    while any(len(guest.rows) < guest.count for guest in guests):
+    while any(len(member.rows) < member.count for member in members):
         parts, present = [], []
         for joins in (False, True):  # decode sequences come first
-            for guest in guests:
-                if (guest.at == step) == joins and guest.at <= step and len(guest.rows) < guest.count:
+            for member in members:
+                if (member.at == step) == joins and member.at <= step and len(member.rows) < member.count:
                     if joins:
-                        guest.blocks = runner.sequence()
-                    ids = prompts[guest.number] if joins else [int(guest.rows[-1].argmax())]
-                    assert guest.blocks is not None
-                    parts.append(Part(guest.blocks, ids, PREFILL if joins else DECODE, rows=[len(ids) - 1]))
-                    present.append(guest)
+                        member.blocks = runner.sequence()
+                    ids = prompts[member.number] if joins else [int(member.rows[-1].argmax())]
+                    assert member.blocks is not None
+                    parts.append(Part(member.blocks, ids, PREFILL if joins else DECODE, rows=[len(ids) - 1]))
+                    present.append(member)
         if parts:
-            for guest, row in zip(present, run_step(runner.plan, runner.store, parts).logits, strict=True):
-                guest.rows.append(row.clone())
-                if len(guest.rows) == guest.count:
-                    guest.blocks.free()  # whoever comes next takes these blocks, with what lies in them
+            for member, row in zip(present, run_step(runner.plan, runner.store, parts).logits, strict=True):
+                member.rows.append(row.clone())
+                if len(member.rows) == member.count:
+                    member.blocks.free()  # the next sequence gets these blocks with their old content
         step += 1
 
 
 @pytest.fixture(scope="module")
 def alone(subject) -> list[torch.Tensor]:
-    """For each prompt the logits of twelve greedy tokens, float32 [12, V]."""
+    """The logits of twelve greedy tokens of each prompt, float32 [12, V]."""
     runner = subject.runner(blocks=8)
     return [runner.decode(prompt, 12)[1] for prompt in subject.prompts]
 
@@ -129,15 +129,15 @@ SCHEDULES = {
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_sequences_join_and_leave_at_any_step(subject, alone, schedule):
-    guests = [Guest(*entry) for entry in SCHEDULES[schedule]]
-    together(subject.runner(blocks=24), subject.prompts, guests)
-    for guest in guests:
-        who = f"prompt {guest.number}, who came at step {guest.at}"
-        subject.check(torch.stack(guest.rows), alone[guest.number][: guest.count], who)
+    members = [Member(*entry) for entry in SCHEDULES[schedule]]
+    together(subject.runner(blocks=24), subject.prompts, members)
+    for member in members:
+        who = f"prompt {member.number}, who came at step {member.at}"
+        subject.check(torch.stack(member.rows), alone[member.number][: member.count], who)
 
 
 def test_experts_get_only_their_own_tokens(subject, alone):
-    """Prompts in chunks beside sequences that decode: a token's experts are grouped with others' in each step."""
+    """Chunks of prompts together with decoding sequences: each step groups the experts of all tokens."""
     runner = subject.runner(blocks=24)
     other = runner.sequence()
     first = run_step(runner.plan, runner.store, [Part(other, subject.prompts[2], rows=[len(subject.prompts[2]) - 1])])
@@ -153,7 +153,7 @@ def test_experts_get_only_their_own_tokens(subject, alone):
 
 
 def generated(model: Any, prompts: list[list[int]], **options: Any) -> list[list[int]]:
-    """What `generate` writes after each prompt of a batch, padded on the left."""
+    """The text that `generate` adds to each prompt of a batch, padded on the left."""
     width = max(map(len, prompts))
     ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
@@ -170,7 +170,7 @@ def test_generate_of_padded_batches(subject, alone, size):
 
 def test_generate_of_rows_that_finish_at_different_times(subject, alone):
     texts = [logits.argmax(-1).tolist() for logits in alone]
-    ends = [texts[0][3], texts[2][0], texts[5][7]]  # whoever writes one of these is done
+    ends = [texts[0][3], texts[2][0], texts[5][7]]  # a row that generates one of these is finished
     found = generated(subject.model, subject.prompts, eos_token_id=ends)
     lengths = set()
     for row, text in zip(found, texts, strict=True):
@@ -181,7 +181,7 @@ def test_generate_of_rows_that_finish_at_different_times(subject, alone):
 
 
 def test_weights_equal_the_model(subject):
-    """The plan binds the modules' own storage, stacks included: what was tested above is what is saved."""
+    """The plan uses the modules' storage, including stacks, so that the saved weights are those tested above."""
     for name, weight in weights_of(subject.model, subject.model.dso.graph).items():
         own = subject.model.get_submodule(name.rpartition(".")[0])
         assert weight.data.data_ptr() == getattr(own, name.rpartition(".")[2]).data_ptr()

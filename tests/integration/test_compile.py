@@ -62,7 +62,7 @@ def test_under_inference_mode_and_autocast(pair):
     with torch.inference_mode():
         assert torch.equal(pair.fast(ids).logits, expected)
         tokens = pair.fast.generate(ids, max_new_tokens=5, do_sample=False)
-    with torch.autocast("cpu", torch.bfloat16):  # the plan computes as it always does
+    with torch.autocast("cpu", torch.bfloat16):  # autocast does not affect the plan
         assert torch.equal(pair.fast(ids).logits, expected)
         assert torch.equal(pair.fast.generate(ids, max_new_tokens=5, do_sample=False), tokens)
 
@@ -78,6 +78,6 @@ def test_transformers_own_forward_under_autocast(fresh_pair):
 @torch.no_grad()
 def test_data_parallel(pair):
     ids = pair.ids(9, 9)
-    assert torch.equal(torch.nn.DataParallel(pair.fast)(ids).logits, pair.fast(ids).logits)  # without GPUs it only hands on
+    assert torch.equal(torch.nn.DataParallel(pair.fast)(ids).logits, pair.fast(ids).logits)  # without GPUs it only delegates
     with pytest.raises(UnsupportedRequestError, match="one process per device"):
         pair.fast._replicate_for_data_parallel()

@@ -27,7 +27,7 @@ def cache_of(output):
 
 @pytest.fixture
 def phases(monkeypatch):
-    """The phase of every plan step that runs."""
+    """Records the phase of every step of the plan."""
     seen = []
 
     def watch(model):
@@ -224,11 +224,11 @@ def test_batch_invariant_is_all_decode(phases):
     assert seen == [[DECODE]]
 
 
-# ---- what the plan does not serve
+# ---- calls that the plan does not support
 
 
 def fallback(pair, reason, *args, **kwargs):
-    """Transformers' forward answers, with one warning that says why; a second call is quiet."""
+    """Transformers' forward is used, with one warning that gives the reason; a second call has none."""
     with pytest.warns(OptimizerWarning, match=reason):
         made = pair.fast(*args, **kwargs)
     with warnings.catch_warnings():
@@ -250,7 +250,7 @@ def test_output_attentions(fresh_pair):
 
 @torch.no_grad()
 def test_the_plan_is_used_again_after_output_attentions(fresh_pair):
-    """Transformers leaves the hooks that record them on the modules."""
+    """Transformers does not remove its recording hooks from the modules."""
     ids = fresh_pair.ids(6)
     fresh_pair.fast(ids, output_attentions=True)
     assert isinstance(cache_of(fresh_pair.fast(ids)), PagedCache)
@@ -275,7 +275,7 @@ def test_router_logits():
     expected = getattr(pair.plain(ids), "router_logits", None)
     with pytest.warns(OptimizerWarning, match="output_router_logits"):
         made = getattr(pair.fast(ids), "router_logits", None)
-    assert (made is None) == (expected is None)  # before 5.24 Transformers gave none
+    assert (made is None) == (expected is None)  # Transformers before 5.24 returned none
     assert expected is None or len(made) == len(expected) > 0
 
 
@@ -346,7 +346,7 @@ def test_gradients_in_the_input(fresh_pair):
 
 
 def test_no_gradient_by_default(pair):
-    """Grad mode is on outside `no_grad`, but nothing of an optimised model is trainable: the plan serves."""
+    """Grad mode is on outside `no_grad`, but no parameter of an optimised model is trainable, so the plan is used."""
     assert torch.is_grad_enabled()
     made = pair.fast(pair.ids(4))
     assert isinstance(cache_of(made), PagedCache)

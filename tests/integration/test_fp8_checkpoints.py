@@ -57,7 +57,7 @@ def test_kept_at_one_byte_per_weight(folder, expected, backend):
 @pytest.mark.parametrize("precision", ["int4", "int8", "bf16", "fp32"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_converted_while_loading(folder, plain, precision, backend):
-    """The same bits as the dequantised model packed."""
+    """The same bits as when the dequantised model is packed."""
     ours, theirs = (load_model(path, precision=precision, backend=backend) for path in (folder, plain))
     for (name, a), (other, b) in zip(ours.named_parameters(), theirs.named_parameters(), strict=True):
         assert name == other and torch.equal(a, b), name
@@ -78,7 +78,7 @@ def test_a_float_model_packed_as_fp8(plain, expected):
 
 @pytest.mark.parametrize("precision", ["auto", "int8", "int4"])
 def test_convert(folder, tmp_path, precision):
-    """Streamed from file to file, saved by the model, and mapped again: one model."""
+    """Converted from file to file, saved by the model, and mapped again: the same model."""
     pack_checkpoint(folder, tmp_path / "packed", {"precision": precision})
     model = load_model(folder, precision=precision)
     model.save_pretrained(tmp_path / "saved")
@@ -95,7 +95,7 @@ def test_convert(folder, tmp_path, precision):
 
 
 def test_transformers_loader_names_the_remedy(folder):
-    """With the section, Transformers refuses two kinds of quantisation; without it, it would read codes and no scales."""
+    """With the section, Transformers rejects two kinds of quantisation; without it, it would read codes without scales."""
     with pytest.raises(ValueError, match="quantized with"):
         AutoModelForCausalLM.from_pretrained(folder, quantization_config=DeepSeekConfig())
     config = AutoConfig.from_pretrained(folder)
@@ -118,7 +118,7 @@ def test_a_scale_of_the_wrong_shape_is_an_error_before_reading(folder, tmp_path,
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_latent_attention(tmp_path, backend):
-    """kv_b in FP8: absorbed it is other matrices, made of it."""
+    """kv_b in FP8: in the absorbed form, other matrices are derived from it."""
     config = CASES["deepseek_v3-groups"]()
     config.first_k_dense_replace = config.num_hidden_layers
     random_model(config, dtype=torch.bfloat16).save_pretrained(tmp_path / "float")
@@ -138,7 +138,7 @@ def test_latent_attention(tmp_path, backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_deepseek_v3(tmp_path, backend):
-    """Experts tensor by tensor, latent attention with kv_b in FP8; the router, its bias and the norms as stored."""
+    """Experts tensor by tensor, latent attention with kv_b in FP8; the router, its bias and the norms unchanged."""
     config = CASES["deepseek_v3-groups"]()
     random_model(config, dtype=torch.bfloat16).save_pretrained(tmp_path / "float")
     folder = fp8_copy(tmp_path / "float", tmp_path / "fp8")

@@ -11,7 +11,7 @@ from deepseek_optimizer.integration.bind.runtime import OptimizerWarning
 from deepseek_optimizer.integration.compat import cache_name
 
 RIGHT = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]])
-TRIANGLE = torch.tril(torch.ones(4, 6, dtype=torch.long))  # what Transformers' own testers give
+TRIANGLE = torch.tril(torch.ones(4, 6, dtype=torch.long))  # as in Transformers' own testers
 HOLES = torch.tensor([[1, 0, 1, 1, 0, 1], [0, 0, 1, 1, 1, 1]])
 
 
@@ -54,7 +54,7 @@ def test_a_paged_cache_is_rejected_with_a_remedy(fresh_pair):
 
 @torch.no_grad()
 def test_four_dimensions(fresh_pair):
-    """A mask of four dimensions says of each query which keys it sees: here two documents, without restarting positions."""
+    """A mask of four dimensions gives the visible keys of each query: here two documents, without restarting positions."""
     ids, seen = fresh_pair.ids(7), torch.ones(7, 7, dtype=torch.bool).tril()
     seen[4:, :4] = False
     call = {"attention_mask": seen[None, None], "use_cache": False}
@@ -64,7 +64,7 @@ def test_four_dimensions(fresh_pair):
 
 
 def test_four_dimensional_masks_in_generate_follow_transformers(fresh_pair):
-    """Whatever it is: an error where Transformers raises one, the same text where not."""
+    """An error if Transformers raises one, otherwise the same text."""
     ids, mask = fresh_pair.ids(4), torch.ones(1, 1, 4, 4, dtype=torch.bool).tril()
     outcomes = []
     for model in (fresh_pair.plain, fresh_pair.fast):

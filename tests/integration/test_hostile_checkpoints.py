@@ -17,7 +17,7 @@ from support.damaged_checkpoints import both_loaders, set_config, set_tensor
 
 @pytest.fixture
 def folder(tiny_model: Path, tmp_path: Path) -> Path:
-    """A copy of the tiny checkpoint, to be spoilt."""
+    """A copy of the tiny checkpoint that may be damaged."""
     return Path(shutil.copytree(tiny_model, tmp_path / "m"))
 
 
@@ -25,7 +25,7 @@ def folder(tiny_model: Path, tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"num_hidden_layers": 10**9}, "num_hidden_layers"),  # Transformers alone would build layers until memory is gone
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers"),  # Transformers alone would build layers until memory runs out
         ({"hidden_size": 1 << 40}, "hidden_size"),
         ({"vocab_size": 100}, "pad_token_id"),
         ({"pad_token_id": 10**6}, "pad_token_id"),

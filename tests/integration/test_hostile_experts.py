@@ -20,7 +20,7 @@ MTP = "model.layers.3"
 
 
 def with_mtp_layer(folder: Path) -> None:
-    """What DeepSeek publishes has: one more layer, with two norms, a projection, and copies of the embedding and the head."""
+    """As published by DeepSeek: an additional layer with two norms, a projection, and copies of the embedding and the head."""
     path = folder / "model.safetensors"
     save_file(with_mtp(load_file(path), CASES[CASE]()), path, {"format": "pt"})
 
@@ -34,7 +34,7 @@ def original(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def folder(original: Path, tmp_path: Path) -> Path:
-    """A copy, to be spoilt."""
+    """A copy that may be damaged."""
     return Path(shutil.copytree(original, tmp_path / "m"))
 
 
@@ -107,7 +107,7 @@ def test_both_forms_of_experts(folder, load):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"num_experts_per_tok": 13}, "num_experts_per_tok"),  # more than there are
+        ({"num_experts_per_tok": 13}, "num_experts_per_tok"),  # more than exist
         ({"num_experts_per_tok": 9}, "num_experts_per_tok"),  # more than the chosen groups have
         ({"n_group": 5}, "n_group"),
         ({"topk_group": 4}, "topk_group"),
@@ -116,7 +116,7 @@ def test_both_forms_of_experts(folder, load):
         ({"moe_intermediate_size": 0}, "moe_intermediate_size"),
         ({"first_k_dense_replace": -1}, "first_k_dense_replace"),
         ({"kv_lora_rank": 0}, "kv_lora_rank"),
-        ({"qk_rope_head_dim": 11}, "qk_rope_head_dim"),  # an odd number cannot turn in pairs
+        ({"qk_rope_head_dim": 11}, "qk_rope_head_dim"),  # an odd number of elements cannot be rotated in pairs
         ({"v_head_dim": 1 << 40}, "v_head_dim"),
         ({"num_nextn_predict_layers": -1}, "num_nextn_predict_layers"),
     ],

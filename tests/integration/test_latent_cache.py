@@ -22,12 +22,12 @@ CASES_OF_LATENTS = ["deepseek_v2-groups", "deepseek_v3-groups", "deepseek_v32-in
 
 @pytest.fixture(scope="module", params=CASES_OF_LATENTS)
 def pair(request):
-    """Shared: leave it as it is."""
+    """Shared; do not modify it."""
     return make_pair(request.param)
 
 
 def filled(pair, *lengths):
-    """A cache of rows of these lengths, padded on the left, and Transformers' own."""
+    """A cache of rows of these lengths, padded on the left, and a Transformers cache."""
     ids, mask = pair.ids(*lengths), pair.mask(*lengths)
     paged, dynamic = PagedCache(pair.fast), DynamicCache(config=pair.plain.config)
     with torch.no_grad():
@@ -67,7 +67,7 @@ def test_generate_caches_the_same_as_transformers(pair, options):
 
 
 def lite() -> DeepseekV2Config:
-    """DeepSeek-V2-Lite, without a weight."""
+    """DeepSeek-V2-Lite without weights."""
     return DeepseekV2Config(
         num_hidden_layers=27, hidden_size=2048, intermediate_size=10944, moe_intermediate_size=1408, n_routed_experts=64,
         n_shared_experts=2, num_experts_per_tok=6, first_k_dense_replace=1, num_attention_heads=16, num_key_value_heads=16,
@@ -77,7 +77,7 @@ def lite() -> DeepseekV2Config:
 
 @pytest.mark.parametrize(("kind", "bytes_a_token"), [("bf16", 31_104), ("fp32", 62_208)])
 def test_the_size_of_a_v2_lite_token_follows_the_formula(kind, bytes_a_token):
-    """27 layers of 512 + 64 numbers."""
+    """27 layers of 512 + 64 elements."""
     graph = build_graph(lite())
     assert ReferenceBackend().block_bytes(graph, kind) == 32 * bytes_a_token
     if unavailable_reason() is None and "deepseek_v2" in NATIVE_FAMILIES:

@@ -24,7 +24,7 @@ FAMILIES = ["llama-tied", "llama-biases", "qwen2-gqa", "qwen3-tied"]
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """case -> (a float checkpoint, its model), made once."""
+    """case -> (a float checkpoint, its model), created once."""
     made = {}
 
     def get(case, dtype=torch.float32):
@@ -234,7 +234,7 @@ def test_writing_to_weights_does_not_reach_the_file(saved, tmp_path):
     assert (tmp_path / "p" / "model.safetensors").read_bytes() == before
 
 
-# ---- what is refused
+# ---- rejected calls
 
 
 def change(folder, target, **fields):
@@ -357,7 +357,7 @@ def test_calls_on_a_temporary_model(saved, tmp_path):
 
 
 def test_importing_does_no_work():
-    """Names are registered; no library is loaded, no model code imported, no thread started."""
+    """Only names are registered: no library is loaded, no model code imported, no thread started."""
     code = (
         "import sys, threading, deepseek_optimizer as d\n"
         "from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as m\n"

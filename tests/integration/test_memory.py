@@ -30,8 +30,8 @@ pytestmark = [
 ]
 
 LAYERS, HIDDEN, INTERMEDIATE, VOCAB = 4, 1024, 8192, 16384
-EXPERTS = 48  # of HIDDEN x HIDDEN: merged in floats on the way, they would take far more than the slack
-SLACK = 150_000_000  # the float file is three times as large, so that to keep it in memory fails
+EXPERTS = 48  # of HIDDEN x HIDDEN: if they were merged as floats, they would need far more than the slack
+SLACK = 150_000_000  # the float file is three times as large, so that keeping it in memory fails
 CONVERT_SLACK = 100_000_000
 BIG, BIG_SLACK = os.environ.get("DSO_TEST_MODEL"), 500_000_000
 
@@ -75,7 +75,7 @@ def check(way: str, model: Path | str, out: Path, slack: int) -> None:
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     if way == "convert":  # from file to file
-        assert found["packed"] > found["largest packed"] + CONVERT_SLACK  # else there would be nothing to see
+        assert found["packed"] > found["largest packed"] + CONVERT_SLACK  # otherwise the test would show nothing
         assert found["peak"] <= found["largest packed"] + CONVERT_SLACK, found
         return
     assert found["file"] > found["largest"] + slack
@@ -83,7 +83,7 @@ def check(way: str, model: Path | str, out: Path, slack: int) -> None:
 
 
 def shapes() -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Transformers' name -> GGUF's name and the shape."""
+    """Transformers' name -> GGUF's name and shape."""
     square, wide, tall = (HIDDEN, HIDDEN), (INTERMEDIATE, HIDDEN), (HIDDEN, INTERMEDIATE)
     block = {
         "self_attn.q_proj": ("attn_q", square), "self_attn.k_proj": ("attn_k", square), "self_attn.v_proj": ("attn_v", square),
@@ -101,7 +101,7 @@ def shapes() -> dict[str, tuple[str, tuple[int, ...]]]:
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """The same sizes as a directory of safetensors and as GGUF: 0.6 GB, deleted when the tests are done."""
+    """The same sizes as a directory of safetensors and as GGUF: 0.6 GB, deleted after the tests."""
     folder = tmp_path_factory.mktemp("models")
     weights = {name: torch.full(shape, 0.01, dtype=torch.bfloat16) for name, (_, shape) in shapes().items()}
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
@@ -112,7 +112,7 @@ def models(tmp_path_factory):
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config))
     words = Tokenizer(WordLevel({"a": 0}, unk_token="a"))
-    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(folder)  # `dso convert` takes it along
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(folder)  # `dso convert` copies it
     values = {
         **model_values("llama", LAYERS), "llama.embedding_length": (U32, HIDDEN),
         "llama.feed_forward_length": (U32, INTERMEDIATE), "llama.attention.head_count": (U32, 16),
@@ -139,7 +139,7 @@ def test_peak_memory_stays_at_the_packed_size(models, tmp_path, way, kind):
 
 @pytest.fixture
 def experts(tmp_path):
-    """One layer of experts, as DeepSeek publishes them: 0.3 GB."""
+    """One layer of experts, as published by DeepSeek: 0.3 GB."""
     square = torch.full((HIDDEN, HIDDEN), 0.01, dtype=torch.bfloat16)
     layer, attention = "model.layers.0", {"q_proj": (96, HIDDEN), "kv_a_proj_with_mqa": (96, HIDDEN), "kv_b_proj": (128, 64)}
     shapes = {f"{layer}.self_attn.{name}": shape for name, shape in {**attention, "o_proj": (HIDDEN, 64)}.items()}

@@ -30,7 +30,7 @@ def texts(original):
 
 
 def squares_that_experts_read(plain, texts) -> dict[str, torch.Tensor]:
-    """Mean squares of what gate_up and down of layer 1 are multiplied with, from Transformers' own module."""
+    """Mean squares of the inputs of gate_up and down in layer 1, from Transformers' module."""
     experts = plain.get_submodule(STACK)
     sums = {"gate_up_proj": torch.zeros(experts.hidden_dim), "down_proj": torch.zeros(experts.intermediate_dim)}
 

@@ -27,13 +27,13 @@ WITH_EXPERTS = FAMILIES[:3]
 
 
 def saved(folder: Path, case: str, dtype: torch.dtype = torch.float32) -> Path:
-    """A random model as Transformers saves it: experts one by one."""
+    """A random model saved by Transformers, with experts one by one."""
     random_model(CASES[case](), dtype=dtype).save_pretrained(folder)
     return folder
 
 
 def merge_experts(folder: Path) -> None:
-    """The other form: Transformers' parameters as they are in memory."""
+    """The other form: Transformers' parameters as in memory."""
     model = AutoModelForCausalLM.from_pretrained(folder)
     save_file(
         {n: t.contiguous().clone() for n, t in model.state_dict().items()}, folder / "model.safetensors", {"format": "pt"}
@@ -79,9 +79,9 @@ def test_logits_equal_transformers(folder, load):
     with torch.no_grad():
         assert_close_rows(fast(torch.tensor([ids])).logits[0], expected)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # it says that this is slower
+            warnings.simplefilter("ignore")  # a warning that this is slower
             inner = fast(torch.tensor([ids]), output_attentions=True, use_cache=False).logits[0]
-    assert_close_rows(inner, expected)  # Transformers' own forward, over the packed modules
+    assert_close_rows(inner, expected)  # Transformers' forward over the packed modules
 
 
 @ways
@@ -120,7 +120,9 @@ def test_routers_stay_exact(tmp_path, load, stored):
     tensors = load_file(folder / "model.safetensors")
     bias = "model.layers.1.mlp.gate.e_score_correction_bias"
     tensors[bias] = tensors[bias].to(stored)
-    tensors["model.layers.1.mlp.gate.weight"] = tensors["model.layers.1.mlp.gate.weight"].float() * 1.001  # no bf16 numbers
+    tensors["model.layers.1.mlp.gate.weight"] = (
+        tensors["model.layers.1.mlp.gate.weight"].float() * 1.001
+    )  # values that bf16 cannot represent
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     model = load(folder, precision="int4")
     gate = model.model.layers[1].mlp.gate
@@ -148,7 +150,7 @@ def test_packed_checkpoints_round_trip(tmp_path, case):
 
 def test_transformers_save_keeps_the_packed_experts(tmp_path):
     model = by_load_model(saved(tmp_path / "float", "deepseek_v3-groups"), precision="int4")
-    type(model).save_pretrained(model, tmp_path / "packed")  # what is called for uploads and adapters
+    type(model).save_pretrained(model, tmp_path / "packed")  # as called for uploads and adapters
     assert_same_weights(by_load_model(tmp_path / "packed"), model)
 
 
@@ -174,7 +176,7 @@ def test_adapters_on_attention_train_through_experts(tmp_path):
     from peft import LoraConfig, get_peft_model
 
     model = by_load_model(saved(tmp_path, "deepseek_v3-groups"), precision="int8")
-    with pytest.raises(ValueError, match="only 2d and 3d are supported"):  # experts, which PEFT counts among all linear modules
+    with pytest.raises(ValueError, match="only 2d and 3d are supported"):  # experts, which PEFT includes in all linear modules
         get_peft_model(copy.deepcopy(model), LoraConfig(target_modules="all-linear", r=2))
     wrapped = get_peft_model(model, LoraConfig(target_modules=["q_a_proj", "q_b_proj", "kv_b_proj", "o_proj"], r=2))
     assert isinstance(wrapped.base_model.model.model.layers[1].mlp.experts, PackedExperts)
@@ -223,7 +225,7 @@ class TestFormats:
             load_model(v3, formats={entry: "int4"}, backend="reference")
 
     def test_a_packed_checkpoint_accepts_its_own_settings(self, v3, tmp_path):
-        by_load_model(v3, precision="int4").save_pretrained(tmp_path / "p")  # where kv_b is int8
+        by_load_model(v3, precision="int4").save_pretrained(tmp_path / "p")  # in which kv_b is int8
         assert by_load_model(tmp_path / "p", precision="int4").dso.config.precision == "int4"
         with pytest.raises(CheckpointError, match="is packed as int4, int8, not q4_1"):
             by_load_model(tmp_path / "p", precision="q4_1")
@@ -283,7 +285,9 @@ def test_report_of_experts_and_latents(tmp_path):
     assert report.kv_token_bytes == 3 * 2 * (40 + 12) and report.latent
     assert "bf16 latents, 312 bytes per token" in str(report) and "2 layers of 12, 4 per token" in str(report)
     stacks = next(row for row in report.formats if row.format == "int4")
-    assert stacks.matrices == 1 + 1 + 3 * 4 + 3 + 2 * (3 * 12 + 3)  # ends, attention but kv_b, dense MLP, experts and shared
+    assert stacks.matrices == 1 + 1 + 3 * 4 + 3 + 2 * (
+        3 * 12 + 3
+    )  # embedding and head, attention without kv_b, dense MLP, experts and shared experts
     assert report.to_dict()["experts"]["experts"] == 12
 
 

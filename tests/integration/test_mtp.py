@@ -54,7 +54,7 @@ def folder(request, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def one(tmp_path) -> Path:
-    """To be changed at will."""
+    """May be modified."""
     save_with_mtp(tmp_path / "one", deepseek_v3())
     return tmp_path / "one"
 
@@ -93,7 +93,7 @@ def test_both_ways_load_the_same(folder, precision):
 
 @ways
 def test_the_main_model_is_unchanged(folder, load):
-    """Its logits, by the plan and by Transformers' forward, know nothing of the layers behind its own."""
+    """Its logits, by the plan and by Transformers' forward, do not depend on the MTP layers."""
     plain = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", experts_implementation="eager")
     ids = torch.tensor([random_ids(plain.config, 20)])
     with torch.no_grad():
@@ -206,7 +206,7 @@ def test_a_copy_drafts_independently(folder):
 
 
 def test_with_an_adapter_there_are_no_drafts(one):
-    """The adapter is on the MTP layer too, where no forward of Transformers' would run it."""
+    """The adapter is on the MTP layer too, which no forward of Transformers runs."""
     peft = pytest.importorskip("peft")
     model = peft.get_peft_model(by_load_model(one), peft.LoraConfig(r=2, target_modules=["kv_b_proj"], init_lora_weights=False))
     options = {"input_ids": torch.tensor([[1, 2, 3]]), "max_new_tokens": 5, "do_sample": False}
@@ -231,7 +231,7 @@ FIXED = {"use_mtp": True, "num_assistant_tokens_schedule": "constant"}  # always
 
 
 def test_trained_drafts_have_the_acceptance_of_training(trained):
-    """README: its argmax agrees with the model's own at 78% of places (teacher forced, which its own text is close to)."""
+    """README: its argmax agrees with the model's at 78% of positions (teacher forcing, which is close to its own text)."""
     ids = prompts(8, 96)
     options = {"max_new_tokens": 40, "do_sample": False, "eos_token_id": None, "pad_token_id": 2}
     assert torch.equal(trained.generate(ids, **options), trained.generate(ids, **FIXED, **options))
@@ -243,7 +243,7 @@ def test_trained_drafts_have_the_acceptance_of_training(trained):
 
 
 def test_trained_drafts_of_sampled_text(trained):
-    """Drafts are drawn from the layer's own distribution through the request's processors, so most hold."""
+    """Drafts are sampled from the layer's distribution after the request's processors, so most are accepted."""
     torch.manual_seed(0)
     options = {"max_new_tokens": 32, "temperature": 0.7, "top_k": 40, "eos_token_id": None, "pad_token_id": 2}
     trained.generate(prompts(8, 64), do_sample=True, num_assistant_tokens=1, **FIXED, **options)

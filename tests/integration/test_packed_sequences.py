@@ -23,7 +23,7 @@ def restarting(*rows: list[int]) -> torch.Tensor:
 @pytest.fixture(autouse=True)
 def _served_by_the_plan():
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # an OptimizerWarning would say that Transformers' own forward served
+        warnings.simplefilter("error")  # an OptimizerWarning would mean that Transformers' forward was used
         yield
 
 

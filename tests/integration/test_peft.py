@@ -106,7 +106,7 @@ def test_a_merge_can_be_undone(fresh_pair):
         model.merge_adapter()
         assert_close_rows(model(input_ids=ids).logits, beside)
         if merging:
-            with model.disable_adapter():  # takes it back by itself
+            with model.disable_adapter():  # undone automatically
                 assert_close_rows(model(input_ids=ids).logits, without)
         else:
             model.unmerge_adapter()

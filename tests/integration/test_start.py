@@ -13,7 +13,7 @@ from support.models import CASES, random_model
 
 
 def test_importing_loads_nothing_heavy():
-    """Only this package and the standard library, besides what any model and any pipeline of Transformers need."""
+    """Only this package and the standard library, besides the imports of any model and pipeline of Transformers."""
     code = (
         "import sys, torch, numpy.typing, transformers.masking_utils, transformers.modeling_utils, transformers.pipelines\n"
         "import transformers.generation.utils\n"
@@ -37,7 +37,7 @@ def test_a_progress_bar_on_a_terminal(tmp_path, monkeypatch, stream, shown):
     model.save_pretrained(tmp_path)
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr(sys, "stderr", stream)
-    monkeypatch.setattr("deepseek_optimizer.system.progress.FIRST_LINE_S", 1000)  # a slow machine is not asked
+    monkeypatch.setattr("deepseek_optimizer.system.progress.FIRST_LINE_S", 1000)  # independent of the machine's speed
     load_model(tmp_path, precision="int8")
     text = stream.getvalue()
     assert (f"Loading {tmp_path.name[:5]}" in text) is shown

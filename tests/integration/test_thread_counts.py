@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(unavailable_reason() is not None, reason="no nat
 
 @pytest.fixture
 def few(monkeypatch):
-    """A machine of two processors."""
+    """A machine with two processors."""
     monkeypatch.setattr(native.library(), "dso_default_threads", lambda: 2)
 
 

@@ -65,7 +65,7 @@ def test_sequences_that_share_blocks_are_unaffected(model: Any) -> None:
 
 
 def test_positions_may_begin_anywhere(model: Any) -> None:
-    """Keys turn from where they are: a first position changes the angles' rounding, and nothing more."""
+    """Keys are rotated from their position: the first position changes only the rounding of angles."""
     (a, one), (b, two) = arena_of(model), arena_of(model)
     a.drop_blocks(one, 1, 2)
     b.drop_blocks(two, 1, 2, first_position=500)
@@ -81,7 +81,7 @@ def test_too_few_blocks_for_copies(model: Any) -> None:
         arena.drop_blocks(second, 1, 2)
     assert (error.value.needed, error.value.free) == (2, 1)
     assert state(arena, second) == before and same(content(arena, second), kept)
-    arena.drop_blocks(second, 1, 3)  # one copy: there is room
+    arena.drop_blocks(second, 1, 3)  # one copy, for which there is room
 
 
 @pytest.mark.parametrize("fails", ["copy_block", "rotate"])

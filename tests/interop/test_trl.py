@@ -31,7 +31,7 @@ def trainer_of(model, tokenizer, folder, **options):
 
 @pytest.fixture
 def trained(model, byte_tokenizer, tmp_path):
-    """A trainer after some steps on one text, and the packed weights that there were before."""
+    """A trainer after some steps on one text, and the packed weights before training."""
     before = {name: value.clone() for name, value in model.state_dict().items()}
     config = peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
     trainer = trainer_of(model, byte_tokenizer, tmp_path, peft_config=config)

@@ -28,7 +28,7 @@ def test_schemas_of_parts_make_every_field_optional():
     normalise(part)
     nothing = {"number": None, "total": None, "items": [], "seller": {"name": None}}
     assert problems(part, nothing) == [] and problems(SCHEMA, nothing)
-    assert SCHEMA["required"] == ["number", "items"]  # left as it was
+    assert SCHEMA["required"] == ["number", "items"]  # unchanged
 
 
 def test_arrays_are_joined_and_the_first_value_counts():

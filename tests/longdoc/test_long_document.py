@@ -38,7 +38,7 @@ def test_each_strategy_cites_the_text(loaded, strategy):
     with opened(loaded, SHORT if strategy == "whole" else LONG) as made:
         answer = made.ask(SHORT.split(".")[0] + "?", strategy=strategy)
         assert answer.strategy == strategy and answer.reason == "it was requested"
-        assert isinstance(answer.answer, str) and (answer.citations or strategy == "map_reduce")  # where it says nothing at all
+        assert isinstance(answer.answer, str) and (answer.citations or strategy == "map_reduce")  # if it answers nothing at all
         for citation in answer.citations:
             assert text_of(made, citation.file)[citation.start : citation.end] == citation.text != ""
         least = len(SHORT) if strategy in ("whole", "retrieve") else len(LONG)
@@ -180,7 +180,7 @@ def test_everything_is_freed_with_the_document(loaded):
     assert arena.manager.free_blocks < arena.manager.num_blocks
     made.close()
     assert arena.manager.free_blocks == arena.manager.num_blocks
-    assert made.ask("What was it?").tokens.cached == 0  # and it still works
+    assert made.ask("What was it?").tokens.cached == 0  # the document still works
     made.close()
     del made
     gc.collect()

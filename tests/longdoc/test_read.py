@@ -136,7 +136,7 @@ def test_limits_per_file_and_in_total(tmp_path: Path) -> None:
 
 
 class _Changing:
-    """Stands for `read._read_all`: the file grows each of the first `times` that it is read."""
+    """Replaces `read._read_all`: the file grows during the first `times` reads."""
 
     def __init__(self, times: int) -> None:
         self.times, self.read = times, read._read_all

@@ -19,7 +19,7 @@ def _index(texts: list[str], first: int = 0) -> Index:
 
 
 def test_scores_follow_the_formula() -> None:
-    """Of Lucene: idf = log(1 + (N - df + 0.5) / (df + 0.5)), tf / (tf + k1 (1 - b + b length / mean length))."""
+    """Lucene's formula: idf = log(1 + (N - df + 0.5) / (df + 0.5)), tf / (tf + k1 (1 - b + b length / mean length))."""
     rng = random.Random(4)
     vocabulary = [f"word{i}" for i in range(30)]
     texts = [" ".join(rng.choices(vocabulary, k=rng.randint(1, 60))) for _ in range(40)]

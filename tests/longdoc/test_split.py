@@ -19,7 +19,7 @@ SMOLLM2 = Path("~/.cache/deepseek-optimizer/SmolLM2-135M-Instruct.Q4_1-bf16").ex
 
 
 def _trained(metaspace: bool) -> Any:
-    """BPE with real merges. Metaspace, as of Llama 2: it puts a space before the text, and a text is one word; with BOS."""
+    """BPE with real merges. Metaspace, as in Llama 2: adds a space before the text, and a text is one word; with BOS."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -87,7 +87,7 @@ def test_random_texts(tokenizer: Any) -> None:
             TextFile(str(i), text, headings=tuple(sorted(rng.sample(range(len(text)), min(len(text), 5)))))
             for i, text in enumerate(random_text(rng, rng.choice((0, 1, 7, 300, 4000))) for _ in range(3))
         )
-        # 48 at least: U+FDFA alone takes 33 tokens where a tokenizer normalises it into its sentence.
+        # At least 48: U+FDFA alone has 33 tokens if a tokenizer normalises it into its sentence.
         max_length = rng.choice((48, 64, 200, 1024))
         _check(Document(files), tokenizer, max_length, rng.choice((0, 1, max_length // 4, max_length // 2 - 1)))
 
@@ -142,7 +142,7 @@ def test_slow_and_fast_tokenizers_give_chunks_of_similar_size() -> None:
 
 
 class _Counter:
-    """A tokenizer that says what `tokens` says, and remembers how much it was given."""
+    """A tokenizer that returns `tokens(text)`, and records the size of its inputs."""
 
     is_fast = True
 
@@ -186,7 +186,7 @@ def test_many_small_files_are_tokenised_in_few_calls() -> None:
     ],
 )
 def test_wrong_plans_are_corrected(tokens: Callable[[str], int]) -> None:
-    """Short texts, of which the plan is made, have fewer tokens than long ones."""
+    """Short texts, from which the plan is estimated, have fewer tokens than long ones."""
     for text in ("some words " * 500, "a" * 95 + ("Z" * 8 + "a" * 100) * 30):
         for stride in (0, 16, 32):
             _check(Document.of_texts(text), _Counter(tokens), 64, stride)

@@ -105,7 +105,7 @@ def test_summaries_are_merged_in_levels_until_one_is_left(long, byte_tokenizer):
     assert result.strategy == "map_reduce" and result.answer == f"({count})" + "x" * 40
     assert len(levels) >= 2 and levels[-1] == 1 and all(b < a for a, b in zip(levels, levels[1:], strict=False))
     merged = "".join(model.prompts[len(long.chunks) :])
-    assert all(f"({n})" in merged for n in range(1, count))  # nothing that was said is left out
+    assert all(f"({n})" in merged for n in range(1, count))  # no reply is missing
     assert model.batches[0].left > model.batches[1].left and model.batches[first - 1].left == 0
 
 
@@ -169,7 +169,7 @@ def test_missing_fields_of_an_extraction_are_reported(long, byte_tokenizer):
         (Question("Give me an overview"), "map_reduce"),
         (Question("Worum geht es hier?"), "map_reduce"),
         (Question("请总结这份文件"), "map_reduce"),
-        (Question("Qwertz yxcvb?"), "map_reduce"),  # no such words in it
+        (Question("Qwertz yxcvb?"), "map_reduce"),  # words that do not occur
     ],
 )
 def test_choice_by_task_and_question(long, task, name):

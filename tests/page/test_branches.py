@@ -18,7 +18,7 @@ def edit(chat: Any, index: int, text: str) -> None:
 
 
 def shown(chat: Any) -> list[str]:
-    """The messages, and the versions they say they are."""
+    """The messages, and their displayed versions."""
     texts: list[str] = chat.page.locator(".bubble, .assistant > .markdown, .versions").all_inner_texts()
     return [text.strip() for text in texts]
 

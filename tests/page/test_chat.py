@@ -16,7 +16,7 @@ def test_send_streams_and_shows_the_answer(chat: Any, server: FakeChatServer) ->
     more = Event()
     server.replies.append(Reply(["Hello ", "**wor", more, "ld**"]))
     chat.send("Hi")
-    chat.wait_text("Hello wor", ".assistant")  # what has come is shown while the rest is not there
+    chat.wait_text("Hello wor", ".assistant")  # the partial answer is shown
     assert chat.page.locator(".assistant").get_attribute("aria-busy") == "true"
     more.set()
     chat.wait_done()
@@ -87,7 +87,7 @@ def test_editing_a_message_removes_later_ones(chat: Any) -> None:
     chat.page.locator(".user").first.hover()
     chat.page.locator("button[aria-label='Edit and resend']").first.click()
     chat.page.fill(".editor textarea", "changed")
-    chat.page.keyboard.press("Escape")  # not after all
+    chat.page.keyboard.press("Escape")  # cancels editing
     assert chat.page.locator(".bubble").first.inner_text() == "one"
     chat.page.locator("button[aria-label='Edit and resend']").first.click()
     chat.page.fill(".editor textarea", "changed")
@@ -146,7 +146,7 @@ def test_several_conversations(chat: Any, server: FakeChatServer) -> None:
     chat.wait_text("slow", ".assistant")
     assert chat.titles() == ["second question", "first question"]
 
-    chat.page.click(".conversation[title='first question']")  # the other answer goes on meanwhile
+    chat.page.click(".conversation[title='first question']")  # the other answer continues meanwhile
     assert chat.answer() == "You said: first question"
     assert chat.page.locator(".busy").count() == 1
     assert chat.page.locator("#send").get_attribute("aria-label") == "Send"
@@ -223,7 +223,7 @@ def test_settings_are_checked_sent_and_saved(chat: Any) -> None:
     chat.wait_text("You said: Hi")
     chat.ask("again", answers=2)
     assert sent() == values
-    chat.page.click("#new-chat")  # settings are a conversation's own
+    chat.page.click("#new-chat")  # settings belong to a conversation
     chat.ask("Hi")
     assert set(chat.server.bodies[-1]) == {"model", "messages", "stream", "stream_options"}
 
@@ -260,9 +260,9 @@ def test_figures_of_an_answer(chat: Any, server: FakeChatServer) -> None:
     usage = {"prompt_tokens": 3000, "completion_tokens": 7, "dropped_tokens": 1234, "context_tokens": 1773}
     server.replies.append(Reply(["a ", "b ", more, "c"], usage=usage, finish="length"))
     chat.send("Hi")
-    chat.wait_text("≈ 2 tokens", "#speed")  # pieces counted, until the server's own count comes
+    chat.wait_text("≈ 2 tokens", "#speed")  # the number of chunks, until the server's count arrives
     assert "first token after" in chat.page.inner_text("#speed")
-    chat.page.wait_for_timeout(150)  # a speed needs a span of time
+    chat.page.wait_for_timeout(150)  # a speed needs some time
     more.set()
     chat.wait_done()
     stats = chat.page.inner_text(".stats")
@@ -350,7 +350,7 @@ def test_a_browser_without_storage_can_chat(open_chat: Callable[..., Any], stora
 
 
 def test_an_answer_is_saved_while_it_streams(chat: Any, server: FakeChatServer) -> None:
-    """Not only when the page is told that it goes: a browser may crash."""
+    """Not only in the unload event, since a browser may crash."""
     stored = """async () => {
       const request = indexedDB.open('deepseek-optimizer-chat');
       const database = await new Promise((resolve) => (request.onsuccess = () => resolve(request.result)));

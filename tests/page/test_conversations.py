@@ -79,7 +79,7 @@ def test_exports_can_be_imported_with_all_versions(
     there.wait_text("second", ".assistant")
     there.page.click("button[aria-label='Previous version']")
     assert there.answer() == "first"
-    there.page.set_input_files("#import-input", exported)  # again: nothing is replaced
+    there.page.set_input_files("#import-input", exported)  # a second import replaces nothing
     there.page.wait_for_function("() => document.querySelectorAll('.conversation').length === 4")
 
 
@@ -122,7 +122,7 @@ def test_an_example_fills_the_message_box(chat: Any, server: FakeChatServer) -> 
     chat.page.click(".example >> nth=1")
     text = chat.page.input_value("#message")
     assert text.startswith("Write a Python function")
-    assert server.bodies == []  # the reader may change it first
+    assert server.bodies == []  # the user may edit it first
     chat.page.keyboard.press("Enter")
     chat.wait_done()
     assert chat.page.locator(".example").count() == 0

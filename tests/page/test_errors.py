@@ -8,7 +8,7 @@ from typing import Any
 
 from support.fake_chat_server import DROP, FakeChatServer, Reply, Thought, error_body
 
-NOT_OK = ["Failed to load resource"]  # Chromium's own line in the console for every status that is not 200
+NOT_OK = ["Failed to load resource"]  # Chromium's console message for every status other than 200
 
 
 def title(chat: Any) -> str:
@@ -25,7 +25,7 @@ def test_no_key_then_a_wrong_one_then_the_right_one(open_chat: Callable[..., Any
     chat.page.fill("#key-input", "wrong")
     chat.page.keyboard.press("Enter")
     chat.page.wait_for_selector("#key-refused", state="visible")
-    chat.page.fill("#key-input", "kéy 钥匙")  # nothing that a header could carry: not even sent
+    chat.page.fill("#key-input", "kéy 钥匙")  # not valid in a header, so not sent
     chat.page.keyboard.press("Enter")
     assert dialog.is_visible()
     chat.page.fill("#key-input", "right")
@@ -36,7 +36,7 @@ def test_no_key_then_a_wrong_one_then_the_right_one(open_chat: Callable[..., Any
     assert chat.answer() == "You said: Hi"
     assert chat.page.evaluate("[localStorage.getItem('dso.key'), sessionStorage.getItem('dso.key')]") == [None, "right"]
 
-    server.api_key = "new"  # the key changes while one talks: the question is asked again once it is known
+    server.api_key = "new"  # the key changes during the conversation: the question is sent again with the new key
     chat.send("more")
     dialog.wait_for(state="visible")
     chat.page.fill("#key-input", "new")
@@ -48,7 +48,7 @@ def test_no_key_then_a_wrong_one_then_the_right_one(open_chat: Callable[..., Any
 
     chat.page.click("#key")
     chat.page.click("#key-forget")
-    dialog.wait_for(state="visible")  # the server asks again
+    dialog.wait_for(state="visible")  # the server requires a key again
     assert chat.page.evaluate("localStorage.getItem('dso.key')") is None
     chat.page.keyboard.press("Escape")
     chat.send("again")
@@ -113,7 +113,7 @@ def test_an_unreachable_server(open_chat: Callable[..., Any], server: FakeChatSe
 
 
 def test_broken_streams(open_chat: Callable[..., Any], server: FakeChatServer) -> None:
-    """Pieces without choices, without a delta, with nulls: what is not understood is passed over."""
+    """Chunks without choices, without a delta, with nulls: unknown content is ignored."""
     chat = open_chat()
     odd = [{"choices": []}, {"choices": [{}]}, {"choices": [{"delta": {"content": None, "reasoning_content": None}}]}]
     server.replies.append(Reply([*odd, "fine"]))

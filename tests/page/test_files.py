@@ -14,7 +14,7 @@ from support.fake_engine import FakeEngine
 from support.live_server import LiveServer
 from support.long_documents import prose
 
-NOT_OK = ["Failed to load resource"]  # Chromium's own line for every status that is not 200
+NOT_OK = ["Failed to load resource"]  # Chromium's console message for every status other than 200
 HOSTILE = "<img src=x onerror='window.pwned = 1'>"
 FACT = f"The green key {HOSTILE} is in the old lighthouse."
 ANSWER = "The green key is in the old lighthouse."
@@ -53,7 +53,7 @@ def chips(chat: Any, where: str = "#files") -> list[str]:
 
 
 def wait_chips(chat: Any, count: int = 1) -> None:
-    """Until so many are there, and none is on its way."""
+    """Waits until there are this many files and none is being uploaded."""
     chat.page.wait_for_function(
         "n => document.querySelectorAll('#files .chip').length === n && !document.querySelector('#files progress')"
         " && ![...document.querySelectorAll('#files .chip-below')].some((one) => one.textContent === 'Reading…')",
@@ -83,7 +83,7 @@ def test_a_pdf_is_attached_asked_about_and_cited(open_chat: Callable[..., Any], 
     assert chat.page.evaluate("window.pwned") is None
     assert chat.page.locator("blockquote img").count() == 0
 
-    chat.ask("And now?", answers=2)  # the file goes with the conversation
+    chat.ask("And now?", answers=2)  # the file belongs to the conversation
     assert FACT in live.engine.tokenizer.decode(live.engine.seen[-1].prompt)
     chat.reload()
     chat.wait_text("And now?")
@@ -107,7 +107,7 @@ def test_a_long_document_says_how_it_was_read(open_chat: Callable[..., Any], liv
     finally:
         live.engine.step_seconds = 0.0
     chat.wait_done(2)
-    shown = chat.page.inner_text("#context-text")  # of the last prompt, and not of all that were asked
+    shown = chat.page.inner_text("#context-text")  # of the last prompt, not of all prompts
     assert int(shown.split()[0].replace(",", "")) < 4096, shown
     assert "tokens/s" not in chat.page.locator(".stats").last.inner_text()
     assert "processed in parts" in chat.page.locator(".citations .hint").last.inner_text()
@@ -143,7 +143,7 @@ def test_with_the_keyboard_alone(open_chat: Callable[..., Any], live: Any) -> No
     assert choosing.value.is_multiple()
     choosing.value.set_files([{"name": "a.txt", "mimeType": "text/plain", "buffer": b"x"}])
     wait_chips(chat)
-    assert chat.page.evaluate("document.activeElement.id") == "message"  # one can go on typing
+    assert chat.page.evaluate("document.activeElement.id") == "message"  # the message box has the focus
     chat.page.keyboard.press("Shift+Tab")  # the paper clip
     chat.page.keyboard.press("Shift+Tab")  # the cross
     assert chat.page.evaluate("document.activeElement.getAttribute('aria-label')") == "Remove a.txt"

@@ -13,7 +13,7 @@ from support.fake_chat_server import FakeChatServer, Reply, Thought, error_body,
 
 BACKGROUND = "getComputedStyle(document.body).backgroundColor"
 LIGHT, DARK = "rgb(255, 255, 255)", "rgb(23, 25, 29)"
-# Elements that are shown and whose text is too faint (WCAG AA: 4.5 to 1 against what is behind it).
+# Visible elements whose text has too little contrast (WCAG AA: 4.5 to 1 against the background).
 FAINT = """() => {
   const parse = (color) => (color.match(/[\\d.]+/g) ?? [0, 0, 0, 0]).map(Number);
   const linear = (c) => (c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4);
@@ -99,7 +99,7 @@ def test_the_system_selects_the_theme_and_contrast_is_sufficient(
 
 def test_the_user_selects_the_theme_and_it_is_saved(open_chat: Callable[..., Any]) -> None:
     chat = open_chat(color_scheme="dark")
-    for expected in [LIGHT, DARK, DARK, LIGHT]:  # light, dark, as the system, light
+    for expected in [LIGHT, DARK, DARK, LIGHT]:  # light, dark, system, light
         chat.page.click("#theme")
         assert chat.page.evaluate(BACKGROUND) == expected
     chat.reload()
@@ -132,7 +132,7 @@ def test_on_a_phone(open_chat: Callable[..., Any], server: FakeChatServer) -> No
     chat.page.tap("#new-chat")
     assert not chat.page.locator("#sidebar").is_visible()
     chat.page.tap("#open-sidebar")
-    chat.page.touchscreen.tap(350, 300)  # beside it
+    chat.page.touchscreen.tap(350, 300)  # outside of it
     assert not chat.page.locator("#sidebar").is_visible()
     chat.page.tap("#settings")
     assert chat.page.evaluate(SMALL_TARGETS) == []
@@ -143,7 +143,7 @@ def test_on_a_phone(open_chat: Callable[..., Any], server: FakeChatServer) -> No
 def test_with_the_keyboard_alone(chat: Any, server: FakeChatServer) -> None:
     keys = chat.page.keyboard
     focused = "document.activeElement.id || document.activeElement.className"
-    assert chat.page.evaluate(focused) == "message"  # one can start to type
+    assert chat.page.evaluate(focused) == "message"  # the message box has the focus
     keys.type("one")
     keys.press("Shift+Enter")
     keys.type("two")
@@ -152,7 +152,7 @@ def test_with_the_keyboard_alone(chat: Any, server: FakeChatServer) -> None:
     assert chat.messages() == [{"role": "user", "content": "one\ntwo"}]
     assert chat.page.evaluate(focused) == "message"
 
-    keys.press("ArrowUp")  # from an empty box: the last message again
+    keys.press("ArrowUp")  # from an empty box: edits the last message
     keys.press("End")
     keys.type("!")
     keys.press("Enter")
@@ -164,7 +164,7 @@ def test_with_the_keyboard_alone(chat: Any, server: FakeChatServer) -> None:
     keys.type("more")
     keys.press("Enter")
     chat.wait_text("slow", ".assistant")
-    keys.press("Enter")  # sends nothing amid an answer
+    keys.press("Enter")  # sends nothing during an answer
     keys.press("Escape")
     chat.wait_text("Stopped by you")
     chat.wait_done(2)
@@ -184,14 +184,14 @@ def test_with_the_keyboard_alone(chat: Any, server: FakeChatServer) -> None:
     keys.press("Control+Shift+O")
     assert chat.page.locator(".message").count() == 0
 
-    # Tab comes everywhere, in the order of the page, and one sees where one is.
+    # Tab reaches everything in the order of the page, and the focus is visible.
     chat.page.focus(".skip")
     order = ["skip"]
     while "message" not in order and len(order) < 30:
         keys.press("Tab")
         order.append(chat.page.evaluate(focused))
         outline = chat.page.evaluate("getComputedStyle(document.activeElement).outlineStyle")
-        assert outline == "solid" or order[-1] in ("message", "search")  # these boxes have their ring around them
+        assert outline == "solid" or order[-1] in ("message", "search")  # the outline of these boxes is on their container
     ids = [
         "skip",
         "close-sidebar",
@@ -258,7 +258,7 @@ def test_both_languages_have_the_same_strings(chat: Any) -> None:
         assert set(re.findall(r"\{\w+\}", text)) == set(re.findall(r"\{\w+\}", strings["zh"][key])), key
     files = [file for file in page_folder().iterdir() if file.is_file() and file.name != "strings.js"]
     used = "".join(file.read_text(encoding="utf-8") for file in files)
-    # Some keys are put together: theme*, error<status>, <field>Hint, titles of errors.
+    # Some keys are composed: theme*, error<status>, <field>Hint, titles of errors.
     unused = [
         key for key in strings["en"] if not re.search(rf"['\"]{key}['\"]", used) and not re.match(r"theme|error|\w+Hint$", key)
     ]
@@ -302,4 +302,4 @@ def test_footnotes_are_reachable_by_keyboard(chat: Any, server: FakeChatServer) 
     chat.page.keyboard.press("Enter")
     assert chat.page.evaluate("document.activeElement.innerText").split() == ["1.", "The", "note."]
     assert chat.page.locator(".footnote").is_visible()
-    assert "#" in chat.page.url and chat.titles() == ["Hi"]  # the address still names the conversation
+    assert "#" in chat.page.url and chat.titles() == ["Hi"]  # the URL still has the conversation

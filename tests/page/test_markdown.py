@@ -18,7 +18,7 @@ STREAM_MAKER = """() => {
     return (window.streams ??= streamMaker(await loadLibraries()));
   };
 }"""
-# Renders each text whole; returns the HTML of the result (reading it is safe; nothing here writes HTML).
+# Renders each text whole; returns the resulting HTML (reading it is safe; nothing here writes HTML).
 RENDER = """async (texts) => {
   const makeStream = await window.makeStream();
   return texts.map((text) => {
@@ -29,7 +29,7 @@ RENDER = """async (texts) => {
     return root.innerHTML;
   });
 }"""
-# Renders each list of pieces as a stream does, after each piece.
+# Renders each list of chunks like a stream, after each chunk.
 STREAM = """async ([texts, keepStates]) => {
   const makeStream = await window.makeStream();
   return texts.map((pieces) => {
@@ -48,7 +48,7 @@ STREAM = """async ([texts, keepStates]) => {
 
 @pytest.fixture(scope="module")
 def page(browser: Any) -> Iterator[Any]:
-    """The chat page with nothing in it, for its modules: no test of this file changes it."""
+    """An empty chat page, for its modules; no test of this file changes it."""
     with FakeChatServer() as server:
         page = browser.new_page(locale="en-US")
         page.goto(server.url)
@@ -191,7 +191,7 @@ def random_markdown(seed: int, parts: int) -> str:
 
 
 def cut(text: str, seed: int, longest: int = 9) -> list[str]:
-    """The text in pieces of a few characters."""
+    """The text in chunks of a few characters."""
     choose = random.Random(seed)
     pieces = []
     while text:
@@ -209,7 +209,7 @@ def test_a_stream_renders_like_the_whole_text(page: Any) -> None:
         assert found["html"] == expected, text
 
 
-# Element -> the attributes it may have. Whatever a text holds, nothing else may come of it.
+# Allowed element -> its allowed attributes. No text may produce anything else.
 ALLOWED = {
     **{tag: ["dir", "class"] for tag in ["P", "H3", "H4", "H5", "H6"]},
     **{tag: [] for tag in ["BR", "HR", "EM", "STRONG", "DEL", "BLOCKQUOTE", "UL", "TABLE", "THEAD", "TBODY", "TR"]},
@@ -229,7 +229,7 @@ ALLOWED = {
     "svg": ["class", "aria-hidden"],
     "use": ["href"],
 }
-# Of formulas; `style` is what math.js sets: colours, alignment and gaps.
+# Elements of formulas; math.js sets `style`: colours, alignment and gaps.
 MATHML = (
     "display displaystyle scriptlevel mathvariant stretchy fence separator symmetric largeop movablelimits accent accentunder "
     "form minsize maxsize lspace rspace linethickness width height depth voffset columnalign columnspacing rowspacing "
@@ -264,7 +264,7 @@ FORBIDDEN = """async ([texts, allowed]) => {
 def test_any_text_gives_only_allowed_elements(page: Any) -> None:
     texts = [random_markdown(seed, 40) for seed in range(1000, 1400)] + TEX
     assert page.evaluate(FORBIDDEN, [texts, ALLOWED]) == []
-    assert page.evaluate(FORBIDDEN, [["a"], {}]) != []  # the check can fail
+    assert page.evaluate(FORBIDDEN, [["a"], {}]) != []  # proof that the check can fail
 
 
 HOSTILE = {
@@ -326,12 +326,12 @@ RENDER_TIMES = """async (texts) => {
 
 
 def is_linear(page: Any, name: str) -> bool:
-    """Four times the text takes about four times as long; quadratic work would take sixteen. Loose: the machine is shared.
+    """Four times the text takes about four times as long; quadratic work would take sixteen. Tolerant of a busy machine.
 
-    Short texts come first, so that work that is not linear shows before it takes minutes.
+    Short texts come first, so that work that is not linear is detected before it takes minutes.
     """
     for size in (2_500, 12_500):
-        for _ in range(3):  # what was only disturbed passes another time
+        for _ in range(3):  # repeated, since other processes may disturb a measurement
             small, large = page.evaluate(RENDER_TIMES, [hostile(name, size), hostile(name, 4 * size)])
             if large < 10 * small + 200:
                 break
@@ -371,13 +371,13 @@ def test_long_answers_are_rendered_incrementally(stream: Callable[..., dict[str,
     pieces = cut(text, 1, longest=200)
     done = stream(pieces, states=False)
     assert done["html"].count("<table") == 50_000 // len(section)
-    assert done["rendered"] < done["blocks"] + 3 * len(pieces)  # wherever it is: never all of them again
+    assert done["rendered"] < done["blocks"] + 3 * len(pieces)  # never all of them again
 
 
 def test_growing_code_only_appends_text(stream: Callable[..., dict[str, Any]]) -> None:
     done = stream(["```py\n", *("x = y\n" for _ in range(500)), "```\n"])
     assert done["html"].count("x = y") == 500
-    assert done["rendered"] == 2  # while it comes, and in colours once it is whole
+    assert done["rendered"] == 2  # while it streams, and highlighted once it is complete
 
 
 def test_later_footnotes_become_links_in_earlier_blocks(stream: Callable[..., dict[str, Any]]) -> None:

@@ -71,7 +71,7 @@ def test_markup_in_answers_reasoning_and_questions_is_text(chat: Any, server: Fa
     for number, attack in enumerate(ATTACKS):
         pieces = [attack[at : at + 3] for at in range(0, len(attack), 3)]
         server.replies.append(Reply([Thought(attack), *pieces]))
-        chat.ask(attack)  # the question, too, and with it the conversation's title
+        chat.ask(attack)  # the question too, and therefore the conversation's title
         chat.page.click(".thinking summary")
         assert_untouched(chat)
         assert chat.page.inner_text(".bubble") == attack
@@ -81,7 +81,7 @@ def test_markup_in_answers_reasoning_and_questions_is_text(chat: Any, server: Fa
             assert_untouched(chat)
         chat.page.click("#new-chat")
     shown = chat.page.evaluate("document.getElementById('conversations').textContent")
-    assert SCRIPT in shown  # it is there, as text
+    assert SCRIPT in shown  # it is shown as text
 
 
 def test_attacks_are_shown_verbatim(chat: Any, server: FakeChatServer) -> None:
@@ -96,7 +96,7 @@ def test_only_web_and_mail_links_are_links(chat: Any, server: FakeChatServer) ->
     server.replies.append(Reply(["\n\n".join(LINKS)]))
     chat.ask("Hi")
     assert chat.page.evaluate("[...document.querySelectorAll('#thread a')].map((a) => a.href)") == []
-    assert "(javascript:window.pwned=1)" in chat.answer()  # not followed, and not hidden
+    assert "(javascript:window.pwned=1)" in chat.answer()  # neither a link nor hidden
     assert_untouched(chat)
 
 
@@ -148,7 +148,7 @@ def test_markup_in_errors_names_and_models_is_text(open_chat: Callable[..., Any]
 
 
 def test_markup_in_storage_is_text(chat: Any) -> None:
-    """Another page of the origin, or an old version, may have left anything."""
+    """Another page of the origin, or an old version, may have stored anything."""
     chat.ask("Hi")
     chat.page.evaluate(
         """async ([image]) => {
@@ -183,7 +183,7 @@ def test_only_the_page_and_its_api_are_fetched(chat: Any, server: FakeChatServer
 
 
 def test_the_browser_blocks_html_from_text(chat: Any) -> None:
-    """The policy that the page is tested under does what it says: a slip in the page would fail, not run."""
+    """The policy of the tested page is effective: a mistake in the page would be blocked."""
     chat.expected_errors += ["TrustedHTML", "Content Security Policy"]
     assert (
         chat.page.evaluate("() => { try { document.body.innerHTML = '<b>x'; return 'set'; } catch (e) { return e.name; } }")

@@ -20,13 +20,13 @@ def _times(text, word):
 
 
 def _text(sample):
-    """What stands between instruction and question, which has no empty line."""
+    """The text between the instruction and the question, which has no empty line."""
     return sample.prompt.split("\n\n")[1]
 
 
 @pytest.fixture(scope="module")
 def samples(byte_tokenizer):
-    """Task -> samples of 6000 tokens, one a seed."""
+    """Task -> samples of 6000 tokens, one per seed."""
     return {task: [make_sample(task, byte_tokenizer, 6000, seed=seed) for seed in SEEDS] for task in TASKS}
 
 
@@ -96,7 +96,7 @@ def test_chains_of_variables(samples):
         assert len(given) == 3 * HOPS
         value = re.search(r"value (\d{7})", sample.prompt.split("\n\n")[2])[1]
         known = {}
-        for name, source in given:  # in the order of the text: nothing is used before it is given
+        for name, source in given:  # in the order of the text: nothing is used before it is defined
             known[name] = known.get(source, source)
         assert tuple(name for name, v in known.items() if v == value) == sample.answers and len(set(known.values())) == 3
         assert [sample.prompt.count(name) for name in sample.answers] == [2] * (HOPS - 1) + [1]

@@ -61,7 +61,7 @@ def test_plot_has_a_line_per_mode_in_each_panel(found):
     root = ElementTree.fromstring(plot(found).svg)
     lines = _lines(root)
     assert len(lines) == 5 * 2
-    assert [len(points) for _, points in lines] == [1, 2] * 4 + [1, 1]  # two memories are not known
+    assert [len(points) for _, points in lines] == [1, 2] * 4 + [1, 1]  # two memory values are unknown
     assert len({colour for colour, _ in lines}) == 2
     assert "accuracy, %, sparse: 75 at 4K, 50 at 8K" in root[1].text
 
@@ -75,7 +75,7 @@ def test_panels_have_a_logarithmic_length_axis():
 
 
 def _lines(root):
-    """(colour, points) of each line that a panel draws, without that of the legend."""
+    """(colour, points) of each line of a panel, without the legend's."""
     found = []
     for group in root.iter(f"{SVG}g"):
         name = group.get("id", "")

@@ -119,7 +119,7 @@ def test_rows_have_means_and_medians_or_a_reason():
 
 
 def _sides(**modes):
-    """Stands in for processes: mode -> its lines."""
+    """Replaces the processes: mode -> its output lines."""
 
     def start(command):
         config = json.loads(command[command.index("--config") + 1])

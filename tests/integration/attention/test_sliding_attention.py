@@ -40,7 +40,7 @@ def dense(real, window, sinks, own=None):
 
 @torch.no_grad()
 def expected_logits(eager, ids, real, window, sinks):
-    """Transformers' own, without a cache."""
+    """Transformers' logits, without a cache."""
     mask = dense(real, window, sinks)
     own = getattr(eager.config, "sliding_window", None)
     if "sliding_attention" in (getattr(eager.config, "layer_types", None) or ()):
@@ -58,7 +58,7 @@ def pair(name, window, sinks, **fields):
 
 
 def padded(config, *lengths, seed=0):
-    """Ids [B, T] and what is real of them, padded on the left."""
+    """Ids [B, T], padded on the left, and a mask of the real ones."""
     longest = max(lengths)
     ids = torch.randint(3, config.vocab_size, (len(lengths), longest), generator=torch.Generator().manual_seed(seed))
     real = torch.stack([torch.arange(longest) >= longest - n for n in lengths])
@@ -99,7 +99,7 @@ def test_generate_with_a_cache(name, small_pieces):
     assert torch.equal(made, ids)
 
 
-@pytest.mark.filterwarnings("ignore:.*past_key_values:FutureWarning")  # its name in every release that we admit
+@pytest.mark.filterwarnings("ignore:.*past_key_values:FutureWarning")  # the argument has this name in every supported release
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
 @torch.no_grad()
 def test_a_prompt_in_chunks(kind, small_pieces):
@@ -162,7 +162,7 @@ def test_gradients(small_pieces):
 
 @pytest.mark.parametrize("seed", range(30))
 def test_masks_by_chunks_against_dense_masks(seed):
-    """With caches that have dropped their first keys, and room for more than there are."""
+    """With caches that have dropped their first keys, and that have more room than keys."""
     draw = random.Random(seed)
     window, sinks, own = draw.choice((1, 3, 9, 50)), draw.choice((0, 1, 4, 30)), draw.choice((None, 6, 20))
     queries, before = draw.choice((1, 2, 17, 40)), draw.choice((0, 1, 30))
@@ -209,7 +209,7 @@ def test_masks_by_chunks_against_dense_masks(seed):
 @pytest.mark.parametrize("own", [None, 4])
 @torch.no_grad()
 def test_without_a_mask(own):
-    """As a caller has it who runs an attention alone."""
+    """As when a caller runs an attention module alone."""
     _, sliding = pair("llama-one-layer", 7, 2)
     attention, draw = sliding.model.layers[0].self_attn, torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(2, h, t, 12, generator=draw) for h, t in ((6, 9), (2, 30), (2, 30)))

@@ -15,7 +15,7 @@ from support.memory import memory_of
 
 
 def reference(real, window, sinks):
-    """Pair by pair. `real`: a list of bools."""
+    """Computed for each pair. `real`: a list of bools."""
     first = real.index(True) if any(real) else 0
     seen = lambda i, j: real[i] and real[j] and j <= i and (i - j < window or j - first < sinks)  # noqa: E731
     return torch.tensor([[seen(i, j) for j in range(len(real))] for i in range(len(real))], dtype=torch.bool).view(
@@ -94,7 +94,7 @@ def test_a_mask_that_does_not_fit_in_memory_is_rejected(monkeypatch):
     monkeypatch.setattr(window_mask, "free_memory", lambda: memory_of(200))
     masks = sliding_window_mask([range(13), range(13)], 4)
     monkeypatch.setattr(window_mask, "free_memory", lambda: memory_of(180))
-    with pytest.raises(NotEnoughMemoryError):  # 169 bytes, and a tenth of what is free stays free
+    with pytest.raises(NotEnoughMemoryError):  # needs 169 bytes, and a tenth of the free memory stays free
         masks[0]
     with pytest.raises(NotEnoughMemoryError):
         sliding_window_mask({"input_ids": [[1] * 11], "attention_mask": [[0] + [1] * 10]}, 4)

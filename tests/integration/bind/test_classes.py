@@ -46,7 +46,7 @@ HEADS = {
     "token": (AutoModelForTokenClassification, ["llama", "qwen2", "qwen3", "deepseek_v3"]),
     "question": (AutoModelForQuestionAnswering, ["llama", "qwen2", "qwen3"]),
 }
-OF_FAMILY = {case.split("-")[0]: case for case in native_cases()}  # the last of each
+OF_FAMILY = {case.split("-")[0]: case for case in native_cases()}  # the last case of each family
 CLASSIFIERS = [(head, OF_FAMILY[family]) for head, (_, families) in HEADS.items() for family in families]
 
 
@@ -55,7 +55,7 @@ def settings(**fields):
 
 
 def make(auto, case, backend=NATIVE, **fields):
-    """A float model of an Auto class beside its optimised copy."""
+    """A float model of an Auto class and its optimised copy."""
     config = CASES[case]()
     config.pad_token_id, config.num_labels = 0, 3
     plain = randomise(auto.from_config(config, **EAGER).eval())
@@ -65,7 +65,7 @@ def make(auto, case, backend=NATIVE, **fields):
 
 
 def padded(pair, side):
-    """Three prompts, the id 0 in their padding and nowhere else, their mask, and positions that begin at each first token."""
+    """Three prompts with id 0 only as padding, their mask, and positions that begin at each first token."""
     lengths = (12, 5, 9)
     ids, mask = pair.ids(*lengths).clamp(min=1), pair.mask(*lengths)
     if side == "right":
@@ -91,7 +91,7 @@ def test_hidden_states_equal_transformers_on_every_family(case):
 
 @pytest.fixture(scope="module", params=BACKENDS)
 def decoder(request):
-    """Shared: leave it as it is."""
+    """Shared; do not modify it."""
     return make(AutoModel, "llama-gqa", request.param)
 
 
@@ -184,7 +184,7 @@ def test_int8_equals_the_model_with_dequantised_weights(backend):
     assert_close_rows(pair.fast(pair.ids(9)).logits, pair.plain(pair.ids(9)).logits, 1e-3)  # rows are rounded to 16 bits
 
 
-# ---- what the plan does not serve
+# ---- calls that the plan does not support
 
 
 @torch.no_grad()
@@ -232,7 +232,7 @@ def test_a_head_is_trained_on_the_plans_hidden_states():
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """A float checkpoint of a causal model, and a packed one of the same."""
+    """A float checkpoint of a causal model, and a packed one."""
     folder = tmp_path_factory.mktemp("classes")
     made = {}
 
@@ -280,7 +280,7 @@ def test_each_class_is_saved_and_loaded(saved, tmp_path, case):
         states = first.state_dict(), again.state_dict()
         assert states[0].keys() == states[1].keys() and all(torch.equal(v, states[1][k]) for k, v in states[0].items())
     inner = AutoModelForSequenceClassification.from_pretrained(tmp_path / "AutoModelForSequenceClassification")
-    inner.model.save_pretrained(tmp_path / "inner")  # under names of its own
+    inner.model.save_pretrained(tmp_path / "inner")  # under its own names
     modules = json.loads((tmp_path / "inner" / "config.json").read_text())["packed_manifest"]["modules"]
     assert "embed_tokens" in modules and not any(name.startswith("model.") for name in modules)
     assert torch.equal(hidden(AutoModel.from_pretrained(tmp_path / "inner")), hidden(inner))
@@ -304,7 +304,7 @@ def test_a_class_that_a_checkpoint_does_not_have_is_named(saved, tmp_path, case,
     given = {} if packed else {"quantization_config": settings()}
     with pytest.raises(CheckpointError, match="from LlamaForSequenceClassification.*AutoModelForSequenceClassification"):
         load_model(tmp_path / "m", settings())
-    if case == "llama-gqa":  # tied, the head is the embedding, which is there
+    if case == "llama-gqa":  # the tied head is the embedding, which is present
         with pytest.raises(CheckpointError, match="lacks lm_head.weight.*load it with AutoModelForSequenceClassification"):
             AutoModelForCausalLM.from_pretrained(tmp_path / "m", **given)
 
@@ -369,7 +369,9 @@ def test_a_dropped_classifier_frees_everything_at_once(tmp_path):
         assert [ref() for ref in gone] == [None] * 4
     finally:
         gc.enable()
-    make(AutoModelForSequenceClassification, "llama-gqa", "reference").fast.save_pretrained(tmp_path / "m")  # nobody holds it
+    make(AutoModelForSequenceClassification, "llama-gqa", "reference").fast.save_pretrained(
+        tmp_path / "m"
+    )  # no reference is kept
     assert (tmp_path / "m" / "model.safetensors").is_file()
 
 

@@ -30,14 +30,14 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*quality is not assured", "igno
 
 
 def short(case: str) -> Any:
-    """A config of the case that was trained for few tokens."""
+    """A config of the case with a short trained length."""
     config = CASES[case]()
     config.max_position_embeddings = TRAINED
     return config
 
 
 def theirs(model: Any, config: Any) -> Any:
-    """Transformers' own model of this config, made anew: nothing of it was made of another one."""
+    """A new Transformers model with this config, so that nothing in it comes from another config."""
     own = copy.deepcopy(config)
     if hasattr(own, "quantization_config"):
         del own.quantization_config
@@ -54,7 +54,7 @@ class Saved:
     kind: str
 
     def expected(self) -> torch.Tensor:
-        """Logits of a config written down by hand."""
+        """Logits with a config written by hand."""
         config = copy.deepcopy(self.plain.config)
         parameters = {"rope_type": self.kind, "rope_theta": config.rope_parameters["rope_theta"], "factor": ROOM / TRAINED}
         if self.kind == "yarn":
@@ -66,7 +66,7 @@ class Saved:
         return transformers_logits(theirs(self.plain, config), self.ids)
 
     def check(self, model: Any, expected: torch.Tensor) -> None:
-        """The plan, and Transformers' own forward over the same modules."""
+        """Checks the plan, and Transformers' forward over the same modules."""
         tensor = torch.tensor([self.ids])
         assert model.dso.graph.max_positions == ROOM == room_of(model.config)
         assert_close_rows(model(tensor).logits[0], expected)
@@ -87,7 +87,7 @@ def saved(request: Any, tmp_path_factory: Any) -> Saved:
 def test_every_way_of_loading_and_saving(saved: Saved, tmp_path: Path) -> None:
     fields, expected = {**FIELDS, "context_extension": saved.kind}, saved.expected()
     unextended = transformers_logits(saved.plain, saved.ids)
-    assert not torch.allclose(expected, unextended, rtol=1e-2)  # so that forgetting it shows
+    assert not torch.allclose(expected, unextended, rtol=1e-2)  # so that a missing extension is detected
     saved.check(load_model(saved.folder, **fields), expected)
     saved.check(AutoModelForCausalLM.from_pretrained(saved.folder, quantization_config=DeepSeekConfig(**fields)), expected)
     converted = copy.deepcopy(saved.plain)
@@ -95,10 +95,12 @@ def test_every_way_of_loading_and_saving(saved: Saved, tmp_path: Path) -> None:
     saved.check(converted, expected)
     saved.check(copy.deepcopy(converted), expected)
     converted.save_pretrained(tmp_path / "packed")
-    reopened = load_model(tmp_path / "packed", DeepSeekConfig(backend="reference"))  # which says nothing of an extension
+    reopened = load_model(tmp_path / "packed", DeepSeekConfig(backend="reference"))  # without an extension in the config
     assert (reopened.dso.config.context_extension, reopened.dso.config.context_length) == (saved.kind, ROOM)
     saved.check(reopened, expected)
-    saved.check(load_model(tmp_path / "packed", **{**fields, "precision": "auto"}), expected)  # asked for what it is
+    saved.check(
+        load_model(tmp_path / "packed", **{**fields, "precision": "auto"}), expected
+    )  # with the settings it was saved with
     saved.check(AutoModelForCausalLM.from_pretrained(tmp_path / "packed"), expected)
 
 
@@ -158,7 +160,7 @@ def test_a_length_that_extends_nothing_is_rejected(length: int) -> None:
 
 def test_a_missing_length_is_rejected() -> None:
     settings = DeepSeekConfig()
-    settings.context_extension = "yarn"  # set later, one after the other
+    settings.context_extension = "yarn"  # set later, one by one
     with pytest.raises(ConfigError, match="needs context_length"):
         DynamicGraphOptimizer(random_model(short("llama-gqa")), config=settings)
 
@@ -200,7 +202,7 @@ def test_the_warning_is_given_once() -> None:
     assert len(messages) == 1 and messages[0] in model.dso.notes
 
 
-# ---- generate: one set of frequencies for a text's whole life
+# ---- generate: one set of frequencies for the whole text
 
 
 @pytest.fixture(scope="module", params=["llama-gqa", "deepseek_v3-direct"])
@@ -217,7 +219,7 @@ def dynamic(request: Any) -> Any:
 
 
 def greedy(model: Any, ids: list[int], new: int) -> list[int]:
-    """By the model's plan, with the frequencies for all that is to come from the first token on."""
+    """Greedy decoding by the model's plan, with the frequencies of the final length from the first token on."""
     runtime, found = model.dso, list(ids)
     run = Runner(runtime.plan, runtime.backend.new_store(runtime.graph, runtime.kv_dtype, 16))
     blocks, reach = run.sequence(), torch.tensor([min(len(ids) + new, ROOM)], dtype=torch.int32).numpy()
@@ -229,7 +231,7 @@ def greedy(model: Any, ids: list[int], new: int) -> list[int]:
     return found
 
 
-LENGTHS = (50, 90, 3, 61)  # of prompts: within the trained length with what follows, and beyond
+LENGTHS = (50, 90, 3, 61)  # of prompts: with their answers within the trained length, and beyond it
 
 
 @pytest.mark.parametrize("how", [{}, {"prompt_lookup_num_tokens": 4}, {"num_beams": 1, "output_hidden_states": True}], ids=str)
@@ -252,7 +254,7 @@ def test_generate_to_the_end_of_the_context(dynamic: Any) -> None:
     text = random_ids(dynamic.config, ROOM - 5)
     with pytest.warns(OptimizerWarning, match=f"stopped at the model's context of {ROOM} tokens"):
         found = dynamic.generate(torch.tensor([text]), max_new_tokens=20, do_sample=False)[0].tolist()
-    assert len(found) == ROOM + 1  # the last one needs no place
+    assert len(found) == ROOM + 1  # the last token is not cached
     assert found == greedy(dynamic, text, 6)
     with pytest.raises(ValueError, match=f"context of {ROOM};.*context_extension"):
         dynamic.generate(torch.tensor([random_ids(dynamic.config, ROOM + 1)]))
@@ -298,4 +300,4 @@ def test_a_model_with_dynamic_rope_has_its_own_context() -> None:
     ids = random_ids(config, READ)
     expected = transformers_logits(random_model(llama(max_position_embeddings=TRAINED, **rope("dynamic", factor=4.0))), ids)
     DynamicGraphOptimizer(model, config=DeepSeekConfig(precision="fp32", backend="reference", prefill_chunk=37)).optimize()
-    assert_close_rows(model(torch.tensor([ids])).logits[0], expected)  # in six pieces
+    assert_close_rows(model(torch.tensor([ids])).logits[0], expected)  # in six chunks

@@ -21,7 +21,7 @@ FORMATS_USED = [("int4", "int8"), ("q4_1", "q4_1"), ("bf16", "int4"), ("fp32", "
 
 
 def pair(gate_up="int4", down="int8", dtype=torch.float32, case="deepseek_v3-groups"):
-    """Packed experts, and Transformers' own with the dequantised weights."""
+    """Packed experts, and Transformers' experts with the dequantised weights."""
     config = CASES[case]()
     config._experts_implementation = "eager"
     kind = DeepseekV2Experts if "v2" in case else DeepseekV3Experts
@@ -40,7 +40,7 @@ def pair(gate_up="int4", down="int8", dtype=torch.float32, case="deepseek_v3-gro
 
 
 def routed(experts, tokens=7, chosen=4, seed=1, dtype=torch.float32):
-    """hidden, top_k_index, top_k_weights: distinct experts in no order, as routers give them."""
+    """hidden, top_k_index, top_k_weights: distinct experts in arbitrary order, as from routers."""
     generator = torch.Generator().manual_seed(seed)
     index = torch.stack([torch.randperm(experts.num_experts, generator=generator)[:chosen] for _ in range(tokens)])
     weights = torch.rand(tokens, chosen, generator=generator)

@@ -20,7 +20,7 @@ from ..conftest import make_pair
 
 @pytest.fixture
 def filled(fresh_pair):
-    """A cache of two sequences of 40 tokens, Transformers' own beside it, and both models."""
+    """A cache of two sequences of 40 tokens, the same as a Transformers cache, and both models."""
     ids = fresh_pair.ids(40, 40)
     paged, dynamic = PagedCache(fresh_pair.fast), DynamicCache()
     with torch.no_grad():
@@ -30,7 +30,7 @@ def filled(fresh_pair):
 
 
 def assert_same_future(pair, paged, dynamic, tokens=3):
-    """Both caches answer the next tokens alike, and hold the same keys and values."""
+    """Both caches give the same logits for the next tokens, and have the same keys and values."""
     assert paged.get_seq_length() == dynamic.get_seq_length()
     for i, layer in enumerate(dynamic.layers):
         torch.testing.assert_close(paged.layers[i].keys, layer.keys, atol=1e-4, rtol=1e-4)
@@ -97,7 +97,7 @@ def test_repeat_and_select(filled):
 
 
 def test_shared_blocks_are_copied_before_a_write(filled):
-    """After a fork the two write different tokens into what was one half-full block."""
+    """After a fork the two write different tokens into the same partial block."""
     pair, paged, _ = filled
     twin = copy.deepcopy(paged)
     used = pair.fast.dso.arena.used_bytes
@@ -209,7 +209,7 @@ def test_a_model_that_is_not_optimised(fresh_pair):
 
 
 class _Store:
-    """A store that only counts."""
+    """A store that only counts calls."""
 
     num_blocks, block_bytes = 64, 1
 
@@ -219,7 +219,7 @@ class _Store:
 
 
 def test_reclaim_during_an_allocation_waits():
-    """A finaliser may run while the manager is at work, in the same thread: it must not touch it then."""
+    """A finaliser may run in the same thread while the manager is working, and must not modify it then."""
     arena = Arena(_Store(), layers=1)
     with arena.locked() as manager:
         sequence = SequenceBlocks(manager)
@@ -252,7 +252,7 @@ def test_many_threads_leak_no_block():
 def test_reclaim_during_a_step_frees_memory_after_it():
     class Plan:
         def run(self, batch, store):
-            arena.reclaim([sequence])  # as the collector may
+            arena.reclaim([sequence])  # like the garbage collector
             return "done"
 
     class Store(_Store):

@@ -41,7 +41,7 @@ class Recorder(BaseStreamer):
 
 @pytest.fixture
 def fast_loops(monkeypatch):
-    """How many requests our own loop served."""
+    """Counts the requests that used our own loop."""
     served, sample = [], generate_module._sample
     monkeypatch.setattr(generate_module, "_sample", lambda *a, **k: (served.append(1), sample(*a, **k))[1])
     return served
@@ -112,7 +112,7 @@ def test_unsupported_requests_use_transformers_loops(pair, fast_loops, name, len
 
 @pytest.mark.parametrize("name", PLAIN)
 def test_the_fast_loop_equals_transformers_loop(name):
-    """On one plan: bit-identical logits, so identical tokens, whatever is drawn."""
+    """With one plan, the logits are bitwise equal, and so are sampled tokens."""
     pair = make_pair()
     ids, options = pair.ids(10, 3), {"pad_token_id": 0, "eos_token_id": EOS, **PLAIN[name]}
     made = []
@@ -215,7 +215,7 @@ def test_text_iterator_streamer_in_a_thread(tiny_model, byte_tokenizer):
 
 
 def test_two_threads_at_once(pair):
-    """Caches of one model share an arena; answers do not mix."""
+    """Caches of one model share an arena; answers do not interfere."""
     prompts = [pair.ids(6, seed=i) for i in range(4)]
     expected = [pair.fast.generate(p, max_new_tokens=40, do_sample=False) for p in prompts]
     made = [None] * 4
@@ -277,7 +277,7 @@ def test_inputs_embeds(pair):
 
 
 def test_a_conversation_with_one_cache(pair):
-    """Each turn passes the whole history and the cache of the turn before."""
+    """Each turn passes the whole history and the cache of the previous turn."""
     cache, plain_cache, ids = PagedCache(pair.fast), DynamicCache(), pair.ids(6)
     for turn in range(3):
         out = pair.fast.generate(ids, max_new_tokens=5, do_sample=False, **{cache_name(): cache})
@@ -395,7 +395,7 @@ def test_a_stopped_stream_leaks_nothing(fresh_pair):
 
 
 def test_torch_has_one_thread_with_the_native_backend(pair):
-    """And gets its own back, also where requests overlap."""
+    """Its thread count is restored afterwards, even if requests overlap."""
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     seen = []
@@ -425,7 +425,7 @@ def test_torch_has_one_thread_with_the_native_backend(pair):
 
 
 def test_first_requests_of_several_threads(fresh_pair):
-    """What the first request makes (the plan, the memory of caches) is made once, whoever asks meanwhile."""
+    """The plan and the cache memory, created by the first request, are created once despite concurrent requests."""
     model, ids = fresh_pair.fast, fresh_pair.ids(5)
     model.dso.replaced()
     start = threading.Barrier(6)

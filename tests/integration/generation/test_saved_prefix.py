@@ -48,7 +48,7 @@ def test_the_same_text_without_prefill(tmp_path, backend, case, kv_cache):
     assert saved(tmp_path / "a", first, runtime, prompt) == 128
     second, runtime = made(case, backend, kv_cache=kv_cache)
     assert loaded(tmp_path / "a", second, runtime, prompt) == 128
-    [again] = first.generate([prompt], GREEDY)  # out of the cache as well, so that prompts are cut alike
+    [again] = first.generate([prompt], GREEDY)  # from the cache as well, so that prompts are split equally
     [got] = second.generate([prompt], GREEDY)
     assert expected.cached_tokens == 0 and got.cached_tokens == again.cached_tokens == 128
     assert got.token_ids == again.token_ids and got.logprobs == again.logprobs
@@ -137,7 +137,7 @@ def test_fingerprints_are_the_same_in_another_copy():
 
 
 def test_growing_frequencies_are_distinguished():
-    """What they are made of counts too: a partial is no number."""
+    """The parameters of the frequencies are part of the fingerprint."""
     case, other = rope("dynamic", factor=4.0), rope("dynamic", factor=4.0, rope_theta=20000.0)
     found = []
     for parameters in (case, case, other):

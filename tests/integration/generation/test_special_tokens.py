@@ -35,7 +35,7 @@ def test_invalid_end_tokens_are_ignored_with_a_warning(folder, value):
 
 
 def test_an_engine_ignores_them(folder):
-    """-1 would be the last token of the vocabulary, and 10^9 one beyond all arrays."""
+    """-1 would be the last token of the vocabulary, and 10^9 out of bounds."""
     set_config(folder, eos_token_id=[-1, 10**9])
     engine = make_engine(load_model(folder, precision="fp32"), drafts=False)
     last = engine.core.facts.vocab_size - 1

@@ -43,7 +43,7 @@ def always(monkeypatch):
 
 
 def script_of(model, ids, mask, new):
-    """Plain greedy tokens of each row, padding left out."""
+    """Plain greedy tokens of each row, without padding."""
     out = model.generate(ids, attention_mask=mask, max_new_tokens=new + 8, do_sample=False, eos_token_id=None)
     mask = torch.nn.functional.pad(mask, (0, out.shape[1] - mask.shape[1]), value=1)
     return {i: row[kept != 0].tolist() for i, (row, kept) in enumerate(zip(out, mask, strict=True))}
@@ -86,11 +86,11 @@ def test_all_or_no_drafts_are_accepted(pair, agree):
     assert torch.equal(plain, drafted)
     rounds = pair.fast.dso.speculation
     assert all(held == n * (agree == 1) for outcomes in rounds for n, held in outcomes)
-    assert len(rounds) == (6 if agree else 24)  # 24 tokens behind the prompt's own, 4 a round
+    assert len(rounds) == (6 if agree else 24)  # 24 tokens after the prompt, 4 per round
 
 
 def assert_same_numbers(pair, a, b):
-    """To the bit on the native backend; torch's own products change with the number of rows."""
+    """Bitwise equal on the native backend; torch's products depend on the number of rows."""
     if pair.fast.dso.backend.name == "cpu":
         assert torch.equal(a, b)
     else:
@@ -144,7 +144,7 @@ def test_a_streamer_gets_every_token_in_order(pair, lengths):
 
 
 class EachOnce(StoppingCriteria):
-    """Ends at a length; notes what it was shown."""
+    """Ends at a length; records its inputs."""
 
     def __init__(self):
         self.seen = []
@@ -155,7 +155,7 @@ class EachOnce(StoppingCriteria):
 
 
 class EachPrefix(LogitsProcessor):
-    """Depends on the whole prefix, and on how often it was called."""
+    """Depends on the whole prefix, and on the number of its calls."""
 
     def __init__(self):
         self.calls = 0
@@ -166,7 +166,7 @@ class EachPrefix(LogitsProcessor):
 
 
 def test_processors_and_criteria_get_the_inputs_of_plain_decoding(pair):
-    """Each token once, with its own prefix, in order: even those that count their calls give the plain text."""
+    """Each token once, with its own prefix, in order: even processors that count their calls give the plain text."""
     ids, seen, texts = pair.ids(5), [], []
     script = pair.fast.generate(ids, max_new_tokens=30, do_sample=False, eos_token_id=None, logits_processor=[EachPrefix()])
     for proposer in (None, ScriptedProposer({0: script[0].tolist()}, 0.8, pair.plain.config.vocab_size)):
@@ -206,7 +206,7 @@ def test_row_wise_criteria_keep_drafts(pair):
 
 
 def test_a_conversation_with_one_cache(pair):
-    """Rejected drafts are gone from the caller's cache, tokens behind an end too."""
+    """Rejected drafts are removed from the caller's cache, and so are tokens after an end token."""
     caches, ids = [PagedCache(pair.fast), PagedCache(pair.fast)], pair.ids(30)
     for turn in range(4):
         options = {"max_new_tokens": 11, "do_sample": False, "eos_token_id": list(range(2, 16)), "pad_token_id": 0}
@@ -251,7 +251,7 @@ def test_prompt_lookup_uses_our_loop(pair):
     plain = pair.plain.generate(ids, **options)
     assert torch.equal(plain, pair.fast.generate(ids, prompt_lookup_num_tokens=3, **options))
     assert any(n for outcomes in pair.fast.dso.speculation for n, _ in outcomes)
-    both_rows = torch.cat([ids, pair.ids(24, seed=5)])  # Transformers' own takes one row only
+    both_rows = torch.cat([ids, pair.ids(24, seed=5)])  # Transformers' own supports only one row
     plain = pair.plain.generate(both_rows, **options)
     assert torch.equal(plain, pair.fast.generate(both_rows, prompt_lookup_num_tokens=3, **options))
 
@@ -290,7 +290,7 @@ def test_the_context_ends_generation():
 
 
 class Drawn:
-    """Drafts drawn from the uniform distribution over some tokens, or the same one for certain."""
+    """Drafts sampled uniformly from some tokens, or always the same one."""
 
     name, wants_states = "drawn", False
 
@@ -308,7 +308,7 @@ class Drawn:
 
 @pytest.mark.parametrize("certain", [False, True], ids=["drawn", "certain"])
 def test_sampling_preserves_the_distribution(certain):
-    """Of the second and third token with top-k and temperature, against plain sampling: chi-square over the pairs seen."""
+    """The second and third token with top-k and temperature, against plain sampling: chi-square over the pairs."""
     pair = make_pair()
     ids = pair.ids(6).repeat(250, 1)
     options = {"do_sample": True, "top_k": 4, "temperature": 1.5, "max_new_tokens": 3, "eos_token_id": None, "pad_token_id": 0}
@@ -349,7 +349,7 @@ def test_requests_without_drafts_use_the_plain_loop(pair, monkeypatch):
 
 
 def test_a_constant_number_of_drafts_disables_the_controller(pair, monkeypatch):
-    """Then the number drawn does not depend on time: a seed gives the same text again."""
+    """The number of drafts then does not depend on time, so that a seed reproduces the text."""
     from deepseek_optimizer.engine.speculative.draft_length import DraftLengthController
 
     monkeypatch.setattr(speculation, "DraftLengthController", DraftLengthController)

@@ -27,7 +27,7 @@ def original(request, tmp_path_factory, byte_tokenizer):
 
 
 def inputs_of(plain, texts) -> dict[str, torch.Tensor]:
-    """By parameter name, what every linear module of Transformers' own model reads: float32 [rows, K]."""
+    """Parameter name -> inputs of every linear module of Transformers' model, float32 [rows, K]."""
     seen: dict[str, list[torch.Tensor]] = {}
     names = {module: f"{name}.weight" for name, module in plain.named_modules() if isinstance(module, nn.Linear)}
     for module, name in names.items():
@@ -71,7 +71,7 @@ def test_rounding_depends_on_importance(original, precision):
         if weight.dim() == 2:
             packed = model.get_submodule(name.removesuffix(".weight")).packed
             assert torch.equal(packed.data, packing.pack(weight.detach(), importance.get(name))), name
-        if name in seen:  # the error of the products, correlations and all
+        if name in seen:  # the error of the products, including correlations
             unweighted = packing.unpack(packing.pack(weight.detach()), *weight.shape)
             ours, theirs = (
                 ((w - weight) @ seen[name].t()).square().mean()

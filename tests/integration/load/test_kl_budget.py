@@ -24,7 +24,7 @@ SENSITIVE = "model.layers.1.mlp.down_proj"
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory, byte_tokenizer):
-    """A random model in which one matrix makes most of what the layers add to the residual stream: its errors count most."""
+    """A random model in which one matrix contributes most to the residual stream, so that its errors matter most."""
     config = CASES["llama-tied"]()
     config.vocab_size = len(byte_tokenizer)
     model = random_model(config)

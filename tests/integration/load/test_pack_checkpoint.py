@@ -69,7 +69,7 @@ def test_several_files(tmp_path: Path, source: Path) -> None:
 
 
 def test_a_packed_source_and_its_own_directory(tmp_path: Path, source: Path) -> None:
-    """A packed checkpoint is copied; over an existing target only when asked."""
+    """A packed checkpoint is copied; an existing target is replaced only on request."""
     pack_checkpoint(source, tmp_path / "a", {"precision": "int4"}, shard_bytes=1)
     pack_checkpoint(tmp_path / "a", tmp_path / "b", {}, shard_bytes=1)
     weights = {n: d for n, d in content(tmp_path / "a").items() if n.endswith("safetensors")}
@@ -99,7 +99,7 @@ module.pack_checkpoint(sys.argv[1], sys.argv[2], {"precision": "int4"}, shard_by
 
 
 def killed(source: Path, out: Path, after: int) -> Path:
-    """Runs a conversion that is killed after so many shards; its temporary directory."""
+    """Runs a conversion that is killed after `after` shards; returns its temporary directory."""
     done = subprocess.run([sys.executable, "-c", PROGRAM, str(source), str(out), str(after)], capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert not out.exists()
@@ -123,7 +123,7 @@ def interrupted(source: Path, out: Path, after: int, monkeypatch: pytest.MonkeyP
 
 
 def finish(source: Path, out: Path, precision: str = "int4") -> tuple[list[str], list[str]]:
-    """The second run: what it said, and which shards it wrote."""
+    """The second run: returns its messages, and the shards that it wrote."""
     messages, written = [], []
     write = module.write_shard
 
@@ -176,9 +176,9 @@ def test_another_source_or_other_settings_start_over(
     messages, written = finish(source, tmp_path / "out", "int8")
     assert "another settings" in messages[0] and "starting over" in messages[0] and len(written) == 5
     shutil.rmtree(tmp_path / "out")
-    other = shutil.copytree(source, tmp_path / "other")  # keeps the times
+    other = shutil.copytree(source, tmp_path / "other")  # preserves modification times
     interrupted(other, tmp_path / "out", 2, monkeypatch)
-    messages, written = finish(source, tmp_path / "out")  # the same files, elsewhere
+    messages, written = finish(source, tmp_path / "out")  # the same files in another directory
     assert "resuming" in messages[0] and content(tmp_path / "out").keys() == whole.keys()
     shutil.rmtree(tmp_path / "out")
     interrupted(other, tmp_path / "out", 2, monkeypatch)

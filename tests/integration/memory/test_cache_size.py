@@ -61,7 +61,7 @@ def test_explicit_limits_and_free_memory():
 
 
 class _Store:
-    """A store that only counts."""
+    """A store that only counts calls."""
 
     block_bytes = 1 << 20
     released = 0
@@ -81,7 +81,7 @@ class _Clock:
 
 
 def arena_in(machine, clock=None):
-    """An arena over a machine `{"free": bytes}`."""
+    """An arena on a machine `{"free": bytes}`."""
     store = _Store()
     grown = CheckedGrowth(store.block_bytes, store.num_blocks, lambda: memory_of(machine["free"]), clock or _Clock())
     return Arena(store, layers=1, growth=grown)
@@ -137,7 +137,7 @@ def test_returned_memory_is_checked_again():
 
 @pytest.fixture
 def free(monkeypatch):
-    """free(bytes, *limits): what every reader finds from now on."""
+    """free(bytes, *limits): sets the free memory that is reported from now on."""
 
     def becomes(size, *limits):
         for module in (memory, cpu, loader):
@@ -175,7 +175,7 @@ def test_a_draft_model_has_a_share_of_the_half(folder, free):
 
 
 def test_a_full_batch_runs_at_once(folder, monkeypatch):
-    """All of the context, by all sequences at once, within what the words say."""
+    """The whole context for all sequences at once, within the reported size."""
     model = load_model(folder, backend="reference")
     engine = make_engine(model, batch_size_range=(1, 2), drafts=False)
     context, step, together = model.config.max_position_embeddings, engine.core.runner.step, []
@@ -189,7 +189,7 @@ def test_a_full_batch_runs_at_once(folder, monkeypatch):
 
 
 def test_two_servers_share_the_memory_of_a_machine(folder, free):
-    """Each says at most half of what is free, where each used to say nearly all of it."""
+    """Each reports at most half of the free memory."""
     free(4 * 1_000_000)
     sizes = [make_engine(load_model(folder, backend="reference")).core.memory.size for _ in range(2)]
     assert [size.bytes for size in sizes] == [2_000_000] * 2
@@ -197,7 +197,7 @@ def test_two_servers_share_the_memory_of_a_machine(folder, free):
 
 
 def test_two_engines_share_the_free_memory(folder, monkeypatch):
-    """What one takes the other no longer finds: its requests are told so, and the first goes on."""
+    """Memory used by one is not available to the other: its requests fail with a message, and the first continues."""
     monkeypatch.setattr(growth, "STEP", 1)
     models = [load_model(folder, backend="reference") for _ in range(2)]
     engines = first, second = [make_engine(model, prefix_cache=False) for model in models]
@@ -213,11 +213,11 @@ def test_two_engines_share_the_free_memory(folder, monkeypatch):
     short, long = (random_ids(models[0].config, tokens) for tokens in (40, 140))
     wanted = first.generate([short], greedy)[0].token_ids
     assert second.generate([short], greedy)[0].token_ids == wanted
-    [answer] = second.generate([long], greedy)  # 5 blocks, where 4 are left
+    [answer] = second.generate([long], greedy)  # 5 blocks, but only 4 are left
     assert answer.finish == "error" and answer.error.startswith("there is no memory for more: this machine has 268 MB")
     assert [engine.generate([short], greedy)[0].token_ids for engine in engines] == [wanted] * 2
     blocks = 7
-    second.core.memory.manager.lift_limit()  # as a second later
+    second.core.memory.manager.lift_limit()  # as happens a second later
     assert len(second.generate([long], greedy)[0].token_ids) == 4
 
 

@@ -10,7 +10,7 @@ from support.models import CASES, assert_close_rows, random_model
 
 
 def resized(pair, tokens, **options):
-    """Both models with so many tokens; what is drawn for the new ones is the same."""
+    """Both models resized to this many tokens, with the same random values for new ones."""
     for model in (pair.plain, pair.fast):
         torch.manual_seed(0)
         model.resize_token_embeddings(tokens, **options)

@@ -24,7 +24,7 @@ def test_public_names_are_not_taken(name):
 
 
 def test_private_methods_call_public_ones_that_call_trainer(monkeypatch):
-    """So a subclass that overrides the public method is called by Trainer, and its `super()` does what Trainer does."""
+    """Trainer thus calls a subclass that overrides the public method, and its `super()` does the same as Trainer."""
     trainer = object.__new__(HookedTrainer)
     reached = []
     for name in PRIVATE:

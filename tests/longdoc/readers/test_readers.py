@@ -28,7 +28,7 @@ def docx(*paragraphs: str) -> bytes:
 def test_the_format_is_detected_from_the_content(name: str) -> None:
     assert read_upload(name, pdf(["What it says."])).pages == (Page(0, 15, 1),)
     assert read_upload(name, docx("What it says.")).text == "What it says.\n\n"
-    if name != "report.txt":  # which may well be about HTML
+    if name != "report.txt":  # a text file may be about HTML
         assert read_upload(name, b"<!DOCTYPE html>\n<html><p>What <b>it</b> says.").text == "What it says.\n\n"
 
 
@@ -86,7 +86,7 @@ def test_missing_libraries_are_named(
 
 
 def test_damaged_files_are_read_or_rejected() -> None:
-    """Bytes changed, cut, repeated: text, or a DocumentError that names the file; and positions that fit the text."""
+    """Bytes changed, removed, repeated: text with valid positions, or a DocumentError that names the file."""
     rng = random.Random(5)
     page = (
         "<html><head><title>T</title></head><body><h1>Head</h1><table><tr><td>a<td>b</table><pre>x</pre>"

@@ -43,7 +43,7 @@ def test_other_encodings_are_guessed_and_reported(text: str, encoding: str) -> N
 
 
 def test_a_few_accents_are_western() -> None:
-    for text in ("Übergröße ist lieferbar", "Señor Núñez ha llegado"):  # charset-normalizer alone takes the first for Chinese
+    for text in ("Übergröße ist lieferbar", "Señor Núñez ha llegado"):  # charset-normalizer alone detects the first as Chinese
         assert read_upload("a.log", text.encode("latin-1")).text == text
 
 
@@ -78,7 +78,7 @@ def test_a_log_with_zeros_from_a_crash() -> None:
 
 
 def test_a_line_of_50_mb_of_another_encoding() -> None:
-    """What looks at lines or at all bytes several times would take minutes."""
+    """Processing lines or all bytes several times would take minutes."""
     file = read_upload("a.txt", b"x" * 25_000_000 + b"\xe9t\xe9" + b"x" * 25_000_000)
     assert file.text[25_000_000:25_000_003] == "été"
 

@@ -129,10 +129,10 @@ def test_strides_need_no_copies():
     wide = whole.detach().double().requires_grad_()
     expected = packed_attention_reference(wide[:, :, :4], wide[:, :, 4:6], wide[:, :, 6:], begin, end, 0.125)
     torch.testing.assert_close(grad.double(), torch.autograd.grad(expected.sum(), wide)[0], rtol=1e-4, atol=1e-5)
-    rotated = torch.randn(1, 40, 64, 2).transpose(2, 3)  # a head's elements are not contiguous
+    strided = torch.randn(1, 40, 64, 2).transpose(2, 3)  # a head's elements are not contiguous
     torch.testing.assert_close(
-        packed_attention(rotated, rotated, rotated, *bounds((0, 40)), 0.1),
-        packed_attention_reference(rotated, rotated, rotated, *bounds((0, 40)), 0.1),
+        packed_attention(strided, strided, strided, *bounds((0, 40)), 0.1),
+        packed_attention_reference(strided, strided, strided, *bounds((0, 40)), 0.1),
     )
 
 
