@@ -32,7 +32,7 @@ from support.steps import runner
 from .cpu.packing import dequantised, packed_weights
 
 CPU = torch.device("cpu")
-# What the arithmetic may cost against the same values in fp32, of a row's largest logit.
+# Tolerance of the arithmetic against the same values in fp32, relative to a row's largest logit.
 FORMAT_TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2, "int8": 1e-3, "q4_1": 1e-3, "int4": 6e-2, "fp8": 2e-2}
 KV_TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2, "int8": 5e-2}
 MODES = {
@@ -88,7 +88,7 @@ def test_capabilities(spec, backend):
 
 @pytest.mark.parametrize("format_name", FORMATS)
 def test_weight_formats(backend, model, format_name):
-    """Each that is named packs as the definition does, and compiles to what the reference computes of the same values."""
+    """Each supported format packs like its definition, and its plan equals the reference with the same values."""
     able = backend.capabilities
     if format_name not in able.weight_formats:
         pytest.skip("not among its formats")
@@ -128,7 +128,7 @@ def test_supported_activations_change_the_result(backend, model):
 
 
 def test_sizes(spec, backend, model):
-    """What it would allocate is known before it is created, and is what it then allocates."""
+    """The sizes are known before the backend is created, and equal its allocations."""
     graph, sizes = graph_of(model), spec.sizes()
     weights = packed_weights(weights_of(model), backend.capabilities.weight_formats[0])
     formats = {name: w.format for name, w in weights.items() if isinstance(w, PackedMatrix)}
@@ -160,7 +160,7 @@ def test_blocks_can_be_saved(backend, model):
 
 @pytest.mark.parametrize("format_name", FORMATS)
 def test_products_of_packed_matrices(backend, format_name):
-    """Against float64 over the dequantised weights, within the format's bound."""
+    """Against float64 with the dequantised weights, within the format's bound."""
     if format_name not in backend.capabilities.weight_formats:
         pytest.skip("not among its formats")
     torch.manual_seed(1)
@@ -252,7 +252,7 @@ def sources():
 
 
 def test_no_code_asks_for_a_backend_by_name():
-    """No comparison with a backend's name and no getattr of what the contract has, outside the backends' own folders."""
+    """No comparison with a backend's name and no getattr of the protocol's members, outside the backends' folders."""
     found, count = [], 0
     for path in sources():
         count += 1

@@ -29,20 +29,20 @@ CONFIGS = {
     "deepseek_v3": lambda: deepseek_v3(**DYNAMIC),
     "deepseek_v32": lambda: deepseek_v32(**DYNAMIC),
 }
-REACH = (200, 64, 65, 30, 256, 130)  # of six sequences: within the trained 64 tokens, just beyond, and far
+REACH = (200, 64, 65, 30, 256, 130)  # of six sequences: within the trained 64 tokens, just beyond, and far beyond
 LENGTHS = (150, 60, 65, 30, 40, 129)
 native = pytest.mark.skipif(cpu.unavailable_reason() is not None, reason="no native build")
 BACKENDS = ["reference", pytest.param("cpu", marks=native)]
 
 
 def fresh_logits(name: str, ids: list[int]) -> torch.Tensor:
-    """Of a model of its own: Transformers' keeps the frequencies of a longer text that it has seen."""
+    """Logits of a new model, since Transformers' model keeps the frequencies of an earlier longer text."""
     return transformers_logits(random_model(CONFIGS[name]()), ids)
 
 
 @cache
 def texts(name: str) -> tuple[Any, list[list[int]], list[torch.Tensor]]:
-    """A model, the sequences' tokens, and Transformers' logits of each, float32 [length, V]: of texts as long as its reach."""
+    """A model, the sequences' tokens, and Transformers' logits of each, float32 [length, V], for texts as long as its reach."""
     model = random_model(CONFIGS[name]())
     ids = [random_ids(model.config, n, seed=i) for i, n in enumerate(REACH)]
     logits = [fresh_logits(name, text)[:n] for text, n in zip(ids, LENGTHS, strict=True)]
@@ -84,7 +84,7 @@ def test_in_any_batch_and_chunks(name: str, backend: str, phase: int) -> None:
     for rows, whole, truth in zip(map(torch.cat, found), alone, expected, strict=True):
         close(rows, truth)
         close(whole, truth)
-        if backend == "cpu" and phase == DECODE:  # one form of attention throughout
+        if backend == "cpu" and phase == DECODE:  # the same form of attention in both phases
             assert torch.equal(rows, whole)
 
 

@@ -83,14 +83,14 @@ def test_hidden_states_equal_transformers(case: str) -> None:
 
 @pytest.mark.parametrize("case", FAMILIES)
 def test_ragged_batches_equal_each_sequence_alone(case: str) -> None:
-    """Decodes, a chunk that continues a sequence and fresh prompts in one step, over blocks that lie apart."""
+    """Decode rows, a chunk that continues a sequence and new prompts in one step, with scattered blocks."""
     model = random_model(CASES[case]())
     prompts = [random_ids(model.config, n, seed=n) for n in (40, 3, 70, 33, 1)]
     run = runner(ReferenceBackend(), fused(model), weights_of(model))
     blocks = [run.sequence() for _ in prompts]
     before = [39, 2, 50, 0, 0]  # tokens in the cache before the mixed step
     for i, count in enumerate(before):
-        for begin in range(0, count, 16):  # in turns, so that blocks of different sequences mix
+        for begin in range(0, count, 16):  # alternating, so that blocks of different sequences are interleaved
             run_step(run.plan, run.store, [Part(blocks[i], prompts[i][begin : min(count, begin + 16)])])
     parts = [Part(blocks[i], prompts[i][before[i] :], DECODE if i < 2 else PREFILL) for i in range(len(prompts))]
     output = run_step(run.plan, run.store, parts, hidden=True)
@@ -127,7 +127,7 @@ def test_cropped_tokens_are_dropped() -> None:
 
 @torch.no_grad()
 def test_input_embeddings_and_explicit_positions() -> None:
-    """As Transformers calls it for a left-padded row: positions are not the places in the cache."""
+    """As in Transformers' call for a left-padded row: positions differ from the places in the cache."""
     model = random_model(llama())
     ids = random_ids(model.config, 20)
     embeds = model.get_input_embeddings()(torch.tensor(ids)) + 0.1
@@ -140,7 +140,7 @@ def test_input_embeddings_and_explicit_positions() -> None:
 
 @pytest.mark.parametrize("kv", ["bf16", "int8"])
 def test_smaller_caches_stay_close(kv: str) -> None:
-    """A cache of 8 bits a number: its rounding shows, and no more than that."""
+    """A cache of 8 bits per element: the error is that of its rounding."""
     model = random_model(CASES["qwen3-gqa"]())
     ids = random_ids(model.config, 200)
     run = runner(ReferenceBackend(), fused(model), weights_of(model), kv=kv)
@@ -151,7 +151,7 @@ def test_smaller_caches_stay_close(kv: str) -> None:
 
 @pytest.mark.parametrize("case", FAMILIES)
 def test_bf16_rounds_like_transformers(case: str) -> None:
-    """Both are bf16: each may be as far from fp32 as the other, and not further from each other than that twice."""
+    """Both are bf16: their errors against fp32 are similar, and their difference at most twice that."""
     exact = random_model(CASES[case]())
     rounded = random_model(CASES[case](), dtype=torch.bfloat16)
     for source, target in zip(exact.parameters(), rounded.parameters(), strict=True):
@@ -180,7 +180,7 @@ def test_packed_weights_equal_their_dequantised_model(name: str) -> None:
 
 
 def test_rounded_activations() -> None:
-    """Rounding rows to 8 bits costs more than to 16, and "format" means what the weight's format reads."""
+    """Rounding rows to 8 bits has a larger error than to 16, and "format" means the kind that the weight's format reads."""
     model = random_model(llama())
     ids = random_ids(model.config, 60)
     packed = {n: pack(w, "int4") if w.ndim == 2 else w for n, w in weights_of(model).items()}

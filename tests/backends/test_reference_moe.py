@@ -27,13 +27,13 @@ def randn(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def gap(values: torch.Tensor, count: int) -> torch.Tensor:
-    """How far the last that is chosen is from the first that is not."""
+    """The difference between the last chosen score and the first rejected one."""
     ordered = values.sort(-1, descending=True).values
     return ordered[..., count - 1] - ordered[..., count] if count < values.shape[-1] else values.new_tensor(torch.inf)
 
 
 def no_tie(logits: torch.Tensor, bias: torch.Tensor | None, options: dict[str, Any]) -> torch.Tensor:
-    """Rows whose choice of groups and experts is not within 1e-5 of another."""
+    """Rows whose choice of groups and experts has a margin of more than 1e-5."""
     choice = logits.softmax(-1) if options["scoring"] == "softmax" else logits.sigmoid()
     choice = choice if bias is None else choice + bias
     groups = choice.unflatten(-1, (options["groups"], -1))
@@ -76,7 +76,7 @@ def test_ties_go_to_the_lower_index() -> None:
     bias = torch.zeros(12)
     bias[8:] = 0.1
     made = moe.route(equal, bias, groups=3, top_groups=1, group_score="top2", **{**options, "scoring": "sigmoid"})[0]
-    assert made.tolist() == [8, 9, 10, 0.5, 0.5, 0.5]  # the bias chooses and does not weigh
+    assert made.tolist() == [8, 9, 10, 0.5, 0.5, 0.5]  # the bias affects the choice, not the weights
 
 
 @pytest.mark.parametrize("grouped", [False, True])
@@ -129,7 +129,7 @@ def test_a_stack_of_a_wrong_shape_is_named() -> None:
 
 
 def test_routers_stay_in_float32() -> None:
-    """In a bf16 plan too: their choice must not depend on how the rest is stored."""
+    """In a bf16 plan too, since their choice must not depend on the format of the other weights."""
     model = random_model(CASES["deepseek_v3-groups"]())
     plan = ReferenceBackend(dtype=torch.bfloat16).compile(build_graph(model.config), weights_of(model))
     kept = {n: w.dtype for n, w in plan._weights.items()}

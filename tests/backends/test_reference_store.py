@@ -58,7 +58,7 @@ def test_copied_block_and_released_memory(kv_dtype: str) -> None:
 
 
 def test_memory_grows_with_written_blocks() -> None:
-    """A store of a million blocks takes nothing until it is used."""
+    """A store of a million blocks allocates nothing until it is used."""
     store = TorchStore(SPEC, "fp32", 1_000_000, torch.device("cpu"))
     store.write(0, torch.tensor([2]), 0, torch.ones(1, 3, 8), torch.ones(1, 3, 8))
     assert all(len(t) == 3 for t in store._data)

@@ -20,7 +20,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda:0")
 
 
 class ToyBackend(ReferenceBackend):
-    """What a package outside may add: the reference under a name of its own."""
+    """A backend that another package might add: the reference under a new name."""
 
     name = "toy"
     note = "a toy serves"
@@ -34,7 +34,7 @@ NOT_A_SPEC = ToyBackend
 
 @pytest.fixture
 def registered(monkeypatch):
-    """registered(name=value, ...): these are the entry points of other packages."""
+    """registered(name=value, ...): sets the entry points of other packages."""
 
     def become(**values):
         points = [EntryPoint(name, value, backend_entries.GROUP) for name, value in values.items()]

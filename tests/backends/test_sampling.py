@@ -41,7 +41,7 @@ def test_filters_equal_transformers(settings, size):
 @pytest.mark.parametrize("settings", [{}, {"top_k": 12}, {"top_p": 0.8}, {"temperature": 2.0, "min_p": 0.1}], ids=str)
 @pytest.mark.parametrize("size", [5, 130])
 def test_draws_follow_the_distribution(settings, size):
-    """Chi-square at a level that fails one time in a million, over evenly spaced and over hashed numbers."""
+    """Chi-square at a level that fails once in a million, with evenly spaced and with hashed numbers."""
     sampling = SamplingParams(**{"temperature": 1.0, **settings})
     logits = np.random.default_rng(size).standard_normal(size).astype(np.float32)
     right, count = of_transformers(logits, sampling), 20_000

@@ -43,7 +43,7 @@ def made(name: str) -> Any:
 
 
 def chunks() -> list[tuple[int, int]]:
-    """Of the text, in turns a big one and single tokens."""
+    """Chunks of the text, alternating between a large one and single tokens."""
     found, begin = [], 0
     while begin < READ:
         for size in (CHUNK, 1, 1):
@@ -54,7 +54,7 @@ def chunks() -> list[tuple[int, int]]:
 
 @cache
 def oracle(name: str) -> tuple[Any, list[int], torch.Tensor]:
-    """A model, a text, and the logits that the window must have on it."""
+    """A model, a text, and its expected logits with the window."""
     model = random_model(CASES[name]())
     ids, late, pinned, logits = random_ids(model.config, READ), LateRope(model), PINNED, []
     for begin, end in chunks():
@@ -82,6 +82,6 @@ def test_logits_of_a_window(name: str, backend: str) -> None:
         logits.append(run_step(plan, arena.store, [Part(sequence, ids[begin:end], phase)]).logits)
         max_blocks = max(max_blocks, len(sequence.blocks))
     assert_close_rows(torch.cat(logits), expected)
-    assert 32 * max_blocks <= POLICY.tokens  # memory stays what it was
+    assert 32 * max_blocks <= POLICY.tokens  # memory does not grow
     assert sequence.tokens + dropped == READ and dropped >= 2 * POLICY.tokens
-    assert pinned == ((38, 43),)  # the block between it and the sinks is gone
+    assert pinned == ((38, 43),)  # the block between it and the sinks was dropped

@@ -24,7 +24,7 @@ def write(target: Path, text: str, overwrite: bool = False) -> None:
 
 
 def content(target: Path) -> str | None:
-    """The one text in both files; None if there is no such directory."""
+    """The text that both files contain; None if the directory does not exist."""
     if not target.exists():
         return None
     assert (target / "a").read_text() == (target / "sub" / "b").read_text()
@@ -66,7 +66,7 @@ def test_a_target_created_meanwhile_is_not_replaced(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("existing", [False, True])
 def test_killed_at_every_step(tmp_path: Path, existing: bool) -> None:
-    """SIGKILL before the n-th sync, rename or removal, for every n until the write gets through."""
+    """SIGKILL before the n-th sync, rename or removal, for every n until the write succeeds."""
     steps = 0
     for n in range(100):
         target = tmp_path / str(n) / "t"
@@ -116,7 +116,7 @@ def in_child(work) -> int:
 
 
 def killed(target: Path, write) -> None:
-    """A process that is killed in the midst of writing."""
+    """A process that is killed while writing."""
 
     def work() -> None:
         with write(target):
@@ -132,11 +132,11 @@ def test_the_next_write_removes_leftovers_of_a_killed_one(tmp_path: Path, write)
     (left,) = tmp_path.glob(".t.*.tmp")
     with write(tmp_path / "t"):
         assert not left.exists()
-    assert [p.name.split(".")[1] for p in tmp_path.glob(".*")] == ["other"]  # another target's is none of its business
+    assert [p.name.split(".")[1] for p in tmp_path.glob(".*")] == ["other"]  # files of another target are not touched
 
 
 def test_files_of_a_concurrent_writer_stay(tmp_path: Path) -> None:
-    """Also one in this process: the second of two writers wins, and both were whole."""
+    """Including one in this process: the second of two writers wins, and both were complete."""
     with atomic_directory(tmp_path / "t", overwrite=True) as first:
         write(tmp_path / "t", "second")
         assert sweep(tmp_path / "t") == [first]
@@ -169,7 +169,7 @@ def test_many_writers_of_one_directory_some_of_them_killed(tmp_path: Path) -> No
 
 
 def test_an_old_directory_that_was_moved_aside_is_restored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where two names cannot be exchanged at once: killed between the two renames."""
+    """On systems without an atomic exchange: killed between the two renames."""
     write(tmp_path / "t", "old")
     child = os.fork()
     if child == 0:
@@ -191,7 +191,7 @@ def test_a_merged_directory_keeps_what_it_does_not_write(tmp_path: Path, monkeyp
     (target / "link").symlink_to("a")
     target.chmod(0o750)
     if not replaceable:
-        monkeypatch.chdir(target)  # whoever is in it would be left in a directory without a name
+        monkeypatch.chdir(target)  # a process in it would be left in a removed directory
     with merged_directory(target, lambda name: name.startswith("stale")) as folder:
         (folder / "a").write_text("new")
         (folder / "stale-2").write_text("new")
@@ -204,7 +204,7 @@ def test_a_merged_directory_keeps_what_it_does_not_write(tmp_path: Path, monkeyp
 
 @pytest.mark.parametrize("text", ["No space left on device (os error 28)", "IoError(Os { code: 28 }) (os error 28)"])
 def test_errors_of_rust_libraries_become_os_errors(tmp_path: Path, text: str) -> None:
-    """As `tokenizers` raises it: a bare Exception."""
+    """A bare Exception, as raised by `tokenizers`."""
     with pytest.raises(OSError, match="No space left on device: .*out") as error, atomic_directory(tmp_path / "out"):
         raise Exception(text)
     assert error.value.errno == errno.ENOSPC

@@ -67,7 +67,7 @@ def test_kept_unchanged_or_dequantised(tmp_path, monkeypatch, scale_dtype, panel
 
 
 def test_stacks_of_experts(tmp_path):
-    """Tensor by tensor, as DeepSeek publishes them."""
+    """Tensor by tensor, as published by DeepSeek."""
     floats = {
         f"m.experts.{e}.{role}_proj.weight": torch.randn(136 if role != "down" else 72, 72 if role != "down" else 136)
         for e in range(3)

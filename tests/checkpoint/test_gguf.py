@@ -71,7 +71,7 @@ def test_lossless_formats(tmp_path: Path, kind: str, format: str) -> None:
 
 
 def test_rows_of_heads_are_permuted_for_any_panel(tmp_path: Path) -> None:
-    """llama's q and k: any range of rows is the range of the whole."""
+    """llama's q and k: any range of rows equals the same range of the whole."""
     checkpoint = open_checkpoint(save(tmp_path / "m.gguf", model_values(), model_tensors(kind="Q4_0")))
     for name in ("q_proj", "k_proj", "v_proj"):
         name = f"model.layers.0.self_attn.{name}.weight"
@@ -183,7 +183,7 @@ def test_rope_scaling(tmp_path: Path, values: dict, expected: dict) -> None:
 
 
 def llama3_factors(factor: float) -> torch.Tensor:
-    """As convert_hf_to_gguf.py writes them."""
+    """The factors as written by convert_hf_to_gguf.py."""
     factors = []
     for i in range(8):
         wavelength = 2 * math.pi * 500000.0 ** (i / 8)
@@ -198,7 +198,7 @@ def llama3_factors(factor: float) -> torch.Tensor:
 
 
 def test_llama3_rope(tmp_path: Path) -> None:
-    """The factors as a tensor become llama3's parameters; the tensor itself is no parameter."""
+    """The tensor of factors becomes llama3's parameters; the tensor itself is not a parameter."""
     values = model_values(llama__rope__freq_base=(F32, 500000.0))
     tensors = [*model_tensors(), gguf_tensor("rope_freqs.weight", llama3_factors(8.0))]
     checkpoint = open_checkpoint(save(tmp_path / "m.gguf", values, tensors))

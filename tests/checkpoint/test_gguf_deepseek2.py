@@ -55,7 +55,7 @@ def test_config(tmp_path: Path, family: str) -> None:
 @pytest.mark.parametrize("kinds", KINDS)
 @pytest.mark.parametrize("forms", [{}, {"whole_kv_b": True}, {"merged_experts": True}], ids=["new", "old", "merged"])
 def test_values(tmp_path: Path, model: Any, kinds: str, forms: dict[str, bool]) -> None:
-    """Every parameter, stacks included, packed in the format that the file's type names: without loss where there is one."""
+    """Every parameter, including stacks, packed in the format of the file's type, lossless if such a format exists."""
     checkpoint = open_checkpoint(write_gguf(tmp_path / "m.gguf", model, KINDS[kinds], **forms))
     expected = state_of(dequantised(model, KINDS[kinds], **forms))
     shapes = {name: tuple(value.shape) for name, value in expected.items()}
@@ -81,7 +81,7 @@ def test_values(tmp_path: Path, model: Any, kinds: str, forms: dict[str, bool]) 
 
 
 def test_rows_of_kv_b(tmp_path: Path, model: Any) -> None:
-    """Any range of rows is the range of the whole, in the file's own numbers or in fp32."""
+    """Any range of rows equals the same range of the whole, in the file's values or in fp32."""
     checkpoint = open_checkpoint(write_gguf(tmp_path / "m.gguf", model, {"": "Q8_0", "attn_v_b": "F16"}))
     name = "model.layers.1.self_attn.kv_b_proj.weight"
     whole = checkpoint.read(name)
@@ -101,13 +101,13 @@ def test_gate_and_up_of_different_types(tmp_path: Path, model: Any) -> None:
     assert checkpoint.own_format(name, shape) == "int8"
     stack = checkpoint.packed_stack(name, "int8", shape)
     expected = dequantised(model, kinds).state_dict()[name].reshape(shape)
-    assert torch.equal(quant.unpack(stack.matrix(3)), expected[3])  # an up: as it is
+    assert torch.equal(quant.unpack(stack.matrix(3)), expected[3])  # an up: unchanged
     assert torch.equal(stack.data[2], quant.pack(expected[2], "int8").data)
     assert checkpoint.conversions() == ["8 matrices stored as Q4_0 converted to int8, which rounds them again"]
 
 
 def test_both_forms_of_kv_b(tmp_path: Path, model: Any) -> None:
-    """Some files carry both: the whole one is taken, the halves are no tensors that nobody knows."""
+    """Some files have both: the whole one is used, and the halves are not reported as unknown tensors."""
 
     def edit(values: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
         for i in range(3):
@@ -120,7 +120,7 @@ def test_both_forms_of_kv_b(tmp_path: Path, model: Any) -> None:
 
 
 def test_older_files(tmp_path: Path) -> None:
-    """No gating function, no lengths of the heads' own, no mscale."""
+    """No gating function, no separate head sizes, no mscale."""
     made = random_model(v2())
 
     def edit(values: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
@@ -153,7 +153,7 @@ def test_mtp_layers_are_skipped(tmp_path: Path, model: Any) -> None:
 
 
 def change(**values: Any) -> Callable[..., None]:
-    """Metadata set, or taken out where None; __ is a dot."""
+    """Sets metadata, or removes it if None; __ stands for a dot."""
 
     def edit(metadata: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
         for key, value in values.items():

@@ -156,7 +156,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("format", ["int4", "bf16"])
 def test_peak_memory_is_the_packed_size_and_panels(large: Path, format: str) -> None:
-    """The largest matrix alone is 235 MB: it is never whole in memory beside its packed self, nor mapped."""
+    """The largest matrix alone is 235 MB: it is never entirely in memory together with its packed form, nor mapped."""
     run = subprocess.run([sys.executable, "-c", CHILD, str(large), format], capture_output=True, text=True, check=True)
     used = json.loads(run.stdout)
     assert used["packed"] > 80e6

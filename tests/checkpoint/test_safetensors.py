@@ -136,7 +136,7 @@ def test_overlaps_holes_and_leftovers(tmp_path: Path) -> None:
 
 
 def test_false_sizes_allocate_no_memory(tmp_path: Path) -> None:
-    """A header that claims 2^62 bytes costs no more than one that does not."""
+    """A header that claims 2^62 bytes needs no more memory than one that does not."""
     import tracemalloc
 
     (tmp_path / "x.safetensors").write_bytes(changed(shape=[2**60], data_offsets=[0, 2**62]))

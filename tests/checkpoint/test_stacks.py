@@ -40,7 +40,7 @@ def one_by_one(seed: int = 0) -> dict[str, torch.Tensor]:
 
 
 def merged(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """As Transformers merges them at load."""
+    """Merged as by Transformers when loading."""
     each = {r: torch.stack([tensors[f"{BASE}.{e}.{r}_proj.weight"] for e in range(EXPERTS)]) for r in ("gate", "up", "down")}
     both = torch.cat([each["gate"], each["up"]], 1)
     return {"norm.weight": tensors["norm.weight"], GATE_UP: both, DOWN: each["down"]}

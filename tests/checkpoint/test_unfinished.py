@@ -26,7 +26,7 @@ def write(directory: Unfinished, name: str) -> None:
 
 
 def interrupted(target: Path, names: list[str] = NAMES[:2], identity: dict = IDENTITY) -> Path:
-    """Leaves a run that was stopped after these files; its temporary directory."""
+    """Runs until it is stopped after these files; returns its temporary directory."""
     with pytest.raises(KeyboardInterrupt), Unfinished(target, identity, NAMES) as directory:
         for name in names:
             write(directory, name)
@@ -35,7 +35,7 @@ def interrupted(target: Path, names: list[str] = NAMES[:2], identity: dict = IDE
 
 
 def resume(target: Path, identity: dict = IDENTITY) -> tuple[set[str], str | None]:
-    """Finishes the run: which files were there, and what was said."""
+    """Finishes the run; returns the files that existed, and the messages."""
     with Unfinished(target, identity, NAMES) as directory:
         found, news = set(directory.finished), directory.news
         assert found == {p.name for p in directory.folder.iterdir()}
@@ -178,7 +178,7 @@ def test_concurrent_runs(tmp_path: Path) -> None:
 
 
 def test_killed_at_every_step(tmp_path: Path) -> None:
-    """SIGKILL before the n-th sync, rename or removal, for every n; a second run makes the same of what it finds."""
+    """SIGKILL before the n-th sync, rename or removal, for every n; a second run completes the same directory."""
     finished = set()
     for n in range(100):
         target = tmp_path / str(n) / "t"
@@ -195,7 +195,7 @@ def test_killed_at_every_step(tmp_path: Path) -> None:
             assert os.WEXITSTATUS(status) == 0
             break
         assert os.WTERMSIG(status) == signal.SIGKILL
-        if target.exists():  # killed while it tidied up: the target is whole all the same
+        if target.exists():  # killed during the clean-up: the target is complete anyway
             assert sorted(os.listdir(target)) == NAMES
         else:
             found, _ = resume(target)

@@ -64,11 +64,11 @@ def test_cached_tokens() -> None:
     assert in_mode(llama(), SPARSE)[0].cache.summaries and not in_mode(llama(), SLIDING)[0].cache.summaries
     assert in_mode(deepseek_v2(), SPARSE)[0].cache.summaries
     windows = qwen3(use_sliding_window=True, sliding_window=9, max_window_layers=0)
-    assert not in_mode(windows, SPARSE)[0].cache.summaries  # nobody chooses
+    assert not in_mode(windows, SPARSE)[0].cache.summaries  # no layer uses them
 
 
 def test_a_trained_indexer() -> None:
-    """Sparse attention is its business; under a window nobody asks it, and its keys are not kept."""
+    """It performs sparse attention itself; with a window it is not used, and its keys are not cached."""
     plain, _ = rules.apply(build_graph(deepseek_v32()))
     assert apply_mode(plain, SPARSE) == (plain, [])
     graph, places = apply_mode(plain, SLIDING)

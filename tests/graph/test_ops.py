@@ -35,7 +35,7 @@ def test_specs_are_consistent(spec: OpSpec) -> None:
 
 
 def test_parameter_names_are_only_in_bias_and_biases() -> None:
-    """`Graph.weights` and `Graph.renamed` look there."""
+    """`Graph.weights` and `Graph.renamed` rely on this."""
     for spec in OPS.values():
         assert {a.name for a in spec.attrs if a.type in (NAME, NAMES)} <= {"bias", "biases"}
 

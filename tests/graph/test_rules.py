@@ -56,7 +56,7 @@ def test_each_rule_applies_everywhere(case: str) -> None:
     expected = {
         "qkv": layers, "rope_cache": plain, "attention_softmax": plain, "mla_absorb": layers - plain, "experts": experts,
         "gate_up": layers, "last_logits": 1,
-        "layer_norm": 2 * layers - 1,  # all norms but the first of the model and the last, whose rows are selected
+        "layer_norm": 2 * layers - 1,  # all norms except the model's first and the last, whose rows are selected
     }  # fmt: skip
     fused, reports = rules.apply(graph)
     assert {r.rule: r.count for r in reports} == expected
@@ -69,7 +69,7 @@ def test_each_rule_applies_everywhere(case: str) -> None:
     assert all(n.attrs["grouped"] for n in fused.nodes if n.op.startswith("experts_"))
     assert fused.weights() and set(fused.weights()) == set(graph.weights())
     alone = {name: rules.apply(graph, [name])[1][0].count for name in ALL}
-    assert alone == {**expected, "layer_norm": 2 * layers}  # alone, the final norm is fused too
+    assert alone == {**expected, "layer_norm": 2 * layers}  # if it is the only rule, the final norm is fused too
 
 
 def test_fusing_is_idempotent_and_does_not_modify_its_input() -> None:
@@ -93,7 +93,7 @@ def test_unknown_rules_suggest_the_closest(name: str, nearest: str) -> None:
 
 
 def test_the_norm_for_hidden_states_runs_only_on_request() -> None:
-    """With `last_logits` the norm of all rows feeds `hidden_out` alone."""
+    """With `last_logits`, the norm of all rows is used only by `hidden_out`."""
     graph, _ = rules.apply(build_graph(llama()))
     only = [graph.nodes[i] for i in sorted(hidden_only(graph))]
     assert Counter(n.op for n in only) == {"hidden_out": graph.hidden_states, "rms_norm": 1}

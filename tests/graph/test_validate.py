@@ -104,7 +104,7 @@ LATENT_DAMAGES = {
 
 
 def check_damage(graph: Graph, damage: Callable[[Graph], list[Node]], message: str) -> None:
-    """The graph is well formed, and not once it is damaged."""
+    """Checks that the graph is valid, and invalid after the damage."""
     check_graph(graph)
     with pytest.raises(GraphError, match=message):
         check_graph(replace(graph, nodes=damage(graph)))

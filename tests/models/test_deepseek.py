@@ -56,7 +56,7 @@ PUBLISHED = {"V2-Lite": V2_LITE, "V2": V2, "V3": V3, "V3.2": V32}
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_configs(name: str) -> None:
-    """As a file says it, and as Transformers' class reads it."""
+    """As in a file, and as read by Transformers' class."""
     from transformers import CONFIG_MAPPING
 
     raw = json.loads(json.dumps(PUBLISHED[name]))
@@ -77,7 +77,7 @@ def test_published_configs(name: str) -> None:
 
 
 def test_cache_bytes_of_v2_lite() -> None:
-    """(512 + 64) numbers of two bytes in each of 27 layers."""
+    """(512 + 64) elements of two bytes in each of 27 layers."""
     graph = build_graph(with_defaults(V2_LITE))
     assert ReferenceBackend().block_bytes(graph, "bf16") == 32 * 31_104
     assert ReferenceBackend().block_bytes(graph, "fp32") == 32 * 2 * 31_104
@@ -196,7 +196,7 @@ def test_unsupported_features_are_rejected_by_name(family: str, fields: dict[str
 
 
 def test_mscale_of_zero_is_none() -> None:
-    """As DeepSeek's own code has it."""
+    """As in DeepSeek's code."""
     none = {"mscale": 0, "mscale_all_dim": 0}
     plain, zero = (
         build_graph(with_defaults({**RAW["deepseek_v3"], **rope("yarn", factor=4.0, **more)})) for more in ({}, none)

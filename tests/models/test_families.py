@@ -40,14 +40,14 @@ def test_config_is_not_modified_and_its_file_is_checked_too(case: str) -> None:
 
 
 def test_a_config_with_only_the_base_of_rope() -> None:
-    """As R1-Distill-Qwen-1.5B's does; `rope_scaling`, which the class has as a property, is no default."""
+    """Like R1-Distill-Qwen-1.5B's; `rope_scaling`, a property of the class, is not a default."""
     raw = {name: value for name, value in qwen2().to_dict().items() if not name.startswith("rope_")}
     check_config(raw)
     check_config({**raw, "rope_theta": 10000})
 
 
 def test_old_names_of_rope_fields_and_missing_fields() -> None:
-    """A config.json of Transformers 4: rope_theta and rope_scaling, and no head_dim or key-value heads."""
+    """A config.json of Transformers 4: rope_theta and rope_scaling, without head_dim and key-value heads."""
     raw = {"model_type": "llama", "hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2, "rope_theta": 5e5,
            "rope_scaling": {"type": "linear", "factor": 2.0}}  # fmt: skip
     check_config(raw)

@@ -63,12 +63,12 @@ def test_an_extended_config_equals_transformers(case: str, kind: str) -> None:
     rotary, spec = model.model.rotary_emb, spec_of(config)
     assert (spec.kind, spec.room, graph.max_positions) == (kind, 300, 300)
     assert spec.scaling == rotary.attention_scaling
-    for length in (1, 64, 65, 300):  # ascending: Transformers' frequencies only grow
+    for length in (1, 64, 65, 300):  # ascending, since Transformers' frequencies only grow
         rotary(torch.zeros(1), torch.arange(length)[None])
         assert torch.equal(torch.from_numpy(spec.inv_freq_at(length)), rotary.inv_freq)
     scales = {n.attrs["scale"] for n in graph.nodes if n.op in ("attention", "mla_attention")}
     assert scales == {layer.self_attn.scaling for layer in model.model.layers}
-    grown = (0.1 * math.log(300 / 64) + 1) ** 2  # of the scores: by cos and sin of all of a head, or as a whole
+    grown = (0.1 * math.log(300 / 64) + 1) ** 2  # scales the scores: through cos and sin of a whole head, or directly
     if kind == "dynamic":
         assert spec.scaling == spec.attention_scale == 1
     elif case in LATENT:

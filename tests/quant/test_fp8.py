@@ -28,10 +28,10 @@ def test_every_code_round_trips() -> None:
 
 @pytest.mark.parametrize("shape", [(17, 33), (130, 300)])
 def test_codes_follow_the_definition(shape: tuple[int, int]) -> None:
-    """The nearest code, even where two are as near; at the places dso.h names, beside the block's scale."""
+    """The nearest code, ties to even; at the places given in dso.h, with the block's scale."""
     generator = torch.Generator().manual_seed(1)
     weight = torch.randn(shape, generator=generator) * torch.rand(shape, generator=generator) ** 10
-    weight[3, 5] = 448.0  # the first block's scale is 1: halves of a step are met
+    weight[3, 5] = 448.0  # the first block's scale is 1, so that ties occur
     weight[7, 3:30:3] = torch.tensor([17.0, 19.0, 2.125, 2.375, 0.0029296875, 0.0048828125, -17.0, -0.0009765625, 0.0])
     packed = FORMAT.pack(weight).numpy()
     positive = torch.tensor([value(code) for code in range(0x7F)], dtype=torch.float64)
@@ -70,7 +70,7 @@ def test_zeros() -> None:
 
 
 def test_taking_over_rounds_nothing() -> None:
-    """Scales and codes that packing itself would not have chosen."""
+    """Scales and codes that packing would not choose."""
     generator = torch.Generator().manual_seed(2)
     codes = torch.randint(0, 256, (200, 300), dtype=torch.uint8, generator=generator)
     codes[codes & 0x7F == 0x7F] = 1

@@ -14,7 +14,7 @@ LOSSLESS = ["Q4_0", "Q4_1", "Q8_0"]
 
 
 def random_blocks(rows: int, cols: int, name: str) -> torch.Tensor:
-    """Blocks of every code there is (Q8_0's -128 among them), under modest scales of both signs."""
+    """Blocks with every code (including Q8_0's -128), with moderate scales of both signs."""
     kind = ggml.GGML_TYPES[GGMLQuantizationType[name]]
     generator = torch.Generator().manual_seed(rows + cols)
     blocks = torch.randint(0, 256, (rows, cols // 32, kind.block_bytes), dtype=torch.uint8, generator=generator)
@@ -32,7 +32,7 @@ def test_values_equal_ggml(name: str, shape: tuple[int, int]) -> None:
     expected = torch.from_numpy(quants.dequantize(blocks.numpy(), GGMLQuantizationType[name]))
     assert torch.equal(fmt.unpack(tiles, *shape), expected)
     assert torch.equal(ggml.to_float(blocks, name, shape[1]), expected)
-    if shape[0] % 16:  # rows past the end: exactly what packing zeros makes
+    if shape[0] % 16:  # rows past the end equal packed zeros
         below = fmt.unpack(tiles, tiles.shape[0] * 16, shape[1])[shape[0] :]
         assert torch.equal(below, torch.zeros_like(below))
         rest = torch.cat([fmt.unpack(tiles, *shape), torch.zeros_like(below)])
@@ -88,7 +88,7 @@ def test_unsupported_types() -> None:
 
 def test_the_table_equals_ggml() -> None:
     for code, kind in ggml.GGML_TYPES.items():
-        if kind.name in GGMLQuantizationType.__members__:  # an older gguf package knows fewer
+        if kind.name in GGMLQuantizationType.__members__:  # an older gguf package has fewer types
             assert GGML_QUANT_SIZES[GGMLQuantizationType[kind.name]] == (kind.block, kind.block_bytes)
             assert GGMLQuantizationType[kind.name] == code
     assert {k.name for k in GGMLQuantizationType} <= {k.name for k in ggml.GGML_TYPES.values()} | {"Q8_K"}

@@ -18,7 +18,7 @@ SCALARS = {
     "int32_t": C.c_int32, "uint32_t": C.c_uint32, "int64_t": C.c_int64, "float": C.c_float, "double": C.c_double, "void": None,
 }  # fmt: skip
 CONSTANTS = {name: int(value) for name, value in re.findall(r"\b(DSO_\w+)\s*=\s*(-?\d+)", TEXT + TRAIN_TEXT)}
-STRUCTS = {"dso_train_heads": native_train.TrainHeads}  # that are parts of others
+STRUCTS = {"dso_train_heads": native_train.TrainHeads}  # structs that are members of others
 TRAIN_STRUCTS = [t for t in vars(native_train).values() if isinstance(t, type) and issubclass(t, C.Structure)]
 
 

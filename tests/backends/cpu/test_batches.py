@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(unavailable_reason() is not None, reason="no nat
 
 @pytest.fixture(scope="module")
 def ready():
-    """A plan with its cache, and a batch of a decode and a prefill sequence, which works."""
+    """A plan with its cache, and a valid batch of a decode and a prefill sequence."""
     model = random_model(CASES["llama-gqa"]())
     graph, _ = rules.apply(build_graph(model.config), None)
     made = runner(CpuBackend(threads=2), graph, packed_weights(weights_of(model), "fp32"), blocks=8)
@@ -35,7 +35,7 @@ def ready():
     return made, batch, made.plan.run(batch, made.store).logits
 
 
-SHORT = ["token_ids", "query_len", "context_len", "phase", "block_table"]  # lengths of the others say what T and R are
+SHORT = ["token_ids", "query_len", "context_len", "phase", "block_table"]  # the other lengths determine T and R
 ALL = [*SHORT, "positions", "logit_rows"]
 
 
@@ -99,7 +99,7 @@ def test_blocks_outside_the_cache(ready, block):
 
 def test_copies_of_a_plan_and_store_share_memory(ready):
     made, batch, logits = ready
-    for _ in range(3):  # a copy that destroyed it would leave nothing to the next
+    for _ in range(3):  # if a copy destroyed the handle, the next one would fail
         plan, store = copy.copy(made.plan), copy.copy(made.store)
         assert torch.equal(plan.run(batch, store).logits, logits)
         del plan, store

@@ -21,7 +21,7 @@ from deepseek_optimizer.train.ops import native as train_native
 
 SOURCE = Path(deepseek_optimizer.__file__).parent
 POINTERS = {"data_ptr", "ctypes", "__array_interface__", "from_buffer", "untyped_storage"}
-# Files that take one to know which memory it is, and never to have it read or written.
+# Files that take an address only to identify memory, never to access it.
 IDENTITY = {
     "backends/cpu/mapped_file.py", "integration/load/mapped.py",
     "integration/bind/runtime.py", "train/precision.py", "train/saved_activations.py",
@@ -85,7 +85,7 @@ def context():
 
 
 class Overwriting:
-    """The library with one function that writes a byte beside what it is given, behind its work."""
+    """The library with one function that afterwards writes a byte outside its output."""
 
     def __init__(self, lib, name, argument, offset):
         self._lib, self._name, self._argument, self._offset = lib, name, argument, offset
@@ -142,7 +142,7 @@ def test_red_zones_are_freed_with_their_tensor():
     row = tensor[0]
     del tensor
     gc.collect()
-    assert len(outputs._zones) == 1  # a view holds it
+    assert len(outputs._zones) == 1  # a view keeps it alive
     del row
     gc.collect()
     assert not outputs._zones

@@ -58,7 +58,7 @@ def test_the_native_packer_equals_the_reference_bit_for_bit(backend, format_name
 
 @pytest.mark.parametrize("format_name", ["int4", "q4_1"])
 def test_the_native_packer_searches_like_the_reference(backend, format_name):
-    """Enough groups that each choice is the best of some; broken ones and equal magnitudes among them."""
+    """Enough groups that each choice is the best of some, including non-finite groups and equal magnitudes."""
     generator = torch.Generator().manual_seed(6)
     w = torch.randn(320, 1000, generator=generator) * torch.logspace(-8, 5, 320)[:, None]
     w[::7, 40], w[3::7, 50] = torch.nan, -torch.inf
@@ -109,7 +109,7 @@ def test_the_native_packer_reads_e4m3_blocks_like_the_reference(backend):
 
 
 def test_fp8_products_are_close_and_independent_of_the_batch(backend):
-    """Every way through the kernel: streamed, in panels, tails of tiles and of blocks; E4M3's subnormals among the weights."""
+    """Every path of the kernel: streamed, in panels, partial tiles and blocks; weights include E4M3's subnormals."""
     generator = torch.Generator().manual_seed(9)
     for rows, cols in ((5, 3), (70, 100), (200, 333)):
         w = torch.randn(rows, cols, generator=generator) * torch.rand(rows, cols, generator=generator) ** 12

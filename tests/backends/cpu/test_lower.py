@@ -62,7 +62,7 @@ def test_every_value_is_written_before_it_is_read():
 
 
 def test_lowered_nodes_match_their_specs():
-    """Unless the model made them: the absorbed form of latent attention has operands of its own."""
+    """Except nodes of the model: the absorbed form of latent attention has its own operands."""
     seen = set()
     for case in CASES:
         for names in (None, []):

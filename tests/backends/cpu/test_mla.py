@@ -32,7 +32,7 @@ FORMATS = {
     "int8": 1e-2,
     "int4": 6e-2,
     "fp8": 4e-2,
-}  # of the row's largest, against their own values
+}  # relative to the row's largest, against the dequantised values
 
 
 def latent_model(shape, **fields):
@@ -46,7 +46,7 @@ def graph_of(model, form="absorbed"):
     return rules.apply(build_graph(model.config), [n for n in rules.RULES if form == "absorbed" or n != "mla_absorb"])[0]
 
 
-# How rows are attended to: graph's form, phase. Prefill of an absorbed graph takes the form that costs less.
+# Forms of attention: the graph's form, the phase. Prefill of an absorbed graph uses the cheaper form.
 WAYS = {"absorbed": ("absorbed", DECODE), "expanded": ("expanded", PREFILL), "cheaper": ("absorbed", PREFILL)}
 
 
@@ -89,7 +89,7 @@ def test_cache_types(backend, kv, tolerance):
 @pytest.mark.parametrize("format_name", ["fp32", "bf16", "int8"])
 @pytest.mark.parametrize("form, phase", [WAYS["absorbed"], WAYS["expanded"], ("expanded", DECODE)])
 def test_a_row_does_not_depend_on_the_batch(backend, format_name, kv, form, phase):
-    """Rows of a form are torch.equal whatever the chunk, the place, the threads and the other sequences."""
+    """Rows of a form are torch.equal for any chunks, positions, threads and other sequences."""
     model = latent_model("two-sets")
     graph, weights = graph_of(model, form), packed_weights(weights_of(model), format_name)
     r = runner(backend, graph, weights, kv=kv)
@@ -111,8 +111,8 @@ def test_a_row_does_not_depend_on_the_batch(backend, format_name, kv, form, phas
 
 @pytest.mark.parametrize("shape", ["tiles", "two-sets"])
 def test_prefill_uses_the_form_with_fewer_multiply_adds(backend, shape):
-    """Which form it was shows in the last bits: with a cache in bf16 the two differ. One layer: what is cached depends on none.
-    Weights in fp32: their products are of one family in both phases, on every ISA."""
+    """The last bits show which form was used: with a bf16 cache the two differ. One layer, so that the cache does not depend on
+    the form. fp32 weights, whose products use one kernel family in both phases, on every ISA."""
     model = latent_model(shape, num_hidden_layers=1)
     _, rank, nope, rope, v_dim = SHAPES[shape]
     weights = packed_weights(weights_of(model), "fp32")
@@ -130,7 +130,7 @@ def test_prefill_uses_the_form_with_fewer_multiply_adds(backend, shape):
 
 
 def after(r, ids, context, phase):
-    """Logits of ids[context:] in a step of their own."""
+    """Logits of ids[context:] in a separate step."""
     mine = r.sequence()
     if context:
         run_step(r.plan, r.store, [Part(mine, ids[:context], DECODE)])
@@ -141,7 +141,7 @@ def after(r, ids, context, phase):
 
 @pytest.mark.parametrize("way", WAYS)
 def test_a_nan_does_not_affect_earlier_rows(backend, way):
-    """Neither from the same step nor from a block's tail that another sequence left behind."""
+    """Neither from the same step nor from the end of a block that another sequence has used."""
     model, (form, phase) = latent_model("tiles"), WAYS[way]
     for kv in ("fp32", "bf16", "int8"):
         r = runner(backend, graph_of(model, form), packed_weights(weights_of(model), "bf16"), kv=kv, blocks=12)
@@ -163,7 +163,7 @@ def prefill_embeds(r, embeds, phase):
 
 
 def test_crop_and_shared_blocks(backend):
-    """A sequence that was cut back, or branched off another, goes on as a fresh one."""
+    """A cropped or forked sequence continues like a new one."""
     model = latent_model("odd")
     r = runner(backend, graph_of(model), packed_weights(weights_of(model), "bf16"), kv="bf16")
     ids, other = random_ids(model.config, 100), random_ids(model.config, 60, seed=7)
@@ -178,7 +178,7 @@ def test_crop_and_shared_blocks(backend):
 
 
 def test_stacks_of_heads():
-    """Keys are kv_b's values transposed, in bf16; values are its own tiles where rows of heads fill whole ones."""
+    """Keys are kv_b's values transposed, in bf16; values are its tiles if a head's rows fill whole tiles."""
     model = latent_model("tiles")
     heads, rank, nope, _, v_dim = SHAPES["tiles"]
     graph, context = graph_of(model), CpuBackend().context
