@@ -9,7 +9,7 @@ import pytest
 
 from deepseek_optimizer.cache import HOLE, BlockManager, Forgetting, SequenceBlocks
 from deepseek_optimizer.cache.prefix_cache import PrefixCache, keys
-from deepseek_optimizer.errors import CacheFullError, ForgottenError
+from deepseek_optimizer.errors import CacheFullError, DroppedTokensError
 
 
 def seen_blocks(forgetting: Forgetting, tokens: int) -> set[int]:
@@ -64,7 +64,7 @@ def test_cropping() -> None:
     made = read(manager, 1_000)
     before = list(made.blocks)
     for tokens in (100, 500, 960, 33):
-        with pytest.raises(ForgottenError, match=f"from 1000 tokens to {tokens}.*attention_window"):
+        with pytest.raises(DroppedTokensError, match=f"from 1000 tokens to {tokens}.*attention_window"):
             made.crop(tokens)
         assert made.blocks == before and made.tokens == 1_000
     made.crop(968)  # the spare tokens, and a few more, since whole blocks are dropped
@@ -129,7 +129,7 @@ def test_random_use(seed: int) -> None:
             made.drop(first, count, move)
         except CacheFullError:
             return
-        except ForgottenError:
+        except DroppedTokensError:
             assert made.blocks == before
             return
         if count:
@@ -153,7 +153,7 @@ def test_random_use(seed: int) -> None:
             try:
                 made.crop(back)
                 del marks[made.tokens :]
-            except ForgottenError:
+            except DroppedTokensError:
                 assert any(made.blocks[b] == HOLE for b in seen_blocks(forgetting, back))
         elif action == "forget":
             gone = made.forget()

@@ -146,7 +146,7 @@ def test_every_error_and_environment_variable_is_documented():
 
     text = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
     raised = [e for e in vars(errors).values() if isinstance(e, type) and issubclass(e, errors.DeepSeekOptimizerError)]
-    internal = {errors.DeepSeekOptimizerError, errors.GraphError, errors.ForgottenError}
+    internal = {errors.DeepSeekOptimizerError, errors.GraphError, errors.DroppedTokensError}
     assert not [error.__name__ for error in raised if error not in internal and f"`{error.__name__}`" not in text]
     variables = (ROOT / "docs" / "reference" / "environment.md").read_text(encoding="utf-8")
     sources = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "src").rglob("*.py"))

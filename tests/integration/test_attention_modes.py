@@ -22,7 +22,7 @@ from deepseek_optimizer import (
 )
 from deepseek_optimizer.backends.cpu import unavailable_reason
 from deepseek_optimizer.cache import HOLE, Forgetting
-from deepseek_optimizer.errors import ForgottenError
+from deepseek_optimizer.errors import DroppedTokensError
 from deepseek_optimizer.integration.bind.runtime import OptimizerWarning
 from deepseek_optimizer.integration.compat import cache_name
 from support.models import CASES, assert_close_rows, deepseek_v3, llama, random_ids, random_model
@@ -195,7 +195,7 @@ def test_cropping(backend: str, pairs: Any) -> None:
     ids = pair.ids(300)
     cache = PagedCache(pair.fast)
     whole = pair.fast(ids, cache=cache).logits[0]
-    with pytest.raises(ForgottenError, match="attention_window"):
+    with pytest.raises(DroppedTokensError, match="attention_window"):
         cache.crop(-150)
     assert cache.get_seq_length() == 300
     cache.crop(-5)

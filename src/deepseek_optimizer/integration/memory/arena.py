@@ -142,7 +142,7 @@ class Arena:
 
         Raises (nothing was changed):
             CacheFullError: blocks after the gap are shared, and there are too few free blocks for copies of them.
-            ForgottenError: tokens that were already dropped would enter a layer's window.
+            DroppedTokensError: tokens that were already dropped would enter a layer's window.
             UnsupportedRequestError: keys of this model cannot be moved to other positions.
         """
         rotation = self.rotation
