@@ -1,4 +1,4 @@
-#include "index_schedule.hpp"
+#include "indexer_schedule.hpp"
 
 #include <algorithm>
 

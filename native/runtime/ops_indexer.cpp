@@ -1,6 +1,6 @@
 // The lightning indexer: writing its keys to the cache, and choosing the tokens that sparse attention reads.
 #include "cache_write.hpp"
-#include "index_schedule.hpp"
+#include "indexer_schedule.hpp"
 #include "ops.hpp"
 
 namespace dso {
