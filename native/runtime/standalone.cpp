@@ -1,4 +1,4 @@
-#include "direct.hpp"
+#include "standalone.hpp"
 
 #include <algorithm>
 #include <cfloat>
