@@ -40,6 +40,6 @@ def test_running_out_later_is_an_error(tiny_model):
     lines = done.stdout.splitlines()
     assert len(lines) == 2 * len(limits)
     assert all(line.split()[2] == "0" for line in lines), done.stdout  # no signal, and no other kind of abort
-    said = [line.split(maxsplit=3)[3] for line in lines]
-    assert said[-2:] == ["done", "done"]
-    assert any("memory" in words.lower() for words in said)
+    message = [line.split(maxsplit=3)[3] for line in lines]
+    assert message[-2:] == ["done", "done"]
+    assert any("memory" in words.lower() for words in message)

@@ -34,8 +34,8 @@ def check():
     ],
 )
 def test_messages(check, message, wrong):
-    found = check.problems(message)
-    assert len(found) == len(wrong) and all(part in problem for part, problem in zip(wrong, found, strict=True)), found
+    actual = check.problems(message)
+    assert len(actual) == len(wrong) and all(part in problem for part, problem in zip(wrong, actual, strict=True)), actual
 
 
 def test_only_new_commits_are_checked(check, tmp_path, capsys):
@@ -57,8 +57,8 @@ def test_only_new_commits_are_checked(check, tmp_path, capsys):
     assert check.main(tmp_path) == 0
     commit("A new title " + "x" * 80)
     assert check.main(tmp_path) == 1
-    said = capsys.readouterr().err.splitlines()
-    assert len(said) == 2 and all("A new title" in line for line in said)
+    output = capsys.readouterr().err.splitlines()
+    assert len(output) == 2 and all("A new title" in line for line in output)
 
 
 def test_a_clone_of_main_is_checked_from_the_recorded_commit(check, tmp_path, monkeypatch):

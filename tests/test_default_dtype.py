@@ -25,14 +25,14 @@ SOURCE = Path(deepseek_optimizer.__file__).parent
 
 def unnamed(tree: ast.AST) -> list[str]:
     """Calls of torch's factories without an explicit dtype or device."""
-    found = []
+    result = []
     for node in ast.walk(tree):
         match node:
             case ast.Call(func=ast.Attribute(value=ast.Name(id="torch"), attr=name)) if name in FACTORIES:
                 wanted = {"dtype"} if name == "frombuffer" else {"dtype", "device"}  # frombuffer is always on the CPU
                 if missing := sorted(wanted - {keyword.arg for keyword in node.keywords}):
-                    found.append(f"line {node.lineno}: torch.{name} without {' and '.join(missing)}")
-    return found
+                    result.append(f"line {node.lineno}: torch.{name} without {' and '.join(missing)}")
+    return result
 
 
 def test_every_factory_names_its_dtype_and_device():
@@ -68,8 +68,8 @@ def test_answers_are_the_same_under_every_default(tiny_model):
     assert done.returncode == 0, f"exit code {done.returncode}\n{done.stderr[-3000:]}"
     expected, *others = map(json.loads, done.stdout.splitlines())
     assert len(expected) > 20 and len(others) == 3
-    for default, found in zip(defaults[1:], others, strict=True):
-        assert {k for k in expected if found[k] != expected[k]} == set(), default
+    for default, actual in zip(defaults[1:], others, strict=True):
+        assert {k for k in expected if actual[k] != expected[k]} == set(), default
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
@@ -79,7 +79,7 @@ def test_frequencies_of_a_long_context_are_the_same(dtype):
     expected = spec.inv_freq_at(777)
     torch.set_default_dtype(dtype)
     try:
-        found = spec.inv_freq_at(777)
+        actual = spec.inv_freq_at(777)
     finally:
         torch.set_default_dtype(torch.float32)
-    assert (found == expected).all()
+    assert (actual == expected).all()

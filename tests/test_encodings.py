@@ -60,10 +60,10 @@ def test_binary_modes_need_no_encoding(call):
 
 
 def test_every_text_names_its_encoding():
-    found = [
+    actual = [
         f"{path}:{line}"
         for folder in SOURCES
         for path in sorted(folder.rglob("*.py"))
         for line in silent_places(path.read_text(encoding="utf-8"))
     ]
-    assert not found
+    assert not actual

@@ -67,8 +67,8 @@ def _decoded(model, hay):
     return answers
 
 
-def _right(found, hay):
-    return sum(a == b for a, b in zip(found, hay.values, strict=True))
+def _right(result, hay):
+    return sum(a == b for a, b in zip(result, hay.values, strict=True))
 
 
 def test_haystacks_are_well_formed():
@@ -154,20 +154,20 @@ def test_sliding_attention_finds_needles_in_the_window(load, length):
 
 
 @native
-@pytest.mark.parametrize("distance, found", [(255, True), (256, False), (257, False)])
-def test_the_window_has_its_stated_length(load, distance, found):
+@pytest.mark.parametrize("distance, actual", [(255, True), (256, False), (257, False)])
+def test_the_window_has_its_stated_length(load, distance, actual):
     """Visible are the token itself and the 255 before it."""
     model = load("sliding", attention_window=256)
     length = 1200
     hay = haystack(45, length, [(length - 1 - distance - 1 - 1) / (length - 4)])
     assert length - 1 - (hay.places[0] + 1) == distance  # from the question to the value
-    expected = hay.values if found else [BOS]
+    expected = hay.values if actual else [BOS]
     assert _read(model, hay) == _decoded(model, hay) == expected
 
 
-@pytest.mark.parametrize("mode, found", [("flash", 3), ("sliding", 1), ("sparse", 3)])
-def test_the_reference_backend_does_the_same(load, mode, found):
+@pytest.mark.parametrize("mode, actual", [("flash", 3), ("sliding", 1), ("sparse", 3)])
+def test_the_reference_backend_does_the_same(load, mode, actual):
     fields = {} if mode == "flash" else {"attention_window": 64}
     model = load(mode, backend="reference", **fields, **({"attention_budget": 192} if mode == "sparse" else {}))
     hay = haystack(45, 600, [0.1, 0.5, 0.95])
-    assert _right(_read(model, hay), hay) == _right(_decoded(model, hay), hay) == found
+    assert _right(_read(model, hay), hay) == _right(_decoded(model, hay), hay) == actual

@@ -56,9 +56,9 @@ def test_wheel_contains_the_chat_page_with_pinned_libraries(wheel):
         page = "deepseek_optimizer/server/page"
         packages = json.loads(archive.read(f"{page}/vendor.json"))["packages"].values()
         pinned = {name: file["sha256"] for package in packages for name, file in package["files"].items()}
-        found = {n.rsplit("/", 1)[1]: n for n in archive.namelist() if n.startswith(f"{page}/vendor/")}
-        assert found.keys() == pinned.keys(), "run build_tools/page_assets.py to see why they could not be fetched"
-        assert {name: hashlib.sha256(archive.read(path)).hexdigest() for name, path in found.items()} == pinned
+        actual = {n.rsplit("/", 1)[1]: n for n in archive.namelist() if n.startswith(f"{page}/vendor/")}
+        assert actual.keys() == pinned.keys(), "run build_tools/page_assets.py to see why they could not be fetched"
+        assert {name: hashlib.sha256(archive.read(path)).hexdigest() for name, path in actual.items()} == pinned
 
 
 def test_both_commands_are_installed(wheel):

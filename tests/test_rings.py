@@ -26,18 +26,18 @@ def test_few_cases_all_run():
 
 
 def test_products_are_sampled_and_every_value_occurs():
-    found = marks(PRODUCT)
-    fast = [case for case, mark in zip(PRODUCT, found, strict=True) if mark is None]
-    wide = [case for case, mark in zip(PRODUCT, found, strict=True) if mark == "wide"]
+    actual = marks(PRODUCT)
+    fast = [case for case, mark in zip(PRODUCT, actual, strict=True) if mark is None]
+    wide = [case for case, mark in zip(PRODUCT, actual, strict=True) if mark == "wide"]
     assert len(fast) == FEW and values(fast) == values(PRODUCT)
     assert 0 < len(wide) < len(PRODUCT) / 4
 
 
 def test_remaining_values_are_in_the_next_ring():
     many = [{"a": i, "b": j} for i in range(30) for j in range(3)]
-    found = marks(many)
-    assert found.count(None) == FEW
-    assert values(case for case, mark in zip(many, found, strict=True) if mark != "slow") == values(many)
+    actual = marks(many)
+    assert actual.count(None) == FEW
+    assert values(case for case, mark in zip(many, actual, strict=True) if mark != "slow") == values(many)
 
 
 def test_only_the_second_ring_depends_on_the_seed():
@@ -48,14 +48,14 @@ def test_only_the_second_ring_depends_on_the_seed():
 
 def test_expensive_functions_run_fewer_cases():
     cost = FAST_S / 2
-    found = marks(PRODUCT, cost)
-    assert found.count(None) == 2 and found.count("wide") <= WIDE_S / cost
+    actual = marks(PRODUCT, cost)
+    assert actual.count(None) == 2 and actual.count("wide") <= WIDE_S / cost
     assert marks([{}], FAST_S * 1.1) == ["wide"]
 
 
 def test_very_expensive_cases_are_drawn_at_random():
-    found = [marks([{}], 4 * WIDE_S, seed=str(seed))[0] for seed in range(400)]
-    assert set(found) == {"wide", "slow"} and 60 < found.count("wide") < 140
+    actual = [marks([{}], 4 * WIDE_S, seed=str(seed))[0] for seed in range(400)]
+    assert set(actual) == {"wide", "slow"} and 60 < actual.count("wide") < 140
 
 
 def test_covering_is_small():

@@ -48,7 +48,7 @@ def folders(tmp_path_factory):
 
 def requests(case, count, seed, max_tokens=40):
     """Sampled and greedy requests, some with common prefixes."""
-    rng, found = random.Random(seed), []
+    rng, result = random.Random(seed), []
     shared = [random_ids(CONFIGS[case](), 70, seed=n) for n in range(3)]
     for n in range(count):
         prompt = random_ids(CONFIGS[case](), rng.randrange(1, 130), seed=100 + n)
@@ -58,8 +58,8 @@ def requests(case, count, seed, max_tokens=40):
         sampling = SamplingParams(
             max_tokens=rng.randrange(max_tokens // 2, max_tokens), logprobs=2, ignore_eos=rng.random() < 0.7, **fields
         )
-        found.append(Request(prompt, sampling, id=str(n), priority=rng.randrange(2)))
-    return found
+        result.append(Request(prompt, sampling, id=str(n), priority=rng.randrange(2)))
+    return result
 
 
 def alone(engine, wanted):
@@ -71,7 +71,7 @@ def in_company(engine, wanted, seed, cancel=0.0, preempt=0.0):
 
     Returns: id -> (token ids, logprobs) of those that finished."""
     rng, core, waiting = random.Random(seed), engine.core, list(wanted)
-    found, texts = {}, {r.id: ([], []) for r in wanted}
+    result, texts = {}, {r.id: ([], []) for r in wanted}
     while waiting or not core.idle:
         for _ in range(rng.randrange(5)):
             if waiting:
@@ -88,14 +88,14 @@ def in_company(engine, wanted, seed, cancel=0.0, preempt=0.0):
             tokens += output.token_ids
             logprobs += output.logprobs or []
             if output.finish in ("stop", "length"):
-                found[output.request_id] = texts[output.request_id]
+                result[output.request_id] = texts[output.request_id]
             else:
                 assert output.finish in (None, "cancelled"), output.error
-    return found
+    return result
 
 
-def check_equal(answers, found):
-    for name, (tokens, logprobs) in found.items():
+def check_equal(answers, result):
+    for name, (tokens, logprobs) in result.items():
         assert tokens == answers[name].token_ids
         assert logprobs == answers[name].logprobs  # bitwise equal floats
 
@@ -109,9 +109,9 @@ def test_a_request_in_a_batch_equals_one_alone(folders, case, precision):
     answers = alone(make_engine(model, prefix_cache=False, drafts=False), wanted)
     for seed, options in enumerate([{}, {"stall": 2.0, "step_tokens": 96}, {"drafts": True, "batch_size_range": (1, 9)}]):
         engine = make_engine(model, prefix_cache=False, **options)
-        found = in_company(engine, wanted, seed)
-        assert len(found) == len(wanted)
-        check_equal(answers, found)
+        actual = in_company(engine, wanted, seed)
+        assert len(actual) == len(wanted)
+        check_equal(answers, actual)
 
 
 FORMATS = ["fp32", "bf16", "fp8", "int8", "int4", "q4_1"]
@@ -133,9 +133,9 @@ def test_batch_invariance_is_bitwise(folders, case, precision):
     engine = make_engine(little, step_tokens=50, stall=3.0)
     ended = {}
     for seed in range(2):
-        found = in_company(engine, wanted, seed, cancel=0.03, preempt=0.1)
-        check_equal(answers, found)
-        ended |= found
+        actual = in_company(engine, wanted, seed, cancel=0.03, preempt=0.1)
+        check_equal(answers, actual)
+        ended |= actual
     assert len(ended) > 15 and engine.core.scheduler.preemptions > 0
     if case != "llama-beyond":  # its texts rarely have the same frequencies
         assert engine.core.prefix is not None and engine.core.metrics.cached_tokens > 0
@@ -151,9 +151,9 @@ def test_preempted_requests_continue_by_default(folders, case):
     block_bytes = model.dso.backend.block_bytes(model.dso.graph, model.dso.kv_dtype)
     little = load_model(folders(case), precision="bf16", kv_cache_memory=20 * block_bytes)
     engine = make_engine(little, prefix_cache=False, drafts=False)
-    found = in_company(engine, wanted, 0, preempt=0.1)
+    actual = in_company(engine, wanted, 0, preempt=0.1)
     assert engine.core.scheduler.preemptions > 5
-    check_equal(answers, found)
+    check_equal(answers, actual)
 
 
 @pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", marks=native)])
@@ -189,8 +189,8 @@ def test_texts_beyond_the_trained_length_equal_generate(beyond):
     sampling = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
     more = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None}
     wanted = [beyond.generate(torch.tensor([p]), **more)[0].tolist() for p in prompts]
-    found = engine.generate(prompts, sampling)
-    assert [p + a.token_ids for p, a in zip(prompts, found, strict=True)] == wanted
+    actual = engine.generate(prompts, sampling)
+    assert [p + a.token_ids for p, a in zip(prompts, actual, strict=True)] == wanted
 
 
 def test_blocks_rotated_with_other_frequencies_are_not_shared(beyond):
@@ -243,8 +243,8 @@ def test_a_draft_model_drafts(folders):
     plain = make_engine(model, drafts=False).generate([ids, ids[:7]], sampling)
     engine = make_engine(model, draft_model=twin)
     engine.core.drafting._proposers.pop(0)  # prompt lookup would be tried first
-    found = engine.generate([ids, ids[:7]], sampling)
-    assert [a.token_ids for a in found] == [a.token_ids for a in plain]
+    actual = engine.generate([ids, ids[:7]], sampling)
+    assert [a.token_ids for a in actual] == [a.token_ids for a in plain]
     assert engine.core.drafting.accepted > 0 and engine.core.drafting.accepted >= 0.9 * engine.core.drafting.proposed
     small = load_model(folders("qwen3-gqa"))
     other = load_model(_other_vocabulary(folders))

@@ -97,15 +97,15 @@ def test_bf16_greedy_text_equals_transformers_up_to_near_ties(bf16_directory, to
     ours = load_model(bf16_directory, precision="bf16")
     prompt = prompt_ids(tokenizer, [{"role": "user", "content": question}])
     options = {"max_new_tokens": 64, "do_sample": False, "attention_mask": torch.ones_like(prompt)}
-    expected, got = theirs.generate(prompt, **options)[0], ours.generate(prompt, **options)[0]
-    length = min(len(expected), len(got))
-    differs = (expected[:length] != got[:length]).nonzero().flatten()
+    expected, actual = theirs.generate(prompt, **options)[0], ours.generate(prompt, **options)[0]
+    length = min(len(expected), len(actual))
+    differs = (expected[:length] != actual[:length]).nonzero().flatten()
     if not len(differs):
-        assert len(expected) == len(got)
+        assert len(expected) == len(actual)
         return
     first = int(differs[0])
     with torch.inference_mode():
         logits = theirs(expected[None, :first]).logits[0, -1].float()
     # Transformers rounds its logits to bf16, a relative error of 2^-8, here and in every earlier sum.
-    gap = logits[expected[first]] - logits[got[first]]
+    gap = logits[expected[first]] - logits[actual[first]]
     assert gap <= 4 * 2**-8 * logits.abs().max(), f"parted at token {first}, where the top two are {gap:.3f} apart"

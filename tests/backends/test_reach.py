@@ -70,7 +70,7 @@ def test_in_any_batch_and_chunks(name: str, backend: str, phase: int) -> None:
     alone, blocks = [], [run.sequence() for _ in ids]
     for text, own in zip(ids, REACH, strict=True):
         alone.append(run_step(run.plan, run.store, [Part(run.sequence(), text, phase)], reach=reach(own)).logits)
-    found: list[list[torch.Tensor]] = [[] for _ in ids]
+    actual: list[list[torch.Tensor]] = [[] for _ in ids]
     while left := [i for i, text in enumerate(ids) if blocks[i].tokens < len(text)]:
         chosen = rng.sample(left, rng.randint(1, len(left)))
         parts = []
@@ -80,8 +80,8 @@ def test_in_any_batch_and_chunks(name: str, backend: str, phase: int) -> None:
         counts = [len(part.ids) for part in parts]
         logits = run_step(run.plan, run.store, parts, reach=reach(*(REACH[i] for i in chosen))).logits
         for i, rows in zip(chosen, logits.split(counts), strict=True):
-            found[i].append(rows)
-    for rows, whole, truth in zip(map(torch.cat, found), alone, expected, strict=True):
+            actual[i].append(rows)
+    for rows, whole, truth in zip(map(torch.cat, actual), alone, expected, strict=True):
         close(rows, truth)
         close(whole, truth)
         if backend == "cpu" and phase == DECODE:  # the same form of attention in both phases

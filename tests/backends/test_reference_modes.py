@@ -196,9 +196,9 @@ def test_chosen_blocks(seed: int) -> None:
 
 def test_an_estimate_is_never_below_a_logit() -> None:
     q, keys = torch.randn(7, 2, 3, 16), torch.randn(64, 2, 16)
-    found = choose.estimates(q, *choose.summaries(keys, True))
+    actual = choose.estimates(q, *choose.summaries(keys, True))
     logits = torch.einsum("qhgd,khd->qhgk", q, keys).unflatten(-1, (2, 32)).amax(-1)
-    assert (found >= logits - 1e-5).all()
+    assert (actual >= logits - 1e-5).all()
 
 
 def test_tokens_of_a_window() -> None:

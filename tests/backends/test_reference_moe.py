@@ -55,7 +55,7 @@ def test_chosen_experts_equal_transformers(case: str, monkeypatch: pytest.Monkey
     calls = spy(monkeypatch, moe, "route")
     runner(ReferenceBackend(), build_graph(model.config), weights_of(model)).logits(ids)
     assert len(calls) == len(theirs) > 0
-    told_apart = set()
+    distinct = set()
     for (((logits, bias), options), routes), (their_logits, weights, chosen) in zip(calls, theirs, strict=True):
         torch.testing.assert_close(logits, their_logits, rtol=1e-4, atol=1e-4)
         order = chosen.sort(-1)
@@ -64,8 +64,8 @@ def test_chosen_experts_equal_transformers(case: str, monkeypatch: pytest.Monkey
         ours, shares = routes.chunk(2, -1)
         assert torch.equal(ours[clear].long(), order.values[clear])
         torch.testing.assert_close(shares[clear], weights.gather(1, order.indices)[clear], rtol=1e-4, atol=1e-5)
-        told_apart.update(map(tuple, ours.tolist()))
-    assert len(told_apart) > 20  # routers that choose
+        distinct.update(map(tuple, ours.tolist()))
+    assert len(distinct) > 20  # routers that choose
 
 
 def test_ties_go_to_the_lower_index() -> None:

@@ -109,7 +109,7 @@ def test_other_devices(registered):
 
 
 @pytest.mark.parametrize(
-    ("value", "said"),
+    ("value", "message"),
     [
         ("no_such_module_anywhere:SPEC", "cannot be loaded .ModuleNotFoundError"),
         (f"{__name__}:MISSING", "cannot be loaded .AttributeError"),
@@ -117,9 +117,9 @@ def test_other_devices(registered):
         (f"{__name__}:NOT_A_SPEC", "is registered as .*:NOT_A_SPEC, which is not a BackendSpec of that name"),
     ],
 )
-def test_a_broken_package_is_named_and_does_not_stop_the_others(registered, value, said):
+def test_a_broken_package_is_named_and_does_not_stop_the_others(registered, value, message):
     registered(broken=value)
-    with pytest.raises(BackendError, match=f"the backend 'broken' {said}.*reinstall or uninstall its package"):
+    with pytest.raises(BackendError, match=f"the backend 'broken' {message}.*reinstall or uninstall its package"):
         find("broken")
     spec, note = choose_spec(wanted(), CPU)
     assert spec.name in backend_entries.BUILT_IN and note is not None and "the backend 'broken'" in note

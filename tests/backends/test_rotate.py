@@ -56,12 +56,12 @@ def filled(spec: Any, kind: str) -> tuple[Any, list[torch.Tensor]]:
 
 def rows_of(store: Any, spec: Any) -> list[torch.Tensor]:
     """The rotated and the unrotated elements of each layer."""
-    found: list[torch.Tensor] = []
+    result: list[torch.Tensor] = []
     for layer in range(spec.layers):
         key, value = store.read(layer, TABLE, TOKENS)
-        found += key.split((spec.rank, spec.rope), -1)[::-1] if isinstance(spec, LatentSpec) else (key,)
-        found += () if value is None else (value,)
-    return found
+        result += key.split((spec.rank, spec.rope), -1)[::-1] if isinstance(spec, LatentSpec) else (key,)
+        result += () if value is None else (value,)
+    return result
 
 
 def rotated(x: torch.Tensor, pairs: Pairs, delta: int) -> torch.Tensor:

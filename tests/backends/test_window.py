@@ -44,12 +44,12 @@ def made(name: str) -> Any:
 
 def chunks() -> list[tuple[int, int]]:
     """Chunks of the text, alternating between a large one and single tokens."""
-    found, begin = [], 0
+    result, begin = [], 0
     while begin < READ:
         for size in (CHUNK, 1, 1):
-            found.append((begin, min(begin + size, READ)))
+            result.append((begin, min(begin + size, READ)))
             begin += size
-    return [(a, b) for a, b in found if a < b]
+    return [(a, b) for a, b in result if a < b]
 
 
 @cache

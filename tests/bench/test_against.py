@@ -30,11 +30,11 @@ def _side(log: Path, name: str, ttft: float) -> list[str]:
 
 def test_sides_alternate(tmp_path):
     log, notes = tmp_path / "log", []
-    found = against.alternate({"a": _side(log, "a", 0.5), "b": _side(log, "b", 0.25)}, 3, notes.append)
+    actual = against.alternate({"a": _side(log, "a", 0.5), "b": _side(log, "b", 0.25)}, 3, notes.append)
     assert log.read_text() == "ababab" and notes[0] == "round 1 of 3: a" and len(notes) == 6
-    assert [v["ttft_ms"] for v in found["b"]] == [250] * 3
-    assert found["a"][0]["load_s"] == 2 and "memory_bytes" not in found["a"][0]
-    rows = against.ratio_rows(found, "a", ["prefill_tok_s", "memory_bytes"])
+    assert [v["ttft_ms"] for v in actual["b"]] == [250] * 3
+    assert actual["a"][0]["load_s"] == 2 and "memory_bytes" not in actual["a"][0]
+    rows = against.ratio_rows(actual, "a", ["prefill_tok_s", "memory_bytes"])
     assert [(r["name"], r["figure"], r["better"]) for r in rows] == [("b", "prefill_tok_s", 2.0)]
 
 
@@ -171,8 +171,8 @@ def test_failed_environments_are_not_reused(fake_venv):
 
 
 def test_variants():
-    found = variants(("a", "b"))
-    assert found == {"all rules": ("a", "b"), "without a": ("b",), "without b": ("a",), "no rules": ()}
+    actual = variants(("a", "b"))
+    assert actual == {"all rules": ("a", "b"), "without a": ("b",), "without b": ("a",), "no rules": ()}
 
 
 def test_ablation_measures_every_rule_and_restores_the_model(optimised):

@@ -17,8 +17,8 @@ from benchmarks import commits  # noqa: E402
 
 
 def test_ratios_are_per_round():
-    found = {"now": [{"a": 30.0}, {"a": 10.0}, {"a": 11.0}], "before": [{"a": 20.0}, {"a": 10.0}, {"a": 10.0}]}
-    ((line, ratio),) = commits.compared("row", found)
+    actual = {"now": [{"a": 30.0}, {"a": 10.0}, {"a": 11.0}], "before": [{"a": 20.0}, {"a": 10.0}, {"a": 10.0}]}
+    ((line, ratio),) = commits.compared("row", actual)
     assert ratio == 1.1
     assert "1.100x (1.000 - 1.500)" in line
     assert "10.0 ->       11.0" in line

@@ -29,6 +29,6 @@ def test_different_tokens_and_growing_memory_are_failures(path, monkeypatch):
     kept, calls = [], iter(range(1000))
     monkeypatch.setattr(cycles, "generated", lambda model, seed: [next(calls), kept.append(bytearray(16 << 20))])
     monkeypatch.setattr(cycles.gc, "collect", lambda *_: kept[-1].__setitem__(slice(None, None, 4096), b"x" * 4096))
-    found = cycles.cycles(path, 18)
-    assert sum("other tokens" in failure for failure in found) == 15
-    assert any("resident memory grew" in failure for failure in found)
+    actual = cycles.cycles(path, 18)
+    assert sum("other tokens" in failure for failure in actual) == 15
+    assert any("resident memory grew" in failure for failure in actual)

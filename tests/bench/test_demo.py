@@ -110,8 +110,12 @@ def test_each_step_is_announced(monkeypatch, capsys):
     monkeypatch.setattr(demo, "dequantised", lambda gguf: Path("m-bf16"))
     monkeypatch.setattr(demo, "_run_side", lambda _: _run(10.0))
     result = demo.run(rounds=1, show=False)
-    said = capsys.readouterr()
-    assert [line.split()[0] for line in said.err.splitlines()] == ["Downloading", "Writing", "Measuring"] and said.out == ""
+    message = capsys.readouterr()
+    assert [line.split()[0] for line in message.err.splitlines()] == [
+        "Downloading",
+        "Writing",
+        "Measuring",
+    ] and message.out == ""
     assert result["rounds"] == 1 and set(result["sides"]) == {"Transformers bf16", "lossless Q4_1", "int4"}
 
 

@@ -105,9 +105,9 @@ def test_the_key_is_sent():
 
 def test_prometheus_samples():
     text = '# HELP a b\na_total{x="1",y="z"} 2.0\na_total{x="2",y="z"} 3.5\nb 1e3\nc_bucket{le="+Inf"} 4\n'
-    found = parsed(text)
-    assert found["a_total"] == 5.5 and found["a_total{x=2}"] == 3.5 and found["a_total{y=z}"] == 5.5
-    assert found["b"] == 1000 and found["c_bucket{le=+Inf}"] == 4
+    actual = parsed(text)
+    assert actual["a_total"] == 5.5 and actual["a_total{x=2}"] == 3.5 and actual["a_total{y=z}"] == 5.5
+    assert actual["b"] == 1000 and actual["c_bucket{le=+Inf}"] == 4
 
 
 def test_a_server_that_does_not_start_says_why(tmp_path):

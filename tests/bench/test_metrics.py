@@ -28,8 +28,8 @@ def test_percentiles_are_towards_the_worse_end():
 
 @pytest.mark.parametrize("count, missing", [(5, ["p95", "p99"]), (19, ["p95", "p99"]), (20, ["p99"]), (99, ["p99"]), (100, [])])
 def test_few_samples_have_no_high_percentiles(count, missing):
-    found = summary([float(v) for v in range(count)])
-    assert found["n"] == count and [name for name, value in found.items() if value is None] == missing
+    actual = summary([float(v) for v in range(count)])
+    assert actual["n"] == count and [name for name, value in actual.items() if value is None] == missing
 
 
 def test_error_of_a_median():
@@ -43,23 +43,23 @@ def test_error_of_a_median():
 def test_figures_of_a_batch():
     # 2 rows of 100 prompt tokens; the first tokens after 0.5 s, then three more steps, 1.1 s in total
     run = Run(prompt=100, batch=2, times=(0.5, 0.6, 0.9, 1.1), generated=8)
-    found = {name: values[0] for name, values in samples([run]).items()}
-    assert found["ttft_ms"] == pytest.approx(500)
-    assert found["tpot_ms"] == pytest.approx((1.1 - 0.5) / 3 * 1e3)
+    actual = {name: values[0] for name, values in samples([run]).items()}
+    assert actual["ttft_ms"] == pytest.approx(500)
+    assert actual["tpot_ms"] == pytest.approx((1.1 - 0.5) / 3 * 1e3)
     assert samples([run])["itl_ms"] == pytest.approx([100, 300, 200])
-    assert found["e2e_ms"] == pytest.approx(1100)
-    assert found["prefill_tok_s"] == pytest.approx(2 * 100 / 0.5)
-    assert found["decode_tok_s"] == pytest.approx(2 * 3 / 0.6)
-    assert found["output_tok_s"] == pytest.approx(8 / 1.1)
-    assert found["requests_s"] == pytest.approx(2 / 1.1)
+    assert actual["e2e_ms"] == pytest.approx(1100)
+    assert actual["prefill_tok_s"] == pytest.approx(2 * 100 / 0.5)
+    assert actual["decode_tok_s"] == pytest.approx(2 * 3 / 0.6)
+    assert actual["output_tok_s"] == pytest.approx(8 / 1.1)
+    assert actual["requests_s"] == pytest.approx(2 / 1.1)
 
 
 def test_single_tokens_have_no_decode_metrics():
-    found = samples([Run(10, 1, (0.5,), 1)])
-    assert not {"tpot_ms", "itl_ms", "decode_tok_s"} & found.keys()
-    assert found["ttft_ms"] == [500]
+    actual = samples([Run(10, 1, (0.5,), 1)])
+    assert not {"tpot_ms", "itl_ms", "decode_tok_s"} & actual.keys()
+    assert actual["ttft_ms"] == [500]
     expected = {"unit": "ms", "n": 1, "p50": 500, "p90": 500, "p95": None, "p99": None, "samples": [500]}
-    assert figures(found)["ttft_ms"] == expected
+    assert figures(actual)["ttft_ms"] == expected
 
 
 def test_every_metric_is_defined():

@@ -118,7 +118,7 @@ def test_answers_are_checked(check, good, bad):
 
 
 def test_rejections_and_incomplete_answers_are_failures():
-    leaning, asked = soak.Soak(1, 0), soak.Asked("text", "/", {}, lambda reply: "")
-    assert leaning._wrong(asked, answer("x")) == ""
-    assert "refused" in leaning._wrong(asked, answer("x", status=500))
-    assert "broke off" in leaning._wrong(asked, answer("x", whole=False))
+    leaning, requested = soak.Soak(1, 0), soak.Asked("text", "/", {}, lambda reply: "")
+    assert leaning._wrong(requested, answer("x")) == ""
+    assert "refused" in leaning._wrong(requested, answer("x", status=500))
+    assert "broke off" in leaning._wrong(requested, answer("x", whole=False))

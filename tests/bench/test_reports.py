@@ -43,21 +43,21 @@ QUALITY = {
 @pytest.fixture
 def full(report):
     """A report with every section."""
-    found = report(
+    result = report(
         quality=dict(QUALITY),
         pairs={"pairs": 2, "bleu": 31.5, "bleu_signature": "b", "chrf": 52.5, "chrf_signature": "c"},
         ablation=[{"variant": name, "work": WORK, **RATIO} for name in ("all rules", "without qkv")],
         against=[{"against": "llama.cpp", "name": "ours", "work": WORK, **RATIO}],
     )
-    found["works"][0].update(
+    result["works"][0].update(
         limits={
             "token_bytes": 77e6, "read_gb_s": 16.5, "bandwidth_percent": 55.0, "machine_read_gb_s": 30.0,
             "prefill_tera": 0.276, "matrix_percent": 51.0, "matrix_percent_of": "torch's int8 product",
         },
         watts=12.5, joules_per_token=0.125, cost_per_million=0.566,
     )  # fmt: skip
-    found["baseline"] = baseline.compare(found, report(decode=[50.0, 50.0, 50.0]))
-    return found
+    result["baseline"] = baseline.compare(result, report(decode=[50.0, 50.0, 50.0]))
+    return result
 
 
 def test_slower_beyond_noise_is_a_regression(report):
@@ -188,11 +188,11 @@ class _Page(HTMLParser):
 
 def test_the_page_is_self_contained(full):
     text = page(full)
-    found = _Page(text)
-    assert not found.links and not {"script", "link", "img"} & set(found.tags)
+    actual = _Page(text)
+    assert not actual.links and not {"script", "link", "img"} & set(actual.tags)
     assert "@import" not in text and text.count("url(") == text.count("url(#")
     assert "http://" not in text.replace("http://www.w3.org/", "") and "https://" not in text
-    assert found.tags.count("svg") == 5  # peers, decode, prefill, gaps, one batch of the ablation
+    assert actual.tags.count("svg") == 5  # peers, decode, prefill, gaps, one batch of the ablation
 
 
 def test_charts_have_unique_ids_and_use_the_page_colour(full):

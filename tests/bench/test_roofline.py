@@ -27,20 +27,20 @@ def test_traffic_of_a_plain_model(plain):
 
 @pytest.mark.skipif(cpu.unavailable_reason() is not None, reason="needs the native backend")
 def test_traffic_of_an_optimised_model(optimised, plain):
-    found, floats = traffic_of(optimised), traffic_of(plain)
+    actual, floats = traffic_of(optimised), traffic_of(plain)
     tiles = LAYERS * (2 * 4 * 2 + 2 * 2 * 2 + 2 * 8 * 2 + 4 * 4) + -(-plain.config.vocab_size // 16) * 2
-    assert found.weight_bytes == tiles * 544  # int8 tiles of 16 x 32; the tied embedding is read as the head
-    assert found.kv_bytes == optimised.report().kv_block_bytes / 32 >= 2 * LAYERS * KV * 2  # heads of 16 are padded
-    assert (found.weights, found.head_weights) == (floats.weights, floats.head_weights)
+    assert actual.weight_bytes == tiles * 544  # int8 tiles of 16 x 32; the tied embedding is read as the head
+    assert actual.kv_bytes == optimised.report().kv_block_bytes / 32 >= 2 * LAYERS * KV * 2  # heads of 16 are padded
+    assert (actual.weights, actual.head_weights) == (floats.weights, floats.head_weights)
 
 
 def test_traffic_of_sparse_attention():
     model = random_model(CASES["deepseek_v32-indexer"]())
     plain = traffic_of(model)
-    found = traffic_of(DynamicGraphOptimizer(model, config=DeepSeekConfig(backend="reference")).optimize())
+    actual = traffic_of(DynamicGraphOptimizer(model, config=DeepSeekConfig(backend="reference")).optimize())
     latents, index = (3 * 4 * n for n in (40 + 12, 24))  # layers x bytes x elements
     assert (plain.kv_bytes, plain.chosen_bytes) == (latents + index, 0)
-    assert (found.kv_bytes, found.chosen_bytes, found.top_k) == (index, latents, 16)
+    assert (actual.kv_bytes, actual.chosen_bytes, actual.top_k) == (index, latents, 16)
 
 
 def test_bytes_and_operations():
@@ -75,8 +75,8 @@ def test_machine_limits_are_measured():
     for threads in (1, 2):
         assert 0.1 < read_gb_s(4 << 20, threads, seconds=0.05) < 10_000
         assert 0.1 < machine_limits._numpy_read_gb_s(4 << 20, threads, seconds=0.05) < 10_000
-    found = matrix_tera(1, size=256, seconds=0.02)
-    assert found["fp32"] > 1e-4 and all(v > 0 for v in found.values())
+    actual = matrix_tera(1, size=256, seconds=0.02)
+    assert actual["fp32"] > 1e-4 and all(v > 0 for v in actual.values())
 
 
 def test_cost():
@@ -122,6 +122,6 @@ def test_traffic_of_an_unsupported_family():
         hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, vocab_size=50,
     ))  # fmt: skip
     layer = 32 * 3 * 32 + 32 * 32 + 2 * 32 * 64
-    found = traffic_of(model)
-    assert (found.weights, found.head_weights) == (2 * layer, 32 * 50)
-    assert found.weight_bytes == 4 * (found.weights + found.head_weights)
+    actual = traffic_of(model)
+    assert (actual.weights, actual.head_weights) == (2 * layer, 32 * 50)
+    assert actual.weight_bytes == 4 * (actual.weights + actual.head_weights)

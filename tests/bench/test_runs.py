@@ -12,9 +12,9 @@ from deepseek_optimizer.bench.work import Work
 
 @pytest.mark.parametrize("work", [Work(12, 5), Work(12, 5, depth=20), Work(7, 4, depth=9, batch=3), Work(9, 1)])
 def test_lengths_are_exact(either, work):
-    found = list(runs.repeated(either, work, repeats=2))
-    assert len(found) == 2
-    for run in found:
+    actual = list(runs.repeated(either, work, repeats=2))
+    assert len(actual) == 2
+    for run in actual:
         assert (run.prompt, run.batch, len(run.times), run.generated) == (
             work.prompt,
             work.batch,

@@ -171,11 +171,11 @@ def test_the_engines_side_for_real(engine, monkeypatch):
     monkeypatch.setattr(offline, "PAUSE", 0.0)
     assert offline.throughput(asked(), engine)["output_tok_s"] > 0
     assert offline.prefill(asked(), engine)["prefill_tok_s"] > 0
-    found = offline.first(asked(), engine)
-    assert 0 < found["ttft_ms"] <= found["ttft_p90_ms"]
-    found = offline.question(asked(new=60, temperature=0.7), engine)
-    assert found["plain_tok_s"] > 0 and found["drafts_tok_s"] > 0 and 0 <= found["held"] <= found["proposed"]
-    assert found["steps"] <= found["tokens"]
+    actual = offline.first(asked(), engine)
+    assert 0 < actual["ttft_ms"] <= actual["ttft_p90_ms"]
+    actual = offline.question(asked(new=60, temperature=0.7), engine)
+    assert actual["plain_tok_s"] > 0 and actual["drafts_tok_s"] > 0 and 0 <= actual["held"] <= actual["proposed"]
+    assert actual["steps"] <= actual["tokens"]
 
 
 def test_drafts_that_change_the_text_are_detected(engine, monkeypatch):
@@ -187,8 +187,8 @@ def test_drafts_that_change_the_text_are_detected(engine, monkeypatch):
 def test_first_token_for_real(byte_tokenizer, monkeypatch):
     monkeypatch.setattr(load, "PAUSE", 0.0)
     with LiveServer(FakeEngine(byte_tokenizer, step_seconds=0.005)) as live:
-        found = asyncio.run(load.first(asked(port=live.port)))
-    assert 5 <= found["ttft_ms"] <= found["ttft_p90_ms"]
+        actual = asyncio.run(load.first(asked(port=live.port)))
+    assert 5 <= actual["ttft_ms"] <= actual["ttft_p90_ms"]
     with LiveServer(FakeEngine(byte_tokenizer, script=lambda request: "")) as live:
         with pytest.raises(SystemExit, match="no answer"):
             asyncio.run(load.first(asked(port=live.port)))
@@ -213,8 +213,8 @@ def test_clients_for_real(tiny_model, monkeypatch):
     with LiveServer(engine) as live:
         a = asked(port=live.port, vocabulary=250, seconds=0.1, prompt=150)
         assert asyncio.run(load.throughput(a))["output_tok_s"] > 0
-        found = asyncio.run(load.stall(a))
-        assert 4 <= found["idle_p50_ms"] <= found["idle_p99_ms"] and found["busy_gaps"] > 0 and found["long_prompt_ms"] >= 2
+        actual = asyncio.run(load.stall(a))
+        assert 4 <= actual["idle_p50_ms"] <= actual["idle_p99_ms"] and actual["busy_gaps"] > 0 and actual["long_prompt_ms"] >= 2
         with pytest.raises(SystemExit, match="400"):
             asyncio.run(load.throughput(asked(port=live.port, vocabulary=250, prompt=5000)))
         monkeypatch.setattr(load, "LONGEST", 3)

@@ -168,11 +168,11 @@ def test_a_gguf_file_is_the_same_model(checkpoint, tmp_path):
     fields = ("hidden_size", "num_hidden_layers", "num_key_value_heads", "vocab_size", "tie_word_embeddings")
     assert [getattr(back.config, f) for f in fields] == [getattr(model.config, f) for f in fields]
     assert back.config.rope_parameters["rope_theta"] == 777 and back.config.rms_norm_eps == pytest.approx(1e-6)
-    found = back.state_dict()
-    assert found.keys() == model.state_dict().keys()
+    actual = back.state_dict()
+    assert actual.keys() == model.state_dict().keys()
     for name, values in model.state_dict().items():
         worst = values.abs().max() / 127 * 0.51 if values.ndim == 2 else 1e-6  # half a step of the coarsest block
-        assert (found[name] - values).abs().max() <= worst, name
+        assert (actual[name] - values).abs().max() <= worst, name
 
 
 def test_what_llama_cpp_reads(checkpoint, tmp_path):
@@ -213,8 +213,8 @@ def test_rows_are_written_as_they_finish(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(sys, "argv", ["run", "smol-decode", "r1q15-decode", "--results", str(tmp_path)])
     with pytest.raises(RuntimeError):
         run.main()
-    (found,) = results.read("standing", tmp_path).values()
-    assert found["sides"] == entry["sides"] and found["rounds"] == 3 and found["read_gb_s"] == {"76 MB": 50, "900 MB": 50}
+    (actual,) = results.read("standing", tmp_path).values()
+    assert actual["sides"] == entry["sides"] and actual["rounds"] == 3 and actual["read_gb_s"] == {"76 MB": 50, "900 MB": 50}
     assert "2.00 tok/s" in capsys.readouterr().out
     monkeypatch.setattr(sys, "argv", ["run", "nothing"])
     with pytest.raises(SystemExit):
@@ -224,11 +224,11 @@ def test_rows_are_written_as_they_finish(monkeypatch, tmp_path, capsys):
 def test_tables():
     row = STANDING[0]
     sides = {"llama.cpp Q4_0": [200.0, 210.0, 220.0], "llama.cpp Q4_1": [150.0] * 3, "ours int4": [400.0] * 3}
-    found = {label: _rounds(*speeds) for label, speeds in sides.items()}
+    actual = {label: _rounds(*speeds) for label, speeds in sides.items()}
     read = {label: verdict.share(8e7, [400.0], [80.0]) for label in ("llama.cpp Q4_0", "ours int4")}
     facts = {"cpu": "A CPU", "threads": 2, "date": "2026-01-01", "rounds": 3}
     entry = {**facts, "title": row.title, "figure": DECODE, "sides": sides, "read": read}
-    lines = list(tables.standing_table({row.name: {**entry, "bars": verdict.judge(row, found, "ours int4", read)}}))
+    lines = list(tables.standing_table({row.name: {**entry, "bars": verdict.judge(row, actual, "ours int4", read)}}))
     assert lines[0] == "A CPU, 2 threads, 2026-01-01: medians of 3 rounds, engines taking turns."
     cells = "| 210.0 tok/s | 400.0 tok/s | 1.90x (1.82 - 2.00) | 1.5x | 80 MB, 40%; 80 MB, 40% | reached |"
     assert lines[4] == f"| {row.title} | llama.cpp Q4_0 {cells}"

@@ -97,20 +97,20 @@ def test_at_random(seed):
         if action < 0.4:
             tokens = [t for n in range(rng.randrange(1, 5)) for t in text(rng.randrange(3) + 10 * n, 1)]
             wanted = keys(tokens, "", len(tokens) // BLOCK_TOKENS)
-            found = cache.match(wanted)
-            for n, block in enumerate(found):
+            actual = cache.match(wanted)
+            for n, block in enumerate(actual):
                 assert contents[block] == tuple(tokens[: (n + 1) * BLOCK_TOKENS])
-            missing = len(wanted) - len(found)
+            missing = len(wanted) - len(actual)
             if missing > manager.free_blocks:
                 cache.evict(missing - manager.free_blocks)
             if missing <= manager.free_blocks:
                 new = manager.allocate(missing)
-                for n, block in enumerate(new, len(found)):
+                for n, block in enumerate(new, len(actual)):
                     contents[block] = tuple(tokens[: (n + 1) * BLOCK_TOKENS])
                     cache.put(wanted[n], block)
-                holds.append(found + new)
+                holds.append(actual + new)
             else:
-                holds.append(found)
+                holds.append(actual)
         elif action < 0.8 and holds:
             for block in holds.pop(rng.randrange(len(holds))):
                 manager.release(block)

@@ -44,5 +44,5 @@ def test_nodes_that_share_a_matrix_form_one_group() -> None:
         Node("lm_head", (c,), (Value("logits", 8),), ("h",)),
     ]
     graph = Graph("none", nodes, 8, 32, 2, CacheSpec(1, 1, 32), 64)
-    found = format_groups(graph, ["e", "one", "two", "three", "h"])
-    assert found == [Group(("e",), None), Group(("one", "two", "three"), 0), Group(("h",), 1)]
+    actual = format_groups(graph, ["e", "one", "two", "three", "h"])
+    assert actual == [Group(("e",), None), Group(("one", "two", "three"), 0), Group(("h",), 1)]

@@ -17,12 +17,12 @@ def test_mean_squares_over_all_rows() -> None:
         for x in batches:
             model(x)
     model(torch.full((1, 5), 1e6))  # the hooks were removed
-    found = columns.importance()
+    actual = columns.importance()
     rows = torch.cat([x.reshape(-1, 5) for x in batches])
     for name, seen in (("first", rows), ("second", model[0](rows).detach())):
         expected = seen.double().square().mean(0)
-        assert found[name].dtype == torch.float32
-        assert torch.allclose(found[name].double(), expected / expected.mean(), rtol=1e-5)
+        assert actual[name].dtype == torch.float32
+        assert torch.allclose(actual[name].double(), expected / expected.mean(), rtol=1e-5)
 
 
 def test_columns_that_are_always_zero() -> None:

@@ -20,9 +20,9 @@ class Bytes:
 
 def test_excerpts_are_spread_evenly_over_the_text() -> None:
     written = "".join(chr(97 + i % 26) for i in range(10_007))
-    found = text.stretches(Bytes(), written, length=100, count=4)
-    assert [(s.dtype, s.shape) for s in found] == [(torch.int64, (1, 100))] * 4
-    for first, stretch in zip((0, 2500, 5000, 7500), found, strict=True):
+    actual = text.stretches(Bytes(), written, length=100, count=4)
+    assert [(s.dtype, s.shape) for s in actual] == [(torch.int64, (1, 100))] * 4
+    for first, stretch in zip((0, 2500, 5000, 7500), actual, strict=True):
         assert stretch[0].tolist() == list(written[first : first + 100].encode())
     assert len(text.stretches(Bytes(), written[:399], length=100, count=4)) == 3, "what there is, where it is less"
 

@@ -17,11 +17,11 @@ def weight(message):
 
 
 def dialogue(rng, turns, longest=60):
-    found = [{"role": "system", "content": "s" * 20}]
+    result = [{"role": "system", "content": "s" * 20}]
     for n in range(turns):
-        found.append({"role": "user", "content": f"{n}:" + "q" * rng.randrange(longest)})
-        found.append({"role": "assistant", "content": f"{n}:" + "a" * rng.randrange(longest)})
-    return found
+        result.append({"role": "user", "content": f"{n}:" + "q" * rng.randrange(longest)})
+        result.append({"role": "assistant", "content": f"{n}:" + "a" * rng.randrange(longest)})
+    return result
 
 
 def test_short_conversations_are_unchanged():
@@ -40,21 +40,21 @@ def test_the_cut_stays_for_many_turns(seed):
     messages[7]["pinned"] = True
     budget, before, changes = 1_000, 0, 0
     for turn in range(2, len(messages), 2):
-        found = fit([*messages[:turn], {"role": "user", "content": "now"}], tokens, weight, budget)
-        assert tokens(found.messages) <= budget and found.messages[-1]["content"] == "now"
-        assert found.messages[0]["role"] == "system" and (turn <= 7 or messages[7] in found.messages)
-        assert found.dropped + len(found.messages) == turn + 1 and found.dropped >= before
-        if found.dropped:
-            assert tokens(found.messages) >= 0.4 * budget  # no more than necessary is dropped
-        changes += found.dropped != before
-        before = found.dropped
+        actual = fit([*messages[:turn], {"role": "user", "content": "now"}], tokens, weight, budget)
+        assert tokens(actual.messages) <= budget and actual.messages[-1]["content"] == "now"
+        assert actual.messages[0]["role"] == "system" and (turn <= 7 or messages[7] in actual.messages)
+        assert actual.dropped + len(actual.messages) == turn + 1 and actual.dropped >= before
+        if actual.dropped:
+            assert tokens(actual.messages) >= 0.4 * budget  # no more than necessary is dropped
+        changes += actual.dropped != before
+        before = actual.dropped
     assert 3 <= changes <= 25  # in 79 turns
 
 
 def test_the_remaining_messages_begin_with_a_question():
     messages = dialogue(random.Random(1), 40)
-    found = fit([*messages, {"role": "user", "content": "now"}], tokens, weight, 500)
-    assert found.dropped and found.messages[1]["role"] == "user"
+    actual = fit([*messages, {"role": "user", "content": "now"}], tokens, weight, 500)
+    assert actual.dropped and actual.messages[1]["role"] == "user"
 
 
 def test_required_messages_must_fit():

@@ -96,12 +96,12 @@ def same(a: Parsed, b: Parsed) -> bool:
 @pytest.mark.parametrize("name", WHOLE)
 def test_tool_calls_are_parsed(name):
     before = "" if name == "llama" else "Let me look.\n\n"
-    found = parse(before + WHOLE[name] + "\n", name)
-    assert [call.name for call in found.tool_calls] == ["weather", "now"]
-    assert [json.loads(call.arguments) for call in found.tool_calls] == [ARGUMENTS, {}]
-    assert found.content == before.strip()
-    assert len({call.id for call in found.tool_calls}) == 2 and all(
-        re.fullmatch("call_[0-9a-f]{24}", c.id) for c in found.tool_calls
+    actual = parse(before + WHOLE[name] + "\n", name)
+    assert [call.name for call in actual.tool_calls] == ["weather", "now"]
+    assert [json.loads(call.arguments) for call in actual.tool_calls] == [ARGUMENTS, {}]
+    assert actual.content == before.strip()
+    assert len({call.id for call in actual.tool_calls}) == 2 and all(
+        re.fullmatch("call_[0-9a-f]{24}", c.id) for c in actual.tool_calls
     )
 
 
@@ -117,8 +117,8 @@ def test_the_first_delta_of_a_call_has_its_name(name):
 @pytest.mark.parametrize("name", BROKEN)
 def test_text_that_is_not_a_call_is_content(name):
     for text in BROKEN[name]:
-        found = parse(text, name)
-        assert found == Parsed(text, "", ()), text
+        actual = parse(text, name)
+        assert actual == Parsed(text, "", ()), text
 
 
 @pytest.mark.parametrize("name", WHOLE)
@@ -179,8 +179,8 @@ def test_a_megabyte_of_anything_ends(name, size, length):
     marks = FORMATS[name].markers
     for unit in (marks[0], marks[0][:-1], '{"name": "now", "parameters": ', '{"a":[', "\n", "</think", '"\\'):
         text = "x" + unit * (length // len(unit))
-        found = parse(text, name, [text[i : i + size] for i in range(0, len(text), size)], template=THINKS)
-        assert found == Parsed(text, "", ())
+        actual = parse(text, name, [text[i : i + size] for i in range(0, len(text), size)], template=THINKS)
+        assert actual == Parsed(text, "", ())
 
 
 def test_a_megabyte_of_calls():
@@ -192,8 +192,8 @@ def test_special_tokens_are_skipped_except_markers():
     drop = ["<|im_end|>", "<think>", "</think>", "<tool_call>"]
     parser = make_output_parser(THINKS, "", tool_format=FORMATS["hermes"], drop=drop)
     text = '<think>a</think>b<|im_end|><tool_call>{"name": "f", "arguments": {}}</tool_call><|im_end|>'
-    found = collect([d for piece in text for d in parser.feed(piece)] + parser.finish())
-    assert (found.reasoning, found.content, found.tool_calls[0].name) == ("a", "b", "f")
+    actual = collect([d for piece in text for d in parser.feed(piece)] + parser.finish())
+    assert (actual.reasoning, actual.content, actual.tool_calls[0].name) == ("a", "b", "f")
 
 
 def test_markers_may_be_special_tokens(byte_tokenizer):
@@ -223,8 +223,8 @@ def test_arguments_that_cannot_be_encoded_are_escaped():
     ],
 )
 def test_the_format_is_detected_from_the_template(template, name):
-    found = detect(template)
-    assert (found and found.name) == name
+    actual = detect(template)
+    assert (actual and actual.name) == name
 
 
 def test_content_is_emitted_as_soon_as_it_is_unambiguous():

@@ -19,14 +19,14 @@ def test_defaults():
 
 
 def test_values_of_the_generation_config():
-    found = sampling_params(SAMPLES)
-    assert (found.temperature, found.top_p, found.repetition_penalty, found.max_tokens) == (0.6, 0.95, 1.1, 77)
-    assert found.top_k == 50  # the default of `generate`
+    actual = sampling_params(SAMPLES)
+    assert (actual.temperature, actual.top_p, actual.repetition_penalty, actual.max_tokens) == (0.6, 0.95, 1.1, 77)
+    assert actual.top_k == 50  # the default of `generate`
 
 
 def test_the_caller_overrides_the_generation_config():
-    found = sampling_params(SAMPLES, temperature=1.5, top_k=0, max_new_tokens=5, seed=3)
-    assert (found.temperature, found.top_k, found.max_tokens, found.seed, found.top_p) == (1.5, 0, 5, 3, 0.95)
+    actual = sampling_params(SAMPLES, temperature=1.5, top_k=0, max_new_tokens=5, seed=3)
+    assert (actual.temperature, actual.top_k, actual.max_tokens, actual.seed, actual.top_p) == (1.5, 0, 5, 3, 0.95)
 
 
 @pytest.mark.parametrize("given", [{"temperature": 0}, {"temperature": 0.0, "top_k": 4}, {"do_sample": False}])
@@ -38,8 +38,8 @@ def test_greedy_on_request(given):
     "given", [{"seed": 1}, {"top_k": 4}, {"top_p": 0.5}, {"min_p": 0.1}, {"temperature": 1.0}, {"do_sample": True}]
 )
 def test_sampling_parameters_enable_sampling(given):
-    found = sampling_params(GenerationConfig(), **given)
-    assert not found.greedy and found.temperature == 1.0
+    actual = sampling_params(GenerationConfig(), **given)
+    assert not actual.greedy and actual.temperature == 1.0
 
 
 def test_greedy_keeps_the_penalty():

@@ -46,16 +46,16 @@ TOOLS = [
 @pytest.fixture(scope="module")
 def made():
     """name, prefix -> (tokenizer, template), each created once and closed."""
-    found: dict = {}
+    result: dict = {}
 
     def get(name, prefix=False):
-        if (name, prefix) not in found:
+        if (name, prefix) not in result:
             tokenizer = MAKERS[name](prefix=prefix)
-            found[name, prefix] = tokenizer, ChatTemplate(tokenizer)
-        return found[name, prefix]
+            result[name, prefix] = tokenizer, ChatTemplate(tokenizer)
+        return result[name, prefix]
 
     yield get
-    for _, template in found.values():
+    for _, template in result.values():
         template.close()
 
 
@@ -130,8 +130,8 @@ def test_joined_messages_form_no_control_tokens():
         tokenizer.chat_template = "{% for m in messages %}<{{ m.content }}>{% endfor %}"
         assert tokenizer.convert_tokens_to_ids("<think>") not in template.render([{"role": "user", "content": "think"}]).ids
         tokenizer.chat_template = "{{ tools | tojson(ensure_ascii=True) }}{{ messages[0].content | replace('<think>', '') }}"
-        found = template.render([{"role": "user", "content": "<｜tool▁sep｜> <th<think>ink>"}], tools=TOOLS)
-        assert not {tokenizer.convert_tokens_to_ids(token) for token in ("<think>", "<｜tool▁sep｜>")} & set(found.ids)
+        actual = template.render([{"role": "user", "content": "<｜tool▁sep｜> <th<think>ink>"}], tools=TOOLS)
+        assert not {tokenizer.convert_tokens_to_ids(token) for token in ("<think>", "<｜tool▁sep｜>")} & set(actual.ids)
     finally:
         template.close()
 
@@ -424,13 +424,13 @@ def test_rendering_reports_the_positions_of_answers(made, name, prefix):
     dialogue = template.dialogue(TURNS)
     whole = template.render(TURNS, add_generation_prompt=False)
     assert (dialogue.ids, dialogue.text, dialogue.hidden) == (whole.ids, whole.text, [])
-    said = [tokenizer.decode(dialogue.ids[begin:end]).strip() for begin, end in dialogue.answers]
-    assert len(said) == 2 and "the fox" in said[0] and said[1].startswith("<b>the dog")
+    message = [tokenizer.decode(dialogue.ids[begin:end]).strip() for begin, end in dialogue.answers]
+    assert len(message) == 2 and "the fox" in message[0] and message[1].startswith("<b>the dog")
     for begin, end in dialogue.answers:
         assert dialogue.ids[begin:end].index(tokenizer.eos_token_id) == end - begin - 1
         # the prompt ends where the answer begins, except for reasoning
-        asked = template.render(TURNS[: 2 if end < dialogue.answers[1][0] else 4]).ids
-        assert dialogue.ids[:begin] == asked[:begin]
+        requested = template.render(TURNS[: 2 if end < dialogue.answers[1][0] else 4]).ids
+        assert dialogue.ids[:begin] == requested[:begin]
 
 
 def test_messages_omitted_by_a_template_are_detected(made):

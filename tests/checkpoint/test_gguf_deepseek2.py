@@ -42,14 +42,14 @@ def test_config(tmp_path: Path, family: str) -> None:
     made = random_model(MODELS[family]())
     checkpoint = open_checkpoint(write_gguf(tmp_path / "m.gguf", made, {"": "F32"}))
     ours = AutoConfig.for_model(**checkpoint.config())
-    expected, got = made.config.to_dict(), ours.to_dict()
+    expected, actual = made.config.to_dict(), ours.to_dict()
     assert type(ours) is type(made.config)
     unsaid = {"architectures", "dtype", "bos_token_id", "eos_token_id", "pad_token_id", "transformers_version"}
     rounded = {"rms_norm_eps"}  # float32 in the file
-    assert {k: v for k, v in got.items() if k not in unsaid | rounded} == {
+    assert {k: v for k, v in actual.items() if k not in unsaid | rounded} == {
         k: v for k, v in expected.items() if k not in unsaid | rounded
     }
-    assert got["rms_norm_eps"] == pytest.approx(expected["rms_norm_eps"], rel=1e-6)
+    assert actual["rms_norm_eps"] == pytest.approx(expected["rms_norm_eps"], rel=1e-6)
 
 
 @pytest.mark.parametrize("kinds", KINDS)
@@ -70,9 +70,9 @@ def test_values(tmp_path: Path, model: Any, kinds: str, forms: dict[str, bool]) 
             assert torch.equal(value, expected[name]), name
             continue
         matrices = [value.matrix(i) for i in range(value.count)] if isinstance(value, quant.PackedStack) else [value]
-        got = torch.stack([quant.unpack(m) for m in matrices]).reshape(expected[name].shape)
+        actual = torch.stack([quant.unpack(m) for m in matrices]).reshape(expected[name].shape)
         rounds = value.format == "bf16"
-        assert torch.equal(got, expected[name].bfloat16().float() if rounds else expected[name]), name
+        assert torch.equal(actual, expected[name].bfloat16().float() if rounds else expected[name]), name
     split = 0 if forms.get("whole_kv_b") or kinds == "F32" else 3
     stored = KINDS[kinds].get("attn_k_b", KINDS[kinds][""])
     assert checkpoint.conversions() == (

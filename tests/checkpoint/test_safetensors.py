@@ -41,9 +41,9 @@ def changed(name: str = "a", **fields: object) -> bytes:
 
 
 def test_a_valid_file(tmp_path: Path) -> None:
-    found = opened(tmp_path, safetensors_bytes(GOOD))
-    assert {n: (t.dtype, t.shape) for n, t in found.tensors.items()} == {"a": ("F32", (2, 3)), "b": ("BF16", (4,))}
-    assert found.metadata == {"format": "pt"}
+    actual = opened(tmp_path, safetensors_bytes(GOOD))
+    assert {n: (t.dtype, t.shape) for n, t in actual.tensors.items()} == {"a": ("F32", (2, 3)), "b": ("BF16", (4,))}
+    assert actual.metadata == {"format": "pt"}
     assert (
         opened(tmp_path, safetensors_bytes({"empty": torch.empty(0, 5), "one": torch.tensor(1.0)})).tensors["one"].shape == ()
     )
@@ -163,8 +163,8 @@ def save_sharded(directory: Path, shards: dict[str, dict[str, torch.Tensor]], we
     (directory / "config.json").write_text('{"model_type": "llama"}')
     for name, tensors in shards.items():
         (directory / name).write_bytes(safetensors_bytes(tensors))
-    found = {tensor: name for name, tensors in shards.items() for tensor in tensors}
-    index = {"metadata": {"total_size": 1}, "weight_map": found if weight_map is None else weight_map}
+    result = {tensor: name for name, tensors in shards.items() for tensor in tensors}
+    index = {"metadata": {"total_size": 1}, "weight_map": result if weight_map is None else weight_map}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index))
     return directory
 

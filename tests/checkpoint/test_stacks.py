@@ -99,7 +99,7 @@ def put(name: str, *shape: int) -> Any:
 
 
 @pytest.mark.parametrize(
-    "form, spoil, tensor, why",
+    "form, damage, tensor, why",
     [
         (dict, left_out(f"{BASE}.3.up_proj.weight"), f"{BASE}.3.up_proj.weight", "lacks"),
         (dict, left_out(f"{BASE}.4.down_proj.weight"), f"{BASE}.4.down_proj.weight", "lacks"),
@@ -113,9 +113,9 @@ def put(name: str, *shape: int) -> Any:
         (dict, put(f"{BASE}.03.up_proj.weight", INTERMEDIATE, HIDDEN), f"{BASE}.03.up_proj.weight", "under another name"),
     ],
 )
-def test_errors_are_named_before_reading(tmp_path: Path, form: Any, spoil: Any, tensor: str, why: str) -> None:
+def test_errors_are_named_before_reading(tmp_path: Path, form: Any, damage: Any, tensor: str, why: str) -> None:
     tensors = form(one_by_one())
-    spoil(tensors)
+    damage(tensors)
     with pytest.raises(CheckpointError, match=why) as caught:
         stream_weights(checkpoint_of(tmp_path, tensors), WANTED, SHAPES)  # never iterated
     assert caught.value.tensor == tensor and str(tmp_path) in str(caught.value)

@@ -37,16 +37,16 @@ def interrupted(target: Path, names: list[str] = NAMES[:2], identity: dict = IDE
 def resume(target: Path, identity: dict = IDENTITY) -> tuple[set[str], str | None]:
     """Finishes the run; returns the files that existed, and the messages."""
     with Unfinished(target, identity, NAMES) as directory:
-        found, news = set(directory.finished), directory.news
-        assert found == {p.name for p in directory.folder.iterdir()}
+        result, news = set(directory.finished), directory.news
+        assert result == {p.name for p in directory.folder.iterdir()}
         for name in NAMES:
-            if name not in found:
+            if name not in result:
                 write(directory, name)
         assert not target.exists()
         directory.publish()
     assert {p.name: p.read_bytes() for p in target.iterdir()} == {n: n.encode() * 1000 + b"end" for n in NAMES}
     assert os.listdir(target.parent) == [target.name]
-    return found, news
+    return result, news
 
 
 def test_a_single_run(tmp_path: Path) -> None:
@@ -58,14 +58,14 @@ def test_resumed(tmp_path: Path) -> None:
     (path / "files" / "c.part").write_bytes(b"half")
     (path / "files" / "stray").mkdir()
     (path / "stray").write_bytes(b"")
-    found, news = resume(tmp_path / "t")
-    assert found == {"a", "b"} and news is not None and "resuming" in news and "2 of 3" in news
+    actual, news = resume(tmp_path / "t")
+    assert actual == {"a", "b"} and news is not None and "resuming" in news and "2 of 3" in news
 
 
 def test_another_identity_starts_over(tmp_path: Path) -> None:
     interrupted(tmp_path / "t")
-    found, news = resume(tmp_path / "t", {**IDENTITY, "settings": {"precision": "int8"}})
-    assert found == set() and news is not None and "another settings: starting over" in news
+    actual, news = resume(tmp_path / "t", {**IDENTITY, "settings": {"precision": "int8"}})
+    assert actual == set() and news is not None and "another settings: starting over" in news
 
 
 def truncate(path: Path) -> None:
@@ -113,15 +113,15 @@ def test_a_journal_that_cannot_be_read(tmp_path: Path, journal: bytes | None) ->
         path.mkdir()
     else:
         path.write_bytes(journal)
-    found, news = resume(tmp_path / "t")
-    assert found == set() and news is not None and "cannot be read: starting over" in news
+    actual, news = resume(tmp_path / "t")
+    assert actual == set() and news is not None and "cannot be read: starting over" in news
 
 
 def test_an_incomplete_last_line(tmp_path: Path) -> None:
     path = interrupted(tmp_path / "t")
     os.truncate(path / "journal.jsonl", (path / "journal.jsonl").stat().st_size - 10)
-    found, _ = resume(tmp_path / "t")
-    assert found == {"a"}
+    actual, _ = resume(tmp_path / "t")
+    assert actual == {"a"}
 
 
 def test_entries_outside_the_directory_are_ignored(tmp_path: Path) -> None:
@@ -198,6 +198,6 @@ def test_killed_at_every_step(tmp_path: Path) -> None:
         if target.exists():  # killed during the clean-up: the target is complete anyway
             assert sorted(os.listdir(target)) == NAMES
         else:
-            found, _ = resume(target)
-            finished.add(len(found))
+            actual, _ = resume(target)
+            finished.add(len(actual))
     assert n >= 15 and finished == {0, 1, 2, 3}

@@ -55,8 +55,8 @@ def test_attention_modes(dso, tiny_model, options, mode, monkeypatch):
     result = dso("run", tiny_model, "x" * 200, "-n", "8", "--json", *options)
     assert result.exit_code == 0, result.stderr
     assert json.loads(result.stdout)["prompt_tokens"] > 200
-    found = loaded[0].report().attention
-    assert (found.mode, found.window, found.sinks) == mode and found.layers
+    actual = loaded[0].report().attention
+    assert (actual.mode, actual.window, actual.sinks) == mode and actual.layers
 
 
 @pytest.mark.parametrize(

@@ -75,7 +75,7 @@ def test_outcomes_round_trip(tmp_path):
     ]
     file = tmp_path / "results.jsonl"
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    found = read(file)
-    assert found["a"] == Outcome("failed", "a subtest")
-    assert found["b"] == PASSED
-    assert found["c"].outcome == "crashed"
+    actual = read(file)
+    assert actual["a"] == Outcome("failed", "a subtest")
+    assert actual["b"] == PASSED
+    assert actual["c"].outcome == "crashed"

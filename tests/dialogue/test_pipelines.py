@@ -77,19 +77,19 @@ def test_streaming_yields_all_chunks_newest_last(chat):
 def test_breaking_out_of_a_stream_ends_the_answer_and_keeps_its_text(chat):
     steps = chat.engine.core.metrics.steps
     for token in chat("Hello", stream_output=True, **LONG):
-        said = token["generated_text"]
-        if len(said) == 3:
+        message = token["generated_text"]
+        if len(message) == 3:
             break
     gc.collect()
     assert chat.engine.core.idle and chat.engine.core.metrics.steps - steps < 100
-    assert chat.messages[-1] == {"role": "assistant", "content": "".join(said)}
+    assert chat.messages[-1] == {"role": "assistant", "content": "".join(message)}
 
 
 def test_a_new_message_ends_an_unfinished_answer(chat):
     first = chat("Hello", stream_output=True, **LONG)
-    said = next(first)["generated_text"][0]
+    message = next(first)["generated_text"][0]
     chat("More", max_new_tokens=3)
-    assert [m["content"] for m in chat.messages[:3]] == ["Hello", said, "More"] and len(chat.messages) == 4
+    assert [m["content"] for m in chat.messages[:3]] == ["Hello", message, "More"] and len(chat.messages) == 4
     assert list(first) == []
     last = chat("Again", stream_output=True, **LONG)
     next(last)

@@ -76,11 +76,11 @@ def one():
 
     def pick(findings, severity, text):
         findings = list(findings)
-        found = [f for f in findings if f.severity == severity and text in f.what]
-        assert len(found) == 1, [f"{f.severity}: {f.what}" for f in findings]
-        json.dumps(found[0].to_dict())
+        result = [f for f in findings if f.severity == severity and text in f.what]
+        assert len(result) == 1, [f"{f.severity}: {f.what}" for f in findings]
+        json.dumps(result[0].to_dict())
         if severity in ("warning", "error"):
-            assert found[0].cause and found[0].fix
-        return found[0]
+            assert result[0].cause and result[0].fix
+        return result[0]
 
     return pick

@@ -30,8 +30,8 @@ def test_a_cpu_build_on_a_machine_with_a_card(machine, one):
 
 
 def test_no_driver(machine, one):
-    found = judged(machine, driver=None, devices=(), failure="Found no NVIDIA driver")
-    finding = one(found, "error", "there is no NVIDIA driver")
+    actual = judged(machine, driver=None, devices=(), failure="Found no NVIDIA driver")
+    finding = one(actual, "error", "there is no NVIDIA driver")
     assert "Found no NVIDIA driver" in finding.cause and "--gpus" in finding.fix
 
 
@@ -78,8 +78,8 @@ def test_a_card_without_memory(machine, one):
 
 
 def test_libraries_of_another_cuda(machine, one):
-    found = judged(machine, LD_LIBRARY_PATH="/opt/lib:/usr/local/cuda-11.8/lib64")
-    assert "/usr/local/cuda-11.8/lib64" in one(found, "warning", "LD_LIBRARY_PATH").what and len(found) == 2
+    actual = judged(machine, LD_LIBRARY_PATH="/opt/lib:/usr/local/cuda-11.8/lib64")
+    assert "/usr/local/cuda-11.8/lib64" in one(actual, "warning", "LD_LIBRARY_PATH").what and len(actual) == 2
 
 
 @pytest.mark.parametrize("kind", ["", "Open Kernel Module for "])
@@ -93,5 +93,5 @@ def test_the_drivers_version_is_read(machine, kind):
 def test_this_machine(case, machine):
     from deepseek_optimizer.doctor import Machine
 
-    found = examine_symptom(case(machine=Machine.here()), "cuda-error")
-    assert {f.check for f in found} == {"versions", "cuda-error"}
+    actual = examine_symptom(case(machine=Machine.here()), "cuda-error")
+    assert {f.check for f in actual} == {"versions", "cuda-error"}

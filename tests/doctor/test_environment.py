@@ -32,8 +32,8 @@ def test_harmful(case, machine, one, variable, value):
 
 @pytest.mark.parametrize(("variable", "value"), HARMLESS)
 def test_harmless(case, machine, variable, value):
-    found = list(environment.check(case(machine=machine(environ={variable: value}))))
-    assert [f.severity for f in found] == ["ok"]
+    actual = list(environment.check(case(machine=machine(environ={variable: value}))))
+    assert [f.severity for f in actual] == ["ok"]
 
 
 @pytest.mark.parametrize(("variable", "value"), [("OMP_NUM_THREADS", "1"), ("MKL_DEBUG_CPU_TYPE", "5")])
@@ -42,8 +42,8 @@ def test_notes(case, machine, one, variable, value):
 
 
 def test_one_thread_is_right_on_one_processor(case, machine):
-    found = list(environment.check(case(machine=machine(environ={"OMP_NUM_THREADS": "1"}, usable_cpus=1))))
-    assert [f.severity for f in found] == ["ok"]
+    actual = list(environment.check(case(machine=machine(environ={"OMP_NUM_THREADS": "1"}, usable_cpus=1))))
+    assert [f.severity for f in actual] == ["ok"]
 
 
 def test_every_rule_has_a_case():

@@ -17,10 +17,10 @@ from deepseek_optimizer.doctor.symptoms import garbage
 
 
 def test_untrained_weights_predict_at_chance(case, tiny_model, one):
-    found = list(garbage.measure(case(model=str(tiny_model))))
-    finding = one(found, "error", "no better than chance")
+    actual = list(garbage.measure(case(model=str(tiny_model))))
+    finding = one(actual, "error", "no better than chance")
     assert finding.facts["loss"] == pytest.approx(finding.facts["chance_loss"], rel=0.1)
-    one(found, "ok", "kernels agree with plain torch")
+    one(actual, "ok", "kernels agree with plain torch")
 
 
 @pytest.fixture(scope="module")
@@ -55,9 +55,9 @@ def english(tmp_path_factory, byte_tokenizer):
 
 
 def test_a_model_that_predicts_text(case, english, one):
-    found = list(garbage.measure(case(model=str(english))))
-    assert one(found, "ok", "predicts plain English").facts["perplexity"] < 20
-    assert [f.severity for f in found] == ["ok", "ok"]
+    actual = list(garbage.measure(case(model=str(english))))
+    assert one(actual, "ok", "predicts plain English").facts["perplexity"] < 20
+    assert [f.severity for f in actual] == ["ok", "ok"]
 
 
 def test_the_tokenizer_of_another_model(case, english, one, tmp_path):
@@ -74,8 +74,8 @@ def test_the_tokenizer_of_another_model(case, english, one, tmp_path):
 @pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", "model.norm.weight"])
 def test_nan_weights(case, model_copy, one, name):
     model_copy.edit_weights(lambda w: w[name].view(-1)[3:4].fill_(math.nan))
-    found = list(garbage.measure(case(model=str(model_copy.path))))
-    assert one(found, "error", "is damaged").facts["tensor"] == name and len(found) == 1
+    actual = list(garbage.measure(case(model=str(model_copy.path))))
+    assert one(actual, "error", "is damaged").facts["tensor"] == name and len(actual) == 1
 
 
 def test_nan_logits(case, model_copy, one):
@@ -86,9 +86,9 @@ def test_nan_logits(case, model_copy, one):
         weights["model.embed_tokens.weight"].mul_(1e3)
 
     model_copy.edit_weights(overflow)
-    found = list(garbage.measure(case(model=str(model_copy.path))))
-    one(found, "error", "logits are not finite")
-    assert len(found) == 1
+    actual = list(garbage.measure(case(model=str(model_copy.path))))
+    one(actual, "error", "logits are not finite")
+    assert len(actual) == 1
 
 
 @pytest.mark.skipif(unavailable_reason() is not None, reason="no native build")
@@ -114,8 +114,8 @@ def test_too_coarse_quantisation(case, english, one, tmp_path):
     weights = load_file(path / "model.safetensors")
     weights["lm_head.weight"][:, 31::32] -= 60.0
     save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
-    found = list(garbage.measure(case(model=str(path), fields={"precision": "int4"})))
-    assert one(found, "error", "int4 changes the model's predictions").facts["kl_to_stored"] > garbage.QUANTISED_KL
+    actual = list(garbage.measure(case(model=str(path), fields={"precision": "int4"})))
+    assert one(actual, "error", "int4 changes the model's predictions").facts["kl_to_stored"] > garbage.QUANTISED_KL
 
 
 @pytest.mark.parametrize(("kl", "severity"), [(0.01, "ok"), (0.4, "note"), (1.5, "error"), (math.nan, "error")])
@@ -131,9 +131,9 @@ def test_the_stored_weights_do_not_fit(case, machine, english, one):
 def test_a_packed_checkpoint(case, english, one, tmp_path, byte_tokenizer):
     load_model(english, precision="int8").save_pretrained(tmp_path / "packed")
     byte_tokenizer.save_pretrained(tmp_path / "packed")
-    found = list(garbage.measure(case(model=str(tmp_path / "packed"))))
-    one(found, "note", "the original weights are not available")
-    one(found, "ok", "predicts plain English")
+    actual = list(garbage.measure(case(model=str(tmp_path / "packed"))))
+    one(actual, "note", "the original weights are not available")
+    one(actual, "ok", "predicts plain English")
 
 
 def test_no_chat_template_is_part_of_the_answer(case, model_copy, one):

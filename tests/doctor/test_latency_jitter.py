@@ -40,16 +40,16 @@ def test_an_even_pace(one):
 
 
 def test_unchunked_prompts(one):
-    found = judged(whole=Pace(0.012, 0.400))
-    note = one(found, "note", "processed whole, prompts of 1024 tokens stall the streams: 12.0 ms, p99 400.0 ms")
+    actual = judged(whole=Pace(0.012, 0.400))
+    note = one(actual, "note", "processed whole, prompts of 1024 tokens stall the streams: 12.0 ms, p99 400.0 ms")
     assert "512 tokens" in note.cause and "stall=3" in note.fix and "prefill_chunk" in note.fix
-    one(found, "ok", "keep their pace")
+    one(actual, "ok", "keep their pace")
 
 
 def test_chunked_prompts_that_still_stall(one):
-    found = judged(chunked=Pace(0.012, 0.041), whole=Pace(0.012, 0.4))
-    finding = one(found, "warning", "stall the streams though they are processed in chunks")
-    assert "stall=3" in finding.cause and "smaller stall" in finding.fix and len(found) == 1
+    actual = judged(chunked=Pace(0.012, 0.041), whole=Pace(0.012, 0.4))
+    finding = one(actual, "warning", "stall the streams though they are processed in chunks")
+    assert "stall=3" in finding.cause and "smaller stall" in finding.fix and len(actual) == 1
 
 
 def test_a_batch_that_is_too_large(one):
@@ -76,9 +76,9 @@ def test_a_cache_too_small_for_the_requests(one):
 
 
 def test_other_processes(one):
-    found = judged(others=1.3, chunked=Pace(0.02, 0.5))
-    one(found, "warning", "other processes used 1.3 of the CPUs")
-    assert one(found, "warning", "though they are processed in chunks").cause == "other processes (see above)"
+    actual = judged(others=1.3, chunked=Pace(0.02, 0.5))
+    one(actual, "warning", "other processes used 1.3 of the CPUs")
+    assert one(actual, "warning", "though they are processed in chunks").cause == "other processes (see above)"
     assert judged(others=None)[0].severity == "ok"
 
 
@@ -134,8 +134,8 @@ def test_a_small_cache_preempts_streams(tiny_model, one, monkeypatch):
     model = load_model(tiny_model, kv_cache_memory=1 << 18)
     core = make_engine(model, drafts=False, prefix_cache=False).core
     assert 4 <= core.blocks < 16  # blocks of 32 tokens: enough for one stream of 116 tokens, too few for four
-    found = gaps(core, nullcontext, 4)
-    assert len(found) == 4 * (latency_jitter.TOKENS - 1) and core.idle
+    actual = gaps(core, nullcontext, 4)
+    assert len(actual) == 4 * (latency_jitter.TOKENS - 1) and core.idle
     assert "kv_cache_memory" in one(judged(preemptions=core.metrics.preemptions), "warning", "preempted").fix
 
 
@@ -153,8 +153,8 @@ def test_a_model_that_cannot_be_run(counted):
 
 @pytest.mark.parametrize("batch", [1, 5])
 def test_end_to_end(case, tiny_model, batch):
-    found = list(latency_jitter.measure(case(model=str(tiny_model), batch=batch)))
-    assert found  # which ones depends on other processes of this machine
-    facts = found[0].facts
+    actual = list(latency_jitter.measure(case(model=str(tiny_model), batch=batch)))
+    assert actual  # which ones depends on other processes of this machine
+    facts = actual[0].facts
     assert facts["idle_p50_ms"] > 0 and facts["chunked_p99_ms"] > 0 and facts["high"] == (32 if batch == 1 else 5)
     assert facts["prompt_tokens"] == 256 - 4 * 64 or facts["prompt_tokens"] <= 128

@@ -96,8 +96,8 @@ def test_other_processes_are_named(case, machine, one, monkeypatch):
         info = {"pid": -1, "name": "browser", "memory_info": psutil.Process().memory_info()}
 
     monkeypatch.setattr(psutil, "process_iter", lambda attrs: [Other])
-    found = one(out_of_memory.measure(case(machine=machine({"/proc/meminfo": "MemTotal:  1024 kB\n"}))), "note", "browser")
-    assert found.facts["bytes"] > 1 << 20
+    actual = one(out_of_memory.measure(case(machine=machine({"/proc/meminfo": "MemTotal:  1024 kB\n"}))), "note", "browser")
+    assert actual.facts["bytes"] > 1 << 20
 
 
 def test_a_quiet_machine(case):

@@ -44,13 +44,13 @@ def test_broken(case, one, at, tmp_path):
 @needs_native
 def test_every_feature_is_reported(case, one):
     finding = one(features.check(case()), "ok", "kernels run")
-    known, found = library.cpu_description()["features"], finding.facts["features"]
+    known, actual = library.cpu_description()["features"], finding.facts["features"]
     assert set(known) <= set(features.FIRST_USED)  # the table matches the library
     assert set(features.FIRST_USED.values()) <= set(library.isa_names())
-    assert found["avx2"].startswith("used") and set(found) >= set(features.FIRST_USED)
+    assert actual["avx2"].startswith("used") and set(actual) >= set(features.FIRST_USED)
     assert finding.facts["isas"][finding.facts["isa"]] == "runs here"
     for name in set(features.FIRST_USED) - set(known):
-        assert found[name] == "not on this CPU"
+        assert actual[name] == "not on this CPU"
 
 
 @needs_native
@@ -79,7 +79,7 @@ def test_disabled_by_the_system(case, machine, one):
     if "amx_tile" in library.cpu_description()["features"]:
         pytest.skip("this CPU has AMX, and the system lets it be used")
     cpu = machine({"/proc/cpuinfo": "model name: X\nflags\t\t: fpu avx2 amx_tile avx512_fp16\n"})
-    found = list(features.check(case(machine=cpu)))
-    one(found, "warning", "has amx_tile, but programs may not use it")
-    fates = one(found, "ok", "kernels run").facts["features"]
+    actual = list(features.check(case(machine=cpu)))
+    one(actual, "warning", "has amx_tile, but programs may not use it")
+    fates = one(actual, "ok", "kernels run").facts["features"]
     assert fates["amx_tile"] == "disabled by the system" and fates["avx512_fp16"] == "no kernel here uses it"

@@ -43,24 +43,24 @@ def enough_for(case, path, context=CONTEXT, **fields):
 
 def examined(case, machine, path, free, **fields):
     given = case(model=path, machine=machine(available_bytes=free), context=CONTEXT, **fields)
-    found = examine_symptom(given, "out-of-memory")
-    json.dumps([f.to_dict() for f in found])
-    return found
+    result = examine_symptom(given, "out-of-memory")
+    json.dumps([f.to_dict() for f in result])
+    return result
 
 
-def taken(found):
+def taken(result):
     """The recommended remedy."""
-    [name] = [f.facts["name"] for f in found if f.check == "out-of-memory" and f.fix.startswith("use ")]
+    [name] = [f.facts["name"] for f in result if f.check == "out-of-memory" and f.fix.startswith("use ")]
     return name
 
 
 def test_sparse_attention_is_recommended_if_it_fits(case, machine, long_model, one):
     free = enough_for(case, long_model, sparse_attention=True)
-    found = examined(case, machine, long_model, free)
-    error = one(found, "error", f"1 x {CONTEXT} tokens do not fit")
+    actual = examined(case, machine, long_model, free)
+    error = one(actual, "error", f"1 x {CONTEXT} tokens do not fit")
     assert error.fix.startswith("sparse_attention=True needs")
-    assert taken(found) == "sparse_attention=True"
-    fits = {f.facts["name"]: f.facts for f in found if f.check == "out-of-memory"}
+    assert taken(actual) == "sparse_attention=True"
+    fits = {f.facts["name"]: f.facts for f in actual if f.check == "out-of-memory"}
     needs = estimate_memory(case(model=long_model, fields={"sparse_attention": True}))
     assert fits["sparse_attention=True"]["needed"] == needs.needed(CONTEXT) == free - RESERVE_BYTES
     assert needs.kv_cache == "int8" and needs.cache_per_token < 0.6 * estimate_memory(case(model=long_model)).cache_per_token
@@ -70,15 +70,15 @@ def test_sparse_attention_is_recommended_if_it_fits(case, machine, long_model, o
 
 
 def test_nothing_is_recommended_if_it_fits_already(case, machine, long_model, one):
-    found = examined(case, machine, long_model, enough_for(case, long_model))
-    one(found, "ok", f"1 x {CONTEXT} tokens")
-    assert not [f for f in found if f.check == "out-of-memory"]
+    actual = examined(case, machine, long_model, enough_for(case, long_model))
+    one(actual, "ok", f"1 x {CONTEXT} tokens")
+    assert not [f for f in actual if f.check == "out-of-memory"]
 
 
 def test_the_order_of_remedies(case, machine, long_model):
     given = case(model=long_model, machine=machine(available_bytes=1 << 40), context=CONTEXT)
-    found = [remedy.name for remedy in remedies(given, estimate_memory(given), CONTEXT)]
-    assert found == [
+    actual = [remedy.name for remedy in remedies(given, estimate_memory(given), CONTEXT)]
+    assert actual == [
         "sparse_attention=True", 'attention_optimization="sliding"', f"dso longdoc {long_model} FILE", "precision='int8'",
         "precision='int4'", "kv_cache='int8'",
     ]  # fmt: skip
@@ -105,17 +105,17 @@ def test_longdoc_tokens_match_its_limits():
 def test_a_budget_smaller_than_the_required_blocks_is_raised(case, machine, long_model):
     """If attention is not sparse, the budget of the settings does not matter yet."""
     fields = {"attention_budget": 256}
-    found = examined(case, machine, long_model, enough_for(case, long_model, sparse_attention=True), fields=fields)
-    assert taken(found) == "sparse_attention=True, attention_budget=2048"
+    actual = examined(case, machine, long_model, enough_for(case, long_model, sparse_attention=True), fields=fields)
+    assert taken(actual) == "sparse_attention=True, attention_budget=2048"
 
 
 def test_a_document_in_chunks(case, machine, long_model, one):
     """With a window as large as the text, only splitting the text helps."""
     window = {**SLIDING, "attention_window": CONTEXT, "kv_cache": "int8"}
     free = enough_for(case, long_model, LONGDOC_TOKENS, **window)
-    found = examined(case, machine, long_model, free, fields=window)
-    assert taken(found) == f"dso longdoc {long_model} FILE"
-    assert "--strategy retrieve" in one(found, "error", "do not fit").fix
+    actual = examined(case, machine, long_model, free, fields=window)
+    assert taken(actual) == f"dso longdoc {long_model} FILE"
+    assert "--strategy retrieve" in one(actual, "error", "do not fit").fix
 
 
 def test_smaller_weights(case, machine, long_model):
@@ -130,9 +130,9 @@ def test_smaller_weights(case, machine, long_model):
 
 def test_nothing_that_fits(case, machine, long_model, one):
     needs = estimate_memory(case(model=long_model))
-    found = examined(case, machine, long_model, needs.weights + needs.buffers + RESERVE_BYTES // 2)
-    assert one(found, "error", "do not fit").fix.startswith("free memory")
-    notes = [f for f in found if f.check == "out-of-memory"]
+    actual = examined(case, machine, long_model, needs.weights + needs.buffers + RESERVE_BYTES // 2)
+    assert one(actual, "error", "do not fit").fix.startswith("free memory")
+    notes = [f for f in actual if f.check == "out-of-memory"]
     assert notes and not any(f.facts["fits"] or f.fix for f in notes)
 
 

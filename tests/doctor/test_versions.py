@@ -47,5 +47,5 @@ def test_uninstalled_extras_do_not_count(case, machine):
 @pytest.mark.parametrize("name", ["torch", "transformers"])
 def test_missing(case, machine, name):
     packages = {n: p for n, p in GOOD.items() if n != name}
-    found = list(versions.check(case(machine=machine(packages=packages))))
-    assert [(f.severity, f.what) for f in found] == [("error", f"{name} is not installed")]
+    actual = list(versions.check(case(machine=machine(packages=packages))))
+    assert [(f.severity, f.what) for f in actual] == [("error", f"{name} is not installed")]

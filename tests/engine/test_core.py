@@ -19,15 +19,15 @@ GREEDY = SamplingParams(temperature=0, max_tokens=20)
 
 def run(core, requests, limit=20_000):
     """All answers, by id."""
-    found = {r.id: Completion() for r in requests}
+    result = {r.id: Completion() for r in requests}
     for request in requests:
         core.add(request)
     for _ in range(limit):
         for output in core.step():
-            assert found[output.request_id].finish is None
-            found[output.request_id].add(output)
+            assert result[output.request_id].finish is None
+            result[output.request_id].add(output)
         if core.idle:
-            return found
+            return result
     raise AssertionError("it does not end")
 
 
@@ -47,10 +47,10 @@ def test_every_request_gets_its_own_text(options, drafts):
     requests = [
         Request(p, SamplingParams(temperature=0, max_tokens=rng.randrange(1, 60)), id=str(n)) for n, p in enumerate(texts)
     ]
-    found = run(core, requests)
+    actual = run(core, requests)
     for request in requests:
         text = expected(request.prompt, request.sampling.max_tokens)
-        answer = found[request.id]
+        answer = actual[request.id]
         assert answer.token_ids == text
         assert answer.finish == ("stop" if text[-1] == EOS else "length")
         assert answer.text == "".join(chr(65 + t) for t in text if t != EOS)
@@ -77,26 +77,26 @@ def test_random_batches_in_a_small_cache(seed):
         salt, client = rng.choice(["", "a"]), rng.choice(["", "", "b", "c"])
         waiting.append(Request(prompt, sampling, id=str(n), priority=rng.randrange(3), salt=salt, client=client))
         script[n + 1] = prompt + expected(prompt, max_tokens, EOS if not sampling.ignore_eos else None)
-    found, cancelled, requests = {}, set(), {}
+    actual, cancelled, requests = {}, set(), {}
     while waiting or not core.idle:
         for _ in range(rng.randrange(4)):
             if waiting:
                 request = waiting.pop(0)
                 requests[request.id] = request
-                found[request.id] = Completion()
+                actual[request.id] = Completion()
                 core.add(request)
         if rng.random() < 0.05 and requests:
             victim = rng.choice(list(requests))
-            if found[victim].finish is None:
+            if actual[victim].finish is None:
                 core.cancel(victim)
                 cancelled.add(victim)
         for output in core.step():
-            assert found[output.request_id].finish is None
-            found[output.request_id].add(output)
+            assert actual[output.request_id].finish is None
+            actual[output.request_id].add(output)
     for name, request in requests.items():
         eos = None if request.sampling.ignore_eos else EOS
         text = expected(request.prompt, request.sampling.max_tokens, eos)
-        answer = found[name]
+        answer = actual[name]
         if answer.finish == "cancelled":
             assert name in cancelled and answer.token_ids == text[: len(answer.token_ids)]
         else:
@@ -124,10 +124,10 @@ def test_reserved_room_for_drafts_that_are_not_made():
 def test_preemption_changes_no_text():
     core = make_core(blocks=8, batch_size_range=(4, 4), prefix_cache=False)
     requests = [Request([n] * 40, SamplingParams(temperature=0, max_tokens=80, ignore_eos=True), id=str(n)) for n in range(4)]
-    found = run(core, requests)
+    actual = run(core, requests)
     assert core.scheduler.preemptions > 0
     for request in requests:
-        assert found[request.id].token_ids == expected(request.prompt, 80, None)
+        assert actual[request.id].token_ids == expected(request.prompt, 80, None)
 
 
 def test_higher_priorities_run_first():
@@ -209,8 +209,8 @@ def test_a_request_without_allowed_tokens_ends_alone():
             self.taken += 1
 
     sampling = SamplingParams(temperature=0, logit_bias=bias, grammar=Once(), max_tokens=5)
-    found = run(core, [Request([1], sampling, id="a"), Request([2], GREEDY, id="b")])
-    assert found["a"].token_ids == [5] and found["a"].finish == "stop" and found["b"].token_ids == expected([2], 20)
+    actual = run(core, [Request([1], sampling, id="a"), Request([2], GREEDY, id="b")])
+    assert actual["a"].token_ids == [5] and actual["a"].finish == "stop" and actual["b"].token_ids == expected([2], 20)
 
 
 def test_preempted_embeddings_are_recomputed():
@@ -306,8 +306,8 @@ def test_a_grammar_that_fails_ends_its_request_alone():
 
     core = make_core()
     bad = SamplingParams(temperature=0, max_tokens=5, grammar=Broken())
-    found = run(core, [Request([1], bad, id="bad"), Request([2], GREEDY, id="b")])
-    assert found["bad"].finish == "error" and "bug" not in found["bad"].error and found["b"].token_ids == expected([2], 20)
+    actual = run(core, [Request([1], bad, id="bad"), Request([2], GREEDY, id="b")])
+    assert actual["bad"].finish == "error" and "bug" not in actual["bad"].error and actual["b"].token_ids == expected([2], 20)
     assert blocks_in_use(core) == 0
 
 
@@ -327,9 +327,9 @@ def test_common_prefixes_are_computed_once():
 def test_identical_prompts_are_computed_once():
     core = make_core()
     prompt = list(range(60)) * 3
-    found = run(core, [Request(prompt, GREEDY, id=str(n)) for n in range(5)])
-    assert [found[str(n)].cached_tokens for n in range(5)] == [0, 160, 160, 160, 160]
-    assert all(a.token_ids == expected(prompt, 20) for a in found.values())
+    actual = run(core, [Request(prompt, GREEDY, id=str(n)) for n in range(5)])
+    assert [actual[str(n)].cached_tokens for n in range(5)] == [0, 160, 160, 160, 160]
+    assert all(a.token_ids == expected(prompt, 20) for a in actual.values())
 
 
 def test_the_prefix_cache_includes_answers():
@@ -344,9 +344,9 @@ def test_nan_logits_fail_only_their_request_and_are_not_cached():
     core = make_core()
     core.runner.broken = {59}
     short = SamplingParams(temperature=0, max_tokens=10)
-    found = run(core, [Request([1] * 40 + [59], GREEDY, id="bad"), Request([2] * 40, short, id="good")])
-    assert found["bad"].finish == "error" and "finite" in found["bad"].error and not found["bad"].token_ids
-    assert found["good"].token_ids == expected([2] * 40, 10)
+    actual = run(core, [Request([1] * 40 + [59], GREEDY, id="bad"), Request([2] * 40, short, id="good")])
+    assert actual["bad"].finish == "error" and "finite" in actual["bad"].error and not actual["bad"].token_ids
+    assert actual["good"].token_ids == expected([2] * 40, 10)
     assert run(core, [Request([1] * 40, GREEDY, id="again")])["again"].cached_tokens == 0
 
 
@@ -413,9 +413,9 @@ def test_log_probabilities_are_of_unprocessed_logits():
 @pytest.mark.parametrize("options", [{"step_tokens": 5}, {"step_tokens": 512}])
 def test_embeddings_are_the_mean_of_the_states(options):
     core = make_core(**options)
-    found = run(core, [Request([1, 2, 3, 10], GREEDY, id="a", embed=True), Request([7] * 50, GREEDY, id="b", embed=True)])
-    assert found["a"].embedding == pytest.approx([4.0]) and found["b"].embedding == pytest.approx([7.0])
-    assert found["a"].finish == "stop" and blocks_in_use(core) == 0
+    actual = run(core, [Request([1, 2, 3, 10], GREEDY, id="a", embed=True), Request([7] * 50, GREEDY, id="b", embed=True)])
+    assert actual["a"].embedding == pytest.approx([4.0]) and actual["b"].embedding == pytest.approx([7.0])
+    assert actual["a"].finish == "stop" and blocks_in_use(core) == 0
 
 
 def test_impossible_requests_are_rejected_before_running():

@@ -28,28 +28,28 @@ TEXTS = [
 
 def pieces(text, stop=(), **options):
     d = Detokenizer(Bytes(), stop, **options)
-    found = []
+    result = []
     for token in text.encode():
         piece, stopped = d.add(token)
-        found.append(piece)
+        result.append(piece)
         if stopped is not None:
-            return found, stopped
-    return [*found, d.end()], None
+            return result, stopped
+    return [*result, d.end()], None
 
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_chunks_concatenate_to_the_text(text):
-    found, stopped = pieces(text)
-    assert "".join(found) == text and stopped is None
+    actual, stopped = pieces(text)
+    assert "".join(actual) == text and stopped is None
     if "\ufffd" not in text:
-        assert not any("\ufffd" in piece for piece in found)
+        assert not any("\ufffd" in piece for piece in actual)
 
 
 @pytest.mark.parametrize("count", range(1, 6))
 def test_an_incomplete_character_at_the_end_is_dropped(count):
     d = Detokenizer(Bytes())
-    found = [d.add(t)[0] for t in "a😀".encode()[:count]] + [d.end()]
-    assert "".join(found) == ("a" if count < 5 else "a😀")
+    actual = [d.add(t)[0] for t in "a😀".encode()[:count]] + [d.end()]
+    assert "".join(actual) == ("a" if count < 5 else "a😀")
 
 
 def test_invalid_utf8_is_replaced():
@@ -63,19 +63,19 @@ def test_stop_strings_against_a_search_in_the_whole_text(seed):
     text = "".join(rng.choice("abc😀") for _ in range(60))
     stops = tuple("".join(rng.choice("abc😀") for _ in range(rng.randrange(1, 5))) for _ in range(rng.randrange(1, 4)))
     for include in (False, True):
-        found, stopped = pieces(text, stops, include_stop=include)
+        actual, stopped = pieces(text, stops, include_stop=include)
         ends = [(text.find(s) + len(s), text.find(s), s) for s in stops if s in text]
         if not ends:
-            assert "".join(found) == text and stopped is None
+            assert "".join(actual) == text and stopped is None
             continue
         end, begin, _ = min(ends)  # the first complete one
-        whole = "".join(found)
+        whole = "".join(actual)
         assert stopped in stops and whole == (text[:end] if include else text[: end - len(stopped)])
 
 
 def test_partial_stop_strings_are_never_emitted():
-    found, stopped = pieces("hello STOP world", ("STOP",))
-    assert "".join(found) == "hello " and stopped == "STOP"
+    actual, stopped = pieces("hello STOP world", ("STOP",))
+    assert "".join(actual) == "hello " and stopped == "STOP"
     d = Detokenizer(Bytes(), ("STOP",))
     shown = "".join(d.add(t)[0] for t in b"hello STO")
     assert shown == "hello " and d.end() == "STO"

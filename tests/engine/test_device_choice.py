@@ -33,15 +33,15 @@ def texts(proposers=None, elsewhere=False):
             return tokens, {n: rows[n] for n in crossed[-1][1]}
 
         core.runner.on_host, core.runner.choose_tokens = False, choose
-    found = {}
+    result = {}
     for n, sampling in enumerate(SAMPLINGS * 2):
         prompt = [rng.randrange(VOCAB - 1) for _ in range(rng.randrange(1, 90))] * 2
         core.add(Request(prompt, SamplingParams(max_tokens=40, **sampling), id=str(n)))
-        found[str(n)] = Completion()
+        result[str(n)] = Completion()
     while not core.idle:
         for output in core.step():
-            found[output.request_id].add(output)
-    return found, crossed
+            result[output.request_id].add(output)
+    return result, crossed
 
 
 @pytest.mark.parametrize("drafts", [False, True])

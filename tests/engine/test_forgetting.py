@@ -28,14 +28,14 @@ def text(seed: int, count: int) -> list[int]:
 
 def run(core, *requests):
     """All answers by id, and the maximum number of allocated blocks."""
-    found, max_blocks = {r.id: Completion() for r in requests}, 0
+    result, max_blocks = {r.id: Completion() for r in requests}, 0
     for request in requests:
         core.add(request)
     while not core.idle:
         for output in core.step():
-            found[output.request_id].add(output)
+            result[output.request_id].add(output)
         max_blocks = max(max_blocks, blocks_in_use(core))
-    return found, max_blocks
+    return result, max_blocks
 
 
 @pytest.mark.parametrize("options", [{}, {"prefix_cache": False}, {"step_tokens": 40}, {"chunk": 64}])
@@ -44,8 +44,8 @@ def test_a_prompt_longer_than_the_cache(options):
     step = options.get("step_tokens", 512)
     core = make_core(blocks=WINDOW.blocks(step) + 2, context=200_000, forgetting=WINDOW, **options)
     prompt = text(0, 5_000 if options else 100_000)
-    found, max_blocks = run(core, Request(prompt, endless(90), id="a"))
-    assert found["a"].token_ids == expected(prompt, 90, None, WINDOW)
+    actual, max_blocks = run(core, Request(prompt, endless(90), id="a"))
+    assert actual["a"].token_ids == expected(prompt, 90, None, WINDOW)
     assert max_blocks <= WINDOW.blocks(step) and core.scheduler.preemptions == 0
     assert core.memory.manager.high_water <= WINDOW.blocks(step) + 2
     assert blocks_in_use(core) == 0
@@ -63,9 +63,9 @@ def test_another_question_about_the_same_text():
     core = make_core(blocks=100, context=200_000, forgetting=WINDOW)
     document = text(0, 3_200)
     first, second = document + text(1, 20), document + text(2, 30)
-    found, _ = run(core, Request(first, endless(300), id="a"))
+    actual, _ = run(core, Request(first, endless(300), id="a"))
     again, _ = run(core, Request(second, endless(40), id="b"))
-    assert found["a"].token_ids == expected(first, 300, None, WINDOW)
+    assert actual["a"].token_ids == expected(first, 300, None, WINDOW)
     assert again["b"].token_ids == expected(second, 40, None, WINDOW)
     assert again["b"].cached_tokens == 3_200  # for an answer of any length
     assert core.memory.manager.num_blocks - core.memory.manager.free_blocks <= 3 * WINDOW.blocks(0)
@@ -78,9 +78,9 @@ def test_two_prompts_with_the_same_text():
     core = make_core(blocks=200, context=200_000, forgetting=WINDOW, step_tokens=64)
     document = text(0, 2_000)
     requests = [Request(document + text(n, 9), endless(30), id=str(n)) for n in range(1, 4)]
-    found, _ = run(core, *requests)
+    actual, _ = run(core, *requests)
     for request in requests:
-        assert found[request.id].token_ids == expected(request.prompt, 30, None, WINDOW)
+        assert actual[request.id].token_ids == expected(request.prompt, 30, None, WINDOW)
     assert blocks_in_use(core) == 0
 
 
@@ -102,19 +102,19 @@ def test_random_batches_in_a_small_cache(seed):
         max_tokens, salt = rng.randrange(1, 120), rng.choice(["", "a"])
         waiting.append(Request(prompt, endless(max_tokens), id=str(n), priority=rng.randrange(3), salt=salt))
         script[n + 1] = prompt + expected(prompt, max_tokens, None, forgetting)
-    found, requests, cancelled = {}, list(waiting), set()
+    actual, requests, cancelled = {}, list(waiting), set()
     while waiting or not core.idle:
         for _ in range(rng.randrange(4)):
             if waiting:
-                found[waiting[0].id] = Completion()
+                actual[waiting[0].id] = Completion()
                 core.add(waiting.pop(0))
-        if rng.random() < 0.03 and found and found[victim := rng.choice(list(found))].finish is None:
+        if rng.random() < 0.03 and actual and actual[victim := rng.choice(list(actual))].finish is None:
             core.cancel(victim)
             cancelled.add(victim)
         for output in core.step():
-            found[output.request_id].add(output)
+            actual[output.request_id].add(output)
     for request in requests:
-        answer, wanted = found[request.id], expected(request.prompt, request.sampling.max_tokens, None, forgetting)
+        answer, wanted = actual[request.id], expected(request.prompt, request.sampling.max_tokens, None, forgetting)
         if answer.finish == "cancelled":
             assert request.id in cancelled and answer.token_ids == wanted[: len(answer.token_ids)]
         else:
@@ -127,8 +127,8 @@ def test_drafts_from_the_text():
         blocks=WINDOW.blocks(512) + 2, context=200_000, forgetting=WINDOW, proposers=[(PromptLookupProposer(2, 1), 8)]
     )
     prompt = text(0, 50) * 8
-    found, _ = run(core, Request(prompt, endless(2_000), id="a"))
-    assert found["a"].token_ids == expected(prompt, 2_000, None, WINDOW)
+    actual, _ = run(core, Request(prompt, endless(2_000), id="a"))
+    assert actual["a"].token_ids == expected(prompt, 2_000, None, WINDOW)
 
 
 def test_a_cache_that_cannot_hold_a_window_and_a_step():

@@ -11,12 +11,12 @@ from deepseek_optimizer.engine.speculative.bandit import DraftBandit
 
 
 def times(a, b, rows=(1, 4, 16), prompt=None):
-    found = StepTimes()
+    result = StepTimes()
     for n in rows:
-        found.add(a + b * n, n, 0)
+        result.add(a + b * n, n, 0)
     if prompt:
-        found.add(a + b * rows[0] + prompt * 100, rows[0], 100)
-    return found
+        result.add(a + b * rows[0] + prompt * 100, rows[0], 100)
+    return result
 
 
 def test_times_follow_the_linear_model():

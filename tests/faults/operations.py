@@ -123,10 +123,10 @@ def _talk(folder: Path, text: str) -> None:
 
 def _checkpoints_are_whole(folder: Path, old: State, new: State) -> bool:
     """Between two saves: every checkpoint is complete, and one exists if one existed before."""
-    found = checkpoints(folder / "run")
+    result = checkpoints(folder / "run")
     try:
-        for checkpoint in found:
+        for checkpoint in result:
             verify(checkpoint)
     except CheckpointError:
         return False
-    return bool(found) or not any("checkpoint-" in name for name in old)
+    return bool(result) or not any("checkpoint-" in name for name in old)

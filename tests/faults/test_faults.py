@@ -69,5 +69,5 @@ def test_writing_in_place_is_detected(few) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MANY)
 def test_every_call_fails(run, name: str) -> None:
-    found = run({name: MANY[name]})[name]
-    assert found["problems"] == [] and found["errors"] > 0
+    actual = run({name: MANY[name]})[name]
+    assert actual["problems"] == [] and actual["errors"] > 0

@@ -46,9 +46,9 @@ def keep(name: str) -> None:
     corpus = HERE / "corpus" / name
     known = {path.read_bytes() for path in corpus.iterdir()}
     small = [path for path in (BUILD / name).iterdir() if path.stat().st_size <= SMALL and "-" not in path.name]
-    found = [path for path in small if path.read_bytes() not in known]
-    found.sort(key=lambda path: (path.stat().st_size, path.name))
-    for path in found[:: max(1, len(found) // MAX)][:MAX]:
+    result = [path for path in small if path.read_bytes() not in known]
+    result.sort(key=lambda path: (path.stat().st_size, path.name))
+    for path in result[:: max(1, len(result) // MAX)][:MAX]:
         (corpus / path.name[:12]).write_bytes(path.read_bytes())
 
 
@@ -69,9 +69,9 @@ def main() -> int:
     if arguments.keep:
         keep(arguments.target)
         return 0
-    found, corpus = BUILD / arguments.target, HERE / "corpus" / arguments.target
-    found.mkdir(parents=True, exist_ok=True)
-    fuzz(arguments.target, f"-max_total_time={arguments.seconds}", "-print_final_stats=1", str(found), str(corpus))
+    result, corpus = BUILD / arguments.target, HERE / "corpus" / arguments.target
+    result.mkdir(parents=True, exist_ok=True)
+    fuzz(arguments.target, f"-max_total_time={arguments.seconds}", "-print_final_stats=1", str(result), str(corpus))
     return 0
 
 

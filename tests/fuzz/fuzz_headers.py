@@ -259,7 +259,7 @@ def main() -> int:
         with multiprocessing.get_context("spawn").Pool(arguments.jobs) as pool:
             results = pool.starmap(work, spans, chunksize=1)
     seconds = time.monotonic() - start
-    outcomes = sum((found for found, _ in results), Counter())
+    outcomes = sum((result for result, _ in results), Counter())
     for name, count in sorted(outcomes.items()):
         print(f"{name:28} {count:10,}")
     failures = [failure for _, failure in results if failure]

@@ -18,14 +18,14 @@ from support.models import CASES, llama
 @pytest.mark.parametrize("name", CASES)
 def test_every_family_has_a_rotation(name: str) -> None:
     plain = build_graph(CASES[name]())
-    found, fused = key_rotation(plain), key_rotation(rules.apply(plain)[0])
+    actual, fused = key_rotation(plain), key_rotation(rules.apply(plain)[0])
     rope = next(n for n in plain.nodes if n.op == "rope_table").attrs["rope"]
-    assert (fused.key, fused.index, fused.context) == (found.key, found.index, found.context)
-    assert np.array_equal(found.inv_freq, rope.inv_freq) and np.array_equal(fused.inv_freq, rope.inv_freq)
+    assert (fused.key, fused.index, fused.context) == (actual.key, actual.index, actual.context)
+    assert np.array_equal(actual.inv_freq, rope.inv_freq) and np.array_equal(fused.inv_freq, rope.inv_freq)
     latent = isinstance(plain.cache, LatentSpec)
-    assert found.key == Pairs(rope.rot, 0, latent and not name.endswith("halves"))
-    assert found.index == (Pairs(rope.rot, 0, False) if "v32" in name else None)
-    assert found.context == (4096 if name == "llama-dynamic" else None)
+    assert actual.key == Pairs(rope.rot, 0, latent and not name.endswith("halves"))
+    assert actual.index == (Pairs(rope.rot, 0, False) if "v32" in name else None)
+    assert actual.context == (4096 if name == "llama-dynamic" else None)
 
 
 def test_dynamic_frequencies_are_valid_up_to_the_trained_context() -> None:

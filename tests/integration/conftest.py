@@ -57,17 +57,17 @@ def fresh_pair() -> Pair:
     return make_pair()
 
 
-def check_indexed_hidden_states(pair: Pair, asked: Any) -> None:
+def check_indexed_hidden_states(pair: Pair, requested: Any) -> None:
     """Checks that `output_hidden_states=asked` gives the same hidden states as Transformers, and None for the others.
 
     Skips indices that Transformers before 5.24 numbers differently.
     """
-    if not isinstance(asked, bool):
+    if not isinstance(requested, bool):
         capturing = pytest.importorskip("transformers.utils.output_capturing")
         if not hasattr(capturing, "selected_hidden_states"):
             pytest.skip("indices of hidden states are counted as here since Transformers 5.24")
     ids = pair.ids(6)
-    fast, plain = (m(ids, output_hidden_states=asked).hidden_states for m in (pair.fast, pair.plain))
+    fast, plain = (m(ids, output_hidden_states=requested).hidden_states for m in (pair.fast, pair.plain))
     if plain is None:
         assert fast is None
         return

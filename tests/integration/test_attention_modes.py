@@ -310,7 +310,7 @@ def test_saved_models_keep_their_mode(tmp_path: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("case", "fields", "row", "said"),
+    ("case", "fields", "row", "message"),
     [
         ("llama-gqa", {}, ("flash", 0, 0, 0, 3, 0, False), "flash: all preceding tokens, in 3 layers"),
         ("llama-gqa", {"attention_optimization": "eager"}, ("eager", 0, 0, 0, 3, 0, False), "eager: all preceding tokens"),
@@ -327,11 +327,11 @@ def test_saved_models_keep_their_mode(tmp_path: Any) -> None:
         ("deepseek_v32-indexer", SLIDING, ("sliding", 37, 3, 0, 3, 0, True), "in 3 layers; the cache drops"),
     ],
 )
-def test_the_report(case: str, fields: dict[str, Any], row: tuple[Any, ...], said: str) -> None:
+def test_the_report(case: str, fields: dict[str, Any], row: tuple[Any, ...], message: str) -> None:
     report = make_pair(case, **fields).fast.report()
-    found = report.attention
-    assert (found.mode, found.window, found.sinks, found.budget, found.layers, found.own, found.forgets) == row
-    assert said in " ".join(str(report).replace("│", " ").split())
+    actual = report.attention
+    assert (actual.mode, actual.window, actual.sinks, actual.budget, actual.layers, actual.own, actual.forgets) == row
+    assert message in " ".join(str(report).replace("│", " ").split())
     assert report.to_dict()["attention"]["mode"] == row[0]
 
 

@@ -171,9 +171,9 @@ def test_generate_of_padded_batches(subject, alone, size):
 def test_generate_of_rows_that_finish_at_different_times(subject, alone):
     texts = [logits.argmax(-1).tolist() for logits in alone]
     ends = [texts[0][3], texts[2][0], texts[5][7]]  # a row that generates one of these is finished
-    found = generated(subject.model, subject.prompts, eos_token_id=ends)
+    actual = generated(subject.model, subject.prompts, eos_token_id=ends)
     lengths = set()
-    for row, text in zip(found, texts, strict=True):
+    for row, text in zip(actual, texts, strict=True):
         length = next((i + 1 for i, token in enumerate(text) if token in ends), len(text))
         assert row[:length] == text[:length] and not any(row[length:])
         lengths.add(length)

@@ -25,9 +25,9 @@ def test_missing_fields_have_the_class_defaults(make):
 
 
 def test_fields_without_a_default_are_absent():
-    found = with_defaults({"model_type": "llama"})
-    assert "rope_scaling" not in found and "no_such_field" not in found and found.get("rope_scaling", 3) == 3
-    assert list(found) == ["model_type"] and len(found) == 1
+    actual = with_defaults({"model_type": "llama"})
+    assert "rope_scaling" not in actual and "no_such_field" not in actual and actual.get("rope_scaling", 3) == 3
+    assert list(actual) == ["model_type"] and len(actual) == 1
 
 
 @pytest.mark.parametrize("raw", [{"model_type": "gpt2"}, {}, [], None])

@@ -112,10 +112,10 @@ def test_hidden_states(pair):
         assert_close_rows(a, b)
 
 
-@pytest.mark.parametrize("asked", [[1], [0, -1], 2, [7], []])
+@pytest.mark.parametrize("requested", [[1], [0, -1], 2, [7], []])
 @torch.no_grad()
-def test_hidden_states_by_index(pair, asked):
-    check_indexed_hidden_states(pair, asked)
+def test_hidden_states_by_index(pair, requested):
+    check_indexed_hidden_states(pair, requested)
 
 
 @torch.no_grad()

@@ -55,9 +55,9 @@ def test_logits_natively(tmp_path: Path, models: dict, family: str) -> None:
 
 def test_formats_follow_the_file(tmp_path: Path, models: dict) -> None:
     model = load_model(write_gguf(tmp_path / "m.gguf", models["v3"], MIXED), backend="reference")
-    found = {name: module.format for name, module in model.named_modules() if isinstance(getattr(module, "format", None), str)}
-    assert found["model.embed_tokens"] == found["model.layers.0.self_attn.o_proj"] == "int8"
-    assert found["model.layers.0.self_attn.q_b_proj"] == "int4" and found["model.layers.2.self_attn.kv_b_proj"] == "bf16"
+    actual = {name: module.format for name, module in model.named_modules() if isinstance(getattr(module, "format", None), str)}
+    assert actual["model.embed_tokens"] == actual["model.layers.0.self_attn.o_proj"] == "int8"
+    assert actual["model.layers.0.self_attn.q_b_proj"] == "int4" and actual["model.layers.2.self_attn.kv_b_proj"] == "bf16"
     weights = model.model.layers[1].mlp.experts.held()
     assert {leaf: weight.format for leaf, weight in weights.items()} == {"gate_up_proj": "int4", "down_proj": "q4_1"}
     assert not model.report().warnings

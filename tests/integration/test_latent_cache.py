@@ -41,10 +41,10 @@ def test_layers_equal_transformers_cache(pair, lengths):
     paged, dynamic, mask = filled(pair, *lengths)
     assert len(paged.layers) == len(dynamic.layers) == 3
     for ours, theirs in zip(paged.layers, dynamic.layers, strict=True):
-        for found, expected in ((ours.keys, theirs.keys), (ours.values, theirs.values)):
-            assert found.shape == expected.shape
-            torch.testing.assert_close(found[:, 0][mask], expected[:, 0][mask], atol=1e-4, rtol=1e-3)
-            assert not found[:, 0][~mask].any()
+        for actual, expected in ((ours.keys, theirs.keys), (ours.values, theirs.values)):
+            assert actual.shape == expected.shape
+            torch.testing.assert_close(actual[:, 0][mask], expected[:, 0][mask], atol=1e-4, rtol=1e-3)
+            assert not actual[:, 0][~mask].any()
     assert paged.layers[0].keys.shape[-1] == pair.plain.config.kv_lora_rank
     assert paged.layers[0].values.shape[-1] == pair.plain.config.qk_rope_head_dim
 
@@ -55,8 +55,8 @@ def test_continuing_after_a_change_equals_transformers(pair, change):
     paged, dynamic = change(paged) or paged, change(dynamic) or dynamic
     ids = pair.ids(3, 3, seed=5)
     with torch.no_grad():
-        found, expected = pair.fast(ids, cache=paged).logits, pair.plain(ids, **{cache_name(): dynamic}).logits
-    torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-3)
+        actual, expected = pair.fast(ids, cache=paged).logits, pair.plain(ids, **{cache_name(): dynamic}).logits
+    torch.testing.assert_close(actual, expected, atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"prompt_lookup_num_tokens": 3}])

@@ -73,13 +73,13 @@ def check(way: str, model: Path | str, out: Path, slack: int) -> None:
     command = [sys.executable, "-c", PROGRAM, way, str(model), str(out)]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
+    result = json.loads(done.stdout.splitlines()[-1])
     if way == "convert":  # from file to file
-        assert found["packed"] > found["largest packed"] + CONVERT_SLACK  # otherwise the test would show nothing
-        assert found["peak"] <= found["largest packed"] + CONVERT_SLACK, found
+        assert result["packed"] > result["largest packed"] + CONVERT_SLACK  # otherwise the test would show nothing
+        assert result["peak"] <= result["largest packed"] + CONVERT_SLACK, result
         return
-    assert found["file"] > found["largest"] + slack
-    assert found["peak"] <= found["packed"] + found["largest"] + slack, found
+    assert result["file"] > result["largest"] + slack
+    assert result["peak"] <= result["packed"] + result["largest"] + slack, result
 
 
 def shapes() -> dict[str, tuple[str, tuple[int, ...]]]:

@@ -24,9 +24,9 @@ def original(tmp_path_factory, byte_tokenizer):
 
 @pytest.fixture(scope="module")
 def texts(original):
-    found = stretches(load_tokenizer(original), (original.parent / "text.txt").read_text(encoding="utf-8"))
-    assert len(found) > 1
-    return found
+    result = stretches(load_tokenizer(original), (original.parent / "text.txt").read_text(encoding="utf-8"))
+    assert len(result) > 1
+    return result
 
 
 def squares_that_experts_read(plain, texts) -> dict[str, torch.Tensor]:
@@ -52,11 +52,11 @@ def squares_that_experts_read(plain, texts) -> dict[str, torch.Tensor]:
 def test_inputs_of_experts_are_measured_per_layer(original, texts):
     plain = AutoModelForCausalLM.from_pretrained(original, attn_implementation="eager", experts_implementation="eager")
     model = load_model(original, backend="reference")
-    found = measure_importance(model, texts)
+    actual = measure_importance(model, texts)
     for leaf, squares in squares_that_experts_read(plain, texts).items():
-        torch.testing.assert_close(found[f"{STACK}.{leaf}"], squares / squares.mean(), rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(actual[f"{STACK}.{leaf}"], squares / squares.mean(), rtol=1e-3, atol=1e-4)
     linear = {f"{n}.weight" for n, m in plain.named_modules() if isinstance(m, nn.Linear)}
-    assert found.keys() == linear | {
+    assert actual.keys() == linear | {
         f"model.layers.{i}.mlp.experts.{leaf}" for i in (1, 2) for leaf in ("gate_up_proj", "down_proj")
     }
     assert model.dso.changed() is None and model.get_submodule(STACK).listener is None, "the model is as it was"

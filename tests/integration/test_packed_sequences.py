@@ -108,10 +108,10 @@ def test_documents_are_detected_by_transformers_rule():
         shape = tuple(random.integers(1, 9, 2))
         positions = random.integers(0, 4, shape).cumsum(1) % 6
         expected = find_packed_sequence_indices(torch.from_numpy(positions))
-        found = documents_of(positions.astype(np.int32))
-        assert (found is None) == (expected is None)
+        actual = documents_of(positions.astype(np.int32))
+        assert (actual is None) == (expected is None)
         if expected is not None:
-            np.testing.assert_array_equal(found, expected.numpy())
+            np.testing.assert_array_equal(actual, expected.numpy())
 
 
 @pytest.mark.parametrize("mode", [{"attention_optimization": "sliding", "attention_window": 16}, {"sparse_attention": True}])

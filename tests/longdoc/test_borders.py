@@ -46,7 +46,9 @@ def test_sentences_cover_all_text_but_white_space() -> None:
     for _ in range(100):
         text = random_text(rng, 3000)
         start = rng.randrange(1000)
-        found = sentences(text, start, 2500, 200)
-        assert all(0 < end - begin <= 200 and not text[begin].isspace() and not text[end - 1].isspace() for begin, end in found)
-        assert all(before[1] <= after[0] for before, after in zip(found, found[1:], strict=False))
-        assert "".join("".join(text[a:b].split()) for a, b in found) == "".join(text[start:2500].split())
+        actual = sentences(text, start, 2500, 200)
+        assert all(
+            0 < end - begin <= 200 and not text[begin].isspace() and not text[end - 1].isspace() for begin, end in actual
+        )
+        assert all(before[1] <= after[0] for before, after in zip(actual, actual[1:], strict=False))
+        assert "".join("".join(text[a:b].split()) for a, b in actual) == "".join(text[start:2500].split())

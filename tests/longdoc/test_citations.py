@@ -38,8 +38,8 @@ def test_the_question_distinguishes_equal_sentences() -> None:
 
 
 def test_quotations_come_first_and_exactly() -> None:
-    found = _cited('It was high: "the tallest building   of the world", made by Eiffel in 1889.')
-    assert found[0] == "the tallest building of the world"
+    actual = _cited('It was high: "the tallest building   of the world", made by Eiffel in 1889.')
+    assert actual[0] == "the tallest building of the world"
     assert _cited("The text says “tallest … made of wrought iron.”")[0] == "made of wrought iron"
     assert _cited("TALLEST BUILDING OF THE WORLD UNTIL 1930")[0] == "tallest building of the world until 1930", (
         "without marks too"
@@ -48,8 +48,8 @@ def test_quotations_come_first_and_exactly() -> None:
 
 
 def test_one_of_several_overlapping_quotations_is_cited() -> None:
-    found = _cited('"tallest building of the world" and "building of the world until 1930"', limit=2)
-    assert found[0] == "tallest building of the world" and all("until" not in text for text in found)
+    actual = _cited('"tallest building of the world" and "building of the world until 1930"', limit=2)
+    assert actual[0] == "tallest building of the world" and all("until" not in text for text in actual)
 
 
 def test_one_rare_word_counts_more_than_many_common_ones() -> None:
@@ -58,14 +58,14 @@ def test_one_rare_word_counts_more_than_many_common_ones() -> None:
 
 
 def test_parts_of_an_answer_have_their_own_citations() -> None:
-    found = _cited("Built in 1889 of wrought iron, 330 metres high, with a lift renewed in 2014.")
-    assert len(found) == 3 and all(any(word in text for text in found) for word in ("1889", "wrought", "330", "2014"))
+    actual = _cited("Built in 1889 of wrought iron, 330 metres high, with a lift renewed in 2014.")
+    assert len(actual) == 3 and all(any(word in text for text in actual) for word in ("1889", "wrought", "330", "2014"))
 
 
 def test_passages_are_cited_once() -> None:
     text = ("Nobody came. " * 40).join(("Key 7731 opens the red door. ", "Key 7731 opens a red door too. ", "Lamp 5 is off."))
-    found = _cited("Key 7731 opens the red door, lamp 5.", text=text, limit=2)
-    assert "Key 7731" in found[0] and "Lamp 5" in found[1]
+    actual = _cited("Key 7731 opens the red door, lamp 5.", text=text, limit=2)
+    assert "Key 7731" in actual[0] and "Lamp 5" in actual[1]
 
 
 def test_the_passage_of_the_question_is_cited_for_any_answer() -> None:
@@ -92,8 +92,8 @@ def test_file_page_line_and_chunk() -> None:
     pages = (Page(0, cut, 1), Page(cut, len(TEXT), 2))
     document = Document((TextFile("other.txt", "Nothing of it."), TextFile("tower.pdf", TEXT, pages)))
     chunks = [Chunk(0, 0, 0, 14, 4), Chunk(1, 1, 0, cut, 40), Chunk(2, 1, line, len(TEXT), 40)]
-    (found,) = cite("Eiffel signed them.", chunks, document)
-    assert found == Citation("tower.pdf", cut, cut + 32, "Gustave Eiffel signed the plans.", 2, 3, 2)
+    (actual,) = cite("Eiffel signed them.", chunks, document)
+    assert actual == Citation("tower.pdf", cut, cut + 32, "Gustave Eiffel signed the plans.", 2, 3, 2)
     assert cite("330 metres", chunks, document)[0].chunk == 1, "the first of the chunks that share it"
     assert cite("Eiffel signed them.", chunks[:2], document) == [], "only what was shown"
 
@@ -110,20 +110,20 @@ def test_citations_are_in_the_text_and_do_not_overlap(limit: int) -> None:
         start = rng.randrange(400)
         answer = rng.choice((random_text(rng, 300), f'"{texts["1"][start : start + 60]}"', texts["0"][:200]))
         question = random_text(rng, 50)
-        found = cite(answer, shown, document, question=question, limit=limit)
-        assert found == cite(answer, shown, document, question=question, limit=limit), "the same each time"
-        for one in found:
+        actual = cite(answer, shown, document, question=question, limit=limit)
+        assert actual == cite(answer, shown, document, question=question, limit=limit), "the same each time"
+        for one in actual:
             file = next(file for file in document.files if file.name == one.file)
             chunk = chunks[one.chunk]
             assert one.text == file.text[one.start : one.end] and one.text.strip() == one.text != ""
             assert chunk in shown and document.files[chunk.file] is file and chunk.start <= one.start < one.end <= chunk.end
             assert one.line == file.line_of(one.start) and one.page is None
-        spans = sorted((one.file, one.start, one.end) for one in found)
+        spans = sorted((one.file, one.start, one.end) for one in actual)
         assert all(a[0] != b[0] or a[2] <= b[1] for a, b in zip(spans, spans[1:], strict=False))
-        assert len(found) <= limit
+        assert len(actual) <= limit
 
 
 def test_a_line_of_a_megabyte() -> None:
     text = "word " * 100_000 + "needle 4711 " + "word " * 100_000
-    (found,) = _cited("4711", text=text, limit=1)
-    assert "needle 4711" in found and len(found) <= 400
+    (actual,) = _cited("4711", text=text, limit=1)
+    assert "needle 4711" in actual and len(actual) <= 400

@@ -33,5 +33,5 @@ def test_the_passage_with_the_answer_is_cited(byte_tokenizer, tokens):
 @pytest.mark.slow
 def test_the_passage_with_the_answer_is_cited_at_128k():
     tokenizer = AutoTokenizer.from_pretrained(tiny_v3())
-    found = [_cited(tokenizer, 131_072, seed, max_length=4096) for seed in range(100)]
-    assert sum(found) >= 99
+    actual = [_cited(tokenizer, 131_072, seed, max_length=4096) for seed in range(100)]
+    assert sum(actual) >= 99

@@ -8,7 +8,7 @@ from deepseek_optimizer.longdoc.words import words
 
 
 @pytest.mark.parametrize(
-    "text, found",
+    "text, expected",
     [
         ("The naïve Café's ÜBER straße", "the naive cafe s uber strasse"),
         ("max_length HTTPServer2 __init__ _", "max_length max length httpserver2 http server 2 __init__ init"),
@@ -24,8 +24,8 @@ from deepseek_optimizer.longdoc.words import words
         ("--- ...", ""),
     ],
 )  # fmt: skip
-def test_words(text: str, found: str) -> None:
-    assert list(words(text)) == found.split()
+def test_words(text: str, expected: str) -> None:
+    assert list(words(text)) == expected.split()
 
 
 def test_a_word_of_a_million_letters_is_split() -> None:

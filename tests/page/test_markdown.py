@@ -128,10 +128,10 @@ CASES = {
 
 
 def test_rendering_of_markdown(page: Any) -> None:
-    found = page.evaluate(RENDER, [text for text, _ in CASES.values()])
+    actual = page.evaluate(RENDER, [text for text, _ in CASES.values()])
     plain = [
         html if 'dir="auto"' in expected else html.replace(' dir="auto"', "")
-        for html, (_, expected) in zip(found, CASES.values(), strict=True)
+        for html, (_, expected) in zip(actual, CASES.values(), strict=True)
     ]
     assert dict(zip(CASES, plain, strict=True)) == {name: expected for name, (_, expected) in CASES.items()}
 
@@ -205,8 +205,8 @@ def test_a_stream_renders_like_the_whole_text(page: Any) -> None:
     texts = [random_markdown(seed, 60) for seed in range(150)]
     whole = page.evaluate(RENDER, texts)
     streamed = page.evaluate(STREAM, [[cut(text, seed) for seed, text in enumerate(texts)], False])
-    for text, expected, found in zip(texts, whole, streamed, strict=True):
-        assert found["html"] == expected, text
+    for text, expected, actual in zip(texts, whole, streamed, strict=True):
+        assert actual["html"] == expected, text
 
 
 # Allowed element -> its allowed attributes. No text may produce anything else.

@@ -58,11 +58,11 @@ LINKS = [
 
 def assert_untouched(chat: Any) -> None:
     assert chat.page.evaluate("window.pwned") is None
-    found = chat.page.evaluate(
+    result = chat.page.evaluate(
         """() => ['script', 'iframe', 'object', 'embed', 'link', 'style', 'base', 'img', 'video', 'audio', 'form', 'meta']
           .filter((tag) => document.querySelector(`#thread ${tag}, #conversations ${tag}, h1 ${tag}, #model ${tag}`))"""
     )
-    assert found == []
+    assert result == []
     handlers = "[...document.querySelectorAll('*')].flatMap((n) => n.getAttributeNames()).filter((n) => n.startsWith('on'))"
     assert chat.page.evaluate(handlers) == []
 

@@ -60,8 +60,8 @@ def test_non_finite_values_affect_only_their_block() -> None:
     for bad in (math.nan, math.inf, -math.inf):
         weight = torch.ones(200, 200)
         weight[130, 3] = bad
-        got = FORMAT.unpack(FORMAT.pack(weight), 200, 200)
-        assert got[128:, :128].isnan().all() and got[:128].isfinite().all() and got[:, 128:].isfinite().all()
+        actual = FORMAT.unpack(FORMAT.pack(weight), 200, 200)
+        assert actual[128:, :128].isnan().all() and actual[:128].isfinite().all() and actual[:, 128:].isfinite().all()
 
 
 def test_zeros() -> None:
@@ -75,14 +75,14 @@ def test_taking_over_rounds_nothing() -> None:
     codes = torch.randint(0, 256, (200, 300), dtype=torch.uint8, generator=generator)
     codes[codes & 0x7F == 0x7F] = 1
     codes, scale = codes.view(torch.float8_e4m3fn), torch.rand(2, 3, generator=generator)
-    got = FORMAT.unpack(reference_packer(codes, "fp8", scale=scale), 200, 300)
+    actual = FORMAT.unpack(reference_packer(codes, "fp8", scale=scale), 200, 300)
     for row, col in ((0, 0), (127, 127), (128, 256), (199, 299), (5, 200)):
-        assert got[row, col] == codes[row, col].float() * scale[row // 128, col // 128]
-    assert torch.equal(got, fp8.dequantise(codes, scale))
-    assert torch.equal(got[130:], fp8.dequantise(codes[130:], scale, 130))
+        assert actual[row, col] == codes[row, col].float() * scale[row // 128, col // 128]
+    assert torch.equal(actual, fp8.dequantise(codes, scale))
+    assert torch.equal(actual[130:], fp8.dequantise(codes[130:], scale, 130))
     codes.view(torch.uint8)[130, 0] = 0xFF
-    got = FORMAT.unpack(fp8.repack(codes, scale), 200, 300)
-    assert got[128:, :128].isnan().all() and got[:128].isfinite().all(), "a NaN is never lost"
+    actual = FORMAT.unpack(fp8.repack(codes, scale), 200, 300)
+    assert actual[128:, :128].isnan().all() and actual[:128].isfinite().all(), "a NaN is never lost"
 
 
 def test_inputs_that_taking_over_rejects() -> None:

@@ -55,8 +55,8 @@ def refused(client):
     def check(path, body, status=400, param=None, **request):
         sent = {"content": body} if isinstance(body, (bytes, str)) else {"json": body}
         headers = {"content-type": "application/json", **request.pop("headers", {})}
-        found = client.post(path, headers=headers, **sent, **request)
-        assert_error(found, status, param)
-        return found
+        result = client.post(path, headers=headers, **sent, **request)
+        assert_error(result, status, param)
+        return result
 
     return check

@@ -28,9 +28,9 @@ OPEN = {"/", "/health", "/ready"}
 
 
 def test_all_routes_but_three_need_a_key(locked):
-    found = [(method, path.replace("{model}", "fake-model")) for method, path in routes(locked.app)]
-    assert len(found) > 8
-    for method, path in [*found, ("GET", "/openapi.json"), ("GET", "/nowhere"), ("GET", "/v1/../health/x")]:
+    actual = [(method, path.replace("{model}", "fake-model")) for method, path in routes(locked.app)]
+    assert len(actual) > 8
+    for method, path in [*actual, ("GET", "/openapi.json"), ("GET", "/nowhere"), ("GET", "/v1/../health/x")]:
         for address in (path, path + "/") if path not in OPEN else (path + "/",) if path != "/" else ():
             for headers in ({}, {"Authorization": "Bearer gamma"}, {"Authorization": "alpha"}, {"x-api-key": "alpha"}):
                 response = locked.client.request(method, address, headers=headers)
@@ -106,12 +106,12 @@ def test_a_foreign_origin_gets_no_cors_header(client):
 
 def test_an_allowed_origin_may_read(make_server):
     live = make_server(ServerSettings(allow_origins=("https://chat.example",), keys=ApiKeys(["alpha"])))
-    asked = {
+    requested = {
         "Origin": "https://chat.example",
         "Access-Control-Request-Method": "POST",
         "Access-Control-Request-Headers": "authorization,content-type",
     }
-    response = live.client.options("/v1/completions", headers=asked)  # browsers send no key with a preflight request
+    response = live.client.options("/v1/completions", headers=requested)  # browsers send no key with a preflight request
     assert response.status_code == 200 and response.headers["access-control-allow-origin"] == "https://chat.example"
     response = live.client.get("/health", headers={"Origin": "https://evil.example"})
     assert "access-control-allow-origin" not in response.headers

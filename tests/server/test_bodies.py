@@ -68,16 +68,16 @@ def test_a_chunked_body_over_the_limit(client):
         for _ in range(40):
             yield b"x" * 65536
 
-    found = client.post("/v1/completions", content=pieces(), headers={"content-type": "application/json"})
-    assert_error(found, 413)
+    actual = client.post("/v1/completions", content=pieces(), headers={"content-type": "application/json"})
+    assert_error(actual, 413)
 
 
 def test_a_chunked_body_within_it(client):
     body = json.dumps({"prompt": "hello", "max_tokens": 4}).encode()
-    found = client.post(
+    actual = client.post(
         "/v1/completions", content=iter([body[:5], body[5:]]), headers={"content-type": "application/json; charset=utf-8"}
     )
-    assert found.status_code == 200, found.text
+    assert actual.status_code == 200, actual.text
 
 
 @pytest.mark.parametrize(
@@ -93,8 +93,8 @@ def test_a_chunked_body_within_it(client):
     ],
 )
 def test_another_content_type(client, kind):
-    found = client.post("/v1/completions", content=b'{"prompt": "x"}', headers={"content-type": kind})
-    assert_error(found, 415)
+    actual = client.post("/v1/completions", content=b'{"prompt": "x"}', headers={"content-type": kind})
+    assert_error(actual, 415)
 
 
 def test_a_compressed_body(refused):
@@ -117,11 +117,11 @@ def test_concurrent_bodies_share_a_limit(make_server):
         first.sendall(head + b"x" * 900_000)
         time.sleep(0.3)  # until it is received; the limit for the next one depends only on that
         body = json.dumps({"prompt": "x" * 500_000})
-        found = live.client.post("/v1/completions", content=body, headers={"content-type": "application/json"})
-        assert_error(found, 503)
-        assert found.headers["retry-after"]
-    found = live.client.post("/v1/completions", json={"prompt": "hello", "max_tokens": 2})
-    assert found.status_code == 200
+        actual = live.client.post("/v1/completions", content=body, headers={"content-type": "application/json"})
+        assert_error(actual, 503)
+        assert actual.headers["retry-after"]
+    actual = live.client.post("/v1/completions", json={"prompt": "hello", "max_tokens": 2})
+    assert actual.status_code == 200
 
 
 def test_a_client_that_disconnects_during_its_body(live):

@@ -33,12 +33,12 @@ def bodies(count: int, seed: int = 0) -> list[dict]:
     """Greedy requests of many lengths; some prompts have a common prefix, and some are equal."""
     rng = random.Random(seed)
     openings = ["", "The same long beginning, of two blocks and more. " * 2, "Another one: "]
-    found = []
+    result = []
     for _ in range(count):
         prompt = rng.choice(openings) + " ".join(f"{rng.randrange(200)}" for _ in range(rng.randrange(1, 12)))
         tokens = rng.choice([rng.randrange(1, 20), rng.randrange(1, 20), 90])
-        found.append({"prompt": prompt, "max_tokens": tokens, "temperature": 0, "stream": rng.random() < 0.5})
-    return found
+        result.append({"prompt": prompt, "max_tokens": tokens, "temperature": 0, "stream": rng.random() < 0.5})
+    return result
 
 
 @pytest.fixture(scope="module")
@@ -54,13 +54,13 @@ def offline(tiny_model):
     engine = make_engine(model, AutoTokenizer.from_pretrained(tiny_model), drafts=False, prefix_cache=False)
     known: dict[tuple[str, int], str] = {}
 
-    def texts(asked: list[dict]) -> list[str]:
-        for body in asked:
+    def texts(requested: list[dict]) -> list[str]:
+        for body in requested:
             key = (body["prompt"], body["max_tokens"])
             if key not in known:
                 params = SamplingParams(temperature=0, max_tokens=key[1], ignore_eos=body.get("ignore_eos", False))
                 known[key] = engine.generate([key[0]], params)[0].text
-        return [known[body["prompt"], body["max_tokens"]] for body in asked]
+        return [known[body["prompt"], body["max_tokens"]] for body in requested]
 
     return texts
 
@@ -73,15 +73,15 @@ class Outcome:
     refused: int = 0
 
 
-async def burst(server: Served, asked: list[dict], leaving: set[int], slow: int, seed: int) -> Outcome:
+async def burst(server: Served, requested: list[dict], leaving: set[int], slow: int, seed: int) -> Outcome:
     """Sends all requests concurrently; rejected clients retry after the time that the server gave."""
     rng = random.Random(seed)
-    outcome = Outcome([[] for _ in asked])
-    patience = [rng.random() ** 2 for _ in asked]  # seconds until clients disconnect
+    outcome = Outcome([[] for _ in requested])
+    patience = [rng.random() ** 2 for _ in requested]  # seconds until clients disconnect
 
     async def client(i: int) -> None:
         while True:
-            exchange = await send(server.port, PATH, asked[i])
+            exchange = await send(server.port, PATH, requested[i])
             if i in leaving:
                 await asyncio.sleep(patience[i])
                 exchange.leave()
@@ -101,7 +101,7 @@ async def burst(server: Served, asked: list[dict], leaving: set[int], slow: int,
                 sock.setblocking(False)
                 loop = asyncio.get_running_loop()
                 await loop.sock_connect(sock, ("127.0.0.1", server.port))
-                await loop.sock_sendall(sock, request_bytes(PATH, asked[slow]))
+                await loop.sock_sendall(sock, request_bytes(PATH, requested[slow]))
                 pieces: list[tuple[float, bytes]] = []
                 while piece := await loop.sock_recv(sock, 1 if len(pieces) < 500 else 65_536):
                     pieces.append((time.perf_counter(), piece))
@@ -112,7 +112,7 @@ async def burst(server: Served, asked: list[dict], leaving: set[int], slow: int,
                 return
             await asyncio.sleep(reply.retry_after)
 
-    await asyncio.wait_for(asyncio.gather(*(client(i) for i in range(len(asked)) if i != slow), slow_client()), 240)
+    await asyncio.wait_for(asyncio.gather(*(client(i) for i in range(len(requested)) if i != slow), slow_client()), 240)
     return outcome
 
 
@@ -121,8 +121,8 @@ def assert_idle(server: Served) -> None:
     names = ("dso:requests_admitted", "vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc")
 
     def idle() -> bool:
-        found = server.metrics()
-        return not any(found[name] for name in names)
+        result = server.metrics()
+        return not any(result[name] for name in names)
 
     wait_for(idle)
 
@@ -138,17 +138,17 @@ def server(tiny_model):
 
 def test_a_thousand_at_once(server, offline):
     """Three times, so that leaks would be visible."""
-    asked = bodies(REQUESTS)
+    requested = bodies(REQUESTS)
     rng = random.Random(1)
     leaving = set(rng.sample(range(REQUESTS), CANCELLED))
-    slow = next(i for i in range(REQUESTS) if i not in leaving and asked[i]["stream"] and asked[i]["max_tokens"] > 40)
+    slow = next(i for i in range(REQUESTS) if i not in leaving and requested[i]["stream"] and requested[i]["max_tokens"] > 40)
     baseline = {"prompt": "A question of its own", "max_tokens": 40, "temperature": 0}
-    right, alone = offline(asked), asyncio.run(ask(server.port, PATH, baseline)).json()["choices"]
+    right, alone = offline(requested), asyncio.run(ask(server.port, PATH, baseline)).json()["choices"]
     assert alone[0]["text"] == offline([baseline])[0]
     resident = []
     for seed in range(3):
         before = server.metrics()
-        outcome = asyncio.run(burst(server, asked, leaving, slow, seed))
+        outcome = asyncio.run(burst(server, requested, leaving, slow, seed))
         answered = 0
         for i, replies in enumerate(outcome.replies):
             assert len(replies) == 1, f"request {i} has {len(replies)} answers"
@@ -157,7 +157,7 @@ def test_a_thousand_at_once(server, offline):
                 assert reply.status in (0, 200)
                 continue
             answered += 1
-            assert reply.status == 200 and reply.whole and (reply.done or not asked[i]["stream"])
+            assert reply.status == 200 and reply.whole and (reply.done or not requested[i]["stream"])
             assert reply.text == right[i], f"request {i}"
         assert_idle(server)
         after = server.metrics()
@@ -184,10 +184,10 @@ def own_server(tiny_model):
         yield running
 
 
-async def streams(server: Served, asked: list[dict]) -> list[Exchange]:
+async def streams(server: Served, requested: list[dict]) -> list[Exchange]:
     """Opens streams; all of them are admitted."""
-    opened = [await send(server.port, PATH, body) for body in asked]
-    while server.metrics()["dso:requests_admitted"] + sum(exchange.over for exchange in opened) < len(asked):
+    opened = [await send(server.port, PATH, body) for body in requested]
+    while server.metrics()["dso:requests_admitted"] + sum(exchange.over for exchange in opened) < len(requested):
         await asyncio.sleep(0.01)
     return opened
 
@@ -205,10 +205,10 @@ def long_bodies() -> list[dict]:
 
 def test_sigterm_under_load_drains(own_server, offline):
     """Running and queued requests get a complete answer; new ones get the error that the server is stopping."""
-    asked = long_bodies()
+    requested = long_bodies()
 
     async def main() -> tuple[list[HttpReply], HttpReply | None]:
-        opened = await streams(own_server, asked)
+        opened = await streams(own_server, requested)
         own_server.process.send_signal(signal.SIGTERM)
         while not stopping(own_server):
             await asyncio.sleep(0.01)
@@ -222,7 +222,7 @@ def test_sigterm_under_load_drains(own_server, offline):
     replies, late = asyncio.run(main())
     assert late is None or late.status == 503 and "retry-after" in late.headers
     assert [reply.done for reply in replies] == [True] * STREAMS
-    assert [reply.text for reply in replies] == offline(asked)
+    assert [reply.text for reply in replies] == offline(requested)
     assert own_server.process.wait(15) == 0
     with pytest.raises(OSError):
         socket.create_connection(("127.0.0.1", own_server.port), 5)

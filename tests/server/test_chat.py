@@ -70,8 +70,8 @@ def test_images_are_rejected_and_not_fetched(live, refused):
 
     before = counted()
     part = {"type": "image_url", "image_url": {"url": f"{live.url}/fetched"}}
-    found = refused(PATH, {"messages": [{"role": "user", "content": [part]}]})
-    assert "image_url" in found.json()["error"]["message"]
+    actual = refused(PATH, {"messages": [{"role": "user", "content": [part]}]})
+    assert "image_url" in actual.json()["error"]["message"]
     assert counted() == before
 
 
@@ -89,9 +89,9 @@ def test_a_megabyte_of_one_combining_mark_is_read_in_linear_time(make_server):
     times = []
     for size in (50_000, 500_000):
         began = time.perf_counter()
-        found = live.client.post("/v1/completions", json={"prompt": "\u0301" * size})
+        actual = live.client.post("/v1/completions", json={"prompt": "\u0301" * size})
         times.append(time.perf_counter() - began)
-        assert found.status_code == 400 and found.json()["error"]["param"] == "prompt"
+        assert actual.status_code == 400 and actual.json()["error"]["param"] == "prompt"
     assert times[1] < 30 * times[0] + 1  # quadratic: 100 times
 
 
@@ -170,8 +170,8 @@ def with_template(byte_tokenizer):
 
 def test_without_a_template_chats_are_a_400_and_completions_work(with_template):
     live = with_template(None)
-    found = live.client.post(PATH, json={"messages": [USER]})
-    assert found.status_code == 400 and "template" in found.json()["error"]["message"]
+    actual = live.client.post(PATH, json={"messages": [USER]})
+    assert actual.status_code == 400 and "template" in actual.json()["error"]["message"]
     assert live.client.post("/v1/responses", json={"input": "hi"}).status_code == 400
     assert live.client.post("/v1/completions", json={"prompt": "hi"}).status_code == 200
 
@@ -190,9 +190,9 @@ def test_without_a_template_chats_are_a_400_and_completions_work(with_template):
 )
 def test_a_template_that_fails_or_loops_is_a_400(with_template, template):
     live = with_template(template)
-    found = live.client.post(PATH, json={"messages": [USER]})
-    assert found.status_code == 400, found.text
-    assert "error" in found.json() and "Traceback" not in found.text and "<class" not in found.text
+    actual = live.client.post(PATH, json={"messages": [USER]})
+    assert actual.status_code == 400, actual.text
+    assert "error" in actual.json() and "Traceback" not in actual.text and "<class" not in actual.text
     assert live.client.post("/v1/completions", json={"prompt": "hi"}).status_code == 200
 
 
@@ -291,8 +291,8 @@ def test_required_calls(with_template, choice):
     other = {"type": "function", "function": {"name": "required", "parameters": {"enum": [{}]}}}
     tools = [WEATHER, other] if isinstance(choice, dict) else [other]
     body = {"messages": [USER], "tools": tools, "tool_choice": choice, "parallel_tool_calls": False}
-    found = live.client.post(PATH, json=body)
-    choice = found.json()["choices"][0]
+    actual = live.client.post(PATH, json=body)
+    choice = actual.json()["choices"][0]
     assert [call["function"] for call in choice["message"]["tool_calls"]] == [{"name": "required", "arguments": "{}"}]
     assert choice["message"]["content"] is None and choice["finish_reason"] == "tool_calls"
 

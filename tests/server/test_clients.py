@@ -80,8 +80,8 @@ class Held(LiveServer):
     def request(self, prompt: str):
         """The engine's request with this prompt, or None."""
         decode = self.engine.tokenizer.decode
-        found = [r for r in list(self.engine.core._requests.values()) if decode(r.request.prompt) == prompt]
-        return found[0] if found else None
+        result = [r for r in list(self.engine.core._requests.values()) if decode(r.request.prompt) == prompt]
+        return result[0] if result else None
 
     def let_in(self, prompt: str):
         """Waits for `request`: the engine admits it between two steps, or while it is idle."""

@@ -124,8 +124,8 @@ def test_large_schemas(server, held, attack, monkeypatch):
 
     monkeypatch.setattr(grammars, "compile", slow)
     answers = attack(CHATS, json=body({"enum": ["hold"]}))
-    found = server.client.post(CHATS, headers=B, json=body(SCHEMA))
-    assert found.status_code == 200 and found.json()["choices"][0]["message"]["content"] == '{"n": 7}', found.text
+    actual = server.client.post(CHATS, headers=B, json=body(SCHEMA))
+    assert actual.status_code == 200 and actual.json()["choices"][0]["message"]["content"] == '{"n": 7}', actual.text
     assert held.begun == 1 and not any(answer.done() for answer in answers)
     held.go.set()
     assert {answer.result().status_code for answer in answers} == {200}
@@ -142,8 +142,8 @@ def test_documents(server, held, attack, monkeypatch):
 
     monkeypatch.setattr(reader, "_read", slow)
     answers = attack("/v1/files", files={"file": ("hold.txt", b"one")}, data={"purpose": "user_data"})
-    found = server.client.post("/v1/files", headers=B, files={"file": ("b.txt", b"two")}, data={"purpose": "user_data"})
-    assert found.status_code == 200, found.text
+    actual = server.client.post("/v1/files", headers=B, files={"file": ("b.txt", b"two")}, data={"purpose": "user_data"})
+    assert actual.status_code == 200, actual.text
     assert server.client.post(CHATS, headers=B, json=body()).status_code == 200
     assert held.begun == 1 and not any(answer.done() for answer in answers)
     held.go.set()
@@ -175,7 +175,7 @@ def test_impossible_prompts_are_rejected_before_tokenising(server, held):
     max_bytes = server.app.state.server.prompt_size.max_bytes
     assert max_bytes == server.engine.context * len("<|assistant|>")
     text = "hold" + " " * max_bytes + "hold"
-    found = [
+    actual = [
         server.client.post(TEXTS, headers=A, json={"prompt": text}),
         server.client.post("/v1/embeddings", headers=A, json={"input": ["x", text]}),
         server.client.post(CHATS, headers=A, json={"messages": [{"role": "user", "content": text}]}),
@@ -183,7 +183,7 @@ def test_impossible_prompts_are_rejected_before_tokenising(server, held):
         server.client.post(CHATS, headers=A, json={"messages": [
             {"role": "assistant", "content": text}, {"role": "user", "content": "x"}]}),
     ]  # fmt: skip
-    for answer, param in zip(found, ("prompt", "input", "messages", "messages", "messages"), strict=True):
+    for answer, param in zip(actual, ("prompt", "input", "messages", "messages", "messages"), strict=True):
         assert_error(answer, 400, param)
         assert "context" in answer.text
     assert held.begun == 0
@@ -206,13 +206,13 @@ def test_addresses_in_headers_are_ignored(live):
 def test_bytes_of_tokens(byte_tokenizer):
     from tokenizers import normalizers, pre_tokenizers
 
-    found = bytes_of_token(byte_tokenizer)
-    assert found == (len("<|assistant|>"), b"")
+    actual = bytes_of_token(byte_tokenizer)
+    assert actual == (len("<|assistant|>"), b"")
     size = PromptSize(byte_tokenizer, 10)
     size.check(["x" * 65, "é" * 32], "prompt")
     with pytest.raises(ValueError, match="131 bytes are at least 11 tokens"):
         size.check(["x" * 66, "é" * 32, "x"], "prompt")
-    size._bytes = found._replace(lost=b"\x01\xc3")
+    size._bytes = actual._replace(lost=b"\x01\xc3")
     size.check(["\x01x" * 130], "prompt")
     size.check(["é\x01" * 130], "prompt")
     PromptSize(byte_tokenizer, None).check(["x" * 10**6], "prompt")
@@ -228,7 +228,7 @@ def test_bytes_of_tokens(byte_tokenizer):
         assert bytes_of_token(other) is None, change
     other = copy.deepcopy(byte_tokenizer)
     other.backend_tokenizer.normalizer = normalizers.NFKC()
-    assert bytes_of_token(other).max_bytes == 4 * found.max_bytes  # the normalised text may be shorter
+    assert bytes_of_token(other).max_bytes == 4 * actual.max_bytes  # the normalised text may be shorter
     other = copy.deepcopy(byte_tokenizer)
     token = type(next(iter(other.added_tokens_decoder.values())))("<x>", lstrip=True)
     other.add_special_tokens({"additional_special_tokens": [token]})

@@ -57,9 +57,9 @@ def company() -> list[dict]:
 
 
 def text_of(live: LiveServer, body: dict) -> str:
-    found = live.client.post(PATH, json=body)
-    assert found.status_code == 200, found.text
-    return found.json()["choices"][0]["text"]
+    result = live.client.post(PATH, json=body)
+    assert result.status_code == 200, result.text
+    return result.json()["choices"][0]["text"]
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -72,8 +72,8 @@ def test_nan_logits_fail_only_their_request(server, stream, place):
     alone = [text_of(server, other) for other in company()]
     with ThreadPoolExecutor(8) as pool:
         others = [pool.submit(text_of, server, other) for other in company() * 3]
-        spoilt = [pool.submit(server.client.post, PATH, json=body) for _ in range(4)]
-        for answer in spoilt:
+        damaged = [pool.submit(server.client.post, PATH, json=body) for _ in range(4)]
+        for answer in damaged:
             assert_error(answer.result(), 500)
         assert [other.result() for other in others] == alone * 3
     core = server.engine.core
@@ -110,9 +110,9 @@ def test_a_step_without_memory_fails_only_its_requests(server, monkeypatch):
 
     monkeypatch.setattr(runner, "step", step)
     failing.set()
-    found = server.client.post(PATH, json=BODY)
-    assert found.status_code >= 500
-    assert_error(found, found.status_code)
+    actual = server.client.post(PATH, json=BODY)
+    assert actual.status_code >= 500
+    assert_error(actual, actual.status_code)
     assert text_of(server, BODY)
 
 
@@ -134,12 +134,12 @@ def test_the_engines_thread_dies(server, monkeypatch):
         wait_for(lambda: server.engine.admitted == 8)
         dying.set()
         for body, answer in zip(bodies, answers, strict=True):
-            found = answer.result()
-            if body["stream"] and found.status_code == 200:
-                assert '"error"' in found.text.split("\n\n")[-3]
+            actual = answer.result()
+            if body["stream"] and actual.status_code == 200:
+                assert '"error"' in actual.text.split("\n\n")[-3]
             else:
-                assert_error(found, 503)
-            assert "secret" not in found.text
+                assert_error(actual, 503)
+            assert "secret" not in actual.text
     for path, status in (("/health", 503), ("/ready", 503), ("/v1/models", 200)):
         assert server.client.get(path).status_code == status
     assert_error(server.client.post(PATH, json=BODY), 503)

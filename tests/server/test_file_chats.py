@@ -104,16 +104,16 @@ def test_a_short_document_precedes_the_question(live, how):
         if how == "id"
         else inline(text.encode(), "book.txt", "" if how == "bare" else "data:text/plain;base64,")
     )
-    found = ask(live, file).json()
+    actual = ask(live, file).json()
     [prompt] = prompts(live)
     assert prompt == f"<|user|>File: book.txt\n{text}\n\n{QUESTION}<|end|><|assistant|>"
-    message = found["choices"][0]["message"]
+    message = actual["choices"][0]["message"]
     assert message["content"] == ANSWER and message["document"]["strategy"] == "whole"
     [citation] = message["annotations"]
     assert citation["type"] == "file_citation" and citation["filename"] == "book.txt" and citation["index"] == 0
     assert citation["file_id"] == (file["file"]["file_id"] if how == "id" else None)
     assert citation["text"] == text[citation["start"] : citation["end"]] == FACT and citation["line"] == 5
-    assert found["usage"]["prompt_tokens"] == len(live.engine.seen[0].prompt)
+    assert actual["usage"]["prompt_tokens"] == len(live.engine.seen[0].prompt)
 
 
 def test_several_files_are_included_once(live):
@@ -132,14 +132,14 @@ def test_a_long_text_is_answered_from_passages(live):
     text = long_text()
     id = upload(live, text)
     for _ in range(2):  # prepared once
-        found = ask(live, by_id(id)).json()
-        message = found["choices"][0]["message"]
+        actual = ask(live, by_id(id)).json()
+        message = actual["choices"][0]["message"]
         assert message["content"] == ANSWER and message["document"]["strategy"] == "retrieve"
         assert FACT in [text[one["start"] : one["end"]] for one in message["annotations"]]
         assert all(one["text"] == text[one["start"] : one["end"]] and one["file_id"] == id for one in message["annotations"])
     assert len(live.engine.seen) == 2 and len(live.engine.seen[0].prompt) < CONTEXT
-    assert message["document"]["context_tokens"] == found["usage"]["total_tokens"]
-    assert found["usage"]["prompt_tokens"] == len(live.engine.seen[1].prompt)
+    assert message["document"]["context_tokens"] == actual["usage"]["total_tokens"]
+    assert actual["usage"]["prompt_tokens"] == len(live.engine.seen[1].prompt)
     documents = live.app.state.server.documents
     assert any(material.document.files[0].text == text for material, _ in documents._kept.values())
     live.client.delete(f"/v1/files/{id}")
@@ -209,11 +209,11 @@ def test_options_that_long_documents_reject(live, field, value):
 
 
 def test_options_that_short_documents_accept(live):
-    found = ask(live, by_id(upload(live, FACT)), n=2, logprobs=True, seed=1).json()
-    assert [choice["message"]["annotations"][0]["text"] for choice in found["choices"]] == [FACT, FACT]
-    assert found["choices"][0]["logprobs"]["content"]
-    found = ask(live, by_id(upload(live, FACT)), response_format={"type": "json_object"}).json()
-    assert found["choices"][0]["message"]["content"].startswith("{")
+    actual = ask(live, by_id(upload(live, FACT)), n=2, logprobs=True, seed=1).json()
+    assert [choice["message"]["annotations"][0]["text"] for choice in actual["choices"]] == [FACT, FACT]
+    assert actual["choices"][0]["logprobs"]["content"]
+    actual = ask(live, by_id(upload(live, FACT)), response_format={"type": "json_object"}).json()
+    assert actual["choices"][0]["message"]["content"].startswith("{")
 
 
 def test_tools_and_reasoning_with_documents(byte_tokenizer):
@@ -221,8 +221,8 @@ def test_tools_and_reasoning_with_documents(byte_tokenizer):
     tokenizer.chat_template = HERMES
     call = '<tool_call>{"name": "weather", "arguments": {"city": "Rom"}}</tool_call>'
     with LiveServer(FakeEngine(tokenizer, lambda request: call)) as live:
-        found = ask(live, by_id(upload(live, FACT)), tools=[WEATHER]).json()
-        assert found["choices"][0]["finish_reason"] == "tool_calls"
+        actual = ask(live, by_id(upload(live, FACT)), tools=[WEATHER]).json()
+        assert actual["choices"][0]["finish_reason"] == "tool_calls"
     tokenizer.chat_template = THINKING
     with LiveServer(FakeEngine(tokenizer, lambda request: f"<think>\nThe master has it.\n</think>\n\n{ANSWER}")) as live:
         for text in (FACT, long_text(4)):
@@ -311,9 +311,9 @@ def test_a_disconnect_ends_all_prompts(live):
         wait_for(lambda: live.engine.running > 1)
     wait_for(lambda: live.engine.running == 0 and live.engine.admitted == 0)
     live.engine.step_seconds = 0.0
-    asked = len(live.engine.seen)
+    requested = len(live.engine.seen)
     time.sleep(0.2)
-    assert len(live.engine.seen) == asked
+    assert len(live.engine.seen) == requested
 
 
 def test_failed_and_late_prompts_are_reported(byte_tokenizer):
@@ -367,9 +367,9 @@ def test_responses_with_files(live):
     id, text = upload(live, long_text(10)), long_text(10)
     parts = [{"type": "input_file", "file_id": id}, {"type": "input_text", "text": QUESTION}]
     client = openai.OpenAI(base_url=f"{live.url}/v1", api_key="none", max_retries=0)
-    found = client.responses.create(model="fake-model", input=[{"role": "user", "content": parts}])
-    assert found.output_text == ANSWER
-    citations = found.output[0].content[0].annotations
+    actual = client.responses.create(model="fake-model", input=[{"role": "user", "content": parts}])
+    assert actual.output_text == ANSWER
+    citations = actual.output[0].content[0].annotations
     assert [one.type for one in citations] == ["file_citation"] * len(citations) and citations[0].file_id == id
     assert FACT in [text[one.start : one.end] for one in citations]
     kinds = []
@@ -379,8 +379,8 @@ def test_responses_with_files(live):
     assert event.response.output[0].content[0].annotations[0].filename == "book.txt"
     data = "data:text/plain;base64," + base64.b64encode(FACT.encode()).decode()
     parts[0] = {"type": "input_file", "file_data": data, "filename": "in.txt"}
-    found = client.responses.create(model="fake-model", input=[{"role": "user", "content": parts}])
-    assert found.output[0].content[0].annotations[0].text == FACT
+    actual = client.responses.create(model="fake-model", input=[{"role": "user", "content": parts}])
+    assert actual.output[0].content[0].annotations[0].text == FACT
     for part in ({"type": "input_file"}, {"type": "input_file", "file_url": "https://e.org/a.pdf"}):
         assert_error(live.client.post("/v1/responses", json={"input": [{"role": "user", "content": [part]}]}), 400)
 
@@ -388,13 +388,13 @@ def test_responses_with_files(live):
 def test_openai_client_in_a_chat(live):
     client = openai.OpenAI(base_url=f"{live.url}/v1", api_key="none", max_retries=0)
     file = client.files.create(file=("map.txt", FACT.encode()), purpose="user_data")
-    found = client.chat.completions.create(model="fake-model", messages=about(by_id(file.id))["messages"])
-    assert found.choices[0].message.content == ANSWER
-    assert found.choices[0].message.annotations[0].filename == "map.txt"
+    actual = client.chat.completions.create(model="fake-model", messages=about(by_id(file.id))["messages"])
+    assert actual.choices[0].message.content == ANSWER
+    assert actual.choices[0].message.annotations[0].filename == "map.txt"
     # a client may send the answer back
     again = [
         *about(by_id(file.id))["messages"],
-        found.choices[0].message.model_dump(exclude_none=True),
+        actual.choices[0].message.model_dump(exclude_none=True),
         {"role": "user", "content": "Sure?"},
     ]
     again[1].pop("document")
@@ -413,18 +413,18 @@ def test_concurrent_requests_leave_nothing_behind(live):
         sent = live.client.post(
             "/v1/files", files={"file": (f"{seed}.txt", long_text(seed, rng.choice([40, 150])))}, data={"purpose": "user_data"}
         )
-        found = [sent.status_code]
+        actual = [sent.status_code]
         id = sent.json()["id"]
         body = about(by_id(id), question=rng.choice([QUESTION, "Summarize it"]), stream=True)
         with live.client.stream("POST", "/v1/chat/completions", json=body) as response:
-            found.append(response.status_code)
+            actual.append(response.status_code)
             if rng.random() < 0.7:
                 assert events(response)[-1]["choices"][0]["finish_reason"] == "stop"
-        found.append(live.client.delete(f"/v1/files/{id}").status_code)
-        return found
+        actual.append(live.client.delete(f"/v1/files/{id}").status_code)
+        return actual
 
     with ThreadPoolExecutor(12) as threads:
-        assert {status for found in threads.map(one, range(36)) for status in found} == {200}
+        assert {status for actual in threads.map(one, range(36)) for status in actual} == {200}
     wait_for(lambda: live.engine.admitted == 0)
     assert state.files.held == 0 and len(state.files) == 0 and len(state.documents._kept) == 0
 

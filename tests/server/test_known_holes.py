@@ -33,13 +33,13 @@ def test_input_is_never_executed(path):
             assert not names & RUN_CODE, f"line {node.lineno}"
         if isinstance(node, ast.Call):
             name = node.func.id if isinstance(node.func, ast.Name) else None
-            found = f"line {node.lineno}"
-            assert name not in RUN_TEXT, found
+            actual = f"line {node.lineno}"
+            assert name not in RUN_TEXT, actual
             whole = ast.unparse(node.func)
             assert whole not in ("torch.load", "os.system", "yaml.load", "jinja2.Template", "jinja2.Environment"), (
                 f"line {node.lineno}"
             )
-            assert not any(keyword.arg == "shell" for keyword in node.keywords), found
+            assert not any(keyword.arg == "shell" for keyword in node.keywords), actual
 
 
 HOSTILE = [

@@ -72,18 +72,18 @@ def test_a_request_with_a_rejected_second_prompt_leaves_nothing_running(live):
 def test_the_deadline_passes(make_server, stream):
     live = make_server(ServerSettings(request_seconds=0.2))
     live.engine.frozen = True
-    found = live.client.post("/v1/completions", json={**ASKED, "stream": stream})
-    assert_error(found, 504)
-    assert found.headers["x-should-retry"] == "false" and live.engine.ended == ["deadline"]
+    actual = live.client.post("/v1/completions", json={**ASKED, "stream": stream})
+    assert_error(actual, 504)
+    assert actual.headers["x-should-retry"] == "false" and live.engine.ended == ["deadline"]
     live.engine.frozen = False
     assert live.client.post("/v1/completions", json=ASKED).status_code == 200
 
 
 def test_the_deadline_passes_in_the_middle_of_a_stream(make_server):
     live = make_server(ServerSettings(request_seconds=0.3), step_seconds=0.01)
-    found = live.client.post("/v1/completions", json={"prompt": "x", "max_tokens": 3000, "ignore_eos": True, "stream": True})
-    events = found.text.split("\n\n")
-    assert found.status_code == 200 and len(events) > 3
+    actual = live.client.post("/v1/completions", json={"prompt": "x", "max_tokens": 3000, "ignore_eos": True, "stream": True})
+    events = actual.text.split("\n\n")
+    assert actual.status_code == 200 and len(events) > 3
     assert "time" in json.loads(events[-3][6:])["error"]["message"] and events[-2:] == ["data: [DONE]", ""]
 
 
@@ -127,9 +127,9 @@ def test_the_engine_dies(make_server):
     assert live.client.get("/health").status_code == 503 and live.client.get("/health").json() == {"status": "dead"}
     assert live.client.get("/ready").status_code == 503
     for path, body in (("/v1/completions", ASKED), ("/v1/embeddings", {"input": "x"}), ("/tokenize", {"prompt": "x"})):
-        found = live.client.post(path, json=body)
-        assert_error(found, 503)
-        assert found.headers["retry-after"]
+        actual = live.client.post(path, json=body)
+        assert_error(actual, 503)
+        assert actual.headers["retry-after"]
     assert live.engine.admitted == 0
 
 
@@ -140,9 +140,9 @@ def test_unexpected_errors_are_a_500_without_the_message(make_server, caplog):
         raise ZeroDivisionError("/secret/path")
 
     live.engine.submit = submit
-    found = live.client.post("/v1/completions", json=ASKED)
-    assert_error(found, 500)
-    assert "secret" not in found.text and "ZeroDivision" not in found.text
+    actual = live.client.post("/v1/completions", json=ASKED)
+    assert_error(actual, 500)
+    assert "secret" not in actual.text and "ZeroDivision" not in actual.text
     assert "/secret/path" in caplog.text  # only in the log
     assert live.engine.admitted == 0
 

@@ -100,16 +100,16 @@ def test_errors_quote_only_the_beginning(answers, path):
         for broken in with_long_text(body):
             if not isinstance(broken, dict):
                 continue
-            found = answers.post(path, json=broken)
-            assert found.status_code in (200, 400, 404, 429), found.text
-            if found.status_code != 200:
-                assert len(found.content) < MAX, found.text[:300]
+            actual = answers.post(path, json=broken)
+            assert actual.status_code in (200, 400, 404, 429), actual.text
+            if actual.status_code != 200:
+                assert len(actual.content) < MAX, actual.text[:300]
                 tried += 1
     assert tried > 3
 
 
 def test_addresses_headers_and_forms(answers):
-    for found in (
+    for actual in (
         answers.get(f"/v1/models/{LONG}"),
         answers.get(f"/v1/files/{LONG}"),
         answers.get(f"/v1/files?purpose={LONG}"),
@@ -125,4 +125,4 @@ def test_addresses_headers_and_forms(answers):
         answers.post("/v1/files", files={"file": ("a.txt", b"x")}, data={LONG: "x"}),
         answers.post("/v1/files", files={LONG: ("a.txt", b"x")}, data={"purpose": "user_data"}),
     ):
-        assert found.status_code == 200 or len(found.content) < MAX, (found.request.url.path[:30], found.text[:300])
+        assert actual.status_code == 200 or len(actual.content) < MAX, (actual.request.url.path[:30], actual.text[:300])

@@ -145,11 +145,11 @@ def test_lingering_ends(make_server):
 
 def test_head_is_answered_as_get_without_the_body(live):
     for path in ("/", "/health", "/ready", "/metrics", "/v1/models", "/v1/files", "/openapi.json"):
-        found, whole = live.client.head(path), live.client.get(path)
-        assert found.status_code == whole.status_code == 200, path
-        assert found.content == b"" and found.headers["content-type"] == whole.headers["content-type"]
+        actual, whole = live.client.head(path), live.client.get(path)
+        assert actual.status_code == whole.status_code == 200, path
+        assert actual.content == b"" and actual.headers["content-type"] == whole.headers["content-type"]
         if path != "/metrics":  # it counts these requests too
-            assert int(found.headers["content-length"]) == len(whole.content)
+            assert int(actual.headers["content-length"]) == len(whole.content)
     assert live.client.head("/v1/completions").status_code == 405
     assert live.client.head("/nothing").status_code == 404
     answer = live.raw(b"HEAD /health HTTP/1.1\r\n" + HOST + b"\r\n" + GET + b"Connection: close\r\n\r\n")

@@ -29,12 +29,12 @@ HOSTILE = [
 
 
 def test_list_and_single_model(client):
-    found = client.get("/v1/models").json()
-    assert found["object"] == "list" and [card["id"] for card in found["data"]] == ["fake-model"]
-    assert client.get("/v1/models/fake-model").json() == found["data"][0]
-    assert found["data"][0]["max_model_len"] == 4096
+    actual = client.get("/v1/models").json()
+    assert actual["object"] == "list" and [card["id"] for card in actual["data"]] == ["fake-model"]
+    assert client.get("/v1/models/fake-model").json() == actual["data"][0]
+    assert actual["data"][0]["max_model_len"] == 4096
     plain = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
-    assert found["data"][0]["default_sampling"] == plain
+    assert actual["data"][0]["default_sampling"] == plain
 
 
 def test_the_model_card_has_the_recommended_sampling(make_server):
@@ -46,8 +46,8 @@ def test_the_model_card_has_the_recommended_sampling(make_server):
 def test_a_name_with_slashes(make_server):
     live = make_server(model_name="deepseek-ai/v3")
     assert live.client.get("/v1/models/deepseek-ai/v3").json()["id"] == "deepseek-ai/v3"
-    asked = {"model": "deepseek-ai/v3", "prompt": "x", "max_tokens": 1}
-    assert live.client.post("/v1/completions", json=asked).status_code == 200
+    requested = {"model": "deepseek-ai/v3", "prompt": "x", "max_tokens": 1}
+    assert live.client.post("/v1/completions", json=requested).status_code == 200
 
 
 @pytest.mark.parametrize(
@@ -95,23 +95,23 @@ def test_other_models_in_the_url(live, name):
 
 def test_tokens_of_a_text_and_back(client, byte_tokenizer):
     text = "naïve 😀 <|user|>"
-    found = client.post("/tokenize", json={"prompt": text, "return_token_strs": True}).json()
-    assert found["tokens"] == byte_tokenizer(text)["input_ids"] and found["count"] == len(found["tokens"])
-    assert found["max_model_len"] == 4096
+    actual = client.post("/tokenize", json={"prompt": text, "return_token_strs": True}).json()
+    assert actual["tokens"] == byte_tokenizer(text)["input_ids"] and actual["count"] == len(actual["tokens"])
+    assert actual["max_model_len"] == 4096
     assert (
-        found["token_strs"][:2] == ["n", "a"]
-        and found["token_strs"][2] == "bytes:\\xc3"
-        and found["token_strs"][-1] == "<|user|>"
+        actual["token_strs"][:2] == ["n", "a"]
+        and actual["token_strs"][2] == "bytes:\\xc3"
+        and actual["token_strs"][-1] == "<|user|>"
     )
-    assert client.post("/detokenize", json={"tokens": found["tokens"]}).json() == {"prompt": text}
+    assert client.post("/detokenize", json={"tokens": actual["tokens"]}).json() == {"prompt": text}
 
 
 def test_tokens_of_a_chat_equal_the_prompt(live):
     messages = [{"role": "user", "content": "Hi <|end|>"}]
-    found = live.client.post("/tokenize", json={"messages": messages}).json()["tokens"]
+    actual = live.client.post("/tokenize", json={"messages": messages}).json()["tokens"]
     live.client.post("/v1/chat/completions", json={"messages": messages, "max_tokens": 1})
-    assert live.engine.seen[-1].prompt == found
-    assert found.count(live.engine.tokenizer.eos_token_id) == 1  # only the template's, not that in the message
+    assert live.engine.seen[-1].prompt == actual
+    assert actual.count(live.engine.tokenizer.eos_token_id) == 1  # only the template's, not that in the message
 
 
 @pytest.mark.parametrize(
@@ -142,6 +142,6 @@ def test_health_and_ready(client):
 
 
 def test_the_error_of_an_unknown_model_names_nothing_else(client):
-    found = client.post("/v1/completions", json={"prompt": "x", "model": "../secret"})
-    assert_error(found, 404, "model")
-    assert "secret" not in found.text and found.json()["error"]["code"] == "model_not_found"
+    actual = client.post("/v1/completions", json={"prompt": "x", "model": "../secret"})
+    assert_error(actual, 404, "model")
+    assert "secret" not in actual.text and actual.json()["error"]["code"] == "model_not_found"

@@ -30,10 +30,10 @@ def test_the_page_and_its_resources(client):
 def test_the_policy(client, path):
     response = client.get(path)
     assert response.status_code == 200
-    found = directives(response)
-    assert found["default-src"] == ["'none'"] and found["script-src"] == ["'self'"] and found["style-src"] == ["'self'"]
-    assert found["connect-src"] == ["'self'"] and found["frame-ancestors"] == ["'none'"] and found["base-uri"] == ["'none'"]
-    assert found["form-action"] == ["'none'"]
+    actual = directives(response)
+    assert actual["default-src"] == ["'none'"] and actual["script-src"] == ["'self'"] and actual["style-src"] == ["'self'"]
+    assert actual["connect-src"] == ["'self'"] and actual["frame-ancestors"] == ["'none'"] and actual["base-uri"] == ["'none'"]
+    assert actual["form-action"] == ["'none'"]
     assert "unsafe" not in response.headers["content-security-policy"]
     assert response.headers["x-content-type-options"] == "nosniff" and response.headers["x-frame-options"] == "DENY"
     assert response.headers["referrer-policy"] == "no-referrer"

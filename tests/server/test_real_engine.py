@@ -37,9 +37,9 @@ def server(tiny_model):
 
 def ask(live, path=TEXT, status=200, **body):
     rest = {"prompt": "hello"} if path == TEXT else {"messages": MESSAGES}
-    found = live.client.post(path, json={**rest, "max_tokens": 20, **body})
-    assert found.status_code == status, found.text
-    return found.json()
+    result = live.client.post(path, json={**rest, "max_tokens": 20, **body})
+    assert result.status_code == status, result.text
+    return result.json()
 
 
 def text_of(live, **body) -> str:
@@ -73,11 +73,11 @@ def test_answers_are_the_same_in_batches(server):
 
 
 def test_several_answers_to_several_prompts(server):
-    found = ask(server, prompt=["one", "two"], n=2, seed=1)
-    assert [choice["index"] for choice in found["choices"]] == [0, 1, 2, 3]
-    texts = [choice["text"] for choice in found["choices"]]
+    actual = ask(server, prompt=["one", "two"], n=2, seed=1)
+    assert [choice["index"] for choice in actual["choices"]] == [0, 1, 2, 3]
+    texts = [choice["text"] for choice in actual["choices"]]
     assert texts == [text_of(server, prompt=p, seed=s) for p in ("one", "two") for s in (1, 2)]
-    assert found["usage"]["prompt_tokens"] == 6
+    assert actual["usage"]["prompt_tokens"] == 6
 
 
 def test_log_probabilities_equal_the_model(server, tiny_model):
@@ -96,9 +96,9 @@ def test_log_probabilities_equal_the_model(server, tiny_model):
 
 def test_embeddings_are_the_mean_of_the_last_hidden_states(server, tiny_model):
     texts = ["hello", "something longer than that"]
-    found = server.client.post("/v1/embeddings", json={"input": texts}).json()
+    actual = server.client.post("/v1/embeddings", json={"input": texts}).json()
     model, tokenizer = AutoModel.from_pretrained(tiny_model), AutoTokenizer.from_pretrained(tiny_model)
-    for text, entry in zip(texts, found["data"], strict=True):
+    for text, entry in zip(texts, actual["data"], strict=True):
         with torch.no_grad():
             expected = model(**tokenizer(text, return_tensors="pt")).last_hidden_state[0].mean(0)
         np.testing.assert_allclose(entry["embedding"], expected.numpy(), atol=1e-4)
@@ -107,11 +107,11 @@ def test_embeddings_are_the_mean_of_the_last_hidden_states(server, tiny_model):
 def test_prompts_at_the_context_limit(server):
     assert ask(server, prompt=[1] * (CONTEXT - 1), max_tokens=1, ignore_eos=True)["choices"][0]["finish_reason"] == "length"
     for length in (CONTEXT, CONTEXT + 1, 100 * CONTEXT):
-        found = server.client.post(TEXT, json={"prompt": [1] * length, "max_tokens": 1})
-        assert_error(found, 400, "prompt")
+        actual = server.client.post(TEXT, json={"prompt": [1] * length, "max_tokens": 1})
+        assert_error(actual, 400, "prompt")
     assert_error(server.client.post(TEXT, json={"prompt": "x" * 100 * CONTEXT}), 400, "prompt")
-    found = ask(server, CHAT, max_tokens=None, ignore_eos=True)
-    assert found["usage"]["total_tokens"] == CONTEXT and found["choices"][0]["finish_reason"] == "length"
+    actual = ask(server, CHAT, max_tokens=None, ignore_eos=True)
+    assert actual["usage"]["total_tokens"] == CONTEXT and actual["choices"][0]["finish_reason"] == "length"
 
 
 def test_one_request_larger_than_the_whole_cache(tiny_model):
@@ -121,8 +121,8 @@ def test_one_request_larger_than_the_whole_cache(tiny_model):
         assert_error(live.client.post(TEXT, json={"prompt": [1] * (room + 1), "max_tokens": 1}), 400, "prompt")
         texts = [text_of(live, prompt=[i] * 40, temperature=0, ignore_eos=True) for i in range(6)]
         with ThreadPoolExecutor(6) as pool:  # more than fit into the cache: they wait and are preempted
-            found = pool.map(lambda i: text_of(live, prompt=[i] * 40, temperature=0, ignore_eos=True), range(6))
-            assert list(found) == texts
+            actual = pool.map(lambda i: text_of(live, prompt=[i] * 40, temperature=0, ignore_eos=True), range(6))
+            assert list(actual) == texts
 
 
 def test_a_thousand_prompts_past_capacity(tiny_model):
@@ -135,10 +135,10 @@ def test_a_thousand_prompts_past_capacity(tiny_model):
 
 
 def test_every_token_banned(server):
-    found = server.client.post(TEXT, json={"prompt": "x", "logit_bias": {str(i): -100 for i in range(261)}, "max_tokens": 3})
-    assert found.status_code in (200, 400), found.text
-    if found.status_code == 200:
-        assert found.json()["choices"][0]["finish_reason"] in ("stop", "length")
+    actual = server.client.post(TEXT, json={"prompt": "x", "logit_bias": {str(i): -100 for i in range(261)}, "max_tokens": 3})
+    assert actual.status_code in (200, 400), actual.text
+    if actual.status_code == 200:
+        assert actual.json()["choices"][0]["finish_reason"] in ("stop", "length")
 
 
 def test_grammars_are_enforced(server):
@@ -168,8 +168,8 @@ def test_cached_prefixes_are_not_shared_between_keys(tiny_model):
 
         def cached(key: str) -> int:
             headers = {"Authorization": f"Bearer {key}"}
-            found = live.client.post(TEXT, json={"prompt": prompt, "max_tokens": 2}, headers=headers)
-            return found.json()["usage"]["prompt_tokens_details"]["cached_tokens"]
+            actual = live.client.post(TEXT, json={"prompt": prompt, "max_tokens": 2}, headers=headers)
+            return actual.json()["usage"]["prompt_tokens_details"]["cached_tokens"]
 
         assert [cached("alpha"), cached("beta")] == [0, 0]
         assert cached("alpha") >= 64 and cached("beta") >= 64
@@ -182,9 +182,9 @@ def test_non_finite_logits_fail_only_their_request(server, monkeypatch, stream):
     real = runner.step
 
     def step(*arguments, **named):
-        found = real(*arguments, **named)
-        found.logits.fill_(float("nan"))
-        return found
+        actual = real(*arguments, **named)
+        actual.logits.fill_(float("nan"))
+        return actual
 
     monkeypatch.setattr(runner, "step", step)
     assert_error(server.client.post(TEXT, json={"prompt": "spoilt", "stream": stream}), 500)
@@ -200,9 +200,9 @@ def test_the_engines_thread_dies(tiny_model):
             raise RuntimeError("/secret/path")
 
         live.engine.core.step = step
-        found = live.client.post(TEXT, json={"prompt": "x"})
-        assert_error(found, 503)
-        assert "secret" not in found.text
+        actual = live.client.post(TEXT, json={"prompt": "x"})
+        assert_error(actual, 503)
+        assert "secret" not in actual.text
         assert live.client.get("/health").status_code == 503
         assert_error(live.client.post(TEXT, json={"prompt": "x"}), 503)
 

@@ -102,8 +102,8 @@ def test_unknown_fields_are_named(refused, path):
         "web_search_options",
         "__proto__",
     ):
-        found = refused(path, {name: 1, **PATHS[path]}, 400, name)
-        assert name in found.json()["error"]["message"]
+        actual = refused(path, {name: 1, **PATHS[path]}, 400, name)
+        assert name in actual.json()["error"]["message"]
 
 
 @pytest.mark.parametrize("path", [*PATHS, "/v1/responses"])

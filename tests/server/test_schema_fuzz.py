@@ -83,8 +83,8 @@ OPERATIONS = [
 
 
 def test_every_operation_is_tested(api):
-    found = {(result.ok().method.upper(), result.ok().path) for result in api.get_all_operations()}
-    assert found == set(OPERATIONS)
+    actual = {(result.ok().method.upper(), result.ok().path) for result in api.get_all_operations()}
+    assert actual == set(OPERATIONS)
 
 
 CASES = [

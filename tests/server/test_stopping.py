@@ -43,9 +43,9 @@ class Process:
             [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
         )
         line = self.process.stdout.readline()
-        found = re.fullmatch(r"port (\d+)\n", line)
-        assert found, line + self.process.stderr.read()
-        self.client = httpx.Client(base_url=f"http://127.0.0.1:{found[1]}", timeout=30)
+        results = re.fullmatch(r"port (\d+)\n", line)
+        assert results, line + self.process.stderr.read()
+        self.client = httpx.Client(base_url=f"http://127.0.0.1:{results[1]}", timeout=30)
 
     def ask(self, tokens: int, stream: bool = False) -> Future:
         return Future(self.client.post, "/v1/completions", json={"prompt": "x", "max_tokens": tokens, "stream": stream})
@@ -57,15 +57,15 @@ class Process:
 
 def processes() -> list[tuple[int, int]]:
     """(process, parent) of all running processes."""
-    found = []
+    results = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
             fields = stat.read_text().rpartition(")")[2].split()
         except OSError:  # it ended meanwhile
             continue
         if fields[0] != "Z":
-            found.append((int(stat.parent.name), int(fields[1])))
-    return found
+            results.append((int(stat.parent.name), int(fields[1])))
+    return results
 
 
 def ended(pids: list[int]) -> bool:

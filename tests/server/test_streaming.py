@@ -24,9 +24,9 @@ def chunks(response) -> list[dict]:
     return [json.loads(event[6:]) for event in events[:-2]]
 
 
-def texts(found: list[dict], n: int = 1) -> list[str]:
+def texts(result: list[dict], n: int = 1) -> list[str]:
     pieces = [[] for _ in range(n)]
-    for chunk in found:
+    for chunk in result:
         for choice in chunk["choices"]:
             pieces[choice["index"]].append(choice["delta"].get("content", "") if "delta" in choice else choice["text"])
     whole = ["".join(p) for p in pieces]
@@ -47,17 +47,17 @@ def emoji(byte_tokenizer):
 def test_a_chat_stream_equals_the_whole_answer(emoji, stop, limit):
     body = {"messages": MESSAGES, "stop": stop, "max_tokens": limit}
     whole = emoji.client.post("/v1/chat/completions", json=body).json()
-    found = chunks(
+    actual = chunks(
         emoji.client.post("/v1/chat/completions", json={**body, "stream": True, "stream_options": {"include_usage": True}})
     )
     choice = whole["choices"][0]
-    assert texts(found) == [choice["message"]["content"]]
-    assert found[-1]["choices"] == [] and found[-1]["usage"] == whole["usage"]
-    assert all(chunk["usage"] is None and chunk["object"] == "chat.completion.chunk" for chunk in found[:-1])
-    assert found[-2]["choices"][0]["finish_reason"] == choice["finish_reason"]
-    assert found[-2]["choices"][0]["stop_reason"] == choice["stop_reason"]
-    assert found[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
-    assert len({chunk["id"] for chunk in found}) == 1 and {chunk["model"] for chunk in found} == {"fake-model"}
+    assert texts(actual) == [choice["message"]["content"]]
+    assert actual[-1]["choices"] == [] and actual[-1]["usage"] == whole["usage"]
+    assert all(chunk["usage"] is None and chunk["object"] == "chat.completion.chunk" for chunk in actual[:-1])
+    assert actual[-2]["choices"][0]["finish_reason"] == choice["finish_reason"]
+    assert actual[-2]["choices"][0]["stop_reason"] == choice["stop_reason"]
+    assert actual[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+    assert len({chunk["id"] for chunk in actual}) == 1 and {chunk["model"] for chunk in actual} == {"fake-model"}
 
 
 def test_a_completion_stream_equals_the_whole_answer(emoji):
@@ -65,25 +65,25 @@ def test_a_completion_stream_equals_the_whole_answer(emoji):
     whole = emoji.client.post("/v1/completions", json=body).json()
     assert [choice["index"] for choice in whole["choices"]] == [0, 1, 2, 3]
     assert [choice["text"][:3] for choice in whole["choices"]] == ["one", "one", "two", "two"]
-    found = chunks(
+    actual = chunks(
         emoji.client.post("/v1/completions", json={**body, "stream": True, "stream_options": {"include_usage": True}})
     )
-    assert texts(found, 4) == [choice["text"] for choice in whole["choices"]]
-    assert found[-1]["usage"] == whole["usage"] and whole["usage"]["prompt_tokens"] == 6
+    assert texts(actual, 4) == [choice["text"] for choice in whole["choices"]]
+    assert actual[-1]["usage"] == whole["usage"] and whole["usage"]["prompt_tokens"] == 6
 
 
 def test_without_include_usage_there_is_no_usage(emoji):
-    found = chunks(emoji.client.post("/v1/chat/completions", json={"messages": MESSAGES, "stream": True}))
-    assert all("usage" not in chunk for chunk in found) and found[-1]["choices"][0]["finish_reason"] == "stop"
+    actual = chunks(emoji.client.post("/v1/chat/completions", json={"messages": MESSAGES, "stream": True}))
+    assert all("usage" not in chunk for chunk in actual) and actual[-1]["choices"][0]["finish_reason"] == "stop"
 
 
 def test_several_answers_stream_concurrently(live):
     body = {"messages": MESSAGES, "n": 3, "seed": 5}
     whole = live.client.post("/v1/chat/completions", json=body).json()
-    found = chunks(live.client.post("/v1/chat/completions", json={**body, "stream": True}))
-    assert texts(found, 3) == [choice["message"]["content"] for choice in whole["choices"]]
-    assert len(set(texts(found, 3))) == 3
-    order = [chunk["choices"][0]["index"] for chunk in found]
+    actual = chunks(live.client.post("/v1/chat/completions", json={**body, "stream": True}))
+    assert texts(actual, 3) == [choice["message"]["content"] for choice in whole["choices"]]
+    assert len(set(texts(actual, 3))) == 3
+    order = [chunk["choices"][0]["index"] for chunk in actual]
     assert order != sorted(order)
 
 
@@ -96,8 +96,8 @@ def test_several_answers_stream_concurrently(live):
 )
 def test_log_probabilities_in_streams(emoji, path, rest):
     whole = emoji.client.post(path, json=rest).json()["choices"][0]
-    found = chunks(emoji.client.post(path, json={**rest, "stream": True}))
-    streamed = [choice["logprobs"] for chunk in found for choice in chunk["choices"] if choice["logprobs"]]
+    actual = chunks(emoji.client.post(path, json={**rest, "stream": True}))
+    streamed = [choice["logprobs"] for chunk in actual for choice in chunk["choices"] if choice["logprobs"]]
     if "messages" in rest:
         entries = [entry for piece in streamed for entry in piece["content"]]
         assert entries == whole["logprobs"]["content"]

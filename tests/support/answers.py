@@ -26,12 +26,12 @@ from deepseek_optimizer.train.prepare import prepare
 
 
 def _digest(*tensors: torch.Tensor | None) -> str:
-    found = hashlib.sha256()
+    result = hashlib.sha256()
     for tensor in tensors:
         if tensor is not None:
-            found.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-            found.update(tensor.detach().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()
+            result.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+            result.update(tensor.detach().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return result.hexdigest()
 
 
 def _files(folder: Path) -> str:
@@ -88,16 +88,16 @@ def answers(path: Path, default: str) -> dict[str, str]:
         torch.set_default_device(default.removeprefix("device:"))
     else:
         torch.set_default_dtype(getattr(torch, default))
-    found = {f"loaded before: {k}": v for k, v in inference(before).items()}
+    result = {f"loaded before: {k}": v for k, v in inference(before).items()}
     for backend, precision, kv in (("cpu", "int8", "int8"), ("cpu", "fp32", "fp32"), ("reference", "int4", "int8")):
         model = load_model(path, precision=precision, backend=backend, kv_cache=kv)
-        found |= {f"{backend}, {precision}: {k}": v for k, v in inference(model).items()}
+        result |= {f"{backend}, {precision}: {k}": v for k, v in inference(model).items()}
     with tempfile.TemporaryDirectory() as folder:
         pack_checkpoint(path, Path(folder) / "packed", {"precision": "int4"})
-        found["converted"] = _files(Path(folder) / "packed")
+        result["converted"] = _files(Path(folder) / "packed")
         model.save_pretrained(Path(folder) / "saved")
-        found["saved"] = _files(Path(folder) / "saved")
-    return found | training(float_model)
+        result["saved"] = _files(Path(folder) / "saved")
+    return result | training(float_model)
 
 
 if __name__ == "__main__":

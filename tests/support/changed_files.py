@@ -75,7 +75,7 @@ class Cases:
 
     def changes(self) -> dict[str, Any]:
         """Each kind of change to the file of a model that is in use, while another model uses another file."""
-        other, found = load_model(self.packed), {}
+        other, result = load_model(self.packed), {}
         for way, load in LOADERS.items():
             for change, work in CHANGES.items():
                 folder = self.copy(f"{way}-{change}")
@@ -84,8 +84,8 @@ class Cases:
                 work(folder / "model.safetensors")
                 after = {"before": before, "after": tokens(model), "again": tokens(model), "twin": tokens(twin)}
                 shutil.rmtree(folder)
-                found[f"{way} {change}"] = {**after, "other": tokens(other), "loaded": tokens(load_model(self.packed))}
-        return found
+                result[f"{way} {change}"] = {**after, "other": tokens(other), "loaded": tokens(load_model(self.packed))}
+        return result
 
     def readers(self) -> dict[str, Any]:
         """Everything other than the plan that reads weights, with a file that was removed."""
@@ -107,17 +107,19 @@ class Cases:
             "own forward": lambda: model(IDS, output_attentions=True),  # must be last, since Transformers leaves its hooks
             "own save": lambda: model.save_pretrained(self.work / "saved"),
         }
-        found = {name: outcome(call) for name, call in calls.items()}
+        result = {name: outcome(call) for name, call in calls.items()}
         folder = self.copy("while saving")
         saving = load_model(folder)
         back = _once_before(save, "write_safetensors", lambda: os.truncate(folder / "model.safetensors", 0))
-        found["cut while saving"] = outcome(lambda: saving.save_pretrained(self.work / "saved"))  # OSError: a system call reads
+        result["cut while saving"] = outcome(
+            lambda: saving.save_pretrained(self.work / "saved")
+        )  # OSError: a system call reads
         back()
-        return {**found, "saved": (self.work / "saved").exists(), "apart": tokens(apart) == expected}
+        return {**result, "saved": (self.work / "saved").exists(), "apart": tokens(apart) == expected}
 
     def loading(self, floats: Path) -> dict[str, Any]:
         """Files that are truncated or overwritten while they are read."""
-        found = {}
+        result = {}
         for name, load, packed, owner, hook, change in (
             ("load_model, cut", load_model, False, Checkpoint, "check_finite", CHANGES["halved"]),
             ("load_model, overwritten", load_model, False, Checkpoint, "check_finite", overwritten),
@@ -127,9 +129,9 @@ class Cases:
         ):
             folder = Path(shutil.copytree(self.packed if packed else floats, self.work / name))
             before = _once_before(owner, hook, lambda at=folder, do=change: do(at / "model.safetensors"))
-            found[name] = outcome(lambda at=folder, load=load: load(at))
+            result[name] = outcome(lambda at=folder, load=load: load(at))
             before()
-        return found
+        return result
 
     def mapped(self, floats: Path) -> dict[str, bool]:
         """Whether a loaded model maps its file, and whether SIGBUS has a handler."""
@@ -138,14 +140,14 @@ class Cases:
         os.rename(other / "model.safetensors", other / "model.x.safetensors")
         loads["other names"] = (lambda path: AutoModelForCausalLM.from_pretrained(path, variant="x"), other)
         loads |= {name: (load, self.packed) for name, load in LOADERS.items()}
-        found = {"handler at first": _handled(signal.SIGBUS)}
+        result = {"handler at first": _handled(signal.SIGBUS)}
         for name, (load, path) in loads.items():
             model = load(path)
-            found[name] = f"{path}/" in Path("/proc/self/maps").read_text()
+            result[name] = f"{path}/" in Path("/proc/self/maps").read_text()
             if name == "reference":
-                found["handler so far"] = _handled(signal.SIGBUS)
+                result["handler so far"] = _handled(signal.SIGBUS)
             del model
-        return found | {"handler": _handled(signal.SIGBUS)}
+        return result | {"handler": _handled(signal.SIGBUS)}
 
 
 def _handled(number: int) -> bool:

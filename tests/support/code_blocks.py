@@ -52,7 +52,7 @@ class Block:
 def blocks(path: Path, root: Path) -> list[Block]:
     """Every fenced block of a page, in order."""
     text = path.read_text(encoding="utf-8")
-    found = []
+    result = []
     for fence in _FENCE.finditer(text):
         marks, before = {}, text[: fence.start()]
         while comment := _COMMENT.search(before):
@@ -60,8 +60,8 @@ def blocks(path: Path, root: Path) -> list[Block]:
             marks[name.strip()] = value.strip()
             before = before[: comment.start()]
         line = text.count("\n", 0, fence.start()) + 1
-        found.append(Block(str(path.relative_to(root)), line, fence[1], fence[2], marks))
-    return found
+        result.append(Block(str(path.relative_to(root)), line, fence[1], fence[2], marks))
+    return result
 
 
 @dataclass

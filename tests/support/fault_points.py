@@ -118,8 +118,8 @@ def in_child(work: Callable[[], tuple[int, str] | None], hit: Callable[[], str] 
             os.dup2(null, fd)
         sys.stdout = sys.stderr = io.StringIO()
         try:
-            found = work()
-            answer = {} if found is None or found[0] == 0 else {"error": f"exit code {found[0]}", "message": found[1]}
+            result = work()
+            answer = {} if result is None or result[0] == 0 else {"error": f"exit code {result[0]}", "message": result[1]}
         except BaseException as error:
             answer = {"error": type(error).__name__, "message": str(error), "trace": traceback.format_exc()}
         os.write(writes, json.dumps({**answer, "hit": hit()}).encode()[:60_000])
@@ -135,14 +135,14 @@ def in_child(work: Callable[[], tuple[int, str] | None], hit: Callable[[], str] 
 
 def state_of(folder: Path, varies: str = "$^", hidden: bool = False) -> State:
     """Digest of every file below a directory by its path; `hidden`: also of files whose names begin with a dot."""
-    found = {}
+    result = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         if path.is_file() and (hidden or not re.search(r"(^|/)\.", name)):
-            found[name] = "" if re.search(varies, name) else hashlib.sha256(path.read_bytes()).hexdigest()
+            result[name] = "" if re.search(varies, name) else hashlib.sha256(path.read_bytes()).hexdigest()
         elif path.is_dir() and hidden:
-            found[f"{name}/"] = ""
-    return found
+            result[f"{name}/"] = ""
+    return result
 
 
 def chosen(calls: list[str], limit: int | None, seed: int) -> list[int]:
@@ -249,8 +249,8 @@ def _restore(source: Path, target: Path) -> None:
     shutil.copytree(source, target, symlinks=True)
 
 
-def _difference(expected: State, found: State) -> str:
-    lines = [f"{name} missing" for name in expected.keys() - found.keys()]
-    lines += [f"{name} added" for name in found.keys() - expected.keys()]
-    lines += [f"{name} differs" for name in expected.keys() & found.keys() if expected[name] != found[name]]
+def _difference(expected: State, result: State) -> str:
+    lines = [f"{name} missing" for name in expected.keys() - result.keys()]
+    lines += [f"{name} added" for name in result.keys() - expected.keys()]
+    lines += [f"{name} differs" for name in expected.keys() & result.keys() if expected[name] != result[name]]
     return ", ".join(sorted(lines)[:6]) or "none"

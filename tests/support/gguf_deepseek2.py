@@ -119,33 +119,33 @@ def tensors(model: PreTrainedModel, whole_kv_b: bool = False, merged_experts: bo
     Args:
         whole_kv_b: `attn_kv_b`, as in older files. merged_experts: `ffn_gate_up_exps`, as in some newer ones.
     """
-    config, found = model.config, {}
+    config, result = model.config, {}
     for name, value in model.state_dict().items():
         array = value.float().numpy()
         if name in _TOP:
             if name != "lm_head.weight" or not config.tie_word_embeddings:
-                found[f"{_TOP[name]}.weight"] = array
+                result[f"{_TOP[name]}.weight"] = array
             continue
         _, _, layer, *path, leaf = name.split(".")
         block, part = f"blk.{layer}.", ".".join(path)
         if leaf == "e_score_correction_bias":
-            found[f"{block}exp_probs_b.bias"] = array
+            result[f"{block}exp_probs_b.bias"] = array
         elif leaf == "gate_up_proj":
             if merged_experts:
-                found[f"{block}ffn_gate_up_exps.weight"] = array
+                result[f"{block}ffn_gate_up_exps.weight"] = array
             else:
-                found[f"{block}ffn_gate_exps.weight"], found[f"{block}ffn_up_exps.weight"] = np.split(array, 2, 1)
+                result[f"{block}ffn_gate_exps.weight"], result[f"{block}ffn_up_exps.weight"] = np.split(array, 2, 1)
         elif leaf == "down_proj":
-            found[f"{block}ffn_down_exps.weight"] = array
+            result[f"{block}ffn_down_exps.weight"] = array
         elif part == "self_attn.kv_b_proj" and not whole_kv_b:
             kv_b = array.reshape(config.num_attention_heads, -1, config.kv_lora_rank)
-            found[f"{block}attn_k_b.weight"] = kv_b[:, : config.qk_nope_head_dim].transpose(0, 2, 1)
-            found[f"{block}attn_v_b.weight"] = kv_b[:, config.qk_nope_head_dim :]
+            result[f"{block}attn_k_b.weight"] = kv_b[:, : config.qk_nope_head_dim].transpose(0, 2, 1)
+            result[f"{block}attn_v_b.weight"] = kv_b[:, config.qk_nope_head_dim :]
         elif part == "self_attn.kv_b_proj":
-            found[f"{block}attn_kv_b.weight"] = array
+            result[f"{block}attn_kv_b.weight"] = array
         else:
-            found[f"{block}{_LAYER[part]}.{leaf}"] = array
-    return found
+            result[f"{block}{_LAYER[part]}.{leaf}"] = array
+    return result
 
 
 def kind_of(name: str, kinds: Mapping[str, str]) -> str:

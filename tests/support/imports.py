@@ -34,17 +34,17 @@ class Import:
 
 def sources() -> dict[str, Path]:
     """Every module of the package and of the command line, by its dotted name."""
-    found = {}
+    result = {}
     for package in (PACKAGE, CLI):
         for file in sorted((SOURCES / package).rglob("*.py")):
             name = ".".join(file.relative_to(SOURCES).with_suffix("").parts)
-            found[name.removesuffix(".__init__")] = file
-    return found
+            result[name.removesuffix(".__init__")] = file
+    return result
 
 
 def imports(modules: dict[str, Path]) -> list[Import]:
     """All imports of all modules."""
-    return [found for name, file in modules.items() for found in _of_file(name, file, modules)]
+    return [result for name, file in modules.items() for result in _of_file(name, file, modules)]
 
 
 def _of_file(name: str, file: Path, modules: dict[str, Path]) -> Iterator[Import]:

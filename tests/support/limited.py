@@ -28,12 +28,12 @@ def _limited(megabytes: int, work: Callable[[], Any]) -> tuple[int, str]:
     if not child:
         held = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (held + (megabytes << 20),) * 2)
-        said = b"done"
+        message = b"done"
         try:
             work()
         except Exception as error:
-            said = f"{type(error).__name__}: {error}".encode()[:200]
-        os.write(writer, said.replace(b"\n", b" "))
+            message = f"{type(error).__name__}: {error}".encode()[:200]
+        os.write(writer, message.replace(b"\n", b" "))
         os._exit(0)
     os.close(writer)
     _, status = os.waitpid(child, 0)

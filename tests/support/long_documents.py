@@ -49,5 +49,5 @@ class Scripted:
     def _reply(self, ask: Ask) -> Reply:
         text = self.tokenizer.decode(ask.prompt)
         self.prompts.append(text)
-        said = self.say(text)
-        return said if isinstance(said, Reply) else Reply(said, read=len(ask.prompt), generated=len(said))
+        message = self.say(text)
+        return message if isinstance(message, Reply) else Reply(message, read=len(ask.prompt), generated=len(message))

@@ -79,8 +79,8 @@ class MockMemory:
         """The tokens at these places of a sequence, none of which may be dropped."""
         held = np.array(blocks)[tokens // BLOCK_TOKENS]
         assert (held != HOLE).all() and all(self.manager.users(block) for block in set(held.tolist()))
-        found: list[int] = self.cells[held, tokens % BLOCK_TOKENS].tolist()
-        return found
+        result: list[int] = self.cells[held, tokens % BLOCK_TOKENS].tolist()
+        return result
 
     def run(self, plan, batch):
         raise AssertionError("the mock runner runs by itself")

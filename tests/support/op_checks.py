@@ -15,11 +15,11 @@ def against_fp64(op: Callable[..., Any], reference: Callable[..., Any], operands
     """Results of op, and the gradients of all operands, equal the reference's in fp64 up to rounding."""
     ours = [t.detach().requires_grad_() for t in operands]
     exact = [t.detach().double().requires_grad_() for t in operands]
-    found, expected = _results(op, ours), _results(reference, exact)
-    upstream = [torch.randn(y.shape).to(y.dtype) for y in found]
-    torch.autograd.backward(found, upstream)
+    result, expected = _results(op, ours), _results(reference, exact)
+    upstream = [torch.randn(y.shape).to(y.dtype) for y in result]
+    torch.autograd.backward(result, upstream)
     torch.autograd.backward(expected, [g.double() for g in upstream])
-    for a, b in zip([*found, *(t.grad for t in ours)], [*expected, *(t.grad for t in exact)], strict=True):
+    for a, b in zip([*result, *(t.grad for t in ours)], [*expected, *(t.grad for t in exact)], strict=True):
         assert a.shape == b.shape and a.dtype == operands[0].dtype
         if a.numel():
             worst = (a.double() - b).abs().max() / b.abs().max().clamp(min=1e-2)
@@ -34,5 +34,5 @@ def contiguous_and_not(x: torch.Tensor) -> Iterator[torch.Tensor]:
 
 
 def _results(op: Callable[..., Any], operands: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-    found = op(*operands)
-    return found if isinstance(found, tuple) else (found,)
+    result = op(*operands)
+    return result if isinstance(result, tuple) else (result,)

@@ -42,12 +42,12 @@ def covering(cases: Sequence[Case], chosen: Sequence[int] = (), limit: int | Non
     missing = {value for case in cases for value in case.items()}
     for i in chosen:
         missing -= cases[i].items()
-    found: list[int] = []
-    while missing and len(found) != limit:
+    result: list[int] = []
+    while missing and len(result) != limit:
         gains = [len(missing & case.items()) for case in cases]
-        found.append(gains.index(max(gains)))
-        missing -= cases[found[-1]].items()
-    return found
+        result.append(gains.index(max(gains)))
+        missing -= cases[result[-1]].items()
+    return result
 
 
 def rings(name: str, cases: Sequence[Case], cost: float, seed: str) -> list[str | None]:

@@ -30,12 +30,12 @@ class ScriptedProposer:
         return len(self._scripts[sequence.index]) > len(sequence.tokens)
 
     def propose(self, sequences: list[Sequence], max_drafts: list[int]) -> list[Draft]:
-        found = []
+        result = []
         for sequence, count in zip(sequences, max_drafts, strict=True):
             begin = len(sequence.tokens)
             script = self._scripts[sequence.index][begin : begin + count]
-            found.append(Draft([t if self._random.random() < self._agree else (t + 1) % self._vocab for t in script]))
-        return found
+            result.append(Draft([t if self._random.random() < self._agree else (t + 1) % self._vocab for t in script]))
+        return result
 
     def follow(self, sequence: Sequence, states: Any) -> None:
         """Does not use hidden states."""

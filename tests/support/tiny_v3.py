@@ -32,9 +32,9 @@ def documents(path: Path, count: int, length: int) -> list[list[int]]:
     """`count` held-out documents, truncated to `length` tokens; shorter ones are skipped."""
     tokens = np.load(path / "val_tokens.npy").astype(np.int64)
     starts = np.flatnonzero(tokens == 0)
-    found = [tokens[a:b][:length].tolist() for a, b in zip(starts, [*starts[1:], len(tokens)], strict=True) if b - a >= length]
-    assert len(found) >= count, f"only {len(found)} documents of {length} tokens"
-    return found[:count]
+    result = [tokens[a:b][:length].tolist() for a, b in zip(starts, [*starts[1:], len(tokens)], strict=True) if b - a >= length]
+    assert len(result) >= count, f"only {len(result)} documents of {length} tokens"
+    return result[:count]
 
 
 @cache
@@ -43,8 +43,8 @@ def weights(path: Path) -> dict[str, torch.Tensor]:
     stored = {name: tensor.float() for name, tensor in load_file(path / "model.safetensors").items()}
     experts: dict[str, dict[int, dict[str, torch.Tensor]]] = {}
     for name in list(stored):
-        if found := _EXPERT.fullmatch(name):
-            experts.setdefault(found[1], {}).setdefault(int(found[2]), {})[found[3]] = stored.pop(name)
+        if result := _EXPERT.fullmatch(name):
+            experts.setdefault(result[1], {}).setdefault(int(result[2]), {})[result[3]] = stored.pop(name)
     for path_, parts in experts.items():
         ordered = [parts[i] for i in range(len(parts))]
         stored[f"{path_}.gate_up_proj"] = torch.stack([torch.cat((p["gate"], p["up"])) for p in ordered])

@@ -84,11 +84,11 @@ def differences(one: Any, two: Any, at: str = "") -> list[str]:
         return [] if type(one) is type(two) and one.dtype == two.dtype and np.array_equal(one, two) else [at]
     if isinstance(one, dict):
         keys = [] if isinstance(two, dict) and one.keys() == two.keys() else [f"{at}: keys"]
-        return keys or [found for key in one for found in differences(one[key], two[key], f"{at}/{key}")]
+        return keys or [result for key in one for result in differences(one[key], two[key], f"{at}/{key}")]
     if isinstance(one, (list, tuple)):
         if type(one) is not type(two) or len(one) != len(two):
             return [at]
-        return [found for i, (a, b) in enumerate(zip(one, two, strict=True)) for found in differences(a, b, f"{at}/{i}")]
+        return [result for i, (a, b) in enumerate(zip(one, two, strict=True)) for result in differences(a, b, f"{at}/{i}")]
     return [] if type(one) is type(two) and one == two else [f"{at}: {one!r} {two!r}"]
 
 

@@ -30,10 +30,10 @@ def v1(folder, limit, used, stat="", mount="/sys/fs/cgroup/memory"):
 
 
 def test_the_machine_alone(tree):
-    found = free_memory(tree(MEMINFO))
-    assert found.free == MACHINE  # swap is not counted
-    assert str(found) == "this machine has 16 MB, of which 9 MB are free"
-    assert found.to_reserve is None
+    actual = free_memory(tree(MEMINFO))
+    assert actual.free == MACHINE  # swap is not counted
+    assert str(actual) == "this machine has 16 MB, of which 9 MB are free"
+    assert actual.to_reserve is None
 
 
 def test_this_machine():
@@ -47,9 +47,9 @@ def test_the_tightest_of_nested_groups_applies(tree, tight, mountinfo):
     files |= {} if mountinfo is None else {"/proc/self/mountinfo": mountinfo}
     for folder in ("", "/pod", "/pod/box"):
         files |= v2(folder, 5_000_000 if folder == tight else "max", 1_000_000)
-    found = free_memory(tree(files))
-    assert found.free == 4_000_000
-    assert str(found) == f"the cgroup {tight or '/'} limits memory to 5 MB, of which 4 MB are free"
+    actual = free_memory(tree(files))
+    assert actual.free == 4_000_000
+    assert str(actual) == f"the cgroup {tight or '/'} limits memory to 5 MB, of which 4 MB are free"
 
 
 def test_memory_high_is_a_limit(tree):
@@ -59,8 +59,8 @@ def test_memory_high_is_a_limit(tree):
 
 def test_no_limits_and_limits_above_the_machine(tree):
     files = {**MEMINFO, "/proc/self/cgroup": "0::/pod/box\n", **v2("/pod/box", "max", 1000), **v2("/pod", 1 << 50, 1000)}
-    found = free_memory(tree(files))
-    assert found.free == MACHINE and found.tightest.kind == "machine"
+    actual = free_memory(tree(files))
+    assert actual.free == MACHINE and actual.tightest.kind == "machine"
 
 
 def test_more_is_used_than_allowed(tree):
@@ -72,9 +72,9 @@ def test_file_cache_counts_as_free_but_not_what_this_process_has_mapped(tree):
     files = {**MEMINFO, "/proc/self/cgroup": "0::/box\n", **v2("/box", 8_000_000, 5_000_000, stat)}
     assert free_memory(tree(files)).free == 5_000_000
     mapped = {"/proc/self/status": "Name: x\nVmRSS:  900 kB\nRssFile:\t 500 kB\n"}
-    found = free_memory(tree({**files, **mapped}))
-    assert found.free == 5_000_000 - (500 << 10)
-    assert found.limits[0].free == MACHINE - (500 << 10)
+    actual = free_memory(tree({**files, **mapped}))
+    assert actual.free == 5_000_000 - (500 << 10)
+    assert actual.limits[0].free == MACHINE - (500 << 10)
 
 
 def test_the_usage_of_a_group_cannot_be_read(tree):
@@ -105,8 +105,8 @@ def test_v1_reports_limits_of_invisible_parents(tree):
         **MEMINFO, "/proc/self/cgroup": "4:memory:/kube/pod/box\n", "/proc/self/mountinfo": mount,
         **v1("", 9223372036854771712, 1_000_000, stat),
     }  # fmt: skip
-    found = free_memory(tree(files))
-    assert found.free == 2_000_000 and "cgroup /kube/pod/box " in str(found)
+    actual = free_memory(tree(files))
+    assert actual.free == 2_000_000 and "cgroup /kube/pod/box " in str(actual)
 
 
 def test_hybrid_mounts(tree):
@@ -167,17 +167,17 @@ Max address space         {space}            unlimited            bytes
 )
 def test_ulimits(tree, data, space, free, says):
     status = {"/proc/self/status": "VmSize:  1000 kB\nVmData:  500 kB\n"}
-    found = free_memory(tree({**MEMINFO, **status, "/proc/self/limits": LIMITS.format(data=data, space=space)}))
-    assert found.free == free and str(found).startswith(says)
-    assert found.to_use.free == MACHINE  # they limit new reservations, not the use of earlier ones
+    actual = free_memory(tree({**MEMINFO, **status, "/proc/self/limits": LIMITS.format(data=data, space=space)}))
+    assert actual.free == free and str(actual).startswith(says)
+    assert actual.to_use.free == MACHINE  # they limit new reservations, not the use of earlier ones
 
 
 def test_strict_overcommit(tree):
     meminfo = MEMINFO["/proc/meminfo"] + "CommitLimit:   5000 kB\nCommitted_AS:   4000 kB\n"
     files = {"/proc/meminfo": meminfo, "/proc/sys/vm/overcommit_memory": "0\n"}
     assert free_memory(tree(files)).free == MACHINE
-    found = free_memory(tree({**files, "/proc/sys/vm/overcommit_memory": "2\n"}))
-    assert found.free == 1000 << 10 and found.to_use.free == MACHINE
+    actual = free_memory(tree({**files, "/proc/sys/vm/overcommit_memory": "2\n"}))
+    assert actual.free == 1000 << 10 and actual.to_use.free == MACHINE
 
 
 def test_nothing_can_be_read(tree):

@@ -48,9 +48,9 @@ def step(model, implementation, ids, labels=None, **given):
     return loss.detach(), torch.cat([p.grad.flatten().double() for p in model.parameters() if p.grad is not None])
 
 
-def assert_same_step(found, expected, tolerance):
-    torch.testing.assert_close(found[0].float(), expected[0].float(), rtol=tolerance, atol=tolerance)
-    assert float((found[1] - expected[1]).norm() / expected[1].norm()) < tolerance
+def assert_same_step(result, expected, tolerance):
+    torch.testing.assert_close(result[0].float(), expected[0].float(), rtol=tolerance, atol=tolerance)
+    assert float((result[1] - expected[1]).norm() / expected[1].norm()) < tolerance
 
 
 def padded(ids):
@@ -82,11 +82,11 @@ def test_a_step_in_bf16_equals_eager(name):
     """Within bf16: both round weights and results at places of their own."""
     model = made(name, torch.bfloat16)
     ids = ids_of(model)
-    found, expected = step(model, DSO_TRAIN, ids), step(model, "eager", ids)
+    actual, expected = step(model, DSO_TRAIN, ids), step(model, "eager", ids)
     exact = step(model.float(), "eager", ids)
-    assert float((found[0] - exact[0]).abs() / exact[0]) < 5e-3
+    assert float((actual[0] - exact[0]).abs() / exact[0]) < 5e-3
     if "deepseek" not in name:  # where rounding sends a token to another expert, gradients are of another network
-        ours, theirs = (float((g - exact[1]).norm() / exact[1].norm()) for g in (found[1], expected[1]))
+        ours, theirs = (float((g - exact[1]).norm() / exact[1].norm()) for g in (actual[1], expected[1]))
         assert ours < 1.2 * theirs
 
 
@@ -164,9 +164,9 @@ def test_windows_and_chunks_follow_the_model():
         row, i = torch.arange(2)[:, None, None, None], torch.arange(23)
         dense = rule(row, torch.zeros_like(row), i[:, None], i)
         given = {"mask_function": rule, "local_size": size}
-        found = module.train_attention(torch.nn.Module(), q, k, v, train_mask(2, 23, 23, **given))[0]
+        actual = module.train_attention(torch.nn.Module(), q, k, v, train_mask(2, 23, 23, **given))[0]
         expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, dense)
-        torch.testing.assert_close(found.transpose(1, 2), expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(actual.transpose(1, 2), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_a_window_of_every_layer_and_recomputed_layers():
@@ -188,7 +188,7 @@ def test_generation_and_callers_masks_use_sdpa():
     full = torch.ones(2, 1, TOKENS, TOKENS, dtype=torch.bool).tril()
     full[:, :, :, 3] = False
     full[:, :, 3, 3] = True
-    found = []
+    actual = []
     for implementation in (DSO_TRAIN, "sdpa"):
         model.set_attn_implementation(implementation)
         with torch.no_grad():
@@ -199,8 +199,8 @@ def test_generation_and_callers_masks_use_sdpa():
         texts = model.generate(
             ids[:, :9], attention_mask=padded(ids)["attention_mask"][:, :9], max_new_tokens=6, do_sample=False, pad_token_id=0
         )
-        found.append((later, masked, texts))
-    for a, b in zip(*found, strict=True):
+        actual.append((later, masked, texts))
+    for a, b in zip(*actual, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 

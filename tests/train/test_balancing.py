@@ -42,9 +42,9 @@ def test_loads_count_all_tokens_of_a_step(model):
         for load in balancing._loads.values():
             load.counts[busy], load.counts[2:] = 30, 3
         balancing.step()
-    found = balancing.statistics()
-    assert found["expert_load_batch"] == 6.0  # 30 of 60 tokens and 12 experts
-    assert found["expert_load"] == found["expert_load_layer_1"] == 3.0
+    actual = balancing.statistics()
+    assert actual["expert_load_batch"] == 6.0  # 30 of 60 tokens and 12 experts
+    assert actual["expert_load"] == actual["expert_load_layer_1"] == 3.0
     balancing.detach()
 
 
@@ -62,9 +62,9 @@ def test_a_step_moves_each_bias_against_its_load(model):
         expected = before[path] + 0.01 * torch.sign(load.mean() - load)
         assert torch.equal(router.e_score_correction_bias, expected)
         ratios["expert_load_layer_" + path.split(".")[2]] = round(float(load.max() / load.mean()), 4)
-    found = balancing.statistics()
+    actual = balancing.statistics()
     worst = max(ratios.values())
-    assert found == {"expert_load": worst, "expert_load_batch": worst, **ratios}
+    assert actual == {"expert_load": worst, "expert_load_batch": worst, **ratios}
     assert balancing.statistics() == {}
     moved = {path: router.e_score_correction_bias.clone() for path, router in routers(model)}
     balancing.step()  # nothing was counted since then

@@ -79,17 +79,17 @@ def test_experts_are_balanced_and_mtp_layers_are_trained(tmp_path):
 
 
 def test_the_mtp_loss_is_added_with_its_weight(tmp_path):
-    found = {}
+    actual = {}
     for weight in (None, 0.0, 0.5):
         model = random_model(deepseek_v3(num_nextn_predict_layers=1))
         torch.manual_seed(0)
         trainer = make_trainer(model, tmp_path, bf16=False, mtp_loss_weight=weight, max_steps=1)
         trainer.train()
-        found[weight] = trainer.state.log_history[0]
+        actual[weight] = trainer.state.log_history[0]
         evaluated = trainer.evaluate()["eval_loss"]
-        assert evaluated == pytest.approx(found[None]["loss"], rel=0.3)  # the model's own loss, without that of the MTP layers
-    assert found[0.0]["loss"] == pytest.approx(found[None]["loss"], rel=1e-6)
-    assert found[0.5]["loss"] == pytest.approx(found[None]["loss"] + 0.5 * found[0.5]["mtp_loss"], rel=1e-4)
+        assert evaluated == pytest.approx(actual[None]["loss"], rel=0.3)  # the model's own loss, without that of the MTP layers
+    assert actual[0.0]["loss"] == pytest.approx(actual[None]["loss"], rel=1e-6)
+    assert actual[0.5]["loss"] == pytest.approx(actual[None]["loss"] + 0.5 * actual[0.5]["mtp_loss"], rel=1e-4)
 
 
 @pytest.mark.parametrize("fields", [{}, {"gradient_accumulation_steps": 2, "activation_memory": "recompute"}])
@@ -124,9 +124,9 @@ def test_the_best_model_includes_its_experts(tmp_path):
         save_strategy="steps", save_steps=1, load_best_model_at_end=True, metric_for_best_model="loss", greater_is_better=False,
     )  # fmt: skip
     trainer.train()
-    found = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
-    assert trainer.state.best_metric == min(found) < found[-1]  # so large a learning rate makes it worse
-    assert trainer.evaluate()["eval_loss"] == pytest.approx(min(found), rel=1e-6)
+    actual = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert trainer.state.best_metric == min(actual) < actual[-1]  # so large a learning rate makes it worse
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(min(actual), rel=1e-6)
 
 
 def test_unsupported_mtp_training(tmp_path):
@@ -191,7 +191,7 @@ def test_an_adapter_is_trained_with_mtp(tmp_path, fp8):
     model = peft.get_peft_model(load_model(fp8[0]), peft.LoraConfig(r=4, target_modules=["o_proj", "eh_proj"]))
     trainer = make_trainer(model, tmp_path, max_steps=8, learning_rate=1e-2, mtp_loss_weight=1.0)
     trainer.train()
-    found = [entry["mtp_loss"] for entry in trainer.state.log_history if "mtp_loss" in entry]
-    assert len(found) == 8 and found[-1] < found[0]
+    actual = [entry["mtp_loss"] for entry in trainer.state.log_history if "mtp_loss" in entry]
+    assert len(actual) == 8 and actual[-1] < actual[0]
     moved = {name.split(".")[4] for name, p in model.named_parameters() if "lora_B" in name and p.abs().max() > 0}
     assert moved == {"0", "1", "2", "3"}

@@ -30,8 +30,8 @@ def run(folder: Path, *options: str) -> dict[str, Any]:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "done: dso chat tiny/int4" in done.stdout, done.stdout
-    found: dict[str, Any] = json.loads((folder / "tiny" / "results.json").read_text())
-    return found
+    result: dict[str, Any] = json.loads((folder / "tiny" / "results.json").read_text())
+    return result
 
 
 def talk(folder: Path) -> None:

@@ -38,8 +38,8 @@ def run(optimizer: DeepSeekAdamW, steps: range) -> None:
 
 
 def bits(optimizer: DeepSeekAdamW) -> list[torch.Tensor]:
-    found = [p.detach().clone() for p in parameters_of(optimizer)]
-    return found + [v for p in parameters_of(optimizer) for v in optimizer.state[p].values()]
+    result = [p.detach().clone() for p in parameters_of(optimizer)]
+    return result + [v for p in parameters_of(optimizer) for v in optimizer.state[p].values()]
 
 
 def equal(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
@@ -101,11 +101,11 @@ def test_resuming_is_bitwise(state, master_weights):
     saved = io.BytesIO()
     torch.save({"optimizer": whole.state_dict(), "weights": [p.detach().clone() for p in parameters_of(whole)]}, saved)
     saved.seek(0)
-    found = torch.load(saved, weights_only=True)
+    actual = torch.load(saved, weights_only=True)
     again = DeepSeekAdamW(model(seed=1).parameters(), state=state, master_weights=master_weights, max_norm=2.0)
-    for p, weights in zip(parameters_of(again), found["weights"], strict=True):
+    for p, weights in zip(parameters_of(again), actual["weights"], strict=True):
         p.data.copy_(weights)
-    again.load_state_dict(found["optimizer"])
+    again.load_state_dict(actual["optimizer"])
     assert equal(bits(whole), bits(again)) and again.param_groups[0]["seed"] == 3
     run(whole, range(5, 9))
     run(again, range(5, 9))
@@ -145,7 +145,7 @@ def test_results_do_not_depend_on_threads():
             optimizer = DeepSeekAdamW([torch.nn.Parameter(torch.ones(100_000, dtype=torch.bfloat16))], max_norm=0.5)
             run(optimizer, range(3))
             results.append((bits(optimizer), optimizer.grad_norm))
-    assert all(equal(found, results[0][0]) and norm == results[0][1] for found, norm in results)
+    assert all(equal(actual, results[0][0]) and norm == results[0][1] for actual, norm in results)
 
 
 def test_clipping_equals_torch():
@@ -286,8 +286,8 @@ def test_losses_of_200_steps_are_close_to_fp32():
         exact = loss_after(torch.float32, state="fp32")
         assert exact < 2.4  # starting from 5.5: it learns
         for state, master_weights in (("bf16", "split"), ("int8", "split"), ("int8", "stochastic")):
-            found = loss_after(torch.bfloat16, state=state, master_weights=master_weights)
-            assert found == pytest.approx(exact, rel=0.003), (state, master_weights)
+            actual = loss_after(torch.bfloat16, state=state, master_weights=master_weights)
+            assert actual == pytest.approx(exact, rel=0.003), (state, master_weights)
 
 
 def test_state_of_other_shapes_is_rejected_before_writing():

@@ -50,14 +50,14 @@ def test_losses_and_gradients_equal_transformers(case, memory):
 
 
 def test_all_recompute_settings_give_the_same_bits():
-    found = []
+    actual = []
     for memory in ("full", "selective", "recompute"):
         model = random_model(llama(), dtype=torch.bfloat16)
         prepared = prepare(model, activation_memory=memory)
-        found.append(_loss_and_gradients(model, prepared.saved))
-    for loss, gradients in found[1:]:
-        assert torch.equal(loss, found[0][0])
-        assert all(torch.equal(gradients[name], found[0][1][name]) for name in gradients)
+        actual.append(_loss_and_gradients(model, prepared.saved))
+    for loss, gradients in actual[1:]:
+        assert torch.equal(loss, actual[0][0])
+        assert all(torch.equal(gradients[name], actual[0][1][name]) for name in gradients)
 
 
 def test_num_items_shifted_labels_and_ignored_labels():

@@ -38,8 +38,8 @@ def test_fp32_equals_transformers_trainer(tmp_path, config):
     torch.testing.assert_close(torch.tensor(losses(ours)), torch.tensor(losses(plain)), rtol=1e-5, atol=0)
     for name in ("grad_norm", "learning_rate"):
         theirs = [entry[name] for entry in plain.state.log_history if name in entry]
-        found = [entry[name] for entry in ours.state.log_history if name in entry]
-        torch.testing.assert_close(torch.tensor(found), torch.tensor(theirs), rtol=1e-4, atol=0, msg=name)
+        actual = [entry[name] for entry in ours.state.log_history if name in entry]
+        torch.testing.assert_close(torch.tensor(actual), torch.tensor(theirs), rtol=1e-4, atol=0, msg=name)
     for a, b in zip(ours.model.parameters(), plain.model.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=2e-4)
     theirs = plain.evaluate()["eval_loss"]

@@ -47,9 +47,9 @@ def test_early_stopping_and_best_model(tmp_path):
     )  # fmt: skip
     trainer.train()
     assert trainer.state.global_step < 12
-    found = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    actual = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
     assert trainer.evaluate()["eval_loss"] == pytest.approx(trainer.state.best_metric, rel=1e-6)
-    assert trainer.state.best_metric == min(found[1:]) and trainer.state.best_model_checkpoint
+    assert trainer.state.best_metric == min(actual[1:]) and trainer.state.best_model_checkpoint
 
 
 @pytest.mark.parametrize(
@@ -79,8 +79,8 @@ def test_metrics_get_logits(tmp_path):
 
     trainer = make_trainer(random_model(llama()), tmp_path, compute_metrics=accuracy, eval_strategy="steps", eval_steps=3)
     trainer.train()
-    found = trainer.evaluate()
-    assert 0 <= found["eval_accuracy"] <= 1 and math.isfinite(found["eval_loss"])
+    actual = trainer.evaluate()
+    assert 0 <= actual["eval_accuracy"] <= 1 and math.isfinite(actual["eval_loss"])
     chosen = make_trainer(
         random_model(llama()), tmp_path, compute_metrics=lambda p: {"mean": float(p.predictions.mean())},
         preprocess_logits_for_metrics=lambda logits, labels: logits.argmax(-1),
@@ -105,8 +105,8 @@ def test_evaluation_computes_no_logits(tmp_path, monkeypatch):
 
 
 def test_several_evaluation_sets(tmp_path):
-    found = make_trainer(random_model(llama()), tmp_path, eval_dataset={"a": Rows(4), "b": Rows(4, 9)}).evaluate()
-    assert {"eval_a_loss", "eval_b_loss"} <= found.keys()
+    actual = make_trainer(random_model(llama()), tmp_path, eval_dataset={"a": Rows(4), "b": Rows(4, 9)}).evaluate()
+    assert {"eval_a_loss", "eval_b_loss"} <= actual.keys()
 
 
 def test_a_custom_loss(tmp_path):

@@ -57,9 +57,9 @@ def test_structs_of_training(struct):
 
 @pytest.mark.parametrize(("text", "signatures"), [(TEXT, native._SIGNATURES), (TRAIN_TEXT, native_train.SIGNATURES)])
 def test_prototypes(text, signatures):
-    found = re.findall(r"DSO_API\s+([\w\s]+?\**)\s*(dso_\w+)\(([^)]*)\)", text)
+    actual = re.findall(r"DSO_API\s+([\w\s]+?\**)\s*(dso_\w+)\(([^)]*)\)", text)
     expected = {}
-    for result, name, arguments in found:
+    for result, name, arguments in actual:
         kinds = [ctype(re.sub(r"\b\w+$", "", a.strip())) for a in arguments.split(",")] if arguments != "void" else []
         expected[name] = (ctype(result), kinds)
     assert signatures == expected

@@ -44,7 +44,7 @@ def test_functions_against_the_reference(backend, name, format_name):
     shapes = weight_shapes(graph)
     weights = packed_weights({n: torch.randn(s, generator=generator) / s[1] ** 0.5 for n, s in shapes.items()}, format_name)
     ids = torch.randint(VOCAB, (TOKENS,), generator=generator).tolist()
-    found = []
+    actual = []
     for r in runner(backend, graph, weights), runner(ReferenceBackend(), graph, dequantised(weights)):
-        found.append(r.plan.run(make_batch([Part(r.sequence(), ids, PREFILL)], r.store), r.store).logits)
-    assert_close_rows(*found, TOLERANCE[format_name])
+        actual.append(r.plan.run(make_batch([Part(r.sequence(), ids, PREFILL)], r.store), r.store).logits)
+    assert_close_rows(*actual, TOLERANCE[format_name])

@@ -123,10 +123,10 @@ def test_prefill_uses_the_form_with_fewer_multiply_adds(backend, shape):
             rows * rank * (nope + v_dim) + pairs * (2 * rank + rope)
         )
         ids = random_ids(model.config, made)
-        got = after(absorbing, ids, context, PREFILL)
+        actual = after(absorbing, ids, context, PREFILL)
         absorbed, expanded = after(absorbing, ids, context, DECODE), after(expanding, ids, context, PREFILL)
         assert not torch.equal(absorbed, expanded)
-        assert torch.equal(got, expanded if cheaper else absorbed), f"{rows} rows after {context}"
+        assert torch.equal(actual, expanded if cheaper else absorbed), f"{rows} rows after {context}"
 
 
 def after(r, ids, context, phase):
@@ -148,9 +148,9 @@ def test_a_nan_does_not_affect_earlier_rows(backend, way):
         embeds = model.get_input_embeddings().weight[random_ids(model.config, 70)].detach().clone()
         expected = prefill_embeds(r, embeds, phase)
         embeds[41] = torch.nan
-        got = prefill_embeds(r, embeds, phase)
-        assert torch.equal(got[:41], expected[:41])
-        assert got[41:].isnan().all()
+        actual = prefill_embeds(r, embeds, phase)
+        assert torch.equal(actual[:41], expected[:41])
+        assert actual[41:].isnan().all()
         embeds[41] = 0.0
         assert torch.equal(prefill_embeds(r, embeds, phase)[:41], expected[:41])
 
@@ -173,8 +173,8 @@ def test_crop_and_shared_blocks(backend):
     branch = mine.fork()
     for blocks in (mine, branch):
         blocks.crop(50)
-        got = run_step(r.plan, r.store, [Part(blocks, other, DECODE)]).logits
-        assert torch.equal(got, expected[50:])
+        actual = run_step(r.plan, r.store, [Part(blocks, other, DECODE)]).logits
+        assert torch.equal(actual, expected[50:])
 
 
 def test_stacks_of_heads():

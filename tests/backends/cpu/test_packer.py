@@ -57,8 +57,8 @@ def test_gradient_of_a_packed_product(cpu, format, rows, cols):
     weight = cpu.unpack(matrix).double()
     for dtype, unit in ((torch.float32, 2.0**-24), (torch.bfloat16, 2.0**-8)):  # bf16: the weight is rounded too
         grad = torch.randn(2, 9, rows).to(dtype)
-        found = cpu.linear_gradient(grad, matrix)
-        assert found.shape == (2, 9, cols) and found.dtype == torch.float32
+        actual = cpu.linear_gradient(grad, matrix)
+        assert actual.shape == (2, 9, cols) and actual.dtype == torch.float32
         bound = (unit + rows * 2.0**-23) * (grad.double().abs() @ weight.abs())
-        assert ((found.double() - grad.double() @ weight).abs() <= bound).all()
+        assert ((actual.double() - grad.double() @ weight).abs() <= bound).all()
     assert cpu.linear_gradient(torch.randn(0, rows), matrix).shape == (0, cols)

@@ -79,15 +79,15 @@ def test_facts_occur_once(samples, task, count):
 def test_prompts_contain_distractor_codes(samples, task, count):
     for sample in samples[task]:
         codes = dict(re.findall(r"storage code of (\w+) is (\d{7})\.", _text(sample)))
-        asked = [name for name in codes if _times(sample.prompt.split("\n\n")[2], name)]
-        assert len(asked) == count and len(codes) >= count + 4
-        assert sorted(codes[name] for name in asked) == sorted(sample.answers)
+        requested = [name for name in codes if _times(sample.prompt.split("\n\n")[2], name)]
+        assert len(requested) == count and len(codes) >= count + 4
+        assert sorted(codes[name] for name in requested) == sorted(sample.answers)
 
 
 def test_names_with_several_values(samples):
     for sample in samples["multivalue"]:
-        found = re.findall(r"storage code of (\w+) is (\d{7})\.", _text(sample))
-        assert len({name for name, _ in found}) == 1 and {code for _, code in found} == set(sample.answers)
+        actual = re.findall(r"storage code of (\w+) is (\d{7})\.", _text(sample))
+        assert len({name for name, _ in actual}) == 1 and {code for _, code in actual} == set(sample.answers)
 
 
 def test_chains_of_variables(samples):
@@ -121,10 +121,10 @@ def test_frequent_words_have_the_highest_counts(samples):
 def test_questions_name_one_of_several_people(samples):
     for sample in samples["qa"]:
         first, last = re.search(r"(?:Where was|Where did|Where does) (\w+) (\w+)", sample.prompt.split("\n\n")[2]).groups()
-        said = [s for s in re.findall(r"[A-Z]\w+ [A-Z]\w+ (?:was born|went|has a house)[^.]*\.", _text(sample))]
-        theirs = [s for s in said if s.startswith(f"{first} {last} ")]
+        message = [s for s in re.findall(r"[A-Z]\w+ [A-Z]\w+ (?:was born|went|has a house)[^.]*\.", _text(sample))]
+        theirs = [s for s in message if s.startswith(f"{first} {last} ")]
         assert len(theirs) == 3 and sum(sample.answers[0] in s for s in theirs) == 1
-        assert sum(first in s for s in said) > 3 and sum(f" {last} " in s for s in said) > 3 and len(said) >= 15
+        assert sum(first in s for s in message) > 3 and sum(f" {last} " in s for s in message) > 3 and len(message) >= 15
 
 
 @pytest.mark.parametrize("task", ["single", "multikey", "multivalue", "multiquery", "variables", "qa"])

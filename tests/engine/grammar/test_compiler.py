@@ -66,8 +66,8 @@ def check_schema(compiler, model, schema, texts):
     jsonschema_rs = pytest.importorskip("jsonschema_rs")
     validator = jsonschema_rs.validator_for(schema, validate_formats=True)
     compiled = compiler.json_schema(schema)
-    found = [model.text(compiled, seed) for seed in range(texts)]
-    ended = [text for text in found if text is not None]
+    result = [model.text(compiled, seed) for seed in range(texts)]
+    ended = [text for text in result if text is not None]
     assert len(ended) > texts // 2
     for text in ended:
         assert validator.is_valid(json.loads(text)), text
@@ -199,10 +199,10 @@ def test_required_calls_are_enforced(compiler, model, name, choice, parallel):
         if text is None:
             continue
         parser = make_output_parser("", "", tool_format=FORMATS[name], tool_names=["weather", "now"])
-        found = collect(parser.feed(text) + parser.finish())
-        counts.append(len(found.tool_calls))
-        assert found.content == "" and counts[-1] >= 1, text
-        for call in found.tool_calls:
+        actual = collect(parser.feed(text) + parser.finish())
+        counts.append(len(actual.tool_calls))
+        assert actual.content == "" and counts[-1] >= 1, text
+        for call in actual.tool_calls:
             assert choice in ("required", call.name)
             arguments = json.loads(call.arguments)
             assert call.name == "now" or (len(arguments["city"]) <= 8 and 1 <= arguments["days"] <= 9)
@@ -360,17 +360,17 @@ def test_a_grammar_is_compiled_once_and_the_cache_is_bounded(compiler, monkeypat
 
 
 def test_concurrent_compilation(tokenizer, compiler):
-    found: list = []
+    actual: list = []
 
     def ask(i):
-        found.append(follow(compiler.regex(f"t{i % 4}"), tokenizer, f"t{i % 4}").finished)
+        actual.append(follow(compiler.regex(f"t{i % 4}"), tokenizer, f"t{i % 4}").finished)
 
     threads = [threading.Thread(target=ask, args=(i,)) for i in range(16)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert found == [True] * 16
+    assert actual == [True] * 16
 
 
 def test_missing_xgrammar_names_the_remedy(tokenizer, monkeypatch):

@@ -11,14 +11,14 @@ V, ROUNDS = 6, 20_000
 
 
 def test_greedy_accepts_drafts_up_to_the_first_mismatch():
-    asked = []
+    requested = []
 
     def largest(j):
-        asked.append(j)
+        requested.append(j)
         return [5, 7, 9, 4][j]
 
     assert accept_greedy([5, 7, 1], largest) == [5, 7, 9]
-    assert asked == [0, 1, 2]
+    assert requested == [0, 1, 2]
     assert accept_greedy([5, 7, 9], largest) == [5, 7, 9, 4]
     assert accept_greedy([1, 7, 9], largest) == [5]
     assert accept_greedy([], largest) == [5]
@@ -74,11 +74,11 @@ def test_sampling_preserves_the_distribution(kind, seed):
         tokens = [*tokens, draw(p(tuple(tokens)))][:2]
         first[tokens[0]] += 1
         second[tokens[0], tokens[1]] += 1
-    found, freedom = chi_square(first, p(()))
-    assert found < QUANTILE[freedom]
+    actual, freedom = chi_square(first, p(()))
+    assert actual < QUANTILE[freedom]
     for token in np.flatnonzero(first > 200):
-        found, freedom = chi_square(second[token], p((int(token),)))
-        assert found < QUANTILE[freedom]
+        actual, freedom = chi_square(second[token], p((int(token),)))
+        assert actual < QUANTILE[freedom]
     if kind.endswith("own"):
         assert set(lengths) == {3}  # all are accepted
     else:
@@ -94,8 +94,8 @@ def test_a_wrong_rule_is_detected():
     for _ in range(ROUNDS):
         x = int(rng.choice(V, p=q))
         counts[x if rng.random() * q[x] < p[x] else int(rng.choice(V, p=p))] += 1
-    found, freedom = chi_square(counts, p)
-    assert found > 10 * QUANTILE[freedom]
+    actual, freedom = chi_square(counts, p)
+    assert actual > 10 * QUANTILE[freedom]
 
 
 def test_nothing_left_after_rounding():

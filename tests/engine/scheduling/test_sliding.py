@@ -85,19 +85,19 @@ def test_windows_shrink_during_prefill(seed):
     wanted.append(Request([9] * 1_500, id="embed", embed=True))
     for request in wanted:
         core.add(request)
-    found, held = {}, []
+    actual, held = {}, []
     while not core.idle:
         with core.memory.locked() as manager:
             if rng.random() < 0.1 and manager.free_blocks > 8:
                 held += manager.allocate(rng.randrange(8))
             elif held and rng.random() < 0.2:
                 manager.release(held.pop())
-        found |= {o.request_id: o for o in core.step()}
+        actual |= {o.request_id: o for o in core.step()}
     for request in wanted[:-1]:
-        output = found[request.id]
+        output = actual[request.id]
         assert output.finish == "length" and output.completion_tokens == request.sampling.max_tokens or output.transient
-    assert found["embed"].transient or found["embed"].embedding == pytest.approx([9.0])
-    assert found["embed"].dropped_tokens == 0
+    assert actual["embed"].transient or actual["embed"].embedding == pytest.approx([9.0])
+    assert actual["embed"].dropped_tokens == 0
     assert blocks_in_use(core) == len(held)
 
 
@@ -126,11 +126,11 @@ def test_windows_in_a_mixed_batch(seed):
     ]
     for request in wanted:
         core.add(request)
-    found = {}
+    actual = {}
     while not core.idle:
-        found |= {o.request_id: o for o in core.step()}
+        actual |= {o.request_id: o for o in core.step()}
     for request in wanted:
-        output = found[request.id]
+        output = actual[request.id]
         assert output.finish == "length" and output.completion_tokens == request.sampling.max_tokens
     assert blocks_in_use(core) == 0
 

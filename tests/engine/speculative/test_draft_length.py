@@ -51,10 +51,10 @@ def test_an_acceptance_of_eighty_percent_is_faster(seed):
     """E(3) = 2.95 at 80%: cheap rows give nearly all of this gain, expensive ones the gain of one or two drafts."""
     best = {CHEAP: 2.95 / 1.18, STEEP: max(1.8 / 1.55, 2.44 / 2.1, 2.95 / 2.65)}
     for row, speed in best.items():
-        controller, found = simulate(2000, lambda _: 0.8, row, seed=seed)
-        assert found > 1 + 0.8 * (speed - 1) if row == CHEAP else found > 1.04
+        controller, actual = simulate(2000, lambda _: 0.8, row, seed=seed)
+        assert actual > 1 + 0.8 * (speed - 1) if row == CHEAP else actual > 1.04
         assert controller.report().acceptance[0] == pytest.approx(0.8, abs=0.06)
-        assert controller.report().speedup == pytest.approx(found, rel=0.05)
+        assert controller.report().speedup == pytest.approx(actual, rel=0.05)
 
 
 def test_short_requests_gain_too():

@@ -73,8 +73,8 @@ def test_families_and_padding(name, window, sinks, small_pieces):
     for lengths in ((70,), (67, 23, 1)):
         ids, real = padded(eager.config, *lengths)
         places = (real.long().cumsum(-1) - 1).clamp(min=0)
-        found = sliding(ids, attention_mask=real.long(), position_ids=places).logits
-        assert_close_rows(found[real], expected_logits(eager, ids, real, window, sinks)[real])
+        actual = sliding(ids, attention_mask=real.long(), position_ids=places).logits
+        assert_close_rows(actual[real], expected_logits(eager, ids, real, window, sinks)[real])
 
 
 @torch.no_grad()
@@ -106,11 +106,11 @@ def test_a_prompt_in_chunks(kind, small_pieces):
     eager, sliding = pair("llama-gqa", 9, 2)
     ids, real = padded(eager.config, 80)
     cache = DynamicCache() if kind == "dynamic" else StaticCache(config=sliding.config, max_cache_len=100)
-    found = []
+    actual = []
     for start, end in ((0, 33), (33, 34), (34, 75), (75, 80)):
         places = torch.arange(start, end)[None]
-        found.append(sliding(ids[:, start:end], past_key_values=cache, position_ids=places, use_cache=True).logits[0])
-    assert_close_rows(torch.cat(found), expected_logits(eager, ids, real, 9, 2)[0])
+        actual.append(sliding(ids[:, start:end], past_key_values=cache, position_ids=places, use_cache=True).logits[0])
+    assert_close_rows(torch.cat(actual), expected_logits(eager, ids, real, 9, 2)[0])
 
 
 @torch.no_grad()
@@ -136,10 +136,10 @@ def test_texts_packed_into_one_row():
     eager, sliding = pair("llama-gqa", 5, 2)
     ids, real = padded(eager.config, 50)
     places = torch.cat((torch.arange(27), torch.arange(23)))[None]
-    found = sliding(ids, position_ids=places, use_cache=False).logits[0]
+    actual = sliding(ids, position_ids=places, use_cache=False).logits[0]
     for start, end in ((0, 27), (27, 50)):
         own = expected_logits(eager, ids[:, start:end], real[:, start:end], 5, 2)[0]
-        assert_close_rows(found[start:end], own)
+        assert_close_rows(actual[start:end], own)
 
 
 @torch.no_grad()
@@ -156,8 +156,8 @@ def test_gradients(small_pieces):
     ids, real = padded(eager.config, 50)
     sliding(ids).logits.sum().backward()
     eager(ids, attention_mask=dense(real, 9, 2)).logits.sum().backward()
-    for found, expected in zip(sliding.parameters(), eager.parameters(), strict=True):
-        torch.testing.assert_close(found.grad, expected.grad, rtol=1e-3, atol=1e-3 * float(expected.grad.abs().max()))
+    for actual, expected in zip(sliding.parameters(), eager.parameters(), strict=True):
+        torch.testing.assert_close(actual.grad, expected.grad, rtol=1e-3, atol=1e-3 * float(expected.grad.abs().max()))
 
 
 @pytest.mark.parametrize("seed", range(30))
@@ -189,7 +189,7 @@ def test_masks_by_chunks_against_dense_masks(seed):
         real[:, before + queries :] = False
     expected = dense(real, window, sinks, own)[:, :, before : before + queries, dropped:] == 0
     assert torch.equal(full.expand_as(expected), expected)
-    found = torch.zeros_like(expected)
+    actual = torch.zeros_like(expected)
     step = draw.choice((1, 7, queries))
     for start in range(0, queries, step):
         end = min(start + step, queries)
@@ -197,13 +197,13 @@ def test_masks_by_chunks_against_dense_masks(seed):
         seen = keys.visible.expand(3, -1, -1, -1)[:, 0]
         apart = 0 if keys.sinks is None else keys.sinks.shape[1]
         assert seen.shape[2] == apart + keys.high - keys.low
-        found[:, 0, start:end, keys.low : keys.high] = seen[:, :, apart:]
+        actual[:, 0, start:end, keys.low : keys.high] = seen[:, :, apart:]
         for row in range(3):
             for s in range(apart):
                 column = int(keys.sinks.expand(3, -1)[row, s])
-                assert not (found[row, 0, start:end, column] & seen[row, :, s]).any()  # no key counts twice
-                found[row, 0, start:end, column] |= seen[row, :, s]
-    assert torch.equal(found, expected)
+                assert not (actual[row, 0, start:end, column] & seen[row, :, s]).any()  # no key counts twice
+                actual[row, 0, start:end, column] |= seen[row, :, s]
+    assert torch.equal(actual, expected)
 
 
 @pytest.mark.parametrize("own", [None, 4])
@@ -213,11 +213,11 @@ def test_without_a_mask(own):
     _, sliding = pair("llama-one-layer", 7, 2)
     attention, draw = sliding.model.layers[0].self_attn, torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(2, h, t, 12, generator=draw) for h, t in ((6, 9), (2, 30), (2, 30)))
-    found, weights = module.sliding_attention(attention, query, key, value, None, sliding_window=own)
+    actual, weights = module.sliding_attention(attention, query, key, value, None, sliding_window=own)
     mask = dense(torch.ones(2, 30, dtype=torch.bool), 7, 2, own)[:, :, 21:]
-    assert weights is None and found.shape == (2, 9, 6, 12)
+    assert weights is None and actual.shape == (2, 9, 6, 12)
     expected = ((query @ key.repeat_interleave(3, 1).mT) * 12**-0.5 + mask).softmax(-1) @ value.repeat_interleave(3, 1)
-    torch.testing.assert_close(found, expected.transpose(1, 2))
+    torch.testing.assert_close(actual, expected.transpose(1, 2))
 
 
 @torch.no_grad()
@@ -282,10 +282,10 @@ def test_invalid_windows(field, value):
 
 @pytest.mark.filterwarnings("ignore::deepseek_optimizer.integration.bind.runtime.OptimizerWarning")
 def test_an_optimised_model_rejects_the_name(tiny_model):
-    asked = {"attn_implementation": "dso_sliding"}
+    requested = {"attn_implementation": "dso_sliding"}
     with pytest.raises(ConfigError, match='attention_optimization="sliding"'):
-        AutoModelForCausalLM.from_pretrained(tiny_model, quantization_config=DeepSeekConfig(backend="reference"), **asked)
-    plain = AutoModelForCausalLM.from_pretrained(tiny_model, **asked)
+        AutoModelForCausalLM.from_pretrained(tiny_model, quantization_config=DeepSeekConfig(backend="reference"), **requested)
+    plain = AutoModelForCausalLM.from_pretrained(tiny_model, **requested)
     with pytest.raises(ConfigError, match='attention_optimization="sliding"'):
         DynamicGraphOptimizer(plain, config=DeepSeekConfig(backend="reference")).optimize()
 

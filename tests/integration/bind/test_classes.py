@@ -124,10 +124,10 @@ def test_no_product_with_the_vocabulary_is_computed(decoder):
     assert not any(row["op"] == "lm_head" for row in decoder.fast.report().to_dict()["kernels"])
 
 
-@pytest.mark.parametrize("asked", [[1], [0, -1], 2, [7], [], False])
+@pytest.mark.parametrize("requested", [[1], [0, -1], 2, [7], [], False])
 @torch.no_grad()
-def test_hidden_states_by_index(decoder, asked):
-    check_indexed_hidden_states(decoder, asked)
+def test_hidden_states_by_index(decoder, requested):
+    check_indexed_hidden_states(decoder, requested)
 
 
 @pytest.mark.parametrize(("head", "case"), CLASSIFIERS)

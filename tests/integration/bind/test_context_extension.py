@@ -220,15 +220,15 @@ def dynamic(request: Any) -> Any:
 
 def greedy(model: Any, ids: list[int], new: int) -> list[int]:
     """Greedy decoding by the model's plan, with the frequencies of the final length from the first token on."""
-    runtime, found = model.dso, list(ids)
+    runtime, result = model.dso, list(ids)
     run = Runner(runtime.plan, runtime.backend.new_store(runtime.graph, runtime.kv_dtype, 16))
     blocks, reach = run.sequence(), torch.tensor([min(len(ids) + new, ROOM)], dtype=torch.int32).numpy()
-    piece = found
+    piece = result
     for _ in range(new):
         logits = run_step(run.plan, run.store, [Part(blocks, piece, PREFILL, rows=[len(piece) - 1])], reach=reach).logits
         piece = [int(logits[0].argmax())]
-        found = found + piece
-    return found
+        result = result + piece
+    return result
 
 
 LENGTHS = (50, 90, 3, 61)  # of prompts: with their answers within the trained length, and beyond it
@@ -253,9 +253,9 @@ def test_generate_alone_and_in_batches(dynamic: Any, how: dict[str, Any]) -> Non
 def test_generate_to_the_end_of_the_context(dynamic: Any) -> None:
     text = random_ids(dynamic.config, ROOM - 5)
     with pytest.warns(OptimizerWarning, match=f"stopped at the model's context of {ROOM} tokens"):
-        found = dynamic.generate(torch.tensor([text]), max_new_tokens=20, do_sample=False)[0].tolist()
-    assert len(found) == ROOM + 1  # the last token is not cached
-    assert found == greedy(dynamic, text, 6)
+        actual = dynamic.generate(torch.tensor([text]), max_new_tokens=20, do_sample=False)[0].tolist()
+    assert len(actual) == ROOM + 1  # the last token is not cached
+    assert actual == greedy(dynamic, text, 6)
     with pytest.raises(ValueError, match=f"context of {ROOM};.*context_extension"):
         dynamic.generate(torch.tensor([random_ids(dynamic.config, ROOM + 1)]))
 
@@ -268,8 +268,8 @@ def test_generate_by_default_goes_beyond_the_trained_length(dynamic: Any) -> Non
 def test_samples_of_one_prompt_share_its_frequencies(dynamic: Any) -> None:
     text = random_ids(dynamic.config, 70)
     torch.manual_seed(3)
-    found = dynamic.generate(torch.tensor([text]), max_new_tokens=10, do_sample=True, top_k=1, num_return_sequences=3)
-    assert found.tolist() == [greedy(dynamic, text, 10)] * 3
+    actual = dynamic.generate(torch.tensor([text]), max_new_tokens=10, do_sample=True, top_k=1, num_return_sequences=3)
+    assert actual.tolist() == [greedy(dynamic, text, 10)] * 3
 
 
 def test_a_cache_keeps_its_initial_frequencies(dynamic: Any) -> None:

@@ -435,6 +435,6 @@ def test_first_requests_of_several_threads(fresh_pair):
         return model.generate(ids, max_new_tokens=8, do_sample=False).tolist()
 
     with ThreadPoolExecutor(6) as pool:
-        found = list(pool.map(request, range(6)))
-    assert all(one == found[0] for one in found)
+        actual = list(pool.map(request, range(6)))
+    assert all(one == actual[0] for one in actual)
     assert model.dso.arena.manager.free_blocks == model.dso.arena.manager.num_blocks

@@ -49,9 +49,9 @@ def test_the_same_text_without_prefill(tmp_path, backend, case, kv_cache):
     second, runtime = made(case, backend, kv_cache=kv_cache)
     assert loaded(tmp_path / "a", second, runtime, prompt) == 128
     [again] = first.generate([prompt], GREEDY)  # from the cache as well, so that prompts are split equally
-    [got] = second.generate([prompt], GREEDY)
-    assert expected.cached_tokens == 0 and got.cached_tokens == again.cached_tokens == 128
-    assert got.token_ids == again.token_ids and got.logprobs == again.logprobs
+    [actual] = second.generate([prompt], GREEDY)
+    assert expected.cached_tokens == 0 and actual.cached_tokens == again.cached_tokens == 128
+    assert actual.token_ids == again.token_ids and actual.logprobs == again.logprobs
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -71,9 +71,11 @@ def test_data_of_attention_modes_is_saved_too(tmp_path, backend, mode):
     assert tokens >= 384
     second, runtime = made("llama-gqa", backend, **mode)
     assert loaded(tmp_path / "a", second, runtime, prompt) == tokens
-    [again], [got] = first.generate([prompt], GREEDY), second.generate([prompt], GREEDY)
+    [again], [actual] = first.generate([prompt], GREEDY), second.generate([prompt], GREEDY)
     assert (
-        got.cached_tokens == again.cached_tokens >= 384 and got.token_ids == again.token_ids and got.logprobs == again.logprobs
+        actual.cached_tokens == again.cached_tokens >= 384
+        and actual.token_ids == again.token_ids
+        and actual.logprobs == again.logprobs
     )
 
 
@@ -139,10 +141,10 @@ def test_fingerprints_are_the_same_in_another_copy():
 def test_growing_frequencies_are_distinguished():
     """The parameters of the frequencies are part of the fingerprint."""
     case, other = rope("dynamic", factor=4.0), rope("dynamic", factor=4.0, rope_theta=20000.0)
-    found = []
+    actual = []
     for parameters in (case, case, other):
         model = random_model(llama(max_position_embeddings=256, **parameters))
         config = DeepSeekConfig(precision="fp32", backend="reference")
         DynamicGraphOptimizer(model, config=config).optimize()
-        found.append(fingerprint(model.dso))
-    assert found[0] == found[1] and found[0]["model"] != found[2]["model"]
+        actual.append(fingerprint(model.dso))
+    assert actual[0] == actual[1] and actual[0]["model"] != actual[2]["model"]

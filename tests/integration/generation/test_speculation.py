@@ -299,11 +299,11 @@ class Drawn:
         self.q = torch.zeros(vocab).index_fill(0, self.tokens, 1 / len(tokens)).numpy()
 
     def propose(self, sequences, max_drafts):
-        found = []
+        result = []
         for n in max_drafts:
             tokens = self.tokens[torch.randint(len(self.tokens), (n,))].tolist()
-            found.append(Draft(tokens, [self.q] * n if len(self.tokens) > 1 else None))
-        return found
+            result.append(Draft(tokens, [self.q] * n if len(self.tokens) > 1 else None))
+        return result
 
 
 @pytest.mark.parametrize("certain", [False, True], ids=["drawn", "certain"])

@@ -41,9 +41,9 @@ def inputs_of(plain, texts) -> dict[str, torch.Tensor]:
 
 
 def texts_of(original) -> list[torch.Tensor]:
-    found = stretches(load_tokenizer(original), (original.parent / "text.txt").read_text(encoding="utf-8"))
-    assert len(found) > 1
-    return found
+    result = stretches(load_tokenizer(original), (original.parent / "text.txt").read_text(encoding="utf-8"))
+    assert len(result) > 1
+    return result
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -51,11 +51,11 @@ def test_measured_inputs_equal_transformers(original, backend):
     seen = inputs_of(AutoModelForCausalLM.from_pretrained(original), texts_of(original))
     model = load_model(original, backend=backend)
     steps: list[tuple[int, int]] = []
-    found = measure_importance(model, texts_of(original), lambda done, total: steps.append((done, total)))
-    assert found.keys() == seen.keys() and steps[-1] == (len(steps), len(steps))
+    actual = measure_importance(model, texts_of(original), lambda done, total: steps.append((done, total)))
+    assert actual.keys() == seen.keys() and steps[-1] == (len(steps), len(steps))
     for name, rows in seen.items():
         expected = rows.double().square().mean(0)
-        assert torch.allclose(found[name].double(), expected / expected.mean(), rtol=1e-3), name
+        assert torch.allclose(actual[name].double(), expected / expected.mean(), rtol=1e-3), name
     assert model.dso.changed() is None, "the model is as it was"
 
 

@@ -67,13 +67,13 @@ def test_the_budget_holds_when_measured_independently(adapted, original):
 
 
 def test_the_sensitive_matrix_gets_a_large_format(adapted):
-    found = formats_of(adapted[0])
-    wide = {name for name, format in found.items() if get_format(format).bits > 8}
+    actual = formats_of(adapted[0])
+    wide = {name for name, format in actual.items() if get_format(format).bits > 8}
     assert SENSITIVE in wide
     assert not any("layers.0" in name or "layers.2" in name for name in wide), "what hardly counts pays for it"
     for layer in range(3):
         for together in (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj")):
-            assert len({found[f"model.layers.{layer}.{name}"] for name in together}) == 1
+            assert len({actual[f"model.layers.{layer}.{name}"] for name in together}) == 1
 
 
 def test_the_curve_is_monotonic(adapted):
@@ -136,10 +136,10 @@ def test_from_pretrained_chooses_the_same(adapted, original):
 def test_explicit_formats_are_kept(adapted, original):
     _, backend = adapted
     named = {"model.embed_tokens": "bf16", "model.layers.0.self_attn.q_proj": "int8"}
-    found = formats_of(load_model(original, kl_budget=0.3, formats=named, backend=backend))
-    assert {name: found[name] for name in named} == named
-    again = load_model(original, kl_budget=0.3, formats=found, backend=backend)
-    assert formats_of(again) == found
+    actual = formats_of(load_model(original, kl_budget=0.3, formats=named, backend=backend))
+    assert {name: actual[name] for name in named} == named
+    again = load_model(original, kl_budget=0.3, formats=actual, backend=backend)
+    assert formats_of(again) == actual
     with pytest.raises(KlBudgetError, match="smallest KL divergence that can be reached is"):
         load_model(original, kl_budget=1e-4, formats={SENSITIVE: "int4"}, backend=backend)
 

@@ -183,8 +183,8 @@ def test_a_full_batch_runs_at_once(folder, monkeypatch):
         engine.core.runner, "step", lambda parts, *args, **more: together.append(len(parts)) or step(parts, *args, **more)
     )
     prompts = [random_ids(model.config, context - 20, seed=n) for n in range(2)]
-    found = engine.generate(prompts, SamplingParams(temperature=0, max_tokens=20, ignore_eos=True))
-    assert [len(answer.token_ids) for answer in found] == [20, 20]
+    actual = engine.generate(prompts, SamplingParams(temperature=0, max_tokens=20, ignore_eos=True))
+    assert [len(answer.token_ids) for answer in actual] == [20, 20]
     assert engine.core.scheduler.preemptions == 0 and together.count(2) >= 18
 
 

@@ -33,8 +33,8 @@ def test_private_methods_call_public_ones_that_call_trainer(monkeypatch):
         wanted = [p for p in inspect.signature(getattr(HookedTrainer, name)).parameters.values() if p.name != "self"]
         args = [object() for p in wanted if p.kind is p.POSITIONAL_OR_KEYWORD]
         getattr(trainer, name)(*args)
-        found, given, named = reached.pop()
-        assert found == name and [*given, *named.values()] == args
+        actual, given, named = reached.pop()
+        assert actual == name and [*given, *named.values()] == args
     assert len(PUBLIC) == len(PRIVATE)
 
 

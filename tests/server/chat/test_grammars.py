@@ -29,9 +29,9 @@ def schema_format(schema, **fields):
 
 def text_of(live, path=PATH, **fields):
     body = CHAT if path == PATH else {"prompt": "x", "max_tokens": 200}
-    found = live.client.post(path, json={**body, **fields})
-    assert found.status_code == 200, found.text
-    choice = found.json()["choices"][0]
+    result = live.client.post(path, json={**body, **fields})
+    assert result.status_code == 200, result.text
+    choice = result.json()["choices"][0]
     assert choice["finish_reason"] == "stop"
     return choice["message"]["content"] if path == PATH else choice["text"]
 
@@ -45,15 +45,15 @@ def test_the_text_follows_the_grammar(live, path):
 
 
 def test_a_json_object_begins_like_one(live):
-    found = live.client.post(PATH, json={**CHAT, "max_tokens": 3, "response_format": {"type": "json_object"}})
-    assert found.json()["choices"][0]["message"]["content"].startswith("{")
+    actual = live.client.post(PATH, json={**CHAT, "max_tokens": 3, "response_format": {"type": "json_object"}})
+    assert actual.json()["choices"][0]["message"]["content"].startswith("{")
 
 
 def test_in_responses(live):
     body = {"input": "x", "text": {"format": {"type": "json_schema", "name": "x", "schema": SCHEMA, "strict": True}}}
-    found = live.client.post("/v1/responses", json=body).json()
-    assert json.loads(found["output"][0]["content"][0]["text"]) == {"n": 7, "s": "yes"}
-    assert found["text"]["format"]["schema"] == SCHEMA
+    actual = live.client.post("/v1/responses", json=body).json()
+    assert json.loads(actual["output"][0]["content"][0]["text"]) == {"n": 7, "s": "yes"}
+    assert actual["text"]["format"]["schema"] == SCHEMA
 
 
 @pytest.mark.parametrize(

@@ -131,8 +131,8 @@ def test_a_client_that_does_not_read_stalls_nobody_and_is_disconnected(make_serv
         )
         sock.sendall(head % len(body) + body)
         wait_for(lambda: live.engine.running == 1)
-        found = live.client.post("/v1/completions", json={"prompt": "fast", "max_tokens": 50})
-        assert found.json()["choices"][0]["text"] == "x" * 50
+        actual = live.client.post("/v1/completions", json={"prompt": "fast", "max_tokens": 50})
+        assert actual.json()["choices"][0]["text"] == "x" * 50
         wait_for(lambda: live.engine.admitted == 0)
         wait_for(lambda: not [c for c in live.server.server_state.connections if c.cycle and not c.cycle.response_complete])
 
@@ -141,10 +141,10 @@ def test_a_slow_reader_gets_the_whole_text(make_server):
     text = "".join(chr(ord("a") + i % 26) for i in range(5000))
     live = make_server(script=lambda request: text, context=10_000)
     with live.client.stream("POST", "/v1/completions", json={"prompt": "x", "stream": True, "max_tokens": 5000}) as response:
-        found = []
+        actual = []
         for line in response.iter_lines():
-            if len(found) % 500 == 0:
+            if len(actual) % 500 == 0:
                 time.sleep(0.02)
             if line.startswith("data: {"):
-                found.append(json.loads(line[6:])["choices"][0]["text"])
-    assert "".join(found) == text
+                actual.append(json.loads(line[6:])["choices"][0]["text"])
+    assert "".join(actual) == text

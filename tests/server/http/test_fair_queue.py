@@ -55,11 +55,11 @@ def run(test):
     @functools.wraps(test)
     def wrapped(*args, **kwargs):
         async def main():
-            found = await test(*args, **kwargs)
-            if found is not None:
-                await until(lambda: found.waiting == found.running == 0)
-                assert not found._held and not found._running and not found._waiting
-                found.close()
+            result = await test(*args, **kwargs)
+            if result is not None:
+                await until(lambda: result.waiting == result.running == 0)
+                assert not result._held and not result._running and not result._waiting
+                result.close()
 
         asyncio.run(asyncio.wait_for(main(), 60))
 
@@ -69,16 +69,16 @@ def run(test):
 @run
 async def test_keys_take_turns_regardless_of_their_load():
     work, jobs = queue(), Jobs()
-    asked = [("a", n) for n in range(20)] + [("b", n) for n in range(3)] + [("c", 0)]
+    requested = [("a", n) for n in range(20)] + [("b", n) for n in range(3)] + [("c", 0)]
     tasks = []
-    for key, n in asked:
+    for key, n in requested:
         tasks.append(asyncio.ensure_future(work.run(key, jobs((key, n)), later())))
         await asyncio.sleep(0)
     await until(lambda: jobs.begun == [("a", 0)])
     jobs.go.set()
-    assert await asyncio.gather(*tasks) == asked
+    assert await asyncio.gather(*tasks) == requested
     assert jobs.begun[:7] == [("a", 0), ("a", 1), ("b", 0), ("c", 0), ("a", 2), ("b", 1), ("a", 3)]
-    assert work.counts.jobs == Counter(done=len(asked))
+    assert work.counts.jobs == Counter(done=len(requested))
     return work
 
 
@@ -214,8 +214,8 @@ async def test_closing_ends_waiting_jobs():
     await until(lambda: jobs.begun)
     work.close()
     jobs.go.set()
-    found = await asyncio.gather(*tasks, return_exceptions=True)
-    assert found[0] == 0 and all(isinstance(one, asyncio.CancelledError) for one in found[1:])
+    actual = await asyncio.gather(*tasks, return_exceptions=True)
+    assert actual[0] == 0 and all(isinstance(one, asyncio.CancelledError) for one in actual[1:])
 
 
 def test_how_clients_are_distinguished():

@@ -258,11 +258,11 @@ def test_too_long_sequences(load, byte_tokenizer):
         load(records, max_length=50)
     with pytest.raises(DataError, match=r"line 2: has 109 tokens, more than the maximum of 80"):
         load(records, context=80)
-    found = {way: load(records, max_length=50, too_long=way) for way in ("truncate", "split", "skip")}
-    assert {way: dataset.lengths.tolist() for way, (dataset, _) in found.items()} == {
+    actual = {way: load(records, max_length=50, too_long=way) for way in ("truncate", "split", "skip")}
+    assert {way: dataset.lengths.tolist() for way, (dataset, _) in actual.items()} == {
         "truncate": [16, 50], "split": [16, 50, 50, 9], "skip": [16],
     }  # fmt: skip
-    reports = [found[way][1] for way in found]
+    reports = [actual[way][1] for way in actual]
     assert [(r.truncated, r.split, r.skipped) for r in reports] == [(1, 0, 0), (0, 1, 0), (0, 0, 1)]
     answered = load([{"prompt": "x" * 60, "completion": "y"}], max_length=50, too_long="split")
     assert (len(answered[0]), answered[1].without_answer) == (1, 1)

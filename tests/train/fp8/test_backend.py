@@ -24,9 +24,9 @@ def operands(T: int, N: int, K: int, dtype=torch.float32):
     return [t.to(dtype) for t in made]
 
 
-def close(found: torch.Tensor, expected: torch.Tensor, terms: torch.Tensor, depth: int) -> None:
+def close(result: torch.Tensor, expected: torch.Tensor, terms: torch.Tensor, depth: int) -> None:
     """Within the difference that another order of fp32 sums may cause: depth * eps * sum |a||b|."""
-    assert ((found.double() - expected.double()).abs() <= 2 * depth * 2.0**-24 * terms.double() + 1e-30).all()
+    assert ((result.double() - expected.double()).abs() <= 2 * depth * 2.0**-24 * terms.double() + 1e-30).all()
 
 
 def definition(a: torch.Tensor, b: torch.Tensor, a_dtype=E4M3, b_dtype=E4M3, b_tile=ROW):
@@ -55,8 +55,8 @@ def test_reference_equals_float64_for_any_scales() -> None:
     scales = [torch.rand(7, 3, generator=generator), torch.rand(2, 3, generator=generator)]
     a = codes[0].double() * scales[0].double().repeat_interleave(128, 1)[:, :300]
     b = codes[1].double() * scales[1].double().repeat_interleave(128, 0)[:130].repeat_interleave(128, 1)[:, :300]
-    found = block_product_reference(codes[0], scales[0], codes[1], scales[1], 128)
-    close(found, a @ b.t(), a.abs() @ b.abs().t(), 300)
+    actual = block_product_reference(codes[0], scales[0], codes[1], scales[1], 128)
+    close(actual, a @ b.t(), a.abs() @ b.abs().t(), 300)
 
 
 @pytest.mark.parametrize("gradients", [E4M3, E5M2])
@@ -65,14 +65,14 @@ def test_error_against_exact_products(gradients) -> None:
     x, w, dy = operands(64, 96, 300, torch.bfloat16)
     how = Fp8Products(gradients)
     small, grad = 2.0**-4, 2.0**-4 if gradients == E4M3 else 2.0**-3
-    for found, a, b, first in (
+    for actual, a, b, first in (
         (how.forward(x, w, None), x, w.t(), small),
         (how.input_gradient(dy, w), dy, w, grad),
         (how.weight_gradient(dy, x), dy.t(), x, grad),
     ):
         exact, terms = a.double() @ b.double(), a.double().abs() @ b.double().abs()
         floor = 2.0**-9 * a.abs().max().double() * b.abs().max().double() * a.shape[1]  # values that round to zero in a tile
-        error = (found.double() - exact).abs()
+        error = (actual.double() - exact).abs()
         assert (error <= ((1 + first) * (1 + small) - 1 + 2.0**-8) * terms + floor).all()
         assert error.max() > 2.0**-8 * terms.max(), "FP8 ran: bf16 alone is far closer"
         assert error.pow(2).mean().sqrt() < 0.05 * exact.pow(2).mean().sqrt() * (1 if gradients == E4M3 else 2)
@@ -159,8 +159,8 @@ def test_hardware_operands_have_the_layout_that_torch_requires(monkeypatch: pyte
     emulated, on_hardware = Fp8Products(gradients), Fp8Products(gradients, on_hardware=True)
     for product in ("forward", "input_gradient", "weight_gradient"):
         arguments = {"forward": (x, w, None), "input_gradient": (dy, w), "weight_gradient": (dy, x)}[product]
-        expected, found = (getattr(how, product)(*arguments) for how in (emulated, on_hardware))
-        assert found.shape == expected.shape and found.dtype == torch.bfloat16
-        assert (found.double() - expected.double()).abs().max() <= 2.0**-7 * expected.double().abs().max()
+        expected, actual = (getattr(how, product)(*arguments) for how in (emulated, on_hardware))
+        assert actual.shape == expected.shape and actual.dtype == torch.bfloat16
+        assert (actual.double() - expected.double()).abs().max() <= 2.0**-7 * expected.double().abs().max()
     assert len(calls) == 3
     assert [args[0].dtype for args in calls] == [E4M3, gradients, gradients] and {args[1].dtype for args in calls} == {E4M3}

@@ -73,8 +73,8 @@ def test_messages_and_report(tmp_path: Path) -> None:
         warnings.simplefilter("always")
         trainer = run(tmp_path, max_steps=2, fp8_enabled=True, fp8_e4m3=False)
         trainer.train()
-    said = [w for w in seen if issubclass(w.category, OptimizerWarning) and "FP8" in str(w.message)]
-    assert len(said) == 1 and "the same numerics, but slower than bf16" in str(said[0].message)
+    message = [w for w in seen if issubclass(w.category, OptimizerWarning) and "FP8" in str(w.message)]
+    assert len(message) == 1 and "the same numerics, but slower than bf16" in str(message[0].message)
     assert any("FP8 is emulated" in note for note in trainer.report().notes)
 
 

@@ -29,8 +29,8 @@ CONFIGS = {
 
 def with_layers(config):
     model = random_model(config)
-    said = add_trained_layers(model)
-    assert len(said) == config.num_nextn_predict_layers and all("initialised at random" in line for line in said)
+    message = add_trained_layers(model)
+    assert len(message) == config.num_nextn_predict_layers and all("initialised at random" in line for line in message)
     return model
 
 

@@ -163,6 +163,6 @@ def test_squares_are_exact_and_count_non_finite_elements():
     sums, counts = squares(tensors)
     for tensor, total, count in zip(tensors, sums, counts, strict=True):
         assert total == pytest.approx(squares_reference(tensor)[0], rel=1e-13) and count == 0
-    spoilt = torch.randn(40000)
-    spoilt[[0, 17, 39999]] = torch.tensor([math.nan, math.inf, -math.inf])
-    assert squares([torch.ones(3), spoilt])[1] == [0, 3] and squares_reference(spoilt)[1] == 3
+    damaged = torch.randn(40000)
+    damaged[[0, 17, 39999]] = torch.tensor([math.nan, math.inf, -math.inf])
+    assert squares([torch.ones(3), damaged])[1] == [0, 3] and squares_reference(damaged)[1] == 3

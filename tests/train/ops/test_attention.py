@@ -54,9 +54,9 @@ def test_the_reference_is_attention(window):
     torch.manual_seed(0)
     tensors = inputs(2, 9, 4, 2, 6, 4)
     begin, end = bounds((0, 5), (5, 5), (6, 9), (9, 18))
-    found = with_gradients(packed_attention_reference, tensors, begin, end, 0.7, window)
+    actual = with_gradients(packed_attention_reference, tensors, begin, end, 0.7, window)
     expected = with_gradients(by_definition, tensors, begin, end, 0.7, window)
-    for a, b in zip(found, expected, strict=True):
+    for a, b in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
     assert torch.autograd.gradcheck(lambda *t: packed_attention_reference(*t, begin, end, 0.7, window), tensors)
 
@@ -76,10 +76,10 @@ def test_native_equals_the_reference(dtype, heads, kv_heads, qk, v):
             bounds((third, tokens), (tokens + 1, tokens + third + 1)),
         ):
             for window in (0, 50):
-                found = with_gradients(packed_attention, tensors, begin, end, qk**-0.5, window)
+                actual = with_gradients(packed_attention, tensors, begin, end, qk**-0.5, window)
                 wide = [t.detach().double().requires_grad_() for t in tensors]
                 expected = with_gradients(packed_attention_reference, wide, begin, end, qk**-0.5, window)
-                for name, a, b in zip("o q k v".split(), found, expected, strict=True):
+                for name, a, b in zip("o q k v".split(), actual, expected, strict=True):
                     assert a.dtype == dtype and a.shape == b.shape
                     # A sequence of one token has zero gradients for q and k, up to rounding.
                     error = (a.double() - b).norm() / (4 * b.numel() ** 0.5 if tokens == 1 else b.norm())
@@ -163,9 +163,9 @@ def test_concurrent_calls():
 
     def work():
         for _ in range(5):
-            found = with_gradients(packed_attention, tensors, *bounds((0, 90)), 0.2)
-            if not all(torch.equal(a, b) for a, b in zip(found, expected, strict=True)):
-                wrong.append(found)
+            actual = with_gradients(packed_attention, tensors, *bounds((0, 90)), 0.2)
+            if not all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True)):
+                wrong.append(actual)
 
     threads = [threading.Thread(target=work) for _ in range(4)]
     for t in threads:
@@ -217,6 +217,6 @@ def test_rejected_inputs():
 def test_bounds_may_be_strided():
     torch.manual_seed(9)
     tensors, table = inputs(2, 16, 2, 2, 16, 16, torch.float32), torch.tensor([[0, 8], [8, 16], [16, 32]])
-    found = with_gradients(packed_attention, tensors, *table.unbind(1), 0.25)
+    actual = with_gradients(packed_attention, tensors, *table.unbind(1), 0.25)
     dense = with_gradients(packed_attention, tensors, *(t.clone() for t in table.unbind(1)), 0.25)
-    assert all(map(torch.equal, found, dense))
+    assert all(map(torch.equal, actual, dense))

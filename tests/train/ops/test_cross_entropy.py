@@ -66,12 +66,12 @@ def test_native_equals_fp64_up_to_rounding(dtype, options):
         ((1, 8, 1), None),
     ):
         hidden, weight, labels = operands(tokens, width, vocabulary, dtype)
-        found = gradients(linear_cross_entropy, hidden, weight, labels, 3.0, chunk=chunk, **options)
+        actual = gradients(linear_cross_entropy, hidden, weight, labels, 3.0, chunk=chunk, **options)
         expected = gradients(linear_cross_entropy_reference, hidden.double(), weight.double(), labels, 3.0, **options)
-        assert found[0].dtype == torch.float32 and found[0].item() == pytest.approx(expected[0].item(), rel=1e-6, abs=1e-7)
-        for a, b in zip(found[1:], expected[1:], strict=True):
+        assert actual[0].dtype == torch.float32 and actual[0].item() == pytest.approx(expected[0].item(), rel=1e-6, abs=1e-7)
+        for a, b in zip(actual[1:], expected[1:], strict=True):
             assert a.dtype == dtype and (a.double() - b).abs().max() <= BOUNDS[dtype] * b.abs().max() + 1e-7
-        assert not found[1][labels == -100].any()
+        assert not actual[1][labels == -100].any()
 
 
 @pytest.mark.parametrize("chunk", [None, 5])
@@ -138,10 +138,10 @@ def test_a_label_outside_the_head_is_an_error():
 def test_non_finite_values_propagate():
     hidden, weight, labels = operands(6, 8, 30, torch.float32)
     for value in (float("nan"), float("inf")):
-        spoilt = hidden.clone()
-        spoilt[2] = value
+        damaged = hidden.clone()
+        damaged[2] = value
         labels[2] = 1
-        loss, dhidden, _ = gradients(linear_cross_entropy, spoilt, weight, labels, chunk=4)
+        loss, dhidden, _ = gradients(linear_cross_entropy, damaged, weight, labels, chunk=4)
         assert not loss.isfinite() and not dhidden[2].isfinite().all() and dhidden[4].isfinite().all()
 
 
@@ -186,8 +186,8 @@ def test_many_chunks_are_summed_in_fp32():
     exact = gradients(linear_cross_entropy_reference, hidden.double(), weight.double(), labels)[2]
 
     def off(chunk: int) -> float:
-        found = gradients(linear_cross_entropy, hidden, weight, labels, chunk=chunk)[2]
-        return float((found.double() - exact).norm() / exact.norm())
+        actual = gradients(linear_cross_entropy, hidden, weight, labels, chunk=chunk)[2]
+        return float((actual.double() - exact).norm() / exact.norm())
 
     assert off(chunk=8) < 0.004 > off(chunk=400)  # 40 chunks and one: the rounding of logits' gradients, and of the result
     assert off(chunk=48) < 0.006  # in bf16

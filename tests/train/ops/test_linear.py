@@ -66,15 +66,15 @@ def test_gradients_add_up_in_main_grad():
 @needs_native
 def test_recomputing_changes_no_bit():
     torch.manual_seed(4)
-    found = []
+    actual = []
     x, *weights = parts(30, 64, dtype=torch.bfloat16, N=64)
     for again in (False, True):
         for t in (x, *weights):
             t.grad = None
         y = checkpoint(linear, x, *weights, use_reentrant=False) if again else linear(x, *weights)
         linear(y, *weights).square().sum().backward()
-        found.append([t.grad for t in (x, *weights)])
-    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+        actual.append([t.grad for t in (x, *weights)])
+    assert all(torch.equal(a, b) for a, b in zip(*actual, strict=True))
 
 
 @needs_native
@@ -97,13 +97,13 @@ def test_autocast_casts_as_in_torch():
 def test_several_threads_at_once():
     torch.manual_seed(6)
     whole = parts(60, 64, dtype=torch.bfloat16)
-    expected, found = linear(*whole), []
-    threads = [threading.Thread(target=lambda: found.extend(linear(*whole) for _ in range(20))) for _ in range(4)]
+    expected, actual = linear(*whole), []
+    threads = [threading.Thread(target=lambda: actual.extend(linear(*whole) for _ in range(20))) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(found) == 80 and all(torch.equal(y, expected) for y in found)
+    assert len(actual) == 80 and all(torch.equal(y, expected) for y in actual)
 
 
 def test_mismatched_operands_are_rejected():

@@ -41,8 +41,8 @@ def test_bf16_is_as_close_to_fp64_as_torch():
     up = torch.randn(200, 64).bfloat16()
     right = torch.autograd.grad(mlp_reference(*exact), exact, up.double())
     for form in (mlp, mlp_reference):
-        found = torch.autograd.grad(form(*ours), ours, up)
-        errors.append([(f.double() - r).norm() / r.norm() for f, r in zip(found, right, strict=True)])
+        actual = torch.autograd.grad(form(*ours), ours, up)
+        errors.append([(f.double() - r).norm() / r.norm() for f, r in zip(actual, right, strict=True)])
     assert all(a <= 1.1 * b and a < 2**-7 for a, b in zip(*errors, strict=True)), errors
 
 
@@ -51,12 +51,12 @@ def test_bf16_is_as_close_to_fp64_as_torch():
 def test_saving_changes_no_bit_and_backward_can_run_twice(dtype):
     torch.manual_seed(3)
     whole = parts(50, 64, dtype=dtype)
-    found = []
+    actual = []
     for save_all in (False, True):
         y = mlp(*whole, save_all=save_all)
         for _ in range(2):
-            found.append((y, *torch.autograd.grad(y, whole, torch.ones_like(y), retain_graph=True)))
-    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
+            actual.append((y, *torch.autograd.grad(y, whole, torch.ones_like(y), retain_graph=True)))
+    assert all(torch.equal(a, b) for other in actual[1:] for a, b in zip(actual[0], other, strict=True))
 
 
 @needs_native
@@ -69,8 +69,8 @@ def test_only_required_gradients_are_computed_and_go_to_main_grad():
         if wanted:
             some[wanted].main_grad = torch.zeros(some[wanted].shape)
         mlp(*some).sum().backward()
-        found = some[wanted].main_grad.bfloat16() if wanted else some[0].grad
-        assert torch.equal(found, right[wanted]) and (not wanted or some[wanted].grad is None)
+        actual = some[wanted].main_grad.bfloat16() if wanted else some[0].grad
+        assert torch.equal(actual, right[wanted]) and (not wanted or some[wanted].grad is None)
 
 
 def test_mismatched_weights_are_rejected():

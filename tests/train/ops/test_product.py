@@ -26,7 +26,7 @@ def operands(form, M, N, K, dtypes=DTYPES[:1] * 2):
     return a, b
 
 
-def within(found, form, a, b, extra=None):
+def within(result, form, a, b, extra=None):
     """Whether each element equals fp64's up to fp32 rounding of its K + 1 sums, and rounding to its dtype."""
     if torch.bfloat16 in (a.dtype, b.dtype):
         a, b = a.bfloat16(), b.bfloat16()
@@ -35,8 +35,8 @@ def within(found, form, a, b, extra=None):
     if extra is not None:
         right, size = right + extra.double(), size + extra.double().abs()
     K = a.shape[0 if form == "tn" else 1]
-    rounding = 2.0**-8 if found.dtype == torch.bfloat16 else 0
-    return ((found.double() - right).abs() <= (K + 2) * 2.0**-24 * size + rounding * right.abs() + 1e-37).all()
+    rounding = 2.0**-8 if result.dtype == torch.bfloat16 else 0
+    return ((result.double() - right).abs() <= (K + 2) * 2.0**-24 * size + rounding * right.abs() + 1e-37).all()
 
 
 @needs_native
@@ -85,11 +85,11 @@ def test_groups_equal_separate_products(form, dtype):
         offsets, T, E = torch.tensor(ends), ends[-1], len(ends) - 1
         a = torch.randn(T, 24).to(dtype)
         b = torch.randn({"nt": (E, 30, 24), "nn": (E, 24, 30), "tn": (T, 30)}[form]).to(dtype)
-        found = grouped_product(form, a, b, offsets)
+        actual = grouped_product(form, a, b, offsets)
         tolerance = {torch.bfloat16: 2**-7, torch.float32: 1e-5, torch.float64: 1e-12}[dtype]
         right = grouped_product_reference(form, a.double(), b.double(), offsets)
-        torch.testing.assert_close(found.double(), right, rtol=tolerance, atol=tolerance)
-        total = torch.ones_like(found, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+        torch.testing.assert_close(actual.double(), right, rtol=tolerance, atol=tolerance)
+        total = torch.ones_like(actual, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
         grouped_product(form, a, b, offsets, out=total, add=True)
         torch.testing.assert_close(total.double(), right + 1, rtol=1e-5, atol=1e-5)
 

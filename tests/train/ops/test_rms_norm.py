@@ -61,11 +61,11 @@ def test_mismatched_shapes_are_named():
 def test_rms_norm_with_residual_has_the_gradients_of_both_results(dtype):
     torch.manual_seed(5)
     for x in contiguous_and_not(torch.randn(33, 40).to(dtype)):
-        found = []
+        actual = []
         for form in (lambda x, w: rms_norm_with_residual(x, w, EPS), lambda x, w: (rms_norm(x, w, EPS), x)):
             one, weight = x.detach().clone().requires_grad_(), torch.ones(40).to(dtype).requires_grad_()
             y, same = form(one * 1, weight)
             assert torch.equal(same, one)
             (y * 3 + same * 2).sum().backward()
-            found.append((y, one.grad, weight.grad))
-        assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+            actual.append((y, one.grad, weight.grad))
+        assert all(torch.equal(a, b) for a, b in zip(*actual, strict=True))

@@ -63,8 +63,8 @@ def test_equals_transformers():
     q, k = torch.randn(2, 4, 9, 16), torch.randn(2, 2, 9, 16)
     cos, sin = angles(2, 9, 16, torch.float32)
     for theirs, interleaved in ((apply_rotary_pos_emb, False), (apply_rotary_pos_emb_interleave, True)):
-        for found, expected in zip((rope(x, cos, sin, interleaved) for x in (q, k)), theirs(q, k, cos, sin), strict=True):
-            torch.testing.assert_close(found, expected)
+        for actual, expected in zip((rope(x, cos, sin, interleaved) for x in (q, k)), theirs(q, k, cos, sin), strict=True):
+            torch.testing.assert_close(actual, expected)
 
 
 def test_results_have_the_strides_of_their_operand():
