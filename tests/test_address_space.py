@@ -13,7 +13,7 @@ import pytest
 from deepseek_optimizer.address_space import MIN_BYTES
 
 LINUX = sys.platform.startswith("linux")
-pytestmark = pytest.mark.skipif(not LINUX, reason="RLIMIT_AS limits nothing but Linux's")
+pytestmark = pytest.mark.skipif(not LINUX, reason="RLIMIT_AS is effective only on Linux")
 
 
 @pytest.mark.parametrize("megabytes", [100, 570, 670, MIN_BYTES // (1 << 20) - 1])

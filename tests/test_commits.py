@@ -15,7 +15,7 @@ SCRIPT = Path(__file__).parents[1] / ".ci/check_commits.py"
 @pytest.fixture(scope="module")
 def check():
     if not SCRIPT.is_file():
-        pytest.skip("the source distribution leaves .ci out")
+        pytest.skip("the source distribution has no .ci")
     spec = importlib.util.spec_from_file_location("check_commits", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

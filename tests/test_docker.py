@@ -33,7 +33,7 @@ def test_copied_files_exist_and_are_not_ignored(text):
 
 def test_versions_are_pinned_within_the_packages_bounds(text):
     if sys.version_info < (3, 11):
-        pytest.skip("tomllib came with Python 3.11")
+        pytest.skip("tomllib needs Python 3.11")
     import tomllib
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

@@ -57,7 +57,7 @@ def test_wheel_contains_the_chat_page_with_pinned_libraries(wheel):
         packages = json.loads(archive.read(f"{page}/vendor.json"))["packages"].values()
         pinned = {name: file["sha256"] for package in packages for name, file in package["files"].items()}
         actual = {n.rsplit("/", 1)[1]: n for n in archive.namelist() if n.startswith(f"{page}/vendor/")}
-        assert actual.keys() == pinned.keys(), "run build_tools/page_assets.py to see why they could not be fetched"
+        assert actual.keys() == pinned.keys(), "run build_tools/page_assets.py to see why the download failed"
         assert {name: hashlib.sha256(archive.read(path)).hexdigest() for name, path in actual.items()} == pinned
 
 

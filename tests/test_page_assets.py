@@ -88,7 +88,7 @@ def test_every_library_has_its_licence():
         assert pinned["integrity"].startswith("sha512-") and pinned["license"] in ("MIT", "BSD-3-Clause")
 
 
-@pytest.mark.skipif(sys.version_info < (3, 11), reason="tomllib came with Python 3.11")
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="tomllib needs Python 3.11")
 def test_the_backend_builds_with_the_libraries_or_without(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "build_tools"))
     backend = importlib.import_module("backend")

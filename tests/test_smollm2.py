@@ -108,4 +108,4 @@ def test_bf16_greedy_text_equals_transformers_up_to_near_ties(bf16_directory, to
         logits = theirs(expected[None, :first]).logits[0, -1].float()
     # Transformers rounds its logits to bf16, a relative error of 2^-8, here and in every earlier sum.
     gap = logits[expected[first]] - logits[actual[first]]
-    assert gap <= 4 * 2**-8 * logits.abs().max(), f"parted at token {first}, where the top two are {gap:.3f} apart"
+    assert gap <= 4 * 2**-8 * logits.abs().max(), f"differs at token {first}, where the top two are {gap:.3f} apart"

@@ -81,7 +81,7 @@ def test_drop_from_the_middle() -> None:
     made.drop(1, 2, lambda copies, behind: seen.append((copies, behind)))
     assert made.blocks == [0, 3, 4] and made.tokens == 150 - 64 and manager.free_blocks == 5
     assert seen == [([], [3, 4])]
-    made.drop(1, 0, lambda copies, behind: pytest.fail("nothing goes, nothing moves"))
+    made.drop(1, 0, lambda copies, behind: pytest.fail("nothing is dropped, so nothing moves"))
     made.drop(1, 1, lambda copies, behind: seen.append((copies, behind)))
     assert made.blocks == [0, 4] and made.tokens == 150 - 96
 

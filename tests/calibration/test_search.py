@@ -36,7 +36,9 @@ def test_the_measured_kl_is_just_within_the_budget(factor: float, budget: float)
     assert chosen in curve
     assert chosen.measured_kl == measured(chosen.choice) <= budget
     smaller = [c for c in path(GROUPS) if total_bytes(c) < chosen.bytes]
-    assert all(factor * total_kl(c) ** 1.1 > 0.95 * budget for c in smaller), "no smaller choice of the path would do"
+    assert all(factor * total_kl(c) ** 1.1 > 0.95 * budget for c in smaller), (
+        "no smaller choice of the path is within the budget"
+    )
     assert len(calls) <= 16 and len(set(calls[:-1])) == len(calls) - 1, "nothing is measured twice"
 
 

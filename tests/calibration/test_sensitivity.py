@@ -74,7 +74,7 @@ def test_the_kl_of_a_group_equals_transformers(case: str, name: str) -> None:
             for n, matrix in changed.items():
                 other.get_parameter(n).copy_(unpack(matrix))
         assert probe.kl(changed, group.start) == pytest.approx(kl_by_transformers(model, other), rel=0.05)
-        assert probe.kl(changed, group.start) == pytest.approx(probe.kl(changed), rel=1e-3), "from the start comes to the same"
+        assert probe.kl(changed, group.start) == pytest.approx(probe.kl(changed), rel=1e-3), "the same from the first layer on"
 
 
 class Scripted:
@@ -114,7 +114,7 @@ def test_noise_is_counted_once_for_the_whole_model() -> None:
         ("bf16", 160, 0.0),
     ]  # fmt: skip
     assert [(o.formats[0], o.kl) for o in b] == [("int4", pytest.approx(0.025)), ("q4_1", pytest.approx(0.004)), ("bf16", 0.0)]
-    assert ("b", "int8", 1) not in probe.calls, "down to noise already"
+    assert ("b", "int8", 1) not in probe.calls, "only noise is left"
 
 
 def test_there_is_no_noise_after_the_last_state() -> None:

@@ -24,7 +24,7 @@ def test_excerpts_are_spread_evenly_over_the_text() -> None:
     assert [(s.dtype, s.shape) for s in actual] == [(torch.int64, (1, 100))] * 4
     for first, stretch in zip((0, 2500, 5000, 7500), actual, strict=True):
         assert stretch[0].tolist() == list(written[first : first + 100].encode())
-    assert len(text.stretches(Bytes(), written[:399], length=100, count=4)) == 3, "what there is, where it is less"
+    assert len(text.stretches(Bytes(), written[:399], length=100, count=4)) == 3, "a shorter text is used whole"
 
 
 def test_a_short_text_is_an_error() -> None:

@@ -28,7 +28,7 @@ def run(core, requests, limit=20_000):
             result[output.request_id].add(output)
         if core.idle:
             return result
-    raise AssertionError("it does not end")
+    raise AssertionError("the engine does not become idle")
 
 
 def prompts(rng, count, longest=120):

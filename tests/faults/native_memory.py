@@ -85,8 +85,8 @@ def _try(model: Path, faults: Faults, stage: str, number: int, log: int = -1) ->
         one = loaded()
         refused, made = _refused(faults, number, log, lambda: generated(one))
         expected = generated(loaded())
-        assert refused or made == expected, "another text, and no error"
-    assert generated(one) == expected, "another text after the error"
+        assert refused or made == expected, "a different text without an error"
+    assert generated(one) == expected, "a different text after the error"
     gc.collect()
     managers = [o for o in gc.get_objects() if isinstance(o, BlockManager)]
     assert all(m.free_blocks == m.num_blocks for m in managers), "blocks leaked"

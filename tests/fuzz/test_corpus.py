@@ -39,7 +39,7 @@ def test_every_input_is_accepted_or_a_typed_error(targets, name: str) -> None:
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)
-    assert sum(path.stat().st_size for path in inputs) < 64 << 10, "a corpus in the repository is small"
+    assert sum(path.stat().st_size for path in inputs) < 64 << 10, "a corpus in the repository must be small"
 
 
 def test_every_target_has_accepted_inputs_in_its_corpus(targets) -> None:

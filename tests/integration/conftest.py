@@ -65,7 +65,7 @@ def check_indexed_hidden_states(pair: Pair, requested: Any) -> None:
     if not isinstance(requested, bool):
         capturing = pytest.importorskip("transformers.utils.output_capturing")
         if not hasattr(capturing, "selected_hidden_states"):
-            pytest.skip("indices of hidden states are counted as here since Transformers 5.24")
+            pytest.skip("hidden states have these indices since Transformers 5.24")
     ids = pair.ids(6)
     fast, plain = (m(ids, output_hidden_states=requested).hidden_states for m in (pair.fast, pair.plain))
     if plain is None:

@@ -55,7 +55,7 @@ class Subject:
 
     def check(self, logits: torch.Tensor, alone: torch.Tensor, who: str) -> None:
         """logits, alone: float32 [steps, V] from which tokens were chosen."""
-        assert torch.equal(logits.argmax(-1), alone.argmax(-1)), f"{who} wrote another text"
+        assert torch.equal(logits.argmax(-1), alone.argmax(-1)), f"{who} generated a different text"
         if self.exact:
             assert torch.equal(logits, alone), who
         else:

@@ -153,7 +153,7 @@ def test_deepseek_v3(tmp_path, backend):
         expected = AutoModelForCausalLM.from_pretrained(tmp_path / "float", dtype=torch.float32)(ids).logits[0]
         assert_close_rows(load_model(folder, precision="fp32", backend=backend)(ids).logits[0], expected)
         difference = (model(ids).logits[0] - expected).abs().amax(-1) / expected.abs().amax(-1)
-    assert difference.median() < 2e-2, "and most rows meet the same experts"
+    assert difference.median() < 2e-2, "most rows have the same experts"
     pack_checkpoint(folder, tmp_path / "packed", {})
     again = load_model(tmp_path / "packed", backend=backend)
     for (name, a), (_, b) in zip(again.named_parameters(), model.named_parameters(), strict=True):

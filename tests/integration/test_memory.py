@@ -25,7 +25,7 @@ from support.checkpoint_files import ARRAY, F32, STRING, U32, gguf_bytes, gguf_t
 from support.models import NATIVE_FAMILIES
 
 pytestmark = [
-    pytest.mark.skipif(PeakMemory().bytes() is None, reason="the system does not tell the peak of a process's memory"),
+    pytest.mark.skipif(PeakMemory().bytes() is None, reason="the system does not report a process's peak memory"),
     pytest.mark.skipif(unavailable_reason() is not None, reason="no native build: the reference packer's panels are larger"),
 ]
 

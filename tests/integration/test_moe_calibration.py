@@ -59,7 +59,7 @@ def test_inputs_of_experts_are_measured_per_layer(original, texts):
     assert actual.keys() == linear | {
         f"model.layers.{i}.mlp.experts.{leaf}" for i in (1, 2) for leaf in ("gate_up_proj", "down_proj")
     }
-    assert model.dso.changed() is None and model.get_submodule(STACK).listener is None, "the model is as it was"
+    assert model.dso.changed() is None and model.get_submodule(STACK).listener is None, "the model is unchanged"
 
 
 def test_calibration_affects_the_rounding_of_experts(original, texts):
@@ -89,7 +89,7 @@ def test_formats_to_a_budget(original, way, tmp_path):
         config = DeepSeekConfig(kl_budget=0.02, backend="reference", formats={"*.experts.down_proj": "int8"})
         model = AutoModelForCausalLM.from_pretrained(original, quantization_config=config)
     formats = model.dso.manifest.formats()
-    assert {formats[f"model.layers.{i}.mlp.experts.down_proj"] for i in (1, 2)} == {"int8"}, "what was named beforehand"
+    assert {formats[f"model.layers.{i}.mlp.experts.down_proj"] for i in (1, 2)} == {"int8"}, "explicit formats are kept"
     assert not {formats[f"model.layers.{i}.self_attn.kv_b_proj"] for i in range(3)} & {"int4", "q4_1"}
     assert len(set(formats.values())) > 1
     chosen = next(point for point in model.report().curve if point["chosen"])

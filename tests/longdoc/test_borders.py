@@ -24,8 +24,8 @@ from support.documents import random_text
 )
 def test_the_best_border(text: str, cut: int) -> None:
     assert last_border(text, (), 0, len(text)) == cut
-    assert last_border(text, (2,), 0, len(text)) == 2, "a heading wins over all"
-    assert last_border(text, (0,), 0, len(text)) == cut, "which must lie behind the beginning"
+    assert last_border(text, (2,), 0, len(text)) == 2, "a heading is preferred"
+    assert last_border(text, (0,), 0, len(text)) == cut, "the boundary must be after the beginning"
 
 
 def test_a_million_accents_on_one_letter_are_cut() -> None:

@@ -42,9 +42,9 @@ def test_quotations_come_first_and_exactly() -> None:
     assert actual[0] == "the tallest building of the world"
     assert _cited("The text says “tallest … made of wrought iron.”")[0] == "made of wrought iron"
     assert _cited("TALLEST BUILDING OF THE WORLD UNTIL 1930")[0] == "tallest building of the world until 1930", (
-        "without marks too"
+        "also without quotation marks"
     )
-    assert _cited("They call him 'Gustave'.")[0] == "Gustave Eiffel signed the plans.", "of a short one, its sentence"
+    assert _cited("They call him 'Gustave'.")[0] == "Gustave Eiffel signed the plans.", "for a short quotation, its sentence"
 
 
 def test_one_of_several_overlapping_quotations_is_cited() -> None:
@@ -94,8 +94,8 @@ def test_file_page_line_and_chunk() -> None:
     chunks = [Chunk(0, 0, 0, 14, 4), Chunk(1, 1, 0, cut, 40), Chunk(2, 1, line, len(TEXT), 40)]
     (actual,) = cite("Eiffel signed them.", chunks, document)
     assert actual == Citation("tower.pdf", cut, cut + 32, "Gustave Eiffel signed the plans.", 2, 3, 2)
-    assert cite("330 metres", chunks, document)[0].chunk == 1, "the first of the chunks that share it"
-    assert cite("Eiffel signed them.", chunks[:2], document) == [], "only what was shown"
+    assert cite("330 metres", chunks, document)[0].chunk == 1, "the first of the chunks that contain it"
+    assert cite("Eiffel signed them.", chunks[:2], document) == [], "only passages that were in the prompt"
 
 
 @pytest.mark.parametrize("limit", [1, 2, 4])
@@ -111,7 +111,7 @@ def test_citations_are_in_the_text_and_do_not_overlap(limit: int) -> None:
         answer = rng.choice((random_text(rng, 300), f'"{texts["1"][start : start + 60]}"', texts["0"][:200]))
         question = random_text(rng, 50)
         actual = cite(answer, shown, document, question=question, limit=limit)
-        assert actual == cite(answer, shown, document, question=question, limit=limit), "the same each time"
+        assert actual == cite(answer, shown, document, question=question, limit=limit), "deterministic"
         for one in actual:
             file = next(file for file in document.files if file.name == one.file)
             chunk = chunks[one.chunk]

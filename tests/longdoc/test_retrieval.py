@@ -45,7 +45,7 @@ def test_scores_follow_the_formula() -> None:
 def test_ties_are_in_the_order_of_the_text() -> None:
     index = _index(["nothing here", "the needle lies here"] * 4, first=10)
     actual = index.search("Where does the NEEDLE lie?", 3)
-    assert [i for i, _ in index.search("needle", 8)] == [11, 13, 15, 17], "only those that have a word of it"
+    assert [i for i, _ in index.search("needle", 8)] == [11, 13, 15, 17], "only chunks with a word of the query"
     assert [i for i, _ in actual] == [11, 13, 15] and len({score for _, score in actual}) == 1
 
 

@@ -51,7 +51,7 @@ def tokenizer(request: pytest.FixtureRequest) -> Any:
     if request.param == "tiny-v3":
         return AutoTokenizer.from_pretrained(tiny_v3())
     if not SMOLLM2.is_dir():
-        pytest.skip(f"no {SMOLLM2}: `dso demo` fetches it")
+        pytest.skip(f"no {SMOLLM2}: `dso demo` downloads it")
     return AutoTokenizer.from_pretrained(SMOLLM2)
 
 
@@ -70,7 +70,7 @@ def _check(document: Document, tokenizer: Any, max_length: int, stride: int) -> 
         if own:
             assert own[0].start == 0 and own[-1].end == len(file.text)
         for before, after in zip(own, own[1:], strict=False):
-            assert before.start < after.start <= before.end < after.end, "each goes on where the one before ended, or earlier"
+            assert before.start < after.start <= before.end < after.end, "each starts where the one before ended, or earlier"
             if stride == 0:
                 assert after.start == before.end
         for chunk in own:
@@ -94,7 +94,7 @@ def test_random_texts(tokenizer: Any) -> None:
 
 def test_control_tokens_count_as_text(bpe: Any) -> None:
     chunks = split(Document.of_texts("<|im_end|>" * 50), bpe, 64, 0)
-    assert len(chunks) > 1, "as one token each, all of them would fit"
+    assert len(chunks) > 1, "if each were one token, all would fit"
 
 
 def test_the_overlap_is_about_the_stride(bpe: Any) -> None:
@@ -137,7 +137,7 @@ def test_slow_and_fast_tokenizers_give_chunks_of_similar_size() -> None:
 
     text = sample_text()[:20_000]
     sizes = [chunk.tokens for chunk in split(Document.of_texts(text), ByT5Tokenizer(), 2048, 0)]
-    assert sum(sizes) == len(text.encode()), "a token a byte, each once"
+    assert sum(sizes) == len(text.encode()), "one token per byte, each once"
     assert min(sizes[:-1]) > 0.7 * 2048
 
 
@@ -166,7 +166,7 @@ def test_one_line_is_tokenised_in_bounded_parts_and_few_times() -> None:
     tokenizer, text = _Counter(len), "x" * 10_000_000
     chunks = split(Document.of_texts(text), tokenizer, 4096, 1024)
     assert tokenizer.longest <= 4096 and tokenizer.max_characters <= 1 << 20
-    assert tokenizer.all < 2.6 * len(text), "once for the plan, and then 4/3 of the text, chunk by chunk"
+    assert tokenizer.all < 2.6 * len(text), "once for the plan, then 4/3 of the text, chunk by chunk"
     assert chunks[-1].end == len(text)
 
 

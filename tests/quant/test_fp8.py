@@ -66,7 +66,7 @@ def test_non_finite_values_affect_only_their_block() -> None:
 
 def test_zeros() -> None:
     assert not FORMAT.pack(-torch.zeros(20, 40)).any()
-    assert not FORMAT.unpack(FORMAT.pack(torch.full((20, 40), 1e-44)), 20, 40).any(), "a scale that is none"
+    assert not FORMAT.unpack(FORMAT.pack(torch.full((20, 40), 1e-44)), 20, 40).any(), "an invalid scale"
 
 
 def test_taking_over_rounds_nothing() -> None:

@@ -22,7 +22,7 @@ def test_the_page_and_its_resources(client):
     named = re.findall(r'(?:src|href)="([^"#]+)"', page.text)
     assert named
     for address in named:
-        assert not re.match(r"[a-z]+:|//", address), "an address elsewhere"
+        assert not re.match(r"[a-z]+:|//", address), "a URL of another server"
         assert client.get(f"/{address}").status_code == 200, address
 
 

@@ -77,7 +77,7 @@ def wait_for(condition: Callable[[], Any], seconds: float = 10.0) -> None:
     """Waits until the condition is true; fails after `seconds`."""
     until = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < until, "it did not happen in time"
+        assert time.monotonic() < until, "the condition was not met in time"
         time.sleep(0.005)
 
 

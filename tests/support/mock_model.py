@@ -83,7 +83,7 @@ class MockMemory:
         return result
 
     def run(self, plan, batch):
-        raise AssertionError("the mock runner runs by itself")
+        raise AssertionError("the mock runner does not use plans")
 
 
 class MockRunner:

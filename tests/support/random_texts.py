@@ -34,8 +34,8 @@ class RandomModel:
             allowed = np.ones(self._vocab_size, bool)
             if grammar.mask(bits):
                 allowed = np.unpackbits(bits.view(np.uint8), bitorder="little")[: self._vocab_size].astype(bool)
-            assert not allowed[len(self._tokenizer) :].any(), "tokens that the tokenizer does not have"
-            assert allowed.any(), "nothing may come"
+            assert not allowed[len(self._tokenizer) :].any(), "the mask allows tokens beyond the vocabulary"
+            assert allowed.any(), "the mask allows no token"
             eos = self._tokenizer.eos_token_id
             if allowed[eos] and choose.random() < (0.4 if len(ids) < 60 else 1):
                 grammar.accept(eos)

@@ -40,7 +40,7 @@ def run(
     )
     trainer.train(resume_from_checkpoint=resume)
     sharded = any(isinstance(parameter, DTensor) for parameter in trainer.model.parameters())
-    assert sharded == bool(fields.get("fsdp")), "accelerate alone trains with DDP on CPUs, whatever it is asked for"
+    assert sharded == bool(fields.get("fsdp")), "accelerate alone always uses DDP on CPUs"
     return [log["loss"] for log in trainer.state.log_history if "loss" in log]
 
 

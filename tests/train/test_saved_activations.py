@@ -72,7 +72,7 @@ def test_a_freed_result_is_not_confused_with_a_later_one():
                 break
             kept_alive.append(other)
         else:
-            pytest.skip("the allocator gave the memory to nobody")
+            pytest.skip("the allocator did not reuse the memory")
         loss = F.linear(other, weight).sum()
     loss.backward()
     assert torch.equal(weight.grad, torch.full((32, 32), 3.0 * 64))

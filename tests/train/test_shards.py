@@ -15,7 +15,7 @@ from deepseek_optimizer.train.optimizer import DeepSeekAdamW
 @pytest.fixture
 def mesh():
     if dist.is_initialized():
-        pytest.skip("this process belongs to a group already")
+        pytest.skip("this process already belongs to a group")
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         yield init_device_mesh("cpu", (1,))

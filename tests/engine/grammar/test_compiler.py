@@ -337,7 +337,7 @@ def test_a_compiler_that_is_killed_is_replaced(tokenizer):
         killed = compiler.pids
         for pid in killed:
             os.kill(pid, signal.SIGKILL)
-        assert follow(compiler.regex("b"), tokenizer, "b").finished, "nobody is blamed for a kill from outside"
+        assert follow(compiler.regex("b"), tokenizer, "b").finished, "an external kill is not the grammar's fault"
         assert compiler.pids and not set(compiler.pids) & set(killed)
     finally:
         pids = compiler.pids
@@ -345,7 +345,7 @@ def test_a_compiler_that_is_killed_is_replaced(tokenizer):
     for pid in pids:
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
-    assert follow(compiler.regex("a"), tokenizer, "a").finished, "what is cached stays usable"
+    assert follow(compiler.regex("a"), tokenizer, "a").finished, "cached grammars stay usable"
     with pytest.raises(RequestError, match="shutting down"):
         compiler.regex("c")
 

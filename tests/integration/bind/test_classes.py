@@ -197,7 +197,9 @@ def test_unsupported_calls_go_to_transformers(decoder):
     with pytest.warns(OptimizerWarning, match="output_attentions"):
         fast = pair.fast(ids, output_attentions=True)
     assert len(fast.attentions) == 3
-    assert isinstance(getattr(pair.fast(ids), cache_name()), PagedCache), "what recorded the attention keeps the plan away"
+    assert isinstance(getattr(pair.fast(ids), cache_name()), PagedCache), (
+        "the hooks that record attention prevent the use of the plan"
+    )
     with pytest.warns(OptimizerWarning, match="DynamicCache"):
         fast = pair.fast(ids, **{cache_name(): DynamicCache()}).last_hidden_state
     assert_close_rows(fast, pair.plain(ids).last_hidden_state)

@@ -56,7 +56,7 @@ def test_measured_inputs_equal_transformers(original, backend):
     for name, rows in seen.items():
         expected = rows.double().square().mean(0)
         assert torch.allclose(actual[name].double(), expected / expected.mean(), rtol=1e-3), name
-    assert model.dso.changed() is None, "the model is as it was"
+    assert model.dso.changed() is None, "the model is unchanged"
 
 
 @pytest.mark.parametrize("precision", ["int4", "q4_1"])

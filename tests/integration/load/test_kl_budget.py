@@ -70,7 +70,9 @@ def test_the_sensitive_matrix_gets_a_large_format(adapted):
     actual = formats_of(adapted[0])
     wide = {name for name, format in actual.items() if get_format(format).bits > 8}
     assert SENSITIVE in wide
-    assert not any("layers.0" in name or "layers.2" in name for name in wide), "what hardly counts pays for it"
+    assert not any("layers.0" in name or "layers.2" in name for name in wide), (
+        "insensitive matrices get smaller formats instead"
+    )
     for layer in range(3):
         for together in (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj")):
             assert len({actual[f"model.layers.{layer}.{name}"] for name in together}) == 1
@@ -127,10 +129,10 @@ def test_from_pretrained_chooses_the_same(adapted, original):
     config = DeepSeekConfig(kl_budget=0.03, backend=backend)
     other = AutoModelForCausalLM.from_pretrained(original, quantization_config=config)
     assert formats_of(other) == formats_of(model)
-    assert other.dso.config == config, "what was chosen is in the manifest, not among the settings"
+    assert other.dso.config == config, "the chosen formats are in the manifest, not in the settings"
     assert torch.equal(other(torch.arange(30)[None]).logits, model(torch.arange(30)[None]).logits)
     assert other.get_input_embeddings().weight is other.get_output_embeddings().weight
-    assert config == DeepSeekConfig(kl_budget=0.03, backend=backend), "the user's own is left as it is"
+    assert config == DeepSeekConfig(kl_budget=0.03, backend=backend), "the user's config is not modified"
 
 
 def test_explicit_formats_are_kept(adapted, original):
@@ -180,7 +182,7 @@ def test_a_calibration_text_is_used(original, tmp_path):
     plain = load_model(original, formats=formats_of(model), backend=FAST)
     name = next(name for name, format in formats_of(model).items() if format == "int4")
     tiles = [m.get_parameter(f"{name}.weight") for m in (model, plain)]
-    assert not torch.equal(*tiles), "int4 is rounded by what the text shows"
+    assert not torch.equal(*tiles), "the text affects the rounding of int4"
 
 
 def test_a_context_shorter_than_an_excerpt(original, tmp_path):

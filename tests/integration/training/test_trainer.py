@@ -15,7 +15,7 @@ PUBLIC = sorted(name for name, value in vars(HookedTrainer).items() if inspect.i
 
 @pytest.mark.parametrize("name", PRIVATE)
 def test_trainer_has_the_method(name):
-    assert inspect.isfunction(getattr(Trainer, name)), f"{name}: Trainer no longer calls it, so it has no effect"
+    assert inspect.isfunction(getattr(Trainer, name)), f"{name}: Trainer does not call it any more, so it has no effect"
 
 
 @pytest.mark.parametrize("name", PUBLIC)

@@ -109,7 +109,7 @@ def test_broken_archives() -> None:
 def test_zip_bombs_are_rejected_before_unpacking(monkeypatch: pytest.MonkeyPatch) -> None:
     bomb = _with(_body("<w:p/>"), "word/document.xml", lambda content: content.replace(b"<w:p/>", b" " * (reader.MAX_XML + 1)))
     assert len(bomb) < 200_000
-    monkeypatch.setattr(zipfile.ZipFile, "read", lambda *_: pytest.fail("it was unpacked"))
+    monkeypatch.setattr(zipfile.ZipFile, "read", lambda *_: pytest.fail("the archive was unpacked"))
     with pytest.raises(DocumentError, match="^a.docx: unpacks to 48 MB in .* parts, more than the limit"):
         read_upload("a.docx", bomb)
 

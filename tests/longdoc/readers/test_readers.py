@@ -122,4 +122,4 @@ def test_damaged_files_are_read_or_rejected() -> None:
             assert all(0 <= page.start <= page.end <= len(file.text) for page in file.pages)
             assert all(0 <= at < len(file.text) for at in file.headings)
             file.text.encode()
-    assert 60 < read < 300, "some are still readable, and some are not"
+    assert 60 < read < 300, "some files are readable and some are not"

@@ -31,7 +31,7 @@ async def until(condition) -> None:
         if condition():
             return
         await asyncio.sleep(0.002)
-    raise AssertionError("it did not happen in time")
+    raise AssertionError("the condition was not met in time")
 
 
 class Jobs:

@@ -215,4 +215,4 @@ def test_children_end_with_their_parent(job):
         if not alive(pid) or Path(f"/proc/{pid}/stat").read_text().split()[2] == "Z":  # there may be no process to reap it
             return
         time.sleep(0.02)
-    pytest.fail("the child is still there")
+    pytest.fail("the child is still running")

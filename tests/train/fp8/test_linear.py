@@ -28,7 +28,7 @@ def test_gradients(lead) -> None:
     assert torch.equal(w.grad, HOW.weight_gradient(drows, rows))
     torch.testing.assert_close(b.grad.float(), drows.float().sum(0), rtol=1e-2, atol=1e-2)
     exact = rows.float() @ w.detach().float().t() + b.detach().float()
-    assert 0.001 < ((y.detach().reshape(-1, 130).float() - exact).norm() / exact.norm()) < 0.06, "near, and not bf16"
+    assert 0.001 < ((y.detach().reshape(-1, 130).float() - exact).norm() / exact.norm()) < 0.06, "close, but not bf16"
 
 
 def test_main_grad_gets_the_gradient() -> None:

@@ -73,7 +73,7 @@ def test_bf16_represents_code_times_scale_exactly(dtype) -> None:
 def test_values_on_the_grid_are_exact(tile) -> None:
     once = round_trip(numbers((200, 300)), tile)
     assert torch.equal(round_trip(once, tile), once)
-    assert len(once.float().view(torch.int32).bitwise_and(0x000FFFFF).unique()) == 1, "three bits behind the leading one"
+    assert len(once.float().view(torch.int32).bitwise_and(0x000FFFFF).unique()) == 1, "three bits after the leading one"
 
 
 def test_rounding_is_to_even_and_keeps_the_largest() -> None:

@@ -84,7 +84,7 @@ def test_missing_hardware_is_an_immediate_error(tmp_path: Path) -> None:
 
 
 def test_evaluation_equals_the_saved_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backend, "round_trip", lambda *a: pytest.fail("FP8 in evaluation"))
+    monkeypatch.setattr(backend, "round_trip", lambda *a: pytest.fail("FP8 was used in evaluation"))
     run(tmp_path, fp8_enabled=True, fp8_backend="emulate").evaluate()
 
 
