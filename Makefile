@@ -90,8 +90,8 @@ docs-reference: env
 # The tests that use Transformers, on the oldest release that pyproject.toml allows; `make test` uses the newest.
 LOWEST := .venv-lowest
 LOWEST_TRANSFORMERS := $(shell sed -n 's/.*"transformers>=\([0-9.]*\),.*/\1/p' pyproject.toml)
-LOWEST_TESTS ?= tests/integration tests/models tests/test_article.py tests/test_optimizer.py \
-  tests/train/test_prepare.py tests/train/test_trainer.py tests/train/test_attention.py tests/train/checkpoints
+LOWEST_TESTS ?= tests/integration tests/models tests/test_article.py tests/test_optimised_model.py \
+  tests/train/test_prepare.py tests/train/test_trainer.py tests/train/test_attention_function.py tests/train/checkpoints
 
 $(LOWEST)/.installed: $(WHEELS)/.built
 	test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deepseek_optimizer.bench.exchange import ask
+from deepseek_optimizer.bench.http_client import ask
 from deepseek_optimizer.bench.served import Served
 
 from . import hostile

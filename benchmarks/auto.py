@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from deepseek_optimizer import load_model, load_tokenizer
-from deepseek_optimizer.bench.process import cpu_name
+from deepseek_optimizer.bench.hardware import cpu_name
 from deepseek_optimizer.bench.quality import compare
 from deepseek_optimizer.calibration.text import sample_text, stretches
 from deepseek_optimizer.integration.load.kl_budget import LENGTH, calibration_tokens

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from deepseek_optimizer.bench.process import cpu_name, usable_cpus
+from deepseek_optimizer.bench.hardware import cpu_name, usable_cpus
 from deepseek_optimizer.bench.served import Served
 from deepseek_optimizer.system.memory import free_memory
 from deepseek_optimizer.versions import versions

@@ -19,7 +19,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from deepseek_optimizer.bench.process import cpu_name, usable_cpus
+from deepseek_optimizer.bench.hardware import cpu_name, usable_cpus
 from deepseek_optimizer.bench.smollm2 import cache_directory
 
 Figures = dict[str, float]

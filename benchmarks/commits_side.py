@@ -20,7 +20,7 @@ def main() -> None:
     from benchmarks.serving import SERVING, VLLM, Serving
     from benchmarks.standing import STANDING
     from deepseek_optimizer.bench.against import run_json, values_of
-    from deepseek_optimizer.bench.process import usable_cpus
+    from deepseek_optimizer.bench.hardware import usable_cpus
 
     rows: dict[str, Any] = {row.name: row for row in (*STANDING, *DEEPSEEK, *SERVING)}
     if name not in rows:

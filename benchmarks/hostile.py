@@ -24,7 +24,7 @@ from functools import cache
 from io import BytesIO
 from typing import Any
 
-from deepseek_optimizer.bench.exchange import Exchange, request_bytes
+from deepseek_optimizer.bench.http_client import Exchange, request_bytes
 
 TEXTS, CHATS, FILES = "/v1/completions", "/v1/chat/completions", "/v1/files"
 HARMLESS = frozenset({200, 400, 413, 429, 503, 504})  # statuses that such requests may get

@@ -16,7 +16,7 @@ import time
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
-from deepseek_optimizer.bench.exchange import Exchange, HttpReply, ask, send
+from deepseek_optimizer.bench.http_client import Exchange, HttpReply, ask, send
 from deepseek_optimizer.bench.statistics import percentile
 
 from .prompts import PAUSE, chats, random_prompts

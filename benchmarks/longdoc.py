@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from deepseek_optimizer import LongDocument, load_model, load_tokenizer
-from deepseek_optimizer.bench.process import cpu_name
+from deepseek_optimizer.bench.hardware import cpu_name
 from deepseek_optimizer.calibration.text import sample_text
 from deepseek_optimizer.errors import RequestError
 

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from deepseek_optimizer.bench.against import Command, alternate, run_json
-from deepseek_optimizer.bench.machine import read_gb_s
+from deepseek_optimizer.bench.machine_limits import read_gb_s
 from deepseek_optimizer.bench.peers import get_peer
 from deepseek_optimizer.bench.peers.base import own_command
 from deepseek_optimizer.bench.peers.environments import setup

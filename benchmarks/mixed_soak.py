@@ -22,7 +22,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from deepseek_optimizer.bench.exchange import HttpReply, ask, send
+from deepseek_optimizer.bench.http_client import HttpReply, ask, send
 from deepseek_optimizer.bench.served import Served
 
 from .command import conclude

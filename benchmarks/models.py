@@ -21,7 +21,7 @@ from deepseek_optimizer.bench import smollm2
 from deepseek_optimizer.bench.peers import get_peer
 from deepseek_optimizer.bench.peers.environments import setup
 from deepseek_optimizer.bench.peers.openvino import export_command
-from deepseek_optimizer.bench.plain import dequantised
+from deepseek_optimizer.bench.unoptimised_model import dequantised
 from deepseek_optimizer.checkpoint.manifest import VERSION
 
 from . import gguf_file, gguf_v2lite, random_packed

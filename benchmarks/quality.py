@@ -24,9 +24,9 @@ import torch
 from transformers import AutoTokenizer
 
 from deepseek_optimizer import load_model
-from deepseek_optimizer.bench.plain import load_plain
-from deepseek_optimizer.bench.process import cpu_name
+from deepseek_optimizer.bench.hardware import cpu_name
 from deepseek_optimizer.bench.quality import through_decode, through_prefill
+from deepseek_optimizer.bench.unoptimised_model import load_unoptimised
 from deepseek_optimizer.calibration.text import sample_text
 
 from . import models, results
@@ -76,15 +76,15 @@ def _split(ids: Any, tokens: int, count: int) -> tuple[list[torch.Tensor], list[
 
 
 def _rounding(title: str, path: Path, evaluated: Sequence[torch.Tensor], calibration: Sequence[torch.Tensor]) -> Iterator[Row]:
-    for name, row in measured(load_plain(path, torch.float32), evaluated, calibration):
+    for name, row in measured(load_unoptimised(path, torch.float32), evaluated, calibration):
         yield f"{title}, weights alone: {name}", row
 
 
 def _engine(bf16: Path, evaluated: Sequence[torch.Tensor], calibration: str) -> Iterator[Row]:
     """Everything as a user gets it: rounded weights, rounded activations, our kernels."""
     gguf = models.model("smol", "gguf")
-    reference = Reference(load_plain(gguf, torch.float32), evaluated)
-    yield "SmolLM2-135M: Transformers bf16", reference.compare(load_plain(bf16, torch.bfloat16))
+    reference = Reference(load_unoptimised(gguf, torch.float32), evaluated)
+    yield "SmolLM2-135M: Transformers bf16", reference.compare(load_unoptimised(bf16, torch.bfloat16))
     with tempfile.TemporaryDirectory() as folder:
         text = Path(folder) / "calibration.txt"
         text.write_text(calibration, encoding="utf-8")

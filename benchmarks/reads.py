@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from deepseek_optimizer.bench.traffic import Experts, Reads, traffic_of
+from deepseek_optimizer.bench.memory_traffic import Experts, Reads, traffic_of
 
 __all__ = ["Reads", "of_gguf", "of_ours"]
 

@@ -11,8 +11,8 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from deepseek_optimizer.bench.machine import read_gb_s
-from deepseek_optimizer.bench.process import usable_cpus
+from deepseek_optimizer.bench.hardware import usable_cpus
+from deepseek_optimizer.bench.machine_limits import read_gb_s
 
 from . import measure, measure_serving, results, speculation, spine
 from .command import asked

@@ -27,7 +27,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from deepseek_optimizer.bench.exchange import HttpReply, ask, send
+from deepseek_optimizer.bench.http_client import HttpReply, ask, send
 from deepseek_optimizer.bench.served import Served, resident
 
 from . import hostile

@@ -42,7 +42,7 @@ class Row:
     name: for the command line and the results.
     model: of `models.TITLES`.
     form: that ours runs on.
-    figure: of `bench.figures.KINDS`; more is better.
+    figure: of `bench.metrics.METRICS`; more is better.
     bars: one each that ours is measured against.
     fields: of DeepSeekConfig, for ours.
     read_percent: of the machine's read bandwidth that is asked for too.

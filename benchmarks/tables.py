@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from deepseek_optimizer.bench.figures import KINDS
+from deepseek_optimizer.bench.metrics import METRICS
 from deepseek_optimizer.bench.sections import number
 
 from . import measure_serving, results, training
@@ -89,7 +89,7 @@ def summary_table(spine: results.Entries, standing: results.Entries, language: s
     for name, model in (("spine-smol", "SmolLM2"), ("spine-r1q15", "r1q15")):
         for row in spine[name]["rows"] if name in spine else ():
             if row["name"] == "int4" and row["figure"] in _SUMMARY_SPINE:
-                kind = KINDS[row["figure"]]
+                kind = METRICS[row["figure"]]
                 speeds = [number(row[side], kind.unit) for side in ("baseline", "side")]
                 yield _cells(f"{model}, 512 in: {kind.label}", "Transformers bf16", *speeds, _bold(_fraction(row, kind.unit)))
     rows = {row.name: row for row in (*STANDING, *DEEPSEEK)}
@@ -140,7 +140,7 @@ def _asked(at_least: float, read_percent: float | None, or_percent: float | None
 
 
 def _speed(entry: dict[str, Any], label: str) -> str:
-    return number(statistics.median(entry["sides"][label]), KINDS[entry["figure"]].unit)
+    return number(statistics.median(entry["sides"][label]), METRICS[entry["figure"]].unit)
 
 
 def _times(ratio: dict[str, Any]) -> str:
@@ -179,8 +179,8 @@ def spine_table(entries: results.Entries) -> Iterator[str]:
         for figure in _SPINE_FIGURES.get(comparison.title, ("to_first_token_s",)):
             found = {row["name"]: row for row in rows if row["figure"] == figure}
             if found:
-                unit = KINDS[figure].unit
-                first = f"{TITLES[comparison.model]}, {comparison.title}: {KINDS[figure].label}"
+                unit = METRICS[figure].unit
+                first = f"{TITLES[comparison.model]}, {comparison.title}: {METRICS[figure].label}"
                 values = [
                     f"{number(found[label]['side'], unit)} ({found[label]['better']:.1f}x)" if label in found else ""
                     for label in labels
@@ -267,7 +267,7 @@ def ratio_lines(entry: dict[str, Any]) -> list[str]:
 
 def _ratio_line(row: dict[str, Any]) -> str:
     baseline, side = (number(row[name], row["unit"]) for name in ("baseline", "side"))
-    return f"  {row['name']:16} {KINDS[row['figure']].label:20} {baseline:>14} -> {side:>14} {_times(row)}"
+    return f"  {row['name']:16} {METRICS[row['figure']].label:20} {baseline:>14} -> {side:>14} {_times(row)}"
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from deepseek_optimizer.bench.process import cpu_name, usable_cpus
+from deepseek_optimizer.bench.hardware import cpu_name, usable_cpus
 from deepseek_optimizer.system.threads import one_torch_thread
 from deepseek_optimizer.train.ops.attention import attention
 from deepseek_optimizer.train.ops.cross_entropy import linear_cross_entropy

@@ -40,7 +40,8 @@ def run(a: argparse.Namespace) -> dict[str, Any]:
     import torch
     from transformers import Trainer, TrainerCallback
 
-    from deepseek_optimizer.bench.process import peak_resident_bytes, usable_cpus
+    from deepseek_optimizer.bench.hardware import usable_cpus
+    from deepseek_optimizer.bench.peak_memory import peak_resident_bytes
 
     torch.set_num_threads(a.threads or usable_cpus())
     rows = texts(a.model, a.rows * a.steps + a.evaluate, a.tokens)

@@ -26,11 +26,11 @@ from transformers import AutoTokenizer
 
 from deepseek_optimizer import load_model
 from deepseek_optimizer.backends.base import BLOCK_TOKENS, PREFILL, StepBatch
-from deepseek_optimizer.bench.process import cpu_name
+from deepseek_optimizer.bench.hardware import cpu_name
 from deepseek_optimizer.cache import SequenceBlocks
 from deepseek_optimizer.cache.cache_window import CacheWindow
 from deepseek_optimizer.calibration.text import sample_text
-from deepseek_optimizer.graph.rotation import key_rotation
+from deepseek_optimizer.graph.rope_rotation import key_rotation
 from deepseek_optimizer.integration.memory.arena import Arena
 
 from . import models, results

@@ -1,4 +1,4 @@
-"""Shared by all tests: one torch thread, no network, red zones, and a tiny model of a known family with its own tokenizer."""
+"""Shared by all tests: one torch thread, no network, red zones, and a tiny model of a supported family with its tokenizer."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from support.rings import Costs, Rings, seed_of
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("DSO_CHECK", "1")  # red zones around all that the native library writes into
+os.environ.setdefault("DSO_CHECK", "1")  # red zones around every buffer that the native library writes
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
@@ -36,7 +36,7 @@ def _one_thread() -> None:
 
 @pytest.fixture(scope="session")
 def byte_tokenizer():
-    """A byte-level tokenizer of 256 bytes and a few special tokens, with a chat template; made here, downloads nothing."""
+    """A byte-level tokenizer of 256 bytes and a few special tokens, with a chat template; nothing is downloaded."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

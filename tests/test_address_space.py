@@ -1,4 +1,4 @@
-"""`ulimit -v` gives an error that says so, and never kills the process."""
+"""`ulimit -v` gives an error that names it, and never kills the process."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ import pytest
 from deepseek_optimizer.address_space import MIN_BYTES
 
 LINUX = sys.platform.startswith("linux")
-pytestmark = pytest.mark.skipif(not LINUX, reason="RLIMIT_AS limits nothing but Linux's")
+pytestmark = pytest.mark.skipif(not LINUX, reason="RLIMIT_AS is effective only on Linux")
 
 
 @pytest.mark.parametrize("megabytes", [100, 570, 670, MIN_BYTES // (1 << 20) - 1])
-def test_too_little_for_torch_is_said_before_it_is_loaded(tiny_model, megabytes):
+def test_too_little_for_torch_is_reported_before_it_is_loaded(tiny_model, megabytes):
     limit = megabytes << 20
     done = subprocess.run(
         [sys.executable, "-c", "from deepseek_optimizer_cli.app import main; main()", "run", str(tiny_model), "hello"],
@@ -28,8 +28,8 @@ def test_too_little_for_torch_is_said_before_it_is_loaded(tiny_model, megabytes)
     assert done.stderr.count("\n") == 1
 
 
-def test_addresses_that_run_out_later_are_an_error(tiny_model):
-    """In the native library, numpy or torch: whichever asks next."""
+def test_running_out_later_is_an_error(tiny_model):
+    """In the native library, numpy or torch: whichever allocates next."""
     tests = Path(__file__).parent
     limits = [0, 1, 4, 64, 1000]
     done = subprocess.run(
@@ -39,7 +39,7 @@ def test_addresses_that_run_out_later_are_an_error(tiny_model):
     assert done.returncode == 0, done.stderr[-2000:]
     lines = done.stdout.splitlines()
     assert len(lines) == 2 * len(limits)
-    assert all(line.split()[2] == "0" for line in lines), done.stdout  # no signal, and no abort in another guise
-    said = [line.split(maxsplit=3)[3] for line in lines]
-    assert said[-2:] == ["done", "done"]
-    assert any("memory" in words.lower() for words in said)
+    assert all(line.split()[2] == "0" for line in lines), done.stdout  # no signal, and no other kind of abort
+    message = [line.split(maxsplit=3)[3] for line in lines]
+    assert message[-2:] == ["done", "done"]
+    assert any("memory" in words.lower() for words in message)

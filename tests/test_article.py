@@ -1,4 +1,4 @@
-"""The article's calls, chapter by chapter, as a reader would type them. Grows with the package."""
+"""The article's calls, chapter by chapter, as a reader would type them."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_loading(tiny_model):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
 @pytest.mark.parametrize("device", [0, "cuda", {"": 0}])
-def test_a_device_that_is_not_there(tiny_model, device):
+def test_a_missing_device(tiny_model, device):
     from deepseek_optimizer import ConfigError, DeepSeekConfig
 
     with pytest.raises(ConfigError, match='device_map="cpu"'):
@@ -66,7 +66,7 @@ def long_document(path, text):  # 4.2
     tokenizer = AutoTokenizer.from_pretrained(path)
     chunks = tokenizer(text, truncation=False, max_length=4096, stride=1024, return_overflowing_tokens=True)
     for row, mask in zip(chunks["input_ids"], sliding_window_mask(chunks, window=1024, sinks=4), strict=False):
-        # True: query i sees key j: j <= i, and i - j < window or j < sinks
+        # True: key j is visible to query i: j <= i, and i - j < window or j < sinks
         assert mask.shape == (len(row), len(row)) and mask.dtype == torch.bool
         yield mask
 
@@ -81,7 +81,7 @@ def benchmark(model, tokenizer):  # 5.1
     from deepseek_optimizer import benchmark_model
 
     result = benchmark_model(model, tokenizer, ["What is a hash table?", "Name three rivers."])
-    print(result["p50"], result["p90"], result["throughput"])  # ms, ms, generated tokens a second
+    print(result["p50"], result["p90"], result["throughput"])  # ms, ms, generated tokens per second
 
 
 def test_benchmark(tiny_model, byte_tokenizer, capsys):
@@ -109,7 +109,7 @@ def dialogue(path):  # 4.1; device=0 on CUDA
 
 def test_dialogue(tiny_model, tmp_path, capsys):
     path = shutil.copytree(tiny_model, tmp_path / "model")
-    # A random model that says many things, and ends by no chance.
+    # A random model with varied output that never ends early.
     config = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps(config | {"eos_token_id": None}))
     (path / "generation_config.json").write_text(json.dumps({"do_sample": True, "temperature": 2.0}))

@@ -15,7 +15,7 @@ SCRIPT = Path(__file__).parents[1] / ".ci/check_commits.py"
 @pytest.fixture(scope="module")
 def check():
     if not SCRIPT.is_file():
-        pytest.skip("the source distribution leaves .ci out")
+        pytest.skip("the source distribution has no .ci")
     spec = importlib.util.spec_from_file_location("check_commits", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -34,8 +34,8 @@ def check():
     ],
 )
 def test_messages(check, message, wrong):
-    found = check.problems(message)
-    assert len(found) == len(wrong) and all(part in problem for part, problem in zip(wrong, found, strict=True)), found
+    actual = check.problems(message)
+    assert len(actual) == len(wrong) and all(part in problem for part, problem in zip(wrong, actual, strict=True)), actual
 
 
 def test_only_new_commits_are_checked(check, tmp_path, capsys):
@@ -51,14 +51,14 @@ def test_only_new_commits_are_checked(check, tmp_path, capsys):
 
     git("init")
     commit("An old title " + "x" * 80)
-    assert check.main(tmp_path) == 0  # neither origin/main nor the recorded commit: a shallow clone, say
+    assert check.main(tmp_path) == 0  # neither origin/main nor the recorded commit, as in a shallow clone
     git("update-ref", "refs/remotes/origin/main", "HEAD")
     commit("A good one\n\nBecause.")
     assert check.main(tmp_path) == 0
     commit("A new title " + "x" * 80)
     assert check.main(tmp_path) == 1
-    said = capsys.readouterr().err.splitlines()
-    assert len(said) == 2 and all("A new title" in line for line in said)
+    output = capsys.readouterr().err.splitlines()
+    assert len(output) == 2 and all("A new title" in line for line in output)
 
 
 def test_a_clone_of_main_is_checked_from_the_recorded_commit(check, tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""DeepSeekConfig: every field checked when set, unknown names refused with the nearest, JSON round trip."""
+"""DeepSeekConfig: every field is checked when set, unknown names raise an error with the closest name, JSON round trip."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ GOOD = {
     "batch_size_range": [(1, 1), [4, 32]],
     "fast_path": [True, False],
     "mtp": ["auto", "off"],
-    "context_extension": [None],  # the two go together: see below
+    "context_extension": [None],  # needs the other field, see below
     "context_length": [None],
     "calibration": [None, "notes.txt"],
     "kl_budget": [None, 0.02, 1],
@@ -68,13 +68,13 @@ BAD = {
 }
 
 
-def test_every_field_has_good_and_bad_values():
+def test_every_field_has_valid_and_invalid_values():
     names = {f.name for f in fields(DeepSeekConfig)}
     assert names == GOOD.keys() == BAD.keys()
 
 
 @pytest.mark.parametrize(("name", "value"), [(n, v) for n, values in GOOD.items() for v in values])
-def test_good_values_at_construction_and_assignment(name, value):
+def test_valid_values_at_construction_and_assignment(name, value):
     assert getattr(DeepSeekConfig(**{name: value}), name) == (tuple(value) if isinstance(value, list) else value)
     config = DeepSeekConfig()
     setattr(config, name, value)
@@ -82,7 +82,7 @@ def test_good_values_at_construction_and_assignment(name, value):
 
 
 @pytest.mark.parametrize(("name", "value"), [(n, v) for n, values in BAD.items() for v in values])
-def test_bad_values_are_refused_by_name(name, value):
+def test_invalid_values_are_rejected_by_name(name, value):
     with pytest.raises(ConfigError, match=name):
         DeepSeekConfig(**{name: value})
     config = DeepSeekConfig()
@@ -93,7 +93,7 @@ def test_bad_values_are_refused_by_name(name, value):
 
 
 @pytest.mark.parametrize(("wrong", "right"), [("precison", "precision"), ("kvcache", "kv_cache"), ("num_threads", "threads")])
-def test_unknown_names_are_refused_with_the_nearest(wrong, right):
+def test_unknown_names_suggest_the_closest(wrong, right):
     with pytest.raises(ConfigError, match=f"no field '{wrong}'.*'{right}'"):
         DeepSeekConfig(**{wrong: 1})
     with pytest.raises(ConfigError, match=right):
@@ -111,7 +111,7 @@ def test_unknown_names_are_refused_with_the_nearest(wrong, right):
         ({"sparse_attention": True}, "sparse", 512),
     ],
 )
-def test_modes_of_attention(fields, kind, window):
+def test_attention_modes(fields, kind, window):
     mode = DeepSeekConfig(**fields).attention
     assert (mode.kind, mode.window) == (kind, window)
 
@@ -123,12 +123,12 @@ def test_modes_of_attention(fields, kind, window):
         ({"sparse_attention": True, "attention_budget": 576}, "leave nothing to choose"),
     ],
 )
-def test_modes_of_attention_that_do_not_go_together(fields, message):
+def test_incompatible_attention_modes(fields, message):
     with pytest.raises(ConfigError, match=message):
         DeepSeekConfig(**fields).attention  # noqa: B018
 
 
-def test_nearest_value_is_named():
+def test_the_closest_value_is_suggested():
     with pytest.raises(ConfigError, match="did you mean 'layer_norm'"):
         DeepSeekConfig(fusion_rules=["layernorm"])
 
@@ -162,7 +162,7 @@ def test_transformers_update_and_unused_arguments():
         config.update(threads=-1)
 
 
-def test_rules_in_force():
+def test_effective_rules():
     assert DeepSeekConfig().rules == FUSION_RULES
     assert DeepSeekConfig(kernel_fusion=False).rules == ()
     assert DeepSeekConfig(fusion_rules=["gate_up", "qkv"]).rules == ("qkv", "gate_up")
@@ -175,12 +175,12 @@ def test_format_of():
     assert DeepSeekConfig().format_of("other.weight", "bf16") == "bf16"
 
 
-def test_formats_go_before_precision():
+def test_formats_override_precision():
     config = DeepSeekConfig(precision="int4", formats={"head": "int8", "embed": "q4_1"})
     assert [config.format_of(f"{n}.weight", "bf16") for n in ("head", "embed", "other")] == ["int8", "q4_1", "int4"]
 
 
-def test_a_budget_needs_every_matrix_as_it_is_at_first():
+def test_a_budget_needs_unquantised_matrices():
     config = DeepSeekConfig(kl_budget=0.1, formats={"head": "int8"})
     assert config.format_of("head.weight", "bf16") == "bf16"
 
@@ -199,7 +199,7 @@ def test_a_budget_and_a_precision_exclude_each_other():
         config.kl_budget = 0.1
 
 
-def test_repr_shows_what_differs():
+def test_repr_shows_non_default_fields():
     assert repr(DeepSeekConfig(precision="int8", threads=2)) == "DeepSeekConfig(precision='int8', threads=2)"
 
 
@@ -230,11 +230,11 @@ class TestFormatsByPattern:
             ("lm_head", None),
         ],
     )
-    def test_a_name_goes_before_patterns_and_the_first_pattern_wins(self, module: str, format: str | None) -> None:
+    def test_a_name_overrides_patterns_and_the_first_pattern_wins(self, module: str, format: str | None) -> None:
         assert self.CONFIG.named_format(module) == format
         assert self.CONFIG.format_of(f"{module}.weight", "bf16") == (format or "int4")
 
-    def test_dots_are_dots(self) -> None:
+    def test_dots_are_literal(self) -> None:
         assert DeepSeekConfig(formats={"a.*.c": "int8"}).named_format("aXbXc") is None
         assert DeepSeekConfig(formats={"a.[bc]": "int8"}).named_format("a.b") is None, "only * is special"
 
@@ -248,12 +248,12 @@ class TestFormatsByPattern:
         [({"precision": "int4"}, "int8"), ({"precision": "bf16"}, "bf16"), ({"precision": "int8"}, "int8"), ({}, "q4_1"),
          ({"precision": "int4", "formats": {"a": "int4"}}, "int4")],
     )  # fmt: skip
-    def test_the_least_format_holds_for_precision_alone(self, fields: dict[str, Any], format: str) -> None:
+    def test_the_minimum_format_applies_only_to_precision(self, fields: dict[str, Any], format: str) -> None:
         assert DeepSeekConfig(**fields).format_of("a.weight", "q4_1", "int8") == format
 
 
 @pytest.mark.parametrize("kind", ["yarn", "dynamic"])
-def test_context_extension_and_length_go_together(kind):
+def test_context_extension_needs_a_length(kind):
     config = DeepSeekConfig(context_extension=kind, context_length=32768)
     assert DeepSeekConfig.from_dict(json.loads(config.to_json_string())) == config
     with pytest.raises(ConfigError, match=f"{kind}.*needs context_length"):

@@ -1,4 +1,4 @@
-"""Torch's default dtype and device are the host program's, and change nothing of what we compute."""
+"""The host program's default dtype and device of torch do not change our results."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ SOURCE = Path(deepseek_optimizer.__file__).parent
 
 
 def unnamed(tree: ast.AST) -> list[str]:
-    """Calls of torch's factories that leave the dtype or the device of what they make to a default."""
-    found = []
+    """Calls of torch's factories without an explicit dtype or device."""
+    result = []
     for node in ast.walk(tree):
         match node:
             case ast.Call(func=ast.Attribute(value=ast.Name(id="torch"), attr=name)) if name in FACTORIES:
-                wanted = {"dtype"} if name == "frombuffer" else {"dtype", "device"}  # which is always of the CPU
+                wanted = {"dtype"} if name == "frombuffer" else {"dtype", "device"}  # frombuffer is always on the CPU
                 if missing := sorted(wanted - {keyword.arg for keyword in node.keywords}):
-                    found.append(f"line {node.lineno}: torch.{name} without {' and '.join(missing)}")
-    return found
+                    result.append(f"line {node.lineno}: torch.{name} without {' and '.join(missing)}")
+    return result
 
 
 def test_every_factory_names_its_dtype_and_device():
@@ -53,12 +53,12 @@ def test_every_factory_names_its_dtype_and_device():
         ("torch.frombuffer(b, dtype=torch.uint8)", 0),
     ],
 )
-def test_a_factory_without_them_is_found(code, count):
+def test_a_factory_without_them_is_detected(code, count):
     assert len(unnamed(ast.parse(code))) == count
 
 
 def test_answers_are_the_same_under_every_default(tiny_model):
-    """To the bit, from forwards, generation, the engine, a cache read back, files and training."""
+    """Bitwise equal, from forwards, generation, the engine, a cache's contents, files and training."""
     defaults = ["float32", "bfloat16", "float64", "device:meta"]
     tests = Path(__file__).parent
     done = subprocess.run(
@@ -68,8 +68,8 @@ def test_answers_are_the_same_under_every_default(tiny_model):
     assert done.returncode == 0, f"exit code {done.returncode}\n{done.stderr[-3000:]}"
     expected, *others = map(json.loads, done.stdout.splitlines())
     assert len(expected) > 20 and len(others) == 3
-    for default, found in zip(defaults[1:], others, strict=True):
-        assert {k for k in expected if found[k] != expected[k]} == set(), default
+    for default, actual in zip(defaults[1:], others, strict=True):
+        assert {k for k in expected if actual[k] != expected[k]} == set(), default
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
@@ -79,7 +79,7 @@ def test_frequencies_of_a_long_context_are_the_same(dtype):
     expected = spec.inv_freq_at(777)
     torch.set_default_dtype(dtype)
     try:
-        found = spec.inv_freq_at(777)
+        actual = spec.inv_freq_at(777)
     finally:
         torch.set_default_dtype(torch.float32)
-    assert (found == expected).all()
+    assert (actual == expected).all()

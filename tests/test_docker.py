@@ -25,15 +25,15 @@ def sources(text):
     return [s for line in re.findall(r"^COPY (?!--)(.*)$", text, re.M) for s in line.split()[:-1]]
 
 
-def test_what_is_copied_is_there_and_sent_to_the_engine(text):
+def test_copied_files_exist_and_are_not_ignored(text):
     sent = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
     assert sources(text) and set(sources(text)) == sent
     assert all((ROOT / source).exists() for source in sources(text))
 
 
-def test_versions_are_pinned_within_what_the_package_admits(text):
+def test_versions_are_pinned_within_the_packages_bounds(text):
     if sys.version_info < (3, 11):
-        pytest.skip("tomllib came with Python 3.11")
+        pytest.skip("tomllib needs Python 3.11")
     import tomllib
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -43,7 +43,7 @@ def test_versions_are_pinned_within_what_the_package_admits(text):
     assert pins["PYTHON"] in Requirement(f"python{project['requires-python']}").specifier
 
 
-def test_bases_are_pinned_and_the_compiler_stays_behind(text):
+def test_base_images_are_pinned_and_exclude_the_compiler(text):
     bases = re.findall(r"^FROM (\S+)", text, re.M)
     assert bases == ["python:${PYTHON}-bookworm", "python:${PYTHON}-slim-bookworm"]
 

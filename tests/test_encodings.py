@@ -1,4 +1,4 @@
-"""Texts are read and written as UTF-8, whatever the locale: every place says so."""
+"""Text is read and written as UTF-8 in every locale: each call names the encoding."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _OPENED_AS_TEXT = ("open", "fdopen", "TemporaryFile", "NamedTemporaryFile", "Spo
 
 
 def silent_places(source: str) -> Iterator[int]:
-    """Lines of calls that read or write text in the encoding of the locale."""
+    """Lines of calls that read or write text in the locale's encoding."""
     for node in ast.walk(ast.parse(source)):
         if not isinstance(node, ast.Call):
             continue
@@ -26,7 +26,7 @@ def silent_places(source: str) -> Iterator[int]:
             continue
         if method and name in ("read_text", "write_text"):
             yield node.lineno
-        elif "text" in named or "universal_newlines" in named:  # of subprocess
+        elif "text" in named or "universal_newlines" in named:  # calls of subprocess
             if name in ("run", "Popen", "check_output", "check_call"):
                 yield node.lineno
         elif name == "TextIOWrapper" and len(node.args) < 2:
@@ -49,21 +49,21 @@ def silent_places(source: str) -> Iterator[int]:
         "path.write_text('x')", "subprocess.run(c, text=True)", "tempfile.TemporaryFile('w+')", "io.TextIOWrapper(f)",
     ],
 )  # fmt: skip
-def test_the_search_finds(call):
+def test_the_search_detects_missing_encodings(call):
     assert list(silent_places(call)) == [1]
     assert not list(silent_places(call.removesuffix(")") + ("" if call.endswith("()") else ", ") + "encoding='utf-8')"))
 
 
 @pytest.mark.parametrize("call", ["open(p, 'rb')", "os.open(p, f)", "path.open('wb')", "tempfile.TemporaryFile()", "run(c)"])
-def test_bytes_have_no_encoding(call):
+def test_binary_modes_need_no_encoding(call):
     assert not list(silent_places(call))
 
 
 def test_every_text_names_its_encoding():
-    found = [
+    actual = [
         f"{path}:{line}"
         for folder in SOURCES
         for path in sorted(folder.rglob("*.py"))
         for line in silent_places(path.read_text(encoding="utf-8"))
     ]
-    assert not found
+    assert not actual

@@ -1,7 +1,8 @@
-"""The package's structure: folders import downwards only, no circle of files, Transformers' internals in integration/ alone.
+"""The package's structure: imports between folders go downwards, files form no cycle, only integration/ uses Transformers'
+internals.
 
-The layers are those of `support/layers.py`. Imports are read from the sources, those inside functions and under
-`if TYPE_CHECKING:` included.
+The layers are defined in `support/layers.py`. Imports are read from the sources, including those in functions and under
+`if TYPE_CHECKING:`.
 """
 
 from __future__ import annotations
@@ -19,29 +20,29 @@ OURS = [found for found in IMPORTS if found.target in MODULES]
 BY_NAME = {layer.name: layer for layer in LAYERS}
 FOLDERS = {module.rpartition(".")[2] for module, file in MODULES.items() if file.name == "__init__.py"}
 
-# Modules of Transformers outside of its top level that its documentation names, and what of them.
+# Documented modules of Transformers other than its top level -> their documented names.
 DOCUMENTED = {
     "transformers.pipelines": {"PIPELINE_REGISTRY"},
     "transformers.utils": {"logging"},
 }
 WITHOUT_TRANSFORMERS = ("errors", "system", "cache", "quant", "graph", "models", "backends", "engine", "calibration")
-# module, what it imports of Transformers: why it may.
+# (module, imported module of Transformers) -> reason.
 EXCEPTIONS = {
-    ("chat.template_job", "transformers.utils"): "a sandboxed process, which imports nothing of this package",
+    ("chat.template_job", "transformers.utils"): "a sandboxed process, which does not import this package",
     ("chat.template_job", "transformers.utils.chat_template_utils"): "the same",
     ("config", "transformers.utils.quantization_config"): "the documented base class of a quantization config",
     ("bench.sides.load", "transformers.models.llama.modeling_llama"): "its import must not count as loading",
     ("bench.sides.load", "transformers.models.qwen2.modeling_qwen2"): "the same",
-    ("doctor.machine", "transformers.modeling_utils"): "imported to see whether it can be, and what it takes",
+    ("doctor.machine", "transformers.modeling_utils"): "imported to check that it can be, and to measure the time",
 }  # fmt: skip
-# Private attributes of other packages that are read outside of integration/: why they may be.
+# Private attributes of other packages that are used outside of integration/ -> reason.
 PRIVATE = {
     "_compile_jinja_template": "chat/template_job.py, see above",
     "_exit": "os._exit, documented",
     "_int_mm": "torch's int8 product, measured by the bench",
     "_replace": "of named tuples, documented",
-    "_version": "torch's counter of writes to a tensor; nothing public tells it",
-    "_forward_hooks": "torch's; nothing public lists a module's hooks",
+    "_version": "torch's counter of writes to a tensor; there is no public one",
+    "_forward_hooks": "torch's; there is no public list of a module's hooks",
     "_forward_pre_hooks": "the same",
     "_backward_hooks": "the same",
     "_backward_pre_hooks": "the same",
@@ -49,7 +50,7 @@ PRIVATE = {
 
 
 def inner(module: str) -> str:
-    """A module's name without the package's."""
+    """A module's name without that of the package."""
     return module.removeprefix(f"{PACKAGE}.")
 
 
@@ -59,7 +60,7 @@ def layer_of(module: str) -> str:
 
 
 def level_of(module: str) -> tuple[int, str]:
-    """How high a module is in its layer, and the name that the layer has for that part: a subfolder, a file, or REST."""
+    """A module's level in its layer, and the name of its part there: a subfolder, a file, or REST."""
     layer, part = BY_NAME[layer_of(module)], module.split(".")[2:3]
     names = [name for level in layer.levels for name in level]
     name = part[0] if part and part[0] in names else REST
@@ -67,8 +68,8 @@ def level_of(module: str) -> tuple[int, str]:
     return (found[0] if found else -1), name
 
 
-def circles(found: list[Import]) -> list[list[str]]:
-    """Groups of modules that import each other, directly or through others (Tarjan's strongly connected components)."""
+def cycles(found: list[Import]) -> list[list[str]]:
+    """Groups of modules that import each other, directly or indirectly (Tarjan's strongly connected components)."""
     graph: dict[str, set[str]] = {}
     for each in found:
         graph.setdefault(each.module, set()).add(each.target)
@@ -99,12 +100,12 @@ def circles(found: list[Import]) -> list[list[str]]:
 
 
 def upward(found: list[Import]) -> list[str]:
-    """Imports from a layer that its importer may not see."""
+    """Imports from a layer that the importer may not use."""
     return [str(i) for i in found if (a := layer_of(i.module)) != (b := layer_of(i.target)) and b not in allowed(BY_NAME[a])]
 
 
 def upward_inside(found: list[Import]) -> list[str]:
-    """The same between the levels of one folder. A subfolder's `__init__` counts as its own."""
+    """The same between the levels of one folder. A subfolder's `__init__` belongs to the subfolder."""
     wrong = []
     for i in found:
         if layer_of(i.module) != layer_of(i.target) or i.target.count(".") == 1 or i.module.count(".") == 1:
@@ -117,7 +118,7 @@ def upward_inside(found: list[Import]) -> list[str]:
 
 
 def internals(found: list[Import]) -> list[str]:
-    """Imports of what Transformers does not document, outside of integration/; and any import of it in the lowest layers."""
+    """Imports of undocumented parts of Transformers outside of integration/, and any import of it in the lowest layers."""
     wrong = []
     for i in found:
         if i.target.partition(".")[0] != "transformers" or layer_of(i.module) == "integration":
@@ -135,7 +136,7 @@ def made(*pairs: str, kind: str = "top") -> list[Import]:
     return [Import(f"{PACKAGE}.{a}", f"{PACKAGE}.{b}", (), 1, kind) for a, b in (pair.split(" -> ") for pair in pairs)]
 
 
-def test_every_folder_and_file_has_its_layer():
+def test_every_folder_and_file_has_a_layer():
     assert sorted({layer_of(module) for module in MODULES} - {"__main__"}) == sorted(NAMES)
     for layer in LAYERS:
         folder = layer.name if layer.name == CLI else f"{PACKAGE}.{layer.name}"
@@ -147,8 +148,8 @@ def test_every_folder_and_file_has_its_layer():
         assert subfolders <= {name for level in layer.levels for name in level}, layer.name
 
 
-def test_no_circle_of_files():
-    assert circles(OURS) == []
+def test_files_form_no_cycle():
+    assert cycles(OURS) == []
 
 
 @pytest.mark.parametrize("kind", ["top", "late", "type"])
@@ -164,10 +165,10 @@ def test_inside_a_folder_levels_import_downwards_only(kind):
 def test_transformers_internals_in_integration_only():
     assert internals(IMPORTS) == []
     used = {(inner(i.module), i.target) for i in IMPORTS}
-    assert set(EXCEPTIONS) <= used  # an exception that nothing needs any more goes
+    assert set(EXCEPTIONS) <= used  # unused exceptions must be removed
 
 
-def test_private_attributes_of_others_in_integration_only():
+def test_private_attributes_in_integration_only():
     trees = {module: ast.parse(file.read_text(encoding="utf-8")) for module, file in MODULES.items()}
     ours = {name for tree in trees.values() for name in _defined(tree)}
     used = {
@@ -181,7 +182,7 @@ def test_private_attributes_of_others_in_integration_only():
 
 
 def _defined(tree: ast.AST) -> set[str]:
-    """Names that a file defines: functions, classes, variables, attributes of self."""
+    """Names defined in a file: functions, classes, variables, attributes of self."""
     found = set()
     for node in ast.walk(tree):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
@@ -197,7 +198,7 @@ def _defined(tree: ast.AST) -> set[str]:
 
 
 def _private(tree: ast.AST) -> set[str]:
-    """Attributes with a leading underscore that a file reads or writes, by name or through `getattr` and its like."""
+    """Attributes with a leading underscore that a file reads or writes, by name or through `getattr` and similar functions."""
     found = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute):
@@ -222,26 +223,26 @@ def test_contributing_has_the_table_of_layers():
 @pytest.mark.parametrize(
     ("check", "found"),
     [
-        (circles, made("a.b -> a.c", "a.c -> a.d", "a.d -> a.b")),
-        (circles, made("a.b -> a.c") + made("a.c -> a.b", kind="late")),
+        (cycles, made("a.b -> a.c", "a.c -> a.d", "a.d -> a.b")),
+        (cycles, made("a.b -> a.c") + made("a.c -> a.b", kind="late")),
         (upward, made("graph.ir -> models.llama")),
-        (upward, made("train.job -> longdoc.work")),
+        (upward, made("train.job -> longdoc.strategy_protocol")),
         (upward, made("engine.core -> serving", kind="type")),
         (upward_inside, made("integration.bind.runtime -> integration.model.report", kind="late")),
-        (upward_inside, made("engine.sampling.sampler -> engine.speculative.base")),
+        (upward_inside, made("engine.sampling.torch_sampler -> engine.speculative.base")),
         (upward_inside, made("server.http.upload -> server.app")),
-        (internals, [Import(f"{PACKAGE}.train.attention", "transformers.masking_utils", ("sdpa_mask",), 1, "late")]),
+        (internals, [Import(f"{PACKAGE}.train.attention_function", "transformers.masking_utils", ("sdpa_mask",), 1, "late")]),
         (internals, [Import(f"{PACKAGE}.models.rope", "transformers", ("LlamaConfig",), 1, "late")]),
-        (internals, [Import(f"{PACKAGE}.train.attention", "transformers.utils", ("ModelOutput",), 1, "top")]),
+        (internals, [Import(f"{PACKAGE}.train.attention_function", "transformers.utils", ("ModelOutput",), 1, "top")]),
     ],
 )  # fmt: skip
-def test_the_checks_find_what_they_are_for(check, found):
+def test_the_checks_detect_violations(check, found):
     assert check(found)
 
 
-def test_the_checks_let_pass_what_may_be():
+def test_the_checks_accept_valid_imports():
     fine = made(
         "models.llama -> graph.ir", "train.job -> chat.template", "integration.load.loader -> integration.model.wrapper"
     )
-    assert not (circles(fine) or upward(fine) or upward_inside(fine))
+    assert not (cycles(fine) or upward(fine) or upward_inside(fine))
     assert not internals([Import(f"{PACKAGE}.train.trainer", "transformers", ("Trainer",), 1, "top")])

@@ -1,4 +1,4 @@
-"""Needles in long texts, found by a model whose weights are set by hand: what fails here is attention, and no model's wits."""
+"""Needles in long texts, retrieved by a model whose weights are set by hand: a failure is a fault of attention."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SHAPES = [
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Two heads that share their keys, 45 tokens, bf16."""
+    """A saved model: two heads that share their keys, 45 tokens, bf16."""
     folder = tmp_path_factory.mktemp("induction") / "model"
     induction_model().save_pretrained(folder)
     return folder
@@ -30,7 +30,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def load(folder):
-    """load(mode, **fields): the optimised model; one of each mode and fields."""
+    """load(mode, **fields): the optimised model, cached by mode and fields."""
     loaded = {}
 
     def load(mode, **fields):
@@ -51,14 +51,14 @@ def _needles(length, count, seed, low=0.0, high=1.0):
 
 @torch.inference_mode()
 def _read(model, hay):
-    """The model's answers, text and questions read in one call."""
+    """The model's answers, with text and questions in one call."""
     ids = torch.tensor([hay.ids])
     return model(ids, logits_to_keep=len(hay.keys)).logits[0].argmax(-1).tolist()
 
 
 @torch.inference_mode()
 def _decoded(model, hay):
-    """The same, each question a step of its own behind the cached text."""
+    """The same, with each question as a separate step after the cached text."""
     cache = model(torch.tensor([hay.ids[: hay.length]]), use_cache=True, logits_to_keep=1)[cache_name()]
     answers = []
     for key in hay.keys:
@@ -67,11 +67,11 @@ def _decoded(model, hay):
     return answers
 
 
-def _right(found, hay):
-    return sum(a == b for a, b in zip(found, hay.values, strict=True))
+def _right(result, hay):
+    return sum(a == b for a, b in zip(result, hay.values, strict=True))
 
 
-def test_a_haystack_is_what_it_says():
+def test_haystacks_are_well_formed():
     for seed in range(50):
         hay = _needles(400, 20, seed)
         assert len(hay.ids) == 400 and hay.ids[0] == BOS and BOS not in hay.ids[1:]
@@ -90,14 +90,14 @@ def test_a_haystack_is_what_it_says():
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @torch.inference_mode()
-def test_transformers_itself_finds_every_needle(shape):
+def test_transformers_finds_every_needle(shape):
     model = induction_model(**shape).float()
     for seed in range(3):
         depths = torch.rand(12, generator=torch.Generator().manual_seed(seed)).tolist()
         hay = haystack(shape["vocab"], (130, 1000, 2100)[seed], depths, seed)
         assert _right(_read(model, hay), hay) == 12
     ids = [token for token in hay.ids[: hay.length] if token not in hay.keys] + hay.keys
-    assert model(torch.tensor([ids]), logits_to_keep=12).logits[0].argmax(-1).tolist() == [BOS] * 12  # nothing to be found
+    assert model(torch.tensor([ids]), logits_to_keep=12).logits[0].argmax(-1).tolist() == [BOS] * 12  # no needle
 
 
 @native
@@ -132,8 +132,8 @@ def test_sparse_attention_finds_98_of_100(load, length):
 
 
 @native
-def test_each_question_chooses_its_own_blocks(load):
-    """Six blocks a question: two or three of the window, one of sinks; twenty needles lie in many more."""
+def test_each_question_selects_its_own_blocks(load):
+    """Six blocks per question: two or three of the window, one of sinks; twenty needles are in many more."""
     model = load("sparse", attention_window=64, attention_budget=192)
     hay = _needles(8192, 20, seed=2, high=0.9)
     assert len({place // 32 for place in hay.places}) > 12
@@ -142,7 +142,7 @@ def test_each_question_chooses_its_own_blocks(load):
 
 @native
 @pytest.mark.parametrize("length", LENGTHS)
-def test_sliding_attention_finds_what_lies_in_the_window(load, length):
+def test_sliding_attention_finds_needles_in_the_window(load, length):
     window = 2048
     model, last = load("sliding", attention_window=window), length - 20
     inside = _needles(length, 20, seed=3, low=(length - window + 40) / length)
@@ -154,20 +154,20 @@ def test_sliding_attention_finds_what_lies_in_the_window(load, length):
 
 
 @native
-@pytest.mark.parametrize("distance, found", [(255, True), (256, False), (257, False)])
-def test_the_window_ends_where_it_says(load, distance, found):
-    """A token sees itself and the 255 before it."""
+@pytest.mark.parametrize("distance, actual", [(255, True), (256, False), (257, False)])
+def test_the_window_has_its_stated_length(load, distance, actual):
+    """Visible are the token itself and the 255 before it."""
     model = load("sliding", attention_window=256)
     length = 1200
     hay = haystack(45, length, [(length - 1 - distance - 1 - 1) / (length - 4)])
     assert length - 1 - (hay.places[0] + 1) == distance  # from the question to the value
-    expected = hay.values if found else [BOS]
+    expected = hay.values if actual else [BOS]
     assert _read(model, hay) == _decoded(model, hay) == expected
 
 
-@pytest.mark.parametrize("mode, found", [("flash", 3), ("sliding", 1), ("sparse", 3)])
-def test_the_reference_backend_does_the_same(load, mode, found):
+@pytest.mark.parametrize("mode, actual", [("flash", 3), ("sliding", 1), ("sparse", 3)])
+def test_the_reference_backend_does_the_same(load, mode, actual):
     fields = {} if mode == "flash" else {"attention_window": 64}
     model = load(mode, backend="reference", **fields, **({"attention_budget": 192} if mode == "sparse" else {}))
     hay = haystack(45, 600, [0.1, 0.5, 0.95])
-    assert _right(_read(model, hay), hay) == _right(_decoded(model, hay), hay) == found
+    assert _right(_read(model, hay), hay) == _right(_decoded(model, hay), hay) == actual

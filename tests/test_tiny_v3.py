@@ -1,4 +1,4 @@
-"""What weight and cache formats cost a trained DeepSeek-V3 model, in perplexity on documents that it has not seen."""
+"""The cost of weight and cache formats on a trained DeepSeek-V3 model, as perplexity on held-out documents."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from deepseek_optimizer import load_model
 from support.tiny_v3 import documents, tiny_v3
 
-# Of bf16's perplexity. int8 and a cache of int8 are told from it by less than a document is from the next.
+# Relative to bf16's perplexity. int8 weights and an int8 cache differ from it by less than documents differ.
 ALLOWED = {
     "int8": ({"precision": "int8"}, 1.005),
     "int4": ({"precision": "int4"}, 1.05),
@@ -20,7 +20,7 @@ ALLOWED = {
 
 
 def perplexity(**fields) -> float:
-    """Over 16 documents of 512 tokens, each by itself."""
+    """Perplexity over 16 separate documents of 512 tokens."""
     model = load_model(tiny_v3(), **fields)
     total = count = 0.0
     for ids in documents(tiny_v3(), 16, 512):
@@ -37,10 +37,10 @@ def in_bf16() -> float:
 
 
 def test_it_is_a_trained_model(in_bf16):
-    assert in_bf16 < 40  # 8,192 tokens; untrained it would be thousands
+    assert in_bf16 < 40  # with 8,192 tokens; untrained it would be thousands
 
 
 @pytest.mark.parametrize("name", ALLOWED)
 def test_perplexity(name, in_bf16):
-    fields, most = ALLOWED[name]
-    assert perplexity(**fields) <= most * in_bf16
+    fields, factor = ALLOWED[name]
+    assert perplexity(**fields) <= factor * in_bf16

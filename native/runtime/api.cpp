@@ -6,7 +6,7 @@
 #include "context.hpp"
 #include "cpu_features.hpp"
 #include "cpu_limits.hpp"
-#include "direct.hpp"
+#include "standalone.hpp"
 #include "dso.h"
 #include "error.hpp"
 #include "isa.hpp"

@@ -49,7 +49,7 @@ std::unique_ptr<Op> make_attention(StepReader& step);
 // ops_block_choose.cpp
 std::unique_ptr<Op> make_block_choose(StepReader& step);
 std::unique_ptr<Op> make_latent_choose(StepReader& step);
-// ops_index.cpp
+// ops_indexer.cpp
 std::unique_ptr<Op> make_index_write(StepReader& step);
 std::unique_ptr<Op> make_index_choose(StepReader& step);
 // ops_latent.cpp

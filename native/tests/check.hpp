@@ -29,6 +29,11 @@ __attribute__((format(printf, 2, 3))) inline bool check(bool ok, const char* for
   }
   return false;
 }
+// Checks that a call of the C interface returned an error code, and that the message contains `words`.
+inline bool refuses(int32_t rc, int32_t code, const char* words, const char* what) {
+  return check(rc == code && strstr(dso_last_error(), words), "%s: code %d (expected %d), message \"%s\" (expected \"%s\")",
+               what, rc, code, dso_last_error(), words);
+}
 inline int report(const char* name) {
   printf("%s: %s (%d failures)\n", name, failures ? "FAILED" : "ok", failures);
   return failures ? 1 : 0;

@@ -1,5 +1,5 @@
 // The C interface: every invalid call returns its code and a message that names the culprit, and changes nothing; functions
-// outside plans (conversion, products, packing, the cache) do what dso.h says, with any number of threads.
+// outside plans (conversion, products, packing) do what dso.h says, with any number of threads. test_cache_api.cpp: the cache.
 #include <cmath>
 #include <thread>
 
@@ -7,11 +7,6 @@
 #include "scalar_kernels.hpp"
 
 namespace {
-
-bool refuses(int32_t rc, int32_t code, const char* words, const char* what) {
-  return check(rc == code && strstr(dso_last_error(), words), "%s: code %d (expected %d), message \"%s\" (expected \"%s\")",
-               what, rc, code, dso_last_error(), words);
-}
 
 void contexts() {
   dso_context* c = nullptr;
@@ -383,21 +378,6 @@ void direct() {
   }
 }
 
-int32_t create(dso_cache_shape shape, int64_t blocks, dso_cache** out) { return dso_cache_create(&shape, blocks, out); }
-int64_t block_bytes(dso_cache_shape shape) { return dso_cache_block_bytes(&shape); }
-
-void latent_caches() {
-  dso_cache* k = nullptr;
-  refuses(create({DSO_KV_BF16, 1, 1, 16, 32, 16, 0, 0}, 4, &k), DSO_EINVAL, "with rank", "heads in a latent cache");
-  refuses(create({DSO_KV_BF16, 1, 0, 0, 31, 16, 0, 0}, 4, &k), DSO_EINVAL, "rank is 31", "odd rank");
-  refuses(create({DSO_KV_BF16, 1, 0, 0, 0, 16, 0, 0}, 4, &k), DSO_EINVAL, "rank is 0", "no rank");
-  refuses(create({DSO_KV_BF16, 1, 0, 0, 32, 0, 0, 0}, 4, &k), DSO_EINVAL, "rope is 0", "no rope");
-  refuses(create({DSO_KV_BF16, 1, 0, 0, 32, 16, -2, 0}, 4, &k), DSO_EINVAL, "index is -2", "negative index");
-  check(block_bytes({DSO_KV_BF16, 27, 0, 0, 512, 64, 0, 0}) == 32 * 31104, "V2-Lite's cache");
-  check(block_bytes({DSO_KV_INT8, 1, 0, 0, 512, 64, 0, 0}) == 32 * 656, "a latent in int8");
-  check(block_bytes({DSO_KV_F32, 2, 0, 0, 512, 64, 128, 0}) == 2 * 32 * 4 * (576 + 128), "index keys");
-}
-
 // Block-scaled E4M3: the codes and scales that dso_pack produces from their values, for any row stride.
 void e4m3_blocks() {
   OwnContext one(*variants()[0].kernels, 1), many(*variants()[0].kernels, 5);
@@ -435,59 +415,6 @@ void e4m3_blocks() {
   refuses(dso_pack_fp8(one.c, codes.data(), scales.data(), 0, cols, cols, packed.get()), DSO_EINVAL, "0 x 170", "no rows");
 }
 
-void caches() {
-  dso_cache* k = nullptr;
-  refuses(create({7, 1, 1, 16, 0, 0, 0, 0}, 4, &k), DSO_EINVAL, "kv_type 7", "kv type");
-  refuses(create({DSO_KV_F32, 0, 1, 16, 0, 0, 0, 0}, 4, &k), DSO_EINVAL, "0 layers", "layers");
-  refuses(create({DSO_KV_F32, 1, 1, 16, 0, 0, 0, 0}, 0, &k), DSO_EINVAL, "0 blocks", "blocks");
-  for (int d : {0, 1, 15, 255, 258, 320, 65536})
-    refuses(create({DSO_KV_BF16, 1, 1, d, 0, 0, 0, 0}, 4, &k), DSO_EINVAL, "must be even and at most 256", "head_dim");
-  refuses(create({DSO_KV_F32, 60000, 60000, 256, 0, 0, 0, 0}, INT32_MAX, &k), DSO_ENOMEM, "",
-          "a cache larger than any address space");
-  check(block_bytes({DSO_KV_BF16, 1, 1, -1, 0, 0, 0, 0}) == -1, "invalid block");
-  for (int type : {DSO_KV_F32, DSO_KV_BF16, DSO_KV_INT8}) {
-    for (const Variant& v : variants())
-      check(v.kernels->kv_layer_bytes(type, 3, 64) == variants()[0].kernels->kv_layer_bytes(type, 3, 64),
-            "%s: another cache layout", v.name.c_str());
-    check(create({type, 2, 3, 64, 0, 0, 0, 0}, 1000, &k) == 0, "cache: %s", dso_last_error());
-    check(block_bytes({type, 2, 3, 64, 0, 0, 0, 0}) == k->block_bytes(), "block bytes");
-    // Written by one variant, read by another: the layout is the same.
-    const std::vector<Variant> all = variants();
-    Random random(type);
-    const int tokens = 45, width = 3 * 64;
-    std::vector<float> key((size_t)(tokens * width)), value(key.size()), read_k(key.size()), read_v(key.size()), first_k,
-        first_v;
-    for (float& f : key) f = random.normal();
-    for (float& f : value) f = random.normal();
-    const int32_t table[] = {7, 3}, moved[] = {7, 4};
-    for (const Variant& v : all) {
-      v.kernels->kv_write(k->layout, k->view(1, table), 0, tokens, key.data(), width * 4, value.data(), width * 4, 0, 3);
-      check(dso_cache_read(k, 1, table, tokens, read_k.data(), read_v.data()) == 0, "read: %s", dso_last_error());
-      if (first_k.empty()) first_k = read_k, first_v = read_v;
-      check(read_k == first_k && read_v == first_v, "%s: writes another cache", v.name.c_str());
-      for (int t = 0; t < tokens; ++t)
-        for (int i = 0; i < width; ++i)
-          check(std::fabs(read_k[(size_t)((i / 64 * tokens + t) * 64 + i % 64)] - key[(size_t)(t * width + i)]) < 0.05,
-                "%s: key[%d][%d]", v.name.c_str(), t, i);
-    }
-    check(dso_cache_copy_block(k, 3, 4) == 0 && dso_cache_read(k, 1, moved, tokens, read_k.data(), read_v.data()) == 0 &&
-              read_k == first_k,
-          "a copied block");
-    check(dso_cache_release(k, 8) == 0 && dso_cache_read(k, 1, table, tokens, read_k.data(), read_v.data()) == 0 &&
-              read_k == first_k,
-          "release of later blocks");
-    check(dso_cache_release(k, 0) == 0 && dso_cache_read(k, 1, table, tokens, read_k.data(), read_v.data()) == 0 &&
-              read_k[0] == 0,
-          "released memory reads as zero");
-    refuses(dso_cache_copy_block(k, 3, 1000), DSO_EINVAL, "to 1000", "copy past the end");
-    refuses(dso_cache_release(k, -1), DSO_EINVAL, "-1", "release");
-    refuses(dso_cache_read(k, 2, table, 5, read_k.data(), read_v.data()), DSO_EINVAL, "layer 2 does not exist", "layer");
-    const int32_t wrong[] = {1000};
-    refuses(dso_cache_read(k, 0, wrong, 5, read_k.data(), read_v.data()), DSO_EINVAL, "block_table[0] is 1000", "block");
-    dso_cache_destroy(k);
-  }
-}
-
 }  // namespace
 
 int main() {
@@ -501,8 +428,6 @@ int main() {
   many_callers();
   contexts();
   bandwidth();
-  caches();
-  latent_caches();
   direct();
   e4m3_blocks();
   return report("test_api");

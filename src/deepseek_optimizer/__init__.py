@@ -38,14 +38,14 @@ from .integration.attention.registration import register_attention as _register_
 from .integration.load.quantizer import register as _register
 
 if TYPE_CHECKING:
-    from .bench.benchmark import benchmark_model
+    from .bench.benchmark_model import benchmark_model
     from .engine.request import Request, SamplingParams
     from .integration.attention.window_mask import sliding_window_mask
     from .integration.generation.cache import PagedCache
     from .longdoc.document import Document
     from .longdoc.long_document import LongDocument
     from .longdoc.read import read_documents
-    from .optimizer import DynamicGraphOptimizer, load_model, load_tokenizer, report
+    from .optimised_model import DynamicGraphOptimizer, load_model, load_tokenizer, report
     from .serving import make_async_engine, make_engine
     from .train.arguments import DeepSeekTrainingArguments
     from .train.arguments import DeepSeekTrainingArguments as TrainingArguments
@@ -53,13 +53,13 @@ if TYPE_CHECKING:
 
 # public name -> module, or module:name if the names differ
 _LAZY = {
-    "DynamicGraphOptimizer": "optimizer",
-    "load_model": "optimizer",
-    "load_tokenizer": "optimizer",
-    "report": "optimizer",
+    "DynamicGraphOptimizer": "optimised_model",
+    "load_model": "optimised_model",
+    "load_tokenizer": "optimised_model",
+    "report": "optimised_model",
     "PagedCache": "integration.generation.cache",
     "sliding_window_mask": "integration.attention.window_mask",
-    "benchmark_model": "bench.benchmark",
+    "benchmark_model": "bench.benchmark_model",
     "Document": "longdoc.document",
     "read_documents": "longdoc.read",
     "LongDocument": "longdoc.long_document",

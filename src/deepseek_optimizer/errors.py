@@ -161,7 +161,7 @@ class NotEnoughMemoryError(DeepSeekOptimizerError, MemoryError):
         super().__init__(f"{what}; {remedy}")
 
 
-class ForgottenError(DeepSeekOptimizerError, ValueError):
+class DroppedTokensError(DeepSeekOptimizerError, ValueError):
     """A cache with a sliding window cannot be cropped to a length at which dropped tokens would be visible again.
 
     Args:

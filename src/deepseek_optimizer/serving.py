@@ -13,7 +13,7 @@ from .engine.core import EngineCore, ModelFacts
 from .engine.engine import Engine
 from .engine.options import EngineOptions
 from .engine.runner import Runner
-from .engine.sampling.sampler import largest
+from .engine.sampling.torch_sampler import largest
 from .engine.speculative.base import Proposer
 from .engine.speculative.draft_model import DraftModelProposer
 from .engine.speculative.mtp import MtpProposer
@@ -21,7 +21,7 @@ from .engine.speculative.prompt_lookup import PromptLookupProposer
 from .errors import ConfigError, UnsupportedRequestError
 from .graph.analysis import dynamic_rope
 from .graph.ir import LatentSpec
-from .graph.rotation import key_rotation
+from .graph.rope_rotation import key_rotation
 from .integration.bind.runtime import Runtime, runtime_of
 from .integration.generation.special_tokens import token_ids
 from .integration.memory.arena import Arena

@@ -213,7 +213,7 @@ def bench(
         return
 
     from deepseek_optimizer.bench.baseline import read
-    from deepseek_optimizer.bench.report import Request, run
+    from deepseek_optimizer.bench.run_benchmark import Request, run
     from deepseek_optimizer.bench.work import grid, numbers
 
     from .model import no_bars_in_pipes
@@ -272,7 +272,7 @@ def _write(report: dict[str, Any], html: Path | None, as_json: bool) -> None:
     from rich.console import Console
 
     from deepseek_optimizer.bench.html import page, write
-    from deepseek_optimizer.bench.table import show
+    from deepseek_optimizer.bench.terminal import show
 
     show(Console(highlight=False), report)
     if html:

@@ -42,7 +42,7 @@ def bench_long(
     from deepseek_optimizer.bench.html import write
     from deepseek_optimizer.bench.long.report import page, sections
     from deepseek_optimizer.bench.long.run import LongRequest, run
-    from deepseek_optimizer.bench.table import show_sections
+    from deepseek_optimizer.bench.terminal import show_sections
     from deepseek_optimizer.bench.work import numbers
     from deepseek_optimizer.system.progress import show_progress
 

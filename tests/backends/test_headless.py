@@ -46,7 +46,7 @@ def test_hidden_states_alone(backend, case, names):
     assert not any(row["op"] == "lm_head" for row in run.plan.describe())
 
 
-def test_names_of_weights_are_changed_wherever_they_stand():
+def test_names_of_weights_are_changed_everywhere():
     graph = build_graph(CASES["llama-biases"]()).renamed(lambda name: f"outer.{name}")
     assert all(name.startswith("outer.") for name in graph.weights())
     check_graph(graph)

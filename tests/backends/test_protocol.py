@@ -1,6 +1,6 @@
-"""Every registered backend keeps the whole contract of `backends/base.py`, on the CPU; and nothing asks for one by name.
+"""Every registered backend implements all of `backends/base.py` on the CPU, and no code asks for a backend by name.
 
-A package that adds a backend runs this file too: its backend is registered, so it is among the parameters.
+A package that adds a backend can run this file too: a registered backend is one of the parameters.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from support.steps import runner
 from .cpu.packing import dequantised, packed_weights
 
 CPU = torch.device("cpu")
-# What the arithmetic may cost against the same values in fp32, of a row's largest logit.
+# Tolerance of the arithmetic against the same values in fp32, relative to a row's largest logit.
 FORMAT_TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2, "int8": 1e-3, "q4_1": 1e-3, "int4": 6e-2, "fp8": 2e-2}
 KV_TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2, "int8": 5e-2}
 MODES = {
@@ -88,7 +88,7 @@ def test_capabilities(spec, backend):
 
 @pytest.mark.parametrize("format_name", FORMATS)
 def test_weight_formats(backend, model, format_name):
-    """Each that is named packs as the definition does, and compiles to what the reference computes of the same values."""
+    """Each supported format packs like its definition, and its plan equals the reference with the same values."""
     able = backend.capabilities
     if format_name not in able.weight_formats:
         pytest.skip("not among its formats")
@@ -116,7 +116,7 @@ def test_kv_dtypes_and_modes(backend, model):
         assert_close_rows(runner(backend, graph, weights, kv=kv).logits(ids), exact, KV_TOLERANCE[kv])
 
 
-def test_activations_that_are_named_make_a_difference(backend, model):
+def test_supported_activations_change_the_result(backend, model):
     if backend.capabilities.activations == ("auto",):
         pytest.skip("it has one kind of activation")
     graph, weights, ids = graph_of(model), packed_weights(weights_of(model), "int8"), random_ids(model.config, 20)
@@ -128,7 +128,7 @@ def test_activations_that_are_named_make_a_difference(backend, model):
 
 
 def test_sizes(spec, backend, model):
-    """What it would allocate is known before it is created, and is what it then allocates."""
+    """The sizes are known before the backend is created, and equal its allocations."""
     graph, sizes = graph_of(model), spec.sizes()
     weights = packed_weights(weights_of(model), backend.capabilities.weight_formats[0])
     formats = {name: w.format for name, w in weights.items() if isinstance(w, PackedMatrix)}
@@ -138,10 +138,10 @@ def test_sizes(spec, backend, model):
         assert store.num_blocks == 3
     plan = backend.compile(graph, weights)
     plan.reserve(64, 4)
-    foretold = sizes.buffer_bytes(graph, formats, CompileOptions(), 64, 4)
-    assert foretold == backend.buffer_bytes(graph, formats, CompileOptions(), 64, 4)
+    predicted = sizes.buffer_bytes(graph, formats, CompileOptions(), 64, 4)
+    assert predicted == backend.buffer_bytes(graph, formats, CompileOptions(), 64, 4)
     logits = 4 * (model.config.vocab_size * 4 + 64)
-    assert 0 < plan.buffer_bytes(64, 4) <= foretold <= plan.buffer_bytes(64, 4) + logits
+    assert 0 < plan.buffer_bytes(64, 4) <= predicted <= plan.buffer_bytes(64, 4) + logits
     assert backend.free_memory().free > 0
 
 
@@ -160,7 +160,7 @@ def test_blocks_can_be_saved(backend, model):
 
 @pytest.mark.parametrize("format_name", FORMATS)
 def test_products_of_packed_matrices(backend, format_name):
-    """Against float64 over the dequantised weights, within the format's bound."""
+    """Against float64 with the dequantised weights, within the format's bound."""
     if format_name not in backend.capabilities.weight_formats:
         pytest.skip("not among its formats")
     torch.manual_seed(1)
@@ -182,7 +182,7 @@ def logits_with_ties() -> torch.Tensor:
     return logits
 
 
-def test_tokens_are_chosen_as_defined(backend, model):
+def test_token_choice_follows_its_definition(backend, model):
     plan = backend.compile(graph_of(model), packed_weights(weights_of(model), backend.capabilities.weight_formats[0]))
     assert plan.device == backend.device
     logits = logits_with_ties()
@@ -198,7 +198,7 @@ def test_the_reference_chooses_the_same_on_a_device():
     assert choose_on_device(logits, CHOICES) == choose_tokens(logits.numpy(), CHOICES)
 
 
-def test_files_are_mapped_or_refused(backend, tmp_path):
+def test_files_are_mapped_or_rejected(backend, tmp_path):
     path = tmp_path / "weights"
     path.write_bytes(bytes(range(200)))
     with open(path, "rb") as file:
@@ -216,14 +216,14 @@ def test_files_are_mapped_or_refused(backend, tmp_path):
     assert mapping.replaced() == path
 
 
-def test_torch_has_its_threads_back(backend):
+def test_torch_threads_are_restored(backend):
     before = torch.get_num_threads()
     with backend.thread_context():
         assert 1 <= torch.get_num_threads() <= before
     assert torch.get_num_threads() == before
 
 
-def test_what_is_not_supported_is_named():
+def test_unsupported_options_are_named():
     able = ReferenceBackend().capabilities
     check_supported(able, ["int8", "fp32"], "bf16", "flash")
     for asked, said in (
@@ -240,7 +240,7 @@ def test_what_is_not_supported_is_named():
     ['runtime.backend.name == "cpu"', 'config.backend != "reference"', '"cpu" != self.name', 'getattr(backend, "pack", None)',
      'hasattr(self.backend, "linear")'],
 )  # fmt: skip
-def test_what_the_search_finds(line):
+def test_the_search_detects_backend_names(line):
     (node,) = (n for n in ast.walk(ast.parse(line)) if isinstance(n, (ast.Compare, ast.Call)))
     assert names_a_backend(node) if isinstance(node, ast.Compare) else asks_a_backend(node)
     assert not names_a_backend(ast.parse('device.type == "cpu"', mode="eval").body)
@@ -251,8 +251,8 @@ def sources():
         yield from sorted((Path(deepseek_optimizer.__file__).parents[1] / package).rglob("*.py"))
 
 
-def test_no_backend_is_asked_for_by_name():
-    """No comparison with a backend's name and no getattr of what the contract has, outside the backends' own folders."""
+def test_no_code_asks_for_a_backend_by_name():
+    """No comparison with a backend's name and no getattr of the protocol's members, outside the backends' folders."""
     found, count = [], 0
     for path in sources():
         count += 1

@@ -1,4 +1,4 @@
-"""The reference backend against Transformers' own logits and hidden states, in fp32."""
+"""The reference backend against Transformers' logits and hidden states, in fp32."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_equals_transformers(case: str) -> None:
 
 @pytest.mark.parametrize("case", FAMILIES)
 @pytest.mark.parametrize("count", [1, 2, 31, 32, 33, 64, 65])
-def test_prompt_lengths_around_block_borders(case: str, count: int) -> None:
+def test_prompt_lengths_around_block_boundaries(case: str, count: int) -> None:
     model = random_model(CASES[case]())
     ids = random_ids(model.config, count)
     run = runner(ReferenceBackend(), fused(model), weights_of(model))
@@ -83,14 +83,14 @@ def test_hidden_states_equal_transformers(case: str) -> None:
 
 @pytest.mark.parametrize("case", FAMILIES)
 def test_ragged_batches_equal_each_sequence_alone(case: str) -> None:
-    """Decodes, a chunk that continues a sequence and fresh prompts in one step, over blocks that lie apart."""
+    """Decode rows, a chunk that continues a sequence and new prompts in one step, with scattered blocks."""
     model = random_model(CASES[case]())
     prompts = [random_ids(model.config, n, seed=n) for n in (40, 3, 70, 33, 1)]
     run = runner(ReferenceBackend(), fused(model), weights_of(model))
     blocks = [run.sequence() for _ in prompts]
     before = [39, 2, 50, 0, 0]  # tokens in the cache before the mixed step
     for i, count in enumerate(before):
-        for begin in range(0, count, 16):  # in turns, so that blocks of different sequences mix
+        for begin in range(0, count, 16):  # alternating, so that blocks of different sequences are interleaved
             run_step(run.plan, run.store, [Part(blocks[i], prompts[i][begin : min(count, begin + 16)])])
     parts = [Part(blocks[i], prompts[i][before[i] :], DECODE if i < 2 else PREFILL) for i in range(len(prompts))]
     output = run_step(run.plan, run.store, parts, hidden=True)
@@ -100,7 +100,7 @@ def test_ragged_batches_equal_each_sequence_alone(case: str) -> None:
     assert_close_rows(output.hidden, torch.cat(hidden, 1))
 
 
-def test_forked_sequences_keep_apart() -> None:
+def test_forked_sequences_are_independent() -> None:
     model = random_model(CASES["qwen3-gqa"]())
     run = runner(ReferenceBackend(), fused(model), weights_of(model))
     prompt = random_ids(model.config, 40)
@@ -114,7 +114,7 @@ def test_forked_sequences_keep_apart() -> None:
     assert_close_rows(last[1], transformers_logits(model, [*prompt, 105, 106, 107, 108])[-1])
 
 
-def test_cropped_tokens_are_forgotten() -> None:
+def test_cropped_tokens_are_dropped() -> None:
     model = random_model(llama())
     run = runner(ReferenceBackend(), fused(model), weights_of(model))
     ids, blocks = random_ids(model.config, 50), run.sequence()
@@ -126,8 +126,8 @@ def test_cropped_tokens_are_forgotten() -> None:
 
 
 @torch.no_grad()
-def test_embeddings_given_and_positions_apart_from_the_cache() -> None:
-    """As Transformers calls it for a left-padded row: positions are not the places in the cache."""
+def test_input_embeddings_and_explicit_positions() -> None:
+    """As in Transformers' call for a left-padded row: positions differ from the places in the cache."""
     model = random_model(llama())
     ids = random_ids(model.config, 20)
     embeds = model.get_input_embeddings()(torch.tensor(ids)) + 0.1
@@ -140,7 +140,7 @@ def test_embeddings_given_and_positions_apart_from_the_cache() -> None:
 
 @pytest.mark.parametrize("kv", ["bf16", "int8"])
 def test_smaller_caches_stay_close(kv: str) -> None:
-    """A cache of 8 bits a number: its rounding shows, and no more than that."""
+    """A cache of 8 bits per element: the error is that of its rounding."""
     model = random_model(CASES["qwen3-gqa"]())
     ids = random_ids(model.config, 200)
     run = runner(ReferenceBackend(), fused(model), weights_of(model), kv=kv)
@@ -151,7 +151,7 @@ def test_smaller_caches_stay_close(kv: str) -> None:
 
 @pytest.mark.parametrize("case", FAMILIES)
 def test_bf16_rounds_like_transformers(case: str) -> None:
-    """Both are bf16: each may be as far from fp32 as the other, and not further from each other than that twice."""
+    """Both are bf16: their errors against fp32 are similar, and their difference at most twice that."""
     exact = random_model(CASES[case]())
     rounded = random_model(CASES[case](), dtype=torch.bfloat16)
     for source, target in zip(exact.parameters(), rounded.parameters(), strict=True):
@@ -180,7 +180,7 @@ def test_packed_weights_equal_their_dequantised_model(name: str) -> None:
 
 
 def test_rounded_activations() -> None:
-    """Rounding rows to 8 bits costs more than to 16, and "format" means what the weight's format reads."""
+    """Rounding rows to 8 bits has a larger error than to 16, and "format" means the kind that the weight's format reads."""
     model = random_model(llama())
     ids = random_ids(model.config, 60)
     packed = {n: pack(w, "int4") if w.ndim == 2 else w for n, w in weights_of(model).items()}
@@ -236,7 +236,7 @@ def small_run() -> Runner:
         ("logit_rows", [2, 0]),
     ],
 )
-def test_a_wrong_step_is_refused_before_anything_is_written(field: str, value: list[int]) -> None:
+def test_an_invalid_step_is_rejected_before_writing(field: str, value: list[int]) -> None:
     run = small_run()
     good = make_batch([Part(run.sequence(), [1, 2, 3])], run.store)
     with pytest.raises(BackendError, match="step"):
@@ -246,20 +246,20 @@ def test_a_wrong_step_is_refused_before_anything_is_written(field: str, value: l
     assert run.plan.run(good, run.store).logits.isfinite().all()
 
 
-def test_prefill_before_decode_is_refused() -> None:
+def test_prefill_before_decode_is_rejected() -> None:
     run = small_run()
     parts = [Part(run.sequence(), [1]), Part(run.sequence(), [2], DECODE)]
     with pytest.raises(BackendError, match="phase"):
         run_step(run.plan, run.store, parts)
 
 
-def test_embeddings_of_a_wrong_shape_are_refused() -> None:
+def test_embeddings_of_a_wrong_shape_are_rejected() -> None:
     run = small_run()
     with pytest.raises(BackendError, match="inputs_embeds"):
         run_step(run.plan, run.store, [Part(run.sequence(), [1, 2])], inputs_embeds=torch.zeros(2, 71))
 
 
-def test_logits_go_where_the_batch_says() -> None:
+def test_logits_are_written_to_the_given_buffer() -> None:
     run = small_run()
     batch = make_batch([Part(run.sequence(), [1, 2, 3])], run.store)
     fresh = run.plan.run(batch, run.store).logits

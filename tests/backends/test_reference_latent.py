@@ -1,4 +1,4 @@
-"""The reference's latent attention, indexer and latent cache: against formulas in float64, and Transformers' own choices."""
+"""The reference backend's latent attention, indexer and latent cache: against float64 formulas, and Transformers' choices."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def randn(*shape: int, seed: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize(("queries", "context"), [(1, 0), (1, 70), (33, 0), (20, 45)])
 @pytest.mark.parametrize("sparse", [False, True])
 def test_both_forms_of_attention(queries: int, context: int, sparse: bool) -> None:
-    """Head by head and row by row, keys and values made in float64."""
+    """Head by head and row by row, with keys and values in float64."""
     heads, nope, rope, rank, v_dim, keys = 3, 5, 4, 7, 6, queries + context
     q, latents = randn(queries, heads, nope + rope), randn(keys, rank + rope, seed=1)
     kv_b = randn(heads, nope + v_dim, rank, seed=2)
@@ -63,8 +63,8 @@ def test_latent_row() -> None:
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
-def test_numbers_of_a_head_that_turn(interleaved: bool) -> None:
-    """With an offset, what lies before and behind stays, and what turns does so as if it were a head of its own."""
+def test_rotated_elements_of_a_head(interleaved: bool) -> None:
+    """With an offset, elements before and after are unchanged, and the rotated ones are treated like a separate head."""
     x, table = randn(4, 3 * 11), ops.rope_table(torch.arange(4), torch.tensor([1.0, 0.1]), 1.0)
     y = ops.rope(x, table, 3, interleaved, offset=5).view(4, 3, 11)
     heads = x.view(4, 3, 11)
@@ -99,7 +99,7 @@ def test_choosing() -> None:
     scores = torch.tensor([[9.0, 1, 2, 3], [0.0, 5, 5, 9], [-2.0, -1, -3, 9], [1.0, 1, 1, 1]])
     mask = torch.tensor([[1, 0, 0, 0], [1, 1, 1, 0], [1, 1, 1, 0], [1, 1, 1, 1]]).bool()
     chosen = latent.choose(scores, mask, 2)
-    assert chosen.tolist() == [[0, -1], [1, 2], [0, 1], [0, 1]]  # what is not seen is never chosen; of equals the earlier
+    assert chosen.tolist() == [[0, -1], [1, 2], [0, 1], [0, 1]]  # invisible tokens are never chosen; of ties, the earlier
     assert latent.choose(scores, mask, 6)[2].tolist() == [0, 1, 2, -1, -1, -1]
     assert torch.equal(latent.chosen_keys(latent.choose(scores, mask, 4), 4), mask)
     assert latent.chosen_keys(chosen, 5).int().tolist() == [[1, 0, 0, 0, 0], [0, 1, 1, 0, 0], [1, 1, 0, 0, 0], [1, 1, 0, 0, 0]]
@@ -107,8 +107,8 @@ def test_choosing() -> None:
 
 @pytest.mark.parametrize("case", ["deepseek_v32-indexer", "deepseek_v32-types"])
 @pytest.mark.parametrize("chunks", [(), (1, 50, 7)])
-def test_chosen_tokens_are_transformers(case: str, chunks: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    """As sets, in every layer and row; scores closer than 1e-5 may be told apart either way."""
+def test_chosen_tokens_equal_transformers(case: str, chunks: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As sets, in every layer and row; scores closer than 1e-5 may be ordered either way."""
     model = random_model(CASES[case]())
     ids, theirs = random_ids(model.config, 150), []
     for layer in model.model.layers:
@@ -162,7 +162,7 @@ def test_reads_what_was_written(kv_dtype: str) -> None:
     if kv_dtype == "bf16":
         assert torch.equal(read, rows.bfloat16().float())
     else:
-        for group in (slice(0, 128), slice(128, 200)):  # each by its own scale
+        for group in (slice(0, 128), slice(128, 200)):  # each with its own scale
             half_step = rows[:, group].abs().amax(-1, keepdim=True) / 254
             error = (read[:, group] - rows[:, group]).abs()
             assert (error <= half_step * (1 + 1e-5)).all() and error.max() > 0.9 * half_step.max()
@@ -190,7 +190,7 @@ def test_copied_block_and_released_memory(kv_dtype: str) -> None:
 
 @pytest.mark.parametrize("kv_dtype", ["fp32", "bf16", "int8"])
 @pytest.mark.parametrize("spec", [SPEC, LatentSpec(3, 128, 64), LatentSpec(1, 129, 2, 4)])
-def test_block_bytes_are_what_a_block_takes(kv_dtype: str, spec: LatentSpec) -> None:
+def test_block_bytes_equal_the_size_of_a_block(kv_dtype: str, spec: LatentSpec) -> None:
     store = make_store(spec, kv_dtype, 4, torch.device("cpu"))
     store.copy_block(0, 1)
     taken = sum(t.nbytes for t in (*store._data, *store._scales)) // len(store._data[0])
@@ -201,7 +201,7 @@ def test_block_bytes_are_what_a_block_takes(kv_dtype: str, spec: LatentSpec) -> 
 
 
 @pytest.mark.parametrize("case", LATENT)
-def test_cropped_tokens_are_forgotten(case: str) -> None:
+def test_cropped_tokens_are_dropped(case: str) -> None:
     model = random_model(CASES[case]())
     run = runner(ReferenceBackend(), rules.apply(build_graph(model.config))[0], weights_of(model))
     ids, blocks = random_ids(model.config, 90), run.sequence()
@@ -238,10 +238,10 @@ def test_smaller_caches_stay_close(case: str, kv: str) -> None:
     run = runner(ReferenceBackend(), rules.apply(build_graph(model.config))[0], weights_of(model), kv=kv)
     logits, expected = run.logits(ids, chunks=[77]), transformers_logits(model, ids)
     error = ((logits - expected).abs().amax(-1) / expected.abs().amax(-1)).median()
-    assert 1e-4 < error < 0.05  # a row whose experts change with the rounding may be further off
+    assert 1e-4 < error < 0.05  # a row whose experts change through rounding may have a larger error
 
 
-def test_the_last_hidden_state_by_itself() -> None:
+def test_the_last_hidden_state() -> None:
     model = random_model(CASES["deepseek_v3-groups"]())
     ids = random_ids(model.config, 40)
     for graph in (build_graph(model.config), rules.apply(build_graph(model.config))[0]):

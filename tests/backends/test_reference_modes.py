@@ -1,4 +1,4 @@
-"""The reference's modes of attention: against Transformers' models with attention written row by row, and among themselves."""
+"""The reference backend's attention modes: against Transformers' models with attention computed row by row, and each other."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from support.steps import Part, make_batch, run_step, runner
 
 SLIDING = AttentionMode("sliding", 37, 3)
 SPARSE = AttentionMode("sparse", 40, 1, 160)
-LENGTH = 230  # tokens: eight blocks, of which SPARSE sees five
+LENGTH = 230  # tokens: eight blocks, five of which are visible with SPARSE
 MODELS = [
     "llama-gqa", "llama-mqa", "llama-wide-heads", "llama-dynamic", "qwen2-gqa", "qwen2-windows", "qwen3-gqa",
     "qwen3-layer-types", "deepseek_v2-greedy", "deepseek_v2-groups", "deepseek_v3-groups", "deepseek_v3-halves", "youtu-direct",
@@ -46,8 +46,8 @@ def in_mode(model: Any, mode: AttentionMode, names: list[str] | None = None, con
     [*((name, mode) for name in MODELS for mode in (SLIDING, SPARSE)), ("deepseek_v32-indexer", SLIDING)],
     ids=lambda p: getattr(p, "kind", p),
 )
-def test_logits_of_transformers_in_a_mode(name: str, mode: AttentionMode) -> None:
-    """Whole and cut in pieces; with fusion rules and, of some, without."""
+def test_logits_equal_transformers_in_a_mode(name: str, mode: AttentionMode) -> None:
+    """Whole and in chunks; with fusion rules and, for some, without."""
     model, ids = model_of(name)
     expected = logits_in_mode(model, ids, mode)
     run = in_mode(model, mode)
@@ -57,14 +57,14 @@ def test_logits_of_transformers_in_a_mode(name: str, mode: AttentionMode) -> Non
     if name in ("llama-gqa", "deepseek_v3-groups"):
         assert_close_rows(in_mode(model, mode, []).logits(ids), expected)
         with pytest.raises(AssertionError):
-            assert_close_rows(run.logits(ids), logits_in_mode(model, ids, AttentionMode()))  # and something is hidden
+            assert_close_rows(run.logits(ids), logits_in_mode(model, ids, AttentionMode()))  # some tokens are invisible
 
 
 @pytest.mark.parametrize("kv", ["fp32", "bf16", "int8"])
 @pytest.mark.parametrize("kind", BUDGETS)
 @pytest.mark.parametrize("name", [*MODELS, "deepseek_v32-indexer"])
-def test_what_covers_everything_is_flash(name: str, kind: str, kv: str) -> None:
-    """Where the window or the budget holds the whole text; but for the form that latent attention takes, the very same."""
+def test_full_coverage_equals_flash(name: str, kind: str, kv: str) -> None:
+    """If the window or the budget covers the whole text, results are equal up to the form of latent attention."""
     model, ids = model_of(name)
     config = deepseek_v32(**{**model.config.to_dict(), "index_topk": 4096}) if kind == "sliding" and "v32" in name else None
     exact = in_mode(model, AttentionMode(), config=config, kv=kv).logits(ids)
@@ -74,15 +74,15 @@ def test_what_covers_everything_is_flash(name: str, kind: str, kv: str) -> None:
 @pytest.mark.parametrize("kv", ["bf16", "int8"])
 @pytest.mark.parametrize("mode", [SLIDING, SPARSE], ids=lambda m: m.kind)
 @pytest.mark.parametrize("name", ["llama-gqa", "deepseek_v3-groups"])
-def test_pieces_and_the_whole_over_a_rounded_cache(name: str, mode: AttentionMode, kv: str) -> None:
-    """Keys of a piece are read back as the cache holds them, so it does not matter where a text is cut."""
+def test_chunks_equal_the_whole_with_a_rounded_cache(name: str, mode: AttentionMode, kv: str) -> None:
+    """Keys of a chunk are read as stored in the cache, so the boundaries of chunks do not matter."""
     model, ids = model_of(name)
     run = in_mode(model, mode, kv=kv)
     assert_close_rows(run.logits(ids, chunks=(33, 1, 100, 64)), run.logits(ids), 1e-4)
 
 
-def test_sequences_of_a_step_do_not_meet() -> None:
-    """Each sees its own window, and its own blocks."""
+def test_sequences_of_a_step_are_independent() -> None:
+    """Each has its own window, and its own blocks."""
     model, ids = model_of("qwen3-gqa")
     for mode in (SLIDING, SPARSE):
         run = in_mode(model, mode)
@@ -94,25 +94,25 @@ def test_sequences_of_a_step_do_not_meet() -> None:
 
 
 @pytest.mark.parametrize("mode", [SLIDING, SPARSE], ids=lambda m: m.kind)
-def test_a_layer_for_drafts_is_in_the_same_mode(mode: AttentionMode) -> None:
-    """Its cache is the model's own, so it must be made alike."""
+def test_mtp_layers_use_the_same_mode(mode: AttentionMode) -> None:
+    """It uses the model's cache, so it needs the same mode."""
     config = deepseek_v3()
     own, _ = apply_mode(build_graph(config, 1), mode)
     layer, places = apply_mode(build_mtp_graph(config, 0), mode)
     assert own.cache == layer.cache and places == ["layer 3"]
 
 
-# ---- blocks that are gone
+# ---- missing blocks
 
 
 def holes(mode: AttentionMode, tokens: int) -> range:
-    """Blocks that no token from number `tokens` on sees."""
+    """Blocks that are invisible to all tokens from number `tokens` on."""
     return range(-(-mode.sinks // 32), max(0, tokens + 1 - mode.window) // 32)
 
 
 @pytest.mark.parametrize("name", ["llama-gqa", "deepseek_v2-greedy", "deepseek_v3-halves"])
-def test_what_no_row_sees_may_be_gone(name: str) -> None:
-    """The same logits to the bit, whatever was written where the blocks lay; a hole that is seen is an error."""
+def test_invisible_blocks_may_be_missing(name: str) -> None:
+    """Bitwise equal logits, whatever the memory of missing blocks contains; a visible missing block is an error."""
     model, ids = model_of(name)
     run = in_mode(model, SLIDING)
     sequence = run.sequence()
@@ -130,7 +130,7 @@ def test_what_no_row_sees_may_be_gone(name: str) -> None:
 
 
 @pytest.mark.parametrize("mode", [AttentionMode(), SPARSE, SLIDING], ids=lambda m: m.kind)
-def test_no_block_may_be_gone_where_a_layer_sees_all(mode: AttentionMode) -> None:
+def test_no_block_may_be_missing_with_full_attention(mode: AttentionMode) -> None:
     """qwen3-layer-types has a layer without a window between two with one."""
     model, ids = model_of("qwen3-layer-types")
     run = in_mode(model, mode)
@@ -167,7 +167,7 @@ def slowly(q: np.ndarray, keys: np.ndarray, i: int, blocks: int, sinks: int, win
 
 @pytest.mark.parametrize("seed", range(25))
 def test_chosen_blocks(seed: int) -> None:
-    """Odd shapes, any place of the cut, whole numbers so that estimates are often equal."""
+    """Odd shapes, chunk boundaries anywhere, integers so that estimates are often equal."""
     draw = np.random.default_rng(seed)
     heads, group, width = int(draw.integers(1, 4)), int(draw.integers(1, 5)), int(draw.integers(1, 20))
     sinks, window = int(draw.integers(0, 70)), int(draw.integers(1, 90))
@@ -196,13 +196,13 @@ def test_chosen_blocks(seed: int) -> None:
 
 def test_an_estimate_is_never_below_a_logit() -> None:
     q, keys = torch.randn(7, 2, 3, 16), torch.randn(64, 2, 16)
-    found = choose.estimates(q, *choose.summaries(keys, True))
+    actual = choose.estimates(q, *choose.summaries(keys, True))
     logits = torch.einsum("qhgd,khd->qhgk", q, keys).unflatten(-1, (2, 32)).amax(-1)
-    assert (found >= logits - 1e-5).all()
+    assert (actual >= logits - 1e-5).all()
 
 
 def test_tokens_of_a_window() -> None:
-    """Blocks that hold a seen token are read, and no others."""
+    """Only blocks with a visible token are read."""
     for queries, context, window, sinks in ((1, 0, 5, 2), (3, 100, 37, 3), (40, 300, 64, 33), (5, 70, 200, 0), (1, 319, 32, 0)):
         blocks, tokens = ops.visible_blocks(queries, context, window, sinks, torch.device("cpu"))
         seen = ops.visible(queries, context, torch.arange(context + queries), window, sinks).any(0).nonzero()[:, 0]

@@ -1,4 +1,4 @@
-"""The reference's router and experts: against Transformers' own, and against formulas in float64."""
+"""The reference backend's router and experts: against Transformers, and against formulas in float64."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ def randn(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def gap(values: torch.Tensor, count: int) -> torch.Tensor:
-    """How far the last that is chosen is from the first that is not."""
+    """The difference between the last chosen score and the first rejected one."""
     ordered = values.sort(-1, descending=True).values
     return ordered[..., count - 1] - ordered[..., count] if count < values.shape[-1] else values.new_tensor(torch.inf)
 
 
 def no_tie(logits: torch.Tensor, bias: torch.Tensor | None, options: dict[str, Any]) -> torch.Tensor:
-    """Rows whose choice of groups and experts is not within 1e-5 of another."""
+    """Rows whose choice of groups and experts has a margin of more than 1e-5."""
     choice = logits.softmax(-1) if options["scoring"] == "softmax" else logits.sigmoid()
     choice = choice if bias is None else choice + bias
     groups = choice.unflatten(-1, (options["groups"], -1))
@@ -44,7 +44,7 @@ def no_tie(logits: torch.Tensor, bias: torch.Tensor | None, options: dict[str, A
 
 
 @pytest.mark.parametrize("case", WITH_EXPERTS)
-def test_chosen_experts_are_transformers(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chosen_experts_equal_transformers(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As sets, with their weights, in every layer and row of a whole model."""
     model = random_model(CASES[case]())
     ids, theirs = random_ids(model.config, 200), []
@@ -55,7 +55,7 @@ def test_chosen_experts_are_transformers(case: str, monkeypatch: pytest.MonkeyPa
     calls = spy(monkeypatch, moe, "route")
     runner(ReferenceBackend(), build_graph(model.config), weights_of(model)).logits(ids)
     assert len(calls) == len(theirs) > 0
-    told_apart = set()
+    distinct = set()
     for (((logits, bias), options), routes), (their_logits, weights, chosen) in zip(calls, theirs, strict=True):
         torch.testing.assert_close(logits, their_logits, rtol=1e-4, atol=1e-4)
         order = chosen.sort(-1)
@@ -64,11 +64,11 @@ def test_chosen_experts_are_transformers(case: str, monkeypatch: pytest.MonkeyPa
         ours, shares = routes.chunk(2, -1)
         assert torch.equal(ours[clear].long(), order.values[clear])
         torch.testing.assert_close(shares[clear], weights.gather(1, order.indices)[clear], rtol=1e-4, atol=1e-5)
-        told_apart.update(map(tuple, ours.tolist()))
-    assert len(told_apart) > 20  # routers that choose
+        distinct.update(map(tuple, ours.tolist()))
+    assert len(distinct) > 20  # routers that choose
 
 
-def test_equal_scores_go_to_the_lower_number() -> None:
+def test_ties_go_to_the_lower_index() -> None:
     options = {"top_k": 3, "normalise": False, "scale": 1.0, "scoring": "softmax"}
     equal = torch.zeros(1, 12)
     assert moe.route(equal, None, groups=1, top_groups=1, group_score="max", **options)[0, :3].tolist() == [0, 1, 2]
@@ -76,7 +76,7 @@ def test_equal_scores_go_to_the_lower_number() -> None:
     bias = torch.zeros(12)
     bias[8:] = 0.1
     made = moe.route(equal, bias, groups=3, top_groups=1, group_score="top2", **{**options, "scoring": "sigmoid"})[0]
-    assert made.tolist() == [8, 9, 10, 0.5, 0.5, 0.5]  # the bias chooses and does not weigh
+    assert made.tolist() == [8, 9, 10, 0.5, 0.5, 0.5]  # the bias affects the choice, not the weights
 
 
 @pytest.mark.parametrize("grouped", [False, True])
@@ -129,7 +129,7 @@ def test_a_stack_of_a_wrong_shape_is_named() -> None:
 
 
 def test_routers_stay_in_float32() -> None:
-    """In a bf16 plan too: their choice must not depend on how the rest is stored."""
+    """In a bf16 plan too, since their choice must not depend on the format of the other weights."""
     model = random_model(CASES["deepseek_v3-groups"]())
     plan = ReferenceBackend(dtype=torch.bfloat16).compile(build_graph(model.config), weights_of(model))
     kept = {n: w.dtype for n, w in plan._weights.items()}

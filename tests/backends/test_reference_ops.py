@@ -1,4 +1,4 @@
-"""The reference's ops against their formulas in float64 or complex numbers."""
+"""The reference backend's ops against their formulas in float64 or complex numbers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def randn(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def test_every_op_of_a_graph_is_there() -> None:
+def test_every_op_is_implemented() -> None:
     assert set(plan._OPS) == {name for name, spec in OPS.items() if spec.origin != "lowering"}
 
 

@@ -1,4 +1,4 @@
-"""The reference's paged K and V."""
+"""The reference backend's paged K and V."""
 
 from __future__ import annotations
 
@@ -57,8 +57,8 @@ def test_copied_block_and_released_memory(kv_dtype: str) -> None:
         store.read(1, TABLE, 70)
 
 
-def test_memory_grows_with_what_is_written() -> None:
-    """A store of a million blocks takes nothing until it is used."""
+def test_memory_grows_with_written_blocks() -> None:
+    """A store of a million blocks allocates nothing until it is used."""
     store = TorchStore(SPEC, "fp32", 1_000_000, torch.device("cpu"))
     store.write(0, torch.tensor([2]), 0, torch.ones(1, 3, 8), torch.ones(1, 3, 8))
     assert all(len(t) == 3 for t in store._data)
@@ -67,13 +67,13 @@ def test_memory_grows_with_what_is_written() -> None:
 
 
 @pytest.mark.parametrize("kv_dtype", ["fp32", "bf16", "int8"])
-def test_block_bytes_are_what_a_block_takes(kv_dtype: str) -> None:
+def test_block_bytes_equal_the_size_of_a_block(kv_dtype: str) -> None:
     store, _, _ = filled(kv_dtype)
     tensors = (*store._data, *store._scales)
     assert store.block_bytes == store_block_bytes(SPEC, kv_dtype) == sum(t.nbytes for t in tensors) // len(store._data[0])
 
 
-def test_short_tables_and_unknown_dtypes_are_refused() -> None:
+def test_short_tables_and_unknown_dtypes_are_rejected() -> None:
     store, _, _ = filled("fp32")
     with pytest.raises(BackendError, match="too few for"):
         store.read(1, TABLE[:2], 70)

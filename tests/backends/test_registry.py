@@ -1,4 +1,4 @@
-"""Which backends there are and which one serves: entry points of other packages, devices, priorities, and what goes wrong."""
+"""The registry: entry points of other packages, devices, priorities, which backend is chosen, and errors."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda:0")
 
 
 class ToyBackend(ReferenceBackend):
-    """What a package outside may add: the reference under a name of its own."""
+    """A backend that another package might add: the reference under a new name."""
 
     name = "toy"
     note = "a toy serves"
@@ -34,7 +34,7 @@ NOT_A_SPEC = ToyBackend
 
 @pytest.fixture
 def registered(monkeypatch):
-    """registered(name=value, ...): these are the entry points of other packages."""
+    """registered(name=value, ...): sets the entry points of other packages."""
 
     def become(**values):
         points = [EntryPoint(name, value, backend_entries.GROUP) for name, value in values.items()]
@@ -57,7 +57,7 @@ def test_built_in_without_metadata(registered):
         assert find(name).name == name
 
 
-def test_the_entry_points_are_those_that_are_built_in():
+def test_entry_points_match_the_built_in_backends():
     """pyproject.toml and the registry agree."""
     tomllib = pytest.importorskip("tomllib")
     from pathlib import Path
@@ -66,7 +66,7 @@ def test_the_entry_points_are_those_that_are_built_in():
     assert project["entry-points"][backend_entries.GROUP] == backend_entries.BUILT_IN
 
 
-def test_a_package_outside_adds_a_backend(registered, tiny_model):
+def test_another_package_adds_a_backend(registered, tiny_model):
     with pytest.raises(ConfigError, match="backend must be one of 'auto', 'cpu', 'reference', got 'toy'.*install that package"):
         DeepSeekConfig(backend="toy")
     registered(toy=f"{__name__}:TOY")
@@ -83,7 +83,7 @@ def test_a_package_outside_adds_a_backend(registered, tiny_model):
         choose_spec(wanted("toy"), CUDA)
 
 
-def test_auto_takes_the_highest_priority_that_can_run(registered, monkeypatch):
+def test_auto_chooses_the_highest_available_priority(registered, monkeypatch):
     from deepseek_optimizer.backends import cpu
 
     registered(toy=f"{__name__}:TOY", lost=f"{__name__}:LOST")
@@ -109,7 +109,7 @@ def test_other_devices(registered):
 
 
 @pytest.mark.parametrize(
-    ("value", "said"),
+    ("value", "message"),
     [
         ("no_such_module_anywhere:SPEC", "cannot be loaded .ModuleNotFoundError"),
         (f"{__name__}:MISSING", "cannot be loaded .AttributeError"),
@@ -117,21 +117,21 @@ def test_other_devices(registered):
         (f"{__name__}:NOT_A_SPEC", "is registered as .*:NOT_A_SPEC, which is not a BackendSpec of that name"),
     ],
 )
-def test_a_broken_package_is_named_and_does_not_stop_the_others(registered, value, said):
+def test_a_broken_package_is_named_and_does_not_stop_the_others(registered, value, message):
     registered(broken=value)
-    with pytest.raises(BackendError, match=f"the backend 'broken' {said}.*reinstall or uninstall its package"):
+    with pytest.raises(BackendError, match=f"the backend 'broken' {message}.*reinstall or uninstall its package"):
         find("broken")
     spec, note = choose_spec(wanted(), CPU)
     assert spec.name in backend_entries.BUILT_IN and note is not None and "the backend 'broken'" in note
 
 
-def test_what_is_not_registered(registered):
+def test_unregistered_backends(registered):
     registered(toy=f"{__name__}:TOY")
     with pytest.raises(BackendError, match="there is no backend 'tox'; did you mean 'toy'"):
         find("tox")
 
 
-def test_one_name_for_two(registered):
+def test_duplicate_names(registered):
     registered(cpu="their_package:SPEC")
     with pytest.raises(BackendError, match="two backends are called 'cpu': deepseek_optimizer.*their_package:SPEC"):
         backend_entries.names()

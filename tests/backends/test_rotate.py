@@ -1,4 +1,4 @@
-"""Stores turn cached keys: to those of the new position within a step of the storage, on the reference and every native ISA."""
+"""Stores rotate cached keys to new positions, within a rounding step of the stored type; the reference and every native ISA."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from deepseek_optimizer.backends.reference.store import make_store
 from deepseek_optimizer.cache import SequenceBlocks
 from deepseek_optimizer.errors import BackendError, UnsupportedRequestError
 from deepseek_optimizer.graph.ir import CacheSpec, LatentSpec
-from deepseek_optimizer.graph.rotation import KeyRotation, Pairs, key_rotation
+from deepseek_optimizer.graph.rope_rotation import KeyRotation, Pairs, key_rotation
 from deepseek_optimizer.integration.memory.arena import Arena
 from deepseek_optimizer.models import build_graph
 from support.models import CASES, random_ids, random_model, weights_of
@@ -40,7 +40,7 @@ def names() -> list[str]:
 
 
 def filled(spec: Any, kind: str) -> tuple[Any, list[torch.Tensor]]:
-    """A store of the reference, and what lies in it."""
+    """A store of the reference, and its contents."""
     generator = torch.Generator().manual_seed(1)
     store, table = make_store(spec, kind, 8, torch.device("cpu")), torch.from_numpy(TABLE).long()
     for layer in range(spec.layers):
@@ -55,17 +55,17 @@ def filled(spec: Any, kind: str) -> tuple[Any, list[torch.Tensor]]:
 
 
 def rows_of(store: Any, spec: Any) -> list[torch.Tensor]:
-    """What turns, and what does not, of each layer."""
-    found: list[torch.Tensor] = []
+    """The rotated and the unrotated elements of each layer."""
+    result: list[torch.Tensor] = []
     for layer in range(spec.layers):
         key, value = store.read(layer, TABLE, TOKENS)
-        found += key.split((spec.rank, spec.rope), -1)[::-1] if isinstance(spec, LatentSpec) else (key,)
-        found += () if value is None else (value,)
-    return found
+        result += key.split((spec.rank, spec.rope), -1)[::-1] if isinstance(spec, LatentSpec) else (key,)
+        result += () if value is None else (value,)
+    return result
 
 
-def turned(x: torch.Tensor, pairs: Pairs, delta: int) -> torch.Tensor:
-    """In double; x [.., tokens, width]. Angles are differences of float32 products."""
+def rotated(x: torch.Tensor, pairs: Pairs, delta: int) -> torch.Tensor:
+    """Rotates x [.., tokens, width] in float64. Angles are differences of float32 products."""
     at = torch.arange(START, START + TOKENS)[:, None]
     frequencies = torch.from_numpy(FREQUENCIES)
     angle = ((at + delta).float() * frequencies).double() - (at.float() * frequencies).double()
@@ -81,7 +81,7 @@ def turned(x: torch.Tensor, pairs: Pairs, delta: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_the_reference_turns_keys_and_nothing_else(shape: str, kind: str) -> None:
+def test_the_reference_rotates_only_keys(shape: str, kind: str) -> None:
     spec, rotation = SHAPES[shape]
     store, before = filled(spec, kind)
     others = [t[[0, 2, 3, 5]].clone() for t in store._data]
@@ -93,7 +93,7 @@ def test_the_reference_turns_keys_and_nothing_else(shape: str, kind: str) -> Non
         if pairs is None:
             assert torch.equal(old, new)
             continue
-        expected = turned(old, pairs, -96)
+        expected = rotated(old, pairs, -96)
         largest = expected.abs().amax(-1, keepdim=True)
         whole = kind == "int8" and isinstance(spec, CacheSpec)
         step = largest / 250 if whole else expected.abs() / 256 + 1e-6 if kind != "fp32" else 3e-7 * largest
@@ -105,7 +105,8 @@ def test_the_reference_turns_keys_and_nothing_else(shape: str, kind: str) -> Non
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("case", ["qwen3-gqa", "deepseek_v3-groups", "deepseek_v3-halves", "deepseek_v32-types"])
 def test_native_stores_equal_the_reference(case: str, kind: str, backend: str) -> None:
-    """Read by a real plan, dropped and turned on both: the native store's rows are the reference's turn of its own rows."""
+    """Prefill by a real plan, then drop and rotate on both: the native store's rows equal its old rows, rotated by the
+    reference."""
     model = random_model(CASES[case]())
     graph, spec = build_graph(model.config), build_graph(model.config).cache
     serving = cpu.CpuBackend(isa=cpu.exact(backend), threads=2)
@@ -143,8 +144,8 @@ BAD = {
 
 
 @pytest.mark.parametrize("what", BAD)
-def test_what_cannot_be_turned_changes_nothing(what: str) -> None:
-    """That the native library changes nothing either is a test of its own, native/tests/test_rotate.cpp."""
+def test_failed_rotations_change_nothing(what: str) -> None:
+    """native/tests/test_rotate.cpp tests the same for the native library."""
     spec, rotation = SHAPES["heads"]
     store, before = filled(spec, "bf16")
     with pytest.raises((ValueError, BackendError)):
@@ -155,7 +156,7 @@ def test_what_cannot_be_turned_changes_nothing(what: str) -> None:
             CpuStore(native.shared_context(None, None), spec, "bf16", 8).rotate(rotation, *BAD[what])
 
 
-def test_dynamic_frequencies_are_refused_where_they_may_have_changed() -> None:
+def test_dynamic_frequencies_are_rejected_if_they_may_have_changed() -> None:
     spec, rotation = SHAPES["heads"]
     stores = [filled(spec, "bf16")[0]]
     if not cpu.unavailable_reason():
@@ -167,7 +168,7 @@ def test_dynamic_frequencies_are_refused_where_they_may_have_changed() -> None:
         store.rotate(dynamic, TABLE, 75, 4096 - 75, -32)
 
 
-def test_a_rotation_of_another_cache_is_refused() -> None:
+def test_a_rotation_of_another_cache_is_rejected() -> None:
     spec, rotation = SHAPES["heads"]
     latent, _ = SHAPES["indexer"]
     with pytest.raises(ValueError, match="index keys"):
@@ -185,7 +186,7 @@ def test_a_rotation_of_another_cache_is_refused() -> None:
 
 
 def drift(backend: str, kind: str) -> list[float]:
-    """Root mean square error of keys after 1 to 8 turns by 64 tokens, of the keys' own."""
+    """Relative root mean square error of keys after 1 to 8 rotations by 64 tokens."""
     model = random_model(CASES["llama-gqa"]())
     graph = build_graph(model.config)
     serving = cpu.CpuBackend(isa=cpu.exact(backend), threads=2)
@@ -204,9 +205,9 @@ def drift(backend: str, kind: str) -> list[float]:
 
 
 @pytest.mark.parametrize(("kind", "once"), [("fp32", 1e-6), ("bf16", 0.0018), ("int8", 0.0065)])
-def test_rounding_after_eight_turns(kind: str, once: float) -> None:
-    """Against keys made at the last position: errors are those of the storage's roundings, 1 + turns of them, and independent.
-    Measured: bf16 0.24% after one turn, 0.47% after eight; int8 0.63% and 1.3%."""
+def test_rounding_after_eight_rotations(kind: str, once: float) -> None:
+    """Against keys computed at the final position: the error is that of 1 + `turns` independent roundings of the storage.
+    Measured: bf16 0.24% after one rotation, 0.47% after eight; int8 0.63% and 1.3%."""
     if cpu.unavailable_reason():
         pytest.skip("no native build")
     for turns, error in enumerate(drift(native.shared_context(None, None).isa, kind), 1):

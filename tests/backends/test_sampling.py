@@ -1,4 +1,4 @@
-"""The distribution against Transformers' own warpers, and draws against the distribution."""
+"""The sampling distribution against Transformers' warpers, and drawn tokens against the distribution."""
 
 import numpy as np
 import pytest
@@ -28,7 +28,7 @@ def of_transformers(logits, s):
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 @pytest.mark.parametrize("size", [17, 64, 1000, 49_152])
-def test_filters_are_transformers_own(settings, size):
+def test_filters_equal_transformers(settings, size):
     sampling = SamplingParams(**{"temperature": 1.0, **settings})
     for seed in range(4):
         logits = (np.random.default_rng(seed).standard_normal(size) * (1 + 2 * seed)).astype(np.float32)
@@ -41,7 +41,7 @@ def test_filters_are_transformers_own(settings, size):
 @pytest.mark.parametrize("settings", [{}, {"top_k": 12}, {"top_p": 0.8}, {"temperature": 2.0, "min_p": 0.1}], ids=str)
 @pytest.mark.parametrize("size", [5, 130])
 def test_draws_follow_the_distribution(settings, size):
-    """Chi-square at a level that fails one time in a million, over evenly spaced and over hashed numbers."""
+    """Chi-square at a level that fails once in a million, with evenly spaced and with hashed numbers."""
     sampling = SamplingParams(**{"temperature": 1.0, **settings})
     logits = np.random.default_rng(size).standard_normal(size).astype(np.float32)
     right, count = of_transformers(logits, sampling), 20_000
@@ -54,7 +54,7 @@ def test_draws_follow_the_distribution(settings, size):
         assert stat < k * (1 - 2 / (9 * k) + 4.75 * (2 / (9 * k)) ** 0.5) ** 3  # Wilson and Hilferty
 
 
-def test_draws_of_the_whole_range_are_tokens_that_may_come():
+def test_draws_over_the_whole_range_are_allowed_tokens():
     logits = np.full(1000, -np.inf, np.float32)
     logits[[3, 500, 999]] = 0
     for u in [0.0, 1 / 3, 0.5, 2 / 3, 1 - 2**-53]:
@@ -63,20 +63,20 @@ def test_draws_of_the_whole_range_are_tokens_that_may_come():
 
 
 @pytest.mark.parametrize("temperature", [5e-324, 1e-46, 1e-38, 1e-37, 1e-6])
-def test_temperatures_that_are_next_to_none_are_none(temperature):
+def test_tiny_temperatures_are_greedy(temperature):
     assert SamplingParams(temperature=temperature, top_p=0.9).greedy and not SamplingParams(temperature=1e-4).greedy
     logits = np.random.default_rng(0).standard_normal(500).astype(np.float32) * 30
     assert draw(logits, SamplingParams(temperature=1e-5), 0.999) == int(logits.argmax())
 
 
-def test_uniform_numbers_belong_to_seed_and_place():
+def test_random_numbers_depend_on_seed_and_position():
     assert uniform(5, 7) == uniform(5, 7) != uniform(5, 8) != uniform(6, 7)
     numbers = np.array([uniform(0, n) for n in range(20_000)])
     assert 0 <= numbers.min() and numbers.max() < 1 and abs(numbers.mean() - 0.5) < 0.01
 
 
 @pytest.mark.parametrize("size", [1, 20, 63, 64, 4_000])
-def test_the_likeliest_tokens(size):
+def test_the_most_likely_tokens(size):
     for seed in range(5):
         values = np.random.default_rng(seed).integers(0, 50, size).astype(np.float32)
         order = sorted(range(size), key=lambda t: (-values[t], t))

@@ -1,4 +1,4 @@
-"""A block's bytes leave a store and come into another: what was written there is read here, to the bit."""
+"""A block exported from one store and imported into another reads back bit for bit."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def ready(backend: str, case: str, kv_dtype: str):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kv_dtype", ["fp32", "bf16", "int8"])
 @pytest.mark.parametrize("case", ["llama-gqa", "deepseek_v3-groups", "deepseek_v32-indexer"])
-def test_blocks_of_one_store_serve_in_another(backend, case, kv_dtype):
+def test_blocks_of_one_store_are_valid_in_another(backend, case, kv_dtype):
     made, graph, first = ready(backend, case, kv_dtype)
     sequence = first.sequence()
     ids = [int(i) for i in np.random.default_rng(3).integers(0, graph.vocab_size, 64)]
@@ -55,7 +55,7 @@ def test_blocks_of_one_store_serve_in_another(backend, case, kv_dtype):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_bytes_that_do_not_fit_are_refused(backend):
+def test_bytes_of_the_wrong_size_are_rejected(backend):
     _, _, made = ready(backend, "llama-gqa", "bf16")
     store = made.store
     store.write_block(0, bytes(store.saved_bytes))

@@ -1,5 +1,5 @@
-"""A window of the cache: blocks dropped from the midst, the keys behind them turned back, against an oracle that caches keys
-before RoPE; on the reference and on every native ISA."""
+"""A window of the cache: blocks dropped from the middle and later keys rotated back, against an oracle that caches keys before
+RoPE; on the reference and on every native ISA."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from deepseek_optimizer.backends.reference import ReferenceBackend
 from deepseek_optimizer.cache import SequenceBlocks
 from deepseek_optimizer.cache.cache_window import CacheWindow
 from deepseek_optimizer.graph import rules
-from deepseek_optimizer.graph.rotation import key_rotation
+from deepseek_optimizer.graph.rope_rotation import key_rotation
 from deepseek_optimizer.integration.memory.arena import Arena
 from deepseek_optimizer.models import build_graph
 from support.late_rope import LateRope
@@ -43,18 +43,18 @@ def made(name: str) -> Any:
 
 
 def chunks() -> list[tuple[int, int]]:
-    """Of the text, in turns a big one and single tokens."""
-    found, begin = [], 0
+    """Chunks of the text, alternating between a large one and single tokens."""
+    result, begin = [], 0
     while begin < READ:
         for size in (CHUNK, 1, 1):
-            found.append((begin, min(begin + size, READ)))
+            result.append((begin, min(begin + size, READ)))
             begin += size
-    return [(a, b) for a, b in found if a < b]
+    return [(a, b) for a, b in result if a < b]
 
 
 @cache
 def oracle(name: str) -> tuple[Any, list[int], torch.Tensor]:
-    """A model, a text, and the logits that the window must have on it."""
+    """A model, a text, and its expected logits with the window."""
     model = random_model(CASES[name]())
     ids, late, pinned, logits = random_ids(model.config, READ), LateRope(model), PINNED, []
     for begin, end in chunks():
@@ -73,15 +73,15 @@ def test_logits_of_a_window(name: str, backend: str) -> None:
     serving = made(backend)
     weights = weights_of(model) if backend == "reference" else packed_weights(weights_of(model), "fp32")
     plan, arena = serving.compile(graph, weights), Arena(serving.new_store(graph, "fp32", 8), 3, rotation=key_rotation(graph))
-    sequence, pinned, logits, most, dropped = SequenceBlocks(arena.manager), PINNED, [], 0, 0
+    sequence, pinned, logits, max_blocks, dropped = SequenceBlocks(arena.manager), PINNED, [], 0, 0
     for begin, end in chunks():
         for drop in POLICY.drops(sequence.tokens, pinned, end - begin):
             arena.drop_blocks(sequence, drop.first_block, drop.count)
             pinned, dropped = drop.renumbered(pinned), dropped + 32 * drop.count
         phase = DECODE if end - begin == 1 else PREFILL
         logits.append(run_step(plan, arena.store, [Part(sequence, ids[begin:end], phase)]).logits)
-        most = max(most, len(sequence.blocks))
+        max_blocks = max(max_blocks, len(sequence.blocks))
     assert_close_rows(torch.cat(logits), expected)
-    assert 32 * most <= POLICY.tokens  # memory stays what it was
+    assert 32 * max_blocks <= POLICY.tokens  # memory does not grow
     assert sequence.tokens + dropped == READ and dropped >= 2 * POLICY.tokens
-    assert pinned == ((38, 43),)  # the block between it and the sinks is gone
+    assert pinned == ((38, 43),)  # the block between it and the sinks was dropped

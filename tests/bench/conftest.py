@@ -1,4 +1,4 @@
-"""Models to measure: small enough that what is tested is the measuring."""
+"""Small models for the tests of the benchmarks: the measuring is tested, not the models."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ def optimised(tiny_model):
 
 @pytest.fixture(params=["plain", "optimised"])
 def either(request):
-    """Transformers' own model, and an optimised one."""
+    """Transformers' model, then an optimised one."""
     return request.getfixturevalue(request.param)
 
 
 @pytest.fixture(scope="module")
 def soaked_engine(tiny_model, tmp_path_factory):
-    """An engine for soaks: a context of 2,048 tokens, and fewer blocks than all that run can use."""
+    """An engine for soak tests: a context of 2,048 tokens, and fewer blocks than its concurrent requests could use."""
     from transformers import AutoTokenizer
 
     from deepseek_optimizer import load_model
     from deepseek_optimizer.serving import make_async_engine
-    from support.spoilt import set_config
+    from support.damaged_checkpoints import set_config
 
     folder = tmp_path_factory.mktemp("soak") / "model"
     shutil.copytree(tiny_model, folder)
@@ -46,9 +46,9 @@ def soaked_engine(tiny_model, tmp_path_factory):
 
 @pytest.fixture
 def report():
-    """report(decode=[...], **fields): a report of one work, as `dso bench` writes it."""
-    from deepseek_optimizer.bench.figures import figures
-    from deepseek_optimizer.bench.report import SCHEMA
+    """report(decode=[...], **fields): a report with one workload, as written by `dso bench`."""
+    from deepseek_optimizer.bench.metrics import figures
+    from deepseek_optimizer.bench.run_benchmark import SCHEMA
 
     def make(decode=(100.0, 101.0, 99.0), **fields):
         values = {

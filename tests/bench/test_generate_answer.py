@@ -1,4 +1,4 @@
-"""One answer through `generate`, on a tiny model in plain Transformers: benchmarks ask any model so."""
+"""One answer through `generate` on a tiny plain Transformers model, as benchmarks request it from any model."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ GREEDY = {"do_sample": False}
 @pytest.fixture(scope="module")
 def pair(tiny_model):
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
-    model.generation_config.eos_token_id = None  # random weights: let no answer end by chance
+    model.generation_config.eos_token_id = None  # random weights would sometimes end an answer
     return model, AutoTokenizer.from_pretrained(tiny_model)
 
 
-def test_answer_streams_what_generate_returns(pair):
+def test_answer_streams_the_result_of_generate(pair):
     model, tokenizer = pair
     ids = prompt_ids(tokenizer, [{"role": "user", "content": "Hello"}])
     pieces: list[str] = []
@@ -43,7 +43,7 @@ def test_answer_ends_with_the_end_token(pair):
     assert stopped.finish_reason == "stop" and stopped.ids == free.ids[:1]
 
 
-def test_answer_keeps_to_the_context(pair):
+def test_answer_fits_the_context(pair):
     model, tokenizer = pair
     ids = torch.full((1, 250), 65)
     assert answer(model, tokenizer, ids, lambda _: None, max_new_tokens=100, **GREEDY).new_tokens == 6

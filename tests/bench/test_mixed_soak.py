@@ -1,4 +1,4 @@
-"""The soak for two seconds on a tiny model; and that it would notice."""
+"""The mixed soak test for two seconds on a tiny model, and proof that it detects faults."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ sys.path.append(str(ROOT))
 
 from benchmarks import mixed_soak as soak  # noqa: E402
 
-from deepseek_optimizer.bench.exchange import HttpReply  # noqa: E402
+from deepseek_optimizer.bench.http_client import HttpReply  # noqa: E402
 from deepseek_optimizer.bench.served import parsed  # noqa: E402
 from support.live_server import LiveServer  # noqa: E402
 
@@ -25,7 +25,7 @@ KINDS = {"again", "chat", "left", "pattern", "schema", "text"}
 
 
 class Server:
-    """What `soak.run` looks at, of a server in this process."""
+    """The values that `soak.run` observes, from a server in this process."""
 
     log = ""
     resident_bytes = 10**8
@@ -54,7 +54,7 @@ def test_two_seconds_for_real(live, capsys):
     assert "errors     0" in capsys.readouterr().out
 
 
-def test_a_text_that_changes_is_noticed(live):
+def test_a_changed_text_is_detected(live):
     leaning = small(live)
     leaning.known = dict.fromkeys(map(str, range(8)), "what it never says")
     failures = soak.run(leaning, Server(live), 8, 1.0)
@@ -62,7 +62,7 @@ def test_a_text_that_changes_is_noticed(live):
 
 
 class Leaking(Server):
-    """It grows whenever it is looked at, and keeps a block."""
+    """Grows with every observation, and leaks a block."""
 
     log = "Traceback (most recent call last)"
     sizes = iter([10**8, 2 * 10**8])
@@ -75,7 +75,7 @@ class Leaking(Server):
         return {**super().metrics(), "vllm:kv_cache_usage_perc": 0.01}
 
 
-def test_what_is_left_behind_is_noticed(live, monkeypatch):
+def test_leaks_are_detected(live, monkeypatch):
     monkeypatch.setattr(soak, "FULL", 0.0)
     monkeypatch.setattr(soak, "SETTLE", 0.2)
     failures = soak.run(small(live), Leaking(live), 1, 0.2)
@@ -84,7 +84,7 @@ def test_what_is_left_behind_is_noticed(live, monkeypatch):
     ]  # fmt: skip
 
 
-def test_a_server_that_is_not_there_is_noticed(live):
+def test_a_missing_server_is_detected(live):
     leaning = soak.Soak(1, 0)
     with pytest.raises(OSError):
         soak.run(leaning, Server(live), 2, 0.2)
@@ -114,11 +114,11 @@ def answer(text: str, finish: str = "stop", status: int = 200, whole: bool = Tru
 def test_answers_are_checked(check, good, bad):
     assert check(answer(good)) == ""
     assert check(answer(bad or "x", tokens=2))
-    assert bad is None or check(answer(bad, "length")) == ""  # it had no time to come to its end
+    assert bad is None or check(answer(bad, "length")) == ""  # it was truncated
 
 
-def test_refusals_and_halves_are_failures():
-    leaning, asked = soak.Soak(1, 0), soak.Asked("text", "/", {}, lambda reply: "")
-    assert leaning._wrong(asked, answer("x")) == ""
-    assert "refused" in leaning._wrong(asked, answer("x", status=500))
-    assert "broke off" in leaning._wrong(asked, answer("x", whole=False))
+def test_rejections_and_incomplete_answers_are_failures():
+    leaning, requested = soak.Soak(1, 0), soak.Asked("text", "/", {}, lambda reply: "")
+    assert leaning._wrong(requested, answer("x")) == ""
+    assert "refused" in leaning._wrong(requested, answer("x", status=500))
+    assert "broke off" in leaning._wrong(requested, answer("x", whole=False))

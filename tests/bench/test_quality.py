@@ -1,4 +1,4 @@
-"""Divergence and perplexity against values computed here, and BLEU and chrF against sacrebleu's own."""
+"""KL divergence and perplexity against values computed here, and BLEU and chrF against sacrebleu."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from deepseek_optimizer.bench import pairs, plain, quality
+from deepseek_optimizer.bench import answer_scores, quality, unoptimised_model
 from deepseek_optimizer.errors import ConfigError
 from support.quantised_files import SECTIONS, gptq, quantised_copy
 
@@ -27,7 +27,7 @@ def test_two_distributions_by_hand():
     assert result["perplexity_ratio"] == pytest.approx(0.5)
 
 
-def test_the_ratios_error_covers_what_samples_scatter():
+def test_the_error_of_the_ratio_covers_the_scatter():
     generator = torch.Generator().manual_seed(0)
     reference = torch.randn(40, 300, 30, generator=generator) * 2
     noisy = reference + 0.3 * torch.randn(40, 300, 30, generator=generator)
@@ -52,10 +52,10 @@ def test_a_model_against_itself(plain_pair, byte_tokenizer):
 
 @pytest.fixture
 def plain_pair(tiny_model):
-    return [plain.load_plain(tiny_model, torch.float32) for _ in range(2)]
+    return [unoptimised_model.load_unoptimised(tiny_model, torch.float32) for _ in range(2)]
 
 
-def test_decode_and_prefill_see_the_same_text(either, byte_tokenizer):
+def test_decode_and_prefill_use_the_same_text(either, byte_tokenizer):
     (ids,) = quality.stretches(byte_tokenizer, "A text of some length.", 16, 1)
     at_once, one_by_one = quality.through_prefill(either, ids), quality.through_decode(either, ids)
     torch.testing.assert_close(at_once, one_by_one, atol=1e-4, rtol=1e-3)
@@ -65,7 +65,7 @@ def test_int4_is_further_away_than_int8(tiny_model, byte_tokenizer):
     from deepseek_optimizer import load_model
 
     texts = quality.stretches(byte_tokenizer, quality.sample_text(), 128, 1)
-    reference = plain.load_plain(tiny_model, torch.float32)
+    reference = unoptimised_model.load_unoptimised(tiny_model, torch.float32)
     kl = [quality.compare(load_model(tiny_model, precision=p), reference, texts)["kl_mean"] for p in ("int8", "int4")]
     assert 0 < kl[0] < kl[1] / 10
 
@@ -76,48 +76,48 @@ def test_short_texts(byte_tokenizer):
         quality.stretches(byte_tokenizer, "a", 64, 2)
 
 
-def test_a_packed_model_is_no_reference(tiny_model, tmp_path):
+def test_a_packed_model_is_not_a_reference(tiny_model, tmp_path):
     from deepseek_optimizer import load_model
 
     load_model(tiny_model, precision="int8").save_pretrained(tmp_path / "packed")
     with pytest.raises(ConfigError, match="the original model with --reference"):
-        plain.load_plain(tmp_path / "packed", torch.float32)
+        unoptimised_model.load_unoptimised(tmp_path / "packed", torch.float32)
 
 
 def test_another_quantisers_model_is_no_reference(tiny_model, tmp_path):
     folder, _ = quantised_copy(tiny_model, tmp_path / "m", gptq, SECTIONS["gptq"])
     with pytest.raises(ConfigError, match="is quantised by gptq; give the original model"):
-        plain.load_plain(folder, torch.float32)
+        unoptimised_model.load_unoptimised(folder, torch.float32)
 
 
 def test_pair_files(tmp_path):
     file = tmp_path / "pairs"
     file.write_text("Guten Tag\tHello\n\n" + json.dumps({"source": "a\tb", "reference": "c"}) + "\n")
-    assert pairs.read_pairs(file) == [("Guten Tag", "Hello"), ("a\tb", "c")]
+    assert answer_scores.read_pairs(file) == [("Guten Tag", "Hello"), ("a\tb", "c")]
     for wrong, line in (("Hello\tHi\nalone\n", "line 2"), ('{"source": "x"}\n', "line 1"), ("\n", "no pairs")):
         file.write_text(wrong)
         with pytest.raises(ConfigError, match=line):
-            pairs.read_pairs(file)
+            answer_scores.read_pairs(file)
 
 
-def test_scores_are_sacrebleus():
+def test_scores_equal_sacrebleu():
     sacrebleu = pytest.importorskip("sacrebleu")
     answers = ["the cat sat on the mat today", "there is a dog in the garden"]
     references = ["the cat sat on the mat", "a dog is in the garden"]
-    found = pairs.score(answers, references)
+    found = answer_scores.score(answers, references)
     assert found["bleu"] == pytest.approx(sacrebleu.corpus_bleu(answers, [references]).score)
     assert found["chrf"] == pytest.approx(sacrebleu.corpus_chrf(answers, [references]).score)
-    assert pairs.score(references, references)["bleu"] == pytest.approx(100)
+    assert answer_scores.score(references, references)["bleu"] == pytest.approx(100)
     assert found["pairs"] == 2 and "version" in found["bleu_signature"]
 
 
-def test_without_sacrebleu_the_extra_is_named(monkeypatch):
+def test_missing_sacrebleu_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "sacrebleu.metrics", None)
     with pytest.raises(ConfigError, match=r"deepseek-optimizer\[bench\]"):
-        pairs.score(["a"], ["a"])
+        answer_scores.score(["a"], ["a"])
 
 
 def test_answers_are_greedy(plain_pair, byte_tokenizer):
     model = plain_pair[0]
-    texts = pairs.answers(model, byte_tokenizer, [("Hello", ""), ("You", "")], 5)
-    assert len(texts) == 2 and texts == pairs.answers(model, byte_tokenizer, [("Hello", ""), ("You", "")], 5)
+    texts = answer_scores.answers(model, byte_tokenizer, [("Hello", ""), ("You", "")], 5)
+    assert len(texts) == 2 and texts == answer_scores.answers(model, byte_tokenizer, [("Hello", ""), ("You", "")], 5)

@@ -1,4 +1,4 @@
-"""Comparing with a baseline, and what people get to see."""
+"""Comparison with a baseline, and the reports as text and HTML."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from rich.console import Console
 
 from deepseek_optimizer.bench import baseline
 from deepseek_optimizer.bench.charts import Bar, bars
-from deepseek_optimizer.bench.figures import figures
 from deepseek_optimizer.bench.html import check_target, page, write
-from deepseek_optimizer.bench.table import show
+from deepseek_optimizer.bench.metrics import figures
+from deepseek_optimizer.bench.terminal import show
 from deepseek_optimizer.errors import ConfigError, MissingPackageError
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -43,21 +43,21 @@ QUALITY = {
 @pytest.fixture
 def full(report):
     """A report with every section."""
-    found = report(
+    result = report(
         quality=dict(QUALITY),
         pairs={"pairs": 2, "bleu": 31.5, "bleu_signature": "b", "chrf": 52.5, "chrf_signature": "c"},
         ablation=[{"variant": name, "work": WORK, **RATIO} for name in ("all rules", "without qkv")],
         against=[{"against": "llama.cpp", "name": "ours", "work": WORK, **RATIO}],
     )
-    found["works"][0].update(
+    result["works"][0].update(
         limits={
             "token_bytes": 77e6, "read_gb_s": 16.5, "bandwidth_percent": 55.0, "machine_read_gb_s": 30.0,
             "prefill_tera": 0.276, "matrix_percent": 51.0, "matrix_percent_of": "torch's int8 product",
         },
         watts=12.5, joules_per_token=0.125, cost_per_million=0.566,
     )  # fmt: skip
-    found["baseline"] = baseline.compare(found, report(decode=[50.0, 50.0, 50.0]))
-    return found
+    result["baseline"] = baseline.compare(result, report(decode=[50.0, 50.0, 50.0]))
+    return result
 
 
 def test_slower_beyond_noise_is_a_regression(report):
@@ -68,7 +68,7 @@ def test_slower_beyond_noise_is_a_regression(report):
     assert not any(row["regressed"] for row in baseline.compare(report(), now))
 
 
-def test_what_scatters_is_no_regression(report):
+def test_scatter_is_not_a_regression(report):
     now, old = report(decode=[60.0, 90.0, 120.0]), report(decode=[70.0, 100.0, 130.0])
     assert not any(row["regressed"] for row in baseline.compare(now, old))
     now, old = report(decode=[96.0, 96.0, 96.0]), report(decode=[100.0, 100.0, 100.0])
@@ -84,12 +84,12 @@ def test_times_memory_and_quality_regress_upwards(report):
 
 
 @pytest.mark.parametrize("name, value", [("model", "another"), ("cpu", "x"), ("threads", 1), ("config", {}), ("schema", 99)])
-def test_what_cannot_be_compared_is_refused(report, name, value):
+def test_incomparable_reports_are_errors(report, name, value):
     with pytest.raises(ConfigError, match=f"another {name}"):
         baseline.compare(report(), report(**{name: value}))
 
 
-def test_no_work_in_common(report):
+def test_no_common_workload(report):
     other = report()
     other["works"][0]["work"] = {**WORK, "prompt": 65}
     with pytest.raises(ConfigError, match="no run with the same --prompt"):
@@ -122,7 +122,7 @@ def test_the_table_shows_every_section(full):
         assert expected in text, expected
 
 
-def test_the_summary_comes_first_and_says_what_a_reader_needs(full):
+def test_the_summary_comes_first_and_is_complete(full):
     full["peers"] = {"llama-cpp-python": "0.3.36"}
     first = _shown(full).split("64 in, 8 out, batch 1")[0]
     for expected in (
@@ -135,7 +135,7 @@ def test_the_summary_comes_first_and_says_what_a_reader_needs(full):
         assert expected in first, expected
 
 
-def test_the_summary_names_what_was_not_measured(report):
+def test_the_summary_lists_unmeasured_values(report):
     first = _shown(report()).split("64 in, 8 out, batch 1")[0]
     assert "Nothing else; --against" in first and "Not measured; --quality" in first and "J per" not in first
 
@@ -148,7 +148,7 @@ def test_a_busy_machine_is_a_warning(report):
     assert page(busy).count('class="warning"') == 1 and "unreliable: other processes used 1.3" in page(busy)
 
 
-def test_percentiles_are_shown_only_where_there_are_samples_for_them(report):
+def test_percentiles_need_enough_samples(report):
     few = report()
     assert "p95" not in _shown(few) and "p99" not in _shown(few)
     few["works"][0]["figures"] |= figures({"itl_ms": [float(v) for v in range(1, 31)]})
@@ -158,14 +158,14 @@ def test_percentiles_are_shown_only_where_there_are_samples_for_them(report):
     assert "p99" not in _shown(few)
 
 
-def test_markup_in_names_is_text(report):
+def test_markup_in_names_is_escaped(report):
     name = "[bold]x[/] <script>alert(1)</script>"
     assert name in _shown(report(model=name))
     assert "<script>" not in page(report(model=name))
 
 
 class _Page(HTMLParser):
-    """Checks that elements nest, and collects tags and attributes."""
+    """Checks that elements are nested correctly, and collects tags and attributes."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -186,16 +186,16 @@ class _Page(HTMLParser):
         self.tags.append(tag)
 
 
-def test_the_page_stands_alone(full):
+def test_the_page_is_self_contained(full):
     text = page(full)
-    found = _Page(text)
-    assert not found.links and not {"script", "link", "img"} & set(found.tags)
+    actual = _Page(text)
+    assert not actual.links and not {"script", "link", "img"} & set(actual.tags)
     assert "@import" not in text and text.count("url(") == text.count("url(#")
     assert "http://" not in text.replace("http://www.w3.org/", "") and "https://" not in text
-    assert found.tags.count("svg") == 5  # peers, decode, prefill, gaps, one batch of the ablation
+    assert actual.tags.count("svg") == 5  # peers, decode, prefill, gaps, one batch of the ablation
 
 
-def test_charts_have_names_of_their_own_and_follow_the_pages_colour(full):
+def test_charts_have_unique_ids_and_use_the_page_colour(full):
     text = page(full)
     names = re.findall(r' id="([^"]+)"', text)
     assert len(names) == len(set(names))
@@ -207,7 +207,7 @@ def test_charts_have_names_of_their_own_and_follow_the_pages_colour(full):
         assert set(re.findall(r'href="#([^"]+)"', chart)) <= set(names)
 
 
-def test_the_page_holds_the_report(full):
+def test_the_page_contains_the_report(full):
     from html import unescape
 
     text = page(full)
@@ -240,12 +240,12 @@ def test_charts_need_matplotlib(monkeypatch, tmp_path):
         check_target(tmp_path / "r.html")
 
 
-def test_a_directory_is_no_place_for_a_page(tmp_path):
+def test_a_page_cannot_replace_a_directory(tmp_path):
     with pytest.raises(ConfigError, match="is a directory"):
         check_target(tmp_path)
 
 
-def test_a_page_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+def test_a_page_is_written_atomically(tmp_path, monkeypatch):
     file = tmp_path / "r.html"
     write(file, "old")
     with monkeypatch.context() as patch:

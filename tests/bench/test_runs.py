@@ -1,4 +1,4 @@
-"""Runs through `generate`: how many tokens, over which context, and that the model is as before afterwards."""
+"""Timed runs of `generate`: number of tokens, length of the context, and the model is unchanged afterwards."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from deepseek_optimizer.bench.work import Work
 
 @pytest.mark.parametrize("work", [Work(12, 5), Work(12, 5, depth=20), Work(7, 4, depth=9, batch=3), Work(9, 1)])
 def test_lengths_are_exact(either, work):
-    found = list(runs.repeated(either, work, repeats=2))
-    assert len(found) == 2
-    for run in found:
+    actual = list(runs.repeated(either, work, repeats=2))
+    assert len(actual) == 2
+    for run in actual:
         assert (run.prompt, run.batch, len(run.times), run.generated) == (
             work.prompt,
             work.batch,
@@ -24,18 +24,18 @@ def test_lengths_are_exact(either, work):
         assert list(run.times) == sorted(run.times) and run.times[0] > 0
 
 
-def test_an_end_of_sequence_does_not_end_a_run_and_is_there_again(either, monkeypatch):
+def test_end_tokens_are_ignored_and_restored(either, monkeypatch):
     ids = torch.tensor([[5, 6, 7]])
     chosen = either.generate(ids, max_new_tokens=1, do_sample=False)[0, -1].item()
-    either.generation_config.eos_token_id = chosen  # would end every answer to these ids at once
+    either.generation_config.eos_token_id = chosen  # would end every answer to these ids immediately
     monkeypatch.setattr(runs, "random_ids", lambda *_: ids)
     (run,) = runs.repeated(either, Work(3, 6), repeats=1, warmup=0)
     assert run.generated == 6
     assert either.generation_config.eos_token_id == chosen
 
 
-def test_the_cache_holds_what_comes_before_the_prompt(either, monkeypatch):
-    """Every run computes its own prompt alone, over the same cached tokens: seen in what goes into `forward`."""
+def test_depth_fills_the_cache_before_the_prompt(either, monkeypatch):
+    """Every run computes only its own prompt, after the same cached tokens, as the inputs of `forward` show."""
     lengths = []
     original = either.generate
 
@@ -58,7 +58,7 @@ def test_prompts_differ_from_run_to_run_and_repeat_with_the_seed(plain, monkeypa
     assert seen[0] != seen[1] and seen[:2] == seen[2:]
 
 
-def test_work_beyond_the_context_is_refused(either):
+def test_work_beyond_the_context_is_an_error(either):
     with pytest.raises(ValueError, match="context of 300 tokens, but the model has 256"):
         list(runs.repeated(either, Work(200, 50, depth=50), repeats=1))
 

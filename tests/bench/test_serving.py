@@ -1,4 +1,4 @@
-"""Rows of serving: figures made by hand become values and verdicts; clients and the engine's side on a tiny model for real."""
+"""Serving benchmarks: values and verdicts from made-up figures; the clients and the engine's side for real on a tiny model."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_the_rows_are_well_formed():
     ]  # fmt: skip
 
 
-def test_sides_take_turns_and_rounds_are_judged_by_themselves(monkeypatch):
+def test_sides_alternate_and_rounds_are_judged_separately(monkeypatch):
     names = ("output_tok_s", "ttft_ms", "held", "proposed")
     given = {
         "a": [dict(zip(names[:2], values, strict=True)) for values in ((100, 10), (200, 10), (100, 10))],
@@ -79,7 +79,7 @@ def test_sides_take_turns_and_rounds_are_judged_by_themselves(monkeypatch):
     assert lines[2].endswith("+14.00 ms (+10.00 - +20.00), at most 15 ms: reached") and lines[3].endswith("(0.00 - 0.50)")
 
 
-def test_all_sides_of_a_round_are_asked_the_same(monkeypatch):
+def test_all_sides_of_a_round_get_the_same_requests(monkeypatch):
     commands = []
 
     class Server:
@@ -110,7 +110,7 @@ def test_all_sides_of_a_round_are_asked_the_same(monkeypatch):
     assert clients[1:] == ["-m", "benchmarks.load", "stall", "--port", "5", "--vocabulary", "49152", *same]
 
 
-def test_the_table_has_windows_below_it():
+def test_the_table_is_followed_by_windows():
     claim = {
         "title": "faster", "against": 100.0, "of": 90.0, "unit": "tok/s", "value": 0.9, "lowest": 0.8, "highest": 1.0,
         "difference": False, "asked": "at least 0.85x", "verdict": REACHED,
@@ -139,7 +139,7 @@ def test_run_knows_the_rows(monkeypatch, tmp_path, capsys):
     assert run.results.read("serving", tmp_path)["serve-16"]["title"] == "T" and "T" in capsys.readouterr().out
 
 
-def test_what_is_asked():
+def test_requests_of_clients():
     assert prompts.random_prompts(1, 2, 5, 100) == prompts.random_prompts(1, 2, 5, 100) != prompts.random_prompts(2, 2, 5, 100)
     asked = [messages[0]["content"] for messages in prompts.chats(3, 26)]
     assert len(set(asked)) == 26 and asked == [messages[0]["content"] for messages in prompts.chats(3, 26)]
@@ -151,7 +151,7 @@ def test_what_is_asked():
     assert edits.kept("a b c d", "a b x d") == (3, 4) and edits.kept("a", "") == (0, 0)
 
 
-def test_gaps_belong_to_the_span_that_they_end_in():
+def test_gaps_count_in_the_interval_in_which_they_end():
     streams = [[0.0, 1.0, 1.5, 4.0], [0.9, 3.0]]
     assert load._gaps(streams, [(0.5, 2.0)]) == [1000.0, 500.0]
     assert load._gaps(streams, [(0.0, 1.0), (3.5, 9.0)]) == [1000.0, 2500.0]
@@ -171,24 +171,24 @@ def test_the_engines_side_for_real(engine, monkeypatch):
     monkeypatch.setattr(offline, "PAUSE", 0.0)
     assert offline.throughput(asked(), engine)["output_tok_s"] > 0
     assert offline.prefill(asked(), engine)["prefill_tok_s"] > 0
-    found = offline.first(asked(), engine)
-    assert 0 < found["ttft_ms"] <= found["ttft_p90_ms"]
-    found = offline.question(asked(new=60, temperature=0.7), engine)
-    assert found["plain_tok_s"] > 0 and found["drafts_tok_s"] > 0 and 0 <= found["held"] <= found["proposed"]
-    assert found["steps"] <= found["tokens"]
+    actual = offline.first(asked(), engine)
+    assert 0 < actual["ttft_ms"] <= actual["ttft_p90_ms"]
+    actual = offline.question(asked(new=60, temperature=0.7), engine)
+    assert actual["plain_tok_s"] > 0 and actual["drafts_tok_s"] > 0 and 0 <= actual["held"] <= actual["proposed"]
+    assert actual["steps"] <= actual["tokens"]
 
 
-def test_drafts_that_change_the_text_are_noticed(engine, monkeypatch):
+def test_drafts_that_change_the_text_are_detected(engine, monkeypatch):
     monkeypatch.setattr(offline, "_timed", lambda engine, prompt, params, drafts: (1, [65 + drafts], 1, 1.0))
     with pytest.raises(SystemExit, match="not the plain one"):
         offline.question(asked(), engine)
 
 
-def test_a_first_word_for_real(byte_tokenizer, monkeypatch):
+def test_first_token_for_real(byte_tokenizer, monkeypatch):
     monkeypatch.setattr(load, "PAUSE", 0.0)
     with LiveServer(FakeEngine(byte_tokenizer, step_seconds=0.005)) as live:
-        found = asyncio.run(load.first(asked(port=live.port)))
-    assert 5 <= found["ttft_ms"] <= found["ttft_p90_ms"]
+        actual = asyncio.run(load.first(asked(port=live.port)))
+    assert 5 <= actual["ttft_ms"] <= actual["ttft_p90_ms"]
     with LiveServer(FakeEngine(byte_tokenizer, script=lambda request: "")) as live:
         with pytest.raises(SystemExit, match="no answer"):
             asyncio.run(load.first(asked(port=live.port)))
@@ -213,8 +213,8 @@ def test_clients_for_real(tiny_model, monkeypatch):
     with LiveServer(engine) as live:
         a = asked(port=live.port, vocabulary=250, seconds=0.1, prompt=150)
         assert asyncio.run(load.throughput(a))["output_tok_s"] > 0
-        found = asyncio.run(load.stall(a))
-        assert 4 <= found["idle_p50_ms"] <= found["idle_p99_ms"] and found["busy_gaps"] > 0 and found["long_prompt_ms"] >= 2
+        actual = asyncio.run(load.stall(a))
+        assert 4 <= actual["idle_p50_ms"] <= actual["idle_p99_ms"] and actual["busy_gaps"] > 0 and actual["long_prompt_ms"] >= 2
         with pytest.raises(SystemExit, match="400"):
             asyncio.run(load.throughput(asked(port=live.port, vocabulary=250, prompt=5000)))
         monkeypatch.setattr(load, "LONGEST", 3)

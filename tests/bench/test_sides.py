@@ -1,4 +1,4 @@
-"""Scripts that run inside other engines' environments, over stand-ins of those engines: what they ask for and print."""
+"""Scripts that run in other engines' environments, with stand-ins for those engines: what they request and print."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ import numpy as np
 Tensor = np.asarray
 """
 
-# A step takes 10 ms on its own clock, the first 50; every call is noted.
+# A step takes 10 ms on its own clock, the first 50; every call is recorded.
 OPENVINO_GENAI = """
 import json, sys
 from types import SimpleNamespace as N
@@ -37,7 +37,7 @@ GenerationConfig = N
 def TokenizedInputs(*given): return given
 """
 
-# Sequences start one step after the other, so that the last one is behind the first.
+# Sequences start one step after the other, so that the last one is later than the first.
 VLLM = """
 import json, os, sys, time
 from types import SimpleNamespace as N
@@ -65,7 +65,7 @@ class LLM:
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_scripts_of_foreign_environments_import_nothing_of_ours(name):
+def test_foreign_scripts_do_not_import_this_package(name):
     script = Path(sides.__file__).with_name(name)
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     command = [sys.executable, "-S", script, "--help"]  # -S: no installed packages
@@ -76,7 +76,7 @@ def test_scripts_of_foreign_environments_import_nothing_of_ours(name):
 
 @pytest.fixture
 def side(tmp_path):
-    """side(script, modules, options): what the script printed last, and what the stand-ins noted."""
+    """side(script, modules, options): the last output of the script, and the calls that the replacements recorded."""
 
     def run(script, modules, *options):
         for name, code in modules.items():

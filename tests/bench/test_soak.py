@@ -1,4 +1,4 @@
-"""The soak beside a hostile client for two seconds on a tiny model; that it would notice; and what the hostile one sends."""
+"""The soak test beside a hostile client for two seconds on a tiny model, proof that it detects faults, and hostile requests."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from support.live_server import LiveServer  # noqa: E402
 
 
 class Server:
-    """What `soak.soak` looks at, of a server in this process."""
+    """The values that `soak.soak` observes, from a server in this process."""
 
     log, children, resident_bytes = "", (), 10**8
 
@@ -55,7 +55,7 @@ def test_two_seconds_for_real(live, capsys, monkeypatch):
     assert "answered rightly" in out and "hostile    400" in out
 
 
-def test_another_text_is_noticed(live):
+def test_a_changed_text_is_detected(live):
     clients = honest(live)
     clients.expected = ["what it never says"] * len(clients.asked)
 
@@ -67,7 +67,7 @@ def test_another_text_is_noticed(live):
     assert clients.failures and "and alone 'what it never says'" in clients.failures[0]
 
 
-def test_what_is_wrong_is_told():
+def test_problems_are_reported():
     clients = soak.Honest(1, ["good"], [])
     clients.sent, clients.answered, clients.times = Counter(chat=5), Counter(chat=5), [1.0] * 5
     flat = soak.Memory([(float(n), 100, 100 + n % 2) for n in range(0, 1800, 2)])
@@ -82,7 +82,7 @@ def test_what_is_wrong_is_told():
     assert "6 requests were sent, and 5 answered" in soak.report(clients, {"400": 3}, flat, 2, [], 1200.0, "")[0]
 
 
-def test_what_a_hostile_client_sends(monkeypatch):
+def test_requests_of_hostile_clients(monkeypatch):
     monkeypatch.setattr(hostile, "_PARAGRAPHS", 1000)
     made = {kind: make(random.Random(0))("a-key") for kind, (make, _) in hostile.KINDS.items()}
     assert all(b"Authorization: Bearer a-key\r\n" in request for request in made.values())

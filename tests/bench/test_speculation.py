@@ -1,4 +1,4 @@
-"""Rows about drafts: what a round's processes print becomes ratios and verdicts; and one small model for real."""
+"""Speculative decoding benchmarks: ratios and verdicts from the output of a round's processes; one small model for real."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_the_rows_are_well_formed():
     assert all(row.quick().work.prompt <= 32 and row.quick().work.new <= 12 for row in SPECULATION)
 
 
-def test_ratios_are_of_neighbouring_runs(monkeypatch):
+def test_ratios_are_between_adjacent_runs(monkeypatch):
     rounds = iter([([10, 20], [25, 40], [9, 19.9]), ([10, 10], [21, 30], [9.5, 9.8])])
 
     def printed(command):
@@ -54,17 +54,17 @@ def test_ratios_are_of_neighbouring_runs(monkeypatch):
 
     monkeypatch.setattr(speculation, "run_json", printed)
     monkeypatch.setattr(speculation, "model", lambda name, form: Path(name))
-    found = speculation.measure(ROW, threads=1, rounds=2, note=lambda text: None)
-    often, never = found["rows"]
+    actual = speculation.measure(ROW, threads=1, rounds=2, note=lambda text: None)
+    often, never = actual["rows"]
     assert (often["lowest"], often["better"], often["highest"], often["verdict"]) == (2.0, 2.3, 3.0, REACHED)
     assert (never["better"], never["verdict"]) == (pytest.approx(0.965), MISSED)
-    first, second, third = speculation.lines(found)
+    first, second, third = speculation.lines(actual)
     assert first == "A row"
     assert "2.30x (2.00 - 3.00), at least 2x: reached" in second and "hold: 80%, -" in second
     assert "missed" in third
 
 
-def test_unknown_names_are_refused(monkeypatch, capsys):
+def test_unknown_names_are_errors(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["run", "spec-nothing"])
     with pytest.raises(SystemExit):
         run.main()
@@ -75,8 +75,8 @@ def test_one_small_model_for_real(tiny_model):
     a = argparse.Namespace(
         model=tiny_model, agree=[1.0, 0.0], mtp=[], texts=None, prompt=12, new=24, threads=1, repeats=2, warmup=0
     )
-    found = drafts.measure(a)
-    assert list(found) == ["plain", "100% hold", "0% hold"]
-    assert all(len(side["decode_tok_s"]) == 2 for side in found.values())
-    assert found["0% hold"]["accepted_length"] == 1.0
-    assert found["100% hold"]["rounds"] <= 46
+    actual = drafts.measure(a)
+    assert list(actual) == ["plain", "100% hold", "0% hold"]
+    assert all(len(side["decode_tok_s"]) == 2 for side in actual.values())
+    assert actual["0% hold"]["accepted_length"] == 1.0
+    assert actual["100% hold"]["rounds"] <= 46

@@ -1,4 +1,4 @@
-"""The standing set: verdicts by hand-made figures, GGUF files by reading them back, results and the README's tables."""
+"""The benchmark set: verdicts from made-up figures, GGUF files read back, results and the README's tables."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from benchmarks.deepseek import DEEPSEEK  # noqa: E402
 from benchmarks.long_context import LONG  # noqa: E402
 from benchmarks.standing import DECODE, STANDING, Bar, Rival, Row  # noqa: E402
 
-from deepseek_optimizer.bench.figures import KINDS  # noqa: E402
+from deepseek_optimizer.bench.memory_traffic import Reads  # noqa: E402
+from deepseek_optimizer.bench.metrics import METRICS  # noqa: E402
 from deepseek_optimizer.bench.peers import PEERS  # noqa: E402
-from deepseek_optimizer.bench.plain import load_plain  # noqa: E402
-from deepseek_optimizer.bench.traffic import Reads  # noqa: E402
+from deepseek_optimizer.bench.unoptimised_model import load_unoptimised  # noqa: E402
 from deepseek_optimizer.bench.work import Work  # noqa: E402
 
 FAST, SLOW = Rival("a", "x", "fast"), Rival("b", "x", "slow")
@@ -43,7 +43,7 @@ def test_the_set_is_well_formed():
     names = [row.name for row in STANDING] + [c.name for c in spine.SPINE]
     assert len(set(names)) == len(names)
     for row in (*STANDING, *DEEPSEEK, *LONG):
-        assert KINDS[row.figure].more_is_better and row.model in models.TITLES
+        assert METRICS[row.figure].more_is_better and row.model in models.TITLES
         assert all(rival.engine in {*PEERS, "ours"} for rival in row.rivals)
         assert len({side.label for side in (*row.rivals, row.ours)}) == len(row.rivals) + 1
         assert row.figure != DECODE or row.work.new > 1 and row.work.batch == 1
@@ -52,7 +52,7 @@ def test_the_set_is_well_formed():
         assert quick.work.prompt <= 32 and quick.work.new <= 4 and quick.work.batch == row.work.batch
 
 
-def test_ratios_are_to_the_faster_and_of_rounds():
+def test_ratios_are_per_round_to_the_faster_side():
     first, second = verdict.judge(ROW, FOUND, OURS, {})
     assert (first["against"], first["lowest"], first["better"], first["highest"]) == ("fast", 1.3, 1.5, 1.7)
     assert (second["against"], second["better"]) == ("slow", 3.4)
@@ -62,19 +62,19 @@ def test_ratios_are_to_the_faster_and_of_rounds():
 @pytest.mark.parametrize(
     "machine_gb_s, expected",
     [
-        (10.0, verdict.MISSED),  # 85% of it are 85 tokens/s, 17 times the slow side's: more than the 4 asked for
-        (2.1, verdict.MISSED),  # 17.85 tokens/s: 3.57 times, which ours does not reach
-        (1.9, verdict.LIMITED),  # 16.15: 3.23 times, and ours has 3.4
+        (10.0, verdict.MISSED),  # 85% of it are 85 tokens/s, 17 times the slow side's: more than the target of 4
+        (2.1, verdict.MISSED),  # 17.85 tokens/s: 3.57 times, which our side does not reach
+        (1.9, verdict.LIMITED),  # 16.15: 3.23 times, and our side has 3.4
     ],
 )
-def test_no_bar_asks_for_more_than_the_machine_has(machine_gb_s, expected):
+def test_targets_do_not_exceed_the_machine(machine_gb_s, expected):
     read = {OURS: verdict.share(1e8, [17.0], [machine_gb_s])}
     judged = verdict.judge(ROW, FOUND, OURS, read)[1]
     assert judged["verdict"] == expected
     assert judged["allowed"] == pytest.approx(0.85 * machine_gb_s * 1e9 / 1e8 / 5)
 
 
-def test_a_share_of_the_bandwidth_can_be_asked_for():
+def test_targets_may_be_a_share_of_the_bandwidth():
     row = replace(ROW, bars=(Bar((SLOW,), 1.0),), read_percent=85)
     for machine, expected in ((1.9, verdict.REACHED), (2.1, verdict.MISSED)):
         (judged,) = verdict.judge(row, FOUND, OURS, {OURS: verdict.share(1e8, [17.0], [machine])})
@@ -84,7 +84,7 @@ def test_a_share_of_the_bandwidth_can_be_asked_for():
     }  # fmt: skip
 
 
-def test_a_row_runs_its_sides_in_turns_on_their_own_forms(monkeypatch):
+def test_a_row_alternates_sides_on_their_own_formats(monkeypatch):
     row = next(row for row in STANDING if row.name == "smol-decode")
     seen = {}
 
@@ -95,7 +95,7 @@ def test_a_row_runs_its_sides_in_turns_on_their_own_forms(monkeypatch):
         return {label: _rounds(*[30.0 + place] * rounds) for place, label in enumerate(commands)}
 
     sizes = []
-    speeds = iter([50.0, 45.0, 50.0, 60.0, 30.0, 40.0] * 3)  # before a side and after it, each side in turn
+    speeds = iter([50.0, 45.0, 50.0, 60.0, 30.0, 40.0] * 3)  # before and after each side
     monkeypatch.setattr(measure, "run_json", lambda command: "what it printed")
     monkeypatch.setattr(measure, "model", lambda name, form: Path(f"{name}.{form}.gguf"))
     monkeypatch.setattr(measure, "setup", lambda peer: Path(f"/{peer.name}/python"))
@@ -115,14 +115,14 @@ def test_a_row_runs_its_sides_in_turns_on_their_own_forms(monkeypatch):
     json.dumps(entry)
 
 
-def test_a_busy_row_is_measured_beside_a_neighbour_against_itself_alone(monkeypatch):
+def test_a_busy_row_is_compared_with_itself_on_an_idle_machine(monkeypatch):
     row = next(row for row in STANDING if row.busy)
     monkeypatch.setattr(measure, "model", lambda name, form: Path("m"))
     alone, busy = (measure._command(row, side, 2) for side in (*row.rivals, row.ours))
     assert busy[:3] == [sys.executable, "-m", "benchmarks.neighbour"] and busy[3:] == alone
 
 
-def test_the_neighbour_is_busy_and_goes(tmp_path):
+def test_the_background_load_runs_and_ends(tmp_path):
     code = (
         "import subprocess, time; time.sleep(0.5); from pathlib import Path\n"
         "parent = Path('/proc/self/status').read_text().split('PPid:')[1].split()[0]\n"
@@ -139,7 +139,7 @@ def test_the_neighbour_is_busy_and_goes(tmp_path):
 
 @pytest.fixture(params=[True, False], ids=["tied", "untied"])
 def checkpoint(request, tmp_path, byte_tokenizer):
-    """Llama with a tied head, Qwen2 with one of its own and biases: as Transformers saves them, and loaded."""
+    """Llama with a tied head, Qwen2 with a separate one and biases: saved by Transformers, and loaded."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
@@ -158,21 +158,21 @@ def checkpoint(request, tmp_path, byte_tokenizer):
 
 
 def test_a_gguf_file_is_the_same_model(checkpoint, tmp_path):
-    """Read back by Transformers, which undoes llama.cpp's order of rows: names, order and config."""
+    """Loaded by Transformers, which undoes llama.cpp's order of rows: names, order and config."""
     import torch
 
     source, model = checkpoint
     path = tmp_path / "m.gguf"
     gguf_file.write(source, path, "Q8_0")
-    back = load_plain(path, torch.float32)
+    back = load_unoptimised(path, torch.float32)
     fields = ("hidden_size", "num_hidden_layers", "num_key_value_heads", "vocab_size", "tie_word_embeddings")
     assert [getattr(back.config, f) for f in fields] == [getattr(model.config, f) for f in fields]
     assert back.config.rope_parameters["rope_theta"] == 777 and back.config.rms_norm_eps == pytest.approx(1e-6)
-    found = back.state_dict()
-    assert found.keys() == model.state_dict().keys()
+    actual = back.state_dict()
+    assert actual.keys() == model.state_dict().keys()
     for name, values in model.state_dict().items():
         worst = values.abs().max() / 127 * 0.51 if values.ndim == 2 else 1e-6  # half a step of the coarsest block
-        assert (found[name] - values).abs().max() <= worst, name
+        assert (actual[name] - values).abs().max() <= worst, name
 
 
 def test_what_llama_cpp_reads(checkpoint, tmp_path):
@@ -183,7 +183,7 @@ def test_what_llama_cpp_reads(checkpoint, tmp_path):
     assert reads.of_gguf(path) == Reads((2 * layer + 320 * 64) // 32 * 18, 2 * 2 * 2 * 2 * 16)
 
 
-def test_a_model_that_fails_on_the_way_leaves_nothing(tmp_path):
+def test_a_failed_model_leaves_no_files(tmp_path):
     def half(target):
         target.write_text("half")
         raise RuntimeError
@@ -200,7 +200,7 @@ def test_results_are_merged_by_name(tmp_path):
     assert results.read("standing", tmp_path) == {"a": {"v": 1}, "b": {"v": 3}} and results.read("spine", tmp_path) == {}
 
 
-def test_run_writes_a_row_when_it_is_there(monkeypatch, tmp_path, capsys):
+def test_rows_are_written_as_they_finish(monkeypatch, tmp_path, capsys):
     entry = {"title": "T", "work": {}, "figure": DECODE, "sides": {"x": [1.0], "ours": [2.0]}, "read": {}, "bars": []}
 
     def measured(row, **options):
@@ -213,8 +213,8 @@ def test_run_writes_a_row_when_it_is_there(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(sys, "argv", ["run", "smol-decode", "r1q15-decode", "--results", str(tmp_path)])
     with pytest.raises(RuntimeError):
         run.main()
-    (found,) = results.read("standing", tmp_path).values()
-    assert found["sides"] == entry["sides"] and found["rounds"] == 3 and found["read_gb_s"] == {"76 MB": 50, "900 MB": 50}
+    (actual,) = results.read("standing", tmp_path).values()
+    assert actual["sides"] == entry["sides"] and actual["rounds"] == 3 and actual["read_gb_s"] == {"76 MB": 50, "900 MB": 50}
     assert "2.00 tok/s" in capsys.readouterr().out
     monkeypatch.setattr(sys, "argv", ["run", "nothing"])
     with pytest.raises(SystemExit):
@@ -224,11 +224,11 @@ def test_run_writes_a_row_when_it_is_there(monkeypatch, tmp_path, capsys):
 def test_tables():
     row = STANDING[0]
     sides = {"llama.cpp Q4_0": [200.0, 210.0, 220.0], "llama.cpp Q4_1": [150.0] * 3, "ours int4": [400.0] * 3}
-    found = {label: _rounds(*speeds) for label, speeds in sides.items()}
+    actual = {label: _rounds(*speeds) for label, speeds in sides.items()}
     read = {label: verdict.share(8e7, [400.0], [80.0]) for label in ("llama.cpp Q4_0", "ours int4")}
     facts = {"cpu": "A CPU", "threads": 2, "date": "2026-01-01", "rounds": 3}
     entry = {**facts, "title": row.title, "figure": DECODE, "sides": sides, "read": read}
-    lines = list(tables.standing_table({row.name: {**entry, "bars": verdict.judge(row, found, "ours int4", read)}}))
+    lines = list(tables.standing_table({row.name: {**entry, "bars": verdict.judge(row, actual, "ours int4", read)}}))
     assert lines[0] == "A CPU, 2 threads, 2026-01-01: medians of 3 rounds, engines taking turns."
     cells = "| 210.0 tok/s | 400.0 tok/s | 1.90x (1.82 - 2.00) | 1.5x | 80 MB, 40%; 80 MB, 40% | reached |"
     assert lines[4] == f"| {row.title} | llama.cpp Q4_0 {cells}"
@@ -236,7 +236,7 @@ def test_tables():
 
 
 @pytest.mark.parametrize("page", tables.PAGES, ids=lambda page: page.name)
-def test_pages_say_what_the_results_say(page):
+def test_pages_match_the_results(page):
     text = page.read_text(encoding="utf-8")
     assert "<!-- bench:" in text and tables.filled(text) == text
     emptied = re.sub(r"(<!-- bench:\w+ -->\n).*?(<!-- /bench -->)", r"\1\2", text, flags=re.DOTALL)

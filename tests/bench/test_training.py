@@ -1,4 +1,4 @@
-"""The rows of `make bench-train`: well formed, judged as said, and a side's run for real on a tiny model."""
+"""The rows of `make bench-train`: well formed, correctly judged, and one side for real on a tiny model."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_the_rows_are_well_formed() -> None:
 
 
 @pytest.mark.parametrize(
-    ("figure", "most", "against", "ours", "verdict"),
+    ("figure", "limit", "against", "ours", "verdict"),
     [
         ("seconds", 1 / 2.8, "theirs", [3.5, 3.6], REACHED),
         ("seconds", 1 / 2.8, "theirs", [3.6, 3.7], MISSED),
@@ -42,16 +42,16 @@ def test_the_rows_are_well_formed() -> None:
         ("eval_after", 0.003, "theirs", [10.04, 10.04], MISSED),
     ],
 )
-def test_bars(figure, most, against, ours, verdict) -> None:
-    found = {"ours": {figure: ours}, "theirs": {figure: [10.0] * len(ours)}}
-    judged = training.judged(training.Bar(figure, "ours", most, against), found)
+def test_bars(figure, limit, against, ours, verdict) -> None:
+    actual = {"ours": {figure: ours}, "theirs": {figure: [10.0] * len(ours)}}
+    judged = training.judged(training.Bar(figure, "ours", limit, against), actual)
     assert judged["verdict"] == verdict
     assert training.bar_text(judged).startswith("ours: ")
 
 
 def test_the_first_step_does_not_count() -> None:
-    found = training.figures({"seconds": [9.0, 1.0, 2.0, 3.0], "peak_bytes": 5})
-    assert found == {"seconds": 2.0, "peak_bytes": 5}
+    actual = training.figures({"seconds": [9.0, 1.0, 2.0, 3.0], "peak_bytes": 5})
+    assert actual == {"seconds": 2.0, "peak_bytes": 5}
 
 
 def test_rows_of_text() -> None:
@@ -66,13 +66,13 @@ def test_a_side_for_real(side: str) -> None:
         side=side, model=tiny_v3(), rows=2, tokens=32, steps=3, evaluate=2, rate=1e-3, lora=0, precision=None, threads=None,
         fields={},
     )  # fmt: skip
-    found = training_side.run(a)
-    assert len(found["seconds"]) == len(found["losses"]) == 3 and found["peak_bytes"] > 1e8
-    assert found["eval_after"] != found["eval_before"] and 1 < found["eval_before"] < 20
-    assert ("report" in found) == (side == "ours")
+    actual = training_side.run(a)
+    assert len(actual["seconds"]) == len(actual["losses"]) == 3 and actual["peak_bytes"] > 1e8
+    assert actual["eval_after"] != actual["eval_before"] and 1 < actual["eval_before"] < 20
+    assert ("report" in actual) == (side == "ours")
 
 
-def test_a_table_of_what_was_measured() -> None:
+def test_table_of_results() -> None:
     row = training.rows()["lora"]
     sides = {side.label: {"seconds": [1.0, 3.0], "peak_bytes": [1e9, 1e9]} for side in row.sides}
     bars = [training.judged(bar, sides) for bar in row.bars]

@@ -1,4 +1,4 @@
-"""The window's row: well formed, and measured for real on the small trained model."""
+"""The benchmark of the sliding window: well formed, and measured for real on the small trained model."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def test_a_small_window_for_real() -> None:
     assert 1 - 0.05 < row["perplexity_ratio"] <= MAX_RATIO and 10 < row["perplexity"] < 60
 
 
-def test_keys_that_do_not_turn_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The figure can fail: the same reading over a store that leaves keys where they were."""
+def test_unrotated_keys_are_detected(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The figure detects faults: the same measurement with a store that does not rotate keys."""
     path = tiny_v3()
     bench = Bench(SMALL, path, quick=True)
     right = bench.compare(1)

@@ -1,4 +1,4 @@
-"""Blocks and sequences, against a model of them that is obviously right."""
+"""The block manager against a simple model of blocks and sequences."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_blocks_cover_the_tokens(tokens: int, blocks: int) -> None:
     assert made.table().dtype == "int32" and made.table().tolist() == made.blocks
 
 
-def test_a_full_cache_changes_nothing() -> None:
+def test_errors_of_a_full_cache_change_nothing() -> None:
     manager = BlockManager(2)
     made = sequence(manager, 40)
     with pytest.raises(CacheFullError) as error:
@@ -47,19 +47,19 @@ def test_a_full_cache_changes_nothing() -> None:
     assert made.append(24) == []
 
 
-def test_fork_shares_until_one_writes() -> None:
+def test_fork_copies_on_write() -> None:
     manager = BlockManager(4)
     first = sequence(manager, 40)
     second = first.fork()
     assert second.blocks == first.blocks and manager.users(1) == 2 and manager.free_blocks == 2
-    assert second.append(1) == [(1, 2)]  # the half full block is copied, the full one stays shared
+    assert second.append(1) == [(1, 2)]  # the partial block is copied, the full one stays shared
     assert (first.blocks, second.blocks) == ([0, 1], [0, 2])
     assert first.append(1) == []  # now the only user
     first.free()
     assert manager.users(0) == 1 and manager.users(1) == 0
 
 
-def test_fork_at_a_block_border_copies_nothing() -> None:
+def test_fork_at_a_block_boundary_copies_nothing() -> None:
     manager = BlockManager(4)
     first = sequence(manager, 32)
     second = first.fork()
@@ -75,18 +75,18 @@ def test_no_block_for_the_copy() -> None:
     assert second.blocks == first.blocks and manager.users(1) == 2
 
 
-def test_drop_from_the_midst() -> None:
+def test_drop_from_the_middle() -> None:
     manager, seen = BlockManager(8), []
     made = sequence(manager, 150)
     made.drop(1, 2, lambda copies, behind: seen.append((copies, behind)))
     assert made.blocks == [0, 3, 4] and made.tokens == 150 - 64 and manager.free_blocks == 5
     assert seen == [([], [3, 4])]
-    made.drop(1, 0, lambda copies, behind: pytest.fail("nothing goes, nothing moves"))
+    made.drop(1, 0, lambda copies, behind: pytest.fail("nothing is dropped, so nothing moves"))
     made.drop(1, 1, lambda copies, behind: seen.append((copies, behind)))
     assert made.blocks == [0, 4] and made.tokens == 150 - 96
 
 
-def test_drop_gives_shared_blocks_behind_the_gap_their_own_copies() -> None:
+def test_drop_copies_shared_blocks_after_the_gap() -> None:
     manager, seen = BlockManager(8), []
     first = sequence(manager, 128)
     second = first.fork()
@@ -97,7 +97,7 @@ def test_drop_gives_shared_blocks_behind_the_gap_their_own_copies() -> None:
     assert [manager.users(b) for b in range(8)] == [2, 1, 1, 1, 1, 1, 1, 0]
 
 
-def test_a_drop_that_fails_changes_nothing() -> None:
+def test_a_failed_drop_changes_nothing() -> None:
     manager = BlockManager(6)
     first = sequence(manager, 128)
     second = first.fork()
@@ -125,15 +125,15 @@ def test_only_full_blocks_can_be_dropped(run: tuple[int, int]) -> None:
 @pytest.mark.parametrize(
     "call", [lambda s: s.append(-1), lambda s: s.crop(-1), lambda s: s.crop(11), lambda s: BlockManager(-1)]
 )
-def test_bad_numbers(call: object) -> None:
+def test_invalid_arguments(call: object) -> None:
     with pytest.raises(ValueError):
         call(sequence(BlockManager(2), 10))  # type: ignore[operator]
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_random_use_keeps_every_sequence_its_tokens(seed: int) -> None:
-    """Each sequence writes its own marks; a mark must still be there whenever it is read, whoever forked, cropped or dropped.
-    Tokens that moved up are marked anew, as a store would turn their keys: nobody else may see that."""
+def test_random_use_preserves_the_tokens_of_every_sequence(seed: int) -> None:
+    """Each sequence writes its own marks, which must be intact whenever they are read, after any fork, crop or drop. Tokens
+    that moved are marked again, as a store would rotate their keys, which must not affect other sequences."""
     rng = random.Random(seed)
     manager = BlockManager(24)
     bytes_: dict[tuple[int, int], object] = {}  # (block, place) -> mark
@@ -204,7 +204,7 @@ def test_random_use_keeps_every_sequence_its_tokens(seed: int) -> None:
 
 
 def test_torch_is_not_imported() -> None:
-    """The package's own `__init__` may import torch; this part of it may not."""
+    """The package's `__init__` may import torch; this subpackage must not."""
     source = Path(inspect.getfile(BlockManager)).read_text()
     imported = {n.module if isinstance(n, ast.ImportFrom) else n.names[0].name for n in ast.walk(ast.parse(source))
                 if isinstance(n, (ast.Import, ast.ImportFrom))}  # fmt: skip
@@ -212,7 +212,7 @@ def test_torch_is_not_imported() -> None:
 
 
 class Rationed:
-    """Memory for `room` blocks, given in steps of `step`."""
+    """Memory for `room` blocks, granted in steps of `step`."""
 
     def __init__(self, room: int, step: int = 1) -> None:
         self.room, self.step, self.asked = room, step, []
@@ -224,20 +224,20 @@ class Rationed:
         return backed if self.shortage else min(self.room, max(wanted, backed + self.step))
 
 
-def test_memory_is_asked_for_before_a_block_has_it() -> None:
+def test_memory_is_reserved_before_a_block_is_used() -> None:
     growth = Rationed(room=8, step=4)
     manager = BlockManager(8, growth=growth)
     first = sequence(manager, 32)
     assert growth.asked == [(1, 0)]
     second = sequence(manager, 96)  # within the step
     first.free()
-    sequence(manager, 32)  # a block that had memory before
+    sequence(manager, 32)  # a block that already has memory
     assert growth.asked == [(1, 0)]
     second.append(32)
     assert growth.asked == [(1, 0), (5, 4)]
 
 
-def test_without_memory_the_cache_is_full_and_says_why() -> None:
+def test_a_cache_without_memory_is_full_and_gives_the_reason() -> None:
     growth = Rationed(room=3)
     manager = BlockManager(8, growth=growth)
     made = sequence(manager, 64)
@@ -247,7 +247,7 @@ def test_without_memory_the_cache_is_full_and_says_why() -> None:
     assert manager.limited and manager.free_blocks == 0 and manager.shortage == "the memory is others'"
     with pytest.raises(CacheFullError):
         made.append(64)
-    assert len(growth.asked) == 2  # nobody looks again before the limit is lifted
+    assert len(growth.asked) == 2  # not asked again before the limit is raised
     made.crop(32)
     assert manager.free_blocks == 1 and sequence(manager, 32).blocks == [1]
     growth.room = 8
@@ -257,7 +257,7 @@ def test_without_memory_the_cache_is_full_and_says_why() -> None:
     assert not manager.limited and manager.shortage is None and manager.free_blocks == 3
 
 
-def test_what_is_given_back_is_asked_for_again() -> None:
+def test_returned_memory_is_reserved_again() -> None:
     growth = Rationed(room=8)
     manager = BlockManager(8, growth=growth)
     made = sequence(manager, 96)

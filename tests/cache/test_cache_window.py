@@ -1,4 +1,4 @@
-"""Which blocks a window lets go, against what it promises, and how large it is."""
+"""Which blocks a window drops, against its specification, and its size."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from deepseek_optimizer.cache.cache_window import CacheWindow, Drop
 from deepseek_optimizer.errors import ConfigError, RequestError
 
 
-def test_nothing_goes_while_all_fits() -> None:
+def test_nothing_is_dropped_while_everything_fits() -> None:
     policy = CacheWindow(tokens=1024)
     assert policy.drops(0, coming=700) == policy.drops(1023) == policy.drops(1000, ((0, 1000),), coming=24) == []
 
 
-def test_a_share_goes_at_once_the_oldest_behind_the_sinks() -> None:
+def test_the_oldest_share_after_the_sinks_is_dropped() -> None:
     policy = CacheWindow(tokens=1024, sinks=4, share=0.25)
     assert policy.drops(1024) == [Drop(1, 8)]
     assert policy.drops(1000, coming=25) == [Drop(1, 8)]
-    assert policy.drops(1024, coming=300) == [Drop(1, 10)]  # more where more is needed
+    assert policy.drops(1024, coming=300) == [Drop(1, 10)]  # more if more is needed
     assert CacheWindow(tokens=1024, sinks=33).drops(1024) == [Drop(2, 8)]
     assert CacheWindow(tokens=1024, sinks=0).drops(1024) == [Drop(0, 8)]
 
 
-def test_pinned_blocks_stay_and_the_last_run_goes_first() -> None:
+def test_pinned_blocks_stay_and_the_last_run_is_dropped_first() -> None:
     policy = CacheWindow(tokens=1024)
     pinned = ((40, 41), (95, 97), (500, 520))
     assert policy.drops(1024, pinned) == [Drop(4, 8)]  # blocks 1, 2 and 3 are pinned
@@ -38,7 +38,7 @@ def test_pinned_blocks_stay_and_the_last_run_goes_first() -> None:
 
 def test_the_recent_part_stays() -> None:
     policy = CacheWindow(tokens=1024, recent=0.5)
-    assert policy.drops(1024, ((32, 480),), coming=32) == [Drop(15, 1)]  # half of a share is all there is
+    assert policy.drops(1024, ((32, 480),), coming=32) == [Drop(15, 1)]  # only half of a share is available
     with pytest.raises(RequestError, match="pin fewer"):
         policy.drops(1024, ((32, 480),), coming=33)
 
@@ -50,9 +50,9 @@ def test_renumbered() -> None:
 
 
 @pytest.mark.parametrize("seed", range(60))
-def test_a_dialogue_for_ever(seed: int) -> None:
-    """Random windows, spans and steps, each token known by name: the window is never passed, sinks, pinned and recent tokens
-    are always there, and what `check` admits never fails."""
+def test_an_endless_conversation(seed: int) -> None:
+    """Random windows, spans and steps with distinct tokens: the window is never exceeded, sinks, pinned and recent tokens stay,
+    and settings that `check` accepts never fail."""
     rng = random.Random(seed)
     policy = CacheWindow(
         tokens=rng.randrange(300, 2000),
@@ -94,7 +94,7 @@ def test_a_dialogue_for_ever(seed: int) -> None:
 
 
 def test_drops_are_rare() -> None:
-    """A token that comes last is moved a few times before it is the oldest, whatever the window."""
+    """A new token is moved only a few times before it is the oldest, for any window."""
     for size in (256, 1024, 8192):
         policy, cached, moves = CacheWindow(tokens=size), 0, 0
         for _ in range(5 * size):
@@ -107,18 +107,18 @@ def test_drops_are_rare() -> None:
     "fields", [{"tokens": 127}, {"tokens": 1024, "sinks": -1}, {"tokens": 1024, "share": 0}, {"tokens": 1024, "share": 0.6},
                {"tokens": 1024, "recent": 0.6}, {"tokens": 1024, "recent": -0.1}, {"tokens": 1024, "sinks": 705}]
 )  # fmt: skip
-def test_bad_policies(fields: dict[str, float]) -> None:
+def test_invalid_policies(fields: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match="window"):
         CacheWindow(**fields)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("span", [(-1, 4), (5, 5), (9, 3)])
-def test_bad_spans(span: tuple[int, int]) -> None:
+def test_invalid_spans(span: tuple[int, int]) -> None:
     with pytest.raises(RequestError, match="pinned: each span"):
         CacheWindow(tokens=1024).check((span,))
 
 
-def test_more_at_once_than_any_window_has_room_for_is_the_callers_mistake() -> None:
+def test_chunks_larger_than_any_window_are_errors() -> None:
     with pytest.raises(ValueError, match="2000 tokens at once"):
         CacheWindow(tokens=1024).drops(900, coming=2000)
 

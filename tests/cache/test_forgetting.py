@@ -1,4 +1,4 @@
-"""Caches that forget: what a later token sees is always there, what none sees is not, and nothing leaks."""
+"""Caches that drop tokens: tokens that are still visible stay, the others go, and no block leaks."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import pytest
 
 from deepseek_optimizer.cache import HOLE, BlockManager, Forgetting, SequenceBlocks
 from deepseek_optimizer.cache.prefix_cache import PrefixCache, keys
-from deepseek_optimizer.errors import CacheFullError, ForgottenError
+from deepseek_optimizer.errors import CacheFullError, DroppedTokensError
 
 
 def seen_blocks(forgetting: Forgetting, tokens: int) -> set[int]:
-    """Places of the blocks that token number `tokens` sees, itself left out; by its definition."""
+    """Indices of the blocks that are visible to token number `tokens`, without its own; by the definition."""
     return {t // 32 for t in range(tokens) if tokens - t < forgetting.window or t < forgetting.sinks}
 
 
@@ -26,7 +26,7 @@ def read(manager: BlockManager, tokens: int, step: int = 45) -> SequenceBlocks:
 
 
 @pytest.mark.parametrize("fields", [(100, 4, 32), (1, 0, 0), (32, 33, 1), (64, 0, 300), (4096, 70, 32)])
-def test_what_is_kept_by_definition(fields: tuple[int, int, int]) -> None:
+def test_visible_tokens_are_kept(fields: tuple[int, int, int]) -> None:
     forgetting = Forgetting(*fields)
     for tokens in (*range(0, 200, 7), 1000, 4127, 4128, 9999):
         later = [seen_blocks(forgetting, t) for t in range(max(0, tokens - forgetting.spare), tokens + 1)]
@@ -38,8 +38,8 @@ def test_what_is_kept_by_definition(fields: tuple[int, int, int]) -> None:
 
 
 @pytest.mark.parametrize("step", [1, 32, 45, 512])
-def test_a_long_text_takes_as_much_as_its_window(step: int) -> None:
-    """A hundred thousand tokens; and never more than is promised."""
+def test_a_long_text_needs_only_its_window(step: int) -> None:
+    """A hundred thousand tokens, in at most the documented number of blocks."""
     forgetting = Forgetting(window=200, sinks=40, spare=32)
     manager = BlockManager(forgetting.blocks(step), forgetting)
     made, used = SequenceBlocks(manager), 0
@@ -54,28 +54,28 @@ def test_a_long_text_takes_as_much_as_its_window(step: int) -> None:
     assert manager.free_blocks == manager.num_blocks and made.blocks == []
 
 
-def test_without_windows_nothing_is_forgotten() -> None:
+def test_without_windows_nothing_is_dropped() -> None:
     made = read(BlockManager(40), 1_000)
     assert made.forget() == range(0) and made.held == 32
 
 
-def test_going_back() -> None:
+def test_cropping() -> None:
     manager = BlockManager(40, Forgetting(window=100, sinks=4, spare=32))
     made = read(manager, 1_000)
     before = list(made.blocks)
     for tokens in (100, 500, 960, 33):
-        with pytest.raises(ForgottenError, match=f"from 1000 tokens to {tokens}.*attention_window"):
+        with pytest.raises(DroppedTokensError, match=f"from 1000 tokens to {tokens}.*attention_window"):
             made.crop(tokens)
         assert made.blocks == before and made.tokens == 1_000
-    made.crop(968)  # as far as is spared, and a little more: blocks go whole
+    made.crop(968)  # the spare tokens, and a few more, since whole blocks are dropped
     assert made.blocks == before[:31] and made.append(40) == []
-    made.crop(20)  # in the sinks' block: what lies before is all there
+    made.crop(20)  # in the sinks' block: all earlier tokens are present
     assert made.blocks == before[:1] and made.held == 1 and not made.holes
     made.append(70)
     assert all(block >= 0 for block in made.blocks)
 
 
-def test_forks_share_what_is_there() -> None:
+def test_forks_share_remaining_blocks() -> None:
     manager = BlockManager(40, Forgetting(window=64, sinks=4, spare=32))
     made = read(manager, 500)
     twin = made.fork()
@@ -91,7 +91,7 @@ def test_forks_share_what_is_there() -> None:
 
 @pytest.mark.parametrize("seed", range(40))
 def test_random_use(seed: int) -> None:
-    """Every sequence always has the blocks that its next token sees, with its own marks in them, and nobody else's."""
+    """Every sequence always has the blocks that are visible to its next token, with its own marks and no others."""
     rng = random.Random(seed)
     forgetting = Forgetting(rng.randrange(1, 150), rng.randrange(0, 70), rng.randrange(0, 40))
     manager = BlockManager(40, forgetting)
@@ -129,7 +129,7 @@ def test_random_use(seed: int) -> None:
             made.drop(first, count, move)
         except CacheFullError:
             return
-        except ForgottenError:
+        except DroppedTokensError:
             assert made.blocks == before
             return
         if count:
@@ -153,7 +153,7 @@ def test_random_use(seed: int) -> None:
             try:
                 made.crop(back)
                 del marks[made.tokens :]
-            except ForgottenError:
+            except DroppedTokensError:
                 assert any(made.blocks[b] == HOLE for b in seen_blocks(forgetting, back))
         elif action == "forget":
             gone = made.forget()
@@ -173,7 +173,7 @@ def test_random_use(seed: int) -> None:
     assert manager.free_blocks == 40
 
 
-# ---- found again by what they hold
+# ---- prefix cache
 
 
 def text(seed: int, blocks: int) -> list[int]:
@@ -181,8 +181,8 @@ def text(seed: int, blocks: int) -> list[int]:
     return [rng.randrange(100) for _ in range(32 * blocks)]
 
 
-def test_a_prefix_is_found_by_its_end() -> None:
-    """What its last token does not see need not be there."""
+def test_a_prefix_is_matched_by_its_end() -> None:
+    """Blocks that are invisible to its last token may be missing."""
     manager = BlockManager(40, Forgetting(window=70, sinks=4, spare=32))
     cache, wanted = PrefixCache(manager), keys(text(0, 12), "", 12)
     made = read(manager, 12 * 32)
@@ -198,11 +198,11 @@ def test_a_prefix_is_found_by_its_end() -> None:
     assert twin.forget() and twin.blocks[9] == HOLE
     longer = cache.match([*wanted, *keys(text(1, 2), "", 2)])
     assert len(longer) == 12
-    assert len(cache.match(wanted[:10])) == 1  # of what is shorter, the end is gone
+    assert len(cache.match(wanted[:10])) == 1  # the end of the shorter one was dropped
     assert len(cache.match([keys(text(2, 1), "", 1)[0], *wanted[1:]])) == 0
 
 
-def test_what_others_use_stays_findable() -> None:
+def test_blocks_in_use_stay_in_the_prefix_cache() -> None:
     manager = BlockManager(40, Forgetting(window=64, sinks=4, spare=32))
     cache, wanted = PrefixCache(manager), keys(text(0, 8), "", 8)
     made = SequenceBlocks(manager)

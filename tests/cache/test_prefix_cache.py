@@ -15,7 +15,7 @@ def text(seed, blocks):
 
 
 def filled(manager, cache, tokens, salt=""):
-    """Takes blocks for a text, puts them in, and ends as their user."""
+    """Allocates blocks for a text, adds them to the cache, and frees them."""
     count = len(tokens) // BLOCK_TOKENS
     blocks = manager.allocate(count)
     for key, block in zip(keys(tokens, salt, count), blocks, strict=True):
@@ -25,7 +25,7 @@ def filled(manager, cache, tokens, salt=""):
     return blocks
 
 
-def test_the_longest_known_beginning_is_found():
+def test_the_longest_cached_prefix_is_returned():
     manager = BlockManager(20)
     cache = PrefixCache(manager)
     blocks = filled(manager, cache, text(1, 4))
@@ -36,8 +36,8 @@ def test_the_longest_known_beginning_is_found():
     assert cache.match(keys(text(3, 2), "", 2)) == []
 
 
-def test_a_block_counts_with_all_before_it():
-    """The same block behind another beginning is another block."""
+def test_a_block_matches_only_with_its_whole_prefix():
+    """The same tokens after another prefix are a different block."""
     manager = BlockManager(20)
     cache = PrefixCache(manager)
     filled(manager, cache, [*text(1, 1), *text(2, 1)])
@@ -53,7 +53,7 @@ def test_salts_share_nothing():
     assert cache.known(keys(text(1, 2), "a key", 2)) == 2
 
 
-def test_the_longest_unused_goes_first_and_ends_before_beginnings():
+def test_least_recently_used_blocks_are_evicted_from_the_end():
     manager = BlockManager(20)
     cache = PrefixCache(manager)
     old, new = text(1, 2), text(2, 2)
@@ -75,7 +75,7 @@ def test_blocks_in_use_stay():
     assert all(manager.users(b) == 1 for b in held) and len(cache) == 0
 
 
-def test_a_limit_is_kept():
+def test_the_limit_is_respected():
     manager = BlockManager(20)
     cache = PrefixCache(manager, max_blocks=3)
     filled(manager, cache, text(1, 2))
@@ -88,7 +88,7 @@ def test_a_limit_is_kept():
 
 @pytest.mark.parametrize("seed", range(5))
 def test_at_random(seed):
-    """Nothing leaks, and whatever is found is what a dictionary of texts says."""
+    """No block leaks, and every match agrees with a dictionary of texts."""
     rng = random.Random(seed)
     manager = BlockManager(24)
     cache, holds, contents = PrefixCache(manager, max_blocks=rng.choice([None, 8])), [], {}
@@ -97,20 +97,20 @@ def test_at_random(seed):
         if action < 0.4:
             tokens = [t for n in range(rng.randrange(1, 5)) for t in text(rng.randrange(3) + 10 * n, 1)]
             wanted = keys(tokens, "", len(tokens) // BLOCK_TOKENS)
-            found = cache.match(wanted)
-            for n, block in enumerate(found):
+            actual = cache.match(wanted)
+            for n, block in enumerate(actual):
                 assert contents[block] == tuple(tokens[: (n + 1) * BLOCK_TOKENS])
-            missing = len(wanted) - len(found)
+            missing = len(wanted) - len(actual)
             if missing > manager.free_blocks:
                 cache.evict(missing - manager.free_blocks)
             if missing <= manager.free_blocks:
                 new = manager.allocate(missing)
-                for n, block in enumerate(new, len(found)):
+                for n, block in enumerate(new, len(actual)):
                     contents[block] = tuple(tokens[: (n + 1) * BLOCK_TOKENS])
                     cache.put(wanted[n], block)
-                holds.append(found + new)
+                holds.append(actual + new)
             else:
-                holds.append(found)
+                holds.append(actual)
         elif action < 0.8 and holds:
             for block in holds.pop(rng.randrange(len(holds))):
                 manager.release(block)
@@ -124,7 +124,7 @@ def test_at_random(seed):
     assert manager.free_blocks == 24
 
 
-def test_blocks_of_other_frequencies_are_others():
+def test_blocks_with_other_frequencies_do_not_match():
     tokens = text(1, 3)
     plain, one, other = (keys(tokens, "salt", 3, frequencies=n) for n in (0, 300, 301))
     assert plain == keys(tokens, "salt", 3)

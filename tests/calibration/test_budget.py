@@ -11,7 +11,7 @@ from deepseek_optimizer.calibration.budget import Option, choose, path, total_by
 
 
 def random_groups(seed: int, count: int = 5) -> list[list[Option]]:
-    """Groups of unlike sizes and sensitivities; now and then a larger format is no better, or worse."""
+    """Groups of different sizes and sensitivities; sometimes a larger format is no better, or worse."""
     rng = random.Random(seed)
     groups = []
     for i in range(count):
@@ -30,7 +30,7 @@ def brute_force(groups: list[list[Option]], budget: float) -> int:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_no_choice_beats_one_of_the_path(seed: int) -> None:
+def test_no_choice_dominates_the_path(seed: int) -> None:
     groups = random_groups(seed)
     everything = list(itertools.product(*groups))
     along = path(groups)
@@ -45,7 +45,7 @@ def test_no_choice_beats_one_of_the_path(seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_the_choice_is_within_one_step_of_the_best(seed: int) -> None:
+def test_the_choice_is_within_one_step_of_the_optimum(seed: int) -> None:
     groups = random_groups(seed)
     along = path(groups)
     step = max((total_bytes(b) - total_bytes(a) for a, b in itertools.pairwise(along)), default=0)
@@ -59,8 +59,8 @@ def test_the_choice_is_within_one_step_of_the_best(seed: int) -> None:
     assert exact >= 1
 
 
-def test_the_room_that_a_large_step_leaves_is_filled() -> None:
-    """Along the path the large group goes first; once it is at its best, the small one need not be."""
+def test_the_rest_of_the_budget_is_used() -> None:
+    """The path improves the large group first; once that has its best format, the small one may have a smaller one."""
     large = [Option(("int4",), 1000, 10.0), Option(("bf16",), 3000, 0.0)]
     small = [Option(("int4",), 10, 0.02), Option(("bf16",), 20, 0.0)]
     smaller = [Option(("int4",), 10, 0.001), Option(("bf16",), 100, 0.0)]

@@ -1,4 +1,4 @@
-"""Which matrices are chosen together."""
+"""Which matrices get a format together."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_the_groups_of_a_decoder(case: str) -> None:
     assert groups == expected
 
 
-def test_nodes_that_share_a_matrix_are_one_group_from_the_first_on() -> None:
+def test_nodes_that_share_a_matrix_form_one_group() -> None:
     x, a, b, c = (Value(name, 32) for name in "xabc")
     nodes = [
         Node("embedding", (), (x,), ("e",)),
@@ -44,5 +44,5 @@ def test_nodes_that_share_a_matrix_are_one_group_from_the_first_on() -> None:
         Node("lm_head", (c,), (Value("logits", 8),), ("h",)),
     ]
     graph = Graph("none", nodes, 8, 32, 2, CacheSpec(1, 1, 32), 64)
-    found = format_groups(graph, ["e", "one", "two", "three", "h"])
-    assert found == [Group(("e",), None), Group(("one", "two", "three"), 0), Group(("h",), 1)]
+    actual = format_groups(graph, ["e", "one", "two", "three", "h"])
+    assert actual == [Group(("e",), None), Group(("one", "two", "three"), 0), Group(("h",), 1)]

@@ -1,4 +1,4 @@
-"""The search over predictions that are wrong: what counts is what the assembled model measures."""
+"""The search when predictions are wrong: the measurement of the assembled model decides."""
 
 from __future__ import annotations
 
@@ -36,11 +36,13 @@ def test_the_measured_kl_is_just_within_the_budget(factor: float, budget: float)
     assert chosen in curve
     assert chosen.measured_kl == measured(chosen.choice) <= budget
     smaller = [c for c in path(GROUPS) if total_bytes(c) < chosen.bytes]
-    assert all(factor * total_kl(c) ** 1.1 > 0.95 * budget for c in smaller), "no smaller choice of the path would do"
+    assert all(factor * total_kl(c) ** 1.1 > 0.95 * budget for c in smaller), (
+        "no smaller choice of the path is within the budget"
+    )
     assert len(calls) <= 16 and len(set(calls[:-1])) == len(calls) - 1, "nothing is measured twice"
 
 
-def test_the_curve_falls_and_says_what_it_is_made_of() -> None:
+def test_the_curve_is_monotonic_and_lists_its_formats() -> None:
     _, curve = search(GROUPS, 1.0, 0.0, lambda choice: 2 * total_kl(choice))
     assert len(curve) >= 6
     for before, after in itertools.pairwise(curve):
@@ -51,13 +53,13 @@ def test_the_curve_falls_and_says_what_it_is_made_of() -> None:
     assert all(sum(point.counts().values()) == 40 for point in curve)
 
 
-def test_what_is_there_anyway_counts() -> None:
+def test_the_kl_of_the_other_weights_counts() -> None:
     chosen, curve = search(GROUPS, 1.0, 0.9, lambda choice: 0.9 + total_kl(choice))
     assert 0.9 <= chosen.measured_kl <= 1.0
     assert all(math.isclose(point.predicted_kl, point.measured_kl) for point in curve)
 
 
-def test_a_budget_below_the_best_names_what_can_be_reached() -> None:
+def test_an_impossible_budget_names_the_smallest_possible() -> None:
     with pytest.raises(KlBudgetError, match="kl_budget=0.01: .* is 0.02") as caught:
         search(GROUPS, 0.01, 0.02, lambda choice: 0.02 + total_kl(choice))
     assert (caught.value.budget, caught.value.reached) == (0.01, 0.02)

@@ -1,4 +1,4 @@
-"""What each group costs alone, against Transformers' own logits, and what of it is noise."""
+"""The KL divergence that each group causes alone, against Transformers' logits, and its noise."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def texts_of(model) -> list[torch.Tensor]:
 
 
 def packed_weights(model, format: str = "fp32"):
-    """What a plan of the model binds: matrices packed, vectors as they are."""
+    """The weights of a plan of the model: packed matrices, unchanged vectors."""
     wanted = build_graph(model.config).weights()
     state = {name: t for name, t in model.state_dict().items() if name in wanted}
     return {name: pack(t, format) if t.ndim == 2 else t for name, t in state.items()}
@@ -54,7 +54,7 @@ def kl_by_transformers(model, other) -> float:
 
 @pytest.mark.parametrize("name", ["reference", "cpu"])
 @pytest.mark.parametrize("case", ["llama-tied", "qwen3-gqa", "qwen2-windows"])
-def test_a_trial_that_changes_nothing_costs_nothing_wherever_it_begins(case: str, name: str) -> None:
+def test_an_unchanged_model_has_zero_kl_from_any_layer(case: str, name: str) -> None:
     probe = probe_of(random_model(CASES[case]()), name)
     for start in (None, 0, 1, 2, 3):
         assert probe.kl({}, start) < 1e-9
@@ -62,7 +62,7 @@ def test_a_trial_that_changes_nothing_costs_nothing_wherever_it_begins(case: str
 
 @pytest.mark.parametrize("name", ["reference", "cpu"])
 @pytest.mark.parametrize("case", ["llama-tied", "llama-biases", "qwen3-gqa"])
-def test_a_group_costs_what_transformers_says(case: str, name: str) -> None:
+def test_the_kl_of_a_group_equals_transformers(case: str, name: str) -> None:
     model = random_model(CASES[case]())
     probe = probe_of(model, name)
     matrices = [n for n, w in probe.weights.items() if isinstance(w, PackedMatrix)]
@@ -74,11 +74,11 @@ def test_a_group_costs_what_transformers_says(case: str, name: str) -> None:
             for n, matrix in changed.items():
                 other.get_parameter(n).copy_(unpack(matrix))
         assert probe.kl(changed, group.start) == pytest.approx(kl_by_transformers(model, other), rel=0.05)
-        assert probe.kl(changed, group.start) == pytest.approx(probe.kl(changed), rel=1e-3), "from the start comes to the same"
+        assert probe.kl(changed, group.start) == pytest.approx(probe.kl(changed), rel=1e-3), "the same from the first layer on"
 
 
 class Scripted:
-    """A probe whose KLs are written down: by the format of a group's first matrix."""
+    """A probe with given KL divergences, by the format of a group's first matrix."""
 
     def __init__(self, kls: dict[tuple[str, str], float], layers: int) -> None:
         self.graph = SimpleNamespace(hidden_states=layers + 1)
@@ -114,10 +114,10 @@ def test_noise_is_counted_once_for_the_whole_model() -> None:
         ("bf16", 160, 0.0),
     ]  # fmt: skip
     assert [(o.formats[0], o.kl) for o in b] == [("int4", pytest.approx(0.025)), ("q4_1", pytest.approx(0.004)), ("bf16", 0.0)]
-    assert ("b", "int8", 1) not in probe.calls, "down to noise already"
+    assert ("b", "int8", 1) not in probe.calls, "only noise is left"
 
 
-def test_after_the_last_state_there_is_no_noise() -> None:
+def test_there_is_no_noise_after_the_last_state() -> None:
     kls = {("h", "int4"): 0.09, ("h", "q4_1"): 0.05, ("h", "int8"): 0.01}
     probe = Scripted(kls, layers=2)
     (h,) = measured(probe, [Group(("h",), 2)])

@@ -1,4 +1,4 @@
-"""The calibration text: stretches spread over it, and files that are no text."""
+"""The calibration text: excerpts spread over it, and files that are not text."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from deepseek_optimizer.calibration import text
 
 
 class Bytes:
-    """A tokenizer of one token a byte."""
+    """A tokenizer with one token per byte."""
 
     def __call__(self, text: str, **kwargs: object) -> dict[str, list[int]]:
         return {"input_ids": list(text.encode())}
 
 
-def test_stretches_spread_evenly_over_the_text() -> None:
+def test_excerpts_are_spread_evenly_over_the_text() -> None:
     written = "".join(chr(97 + i % 26) for i in range(10_007))
-    found = text.stretches(Bytes(), written, length=100, count=4)
-    assert [(s.dtype, s.shape) for s in found] == [(torch.int64, (1, 100))] * 4
-    for first, stretch in zip((0, 2500, 5000, 7500), found, strict=True):
+    actual = text.stretches(Bytes(), written, length=100, count=4)
+    assert [(s.dtype, s.shape) for s in actual] == [(torch.int64, (1, 100))] * 4
+    for first, stretch in zip((0, 2500, 5000, 7500), actual, strict=True):
         assert stretch[0].tolist() == list(written[first : first + 100].encode())
-    assert len(text.stretches(Bytes(), written[:399], length=100, count=4)) == 3, "what there is, where it is less"
+    assert len(text.stretches(Bytes(), written[:399], length=100, count=4)) == 3, "a shorter text is used whole"
 
 
-def test_a_text_too_short_is_refused() -> None:
+def test_a_short_text_is_an_error() -> None:
     with pytest.raises(ConfigError, match="99 tokens.*at least 100"):
         text.stretches(Bytes(), "a" * 99, length=100)
 
 
-def test_files_that_are_no_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_that_are_not_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="absent.txt cannot be read: No such file"):
         text.read_text(tmp_path / "absent.txt")
     with pytest.raises(ConfigError, match="cannot be read: Is a directory"):

@@ -1,4 +1,4 @@
-"""The tiny model with an engine of its own."""
+"""The tiny model with its own engine."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from deepseek_optimizer import load_model, load_tokenizer, make_engine
 
 @pytest.fixture(scope="session")
 def endless(tiny_model):
-    """(model, tokenizer) whose random answers end by no chance."""
+    """(model, tokenizer) whose random answers never end early."""
     model = load_model(tiny_model)
     model.generation_config.eos_token_id = model.config.eos_token_id = None
     return model, load_tokenizer(tiny_model)

@@ -1,4 +1,4 @@
-"""A conversation's history, whoever answers."""
+"""The history of a conversation, for local and remote models."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from deepseek_optimizer.chat.conversation import Answer, Conversation, StopSigna
 
 
 class Scripted:
-    """Answers in order; an exception among the answers is raised."""
+    """Returns the given answers in order, and raises those that are exceptions."""
 
     def __init__(self, *answers):
         self.answers, self.asked = list(answers), []
@@ -53,7 +53,7 @@ def test_history(tmp_path):
 
 
 @pytest.mark.parametrize("error", [ValueError("too long"), KeyboardInterrupt()])
-def test_a_failed_answer_leaves_no_trace(error):
+def test_a_failed_answer_does_not_change_the_history(error):
     talk = Conversation(Scripted("eins", error))
     talk.say("One", quiet)
     before = list(talk.turns)
@@ -69,7 +69,7 @@ def test_an_interrupted_answer_is_kept():
     assert talk.turns[-1] == {"role": "assistant", "content": "ei"}
 
 
-def test_asking_to_stop_calls_whoever_answers():
+def test_stopping_calls_the_answering_model():
     stop, called = StopSignal(), []
     with stop.calling(lambda: called.append("first")):
         assert not stop.asked
@@ -78,4 +78,4 @@ def test_asking_to_stop_calls_whoever_answers():
     with stop.calling(lambda: called.append("asked before")):
         pass
     stop.ask()
-    assert called == ["first", "asked before"]  # nobody is there any more
+    assert called == ["first", "asked before"]  # nothing is answering any more

@@ -1,4 +1,4 @@
-"""Dialogues that outgrow their window: what stays, and that the cut stays too."""
+"""Conversations longer than the context: which messages stay, and that the cut does not move with every turn."""
 
 import random
 
@@ -17,14 +17,14 @@ def weight(message):
 
 
 def dialogue(rng, turns, longest=60):
-    found = [{"role": "system", "content": "s" * 20}]
+    result = [{"role": "system", "content": "s" * 20}]
     for n in range(turns):
-        found.append({"role": "user", "content": f"{n}:" + "q" * rng.randrange(longest)})
-        found.append({"role": "assistant", "content": f"{n}:" + "a" * rng.randrange(longest)})
-    return found
+        result.append({"role": "user", "content": f"{n}:" + "q" * rng.randrange(longest)})
+        result.append({"role": "assistant", "content": f"{n}:" + "a" * rng.randrange(longest)})
+    return result
 
 
-def test_what_fits_stays_whole():
+def test_short_conversations_are_unchanged():
     messages = dialogue(random.Random(0), 3)
     assert (
         fit(messages, tokens, weight, 10_000).messages == messages
@@ -34,30 +34,30 @@ def test_what_fits_stays_whole():
 
 @pytest.mark.parametrize("seed", range(5))
 def test_the_cut_stays_for_many_turns(seed):
-    """As the dialogue grows, what is left out grows in few steps, each message once; system and pinned ones stay."""
+    """As the conversation grows, the number of dropped messages grows in few steps; system and pinned messages stay."""
     rng = random.Random(seed)
     messages = dialogue(rng, 80)
     messages[7]["pinned"] = True
-    most, before, changes = 1_000, 0, 0
+    budget, before, changes = 1_000, 0, 0
     for turn in range(2, len(messages), 2):
-        found = fit([*messages[:turn], {"role": "user", "content": "now"}], tokens, weight, most)
-        assert tokens(found.messages) <= most and found.messages[-1]["content"] == "now"
-        assert found.messages[0]["role"] == "system" and (turn <= 7 or messages[7] in found.messages)
-        assert found.dropped + len(found.messages) == turn + 1 and found.dropped >= before
-        if found.dropped:
-            assert tokens(found.messages) >= 0.4 * most  # not more than is needed
-        changes += found.dropped != before
-        before = found.dropped
+        actual = fit([*messages[:turn], {"role": "user", "content": "now"}], tokens, weight, budget)
+        assert tokens(actual.messages) <= budget and actual.messages[-1]["content"] == "now"
+        assert actual.messages[0]["role"] == "system" and (turn <= 7 or messages[7] in actual.messages)
+        assert actual.dropped + len(actual.messages) == turn + 1 and actual.dropped >= before
+        if actual.dropped:
+            assert tokens(actual.messages) >= 0.4 * budget  # no more than necessary is dropped
+        changes += actual.dropped != before
+        before = actual.dropped
     assert 3 <= changes <= 25  # in 79 turns
 
 
-def test_a_dialogue_goes_on_with_a_question():
+def test_the_remaining_messages_begin_with_a_question():
     messages = dialogue(random.Random(1), 40)
-    found = fit([*messages, {"role": "user", "content": "now"}], tokens, weight, 500)
-    assert found.dropped and found.messages[1]["role"] == "user"
+    actual = fit([*messages, {"role": "user", "content": "now"}], tokens, weight, 500)
+    assert actual.dropped and actual.messages[1]["role"] == "user"
 
 
-def test_what_must_stay_must_fit():
+def test_required_messages_must_fit():
     messages = [{"role": "system", "content": "s" * 900}, *dialogue(random.Random(0), 3)[1:]]
     with pytest.raises(RequestError, match="messages"):
         fit(messages, tokens, weight, 500)

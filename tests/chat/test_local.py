@@ -20,7 +20,7 @@ def quiet(_: str) -> None:
     pass
 
 
-def test_an_answer_is_what_generate_returns(endless, engine):
+def test_an_answer_equals_generate(endless, engine):
     model, tokenizer = endless
     tokens, pieces = prompt_tokens(tokenizer, HELLO), []
     reply = answer(engine, tokens, pieces.append, sampling_params(max_tokens=12))
@@ -37,7 +37,7 @@ def test_a_stop_string_ends_it(engine):
     assert ended.finish_reason == "stop" and ended.text == free.text[: free.text.index(stop)]
 
 
-def test_an_answer_keeps_to_the_context(engine):
+def test_an_answer_fits_the_context(engine):
     assert answer(engine, [65] * 250, quiet, sampling_params(max_tokens=100)).new_tokens == 6
     with pytest.raises(RequestError, match="256 tokens leave no room"):
         answer(engine, [65] * 256, quiet, sampling_params())
@@ -56,8 +56,8 @@ def test_stopping_ends_it_within_a_step(engine):
     assert engine.core.idle
 
 
-def test_stopping_while_the_prompt_is_read(endless):
-    """Ctrl-C comes in the midst of a step, and a long prompt has many before there is any text."""
+def test_stopping_during_prefill(endless):
+    """Ctrl-C arrives during a step, and a long prompt needs many steps before the first token."""
     engine, stop = make_engine(*endless, step_tokens=16), StopSignal()
     steps, run = [], engine.core.runner.step
 
@@ -79,7 +79,7 @@ def test_stopped_before_it_began(engine):
     assert reply.finish_reason == "interrupted" and reply.new_tokens == 1
 
 
-def test_a_model_that_cannot_go_on(engine):
+def test_a_model_that_cannot_continue(engine):
     def broken(*_, **__):
         raise BackendError("no numbers")
 
@@ -89,7 +89,7 @@ def test_a_model_that_cannot_go_on(engine):
     assert engine.core.idle
 
 
-def test_later_turns_read_only_what_is_new(engine):
+def test_later_turns_prefill_only_new_tokens(engine):
     talk = Conversation(EngineSpeaker(engine, sampling_params(max_tokens=4)), system="S" * 70)
     first, second = talk.say("One", quiet), talk.say("Two", quiet)
     assert first.cached_tokens == 0
@@ -97,15 +97,15 @@ def test_later_turns_read_only_what_is_new(engine):
     assert second.prompt_tokens == len(prompt_tokens(engine.tokenizer, talk.messages[:-1]))
 
 
-def test_a_dialogue_that_outgrows_the_context_goes_on(engine):
+def test_a_conversation_longer_than_the_context_continues(engine):
     talk = Conversation(EngineSpeaker(engine, sampling_params(max_tokens=30)), system="Be brief.")
     replies = [talk.say(f"Question {n}? " * 3, quiet) for n in range(8)]
     assert replies[0].dropped_messages == 0 < replies[-1].dropped_messages
     assert all(reply.new_tokens == 30 and reply.prompt_tokens + 30 <= room_of(engine) for reply in replies)
-    assert len(talk.turns) == 16  # what was said is not forgotten
+    assert len(talk.turns) == 16  # the history is complete
 
 
-def test_what_stays_of_a_dialogue(byte_tokenizer):
+def test_remaining_messages_of_a_long_conversation(byte_tokenizer):
     messages = [{"role": "system", "content": "S" * 10}]
     for n in range(6):
         messages += [{"role": "user", "content": f"{n}" * 20}, {"role": "assistant", "content": "A" * 20}]
@@ -122,7 +122,7 @@ def test_a_long_last_message_leaves_little_room_for_the_answer(byte_tokenizer):
     assert dialogue_tokens(byte_tokenizer, messages * 3, sampling_params(), 100)[1] == 2
 
 
-def test_messages_that_the_template_refuses(engine, monkeypatch):
+def test_messages_that_the_template_rejects(engine, monkeypatch):
     monkeypatch.setattr(engine.tokenizer, "chat_template", "{{ raise_exception('roles must alternate') }}")
     talk = Conversation(EngineSpeaker(engine, sampling_params()))
     with pytest.raises(RequestError, match="template rejects them: roles must alternate"):
@@ -136,7 +136,7 @@ def test_a_conversation_needs_a_template(engine, monkeypatch):
         EngineSpeaker(engine, sampling_params())
 
 
-def test_what_of_the_generation_config_is_left_out_is_said(endless, monkeypatch):
+def test_ignored_fields_of_the_generation_config_are_reported(endless, monkeypatch):
     model, _ = endless
     monkeypatch.setattr(model, "generation_config", GenerationConfig(num_beams=3, do_sample=True, temperature=0.5))
     with pytest.warns(OptimizerWarning, match="num_beams, which only model.generate supports"):

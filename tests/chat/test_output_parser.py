@@ -1,4 +1,4 @@
-"""Text of a model into reasoning, content and calls: each format, however the text is cut, and text that is none of them."""
+"""A model's output parsed into reasoning, content and tool calls: every format, in any chunks, and malformed output."""
 
 from __future__ import annotations
 
@@ -94,14 +94,14 @@ def same(a: Parsed, b: Parsed) -> bool:
 
 
 @pytest.mark.parametrize("name", WHOLE)
-def test_calls_are_found(name):
+def test_tool_calls_are_parsed(name):
     before = "" if name == "llama" else "Let me look.\n\n"
-    found = parse(before + WHOLE[name] + "\n", name)
-    assert [call.name for call in found.tool_calls] == ["weather", "now"]
-    assert [json.loads(call.arguments) for call in found.tool_calls] == [ARGUMENTS, {}]
-    assert found.content == before.strip()
-    assert len({call.id for call in found.tool_calls}) == 2 and all(
-        re.fullmatch("call_[0-9a-f]{24}", c.id) for c in found.tool_calls
+    actual = parse(before + WHOLE[name] + "\n", name)
+    assert [call.name for call in actual.tool_calls] == ["weather", "now"]
+    assert [json.loads(call.arguments) for call in actual.tool_calls] == [ARGUMENTS, {}]
+    assert actual.content == before.strip()
+    assert len({call.id for call in actual.tool_calls}) == 2 and all(
+        re.fullmatch("call_[0-9a-f]{24}", c.id) for c in actual.tool_calls
     )
 
 
@@ -115,15 +115,15 @@ def test_the_first_delta_of_a_call_has_its_name(name):
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_what_is_no_call_is_content_character_by_character(name):
+def test_text_that_is_not_a_call_is_content(name):
     for text in BROKEN[name]:
-        found = parse(text, name)
-        assert found == Parsed(text, "", ()), text
+        actual = parse(text, name)
+        assert actual == Parsed(text, "", ()), text
 
 
 @pytest.mark.parametrize("name", WHOLE)
 @pytest.mark.parametrize("seed", range(5))
-def test_how_the_text_is_cut_changes_nothing(name, seed):
+def test_chunk_boundaries_change_nothing(name, seed):
     texts = [WHOLE[name], "a\n\n" + WHOLE[name] + "\n \nb", *BROKEN.get(name, []), WHOLE[name] + BROKEN.get(name, [""])[0]]
     for text in texts:
         if len(text) < 2000:
@@ -135,7 +135,7 @@ def test_how_the_text_is_cut_changes_nothing(name, seed):
 
 
 @pytest.mark.parametrize("name", WHOLE)
-def test_random_mixtures_of_markers_lose_nothing_and_depend_on_no_cut(name):
+def test_random_markers_lose_nothing_in_any_chunks(name):
     parts = [*FORMATS[name].markers, *WHOLE[name].split(">"), "{", "}", '"', "\\", "\n", " ", "a", "<", "｜"]
     for seed in range(60):
         choose = random.Random(seed)
@@ -163,24 +163,24 @@ def test_random_mixtures_of_markers_lose_nothing_and_depend_on_no_cut(name):
         ("x<think>", "a</think", "a</think", ""),
     ],
 )
-def test_thoughts_are_apart(prompt, text, reasoning, content):
+def test_reasoning_is_separate(prompt, text, reasoning, content):
     assert parse(text, None, template=THINKS, prompt=prompt) == Parsed(content, reasoning, ())
     assert parse(text, None, list(text), template=THINKS, prompt=prompt) == Parsed(content, reasoning, ())
 
 
-def test_a_model_that_does_not_think_may_write_about_tags():
+def test_models_without_reasoning_may_write_tags():
     assert parse("<think>a</think>b", None).content == "<think>a</think>b"
 
 
 @pytest.mark.parametrize("name", WHOLE)
 @pytest.mark.parametrize(("size", "length"), [(1, 1 << 16), (1 << 20, 1 << 20)])
 def test_a_megabyte_of_anything_ends(name, size, length):
-    """In linear time: a quadratic parser would take hours."""
+    """Takes linear time: a quadratic parser would take hours."""
     marks = FORMATS[name].markers
     for unit in (marks[0], marks[0][:-1], '{"name": "now", "parameters": ', '{"a":[', "\n", "</think", '"\\'):
         text = "x" + unit * (length // len(unit))
-        found = parse(text, name, [text[i : i + size] for i in range(0, len(text), size)], template=THINKS)
-        assert found == Parsed(text, "", ())
+        actual = parse(text, name, [text[i : i + size] for i in range(0, len(text), size)], template=THINKS)
+        assert actual == Parsed(text, "", ())
 
 
 def test_a_megabyte_of_calls():
@@ -188,15 +188,15 @@ def test_a_megabyte_of_calls():
         assert len(parse(text * (1 << 10), name).tool_calls) == 2 << 10
 
 
-def test_special_tokens_are_left_out_but_for_markers():
+def test_special_tokens_are_skipped_except_markers():
     drop = ["<|im_end|>", "<think>", "</think>", "<tool_call>"]
     parser = make_output_parser(THINKS, "", tool_format=FORMATS["hermes"], drop=drop)
     text = '<think>a</think>b<|im_end|><tool_call>{"name": "f", "arguments": {}}</tool_call><|im_end|>'
-    found = collect([d for piece in text for d in parser.feed(piece)] + parser.finish())
-    assert (found.reasoning, found.content, found.tool_calls[0].name) == ("a", "b", "f")
+    actual = collect([d for piece in text for d in parser.feed(piece)] + parser.finish())
+    assert (actual.reasoning, actual.content, actual.tool_calls[0].name) == ("a", "b", "f")
 
 
-def test_markers_that_are_special_tokens_must_be_seen(byte_tokenizer):
+def test_markers_may_be_special_tokens(byte_tokenizer):
     assert not special_markers(byte_tokenizer, FORMATS["hermes"])
 
     class Special:
@@ -205,7 +205,7 @@ def test_markers_that_are_special_tokens_must_be_seen(byte_tokenizer):
     assert special_markers(Special(), FORMATS["llama"]) and not special_markers(Special(), None)
 
 
-def test_arguments_that_no_encoding_can_carry_are_escaped():
+def test_arguments_that_cannot_be_encoded_are_escaped():
     text = '<tool_call>{"name": "f", "arguments": {"a": "\\ud800"}}</tool_call>'
     assert parse(text, "hermes").tool_calls[0].arguments == '{"a": "\\ud800"}'
 
@@ -222,12 +222,12 @@ def test_arguments_that_no_encoding_can_carry_are_escaped():
         ("{{ messages }}", None),
     ],
 )
-def test_the_format_is_known_by_the_template(template, name):
-    found = detect(template)
-    assert (found and found.name) == name
+def test_the_format_is_detected_from_the_template(template, name):
+    actual = detect(template)
+    assert (actual and actual.name) == name
 
 
-def test_content_comes_as_soon_as_it_is_sure():
+def test_content_is_emitted_as_soon_as_it_is_unambiguous():
     parser = make_output_parser("", "", tool_format=FORMATS["hermes"])
     assert parser.feed("Hello") == [ContentDelta("Hello")]
     assert parser.feed(" wor<") == [ContentDelta(" wor")]

@@ -1,4 +1,4 @@
-"""A server as the other side of a conversation."""
+"""A conversation with a server."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def test_an_answer_streams(server):
     assert body["messages"] == [{"role": "user", "content": "Hi"}]
 
 
-def test_history_and_thoughts(server):
-    """Thoughts are shown, and are no part of what is sent again."""
+def test_history_and_reasoning(server):
+    """Reasoning is shown, and not sent back."""
     server.replies = [Reply([Thought("hm"), Thought("mm"), "A"], usage={"prompt_tokens_details": {"cached_tokens": 4}})]
     talk, pieces = Conversation(RemoteSpeaker(server.url), system="Be brief."), []
     reply = talk.say("One", pieces.append)
@@ -56,7 +56,7 @@ def test_the_path_of_the_api(server):
 
 
 @pytest.mark.parametrize("url", ["localhost:8000", "ftp://host", "http://", "http://host/v1?x=1"])
-def test_a_url_that_is_none(url):
+def test_invalid_urls(url):
     with pytest.raises(ConfigError, match="--url must be a URL such as"):
         RemoteSpeaker(url)
 
@@ -96,7 +96,7 @@ def test_keys(server):
         (Reply(["a", DROP]), "closed the connection before the end"),
     ],
 )
-def test_what_goes_wrong_is_said_and_leaves_no_trace(server, reply, message):
+def test_errors_are_reported_and_do_not_change_the_history(server, reply, message):
     server.replies = [reply]
     talk = Conversation(RemoteSpeaker(server.url))
     with pytest.raises(RemoteError, match=message):
@@ -105,15 +105,15 @@ def test_what_goes_wrong_is_said_and_leaves_no_trace(server, reply, message):
     assert talk.say("Two", lambda _: None).text == "You said: Two"
 
 
-def test_nobody_listens():
-    with socket.socket() as taken:  # bound, and nobody accepts
+def test_connection_refused():
+    with socket.socket() as taken:  # bound, but not listening
         taken.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{taken.getsockname()[1]}"
         with pytest.raises(RemoteError, match="cannot be reached .*is a server running there"):
             RemoteSpeaker(url)
 
 
-def test_what_is_no_answer_of_a_chat(server):
+def test_invalid_responses(server):
     server.replies = [
         Reply([{"choices": "none"}, {"choices": [{"delta": None}]}, {"choices": [{"delta": {"content": 5}}]}, "A"])
     ]
@@ -123,7 +123,7 @@ def test_what_is_no_answer_of_a_chat(server):
         list(_events([b"data: " + b"x" * (1 << 24), b"x"]))
 
 
-def test_events_however_they_are_cut():
+def test_events_in_any_chunks():
     stream = b': comment\r\n\r\ndata: {"a": 1}\r\n\r\nevent: x\ndata:{"b": "\xe2\x80\xa8"}\n\ndata: [DONE]\n\ndata: {}\n\n'
     for size in range(1, len(stream)):
         cut = [stream[i : i + size] for i in range(0, len(stream), size)]
@@ -139,7 +139,7 @@ def test_stopping_closes_the_stream(server):
 
 
 def test_a_signal_while_the_server_is_silent(server):
-    """As Ctrl-C arrives: in the midst of waiting for bytes."""
+    """Like Ctrl-C, which arrives while waiting for bytes."""
     never, stop = threading.Event(), StopSignal()
     server.replies = [Reply([never])]
     previous = signal.signal(signal.SIGUSR1, lambda *_: stop.ask())

@@ -1,4 +1,4 @@
-"""A generation config and what a caller says over it."""
+"""Sampling parameters: a generation config, overridden by the caller's."""
 
 from __future__ import annotations
 
@@ -14,32 +14,32 @@ from deepseek_optimizer.errors import RequestError
 SAMPLES = GenerationConfig(do_sample=True, temperature=0.6, top_p=0.95, repetition_penalty=1.1, max_new_tokens=77)
 
 
-def test_nobody_has_chosen_anything():
+def test_defaults():
     assert sampling_params() == sampling_params(GenerationConfig()) == SamplingParams(temperature=0.0)
 
 
-def test_what_the_authors_chose():
-    found = sampling_params(SAMPLES)
-    assert (found.temperature, found.top_p, found.repetition_penalty, found.max_tokens) == (0.6, 0.95, 1.1, 77)
-    assert found.top_k == 50  # as `generate` has it where nobody says
+def test_values_of_the_generation_config():
+    actual = sampling_params(SAMPLES)
+    assert (actual.temperature, actual.top_p, actual.repetition_penalty, actual.max_tokens) == (0.6, 0.95, 1.1, 77)
+    assert actual.top_k == 50  # the default of `generate`
 
 
-def test_the_caller_goes_first():
-    found = sampling_params(SAMPLES, temperature=1.5, top_k=0, max_new_tokens=5, seed=3)
-    assert (found.temperature, found.top_k, found.max_tokens, found.seed, found.top_p) == (1.5, 0, 5, 3, 0.95)
+def test_the_caller_overrides_the_generation_config():
+    actual = sampling_params(SAMPLES, temperature=1.5, top_k=0, max_new_tokens=5, seed=3)
+    assert (actual.temperature, actual.top_k, actual.max_tokens, actual.seed, actual.top_p) == (1.5, 0, 5, 3, 0.95)
 
 
 @pytest.mark.parametrize("given", [{"temperature": 0}, {"temperature": 0.0, "top_k": 4}, {"do_sample": False}])
-def test_greedy_when_asked_to(given):
+def test_greedy_on_request(given):
     assert sampling_params(SAMPLES, **given).greedy
 
 
 @pytest.mark.parametrize(
     "given", [{"seed": 1}, {"top_k": 4}, {"top_p": 0.5}, {"min_p": 0.1}, {"temperature": 1.0}, {"do_sample": True}]
 )
-def test_naming_a_way_to_sample_samples(given):
-    found = sampling_params(GenerationConfig(), **given)
-    assert not found.greedy and found.temperature == 1.0
+def test_sampling_parameters_enable_sampling(given):
+    actual = sampling_params(GenerationConfig(), **given)
+    assert not actual.greedy and actual.temperature == 1.0
 
 
 def test_greedy_keeps_the_penalty():
@@ -71,18 +71,18 @@ def test_transformers_names_and_ours():
         ({"num_beams": 4}, "num_beams"),
     ],
 )
-def test_what_is_wrong_is_named(given, field):
+def test_invalid_values_are_named(given, field):
     with pytest.raises(RequestError) as caught:
         sampling_params(SAMPLES, **given)
     assert caught.value.field == field
 
 
-def test_a_misspelt_name_gets_the_nearest():
+def test_a_misspelt_name_suggests_the_closest():
     with pytest.raises(RequestError, match="did you mean 'temperature'"):
         sampling_params(temprature=1)
 
 
-def test_what_only_generate_does():
+def test_options_that_only_generate_supports():
     asks = GenerationConfig(num_beams=4, no_repeat_ngram_size=3, typical_p=1.0, suppress_tokens=[], temperature=0.3)
     assert ignored_settings(asks) == ["num_beams", "no_repeat_ngram_size"]
     assert ignored_settings(GenerationConfig()) == [] == ignored_settings(SAMPLES)

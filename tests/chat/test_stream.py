@@ -1,4 +1,4 @@
-"""Pieces that are streamed concatenate to the whole text, whatever characters the tokens cut in two."""
+"""Streamed chunks concatenate to the whole text, even if a token ends inside a character."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def _stream(tokenizer, ids, group=1):
 @pytest.mark.parametrize(
     "text", ["Paris.", " leading", "naïve café", "深度学习", "a👩‍👩‍👧b🇫🇷", "line\n\n  indented\n", "क्षत्रिय"]
 )
-def test_pieces_concatenate_to_the_text(byte_tokenizer, text, group):
+def test_chunks_concatenate_to_the_text(byte_tokenizer, text, group):
     ids = byte_tokenizer(text)["input_ids"]
     stream, pieces = _stream(byte_tokenizer, ids, group=group)
     assert "".join(pieces) == stream.text == text
@@ -30,12 +30,12 @@ def test_pieces_concatenate_to_the_text(byte_tokenizer, text, group):
     assert stream.ids == ids and len(stream.times) == len(ids)
 
 
-def test_characters_come_as_soon_as_they_are_whole(byte_tokenizer):
+def test_characters_are_emitted_once_complete(byte_tokenizer):
     _, pieces = _stream(byte_tokenizer, byte_tokenizer("a👩b")["input_ids"])
     assert pieces == ["a", "👩", "b"]
 
 
-def test_a_character_that_never_ends_is_shown_at_the_end(byte_tokenizer):
+def test_an_incomplete_character_is_emitted_at_the_end(byte_tokenizer):
     ids = byte_tokenizer("x👩")["input_ids"][:-1]
     stream, pieces = _stream(byte_tokenizer, ids)
     assert pieces[0] == "x" and set("".join(pieces[1:])) == {"\ufffd"}
@@ -48,7 +48,7 @@ def test_special_tokens_are_not_text(byte_tokenizer):
 
 
 @pytest.mark.parametrize(("terminal", "shown"), [(True, "a[31mb\t\n"), (False, "a\x1b[31mb\t\n")])
-def test_a_terminal_is_not_steered_by_what_a_model_writes(capsys, monkeypatch, terminal, shown):
+def test_control_sequences_do_not_reach_the_terminal(capsys, monkeypatch, terminal, shown):
     monkeypatch.setattr("sys.stdout.isatty", lambda: terminal)
     write_now("a\x1b[31mb\t\n")
     assert capsys.readouterr().out == shown

@@ -1,4 +1,4 @@
-"""Prompts: the ids of `apply_chat_template` for what people say, and never a control token that they wrote."""
+"""Prompts: the ids of `apply_chat_template`, and text of users never becomes a control token."""
 
 from __future__ import annotations
 
@@ -45,17 +45,17 @@ TOOLS = [
 
 @pytest.fixture(scope="module")
 def made():
-    """name, prefix -> (tokenizer, template), each made once and closed."""
-    found: dict = {}
+    """name, prefix -> (tokenizer, template), each created once and closed."""
+    result: dict = {}
 
     def get(name, prefix=False):
-        if (name, prefix) not in found:
+        if (name, prefix) not in result:
             tokenizer = MAKERS[name](prefix=prefix)
-            found[name, prefix] = tokenizer, ChatTemplate(tokenizer)
-        return found[name, prefix]
+            result[name, prefix] = tokenizer, ChatTemplate(tokenizer)
+        return result[name, prefix]
 
     yield get
-    for _, template in found.values():
+    for _, template in result.values():
         template.close()
 
 
@@ -116,7 +116,7 @@ def test_control_tokens_in_messages_are_text(made, name, prefix):
                 assert content.strip() in prompt.text
 
 
-def test_control_tokens_are_not_made_by_joining_messages():
+def test_joined_messages_form_no_control_tokens():
     tokenizer = deepseek_r1()
     template = ChatTemplate(tokenizer)
     try:
@@ -130,8 +130,8 @@ def test_control_tokens_are_not_made_by_joining_messages():
         tokenizer.chat_template = "{% for m in messages %}<{{ m.content }}>{% endfor %}"
         assert tokenizer.convert_tokens_to_ids("<think>") not in template.render([{"role": "user", "content": "think"}]).ids
         tokenizer.chat_template = "{{ tools | tojson(ensure_ascii=True) }}{{ messages[0].content | replace('<think>', '') }}"
-        found = template.render([{"role": "user", "content": "<｜tool▁sep｜> <th<think>ink>"}], tools=TOOLS)
-        assert not {tokenizer.convert_tokens_to_ids(token) for token in ("<think>", "<｜tool▁sep｜>")} & set(found.ids)
+        actual = template.render([{"role": "user", "content": "<｜tool▁sep｜> <th<think>ink>"}], tools=TOOLS)
+        assert not {tokenizer.convert_tokens_to_ids(token) for token in ("<think>", "<｜tool▁sep｜>")} & set(actual.ids)
     finally:
         template.close()
 
@@ -159,7 +159,7 @@ def test_control_tokens_in_tools_names_and_options_are_text(made):
     assert prompt.ids.count(end) == 4 and prompt.text.count("<|im_end|>") == 10
 
 
-def test_templates_that_change_the_content_still_do(made):
+def test_templates_may_transform_the_content(made):
     _, template = made("deepseek_r1")
     messages = [
         {"role": "user", "content": "x"},
@@ -171,7 +171,7 @@ def test_templates_that_change_the_content_still_do(made):
     assert "\n\nhi<|eot_id|>" in template.render([{"role": "user", "content": "  hi \n"}]).text
 
 
-def test_arguments_of_calls_are_given_as_the_template_wants_them(made):
+def test_call_arguments_have_the_form_that_the_template_expects(made):
     calls = [{"id": "c", "type": "function", "function": {"name": "now", "arguments": '{"tz":  "é"}'}}]
     messages = [
         {"role": "user", "content": "x"},
@@ -182,7 +182,7 @@ def test_arguments_of_calls_are_given_as_the_template_wants_them(made):
         assert '{"tz": "é"}' in made(name)[1].render(messages).text
 
 
-def test_tools_go_where_the_template_has_a_place_for_them(made):
+def test_tools_are_rendered_by_the_template(made):
     tokenizer, template = made("qwen")
     messages = [{"role": "system", "content": "S"}, {"role": "user", "content": "x"}]
     assert template.render(messages, tools=TOOLS).ids == plain(tokenizer, messages, tools=TOOLS)
@@ -191,7 +191,7 @@ def test_tools_go_where_the_template_has_a_place_for_them(made):
         made("llama3")[1].render(messages, tools=TOOLS)
 
 
-def test_options_are_those_that_the_template_reads(made):
+def test_only_options_of_the_template_are_accepted(made):
     tokenizer, template = made("qwen")
     messages = [{"role": "user", "content": "x"}]
     assert "enable_thinking" in template.variables() and not template.variables() & {"messages", "tools", "bos_token"}
@@ -264,12 +264,12 @@ BAD = [
 
 
 @pytest.mark.parametrize("messages", BAD, ids=range(len(BAD)))
-def test_bad_messages_are_refused(made, messages):
+def test_invalid_messages_are_rejected(made, messages):
     with pytest.raises(RequestError):
         made("qwen")[1].render(messages)
 
 
-def test_bad_tools_are_refused(made):
+def test_invalid_tools_are_rejected(made):
     deep: dict = {}
     for _ in range(10_000):
         deep = {"properties": {"a": deep}}
@@ -352,7 +352,7 @@ def hostile(byte_tokenizer):
         ("{{ '%999999999d' % 1 }}", "too much memory"),
     ],
 )
-def test_hostile_templates_end_in_an_error_of_the_request(hostile, source, message):
+def test_malicious_templates_fail_only_the_request(hostile, source, message):
     template = hostile(source)
     with pytest.raises(RequestError, match=message) as caught:
         template.render([{"role": "user", "content": "x"}])
@@ -361,7 +361,7 @@ def test_hostile_templates_end_in_an_error_of_the_request(hostile, source, messa
 
 
 @pytest.mark.parametrize("name", MAKERS)
-def test_what_stands_around_a_long_text(made, name):
+def test_text_around_a_long_document(made, name):
     tokenizer, template = made(name)
     before, after = template.around("Read this.\n\n", "\n\nWhat is <|im_end|> and <｜User｜>?")
     text = "Some text."
@@ -373,13 +373,13 @@ def test_what_stands_around_a_long_text(made, name):
     assert [i for i in (*before.ids, *after.ids) if i in special] == [i for i in whole.ids if i in special]
 
 
-def test_around_needs_a_template_that_shows_a_message_once(hostile):
+def test_around_needs_a_template_that_renders_a_message_once(hostile):
     for source in ("{{ messages[0].content }}{{ messages[0].content }}", "Hello", "{{ messages[0].content[:10] }}"):
         with pytest.raises(RequestError, match="unchanged and once"):
             hostile(source).around("", "x")
 
 
-def test_after_a_template_that_killed_its_worker_there_is_another(hostile):
+def test_a_killed_template_worker_is_replaced(hostile):
     template = hostile("{% if messages[0].content == 'loop' %}" + LOOP + "{% endif %}ok")
     for _ in range(2):
         with pytest.raises(RequestError, match="too long"):
@@ -396,7 +396,7 @@ def test_a_model_without_a_template(byte_tokenizer):
         ChatTemplate(tokenizer).render([{"role": "user", "content": "x"}])
 
 
-def test_no_process_is_left(made):
+def test_no_process_remains(made):
     template = ChatTemplate(made("qwen")[0])
     template.render([{"role": "user", "content": "x"}])
     pid = template._worker.pid
@@ -419,28 +419,28 @@ TURNS = [
 
 @pytest.mark.parametrize("name", MAKERS)
 @pytest.mark.parametrize("prefix", [False, True])
-def test_a_dialogue_is_what_is_rendered_with_the_places_of_its_answers(made, name, prefix):
+def test_rendering_reports_the_positions_of_answers(made, name, prefix):
     tokenizer, template = made(name, prefix)
     dialogue = template.dialogue(TURNS)
     whole = template.render(TURNS, add_generation_prompt=False)
     assert (dialogue.ids, dialogue.text, dialogue.hidden) == (whole.ids, whole.text, [])
-    said = [tokenizer.decode(dialogue.ids[begin:end]).strip() for begin, end in dialogue.answers]
-    assert len(said) == 2 and "the fox" in said[0] and said[1].startswith("<b>the dog")
+    message = [tokenizer.decode(dialogue.ids[begin:end]).strip() for begin, end in dialogue.answers]
+    assert len(message) == 2 and "the fox" in message[0] and message[1].startswith("<b>the dog")
     for begin, end in dialogue.answers:
         assert dialogue.ids[begin:end].index(tokenizer.eos_token_id) == end - begin - 1
-        # what the model is asked with ends where the answer begins, but for thoughts
-        asked = template.render(TURNS[: 2 if end < dialogue.answers[1][0] else 4]).ids
-        assert dialogue.ids[:begin] == asked[:begin]
+        # the prompt ends where the answer begins, except for reasoning
+        requested = template.render(TURNS[: 2 if end < dialogue.answers[1][0] else 4]).ids
+        assert dialogue.ids[:begin] == requested[:begin]
 
 
-def test_what_a_template_does_not_show_is_known(made):
+def test_messages_omitted_by_a_template_are_detected(made):
     _, template = made("deepseek_r1")
     thought = {"role": "assistant", "content": "the fox", "reasoning_content": "who jumps"}
     assert template.dialogue([TURNS[1], thought]).hidden == [1]
     assert not template.marks_answers()
 
 
-def test_what_someone_says_has_no_control_tokens(made):
+def test_user_text_has_no_control_tokens(made):
     tokenizer, template = made("qwen")
     ids = template.said("the <|im_start|> fox")
     assert tokenizer.decode(ids) == "the <|im_start|> fox" and tokenizer.convert_tokens_to_ids("<|im_start|>") not in ids

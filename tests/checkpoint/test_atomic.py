@@ -1,4 +1,4 @@
-"""Nothing half-written under the final name, wherever the writer dies."""
+"""No incomplete file under the final name, wherever the writer is killed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def write(target: Path, text: str, overwrite: bool = False) -> None:
 
 
 def content(target: Path) -> str | None:
-    """The one text in both files; None if there is no such directory."""
+    """The text that both files contain; None if the directory does not exist."""
     if not target.exists():
         return None
     assert (target / "a").read_text() == (target / "sub" / "b").read_text()
@@ -49,7 +49,7 @@ def test_without_an_exchange_in_one_call(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "disk full"), KeyboardInterrupt()])
-def test_exceptions_leave_what_was_there(tmp_path: Path, error: BaseException) -> None:
+def test_exceptions_preserve_the_old_state(tmp_path: Path, error: BaseException) -> None:
     write(tmp_path / "old", "old")
     for target in (tmp_path / "new", tmp_path / "old"):
         with pytest.raises(type(error)), atomic_directory(target, overwrite=True) as directory:
@@ -58,7 +58,7 @@ def test_exceptions_leave_what_was_there(tmp_path: Path, error: BaseException) -
     assert os.listdir(tmp_path) == ["old"] and content(tmp_path / "old") == "old"
 
 
-def test_a_target_made_meanwhile_is_not_replaced(tmp_path: Path) -> None:
+def test_a_target_created_meanwhile_is_not_replaced(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="exists already"), atomic_directory(tmp_path / "t"):
         write(tmp_path / "t", "other")
     assert content(tmp_path / "t") == "other" and os.listdir(tmp_path) == ["t"]
@@ -66,7 +66,7 @@ def test_a_target_made_meanwhile_is_not_replaced(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("existing", [False, True])
 def test_killed_at_every_step(tmp_path: Path, existing: bool) -> None:
-    """SIGKILL before the n-th sync, rename or removal, for every n until the write gets through."""
+    """SIGKILL before the n-th sync, rename or removal, for every n until the write succeeds."""
     steps = 0
     for n in range(100):
         target = tmp_path / str(n) / "t"
@@ -116,7 +116,7 @@ def in_child(work) -> int:
 
 
 def killed(target: Path, write) -> None:
-    """A process that is killed in the midst of writing."""
+    """A process that is killed while writing."""
 
     def work() -> None:
         with write(target):
@@ -126,17 +126,17 @@ def killed(target: Path, write) -> None:
 
 
 @pytest.mark.parametrize("write", [atomic_directory, atomic_file, merged_directory])
-def test_the_next_write_removes_what_a_killed_one_left(tmp_path: Path, write) -> None:
+def test_the_next_write_removes_leftovers_of_a_killed_one(tmp_path: Path, write) -> None:
     killed(tmp_path / "t", write)
     killed(tmp_path / "other", write)
     (left,) = tmp_path.glob(".t.*.tmp")
     with write(tmp_path / "t"):
         assert not left.exists()
-    assert [p.name.split(".")[1] for p in tmp_path.glob(".*")] == ["other"]  # another target's is none of its business
+    assert [p.name.split(".")[1] for p in tmp_path.glob(".*")] == ["other"]  # files of another target are not touched
 
 
-def test_what_another_writer_is_at_stays(tmp_path: Path) -> None:
-    """Also one in this process: the second of two writers wins, and both were whole."""
+def test_files_of_a_concurrent_writer_stay(tmp_path: Path) -> None:
+    """Including one in this process: the second of two writers wins, and both were complete."""
     with atomic_directory(tmp_path / "t", overwrite=True) as first:
         write(tmp_path / "t", "second")
         assert sweep(tmp_path / "t") == [first]
@@ -168,8 +168,8 @@ def test_many_writers_of_one_directory_some_of_them_killed(tmp_path: Path) -> No
     assert content(target) == "end" and os.listdir(tmp_path) == ["t"]
 
 
-def test_an_old_directory_that_was_moved_aside_comes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where two names cannot be exchanged at once: killed between the two renames."""
+def test_an_old_directory_that_was_moved_aside_is_restored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On systems without an atomic exchange: killed between the two renames."""
     write(tmp_path / "t", "old")
     child = os.fork()
     if child == 0:
@@ -191,7 +191,7 @@ def test_a_merged_directory_keeps_what_it_does_not_write(tmp_path: Path, monkeyp
     (target / "link").symlink_to("a")
     target.chmod(0o750)
     if not replaceable:
-        monkeypatch.chdir(target)  # whoever is in it would be left in a directory without a name
+        monkeypatch.chdir(target)  # a process in it would be left in a removed directory
     with merged_directory(target, lambda name: name.startswith("stale")) as folder:
         (folder / "a").write_text("new")
         (folder / "stale-2").write_text("new")
@@ -203,8 +203,8 @@ def test_a_merged_directory_keeps_what_it_does_not_write(tmp_path: Path, monkeyp
 
 
 @pytest.mark.parametrize("text", ["No space left on device (os error 28)", "IoError(Os { code: 28 }) (os error 28)"])
-def test_an_error_of_a_rust_library_becomes_one_of_the_system(tmp_path: Path, text: str) -> None:
-    """As `tokenizers` raises it: a bare Exception."""
+def test_errors_of_rust_libraries_become_os_errors(tmp_path: Path, text: str) -> None:
+    """A bare Exception, as raised by `tokenizers`."""
     with pytest.raises(OSError, match="No space left on device: .*out") as error, atomic_directory(tmp_path / "out"):
         raise Exception(text)
     assert error.value.errno == errno.ENOSPC

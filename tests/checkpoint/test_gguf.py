@@ -1,4 +1,4 @@
-"""GGUF files as checkpoints: the same names, config and numbers as Transformers makes of them."""
+"""GGUF files as checkpoints: names, config and values equal those that Transformers loads."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def save(path: Path, values: dict, tensors: list) -> Path:
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("tied", [False, True])
-def test_as_transformers_reads_it(tmp_path: Path, architecture: str, tied: bool) -> None:
+def test_equals_transformers(tmp_path: Path, architecture: str, tied: bool) -> None:
     values, tensors = model_values(architecture, 2), model_tensors(architecture, 2, "Q8_0", tied)
     path = save(tmp_path / "m.gguf", values, tensors)
     checkpoint = open_checkpoint(path)
@@ -70,8 +70,8 @@ def test_lossless_formats(tmp_path: Path, kind: str, format: str) -> None:
     assert checkpoint.natural_format("lm_head.weight") == ("bf16" if kind in ("F16", "F32") else format)
 
 
-def test_rows_of_heads_change_places_whatever_the_panel(tmp_path: Path) -> None:
-    """llama's q and k: any range of rows is the range of the whole."""
+def test_rows_of_heads_are_permuted_for_any_panel(tmp_path: Path) -> None:
+    """llama's q and k: any range of rows equals the same range of the whole."""
     checkpoint = open_checkpoint(save(tmp_path / "m.gguf", model_values(), model_tensors(kind="Q4_0")))
     for name in ("q_proj", "k_proj", "v_proj"):
         name = f"model.layers.0.self_attn.{name}.weight"
@@ -80,7 +80,7 @@ def test_rows_of_heads_change_places_whatever_the_panel(tmp_path: Path) -> None:
             assert torch.equal(checkpoint.read_rows(name, begin, end), whole[begin:end])
 
 
-def test_biases_of_llama_change_places_too(tmp_path: Path) -> None:
+def test_biases_of_llama_are_permuted_too(tmp_path: Path) -> None:
     bias = torch.arange(64.0)
     tensors = [*model_tensors(), gguf_tensor("blk.0.attn_q.bias", bias), gguf_tensor("blk.0.attn_v.bias", torch.arange(32.0))]
     checkpoint = open_checkpoint(save(tmp_path / "m.gguf", model_values(), tensors))
@@ -90,7 +90,7 @@ def test_biases_of_llama_change_places_too(tmp_path: Path) -> None:
     assert checkpoint.config()["attention_bias"] is True
 
 
-def test_other_types_are_converted_and_say_so(tmp_path: Path) -> None:
+def test_other_types_are_converted_with_a_note(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(save(tmp_path / "m.gguf", model_values(), model_tensors(kind="Q5_0")))
     for name in ("lm_head.weight", "model.embed_tokens.weight"):
         assert checkpoint.lossless_format(name) is None and checkpoint.natural_format(name) == "int8"
@@ -183,7 +183,7 @@ def test_rope_scaling(tmp_path: Path, values: dict, expected: dict) -> None:
 
 
 def llama3_factors(factor: float) -> torch.Tensor:
-    """As convert_hf_to_gguf.py writes them."""
+    """The factors as written by convert_hf_to_gguf.py."""
     factors = []
     for i in range(8):
         wavelength = 2 * math.pi * 500000.0 ** (i / 8)
@@ -198,7 +198,7 @@ def llama3_factors(factor: float) -> torch.Tensor:
 
 
 def test_llama3_rope(tmp_path: Path) -> None:
-    """The factors as a tensor become llama3's parameters; the tensor itself is no parameter."""
+    """The tensor of factors becomes llama3's parameters; the tensor itself is not a parameter."""
     values = model_values(llama__rope__freq_base=(F32, 500000.0))
     tensors = [*model_tensors(), gguf_tensor("rope_freqs.weight", llama3_factors(8.0))]
     checkpoint = open_checkpoint(save(tmp_path / "m.gguf", values, tensors))

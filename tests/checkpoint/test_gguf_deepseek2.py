@@ -1,4 +1,4 @@
-"""GGUF's deepseek2: Transformers' config, names and numbers, whatever form and type the file has them in."""
+"""GGUF's deepseek2: Transformers' config, names and values, for every form and type of the file's tensors."""
 
 from __future__ import annotations
 
@@ -42,20 +42,20 @@ def test_config(tmp_path: Path, family: str) -> None:
     made = random_model(MODELS[family]())
     checkpoint = open_checkpoint(write_gguf(tmp_path / "m.gguf", made, {"": "F32"}))
     ours = AutoConfig.for_model(**checkpoint.config())
-    expected, got = made.config.to_dict(), ours.to_dict()
+    expected, actual = made.config.to_dict(), ours.to_dict()
     assert type(ours) is type(made.config)
     unsaid = {"architectures", "dtype", "bos_token_id", "eos_token_id", "pad_token_id", "transformers_version"}
     rounded = {"rms_norm_eps"}  # float32 in the file
-    assert {k: v for k, v in got.items() if k not in unsaid | rounded} == {
+    assert {k: v for k, v in actual.items() if k not in unsaid | rounded} == {
         k: v for k, v in expected.items() if k not in unsaid | rounded
     }
-    assert got["rms_norm_eps"] == pytest.approx(expected["rms_norm_eps"], rel=1e-6)
+    assert actual["rms_norm_eps"] == pytest.approx(expected["rms_norm_eps"], rel=1e-6)
 
 
 @pytest.mark.parametrize("kinds", KINDS)
 @pytest.mark.parametrize("forms", [{}, {"whole_kv_b": True}, {"merged_experts": True}], ids=["new", "old", "merged"])
-def test_numbers(tmp_path: Path, model: Any, kinds: str, forms: dict[str, bool]) -> None:
-    """Every parameter, stacks included, packed in the format that the file's type names: without loss where there is one."""
+def test_values(tmp_path: Path, model: Any, kinds: str, forms: dict[str, bool]) -> None:
+    """Every parameter, including stacks, packed in the format of the file's type, lossless if such a format exists."""
     checkpoint = open_checkpoint(write_gguf(tmp_path / "m.gguf", model, KINDS[kinds], **forms))
     expected = state_of(dequantised(model, KINDS[kinds], **forms))
     shapes = {name: tuple(value.shape) for name, value in expected.items()}
@@ -70,9 +70,9 @@ def test_numbers(tmp_path: Path, model: Any, kinds: str, forms: dict[str, bool])
             assert torch.equal(value, expected[name]), name
             continue
         matrices = [value.matrix(i) for i in range(value.count)] if isinstance(value, quant.PackedStack) else [value]
-        got = torch.stack([quant.unpack(m) for m in matrices]).reshape(expected[name].shape)
+        actual = torch.stack([quant.unpack(m) for m in matrices]).reshape(expected[name].shape)
         rounds = value.format == "bf16"
-        assert torch.equal(got, expected[name].bfloat16().float() if rounds else expected[name]), name
+        assert torch.equal(actual, expected[name].bfloat16().float() if rounds else expected[name]), name
     split = 0 if forms.get("whole_kv_b") or kinds == "F32" else 3
     stored = KINDS[kinds].get("attn_k_b", KINDS[kinds][""])
     assert checkpoint.conversions() == (
@@ -81,7 +81,7 @@ def test_numbers(tmp_path: Path, model: Any, kinds: str, forms: dict[str, bool])
 
 
 def test_rows_of_kv_b(tmp_path: Path, model: Any) -> None:
-    """Any range of rows is the range of the whole, in the file's own numbers or in fp32."""
+    """Any range of rows equals the same range of the whole, in the file's values or in fp32."""
     checkpoint = open_checkpoint(write_gguf(tmp_path / "m.gguf", model, {"": "Q8_0", "attn_v_b": "F16"}))
     name = "model.layers.1.self_attn.kv_b_proj.weight"
     whole = checkpoint.read(name)
@@ -101,13 +101,13 @@ def test_gate_and_up_of_different_types(tmp_path: Path, model: Any) -> None:
     assert checkpoint.own_format(name, shape) == "int8"
     stack = checkpoint.packed_stack(name, "int8", shape)
     expected = dequantised(model, kinds).state_dict()[name].reshape(shape)
-    assert torch.equal(quant.unpack(stack.matrix(3)), expected[3])  # an up: as it is
+    assert torch.equal(quant.unpack(stack.matrix(3)), expected[3])  # an up: unchanged
     assert torch.equal(stack.data[2], quant.pack(expected[2], "int8").data)
     assert checkpoint.conversions() == ["8 matrices stored as Q4_0 converted to int8, which rounds them again"]
 
 
 def test_both_forms_of_kv_b(tmp_path: Path, model: Any) -> None:
-    """Some files carry both: the whole one is taken, the halves are no tensors that nobody knows."""
+    """Some files have both: the whole one is used, and the halves are not reported as unknown tensors."""
 
     def edit(values: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
         for i in range(3):
@@ -120,7 +120,7 @@ def test_both_forms_of_kv_b(tmp_path: Path, model: Any) -> None:
 
 
 def test_older_files(tmp_path: Path) -> None:
-    """No gating function, no lengths of the heads' own, no mscale."""
+    """No gating function, no separate head sizes, no mscale."""
     made = random_model(v2())
 
     def edit(values: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
@@ -139,7 +139,7 @@ def test_older_files(tmp_path: Path) -> None:
     assert open_checkpoint(path).config()["routed_scaling_factor"] == 1.0
 
 
-def test_layers_for_multi_token_prediction_are_left_out(tmp_path: Path, model: Any) -> None:
+def test_mtp_layers_are_skipped(tmp_path: Path, model: Any) -> None:
     def edit(values: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
         values |= {"block_count": 4, "nextn_predict_layers": 1}
         arrays["blk.3.attn_norm.weight"] = np.ones(96, np.float32)
@@ -153,7 +153,7 @@ def test_layers_for_multi_token_prediction_are_left_out(tmp_path: Path, model: A
 
 
 def change(**values: Any) -> Callable[..., None]:
-    """Metadata set, or taken out where None; __ is a dot."""
+    """Sets metadata, or removes it if None; __ stands for a dot."""
 
     def edit(metadata: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
         for key, value in values.items():
@@ -198,12 +198,12 @@ REFUSED = [
 
 
 @pytest.mark.parametrize("edit, kind, why", REFUSED)
-def test_refused(tmp_path: Path, model: Any, edit: Callable[..., None], kind: type[Exception], why: str) -> None:
+def test_rejected_files(tmp_path: Path, model: Any, edit: Callable[..., None], kind: type[Exception], why: str) -> None:
     with pytest.raises(kind, match=why):
         open_checkpoint(write_gguf(tmp_path / "m.gguf", model, {"": "Q8_0"}, edit=edit))
 
 
-def test_normalised_weights_of_softmax_gating_are_refused(tmp_path: Path) -> None:
+def test_normalised_weights_of_softmax_gating_are_rejected(tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "m.gguf", random_model(v2()), {"": "F32"}, edit=change(expert_weights_norm=True))
     with pytest.raises(UnsupportedModelError, match="expert_weights_norm is true with softmax"):
         open_checkpoint(path)

@@ -1,4 +1,4 @@
-"""Every way in which a GGUF header can lie."""
+"""Invalid GGUF headers of every kind."""
 
 from __future__ import annotations
 
@@ -58,12 +58,12 @@ def test_values_and_arrays(tmp_path: Path) -> None:
     header = opened(tmp_path, gguf_bytes(values, ONE))
     file = DataFile(tmp_path / "x.gguf")
     for key, (kind, value) in values.items():
-        got = header.values[key]
+        actual = header.values[key]
         if kind == ARRAY:
-            assert isinstance(got, GgufArray) and got.length == len(value[1])
-            assert read_array(file, got) == value[1]
+            assert isinstance(actual, GgufArray) and actual.length == len(value[1])
+            assert read_array(file, actual) == value[1]
         else:
-            assert got == value and (kind != BOOL or got is True)
+            assert actual == value and (kind != BOOL or actual is True)
     assert header.tensors["w"].shape == (2, 32) and header.tensors["w"].type.name == "F32"
 
 

@@ -1,4 +1,4 @@
-"""Tokenizers of DeepSeek's GGUF files: the tokens of the tokenizer that the file was written from."""
+"""Tokenizers of DeepSeek's GGUF files give the tokens of the tokenizer that the file was written from."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TEXT = (
     "The quick brown fox jumped over 1234567 lazy dogs;\n\n  it didn't care!  \tNaïve façade, Ωmega Straße. "
     "def f(x):\n    return x[0] + 3.14159e-10  # 注释 你好，世界。かな カナ 한국어 ✓ 😀 e\u0301 \r\n end   "
 )
-# What DeepSeek's own tokenizer.json files have in front of ByteLevel: Coder's and V3's.
+# The pre-tokenizers before ByteLevel in DeepSeek's tokenizer.json files: Coder's and V3's.
 PUBLISHED: dict[str, Callable[[], list]] = {
     "deepseek-coder": lambda: [
         *(
@@ -46,7 +46,7 @@ PUBLISHED: dict[str, Callable[[], list]] = {
 
 
 def original(rule: str) -> Tokenizer:
-    """A tokenizer trained on the text above, cut as DeepSeek publishes it."""
+    """A tokenizer trained on the text above, with DeepSeek's pre-tokenizers."""
     inner = Tokenizer(models.BPE())
     inner.pre_tokenizer = pre_tokenizers.Sequence([*PUBLISHED[rule](), pre_tokenizers.ByteLevel(False, use_regex=False)])
     inner.decoder = decoders.ByteLevel()
@@ -60,7 +60,7 @@ def original(rule: str) -> Tokenizer:
 
 
 def writes(inner: Tokenizer, rule: str | None, **more: object) -> Callable[[gguf.GGUFWriter], None]:
-    """What the converter writes of it."""
+    """The metadata that the converter writes for it."""
     ids = inner.get_vocab()
     vocabulary = sorted(ids, key=lambda token: ids[token])
     merges = [" ".join(merge) for merge in json.loads(inner.to_str())["model"]["merges"]]
@@ -87,7 +87,7 @@ def save(path: Path, tokenizer: Callable[[gguf.GGUFWriter], None] | None, **conf
 
 
 @pytest.mark.parametrize("rule", PUBLISHED)
-def test_the_tokens_of_the_original(tmp_path: Path, rule: str) -> None:
+def test_tokens_equal_the_original(tmp_path: Path, rule: str) -> None:
     inner = original(rule)
     tokenizer = load_tokenizer(save(tmp_path / "m.gguf", writes(inner, rule)))
     rng = random.Random(0)
@@ -119,8 +119,8 @@ def cut(patterns: Iterable[str], text: str) -> list[str]:
 
 
 def test_the_rule_of_v2() -> None:
-    """No tokenizer.json of V2's is at hand here, so by what the parts mean. Each cuts the pieces that the one before has made,
-    and the marks' ":-~" has the letters of ASCII in it, so that these part from others."""
+    """There is no tokenizer.json of V2 here, so the parts are tested by their meaning. Each splits the pieces of the one
+    before, and ":-~" of the marks includes the ASCII letters, so that these are split from others."""
     rule = RULES["deepseek-llm"]
     assert rule is not None
     pieces = ["Hello", " w", "ö", "rld", ",", " it", "'", "s", " ", "2024", "!", "\n", "Ω", "mega"]
@@ -142,7 +142,7 @@ def test_the_rule_of_v2() -> None:
         ({"bos": 100_000}, "bos_token_id is 100000, but must be"),
     ],
 )
-def test_what_cannot_be_built_is_an_error_and_the_model_opens(tmp_path: Path, more: dict, why: str) -> None:
+def test_unsupported_tokenizers_are_errors_but_the_model_opens(tmp_path: Path, more: dict, why: str) -> None:
     inner = original("deepseek-v3")
     path = save(tmp_path / "m.gguf", writes(inner, more.pop("rule", "deepseek-v3"), **more))
     with pytest.raises(CheckpointError, match=why):

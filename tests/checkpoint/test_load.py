@@ -1,4 +1,4 @@
-"""What stream_weights checks before it reads, what it hands out, and the memory it takes."""
+"""stream_weights: checks before reading, the tensors it yields, and its memory."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def checkpoint_of(tmp_path: Path, tensors: dict[str, torch.Tensor]) -> Checkpoin
 
 
 @pytest.mark.parametrize("panel", [1, 700, 1 << 21])
-def test_all_of_it(tmp_path: Path, panel: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_tensors(tmp_path: Path, panel: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoint_base, "PANEL_ELEMENTS", panel)
     seen: list[LoadProgress] = []
     loaded = dict(stream_weights(checkpoint_of(tmp_path, TENSORS), WANTED, SHAPES, progress=seen.append))
@@ -73,7 +73,7 @@ def test_importance_reaches_the_packer_by_name(tmp_path: Path, panel: int, monke
     assert not torch.equal(loaded["m.a.weight"].data, quant.get_format("int4").pack(TENSORS["m.a.weight"]))
 
 
-def test_the_packer_that_is_handed_in_packs(tmp_path: Path) -> None:
+def test_the_given_packer_is_used(tmp_path: Path) -> None:
     calls: list[str] = []
 
     def packer(weight: torch.Tensor, name: str, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -156,7 +156,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("format", ["int4", "bf16"])
 def test_peak_memory_is_the_packed_size_and_panels(large: Path, format: str) -> None:
-    """The largest matrix alone is 235 MB: it is never whole in memory beside its packed self, nor mapped."""
+    """The largest matrix alone is 235 MB: it is never entirely in memory together with its packed form, nor mapped."""
     run = subprocess.run([sys.executable, "-c", CHILD, str(large), format], capture_output=True, text=True, check=True)
     used = json.loads(run.stdout)
     assert used["packed"] > 80e6

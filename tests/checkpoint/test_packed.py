@@ -1,4 +1,4 @@
-"""Packed checkpoints: bit for bit there and back, and no lie about tiles believed."""
+"""Packed checkpoints: bit-exact round trips, and invalid tile counts are rejected."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_files_are_plain_safetensors_and_aligned(tmp_path: Path) -> None:
             assert checkpoint.info(name).offset % 64 == 0, name
 
 
-def test_another_format_is_refused(tmp_path: Path) -> None:
+def test_another_format_is_rejected(tmp_path: Path) -> None:
     save_packed(tmp_path / "p", CONFIG, weights())
     with pytest.raises(CheckpointError, match="packed as int8, not int4.*original"):
         open_checkpoint(tmp_path / "p").packed("m.int8.weight", "int4")
@@ -108,7 +108,7 @@ MATRIX = pack(torch.ones(33, 48), "int8")
         ({"modules": {}}, "does not describe it"),
     ],
 )
-def test_lies(tmp_path: Path, change: dict, why: str) -> None:
+def test_false_entries(tmp_path: Path, change: dict, why: str) -> None:
     fields = packed_fields({"a.weight": MATRIX})
     fields["packed_manifest"] |= change
     with pytest.raises(CheckpointError, match=why):
@@ -150,12 +150,12 @@ def test_truncated(tmp_path: Path) -> None:
     assert caught.value.tensor == "a.weight"
 
 
-def test_names_that_no_manifest_can_have() -> None:
+def test_invalid_names() -> None:
     with pytest.raises(ValueError, match="must be a module's .weight"):
         Manifest.of({"a": MATRIX})
 
 
-def test_a_manifest_does_not_change() -> None:
+def test_a_manifest_is_immutable() -> None:
     manifest = Manifest.of({"a.weight": MATRIX, "norm.weight": torch.ones(3)}, [{"bits": 8.5, "chosen": True}])
     assert manifest.formats() == {"a": "int8"}
     with pytest.raises(TypeError):

@@ -1,4 +1,4 @@
-"""Every way in which a safetensors file can lie, refused before its tensors are touched."""
+"""Invalid safetensors files of every kind are rejected before their tensors are read."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ def changed(name: str = "a", **fields: object) -> bytes:
     return with_header(header, data)
 
 
-def test_a_good_file(tmp_path: Path) -> None:
-    found = opened(tmp_path, safetensors_bytes(GOOD))
-    assert {n: (t.dtype, t.shape) for n, t in found.tensors.items()} == {"a": ("F32", (2, 3)), "b": ("BF16", (4,))}
-    assert found.metadata == {"format": "pt"}
+def test_a_valid_file(tmp_path: Path) -> None:
+    actual = opened(tmp_path, safetensors_bytes(GOOD))
+    assert {n: (t.dtype, t.shape) for n, t in actual.tensors.items()} == {"a": ("F32", (2, 3)), "b": ("BF16", (4,))}
+    assert actual.metadata == {"format": "pt"}
     assert (
         opened(tmp_path, safetensors_bytes({"empty": torch.empty(0, 5), "one": torch.tensor(1.0)})).tensors["one"].shape == ()
     )
@@ -135,8 +135,8 @@ def test_overlaps_holes_and_leftovers(tmp_path: Path) -> None:
     refused(tmp_path, safetensors_bytes(GOOD) + b"x", "1 bytes after")
 
 
-def test_no_memory_for_lies(tmp_path: Path) -> None:
-    """A header that claims 2^62 bytes costs no more than one that does not."""
+def test_false_sizes_allocate_no_memory(tmp_path: Path) -> None:
+    """A header that claims 2^62 bytes needs no more memory than one that does not."""
     import tracemalloc
 
     (tmp_path / "x.safetensors").write_bytes(changed(shape=[2**60], data_offsets=[0, 2**62]))
@@ -163,8 +163,8 @@ def save_sharded(directory: Path, shards: dict[str, dict[str, torch.Tensor]], we
     (directory / "config.json").write_text('{"model_type": "llama"}')
     for name, tensors in shards.items():
         (directory / name).write_bytes(safetensors_bytes(tensors))
-    found = {tensor: name for name, tensors in shards.items() for tensor in tensors}
-    index = {"metadata": {"total_size": 1}, "weight_map": found if weight_map is None else weight_map}
+    result = {tensor: name for name, tensors in shards.items() for tensor in tensors}
+    index = {"metadata": {"total_size": 1}, "weight_map": result if weight_map is None else weight_map}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index))
     return directory
 
@@ -187,7 +187,7 @@ def test_read_and_read_rows(tmp_path: Path) -> None:
         assert caught.value.tensor == "nothing"
 
 
-def test_integers_are_no_weights(tmp_path: Path) -> None:
+def test_integers_are_not_weights(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(save_model(tmp_path / "m", {"w": torch.ones(4, 4, dtype=torch.uint8)}))
     with pytest.raises(CheckpointError, match="stored as U8"):
         checkpoint.packed("w", "int8")
@@ -282,7 +282,7 @@ def test_bad_config_json(tmp_path: Path, text: bytes, why: str) -> None:
         open_checkpoint(tmp_path / "m")
 
 
-def test_config_is_the_callers_own_and_has_no_code(tmp_path: Path) -> None:
+def test_config_is_a_copy_without_code(tmp_path: Path) -> None:
     config = {"model_type": "llama", "auto_map": {"AutoModel": "evil.Model"}, "rope_parameters": {"rope_theta": 1.0}}
     checkpoint = open_checkpoint(save_model(tmp_path / "m", GOOD, config))
     assert "auto_map" not in checkpoint.config()
@@ -304,7 +304,7 @@ def test_pickles_are_never_opened(tmp_path: Path) -> None:
     assert not (tmp_path / "exploded").exists()
 
 
-def test_what_is_no_checkpoint(tmp_path: Path) -> None:
+def test_paths_that_are_not_checkpoints(tmp_path: Path) -> None:
     for path, why in (
         (tmp_path / "nothing", "does not exist"),
         (tmp_path, "no config.json"),
@@ -324,7 +324,7 @@ def test_what_is_no_checkpoint(tmp_path: Path) -> None:
         open_checkpoint(tmp_path / "w.safetensors")
 
 
-def test_file_cut_short_after_opening(tmp_path: Path) -> None:
+def test_file_truncated_after_opening(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(save_model(tmp_path / "m", {"w": torch.ones(100, 100)}))
     os.truncate(tmp_path / "m" / "model.safetensors", 20_000)
     with pytest.raises(CheckpointError, match="truncated while"):
@@ -344,7 +344,7 @@ def test_no_descriptor_is_left_open(tmp_path: Path) -> None:
     assert open_files() == before
 
 
-def test_a_mapped_tensor_outlives_its_checkpoint_and_leaves_the_file_alone(tmp_path: Path) -> None:
+def test_a_mapped_tensor_outlives_its_checkpoint_and_never_writes(tmp_path: Path) -> None:
     matrix = pack(torch.randn(40, 64), "int8")
     save_packed(tmp_path / "p", {"model_type": "llama"}, {"m.weight": matrix})
     before = (tmp_path / "p" / "model.safetensors").read_bytes()

@@ -1,4 +1,4 @@
-"""Blocks in a file: what goes in comes out, and nothing that is cut, flipped, swapped or of something else does."""
+"""Cache blocks in a file: round trips, and truncated, corrupted, swapped or foreign data is rejected."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ def file(tmp_path, blocks):
     return path
 
 
-def test_comes_back(file, blocks):
+def test_round_trip(file, blocks):
     saved = open_blocks(file)
     saved.check(MADE_WITH, 32, SIZE)
     assert saved.tokens == TOKENS and list(saved.blocks()) == blocks
     assert [p.name for p in file.parent.iterdir()] == [file.name]
 
 
-def test_blocks_that_nobody_needs_are_left_out(tmp_path, blocks):
+def test_unneeded_blocks_are_skipped(tmp_path, blocks):
     save_blocks(tmp_path / "a", MADE_WITH, TOKENS, blocks[1:], numbers=[0, 2], block_tokens=32, block_bytes=SIZE)
     saved = open_blocks(tmp_path / "a")
     assert saved.numbers == [0, 2] and saved.tokens == TOKENS and list(saved.blocks()) == blocks[1:]
 
 
-def test_any_flipped_bit_is_found(file):
+def test_any_flipped_bit_is_detected(file):
     whole = file.read_bytes()
     draw = random.Random(2)
     places = {*range(120), *draw.sample(range(len(whole)), 300), len(whole) - 1}
@@ -52,7 +52,7 @@ def test_any_flipped_bit_is_found(file):
             list(open_blocks(file).blocks())
 
 
-def test_any_other_length_is_found(file):
+def test_any_other_length_is_detected(file):
     whole = file.read_bytes()
     for length in (0, 7, 15, 16, 40, len(whole) // 2, len(whole) - 1):
         file.write_bytes(whole[:length])
@@ -63,7 +63,7 @@ def test_any_other_length_is_found(file):
         open_blocks(file)
 
 
-def test_blocks_that_changed_places_are_found(file):
+def test_swapped_blocks_are_detected(file):
     whole, step = file.read_bytes(), 16 + SIZE
     first, second, third = whole[-3 * step : -2 * step], whole[-2 * step : -step], whole[-step:]
     file.write_bytes(whole[: -3 * step] + second + first + third)
@@ -82,7 +82,7 @@ def test_blocks_that_changed_places_are_found(file):
         (MADE_WITH, (16, SIZE), "another block size"),
     ],
 )
-def test_what_it_was_not_made_with_is_named(file, made_with, sizes, words):
+def test_mismatched_settings_are_named(file, made_with, sizes, words):
     with pytest.raises(CheckpointError, match=words):
         open_blocks(file).check(made_with, *sizes)
 
@@ -115,7 +115,7 @@ def test_other_files_and_versions(file, monkeypatch):
         {"made_with": {}, "tokens": True, "block_tokens": 32, "block_bytes": 1.5},
     ],
 )
-def test_headers_that_lie(tmp_path, fields):
+def test_false_headers(tmp_path, fields):
     header = json.dumps(fields).encode()
     file = tmp_path / "lie"
     file.write_bytes(saved_blocks._START.pack(b"DSOBLOCK", 1, len(header)) + header + bytes(1000))
@@ -123,7 +123,7 @@ def test_headers_that_lie(tmp_path, fields):
         open_blocks(file)
 
 
-def test_a_write_that_fails_leaves_what_was_there(file, blocks):
+def test_a_failed_write_preserves_the_old_file(file, blocks):
     before = file.read_bytes()
 
     def broken():

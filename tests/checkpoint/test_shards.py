@@ -1,4 +1,4 @@
-"""Files of a model: cut between layers, planned from shapes alone, mapped back bit for bit."""
+"""Files of a checkpoint: cut between layers, planned from shapes alone, mapped back bit for bit."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_layers_stay_whole() -> None:
 
 
 @pytest.mark.parametrize("size", [1, 4000, 1 << 20])
-def test_written_and_mapped_again(tmp_path: Path, size: int) -> None:
+def test_write_and_map(tmp_path: Path, size: int) -> None:
     tensors = model()
     shards = plan_shards(meta(tensors), size)
     weights = iter([(n, tensors[n]) for s in shards for n in s.layout.order])
@@ -86,7 +86,7 @@ def test_written_and_mapped_again(tmp_path: Path, size: int) -> None:
                 assert torch.equal(checkpoint.read(name), value)
 
 
-def test_weights_that_do_not_come_as_planned(tmp_path: Path) -> None:
+def test_weights_that_deviate_from_the_plan(tmp_path: Path) -> None:
     tensors = model(1)
     (shard,) = plan_shards(meta(tensors))
     weights = [(n, tensors[n]) for n in shard.layout.order]

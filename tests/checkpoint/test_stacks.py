@@ -1,4 +1,4 @@
-"""Stacks of experts: read one by one or merged, packed matrix by matrix, mapped again; what is wrong is named first."""
+"""Stacks of experts: read one by one or merged, packed matrix by matrix, mapped again; errors name the tensor."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def one_by_one(seed: int = 0) -> dict[str, torch.Tensor]:
 
 
 def merged(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """As Transformers merges them at load."""
+    """Merged as by Transformers when loading."""
     each = {r: torch.stack([tensors[f"{BASE}.{e}.{r}_proj.weight"] for e in range(EXPERTS)]) for r in ("gate", "up", "down")}
     both = torch.cat([each["gate"], each["up"]], 1)
     return {"norm.weight": tensors["norm.weight"], GATE_UP: both, DOWN: each["down"]}
@@ -60,7 +60,9 @@ def matrices(tensors: dict[str, torch.Tensor], name: str) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("form", [dict, merged])
 @pytest.mark.parametrize("panel", [1, 3000, 1 << 21])
-def test_both_forms_are_packed_matrix_by_matrix(tmp_path: Path, form: Any, panel: int, monkeypatch: Any) -> None:
+def test_separate_and_merged_experts_are_packed_matrix_by_matrix(
+    tmp_path: Path, form: Any, panel: int, monkeypatch: Any
+) -> None:
     monkeypatch.setattr(checkpoint_base, "PANEL_ELEMENTS", panel)
     tensors = one_by_one()
     loaded = dict(stream_weights(checkpoint_of(tmp_path, form(tensors)), WANTED, SHAPES))
@@ -80,7 +82,7 @@ def test_importance_weighs_every_matrix_of_a_stack(tmp_path: Path) -> None:
         assert not torch.equal(loaded[GATE_UP].matrix(i).data, get_format("int4").pack(matrix))
 
 
-def test_the_own_format_of_a_stack_is_the_largest_of_its_parts(tmp_path: Path) -> None:
+def test_the_format_of_a_stack_is_the_largest_of_its_parts(tmp_path: Path) -> None:
     tensors = one_by_one()
     assert checkpoint_of(tmp_path / "a", tensors).own_format(GATE_UP, SHAPES[GATE_UP]) == "bf16"
     tensors[f"{BASE}.3.up_proj.weight"] = torch.randn(INTERMEDIATE, HIDDEN)
@@ -97,7 +99,7 @@ def put(name: str, *shape: int) -> Any:
 
 
 @pytest.mark.parametrize(
-    "form, spoil, tensor, why",
+    "form, damage, tensor, why",
     [
         (dict, left_out(f"{BASE}.3.up_proj.weight"), f"{BASE}.3.up_proj.weight", "lacks"),
         (dict, left_out(f"{BASE}.4.down_proj.weight"), f"{BASE}.4.down_proj.weight", "lacks"),
@@ -111,9 +113,9 @@ def put(name: str, *shape: int) -> Any:
         (dict, put(f"{BASE}.03.up_proj.weight", INTERMEDIATE, HIDDEN), f"{BASE}.03.up_proj.weight", "under another name"),
     ],
 )
-def test_what_is_wrong_is_named_before_anything_is_read(tmp_path: Path, form: Any, spoil: Any, tensor: str, why: str) -> None:
+def test_errors_are_named_before_reading(tmp_path: Path, form: Any, damage: Any, tensor: str, why: str) -> None:
     tensors = form(one_by_one())
-    spoil(tensors)
+    damage(tensors)
     with pytest.raises(CheckpointError, match=why) as caught:
         stream_weights(checkpoint_of(tmp_path, tensors), WANTED, SHAPES)  # never iterated
     assert caught.value.tensor == tensor and str(tmp_path) in str(caught.value)
@@ -145,7 +147,7 @@ def test_packed_stacks_are_saved_and_mapped(tmp_path: Path) -> None:
     assert torch.equal(floats[3], get_format("int8").unpack(loaded[DOWN].matrix(3).data, HIDDEN, INTERMEDIATE))
 
 
-def test_a_packed_stack_of_another_size_than_the_config_makes_it(tmp_path: Path) -> None:
+def test_a_packed_stack_of_the_wrong_size(tmp_path: Path) -> None:
     loaded = dict(stream_weights(checkpoint_of(tmp_path / "float", one_by_one()), WANTED, SHAPES))
     save_packed(tmp_path / "packed", {}, loaded)
     with (
@@ -165,7 +167,7 @@ def test_a_packed_stack_of_another_size_than_the_config_makes_it(tmp_path: Path)
         ({"shape": [0, HIDDEN, INTERMEDIATE]}, "two or three"),
     ],
 )
-def test_lies_about_stacks(tmp_path: Path, change: dict[str, Any], why: str) -> None:
+def test_false_entries_of_stacks(tmp_path: Path, change: dict[str, Any], why: str) -> None:
     stack = PackedStack(
         "int8", EXPERTS, HIDDEN, INTERMEDIATE, torch.zeros(EXPERTS, 5, 2, get_format("int8").tile_bytes, dtype=torch.uint8)
     )
@@ -178,7 +180,7 @@ def test_lies_about_stacks(tmp_path: Path, change: dict[str, Any], why: str) -> 
         open_checkpoint(tmp_path / "m")
 
 
-def test_parts_and_surplus() -> None:
+def test_missing_and_extra_parts() -> None:
     assert [p.tensor for p in parts(GATE_UP, (4, 1, 1), ())] == [
         f"{BASE}.{e}.{role}_proj.weight" for e in (0, 1) for role in ("gate", "up")
     ]

@@ -1,4 +1,4 @@
-"""Tokenizers of checkpoints, and those that do not belong to theirs."""
+"""Tokenizers of checkpoints, and tokenizers that do not belong to the checkpoint."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def with_bytes(architecture: str, rows: int) -> bytes:
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
-def test_gguf_tokenizer_is_the_one_auto_tokenizer_gives(tmp_path: Path, architecture: str) -> None:
+def test_gguf_tokenizer_equals_auto_tokenizer(tmp_path: Path, architecture: str) -> None:
     (tmp_path / "m.gguf").write_bytes(with_bytes(architecture, 259))
     ours = load_tokenizer(open_checkpoint(tmp_path / "m.gguf"))
     theirs = AutoTokenizer.from_pretrained(tmp_path, gguf_file="m.gguf")
@@ -47,7 +47,7 @@ def test_larger_than_the_embedding(tmp_path: Path) -> None:
         load_tokenizer(open_checkpoint(tmp_path / "m.gguf"))
 
 
-def test_of_a_directory(tiny_model: Path, tmp_path: Path) -> None:
+def test_tokenizer_of_a_directory(tiny_model: Path, tmp_path: Path) -> None:
     tokenizer = load_tokenizer(open_checkpoint(tiny_model))
     assert tokenizer.decode(tokenizer("abc")["input_ids"]) == "abc"
     for name in ("config.json", "model.safetensors"):

@@ -1,4 +1,5 @@
-"""A directory written over several runs: what was finished stays, what was not, or is not what the journal says, does not."""
+"""A directory written over several runs: finished files stay; unfinished files, or files that contradict the journal, do
+not."""
 
 from __future__ import annotations
 
@@ -25,7 +26,7 @@ def write(directory: Unfinished, name: str) -> None:
 
 
 def interrupted(target: Path, names: list[str] = NAMES[:2], identity: dict = IDENTITY) -> Path:
-    """Leaves a run that was stopped after these files; its temporary directory."""
+    """Runs until it is stopped after these files; returns its temporary directory."""
     with pytest.raises(KeyboardInterrupt), Unfinished(target, identity, NAMES) as directory:
         for name in names:
             write(directory, name)
@@ -34,37 +35,37 @@ def interrupted(target: Path, names: list[str] = NAMES[:2], identity: dict = IDE
 
 
 def resume(target: Path, identity: dict = IDENTITY) -> tuple[set[str], str | None]:
-    """Finishes the run: which files were there, and what was said."""
+    """Finishes the run; returns the files that existed, and the messages."""
     with Unfinished(target, identity, NAMES) as directory:
-        found, news = set(directory.finished), directory.news
-        assert found == {p.name for p in directory.folder.iterdir()}
+        result, news = set(directory.finished), directory.news
+        assert result == {p.name for p in directory.folder.iterdir()}
         for name in NAMES:
-            if name not in found:
+            if name not in result:
                 write(directory, name)
         assert not target.exists()
         directory.publish()
     assert {p.name: p.read_bytes() for p in target.iterdir()} == {n: n.encode() * 1000 + b"end" for n in NAMES}
     assert os.listdir(target.parent) == [target.name]
-    return found, news
+    return result, news
 
 
-def test_in_one_go(tmp_path: Path) -> None:
+def test_a_single_run(tmp_path: Path) -> None:
     assert resume(tmp_path / "t") == (set(), None)
 
 
-def test_gone_on_with(tmp_path: Path) -> None:
+def test_resumed(tmp_path: Path) -> None:
     path = interrupted(tmp_path / "t")
     (path / "files" / "c.part").write_bytes(b"half")
     (path / "files" / "stray").mkdir()
     (path / "stray").write_bytes(b"")
-    found, news = resume(tmp_path / "t")
-    assert found == {"a", "b"} and news is not None and "resuming" in news and "2 of 3" in news
+    actual, news = resume(tmp_path / "t")
+    assert actual == {"a", "b"} and news is not None and "resuming" in news and "2 of 3" in news
 
 
-def test_another_identity_begins_afresh(tmp_path: Path) -> None:
+def test_another_identity_starts_over(tmp_path: Path) -> None:
     interrupted(tmp_path / "t")
-    found, news = resume(tmp_path / "t", {**IDENTITY, "settings": {"precision": "int8"}})
-    assert found == set() and news is not None and "another settings: starting over" in news
+    actual, news = resume(tmp_path / "t", {**IDENTITY, "settings": {"precision": "int8"}})
+    assert actual == set() and news is not None and "another settings: starting over" in news
 
 
 def truncate(path: Path) -> None:
@@ -91,7 +92,7 @@ def edit(path: Path, **change: object) -> None:
 @pytest.mark.parametrize(
     "damage", [truncate, flip, link, lambda p: edit(p, bytes=7), lambda p: edit(p, sha256="0" * 64), lambda p: edit(p, more=1)]
 )
-def test_damaged_files_are_made_again(tmp_path: Path, damage) -> None:
+def test_damaged_files_are_rewritten(tmp_path: Path, damage) -> None:
     damage(interrupted(tmp_path / "t"))
     with Unfinished(tmp_path / "t", IDENTITY, NAMES) as directory:
         assert (
@@ -112,18 +113,18 @@ def test_a_journal_that_cannot_be_read(tmp_path: Path, journal: bytes | None) ->
         path.mkdir()
     else:
         path.write_bytes(journal)
-    found, news = resume(tmp_path / "t")
-    assert found == set() and news is not None and "cannot be read: starting over" in news
+    actual, news = resume(tmp_path / "t")
+    assert actual == set() and news is not None and "cannot be read: starting over" in news
 
 
-def test_a_half_written_last_line(tmp_path: Path) -> None:
+def test_an_incomplete_last_line(tmp_path: Path) -> None:
     path = interrupted(tmp_path / "t")
     os.truncate(path / "journal.jsonl", (path / "journal.jsonl").stat().st_size - 10)
-    found, _ = resume(tmp_path / "t")
-    assert found == {"a"}
+    actual, _ = resume(tmp_path / "t")
+    assert actual == {"a"}
 
 
-def test_entries_that_lead_elsewhere_are_not_followed(tmp_path: Path) -> None:
+def test_entries_outside_the_directory_are_ignored(tmp_path: Path) -> None:
     (tmp_path / "mine").write_text("precious")
     path = interrupted(tmp_path / "t")
     edit(path, file="../../../mine")
@@ -134,7 +135,7 @@ def test_entries_that_lead_elsewhere_are_not_followed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["file", "link"])
-def test_something_else_in_its_place(tmp_path: Path, kind: str) -> None:
+def test_another_file_in_its_place(tmp_path: Path, kind: str) -> None:
     place = tmp_path / ".t.unfinished.tmp"
     if kind == "file":
         place.write_text("mine")
@@ -146,7 +147,7 @@ def test_something_else_in_its_place(tmp_path: Path, kind: str) -> None:
     assert place.is_symlink() or place.read_text() == "mine"
 
 
-def test_nothing_stays_of_an_error_that_will_come_again(tmp_path: Path) -> None:
+def test_permanent_errors_leave_nothing(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError), Unfinished(tmp_path / "t", IDENTITY, NAMES) as directory:
         write(directory, "a")
         raise CheckpointError("NaN")
@@ -168,7 +169,7 @@ def test_overwriting(tmp_path: Path) -> None:
     assert os.listdir(target) == ["a"] and os.listdir(tmp_path) == ["t"]
 
 
-def test_two_at_once(tmp_path: Path) -> None:
+def test_concurrent_runs(tmp_path: Path) -> None:
     with Unfinished(tmp_path / "t", IDENTITY, NAMES) as directory:
         write(directory, "a")
         with pytest.raises(CheckpointError, match="another process"):
@@ -177,7 +178,7 @@ def test_two_at_once(tmp_path: Path) -> None:
 
 
 def test_killed_at_every_step(tmp_path: Path) -> None:
-    """SIGKILL before the n-th sync, rename or removal, for every n; a second run makes the same of what it finds."""
+    """SIGKILL before the n-th sync, rename or removal, for every n; a second run completes the same directory."""
     finished = set()
     for n in range(100):
         target = tmp_path / str(n) / "t"
@@ -194,9 +195,9 @@ def test_killed_at_every_step(tmp_path: Path) -> None:
             assert os.WEXITSTATUS(status) == 0
             break
         assert os.WTERMSIG(status) == signal.SIGKILL
-        if target.exists():  # killed while it tidied up: the target is whole all the same
+        if target.exists():  # killed during the clean-up: the target is complete anyway
             assert sorted(os.listdir(target)) == NAMES
         else:
-            found, _ = resume(target)
-            finished.add(len(found))
+            actual, _ = resume(target)
+            finished.add(len(actual))
     assert n >= 15 and finished == {0, 1, 2, 3}

@@ -1,4 +1,4 @@
-"""Running the command line: in this process for most tests, in one of its own where pipes and exit codes are the point."""
+"""Runs the command line: in this process for most tests, in a separate one where pipes and exit codes matter."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def dso():
 
 @pytest.fixture
 def dso_process():
-    """The same as a process whose three streams are pipes."""
+    """The same in a process whose three streams are pipes."""
 
     def start(*arguments, input=""):
         command = [sys.executable, "-m", "deepseek_optimizer", *map(str, arguments)]
@@ -36,7 +36,7 @@ def dso_process():
 
 @pytest.fixture
 def endless_model(tiny_model, tmp_path):
-    """The tiny model without an end of sequence: a random model may say it first thing."""
+    """The tiny model without an end-of-sequence token, which a random model might generate first."""
     folder = shutil.copytree(tiny_model, tmp_path / "endless")
     for name in ("config.json", "generation_config.json"):
         file = folder / name

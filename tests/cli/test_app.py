@@ -32,7 +32,7 @@ def test_help_lists_the_commands_and_loads_nothing_heavy():
 
 @pytest.mark.parametrize("width", [60, 80])
 @pytest.mark.parametrize("name", COMMANDS)
-def test_help_never_cuts_the_name_of_an_option(name, width):
+def test_help_never_truncates_option_names(name, width):
     result = CliRunner().invoke(app, [name, "--help"], terminal_width=width)
     assert result.exit_code == 0 and "Usage" in result.stdout and "…" not in result.stdout
     words = set(re.split(r"[\s,/]+", result.stdout))
@@ -42,7 +42,7 @@ def test_help_never_cuts_the_name_of_an_option(name, width):
     assert max(map(len, result.stdout.splitlines())) <= width
 
 
-def test_help_has_a_section_for_each_group_of_options(dso):
+def test_help_has_a_section_per_group_of_options(dso):
     lines = dso("serve", "--help").stdout.splitlines()
     titles = [line for line in lines if line.endswith(":") and not line.startswith(" ")]
     assert titles[0] == "Arguments:" and {"Network and access:", "Model:", "Uploaded files:", "Options:"} <= set(titles)
@@ -68,7 +68,7 @@ def test_a_wrong_config_is_not_blamed_on_the_tokenizer(dso, tiny_model, tmp_path
     folder = shutil.copytree(tiny_model, tmp_path / "m")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"hidden_size": "64"}))
-    (folder / "tokenizer_config.json").unlink(missing_ok=True)  # then Transformers asks the config for the tokenizer's class
+    (folder / "tokenizer_config.json").unlink(missing_ok=True)  # Transformers then reads the tokenizer's class from the config
     for command in (["run", folder, "Hello"], ["info", folder], ["convert", folder, tmp_path / "out"]):
         result = dso(*command)
         assert result.exit_code == 2 and "config.hidden_size" in result.stderr and "tokenizer" not in result.stderr
@@ -88,6 +88,6 @@ def test_debug_shows_the_traceback(dso, tmp_path):
     assert isinstance(result.exception, (ValueError, OSError)) and not isinstance(result.exception, SystemExit)
 
 
-def test_a_bug_keeps_its_traceback(dso, monkeypatch):
+def test_bugs_show_a_traceback(dso, monkeypatch):
     monkeypatch.setattr(info, "machine_facts", lambda: {}["bug"])
     assert isinstance(dso("info").exception, KeyError)

@@ -1,4 +1,4 @@
-"""`dso bench`: the whole way on a tiny model, and how it refuses."""
+"""`dso bench`: end to end on a tiny model, and its errors."""
 
 from __future__ import annotations
 
@@ -6,23 +6,23 @@ import json
 
 import pytest
 
-from deepseek_optimizer.bench import limits
+from deepseek_optimizer.bench import roofline
 
 SMALL = ("--prompt", "12", "--new", "4", "--repeats", "2", "--threads", "1")
 
 
 @pytest.fixture(autouse=True)
 def _quick_machine(monkeypatch):
-    """The machine's own speed is measured in tests/bench."""
-    monkeypatch.setattr(limits, "read_gb_s", lambda *_: 50.0)
-    monkeypatch.setattr(limits, "matrix_tera", lambda *_: {"bf16": 1.0})
+    """Replaces the measurement of the machine, which is tested in tests/bench."""
+    monkeypatch.setattr(roofline, "read_gb_s", lambda *_: 50.0)
+    monkeypatch.setattr(roofline, "matrix_tera", lambda *_: {"bf16": 1.0})
 
 
 def _report(result):
     return json.loads(result.stdout.splitlines()[-1])
 
 
-def test_all_of_it(dso, tiny_model, tmp_path):
+def test_all_options_together(dso, tiny_model, tmp_path):
     pytest.importorskip("sacrebleu")
     text, pairs, page = tmp_path / "text", tmp_path / "pairs", tmp_path / "r.html"
     text.write_text("A text that the model reads, and the unoptimised one too. " * 4)
@@ -47,7 +47,7 @@ def test_a_baseline_decides_the_exit_code(dso, tiny_model, tmp_path):
     first = dso("bench", tiny_model, *SMALL, "--json")
     assert first.exit_code == 0, first.output
     report = _report(first)
-    for factor, code in ((1e-3, 0), (1e3, 1)):  # was a thousand times slower, or faster
+    for factor, code in ((1e-3, 0), (1e3, 1)):  # a thousand times slower, or faster
         old = json.loads(json.dumps(report))
         figure = old["works"][0]["figures"]["decode_tok_s"]
         figure["samples"] = [s * factor for s in figure["samples"]]
@@ -62,12 +62,12 @@ def test_a_baseline_decides_the_exit_code(dso, tiny_model, tmp_path):
 
     file.write_text(json.dumps({**report, "cpu": "another"}))
     refused = dso("bench", tiny_model, *SMALL, "--baseline", file)
-    assert refused.exit_code == 2 and "another cpu" in refused.stderr and "12 in" not in refused.stderr  # nothing measured yet
+    assert refused.exit_code == 2 and "another cpu" in refused.stderr and "12 in" not in refused.stderr  # before measuring
 
 
-def test_peak_memory_is_the_models_and_not_that_of_measuring_the_machine(dso, tiny_model, monkeypatch):
+def test_peak_memory_excludes_measuring_the_machine(dso, tiny_model, monkeypatch):
     size = 512 << 20
-    monkeypatch.setattr(limits, "read_gb_s", lambda *_: float(len(b"x" * size)))  # written, so resident
+    monkeypatch.setattr(roofline, "read_gb_s", lambda *_: float(len(b"x" * size)))  # written, so resident
     memory = _report(dso("bench", tiny_model, *SMALL, "--json"))["memory_bytes"]
     assert memory is None or memory < size / 2
 
@@ -83,18 +83,18 @@ def test_peak_memory_is_the_models_and_not_that_of_measuring_the_machine(dso, ti
         (["--peer-model", "x"], "ENGINE=PATH"),
     ],
 )
-def test_what_cannot_be_measured_is_one_line(dso, tiny_model, options, message):
+def test_errors_are_one_line(dso, tiny_model, options, message):
     result = dso("bench", tiny_model, "--threads", "1", *options)
     assert result.exit_code == 2 and message in result.stderr.splitlines()[-1]
 
 
-def test_a_peer_that_is_not_set_up_says_how(dso, tiny_model, tmp_path, monkeypatch):
+def test_a_missing_peer_names_the_setup_command(dso, tiny_model, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     result = dso("bench", tiny_model, "--against", "llama.cpp")
     assert result.exit_code == 2 and "--setup-peers --against llama.cpp" in result.stderr
 
 
-def test_setting_up_what_needs_nothing(dso):
+def test_setting_up_a_peer_that_needs_nothing(dso):
     result = dso("bench", "--setup-peers", "--against", "transformers")
     assert result.exit_code == 0 and result.stdout.startswith("transformers: ")
     assert dso("bench").exit_code == 2

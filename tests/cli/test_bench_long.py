@@ -1,4 +1,4 @@
-"""`dso bench --long`: the whole way on a tiny model, and how it refuses."""
+"""`dso bench --long`: end to end on a tiny model, and its errors."""
 
 from __future__ import annotations
 
@@ -49,6 +49,6 @@ def test_modes_tables_page_and_json(dso_process, roomy_model, tmp_path):
         (["--long", "--context-length", "16384"], "context_extension"),
     ],
 )
-def test_what_is_refused(dso, roomy_model, options, message):
+def test_invalid_arguments(dso, roomy_model, options, message):
     result = dso("bench", roomy_model, *options)
     assert result.exit_code == 2 and result.stderr.count("\n") == 1 and message in result.stderr, result.output

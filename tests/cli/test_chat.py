@@ -33,7 +33,7 @@ def test_reset_undo_and_system(dso, tiny_model, tmp_path):
     saved = tmp_path / "talk.json"
     result = _talk(
         dso, tiny_model, "One", "/reset", "Two", "Three", "/undo", "/system", f"/save {saved}"
-    )  # end of input ends it
+    )  # the end of the input ends the conversation
     assert result.exit_code == 0 and "(no system prompt)" in result.stderr
     assert [m["content"] for m in json.loads(saved.read_text(encoding="utf-8")) if m["role"] == "user"] == ["Two"]
 
@@ -47,7 +47,7 @@ def test_mistakes_do_not_end_the_conversation(dso, tiny_model, tmp_path):
     assert [m["content"] for m in json.loads(saved.read_text(encoding="utf-8")) if m["role"] == "user"] == ["Two"]
 
 
-def test_interrupt_stops_the_answer_and_not_the_conversation(dso, endless_model, tmp_path, monkeypatch):
+def test_interrupt_stops_only_the_answer(dso, endless_model, tmp_path, monkeypatch):
     saved, pieces = tmp_path / "talk.json", []
 
     def write(text):
@@ -64,7 +64,7 @@ def test_interrupt_stops_the_answer_and_not_the_conversation(dso, endless_model,
     assert messages[1]["content"].startswith(pieces[0])
 
 
-def test_a_model_without_a_template_is_refused(dso, tiny_model, tmp_path):
+def test_a_model_without_a_template_is_an_error(dso, tiny_model, tmp_path):
     import shutil
 
     bare = tmp_path / "bare"
@@ -95,7 +95,7 @@ def test_a_server(dso, tmp_path, monkeypatch):
     assert [m["content"] for m in bodies[2]["messages"]] == ["Be brief.", "One", "Bonjour", "Three"]
 
 
-def test_ctrl_c_with_a_server_ends_the_answer_alone(dso, monkeypatch):
+def test_ctrl_c_with_a_server_ends_only_the_answer(dso, monkeypatch):
     pieces = []
 
     def write(text):

@@ -1,4 +1,4 @@
-"""`dso convert`: the packed copy is whole or not there."""
+"""`dso convert`: the packed copy is complete or absent."""
 
 from __future__ import annotations
 
@@ -59,8 +59,8 @@ def test_an_existing_directory_is_kept_unless_forced(dso, tiny_model, tmp_path):
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError("disk full")])
-def test_an_interrupted_convert_is_gone_on_with(dso, tiny_model, tmp_path, monkeypatch, error):
-    def fails(self, folder, **options):  # the model is written already, the tokenizer is not
+def test_an_interrupted_convert_is_resumed(dso, tiny_model, tmp_path, monkeypatch, error):
+    def fails(self, folder, **options):  # called after the model was written and before the tokenizer is
         assert any(Path(folder).iterdir())
         raise error
 
@@ -87,7 +87,7 @@ def test_an_interrupted_convert_to_a_budget_leaves_nothing(dso, tiny_model, tmp_
     assert not list(tmp_path.iterdir())
 
 
-def test_what_a_killed_run_left_is_removed_and_what_another_writes_now_is_told(dso, tiny_model, tmp_path):
+def test_leftovers_are_removed_and_concurrent_runs_are_reported(dso, tiny_model, tmp_path):
     (tmp_path / ".packed.0123abcd.tmp").mkdir()
     assert dso("convert", tiny_model, tmp_path / "packed").exit_code == 0
     assert [p.name for p in tmp_path.iterdir()] == ["packed"]

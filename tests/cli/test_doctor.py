@@ -26,7 +26,7 @@ def test_an_error_is_exit_code_1(dso, tmp_path):
     assert text.exit_code == 1 and "ERROR" in text.stdout and "because:" in text.stdout
 
 
-def test_a_context_that_cannot_be_had(dso, tiny_model):
+def test_an_impossible_context(dso, tiny_model):
     result = dso("doctor", tiny_model, "--context", "100000")
     assert result.exit_code == 1 and "--context-extension yarn" in " ".join(result.stdout.split())
     more = ("--context-extension", "yarn", "--context-length", "100000")

@@ -1,4 +1,4 @@
-"""`dso info`: the machine, and with a model what was made of it."""
+"""`dso info`: the machine, and with a model, how it was optimised."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_model(dso, tiny_model):
     assert "int8" in dso("info", tiny_model, "--precision", "int8").stdout
 
 
-def test_a_mode_of_attention(dso, tiny_model):
+def test_an_attention_mode(dso, tiny_model):
     result = dso("info", tiny_model, "--attention", "sliding", "--attention-window", "100", "--json")
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["model"]["attention"]["window"] == 100

@@ -1,4 +1,4 @@
-"""Commands in a locale that names no encoding, with Python's UTF-8 mode off: Chinese goes in and out, or is escaped."""
+"""Commands in a locale without an encoding, with Python's UTF-8 mode off: Chinese is read and written, or escaped."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ def test_arguments_and_output_are_utf8():
     assert done.stdout.decode() == "你好\n世界 \\ud800\n"
 
 
-def test_what_the_terminal_lacks_is_escaped():
+def test_characters_that_the_terminal_lacks_are_escaped():
     latin = {**os.environ, "PYTHONIOENCODING": "latin-1"}
     done = start("-c", PRINT.format("café 世界"), "x", environment=latin)
     assert done.stdout == "x\ncafé \\u4e16\\u754c\n".encode("latin-1")
 
 
-def test_processes_of_the_command_are_as_tolerant():
+def test_child_processes_use_utf8_mode():
     child = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import sys; print(sys.flags.utf8_mode)'])"
     done = start("-c", f"from deepseek_optimizer_cli.streams import tolerate_locale as t; t(); {child}")
     assert done.stdout == b"1\n"
@@ -40,7 +40,7 @@ def test_processes_of_the_command_are_as_tolerant():
 
 @pytest.fixture
 def folder(tiny_model, tmp_path, monkeypatch):
-    """Where a model, chats and a document have Chinese names and texts."""
+    """A folder with a model, chats and a document that have Chinese names and texts."""
     shutil.copytree(tiny_model, tmp_path / "模型")
     chat = {"messages": [{"role": "user", "content": "你好世界"}, {"role": "assistant", "content": "世界你好"}]}
     (tmp_path / "数据.jsonl").write_text(f"{json.dumps(chat, ensure_ascii=False)}\n" * 4, encoding="utf-8")

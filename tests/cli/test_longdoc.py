@@ -1,4 +1,4 @@
-"""`dso longdoc`: answers and their places on stdout, problems of files on stderr, mistakes as one line."""
+"""`dso longdoc`: answers and citations on stdout, problems with files on stderr, one line per error."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SMALL = ("--max-length", "512", "--stride", "64", "-n", "8")
 
 @pytest.fixture
 def model(tiny_model, tmp_path):
-    """The tiny model with room for a few pages; it never ends a text by itself."""
+    """The tiny model with a context of a few pages; it never ends a text."""
     folder = shutil.copytree(tiny_model, tmp_path / "model")
     for name in ("config.json", "generation_config.json"):
         fields = {**json.loads((folder / name).read_text()), "eos_token_id": None}
@@ -44,13 +44,13 @@ def test_json_has_these_keys_and_citations_that_are_in_the_file(dso, model, file
     assert facts["citations"]
 
 
-def test_for_people_there_are_lines_and_the_rest_is_on_stderr(dso, model, file):
+def test_text_output_and_messages_on_stderr(dso, model, file):
     result = dso("longdoc", model, file, "--ask", TEXT.split(".")[0] + "?", "--strategy", "retrieve", *SMALL)
     assert result.exit_code == 0 and f"[1] {file}:1: {TEXT[:20]}" in result.stdout
     assert "retrieve: it was requested" in result.stderr and "retrieve" not in result.stdout
 
 
-def test_files_that_cannot_be_read_are_named_and_the_others_are(dso, model, file, tmp_path):
+def test_unreadable_files_are_named_and_others_are_used(dso, model, file, tmp_path):
     (tmp_path / "broken.pdf").write_bytes(b"%PDF-1.7 and nothing")
     (tmp_path / "empty.txt").write_bytes(b"")
     result = dso("longdoc", model, file, tmp_path / "broken.pdf", tmp_path / "empty.txt", "--summarize", "--json", *SMALL)
@@ -69,7 +69,7 @@ def test_data_by_a_schema(dso, model, file, tmp_path):
     assert answer in ({"kind": "x"}, {"kind": "y"})
 
 
-def test_a_cache_directory_serves_the_next_run(dso, model, file, tmp_path):
+def test_a_cache_directory_is_reused(dso, model, file, tmp_path):
     command = ("longdoc", model, file, "--ask", "What?", "--cache", tmp_path / "cache", "--json", *SMALL)
     first, second = (json.loads(dso(*command).stdout) for _ in range(2))
     assert first["tokens"]["cached"] == 0 and second["tokens"]["cached"] >= len(TEXT) // 32 * 32
@@ -131,7 +131,7 @@ def test_interrupt_ends_it_with_code_130(dso, model, file, monkeypatch):
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_nothing_but_the_answer_in_a_pipe(dso_process, model, file):
+def test_a_pipe_gets_only_the_answer(dso_process, model, file):
     done = dso_process("longdoc", model, file, "--summarize", "--json", *SMALL)
     assert done.returncode == 0, done.stderr
     assert set(json.loads(done.stdout)) == KEYS and "\x1b" not in done.stdout + done.stderr and "%" not in done.stderr

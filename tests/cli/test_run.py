@@ -1,4 +1,4 @@
-"""`dso run`: text on stdout, everything else elsewhere."""
+"""`dso run`: only the generated text goes to stdout."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from deepseek_optimizer import load_model
 from deepseek_optimizer.chat import stream
 
 
-def test_json_and_text_tell_the_same(dso, tiny_model):
+def test_json_and_text_agree(dso, tiny_model):
     plain = dso("run", tiny_model, "Hello", "-t", "0", "-n", "8")
     assert plain.exit_code == 0, plain.stderr
     facts = json.loads(dso("run", tiny_model, "Hello", "-t", "0", "-n", "8", "--json").stdout)
@@ -35,8 +35,8 @@ def test_prompt_from_standard_input_raw_and_system(dso, tiny_model):
 
 
 @pytest.mark.parametrize("kind", ["yarn", "dynamic"])
-def test_room_for_more_than_it_was_trained_for(dso, tiny_model, kind):
-    prompt = "x" * 300  # the model was the 256 tokens the model was trained for
+def test_a_context_beyond_the_trained_length(dso, tiny_model, kind):
+    prompt = "x" * 300  # the model was trained for 256 tokens
     result = dso("run", tiny_model, prompt, "-n", "8", "--json", "--context-extension", kind, "--context-length", "512")
     assert result.exit_code == 0, result.stderr
     assert json.loads(result.stdout)["prompt_tokens"] == 303
@@ -49,14 +49,14 @@ def test_room_for_more_than_it_was_trained_for(dso, tiny_model, kind):
         (("--attention", "sparse", "--attention-window", "16", "--attention-budget", "128"), ("sparse", 16, 4)),
     ],
 )
-def test_modes_of_attention(dso, tiny_model, options, mode, monkeypatch):
+def test_attention_modes(dso, tiny_model, options, mode, monkeypatch):
     loaded = []
     monkeypatch.setattr("deepseek_optimizer.load_model", lambda *a, **f: loaded.append(load_model(*a, **f)) or loaded[-1])
     result = dso("run", tiny_model, "x" * 200, "-n", "8", "--json", *options)
     assert result.exit_code == 0, result.stderr
     assert json.loads(result.stdout)["prompt_tokens"] > 200
-    found = loaded[0].report().attention
-    assert (found.mode, found.window, found.sinks) == mode and found.layers
+    actual = loaded[0].report().attention
+    assert (actual.mode, actual.window, actual.sinks) == mode and actual.layers
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ def test_interrupt_ends_the_answer_with_code_130(dso, endless_model, monkeypatch
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_piped_output_is_the_answer_alone(dso_process, tiny_model):
+def test_piped_output_is_only_the_answer(dso_process, tiny_model):
     done = dso_process("run", tiny_model, "Hello", "-t", "0", "-n", "8")
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith("\n") and "\x1b" not in done.stdout + done.stderr

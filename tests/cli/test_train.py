@@ -1,4 +1,4 @@
-"""`dso train`: from chats to a model that answers, and what is refused before a model is loaded."""
+"""`dso train`: from chats to a model that answers, and errors before a model is loaded."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from support.tiny_v3 import tiny_v3
 
 @pytest.fixture
 def chats(tmp_path):
-    """Forty chats in which the assistant always says the same."""
+    """Forty chats in which the assistant always gives the same answer."""
     file = tmp_path / "chats.jsonl"
     turns = [[{"role": "user", "content": f"count {i}"}, {"role": "assistant", "content": "one two"}] for i in range(40)]
     file.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in turns))
@@ -29,7 +29,7 @@ def chats(tmp_path):
 
 @pytest.fixture
 def train(dso, tiny_model, tmp_path, monkeypatch):
-    """train(*flags) -> typer's result, of the tiny model into tmp_path/out."""
+    """train(*flags) -> typer's result of training the tiny model into tmp_path/out."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
     def run(*flags, model=tiny_model, out=tmp_path / "out"):
@@ -42,7 +42,7 @@ FAST = ("--steps", "30", "--lr", "1e-2", "--max-length", "64", "--eval-fraction"
 
 
 def answer(model, folder):
-    """What a model says to a question of the kind it was trained on."""
+    """A model's answer to a question similar to the training data."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     chat = [{"role": "user", "content": "count 3"}]
     ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
@@ -64,7 +64,7 @@ def test_a_whole_model_is_trained_and_answers(train, dso, chats, tmp_path):
     evals = [point["eval_loss"] for point in points if "eval_loss" in point]
     assert points[0]["step"] == 0 and points[-1]["step"] == 30 and evals[-1] < 0.7 * evals[0] and len(evals) == 4
     assert points[-1]["tokens"] > 0 and (out / "loss.png").stat().st_size > 1000
-    assert not list(out.rglob("*.bin")) and not list(out.rglob("*.pt"))  # no pickles
+    assert not list(out.rglob("*.bin")) and not list(out.rglob("*.pt"))  # no pickle files
     planned = json.loads(train("--data", chats, *FAST, "--dry-run", "--json", out=tmp_path / "other").stdout)["disk"]
     written = [sum(f.stat().st_size for f in folder.glob("*.safetensors")) for folder in (out / "checkpoint-30", out)]
     assert [planned["checkpoint"], planned["result"]] == pytest.approx(written, rel=0.1)
@@ -103,7 +103,7 @@ def test_an_adapter_on_packed_weights_is_merged_into_the_original(train, chats, 
     assert plain.dtype == torch.bfloat16 and moved > 1e-3
 
 
-def test_a_dry_run_says_what_would_be_done(train, chats, tmp_path, monkeypatch):
+def test_a_dry_run_prints_the_plan(train, chats, tmp_path, monkeypatch):
     monkeypatch.setattr(TrainingJob, "_load_model", None)
     result = train("--data", chats, *FAST, "--dry-run", "--json", "--batch-size", "3", "--accumulate", "2")
     assert result.exit_code == 0, result.output
@@ -122,7 +122,7 @@ def test_a_dry_run_says_what_would_be_done(train, chats, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("flags,kept", [((), 3), (("--set", "save_total_limit=1"), 3), (("--set", "save_strategy=no"), 0)])
-def test_a_disk_that_is_too_small_is_seen_before_the_model_loads(train, chats, tmp_path, monkeypatch, flags, kept):
+def test_a_full_disk_is_reported_before_the_model_loads(train, chats, tmp_path, monkeypatch, flags, kept):
     monkeypatch.setattr(TrainingJob, "_load_model", None)
     steps = ("--steps", "100", "--lr", "1e-2", "--max-length", "64", "--eval-fraction", "0.1")
     plan = json.loads(train("--data", chats, *steps, *flags, "--dry-run", "--json").stdout)["disk"]
@@ -134,7 +134,7 @@ def test_a_disk_that_is_too_small_is_seen_before_the_model_loads(train, chats, t
 
 
 @pytest.mark.parametrize("where", ["file/out", "file", "/proc/out"])
-def test_an_output_that_cannot_be_written_is_seen_before_the_data_is_read(train, chats, tmp_path, monkeypatch, where):
+def test_an_unwritable_output_is_reported_before_the_data_is_read(train, chats, tmp_path, monkeypatch, where):
     monkeypatch.setattr(TrainingJob, "_load_data", None)
     (tmp_path / "file").write_text("")
     result = train("--data", chats, *FAST, out=tmp_path / where)
@@ -142,7 +142,7 @@ def test_an_output_that_cannot_be_written_is_seen_before_the_data_is_read(train,
     assert "cannot be written" in result.stderr or where == "file"
 
 
-def test_flags_go_before_the_file(dso, chats, tiny_model, tmp_path):
+def test_flags_override_the_file(dso, chats, tiny_model, tmp_path):
     file = tmp_path / "c.yaml"
     file.write_text(
         f"model: nowhere\noutput: {tmp_path / 'out'}\ndata: {{train: nothing, max_length: 32}}\ncache: {tmp_path / 'cache'}\n"
@@ -184,7 +184,7 @@ def test_flags_go_before_the_file(dso, chats, tiny_model, tmp_path):
         (("NOCONFIG.yaml",), "cannot be read: No such file"),
     ],
 )
-def test_what_is_wrong_is_said_before_the_model_loads(train, chats, tmp_path, monkeypatch, flags, error):
+def test_errors_are_reported_before_the_model_loads(train, chats, tmp_path, monkeypatch, flags, error):
     monkeypatch.setattr(TrainingJob, "_load_model", None)
     (tmp_path / "broken.jsonl").write_text('{"text": "x"}\n{"text"\n')
     (tmp_path / "empty.jsonl").write_text("")
@@ -197,7 +197,7 @@ def test_what_is_wrong_is_said_before_the_model_loads(train, chats, tmp_path, mo
     assert not (tmp_path / "out").exists()
 
 
-def test_a_directory_of_something_else_is_left_alone(train, chats, tmp_path):
+def test_foreign_directories_are_not_touched(train, chats, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "model.safetensors").write_bytes(b"theirs")
     for flags in ((), ("--resume",)):
@@ -206,7 +206,7 @@ def test_a_directory_of_something_else_is_left_alone(train, chats, tmp_path):
     assert "is a file; choose another" in train("--data", chats, out=chats).stderr
 
 
-def test_a_second_run_is_refused_before_the_model_loads(train, chats, tmp_path, monkeypatch):
+def test_a_second_run_is_rejected_before_the_model_loads(train, chats, tmp_path, monkeypatch):
     monkeypatch.setattr(TrainingJob, "_load_model", None)
     monkeypatch.setattr(directory, "LOCK_WAIT", 0.1)
     with directory.locked(tmp_path / "out"):
@@ -226,7 +226,7 @@ def test_packed_weights_cannot_be_trained_or_merged_into(train, dso, chats, tiny
         assert train("--data", chats, "--lora", "2", "--dry-run", model=model).exit_code == 0
 
 
-def test_a_run_that_was_interrupted_goes_on_to_the_same_model(train, chats, tmp_path, monkeypatch):
+def test_an_interrupted_run_resumes_to_the_same_model(train, chats, tmp_path, monkeypatch):
     assert train("--data", chats, *FAST, out=tmp_path / "whole").exit_code == 0
     real, steps = TrainingJob.run, []
 
@@ -257,8 +257,8 @@ def test_a_run_that_was_interrupted_goes_on_to_the_same_model(train, chats, tmp_
     assert [point["step"] for point in points] == list(range(31)) and json.loads(result.stdout)["eval_before"] is not None
 
 
-def test_patience_ends_a_run_and_the_best_is_kept(train, chats, tmp_path, caplog):
-    """The learning rate grows from nothing to far too much, so that the loss falls first and rises then."""
+def test_patience_ends_a_run_and_keeps_the_best_model(train, chats, tmp_path, caplog):
+    """The learning rate grows from zero to far too large, so that the loss first falls and then rises."""
     rising = ("--lr", "1.0", "--set", "lr_scheduler_type=constant_with_warmup", "--set", "warmup_steps=45")
     flags = ("--steps", "45", "--set", "eval_steps=5", *rising, "--set", "max_grad_norm=0", "--max-length", "64")
     result = train("--data", chats, *flags, "--eval-fraction", "0.1", "--patience", "2", "--json")
@@ -266,20 +266,20 @@ def test_patience_ends_a_run_and_the_best_is_kept(train, chats, tmp_path, caplog
     facts = json.loads(result.stdout)
     points = json.loads((tmp_path / "out" / "loss.json").read_text())["points"]
     evals = [point["eval_loss"] for point in points[1:] if "eval_loss" in point]
-    assert "missing keys" not in result.stderr + caplog.text  # for the head is tied
+    assert "missing keys" not in result.stderr + caplog.text  # since the head is tied
     assert facts["stopped_early"] and facts["steps"] < 45 and facts["eval_after"] == min(evals)
 
 
-def test_bad_lines_may_be_left_out_and_are_told(train, chats):
+def test_invalid_lines_may_be_skipped_with_a_report(train, chats):
     chats.write_text(chats.read_text() + '{"messages": []}\n')
     result = train("--data", chats, "--skip-bad-lines", "--dry-run")
     assert result.exit_code == 0 and "1 invalid record(s) skipped" in result.stdout
     assert "line 41, messages: must be a list of at least one message" in result.stdout
 
 
-def test_layers_that_a_result_will_not_have_are_told(train, chats):
-    model, told = tiny_v3(), "the result has no MTP layers"
-    assert told in train("--data", chats, "--all-tokens", "--dry-run", model=model).stdout
+def test_layers_missing_from_the_result_are_reported(train, chats):
+    model, message = tiny_v3(), "the result has no MTP layers"
+    assert message in train("--data", chats, "--all-tokens", "--dry-run", model=model).stdout
     for flags in (("--set", "mtp_loss_weight=0.3"), ("--lora", "2")):
         result = train("--data", chats, "--all-tokens", "--dry-run", *flags, model=model)
-        assert result.exit_code == 0 and told not in result.stdout, result.output
+        assert result.exit_code == 0 and message not in result.stdout, result.output

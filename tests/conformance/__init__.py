@@ -1,5 +1,6 @@
-"""Transformers' own tests, run on optimised models beside plain ones: `make test-conformance`.
+"""Transformers' own tests, run on optimised and on plain models: `make test-conformance`.
 
-`source.py` fetches them by the installed version, `stage.py` lays them out with what they lack, `plugin.py` optimises the
-models that they make, `compare.py` says what deviates, `exceptions.py` lists what may, `run.py` is the command.
+`source.py` downloads the tests of the installed version, `stage.py` arranges them and adds missing modules, `plugin.py`
+optimises the models that they create, `compare.py` reports deviations, `exceptions.py` lists the allowed ones, and `run.py` is
+the command.
 """

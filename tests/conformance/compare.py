@@ -1,4 +1,4 @@
-"""What two runs of the same tests say: which pass on plain models and not on optimised ones, and which of those may."""
+"""Compares two runs of the same tests: which pass on plain models but not on optimised ones, and which of those are allowed."""
 
 from __future__ import annotations
 
@@ -13,33 +13,33 @@ from .exceptions import MAX, Kind
 
 @dataclass(frozen=True)
 class Outcome:
-    """Of one test: "passed", "failed", "skipped", or "crashed" where the process ended in it."""
+    """Outcome of one test: "passed", "failed", "skipped", or "crashed" if the process ended in it."""
 
     outcome: str
     error: str = ""
 
 
 def read(path: Path) -> dict[str, Outcome]:
-    """The outcomes that `plugin.py` wrote; a test with several reports (subtests) failed if any of them did."""
-    found: dict[str, Outcome] = {}
+    """Reads the outcomes written by `plugin.py`; a test with several reports (subtests) failed if any of them failed."""
+    result: dict[str, Outcome] = {}
     for line in path.read_text().splitlines():
         entry = json.loads(line)
         test, outcome = entry["test"], entry["outcome"]
         if outcome == "started":
-            found[test] = Outcome("crashed", "the process ended in this test")
-        elif found[test].outcome != "failed":
-            found[test] = Outcome(outcome, entry["error"])
-    return found
+            result[test] = Outcome("crashed", "the process ended in this test")
+        elif result[test].outcome != "failed":
+            result[test] = Outcome(outcome, entry["error"])
+    return result
 
 
 @dataclass
 class Comparison:
-    """Of one family.
+    """The comparison for one family.
 
     Attributes:
-        control, optimised: how many passed.
-        excused: (kind, test) that the list of exceptions explains.
-        deviations: (test, error) that it does not.
+        control, optimised: number of passed tests.
+        excused: (kind, test) explained by the list of exceptions.
+        deviations: (test, error) not explained by it.
     """
 
     family: str
@@ -55,37 +55,37 @@ class Comparison:
 
 
 def compare(family: str, control: Mapping[str, Outcome], optimised: Mapping[str, Outcome], kinds: Sequence[Kind]) -> Comparison:
-    """Each test that passes in `control` passes in `optimised` too, or is excused, or deviates."""
+    """Classifies each test that passes in `control`: it passes in `optimised` too, is excused, or deviates."""
     passed = [test for test, outcome in control.items() if outcome.outcome == "passed"]
     made = Comparison(family, len(passed), sum(o.outcome == "passed" for o in optimised.values()))
     for test in passed:
-        found = optimised.get(test, Outcome("crashed", "it was not run"))
-        if found.outcome == "passed":
+        result = optimised.get(test, Outcome("crashed", "it was not run"))
+        if result.outcome == "passed":
             continue
-        kind = next((kind for kind in kinds if kind.fits(test, found.error)), None)
-        if kind is not None and found.outcome != "crashed":
+        kind = next((kind for kind in kinds if kind.fits(test, result.error)), None)
+        if kind is not None and result.outcome != "crashed":
             made.excused.append((kind.name, test))
         else:
-            made.deviations.append((test, f"{found.outcome}: {found.error}"))
+            made.deviations.append((test, f"{result.outcome}: {result.error}"))
     return made
 
 
 def faults(comparisons: Iterable[Comparison], kinds: Sequence[Kind], *, whole: bool = True) -> list[str]:
-    """What is wrong, a line each; empty where all is well.
+    """The problems, one line each; empty if there are none.
 
     Args:
-        whole: every family and test was run, so that a kind that explains nothing is stale.
+        whole: every family and test was run, so that a kind that explains nothing is outdated.
     """
-    found, used = [], set()
+    result, used = [], set()
     if len(kinds) > MAX:
-        found.append(f"{len(kinds)} kinds of exceptions are listed, {MAX} at most may be")
+        result.append(f"{len(kinds)} kinds of exceptions are listed, {MAX} at most may be")
     for one in comparisons:
         used |= {kind for kind, _ in one.excused}
         if not one.control:
-            found.append(f"{one.family}: no test passed on the plain model")
+            result.append(f"{one.family}: no test passed on the plain model")
         for test, error in one.deviations:
-            found.append(f"{one.family}: {test} passes on the plain model, not on the optimised one: {error}")
+            result.append(f"{one.family}: {test} passes on the plain model, not on the optimised one: {error}")
     if whole:
         stale = [kind.name for kind in kinds if kind.name not in used]
-        found += [f"the exception {name!r} explains nothing any more: remove it" for name in stale]
-    return found
+        result += [f"the exception {name!r} explains nothing any more: remove it" for name in stale]
+    return result

@@ -1,7 +1,7 @@
-"""Where an optimised model is not what Transformers' tests take every model to be: at most ten kinds, each with its reason.
+"""Where optimised models deviate from what Transformers' tests expect of every model: at most ten kinds, each with a reason.
 
-A test that passes on the plain model and fails on the optimised one must fit an entry, by its name and its error. An entry that
-no test fits any more is an error too.
+A test that passes on the plain model and fails on the optimised one must match an entry by its name and its error. An entry
+that no test matches any more is an error too.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ class Kind:
     """One kind of deviation.
 
     Attributes:
-        name, why: what it is called, and why it stays.
-        tests: a regular expression that fits the whole name of each test.
-        error: a regular expression found in the error of each, or in its reason to skip.
+        name, why: its name, and the reason for it.
+        tests: a regular expression that matches the whole name of each test.
+        error: a regular expression that matches in the error of each, or in its reason to skip.
     """
 
     name: str

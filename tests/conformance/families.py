@@ -1,4 +1,4 @@
-"""A small model of each family around Transformers' mixins; run from where `stage.py` copies it to."""
+"""A small model of each family, tested by Transformers' mixins; runs from the folder to which `stage.py` copies it."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ EXPERTS = {
     **LATENT, "moe_intermediate_size": 16, "n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 2,
     "first_k_dense_replace": 1,
 }  # fmt: skip
-# No more experts a token than the chosen groups have: Transformers' own tester asks for 8 of 4, where torch.topk decides a tie
-# among the masked ones, which no checkpoint does and `models/experts.py` refuses.
+# At most as many experts per token as the chosen groups have: Transformers' own tester requests 8 of 4, so that torch.topk
+# breaks ties among masked experts, which no checkpoint does and `models/experts.py` rejects.
 GROUPS = {**EXPERTS, "n_group": 2, "topk_group": 1, "routed_scaling_factor": 2.5, "num_experts_per_tok": 4}
 
 GELU = {**{name: value for name, value in SMALL.items() if name != "hidden_act"}, "head_dim": 8}
@@ -41,7 +41,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "mistral": SMALL,
     "deepseek_v2": EXPERTS,
     "deepseek_v3": GROUPS,
-    # So many index heads because a key that all of them shun has a score of exactly 0, and several such are ties.
+    # With fewer index heads, several keys would get a score of exactly 0 from all heads, which are ties.
     "deepseek_v32": {**GROUPS, "index_topk": 8, "index_head_dim": 32, "index_n_heads": 20},
     "youtu": LATENT,
     "ministral": {**SMALL, "head_dim": 8, "sliding_window": 32},
@@ -76,7 +76,7 @@ FIELDS: dict[str, dict[str, Any]] = {
 
 
 class ModelTester:
-    """What the mixins ask of a family: a config, and inputs whose mask is lower triangular, as in Transformers' own testers."""
+    """Provides a config and inputs to the mixins; the mask is lower triangular, as in Transformers' own testers."""
 
     batch_size, seq_length, is_training = 5, 7, True
 
@@ -97,7 +97,7 @@ class ModelTester:
 class _FamilyTest(ModelTesterMixin, GenerationTesterMixin, TrainingTesterMixin):
     family: ClassVar[str]
     model_tester: Any = None
-    test_all_params_have_gradient = False  # experts that no token goes to have none
+    test_all_params_have_gradient = False  # experts without tokens have none
     model_split_percents = [0.5, 0.7, 0.8]
 
     def setUp(self) -> None:

@@ -1,8 +1,8 @@
-"""What `generate` and the caches must do, a model beside the plain one: stands in for Transformers' own tests of generation.
+"""Tests of `generate` and the caches, an optimised model against a plain one: a replacement for Transformers' generation tests.
 
-Those are in its repository only (`tests/generation/test_utils.py`), not in its source distribution; where a checkout is at
-hand, `stage.py` takes them instead. Here both models get the same weights, and the same call must give the same answer from
-both: the same class, the same fields, sequences equal and numbers close.
+Those are only in its repository (`tests/generation/test_utils.py`), not in its source distribution; with a checkout at hand,
+`stage.py` uses them instead. Here both models have the same weights, and the same call must return the same from both: the same
+class, the same fields, equal sequences and close values.
 """
 
 from __future__ import annotations
@@ -51,16 +51,16 @@ SCENARIOS: dict[str, tuple[str | None, dict[str, Any]]] = {
 
 
 class GenerationTesterMixin:
-    """Beside `ModelTesterMixin`; `self.model_tester` makes configs and inputs."""
+    """Used with `ModelTesterMixin`; `self.model_tester` creates configs and inputs."""
 
     def pair(self) -> tuple[Any, Any]:
-        """(plain, the same as this side has it), logits far enough apart that rounding decides nothing."""
+        """(plain model, the same model on this side), with logits far enough apart that rounding does not matter."""
         config = self.model_tester.get_config()
         config.initializer_range = 0.2
         torch.manual_seed(0)
         with plain_models():
             plain = self.model_tester.causal_lm_class(config).eval()
-        with torch.no_grad():  # it is made zero, and where a model generates it every index score of DSA would be a tie
+        with torch.no_grad():  # otherwise it is zero, and when generated, every index score of DSA would be a tie
             plain.get_input_embeddings().weight[config.pad_token_id].normal_(std=config.initializer_range)
         return plain, treated(copy.deepcopy(plain))
 
@@ -77,7 +77,7 @@ class GenerationTesterMixin:
         return {"input_ids": ids, "attention_mask": mask}
 
     def generate_both(self, inputs: dict[str, Any], **options: Any) -> tuple[Any, Any]:
-        """Runs both with the same random numbers, checks that they agree, and returns both."""
+        """Runs both with the same random seed, checks that they agree, and returns both results."""
         pair, answers = self.pair(), []
         fields = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True, "max_new_tokens": 6}
         for model in pair:
@@ -86,49 +86,49 @@ class GenerationTesterMixin:
         self.assert_same(*answers)
         return pair
 
-    def assert_same(self, expected: Any, found: Any, name: str = "output") -> None:
-        """The same structure and close numbers; caches are compared by what can be asked of them."""
+    def assert_same(self, expected: Any, result: Any, name: str = "output") -> None:
+        """Asserts the same structure and close values; caches are compared through their public methods."""
         if hasattr(expected, "get_seq_length"):
-            self.assertEqual(expected.get_seq_length(), found.get_seq_length(), name)
+            self.assertEqual(expected.get_seq_length(), result.get_seq_length(), name)
         elif hasattr(expected, "keys"):
-            self.assertIs(type(expected), type(found), name)
-            self.assertEqual(list(expected.keys()), list(found.keys()), name)
+            self.assertIs(type(expected), type(result), name)
+            self.assertEqual(list(expected.keys()), list(result.keys()), name)
             for key in expected:
-                self.assert_same(expected[key], found[key], f"{name}.{key}")
+                self.assert_same(expected[key], result[key], f"{name}.{key}")
         elif isinstance(expected, (tuple, list)):
-            self.assertEqual(len(expected), len(found), name)
-            for index, (a, b) in enumerate(zip(expected, found, strict=True)):
+            self.assertEqual(len(expected), len(result), name)
+            for index, (a, b) in enumerate(zip(expected, result, strict=True)):
                 self.assert_same(a, b, f"{name}[{index}]")
         elif isinstance(expected, torch.Tensor):
-            torch.testing.assert_close(found, expected, **TOLERANCE, msg=lambda text: f"{name}: {text}")
+            torch.testing.assert_close(result, expected, **TOLERANCE, msg=lambda text: f"{name}: {text}")
         else:
-            self.assertEqual(expected, found, name)
+            self.assertEqual(expected, result, name)
 
     def test_generate_without_a_prompt(self) -> None:
         self.generate_both({})
 
     def test_generate_from_embeddings(self) -> None:
         for beams in (1, 2):
-            plain, found = self.pair()
+            plain, optimised = self.pair()
             inputs = self.rows(LEFT)
             with torch.no_grad():
                 inputs["inputs_embeds"] = plain.get_input_embeddings()(inputs.pop("input_ids"))
             self.generate_both(inputs, num_beams=beams)
 
     def test_generate_assisted(self) -> None:
-        plain, found = self.pair()
+        plain, optimised = self.pair()
         torch.manual_seed(3)
         with plain_models():
             other = self.model_tester.causal_lm_class(plain.config).eval()
         inputs = self.rows(ONE)
         expected = plain.generate(**inputs, max_new_tokens=8, do_sample=False)
-        for assistant in (plain, found, other, treated(other)):
-            answer = found.generate(**inputs, max_new_tokens=8, do_sample=False, assistant_model=assistant)
+        for assistant in (plain, optimised, other, treated(other)):
+            answer = optimised.generate(**inputs, max_new_tokens=8, do_sample=False, assistant_model=assistant)
             self.assertEqual(expected.tolist(), answer.tolist())
 
     def test_generate_gives_a_tensor(self) -> None:
-        _, found = self.pair()
-        answer = found.generate(**self.rows(), max_new_tokens=3)
+        _, optimised = self.pair()
+        answer = optimised.generate(**self.rows(), max_new_tokens=3)
         self.assertIsInstance(answer, torch.Tensor)
         self.assertEqual(answer.shape[0], 4)
 
@@ -165,29 +165,31 @@ class GenerationTesterMixin:
     def test_generate_goes_on_from_a_cache(self) -> None:
         for first in (LEFT, None):
             inputs = self.rows(first)
-            plain, found = self.pair()
+            plain, optimised = self.pair()
             whole = plain.generate(**inputs, max_new_tokens=6, min_new_tokens=6, do_sample=False)
-            part = found.generate(**inputs, max_new_tokens=3, min_new_tokens=3, do_sample=False, return_dict_in_generate=True)
+            part = optimised.generate(
+                **inputs, max_new_tokens=3, min_new_tokens=3, do_sample=False, return_dict_in_generate=True
+            )
             ids = part.sequences
             mask = torch.cat([inputs["attention_mask"], torch.ones(4, 3, dtype=torch.long)], 1)
-            rest = found.generate(
+            rest = optimised.generate(
                 ids, attention_mask=mask, max_new_tokens=3, min_new_tokens=3, do_sample=False,
                 past_key_values=part.past_key_values,
             )  # fmt: skip
             self.assertEqual(whole.tolist(), rest.tolist())
 
     def test_generate_into_a_cache_of_the_caller(self) -> None:
-        plain, found = self.pair()
+        plain, optimised = self.pair()
         inputs, caches = self.rows(LEFT), (DynamicCache(config=plain.config), DynamicCache(config=plain.config))
         answers = [
             model.generate(**inputs, max_new_tokens=4, do_sample=False, past_key_values=cache)
-            for model, cache in zip((plain, found), caches, strict=True)
+            for model, cache in zip((plain, optimised), caches, strict=True)
         ]
         self.assertEqual(answers[0].tolist(), answers[1].tolist())
         self.assertEqual(caches[0].get_seq_length(), caches[1].get_seq_length())
 
     def test_cache_operations(self) -> None:
-        """Each changes the cache alike, and the next token's logits say so."""
+        """Each changes both caches equally, as the next token's logits show."""
         operations = {
             "crop": lambda cache: cache.crop(-2),
             "reorder": lambda cache: cache.reorder_cache(torch.tensor([2, 0, 0, 1])),
@@ -208,20 +210,20 @@ class GenerationTesterMixin:
 
     def test_cache_layers_hold_what_transformers_does(self) -> None:
         with torch.no_grad():
-            plain, found = (m(self.rows()["input_ids"], use_cache=True).past_key_values for m in self.pair())
-        self.assertEqual(len(plain), len(found))
-        for a, b in zip(plain.layers, found.layers, strict=True):
+            plain, optimised = (m(self.rows()["input_ids"], use_cache=True).past_key_values for m in self.pair())
+        self.assertEqual(len(plain), len(optimised))
+        for a, b in zip(plain.layers, optimised.layers, strict=True):
             self.assert_same((a.keys, a.values), (b.keys, b.values))
 
     def test_forward_keeps_logits(self) -> None:
-        plain, found = self.pair()
+        plain, optimised = self.pair()
         ids = self.rows()["input_ids"]
         with torch.no_grad():
             for keep in (0, 1, 3, torch.tensor([0, 2])):
-                self.assert_same(plain(ids, logits_to_keep=keep).logits, found(ids, logits_to_keep=keep).logits)
+                self.assert_same(plain(ids, logits_to_keep=keep).logits, optimised(ids, logits_to_keep=keep).logits)
 
     def test_forward_takes_positions_and_masks(self) -> None:
-        plain, found = self.pair()
+        plain, optimised = self.pair()
         ids = self.rows()["input_ids"]
         least = torch.finfo(torch.float32).min
         causal = torch.triu(torch.full((7, 7), least), 1)[None, None].expand(4, 1, 7, 7)
@@ -234,14 +236,14 @@ class GenerationTesterMixin:
         for name, call in calls.items():
             with self.subTest(name), torch.no_grad():
                 kept = call["attention_mask"].bool() if name == "padding" else torch.ones_like(ids).bool()
-                self.assert_same(plain(ids, **call).logits[kept], found(ids, **call).logits[kept])
+                self.assert_same(plain(ids, **call).logits[kept], optimised(ids, **call).logits[kept])
 
     def test_forward_gives_loss_and_tuples(self) -> None:
-        plain, found = self.pair()
+        plain, optimised = self.pair()
         ids = self.rows()["input_ids"]
         with torch.no_grad():
-            self.assert_same(plain(ids, labels=ids).loss, found(ids, labels=ids).loss)
-            for model in (plain, found):
+            self.assert_same(plain(ids, labels=ids).loss, optimised(ids, labels=ids).loss)
+            for model in (plain, optimised):
                 self.assertIsInstance(model(ids, return_dict=False), tuple)
 
 

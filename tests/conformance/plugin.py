@@ -1,9 +1,9 @@
-"""A pytest plugin for the process that runs Transformers' tests: their models are optimised as they are made.
+"""A pytest plugin for the process that runs Transformers' tests: optimises their models when they are created.
 
-`DSO_CONFORMANCE_SIDE` is "control" (models stay plain), "optimised", or "broken" (optimised, and then one
-norm is changed: what such a model fails must be reported). What became of each test is written, line by line as
-JSON, to the file that `DSO_CONFORMANCE_RESULTS` names, so that nothing is lost where the process dies. Classes of Transformers
-are patched here because their tests make models by calling them; nothing outside this process sees that.
+`DSO_CONFORMANCE_SIDE` is "control" (models stay plain), "optimised", or "broken" (optimised, then one norm is changed:
+failures of such a model must be reported). Each test's outcome is written as a line of JSON to the file named by
+`DSO_CONFORMANCE_RESULTS`, so that nothing is lost if the process crashes. Transformers' classes are patched here because their
+tests create models by calling them; nothing outside this process is affected.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def _causal_class(family: str) -> Any:
 
 
 def patch(model_class: Any) -> None:
-    """Has every model of this very class optimised once it has its weights."""
+    """Optimises every model of exactly this class once it has its weights."""
     plain_init, plain_load = model_class.__init__, model_class.from_pretrained.__func__
 
     @functools.wraps(plain_init)
@@ -61,7 +61,7 @@ def patch(model_class: Any) -> None:
 
 @contextmanager
 def plain_models() -> Iterator[None]:
-    """Inside, models stay as they are made."""
+    """A context in which new models stay plain."""
     global _plain
     before, _plain = _plain, True
     try:
@@ -71,14 +71,14 @@ def plain_models() -> Iterator[None]:
 
 
 def treated(model: Any) -> Any:
-    """A plain model as this side has it."""
+    """Converts a plain model to that of this side."""
     if os.environ[SIDE] != "control":
         optimise(model)
     return model
 
 
 def optimise(model: Any) -> None:
-    """In fp32, in place; a model without weights yet is left for later, and so is its mode of training."""
+    """Optimises in fp32, in place; a model without weights, and its training mode, are deferred."""
     from deepseek_optimizer import DeepSeekConfig, DynamicGraphOptimizer
 
     if _plain or "dso" in model.__dict__ or model.device.type == "meta":
@@ -92,13 +92,13 @@ def optimise(model: Any) -> None:
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """Subtests report too: one that fails makes a test failed that reports itself passed afterwards."""
+    """Handles reports of subtests too: a failed one makes the test failed even if it reports success afterwards."""
     if report.when == "call" or report.outcome != "passed":
         _write({"test": report.nodeid.rpartition("::")[2], "outcome": report.outcome, "error": _error(report)})
 
 
 def _error(report: pytest.TestReport) -> str:
-    """The message of the exception; of a skip its reason."""
+    """The message of the exception, or the reason of a skip."""
     if isinstance(report.longrepr, tuple):
         return str(report.longrepr[-1])
     return str(getattr(getattr(report.longrepr, "reprcrash", None), "message", report.longrepr or ""))

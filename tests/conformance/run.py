@@ -1,7 +1,7 @@
-"""`python -m conformance.run [FAMILY ...]`: Transformers' tests on optimised models beside plain ones, family by family.
+"""`python -m conformance.run [FAMILY ...]`: Transformers' tests on optimised and on plain models, family by family.
 
-Each family's tests run in two processes at once, one a side. The figures are printed, and what deviates without an entry in
-`exceptions.py` makes the command fail.
+Each family's tests run in two processes in parallel, one per side. The counts are printed, and the command fails if a deviation
+has no entry in `exceptions.py`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .stage import stage
 
 TESTS = Path(__file__).parents[1]
 CHECKOUT = "DSO_TRANSFORMERS_TESTS"
-# Left out unless --all: they compile with torch for minutes, or are one test in two dozen variants of dtype and kernel.
+# Skipped without --all: they compile with torch for minutes, or are one test in two dozen variants of dtype and kernel.
 SLOW = "not compil and not torch_dtype and not test_training_overfit and not (eager_matches_sdpa_inference and not fp32)"
 # CI runs these and a few others, drawn by its commit: all of them take half an hour.
 ALWAYS = ("llama", "qwen2", "qwen3", "mistral", "deepseek_v2", "deepseek_v3", "deepseek_v32", "youtu")
@@ -49,10 +49,10 @@ def start(side: str, file: Path, family: str, select: str, results: Path) -> sub
 
 
 def run_family(family: str, file: Path, folder: Path, select: str, side: str = "optimised") -> Comparison:
-    """Both sides of one family.
+    """Runs both sides of one family.
 
     Raises:
-        SystemExit: the control could not be run.
+        SystemExit: the control side could not be run.
     """
     paths = {name: folder / f"{family}.{name}.jsonl" for name in ("control", side)}
     running = [start(name, file, family, select, path) for name, path in paths.items()]

@@ -1,7 +1,7 @@
 """Transformers' tests of the installed version, from its source distribution on the package index.
 
-They are fetched once, through pip, and kept in the user's cache directory. The distribution has `tests/*.py` and no folders
-below: the tests of all models (`test_modeling_common.py`) are there, those of generation and of each family are not.
+They are downloaded once by pip, and stored in the user's cache directory. The distribution has `tests/*.py` without subfolders:
+it includes the tests of all models (`test_modeling_common.py`), but not those of generation and of each family.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ OFFLINE = "DSO_CONFORMANCE_OFFLINE"
 
 
 class SourceError(Exception):
-    """Transformers' tests cannot be had; the message says why and what to do."""
+    """Transformers' tests are not available; the message has the reason and a remedy."""
 
 
 def cached_tests() -> Path:
-    """The folder `tests` of the installed Transformers' source distribution, fetched where it is not in the cache.
+    """The folder `tests` of the installed Transformers' source distribution, downloaded if it is not in the cache.
 
     Raises:
-        SourceError: the index cannot be reached, or the distribution lacks what is needed.
+        SourceError: the index cannot be reached, or the distribution lacks the tests.
     """
     version = importlib.metadata.version("transformers")
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
@@ -38,14 +38,14 @@ def cached_tests() -> Path:
             extract(download(version, Path(folder)), made)
             try:
                 made.rename(target)
-            except OSError:  # another process was first
+            except OSError:  # another process was faster
                 if not target.is_dir():
                     raise
     return target
 
 
 def download(version: str, folder: Path) -> Path:
-    """Fetches the source distribution into `folder`."""
+    """Downloads the source distribution into `folder`."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:", "--dest", str(folder)]
     done = subprocess.run([*command, f"transformers=={version}"], capture_output=True, text=True, timeout=300)
     archives = list(folder.glob("transformers-*.tar.gz"))
@@ -66,7 +66,7 @@ def extract(archive: Path, target: Path) -> None:
             parts = Path(member.name).parts
             if member.isfile() and len(parts) == 3 and parts[1] == "tests" and parts[2].endswith(".py"):
                 content = opened.extractfile(member)
-                assert content is not None  # it is a file
+                assert content is not None  # a regular file
                 (target / parts[2]).write_bytes(content.read())
     if lacking := [name for name in NEEDED if not (target / name).is_file()]:
         raise SourceError(f"{archive.name} has no tests/{lacking[0]}; fetch another version of Transformers")

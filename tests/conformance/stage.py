@@ -1,7 +1,7 @@
-"""Lays Transformers' tests out as pytest wants them, with stand-ins for the modules that the source distribution lacks.
+"""Arranges Transformers' tests for pytest, with replacements for the modules that the source distribution lacks.
 
 `tests/generation/test_utils.py` is `generation.py` of this folder, unless a checkout of Transformers has its own; exports are
-not tested. The families' tests are `families.py`: a small config for each, around Transformers' mixins.
+not tested. The families' tests are `families.py`: a small config for each, tested by Transformers' mixins.
 """
 
 from __future__ import annotations
@@ -11,16 +11,16 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 _NO_EXPORTS = "class ExportTesterMixin:\n    pass\n\n\nclass ExportGenerateTesterMixin(ExportTesterMixin):\n    pass\n"
-_ROOT = "[pytest]\n"  # no configuration from above
+_ROOT = "[pytest]\n"  # no configuration of parent folders
 
 
 def stage(tests: Path, target: Path, checkout: Path | None = None) -> Path:
-    """Makes the folder to run pytest in.
+    """Creates the folder to run pytest in.
 
     Args:
         tests: `tests` of the source distribution.
-        target: a folder that is not there yet.
-        checkout: `tests` of a checkout of Transformers, whose tests of generation are then taken.
+        target: a folder that does not exist yet.
+        checkout: `tests` of a checkout of Transformers, whose generation tests are then used.
 
     Returns: the file to run.
     """

@@ -1,4 +1,4 @@
-"""The comparison can fail: what deviates is reported, what is listed is not, and a list that is too long or stale is."""
+"""The comparison detects failures: unlisted deviations are reported, listed ones are not; long or outdated lists are errors."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_equal_runs_have_no_faults():
     assert faults([one(PASSED)], ()) == []
 
 
-def test_what_fails_on_both_sides_is_no_deviation():
+def test_failures_on_both_sides_are_not_deviations():
     failed = Outcome("failed", "anything")
     assert one(failed, control=failed).deviations == []
 
@@ -53,7 +53,7 @@ def test_an_exception_that_passes_is_stale():
     assert faults([one(PASSED)], (KIND,), whole=False) == []
 
 
-def test_a_control_without_passes_is_a_fault():
+def test_a_control_without_passes_is_an_error():
     assert faults([one(PASSED, control=Outcome("skipped"))], ()) == ["llama: no test passed on the plain model"]
 
 
@@ -64,7 +64,7 @@ def test_the_list_is_short_and_explained():
     assert faults([], [KIND] * 11)[0].startswith("11 kinds")
 
 
-def test_outcomes_are_read_as_they_were_written(tmp_path):
+def test_outcomes_round_trip(tmp_path):
     lines = [
         {"test": "a", "outcome": "started"},
         {"test": "a", "outcome": "failed", "error": "a subtest"},
@@ -75,7 +75,7 @@ def test_outcomes_are_read_as_they_were_written(tmp_path):
     ]
     file = tmp_path / "results.jsonl"
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    found = read(file)
-    assert found["a"] == Outcome("failed", "a subtest")
-    assert found["b"] == PASSED
-    assert found["c"].outcome == "crashed"
+    actual = read(file)
+    assert actual["a"] == Outcome("failed", "a subtest")
+    assert actual["b"] == PASSED
+    assert actual["c"].outcome == "crashed"

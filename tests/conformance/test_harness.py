@@ -1,4 +1,4 @@
-"""The harness on a small set of tests in place of Transformers' own: a broken model is reported, a crash too."""
+"""The harness with a few tests instead of Transformers': a broken model is reported, and so is a crash."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def names(comparison):
     return {test for test, _ in comparison.deviations}
 
 
-def test_a_checkout_brings_its_tests_of_generation(tmp_path):
+def test_generation_tests_of_a_checkout_are_used(tmp_path):
     tests, checkout = tmp_path / "source", tmp_path / "checkout"
     tests.mkdir()
     (checkout / "generation").mkdir(parents=True)

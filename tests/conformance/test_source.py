@@ -1,4 +1,4 @@
-"""Where Transformers' tests come from, and what is said where they cannot be had. No network: pip is replaced."""
+"""The download of Transformers' tests, and the error when it fails. No network: pip is replaced."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def archive(path, names):
 
 @pytest.fixture
 def pip(monkeypatch, tmp_path):
-    """Replaces pip by one that gives these files, or fails with this message; counts its calls."""
+    """Replaces pip by a function that provides these files, or fails with this message; counts its calls."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv(OFFLINE, raising=False)
     calls = []
@@ -45,7 +45,7 @@ def pip(monkeypatch, tmp_path):
     return use
 
 
-def test_tests_are_fetched_once_and_nothing_else_is_taken(pip):
+def test_only_the_tests_are_extracted_and_only_once(pip):
     calls = pip([*(f"tests/{name}" for name in NEEDED), "tests/deep/test_a.py", "src/x.py", "tests/data.bin"])
     folder = cached_tests()
     assert sorted(path.name for path in folder.iterdir()) == sorted(NEEDED)
@@ -53,7 +53,7 @@ def test_tests_are_fetched_once_and_nothing_else_is_taken(pip):
     assert len(calls) == 1
 
 
-def test_an_archive_without_the_tests_is_named_and_not_kept(pip):
+def test_archives_without_tests_are_errors_and_removed(pip):
     calls = pip(["tests/test_other.py"])
     for _ in range(2):
         with pytest.raises(SourceError, match="transformers-1.tar.gz has no tests/test_modeling_common.py"):
@@ -61,7 +61,7 @@ def test_an_archive_without_the_tests_is_named_and_not_kept(pip):
     assert len(calls) == 2
 
 
-def test_an_index_out_of_reach_is_a_failure_with_what_to_do(pip, monkeypatch, capsys):
+def test_an_unreachable_index_is_an_error_with_a_remedy(pip, monkeypatch, capsys):
     pip(error="warning\nERROR: No matching distribution found")
     monkeypatch.setattr(sys, "argv", ["run"])
     assert main() == 1
@@ -70,7 +70,7 @@ def test_an_index_out_of_reach_is_a_failure_with_what_to_do(pip, monkeypatch, ca
         cached_tests()
 
 
-def test_only_the_variable_leaves_the_tests_out(pip, monkeypatch, capsys):
+def test_tests_are_skipped_only_by_the_variable(pip, monkeypatch, capsys):
     calls = pip(error="never")
     monkeypatch.setenv(OFFLINE, "1")
     monkeypatch.setattr(sys, "argv", ["run"])

@@ -17,7 +17,7 @@ from deepseek_optimizer.integration.bind.runtime import OptimizerWarning
 from support import checkpoint_files as files
 
 CONFIG = {"type": "deepseek_realtime", "max_length": 2048}
-# An answer that is long enough to leave early.
+# An answer long enough to break out of.
 LONG = {"min_new_tokens": 200, "temperature": 2.0, "seed": 1}
 
 
@@ -58,14 +58,14 @@ def test_a_list_of_messages_by_default(chat):
     assert chat.messages == []
 
 
-def test_the_answer_is_that_of_generate(chat, byte_tokenizer):
+def test_the_answer_equals_generate(chat, byte_tokenizer):
     tokens = prompt_tokens(byte_tokenizer, [{"role": "user", "content": "Hello"}])
     expected = chat.model.generate(torch.tensor([tokens]), max_new_tokens=9, do_sample=False)[0, len(tokens) :]
     answer = chat("Hello", max_new_tokens=9)[0]["generated_text"][-1]["content"]
     assert answer == byte_tokenizer.decode(expected, skip_special_tokens=True)
 
 
-def test_streaming_yields_the_newest_piece_last(chat):
+def test_streaming_yields_all_chunks_newest_last(chat):
     whole = chat("Hello", max_new_tokens=30, temperature=2.0, seed=3)[0]["generated_text"][-1]["content"]
     chat.reset()
     seen = list(chat("Hello", max_length=30, temperature=2.0, seed=3, stream_output=True))
@@ -74,22 +74,22 @@ def test_streaming_yields_the_newest_piece_last(chat):
     assert chat.messages == [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": whole}]
 
 
-def test_leaving_early_ends_the_answer_and_keeps_what_was_said(chat):
+def test_breaking_out_of_a_stream_ends_the_answer_and_keeps_its_text(chat):
     steps = chat.engine.core.metrics.steps
     for token in chat("Hello", stream_output=True, **LONG):
-        said = token["generated_text"]
-        if len(said) == 3:
+        message = token["generated_text"]
+        if len(message) == 3:
             break
     gc.collect()
     assert chat.engine.core.idle and chat.engine.core.metrics.steps - steps < 100
-    assert chat.messages[-1] == {"role": "assistant", "content": "".join(said)}
+    assert chat.messages[-1] == {"role": "assistant", "content": "".join(message)}
 
 
-def test_a_new_message_ends_an_answer_that_is_still_read(chat):
+def test_a_new_message_ends_an_unfinished_answer(chat):
     first = chat("Hello", stream_output=True, **LONG)
-    said = next(first)["generated_text"][0]
+    message = next(first)["generated_text"][0]
     chat("More", max_new_tokens=3)
-    assert [m["content"] for m in chat.messages[:3]] == ["Hello", said, "More"] and len(chat.messages) == 4
+    assert [m["content"] for m in chat.messages[:3]] == ["Hello", message, "More"] and len(chat.messages) == 4
     assert list(first) == []
     last = chat("Again", stream_output=True, **LONG)
     next(last)
@@ -97,12 +97,12 @@ def test_a_new_message_ends_an_answer_that_is_still_read(chat):
     assert chat.messages == [] and list(last) == [] and chat.messages == []
 
 
-def test_a_stream_nobody_reads_says_nothing(chat):
+def test_an_unread_stream_generates_nothing(chat):
     chat("Hello", stream_output=True)
     assert chat.messages == [] and chat.engine.core.idle
 
 
-def test_messages_take_the_conversations_place(chat):
+def test_messages_replace_the_conversation(chat):
     chat("Hello", max_new_tokens=2)
     given = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi", "name": "me"}]
     (result,) = chat(given, max_new_tokens=2)
@@ -116,7 +116,7 @@ def test_messages_take_the_conversations_place(chat):
     "messages", [[], ["Hello"], [[{"role": "user", "content": "Hi"}]], [{"role": "user"}], [{"role": "me", "content": "Hi"}],
     [{"role": "user", "content": 5}], [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}], 5],
 )  # fmt: skip
-def test_what_is_no_message(chat, messages):
+def test_invalid_messages(chat, messages):
     chat("Hello", max_new_tokens=2)
     before = chat.messages
     with pytest.raises(RequestError):
@@ -145,7 +145,7 @@ def test_defaults_for_all_calls(tiny_model):
         pipeline("conversational", model=str(tiny_model), device="cpu", temperatur=1.0)
 
 
-def test_a_dialogue_longer_than_max_length_goes_on(tiny_model):
+def test_a_conversation_longer_than_max_length_continues(tiny_model):
     chat = pipeline(
         "conversational", model=str(tiny_model), device="cpu", optimizer_config={**CONFIG, "max_length": 100}, system="S" * 10
     )
@@ -192,7 +192,7 @@ def test_a_plain_model_is_optimised_in_place(tiny_model):
     assert len(chat("Hi", max_new_tokens=2)[0]["generated_text"]) == 2
 
 
-def test_an_optimised_model_is_taken_as_it_is(tiny_model):
+def test_an_optimised_model_is_used_unchanged(tiny_model):
     model = load_model(tiny_model)
     assert pipeline("conversational", model=model, device="cpu", optimizer_config=CONFIG).model is model
     with pytest.raises(ConfigError, match="optimised already; pass precision to load_model"):
@@ -237,7 +237,7 @@ def test_a_wrong_optimizer_config(tiny_model, config, message):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
 @pytest.mark.parametrize("device", [0, "cuda", "cuda:1", "mps", "warp"])
-def test_a_device_that_is_not_there(tiny_model, device):
+def test_a_missing_device(tiny_model, device):
     with pytest.raises(ConfigError, match='use device="cpu"'):
         pipeline("conversational", model=str(tiny_model), device=device)
 
@@ -250,12 +250,12 @@ def test_a_device_that_is_not_there(tiny_model, device):
         ({"dtype": torch.float16}, "float32 or bfloat16"),
     ],
 )
-def test_what_a_load_does_not_take(tiny_model, kwargs, message):
+def test_arguments_that_loading_rejects(tiny_model, kwargs, message):
     with pytest.raises(ConfigError, match=message):
         pipeline("conversational", model=str(tiny_model), **kwargs)
 
 
-def test_a_damaged_checkpoint_is_said_once_and_loaded_by_nobody_else(tiny_model, tmp_path):
+def test_a_damaged_checkpoint_is_reported_once_without_a_fallback(tiny_model, tmp_path):
     import shutil
 
     folder = shutil.copytree(tiny_model, tmp_path / "model")

@@ -1,4 +1,4 @@
-"""Puts the repository's root on the path, for `docs.generate`."""
+"""Adds the repository's root to the path, for `docs.generate`."""
 
 from __future__ import annotations
 

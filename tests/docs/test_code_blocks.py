@@ -1,4 +1,4 @@
-"""Every code block of README and docs runs, on a tiny model; with -m slow on SmolLM2, those marked as slow included."""
+"""Every code block of README and docs runs on a tiny model; with -m slow on SmolLM2, including those marked as slow."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from deepseek_optimizer.bench import limits
+from deepseek_optimizer.bench import roofline
 from deepseek_optimizer_cli.app import app
 from support.code_blocks import Session, blocks
 from support.documents import pdf
@@ -34,7 +34,7 @@ def every_block():
     return [block for page in PAGES for block in blocks(page, ROOT)]
 
 
-def test_blocks_are_of_known_languages_and_skipped_ones_say_why():
+def test_blocks_have_supported_languages_and_skipped_ones_a_reason():
     for block in every_block():
         place = f"{block.page}:{block.line}"
         assert block.language in LANGUAGES, place
@@ -50,13 +50,13 @@ def test_blocks_are_of_known_languages_and_skipped_ones_say_why():
 
 @pytest.fixture(scope="session")
 def documented_model(tmp_path_factory, byte_tokenizer):
-    """A random model with room for the documentation's prompts."""
+    """A random model with a context for the documentation's prompts."""
     return saved_llama(tmp_path_factory.mktemp("docs") / "model", byte_tokenizer, max_position_embeddings=8192)
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """The files that the documentation speaks of."""
+    """The files that the documentation mentions."""
     words = random.Random(0)
     prose = "\n\n".join(f"Section {i}. The vault is opened by {words.choice(['Ada', 'Bo', 'Cy'])}." for i in range(40))
     (tmp_path / "handbook.pdf").write_bytes(pdf([prose[:400], prose[400:800]]))
@@ -79,12 +79,12 @@ def session(folder, monkeypatch):
     """session(model) -> a Session whose servers end with the test."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
     monkeypatch.delenv("DSO_API_KEYS", raising=False)
-    monkeypatch.setattr(limits, "read_gb_s", lambda *_: 50.0)  # measured in tests/bench
-    monkeypatch.setattr(limits, "matrix_tera", lambda *_: {"bf16": 1.0})
+    monkeypatch.setattr(roofline, "read_gb_s", lambda *_: 50.0)  # measured in tests/bench
+    monkeypatch.setattr(roofline, "matrix_tera", lambda *_: {"bf16": 1.0})
     running = []
 
     def serve(arguments):
-        """The command itself, up to the point where it would listen: then in a thread, at a free port."""
+        """Runs the real command up to listening, which happens in a thread on a free port."""
         from deepseek_optimizer.server import run
 
         def start(engine, settings, sock, banner):
@@ -111,7 +111,7 @@ def session(folder, monkeypatch):
 
 
 def run_page(page: Path, session: Session, slow: bool) -> int:
-    """Runs the blocks of a page; how many."""
+    """Runs the blocks of a page; returns their number."""
     count, packed = 0, set[str]()
     for block in blocks(page, ROOT):
         if "not tested" in block.marks or (block.slow and not slow):
@@ -142,9 +142,9 @@ def test_blocks_run(page, session, documented_model):
 
 @pytest.fixture(scope="session")
 def smollm2():
-    """The GGUF file and the same in bf16, in the user's cache directory."""
+    """The GGUF file and the same model in bf16, in the user's cache directory."""
     from deepseek_optimizer.bench import smollm2
-    from deepseek_optimizer.bench.plain import dequantised
+    from deepseek_optimizer.bench.unoptimised_model import dequantised
 
     file = smollm2.fetch()
     return file, dequantised(file)

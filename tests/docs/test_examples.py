@@ -1,4 +1,4 @@
-"""The examples of extensions that the docs show are complete: the patch applies, and the toy backend passes its tests."""
+"""The documented examples of extensions are complete: the patch applies, and the toy backend passes its tests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is generated from the code is what the code says."""
+"""The generated reference pages are up to date."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_docstrings_become_sections():
     assert found.returns == "what is left." and found.raises == [("ValueError", "never.")]
 
 
-def test_cells_hold_no_markup():
+def test_cells_have_no_markup():
     from docs.generate.markdown import cell, plain
 
     assert cell(plain("a|b\n *c* `d*e`")) == r"a\|b \*c\* `d*e`"

@@ -1,4 +1,4 @@
-"""A machine of files that a test writes, and small models that something is wrong with."""
+"""A machine made of files that a test writes, and small models with faults."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ GIB = 1 << 30
 
 @pytest.fixture
 def machine(tmp_path):
-    """machine({"/proc/meminfo": text}, usable_cpus=1, ...) -> a Machine whose files are these and no others."""
+    """machine({"/proc/meminfo": text}, usable_cpus=1, ...) -> a Machine with exactly these files."""
 
     def make(files=None, **fields):
         root = tmp_path / "machine"
@@ -71,16 +71,16 @@ def case(machine):
 
 @pytest.fixture
 def one():
-    """one(findings, "warning", "text") -> the only finding of that severity whose sentence holds the text; it must explain
-    itself."""
+    """one(findings, "warning", "text") -> the only finding of that severity whose sentence contains the text; it must have an
+    explanation."""
 
     def pick(findings, severity, text):
         findings = list(findings)
-        found = [f for f in findings if f.severity == severity and text in f.what]
-        assert len(found) == 1, [f"{f.severity}: {f.what}" for f in findings]
-        json.dumps(found[0].to_dict())
+        result = [f for f in findings if f.severity == severity and text in f.what]
+        assert len(result) == 1, [f"{f.severity}: {f.what}" for f in findings]
+        json.dumps(result[0].to_dict())
         if severity in ("warning", "error"):
-            assert found[0].cause and found[0].fix
-        return found[0]
+            assert result[0].cause and result[0].fix
+        return result[0]
 
     return pick

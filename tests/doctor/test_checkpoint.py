@@ -1,4 +1,4 @@
-"""Checkpoints that can't be loaded, found without loading them."""
+"""Checkpoints that cannot be loaded, recognised without loading them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from deepseek_optimizer.doctor import examine
 from deepseek_optimizer.doctor.checks import checkpoint
 
 
-def test_whole(case, tiny_model, one):
+def test_valid_checkpoints(case, tiny_model, one):
     finding = one(checkpoint.check(case(model=str(tiny_model))), "ok", "all that the model needs")
     assert finding.facts["family"] == "llama" and finding.facts["stored_as"] == {"F32": finding.facts["tensors"]}
 
@@ -32,14 +32,14 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_damaged(case, model_copy, one, damage):
+def test_damaged_checkpoints(case, model_copy, one, damage):
     DAMAGES[damage](model_copy)
     findings = examine(case(model=str(model_copy.path)))
     one(findings, "error", "cannot be loaded")
-    assert findings[-1].check == "checkpoint"  # what can't be opened isn't looked into
+    assert findings[-1].check == "checkpoint"  # a checkpoint that cannot be opened is not examined further
 
 
-def test_missing(case, one, tmp_path):
+def test_missing_checkpoints(case, one, tmp_path):
     assert "nowhere" in one(checkpoint.check(case(model=str(tmp_path / "nowhere"))), "error", "cannot be loaded").cause
 
 

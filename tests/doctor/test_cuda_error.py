@@ -1,4 +1,4 @@
-"""CUDA: driver, build and card against each other. Facts in, findings out: no card is needed."""
+"""CUDA: mismatches of driver, build and card. The facts are made up, so no card is needed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def judged(machine, build="13.0", driver="580.95.05", devices=(H100,), kernels=K
     return list(cuda_error.judge(Cuda("2.13.0", build, driver, devices, kernels, failure), machine(environ=environ)))
 
 
-def test_it_computes(machine, one):
+def test_a_working_installation(machine, one):
     one(judged(machine), "ok", "H100 computes")
 
 
@@ -25,13 +25,13 @@ def test_no_cuda_at_all(machine, one):
     one(judged(machine, build=None, driver=None, devices=()), "ok", "CUDA is not used")
 
 
-def test_a_cpu_build_beside_a_card(machine, one):
+def test_a_cpu_build_on_a_machine_with_a_card(machine, one):
     one(judged(machine, build=None, devices=()), "error", "is a CPU build")
 
 
 def test_no_driver(machine, one):
-    found = judged(machine, driver=None, devices=(), failure="Found no NVIDIA driver")
-    finding = one(found, "error", "there is no NVIDIA driver")
+    actual = judged(machine, driver=None, devices=(), failure="Found no NVIDIA driver")
+    finding = one(actual, "error", "there is no NVIDIA driver")
     assert "Found no NVIDIA driver" in finding.cause and "--gpus" in finding.fix
 
 
@@ -55,7 +55,7 @@ def test_no_card(machine, one):
 
 
 @pytest.mark.parametrize("capability", [(7, 0), (10, 0)])
-def test_no_machine_code(machine, one, capability):
+def test_no_code_for_the_card(machine, one, capability):
     one(judged(machine, devices=(Device("Card", capability),)), "error", "has no machine code for Card")
 
 
@@ -78,8 +78,8 @@ def test_a_card_without_memory(machine, one):
 
 
 def test_libraries_of_another_cuda(machine, one):
-    found = judged(machine, LD_LIBRARY_PATH="/opt/lib:/usr/local/cuda-11.8/lib64")
-    assert "/usr/local/cuda-11.8/lib64" in one(found, "warning", "LD_LIBRARY_PATH").what and len(found) == 2
+    actual = judged(machine, LD_LIBRARY_PATH="/opt/lib:/usr/local/cuda-11.8/lib64")
+    assert "/usr/local/cuda-11.8/lib64" in one(actual, "warning", "LD_LIBRARY_PATH").what and len(actual) == 2
 
 
 @pytest.mark.parametrize("kind", ["", "Open Kernel Module for "])
@@ -93,5 +93,5 @@ def test_the_drivers_version_is_read(machine, kind):
 def test_this_machine(case, machine):
     from deepseek_optimizer.doctor import Machine
 
-    found = examine_symptom(case(machine=Machine.here()), "cuda-error")
-    assert {f.check for f in found} == {"versions", "cuda-error"}
+    actual = examine_symptom(case(machine=Machine.here()), "cuda-error")
+    assert {f.check for f in actual} == {"versions", "cuda-error"}

@@ -1,4 +1,4 @@
-"""Each variable that slows things: provoked, and left alone where it does no harm."""
+"""Each environment variable that slows a model down, and values that do no harm."""
 
 from __future__ import annotations
 
@@ -32,29 +32,29 @@ def test_harmful(case, machine, one, variable, value):
 
 @pytest.mark.parametrize(("variable", "value"), HARMLESS)
 def test_harmless(case, machine, variable, value):
-    found = list(environment.check(case(machine=machine(environ={variable: value}))))
-    assert [f.severity for f in found] == ["ok"]
+    actual = list(environment.check(case(machine=machine(environ={variable: value}))))
+    assert [f.severity for f in actual] == ["ok"]
 
 
 @pytest.mark.parametrize(("variable", "value"), [("OMP_NUM_THREADS", "1"), ("MKL_DEBUG_CPU_TYPE", "5")])
-def test_good_to_know(case, machine, one, variable, value):
+def test_notes(case, machine, one, variable, value):
     one(environment.check(case(machine=machine(environ={variable: value}))), "note", variable)
 
 
 def test_one_thread_is_right_on_one_processor(case, machine):
-    found = list(environment.check(case(machine=machine(environ={"OMP_NUM_THREADS": "1"}, usable_cpus=1))))
-    assert [f.severity for f in found] == ["ok"]
+    actual = list(environment.check(case(machine=machine(environ={"OMP_NUM_THREADS": "1"}, usable_cpus=1))))
+    assert [f.severity for f in actual] == ["ok"]
 
 
-def test_every_rule_is_provoked_here():
+def test_every_rule_has_a_case():
     shown = {variable for variable, _ in HARMFUL} | {"MKL_DEBUG_CPU_TYPE"}
     assert {rule.variable for rule in environment.RULES} == shown
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="reads Linux's affinity")
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="needs two processors")
-def test_binding_really_takes_the_processors_away():
-    """What the rule of OMP_PROC_BIND claims: loading torch leaves the process on fewer processors."""
+def test_binding_reduces_the_usable_processors():
+    """The claim of the rule for OMP_PROC_BIND: after loading torch the process may use fewer processors."""
     code = "import os, torch; torch.ones(300, 300) @ torch.ones(300, 300); print(len(os.sched_getaffinity(0)))"
     counts = []
     for bind in ("false", "true"):

@@ -1,4 +1,4 @@
-"""What is run for whom, and names that are not known."""
+"""Which checks run for which symptom, and unknown names."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from deepseek_optimizer.doctor.checks import OF_THE_MACHINE, OF_THE_MODEL
 from deepseek_optimizer.errors import ConfigError
 
 
-def test_every_check_speaks(tiny_model):
+def test_every_check_reports(tiny_model):
     with Case(model=str(tiny_model)) as whole:
-        found = examine(whole)
-    spoken = {finding.check for finding in found}
-    assert spoken >= {*OF_THE_MACHINE, *OF_THE_MODEL} - {"CPU features"}  # which is silent without a native build
+        actual = examine(whole)
+    spoken = {finding.check for finding in actual}
+    assert spoken >= {*OF_THE_MACHINE, *OF_THE_MODEL} - {"CPU features"}  # it reports nothing without a native build
 
 
 def test_the_machine_alone():
@@ -36,23 +36,23 @@ def test_a_symptom_that_needs_a_model(case, name):
 @pytest.mark.parametrize("name", [n for n, symptom in SYMPTOMS.items() if symptom.loads])
 def test_a_model_that_cannot_be_loaded_is_the_cause(case, model_copy, name):
     (model_copy.path / "model.safetensors").write_bytes(b"")
-    found = examine_symptom(case(model=str(model_copy.path)), name)
-    assert found[-1].check == "checkpoint" and found[-1].severity == "error"
+    actual = examine_symptom(case(model=str(model_copy.path)), name)
+    assert actual[-1].check == "checkpoint" and actual[-1].severity == "error"
 
 
 @pytest.mark.parametrize(("variable", "value"), [("DSO_ISA", "avx1024"), ("DSO_THREADS", "0")])
-def test_an_environment_that_keeps_every_model_from_loading(tiny_model, monkeypatch, variable, value):
+def test_an_environment_in_which_no_model_loads(tiny_model, monkeypatch, variable, value):
     if unavailable_reason() is not None:
         pytest.skip("no native build")
     monkeypatch.setenv(variable, value)
     with Case(model=str(tiny_model)) as given:
-        for found in (examine(given), examine_symptom(given, "slow")):
-            assert [f.what for f in found if f.severity == "error"][0].startswith(variable)
+        for actual in (examine(given), examine_symptom(given, "slow")):
+            assert [f.what for f in actual if f.severity == "error"][0].startswith(variable)
 
 
-def test_out_of_memory_says_what_does_not_fit(case, machine, tiny_model):
-    found = examine_symptom(case(model=str(tiny_model), machine=machine(available_bytes=1000)), "out-of-memory")
-    assert [f.check for f in found if f.severity == "error"] == ["memory"]
+def test_out_of_memory_names_what_does_not_fit(case, machine, tiny_model):
+    actual = examine_symptom(case(model=str(tiny_model), machine=machine(available_bytes=1000)), "out-of-memory")
+    assert [f.check for f in actual if f.severity == "error"] == ["memory"]
 
 
 def test_a_misspelt_symptom(case):

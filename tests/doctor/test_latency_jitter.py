@@ -1,4 +1,4 @@
-"""Uneven streams: what each set of figures means, and each cause provoked in an engine whose time is counted, not measured."""
+"""Uneven streams: how each set of figures is read, and each cause provoked in an engine whose time is counted, not measured."""
 
 from __future__ import annotations
 
@@ -39,17 +39,17 @@ def test_an_even_pace(one):
     )
 
 
-def test_prompts_that_are_read_whole(one):
-    found = judged(whole=Pace(0.012, 0.400))
-    note = one(found, "note", "processed whole, prompts of 1024 tokens stall the streams: 12.0 ms, p99 400.0 ms")
+def test_unchunked_prompts(one):
+    actual = judged(whole=Pace(0.012, 0.400))
+    note = one(actual, "note", "processed whole, prompts of 1024 tokens stall the streams: 12.0 ms, p99 400.0 ms")
     assert "512 tokens" in note.cause and "stall=3" in note.fix and "prefill_chunk" in note.fix
-    one(found, "ok", "keep their pace")
+    one(actual, "ok", "keep their pace")
 
 
-def test_prompts_that_stall_though_they_are_cut(one):
-    found = judged(chunked=Pace(0.012, 0.041), whole=Pace(0.012, 0.4))
-    finding = one(found, "warning", "stall the streams though they are processed in chunks")
-    assert "stall=3" in finding.cause and "smaller stall" in finding.fix and len(found) == 1
+def test_chunked_prompts_that_still_stall(one):
+    actual = judged(chunked=Pace(0.012, 0.041), whole=Pace(0.012, 0.4))
+    finding = one(actual, "warning", "stall the streams though they are processed in chunks")
+    assert "stall=3" in finding.cause and "smaller stall" in finding.fix and len(actual) == 1
 
 
 def test_a_batch_that_is_too_large(one):
@@ -60,7 +60,7 @@ def test_a_batch_that_is_too_large(one):
     assert "batch_size_range=(1, 8): 267 tokens/s in total instead of 320" in finding.fix
 
 
-def test_a_batch_that_the_engine_keeps_small_by_itself():
+def test_a_batch_limited_by_the_engine():
     assert [f.severity for f in judged(steps={1: 0.010, 8: 0.030, 16: 0.050, 32: 0.100}, chosen=8)] == ["ok"]
 
 
@@ -69,20 +69,20 @@ def test_a_cache_that_is_too_small(one):
     assert "256 tokens" in finding.cause and "kv_cache_memory" in finding.fix and "(1, 16)" in finding.fix
 
 
-def test_a_cache_that_is_small_for_so_many(one):
+def test_a_cache_too_small_for_the_requests(one):
     finding = one(judged(cache_tokens=10_720), "note", "room for 10 streams of 1072 tokens, but 32 may run concurrently")
     assert "kv_cache_memory" in finding.fix and "(1, 10)" in finding.fix
     assert one(judged(cache_tokens=500, chosen=2), "note", "room for 1 streams")
 
 
 def test_other_processes(one):
-    found = judged(others=1.3, chunked=Pace(0.02, 0.5))
-    one(found, "warning", "other processes used 1.3 of the CPUs")
-    assert one(found, "warning", "though they are processed in chunks").cause == "other processes (see above)"
+    actual = judged(others=1.3, chunked=Pace(0.02, 0.5))
+    one(actual, "warning", "other processes used 1.3 of the CPUs")
+    assert one(actual, "warning", "though they are processed in chunks").cause == "other processes (see above)"
     assert judged(others=None)[0].severity == "ok"
 
 
-def test_uneven_for_no_reason_of_ours(one):
+def test_jitter_without_a_known_cause(one):
     assert "threads" in one(judged(idle=Pace(0.010, 0.031)), "warning", "uneven though nothing else runs").fix
 
 
@@ -93,7 +93,7 @@ def test_percentiles():
 
 @pytest.fixture
 def counted(tiny_model):
-    """counted(**options) -> the core of an engine whose steps take 10 ms, 0.5 ms a token more and `each` s a stream more."""
+    """counted(**options) -> the core of an engine whose steps take 10 ms plus 0.5 ms per token plus `each` s per stream."""
     model = load_model(tiny_model)
 
     def make(each=0.0, **options):
@@ -129,13 +129,13 @@ def test_a_large_batch_slows_its_streams(counted, one):
     )
 
 
-def test_a_small_cache_makes_streams_lose_their_place(tiny_model, one, monkeypatch):
+def test_a_small_cache_preempts_streams(tiny_model, one, monkeypatch):
     monkeypatch.setattr(latency_jitter, "TOKENS", 100)
     model = load_model(tiny_model, kv_cache_memory=1 << 18)
     core = make_engine(model, drafts=False, prefix_cache=False).core
-    assert 4 <= core.blocks < 16  # of 32 tokens: what one stream of 116 takes, and what four do
-    found = gaps(core, nullcontext, 4)
-    assert len(found) == 4 * (latency_jitter.TOKENS - 1) and core.idle
+    assert 4 <= core.blocks < 16  # blocks of 32 tokens: enough for one stream of 116 tokens, too few for four
+    actual = gaps(core, nullcontext, 4)
+    assert len(actual) == 4 * (latency_jitter.TOKENS - 1) and core.idle
     assert "kv_cache_memory" in one(judged(preemptions=core.metrics.preemptions), "warning", "preempted").fix
 
 
@@ -152,9 +152,9 @@ def test_a_model_that_cannot_be_run(counted):
 
 
 @pytest.mark.parametrize("batch", [1, 5])
-def test_from_end_to_end(case, tiny_model, batch):
-    found = list(latency_jitter.measure(case(model=str(tiny_model), batch=batch)))
-    assert found  # which ones depends on who else is at work here
-    facts = found[0].facts
+def test_end_to_end(case, tiny_model, batch):
+    actual = list(latency_jitter.measure(case(model=str(tiny_model), batch=batch)))
+    assert actual  # which ones depends on other processes of this machine
+    facts = actual[0].facts
     assert facts["idle_p50_ms"] > 0 and facts["chunked_p99_ms"] > 0 and facts["high"] == (32 if batch == 1 else 5)
     assert facts["prompt_tokens"] == 256 - 4 * 64 or facts["prompt_tokens"] <= 128

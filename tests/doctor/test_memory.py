@@ -1,33 +1,33 @@
-"""Bytes that a model needs, reckoned from headers, against what is free; and who else has memory."""
+"""A model's memory estimated from file headers, compared with the free memory; and other processes that use memory."""
 
 from __future__ import annotations
 
 import pytest
 
 from deepseek_optimizer import load_model
-from deepseek_optimizer.doctor.budget import budget
 from deepseek_optimizer.doctor.checks import checkpoint, memory
+from deepseek_optimizer.doctor.memory_estimate import estimate_memory
 from deepseek_optimizer.doctor.symptoms import out_of_memory
 from deepseek_optimizer.system.memory import RESERVE_BYTES
 from support.models import CASES, random_model
 
 
 @pytest.mark.parametrize("fields", [{}, {"precision": "int4"}, {"precision": "int8", "kv_cache": "int8"}])
-def test_the_budget_is_what_loading_takes(case, tiny_model, fields):
-    needs = budget(case(model=str(tiny_model), fields=fields))
+def test_the_estimate_equals_the_memory_of_loading(case, tiny_model, fields):
+    needs = estimate_memory(case(model=str(tiny_model), fields=fields))
     model = load_model(tiny_model, **fields)
     report = model.report()
     assert needs.weights == report.bytes_after
     assert needs.kv_cache == report.kv_cache and needs.cache_per_token == report.kv_block_bytes // 32
     if report.backend == "cpu":
-        row = -(-model.config.vocab_size * 4 // 64) * 64  # logits are the caller's memory, and reckoned too
+        row = -(-model.config.vocab_size * 4 // 64) * 64  # logits are in the caller's memory, and counted too
         assert needs.buffers == model.dso.plan.buffer_bytes(512, 32) + 32 * row
 
 
 def test_the_size_in_other_formats(case, tiny_model):
-    needs = budget(case(model=str(tiny_model)))
+    needs = estimate_memory(case(model=str(tiny_model)))
     for name in memory.SMALLER:
-        assert needs.weights_in(name) == budget(case(model=str(tiny_model), fields={"precision": name})).weights
+        assert needs.weights_in(name) == estimate_memory(case(model=str(tiny_model), fields={"precision": name})).weights
 
 
 def test_fits(case, tiny_model, one):
@@ -36,18 +36,18 @@ def test_fits(case, tiny_model, one):
 
 
 def free_for(case, path, tokens):
-    """Bytes that weights, buffers, so many tokens and the reserve of a small machine need."""
-    return budget(case(model=str(path))).needed(tokens) + RESERVE_BYTES
+    """Bytes of weights, buffers, `tokens` cached tokens and the reserve of a small machine."""
+    return estimate_memory(case(model=str(path))).needed(tokens) + RESERVE_BYTES
 
 
 def test_weights_do_not_fit(case, machine, tiny_model, one):
-    needs = budget(case(model=str(tiny_model)))
+    needs = estimate_memory(case(model=str(tiny_model)))
     box = machine(available_bytes=needs.weights_in("int8") + needs.buffers + 100)
     finding = one(memory.check(case(model=str(tiny_model), machine=box)), "error", "weights do not fit")
     assert "precision='int8'" in finding.fix
 
 
-def test_nothing_makes_it_fit(case, machine, tiny_model, one):
+def test_no_remedy_fits(case, machine, tiny_model, one):
     box = machine(available_bytes=1000)
     finding = one(memory.check(case(model=str(tiny_model), machine=box)), "error", "weights do not fit")
     assert "smaller model" in finding.fix
@@ -71,10 +71,10 @@ def test_beyond_the_models_context(case, tiny_model, one):
 
 
 @pytest.mark.parametrize(("context", "severity"), [(None, "warning"), (200, "error")])
-def test_the_cache_was_granted_too_little(case, tiny_model, one, context, severity):
+def test_too_small_a_cache_limit(case, tiny_model, one, context, severity):
     given = case(model=str(tiny_model), context=context, fields={"kv_cache_memory": 1 << 16})
     finding = one(memory.check(given), severity, "kv_cache_memory holds")
-    assert f"kv_cache_memory={budget(given).cache_per_token * (224 if context else 256)}" in finding.fix
+    assert f"kv_cache_memory={estimate_memory(given).cache_per_token * (224 if context else 256)}" in finding.fix
 
 
 def test_a_container_limit_counts(case, machine, tiny_model, one):
@@ -96,8 +96,8 @@ def test_other_processes_are_named(case, machine, one, monkeypatch):
         info = {"pid": -1, "name": "browser", "memory_info": psutil.Process().memory_info()}
 
     monkeypatch.setattr(psutil, "process_iter", lambda attrs: [Other])
-    found = one(out_of_memory.measure(case(machine=machine({"/proc/meminfo": "MemTotal:  1024 kB\n"}))), "note", "browser")
-    assert found.facts["bytes"] > 1 << 20
+    actual = one(out_of_memory.measure(case(machine=machine({"/proc/meminfo": "MemTotal:  1024 kB\n"}))), "note", "browser")
+    assert actual.facts["bytes"] > 1 << 20
 
 
 def test_a_quiet_machine(case):
@@ -112,14 +112,17 @@ def experts_model(tmp_path_factory):
 
 
 @pytest.mark.parametrize("fields", [{}, {"precision": "int4"}])
-def test_the_budget_of_experts_and_latents(case, experts_model, fields):
+def test_the_estimate_for_experts_and_latents(case, experts_model, fields):
     fields = {**fields, "backend": "reference"}
-    needs = budget(case(model=str(experts_model), fields=fields))
+    needs = estimate_memory(case(model=str(experts_model), fields=fields))
     model = load_model(experts_model, **fields)
     assert needs.weights == model.report().bytes_after
     assert needs.cache_per_token == model.report().kv_token_bytes
-    assert needs.weights_in("int4") == budget(case(model=str(experts_model), fields={**fields, "precision": "int4"})).weights
+    assert (
+        needs.weights_in("int4")
+        == estimate_memory(case(model=str(experts_model), fields={**fields, "precision": "int4"})).weights
+    )
 
 
-def test_experts_are_whole(case, experts_model, one):
+def test_a_checkpoint_with_experts_is_complete(case, experts_model, one):
     one(checkpoint.check(case(model=str(experts_model), fields={"backend": "reference"})), "ok", "all that the model needs")

@@ -1,4 +1,4 @@
-"""The native build: there, missing, broken; and which of its kernels run."""
+"""The native build: present, missing or broken; and which of its kernels run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ needs_native = pytest.mark.skipif(unavailable_reason() is not None, reason="no n
 
 @pytest.fixture
 def at(monkeypatch):
-    """at(path): the library is looked for there."""
+    """at(path): sets the path of the library."""
 
     def move(path):
         monkeypatch.setattr(library, "library_path", lambda: path)
@@ -42,15 +42,15 @@ def test_broken(case, one, at, tmp_path):
 
 
 @needs_native
-def test_every_feature_has_a_fate(case, one):
+def test_every_feature_is_reported(case, one):
     finding = one(features.check(case()), "ok", "kernels run")
-    known, found = library.cpu_description()["features"], finding.facts["features"]
-    assert set(known) <= set(features.FIRST_USED)  # the table follows the library
+    known, actual = library.cpu_description()["features"], finding.facts["features"]
+    assert set(known) <= set(features.FIRST_USED)  # the table matches the library
     assert set(features.FIRST_USED.values()) <= set(library.isa_names())
-    assert found["avx2"].startswith("used") and set(found) >= set(features.FIRST_USED)
+    assert actual["avx2"].startswith("used") and set(actual) >= set(features.FIRST_USED)
     assert finding.facts["isas"][finding.facts["isa"]] == "runs here"
     for name in set(features.FIRST_USED) - set(known):
-        assert found[name] == "not on this CPU"
+        assert actual[name] == "not on this CPU"
 
 
 @needs_native
@@ -75,11 +75,11 @@ def test_the_environment_forces_an_isa(case, one, monkeypatch):
 
 
 @needs_native
-def test_withheld_by_the_system(case, machine, one):
+def test_disabled_by_the_system(case, machine, one):
     if "amx_tile" in library.cpu_description()["features"]:
         pytest.skip("this CPU has AMX, and the system lets it be used")
     cpu = machine({"/proc/cpuinfo": "model name: X\nflags\t\t: fpu avx2 amx_tile avx512_fp16\n"})
-    found = list(features.check(case(machine=cpu)))
-    one(found, "warning", "has amx_tile, but programs may not use it")
-    fates = one(found, "ok", "kernels run").facts["features"]
+    actual = list(features.check(case(machine=cpu)))
+    one(actual, "warning", "has amx_tile, but programs may not use it")
+    fates = one(actual, "ok", "kernels run").facts["features"]
     assert fates["amx_tile"] == "disabled by the system" and fates["avx512_fp16"] == "no kernel here uses it"

@@ -1,4 +1,4 @@
-"""Huge pages: the system's setting, read."""
+"""Huge pages: the system's setting."""
 
 from __future__ import annotations
 

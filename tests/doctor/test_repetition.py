@@ -1,4 +1,4 @@
-"""Repeated text: measured on models that do, and on one that doesn't."""
+"""Repetitive text: measured on models that repeat themselves, and on one that does not."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from deepseek_optimizer.doctor.symptoms import repetition
         ([1, 2, 3, 4, 9, 1, 2, 3, 4], 1 / 6),
     ],
 )
-def test_repeated_share(ids, share):
+def test_share_of_repeated_text(ids, share):
     assert repetition.repeated_share(list(ids)) == pytest.approx(share)
 
 
-def test_greedy_loops_and_sampling_does_not(case, tiny_model, one):
-    """Random weights whose likeliest next token is the present one, with little weight on it."""
+def test_greedy_repeats_and_sampling_does_not(case, tiny_model, one):
+    """Random weights for which the current token is the most likely next one, with a small margin."""
     finding = one(repetition.measure(case(model=str(tiny_model))), "warning", "greedy answers repeat themselves")
     assert finding.facts["repeated_greedy"] > repetition.LIMIT >= finding.facts["repeated_sampled"]
     assert "temperature=0.7" in finding.fix and "top_k=50" in finding.fix
 
 
-def test_the_models_own_sampling_is_what_is_tried(case, model_copy, one):
+def test_the_models_sampling_parameters_are_tried(case, model_copy, one):
     model_copy.edit("generation_config.json", do_sample=True, temperature=1.5, top_k=20)
     finding = one(repetition.measure(case(model=str(model_copy.path))), "warning", "greedy answers repeat themselves")
     assert (finding.facts["temperature"], finding.facts["top_k"]) == (1.5, 20)
@@ -42,7 +42,7 @@ def test_sampling_near_zero_repeats_too(case, model_copy, one):
     assert finding.facts["repeated_penalised"] is not None and "garbage" in finding.fix
 
 
-def test_a_penalty_that_rewards(case, model_copy, one):
+def test_a_penalty_below_one(case, model_copy, one):
     model_copy.edit("generation_config.json", repetition_penalty=0.5)
     one(repetition.measure(case(model=str(model_copy.path))), "warning", "repetition_penalty=0.5")
 

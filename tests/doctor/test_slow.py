@@ -1,4 +1,4 @@
-"""Slow answers: what each set of figures means, and that the figures are measured."""
+"""Slow answers: how each set of figures is read, and that the figures are measured."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ GOOD = {"seconds": 0.010, "others": 0.0, "bytes": 400_000_000, "backend": "cpu",
 
 
 def judged(**changes):
-    return list(slow.judge(Decode(**{**GOOD, **changes}), bandwidth=50e9))  # 8 ms a token is the floor
+    return list(slow.judge(Decode(**{**GOOD, **changes}), bandwidth=50e9))  # 8 ms per token is the minimum
 
 
 def test_near_the_limit(one):
@@ -29,9 +29,9 @@ def test_far_from_the_limit(one):
 
 
 def test_busy_processors(one):
-    found = judged(seconds=0.04, others=1.2)
-    one(found, "warning", "other processes used 1.2")
-    assert "other processes" in one(found, "warning", "20% of the limit").cause
+    actual = judged(seconds=0.04, others=1.2)
+    one(actual, "warning", "other processes used 1.2")
+    assert "other processes" in one(actual, "warning", "20% of the limit").cause
 
 
 def test_a_small_model(one):
@@ -39,26 +39,26 @@ def test_a_small_model(one):
 
 
 def test_the_reference_backend(one):
-    found = judged(seconds=3.0, backend="reference", threads=None)
-    one(found, "warning", "the reference backend runs")
-    assert len(found) == 1
+    actual = judged(seconds=3.0, backend="reference", threads=None)
+    one(actual, "warning", "the reference backend runs")
+    assert len(actual) == 1
 
 
-def test_what_the_model_itself_noted(one):
-    found = judged(notes=("module 'x' has forward hooks",))
-    assert any(f.severity == "warning" and "forward hooks" in f.what for f in found)
+def test_notes_of_the_model(one):
+    actual = judged(notes=("module 'x' has forward hooks",))
+    assert any(f.severity == "warning" and "forward hooks" in f.what for f in actual)
 
 
-@pytest.mark.parametrize(("seconds", "said"), [(0.02, True), (0.038, False), (0.05, False)])
-def test_fewer_threads_are_tried_where_decoding_is_slow(case, tiny_model, one, monkeypatch, seconds, said):
+@pytest.mark.parametrize(("seconds", "reported"), [(0.02, True), (0.038, False), (0.05, False)])
+def test_fewer_threads_are_tried_if_decoding_is_slow(case, tiny_model, one, monkeypatch, seconds, reported):
     timed = iter([Decode(**{**GOOD, "seconds": 0.04, "threads": 4}), Decode(**{**GOOD, "seconds": seconds, "threads": 2})])
     monkeypatch.setattr(slow, "measure_decode", lambda model: next(timed))
-    monkeypatch.setattr("deepseek_optimizer.bench.machine.read_gb_s", lambda size, threads: 50.0)
-    found = list(slow.measure(case(model=str(tiny_model))))
+    monkeypatch.setattr("deepseek_optimizer.bench.machine_limits.read_gb_s", lambda size, threads: 50.0)
+    actual = list(slow.measure(case(model=str(tiny_model))))
     assert next(timed, None) is None  # both were measured
-    if said:
-        assert "threads=2" in one(found, "warning", "threads=2 is faster than 4").fix
-    assert len(found) == 1 + said
+    if reported:
+        assert "threads=2" in one(actual, "warning", "threads=2 is faster than 4").fix
+    assert len(actual) == 1 + reported
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])
@@ -70,7 +70,7 @@ def test_measured(tiny_model, backend):
     assert decode.others is None or 0 <= decode.others
 
 
-def test_from_end_to_end(case, tiny_model):
-    found = list(slow.measure(case(model=str(tiny_model))))
-    assert found[0].facts["read_gb_per_s"] > 0  # what else is found depends on who else is at work here
-    assert all(f.facts["ms_per_token"] > 0 for f in found)
+def test_end_to_end(case, tiny_model):
+    actual = list(slow.measure(case(model=str(tiny_model))))
+    assert actual[0].facts["read_gb_per_s"] > 0  # further findings depend on other processes of this machine
+    assert all(f.facts["ms_per_token"] > 0 for f in actual)

@@ -7,7 +7,7 @@ from deepseek_optimizer.doctor.checks import threads
 V2 = {"/proc/self/cgroup": "0::/pod/box\n"}
 
 
-def test_as_many_as_there_are(case, one):
+def test_as_many_threads_as_processors(case, one):
     finding = one(threads.check(case()), "ok", "4 threads on 4")
     assert finding.facts["cgroup_cpus"] is None
 
@@ -31,13 +31,13 @@ def test_fewer_than_processors(case, one):
     one(threads.check(case(fields={"threads": 1})), "note", "1 threads leave 3 of 4")
 
 
-def test_the_environment_asks(case, one, monkeypatch):
+def test_threads_set_by_the_environment(case, one, monkeypatch):
     monkeypatch.setenv("DSO_THREADS", "6")
     one(threads.check(case()), "warning", "6 threads share 4")
     one(threads.check(case(fields={"threads": 4})), "ok", "4 threads")
 
 
-def test_the_environment_asks_for_nonsense(case, one, monkeypatch):
+def test_invalid_thread_variables(case, one, monkeypatch):
     monkeypatch.setenv("DSO_THREADS", "all")
     assert "all" in one(threads.check(case()), "error", "DSO_THREADS").cause
 

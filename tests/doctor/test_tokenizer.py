@@ -1,4 +1,4 @@
-"""What can be wrong with a tokenizer."""
+"""Faults of tokenizers."""
 
 from __future__ import annotations
 
@@ -35,18 +35,18 @@ def test_a_template_that_fails(case, without_template, one):
     assert "no user may speak" in one(tokenizer.check(case(model=str(without_template.path))), "error", "template fails").cause
 
 
-def test_no_end(case, model_copy, one):
+def test_no_end_token(case, model_copy, one):
     model_copy.edit("generation_config.json", eos_token_id=None)
     one(tokenizer.check(case(model=str(model_copy.path))), "warning", "no end-of-sequence token")
 
 
-def test_another_end(case, model_copy, one):
+def test_another_end_token(case, model_copy, one):
     model_copy.edit("generation_config.json", eos_token_id=[3, 5])
     assert "3, 5, " in one(tokenizer.check(case(model=str(model_copy.path))), "warning", "where generation does not stop").fix
 
 
 def test_text_is_lost(case, model_copy, one):
-    """The vocabulary lacks bytes, as a truncated one does."""
+    """The vocabulary lacks bytes, like a truncated one."""
     content = json.loads((model_copy.path / "tokenizer.json").read_text())
     for letter in "aeiou":
         content["model"]["vocab"].pop(letter)

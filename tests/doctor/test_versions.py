@@ -1,4 +1,4 @@
-"""Packages that don't fit each other, by their own metadata and beyond."""
+"""Incompatible packages, by their metadata and by known conflicts."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ GOOD = {
 }
 
 
-def test_these_fit(case, machine, one):
+def test_compatible_packages(case, machine, one):
     assert one(versions.check(case(machine=machine(packages=GOOD))), "ok", "torch 2.13.0+cpu").facts["transformers"] == "5.24.0"
 
 
-def test_this_installation_fits():
-    """The environment that runs the tests is a good one; a false alarm would show here."""
+def test_this_installation_is_compatible():
+    """The environment of the tests is valid, so this detects false alarms."""
     from deepseek_optimizer.doctor import Case
 
     assert [f.severity for f in versions.check(Case(machine=Machine.here()))] == ["ok"]
@@ -35,11 +35,11 @@ def test_this_installation_fits():
         ({"torchaudio": Package("2.13.0+cu130")}, "built for cu130"),
     ],
 )
-def test_pairs_that_do_not_work(case, machine, one, extra, text):
+def test_incompatible_pairs(case, machine, one, extra, text):
     one(versions.check(case(machine=machine(packages={**GOOD, **extra}))), "error", text)
 
 
-def test_extras_that_nobody_asked_for_do_not_count(case, machine):
+def test_uninstalled_extras_do_not_count(case, machine):
     packages = {**GOOD, "accelerate": Package("1.10", ("torch>=99; extra == 'future'", "not a requirement ]["))}
     assert [f.severity for f in versions.check(case(machine=machine(packages=packages)))] == ["ok"]
 
@@ -47,5 +47,5 @@ def test_extras_that_nobody_asked_for_do_not_count(case, machine):
 @pytest.mark.parametrize("name", ["torch", "transformers"])
 def test_missing(case, machine, name):
     packages = {n: p for n, p in GOOD.items() if n != name}
-    found = list(versions.check(case(machine=machine(packages=packages))))
-    assert [(f.severity, f.what) for f in found] == [("error", f"{name} is not installed")]
+    actual = list(versions.check(case(machine=machine(packages=packages))))
+    assert [(f.severity, f.what) for f in actual] == [("error", f"{name} is not installed")]

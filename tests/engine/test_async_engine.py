@@ -1,4 +1,4 @@
-"""Many clients on one loop: every request is answered once and rightly, whoever comes, goes, reads slowly or not at all."""
+"""Many clients on one event loop: every request gets exactly one correct answer, even if clients cancel or read slowly."""
 
 import asyncio
 import random
@@ -47,7 +47,7 @@ async def whole(answers):
 
 
 @started(batch_size_range=(1, 2), max_waiting=1)
-async def test_a_client_that_takes_all_of_its_places_leaves_the_others_theirs(engine):
+async def test_a_client_at_its_limit_does_not_block_others(engine):
     own = [engine.admit(client="a") for _ in range(3)]
     with pytest.raises(EngineBusyError, match="3 requests"):
         engine.admit(client="a")
@@ -56,7 +56,7 @@ async def test_a_client_that_takes_all_of_its_places_leaves_the_others_theirs(en
     own.pop().leave()
     own.append(engine.admit(client="a"))
     others = [engine.admit(3, client=name) for name in "bcd"]
-    with pytest.raises(EngineBusyError):  # all together have places for four
+    with pytest.raises(EngineBusyError):  # four slots in total
         engine.admit(client="e")
     for place in own + others:
         place.leave()
@@ -72,7 +72,7 @@ async def test_answers_stream_and_end(engine):
 
 @started(blocks=40, max_waiting=2_000)
 async def test_a_thousand_at_once(engine):
-    """A tenth of them cancelled: each is answered exactly once."""
+    """A tenth is cancelled; each is answered exactly once."""
     rng = random.Random(0)
 
     async def client(n):
@@ -94,7 +94,7 @@ async def test_a_thousand_at_once(engine):
 
 
 @started()
-async def test_one_who_does_not_read_costs_one_output(engine):
+async def test_an_unread_stream_holds_one_output(engine):
     with engine.admit(2):
         slow = engine.submit(Request([1], SamplingParams(temperature=0, max_tokens=300, ignore_eos=True)))
         tokens, _, _ = await whole(engine.submit(Request([2], GREEDY)))
@@ -106,7 +106,7 @@ async def test_one_who_does_not_read_costs_one_output(engine):
 
 
 @started(max_waiting=3, batch_size_range=(1, 1))
-async def test_more_than_there_are_places_for(engine):
+async def test_more_requests_than_slots(engine):
     places = [engine.admit() for _ in range(4)]
     with pytest.raises(EngineBusyError) as busy:
         engine.admit()
@@ -122,7 +122,7 @@ async def test_more_than_there_are_places_for(engine):
 
 
 @started()
-async def test_what_cannot_be_served_is_an_error_at_once(engine):
+async def test_impossible_requests_are_immediate_errors(engine):
     for request in (Request([]), Request([1] * 100_000), Request([1_000])):
         with pytest.raises(RequestError):
             engine.submit(request)
@@ -158,7 +158,7 @@ async def test_a_drain_that_takes_too_long_cancels(engine):
 
 
 @started()
-async def test_when_the_thread_dies_everybody_hears_of_it(engine):
+async def test_a_dead_thread_fails_every_request(engine):
     def fail():
         raise RuntimeError("a bug")
 
@@ -174,8 +174,8 @@ async def test_when_the_thread_dies_everybody_hears_of_it(engine):
 
 
 @pytest.mark.parametrize("running", [False, True])
-def test_a_model_whose_file_changed_answers_no_more(running):
-    """Found out by a step, or by whoever asks while none runs; all hear why."""
+def test_a_model_whose_file_changed_stops_answering(running):
+    """Detected by a step, or by a new request while none runs; all requests get the reason."""
 
     def changed():
         raise CheckpointChangedError("was written to", file="model.safetensors")
@@ -199,7 +199,7 @@ def test_a_model_whose_file_changed_answers_no_more(running):
 
 
 @started()
-async def test_metrics_have_vllms_names(engine):
+async def test_metrics_have_the_names_of_vllm(engine):
     with engine.admit():
         await whole(engine.submit(Request([1] * 40, GREEDY)))
     value = engine.registry.get_sample_value

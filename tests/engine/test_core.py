@@ -1,4 +1,4 @@
-"""The engine over a model that is a hash of its context: whoever runs beside it, each request gets its own text."""
+"""The engine with a model that is a hash of its context: each request gets its own text, whatever else is in the batch."""
 
 import random
 
@@ -19,16 +19,16 @@ GREEDY = SamplingParams(temperature=0, max_tokens=20)
 
 def run(core, requests, limit=20_000):
     """All answers, by id."""
-    found = {r.id: Completion() for r in requests}
+    result = {r.id: Completion() for r in requests}
     for request in requests:
         core.add(request)
     for _ in range(limit):
         for output in core.step():
-            assert found[output.request_id].finish is None
-            found[output.request_id].add(output)
+            assert result[output.request_id].finish is None
+            result[output.request_id].add(output)
         if core.idle:
-            return found
-    raise AssertionError("it does not end")
+            return result
+    raise AssertionError("the engine does not become idle")
 
 
 def prompts(rng, count, longest=120):
@@ -43,14 +43,14 @@ def test_every_request_gets_its_own_text(options, drafts):
     proposers = [(PromptLookupProposer(2, 1), 4)] if drafts else None
     core = make_core(chunk=chunk, proposers=proposers, batch_size_range=(1, 8), **options)
     texts = prompts(rng, 30)
-    texts += [texts[0] + [1, 2, 3], texts[0], texts[0]]  # that begin alike
+    texts += [texts[0] + [1, 2, 3], texts[0], texts[0]]  # with common prefixes
     requests = [
         Request(p, SamplingParams(temperature=0, max_tokens=rng.randrange(1, 60)), id=str(n)) for n, p in enumerate(texts)
     ]
-    found = run(core, requests)
+    actual = run(core, requests)
     for request in requests:
         text = expected(request.prompt, request.sampling.max_tokens)
-        answer = found[request.id]
+        answer = actual[request.id]
         assert answer.token_ids == text
         assert answer.finish == ("stop" if text[-1] == EOS else "length")
         assert answer.text == "".join(chr(65 + t) for t in text if t != EOS)
@@ -59,8 +59,8 @@ def test_every_request_gets_its_own_text(options, drafts):
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_in_any_company_with_little_room(seed):
-    """Requests come, are cancelled and lose their blocks to others at random; whoever ends by itself has the right text."""
+def test_random_batches_in_a_small_cache(seed):
+    """Requests arrive, are cancelled and preempted at random; those that finish have the right text."""
     rng = random.Random(seed)
     script = {}
     proposers = [(ScriptedProposer(script, 0.6, VOCAB, seed), 3)] if seed % 2 else None
@@ -72,31 +72,31 @@ def test_in_any_company_with_little_room(seed):
     waiting = []
     for n in range(60):
         prompt = rng.choice(shared) + prompts(rng, 1, 50)[0] if rng.random() < 0.6 else prompts(rng, 1, 150)[0]
-        most = rng.randrange(1, 80)
-        sampling = SamplingParams(temperature=0, max_tokens=most, ignore_eos=rng.random() < 0.5)
+        max_tokens = rng.randrange(1, 80)
+        sampling = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=rng.random() < 0.5)
         salt, client = rng.choice(["", "a"]), rng.choice(["", "", "b", "c"])
         waiting.append(Request(prompt, sampling, id=str(n), priority=rng.randrange(3), salt=salt, client=client))
-        script[n + 1] = prompt + expected(prompt, most, EOS if not sampling.ignore_eos else None)
-    found, cancelled, requests = {}, set(), {}
+        script[n + 1] = prompt + expected(prompt, max_tokens, EOS if not sampling.ignore_eos else None)
+    actual, cancelled, requests = {}, set(), {}
     while waiting or not core.idle:
         for _ in range(rng.randrange(4)):
             if waiting:
                 request = waiting.pop(0)
                 requests[request.id] = request
-                found[request.id] = Completion()
+                actual[request.id] = Completion()
                 core.add(request)
         if rng.random() < 0.05 and requests:
             victim = rng.choice(list(requests))
-            if found[victim].finish is None:
+            if actual[victim].finish is None:
                 core.cancel(victim)
                 cancelled.add(victim)
         for output in core.step():
-            assert found[output.request_id].finish is None
-            found[output.request_id].add(output)
+            assert actual[output.request_id].finish is None
+            actual[output.request_id].add(output)
     for name, request in requests.items():
         eos = None if request.sampling.ignore_eos else EOS
         text = expected(request.prompt, request.sampling.max_tokens, eos)
-        answer = found[name]
+        answer = actual[name]
         if answer.finish == "cancelled":
             assert name in cancelled and answer.token_ids == text[: len(answer.token_ids)]
         else:
@@ -106,13 +106,14 @@ def test_in_any_company_with_little_room(seed):
 
 
 class Silent(ScriptedProposer):
-    """Says that it has drafts, and makes fewer than it was given room for, or none."""
+    """Announces drafts, but returns fewer than there is room for, or none."""
 
-    def propose(self, sequences, most):
-        return [Draft(d.tokens[: n % 3]) for n, d in enumerate(super().propose(sequences, most), len(sequences[0].tokens))]
+    def propose(self, sequences, max_drafts):
+        drafts = super().propose(sequences, max_drafts)
+        return [Draft(d.tokens[: n % 3]) for n, d in enumerate(drafts, len(sequences[0].tokens))]
 
 
-def test_room_for_drafts_that_nobody_makes():
+def test_reserved_room_for_drafts_that_are_not_made():
     prompt = [4, 5]
     script = {1: prompt + expected(prompt, 60, None)}
     core = make_core(proposers=[(Silent(script, 0.9, VOCAB), 4)])
@@ -120,16 +121,16 @@ def test_room_for_drafts_that_nobody_makes():
     assert answer.token_ids == script[1][2:] and core.drafting.accepted > 0
 
 
-def test_preemption_happens_and_changes_nothing():
+def test_preemption_changes_no_text():
     core = make_core(blocks=8, batch_size_range=(4, 4), prefix_cache=False)
     requests = [Request([n] * 40, SamplingParams(temperature=0, max_tokens=80, ignore_eos=True), id=str(n)) for n in range(4)]
-    found = run(core, requests)
+    actual = run(core, requests)
     assert core.scheduler.preemptions > 0
     for request in requests:
-        assert found[request.id].token_ids == expected(request.prompt, 80, None)
+        assert actual[request.id].token_ids == expected(request.prompt, 80, None)
 
 
-def test_priority_goes_first():
+def test_higher_priorities_run_first():
     core = make_core(batch_size_range=(1, 1))
     for n, priority in enumerate([2, 1, 0, 1]):
         core.add(Request([n], GREEDY, id=str(n), priority=priority))
@@ -139,8 +140,8 @@ def test_priority_goes_first():
     assert order == ["2", "1", "3", "0"]
 
 
-def test_a_long_prompt_leaves_the_others_their_steps():
-    """While it is run, every step brings the others a token."""
+def test_a_long_prompt_does_not_stall_others():
+    """While it is processed, every step generates a token for the others."""
     core = make_core(step_tokens=64, stall=3.0, blocks=256)
     core.add(Request([1], SamplingParams(temperature=0, max_tokens=200, ignore_eos=True), id="stream"))
     for _ in range(5):
@@ -156,7 +157,7 @@ def test_a_long_prompt_leaves_the_others_their_steps():
     assert steps >= 3000 // 64
 
 
-def test_a_short_question_need_not_wait_for_a_book():
+def test_a_short_prompt_does_not_wait_for_a_long_one():
     core = make_core(step_tokens=64, blocks=400)
     core.add(Request([2] * 3000, SamplingParams(temperature=0, max_tokens=2), id="book"))
     core.step()
@@ -170,8 +171,8 @@ def test_a_short_question_need_not_wait_for_a_book():
     assert [o.request_id for o in last] == ["book"]
 
 
-def test_a_short_question_need_not_wait_beside_a_stream_either():
-    """Half of what a prompt may have beside a stream is the question's, and with fixed pieces every second one."""
+def test_a_short_prompt_does_not_wait_with_a_stream_running():
+    """The short prompt gets half of the prompt tokens that are allowed with a stream, or every second fixed chunk."""
     for chunk in (None, 32):
         core = make_core(step_tokens=64, blocks=400, stall=2.0, chunk=chunk)
         core.add(Request([1], SamplingParams(temperature=0, max_tokens=400, ignore_eos=True), id="stream"))
@@ -187,8 +188,8 @@ def test_a_short_question_need_not_wait_beside_a_stream_either():
         assert steps < 20 and before < book.sequence.cached < 1500
 
 
-def test_a_text_that_runs_out_of_tokens_ends_alone():
-    """A grammar and a bias leave nothing at the second token: no time between tokens to be counted."""
+def test_a_request_without_allowed_tokens_ends_alone():
+    """A grammar and a bias allow no second token, so that there is no inter-token latency to count."""
     core = make_core()
     bias = {t: -100.0 for t in range(VOCAB) if t != 5}
 
@@ -208,11 +209,11 @@ def test_a_text_that_runs_out_of_tokens_ends_alone():
             self.taken += 1
 
     sampling = SamplingParams(temperature=0, logit_bias=bias, grammar=Once(), max_tokens=5)
-    found = run(core, [Request([1], sampling, id="a"), Request([2], GREEDY, id="b")])
-    assert found["a"].token_ids == [5] and found["a"].finish == "stop" and found["b"].token_ids == expected([2], 20)
+    actual = run(core, [Request([1], sampling, id="a"), Request([2], GREEDY, id="b")])
+    assert actual["a"].token_ids == [5] and actual["a"].finish == "stop" and actual["b"].token_ids == expected([2], 20)
 
 
-def test_embeddings_that_lose_their_blocks_are_summed_anew():
+def test_preempted_embeddings_are_recomputed():
     core = make_core(step_tokens=20)
     core.add(Request([8] * 100, GREEDY, id="a", embed=True))
     core.step()
@@ -223,8 +224,8 @@ def test_embeddings_that_lose_their_blocks_are_summed_anew():
     assert outputs[0].embedding == pytest.approx([8.0])
 
 
-def test_blocks_that_others_hold_for_good():
-    """A request that cannot be run although nobody else of the engine's is says so, in a few tries."""
+def test_blocks_held_by_other_users():
+    """A request that cannot run although no other does fails after a few attempts."""
     core = make_core(blocks=8, prefix_cache=False)
     core.memory.manager.allocate(5)
     core.add(Request([1] * 60, SamplingParams(temperature=0, max_tokens=100, ignore_eos=True), id="a"))
@@ -235,11 +236,11 @@ def test_blocks_that_others_hold_for_good():
     assert outputs[0].finish == "error" and outputs[0].transient and "kv_cache_memory" in outputs[0].error
 
 
-def test_patience_begins_anew_with_each_request():
+def test_patience_restarts_with_each_request():
     core = make_core(blocks=4, prefix_cache=False)
     held = core.memory.manager.allocate(4)
     core.add(Request([1] * 10, GREEDY, id="a"))
-    core.scheduler._admit = lambda *_: False  # as where the blocks that it lacks are never free
+    core.scheduler._admit = lambda *_: False  # as if the missing blocks were never free
     core.step()
     core.cancel("a")
     core.step()
@@ -252,9 +253,9 @@ def test_patience_begins_anew_with_each_request():
     assert blocks_in_use(core) == len(held)
 
 
-def test_drafts_that_cannot_be_made_are_done_without():
+def test_failed_drafts_are_skipped():
     class Poor(ScriptedProposer):
-        def propose(self, sequences, most):
+        def propose(self, sequences, max_drafts):
             raise MemoryError
 
     prompt = [4, 5]
@@ -263,9 +264,9 @@ def test_drafts_that_cannot_be_made_are_done_without():
     assert run(core, [Request(prompt, GREEDY, id="a")])["a"].token_ids == expected(prompt, 20)
 
 
-def test_a_draft_model_whose_file_changed_ends_the_drafts_alone():
+def test_a_changed_draft_model_only_disables_drafts():
     class Changed(ScriptedProposer):
-        def propose(self, sequences, most):
+        def propose(self, sequences, max_drafts):
             raise CheckpointChangedError("was written to", file="draft.safetensors")
 
     prompt = [4, 5]
@@ -275,7 +276,7 @@ def test_a_draft_model_whose_file_changed_ends_the_drafts_alone():
     assert core.drafting is None
 
 
-def test_nothing_is_kept_of_a_step_over_weights_that_changed():
+def test_results_of_changed_weights_are_discarded():
     def changed():
         raise CheckpointChangedError("was written to", file="model.safetensors")
 
@@ -305,12 +306,12 @@ def test_a_grammar_that_fails_ends_its_request_alone():
 
     core = make_core()
     bad = SamplingParams(temperature=0, max_tokens=5, grammar=Broken())
-    found = run(core, [Request([1], bad, id="bad"), Request([2], GREEDY, id="b")])
-    assert found["bad"].finish == "error" and "bug" not in found["bad"].error and found["b"].token_ids == expected([2], 20)
+    actual = run(core, [Request([1], bad, id="bad"), Request([2], GREEDY, id="b")])
+    assert actual["bad"].finish == "error" and "bug" not in actual["bad"].error and actual["b"].token_ids == expected([2], 20)
     assert blocks_in_use(core) == 0
 
 
-def test_prompts_that_begin_alike_are_run_once():
+def test_common_prefixes_are_computed_once():
     core = make_core()
     prompt = list(range(50)) * 2  # three full blocks, and four tokens
     first = run(core, [Request(prompt, GREEDY, id="a")])["a"]
@@ -323,33 +324,33 @@ def test_prompts_that_begin_alike_are_run_once():
     assert other.cached_tokens == 0 and other.token_ids == first.token_ids
 
 
-def test_twins_that_come_together_are_run_once():
+def test_identical_prompts_are_computed_once():
     core = make_core()
     prompt = list(range(60)) * 3
-    found = run(core, [Request(prompt, GREEDY, id=str(n)) for n in range(5)])
-    assert [found[str(n)].cached_tokens for n in range(5)] == [0, 160, 160, 160, 160]
-    assert all(a.token_ids == expected(prompt, 20) for a in found.values())
+    actual = run(core, [Request(prompt, GREEDY, id=str(n)) for n in range(5)])
+    assert [actual[str(n)].cached_tokens for n in range(5)] == [0, 160, 160, 160, 160]
+    assert all(a.token_ids == expected(prompt, 20) for a in actual.values())
 
 
-def test_an_answer_is_found_again_in_the_next_turn():
+def test_the_prefix_cache_includes_answers():
     core = make_core(proposers=None)
     prompt = [3] * 40
     answer = run(core, [Request(prompt, SamplingParams(temperature=0, max_tokens=60, ignore_eos=True), id="a")])["a"]
     turn = [*prompt, *answer.token_ids, 9, 9]
-    assert run(core, [Request(turn, GREEDY, id="b")])["b"].cached_tokens == 96  # of 40 + 60 - 1 that were run
+    assert run(core, [Request(turn, GREEDY, id="b")])["b"].cached_tokens == 96  # of 40 + 60 - 1 processed tokens
 
 
-def test_not_a_number_ends_its_request_alone_and_is_not_cached():
+def test_nan_logits_fail_only_their_request_and_are_not_cached():
     core = make_core()
     core.runner.broken = {59}
     short = SamplingParams(temperature=0, max_tokens=10)
-    found = run(core, [Request([1] * 40 + [59], GREEDY, id="bad"), Request([2] * 40, short, id="good")])
-    assert found["bad"].finish == "error" and "finite" in found["bad"].error and not found["bad"].token_ids
-    assert found["good"].token_ids == expected([2] * 40, 10)
+    actual = run(core, [Request([1] * 40 + [59], GREEDY, id="bad"), Request([2] * 40, short, id="good")])
+    assert actual["bad"].finish == "error" and "finite" in actual["bad"].error and not actual["bad"].token_ids
+    assert actual["good"].token_ids == expected([2] * 40, 10)
     assert run(core, [Request([1] * 40, GREEDY, id="again")])["again"].cached_tokens == 0
 
 
-def test_memory_that_cannot_be_had_ends_the_step_alone():
+def test_a_failed_allocation_fails_only_the_step():
     core = make_core()
 
     def fail():
@@ -393,7 +394,7 @@ def test_stop_strings_and_tokens():
     assert token.stop_reason == text[4] and token.token_ids == text[: text.index(text[4]) + 1]
 
 
-def test_log_probabilities_are_the_models_own():
+def test_log_probabilities_are_of_unprocessed_logits():
     from support.mock_model import logits_of
 
     core = make_core()
@@ -412,12 +413,12 @@ def test_log_probabilities_are_the_models_own():
 @pytest.mark.parametrize("options", [{"step_tokens": 5}, {"step_tokens": 512}])
 def test_embeddings_are_the_mean_of_the_states(options):
     core = make_core(**options)
-    found = run(core, [Request([1, 2, 3, 10], GREEDY, id="a", embed=True), Request([7] * 50, GREEDY, id="b", embed=True)])
-    assert found["a"].embedding == pytest.approx([4.0]) and found["b"].embedding == pytest.approx([7.0])
-    assert found["a"].finish == "stop" and blocks_in_use(core) == 0
+    actual = run(core, [Request([1, 2, 3, 10], GREEDY, id="a", embed=True), Request([7] * 50, GREEDY, id="b", embed=True)])
+    assert actual["a"].embedding == pytest.approx([4.0]) and actual["b"].embedding == pytest.approx([7.0])
+    assert actual["a"].finish == "stop" and blocks_in_use(core) == 0
 
 
-def test_what_can_never_be_served_is_refused_before_anything_runs():
+def test_impossible_requests_are_rejected_before_running():
     core = make_core(blocks=4, context=200)
     assert core.check(Request([1] * 127, SamplingParams(max_tokens=None))) == 1
     for request in (
@@ -435,14 +436,14 @@ def test_what_can_never_be_served_is_refused_before_anything_runs():
         wide.check(Request([1] * 150, SamplingParams(max_tokens=51)))
 
 
-def test_all_tokens_forbidden_is_an_end():
+def test_a_request_ends_if_all_tokens_are_forbidden():
     core = make_core()
     sampling = SamplingParams(temperature=0, logit_bias=dict.fromkeys(range(VOCAB), -100))
     answer = run(core, [Request([1], sampling, id="a")])["a"]
     assert answer.finish == "stop" and answer.token_ids == [] and "no token" in answer.stop_reason
 
 
-def test_a_seed_gives_the_same_text_with_drafts_in_company_and_without():
+def test_a_seed_gives_the_same_text_with_drafts_and_in_batches():
     sampling = SamplingParams(temperature=1.0, seed=7, max_tokens=60, ignore_eos=True)
     request = Request([8, 8, 8, 8], sampling, id="a")
     alone = run(make_core(), [request])["a"].token_ids
@@ -454,18 +455,18 @@ def test_a_seed_gives_the_same_text_with_drafts_in_company_and_without():
     assert drafted.drafting.accepted > 10
 
 
-def test_two_of_one_id_are_refused():
+def test_duplicate_ids_are_rejected():
     core = make_core()
     core.add(Request([1], GREEDY, id="a"))
     with pytest.raises(RequestError, match="running already"):
         core.add(Request([1], GREEDY, id="a"))
 
 
-def test_an_engine_tells_of_each_step_and_ends_what_is_left():
+def test_an_engine_reports_each_step_and_ends_remaining_requests():
     engine = Engine(make_core(step_tokens=16))
     requests = [Request([n, *range(40)], SamplingParams(temperature=0, max_tokens=4), id=f"r{n}") for n in range(3)]
     steps = list(engine.steps(requests))
-    assert [] in steps[:5]  # prompts were read, and nothing was said
+    assert [] in steps[:5]  # steps of prefill only
     texts: dict[str, list[int]] = {request.id: [] for request in requests}
     for output in (output for step in steps for output in step):
         texts[output.request_id] += output.token_ids

@@ -1,4 +1,4 @@
-"""Pieces concatenate to what decoding everything gives; half characters and half stop strings never show."""
+"""Chunks concatenate to the decoded whole; incomplete characters and partial stop strings are never emitted."""
 
 import random
 
@@ -8,7 +8,7 @@ from deepseek_optimizer.engine.detokenizer import Detokenizer
 
 
 class Bytes:
-    """A token a byte; 256 is special."""
+    """One token per byte; 256 is special."""
 
     def decode(self, ids, skip_special_tokens=True, clean_up_tokenization_spaces=False):
         return bytes(i for i in ids if i < 256).decode("utf-8", errors="replace")
@@ -28,66 +28,66 @@ TEXTS = [
 
 def pieces(text, stop=(), **options):
     d = Detokenizer(Bytes(), stop, **options)
-    found = []
+    result = []
     for token in text.encode():
         piece, stopped = d.add(token)
-        found.append(piece)
+        result.append(piece)
         if stopped is not None:
-            return found, stopped
-    return [*found, d.end()], None
+            return result, stopped
+    return [*result, d.end()], None
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_pieces_make_the_text(text):
-    found, stopped = pieces(text)
-    assert "".join(found) == text and stopped is None
+def test_chunks_concatenate_to_the_text(text):
+    actual, stopped = pieces(text)
+    assert "".join(actual) == text and stopped is None
     if "\ufffd" not in text:
-        assert not any("\ufffd" in piece for piece in found)
+        assert not any("\ufffd" in piece for piece in actual)
 
 
 @pytest.mark.parametrize("count", range(1, 6))
-def test_half_a_character_at_the_end_is_no_text(count):
+def test_an_incomplete_character_at_the_end_is_dropped(count):
     d = Detokenizer(Bytes())
-    found = [d.add(t)[0] for t in "a😀".encode()[:count]] + [d.end()]
-    assert "".join(found) == ("a" if count < 5 else "a😀")
+    actual = [d.add(t)[0] for t in "a😀".encode()[:count]] + [d.end()]
+    assert "".join(actual) == ("a" if count < 5 else "a😀")
 
 
-def test_what_the_model_broke_comes_out_broken():
+def test_invalid_utf8_is_replaced():
     d = Detokenizer(Bytes())
-    assert "".join([d.add(0x80)[0] for _ in range(40)] + [d.end()]) == "\ufffd" * 40  # and is not held for ever
+    assert "".join([d.add(0x80)[0] for _ in range(40)] + [d.end()]) == "\ufffd" * 40  # and is not held back forever
 
 
 @pytest.mark.parametrize("seed", range(30))
-def test_stop_strings_against_a_search_in_the_whole(seed):
+def test_stop_strings_against_a_search_in_the_whole_text(seed):
     rng = random.Random(seed)
     text = "".join(rng.choice("abc😀") for _ in range(60))
     stops = tuple("".join(rng.choice("abc😀") for _ in range(rng.randrange(1, 5))) for _ in range(rng.randrange(1, 4)))
     for include in (False, True):
-        found, stopped = pieces(text, stops, include_stop=include)
+        actual, stopped = pieces(text, stops, include_stop=include)
         ends = [(text.find(s) + len(s), text.find(s), s) for s in stops if s in text]
         if not ends:
-            assert "".join(found) == text and stopped is None
+            assert "".join(actual) == text and stopped is None
             continue
-        end, begin, _ = min(ends)  # the first that is whole
-        whole = "".join(found)
+        end, begin, _ = min(ends)  # the first complete one
+        whole = "".join(actual)
         assert stopped in stops and whole == (text[:end] if include else text[: end - len(stopped)])
 
 
-def test_a_stop_string_over_tokens_never_shows_its_beginning():
-    found, stopped = pieces("hello STOP world", ("STOP",))
-    assert "".join(found) == "hello " and stopped == "STOP"
+def test_partial_stop_strings_are_never_emitted():
+    actual, stopped = pieces("hello STOP world", ("STOP",))
+    assert "".join(actual) == "hello " and stopped == "STOP"
     d = Detokenizer(Bytes(), ("STOP",))
     shown = "".join(d.add(t)[0] for t in b"hello STO")
     assert shown == "hello " and d.end() == "STO"
 
 
-def test_no_stop_before_it_may_end():
+def test_no_stop_before_min_tokens():
     d = Detokenizer(Bytes(), ("b",))
     assert [d.add(t, stops=False) for t in b"ab"] == [("a", None), ("b", None)]
     assert d.add(ord("b")) == ("", "b")
 
 
-def test_special_tokens_are_left_out_of_smollm_like_texts(tmp_path):
+def test_special_tokens_are_skipped_with_smollm_tokenizers(tmp_path):
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

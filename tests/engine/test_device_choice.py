@@ -1,4 +1,4 @@
-"""Tokens chosen where the logits are: the same texts, and no row crosses that nobody needs."""
+"""Tokens chosen on the device of the logits: the same texts, and no row of logits is copied that nobody needs."""
 
 import random
 
@@ -21,7 +21,7 @@ SAMPLINGS = [
 
 
 def texts(proposers=None, elsewhere=False):
-    """The answers to one set of requests, and which rows crossed in each step."""
+    """The answers to a set of requests, and the rows of logits transferred in each step."""
     rng, crossed = random.Random(4), []
     core = make_core(batch_size_range=(1, 8), proposers=proposers)
     if elsewhere:
@@ -33,15 +33,15 @@ def texts(proposers=None, elsewhere=False):
             return tokens, {n: rows[n] for n in crossed[-1][1]}
 
         core.runner.on_host, core.runner.choose_tokens = False, choose
-    found = {}
+    result = {}
     for n, sampling in enumerate(SAMPLINGS * 2):
         prompt = [rng.randrange(VOCAB - 1) for _ in range(rng.randrange(1, 90))] * 2
         core.add(Request(prompt, SamplingParams(max_tokens=40, **sampling), id=str(n)))
-        found[str(n)] = Completion()
+        result[str(n)] = Completion()
     while not core.idle:
         for output in core.step():
-            found[output.request_id].add(output)
-    return found, crossed
+            result[output.request_id].add(output)
+    return result, crossed
 
 
 @pytest.mark.parametrize("drafts", [False, True])
@@ -54,7 +54,7 @@ def test_the_same_texts(drafts):
     assert 0 < sum(len(rows) for _, rows in crossed) < sum(count for count, _ in crossed)
 
 
-def test_plain_requests_need_no_logits():
+def test_plain_requests_transfer_no_logits():
     core = make_core()
     on_host = core.runner.choose_tokens
     core.runner.choose_tokens = lambda logits, choices: (on_host(logits, choices)[0], {})
@@ -66,7 +66,7 @@ def test_plain_requests_need_no_logits():
     assert {output.finish for output in outputs} <= {None, "stop", "length"}
 
 
-def test_logits_that_are_no_numbers_end_their_request_alone():
+def test_non_finite_logits_fail_only_their_request():
     core = make_core()
     core.runner.broken.add(9)
     core.add(Request([1, 9], SamplingParams(temperature=0, max_tokens=5), id="broken"))

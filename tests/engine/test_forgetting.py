@@ -1,4 +1,4 @@
-"""The engine over a model that sees a window and sinks: each text is its own, and takes no more blocks than its window does."""
+"""The engine with a model that attends to a window and sinks: correct texts, in no more blocks than the window needs."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from support.scripted_proposer import ScriptedProposer
 WINDOW = Forgetting(window=100, sinks=4, spare=32)
 
 
-def endless(most: int) -> SamplingParams:
-    return SamplingParams(temperature=0, max_tokens=most, ignore_eos=True)
+def endless(max_tokens: int) -> SamplingParams:
+    return SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
 
 
 def text(seed: int, count: int) -> list[int]:
@@ -27,31 +27,31 @@ def text(seed: int, count: int) -> list[int]:
 
 
 def run(core, *requests):
-    """All answers by id, and the most blocks that were taken at a time."""
-    found, most = {r.id: Completion() for r in requests}, 0
+    """All answers by id, and the maximum number of allocated blocks."""
+    result, max_blocks = {r.id: Completion() for r in requests}, 0
     for request in requests:
         core.add(request)
     while not core.idle:
         for output in core.step():
-            found[output.request_id].add(output)
-        most = max(most, blocks_in_use(core))
-    return found, most
+            result[output.request_id].add(output)
+        max_blocks = max(max_blocks, blocks_in_use(core))
+    return result, max_blocks
 
 
 @pytest.mark.parametrize("options", [{}, {"prefix_cache": False}, {"step_tokens": 40}, {"chunk": 64}])
-def test_a_prompt_that_is_longer_than_the_cache(options):
-    """100,000 tokens through the blocks of a window and a step, and text behind them."""
+def test_a_prompt_longer_than_the_cache(options):
+    """100,000 tokens and the text after them, with the blocks of a window and a step."""
     step = options.get("step_tokens", 512)
     core = make_core(blocks=WINDOW.blocks(step) + 2, context=200_000, forgetting=WINDOW, **options)
     prompt = text(0, 5_000 if options else 100_000)
-    found, most = run(core, Request(prompt, endless(90), id="a"))
-    assert found["a"].token_ids == expected(prompt, 90, None, WINDOW)
-    assert most <= WINDOW.blocks(step) and core.scheduler.preemptions == 0
+    actual, max_blocks = run(core, Request(prompt, endless(90), id="a"))
+    assert actual["a"].token_ids == expected(prompt, 90, None, WINDOW)
+    assert max_blocks <= WINDOW.blocks(step) and core.scheduler.preemptions == 0
     assert core.memory.manager.high_water <= WINDOW.blocks(step) + 2
     assert blocks_in_use(core) == 0
 
 
-def test_what_the_prefix_cache_keeps_of_it_is_a_window_too():
+def test_the_prefix_cache_keeps_only_a_window():
     core = make_core(blocks=400, context=200_000, forgetting=WINDOW)
     run(core, Request(text(0, 10_000), endless(3), id="a"))
     assert len(core.prefix) <= WINDOW.blocks(512)
@@ -59,34 +59,34 @@ def test_what_the_prefix_cache_keeps_of_it_is_a_window_too():
 
 
 def test_another_question_about_the_same_text():
-    """What is read already is found by its end, though its beginning is gone."""
+    """A processed text is matched by its end, although its beginning was dropped."""
     core = make_core(blocks=100, context=200_000, forgetting=WINDOW)
     document = text(0, 3_200)
     first, second = document + text(1, 20), document + text(2, 30)
-    found, _ = run(core, Request(first, endless(300), id="a"))
+    actual, _ = run(core, Request(first, endless(300), id="a"))
     again, _ = run(core, Request(second, endless(40), id="b"))
-    assert found["a"].token_ids == expected(first, 300, None, WINDOW)
+    assert actual["a"].token_ids == expected(first, 300, None, WINDOW)
     assert again["b"].token_ids == expected(second, 40, None, WINDOW)
-    assert again["b"].cached_tokens == 3_200  # however long the answer was
+    assert again["b"].cached_tokens == 3_200  # for an answer of any length
     assert core.memory.manager.num_blocks - core.memory.manager.free_blocks <= 3 * WINDOW.blocks(0)
     shorter, _ = run(core, Request(document[:1_600], endless(20), id="c"))
     assert shorter["c"].token_ids == expected(document[:1_600], 20, None, WINDOW)
-    assert shorter["c"].cached_tokens == 32  # the sinks' block: of what is shorter, the end is gone
+    assert shorter["c"].cached_tokens == 32  # the sinks' block only: the end of the shorter text was dropped
 
 
-def test_two_that_read_the_same_text_at_once():
+def test_two_prompts_with_the_same_text():
     core = make_core(blocks=200, context=200_000, forgetting=WINDOW, step_tokens=64)
     document = text(0, 2_000)
     requests = [Request(document + text(n, 9), endless(30), id=str(n)) for n in range(1, 4)]
-    found, _ = run(core, *requests)
+    actual, _ = run(core, *requests)
     for request in requests:
-        assert found[request.id].token_ids == expected(request.prompt, 30, None, WINDOW)
+        assert actual[request.id].token_ids == expected(request.prompt, 30, None, WINDOW)
     assert blocks_in_use(core) == 0
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_in_any_company_with_little_room(seed):
-    """Requests come, are cancelled and lose their blocks to others at random, with and without drafts that fall."""
+def test_random_batches_in_a_small_cache(seed):
+    """Requests arrive, are cancelled and preempted at random, with and without rejected drafts."""
     rng = random.Random(seed)
     forgetting = Forgetting(rng.randrange(20, 150), rng.randrange(0, 40), rng.choice((0, 32)))
     script = {}
@@ -99,22 +99,22 @@ def test_in_any_company_with_little_room(seed):
     waiting = []
     for n in range(40):
         prompt = rng.choice(shared) + text(n, rng.randrange(1, 60)) if rng.random() < 0.6 else text(n, rng.randrange(1, 400))
-        most, salt = rng.randrange(1, 120), rng.choice(["", "a"])
-        waiting.append(Request(prompt, endless(most), id=str(n), priority=rng.randrange(3), salt=salt))
-        script[n + 1] = prompt + expected(prompt, most, None, forgetting)
-    found, requests, cancelled = {}, list(waiting), set()
+        max_tokens, salt = rng.randrange(1, 120), rng.choice(["", "a"])
+        waiting.append(Request(prompt, endless(max_tokens), id=str(n), priority=rng.randrange(3), salt=salt))
+        script[n + 1] = prompt + expected(prompt, max_tokens, None, forgetting)
+    actual, requests, cancelled = {}, list(waiting), set()
     while waiting or not core.idle:
         for _ in range(rng.randrange(4)):
             if waiting:
-                found[waiting[0].id] = Completion()
+                actual[waiting[0].id] = Completion()
                 core.add(waiting.pop(0))
-        if rng.random() < 0.03 and found and found[victim := rng.choice(list(found))].finish is None:
+        if rng.random() < 0.03 and actual and actual[victim := rng.choice(list(actual))].finish is None:
             core.cancel(victim)
             cancelled.add(victim)
         for output in core.step():
-            found[output.request_id].add(output)
+            actual[output.request_id].add(output)
     for request in requests:
-        answer, wanted = found[request.id], expected(request.prompt, request.sampling.max_tokens, None, forgetting)
+        answer, wanted = actual[request.id], expected(request.prompt, request.sampling.max_tokens, None, forgetting)
         if answer.finish == "cancelled":
             assert request.id in cancelled and answer.token_ids == wanted[: len(answer.token_ids)]
         else:
@@ -127,12 +127,12 @@ def test_drafts_from_the_text():
         blocks=WINDOW.blocks(512) + 2, context=200_000, forgetting=WINDOW, proposers=[(PromptLookupProposer(2, 1), 8)]
     )
     prompt = text(0, 50) * 8
-    found, _ = run(core, Request(prompt, endless(2_000), id="a"))
-    assert found["a"].token_ids == expected(prompt, 2_000, None, WINDOW)
+    actual, _ = run(core, Request(prompt, endless(2_000), id="a"))
+    assert actual["a"].token_ids == expected(prompt, 2_000, None, WINDOW)
 
 
 def test_a_cache_that_cannot_hold_a_window_and_a_step():
-    """Then a prompt must fit as it is."""
+    """Then the whole prompt must fit."""
     core = make_core(blocks=WINDOW.blocks(512) - 1, context=200_000, forgetting=WINDOW)
     with pytest.raises(RequestError, match="kv_cache_memory"):
         core.check(Request(text(0, 5_000), endless(1), id="a"))
@@ -143,8 +143,8 @@ def test_a_cache_that_cannot_hold_a_window_and_a_step():
         roomy.check(Request(text(0, 5_001), endless(1_000), id="a"))
 
 
-def test_many_long_prompts_are_taken_in_at_once():
-    """By what they hold, not by how long they are."""
+def test_many_long_prompts_are_admitted_together():
+    """Their blocks are counted, not their lengths."""
     core = make_core(blocks=4 * (WINDOW.blocks(64) + 2), context=200_000, forgetting=WINDOW, step_tokens=64, prefix_cache=False)
     for n in range(4):
         core.add(Request(text(n, 2_000), endless(3), id=str(n)))
@@ -166,8 +166,8 @@ def test_an_embedding_of_a_long_text():
 
 
 @pytest.mark.parametrize("drafts", [False, True])
-def test_a_dialogue_without_end(drafts):
-    """Positions slide within the model's context while attention sees its own window; what is pinned it does not see."""
+def test_an_endless_conversation(drafts):
+    """Positions slide within the model's context while attention has its own window, in which pinned tokens are not visible."""
     proposers = [(PromptLookupProposer(2, 1), 4)] if drafts else None
     core = make_core(blocks=40, context=512, cache_window=400, sinks=70, proposers=proposers, forgetting=WINDOW)
     prompt = text(3, 1_500)
@@ -186,7 +186,7 @@ def test_a_dialogue_without_end(drafts):
     assert dropped >= 1_500 + 1_000 - 400 and blocks_in_use(core) == 0
 
 
-def test_it_does_forget():
+def test_dropped_tokens_are_invisible():
     core = make_core(blocks=40, context=2_000, forgetting=WINDOW, step_tokens=64)
     core.add(Request(text(0, 500), endless(5), id="a"))
     (running,) = core.scheduler.waiting

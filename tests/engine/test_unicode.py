@@ -1,4 +1,4 @@
-"""Texts that are no Unicode are an error that says where, before a tokenizer meets them."""
+"""Strings that are not valid Unicode raise an error with the position, before they reach a tokenizer."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from deepseek_optimizer.engine.request import check_text
 from deepseek_optimizer.errors import RequestError
 from deepseek_optimizer.longdoc.tasks import Question
 
-WRONG = "caf\udce9"  # what Python makes of Latin-1 on a UTF-8 command line
+WRONG = "caf\udce9"  # how Python decodes Latin-1 on a UTF-8 command line
 
 
-def test_where_it_is():
+def test_the_error_has_the_position():
     check_text("prompt", "café 世界 😀")
     with pytest.raises(RequestError, match="prompt: has an unpaired surrogate at character 4"):
         check_text("prompt", WRONG)

@@ -1,4 +1,4 @@
-"""Every allocation of the native part fails, one at a time: a typed error, and the next call works as if nothing had been."""
+"""Every allocation of the native library fails, one at a time: a typed error, and the next call works normally."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ STAGES = ("load", "generate")
 
 
 class Watched:
-    """The native library, whose allocations alone are counted: between its calls the shim looks away."""
+    """The native library; only allocations during its calls are counted by the shim."""
 
     def __init__(self, library: Any, faults: Faults) -> None:
         self._library, self._faults = library, faults
@@ -40,8 +40,8 @@ class Watched:
         return call
 
 
-def memory_trials(base: Path, model: Path, stage: str, most: int | None = None, seed: int = 0) -> dict[str, Any]:
-    """Tries each allocation of a stage; what was wrong, as sentences."""
+def memory_trials(base: Path, model: Path, stage: str, limit: int | None = None, seed: int = 0) -> dict[str, Any]:
+    """Lets each allocation of a stage fail; returns what was wrong, as sentences."""
     base.mkdir()
     faults = Faults(base)
     log = os.open(base / "calls", os.O_RDWR | os.O_CREAT)
@@ -51,18 +51,18 @@ def memory_trials(base: Path, model: Path, stage: str, most: int | None = None, 
     calls = (base / "calls").read_text().splitlines()
     assert calls
     problems, errors = [], 0
-    for number in chosen(calls, most, seed):
+    for number in chosen(calls, limit, seed):
         outcome = in_child(lambda number=number: _try(model, faults, stage, number))
         if outcome.error == "Refused":
             errors += 1
         elif outcome.error or outcome.killed:
             place = f"{stage}, allocation {number} of {len(calls)} ({calls[number]})"
-            problems.append(f"{place}: {outcome.error} {outcome.told}\n{outcome.trace[-1500:]}")
+            problems.append(f"{place}: {outcome.error} {outcome.message}\n{outcome.trace[-1500:]}")
     return {"calls": len(calls), "errors": errors, "problems": problems}
 
 
 class Refused(Exception):
-    """The stage ended in the right error, and what came after it was right."""
+    """The stage raised the right error, and the next call was correct."""
 
 
 def _try(model: Path, faults: Faults, stage: str, number: int, log: int = -1) -> None:
@@ -85,8 +85,8 @@ def _try(model: Path, faults: Faults, stage: str, number: int, log: int = -1) ->
         one = loaded()
         refused, made = _refused(faults, number, log, lambda: generated(one))
         expected = generated(loaded())
-        assert refused or made == expected, "another text, and no error"
-    assert generated(one) == expected, "another text after the error"
+        assert refused or made == expected, "a different text without an error"
+    assert generated(one) == expected, "a different text after the error"
     gc.collect()
     managers = [o for o in gc.get_objects() if isinstance(o, BlockManager)]
     assert all(m.free_blocks == m.num_blocks for m in managers), "blocks leaked"
@@ -95,7 +95,7 @@ def _try(model: Path, faults: Faults, stage: str, number: int, log: int = -1) ->
 
 
 def _refused(faults: Faults, number: int, log: int, work: Callable[[], Any]) -> tuple[bool, Any]:
-    """Whether it ended in the right error, and what it returned otherwise."""
+    """Whether the call raised the right error, and its result otherwise."""
     try:
         with faults.armed(number, FAIL_ONCE, errno.ENOMEM, kinds=MEMORY, smallest=1, log=log):
             return False, work()

@@ -1,4 +1,4 @@
-"""The operations that are tried with faults: everything that writes files which have to last."""
+"""The operations that are tested with faults: all that write persistent files."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _DOCUMENT = {"max_length": 512, "stride": 64, "max_tokens": 2}
 
 
 def operations(model: Path) -> dict[str, Operation]:
-    """By name.
+    """The operations by name.
 
     Args:
         model: a float model with its tokenizer, which is only read.
@@ -68,7 +68,7 @@ def operations(model: Path) -> dict[str, Operation]:
         loaded = load_model(model, backend="reference")
         with LongDocument(loaded, tokenizer(), _NEW, cache_dir=folder / "cache", **_DOCUMENT) as made:
             answer = made.ask("What is it?", strategy="whole")
-        if notes := [note for note in answer.notes if "could not be saved" in note]:  # the answer stands without it
+        if notes := [note for note in answer.notes if "could not be saved" in note]:  # the answer is valid without it
             raise OSError(notes[0])
 
     def chats(folder: Path) -> None:
@@ -109,7 +109,7 @@ def _save_blocks(folder: Path, count: int) -> None:
 
 
 def _in_place(folder: Path, text: str) -> None:
-    """As nothing should be written: the harness must notice."""
+    """Writes in place, which is wrong: the harness must detect it."""
     with open(folder / ".scratch", "x") as file:
         file.write(text)
     (folder / "a").write_text(text)
@@ -122,11 +122,11 @@ def _talk(folder: Path, text: str) -> None:
 
 
 def _checkpoints_are_whole(folder: Path, old: State, new: State) -> bool:
-    """Between two saves: every checkpoint is whole, and there is one if there was one before."""
-    found = checkpoints(folder / "run")
+    """Between two saves: every checkpoint is complete, and one exists if one existed before."""
+    result = checkpoints(folder / "run")
     try:
-        for checkpoint in found:
+        for checkpoint in result:
             verify(checkpoint)
     except CheckpointError:
         return False
-    return bool(found) or not any("checkpoint-" in name for name in old)
+    return bool(result) or not any("checkpoint-" in name for name in old)

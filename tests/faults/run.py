@@ -1,4 +1,4 @@
-"""Tries operations with faults and prints what came of each as JSON; to be started with the shim in LD_PRELOAD.
+"""Runs operations with injected faults and prints the outcomes as JSON; start it with the shim in LD_PRELOAD.
 
 python run.py MODEL FOLDER [--seed N] [OPERATION[:MAX] ...]
 """
@@ -32,17 +32,17 @@ def main() -> None:
     torch.set_num_threads(1)
     os.environ["XDG_CACHE_HOME"] = str(arguments.folder / "cache")
     known = operations(arguments.model)
-    found = {}
+    result = {}
     for number, given in enumerate(arguments.names or [*known, *STAGES]):
-        name, _, most = given.partition(":")
+        name, _, max_calls = given.partition(":")
         started = time.monotonic()
-        folder, limit = arguments.folder / str(number), int(most) if most else None
+        folder, limit = arguments.folder / str(number), int(max_calls) if max_calls else None
         if name in STAGES:
-            found[name] = memory_trials(folder, arguments.model, name, limit, arguments.seed)
+            result[name] = memory_trials(folder, arguments.model, name, limit, arguments.seed)
         else:
-            found[name] = trials(folder, known[name], limit, arguments.seed)
-        found[name]["seconds"] = round(time.monotonic() - started, 1)
-    print(json.dumps(found, indent=1))
+            result[name] = trials(folder, known[name], limit, arguments.seed)
+        result[name]["seconds"] = round(time.monotonic() - started, 1)
+    print(json.dumps(result, indent=1))
 
 
 if __name__ == "__main__":

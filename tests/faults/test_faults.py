@@ -1,6 +1,6 @@
-"""Calls to the system fail, or the process is killed there: the old state or the new is whole, and the error is one line.
+"""System calls fail, or the process is killed at one: the old or the new state is complete, and the error is one line.
 
-The default tests try a few calls of each kind of operation, chosen by a seed; the slow ones try all.
+The default tests try a few calls of each kind per operation, chosen by a seed; the slow ones try all.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if sys.platform != "linux" or shutil.which("cc") is None:
     pytest.skip("needs Linux and a C compiler", allow_module_level=True)
 
 RUN = Path(__file__).with_name("run.py")
-# Operations, and at how many of their calls they fail.
+# Operations, and the number of calls at which they fail.
 FEW = {
     "convert": 3, "convert to shards": 4, "save_pretrained": 5, "training": 2, "saved blocks": 6, "conversation": 6,
     "load": 3, "generate": 3,
@@ -36,12 +36,12 @@ MANY = {
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, byte_tokenizer) -> Any:
-    """run({operation: at how many calls, or None for all}) -> what came of each."""
+    """run({operation: number of calls to fail at, or None for all}) -> the outcomes."""
     library = compiled(tmp_path_factory.mktemp("shim"))
     model = saved_llama(tmp_path_factory.mktemp("model"), byte_tokenizer, max_position_embeddings=2048, eos_token_id=None)
 
     def start(wanted: dict[str, int | None]) -> dict[str, Any]:
-        names = [name if most is None else f"{name}:{most}" for name, most in wanted.items()]
+        names = [name if limit is None else f"{name}:{limit}" for name, limit in wanted.items()]
         command = [sys.executable, str(RUN), str(model), str(tmp_path_factory.mktemp("trials")), *names]
         done = subprocess.run(command, env={**os.environ, "LD_PRELOAD": str(library)}, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
@@ -60,7 +60,7 @@ def test_some_calls_fail(few, name: str) -> None:
     assert few[name]["problems"] == [] and few[name]["errors"] > 0
 
 
-def test_what_is_written_in_place_is_noticed(few) -> None:
+def test_writing_in_place_is_detected(few) -> None:
     problems = "\n".join(few["in place"]["problems"])
     for sign in ("neither the old state nor the new", "names no file", "the next run fails"):
         assert sign in problems
@@ -69,5 +69,5 @@ def test_what_is_written_in_place_is_noticed(few) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MANY)
 def test_every_call_fails(run, name: str) -> None:
-    found = run({name: MANY[name]})[name]
-    assert found["problems"] == [] and found["errors"] > 0
+    actual = run({name: MANY[name]})[name]
+    assert actual["problems"] == [] and actual["errors"] > 0

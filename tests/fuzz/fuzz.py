@@ -1,12 +1,12 @@
-"""Coverage-guided fuzzing by atheris: bytes are mutated, and what reaches new code is kept and mutated further.
+"""Coverage-guided fuzzing with atheris: inputs are mutated, and those that reach new code are kept and mutated further.
 
     python tests/fuzz/fuzz.py TARGET --seconds 600      one target of targets.py
-    python tests/fuzz/fuzz.py all --seconds 600         all of them, one after the other
-    python tests/fuzz/fuzz.py TARGET --keep             adds some of the inputs that were found to the corpus, small ones only
+    python tests/fuzz/fuzz.py all --seconds 600         all targets, one after the other
+    python tests/fuzz/fuzz.py TARGET --keep             adds some of the new inputs to the corpus, small ones only
 
-Inputs begin from `corpus/TARGET`, which `test_corpus.py` replays. What is found goes to build/fuzz/TARGET; an input that
-raises what it should not, hangs or takes too much memory is written there as crash-..., timeout-... or oom-..., and belongs
-into the corpus once it is mended. Exit status 1 then.
+The initial inputs are in `corpus/TARGET`, which `test_corpus.py` replays. New inputs go to build/fuzz/TARGET; an input that
+raises an unexpected error, hangs or takes too much memory is written there as crash-..., timeout-... or oom-..., and should be
+added to the corpus once the bug is fixed. The exit status is then 1.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 BUILD = HERE.parents[1] / "build" / "fuzz"
-SECONDS, MEMORY_MB, LENGTH = 10, 3072, 6144  # of one input at most
-SMALL, MAX = 1024, 12  # bytes of an input that is kept, and how many are
+SECONDS, MEMORY_MB, LENGTH = 10, 3072, 6144  # limits per input
+SMALL, MAX = 1024, 12  # maximum bytes of an input added to the corpus, and maximum number of inputs
 
 
 def fuzz(name: str, *options: str) -> None:
-    """Fuzzes in this process, which libFuzzer ends."""
+    """Fuzzes in this process, which libFuzzer terminates."""
     import atheris
 
     sys.path[:0] = [str(HERE), str(HERE.parent)]
@@ -42,13 +42,13 @@ def fuzz(name: str, *options: str) -> None:
 
 
 def keep(name: str) -> None:
-    """Adds some of what was found to the corpus. libFuzzer has made each of them as small as it can."""
+    """Adds some of the new inputs to the corpus, after libFuzzer has minimised them."""
     corpus = HERE / "corpus" / name
     known = {path.read_bytes() for path in corpus.iterdir()}
     small = [path for path in (BUILD / name).iterdir() if path.stat().st_size <= SMALL and "-" not in path.name]
-    found = [path for path in small if path.read_bytes() not in known]
-    found.sort(key=lambda path: (path.stat().st_size, path.name))
-    for path in found[:: max(1, len(found) // MAX)][:MAX]:
+    result = [path for path in small if path.read_bytes() not in known]
+    result.sort(key=lambda path: (path.stat().st_size, path.name))
+    for path in result[:: max(1, len(result) // MAX)][:MAX]:
         (corpus / path.name[:12]).write_bytes(path.read_bytes())
 
 
@@ -69,9 +69,9 @@ def main() -> int:
     if arguments.keep:
         keep(arguments.target)
         return 0
-    found, corpus = BUILD / arguments.target, HERE / "corpus" / arguments.target
-    found.mkdir(parents=True, exist_ok=True)
-    fuzz(arguments.target, f"-max_total_time={arguments.seconds}", "-print_final_stats=1", str(found), str(corpus))
+    result, corpus = BUILD / arguments.target, HERE / "corpus" / arguments.target
+    result.mkdir(parents=True, exist_ok=True)
+    fuzz(arguments.target, f"-max_total_time={arguments.seconds}", "-print_final_stats=1", str(result), str(corpus))
     return 0
 
 

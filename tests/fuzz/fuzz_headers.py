@@ -2,16 +2,16 @@
 
     python tests/fuzz/fuzz_headers.py --inputs 1000000 [--seed 0] [--jobs N] [--only K]
 
-An input is a valid file with a few mutations that know what headers are made of: lengths and counts become lies, JSON tokens
-become other tokens, bytes flip, ranges vanish or repeat. Input K of a seed is always the same; `--only K` runs it alone, with
-the traceback. Each is opened, and where that succeeds its config and tensors are read. What must hold:
+An input is a valid file with a few mutations that know the structure of headers: lengths and counts get wrong values, JSON
+tokens become other tokens, bytes flip, ranges vanish or repeat. Input K of a seed is always the same; `--only K` runs it alone,
+with the traceback. Each is opened, and if that succeeds, its config and tensors are read. Requirements:
 
-- nothing but CheckpointError or ConfigError comes out;
+- no exception but CheckpointError or ConfigError;
 - no input takes longer than two seconds;
-- no memory for lies: the address space is capped while the inputs run, and every 64th input's Python memory is measured and
-  held against the file's size.
+- no large allocations: the address space is limited while the inputs run, and every 64th input's Python memory is measured and
+  compared with the file's size.
 
-Files live in memory (/dev/shm). Exit status 1 and the input's number if any of it fails.
+Files are in memory (/dev/shm). If an input violates this, its number is printed and the exit status is 1.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ from support.checkpoint_files import (  # noqa: E402
 )
 from support.packed_files import packed_fields  # noqa: E402
 
-ADDRESS_SPACE = 256 << 20  # above what the process has when the inputs begin; no input is larger than 64 KB
-PYTHON_MEMORY = 256 << 10  # beside the file's own size: what opening the smallest good file takes, and some
+ADDRESS_SPACE = 256 << 20  # in addition to that of the process before the first input; no input is larger than 64 KB
+PYTHON_MEMORY = 256 << 10  # in addition to the file's size: enough to open the smallest valid file
 SECONDS = 2.0
 NUMBERS = (*range(4), 7, 8, 13, 31, 32, 33, 63, 64, 127, 128, 255, 256, 65535, 65536, 2**31 - 1, 2**31, 2**32 - 1, 2**32,
            2**40, 2**62, 2**63 - 1, 2**63, 2**64 - 1)  # fmt: skip
@@ -63,7 +63,7 @@ TOKENS = (
     "[]", "{}", "[1,2]", "[0,0]", '{"format":"int8","shape":[16,32]}', "[" * 2000, "{", "}", "[", "]", ",", ":",
 )  # fmt: skip
 
-# A case: the files of a checkpoint, the one to mutate, and how many of its leading bytes are header.
+# A case: the files of a checkpoint, the one to mutate, and the size of its header.
 Case = tuple[str, dict[str, bytes], str, int]
 
 
@@ -131,10 +131,10 @@ def mutate(data: bytes, header: int, rng: random.Random) -> bytes:
 
 
 def overwrite_number(out: bytearray, end: int, rng: random.Random) -> None:
-    """A lie where a number may be: GGUF's are 4 or 8 bytes, often in front of a name."""
+    """A wrong value where a number may be: GGUF's have 4 or 8 bytes, often before a name."""
     size, number = rng.choice((4, 8, 8)), rng.choice(NUMBERS)
     at = rng.choice((0, 4, 8, 16)) if rng.random() < 0.1 else rng.randrange(end)
-    if rng.random() < 0.5:  # walk to a place that looks like a small little-endian number
+    if rng.random() < 0.5:  # search for bytes that look like a small little-endian number
         for candidate in range(at, min(at + 64, end - size)):
             if out[candidate] and not any(out[candidate + 2 : candidate + size]):
                 at = candidate
@@ -145,7 +145,7 @@ def overwrite_number(out: bytearray, end: int, rng: random.Random) -> None:
 
 
 def replace_token(out: bytearray, end: int, rng: random.Random) -> None:
-    """Another token where JSON has one; in binary headers it lands on digits in names."""
+    """Replaces a JSON token by another; in binary headers, digits in names."""
     at = rng.randrange(end)
     while at < end and not (48 <= out[at] <= 57 or out[at] in b'"'):
         at += 1
@@ -157,7 +157,7 @@ def replace_token(out: bytearray, end: int, rng: random.Random) -> None:
 
 
 class Runner:
-    """Writes inputs over the same files and opens them."""
+    """Writes each input to the same files and opens them."""
 
     def __init__(self, root: Path, seed: int) -> None:
         self.seed, self.cases = seed, seeds()
@@ -171,7 +171,7 @@ class Runner:
         self.outcomes: Counter[str] = Counter()
 
     def run(self, k: int, measure: bool = False) -> None:
-        """Input `k`; raises what should not have come out."""
+        """Runs input `k`; raises if it violates a requirement."""
         rng = random.Random(self.seed << 40 | k)
         i = rng.randrange(len(self.cases))
         kind, files, name, header = self.cases[i]
@@ -197,7 +197,7 @@ class Runner:
 
 
 def exercise(path: Path) -> None:
-    """Opens a checkpoint, and reads and packs all that is in it."""
+    """Opens a checkpoint, and reads and packs all its tensors."""
     with open_checkpoint(path) as checkpoint:
         checkpoint.config()
         for name in checkpoint.tensors:
@@ -207,7 +207,7 @@ def exercise(path: Path) -> None:
                     checkpoint.packed(name, checkpoint.natural_format(name))
             except CheckpointError:
                 pass
-        for name, shape in STACKS.items():  # of the deepseek2 case; no other has these tensors
+        for name, shape in STACKS.items():  # only the deepseek2 case has these tensors
             if all(
                 checkpoint.tensors.get(part) and checkpoint.shape(part) == s
                 for part, s in checkpoint.stored(name, shape).items()
@@ -221,13 +221,13 @@ def too_slow(*_: Any) -> None:
 
 
 def work(first: int, last: int, seed: int) -> tuple[Counter[str], str | None]:
-    """Inputs [first, last) in this process: what came of them, and the first failure."""
+    """Runs inputs [first, last) in this process; returns counts of the outcomes, and the first failure."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGALRM, too_slow)
     memory = "/dev/shm" if os.path.isdir("/dev/shm") else None
     with tempfile.TemporaryDirectory(dir=memory) as root:
         runner = Runner(Path(root), seed)
-        for place, (_, _, name, _) in zip(runner.places, runner.cases, strict=True):  # imports and caches, before the cap
+        for place, (_, _, name, _) in zip(runner.places, runner.cases, strict=True):  # imports, before the limit is set
             exercise(place / name if name.endswith(".gguf") else place)
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         limit = resource.getrlimit(resource.RLIMIT_AS)
@@ -259,7 +259,7 @@ def main() -> int:
         with multiprocessing.get_context("spawn").Pool(arguments.jobs) as pool:
             results = pool.starmap(work, spans, chunksize=1)
     seconds = time.monotonic() - start
-    outcomes = sum((found for found, _ in results), Counter())
+    outcomes = sum((result for result, _ in results), Counter())
     for name, count in sorted(outcomes.items()):
         print(f"{name:28} {count:10,}")
     failures = [failure for _, failure in results if failure]

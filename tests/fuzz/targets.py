@@ -1,6 +1,6 @@
-"""What is fuzzed: functions that take any bytes and raise nothing but the errors that are theirs to raise.
+"""The fuzzed functions: they accept arbitrary bytes and raise only their documented errors.
 
-An input that two files are made of begins with the length of the first, in two bytes.
+An input that stands for two files begins with the length of the first, in two bytes.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from deepseek_optimizer.train.checkpoints.state import read_state
 
 _CONFIG = b'{"model_type": "llama", "vocab_size": 40, "hidden_size": 64}'
 _BODIES = (ChatRequest, CompletionRequest, EmbeddingRequest, ResponsesRequest, TokenizeRequest, DetokenizeRequest)
-_READERS = (docx, html, pdf, text)  # imported when a file needs them, which is too late for coverage
+_READERS = (docx, html, pdf, text)  # otherwise imported on demand, which is too late for coverage
 _NAMES = ("a.pdf", "a.docx", "a.html", "a.txt", "a.md", "a")
 _SETTINGS = ServerSettings()
 _root = tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None)
@@ -53,9 +53,9 @@ _root = tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") 
 class Target:
     """
     Args:
-        run: takes an input.
-        errors: what it may raise.
-        words: what inputs are made of, for the mutator.
+        run: processes an input.
+        errors: the allowed exceptions.
+        words: a dictionary for the mutator.
     """
 
     run: Callable[[bytes], object]
@@ -69,7 +69,7 @@ class Target:
 
 
 def _written(**files: bytes) -> Path:
-    """The files, in a directory that holds nothing else; `__` in a name stands for a full stop."""
+    """Writes the files into an empty directory; `__` in a name stands for a full stop."""
     folder = Path(_root.name)
     wanted = {name.replace("__", "."): data for name, data in files.items()}
     for name in os.listdir(folder):
@@ -121,7 +121,7 @@ def _tokenizer(data: bytes) -> None:
 
 
 def _request(data: bytes, kind: str) -> Request:
-    """A request whose body comes in three pieces."""
+    """A request whose body arrives in three chunks."""
     cut = len(data) // 3
     pieces = [data[:cut], data[cut : 2 * cut], data[2 * cut :]]
     messages = [{"type": "http.request", "body": piece, "more_body": i < 2} for i, piece in enumerate(pieces)]
@@ -158,7 +158,7 @@ def _body(data: bytes) -> None:
 
 def _schema(data: bytes) -> None:
     enforced = normalise(data.decode("utf-8", "replace"))
-    with contextlib.suppress(RuntimeError, ValueError):  # as the worker that compiles grammars takes them
+    with contextlib.suppress(RuntimeError, ValueError):  # as in the worker that compiles grammars
         _ebnf({"schema": enforced.schema, "rules": enforced.rules}, xgrammar)
 
 

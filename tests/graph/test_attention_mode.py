@@ -1,4 +1,4 @@
-"""What a mode makes of a graph: which layers change, what the cache keeps, what may be forgotten."""
+"""Graphs with an attention mode: which layers change, what the cache stores, which tokens may be dropped."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def in_mode(config: object, mode: AttentionMode, names: list[str] | None = None)
 
 @pytest.mark.parametrize("mode", [SLIDING, SPARSE], ids=lambda m: m.kind)
 @pytest.mark.parametrize("case", CASES)
-def test_graphs_of_every_family_stay_well_formed(case: str, mode: AttentionMode) -> None:
+def test_graphs_of_every_family_stay_valid(case: str, mode: AttentionMode) -> None:
     for names in (None, []):
         plain, _ = rules.apply(build_graph(CASES[case]()), names)
         graph, places = apply_mode(plain, mode)
@@ -43,7 +43,7 @@ def test_graphs_of_every_family_stay_well_formed(case: str, mode: AttentionMode)
         assert apply_mode(plain, AttentionMode()) == (plain, [])
 
 
-def test_windows_of_a_models_own_are_kept_where_they_are_smaller() -> None:
+def test_smaller_windows_of_the_model_are_kept() -> None:
     config = qwen3(use_sliding_window=True, sliding_window=50, layer_types=["sliding_attention", "full_attention"] * 2,
                    num_hidden_layers=4)  # fmt: skip
 
@@ -60,15 +60,15 @@ def test_windows_of_a_models_own_are_kept_where_they_are_smaller() -> None:
     assert places == ["layer 1", "layer 3"] and [n.attrs["layer"] for n in graph.nodes if n.op == "block_choose"] == [1, 3]
 
 
-def test_what_the_cache_keeps() -> None:
+def test_cached_tokens() -> None:
     assert in_mode(llama(), SPARSE)[0].cache.summaries and not in_mode(llama(), SLIDING)[0].cache.summaries
     assert in_mode(deepseek_v2(), SPARSE)[0].cache.summaries
     windows = qwen3(use_sliding_window=True, sliding_window=9, max_window_layers=0)
-    assert not in_mode(windows, SPARSE)[0].cache.summaries  # nobody chooses
+    assert not in_mode(windows, SPARSE)[0].cache.summaries  # no layer uses them
 
 
 def test_a_trained_indexer() -> None:
-    """Sparse attention is its business; under a window nobody asks it, and its keys are not kept."""
+    """It performs sparse attention itself; with a window it is not used, and its keys are not cached."""
     plain, _ = rules.apply(build_graph(deepseek_v32()))
     assert apply_mode(plain, SPARSE) == (plain, [])
     graph, places = apply_mode(plain, SLIDING)
@@ -78,7 +78,7 @@ def test_a_trained_indexer() -> None:
     assert graph.cache.elements_per_token < plain.cache.elements_per_token
 
 
-def test_what_may_be_forgotten() -> None:
+def test_droppable_tokens() -> None:
     def span(config: object, mode: AttentionMode) -> tuple[int, int] | None:
         return forgetting(in_mode(config, mode)[0])
 
@@ -119,7 +119,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("name", DAMAGES)
-def test_damage_is_found(name: str) -> None:
+def test_damage_is_detected(name: str) -> None:
     op, changes = DAMAGES[name]
     graph, _ = in_mode(deepseek_v2() if op in ("latent_choose", "mla_attention") else llama(), SPARSE)
     check_graph(graph)
@@ -131,7 +131,7 @@ def test_damage_is_found(name: str) -> None:
 @pytest.mark.parametrize(
     "attrs", [{"window": 0, "sinks": 4}, {"window": 40, "sinks": -1}, {"window": -1}, {"softmax": "eager"}]
 )
-def test_bad_windows_are_found(attrs: dict[str, object]) -> None:
+def test_invalid_windows_are_detected(attrs: dict[str, object]) -> None:
     graph, _ = in_mode(llama(), SLIDING)
     nodes = [n.with_(attrs={**n.attrs, **attrs}) if n.op == "attention" else n for n in graph.nodes]
     with pytest.raises(GraphError, match="do not fit"):
@@ -139,7 +139,7 @@ def test_bad_windows_are_found(attrs: dict[str, object]) -> None:
 
 
 @pytest.mark.parametrize(("config", "op"), [(llama(), "block_choose"), (deepseek_v2(), "latent_choose")])
-def test_a_choice_needs_what_it_is_made_by(config: object, op: str) -> None:
+def test_a_choice_needs_its_inputs(config: object, op: str) -> None:
     """Summaries in the cache, and a cache that is written before it is read."""
     graph, _ = in_mode(config, SPARSE)
     with pytest.raises(GraphError, match="do not fit"):

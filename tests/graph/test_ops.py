@@ -1,4 +1,4 @@
-"""The table of ops: consistent in itself, true of the graphs that are made, and complete as documentation."""
+"""The table of ops is consistent, matches the graphs that families build, and is completely documented."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def test_specs_are_consistent(spec: OpSpec) -> None:
         assert "layer" in names and spec.rows == "tokens"
 
 
-def test_names_of_parameters_are_in_bias_and_biases_alone() -> None:
-    """`Graph.weights` and `Graph.renamed` look there."""
+def test_parameter_names_are_only_in_bias_and_biases() -> None:
+    """`Graph.weights` and `Graph.renamed` rely on this."""
     for spec in OPS.values():
         assert {a.name for a in spec.attrs if a.type in (NAME, NAMES)} <= {"bias", "biases"}
 

@@ -1,4 +1,4 @@
-"""The slot planner, in plain form: run a graph over named slots and see that no value is overwritten while it is needed."""
+"""The slot planner: a simulation over named slots shows that no value is overwritten while it is needed."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def check_plan(graph: Graph, plan: SlotPlan) -> None:
 
 
 def random_graph(seed: int) -> Graph:
-    """Random nodes over random live values: any order of lifetimes, dead values, values read twice."""
+    """Random nodes with random live values: any order of lifetimes, dead values, values read twice."""
     rng = random.Random(seed)
     values = [Value(f"in{i}", rng.choice((8, 16)), kind=rng.choice(("f32", "q8"))) for i in range(3)]
     nodes = [Node("state_in", (), (v,)) for v in values]
@@ -43,7 +43,7 @@ def random_graph(seed: int) -> Graph:
         inputs = {"add": 2, "add_rms_norm": 2, "rope": 2, "rope_cache": 4}.get(op, 1)
         width = rng.choice((8, 16)) if op == "linear" else x.width
         made = [Value(f"v{i}.{j}", width, x.selected or op == "select_rows", x.kind) for j in range(outputs)]
-        if op == "add_rms_norm" and rng.random() < 0.5:  # the norm's result in another kind
+        if op == "add_rms_norm" and rng.random() < 0.5:  # the norm's result has another kind
             made[1] = Value(made[1].name, width, x.selected, "q8")
         nodes.append(Node(op, (x, *(rng.choice(same) for _ in range(inputs - 1))), tuple(made)))
         values += made
@@ -79,7 +79,7 @@ def test_the_residual_stays_in_place() -> None:
             assert plan.slot_of[node.outputs[0]] == plan.slot_of[node.inputs[0]]
 
 
-def test_the_logits_have_a_slot_of_their_own() -> None:
+def test_the_logits_have_their_own_slot() -> None:
     graph, _ = rules.apply(build_graph(llama(vocab_size=72)))  # as wide as the hidden rows
     plan = assign_slots(graph)
     logits = graph.nodes[-1].outputs[0]

@@ -1,4 +1,4 @@
-"""Fusion rules: where each fires, and that no choice of rules changes a result."""
+"""Fusion rules: where each applies, and that no selection of rules changes a result."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_results_do_not_depend_on_rules(case: str, choice: str) -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_each_rule_fires_everywhere(case: str) -> None:
+def test_each_rule_applies_everywhere(case: str) -> None:
     config = CASES[case]()
     graph = build_graph(config)
     layers = config.num_hidden_layers
@@ -56,7 +56,7 @@ def test_each_rule_fires_everywhere(case: str) -> None:
     expected = {
         "qkv": layers, "rope_cache": plain, "attention_softmax": plain, "mla_absorb": layers - plain, "experts": experts,
         "gate_up": layers, "last_logits": 1,
-        "layer_norm": 2 * layers - 1,  # all norms but the first of the model and the last, whose rows are selected
+        "layer_norm": 2 * layers - 1,  # all norms except the model's first and the last, whose rows are selected
     }  # fmt: skip
     fused, reports = rules.apply(graph)
     assert {r.rule: r.count for r in reports} == expected
@@ -69,10 +69,10 @@ def test_each_rule_fires_everywhere(case: str) -> None:
     assert all(n.attrs["grouped"] for n in fused.nodes if n.op.startswith("experts_"))
     assert fused.weights() and set(fused.weights()) == set(graph.weights())
     alone = {name: rules.apply(graph, [name])[1][0].count for name in ALL}
-    assert alone == {**expected, "layer_norm": 2 * layers}  # alone, the final norm is fused too
+    assert alone == {**expected, "layer_norm": 2 * layers}  # if it is the only rule, the final norm is fused too
 
 
-def test_a_fused_graph_stays_as_it_is_and_the_given_one_untouched() -> None:
+def test_fusing_is_idempotent_and_does_not_modify_its_input() -> None:
     graph = build_graph(llama())
     before = copy.copy(graph.nodes)
     fused, _ = rules.apply(graph)
@@ -87,13 +87,13 @@ def test_order_of_names_does_not_matter() -> None:
 
 
 @pytest.mark.parametrize(("name", "nearest"), [("qvk", "qkv"), ("layernorm", "layer_norm"), ("gate-up", "gate_up"), ("", "")])
-def test_unknown_rule_names_the_nearest(name: str, nearest: str) -> None:
+def test_unknown_rules_suggest_the_closest(name: str, nearest: str) -> None:
     with pytest.raises(GraphError, match=f"did you mean '{nearest}"):
         rules.apply(build_graph(llama()), ["qkv", name])
 
 
-def test_norm_for_hidden_states_runs_only_where_they_are_asked_for() -> None:
-    """With `last_logits` the norm of all rows feeds `hidden_out` alone."""
+def test_the_norm_for_hidden_states_runs_only_on_request() -> None:
+    """With `last_logits`, the norm of all rows is used only by `hidden_out`."""
     graph, _ = rules.apply(build_graph(llama()))
     only = [graph.nodes[i] for i in sorted(hidden_only(graph))]
     assert Counter(n.op for n in only) == {"hidden_out": graph.hidden_states, "rms_norm": 1}
@@ -101,7 +101,7 @@ def test_norm_for_hidden_states_runs_only_where_they_are_asked_for() -> None:
     assert all(plain.nodes[i].op == "hidden_out" for i in hidden_only(plain))
 
 
-def test_selected_rows_are_those_asked_for() -> None:
+def test_selected_rows_are_the_requested_ones() -> None:
     model = random_model(llama())
     ids = random_ids(model.config, 40)
     expected = transformers_logits(model, ids)

@@ -1,4 +1,4 @@
-"""check_graph accepts what families and rules make (see their tests), and refuses every single damage."""
+"""check_graph accepts the graphs of families and rules (see their tests), and rejects each kind of damage."""
 
 from __future__ import annotations
 
@@ -104,30 +104,30 @@ LATENT_DAMAGES = {
 
 
 def check_damage(graph: Graph, damage: Callable[[Graph], list[Node]], message: str) -> None:
-    """The graph is well formed, and not once it is damaged."""
+    """Checks that the graph is valid, and invalid after the damage."""
     check_graph(graph)
     with pytest.raises(GraphError, match=message):
         check_graph(replace(graph, nodes=damage(graph)))
 
 
 @pytest.mark.parametrize("name", LATENT_DAMAGES)
-def test_damage_to_latent_attention_and_experts_is_found(name: str) -> None:
+def test_damage_to_latent_attention_and_experts_is_detected(name: str) -> None:
     check_damage(build_graph(deepseek_v32()), *LATENT_DAMAGES[name])
 
 
-def test_damage_to_an_mtp_layer_is_found() -> None:
+def test_damage_to_an_mtp_layer_is_detected() -> None:
     for damage in (outputs("concat", Value("l3.both", 143)), outputs("state_in", Value("state", 71))):
         check_damage(build_mtp_graph(deepseek_v3(), 0), damage, "do not fit")
 
 
-def test_ops_need_the_cache_they_are_for() -> None:
+def test_ops_need_their_kind_of_cache() -> None:
     for ours, theirs in ((llama(), deepseek_v3()), (deepseek_v3(), llama())):
         with pytest.raises(GraphError, match="do not fit"):
             check_graph(replace(build_graph(ours), cache=build_graph(theirs).cache))
 
 
 @pytest.mark.parametrize("name", DAMAGES)
-def test_damage_is_found(name: str) -> None:
+def test_damage_is_detected(name: str) -> None:
     check_damage(build_graph(qwen3()), *DAMAGES[name])
 
 

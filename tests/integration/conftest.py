@@ -1,4 +1,4 @@
-"""A small random model beside its optimised copy, on every backend this machine has."""
+"""A small random model and its optimised copy, on every backend of this machine."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ BACKENDS = [
 
 @dataclass
 class Pair:
-    """The same weights in fp32: Transformers' own model, and ours."""
+    """Two models with the same weights in fp32: Transformers' and ours."""
 
     plain: Any
     fast: Any
@@ -47,27 +47,27 @@ def make_pair(case: str = "llama-gqa", backend: str = "reference", **fields: Any
 
 @pytest.fixture(scope="package", params=BACKENDS)
 def pair(request) -> Pair:
-    """Shared by all tests: leave it as it is."""
+    """Shared by all tests; do not modify it."""
     return make_pair(backend=request.param)
 
 
 @pytest.fixture
 def fresh_pair() -> Pair:
-    """To be changed at will."""
+    """May be modified."""
     return make_pair()
 
 
-def check_indexed_hidden_states(pair: Pair, asked: Any) -> None:
-    """The hidden states that `output_hidden_states=asked` names, and None for the others, as Transformers returns them.
+def check_indexed_hidden_states(pair: Pair, requested: Any) -> None:
+    """Checks that `output_hidden_states=asked` gives the same hidden states as Transformers, and None for the others.
 
-    Skips indices where Transformers, older than 5.24, counts them otherwise.
+    Skips indices that Transformers before 5.24 numbers differently.
     """
-    if not isinstance(asked, bool):
+    if not isinstance(requested, bool):
         capturing = pytest.importorskip("transformers.utils.output_capturing")
         if not hasattr(capturing, "selected_hidden_states"):
-            pytest.skip("indices of hidden states are counted as here since Transformers 5.24")
+            pytest.skip("hidden states have these indices since Transformers 5.24")
     ids = pair.ids(6)
-    fast, plain = (m(ids, output_hidden_states=asked).hidden_states for m in (pair.fast, pair.plain))
+    fast, plain = (m(ids, output_hidden_states=requested).hidden_states for m in (pair.fast, pair.plain))
     if plain is None:
         assert fast is None
         return

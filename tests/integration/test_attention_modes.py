@@ -1,4 +1,4 @@
-"""Modes of attention through load_model, generate and engines: what a token sees, what is kept, and what is said of it."""
+"""Attention modes through load_model, generate and engines: visible tokens, cached tokens, and messages about them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from deepseek_optimizer import (
 )
 from deepseek_optimizer.backends.cpu import unavailable_reason
 from deepseek_optimizer.cache import HOLE, Forgetting
-from deepseek_optimizer.errors import ForgottenError
+from deepseek_optimizer.errors import DroppedTokensError
 from deepseek_optimizer.integration.bind.runtime import OptimizerWarning
 from deepseek_optimizer.integration.compat import cache_name
 from support.models import CASES, assert_close_rows, deepseek_v3, llama, random_ids, random_model
@@ -39,7 +39,7 @@ native = pytest.mark.skipif(unavailable_reason() is not None, reason="no native 
 
 
 def forget_early(model: Any) -> Any:
-    """Keeps nothing to spare, so that short texts are forgotten too. Returns the manager of its cache's blocks."""
+    """Removes the spare tokens, so that blocks of short texts are dropped too. Returns the manager of the cache's blocks."""
     manager = model.dso.arena.manager
     if manager.forgetting is not None:
         manager.forgetting = replace(manager.forgetting, spare=0)
@@ -55,7 +55,7 @@ def pairs():
     made: dict[Any, Pair] = {}
 
     def pair(case: str, backend: str, mode: str) -> Pair:
-        """Shared: leave it as it is."""
+        """Shared; do not modify it."""
         key = case, backend, mode
         if key not in made:
             made[key] = make_pair(case, backend, **MODES[mode])
@@ -69,7 +69,7 @@ def pairs():
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("case", ["llama-gqa", "qwen2-windows", "deepseek_v2-greedy", "deepseek_v3-groups"])
 def test_logits_and_text(case: str, mode: str, backend: str, pairs: Any) -> None:
-    """What a model generates is what its logits of the whole text say, token by token."""
+    """Generated tokens agree with the logits of the whole text."""
     pair = pairs(case, backend, mode)
     ids = pair.ids(180)
     text = greedy(pair.fast, ids, 60)
@@ -80,8 +80,8 @@ def test_logits_and_text(case: str, mode: str, backend: str, pairs: Any) -> None
 
 @backends
 @pytest.mark.parametrize("mode", MODES)
-def test_rows_of_a_batch_do_not_meet(mode: str, backend: str, pairs: Any) -> None:
-    """Padded rows, whose windows begin at different places; beams, which fork and reorder; several answers."""
+def test_rows_of_a_batch_are_independent(mode: str, backend: str, pairs: Any) -> None:
+    """Padded rows, whose windows begin at different positions; beams, which fork and reorder; several answers."""
     pair = pairs("llama-gqa", backend, mode)
     lengths = (230, 41, 170)
     ids, mask = pair.ids(*lengths), pair.mask(*lengths)
@@ -98,7 +98,7 @@ def test_rows_of_a_batch_do_not_meet(mode: str, backend: str, pairs: Any) -> Non
 @backends
 @pytest.mark.parametrize("mode", MODES)
 def test_drafts_change_nothing(mode: str, backend: str, pairs: Any) -> None:
-    """By prompt lookup, in our loop and in Transformers', and by an assistant, which takes back more than a window holds."""
+    """By prompt lookup, in our loop and in Transformers', and by an assistant, which rolls back more than a window."""
     pair = pairs("llama-gqa", backend, mode)
     ids = pair.ids(60).repeat(1, 4)
     plain = greedy(pair.fast, ids, 80).tolist()
@@ -111,11 +111,11 @@ def test_drafts_change_nothing(mode: str, backend: str, pairs: Any) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_mtp_layers_are_in_the_same_mode(mode: str, tmp_path: Any) -> None:
+def test_mtp_layers_use_the_same_mode(mode: str, tmp_path: Any) -> None:
     save_with_mtp(tmp_path / "model", deepseek_v3())
     model = load_model(tmp_path / "model", backend="reference", **MODES[mode])
     if mode == "sliding":
-        model.dso.arena.manager.forgetting = Forgetting(37, 3, spare=288)  # what MTP layers may be behind, and a block
+        model.dso.arena.manager.forgetting = Forgetting(37, 3, spare=288)  # the lag of MTP layers, and a block
     ids = torch.tensor([random_ids(model.config, 200)])
     plain = greedy(model, ids, 90).tolist()
     assert greedy(model, ids, 90, use_mtp=True, num_assistant_tokens_schedule="constant").tolist() == plain
@@ -123,7 +123,7 @@ def test_mtp_layers_are_in_the_same_mode(mode: str, tmp_path: Any) -> None:
     assert model.dso.arena.used_bytes == 0
 
 
-# ---- a cache that forgets
+# ---- a cache that drops blocks
 
 
 def used(model: Any) -> int:
@@ -132,16 +132,16 @@ def used(model: Any) -> int:
 
 
 @backends
-def test_a_hundred_thousand_tokens_take_as_much_as_a_window(backend: str) -> None:
-    """Read, and more generated behind them."""
+def test_a_prompt_of_100000_tokens_needs_the_memory_of_a_window(backend: str) -> None:
+    """After prefill, more tokens are generated."""
     plain = random_model(llama(num_hidden_layers=1, max_position_embeddings=200_000, hidden_size=24, intermediate_size=32))
     fast = DynamicGraphOptimizer(plain, config=DeepSeekConfig(precision="fp32", backend=backend, **SLIDING)).optimize()
-    most = forget_early(fast).forgetting.blocks(fast.dso.config.prefill_chunk)
+    max_blocks = forget_early(fast).forgetting.blocks(fast.dso.config.prefill_chunk)
     ids = torch.tensor([random_ids(fast.config, 100_000)])
     cache, seen = PagedCache(fast), []
     fast(ids, cache=cache, logits_to_keep=1)
     assert cache.get_seq_length() == 100_000 and 2 <= used(fast) <= 4
-    assert fast.dso.arena.manager.high_water <= most
+    assert fast.dso.arena.manager.high_water <= max_blocks
 
     def watch(_: Any, scores: Any) -> Any:
         seen.append(used(fast))
@@ -149,14 +149,14 @@ def test_a_hundred_thousand_tokens_take_as_much_as_a_window(backend: str) -> Non
 
     greedy(fast, torch.nn.functional.pad(ids, (0, 1), value=7), 500, **{cache_name(): cache}, logits_processor=[watch])
     assert len(seen) == 500 and max(seen) <= 5 and cache.get_seq_length() == 100_500
-    assert fast.dso.arena.manager.high_water <= most
+    assert fast.dso.arena.manager.high_water <= max_blocks
     del cache
     assert used(fast) == 0
 
 
 @pytest.mark.slow
 @native
-def test_a_hundred_thousand_generated_tokens_take_as_much_as_a_window() -> None:
+def test_100000_generated_tokens_need_the_memory_of_a_window() -> None:
     plain = random_model(llama(num_hidden_layers=1, max_position_embeddings=200_000, hidden_size=24, intermediate_size=32))
     fast = DynamicGraphOptimizer(plain, config=DeepSeekConfig(precision="fp32", **SLIDING)).optimize()
     seen: list[int] = []
@@ -174,28 +174,28 @@ def test_a_hundred_thousand_generated_tokens_take_as_much_as_a_window() -> None:
 
 @backends
 @pytest.mark.parametrize("case", ["llama-gqa", "deepseek_v3-groups"])
-def test_the_text_without_forgetting(case: str, backend: str) -> None:
+def test_the_same_text_without_dropping_blocks(case: str, backend: str) -> None:
     pair = make_pair(case, backend, prefill_chunk=64, **SLIDING)
     ids, manager = pair.ids(400), forget_early(pair.fast)
-    most = manager.forgetting.blocks(64)
+    max_blocks = manager.forgetting.blocks(64)
     text = greedy(pair.fast, ids, 150)
     assert manager.high_water == 0 and pair.fast(text).logits.isfinite().all()
     cache = PagedCache(pair.fast)
     last = pair.fast(text, cache=cache).logits[0, -1]
-    assert used(pair.fast) <= most
+    assert used(pair.fast) <= max_blocks
     manager.forgetting = None
     assert greedy(pair.fast, ids, 150).tolist() == text.tolist()
     torch.testing.assert_close(pair.fast(text, cache=PagedCache(pair.fast)).logits[0, -1], last)
 
 
 @backends
-def test_going_back(backend: str, pairs: Any) -> None:
-    """A little is fine; further is an error that says why, and leaves the cache as it was. What is gone reads as zeros."""
+def test_cropping(backend: str, pairs: Any) -> None:
+    """A few tokens work; more is an error with the reason, which does not change the cache. Dropped tokens read as zeros."""
     pair = pairs("llama-gqa", backend, "sliding")
     ids = pair.ids(300)
     cache = PagedCache(pair.fast)
     whole = pair.fast(ids, cache=cache).logits[0]
-    with pytest.raises(ForgottenError, match="attention_window"):
+    with pytest.raises(DroppedTokensError, match="attention_window"):
         cache.crop(-150)
     assert cache.get_seq_length() == 300
     cache.crop(-5)
@@ -210,7 +210,7 @@ def test_going_back(backend: str, pairs: Any) -> None:
     assert torch.equal(a, b)
 
 
-def test_a_step_that_fails_after_others_have_forgotten() -> None:
+def test_a_failed_step_after_others_dropped_blocks() -> None:
     """The cache is empty then, and its blocks are free."""
     pair = make_pair("llama-gqa", prefill_chunk=64, **SLIDING)
     forget_early(pair.fast)
@@ -233,7 +233,7 @@ def test_a_step_that_fails_after_others_have_forgotten() -> None:
 
 
 @backends
-def test_an_engine_reads_what_is_longer_than_its_cache(backend: str, tmp_path: Any) -> None:
+def test_an_engine_processes_prompts_longer_than_its_cache(backend: str, tmp_path: Any) -> None:
     model = random_model(llama(max_position_embeddings=20_000))
     model.save_pretrained(tmp_path / "model")
     made = load_model(tmp_path / "model", precision="fp32", backend=backend, prefill_chunk=128, **SLIDING)
@@ -248,8 +248,8 @@ def test_an_engine_reads_what_is_longer_than_its_cache(backend: str, tmp_path: A
 
 
 @native
-def test_mtp_layers_that_begin_behind_a_found_prefix(tmp_path: Any, caplog: Any) -> None:
-    """They see nothing before it; what they see first is forgotten in time, and they go on without."""
+def test_mtp_layers_after_a_cached_prefix(tmp_path: Any, caplog: Any) -> None:
+    """They have no rows before it; their first rows are dropped later, and they continue without them."""
     save_with_mtp(tmp_path / "model", deepseek_v3())
     model = load_model(tmp_path / "model", **SLIDING)
     model.dso.arena.manager.forgetting = Forgetting(37, 3, spare=288)
@@ -264,8 +264,8 @@ def test_mtp_layers_that_begin_behind_a_found_prefix(tmp_path: Any, caplog: Any)
 
 
 @native
-def test_mtp_layers_that_begin_among_many_sinks(tmp_path: Any) -> None:
-    """Those of the text's sinks that they have seen end at what is forgotten."""
+def test_mtp_layers_that_begin_within_the_sinks(tmp_path: Any) -> None:
+    """The sinks that they have rows for end where the text was dropped."""
     save_with_mtp(tmp_path / "model", deepseek_v3())
     model = load_model(tmp_path / "model", **{**SLIDING, "attention_sinks": 100})
     model.dso.arena.manager.forgetting = Forgetting(37, 100, spare=288)
@@ -280,21 +280,21 @@ def test_mtp_layers_that_begin_among_many_sinks(tmp_path: Any) -> None:
 
 
 @native
-def test_a_draft_model_forgets_too() -> None:
+def test_a_draft_model_drops_blocks_too() -> None:
     pair, small = make_pair("llama-gqa", "cpu"), make_pair("llama-gqa", "cpu", **SLIDING).fast
     small.dso.arena.manager.forgetting = Forgetting(37, 3, spare=64)
     engine = make_engine(pair.fast, draft_model=small)
     prompt = pair.ids(1500)[0].tolist()
     sampling = SamplingParams(temperature=0, max_tokens=60, ignore_eos=True)
-    most, text = 0, []
+    max_blocks, text = 0, []
     for outputs in engine.steps([Request(prompt, sampling, id="a")]):
-        most = max(most, used(small))
+        max_blocks = max(max_blocks, used(small))
         text += [token for output in outputs for token in output.token_ids]
     assert text == greedy(pair.fast, [prompt], 60, eos_token_id=None)[0, 1500:].tolist()
-    assert 0 < most <= small.dso.arena.manager.forgetting.blocks(512)
+    assert 0 < max_blocks <= small.dso.arena.manager.forgetting.blocks(512)
 
 
-# ---- settings, and what is said
+# ---- settings and messages
 
 
 def test_saved_models_keep_their_mode(tmp_path: Any) -> None:
@@ -310,7 +310,7 @@ def test_saved_models_keep_their_mode(tmp_path: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("case", "fields", "row", "said"),
+    ("case", "fields", "row", "message"),
     [
         ("llama-gqa", {}, ("flash", 0, 0, 0, 3, 0, False), "flash: all preceding tokens, in 3 layers"),
         ("llama-gqa", {"attention_optimization": "eager"}, ("eager", 0, 0, 0, 3, 0, False), "eager: all preceding tokens"),
@@ -327,11 +327,11 @@ def test_saved_models_keep_their_mode(tmp_path: Any) -> None:
         ("deepseek_v32-indexer", SLIDING, ("sliding", 37, 3, 0, 3, 0, True), "in 3 layers; the cache drops"),
     ],
 )
-def test_the_report(case: str, fields: dict[str, Any], row: tuple[Any, ...], said: str) -> None:
+def test_the_report(case: str, fields: dict[str, Any], row: tuple[Any, ...], message: str) -> None:
     report = make_pair(case, **fields).fast.report()
-    found = report.attention
-    assert (found.mode, found.window, found.sinks, found.budget, found.layers, found.own, found.forgets) == row
-    assert said in " ".join(str(report).replace("│", " ").split())
+    actual = report.attention
+    assert (actual.mode, actual.window, actual.sinks, actual.budget, actual.layers, actual.own, actual.forgets) == row
+    assert message in " ".join(str(report).replace("│", " ").split())
     assert report.to_dict()["attention"]["mode"] == row[0]
 
 
@@ -352,7 +352,7 @@ def test_storage_of_the_cache(precision: str, fields: dict[str, Any], kind: str)
     assert ("int8 (sparse_attention)" in str(report)) == (kind == "int8")
 
 
-def test_transformers_own_forward_says_that_it_sees_all() -> None:
+def test_transformers_forward_warns_that_it_attends_to_everything() -> None:
     pair = make_pair("llama-gqa", **SLIDING)
     ids = pair.ids(120)
     with pytest.warns(OptimizerWarning, match="without sliding attention: every token attends to all before it"):
@@ -360,10 +360,10 @@ def test_transformers_own_forward_says_that_it_sees_all() -> None:
     assert_close_rows(hooked.logits[0], pair.plain(ids).logits[0], 1e-3)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        pair.fast(ids, output_attentions=True)  # said once
-    with pytest.warns(OptimizerWarning) as told:
+        pair.fast(ids, output_attentions=True)  # reported once
+    with pytest.warns(OptimizerWarning) as warned:
         make_pair("llama-gqa").fast(ids, output_attentions=True)
-    assert not any("without sliding" in str(w.message) for w in told)
+    assert not any("without sliding" in str(w.message) for w in warned)
 
 
 @pytest.mark.parametrize(
@@ -373,7 +373,7 @@ def test_transformers_own_forward_says_that_it_sees_all() -> None:
         ({"attention_optimization": "sliding", "sparse_attention": True}, "choose one"),
     ],
 )
-def test_settings_that_do_not_go_together_are_refused_first(fields: dict[str, Any], message: str, tmp_path: Any) -> None:
+def test_incompatible_settings_are_rejected_first(fields: dict[str, Any], message: str, tmp_path: Any) -> None:
     with pytest.raises(ConfigError, match=message):
         load_model(tmp_path / "nothing-here", DeepSeekConfig(**fields))
     random_model(CASES["llama-gqa"]()).save_pretrained(tmp_path / "plain")

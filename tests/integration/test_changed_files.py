@@ -1,4 +1,4 @@
-"""Files of weights that change while a model uses them: an error that names the file, no dead process and no wrong token."""
+"""Weight files that change while a model uses them: an error that names the file, no crash and no wrong token."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def is_changed(found, words: str) -> bool:
     return found[0] == "CheckpointChangedError" and "model.safetensors: " in found[1] and words in found[1]
 
 
-def test_packed_files_are_mapped_and_nothing_else_is(found):
-    """And the handler of SIGBUS comes with the first of them."""
+def test_only_packed_files_are_mapped(found):
+    """The handler of SIGBUS is installed with the first of them."""
     handlers = {"handler at first": False, "handler so far": False, "handler": True}
     ways = {"load_model": True, "from_pretrained": True, "float": False, "reference": False, "other names": False}
     assert found["mapped"] == handlers | ways
@@ -49,7 +49,7 @@ def test_packed_files_are_mapped_and_nothing_else_is(found):
 
 @pytest.mark.parametrize("way", changed_files.LOADERS)
 @pytest.mark.parametrize("change", WHAT)
-def test_a_file_that_changes_in_place_is_the_models_error_then_and_ever_after(found, way, change):
+def test_a_modified_file_is_a_permanent_error_of_the_model(found, way, change):
     case = found["changes"][f"{way} {change}"]
     for name in ("after", "again", "twin"):
         assert is_changed(case[name], WHAT[change]), case[name]
@@ -58,7 +58,7 @@ def test_a_file_that_changes_in_place_is_the_models_error_then_and_ever_after(fo
 
 @pytest.mark.parametrize("way", changed_files.LOADERS)
 @pytest.mark.parametrize("change", ["replaced", "removed"])
-def test_a_file_that_gave_its_name_away_goes_on_serving(found, way, change):
+def test_a_replaced_file_stays_in_use(found, way, change):
     case = found["changes"][f"{way} {change}"]
     assert len(case["before"][0]) == 32
     assert all(case[name] == case["before"] for name in ("after", "again", "twin", "other", "loaded"))
@@ -68,11 +68,11 @@ READERS = ("embedding", "linear", "gradient", "dequantized", "table", "forward",
 
 
 @pytest.mark.parametrize("reader", [*READERS, "save", "cut while saving", "own save"])
-def test_whatever_reads_weights_says_so(found, reader):
+def test_every_reader_of_weights_raises_the_error(found, reader):
     assert is_changed(found["readers"][reader], LOST), found["readers"][reader]
 
 
-def test_nothing_is_saved_of_lost_weights_and_copies_in_memory_live_on(found):
+def test_lost_weights_are_not_saved_and_copies_stay_valid(found):
     assert found["readers"]["saved"] is False and found["readers"]["apart"] is True
 
 
@@ -117,7 +117,7 @@ theirs[0]
 """
 
 
-def test_a_fault_elsewhere_kills_as_before_and_faulthandler_tells_of_it(tmp_path):
+def test_other_faults_still_kill_with_faulthandler_output(tmp_path):
     done = run("-c", FAULTS, library_path(), tmp_path)
     assert done.returncode == -signal.SIGBUS and done.stdout == "0\n", (done.returncode, done.stderr)
     assert "Fatal Python error: Bus error" in done.stderr

@@ -1,4 +1,4 @@
-"""What torch wraps around a model: torch.compile, autocast, inference mode, DataParallel."""
+"""torch's wrappers around a model: torch.compile, autocast, inference mode, DataParallel."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ COMPILED = {
 
 @pytest.mark.parametrize("how", COMPILED)
 @torch.no_grad()
-def test_compiled_the_plan_serves_as_before(pair, how):
+def test_a_compiled_model_still_uses_the_plan(pair, how):
     ids = pair.ids(9)
     compiled = COMPILED[how](pair.fast)
     for _ in range(2):
@@ -48,7 +48,7 @@ def test_compiled_in_place_and_generate(fresh_pair):
 
 
 @torch.no_grad()
-def test_a_graph_without_breaks_is_refused(pair):
+def test_fullgraph_is_rejected(pair):
     function = torch.compile(lambda ids: pair.fast(ids).logits + 1, backend="eager", fullgraph=True)
     with pytest.raises(Exception, match="an optimised model already runs a compiled plan"):
         function(pair.ids(9))
@@ -62,7 +62,7 @@ def test_under_inference_mode_and_autocast(pair):
     with torch.inference_mode():
         assert torch.equal(pair.fast(ids).logits, expected)
         tokens = pair.fast.generate(ids, max_new_tokens=5, do_sample=False)
-    with torch.autocast("cpu", torch.bfloat16):  # the plan computes as it always does
+    with torch.autocast("cpu", torch.bfloat16):  # autocast does not affect the plan
         assert torch.equal(pair.fast(ids).logits, expected)
         assert torch.equal(pair.fast.generate(ids, max_new_tokens=5, do_sample=False), tokens)
 
@@ -78,6 +78,6 @@ def test_transformers_own_forward_under_autocast(fresh_pair):
 @torch.no_grad()
 def test_data_parallel(pair):
     ids = pair.ids(9, 9)
-    assert torch.equal(torch.nn.DataParallel(pair.fast)(ids).logits, pair.fast(ids).logits)  # without GPUs it only hands on
+    assert torch.equal(torch.nn.DataParallel(pair.fast)(ids).logits, pair.fast(ids).logits)  # without GPUs it only delegates
     with pytest.raises(UnsupportedRequestError, match="one process per device"):
         pair.fast._replicate_for_data_parallel()

@@ -14,7 +14,7 @@ from support.models import llama, qwen2
 
 
 @pytest.mark.parametrize("make", [llama, qwen2])
-def test_fields_left_out_have_the_class_defaults(make):
+def test_missing_fields_have_the_class_defaults(make):
     config = make(rms_norm_eps=make().__class__.rms_norm_eps)
     raw = json.loads(config.to_json_string())
     del raw["rms_norm_eps"]
@@ -24,14 +24,14 @@ def test_fields_left_out_have_the_class_defaults(make):
     assert with_defaults({"model_type": "llama", "rms_norm_eps": 0.5})["rms_norm_eps"] == 0.5
 
 
-def test_what_has_no_default_is_not_there():
-    found = with_defaults({"model_type": "llama"})
-    assert "rope_scaling" not in found and "no_such_field" not in found and found.get("rope_scaling", 3) == 3
-    assert list(found) == ["model_type"] and len(found) == 1
+def test_fields_without_a_default_are_absent():
+    actual = with_defaults({"model_type": "llama"})
+    assert "rope_scaling" not in actual and "no_such_field" not in actual and actual.get("rope_scaling", 3) == 3
+    assert list(actual) == ["model_type"] and len(actual) == 1
 
 
 @pytest.mark.parametrize("raw", [{"model_type": "gpt2"}, {}, [], None])
-def test_other_contents_stay_as_they_are(raw):
+def test_other_contents_are_unchanged(raw):
     assert with_defaults(raw) is raw
     with pytest.raises((ConfigError, UnsupportedModelError)):
         check_config(raw)

@@ -1,4 +1,4 @@
-"""Whatever the norms add to a mean of squares, logits are Transformers': small, none, or as much as the mean itself."""
+"""Logits equal Transformers' for any epsilon of the norms: small, zero, or as large as the mean square itself."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""model(...): what Transformers returns, by the plan or by Transformers' own forward over packed modules."""
+"""model(...): the same outputs as Transformers, by the plan or by Transformers' forward over packed modules."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def cache_of(output):
 
 @pytest.fixture
 def phases(monkeypatch):
-    """The phase of every plan step that runs."""
+    """Records the phase of every step of the plan."""
     seen = []
 
     def watch(model):
@@ -51,7 +51,7 @@ def test_logits_equal_transformers_on_every_family(case):
 
 
 @torch.no_grad()
-def test_output_has_transformers_fields(pair):
+def test_outputs_have_transformers_fields(pair):
     ids = pair.ids(9)
     fast, plain = pair.fast(ids), pair.plain(ids)
     assert type(fast) is type(plain)
@@ -61,7 +61,7 @@ def test_output_has_transformers_fields(pair):
     assert cache_of(pair.fast(ids, use_cache=False)) is None
 
 
-def test_signature_is_the_class_own(pair):
+def test_the_signature_is_that_of_the_class(pair):
     assert inspect.signature(pair.fast.forward) == inspect.signature(pair.plain.forward)
     assert inspect.signature(pair.fast.generate) == inspect.signature(pair.plain.generate)
 
@@ -112,10 +112,10 @@ def test_hidden_states(pair):
         assert_close_rows(a, b)
 
 
-@pytest.mark.parametrize("asked", [[1], [0, -1], 2, [7], []])
+@pytest.mark.parametrize("requested", [[1], [0, -1], 2, [7], []])
 @torch.no_grad()
-def test_hidden_states_by_index(pair, asked):
-    check_indexed_hidden_states(pair, asked)
+def test_hidden_states_by_index(pair, requested):
+    check_indexed_hidden_states(pair, requested)
 
 
 @torch.no_grad()
@@ -136,7 +136,7 @@ def test_fractional_positions_are_not_rounded(fresh_pair):
 
 @pytest.mark.parametrize("side", ["left", "right", "holes"])
 @torch.no_grad()
-def test_padding_is_not_computed_and_changes_nothing(pair, side):
+def test_padding_is_skipped_and_changes_nothing(pair, side):
     ids, mask = pair.ids(13, 5, 9), pair.mask(13, 5, 9)
     if side == "right":
         ids, mask = ids.flip(1), mask.flip(1)
@@ -169,7 +169,7 @@ def test_chunked_prefill_is_the_same_bit_for_bit(chunk):
 
 
 @torch.no_grad()
-def test_continuing_a_cache_equals_one_call(pair):
+def test_continuing_with_a_cache_equals_one_call(pair):
     ids = pair.ids(40, 40)
     whole = pair.plain(ids).logits
     first = pair.fast(ids[:, :21])
@@ -224,11 +224,11 @@ def test_batch_invariant_is_all_decode(phases):
     assert seen == [[DECODE]]
 
 
-# ---- what the plan does not serve
+# ---- calls that the plan does not support
 
 
 def fallback(pair, reason, *args, **kwargs):
-    """Transformers' forward answers, with one warning that says why; a second call is quiet."""
+    """Transformers' forward is used, with one warning that gives the reason; a second call has none."""
     with pytest.warns(OptimizerWarning, match=reason):
         made = pair.fast(*args, **kwargs)
     with warnings.catch_warnings():
@@ -249,8 +249,8 @@ def test_output_attentions(fresh_pair):
 
 
 @torch.no_grad()
-def test_the_plan_serves_again_after_attention_weights_were_asked_for(fresh_pair):
-    """Transformers leaves the hooks that record them on the modules."""
+def test_the_plan_is_used_again_after_output_attentions(fresh_pair):
+    """Transformers does not remove its recording hooks from the modules."""
     ids = fresh_pair.ids(6)
     fresh_pair.fast(ids, output_attentions=True)
     assert isinstance(cache_of(fresh_pair.fast(ids)), PagedCache)
@@ -275,7 +275,7 @@ def test_router_logits():
     expected = getattr(pair.plain(ids), "router_logits", None)
     with pytest.warns(OptimizerWarning, match="output_router_logits"):
         made = getattr(pair.fast(ids), "router_logits", None)
-    assert (made is None) == (expected is None)  # before 5.24 Transformers gave none
+    assert (made is None) == (expected is None)  # Transformers before 5.24 returned none
     assert expected is None or len(made) == len(expected) > 0
 
 
@@ -345,8 +345,8 @@ def test_gradients_in_the_input(fresh_pair):
     torch.testing.assert_close(grads[1], grads[0], rtol=1e-3, atol=1e-5)
 
 
-def test_no_gradient_is_asked_for_by_default(pair):
-    """Grad mode is on outside `no_grad`, but nothing of an optimised model is trainable: the plan serves."""
+def test_no_gradient_by_default(pair):
+    """Grad mode is on outside `no_grad`, but no parameter of an optimised model is trainable, so the plan is used."""
     assert torch.is_grad_enabled()
     made = pair.fast(pair.ids(4))
     assert isinstance(cache_of(made), PagedCache)
@@ -388,13 +388,13 @@ def test_a_paged_cache_cannot_be_used_by_transformers_forward(fresh_pair):
     ],
 )
 @torch.no_grad()
-def test_bad_requests(pair, call, message):
+def test_invalid_calls(pair, call, message):
     with pytest.raises(ValueError, match=message):
         pair.fast(**call)
 
 
 @torch.no_grad()
-def test_an_error_leaves_the_cache_as_it_was(fresh_pair, monkeypatch):
+def test_an_error_does_not_change_the_cache(fresh_pair, monkeypatch):
     model, ids = fresh_pair.fast, fresh_pair.ids(50)
     cache = PagedCache(model)
     model(ids[:, :40], cache=cache)
@@ -413,7 +413,7 @@ def test_an_error_leaves_the_cache_as_it_was(fresh_pair, monkeypatch):
 
 
 @torch.no_grad()
-def test_deepcopy_is_a_model_of_its_own(fresh_pair):
+def test_deepcopy_is_independent(fresh_pair):
     ids = fresh_pair.ids(6)
     twin = copy.deepcopy(fresh_pair.fast)
     before = twin(ids).logits
@@ -442,7 +442,7 @@ def test_state_dict_round_trip(fresh_pair):
         assert torch.equal(other(ids).logits, fresh_pair.fast(ids).logits)
 
 
-def test_casts_are_refused_and_moves_are_not(fresh_pair):
+def test_casts_are_rejected_and_moves_are_not(fresh_pair):
     model = fresh_pair.fast
     for cast in (lambda: model.to(torch.float16), lambda: model.to(dtype=torch.bfloat16), lambda: model.double()):
         with pytest.raises(UnsupportedRequestError, match="packed as fp32.*load the original checkpoint"):
@@ -456,7 +456,7 @@ def test_casts_are_refused_and_moves_are_not(fresh_pair):
     assert_close_rows(model(fresh_pair.ids(4)).logits, fresh_pair.plain(fresh_pair.ids(4)).logits)
 
 
-def test_pickle_is_refused(pair, tmp_path):
+def test_pickle_is_rejected(pair, tmp_path):
     with pytest.raises(BackendError, match="save_pretrained"):
         torch.save(pair.fast, tmp_path / "model.pt")
 
@@ -482,7 +482,7 @@ def test_nothing_global_changes(pair):
     assert "forward" in pair.fast.__dict__
 
 
-def test_a_config_that_others_share_stays_as_it_was():
+def test_a_shared_config_is_unchanged():
     plain = random_model(CASES["llama-gqa"]())
     shared = plain.config
     fast = DynamicGraphOptimizer(plain, config=DeepSeekConfig(precision="fp32", backend="reference")).optimize()

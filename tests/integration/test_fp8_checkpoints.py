@@ -1,4 +1,4 @@
-"""FP8 checkpoints loaded: as they are at one byte a weight, or in another format; and through `dso convert`."""
+"""FP8 checkpoints: loaded unchanged at one byte per weight, or in another format; and through `dso convert`."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def expected(plain):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_kept_at_one_byte_a_weight(folder, expected, backend):
+def test_kept_at_one_byte_per_weight(folder, expected, backend):
     model = load_model(folder, backend=backend)
     rows = {row.format: row for row in model.dso.report().formats}
     assert rows["fp8"].matrices == 14 and rows["fp8"].bytes <= 1.07 * rows["fp8"].weights
@@ -56,14 +56,14 @@ def test_kept_at_one_byte_a_weight(folder, expected, backend):
 
 @pytest.mark.parametrize("precision", ["int4", "int8", "bf16", "fp32"])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_converted_on_the_way_in(folder, plain, precision, backend):
-    """The same bits as the dequantised model packed."""
+def test_converted_while_loading(folder, plain, precision, backend):
+    """The same bits as when the dequantised model is packed."""
     ours, theirs = (load_model(path, precision=precision, backend=backend) for path in (folder, plain))
     for (name, a), (other, b) in zip(ours.named_parameters(), theirs.named_parameters(), strict=True):
         assert name == other and torch.equal(a, b), name
 
 
-def test_formats_of_single_matrices(folder):
+def test_formats_of_individual_matrices(folder):
     model = load_model(folder, formats={"model.layers.0.mlp.up_proj": "int4"}, backend="reference")
     assert model.model.layers[0].mlp.up_proj.format == "int4" and model.model.layers[1].mlp.up_proj.format == "fp8"
 
@@ -78,7 +78,7 @@ def test_a_float_model_packed_as_fp8(plain, expected):
 
 @pytest.mark.parametrize("precision", ["auto", "int8", "int4"])
 def test_convert(folder, tmp_path, precision):
-    """Streamed from file to file, saved by the model, and mapped again: one model."""
+    """Converted from file to file, saved by the model, and mapped again: the same model."""
     pack_checkpoint(folder, tmp_path / "packed", {"precision": precision})
     model = load_model(folder, precision=precision)
     model.save_pretrained(tmp_path / "saved")
@@ -94,8 +94,8 @@ def test_convert(folder, tmp_path, precision):
             assert checkpoint.kind == "packed" and not [name for name in checkpoint.tensors if "scale" in name]
 
 
-def test_transformers_own_loader_is_named_the_way_out(folder):
-    """With the section, Transformers refuses two kinds of quantisation; without it, it would read codes and no scales."""
+def test_transformers_loader_names_the_remedy(folder):
+    """With the section, Transformers rejects two kinds of quantisation; without it, it would read codes without scales."""
     with pytest.raises(ValueError, match="quantized with"):
         AutoModelForCausalLM.from_pretrained(folder, quantization_config=DeepSeekConfig())
     config = AutoConfig.from_pretrained(folder)
@@ -105,7 +105,7 @@ def test_transformers_own_loader_is_named_the_way_out(folder):
 
 
 @pytest.mark.parametrize("precision", ["auto", "int4"])
-def test_a_scale_of_the_wrong_shape_is_named_before_anything_is_read(folder, tmp_path, precision):
+def test_a_scale_of_the_wrong_shape_is_an_error_before_reading(folder, tmp_path, precision):
     path = shutil.copytree(folder, tmp_path / "m")
     tensors = load_file(path / "model.safetensors")
     name = "model.layers.1.mlp.down_proj.weight_scale_inv"
@@ -118,7 +118,7 @@ def test_a_scale_of_the_wrong_shape_is_named_before_anything_is_read(folder, tmp
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_latent_attention(tmp_path, backend):
-    """kv_b in FP8: absorbed it is other matrices, made of it."""
+    """kv_b in FP8: in the absorbed form, other matrices are derived from it."""
     config = CASES["deepseek_v3-groups"]()
     config.first_k_dense_replace = config.num_hidden_layers
     random_model(config, dtype=torch.bfloat16).save_pretrained(tmp_path / "float")
@@ -138,7 +138,7 @@ def test_latent_attention(tmp_path, backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_deepseek_v3(tmp_path, backend):
-    """Experts tensor by tensor, latent attention with kv_b in FP8; the router, its bias and the norms as stored."""
+    """Experts tensor by tensor, latent attention with kv_b in FP8; the router, its bias and the norms unchanged."""
     config = CASES["deepseek_v3-groups"]()
     random_model(config, dtype=torch.bfloat16).save_pretrained(tmp_path / "float")
     folder = fp8_copy(tmp_path / "float", tmp_path / "fp8")
@@ -153,7 +153,7 @@ def test_deepseek_v3(tmp_path, backend):
         expected = AutoModelForCausalLM.from_pretrained(tmp_path / "float", dtype=torch.float32)(ids).logits[0]
         assert_close_rows(load_model(folder, precision="fp32", backend=backend)(ids).logits[0], expected)
         difference = (model(ids).logits[0] - expected).abs().amax(-1) / expected.abs().amax(-1)
-    assert difference.median() < 2e-2, "and most rows meet the same experts"
+    assert difference.median() < 2e-2, "most rows have the same experts"
     pack_checkpoint(folder, tmp_path / "packed", {})
     again = load_model(tmp_path / "packed", backend=backend)
     for (name, a), (_, b) in zip(again.named_parameters(), model.named_parameters(), strict=True):

@@ -1,4 +1,4 @@
-"""generate(attention_mask=...): masks that only Transformers' own loop and forward can serve, and the note that says so."""
+"""generate(attention_mask=...): masks that only Transformers' loop and forward support, and the message that says so."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from deepseek_optimizer.integration.bind.runtime import OptimizerWarning
 from deepseek_optimizer.integration.compat import cache_name
 
 RIGHT = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]])
-TRIANGLE = torch.tril(torch.ones(4, 6, dtype=torch.long))  # what Transformers' own testers give
+TRIANGLE = torch.tril(torch.ones(4, 6, dtype=torch.long))  # as in Transformers' own testers
 HOLES = torch.tensor([[1, 0, 1, 1, 0, 1], [0, 0, 1, 1, 1, 1]])
 
 
@@ -20,7 +20,7 @@ def generated(model, ids, **call):
 
 
 @pytest.mark.parametrize("mask", [RIGHT, TRIANGLE], ids=["right", "triangle"])
-def test_a_prompt_that_ends_in_padding_is_continued_as_transformers_does(fresh_pair, mask):
+def test_prompts_that_end_in_padding_continue_as_in_transformers(fresh_pair, mask):
     ids = fresh_pair.ids(*[6] * len(mask))
     with pytest.warns(OptimizerWarning, match=r"row \d of the prompt ends in padding.*padding_side.*slower"):
         fast = generated(fresh_pair.fast, ids, attention_mask=mask)
@@ -38,13 +38,13 @@ def test_other_loops_too(fresh_pair, options):
     assert torch.equal(fast, plain)
 
 
-def test_holes_are_served_by_the_plan(pair, recwarn):
+def test_masks_with_holes_use_the_plan(pair, recwarn):
     ids = pair.ids(6, 6)
     assert torch.equal(generated(pair.fast, ids, attention_mask=HOLES), generated(pair.plain, ids, attention_mask=HOLES))
     assert not [w for w in recwarn if issubclass(w.category, OptimizerWarning)]
 
 
-def test_a_paged_cache_is_refused_with_the_remedy(fresh_pair):
+def test_a_paged_cache_is_rejected_with_a_remedy(fresh_pair):
     with pytest.raises(UnsupportedRequestError, match="row 1 of the prompt ends in padding.*DynamicCache"):
         generated(fresh_pair.fast, fresh_pair.ids(6, 6), attention_mask=RIGHT, **{cache_name(): PagedCache(fresh_pair.fast)})
     with pytest.warns(OptimizerWarning, match="ends in padding"):
@@ -54,7 +54,7 @@ def test_a_paged_cache_is_refused_with_the_remedy(fresh_pair):
 
 @torch.no_grad()
 def test_four_dimensions(fresh_pair):
-    """A mask of four dimensions says of each query which keys it sees: here two documents, without restarting positions."""
+    """A mask of four dimensions gives the visible keys of each query: here two documents, without restarting positions."""
     ids, seen = fresh_pair.ids(7), torch.ones(7, 7, dtype=torch.bool).tril()
     seen[4:, :4] = False
     call = {"attention_mask": seen[None, None], "use_cache": False}
@@ -63,8 +63,8 @@ def test_four_dimensions(fresh_pair):
     torch.testing.assert_close(fast, fresh_pair.plain(ids, **call).logits, rtol=1e-4, atol=1e-4)
 
 
-def test_four_dimensions_in_generate_are_transformers_own_answer(fresh_pair):
-    """Whatever it is: an error where Transformers raises one, the same text where not."""
+def test_four_dimensional_masks_in_generate_follow_transformers(fresh_pair):
+    """An error if Transformers raises one, otherwise the same text."""
     ids, mask = fresh_pair.ids(4), torch.ones(1, 1, 4, 4, dtype=torch.bool).tril()
     outcomes = []
     for model in (fresh_pair.plain, fresh_pair.fast):

@@ -1,4 +1,4 @@
-"""Checkpoints that lie: refused by `load_model` and by `from_pretrained`, by name, before memory is taken for them."""
+"""Malicious checkpoints: rejected by `load_model` and `from_pretrained`, with the tensor's name, before memory is allocated."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from deepseek_optimizer import CheckpointError, ConfigError, DeepSeekConfig, load_model
-from support.spoilt import both_loaders, set_config, set_tensor
+from support.damaged_checkpoints import both_loaders, set_config, set_tensor
 
 
 @pytest.fixture
 def folder(tiny_model: Path, tmp_path: Path) -> Path:
-    """A copy of the tiny checkpoint, to be spoilt."""
+    """A copy of the tiny checkpoint that may be damaged."""
     return Path(shutil.copytree(tiny_model, tmp_path / "m"))
 
 
@@ -25,7 +25,7 @@ def folder(tiny_model: Path, tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"num_hidden_layers": 10**9}, "num_hidden_layers"),  # Transformers alone would build layers until memory is gone
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers"),  # Transformers alone would build layers until memory runs out
         ({"hidden_size": 1 << 40}, "hidden_size"),
         ({"vocab_size": 100}, "pad_token_id"),
         ({"pad_token_id": 10**6}, "pad_token_id"),
@@ -91,7 +91,7 @@ def test_a_tokenizer_larger_than_the_embedding(folder, load, where):
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"model": 3, "x": 999999}', '{"truncation": {"max_length": 999999}}'])
-def test_a_tokenizer_that_cannot_be_read_is_nothing_to_the_model(folder, text):
+def test_an_unreadable_tokenizer_does_not_affect_the_model(folder, text):
     (folder / "tokenizer.json").write_text(text)
     load_model(folder, backend="reference")
 
@@ -111,7 +111,7 @@ def test_pickles_are_never_opened(folder, load):
 
 @both_loaders
 @pytest.mark.parametrize("name", ["../other/model.safetensors", "/model.safetensors", 3, None])
-def test_an_index_that_leads_out(folder, tiny_model, load, name):
+def test_an_index_with_paths_outside_the_directory(folder, tiny_model, load, name):
     shutil.copytree(tiny_model, folder.parent / "other")
     (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
     names = dict.fromkeys(load_file(folder / "model-00001-of-00001.safetensors"), "model-00001-of-00001.safetensors")

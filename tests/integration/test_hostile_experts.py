@@ -1,4 +1,4 @@
-"""Checkpoints and configs of MoE and MLA models that lie: refused by name, before memory is taken for them."""
+"""Malicious checkpoints and configs of MoE and MLA models: rejected, with the field's name, before memory is allocated."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from deepseek_optimizer import CheckpointError, ConfigError, load_model
+from support.damaged_checkpoints import both_loaders, set_config, set_tensor
 from support.models import CASES, random_model
 from support.mtp_files import with_mtp
-from support.spoilt import both_loaders, set_config, set_tensor
 
 CASE = "deepseek_v3-groups"
 EXPERTS = "model.layers.1.mlp.experts"
@@ -20,7 +20,7 @@ MTP = "model.layers.3"
 
 
 def with_mtp_layer(folder: Path) -> None:
-    """What DeepSeek publishes has: one more layer, with two norms, a projection, and copies of the embedding and the head."""
+    """As published by DeepSeek: an additional layer with two norms, a projection, and copies of the embedding and the head."""
     path = folder / "model.safetensors"
     save_file(with_mtp(load_file(path), CASES[CASE]()), path, {"format": "pt"})
 
@@ -34,7 +34,7 @@ def original(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def folder(original: Path, tmp_path: Path) -> Path:
-    """A copy, to be spoilt."""
+    """A copy that may be damaged."""
     return Path(shutil.copytree(original, tmp_path / "m"))
 
 
@@ -107,7 +107,7 @@ def test_both_forms_of_experts(folder, load):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"num_experts_per_tok": 13}, "num_experts_per_tok"),  # more than there are
+        ({"num_experts_per_tok": 13}, "num_experts_per_tok"),  # more than exist
         ({"num_experts_per_tok": 9}, "num_experts_per_tok"),  # more than the chosen groups have
         ({"n_group": 5}, "n_group"),
         ({"topk_group": 4}, "topk_group"),
@@ -116,7 +116,7 @@ def test_both_forms_of_experts(folder, load):
         ({"moe_intermediate_size": 0}, "moe_intermediate_size"),
         ({"first_k_dense_replace": -1}, "first_k_dense_replace"),
         ({"kv_lora_rank": 0}, "kv_lora_rank"),
-        ({"qk_rope_head_dim": 11}, "qk_rope_head_dim"),  # an odd number cannot turn in pairs
+        ({"qk_rope_head_dim": 11}, "qk_rope_head_dim"),  # an odd number of elements cannot be rotated in pairs
         ({"v_head_dim": 1 << 40}, "v_head_dim"),
         ({"num_nextn_predict_layers": -1}, "num_nextn_predict_layers"),
     ],
@@ -128,7 +128,7 @@ def test_configs(folder, load, fields, message):
 
 
 @pytest.mark.parametrize("fields", [{"n_routed_experts": "12"}, {"kv_lora_rank": None}, {"moe_intermediate_size": 0.5}])
-def test_types_that_transformers_own_config_refuses_too(folder, fields):
+def test_types_that_transformers_config_rejects_too(folder, fields):
     set_config(folder, **fields)
     with pytest.raises(ConfigError, match=next(iter(fields))):
         load_model(folder)
@@ -166,20 +166,20 @@ class TestMtpLayers:
 
     @both_loaders
     @pytest.mark.parametrize("name", ["embed_tokens.weight", "shared_head.head.weight"])
-    def test_shared_parts_may_be_left_out(self, folder, load, name):
+    def test_shared_tensors_may_be_missing(self, folder, load, name):
         with_mtp_layer(folder)
         set_tensor(folder, f"{MTP}.{name}", None)
         load(folder)
 
     @both_loaders
-    def test_another_shape(self, folder, load):
+    def test_wrong_shapes(self, folder, load):
         with_mtp_layer(folder)
         set_tensor(folder, f"{MTP}.eh_proj.weight", lambda t: t[:, 1:].clone())
         with pytest.raises(CheckpointError, match=r"\(72, 143\), but the config requires \(72, 144\)") as caught:
             load(folder)
         assert caught.value.tensor == f"{MTP}.eh_proj.weight"
 
-    def test_more_than_the_config_promises(self, folder):
+    def test_more_layers_than_in_the_config(self, folder):
         with_mtp_layer(folder)
         set_config(folder, num_nextn_predict_layers=0)
         with pytest.raises(CheckpointError, match=f"contains {MTP}.*does not have"):
@@ -200,7 +200,7 @@ class TestPacked:
         return tmp_path / "p"
 
     @both_loaders
-    def test_one_expert_less(self, packed, load):
+    def test_a_missing_expert(self, packed, load):
         set_config(packed, n_routed_experts=9)
         with pytest.raises(CheckpointError, match="the config requires"):
             load(packed)
@@ -213,7 +213,7 @@ class TestPacked:
         assert caught.value.tensor == f"{EXPERTS}.down_proj"
 
     @both_loaders
-    def test_a_cut_stack(self, packed, load):
+    def test_a_truncated_stack(self, packed, load):
         set_tensor(packed, f"{EXPERTS}.down_proj", lambda t: t[:-1].clone())
         with pytest.raises(CheckpointError, match=r"is U8 \(11, 5, 2, 288\); int4 \[12, 72, 44\] must be U8 \(12, 5, 2, 288\)"):
             load(packed)

@@ -1,4 +1,4 @@
-"""from_pretrained with a DeepSeekConfig, load_model, save_pretrained: one packed model, whichever way it comes."""
+"""from_pretrained with a DeepSeekConfig, load_model, save_pretrained: the same packed model in every way."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FAMILIES = ["llama-tied", "llama-biases", "qwen2-gqa", "qwen3-tied"]
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """case -> (a float checkpoint, its model), made once."""
+    """case -> (a float checkpoint, its model), created once."""
     made = {}
 
     def get(case, dtype=torch.float32):
@@ -58,7 +58,7 @@ def same(a, b):
 @pytest.mark.parametrize("precision", FORMATS)
 @pytest.mark.parametrize("case", FAMILIES)
 @torch.no_grad()
-def test_every_way_leads_to_the_same_model(saved, tmp_path, case, precision):
+def test_every_way_loads_the_same_model(saved, tmp_path, case, precision):
     folder, plain = saved(case)
     first = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config(precision=precision))
     second = load_model(folder, config(), precision=precision)
@@ -74,7 +74,7 @@ def test_every_way_leads_to_the_same_model(saved, tmp_path, case, precision):
         assert_close_rows(first(ids_for(plain)).logits, plain(ids_for(plain)).logits)
 
 
-def test_what_is_packed_and_what_is_not(saved):
+def test_packed_and_unpacked_tensors(saved):
     folder, plain = saved("qwen2-gqa")
     model = load_model(folder, config(precision="int4"))
     kinds = {type(m) for m in model.modules()}
@@ -101,7 +101,7 @@ def test_tied_weights_are_one_tensor(saved, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_auto_keeps_the_weights_as_they_are(saved, dtype):
+def test_auto_keeps_the_stored_weights(saved, dtype):
     folder, plain = saved("llama-gqa", dtype)
     for model in (
         load_model(folder, config()),
@@ -129,7 +129,7 @@ def test_the_articles_arguments(saved):
     assert model.generate(ids_for(model), max_new_tokens=3, do_sample=False).shape == (1, 33)
 
 
-def test_the_users_config_is_not_changed(saved):
+def test_the_users_config_is_unchanged(saved):
     folder, _ = saved("llama-gqa")
     mine = config(precision="int8")
     before = copy.deepcopy(mine)
@@ -139,7 +139,7 @@ def test_the_users_config_is_not_changed(saved):
     assert model.dso.manifest.modules and model.config.packed_manifest == model.dso.manifest.to_dict()
 
 
-def test_fields_go_over_the_config(saved):
+def test_fields_override_the_config(saved):
     folder, _ = saved("llama-gqa")
     model = load_model(folder, config(precision="int8", kv_cache="int8"), precision="int4", prefill_chunk=7)
     settings = model.dso.config
@@ -150,7 +150,7 @@ def test_fields_go_over_the_config(saved):
         load_model(folder, {"precision": "int4"})
 
 
-def test_a_packed_checkpoint_keeps_its_settings_unless_told(saved, tmp_path):
+def test_a_packed_checkpoint_keeps_its_settings_by_default(saved, tmp_path):
     folder, _ = saved("llama-gqa")
     load_model(folder, config(precision="int8", kv_cache="int8")).save_pretrained(tmp_path / "p")
     assert load_model(tmp_path / "p").dso.config.kv_cache == "int8"
@@ -163,7 +163,7 @@ def test_a_packed_checkpoint_keeps_its_settings_unless_told(saved, tmp_path):
         load_model(tmp_path / "p", kl_budget="much")
 
 
-def test_generation_config_comes_along(saved, tmp_path):
+def test_the_generation_config_is_loaded(saved, tmp_path):
     folder, _ = saved("llama-gqa")
     source = tmp_path / "source"
     shutil.copytree(folder, source)
@@ -187,7 +187,7 @@ def test_sharded_checkpoint(saved, tmp_path):
 # ---- saving
 
 
-def test_saving_beside_a_tokenizer_keeps_it_and_clears_old_shards(saved, tmp_path):
+def test_saving_keeps_the_tokenizer_and_removes_old_shards(saved, tmp_path):
     folder, plain = saved("llama-gqa")
     plain.save_pretrained(tmp_path, max_shard_size="100KB")
     (tmp_path / "tokenizer.json").write_text("{}")
@@ -202,7 +202,7 @@ def test_saving_beside_a_tokenizer_keeps_it_and_clears_old_shards(saved, tmp_pat
     assert same(load_model(tmp_path), model)
 
 
-def test_saving_over_the_checkpoint_a_model_is_mapped_from(saved, tmp_path):
+def test_saving_over_the_mapped_checkpoint(saved, tmp_path):
     load_model(saved("llama-gqa")[0], config(precision="int4")).save_pretrained(tmp_path / "p")
     model = load_model(tmp_path / "p")
     before = model(ids_for(model)).logits
@@ -234,7 +234,7 @@ def test_writing_to_weights_does_not_reach_the_file(saved, tmp_path):
     assert (tmp_path / "p" / "model.safetensors").read_bytes() == before
 
 
-# ---- what is refused
+# ---- rejected calls
 
 
 def change(folder, target, **fields):
@@ -258,13 +258,13 @@ def change(folder, target, **fields):
         ({"quantization_config": {"quant_method": "hqq"}}, CheckpointError, "hqq"),
     ],
 )
-def test_load_model_refuses(saved, tmp_path, fields, error, message):
+def test_load_model_rejects(saved, tmp_path, fields, error, message):
     folder = change(saved("llama-gqa")[0], tmp_path / "m", **fields)
     with pytest.raises(error, match=message):
         load_model(folder)
 
 
-def test_from_pretrained_refuses(saved, tmp_path):
+def test_from_pretrained_rejects(saved, tmp_path):
     folder, _ = saved("llama-gqa")
     with pytest.raises(UnsupportedModelError, match="gpt2.*llama"):
         from transformers import GPT2Config, GPT2LMHeadModel
@@ -308,7 +308,7 @@ def test_a_missing_matrix_is_named_by_from_pretrained(saved, tmp_path):
 
 
 @pytest.mark.parametrize("equal", [True, False])
-def test_a_head_stored_though_tied(saved, tmp_path, equal):
+def test_a_stored_head_despite_tying(saved, tmp_path, equal):
     from safetensors.torch import load_file, save_file
 
     folder = tmp_path / "m"
@@ -342,7 +342,7 @@ def test_a_config_of_another_class_for_a_packed_checkpoint(saved, tmp_path):
 
 
 @torch.no_grad()
-def test_calls_on_a_model_that_nobody_holds(saved, tmp_path):
+def test_calls_on_a_temporary_model(saved, tmp_path):
     folder, plain = saved("llama-gqa")
     ids = ids_for(plain)
     expected = plain.generate(ids, max_new_tokens=5, do_sample=False)
@@ -357,7 +357,7 @@ def test_calls_on_a_model_that_nobody_holds(saved, tmp_path):
 
 
 def test_importing_does_no_work():
-    """Names are registered; no library is loaded, no model code imported, no thread started."""
+    """Only names are registered: no library is loaded, no model code imported, no thread started."""
     code = (
         "import sys, threading, deepseek_optimizer as d\n"
         "from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as m\n"

@@ -1,5 +1,5 @@
-"""Peak memory of every way to load: never over the packed size, the largest tensor and a little; of `dso convert`, which loads
-nothing: never over the largest packed tensor and a little. Each in a process of its own.
+"""Peak memory of every way to load: at most the packed size, the largest tensor and a little; of `dso convert`, which loads
+nothing: at most the largest packed tensor and a little. Each in its own process.
 
 DSO_TEST_MODEL=<directory with a float checkpoint of some GB> adds the slow test, on a model of real size.
 """
@@ -20,18 +20,18 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
 from deepseek_optimizer.backends.cpu import unavailable_reason
-from deepseek_optimizer.bench.process import PeakMemory
+from deepseek_optimizer.bench.peak_memory import PeakMemory
 from support.checkpoint_files import ARRAY, F32, STRING, U32, gguf_bytes, gguf_tensor, model_values
 from support.models import NATIVE_FAMILIES
 
 pytestmark = [
-    pytest.mark.skipif(PeakMemory().bytes() is None, reason="the system does not tell the peak of a process's memory"),
+    pytest.mark.skipif(PeakMemory().bytes() is None, reason="the system does not report a process's peak memory"),
     pytest.mark.skipif(unavailable_reason() is not None, reason="no native build: the reference packer's panels are larger"),
 ]
 
 LAYERS, HIDDEN, INTERMEDIATE, VOCAB = 4, 1024, 8192, 16384
-EXPERTS = 48  # of HIDDEN x HIDDEN: merged in floats on the way, they would take far more than the slack
-SLACK = 150_000_000  # the float file is three times as large, so that to keep it in memory fails
+EXPERTS = 48  # of HIDDEN x HIDDEN: if they were merged as floats, they would need far more than the slack
+SLACK = 150_000_000  # the float file is three times as large, so that keeping it in memory fails
 CONVERT_SLACK = 100_000_000
 BIG, BIG_SLACK = os.environ.get("DSO_TEST_MODEL"), 500_000_000
 
@@ -41,7 +41,7 @@ import torch, transformers
 import transformers.models.auto.modeling_auto, transformers.core_model_loading
 import transformers.models.llama.modeling_llama, transformers.models.qwen2.modeling_qwen2
 import deepseek_optimizer, deepseek_optimizer_cli.app
-from deepseek_optimizer.bench.process import PeakMemory
+from deepseek_optimizer.bench.peak_memory import PeakMemory
 from deepseek_optimizer.checkpoint import open_checkpoint
 
 way, path, out = sys.argv[1:]
@@ -73,17 +73,17 @@ def check(way: str, model: Path | str, out: Path, slack: int) -> None:
     command = [sys.executable, "-c", PROGRAM, way, str(model), str(out)]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
+    result = json.loads(done.stdout.splitlines()[-1])
     if way == "convert":  # from file to file
-        assert found["packed"] > found["largest packed"] + CONVERT_SLACK  # else there would be nothing to see
-        assert found["peak"] <= found["largest packed"] + CONVERT_SLACK, found
+        assert result["packed"] > result["largest packed"] + CONVERT_SLACK  # otherwise the test would show nothing
+        assert result["peak"] <= result["largest packed"] + CONVERT_SLACK, result
         return
-    assert found["file"] > found["largest"] + slack
-    assert found["peak"] <= found["packed"] + found["largest"] + slack, found
+    assert result["file"] > result["largest"] + slack
+    assert result["peak"] <= result["packed"] + result["largest"] + slack, result
 
 
 def shapes() -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Transformers' name -> GGUF's name and the shape."""
+    """Transformers' name -> GGUF's name and shape."""
     square, wide, tall = (HIDDEN, HIDDEN), (INTERMEDIATE, HIDDEN), (HIDDEN, INTERMEDIATE)
     block = {
         "self_attn.q_proj": ("attn_q", square), "self_attn.k_proj": ("attn_k", square), "self_attn.v_proj": ("attn_v", square),
@@ -101,7 +101,7 @@ def shapes() -> dict[str, tuple[str, tuple[int, ...]]]:
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """The same sizes as a directory of safetensors and as GGUF: 0.6 GB, deleted when the tests are done."""
+    """The same sizes as a directory of safetensors and as GGUF: 0.6 GB, deleted after the tests."""
     folder = tmp_path_factory.mktemp("models")
     weights = {name: torch.full(shape, 0.01, dtype=torch.bfloat16) for name, (_, shape) in shapes().items()}
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
@@ -112,7 +112,7 @@ def models(tmp_path_factory):
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config))
     words = Tokenizer(WordLevel({"a": 0}, unk_token="a"))
-    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(folder)  # `dso convert` takes it along
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(folder)  # `dso convert` copies it
     values = {
         **model_values("llama", LAYERS), "llama.embedding_length": (U32, HIDDEN),
         "llama.feed_forward_length": (U32, INTERMEDIATE), "llama.attention.head_count": (U32, 16),
@@ -139,7 +139,7 @@ def test_peak_memory_stays_at_the_packed_size(models, tmp_path, way, kind):
 
 @pytest.fixture
 def experts(tmp_path):
-    """One layer of experts, as DeepSeek publishes them: 0.3 GB."""
+    """One layer of experts, as published by DeepSeek: 0.3 GB."""
     square = torch.full((HIDDEN, HIDDEN), 0.01, dtype=torch.bfloat16)
     layer, attention = "model.layers.0", {"q_proj": (96, HIDDEN), "kv_a_proj_with_mqa": (96, HIDDEN), "kv_b_proj": (128, 64)}
     shapes = {f"{layer}.self_attn.{name}": shape for name, shape in {**attention, "o_proj": (HIDDEN, 64)}.items()}

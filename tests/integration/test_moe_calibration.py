@@ -24,13 +24,13 @@ def original(tmp_path_factory, byte_tokenizer):
 
 @pytest.fixture(scope="module")
 def texts(original):
-    found = stretches(load_tokenizer(original), (original.parent / "text.txt").read_text(encoding="utf-8"))
-    assert len(found) > 1
-    return found
+    result = stretches(load_tokenizer(original), (original.parent / "text.txt").read_text(encoding="utf-8"))
+    assert len(result) > 1
+    return result
 
 
 def squares_that_experts_read(plain, texts) -> dict[str, torch.Tensor]:
-    """Mean squares of what gate_up and down of layer 1 are multiplied with, from Transformers' own module."""
+    """Mean squares of the inputs of gate_up and down in layer 1, from Transformers' module."""
     experts = plain.get_submodule(STACK)
     sums = {"gate_up_proj": torch.zeros(experts.hidden_dim), "down_proj": torch.zeros(experts.intermediate_dim)}
 
@@ -49,20 +49,20 @@ def squares_that_experts_read(plain, texts) -> dict[str, torch.Tensor]:
     return sums
 
 
-def test_what_experts_read_is_measured_for_a_layer(original, texts):
+def test_inputs_of_experts_are_measured_per_layer(original, texts):
     plain = AutoModelForCausalLM.from_pretrained(original, attn_implementation="eager", experts_implementation="eager")
     model = load_model(original, backend="reference")
-    found = measure_importance(model, texts)
+    actual = measure_importance(model, texts)
     for leaf, squares in squares_that_experts_read(plain, texts).items():
-        torch.testing.assert_close(found[f"{STACK}.{leaf}"], squares / squares.mean(), rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(actual[f"{STACK}.{leaf}"], squares / squares.mean(), rtol=1e-3, atol=1e-4)
     linear = {f"{n}.weight" for n, m in plain.named_modules() if isinstance(m, nn.Linear)}
-    assert found.keys() == linear | {
+    assert actual.keys() == linear | {
         f"model.layers.{i}.mlp.experts.{leaf}" for i in (1, 2) for leaf in ("gate_up_proj", "down_proj")
     }
-    assert model.dso.changed() is None and model.get_submodule(STACK).listener is None, "the model is as it was"
+    assert model.dso.changed() is None and model.get_submodule(STACK).listener is None, "the model is unchanged"
 
 
-def test_experts_are_rounded_by_it(original, texts):
+def test_calibration_affects_the_rounding_of_experts(original, texts):
     text = str(original.parent / "text.txt")
     plain = AutoModelForCausalLM.from_pretrained(original).get_submodule(STACK)
     importance = measure_importance(load_model(original, backend="reference"), texts)
@@ -89,7 +89,7 @@ def test_formats_to_a_budget(original, way, tmp_path):
         config = DeepSeekConfig(kl_budget=0.02, backend="reference", formats={"*.experts.down_proj": "int8"})
         model = AutoModelForCausalLM.from_pretrained(original, quantization_config=config)
     formats = model.dso.manifest.formats()
-    assert {formats[f"model.layers.{i}.mlp.experts.down_proj"] for i in (1, 2)} == {"int8"}, "what was named beforehand"
+    assert {formats[f"model.layers.{i}.mlp.experts.down_proj"] for i in (1, 2)} == {"int8"}, "explicit formats are kept"
     assert not {formats[f"model.layers.{i}.self_attn.kv_b_proj"] for i in range(3)} & {"int4", "q4_1"}
     assert len(set(formats.values())) > 1
     chosen = next(point for point in model.report().curve if point["chosen"])

@@ -1,4 +1,5 @@
-"""Models with experts and latent attention: loaded from either form, by every way, saved, and still Transformers models."""
+"""Models with experts and latent attention: loaded from merged and separate experts in every way, saved, and still
+Transformers models."""
 
 from __future__ import annotations
 
@@ -26,13 +27,13 @@ WITH_EXPERTS = FAMILIES[:3]
 
 
 def saved(folder: Path, case: str, dtype: torch.dtype = torch.float32) -> Path:
-    """A random model as Transformers saves it: experts one by one."""
+    """A random model saved by Transformers, with experts one by one."""
     random_model(CASES[case](), dtype=dtype).save_pretrained(folder)
     return folder
 
 
 def merge_experts(folder: Path) -> None:
-    """The other form: Transformers' parameters as they are in memory."""
+    """The other form: Transformers' parameters as in memory."""
     model = AutoModelForCausalLM.from_pretrained(folder)
     save_file(
         {n: t.contiguous().clone() for n, t in model.state_dict().items()}, folder / "model.safetensors", {"format": "pt"}
@@ -69,7 +70,7 @@ def assert_same_weights(one: Any, other: Any) -> None:
 
 
 @ways
-def test_logits_are_transformers_own(folder, load):
+def test_logits_equal_transformers(folder, load):
     plain = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", experts_implementation="eager")
     fast = load(folder)
     assert type(fast) is type(plain)
@@ -78,9 +79,9 @@ def test_logits_are_transformers_own(folder, load):
     with torch.no_grad():
         assert_close_rows(fast(torch.tensor([ids])).logits[0], expected)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # it says that this is slower
+            warnings.simplefilter("ignore")  # a warning that this is slower
             inner = fast(torch.tensor([ids]), output_attentions=True, use_cache=False).logits[0]
-    assert_close_rows(inner, expected)  # Transformers' own forward, over the packed modules
+    assert_close_rows(inner, expected)  # Transformers' forward over the packed modules
 
 
 @ways
@@ -91,7 +92,7 @@ def test_every_way_packs_the_same(folder, load, precision):
 
 @pytest.mark.parametrize("case", WITH_EXPERTS)
 @pytest.mark.parametrize("load", [by_load_model, by_from_pretrained])
-def test_merged_experts_load_as_well(tmp_path, case, load):
+def test_merged_experts_load_too(tmp_path, case, load):
     apart = saved(tmp_path / "apart", case)
     merged = Path(shutil.copytree(apart, tmp_path / "merged"))
     merge_experts(merged)
@@ -119,7 +120,9 @@ def test_routers_stay_exact(tmp_path, load, stored):
     tensors = load_file(folder / "model.safetensors")
     bias = "model.layers.1.mlp.gate.e_score_correction_bias"
     tensors[bias] = tensors[bias].to(stored)
-    tensors["model.layers.1.mlp.gate.weight"] = tensors["model.layers.1.mlp.gate.weight"].float() * 1.001  # no bf16 numbers
+    tensors["model.layers.1.mlp.gate.weight"] = (
+        tensors["model.layers.1.mlp.gate.weight"].float() * 1.001
+    )  # values that bf16 cannot represent
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     model = load(folder, precision="int4")
     gate = model.model.layers[1].mlp.gate
@@ -131,7 +134,7 @@ def test_routers_stay_exact(tmp_path, load, stored):
 
 
 @pytest.mark.parametrize("case", FAMILIES)
-def test_packed_checkpoints_come_back(tmp_path, case):
+def test_packed_checkpoints_round_trip(tmp_path, case):
     model = by_load_model(saved(tmp_path / "float", case), precision="int4")
     model.save_pretrained(tmp_path / "packed")
     mapped = by_load_model(tmp_path / "packed")
@@ -145,13 +148,13 @@ def test_packed_checkpoints_come_back(tmp_path, case):
         assert torch.equal(mapped(ids).logits, model(ids).logits)
 
 
-def test_transformers_own_save_keeps_the_packed_experts(tmp_path):
+def test_transformers_save_keeps_the_packed_experts(tmp_path):
     model = by_load_model(saved(tmp_path / "float", "deepseek_v3-groups"), precision="int4")
-    type(model).save_pretrained(model, tmp_path / "packed")  # what is called for uploads and adapters
+    type(model).save_pretrained(model, tmp_path / "packed")  # as called for uploads and adapters
     assert_same_weights(by_load_model(tmp_path / "packed"), model)
 
 
-def test_optimising_in_place_gives_the_float_experts_back(tmp_path):
+def test_optimising_in_place_frees_the_float_experts(tmp_path):
     model = AutoModelForCausalLM.from_pretrained(saved(tmp_path, "deepseek_v3-groups"))
     floats = [layer.mlp.experts for layer in model.model.layers[1:]]
     DynamicGraphOptimizer(model, config=DeepSeekConfig(backend="reference", precision="int4")).optimize()
@@ -173,7 +176,7 @@ def test_adapters_on_attention_train_through_experts(tmp_path):
     from peft import LoraConfig, get_peft_model
 
     model = by_load_model(saved(tmp_path, "deepseek_v3-groups"), precision="int8")
-    with pytest.raises(ValueError, match="only 2d and 3d are supported"):  # experts, which PEFT counts among all linear modules
+    with pytest.raises(ValueError, match="only 2d and 3d are supported"):  # experts, which PEFT includes in all linear modules
         get_peft_model(copy.deepcopy(model), LoraConfig(target_modules="all-linear", r=2))
     wrapped = get_peft_model(model, LoraConfig(target_modules=["q_a_proj", "q_b_proj", "kv_b_proj", "o_proj"], r=2))
     assert isinstance(wrapped.base_model.model.model.layers[1].mlp.experts, PackedExperts)
@@ -196,7 +199,7 @@ class TestFormats:
         formats = by_load_model(v3, **fields).dso.manifest.formats()
         return {name.removeprefix("model.layers."): format for name, format in formats.items()}
 
-    def test_a_name_goes_before_patterns_and_the_first_pattern_wins(self, v3):
+    def test_a_name_overrides_patterns_and_the_first_pattern_wins(self, v3):
         found = self.formats(
             v3,
             precision="int4",
@@ -221,23 +224,23 @@ class TestFormats:
         with pytest.raises(ConfigError, match="always stays in its stored precision"):
             load_model(v3, formats={entry: "int4"}, backend="reference")
 
-    def test_a_packed_checkpoint_may_be_asked_for_what_it_was_packed_as(self, v3, tmp_path):
-        by_load_model(v3, precision="int4").save_pretrained(tmp_path / "p")  # where kv_b is int8
+    def test_a_packed_checkpoint_accepts_its_own_settings(self, v3, tmp_path):
+        by_load_model(v3, precision="int4").save_pretrained(tmp_path / "p")  # in which kv_b is int8
         assert by_load_model(tmp_path / "p", precision="int4").dso.config.precision == "int4"
         with pytest.raises(CheckpointError, match="is packed as int4, int8, not q4_1"):
             by_load_model(tmp_path / "p", precision="q4_1")
 
     @pytest.mark.parametrize("precision, kept", [("int4", "int8"), ("q4_1", "int8"), ("int8", "int8"), ("bf16", "bf16")])
-    def test_kv_b_is_not_made_smaller_than_int8(self, v3, precision, kept):
+    def test_kv_b_is_at_least_int8(self, v3, precision, kept):
         found = self.formats(v3, precision=precision)
         assert {f for n, f in found.items() if n.endswith("kv_b_proj")} == {kept}
         assert {f for n, f in found.items() if not n.endswith("kv_b_proj")} == {precision}
 
-    def test_it_is_where_the_user_names_it(self, v3):
+    def test_kv_b_may_be_smaller_on_request(self, v3):
         found = self.formats(v3, precision="int4", formats={"*.kv_b_proj": "int4"})
         assert set(found.values()) == {"int4"}
 
-    def test_the_report_says_so(self, v3):
+    def test_the_report_shows_the_minimum_format(self, v3):
         report = by_load_model(v3, precision="int4").report()
         assert any("3 x kv_b_proj kept in int8" in note for note in report.warnings)
         assert not any("kept in" in note for note in by_load_model(v3, precision="int8").report().warnings)
@@ -252,7 +255,7 @@ class TestFormats:
                 by_load_model(tmp_path / "m", formats=other)
 
 
-def test_what_is_kept_larger_and_exact():
+def test_tensors_with_minimum_formats():
     graph = build_graph(CASES["deepseek_v32-indexer"]())
     least = min_formats(graph)
     large = ("kv_b_proj", "indexer.wq_b", "indexer.wk")
@@ -282,7 +285,9 @@ def test_report_of_experts_and_latents(tmp_path):
     assert report.kv_token_bytes == 3 * 2 * (40 + 12) and report.latent
     assert "bf16 latents, 312 bytes per token" in str(report) and "2 layers of 12, 4 per token" in str(report)
     stacks = next(row for row in report.formats if row.format == "int4")
-    assert stacks.matrices == 1 + 1 + 3 * 4 + 3 + 2 * (3 * 12 + 3)  # ends, attention but kv_b, dense MLP, experts and shared
+    assert stacks.matrices == 1 + 1 + 3 * 4 + 3 + 2 * (
+        3 * 12 + 3
+    )  # embedding and head, attention without kv_b, dense MLP, experts and shared experts
     assert report.to_dict()["experts"]["experts"] == 12
 
 

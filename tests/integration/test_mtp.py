@@ -1,4 +1,4 @@
-"""MTP layers: loaded by every way, saved with the model, and `generate(use_mtp=True)`."""
+"""MTP layers: loaded in every way, saved with the model, and `generate(use_mtp=True)`."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def folder(request, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def one(tmp_path) -> Path:
-    """To be changed at will."""
+    """May be modified."""
     save_with_mtp(tmp_path / "one", deepseek_v3())
     return tmp_path / "one"
 
@@ -66,7 +66,7 @@ def assert_same_weights(a: Any, b: Any) -> None:
 
 
 @ways
-def test_layers_are_loaded_and_share_what_they_repeat(folder, load, caplog):
+def test_layers_are_loaded_and_share_repeated_tensors(folder, load, caplog):
     with caplog.at_level(logging.WARNING):
         model = load(folder)
     assert not [r for r in caplog.records if "UNEXPECTED" in r.getMessage() or "MISSING" in r.getMessage()]
@@ -92,8 +92,8 @@ def test_both_ways_load_the_same(folder, precision):
 
 
 @ways
-def test_the_model_itself_is_what_it_was(folder, load):
-    """Its logits, by the plan and by Transformers' forward, know nothing of the layers behind its own."""
+def test_the_main_model_is_unchanged(folder, load):
+    """Its logits, by the plan and by Transformers' forward, do not depend on the MTP layers."""
     plain = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", experts_implementation="eager")
     ids = torch.tensor([random_ids(plain.config, 20)])
     with torch.no_grad():
@@ -121,14 +121,14 @@ def test_own_embedding_and_head_are_kept(one, load):
 
 
 @ways
-def test_absent_embedding_and_head_are_the_models(tmp_path, load):
+def test_a_missing_embedding_and_head_are_the_models(tmp_path, load):
     save_with_mtp(tmp_path / "apart", deepseek_v3(), repeated=False)
     save_with_mtp(tmp_path / "repeated", deepseek_v3())
     assert_same_weights(load(tmp_path / "apart"), load(tmp_path / "repeated"))
 
 
 @pytest.mark.parametrize("precision", ["int4", "auto"])
-def test_packed_checkpoints_come_back(folder, tmp_path, precision):
+def test_packed_checkpoints_round_trip(folder, tmp_path, precision):
     model = by_load_model(folder, precision=precision)
     model.save_pretrained(tmp_path / "packed")
     layer = f"model.layers.{model.config.num_hidden_layers}"
@@ -142,7 +142,7 @@ def test_packed_checkpoints_come_back(folder, tmp_path, precision):
     assert (tmp_path / "again" / "model.safetensors").read_bytes() == (tmp_path / "packed" / "model.safetensors").read_bytes()
 
 
-def test_conversion_from_file_to_file_takes_them_along(folder, tmp_path):
+def test_file_conversion_includes_them(folder, tmp_path):
     from deepseek_optimizer.integration.load.pack_checkpoint import pack_checkpoint
 
     pack_checkpoint(folder, tmp_path / "converted", {"precision": "int4", "backend": "reference"})
@@ -150,7 +150,7 @@ def test_conversion_from_file_to_file_takes_them_along(folder, tmp_path):
 
 
 @ways
-def test_off(folder, load, caplog):
+def test_disabled(folder, load, caplog):
     with caplog.at_level(logging.WARNING):
         model = load(folder, mtp="off")
     assert not [r for r in caplog.records if "UNEXPECTED" in r.getMessage()]
@@ -176,7 +176,7 @@ def test_a_model_converted_in_memory(folder):
 
 
 @ways
-def test_half_a_layer_is_refused(one, load):
+def test_an_incomplete_layer_is_an_error(one, load):
     stored = load_file(one / "model.safetensors")
     del stored["model.layers.3.eh_proj.weight"]
     save_file(stored, one / "model.safetensors", {"format": "pt"})
@@ -186,8 +186,8 @@ def test_half_a_layer_is_refused(one, load):
 
 @pytest.mark.parametrize("lengths", [(9,), (40, 4, 31)], ids=["one", "left-padded"])
 @pytest.mark.parametrize("drafts", [1, 3])
-def test_greedy_text_is_plain_greedy_text(folder, lengths, drafts, monkeypatch):
-    monkeypatch.setattr(speculation, "Gate", Always)
+def test_greedy_text_equals_plain_decoding(folder, lengths, drafts, monkeypatch):
+    monkeypatch.setattr(speculation, "DraftLengthController", Always)
     model = by_load_model(folder, prefill_chunk=16)
     rows = [torch.tensor(random_ids(model.config, n, i)) for i, n in enumerate(lengths)]
     ids = torch.stack([torch.nn.functional.pad(r, (max(lengths) - len(r), 0)) for r in rows])
@@ -198,7 +198,7 @@ def test_greedy_text_is_plain_greedy_text(folder, lengths, drafts, monkeypatch):
     assert all(n == drafts for outcomes in model.dso.speculation[:1] for n, _ in outcomes)
 
 
-def test_a_copy_drafts_by_itself(folder):
+def test_a_copy_drafts_independently(folder):
     model = by_load_model(folder)
     ids = torch.tensor([random_ids(model.config, 9)])
     expected = model.generate(ids, use_mtp=True, max_new_tokens=5, do_sample=False)
@@ -206,7 +206,7 @@ def test_a_copy_drafts_by_itself(folder):
 
 
 def test_with_an_adapter_there_are_no_drafts(one):
-    """The adapter is on the MTP layer too, where no forward of Transformers' would run it."""
+    """The adapter is on the MTP layer too, which no forward of Transformers runs."""
     peft = pytest.importorskip("peft")
     model = peft.get_peft_model(by_load_model(one), peft.LoraConfig(r=2, target_modules=["kv_b_proj"], init_lora_weights=False))
     options = {"input_ids": torch.tensor([[1, 2, 3]]), "max_new_tokens": 5, "do_sample": False}
@@ -227,11 +227,11 @@ def prompts(count: int, length: int) -> torch.Tensor:
     return torch.tensor(documents(tiny_v3(), count, length))
 
 
-FIXED = {"use_mtp": True, "num_assistant_tokens_schedule": "constant"}  # without the gate
+FIXED = {"use_mtp": True, "num_assistant_tokens_schedule": "constant"}  # always the same number of drafts
 
 
-def test_trained_drafts_hold_as_often_as_their_training_says(trained):
-    """README: its argmax agrees with the model's own at 78% of places (teacher forced, which its own text is close to)."""
+def test_trained_drafts_have_the_acceptance_of_training(trained):
+    """README: its argmax agrees with the model's at 78% of positions (teacher forcing, which is close to its own text)."""
     ids = prompts(8, 96)
     options = {"max_new_tokens": 40, "do_sample": False, "eos_token_id": None, "pad_token_id": 2}
     assert torch.equal(trained.generate(ids, **options), trained.generate(ids, **FIXED, **options))
@@ -243,14 +243,14 @@ def test_trained_drafts_hold_as_often_as_their_training_says(trained):
 
 
 def test_trained_drafts_of_sampled_text(trained):
-    """Drafts are drawn from the layer's own distribution through the request's processors, so most hold."""
+    """Drafts are sampled from the layer's distribution after the request's processors, so most are accepted."""
     torch.manual_seed(0)
     options = {"max_new_tokens": 32, "temperature": 0.7, "top_k": 40, "eos_token_id": None, "pad_token_id": 2}
     trained.generate(prompts(8, 64), do_sample=True, num_assistant_tokens=1, **FIXED, **options)
     assert 0.5 < trained.dso.speculation.acceptance[0] < 0.95
 
 
-def test_trained_drafts_of_copies_and_of_a_dialogue(trained):
+def test_trained_drafts_of_copies_and_of_a_conversation(trained):
     from deepseek_optimizer import PagedCache
     from deepseek_optimizer.integration.compat import cache_name
 

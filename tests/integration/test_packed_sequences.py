@@ -1,4 +1,4 @@
-"""Several documents in one row, separated by positions that restart: they see nothing of each other, as in Transformers."""
+"""Several documents in one row, separated by positions that restart, do not attend to each other, as in Transformers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def restarting(*rows: list[int]) -> torch.Tensor:
 @pytest.fixture(autouse=True)
 def _served_by_the_plan():
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # an OptimizerWarning would say that Transformers' own forward served
+        warnings.simplefilter("error")  # an OptimizerWarning would mean that Transformers' forward was used
         yield
 
 
@@ -40,7 +40,7 @@ def test_documents_are_separate_on_every_family(case):
 
 @pytest.mark.parametrize("chunk", [1, 5, 32, 33])
 @torch.no_grad()
-def test_at_any_cut(chunk):
+def test_in_any_chunks(chunk):
     pair = make_pair(backend="auto", prefill_chunk=chunk)
     ids, positions = pair.ids(75, 75), restarting([31, 33, 11], [75])
     fast = pair.fast(ids, position_ids=positions, use_cache=False)
@@ -48,21 +48,21 @@ def test_at_any_cut(chunk):
 
 
 @torch.no_grad()
-def test_the_bits_of_a_document_alone(pair):
+def test_documents_are_bitwise_equal_to_each_alone(pair):
     ids, positions = pair.ids(64), restarting([20, 44])
     packed = pair.fast(ids, position_ids=positions, use_cache=False).logits
     assert torch.equal(packed[:, 20:], pair.fast(ids[:, 20:], use_cache=False).logits)
 
 
 @torch.no_grad()
-def test_one_row_of_positions_serves_all(pair):
+def test_one_row_of_positions_applies_to_all(pair):
     ids, positions = pair.ids(9, 9, 9), restarting([4, 5])
     fast, plain = (m(ids, position_ids=positions, use_cache=False).logits for m in (pair.fast, pair.plain))
     assert_close_rows(fast, plain)
 
 
 @torch.no_grad()
-def test_what_else_a_call_asks_for(pair):
+def test_other_outputs_of_a_call(pair):
     ids, positions = pair.ids(12, 12), restarting([5, 7], [3, 9])
     call = {"position_ids": positions, "use_cache": False, "labels": ids, "logits_to_keep": 0, "output_hidden_states": True}
     fast, plain = pair.fast(ids, **call), pair.plain(ids, **call)
@@ -94,7 +94,7 @@ def test_not_separated_where_transformers_does_not(pair, condition):
     assert not torch.allclose(plain[:, 4:], separate[:, 4:], atol=1e-3)
 
 
-def test_nothing_is_kept_of_packed_rows(fresh_pair):
+def test_packed_rows_are_not_cached(fresh_pair):
     ids, positions = fresh_pair.ids(40), restarting([20, 20])
     fresh_pair.fast(ids, use_cache=False)
     free = fresh_pair.fast.dso.arena.manager.free_blocks
@@ -102,16 +102,16 @@ def test_nothing_is_kept_of_packed_rows(fresh_pair):
     assert fresh_pair.fast.dso.arena.manager.free_blocks == free
 
 
-def test_documents_are_found_by_transformers_rule():
+def test_documents_are_detected_by_transformers_rule():
     random = np.random.default_rng(0)
     for _ in range(300):
         shape = tuple(random.integers(1, 9, 2))
         positions = random.integers(0, 4, shape).cumsum(1) % 6
         expected = find_packed_sequence_indices(torch.from_numpy(positions))
-        found = documents_of(positions.astype(np.int32))
-        assert (found is None) == (expected is None)
+        actual = documents_of(positions.astype(np.int32))
+        assert (actual is None) == (expected is None)
         if expected is not None:
-            np.testing.assert_array_equal(found, expected.numpy())
+            np.testing.assert_array_equal(actual, expected.numpy())
 
 
 @pytest.mark.parametrize("mode", [{"attention_optimization": "sliding", "attention_window": 16}, {"sparse_attention": True}])

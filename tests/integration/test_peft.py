@@ -1,4 +1,4 @@
-"""PEFT adapters on packed modules: they train, they answer, they come off again."""
+"""PEFT adapters on packed modules: trained, used, and removed again."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_generate_with_an_adapter(fresh_pair):
 
 
 @torch.no_grad()
-def test_the_plan_serves_again_when_the_adapter_is_gone(fresh_pair):
+def test_the_plan_is_used_again_after_the_adapter_is_removed(fresh_pair):
     ids = fresh_pair.ids(6)
     before = fresh_pair.fast(ids).logits
     model = lora(fresh_pair.fast, target_modules=["q_proj"])
@@ -96,7 +96,7 @@ def test_merging_gives_the_merged_float_model(case, targets):
 
 
 @torch.no_grad()
-def test_a_merge_is_taken_back(fresh_pair):
+def test_a_merge_can_be_undone(fresh_pair):
     ids = fresh_pair.ids(8)
     model = lora(fresh_pair.fast, target_modules=["q_proj", "down_proj"])
     beside = model(input_ids=ids).logits
@@ -106,7 +106,7 @@ def test_a_merge_is_taken_back(fresh_pair):
         model.merge_adapter()
         assert_close_rows(model(input_ids=ids).logits, beside)
         if merging:
-            with model.disable_adapter():  # takes it back by itself
+            with model.disable_adapter():  # undone automatically
                 assert_close_rows(model(input_ids=ids).logits, without)
         else:
             model.unmerge_adapter()
@@ -114,7 +114,7 @@ def test_a_merge_is_taken_back(fresh_pair):
 
 
 @torch.no_grad()
-def test_a_copy_merges_into_weights_of_its_own(fresh_pair):
+def test_a_copy_merges_into_its_own_weights(fresh_pair):
     ids = fresh_pair.ids(8)
     model = lora(fresh_pair.fast, target_modules=["q_proj"])
     twin = copy.deepcopy(model)
@@ -125,7 +125,7 @@ def test_a_copy_merges_into_weights_of_its_own(fresh_pair):
 
 
 @torch.no_grad()
-def test_merging_into_a_format_that_rounds_says_so():
+def test_merging_into_a_quantised_format_warns():
     pair = make_pair()
     DynamicGraphOptimizer(pair.plain, config=DeepSeekConfig(precision="int8", backend="reference")).optimize()
     ids = pair.ids(8)
@@ -137,7 +137,7 @@ def test_merging_into_a_format_that_rounds_says_so():
 
 
 @torch.no_grad()
-def test_what_cannot_be_merged_is_refused_and_changes_nothing(fresh_pair):
+def test_failed_merges_are_errors_and_change_nothing(fresh_pair):
     model = peft.get_peft_model(
         fresh_pair.fast, peft.IA3Config(target_modules=["v_proj", "down_proj"], feedforward_modules=["down_proj"])
     )
@@ -158,7 +158,7 @@ def test_merging_does_not_reach_the_file_that_weights_are_mapped_from(fresh_pair
     assert file.read_bytes() == before
 
 
-def test_an_adapter_that_is_broken_is_not_merged(fresh_pair):
+def test_a_broken_adapter_is_not_merged(fresh_pair):
     model = lora(fresh_pair.fast, target_modules=["q_proj"])
     layer = model.base_model.model.model.layers[0].self_attn.q_proj
     layer.lora_A["default"].weight.data[0, 0] = torch.nan

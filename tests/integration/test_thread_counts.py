@@ -1,4 +1,4 @@
-"""More threads than processors: said wherever they are asked for."""
+"""More threads than processors: a warning wherever they are requested."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ pytestmark = pytest.mark.skipif(unavailable_reason() is not None, reason="no nat
 
 @pytest.fixture
 def few(monkeypatch):
-    """A machine of two processors."""
+    """A machine with two processors."""
     monkeypatch.setattr(native.library(), "dso_default_threads", lambda: 2)
 
 
-def test_as_many_as_there_are_is_nothing_to_say(few):
+def test_as_many_threads_as_processors_give_no_warning(few):
     assert (
         oversubscription(1) is None
         and oversubscription(2) is None
@@ -28,7 +28,7 @@ def test_as_many_as_there_are_is_nothing_to_say(few):
     )
 
 
-def test_loading_says_it(few, tiny_model):
+def test_loading_warns(few, tiny_model):
     with pytest.warns(OptimizerWarning, match="3 threads share the 2 processors"):
         model = load_model(tiny_model, precision="int8", threads=3)
     assert any("3 threads" in warning for warning in model.report().to_dict()["warnings"])
@@ -36,12 +36,12 @@ def test_loading_says_it(few, tiny_model):
 
 def test_the_environment_counts_too(few, tiny_model, tmp_path, monkeypatch):
     monkeypatch.setenv("DSO_THREADS", "3")
-    told: list[str] = []
-    pack_checkpoint(tiny_model, tmp_path / "out", {"precision": "int8"}, tell=told.append)
-    assert any("3 threads share the 2 processors" in line for line in told)
+    messages: list[str] = []
+    pack_checkpoint(tiny_model, tmp_path / "out", {"precision": "int8"}, tell=messages.append)
+    assert any("3 threads share the 2 processors" in line for line in messages)
 
 
-def test_training_uses_the_environments_threads_and_says_it(few, tiny_model, tmp_path, monkeypatch):
+def test_training_uses_the_environments_threads_and_warns(few, tiny_model, tmp_path, monkeypatch):
     from typer.testing import CliRunner
 
     from deepseek_optimizer.train.ops.native import context

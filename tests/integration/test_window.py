@@ -1,4 +1,4 @@
-"""Blocks dropped through the arena: shared ones keep what others see, and an error leaves everything as it was."""
+"""Blocks dropped through the arena: shared ones stay visible to other sequences, and an error changes nothing."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from deepseek_optimizer.backends.reference import ReferenceBackend
 from deepseek_optimizer.cache import SequenceBlocks
 from deepseek_optimizer.errors import CacheFullError, UnsupportedRequestError
-from deepseek_optimizer.graph.rotation import KeyRotation, Pairs, key_rotation
+from deepseek_optimizer.graph.rope_rotation import KeyRotation, Pairs, key_rotation
 from deepseek_optimizer.integration.memory.arena import Arena
 from deepseek_optimizer.models import build_graph
 from support.models import llama, random_ids, random_model, weights_of
@@ -47,7 +47,7 @@ def state(arena: Arena, sequence: SequenceBlocks) -> tuple[Any, ...]:
     return list(sequence.blocks), sequence.tokens, arena.manager.free_blocks, [arena.manager.users(b) for b in range(16)]
 
 
-def test_others_who_share_blocks_see_no_change(model: Any) -> None:
+def test_sequences_that_share_blocks_are_unaffected(model: Any) -> None:
     arena, first = arena_of(model)
     alone, only = arena_of(model)
     second = first.fork()
@@ -64,8 +64,8 @@ def test_others_who_share_blocks_see_no_change(model: Any) -> None:
     assert arena.manager.free_blocks == 16
 
 
-def test_positions_may_begin_elsewhere(model: Any) -> None:
-    """Keys turn from where they are: a first position changes the angles' rounding, and nothing more."""
+def test_positions_may_begin_anywhere(model: Any) -> None:
+    """Keys are rotated from their position: the first position changes only the rounding of angles."""
     (a, one), (b, two) = arena_of(model), arena_of(model)
     a.drop_blocks(one, 1, 2)
     b.drop_blocks(two, 1, 2, first_position=500)
@@ -81,7 +81,7 @@ def test_too_few_blocks_for_copies(model: Any) -> None:
         arena.drop_blocks(second, 1, 2)
     assert (error.value.needed, error.value.free) == (2, 1)
     assert state(arena, second) == before and same(content(arena, second), kept)
-    arena.drop_blocks(second, 1, 3)  # one copy: there is room
+    arena.drop_blocks(second, 1, 3)  # one copy, for which there is room
 
 
 @pytest.mark.parametrize("fails", ["copy_block", "rotate"])

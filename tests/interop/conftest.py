@@ -1,5 +1,5 @@
-"""Other projects' packages over optimised models. They are large, so `make test-interop` has an environment with them, and only
-there are these tests collected."""
+"""Other projects' packages with optimised models. They are large, so `make test-interop` has its own environment; these tests
+are collected only there."""
 
 from __future__ import annotations
 
@@ -8,6 +8,6 @@ from importlib.util import find_spec
 
 PACKAGES = ("sentence_transformers", "trl")
 if os.environ.get("DSO_INTEROP") == "1":
-    collect_ignore_glob: list[str] = []  # whatever is missing fails
+    collect_ignore_glob: list[str] = []  # a missing package is a failure
 elif any(find_spec(name) is None for name in PACKAGES):
     collect_ignore_glob = ["test_*.py"]

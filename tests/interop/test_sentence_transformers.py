@@ -1,4 +1,4 @@
-"""sentence-transformers: a packed decoder under its pooling."""
+"""sentence-transformers: pooling over a packed decoder."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def folder(tmp_path_factory, byte_tokenizer):
 
 @pytest.mark.parametrize("pooling", ["mean", "lasttoken"])
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_embeddings_are_those_of_the_float_model(folder, tmp_path, pooling, side):
+def test_embeddings_equal_the_float_model(folder, tmp_path, pooling, side):
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 

@@ -1,4 +1,4 @@
-"""TRL's trainer on a packed model with adapters: it has a forward of its own, which reads the head's weight."""
+"""TRL's trainer on a packed model with adapters: its own forward reads the head's weight."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def trainer_of(model, tokenizer, folder, **options):
 
 @pytest.fixture
 def trained(model, byte_tokenizer, tmp_path):
-    """A trainer after some steps on one text, and the packed weights that there were before."""
+    """A trainer after some steps on one text, and the packed weights before training."""
     before = {name: value.clone() for name, value in model.state_dict().items()}
     config = peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
     trainer = trainer_of(model, byte_tokenizer, tmp_path, peft_config=config)
@@ -39,7 +39,7 @@ def trained(model, byte_tokenizer, tmp_path):
     return trainer, before
 
 
-def test_adapters_learn_and_the_packed_weights_stay(trained, byte_tokenizer):
+def test_adapters_are_trained_and_packed_weights_are_unchanged(trained, byte_tokenizer):
     trainer, before = trained
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
     assert len(losses) == 3 and losses[2] < losses[0] - 0.1
@@ -51,7 +51,7 @@ def test_adapters_learn_and_the_packed_weights_stay(trained, byte_tokenizer):
 
 
 @torch.no_grad()
-def test_the_plan_serves_the_merged_model(trained, byte_tokenizer):
+def test_the_merged_model_uses_the_plan(trained, byte_tokenizer):
     ids = byte_tokenizer("the quick", return_tensors="pt").input_ids
     wrapped = trained[0].model.eval()
     assert wrapped.base_model.model.get_output_embeddings() is not wrapped.base_model.model.lm_head  # a float copy
@@ -60,6 +60,6 @@ def test_the_plan_serves_the_merged_model(trained, byte_tokenizer):
     assert merged.get_output_embeddings() is merged.lm_head
 
 
-def test_without_adapters_it_is_refused_at_once(model, byte_tokenizer, tmp_path):
+def test_without_adapters_it_is_an_immediate_error(model, byte_tokenizer, tmp_path):
     with pytest.raises(ValueError, match="cannot perform fine-tuning on purely quantized models.*adapters"):
         trainer_of(model, byte_tokenizer, tmp_path)

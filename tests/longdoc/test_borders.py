@@ -1,4 +1,4 @@
-"""Where texts are cut, and sentences."""
+"""Boundaries at which texts are cut, and sentences."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from support.documents import random_text
 )
 def test_the_best_border(text: str, cut: int) -> None:
     assert last_border(text, (), 0, len(text)) == cut
-    assert last_border(text, (2,), 0, len(text)) == 2, "a heading wins over all"
-    assert last_border(text, (0,), 0, len(text)) == cut, "which must lie behind the beginning"
+    assert last_border(text, (2,), 0, len(text)) == 2, "a heading is preferred"
+    assert last_border(text, (0,), 0, len(text)) == cut, "the boundary must be after the beginning"
 
 
-def test_a_million_accents_on_one_letter_are_cut_somewhere() -> None:
+def test_a_million_accents_on_one_letter_are_cut() -> None:
     text = "e" + "\u0301" * 1_000_000
     assert 0 < last_border(text, (), 0, 500_000) <= 500_000
     assert last_border("xe\u0301\u0323", (), 0, 3) == 1
@@ -41,12 +41,14 @@ def test_sentences() -> None:
     ]  # fmt: skip
 
 
-def test_sentences_hold_all_that_is_not_white_space() -> None:
+def test_sentences_cover_all_text_but_white_space() -> None:
     rng = random.Random(3)
     for _ in range(100):
         text = random_text(rng, 3000)
         start = rng.randrange(1000)
-        found = sentences(text, start, 2500, 200)
-        assert all(0 < end - begin <= 200 and not text[begin].isspace() and not text[end - 1].isspace() for begin, end in found)
-        assert all(before[1] <= after[0] for before, after in zip(found, found[1:], strict=False))
-        assert "".join("".join(text[a:b].split()) for a, b in found) == "".join(text[start:2500].split())
+        actual = sentences(text, start, 2500, 200)
+        assert all(
+            0 < end - begin <= 200 and not text[begin].isspace() and not text[end - 1].isspace() for begin, end in actual
+        )
+        assert all(before[1] <= after[0] for before, after in zip(actual, actual[1:], strict=False))
+        assert "".join("".join(text[a:b].split()) for a, b in actual) == "".join(text[start:2500].split())

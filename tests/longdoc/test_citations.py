@@ -1,4 +1,4 @@
-"""Citations are really in the text, and are those that support the answer."""
+"""Citations occur in the text, and support the answer."""
 
 from __future__ import annotations
 
@@ -26,30 +26,30 @@ def _cited(answer: str, question: str = "", text: str = TEXT, limit: int = 4) ->
     return [one.text for one in cite(answer, _chunks(text, 10_000), Document.of_texts(text), question=question, limit=limit)]
 
 
-def test_the_sentence_that_has_the_rare_words_of_the_answer() -> None:
+def test_the_sentence_with_the_rare_words_of_the_answer() -> None:
     assert _cited("It is 330 metres high.")[0].startswith("Its height is 330 metres")
     assert _cited("Eiffel signed them.") == ["Gustave Eiffel signed the plans."]
 
 
-def test_a_question_tells_equal_sentences_apart() -> None:
+def test_the_question_distinguishes_equal_sentences() -> None:
     assert _cited("It is made of steel.", "What is the lift made of?")[0] == "It is made of steel."
     text = "Alice has key 7731. " + "Bob sleeps all day. " * 20 + "Carol has key 7731."
     assert _cited("7731", "What key does Carol have?", text, limit=1) == ["Carol has key 7731."]
 
 
-def test_what_is_quoted_comes_first_and_exactly() -> None:
-    found = _cited('It was high: "the tallest building   of the world", made by Eiffel in 1889.')
-    assert found[0] == "the tallest building of the world"
+def test_quotations_come_first_and_exactly() -> None:
+    actual = _cited('It was high: "the tallest building   of the world", made by Eiffel in 1889.')
+    assert actual[0] == "the tallest building of the world"
     assert _cited("The text says “tallest … made of wrought iron.”")[0] == "made of wrought iron"
     assert _cited("TALLEST BUILDING OF THE WORLD UNTIL 1930")[0] == "tallest building of the world until 1930", (
-        "without marks too"
+        "also without quotation marks"
     )
-    assert _cited("They call him 'Gustave'.")[0] == "Gustave Eiffel signed the plans.", "of a short one, its sentence"
+    assert _cited("They call him 'Gustave'.")[0] == "Gustave Eiffel signed the plans.", "for a short quotation, its sentence"
 
 
-def test_of_quotations_that_overlap_one_is_cited() -> None:
-    found = _cited('"tallest building of the world" and "building of the world until 1930"', limit=2)
-    assert found[0] == "tallest building of the world" and all("until" not in text for text in found)
+def test_one_of_several_overlapping_quotations_is_cited() -> None:
+    actual = _cited('"tallest building of the world" and "building of the world until 1930"', limit=2)
+    assert actual[0] == "tallest building of the world" and all("until" not in text for text in actual)
 
 
 def test_one_rare_word_counts_more_than_many_common_ones() -> None:
@@ -57,18 +57,18 @@ def test_one_rare_word_counts_more_than_many_common_ones() -> None:
     assert "4711" in _cited("It is one of the many that are in it: 4711.", text=text, limit=1)[0]
 
 
-def test_parts_of_an_answer_have_citations_of_their_own() -> None:
-    found = _cited("Built in 1889 of wrought iron, 330 metres high, with a lift renewed in 2014.")
-    assert len(found) == 3 and all(any(word in text for text in found) for word in ("1889", "wrought", "330", "2014"))
+def test_parts_of_an_answer_have_their_own_citations() -> None:
+    actual = _cited("Built in 1889 of wrought iron, 330 metres high, with a lift renewed in 2014.")
+    assert len(actual) == 3 and all(any(word in text for text in actual) for word in ("1889", "wrought", "330", "2014"))
 
 
-def test_what_was_cited_already_does_not_count_again() -> None:
+def test_passages_are_cited_once() -> None:
     text = ("Nobody came. " * 40).join(("Key 7731 opens the red door. ", "Key 7731 opens a red door too. ", "Lamp 5 is off."))
-    found = _cited("Key 7731 opens the red door, lamp 5.", text=text, limit=2)
-    assert "Key 7731" in found[0] and "Lamp 5" in found[1]
+    actual = _cited("Key 7731 opens the red door, lamp 5.", text=text, limit=2)
+    assert "Key 7731" in actual[0] and "Lamp 5" in actual[1]
 
 
-def test_the_place_that_the_question_is_about_is_shown_whatever_the_model_says() -> None:
+def test_the_passage_of_the_question_is_cited_for_any_answer() -> None:
     text = sample_text()[:200_000]
     at = text.index("\n\n", 100_000)
     needle = "\n\nOne of the special magic numbers for wandering-age is: 3428193."
@@ -92,14 +92,14 @@ def test_file_page_line_and_chunk() -> None:
     pages = (Page(0, cut, 1), Page(cut, len(TEXT), 2))
     document = Document((TextFile("other.txt", "Nothing of it."), TextFile("tower.pdf", TEXT, pages)))
     chunks = [Chunk(0, 0, 0, 14, 4), Chunk(1, 1, 0, cut, 40), Chunk(2, 1, line, len(TEXT), 40)]
-    (found,) = cite("Eiffel signed them.", chunks, document)
-    assert found == Citation("tower.pdf", cut, cut + 32, "Gustave Eiffel signed the plans.", 2, 3, 2)
-    assert cite("330 metres", chunks, document)[0].chunk == 1, "the first of the chunks that share it"
-    assert cite("Eiffel signed them.", chunks[:2], document) == [], "only what was shown"
+    (actual,) = cite("Eiffel signed them.", chunks, document)
+    assert actual == Citation("tower.pdf", cut, cut + 32, "Gustave Eiffel signed the plans.", 2, 3, 2)
+    assert cite("330 metres", chunks, document)[0].chunk == 1, "the first of the chunks that contain it"
+    assert cite("Eiffel signed them.", chunks[:2], document) == [], "only passages that were in the prompt"
 
 
 @pytest.mark.parametrize("limit", [1, 2, 4])
-def test_citations_are_always_in_the_text_and_apart(limit: int) -> None:
+def test_citations_are_in_the_text_and_do_not_overlap(limit: int) -> None:
     rng = random.Random(limit)
     for _ in range(60):
         texts = {str(i): random_text(rng, rng.choice((10, 500, 4000))) for i in range(2)}
@@ -110,20 +110,20 @@ def test_citations_are_always_in_the_text_and_apart(limit: int) -> None:
         start = rng.randrange(400)
         answer = rng.choice((random_text(rng, 300), f'"{texts["1"][start : start + 60]}"', texts["0"][:200]))
         question = random_text(rng, 50)
-        found = cite(answer, shown, document, question=question, limit=limit)
-        assert found == cite(answer, shown, document, question=question, limit=limit), "the same each time"
-        for one in found:
+        actual = cite(answer, shown, document, question=question, limit=limit)
+        assert actual == cite(answer, shown, document, question=question, limit=limit), "deterministic"
+        for one in actual:
             file = next(file for file in document.files if file.name == one.file)
             chunk = chunks[one.chunk]
             assert one.text == file.text[one.start : one.end] and one.text.strip() == one.text != ""
             assert chunk in shown and document.files[chunk.file] is file and chunk.start <= one.start < one.end <= chunk.end
             assert one.line == file.line_of(one.start) and one.page is None
-        spans = sorted((one.file, one.start, one.end) for one in found)
+        spans = sorted((one.file, one.start, one.end) for one in actual)
         assert all(a[0] != b[0] or a[2] <= b[1] for a, b in zip(spans, spans[1:], strict=False))
-        assert len(found) <= limit
+        assert len(actual) <= limit
 
 
 def test_a_line_of_a_megabyte() -> None:
     text = "word " * 100_000 + "needle 4711 " + "word " * 100_000
-    (found,) = _cited("4711", text=text, limit=1)
-    assert "needle 4711" in found and len(found) <= 400
+    (actual,) = _cited("4711", text=text, limit=1)
+    assert "needle 4711" in actual and len(actual) <= 400

@@ -1,4 +1,4 @@
-"""Documents made from texts, and places in them."""
+"""Documents built from texts, and positions in them."""
 
 from __future__ import annotations
 
@@ -16,5 +16,5 @@ def test_of_one_text_and_of_several() -> None:
 def test_lines_and_pages() -> None:
     file = TextFile("a", "ab\ncd\n\nef", pages=(Page(0, 3, 1), Page(3, 3, 2), Page(3, 9, 3)))
     assert [file.line_of(at) for at in range(9)] == [1, 1, 1, 2, 2, 2, 3, 4, 4]
-    assert [file.page_of(at) for at in (0, 2, 3, 8)] == [1, 1, 3, 3], "the page between is empty"
+    assert [file.page_of(at) for at in (0, 2, 3, 8)] == [1, 1, 3, 3], "the page in between is empty"
     assert TextFile("a", "x").page_of(0) is None

@@ -1,4 +1,4 @@
-"""Works over an engine whose model is a function: what is asked arrives, what comes back is right, and all ends cleanly."""
+"""Strategies over an engine whose model is a function: prompts arrive, replies are matched, and everything ends cleanly."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from deepseek_optimizer.engine.engine import Engine
 from deepseek_optimizer.engine.request import SamplingParams
 from deepseek_optimizer.errors import BackendError, RequestError
 from deepseek_optimizer.longdoc.driver import Driver, TokenUsage
-from deepseek_optimizer.longdoc.work import Ask, Batch, Result
+from deepseek_optimizer.longdoc.strategy_protocol import Ask, Batch, Result
 from support.mock_model import blocks_in_use, expected, make_core
 
 GREEDY = SamplingParams(temperature=0.0)
@@ -33,7 +33,7 @@ def text_of(tokens: list[int]) -> str:
     return "".join(chr(65 + t) for t in tokens if t != 60)
 
 
-def test_replies_are_the_models_and_tokens_are_counted():
+def test_replies_come_from_the_model_and_tokens_are_counted():
     made, engine = driver()
     seen: list = []
     batches = [Batch([Ask(p, 9) for p in PROMPTS], left=45), Batch([Ask(PROMPTS[0] + [7], 3)])]
@@ -48,18 +48,18 @@ def test_replies_are_the_models_and_tokens_are_counted():
     assert blocks_in_use(engine.core) == 0
 
 
-def test_progress_grows_to_what_there_was():
+def test_progress_grows_to_the_total():
     made, _ = driver(step_tokens=16)
-    told: list[tuple[int, int]] = []
+    calls: list[tuple[int, int]] = []
     made.run(
         asking(Batch([Ask(p, 2) for p in PROMPTS], left=41), Batch([Ask(PROMPTS[2] + [3], 2)])),
-        progress=lambda done, total: told.append((done, total)),
+        progress=lambda done, total: calls.append((done, total)),
     )
-    assert all(a[0] <= b[0] for a, b in zip(told, told[1:], strict=False)) and len({done for done, _ in told}) > 10
-    assert told[0][1] == 246 and told[-1] == (247, 247)
+    assert all(a[0] <= b[0] for a, b in zip(calls, calls[1:], strict=False)) and len({done for done, _ in calls}) > 10
+    assert calls[0][1] == 246 and calls[-1] == (247, 247)
 
 
-def test_stopping_ends_between_steps_and_leaves_nothing():
+def test_stopping_ends_between_steps_without_leaks():
     made, engine = driver(step_tokens=16)
     stop, closed = StopSignal(), []
 
@@ -79,7 +79,7 @@ def test_stopping_ends_between_steps_and_leaves_nothing():
     assert made.run(asking(Batch([Ask(PROMPTS[0], 4)])))[0].answer == "done"
 
 
-def test_an_ask_that_cannot_be_served_runs_nothing():
+def test_impossible_prompts_run_nothing():
     made, engine = driver(blocks=4)
     with pytest.raises(RequestError, match="do not fit"):
         made.run(asking(Batch([Ask(PROMPTS[0], 4), Ask(list(range(50)) * 4, 4)])))
@@ -94,7 +94,7 @@ def test_a_model_that_fails_is_an_error():
     assert engine.core.idle
 
 
-def test_a_reply_that_goes_round_in_circles_is_ended(monkeypatch):
+def test_repetitive_replies_are_ended(monkeypatch):
     from support import mock_model
 
     monkeypatch.setattr(mock_model, "next_token", lambda context: len(context) % 5)

@@ -1,4 +1,4 @@
-"""How parts of an extraction become one value."""
+"""How partial extractions are merged into one value."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ SCHEMA = {
 }
 
 
-def test_a_part_may_leave_all_open_and_is_still_a_schema():
+def test_schemas_of_parts_make_every_field_optional():
     part = relaxed(SCHEMA)
     normalise(part)
     nothing = {"number": None, "total": None, "items": [], "seller": {"name": None}}
     assert problems(part, nothing) == [] and problems(SCHEMA, nothing)
-    assert SCHEMA["required"] == ["number", "items"]  # left as it was
+    assert SCHEMA["required"] == ["number", "items"]  # unchanged
 
 
-def test_arrays_are_joined_and_the_first_that_is_said_counts():
+def test_arrays_are_joined_and_the_first_value_counts():
     values = [
         None,
         {"number": None, "items": [{"n": 1}, {"n": 2}], "seller": {"name": None}},
@@ -43,16 +43,16 @@ def test_arrays_are_joined_and_the_first_that_is_said_counts():
     assert problems(SCHEMA, value) == []
 
 
-def test_equal_items_are_one_but_true_is_not_one():
+def test_equal_items_are_merged_but_true_is_not_1():
     assert merged([[1, True, {"a": 1, "b": 2}], [True, 1, {"b": 2, "a": 1}, "1"]]) == [1, True, {"a": 1, "b": 2}, "1"]
 
 
-def test_gaps_that_are_allowed_are_left_out():
+def test_optional_gaps_are_omitted():
     assert without_gaps({"number": None, "total": None, "items": []}, SCHEMA) == {"number": None, "items": []}
     assert any(problem.startswith("number: ") for problem in problems(SCHEMA, {"number": None, "items": [{}, {}]}))
 
 
-def test_words_of_a_schema_are_what_is_looked_for():
+def test_search_terms_come_from_the_schema():
     words = Extraction(SCHEMA).words
     assert "Invoice" in words and "number as printed" in words and "seller" in words
 
@@ -60,6 +60,6 @@ def test_words_of_a_schema_are_what_is_looked_for():
 @pytest.mark.parametrize(
     "schema", [{}, {"type": "array", "items": {}}, [], {"properties": {"a": {"not": {}}}}, {"type": "object"}]
 )
-def test_schemas_that_cannot_be_enforced_are_refused(schema):
+def test_unsupported_schemas_are_rejected(schema):
     with pytest.raises(RequestError):
         Extraction(schema)

@@ -1,4 +1,4 @@
-"""`LongDocument` over a real engine with a random model: what is read, kept, saved and cited; what it says means nothing."""
+"""`LongDocument` over a real engine with a random model: what is read, reused, saved and cited; the answers are meaningless."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ def text_of(made: LongDocument, name: str) -> str:
 
 
 @pytest.mark.parametrize("strategy", ["whole", "window", "map_reduce", "retrieve"])
-def test_each_strategy_answers_with_citations_that_are_in_the_text(loaded, strategy):
+def test_each_strategy_cites_the_text(loaded, strategy):
     with opened(loaded, SHORT if strategy == "whole" else LONG) as made:
         answer = made.ask(SHORT.split(".")[0] + "?", strategy=strategy)
         assert answer.strategy == strategy and answer.reason == "it was requested"
-        assert isinstance(answer.answer, str) and (answer.citations or strategy == "map_reduce")  # where it says nothing at all
+        assert isinstance(answer.answer, str) and (answer.citations or strategy == "map_reduce")  # if it answers nothing at all
         for citation in answer.citations:
             assert text_of(made, citation.file)[citation.start : citation.end] == citation.text != ""
         least = len(SHORT) if strategy in ("whole", "retrieve") else len(LONG)
@@ -48,7 +48,7 @@ def test_each_strategy_answers_with_citations_that_are_in_the_text(loaded, strat
         assert answer.peak_memory_gb is None or 0 <= answer.peak_memory_gb < 5
 
 
-def test_auto_takes_what_fits_whole_and_says_why(loaded):
+def test_auto_chooses_whole_if_it_fits_and_gives_the_reason(loaded):
     with opened(loaded, SHORT) as made:
         answer = made.summarize()
         assert answer.strategy == "whole" and "fit" in answer.reason
@@ -56,7 +56,7 @@ def test_auto_takes_what_fits_whole_and_says_why(loaded):
         assert made.summarize().strategy == "map_reduce"
 
 
-def test_the_second_question_on_a_document_reads_only_itself(loaded):
+def test_a_second_question_prefills_only_itself(loaded):
     with opened(loaded, SHORT) as made:
         first, second = made.ask("What is it?"), made.ask("And who wrote it?")
         assert first.tokens.cached == 0
@@ -72,7 +72,7 @@ def test_data_is_valid_under_its_schema(loaded, strategy):
         json.dumps(answer.answer)
 
 
-def test_saved_and_opened_in_its_place(loaded, tmp_path):
+def test_a_saved_document_is_opened_instead_of_the_files(loaded, tmp_path):
     with opened(loaded, Document.of_texts({"a.txt": SHORT})) as made:
         made.ask("What is it?")
         expected = made.ask("And who wrote it?")
@@ -88,7 +88,7 @@ def test_saved_and_opened_in_its_place(loaded, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["document.json", "blocks.bin"])
-def test_what_was_saved_and_damaged_is_refused(loaded, tmp_path, name):
+def test_damaged_saved_documents_are_rejected(loaded, tmp_path, name):
     with opened(loaded, SHORT) as made:
         made.ask("What is it?")
         made.save(tmp_path / "saved")
@@ -105,7 +105,7 @@ def test_what_was_saved_and_damaged_is_refused(loaded, tmp_path, name):
         LongDocument.open(tmp_path / "missing", *loaded)
 
 
-def test_a_cache_directory_serves_the_next_process_and_survives_damage(loaded, tmp_path):
+def test_a_cache_directory_is_reused_and_survives_damage(loaded, tmp_path):
     with opened(loaded, SHORT, cache_dir=tmp_path) as made:
         expected = made.ask("What is it?")
         assert expected.tokens.cached == 0
@@ -123,7 +123,7 @@ def test_a_cache_directory_serves_the_next_process_and_survives_damage(loaded, t
         assert made.ask("What is it?").tokens.cached > 0  # written again
 
 
-def test_an_answer_is_given_though_its_cache_cannot_be_kept(loaded, tmp_path, monkeypatch):
+def test_an_answer_does_not_need_a_writable_cache(loaded, tmp_path, monkeypatch):
     def full(*arguments, **options):
         raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path))
 
@@ -160,12 +160,12 @@ def test_paths_texts_and_documents(loaded, tmp_path):
         ({"stride": 500}, "stride"),
     ],
 )
-def test_bad_arguments_name_themselves(loaded, options, words):
+def test_invalid_arguments_are_named(loaded, options, words):
     with pytest.raises(ConfigError, match=words):
         opened(loaded, SHORT, **options)
 
 
-def test_memory_bounds_the_cache(loaded):
+def test_memory_limits_the_cache(loaded):
     with opened(loaded, LONG, memory=90_000_000) as small, opened(loaded, LONG, memory=150_000_000) as large:
         caches = [made._engines.arena.store.num_blocks * made._engines.arena.store.block_bytes for made in (small, large)]
         assert 0 < caches[0] < 90_000_000 and caches[1] - caches[0] >= 40_000_000
@@ -173,20 +173,20 @@ def test_memory_bounds_the_cache(loaded):
         assert answer.peak_memory_gb is None or answer.peak_memory_gb <= 0.09
 
 
-def test_everything_goes_when_the_document_goes(loaded):
+def test_everything_is_freed_with_the_document(loaded):
     made = opened(loaded, SHORT)
     made.ask("What is it?")
     arena = made._engines.arena
     assert arena.manager.free_blocks < arena.manager.num_blocks
     made.close()
     assert arena.manager.free_blocks == arena.manager.num_blocks
-    assert made.ask("What was it?").tokens.cached == 0  # and it still works
+    assert made.ask("What was it?").tokens.cached == 0  # the document still works
     made.close()
     del made
     gc.collect()
 
 
-def test_asked_to_stop_it_stops_and_goes_on_with_the_next(loaded):
+def test_a_stopped_question_does_not_affect_the_next(loaded):
     with opened(loaded, LONG) as made:
         stop = StopSignal()
         stop.ask()
@@ -195,7 +195,7 @@ def test_asked_to_stop_it_stops_and_goes_on_with_the_next(loaded):
         assert made.ask(LONG.split(".")[0] + "?").answer is not None
 
 
-def test_errors_of_a_question_come_before_anything_is_read(loaded):
+def test_invalid_questions_are_errors_before_prefill(loaded):
     with opened(loaded, LONG) as made:
         for call in (
             lambda: made.ask("  "),
@@ -208,7 +208,7 @@ def test_errors_of_a_question_come_before_anything_is_read(loaded):
                 call()
 
 
-def test_a_bar_is_shown_to_who_can_see_it(loaded, monkeypatch):
+def test_a_progress_bar_is_shown_on_a_terminal(loaded, monkeypatch):
     from contextlib import contextmanager
 
     seen: list[tuple[int, int]] = []
@@ -224,7 +224,7 @@ def test_a_bar_is_shown_to_who_can_see_it(loaded, monkeypatch):
     assert seen[-1][0] == seen[-1][1] >= len(LONG.encode())
 
 
-def test_peak_memory_is_what_was_taken_and_given_back():
+def test_peak_memory_includes_freed_memory():
     if own_bytes() is None:
         pytest.skip("this system does not tell")
     with PeakSampler() as peak:

@@ -1,4 +1,5 @@
-"""The generator's single needle through `retrieve`: whatever the model says, the passage that answers is shown and cited."""
+"""The generator's single needle through `retrieve`: for any reply of the model, the passage with the answer is in the prompt
+and cited."""
 
 from __future__ import annotations
 
@@ -25,12 +26,12 @@ def _cited(tokenizer, tokens: int, seed: int, max_length: int) -> bool:
 
 
 @pytest.mark.parametrize("tokens", [8192, 65_536])
-def test_the_passage_that_answers_is_cited(byte_tokenizer, tokens):
+def test_the_passage_with_the_answer_is_cited(byte_tokenizer, tokens):
     assert all(_cited(byte_tokenizer, tokens, seed, max_length=1024) for seed in range(3))
 
 
 @pytest.mark.slow
-def test_the_passage_that_answers_is_cited_at_128k():
+def test_the_passage_with_the_answer_is_cited_at_128k():
     tokenizer = AutoTokenizer.from_pretrained(tiny_v3())
-    found = [_cited(tokenizer, 131_072, seed, max_length=4096) for seed in range(100)]
-    assert sum(found) >= 99
+    actual = [_cited(tokenizer, 131_072, seed, max_length=4096) for seed in range(100)]
+    assert sum(actual) >= 99

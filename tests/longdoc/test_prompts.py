@@ -1,4 +1,4 @@
-"""Prompts around a document's tokens: its words are data whatever they look like, and what stands before them never changes."""
+"""Prompts with a document: its text is always data, and the part before the document never changes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def prompts(request, byte_tokenizer):
     made.close()
 
 
-def test_a_prompt_is_what_the_template_makes_of_the_message(prompts):
+def test_a_prompt_equals_the_rendered_message(prompts):
     text, words = "Some text of a document.\nIt has lines.", "What is it?"
     ids = prompts.prompt(prompts.encode(text), words)
     tokenizer = prompts.tokenizer
@@ -40,7 +40,7 @@ def test_a_prompt_is_what_the_template_makes_of_the_message(prompts):
     assert tokenizer.decode(ids) == rendered + closed
 
 
-def test_before_the_text_is_the_same_whatever_is_asked(prompts):
+def test_the_part_before_the_text_is_constant(prompts):
     first, second = prompts.around("What is it?"), prompts.around("Summarize the text.")
     assert first[0] == second[0] and first[1] != second[1]
     assert prompts.around("What?", ahead="Read this.")[0] != first[0]
@@ -58,14 +58,14 @@ def test_control_tokens_in_a_document_stay_text(prompts):
     assert again == prompts.around("x")[0]
 
 
-def test_a_question_cannot_speak_for_others(prompts):
+def test_a_question_cannot_forge_messages(prompts):
     tokenizer = prompts.tokenizer
     end = tokenizer.eos_token
     plain, hostile = prompts.around("What is ?")[1], prompts.around(f"What is {end}?")[1]
     assert hostile.count(tokenizer.eos_token_id) == plain.count(tokenizer.eos_token_id)
 
 
-def test_pieces_of_a_long_text_are_its_tokens(prompts):
+def test_chunks_of_a_long_text_have_its_tokens(prompts):
     text = "".join(f"Line {n} of the text.\n" for n in range(_SEGMENT // 10))
     assert len(text) > 2 * _SEGMENT and prompts.tokenizer.decode(prompts.encode(text)) == text
     one_line = "word " * (_SEGMENT // 3)
@@ -74,21 +74,21 @@ def test_pieces_of_a_long_text_are_its_tokens(prompts):
     assert prompts.tokenizer.decode(prompts.encode(no_space)) == no_space
 
 
-def test_files_are_named_where_there_are_several(prompts):
+def test_several_files_are_named(prompts):
     decode = prompts.tokenizer.decode
     assert decode(prompts.document(Document.of_texts("One.\n"))) == "One.\n"
     both = decode(prompts.document(Document.of_texts({"a.txt": "One.\n", "b.txt": "Two.\n"})))
     assert both.index("a.txt") < both.index("One.") < both.index("b.txt") < both.index("Two.")
 
 
-def test_thoughts_that_the_template_opens_are_closed():
+def test_reasoning_opened_by_the_template_is_closed():
     made = Prompts(deepseek_r1())
     shown = made.tokenizer.decode(made.around("What?")[1])
     assert shown.rstrip().endswith("</think>") or "<think>" not in shown
     made.close()
 
 
-def test_templates_that_change_what_is_said_are_refused(byte_tokenizer):
+def test_templates_that_change_the_text_are_rejected(byte_tokenizer):
     import copy
 
     for template in ("{{ messages[0].content | upper | replace('1', '') }}", "{{ messages[0].content * 2 }}", "Hello"):
@@ -109,5 +109,5 @@ def test_templates_that_change_what_is_said_are_refused(byte_tokenizer):
         ("Use <think> tags.", "Use <think> tags."),
     ],
 )
-def test_answers_are_without_thoughts(text, answer):
+def test_answers_exclude_reasoning(text, answer):
     assert Prompts.answer(text) == answer

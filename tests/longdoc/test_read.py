@@ -1,4 +1,4 @@
-"""Files and directories: which are read, in which order, and what becomes of each that can't be."""
+"""Files and directories: which are read, in which order, and problems with files that cannot be read."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _names(root: Path, document: object) -> list[str]:
     return [os.path.relpath(file.name, root) for file in document.files]  # type: ignore[attr-defined]
 
 
-def test_one_path_several_and_directories_in_their_order(tmp_path: Path) -> None:
+def test_paths_and_directories_in_order(tmp_path: Path) -> None:
     _write(tmp_path, {"z.txt": "z", "d/b.txt": "b", "d/a/c.txt": "c", "d/B.md": "B", "d/a.txt": "a"})
     assert _names(tmp_path, read_documents(tmp_path / "z.txt")) == ["z.txt"]
     document = read_documents([str(tmp_path / "z.txt"), tmp_path / "d"])
@@ -35,7 +35,7 @@ def test_one_path_several_and_directories_in_their_order(tmp_path: Path) -> None
     assert sorted(_names(tmp_path, again)) == ["d/B.md", "d/a.txt", "d/a/c.txt", "d/b.txt"], "each once"
 
 
-def test_what_tools_put_into_trees_is_left_out(tmp_path: Path) -> None:
+def test_directories_of_tools_are_skipped(tmp_path: Path) -> None:
     left_out = (
         ".git/config",
         ".hidden",
@@ -51,7 +51,7 @@ def test_what_tools_put_into_trees_is_left_out(tmp_path: Path) -> None:
     assert read_documents(tmp_path / ".hidden").files[0].text == "no", "but what is named is read"
 
 
-def test_links_are_not_followed_out_of_a_tree_nor_in_circles(tmp_path: Path) -> None:
+def test_links_out_of_a_directory_or_in_cycles_are_not_followed(tmp_path: Path) -> None:
     _write(tmp_path, {"tree/a.txt": "a", "outside.txt": "secret", "out/b.txt": "secret"})
     tree = tmp_path / "tree"
     for name, target in (("loop", "."), ("again", "a.txt"), ("out", "../out"), ("file", "../outside.txt"), ("gone", "none")):
@@ -66,7 +66,7 @@ def test_links_are_not_followed_out_of_a_tree_nor_in_circles(tmp_path: Path) -> 
     assert read_documents(tree / "file").files[0].text == "secret", "but a link that is named is"
 
 
-def test_every_bad_file_says_what_is_wrong_and_the_others_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bad_files_are_reported_and_the_others_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _write(tmp_path, {
         "a.txt": "good", "binary": bytes(range(256)) * 9, "broken.pdf": pdf(["x"])[:100], "empty.txt": "",
         "locked.pdf": pdf(["x"], user="secret"), "mixed.log": "Müller\n".encode() + "Müller\n".encode("latin-1"),
@@ -104,7 +104,7 @@ def test_a_file_without_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert problem.file.endswith("b.txt") and problem.message.startswith("cannot be read: ")
 
 
-def test_paths_that_do_not_exist_stop_all_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_paths_are_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _write(tmp_path, {"a.txt": "a"})
     monkeypatch.setattr(read, "_bytes_of", lambda *_: pytest.fail("something was read"))
     with pytest.raises(DocumentError, match="absent.txt: does not exist"):
@@ -123,7 +123,7 @@ def test_nothing_to_read(tmp_path: Path) -> None:
         read_documents(tmp_path)
 
 
-def test_limits_of_one_file_and_of_all(tmp_path: Path) -> None:
+def test_limits_per_file_and_in_total(tmp_path: Path) -> None:
     _write(tmp_path, {"a.txt": "a" * 600, "b.txt": "b" * 2000, "c.txt": "c" * 600, "d.txt": "d" * 100})
     document = read_documents(tmp_path, limit_bytes=1000, limit_total=1000)
     assert [file.text[0] for file in document.files] == ["a", "d"]
@@ -136,7 +136,7 @@ def test_limits_of_one_file_and_of_all(tmp_path: Path) -> None:
 
 
 class _Changing:
-    """Stands for `read._read_all`: the file grows each of the first `times` that it is read."""
+    """Replaces `read._read_all`: the file grows during the first `times` reads."""
 
     def __init__(self, times: int) -> None:
         self.times, self.read = times, read._read_all

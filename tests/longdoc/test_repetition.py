@@ -1,4 +1,4 @@
-"""Texts that go round in circles are known by their ends; others are not."""
+"""Repetitive texts are recognised by their ends; others are not."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from deepseek_optimizer.longdoc.repetition import first_time
 
 
 @pytest.mark.parametrize("unit", ["The command runs the tests.\n\n", "a\n", "é中 " * 20, "x" * 239 + "y"])
-def test_what_is_said_again_stays_once(unit):
+def test_repeated_text_is_kept_once(unit):
     begin = "An answer begins. "
-    found = first_time(begin + unit * 200)
-    assert len(found) <= len(begin) + 2 * len(unit) and (begin + unit * 200).startswith(found)
+    actual = first_time(begin + unit * 200)
+    assert len(actual) <= len(begin) + 2 * len(unit) and (begin + unit * 200).startswith(actual)
 
 
-def test_half_a_round_at_the_end():
+def test_an_incomplete_repetition_at_the_end():
     text = "Begin: " + "round and round we go, my friend. " * 9 + "round and rou"
-    found = first_time(text)
-    assert found is not None and len(found) < 90 and text.startswith(found)
+    actual = first_time(text)
+    assert actual is not None and len(actual) < 90 and text.startswith(actual)
 
 
 @pytest.mark.parametrize(
     "text",
     ["", "a", "-" * 100, "no no no no", "1, 2, 3, 4, 5, 6, 7", "the cat sat on the mat " * 3, " ".join(map(str, range(400)))],
 )
-def test_other_texts_are_left_alone(text):
+def test_other_texts_are_unchanged(text):
     assert first_time(text) is None

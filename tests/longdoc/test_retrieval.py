@@ -18,8 +18,8 @@ def _index(texts: list[str], first: int = 0) -> Index:
     return Index([Chunk(first + i, 0, 0, len(text), 1) for i, text in enumerate(texts)], texts)
 
 
-def test_scores_are_those_of_the_formula() -> None:
-    """Of Lucene: idf = log(1 + (N - df + 0.5) / (df + 0.5)), tf / (tf + k1 (1 - b + b length / mean length))."""
+def test_scores_follow_the_formula() -> None:
+    """Lucene's formula: idf = log(1 + (N - df + 0.5) / (df + 0.5)), tf / (tf + k1 (1 - b + b length / mean length))."""
     rng = random.Random(4)
     vocabulary = [f"word{i}" for i in range(30)]
     texts = [" ".join(rng.choices(vocabulary, k=rng.randint(1, 60))) for _ in range(40)]
@@ -37,16 +37,16 @@ def test_scores_are_those_of_the_formula() -> None:
                 score += idf * count[word] / (count[word] + 1.5 * (0.25 + 0.75 * count.total() / mean))
             expected.append((i, score))
         expected = sorted((pair for pair in expected if pair[1] > 0), key=lambda pair: (-round(pair[1], 4), pair[0]))[:7]
-        found = index.search(question, 7)
-        assert [round(score, 3) for _, score in found] == [round(score, 3) for _, score in expected]
-        assert {i for i, _ in found[:3]} == {i for i, _ in expected[:3]} or len({round(s, 3) for _, s in expected[:4]}) < 4
+        actual = index.search(question, 7)
+        assert [round(score, 3) for _, score in actual] == [round(score, 3) for _, score in expected]
+        assert {i for i, _ in actual[:3]} == {i for i, _ in expected[:3]} or len({round(s, 3) for _, s in expected[:4]}) < 4
 
 
-def test_equals_come_in_the_order_of_the_text_under_their_own_numbers() -> None:
+def test_ties_are_in_the_order_of_the_text() -> None:
     index = _index(["nothing here", "the needle lies here"] * 4, first=10)
-    found = index.search("Where does the NEEDLE lie?", 3)
-    assert [i for i, _ in index.search("needle", 8)] == [11, 13, 15, 17], "only those that have a word of it"
-    assert [i for i, _ in found] == [11, 13, 15] and len({score for _, score in found}) == 1
+    actual = index.search("Where does the NEEDLE lie?", 3)
+    assert [i for i, _ in index.search("needle", 8)] == [11, 13, 15, 17], "only chunks with a word of the query"
+    assert [i for i, _ in actual] == [11, 13, 15] and len({score for _, score in actual}) == 1
 
 
 @pytest.mark.parametrize("texts", [[], ["", "  "], ["one two"], ["other words", "and more"]])

@@ -1,4 +1,4 @@
-"""Chunks: none too long, nothing left out, cut where a reader would cut."""
+"""Chunks: none too long, no text lost, cut at natural boundaries."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SMOLLM2 = Path("~/.cache/deepseek-optimizer/SmolLM2-135M-Instruct.Q4_1-bf16").ex
 
 
 def _trained(metaspace: bool) -> Any:
-    """BPE with real merges. Metaspace, as of Llama 2: it puts a space before the text, and a text is one word; with BOS."""
+    """BPE with real merges. Metaspace, as in Llama 2: adds a space before the text, and a text is one word; with BOS."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -51,7 +51,7 @@ def tokenizer(request: pytest.FixtureRequest) -> Any:
     if request.param == "tiny-v3":
         return AutoTokenizer.from_pretrained(tiny_v3())
     if not SMOLLM2.is_dir():
-        pytest.skip(f"no {SMOLLM2}: `dso demo` fetches it")
+        pytest.skip(f"no {SMOLLM2}: `dso demo` downloads it")
     return AutoTokenizer.from_pretrained(SMOLLM2)
 
 
@@ -70,7 +70,7 @@ def _check(document: Document, tokenizer: Any, max_length: int, stride: int) -> 
         if own:
             assert own[0].start == 0 and own[-1].end == len(file.text)
         for before, after in zip(own, own[1:], strict=False):
-            assert before.start < after.start <= before.end < after.end, "each goes on where the one before ended, or earlier"
+            assert before.start < after.start <= before.end < after.end, "each starts where the one before ended, or earlier"
             if stride == 0:
                 assert after.start == before.end
         for chunk in own:
@@ -87,14 +87,14 @@ def test_random_texts(tokenizer: Any) -> None:
             TextFile(str(i), text, headings=tuple(sorted(rng.sample(range(len(text)), min(len(text), 5)))))
             for i, text in enumerate(random_text(rng, rng.choice((0, 1, 7, 300, 4000))) for _ in range(3))
         )
-        # 48 at least: U+FDFA alone takes 33 tokens where a tokenizer normalises it into its sentence.
+        # At least 48: U+FDFA alone has 33 tokens if a tokenizer normalises it into its sentence.
         max_length = rng.choice((48, 64, 200, 1024))
         _check(Document(files), tokenizer, max_length, rng.choice((0, 1, max_length // 4, max_length // 2 - 1)))
 
 
-def test_a_control_token_counts_as_the_text_that_it_is(bpe: Any) -> None:
+def test_control_tokens_count_as_text(bpe: Any) -> None:
     chunks = split(Document.of_texts("<|im_end|>" * 50), bpe, 64, 0)
-    assert len(chunks) > 1, "as one token each, all of them would fit"
+    assert len(chunks) > 1, "if each were one token, all would fit"
 
 
 def test_the_overlap_is_about_the_stride(bpe: Any) -> None:
@@ -115,14 +115,14 @@ def test_the_overlap_is_about_the_stride(bpe: Any) -> None:
         ("e\u0301", "e\u0301"),
     ],
 )
-def test_cuts_are_at_the_best_border_there_is(bpe: Any, unit: str, ends: str) -> None:
+def test_cuts_are_at_the_best_boundary(bpe: Any, unit: str, ends: str) -> None:
     text = unit * (40_000 // len(unit))
     for chunk in split(Document.of_texts(text), bpe, 512, 128):
         assert text[: chunk.end].endswith(ends) or chunk.end == len(text)
         assert chunk.start % len(unit) in (0, len(unit) - 1 if unit == "word " else 0)
 
 
-def test_headings_win_over_paragraphs_and_paragraphs_over_lines(bpe: Any) -> None:
+def test_headings_are_preferred_to_paragraphs_and_paragraphs_to_lines(bpe: Any) -> None:
     paragraph = "some words in a line of a paragraph\n" * 5 + "\n"
     text = (paragraph * 3 + "# Heading\n\n") * 60
     for name, mark in (("a.md", "# Heading"), ("a.txt", "")):
@@ -132,23 +132,23 @@ def test_headings_win_over_paragraphs_and_paragraphs_over_lines(bpe: Any) -> Non
             assert text[: chunk.start].endswith("\n\n") and text[chunk.start :].startswith(mark)
 
 
-def test_slow_and_fast_give_chunks_of_about_the_same_size() -> None:
+def test_slow_and_fast_tokenizers_give_chunks_of_similar_size() -> None:
     from transformers import ByT5Tokenizer
 
     text = sample_text()[:20_000]
     sizes = [chunk.tokens for chunk in split(Document.of_texts(text), ByT5Tokenizer(), 2048, 0)]
-    assert sum(sizes) == len(text.encode()), "a token a byte, each once"
+    assert sum(sizes) == len(text.encode()), "one token per byte, each once"
     assert min(sizes[:-1]) > 0.7 * 2048
 
 
 class _Counter:
-    """A tokenizer that says what `tokens` says, and remembers how much it was given."""
+    """A tokenizer that returns `tokens(text)`, and records the size of its inputs."""
 
     is_fast = True
 
     def __init__(self, tokens: Callable[[str], int]) -> None:
         self._tokens = tokens
-        self.longest = self.most = self.all = 0
+        self.longest = self.max_characters = self.all = 0
 
     def num_special_tokens_to_add(self) -> int:
         return 0
@@ -157,16 +157,16 @@ class _Counter:
         if isinstance(texts, str):
             return {"input_ids": range(self._tokens(texts))}
         self.longest = max(self.longest, *map(len, texts))
-        self.most = max(self.most, sum(map(len, texts)))
+        self.max_characters = max(self.max_characters, sum(map(len, texts)))
         self.all += sum(map(len, texts))
         return {"input_ids": [range(self._tokens(text)) for text in texts]}
 
 
-def test_one_line_is_tokenised_in_bounded_pieces_and_few_times() -> None:
+def test_one_line_is_tokenised_in_bounded_parts_and_few_times() -> None:
     tokenizer, text = _Counter(len), "x" * 10_000_000
     chunks = split(Document.of_texts(text), tokenizer, 4096, 1024)
-    assert tokenizer.longest <= 4096 and tokenizer.most <= 1 << 20
-    assert tokenizer.all < 2.6 * len(text), "once for the plan, and then 4/3 of the text, chunk by chunk"
+    assert tokenizer.longest <= 4096 and tokenizer.max_characters <= 1 << 20
+    assert tokenizer.all < 2.6 * len(text), "once for the plan, then 4/3 of the text, chunk by chunk"
     assert chunks[-1].end == len(text)
 
 
@@ -174,7 +174,7 @@ def test_many_small_files_are_tokenised_in_few_calls() -> None:
     calls = []
     tokenizer = _Counter(lambda text: calls.append(text) or len(text))  # type: ignore[func-returns-value]
     chunks = split(Document.of_texts({str(i): "some words" for i in range(5000)}), tokenizer, 64, 16)
-    assert len(chunks) == len(calls) == 5000 and tokenizer.most == 50_000
+    assert len(chunks) == len(calls) == 5000 and tokenizer.max_characters == 50_000
 
 
 @pytest.mark.parametrize(
@@ -185,14 +185,14 @@ def test_many_small_files_are_tokenised_in_few_calls() -> None:
         lambda text: len(text) + 39 * text.count("Z") * (len(text) > 40),
     ],
 )
-def test_plans_that_are_wrong_are_made_again(tokens: Callable[[str], int]) -> None:
-    """Short texts, of which the plan is made, have fewer tokens than long ones."""
+def test_wrong_plans_are_corrected(tokens: Callable[[str], int]) -> None:
+    """Short texts, from which the plan is estimated, have fewer tokens than long ones."""
     for text in ("some words " * 500, "a" * 95 + ("Z" * 8 + "a" * 100) * 30):
         for stride in (0, 16, 32):
             _check(Document.of_texts(text), _Counter(tokens), 64, stride)
 
 
-def test_a_character_that_is_longer_than_a_chunk() -> None:
+def test_a_character_longer_than_a_chunk() -> None:
     with pytest.raises(ConfigError, match="max_length: .*'a' of text takes 20 tokens"):
         split(Document.of_texts("aaaa"), _Counter(lambda text: 20 * len(text)), 16, 0)
 
@@ -206,7 +206,7 @@ def test_lengths_out_of_range(byte_tokenizer: Any, max_length: Any, stride: Any,
         split(Document.of_texts("a"), byte_tokenizer, max_length, stride)
 
 
-def test_progress_ends_with_everything(bpe: Any) -> None:
+def test_progress_ends_at_the_total(bpe: Any) -> None:
     calls: list[tuple[int, int]] = []
     document = Document.of_texts({"a": "word " * 2000, "b": "more " * 1000})
     split(document, bpe, 256, 64, progress=lambda done, total: calls.append((done, total)))

@@ -1,4 +1,4 @@
-"""Strategies against a scripted model: what each shows it, what it makes of the replies, and which is chosen."""
+"""Strategies with a scripted model: their prompts, how they use the replies, and which strategy is chosen."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import pytest
 from deepseek_optimizer.errors import ConfigError, RequestError
 from deepseek_optimizer.longdoc.document import Document
 from deepseek_optimizer.longdoc.strategies import answer_by, choose
+from deepseek_optimizer.longdoc.strategy_protocol import Reply
 from deepseek_optimizer.longdoc.tasks import Extraction, Question, Summary
-from deepseek_optimizer.longdoc.work import Reply
 from support.long_documents import Scripted, material, prose
 
 FACT = "The harbour of Lindisfarne closes at nine."
@@ -47,7 +47,7 @@ def test_whole_shows_the_document_first_and_the_question_last(short, byte_tokeni
     assert [FACT in c.text or c.text in FACT for c in result.citations][0]
 
 
-def test_two_questions_on_a_whole_document_begin_alike(short):
+def test_questions_on_a_whole_document_share_a_prefix(short):
     works = [answer_by(Question(words), short) for words in ("When?", "Who is the keeper?")]
     first, second = (next(work).asks[0].prompt for work in works)
     shared = next(n for n, (a, b) in enumerate(zip(first, second, strict=False)) if a != b)
@@ -84,7 +84,7 @@ def test_map_reduce_asks_every_chunk_and_merges_what_answers(long, byte_tokenize
     assert result.citations and all(c.chunk in holders for c in result.citations)
 
 
-def test_nothing_anywhere_is_said_so(long, byte_tokenizer):
+def test_missing_answers_are_reported(long, byte_tokenizer):
     result = Scripted(byte_tokenizer, lambda _: "**Nothing**").run(answer_by(ASKED, long, "map_reduce"))
     assert "Nothing in the document" in result.answer and result.citations == []
 
@@ -105,13 +105,13 @@ def test_summaries_are_merged_in_levels_until_one_is_left(long, byte_tokenizer):
     assert result.strategy == "map_reduce" and result.answer == f"({count})" + "x" * 40
     assert len(levels) >= 2 and levels[-1] == 1 and all(b < a for a, b in zip(levels, levels[1:], strict=False))
     merged = "".join(model.prompts[len(long.chunks) :])
-    assert all(f"({n})" in merged for n in range(1, count))  # nothing that was said is left out
+    assert all(f"({n})" in merged for n in range(1, count))  # no reply is missing
     assert model.batches[0].left > model.batches[1].left and model.batches[first - 1].left == 0
 
 
 @pytest.mark.parametrize("room", [560, 1024, 3000])
 @pytest.mark.parametrize("reply", [16, 64, 4000])
-def test_replies_of_any_length_come_to_an_end(byte_tokenizer, room, reply):
+def test_replies_of_any_length_terminate(byte_tokenizer, room, reply):
     made = material(prose(80), byte_tokenizer, room=room, reply=reply, max_length=64, stride=8)
     model = Scripted(byte_tokenizer, lambda _: "z" * min(reply, room // 4))
     result = model.run(answer_by(Summary(), made, "map_reduce"))
@@ -120,7 +120,7 @@ def test_replies_of_any_length_come_to_an_end(byte_tokenizer, room, reply):
     made.prompts.close()
 
 
-def test_window_pins_the_task_and_cites_what_was_still_seen(long, byte_tokenizer):
+def test_window_pins_the_task_and_cites_visible_text(long, byte_tokenizer):
     dropped = len(long.ids) - 400
     model = Scripted(byte_tokenizer, lambda _: Reply("Something of the end.", dropped=dropped))
     result = model.run(answer_by(ASKED, long, "window"))
@@ -132,7 +132,7 @@ def test_window_pins_the_task_and_cites_what_was_still_seen(long, byte_tokenizer
     assert all(c.end > len(LONG) - 1000 for c in result.citations)
 
 
-def test_extraction_is_asked_under_a_schema_and_merged_by_order(long, byte_tokenizer):
+def test_extraction_uses_a_schema_and_is_merged_in_order(long, byte_tokenizer):
     replies = []
 
     def say(prompt: str) -> str:
@@ -148,7 +148,7 @@ def test_extraction_is_asked_under_a_schema_and_merged_by_order(long, byte_token
     assert replies.count("nine") >= 1
 
 
-def test_an_extraction_that_lacks_a_field_says_so(long, byte_tokenizer):
+def test_missing_fields_of_an_extraction_are_reported(long, byte_tokenizer):
     result = Scripted(byte_tokenizer, lambda _: '{"places": [], "closes": null}').run(answer_by(Extraction(SCHEMA), long))
     assert result.answer == {"places": [], "closes": None} and any("closes" in note for note in result.notes)
     cut = Scripted(byte_tokenizer, lambda _: Reply('{"places": [', complete=False)).run(answer_by(Extraction(SCHEMA), long))
@@ -169,7 +169,7 @@ def test_an_extraction_that_lacks_a_field_says_so(long, byte_tokenizer):
         (Question("Give me an overview"), "map_reduce"),
         (Question("Worum geht es hier?"), "map_reduce"),
         (Question("请总结这份文件"), "map_reduce"),
-        (Question("Qwertz yxcvb?"), "map_reduce"),  # no such words in it
+        (Question("Qwertz yxcvb?"), "map_reduce"),  # words that do not occur
     ],
 )
 def test_choice_by_task_and_question(long, task, name):
@@ -177,7 +177,7 @@ def test_choice_by_task_and_question(long, task, name):
     assert chosen == name and str(f"{long.tokens:,}") in reason
 
 
-def test_everything_that_fits_is_read_whole(short):
+def test_short_documents_are_read_whole(short):
     assert {choose(task, short)[0] for task in (Summary(), ASKED, Extraction(SCHEMA))} == {"whole"}
 
 
@@ -190,17 +190,17 @@ def test_everything_that_fits_is_read_whole(short):
         (ASKED, "guess", ConfigError, "auto, whole, window, map_reduce, retrieve"),
     ],
 )
-def test_what_cannot_be_done_names_the_remedy(long, task, strategy, error, words):
+def test_unsupported_tasks_name_the_remedy(long, task, strategy, error, words):
     with pytest.raises(error, match=words):
         answer_by(task, long, strategy)
 
 
-def test_window_needs_an_engine_with_one(short):
+def test_window_needs_an_engine_with_a_window(short):
     with pytest.raises(RequestError, match="window"):
         answer_by(ASKED, short, "window")
 
 
-def test_chunks_that_do_not_fit_name_a_length_that_does(byte_tokenizer):
+def test_chunks_that_are_too_long_name_a_possible_length(byte_tokenizer):
     made = material(LONG, byte_tokenizer, max_length=900, room=1024, stride=0)
     with pytest.raises(RequestError, match="max_length") as caught:
         next(answer_by(ASKED, made, "map_reduce"))
@@ -211,17 +211,17 @@ def test_chunks_that_do_not_fit_name_a_length_that_does(byte_tokenizer):
     shorter.prompts.close()
 
 
-def test_a_document_without_text_is_refused(byte_tokenizer):
+def test_a_document_without_text_is_an_error(byte_tokenizer):
     with pytest.raises(RequestError, match="no text"):
         answer_by(ASKED, material(Document(()), byte_tokenizer))
 
 
-def test_thoughts_are_no_part_of_an_answer(short, byte_tokenizer):
+def test_reasoning_is_not_part_of_an_answer(short, byte_tokenizer):
     result = Scripted(byte_tokenizer, lambda _: "<think>Hm, a harbour.</think>\n\nAt nine.").run(answer_by(ASKED, short))
     assert result.answer == "At nine."
 
 
-def test_several_files_are_told_apart(byte_tokenizer):
+def test_several_files_are_distinguished(byte_tokenizer):
     made = material(Document.of_texts({"a.txt": "Alpha is red.\n", "b.txt": "Beta is blue.\n"}), byte_tokenizer)
     model = Scripted(byte_tokenizer, lambda _: "Beta is blue.")
     result = model.run(answer_by(Question("What is blue?"), made))

@@ -1,4 +1,4 @@
-"""Words of many scripts, identifiers, numbers."""
+"""Words in many scripts, identifiers, numbers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from deepseek_optimizer.longdoc.words import words
 
 
 @pytest.mark.parametrize(
-    "text, found",
+    "text, expected",
     [
         ("The naïve Café's ÜBER straße", "the naive cafe s uber strasse"),
         ("max_length HTTPServer2 __init__ _", "max_length max length httpserver2 http server 2 __init__ init"),
@@ -24,16 +24,16 @@ from deepseek_optimizer.longdoc.words import words
         ("--- ...", ""),
     ],
 )  # fmt: skip
-def test_words(text: str, found: str) -> None:
-    assert list(words(text)) == found.split()
+def test_words(text: str, expected: str) -> None:
+    assert list(words(text)) == expected.split()
 
 
-def test_a_word_of_a_million_letters_becomes_short_ones() -> None:
+def test_a_word_of_a_million_letters_is_split() -> None:
     assert {len(word) for word in words("x" * 1_000_000)} == {64}
     assert max(map(len, words("漢" * 1_000_000))) == 2
 
 
-def test_capital_letters_and_accents_do_not_count() -> None:
+def test_case_and_accents_are_ignored() -> None:
     text = "Größe naïve ÉLÈVE Ёлка Άλφα İstanbul e\u0301 e\u0301\u0323 x"
     known = set(words(text))
     assert {"grosse", "naive", "eleve", "елка", "αλφα", "istanbul", "e", "x"} <= known

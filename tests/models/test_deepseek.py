@@ -1,4 +1,4 @@
-"""DeepSeek's own families: configs as published, what they make, and every way they can be wrong."""
+"""DeepSeek's families: published configs, the graphs built from them, and every kind of invalid config."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ PUBLISHED = {"V2-Lite": V2_LITE, "V2": V2, "V3": V3, "V3.2": V32}
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_configs(name: str) -> None:
-    """As a file says it, and as Transformers' class reads it."""
+    """As in a file, and as read by Transformers' class."""
     from transformers import CONFIG_MAPPING
 
     raw = json.loads(json.dumps(PUBLISHED[name]))
@@ -77,7 +77,7 @@ def test_published_configs(name: str) -> None:
 
 
 def test_cache_bytes_of_v2_lite() -> None:
-    """(512 + 64) numbers of two bytes in each of 27 layers."""
+    """(512 + 64) elements of two bytes in each of 27 layers."""
     graph = build_graph(with_defaults(V2_LITE))
     assert ReferenceBackend().block_bytes(graph, "bf16") == 32 * 31_104
     assert ReferenceBackend().block_bytes(graph, "fp32") == 32 * 2 * 31_104
@@ -111,13 +111,13 @@ INTEGERS = [
 
 
 @pytest.mark.parametrize("family", RAW)
-def test_the_configs_that_are_made_wrong_are_right(family: str) -> None:
+def test_the_modified_configs_are_valid_originally(family: str) -> None:
     check_config(RAW[family])
 
 
 @pytest.mark.parametrize(("family", "field"), INTEGERS)
 @pytest.mark.parametrize("value", BAD_INTEGERS)
-def test_bad_integer_is_refused_by_name(family: str, field: str, value: Any) -> None:
+def test_invalid_integers_are_rejected_by_name(family: str, field: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=rf"config\.{field}: .*got"):
         check_config({**RAW[family], field: value})
 
@@ -190,13 +190,13 @@ def test_contradictions_name_the_field(family: str, fields: dict[str, Any], mess
 
 
 @pytest.mark.parametrize(("family", "fields"), [(f, fields) for fs, fields in UNKNOWN for f in fs])
-def test_what_is_not_built_is_refused_by_name(family: str, fields: dict[str, Any]) -> None:
+def test_unsupported_features_are_rejected_by_name(family: str, fields: dict[str, Any]) -> None:
     with pytest.raises(UnsupportedModelError, match=next(iter(fields))):
         check_config({**RAW[family], **fields})
 
 
 def test_mscale_of_zero_is_none() -> None:
-    """As DeepSeek's own code has it."""
+    """As in DeepSeek's code."""
     none = {"mscale": 0, "mscale_all_dim": 0}
     plain, zero = (
         build_graph(with_defaults({**RAW["deepseek_v3"], **rope("yarn", factor=4.0, **more)})) for more in ({}, none)
@@ -204,7 +204,7 @@ def test_mscale_of_zero_is_none() -> None:
     assert [n.attrs.get("scale") for n in plain.nodes] == [n.attrs.get("scale") for n in zero.nodes]
 
 
-def test_experts_do_not_matter_where_there_are_none() -> None:
+def test_expert_fields_are_ignored_without_experts() -> None:
     graph = build_graph(
         with_defaults({**RAW["deepseek_v2"], "first_k_dense_replace": 3, "n_group": 5, "num_experts_per_tok": None})
     )

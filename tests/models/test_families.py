@@ -1,4 +1,4 @@
-"""Config -> graph: names of weights, windows, and every way a config can be wrong."""
+"""From config to graph: names of weights, windows, and every kind of invalid config."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_graph_names_every_parameter_of_the_model(case: str) -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_config_is_only_read_and_its_file_checks_too(case: str) -> None:
+def test_config_is_not_modified_and_its_file_is_checked_too(case: str) -> None:
     config = CASES[case]()
     before = copy.deepcopy(config.to_dict())
     build_graph(config)
@@ -39,15 +39,15 @@ def test_config_is_only_read_and_its_file_checks_too(case: str) -> None:
     check_config(json.loads(config.to_json_string(use_diff=False)))
 
 
-def test_a_config_that_says_nothing_of_rope_but_its_base() -> None:
-    """As R1-Distill-Qwen-1.5B's does; `rope_scaling`, which the class has as a property, is no default."""
+def test_a_config_with_only_the_base_of_rope() -> None:
+    """Like R1-Distill-Qwen-1.5B's; `rope_scaling`, a property of the class, is not a default."""
     raw = {name: value for name, value in qwen2().to_dict().items() if not name.startswith("rope_")}
     check_config(raw)
     check_config({**raw, "rope_theta": 10000})
 
 
-def test_old_spelling_of_rope_and_fields_left_out() -> None:
-    """A config.json of Transformers 4: rope_theta and rope_scaling, and no head_dim or key-value heads."""
+def test_old_names_of_rope_fields_and_missing_fields() -> None:
+    """A config.json of Transformers 4: rope_theta and rope_scaling, without head_dim and key-value heads."""
     raw = {"model_type": "llama", "hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2, "rope_theta": 5e5,
            "rope_scaling": {"type": "linear", "factor": 2.0}}  # fmt: skip
     check_config(raw)
@@ -71,14 +71,14 @@ def test_windows(config: Any, windows: list[int]) -> None:
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", "gpt_neox", "", None, 7, ["llama"]])
-def test_unknown_family_names_the_known_ones(model_type: Any) -> None:
+def test_an_unknown_family_lists_the_supported_ones(model_type: Any) -> None:
     with pytest.raises(UnsupportedModelError) as error:
         check_config({"model_type": model_type})
     assert all(family in str(error.value) for family in SUPPORTED)
 
 
 @pytest.mark.parametrize("raw", [None, [], "llama", 3])
-def test_config_that_is_no_object(raw: Any) -> None:
+def test_a_config_that_is_not_an_object(raw: Any) -> None:
     with pytest.raises(ConfigError):
         check_config(raw)
 
@@ -97,7 +97,7 @@ def raw_config(**fields: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize("field", INTEGERS)
 @pytest.mark.parametrize("value", BAD_INTEGERS)
-def test_bad_integer_is_refused_by_name(field: str, value: Any) -> None:
+def test_invalid_integers_are_rejected_by_name(field: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=rf"config\.{field}: .*got"):
         check_config(raw_config(**{field: value}))
 
@@ -115,7 +115,7 @@ def test_bad_eps(value: Any) -> None:
 
 
 @pytest.mark.parametrize("value", [0.0, 1e-300, 1.0, 2.5, 1e38])
-def test_eps_as_transformers_takes_it(value: float) -> None:
+def test_eps_as_in_transformers(value: float) -> None:
     check_config(raw_config(rms_norm_eps=value))
 
 

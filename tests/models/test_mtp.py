@@ -1,4 +1,4 @@
-"""MTP layers: their graphs against Transformers' own layers, and against a trained one."""
+"""MTP layers: their graphs against Transformers' layers, and against a trained one."""
 
 from __future__ import annotations
 
@@ -50,10 +50,12 @@ def run_mtp(plan: Any, store: Any, blocks: SequenceBlocks, ids: list[int], state
 
 
 def transformers_layer(model: Any, depth: int) -> tuple[MtpLayer, dict[str, torch.Tensor]]:
-    """A random layer of Transformers' own, and its weights as checkpoints name them."""
+    """A random layer of Transformers, and its weights under checkpoint names."""
     config, last = model.config, model.model.layers[-1]
     kinds = getattr(config, "mlp_layer_types", None)
-    index = kinds.index("sparse") if kinds else config.num_hidden_layers + depth  # picks experts, and a place in a cache
+    index = (
+        kinds.index("sparse") if kinds else config.num_hidden_layers + depth
+    )  # determines the experts, and the place in a cache
     layer = randomise(MtpLayer(config, type(last), type(model.model.norm), index).eval(), seed=7 + depth)
     path = f"model.layers.{config.num_hidden_layers + depth}"
     names = {"mtp_block.": "", "post_norm.": "shared_head.norm."}
@@ -76,8 +78,8 @@ def transformers_states(model: Any, layer: MtpLayer, ids: list[int], states: tor
 
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("name", WITH_LAYERS)
-def test_equals_transformers_layers_in_a_chain(name: str, fused: bool) -> None:
-    """The second takes the first's normed result, and the token one further; both use the model's own blocks."""
+def test_equals_a_chain_of_transformers_layers(name: str, fused: bool) -> None:
+    """The second layer's inputs are the first's normalised result and the next token; both use the model's blocks."""
     model = random_model(WITH_LAYERS[name]())
     config, count = model.config, mtp_layers(model.config)
     ids, backend = random_ids(config, 60), ReferenceBackend()
@@ -102,7 +104,7 @@ def test_equals_transformers_layers_in_a_chain(name: str, fused: bool) -> None:
         for logits in (made.logits, torch.cat(parts)):
             assert_close_rows(logits, F.linear(expected, model.lm_head.weight).detach())
         states = made.last_hidden
-    assert torch.equal(main.store.read(0, blocks.table(), 58)[0], cached[:58])  # the model's own layers stay as they are
+    assert torch.equal(main.store.read(0, blocks.table(), 58)[0], cached[:58])  # the model's own layers are unchanged
 
 
 def test_layers_in_the_cache() -> None:
@@ -149,7 +151,7 @@ def test_states_are_checked() -> None:
 
 
 def test_trained_layer() -> None:
-    """Its loss and how often it agrees with the model are near what its makers found: so names, order and states are right."""
+    """Its loss and agreement with the model are close to the published values, so names, order and states are right."""
     path = tiny_v3.tiny_v3()
     config, weights, backend = AutoConfig.from_pretrained(path), tiny_v3.weights(path), ReferenceBackend()
     graph = build_graph(config, mtp_layers(config))

@@ -1,4 +1,4 @@
-"""RopeSpec against the rotary module of Transformers' own models, bit for bit."""
+"""RopeSpec against the rotary module of Transformers' models, bit for bit."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_frequencies_equal_transformers(case: str) -> None:
         assert spec.rot == 2 * len(spec.inv_freq)
 
 
-def test_every_kind_is_among_the_cases() -> None:
+def test_every_type_has_a_case() -> None:
     kinds = {spec_of(make()).kind for make in CASES.values()}
     assert kinds == {"default", "linear", "dynamic", "yarn", "llama3", "longrope"}
 
@@ -76,7 +76,7 @@ def test_dynamic_frequencies_follow_the_length(length: int) -> None:
 
 @pytest.mark.parametrize("kind", ["yarn", "dynamic"])
 @pytest.mark.parametrize("case", ["llama-gqa", "qwen2-tied", "qwen3-gqa", *LATENT])
-def test_an_extended_config_is_what_transformers_makes_of_it(case: str, kind: str) -> None:
+def test_an_extended_config_equals_transformers(case: str, kind: str) -> None:
     config = CASES[case]()
     config.max_position_embeddings = 64
     extend_context(config, DeepSeekConfig(context_extension=kind, context_length=300))
@@ -84,12 +84,12 @@ def test_an_extended_config_is_what_transformers_makes_of_it(case: str, kind: st
     rotary, spec = model.model.rotary_emb, spec_of(config)
     assert (spec.kind, spec.room, graph.max_positions) == (kind, 300, 300)
     assert spec.scaling == rotary.attention_scaling
-    for length in (1, 64, 65, 300):  # ascending: Transformers' frequencies only grow
+    for length in (1, 64, 65, 300):  # ascending, since Transformers' frequencies only grow
         rotary(torch.zeros(1), torch.arange(length)[None])
         assert torch.equal(torch.from_numpy(spec.inv_freq_at(length)), rotary.inv_freq)
     scales = {n.attrs["scale"] for n in graph.nodes if n.op in ("attention", "mla_attention")}
     assert scales == {layer.self_attn.scaling for layer in model.model.layers}
-    grown = (0.1 * math.log(300 / 64) + 1) ** 2  # of the scores: by cos and sin of all of a head, or as a whole
+    grown = (0.1 * math.log(300 / 64) + 1) ** 2  # scales the scores: through cos and sin of a whole head, or directly
     if kind == "dynamic":
         assert spec.scaling == spec.attention_scale == 1
     elif case in LATENT:
@@ -99,12 +99,12 @@ def test_an_extended_config_is_what_transformers_makes_of_it(case: str, kind: st
 
 
 @pytest.mark.parametrize("factor", [1.0, 1.5, 4])
-def test_room_of_a_dynamic_kind(factor: float) -> None:
+def test_context_of_dynamic_rope(factor: float) -> None:
     assert build_graph(llama(max_position_embeddings=64, **rope("dynamic", factor=factor))).max_positions == 64 * factor
 
 
 @pytest.mark.parametrize(("factor", "message"), [(1e9, "factor.*gives a context of"), (1e300, "not finite")])
-def test_room_beyond_all_numbers_is_refused(factor: float, message: str) -> None:
+def test_infinite_contexts_are_rejected(factor: float, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         build_graph(llama(max_position_embeddings=64, **rope("dynamic", factor=factor)))
 
@@ -118,7 +118,7 @@ def test_dynamic_beyond_the_original_context() -> None:
 
 
 @pytest.mark.parametrize("kind", ["linear", "dynamic", "yarn", "llama3"])
-def test_scaled_frequencies_are_transformers_own_for_any_parameters(kind: str) -> None:
+def test_scaled_frequencies_equal_transformers_for_any_parameters(kind: str) -> None:
     draw = np.random.default_rng(5)
     for _ in range(50):
         head_dim, positions = 4 * int(draw.integers(2, 35)), int(draw.integers(16, 1 << 17))

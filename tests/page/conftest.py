@@ -1,4 +1,4 @@
-"""Opens the chat page in headless Chromium, against a scripted server. A complaint of the console or the CSP fails a test."""
+"""Opens the chat page in headless Chromium, with a scripted server. Console errors and CSP violations fail a test."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from support.fake_chat_server import FakeChatServer, page_folder
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 READY = """() => document.querySelector('#model option')?.value
   || document.querySelector('dialog[open]') || document.getElementById('model-error').textContent"""
-TIMEOUT_MS = 15000  # how long a test waits for what it expects: a bound for failures
+TIMEOUT_MS = 15000  # maximum time that a test waits; never reached by a test that passes
 
 
 @pytest.fixture(
     scope="module"
-)  # not the session: while Playwright is open, its event loop is the thread's, and asyncio.run fails
+)  # not per session: while Playwright is open, the thread has its event loop, and asyncio.run fails
 def browser() -> Iterator[Any]:
     playwright = pytest.importorskip("playwright.sync_api", reason="the page's tests need playwright: pip install playwright")
     if CHROMIUM is None:
@@ -38,7 +38,7 @@ def server() -> Iterator[FakeChatServer]:
 
 
 class Chat:
-    """A browser window with the page in it, and what a person does there."""
+    """A browser window with the page, and a user's actions."""
 
     def __init__(self, context: Any, server: Any, expected_errors: list[str]) -> None:
         self.context, self.server, self.expected_errors = context, server, expected_errors
@@ -58,7 +58,7 @@ class Chat:
         return page
 
     def reload(self) -> None:
-        """Reloads the page, and waits until it takes input."""
+        """Reloads the page, and waits until it accepts input."""
         self.page.reload()
         self.page.wait_for_function(READY)
 
@@ -71,7 +71,7 @@ class Chat:
         self.page.press("#message", "Enter")
 
     def wait_done(self, answers: int = 1) -> None:
-        """Until so many answers are there and none is on its way."""
+        """Waits until there are this many answers and none is being generated."""
         self.page.wait_for_function(
             "n => document.querySelectorAll('.assistant[aria-busy=false]').length === n"
             " && !document.querySelector('[aria-busy=true]')",
@@ -79,7 +79,7 @@ class Chat:
         )
 
     def wait_text(self, text: str, where: str = "#thread") -> None:
-        """Until the text is shown there."""
+        """Waits until the text is shown in an element."""
         self.page.wait_for_function(
             "([where, text]) => [...document.querySelectorAll(where)].some((node) => node.innerText.includes(text))",
             arg=[where, text],
@@ -98,7 +98,7 @@ class Chat:
         return titles
 
     def messages(self) -> list[dict[str, str]]:
-        """What the last request sent."""
+        """The messages of the last request."""
         messages: list[dict[str, str]] = self.server.bodies[-1]["messages"]
         return messages
 
@@ -107,8 +107,8 @@ class Chat:
 def open_chat(browser: Any, server: FakeChatServer) -> Iterator[Callable[..., Chat]]:
     """Opens the page: `open_chat(["401"], locale="zh-CN", ...)`.
 
-    The list holds what a test provokes the console to say, `live` is another server to open it from (anything with a `url`),
-    the rest are Playwright's options of a context.
+    The list contains console errors that the test provokes, `live` is another server to open the page from (any object with a
+    `url`), the rest are Playwright's options of a context.
     """
     chats: list[Chat] = []
 

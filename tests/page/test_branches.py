@@ -1,4 +1,4 @@
-"""Versions of a message: editing it or asking again keeps what was there before, and the reader switches between them."""
+"""Versions of a message: editing or regenerating preserves the earlier version, and the user switches between them."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ def edit(chat: Any, index: int, text: str) -> None:
 
 
 def shown(chat: Any) -> list[str]:
-    """The messages, and the versions they say they are."""
+    """The messages, and their displayed versions."""
     texts: list[str] = chat.page.locator(".bubble, .assistant > .markdown, .versions").all_inner_texts()
     return [text.strip() for text in texts]
 
 
-def test_an_edited_message_keeps_the_branch_it_was_in(chat: Any) -> None:
+def test_editing_a_message_keeps_the_old_branch(chat: Any) -> None:
     chat.ask("one")
     chat.ask("two", answers=2)
     edit(chat, 0, "other")
@@ -51,7 +51,7 @@ def test_an_edited_message_keeps_the_branch_it_was_in(chat: Any) -> None:
     assert shown(chat)[3:] == ["third", "2/2", "You said: third"]  # as it was left
 
 
-def test_an_answer_asked_for_again_keeps_the_first_one(chat: Any, server: FakeChatServer) -> None:
+def test_regenerating_keeps_the_first_answer(chat: Any, server: FakeChatServer) -> None:
     server.replies += [Reply(["first"]), Reply(["second"]), Reply(["third"])]
     chat.ask("Hi")
     for expected in ("second", "third"):
@@ -67,7 +67,7 @@ def test_an_answer_asked_for_again_keeps_the_first_one(chat: Any, server: FakeCh
     assert [message["content"] for message in chat.messages()] == ["Hi", "first", "go on"]
 
 
-def test_an_answer_that_never_came_is_no_version(open_chat: Any, server: FakeChatServer) -> None:
+def test_a_missing_answer_is_not_a_version(open_chat: Any, server: FakeChatServer) -> None:
     chat = open_chat(["Failed to load resource"])
     server.replies.append(Reply(status=503, error=error_body("no")))
     chat.ask("Hi")
@@ -77,7 +77,7 @@ def test_an_answer_that_never_came_is_no_version(open_chat: Any, server: FakeCha
     assert shown(chat) == ["Hi", "You said: Hi"]
 
 
-def test_versions_are_not_switched_while_an_answer_comes(chat: Any, server: FakeChatServer) -> None:
+def test_versions_cannot_be_switched_during_an_answer(chat: Any, server: FakeChatServer) -> None:
     more = Event()
     chat.ask("one")
     server.replies.append(Reply(["slow ", more, "answer"]))

@@ -1,4 +1,4 @@
-"""The chat page as a person uses it: sends, reads while it comes, stops, asks again, edits, comes back."""
+"""The chat page from a user's view: sending, reading a stream, stopping, regenerating, editing, reloading."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def test_send_streams_and_shows_the_answer(chat: Any, server: FakeChatServer) ->
     more = Event()
     server.replies.append(Reply(["Hello ", "**wor", more, "ld**"]))
     chat.send("Hi")
-    chat.wait_text("Hello wor", ".assistant")  # what has come is shown while the rest is not there
+    chat.wait_text("Hello wor", ".assistant")  # the partial answer is shown
     assert chat.page.locator(".assistant").get_attribute("aria-busy") == "true"
     more.set()
     chat.wait_done()
@@ -33,7 +33,7 @@ def test_send_streams_and_shows_the_answer(chat: Any, server: FakeChatServer) ->
     ]
 
 
-def test_the_dialogue_goes_on_and_thoughts_are_not_sent_back(chat: Any, server: FakeChatServer) -> None:
+def test_history_is_sent_without_reasoning(chat: Any, server: FakeChatServer) -> None:
     server.replies.append(Reply([Thought("secret "), Thought("thought"), "An", "swer"]))
     chat.ask("one")
     chat.ask("two", answers=2)
@@ -44,7 +44,7 @@ def test_the_dialogue_goes_on_and_thoughts_are_not_sent_back(chat: Any, server: 
     ]
 
 
-def test_thinking_is_folded_and_says_how_long_it_took(chat: Any, server: FakeChatServer) -> None:
+def test_reasoning_is_folded_with_its_duration(chat: Any, server: FakeChatServer) -> None:
     more = Event()
     server.replies.append(Reply([Thought("First *this*, "), Thought("then that."), more, "Done."]))
     chat.send("Hi")
@@ -58,7 +58,7 @@ def test_thinking_is_folded_and_says_how_long_it_took(chat: Any, server: FakeCha
     assert chat.answer() == "Done."
 
 
-def test_stop_keeps_what_came_and_tells_the_server(chat: Any, server: FakeChatServer) -> None:
+def test_stop_keeps_the_partial_answer_and_cancels_the_request(chat: Any, server: FakeChatServer) -> None:
     server.replies.append(Reply(["Some words", Event(), "never"]))
     chat.send("Hi")
     chat.wait_text("Some words")
@@ -71,7 +71,7 @@ def test_stop_keeps_what_came_and_tells_the_server(chat: Any, server: FakeChatSe
     assert chat.messages()[1] == {"role": "assistant", "content": "Some words"}
 
 
-def test_an_answer_can_be_asked_for_again(chat: Any, server: FakeChatServer) -> None:
+def test_an_answer_can_be_regenerated(chat: Any, server: FakeChatServer) -> None:
     server.replies += [Reply(["first"]), Reply(["second"])]
     chat.ask("Hi")
     chat.page.click("text=Answer again")
@@ -81,13 +81,13 @@ def test_an_answer_can_be_asked_for_again(chat: Any, server: FakeChatServer) -> 
     assert server.bodies[0] == server.bodies[1]
 
 
-def test_an_earlier_message_is_edited_and_what_followed_is_cut(chat: Any) -> None:
+def test_editing_a_message_removes_later_ones(chat: Any) -> None:
     chat.ask("one")
     chat.ask("two", answers=2)
     chat.page.locator(".user").first.hover()
     chat.page.locator("button[aria-label='Edit and resend']").first.click()
     chat.page.fill(".editor textarea", "changed")
-    chat.page.keyboard.press("Escape")  # not after all
+    chat.page.keyboard.press("Escape")  # cancels editing
     assert chat.page.locator(".bubble").first.inner_text() == "one"
     chat.page.locator("button[aria-label='Edit and resend']").first.click()
     chat.page.fill(".editor textarea", "changed")
@@ -98,7 +98,7 @@ def test_an_earlier_message_is_edited_and_what_followed_is_cut(chat: Any) -> Non
     assert chat.messages() == [{"role": "user", "content": "changed"}]
 
 
-def test_editing_while_an_answer_comes_stops_it(chat: Any, server: FakeChatServer) -> None:
+def test_editing_during_an_answer_stops_it(chat: Any, server: FakeChatServer) -> None:
     server.replies.append(Reply(["old", Event()]))
     chat.send("one")
     chat.wait_text("old", ".assistant")
@@ -121,7 +121,7 @@ def test_a_conversation_survives_a_reload(chat: Any) -> None:
     assert len(chat.messages()) == 3
 
 
-def test_a_reload_amid_an_answer_keeps_what_had_come(chat: Any, server: FakeChatServer) -> None:
+def test_a_reload_during_an_answer_keeps_the_partial_text(chat: Any, server: FakeChatServer) -> None:
     server.replies.append(Reply([Thought("hm"), "So far ", "and no further", Event()]))
     chat.send("Hi")
     chat.wait_text("no further", ".assistant")
@@ -146,7 +146,7 @@ def test_several_conversations(chat: Any, server: FakeChatServer) -> None:
     chat.wait_text("slow", ".assistant")
     assert chat.titles() == ["second question", "first question"]
 
-    chat.page.click(".conversation[title='first question']")  # the other answer goes on meanwhile
+    chat.page.click(".conversation[title='first question']")  # the other answer continues meanwhile
     assert chat.answer() == "You said: first question"
     assert chat.page.locator(".busy").count() == 1
     assert chat.page.locator("#send").get_attribute("aria-label") == "Send"
@@ -188,7 +188,7 @@ def test_several_conversations(chat: Any, server: FakeChatServer) -> None:
     assert chat.titles() == ["A new name"]
 
 
-def test_settings_are_checked_sent_and_kept(chat: Any) -> None:
+def test_settings_are_checked_sent_and_saved(chat: Any) -> None:
     chat.page.click("#settings")
     chat.page.fill("#system-input", "Be brief.")
     values = {
@@ -223,12 +223,12 @@ def test_settings_are_checked_sent_and_kept(chat: Any) -> None:
     chat.wait_text("You said: Hi")
     chat.ask("again", answers=2)
     assert sent() == values
-    chat.page.click("#new-chat")  # settings are a conversation's own
+    chat.page.click("#new-chat")  # settings belong to a conversation
     chat.ask("Hi")
     assert set(chat.server.bodies[-1]) == {"model", "messages", "stream", "stream_options"}
 
 
-def test_settings_can_become_those_of_new_conversations(chat: Any) -> None:
+def test_settings_can_become_the_default(chat: Any) -> None:
     chat.page.click("#settings")
     chat.page.fill("#field-temperature", "0.3")
     chat.page.check("#settings-default")
@@ -260,9 +260,9 @@ def test_figures_of_an_answer(chat: Any, server: FakeChatServer) -> None:
     usage = {"prompt_tokens": 3000, "completion_tokens": 7, "dropped_tokens": 1234, "context_tokens": 1773}
     server.replies.append(Reply(["a ", "b ", more, "c"], usage=usage, finish="length"))
     chat.send("Hi")
-    chat.wait_text("≈ 2 tokens", "#speed")  # pieces counted, until the server's own count comes
+    chat.wait_text("≈ 2 tokens", "#speed")  # the number of chunks, until the server's count arrives
     assert "first token after" in chat.page.inner_text("#speed")
-    chat.page.wait_for_timeout(150)  # a speed needs a span of time
+    chat.page.wait_for_timeout(150)  # a speed needs some time
     more.set()
     chat.wait_done()
     stats = chat.page.inner_text(".stats")
@@ -311,7 +311,7 @@ def test_copying_a_message_and_its_code(open_chat: Callable[..., Any], server: F
     chat.wait_text("Copied", "#announcer")
 
 
-def test_another_tab_sees_an_answer_and_does_not_write_over_it(chat: Any, server: FakeChatServer) -> None:
+def test_another_tab_shows_an_answer_and_does_not_overwrite_it(chat: Any, server: FakeChatServer) -> None:
     chat.ask("one")
     other = chat.new_tab()
     other.click(".conversation")
@@ -332,14 +332,14 @@ def test_another_tab_sees_an_answer_and_does_not_write_over_it(chat: Any, server
     assert len(chat.messages()) == 5
 
 
-def test_what_was_typed_comes_back_after_a_reload(chat: Any) -> None:
+def test_drafts_survive_a_reload(chat: Any) -> None:
     chat.page.fill("#message", "half a thou")
     chat.reload()
     chat.page.wait_for_function("() => document.getElementById('message').value === 'half a thou'")
 
 
 @pytest.mark.parametrize("storage", ["indexedDB", "localStorage"])
-def test_a_browser_that_keeps_nothing_can_still_chat(open_chat: Callable[..., Any], storage: str) -> None:
+def test_a_browser_without_storage_can_chat(open_chat: Callable[..., Any], storage: str) -> None:
     chat = open_chat()
     chat.page.add_init_script(f"Object.defineProperty(window, '{storage}', {{get() {{ throw new Error('forbidden'); }}}})")
     chat.reload()
@@ -349,8 +349,8 @@ def test_a_browser_that_keeps_nothing_can_still_chat(open_chat: Callable[..., An
     assert chat.answer() == "You said: Hi"
 
 
-def test_an_answer_is_saved_while_it_comes(chat: Any, server: FakeChatServer) -> None:
-    """Not only when the page is told that it goes: a browser may crash."""
+def test_an_answer_is_saved_while_it_streams(chat: Any, server: FakeChatServer) -> None:
+    """Not only in the unload event, since a browser may crash."""
     stored = """async () => {
       const request = indexedDB.open('deepseek-optimizer-chat');
       const database = await new Promise((resolve) => (request.onsuccess = () => resolve(request.result)));

@@ -1,4 +1,4 @@
-"""Finding conversations again, taking them out of the browser and back in, and starting new ones."""
+"""Searching conversations, exporting and importing them, and starting new ones."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_export_as_markdown(chat: Any, server: FakeChatServer) -> None:
     assert "\n## You\n\nSay something\n\n## Assistant\n\nSome **bold** words\n" in text
 
 
-def test_what_is_exported_can_be_imported_with_all_its_versions(
+def test_exports_can_be_imported_with_all_versions(
     chat: Any, open_chat: Callable[..., Any], server: FakeChatServer, tmp_path: Path
 ) -> None:
     server.replies += [Reply(["first"]), Reply(["second"])]
@@ -79,11 +79,11 @@ def test_what_is_exported_can_be_imported_with_all_its_versions(
     there.wait_text("second", ".assistant")
     there.page.click("button[aria-label='Previous version']")
     assert there.answer() == "first"
-    there.page.set_input_files("#import-input", exported)  # again: nothing is replaced
+    there.page.set_input_files("#import-input", exported)  # a second import replaces nothing
     there.page.wait_for_function("() => document.querySelectorAll('.conversation').length === 4")
 
 
-def test_a_file_of_the_first_version_is_imported(chat: Any, tmp_path: Path) -> None:
+def test_a_file_of_format_version_1_is_imported(chat: Any, tmp_path: Path) -> None:
     messages = [{"id": "a", "role": "user", "content": "old"}, {"id": "b", "role": "assistant", "content": "answer"}]
     old = {"format": "deepseek-optimizer-chat", "version": 1, "conversation": {"id": "x", "title": "old", "messages": messages}}
     (tmp_path / "old.json").write_text(json.dumps(old))
@@ -92,14 +92,14 @@ def test_a_file_of_the_first_version_is_imported(chat: Any, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "null", '{"format": "deepseek-optimizer-chat"}', '{"conversations": [1]}'])
-def test_other_files_are_refused(chat: Any, tmp_path: Path, content: str) -> None:
+def test_other_files_are_rejected(chat: Any, tmp_path: Path, content: str) -> None:
     (tmp_path / "other.json").write_text(content)
     chat.page.set_input_files("#import-input", tmp_path / "other.json")
     chat.wait_text("other.json contains no conversations", "#notice")
     assert chat.titles() == []
 
 
-def test_a_hostile_file_is_text_and_names_no_document_of_this_server(chat: Any, tmp_path: Path) -> None:
+def test_a_malicious_file_is_text_and_refers_to_no_document(chat: Any, tmp_path: Path) -> None:
     user = {"id": IMAGE, "role": "user", "content": IMAGE, "version": IMAGE, "files": [{"id": "file-1", "name": IMAGE}]}
     tail = {"parent": {"a": 1}, "messages": [{"role": IMAGE, "content": {"a": 1}}]}
     hostile = {"title": IMAGE, "settings": {"temperature": IMAGE}, "messages": [user, None, 7], "others": [tail, None, 3]}
@@ -122,13 +122,13 @@ def test_an_example_fills_the_message_box(chat: Any, server: FakeChatServer) -> 
     chat.page.click(".example >> nth=1")
     text = chat.page.input_value("#message")
     assert text.startswith("Write a Python function")
-    assert server.bodies == []  # the reader may change it first
+    assert server.bodies == []  # the user may edit it first
     chat.page.keyboard.press("Enter")
     chat.wait_done()
     assert chat.page.locator(".example").count() == 0
 
 
-def test_each_setting_shows_the_default_that_holds(open_chat: Callable[..., Any], server: FakeChatServer) -> None:
+def test_each_setting_shows_its_effective_default(open_chat: Callable[..., Any], server: FakeChatServer) -> None:
     server.models[0]["default_sampling"] = {"temperature": 0.6, "top_p": 0.95, "top_k": IMAGE}
     chat = open_chat()
     chat.page.click("#settings")
@@ -138,7 +138,7 @@ def test_each_setting_shows_the_default_that_holds(open_chat: Callable[..., Any]
     assert shown == {"temperature": "default: 0.6", "top_p": "default: 0.95", "top_k": "default", "seed": "default: random"}
 
 
-def test_new_chat_is_at_hand_where_the_list_is_hidden(chat: Any, open_chat: Callable[..., Any]) -> None:
+def test_new_chat_is_reachable_while_the_list_is_hidden(chat: Any, open_chat: Callable[..., Any]) -> None:
     assert not chat.page.locator("#new-chat-top").is_visible()
     chat.page.click("#close-sidebar")
     assert chat.page.locator("#new-chat-top").is_visible()
@@ -165,5 +165,5 @@ def test_without_the_libraries_answers_are_plain_text_and_the_page_says_so(
     assert chat.page.evaluate("window.pwned") is None
 
 
-def test_with_the_libraries_the_page_says_nothing(chat: Any) -> None:
+def test_with_the_libraries_the_page_shows_no_notice(chat: Any) -> None:
     assert not chat.page.locator("#plain-text").is_visible()

@@ -1,4 +1,4 @@
-"""What the chat page says when there is no answer, and that one can go on from there."""
+"""Error messages of the chat page, and that a conversation can continue after an error."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from support.fake_chat_server import DROP, FakeChatServer, Reply, Thought, error_body
 
-NOT_OK = ["Failed to load resource"]  # Chromium's own line in the console for every status that is not 200
+NOT_OK = ["Failed to load resource"]  # Chromium's console message for every status other than 200
 
 
 def title(chat: Any) -> str:
@@ -25,7 +25,7 @@ def test_no_key_then_a_wrong_one_then_the_right_one(open_chat: Callable[..., Any
     chat.page.fill("#key-input", "wrong")
     chat.page.keyboard.press("Enter")
     chat.page.wait_for_selector("#key-refused", state="visible")
-    chat.page.fill("#key-input", "kéy 钥匙")  # nothing that a header could carry: not even sent
+    chat.page.fill("#key-input", "kéy 钥匙")  # not valid in a header, so not sent
     chat.page.keyboard.press("Enter")
     assert dialog.is_visible()
     chat.page.fill("#key-input", "right")
@@ -36,7 +36,7 @@ def test_no_key_then_a_wrong_one_then_the_right_one(open_chat: Callable[..., Any
     assert chat.answer() == "You said: Hi"
     assert chat.page.evaluate("[localStorage.getItem('dso.key'), sessionStorage.getItem('dso.key')]") == [None, "right"]
 
-    server.api_key = "new"  # the key changes while one talks: the question is asked again once it is known
+    server.api_key = "new"  # the key changes during the conversation: the question is sent again with the new key
     chat.send("more")
     dialog.wait_for(state="visible")
     chat.page.fill("#key-input", "new")
@@ -48,7 +48,7 @@ def test_no_key_then_a_wrong_one_then_the_right_one(open_chat: Callable[..., Any
 
     chat.page.click("#key")
     chat.page.click("#key-forget")
-    dialog.wait_for(state="visible")  # the server asks again
+    dialog.wait_for(state="visible")  # the server requires a key again
     assert chat.page.evaluate("localStorage.getItem('dso.key')") is None
     chat.page.keyboard.press("Escape")
     chat.send("again")
@@ -57,7 +57,7 @@ def test_no_key_then_a_wrong_one_then_the_right_one(open_chat: Callable[..., Any
     assert title(chat) == "The server requires an API key."
 
 
-def test_busy_says_when_to_try_again(open_chat: Callable[..., Any], server: FakeChatServer) -> None:
+def test_busy_shows_when_to_retry(open_chat: Callable[..., Any], server: FakeChatServer) -> None:
     chat = open_chat(NOT_OK)
     server.replies.append(Reply(status=429, error=error_body("queue is full"), headers={"Retry-After": "7"}))
     chat.ask("Hi")
@@ -68,7 +68,7 @@ def test_busy_says_when_to_try_again(open_chat: Callable[..., Any], server: Fake
     assert chat.page.locator(".error").count() == 0
 
 
-def test_errors_are_said_in_plain_words(open_chat: Callable[..., Any], server: FakeChatServer) -> None:
+def test_errors_are_explained(open_chat: Callable[..., Any], server: FakeChatServer) -> None:
     chat = open_chat(NOT_OK)
     unknown = "The server has no such model or path."
     cases = [
@@ -86,7 +86,7 @@ def test_errors_are_said_in_plain_words(open_chat: Callable[..., Any], server: F
         chat.page.click("#new-chat")
 
 
-def test_what_came_before_an_error_is_kept_and_sent(chat: Any, server: FakeChatServer) -> None:
+def test_text_before_an_error_is_kept_and_sent(chat: Any, server: FakeChatServer) -> None:
     server.replies.append(Reply([Thought("hm"), "half", DROP]))
     chat.ask("Hi")
     assert chat.answer() == "half"
@@ -94,7 +94,7 @@ def test_what_came_before_an_error_is_kept_and_sent(chat: Any, server: FakeChatS
     assert [message["content"] for message in chat.messages()] == ["Hi", "half", "go on"]
 
 
-def test_turns_around_an_answer_that_never_came_are_joined(open_chat: Callable[..., Any], server: FakeChatServer) -> None:
+def test_messages_around_a_missing_answer_are_joined(open_chat: Callable[..., Any], server: FakeChatServer) -> None:
     chat = open_chat(NOT_OK)
     server.replies.append(Reply(status=503))
     chat.ask("one")
@@ -102,7 +102,7 @@ def test_turns_around_an_answer_that_never_came_are_joined(open_chat: Callable[.
     assert chat.messages() == [{"role": "user", "content": "one\n\ntwo"}]
 
 
-def test_a_server_that_is_gone(open_chat: Callable[..., Any], server: FakeChatServer) -> None:
+def test_an_unreachable_server(open_chat: Callable[..., Any], server: FakeChatServer) -> None:
     chat = open_chat(NOT_OK)
     chat.context.set_offline(True)
     chat.ask("Hi")
@@ -113,7 +113,7 @@ def test_a_server_that_is_gone(open_chat: Callable[..., Any], server: FakeChatSe
 
 
 def test_broken_streams(open_chat: Callable[..., Any], server: FakeChatServer) -> None:
-    """Pieces without choices, without a delta, with nulls: what is not understood is passed over."""
+    """Chunks without choices, without a delta, with nulls: unknown content is ignored."""
     chat = open_chat()
     odd = [{"choices": []}, {"choices": [{}]}, {"choices": [{"delta": {"content": None, "reasoning_content": None}}]}]
     server.replies.append(Reply([*odd, "fine"]))
@@ -121,7 +121,7 @@ def test_broken_streams(open_chat: Callable[..., Any], server: FakeChatServer) -
     assert chat.answer() == "fine"
 
 
-def test_stopping_before_the_first_word(chat: Any, server: FakeChatServer) -> None:
+def test_stopping_before_the_first_token(chat: Any, server: FakeChatServer) -> None:
     server.replies.append(Reply([Event()]))
     chat.send("Hi")
     chat.page.wait_for_selector(".waiting", state="visible")

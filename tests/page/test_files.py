@@ -1,4 +1,4 @@
-"""Documents on the chat page, over the real server (with an engine without a model): attached, asked about, cited."""
+"""Documents on the chat page, with the real server (and an engine without a model): attached, asked about, cited."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from support.fake_engine import FakeEngine
 from support.live_server import LiveServer
 from support.long_documents import prose
 
-NOT_OK = ["Failed to load resource"]  # Chromium's own line for every status that is not 200
+NOT_OK = ["Failed to load resource"]  # Chromium's console message for every status other than 200
 HOSTILE = "<img src=x onerror='window.pwned = 1'>"
 FACT = f"The green key {HOSTILE} is in the old lighthouse."
 ANSWER = "The green key is in the old lighthouse."
@@ -53,7 +53,7 @@ def chips(chat: Any, where: str = "#files") -> list[str]:
 
 
 def wait_chips(chat: Any, count: int = 1) -> None:
-    """Until so many are there, and none is on its way."""
+    """Waits until there are this many files and none is being uploaded."""
     chat.page.wait_for_function(
         "n => document.querySelectorAll('#files .chip').length === n && !document.querySelector('#files progress')"
         " && ![...document.querySelectorAll('#files .chip-below')].some((one) => one.textContent === 'Reading…')",
@@ -83,7 +83,7 @@ def test_a_pdf_is_attached_asked_about_and_cited(open_chat: Callable[..., Any], 
     assert chat.page.evaluate("window.pwned") is None
     assert chat.page.locator("blockquote img").count() == 0
 
-    chat.ask("And now?", answers=2)  # the file goes with the conversation
+    chat.ask("And now?", answers=2)  # the file belongs to the conversation
     assert FACT in live.engine.tokenizer.decode(live.engine.seen[-1].prompt)
     chat.reload()
     chat.wait_text("And now?")
@@ -107,7 +107,7 @@ def test_a_long_document_says_how_it_was_read(open_chat: Callable[..., Any], liv
     finally:
         live.engine.step_seconds = 0.0
     chat.wait_done(2)
-    shown = chat.page.inner_text("#context-text")  # of the last prompt, and not of all that were asked
+    shown = chat.page.inner_text("#context-text")  # of the last prompt, not of all prompts
     assert int(shown.split()[0].replace(",", "")) < 4096, shown
     assert "tokens/s" not in chat.page.locator(".stats").last.inner_text()
     assert "processed in parts" in chat.page.locator(".citations .hint").last.inner_text()
@@ -143,7 +143,7 @@ def test_with_the_keyboard_alone(open_chat: Callable[..., Any], live: Any) -> No
     assert choosing.value.is_multiple()
     choosing.value.set_files([{"name": "a.txt", "mimeType": "text/plain", "buffer": b"x"}])
     wait_chips(chat)
-    assert chat.page.evaluate("document.activeElement.id") == "message"  # one can go on typing
+    assert chat.page.evaluate("document.activeElement.id") == "message"  # the message box has the focus
     chat.page.keyboard.press("Shift+Tab")  # the paper clip
     chat.page.keyboard.press("Shift+Tab")  # the cross
     assert chat.page.evaluate("document.activeElement.getAttribute('aria-label')") == "Remove a.txt"
@@ -153,7 +153,7 @@ def test_with_the_keyboard_alone(open_chat: Callable[..., Any], live: Any) -> No
     chat.page.wait_for_function("async () => (await (await fetch('/v1/files')).json()).data.length === 0")
 
 
-def test_what_can_not_be_read_is_said_and_the_rest_is_sent(open_chat: Callable[..., Any], live: Any) -> None:
+def test_unreadable_files_are_reported_and_the_rest_is_sent(open_chat: Callable[..., Any], live: Any) -> None:
     chat = open_chat(NOT_OK, live)
     attach(
         chat,
@@ -175,7 +175,7 @@ def test_what_can_not_be_read_is_said_and_the_rest_is_sent(open_chat: Callable[.
     assert chat.page.locator(".citation").count() == 1
 
 
-def test_a_server_that_takes_no_files(open_chat: Callable[..., Any]) -> None:
+def test_a_server_without_files(open_chat: Callable[..., Any]) -> None:
     chat = open_chat(NOT_OK)  # the scripted one
     attach(chat, ("a.txt", b"x"))
     wait_chips(chat)
@@ -197,7 +197,7 @@ def test_drafts_keep_their_files_after_a_reload(open_chat: Callable[..., Any], l
     assert chips(chat) == []
 
 
-def test_nothing_is_sent_while_a_file_is_on_its_way(open_chat: Callable[..., Any], live: Any) -> None:
+def test_nothing_is_sent_during_an_upload(open_chat: Callable[..., Any], live: Any) -> None:
     chat = open_chat(live=live)
     held: list[Any] = []
     chat.page.route("**/v1/files", lambda route: held.append(route))
@@ -214,7 +214,7 @@ def test_nothing_is_sent_while_a_file_is_on_its_way(open_chat: Callable[..., Any
     assert chat.page.locator(".citation").count() == 1
 
 
-def test_a_file_that_the_server_has_no_longer(open_chat: Callable[..., Any], live: Any) -> None:
+def test_an_expired_file(open_chat: Callable[..., Any], live: Any) -> None:
     chat = open_chat(NOT_OK, live)
     attach(chat, ("a.txt", FACT.encode()))
     wait_chips(chat)
@@ -229,7 +229,7 @@ def test_a_file_that_the_server_has_no_longer(open_chat: Callable[..., Any], liv
     assert FACT not in live.engine.tokenizer.decode(live.engine.seen[-1].prompt)
 
 
-def test_edited_and_answered_again_with_its_files(open_chat: Callable[..., Any], live: Any) -> None:
+def test_editing_and_regenerating_keep_the_files(open_chat: Callable[..., Any], live: Any) -> None:
     chat = open_chat(live=live)
     attach(chat, ("a.txt", FACT.encode()))
     wait_chips(chat)
@@ -250,7 +250,7 @@ def test_edited_and_answered_again_with_its_files(open_chat: Callable[..., Any],
     chat.page.wait_for_function("async () => (await (await fetch('/v1/files')).json()).data.length === 0")
 
 
-def test_a_key_that_is_asked_for(open_chat: Callable[..., Any], byte_tokenizer: Any) -> None:
+def test_a_required_key(open_chat: Callable[..., Any], byte_tokenizer: Any) -> None:
     engine = FakeEngine(byte_tokenizer, lambda request: ANSWER)
     with LiveServer(engine, ServerSettings(keys=ApiKeys(["sesame"]))) as live:
         chat = open_chat(NOT_OK, live)
@@ -269,8 +269,8 @@ LOOKS = [(WIDE, "light"), (WIDE, "dark"), (PHONE, "light"), ({**PHONE, "locale":
 
 
 @pytest.mark.parametrize("options,scheme", LOOKS)
-def test_looks(open_chat: Callable[..., Any], live: Any, options: dict[str, Any], scheme: str) -> None:
-    from .test_looks import FAINT, SMALL_TARGETS, UNNAMED
+def test_appearance(open_chat: Callable[..., Any], live: Any, options: dict[str, Any], scheme: str) -> None:
+    from .test_appearance import FAINT, SMALL_TARGETS, UNNAMED
 
     chat = open_chat(NOT_OK, live, color_scheme=scheme, **options)
     attach(chat, ("map.pdf", pdf(["First page", FACT])), ("a-very-long-name-" * 8 + ".txt", FACT.encode()))

@@ -1,4 +1,4 @@
-"""The page's Markdown renderer, run where it runs: what it makes of a text, whole and in pieces, and of hostile ones."""
+"""The page's Markdown renderer, in the browser: its output for whole texts, streamed texts, and malicious texts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ STREAM_MAKER = """() => {
     return (window.streams ??= streamMaker(await loadLibraries()));
   };
 }"""
-# Renders each text whole; returns the HTML of the result (reading it is safe; nothing here writes HTML).
+# Renders each text whole; returns the resulting HTML (reading it is safe; nothing here writes HTML).
 RENDER = """async (texts) => {
   const makeStream = await window.makeStream();
   return texts.map((text) => {
@@ -29,7 +29,7 @@ RENDER = """async (texts) => {
     return root.innerHTML;
   });
 }"""
-# Renders each list of pieces as a stream does, after each piece.
+# Renders each list of chunks like a stream, after each chunk.
 STREAM = """async ([texts, keepStates]) => {
   const makeStream = await window.makeStream();
   return texts.map((pieces) => {
@@ -48,7 +48,7 @@ STREAM = """async ([texts, keepStates]) => {
 
 @pytest.fixture(scope="module")
 def page(browser: Any) -> Iterator[Any]:
-    """The chat page with nothing in it, for its modules: no test of this file changes it."""
+    """An empty chat page, for its modules; no test of this file changes it."""
     with FakeChatServer() as server:
         page = browser.new_page(locale="en-US")
         page.goto(server.url)
@@ -127,16 +127,16 @@ CASES = {
 }
 
 
-def test_what_it_makes_of_markdown(page: Any) -> None:
-    found = page.evaluate(RENDER, [text for text, _ in CASES.values()])
+def test_rendering_of_markdown(page: Any) -> None:
+    actual = page.evaluate(RENDER, [text for text, _ in CASES.values()])
     plain = [
         html if 'dir="auto"' in expected else html.replace(' dir="auto"', "")
-        for html, (_, expected) in zip(found, CASES.values(), strict=True)
+        for html, (_, expected) in zip(actual, CASES.values(), strict=True)
     ]
     assert dict(zip(CASES, plain, strict=True)) == {name: expected for name, (_, expected) in CASES.items()}
 
 
-def test_code_block_has_its_language_its_colours_and_its_text_as_it_is(page: Any) -> None:
+def test_code_blocks_have_language_highlighting_and_verbatim_text(page: Any) -> None:
     known, unknown = page.evaluate(RENDER, ["```python hl\n  if a < b:\n\n    *x*\n```\nafter", "```nosuch\nif a < b\n```"])
     assert '<span class="code-language">python</span>' in known
     assert '<code translate="no">  <span class="hl-keyword">if</span> a &lt; b:\n\n    *x*</code>' in known
@@ -154,7 +154,7 @@ UNFINISHED = {
 }
 
 
-def test_marks_that_are_still_open_do_not_show(page: Any) -> None:
+def test_unclosed_marks_are_hidden_while_streaming(page: Any) -> None:
     script = """async (texts) => {
       const makeStream = await window.makeStream();
       return texts.map((text) => {
@@ -191,7 +191,7 @@ def random_markdown(seed: int, parts: int) -> str:
 
 
 def cut(text: str, seed: int, longest: int = 9) -> list[str]:
-    """The text in pieces of a few characters."""
+    """The text in chunks of a few characters."""
     choose = random.Random(seed)
     pieces = []
     while text:
@@ -201,15 +201,15 @@ def cut(text: str, seed: int, longest: int = 9) -> list[str]:
     return pieces
 
 
-def test_a_stream_ends_up_as_the_whole_text_does(page: Any) -> None:
+def test_a_stream_renders_like_the_whole_text(page: Any) -> None:
     texts = [random_markdown(seed, 60) for seed in range(150)]
     whole = page.evaluate(RENDER, texts)
     streamed = page.evaluate(STREAM, [[cut(text, seed) for seed, text in enumerate(texts)], False])
-    for text, expected, found in zip(texts, whole, streamed, strict=True):
-        assert found["html"] == expected, text
+    for text, expected, actual in zip(texts, whole, streamed, strict=True):
+        assert actual["html"] == expected, text
 
 
-# Element -> the attributes it may have. Whatever a text holds, nothing else may come of it.
+# Allowed element -> its allowed attributes. No text may produce anything else.
 ALLOWED = {
     **{tag: ["dir", "class"] for tag in ["P", "H3", "H4", "H5", "H6"]},
     **{tag: [] for tag in ["BR", "HR", "EM", "STRONG", "DEL", "BLOCKQUOTE", "UL", "TABLE", "THEAD", "TBODY", "TR"]},
@@ -229,7 +229,7 @@ ALLOWED = {
     "svg": ["class", "aria-hidden"],
     "use": ["href"],
 }
-# Of formulas; `style` is what math.js sets: colours, alignment and gaps.
+# Elements of formulas; math.js sets `style`: colours, alignment and gaps.
 MATHML = (
     "display displaystyle scriptlevel mathvariant stretchy fence separator symmetric largeop movablelimits accent accentunder "
     "form minsize maxsize lspace rspace linethickness width height depth voffset columnalign columnspacing rowspacing "
@@ -261,10 +261,10 @@ FORBIDDEN = """async ([texts, allowed]) => {
 }"""
 
 
-def test_nothing_but_the_allowed_elements_comes_of_any_text(page: Any) -> None:
+def test_any_text_gives_only_allowed_elements(page: Any) -> None:
     texts = [random_markdown(seed, 40) for seed in range(1000, 1400)] + TEX
     assert page.evaluate(FORBIDDEN, [texts, ALLOWED]) == []
-    assert page.evaluate(FORBIDDEN, [["a"], {}]) != []  # the check can fail
+    assert page.evaluate(FORBIDDEN, [["a"], {}]) != []  # proof that the check can fail
 
 
 HOSTILE = {
@@ -326,12 +326,12 @@ RENDER_TIMES = """async (texts) => {
 
 
 def is_linear(page: Any, name: str) -> bool:
-    """Four times the text takes about four times as long; quadratic work would take sixteen. Loose: the machine is shared.
+    """Four times the text takes about four times as long; quadratic work would take sixteen. Tolerant of a busy machine.
 
-    Short texts come first, so that work that is not linear shows before it takes minutes.
+    Short texts come first, so that work that is not linear is detected before it takes minutes.
     """
     for size in (2_500, 12_500):
-        for _ in range(3):  # what was only disturbed passes another time
+        for _ in range(3):  # repeated, since other processes may disturb a measurement
             small, large = page.evaluate(RENDER_TIMES, [hostile(name, size), hostile(name, 4 * size)])
             if large < 10 * small + 200:
                 break
@@ -340,12 +340,12 @@ def is_linear(page: Any, name: str) -> bool:
     return True
 
 
-def test_hostile_text_takes_linear_time(page: Any) -> None:
+def test_malicious_text_takes_linear_time(page: Any) -> None:
     for name in HOSTILE:
         assert is_linear(page, name), name
 
 
-def test_no_text_makes_a_tree_of_any_depth(page: Any) -> None:
+def test_depth_of_the_tree_is_limited(page: Any) -> None:
     script = """(html) => { let deepest = 0; const walk = (node, depth) => { deepest = Math.max(deepest, depth);
       for (const child of node.children) walk(child, depth + 1); }; const root = document.createElement('div');
       root.append(...html); walk(root, 0); return deepest; }"""
@@ -365,22 +365,22 @@ def test_no_text_makes_a_tree_of_any_depth(page: Any) -> None:
     assert max(depths) < 70
 
 
-def test_a_long_answer_is_not_rendered_again_at_each_piece(stream: Callable[..., dict[str, Any]]) -> None:
+def test_long_answers_are_rendered_incrementally(stream: Callable[..., dict[str, Any]]) -> None:
     section = "## Part\n\nSome *words*, $x^2$.\n\n- one\n- two\n\n```py\nx = 1\n```\n\n| a | b |\n|---|---|\n| c | d |\n\n"
     text = section * (50_000 // len(section))
     pieces = cut(text, 1, longest=200)
     done = stream(pieces, states=False)
     assert done["html"].count("<table") == 50_000 // len(section)
-    assert done["rendered"] < done["blocks"] + 3 * len(pieces)  # wherever it is: never all of them again
+    assert done["rendered"] < done["blocks"] + 3 * len(pieces)  # never all of them again
 
 
-def test_code_that_grows_only_gets_more_text(stream: Callable[..., dict[str, Any]]) -> None:
+def test_growing_code_only_appends_text(stream: Callable[..., dict[str, Any]]) -> None:
     done = stream(["```py\n", *("x = y\n" for _ in range(500)), "```\n"])
     assert done["html"].count("x = y") == 500
-    assert done["rendered"] == 2  # while it comes, and in colours once it is whole
+    assert done["rendered"] == 2  # while it streams, and highlighted once it is complete
 
 
-def test_a_footnote_that_comes_later_becomes_a_link_in_earlier_blocks(stream: Callable[..., dict[str, Any]]) -> None:
+def test_later_footnotes_become_links_in_earlier_blocks(stream: Callable[..., dict[str, Any]]) -> None:
     done = stream(["one[^a]\n\n", "two[^b]\n\n", "three\n\n", "[^b]: B\n", "[^a]: A\n\n", "end"])
     assert "one[^a]" in done["states"][2]
     numbers = re.findall(r'aria-label="Footnote (\d)"', done["html"])
@@ -388,7 +388,7 @@ def test_a_footnote_that_comes_later_becomes_a_link_in_earlier_blocks(stream: Ca
     assert "[^" not in done["html"]
 
 
-def test_text_without_the_libraries_is_shown_as_it_is(page: Any) -> None:
+def test_without_the_libraries_text_is_shown_verbatim(page: Any) -> None:
     shown = page.evaluate(
         """async () => {
           const { streamMaker } = await import('/page/markdown_stream.js');

@@ -1,4 +1,4 @@
-"""The page over the real server (with an engine without a model): its fields are taken, its figures come, its policy is met."""
+"""The page with the real server (and an engine without a model): its requests are accepted, figures appear, the CSP is met."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_a_chat_with_every_setting_and_a_key(open_chat: Callable[..., Any], live
     sampling = live.engine.seen[-1].sampling
     assert {name: getattr(sampling, name) for name in values} == values
     assert "of 4,096 tokens" in chat.page.inner_text("#context-text")
-    assert chat.page.inner_text(".stats").split()[0].isdigit()  # the server's own count
-    assert live.engine.seen[-1].prompt  # and the turn before goes with the next
+    assert chat.page.inner_text(".stats").split()[0].isdigit()  # the server's count
+    assert live.engine.seen[-1].prompt  # the next request includes the previous turn
     chat.ask("Go on", answers=2)
     assert len(live.engine.seen[-1].prompt) > len(live.engine.seen[-2].prompt)

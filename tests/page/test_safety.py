@@ -1,6 +1,7 @@
-"""What a model or a server writes is hostile input: nothing of it runs, is fetched, or passes for the page's own.
+"""Text from a model or a server is untrusted: none of it is executed, fetched, or shown as part of the page itself.
 
-Beside what each test says, `open_chat` fails on any complaint of the CSP, any alert, and any request to another origin.
+In addition to the assertions of each test, `open_chat` fails on any CSP violation, any alert, and any request to another
+origin.
 """
 
 from __future__ import annotations
@@ -57,20 +58,20 @@ LINKS = [
 
 def assert_untouched(chat: Any) -> None:
     assert chat.page.evaluate("window.pwned") is None
-    found = chat.page.evaluate(
+    result = chat.page.evaluate(
         """() => ['script', 'iframe', 'object', 'embed', 'link', 'style', 'base', 'img', 'video', 'audio', 'form', 'meta']
           .filter((tag) => document.querySelector(`#thread ${tag}, #conversations ${tag}, h1 ${tag}, #model ${tag}`))"""
     )
-    assert found == []
+    assert result == []
     handlers = "[...document.querySelectorAll('*')].flatMap((n) => n.getAttributeNames()).filter((n) => n.startsWith('on'))"
     assert chat.page.evaluate(handlers) == []
 
 
-def test_hostile_answers_thoughts_and_questions_are_text(chat: Any, server: FakeChatServer) -> None:
+def test_markup_in_answers_reasoning_and_questions_is_text(chat: Any, server: FakeChatServer) -> None:
     for number, attack in enumerate(ATTACKS):
         pieces = [attack[at : at + 3] for at in range(0, len(attack), 3)]
         server.replies.append(Reply([Thought(attack), *pieces]))
-        chat.ask(attack)  # the question, too, and with it the conversation's title
+        chat.ask(attack)  # the question too, and therefore the conversation's title
         chat.page.click(".thinking summary")
         assert_untouched(chat)
         assert chat.page.inner_text(".bubble") == attack
@@ -80,10 +81,10 @@ def test_hostile_answers_thoughts_and_questions_are_text(chat: Any, server: Fake
             assert_untouched(chat)
         chat.page.click("#new-chat")
     shown = chat.page.evaluate("document.getElementById('conversations').textContent")
-    assert SCRIPT in shown  # it is there, as text
+    assert SCRIPT in shown  # it is shown as text
 
 
-def test_text_of_attacks_is_shown_as_it_is(chat: Any, server: FakeChatServer) -> None:
+def test_attacks_are_shown_verbatim(chat: Any, server: FakeChatServer) -> None:
     server.replies.append(Reply([f"{IMAGE}\n\n```{SCRIPT}\n{SCRIPT}\n```"]))
     chat.ask("Hi")
     assert chat.page.inner_text(".assistant p") == IMAGE
@@ -95,11 +96,11 @@ def test_only_web_and_mail_links_are_links(chat: Any, server: FakeChatServer) ->
     server.replies.append(Reply(["\n\n".join(LINKS)]))
     chat.ask("Hi")
     assert chat.page.evaluate("[...document.querySelectorAll('#thread a')].map((a) => a.href)") == []
-    assert "(javascript:window.pwned=1)" in chat.answer()  # not followed, and not hidden
+    assert "(javascript:window.pwned=1)" in chat.answer()  # neither a link nor hidden
     assert_untouched(chat)
 
 
-def test_links_open_apart_and_show_where_they_lead(chat: Any, server: FakeChatServer) -> None:
+def test_links_open_in_a_new_tab_and_show_their_target(chat: Any, server: FakeChatServer) -> None:
     tricks = {
         "[https://bank.example](https://evil.example/login)": ("https://evil.example/login", " (evil.example)"),
         "[a](https://bank.example@evil.example/)": ("https://bank.example@evil.example/", " (evil.example)"),
@@ -124,7 +125,7 @@ def test_links_open_apart_and_show_where_they_lead(chat: Any, server: FakeChatSe
     assert_untouched(chat)
 
 
-def test_hostile_errors_names_and_models_are_text(open_chat: Callable[..., Any], server: FakeChatServer) -> None:
+def test_markup_in_errors_names_and_models_is_text(open_chat: Callable[..., Any], server: FakeChatServer) -> None:
     server.models = [{"id": IMAGE, "max_model_len": 100}, {"id": SCRIPT}, {"id": 7}, None]
     chat = open_chat(["Failed to load resource"])
     assert chat.page.locator("#model option").all_inner_texts() == [IMAGE, SCRIPT]
@@ -146,8 +147,8 @@ def test_hostile_errors_names_and_models_are_text(open_chat: Callable[..., Any],
     assert_untouched(chat)
 
 
-def test_hostile_storage_is_text(chat: Any) -> None:
-    """Another page of the origin, or an old version, may have left anything."""
+def test_markup_in_storage_is_text(chat: Any) -> None:
+    """Another page of the origin, or an old version, may have stored anything."""
     chat.ask("Hi")
     chat.page.evaluate(
         """async ([image]) => {
@@ -173,7 +174,7 @@ def test_hostile_storage_is_text(chat: Any) -> None:
     assert_untouched(chat)
 
 
-def test_nothing_is_fetched_but_the_page_and_its_api(chat: Any, server: FakeChatServer) -> None:
+def test_only_the_page_and_its_api_are_fetched(chat: Any, server: FakeChatServer) -> None:
     server.replies.append(Reply(["![a](https://evil.example/a.png) https://evil.example/b <img src=https://evil.example/c>"]))
     chat.ask("Hi")
     paths = {url.removeprefix(server.url) for url in chat.requests}
@@ -181,8 +182,8 @@ def test_nothing_is_fetched_but_the_page_and_its_api(chat: Any, server: FakeChat
     assert all(path.startswith(("/page/", "/v1/")) or path == "/" for path in paths)
 
 
-def test_the_browser_itself_refuses_html_from_text(chat: Any) -> None:
-    """The policy that the page is tested under does what it says: a slip in the page would fail, not run."""
+def test_the_browser_blocks_html_from_text(chat: Any) -> None:
+    """The policy of the tested page is effective: a mistake in the page would be blocked."""
     chat.expected_errors += ["TrustedHTML", "Content Security Policy"]
     assert (
         chat.page.evaluate("() => { try { document.body.innerHTML = '<b>x'; return 'set'; } catch (e) { return e.name; } }")
@@ -196,7 +197,7 @@ UNSAFE = re.compile(
 )
 
 
-def test_the_sources_use_nothing_that_makes_html_from_text_and_name_no_other_server() -> None:
+def test_sources_use_no_html_injection_and_no_other_servers() -> None:
     files = [file for file in sorted(page_folder().iterdir()) if file.is_file() and file.name != "vendor.json"]
     assert {file.suffix for file in files} == {".html", ".css", ".js", ".svg"}
     for file in files:

@@ -1,4 +1,4 @@
-"""Activation rows: numbers against numpy's float32, bytes against dso.h's layout."""
+"""Activation rows: values against numpy's float32, bytes against dso.h's layout."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ def rows(width: int) -> torch.Tensor:
 def test_row_layout(kind: str, width: int) -> None:
     x = rows(width)
     steps, padded = (127 if kind == "q8" else 32512), -(-width // 32) * 32
-    got = activations.convert(x, kind).numpy()
-    assert got.shape[1] == activations.row_bytes(kind, width) and got.shape[1] % 64 == 0
+    actual = activations.convert(x, kind).numpy()
+    assert actual.shape[1] == activations.row_bytes(kind, width) and actual.shape[1] % 64 == 0
     for t in range(5):
         at = padded
-        q = got[t, :padded].view(np.int8).astype(int)
+        q = actual[t, :padded].view(np.int8).astype(int)
         if kind == "q16":
-            low = got[t, padded : 2 * padded].view(np.int8).astype(int)
+            low = actual[t, padded : 2 * padded].view(np.int8).astype(int)
             q, at = 256 * q + low, 2 * padded
-        scale = got[t, at : at + padded // 8].view(np.float32)
-        total = got[t, at + padded // 8 : at + padded // 4].view(np.int32)
+        scale = actual[t, at : at + padded // 8].view(np.float32)
+        total = actual[t, at + padded // 8 : at + padded // 4].view(np.int32)
         for g in range(padded // 32):
             group = np.zeros(32, np.float32)
             group[: min(32, width - 32 * g)] = x[t, 32 * g : 32 * g + 32].numpy()
@@ -38,7 +38,7 @@ def test_row_layout(kind: str, width: int) -> None:
             assert scale[g] == top / np.float32(steps)
             assert q[32 * g : 32 * g + 32].tolist() == np.rint(group * (np.float32(steps) / top)).astype(int).tolist()
             assert total[g] == q[32 * g : 32 * g + 32].sum()
-        assert not got[t, at + padded // 4 :].any()
+        assert not actual[t, at + padded // 4 :].any()
 
 
 @pytest.mark.parametrize("kind", activations.KINDS)
@@ -63,9 +63,9 @@ def test_convert_floats() -> None:
 def test_corner_cases(kind: str) -> None:
     x = torch.ones(1, 160)
     x[0, 0], x[0, 33], x[0, 64:96], x[0, 96:128] = torch.nan, torch.inf, 0.0, 1e-38
-    got = activations.quantise_rows(x, kind)
-    assert got.scale[0, :2].isnan().all() and got.scale[0, 2:4].tolist() == [0, 0] and got.scale[0, 4] > 0
-    assert got.q[0, :4].abs().sum() == 0 and got.total[0, :4].abs().sum() == 0
+    actual = activations.quantise_rows(x, kind)
+    assert actual.scale[0, :2].isnan().all() and actual.scale[0, 2:4].tolist() == [0, 0] and actual.scale[0, 4] > 0
+    assert actual.q[0, :4].abs().sum() == 0 and actual.total[0, :4].abs().sum() == 0
 
 
 def test_leading_dimensions_and_unknown_kinds() -> None:

@@ -16,7 +16,7 @@ SOURCES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def matrix(rows: int, cols: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
-    """Rows of different magnitude, so that no scale fits all; an outlier and zeros among them."""
+    """Rows of different magnitude, so that no scale fits all, with an outlier and zeros."""
     generator = torch.Generator().manual_seed(seed)
     w = torch.randn(rows, cols, generator=generator) * torch.logspace(-3, 1, rows).unsqueeze(1)
     w[rows // 2, cols // 2] *= 50
@@ -25,7 +25,7 @@ def matrix(rows: int, cols: int, dtype: torch.dtype = torch.float32, seed: int =
 
 
 def importance_of(cols: int) -> torch.Tensor:
-    """Weights of columns over some magnitudes; some are zero."""
+    """Column weights of several magnitudes, some of them zero."""
     generator = torch.Generator().manual_seed(cols)
     found = torch.randn(cols, generator=generator).exp() ** 2
     return found * (torch.rand(cols, generator=generator) > 0.2)
@@ -48,20 +48,20 @@ def test_error_stays_within_the_bound(name: str, dtype: torch.dtype, shape: tupl
 
 @pytest.mark.parametrize("name", ["int8", "int4", "q4_1", "fp8"])
 def test_the_bound_is_tight(name: str) -> None:
-    """A bound of twice the need would hide a format that wastes a bit."""
+    """A bound twice as large as necessary would hide a format that wastes a bit."""
     weight, fmt = torch.randn(256, 256), quant.get_format(name)
     error = (fmt.unpack(fmt.pack(weight), 256, 256) - weight).abs()
     assert (error / fmt.error_bound(weight)).max() > 0.8
 
 
-def test_fp32_and_bf16_keep_what_they_can() -> None:
+def test_fp32_and_bf16_are_exact_or_rounded_once() -> None:
     weight = matrix(37, 70)
     assert torch.equal(quant.unpack(quant.pack(weight, "fp32")), weight)
     assert torch.equal(quant.unpack(quant.pack(weight, "bf16"), torch.bfloat16), weight.bfloat16())
 
 
 def code(tile: np.ndarray, name: str, row: int, col: int) -> int:
-    """The stored code of one element, found by dso.h's words alone."""
+    """The stored code of one element, located by dso.h's description."""
     if name == "int8":
         return int(tile[(col // 4) * 64 + row * 4 + col % 4])
     j, within = divmod(col, 8)
@@ -70,7 +70,7 @@ def code(tile: np.ndarray, name: str, row: int, col: int) -> int:
 
 
 def numbers(tile: np.ndarray, name: str, row: int) -> list[float]:
-    """The fp16 numbers of one row of a tile."""
+    """The fp16 values of one row of a tile."""
     start = 512 if name == "int8" else 256
     halves = tile[start:].view(np.float16)
     return [float(halves[i * 16 + row]) for i in range(len(halves) // 16)]
@@ -87,7 +87,7 @@ def ggml_choice(name: str, group: np.ndarray) -> tuple[np.float32, np.float32]:
 
 
 def try_numbers(name: str, group: np.ndarray, c: np.ndarray, s: np.float32, m: np.float32) -> tuple[np.float32, np.ndarray]:
-    """Weighted error and codes, in float32 by the contract's words; c: the weights of the errors."""
+    """Weighted error and codes in float32, as in docs/contracts.md; c: the weights of the errors."""
     low, high = (-8, 7) if name == "int4" else (0, 15)
     y = group - m
     q = np.clip(np.rint(y * (f32(1) / s)), low, high).astype(np.float32) if s else np.zeros_like(y)
@@ -142,7 +142,7 @@ def search(name: str, group: np.ndarray, importance: np.ndarray | None) -> tuple
 @pytest.mark.parametrize("name", ["int8", "int4", "q4_1"])
 @pytest.mark.parametrize("shape", [(16, 32), (19, 50)])
 def test_codes_follow_the_definition(name: str, shape: tuple[int, int], weighted: bool) -> None:
-    """One group at a time in numpy's float32: same scale, same codes, at the places dso.h names."""
+    """One group at a time in numpy's float32: same scale, same codes, at the places given in dso.h."""
     weight, importance = matrix(*shape, seed=3), importance_of(shape[1]) if weighted else None
     packed = quant.get_format(name).pack(weight, importance).numpy()
     for row in range(shape[0]):
@@ -187,7 +187,7 @@ def test_no_group_has_a_larger_weighted_error_than_in_ggml(name: str, weighted: 
 
 
 @pytest.mark.parametrize("name", ["int4", "q4_1"])
-def test_importance_spares_the_columns_that_matter(name: str) -> None:
+def test_importance_reduces_the_error_of_important_columns(name: str) -> None:
     weight, importance = torch.randn(64, 256, generator=torch.Generator().manual_seed(1)), torch.ones(256)
     importance[::4] = 100
     fmt = quant.get_format(name)
@@ -197,7 +197,7 @@ def test_importance_spares_the_columns_that_matter(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["int4", "q4_1"])
-def test_importance_that_is_none(name: str) -> None:
+def test_invalid_importance(name: str) -> None:
     weight, fmt = torch.ones(3, 40), quant.get_format(name)
     for wrong in (torch.ones(39), torch.ones(40, 1), torch.ones(40).double()):
         with pytest.raises(ValueError, match=r"importance must be float32 \[40\]"):
@@ -217,7 +217,7 @@ def test_float_layouts() -> None:
 
 @pytest.mark.parametrize("name", ["int8", "int4", "q4_1"])
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_broken_groups_become_nan(name: str, bad: float) -> None:
+def test_non_finite_groups_become_nan(name: str, bad: float) -> None:
     weight = torch.ones(16, 64)
     weight[3, 40] = bad
     packed = quant.get_format(name).pack(weight)
@@ -239,7 +239,7 @@ def test_too_large_for_fp16_is_nan_and_too_small_is_zero(name: str) -> None:
     assert torch.equal(fmt.pack(-torch.zeros(2, 32)), packed)
 
 
-def test_int4_takes_the_first_of_equal_magnitudes() -> None:
+def test_int4_uses_the_first_of_equal_magnitudes() -> None:
     weight = torch.zeros(2, 32)
     weight[0, 1], weight[0, 7] = 8.0, -8.0
     weight[1, 1], weight[1, 7] = -8.0, 8.0
@@ -248,8 +248,8 @@ def test_int4_takes_the_first_of_equal_magnitudes() -> None:
 
 
 @pytest.mark.parametrize("name", quant.FORMATS)
-def test_rows_do_not_depend_on_their_company(name: str) -> None:
-    """Panels are an implementation detail: rows packed alone are the rows packed together."""
+def test_rows_do_not_depend_on_other_rows(name: str) -> None:
+    """Panels are an implementation detail: rows packed alone equal rows packed together."""
     weight = matrix(2048, 544)
     whole = quant.get_format(name).pack(weight)
     assert torch.equal(whole[48:64], quant.get_format(name).pack(weight[768:1024])), "from a multiple of PANEL_ROWS on"
@@ -273,7 +273,7 @@ def test_unknown_names() -> None:
         quant.get_format(None)  # type: ignore[arg-type]
 
 
-def test_what_pack_refuses() -> None:
+def test_inputs_that_pack_rejects() -> None:
     for wrong in (torch.zeros(3), torch.zeros(2, 2, dtype=torch.int32)):
         with pytest.raises(ValueError, match="matrix"):
             quant.pack(wrong.reshape(wrong.shape[0], -1) if wrong.dim() == 2 else wrong.unsqueeze(0).unsqueeze(0), "int8")

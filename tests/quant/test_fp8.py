@@ -1,4 +1,4 @@
-"""E4M3 by blocks of 128 x 128: codes, scales and places, one weight at a time; taking over what is stored that way."""
+"""E4M3 in blocks of 128 x 128: codes, scales and positions, one weight at a time; taking over weights stored that way."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def value(code: int) -> float:
     return -size if code >> 7 else size
 
 
-def test_every_code_comes_back() -> None:
+def test_every_code_round_trips() -> None:
     codes = torch.arange(256, dtype=torch.uint8)
     codes[[0x7F, 0xFF]] = 0
     packed = fp8.repack(codes.view(torch.float8_e4m3fn)[None], torch.ones(1, 2))
@@ -28,10 +28,10 @@ def test_every_code_comes_back() -> None:
 
 @pytest.mark.parametrize("shape", [(17, 33), (130, 300)])
 def test_codes_follow_the_definition(shape: tuple[int, int]) -> None:
-    """The nearest code, even where two are as near; at the places dso.h names, beside the block's scale."""
+    """The nearest code, ties to even; at the places given in dso.h, with the block's scale."""
     generator = torch.Generator().manual_seed(1)
     weight = torch.randn(shape, generator=generator) * torch.rand(shape, generator=generator) ** 10
-    weight[3, 5] = 448.0  # the first block's scale is 1: halves of a step are met
+    weight[3, 5] = 448.0  # the first block's scale is 1, so that ties occur
     weight[7, 3:30:3] = torch.tensor([17.0, 19.0, 2.125, 2.375, 0.0029296875, 0.0048828125, -17.0, -0.0009765625, 0.0])
     packed = FORMAT.pack(weight).numpy()
     positive = torch.tensor([value(code) for code in range(0x7F)], dtype=torch.float64)
@@ -50,42 +50,42 @@ def test_codes_follow_the_definition(shape: tuple[int, int]) -> None:
     assert not packed[-1, :, :512].reshape(-1, 16, 16, 2)[:, :, shape[0] % 16 :].any(), "padding is zeros"
 
 
-def test_each_block_has_a_scale_of_its_own() -> None:
+def test_each_block_has_its_own_scale() -> None:
     weight = torch.ones(300, 400)
     weight[128:256, :128], weight[256:, 384:] = 1e-20, 1e20
     assert torch.equal(FORMAT.unpack(FORMAT.pack(weight), 300, 400), weight)
 
 
-def test_what_is_not_finite_breaks_its_block_alone() -> None:
+def test_non_finite_values_affect_only_their_block() -> None:
     for bad in (math.nan, math.inf, -math.inf):
         weight = torch.ones(200, 200)
         weight[130, 3] = bad
-        got = FORMAT.unpack(FORMAT.pack(weight), 200, 200)
-        assert got[128:, :128].isnan().all() and got[:128].isfinite().all() and got[:, 128:].isfinite().all()
+        actual = FORMAT.unpack(FORMAT.pack(weight), 200, 200)
+        assert actual[128:, :128].isnan().all() and actual[:128].isfinite().all() and actual[:, 128:].isfinite().all()
 
 
 def test_zeros() -> None:
     assert not FORMAT.pack(-torch.zeros(20, 40)).any()
-    assert not FORMAT.unpack(FORMAT.pack(torch.full((20, 40), 1e-44)), 20, 40).any(), "a scale that is none"
+    assert not FORMAT.unpack(FORMAT.pack(torch.full((20, 40), 1e-44)), 20, 40).any(), "an invalid scale"
 
 
 def test_taking_over_rounds_nothing() -> None:
-    """Scales and codes that packing itself would not have chosen."""
+    """Scales and codes that packing would not choose."""
     generator = torch.Generator().manual_seed(2)
     codes = torch.randint(0, 256, (200, 300), dtype=torch.uint8, generator=generator)
     codes[codes & 0x7F == 0x7F] = 1
     codes, scale = codes.view(torch.float8_e4m3fn), torch.rand(2, 3, generator=generator)
-    got = FORMAT.unpack(reference_packer(codes, "fp8", scale=scale), 200, 300)
+    actual = FORMAT.unpack(reference_packer(codes, "fp8", scale=scale), 200, 300)
     for row, col in ((0, 0), (127, 127), (128, 256), (199, 299), (5, 200)):
-        assert got[row, col] == codes[row, col].float() * scale[row // 128, col // 128]
-    assert torch.equal(got, fp8.dequantise(codes, scale))
-    assert torch.equal(got[130:], fp8.dequantise(codes[130:], scale, 130))
+        assert actual[row, col] == codes[row, col].float() * scale[row // 128, col // 128]
+    assert torch.equal(actual, fp8.dequantise(codes, scale))
+    assert torch.equal(actual[130:], fp8.dequantise(codes[130:], scale, 130))
     codes.view(torch.uint8)[130, 0] = 0xFF
-    got = FORMAT.unpack(fp8.repack(codes, scale), 200, 300)
-    assert got[128:, :128].isnan().all() and got[:128].isfinite().all(), "a NaN is never lost"
+    actual = FORMAT.unpack(fp8.repack(codes, scale), 200, 300)
+    assert actual[128:, :128].isnan().all() and actual[:128].isfinite().all(), "a NaN is never lost"
 
 
-def test_what_taking_over_refuses() -> None:
+def test_inputs_that_taking_over_rejects() -> None:
     codes = torch.zeros(200, 300).to(torch.float8_e4m3fn)
     for scale in (None, torch.ones(2, 2), torch.ones(2, 3).bfloat16(), torch.ones(6)):
         with pytest.raises(ValueError, match=r"scale must be float32 \[2, 3\]"):

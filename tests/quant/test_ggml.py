@@ -1,4 +1,4 @@
-"""Repacked ggml blocks hold the numbers that ggml's own decoder gives, exactly."""
+"""Repacked ggml blocks have exactly the values of ggml's own decoder."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ LOSSLESS = ["Q4_0", "Q4_1", "Q8_0"]
 
 
 def random_blocks(rows: int, cols: int, name: str) -> torch.Tensor:
-    """Blocks of every code there is (Q8_0's -128 among them), under modest scales of both signs."""
+    """Blocks with every code (including Q8_0's -128), with moderate scales of both signs."""
     kind = ggml.GGML_TYPES[GGMLQuantizationType[name]]
     generator = torch.Generator().manual_seed(rows + cols)
     blocks = torch.randint(0, 256, (rows, cols // 32, kind.block_bytes), dtype=torch.uint8, generator=generator)
@@ -25,14 +25,14 @@ def random_blocks(rows: int, cols: int, name: str) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", LOSSLESS)
 @pytest.mark.parametrize("shape", [(1, 32), (16, 64), (17, 96), (211, 576), (2100, 288)])
-def test_values_are_ggmls(name: str, shape: tuple[int, int]) -> None:
+def test_values_equal_ggml(name: str, shape: tuple[int, int]) -> None:
     blocks = random_blocks(*shape, name)
     fmt = quant.get_format(ggml.lossless_format(name))
     tiles = ggml.repack(blocks, name, shape[1])
     expected = torch.from_numpy(quants.dequantize(blocks.numpy(), GGMLQuantizationType[name]))
     assert torch.equal(fmt.unpack(tiles, *shape), expected)
     assert torch.equal(ggml.to_float(blocks, name, shape[1]), expected)
-    if shape[0] % 16:  # rows past the end: exactly what packing zeros makes
+    if shape[0] % 16:  # rows past the end equal packed zeros
         below = fmt.unpack(tiles, tiles.shape[0] * 16, shape[1])[shape[0] :]
         assert torch.equal(below, torch.zeros_like(below))
         rest = torch.cat([fmt.unpack(tiles, *shape), torch.zeros_like(below)])
@@ -40,7 +40,7 @@ def test_values_are_ggmls(name: str, shape: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("name", LOSSLESS)
-def test_padding_holds_codes_of_zero(name: str) -> None:
+def test_padding_has_codes_of_zero(name: str) -> None:
     fmt = quant.get_format(ggml.lossless_format(name))
     tiles = ggml.repack(random_blocks(1, 32, name), name, 32)[0, 0]
     empty = fmt.pack(torch.zeros(16, 32))[0, 0]
@@ -81,14 +81,14 @@ def test_other_types_become_floats(name: str) -> None:
     assert torch.equal(ggml.to_float(blocks, name, 256).float().nan_to_num(), expected.nan_to_num())
 
 
-def test_a_type_nobody_reads() -> None:
+def test_unsupported_types() -> None:
     with pytest.raises(NotImplementedError):
         ggml.to_float(torch.zeros(1, 292, dtype=torch.uint8), "Q8_K", 256)
 
 
-def test_the_table_is_ggmls() -> None:
+def test_the_table_equals_ggml() -> None:
     for code, kind in ggml.GGML_TYPES.items():
-        if kind.name in GGMLQuantizationType.__members__:  # an older gguf package knows fewer
+        if kind.name in GGMLQuantizationType.__members__:  # an older gguf package has fewer types
             assert GGML_QUANT_SIZES[GGMLQuantizationType[kind.name]] == (kind.block, kind.block_bytes)
             assert GGMLQuantizationType[kind.name] == code
     assert {k.name for k in GGMLQuantizationType} <= {k.name for k in ggml.GGML_TYPES.values()} | {"Q8_K"}

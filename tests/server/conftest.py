@@ -1,4 +1,4 @@
-"""A server over an engine without a model. The shared one must be left as it was found: idle."""
+"""A server over an engine without a model. Tests must leave the shared server idle."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def shared_server(byte_tokenizer):
 
 @pytest.fixture
 def live(shared_server):
-    """The shared server. Whatever a test did to it: it is alive, holds nothing, and answers as before."""
+    """The shared server. After each test it must be alive, idle, and answer as before."""
     question = {"prompt": "baseline", "max_tokens": 40}
     before = shared_server.client.post("/v1/completions", json=question).json()["choices"]
     yield shared_server
@@ -34,7 +34,7 @@ def client(live) -> httpx.Client:
 
 @pytest.fixture
 def make_server(byte_tokenizer):
-    """make_server(settings, **engine) -> a server of the test's own. Chats start a process for the template: avoid them."""
+    """make_server(settings, **engine) -> a server for one test. Avoid chats, which start a process for the template."""
     running = []
 
     def start(settings: ServerSettings | None = None, tokenizer=byte_tokenizer, **engine) -> LiveServer:
@@ -50,13 +50,13 @@ def make_server(byte_tokenizer):
 
 @pytest.fixture
 def refused(client):
-    """refused(path, body, status=400, param=None): the answer is this error, in OpenAI's shape, without paths or tracebacks."""
+    """refused(path, body, status=400, param=None): checks for this error in OpenAI's format, without paths or tracebacks."""
 
     def check(path, body, status=400, param=None, **request):
         sent = {"content": body} if isinstance(body, (bytes, str)) else {"json": body}
         headers = {"content-type": "application/json", **request.pop("headers", {})}
-        found = client.post(path, headers=headers, **sent, **request)
-        assert_error(found, status, param)
-        return found
+        result = client.post(path, headers=headers, **sent, **request)
+        assert_error(result, status, param)
+        return result
 
     return check

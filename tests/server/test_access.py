@@ -1,4 +1,4 @@
-"""Who may ask, by which name, and from which page: keys, Hosts, origins."""
+"""Access control: API keys, Host headers, origins."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ def routes(app) -> list[tuple[str, str]]:
 OPEN = {"/", "/health", "/ready"}
 
 
-def test_every_route_but_three_asks_for_a_key(locked):
-    found = [(method, path.replace("{model}", "fake-model")) for method, path in routes(locked.app)]
-    assert len(found) > 8
-    for method, path in [*found, ("GET", "/openapi.json"), ("GET", "/nowhere"), ("GET", "/v1/../health/x")]:
+def test_all_routes_but_three_need_a_key(locked):
+    actual = [(method, path.replace("{model}", "fake-model")) for method, path in routes(locked.app)]
+    assert len(actual) > 8
+    for method, path in [*actual, ("GET", "/openapi.json"), ("GET", "/nowhere"), ("GET", "/v1/../health/x")]:
         for address in (path, path + "/") if path not in OPEN else (path + "/",) if path != "/" else ():
             for headers in ({}, {"Authorization": "Bearer gamma"}, {"Authorization": "alpha"}, {"x-api-key": "alpha"}):
                 response = locked.client.request(method, address, headers=headers)
@@ -39,16 +39,16 @@ def test_every_route_but_three_asks_for_a_key(locked):
 
 
 @pytest.mark.parametrize("path", sorted(OPEN))
-def test_three_paths_ask_for_none(locked, path):
+def test_three_paths_need_no_key(locked, path):
     assert locked.client.get(path).status_code in (200, 404)  # 404: no chat page is installed
 
 
-def test_two_authorizations_are_none(locked):
+def test_two_authorization_headers_are_rejected(locked):
     headers = [("Authorization", "Bearer alpha"), ("Authorization", "Bearer alpha")]
     assert_error(locked.client.post("/v1/completions", json=ASKED, headers=headers), 401)
 
 
-def test_a_key_is_not_looked_for_in_the_address(locked):
+def test_keys_in_the_url_are_ignored(locked):
     assert_error(locked.client.get("/v1/models?api_key=alpha&key=alpha"), 401)
 
 
@@ -60,7 +60,7 @@ def test_the_right_key_is_the_salt_of_the_prefix_cache(locked):
     assert salts[0] == salts[2] != salts[1] and all(salts) and "alpha" not in salts[0]
 
 
-def test_a_wrong_key_is_told_before_the_body_is_read(locked):
+def test_a_wrong_key_is_rejected_before_the_body_is_read(locked):
     answer = locked.raw(
         b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Length: 900000000\r\n\r\n{",
         timeout=5,
@@ -75,11 +75,11 @@ def test_without_keys_all_share_one_salt(live):
 
 @pytest.mark.parametrize("host", ["evil.example", "evil.example:8000", "localhost.evil.example", "", "127.0.0.1.evil.example"])
 @pytest.mark.parametrize("path", ["/", "/health", "/v1/models", "/nowhere"])
-def test_a_foreign_host_is_refused(client, host, path):
+def test_a_foreign_host_is_rejected(client, host, path):
     assert_error(client.get(path, headers={"Host": host}), 403)
 
 
-def test_two_hosts_and_none_are_refused(live):
+def test_two_or_no_host_headers_are_rejected(live):
     assert (
         live.raw(b"GET /health HTTP/1.1\r\nHost: localhost\r\nHost: evil.example\r\nConnection: close\r\n\r\n").split()[1]
         == b"403"
@@ -106,12 +106,12 @@ def test_a_foreign_origin_gets_no_cors_header(client):
 
 def test_an_allowed_origin_may_read(make_server):
     live = make_server(ServerSettings(allow_origins=("https://chat.example",), keys=ApiKeys(["alpha"])))
-    asked = {
+    requested = {
         "Origin": "https://chat.example",
         "Access-Control-Request-Method": "POST",
         "Access-Control-Request-Headers": "authorization,content-type",
     }
-    response = live.client.options("/v1/completions", headers=asked)  # browsers send no key with it
+    response = live.client.options("/v1/completions", headers=requested)  # browsers send no key with a preflight request
     assert response.status_code == 200 and response.headers["access-control-allow-origin"] == "https://chat.example"
     response = live.client.get("/health", headers={"Origin": "https://evil.example"})
     assert "access-control-allow-origin" not in response.headers
@@ -152,7 +152,7 @@ NOWHERE = [
 
 
 @pytest.mark.parametrize("path", NOWHERE)
-def test_an_address_that_is_not_there(client, path):
+def test_an_unknown_path(client, path):
     assert_error(client.get(path), 404)
 
 

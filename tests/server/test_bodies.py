@@ -1,4 +1,4 @@
-"""Bodies that are not what they should be: a 4xx in OpenAI's shape, and the server goes on."""
+"""Invalid request bodies: a 4xx in OpenAI's error format, and the server continues."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ PATHS = ["/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/embedd
         b'{"prompt": "\x00"}',
     ],
 )
-def test_bodies_that_are_no_json_object(refused, path, body):
+def test_bodies_that_are_not_json_objects(refused, path, body):
     refused(path, body)
 
 
@@ -68,16 +68,16 @@ def test_a_chunked_body_over_the_limit(client):
         for _ in range(40):
             yield b"x" * 65536
 
-    found = client.post("/v1/completions", content=pieces(), headers={"content-type": "application/json"})
-    assert_error(found, 413)
+    actual = client.post("/v1/completions", content=pieces(), headers={"content-type": "application/json"})
+    assert_error(actual, 413)
 
 
 def test_a_chunked_body_within_it(client):
     body = json.dumps({"prompt": "hello", "max_tokens": 4}).encode()
-    found = client.post(
+    actual = client.post(
         "/v1/completions", content=iter([body[:5], body[5:]]), headers={"content-type": "application/json; charset=utf-8"}
     )
-    assert found.status_code == 200, found.text
+    assert actual.status_code == 200, actual.text
 
 
 @pytest.mark.parametrize(
@@ -93,38 +93,38 @@ def test_a_chunked_body_within_it(client):
     ],
 )
 def test_another_content_type(client, kind):
-    found = client.post("/v1/completions", content=b'{"prompt": "x"}', headers={"content-type": kind})
-    assert_error(found, 415)
+    actual = client.post("/v1/completions", content=b'{"prompt": "x"}', headers={"content-type": kind})
+    assert_error(actual, 415)
 
 
 def test_a_compressed_body(refused):
     refused("/v1/completions", b'{"prompt": "x"}', 415, headers={"content-encoding": "gzip"})
 
 
-def test_a_body_that_comes_too_slowly(make_server):
+def test_a_slow_body(make_server):
     live = make_server(ServerSettings(body_seconds=0.3))
     head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n{"
     answer = live.raw(head)
     assert answer.startswith(b"HTTP/1.1 408 ") and b'"error"' in answer and b"connection: close" in answer.lower()
 
 
-def test_many_bodies_at_once_are_bounded_together(make_server):
+def test_concurrent_bodies_share_a_limit(make_server):
     live = make_server(ServerSettings(max_body_bytes=1 << 20, max_body_bytes_total=1 << 20))
     head = (
         b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 1000000\r\n\r\n"
     )
     with live.connect() as first:
         first.sendall(head + b"x" * 900_000)
-        time.sleep(0.3)  # until it is held; the next one's size depends on that alone
+        time.sleep(0.3)  # until it is received; the limit for the next one depends only on that
         body = json.dumps({"prompt": "x" * 500_000})
-        found = live.client.post("/v1/completions", content=body, headers={"content-type": "application/json"})
-        assert_error(found, 503)
-        assert found.headers["retry-after"]
-    found = live.client.post("/v1/completions", json={"prompt": "hello", "max_tokens": 2})
-    assert found.status_code == 200
+        actual = live.client.post("/v1/completions", content=body, headers={"content-type": "application/json"})
+        assert_error(actual, 503)
+        assert actual.headers["retry-after"]
+    actual = live.client.post("/v1/completions", json={"prompt": "hello", "max_tokens": 2})
+    assert actual.status_code == 200
 
 
-def test_a_client_that_leaves_in_the_middle_of_its_body(live):
+def test_a_client_that_disconnects_during_its_body(live):
     with live.connect() as sock:
         sock.sendall(
             b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 50\r\n\r\n{"
@@ -143,8 +143,8 @@ def test_a_client_that_leaves_in_the_middle_of_its_body(live):
         ({"prompt": [[1] * 5_000]}, "the model's context"),
     ],
 )
-def test_bodies_of_very_many_parts_are_refused_before_they_are_checked(live, refused, monkeypatch, body, words):
-    """Each of their parts would be looked at, and for each that is wrong an error written, while all others wait."""
+def test_bodies_with_too_many_parts_are_rejected_before_validation(live, refused, monkeypatch, body, words):
+    """Validating every part, and writing an error for each invalid one, would make all other requests wait."""
     from deepseek_optimizer.server.protocol import base
 
     errors = []
@@ -154,11 +154,11 @@ def test_bodies_of_very_many_parts_are_refused_before_they_are_checked(live, ref
     assert sum(errors) < 200
 
 
-def test_large_bodies_have_their_turns(live, client):
+def test_large_bodies_take_turns(live, client):
     state = live.app.state.server
     before = state.bodies.queue.counts.jobs["done"]
     assert client.post("/v1/completions", json={"prompt": "x", "max_tokens": 1}).status_code == 200
     assert state.bodies.queue.counts.jobs["done"] == before
     body = {"prompt": "x", "max_tokens": 1, "metadata": "x" * 100_000}
     assert client.post("/v1/completions", json=body).status_code == 200
-    assert state.bodies.queue.counts.jobs["done"] == before + 2  # to read it, and to check it
+    assert state.bodies.queue.counts.jobs["done"] == before + 2  # one job to parse it, and one to validate it

@@ -1,4 +1,4 @@
-"""`dso serve` over a packed checkpoint whose file changes: everybody is told, and the process lives."""
+"""`dso serve` with a packed checkpoint whose file changes: every client gets an error, and the process survives."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def live(packed):
 
 
 def check_lost(client: httpx.Client, words: str) -> None:
-    """What a server says once its model's file has changed."""
+    """Checks the answers and the log of a server whose model's file has changed."""
     for path in ("/ready", "/health"):
         found = client.get(path)
         assert (found.status_code, found.json()) == (503, {"status": "dead"})
@@ -60,7 +60,7 @@ def check_lost(client: httpx.Client, words: str) -> None:
         assert f"model.safetensors {words}; restore the file and restart the server" in message and "/" not in message
 
 
-def test_a_file_that_is_cut_short_under_requests_in_flight(packed):
+def test_a_file_truncated_during_requests(packed):
     command = [sys.executable, "-m", "deepseek_optimizer", "serve", str(packed), "--port", "0", "--kv-cache-memory", "67108864"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, bufsize=1) as process, ThreadPoolExecutor(1) as pool:
         log: list[str] = []
@@ -84,8 +84,8 @@ def test_a_file_that_is_cut_short_under_requests_in_flight(packed):
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 0
         reading.join(10)
-    told = [line for line in log if "can no longer be used" in line]
-    assert len(told) == 1 and str(packed) in told[0] and "Traceback" not in "".join(log)
+    errors = [line for line in log if "can no longer be used" in line]
+    assert len(errors) == 1 and str(packed) in errors[0] and "Traceback" not in "".join(log)
 
 
 def test_an_idle_server_notices(live, packed, caplog):
@@ -97,7 +97,7 @@ def test_an_idle_server_notices(live, packed, caplog):
     assert sum("can no longer be used" in record.message for record in caplog.records) == 1
 
 
-def test_a_file_that_is_replaced_under_its_name_is_served_on(live, packed: Path, caplog):
+def test_a_replaced_file_does_not_affect_the_server(live, packed: Path, caplog):
     def text() -> str:
         return live.client.post(TEXT, json=SHORT).json()["choices"][0]["text"]
 

@@ -1,4 +1,4 @@
-"""/v1/chat/completions: messages, unicode, thoughts, tools."""
+"""/v1/chat/completions: messages, Unicode, reasoning, tools."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ PATH = "/v1/chat/completions"
         [USER] * 10_001,
     ],
 )
-def test_messages_that_are_none(refused, messages):
+def test_invalid_messages(refused, messages):
     refused(PATH, {"messages": messages})
 
 
@@ -62,23 +62,23 @@ def test_no_messages_at_all(refused):
     refused(PATH, {}, 400, "messages")
 
 
-def test_an_image_is_refused_by_name_and_not_fetched(live, refused):
-    """The address is the server's own: had it been asked for, its counts would show it."""
+def test_images_are_rejected_and_not_fetched(live, refused):
+    """The URL is the server's own: if it were fetched, its metrics would show it."""
 
     def counted():
         return [line for line in live.client.get("/metrics").text.splitlines() if 'handler="other",method="GET"' in line]
 
     before = counted()
     part = {"type": "image_url", "image_url": {"url": f"{live.url}/fetched"}}
-    found = refused(PATH, {"messages": [{"role": "user", "content": [part]}]})
-    assert "image_url" in found.json()["error"]["message"]
+    actual = refused(PATH, {"messages": [{"role": "user", "content": [part]}]})
+    assert "image_url" in actual.json()["error"]["message"]
     assert counted() == before
 
 
 @pytest.mark.parametrize(
     "text", ["a\x00b", "\ufeffhi", "\u202egnp.exe", "\u0301" * 1000, "👩‍👩‍👧‍👦", "ﷺ", "\u2028\u2029", "\r\n"]
 )
-def test_strange_characters_reach_the_model_as_they_are(live, byte_tokenizer, text):
+def test_unusual_characters_reach_the_model_unchanged(live, byte_tokenizer, text):
     assert live.client.post(PATH, json={"messages": [{"role": "user", "content": text}], "max_tokens": 2}).status_code == 200
     expected = f"<|user|>{text}<|end|><|assistant|>"
     assert byte_tokenizer.decode(live.engine.seen[-1].prompt) == expected
@@ -89,9 +89,9 @@ def test_a_megabyte_of_one_combining_mark_is_read_in_linear_time(make_server):
     times = []
     for size in (50_000, 500_000):
         began = time.perf_counter()
-        found = live.client.post("/v1/completions", json={"prompt": "\u0301" * size})
+        actual = live.client.post("/v1/completions", json={"prompt": "\u0301" * size})
         times.append(time.perf_counter() - began)
-        assert found.status_code == 400 and found.json()["error"]["param"] == "prompt"
+        assert actual.status_code == 400 and actual.json()["error"]["param"] == "prompt"
     assert times[1] < 30 * times[0] + 1  # quadratic: 100 times
 
 
@@ -121,17 +121,17 @@ def test_role_markers_in_content_are_text(live, byte_tokenizer, marker):
         {"stop": {}},
     ],
 )
-def test_a_request_brings_no_template_of_its_own(refused, fields):
+def test_requests_cannot_set_the_template(refused, fields):
     refused(PATH, {"messages": [USER], **fields})
 
 
-def test_what_clients_send_back_of_an_answer_is_taken(client):
+def test_answers_sent_back_by_clients_are_accepted(client):
     answer = client.post(PATH, json={"messages": [USER]}).json()["choices"][0]["message"]
     back = {**answer, "refusal": None, "annotations": [], "audio": None, "function_call": None, "tool_calls": None}
     assert client.post(PATH, json={"messages": [USER, back, USER]}).status_code == 200
 
 
-def test_the_newer_name_of_the_limit_goes_first(live):
+def test_max_completion_tokens_overrides_max_tokens(live):
     live.client.post(PATH, json={"messages": [USER], "max_tokens": 5, "max_completion_tokens": 2})
     assert live.engine.seen[-1].sampling.max_tokens == 2
     live.client.post(PATH, json={"messages": [USER]})
@@ -168,10 +168,10 @@ def with_template(byte_tokenizer):
         live.__exit__()
 
 
-def test_without_a_template_chats_are_a_400_and_texts_go_on(with_template):
+def test_without_a_template_chats_are_a_400_and_completions_work(with_template):
     live = with_template(None)
-    found = live.client.post(PATH, json={"messages": [USER]})
-    assert found.status_code == 400 and "template" in found.json()["error"]["message"]
+    actual = live.client.post(PATH, json={"messages": [USER]})
+    assert actual.status_code == 400 and "template" in actual.json()["error"]["message"]
     assert live.client.post("/v1/responses", json={"input": "hi"}).status_code == 400
     assert live.client.post("/v1/completions", json={"prompt": "hi"}).status_code == 200
 
@@ -190,13 +190,13 @@ def test_without_a_template_chats_are_a_400_and_texts_go_on(with_template):
 )
 def test_a_template_that_fails_or_loops_is_a_400(with_template, template):
     live = with_template(template)
-    found = live.client.post(PATH, json={"messages": [USER]})
-    assert found.status_code == 400, found.text
-    assert "error" in found.json() and "Traceback" not in found.text and "<class" not in found.text
+    actual = live.client.post(PATH, json={"messages": [USER]})
+    assert actual.status_code == 400, actual.text
+    assert "error" in actual.json() and "Traceback" not in actual.text and "<class" not in actual.text
     assert live.client.post("/v1/completions", json={"prompt": "hi"}).status_code == 200
 
 
-def test_thoughts_come_apart_from_the_answer(with_template):
+def test_reasoning_is_separate_from_the_answer(with_template):
     live = with_template(THINKING, "<think>\nhm, 2\n</think>\n\nIt is 2.")
     message = live.client.post(PATH, json={"messages": [USER]}).json()
     assert message["choices"][0]["message"] == {"role": "assistant", "content": "It is 2.", "reasoning_content": "hm, 2"}
@@ -210,7 +210,7 @@ def test_thoughts_come_apart_from_the_answer(with_template):
     assert items[0]["content"][0]["text"] == "hm, 2" and items[1]["content"][0]["text"] == "It is 2."
 
 
-def test_no_effort_asks_the_template_not_to_think(with_template):
+def test_reasoning_effort_none_disables_thinking(with_template):
     live = with_template(THINKING)
     live.client.post(PATH, json={"messages": [USER], "reasoning_effort": "none", "max_tokens": 1})
     assert live.engine.tokenizer.decode(live.engine.seen[-1].prompt).endswith("<think></think>")
@@ -231,7 +231,7 @@ def hermes(with_template):
     return with_template(HERMES, CALLS)
 
 
-def test_calls_of_tools(hermes):
+def test_tool_calls(hermes):
     choice = hermes.client.post(PATH, json={"messages": [USER], "tools": [WEATHER]}).json()["choices"][0]
     assert choice["finish_reason"] == "tool_calls" and choice["message"]["content"] == "Let me see."
     calls = choice["message"]["tool_calls"]
@@ -257,7 +257,7 @@ def test_one_call_at_a_time(hermes):
     assert len(message["tool_calls"]) == 1
 
 
-def test_tools_that_may_not_be_called_are_not_told_of(hermes):
+def test_tool_choice_none_hides_the_tools(hermes):
     message = hermes.client.post(PATH, json={"messages": [USER], "tools": [WEATHER], "tool_choice": "none"}).json()["choices"][
         0
     ]
@@ -272,7 +272,7 @@ def test_calls_in_responses(hermes):
     assert json.loads(items[1]["arguments"]) == {"city": "Köln"} and items[1]["name"] == "weather" and items[1]["call_id"]
 
 
-def test_the_answer_of_a_tool_goes_back(hermes):
+def test_tool_results_are_sent_back(hermes):
     call = {"id": "call_1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Rom"}'}}
     messages = [
         USER,
@@ -285,19 +285,19 @@ def test_the_answer_of_a_tool_goes_back(hermes):
 
 
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "required"}}])
-def test_calls_that_must_be_made(with_template, choice):
-    """The model would rather say something else. A tool may have the name of a choice."""
+def test_required_calls(with_template, choice):
+    """The model prefers another text. A tool may have the same name as a value of tool_choice."""
     live = with_template(HERMES, "I will not.")
     other = {"type": "function", "function": {"name": "required", "parameters": {"enum": [{}]}}}
     tools = [WEATHER, other] if isinstance(choice, dict) else [other]
     body = {"messages": [USER], "tools": tools, "tool_choice": choice, "parallel_tool_calls": False}
-    found = live.client.post(PATH, json=body)
-    choice = found.json()["choices"][0]
+    actual = live.client.post(PATH, json=body)
+    choice = actual.json()["choices"][0]
     assert [call["function"] for call in choice["message"]["tool_calls"]] == [{"name": "required", "arguments": "{}"}]
     assert choice["message"]["content"] is None and choice["finish_reason"] == "tool_calls"
 
 
-def test_thoughts_before_a_form_are_free(byte_tokenizer):
+def test_reasoning_before_a_grammar_is_unconstrained(byte_tokenizer):
     import copy
 
     tokenizer = copy.deepcopy(byte_tokenizer)
@@ -326,11 +326,11 @@ def test_thoughts_before_a_form_are_free(byte_tokenizer):
         {"tools": [{"type": "web_search"}]},
     ],
 )
-def test_tools_that_are_none(hermes, fields):
+def test_invalid_tools(hermes, fields):
     from support.live_server import assert_error
 
     assert_error(hermes.client.post(PATH, json={"messages": [USER], **fields}), 400)
 
 
-def test_tools_for_a_model_that_knows_none(refused):
+def test_tools_for_a_model_without_tool_support(refused):
     refused(PATH, {"messages": [USER], "tools": [WEATHER]}, 400, "tools")

@@ -1,6 +1,7 @@
-"""Clients that leave a real engine: at each stage, their place and blocks are free a step later, and nobody else notices.
+"""Clients that disconnect from a real engine: at every stage, their slot and blocks are free one step later, and no other
+request is affected.
 
-Steps are let through by the test, so that it knows where a request is when its client leaves.
+The test releases the engine's steps one by one, so it knows the stage of a request when its client disconnects.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from deepseek_optimizer import load_model
-from deepseek_optimizer.bench.exchange import reply_of, request_bytes
+from deepseek_optimizer.bench.http_client import reply_of, request_bytes
 from deepseek_optimizer.server.settings import ServerSettings
 from deepseek_optimizer.serving import make_async_engine
 from support.live_server import LiveServer, wait_for
@@ -22,11 +23,11 @@ from support.live_server import LiveServer, wait_for
 PATH = "/v1/completions"
 COMPANION = {"prompt": "somebody else", "max_tokens": 200, "temperature": 0, "ignore_eos": True, "stream": True}
 LEAVER = {"prompt": "x" * 100, "max_tokens": 100, "temperature": 0, "ignore_eos": True, "stream": True}
-PIECE = 16  # tokens of a step: the leaver's prompt takes several
+PIECE = 16  # tokens per step: the prompt of the disconnecting client takes several
 
 
 class Stepped:
-    """An engine's steps, which run as far as they are let."""
+    """Controls an engine's steps."""
 
     def __init__(self, engine) -> None:
         self._core, self._step = engine.core, engine.core.step
@@ -45,12 +46,12 @@ class Stepped:
             self.taken += 1
 
     def hold(self) -> None:
-        """No step begins from now on."""
+        """Lets no further step start."""
         with self._changed:
             self._allowed = 0
 
     def allow(self, steps: float) -> None:
-        """So many more, and until they are over."""
+        """Allows this many steps, and waits until they have finished."""
         until = self.taken + steps
         with self._changed:
             self._allowed += steps
@@ -60,7 +61,7 @@ class Stepped:
 
 
 class Held(LiveServer):
-    """A server whose engine runs at most two at once, step by step."""
+    """A server whose engine runs at most two requests, step by step."""
 
     def __init__(self, model, settings=None, **options) -> None:
         loaded = load_model(model, precision="fp32", kv_cache_memory=1 << 24, threads=1)
@@ -77,13 +78,13 @@ class Held(LiveServer):
         super().__exit__()
 
     def request(self, prompt: str):
-        """The engine's own of this prompt; None where there is none."""
+        """The engine's request with this prompt, or None."""
         decode = self.engine.tokenizer.decode
-        found = [r for r in list(self.engine.core._requests.values()) if decode(r.request.prompt) == prompt]
-        return found[0] if found else None
+        result = [r for r in list(self.engine.core._requests.values()) if decode(r.request.prompt) == prompt]
+        return result[0] if result else None
 
     def let_in(self, prompt: str):
-        """`request`, once it is there: the engine takes it in between two steps, or while it is idle."""
+        """Waits for `request`: the engine admits it between two steps, or while it is idle."""
         decode, answers = self.engine.tokenizer.decode, self.engine._answers
         wait_for(lambda: any(decode(answer.request.prompt) == prompt for answer in list(answers.values())))
         self.steps.allow(1)
@@ -93,25 +94,25 @@ class Held(LiveServer):
 
 @pytest.fixture(scope="module")
 def server(tiny_model) -> Iterator[Held]:
-    with Held(tiny_model, batch_size_range=(2, 2)) as live:  # by measured times it could be one on a busy machine
+    with Held(tiny_model, batch_size_range=(2, 2)) as live:  # otherwise one on a busy machine
         yield live
 
 
 @pytest.fixture(scope="module")
 def alone(server) -> str:
-    """The companion's text with nobody beside it."""
+    """The other client's text when it is alone."""
     return whole(server.raw(request_bytes(PATH, COMPANION)))
 
 
 def whole(answer: bytes) -> str:
-    """A stream's text; it must have come to its end."""
+    """The text of a complete stream."""
     reply = reply_of([(0.0, answer)])
     assert reply.done
     return reply.text
 
 
 class Client:
-    """A connection with a request on it."""
+    """A connection with one request."""
 
     def __init__(self, live: LiveServer, body: dict) -> None:
         self.sock = live.connect(30)
@@ -125,7 +126,7 @@ class Client:
         return b"".join(pieces)
 
     def leave(self) -> None:
-        """With a reset, as a process that was killed."""
+        """Closes the connection with a reset, like a killed process."""
         self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\x00\x00\x00\x00\x00\x00\x00")
         self.sock.close()
 
@@ -137,12 +138,12 @@ def blocks_in_use(live: LiveServer) -> int:
 
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize("stage", ["queued", "prefill", "streaming"])
-def test_who_leaves_is_gone_a_step_later(server, alone, stage, stream):
+def test_disconnected_clients_are_removed_a_step_later(server, alone, stage, stream):
     server.steps.hold()
     companion = Client(server, COMPANION)
     server.let_in(COMPANION["prompt"])
     others = []
-    if stage == "queued":  # two run; the leaver is the third
+    if stage == "queued":  # two are running; the disconnecting client is the third
         others = [Client(server, {**COMPANION, "prompt": "a second"})]
         server.let_in("a second")
         server.steps.allow(4)
@@ -153,8 +154,8 @@ def test_who_leaves_is_gone_a_step_later(server, alone, stage, stream):
     assert where == stage and (stage != "prefill" or 0 < running.sequence.cached < 100)
     before = len(server.cancelled)
     leaver.leave()
-    wait_for(lambda: len(server.cancelled) > before)  # the engine has been told
-    server.steps.allow(2)  # one may have begun already
+    wait_for(lambda: len(server.cancelled) > before)  # the engine got the cancellation
+    server.steps.allow(2)  # one may have started already
     assert server.request(LEAVER["prompt"]) is None and running not in server.engine.core.scheduler.running
     assert not running.sequence.blocks.blocks
     wait_for(lambda: server.engine.admitted == 1 + len(others))
@@ -166,7 +167,7 @@ def test_who_leaves_is_gone_a_step_later(server, alone, stage, stream):
     assert blocks_in_use(server) == 0
 
 
-def test_who_leaves_when_all_is_written_leaves_nothing(server, alone):
+def test_clients_that_disconnect_at_the_end_leave_nothing(server, alone):
     client = Client(server, {**LEAVER, "max_tokens": 2})
     data = b""
     while b"[DONE]" not in data:
@@ -179,7 +180,7 @@ def test_who_leaves_when_all_is_written_leaves_nothing(server, alone):
 
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize("begun", [True, False])
-def test_a_deadline_ends_it_with_the_next_step(tiny_model, stream, begun):
+def test_a_deadline_ends_a_request_at_the_next_step(tiny_model, stream, begun):
     with Held(tiny_model, ServerSettings(request_seconds=1.0)) as live:
         live.steps.hold()
         client = Client(live, {**LEAVER, "stream": stream})

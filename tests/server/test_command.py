@@ -1,4 +1,4 @@
-"""`dso serve`: what is wrong is reported before a model is loaded. The calls of README and docs: tests/docs."""
+"""`dso serve`: errors are reported before a model is loaded. The commands of README and docs are tested in tests/docs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from deepseek_optimizer_cli.app import app
 
 @pytest.fixture
 def serve(tmp_path):
-    """serve(*options) -> typer's result; the model is not there, so whatever loads one says so."""
+    """serve(*options) -> typer's result; the model does not exist, so an attempt to load it is an error."""
 
     def invoke(*options):
         return CliRunner().invoke(app, ["serve", str(tmp_path / "no-model"), *map(str, options)])
@@ -29,7 +29,7 @@ def error_of(result) -> str:
     return result.stderr
 
 
-def test_without_the_extra_it_says_what_to_install(serve, monkeypatch):
+def test_a_missing_extra_names_the_package(serve, monkeypatch):
     real = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in ("fastapi", "uvicorn") else real(name))
     message = error_of(serve())
@@ -54,16 +54,16 @@ def test_wrong_options(serve, tmp_path):
     assert "no-model" in error_of(serve("--port", 0))
 
 
-def test_a_port_that_is_taken_is_told_before_a_model_is_loaded(serve):
+def test_a_used_port_is_reported_before_loading(serve):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         assert "cannot listen at 127.0.0.1:" in error_of(serve("--port", taken.getsockname()[1]))
 
 
-def test_more_cache_than_is_free_is_told_before_a_model_is_loaded(serve):
+def test_too_large_a_cache_is_reported_before_loading(serve):
     assert "the KV cache: 1000000.00 GB needed" in error_of(serve("--kv-cache-memory", 10**15, "--port", 0))
 
 
-def test_keys_that_others_can_read_are_warned_of(serve, tmp_path):
+def test_readable_key_files_give_a_warning(serve, tmp_path):
     (tmp_path / "keys").write_text("alpha\n")
     (tmp_path / "keys").chmod(0o644)
     result = serve("--api-key-file", tmp_path / "keys", "--port", 0)
@@ -72,7 +72,7 @@ def test_keys_that_others_can_read_are_warned_of(serve, tmp_path):
 
 @pytest.fixture(scope="module")
 def served(tiny_model):
-    """The command itself, with the tiny model."""
+    """The real command, with the tiny model."""
     command = [sys.executable, "-m", "deepseek_optimizer", "serve", str(tiny_model), "--port", "0"]
     command += ["--served-model-name", "r1-int4"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)

@@ -1,4 +1,4 @@
-"""One key may slow itself only: what another one asks is answered while the first one's work is still in the queues."""
+"""A key can slow down only itself: requests of another key are answered while the first key's work is still queued."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ A, B = ({"Authorization": f"Bearer {key}"} for key in ("key-a", "key-b"))
 
 
 class Held:
-    """Holds work of key a: once it has begun, until it is let go."""
+    """Blocks work of key a once it has started, until it is released."""
 
     def __init__(self):
         self.begun, self.go = 0, threading.Event()
@@ -45,7 +45,7 @@ def held():
 
 @pytest.fixture
 def server(byte_tokenizer, held):
-    """Of two keys; texts that have "hold" in them are tokenised when `held` lets them."""
+    """A server with two keys; texts that contain "hold" are tokenised when `held` releases them."""
 
     class Slow(type(byte_tokenizer)):
         def __call__(self, text, *args, **kwargs):
@@ -62,7 +62,7 @@ def server(byte_tokenizer, held):
 
 @pytest.fixture
 def attack(server, held):
-    """attack(path, **sent): key a sends it eight times at once; the answers come when `held` lets them."""
+    """attack(path, **sent): key a sends the request eight times at once; answers arrive when `held` releases them."""
     with ThreadPoolExecutor(8) as pool:
 
         def begin(path, **sent):
@@ -85,12 +85,12 @@ def test_large_prompts(server, held, attack):
     assert server.client.post(TEXTS, headers=B, json={"prompt": "x"}).status_code == 200
     assert held.begun == 1 and not any(answer.done() for answer in answers)
     held.go.set()
-    assert {answer.result().status_code for answer in answers} == {400}  # more than the context, as it turns out
+    assert {answer.result().status_code for answer in answers} == {400}  # longer than the context
     assert held.begun == 8
 
 
-def test_small_prompts_in_numbers(server, held):
-    """Of its own size class the other key waits for one text at most."""
+def test_many_small_prompts(server, held):
+    """Within a size class, the other key waits for at most one text."""
     order = []
 
     def send(key, name, text):
@@ -124,8 +124,8 @@ def test_large_schemas(server, held, attack, monkeypatch):
 
     monkeypatch.setattr(grammars, "compile", slow)
     answers = attack(CHATS, json=body({"enum": ["hold"]}))
-    found = server.client.post(CHATS, headers=B, json=body(SCHEMA))
-    assert found.status_code == 200 and found.json()["choices"][0]["message"]["content"] == '{"n": 7}', found.text
+    actual = server.client.post(CHATS, headers=B, json=body(SCHEMA))
+    assert actual.status_code == 200 and actual.json()["choices"][0]["message"]["content"] == '{"n": 7}', actual.text
     assert held.begun == 1 and not any(answer.done() for answer in answers)
     held.go.set()
     assert {answer.result().status_code for answer in answers} == {200}
@@ -142,15 +142,15 @@ def test_documents(server, held, attack, monkeypatch):
 
     monkeypatch.setattr(reader, "_read", slow)
     answers = attack("/v1/files", files={"file": ("hold.txt", b"one")}, data={"purpose": "user_data"})
-    found = server.client.post("/v1/files", headers=B, files={"file": ("b.txt", b"two")}, data={"purpose": "user_data"})
-    assert found.status_code == 200, found.text
+    actual = server.client.post("/v1/files", headers=B, files={"file": ("b.txt", b"two")}, data={"purpose": "user_data"})
+    assert actual.status_code == 200, actual.text
     assert server.client.post(CHATS, headers=B, json=body()).status_code == 200
     assert held.begun == 1 and not any(answer.done() for answer in answers)
     held.go.set()
     assert {answer.result().status_code for answer in answers} == {200}
 
 
-def test_what_clients_that_left_were_waiting_for_is_never_begun(server, held):
+def test_queued_work_of_disconnected_clients_never_starts(server, held):
     text = b'{"prompt": "hold"}'
     lines = [f"POST {TEXTS} HTTP/1.1", f"Host: 127.0.0.1:{server.port}", "Authorization: Bearer key-a",
              "Content-Type: application/json", f"Content-Length: {len(text)}", "", ""]  # fmt: skip
@@ -171,11 +171,11 @@ def test_what_clients_that_left_were_waiting_for_is_never_begun(server, held):
     assert held.begun == 1
 
 
-def test_a_prompt_that_cannot_fit_is_refused_before_it_is_tokenised(server, held):
-    most = server.app.state.server.prompt_size.max_bytes
-    assert most == server.engine.context * len("<|assistant|>")
-    text = "hold" + " " * most + "hold"
-    found = [
+def test_impossible_prompts_are_rejected_before_tokenising(server, held):
+    max_bytes = server.app.state.server.prompt_size.max_bytes
+    assert max_bytes == server.engine.context * len("<|assistant|>")
+    text = "hold" + " " * max_bytes + "hold"
+    actual = [
         server.client.post(TEXTS, headers=A, json={"prompt": text}),
         server.client.post("/v1/embeddings", headers=A, json={"input": ["x", text]}),
         server.client.post(CHATS, headers=A, json={"messages": [{"role": "user", "content": text}]}),
@@ -183,7 +183,7 @@ def test_a_prompt_that_cannot_fit_is_refused_before_it_is_tokenised(server, held
         server.client.post(CHATS, headers=A, json={"messages": [
             {"role": "assistant", "content": text}, {"role": "user", "content": "x"}]}),
     ]  # fmt: skip
-    for answer, param in zip(found, ("prompt", "input", "messages", "messages", "messages"), strict=True):
+    for answer, param in zip(actual, ("prompt", "input", "messages", "messages", "messages"), strict=True):
         assert_error(answer, 400, param)
         assert "context" in answer.text
     assert held.begun == 0
@@ -196,8 +196,8 @@ def test_queues_are_in_the_metrics(server):
     assert 'dso:queue_waiting{model_name="fake-model",queue="grammars"} 0.0' in text
 
 
-def test_a_header_is_no_address(live):
-    """Without keys turns go by the connection's address, whatever a client says of it."""
+def test_addresses_in_headers_are_ignored(live):
+    """Without keys, clients are distinguished by the address of the connection, whatever the headers contain."""
     for forged in ({}, {"X-Forwarded-For": "1.2.3.4"}, {"Forwarded": "for=1.2.3.4"}, {"X-Real-IP": "1.2.3.4"}):
         assert live.client.post(TEXTS, json={"prompt": "x", "max_tokens": 1}, headers=forged).status_code == 200
         assert live.engine.seen[-1].client == "peer 127.0.0.1"
@@ -206,13 +206,13 @@ def test_a_header_is_no_address(live):
 def test_bytes_of_tokens(byte_tokenizer):
     from tokenizers import normalizers, pre_tokenizers
 
-    found = bytes_of_token(byte_tokenizer)
-    assert found == (len("<|assistant|>"), b"")
+    actual = bytes_of_token(byte_tokenizer)
+    assert actual == (len("<|assistant|>"), b"")
     size = PromptSize(byte_tokenizer, 10)
     size.check(["x" * 65, "é" * 32], "prompt")
     with pytest.raises(ValueError, match="131 bytes are at least 11 tokens"):
         size.check(["x" * 66, "é" * 32, "x"], "prompt")
-    size._bytes = found._replace(lost=b"\x01\xc3")
+    size._bytes = actual._replace(lost=b"\x01\xc3")
     size.check(["\x01x" * 130], "prompt")
     size.check(["é\x01" * 130], "prompt")
     PromptSize(byte_tokenizer, None).check(["x" * 10**6], "prompt")
@@ -228,14 +228,14 @@ def test_bytes_of_tokens(byte_tokenizer):
         assert bytes_of_token(other) is None, change
     other = copy.deepcopy(byte_tokenizer)
     other.backend_tokenizer.normalizer = normalizers.NFKC()
-    assert bytes_of_token(other).max_bytes == 4 * found.max_bytes  # what it makes of a text may be shorter
+    assert bytes_of_token(other).max_bytes == 4 * actual.max_bytes  # the normalised text may be shorter
     other = copy.deepcopy(byte_tokenizer)
     token = type(next(iter(other.added_tokens_decoder.values())))("<x>", lstrip=True)
     other.add_special_tokens({"additional_special_tokens": [token]})
     assert bytes_of_token(other) is None
 
 
-KINDS = ["template", "document", pytest.param("grammar", marks=pytest.mark.slow)]  # it imports torch each time
+KINDS = ["template", "document", pytest.param("grammar", marks=pytest.mark.slow)]  # imports torch each time
 
 
 def processes(live, kind):
@@ -246,7 +246,7 @@ def processes(live, kind):
 
 
 def ask(live, kind, n=0) -> httpx.Response:
-    """Something that only a worker of this kind can answer."""
+    """Sends a request that needs a worker of this kind."""
     if kind == "document":
         return live.client.post("/v1/files", files={"file": ("a.txt", b"text")}, data={"purpose": "user_data"})
     form = {"enum": [n]} if kind == "grammar" else None
@@ -260,8 +260,8 @@ def right(answer, kind, n=0) -> bool:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_worker_that_is_killed_with_a_request_in_it(byte_tokenizer, kind):
-    """It is answered by the next one; and where that is killed too, it is the server's fault."""
+def test_a_worker_killed_during_a_request(byte_tokenizer, kind):
+    """The next worker answers it; if that is killed too, the error is the server's."""
     with LiveServer(FakeEngine(byte_tokenizer)) as live, ThreadPoolExecutor(1) as pool:
         assert right(ask(live, kind), kind)
         [first] = processes(live, kind)

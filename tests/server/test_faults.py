@@ -1,4 +1,4 @@
-"""Faults below the server, in a real engine: whose request it hits is told so, and everybody else goes on as if nothing was."""
+"""Faults below the server, in a real engine: the affected request gets an error, and all others continue."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from support.live_server import LiveServer, assert_error, wait_for
 from support.saved_llama import saved_llama
 
 PATH = "/v1/completions"
-POISON = 7  # a token whose embedding is no number
-CACHE = 1 << 18  # bytes: about ten blocks, which go from one request to the next
+POISON = 7  # a token whose embedding is NaN
+CACHE = 1 << 18  # bytes: about ten blocks, which successive requests reuse
 BODY = {"prompt": [65] * 40, "max_tokens": 30, "temperature": 0, "ignore_eos": True}
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory, byte_tokenizer):
-    """A Llama whose head is its own, so that one embedding can be spoilt and no other token notices."""
+    """A Llama with an untied head, so that damage to one embedding affects no other token."""
     return saved_llama(tmp_path_factory.mktemp("untied"), byte_tokenizer, tie_word_embeddings=False)
 
 
@@ -57,35 +57,35 @@ def company() -> list[dict]:
 
 
 def text_of(live: LiveServer, body: dict) -> str:
-    found = live.client.post(PATH, json=body)
-    assert found.status_code == 200, found.text
-    return found.json()["choices"][0]["text"]
+    result = live.client.post(PATH, json=body)
+    assert result.status_code == 200, result.text
+    return result.json()["choices"][0]["text"]
 
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("place", [0, 20, 99])
-def test_a_nan_is_its_own_requests_error(server, stream, place):
-    """Through the model itself: keys and values of everything behind the token are no numbers either."""
+def test_nan_logits_fail_only_their_request(server, stream, place):
+    """Through the model: keys and values of all tokens after it are NaN too."""
     prompt = [66] * 100
     prompt[place] = POISON
     body = {**BODY, "prompt": prompt, "stream": stream}
     alone = [text_of(server, other) for other in company()]
     with ThreadPoolExecutor(8) as pool:
         others = [pool.submit(text_of, server, other) for other in company() * 3]
-        spoilt = [pool.submit(server.client.post, PATH, json=body) for _ in range(4)]
-        for answer in spoilt:
+        damaged = [pool.submit(server.client.post, PATH, json=body) for _ in range(4)]
+        for answer in damaged:
             assert_error(answer.result(), 500)
         assert [other.result() for other in others] == alone * 3
     core = server.engine.core
     assert core.metrics.finished["error"] == 4
-    assert core.prefix is not None and core.prefix.known(keys(prompt, "", 3)) == 0  # nobody will find its blocks
+    assert core.prefix is not None and core.prefix.known(keys(prompt, "", 3)) == 0  # its blocks are not in the prefix cache
 
 
-def test_a_nan_in_the_midst_of_an_answer_ends_it_with_an_error(server, monkeypatch):
-    """What has come is the text; behind it comes the error, and no finish reason."""
+def test_nan_logits_during_an_answer_end_it_with_an_error(server, monkeypatch):
+    """The text so far is followed by the error, without a finish reason."""
     step = server.engine.core.step
 
-    def slow_step():  # so that the client has the first token before there is an error
+    def slow_step():  # so that the client gets the first token before the error
         time.sleep(0.05)
         return step()
 
@@ -98,7 +98,7 @@ def test_a_nan_in_the_midst_of_an_answer_ends_it_with_an_error(server, monkeypat
     assert all(json.loads(event[6:])["choices"][0]["finish_reason"] is None for event in events[:-3])
 
 
-def test_a_step_without_memory_ends_its_requests_alone(server, monkeypatch):
+def test_a_step_without_memory_fails_only_its_requests(server, monkeypatch):
     runner, failing = server.engine.core.runner, threading.Event()
     real = runner.step
 
@@ -110,19 +110,19 @@ def test_a_step_without_memory_ends_its_requests_alone(server, monkeypatch):
 
     monkeypatch.setattr(runner, "step", step)
     failing.set()
-    found = server.client.post(PATH, json=BODY)
-    assert found.status_code >= 500
-    assert_error(found, found.status_code)
+    actual = server.client.post(PATH, json=BODY)
+    assert actual.status_code >= 500
+    assert_error(actual, actual.status_code)
     assert text_of(server, BODY)
 
 
-def test_when_the_engines_thread_dies(server, monkeypatch):
-    """Everybody in it gets a 5xx, and the server says that it is not well."""
+def test_the_engines_thread_dies(server, monkeypatch):
+    """All its requests get a 5xx, and the server reports that it is unhealthy."""
     runner, dying, steps = server.engine.core.runner, threading.Event(), itertools.count()
     real = runner.step
 
     def step(parts, rows, **options):
-        if next(steps) > 10:  # some have begun by then
+        if next(steps) > 10:  # some have started by then
             dying.wait(20)
             raise ZeroDivisionError("a bug at /secret/path")
         return real(parts, rows, **options)
@@ -134,19 +134,19 @@ def test_when_the_engines_thread_dies(server, monkeypatch):
         wait_for(lambda: server.engine.admitted == 8)
         dying.set()
         for body, answer in zip(bodies, answers, strict=True):
-            found = answer.result()
-            if body["stream"] and found.status_code == 200:
-                assert '"error"' in found.text.split("\n\n")[-3]
+            actual = answer.result()
+            if body["stream"] and actual.status_code == 200:
+                assert '"error"' in actual.text.split("\n\n")[-3]
             else:
-                assert_error(found, 503)
-            assert "secret" not in found.text
+                assert_error(actual, 503)
+            assert "secret" not in actual.text
     for path, status in (("/health", 503), ("/ready", 503), ("/v1/models", 200)):
         assert server.client.get(path).status_code == status
     assert_error(server.client.post(PATH, json=BODY), 503)
 
 
-def test_a_machine_without_the_memory_is_an_error_and_no_hang(tmp_path, byte_tokenizer):
-    """`dso serve` on a model of more weights than it may have memory: one line, and no server."""
+def test_missing_memory_is_an_error_and_not_a_hang(tmp_path, byte_tokenizer):
+    """`dso serve` with a model larger than its memory limit: one line of error, and no server."""
     config = LlamaConfig(
         hidden_size=1024, intermediate_size=4096, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=8,
         vocab_size=len(byte_tokenizer), max_position_embeddings=256,

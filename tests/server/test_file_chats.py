@@ -1,4 +1,4 @@
-"""Chats and responses about documents: the whole text where it fits, else by longdoc's strategies; answers with citations."""
+"""Chats and responses about documents: the whole text if it fits, otherwise longdoc's strategies; answers with citations."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CONTEXT = 4096
 
 
 def say(request) -> str:
-    """Answers from what the prompt has, part by part, as a model would."""
+    """Answers from the content of the prompt, as a model would."""
     text = SAY.tokenizer.decode(request.prompt)
     if "green key in the old lighthouse" in text or "key is in" in text.rpartition("Question:")[0]:
         return ANSWER
@@ -75,7 +75,7 @@ def ask(live, *files: dict, **fields):
 
 
 def long_text(seed: int = 0, sentences: int = 400) -> str:
-    """Several times the context; the fact stands in its midst."""
+    """A text of several times the context with the fact in the middle."""
     text = prose(sentences, seed)
     half = text.index("\n\n", len(text) // 2)
     return f"{text[:half]}\n\n{FACT}{text[half:]}"
@@ -97,26 +97,26 @@ def prompts(live) -> list[str]:
 
 
 @pytest.mark.parametrize("how", ["id", "data", "bare"])
-def test_a_text_that_fits_stands_before_the_question(live, how):
+def test_a_short_document_precedes_the_question(live, how):
     text = f"# Notes\n\nNothing else.\n\n{FACT}\n"
     file = (
         by_id(upload(live, text))
         if how == "id"
         else inline(text.encode(), "book.txt", "" if how == "bare" else "data:text/plain;base64,")
     )
-    found = ask(live, file).json()
+    actual = ask(live, file).json()
     [prompt] = prompts(live)
     assert prompt == f"<|user|>File: book.txt\n{text}\n\n{QUESTION}<|end|><|assistant|>"
-    message = found["choices"][0]["message"]
+    message = actual["choices"][0]["message"]
     assert message["content"] == ANSWER and message["document"]["strategy"] == "whole"
     [citation] = message["annotations"]
     assert citation["type"] == "file_citation" and citation["filename"] == "book.txt" and citation["index"] == 0
     assert citation["file_id"] == (file["file"]["file_id"] if how == "id" else None)
     assert citation["text"] == text[citation["start"] : citation["end"]] == FACT and citation["line"] == 5
-    assert found["usage"]["prompt_tokens"] == len(live.engine.seen[0].prompt)
+    assert actual["usage"]["prompt_tokens"] == len(live.engine.seen[0].prompt)
 
 
-def test_several_files_once_each_and_pages_of_a_pdf(live):
+def test_several_files_are_included_once(live):
     one, two = upload(live, "Of no use."), upload(live, pdf(["First", FACT]), "map.pdf")
     first = {"role": "user", "content": [by_id(one), {"type": "text", "text": "Hello"}]}
     second = {"role": "user", "content": [{"type": "text", "text": QUESTION}, by_id(two), by_id(one)]}
@@ -132,26 +132,26 @@ def test_a_long_text_is_answered_from_passages(live):
     text = long_text()
     id = upload(live, text)
     for _ in range(2):  # prepared once
-        found = ask(live, by_id(id)).json()
-        message = found["choices"][0]["message"]
+        actual = ask(live, by_id(id)).json()
+        message = actual["choices"][0]["message"]
         assert message["content"] == ANSWER and message["document"]["strategy"] == "retrieve"
         assert FACT in [text[one["start"] : one["end"]] for one in message["annotations"]]
         assert all(one["text"] == text[one["start"] : one["end"]] and one["file_id"] == id for one in message["annotations"])
     assert len(live.engine.seen) == 2 and len(live.engine.seen[0].prompt) < CONTEXT
-    assert message["document"]["context_tokens"] == found["usage"]["total_tokens"]
-    assert found["usage"]["prompt_tokens"] == len(live.engine.seen[1].prompt)
+    assert message["document"]["context_tokens"] == actual["usage"]["total_tokens"]
+    assert actual["usage"]["prompt_tokens"] == len(live.engine.seen[1].prompt)
     documents = live.app.state.server.documents
     assert any(material.document.files[0].text == text for material, _ in documents._kept.values())
     live.client.delete(f"/v1/files/{id}")
     assert not any(material.document.files[0].text == text for material, _ in documents._kept.values())
-    ask(live, inline(text.encode(), "book.txt"))  # what came with a request is let go of when nobody asks any more
+    ask(live, inline(text.encode(), "book.txt"))  # an inline file is freed when its request is finished
     live.call(lambda: documents.sweep(3600))
     assert len(documents._kept) > 0
     live.call(lambda: documents.sweep(0))
     assert len(documents._kept) == 0
 
 
-def test_a_question_about_all_of_it_asks_every_part_and_streams_the_answer(live):
+def test_a_question_about_everything_queries_every_chunk(live):
     text = long_text(1)
     chunks = stream(live, about(by_id(upload(live, text)), question="Summarize the document: where is the green key?",
                                 stream_options={"include_usage": True}))  # fmt: skip
@@ -173,7 +173,7 @@ def test_a_question_about_all_of_it_asks_every_part_and_streams_the_answer(live)
     } | {"annotations": whole["choices"][0]["message"]["annotations"]}
 
 
-def test_what_was_said_before_goes_with_the_question(live):
+def test_the_history_accompanies_the_question(live):
     body = about(by_id(upload(live, long_text(2))))
     body["messages"] = [
         {"role": "system", "content": "Speak like a sailor."},
@@ -203,26 +203,26 @@ def test_control_tokens_in_a_document_are_text(live):
 @pytest.mark.parametrize(
     "field,value", [("n", 2), ("tools", [WEATHER]), ("logprobs", True), ("response_format", {"type": "json_object"})]
 )  # fmt: skip
-def test_what_a_long_text_does_not_go_with(live, field, value):
+def test_options_that_long_documents_reject(live, field, value):
     assert_error(ask(live, by_id(upload(live, long_text(3))), **{field: value}), 400, field)
     assert live.engine.seen == []
 
 
-def test_what_a_short_text_goes_with(live):
-    found = ask(live, by_id(upload(live, FACT)), n=2, logprobs=True, seed=1).json()
-    assert [choice["message"]["annotations"][0]["text"] for choice in found["choices"]] == [FACT, FACT]
-    assert found["choices"][0]["logprobs"]["content"]
-    found = ask(live, by_id(upload(live, FACT)), response_format={"type": "json_object"}).json()
-    assert found["choices"][0]["message"]["content"].startswith("{")
+def test_options_that_short_documents_accept(live):
+    actual = ask(live, by_id(upload(live, FACT)), n=2, logprobs=True, seed=1).json()
+    assert [choice["message"]["annotations"][0]["text"] for choice in actual["choices"]] == [FACT, FACT]
+    assert actual["choices"][0]["logprobs"]["content"]
+    actual = ask(live, by_id(upload(live, FACT)), response_format={"type": "json_object"}).json()
+    assert actual["choices"][0]["message"]["content"].startswith("{")
 
 
-def test_tools_and_thoughts_beside_documents(byte_tokenizer):
+def test_tools_and_reasoning_with_documents(byte_tokenizer):
     tokenizer = copy.deepcopy(byte_tokenizer)
     tokenizer.chat_template = HERMES
     call = '<tool_call>{"name": "weather", "arguments": {"city": "Rom"}}</tool_call>'
     with LiveServer(FakeEngine(tokenizer, lambda request: call)) as live:
-        found = ask(live, by_id(upload(live, FACT)), tools=[WEATHER]).json()
-        assert found["choices"][0]["finish_reason"] == "tool_calls"
+        actual = ask(live, by_id(upload(live, FACT)), tools=[WEATHER]).json()
+        assert actual["choices"][0]["finish_reason"] == "tool_calls"
     tokenizer.chat_template = THINKING
     with LiveServer(FakeEngine(tokenizer, lambda request: f"<think>\nThe master has it.\n</think>\n\n{ANSWER}")) as live:
         for text in (FACT, long_text(4)):
@@ -248,12 +248,12 @@ BAD = [
 
 
 @pytest.mark.parametrize("part,param", BAD)
-def test_parts_that_are_no_file(live, part, param):
+def test_invalid_file_parts(live, part, param):
     assert_error(ask(live, part), 400, param)
     assert live.engine.seen == []
 
 
-def test_files_that_are_not_there_and_questions_that_are_not(live):
+def test_missing_files_and_missing_questions(live):
     assert_error(ask(live, by_id("file-nothing")), 404, "file_id")
     assert_error(ask(live, by_id("../../etc/passwd")), 404, "file_id")
     assert_error(ask(live, by_id(upload(live, FACT)), question=" \n"), 400, "messages")
@@ -266,7 +266,7 @@ def test_files_that_are_not_there_and_questions_that_are_not(live):
     assert_error(live.client.post("/tokenize", json=body), 400)
 
 
-def test_deleted_while_it_is_read(live):
+def test_a_file_deleted_while_it_is_used(live):
     live.engine.step_seconds = 0.01
     try:
         id = upload(live, long_text(6))
@@ -282,25 +282,25 @@ def test_deleted_while_it_is_read(live):
         live.engine.step_seconds = 0.0
 
 
-def test_few_prompts_at_once_in_one_place_of_the_queue(live):
-    """While a long document is read, it has one place and a few prompts in the engine; others are answered between."""
+def test_prompts_of_a_document_share_one_slot(live):
+    """A long document occupies one slot and a few prompts of the engine; other requests are answered meanwhile."""
     live.engine.step_seconds = 0.02
-    id, most = upload(live, long_text(7)), 0
+    id, max_running = upload(live, long_text(7)), 0
     with live.client.stream(
         "POST", "/v1/chat/completions", json=about(by_id(id), question="Summarize it all", stream=True)
     ) as reply:
         for _ in range(20):
-            most = max(most, live.engine.running)
+            max_running = max(max_running, live.engine.running)
             assert live.engine.admitted <= 1
             time.sleep(0.01)
         other = live.client.post("/v1/completions", json={"prompt": "x", "max_tokens": 2})
         assert other.status_code == 200
         live.engine.step_seconds = 0.0
         events(reply)
-    assert 1 < most <= 4
+    assert 1 < max_running <= 4
 
 
-def test_a_client_that_leaves_ends_all_of_it(live):
+def test_a_disconnect_ends_all_prompts(live):
     live.engine.step_seconds = 0.02
     body = json.dumps(about(by_id(upload(live, long_text(8))), question="Summarize it all", stream=True)).encode()
     head = (
@@ -311,17 +311,17 @@ def test_a_client_that_leaves_ends_all_of_it(live):
         wait_for(lambda: live.engine.running > 1)
     wait_for(lambda: live.engine.running == 0 and live.engine.admitted == 0)
     live.engine.step_seconds = 0.0
-    asked = len(live.engine.seen)
+    requested = len(live.engine.seen)
     time.sleep(0.2)
-    assert len(live.engine.seen) == asked
+    assert len(live.engine.seen) == requested
 
 
-def test_a_part_that_fails_or_is_late_is_told(byte_tokenizer):
+def test_failed_and_late_prompts_are_reported(byte_tokenizer):
     SAY.tokenizer = byte_tokenizer
     engine = FakeEngine(byte_tokenizer, say, context=CONTEXT)
     with LiveServer(engine, ServerSettings(request_seconds=4)) as live:
         id = upload(live, long_text(9))
-        assert ask(live, by_id(id)).status_code == 200  # the template's process has started
+        assert ask(live, by_id(id)).status_code == 200  # starts the template's process
         engine.frozen = True
         assert_error(ask(live, by_id(id)), 504)
         engine.frozen = False
@@ -329,7 +329,7 @@ def test_a_part_that_fails_or_is_late_is_told(byte_tokenizer):
         assert engine.running == 0
 
 
-def test_what_one_part_alone_says_is_held_to_the_request_s_limits(live):
+def test_single_chunk_answers_respect_the_limits(live):
     id = upload(live, long_text(12))
     for fields, text, finish in [
         ({"max_tokens": 9}, ANSWER[:9], "length"),
@@ -340,7 +340,7 @@ def test_what_one_part_alone_says_is_held_to_the_request_s_limits(live):
         assert choice["message"]["document"]["strategy"] == "map_reduce"
 
 
-def test_each_prompt_has_what_the_request_has(byte_tokenizer):
+def test_prompts_inherit_the_requests_parameters(byte_tokenizer):
     SAY.tokenizer = byte_tokenizer
     engine = FakeEngine(byte_tokenizer, say, context=CONTEXT)
     with LiveServer(engine, ServerSettings(keys=ApiKeys(["sesame"]))) as live:
@@ -367,9 +367,9 @@ def test_responses_with_files(live):
     id, text = upload(live, long_text(10)), long_text(10)
     parts = [{"type": "input_file", "file_id": id}, {"type": "input_text", "text": QUESTION}]
     client = openai.OpenAI(base_url=f"{live.url}/v1", api_key="none", max_retries=0)
-    found = client.responses.create(model="fake-model", input=[{"role": "user", "content": parts}])
-    assert found.output_text == ANSWER
-    citations = found.output[0].content[0].annotations
+    actual = client.responses.create(model="fake-model", input=[{"role": "user", "content": parts}])
+    assert actual.output_text == ANSWER
+    citations = actual.output[0].content[0].annotations
     assert [one.type for one in citations] == ["file_citation"] * len(citations) and citations[0].file_id == id
     assert FACT in [text[one.start : one.end] for one in citations]
     kinds = []
@@ -379,30 +379,30 @@ def test_responses_with_files(live):
     assert event.response.output[0].content[0].annotations[0].filename == "book.txt"
     data = "data:text/plain;base64," + base64.b64encode(FACT.encode()).decode()
     parts[0] = {"type": "input_file", "file_data": data, "filename": "in.txt"}
-    found = client.responses.create(model="fake-model", input=[{"role": "user", "content": parts}])
-    assert found.output[0].content[0].annotations[0].text == FACT
+    actual = client.responses.create(model="fake-model", input=[{"role": "user", "content": parts}])
+    assert actual.output[0].content[0].annotations[0].text == FACT
     for part in ({"type": "input_file"}, {"type": "input_file", "file_url": "https://e.org/a.pdf"}):
         assert_error(live.client.post("/v1/responses", json={"input": [{"role": "user", "content": [part]}]}), 400)
 
 
-def test_openais_own_client_in_a_chat(live):
+def test_openai_client_in_a_chat(live):
     client = openai.OpenAI(base_url=f"{live.url}/v1", api_key="none", max_retries=0)
     file = client.files.create(file=("map.txt", FACT.encode()), purpose="user_data")
-    found = client.chat.completions.create(model="fake-model", messages=about(by_id(file.id))["messages"])
-    assert found.choices[0].message.content == ANSWER
-    assert found.choices[0].message.annotations[0].filename == "map.txt"
-    # and what a client sends back of it is taken
+    actual = client.chat.completions.create(model="fake-model", messages=about(by_id(file.id))["messages"])
+    assert actual.choices[0].message.content == ANSWER
+    assert actual.choices[0].message.annotations[0].filename == "map.txt"
+    # a client may send the answer back
     again = [
         *about(by_id(file.id))["messages"],
-        found.choices[0].message.model_dump(exclude_none=True),
+        actual.choices[0].message.model_dump(exclude_none=True),
         {"role": "user", "content": "Sure?"},
     ]
     again[1].pop("document")
     assert client.chat.completions.create(model="fake-model", messages=again).choices[0].message.content == ANSWER
 
 
-def test_many_at_once_leave_nothing_behind(live):
-    """Uploads, questions, deletions and early leavers from many threads: no 5xx but 503, and memory is what it was."""
+def test_concurrent_requests_leave_nothing_behind(live):
+    """Uploads, questions, deletions and disconnects from many threads: no 5xx except 503, and no memory leak."""
     state = live.app.state.server
     for file in state.files.of(""):
         live.call(lambda file=file: state.files.delete("", file.id))
@@ -413,24 +413,24 @@ def test_many_at_once_leave_nothing_behind(live):
         sent = live.client.post(
             "/v1/files", files={"file": (f"{seed}.txt", long_text(seed, rng.choice([40, 150])))}, data={"purpose": "user_data"}
         )
-        found = [sent.status_code]
+        actual = [sent.status_code]
         id = sent.json()["id"]
         body = about(by_id(id), question=rng.choice([QUESTION, "Summarize it"]), stream=True)
         with live.client.stream("POST", "/v1/chat/completions", json=body) as response:
-            found.append(response.status_code)
+            actual.append(response.status_code)
             if rng.random() < 0.7:
                 assert events(response)[-1]["choices"][0]["finish_reason"] == "stop"
-        found.append(live.client.delete(f"/v1/files/{id}").status_code)
-        return found
+        actual.append(live.client.delete(f"/v1/files/{id}").status_code)
+        return actual
 
     with ThreadPoolExecutor(12) as threads:
-        assert {status for found in threads.map(one, range(36)) for status in found} == {200}
+        assert {status for actual in threads.map(one, range(36)) for status in actual} == {200}
     wait_for(lambda: live.engine.admitted == 0)
     assert state.files.held == 0 and len(state.files) == 0 and len(state.documents._kept) == 0
 
 
 @pytest.mark.parametrize("path", ["chat/completions", "responses"])
-def test_a_chat_without_files_does_nothing_for_documents(live, monkeypatch, path):
+def test_chats_without_files_do_no_document_work(live, monkeypatch, path):
     from deepseek_optimizer.server.document_chats import chats
 
     def entered(*args, **kwargs):

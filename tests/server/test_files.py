@@ -1,4 +1,4 @@
-"""Documents that clients send: /v1/files, its bounds, and whose they are."""
+"""Documents uploaded by clients: /v1/files, its limits, and who may use a file."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def post_form(client, body: bytes, kind: str = "multipart/form-data; boundary=B"
     return client.post("/v1/files", content=body, headers={"content-type": kind})
 
 
-def test_a_file_from_its_sending_to_its_end(client):
+def test_life_cycle_of_a_file(client):
     sent = send(client, pdf(["First page", "Second page"]), "report.pdf")
     assert sent.status_code == 200, sent.text
     file = sent.json()
@@ -59,7 +59,7 @@ def test_a_file_from_its_sending_to_its_end(client):
         assert_error(client.request(method, f"/v1/files/{file['id']}{path}"), 404)
 
 
-def test_openais_own_client(live):
+def test_openai_client(live):
     client = openai.OpenAI(base_url=f"{live.url}/v1", api_key="none", max_retries=0)
     after = {"anchor": "created_at", "seconds": 3600}
     file = client.files.create(file=("a.md", b"# Title\n\nThe door is green."), purpose="user_data", expires_after=after)
@@ -104,7 +104,7 @@ def test_files_that_cannot_be_read(client, name, data, said):
     assert error["message"].startswith(name) and said in error["message"] and error["code"] == "unreadable_file"
 
 
-def test_a_word_document_that_unpacks_to_too_much(client):
+def test_a_word_document_that_is_a_zip_bomb(client):
     packed = io.BytesIO()
     with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("word/document.xml", b"<a>" + b" " * (60 << 20) + b"</a>")
@@ -114,7 +114,7 @@ def test_a_word_document_that_unpacks_to_too_much(client):
 
 
 def test_a_pdf_that_takes_long(make_server):
-    """Reading is ended, and the next file is read."""
+    """Its conversion is stopped, and the next file is converted."""
     live = make_server(ServerSettings(file_read_seconds=0.5))
     data = pdf(["some words of text\n" * 200_000])
     found = send(live.client, data, "slow.pdf")
@@ -149,7 +149,7 @@ def test_names_are_labels(client, name, kept):
 
 
 @pytest.mark.parametrize("name", [b"a\\0b", b"x" * 256, b"x" * 3000, b"a\x00b.txt", b"a\x1bb"])
-def test_names_that_no_file_has(client, name):
+def test_invalid_names(client, name):
     body = form(b'name="file"; filename="' + name.replace(b"\\0", b"\0") + b'"\r\n\r\ntext', PURPOSE)
     assert_error(post_form(client, body), 400)
 
@@ -165,8 +165,8 @@ def test_names_of_four_kilobytes(client):
         b"nothing",
         b"--B\r\n",
         b"--C\r\nContent-Disposition: form-data; name=\"file\"\r\n\r\nx\r\n--C--\r\n",
-        form(FILE, PURPOSE)[:-6],  # it ends early
-        form(FILE, PURPOSE)[:-7] + b"--B\r\n",  # with another part to come
+        form(FILE, PURPOSE)[:-6],  # truncated
+        form(FILE, PURPOSE)[:-7] + b"--B\r\n",  # ends before the next part
         form(FILE, FILE, PURPOSE),
         form(PURPOSE),
         form(FILE),
@@ -183,7 +183,7 @@ def test_names_of_four_kilobytes(client):
         b"\xff" * 300,
     ],
 )  # fmt: skip
-def test_forms_that_are_none(client, body):
+def test_invalid_forms(client, body):
     assert_error(post_form(client, body), 400)
 
 
@@ -194,28 +194,28 @@ def test_another_content_type(client, kind):
     assert_error(post_form(client, form(FILE, PURPOSE), f"multipart/form-data; boundary={'b' * 250}"), 400)
 
 
-def test_limits_hold_before_all_is_read(make_server):
+def test_limits_apply_before_everything_is_read(make_server):
     live = make_server(ServerSettings(max_file_bytes=100_000))
     long = b"Content-Length: 400000\r\n\r\n" + form(FILE, PURPOSE)[:50]
-    answer = live.raw(HEAD + long)  # by what the header says, with nothing of the file sent
+    answer = live.raw(HEAD + long)  # rejected by its header, before any of the file is sent
     assert answer.startswith(b"HTTP/1.1 413 ") and b'"file_too_large"' in answer
     chunk = b"%x\r\n%s\r\n" % (60_000, b"x" * 60_000)
     begun = b'--B\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\n'
     body = b"%x\r\n%s\r\n" % (len(begun), begun) + chunk * 2
-    answer = live.raw(HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + body)  # and chunked, with no end in sight
+    answer = live.raw(HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + body)  # and chunked, without an end
     assert answer.startswith(b"HTTP/1.1 413 ")
     assert send(live.client, "y" * 100_000).status_code == 200
     assert_error(send(live.client, "y" * 100_001), 413, "file")
     assert live.app.state.server.files.held < 200_000
 
 
-def test_a_file_that_comes_too_slowly(make_server):
+def test_a_slow_upload(make_server):
     live = make_server(ServerSettings(upload_seconds=0.3))
     answer = live.raw(HEAD + b"Content-Length: 1000\r\n\r\n" + form(FILE)[:40])
     assert answer.startswith(b"HTTP/1.1 408 ")
 
 
-def test_a_client_that_leaves_in_the_middle_leaves_nothing(make_server):
+def test_a_disconnect_during_an_upload_leaves_nothing(make_server):
     live = make_server(ServerSettings())
     files = live.app.state.server.files
     with live.connect() as sock:
@@ -230,12 +230,12 @@ def test_a_client_that_leaves_in_the_middle_leaves_nothing(make_server):
     assert files.held == 0 and len(files) == 0
 
 
-def test_bytes_in_any_pieces(client):
+def test_uploads_in_any_chunks(client):
     body = form(b'name="file"; filename="a.txt"\r\n\r\n' + b"\r\n--B\r--\r\n-B\r\n" * 3, PURPOSE)
     for size in (1, 7, 64):
         pieces = (body[i : i + size] for i in range(0, len(body), size))
         sent = client.post("/v1/files", content=pieces, headers={"content-type": "multipart/form-data; boundary=B"})
-        # "\r\n--B" within the file would be its end; everything else is its own
+        # "\r\n--B" within the file would end it; everything else is content
         assert sent.status_code in (200, 400)
     whole = form(b'name="file"; filename="a.txt"\r\n\r\n' + b"\r\n-B\r--\r\n--C" * 3, PURPOSE)
     for size in (1, 7, 64):
@@ -260,7 +260,7 @@ def test_files_belong_to_their_key(make_server):
     assert live.client.get(f"/v1/files/{id}", headers=one).status_code == 200
 
 
-def test_a_key_has_so_much_room(make_server):
+def test_storage_per_key_is_limited(make_server):
     settings = ServerSettings(
         keys=ApiKeys(["one", "two"]), max_file_bytes_per_client=60_000, max_file_bytes_total=100_000, max_files_per_client=3
     )
@@ -271,7 +271,7 @@ def test_a_key_has_so_much_room(make_server):
     assert_error(full, 413, "file")
     assert full.json()["error"]["code"] == "file_memory"
     assert send(live.client, "x" * 30_000, headers=two).status_code == 200
-    others = send(live.client, "x" * 22_000, headers=two)  # within the key's, not within all
+    others = send(live.client, "x" * 22_000, headers=two)  # within the limit of the key, but not within the total
     assert_error(others, 503)
     assert others.headers["retry-after"]
     live.client.delete(f"/v1/files/{id}", headers=one)
@@ -286,17 +286,17 @@ class Clock:
         return self.now
 
 
-def test_files_expire_and_their_memory_comes_back():
+def test_files_expire_and_free_their_memory():
     wall, clock = Clock(), Clock()
     gone = []
     store = FileStore(ServerSettings(file_seconds=100), lambda owner, digest: gone.append((owner, digest)), wall, clock)
     text = TextFile("a.txt", "x" * 10_000)
     short = store.add("me", "user_data", 1, "d1", text, seconds=50)
     long = store.add("me", "user_data", 1, "d2", text, seconds=10_000)
-    assert (short.expires, long.expires) == (1050, 1100)  # no longer than the server keeps any
+    assert (short.expires, long.expires) == (1050, 1100)  # limited to the server's maximum
     held = store.held
     assert held > 20_000
-    for wall.now in (0, 10**10):  # a clock that is put right, forwards or back, takes no file away and keeps none
+    for wall.now in (0, 10**10):  # setting the clock forwards or backwards neither expires nor preserves files
         assert store.of("me") == [short, long]
     clock.now = 1049
     assert store.get("me", short.id) is short
@@ -310,7 +310,7 @@ def test_files_expire_and_their_memory_comes_back():
     assert gone == [("me", "d1"), ("me", "d2")]
 
 
-def test_memory_that_was_refused_is_not_counted():
+def test_rejected_memory_is_not_counted():
     store = FileStore(ServerSettings(max_file_bytes_per_client=1000, max_file_bytes_total=1500, max_uploads_total=2))
     with store.room("a", "a") as room:
         room.set(800)
@@ -326,7 +326,7 @@ def test_memory_that_was_refused_is_not_counted():
     assert store.held == 0
 
 
-def test_no_extra_is_said_so(live, monkeypatch):
+def test_a_missing_extra_is_reported(live, monkeypatch):
     reader = live.app.state.server.reader
     monkeypatch.setattr(
         reader, "_read", lambda name, data: {"missing": 'reading PDF needs pypdf: pip install "deepseek-optimizer[longdoc]"'}
@@ -336,8 +336,8 @@ def test_no_extra_is_said_so(live, monkeypatch):
     assert "deepseek-optimizer[longdoc]" in found.json()["error"]["message"]
 
 
-def test_pages_of_other_origins_send_nothing(make_server):
-    """A browser sends a form to any server for any page, and asks nobody first."""
+def test_pages_of_other_origins_cannot_upload(make_server):
+    """A browser sends forms of any page to any server without a preflight request."""
     live = make_server(ServerSettings(allow_origins=("https://friend.example",)))
     for origin in ("https://evil.example", "null", "http://127.0.0.1:1", f"http://127.0.0.1:{live.port}.evil.example"):
         assert_error(send(live.client, "text", headers={"Origin": origin}), 403)

@@ -1,4 +1,4 @@
-"""Where API keys come from, and which a request has."""
+"""Where API keys come from, and which key a request has."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ def key_file(tmp_path, text, mode=0o600):
     return path
 
 
-def test_one_a_line_with_comments(tmp_path):
+def test_one_key_per_line_with_comments(tmp_path):
     keys = read_keys(key_file(tmp_path, "# ours\nalpha\n\n  beta  # of Bob\n"))
     assert len(keys) == 2
     assert keys.salt(b"Bearer alpha") and keys.salt(b"bearer beta")
     assert keys.salt(b"Bearer ours") is None and keys.salt(b"Bearer beta#") is None
 
 
-def test_of_the_environment():
+def test_keys_from_the_environment():
     keys = read_keys(None, {"DSO_API_KEYS": "alpha,beta gamma"})
     assert len(keys) == 3 and keys.salt(b"Bearer gamma")
     assert not read_keys(None, {})
@@ -46,7 +46,7 @@ def test_a_missing_file_and_an_empty_variable_are_errors(tmp_path):
         read_keys(None, {"DSO_API_KEYS": " , "})
 
 
-def test_a_file_that_others_can_read_is_warned_of(tmp_path):
+def test_a_file_that_others_can_read_gives_a_warning(tmp_path):
     with pytest.warns(KeyFileWarning, match="chmod 600"):
         read_keys(key_file(tmp_path, "alpha\n", 0o644))
     with warnings.catch_warnings():
@@ -57,11 +57,11 @@ def test_a_file_that_others_can_read_is_warned_of(tmp_path):
 @pytest.mark.parametrize(
     "header", [None, b"", b"alpha", b"Bearer", b"Bearer ", b"Bearer alph", b"Bearer alphaa", b"Basic alpha", b"Bearer \xff\xfe"]
 )
-def test_anything_else_is_no_key(header):
+def test_anything_else_is_not_a_key(header):
     assert ApiKeys(["alpha"]).salt(header) is None
 
 
-def test_each_key_has_its_own_salt_which_does_not_hold_it():
+def test_each_key_has_its_own_salt_that_does_not_contain_it():
     keys = ApiKeys(["alpha", "beta"])
     a, b = keys.salt(b"Bearer alpha"), keys.salt(b"Bearer beta")
     assert a != b and "alpha" not in a

@@ -1,4 +1,4 @@
-"""LangChain's ChatOpenAI against a live server."""
+"""LangChain's ChatOpenAI with a live server."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from support.live_server import LiveServer
 
 
 class Weather(pydantic.BaseModel):
-    """Of a city."""
+    """The weather of a city."""
 
     city: Literal["Rom"]
 

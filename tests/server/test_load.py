@@ -40,7 +40,7 @@ def test_a_burst_of_ten_times_the_capacity(make_server):
     assert live.client.post("/v1/completions", json=ASKED).status_code == 200
 
 
-def test_places_are_counted_by_answers(make_server):
+def test_slots_are_counted_by_answers(make_server):
     live = make_server(capacity=4)
     live.engine.frozen = True
     with ThreadPoolExecutor(1) as pool:
@@ -57,13 +57,13 @@ def test_places_are_counted_by_answers(make_server):
 @pytest.mark.parametrize(
     "body", [{"prompt": 1}, {"prompt": [10**6]}, {"prompt": "x", "model": "other"}, {"prompt": "x" * 5000}]
 )
-def test_a_refused_request_holds_no_place(live, body):
+def test_a_rejected_request_holds_no_slot(live, body):
     for _ in range(live.engine.capacity + 1):
         assert live.client.post("/v1/completions", json=body).status_code in (400, 404)
     assert live.engine.admitted == 0
 
 
-def test_a_request_whose_second_prompt_is_refused_leaves_nothing_running(live):
+def test_a_request_with_a_rejected_second_prompt_leaves_nothing_running(live):
     assert_error(live.client.post("/v1/completions", json={"prompt": [[1], [10**6]]}), 400, "prompt")
     wait_for(lambda: live.engine.running == 0)
 
@@ -72,23 +72,23 @@ def test_a_request_whose_second_prompt_is_refused_leaves_nothing_running(live):
 def test_the_deadline_passes(make_server, stream):
     live = make_server(ServerSettings(request_seconds=0.2))
     live.engine.frozen = True
-    found = live.client.post("/v1/completions", json={**ASKED, "stream": stream})
-    assert_error(found, 504)
-    assert found.headers["x-should-retry"] == "false" and live.engine.ended == ["deadline"]
+    actual = live.client.post("/v1/completions", json={**ASKED, "stream": stream})
+    assert_error(actual, 504)
+    assert actual.headers["x-should-retry"] == "false" and live.engine.ended == ["deadline"]
     live.engine.frozen = False
     assert live.client.post("/v1/completions", json=ASKED).status_code == 200
 
 
 def test_the_deadline_passes_in_the_middle_of_a_stream(make_server):
     live = make_server(ServerSettings(request_seconds=0.3), step_seconds=0.01)
-    found = live.client.post("/v1/completions", json={"prompt": "x", "max_tokens": 3000, "ignore_eos": True, "stream": True})
-    events = found.text.split("\n\n")
-    assert found.status_code == 200 and len(events) > 3
+    actual = live.client.post("/v1/completions", json={"prompt": "x", "max_tokens": 3000, "ignore_eos": True, "stream": True})
+    events = actual.text.split("\n\n")
+    assert actual.status_code == 200 and len(events) > 3
     assert "time" in json.loads(events[-3][6:])["error"]["message"] and events[-2:] == ["data: [DONE]", ""]
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_one_request_fails_and_the_others_go_on(make_server, stream):
+def test_one_failed_request_does_not_affect_others(make_server, stream):
     live = make_server()
     live.engine.frozen = True
     with ThreadPoolExecutor(2) as pool:
@@ -127,28 +127,28 @@ def test_the_engine_dies(make_server):
     assert live.client.get("/health").status_code == 503 and live.client.get("/health").json() == {"status": "dead"}
     assert live.client.get("/ready").status_code == 503
     for path, body in (("/v1/completions", ASKED), ("/v1/embeddings", {"input": "x"}), ("/tokenize", {"prompt": "x"})):
-        found = live.client.post(path, json=body)
-        assert_error(found, 503)
-        assert found.headers["retry-after"]
+        actual = live.client.post(path, json=body)
+        assert_error(actual, 503)
+        assert actual.headers["retry-after"]
     assert live.engine.admitted == 0
 
 
-def test_an_error_that_nobody_expected_is_a_500_without_its_message(make_server, caplog):
+def test_unexpected_errors_are_a_500_without_the_message(make_server, caplog):
     live = make_server()
 
     def submit(request):
         raise ZeroDivisionError("/secret/path")
 
     live.engine.submit = submit
-    found = live.client.post("/v1/completions", json=ASKED)
-    assert_error(found, 500)
-    assert "secret" not in found.text and "ZeroDivision" not in found.text
-    assert "/secret/path" in caplog.text  # of the log
+    actual = live.client.post("/v1/completions", json=ASKED)
+    assert_error(actual, 500)
+    assert "secret" not in actual.text and "ZeroDivision" not in actual.text
+    assert "/secret/path" in caplog.text  # only in the log
     assert live.engine.admitted == 0
 
 
 def test_the_same_request_many_times_at_once(live):
-    """Clients choose no ids, so none can be taken for another's."""
+    """Clients do not choose ids, so requests cannot be confused."""
     with ThreadPoolExecutor(16) as pool:
         bodies = [{"prompt": f"question {i % 4}", "max_tokens": 30} for i in range(32)]
         headers = {"x-request-id": "the same"}
@@ -158,7 +158,7 @@ def test_the_same_request_many_times_at_once(live):
     assert all(answers[i]["choices"] == answers[i % 4]["choices"] for i in range(32))
 
 
-def test_prompts_at_the_contexts_end(make_server):
+def test_prompts_at_the_context_limit(make_server):
     live = make_server(context=100)
     body = {"max_tokens": 1}
     assert live.client.post("/v1/completions", json={"prompt": [1] * 99, **body}).status_code == 200

@@ -1,4 +1,4 @@
-"""What a client sends does not come back in full in an error: texts are quoted by their beginnings."""
+"""An error does not repeat a client's input in full: long texts are truncated."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from deepseek_optimizer.server.settings import ServerSettings
 
 LONG = "q" * 10_000
-MAX = 1_000  # bytes of an error, whatever was sent
+MAX = 1_000  # maximum bytes of an error, for any request
 FUNCTION = {
     "type": "function",
     "function": {"name": "f", "parameters": {"type": "object", "properties": {"a": {"type": "string"}}}},
@@ -65,19 +65,19 @@ BODIES: dict[str, list[dict[str, Any]]] = {
 }
 
 
-def spoilt(value: Any) -> Iterator[Any]:
-    """A value with a long text at one place at a time: instead of each value, for each name, and as a name more."""
+def with_long_text(value: Any) -> Iterator[Any]:
+    """Yields copies of a value with a long text in one place: as each value, as each key, and as an extra key."""
     yield LONG
     if isinstance(value, dict):
         yield {**value, LONG: 1}
         for key, inner in value.items():
             yield {**{k: v for k, v in value.items() if k != key}, LONG: inner}
-            for other in spoilt(inner):
+            for other in with_long_text(inner):
                 yield {**value, key: other}
     elif isinstance(value, list):
         yield [*value, LONG]
         for i, inner in enumerate(value):
-            for other in spoilt(inner):
+            for other in with_long_text(inner):
                 yield [*value[:i], other, *value[i + 1 :]]
 
 
@@ -94,22 +94,22 @@ def answers(byte_tokenizer):
 
 
 @pytest.mark.parametrize("path", BODIES)
-def test_errors_quote_the_beginning(answers, path):
+def test_errors_quote_only_the_beginning(answers, path):
     tried = 0
     for body in BODIES[path]:
-        for broken in spoilt(body):
+        for broken in with_long_text(body):
             if not isinstance(broken, dict):
                 continue
-            found = answers.post(path, json=broken)
-            assert found.status_code in (200, 400, 404, 429), found.text
-            if found.status_code != 200:
-                assert len(found.content) < MAX, found.text[:300]
+            actual = answers.post(path, json=broken)
+            assert actual.status_code in (200, 400, 404, 429), actual.text
+            if actual.status_code != 200:
+                assert len(actual.content) < MAX, actual.text[:300]
                 tried += 1
     assert tried > 3
 
 
 def test_addresses_headers_and_forms(answers):
-    for found in (
+    for actual in (
         answers.get(f"/v1/models/{LONG}"),
         answers.get(f"/v1/files/{LONG}"),
         answers.get(f"/v1/files?purpose={LONG}"),
@@ -125,4 +125,4 @@ def test_addresses_headers_and_forms(answers):
         answers.post("/v1/files", files={"file": ("a.txt", b"x")}, data={LONG: "x"}),
         answers.post("/v1/files", files={LONG: ("a.txt", b"x")}, data={"purpose": "user_data"}),
     ):
-        assert found.status_code == 200 or len(found.content) < MAX, (found.request.url.path[:30], found.text[:300])
+        assert actual.status_code == 200 or len(actual.content) < MAX, (actual.request.url.path[:30], actual.text[:300])

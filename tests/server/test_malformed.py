@@ -1,4 +1,4 @@
-"""Bytes that are not quite HTTP: each gets one status line and a closed connection, and no request hides in another's body."""
+"""Malformed HTTP: each request gets one status line and a closed connection, and no request can be smuggled in a body."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ HOST = b"Host: localhost\r\n"
 GET = b"GET /health HTTP/1.1\r\n" + HOST
 POST = b"POST /v1/completions HTTP/1.1\r\n" + HOST + b"Content-Type: application/json\r\n"
 CHUNKED = POST + b"Transfer-Encoding: chunked\r\n\r\n"
-HIDDEN = b"GET /metrics HTTP/1.1\r\n" + HOST + b"\r\n"  # that must not be taken for a request
+HIDDEN = b"GET /metrics HTTP/1.1\r\n" + HOST + b"\r\n"  # must not be parsed as a request
 
 
 def statuses(answer: bytes) -> list[int]:
@@ -67,7 +67,7 @@ MALFORMED = {
 
 
 @pytest.mark.parametrize("name", MALFORMED)
-def test_what_is_malformed_is_answered_once_and_closed(live, name):
+def test_malformed_requests_get_one_answer_and_are_closed(live, name):
     data, status = MALFORMED[name]
     answer = live.raw(data + HIDDEN)
     assert statuses(answer) == [status]
@@ -75,14 +75,14 @@ def test_what_is_malformed_is_answered_once_and_closed(live, name):
 
 
 @pytest.mark.parametrize("name", [name for name in MALFORMED if MALFORMED[name][0].startswith((POST, CHUNKED[:40]))])
-def test_what_is_malformed_after_a_good_request_waits_for_that_ones_answer(live, name):
+def test_malformed_requests_wait_for_earlier_answers(live, name):
     data, status = MALFORMED[name]
     body = json.dumps({"prompt": "x" * 50, "max_tokens": 20}).encode()
     good = POST + b"Content-Length: %d\r\n\r\n" % len(body) + body
     assert statuses(live.raw(good + GET + b"\r\n" + data + HIDDEN)) == [200, 200, status]
 
 
-def test_chunks_that_come_later(live):
+def test_chunks_that_arrive_later(live):
     with live.connect() as sock:
         sock.sendall(CHUNKED)
         wait_for(lambda: any(c.cycle and c.cycle.more_body for c in live.server.server_state.connections if c.cycle))
@@ -90,13 +90,13 @@ def test_chunks_that_come_later(live):
         assert statuses(read_all(sock)) == [400]
 
 
-def test_a_request_for_another_protocol_is_answered_and_is_the_last(live):
+def test_protocol_upgrades_are_answered_and_the_last(live):
     for more in (b"\r\n", b"Content-Length: 5\r\n\r\nhello"):
         assert statuses(live.raw(GET + b"Connection: Upgrade\r\nUpgrade: websocket\r\n" + more + HIDDEN)) == [200]
 
 
 @pytest.mark.parametrize("size", [2 << 20, 20 << 20])
-def test_a_body_that_is_too_large_and_sent_whole_gets_its_answer(live, size):
+def test_a_too_large_body_sent_at_once_gets_an_answer(live, size):
     for _ in range(3):
         with live.connect() as sock:
             sock.sendall(POST + b"Content-Length: %d\r\n\r\n" % size)
@@ -105,14 +105,14 @@ def test_a_body_that_is_too_large_and_sent_whole_gets_its_answer(live, size):
             assert statuses(read_all(sock)) == [413]
 
 
-def test_a_head_that_is_too_large_and_sent_whole_gets_its_answer(live):
+def test_a_too_large_head_sent_at_once_gets_an_answer(live):
     for _ in range(3):
         with live.connect() as sock:
             sock.sendall(GET + b"X-A: " + b"a" * (8 << 20) + b"\r\n\r\n")
             assert statuses(read_all(sock)) == [431]
 
 
-def test_a_connection_too_many_that_sends_at_once_gets_its_answer(make_server):
+def test_an_excess_connection_that_sends_at_once_gets_an_answer(make_server):
     live = make_server(ServerSettings(max_connections=1))
     with live.connect() as first:
         first.sendall(GET + b"\r\n")
@@ -123,18 +123,18 @@ def test_a_connection_too_many_that_sends_at_once_gets_its_answer(make_server):
 
 
 def test_lingering_ends(make_server):
-    """By the client, by its silence, by time, and by what it sends."""
+    """It ends when the client closes, is silent, after a time, and after a number of bytes."""
     live = make_server(ServerSettings(body_seconds=0.5, max_body_bytes=100, max_body_bytes_total=1 << 20))
     connections = live.server.server_state.connections
     refused = POST + b"Content-Length: 1000000000\r\n\r\n"
     with live.connect() as sock:
         sock.sendall(refused)
         assert statuses(read_all(sock)) == [413]
-        wait_for(lambda: not connections, 5)  # though the client keeps it open
+        wait_for(lambda: not connections, 5)  # although the client keeps it open
     with live.connect() as sock:
         sock.sendall(refused)
         assert statuses(read_all(sock)) == [413]
-        with pytest.raises(OSError):  # reset, once the server has had its fill
+        with pytest.raises(OSError):  # reset, once the server has received its maximum
             for _ in range(200):
                 sock.sendall(b"x" * (1 << 20))
     with live.connect() as sock:
@@ -145,11 +145,11 @@ def test_lingering_ends(make_server):
 
 def test_head_is_answered_as_get_without_the_body(live):
     for path in ("/", "/health", "/ready", "/metrics", "/v1/models", "/v1/files", "/openapi.json"):
-        found, whole = live.client.head(path), live.client.get(path)
-        assert found.status_code == whole.status_code == 200, path
-        assert found.content == b"" and found.headers["content-type"] == whole.headers["content-type"]
-        if path != "/metrics":  # which counts these requests too
-            assert int(found.headers["content-length"]) == len(whole.content)
+        actual, whole = live.client.head(path), live.client.get(path)
+        assert actual.status_code == whole.status_code == 200, path
+        assert actual.content == b"" and actual.headers["content-type"] == whole.headers["content-type"]
+        if path != "/metrics":  # it counts these requests too
+            assert int(actual.headers["content-length"]) == len(whole.content)
     assert live.client.head("/v1/completions").status_code == 405
     assert live.client.head("/nothing").status_code == 404
     answer = live.raw(b"HEAD /health HTTP/1.1\r\n" + HOST + b"\r\n" + GET + b"Connection: close\r\n\r\n")

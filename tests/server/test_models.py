@@ -28,16 +28,16 @@ HOSTILE = [
 ]
 
 
-def test_the_list_and_the_one(client):
-    found = client.get("/v1/models").json()
-    assert found["object"] == "list" and [card["id"] for card in found["data"]] == ["fake-model"]
-    assert client.get("/v1/models/fake-model").json() == found["data"][0]
-    assert found["data"][0]["max_model_len"] == 4096
+def test_list_and_single_model(client):
+    actual = client.get("/v1/models").json()
+    assert actual["object"] == "list" and [card["id"] for card in actual["data"]] == ["fake-model"]
+    assert client.get("/v1/models/fake-model").json() == actual["data"][0]
+    assert actual["data"][0]["max_model_len"] == 4096
     plain = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
-    assert found["data"][0]["default_sampling"] == plain
+    assert actual["data"][0]["default_sampling"] == plain
 
 
-def test_the_card_tells_the_recommended_sampling(make_server):
+def test_the_model_card_has_the_recommended_sampling(make_server):
     live = make_server(ServerSettings(sampling={"temperature": 0.6, "top_p": 0.95}))
     (card,) = live.client.get("/v1/models").json()["data"]
     assert card["default_sampling"] | {"temperature": 0.6, "top_p": 0.95} == card["default_sampling"]
@@ -46,8 +46,8 @@ def test_the_card_tells_the_recommended_sampling(make_server):
 def test_a_name_with_slashes(make_server):
     live = make_server(model_name="deepseek-ai/v3")
     assert live.client.get("/v1/models/deepseek-ai/v3").json()["id"] == "deepseek-ai/v3"
-    asked = {"model": "deepseek-ai/v3", "prompt": "x", "max_tokens": 1}
-    assert live.client.post("/v1/completions", json=asked).status_code == 200
+    requested = {"model": "deepseek-ai/v3", "prompt": "x", "max_tokens": 1}
+    assert live.client.post("/v1/completions", json=requested).status_code == 200
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ def test_a_name_with_slashes(make_server):
         ("/detokenize", {"tokens": [1]}),
     ],
 )
-def test_other_models_are_not_there_and_no_file_is_touched(live, refused, path, rest, monkeypatch):
+def test_other_models_are_a_404_without_file_access(live, refused, path, rest, monkeypatch):
     touched = []
 
     def watch(real):
@@ -80,53 +80,53 @@ def test_other_models_are_not_there_and_no_file_is_touched(live, refused, path, 
 
 
 @pytest.mark.parametrize("name", [1, ["fake-model"], {}, True, "a" * 5000])
-def test_names_that_are_none(refused, name):
+def test_invalid_names(refused, name):
     refused("/v1/completions", {"model": name, "prompt": "x"}, 400, "model")
 
 
 @pytest.mark.parametrize(
     "name", [name for name in HOSTILE if "\x00" not in name] + ["%00", "%2e%2e%2f%2e%2e%2fetc%2fpasswd", "a" * 20_000]
 )
-def test_other_models_in_the_address(live, name):
-    name = name.replace(" ", "%20").encode()  # as it is: httpx would resolve the dots
+def test_other_models_in_the_url(live, name):
+    name = name.replace(" ", "%20").encode()  # unchanged: httpx would resolve the dots
     answer = live.raw(b"GET /v1/models/" + name + b" HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
     assert answer.split()[1] == b"404" and b'"error"' in answer
 
 
 def test_tokens_of_a_text_and_back(client, byte_tokenizer):
     text = "naïve 😀 <|user|>"
-    found = client.post("/tokenize", json={"prompt": text, "return_token_strs": True}).json()
-    assert found["tokens"] == byte_tokenizer(text)["input_ids"] and found["count"] == len(found["tokens"])
-    assert found["max_model_len"] == 4096
+    actual = client.post("/tokenize", json={"prompt": text, "return_token_strs": True}).json()
+    assert actual["tokens"] == byte_tokenizer(text)["input_ids"] and actual["count"] == len(actual["tokens"])
+    assert actual["max_model_len"] == 4096
     assert (
-        found["token_strs"][:2] == ["n", "a"]
-        and found["token_strs"][2] == "bytes:\\xc3"
-        and found["token_strs"][-1] == "<|user|>"
+        actual["token_strs"][:2] == ["n", "a"]
+        and actual["token_strs"][2] == "bytes:\\xc3"
+        and actual["token_strs"][-1] == "<|user|>"
     )
-    assert client.post("/detokenize", json={"tokens": found["tokens"]}).json() == {"prompt": text}
+    assert client.post("/detokenize", json={"tokens": actual["tokens"]}).json() == {"prompt": text}
 
 
-def test_tokens_of_a_chat_are_those_that_the_model_gets(live):
+def test_tokens_of_a_chat_equal_the_prompt(live):
     messages = [{"role": "user", "content": "Hi <|end|>"}]
-    found = live.client.post("/tokenize", json={"messages": messages}).json()["tokens"]
+    actual = live.client.post("/tokenize", json={"messages": messages}).json()["tokens"]
     live.client.post("/v1/chat/completions", json={"messages": messages, "max_tokens": 1})
-    assert live.engine.seen[-1].prompt == found
-    assert found.count(live.engine.tokenizer.eos_token_id) == 1  # the template's, not the message's
+    assert live.engine.seen[-1].prompt == actual
+    assert actual.count(live.engine.tokenizer.eos_token_id) == 1  # only the template's, not that in the message
 
 
 @pytest.mark.parametrize(
     "body", [{}, {"prompt": "x", "messages": [{"role": "user", "content": "x"}]}, {"prompt": 1}, {"messages": []}]
 )
-def test_what_can_not_be_tokenised(refused, body):
+def test_texts_that_cannot_be_tokenised(refused, body):
     refused("/tokenize", body)
 
 
 @pytest.mark.parametrize("tokens", [None, "1", [-1], [261], [2**63], [True], [1.5], ["1"], [[1]]])
-def test_what_is_no_list_of_tokens(refused, tokens):
+def test_invalid_token_lists(refused, tokens):
     refused("/detokenize", {"tokens": tokens})
 
 
-def test_metrics_name_handlers_and_never_what_clients_made_up(client):
+def test_metrics_have_handlers_and_no_client_supplied_names(client):
     client.get("/made-up-by-a-client")
     client.request("MADEUP", "/health")
     response = client.get("/metrics")
@@ -142,6 +142,6 @@ def test_health_and_ready(client):
 
 
 def test_the_error_of_an_unknown_model_names_nothing_else(client):
-    found = client.post("/v1/completions", json={"prompt": "x", "model": "../secret"})
-    assert_error(found, 404, "model")
-    assert "secret" not in found.text and found.json()["error"]["code"] == "model_not_found"
+    actual = client.post("/v1/completions", json={"prompt": "x", "model": "../secret"})
+    assert_error(actual, 404, "model")
+    assert "secret" not in actual.text and actual.json()["error"]["code"] == "model_not_found"

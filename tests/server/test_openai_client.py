@@ -1,4 +1,4 @@
-"""OpenAI's own client against a live server."""
+"""OpenAI's own client with a live server."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_the_streams_helper(client):
     ).choices[0].message.content  # fmt: skip
 
 
-def test_leaving_a_stream(server, client):
+def test_closing_a_stream(server, client):
     stream = client.chat.completions.create(
         model=MODEL, messages=MESSAGES, max_tokens=3000, stream=True, extra_body={"ignore_eos": True}
     )
@@ -86,22 +86,22 @@ def test_leaving_a_stream(server, client):
 
 
 def test_log_probabilities(client):
-    found = client.chat.completions.create(model=MODEL, messages=MESSAGES, logprobs=True, top_logprobs=3, max_tokens=5)
-    content = found.choices[0].logprobs.content
+    actual = client.chat.completions.create(model=MODEL, messages=MESSAGES, logprobs=True, top_logprobs=3, max_tokens=5)
+    content = actual.choices[0].logprobs.content
     assert len(content) == 5 and all(len(entry.top_logprobs) == 3 for entry in content)
-    assert "".join(entry.token for entry in content) == found.choices[0].message.content
+    assert "".join(entry.token for entry in content) == actual.choices[0].message.content
 
 
 class Report(pydantic.BaseModel):
-    """What is to be parsed."""
+    """The schema of the answer."""
 
     city: Literal["Rom"]
     sunny: bool
 
 
 def test_a_schema_parsed_by_pydantic(client):
-    found = client.chat.completions.parse(model=MODEL, messages=MESSAGES, response_format=Report, max_tokens=200)
-    assert isinstance(found.choices[0].message.parsed, Report) and found.choices[0].message.parsed.city == "Rom"
+    actual = client.chat.completions.parse(model=MODEL, messages=MESSAGES, response_format=Report, max_tokens=200)
+    assert isinstance(actual.choices[0].message.parsed, Report) and actual.choices[0].message.parsed.city == "Rom"
 
 
 def test_tools(tools_client):
@@ -126,20 +126,20 @@ def test_tools_in_a_stream(tools_client, choice):
 
 
 def test_completions(client):
-    found = client.completions.create(model=MODEL, prompt=["a", "b"], max_tokens=9, logprobs=2, n=2)
-    assert [choice.index for choice in found.choices] == [0, 1, 2, 3] and found.choices[0].text.startswith("Answer")
+    actual = client.completions.create(model=MODEL, prompt=["a", "b"], max_tokens=9, logprobs=2, n=2)
+    assert [choice.index for choice in actual.choices] == [0, 1, 2, 3] and actual.choices[0].text.startswith("Answer")
     chunks = list(client.completions.create(model=MODEL, prompt="a", max_tokens=9, stream=True))
-    assert "".join(chunk.choices[0].text for chunk in chunks) == found.choices[0].text
+    assert "".join(chunk.choices[0].text for chunk in chunks) == actual.choices[0].text
 
 
 def test_embeddings(client):
-    """The client asks for base64 by itself."""
-    found = client.embeddings.create(model=MODEL, input=["a", "bb"])
+    """The client requests base64 by default."""
+    actual = client.embeddings.create(model=MODEL, input=["a", "bb"])
     plain = client.embeddings.create(model=MODEL, input=["a", "bb"], encoding_format="float")
-    assert [one.embedding for one in found.data] == [pytest.approx(one.embedding) for one in plain.data]
+    assert [one.embedding for one in actual.data] == [pytest.approx(one.embedding) for one in plain.data]
     raw = client.embeddings.with_raw_response.create(model=MODEL, input=[[1, 2]], encoding_format="base64").text
     vector = np.frombuffer(base64.b64decode(json.loads(raw)["data"][0]["embedding"]), "<f4")
-    assert vector.shape == (8,) and found.usage.prompt_tokens == 3
+    assert vector.shape == (8,) and actual.usage.prompt_tokens == 3
 
 
 def test_responses(client):
@@ -157,15 +157,15 @@ def test_responses(client):
 
 
 def test_responses_parsed_by_pydantic(client):
-    found = client.responses.parse(model=MODEL, input="hi", text_format=Report, max_output_tokens=200)
-    assert found.output_parsed.city == "Rom"
+    actual = client.responses.parse(model=MODEL, input="hi", text_format=Report, max_output_tokens=200)
+    assert actual.output_parsed.city == "Rom"
 
 
 def test_responses_with_tools(tools_client):
     tool = {"type": "function", **WEATHER["function"]}
     items: list = [{"role": "user", "content": "weather in Rom?"}]
-    found = tools_client.responses.create(model=MODEL, input=items, tools=[tool])
-    (call,) = found.output
+    actual = tools_client.responses.create(model=MODEL, input=items, tools=[tool])
+    (call,) = actual.output
     assert call.type == "function_call" and json.loads(call.arguments) == {"city": "Rom"}
     items += [call, {"type": "function_call_output", "call_id": call.call_id, "output": "sunny"}]
     assert tools_client.responses.create(model=MODEL, input=items, tools=[tool]).output_text == "It is sunny."
@@ -184,7 +184,7 @@ def test_responses_with_tools(tools_client):
         (openai.NotFoundError, lambda c: c.models.retrieve("other")),
     ],
 )
-def test_errors_are_those_that_the_client_knows(client, error, call):
+def test_errors_map_to_the_clients_exceptions(client, error, call):
     with pytest.raises(error) as caught:
         call(client)
     assert caught.value.body["message"]

@@ -1,4 +1,4 @@
-"""The server over the engine itself, with a tiny model of random weights."""
+"""The server over a real engine, with a tiny model of random weights."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ def server(tiny_model):
 
 def ask(live, path=TEXT, status=200, **body):
     rest = {"prompt": "hello"} if path == TEXT else {"messages": MESSAGES}
-    found = live.client.post(path, json={**rest, "max_tokens": 20, **body})
-    assert found.status_code == status, found.text
-    return found.json()
+    result = live.client.post(path, json={**rest, "max_tokens": 20, **body})
+    assert result.status_code == status, result.text
+    return result.json()
 
 
 def text_of(live, **body) -> str:
@@ -50,7 +50,7 @@ def text_of(live, **body) -> str:
     "body", [{"temperature": 0}, {"temperature": 1, "seed": 3}, {"temperature": 0, "stop": ["e", "a", "\n"]}]
 )
 @pytest.mark.parametrize("path", [TEXT, CHAT])
-def test_a_stream_equals_its_whole(server, path, body):
+def test_a_stream_equals_the_whole_answer(server, path, body):
     whole = ask(server, path, **body, max_tokens=100)
     rest = {"prompt": "hello"} if path == TEXT else {"messages": MESSAGES}
     options = {"stream": True, "stream_options": {"include_usage": True}}
@@ -65,7 +65,7 @@ def test_a_stream_equals_its_whole(server, path, body):
         assert chunks[-1]["usage"][name] == whole["usage"][name]
 
 
-def test_answers_are_the_same_in_company(server):
+def test_answers_are_the_same_in_batches(server):
     bodies = [{"prompt": f"question {i}", "temperature": i % 2, "seed": i, "ignore_eos": True} for i in range(16)]
     alone = [text_of(server, **body) for body in bodies]
     with ThreadPoolExecutor(16) as pool:
@@ -73,14 +73,14 @@ def test_answers_are_the_same_in_company(server):
 
 
 def test_several_answers_to_several_prompts(server):
-    found = ask(server, prompt=["one", "two"], n=2, seed=1)
-    assert [choice["index"] for choice in found["choices"]] == [0, 1, 2, 3]
-    texts = [choice["text"] for choice in found["choices"]]
+    actual = ask(server, prompt=["one", "two"], n=2, seed=1)
+    assert [choice["index"] for choice in actual["choices"]] == [0, 1, 2, 3]
+    texts = [choice["text"] for choice in actual["choices"]]
     assert texts == [text_of(server, prompt=p, seed=s) for p in ("one", "two") for s in (1, 2)]
-    assert found["usage"]["prompt_tokens"] == 6
+    assert actual["usage"]["prompt_tokens"] == 6
 
 
-def test_log_probabilities_are_the_models(server, tiny_model):
+def test_log_probabilities_equal_the_model(server, tiny_model):
     from transformers import AutoModelForCausalLM
 
     choice = ask(server, temperature=0, logprobs=3, max_tokens=5, ignore_eos=True)["choices"][0]
@@ -96,22 +96,22 @@ def test_log_probabilities_are_the_models(server, tiny_model):
 
 def test_embeddings_are_the_mean_of_the_last_hidden_states(server, tiny_model):
     texts = ["hello", "something longer than that"]
-    found = server.client.post("/v1/embeddings", json={"input": texts}).json()
+    actual = server.client.post("/v1/embeddings", json={"input": texts}).json()
     model, tokenizer = AutoModel.from_pretrained(tiny_model), AutoTokenizer.from_pretrained(tiny_model)
-    for text, entry in zip(texts, found["data"], strict=True):
+    for text, entry in zip(texts, actual["data"], strict=True):
         with torch.no_grad():
             expected = model(**tokenizer(text, return_tensors="pt")).last_hidden_state[0].mean(0)
         np.testing.assert_allclose(entry["embedding"], expected.numpy(), atol=1e-4)
 
 
-def test_prompts_at_the_contexts_end(server):
+def test_prompts_at_the_context_limit(server):
     assert ask(server, prompt=[1] * (CONTEXT - 1), max_tokens=1, ignore_eos=True)["choices"][0]["finish_reason"] == "length"
     for length in (CONTEXT, CONTEXT + 1, 100 * CONTEXT):
-        found = server.client.post(TEXT, json={"prompt": [1] * length, "max_tokens": 1})
-        assert_error(found, 400, "prompt")
+        actual = server.client.post(TEXT, json={"prompt": [1] * length, "max_tokens": 1})
+        assert_error(actual, 400, "prompt")
     assert_error(server.client.post(TEXT, json={"prompt": "x" * 100 * CONTEXT}), 400, "prompt")
-    found = ask(server, CHAT, max_tokens=None, ignore_eos=True)
-    assert found["usage"]["total_tokens"] == CONTEXT and found["choices"][0]["finish_reason"] == "length"
+    actual = ask(server, CHAT, max_tokens=None, ignore_eos=True)
+    assert actual["usage"]["total_tokens"] == CONTEXT and actual["choices"][0]["finish_reason"] == "length"
 
 
 def test_one_request_larger_than_the_whole_cache(tiny_model):
@@ -120,9 +120,9 @@ def test_one_request_larger_than_the_whole_cache(tiny_model):
         assert room < CONTEXT
         assert_error(live.client.post(TEXT, json={"prompt": [1] * (room + 1), "max_tokens": 1}), 400, "prompt")
         texts = [text_of(live, prompt=[i] * 40, temperature=0, ignore_eos=True) for i in range(6)]
-        with ThreadPoolExecutor(6) as pool:  # more than the cache holds: they queue, and are run again
-            found = pool.map(lambda i: text_of(live, prompt=[i] * 40, temperature=0, ignore_eos=True), range(6))
-            assert list(found) == texts
+        with ThreadPoolExecutor(6) as pool:  # more than fit into the cache: they wait and are preempted
+            actual = pool.map(lambda i: text_of(live, prompt=[i] * 40, temperature=0, ignore_eos=True), range(6))
+            assert list(actual) == texts
 
 
 def test_a_thousand_prompts_past_capacity(tiny_model):
@@ -135,13 +135,13 @@ def test_a_thousand_prompts_past_capacity(tiny_model):
 
 
 def test_every_token_banned(server):
-    found = server.client.post(TEXT, json={"prompt": "x", "logit_bias": {str(i): -100 for i in range(261)}, "max_tokens": 3})
-    assert found.status_code in (200, 400), found.text
-    if found.status_code == 200:
-        assert found.json()["choices"][0]["finish_reason"] in ("stop", "length")
+    actual = server.client.post(TEXT, json={"prompt": "x", "logit_bias": {str(i): -100 for i in range(261)}, "max_tokens": 3})
+    assert actual.status_code in (200, 400), actual.text
+    if actual.status_code == 200:
+        assert actual.json()["choices"][0]["finish_reason"] in ("stop", "length")
 
 
-def test_a_form_is_kept_to(server):
+def test_grammars_are_enforced(server):
     assert text_of(server, guided_regex="[0-9]{3}-[a-f]").count("-") == 1
     schema = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"], "additionalProperties": False}
     form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
@@ -149,7 +149,7 @@ def test_a_form_is_kept_to(server):
     assert json.loads(message["content"])["a"] in (1, 2)
 
 
-def test_a_client_that_leaves_frees_its_place(server):
+def test_a_disconnect_frees_the_slot(server):
     for stream in (False, True):
         with server.connect() as sock:
             body = json.dumps({"prompt": "x", "max_tokens": 250, "ignore_eos": True, "stream": stream}).encode()
@@ -162,29 +162,29 @@ def test_a_client_that_leaves_frees_its_place(server):
     assert 'vllm:num_requests_waiting{model_name="tiny"} 0.0' in metrics
 
 
-def test_cached_prefixes_are_a_keys_own(tiny_model):
+def test_cached_prefixes_are_not_shared_between_keys(tiny_model):
     prompt = "a prefix that is longer than a few blocks of the cache, " * 3
     with start(tiny_model, ServerSettings(keys=ApiKeys(["alpha", "beta"]))) as live:
 
         def cached(key: str) -> int:
             headers = {"Authorization": f"Bearer {key}"}
-            found = live.client.post(TEXT, json={"prompt": prompt, "max_tokens": 2}, headers=headers)
-            return found.json()["usage"]["prompt_tokens_details"]["cached_tokens"]
+            actual = live.client.post(TEXT, json={"prompt": prompt, "max_tokens": 2}, headers=headers)
+            return actual.json()["usage"]["prompt_tokens_details"]["cached_tokens"]
 
         assert [cached("alpha"), cached("beta")] == [0, 0]
         assert cached("alpha") >= 64 and cached("beta") >= 64
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_logits_that_are_no_numbers_end_that_request_alone(server, monkeypatch, stream):
+def test_non_finite_logits_fail_only_their_request(server, monkeypatch, stream):
     text = text_of(server, prompt="spoilt", temperature=0)
     runner = server.engine.core.runner
     real = runner.step
 
     def step(*arguments, **named):
-        found = real(*arguments, **named)
-        found.logits.fill_(float("nan"))
-        return found
+        actual = real(*arguments, **named)
+        actual.logits.fill_(float("nan"))
+        return actual
 
     monkeypatch.setattr(runner, "step", step)
     assert_error(server.client.post(TEXT, json={"prompt": "spoilt", "stream": stream}), 500)
@@ -200,15 +200,16 @@ def test_the_engines_thread_dies(tiny_model):
             raise RuntimeError("/secret/path")
 
         live.engine.core.step = step
-        found = live.client.post(TEXT, json={"prompt": "x"})
-        assert_error(found, 503)
-        assert "secret" not in found.text
+        actual = live.client.post(TEXT, json={"prompt": "x"})
+        assert_error(actual, 503)
+        assert "secret" not in actual.text
         assert live.client.get("/health").status_code == 503
         assert_error(live.client.post(TEXT, json={"prompt": "x"}), 503)
 
 
-def test_a_dialogue_outgrows_its_window(tiny_model):
-    """Old messages are left out, the system's and pinned ones stay, what was dropped is told, and most of a turn is cached."""
+def test_a_conversation_longer_than_its_window(tiny_model):
+    """Old messages are dropped, the system's and pinned ones stay, the number of dropped ones is reported, and most of a turn
+    is cached."""
     with start(tiny_model, cache_window=CONTEXT) as live:
         messages = [*MESSAGES[:1], {"role": "user", "content": "PIN this", "pinned": True}]
         dropped, cached = [], []
@@ -222,7 +223,7 @@ def test_a_dialogue_outgrows_its_window(tiny_model):
                 assert usage["context_tokens"] <= CONTEXT
             cached.append(usage["prompt_tokens_details"]["cached_tokens"])
         assert dropped[0] == 0 and dropped[-1] > 300 and dropped == sorted(dropped)
-        assert len(set(dropped)) < 15  # the cut stays for some turns, and then what is before it is cached
+        assert len(set(dropped)) < 15  # the cut does not move for some turns, during which the prefix is cached
         assert sum(c >= 96 for c in cached[10:]) > 20
         events = live.client.post(CHAT, json={"messages": messages, "max_tokens": 4, "stream": True,
                                               "stream_options": {"include_usage": True}}).text  # fmt: skip

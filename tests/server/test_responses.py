@@ -1,4 +1,4 @@
-"""/v1/responses: items, events, and what a server without state refuses."""
+"""/v1/responses: items, events, and features that a server without state rejects."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from deepseek_optimizer.server.routes.responses import chat_messages
 
 def events(response) -> list[dict]:
     assert response.status_code == 200, response.text
-    found = []
+    result = []
     for block in response.text.split("\n\n")[:-1]:
         name, data = block.split("\n")
-        found.append(json.loads(data.removeprefix("data: ")))
-        assert name == f"event: {found[-1]['type']}"
-    return found
+        result.append(json.loads(data.removeprefix("data: ")))
+        assert name == f"event: {result[-1]['type']}"
+    return result
 
 
-def test_a_stream_tells_of_each_step_and_ends_with_the_whole(client):
+def test_a_stream_reports_each_step_and_ends_with_the_response(client):
     whole = client.post("/v1/responses", json={"input": "hi", "instructions": "Be brief"}).json()
-    found = events(client.post("/v1/responses", json={"input": "hi", "instructions": "Be brief", "stream": True}))
-    kinds = [event["type"] for event in found]
+    actual = events(client.post("/v1/responses", json={"input": "hi", "instructions": "Be brief", "stream": True}))
+    kinds = [event["type"] for event in actual]
     assert kinds[:4] == [
         "response.created",
         "response.in_progress",
@@ -38,24 +38,24 @@ def test_a_stream_tells_of_each_step_and_ends_with_the_whole(client):
         "response.completed",
     ]
     assert set(kinds[4:-4]) == {"response.output_text.delta"}
-    assert [event["sequence_number"] for event in found] == list(range(len(found)))
-    text = "".join(event["delta"] for event in found if event["type"] == "response.output_text.delta")
-    last = found[-1]["response"]
+    assert [event["sequence_number"] for event in actual] == list(range(len(actual)))
+    text = "".join(event["delta"] for event in actual if event["type"] == "response.output_text.delta")
+    last = actual[-1]["response"]
     assert text == last["output"][0]["content"][0]["text"] == whole["output"][0]["content"][0]["text"]
     for response in (last, whole):
         response.pop("id"), response.pop("created_at"), response["output"][0].pop("id")
     assert last == whole and whole["status"] == "completed" and whole["usage"]["output_tokens"] > 5
 
 
-def test_a_text_that_was_cut_is_incomplete(client):
+def test_a_truncated_text_is_incomplete(client):
     body = {"input": "hi", "max_output_tokens": 3}
     whole = client.post("/v1/responses", json=body).json()
     assert whole["status"] == "incomplete" and whole["incomplete_details"] == {"reason": "max_output_tokens"}
-    found = events(client.post("/v1/responses", json={**body, "stream": True}))
-    assert found[-1]["type"] == "response.incomplete"
+    actual = events(client.post("/v1/responses", json={**body, "stream": True}))
+    assert actual[-1]["type"] == "response.incomplete"
 
 
-def test_log_probabilities_where_they_are_asked_for(client):
+def test_log_probabilities_on_request(client):
     body = {"input": "hi", "include": ["message.output_text.logprobs"], "top_logprobs": 2}
     part = client.post("/v1/responses", json=body).json()["output"][0]["content"][0]
     assert b"".join(bytes(entry["bytes"]) for entry in part["logprobs"]).decode().startswith(part["text"])
@@ -87,13 +87,13 @@ def test_log_probabilities_where_they_are_asked_for(client):
         ({"input": "hi", "tool_choice": {"type": "function", "name": "f"}}, "tool_choice"),
     ],
 )
-def test_what_is_refused(refused, body, param):
+def test_unsupported_fields(refused, body, param):
     refused("/v1/responses", body, 400, param)
 
 
-def test_state_is_refused_with_what_to_do(refused):
-    found = refused("/v1/responses", {"input": "hi", "previous_response_id": "resp_1"})
-    assert "whole conversation" in found.json()["error"]["message"]
+def test_state_is_rejected_with_a_remedy(refused):
+    actual = refused("/v1/responses", {"input": "hi", "previous_response_id": "resp_1"})
+    assert "whole conversation" in actual.json()["error"]["message"]
 
 
 def test_items_become_the_messages_of_a_chat():

@@ -1,4 +1,4 @@
-"""Sampling parameters: what they may be, and that what is wrong is a 400 before the engine sees anything."""
+"""Sampling parameters: valid ranges; an invalid one is a 400 before the engine sees the request."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ INTEGERS = ("max_tokens", "n", "seed", "top_k", "min_tokens", "priority")
 
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("name", NUMBERS + INTEGERS)
-def test_what_is_no_number(live, refused, path, name):
+def test_values_that_are_not_numbers(live, refused, path, name):
     seen = len(live.engine.seen)
     rest = json.dumps(PATHS[path])[1:]
     for value in HUGE:
@@ -72,7 +72,7 @@ def test_values_out_of_range(live, refused, path, name, values):
     assert len(live.engine.seen) == seen
 
 
-def test_values_of_single_routes(refused):
+def test_values_of_specific_routes(refused):
     for value in (-1, 21, 2**63, True, "1", 1.5):
         refused("/v1/chat/completions", {**CHAT, "logprobs": True, "top_logprobs": value}, 400, "top_logprobs")
         refused("/v1/completions", {**TEXT, "logprobs": value}, 400, "logprobs")
@@ -92,7 +92,7 @@ def test_values_of_single_routes(refused):
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_a_field_that_is_not_known_is_named(refused, path):
+def test_unknown_fields_are_named(refused, path):
     for name in (
         "tempreature",
         "chat_template",
@@ -102,8 +102,8 @@ def test_a_field_that_is_not_known_is_named(refused, path):
         "web_search_options",
         "__proto__",
     ):
-        found = refused(path, {name: 1, **PATHS[path]}, 400, name)
-        assert name in found.json()["error"]["message"]
+        actual = refused(path, {name: 1, **PATHS[path]}, 400, name)
+        assert name in actual.json()["error"]["message"]
 
 
 @pytest.mark.parametrize("path", [*PATHS, "/v1/responses"])
@@ -155,7 +155,7 @@ def test_every_field_reaches_the_engine(live):
     assert (sampling.skip_special_tokens, sampling.logprobs, request.priority) == (False, 20, 9)
 
 
-def test_null_is_as_if_left_out(live):
+def test_null_equals_absent(live):
     names = (
         *NUMBERS,
         *INTEGERS,
@@ -178,7 +178,7 @@ def test_null_is_as_if_left_out(live):
     assert live.engine.seen[-1].sampling == SamplingParams(max_tokens=16)
 
 
-def test_what_the_authors_chose_holds_where_a_request_says_nothing(make_server):
+def test_defaults_come_from_the_generation_config(make_server):
     from deepseek_optimizer.server.settings import ServerSettings
 
     live = make_server(ServerSettings(sampling={"temperature": 0.6, "top_p": 0.95}))
@@ -187,6 +187,6 @@ def test_what_the_authors_chose_holds_where_a_request_says_nothing(make_server):
     assert (sampling.temperature, sampling.top_p) == (0.6, 1)
 
 
-def test_answers_to_one_prompt_have_seeds_of_their_own(live):
+def test_answers_to_one_prompt_have_different_seeds(live):
     live.client.post("/v1/completions", json={**TEXT, "n": 3, "seed": 2**64 - 1})
     assert [request.sampling.seed for request in live.engine.seen[-3:]] == [2**64 - 1, 0, 1]

@@ -1,4 +1,4 @@
-"""How a server stops: what is in flight ends, what is new is sent away, and no process is left."""
+"""Shutdown of a server: running requests finish, new ones are rejected, and no process remains."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ print("ended", flush=True)
 
 
 class Process:
-    """A server as a process, its engine slow: a token takes 10 ms."""
+    """A server process with a slow engine: a token takes 10 ms."""
 
     def __init__(self, model: Path, drain: float):
         script = SCRIPT.format(tests=str(TESTS), model=str(model), drain=drain)
@@ -43,29 +43,29 @@ class Process:
             [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
         )
         line = self.process.stdout.readline()
-        found = re.fullmatch(r"port (\d+)\n", line)
-        assert found, line + self.process.stderr.read()
-        self.client = httpx.Client(base_url=f"http://127.0.0.1:{found[1]}", timeout=30)
+        results = re.fullmatch(r"port (\d+)\n", line)
+        assert results, line + self.process.stderr.read()
+        self.client = httpx.Client(base_url=f"http://127.0.0.1:{results[1]}", timeout=30)
 
     def ask(self, tokens: int, stream: bool = False) -> Future:
         return Future(self.client.post, "/v1/completions", json={"prompt": "x", "max_tokens": tokens, "stream": stream})
 
     def children(self) -> list[int]:
-        """Processes that it started."""
+        """The processes that it started."""
         return [pid for pid, parent in processes() if parent == self.process.pid]
 
 
 def processes() -> list[tuple[int, int]]:
-    """(process, its parent) of all that run."""
-    found = []
+    """(process, parent) of all running processes."""
+    results = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
             fields = stat.read_text().rpartition(")")[2].split()
-        except OSError:  # it has ended meanwhile
+        except OSError:  # it ended meanwhile
             continue
         if fields[0] != "Z":
-            found.append((int(stat.parent.name), int(fields[1])))
-    return found
+            results.append((int(stat.parent.name), int(fields[1])))
+    return results
 
 
 def ended(pids: list[int]) -> bool:
@@ -73,7 +73,7 @@ def ended(pids: list[int]) -> bool:
 
 
 class Future:
-    """A request on a thread."""
+    """A request in a thread."""
 
     def __init__(self, call, *arguments, **named):
         self.answer: httpx.Response | None = None
@@ -109,13 +109,13 @@ def start(tiny_model):
         one.client.close()
 
 
-def test_what_is_in_flight_ends_and_what_is_new_is_sent_away(start):
+def test_running_requests_finish_and_new_ones_are_rejected(start):
     server = start()
     children = server.children()
-    assert children  # the processes for templates and grammars
+    assert children  # the worker processes for templates and grammars
     whole, stream = server.ask(200), server.ask(200, stream=True)
     wait_for(lambda: "http_requests" in server.client.get("/metrics").text)
-    time.sleep(0.3)  # both are in flight: they take two seconds
+    time.sleep(0.3)  # both are running: they take two seconds
     assert server.client.get("/ready").status_code == 200
     server.process.send_signal(signal.SIGTERM)
     wait_for(lambda: server.client.get("/ready").status_code == 503)
@@ -132,7 +132,7 @@ def test_what_is_in_flight_ends_and_what_is_new_is_sent_away(start):
     wait_for(lambda: ended(children))
 
 
-def test_what_takes_longer_than_it_may_is_ended(start):
+def test_requests_are_cancelled_after_the_drain_time(start):
     server = start(drain=0.3)
     whole, stream = server.ask(9000), server.ask(9000, stream=True)
     time.sleep(0.5)
@@ -159,7 +159,7 @@ def test_a_second_signal_ends_it_at_once(start):
     wait_for(lambda: ended(children))
 
 
-def test_a_reader_that_does_not_read_does_not_keep_it(start):
+def test_a_client_that_does_not_read_does_not_prevent_shutdown(start):
     import socket
 
     server = start(drain=1.0)

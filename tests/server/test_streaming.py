@@ -1,4 +1,4 @@
-"""Streams: the same text as without, chunks as OpenAI's, clients that leave."""
+"""Streams: the same text as without, OpenAI's chunks, clients that disconnect."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ EMOJI = "Zwölf 😀👩‍👩‍👧‍👦 中文 \n\n```py\nx = '\u2028'\n``
 
 
 def chunks(response) -> list[dict]:
-    """A stream's chunks; it must be whole."""
+    """The chunks of a complete stream."""
     assert response.status_code == 200, response.text
     assert response.headers["content-type"] == "text/event-stream; charset=utf-8"
     events = response.content.decode().split("\n\n")
@@ -24,9 +24,9 @@ def chunks(response) -> list[dict]:
     return [json.loads(event[6:]) for event in events[:-2]]
 
 
-def texts(found: list[dict], n: int = 1) -> list[str]:
+def texts(result: list[dict], n: int = 1) -> list[str]:
     pieces = [[] for _ in range(n)]
-    for chunk in found:
+    for chunk in result:
         for choice in chunk["choices"]:
             pieces[choice["index"]].append(choice["delta"].get("content", "") if "delta" in choice else choice["text"])
     whole = ["".join(p) for p in pieces]
@@ -44,46 +44,46 @@ def emoji(byte_tokenizer):
 
 @pytest.mark.parametrize("stop", [None, "py", ["👩‍👩", "end"], ["nothing like it"]])
 @pytest.mark.parametrize("limit", [None, 1, 9, 11, 40])
-def test_a_chats_stream_equals_its_whole(emoji, stop, limit):
+def test_a_chat_stream_equals_the_whole_answer(emoji, stop, limit):
     body = {"messages": MESSAGES, "stop": stop, "max_tokens": limit}
     whole = emoji.client.post("/v1/chat/completions", json=body).json()
-    found = chunks(
+    actual = chunks(
         emoji.client.post("/v1/chat/completions", json={**body, "stream": True, "stream_options": {"include_usage": True}})
     )
     choice = whole["choices"][0]
-    assert texts(found) == [choice["message"]["content"]]
-    assert found[-1]["choices"] == [] and found[-1]["usage"] == whole["usage"]
-    assert all(chunk["usage"] is None and chunk["object"] == "chat.completion.chunk" for chunk in found[:-1])
-    assert found[-2]["choices"][0]["finish_reason"] == choice["finish_reason"]
-    assert found[-2]["choices"][0]["stop_reason"] == choice["stop_reason"]
-    assert found[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
-    assert len({chunk["id"] for chunk in found}) == 1 and {chunk["model"] for chunk in found} == {"fake-model"}
+    assert texts(actual) == [choice["message"]["content"]]
+    assert actual[-1]["choices"] == [] and actual[-1]["usage"] == whole["usage"]
+    assert all(chunk["usage"] is None and chunk["object"] == "chat.completion.chunk" for chunk in actual[:-1])
+    assert actual[-2]["choices"][0]["finish_reason"] == choice["finish_reason"]
+    assert actual[-2]["choices"][0]["stop_reason"] == choice["stop_reason"]
+    assert actual[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+    assert len({chunk["id"] for chunk in actual}) == 1 and {chunk["model"] for chunk in actual} == {"fake-model"}
 
 
-def test_a_texts_stream_equals_its_whole(emoji):
+def test_a_completion_stream_equals_the_whole_answer(emoji):
     body = {"prompt": ["one", "two"], "n": 2, "max_tokens": 30, "echo": True}
     whole = emoji.client.post("/v1/completions", json=body).json()
     assert [choice["index"] for choice in whole["choices"]] == [0, 1, 2, 3]
     assert [choice["text"][:3] for choice in whole["choices"]] == ["one", "one", "two", "two"]
-    found = chunks(
+    actual = chunks(
         emoji.client.post("/v1/completions", json={**body, "stream": True, "stream_options": {"include_usage": True}})
     )
-    assert texts(found, 4) == [choice["text"] for choice in whole["choices"]]
-    assert found[-1]["usage"] == whole["usage"] and whole["usage"]["prompt_tokens"] == 6
+    assert texts(actual, 4) == [choice["text"] for choice in whole["choices"]]
+    assert actual[-1]["usage"] == whole["usage"] and whole["usage"]["prompt_tokens"] == 6
 
 
 def test_without_include_usage_there_is_no_usage(emoji):
-    found = chunks(emoji.client.post("/v1/chat/completions", json={"messages": MESSAGES, "stream": True}))
-    assert all("usage" not in chunk for chunk in found) and found[-1]["choices"][0]["finish_reason"] == "stop"
+    actual = chunks(emoji.client.post("/v1/chat/completions", json={"messages": MESSAGES, "stream": True}))
+    assert all("usage" not in chunk for chunk in actual) and actual[-1]["choices"][0]["finish_reason"] == "stop"
 
 
-def test_several_answers_stream_side_by_side(live):
+def test_several_answers_stream_concurrently(live):
     body = {"messages": MESSAGES, "n": 3, "seed": 5}
     whole = live.client.post("/v1/chat/completions", json=body).json()
-    found = chunks(live.client.post("/v1/chat/completions", json={**body, "stream": True}))
-    assert texts(found, 3) == [choice["message"]["content"] for choice in whole["choices"]]
-    assert len(set(texts(found, 3))) == 3
-    order = [chunk["choices"][0]["index"] for chunk in found]
+    actual = chunks(live.client.post("/v1/chat/completions", json={**body, "stream": True}))
+    assert texts(actual, 3) == [choice["message"]["content"] for choice in whole["choices"]]
+    assert len(set(texts(actual, 3))) == 3
+    order = [chunk["choices"][0]["index"] for chunk in actual]
     assert order != sorted(order)
 
 
@@ -94,10 +94,10 @@ def test_several_answers_stream_side_by_side(live):
         ("/v1/completions", {"prompt": "x", "logprobs": 2, "max_tokens": 40}),
     ],
 )
-def test_log_probabilities_stream_as_they_are(emoji, path, rest):
+def test_log_probabilities_in_streams(emoji, path, rest):
     whole = emoji.client.post(path, json=rest).json()["choices"][0]
-    found = chunks(emoji.client.post(path, json={**rest, "stream": True}))
-    streamed = [choice["logprobs"] for chunk in found for choice in chunk["choices"] if choice["logprobs"]]
+    actual = chunks(emoji.client.post(path, json={**rest, "stream": True}))
+    streamed = [choice["logprobs"] for chunk in actual for choice in chunk["choices"] if choice["logprobs"]]
     if "messages" in rest:
         entries = [entry for piece in streamed for entry in piece["content"]]
         assert entries == whole["logprobs"]["content"]
@@ -110,7 +110,7 @@ def test_log_probabilities_stream_as_they_are(emoji, path, rest):
         assert len(whole["logprobs"]["tokens"]) == 40
 
 
-# Clients that leave.
+# Clients that disconnect.
 
 
 def post(sock: socket.socket, path: str, body: dict) -> None:
@@ -123,8 +123,8 @@ LONG = {"prompt": "x", "max_tokens": 3000, "ignore_eos": True}
 
 
 @pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("frozen", [False, True])  # in the queue or in prefill: nothing has come yet
-def test_a_client_that_leaves_frees_its_place(make_server, stream, frozen):
+@pytest.mark.parametrize("frozen", [False, True])  # in the queue or in prefill: nothing was sent yet
+def test_a_disconnect_frees_the_slot(make_server, stream, frozen):
     live = make_server(step_seconds=0.001)
     live.engine.frozen = frozen
     with live.connect() as sock:
@@ -139,7 +139,7 @@ def test_a_client_that_leaves_frees_its_place(make_server, stream, frozen):
     assert live.client.post("/v1/completions", json={"prompt": "x"}).status_code == 200
 
 
-def test_a_client_that_leaves_changes_nobody_elses_text(make_server):
+def test_a_disconnect_changes_no_other_text(make_server):
     live = make_server(step_seconds=0.001)
     body = {"prompt": "mine", "max_tokens": 200, "ignore_eos": True}
     alone = live.client.post("/v1/completions", json=body).json()["choices"][0]["text"]
@@ -163,7 +163,7 @@ def test_a_client_that_leaves_changes_nobody_elses_text(make_server):
     assert live.engine.ended.count("cancelled") == 20
 
 
-def test_a_client_that_leaves_after_done(live):
+def test_a_disconnect_after_done(live):
     with live.connect() as sock:
         post(sock, "/v1/completions", {"prompt": "x", "stream": True, "max_tokens": 2})
         data = b""
@@ -171,7 +171,7 @@ def test_a_client_that_leaves_after_done(live):
             data += sock.recv(65536)
 
 
-def test_a_connection_lives_on_after_a_stream(live):
+def test_a_connection_is_reused_after_a_stream(live):
     with live.connect() as sock:
         for _ in range(3):
             post(sock, "/v1/completions", {"prompt": "x", "stream": True, "max_tokens": 2})

@@ -1,1 +1,1 @@
-"""What several tests share: small random models of every family, and driving plans over sequences. Downloads nothing."""
+"""Shared by several tests: small random models of every family, and running plans over sequences. Downloads nothing."""

@@ -1,7 +1,7 @@
-"""What a tiny model answers through every way into the native library, as digests, under other defaults of torch. For
-`tests/test_default_dtype.py`, in a process of its own: a mistake would corrupt its memory.
+"""Digests of a tiny model's outputs through every entry point of the native library, under other default dtypes and devices of
+torch. For `tests/test_default_dtype.py`, in its own process, since a bug would corrupt its memory.
 
-python -m support.answers FOLDER [DEFAULT ...]     a default dtype, or device:NAME; one JSON object a line, in their order
+python -m support.answers FOLDER [DEFAULT ...]     a default dtype, or device:NAME; one JSON object per line, in their order
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from deepseek_optimizer.train.prepare import prepare
 
 
 def _digest(*tensors: torch.Tensor | None) -> str:
-    found = hashlib.sha256()
+    result = hashlib.sha256()
     for tensor in tensors:
         if tensor is not None:
-            found.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-            found.update(tensor.detach().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()
+            result.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+            result.update(tensor.detach().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return result.hexdigest()
 
 
 def _files(folder: Path) -> str:
@@ -41,7 +41,7 @@ def _files(folder: Path) -> str:
 
 
 def inference(model: Any) -> dict[str, str]:
-    """Digests of a forward, generations alone and in company, a cache read back, and a layer's own forward and gradient."""
+    """Digests of a forward, generation alone and in a batch, a cache's contents, and a layer's forward and gradient."""
     ids = torch.arange(2 * 40, dtype=torch.int64, device="cpu").view(2, 40) * 7 % 250
     made = model(ids, output_hidden_states=True, use_cache=True)
     greedy = model.generate(ids, max_new_tokens=8, do_sample=False, return_dict_in_generate=True, output_logits=True)
@@ -79,7 +79,7 @@ def training(model: Any) -> dict[str, str]:
 
 
 def answers(path: Path, default: str) -> dict[str, str]:
-    """Of models loaded before and after `default` became torch's, on both backends, converted, saved and trained."""
+    """Digests of models loaded before and after torch's default changed, on both backends, converted, saved and trained."""
     torch.set_default_dtype(torch.float32)
     torch.set_default_device("cpu")
     before = load_model(path, precision="int8")
@@ -88,16 +88,16 @@ def answers(path: Path, default: str) -> dict[str, str]:
         torch.set_default_device(default.removeprefix("device:"))
     else:
         torch.set_default_dtype(getattr(torch, default))
-    found = {f"loaded before: {k}": v for k, v in inference(before).items()}
+    result = {f"loaded before: {k}": v for k, v in inference(before).items()}
     for backend, precision, kv in (("cpu", "int8", "int8"), ("cpu", "fp32", "fp32"), ("reference", "int4", "int8")):
         model = load_model(path, precision=precision, backend=backend, kv_cache=kv)
-        found |= {f"{backend}, {precision}: {k}": v for k, v in inference(model).items()}
+        result |= {f"{backend}, {precision}: {k}": v for k, v in inference(model).items()}
     with tempfile.TemporaryDirectory() as folder:
         pack_checkpoint(path, Path(folder) / "packed", {"precision": "int4"})
-        found["converted"] = _files(Path(folder) / "packed")
+        result["converted"] = _files(Path(folder) / "packed")
         model.save_pretrained(Path(folder) / "saved")
-        found["saved"] = _files(Path(folder) / "saved")
-    return found | training(float_model)
+        result["saved"] = _files(Path(folder) / "saved")
+    return result | training(float_model)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A model that calibration makes a difference to, with a tokenizer and a text."""
+"""A model whose quality depends on calibration, with a tokenizer and a text."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .models import CASES, random_model
 
 
 def save_unequal(folder: Path, case: str, tokenizer: Any, characters: int) -> Path:
-    """Saves a random fp32 model whose columns are used very unequally; the text is `text.txt` beside `folder`."""
+    """Saves a random fp32 model whose columns differ widely in importance; the text is `text.txt` in `folder`'s parent."""
     config = CASES[case]()
     config.vocab_size = len(tokenizer)
     model = random_model(config)

@@ -1,8 +1,8 @@
-"""Models whose files change while they are in use: a program of its own, since a fault in one would kill the tests.
+"""Models whose files change while they are in use. A separate program, since a fault would kill the test process.
 
     python changed_files.py PACKED FLOAT WORK
 
-prints what came of each case as one JSON object: of calls the tokens, or the type and text of their error.
+prints the outcome of each case as one JSON object: the tokens of a call, or the type and text of its error.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def tokens(model: Any) -> Any:
 
 
 class Cases:
-    """Makes models on copies of their own of a checkpoint."""
+    """Loads models, each from its own copy of a checkpoint."""
 
     def __init__(self, packed: Path, work: Path) -> None:
         self.packed, self.work = packed, work
@@ -74,8 +74,8 @@ class Cases:
         return Path(shutil.copytree(self.packed, self.work / name))
 
     def changes(self) -> dict[str, Any]:
-        """Each change of a file under a model that has answered before; beside it a model on another file."""
-        other, found = load_model(self.packed), {}
+        """Each kind of change to the file of a model that is in use, while another model uses another file."""
+        other, result = load_model(self.packed), {}
         for way, load in LOADERS.items():
             for change, work in CHANGES.items():
                 folder = self.copy(f"{way}-{change}")
@@ -84,14 +84,14 @@ class Cases:
                 work(folder / "model.safetensors")
                 after = {"before": before, "after": tokens(model), "again": tokens(model), "twin": tokens(twin)}
                 shutil.rmtree(folder)
-                found[f"{way} {change}"] = {**after, "other": tokens(other), "loaded": tokens(load_model(self.packed))}
-        return found
+                result[f"{way} {change}"] = {**after, "other": tokens(other), "loaded": tokens(load_model(self.packed))}
+        return result
 
     def readers(self) -> dict[str, Any]:
-        """All that reads weights beside the plan, over a file that is gone."""
+        """Everything other than the plan that reads weights, with a file that was removed."""
         folder = self.copy("readers")
         model = load_model(folder)
-        apart = copy.deepcopy(model)  # its weights are in memory
+        apart = copy.deepcopy(model)  # its weights are copied to memory
         expected = tokens(model)
         os.truncate(folder / "model.safetensors", 0)
         row, layer = torch.randn(1, 64), model.model.layers[0]
@@ -104,20 +104,22 @@ class Cases:
             "forward": lambda: model(IDS),
             "save": lambda: model.save_pretrained(self.work / "saved"),
             "engine": lambda: make_engine(model).generate([[60, 61]], SamplingParams(max_tokens=4)),
-            "own forward": lambda: model(IDS, output_attentions=True),  # Transformers leaves hooks behind, so nothing after it
+            "own forward": lambda: model(IDS, output_attentions=True),  # must be last, since Transformers leaves its hooks
             "own save": lambda: model.save_pretrained(self.work / "saved"),
         }
-        found = {name: outcome(call) for name, call in calls.items()}
+        result = {name: outcome(call) for name, call in calls.items()}
         folder = self.copy("while saving")
         saving = load_model(folder)
         back = _once_before(save, "write_safetensors", lambda: os.truncate(folder / "model.safetensors", 0))
-        found["cut while saving"] = outcome(lambda: saving.save_pretrained(self.work / "saved"))  # OSError: the system reads
+        result["cut while saving"] = outcome(
+            lambda: saving.save_pretrained(self.work / "saved")
+        )  # OSError: a system call reads
         back()
-        return {**found, "saved": (self.work / "saved").exists(), "apart": tokens(apart) == expected}
+        return {**result, "saved": (self.work / "saved").exists(), "apart": tokens(apart) == expected}
 
     def loading(self, floats: Path) -> dict[str, Any]:
-        """Files that are cut short, or written to, while they are read."""
-        found = {}
+        """Files that are truncated or overwritten while they are read."""
+        result = {}
         for name, load, packed, owner, hook, change in (
             ("load_model, cut", load_model, False, Checkpoint, "check_finite", CHANGES["halved"]),
             ("load_model, overwritten", load_model, False, Checkpoint, "check_finite", overwritten),
@@ -127,25 +129,25 @@ class Cases:
         ):
             folder = Path(shutil.copytree(self.packed if packed else floats, self.work / name))
             before = _once_before(owner, hook, lambda at=folder, do=change: do(at / "model.safetensors"))
-            found[name] = outcome(lambda at=folder, load=load: load(at))
+            result[name] = outcome(lambda at=folder, load=load: load(at))
             before()
-        return found
+        return result
 
     def mapped(self, floats: Path) -> dict[str, bool]:
         """Whether a loaded model maps its file, and whether SIGBUS has a handler."""
         loads = {"float": (load_model, floats), "reference": (lambda path: load_model(path, backend="reference"), self.packed)}
-        other = self.copy("other names")  # which our own reader does not look for
+        other = self.copy("other names")  # names that our reader does not look for
         os.rename(other / "model.safetensors", other / "model.x.safetensors")
         loads["other names"] = (lambda path: AutoModelForCausalLM.from_pretrained(path, variant="x"), other)
         loads |= {name: (load, self.packed) for name, load in LOADERS.items()}
-        found = {"handler at first": _handled(signal.SIGBUS)}
+        result = {"handler at first": _handled(signal.SIGBUS)}
         for name, (load, path) in loads.items():
             model = load(path)
-            found[name] = f"{path}/" in Path("/proc/self/maps").read_text()
+            result[name] = f"{path}/" in Path("/proc/self/maps").read_text()
             if name == "reference":
-                found["handler so far"] = _handled(signal.SIGBUS)
+                result["handler so far"] = _handled(signal.SIGBUS)
             del model
-        return found | {"handler": _handled(signal.SIGBUS)}
+        return result | {"handler": _handled(signal.SIGBUS)}
 
 
 def _handled(number: int) -> bool:
@@ -159,7 +161,7 @@ def _packing(path: Path) -> Any:
 
 
 def _once_before(owner: Any, name: str, work: Callable[[], None]) -> Callable[[], None]:
-    """Does something before the first call of a function of a class or module. Returns what puts the function back."""
+    """Calls `work` before the first call of a function of a class or module. Returns a function that undoes the patch."""
     real, left = getattr(owner, name), [work]
 
     def call(*args: Any, **kwargs: Any) -> Any:

@@ -1,8 +1,9 @@
-"""Chat templates in the manner of well-known families, and small tokenizers with their control tokens; made here."""
+"""Chat templates similar to those of well-known families, and small tokenizers with their control tokens; all made here."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 QWEN = """{%- if tools %}<|im_start|>system
@@ -65,12 +66,12 @@ LLAMA3 = """{{- bos_token }}
 _TEXT = "the quick brown fox jumps over the lazy dog and you are a helpful assistant who says hello to system user tool " * 4
 
 
-def tokenizer(template: str, special: list[str], added: list[str] = (), *, prefix: bool = False) -> Any:  # type: ignore[assignment]
+def tokenizer(template: str, special: list[str], added: Sequence[str] = (), *, prefix: bool = False) -> Any:
     """
     Args:
         special: special tokens; the first begins and the second ends a text.
         added: tokens that are not special.
-        prefix: SentencePiece's way, which begins a text with a space; otherwise bytes, in the manner of GPT-2.
+        prefix: as in SentencePiece, which adds a space before a text; otherwise bytes, as in GPT-2.
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast

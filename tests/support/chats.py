@@ -1,4 +1,4 @@
-"""A chat template that teaches calls of tools, a tool, and a template of a model that thinks."""
+"""A chat template that describes tool calls, a tool, and a template of a reasoning model."""
 
 from __future__ import annotations
 

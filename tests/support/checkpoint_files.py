@@ -1,4 +1,4 @@
-"""Checkpoint files made by hand, byte by byte, so that tests can make them wrong.
+"""Checkpoint files assembled byte by byte, so that tests can make them invalid.
 
 path.write_bytes(safetensors_bytes({"w": torch.ones(2, 3)}))
 path.write_bytes(gguf_bytes(model_values("llama"), model_tensors("llama")))
@@ -25,7 +25,7 @@ def raw(tensor: torch.Tensor) -> bytes:
 
 
 def with_header(header: bytes | Mapping[str, Any], data: bytes = b"") -> bytes:
-    """A safetensors file with this header, right or wrong."""
+    """A safetensors file with this header, valid or not."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     return len(text).to_bytes(8, "little") + text + data
 
@@ -79,7 +79,7 @@ def gguf_bytes(
     alignment: int = 32,
     offsets: Mapping[str, int] | None = None,
 ) -> bytes:
-    """A whole file. `offsets` replaces tensors' true offsets."""
+    """A complete file. `offsets` replaces the tensors' true offsets."""
     tensors = list(tensors)
     head = b"GGUF" + struct.pack("<IQQ", version, len(tensors), len(values))
     head += b"".join(gguf_string(key) + gguf_value(*value) for key, value in values.items())
@@ -93,7 +93,7 @@ def gguf_bytes(
 
 
 HIDDEN, HEADS, KV_HEADS, INTERMEDIATE, VOCAB = 64, 4, 2, 96, 40
-HEAD_DIM = {"qwen3": 128}  # others: 16. Transformers reads no head_dim from a qwen3 file, and takes its default
+HEAD_DIM = {"qwen3": 128}  # others: 16. Transformers does not read head_dim from a qwen3 file, and uses its default
 
 
 def model_values(architecture: str = "llama", layers: int = 1, **more: tuple[int, Any]) -> dict[str, tuple[int, Any]]:
@@ -123,7 +123,7 @@ def model_values(architecture: str = "llama", layers: int = 1, **more: tuple[int
 def model_tensors(
     architecture: str = "llama", layers: int = 1, kind: str = "F32", tied: bool = False, seed: int = 0
 ) -> list[tuple[str, int, tuple[int, ...], bytes]]:
-    """Random weights that go with `model_values`; matrices are stored as `kind`, vectors as F32."""
+    """Random weights for `model_values`; matrices are stored as `kind`, vectors as F32."""
     generator = torch.Generator().manual_seed(seed)
 
     def random(*shape: int) -> torch.Tensor:
@@ -177,7 +177,7 @@ STACKS = {"model.layers.1.mlp.experts.gate_up_proj": (8, 32, 32), "model.layers.
 
 
 def deepseek2_tensors(kind: str = "Q8_0") -> list[tuple[str, int, tuple[int, ...], bytes]]:
-    """Random weights that go with `deepseek2_values`."""
+    """Random weights for `deepseek2_values`."""
     attention = {
         "attn_norm.weight": (32,), "attn_q_a.weight": (32, 32), "attn_q_a_norm.weight": (32,), "attn_q_b.weight": (96, 32),
         "attn_kv_a_mqa.weight": (48, 32), "attn_kv_a_norm.weight": (32,), "attn_k_b.weight": (2, 32, 32),

@@ -1,13 +1,13 @@
-"""The code blocks of the documentation: found in Markdown, and run page by page as a reader would type them.
+"""The code blocks of the documentation: extracted from Markdown, and run page by page as a reader would type them.
 
-A comment in front of a block says how it is run:
+A comment before a block says how to run it:
 
     <!-- not tested: REASON -->     it cannot run here
     <!-- tested: slow -->           it runs with the slow tests only
     <!-- file: NAME -->             its text is written to that file
-    <!-- stdin: TEXT -->            what is typed into its command
+    <!-- stdin: TEXT -->            the input of its command
     <!-- training -->               a few steps are enough: `STEPS` are added to `dso train`
-    <!-- fixture: packed NAME -->   a packed model of that name is there before
+    <!-- fixture: packed NAME -->   needs a packed model of that name
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from pathlib import Path
 from typing import Any
 
 STEPS = ("--steps", "4", "--max-length", "256")
-ADDRESS = "127.0.0.1:8000"  # of the server in the documentation
+ADDRESS = "127.0.0.1:8000"  # the server's address in the documentation
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _COMMENT = re.compile(r"<!-- ([^<>]*) -->\n\Z")
 
 
 @dataclass(frozen=True)
 class Block:
-    """`marks`: what the comments before it say, by their first words."""
+    """A fenced block. `marks`: the comments before it, by their first words."""
 
     page: str
     line: int
@@ -44,7 +44,7 @@ class Block:
         return self.marks.get("tested") == "slow"
 
     def commands(self) -> list[str]:
-        """Of a console block: the lines that begin with $, with those that continue them."""
+        """The commands of a console block: the lines that begin with $, with their continuation lines."""
         joined = self.text.replace("\\\n", " ")
         return [line[2:].strip() for line in joined.splitlines() if line.startswith("$ ")]
 
@@ -52,7 +52,7 @@ class Block:
 def blocks(path: Path, root: Path) -> list[Block]:
     """Every fenced block of a page, in order."""
     text = path.read_text(encoding="utf-8")
-    found = []
+    result = []
     for fence in _FENCE.finditer(text):
         marks, before = {}, text[: fence.start()]
         while comment := _COMMENT.search(before):
@@ -60,17 +60,17 @@ def blocks(path: Path, root: Path) -> list[Block]:
             marks[name.strip()] = value.strip()
             before = before[: comment.start()]
         line = text.count("\n", 0, fence.start()) + 1
-        found.append(Block(str(path.relative_to(root)), line, fence[1], fence[2], marks))
-    return found
+        result.append(Block(str(path.relative_to(root)), line, fence[1], fence[2], marks))
+    return result
 
 
 @dataclass
 class Session:
-    """One page's blocks share a folder, Python's names and a server.
+    """Runs one page's blocks, which share a folder, Python's names and a server.
 
     Attributes:
         folder: where commands run.
-        names: what stands in the text -> what is used instead, such as a hub name -> a path.
+        names: text in the documentation -> its replacement, such as a hub name -> a path.
         invoke: runs `dso` in this process: invoke(arguments, input) -> a result of typer's CliRunner.
         serve: starts the server that a `dso serve` line describes, and returns its host and port.
     """
@@ -83,7 +83,7 @@ class Session:
     address: str = ADDRESS
 
     def run(self, block: Block) -> None:
-        """Raises whatever the block does, or AssertionError where a command fails, with the place in the documentation."""
+        """Raises the block's error, or AssertionError if a command fails, with the place in the documentation."""
         try:
             with contextlib.chdir(self.folder) if hasattr(contextlib, "chdir") else _chdir(self.folder):
                 self._run(block)
@@ -128,7 +128,7 @@ class Session:
 
 
 def _codes(words: list[str]) -> tuple[int, ...]:
-    """The doctor's exit code is 1 where it finds something, which a model of random weights gives it."""
+    """The accepted exit codes. The doctor's is 1 if it finds a problem, as with a model of random weights."""
     return (0, 1) if words[1] == "doctor" else (0,)
 
 

@@ -1,4 +1,4 @@
-"""PDF and Word files made here, and texts that no reader expects."""
+"""PDF and Word files generated here, and unusual texts."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from io import BytesIO
 
 
 def pdf(pages: Sequence[str], *, user: str | None = None, owner: str = "owner", algorithm: str = "RC4-128") -> bytes:
-    """A PDF in Helvetica. An empty page is a page without text.
+    """A PDF in Helvetica. An empty string gives a page without text.
 
     Args:
-        user: the password that is needed to read it; None: it is not encrypted.
+        user: the password to read it; None: not encrypted.
     """
     objects: list[bytes] = [b"<< /Type /Catalog /Pages 2 0 R >>", b""]
     kids = []
@@ -51,7 +51,7 @@ def _encrypted(data: bytes, user: str, owner: str, algorithm: str) -> bytes:
 
 
 def random_text(rng: random.Random, length: int) -> str:
-    """Words, blank lines, long words, emoji, accents in two forms, other scripts, control tokens, headings, in any mixture."""
+    """A random mix of words, blank lines, long words, emoji, accents in two forms, other scripts, control tokens, headings."""
     kinds = (
         lambda: " ".join(rng.choice(("alpha", "Beta", "of", "the", "x", "12.5", "naïve")) for _ in range(rng.randint(1, 40))),
         lambda: rng.choice(("\n", "\n\n", "\n \t\n\n", ". ", "? ", " ", "\n# Heading\n\n", "\n\n")),

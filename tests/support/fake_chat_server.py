@@ -1,6 +1,6 @@
-"""A server that speaks OpenAI's chat protocol from a script, and serves the chat page: what clients are tested against.
+"""A server that speaks OpenAI's chat protocol from a script and serves the chat page, for tests of clients.
 
-It streams what a test tells it to, waits where the test holds an event, and keeps every request. No model, no torch.
+It streams what a test scripts, waits while the test holds an event, and records every request. No model, no torch.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-# What the server sends with the page. Trusted Types make the browser refuse innerHTML and its like outright.
+# The page's headers, as sent by the server. Trusted Types make the browser reject innerHTML and similar calls.
 CSP = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; font-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types 'none'"
 )
 TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
-LONGEST_WAIT = 20.0  # seconds that a reply waits for its test: a bound for failures, never reached by a test that passes
+LONGEST_WAIT = 20.0  # maximum seconds that a reply waits for its test; never reached by a test that passes
 
 
 def page_folder() -> Path:
-    """The page's files, of the package that is under test; found without importing it, which would load torch."""
+    """The folder of the page's files in the tested package, located without importing it, which would load torch."""
     spec = find_spec("deepseek_optimizer")
     assert spec is not None and spec.submodule_search_locations
     return Path(next(iter(spec.submodule_search_locations))) / "server" / "page"
@@ -37,7 +37,7 @@ class Thought:
     text: str
 
 
-DROP = object()  # in a reply: close the connection here, with the answer unfinished
+DROP = object()  # in a reply: closes the connection here, before the answer is complete
 
 
 @dataclass
@@ -45,9 +45,9 @@ class Reply:
     """One scripted answer.
 
     Args:
-        pieces: in order: str (content), `Thought`, an Event to wait for, a dict (a chunk as it is), `DROP`.
+        pieces: in order: str (content), `Thought`, an Event to wait for, a dict (sent unchanged as a chunk), `DROP`.
         status: other than 200 sends `error` and no stream.
-        error: the body then, or with status 200 the object of an error event at the end of the pieces.
+        error: the body of an error response; with status 200, the object of an error event after the pieces.
         headers: further headers.
         finish: the finish reason.
         usage: further fields of the usage, such as dropped_tokens.
@@ -62,20 +62,20 @@ class Reply:
 
 
 def error_body(message: str, kind: str = "invalid_request_error") -> dict[str, Any]:
-    """An error as OpenAI shapes it."""
+    """An error in OpenAI's format."""
     return {"error": {"message": message, "type": kind, "param": None, "code": None}}
 
 
 class FakeChatServer:
-    """Serves on a free port of the loopback until closed. `replies` are used up in order; without one, it echoes."""
+    """Serves on a free loopback port until closed. `replies` are used in order; without one, it echoes."""
 
     def __init__(self) -> None:
         self.models: list[dict[str, Any]] = [{"id": "tiny", "object": "model", "max_model_len": 4096}]
         self.replies: list[Reply] = []
-        self.bodies: list[dict[str, Any]] = []  # of the chat requests
+        self.bodies: list[dict[str, Any]] = []  # bodies of the chat requests
         self.api_key: str | None = None
-        self.libraries = True  # whether it has the libraries that format answers
-        self.cut = threading.Event()  # a client went away while it was answered
+        self.libraries = True  # whether it serves the libraries that format answers
+        self.cut = threading.Event()  # a client disconnected during its answer
         handler = type("Handler", (_Handler,), {"fake": self})
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self._server.daemon_threads = True
@@ -164,7 +164,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _deltas(self, pieces: Sequence[Any]) -> Iterator[Any]:
         for piece in pieces:
             if isinstance(piece, threading.Event):
-                # Something is sent meanwhile, so that a client that went away is noticed; comments are not events.
+                # Comments, which are not events, are sent meanwhile to detect a client that disconnected.
                 for _ in range(int(LONGEST_WAIT / 0.02)):
                     if piece.wait(0.02):
                         break

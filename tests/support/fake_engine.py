@@ -1,4 +1,5 @@
-"""An engine without a model: what `AsyncEngine` promises the server, with scripted texts. For tests of protocols."""
+"""An engine without a model: the interface of `AsyncEngine` that the server uses, with scripted texts. For tests of
+protocols."""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ HIDDEN = 8
 
 
 def default_script(request: Request) -> str:
-    """A text that depends on the prompt and the seed alone, with characters of several tokens."""
+    """A text that depends only on the prompt and the seed, with characters of several tokens."""
     digest = hashlib.sha256(repr((request.prompt, request.sampling.seed)).encode()).hexdigest()
     return f"Answer {digest[:8]}: naïve 😀 中文 {digest[8:16]}"
 
@@ -29,11 +30,11 @@ def default_script(request: Request) -> str:
 class FakeEngine:
     """
     Args:
-        tokenizer: of Transformers.
-        script: the text that answers a request; end of text follows.
-        capacity: requests that are taken at once.
-        context: most tokens of prompt and answer.
-        step_seconds: that a step takes; each gives every request one token.
+        tokenizer: a tokenizer of Transformers.
+        script: returns the text that answers a request; an end of text follows.
+        capacity: maximum number of admitted requests.
+        context: maximum tokens of prompt and answer.
+        step_seconds: duration of a step, which generates one token for every request.
     """
 
     def __init__(
@@ -56,7 +57,7 @@ class FakeEngine:
         self.steps = 0
         self.seen: list[Request] = []
         self.ended: list[Finish] = []
-        self.max_pending = 0  # tokens of the longest output that nobody has read yet
+        self.max_pending = 0  # maximum number of tokens in an output that no client had read yet
         self._admitted, self._draining = 0, False
         self._ids = itertools.count(1)
         self._running: dict[str, _Sequence] = {}
@@ -124,14 +125,14 @@ class FakeEngine:
         return not self._running
 
     def die(self):
-        """As when the engine's thread ends by an error."""
+        """Simulates an error that ends the engine's thread."""
         self.alive = False
         self._task.cancel()
         for sequence in list(self._running.values()):
             self._end(sequence, "error", "the engine has stopped: /secret/path")
 
     def fail(self, index: int = 0):
-        """One request fails, and the engine goes on."""
+        """Fails one request; the engine continues."""
         self._end(list(self._running.values())[index], "error", "NaN at /secret/path")
 
     def tell_of_replaced_files(self):
@@ -221,7 +222,7 @@ class _Sequence:
         self.put(Output(self.request.id, [token], text, logprobs, finish, reason))
 
     def _choose(self) -> int:
-        """The script's token, if the grammar lets it come: else the first that it does."""
+        """The script's token if the grammar allows it, otherwise the first allowed token."""
         token = self.script[self.at] if self.at < len(self.script) else self.script[0]
         if self.grammar is None or self.grammar.finished:
             return token if self.grammar is None else self.engine.tokenizer.eos_token_id

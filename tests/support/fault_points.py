@@ -1,11 +1,11 @@
-"""Runs an operation once for every call to the system at which it can fail, in a forked process each time.
+"""Runs an operation once for every system call at which it can fail, in a forked process each time.
 
     LD_PRELOAD=faults.so python tests/faults/run.py        (see tests/faults/test_faults.py)
 
-The process that forks has everything imported and runs nothing itself, so a trial takes milliseconds. `trials` first runs the
+The process that forks has imported everything and runs nothing itself, so a trial takes milliseconds. `trials` first runs the
 operation with a log of its calls, then repeats it from the same old state with one call failing, or the process killed there.
-After each trial the state must be the old or the new one byte for byte, the error one line that names the place, nothing may be
-left lying around, and the next run without faults must succeed.
+After each trial the state must be the old or the new one byte for byte, the error one line that names the place, no temporary
+file may remain, and the next run without faults must succeed.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from typing import Any
 
 FILES, MEMORY = 1, 2
 FAIL_ONCE, FAIL_ON, KILL = 0, 1, 2
-# Names of what can go wrong: how the shim acts, and the error.
+# Kinds of faults: the shim's action, and the error.
 FAULTS = {"full disk": (FAIL_ON, errno.ENOSPC), "I/O error": (FAIL_ONCE, errno.EIO), "killed": (KILL, 0)}
 _CLEANING = ("unlink", "unlinkat", "rmdir")
 
@@ -41,10 +41,10 @@ State = dict[str, str]
 class Operation:
     """
     Args:
-        prepare: makes the old state below a directory.
-        run: what is tried, on that directory; raises, or returns the exit code and stderr of a command.
+        prepare: creates the old state in a directory.
+        run: the operation, on that directory; raises, or returns the exit code and stderr of a command.
         resumes: a failed run may leave hidden files that the next run continues from.
-        whole: whether a state that is neither the old nor the new one is right all the same.
+        whole: whether a state that is neither the old nor the new one is valid too.
         varies: a pattern of files whose contents differ from run to run.
     """
 
@@ -57,17 +57,17 @@ class Operation:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Of a forked run. `error`: None where it succeeded. `told`: the exception's text, or a command's stderr."""
+    """The outcome of a forked run. `error`: None if it succeeded. `message`: the exception's text, or a command's stderr."""
 
     killed: bool = False
     error: str | None = None
-    told: str = ""
+    message: str = ""
     hit: str = ""
     trace: str = ""
 
 
 def compiled(folder: Path) -> Path:
-    """The shim, compiled."""
+    """Compiles the shim."""
     library = folder / "faults.so"
     source = Path(__file__).with_name("faults.c")
     subprocess.run(["cc", "-O1", "-shared", "-fPIC", "-o", library, source, "-ldl"], check=True, capture_output=True, text=True)
@@ -78,7 +78,7 @@ class Faults:
     """The shim in this process.
 
     Args:
-        folder: calls on what lies below it are counted.
+        folder: calls on files below it are counted.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -99,7 +99,7 @@ class Faults:
             self._library.faults_disarm()
 
     def watch(self, on: bool) -> None:
-        """Whether this thread's allocations are counted while the shim is armed."""
+        """Sets whether this thread's allocations are counted while the shim is armed."""
         self._library.faults_watch(on)
 
     @property
@@ -108,7 +108,7 @@ class Faults:
 
 
 def in_child(work: Callable[[], tuple[int, str] | None], hit: Callable[[], str] = str) -> Outcome:
-    """Runs it in a fork, with nothing on the terminal; what came of it."""
+    """Runs `work` in a forked process without output; returns its outcome."""
     reads, writes = os.pipe()
     child = os.fork()
     if child == 0:
@@ -118,10 +118,10 @@ def in_child(work: Callable[[], tuple[int, str] | None], hit: Callable[[], str] 
             os.dup2(null, fd)
         sys.stdout = sys.stderr = io.StringIO()
         try:
-            found = work()
-            answer = {} if found is None or found[0] == 0 else {"error": f"exit code {found[0]}", "told": found[1]}
+            result = work()
+            answer = {} if result is None or result[0] == 0 else {"error": f"exit code {result[0]}", "message": result[1]}
         except BaseException as error:
-            answer = {"error": type(error).__name__, "told": str(error), "trace": traceback.format_exc()}
+            answer = {"error": type(error).__name__, "message": str(error), "trace": traceback.format_exc()}
         os.write(writes, json.dumps({**answer, "hit": hit()}).encode()[:60_000])
         os._exit(0)
     os.close(writes)
@@ -129,25 +129,25 @@ def in_child(work: Callable[[], tuple[int, str] | None], hit: Callable[[], str] 
         answer = pipe.read()
     _, status = os.waitpid(child, 0)
     if os.WIFSIGNALED(status):
-        return Outcome(killed=True, told=f"signal {os.WTERMSIG(status)}")
+        return Outcome(killed=True, message=f"signal {os.WTERMSIG(status)}")
     return Outcome(**json.loads(answer))
 
 
 def state_of(folder: Path, varies: str = "$^", hidden: bool = False) -> State:
-    """Digest of every file below a directory by its path; `hidden`: also of those with a dot."""
-    found = {}
+    """Digest of every file below a directory by its path; `hidden`: also of files whose names begin with a dot."""
+    result = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         if path.is_file() and (hidden or not re.search(r"(^|/)\.", name)):
-            found[name] = "" if re.search(varies, name) else hashlib.sha256(path.read_bytes()).hexdigest()
+            result[name] = "" if re.search(varies, name) else hashlib.sha256(path.read_bytes()).hexdigest()
         elif path.is_dir() and hidden:
-            found[f"{name}/"] = ""
-    return found
+            result[f"{name}/"] = ""
+    return result
 
 
-def chosen(calls: list[str], most: int | None, seed: int) -> list[int]:
-    """Numbers of calls to fail at: all, or at most so many, of as many different kinds as there are."""
-    if most is None or len(calls) <= most:
+def chosen(calls: list[str], limit: int | None, seed: int) -> list[int]:
+    """Indices of the calls to fail at: all, or at most `limit`, covering as many kinds of calls as possible."""
+    if limit is None or len(calls) <= limit:
         return list(range(len(calls)))
     rng = random.Random(seed)
     kinds: dict[str, list[int]] = {}
@@ -156,11 +156,12 @@ def chosen(calls: list[str], most: int | None, seed: int) -> list[int]:
     queues = [rng.sample(numbers, len(numbers)) for numbers in kinds.values()]
     rng.shuffle(queues)
     order = [queue[i] for i in range(len(calls)) for queue in queues if i < len(queue)]
-    return sorted(order[:most])
+    return sorted(order[:limit])
 
 
-def trials(base: Path, operation: Operation, most: int | None = None, seed: int = 0) -> dict[str, Any]:
-    """Tries the operation with every fault (or `most` calls, each with one kind of fault); what was wrong, as sentences."""
+def trials(base: Path, operation: Operation, limit: int | None = None, seed: int = 0) -> dict[str, Any]:
+    """Runs the operation with every fault (or at `limit` calls with one kind of fault each); returns what was wrong, as
+    sentences."""
     here, template = base / "here", base / "template"
     template.mkdir(parents=True)
     _prepare(operation, template, here)
@@ -182,8 +183,8 @@ def trials(base: Path, operation: Operation, most: int | None = None, seed: int 
     problems, errors = [], 0
     rng = random.Random(seed)
     names = list(FAULTS)
-    for number in chosen(calls, most, seed):
-        for fault in names if most is None else [rng.choice(names)]:
+    for number in chosen(calls, limit, seed):
+        for fault in names if limit is None else [rng.choice(names)]:
             how, error = FAULTS[fault]
             _restore(template, here)
 
@@ -198,7 +199,7 @@ def trials(base: Path, operation: Operation, most: int | None = None, seed: int 
             again = in_child(lambda: operation.run(here))
             left = state_of(here, operation.varies, hidden=True)
             if again.error or again.killed:
-                problems.append(f"{place}: the next run fails: {again.error} {again.told} {again.trace}")
+                problems.append(f"{place}: the next run fails: {again.error} {again.message} {again.trace}")
             elif left != everything:
                 problems.append(f"{place}: after the next run there is another state: {_difference(everything, left)}")
     return {"calls": len(calls), "errors": errors, "problems": problems}
@@ -207,22 +208,22 @@ def trials(base: Path, operation: Operation, most: int | None = None, seed: int 
 def _wrong(operation: Operation, here: Path, outcome: Outcome, fault: str, old: State, new: State) -> Iterable[str]:
     state = state_of(here, operation.varies)
     if state not in (old, new) and not operation.whole(here, old, new):
-        yield f"neither the old state nor the new: {_difference(new, state)}; {outcome.error} {outcome.told}"
+        yield f"neither the old state nor the new: {_difference(new, state)}; {outcome.error} {outcome.message}"
     if fault == "killed":
         return
     if outcome.killed:
-        yield f"the process died: {outcome.told}"
+        yield f"the process died: {outcome.message}"
     if not outcome.error:
         if state != new:
             yield f"no error, and not the new state: {_difference(new, state)}"
     else:
-        told = outcome.told.strip()
-        last = told.splitlines()[-1] if told else ""
+        message = outcome.message.strip()
+        last = message.splitlines()[-1] if message else ""
         command = outcome.error.startswith("exit code")
-        if command and (outcome.error != "exit code 2" or not last.startswith("dso: ") or "Traceback" in told):
-            yield f"{outcome.error}: {told}"
-        if not command and (outcome.error not in _TYPED or len(told.splitlines()) != 1):
-            yield f"{outcome.error}: {told}\n{outcome.trace}"
+        if command and (outcome.error != "exit code 2" or not last.startswith("dso: ") or "Traceback" in message):
+            yield f"{outcome.error}: {message}"
+        if not command and (outcome.error not in _TYPED or len(message.splitlines()) != 1):
+            yield f"{outcome.error}: {message}\n{outcome.trace}"
         if str(here) not in last:
             yield f"the message names no file: {last}\n{outcome.trace}"
     added = state_of(here, operation.varies, hidden=True).keys() - new.keys() - old.keys()
@@ -235,7 +236,7 @@ _TYPED = {"CheckpointError", "SaveError", "DataError", "OSError", "MemoryError",
 
 
 def _prepare(operation: Operation, template: Path, here: Path) -> None:
-    """The old state, made where it will be used: a run's settings know their directory."""
+    """Creates the old state in the directory where it is used, since a run's settings contain that path."""
     here.mkdir()
     made = in_child(lambda: operation.prepare(here))
     if made.error or made.killed:
@@ -248,8 +249,8 @@ def _restore(source: Path, target: Path) -> None:
     shutil.copytree(source, target, symlinks=True)
 
 
-def _difference(expected: State, found: State) -> str:
-    lines = [f"{name} missing" for name in expected.keys() - found.keys()]
-    lines += [f"{name} added" for name in found.keys() - expected.keys()]
-    lines += [f"{name} differs" for name in expected.keys() & found.keys() if expected[name] != found[name]]
+def _difference(expected: State, result: State) -> str:
+    lines = [f"{name} missing" for name in expected.keys() - result.keys()]
+    lines += [f"{name} added" for name in result.keys() - expected.keys()]
+    lines += [f"{name} differs" for name in expected.keys() & result.keys() if expected[name] != result[name]]
     return ", ".join(sorted(lines)[:6]) or "none"

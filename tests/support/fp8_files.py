@@ -1,6 +1,6 @@
-"""Checkpoints in FP8 by blocks of 128 x 128, as DeepSeek publishes them, made out of a float one.
+"""Checkpoints in FP8 with blocks of 128 x 128, as published by DeepSeek, made from a float one.
 
-folder = fp8_copy(tiny_model, tmp_path / "fp8")   # attention and MLP matrices in F8_E4M3, the rest as it was
+folder = fp8_copy(tiny_model, tmp_path / "fp8")   # attention and MLP matrices in F8_E4M3, the rest unchanged
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ SECTION = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic",
 def fp8_tensors(
     tensors: dict[str, torch.Tensor], chosen: Callable[[str], bool], scale_dtype: torch.dtype = torch.float32
 ) -> dict[str, torch.Tensor]:
-    """The same tensors, the chosen matrices as E4M3 with scales beside them."""
+    """The same tensors, with the chosen matrices as E4M3 and their scales as further tensors."""
     out = {}
     for name, tensor in tensors.items():
         if tensor.ndim != 2 or not chosen(name):
@@ -36,7 +36,7 @@ def fp8_tensors(
 
 
 def in_layers(name: str) -> bool:
-    """Matrices of attention and MLPs: what DeepSeek stores in FP8."""
+    """Whether a matrix belongs to attention or an MLP, which DeepSeek stores in FP8."""
     return "_proj." in name
 
 
@@ -47,7 +47,7 @@ def fp8_copy(
     scale_dtype: torch.dtype = torch.float32,
     **section: Any,
 ) -> Path:
-    """A copy of a float checkpoint of one file, in FP8; keyword arguments change `quantization_config`."""
+    """An FP8 copy of a float checkpoint of one file; keyword arguments change `quantization_config`."""
     shutil.copytree(source, target)
     tensors = fp8_tensors(load_file(target / "model.safetensors"), chosen, scale_dtype)
     save_file(tensors, target / "model.safetensors", {"format": "pt"})
@@ -58,7 +58,7 @@ def fp8_copy(
 
 
 def dequantised(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What stored FP8 tensors stand for, float32: code times scale, said once more."""
+    """The values of stored FP8 tensors, float32: code times scale, implemented independently."""
     out = {}
     for name, tensor in tensors.items():
         if name.endswith("_scale_inv"):

@@ -1,4 +1,5 @@
-"""The product of two matrices in FP8 as section 3.3 of the report has it, step by step: what the others are tested against."""
+"""The product of two matrices in FP8 as in section 3.3 of the DeepSeek-V3 report, step by step: the reference for the
+others."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ def block_product_reference(
     """A B^T, promoted every 128 elements: sum over blocks k of (A_k B_k^T) * a_scale_k * b_scale_k, in fp32.
 
     Args:
-        a: codes [M, K] with scales [M, ceil(K / 128)], of any kind.
+        a: codes [M, K] with scales [M, ceil(K / 128)], in any FP8 type.
         b: codes [N, K] with scales [ceil(N / b_rows), ceil(K / 128)].
         b_rows: rows of B that share a scale: 1 or 128.
     """

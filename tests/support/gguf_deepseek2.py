@@ -1,4 +1,4 @@
-"""GGUF files of small DeepSeek-V2 and V3 models, written with llama.cpp's own package as its converter writes them.
+"""GGUF files of small DeepSeek-V2 and V3 models, written with llama.cpp's package in the layout of its converter.
 
 model = random_model(v3())
 write_gguf(path, model, {"": "Q8_0", "ffn_down_exps": "Q4_0"})
@@ -18,7 +18,7 @@ import torch
 from gguf import GGMLQuantizationType, quants
 from transformers import DeepseekV2Config, DeepseekV3Config, PreTrainedModel, YoutuConfig
 
-# Every row is whole blocks of 32, so that any type can hold it; the vocabulary is no multiple of a tile.
+# Rows are multiples of 32 elements, so that any type can store them; the vocabulary is not a multiple of a tile.
 _SIZES = {
     "vocab_size": 211, "hidden_size": 96, "intermediate_size": 160, "moe_intermediate_size": 64, "num_hidden_layers": 3,
     "num_attention_heads": 3, "num_key_value_heads": 3, "kv_lora_rank": 64, "q_lora_rank": 32, "qk_nope_head_dim": 32,
@@ -67,7 +67,7 @@ def youtu(**fields: Any) -> YoutuConfig:
 
 
 def metadata(config: Any) -> dict[str, Any]:
-    """What the converter writes, by key without the architecture; values are Python's own, floats mean float32."""
+    """The converter's metadata by key without the architecture; values are Python objects, floats stand for float32."""
     rope = config.rope_parameters
     values = {
         "block_count": config.num_hidden_layers,
@@ -117,39 +117,39 @@ def tensors(model: PreTrainedModel, whole_kv_b: bool = False, merged_experts: bo
     """The model's tensors under the converter's names, float32.
 
     Args:
-        whole_kv_b: `attn_kv_b`, as older files have it. merged_experts: `ffn_gate_up_exps`, as some newer ones do.
+        whole_kv_b: `attn_kv_b`, as in older files. merged_experts: `ffn_gate_up_exps`, as in some newer ones.
     """
-    config, found = model.config, {}
+    config, result = model.config, {}
     for name, value in model.state_dict().items():
         array = value.float().numpy()
         if name in _TOP:
             if name != "lm_head.weight" or not config.tie_word_embeddings:
-                found[f"{_TOP[name]}.weight"] = array
+                result[f"{_TOP[name]}.weight"] = array
             continue
         _, _, layer, *path, leaf = name.split(".")
         block, part = f"blk.{layer}.", ".".join(path)
         if leaf == "e_score_correction_bias":
-            found[f"{block}exp_probs_b.bias"] = array
+            result[f"{block}exp_probs_b.bias"] = array
         elif leaf == "gate_up_proj":
             if merged_experts:
-                found[f"{block}ffn_gate_up_exps.weight"] = array
+                result[f"{block}ffn_gate_up_exps.weight"] = array
             else:
-                found[f"{block}ffn_gate_exps.weight"], found[f"{block}ffn_up_exps.weight"] = np.split(array, 2, 1)
+                result[f"{block}ffn_gate_exps.weight"], result[f"{block}ffn_up_exps.weight"] = np.split(array, 2, 1)
         elif leaf == "down_proj":
-            found[f"{block}ffn_down_exps.weight"] = array
+            result[f"{block}ffn_down_exps.weight"] = array
         elif part == "self_attn.kv_b_proj" and not whole_kv_b:
             kv_b = array.reshape(config.num_attention_heads, -1, config.kv_lora_rank)
-            found[f"{block}attn_k_b.weight"] = kv_b[:, : config.qk_nope_head_dim].transpose(0, 2, 1)
-            found[f"{block}attn_v_b.weight"] = kv_b[:, config.qk_nope_head_dim :]
+            result[f"{block}attn_k_b.weight"] = kv_b[:, : config.qk_nope_head_dim].transpose(0, 2, 1)
+            result[f"{block}attn_v_b.weight"] = kv_b[:, config.qk_nope_head_dim :]
         elif part == "self_attn.kv_b_proj":
-            found[f"{block}attn_kv_b.weight"] = array
+            result[f"{block}attn_kv_b.weight"] = array
         else:
-            found[f"{block}{_LAYER[part]}.{leaf}"] = array
-    return found
+            result[f"{block}{_LAYER[part]}.{leaf}"] = array
+    return result
 
 
 def kind_of(name: str, kinds: Mapping[str, str]) -> str:
-    """The type a tensor is stored in: F32 for vectors and routers, else of the last of `kinds` whose key is in its name."""
+    """The type of a stored tensor: F32 for vectors and routers, else that of the last key in `kinds` contained in its name."""
     if "norm" in name or name.endswith("bias") or "ffn_gate_inp" in name:
         return "F32"
     return [kind for part, kind in kinds.items() if part in name][-1]
@@ -166,7 +166,7 @@ def write_gguf(
 ) -> Path:
     """Args:
     kinds: see `kind_of`; "" is the type of the rest.
-    edit: changes metadata and tensors before they are written, to make a file wrong.
+    edit: changes metadata and tensors before they are written, to make a file invalid.
     forms: see `tensors`.
     """
     values, arrays = metadata(model.config), tensors(model, **forms)
@@ -189,7 +189,7 @@ def write_gguf(
 
 
 def dequantised(model: PreTrainedModel, kinds: Mapping[str, str], **forms: bool) -> PreTrainedModel:
-    """A float32 model of the numbers that `write_gguf` has stored, found without our reader."""
+    """A float32 model with the values that `write_gguf` stores, computed without our reader."""
     twin = copy.deepcopy(model).float()
     state, config = twin.state_dict(), model.config
     kept = {}

@@ -12,12 +12,12 @@ from .layers import CLI, PACKAGE, SOURCES
 
 @dataclass(frozen=True)
 class Import:
-    """An import statement's effect.
+    """An imported module.
 
     Attributes:
         module: the importing module's dotted name.
-        target: the imported module: one of ours as deep as it is a file, or another package's as it is written.
-        names: what is imported from it; empty for `import target`.
+        target: the imported module: the file's module if it is ours, or another package's module as written.
+        names: imported names; empty for `import target`.
         line: of the file.
         kind: "top", "late" (inside a function), or "type" (under `if TYPE_CHECKING:`).
     """
@@ -34,17 +34,17 @@ class Import:
 
 def sources() -> dict[str, Path]:
     """Every module of the package and of the command line, by its dotted name."""
-    found = {}
+    result = {}
     for package in (PACKAGE, CLI):
         for file in sorted((SOURCES / package).rglob("*.py")):
             name = ".".join(file.relative_to(SOURCES).with_suffix("").parts)
-            found[name.removesuffix(".__init__")] = file
-    return found
+            result[name.removesuffix(".__init__")] = file
+    return result
 
 
 def imports(modules: dict[str, Path]) -> list[Import]:
     """All imports of all modules."""
-    return [found for name, file in modules.items() for found in _of_file(name, file, modules)]
+    return [result for name, file in modules.items() for result in _of_file(name, file, modules)]
 
 
 def _of_file(name: str, file: Path, modules: dict[str, Path]) -> Iterator[Import]:

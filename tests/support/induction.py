@@ -1,15 +1,15 @@
 """A Llama of two layers that copies what followed an earlier occurrence of the last token; its weights are set, not trained.
 
-An induction head (Elhage et al. 2021; Olsson et al. 2022) answers "... K V ... K" with V. Every token has one number of its own
-in the residual stream. Layer 1 looks one position back, by RoPE alone, and puts the token it finds there into other numbers.
-Layer 2 asks with the present token for a position that had this token before it, and copies what stands there; where there is
-none, its heads look at the text's first token (BOS), as heads of trained models do, and the model answers BOS.
+An induction head (Elhage et al. 2021; Olsson et al. 2022) answers "... K V ... K" with V. Every token has its own element of
+the residual stream. Layer 1 attends to the previous position, by RoPE alone, and writes its token into other elements. Layer 2
+queries with the current token for a position that follows this token, and copies that position's token; if there is none, its
+heads attend to the text's first token (BOS), as heads of trained models do, and the model answers BOS.
 
-RoPE: theta is so large that the first pairs of a head turn fast enough to tell one position back from all others, and the rest
-does not turn at all within the context; tokens are compared in those. As only one number of a key says which token it is, a
-block of keys that holds the one asked for can be told by the largest of its keys, number by number.
+RoPE: theta is so large that the first pairs of a head rotate fast enough to distinguish the previous position from all others,
+and the rest does not rotate noticeably within the context; tokens are compared in those. Only one element of a key identifies
+the token, so the element-wise maximum of a block's keys shows whether the block contains it.
 
-Where a token occurred several times, all of its occurrences count alike.
+If a token occurred several times, all of its occurrences count equally.
 """
 
 from __future__ import annotations
@@ -23,26 +23,27 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 BOS = 0
 THETA = 1e24
-STILL = 0.1  # radians over the whole context: a pair that turns less is taken to stand still
-MARGIN = 50.0  # between scores, in nats: bf16 costs some, 131,072 keys cost ln(131072) = 11.8
+STILL = 0.1  # radians over the whole context: a pair that rotates less counts as fixed
+MARGIN = 50.0  # between scores, in nats; bf16 rounding takes some of it, and 131,072 keys take ln(131072) = 11.8
 
 
 def induction_model(
     vocab: int = 45, max_positions: int = 131_072, *, heads: int = 2, kv_heads: int = 1, head_dim: int = 64
 ) -> Any:
-    """The model in bf16, to be saved and loaded like any other.
+    """The model in bf16, which can be saved and loaded like any other.
 
     Args:
-        vocab: tokens, BOS among them; a key head tells about `0.7 * head_dim` of them apart, and each head takes its share.
+        vocab: number of tokens, including BOS; a key head distinguishes about `0.7 * head_dim` of them, and the tokens are
+            divided among the heads.
 
-    Raises: ValueError, more tokens than the key heads tell apart.
+    Raises: ValueError, more tokens than the key heads can distinguish.
     """
     turning, still = _pairs(head_dim, max_positions)
     numbers = [*still, *(pair + head_dim // 2 for pair in still)]
     sink = numbers.pop()
     if vocab > kv_heads * len(numbers):
         raise ValueError(f"{kv_heads} key heads of {head_dim} tell {kv_heads * len(numbers)} tokens apart, not {vocab}")
-    places = [(token // len(numbers), numbers[token % len(numbers)]) for token in range(vocab)]  # token -> key head, number
+    places = [(token // len(numbers), numbers[token % len(numbers)]) for token in range(vocab)]  # token -> key head, element
     config = LlamaConfig(
         hidden_size=-(-(2 * vocab + head_dim + 1) // 32) * 32, intermediate_size=32, num_hidden_layers=2,
         num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=head_dim, vocab_size=vocab,
@@ -59,8 +60,8 @@ def induction_model(
 
 @dataclass(frozen=True)
 class Haystack:
-    """ids: BOS, fillers, and among them each of `keys` once, at `places`, with its value behind it; then all keys again, as
-    questions, so that after the last `len(keys)` tokens the model answers `values`."""
+    """ids: BOS and fillers, with each of `keys` once, at `places`, followed by its value; then all keys again as questions, so
+    that after the last `len(keys)` tokens the model answers `values`."""
 
     ids: list[int]
     keys: list[int]
@@ -74,10 +75,10 @@ class Haystack:
 
 
 def haystack(vocab: int, length: int, depths: Sequence[float], seed: int = 0) -> Haystack:
-    """`length` tokens in all, with a needle at each of `depths`, from 0 (right behind BOS) to 1 (right before the questions).
-    Needles that would overlap stand one behind the other.
+    """`length` tokens in total, with a needle at each of `depths`, from 0 (directly after BOS) to 1 (directly before the
+    questions). Needles that would overlap are placed one after the other.
 
-    Raises: ValueError, more needles than there is room or tokens for.
+    Raises: ValueError, too many needles for the length or the number of tokens.
     """
     count = len(depths)
     generator = torch.Generator().manual_seed(seed)
@@ -97,7 +98,7 @@ def haystack(vocab: int, length: int, depths: Sequence[float], seed: int = 0) ->
 
 
 def _pairs(head_dim: int, max_positions: int) -> tuple[list[int], list[int]]:
-    """The pairs of numbers that turn within the context, and those that stand still."""
+    """The pairs of elements that rotate within the context, and those that do not."""
     pairs = range(head_dim // 2)
     turning = [pair for pair in pairs if _frequency(pair, head_dim) * max_positions >= STILL]
     return turning, list(pairs[len(turning) :])
@@ -109,8 +110,8 @@ def _frequency(pair: int, head_dim: int) -> float:
 
 @dataclass
 class _Weights:
-    """Fills a model's weights. The residual stream: [vocab] the token, [vocab] the token before it, [head_dim] what is copied,
-    a constant 1."""
+    """Sets a model's weights. The residual stream: [vocab] the token, [vocab] the token before it, [head_dim] the copied
+    value, a constant 1."""
 
     model: Any
     vocab: int
@@ -126,7 +127,7 @@ class _Weights:
         for parameter in self.model.parameters():
             parameter.data.zero_()
         generator = torch.Generator().manual_seed(0)
-        self.codes = torch.randint(0, 2, (self.vocab, self.size), generator=generator) * 2.0 - 1  # what a value carries
+        self.codes = torch.randint(0, 2, (self.vocab, self.size), generator=generator) * 2.0 - 1  # codes of values
         self.codes[BOS] = 0
 
     def embedding_and_head(self) -> None:
@@ -134,17 +135,17 @@ class _Weights:
         self.model.model.embed_tokens.weight.data[:, self.one] = 1
         self.model.model.norm.weight.data.fill_(1)
         self.model.lm_head.weight.data[:, self.copied : self.one] = self.codes
-        self.model.lm_head.weight.data[BOS, self.one] = 1  # beats nothing but what nothing was copied to
+        self.model.lm_head.weight.data[BOS, self.one] = 1  # the answer only if no value was copied
 
     def look_back(self, turning: list[int], max_positions: int) -> None:
-        """Layer 1: score MARGIN and more above all others one position back; copies the token there to `before`."""
+        """Layer 1: the score of the previous position exceeds all others by at least MARGIN; copies its token to `before`."""
         attention = self._layer(0, ones=2)
         frequencies = torch.tensor([_frequency(pair, self.size) for pair in turning], dtype=torch.float64)
-        away = torch.cat([torch.tensor([-1.0]), torch.arange(1.0, max_positions)]).double()  # from one position back
+        away = torch.cat([torch.tensor([-1.0]), torch.arange(1.0, max_positions)]).double()  # from the previous position
         least = (1 - torch.cos(away[:, None] * frequencies)).sum(1).min()
         sharpness = self.scale * MARGIN / float(least)
         for head in range(self.heads):
-            for pair, frequency in zip(turning, frequencies, strict=True):  # the query is turned one position back
+            for pair, frequency in zip(turning, frequencies, strict=True):  # the query is rotated to the previous position
                 self._row(attention.q_proj, head, pair)[self.one] = sharpness * torch.cos(frequency)
                 self._row(attention.q_proj, head, pair + self.size // 2)[self.one] = -sharpness * torch.sin(frequency)
                 self._row(attention.k_proj, head // self.group, pair)[self.one] = 1
@@ -154,8 +155,8 @@ class _Weights:
                 attention.o_proj.weight.data[self.before + token, head * self.size + number] = 1 / self.group
 
     def look_up(self) -> None:
-        """Layer 2: score 2 * MARGIN where the token before is the present one, MARGIN at BOS, 0 elsewhere. The heads of a group
-        share its tokens out among them."""
+        """Layer 2: score 2 * MARGIN where the token before is the current one, MARGIN at BOS, 0 elsewhere. The heads of a group
+        divide its tokens among them."""
         attention = self._layer(1, ones=3)
         for token, (kv_head, number) in enumerate(self.places):
             head = kv_head * self.group + token % self.group
@@ -170,7 +171,7 @@ class _Weights:
             attention.o_proj.weight.data[self.copied : self.one, numbers] = torch.eye(self.size)
 
     def _layer(self, number: int, ones: int) -> Any:
-        """Its attention. The norm before it leaves a residual of so many ones and else zeros as it is."""
+        """A layer's attention. The norm before it does not change a residual of `ones` ones and otherwise zeros."""
         layer = self.model.model.layers[number]
         layer.input_layernorm.weight.data.fill_((ones / self.width) ** 0.5)
         layer.post_attention_layernorm.weight.data.fill_(1)

@@ -1,4 +1,4 @@
-"""A process that is killed in the midst of what it does."""
+"""A process that is killed in the middle of its work."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from types import ModuleType
 def die_at(n: int, *calls: tuple[ModuleType, str]) -> None:
     """Kills this process at call `n` (from 0) of these functions, (module, name), all counted together.
 
-    For a forked child: nothing is put back.
+    For a forked child: the patches are not undone.
     """
     left = [n]
 

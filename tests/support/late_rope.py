@@ -1,7 +1,7 @@
-"""What a window of the cache must compute, by other means: Transformers' own model over keys that are cached BEFORE RoPE, and
-turned each time attention reads them, at the places they have then. Nothing is ever turned back.
+"""The oracle for windows of the cache: Transformers' own model over keys that are cached BEFORE RoPE, and rotated to their
+current positions each time attention reads them. No key is ever rotated back.
 
-Kept keys and values are those that the whole text before them made, dropped tokens included.
+The remaining keys and values were computed from the whole text before them, including dropped tokens.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class LateRope:
 
     @torch.no_grad()
     def read(self, ids: list[int]) -> torch.Tensor:
-        """Logits of the next tokens, float32 [T, V]. Their positions count on from how many tokens are there."""
+        """Logits of the next tokens, float32 [T, V]. Their positions continue after the tokens in the cache."""
         seen = self.cache.get_seq_length()
         positions = torch.arange(seen, seen + len(ids))[None]
         with _keys_untouched(self.model) as functions:
@@ -34,7 +34,7 @@ class LateRope:
         return made.logits[0]
 
     def drop(self, begin: int, end: int) -> None:
-        """Forgets tokens [begin, end); those behind them move up."""
+        """Drops tokens [begin, end); later tokens move forward."""
         for layer in self.cache.layers:
             for name in ("keys", "values"):
                 kept = getattr(layer, name)
@@ -46,28 +46,28 @@ class LateRope:
 class _Cache(DynamicCache):
     def __init__(self, model: Any) -> None:
         sparse = model.config.model_type == "deepseek_v32"
-        super().__init__(config=model.config if sparse else None)  # none: sliding layers keep all tokens, the mask hides some
+        super().__init__(config=model.config if sparse else None)  # None: sliding layers store all tokens
         self.model, self.latent = model, hasattr(model.config, "kv_lora_rank")
         self.functions: dict[str, Any] = {}
 
     def update(self, keys: torch.Tensor, values: torch.Tensor, layer: int, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        """Keys and values; of latent attention latents and shared keys, in this order."""
+        """Stores keys and values; with latent attention, latents and shared keys, in this order."""
         keys, values = super().update(keys, values, layer, *args, **kwargs)
         if not self.latent:
-            return self._turned(keys), values
+            return self._rotated(keys), values
         interleaved = getattr(self.model.config, "rope_interleave", None)
-        if interleaved is None:  # a family with one form only
+        if interleaved is None:  # a family with only one layout
             interleaved = "apply_rotary_pos_emb_interleave" in self.functions
-        return keys, self._turned(values, "apply_rotary_pos_emb_interleave" if interleaved else None)
+        return keys, self._rotated(values, "apply_rotary_pos_emb_interleave" if interleaved else None)
 
     def update_indexer(self, keys: torch.Tensor, layer: int) -> torch.Tensor:
         keys = super().update_indexer(keys, layer)
         rot = self.model.config.qk_rope_head_dim
-        turned = self._turned(keys[:, None, :, :rot], "apply_rotary_pos_emb")
+        turned = self._rotated(keys[:, None, :, :rot], "apply_rotary_pos_emb")
         return torch.cat((turned[:, 0], keys[..., rot:]), -1)
 
-    def _turned(self, keys: torch.Tensor, name: str | None = None) -> torch.Tensor:
-        """Keys [1, heads, T, rot] at positions 0 to T - 1, by the model's own function."""
+    def _rotated(self, keys: torch.Tensor, name: str | None = None) -> torch.Tensor:
+        """Keys [1, heads, T, rot] rotated to positions 0 to T - 1 by the model's own function."""
         table = self.model.model.rotary_emb(keys, torch.arange(keys.shape[2])[None])
         table = table if isinstance(table, tuple) else (table,)
         function = self.functions[name or next(n for n in ("apply_rotary_emb", "apply_rotary_pos_emb") if n in self.functions)]
@@ -76,7 +76,7 @@ class _Cache(DynamicCache):
 
 @contextmanager
 def _keys_untouched(model: Any) -> Iterator[dict[str, Any]]:
-    """The functions that turn queries and keys of this model's module leave keys alone meanwhile; gives them as they were."""
+    """While it is active, the RoPE functions of this model's module rotate queries only; yields the original functions."""
     module = sys.modules[type(model).__module__]
     functions = {name: getattr(module, name) for name in FUNCTIONS if hasattr(module, name)}
 

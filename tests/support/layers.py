@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ROOT / "src"
 PACKAGE = "deepseek_optimizer"
 CLI = f"{PACKAGE}_cli"
-REST = "*"  # the files of a folder that are in none of its levels
+REST = "*"  # the files of a folder that are not in any of its levels
 
 
 @dataclass(frozen=True)
@@ -80,8 +80,8 @@ LAYERS = (
     Layer(
         "engine",
         "serves many requests at once. `scheduling/`, `sampling/`, `grammar/` (constrained output), `speculative/` "
-        "(proposers, gate, bandit). `core` runs one step; `engine` and `async_engine` are its interfaces. torch is "
-        "imported only in `runner` and `sampling/sampler`",
+        "(proposers, draft length, bandit). `core` runs one step; `engine` and `async_engine` are its interfaces. torch is "
+        "imported only in `runner` and `sampling/torch_sampler`",
         may=("backends", "cache", "system"),
         levels=(
             ("detokenizer", "draft", "options", "request", "sequence"),
@@ -115,7 +115,7 @@ LAYERS = (
             ("load", "training"),
         ),
     ),
-    Layer("optimizer", "`load_model`, `load_tokenizer`, `DynamicGraphOptimizer`, `report`", may=("..integration",)),
+    Layer("optimised_model", "`load_model`, `load_tokenizer`, `DynamicGraphOptimizer`, `report`", may=("..integration",)),
     Layer("serving", "`make_engine`, `make_async_engine`: an engine for a model", may=("..integration",)),
     Layer(
         "chat",
@@ -127,7 +127,7 @@ LAYERS = (
     Layer(
         "longdoc",
         "documents longer than a prompt: `readers/` (file formats), chunks, retrieval, citations; `strategies/`: one "
-        "way of answering per file, each a generator that is independent of the engine (`work.py`); "
+        "way of answering per file, each a generator that is independent of the engine (`strategy_protocol.py`); "
         "`long_document.py` runs them",
         may=("..chat",),
         levels=(
@@ -146,7 +146,7 @@ LAYERS = (
         levels=(
             ("saved_activations", "shards"),
             ("data", "ops"),
-            ("attention", "fp8", "optimizer"),
+            ("attention_function", "fp8", "optimizer"),
             ("checkpoints",),
             ("modules",),
             (REST,),
@@ -157,13 +157,13 @@ LAYERS = (
         "benchmarks and their reports. `peers/`: other engines; `sides/`: the processes that are measured; `long/`: generated "
         "long texts with known answers",
         may=("..chat",),
-        levels=((REST,), ("peers",), ("long",), ("sides",), ("demo", "report")),
+        levels=((REST,), ("peers",), ("long",), ("sides",), ("demo", "run_benchmark")),
     ),
     Layer(
         "doctor",
         "finds out why a model fails or runs slowly: one check or symptom per file",
         may=("..chat", "bench"),
-        levels=(("case", "finding", "machine", "budget", "remedies"), ("checks", "symptoms"), (REST,)),
+        levels=(("case", "finding", "machine", "memory_estimate", "remedies"), ("checks", "symptoms"), (REST,)),
     ),
     Layer(
         "server",

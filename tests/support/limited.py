@@ -1,7 +1,7 @@
-"""A tiny model loaded and run in forked children, each with so many more bytes of addresses than the process has by then. For
-`tests/test_address_space.py`, in a process of its own with one thread.
+"""Loads and runs a tiny model in forked children, each with a limit of some megabytes of additional address space. For
+`tests/test_address_space.py`, in its own process with one thread.
 
-python -m support.limited FOLDER MEGABYTES ...     a line for each: load or run, megabytes, status of the child, what it said
+python -m support.limited FOLDER MEGABYTES ...     one line each: load or run, megabytes, the child's status and its message
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ def _run(model: Any, tokens: int) -> Any:
 
 
 def _limited(megabytes: int, work: Callable[[], Any]) -> tuple[int, str]:
-    """Status and last words of a child that does `work` with so much room."""
+    """Status and message of a child that runs `work` with this much additional address space."""
     reader, writer = os.pipe()
     child = os.fork()
     if not child:
         held = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (held + (megabytes << 20),) * 2)
-        said = b"done"
+        message = b"done"
         try:
             work()
         except Exception as error:
-            said = f"{type(error).__name__}: {error}".encode()[:200]
-        os.write(writer, said.replace(b"\n", b" "))
+            message = f"{type(error).__name__}: {error}".encode()[:200]
+        os.write(writer, message.replace(b"\n", b" "))
         os._exit(0)
     os.close(writer)
     _, status = os.waitpid(child, 0)
@@ -43,7 +43,7 @@ def _limited(megabytes: int, work: Callable[[], Any]) -> tuple[int, str]:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     path = sys.argv[1]
-    model = load_model(path, precision="int8")  # has loaded every library that the children would
+    model = load_model(path, precision="int8")  # loads every library that the children need
     _run(model, 3)
     for megabytes in map(int, sys.argv[2:]):
         for name, work in (("load", lambda: load_model(path, precision="int8")), ("run", lambda: _run(model, 200))):

@@ -1,4 +1,4 @@
-"""The server as it runs, on a port of its own in a thread, for tests that talk to it over sockets."""
+"""A running server on its own port in a thread, for tests over sockets."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ class LiveServer:
         self.port = self.sock.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         self.thread = threading.Thread(target=self.server.run, args=([self.sock],), daemon=True)
-        every = httpx.Limits(max_connections=None, max_keepalive_connections=None)  # a pool that closes some races its threads
+        # Unlimited: a pool that closes connections races with its threads.
+        every = httpx.Limits(max_connections=None, max_keepalive_connections=None)
         self.client = httpx.Client(base_url=self.url, timeout=30, limits=every)
 
     def __enter__(self) -> LiveServer:
@@ -44,7 +45,7 @@ class LiveServer:
         assert not self.thread.is_alive()
 
     def call(self, work: Callable[[], Any]) -> Any:
-        """Runs something on the server's event loop."""
+        """Runs `work` on the server's event loop."""
 
         async def run() -> Any:
             return work()
@@ -52,11 +53,11 @@ class LiveServer:
         return asyncio.run_coroutine_threadsafe(run(), self.server._loop).result(10)
 
     def connect(self, timeout: float = 10) -> socket.socket:
-        """A bare connection."""
+        """A plain socket to the server."""
         return socket.create_connection(("127.0.0.1", self.port), timeout)
 
     def raw(self, data: bytes, timeout: float = 10) -> bytes:
-        """What comes back for some bytes until the server closes."""
+        """Sends bytes; returns everything received until the server closes."""
         with self.connect(timeout) as sock:
             sock.sendall(data)
             return read_all(sock)
@@ -73,15 +74,15 @@ def read_all(sock: socket.socket) -> bytes:
 
 
 def wait_for(condition: Callable[[], Any], seconds: float = 10.0) -> None:
-    """Until it is true; fails where it does not become so."""
+    """Waits until the condition is true; fails after `seconds`."""
     until = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < until, "it did not happen in time"
+        assert time.monotonic() < until, "the condition was not met in time"
         time.sleep(0.005)
 
 
 def assert_error(response: httpx.Response, status: int, param: str | None = None) -> None:
-    """In OpenAI's shape, and without paths, addresses or tracebacks."""
+    """Asserts an error in OpenAI's format, without paths, addresses or tracebacks."""
     assert response.status_code == status, response.text
     error = response.json()["error"]
     assert set(error) == {"message", "type", "param", "code"}

@@ -1,4 +1,4 @@
-"""Documents, and a model that is a function: what strategies do, without an engine."""
+"""Documents, and a model that is a function: runs strategies without an engine."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from deepseek_optimizer.longdoc.document import Document
 from deepseek_optimizer.longdoc.material import Limits, Material
 from deepseek_optimizer.longdoc.prompts import Prompts
 from deepseek_optimizer.longdoc.split import split
-from deepseek_optimizer.longdoc.work import Ask, Batch, Reply, Result, Work, advance
+from deepseek_optimizer.longdoc.strategy_protocol import Ask, Batch, Reply, Result, Work, advance
 
 WORDS = [a + b for a in "bcdfglmnprst" for b in ("ander", "ollow", "intern", "umble", "essing", "arrow")]
 
 
 def prose(sentences: int, seed: int = 0) -> str:
-    """Sentences of made-up words, some to a paragraph."""
+    """Sentences of made-up words, several per paragraph."""
     draw = random.Random(seed)
     made = [" ".join(draw.choices(WORDS, k=draw.randrange(4, 12))).capitalize() + "." for _ in range(sentences)]
     return "\n\n".join(" ".join(made[i : i + 4]) for i in range(0, sentences, 4)) + "\n"
@@ -28,10 +28,10 @@ def material(document: Document | str, tokenizer, *, max_length: int = 256, stri
 
 
 class Scripted:
-    """Drives a work with replies of a function of the prompt's text.
+    """Runs a strategy with replies computed from the prompt's text.
 
     Attributes:
-        batches: that were asked. prompts: their texts, all in one list.
+        batches: the batches of prompts. prompts: the texts of all prompts.
     """
 
     def __init__(self, tokenizer, say: Callable[[str], str | Reply]) -> None:
@@ -49,5 +49,5 @@ class Scripted:
     def _reply(self, ask: Ask) -> Reply:
         text = self.tokenizer.decode(ask.prompt)
         self.prompts.append(text)
-        said = self.say(text)
-        return said if isinstance(said, Reply) else Reply(said, read=len(ask.prompt), generated=len(said))
+        message = self.say(text)
+        return message if isinstance(message, Reply) else Reply(message, read=len(ask.prompt), generated=len(message))

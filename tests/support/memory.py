@@ -1,4 +1,4 @@
-"""Machines with as much memory as a test wants."""
+"""Machines with a given amount of memory."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ from deepseek_optimizer.system.memory import FreeMemory, Limit
 
 
 def memory_of(free: int, *limits: Limit) -> FreeMemory:
-    """A machine with so many bytes free, all that it has, and other limits beside."""
+    """A machine with `free` bytes, which is also its total memory, and further limits."""
     return FreeMemory((Limit("machine", "this machine", "memory", free, free), *limits))

@@ -1,7 +1,7 @@
-"""A model that is a hash of its context, over a real block manager: whatever the engine does with blocks and tokens shows.
+"""A model that is a hash of its context, over a real block manager: any mistake with blocks or tokens changes its output.
 
-It keeps tokens in blocks as a real one keeps keys and values, and reads its context back through the step's block tables. So a
-block that was shared wrongly, freed too early or written twice changes the text, and `expected` says what the text must be.
+It stores tokens in blocks as a real model stores keys and values, and reads its context through the step's block tables. A
+block that was shared wrongly, freed too early or written twice changes the text; `expected` returns the correct text.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ EOS = 60
 
 
 def next_token(context: list[int]) -> int:
-    """What follows; now and then the end of the text."""
+    """The next token; occasionally the end of the text."""
     return random.Random(hash(tuple(context))).randrange(VOCAB)
 
 
@@ -38,15 +38,15 @@ def logits_of(context: list[int]) -> np.ndarray:
 
 
 def places(length: int, forgetting: Forgetting | None = None) -> np.ndarray:
-    """Which of a sequence's first tokens the last of them sees, ascending."""
+    """The visible tokens of the last of a sequence's first `length` tokens, ascending."""
     every = np.arange(length)
     return every if forgetting is None else every[(every < forgetting.sinks) | (every >= length - forgetting.window)]
 
 
-def expected(prompt: list[int], most: int, eos: int | None = EOS, forgetting: Forgetting | None = None) -> list[int]:
+def expected(prompt: list[int], max_tokens: int, eos: int | None = EOS, forgetting: Forgetting | None = None) -> list[int]:
     """The greedy text."""
     text: list[int] = []
-    while len(text) < most:
+    while len(text) < max_tokens:
         context = prompt + text
         text.append(next_token([context[place] for place in places(len(context), forgetting)]))
         if text[-1] == eos:
@@ -55,7 +55,7 @@ def expected(prompt: list[int], most: int, eos: int | None = EOS, forgetting: Fo
 
 
 class MockMemory:
-    """Tokens in blocks, and the manager that hands them out."""
+    """Tokens in blocks, and the manager of the blocks."""
 
     def __init__(self, blocks: int, forgetting: Forgetting | None = None) -> None:
         self.manager = BlockManager(blocks, forgetting)
@@ -76,23 +76,23 @@ class MockMemory:
             sequence.drop(first_block, count, lambda copies, blocks: self.copy_blocks(copies))
 
     def read(self, blocks: list[int], tokens: np.ndarray) -> list[int]:
-        """What lies at these places of a sequence, all of which must be there."""
+        """The tokens at these places of a sequence, none of which may be dropped."""
         held = np.array(blocks)[tokens // BLOCK_TOKENS]
         assert (held != HOLE).all() and all(self.manager.users(block) for block in set(held.tolist()))
-        found: list[int] = self.cells[held, tokens % BLOCK_TOKENS].tolist()
-        return found
+        result: list[int] = self.cells[held, tokens % BLOCK_TOKENS].tolist()
+        return result
 
     def run(self, plan, batch):
-        raise AssertionError("the mock runner runs by itself")
+        raise AssertionError("the mock runner does not use plans")
 
 
 class MockRunner:
-    """What `engine.runner.Runner` does for the engine.
+    """Replaces `engine.runner.Runner`.
 
     Attributes:
         seen: (tokens, sequences) of every step.
-        broken: contexts' last tokens at which logits are NaN.
-        before: called before each step.
+        broken: tokens after which the logits are NaN.
+        before: is called before each step.
     """
 
     on_host = True
@@ -142,7 +142,7 @@ class MockRunner:
 
 
 class ByteTokenizer:
-    """A token a character, from "A" on."""
+    """One token per character, from "A" on."""
 
     def __call__(self, text: str) -> dict[str, list[int]]:
         return {"input_ids": [ord(c) - 65 for c in text]}
@@ -152,7 +152,7 @@ class ByteTokenizer:
 
 
 class Clock:
-    """Counts on by a millisecond each time it is asked."""
+    """Advances by a millisecond with every call."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -171,6 +171,6 @@ def make_core(
 
 
 def blocks_in_use(core: EngineCore) -> int:
-    """Blocks that are neither free nor kept by the prefix cache alone."""
+    """Number of blocks that are neither free nor held only by the prefix cache."""
     manager = core.memory.manager
     return manager.num_blocks - manager.free_blocks - (core.prefix.unused if core.prefix else 0)

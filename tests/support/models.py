@@ -1,4 +1,4 @@
-"""Small random models of every family, with Transformers' own logits to compare with.
+"""Small random models of every family, with Transformers' logits for comparison.
 
 model = random_model(CASES["qwen3-gqa"]())
 graph = build_graph(model.config)
@@ -52,9 +52,9 @@ from transformers.models.auto import AutoModelForCausalLM
 
 from deepseek_optimizer.models import SUPPORTED
 
-TOLERANCE = 1e-4  # of the row's largest logit, in fp32
+TOLERANCE = 1e-4  # relative to the row's largest logit, in fp32
 
-# Families that the native backend runs; its tests take their cases from CASES by these prefixes.
+# Families that the native backend supports; its tests select their cases from CASES by these prefixes.
 NATIVE_FAMILIES = SUPPORTED
 
 
@@ -195,7 +195,7 @@ def deepseek_v3(**fields: Any) -> DeepseekV3Config:
 
 
 def deepseek_v32(**fields: Any) -> DeepseekV32Config:
-    """So many index heads because a key that all of them shun has a score of exactly 0, and several such are ties."""
+    """With fewer index heads, several keys would get a score of exactly 0 from all heads, which are ties."""
     experts = {"n_group": 3, "topk_group": 2, "n_shared_experts": 1, "norm_topk_prob": True}
     index = {"index_topk": 16, "index_head_dim": 24, "index_n_heads": 20}
     heads = {"num_attention_heads": 3, "num_key_value_heads": 3}
@@ -209,7 +209,7 @@ def youtu(**fields: Any) -> YoutuConfig:
 
 
 def _latent() -> dict[str, Any]:
-    """Numbers of a head that turn, that do not, and of its value are all different, and no multiple of a tile."""
+    """Rotated and unrotated elements of a head and its value have different sizes, none a multiple of a tile."""
     return {
         **_small(), "num_key_value_heads": None, "kv_lora_rank": 40, "q_lora_rank": 28, "qk_nope_head_dim": 20,
         "qk_rope_head_dim": 12, "v_head_dim": 18,
@@ -226,12 +226,12 @@ _PLAIN_EXPERTS: dict[str, Any] = {"num_experts": 6, "num_experts_per_tok": 2, "m
 
 
 def native_cases() -> list[str]:
-    """Names of the cases that the native backend runs."""
+    """Names of the cases that the native backend supports."""
     return [name for name in CASES if name.split("-")[0] in NATIVE_FAMILIES]
 
 
 def _small() -> dict[str, Any]:
-    """Widths that are no multiple of a tile (16 rows, 32 columns), so that tails are met."""
+    """Widths that are not multiples of a tile (16 rows, 32 columns), so that remainders are tested."""
     return {
         "vocab_size": 211, "hidden_size": 72, "intermediate_size": 136, "num_hidden_layers": 3, "num_attention_heads": 6,
         "num_key_value_heads": 2, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5,
@@ -337,18 +337,18 @@ CASES: dict[str, Callable[[], Any]] = {
 
 
 def random_model(config: Any, seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """A model whose weights, norms and biases are all random and of a size that makes every part count."""
-    eager = {"attn_implementation": "eager", "experts_implementation": "eager"}  # grouped products want multiples of 16 bytes
+    """A model whose weights, norms and biases are random and large enough that every part affects the result."""
+    eager = {"attn_implementation": "eager", "experts_implementation": "eager"}  # grouped products need multiples of 16 bytes
     model = AutoModelForCausalLM.from_config(config, dtype=dtype, **eager).eval()
     return randomise(model, seed)
 
 
 @torch.no_grad()
 def randomise(model: Any, seed: int = 0) -> Any:
-    """The module, with all its weights drawn anew."""
+    """Replaces all weights of the module by random ones, and returns it."""
     generator = torch.Generator().manual_seed(seed)
     for name, buffer in model.named_buffers():
-        if name.endswith("e_score_correction_bias"):  # of the size of the scores' own differences
+        if name.endswith("e_score_correction_bias"):  # as large as the differences between scores
             buffer.copy_(torch.randn(buffer.shape, generator=generator) * 0.2)
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
@@ -362,7 +362,7 @@ def randomise(model: Any, seed: int = 0) -> Any:
 
 
 def weights_of(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """Path of a parameter or buffer -> tensor; what `Backend.compile` takes."""
+    """Path of a parameter or buffer -> tensor, as for `Backend.compile`."""
     return dict(model.state_dict())
 
 
@@ -372,7 +372,7 @@ def random_ids(config: Any, count: int, seed: int = 0) -> list[int]:
 
 @torch.no_grad()
 def transformers_logits(model: PreTrainedModel, ids: list[int]) -> torch.Tensor:
-    """float32 [T, V], from Transformers' own forward."""
+    """float32 [T, V], from Transformers' forward."""
     return model(torch.tensor([ids]), use_cache=False).logits[0].float()
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints of DeepSeek-V3 with MTP layers, as DeepSeek publishes them: per-expert tensors, embedding and head repeated."""
+"""Checkpoints of DeepSeek-V3 with MTP layers, as published by DeepSeek: per-expert tensors, embedding and head repeated."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .models import random_model
 
 
 def mtp_tensors(config: Any, depth: int, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Random tensors of one MTP layer by their published names, but for what it shares with the model."""
+    """Random tensors of one MTP layer by their published names, except those that it shares with the model."""
     generator = torch.Generator().manual_seed(100 * seed + depth)
     made: dict[str, torch.Tensor] = {}
     for name, shape in weight_shapes(build_mtp_graph(config, depth)).items():
@@ -37,7 +37,7 @@ def mtp_tensors(config: Any, depth: int, seed: int = 0) -> dict[str, torch.Tenso
 def with_mtp(
     stored: dict[str, torch.Tensor], config: Any, *, repeated: bool = True, dtype: torch.dtype = torch.float32
 ) -> dict[str, torch.Tensor]:
-    """A checkpoint's tensors and those of its MTP layers; `repeated`: with the model's embedding and head in each of them."""
+    """A checkpoint's tensors and those of its MTP layers; `repeated`: each has a copy of the model's embedding and head."""
     stored = dict(stored)
     for depth in range(mtp_layers(config)):
         exact = ("mlp.gate.weight", "e_score_correction_bias")
@@ -51,7 +51,7 @@ def with_mtp(
 
 
 def save_with_mtp(folder: Path, config: Any, *, repeated: bool = True, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """Saves a random model and its MTP layers, as `with_mtp` has them."""
+    """Saves a random model and its MTP layers, with the tensors of `with_mtp`."""
     model = random_model(config, dtype=dtype)
     model.save_pretrained(folder)
     path = folder / "model.safetensors"

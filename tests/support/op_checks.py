@@ -1,4 +1,4 @@
-"""How ops of training are judged: results and gradients against those of plain torch in fp64."""
+"""Checks of training ops: results and gradients against plain torch in fp64."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from typing import Any
 
 import torch
 
-# Of the largest number of a tensor: two or three roundings of bf16, several of fp32.
+# Relative to a tensor's largest element: two or three roundings in bf16, several in fp32.
 BOUNDS = {torch.float32: 3e-6, torch.bfloat16: 2**-7}
 
 
 def against_fp64(op: Callable[..., Any], reference: Callable[..., Any], operands: tuple[torch.Tensor, ...]) -> None:
-    """Results of op, and the gradients of all operands, are the reference's in fp64 but for rounding."""
+    """Results of op, and the gradients of all operands, equal the reference's in fp64 up to rounding."""
     ours = [t.detach().requires_grad_() for t in operands]
     exact = [t.detach().double().requires_grad_() for t in operands]
-    found, expected = _results(op, ours), _results(reference, exact)
-    upstream = [torch.randn(y.shape).to(y.dtype) for y in found]
-    torch.autograd.backward(found, upstream)
+    result, expected = _results(op, ours), _results(reference, exact)
+    upstream = [torch.randn(y.shape).to(y.dtype) for y in result]
+    torch.autograd.backward(result, upstream)
     torch.autograd.backward(expected, [g.double() for g in upstream])
-    for a, b in zip([*found, *(t.grad for t in ours)], [*expected, *(t.grad for t in exact)], strict=True):
+    for a, b in zip([*result, *(t.grad for t in ours)], [*expected, *(t.grad for t in exact)], strict=True):
         assert a.shape == b.shape and a.dtype == operands[0].dtype
         if a.numel():
             worst = (a.double() - b).abs().max() / b.abs().max().clamp(min=1e-2)
@@ -27,12 +27,12 @@ def against_fp64(op: Callable[..., Any], reference: Callable[..., Any], operands
 
 
 def contiguous_and_not(x: torch.Tensor) -> Iterator[torch.Tensor]:
-    """x [rows, n], dense, as columns of something wider, and transposed."""
+    """x [rows, n]: contiguous, as columns of a wider tensor, and transposed."""
     yield x
     yield torch.cat([x, x], 1)[:, : x.shape[1]]
     yield x.t().contiguous().t()
 
 
 def _results(op: Callable[..., Any], operands: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-    found = op(*operands)
-    return found if isinstance(found, tuple) else (found,)
+    result = op(*operands)
+    return result if isinstance(result, tuple) else (result,)

@@ -1,4 +1,4 @@
-"""Packed checkpoints made of tensors, without a model."""
+"""Packed checkpoints made from tensors, without a model."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from deepseek_optimizer.quant import QUANT_METHOD, PackedWeight
 
 
 def packed_fields(tensors: Mapping[str, PackedWeight | torch.Tensor], **settings: Any) -> dict[str, Any]:
-    """What config.json says of these tensors, beside the model's own fields."""
+    """The fields of config.json about these tensors, in addition to the model's own."""
     return {"quantization_config": {"quant_method": QUANT_METHOD, **settings}, KEY: Manifest.of(tensors).to_dict()}
 
 
 def save_packed(
     directory: Path, config: Mapping[str, Any], tensors: Mapping[str, PackedWeight | torch.Tensor], **settings: Any
 ) -> None:
-    """Writes a packed checkpoint of these tensors into a new directory."""
+    """Writes a packed checkpoint with these tensors into a new directory."""
     directory.mkdir()
     (directory / "config.json").write_text(json.dumps({**config, **packed_fields(tensors, **settings)}))
     write_safetensors(directory / "model.safetensors", tensors)

@@ -1,4 +1,4 @@
-"""Several processes that train together, as torchrun starts them: forked, with gloo on the CPU."""
+"""Several processes that train together, as started by torchrun: forked, with gloo on the CPU."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from typing import Any
 
 
 def in_processes(work: Callable[[int], Any], count: int = 2, seconds: float = 120.0) -> list[Any]:
-    """Runs work(rank) in that many processes, which see each other; what each returned, as JSON has it.
+    """Runs work(rank) in `count` processes of one process group; returns their results, converted to JSON and back.
 
-    AssertionError with the traceback of whoever failed. For processes without threads: tests have one of torch's.
+    Raises AssertionError with the traceback of a process that failed. The calling process must have no threads; in tests,
+    torch has one.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -25,14 +26,16 @@ def in_processes(work: Callable[[int], Any], count: int = 2, seconds: float = 12
     with tempfile.TemporaryDirectory() as folder:
         children = {_fork(work, rank, count, port, Path(folder, str(rank))): rank for rank in range(count)}
         failed = _wait(dict(children), seconds)
-        told = [
+        answers = [
             json.loads(Path(folder, str(rank)).read_text()) if Path(folder, str(rank)).exists() else {} for rank in range(count)
         ]
     errors = [
-        f"process {rank}: {one.get('error', 'ended without a word')}" for rank, one in enumerate(told) if "result" not in one
+        f"process {rank}: {one.get('error', 'ended without a result')}"
+        for rank, one in enumerate(answers)
+        if "result" not in one
     ]
     assert not failed and not errors, "\n".join(errors)
-    return [one["result"] for one in told]
+    return [one["result"] for one in answers]
 
 
 def _fork(work: Callable[[int], Any], rank: int, count: int, port: int, answer: Path) -> int:
@@ -45,15 +48,15 @@ def _fork(work: Callable[[int], Any], rank: int, count: int, port: int, answer: 
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true",
         }  # fmt: skip
         sys.stdout = sys.stderr = open(os.devnull, "w")
-        told = {"result": work(rank)}
+        outcome = {"result": work(rank)}
     except BaseException:
-        told = {"error": traceback.format_exc()}
-    answer.write_text(json.dumps(told))
-    os._exit("error" in told)
+        outcome = {"error": traceback.format_exc()}
+    answer.write_text(json.dumps(outcome))
+    os._exit("error" in outcome)
 
 
 def _wait(children: dict[int, int], seconds: float) -> bool:
-    """Whether one failed. Then the others, who may wait for it forever, are ended."""
+    """Whether one failed. The others, which might wait for it forever, are then killed."""
     failed, end = False, time.monotonic() + seconds
     while children:
         for child in list(children):

@@ -1,4 +1,4 @@
-"""A model that knows nothing: random tokens among those that a grammar allows, until the text ends."""
+"""A model without knowledge: random tokens among those that a grammar allows, until the text ends."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ _SHORT = ("0", "1", "true", "null", "a", "-", ":", ".", "/", "@", "Z", "T")
 class RandomModel:
     """
     Args:
-        tokenizer: of Transformers.
-        vocab_size: of the logits.
-        seed: another text for each.
+        tokenizer: a tokenizer of Transformers.
+        vocab_size: number of logits.
+        seed: each gives a different text.
     """
 
     def __init__(self, tokenizer: Any, vocab_size: int) -> None:
@@ -26,16 +26,16 @@ class RandomModel:
         self._short = np.array([text in _SHORT for text in texts])
         self._plain = np.array([text.isascii() and text.isprintable() and 0 < len(text) < 5 for text in texts])
 
-    def text(self, compiled: Any, seed: int, most: int = 400) -> str | None:
-        """A whole text; None where it has not ended after `most` tokens. After 60 it takes what closes something, if it may."""
+    def text(self, compiled: Any, seed: int, limit: int = 400) -> str | None:
+        """A complete text; None if it has not ended after `limit` tokens. After 60, closing characters are preferred."""
         grammar, choose, ids = compiled.start(), random.Random(seed), []
         bits = np.zeros(-(-self._vocab_size // 32), np.int32)
         while not grammar.finished:
             allowed = np.ones(self._vocab_size, bool)
             if grammar.mask(bits):
                 allowed = np.unpackbits(bits.view(np.uint8), bitorder="little")[: self._vocab_size].astype(bool)
-            assert not allowed[len(self._tokenizer) :].any(), "tokens that the tokenizer does not have"
-            assert allowed.any(), "nothing may come"
+            assert not allowed[len(self._tokenizer) :].any(), "the mask allows tokens beyond the vocabulary"
+            assert allowed.any(), "the mask allows no token"
             eos = self._tokenizer.eos_token_id
             if allowed[eos] and choose.random() < (0.4 if len(ids) < 60 else 1):
                 grammar.accept(eos)
@@ -52,6 +52,6 @@ class RandomModel:
             token = int(choose.choice(pool))
             grammar.accept(token)
             ids.append(token)
-            if len(ids) == most:
+            if len(ids) == limit:
                 return None
         return str(self._tokenizer.decode(ids))

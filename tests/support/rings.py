@@ -1,19 +1,19 @@
-"""Which tests run when: a pytest plugin that marks them `wide` or `slow`.
+"""Which tests run when: a pytest plugin that marks tests `wide` or `slow`.
 
-* `make test` runs what is marked neither way;
-* `make test-all` runs `wide`: a sample that moves with the commit, whose seed the header of a run names;
+* `make test` runs the unmarked tests;
+* `make test-all` runs `wide`: a sample that changes with every commit; the header of a run shows its seed;
 * `-m slow` runs the rest.
 
-Of a function with many cases, as a product of families, formats and ISAs has, FEW are marked neither way: always the same, with
-as many of the parameters' values as so many cases can have. Of the others, some in which every remaining value occurs are wide,
-and so is a share of what is left then.
+Of a function with many cases, such as a product of families, formats and ISAs, FEW are unmarked: always the same, covering as
+many values of the parameters as possible. Of the others, cases that cover the remaining values are wide, and so is a share of
+the rest.
 
-Functions that take long are in wide.txt, with the seconds of processor time that a case takes. Theirs are fewer: as many as
-take FAST_S together in `make test`, none where one case takes longer, and WIDE_S in `make test-all`, where a case that takes
-still longer comes by chance, every few commits.
+Slow functions are listed in wide.txt, with the seconds of processor time per case. Fewer of their cases run: as many as take
+FAST_S together in `make test` (none if one case takes longer), and WIDE_S in `make test-all`, where a case that takes still
+longer is drawn at random, once every few commits.
 
-A function that is named on the command line is sampled all the same; -m "" runs all of it. `--write-wide` runs
-MEASURED cases of each, and brings wide.txt up to date for them.
+A function named on the command line is sampled too; -m "" runs all of its cases. `--write-wide` measures MEASURED cases of each
+function and updates wide.txt.
 """
 
 from __future__ import annotations
@@ -34,34 +34,34 @@ MEASURED = 3
 ROOT = Path(__file__).parents[2]
 LIST = Path(__file__).with_name("wide.txt")
 
-Case = dict[str, int]  # of each parameter the number of its value
+Case = dict[str, int]  # parameter -> index of its value
 
 
-def covering(cases: Sequence[Case], chosen: Sequence[int] = (), most: int | None = None) -> list[int]:
-    """Places of few cases in which, with those already chosen, every value of every parameter occurs; `most` at most."""
+def covering(cases: Sequence[Case], chosen: Sequence[int] = (), limit: int | None = None) -> list[int]:
+    """Indices of a few cases that, with those already chosen, cover every value of every parameter; `limit` at most."""
     missing = {value for case in cases for value in case.items()}
     for i in chosen:
         missing -= cases[i].items()
-    found: list[int] = []
-    while missing and len(found) != most:
+    result: list[int] = []
+    while missing and len(result) != limit:
         gains = [len(missing & case.items()) for case in cases]
-        found.append(gains.index(max(gains)))
-        missing -= cases[found[-1]].items()
-    return found
+        result.append(gains.index(max(gains)))
+        missing -= cases[result[-1]].items()
+    return result
 
 
 def rings(name: str, cases: Sequence[Case], cost: float, seed: str) -> list[str | None]:
     """The mark of each case of a function.
 
     Args:
-        name: the function's, so that functions are sampled independently.
-        cost: seconds of a case.
+        name: the function's name, so that functions are sampled independently.
+        cost: seconds per case.
     """
     draw = random.Random(f"{seed} {name}")
     few = FEW if cost == 0 else min(FEW, int(FAST_S / cost))
     if len(cases) <= few:
         return [None] * len(cases)
-    first = covering(cases, most=few)
+    first = covering(cases, limit=few)
     first += [i for i in range(len(cases)) if i not in first][: few - len(first)]
     second = covering(cases, first) or [i for i in (0,) if i not in first]
     rest = sorted(set(range(len(cases))) - {*first, *second})
@@ -85,13 +85,13 @@ def seed_of(root: os.PathLike[str]) -> str:
 
 
 def listed() -> dict[str, float]:
-    """Function -> seconds of a case, as wide.txt has them."""
+    """Function -> seconds per case, from wide.txt."""
     lines = [line.split(maxsplit=1) for line in LIST.read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
     return {name: float(seconds) for seconds, name in lines}
 
 
 def function_of(item: pytest.Item) -> str:
-    """Its node's name without parameters."""
+    """The node id without parameters."""
     return item.nodeid.partition("[")[0]
 
 
@@ -104,7 +104,7 @@ class Rings:
     def pytest_report_header(self) -> str:
         return f"sample: DSO_SAMPLE_SEED={self.seed}"
 
-    @pytest.hookimpl(tryfirst=True)  # before -m leaves out what is marked
+    @pytest.hookimpl(tryfirst=True)  # before -m deselects marked tests
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
         functions: dict[str, list[pytest.Item]] = {}
         for item in items:
@@ -118,16 +118,16 @@ class Rings:
                     item.add_marker(mark)
 
     def _check(self, config: pytest.Config, there: set[str]) -> None:
-        """Raises UsageError where the list names a file that is gone, or a function that a collected file does not have."""
+        """Raises UsageError if wide.txt names a missing file, or a function that is not in a collected file."""
         if any("::" in argument for argument in config.args):
             return
         files = {name.partition("::")[0] for name in there}
         if gone := [name for name in self.costs if _is_gone(config.rootpath, name, files, there)]:
-            raise pytest.UsageError(f"{LIST.name} names {gone[0]}, which is not there: rename or delete the line")
+            raise pytest.UsageError(f"{LIST.name} names {gone[0]}, which does not exist: rename or delete the line")
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         if terminalreporter.stats.get("failed"):
-            terminalreporter.write_line(f"the same sample again: DSO_SAMPLE_SEED={self.seed}")
+            terminalreporter.write_line(f"to repeat this sample: DSO_SAMPLE_SEED={self.seed}")
 
 
 def _is_gone(root: Path, name: str, files: set[str], there: set[str]) -> bool:
@@ -136,20 +136,20 @@ def _is_gone(root: Path, name: str, files: set[str], there: set[str]) -> bool:
 
 
 class Costs:
-    """Measures what functions take, of this process and of those that it waited for, and writes wide.txt."""
+    """Measures the processor time of functions, including child processes, and writes wide.txt."""
 
     def __init__(self) -> None:
         self.cases: dict[str, int] = {}
         self.seconds: dict[str, list[float]] = {}
 
     def pytest_sessionstart(self) -> None:
-        """What every session loads is no test's cost."""
+        """Imports what every session needs, so that it does not count as a test's cost."""
         import transformers.modeling_utils  # noqa: F401
 
         import deepseek_optimizer.serving  # noqa: F401
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        """Of a function's cases, MEASURED stand for all."""
+        """Selects MEASURED cases of each function."""
         items[:] = [item for item in items if not item.get_closest_marker("slow")]
         functions: dict[str, list[pytest.Item]] = {}
         for item in items:

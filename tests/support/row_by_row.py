@@ -1,7 +1,7 @@
-"""Transformers' own models with attention in a mode, written down row by row in float64: what our graphs are compared with.
+"""Transformers' models with an attention mode, computed row by row in float64: the reference for our graphs.
 
-Nothing here is shared with the package but the mode itself. It stands where a model's eager attention stands, so that all that
-comes before and after is Transformers'.
+Only the mode is shared with the package. The function replaces a model's eager attention, so everything before and after it is
+Transformers' code.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def _weighted(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: list[int]
 
 
 def _seen(module: Any, q: Any, k: Any, latents: Any, mode: AttentionMode) -> list[list[list[int]]]:
-    """Of each query head and row the tokens that it sees."""
+    """The visible tokens of each query head and row."""
     rows, heads = range(q.shape[1]), range(len(q))
     own = getattr(module, "sliding_window", None)
     if own and (mode.kind != "sliding" or own <= mode.window):
@@ -65,7 +65,7 @@ def _seen(module: Any, q: Any, k: Any, latents: Any, mode: AttentionMode) -> lis
     if latents is None:
         group, groups = len(q) // len(k), len(k)
         keys = k
-    else:  # one key for all heads: the latent, and what turns
+    else:  # one key for all heads: the latent and the rotated part
         group, groups, nope = len(q), 1, module.qk_nope_head_dim
         keys = torch.cat((latents.double(), k[0, :, nope:]), -1)[None]
         of_head = module.kv_b_proj.weight.double().unflatten(0, (len(q), -1))[:, :nope]
@@ -75,9 +75,9 @@ def _seen(module: Any, q: Any, k: Any, latents: Any, mode: AttentionMode) -> lis
 
 
 def _chosen(q: torch.Tensor, keys: torch.Tensor, i: int, mode: AttentionMode) -> list[int]:
-    """Numbers of the blocks that a group of query heads [group, width] sees at token i."""
-    count, most = i // BLOCK + 1, mode.budget // BLOCK
-    if count <= most:
+    """Indices of the blocks that are visible to a group of query heads [group, width] at token i."""
+    count, budget = i // BLOCK + 1, mode.budget // BLOCK
+    if count <= budget:
         return list(range(count))
     first, last = -(-mode.sinks // BLOCK), max(0, i + 1 - mode.window) // BLOCK
     always = [*range(first), *range(last, count)]
@@ -89,4 +89,4 @@ def _chosen(q: torch.Tensor, keys: torch.Tensor, i: int, mode: AttentionMode) ->
     behind = torch.stack(estimate) - torch.stack(estimate).amax(0)
     scores = {b: float(s) for b, s in zip(range(first, last), behind.amax(-1), strict=True)}
     ranked = sorted(scores, key=lambda b: (-scores[b], b))
-    return sorted([*always, *ranked[: most - len(always)]])
+    return sorted([*always, *ranked[: budget - len(always)]])

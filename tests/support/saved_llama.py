@@ -1,4 +1,4 @@
-"""A small random Llama on disk, with a tokenizer beside it."""
+"""A small random Llama on disk, with a tokenizer."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 
 def saved_llama(folder: Path, tokenizer: PreTrainedTokenizerBase, **changes: Any) -> Path:
-    """Two layers of width 64 and 256 positions, always with the same weights.
+    """Saves a model of two layers, width 64 and 256 positions, always with the same weights.
 
     Args:
-        changes: of its config.
+        changes: fields of its config.
     """
     torch.manual_seed(0)
     fields: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""JSON schemas that grammars enforce, and some that they can't."""
+"""JSON schemas that grammars support, and some that they do not."""
 
 from __future__ import annotations
 
@@ -172,7 +172,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
 
 
 def deep(levels: int) -> dict[str, Any]:
-    """Arrays of arrays."""
+    """A schema of nested arrays."""
     schema: dict[str, Any] = {"type": "integer"}
     for _ in range(levels):
         schema = {"type": "array", "items": schema}

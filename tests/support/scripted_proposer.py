@@ -1,4 +1,4 @@
-"""Drafts out of a known continuation, right with a given probability: for tests, and for `benchmarks/drafts.py`."""
+"""Drafts from a known continuation, each correct with a given probability: for tests, and for `benchmarks/drafts.py`."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ class ScriptedProposer:
     """Drafts that agree with a script, each with probability `agree` independent of the others; else the next token id.
 
     Args:
-        scripts: a sequence's index -> all its tokens, prompt included, as plain decoding gives them.
+        scripts: index of a sequence -> all its tokens in plain decoding, including the prompt.
         agree: probability that a draft is the script's token.
-        vocab_size: tokens are below it.
+        vocab_size: number of tokens.
     """
 
     name = "scripted"
@@ -29,16 +29,16 @@ class ScriptedProposer:
     def ready(self, sequence: Sequence) -> bool:
         return len(self._scripts[sequence.index]) > len(sequence.tokens)
 
-    def propose(self, sequences: list[Sequence], most: list[int]) -> list[Draft]:
-        found = []
-        for sequence, count in zip(sequences, most, strict=True):
+    def propose(self, sequences: list[Sequence], max_drafts: list[int]) -> list[Draft]:
+        result = []
+        for sequence, count in zip(sequences, max_drafts, strict=True):
             begin = len(sequence.tokens)
             script = self._scripts[sequence.index][begin : begin + count]
-            found.append(Draft([t if self._random.random() < self._agree else (t + 1) % self._vocab for t in script]))
-        return found
+            result.append(Draft([t if self._random.random() < self._agree else (t + 1) % self._vocab for t in script]))
+        return result
 
     def follow(self, sequence: Sequence, states: Any) -> None:
-        """Reads no hidden states."""
+        """Does not use hidden states."""
 
     def fork(self, sequence: Sequence, twin: Sequence) -> None:
         """Keeps nothing of a sequence."""

@@ -1,4 +1,4 @@
-"""Driving a plan: ragged steps over sequences whose blocks a BlockManager owns."""
+"""Runs a plan: ragged steps over sequences whose blocks belong to a BlockManager."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from deepseek_optimizer.cache import BlockManager, SequenceBlocks
 
 @dataclass
 class Part:
-    """One sequence's share of a step. rows: which of its tokens want logits, all by default."""
+    """One sequence's part of a step. rows: which of its tokens need logits, by default all."""
 
     blocks: SequenceBlocks
     ids: list[int]
@@ -25,8 +25,8 @@ class Part:
 
 
 def make_batch(parts: Sequence[Part], store: Any, *, hidden: bool = False, inputs_embeds: Any = None, **more: Any) -> StepBatch:
-    """Takes blocks for the parts' tokens (copying shared ones in `store`) and describes the step. Decode parts come first.
-    `more`: other fields of the step."""
+    """Allocates blocks for the parts' tokens (copying shared ones in `store`) and builds the step, decode parts first.
+    `more`: further fields of the step."""
     token_ids: list[int] = []
     positions: list[int] = []
     logit_rows: list[int] = []
@@ -54,7 +54,7 @@ def run_step(plan: Any, store: Any, parts: Sequence[Part], **options: Any) -> St
 
 @dataclass
 class Runner:
-    """A plan with a cache of its own."""
+    """A plan with its own cache."""
 
     plan: Any
     store: Any
@@ -67,7 +67,7 @@ class Runner:
         return SequenceBlocks(self.manager)
 
     def logits(self, ids: list[int], chunks: Iterable[int] = (), phase: int = PREFILL) -> torch.Tensor:
-        """float32 [T, V] of one new sequence, run in chunks of these sizes and the rest at once; its blocks are freed."""
+        """float32 [T, V] of one new sequence, run in chunks of these sizes, then the rest in one; its blocks are freed."""
         blocks, parts, begin = self.sequence(), [], 0
         for size in (*chunks, len(ids)):
             part = ids[begin : begin + size]
@@ -85,7 +85,7 @@ class Runner:
         return hidden
 
     def decode(self, prompt: list[int], count: int) -> tuple[list[int], torch.Tensor]:
-        """Greedy: `count` tokens after the prompt, and the logits each was chosen from, float32 [count, V]."""
+        """Greedy decoding: `count` tokens after the prompt, and the logits that each was chosen from, float32 [count, V]."""
         blocks, rows = self.sequence(), []
         ids, phase, chosen = prompt, PREFILL, []
         for _ in range(count):
@@ -97,5 +97,5 @@ class Runner:
 
 
 def runner(backend: Any, graph: Any, weights: Any, *, kv: str = "fp32", blocks: int = 128, **options: Any) -> Runner:
-    """Compiles and gives the plan a cache of `blocks` blocks of 32 tokens."""
+    """Compiles a plan with a cache of `blocks` blocks of 32 tokens."""
     return Runner(backend.compile(graph, weights, **options), backend.new_store(graph, kv, blocks))

@@ -1,4 +1,4 @@
-"""Runs of training that take a second: a tiny Llama with dropout, random tokens, a checkpoint every few steps.
+"""Training runs of a second: a tiny Llama with dropout, random tokens, a checkpoint every few steps.
 
 trainer = tiny_trainer(folder, max_steps=6, save_steps=2)
 trainer.train()
@@ -63,7 +63,7 @@ def tiny_trainer(
 
 
 def fingerprint(trainer: Trainer) -> dict[str, Any]:
-    """All that must be the same after a resumed run: copies."""
+    """Copies of everything that must be the same after a resumed run."""
     return copy.deepcopy(
         {
             "weights": trainer.model.state_dict(),
@@ -76,7 +76,7 @@ def fingerprint(trainer: Trainer) -> dict[str, Any]:
 
 
 def differences(one: Any, two: Any, at: str = "") -> list[str]:
-    """Where two fingerprints differ, to the bit; equal ones have none."""
+    """The places where two fingerprints are not bitwise equal."""
     if isinstance(one, torch.Tensor):
         same = isinstance(two, torch.Tensor) and one.dtype == two.dtype and one.shape == two.shape
         return [] if same and torch.equal(_bits(one), _bits(two)) else [at]
@@ -84,11 +84,11 @@ def differences(one: Any, two: Any, at: str = "") -> list[str]:
         return [] if type(one) is type(two) and one.dtype == two.dtype and np.array_equal(one, two) else [at]
     if isinstance(one, dict):
         keys = [] if isinstance(two, dict) and one.keys() == two.keys() else [f"{at}: keys"]
-        return keys or [found for key in one for found in differences(one[key], two[key], f"{at}/{key}")]
+        return keys or [result for key in one for result in differences(one[key], two[key], f"{at}/{key}")]
     if isinstance(one, (list, tuple)):
         if type(one) is not type(two) or len(one) != len(two):
             return [at]
-        return [found for i, (a, b) in enumerate(zip(one, two, strict=True)) for found in differences(a, b, f"{at}/{i}")]
+        return [result for i, (a, b) in enumerate(zip(one, two, strict=True)) for result in differences(a, b, f"{at}/{i}")]
     return [] if type(one) is type(two) and one == two else [f"{at}: {one!r} {two!r}"]
 
 
@@ -97,7 +97,7 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
 
 
 class StopAt(TrainerCallback):
-    """Ends a run after a step, as if it had been interrupted there."""
+    """Ends a run after a step, as if it were interrupted there."""
 
     def __init__(self, step: int) -> None:
         self.step = step

@@ -12,7 +12,7 @@ from deepseek_optimizer import DeepSeekTrainer, DeepSeekTrainingArguments
 
 
 class Rows(Dataset):
-    """`count` rows of `length` random ids, always the same ones; in each some labels do not count."""
+    """`count` rows of `length` random ids, always the same; some labels of each are ignored."""
 
     def __init__(self, count: int = 16, length: int = 24, vocabulary: int = 200) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -28,7 +28,7 @@ class Rows(Dataset):
 
 
 def arguments(folder: Any, **fields: Any) -> DeepSeekTrainingArguments:
-    """Six steps of two rows that log each step, save nothing and say nothing; `fields` change that."""
+    """Six steps of two rows with a log of each step, without checkpoints or output; `fields` override these."""
     base: dict[str, Any] = {
         "output_dir": str(folder), "max_steps": 6, "per_device_train_batch_size": 2, "per_device_eval_batch_size": 4,
         "logging_steps": 1, "learning_rate": 1e-2, "report_to": "none", "save_strategy": "no", "disable_tqdm": True,
@@ -38,7 +38,7 @@ def arguments(folder: Any, **fields: Any) -> DeepSeekTrainingArguments:
 
 
 def make_trainer(model: Any, folder: Any, *, trainer: Callable[..., Any] = DeepSeekTrainer, **fields: Any) -> Any:
-    """A trainer over `Rows`. `fields`: of the arguments, or what the trainer itself takes."""
+    """A trainer on `Rows`. `fields`: arguments of the trainer, or fields of `arguments`."""
     own = ("callbacks", "compute_metrics", "compute_loss_func", "train_dataset", "eval_dataset", "data_collator",
            "optimizers", "model_init", "preprocess_logits_for_metrics", "processing_class")  # fmt: skip
     given = {name: fields.pop(name) for name in own if name in fields}
@@ -47,5 +47,5 @@ def make_trainer(model: Any, folder: Any, *, trainer: Callable[..., Any] = DeepS
 
 
 def losses(trainer: Any) -> list[float]:
-    """Of the steps, as they were logged."""
+    """The logged loss of each step."""
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]

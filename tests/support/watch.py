@@ -1,4 +1,4 @@
-"""Seeing what goes through a function of the package while something runs."""
+"""Records calls of a function of the package."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 
 
 def spy(monkeypatch: pytest.MonkeyPatch, module: Any, name: str) -> list[tuple[Any, Any]]:
-    """((args, kwargs), result) of every call of a module's function from now on, in order."""
+    """Records ((args, kwargs), result) of every later call of a module's function, in order."""
     calls: list[tuple[Any, Any]] = []
     called = getattr(module, name)
 

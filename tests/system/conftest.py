@@ -7,7 +7,7 @@ import pytest
 
 @pytest.fixture
 def tree(tmp_path):
-    """tree({"/proc/meminfo": text, ...}) -> a root below which there are these files and no others."""
+    """tree({"/proc/meminfo": text, ...}) -> a root directory with exactly these files."""
 
     def make(files):
         for path, text in files.items():

@@ -1,4 +1,4 @@
-"""Control groups' limits of processors' time."""
+"""CPU limits of control groups."""
 
 from __future__ import annotations
 

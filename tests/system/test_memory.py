@@ -1,4 +1,4 @@
-"""Every place where the system says how much memory a process may have, alone and together."""
+"""Every source of the system's memory limits, alone and together."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ V1_MOUNT = "35 31 0:32 / /sys/fs/cgroup/memory rw,relatime shared:9 - cgroup cgr
 
 
 def v2(folder, limit, used, files="", **more):
-    """The files of a group; `more`: others by name, `high="..."`."""
+    """The files of a group; `more`: further files by name, such as `high="..."`."""
     base = f"/sys/fs/cgroup{folder}"
     given = {"memory.max": limit, "memory.current": used, "memory.stat": files} | {f"memory.{k}": v for k, v in more.items()}
     return {f"{base}/{name}": str(text) for name, text in given.items()}
@@ -30,26 +30,26 @@ def v1(folder, limit, used, stat="", mount="/sys/fs/cgroup/memory"):
 
 
 def test_the_machine_alone(tree):
-    found = free_memory(tree(MEMINFO))
-    assert found.free == MACHINE  # swap is not counted
-    assert str(found) == "this machine has 16 MB, of which 9 MB are free"
-    assert found.to_reserve is None
+    actual = free_memory(tree(MEMINFO))
+    assert actual.free == MACHINE  # swap is not counted
+    assert str(actual) == "this machine has 16 MB, of which 9 MB are free"
+    assert actual.to_reserve is None
 
 
-def test_what_is_here():
+def test_this_machine():
     assert 0 < free_memory().free < free_memory().limits[0].total
 
 
 @pytest.mark.parametrize("mountinfo", [V2_MOUNT, None], ids=["mountinfo", "no mountinfo"])
 @pytest.mark.parametrize("tight", ["", "/pod", "/pod/box"])
-def test_the_tightest_of_nested_groups_binds(tree, tight, mountinfo):
+def test_the_tightest_of_nested_groups_applies(tree, tight, mountinfo):
     files = {**MEMINFO, "/proc/self/cgroup": "0::/pod/box\n"}
     files |= {} if mountinfo is None else {"/proc/self/mountinfo": mountinfo}
     for folder in ("", "/pod", "/pod/box"):
         files |= v2(folder, 5_000_000 if folder == tight else "max", 1_000_000)
-    found = free_memory(tree(files))
-    assert found.free == 4_000_000
-    assert str(found) == f"the cgroup {tight or '/'} limits memory to 5 MB, of which 4 MB are free"
+    actual = free_memory(tree(files))
+    assert actual.free == 4_000_000
+    assert str(actual) == f"the cgroup {tight or '/'} limits memory to 5 MB, of which 4 MB are free"
 
 
 def test_memory_high_is_a_limit(tree):
@@ -59,8 +59,8 @@ def test_memory_high_is_a_limit(tree):
 
 def test_no_limits_and_limits_above_the_machine(tree):
     files = {**MEMINFO, "/proc/self/cgroup": "0::/pod/box\n", **v2("/pod/box", "max", 1000), **v2("/pod", 1 << 50, 1000)}
-    found = free_memory(tree(files))
-    assert found.free == MACHINE and found.tightest.kind == "machine"
+    actual = free_memory(tree(files))
+    assert actual.free == MACHINE and actual.tightest.kind == "machine"
 
 
 def test_more_is_used_than_allowed(tree):
@@ -72,12 +72,12 @@ def test_file_cache_counts_as_free_but_not_what_this_process_has_mapped(tree):
     files = {**MEMINFO, "/proc/self/cgroup": "0::/box\n", **v2("/box", 8_000_000, 5_000_000, stat)}
     assert free_memory(tree(files)).free == 5_000_000
     mapped = {"/proc/self/status": "Name: x\nVmRSS:  900 kB\nRssFile:\t 500 kB\n"}
-    found = free_memory(tree({**files, **mapped}))
-    assert found.free == 5_000_000 - (500 << 10)
-    assert found.limits[0].free == MACHINE - (500 << 10)
+    actual = free_memory(tree({**files, **mapped}))
+    assert actual.free == 5_000_000 - (500 << 10)
+    assert actual.limits[0].free == MACHINE - (500 << 10)
 
 
-def test_what_a_group_uses_cannot_be_read(tree):
+def test_the_usage_of_a_group_cannot_be_read(tree):
     files = {**MEMINFO, "/proc/self/cgroup": "0::/\n", "/sys/fs/cgroup/memory.max": "5000000"}
     files |= {"/proc/self/status": "VmRSS:  1000 kB\n"}
     assert free_memory(tree(files)).free == 5_000_000 - (1000 << 10)
@@ -97,20 +97,20 @@ def test_v1_writes_no_limit_as_a_number(tree):
     assert free_memory(tree(files)).free == MACHINE
 
 
-def test_v1_tells_of_limits_above_what_can_be_seen(tree):
-    """In a container the mount begins at its own group; a pod's limit above it is in memory.stat alone."""
+def test_v1_reports_limits_of_invisible_parents(tree):
+    """In a container the mount begins at its own group; a pod's limit above it appears only in memory.stat."""
     mount = V1_MOUNT.replace(" / ", " /kube/pod/box ", 1)
     stat = f"hierarchical_memory_limit {3_000_000}\n"
     files = {
         **MEMINFO, "/proc/self/cgroup": "4:memory:/kube/pod/box\n", "/proc/self/mountinfo": mount,
         **v1("", 9223372036854771712, 1_000_000, stat),
     }  # fmt: skip
-    found = free_memory(tree(files))
-    assert found.free == 2_000_000 and "cgroup /kube/pod/box " in str(found)
+    actual = free_memory(tree(files))
+    assert actual.free == 2_000_000 and "cgroup /kube/pod/box " in str(actual)
 
 
 def test_hybrid_mounts(tree):
-    """The memory controller is v1's, and there is a v2 tree beside it; both are looked at."""
+    """The memory controller is in v1, and there is also a v2 tree; both are read."""
     v2_mount = V2_MOUNT.replace("/sys/fs/cgroup ", "/sys/fs/cgroup/unified ")
     files = {
         **MEMINFO, "/proc/self/cgroup": "4:memory:/box\n0::/box\n", "/proc/self/mountinfo": V1_MOUNT + v2_mount,
@@ -121,7 +121,7 @@ def test_hybrid_mounts(tree):
     assert free_memory(tree({**files, **unified})).free == 2_000_000
 
 
-def test_hierarchies_that_are_mounted_elsewhere(tree):
+def test_hierarchies_mounted_elsewhere(tree):
     mount = V1_MOUNT.replace("/sys/fs/cgroup/memory", "/mnt/my\\040groups")
     files = {
         **MEMINFO, "/proc/self/cgroup": "4:memory:/box\n", "/proc/self/mountinfo": mount,
@@ -134,13 +134,13 @@ def test_hierarchies_that_are_mounted_elsewhere(tree):
     ("path", "mounted"), [("/", "/"), ("/../..", "/"), ("/../other", "/"), ("/", "/../.."), ("/host/path", "/docker/abc")]
 )
 def test_namespaces(tree, path, mounted):
-    """The path ends at, or leaves, what is mounted: the mount's root is the nearest group that can be seen."""
+    """The path ends at, or outside, the mount: the mount's root is the nearest visible group."""
     mount = V2_MOUNT.replace(" / ", f" {mounted} ", 1)
     files = {**MEMINFO, "/proc/self/cgroup": f"0::{path}\n", "/proc/self/mountinfo": mount, **v2("", 5_000_000, 1_000_000)}
     assert free_memory(tree(files)).free == 4_000_000
 
 
-def test_a_tree_that_is_mounted_from_above_the_container(tree):
+def test_a_tree_mounted_from_above_the_container(tree):
     mount = V2_MOUNT.replace(" / ", " /docker ", 1)
     files = {
         **MEMINFO, "/proc/self/cgroup": "0::/docker/abc/sub\n", "/proc/self/mountinfo": mount,
@@ -167,17 +167,17 @@ Max address space         {space}            unlimited            bytes
 )
 def test_ulimits(tree, data, space, free, says):
     status = {"/proc/self/status": "VmSize:  1000 kB\nVmData:  500 kB\n"}
-    found = free_memory(tree({**MEMINFO, **status, "/proc/self/limits": LIMITS.format(data=data, space=space)}))
-    assert found.free == free and str(found).startswith(says)
-    assert found.to_use.free == MACHINE  # they bound what is reserved, not what was reserved and is used now
+    actual = free_memory(tree({**MEMINFO, **status, "/proc/self/limits": LIMITS.format(data=data, space=space)}))
+    assert actual.free == free and str(actual).startswith(says)
+    assert actual.to_use.free == MACHINE  # they limit new reservations, not the use of earlier ones
 
 
-def test_where_the_kernel_promises_no_more_than_it_has(tree):
+def test_strict_overcommit(tree):
     meminfo = MEMINFO["/proc/meminfo"] + "CommitLimit:   5000 kB\nCommitted_AS:   4000 kB\n"
     files = {"/proc/meminfo": meminfo, "/proc/sys/vm/overcommit_memory": "0\n"}
     assert free_memory(tree(files)).free == MACHINE
-    found = free_memory(tree({**files, "/proc/sys/vm/overcommit_memory": "2\n"}))
-    assert found.free == 1000 << 10 and found.to_use.free == MACHINE
+    actual = free_memory(tree({**files, "/proc/sys/vm/overcommit_memory": "2\n"}))
+    assert actual.free == 1000 << 10 and actual.to_use.free == MACHINE
 
 
 def test_nothing_can_be_read(tree):

@@ -1,4 +1,4 @@
-"""What a person sees of long work: a bar on a terminal, lines elsewhere, nothing of quick work."""
+"""Progress of long work: a bar on a terminal, lines elsewhere, nothing for quick work."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from deepseek_optimizer.system.progress import Progress, duration, show_progress
 
 
 class Stream(io.StringIO):
-    """A stream that says when it has as many lines as a test waits for."""
+    """A stream that signals when it has a given number of lines."""
 
     def __init__(self, terminal: bool = False, lines: int = 1) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ def at_once(monkeypatch):
     monkeypatch.setattr(module, "NEXT_LINE_S", 0.0)
 
 
-def test_quick_work_says_nothing_in_a_pipe(stderr):
+def test_quick_work_prints_nothing_in_a_pipe(stderr):
     stream = stderr()
     with show_progress("Loading m") as progress:
         progress(1, 2)
@@ -64,7 +64,7 @@ def test_long_work_gets_lines_in_a_pipe_and_its_duration_at_the_end(stderr, monk
     assert re.fullmatch(r"Loading m: done in \d+ s", last)
 
 
-def test_a_step_that_takes_long_is_no_silence(stderr, monkeypatch):
+def test_a_long_step_is_reported(stderr, monkeypatch):
     at_once(monkeypatch)
     stream = stderr()
     with show_progress("Downloading"):
@@ -72,7 +72,7 @@ def test_a_step_that_takes_long_is_no_silence(stderr, monkeypatch):
     assert stream.getvalue().startswith("Downloading: 0 s elapsed\n")
 
 
-def test_no_thread_stays_behind_even_after_an_error(stderr):
+def test_no_thread_remains_even_after_an_error(stderr):
     stderr()
     with pytest.raises(KeyError), show_progress("Loading m"):
         raise KeyError
@@ -97,10 +97,10 @@ def test_a_terminal_gets_a_bar(stderr, monkeypatch):
         assert part in stream.getvalue()
 
 
-def test_the_time_left_is_that_of_the_rate_since_the_first_call():
+def test_the_time_left_uses_the_rate_since_the_first_call():
     now = iter([0.0, 100.0, 130.0, 130.0, 130.0])
     progress = Progress("Training", lambda: next(now))
-    progress(50, 100)  # resumed: the first half was not done now
+    progress(50, 100)  # resumed: the first half was done earlier
     progress(60, 100)
     assert progress.seconds_left == 120.0
     assert progress.line() == "Training: 60%, 2 min 0 s left"
@@ -120,7 +120,7 @@ def test_an_unknown_total_has_no_time_left():
     assert progress.seconds_left is None and "left" not in progress.line()
 
 
-def test_nothing_goes_to_stdout_where_stderr_is_closed(monkeypatch, capsys):
+def test_nothing_goes_to_stdout_if_stderr_is_closed(monkeypatch, capsys):
     monkeypatch.setattr(module, "FIRST_LINE_S", 0.0)
     monkeypatch.setattr("sys.stderr", None)
     with show_progress("Loading") as progress:

@@ -1,4 +1,4 @@
-"""Adapters of PEFT: on plain models and on packed ones, trained, resumed, saved and put into the model."""
+"""PEFT adapters: on plain models and on packed ones, trained, resumed, saved and merged into the model."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ def test_only_the_adapter_is_trained(tmp_path):
     assert all(p.dtype == torch.bfloat16 for p in trainer.model.parameters())
 
 
-def test_the_ways_to_keep_give_the_same_run_to_the_bit(tmp_path):
+def test_all_recompute_settings_give_bitwise_equal_runs(tmp_path):
     runs = [losses(_run(tmp_path, activation_memory=memory)) for memory in ("full", "selective", "recompute")]
     assert runs[0] == runs[1] == runs[2]
 
 
-def test_as_transformers_trainer(tmp_path):
+def test_equals_transformers_trainer(tmp_path):
     from transformers import Trainer, TrainingArguments
 
     ours = _run(tmp_path, bf16=False, optimizer_state="fp32")
@@ -68,7 +68,7 @@ def test_saved_loaded_and_merged(tmp_path):
     torch.testing.assert_close(merged(ids).logits, expected, rtol=0, atol=0.05 * float(expected.abs().max()))
 
 
-def test_resumed_is_never_stopped(tmp_path):
+def test_resumed_equals_uninterrupted(tmp_path):
     class Stop(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
             control.should_training_stop = state.global_step == 3
@@ -105,7 +105,7 @@ def test_on_packed_weights(tmp_path, tiny_model, memory):
     torch.testing.assert_close(again.eval()(ids).logits, expected, rtol=0, atol=0.05 * float(expected.abs().max()))
 
 
-def test_a_head_that_is_adapted_is_not_fused(tmp_path):
+def test_a_head_with_an_adapter_is_not_fused(tmp_path):
     model = get_peft_model(random_model(llama()), LoraConfig(r=4, target_modules=["lm_head", "q_proj"], task_type="CAUSAL_LM"))
     trainer = make_trainer(model, tmp_path, max_steps=12)
     trainer.train()

@@ -1,4 +1,4 @@
-"""`DeepSeekTrainingArguments`: the article's call, round trips, and what contradicts itself."""
+"""`DeepSeekTrainingArguments`: the article's call, round trips, and contradictory arguments."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_command_line(tmp_path):
     assert (args.optimizer_state, args.bf16, args.optim) == ("int8", False, "adamw_deepseek")
 
 
-def test_gradient_checkpointing_is_recompute(tmp_path):
+def test_gradient_checkpointing_maps_to_recompute(tmp_path):
     args = DeepSeekTrainingArguments(output_dir=str(tmp_path), gradient_checkpointing=True)
     assert args.activation_memory == "recompute"
     kept = DeepSeekTrainingArguments(output_dir=str(tmp_path), activation_memory="recompute")
@@ -81,7 +81,7 @@ def test_gradient_checkpointing_is_recompute(tmp_path):
         ({"mtp_loss_weight": -1}, ("mtp_loss_weight", "at least 0")),
     ],
 )
-def test_refused(tmp_path, fields, named):
+def test_rejected_arguments(tmp_path, fields, named):
     with pytest.raises(ConfigError) as caught:
         DeepSeekTrainingArguments(output_dir=str(tmp_path), **fields)
     assert all(name in str(caught.value) for name in named), caught.value

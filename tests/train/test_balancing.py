@@ -1,4 +1,4 @@
-"""Balancing by biases: the rule, what counts, resuming, and that experts come to be equally busy."""
+"""Load balancing by biases: the rule, which tokens count, resuming, and that experts become equally loaded."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def ids_of(model, *lengths):
 
 
 def chosen_in(model, run):
-    """Experts chosen in each router while `run` runs, by path."""
+    """The experts chosen by each router during `run`, by path."""
     seen: dict[str, list[torch.Tensor]] = {}
     handles = [
         router.register_forward_hook(lambda m, a, out, path=path: seen.setdefault(path, []).append(out[2]))
@@ -34,17 +34,17 @@ def chosen_in(model, run):
     return seen
 
 
-def test_loads_of_steps_and_of_all_their_tokens(model):
-    """Two steps that each keep other experts busy."""
+def test_loads_count_all_tokens_of_a_step(model):
+    """Two steps that each use different experts."""
     balancing = ExpertBalancing(rate=0.0)
     balancing.attach(model)
     for busy in (0, 1):
         for load in balancing._loads.values():
             load.counts[busy], load.counts[2:] = 30, 3
         balancing.step()
-    found = balancing.statistics()
-    assert found["expert_load_batch"] == 6.0  # 30 of 60 tokens and 12 experts
-    assert found["expert_load"] == found["expert_load_layer_1"] == 3.0
+    actual = balancing.statistics()
+    assert actual["expert_load_batch"] == 6.0  # 30 of 60 tokens and 12 experts
+    assert actual["expert_load"] == actual["expert_load_layer_1"] == 3.0
     balancing.detach()
 
 
@@ -62,17 +62,17 @@ def test_a_step_moves_each_bias_against_its_load(model):
         expected = before[path] + 0.01 * torch.sign(load.mean() - load)
         assert torch.equal(router.e_score_correction_bias, expected)
         ratios["expert_load_layer_" + path.split(".")[2]] = round(float(load.max() / load.mean()), 4)
-    found = balancing.statistics()
+    actual = balancing.statistics()
     worst = max(ratios.values())
-    assert found == {"expert_load": worst, "expert_load_batch": worst, **ratios}
+    assert actual == {"expert_load": worst, "expert_load_batch": worst, **ratios}
     assert balancing.statistics() == {}
     moved = {path: router.e_score_correction_bias.clone() for path, router in routers(model)}
-    balancing.step()  # nothing was counted since
+    balancing.step()  # nothing was counted since then
     assert all(torch.equal(router.e_score_correction_bias, moved[path]) for path, router in routers(model))
 
 
 def test_loads_are_those_of_all_processes(model, monkeypatch):
-    """Another process whose tokens all chose expert 0 turns the signs."""
+    """Another process whose tokens all chose expert 0 reverses the signs."""
 
     def add_theirs(counts):
         counts[0] += 10_000
@@ -142,7 +142,7 @@ def test_resuming_is_bitwise(model):
     assert all(torch.equal(whole[p], again[p]) for p in whole)
 
 
-def test_unequal_experts_become_equally_busy(model):
+def test_unequal_experts_become_equally_loaded(model):
     ids = ids_of(model, *[60] * 8)
     balancing = ExpertBalancing(rate=0.01)
     balancing.attach(model)
@@ -158,7 +158,7 @@ def test_unequal_experts_become_equally_busy(model):
     assert max(ratios[-20:]) < 1.3
 
 
-def test_what_is_logged(model):
+def test_logged_values(model):
     balancing = ExpertBalancing()
     args = SimpleNamespace(gradient_accumulation_steps=1)
     state = SimpleNamespace(log_history=[{"loss": 3.0}])
@@ -177,7 +177,7 @@ def test_what_is_logged(model):
     assert not balancing._handles
 
 
-def test_sequence_loss_by_the_formula():
+def test_sequence_loss_follows_the_formula():
     g = torch.Generator().manual_seed(0)
     logits = torch.randn(11, 6, generator=g, dtype=torch.float64).float().requires_grad_()
     index = torch.rand(11, 6, generator=g).topk(2, -1).indices
@@ -196,7 +196,7 @@ def test_sequence_loss_by_the_formula():
 
 
 def test_sequence_loss_reaches_the_routers_scaled(model):
-    """Its gradient is that of alpha / accumulation steps times the loss, added to the model's own."""
+    """Its gradient is alpha / accumulation steps times that of the loss, added to the model's own."""
     ids = ids_of(model, 25, 25)
     grads = []
     for alpha in (0.0, 0.5):

@@ -1,4 +1,4 @@
-"""Descriptions of runs: read from files, checked field by field."""
+"""Training configs: read from files, checked field by field."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def test_short_forms():
     assert make_config({**LEAST, "data": {"train": "a", "eval": "b"}}).evaluates
 
 
-def test_yaml_and_json_say_the_same(tmp_path):
+def test_yaml_and_json_are_equivalent(tmp_path):
     text = "model: m\noutput: o\ndata: {train: [a, b], max_length: 64}\nlora: {r: 4}\n"
     text += "arguments: {learning_rate: 1e-4, max_steps: 3}\n"
     (tmp_path / "c.yaml").write_text(text)
@@ -61,7 +61,7 @@ def test_yaml_and_json_say_the_same(tmp_path):
         ({"arguments": 3}, r"arguments: "),
     ],
 )
-def test_what_is_wrong_is_named(changes, error):
+def test_errors_name_the_field(changes, error):
     with pytest.raises(ConfigError, match=error):
         make_config({**LEAST, **changes})
     with pytest.raises(ConfigError, match=r"c.yaml: .*" + error):
@@ -73,7 +73,7 @@ def test_a_missing_field_is_named():
         make_config({})
 
 
-def test_text_of_numbers_and_flags_becomes_what_arguments_are():
+def test_text_is_converted_to_the_types_of_arguments():
     given = {"learning_rate": "1e-4", "max_steps": "7", "bf16": "false", "optim": "adamw_torch", "save_steps": "0.5"}
     made = make_config({**LEAST, "arguments": given}).arguments
     assert made == {"learning_rate": 1e-4, "max_steps": 7, "bf16": False, "optim": "adamw_torch", "save_steps": 0.5}
@@ -83,7 +83,7 @@ def test_text_of_numbers_and_flags_becomes_what_arguments_are():
     ("text", "error"),
     [("a: [", "is not valid YAML"), ("- 1", "must contain a mapping"), ("", "must contain a mapping"), ("1: 2", "must")],
 )
-def test_files_that_are_no_description(tmp_path, text, error):
+def test_invalid_config_files(tmp_path, text, error):
     (tmp_path / "c.yaml").write_text(text)
     with pytest.raises(ConfigError, match=rf"c.yaml.* {error}"):
         read_config(str(tmp_path / "c.yaml"))

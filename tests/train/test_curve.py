@@ -1,4 +1,4 @@
-"""The loss curve: what is logged is what is written, and a run that goes on draws on."""
+"""The loss curve: it shows the logged values, and a resumed run extends it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_points_and_picture(tmp_path):
     log(curve, 1, loss=2.5, learning_rate=1e-3, grad_norm=1.5, num_input_tokens_seen=64.0, epoch=0.5)
     log(curve, 2, loss=float("nan"), learning_rate=1e-3)
     log(curve, 2, eval_loss=2.0, eval_runtime=1.0)
-    log(curve, 2, train_runtime=3.0)  # nothing of a curve
+    log(curve, 2, train_runtime=3.0)  # not part of a curve
     curve.on_evaluate(None, state(2), None)
     points = json.loads((tmp_path / "loss.json").read_text())["points"]
     seconds = [point.pop("seconds") for point in points]
@@ -37,10 +37,10 @@ def test_points_and_picture(tmp_path):
         {"step": 2, "loss": None, "learning_rate": 1e-3, "eval_loss": 2.0},
     ]
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG") and len(list(tmp_path.iterdir())) == 2
-    assert "matplotlib.pyplot" not in sys.modules  # no state of the whole process
+    assert "matplotlib.pyplot" not in sys.modules  # it has global state
 
 
-def test_a_run_that_goes_on_forgets_what_comes_after_its_checkpoint(tmp_path):
+def test_a_resumed_run_drops_points_after_its_checkpoint(tmp_path):
     curve = LossCurve(tmp_path)
     for step in (1, 2, 3):
         log(curve, step, loss=1.0 / step)
@@ -54,19 +54,19 @@ def test_a_run_that_goes_on_forgets_what_comes_after_its_checkpoint(tmp_path):
     assert LossCurve(tmp_path).points == []
 
 
-def test_a_broken_curve_is_named(tmp_path):
+def test_a_damaged_curve_is_an_error(tmp_path):
     (tmp_path / "loss.json").write_text('{"points": [3]}')
     with pytest.raises(CheckpointError, match="loss.json: is not a valid loss curve"):
         read_points(tmp_path / "loss.json")
 
 
-def test_matplotlib_is_asked_for_before_training(tmp_path, monkeypatch):
+def test_missing_matplotlib_is_reported_before_training(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(MissingPackageError, match=r"deepseek-optimizer\[train\]"):
         LossCurve(tmp_path)
 
 
-def test_a_full_disk_leaves_the_old_figures(tmp_path, monkeypatch):
+def test_a_full_disk_keeps_the_old_curve(tmp_path, monkeypatch):
     curve = LossCurve(tmp_path)
     log(curve, 1, loss=1.0)
     curve.on_save(None, state(1), None)

@@ -21,7 +21,7 @@ _PLAIN = ("output_dir", "max_steps", "per_device_train_batch_size", "logging_ste
 
 
 def plain_losses(model, folder, **fields):
-    """Of Transformers' own Trainer."""
+    """Losses of Transformers' Trainer."""
     base = {name: getattr(arguments(folder), name) for name in _PLAIN}
     trainer = Trainer(model, TrainingArguments(**{**base, "use_cpu": True, **fields}), train_dataset=Rows())
     trainer.train()
@@ -33,7 +33,7 @@ def biases(model):
 
 
 @pytest.mark.parametrize("name", ["deepseek_v2-groups", "deepseek_v3-groups", "deepseek_v3-direct", "deepseek_v32-indexer"])
-def test_fp32_is_transformers_trainer(tmp_path, name):
+def test_fp32_equals_transformers_trainer(tmp_path, name):
     theirs = plain_losses(random_model(CASES[name]()), tmp_path, learning_rate=1e-3)
     ours = make_trainer(
         random_model(CASES[name]()), tmp_path, bf16=False, optimizer_state="fp32", moe_balance_rate=0.0, learning_rate=1e-3
@@ -45,7 +45,7 @@ def test_fp32_is_transformers_trainer(tmp_path, name):
     assert "Experts" in native and ("Attention" in native) == ("v32" not in name)
 
 
-def test_experts_are_balanced_and_layers_ahead_are_trained(tmp_path):
+def test_experts_are_balanced_and_mtp_layers_are_trained(tmp_path):
     model = random_model(deepseek_v3(num_nextn_predict_layers=2))
     before = biases(model)
     trainer = make_trainer(
@@ -78,22 +78,22 @@ def test_experts_are_balanced_and_layers_ahead_are_trained(tmp_path):
         assert torch.equal(bias, after[path]) and bias.dtype == torch.float32
 
 
-def test_the_loss_ahead_is_added_with_its_weight(tmp_path):
-    found = {}
+def test_the_mtp_loss_is_added_with_its_weight(tmp_path):
+    actual = {}
     for weight in (None, 0.0, 0.5):
         model = random_model(deepseek_v3(num_nextn_predict_layers=1))
         torch.manual_seed(0)
         trainer = make_trainer(model, tmp_path, bf16=False, mtp_loss_weight=weight, max_steps=1)
         trainer.train()
-        found[weight] = trainer.state.log_history[0]
+        actual[weight] = trainer.state.log_history[0]
         evaluated = trainer.evaluate()["eval_loss"]
-        assert evaluated == pytest.approx(found[None]["loss"], rel=0.3)  # the model's own loss, without the layers'
-    assert found[0.0]["loss"] == pytest.approx(found[None]["loss"], rel=1e-6)
-    assert found[0.5]["loss"] == pytest.approx(found[None]["loss"] + 0.5 * found[0.5]["mtp_loss"], rel=1e-4)
+        assert evaluated == pytest.approx(actual[None]["loss"], rel=0.3)  # the model's own loss, without that of the MTP layers
+    assert actual[0.0]["loss"] == pytest.approx(actual[None]["loss"], rel=1e-6)
+    assert actual[0.5]["loss"] == pytest.approx(actual[None]["loss"] + 0.5 * actual[0.5]["mtp_loss"], rel=1e-4)
 
 
 @pytest.mark.parametrize("fields", [{}, {"gradient_accumulation_steps": 2, "activation_memory": "recompute"}])
-def test_resumed_is_never_stopped(tmp_path, fields):
+def test_resumed_equals_uninterrupted(tmp_path, fields):
     fields = {"mtp_loss_weight": 0.3, "moe_balance_rate": 0.05, "learning_rate": 1e-3, "max_steps": 6, **fields}
 
     def fresh(seed):
@@ -118,18 +118,18 @@ def test_resumed_is_never_stopped(tmp_path, fields):
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_the_best_model_has_its_experts(tmp_path):
+def test_the_best_model_includes_its_experts(tmp_path):
     trainer = make_trainer(
         random_model(deepseek_v3()), tmp_path, max_steps=6, learning_rate=0.3, eval_strategy="steps", eval_steps=1,
         save_strategy="steps", save_steps=1, load_best_model_at_end=True, metric_for_best_model="loss", greater_is_better=False,
     )  # fmt: skip
     trainer.train()
-    found = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
-    assert trainer.state.best_metric == min(found) < found[-1]  # so large a rate makes it worse
-    assert trainer.evaluate()["eval_loss"] == pytest.approx(min(found), rel=1e-6)
+    actual = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert trainer.state.best_metric == min(actual) < actual[-1]  # so large a learning rate makes it worse
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(min(actual), rel=1e-6)
 
 
-def test_what_cannot_be_trained_ahead(tmp_path):
+def test_unsupported_mtp_training(tmp_path):
     with pytest.raises(ConfigError, match="mtp_loss_weight.*num_nextn_predict_layers"):
         make_trainer(random_model(llama()), tmp_path, mtp_loss_weight=0.3)
     for fields in ({"fused_loss": False}, {"label_smoothing_factor": 0.1}):
@@ -139,7 +139,7 @@ def test_what_cannot_be_trained_ahead(tmp_path):
 
 @pytest.fixture
 def fp8(tmp_path):
-    """An FP8 checkpoint with an MTP layer, as DeepSeek publishes them, and the float model that it stands for."""
+    """An FP8 checkpoint with an MTP layer, as published by DeepSeek, and the equivalent float model."""
     save_with_mtp(tmp_path / "float", deepseek_v3(), repeated=False)
     folder = fp8_copy(tmp_path / "float", tmp_path / "fp8")
     exact = tmp_path / "exact"
@@ -152,7 +152,7 @@ def fp8(tmp_path):
 
 
 def test_an_fp8_checkpoint_is_tuned_by_adapters(tmp_path, fp8):
-    """Weights stay at a byte each, with the checkpoint's own codes and scales; the adapter is the float model's too."""
+    """Weights stay at one byte, with the checkpoint's codes and scales; the adapter equals the float model's."""
     peft = pytest.importorskip("peft")
     folder, exact = fp8
     config = {"r": 4, "target_modules": r"model\.layers\.[012]\.self_attn\.(q_b_proj|kv_b_proj|o_proj)", "lora_dropout": 0.0}
@@ -185,13 +185,13 @@ def test_an_fp8_checkpoint_is_tuned_by_adapters(tmp_path, fp8):
     assert loss < untuned
 
 
-def test_an_adapter_is_trained_ahead_too(tmp_path, fp8):
-    """`load_model` keeps a checkpoint's MTP layers, so adapters may stand in them."""
+def test_an_adapter_is_trained_with_mtp(tmp_path, fp8):
+    """`load_model` keeps a checkpoint's MTP layers, so they may have adapters."""
     peft = pytest.importorskip("peft")
     model = peft.get_peft_model(load_model(fp8[0]), peft.LoraConfig(r=4, target_modules=["o_proj", "eh_proj"]))
     trainer = make_trainer(model, tmp_path, max_steps=8, learning_rate=1e-2, mtp_loss_weight=1.0)
     trainer.train()
-    found = [entry["mtp_loss"] for entry in trainer.state.log_history if "mtp_loss" in entry]
-    assert len(found) == 8 and found[-1] < found[0]
+    actual = [entry["mtp_loss"] for entry in trainer.state.log_history if "mtp_loss" in entry]
+    assert len(actual) == 8 and actual[-1] < actual[0]
     moved = {name.split(".")[4] for name, p in model.named_parameters() if "lora_B" in name and p.abs().max() > 0}
     assert moved == {"0", "1", "2", "3"}

@@ -1,4 +1,4 @@
-"""examples/tiny_v3: the script itself, and a chat with what it made."""
+"""examples/tiny_v3: the script itself, and a chat with the model that it trains."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SOURCE = Path(deepseek_optimizer.__file__).resolve().parents[1]
 
 
 def run(folder: Path, *options: str) -> dict[str, Any]:
-    """The script in a process of its own; its figures."""
+    """Runs the script in a separate process; returns its results."""
     path = os.pathsep.join([str(SOURCE), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
         [sys.executable, str(SCRIPT), "--output", "tiny", *options], cwd=folder, capture_output=True, text=True,
@@ -30,8 +30,8 @@ def run(folder: Path, *options: str) -> dict[str, Any]:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "done: dso chat tiny/int4" in done.stdout, done.stdout
-    found: dict[str, Any] = json.loads((folder / "tiny" / "results.json").read_text())
-    return found
+    result: dict[str, Any] = json.loads((folder / "tiny" / "results.json").read_text())
+    return result
 
 
 def talk(folder: Path) -> None:
@@ -41,8 +41,8 @@ def talk(folder: Path) -> None:
     assert result.stdout.strip()
 
 
-def test_the_chain_runs(tmp_path):
-    """With 0.3 M weights and 512 tokens in a third of a minute: from ln 512 = 6.2 nats a token."""
+def test_the_script_runs_end_to_end(tmp_path):
+    """With 0.3 M weights and 512 tokens in a third of a minute; the loss starts at ln 512 = 6.2 nats per token."""
     figures = run(tmp_path, "--size", "smallest", "--minutes", "0.35", "--characters", "150000")
     assert figures["eval_loss"] < 5.9
     assert figures["expert_load"] >= 1.0 and 0.0 < figures["mtp_acceptance"] <= 1.0
@@ -59,7 +59,7 @@ def test_the_chain_runs(tmp_path):
 
 @pytest.mark.slow
 def test_ten_minutes_are_enough(tmp_path):
-    """What issue 7 asks for, on two cores that do nothing else."""
+    """The goal of issue 7, on two otherwise idle cores."""
     figures = run(tmp_path, "--minutes", "10")
     assert figures["eval_loss"] < 4.3
     assert figures["expert_load"] <= 1.5

@@ -1,4 +1,4 @@
-"""Training killed at 20 random moments: every checkpoint with a name is whole, and the end is that of a run never killed.
+"""Training killed at 20 random moments: every named checkpoint is complete, and the result equals that of an uninterrupted run.
 `make soak` does 200."""
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ def test_killed_at_random_moments(tmp_path: Path) -> None:
     assert counts["killed"] == 20 and counts["killed while saving"] > 3
 
 
-def test_half_a_checkpoint_would_be_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The check can fail: with checkpoints written under their final names, a kill soon leaves half of one."""
+def test_an_incomplete_checkpoint_is_detected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The check can fail: if checkpoints are written under their final names, a kill soon leaves an incomplete one."""
     from deepseek_optimizer.train.checkpoints import saving
 
     def in_place(self, model, trial) -> None:

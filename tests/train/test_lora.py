@@ -16,14 +16,14 @@ def empty(config):
         return AutoModelForCausalLM.from_config(config)
 
 
-def test_attention_and_dense_mlps_get_one():
+def test_attention_and_dense_mlps_get_adapters():
     dense = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
     assert set(targets_of(empty(llama()))) == dense
     latent = {"q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
     assert set(targets_of(empty(deepseek_v3()))) == latent
 
 
-def test_names_must_be_there():
+def test_names_must_exist():
     model = empty(llama())
     assert targets_of(model, ("v_proj", "lm_head")) == ["v_proj", "lm_head"]
     with pytest.raises(ConfigError, match="no linear layer 'query'; it has .*q_proj"):

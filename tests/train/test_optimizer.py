@@ -38,8 +38,8 @@ def run(optimizer: DeepSeekAdamW, steps: range) -> None:
 
 
 def bits(optimizer: DeepSeekAdamW) -> list[torch.Tensor]:
-    found = [p.detach().clone() for p in parameters_of(optimizer)]
-    return found + [v for p in parameters_of(optimizer) for v in optimizer.state[p].values()]
+    result = [p.detach().clone() for p in parameters_of(optimizer)]
+    return result + [v for p in parameters_of(optimizer) for v in optimizer.state[p].values()]
 
 
 def equal(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
@@ -47,7 +47,7 @@ def equal(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
 
 
 def step_both(ours, optimizer, exact, theirs, seed: int) -> None:
-    """A step of each, by the same gradients."""
+    """A step of each optimizer with the same gradients."""
     give_gradients(ours.parameters(), seed)
     for p, q in zip(ours.parameters(), exact.parameters(), strict=True):
         q.grad = p.grad.double()
@@ -55,7 +55,7 @@ def step_both(ours, optimizer, exact, theirs, seed: int) -> None:
     theirs.step()
 
 
-def test_fp32_is_torchs_adamw_to_rounding():
+def test_fp32_equals_torch_adamw_up_to_rounding():
     ours, exact = model(torch.float32), model(torch.float64)
     exact.load_state_dict(ours.state_dict())
     options = {"lr": 1e-2, "betas": (0.8, 0.99), "eps": 1e-6, "weight_decay": 0.3}
@@ -66,11 +66,11 @@ def test_fp32_is_torchs_adamw_to_rounding():
     for step in range(50):
         step_both(ours, optimizer, exact, theirs, step)
         for p, q in zip(ours.parameters(), exact.parameters(), strict=True):
-            assert (p.double() - q).abs().max() < 4e-7 * (step + 1) ** 0.5  # half an ulp of weights up to 2, a step
+            assert (p.double() - q).abs().max() < 4e-7 * (step + 1) ** 0.5  # half an ulp of weights up to 2 per step
 
 
 @pytest.mark.parametrize(("state", "master_weights"), FORMATS)
-def test_small_formats_stay_near_torchs_adamw(state, master_weights):
+def test_small_formats_stay_close_to_torch_adamw(state, master_weights):
     ours, exact = model(), model()
     exact = exact.double()
     optimizer = DeepSeekAdamW(ours.parameters(), lr=1e-3, state=state, master_weights=master_weights)
@@ -85,8 +85,8 @@ def test_small_formats_stay_near_torchs_adamw(state, master_weights):
         assert torch.equal(p, optimizer.master(p).bfloat16()) or master_weights == "split"
 
 
-def test_stochastic_weights_move_on_average_by_less_than_they_can_show():
-    weight = torch.nn.Parameter(torch.ones(20000, dtype=torch.bfloat16))  # whose neighbours are 0.0039 and 0.0078 away
+def test_stochastic_weights_accumulate_small_updates_on_average():
+    weight = torch.nn.Parameter(torch.ones(20000, dtype=torch.bfloat16))  # the adjacent values are 0.0039 and 0.0078 away
     optimizer = DeepSeekAdamW([weight], lr=1e-4, weight_decay=0.0, master_weights="stochastic")
     for _ in range(20):
         weight.grad = torch.ones_like(weight)
@@ -101,11 +101,11 @@ def test_resuming_is_bitwise(state, master_weights):
     saved = io.BytesIO()
     torch.save({"optimizer": whole.state_dict(), "weights": [p.detach().clone() for p in parameters_of(whole)]}, saved)
     saved.seek(0)
-    found = torch.load(saved, weights_only=True)
+    actual = torch.load(saved, weights_only=True)
     again = DeepSeekAdamW(model(seed=1).parameters(), state=state, master_weights=master_weights, max_norm=2.0)
-    for p, weights in zip(parameters_of(again), found["weights"], strict=True):
+    for p, weights in zip(parameters_of(again), actual["weights"], strict=True):
         p.data.copy_(weights)
-    again.load_state_dict(found["optimizer"])
+    again.load_state_dict(actual["optimizer"])
     assert equal(bits(whole), bits(again)) and again.param_groups[0]["seed"] == 3
     run(whole, range(5, 9))
     run(again, range(5, 9))
@@ -116,7 +116,7 @@ def test_resuming_is_bitwise(state, master_weights):
     assert equal(bits(copied), bits(again))
 
 
-def test_another_seed_rounds_otherwise_and_each_tensor_by_itself():
+def test_rounding_depends_on_the_seed_and_the_tensor():
     def made(seed: int) -> DeepSeekAdamW:
         twice = [torch.nn.Parameter(torch.ones(300, dtype=torch.bfloat16)) for _ in range(2)]
         optimizer = DeepSeekAdamW(twice, seed=seed, master_weights="stochastic")
@@ -131,7 +131,7 @@ def test_another_seed_rounds_otherwise_and_each_tensor_by_itself():
     assert not torch.equal(first.state[a]["exp_avg"], first.state[b]["exp_avg"])
 
 
-def test_threads_make_no_difference():
+def test_results_do_not_depend_on_threads():
     pytest.importorskip("deepseek_optimizer.backends.cpu.native")
     from deepseek_optimizer.backends.cpu import native as library
     from deepseek_optimizer.train.ops import native
@@ -145,10 +145,10 @@ def test_threads_make_no_difference():
             optimizer = DeepSeekAdamW([torch.nn.Parameter(torch.ones(100_000, dtype=torch.bfloat16))], max_norm=0.5)
             run(optimizer, range(3))
             results.append((bits(optimizer), optimizer.grad_norm))
-    assert all(equal(found, results[0][0]) and norm == results[0][1] for found, norm in results)
+    assert all(equal(actual, results[0][0]) and norm == results[0][1] for actual, norm in results)
 
 
-def test_clipping_is_torchs():
+def test_clipping_equals_torch():
     ours, theirs = model(torch.float32), model(torch.float32)
     optimizer, plain = DeepSeekAdamW(ours.parameters(), state="fp32", max_norm=0.7), torch.optim.AdamW(theirs.parameters())
     for step in range(3):
@@ -162,7 +162,7 @@ def test_clipping_is_torchs():
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_a_gradient_that_is_not_finite_skips_the_step_and_says_so(value, caplog):
+def test_a_non_finite_gradient_skips_the_step_with_a_warning(value, caplog):
     net = model()
     optimizer = DeepSeekAdamW(net.named_parameters(), max_norm=1.0, free_gradients=True)
     run(optimizer, range(2))
@@ -178,7 +178,7 @@ def test_a_gradient_that_is_not_finite_skips_the_step_and_says_so(value, caplog)
     assert not optimizer.skipped and not equal(bits(optimizer), before)
 
 
-def test_gradients_are_freed_and_missing_ones_leave_their_parameter_alone():
+def test_gradients_are_freed_and_missing_ones_change_nothing():
     net = model()
     optimizer = DeepSeekAdamW(net.parameters(), free_gradients=True)
     give_gradients(net.parameters(), 0)
@@ -187,11 +187,11 @@ def test_gradients_are_freed_and_missing_ones_leave_their_parameter_alone():
     optimizer.step()
     assert all(p.grad is None for p in net.parameters())
     assert torch.equal(net[0].bias, untouched) and not optimizer.state[net[0].bias]
-    optimizer.step()  # without a single gradient
+    optimizer.step()  # without any gradient
     assert optimizer.grad_norm == 0 and not optimizer.skipped
 
 
-def test_accumulated_fp32_gradients_are_taken():
+def test_accumulated_fp32_gradients_are_used():
     sums, plain = (DeepSeekAdamW(model().parameters()) for _ in range(2))
     for p, q in zip(parameters_of(sums), parameters_of(plain), strict=True):
         q.grad = torch.full_like(q, 0.75)
@@ -223,7 +223,7 @@ def test_groups_schedulers_and_closures():
     assert [group["lr"] for group in optimizer.param_groups] == [0.25, 0.05]
 
 
-def test_state_bytes_are_what_is_kept():
+def test_state_bytes_equal_the_stored_state():
     for state, master_weights in FORMATS:
         optimizer = DeepSeekAdamW(model().parameters(), state=state, master_weights=master_weights)
         planned = optimizer.state_bytes()
@@ -240,12 +240,12 @@ def test_state_bytes_are_what_is_kept():
         ({"state": "fp8"}, "state"), ({"master_weights": "both"}, "master_weights"), ({"max_norm": 0.0}, "max_norm"),
     ],
 )  # fmt: skip
-def test_arguments_that_make_no_sense_are_named(options, named):
+def test_invalid_arguments_are_named(options, named):
     with pytest.raises(ConfigError, match=named):
         DeepSeekAdamW(model().parameters(), **options)
 
 
-def test_what_cannot_be_trained_is_refused():
+def test_untrainable_parameters_are_rejected():
     with pytest.raises(ConfigError, match="float16"):
         DeepSeekAdamW(model(torch.float16).parameters())
     embedding = torch.nn.Embedding(10, 4, sparse=True)
@@ -255,7 +255,7 @@ def test_what_cannot_be_trained_is_refused():
         optimizer.step()
 
 
-def test_state_of_another_format_is_refused():
+def test_state_of_another_format_is_rejected():
     saved = DeepSeekAdamW(model().parameters(), state="int8").state_dict()
     with pytest.raises(ConfigError, match="state='int8'"):
         DeepSeekAdamW(model().parameters()).load_state_dict(saved)
@@ -263,7 +263,7 @@ def test_state_of_another_format_is_refused():
         DeepSeekAdamW(model().parameters()).load_state_dict(torch.optim.AdamW(model().parameters()).state_dict())
 
 
-def test_losses_of_200_steps_are_those_of_fp32_moments_and_masters():
+def test_losses_of_200_steps_are_close_to_fp32():
     text = torch.tensor(list(Path(torch.nn.functional.__file__).read_bytes()))
 
     def loss_after(dtype: torch.dtype, **options) -> float:
@@ -284,13 +284,13 @@ def test_losses_of_200_steps_are_those_of_fp32_moments_and_masters():
 
     with one_torch_thread():
         exact = loss_after(torch.float32, state="fp32")
-        assert exact < 2.4  # of 5.5: it learns
+        assert exact < 2.4  # starting from 5.5: it learns
         for state, master_weights in (("bf16", "split"), ("int8", "split"), ("int8", "stochastic")):
-            found = loss_after(torch.bfloat16, state=state, master_weights=master_weights)
-            assert found == pytest.approx(exact, rel=0.003), (state, master_weights)
+            actual = loss_after(torch.bfloat16, state=state, master_weights=master_weights)
+            assert actual == pytest.approx(exact, rel=0.003), (state, master_weights)
 
 
-def test_state_of_other_shapes_is_refused_before_it_is_written_through():
+def test_state_of_other_shapes_is_rejected_before_writing():
     saved = DeepSeekAdamW(torch.nn.Linear(96, 64).bfloat16().named_parameters())
     run(saved, range(1))
     narrower = DeepSeekAdamW(torch.nn.Linear(95, 64).bfloat16().named_parameters())
@@ -304,8 +304,8 @@ def test_state_of_other_shapes_is_refused_before_it_is_written_through():
 
 
 def test_dithered_masters_round_to_their_weights_and_let_small_updates_through():
-    """0.001 of a step of bf16 moves one weight of a thousand by a whole step: the mean moves by the update, where masters that
-    begin at their weights are all rounded back."""
+    """An update of 0.001 of a bf16 step moves one weight in a thousand by a whole step, so that the mean moves by the update,
+    whereas masters that begin at their weights are all rounded back."""
     begin = torch.linspace(1.0, 1.99, 200_000).bfloat16()
     moved = {}
     for dither in (True, False):
@@ -319,10 +319,10 @@ def test_dithered_masters_round_to_their_weights_and_let_small_updates_through()
         optimizer.step()
         moved[dither] = float((begin.double() - weights.detach().double()).mean())
     assert moved[False] == 0.0
-    assert moved[True] == pytest.approx(2.0**-7 / 1000, rel=0.25)  # 200 of 200,000, give or take three deviations
+    assert moved[True] == pytest.approx(2.0**-7 / 1000, rel=0.25)  # 200 of 200,000, within three standard deviations
 
 
-def test_dithered_zeros_stay_numbers():
+def test_dithered_zeros_stay_finite():
     weights = torch.nn.Parameter(torch.tensor([0.0, -0.0, 1.0] * 2000).bfloat16())
     weights.grad = torch.zeros_like(weights)
     optimizer = DeepSeekAdamW([weights], lr=0.1, dither=True, weight_decay=0.0)
@@ -331,7 +331,7 @@ def test_dithered_zeros_stay_numbers():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_backward_through_weights_that_were_changed_is_an_error(dtype):
+def test_backward_through_modified_weights_is_an_error(dtype):
     net = model(dtype)
     optimizer, loss = DeepSeekAdamW(net.parameters()), net(torch.ones(2, 96, dtype=dtype)).sum()
     give_gradients(net.parameters(), 0)
@@ -340,7 +340,7 @@ def test_a_backward_through_weights_that_were_changed_is_an_error(dtype):
         loss.backward()
 
 
-def test_copies_go_on_as_the_one_they_were_made_of():
+def test_copies_continue_like_the_original():
     plain = DeepSeekAdamW(model().parameters(), dither=True, max_norm=1.0)
     copies = [copy.deepcopy(plain), pickle.loads(pickle.dumps(plain))]
     for optimizer in (plain, *copies):

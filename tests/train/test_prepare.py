@@ -1,4 +1,4 @@
-"""Preparing a model: what it computes, what it is called, and that it is given back as it was."""
+"""Preparing a model for training: its results, its names, and that it is restored afterwards."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _loss_and_gradients(model, kept=None, **more):
 
 @pytest.mark.parametrize("memory", ["full", "selective", "recompute"])
 @pytest.mark.parametrize("case", [name for name in CASES if name in PLAIN])
-def test_losses_and_gradients_are_transformers_own(case, memory):
+def test_losses_and_gradients_equal_transformers(case, memory):
     model = random_model(CASES[case]())
     loss, gradients = _loss_and_gradients(model)
     prepared = prepare(model, activation_memory=memory)
@@ -49,18 +49,18 @@ def test_losses_and_gradients_are_transformers_own(case, memory):
         torch.testing.assert_close(our_gradients[name] / scale, gradient / scale, rtol=0, atol=2e-5, msg=name)
 
 
-def test_the_ways_to_keep_give_the_same_bits():
-    found = []
+def test_all_recompute_settings_give_the_same_bits():
+    actual = []
     for memory in ("full", "selective", "recompute"):
         model = random_model(llama(), dtype=torch.bfloat16)
         prepared = prepare(model, activation_memory=memory)
-        found.append(_loss_and_gradients(model, prepared.saved))
-    for loss, gradients in found[1:]:
-        assert torch.equal(loss, found[0][0])
-        assert all(torch.equal(gradients[name], found[0][1][name]) for name in gradients)
+        actual.append(_loss_and_gradients(model, prepared.saved))
+    for loss, gradients in actual[1:]:
+        assert torch.equal(loss, actual[0][0])
+        assert all(torch.equal(gradients[name], actual[0][1][name]) for name in gradients)
 
 
-def test_num_items_shifted_labels_and_what_is_ignored():
+def test_num_items_shifted_labels_and_ignored_labels():
     model = random_model(llama())
     batch = _batch()
     shifted = torch.nn.functional.pad(batch["labels"], (0, 1), value=-100)[..., 1:].clone()
@@ -73,7 +73,7 @@ def test_num_items_shifted_labels_and_what_is_ignored():
         torch.testing.assert_close(ours, expected, rtol=2e-6, atol=0)
 
 
-def test_everything_is_found_and_given_back():
+def test_everything_is_replaced_and_restored():
     model = random_model(qwen3())
     before = {name: type(module) for name, module in model.named_modules()}
     attention, state = model.config._attn_implementation, copy.deepcopy(model.state_dict())
@@ -94,7 +94,7 @@ def test_everything_is_found_and_given_back():
     assert not any("kept" in module.__dict__ or "forward" in module.__dict__ for module in model.modules())
 
 
-def test_logits_where_they_are_wanted():
+def test_logits_on_request():
     model = random_model(llama()).eval()
     batch = _batch()
     expected = model(**batch)
@@ -132,7 +132,7 @@ def test_copied_while_prepared():
     assert torch.equal(_loss_and_gradients(twin)[0], _loss_and_gradients(model)[0])
 
 
-def test_what_has_hooks_or_a_forward_of_its_own_is_called():
+def test_modules_with_hooks_or_custom_forwards_are_called():
     model = random_model(llama())
     seen = []
     model.model.layers[0].mlp.gate_proj.register_forward_hook(lambda *_: seen.append("hook"))
@@ -145,7 +145,7 @@ def test_what_has_hooks_or_a_forward_of_its_own_is_called():
     assert any("has a forward on the instance" in note for note in prepared.notes)
 
 
-def test_a_class_that_was_changed_meanwhile_is_left():
+def test_a_class_changed_meanwhile_is_left_unchanged():
     model = random_model(llama())
     prepared = prepare(model)
     mlp = model.model.layers[0].mlp
@@ -154,7 +154,7 @@ def test_a_class_that_was_changed_meanwhile_is_left():
     assert type(mlp) is sharded and type(model.model.layers[1].mlp) is LlamaMLP
 
 
-def test_what_is_not_known_stays_and_is_reported():
+def test_unsupported_modules_stay_and_are_reported():
     from transformers import GPT2Config, GPT2LMHeadModel
 
     model = GPT2LMHeadModel(GPT2Config(vocab_size=211, n_embd=48, n_layer=1, n_head=2, n_positions=64))
@@ -166,7 +166,7 @@ def test_what_is_not_known_stays_and_is_reported():
     assert torch.isfinite(_loss_and_gradients(model, prepared.saved)[0])
 
 
-def test_a_scaled_or_capped_head_is_not_taken():
+def test_a_scaled_or_capped_head_is_not_replaced():
     from transformers import GraniteConfig, GraniteForCausalLM
 
     sizes = {"vocab_size": 211, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}

@@ -1,4 +1,4 @@
-"""Two processes train as one: DDP and FSDP2 through accelerate, gloo on the CPU."""
+"""Two processes train together: DDP and FSDP2 through accelerate, gloo on the CPU."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ WAYS = [pytest.param({}, id="ddp"), pytest.param(FSDP, id="fsdp2")]
 def run(
     folder: Path, rows: int, resume: bool = False, stop: int | None = None, width: int = 48, tied: bool = False, **fields: Any
 ) -> list[float]:
-    """Losses of six steps on batches of some rows a process."""
+    """Losses of six steps on batches of some rows per process."""
     fields = {
         "max_steps": 6, "save_steps": 3, "save_strategy": "steps", "per_device_train_batch_size": rows, "bf16": False,
         "seed": 3, "learning_rate": 1e-3, **fields,
@@ -40,7 +40,7 @@ def run(
     )
     trainer.train(resume_from_checkpoint=resume)
     sharded = any(isinstance(parameter, DTensor) for parameter in trainer.model.parameters())
-    assert sharded == bool(fields.get("fsdp")), "accelerate alone trains with DDP on CPUs, whatever it is asked for"
+    assert sharded == bool(fields.get("fsdp")), "accelerate alone always uses DDP on CPUs"
     return [log["loss"] for log in trainer.state.log_history if "loss" in log]
 
 
@@ -50,9 +50,9 @@ def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("accumulated", [1, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("way", WAYS)
-def test_two_processes_are_one_with_twice_the_batch(tmp_path: Path, way: dict[str, Any], accumulated: int) -> None:
-    """The same data in the same order, so the same losses and weights, but for the order of sums in fp32."""
-    fields = {"gradient_accumulation_steps": accumulated, "optimizer_state": "fp32"}  # no rounding by chance
+def test_two_processes_equal_one_with_twice_the_batch(tmp_path: Path, way: dict[str, Any], accumulated: int) -> None:
+    """The same data in the same order give the same losses and weights, up to the order of fp32 sums."""
+    fields = {"gradient_accumulation_steps": accumulated, "optimizer_state": "fp32"}  # no stochastic rounding
     alone = run(tmp_path / "one", rows=4, **fields)
     together = in_processes(lambda rank: run(tmp_path / "two", rows=2, **fields, **way))
     assert together[0] == together[1] and len(alone) == 6 and alone[-1] < alone[0]
@@ -65,7 +65,7 @@ def test_two_processes_are_one_with_twice_the_batch(tmp_path: Path, way: dict[st
 
 @pytest.mark.parametrize("way", WAYS)
 def test_resumed_together_is_exact(tmp_path: Path, way: dict[str, Any]) -> None:
-    """bf16 with split masters: weights, moments and masters, gathered where they are shared."""
+    """bf16 with split masters: weights, moments and masters, gathered if they are sharded."""
     fields = {"rows": 2, "bf16": True, "tied": bool(way), **way}
     in_processes(lambda rank: run(tmp_path / "straight", **fields))
     in_processes(lambda rank: run(tmp_path / "again", stop=3, **fields))
@@ -78,12 +78,12 @@ def test_resumed_together_is_exact(tmp_path: Path, way: dict[str, Any]) -> None:
     assert shapes == {tuple(weight.shape) for weight in weights(again).values()}, "a shard was saved"
 
 
-def test_a_checkpoint_of_fsdp_goes_on_in_one_process(tmp_path: Path) -> None:
+def test_an_fsdp_checkpoint_resumes_in_one_process(tmp_path: Path) -> None:
     in_processes(lambda rank: run(tmp_path, rows=2, max_steps=3, **FSDP))
     assert len(run(tmp_path, rows=4, resume=True)) == 6
 
 
-def test_eight_bit_moments_cannot_be_shared_out(tmp_path: Path) -> None:
+def test_int8_moments_cannot_be_sharded(tmp_path: Path) -> None:
     def refused(rank: int) -> str:
         try:
             run(tmp_path, rows=2, max_steps=3, width=96, optimizer_state="int8", **FSDP)
@@ -91,5 +91,5 @@ def test_eight_bit_moments_cannot_be_shared_out(tmp_path: Path) -> None:
             return f"{type(error).__name__}: {error}"
         return "no error"
 
-    for told in in_processes(refused):
-        assert told.startswith("ConfigError") and "optimizer_state" in told
+    for error in in_processes(refused):
+        assert error.startswith("ConfigError") and "optimizer_state" in error

@@ -1,4 +1,4 @@
-"""What is seen of training: a bar on a terminal, lines in a pipe where it takes long."""
+"""Progress of training: a bar on a terminal, lines in a pipe if it takes long."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ def run(monkeypatch, terminal, before_the_end=lambda: None):
     return stream.getvalue()
 
 
-def test_what_a_terminal_shows(monkeypatch):
+def test_progress_on_a_terminal(monkeypatch):
     shown = run(monkeypatch, True)
     for part in ("2/2", "loss 2.5000", "tokens/s", "GB", "step 1: evaluation loss 1.2500"):
         assert part in shown
 
 
-def test_quick_training_says_nothing_in_a_pipe(monkeypatch):
+def test_quick_training_prints_nothing_in_a_pipe(monkeypatch):
     assert run(monkeypatch, False) == ""
 
 

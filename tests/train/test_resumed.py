@@ -1,4 +1,4 @@
-"""A resumed run of `DeepSeekTrainer` equals one that never stopped, to the bit: weights, masters, moments, losses."""
+"""A resumed run of `DeepSeekTrainer` equals an uninterrupted one bit for bit: weights, masters, moments, losses."""
 
 from __future__ import annotations
 

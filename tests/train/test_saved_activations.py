@@ -1,4 +1,4 @@
-"""Recomputation in the backward pass: equal gradients, fewer bytes saved, and no tensor mistaken for another."""
+"""Recomputation in the backward pass: equal gradients, fewer bytes saved, and no tensor confused with another."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from support.models import llama, random_model
 
 
 class Counting(SavedActivations):
-    """Counts the bytes that are saved as tensors, each storage once."""
+    """Counts the bytes of saved tensors, each storage once."""
 
     def __init__(self, save_all: bool = False) -> None:
         super().__init__(save_all)
@@ -36,7 +36,7 @@ def _weights() -> list[torch.Tensor]:
 
 
 def _two_readers(x: torch.Tensor, weights: list[torch.Tensor], saved: SavedActivations) -> torch.Tensor:
-    """silu(x) is read by two products, once as another shape."""
+    """silu(x) is the input of two products, once reshaped."""
     inner = saved.recomputable(F.silu(x), partial(F.silu, x.detach()))
     return (F.linear(inner, weights[0]) * F.linear(inner.view(2, -1, 32), weights[1]).flatten(0, 1)).sum()
 
@@ -49,7 +49,7 @@ def _gradients(saved: SavedActivations, x: torch.Tensor) -> list[torch.Tensor]:
     return [x.grad, weights[0].grad, weights[1].grad]
 
 
-def test_same_gradients_to_the_bit_and_less_kept():
+def test_bitwise_equal_gradients_with_fewer_bytes_saved():
     x = torch.randn(64, 32)
     less, save_all = Counting(), Counting(save_all=True)
     for ours, theirs in zip(_gradients(less, x), _gradients(save_all, x), strict=True):
@@ -58,7 +58,7 @@ def test_same_gradients_to_the_bit_and_less_kept():
     assert gone == x.nbytes
 
 
-def test_a_result_that_is_gone_does_not_lend_its_recipe_to_what_lies_there_next():
+def test_a_freed_result_is_not_confused_with_a_later_one():
     saved, weight = SavedActivations(), _weights()[0]
     x = torch.ones(64, 32, requires_grad=True)
     with saved:
@@ -72,13 +72,13 @@ def test_a_result_that_is_gone_does_not_lend_its_recipe_to_what_lies_there_next(
                 break
             kept_alive.append(other)
         else:
-            pytest.skip("the allocator gave the memory to nobody")
+            pytest.skip("the allocator did not reuse the memory")
         loss = F.linear(other, weight).sum()
     loss.backward()
     assert torch.equal(weight.grad, torch.full((32, 32), 3.0 * 64))
 
 
-def test_views_of_other_order_are_kept_as_they_are():
+def test_reordered_views_are_saved_unchanged():
     saved, weight = SavedActivations(), _weights()[0]
     x = torch.randn(32, 32, requires_grad=True)
     with saved:
@@ -129,8 +129,8 @@ def _saved_by(memory: str, layers: int) -> int:
     return sum(size for address, size in counting.storages.items() if address not in weights) // ids.numel()
 
 
-def test_bytes_a_token_a_layer():
-    """Per layer: the inputs of its two norms, its attention and its gates, and no more."""
+def test_bytes_per_token_and_layer():
+    """Per layer: only the inputs of its two norms, its attention and its gates."""
     hidden, inner, heads, shared, width = 72, 136, 6, 2, 12
     elements = 2 * hidden + 2 * heads * width + 2 * shared * width + 2 * inner  # inputs of norms, q, result, k, v, gate, up
     rows = 4 * (2 + 2 * heads)  # fp32: one value per norm, and two per attention head
@@ -141,7 +141,7 @@ def test_bytes_a_token_a_layer():
     assert _saved_by("recompute", 3) - _saved_by("recompute", 2) == 2 * hidden
 
 
-def test_made_once_for_all_who_read_it_and_again_for_a_second_backward():
+def test_recomputed_once_per_backward():
     x, weights, saved, calls = torch.randn(64, 32, requires_grad=True), _weights(), SavedActivations(), []
 
     def compute() -> torch.Tensor:
@@ -157,8 +157,8 @@ def test_made_once_for_all_who_read_it_and_again_for_a_second_backward():
         assert all(torch.equal(g, gradients[0]) for g in gradients)
 
 
-def test_what_was_changed_in_place_since_is_kept_as_it_is():
-    """Like the noise of Mixtral's routers, which is multiplied into the output of a norm."""
+def test_tensors_changed_in_place_are_saved_unchanged():
+    """Like the noise of Mixtral's routers, by which the output of a norm is multiplied."""
     saved, weight = SavedActivations(), _weights()[0]
     x = torch.randn(64, 32, requires_grad=True)
     with saved:
@@ -169,7 +169,7 @@ def test_what_was_changed_in_place_since_is_kept_as_it_is():
     torch.testing.assert_close(weight.grad, (6 * x.detach()).sum(0).expand(32, 32))
 
 
-def test_recomputed_layers_hold_nothing_for_what_they_marked():
+def test_recomputed_layers_hold_no_marked_tensors():
     saved, x, calls = SavedActivations(), torch.randn(8, requires_grad=True), []
 
     def layer(x: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Parameters that processes share: shards are worked on locally, norms are of the whole."""
+"""Parameters sharded over processes: shards are updated locally, norms are of the whole."""
 
 import copy
 
@@ -15,7 +15,7 @@ from deepseek_optimizer.train.optimizer import DeepSeekAdamW
 @pytest.fixture
 def mesh():
     if dist.is_initialized():
-        pytest.skip("this process belongs to a group already")
+        pytest.skip("this process already belongs to a group")
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         yield init_device_mesh("cpu", (1,))
@@ -23,7 +23,7 @@ def mesh():
         dist.destroy_process_group()
 
 
-def test_a_sharded_parameter_is_trained_as_a_plain_one(mesh):
+def test_a_sharded_parameter_is_trained_like_a_plain_one(mesh):
     torch.manual_seed(0)
     weights, gradient = torch.randn(300, 7).bfloat16(), torch.randn(300, 7).bfloat16()
     plain = torch.nn.Parameter(weights.clone())
@@ -40,8 +40,8 @@ def test_a_sharded_parameter_is_trained_as_a_plain_one(mesh):
     assert torch.equal(again.state[shared]["exp_avg"], optimizers[0].state[plain]["exp_avg"])
 
 
-def test_sums_go_over_those_who_hold_different_parts(mesh, monkeypatch):
-    monkeypatch.setattr(dist, "all_reduce", lambda pair, group: pair.mul_(2))  # as if another process had the same
+def test_sums_are_over_the_processes_with_different_shards(mesh, monkeypatch):
+    monkeypatch.setattr(dist, "all_reduce", lambda pair, group: pair.mul_(2))  # as if another process had the same values
     tensors = [
         torch.ones(2),
         distribute_tensor(torch.ones(2), mesh, [Shard(0)]),

@@ -1,4 +1,4 @@
-"""`DeepSeekTrainer`'s steps: against Transformers' Trainer, in each way to keep and round, and where numbers are not finite."""
+"""`DeepSeekTrainer`'s steps: against Transformers' Trainer, for each storage and rounding of weights, and non-finite values."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _plain(model, folder, **fields):
 
 
 @pytest.mark.parametrize("config", [llama, qwen3])
-def test_fp32_is_transformers_trainer(tmp_path, config):
+def test_fp32_equals_transformers_trainer(tmp_path, config):
     fields = {"weight_decay": 0.1, "max_grad_norm": 1.0, "gradient_accumulation_steps": 2, "lr_scheduler_type": "cosine",
               "warmup_steps": 2}  # fmt: skip
     plain = _plain(random_model(config()), tmp_path, **fields)
@@ -38,8 +38,8 @@ def test_fp32_is_transformers_trainer(tmp_path, config):
     torch.testing.assert_close(torch.tensor(losses(ours)), torch.tensor(losses(plain)), rtol=1e-5, atol=0)
     for name in ("grad_norm", "learning_rate"):
         theirs = [entry[name] for entry in plain.state.log_history if name in entry]
-        found = [entry[name] for entry in ours.state.log_history if name in entry]
-        torch.testing.assert_close(torch.tensor(found), torch.tensor(theirs), rtol=1e-4, atol=0, msg=name)
+        actual = [entry[name] for entry in ours.state.log_history if name in entry]
+        torch.testing.assert_close(torch.tensor(actual), torch.tensor(theirs), rtol=1e-4, atol=0, msg=name)
     for a, b in zip(ours.model.parameters(), plain.model.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=2e-4)
     theirs = plain.evaluate()["eval_loss"]
@@ -47,7 +47,7 @@ def test_fp32_is_transformers_trainer(tmp_path, config):
 
 
 def test_bf16_follows_fp32(tmp_path):
-    """Rounding to bf16 (2^-9 relative) moves single losses by a percent, and not the run."""
+    """Rounding to bf16 (2^-9 relative) changes single losses by a percent, but not the run."""
     plain = losses(_plain(random_model(llama()), tmp_path, max_steps=10, learning_rate=3e-3))
     for fields in ({}, {"master_weights": "stochastic"}, {"optimizer_state": "int8"}, {"gradient_accumulation_steps": 1}):
         ours = make_trainer(random_model(llama()), tmp_path, max_steps=10, learning_rate=3e-3, **fields)
@@ -57,7 +57,7 @@ def test_bf16_follows_fp32(tmp_path):
         assert losses(ours)[-1] == pytest.approx(plain[-1], rel=0.02) and plain[-1] < 0.9 * plain[0]
 
 
-def test_the_ways_to_keep_give_the_same_run_to_the_bit(tmp_path):
+def test_all_recompute_settings_give_bitwise_equal_runs(tmp_path):
     runs = []
     for memory in ("full", "selective", "recompute"):
         trainer = make_trainer(random_model(llama(tie_word_embeddings=True)), tmp_path, activation_memory=memory)
@@ -76,8 +76,8 @@ def test_fused_and_whole_logits(tmp_path):
     assert runs[0] == pytest.approx(runs[1], rel=1e-5)
 
 
-def test_accumulation_adds_up_in_fp32(tmp_path):
-    """Eight passes of one row are one pass of eight: to bf16's rounding of the gradients, not of their sum."""
+def test_accumulation_is_in_fp32(tmp_path):
+    """Eight passes of one row equal one pass of eight, up to bf16 rounding of the gradients, not of their sum."""
     runs = []
     for rows, steps in ((8, 1), (1, 8)):
         trainer = make_trainer(
@@ -95,7 +95,7 @@ def test_accumulation_adds_up_in_fp32(tmp_path):
 
 def _sums(trainer) -> bool:
     sums = [getattr(p, "main_grad", None) for p in trainer.model.parameters()]
-    assert all(s is None or (s.dtype == torch.float32 and not s.any()) for s in sums)  # the optimizer emptied them
+    assert all(s is None or (s.dtype == torch.float32 and not s.any()) for s in sums)  # the optimizer freed them
     return all(s is not None for s in sums)
 
 
@@ -123,7 +123,7 @@ def test_other_optimizers(tmp_path, optim):
     assert losses(ours) == pytest.approx(losses(plain), rel=1e-4)
 
 
-def test_an_optimizer_of_the_callers_own(tmp_path):
+def test_a_custom_optimizer(tmp_path):
     model = random_model(llama())
     trainer = make_trainer(model, tmp_path, optimizers=(torch.optim.SGD(model.parameters(), lr=1e-3), None))
     trainer.train()
@@ -138,8 +138,8 @@ def test_model_init(tmp_path):
     assert losses(trainer) == first and trainer.model.dtype == torch.bfloat16
 
 
-class _Spoilt(Rows):
-    """Some rows have a token that `_spoil` makes a model answer with NaN."""
+class _Damaged(Rows):
+    """Rows, some of which have a token for which a damaged model returns NaN."""
 
     def __init__(self, rows) -> None:
         super().__init__()
@@ -150,7 +150,7 @@ class _Spoilt(Rows):
         return {**row, "input_ids": row["input_ids"].clone().fill_(2)} if index in self._rows else row
 
 
-def _spoilt_model():
+def _damaged_model():
     model = random_model(llama())
     embeddings = model.get_input_embeddings()
     embeddings.register_forward_hook(lambda _, ids, states: states * float("nan") if (ids[0] == 2).any() else None)
@@ -158,20 +158,20 @@ def _spoilt_model():
 
 
 def _in_order(rows, **fields):
-    return {"train_dataset": _Spoilt(rows), "train_sampling_strategy": "sequential", **fields}
+    return {"train_dataset": _Damaged(rows), "train_sampling_strategy": "sequential", **fields}
 
 
-def test_a_loss_that_is_not_finite_stops_before_it_does_harm(tmp_path):
+def test_a_non_finite_loss_stops_before_the_update(tmp_path):
     for optim in ("adamw_deepseek", "adamw_torch"):
         folder = tmp_path / optim
-        trainer = make_trainer(_spoilt_model(), folder, optim=optim, save_strategy="steps", save_steps=2, **_in_order({6, 7}))
+        trainer = make_trainer(_damaged_model(), folder, optim=optim, save_strategy="steps", save_steps=2, **_in_order({6, 7}))
         with pytest.raises(
             TrainingError, match=r"step 4: the loss is nan.*latest complete checkpoint is .*checkpoint-2;"
         ) as caught:
             trainer.train()
         assert caught.value.step == 4 and caught.value.last.endswith("checkpoint-2")
         assert all(torch.isfinite(p).all() for p in trainer.model.parameters())
-        assert type(trainer.model).__mro__[1].__name__ == "LlamaPreTrainedModel"  # given back
+        assert type(trainer.model).__mro__[1].__name__ == "LlamaPreTrainedModel"  # restored
 
 
 @pytest.mark.parametrize("steps", [1, 2])
@@ -180,7 +180,7 @@ def test_skipped_steps_change_nothing_and_are_counted(tmp_path, optim, steps):
     data = _in_order(
         {6, 7, 8, 9, 10, 11} if steps == 1 else {10}, optim=optim, on_nan="skip", gradient_accumulation_steps=steps, max_steps=3
     )
-    trainer = make_trainer(_spoilt_model(), tmp_path, logging_nan_inf_filter=False, **data)
+    trainer = make_trainer(_damaged_model(), tmp_path, logging_nan_inf_filter=False, **data)
     weights = []
     after = trainer._after_optimizer_step
     trainer._after_optimizer_step = lambda: (weights.append(trainer.model.lm_head.weight.detach().clone()), after())
@@ -197,12 +197,12 @@ def test_skipping_ends(tmp_path):
     data = _in_order(set(range(16)), on_nan="skip", max_steps=8)
     with pytest.raises(TrainingError, match="6th step in a row"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        make_trainer(_spoilt_model(), tmp_path, **data).train()
+        make_trainer(_damaged_model(), tmp_path, **data).train()
 
 
 @pytest.mark.parametrize("policy", ["stop", "skip"])
-def test_gradients_that_are_not_finite(tmp_path, policy):
-    """The loss is, for the spoilt weight is only seen backwards."""
+def test_non_finite_gradients(tmp_path, policy):
+    """The loss is finite, since the damaged weight affects only the backward pass."""
     model = random_model(llama())
     handle = model.lm_head.weight.register_hook(lambda grad: grad * float("inf"))
     trainer = make_trainer(model, tmp_path, on_nan=policy, max_steps=2)
@@ -217,7 +217,7 @@ def test_gradients_that_are_not_finite(tmp_path, policy):
     assert torch.equal(model.model.norm.weight.float(), before.bfloat16().float())
 
 
-def test_what_cannot_fit_is_refused_before_it_is_taken(tmp_path, monkeypatch):
+def test_impossible_memory_is_rejected_before_allocation(tmp_path, monkeypatch):
     from deepseek_optimizer.train import report
 
     model = random_model(llama())
@@ -244,13 +244,13 @@ def test_report(tmp_path):
     assert not trainer.model.model.norm.__dict__.get("kept")
 
 
-def test_arguments_of_transformers_are_refused(tmp_path):
+def test_plain_training_arguments_are_rejected(tmp_path):
     with pytest.raises(ConfigError, match="DeepSeekTrainingArguments"):
         DeepSeekTrainer(random_model(llama()), TrainingArguments(output_dir=str(tmp_path)))
 
 
-def test_gradients_do_not_last_beyond_a_step_of_the_callers_own_optimizer(tmp_path):
-    """One that keeps its gradients until `zero_grad`: Trainer asks the model for that, which knows of no `main_grad`."""
+def test_gradients_are_freed_after_a_step_of_a_custom_optimizer(tmp_path):
+    """It keeps its gradients until `zero_grad`, which Trainer calls on the model, which does not know `main_grad`."""
     runs = []
     for free in (True, False):
         model = random_model(llama(), dtype=torch.bfloat16)

@@ -1,4 +1,4 @@
-"""What Trainer offers works in `DeepSeekTrainer`: callbacks, evaluation, metrics, losses of one's own, saving, hub."""
+"""Trainer's features in `DeepSeekTrainer`: callbacks, evaluation, metrics, custom losses, saving, hub."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class _Events(TrainerCallback):
         return object.__getattribute__(self, name)
 
 
-def test_callbacks_see_every_event(tmp_path):
+def test_callbacks_receive_every_event(tmp_path):
     events = _Events()
     trainer = make_trainer(
         random_model(llama()), tmp_path, callbacks=[events], max_steps=2, eval_strategy="steps", eval_steps=1,
@@ -47,15 +47,15 @@ def test_early_stopping_and_best_model(tmp_path):
     )  # fmt: skip
     trainer.train()
     assert trainer.state.global_step < 12
-    found = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    actual = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
     assert trainer.evaluate()["eval_loss"] == pytest.approx(trainer.state.best_metric, rel=1e-6)
-    assert trainer.state.best_metric == min(found[1:]) and trainer.state.best_model_checkpoint
+    assert trainer.state.best_metric == min(actual[1:]) and trainer.state.best_model_checkpoint
 
 
 @pytest.mark.parametrize(
     "fields", [{}, {"optimizer_state": "int8", "gradient_accumulation_steps": 2}, {"optim": "adamw_torch"}]
 )
-def test_resumed_is_never_stopped(tmp_path, fields):
+def test_resumed_equals_uninterrupted(tmp_path, fields):
     whole = make_trainer(random_model(llama(attention_dropout=0.2)), tmp_path / "a", max_steps=6, **fields)
     whole.train()
     options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, **fields}
@@ -79,8 +79,8 @@ def test_metrics_get_logits(tmp_path):
 
     trainer = make_trainer(random_model(llama()), tmp_path, compute_metrics=accuracy, eval_strategy="steps", eval_steps=3)
     trainer.train()
-    found = trainer.evaluate()
-    assert 0 <= found["eval_accuracy"] <= 1 and math.isfinite(found["eval_loss"])
+    actual = trainer.evaluate()
+    assert 0 <= actual["eval_accuracy"] <= 1 and math.isfinite(actual["eval_loss"])
     chosen = make_trainer(
         random_model(llama()), tmp_path, compute_metrics=lambda p: {"mean": float(p.predictions.mean())},
         preprocess_logits_for_metrics=lambda logits, labels: logits.argmax(-1),
@@ -97,19 +97,19 @@ def test_predictions(tmp_path):
     assert math.isfinite(predicted.metrics["test_loss"])
 
 
-def test_evaluation_makes_no_logits(tmp_path, monkeypatch):
+def test_evaluation_computes_no_logits(tmp_path, monkeypatch):
     trainer = make_trainer(random_model(llama()), tmp_path)
     plain = Trainer(trainer.model, trainer.args, eval_dataset=Rows(8)).evaluate()["eval_loss"]
-    monkeypatch.setattr("torch.nn.Linear.forward", lambda *_: pytest.fail("the head was called"))
+    monkeypatch.setattr("torch.nn.Linear.forward", lambda *_: pytest.fail("the head was run"))
     assert trainer.evaluate()["eval_loss"] == pytest.approx(plain, rel=1e-5)
 
 
 def test_several_evaluation_sets(tmp_path):
-    found = make_trainer(random_model(llama()), tmp_path, eval_dataset={"a": Rows(4), "b": Rows(4, 9)}).evaluate()
-    assert {"eval_a_loss", "eval_b_loss"} <= found.keys()
+    actual = make_trainer(random_model(llama()), tmp_path, eval_dataset={"a": Rows(4), "b": Rows(4, 9)}).evaluate()
+    assert {"eval_a_loss", "eval_b_loss"} <= actual.keys()
 
 
-def test_a_loss_of_ones_own(tmp_path):
+def test_a_custom_loss(tmp_path):
     def doubled(outputs, labels, num_items_in_batch=None):
         return 2 * ForCausalLMLoss(outputs.logits, labels, 211, num_items_in_batch=num_items_in_batch)
 
@@ -141,7 +141,7 @@ def test_noise_on_embeddings(tmp_path):
     assert losses(trainer)[-1] < losses(trainer)[0] and not trainer.model.get_input_embeddings()._forward_hooks
 
 
-def test_a_subclass_with_a_loss_of_its_own(tmp_path):
+def test_a_subclass_with_a_custom_loss(tmp_path):
     class Half(DeepSeekTrainer):
         def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
             result = super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)
@@ -155,7 +155,7 @@ def test_a_subclass_with_a_loss_of_its_own(tmp_path):
     assert runs[0][0] == pytest.approx(runs[1][0] / 2)
 
 
-def test_saved_is_plain_transformers(tmp_path):
+def test_a_saved_model_is_a_plain_transformers_model(tmp_path):
     trainer = make_trainer(random_model(llama()), tmp_path)
     trainer.train()
     trainer.save_model()
@@ -168,7 +168,7 @@ def test_saved_is_plain_transformers(tmp_path):
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_masters_are_saved_if_asked(tmp_path, tied):
+def test_masters_are_saved_on_request(tmp_path, tied):
     trainer = make_trainer(
         random_model(llama(tie_word_embeddings=tied)), tmp_path, save_dtype="fp32", save_strategy="steps", save_steps=6
     )
@@ -194,7 +194,7 @@ def test_hub(tmp_path, monkeypatch):
 
 
 def test_packing(tmp_path):
-    """Rows of several texts, none of which sees another: the loss is that of the texts by themselves."""
+    """Rows of several texts that do not attend to each other: the loss equals that of the separate texts."""
 
     class Texts(Rows):
         def __getitem__(self, index):
@@ -211,7 +211,7 @@ def test_packing(tmp_path):
     assert losses(trainer)[0] == pytest.approx(float(expected), rel=1e-5)
 
 
-def test_sequences_beyond_the_positions_are_told(tmp_path, recwarn):
+def test_sequences_beyond_the_positions_are_reported(tmp_path, recwarn):
     model = random_model(llama(max_position_embeddings=16))
     with pytest.warns(OptimizerWarning, match="a sequence of 24 tokens is longer than the model's context of 16"):
         make_trainer(model, tmp_path, max_steps=1).train()

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from ..cache.block_manager import BLOCK_TOKENS as BLOCK_TOKENS  # the same on every backend
 from ..errors import BackendError
-from ..graph.rotation import KeyRotation
+from ..graph.rope_rotation import KeyRotation
 from .sampling import TokenChoice
 
 if TYPE_CHECKING:
@@ -172,7 +172,7 @@ class KvStore(Protocol):
         key in bf16, 1.3% in int8.
 
         Args:
-            rotation: the model's, from `graph.rotation.key_rotation`.
+            rotation: the model's, from `graph.rope_rotation.key_rotation`.
             block_table: int32 [blocks], without repetition, not shared with another sequence: whole blocks are rotated.
             tokens: number of tokens in these blocks; the slots after the last one hold undefined values afterwards.
             position: current RoPE position of the first token; the others follow consecutively.

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..errors import ConfigError
 from .against import Values, ratio_row
-from .figures import samples
+from .metrics import samples
 from .runs import repeated
 from .work import Work
 
@@ -46,7 +46,7 @@ def ablate(
         ConfigError: the model is not optimised, or runs without fusion rules.
     """
     from ..integration.bind.runtime import runtime_of
-    from ..optimizer import DynamicGraphOptimizer
+    from ..optimised_model import DynamicGraphOptimizer
 
     config = runtime_of(model).config
     rules = config.rules

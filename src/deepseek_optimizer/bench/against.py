@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ..errors import BackendError
-from .figures import KINDS, samples
+from .metrics import METRICS, samples
 from .runs import Run
 from .statistics import percentile
 
@@ -41,7 +41,7 @@ def values_of(result: Mapping[str, Any]) -> Values:
     """The figures of a round from the output of a side, described in `sides/__init__.py`."""
     lists = samples([Run(**run) for run in result["runs"]])
     values = {name: percentile(v, 50) for name, v in lists.items()}
-    return values | {name: result[name] for name in KINDS if result.get(name) is not None}
+    return values | {name: result[name] for name in METRICS if result.get(name) is not None}
 
 
 def alternate(
@@ -66,7 +66,7 @@ def alternate(
 
 def ratio_row(figure: str, baseline: Sequence[Values], side: Sequence[Values]) -> dict[str, Any]:
     """How many times better a side is: {"figure", "unit", "baseline" and "side" (medians), "better", "lowest", "highest"}."""
-    kind = KINDS[figure]
+    kind = METRICS[figure]
     pairs = [(a[figure], b[figure]) for a, b in zip(baseline, side, strict=True)]
     ratios = [b / a if kind.more_is_better else a / b for a, b in pairs]
     return {

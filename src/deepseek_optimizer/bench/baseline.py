@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
-from .figures import KINDS
+from .metrics import METRICS
 from .statistics import median_error, percentile
 
 WATCHED = ("ttft_ms", "tpot_ms", "prefill_tok_s", "decode_tok_s", "output_tok_s")
@@ -76,7 +76,7 @@ def compare(report: dict[str, Any], baseline: dict[str, Any], tolerance: float =
 
 
 def _row(name: str, old: list[float], now: dict[str, Any], tolerance: float) -> dict[str, Any]:
-    kind, before = KINDS[name], percentile(old, 50)
+    kind, before = METRICS[name], percentile(old, 50)
     worse = (before - now["p50"] if kind.more_is_better else now["p50"] - before) / before
     errors = median_error(old), median_error(now["samples"])
     noise = ERRORS * math.hypot(*(e or 0.0 for e in errors)) / before

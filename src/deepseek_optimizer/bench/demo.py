@@ -21,9 +21,9 @@ from ..system.progress import Progress, show_progress
 from ..versions import versions
 from . import smollm2
 from .against import run_json
-from .plain import dequantised
-from .process import cpu_name, usable_cpus
+from .hardware import cpu_name, usable_cpus
 from .sides.answer import QUESTION
+from .unoptimised_model import dequantised
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -94,7 +94,7 @@ def _step(what: str) -> Iterator[None]:
 def _answer(gguf: Path, threads: int) -> None:
     from ..chat.conversation import prompt_ids
     from ..chat.stream import write_now
-    from ..optimizer import load_model, load_tokenizer
+    from ..optimised_model import load_model, load_tokenizer
     from .generate_answer import answer
 
     tokenizer = load_tokenizer(gguf)

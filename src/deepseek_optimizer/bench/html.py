@@ -11,7 +11,7 @@ from typing import Any
 from ..checkpoint.atomic import atomic_file
 from ..errors import ConfigError
 from .charts import Bar, Chart, bars, check_available, lines
-from .figures import KINDS
+from .metrics import METRICS
 from .sections import Section, name_of, number, sections
 from .summary import summary_section
 
@@ -91,7 +91,7 @@ def page_of(report: dict[str, Any], title: str, charts: Iterable[Chart], content
 def plots(report: dict[str, Any]) -> Iterator[Chart]:
     """One chart per figure that has data."""
     against = [
-        _ratio(f"{row['against']}: {KINDS[row['figure']].label}, batch {row['work']['batch']}", row)
+        _ratio(f"{row['against']}: {METRICS[row['figure']].label}, batch {row['work']['batch']}", row)
         for row in report.get("against", ())
     ]
     if against:
@@ -101,7 +101,7 @@ def plots(report: dict[str, Any]) -> Iterator[Chart]:
         rows = [Bar(label, f["p50"], min(f["samples"]), max(f["samples"]), number(f["p50"])) for label, f in works]
         if rows:
             runs = max(figure["n"] for _, figure in works)
-            yield bars(f"{KINDS[name].label.capitalize()} speed: median and range of {runs} runs", rows, KINDS[name].unit)
+            yield bars(f"{METRICS[name].label.capitalize()} speed: median and range of {runs} runs", rows, METRICS[name].unit)
     gaps = {name_of(e["work"]): sorted(e["figures"]["itl_ms"]["samples"]) for e in report["works"] if "itl_ms" in e["figures"]}
     if gaps:
         title = "Time between tokens, from the shortest to the longest"

@@ -7,10 +7,10 @@ from dataclasses import asdict
 from typing import Any
 
 from .energy import Energy
-from .figures import figures, samples
-from .limits import Limits, cost_per_million
+from .memory_traffic import traffic_of
+from .metrics import figures, samples
+from .roofline import Roofline
 from .runs import repeated
-from .traffic import traffic_of
 from .work import Work
 
 
@@ -52,10 +52,15 @@ def measure(
     return entries
 
 
-def add_limits(limits: Limits, model: Any, entries: Sequence[dict[str, Any]]) -> None:
+def add_limits(roofline: Roofline, model: Any, entries: Sequence[dict[str, Any]]) -> None:
     """Sets "limits" of each entry. A separate step, since measuring the machine takes memory that is not the model's."""
     traffic = traffic_of(model)
     for entry in entries:
         measured = entry["figures"]
         decode = measured["decode_tok_s"]["p50"] if "decode_tok_s" in measured else None
-        entry["limits"] = limits.share(traffic, Work(**entry["work"]), measured["ttft_ms"]["p50"], decode)
+        entry["limits"] = roofline.share(traffic, Work(**entry["work"]), measured["ttft_ms"]["p50"], decode)
+
+
+def cost_per_million(price_per_hour: float, output_tok_s: float) -> float:
+    """Cost of a million generated tokens, including prompts, on a fully used machine with this price and speed."""
+    return price_per_hour / 3600 / output_tok_s * 1e6

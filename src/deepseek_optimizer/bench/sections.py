@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from .figures import KINDS
+from .metrics import METRICS
 from .work import Work
 
 SHOWN = ("ttft_ms", "tpot_ms", "itl_ms", "e2e_ms", "prefill_tok_s", "decode_tok_s", "output_tok_s", "requests_s")
@@ -71,7 +71,7 @@ def _work(entry: dict[str, Any]) -> Section:
     for name, figure in figures.items():
         values = [number(value) for value in (figure["p50"], min(figure["samples"]), max(figure["samples"]))]
         values += ["-" if figure[p] is None else number(figure[p]) for p in percentiles]
-        rows.append((f"{KINDS[name].label}, {figure['unit']}", *values, str(figure["n"])))
+        rows.append((f"{METRICS[name].label}, {figure['unit']}", *values, str(figure["n"])))
     header = ("", "median", "lowest", "highest", *percentiles, "n")
     return Section(name_of(entry["work"]), header, tuple(rows), " ".join(_meaning(entry)))
 
@@ -111,7 +111,7 @@ def _ablation(rows: list[dict[str, Any]]) -> Section:
     batches = list(dict.fromkeys(row["work"]["batch"] for row in rows))
     figures = list(dict.fromkeys(row["figure"] for row in rows))
     cells = {(r["variant"], r["work"]["batch"], r["figure"]): f"{r['side']:,.1f} ({r['better']:.2f}x)" for r in rows}
-    header = ("tok/s", *(f"{KINDS[f].label}, batch {b}" for b in batches for f in figures))
+    header = ("tok/s", *(f"{METRICS[f].label}, batch {b}" for b in batches for f in figures))
     names = dict.fromkeys(row["variant"] for row in rows)
     body = tuple((name, *(cells[name, b, f] for b in batches for f in figures)) for name in names)
     title = f"Fusion rules, {rows[0]['work']['prompt']:,}-token prompt"
@@ -121,7 +121,7 @@ def _ablation(rows: list[dict[str, Any]]) -> Section:
 def _against(rows: list[dict[str, Any]]) -> Section:
     body = tuple(
         (
-            f"{row['against']}: {KINDS[row['figure']].label}",
+            f"{row['against']}: {METRICS[row['figure']].label}",
             name_of(row["work"]),
             number(row["baseline"], row["unit"]),
             number(row["side"], row["unit"]),

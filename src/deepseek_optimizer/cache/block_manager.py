@@ -14,7 +14,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import CacheFullError, ForgottenError
+from ..errors import CacheFullError, DroppedTokensError
 from .forgetting import BLOCK_TOKENS as BLOCK_TOKENS
 from .forgetting import Forgetting
 
@@ -213,7 +213,7 @@ class SequenceBlocks:
         """Keeps the first `tokens` tokens and frees blocks that hold none of them.
 
         Raises:
-            ForgottenError: the next token would attend to a released block; nothing was changed.
+            DroppedTokensError: the next token would attend to a released block; nothing was changed.
         """
         holes, keep = self.check_crop(tokens), -(-tokens // BLOCK_TOKENS)
         self._release(self.blocks[keep:])
@@ -229,10 +229,10 @@ class SequenceBlocks:
         return holes
 
     def _check(self, tokens: int, holes: range) -> None:
-        """Raises ForgottenError if the token after the first `tokens` would attend to a hole."""
+        """Raises DroppedTokensError if the token after the first `tokens` would attend to a hole."""
         forgetting = self.manager.forgetting
         if holes and forgetting is not None and forgetting.first_seen(tokens) < holes.stop:
-            raise ForgottenError(tokens, self.tokens, forgetting.window)
+            raise DroppedTokensError(tokens, self.tokens, forgetting.window)
 
     def drop(self, first_block: int, count: int, move: Callable[[list[tuple[int, int]], list[int]], None]) -> None:
         """Releases `count` full blocks from the middle; later tokens move up. Their positions change, so later blocks that are
@@ -244,7 +244,7 @@ class SequenceBlocks:
 
         Raises:
             CacheFullError: too few free blocks for the copies; nothing was changed.
-            ForgottenError: the next token would attend to a released block; nothing was changed.
+            DroppedTokensError: the next token would attend to a released block; nothing was changed.
         """
         end = first_block + count
         if first_block < 0 or count < 0 or end * BLOCK_TOKENS > self.tokens:

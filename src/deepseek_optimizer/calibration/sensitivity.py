@@ -18,7 +18,7 @@ import torch
 from ..backends.base import BLOCK_TOKENS, DEFAULTS, PREFILL, Backend, CompileOptions, KvStore, StepBatch
 from ..graph import rules
 from ..graph.ir import Graph
-from ..graph.resume import resumed
+from ..graph.partial_graph import graph_from_hidden_state
 from ..quant import PackedWeight
 from .budget import Option
 from .groups import Group
@@ -72,7 +72,7 @@ class Probe:
             kv_dtype: storage of the cache; None: the model's. With another storage, `start` must be None.
         """
         if start not in self._fused:
-            self._fused[start] = rules.apply(resumed(self.graph, start))[0]  # type: ignore[arg-type]  # None is always a key
+            self._fused[start] = rules.apply(graph_from_hidden_state(self.graph, start))[0]  # type: ignore[arg-type]  # None is always a key
         self._batch.inputs_embeds = None if start is None else self._hidden[start]
         logits, _ = self._run(self._fused[start], replaced, kv_dtype or self.kv_dtype)
         return _mean_kl(self._reference, logits)

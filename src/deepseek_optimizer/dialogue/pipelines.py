@@ -29,7 +29,7 @@ from ..errors import BackendError, ConfigError, RequestError, shown
 from ..integration.bind.runtime import runtime_of
 from ..integration.load.loader import load
 from ..integration.load.resolve import resolve
-from ..optimizer import DynamicGraphOptimizer, load_tokenizer
+from ..optimised_model import DynamicGraphOptimizer, load_tokenizer
 
 if TYPE_CHECKING:
     from ..engine.request import Request

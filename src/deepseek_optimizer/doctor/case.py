@@ -100,7 +100,7 @@ class Case:
 
     def load(self, **fields: Any) -> Any:
         """Loads the optimised model; `fields` override those of the case."""
-        from ..optimizer import load_model
+        from ..optimised_model import load_model
 
         return load_model(self.checkpoint.path, **{**self.fields, **fields})
 

@@ -61,7 +61,7 @@ class Machine:
         if for_model:
             import transformers.modeling_utils  # noqa: F401
 
-        from ..bench.process import usable_cpus
+        from ..bench.hardware import usable_cpus
 
         return cls(
             environ=dict(os.environ),

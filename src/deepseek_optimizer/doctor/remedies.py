@@ -9,8 +9,8 @@ from typing import Any
 
 from ..config import DeepSeekConfig
 from ..errors import ConfigError
-from .budget import Budget, budget
 from .case import Case
+from .memory_estimate import MemoryEstimate, estimate_memory
 
 SMALLER = ("bf16", "int8", "int4")  # formats to try, in order of increasing quality loss
 # Longest prompt of `dso longdoc` in tokens: a chunk (LongDocument's max_length), its reply (longdoc's Limits), and the question
@@ -38,14 +38,14 @@ class Remedy:
         return {"name": self.name, "price": self.price, "needed": self.needed, "fits": self.fits}
 
 
-def remedies(case: Case, needs: Budget, context: int) -> list[Remedy]:
+def remedies(case: Case, needs: MemoryEstimate, context: int) -> list[Remedy]:
     """Settings that need less memory than those of the case (`needs`) for `case.batch` texts of `context` tokens, in the order
     to try them, whether or not they fit."""
     now = needs.needed(needs.held(context) * case.batch)
     return [remedy for remedy in _all(case, needs, context) if remedy.needed < now]
 
 
-def _all(case: Case, needs: Budget, context: int) -> Iterator[Remedy]:
+def _all(case: Case, needs: MemoryEstimate, context: int) -> Iterator[Remedy]:
     mode = case.settings.attention.kind
     if not (case.settings.sparse_attention and needs.kv_cache == "int8"):
         yield _sparse(case, context)
@@ -53,7 +53,7 @@ def _all(case: Case, needs: Budget, context: int) -> Iterator[Remedy]:
         fields: dict[str, Any] = {"attention_optimization": "sliding", "sparse_attention": False, "attention_window": None}
         twin = case.with_fields(**fields)
         yield _mode(
-            twin, budget(twin), context, 'attention_optimization="sliding"',
+            twin, estimate_memory(twin), context, 'attention_optimization="sliding"',
             f"each token attends to the latest {twin.settings.attention.window} tokens and the first "
             f"{twin.settings.attention.sinks}",
         )  # fmt: skip
@@ -71,7 +71,7 @@ def _all(case: Case, needs: Budget, context: int) -> Iterator[Remedy]:
             yield Remedy(f"precision={name!r}", "weights are quantised", smaller.needed(tokens), tokens <= smaller.max_tokens)
     if needs.kv_cache != "int8":
         twin = case.with_fields(kv_cache="int8")
-        yield _mode(twin, budget(twin), context, "kv_cache='int8'", "keys and values are quantised")
+        yield _mode(twin, estimate_memory(twin), context, "kv_cache='int8'", "keys and values are quantised")
 
 
 def _sparse(case: Case, context: int) -> Remedy:
@@ -85,14 +85,14 @@ def _sparse(case: Case, context: int) -> Remedy:
     except ConfigError:  # the budget is invalid, but no mode has used it so far
         twin = twin.with_fields(attention_budget=DeepSeekConfig.attention_budget)
         name = f"{name}, attention_budget={twin.settings.attention_budget}"
-    needs = budget(twin)
+    needs = estimate_memory(twin)
     if needs.kv_cache != "int8":
         twin = twin.with_fields(kv_cache="int8")
-        name, needs = f"{name}, kv_cache='int8'", budget(twin)
+        name, needs = f"{name}, kv_cache='int8'", estimate_memory(twin)
     return _mode(twin, needs, context, name, price.format(twin.settings.attention.budget))
 
 
-def _mode(twin: Case, needs: Budget, context: int, name: str, price: str) -> Remedy:
+def _mode(twin: Case, needs: MemoryEstimate, context: int, name: str, price: str) -> Remedy:
     tokens = needs.held(context) * twin.batch
     return Remedy(name, price, needs.needed(tokens), tokens <= needs.max_tokens)
 

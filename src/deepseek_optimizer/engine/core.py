@@ -24,7 +24,7 @@ from .metrics import EngineMetrics
 from .options import EngineOptions
 from .request import Finish, Output, Request
 from .running import Running
-from .sampling.chooser import Chooser, NotANumberError, NoTokenError
+from .sampling.request_sampler import NotANumberError, NoTokenError, RequestSampler
 from .scheduling.batch_size import BatchSize
 from .scheduling.budget import PromptBudget
 from .scheduling.memory import Memory
@@ -175,7 +175,7 @@ class EngineCore:
             number=self._count,
             request=request,
             sequence=sequence,
-            chooser=Chooser(request, self.facts.vocab_size, self.facts.eos),
+            sampler=RequestSampler(request, self.facts.vocab_size, self.facts.eos),
             text=Detokenizer(
                 self.tokenizer,
                 sampling.stop,
@@ -389,7 +389,7 @@ class EngineCore:
             row: index of the chunk's first row.
         """
         output = r.output()
-        report_logprobs = r.chooser.sampling.logprobs is not None
+        report_logprobs = r.sampler.sampling.logprobs is not None
         if report_logprobs:
             output.logprobs = []
         finish: Finish | None = None
@@ -397,11 +397,11 @@ class EngineCore:
             for j in range(1 + len(chunk.drafts)):
                 token = tokens[row + j]
                 if token is None:
-                    token = r.chooser.choose(logits[row + j], r.generated)
+                    token = r.sampler.choose(logits[row + j], r.generated)
                 elif token == NOT_FINITE:
                     raise NotANumberError
                 if report_logprobs and output.logprobs is not None:
-                    output.logprobs.append(r.chooser.logprob(logits[row + j], token))
+                    output.logprobs.append(r.sampler.logprob(logits[row + j], token))
                 output.token_ids.append(token)
                 r.sequence.tokens.append(token)
                 r.generated += 1
@@ -425,7 +425,7 @@ class EngineCore:
 
     def _write(self, r: Running, token: int, output: Output) -> Finish | None:
         """Adds a token's text to the output; returns why the request ends at this token, or None."""
-        sampling = r.chooser.sampling
+        sampling = r.sampler.sampling
         stops = r.generated > sampling.min_tokens
         if stops and token in self.facts.eos and not sampling.ignore_eos:
             return "stop"
@@ -438,7 +438,7 @@ class EngineCore:
             if stop is not None:
                 output.stop_reason = stop
                 return "stop"
-        if r.chooser.grammar is not None and r.chooser.grammar.finished:
+        if r.sampler.grammar is not None and r.sampler.grammar.finished:
             return "stop"
         return "length" if r.generated >= r.max_tokens else None
 

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from ..cache.prefix_cache import Key
 from .detokenizer import Detokenizer
 from .request import Output, Request
-from .sampling.chooser import Chooser
+from .sampling.request_sampler import RequestSampler
 from .sequence import Sequence
 
 
@@ -22,7 +22,7 @@ class Running:
         number: order of arrival; among equal priorities, lower numbers are scheduled first.
         request: the request.
         sequence: tokens of prompt and text; tokens not in its cache yet are still to be processed.
-        chooser: samples the tokens.
+        sampler: samples the tokens.
         text: detokenizes the text.
         max_tokens: maximum number of tokens to generate.
         arrived: time of arrival, in seconds of the engine's clock.
@@ -45,7 +45,7 @@ class Running:
     number: int
     request: Request
     sequence: Sequence
-    chooser: Chooser
+    sampler: RequestSampler
     text: Detokenizer
     max_tokens: int
     arrived: float

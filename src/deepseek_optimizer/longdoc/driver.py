@@ -12,7 +12,7 @@ from ..engine.engine import Completion, Engine
 from ..engine.request import Request, SamplingParams
 from ..errors import BackendError
 from .repetition import Watch
-from .work import Ask, Batch, Reply, Result, Work, advance
+from .strategy_protocol import Ask, Batch, Reply, Result, Work, advance
 
 Progress = Callable[[int, int], None]  # (prompt tokens processed, estimated total)
 

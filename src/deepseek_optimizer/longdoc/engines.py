@@ -11,7 +11,7 @@ from ..cache.prefix_cache import PrefixCache
 from ..engine.engine import Engine
 from ..engine.grammar.compiler import GrammarCompiler
 from ..errors import ConfigError, UnsupportedModelError
-from ..graph.rotation import key_rotation
+from ..graph.rope_rotation import key_rotation
 from ..integration.bind.runtime import runtime_of
 from ..serving import make_engine
 from .own_memory import own_bytes

@@ -25,8 +25,8 @@ from .material import Limits, Material
 from .own_memory import PeakSampler, own_bytes
 from .prompts import Prompts
 from .read import read_documents
+from .saved_document import restore, store
 from .split import MAX_LENGTH, STRIDE, Chunk, split
-from .stored import restore, store
 from .strategies import answer_by, check_name
 from .tasks import Extraction, Question, Summary, Task
 

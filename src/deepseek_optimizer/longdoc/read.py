@@ -10,7 +10,7 @@ from io import RawIOBase
 from ..errors import DocumentError
 from . import readers
 from .document import Document, Problem, TextFile
-from .tree import files_under
+from .list_files import files_under
 
 LIMIT_BYTES = 128 << 20  # per file
 LIMIT_TOTAL = 1 << 30  # of all files

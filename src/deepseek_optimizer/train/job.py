@@ -41,13 +41,13 @@ from .data.packing import row_for
 from .defaults import defaults, intervals
 from .disk import check_writable, plan_disk
 from .fp8.backend import from_arguments
+from .load_for_training import load_for_training
 from .ops.native import built
 from .plan import TrainingPlan, steps_of
 from .precision import DTYPES
 from .prepare import prepare, trainable
 from .report import plan_memory
 from .trainer import DeepSeekTrainer
-from .weights import load_whole
 
 SETTINGS = "train.json"
 _FIXED = ("model", "data", "lora", "precision")  # settings that must not change when a run is resumed
@@ -216,12 +216,12 @@ class TrainingJob:
     def _load_model(self) -> Any:
         set_seed(self.args.seed)  # the weights of an adapter are initialised at random
         if self.frozen:
-            from ..optimizer import load_model
+            from ..optimised_model import load_model
 
             model = load_model(self.source, **self._packed_fields())
         else:
             dtype = DTYPES["bf16" if self.args.bf16 else "fp32"]
-            model = load_whole(self.source, dtype)
+            model = load_for_training(self.source, dtype)
         return model if self.config.lora is None else self._with_adapter(model)
 
     def run(self, callbacks: Sequence[TrainerCallback] = ()) -> RunSummary:

@@ -19,7 +19,7 @@ from ..integration.bind.instance_method import Replacement
 from ..integration.bind.modules import Packed
 from ..integration.compat import keep_layers, recompute_layers, recomputes_layers
 from ..integration.training.modules import attention_name, set_attention_name
-from .attention import DSO_TRAIN, register_train_attention
+from .attention_function import DSO_TRAIN, register_train_attention
 from .fp8.backend import Fp8Products
 from .modules.attention import TrainedAttention
 from .modules.embedding import TrainedEmbedding

@@ -27,6 +27,7 @@ from .checkpoints.directory import checkpoints
 from .checkpoints.saving import AtomicCheckpoints
 from .data.packing import pack_for_trainer
 from .fp8.backend import Fp8Products, from_arguments
+from .fsdp import shard_on_cpus
 from .modules.mtp import add_trained_layers
 from .modules.mtp_loss import MtpObjective
 from .non_finite import NonFiniteSteps
@@ -35,7 +36,6 @@ from .ops.native import built
 from .optimizer import DeepSeekAdamW
 from .precision import DTYPES, set_training_dtype, weights_in
 from .prepare import Prepared, prepare, trainable
-from .processes import shard_on_cpus
 from .report import TrainingReport, plan_memory
 
 _SAMPLED: Final = 64  # examples whose lengths are used to plan memory

@@ -1,4 +1,4 @@
-"""Native backend tests run on each ISA variant that this host has; without a native build they are skipped and say so."""
+"""Native backend tests run on each ISA variant that this host supports; without a native build they are skipped."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture
 def backend(isa: str) -> cpu.CpuBackend:
-    """The native backend on one variant, two threads."""
+    """The native backend with one ISA variant and two threads."""
     made = cpu.CpuBackend(isa=cpu.exact(isa), threads=2)
-    assert made.isa == isa  # proof that the forced variant is the one that runs
+    assert made.isa == isa  # the forced variant is the one that runs
     return made

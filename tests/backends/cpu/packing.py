@@ -1,4 +1,4 @@
-"""A model's weights in a format, and a float model that holds the values those weights stand for."""
+"""Packs a model's weights in a format, and builds the float model that has the values of those packed weights."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from deepseek_optimizer.quant.packed import PackedMatrix, PackedStack, PackedWei
 
 
 def packed_weights(weights: dict[str, torch.Tensor], format_name: str) -> dict[str, PackedWeight | torch.Tensor]:
-    """Every matrix packed by the reference packer, experts as stacks; vectors and routers as they are. Tied names share one
+    """Every matrix packed by the reference packer, experts as stacks; vectors and routers unchanged. Tied names share one
     matrix."""
     done: dict[int, PackedMatrix] = {}
     out: dict[str, PackedWeight | torch.Tensor] = {}
@@ -26,7 +26,7 @@ def packed_weights(weights: dict[str, torch.Tensor], format_name: str) -> dict[s
 
 
 def _stack(name: str, w: torch.Tensor, format_name: str) -> PackedStack:
-    """[E, rows, cols] -> a stack of E matrices; of 2 E where gate lies over up."""
+    """[E, rows, cols] -> a stack of E matrices; of 2 E if gate and up are concatenated."""
     halves = 2 if name.endswith("gate_up_proj") else 1
     matrices = w.reshape(w.shape[0] * halves, -1, w.shape[2])
     data = torch.stack([get_format(format_name).pack(m) for m in matrices])

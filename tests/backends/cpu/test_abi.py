@@ -1,4 +1,4 @@
-"""The Python view of the C interface against `dso.h` and `dso_train.h` themselves: structs, prototypes, constants."""
+"""The ctypes bindings of the C interface match `dso.h` and `dso_train.h`: structs, prototypes, constants."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SCALARS = {
     "int32_t": C.c_int32, "uint32_t": C.c_uint32, "int64_t": C.c_int64, "float": C.c_float, "double": C.c_double, "void": None,
 }  # fmt: skip
 CONSTANTS = {name: int(value) for name, value in re.findall(r"\b(DSO_\w+)\s*=\s*(-?\d+)", TEXT + TRAIN_TEXT)}
-STRUCTS = {"dso_train_heads": native_train.TrainHeads}  # that are parts of others
+STRUCTS = {"dso_train_heads": native_train.TrainHeads}  # structs that are members of others
 TRAIN_STRUCTS = [t for t in vars(native_train).values() if isinstance(t, type) and issubclass(t, C.Structure)]
 
 
@@ -57,9 +57,9 @@ def test_structs_of_training(struct):
 
 @pytest.mark.parametrize(("text", "signatures"), [(TEXT, native._SIGNATURES), (TRAIN_TEXT, native_train.SIGNATURES)])
 def test_prototypes(text, signatures):
-    found = re.findall(r"DSO_API\s+([\w\s]+?\**)\s*(dso_\w+)\(([^)]*)\)", text)
+    actual = re.findall(r"DSO_API\s+([\w\s]+?\**)\s*(dso_\w+)\(([^)]*)\)", text)
     expected = {}
-    for result, name, arguments in found:
+    for result, name, arguments in actual:
         kinds = [ctype(re.sub(r"\b\w+$", "", a.strip())) for a in arguments.split(",")] if arguments != "void" else []
         expected[name] = (ctype(result), kinds)
     assert signatures == expected

@@ -1,4 +1,4 @@
-"""Step batches that are wrong are refused by name, before anything is read past its end or written."""
+"""Invalid step batches raise an error that names the field, before anything is read out of bounds or written."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(unavailable_reason() is not None, reason="no nat
 
 @pytest.fixture(scope="module")
 def ready():
-    """A plan with its cache, and a batch of a decode and a prefill sequence, which works."""
+    """A plan with its cache, and a valid batch of a decode and a prefill sequence."""
     model = random_model(CASES["llama-gqa"]())
     graph, _ = rules.apply(build_graph(model.config), None)
     made = runner(CpuBackend(threads=2), graph, packed_weights(weights_of(model), "fp32"), blocks=8)
@@ -35,7 +35,7 @@ def ready():
     return made, batch, made.plan.run(batch, made.store).logits
 
 
-SHORT = ["token_ids", "query_len", "context_len", "phase", "block_table"]  # lengths of the others say what T and R are
+SHORT = ["token_ids", "query_len", "context_len", "phase", "block_table"]  # the other lengths determine T and R
 ALL = [*SHORT, "positions", "logit_rows"]
 
 
@@ -79,7 +79,7 @@ def test_block_table_of_one_dimension(ready):
         ("logit_rows", 4, r"logit_rows\[0\] is 4"),
     ],
 )
-def test_absurd_numbers(ready, name, value, words):
+def test_absurd_values(ready, name, value, words):
     made, batch, logits = ready
     wrong = getattr(batch, name).copy()
     wrong[0] = value
@@ -97,9 +97,9 @@ def test_blocks_outside_the_cache(ready, block):
         made.plan.run(replace(batch, block_table=table), made.store)
 
 
-def test_a_copy_shares_what_it_copies(ready):
+def test_copies_of_a_plan_and_store_share_memory(ready):
     made, batch, logits = ready
-    for _ in range(3):  # a copy that destroyed it would leave nothing to the next
+    for _ in range(3):  # if a copy destroyed the handle, the next one would fail
         plan, store = copy.copy(made.plan), copy.copy(made.store)
         assert torch.equal(plan.run(batch, store).logits, logits)
         del plan, store
@@ -110,20 +110,20 @@ def test_a_copy_shares_what_it_copies(ready):
 
 
 @pytest.mark.parametrize("head_dim", [0, 17, 320])
-def test_refuses_heads_it_cannot_hold(head_dim):
+def test_unsupported_head_sizes_are_rejected(head_dim):
     assert native.block_bytes(CacheSpec(1, 1, 256), "bf16") == 32 * 256 * 2 * 2
     with pytest.raises(ValueError, match="must be even and at most 256"):
         native.block_bytes(CacheSpec(1, 1, head_dim), "bf16")
 
 
 @pytest.mark.parametrize(("kv", "bytes_a_token"), [("bf16", 1152), ("int8", 656), ("fp32", 2304)])
-def test_what_a_latent_takes(kv, bytes_a_token):
+def test_bytes_of_a_latent(kv, bytes_a_token):
     assert native.block_bytes(LatentSpec(27, 512, 64), kv) == 32 * 27 * bytes_a_token
     with pytest.raises(ValueError, match="rank is 33"):
         native.block_bytes(LatentSpec(27, 33, 64), kv)
 
 
-def test_logits_go_where_the_batch_says(ready):
+def test_logits_are_written_to_the_given_buffer(ready):
     made, batch, logits = ready
     room = torch.full_like(logits, torch.nan)
     assert made.plan.run(replace(batch, logits=room), made.store).logits is room
@@ -131,7 +131,7 @@ def test_logits_go_where_the_batch_says(ready):
 
 
 @pytest.mark.parametrize("wrong", [lambda x: x[:-1], lambda x: x.double(), lambda x: x.repeat(1, 2)[:, ::2]])
-def test_logits_with_no_room(ready, wrong):
+def test_a_too_small_logits_buffer(ready, wrong):
     made, batch, logits = ready
     with pytest.raises(ValueError, match="logits must be contiguous float32"):
         made.plan.run(replace(batch, logits=wrong(torch.zeros_like(logits))), made.store)

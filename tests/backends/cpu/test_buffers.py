@@ -1,4 +1,4 @@
-"""Memory at the native library's border: what is refused, and writes past a buffer's end that are seen."""
+"""Memory passed to the native library: which buffers are rejected, and detection of writes past a buffer's end."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from deepseek_optimizer.train.ops import native as train_native
 
 SOURCE = Path(deepseek_optimizer.__file__).parent
 POINTERS = {"data_ptr", "ctypes", "__array_interface__", "from_buffer", "untyped_storage"}
-# Files that take one to know which memory it is, and never to have it read or written.
+# Files that take an address only to identify memory, never to access it.
 IDENTITY = {
     "backends/cpu/mapped_file.py", "integration/load/mapped.py",
     "integration/bind/runtime.py", "train/precision.py", "train/saved_activations.py",
@@ -33,13 +33,13 @@ def pointers(tree: ast.AST) -> list[int]:
     return sorted(n.lineno for n in ast.walk(tree) if isinstance(n, ast.Attribute) and n.attr in POINTERS)
 
 
-def test_addresses_are_taken_in_one_place():
-    found = {str(f.relative_to(SOURCE)) for f in SOURCE.rglob("*.py") if pointers(ast.parse(f.read_text()))}
-    assert found - IDENTITY == {"backends/cpu/buffers.py"}
-    assert found >= IDENTITY, "the exceptions name files that have none"
+def test_addresses_are_taken_in_one_function():
+    actual = {str(f.relative_to(SOURCE)) for f in SOURCE.rglob("*.py") if pointers(ast.parse(f.read_text()))}
+    assert actual - IDENTITY == {"backends/cpu/buffers.py"}
+    assert actual >= IDENTITY, "the exceptions name files that have none"
 
 
-def test_an_address_elsewhere_is_found():
+def test_addresses_taken_elsewhere_are_detected():
     assert pointers(ast.parse("f(x.data_ptr())\ny = a.ctypes.data")) == [1, 2]
 
 
@@ -55,12 +55,12 @@ F32 = torch.float32
         torch.zeros(2, 3, dtype=F32, device="meta"),
     ],
 )
-def test_other_memory_than_was_said_is_refused(memory):
+def test_unexpected_memory_is_rejected(memory):
     with pytest.raises(ValueError, match=r"^logits must be contiguous float32 \[2, 3\] on the CPU, and is "):
         address(memory, "logits", F32, (2, 3))
 
 
-def test_other_arrays_than_were_said_are_refused():
+def test_unexpected_arrays_are_rejected():
     whole = np.zeros((2, 3), np.int32)
     assert address(whole, "ids", np.int32, (2, 3)) == whole.ctypes.data
     for array in (whole.astype(np.int64), whole[:1], whole.T, np.zeros((2, 6), np.int32)[:, ::2]):
@@ -68,7 +68,7 @@ def test_other_arrays_than_were_said_are_refused():
             address(array, "ids", np.int32, (2, 3))
 
 
-def test_strides_are_of_rows_only():
+def test_only_row_strides_are_accepted():
     whole = torch.zeros(4, 6, dtype=F32)
     assert strided(whole[:, 1:4], "x", F32, (4, 3)) == whole.data_ptr() + 4
     for tensor in (whole[:, ::2], whole.t(), whole.double()):
@@ -85,7 +85,7 @@ def context():
 
 
 class Overwriting:
-    """The library with one function that writes a byte beside what it is given, behind its work."""
+    """The library with one function that afterwards writes a byte outside its output."""
 
     def __init__(self, lib, name, argument, offset):
         self._lib, self._name, self._argument, self._offset = lib, name, argument, offset
@@ -104,7 +104,7 @@ class Overwriting:
 
 
 @pytest.mark.parametrize(("offset", "byte"), [(-1, -1), (-ZONE, -ZONE), (640, 640), (640 + ZONE - 1, 640 + ZONE - 1)])
-def test_a_write_beside_an_output_is_named(context, offset, byte):
+def test_a_write_outside_an_output_is_reported(context, offset, byte):
     matrix = PackedMatrix("fp32", 16, 10, packer.pack(context, torch.ones(16, 10, dtype=F32), "fp32"))
     packer.unpack(context, matrix)
     context.lib = Overwriting(context.lib, "dso_unpack", 4, offset)
@@ -112,13 +112,13 @@ def test_a_write_beside_an_output_is_named(context, offset, byte):
         packer.unpack(context, matrix)
 
 
-def test_a_write_behind_packed_tiles_is_named(context):
+def test_a_write_past_packed_tiles_is_reported(context):
     context.lib = Overwriting(context.lib, "dso_pack", 8, 544)
     with pytest.raises(BackendError, match="dso_pack wrote outside tiles .* at byte 544"):
         packer.pack(context, torch.ones(16, 32, dtype=F32), "int8")
 
 
-def test_a_write_behind_a_gradient_is_named(monkeypatch):
+def test_a_write_past_a_gradient_is_reported(monkeypatch):
     made = native.Context(threads=1)
     made.lib = Overwriting(made.lib, "dso_train_rms_norm_backward", 8, 4 * 24)
     monkeypatch.setattr(train_native, "context", lambda: made)
@@ -130,24 +130,24 @@ def test_a_write_behind_a_gradient_is_named(monkeypatch):
         y.sum().backward()
 
 
-def test_tiles_of_another_matrix_are_refused():
+def test_tiles_of_another_matrix_are_rejected():
     with pytest.raises(BackendError, match="packed data must be contiguous"):
         packer.weight_struct(PackedMatrix("int8", 32, 32, empty_tiles(16, 32, 544)))
 
 
-def test_red_zones_go_with_their_tensor():
+def test_red_zones_are_freed_with_their_tensor():
     outputs = Outputs(True)
     tensor = outputs.empty((3, 5), torch.bfloat16)
     assert tensor.shape == (3, 5) and tensor.data_ptr() % 64 == 0 and tensor.untyped_storage().nbytes() == 30
     row = tensor[0]
     del tensor
     gc.collect()
-    assert len(outputs._zones) == 1  # a view holds it
+    assert len(outputs._zones) == 1  # a view keeps it alive
     del row
     gc.collect()
     assert not outputs._zones
 
 
-def test_without_dso_check_there_are_none(monkeypatch):
+def test_without_dso_check_there_are_no_red_zones(monkeypatch):
     monkeypatch.delenv("DSO_CHECK")
     assert not native.Context(threads=1).outputs.checked

@@ -1,5 +1,5 @@
-"""DeepSeek's sparse attention, native, on every ISA: the indexer by itself against scores in doubles, and whole models against
-Transformers'."""
+"""DeepSeek's sparse attention in native plans, on every ISA: the indexer alone against scores in float64, and whole models
+against Transformers."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from .packing import packed_weights
 
 VOCAB, HEADS, INDEX, ROT, TOP_K = 97, 20, 24, 12, 40
 SCALE = (INDEX * HEADS) ** -0.5
-TIE = 1e-5  # scores closer than this, in terms of the row's largest, may change places
+TIE = 1e-5  # the order of scores that are closer than this, relative to the row's largest, may differ
 
 
 def indexer_graph() -> Graph:
-    """The indexer's nodes as a family builds them. Hidden state 0 is what it chose: as wide as an embedding."""
+    """The indexer's nodes as in a family's graph. Hidden state 0 is its choice, as wide as an embedding."""
     x, table, q, turned = Value("x", TOP_K), Value("table", ROT), Value("q", HEADS * INDEX), Value("q.rope", HEADS * INDEX)
     k, normed, key, w = Value("k", INDEX), Value("k.norm", INDEX), Value("k.rope", INDEX), Value("w", HEADS)
     chosen, logits = Value("chosen", TOP_K), Value("logits", VOCAB)
@@ -74,7 +74,7 @@ def scores_of(weights: dict[str, torch.Tensor], ids: list[int]) -> torch.Tensor:
 
 
 def check_choice(chosen: torch.Tensor, scores: torch.Tensor, tie: float) -> None:
-    """Ascending, seen, and none of those left out scores more than one taken by `tie` of the largest."""
+    """The choice is ascending and visible, and no rejected score exceeds a chosen one by more than `tie` of the largest."""
     for row, (places, score) in enumerate(zip(chosen.long(), scores, strict=True)):
         count, seen = min(row + 1, TOP_K), score[: row + 1]
         taken = places[:count]
@@ -97,7 +97,7 @@ def chosen_by(r, ids: list[int], chunks: tuple[int, ...] = (), phase: int = PREF
 
 
 @pytest.mark.parametrize(("kv", "tie"), [("fp32", TIE), ("bf16", 2e-2), ("int8", 2e-2)])
-def test_the_choice_is_that_of_the_scores(backend, kv, tie):
+def test_the_choice_follows_the_scores(backend, kv, tie):
     weights, ids = indexer_weights(), random_ids(SimpleNamespace(vocab_size=VOCAB), 400)
     scores = scores_of(weights, ids)
     r = runner(backend, indexer_graph(), packed_weights(weights, "fp32"), kv=kv)
@@ -112,7 +112,7 @@ def test_the_choice_is_that_of_the_scores(backend, kv, tie):
 
 
 def sparse_model(top_k: int):
-    """Without experts, whose own near ties would say nothing of attention."""
+    """Without experts, whose near ties are unrelated to attention."""
     return random_model(deepseek_v32(first_k_dense_replace=3, index_topk=top_k))
 
 
@@ -123,7 +123,7 @@ def sparse_runner(backend, model, format_name: str = "fp32", names: list[str] | 
 
 @pytest.mark.parametrize(("top_k", "tokens"), [(16, 1), (16, 17), (16, 257), (40, 600), (300, 1000)])
 def test_fp32_equals_transformers(backend, top_k, tokens):
-    """No row of these has a tie: rows that do are rare."""
+    """None of these rows has a tie, which is rare."""
     model = sparse_model(top_k)
     ids = random_ids(model.config, tokens)
     r, expected = sparse_runner(backend, model), transformers_logits(model, ids)
@@ -141,7 +141,7 @@ def test_rules(backend, names):
 
 @pytest.mark.parametrize("kv", ["fp32", "bf16", "int8"])
 @pytest.mark.parametrize("format_name", ["fp32", "int8"])
-def test_a_row_is_the_same_in_any_company(backend, format_name, kv):
+def test_a_row_does_not_depend_on_the_batch(backend, format_name, kv):
     model = sparse_model(40)
     r = sparse_runner(backend, model, format_name, kv=kv)
     ids = random_ids(model.config, 150)
@@ -160,7 +160,7 @@ def test_a_row_is_the_same_in_any_company(backend, format_name, kv):
 
 @pytest.mark.parametrize("kv", ["fp32", "bf16"])
 def test_after_a_crop(backend, kv):
-    """On both sides of top_k: what was cropped is forgotten, index keys too."""
+    """Below and above top_k: cropped tokens are dropped, including index keys."""
     model = sparse_model(40)
     r = sparse_runner(backend, model, kv=kv)
     ids, other = random_ids(model.config, 120), random_ids(model.config, 120, seed=1)
@@ -173,8 +173,8 @@ def test_after_a_crop(backend, kv):
 
 
 @pytest.mark.parametrize(("kv", "tolerance"), [("bf16", 4e-2), ("int8", 6e-2)])
-def test_what_small_caches_cost(backend, kv, tolerance):
-    """In the mean over rows: rounding also makes near scores change places, and who sees another token is another row."""
+def test_error_of_small_caches(backend, kv, tolerance):
+    """Mean over rows: rounding can also change the order of close scores, and a row with another token is a different row."""
     model = sparse_model(40)
     ids = random_ids(model.config, 300)
     expected = transformers_logits(model, ids)
@@ -182,4 +182,4 @@ def test_what_small_caches_cost(backend, kv, tolerance):
         made = sparse_runner(backend, model, kv=kv).logits(ids, phase=phase)
         error = (made - expected).abs().amax(-1) / expected.abs().amax(-1)
         assert error.mean() <= tolerance
-        assert error[:40].max() <= tolerance / 2  # that see all
+        assert error[:40].max() <= tolerance / 2  # rows with full attention

@@ -1,4 +1,4 @@
-"""DSO_ISA and DSO_THREADS: obeyed, or refused out loud."""
+"""The environment variables DSO_ISA and DSO_THREADS take effect, or raise an error."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from deepseek_optimizer.backends.cpu import CpuBackend, native
 from deepseek_optimizer.errors import BackendError
 
 
-def test_isa_is_forced_and_ran(monkeypatch, tiny_model):
+def test_a_forced_isa_runs(monkeypatch, tiny_model):
     monkeypatch.setenv("DSO_ISA", "avx2")
     assert load_model(tiny_model).dso.backend.isa.startswith("avx2")
     monkeypatch.setenv("DSO_ISA", "")
     assert CpuBackend().isa == native.Context().isa
 
 
-def test_isa_that_cannot_run_says_what_is_missing(monkeypatch, tiny_model):
+def test_an_unsupported_isa_names_the_missing_features(monkeypatch, tiny_model):
     missing = next((name for name in native.isa_names() if not native.isa_runs_here(name)), None)
     if missing is None:
         pytest.skip("this CPU runs every ISA")
@@ -31,7 +31,7 @@ def test_unknown_isa(monkeypatch, tiny_model):
         load_model(tiny_model)
 
 
-def test_the_config_goes_before_the_environment(monkeypatch):
+def test_the_config_overrides_the_environment(monkeypatch):
     monkeypatch.setenv("DSO_ISA", "nonsense")
     monkeypatch.setenv("DSO_THREADS", "x")
     assert CpuBackend(isa="avx2", threads=2).threads == 2
@@ -44,7 +44,7 @@ def test_threads(monkeypatch, tiny_model):
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "abc", "1.5", "99999999999999", "1025", " "])
-def test_threads_that_are_none(monkeypatch, tiny_model, text):
+def test_invalid_thread_counts(monkeypatch, tiny_model, text):
     monkeypatch.setenv("DSO_THREADS", text)
     with pytest.raises(ConfigError, match="DSO_THREADS must be a whole number"):
         load_model(tiny_model)

@@ -1,4 +1,4 @@
-"""Experts in a native plan against Transformers' own modules: routing, every format, grouped or not, any company."""
+"""Experts in native plans against Transformers' modules: routing, every format, grouped or not, independent of the batch."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from support.models import assert_close_rows
 
 from .packing import dequantised, packed_weights
 
-HIDDEN, INNER = 72, 40  # no multiples of 16 and 32
+HIDDEN, INNER = 72, 40  # not multiples of 16 and 32
 SIZES = {
     "hidden_size": HIDDEN, "moe_intermediate_size": INNER, "intermediate_size": INNER, "num_attention_heads": 4,
     "vocab_size": 9,
@@ -60,7 +60,7 @@ def random_layer(config: Any, seed: int = 0) -> torch.nn.Module:
 
 
 def moe_graph(config: Any, grouped: bool = True) -> Graph:
-    """x (given as embeddings) -> experts + shared experts -> hidden state 0; the head is there because a graph needs one."""
+    """x (given as embeddings) -> experts + shared experts -> hidden state 0; the head exists because a graph needs one."""
     v3 = isinstance(config, V3)
     limited = v3 or config.topk_method == "group_limited_greedy"
     experts, top_k = config.n_routed_experts, config.num_experts_per_tok
@@ -93,7 +93,7 @@ def moe_graph(config: Any, grouped: bool = True) -> Graph:
 
 
 def packed(layer: torch.nn.Module, format_name: str, down: str | None = None) -> dict[str, Any]:
-    """What a plan is given: the router's weight stays a float tensor."""
+    """The weights of a plan; the router's stays a float tensor."""
     weights: dict[str, Any] = packed_weights(layer.state_dict(), format_name)
     if down:
         weights["experts.down_proj"] = packed_weights(layer.state_dict(), down)["experts.down_proj"]
@@ -101,20 +101,20 @@ def packed(layer: torch.nn.Module, format_name: str, down: str | None = None) ->
 
 
 def dequantised_layer(layer: torch.nn.Module, weights: dict[str, Any]) -> torch.nn.Module:
-    """The same module over the values that packed weights stand for."""
+    """The same module with the dequantised weights."""
     layer.load_state_dict({n: w for n, w in dequantised(weights).items() if n != "embed"})
     return layer
 
 
 class Plan:
-    """Runs rows x [T, HIDDEN] and hands y back."""
+    """Runs rows x [T, HIDDEN]; returns y."""
 
     def __init__(self, backend: CpuBackend, graph: Graph, weights: dict[str, Any], **options: Any) -> None:
         self.plan = backend.compile(graph, weights, **options)
         self.store = backend.new_store(graph, "fp32", 1)
 
     def __call__(self, x: torch.Tensor, decode: int = 0) -> torch.Tensor:
-        """The first `decode` rows are sequences in decode phase, the rest is one in prefill phase."""
+        """The first `decode` rows are sequences in decode phase, the others one sequence in prefill phase."""
         lengths = [1] * decode + ([len(x) - decode] if decode < len(x) else [])
         zeros = np.zeros(len(lengths), np.int32)
         phase = np.asarray([DECODE if i < decode else PREFILL for i in range(len(lengths))], np.int32)
@@ -146,12 +146,12 @@ def test_fp32_equals_transformers(backend, case, grouped):
         assert_close_rows(plan(x[:rows], decode), want[:rows], 1e-5)
 
 
-# What the arithmetic of a format may cost against the same values in fp32: a property of the format's activations.
+# Tolerance of a format's arithmetic against the same values in fp32: a property of its activations.
 FORMAT_TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2, "int8": 1e-3, "q4_1": 1e-3, "int4": 6e-2}
 
 
 @pytest.mark.parametrize("format_name", FORMAT_TOLERANCE)
-def test_formats_against_their_own_values(backend, format_name):
+def test_formats_against_their_dequantised_values(backend, format_name):
     config = CONFIGS["v3-groups"]()
     layer = random_layer(config)
     weights = packed(layer, format_name)
@@ -170,8 +170,8 @@ def test_experts_and_the_rest_in_different_formats(backend):
 
 
 @pytest.mark.parametrize("format_name", FORMAT_TOLERANCE)
-def test_a_row_is_the_same_in_any_company(isa, format_name):
-    """Alone, in a batch, in either phase's company, grouped or not, on any number of threads: torch.equal."""
+def test_a_row_does_not_depend_on_the_batch(isa, format_name):
+    """Alone, in a batch, with rows of either phase, grouped or not, on any number of threads: torch.equal."""
     config = CONFIGS["v2-groups"]()
     weights = packed(random_layer(config), format_name)
     x = inputs(260)
@@ -195,7 +195,7 @@ def test_all_tokens_to_the_same_experts(backend):
     assert_close_rows(Plan(backend, moe_graph(config), packed(layer, "fp32"))(x), expected(layer, x), 1e-5)
 
 
-def test_one_token_is_not_a_number(backend):
+def test_one_token_is_nan(backend):
     config = CONFIGS["v3-groups"]()
     plan = Plan(backend, moe_graph(config), packed(random_layer(config), "int4"))
     x = inputs(20)
@@ -222,7 +222,7 @@ def test_one_conversion_serves_routed_and_shared_experts():
 
 
 @pytest.mark.skipif(unavailable_reason() is not None, reason="no native build")
-def test_what_the_plan_says_and_refuses():
+def test_descriptions_and_errors_of_the_plan():
     config = CONFIGS["v2-greedy"]()
     backend = CpuBackend(threads=1)
     weights = packed(random_layer(config), "int4")

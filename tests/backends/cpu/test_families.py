@@ -1,4 +1,4 @@
-"""The native plan against Transformers and against the reference backend: every family, rule and format, on every ISA."""
+"""Native plans against Transformers and the reference backend: every family, rule and format, on every ISA."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from support.steps import Part, run_step, runner
 
 from .packing import dequantised, packed_weights
 
-LATENT_RULES = ("mla_absorb", "experts")  # that only families with latent attention or experts have places for
+LATENT_RULES = ("mla_absorb", "experts")  # apply only to families with latent attention or experts
 ALL = [name for name in rules.RULES if name not in LATENT_RULES]
 RULE_SETS = {
     "all": ("qwen3-windows", ALL),
@@ -50,7 +50,7 @@ def test_fp32_equals_transformers(backend, case):
 
 
 @pytest.mark.parametrize("case, names", RULE_SETS.values(), ids=RULE_SETS.keys())
-def test_every_rule_alone_and_left_out(backend, case, names):
+def test_every_rule_alone_and_disabled(backend, case, names):
     model = random_model(CASES[case]())
     graph, _ = rules.apply(build_graph(model.config), names)
     ids = random_ids(model.config, 77)
@@ -67,14 +67,14 @@ def test_long_prompts(backend):
         assert_close_rows(r.logits(ids), transformers_logits(model, ids))
 
 
-# What the arithmetic of a format may cost against the same values in fp32: a property of the format's activations.
+# Tolerance of a format's arithmetic against the same values in fp32: a property of its activations.
 FORMAT_TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2, "int8": 1e-3, "q4_1": 1e-3, "int4": 6e-2, "fp8": 2e-2}
 
 
 @pytest.mark.parametrize("format_name", FORMAT_TOLERANCE)
 @pytest.mark.parametrize("case", ["llama-biases", "qwen2-tied", "qwen3-gqa"])
-def test_formats_against_their_own_values(backend, case, format_name):
-    """Kernel error alone: the reference runs the dequantised weights in fp32."""
+def test_formats_against_their_dequantised_values(backend, case, format_name):
+    """Only the kernels' error: the reference runs the dequantised weights in fp32."""
     model = random_model(CASES[case]())
     graph, _ = rules.apply(build_graph(model.config), None)
     weights = packed_weights(weights_of(model), format_name)
@@ -100,8 +100,8 @@ def test_cache_types(backend, kv, tolerance):
 @pytest.mark.parametrize("kv", ["fp32", "bf16", "int8"])
 @pytest.mark.parametrize("format_name", FORMAT_TOLERANCE)
 @pytest.mark.parametrize("case, phase", [("qwen2-gqa", DECODE), ("qwen2-gqa", PREFILL), ("deepseek_v3-groups", DECODE)])
-def test_a_row_is_the_same_in_any_company(backend, format_name, kv, case, phase):
-    """Within a kernel family rows are torch.equal whatever the chunk, the place and the other sequences."""
+def test_a_row_does_not_depend_on_the_batch(backend, format_name, kv, case, phase):
+    """Within a kernel family, rows are torch.equal for any chunks, positions and other sequences."""
     model = random_model(CASES[case]())
     graph, _ = rules.apply(build_graph(model.config), None)
     r = runner(backend, graph, packed_weights(weights_of(model), format_name), kv=kv)

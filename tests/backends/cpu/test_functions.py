@@ -1,4 +1,4 @@
-"""Ops that are functions of their inputs alone, native against the reference, in every kind of rows that the kernel writes."""
+"""Stateless ops: native against the reference, for every kind of row that the kernels write."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_functions_against_the_reference(backend, name, format_name):
     shapes = weight_shapes(graph)
     weights = packed_weights({n: torch.randn(s, generator=generator) / s[1] ** 0.5 for n, s in shapes.items()}, format_name)
     ids = torch.randint(VOCAB, (TOKENS,), generator=generator).tolist()
-    found = []
+    actual = []
     for r in runner(backend, graph, weights), runner(ReferenceBackend(), graph, dequantised(weights)):
-        found.append(r.plan.run(make_batch([Part(r.sequence(), ids, PREFILL)], r.store), r.store).logits)
-    assert_close_rows(*found, TOLERANCE[format_name])
+        actual.append(r.plan.run(make_batch([Part(r.sequence(), ids, PREFILL)], r.store), r.store).logits)
+    assert_close_rows(*actual, TOLERANCE[format_name])

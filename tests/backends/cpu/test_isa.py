@@ -1,4 +1,4 @@
-"""Which kernels run: forcing a variant, refusing what cannot be, and equality between variants."""
+"""Which kernels run: forcing a variant, errors for unsupported variants, and equality between variants."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_a_family_name_means_its_best_variant():
             assert cpu.CpuBackend(isa=family).isa == members[-1]
 
 
-def test_what_cannot_run_is_refused_by_name():
+def test_unsupported_variants_are_rejected_by_name():
     with pytest.raises(BackendError, match="avx1024"):
         cpu.CpuBackend(isa="avx1024")
     for name in native.isa_names():
@@ -41,7 +41,7 @@ def test_the_default_is_the_best_that_runs_and_never_an_emulation():
 
 @pytest.mark.parametrize("format_name", ["fp32", "bf16", "int8", "int4", "q4_1", "fp8"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_the_native_packer_gives_the_references_bits(backend, format_name, dtype):
+def test_the_native_packer_equals_the_reference_bit_for_bit(backend, format_name, dtype):
     generator = torch.Generator().manual_seed(3)
     for rows, cols in ((1, 1), (16, 32), (17, 33), (50, 130), (129, 64)):
         w = (torch.randn(rows, cols, generator=generator) * 0.1).to(dtype)
@@ -57,8 +57,8 @@ def test_the_native_packer_gives_the_references_bits(backend, format_name, dtype
 
 
 @pytest.mark.parametrize("format_name", ["int4", "q4_1"])
-def test_the_native_packer_searches_as_the_reference_does(backend, format_name):
-    """Enough groups that each choice is the best of some; broken ones and equal magnitudes among them."""
+def test_the_native_packer_searches_like_the_reference(backend, format_name):
+    """Enough groups that each choice is the best of some, including non-finite groups and equal magnitudes."""
     generator = torch.Generator().manual_seed(6)
     w = torch.randn(320, 1000, generator=generator) * torch.logspace(-8, 5, 320)[:, None]
     w[::7, 40], w[3::7, 50] = torch.nan, -torch.inf
@@ -74,7 +74,7 @@ def test_the_native_packer_searches_as_the_reference_does(backend, format_name):
 
 
 @pytest.mark.parametrize("format_name, block_bytes", [("int8", 34), ("int4", 18), ("q4_1", 20)])
-def test_the_native_packer_repacks_ggml_blocks_as_the_reference_does(backend, format_name, block_bytes):
+def test_the_native_packer_repacks_ggml_blocks_like_the_reference(backend, format_name, block_bytes):
     generator = torch.Generator().manual_seed(4)
     for rows, groups in ((1, 1), (16, 2), (17, 3), (50, 5), (129, 2)):
         blocks = torch.randint(0, 256, (rows, groups * block_bytes), dtype=torch.uint8, generator=generator)
@@ -90,7 +90,7 @@ def test_the_native_packer_repacks_ggml_blocks_as_the_reference_does(backend, fo
         backend.pack(blocks[:, 1:], format_name)
 
 
-def test_the_native_packer_takes_e4m3_blocks_as_the_reference_does(backend):
+def test_the_native_packer_reads_e4m3_blocks_like_the_reference(backend):
     generator = torch.Generator().manual_seed(8)
     for rows, cols in ((1, 1), (128, 128), (17, 300), (300, 130)):
         codes, scale = fp8.quantise(torch.randn(rows, cols, generator=generator))
@@ -108,8 +108,8 @@ def test_the_native_packer_takes_e4m3_blocks_as_the_reference_does(backend):
             packer(codes, "int8", scale=scale)
 
 
-def test_fp8_products_are_near_and_the_same_in_any_company(backend):
-    """Every way through the kernel: streamed, in panels, tails of tiles and of blocks; E4M3's subnormals among the weights."""
+def test_fp8_products_are_close_and_independent_of_the_batch(backend):
+    """Every path of the kernel: streamed, in panels, partial tiles and blocks; weights include E4M3's subnormals."""
     generator = torch.Generator().manual_seed(9)
     for rows, cols in ((5, 3), (70, 100), (200, 333)):
         w = torch.randn(rows, cols, generator=generator) * torch.rand(rows, cols, generator=generator) ** 12

@@ -1,5 +1,5 @@
-"""Modes of attention over keys and values in native plans, on every ISA: against the reference, in pieces, in company, with
-blocks gone."""
+"""Attention modes over keys and values in native plans, on every ISA: against the reference, in chunks, in batches, with
+dropped blocks."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def graph_of(model: Any, mode: AttentionMode, names: list[str] | None = None) ->
 
 @PHASES
 @MODES
-def test_logits_of_the_reference(backend, mode, phase):
-    """No row of these has a tie: rows that do are rare."""
+def test_logits_equal_the_reference(backend, mode, phase):
+    """None of these rows has a tie, which is rare."""
     model = model_of()
     graph, ids = graph_of(model, mode), random_ids(model.config, 600)
     expected = runner(ReferenceBackend(), graph, weights_of(model)).logits(ids)
@@ -51,7 +51,7 @@ def test_logits_of_the_reference(backend, mode, phase):
     "name", ["llama-mqa", "llama-wide-heads", "qwen2-gqa", "qwen2-windows", "qwen3-gqa", "qwen3-layer-types"]
 )
 def test_families(backend, name, mode):
-    """With rules and without; a model's own windows stay."""
+    """With and without rules; a model's own windows stay."""
     model = random_model(CASES[name]())
     ids = random_ids(model.config, 300)
     for names in (None, []):
@@ -63,20 +63,20 @@ def test_families(backend, name, mode):
 @pytest.mark.parametrize("kv", ["bf16", "int8"])
 @MODES
 def test_small_caches(backend, mode, kv):
-    """In the mean over rows: rounding also makes near estimates change places, and who sees another block is another row."""
+    """Mean over rows: rounding can also change the order of close estimates, and a row with another block differs."""
     model = model_of()
     graph, ids = graph_of(model, mode), random_ids(model.config, 400)
     expected = runner(ReferenceBackend(), graph, weights_of(model), kv=kv).logits(ids)
     made = runner(backend, graph, packed_weights(weights_of(model), "fp32"), kv=kv).logits(ids)
     error = (made - expected).abs().amax(-1) / expected.abs().amax(-1)
     assert error.mean() <= 1e-2
-    assert error[: SPARSE.budget].max() <= 2e-2  # rows that choose nothing
+    assert error[: SPARSE.budget].max() <= 2e-2  # rows without a choice
 
 
 @pytest.mark.parametrize("kv", ["fp32", "bf16", "int8"])
 @PHASES
-def test_what_covers_everything_is_flash(backend, phase, kv):
-    """To the bit, also where the sinks alone make up what the window lacks."""
+def test_full_coverage_equals_flash(backend, phase, kv):
+    """Bitwise equal, also if only the sinks make the window complete."""
     model = model_of()
     ids, weights = random_ids(model.config, 330), packed_weights(weights_of(model), "bf16")
     flash = runner(backend, graph_of(model, AttentionMode()), weights, kv=kv).logits(ids, phase=phase)
@@ -90,8 +90,8 @@ def test_what_covers_everything_is_flash(backend, phase, kv):
 @pytest.mark.parametrize("kv", ["fp32", "bf16", "int8"])
 @PHASES
 @MODES
-def test_rows_are_the_same_in_any_company(backend, mode, phase, kv):
-    """Whatever the pieces and the other sequences; and once no row sees a block, it need not be there."""
+def test_rows_do_not_depend_on_the_batch(backend, mode, phase, kv):
+    """For any chunks and other sequences; and a block that is visible to no row may be missing."""
     model = model_of()
     r = runner(backend, graph_of(model, mode), packed_weights(weights_of(model), "bf16"), kv=kv)
     ids = random_ids(model.config, 330)
@@ -107,7 +107,7 @@ def test_rows_are_the_same_in_any_company(backend, mode, phase, kv):
     assert torch.equal(alone, torch.cat(rows))
 
 
-def test_holes_that_are_seen_are_refused(backend):
+def test_visible_missing_blocks_are_rejected(backend):
     model = model_of()
     for mode, hole in ((SLIDING, 0), (SLIDING, 3), (SPARSE, 2), (AttentionMode(), 2)):
         r = runner(backend, graph_of(model, mode), packed_weights(weights_of(model), "fp32"))
@@ -119,15 +119,15 @@ def test_holes_that_are_seen_are_refused(backend):
             r.plan.run(batch, r.store)
 
 
-def test_what_a_cache_with_summaries_takes():
-    """Two numbers more for each of a block's 64; and a plan that chooses refuses a cache without."""
+def test_bytes_of_a_cache_with_summaries():
+    """Two more elements for each of a block's 64; and a plan with sparse attention rejects a cache without them."""
     spec = CacheSpec(3, 2, 16)
     for kv, number in (("fp32", 4), ("bf16", 2), ("int8", 2)):
         plain, more = (native.block_bytes(CacheSpec(3, 2, 16, summaries), kv) for summaries in (False, True))
         assert more - plain == 2 * number * spec.layers * spec.kv_heads * spec.head_dim
 
 
-def test_a_cache_without_summaries_is_refused(backend):
+def test_a_cache_without_summaries_is_rejected(backend):
     model = model_of()
     r = runner(backend, graph_of(model, SPARSE), packed_weights(weights_of(model), "fp32"))
     r.store = backend.new_store(graph_of(model, SLIDING), "fp32", 8)

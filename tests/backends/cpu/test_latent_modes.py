@@ -1,4 +1,5 @@
-"""Modes of latent attention in native plans, on every ISA: against the reference, in pieces, in company, with blocks gone."""
+"""Modes of latent attention in native plans, on every ISA: against the reference, in chunks, in batches, with blocks
+dropped."""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ SPARSE = AttentionMode("sparse", window=40, sinks=5, budget=192)
 
 
 def latent_model(v32: bool = False):
-    if v32:  # without experts, whose near ties would say nothing of attention
+    if v32:  # without experts, whose near ties are unrelated to attention
         return random_model(deepseek_v32(first_k_dense_replace=3, index_topk=40))
     sizes = {"kv_lora_rank": 96, "qk_nope_head_dim": 16, "qk_rope_head_dim": 64, "v_head_dim": 48}
     return random_model(youtu(num_attention_heads=20, num_hidden_layers=2, **sizes))
@@ -32,7 +33,7 @@ def graph_of(model, mode: AttentionMode, absorbed: bool = True) -> Graph:
     return apply_mode(graph, mode)[0]
 
 
-# How rows are attended to: whether the graph's form is absorbed, and the phase.
+# Forms of attention: whether the graph is absorbed, and the phase.
 WAYS = {"absorbed": (True, DECODE), "expanded": (False, PREFILL), "cheaper": (True, PREFILL)}
 
 
@@ -60,8 +61,8 @@ def test_sliding_over_small_caches(backend, kv, tolerance):
 
 @pytest.mark.parametrize("kv", ["fp32", "bf16", "int8"])
 @pytest.mark.parametrize("way", ["absorbed", "expanded"])
-def test_a_window_over_everything_is_none(backend, way, kv):
-    """To the bit, also where the sinks alone make up what the window lacks."""
+def test_a_window_over_everything_equals_flash(backend, way, kv):
+    """Bitwise equal, also if only the sinks make the window complete."""
     model, (absorbed, phase) = latent_model(), WAYS[way]
     ids, weights = random_ids(model.config, 300), packed_weights(weights_of(model), "bf16")
     flash = runner(backend, graph_of(model, AttentionMode(), absorbed), weights, kv=kv).logits(ids, phase=phase)
@@ -72,8 +73,8 @@ def test_a_window_over_everything_is_none(backend, way, kv):
 
 @pytest.mark.parametrize("kv", ["fp32", "bf16", "int8"])
 @pytest.mark.parametrize("way", ["absorbed", "expanded"])
-def test_rows_under_a_window_are_the_same_in_any_company(backend, way, kv):
-    """Whatever the chunks and the other sequences; and once no row sees a block, it need not be there."""
+def test_rows_with_a_window_do_not_depend_on_the_batch(backend, way, kv):
+    """For any chunks and other sequences; and a block that is visible to no row may be missing."""
     model, (absorbed, phase) = latent_model(), WAYS[way]
     r = runner(backend, graph_of(model, SLIDING, absorbed), packed_weights(weights_of(model), "bf16"), kv=kv)
     ids = random_ids(model.config, 330)
@@ -89,7 +90,7 @@ def test_rows_under_a_window_are_the_same_in_any_company(backend, way, kv):
 
 
 def test_sparse_equals_the_reference(backend):
-    """No row of these has a tie: rows that do are rare."""
+    """None of these rows has a tie, which is rare."""
     model = latent_model()
     graph, ids = graph_of(model, SPARSE), random_ids(model.config, 600)
     expected = runner(ReferenceBackend(), graph, weights_of(model)).logits(ids)
@@ -101,19 +102,19 @@ def test_sparse_equals_the_reference(backend):
 
 @pytest.mark.parametrize("kv", ["bf16", "int8"])
 def test_sparse_over_small_caches(backend, kv):
-    """In the mean over rows: rounding also makes near estimates change places, and who sees another block is another row."""
+    """Mean over rows: rounding can also change the order of close estimates, and a row with another block differs."""
     model = latent_model()
     ids, weights = random_ids(model.config, 400), packed_weights(weights_of(model), "fp32")
     expected = runner(ReferenceBackend(), graph_of(model, SPARSE), weights_of(model), kv=kv).logits(ids)
     made = runner(backend, graph_of(model, SPARSE), weights, kv=kv).logits(ids)
     error = (made - expected).abs().amax(-1) / expected.abs().amax(-1)
     assert error.mean() <= 2e-2
-    assert error[: SPARSE.budget].max() <= 2e-2  # that see all
+    assert error[: SPARSE.budget].max() <= 2e-2  # rows with full attention
 
 
 @pytest.mark.parametrize("kv", ["fp32", "bf16", "int8"])
-def test_sparse_rows_are_the_same_in_any_company(backend, kv):
-    """Whatever the chunks and the other sequences; and those that see all have the bits of no choice."""
+def test_sparse_rows_do_not_depend_on_the_batch(backend, kv):
+    """For any chunks and other sequences; rows with full attention are bitwise equal to those without a choice."""
     model = latent_model()
     weights = packed_weights(weights_of(model), "bf16")
     r = runner(backend, graph_of(model, SPARSE), weights, kv=kv)
@@ -131,7 +132,7 @@ def test_sparse_rows_are_the_same_in_any_company(backend, kv):
     assert torch.equal(alone, torch.cat(rows))
 
 
-def test_a_trained_indexer_stays_under_sparse_attention(backend):
+def test_sparse_attention_keeps_a_trained_indexer(backend):
     model = latent_model(v32=True)
     weights, ids = packed_weights(weights_of(model), "fp32"), random_ids(model.config, 300)
     flash, sparse = (runner(backend, graph_of(model, mode), weights).logits(ids) for mode in (AttentionMode(), SPARSE))

@@ -1,4 +1,4 @@
-"""Where values change kind: written by their maker where all readers agree, else converted once."""
+"""Where values change their row kind: written by the producer if all consumers agree, otherwise converted once."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_fp32_needs_no_converts():
     assert all(v.kind == "f32" for n in graph.nodes for v in n.outputs)
 
 
-def test_makers_write_what_their_readers_read():
+def test_producers_write_the_kind_of_their_consumers():
     graph = lowered(lambda w: "int4", KINDS)
     for node in graph.nodes:
         if node.op in ("linear", "gate_up", "lm_head"):
@@ -32,7 +32,7 @@ def test_makers_write_what_their_readers_read():
             assert maker.op in ("rms_norm", "add_rms_norm", "attention", "gate_up", "swiglu", "convert")
 
 
-def test_a_value_read_in_two_kinds_is_made_in_f32_and_converted_once_each():
+def test_values_read_in_two_kinds_are_f32_and_converted_once_each():
     graph = lowered(lambda w: "int8" if "v_proj" in w else "int4", KINDS)
     first = [
         n for n in graph.nodes if n.op == "linear" and any(".layers.0.self_attn." in w and "o_proj" not in w for w in n.weights)
@@ -52,7 +52,7 @@ def test_gate_and_up_of_unequal_formats_are_split():
     assert [n for n in graph.nodes if n.op == "swiglu"]
 
 
-def test_every_value_is_made_before_it_is_read():
+def test_every_value_is_written_before_it_is_read():
     for formats in (lambda w: "int4", lambda w: "int8" if "down" in w else "fp32"):
         for names in (None, []):
             seen = set()
@@ -61,8 +61,8 @@ def test_every_value_is_made_before_it_is_read():
                 seen |= set(node.outputs)
 
 
-def test_nodes_that_lowering_makes_fit_their_specs():
-    """Unless the model made them: the absorbed form of latent attention has operands of its own."""
+def test_lowered_nodes_match_their_specs():
+    """Except nodes of the model: the absorbed form of latent attention has its own operands."""
     seen = set()
     for case in CASES:
         for names in (None, []):

@@ -1,4 +1,4 @@
-"""Latent attention in native plans: forms, formats, caches and company, with youtu (dense) as the model."""
+"""Latent attention in native plans: absorbed and expanded, formats, caches and batches, with youtu (dense) as the model."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ FORMATS = {
     "int8": 1e-2,
     "int4": 6e-2,
     "fp8": 4e-2,
-}  # of the row's largest, against their own values
+}  # relative to the row's largest, against the dequantised values
 
 
 def latent_model(shape, **fields):
@@ -46,7 +46,7 @@ def graph_of(model, form="absorbed"):
     return rules.apply(build_graph(model.config), [n for n in rules.RULES if form == "absorbed" or n != "mla_absorb"])[0]
 
 
-# How rows are attended to: graph's form, phase. Prefill of an absorbed graph takes the form that costs less.
+# Forms of attention: the graph's form, the phase. Prefill of an absorbed graph uses the cheaper form.
 WAYS = {"absorbed": ("absorbed", DECODE), "expanded": ("expanded", PREFILL), "cheaper": ("absorbed", PREFILL)}
 
 
@@ -63,7 +63,7 @@ def test_fp32_equals_transformers(backend, shape, way):
 
 @pytest.mark.parametrize("format_name", FORMATS)
 @pytest.mark.parametrize("shape", ["odd", "tiles"])
-def test_formats_against_their_own_values(backend, shape, format_name):
+def test_formats_against_their_dequantised_values(backend, shape, format_name):
     model = latent_model(shape)
     weights = packed_weights(weights_of(model), format_name)
     ids = random_ids(model.config, 70)
@@ -88,8 +88,8 @@ def test_cache_types(backend, kv, tolerance):
 @pytest.mark.parametrize("kv", ["fp32", "bf16", "int8"])
 @pytest.mark.parametrize("format_name", ["fp32", "bf16", "int8"])
 @pytest.mark.parametrize("form, phase", [WAYS["absorbed"], WAYS["expanded"], ("expanded", DECODE)])
-def test_a_row_is_the_same_in_any_company(backend, format_name, kv, form, phase):
-    """Rows of a form are torch.equal whatever the chunk, the place, the threads and the other sequences."""
+def test_a_row_does_not_depend_on_the_batch(backend, format_name, kv, form, phase):
+    """Rows of a form are torch.equal for any chunks, positions, threads and other sequences."""
     model = latent_model("two-sets")
     graph, weights = graph_of(model, form), packed_weights(weights_of(model), format_name)
     r = runner(backend, graph, weights, kv=kv)
@@ -110,9 +110,9 @@ def test_a_row_is_the_same_in_any_company(backend, format_name, kv, form, phase)
 
 
 @pytest.mark.parametrize("shape", ["tiles", "two-sets"])
-def test_prefill_takes_the_form_of_fewer_multiply_adds(backend, shape):
-    """Which form it was shows in the last bits: with a cache in bf16 the two differ. One layer: what is cached depends on none.
-    Weights in fp32: their products are of one family in both phases, on every ISA."""
+def test_prefill_uses_the_form_with_fewer_multiply_adds(backend, shape):
+    """The last bits show which form was used: with a bf16 cache the two differ. One layer, so that the cache does not depend on
+    the form. fp32 weights, whose products use one kernel family in both phases, on every ISA."""
     model = latent_model(shape, num_hidden_layers=1)
     _, rank, nope, rope, v_dim = SHAPES[shape]
     weights = packed_weights(weights_of(model), "fp32")
@@ -123,14 +123,14 @@ def test_prefill_takes_the_form_of_fewer_multiply_adds(backend, shape):
             rows * rank * (nope + v_dim) + pairs * (2 * rank + rope)
         )
         ids = random_ids(model.config, made)
-        got = after(absorbing, ids, context, PREFILL)
+        actual = after(absorbing, ids, context, PREFILL)
         absorbed, expanded = after(absorbing, ids, context, DECODE), after(expanding, ids, context, PREFILL)
         assert not torch.equal(absorbed, expanded)
-        assert torch.equal(got, expanded if cheaper else absorbed), f"{rows} rows after {context}"
+        assert torch.equal(actual, expanded if cheaper else absorbed), f"{rows} rows after {context}"
 
 
 def after(r, ids, context, phase):
-    """Logits of ids[context:] in a step of their own."""
+    """Logits of ids[context:] in a separate step."""
     mine = r.sequence()
     if context:
         run_step(r.plan, r.store, [Part(mine, ids[:context], DECODE)])
@@ -140,17 +140,17 @@ def after(r, ids, context, phase):
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_nan_reaches_no_row_before_it(backend, way):
-    """Neither from the same step nor from a block's tail that another sequence left behind."""
+def test_a_nan_does_not_affect_earlier_rows(backend, way):
+    """Neither from the same step nor from the end of a block that another sequence has used."""
     model, (form, phase) = latent_model("tiles"), WAYS[way]
     for kv in ("fp32", "bf16", "int8"):
         r = runner(backend, graph_of(model, form), packed_weights(weights_of(model), "bf16"), kv=kv, blocks=12)
         embeds = model.get_input_embeddings().weight[random_ids(model.config, 70)].detach().clone()
         expected = prefill_embeds(r, embeds, phase)
         embeds[41] = torch.nan
-        got = prefill_embeds(r, embeds, phase)
-        assert torch.equal(got[:41], expected[:41])
-        assert got[41:].isnan().all()
+        actual = prefill_embeds(r, embeds, phase)
+        assert torch.equal(actual[:41], expected[:41])
+        assert actual[41:].isnan().all()
         embeds[41] = 0.0
         assert torch.equal(prefill_embeds(r, embeds, phase)[:41], expected[:41])
 
@@ -163,7 +163,7 @@ def prefill_embeds(r, embeds, phase):
 
 
 def test_crop_and_shared_blocks(backend):
-    """A sequence that was cut back, or branched off another, goes on as a fresh one."""
+    """A cropped or forked sequence continues like a new one."""
     model = latent_model("odd")
     r = runner(backend, graph_of(model), packed_weights(weights_of(model), "bf16"), kv="bf16")
     ids, other = random_ids(model.config, 100), random_ids(model.config, 60, seed=7)
@@ -173,12 +173,12 @@ def test_crop_and_shared_blocks(backend):
     branch = mine.fork()
     for blocks in (mine, branch):
         blocks.crop(50)
-        got = run_step(r.plan, r.store, [Part(blocks, other, DECODE)]).logits
-        assert torch.equal(got, expected[50:])
+        actual = run_step(r.plan, r.store, [Part(blocks, other, DECODE)]).logits
+        assert torch.equal(actual, expected[50:])
 
 
 def test_stacks_of_heads():
-    """Keys are kv_b's values transposed, in bf16; values are its own tiles where rows of heads fill whole ones."""
+    """Keys are kv_b's values transposed, in bf16; values are its tiles if a head's rows fill whole tiles."""
     model = latent_model("tiles")
     heads, rank, nope, _, v_dim = SHAPES["tiles"]
     graph, context = graph_of(model), CpuBackend().context
@@ -199,14 +199,14 @@ def test_stacks_of_heads():
     assert forms["mla_absorb"]["bytes"] == keys.nbytes and forms["mla_value"]["bytes"] == values.nbytes
 
 
-def test_values_that_fill_no_tiles_are_bf16():
+def test_values_that_are_not_multiples_of_tiles_are_bf16():
     model = latent_model("odd")
     weights = packed_weights(weights_of(model), "int4")
     stacks = absorbed_stacks(CpuBackend().context, graph_of(model), weights)
     assert {s.format for s in stacks.values()} == {"bf16"}
 
 
-def test_a_kv_b_that_does_not_fit_is_named():
+def test_a_kv_b_of_the_wrong_shape_is_named():
     model = latent_model("odd")
     weights = packed_weights(weights_of(model), "bf16")
     name = "model.layers.1.self_attn.kv_b_proj.weight"

@@ -1,4 +1,4 @@
-"""Packing and single products outside plans: any tensor works, or is refused by name."""
+"""Packing and single products outside plans: any tensor works, or raises an error that names it."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ def test_packs_views(cpu, view, dtype):
 
 
 @pytest.mark.parametrize("shape", [(0, 64), (5, 0)])
-def test_refuses_empty_matrices(cpu, shape):
+def test_empty_matrices_are_rejected(cpu, shape):
     with pytest.raises(ValueError, match="a matrix of"):
         cpu.pack(torch.empty(shape), "int8")
 
 
 @pytest.mark.parametrize("length", [19, 21, 1])
-def test_refuses_a_bias_of_another_length(cpu, length):
+def test_a_bias_of_another_length_is_rejected(cpu, length):
     matrix = PackedMatrix("fp32", 20, 32, cpu.pack(torch.ones(20, 32), "fp32"))
     assert torch.equal(cpu.linear(torch.ones(1, 32), matrix, torch.ones(20)), torch.full((1, 20), 33.0))
     with pytest.raises(ValueError, match="bias must be contiguous"):
@@ -57,8 +57,8 @@ def test_gradient_of_a_packed_product(cpu, format, rows, cols):
     weight = cpu.unpack(matrix).double()
     for dtype, unit in ((torch.float32, 2.0**-24), (torch.bfloat16, 2.0**-8)):  # bf16: the weight is rounded too
         grad = torch.randn(2, 9, rows).to(dtype)
-        found = cpu.linear_gradient(grad, matrix)
-        assert found.shape == (2, 9, cols) and found.dtype == torch.float32
+        actual = cpu.linear_gradient(grad, matrix)
+        assert actual.shape == (2, 9, cols) and actual.dtype == torch.float32
         bound = (unit + rows * 2.0**-23) * (grad.double().abs() @ weight.abs())
-        assert ((found.double() - grad.double() @ weight).abs() <= bound).all()
+        assert ((actual.double() - grad.double() @ weight).abs() <= bound).all()
     assert cpu.linear_gradient(torch.randn(0, rows), matrix).shape == (0, cols)

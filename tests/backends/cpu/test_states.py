@@ -1,4 +1,4 @@
-"""`state_in`, `concat`, and the last hidden state by itself, in whole plans."""
+"""`state_in`, `concat`, and the output of the last hidden state, in whole plans."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2, "int8": 1e-3, "int4": 6e-2}  # see test
 
 
 def with_states(graph: Graph, weight: str) -> Graph:
-    """The graph with [embedding, state] W in place of the embedding, as an MTP layer begins."""
+    """The graph with [embedding, state] W instead of the embedding, like the beginning of an MTP layer."""
     embedding = graph.nodes[0]
     x = embedding.outputs[0]
     first, state, both = Value("first", x.width), Value("state", x.width), Value("both", 2 * x.width)
@@ -59,8 +59,8 @@ def test_states_against_the_reference(backend, format_name, fused):
     assert_close_rows(native.last_hidden, reference.last_hidden, TOLERANCE[format_name])
 
 
-def test_last_hidden_is_the_last_of_all(backend):
-    """With the head on some rows only: all rows have their state all the same, and logits do not change by the asking."""
+def test_last_hidden_is_the_last_hidden_state(backend):
+    """With the head on some rows only, all rows have their state, and requesting states does not change logits."""
     model = random_model(CASES["qwen3-gqa"]())
     graph, _ = rules.apply(build_graph(model.config), None)
     r = runner(backend, graph, packed_weights(weights_of(model), "fp32"))
@@ -78,7 +78,7 @@ def test_last_hidden_is_the_last_of_all(backend):
     assert all(torch.equal(m.logits, both.logits) for m in made)
 
 
-def test_states_of_a_wrong_shape_are_refused(backend):
+def test_states_of_a_wrong_shape_are_rejected(backend):
     model = random_model(CASES["llama-gqa"]())
     graph, _ = rules.apply(with_states(build_graph(model.config), "in.weight"), None)
     hidden = model.config.hidden_size

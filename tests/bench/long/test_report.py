@@ -1,4 +1,4 @@
-"""What a report of long texts shows, in the terminal and on the page."""
+"""The report on long texts, in the terminal and as an HTML page."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rich.console import Console
 
 from deepseek_optimizer.bench.charts import panels
 from deepseek_optimizer.bench.long.report import page, plot, sections
-from deepseek_optimizer.bench.table import show_sections
+from deepseek_optimizer.bench.terminal import show_sections
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -40,7 +40,7 @@ def found():
     }  # fmt: skip
 
 
-def test_the_table_has_modes_side_by_side_and_reasons(found):
+def test_table_compares_modes_and_gives_reasons(found):
     text = io.StringIO()
     show_sections(Console(file=text, width=120), sections(found))
     shown = text.getvalue()
@@ -52,21 +52,21 @@ def test_the_table_has_modes_side_by_side_and_reasons(found):
         assert part in shown, part
 
 
-def test_the_page_has_one_plot_and_no_markup_of_others(found):
+def test_page_has_one_plot_and_escapes_markup(found):
     text = page(found)
     assert text.count("<svg") == 1 and "m <b>" not in text and "<signal>" not in text and "m &lt;b&gt;" in text
 
 
-def test_the_plot_has_a_line_for_each_mode_in_each_panel(found):
+def test_plot_has_a_line_per_mode_in_each_panel(found):
     root = ElementTree.fromstring(plot(found).svg)
     lines = _lines(root)
     assert len(lines) == 5 * 2
-    assert [len(points) for _, points in lines] == [1, 2] * 4 + [1, 1]  # two memories are not known
+    assert [len(points) for _, points in lines] == [1, 2] * 4 + [1, 1]  # two memory values are unknown
     assert len({colour for colour, _ in lines}) == 2
     assert "accuracy, %, sparse: 75 at 4K, 50 at 8K" in root[1].text
 
 
-def test_panels_place_lengths_by_doublings():
+def test_panels_have_a_logarithmic_length_axis():
     root = ElementTree.fromstring(panels("t", {"f": {"a": [(1024, 1.0), (4096, 4.0), (65536, 2.0)]}}, "x").svg)
     ((_, points),) = _lines(root)
     (x0, low), (x1, high), (x2, middle) = points
@@ -75,7 +75,7 @@ def test_panels_place_lengths_by_doublings():
 
 
 def _lines(root):
-    """(colour, points) of each line that a panel draws, without that of the legend."""
+    """(colour, points) of each line of a panel, without the legend's."""
     found = []
     for group in root.iter(f"{SVG}g"):
         name = group.get("id", "")

@@ -1,4 +1,4 @@
-"""Running modes over long texts: what a side prints, what becomes of it, and sides that fail."""
+"""Attention modes over long texts: what a side process prints, how it is evaluated, and sides that fail."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def _measured(mode, **fields):
     return {"length": 2048, "task": "single", "score": 1.0, "run": run, "answer": mode, **fields}
 
 
-def test_a_side_measures_what_it_was_asked_for(roomy_model):
+def test_a_side_measures_the_requested_cases(roomy_model):
     config = {"precision": "fp32", "threads": 1}
     lines = list(
         side.measure(_arguments(roomy_model, config=config, tasks=["single", "common"], samples=2, lengths=[2048, 4096]))
@@ -50,7 +50,7 @@ def test_a_side_measures_what_it_was_asked_for(roomy_model):
     assert lines[6]["length"] == 4096 and "context of 2,048" in lines[6]["error"] and len(lines) == 7
 
 
-def test_a_longer_context_can_be_asked_for(roomy_model):
+def test_a_longer_context_can_be_requested(roomy_model):
     request = LongRequest(str(roomy_model), {"context_extension": "yarn"}, lengths=[2048, 3000], tasks=["single"], samples=1)
     command = request.command(roomy_model, "flash")
     config = json.loads(command[command.index("--config") + 1])
@@ -60,7 +60,7 @@ def test_a_longer_context_can_be_asked_for(roomy_model):
     assert [line.get("length") for line in lines] == [None, 3000, 3000] and lines[2]["memory_bytes"] is not None
 
 
-def test_an_answer_ends_where_the_model_ends_it(byte_tokenizer):
+def test_an_answer_ends_at_the_end_token(byte_tokenizer):
     import torch
 
     class Model:
@@ -79,7 +79,7 @@ def test_an_answer_ends_where_the_model_ends_it(byte_tokenizer):
     assert ids == [65, 66] and len(times.times) == side.NEW and times.prompt == 3
 
 
-def test_a_length_that_fails_leaves_the_others(roomy_model, monkeypatch):
+def test_a_failed_length_does_not_affect_others(roomy_model, monkeypatch):
     def scored(model, tokenizer, sample):
         if sample.tokens > 1500:
             raise CacheFullError(9, 1)
@@ -91,7 +91,7 @@ def test_a_length_that_fails_leaves_the_others(roomy_model, monkeypatch):
     assert lines[2]["score"] == 1 and lines[3]["length"] == 1400 and "memory_bytes" in lines[3]
 
 
-def test_a_model_that_cannot_be_had(roomy_model, tmp_path):
+def test_a_model_that_cannot_be_loaded(roomy_model, tmp_path):
     assert (
         "attention_optimization"
         in next(side.measure(_arguments(roomy_model, config={"attention_optimization": "no"})))["error"]
@@ -100,7 +100,7 @@ def test_a_model_that_cannot_be_had(roomy_model, tmp_path):
     assert len(lines) == 1 and "nowhere" in lines[0]["error"]
 
 
-def test_rows_hold_means_medians_or_a_reason():
+def test_rows_have_means_and_medians_or_a_reason():
     lines = [
         {"backend": "cpu", "threads": 2, "load_s": 1.0},
         _measured("a"), _measured("b", score=0.0), _measured("c", task="qa", score=0.25),
@@ -119,7 +119,7 @@ def test_rows_hold_means_medians_or_a_reason():
 
 
 def _sides(**modes):
-    """Stands in for processes: mode -> its lines."""
+    """Replaces the processes: mode -> its output lines."""
 
     def start(command):
         config = json.loads(command[command.index("--config") + 1])
@@ -128,7 +128,7 @@ def _sides(**modes):
     return start
 
 
-def test_a_mode_that_cannot_be_had_is_reported_and_the_others_run(tmp_path):
+def test_unsupported_modes_are_reported_and_others_run(tmp_path):
     loaded = {"backend": "cpu", "threads": 2, "load_s": 1.0}
     sides = _sides(flash=[loaded, _measured("flash"), {"length": 2048, "memory_bytes": None}], sparse=[{"error": "not here"}])
     seen, notes = [], []
@@ -140,13 +140,13 @@ def test_a_mode_that_cannot_be_had_is_reported_and_the_others_run(tmp_path):
     json.dumps(report)
 
 
-def test_no_mode_at_all_is_an_error(tmp_path):
+def test_no_supported_mode_is_an_error(tmp_path):
     with pytest.raises(ConfigError, match="not here"):
         run(LongRequest(str(tmp_path), modes=["sparse"]), side=_sides(sparse=[{"error": "not here"}]))
 
 
 @pytest.mark.parametrize("fields, error", [({"precision": "int3"}, ConfigError), ({}, CheckpointError)])
-def test_nothing_is_started_for_what_cannot_work(tmp_path, fields, error):
+def test_invalid_requests_start_no_process(tmp_path, fields, error):
     with pytest.raises(error, match="precision" if fields else "nowhere"):
         run(LongRequest(str(tmp_path if fields else tmp_path / "nowhere"), fields), side=_sides())
 
@@ -180,7 +180,7 @@ def test_lines_of_a_process(end, last):
     assert lines[0] == {"n": 1} and lines[-1] == last
 
 
-def test_a_process_ends_with_whoever_reads_it():
+def test_a_process_ends_with_its_reader():
     lines = printed(
         [sys.executable, "-c", "import os, time; print('{\"pid\": %d}' % os.getpid(), flush=True); time.sleep(600)"]
     )

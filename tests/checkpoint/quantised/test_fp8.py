@@ -1,4 +1,4 @@
-"""FP8 checkpoints: read as they are, dequantised, or refused by name."""
+"""FP8 checkpoints: read unchanged, dequantised, or rejected with an error that names the tensor."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def stored(scale_dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("scale_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("panel", [700, 1 << 21])
-def test_kept_as_it_is_or_dequantised(tmp_path, monkeypatch, scale_dtype, panel):
+def test_kept_unchanged_or_dequantised(tmp_path, monkeypatch, scale_dtype, panel):
     monkeypatch.setattr(checkpoint_base, "PANEL_ELEMENTS", panel)
     tensors = stored(scale_dtype)
     real = dequantised(tensors)
@@ -67,7 +67,7 @@ def test_kept_as_it_is_or_dequantised(tmp_path, monkeypatch, scale_dtype, panel)
 
 
 def test_stacks_of_experts(tmp_path):
-    """Tensor by tensor, as DeepSeek publishes them."""
+    """Tensor by tensor, as published by DeepSeek."""
     floats = {
         f"m.experts.{e}.{role}_proj.weight": torch.randn(136 if role != "down" else 72, 72 if role != "down" else 136)
         for e in range(3)
@@ -116,7 +116,7 @@ WRONG_HEADERS = {
 
 
 @pytest.mark.parametrize(("change", "tensor", "why"), WRONG_HEADERS.values(), ids=WRONG_HEADERS.keys())
-def test_headers_that_do_not_fit(tmp_path, change, tensor, why):
+def test_inconsistent_headers(tmp_path, change, tensor, why):
     with pytest.raises(CheckpointError, match=why) as caught:
         open_checkpoint(write(tmp_path / "m", spoilt(change)))
     assert caught.value.tensor == tensor and caught.value.file.endswith("model.safetensors")
@@ -124,7 +124,7 @@ def test_headers_that_do_not_fit(tmp_path, change, tensor, why):
 
 @pytest.mark.parametrize("bad", [0.0, -1.0, torch.nan, torch.inf])
 @pytest.mark.parametrize("format", ["fp8", "int8"])
-def test_scales_that_are_none(tmp_path, bad, format):
+def test_invalid_scales(tmp_path, bad, format):
     def change(tensors):
         tensors[SCALES][2, 1] = bad
 

@@ -1,4 +1,4 @@
-"""Grammars: whatever a model that knows nothing writes under a mask is valid, and strangers' grammars harm no one."""
+"""Grammars: random tokens under a mask always give valid text, and users' grammars cannot harm the server."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from support.schemas import GOOD, REFUSED, deep
 from support.tiny_v3 import tiny_v3
 
 pytest.importorskip("xgrammar")
-PADDED = 40  # logits beyond the tokenizer's tokens
+PADDED = 40  # logits in addition to the tokenizer's tokens
 WEATHER = {
     "type": "object",
     "properties": {"city": {"type": "string", "maxLength": 8}, "days": {"type": "integer", "minimum": 1, "maximum": 9}},
@@ -66,8 +66,8 @@ def check_schema(compiler, model, schema, texts):
     jsonschema_rs = pytest.importorskip("jsonschema_rs")
     validator = jsonschema_rs.validator_for(schema, validate_formats=True)
     compiled = compiler.json_schema(schema)
-    found = [model.text(compiled, seed) for seed in range(texts)]
-    ended = [text for text in found if text is not None]
+    result = [model.text(compiled, seed) for seed in range(texts)]
+    ended = [text for text in result if text is not None]
     assert len(ended) > texts // 2
     for text in ended:
         assert validator.is_valid(json.loads(text)), text
@@ -89,7 +89,7 @@ def smollm2():
     from transformers import AutoTokenizer
 
     from deepseek_optimizer.bench import smollm2
-    from deepseek_optimizer.bench.plain import dequantised
+    from deepseek_optimizer.bench.unoptimised_model import dequantised
 
     tokenizer = AutoTokenizer.from_pretrained(dequantised(smollm2.fetch()))
     made = GrammarCompiler(tokenizer, len(tokenizer) + PADDED)
@@ -98,21 +98,21 @@ def smollm2():
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_can_not_be_enforced_is_refused(compiler, name):
+def test_unsupported_schemas_are_rejected(compiler, name):
     schema, message = REFUSED[name]
     with pytest.raises(RequestError, match=message) as caught:
         compiler.json_schema(schema)
     assert caught.value.field == "json_schema" and ".cc" not in str(caught.value)
 
 
-def test_deep_schemas_are_refused_however_deep(compiler):
+def test_deep_schemas_of_any_depth_are_rejected(compiler):
     assert normalise(deep(30))
     for levels in (40, 900, 100_000):
         with pytest.raises(RequestError, match="deep"):
             compiler.json_schema(deep(levels))
 
 
-def test_a_schema_is_not_changed_by_being_normalised():
+def test_normalising_does_not_modify_the_schema():
     schema = {
         "type": "object",
         "properties": {"a": {"type": "integer", "minimum": 0.5}},
@@ -191,7 +191,7 @@ def test_ebnf(compiler, model):
 @pytest.mark.parametrize("choice", ["required", "weather", "now"])
 @pytest.mark.parametrize("parallel", [True, False])
 @pytest.mark.parametrize("name", [name for name, tool_format in FORMATS.items() if tool_format.shape])
-def test_calls_that_must_be_made_are_made(compiler, model, name, choice, parallel):
+def test_required_calls_are_enforced(compiler, model, name, choice, parallel):
     compiled = compiler.tools(TOOLS, choice, FORMATS[name].shape, parallel)
     counts = []
     for seed in range(8):
@@ -199,17 +199,17 @@ def test_calls_that_must_be_made_are_made(compiler, model, name, choice, paralle
         if text is None:
             continue
         parser = make_output_parser("", "", tool_format=FORMATS[name], tool_names=["weather", "now"])
-        found = collect(parser.feed(text) + parser.finish())
-        counts.append(len(found.tool_calls))
-        assert found.content == "" and counts[-1] >= 1, text
-        for call in found.tool_calls:
+        actual = collect(parser.feed(text) + parser.finish())
+        counts.append(len(actual.tool_calls))
+        assert actual.content == "" and counts[-1] >= 1, text
+        for call in actual.tool_calls:
             assert choice in ("required", call.name)
             arguments = json.loads(call.arguments)
             assert call.name == "now" or (len(arguments["city"]) <= 8 and 1 <= arguments["days"] <= 9)
     assert counts and (parallel or max(counts) == 1)
 
 
-def test_tools_that_need_not_be_called_and_those_that_can_not(compiler):
+def test_optional_and_invalid_tools(compiler):
     shape = FORMATS["hermes"].shape
     assert compiler.tools(TOOLS, "auto", shape) is None and compiler.tools(TOOLS, "none", shape) is None
     for tools, choice in ((TOOLS, "other"), ([], "required")):
@@ -220,7 +220,7 @@ def test_tools_that_need_not_be_called_and_those_that_can_not(compiler):
         compiler.tools(bad, "required", shape)
 
 
-def test_what_is_taken_back_has_not_been(compiler, tokenizer):
+def test_rollback_restores_the_state(compiler, tokenizer):
     compiled = compiler.json_schema({"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]})
     ids = tokenizer('{"a": 12}', add_special_tokens=False)["input_ids"]
     grammar, masks = compiled.start(), []
@@ -242,7 +242,7 @@ def test_what_is_taken_back_has_not_been(compiler, tokenizer):
     assert follow(compiled, tokenizer, '{"a": 12}').finished
 
 
-def test_the_end_of_text_can_be_taken_back(compiler, tokenizer):
+def test_the_end_of_text_can_be_rolled_back(compiler, tokenizer):
     grammar = follow(compiler.regex("a+"), tokenizer, "aa")
     assert not grammar.finished
     grammar.accept(tokenizer.eos_token_id)
@@ -254,7 +254,7 @@ def test_the_end_of_text_can_be_taken_back(compiler, tokenizer):
     assert bits.view(np.uint32)[tokenizer.eos_token_id // 32] >> tokenizer.eos_token_id % 32 & 1
 
 
-def test_special_tokens_are_no_text(compiler, tokenizer):
+def test_special_tokens_are_not_text(compiler, tokenizer):
     grammar = follow(compiler.json_object(), tokenizer, '{"x')
     bits = np.zeros(-(-(len(tokenizer) + PADDED) // 32), np.int32)
     assert grammar.mask(bits)
@@ -263,7 +263,7 @@ def test_special_tokens_are_no_text(compiler, tokenizer):
 
 
 @pytest.mark.parametrize("opened", [True, False])
-def test_a_grammar_behind_thoughts(compiler, tokenizer, opened):
+def test_a_grammar_after_reasoning(compiler, tokenizer, opened):
     compiled = compiler.after_thoughts(compiler.regex("yes|no"), "<think>", "</think>", opened)
     opens, closes = tokenizer.convert_tokens_to_ids(["<think>", "</think>"])
     word = tokenizer("anything at all", add_special_tokens=False)["input_ids"]
@@ -294,7 +294,7 @@ def test_a_grammar_behind_thoughts(compiler, tokenizer, opened):
         assert allowed()[opens] and not grammar.finished
 
 
-def test_thoughts_without_a_token_have_no_end(compiler):
+def test_reasoning_needs_an_end_token(compiler):
     with pytest.raises(RequestError, match="no token"):
         compiler.after_thoughts(compiler.json_object(), "<think>", "</thought-of>", True)
 
@@ -323,10 +323,10 @@ def test_thoughts_without_a_token_have_no_end(compiler):
         ("ebnf", "\n".join(f'r{i} ::= r{i + 1} r{i + 1}' for i in range(40)) + '\nr40 ::= "a"\nroot ::= r0', ""),
     ],
 )  # fmt: skip
-def test_hostile_grammars_are_refused_and_harm_no_one(compiler, tokenizer, method, source, message):
+def test_malicious_grammars_are_rejected_without_side_effects(compiler, tokenizer, method, source, message):
     with pytest.raises(RequestError, match=message):
         getattr(compiler, method)(source)
-        compiler.compile(GrammarSource("no such kind", "", method))  # where it compiles after all
+        compiler.compile(GrammarSource("no such kind", "", method))  # in case it compiles
     assert follow(compiler.regex("ok"), tokenizer, "ok").finished
 
 
@@ -337,7 +337,7 @@ def test_a_compiler_that_is_killed_is_replaced(tokenizer):
         killed = compiler.pids
         for pid in killed:
             os.kill(pid, signal.SIGKILL)
-        assert follow(compiler.regex("b"), tokenizer, "b").finished, "nobody is blamed for a kill from outside"
+        assert follow(compiler.regex("b"), tokenizer, "b").finished, "an external kill is not the grammar's fault"
         assert compiler.pids and not set(compiler.pids) & set(killed)
     finally:
         pids = compiler.pids
@@ -345,7 +345,7 @@ def test_a_compiler_that_is_killed_is_replaced(tokenizer):
     for pid in pids:
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
-    assert follow(compiler.regex("a"), tokenizer, "a").finished, "what is cached stays usable"
+    assert follow(compiler.regex("a"), tokenizer, "a").finished, "cached grammars stay usable"
     with pytest.raises(RequestError, match="shutting down"):
         compiler.regex("c")
 
@@ -359,21 +359,21 @@ def test_a_grammar_is_compiled_once_and_the_cache_is_bounded(compiler, monkeypat
     assert len(compiler._cache) == 3 and compiler.regex("cached") is not first
 
 
-def test_many_threads_may_ask_at_once(tokenizer, compiler):
-    found: list = []
+def test_concurrent_compilation(tokenizer, compiler):
+    actual: list = []
 
     def ask(i):
-        found.append(follow(compiler.regex(f"t{i % 4}"), tokenizer, f"t{i % 4}").finished)
+        actual.append(follow(compiler.regex(f"t{i % 4}"), tokenizer, f"t{i % 4}").finished)
 
     threads = [threading.Thread(target=ask, args=(i,)) for i in range(16)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert found == [True] * 16
+    assert actual == [True] * 16
 
 
-def test_without_xgrammar_the_remedy_is_named(tokenizer, monkeypatch):
+def test_missing_xgrammar_names_the_remedy(tokenizer, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "xgrammar", None)
     with pytest.raises(RequestError, match="pip install"):
         GrammarCompiler(tokenizer, len(tokenizer)).json_object()

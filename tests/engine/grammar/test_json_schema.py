@@ -1,4 +1,4 @@
-"""Any JSON at the place of any keyword gives a grammar or the typed error; what references and oneOf mean is kept."""
+"""Any JSON as the value of any keyword gives a grammar or the typed error; the meaning of references and oneOf is preserved."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_any_json_compiles_or_is_a_typed_error(compiler, schema):
 
 @pytest.mark.parametrize("keyword", KEYWORDS)
 def test_every_keyword_with_every_kind_of_value(keyword):
-    """Alone, beside each type, and in a branch of oneOf, whose branches are compared with one another."""
+    """Alone, with each type, and in a branch of oneOf, whose branches are compared with each other."""
     for value in (None, True, -1, 1.5, 10**400, "", "a", [], [1], [[]], {}, {"a": 1}, [{}], {"a": {}}):
         for schema in (
             {keyword: value},
@@ -96,7 +96,7 @@ def test_every_keyword_with_every_kind_of_value(keyword):
 
 @settings(quick, max_examples=500)
 @given(st.text(st.sampled_from('ab()[]{}|*+?^$\\.-,:<>0129dwxu\n"é\0\ud800'), max_size=30), st.booleans())
-def test_any_text_is_a_pattern_or_a_value_error(pattern, json_string):
+def test_any_text_as_a_pattern_or_a_value_error(pattern, json_string):
     try:
         to_rules(pattern, "root", json_string=json_string)
     except ValueError as error:
@@ -121,8 +121,8 @@ def test_any_grammar(compiler, text):
         assert "it failed" not in str(error)
 
 
-def test_what_a_reference_leads_to_is_enforced_wherever_it_stands():
-    """A value of an enum is no schema until a reference says so; then it is refused as any other."""
+def test_references_are_enforced_in_every_position():
+    """A value of an enum becomes a schema through a reference, and is then rejected like any other."""
     schema = {
         "type": "object",
         "properties": {"a": {"enum": [{"type": "integer", "multipleOf": 2}]}, "b": {"$ref": "#/properties/a/enum/0"}},
@@ -137,8 +137,8 @@ def test_what_a_reference_leads_to_is_enforced_wherever_it_stands():
         normalise(schema)
 
 
-def test_a_reference_into_what_is_rewritten(compiler, byte_tokenizer):
-    """allOf of one schema is left out of what xgrammar gets; a reference into it still leads there."""
+def test_references_into_rewritten_schemas(compiler, byte_tokenizer):
+    """allOf with one schema is simplified before xgrammar gets it; a reference into it still works."""
     schema = {
         "type": "array",
         "prefixItems": [{"allOf": [{"type": "integer", "minimum": 7, "maximum": 9}]}, {"$ref": "#/prefixItems/0/allOf/0"}],
@@ -163,7 +163,7 @@ def test_a_reference_into_what_is_rewritten(compiler, byte_tokenizer):
         ([True, {"type": "string"}], False),
     ],
 )
-def test_branches_of_one_of(branches, apart):
+def test_one_of_branches(branches, apart):
     if apart:
         assert normalise({"oneOf": branches})
     else:
@@ -171,7 +171,7 @@ def test_branches_of_one_of(branches, apart):
             normalise({"oneOf": branches})
 
 
-def test_a_great_many_branches_are_not_compared():
-    """Each with each, they would take minutes."""
+def test_very_many_branches_are_not_compared():
+    """Comparing all pairs would take minutes."""
     with pytest.raises(RequestError, match="more than 256 branches"):
         normalise({"oneOf": [{"const": i} for i in range(5_000)]})

@@ -1,4 +1,4 @@
-"""Exact acceptance: greedy against plain greedy, sampling by chi-square against the distribution it must keep."""
+"""Exact verification: greedy against plain greedy decoding, sampling by chi-square against the target distribution."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from deepseek_optimizer.engine.sampling.verify import accept_greedy, accept_samp
 V, ROUNDS = 6, 20_000
 
 
-def test_greedy_keeps_drafts_up_to_the_first_that_differs():
-    asked = []
+def test_greedy_accepts_drafts_up_to_the_first_mismatch():
+    requested = []
 
     def largest(j):
-        asked.append(j)
+        requested.append(j)
         return [5, 7, 9, 4][j]
 
     assert accept_greedy([5, 7, 1], largest) == [5, 7, 9]
-    assert asked == [0, 1, 2]
+    assert requested == [0, 1, 2]
     assert accept_greedy([5, 7, 9], largest) == [5, 7, 9, 4]
     assert accept_greedy([1, 7, 9], largest) == [5]
     assert accept_greedy([], largest) == [5]
 
 
 def target(seed):
-    """Distributions of a model over V tokens by the tokens before, float64 [V] each; some tokens are impossible."""
+    """A model's distributions over V tokens by the preceding tokens, float64 [V] each; some tokens are impossible."""
     made = {}
 
     def of(prefix):
@@ -40,7 +40,7 @@ def target(seed):
 
 
 def chi_square(counts, p):
-    """Per degree of freedom, over the cells that are expected at least 5 times; impossible ones must be empty."""
+    """Chi-square over the cells with an expected count of at least 5; impossible cells must be empty."""
     expected = p * counts.sum()
     assert (counts[p == 0] == 0).all()
     cells = expected >= 5
@@ -52,8 +52,8 @@ QUANTILE = {1: 10.8, 2: 13.8, 3: 16.3, 4: 18.5, 5: 20.5}  # chi-square, 0.999
 
 @pytest.mark.parametrize("kind", ["drawn from another distribution", "drawn from the model's own", "for certain"])
 @pytest.mark.parametrize("seed", [0, 1])
-def test_sampling_keeps_the_distribution(kind, seed):
-    """Of the first token, and of the second given the first, with drafts from a bad q, from q = p, and chosen by argmax."""
+def test_sampling_preserves_the_distribution(kind, seed):
+    """For the first token, and the second given the first, with drafts from a bad q, from q = p, and from argmax."""
     rng = np.random.default_rng(seed)
     p, bad = target(seed), target(seed + 100)
     first, second = np.zeros(V), np.zeros((V, V))
@@ -74,32 +74,32 @@ def test_sampling_keeps_the_distribution(kind, seed):
         tokens = [*tokens, draw(p(tuple(tokens)))][:2]
         first[tokens[0]] += 1
         second[tokens[0], tokens[1]] += 1
-    found, freedom = chi_square(first, p(()))
-    assert found < QUANTILE[freedom]
+    actual, freedom = chi_square(first, p(()))
+    assert actual < QUANTILE[freedom]
     for token in np.flatnonzero(first > 200):
-        found, freedom = chi_square(second[token], p((int(token),)))
-        assert found < QUANTILE[freedom]
+        actual, freedom = chi_square(second[token], p((int(token),)))
+        assert actual < QUANTILE[freedom]
     if kind.endswith("own"):
         assert set(lengths) == {3}  # all are accepted
     else:
-        # a draft holds with sum of min(p, q) (Leviathan et al., theorem 3.5), q a point for those chosen for certain
+        # a draft is accepted with probability sum of min(p, q) (Leviathan et al., theorem 3.5); argmax has a one-point q
         q = np.eye(V)[bad(()).argmax()] if kind == "for certain" else bad(())
         assert np.mean(np.array(lengths) > 1) == pytest.approx(np.minimum(p(()), q).sum(), abs=0.015)
 
 
-def test_a_wrong_rule_is_caught():
-    """The statistic sees it where rejected places draw from p instead of what is left of it."""
+def test_a_wrong_rule_is_detected():
+    """The statistic detects rejected positions that are sampled from p instead of the rest."""
     rng, p, q = np.random.default_rng(0), target(0)(()), target(100)(())
     counts = np.zeros(V)
     for _ in range(ROUNDS):
         x = int(rng.choice(V, p=q))
         counts[x if rng.random() * q[x] < p[x] else int(rng.choice(V, p=p))] += 1
-    found, freedom = chi_square(counts, p)
-    assert found > 10 * QUANTILE[freedom]
+    actual, freedom = chi_square(counts, p)
+    assert actual > 10 * QUANTILE[freedom]
 
 
 def test_nothing_left_after_rounding():
-    """p equals q, and the draft was refused all the same: p is drawn from, not nothing."""
+    """p equals q, but the draft was rejected: the token is sampled from p."""
     p = np.array([0.5, 0.5], np.float32)
     weights = []
     tokens = accept_sampled([0], [p], lambda j: p, lambda: 1.0, lambda w: weights.append(w) or 1)

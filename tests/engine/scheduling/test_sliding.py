@@ -1,4 +1,5 @@
-"""Windows in the engine: dialogues run on in bounded memory, what is pinned stays, and what was dropped is told."""
+"""Sliding windows in the engine: conversations continue in bounded memory, pinned tokens stay, and dropped ones are
+reported."""
 
 import random
 
@@ -11,14 +12,14 @@ from deepseek_optimizer.engine.speculative.prompt_lookup import PromptLookupProp
 from support.mock_model import VOCAB, blocks_in_use, make_core, next_token
 
 
-def endless(most):
-    return SamplingParams(temperature=0, max_tokens=most, ignore_eos=True)
+def endless(max_tokens):
+    return SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
 
 
 @pytest.mark.parametrize("drafts", [False, True])
 @pytest.mark.parametrize("options", [{}, {"prefix_cache": False}, {"step_tokens": 40}])
-def test_a_dialogue_runs_on_in_its_window(options, drafts):
-    """Each token follows from what the window holds at that moment; sinks and pinned tokens are in it to the end."""
+def test_a_conversation_continues_in_its_window(options, drafts):
+    """Each token depends on the content of the window at that time; sinks and pinned tokens stay to the end."""
     proposers = [(PromptLookupProposer(2, 1), 4)] if drafts else None
     core = make_core(blocks=40, context=512, cache_window=320, sinks=4, proposers=proposers, **options)
     rng = random.Random(3)
@@ -46,8 +47,8 @@ def test_a_dialogue_runs_on_in_its_window(options, drafts):
     assert blocks_in_use(core) == 0
 
 
-def test_a_moved_block_is_nobody_elses():
-    """What was dropped from under a block is part of what it holds: it must not be found by its tokens alone."""
+def test_moved_blocks_are_not_shared():
+    """A block's content depends on dropped tokens too, so its own tokens alone must not match it in the prefix cache."""
     core = make_core(blocks=60, context=512, cache_window=256)
     rng = random.Random(0)
     prompt = [rng.randrange(VOCAB) for _ in range(600)]
@@ -62,21 +63,21 @@ def test_a_moved_block_is_nobody_elses():
     assert blocks_in_use(core) == 0
 
 
-def test_windows_shrink_before_anybody_loses_all():
+def test_windows_shrink_before_requests_are_preempted():
     core = make_core(blocks=100, context=4_000, cache_window=3_000, prefix_cache=False, batch_size_range=(2, 2))
     core.add(Request([1] * 2_900, endless(300), id="long"))
     core.add(Request([2] * 900, endless(100), id="other"))
-    most = {}
+    outputs = {}
     while not core.idle:
         for output in core.step():
-            most[output.request_id] = output
-    assert core.scheduler.preemptions == 0 and most["long"].dropped_tokens > 0
-    assert most["other"].completion_tokens == 100 and most["long"].completion_tokens == 300
+            outputs[output.request_id] = output
+    assert core.scheduler.preemptions == 0 and outputs["long"].dropped_tokens > 0
+    assert outputs["other"].completion_tokens == 100 and outputs["long"].completion_tokens == 300
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_windows_shrink_while_they_are_read(seed):
-    """Others take blocks at random: windows shrink in the midst of steps; whoever has none left says so, or goes on."""
+def test_windows_shrink_during_prefill(seed):
+    """Blocks are taken at random: windows shrink during steps; requests without blocks fail or continue."""
     rng = random.Random(seed)
     core = make_core(blocks=170, context=4_000, cache_window=rng.choice([2_000, 3_000]), batch_size_range=(3, 3),
                      prefix_cache=seed % 2 == 0, step_tokens=rng.choice([64, 512]))  # fmt: skip
@@ -84,19 +85,19 @@ def test_windows_shrink_while_they_are_read(seed):
     wanted.append(Request([9] * 1_500, id="embed", embed=True))
     for request in wanted:
         core.add(request)
-    found, held = {}, []
+    actual, held = {}, []
     while not core.idle:
         with core.memory.locked() as manager:
             if rng.random() < 0.1 and manager.free_blocks > 8:
                 held += manager.allocate(rng.randrange(8))
             elif held and rng.random() < 0.2:
                 manager.release(held.pop())
-        found |= {o.request_id: o for o in core.step()}
+        actual |= {o.request_id: o for o in core.step()}
     for request in wanted[:-1]:
-        output = found[request.id]
+        output = actual[request.id]
         assert output.finish == "length" and output.completion_tokens == request.sampling.max_tokens or output.transient
-    assert found["embed"].transient or found["embed"].embedding == pytest.approx([9.0])
-    assert found["embed"].dropped_tokens == 0
+    assert actual["embed"].transient or actual["embed"].embedding == pytest.approx([9.0])
+    assert actual["embed"].dropped_tokens == 0
     assert blocks_in_use(core) == len(held)
 
 
@@ -104,17 +105,17 @@ def test_a_window_that_is_all_pinned_does_not_shrink():
     core = make_core(blocks=100, context=4_000, cache_window=3_000, prefix_cache=False, batch_size_range=(2, 2))
     core.add(Request([1] * 2_000, endless(300), id="long", pinned=((0, 2_000),)))
     core.add(Request([2] * 1_000, endless(300), id="other"))
-    most = {}
+    outputs = {}
     while not core.idle:
         for output in core.step():
-            most[output.request_id] = output
-    assert core.scheduler.preemptions > 0 and most["long"].dropped_tokens == 0
-    assert all(output.completion_tokens == 300 for output in most.values())
+            outputs[output.request_id] = output
+    assert core.scheduler.preemptions > 0 and outputs["long"].dropped_tokens == 0
+    assert all(output.completion_tokens == 300 for output in outputs.values())
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_windows_in_company(seed):
-    """Little memory, prompts of all lengths, prefixes in common: nothing leaks, all get what they asked for."""
+def test_windows_in_a_mixed_batch(seed):
+    """Little memory, prompts of all lengths, common prefixes: no block leaks, and all requests finish."""
     rng = random.Random(seed)
     core = make_core(blocks=rng.randrange(30, 60), context=1_000, cache_window=rng.choice([256, 500]), batch_size_range=(1, 6),
                      step_tokens=rng.choice([32, 256]))  # fmt: skip
@@ -125,16 +126,16 @@ def test_windows_in_company(seed):
     ]
     for request in wanted:
         core.add(request)
-    found = {}
+    actual = {}
     while not core.idle:
-        found |= {o.request_id: o for o in core.step()}
+        actual |= {o.request_id: o for o in core.step()}
     for request in wanted:
-        output = found[request.id]
+        output = actual[request.id]
         assert output.finish == "length" and output.completion_tokens == request.sampling.max_tokens
     assert blocks_in_use(core) == 0
 
 
-def test_what_leaves_no_room_is_refused():
+def test_requests_that_leave_no_room_are_rejected():
     core = make_core(blocks=40, context=512, cache_window=256)
     with pytest.raises(RequestError, match="pinned"):
         core.check(Request([1] * 400, endless(5), pinned=((0, 250),)))

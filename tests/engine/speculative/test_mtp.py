@@ -1,4 +1,4 @@
-"""MTP drafts against their definition: every layer run over all rows, from nothing, for every round."""
+"""MTP drafts against their definition: every layer run over all rows, from scratch, in every round."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from deepseek_optimizer.backends.reference import ReferenceBackend
 from deepseek_optimizer.engine.runner import Runner
 from deepseek_optimizer.engine.sequence import Part, Sequence, rows_of
 from deepseek_optimizer.engine.speculative import mtp
-from deepseek_optimizer.engine.speculative.decoder import SpeculativeDecoder
+from deepseek_optimizer.engine.speculative.draft_and_verify import SpeculativeDecoder
 from deepseek_optimizer.engine.speculative.mtp import MtpProposer
 from deepseek_optimizer.graph.analysis import weight_shapes
 from deepseek_optimizer.graph.ir import Graph
@@ -57,7 +57,7 @@ class World:
         return Arena(self.backend.new_store(self.graph, "fp32", 64), self.graph.cache.layers)
 
     def drafts(self, tokens: list[int], count: int, base: int = 0) -> list[int]:
-        """What MTP layers draft behind tokens, the last of which is not in the cache; they have seen no row before `base`."""
+        """The drafts of MTP layers after tokens, the last of which is not in the cache; they have no rows before `base`."""
         store = self.backend.new_store(self.graph, "fp32", 64)
         main = steps.Runner(self.plans[0], store)
         blocks, cached, drafts = main.sequence(), len(tokens) - 1, []
@@ -87,15 +87,15 @@ class World:
 
 
 class Watched(MtpProposer):
-    """Holds each proposal against the definition."""
+    """Compares each proposal with the definition."""
 
     def __init__(self, world: World, layers: list[Runner], bases: dict[int, int]) -> None:
         super().__init__(layers, lambda index, drafted, logits: (int(logits.argmax()), None))
         self.world, self.bases, self.compared = world, bases, 0
 
-    def propose(self, sequences, most):
-        drafts = super().propose(sequences, most)
-        for s, n, d in zip(sequences, most, drafts, strict=True):
+    def propose(self, sequences, max_drafts):
+        drafts = super().propose(sequences, max_drafts)
+        for s, n, d in zip(sequences, max_drafts, drafts, strict=True):
             base = self.bases.get(s.index, 0)
             expected = self.world.drafts(s.tokens, n, base) if n and len(s.tokens) - 1 > base else []
             assert d.tokens == expected, f"sequence {s.index} at {s.cached}"
@@ -104,7 +104,7 @@ class Watched(MtpProposer):
 
 
 class Accepting:
-    """Accepts a random number of drafts, and then a random token: what a model does, for the cache's purposes."""
+    """Accepts a random number of drafts, then a random token, which for the cache is like a model."""
 
     def __init__(self, vocab: int) -> None:
         self.random, self.vocab = np.random.default_rng(0), vocab
@@ -116,13 +116,13 @@ class Accepting:
 
 
 class Script:
-    """A gate that allows what it is told."""
+    """A controller that returns the given numbers of drafts."""
 
     def __init__(self, chosen: list[int]) -> None:
         self.chosen = list(chosen)
 
-    def choose(self, sequences, most=None):
-        return min(self.chosen.pop(0), most)
+    def choose(self, sequences, max_drafts=None):
+        return min(self.chosen.pop(0), max_drafts)
 
     def record(self, seconds, outcomes):
         pass
@@ -135,7 +135,7 @@ def decoder_of(world: World, chosen: list[int], bases: dict[int, int] | None = N
 
 
 def begin(decoder: SpeculativeDecoder, index: int, ids: list[int], *, seen_from: int = 0, chunk: int = 1000) -> Sequence:
-    """A sequence whose prompt is in the cache, and whose states from a token on the proposer was given."""
+    """A sequence whose prompt is in the cache, and whose states from a token on are known to the proposer."""
     runner = decoder.runner
     sequence = Sequence(index, ids, runner_blocks(runner), first_position=3)
     for start in range(0, len(ids) - 1, chunk):
@@ -158,8 +158,8 @@ def world(request) -> World:
     return World.make(request.param)
 
 
-def test_drafts_are_those_of_the_definition(world):
-    """Sequences of unequal lengths, drafts accepted and refused at random, rounds without any in between."""
+def test_drafts_equal_the_definition(world):
+    """Sequences of different lengths, drafts accepted and rejected at random, with rounds without drafts."""
     chosen = [3, 1, 0, 4, 2, 0, 0, 3, 1, 5, 2]
     decoder = decoder_of(world, chosen)
     ids = random_ids(world.config, 60)
@@ -172,7 +172,7 @@ def test_drafts_are_those_of_the_definition(world):
     assert decoder.runner.memory.manager.free_blocks == 64
 
 
-def test_one_leaves_and_room_is_unequal(world):
+def test_sequences_leave_and_limits_differ(world):
     decoder = decoder_of(world, [3] * 6)
     ids = random_ids(world.config, 60)
     sequences = [begin(decoder, i, ids[20 * i : 20 * i + 5 + 7 * i]) for i in range(3)]
@@ -182,8 +182,8 @@ def test_one_leaves_and_room_is_unequal(world):
         decoder.round(sequences[1:], [2, 9])
 
 
-def test_waiting_states_are_run_before_there_are_too_many(world, monkeypatch):
-    """Chunks of a prompt, and long stretches without drafts: drafts stay those of the definition."""
+def test_pending_states_are_processed_in_time(world, monkeypatch):
+    """Chunks of a prompt, and many rounds without drafts: drafts still equal the definition."""
     monkeypatch.setattr(mtp, "_FLUSH", 8)
     chosen = [2, *[0] * 20, 3, 1, *[0] * 9, 2]
     decoder = decoder_of(world, chosen)
@@ -195,8 +195,8 @@ def test_waiting_states_are_run_before_there_are_too_many(world, monkeypatch):
     assert decoder.proposer.compared == 4
 
 
-def test_a_prefix_that_was_not_seen(world):
-    """The layers then see from the next block on, and draft nothing before."""
+def test_a_prefix_without_states(world):
+    """The layers then have rows from the next block on, and draft nothing before."""
     decoder = decoder_of(world, [3] * 30, {0: 64})
     sequence = begin(decoder, 0, random_ids(world.config, 50), seen_from=40, chunk=40)
     for _ in range(30):
@@ -204,7 +204,7 @@ def test_a_prefix_that_was_not_seen(world):
     assert decoder.proposer.compared > 5
 
 
-def test_a_fork_goes_on_by_itself(world):
+def test_a_fork_continues_independently(world):
     decoder = decoder_of(world, [3] * 8)
     ids = random_ids(world.config, 40)
     one = begin(decoder, 0, ids)
@@ -216,7 +216,7 @@ def test_a_fork_goes_on_by_itself(world):
     assert decoder.proposer.compared == 16
 
 
-def test_nothing_seen_nothing_drafted(world):
+def test_no_states_no_drafts(world):
     decoder = decoder_of(world, [3], {0: 1000})
     sequence = begin(decoder, 0, random_ids(world.config, 20), seen_from=1000)
     assert len(decoder.round([sequence], [9])[0]) == 1

@@ -28,7 +28,7 @@ def looked_up(tokens, count, longest=3, shortest=2):
     return []
 
 
-def test_prompt_lookup_is_its_definition_as_tokens_come():
+def test_prompt_lookup_equals_its_definition_incrementally():
     rng = random.Random(0)
     for _ in range(30):
         proposer = PromptLookupProposer()
@@ -47,7 +47,7 @@ def test_prompt_lookup_of_single_tokens():
 
 
 @pytest.mark.parametrize("agree", [0.0, 0.8, 1.0])
-def test_scripted_drafts_agree_as_often_as_asked(agree):
+def test_scripted_drafts_have_the_given_acceptance(agree):
     script = [random.Random(1).randrange(50) for _ in range(4000)]
     proposer = ScriptedProposer({7: script}, agree, 50)
     right = []
@@ -57,10 +57,10 @@ def test_scripted_drafts_agree_as_often_as_asked(agree):
         assert all(0 <= t < 50 for t in draft.tokens)
     assert sum(right) / len(right) == pytest.approx(agree, abs=0.02)
     assert proposer.propose([sequence(script[:3998], 7)], [4])[0].q is None
-    assert len(proposer.propose([sequence(script[:3998], 7)], [4])[0].tokens) == 2  # no further than the script
+    assert len(proposer.propose([sequence(script[:3998], 7)], [4])[0].tokens) == 2  # ends with the script
 
 
-def test_no_torch_but_in_runner_and_sampler():
+def test_torch_is_imported_only_by_runner_and_torch_sampler():
     folder = Path(deepseek_optimizer.engine.__file__).parent
     users = set()
     for path in folder.rglob("*.py"):
@@ -69,4 +69,4 @@ def test_no_torch_but_in_runner_and_sampler():
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             if any(name.split(".")[0] in ("torch", "transformers") for name in names):
                 users.add(path.name)
-    assert users == {"runner.py", "sampler.py"}
+    assert users == {"runner.py", "torch_sampler.py"}

@@ -1,4 +1,4 @@
-"""`attn_implementation="dso_sliding"` in plain Transformers models, against dense masks given to Transformers' eager."""
+"""`attn_implementation="dso_sliding"` in plain Transformers models, against Transformers' eager attention with dense masks."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def dense(real, window, sinks, own=None):
 
 @torch.no_grad()
 def expected_logits(eager, ids, real, window, sinks):
-    """Transformers' own, without a cache."""
+    """Transformers' logits, without a cache."""
     mask = dense(real, window, sinks)
     own = getattr(eager.config, "sliding_window", None)
     if "sliding_attention" in (getattr(eager.config, "layer_types", None) or ()):
@@ -58,10 +58,10 @@ def pair(name, window, sinks, **fields):
 
 
 def padded(config, *lengths, seed=0):
-    """Ids [B, T] and what is real of them, padded on the left."""
-    most = max(lengths)
-    ids = torch.randint(3, config.vocab_size, (len(lengths), most), generator=torch.Generator().manual_seed(seed))
-    real = torch.stack([torch.arange(most) >= most - n for n in lengths])
+    """Ids [B, T], padded on the left, and a mask of the real ones."""
+    longest = max(lengths)
+    ids = torch.randint(3, config.vocab_size, (len(lengths), longest), generator=torch.Generator().manual_seed(seed))
+    real = torch.stack([torch.arange(longest) >= longest - n for n in lengths])
     return ids * real, real
 
 
@@ -73,12 +73,12 @@ def test_families_and_padding(name, window, sinks, small_pieces):
     for lengths in ((70,), (67, 23, 1)):
         ids, real = padded(eager.config, *lengths)
         places = (real.long().cumsum(-1) - 1).clamp(min=0)
-        found = sliding(ids, attention_mask=real.long(), position_ids=places).logits
-        assert_close_rows(found[real], expected_logits(eager, ids, real, window, sinks)[real])
+        actual = sliding(ids, attention_mask=real.long(), position_ids=places).logits
+        assert_close_rows(actual[real], expected_logits(eager, ids, real, window, sinks)[real])
 
 
 @torch.no_grad()
-def test_pieces_change_nothing(monkeypatch):
+def test_chunks_change_nothing(monkeypatch):
     _, sliding = pair("llama-gqa", 37, 3)
     ids, _ = padded(sliding.config, 700)
     whole = sliding(ids).logits[0]
@@ -99,18 +99,18 @@ def test_generate_with_a_cache(name, small_pieces):
     assert torch.equal(made, ids)
 
 
-@pytest.mark.filterwarnings("ignore:.*past_key_values:FutureWarning")  # its name in every release that we admit
+@pytest.mark.filterwarnings("ignore:.*past_key_values:FutureWarning")  # the argument has this name in every supported release
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
 @torch.no_grad()
 def test_a_prompt_in_chunks(kind, small_pieces):
     eager, sliding = pair("llama-gqa", 9, 2)
     ids, real = padded(eager.config, 80)
     cache = DynamicCache() if kind == "dynamic" else StaticCache(config=sliding.config, max_cache_len=100)
-    found = []
+    actual = []
     for start, end in ((0, 33), (33, 34), (34, 75), (75, 80)):
         places = torch.arange(start, end)[None]
-        found.append(sliding(ids[:, start:end], past_key_values=cache, position_ids=places, use_cache=True).logits[0])
-    assert_close_rows(torch.cat(found), expected_logits(eager, ids, real, 9, 2)[0])
+        actual.append(sliding(ids[:, start:end], past_key_values=cache, position_ids=places, use_cache=True).logits[0])
+    assert_close_rows(torch.cat(actual), expected_logits(eager, ids, real, 9, 2)[0])
 
 
 @torch.no_grad()
@@ -124,7 +124,7 @@ def test_beams_and_assisted_generation():
 
 
 @torch.no_grad()
-def test_the_indexers_choice_is_not_asked():
+def test_the_indexer_is_not_used():
     config = CASES["deepseek_v32-types"]()  # its indexer keeps 40
     eager, sliding = pair(config, 9, 2)
     ids, real = padded(eager.config, 40)
@@ -136,14 +136,14 @@ def test_texts_packed_into_one_row():
     eager, sliding = pair("llama-gqa", 5, 2)
     ids, real = padded(eager.config, 50)
     places = torch.cat((torch.arange(27), torch.arange(23)))[None]
-    found = sliding(ids, position_ids=places, use_cache=False).logits[0]
+    actual = sliding(ids, position_ids=places, use_cache=False).logits[0]
     for start, end in ((0, 27), (27, 50)):
         own = expected_logits(eager, ids[:, start:end], real[:, start:end], 5, 2)[0]
-        assert_close_rows(found[start:end], own)
+        assert_close_rows(actual[start:end], own)
 
 
 @torch.no_grad()
-def test_a_callers_mask_is_taken_as_it_is():
+def test_a_callers_mask_is_used_unchanged():
     eager, sliding = pair("llama-gqa", 3, 1)
     ids, real = padded(eager.config, 40)
     mask = dense(real, 11, 0)
@@ -156,13 +156,13 @@ def test_gradients(small_pieces):
     ids, real = padded(eager.config, 50)
     sliding(ids).logits.sum().backward()
     eager(ids, attention_mask=dense(real, 9, 2)).logits.sum().backward()
-    for found, expected in zip(sliding.parameters(), eager.parameters(), strict=True):
-        torch.testing.assert_close(found.grad, expected.grad, rtol=1e-3, atol=1e-3 * float(expected.grad.abs().max()))
+    for actual, expected in zip(sliding.parameters(), eager.parameters(), strict=True):
+        torch.testing.assert_close(actual.grad, expected.grad, rtol=1e-3, atol=1e-3 * float(expected.grad.abs().max()))
 
 
 @pytest.mark.parametrize("seed", range(30))
-def test_masks_by_pieces_against_pairs(seed):
-    """With caches that have dropped their first keys, and room for more than there are."""
+def test_masks_by_chunks_against_dense_masks(seed):
+    """With caches that have dropped their first keys, and that have more room than keys."""
     draw = random.Random(seed)
     window, sinks, own = draw.choice((1, 3, 9, 50)), draw.choice((0, 1, 4, 30)), draw.choice((None, 6, 20))
     queries, before = draw.choice((1, 2, 17, 40)), draw.choice((0, 1, 30))
@@ -189,7 +189,7 @@ def test_masks_by_pieces_against_pairs(seed):
         real[:, before + queries :] = False
     expected = dense(real, window, sinks, own)[:, :, before : before + queries, dropped:] == 0
     assert torch.equal(full.expand_as(expected), expected)
-    found = torch.zeros_like(expected)
+    actual = torch.zeros_like(expected)
     step = draw.choice((1, 7, queries))
     for start in range(0, queries, step):
         end = min(start + step, queries)
@@ -197,31 +197,31 @@ def test_masks_by_pieces_against_pairs(seed):
         seen = keys.visible.expand(3, -1, -1, -1)[:, 0]
         apart = 0 if keys.sinks is None else keys.sinks.shape[1]
         assert seen.shape[2] == apart + keys.high - keys.low
-        found[:, 0, start:end, keys.low : keys.high] = seen[:, :, apart:]
+        actual[:, 0, start:end, keys.low : keys.high] = seen[:, :, apart:]
         for row in range(3):
             for s in range(apart):
                 column = int(keys.sinks.expand(3, -1)[row, s])
-                assert not (found[row, 0, start:end, column] & seen[row, :, s]).any()  # no key counts twice
-                found[row, 0, start:end, column] |= seen[row, :, s]
-    assert torch.equal(found, expected)
+                assert not (actual[row, 0, start:end, column] & seen[row, :, s]).any()  # no key counts twice
+                actual[row, 0, start:end, column] |= seen[row, :, s]
+    assert torch.equal(actual, expected)
 
 
 @pytest.mark.parametrize("own", [None, 4])
 @torch.no_grad()
 def test_without_a_mask(own):
-    """As a caller has it who runs an attention alone."""
+    """As when a caller runs an attention module alone."""
     _, sliding = pair("llama-one-layer", 7, 2)
     attention, draw = sliding.model.layers[0].self_attn, torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(2, h, t, 12, generator=draw) for h, t in ((6, 9), (2, 30), (2, 30)))
-    found, weights = module.sliding_attention(attention, query, key, value, None, sliding_window=own)
+    actual, weights = module.sliding_attention(attention, query, key, value, None, sliding_window=own)
     mask = dense(torch.ones(2, 30, dtype=torch.bool), 7, 2, own)[:, :, 21:]
-    assert weights is None and found.shape == (2, 9, 6, 12)
+    assert weights is None and actual.shape == (2, 9, 6, 12)
     expected = ((query @ key.repeat_interleave(3, 1).mT) * 12**-0.5 + mask).softmax(-1) @ value.repeat_interleave(3, 1)
-    torch.testing.assert_close(found, expected.transpose(1, 2))
+    torch.testing.assert_close(actual, expected.transpose(1, 2))
 
 
 @torch.no_grad()
-def test_attention_to_both_sides_is_left_alone():
+def test_bidirectional_attention_is_unchanged():
     eager, sliding = pair("llama-gqa", 3, 1)
     for model in (eager, sliding):
         model.config.is_causal = False
@@ -232,7 +232,7 @@ def test_attention_to_both_sides_is_left_alone():
 
 
 @torch.no_grad()
-def test_nothing_of_all_pairs_is_made():
+def test_no_dense_mask_is_built():
     _, sliding = pair("llama-gqa", 64, 4)
     tokens = 3000
     largest = 0
@@ -249,7 +249,7 @@ def test_nothing_of_all_pairs_is_made():
     assert tokens * 100 < largest < tokens**2 / 4
 
 
-def test_the_name_is_there_after_import(tiny_model):
+def test_the_name_is_registered_by_the_import(tiny_model):
     script = (
         "import deepseek_optimizer\n"
         "from transformers import AutoModelForCausalLM\n"
@@ -265,7 +265,7 @@ def test_the_name_is_there_after_import(tiny_model):
 
 
 @torch.no_grad()
-def test_defaults_see_short_texts_whole(tiny_model):
+def test_default_windows_cover_short_texts(tiny_model):
     sliding = AutoModelForCausalLM.from_pretrained(tiny_model, attn_implementation="dso_sliding")
     plain = AutoModelForCausalLM.from_pretrained(tiny_model, attn_implementation="eager")
     ids = torch.arange(3, 203)[None]
@@ -273,7 +273,7 @@ def test_defaults_see_short_texts_whole(tiny_model):
 
 
 @pytest.mark.parametrize(("field", "value"), [("dso_window", 0), ("dso_window", "many"), ("dso_sinks", -1)])
-def test_a_bad_window(field, value):
+def test_invalid_windows(field, value):
     _, sliding = pair("llama-one-layer", 8, 1)
     setattr(sliding.config, field, value)
     with pytest.raises(ConfigError, match=field):
@@ -281,16 +281,16 @@ def test_a_bad_window(field, value):
 
 
 @pytest.mark.filterwarnings("ignore::deepseek_optimizer.integration.bind.runtime.OptimizerWarning")
-def test_a_plan_does_not_take_the_name_in_silence(tiny_model):
-    asked = {"attn_implementation": "dso_sliding"}
+def test_an_optimised_model_rejects_the_name(tiny_model):
+    requested = {"attn_implementation": "dso_sliding"}
     with pytest.raises(ConfigError, match='attention_optimization="sliding"'):
-        AutoModelForCausalLM.from_pretrained(tiny_model, quantization_config=DeepSeekConfig(backend="reference"), **asked)
-    plain = AutoModelForCausalLM.from_pretrained(tiny_model, **asked)
+        AutoModelForCausalLM.from_pretrained(tiny_model, quantization_config=DeepSeekConfig(backend="reference"), **requested)
+    plain = AutoModelForCausalLM.from_pretrained(tiny_model, **requested)
     with pytest.raises(ConfigError, match='attention_optimization="sliding"'):
         DynamicGraphOptimizer(plain, config=DeepSeekConfig(backend="reference")).optimize()
 
 
-def test_other_softmaxes_are_refused():
+def test_other_softmaxes_are_rejected():
     _, sliding = pair("llama-one-layer", 8, 1)
     attention = sliding.model.layers[0].self_attn
     states = torch.zeros(1, 6, 3, 12), torch.zeros(1, 2, 3, 12), torch.zeros(1, 2, 3, 12)

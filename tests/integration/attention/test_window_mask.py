@@ -1,4 +1,4 @@
-"""Masks of windows with sinks, against the sentence that defines them; and every shape that a tokenizer's output may have."""
+"""Masks of windows with sinks, against their definition; and every shape of a tokenizer's output."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from support.memory import memory_of
 
 
 def reference(real, window, sinks):
-    """Pair by pair. `real`: a list of bools."""
+    """Computed for each pair. `real`: a list of bools."""
     first = real.index(True) if any(real) else 0
     seen = lambda i, j: real[i] and real[j] and j <= i and (i - j < window or j - first < sinks)  # noqa: E731
     return torch.tensor([[seen(i, j) for j in range(len(real))] for i in range(len(real))], dtype=torch.bool).view(
@@ -65,7 +65,7 @@ def test_padding_on_either_side():
     assert masks[0].sum() == masks[1].sum() == inner.sum()
 
 
-def test_rows_alike_share_a_tensor_and_slices_are_rows():
+def test_equal_rows_share_a_tensor_and_slices_are_rows():
     masks = sliding_window_mask([range(9), range(9), range(8)], 3)
     same = [m.data_ptr() for m in list(masks)]
     assert same[0] == same[1] != same[2]
@@ -82,19 +82,19 @@ def test_rows_alike_share_a_tensor_and_slices_are_rows():
     ({"input_ids": [[1, 2]], "attention_mask": [[1]]}, 2, 4, "attention_mask"), (-1, 2, 4, "chunks must be an integer"),
     ({"input_ids": [[1, 2]], "attention_mask": [[1, 1], [1, 1]]}, 2, 4, "have the shape of input_ids"), (True, 2, 4, "chunks"),
 ])  # fmt: skip
-def test_bad_arguments(chunks, window, sinks, words):
+def test_invalid_arguments(chunks, window, sinks, words):
     with pytest.raises(ConfigError, match=words):
         sliding_window_mask(chunks, window, sinks)
 
 
-def test_a_mask_that_does_not_fit_is_refused_before_it_is_made(monkeypatch):
+def test_a_mask_that_does_not_fit_in_memory_is_rejected(monkeypatch):
     with pytest.raises(NotEnoughMemoryError, match='attention_optimization="sliding"') as caught:
         sliding_window_mask([range(8), range(10_000_000)], 1024)
     assert caught.value.needed == 10**14 and "100000.00 GB" in str(caught.value)
     monkeypatch.setattr(window_mask, "free_memory", lambda: memory_of(200))
     masks = sliding_window_mask([range(13), range(13)], 4)
     monkeypatch.setattr(window_mask, "free_memory", lambda: memory_of(180))
-    with pytest.raises(NotEnoughMemoryError):  # 169 bytes, and a tenth of what is free stays free
+    with pytest.raises(NotEnoughMemoryError):  # needs 169 bytes, and a tenth of the free memory stays free
         masks[0]
     with pytest.raises(NotEnoughMemoryError):
         sliding_window_mask({"input_ids": [[1] * 11], "attention_mask": [[0] + [1] * 10]}, 4)

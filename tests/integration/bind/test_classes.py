@@ -1,4 +1,5 @@
-"""Classes other than ForCausalLM: what Transformers returns, with the decoder by the plan and the class's own head on it."""
+"""Classes other than ForCausalLM: the same outputs as in Transformers, with the decoder run by the plan and the class's own
+head."""
 
 from __future__ import annotations
 
@@ -45,7 +46,7 @@ HEADS = {
     "token": (AutoModelForTokenClassification, ["llama", "qwen2", "qwen3", "deepseek_v3"]),
     "question": (AutoModelForQuestionAnswering, ["llama", "qwen2", "qwen3"]),
 }
-OF_FAMILY = {case.split("-")[0]: case for case in native_cases()}  # the last of each
+OF_FAMILY = {case.split("-")[0]: case for case in native_cases()}  # the last case of each family
 CLASSIFIERS = [(head, OF_FAMILY[family]) for head, (_, families) in HEADS.items() for family in families]
 
 
@@ -54,7 +55,7 @@ def settings(**fields):
 
 
 def make(auto, case, backend=NATIVE, **fields):
-    """A float model of an Auto class beside its optimised copy."""
+    """A float model of an Auto class and its optimised copy."""
     config = CASES[case]()
     config.pad_token_id, config.num_labels = 0, 3
     plain = randomise(auto.from_config(config, **EAGER).eval())
@@ -64,7 +65,7 @@ def make(auto, case, backend=NATIVE, **fields):
 
 
 def padded(pair, side):
-    """Three prompts, the id 0 in their padding and nowhere else, their mask, and positions that begin at each first token."""
+    """Three prompts with id 0 only as padding, their mask, and positions that begin at each first token."""
     lengths = (12, 5, 9)
     ids, mask = pair.ids(*lengths).clamp(min=1), pair.mask(*lengths)
     if side == "right":
@@ -90,7 +91,7 @@ def test_hidden_states_equal_transformers_on_every_family(case):
 
 @pytest.fixture(scope="module", params=BACKENDS)
 def decoder(request):
-    """Shared: leave it as it is."""
+    """Shared; do not modify it."""
     return make(AutoModel, "llama-gqa", request.param)
 
 
@@ -105,7 +106,7 @@ def test_padding(decoder, side):
 
 
 @torch.no_grad()
-def test_the_decoders_forward_takes_what_its_class_takes(decoder):
+def test_the_decoders_forward_has_the_signature_of_its_class(decoder):
     ids = decoder.ids(20, 20)
     whole = decoder.plain(ids).last_hidden_state
     assert inspect.signature(decoder.fast.forward) == inspect.signature(decoder.plain.forward)
@@ -123,10 +124,10 @@ def test_no_product_with_the_vocabulary_is_computed(decoder):
     assert not any(row["op"] == "lm_head" for row in decoder.fast.report().to_dict()["kernels"])
 
 
-@pytest.mark.parametrize("asked", [[1], [0, -1], 2, [7], [], False])
+@pytest.mark.parametrize("requested", [[1], [0, -1], 2, [7], [], False])
 @torch.no_grad()
-def test_hidden_states_by_index(decoder, asked):
-    check_indexed_hidden_states(decoder, asked)
+def test_hidden_states_by_index(decoder, requested):
+    check_indexed_hidden_states(decoder, requested)
 
 
 @pytest.mark.parametrize(("head", "case"), CLASSIFIERS)
@@ -163,7 +164,7 @@ def test_losses(head):
 
 
 @torch.no_grad()
-def test_a_batch_without_a_padding_token_is_the_error_that_transformers_gives():
+def test_a_batch_without_a_padding_token_gives_transformers_error():
     pair = make(AutoModelForSequenceClassification, "llama-gqa")
     for model in (pair.plain, pair.fast):
         model.config.pad_token_id = None
@@ -174,7 +175,7 @@ def test_a_batch_without_a_padding_token_is_the_error_that_transformers_gives():
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @torch.no_grad()
-def test_int8_is_the_model_of_the_dequantised_weights(backend):
+def test_int8_equals_the_model_with_dequantised_weights(backend):
     pair = make(AutoModelForSequenceClassification, "qwen3-gqa", backend, precision="int8", kv_cache="fp32")
     for name, module in pair.fast.named_modules():
         if isinstance(module, Packed):
@@ -183,11 +184,11 @@ def test_int8_is_the_model_of_the_dequantised_weights(backend):
     assert_close_rows(pair.fast(pair.ids(9)).logits, pair.plain(pair.ids(9)).logits, 1e-3)  # rows are rounded to 16 bits
 
 
-# ---- what the plan does not serve
+# ---- calls that the plan does not support
 
 
 @torch.no_grad()
-def test_what_the_plan_cannot_serve_goes_to_transformers(decoder):
+def test_unsupported_calls_go_to_transformers(decoder):
     pair = Pair(decoder.plain, copy.deepcopy(decoder.fast))
     ids = pair.ids(6)
     with pytest.warns(OptimizerWarning, match="is_causal"):
@@ -196,13 +197,15 @@ def test_what_the_plan_cannot_serve_goes_to_transformers(decoder):
     with pytest.warns(OptimizerWarning, match="output_attentions"):
         fast = pair.fast(ids, output_attentions=True)
     assert len(fast.attentions) == 3
-    assert isinstance(getattr(pair.fast(ids), cache_name()), PagedCache), "what recorded the attention keeps the plan away"
+    assert isinstance(getattr(pair.fast(ids), cache_name()), PagedCache), (
+        "the hooks that record attention prevent the use of the plan"
+    )
     with pytest.warns(OptimizerWarning, match="DynamicCache"):
         fast = pair.fast(ids, **{cache_name(): DynamicCache()}).last_hidden_state
     assert_close_rows(fast, pair.plain(ids).last_hidden_state)
 
 
-def test_gradients_come_from_transformers_own_forward():
+def test_gradients_come_from_transformers_forward():
     pair = make(AutoModelForSequenceClassification, "llama-gqa", "reference")
     embeds = [pair.plain.get_input_embeddings()(pair.ids(5)).detach().requires_grad_() for _ in range(2)]
     with pytest.warns(OptimizerWarning, match="gradients"):
@@ -231,7 +234,7 @@ def test_a_head_is_trained_on_the_plans_hidden_states():
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """A float checkpoint of a causal model, and a packed one of the same."""
+    """A float checkpoint of a causal model, and a packed one."""
     folder = tmp_path_factory.mktemp("classes")
     made = {}
 
@@ -252,7 +255,7 @@ def hidden(model):
 
 
 @pytest.mark.parametrize("case", ["llama-gqa", "llama-tied", "deepseek_v3-groups"])
-def test_a_causal_checkpoint_opens_as_other_classes(saved, case):
+def test_a_causal_checkpoint_loads_as_other_classes(saved, case):
     plain, packed = saved(case)
     expected = hidden(AutoModel.from_pretrained(plain, **EAGER))
     for model in (
@@ -267,7 +270,7 @@ def test_a_causal_checkpoint_opens_as_other_classes(saved, case):
 
 @pytest.mark.parametrize("case", ["llama-gqa", "deepseek_v3-groups"])
 @torch.no_grad()
-def test_each_class_is_saved_and_opened(saved, tmp_path, case):
+def test_each_class_is_saved_and_loaded(saved, tmp_path, case):
     for auto in (AutoModel, AutoModelForSequenceClassification, AutoModelForTokenClassification):
         first = auto.from_pretrained(saved(case)[0], quantization_config=settings(precision="int8"))
         first.save_pretrained(tmp_path / auto.__name__)
@@ -279,13 +282,13 @@ def test_each_class_is_saved_and_opened(saved, tmp_path, case):
         states = first.state_dict(), again.state_dict()
         assert states[0].keys() == states[1].keys() and all(torch.equal(v, states[1][k]) for k, v in states[0].items())
     inner = AutoModelForSequenceClassification.from_pretrained(tmp_path / "AutoModelForSequenceClassification")
-    inner.model.save_pretrained(tmp_path / "inner")  # under names of its own
+    inner.model.save_pretrained(tmp_path / "inner")  # under its own names
     modules = json.loads((tmp_path / "inner" / "config.json").read_text())["packed_manifest"]["modules"]
     assert "embed_tokens" in modules and not any(name.startswith("model.") for name in modules)
     assert torch.equal(hidden(AutoModel.from_pretrained(tmp_path / "inner")), hidden(inner))
 
 
-def test_a_tied_decoder_opens_as_a_causal_model(saved, tmp_path):
+def test_a_tied_decoder_loads_as_a_causal_model(saved, tmp_path):
     plain, _ = saved("llama-tied")
     AutoModel.from_pretrained(plain, quantization_config=settings()).save_pretrained(tmp_path / "decoder")
     models = load_model(plain, settings()), AutoModelForCausalLM.from_pretrained(tmp_path / "decoder")
@@ -303,7 +306,7 @@ def test_a_class_that_a_checkpoint_does_not_have_is_named(saved, tmp_path, case,
     given = {} if packed else {"quantization_config": settings()}
     with pytest.raises(CheckpointError, match="from LlamaForSequenceClassification.*AutoModelForSequenceClassification"):
         load_model(tmp_path / "m", settings())
-    if case == "llama-gqa":  # tied, the head is the embedding, which is there
+    if case == "llama-gqa":  # the tied head is the embedding, which is present
         with pytest.raises(CheckpointError, match="lacks lm_head.weight.*load it with AutoModelForSequenceClassification"):
             AutoModelForCausalLM.from_pretrained(tmp_path / "m", **given)
 
@@ -328,7 +331,7 @@ def test_a_missing_tensor_is_named(saved, tmp_path):
         AutoModel.from_pretrained(tmp_path / "m", quantization_config=settings())
 
 
-def test_what_needs_a_head_is_refused(saved):
+def test_calls_that_need_a_head_are_rejected(saved):
     with pytest.raises(ConfigError, match="kl_budget measures logits, but LlamaModel has none"):
         AutoModel.from_pretrained(saved("llama-gqa")[0], quantization_config=DeepSeekConfig(kl_budget=0.1, backend="reference"))
     with pytest.raises(ConfigError, match="LlamaModel has no language model head"):
@@ -339,7 +342,7 @@ def test_what_needs_a_head_is_refused(saved):
 
 
 @torch.no_grad()
-def test_a_classifier_is_copied_moved_and_refuses_casts():
+def test_a_classifier_can_be_copied_and_moved_but_not_cast():
     pair = make(AutoModelForSequenceClassification, "llama-gqa", "reference")
     ids = pair.ids(6)
     before = pair.fast(ids).logits
@@ -368,7 +371,9 @@ def test_a_dropped_classifier_frees_everything_at_once(tmp_path):
         assert [ref() for ref in gone] == [None] * 4
     finally:
         gc.enable()
-    make(AutoModelForSequenceClassification, "llama-gqa", "reference").fast.save_pretrained(tmp_path / "m")  # nobody holds it
+    make(AutoModelForSequenceClassification, "llama-gqa", "reference").fast.save_pretrained(
+        tmp_path / "m"
+    )  # no reference is kept
     assert (tmp_path / "m" / "model.safetensors").is_file()
 
 

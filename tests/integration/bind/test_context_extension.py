@@ -1,5 +1,5 @@
-"""Room beyond the trained length: however a model is loaded, its graph, Transformers' own modules and saved copies agree, and
-are what Transformers makes of the same config."""
+"""Contexts beyond the trained length: for every way to load a model, its graph, Transformers' modules and saved copies agree,
+and equal what Transformers computes with the same config."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*quality is not assured", "igno
 
 
 def short(case: str) -> Any:
-    """A config of the case that was trained for few tokens."""
+    """A config of the case with a short trained length."""
     config = CASES[case]()
     config.max_position_embeddings = TRAINED
     return config
 
 
 def theirs(model: Any, config: Any) -> Any:
-    """Transformers' own model of this config, made anew: nothing of it was made of another one."""
+    """A new Transformers model with this config, so that nothing in it comes from another config."""
     own = copy.deepcopy(config)
     if hasattr(own, "quantization_config"):
         del own.quantization_config
@@ -54,7 +54,7 @@ class Saved:
     kind: str
 
     def expected(self) -> torch.Tensor:
-        """Logits of a config written down by hand."""
+        """Logits with a config written by hand."""
         config = copy.deepcopy(self.plain.config)
         parameters = {"rope_type": self.kind, "rope_theta": config.rope_parameters["rope_theta"], "factor": ROOM / TRAINED}
         if self.kind == "yarn":
@@ -66,7 +66,7 @@ class Saved:
         return transformers_logits(theirs(self.plain, config), self.ids)
 
     def check(self, model: Any, expected: torch.Tensor) -> None:
-        """The plan, and Transformers' own forward over the same modules."""
+        """Checks the plan, and Transformers' forward over the same modules."""
         tensor = torch.tensor([self.ids])
         assert model.dso.graph.max_positions == ROOM == room_of(model.config)
         assert_close_rows(model(tensor).logits[0], expected)
@@ -84,10 +84,10 @@ def saved(request: Any, tmp_path_factory: Any) -> Saved:
     return Saved(plain, folder, random_ids(plain.config, READ), kind)
 
 
-def test_however_it_is_loaded_and_saved(saved: Saved, tmp_path: Path) -> None:
+def test_every_way_of_loading_and_saving(saved: Saved, tmp_path: Path) -> None:
     fields, expected = {**FIELDS, "context_extension": saved.kind}, saved.expected()
     unextended = transformers_logits(saved.plain, saved.ids)
-    assert not torch.allclose(expected, unextended, rtol=1e-2)  # so that forgetting it shows
+    assert not torch.allclose(expected, unextended, rtol=1e-2)  # so that a missing extension is detected
     saved.check(load_model(saved.folder, **fields), expected)
     saved.check(AutoModelForCausalLM.from_pretrained(saved.folder, quantization_config=DeepSeekConfig(**fields)), expected)
     converted = copy.deepcopy(saved.plain)
@@ -95,10 +95,12 @@ def test_however_it_is_loaded_and_saved(saved: Saved, tmp_path: Path) -> None:
     saved.check(converted, expected)
     saved.check(copy.deepcopy(converted), expected)
     converted.save_pretrained(tmp_path / "packed")
-    reopened = load_model(tmp_path / "packed", DeepSeekConfig(backend="reference"))  # which says nothing of an extension
+    reopened = load_model(tmp_path / "packed", DeepSeekConfig(backend="reference"))  # without an extension in the config
     assert (reopened.dso.config.context_extension, reopened.dso.config.context_length) == (saved.kind, ROOM)
     saved.check(reopened, expected)
-    saved.check(load_model(tmp_path / "packed", **{**fields, "precision": "auto"}), expected)  # asked for what it is
+    saved.check(
+        load_model(tmp_path / "packed", **{**fields, "precision": "auto"}), expected
+    )  # with the settings it was saved with
     saved.check(AutoModelForCausalLM.from_pretrained(tmp_path / "packed"), expected)
 
 
@@ -134,7 +136,7 @@ def test_an_optimised_model_can_be_extended_afterwards() -> None:
 
 @pytest.mark.parametrize("name", ["llama-linear", "llama-dynamic", "llama-yarn", "llama-llama3", "deepseek_v3-groups"])
 @pytest.mark.parametrize("kind", ["yarn", "dynamic"])
-def test_what_is_scaled_already_is_refused(name: str, kind: str, tmp_path: Path) -> None:
+def test_already_scaled_models_are_rejected(name: str, kind: str, tmp_path: Path) -> None:
     plain = random_model(CASES[name]())
     plain.save_pretrained(tmp_path / "m")
     fields: dict[str, Any] = {"context_extension": kind, "context_length": 1 << 15}
@@ -150,20 +152,20 @@ def test_what_is_scaled_already_is_refused(name: str, kind: str, tmp_path: Path)
 
 
 @pytest.mark.parametrize("length", [1, TRAINED - 1, TRAINED])
-def test_a_length_that_is_no_more_is_refused(length: int) -> None:
+def test_a_length_that_extends_nothing_is_rejected(length: int) -> None:
     settings = DeepSeekConfig(context_extension="yarn", context_length=length)
     with pytest.raises(ConfigError, match=f"context_length={length} does not exceed the {TRAINED} tokens.*set a larger length"):
         DynamicGraphOptimizer(random_model(short("llama-gqa")), config=settings)
 
 
-def test_a_length_that_is_missing_is_refused() -> None:
+def test_a_missing_length_is_rejected() -> None:
     settings = DeepSeekConfig()
-    settings.context_extension = "yarn"  # set later, one after the other
+    settings.context_extension = "yarn"  # set later, one by one
     with pytest.raises(ConfigError, match="needs context_length"):
         DynamicGraphOptimizer(random_model(short("llama-gqa")), config=settings)
 
 
-def test_another_length_of_a_packed_copy_is_refused(tmp_path: Path) -> None:
+def test_another_length_of_a_packed_copy_is_rejected(tmp_path: Path) -> None:
     model = random_model(short("llama-gqa"))
     fields: dict[str, Any] = {"context_extension": "yarn", "context_length": ROOM}
     DynamicGraphOptimizer(model, config=DeepSeekConfig(backend="reference", **fields)).optimize()
@@ -174,7 +176,7 @@ def test_another_length_of_a_packed_copy_is_refused(tmp_path: Path) -> None:
         load_model(tmp_path / "packed", DeepSeekConfig(), context_length=2 * ROOM)
 
 
-def test_odd_lengths_are_what_was_asked_for() -> None:
+def test_odd_lengths_are_exact() -> None:
     for trained, length in ((48, 1000), (4096, 4097), (100, 131071), (2048, (1 << 31) - 1)):
         for kind in ("yarn", "dynamic"):
             config = llama(max_position_embeddings=trained)
@@ -185,7 +187,7 @@ def test_odd_lengths_are_what_was_asked_for() -> None:
             assert build_graph(config).max_positions == room_of(config) == length
 
 
-def test_it_is_said_once() -> None:
+def test_the_warning_is_given_once() -> None:
     model = random_model(short("llama-gqa"))
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
@@ -193,14 +195,14 @@ def test_it_is_said_once() -> None:
         DynamicGraphOptimizer(model, config=settings).optimize()
         for _ in range(2):
             model.generate(torch.tensor([[5] * 80]), max_new_tokens=3)
-    told = [str(w.message) for w in seen if issubclass(w.category, OptimizerWarning)]
+    messages = [str(w.message) for w in seen if issubclass(w.category, OptimizerWarning)]
     assert [
-        t for t in told if "beyond the 64 tokens the model was trained for is not assured; measure it with dso bench" in t
-    ] == told
-    assert len(told) == 1 and told[0] in model.dso.notes
+        t for t in messages if "beyond the 64 tokens the model was trained for is not assured; measure it with dso bench" in t
+    ] == messages
+    assert len(messages) == 1 and messages[0] in model.dso.notes
 
 
-# ---- generate: one set of frequencies for a text's whole life
+# ---- generate: one set of frequencies for the whole text
 
 
 @pytest.fixture(scope="module", params=["llama-gqa", "deepseek_v3-direct"])
@@ -217,23 +219,23 @@ def dynamic(request: Any) -> Any:
 
 
 def greedy(model: Any, ids: list[int], new: int) -> list[int]:
-    """By the model's plan, with the frequencies for all that is to come from the first token on."""
-    runtime, found = model.dso, list(ids)
+    """Greedy decoding by the model's plan, with the frequencies of the final length from the first token on."""
+    runtime, result = model.dso, list(ids)
     run = Runner(runtime.plan, runtime.backend.new_store(runtime.graph, runtime.kv_dtype, 16))
     blocks, reach = run.sequence(), torch.tensor([min(len(ids) + new, ROOM)], dtype=torch.int32).numpy()
-    piece = found
+    piece = result
     for _ in range(new):
         logits = run_step(run.plan, run.store, [Part(blocks, piece, PREFILL, rows=[len(piece) - 1])], reach=reach).logits
         piece = [int(logits[0].argmax())]
-        found = found + piece
-    return found
+        result = result + piece
+    return result
 
 
-LENGTHS = (50, 90, 3, 61)  # of prompts: within the trained length with what follows, and beyond
+LENGTHS = (50, 90, 3, 61)  # of prompts: with their answers within the trained length, and beyond it
 
 
 @pytest.mark.parametrize("how", [{}, {"prompt_lookup_num_tokens": 4}, {"num_beams": 1, "output_hidden_states": True}], ids=str)
-def test_generate_alone_and_in_company(dynamic: Any, how: dict[str, Any]) -> None:
+def test_generate_alone_and_in_batches(dynamic: Any, how: dict[str, Any]) -> None:
     ids = [random_ids(dynamic.config, n, seed=n) for n in LENGTHS]
     expected = [greedy(dynamic, text, 12) for text in ids]
     for text, whole in zip(ids, expected, strict=True):
@@ -248,12 +250,12 @@ def test_generate_alone_and_in_company(dynamic: Any, how: dict[str, Any]) -> Non
         assert row[longest - len(text) :] == whole
 
 
-def test_generate_to_the_end_of_the_room(dynamic: Any) -> None:
+def test_generate_to_the_end_of_the_context(dynamic: Any) -> None:
     text = random_ids(dynamic.config, ROOM - 5)
     with pytest.warns(OptimizerWarning, match=f"stopped at the model's context of {ROOM} tokens"):
-        found = dynamic.generate(torch.tensor([text]), max_new_tokens=20, do_sample=False)[0].tolist()
-    assert len(found) == ROOM + 1  # the last one needs no place
-    assert found == greedy(dynamic, text, 6)
+        actual = dynamic.generate(torch.tensor([text]), max_new_tokens=20, do_sample=False)[0].tolist()
+    assert len(actual) == ROOM + 1  # the last token is not cached
+    assert actual == greedy(dynamic, text, 6)
     with pytest.raises(ValueError, match=f"context of {ROOM};.*context_extension"):
         dynamic.generate(torch.tensor([random_ids(dynamic.config, ROOM + 1)]))
 
@@ -266,11 +268,11 @@ def test_generate_by_default_goes_beyond_the_trained_length(dynamic: Any) -> Non
 def test_samples_of_one_prompt_share_its_frequencies(dynamic: Any) -> None:
     text = random_ids(dynamic.config, 70)
     torch.manual_seed(3)
-    found = dynamic.generate(torch.tensor([text]), max_new_tokens=10, do_sample=True, top_k=1, num_return_sequences=3)
-    assert found.tolist() == [greedy(dynamic, text, 10)] * 3
+    actual = dynamic.generate(torch.tensor([text]), max_new_tokens=10, do_sample=True, top_k=1, num_return_sequences=3)
+    assert actual.tolist() == [greedy(dynamic, text, 10)] * 3
 
 
-def test_a_cache_keeps_the_frequencies_it_was_begun_with(dynamic: Any) -> None:
+def test_a_cache_keeps_its_initial_frequencies(dynamic: Any) -> None:
     text, cache = random_ids(dynamic.config, 30), PagedCache(dynamic)
     first = dynamic.generate(torch.tensor([text]), max_new_tokens=10, do_sample=False, **{cache_name(): cache})
     assert cache.state.reach.tolist() == [40]
@@ -283,7 +285,7 @@ def test_a_cache_keeps_the_frequencies_it_was_begun_with(dynamic: Any) -> None:
     assert cache.state.reach.tolist() == [130]
 
 
-def test_transformers_own_loop_says_where_it_leaves_the_context(dynamic: Any) -> None:
+def test_transformers_loop_reports_the_end_of_the_context(dynamic: Any) -> None:
     hook = dynamic.model.layers[0].register_forward_hook(lambda *_: None)
     try:
         with pytest.warns(OptimizerWarning, match=f"continues beyond the model's context of {ROOM}"):
@@ -292,13 +294,13 @@ def test_transformers_own_loop_says_where_it_leaves_the_context(dynamic: Any) ->
         hook.remove()
 
 
-def test_a_model_with_dynamic_rope_of_its_own_has_its_room() -> None:
+def test_a_model_with_dynamic_rope_has_its_own_context() -> None:
     config = llama(max_position_embeddings=TRAINED, **rope("dynamic", factor=4.0))
     model = random_model(config)
     ids = random_ids(config, READ)
     expected = transformers_logits(random_model(llama(max_position_embeddings=TRAINED, **rope("dynamic", factor=4.0))), ids)
     DynamicGraphOptimizer(model, config=DeepSeekConfig(precision="fp32", backend="reference", prefill_chunk=37)).optimize()
-    assert_close_rows(model(torch.tensor([ids])).logits[0], expected)  # in six pieces
+    assert_close_rows(model(torch.tensor([ids])).logits[0], expected)  # in six chunks
 
 
 def test_layers_with_different_ropes_are_refused():

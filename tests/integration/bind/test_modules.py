@@ -1,4 +1,4 @@
-"""PackedLinear and PackedEmbedding: correct, differentiable in the input, and modules like any other."""
+"""PackedLinear and PackedEmbedding: correct, differentiable in the input, and regular modules."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def linear(cols, rows, format, bias=True, dtype=torch.float32, seed=0):
 
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize(("cols", "rows"), SHAPES)
-def test_forward_and_gradient_are_those_of_the_dequantised_matrix(format, cols, rows):
+def test_forward_and_gradient_equal_the_dequantised_matrix(format, cols, rows):
     module = linear(cols, rows, format)
     weight = module.dequantized().double()
     x = torch.randn(2, 3, cols, requires_grad=True)
@@ -68,7 +68,7 @@ def test_embedding_looks_up_rows(format):
             module(torch.tensor([bad]))
 
 
-def test_modules_are_what_others_look_for():
+def test_modules_have_the_expected_classes_and_attributes():
     module = linear(32, 48, "int4", bias=False)
     assert isinstance(module, nn.Linear)
     assert isinstance(PackedEmbedding(16, 32, "int8", dtype=torch.float32), nn.Embedding)
@@ -92,7 +92,7 @@ def test_state_dict_and_deepcopy():
 
 
 @pytest.mark.parametrize("cast", [lambda m: m.half(), lambda m: m.to(torch.bfloat16), lambda m: m.double()])
-def test_a_cast_is_refused_before_anything_changes(cast):
+def test_a_cast_is_rejected_before_anything_changes(cast):
     for module in (linear(32, 48, "int8"), PackedEmbedding(16, 32, "int8", dtype=torch.float32)):
         with pytest.raises(UnsupportedRequestError, match="packed as int8"):
             cast(module)

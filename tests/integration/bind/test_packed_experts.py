@@ -1,4 +1,4 @@
-"""PackedExperts: Transformers' own module with packed weights, differentiable, a module like any other."""
+"""PackedExperts: Transformers' module with packed weights, differentiable, a regular module."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ FORMATS_USED = [("int4", "int8"), ("q4_1", "q4_1"), ("bf16", "int4"), ("fp32", "
 
 
 def pair(gate_up="int4", down="int8", dtype=torch.float32, case="deepseek_v3-groups"):
-    """Packed experts, and Transformers' own with the dequantised weights."""
+    """Packed experts, and Transformers' experts with the dequantised weights."""
     config = CASES[case]()
     config._experts_implementation = "eager"
     kind = DeepseekV2Experts if "v2" in case else DeepseekV3Experts
@@ -40,7 +40,7 @@ def pair(gate_up="int4", down="int8", dtype=torch.float32, case="deepseek_v3-gro
 
 
 def routed(experts, tokens=7, chosen=4, seed=1, dtype=torch.float32):
-    """hidden, top_k_index, top_k_weights: distinct experts in no order, as routers give them."""
+    """hidden, top_k_index, top_k_weights: distinct experts in arbitrary order, as from routers."""
     generator = torch.Generator().manual_seed(seed)
     index = torch.stack([torch.randperm(experts.num_experts, generator=generator)[:chosen] for _ in range(tokens)])
     weights = torch.rand(tokens, chosen, generator=generator)
@@ -50,7 +50,7 @@ def routed(experts, tokens=7, chosen=4, seed=1, dtype=torch.float32):
 @pytest.mark.parametrize("formats", FORMATS_USED)
 @pytest.mark.parametrize("case", ["deepseek_v2-greedy", "deepseek_v3-groups"])
 @pytest.mark.parametrize("tokens", [1, 7, 40])
-def test_it_computes_what_transformers_own_experts_do(formats, case, tokens):
+def test_results_equal_transformers_experts(formats, case, tokens):
     packed, own = pair(*formats, case=case)
     x, index, weights = routed(packed, tokens)
     torch.testing.assert_close(packed(x, index, weights), own(x, index, weights), atol=1e-5, rtol=1e-4)
@@ -69,7 +69,7 @@ def test_gradients_of_input_and_routing_weights():
     assert all(p.grad is None and not p.requires_grad for p in packed.parameters())
 
 
-def test_only_chosen_experts_are_multiplied_with_each_once():
+def test_each_chosen_expert_is_multiplied_once():
     packed, _ = pair()
     seen: list[int] = []
 
@@ -84,7 +84,7 @@ def test_only_chosen_experts_are_multiplied_with_each_once():
     assert seen == [2, 3, 1, 6, 7, 3, 10, 11, 5]  # gate, up and down of experts 1, 3 and 5
 
 
-def test_an_index_of_num_experts_chooses_nobody():
+def test_an_index_of_num_experts_chooses_no_expert():
     packed, _ = pair()
     x, index, weights = routed(packed)
     index[:] = packed.num_experts
@@ -100,7 +100,7 @@ def test_result_has_the_dtype_of_the_input(dtype):
     torch.testing.assert_close(found.float(), own(x.float(), index, weights), atol=0.1, rtol=2**-5)
 
 
-def test_a_listener_sees_what_down_reads():
+def test_a_listener_gets_the_inputs_of_down():
     packed, own = pair("fp32", "fp32")
     x, index, weights = routed(packed, tokens=5)
     seen: list[torch.Tensor] = []
@@ -112,7 +112,7 @@ def test_a_listener_sees_what_down_reads():
     torch.testing.assert_close(seen[0], nn.functional.silu(gate) * up)
 
 
-def test_a_module_like_any_other():
+def test_it_is_a_regular_module():
     packed, _ = pair()
     other, _ = pair("int4", "int8")
     assert isinstance(packed, Packed) and not isinstance(packed, (nn.Linear, nn.Embedding))
@@ -129,14 +129,14 @@ def test_a_module_like_any_other():
 
 
 @pytest.mark.parametrize("cast", [lambda m: m.half(), lambda m: m.to(torch.bfloat16), lambda m: m.double()])
-def test_a_cast_is_refused_before_anything_changes(cast):
+def test_a_cast_is_rejected_before_anything_changes(cast):
     packed, _ = pair()
     with pytest.raises(UnsupportedRequestError, match="packed as int4, int8"):
         cast(packed)
     assert packed.to("cpu") is packed and packed.float() is packed
 
 
-def test_every_format_is_known():
+def test_every_format_is_supported():
     for name in FORMATS:
         made = PackedExperts(2, 40, 20, name, name, act_fn=nn.SiLU(), dtype=torch.float32)
         assert made.gate_up.shape == (4, 20, 40) and made.down.shape == (2, 40, 20)

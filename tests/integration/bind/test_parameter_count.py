@@ -13,7 +13,7 @@ from support.models import CASES, random_model
 
 @pytest.mark.parametrize("precision", ["fp32", "int4"])
 @pytest.mark.parametrize("case", ["llama-biases", "llama-tied", "deepseek_v3-groups"])
-def test_as_many_as_the_float_model_has(case, precision):
+def test_the_count_equals_the_float_model(case, precision):
     plain = random_model(CASES[case]())
     config = DeepSeekConfig(precision=precision, backend="reference")
     fast = DynamicGraphOptimizer(copy.deepcopy(plain), config=config).optimize()
@@ -22,7 +22,7 @@ def test_as_many_as_the_float_model_has(case, precision):
     assert fast.num_parameters(only_trainable=True) == 0
 
 
-def test_a_classifier_counts_its_own_head_too():
+def test_a_classifier_includes_its_head():
     plain = AutoModelForSequenceClassification.from_config(CASES["llama-gqa"]())
     config = DeepSeekConfig(precision="fp32", backend="reference")
     fast = DynamicGraphOptimizer(copy.deepcopy(plain), config=config).optimize()

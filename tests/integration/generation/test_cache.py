@@ -1,4 +1,4 @@
-"""PagedCache: a Transformers Cache over blocks, with padding, copies on write, and blocks that come back."""
+"""PagedCache: a Transformers Cache over blocks, with padding, copy on write, and blocks that are returned."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ..conftest import make_pair
 
 @pytest.fixture
 def filled(fresh_pair):
-    """A cache of two sequences of 40 tokens, Transformers' own beside it, and both models."""
+    """A cache of two sequences of 40 tokens, the same as a Transformers cache, and both models."""
     ids = fresh_pair.ids(40, 40)
     paged, dynamic = PagedCache(fresh_pair.fast), DynamicCache()
     with torch.no_grad():
@@ -30,7 +30,7 @@ def filled(fresh_pair):
 
 
 def assert_same_future(pair, paged, dynamic, tokens=3):
-    """Both caches answer the next tokens alike, and hold the same keys and values."""
+    """Both caches give the same logits for the next tokens, and have the same keys and values."""
     assert paged.get_seq_length() == dynamic.get_seq_length()
     for i, layer in enumerate(dynamic.layers):
         torch.testing.assert_close(paged.layers[i].keys, layer.keys, atol=1e-4, rtol=1e-4)
@@ -42,7 +42,7 @@ def assert_same_future(pair, paged, dynamic, tokens=3):
     torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-3)
 
 
-def test_it_is_a_cache(filled):
+def test_it_is_a_transformers_cache(filled):
     pair, paged, dynamic = filled
     assert isinstance(paged, Cache)
     assert paged.batch_size == 2
@@ -97,7 +97,7 @@ def test_repeat_and_select(filled):
 
 
 def test_shared_blocks_are_copied_before_a_write(filled):
-    """After a fork the two write different tokens into what was one half-full block."""
+    """After a fork the two write different tokens into the same partial block."""
     pair, paged, _ = filled
     twin = copy.deepcopy(paged)
     used = pair.fast.dso.arena.used_bytes
@@ -149,7 +149,7 @@ def test_storage(kv):
     assert pair.fast.dso.kv_dtype == kv
 
 
-def test_blocks_go_back_when_a_cache_is_dropped(fresh_pair):
+def test_blocks_are_freed_when_a_cache_is_deleted(fresh_pair):
     arena = fresh_pair.fast.dso.arena
     gc.collect()
     gc.disable()
@@ -164,7 +164,7 @@ def test_blocks_go_back_when_a_cache_is_dropped(fresh_pair):
         gc.enable()
 
 
-def test_memory_is_given_back_with_the_last_user(fresh_pair, monkeypatch):
+def test_memory_is_freed_with_the_last_user(fresh_pair, monkeypatch):
     arena, released = fresh_pair.fast.dso.arena, []
     monkeypatch.setattr(arena.store, "release", released.append)
     first, second = PagedCache(fresh_pair.fast), PagedCache(fresh_pair.fast)
@@ -197,7 +197,7 @@ def test_a_full_cache_is_an_error_and_recovers():
 
 
 @torch.no_grad()
-def test_wrong_batch_is_refused(filled):
+def test_a_wrong_batch_size_is_rejected(filled):
     pair, paged, _ = filled
     with pytest.raises(ValueError, match="has 2 sequences, but the call has 3 rows"):
         pair.fast(pair.ids(1, 1, 1), cache=paged)
@@ -209,7 +209,7 @@ def test_a_model_that_is_not_optimised(fresh_pair):
 
 
 class _Store:
-    """A store that only counts."""
+    """A store that only counts calls."""
 
     num_blocks, block_bytes = 64, 1
 
@@ -218,8 +218,8 @@ class _Store:
     def release(self, from_block): ...
 
 
-def test_reclaim_in_the_midst_of_an_allocation_waits():
-    """A finaliser may run while the manager is at work, in the same thread: it must not touch it then."""
+def test_reclaim_during_an_allocation_waits():
+    """A finaliser may run in the same thread while the manager is working, and must not modify it then."""
     arena = Arena(_Store(), layers=1)
     with arena.locked() as manager:
         sequence = SequenceBlocks(manager)
@@ -229,7 +229,7 @@ def test_reclaim_in_the_midst_of_an_allocation_waits():
     assert arena.manager.free_blocks == 64
 
 
-def test_many_threads_leave_no_block_behind():
+def test_many_threads_leak_no_block():
     arena = Arena(_Store(), layers=1)
 
     def work():
@@ -249,10 +249,10 @@ def test_many_threads_leave_no_block_behind():
         assert manager.free_blocks == 64
 
 
-def test_reclaim_in_the_midst_of_a_step_gives_memory_back_after_it():
+def test_reclaim_during_a_step_frees_memory_after_it():
     class Plan:
         def run(self, batch, store):
-            arena.reclaim([sequence])  # as the collector may
+            arena.reclaim([sequence])  # like the garbage collector
             return "done"
 
     class Store(_Store):

@@ -1,4 +1,4 @@
-"""generate(): the tokens of Transformers' own, through the fast loop and through Transformers' loops over the plan."""
+"""generate(): the same tokens as Transformers, through the fast loop and through Transformers' loops over the plan."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Recorder(BaseStreamer):
 
 @pytest.fixture
 def fast_loops(monkeypatch):
-    """How many requests our own loop served."""
+    """Counts the requests that used our own loop."""
     served, sample = [], generate_module._sample
     monkeypatch.setattr(generate_module, "_sample", lambda *a, **k: (served.append(1), sample(*a, **k))[1])
     return served
@@ -97,7 +97,7 @@ def test_plain_requests(pair, fast_loops, name, lengths):
 
 @pytest.mark.parametrize("name", OTHER)
 @pytest.mark.parametrize("lengths", [(9,), (11, 4, 7)], ids=["one", "left-padded"])
-def test_other_requests_run_transformers_loops(pair, fast_loops, name, lengths):
+def test_unsupported_requests_use_transformers_loops(pair, fast_loops, name, lengths):
     assert_same(
         pair,
         pair.ids(*lengths),
@@ -111,8 +111,8 @@ def test_other_requests_run_transformers_loops(pair, fast_loops, name, lengths):
 
 
 @pytest.mark.parametrize("name", PLAIN)
-def test_the_fast_loop_gives_the_tokens_of_transformers_loop(name):
-    """On one plan: bit-identical logits, so identical tokens, whatever is drawn."""
+def test_the_fast_loop_equals_transformers_loop(name):
+    """With one plan, the logits are bitwise equal, and so are sampled tokens."""
     pair = make_pair()
     ids, options = pair.ids(10, 3), {"pad_token_id": 0, "eos_token_id": EOS, **PLAIN[name]}
     made = []
@@ -153,7 +153,7 @@ def test_num_return_sequences_computes_a_prompt_once(fresh_pair, monkeypatch):
     assert tokens == [50, 4, 4]
 
 
-def test_ended_rows_are_not_computed(fresh_pair, monkeypatch):
+def test_finished_rows_are_not_computed(fresh_pair, monkeypatch):
     rows = []
     run = fresh_pair.fast.dso.plan.run
     monkeypatch.setattr(fresh_pair.fast.dso.plan, "run", lambda b, s: (rows.append(len(b.query_len)), run(b, s))[1])
@@ -215,7 +215,7 @@ def test_text_iterator_streamer_in_a_thread(tiny_model, byte_tokenizer):
 
 
 def test_two_threads_at_once(pair):
-    """Caches of one model share an arena; answers do not mix."""
+    """Caches of one model share an arena; answers do not interfere."""
     prompts = [pair.ids(6, seed=i) for i in range(4)]
     expected = [pair.fast.generate(p, max_new_tokens=40, do_sample=False) for p in prompts]
     made = [None] * 4
@@ -250,7 +250,7 @@ def test_stop_strings(tiny_model, byte_tokenizer, fast_loops):
     assert fast_loops == [1]
 
 
-def test_own_stopping_criteria_and_processors(pair, fast_loops):
+def test_custom_stopping_criteria_and_processors(pair, fast_loops):
     class After(StoppingCriteria):
         def __call__(self, input_ids, scores, **kwargs):
             return torch.full((input_ids.shape[0],), input_ids.shape[1] >= 12)
@@ -276,8 +276,8 @@ def test_inputs_embeds(pair):
     assert torch.equal(pair.plain.generate(**options), pair.fast.generate(**options))
 
 
-def test_a_dialogue_over_one_cache(pair):
-    """Each turn passes the whole history and the cache of the turn before."""
+def test_a_conversation_with_one_cache(pair):
+    """Each turn passes the whole history and the cache of the previous turn."""
     cache, plain_cache, ids = PagedCache(pair.fast), DynamicCache(), pair.ids(6)
     for turn in range(3):
         out = pair.fast.generate(ids, max_new_tokens=5, do_sample=False, **{cache_name(): cache})
@@ -287,7 +287,7 @@ def test_a_dialogue_over_one_cache(pair):
         ids = torch.cat([out, pair.ids(4, seed=turn)], dim=1)
 
 
-def test_foreign_cache_goes_through_transformers(fresh_pair):
+def test_other_caches_go_through_transformers(fresh_pair):
     ids = fresh_pair.ids(6)
     plain = fresh_pair.plain.generate(ids, max_new_tokens=5, do_sample=False)
     with pytest.warns(OptimizerWarning, match="DynamicCache"):
@@ -304,7 +304,7 @@ def test_hooks_send_generate_through_transformers(fresh_pair):
     assert len(seen) == 5
 
 
-def test_blocks_come_back(fresh_pair):
+def test_blocks_are_freed(fresh_pair):
     model = fresh_pair.fast
     model.generate(fresh_pair.ids(40, 40), max_new_tokens=40, num_beams=3, do_sample=False)
     model.generate(fresh_pair.ids(40, 40), max_new_tokens=40, do_sample=True)
@@ -355,7 +355,7 @@ BAD = [
 
 
 @pytest.mark.parametrize(("options", "name"), BAD, ids=[f"{n}-{i}" for i, (_, n) in enumerate(BAD)])
-def test_bad_options(pair, options, name):
+def test_invalid_options(pair, options, name):
     with pytest.raises(ValueError, match=name):
         pair.fast.generate(pair.ids(3), **{"max_new_tokens": 3, **options})
 
@@ -375,12 +375,12 @@ def test_bad_options(pair, options, name):
         (torch.zeros(1, 2, 72, dtype=torch.long), "floating point embeddings"),
     ],
 )
-def test_bad_prompts(pair, ids, message):
+def test_invalid_prompts(pair, ids, message):
     with pytest.raises(ValueError, match=message):
         pair.fast.generate(ids, max_new_tokens=3)
 
 
-def test_a_stream_that_is_stopped_leaves_nothing_behind(fresh_pair):
+def test_a_stopped_stream_leaks_nothing(fresh_pair):
     class Stop(Recorder):
         def put(self, value):
             super().put(value)
@@ -394,8 +394,8 @@ def test_a_stream_that_is_stopped_leaves_nothing_behind(fresh_pair):
     assert model.dso.arena.manager.free_blocks == model.dso.arena.manager.num_blocks
 
 
-def test_torch_keeps_one_thread_beside_the_native_backend(pair):
-    """And gets its own back, also where requests overlap."""
+def test_torch_has_one_thread_with_the_native_backend(pair):
+    """Its thread count is restored afterwards, even if requests overlap."""
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     seen = []
@@ -425,7 +425,7 @@ def test_torch_keeps_one_thread_beside_the_native_backend(pair):
 
 
 def test_first_requests_of_several_threads(fresh_pair):
-    """What the first request makes (the plan, the memory of caches) is made once, whoever asks meanwhile."""
+    """The plan and the cache memory, created by the first request, are created once despite concurrent requests."""
     model, ids = fresh_pair.fast, fresh_pair.ids(5)
     model.dso.replaced()
     start = threading.Barrier(6)
@@ -435,6 +435,6 @@ def test_first_requests_of_several_threads(fresh_pair):
         return model.generate(ids, max_new_tokens=8, do_sample=False).tolist()
 
     with ThreadPoolExecutor(6) as pool:
-        found = list(pool.map(request, range(6)))
-    assert all(one == found[0] for one in found)
+        actual = list(pool.map(request, range(6)))
+    assert all(one == actual[0] for one in actual)
     assert model.dso.arena.manager.free_blocks == model.dso.arena.manager.num_blocks

@@ -1,4 +1,4 @@
-"""What an engine has read goes to a file and into another engine: the same text, to the bit, and nothing is read again."""
+"""An engine's prefix cache saved to a file and loaded into another engine: the same text bit for bit, without new prefill."""
 
 from __future__ import annotations
 
@@ -41,17 +41,17 @@ def loaded(path, engine, runtime, tokens=None):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("case", ["llama-gqa", "deepseek_v3-groups"])
 @pytest.mark.parametrize("kv_cache", ["auto", "int8"])
-def test_the_same_text_without_reading_again(tmp_path, backend, case, kv_cache):
+def test_the_same_text_without_prefill(tmp_path, backend, case, kv_cache):
     prompt = random_ids(CASES[case](), 140)
     first, runtime = made(case, backend, kv_cache=kv_cache)
     [expected] = first.generate([prompt], GREEDY)
     assert saved(tmp_path / "a", first, runtime, prompt) == 128
     second, runtime = made(case, backend, kv_cache=kv_cache)
     assert loaded(tmp_path / "a", second, runtime, prompt) == 128
-    [again] = first.generate([prompt], GREEDY)  # out of the cache as well, so that prompts are cut alike
-    [got] = second.generate([prompt], GREEDY)
-    assert expected.cached_tokens == 0 and got.cached_tokens == again.cached_tokens == 128
-    assert got.token_ids == again.token_ids and got.logprobs == again.logprobs
+    [again] = first.generate([prompt], GREEDY)  # from the cache as well, so that prompts are split equally
+    [actual] = second.generate([prompt], GREEDY)
+    assert expected.cached_tokens == 0 and actual.cached_tokens == again.cached_tokens == 128
+    assert actual.token_ids == again.token_ids and actual.logprobs == again.logprobs
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -63,7 +63,7 @@ def test_the_same_text_without_reading_again(tmp_path, backend, case, kv_cache):
     ],
     ids=lambda mode: mode["attention_optimization"],
 )
-def test_what_modes_of_attention_keep_beside_is_saved_too(tmp_path, backend, mode):
+def test_data_of_attention_modes_is_saved_too(tmp_path, backend, mode):
     prompt = random_ids(CASES["llama-gqa"](), 420)
     first, runtime = made("llama-gqa", backend, **mode)
     first.generate([prompt], GREEDY)
@@ -71,13 +71,15 @@ def test_what_modes_of_attention_keep_beside_is_saved_too(tmp_path, backend, mod
     assert tokens >= 384
     second, runtime = made("llama-gqa", backend, **mode)
     assert loaded(tmp_path / "a", second, runtime, prompt) == tokens
-    [again], [got] = first.generate([prompt], GREEDY), second.generate([prompt], GREEDY)
+    [again], [actual] = first.generate([prompt], GREEDY), second.generate([prompt], GREEDY)
     assert (
-        got.cached_tokens == again.cached_tokens >= 384 and got.token_ids == again.token_ids and got.logprobs == again.logprobs
+        actual.cached_tokens == again.cached_tokens >= 384
+        and actual.token_ids == again.token_ids
+        and actual.logprobs == again.logprobs
     )
 
 
-def test_other_models_settings_and_texts_are_refused(tmp_path):
+def test_other_models_settings_and_texts_are_rejected(tmp_path):
     prompt = random_ids(CASES["llama-gqa"](), 70)
     engine, runtime = made("llama-gqa", "reference")
     engine.generate([prompt], GREEDY)
@@ -98,7 +100,7 @@ def test_other_models_settings_and_texts_are_refused(tmp_path):
         loaded(tmp_path / "a", engine, runtime, prompt[:40])
 
 
-def test_a_damaged_block_leaves_no_block_behind(tmp_path):
+def test_a_damaged_block_leaks_no_block(tmp_path):
     prompt = random_ids(CASES["llama-gqa"](), 140)
     engine, runtime = made("llama-gqa", "reference")
     engine.generate([prompt], GREEDY)
@@ -112,7 +114,7 @@ def test_a_damaged_block_leaves_no_block_behind(tmp_path):
     assert len(other.core.prefix) == 0 and other.core.memory.manager.free_blocks == 32
 
 
-def test_a_cache_that_is_too_small_says_so_and_one_that_is_full_makes_room(tmp_path):
+def test_too_small_caches_are_errors_and_full_ones_evict(tmp_path):
     prompt = random_ids(CASES["llama-gqa"](), 140)
     engine, runtime = made("llama-gqa", "reference")
     engine.generate([prompt], GREEDY)
@@ -126,7 +128,7 @@ def test_a_cache_that_is_too_small_says_so_and_one_that_is_full_makes_room(tmp_p
     assert full.generate([prompt], GREEDY)[0].cached_tokens == 128
 
 
-def test_nothing_read_nothing_written(tmp_path):
+def test_an_empty_cache_writes_no_file(tmp_path):
     engine, runtime = made("llama-gqa", "reference")
     assert saved(tmp_path / "a", engine, runtime, random_ids(CASES["llama-gqa"](), 70)) == 0
     assert list(tmp_path.iterdir()) == []
@@ -136,13 +138,13 @@ def test_fingerprints_are_the_same_in_another_copy():
     assert fingerprint(made("deepseek_v3-groups", "reference")[1]) == fingerprint(made("deepseek_v3-groups", "reference")[1])
 
 
-def test_frequencies_that_grow_are_told_apart():
-    """What they are made of counts too: a partial is no number."""
+def test_growing_frequencies_are_distinguished():
+    """The parameters of the frequencies are part of the fingerprint."""
     case, other = rope("dynamic", factor=4.0), rope("dynamic", factor=4.0, rope_theta=20000.0)
-    found = []
+    actual = []
     for parameters in (case, case, other):
         model = random_model(llama(max_position_embeddings=256, **parameters))
         config = DeepSeekConfig(precision="fp32", backend="reference")
         DynamicGraphOptimizer(model, config=config).optimize()
-        found.append(fingerprint(model.dso))
-    assert found[0] == found[1] and found[0]["model"] != found[2]["model"]
+        actual.append(fingerprint(model.dso))
+    assert actual[0] == actual[1] and actual[0]["model"] != actual[2]["model"]

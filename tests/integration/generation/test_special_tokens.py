@@ -1,4 +1,4 @@
-"""Special tokens of configs that are no tokens: as tolerant as Transformers where the model works, and said."""
+"""Special tokens in configs that are not valid tokens: as tolerant as Transformers where the model works, with a warning."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from deepseek_optimizer import ConfigError, load_model
 from deepseek_optimizer.engine.request import SamplingParams
 from deepseek_optimizer.serving import make_engine
-from support.spoilt import set_config
+from support.damaged_checkpoints import set_config
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def folder(tiny_model: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("value", [-1, 10**9, [-1, 10**9]])
-def test_ends_that_are_no_tokens_end_nothing_and_are_said(folder, value):
+def test_invalid_end_tokens_are_ignored_with_a_warning(folder, value):
     set_config(folder, eos_token_id=value, bos_token_id=-1, pad_token_id=-1)
     model, plain = load_model(folder, precision="fp32"), AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     ids = torch.tensor([[5, 6, 7, 8]])
@@ -34,8 +34,8 @@ def test_ends_that_are_no_tokens_end_nothing_and_are_said(folder, value):
     assert len(notes) == 3 and any("eos_token_id" in note and "no text ends there" in note for note in notes)
 
 
-def test_an_engine_is_not_led_astray_by_them(folder):
-    """-1 would be the last token of the vocabulary, and 10^9 one beyond all arrays."""
+def test_an_engine_ignores_them(folder):
+    """-1 would be the last token of the vocabulary, and 10^9 out of bounds."""
     set_config(folder, eos_token_id=[-1, 10**9])
     engine = make_engine(load_model(folder, precision="fp32"), drafts=False)
     last = engine.core.facts.vocab_size - 1
@@ -45,7 +45,7 @@ def test_an_engine_is_not_led_astray_by_them(folder):
 
 
 @pytest.mark.parametrize("value", [[1.5], {}, "x", [True], [10**30]])
-def test_what_is_no_id_is_an_error_that_names_the_field(folder, value):
+def test_values_that_are_not_ids_are_errors_with_the_field(folder, value):
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": value}))
     with pytest.raises(ConfigError, match=r"generation_config\.eos_token_id: expected a token id"):
         load_model(folder, backend="reference")

@@ -1,4 +1,4 @@
-"""generate() with drafts: the tokens of plain decoding, whatever the drafts are worth."""
+"""generate() with drafts: the tokens of plain decoding, whatever the drafts are."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ EOS = 2
 
 
 class Always:
-    """A gate that always allows all drafts, and remembers what became of them."""
+    """A controller that always allows all drafts, and records how many were accepted."""
 
-    def __init__(self, most, fixed=False):
-        self.most, self.rounds = most, []
+    def __init__(self, max_drafts, fixed=False):
+        self.max_drafts, self.rounds = max_drafts, []
 
-    def choose(self, sequences, most=None):
-        return min(self.most, self.most if most is None else most)
+    def choose(self, sequences, max_drafts=None):
+        return min(self.max_drafts, self.max_drafts if max_drafts is None else max_drafts)
 
     def record(self, seconds, outcomes):
         self.rounds.append(list(outcomes))
@@ -39,11 +39,11 @@ class Always:
 
 @pytest.fixture(autouse=True)
 def always(monkeypatch):
-    monkeypatch.setattr(speculation, "Gate", Always)
+    monkeypatch.setattr(speculation, "DraftLengthController", Always)
 
 
 def script_of(model, ids, mask, new):
-    """Plain greedy tokens of each row, padding left out."""
+    """Plain greedy tokens of each row, without padding."""
     out = model.generate(ids, attention_mask=mask, max_new_tokens=new + 8, do_sample=False, eos_token_id=None)
     mask = torch.nn.functional.pad(mask, (0, out.shape[1] - mask.shape[1]), value=1)
     return {i: row[kept != 0].tolist() for i, (row, kept) in enumerate(zip(out, mask, strict=True))}
@@ -74,30 +74,30 @@ GREEDY = {
 
 @pytest.mark.parametrize("name", GREEDY)
 @pytest.mark.parametrize("lengths", [(9,), (40, 4, 31)], ids=["one", "left-padded"])
-def test_greedy_text_is_plain_greedy_text(pair, name, lengths):
+def test_greedy_text_equals_plain_decoding(pair, name, lengths):
     plain, drafted = both(pair, lengths, **GREEDY[name])
     assert torch.equal(plain, drafted)
     assert any(held for rounds in pair.fast.dso.speculation for _, held in rounds) or "n" not in name
 
 
 @pytest.mark.parametrize("agree", [0.0, 1.0])
-def test_all_or_none_hold(pair, agree):
+def test_all_or_no_drafts_are_accepted(pair, agree):
     plain, drafted = both(pair, (9, 5), agree=agree, new=25, eos_token_id=None)
     assert torch.equal(plain, drafted)
     rounds = pair.fast.dso.speculation
     assert all(held == n * (agree == 1) for outcomes in rounds for n, held in outcomes)
-    assert len(rounds) == (6 if agree else 24)  # 24 tokens behind the prompt's own, 4 a round
+    assert len(rounds) == (6 if agree else 24)  # 24 tokens after the prompt, 4 per round
 
 
 def assert_same_numbers(pair, a, b):
-    """To the bit on the native backend; torch's own products change with the number of rows."""
+    """Bitwise equal on the native backend; torch's products depend on the number of rows."""
     if pair.fast.dso.backend.name == "cpu":
         assert torch.equal(a, b)
     else:
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
 
 
-def test_logits_are_bit_for_bit_those_of_plain_decoding(pair):
+def test_logits_are_bitwise_equal_to_plain_decoding(pair):
     options = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True, "eos_token_id": None}
     plain, drafted = both(pair, (9,), repetition_penalty=1.3, **options)
     assert type(plain) is type(drafted)
@@ -144,7 +144,7 @@ def test_a_streamer_gets_every_token_in_order(pair, lengths):
 
 
 class EachOnce(StoppingCriteria):
-    """Ends at a length; notes what it was shown."""
+    """Ends at a length; records its inputs."""
 
     def __init__(self):
         self.seen = []
@@ -155,7 +155,7 @@ class EachOnce(StoppingCriteria):
 
 
 class EachPrefix(LogitsProcessor):
-    """Depends on the whole prefix, and on how often it was called."""
+    """Depends on the whole prefix, and on the number of its calls."""
 
     def __init__(self):
         self.calls = 0
@@ -165,8 +165,8 @@ class EachPrefix(LogitsProcessor):
         return scores.roll(int(input_ids.sum() + self.calls) % 7, dims=-1)
 
 
-def test_processors_and_criteria_see_what_they_see_in_plain_decoding(pair):
-    """Each token once, with its own prefix, in order: even those that count their calls give the plain text."""
+def test_processors_and_criteria_get_the_inputs_of_plain_decoding(pair):
+    """Each token once, with its own prefix, in order: even processors that count their calls give the plain text."""
     ids, seen, texts = pair.ids(5), [], []
     script = pair.fast.generate(ids, max_new_tokens=30, do_sample=False, eos_token_id=None, logits_processor=[EachPrefix()])
     for proposer in (None, ScriptedProposer({0: script[0].tolist()}, 0.8, pair.plain.config.vocab_size)):
@@ -184,7 +184,7 @@ def test_processors_and_criteria_see_what_they_see_in_plain_decoding(pair):
     assert texts[1].shape[1] == 17
 
 
-def test_a_batch_whose_processor_may_look_across_rows_has_no_drafts():
+def test_processors_that_may_use_other_rows_disable_drafts():
     pair = make_pair()
     with pytest.warns(OptimizerWarning, match="without drafts: EachPrefix"):
         drafted = pair.fast.generate(
@@ -198,15 +198,15 @@ def test_a_batch_whose_processor_may_look_across_rows_has_no_drafts():
     assert pair.fast.dso.speculation is None
 
 
-def test_criteria_known_to_go_by_row_keep_their_drafts(pair):
+def test_row_wise_criteria_keep_drafts(pair):
     criteria = StoppingCriteriaList([MaxTimeCriteria(1000.0)])
     plain, drafted = both(pair, (5, 5), stopping_criteria=criteria, eos_token_id=None)
     assert torch.equal(plain, drafted)
     assert pair.fast.dso.speculation
 
 
-def test_a_dialogue_over_one_cache(pair):
-    """Rejected drafts are gone from the caller's cache, tokens behind an end too."""
+def test_a_conversation_with_one_cache(pair):
+    """Rejected drafts are removed from the caller's cache, and so are tokens after an end token."""
     caches, ids = [PagedCache(pair.fast), PagedCache(pair.fast)], pair.ids(30)
     for turn in range(4):
         options = {"max_new_tokens": 11, "do_sample": False, "eos_token_id": list(range(2, 16)), "pad_token_id": 0}
@@ -219,7 +219,7 @@ def test_a_dialogue_over_one_cache(pair):
         ids = torch.cat([drafted, pair.ids(4, seed=turn)], dim=1)
 
 
-def test_an_exception_in_the_caller_leaves_the_cache_in_order(pair):
+def test_an_exception_in_the_caller_leaves_a_valid_cache(pair):
     class Full(Recorder):
         def put(self, value):
             super().put(value)
@@ -239,19 +239,19 @@ def test_an_exception_in_the_caller_leaves_the_cache_in_order(pair):
     assert torch.equal(plain, after)
 
 
-def test_blocks_come_back(fresh_pair):
+def test_blocks_are_freed(fresh_pair):
     both(fresh_pair, (40, 33), eos_token_id=None, new=40)
     manager = fresh_pair.fast.dso.arena.manager
     assert manager.free_blocks == manager.num_blocks
 
 
-def test_prompt_lookup_goes_through_our_loop(pair):
+def test_prompt_lookup_uses_our_loop(pair):
     ids = torch.cat([pair.ids(8)] * 3, dim=1)
     options = {"max_new_tokens": 40, "do_sample": False, "eos_token_id": None}
     plain = pair.plain.generate(ids, **options)
     assert torch.equal(plain, pair.fast.generate(ids, prompt_lookup_num_tokens=3, **options))
     assert any(n for outcomes in pair.fast.dso.speculation for n, _ in outcomes)
-    both_rows = torch.cat([ids, pair.ids(24, seed=5)])  # Transformers' own takes one row only
+    both_rows = torch.cat([ids, pair.ids(24, seed=5)])  # Transformers' own supports only one row
     plain = pair.plain.generate(both_rows, **options)
     assert torch.equal(plain, pair.fast.generate(both_rows, prompt_lookup_num_tokens=3, **options))
 
@@ -272,7 +272,7 @@ def test_use_mtp_without_mtp_layers(pair):
         pair.fast.generate(pair.ids(5), use_mtp=True, max_new_tokens=5)
 
 
-def test_a_proposer_where_transformers_serves():
+def test_a_proposer_in_transformers_loop():
     pair = make_pair()
     ids = pair.ids(5)
     with pytest.warns(OptimizerWarning, match="without drafts"):
@@ -290,7 +290,7 @@ def test_the_context_ends_generation():
 
 
 class Drawn:
-    """Drafts drawn from the uniform distribution over some tokens, or the same one for certain."""
+    """Drafts sampled uniformly from some tokens, or always the same one."""
 
     name, wants_states = "drawn", False
 
@@ -298,17 +298,17 @@ class Drawn:
         self.tokens = torch.tensor(tokens)
         self.q = torch.zeros(vocab).index_fill(0, self.tokens, 1 / len(tokens)).numpy()
 
-    def propose(self, sequences, most):
-        found = []
-        for n in most:
+    def propose(self, sequences, max_drafts):
+        result = []
+        for n in max_drafts:
             tokens = self.tokens[torch.randint(len(self.tokens), (n,))].tolist()
-            found.append(Draft(tokens, [self.q] * n if len(self.tokens) > 1 else None))
-        return found
+            result.append(Draft(tokens, [self.q] * n if len(self.tokens) > 1 else None))
+        return result
 
 
 @pytest.mark.parametrize("certain", [False, True], ids=["drawn", "certain"])
-def test_sampling_keeps_the_distribution_of_the_request(certain):
-    """Of the second and third token with top-k and temperature, against plain sampling: chi-square over the pairs seen."""
+def test_sampling_preserves_the_distribution(certain):
+    """The second and third token with top-k and temperature, against plain sampling: chi-square over the pairs."""
     pair = make_pair()
     ids = pair.ids(6).repeat(250, 1)
     options = {"do_sample": True, "top_k": 4, "temperature": 1.5, "max_new_tokens": 3, "eos_token_id": None, "pad_token_id": 0}
@@ -329,10 +329,10 @@ def test_sampling_keeps_the_distribution_of_the_request(certain):
     assert any(held for outcomes in pair.fast.dso.speculation for _, held in outcomes)
 
 
-def test_the_real_gate_gives_the_plain_text(pair, monkeypatch):
-    from deepseek_optimizer.engine.speculative.gate import Gate
+def test_the_draft_length_controller_gives_the_plain_text(pair, monkeypatch):
+    from deepseek_optimizer.engine.speculative.draft_length import DraftLengthController
 
-    monkeypatch.setattr(speculation, "Gate", Gate)
+    monkeypatch.setattr(speculation, "DraftLengthController", DraftLengthController)
     plain, drafted = both(pair, (12, 30), agree=0.8, new=60, eos_token_id=None)
     assert torch.equal(plain, drafted)
     report = pair.fast.dso.speculation
@@ -340,7 +340,7 @@ def test_the_real_gate_gives_the_plain_text(pair, monkeypatch):
     assert sum(count for _, count in report.chosen) == report.rounds
 
 
-def test_the_plain_loop_serves_requests_without_drafts(pair, monkeypatch):
+def test_requests_without_drafts_use_the_plain_loop(pair, monkeypatch):
     served = []
     sample = generate_module._sample
     monkeypatch.setattr(generate_module, "_sample", lambda *a, **k: (served.append(1), sample(*a, **k))[1])
@@ -348,11 +348,11 @@ def test_the_plain_loop_serves_requests_without_drafts(pair, monkeypatch):
     assert served == [1]
 
 
-def test_a_constant_number_of_drafts_leaves_the_gate_out(pair, monkeypatch):
-    """Then the number drawn does not depend on time: a seed gives the same text again."""
-    from deepseek_optimizer.engine.speculative.gate import Gate
+def test_a_constant_number_of_drafts_disables_the_controller(pair, monkeypatch):
+    """The number of drafts then does not depend on time, so that a seed reproduces the text."""
+    from deepseek_optimizer.engine.speculative.draft_length import DraftLengthController
 
-    monkeypatch.setattr(speculation, "Gate", Gate)
+    monkeypatch.setattr(speculation, "DraftLengthController", DraftLengthController)
     ids, texts = torch.cat([pair.ids(8)] * 3, dim=1), []
     options = {"num_assistant_tokens_schedule": "constant", "max_new_tokens": 30, "do_sample": True, "top_k": 3}
     for _ in range(2):

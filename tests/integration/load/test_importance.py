@@ -1,4 +1,4 @@
-"""`calibration`: what is measured on the text, that weights are rounded by it, and where it is refused."""
+"""`calibration`: what is measured on the text, that rounding depends on it, and where it is rejected."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def original(request, tmp_path_factory, byte_tokenizer):
 
 
 def inputs_of(plain, texts) -> dict[str, torch.Tensor]:
-    """By parameter name, what every linear module of Transformers' own model reads: float32 [rows, K]."""
+    """Parameter name -> inputs of every linear module of Transformers' model, float32 [rows, K]."""
     seen: dict[str, list[torch.Tensor]] = {}
     names = {module: f"{name}.weight" for name, module in plain.named_modules() if isinstance(module, nn.Linear)}
     for module, name in names.items():
@@ -41,26 +41,26 @@ def inputs_of(plain, texts) -> dict[str, torch.Tensor]:
 
 
 def texts_of(original) -> list[torch.Tensor]:
-    found = stretches(load_tokenizer(original), (original.parent / "text.txt").read_text(encoding="utf-8"))
-    assert len(found) > 1
-    return found
+    result = stretches(load_tokenizer(original), (original.parent / "text.txt").read_text(encoding="utf-8"))
+    assert len(result) > 1
+    return result
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_what_is_measured_is_what_transformers_own_model_reads(original, backend):
+def test_measured_inputs_equal_transformers(original, backend):
     seen = inputs_of(AutoModelForCausalLM.from_pretrained(original), texts_of(original))
     model = load_model(original, backend=backend)
     steps: list[tuple[int, int]] = []
-    found = measure_importance(model, texts_of(original), lambda done, total: steps.append((done, total)))
-    assert found.keys() == seen.keys() and steps[-1] == (len(steps), len(steps))
+    actual = measure_importance(model, texts_of(original), lambda done, total: steps.append((done, total)))
+    assert actual.keys() == seen.keys() and steps[-1] == (len(steps), len(steps))
     for name, rows in seen.items():
         expected = rows.double().square().mean(0)
-        assert torch.allclose(found[name].double(), expected / expected.mean(), rtol=1e-3), name
-    assert model.dso.changed() is None, "the model is as it was"
+        assert torch.allclose(actual[name].double(), expected / expected.mean(), rtol=1e-3), name
+    assert model.dso.changed() is None, "the model is unchanged"
 
 
 @pytest.mark.parametrize("precision", ["int4", "q4_1"])
-def test_weights_are_rounded_by_it(original, precision):
+def test_rounding_depends_on_importance(original, precision):
     text = str(original.parent / "text.txt")
     model = load_model(original, precision=precision, calibration=text, backend=FAST)
     plain = AutoModelForCausalLM.from_pretrained(original)
@@ -71,7 +71,7 @@ def test_weights_are_rounded_by_it(original, precision):
         if weight.dim() == 2:
             packed = model.get_submodule(name.removesuffix(".weight")).packed
             assert torch.equal(packed.data, packing.pack(weight.detach(), importance.get(name))), name
-        if name in seen:  # the error of the products, correlations and all
+        if name in seen:  # the error of the products, including correlations
             unweighted = packing.unpack(packing.pack(weight.detach()), *weight.shape)
             ours, theirs = (
                 ((w - weight) @ seen[name].t()).square().mean()
@@ -85,13 +85,13 @@ def test_weights_are_rounded_by_it(original, precision):
 
 
 @pytest.mark.parametrize("precision", ["int8", "bf16", "fp32", "auto"])
-def test_a_text_that_nothing_needs_is_not_even_read(original, precision):
+def test_an_unneeded_text_is_not_read(original, precision):
     with pytest.warns(UserWarning, match="was not used"):
         model = load_model(original, precision=precision, calibration="absent.txt", backend=FAST)
     assert UNUSED in model.report().warnings
 
 
-def test_what_is_wrong_with_the_text_is_said_before_weights_are_read(original, tmp_path, monkeypatch):
+def test_errors_of_the_text_are_raised_before_reading_weights(original, tmp_path, monkeypatch):
     from deepseek_optimizer.integration.load import loader
 
     monkeypatch.setattr(loader, "_fill", lambda *_: pytest.fail("weights were read"))
@@ -113,7 +113,7 @@ def test_packed_checkpoints(original, tmp_path, recwarn):
         load_model(tmp_path / "packed", calibration="other.txt")
 
 
-def test_where_it_is_refused(original):
+def test_where_it_is_rejected(original):
     config = DeepSeekConfig(precision="int4", calibration=str(original.parent / "text.txt"), backend=FAST)
     with pytest.raises(ConfigError, match="load_model.*dso convert"):
         AutoModelForCausalLM.from_pretrained(original, quantization_config=config)
@@ -121,7 +121,7 @@ def test_where_it_is_refused(original):
         DynamicGraphOptimizer(AutoModelForCausalLM.from_pretrained(original), config=config)
 
 
-def test_torchs_threads_come_back(original):
+def test_torch_threads_are_restored(original):
     torch.set_num_threads(2)
     try:
         measure_importance(load_model(original, backend=FAST), texts_of(original)[:1])

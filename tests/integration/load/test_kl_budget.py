@@ -1,4 +1,4 @@
-"""`kl_budget`: formats chosen by measurement, kept through saving, and refused where they cannot be."""
+"""`kl_budget`: formats chosen by measurement, preserved by saving, and rejected where they are impossible."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SENSITIVE = "model.layers.1.mlp.down_proj"
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory, byte_tokenizer):
-    """A random model in which one matrix makes most of what the layers add to the residual stream: its errors count most."""
+    """A random model in which one matrix contributes most to the residual stream, so that its errors matter most."""
     config = CASES["llama-tied"]()
     config.vocab_size = len(byte_tokenizer)
     model = random_model(config)
@@ -56,7 +56,7 @@ def formats_of(model) -> dict[str, str]:
     return model.dso.manifest.formats()
 
 
-def test_the_budget_holds_as_measured_from_outside(adapted, original):
+def test_the_budget_holds_when_measured_independently(adapted, original):
     model, backend = adapted
     chosen = next(p for p in model.report().to_dict()["curve"] if p["chosen"])
     tokens = calibration_tokens(model.dso.config, load_tokenizer(original))
@@ -66,17 +66,19 @@ def test_the_budget_holds_as_measured_from_outside(adapted, original):
     assert measured <= 0.03 < min(p["measured_kl"] for p in model.report().curve if p["bytes"] < chosen["bytes"])
 
 
-def test_the_sensitive_matrix_stays_wide(adapted):
-    found = formats_of(adapted[0])
-    wide = {name for name, format in found.items() if get_format(format).bits > 8}
+def test_the_sensitive_matrix_gets_a_large_format(adapted):
+    actual = formats_of(adapted[0])
+    wide = {name for name, format in actual.items() if get_format(format).bits > 8}
     assert SENSITIVE in wide
-    assert not any("layers.0" in name or "layers.2" in name for name in wide), "what hardly counts pays for it"
+    assert not any("layers.0" in name or "layers.2" in name for name in wide), (
+        "insensitive matrices get smaller formats instead"
+    )
     for layer in range(3):
         for together in (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj")):
-            assert len({found[f"model.layers.{layer}.{name}"] for name in together}) == 1
+            assert len({actual[f"model.layers.{layer}.{name}"] for name in together}) == 1
 
 
-def test_the_curve_falls(adapted):
+def test_the_curve_is_monotonic(adapted):
     report = adapted[0].report()
     curve = report.to_dict()["curve"]
     assert len(curve) >= 4
@@ -99,7 +101,7 @@ def test_a_larger_budget_makes_a_smaller_model(adapted, original):
     assert set(formats_of(smallest).values()) == {"int4"}
 
 
-def test_what_was_chosen_is_saved_and_loaded(adapted, tmp_path):
+def test_chosen_formats_are_saved_and_loaded(adapted, tmp_path):
     model, backend = adapted
     ids = torch.arange(30)[None]
     model.save_pretrained(tmp_path / "packed")
@@ -127,19 +129,19 @@ def test_from_pretrained_chooses_the_same(adapted, original):
     config = DeepSeekConfig(kl_budget=0.03, backend=backend)
     other = AutoModelForCausalLM.from_pretrained(original, quantization_config=config)
     assert formats_of(other) == formats_of(model)
-    assert other.dso.config == config, "what was chosen is in the manifest, not among the settings"
+    assert other.dso.config == config, "the chosen formats are in the manifest, not in the settings"
     assert torch.equal(other(torch.arange(30)[None]).logits, model(torch.arange(30)[None]).logits)
     assert other.get_input_embeddings().weight is other.get_output_embeddings().weight
-    assert config == DeepSeekConfig(kl_budget=0.03, backend=backend), "the user's own is left as it is"
+    assert config == DeepSeekConfig(kl_budget=0.03, backend=backend), "the user's config is not modified"
 
 
-def test_formats_named_beforehand_are_kept(adapted, original):
+def test_explicit_formats_are_kept(adapted, original):
     _, backend = adapted
     named = {"model.embed_tokens": "bf16", "model.layers.0.self_attn.q_proj": "int8"}
-    found = formats_of(load_model(original, kl_budget=0.3, formats=named, backend=backend))
-    assert {name: found[name] for name in named} == named
-    again = load_model(original, kl_budget=0.3, formats=found, backend=backend)
-    assert formats_of(again) == found
+    actual = formats_of(load_model(original, kl_budget=0.3, formats=named, backend=backend))
+    assert {name: actual[name] for name in named} == named
+    again = load_model(original, kl_budget=0.3, formats=actual, backend=backend)
+    assert formats_of(again) == actual
     with pytest.raises(KlBudgetError, match="smallest KL divergence that can be reached is"):
         load_model(original, kl_budget=1e-4, formats={SENSITIVE: "int4"}, backend=backend)
 
@@ -153,12 +155,12 @@ def test_a_cache_that_costs_more_than_the_budget(original):
     assert next(p for p in model.report().curve if p["chosen"])["measured_kl"] <= 2 * reached
 
 
-def test_no_loss_at_all_is_always_within_reach(original):
+def test_a_budget_of_zero_is_always_possible(original):
     model = load_model(original, kl_budget=1e-15, backend=FAST)
     assert set(formats_of(model).values()) == {"fp32"}
 
 
-def test_formats_by_hand(original):
+def test_explicit_formats(original):
     model = load_model(original, precision="int4", formats={SENSITIVE: "int8"}, backend=FAST)
     assert [name for name, format in formats_of(model).items() if format != "int4"] == [SENSITIVE]
     with pytest.raises(ConfigError, match="'model.layers.1.mlp.down'.*did you mean 'model.layers.1.mlp.down_proj'"):
@@ -180,10 +182,10 @@ def test_a_calibration_text_is_used(original, tmp_path):
     plain = load_model(original, formats=formats_of(model), backend=FAST)
     name = next(name for name, format in formats_of(model).items() if format == "int4")
     tiles = [m.get_parameter(f"{name}.weight") for m in (model, plain)]
-    assert not torch.equal(*tiles), "int4 is rounded by what the text shows"
+    assert not torch.equal(*tiles), "the text affects the rounding of int4"
 
 
-def test_a_context_shorter_than_a_stretch(original, tmp_path):
+def test_a_context_shorter_than_an_excerpt(original, tmp_path):
     folder = shutil.copytree(original, tmp_path / "short")
     fields = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**fields, "max_position_embeddings": 48}))
@@ -194,13 +196,13 @@ def test_a_context_shorter_than_a_stretch(original, tmp_path):
         assert model.report().curve
 
 
-def test_a_model_that_is_loaded_already_has_no_tokenizer(original):
+def test_a_loaded_model_has_no_tokenizer(original):
     model = AutoModelForCausalLM.from_pretrained(original)
     with pytest.raises(ConfigError, match="kl_budget needs .* load_model or `dso convert`"):
         DynamicGraphOptimizer(model, config=DeepSeekConfig(kl_budget=0.1))
 
 
-def test_rules_of_an_adapted_model_can_be_changed(adapted):
+def test_rules_of_a_model_with_adapters_can_be_changed(adapted):
     model, _ = adapted
     before = formats_of(model)
     ids = torch.arange(30)[None]

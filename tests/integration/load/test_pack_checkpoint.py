@@ -1,4 +1,4 @@
-"""From file to file: the same bytes as a loaded model saves, however often the run was killed on the way."""
+"""Conversion from file to file: the same bytes as a loaded model saves, however often the conversion was killed on the way."""
 
 from __future__ import annotations
 
@@ -46,10 +46,10 @@ def test_a_gguf_file_and_its_notes(tmp_path: Path) -> None:
     (tmp_path / "m.gguf").write_bytes(gguf_bytes(model_values("llama", 2), model_tensors("llama", 2, "Q5_0")))
     with pytest.warns(UserWarning, match="rounds them again"):
         load_model(tmp_path / "m.gguf").save_pretrained(tmp_path / "saved")
-    told: list[str] = []
-    pack_checkpoint(tmp_path / "m.gguf", tmp_path / "packed", {}, tell=told.append)
+    messages: list[str] = []
+    pack_checkpoint(tmp_path / "m.gguf", tmp_path / "packed", {}, tell=messages.append)
     assert content(tmp_path / "packed") == content(tmp_path / "saved")
-    assert len(told) == 1 and "stored as Q5_0 converted to int8" in told[0]
+    assert len(messages) == 1 and "stored as Q5_0 converted to int8" in messages[0]
 
 
 def test_several_files(tmp_path: Path, source: Path) -> None:
@@ -68,8 +68,8 @@ def test_several_files(tmp_path: Path, source: Path) -> None:
     assert torch.equal(one(ids).logits, theirs(ids).logits)
 
 
-def test_a_packed_source_and_its_place(tmp_path: Path, source: Path) -> None:
-    """A packed checkpoint is copied; over an existing target only when asked."""
+def test_a_packed_source_and_its_own_directory(tmp_path: Path, source: Path) -> None:
+    """A packed checkpoint is copied; an existing target is replaced only on request."""
     pack_checkpoint(source, tmp_path / "a", {"precision": "int4"}, shard_bytes=1)
     pack_checkpoint(tmp_path / "a", tmp_path / "b", {}, shard_bytes=1)
     weights = {n: d for n, d in content(tmp_path / "a").items() if n.endswith("safetensors")}
@@ -99,7 +99,7 @@ module.pack_checkpoint(sys.argv[1], sys.argv[2], {"precision": "int4"}, shard_by
 
 
 def killed(source: Path, out: Path, after: int) -> Path:
-    """Runs a conversion that is killed after so many shards; its temporary directory."""
+    """Runs a conversion that is killed after `after` shards; returns its temporary directory."""
     done = subprocess.run([sys.executable, "-c", PROGRAM, str(source), str(out), str(after)], capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert not out.exists()
@@ -123,8 +123,8 @@ def interrupted(source: Path, out: Path, after: int, monkeypatch: pytest.MonkeyP
 
 
 def finish(source: Path, out: Path, precision: str = "int4") -> tuple[list[str], list[str]]:
-    """The second run: what it said, and which shards it wrote."""
-    told, written = [], []
+    """The second run: returns its messages, and the shards that it wrote."""
+    messages, written = [], []
     write = module.write_shard
 
     def noted(file, shard, weights):
@@ -133,11 +133,11 @@ def finish(source: Path, out: Path, precision: str = "int4") -> tuple[list[str],
 
     module.write_shard = noted
     try:
-        pack_checkpoint(source, out, {"precision": precision}, shard_bytes=1, tell=told.append)
+        pack_checkpoint(source, out, {"precision": precision}, shard_bytes=1, tell=messages.append)
     finally:
         module.write_shard = write
     assert [p.name for p in out.parent.iterdir() if p.name.startswith(".")] == []
-    return told, written
+    return messages, written
 
 
 @pytest.fixture(scope="module")
@@ -151,8 +151,8 @@ def test_killed_and_resumed(tmp_path: Path, source: Path, whole: dict[str, bytes
     left = killed(source, tmp_path / "out", after=2)
     kept = {p.name: p.stat().st_ino for p in (left / "files").iterdir() if not p.name.endswith(".part")}
     assert len(kept) == 2
-    told, written = finish(source, tmp_path / "out")
-    assert len(told) == 1 and "2 of 5 files are finished" in told[0]
+    messages, written = finish(source, tmp_path / "out")
+    assert len(messages) == 1 and "2 of 5 files are finished" in messages[0]
     assert written == ["model-00003", "model-00004", "model-00005"]
     assert content(tmp_path / "out") == whole
     assert all((tmp_path / "out" / name).stat().st_ino == inode for name, inode in kept.items())
@@ -164,30 +164,30 @@ def test_killed_twice_and_damaged(tmp_path: Path, source: Path, whole: dict[str,
     files = sorted(p for p in (left / "files").iterdir() if p.suffix == ".safetensors")
     assert len(files) == 3
     os.truncate(files[0], files[0].stat().st_size - 64)
-    told, written = finish(source, tmp_path / "out")
-    assert "2 of 5" in told[0] and f"written again: {files[0].name}" in told[0]
+    messages, written = finish(source, tmp_path / "out")
+    assert "2 of 5" in messages[0] and f"written again: {files[0].name}" in messages[0]
     assert written == ["model-00001", "model-00004", "model-00005"] and content(tmp_path / "out") == whole
 
 
-def test_another_source_or_other_settings_begin_afresh(
+def test_another_source_or_other_settings_start_over(
     tmp_path: Path, source: Path, whole: dict[str, bytes], monkeypatch
 ) -> None:
     interrupted(source, tmp_path / "out", 2, monkeypatch)
-    told, written = finish(source, tmp_path / "out", "int8")
-    assert "another settings" in told[0] and "starting over" in told[0] and len(written) == 5
+    messages, written = finish(source, tmp_path / "out", "int8")
+    assert "another settings" in messages[0] and "starting over" in messages[0] and len(written) == 5
     shutil.rmtree(tmp_path / "out")
-    other = shutil.copytree(source, tmp_path / "other")  # keeps the times
+    other = shutil.copytree(source, tmp_path / "other")  # preserves modification times
     interrupted(other, tmp_path / "out", 2, monkeypatch)
-    told, written = finish(source, tmp_path / "out")  # the same files, elsewhere
-    assert "resuming" in told[0] and content(tmp_path / "out").keys() == whole.keys()
+    messages, written = finish(source, tmp_path / "out")  # the same files in another directory
+    assert "resuming" in messages[0] and content(tmp_path / "out").keys() == whole.keys()
     shutil.rmtree(tmp_path / "out")
     interrupted(other, tmp_path / "out", 2, monkeypatch)
     os.utime(other / "model.safetensors")
-    told, written = finish(other, tmp_path / "out")
-    assert "another source" in told[0] and len(written) == 5
+    messages, written = finish(other, tmp_path / "out")
+    assert "another source" in messages[0] and len(written) == 5
 
 
-def test_a_disk_that_is_too_small_is_said_first(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_reported_first(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
     monkeypatch.setattr(module, "write_shard", None)
     with pytest.raises(OSError, match=r"remain to be written, but only 0\.0 GB are free.*out"):

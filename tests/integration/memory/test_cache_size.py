@@ -1,4 +1,4 @@
-"""How far caches may grow, the words for it, and that they stop where memory does."""
+"""The maximum size of caches, the settings for it, and that caches stop where memory ends."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ def batch_of(block_bytes, free, sequences=16, beside=0):
     return cache_size.for_batch(batch, free, beside)
 
 
-def test_what_a_full_batch_needs():
+def test_the_size_of_a_full_batch():
     size = batch_of(100_000, memory_of(9 * GB))
     assert size.bytes == 16 * 257 * 100_000
     words = "grows to at most 411 MB (16 sequences of 8,192 tokens; half of the 9,000 MB that are free would be 4,500 MB)"
     assert str(size) == words
 
 
-def test_half_of_what_is_free():
+def test_half_of_the_free_memory():
     size = batch_of(10_000_000, memory_of(9 * GB))
     words = "grows to at most 4,500 MB (half of the 9,000 MB that are free; 16 sequences of 8,192 tokens would take 41,120 MB)"
     assert str(size) == words
@@ -51,7 +51,7 @@ def test_two_models_share_the_half():
     assert 0 <= 4_500_000_000 - first.bytes - second.bytes < 2 and "that are free, shared with another model's;" in str(first)
 
 
-def test_what_is_granted_and_what_is_free():
+def test_explicit_limits_and_free_memory():
     assert cache_size.granted(10_500).blocks(1000) == 10 and cache_size.granted(10).blocks(1000) == 1
     assert str(cache_size.granted(2 * GB)) == "grows to at most 2,000 MB (kv_cache_memory)"
     assert str(cache_size.what_is_free(memory_of(9 * GB))) == (
@@ -61,7 +61,7 @@ def test_what_is_granted_and_what_is_free():
 
 
 class _Store:
-    """A store that only counts."""
+    """A store that only counts calls."""
 
     block_bytes = 1 << 20
     released = 0
@@ -81,7 +81,7 @@ class _Clock:
 
 
 def arena_in(machine, clock=None):
-    """An arena over a machine `{"free": bytes}`."""
+    """An arena on a machine `{"free": bytes}`."""
     store = _Store()
     grown = CheckedGrowth(store.block_bytes, store.num_blocks, lambda: memory_of(machine["free"]), clock or _Clock())
     return Arena(store, layers=1, growth=grown)
@@ -104,12 +104,12 @@ def test_it_grows_in_steps_and_stops_before_the_reserve():
     assert CheckedGrowth(1 << 20, 70, lambda: memory_of(0)).grow(1, 0) == 0
 
 
-def test_address_space_that_was_reserved_is_no_limit_to_its_use():
+def test_reserved_address_space_can_be_used():
     spent = Limit("reserved", "ulimit -v", "address space", GB, 0)
     assert CheckedGrowth(1 << 20, 1000, lambda: memory_of(GB, spent)).grow(10, 0) >= 10
 
 
-def test_others_take_the_memory_and_give_it_back():
+def test_other_processes_take_and_return_memory():
     machine, clock = {"free": GB}, _Clock()
     arena = arena_in(machine, clock)
     first = hold(arena, 64)
@@ -125,7 +125,7 @@ def test_others_take_the_memory_and_give_it_back():
     assert first.blocks[0] == 0
 
 
-def test_memory_that_went_back_to_the_system_is_checked_again():
+def test_returned_memory_is_checked_again():
     machine = {"free": GB}
     arena = arena_in(machine)
     arena.reclaim([hold(arena, 10)])
@@ -137,7 +137,7 @@ def test_memory_that_went_back_to_the_system_is_checked_again():
 
 @pytest.fixture
 def free(monkeypatch):
-    """free(bytes, *limits): what every reader finds from now on."""
+    """free(bytes, *limits): sets the free memory that is reported from now on."""
 
     def becomes(size, *limits):
         for module in (memory, cpu, loader):
@@ -175,7 +175,7 @@ def test_a_draft_model_has_a_share_of_the_half(folder, free):
 
 
 def test_a_full_batch_runs_at_once(folder, monkeypatch):
-    """All of the context, by all sequences at once, within what the words say."""
+    """The whole context for all sequences at once, within the reported size."""
     model = load_model(folder, backend="reference")
     engine = make_engine(model, batch_size_range=(1, 2), drafts=False)
     context, step, together = model.config.max_position_embeddings, engine.core.runner.step, []
@@ -183,21 +183,21 @@ def test_a_full_batch_runs_at_once(folder, monkeypatch):
         engine.core.runner, "step", lambda parts, *args, **more: together.append(len(parts)) or step(parts, *args, **more)
     )
     prompts = [random_ids(model.config, context - 20, seed=n) for n in range(2)]
-    found = engine.generate(prompts, SamplingParams(temperature=0, max_tokens=20, ignore_eos=True))
-    assert [len(answer.token_ids) for answer in found] == [20, 20]
+    actual = engine.generate(prompts, SamplingParams(temperature=0, max_tokens=20, ignore_eos=True))
+    assert [len(answer.token_ids) for answer in actual] == [20, 20]
     assert engine.core.scheduler.preemptions == 0 and together.count(2) >= 18
 
 
-def test_two_servers_on_one_machine_leave_each_other_memory(folder, free):
-    """Each says at most half of what is free, where each used to say nearly all of it."""
+def test_two_servers_share_the_memory_of_a_machine(folder, free):
+    """Each reports at most half of the free memory."""
     free(4 * 1_000_000)
     sizes = [make_engine(load_model(folder, backend="reference")).core.memory.size for _ in range(2)]
     assert [size.bytes for size in sizes] == [2_000_000] * 2
     assert all(str(size).startswith("grows to at most 2 MB (half of the 4 MB that are free;") for size in sizes)
 
 
-def test_two_engines_share_what_is_there(folder, monkeypatch):
-    """What one takes the other no longer finds: its requests are told so, and the first goes on."""
+def test_two_engines_share_the_free_memory(folder, monkeypatch):
+    """Memory used by one is not available to the other: its requests fail with a message, and the first continues."""
     monkeypatch.setattr(growth, "STEP", 1)
     models = [load_model(folder, backend="reference") for _ in range(2)]
     engines = first, second = [make_engine(model, prefix_cache=False) for model in models]
@@ -213,15 +213,15 @@ def test_two_engines_share_what_is_there(folder, monkeypatch):
     short, long = (random_ids(models[0].config, tokens) for tokens in (40, 140))
     wanted = first.generate([short], greedy)[0].token_ids
     assert second.generate([short], greedy)[0].token_ids == wanted
-    [answer] = second.generate([long], greedy)  # 5 blocks, where 4 are left
+    [answer] = second.generate([long], greedy)  # 5 blocks, but only 4 are left
     assert answer.finish == "error" and answer.error.startswith("there is no memory for more: this machine has 268 MB")
     assert [engine.generate([short], greedy)[0].token_ids for engine in engines] == [wanted] * 2
     blocks = 7
-    second.core.memory.manager.lift_limit()  # as a second later
+    second.core.memory.manager.lift_limit()  # as happens a second later
     assert len(second.generate([long], greedy)[0].token_ids) == 4
 
 
-def test_a_server_is_refused_more_than_is_free(folder, free):
+def test_a_server_cannot_request_more_than_is_free(folder, free):
     model = load_model(folder, backend="reference", kv_cache_memory=2 * GB)
     free(9 * GB, CGROUP)
     with pytest.raises(NotEnoughMemoryError, match=r"the cgroup /slice/x limits .*kv_cache_memory"):
@@ -231,7 +231,7 @@ def test_a_server_is_refused_more_than_is_free(folder, free):
 
 
 @torch.no_grad()
-def test_address_space_bounds_what_is_reserved(folder, free):
+def test_the_address_space_limits_the_reservation(folder, free):
     model = load_model(folder, backend="reference")
     space = Limit("reserved", "ulimit -v", "address space", GB, 300_000_000)
     free(9 * GB, space)
@@ -241,7 +241,7 @@ def test_address_space_bounds_what_is_reserved(folder, free):
     PagedCache(model)
 
 
-def test_weights_that_do_not_fit_are_refused_before_they_are_read(folder, free):
+def test_too_large_weights_are_rejected_before_reading(folder, free):
     needed = sum(p.nbytes for p in load_model(folder, backend="reference").parameters())
     free(needed - 1)
     with pytest.raises(NotEnoughMemoryError, match="the model's weights") as error:

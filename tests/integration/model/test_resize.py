@@ -1,4 +1,4 @@
-"""`resize_token_embeddings` of an optimised model: Transformers' own, and packed again."""
+"""`resize_token_embeddings` of an optimised model: as in Transformers, and packed again."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from support.models import CASES, assert_close_rows, random_model
 
 
 def resized(pair, tokens, **options):
-    """Both models with so many tokens; what is drawn for the new ones is the same."""
+    """Both models resized to this many tokens, with the same random values for new ones."""
     for model in (pair.plain, pair.fast):
         torch.manual_seed(0)
         model.resize_token_embeddings(tokens, **options)
@@ -43,7 +43,7 @@ def test_a_padded_size_is_a_multiple(fresh_pair):
     assert fresh_pair.fast.config.vocab_size == 192
 
 
-def test_nothing_asked_gives_the_embedding(fresh_pair):
+def test_without_a_size_the_embedding_is_returned(fresh_pair):
     assert fresh_pair.fast.resize_token_embeddings() is fresh_pair.fast.model.embed_tokens
 
 
@@ -56,7 +56,7 @@ def test_a_resized_model_is_saved_and_loaded(fresh_pair, tmp_path):
 
 
 @torch.no_grad()
-def test_an_error_leaves_the_model_as_it_was(fresh_pair):
+def test_an_error_does_not_change_the_model(fresh_pair):
     ids = fresh_pair.ids(6)
     before = fresh_pair.fast(ids).logits
     with pytest.raises(ValueError, match="multiple"):
@@ -64,7 +64,7 @@ def test_an_error_leaves_the_model_as_it_was(fresh_pair):
     assert torch.equal(fresh_pair.fast(ids).logits, before)
 
 
-def test_rounded_weights_are_refused():
+def test_quantised_weights_are_rejected():
     model = random_model(CASES["llama-gqa"]())
     DynamicGraphOptimizer(model, config=DeepSeekConfig(precision="int8", backend="reference")).optimize()
     with pytest.raises(UnsupportedRequestError, match="int8.*float model"):

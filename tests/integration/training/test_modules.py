@@ -1,4 +1,4 @@
-"""Facts about Transformers' modules."""
+"""Properties of Transformers' modules."""
 
 from __future__ import annotations
 

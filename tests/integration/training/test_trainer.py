@@ -15,16 +15,16 @@ PUBLIC = sorted(name for name, value in vars(HookedTrainer).items() if inspect.i
 
 @pytest.mark.parametrize("name", PRIVATE)
 def test_trainer_has_the_method(name):
-    assert inspect.isfunction(getattr(Trainer, name)), f"{name}: Trainer no longer calls it, so it has no effect"
+    assert inspect.isfunction(getattr(Trainer, name)), f"{name}: Trainer does not call it any more, so it has no effect"
 
 
 @pytest.mark.parametrize("name", PUBLIC)
-def test_a_public_name_is_new(name):
+def test_public_names_are_not_taken(name):
     assert not hasattr(Trainer, name)
 
 
-def test_each_private_method_calls_a_public_one_and_that_calls_trainers(monkeypatch):
-    """So a subclass that overrides the public method is called by Trainer, and its `super()` does what Trainer does."""
+def test_private_methods_call_public_ones_that_call_trainer(monkeypatch):
+    """Trainer thus calls a subclass that overrides the public method, and its `super()` does the same as Trainer."""
     trainer = object.__new__(HookedTrainer)
     reached = []
     for name in PRIVATE:
@@ -33,8 +33,8 @@ def test_each_private_method_calls_a_public_one_and_that_calls_trainers(monkeypa
         wanted = [p for p in inspect.signature(getattr(HookedTrainer, name)).parameters.values() if p.name != "self"]
         args = [object() for p in wanted if p.kind is p.POSITIONAL_OR_KEYWORD]
         getattr(trainer, name)(*args)
-        found, given, named = reached.pop()
-        assert found == name and [*given, *named.values()] == args
+        actual, given, named = reached.pop()
+        assert actual == name and [*given, *named.values()] == args
     assert len(PUBLIC) == len(PRIVATE)
 
 

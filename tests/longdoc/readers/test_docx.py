@@ -1,4 +1,4 @@
-"""Word documents: order, headings, tables, what python-docx leaves out, and archives that are made to do harm."""
+"""Word documents: order, headings, tables, content that python-docx skips, and malicious archives."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_paragraphs_headings_and_tables_in_order() -> None:
     assert [file.text[at:].split("\n")[0] for at in file.headings] == ["# The Whole", "## A Part"]
 
 
-def test_what_was_inserted_counts_and_what_was_deleted_does_not() -> None:
+def test_tracked_insertions_count_and_deletions_do_not() -> None:
     run = "<w:r><w:t>{}</w:t></w:r>"
     text = read_upload("a.docx", _body(
         f"<w:p>{run.format('kept ')}<w:ins>{run.format('inserted ')}</w:ins>"
@@ -72,7 +72,7 @@ def test_what_was_inserted_counts_and_what_was_deleted_does_not() -> None:
     assert text == "kept inserted linked\n\nin a control\n\ninner outer\n\n"
 
 
-def test_footnotes_stand_at_the_end() -> None:
+def test_footnotes_are_at_the_end() -> None:
     from docx import Document
     from docx.opc.packuri import PackURI
     from docx.opc.part import Part
@@ -86,7 +86,7 @@ def test_footnotes_stand_at_the_end() -> None:
     assert read_upload("a.docx", _saved(word)).text == "Text.\n\nA note.\n\n"
 
 
-def test_a_cell_that_says_it_spans_a_billion_columns() -> None:
+def test_a_cell_that_spans_a_billion_columns() -> None:
     cell = '<w:tc><w:tcPr><w:gridSpan w:val="1000000000"/></w:tcPr><w:p><w:r><w:t>x</w:t></w:r></w:p></w:tc>'
     assert read_upload("a.docx", _body(f"<w:tbl><w:tr>{cell}</w:tr></w:tbl>")).text == "x\n\n"
 
@@ -106,10 +106,10 @@ def test_broken_archives() -> None:
         read_upload("a.docx", out.getvalue())
 
 
-def test_an_archive_that_unpacks_to_gigabytes_is_refused_before(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_zip_bombs_are_rejected_before_unpacking(monkeypatch: pytest.MonkeyPatch) -> None:
     bomb = _with(_body("<w:p/>"), "word/document.xml", lambda content: content.replace(b"<w:p/>", b" " * (reader.MAX_XML + 1)))
     assert len(bomb) < 200_000
-    monkeypatch.setattr(zipfile.ZipFile, "read", lambda *_: pytest.fail("it was unpacked"))
+    monkeypatch.setattr(zipfile.ZipFile, "read", lambda *_: pytest.fail("the archive was unpacked"))
     with pytest.raises(DocumentError, match="^a.docx: unpacks to 48 MB in .* parts, more than the limit"):
         read_upload("a.docx", bomb)
 

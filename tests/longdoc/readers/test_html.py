@@ -1,4 +1,4 @@
-"""HTML: what is seen of a page, and pages that are made to take long."""
+"""HTML: the visible text of a page, and pages built to take long."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ def test_a_page() -> None:
     assert [file.text[at:].split("\n")[0] for at in file.headings] == ["# First heading", "## Second"]
 
 
-def test_the_title_is_the_heading_where_there_is_no_other() -> None:
+def test_the_title_is_the_heading_if_there_is_no_other() -> None:
     assert read_upload("a", b"<html><title>T &amp; U</title><p>x").text == "# T & U\n\nx\n\n"
 
 
-def test_tables_for_layout_are_read_as_text() -> None:
+def test_layout_tables_are_read_as_text() -> None:
     page = "<table><tr><td><p>left</p><table><tr><td>a<td>b</table><td>right</table>"
     assert read_upload("a.html", page.encode()).text == "left\n\na | b\n\nright\n\n"
 
@@ -45,7 +45,7 @@ def test_encodings(encoding: str) -> None:
 
 
 @pytest.mark.parametrize("page", ["<html><script>x</script></html>", "<!doctype html>", "<html></html>"])
-def test_nothing_is_seen(page: str) -> None:
+def test_pages_without_visible_text(page: str) -> None:
     with pytest.raises(DocumentError, match="^a.html: has no text"):
         read_upload("a.html", page.encode())
 
@@ -53,7 +53,7 @@ def test_nothing_is_seen(page: str) -> None:
 @pytest.mark.parametrize(
     "unit", ["<p>", "<div>", "<a ", "<!--", "<b><i></b>", "<table><tr><td>", "&#", "</div>", "<h1>", "<![CDATA[", '<p style="']
 )
-def test_pages_that_are_made_to_take_long(unit: str) -> None:
+def test_pages_built_to_take_long(unit: str) -> None:
     """Python's html.parser takes minutes over some of these."""
     page = "<html><body>begin " + unit * 50_000 + " end"
     file = read_upload("a.html", page.encode())

@@ -1,4 +1,4 @@
-"""PDF: pages, passwords, files that are broken or only images."""
+"""PDF: pages, passwords, files that are broken or contain only images."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ def test_pages_and_their_numbers() -> None:
     assert not file.warnings
 
 
-def test_a_page_without_text_is_said_and_counted() -> None:
+def test_pages_without_text_are_reported_and_counted() -> None:
     file = read_upload("a.pdf", pdf(["First.", "", "Third."]))
     assert file.page_of(file.text.index("Third")) == 3
     assert file.warnings == ("pages without text (empty or images): 2",)
 
 
-def test_pictures_only() -> None:
+def test_only_images() -> None:
     with pytest.raises(DocumentError, match=r"^scan.pdf: has no text on its 2 pages, only images; .*OCR"):
         read_upload("scan.pdf", pdf(["", ""]))
 

@@ -1,4 +1,4 @@
-"""Which reader takes a file, and that no bytes make any of them fail in another way than it says."""
+"""Which reader is used for a file, and that arbitrary bytes raise only the documented errors."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def docx(*paragraphs: str) -> bytes:
 
 
 @pytest.mark.parametrize("name", ["report.pdf", "report", "report.txt", "report.docx"])
-def test_bytes_decide_and_not_the_name(name: str) -> None:
+def test_the_format_is_detected_from_the_content(name: str) -> None:
     assert read_upload(name, pdf(["What it says."])).pages == (Page(0, 15, 1),)
     assert read_upload(name, docx("What it says.")).text == "What it says.\n\n"
-    if name != "report.txt":  # which may well be about HTML
+    if name != "report.txt":  # a text file may be about HTML
         assert read_upload(name, b"<!DOCTYPE html>\n<html><p>What <b>it</b> says.").text == "What it says.\n\n"
 
 
-def test_what_only_looks_like_another_format() -> None:
+def test_ambiguous_content() -> None:
     assert read_upload("a.md", b"<!doctype html> begins a page").text == "<!doctype html> begins a page"
     assert read_upload("a.txt", b"A file that begins with %PDF- is a PDF.").pages == ()
     assert read_upload("a.html", b"just text").text == "just text\n\n"
@@ -60,7 +60,7 @@ def test_empty_files(name: str, data: bytes) -> None:
         (b"\0" * 257 + b"ustar", "tar"),
     ],
 )
-def test_known_formats_that_are_no_text_are_named(begin: bytes, said: str) -> None:
+def test_binary_formats_are_named(begin: bytes, said: str) -> None:
     with pytest.raises(DocumentError, match=f"^photo: is .*{said}"):
         read_upload("photo", begin + bytes(range(256)))
 
@@ -74,7 +74,7 @@ def test_known_formats_that_are_no_text_are_named(begin: bytes, said: str) -> No
         ("charset_normalizer", "charset-normalizer", "a.txt", "Привет всем".encode("cp1251")),
     ],
 )
-def test_a_library_that_is_missing_is_named(
+def test_missing_libraries_are_named(
     module: str, package: str, name: str, data: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert read_upload(name, data).text
@@ -85,8 +85,8 @@ def test_a_library_that_is_missing_is_named(
         read_upload(name, data)
 
 
-def test_spoilt_files_are_read_or_refused() -> None:
-    """Bytes changed, cut, repeated: text, or a DocumentError that names the file; and positions that fit the text."""
+def test_damaged_files_are_read_or_rejected() -> None:
+    """Bytes changed, removed, repeated: text with valid positions, or a DocumentError that names the file."""
     rng = random.Random(5)
     page = (
         "<html><head><title>T</title></head><body><h1>Head</h1><table><tr><td>a<td>b</table><pre>x</pre>"
@@ -122,4 +122,4 @@ def test_spoilt_files_are_read_or_refused() -> None:
             assert all(0 <= page.start <= page.end <= len(file.text) for page in file.pages)
             assert all(0 <= at < len(file.text) for at in file.headings)
             file.text.encode()
-    assert 60 < read < 300, "some are still readable, and some are not"
+    assert 60 < read < 300, "some files are readable and some are not"

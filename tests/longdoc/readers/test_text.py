@@ -1,4 +1,4 @@
-"""Text: encodings, damage, and files that are no text."""
+"""Text: encodings, damaged files, and files that are not text."""
 
 from __future__ import annotations
 
@@ -36,25 +36,25 @@ def test_utf16_without_a_mark() -> None:
     "text, encoding",
     [(RUSSIAN, "cp1251"), (RUSSIAN, "koi8-r"), (JAPANESE, "shift_jis"), (JAPANESE, "euc-jp"), (FRENCH, "cp1252")],
 )
-def test_other_encodings_are_guessed_and_said(text: str, encoding: str) -> None:
+def test_other_encodings_are_guessed_and_reported(text: str, encoding: str) -> None:
     file = read_upload("a.txt", text.encode(encoding))
     assert file.text == text
     assert len(file.warnings) == 1 and file.warnings[0].startswith("not UTF-8: read as ") and "a guess" in file.warnings[0]
 
 
 def test_a_few_accents_are_western() -> None:
-    for text in ("Übergröße ist lieferbar", "Señor Núñez ha llegado"):  # charset-normalizer alone takes the first for Chinese
+    for text in ("Übergröße ist lieferbar", "Señor Núñez ha llegado"):  # charset-normalizer alone detects the first as Chinese
         assert read_upload("a.log", text.encode("latin-1")).text == text
 
 
-def test_mixed_encodings_keep_what_is_utf8_and_say_where_the_rest_is() -> None:
+def test_mixed_encodings_keep_utf8_and_report_the_rest() -> None:
     good, bad = "Zeile mit Müller und Übergröße\n", "Zeile mit Müller\n"
     file = read_upload("a.log", (good * 3).encode() + bad.encode("latin-1") + (good * 3).encode())
     assert file.text == good * 3 + "Zeile mit M\ufffdller\n" + good * 3
     assert file.warnings == ("1 invalid sequences in UTF-8 were replaced by U+FFFD, the first in line 4",)
 
 
-def test_lines_end_in_one_way() -> None:
+def test_line_endings_are_normalised() -> None:
     assert read_upload("a.txt", b"one\r\ntwo\rthree\n").text == "one\ntwo\nthree\n"
 
 
@@ -64,13 +64,13 @@ def test_binary_files(data: bytes) -> None:
         read_upload("a.txt", data)
 
 
-def test_random_bytes_without_zeros_are_no_text() -> None:
+def test_random_bytes_without_zeros_are_not_text() -> None:
     data = bytes(byte or 1 for byte in random.Random(2).randbytes(20_000))
     with pytest.raises(DocumentError, match="^a: is not text"):
         read_upload("a", data)
 
 
-def test_a_log_that_a_crash_left_zeros_in() -> None:
+def test_a_log_with_zeros_from_a_crash() -> None:
     file = read_upload("a.log", b"a line of a log\n" * 1000 + b"\0" * 50 + b"\nand on\n")
     assert "\0" not in file.text and file.warnings == ("50 NUL characters were replaced by U+FFFD",)
     with pytest.raises(DocumentError, match="is not text: it contains 16,000 NUL characters"):
@@ -78,7 +78,7 @@ def test_a_log_that_a_crash_left_zeros_in() -> None:
 
 
 def test_a_line_of_50_mb_of_another_encoding() -> None:
-    """What looks at lines or at all bytes several times would take minutes."""
+    """Processing lines or all bytes several times would take minutes."""
     file = read_upload("a.txt", b"x" * 25_000_000 + b"\xe9t\xe9" + b"x" * 25_000_000)
     assert file.text[25_000_000:25_000_003] == "été"
 

@@ -1,4 +1,4 @@
-"""Forms that an answer must have: JSON, a schema, a regular expression, a grammar, calls; and those that no answer can have."""
+"""Required forms of an answer: JSON, a schema, a regular expression, a grammar, calls; and forms that no answer can have."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ def schema_format(schema, **fields):
 
 def text_of(live, path=PATH, **fields):
     body = CHAT if path == PATH else {"prompt": "x", "max_tokens": 200}
-    found = live.client.post(path, json={**body, **fields})
-    assert found.status_code == 200, found.text
-    choice = found.json()["choices"][0]
+    result = live.client.post(path, json={**body, **fields})
+    assert result.status_code == 200, result.text
+    choice = result.json()["choices"][0]
     assert choice["finish_reason"] == "stop"
     return choice["message"]["content"] if path == PATH else choice["text"]
 
 
 @pytest.mark.parametrize("path", [PATH, "/v1/completions"])
-def test_the_text_has_the_form(live, path):
+def test_the_text_follows_the_grammar(live, path):
     assert json.loads(text_of(live, path, response_format=schema_format(SCHEMA, strict=True))) == {"n": 7, "s": "yes"}
     assert re.fullmatch("(cat|dog){2}", text_of(live, path, guided_regex="(cat|dog){2}"))
     assert text_of(live, path, guided_grammar='root ::= "a" [b-d] "\\n"')[0] == "a"
@@ -45,15 +45,15 @@ def test_the_text_has_the_form(live, path):
 
 
 def test_a_json_object_begins_like_one(live):
-    found = live.client.post(PATH, json={**CHAT, "max_tokens": 3, "response_format": {"type": "json_object"}})
-    assert found.json()["choices"][0]["message"]["content"].startswith("{")
+    actual = live.client.post(PATH, json={**CHAT, "max_tokens": 3, "response_format": {"type": "json_object"}})
+    assert actual.json()["choices"][0]["message"]["content"].startswith("{")
 
 
 def test_in_responses(live):
     body = {"input": "x", "text": {"format": {"type": "json_schema", "name": "x", "schema": SCHEMA, "strict": True}}}
-    found = live.client.post("/v1/responses", json=body).json()
-    assert json.loads(found["output"][0]["content"][0]["text"]) == {"n": 7, "s": "yes"}
-    assert found["text"]["format"]["schema"] == SCHEMA
+    actual = live.client.post("/v1/responses", json=body).json()
+    assert json.loads(actual["output"][0]["content"][0]["text"]) == {"n": 7, "s": "yes"}
+    assert actual["text"]["format"]["schema"] == SCHEMA
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,7 @@ def test_in_responses(live):
     ],
 )
 @pytest.mark.parametrize("path", [PATH, "/v1/completions"])
-def test_forms_that_are_none(refused, path, fields):
+def test_invalid_formats(refused, path, fields):
     refused(path, {**(CHAT if path == PATH else {"prompt": "x"}), **fields})
 
 
@@ -103,8 +103,9 @@ def impatient(byte_tokenizer):
         {"guided_grammar": "root ::= " + " ".join(["[a-z]"] * 20_000)},
     ],
 )
-def test_a_form_that_would_take_long_disturbs_nobody(impatient, fields):
-    """Some of these compile and some are refused: either way at once or within the limit, and others are answered meanwhile."""
+def test_slow_grammars_do_not_affect_others(impatient, fields):
+    """Some of these compile and some are rejected: either at once or within the limit, and other requests are answered
+    meanwhile."""
     live = impatient
     with ThreadPoolExecutor(1) as pool:
         hard = pool.submit(live.client.post, "/v1/completions", json={"prompt": "x", "max_tokens": 4, **fields})
@@ -117,10 +118,10 @@ def test_a_form_that_would_take_long_disturbs_nobody(impatient, fields):
         assert hard.result().status_code in (200, 400), hard.result().text
         if hard.result().status_code == 400:
             assert_error(hard.result(), 400)
-    assert slowest < 5  # the form's own limit: others do not wait for it
+    assert slowest < 5  # less than the grammar's limit: others do not wait for it
 
 
-def test_a_schema_that_nests_deeply(refused):
+def test_deeply_nested_schemas(refused):
     schema: dict = {"type": "integer"}
     for _ in range(45):
         schema = {"type": "object", "properties": {"a": schema}}

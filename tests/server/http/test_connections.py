@@ -1,4 +1,4 @@
-"""What a connection may do before it is a request, and clients that do not read."""
+"""Limits on connections before a request is complete, and clients that do not read."""
 
 from __future__ import annotations
 
@@ -56,16 +56,16 @@ def test_a_head_of_many_headers_is_answered(live):
         GET + b"Transfer-Encoding: chunked\r\nContent-Length: 5\r\n\r\nhello",
     ],
 )
-def test_what_is_not_http(live, data):
+def test_bytes_that_are_not_http(live, data):
     answer = live.raw(data)
     assert status_of(answer) == 400 and error_of(answer)["message"]
 
 
-def test_a_head_that_comes_too_slowly(make_server):
+def test_a_slow_head(make_server):
     live = make_server(ServerSettings(header_seconds=0.3))
     assert status_of(live.raw(b"GET /health HT")) == 408
     assert status_of(live.raw(b"")) == 408
-    with live.connect() as sock:  # a byte now and then does not help
+    with live.connect() as sock:  # sending a byte from time to time does not prevent it
         answer = b""
         for byte in GET:
             try:
@@ -77,7 +77,7 @@ def test_a_head_that_comes_too_slowly(make_server):
     assert not answer or status_of(answer) == 408
 
 
-def test_a_second_head_that_comes_too_slowly(make_server):
+def test_a_slow_second_head(make_server):
     live = make_server(ServerSettings(header_seconds=0.3))
     with live.connect() as sock:
         sock.sendall(GET + b"\r\n")
@@ -87,11 +87,11 @@ def test_a_second_head_that_comes_too_slowly(make_server):
     with live.connect() as sock:
         sock.sendall(GET + b"\r\n")
         sock.recv(65536)
-        sock.sendall(b"\r\n")  # no head at all
+        sock.sendall(b"\r\n")  # an empty line instead of a head
         assert read_all(sock) == b""
 
 
-def test_a_connection_that_waits_too_long_for_its_next_request(make_server):
+def test_idle_connections_are_closed(make_server):
     live = make_server(ServerSettings(keep_alive_seconds=0.2))
     with live.connect() as sock:
         sock.sendall(GET + b"\r\n")
@@ -99,7 +99,7 @@ def test_a_connection_that_waits_too_long_for_its_next_request(make_server):
         assert read_all(sock) == b""
 
 
-def test_a_head_in_pieces_and_two_requests_in_one(live):
+def test_split_heads_and_pipelined_requests(live):
     with live.connect() as sock:
         sock.sendall(b"GET /heal")
         time.sleep(0.05)
@@ -107,7 +107,7 @@ def test_a_head_in_pieces_and_two_requests_in_one(live):
         assert read_all(sock).count(b"200 OK") == 2
 
 
-def test_one_connection_too_many(make_server):
+def test_too_many_connections(make_server):
     live = make_server(ServerSettings(max_connections=2))
     with live.connect() as first, live.connect() as second:
         for sock in (first, second):
@@ -119,8 +119,8 @@ def test_one_connection_too_many(make_server):
     assert b"200 OK" in live.raw(GET + b"Connection: close\r\n\r\n")
 
 
-def test_a_reader_that_does_not_read_stalls_nobody_and_is_cut(make_server):
-    """Its text is longer than all buffers on the way; the engine goes on, and what nobody reads is merged into one output."""
+def test_a_client_that_does_not_read_stalls_nobody_and_is_disconnected(make_server):
+    """Its text is longer than all buffers in between; the engine continues, and unread output is merged into one."""
     live = make_server(ServerSettings(write_seconds=1.0), script=lambda request: "x" * 20_000, context=30_000, step_seconds=0.0)
     with socket.socket() as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -131,8 +131,8 @@ def test_a_reader_that_does_not_read_stalls_nobody_and_is_cut(make_server):
         )
         sock.sendall(head % len(body) + body)
         wait_for(lambda: live.engine.running == 1)
-        found = live.client.post("/v1/completions", json={"prompt": "fast", "max_tokens": 50})
-        assert found.json()["choices"][0]["text"] == "x" * 50
+        actual = live.client.post("/v1/completions", json={"prompt": "fast", "max_tokens": 50})
+        assert actual.json()["choices"][0]["text"] == "x" * 50
         wait_for(lambda: live.engine.admitted == 0)
         wait_for(lambda: not [c for c in live.server.server_state.connections if c.cycle and not c.cycle.response_complete])
 
@@ -141,10 +141,10 @@ def test_a_slow_reader_gets_the_whole_text(make_server):
     text = "".join(chr(ord("a") + i % 26) for i in range(5000))
     live = make_server(script=lambda request: text, context=10_000)
     with live.client.stream("POST", "/v1/completions", json={"prompt": "x", "stream": True, "max_tokens": 5000}) as response:
-        found = []
+        actual = []
         for line in response.iter_lines():
-            if len(found) % 500 == 0:
+            if len(actual) % 500 == 0:
                 time.sleep(0.02)
             if line.startswith("data: {"):
-                found.append(json.loads(line[6:])["choices"][0]["text"])
-    assert "".join(found) == text
+                actual.append(json.loads(line[6:])["choices"][0]["text"])
+    assert "".join(actual) == text

@@ -1,4 +1,4 @@
-"""Turns by key: nobody waits for another's whole queue, each job runs once or never, and caps hold."""
+"""Fair queueing by key: nobody waits for another key's whole queue, each job runs at most once, and limits are kept."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ async def until(condition) -> None:
         if condition():
             return
         await asyncio.sleep(0.002)
-    raise AssertionError("it did not happen in time")
+    raise AssertionError("the condition was not met in time")
 
 
 class Jobs:
-    """Work that ends when it is told to, and what has begun."""
+    """Jobs that end on command; records which have started."""
 
     def __init__(self):
         self.begun, self.go = [], threading.Event()
@@ -55,11 +55,11 @@ def run(test):
     @functools.wraps(test)
     def wrapped(*args, **kwargs):
         async def main():
-            found = await test(*args, **kwargs)
-            if found is not None:
-                await until(lambda: found.waiting == found.running == 0)
-                assert not found._held and not found._running and not found._waiting
-                found.close()
+            result = await test(*args, **kwargs)
+            if result is not None:
+                await until(lambda: result.waiting == result.running == 0)
+                assert not result._held and not result._running and not result._waiting
+                result.close()
 
         asyncio.run(asyncio.wait_for(main(), 60))
 
@@ -67,23 +67,23 @@ def run(test):
 
 
 @run
-async def test_keys_have_their_turns_whoever_sends_more():
+async def test_keys_take_turns_regardless_of_their_load():
     work, jobs = queue(), Jobs()
-    asked = [("a", n) for n in range(20)] + [("b", n) for n in range(3)] + [("c", 0)]
+    requested = [("a", n) for n in range(20)] + [("b", n) for n in range(3)] + [("c", 0)]
     tasks = []
-    for key, n in asked:
+    for key, n in requested:
         tasks.append(asyncio.ensure_future(work.run(key, jobs((key, n)), later())))
         await asyncio.sleep(0)
     await until(lambda: jobs.begun == [("a", 0)])
     jobs.go.set()
-    assert await asyncio.gather(*tasks) == asked
+    assert await asyncio.gather(*tasks) == requested
     assert jobs.begun[:7] == [("a", 0), ("a", 1), ("b", 0), ("c", 0), ("a", 2), ("b", 1), ("a", 3)]
-    assert work.counts.jobs == Counter(done=len(asked))
+    assert work.counts.jobs == Counter(done=len(requested))
     return work
 
 
 @run
-async def test_a_key_leaves_a_place_to_the_others():
+async def test_a_key_leaves_a_slot_to_the_others():
     work, jobs = queue(places=2), Jobs()
     own = [asyncio.ensure_future(work.run("a", jobs(n), later())) for n in range(3)]
     await until(lambda: jobs.begun)
@@ -96,7 +96,7 @@ async def test_a_key_leaves_a_place_to_the_others():
 
 
 @run
-async def test_more_than_a_key_may_hold_is_refused_and_others_are_not():
+async def test_a_key_over_its_limit_is_rejected_and_others_are_not():
     work, jobs = queue(max_per_client=3, max_jobs=4), Jobs()
     own = [asyncio.ensure_future(work.run("a", jobs(n), later())) for n in range(3)]
     await until(lambda: jobs.begun)
@@ -115,7 +115,7 @@ async def test_more_than_a_key_may_hold_is_refused_and_others_are_not():
 
 
 @run
-async def test_who_leaves_before_the_turn_is_never_begun():
+async def test_jobs_cancelled_while_waiting_never_start():
     work, jobs = queue(), Jobs()
     first, second, third = (asyncio.ensure_future(work.run("a", jobs(n), later())) for n in range(3))
     await until(lambda: jobs.begun)
@@ -128,7 +128,7 @@ async def test_who_leaves_before_the_turn_is_never_begun():
 
 
 @run
-async def test_who_leaves_later_keeps_the_place_until_the_work_is_done():
+async def test_jobs_cancelled_while_running_hold_their_slot():
     work, jobs = queue(), Jobs()
     first = asyncio.ensure_future(work.run("a", jobs("first"), later()))
     await until(lambda: jobs.begun)
@@ -143,7 +143,7 @@ async def test_who_leaves_later_keeps_the_place_until_the_work_is_done():
 
 
 @run
-async def test_deadlines_end_the_wait_before_the_turn_and_in_it():
+async def test_deadlines_end_waiting_and_running_jobs():
     work, jobs = queue(), Jobs()
     with pytest.raises(ApiError) as late:
         await work.run("a", jobs("slow"), later(0.02))
@@ -157,7 +157,7 @@ async def test_deadlines_end_the_wait_before_the_turn_and_in_it():
 
 
 @run
-async def test_an_error_of_the_work_is_the_callers():
+async def test_errors_of_a_job_reach_the_caller():
     work = queue()
 
     def fail():
@@ -171,7 +171,7 @@ async def test_an_error_of_the_work_is_the_callers():
 @pytest.mark.parametrize("seed", range(4))
 @run
 async def test_at_random_each_job_runs_once_or_never(seed):
-    """Clients come and leave at random; nobody starves, and the caps hold all the while."""
+    """Clients arrive and leave at random; nobody starves, and the limits always hold."""
     rng = random.Random(seed)
     work, ran, lock = queue(places=3, max_running=2), Counter(), threading.Lock()
     running = Counter()
@@ -208,17 +208,17 @@ async def test_at_random_each_job_runs_once_or_never(seed):
 
 
 @run
-async def test_closing_ends_those_who_wait():
+async def test_closing_ends_waiting_jobs():
     work, jobs = queue(), Jobs()
     tasks = [asyncio.ensure_future(work.run("a", jobs(n), later())) for n in range(3)]
     await until(lambda: jobs.begun)
     work.close()
     jobs.go.set()
-    found = await asyncio.gather(*tasks, return_exceptions=True)
-    assert found[0] == 0 and all(isinstance(one, asyncio.CancelledError) for one in found[1:])
+    actual = await asyncio.gather(*tasks, return_exceptions=True)
+    assert actual[0] == 0 and all(isinstance(one, asyncio.CancelledError) for one in actual[1:])
 
 
-def test_what_tells_clients_apart():
+def test_how_clients_are_distinguished():
     assert client_of("hash", ("10.0.0.1", 1)) == client_of("hash", ("10.0.0.2", 2)) != client_of("other", ("10.0.0.1", 1))
     assert client_of("", ("10.0.0.1", 1)) == client_of("", ("10.0.0.1", 2)) == client_of("", ("::ffff:10.0.0.1", 3))
     assert client_of("", ("10.0.0.1", 1)) != client_of("", ("10.0.0.2", 1))
@@ -228,7 +228,7 @@ def test_what_tells_clients_apart():
 
 
 @run
-async def test_a_client_whose_jobs_may_take_a_share_of_the_time_rests_in_between():
+async def test_time_shares_are_enforced_by_pauses():
     work, begun = queue(share=0.1), []
 
     def job(name, seconds=0.0):

@@ -1,4 +1,4 @@
-"""Which Host headers a server takes for its own."""
+"""Which Host headers a server accepts."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def test_not_loopback(host):
 @pytest.mark.parametrize(
     "header", ["localhost", "localhost:8000", "127.0.0.1:1", "[::1]", "[::1]:8000", "LOCALHOST", "localhost."]
 )
-def test_a_loopback_server_knows_its_names(header):
+def test_a_loopback_server_accepts_its_names(header):
     assert HostCheck("127.0.0.1").accepts(header)
 
 
@@ -42,7 +42,7 @@ def test_a_loopback_server_knows_its_names(header):
         "localhost/evil",
     ],
 )
-def test_a_loopback_server_refuses_other_names(header):
+def test_a_loopback_server_rejects_other_names(header):
     assert not HostCheck("127.0.0.1").accepts(header)
 
 
@@ -51,7 +51,7 @@ def test_names_can_be_allowed():
     assert check.accepts("chat.example:443") and check.accepts("localhost") and not check.accepts("evil.example")
 
 
-def test_a_server_of_a_network_takes_any_name_unless_some_are_given():
+def test_a_network_server_accepts_any_name_by_default():
     assert HostCheck("0.0.0.0").accepts("anything") and HostCheck("0.0.0.0").accepts(None)
     check = HostCheck("0.0.0.0", ["chat.example"])
     assert check.accepts("chat.example") and not check.accepts("evil.example")

@@ -1,4 +1,4 @@
-"""Several workers: a long job leaves the others free, and whose job ended a worker waits for the next one."""
+"""Several workers: a long job does not block the others, and a free worker takes the next job."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ def pool(tmp_path):
     made.close()
 
 
-def test_a_long_job_leaves_the_other_worker_free(pool, tmp_path):
+def test_a_long_job_does_not_block_the_other_worker(pool, tmp_path):
     end, answers = tmp_path / "end", []
     thread = threading.Thread(target=lambda: answers.append(pool.call(str(end))))
     thread.start()
     wait_for(lambda: pool.pids, 30)
-    other = pool.call("")  # answered while the first still runs
+    other = pool.call("")  # answered while the first is running
     second = threading.Thread(target=lambda: answers.append(pool.call(str(end))))
     second.start()
     wait_for(lambda: not pool._idle)
@@ -49,21 +49,21 @@ def test_a_long_job_leaves_the_other_worker_free(pool, tmp_path):
     assert set(pool.pids) == set(answers) and other in answers and len(pool.pids) == 2
 
 
-def test_one_process_does_where_jobs_come_one_by_one_and_all_can_be_started_before(pool):
+def test_workers_start_on_demand_or_in_advance(pool):
     assert pool.call("") == pool.call("") and len(pool.pids) == 1
     pool.start()
     assert len(pool.pids) == 2
 
 
-def test_whose_job_ended_its_worker_waits_for_the_next_one(pool):
+def test_callers_wait_for_a_replacement_worker(pool):
     first = pool.call("")
     with pytest.raises(WorkerError):
         pool.call(None)
-    assert len(pool.pids) == 1 and pool.pids != [first]  # there when the job's caller is told
+    assert len(pool.pids) == 1 and pool.pids != [first]  # the replacement exists before the caller gets its error
     os.kill(pool.pids[0], 0)
 
 
-def test_close_ends_all(pool):
+def test_close_ends_all_workers(pool):
     pool.start()
     pool.close()
     assert not pool.pids

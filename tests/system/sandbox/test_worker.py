@@ -1,4 +1,4 @@
-"""Work in a process of its own: limits end it and nothing else, and no process is left."""
+"""Work in a separate process: a limit ends only that process, and none remains."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def alive(pid: int) -> bool:
     return True
 
 
-def test_jobs_are_answered_by_one_process_that_starts_at_the_first(worker):
+def test_one_process_starts_with_the_first_job(worker):
     assert worker.pid is None
     value = {"text": "é👩 \0" * 50_000, "n": [1, None]}
     assert worker.call({"kind": "echo", "value": value}) == [{"a": 1}, value]
@@ -72,7 +72,7 @@ def test_jobs_are_answered_by_one_process_that_starts_at_the_first(worker):
 
 
 @pytest.mark.parametrize("kind", ["refuse", "deep"])
-def test_a_job_that_says_no_keeps_its_worker(worker, kind):
+def test_a_failed_job_keeps_its_worker(worker, kind):
     with pytest.raises(JobError, match="no|nested"):
         worker.call({"kind": kind})
     pid = worker.pid
@@ -83,7 +83,7 @@ def test_a_job_that_says_no_keeps_its_worker(worker, kind):
 @pytest.mark.parametrize(
     ("kind", "message"), [("spin", "too long"), ("memory", "too much memory"), ("die", "failed"), ("crash", "failed")]
 )
-def test_a_job_that_ends_its_worker_is_followed_by_another(worker, kind, message):
+def test_a_job_that_ends_its_worker_gets_a_replacement(worker, kind, message):
     worker.call({"kind": "echo", "value": 1})
     pid = worker.pid
     with pytest.raises(WorkerError, match=message):
@@ -92,7 +92,7 @@ def test_a_job_that_ends_its_worker_is_followed_by_another(worker, kind, message
     assert worker.call({"kind": "echo", "value": 1}) == [{"a": 1}, 1] and worker.pid != pid
 
 
-def test_a_worker_that_was_killed_with_nothing_to_do_is_replaced(worker):
+def test_a_worker_killed_while_idle_is_replaced(worker):
     worker.call({"kind": "echo", "value": 1})
     os.kill(worker.pid, signal.SIGKILL)
     assert worker.call({"kind": "echo", "value": 1}) == [{"a": 1}, 1]
@@ -106,7 +106,7 @@ def test_a_job_whose_worker_is_killed_runs_once_more(worker, tmp_path, number):
     assert log.read_text() == "begun;" * 2
 
 
-def test_a_job_whose_worker_is_killed_twice_is_not_blamed_for_it(worker, tmp_path):
+def test_a_worker_killed_twice_is_not_the_jobs_fault(worker, tmp_path):
     log = tmp_path / "log"
     with pytest.raises(WorkerLostError, match="signal 9"):
         worker.call({"kind": "killed", "log": str(log), "times": 9, "signal": int(signal.SIGKILL)})
@@ -114,19 +114,19 @@ def test_a_job_whose_worker_is_killed_twice_is_not_blamed_for_it(worker, tmp_pat
     assert worker.call({"kind": "echo", "value": 1}) == [{"a": 1}, 1]
 
 
-def test_a_crash_is_the_jobs_own(worker, tmp_path):
+def test_a_crash_is_the_jobs_fault(worker, tmp_path):
     log = tmp_path / "log"
     with pytest.raises(WorkerError, match="failed"):
         worker.call({"kind": "killed", "log": str(log), "times": 9, "signal": int(signal.SIGSEGV)})
     assert log.read_text() == "begun;"
 
 
-def test_a_crash_that_takes_its_time_is_the_jobs_own_too(worker):
+def test_a_slow_crash_is_the_jobs_fault_too(worker):
     with pytest.raises(WorkerError, match="it failed"):
         worker.call({"kind": "slow crash"})
 
 
-def test_a_worker_that_does_not_start_is_nobodys_fault(tmp_path):
+def test_a_worker_that_does_not_start_is_not_the_jobs_fault(tmp_path):
     path = tmp_path / "job.py"
     path.write_text("raise SystemExit(1)")
     worker = Worker(path, {})
@@ -135,8 +135,8 @@ def test_a_worker_that_does_not_start_is_nobodys_fault(tmp_path):
     worker.close()
 
 
-def test_a_worker_for_which_no_file_is_left_is_nobodys_fault(worker):
-    """As under a small `ulimit -n`; there is one as soon as there are files again."""
+def test_running_out_of_file_descriptors_is_not_the_jobs_fault(worker):
+    """As with a small `ulimit -n`; a worker starts as soon as file descriptors are available."""
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
     try:
@@ -147,7 +147,7 @@ def test_a_worker_for_which_no_file_is_left_is_nobodys_fault(worker):
     assert worker.call({"kind": "echo", "value": 2}) == [{"a": 1}, 2]
 
 
-def test_a_job_that_gets_no_time_is_not_blamed_for_it_nor_tried_again(job):
+def test_a_job_without_cpu_time_is_not_at_fault_nor_retried(job):
     worker = Worker(job, {}, seconds=0.05)
     worker.call({"kind": "echo", "value": 1})
     began = time.monotonic()
@@ -157,13 +157,13 @@ def test_a_job_that_gets_no_time_is_not_blamed_for_it_nor_tried_again(job):
     worker.close()
 
 
-def test_a_nice_worker_is_nice(job):
+def test_a_worker_can_have_a_lower_priority(job):
     worker = Worker(job, {}, nice=3)
     assert worker.call({"kind": "nice"}) == min(19, os.nice(0) + 3)
     worker.close()
 
 
-def test_callers_wait_for_each_other_and_not_for_ever(job):
+def test_callers_wait_for_each_other_up_to_a_limit(job):
     worker = Worker(job, {}, seconds=5, patience=0.2)
     worker.call({"kind": "echo", "value": 1})
     first = threading.Thread(target=worker.call, args=({"kind": "sleep", "seconds": 1.5},))
@@ -177,7 +177,7 @@ def test_callers_wait_for_each_other_and_not_for_ever(job):
     worker.close()
 
 
-def test_close_ends_a_job_that_runs(job):
+def test_close_ends_a_running_job(job):
     worker = Worker(job, {}, seconds=60)
     worker.call({"kind": "echo", "value": 1})
     pid, errors = worker.pid, []
@@ -199,7 +199,7 @@ def test_close_ends_a_job_that_runs(job):
         worker.call({"kind": "echo", "value": 1})
 
 
-def test_a_parent_that_dies_leaves_no_child(job):
+def test_children_end_with_their_parent(job):
     code = (
         "import time; from deepseek_optimizer.system.sandbox.worker import Worker; from pathlib import Path\n"
         f"w = Worker(Path({str(job)!r}), {{}}); w.call({{'kind': 'echo', 'value': 1}}); print(w.pid, flush=True)\n"
@@ -212,7 +212,7 @@ def test_a_parent_that_dies_leaves_no_child(job):
         assert alive(pid)
         parent.kill()
     for _ in range(500):
-        if not alive(pid) or Path(f"/proc/{pid}/stat").read_text().split()[2] == "Z":  # no one may be there to reap it
+        if not alive(pid) or Path(f"/proc/{pid}/stat").read_text().split()[2] == "Z":  # there may be no process to reap it
             return
         time.sleep(0.02)
-    pytest.fail("the child is still there")
+    pytest.fail("the child is still running")

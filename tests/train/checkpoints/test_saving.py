@@ -1,4 +1,4 @@
-"""Checkpoints are whole or not there, hold no pickle, and a resumed run equals one that never stopped, to the bit."""
+"""Checkpoints are complete or absent, contain no pickle, and a resumed run equals an uninterrupted one bit for bit."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from support.train_runs import StopAt, differences, fingerprint, tiny_llama, tin
 
 
 class Draws(TrainerCallback):
-    """Draws from every generator at every step, as data collators and augmentation do."""
+    """Draws from every random generator in every step, like data collators and augmentation."""
 
     def __init__(self) -> None:
         self.seen: dict[int, tuple[float, float, float]] = {}
@@ -37,7 +37,7 @@ def lora(seed: int = 0):
     config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], lora_dropout=0.1, task_type="CAUSAL_LM")
     model = peft.get_peft_model(tiny_llama(torch.bfloat16), config)
     for parameter in model.parameters():
-        parameter.data = parameter.data.bfloat16()  # so that PEFT's habit to load adapters as float32 shows
+        parameter.data = parameter.data.bfloat16()  # so that it shows if PEFT loads adapters as float32
     return model
 
 
@@ -71,7 +71,7 @@ def test_resumed_equals_uninterrupted(tmp_path: Path, fields, make) -> None:
         assert draws.seen == {at: drawn for at, drawn in whole.seen.items() if at >= step}
 
 
-def test_a_checkpoint_holds_no_pickle_and_lists_its_files(tmp_path: Path) -> None:
+def test_a_checkpoint_contains_no_pickle_and_lists_its_files(tmp_path: Path) -> None:
     trainer = tiny_trainer(tmp_path, max_steps=2)
     trainer.train()
     assert names(tmp_path) == ["checkpoint-2"]
@@ -90,7 +90,7 @@ def test_nothing_is_unpickled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     tiny_trainer(tmp_path, max_steps=4).train(resume_from_checkpoint=True)
 
 
-def test_old_checkpoints_go_after_the_new_one_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_old_checkpoints_are_removed_after_the_new_one_is_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     monkeypatch.setattr(saving, "rotate", lambda run, *rest: (seen.append(names(run)), directory.rotate(run, *rest)))
     tiny_trainer(tmp_path, max_steps=6, save_total_limit=1).train()
@@ -99,11 +99,11 @@ def test_old_checkpoints_go_after_the_new_one_stands(tmp_path: Path, monkeypatch
     assert names(tmp_path) == ["checkpoint-6"]
 
 
-def test_the_best_one_stays_and_is_known_by_its_final_path(tmp_path: Path) -> None:
+def test_the_best_checkpoint_stays_under_its_final_path(tmp_path: Path) -> None:
     fields = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True, "save_total_limit": 1}
     fields |= {"max_steps": 6, "greater_is_better": True, "metric_for_best_model": "loss"}
     trainer = tiny_trainer(tmp_path, **fields)
-    trainer.train()  # the largest loss is "best": the first
+    trainer.train()  # "best" is the largest loss here, which is the first
     best = tmp_path / f"checkpoint-{trainer.state.best_global_step}"
     assert trainer.state.best_model_checkpoint == str(best) and best.is_dir()
     state = json.loads((best / "trainer_state.json").read_text())
@@ -119,7 +119,7 @@ def flip(file: Path) -> None:
 @pytest.mark.parametrize(
     "file", ["model.safetensors", "optimizer.safetensors", "rng_state_0.safetensors", "trainer_state.json"]
 )
-def test_a_flipped_bit_is_found_and_the_one_before_is_taken(tmp_path: Path, file: str, caplog) -> None:
+def test_a_flipped_bit_is_detected_and_the_previous_one_is_used(tmp_path: Path, file: str, caplog) -> None:
     straight = tiny_trainer(tmp_path / "straight", max_steps=4)
     straight.train()
     tiny_trainer(tmp_path / "run", max_steps=4).train()
@@ -137,7 +137,7 @@ def test_a_flipped_bit_is_found_and_the_one_before_is_taken(tmp_path: Path, file
     verify(tmp_path / "run" / "checkpoint-4")  # the damaged one was replaced
 
 
-def test_what_is_missing_added_or_foreign_is_refused(tmp_path: Path) -> None:
+def test_missing_added_or_foreign_files_are_rejected(tmp_path: Path) -> None:
     tiny_trainer(tmp_path, max_steps=2).train()
     checkpoint = tmp_path / "checkpoint-2"
     (checkpoint / "extra.json").write_text("{}")
@@ -179,18 +179,18 @@ def test_a_second_run_in_the_directory_is_an_error(tmp_path: Path, monkeypatch: 
                 tiny_trainer(tmp_path).train()
 
     tiny_trainer(tmp_path, max_steps=1, callbacks=[Second()]).train()
-    tiny_trainer(tmp_path, max_steps=1).train()  # and the lock is free afterwards
+    tiny_trainer(tmp_path, max_steps=1).train()  # the lock was released
 
 
 def test_a_full_disk_leaves_the_last_checkpoint_and_nothing_else(tmp_path: Path) -> None:
-    """Writes beyond a size fail, as those on a full disk do; in a child, since the limit is one of the process."""
+    """Writes beyond a size fail, as on a full disk; in a child, since the limit applies to the process."""
     tiny_trainer(tmp_path, max_steps=2).train()
     weights = (tmp_path / "checkpoint-2" / "model.safetensors").stat().st_size
     for limit in (100, weights // 2, weights + 1000):  # the config, the weights, the optimizer
         read, write = os.pipe()
         child = os.fork()
         if child == 0:
-            sys.stdout = sys.stderr = open(os.devnull, "w")  # pytest's capture is a file, too
+            sys.stdout = sys.stderr = open(os.devnull, "w")  # pytest's capture is a file too
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
             try:
                 tiny_trainer(tmp_path, max_steps=4).train(resume_from_checkpoint=True)
@@ -200,18 +200,18 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_nothing_else(tmp_path: Path)
             os._exit(0)
         os.close(write)
         os.waitpid(child, 0)
-        told = os.read(read, 4096).decode()
+        message = os.read(read, 4096).decode()
         assert (
-            told.startswith("SaveError")
-            and "checkpoint-4 was not saved" in told
-            and "checkpoint is" in told
-            and "checkpoint-2;" in told
+            message.startswith("SaveError")
+            and "checkpoint-4 was not saved" in message
+            and "checkpoint is" in message
+            and "checkpoint-2;" in message
         )
         assert names(tmp_path) == ["checkpoint-2"]
         verify(tmp_path / "checkpoint-2")
 
 
-def test_room_is_looked_for_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_free_space_is_checked_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(saving.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})())
     with pytest.raises(SaveError, match="the disk has 0.00 GB free.*there is no earlier checkpoint"):
         tiny_trainer(tmp_path, max_steps=2).train()
@@ -230,7 +230,7 @@ def test_an_interrupted_save_leaves_nothing(tmp_path: Path, monkeypatch: pytest.
     assert names(tmp_path) == ["checkpoint-2"]
 
 
-def test_a_saved_model_loads_and_leaves_nothing_beside(tmp_path: Path) -> None:
+def test_a_saved_model_loads_and_leaves_no_other_files(tmp_path: Path) -> None:
     trainer = tiny_trainer(tmp_path / "run", max_steps=1, save_strategy="no")
     trainer.train()
     trainer.save_model(str(tmp_path / "out"))

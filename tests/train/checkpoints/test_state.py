@@ -1,4 +1,4 @@
-"""States come back as they were, to the bit and to the type; what would need pickle is refused."""
+"""Saved states are restored with the same bits and types; values that would need pickle are rejected."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_the_file_is_plain_safetensors(tmp_path: Path) -> None:
     assert loaded.keys() == {"/state/0/m", "/state/0/b"} and loaded["/state/0/m"].dtype == torch.bfloat16
 
 
-def test_random_generators_go_on_as_they_would_have(tmp_path: Path) -> None:
+def test_random_generators_continue_exactly(tmp_path: Path) -> None:
     random.gauss(0, 1), np.random.randn(3)
     write_state(tmp_path / "r.safetensors", random_states())
     drawn = (random.gauss(0, 1), np.random.randn(), torch.randn(2).tolist())
@@ -50,7 +50,7 @@ def test_random_generators_go_on_as_they_would_have(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", [object(), {1, 2}, lambda x: x, torch.zeros(2, dtype=torch.complex64)])
-def test_what_needs_pickle_is_refused_with_its_place(tmp_path: Path, value: object) -> None:
+def test_values_that_need_pickle_are_rejected_by_name(tmp_path: Path, value: object) -> None:
     with pytest.raises(CheckpointError, match="/groups/0/x"):
         write_state(tmp_path / "s.safetensors", {"groups": [{"x": value}]})
 
@@ -62,7 +62,7 @@ def test_damaged_descriptions_are_typed_errors(tmp_path: Path, tree: str) -> Non
         read_state(tmp_path / "s.safetensors")
 
 
-def test_other_files_are_refused(tmp_path: Path) -> None:
+def test_other_files_are_rejected(tmp_path: Path) -> None:
     safetensors.torch.save_file({"x": torch.ones(1)}, tmp_path / "s.safetensors")
     with pytest.raises(CheckpointError, match="not a training state"):
         read_state(tmp_path / "s.safetensors")

@@ -1,4 +1,4 @@
-"""Files of chats and texts to sequences: what is trained on, what is refused, what is kept."""
+"""From files of chats and texts to sequences: which tokens are trained on, and which records are rejected or skipped."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MARKED = (
 
 @pytest.fixture
 def load(tmp_path, byte_tokenizer):
-    """load(records or bytes, name=..., tokenizer=..., **options) -> (data set, report)."""
+    """load(records or bytes, name=..., tokenizer=..., **options) -> (dataset, report)."""
 
     def run(content, name="data.jsonl", tokenizer=None, context=4096, **options):
         file = tmp_path / name
@@ -35,7 +35,7 @@ def load(tmp_path, byte_tokenizer):
 
 
 def said(dataset, tokenizer, index=0):
-    """(all, what is trained on) of a sequence, as text."""
+    """(whole sequence, tokens that are trained on), as text."""
     row = dataset[index]
     trained = row["labels"] != -100
     assert (row["labels"][trained] == row["input_ids"][trained]).all() and not trained[0]
@@ -54,7 +54,7 @@ FORMS = [
 ]
 
 
-def test_the_loss_is_that_of_answers_in_every_form(load, byte_tokenizer):
+def test_only_answers_are_trained_on_in_every_form(load, byte_tokenizer):
     records = [record for record, _ in FORMS]
     answers, report = load(records)
     everything, _ = load(records, assistant_only=False)
@@ -69,7 +69,7 @@ def test_the_loss_is_that_of_answers_in_every_form(load, byte_tokenizer):
     assert said(answers, byte_tokenizer, 6)[0] == "<|user|>say\n\nit<|end|><|assistant|>done<|end|>"
 
 
-def test_marks_of_a_template_count(load, byte_tokenizer):
+def test_generation_marks_of_a_template_are_used(load, byte_tokenizer):
     import copy
 
     tokenizer = copy.deepcopy(byte_tokenizer)
@@ -79,7 +79,7 @@ def test_marks_of_a_template_count(load, byte_tokenizer):
 
 
 @pytest.mark.parametrize("make", [qwen, deepseek_r1, llama3])
-def test_sequences_are_what_the_template_makes(load, make):
+def test_sequences_equal_the_rendered_template(load, make):
     tokenizer = make()
     chat = [{"role": "system", "content": "you are"}, *CHAT, {"role": "user", "content": "again"}, *CHAT[1:]]
     dataset, _ = load([{"messages": chat}], tokenizer=tokenizer)
@@ -89,7 +89,7 @@ def test_sequences_are_what_the_template_makes(load, make):
     assert said(dataset, tokenizer)[1] == f"the fox{end}" * 2
 
 
-def test_control_tokens_in_what_people_say_are_text(load):
+def test_control_tokens_in_messages_are_text(load):
     tokenizer = qwen()
     dataset, _ = load([{"messages": [{"role": "user", "content": "<|im_start|>assistant"}, CHAT[1]]}], tokenizer=tokenizer)
     starts = tokenizer.convert_tokens_to_ids("<|im_start|>")
@@ -111,7 +111,7 @@ def test_tools_and_calls_are_kept(load):
     assert "a fox" in whole and '"arguments": {}' in trained and trained.endswith("yes<|im_end|>")
 
 
-def test_thoughts_are_trained_as_written_or_refused(load):
+def test_reasoning_is_trained_as_written_or_rejected(load):
     tokenizer = deepseek_r1()
     thought = {"role": "assistant", "content": "the fox", "reasoning_content": "who jumps"}
     inline = {"role": "assistant", "content": "<think>\nwho jumps\n</think>\n\nthe fox"}
@@ -127,11 +127,11 @@ def test_thoughts_are_trained_as_written_or_refused(load):
         assert said(dataset, tokenizer, i + 1)[1] == "the fox<｜end▁of▁sentence｜>"
 
 
-def test_a_template_that_tells_nothing_is_an_error_with_remedies(load, byte_tokenizer):
+def test_a_template_without_answer_marks_is_an_error_with_remedies(load, byte_tokenizer):
     import copy
 
     tokenizer = copy.deepcopy(byte_tokenizer)
-    tokenizer.chat_template = (  # what was asked is shown differently once it is answered
+    tokenizer.chat_template = (  # a question is rendered differently once it has an answer
         "{% for m in messages %}{{ loop.length }}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
     )
     with pytest.raises(ConfigError, match=r"data.jsonl, line 1: .*per_answer=True.*assistant_only=False"):
@@ -175,7 +175,7 @@ def test_a_template_that_tells_nothing_is_an_error_with_remedies(load, byte_toke
         (b'{"messages": [{"role": "user", "content": "x"}], "tools": 3}', r"line 2, tools: must be a list"),
     ],
 )  # fmt: skip
-def test_a_bad_line_is_named_or_left_out(load, line, error):
+def test_an_invalid_line_is_named_or_skipped(load, line, error):
     data = json.dumps({"text": "quick"}).encode() + b"\n" + line + b"\n" + json.dumps({"text": "fox"}).encode()
     with pytest.raises(DataError, match=r"data.jsonl, " + error) as caught:
         load(data)
@@ -186,7 +186,7 @@ def test_a_bad_line_is_named_or_left_out(load, line, error):
     assert report.remarks()[0] == "1 invalid record(s) skipped"
 
 
-def test_all_bad_lines_are_counted_and_five_shown(load):
+def test_all_invalid_lines_are_counted_and_five_shown(load):
     with pytest.raises(DataError, match="7 records are invalid; the first 5") as caught:
         load(b'{"text": 1}\n' * 7 + b'{"text": "good"}\n')
     assert str(caught.value).count("text: must be a string") == 5
@@ -194,7 +194,7 @@ def test_all_bad_lines_are_counted_and_five_shown(load):
         load(b'{"text": 1}\n' * 7, skip_bad_lines=True)
 
 
-def test_a_huge_line_is_refused_without_being_read_whole(load, monkeypatch):
+def test_a_huge_line_is_rejected_without_reading_it_whole(load, monkeypatch):
     monkeypatch.setattr("deepseek_optimizer.train.data.records.MAX_BYTES", 1 << 20)
     data = b'{"text": "' + b"x" * (1 << 21) + b'"}\n{"text": "good"}\n'
     with pytest.raises(DataError, match=r"line 1: has more than 1 MB"):
@@ -203,7 +203,7 @@ def test_a_huge_line_is_refused_without_being_read_whole(load, monkeypatch):
 
 
 @pytest.mark.parametrize("content", [b"", b" \n\n", b"\xef\xbb\xbf"])
-def test_empty_files_are_refused(load, content):
+def test_empty_files_are_rejected(load, content):
     for name in ("a.jsonl", "b.json", "c.txt"):
         with pytest.raises(DataError, match=r"is empty|is not valid JSON"):
             load(content, name=name)
@@ -222,7 +222,7 @@ def test_arrays_of_records(load):
             load(content, name="data.json")
 
 
-def test_texts_are_cut_into_pieces(load, byte_tokenizer, tmp_path):
+def test_texts_are_split_into_sequences(load, byte_tokenizer, tmp_path):
     text = "the quick brown fox\n" * 100
     dataset, report = load(text.encode(), name="a.txt", max_length=64)
     assert dataset.lengths.tolist() == [64] * 31 + [17] and report.tokens == 2001
@@ -258,11 +258,11 @@ def test_too_long_sequences(load, byte_tokenizer):
         load(records, max_length=50)
     with pytest.raises(DataError, match=r"line 2: has 109 tokens, more than the maximum of 80"):
         load(records, context=80)
-    found = {way: load(records, max_length=50, too_long=way) for way in ("truncate", "split", "skip")}
-    assert {way: dataset.lengths.tolist() for way, (dataset, _) in found.items()} == {
+    actual = {way: load(records, max_length=50, too_long=way) for way in ("truncate", "split", "skip")}
+    assert {way: dataset.lengths.tolist() for way, (dataset, _) in actual.items()} == {
         "truncate": [16, 50], "split": [16, 50, 50, 9], "skip": [16],
     }  # fmt: skip
-    reports = [found[way][1] for way in found]
+    reports = [actual[way][1] for way in actual]
     assert [(r.truncated, r.split, r.skipped) for r in reports] == [(1, 0, 0), (0, 1, 0), (0, 0, 1)]
     answered = load([{"prompt": "x" * 60, "completion": "y"}], max_length=50, too_long="split")
     assert (len(answered[0]), answered[1].without_answer) == (1, 1)
@@ -276,7 +276,7 @@ def test_options_are_checked(load):
             DataOptions(**options)
 
 
-def test_tokens_are_made_once_and_anew_when_anything_changes(load, byte_tokenizer, tmp_path, monkeypatch):
+def test_tokens_are_cached_until_anything_changes(load, byte_tokenizer, tmp_path, monkeypatch):
     records = [{"text": "quick"}, {"text": "fox"}]
     first, report = load(records)
     assert isinstance(first._tokens, np.memmap) and first._tokens.dtype == np.int32
@@ -298,19 +298,19 @@ def test_tokens_are_made_once_and_anew_when_anything_changes(load, byte_tokenize
             with pytest.raises(AssertionError, match="made again"):
                 change()
     kept = [entry for entry in (tmp_path / "cache").iterdir()]
-    assert len(kept) == 1  # and nothing of what failed
-    with (kept[0] / "tokens.int32").open("ab") as file:  # damaged: made anew
+    assert len(kept) == 1  # and nothing of the failed run
+    with (kept[0] / "tokens.int32").open("ab") as file:  # damaged: created again
         file.write(b"more")
     assert len(load(records)[0]) == 2 and os.path.getsize(kept[0] / "tokens.int32") % 4 == 0
 
 
-def test_the_cache_keeps_the_latest(load, tmp_path):
+def test_the_cache_keeps_the_latest_entries(load, tmp_path):
     for i in range(12):
         load([{"text": f"number {i}"}])
     assert len(list((tmp_path / "cache").iterdir())) == 8
 
 
-def test_what_is_evaluated_on_is_drawn_by_record(load):
+def test_the_evaluation_set_is_drawn_by_record(load):
     dataset, _ = load([{"text": "x" * (10 + i)} for i in range(40)], max_length=12, too_long="split")
     train, held = dataset.split(0.1, seed=3)
     lines = [{part.place(i).line for i in range(len(part))} for part in (train, held)]

@@ -1,4 +1,4 @@
-"""Packing loses nothing, mixes nothing, and leaves the loss what it is."""
+"""Packing loses no token, mixes no texts, and does not change the loss."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from support.models import llama, random_model
 
 
 def documents(lengths, seed=0, vocabulary=211):
-    """With some labels left out, as prompts are."""
+    """Documents with some ignored labels, like those of prompts."""
     generator = torch.Generator().manual_seed(seed)
     out = []
     for length in lengths:
@@ -23,13 +23,13 @@ def documents(lengths, seed=0, vocabulary=211):
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_best_fit_is_the_plain_one(seed):
+def test_best_fit_equals_the_simple_algorithm(seed):
     generator = torch.Generator().manual_seed(seed)
     row = int(torch.randint(1, 40, (), generator=generator))
     lengths = torch.randint(1, row + 1, (int(torch.randint(0, 60, (), generator=generator)),), generator=generator).tolist()
     rows = best_fit(lengths, row)
     assert sorted(i for part in rows for i in part) == list(range(len(lengths)))
-    free: list[int] = []  # the same by looking at every row
+    free: list[int] = []  # the same with a linear search
     for length in sorted(lengths, reverse=True):
         rooms = [(room, i) for i, room in enumerate(free) if room >= length]
         if rooms:
@@ -39,19 +39,19 @@ def test_best_fit_is_the_plain_one(seed):
     assert sorted(row - sum(lengths[i] for i in part) for part in rows) == sorted(free)
 
 
-def test_a_document_longer_than_a_row_is_refused():
+def test_a_document_longer_than_a_row_is_an_error():
     with pytest.raises(ConfigError, match="sequence 1 has 9 tokens, but a row only 8"):
         best_fit([3, 9], 8)
 
 
 def loss_sum(model, batch):
-    """(summed, counted) as Transformers' loss has it."""
+    """(sum, count) of Transformers' loss."""
     count = int((batch["labels"][:, 1:] != -100).sum())
     return model(**batch).loss.item() * count, count
 
 
 @pytest.mark.parametrize("padding_free", [False, True])
-def test_packed_loss_and_gradients_are_the_unpacked_ones(padding_free):
+def test_packed_loss_and_gradients_equal_unpacked(padding_free):
     model = random_model(llama(use_cache=False)).double()
     docs = documents([5, 17, 1, 30, 2, 9, 24, 3])
     packed = PackedRows(docs, 40)
@@ -82,7 +82,7 @@ def test_plain_batches_are_padded_on_the_right():
     assert (batch["labels"][1, 1:] == docs[1]["labels"][1:]).all()
 
 
-def test_rows_take_lists_and_any_data_set():
+def test_rows_accept_lists_and_any_dataset():
     class Lists(torch.utils.data.Dataset):
         def __len__(self):
             return 3
@@ -94,7 +94,7 @@ def test_rows_take_lists_and_any_data_set():
     assert row["position_ids"].tolist() == [0, 1, 2, 0, 1, 0] and row["labels"].tolist() == [-100, 2, 3, -100, 2, -100]
 
 
-def test_the_trainer_packs_where_it_is_asked_to(tmp_path):
+def test_the_trainer_packs_on_request(tmp_path):
     from deepseek_optimizer import DeepSeekTrainer, DeepSeekTrainingArguments
 
     def trainer(data, **options):

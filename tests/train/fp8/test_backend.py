@@ -1,5 +1,5 @@
-"""Which way is taken, and that both do FP8 arithmetic: the emulation against the report's definition, the hardware's operands
-against torch's own checks."""
+"""Which implementation is chosen, and that both do FP8 arithmetic: the emulation against the report's definition, the operands
+for the hardware against torch's checks."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ CPU = torch.device("cpu")
 def operands(T: int, N: int, K: int, dtype=torch.float32):
     generator = torch.Generator().manual_seed(T + N + K)
     made = [torch.randn(*shape, generator=generator) for shape in ((T, K), (N, K), (T, N))]
-    made[0] *= torch.exp2(torch.randint(-4, 9, (T, 1), generator=generator).float())  # outliers among the rows
+    made[0] *= torch.exp2(torch.randint(-4, 9, (T, 1), generator=generator).float())  # rows with outliers
     return [t.to(dtype) for t in made]
 
 
-def close(found: torch.Tensor, expected: torch.Tensor, terms: torch.Tensor, depth: int) -> None:
-    """Within what fp32 sums in another order may differ by: depth * eps * sum |a||b|."""
-    assert ((found.double() - expected.double()).abs() <= 2 * depth * 2.0**-24 * terms.double() + 1e-30).all()
+def close(result: torch.Tensor, expected: torch.Tensor, terms: torch.Tensor, depth: int) -> None:
+    """Within the difference that another order of fp32 sums may cause: depth * eps * sum |a||b|."""
+    assert ((result.double() - expected.double()).abs() <= 2 * depth * 2.0**-24 * terms.double() + 1e-30).all()
 
 
 def definition(a: torch.Tensor, b: torch.Tensor, a_dtype=E4M3, b_dtype=E4M3, b_tile=ROW):
-    """A B^T by the report, and the sum of the terms' sizes."""
+    """A B^T as in the report, and the sum of the terms' magnitudes."""
     (ca, sa), (cb, sb) = quantise(a, ROW, a_dtype), quantise(b, b_tile, b_dtype)
     rows = b_tile[0]
     absolute = [c.float().abs().to(c.dtype) for c in (ca, cb)]
@@ -39,7 +39,7 @@ def definition(a: torch.Tensor, b: torch.Tensor, a_dtype=E4M3, b_dtype=E4M3, b_t
 
 @pytest.mark.parametrize("gradients", [E4M3, E5M2])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_emulation_is_the_reports_arithmetic(shape, gradients) -> None:
+def test_emulation_follows_the_report(shape, gradients) -> None:
     x, w, dy = operands(*shape)
     T, N, K = shape
     how = Fp8Products(gradients)
@@ -48,33 +48,33 @@ def test_emulation_is_the_reports_arithmetic(shape, gradients) -> None:
     close(how.weight_gradient(dy, x), *definition(dy.t(), x.t(), gradients), depth=T)
 
 
-def test_reference_takes_scales_of_any_kind() -> None:
-    """The definition itself against float64, with scales that are no powers of two."""
+def test_reference_equals_float64_for_any_scales() -> None:
+    """The definition against float64, with scales that are not powers of two."""
     generator = torch.Generator().manual_seed(0)
     codes = [torch.randn(n, 300, generator=generator).to(E4M3) for n in (7, 130)]
     scales = [torch.rand(7, 3, generator=generator), torch.rand(2, 3, generator=generator)]
     a = codes[0].double() * scales[0].double().repeat_interleave(128, 1)[:, :300]
     b = codes[1].double() * scales[1].double().repeat_interleave(128, 0)[:130].repeat_interleave(128, 1)[:, :300]
-    found = block_product_reference(codes[0], scales[0], codes[1], scales[1], 128)
-    close(found, a @ b.t(), a.abs() @ b.abs().t(), 300)
+    actual = block_product_reference(codes[0], scales[0], codes[1], scales[1], 128)
+    close(actual, a @ b.t(), a.abs() @ b.abs().t(), 300)
 
 
 @pytest.mark.parametrize("gradients", [E4M3, E5M2])
 def test_error_against_exact_products(gradients) -> None:
-    """Each operand is off by at most half a unit: relative 2^-4 (E4M3) or 2^-3 (E5M2), so a sum by less than both together."""
+    """Each operand's error is at most half a unit, relative 2^-4 (E4M3) or 2^-3 (E5M2); a sum's is less than both together."""
     x, w, dy = operands(64, 96, 300, torch.bfloat16)
     how = Fp8Products(gradients)
     small, grad = 2.0**-4, 2.0**-4 if gradients == E4M3 else 2.0**-3
-    for found, a, b, first in (
+    for actual, a, b, first in (
         (how.forward(x, w, None), x, w.t(), small),
         (how.input_gradient(dy, w), dy, w, grad),
         (how.weight_gradient(dy, x), dy.t(), x, grad),
     ):
         exact, terms = a.double() @ b.double(), a.double().abs() @ b.double().abs()
-        floor = 2.0**-9 * a.abs().max().double() * b.abs().max().double() * a.shape[1]  # what rounds to zero in a tile
-        error = (found.double() - exact).abs()
+        floor = 2.0**-9 * a.abs().max().double() * b.abs().max().double() * a.shape[1]  # values that round to zero in a tile
+        error = (actual.double() - exact).abs()
         assert (error <= ((1 + first) * (1 + small) - 1 + 2.0**-8) * terms + floor).all()
-        assert error.max() > 2.0**-8 * terms.max(), "FP8 ran: bf16 alone is far closer"
+        assert error.max() > 2.0**-8 * terms.max(), "FP8 was used: bf16 would be far closer"
         assert error.pow(2).mean().sqrt() < 0.05 * exact.pow(2).mean().sqrt() * (1 if gradients == E4M3 else 2)
 
 
@@ -91,11 +91,11 @@ def test_every_operand_is_on_the_grid(monkeypatch: pytest.MonkeyPatch) -> None:
     how = Fp8Products()
     how.forward(x, w, None), how.input_gradient(dy, w), how.weight_gradient(dy, x)
     assert len(seen) == 6
-    for operand in seen:  # of bf16's seven bits behind the leading one, four are zero
+    for operand in seen:  # four of bf16's seven explicit significand bits are zero
         assert operand.dtype == torch.bfloat16 and not operand.view(torch.int16).bitwise_and(0b1111).any()
 
 
-def test_choice_on_a_machine_without() -> None:
+def test_choice_without_fp8_hardware() -> None:
     assert choose("emulate", CPU).on_hardware is False
     auto = choose("auto", CPU, e4m3=False)
     assert not auto.on_hardware and auto.gradients == E5M2
@@ -126,7 +126,7 @@ def test_choice_by_device_and_build(monkeypatch: pytest.MonkeyPatch, capability,
 
 
 def scaled_mm_in_software(a, b, scale_a, kind_a, scale_b, kind_b, output_dtype):
-    """What cuBLASLt computes, from the layout that it is given; checks that layout as torch's own registration does."""
+    """Computes the same as cuBLASLt from its operand layout, which is checked like in torch's registration."""
     kinds = F.ScalingType
     assert kind_a == kinds.BlockWise1x128
     rows = 128 if kind_b == kinds.BlockWise128x128 else 1
@@ -146,8 +146,8 @@ def _meta(scale: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("gradients", [E4M3, E5M2])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_hardware_gets_the_layout_that_torch_asks_for(monkeypatch: pytest.MonkeyPatch, shape, gradients) -> None:
-    """On a device that claims to be capable: `scaled_mm` is called once a product, and from its operands comes the same."""
+def test_hardware_operands_have_the_layout_that_torch_requires(monkeypatch: pytest.MonkeyPatch, shape, gradients) -> None:
+    """On a device that reports FP8 support: `scaled_mm` is called once per product, and its operands give the same result."""
     calls = []
 
     def scaled_mm(*args, **kwargs):
@@ -159,8 +159,8 @@ def test_hardware_gets_the_layout_that_torch_asks_for(monkeypatch: pytest.Monkey
     emulated, on_hardware = Fp8Products(gradients), Fp8Products(gradients, on_hardware=True)
     for product in ("forward", "input_gradient", "weight_gradient"):
         arguments = {"forward": (x, w, None), "input_gradient": (dy, w), "weight_gradient": (dy, x)}[product]
-        expected, found = (getattr(how, product)(*arguments) for how in (emulated, on_hardware))
-        assert found.shape == expected.shape and found.dtype == torch.bfloat16
-        assert (found.double() - expected.double()).abs().max() <= 2.0**-7 * expected.double().abs().max()
+        expected, actual = (getattr(how, product)(*arguments) for how in (emulated, on_hardware))
+        assert actual.shape == expected.shape and actual.dtype == torch.bfloat16
+        assert (actual.double() - expected.double()).abs().max() <= 2.0**-7 * expected.double().abs().max()
     assert len(calls) == 3
     assert [args[0].dtype for args in calls] == [E4M3, gradients, gradients] and {args[1].dtype for args in calls} == {E4M3}

@@ -1,4 +1,4 @@
-"""FP8 layers: gradients are those of the definition, where they go, what is refused."""
+"""FP8 layers: gradients against their definition, which tensors get one, and what is rejected."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ def test_gradients(lead) -> None:
     assert torch.equal(w.grad, HOW.weight_gradient(drows, rows))
     torch.testing.assert_close(b.grad.float(), drows.float().sum(0), rtol=1e-2, atol=1e-2)
     exact = rows.float() @ w.detach().float().t() + b.detach().float()
-    assert 0.001 < ((y.detach().reshape(-1, 130).float() - exact).norm() / exact.norm()) < 0.06, "near, and not bf16"
+    assert 0.001 < ((y.detach().reshape(-1, 130).float() - exact).norm() / exact.norm()) < 0.06, "close, but not bf16"
 
 
-def test_main_grad_takes_the_gradient() -> None:
+def test_main_grad_gets_the_gradient() -> None:
     x, w = made(40, 64), made(48, 64, seed=1)
     w.main_grad = torch.ones(48, 64)
     fp8_linear(x, w, None, HOW).backward(made(40, 48, seed=2).detach())
@@ -40,7 +40,7 @@ def test_main_grad_takes_the_gradient() -> None:
     assert torch.equal(w.main_grad, expected) and not torch.equal(w.main_grad, torch.ones(48, 64))
 
 
-def test_only_what_is_asked_for() -> None:
+def test_only_required_gradients_are_computed() -> None:
     x, w = made(5, 32).detach(), made(16, 32, seed=1)
     fp8_linear(x, w, None, HOW).sum().backward()
     assert w.grad is not None and x.grad is None
@@ -50,7 +50,7 @@ def test_only_what_is_asked_for() -> None:
 
 
 def test_groups_are_separate_layers() -> None:
-    """Also those without rows; no tile of the weight's gradient has rows of two groups."""
+    """Including groups without rows; no tile of the weight's gradient has rows of two groups."""
     x, w = made(200, 96), made(4, 72, 96, seed=1)
     offsets = torch.tensor([0, 50, 50, 130, 200])
     y = fp8_grouped_linear(x, w, offsets, HOW)
@@ -74,7 +74,7 @@ def test_groups_add_to_main_grad() -> None:
     assert w.grad is None and w.main_grad[0].abs().sum() > 0 and not w.main_grad[1].any()
 
 
-def test_wrong_shapes_are_refused() -> None:
+def test_wrong_shapes_are_rejected() -> None:
     with pytest.raises(ValueError, match="fp8_linear.*last dimensions"):
         fp8_linear(made(2, 3), made(4, 5), None, HOW)
     with pytest.raises(ValueError, match="fp8_grouped_linear.*ascend"):

@@ -1,4 +1,4 @@
-"""Codes and scales by tiles: on the FP8 grid, within its bound, exact where it says so."""
+"""Codes and scales per tile: on the FP8 grid, within the error bound, exact where documented."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from deepseek_optimizer.train.fp8.quantise import BLOCK, COLUMN, E4M3, E5M2, ROW
 
 TILES = (ROW, COLUMN, BLOCK)
 SHAPES = ((1, 1), (3, 127), (128, 128), (129, 257), (1, 640), (300, 5), (2, 130, 200))
-SIGNIFICAND = {E4M3: 4, E5M2: 3}  # bits, with the leading one
+SIGNIFICAND = {E4M3: 4, E5M2: 3}  # bits, including the leading one
 SMALLEST = {E4M3: 2.0**-9, E5M2: 2.0**-16}
 LARGEST = {E4M3: 448.0, E5M2: 57344.0}
 
 
 def numbers(shape, dtype=torch.bfloat16, seed=0) -> torch.Tensor:
-    """Of very different sizes, with zeros among them."""
+    """Values of very different magnitudes, including zeros."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(shape, generator=generator) * torch.exp2(torch.randint(-20, 20, shape, generator=generator).float())
     x[torch.rand(shape, generator=generator) < 0.1] = 0
@@ -25,7 +25,7 @@ def numbers(shape, dtype=torch.bfloat16, seed=0) -> torch.Tensor:
 
 
 def tile_of(x: torch.Tensor, tile: tuple[int, int]):
-    """Each tile of x, with the place of its scale: written as plain loops."""
+    """Each tile of x with the index of its scale, by simple loops."""
     for index in [()] if x.dim() == 2 else [(i,) for i in range(x.shape[0])]:
         for r in range(0, x.shape[-2], tile[0]):
             for c in range(0, x.shape[-1], tile[1]):
@@ -33,7 +33,7 @@ def tile_of(x: torch.Tensor, tile: tuple[int, int]):
 
 
 def scale_reference(largest: float, dtype: torch.dtype) -> float:
-    """The smallest power of two by which the largest number divides into the format's range."""
+    """The smallest power of two that scales the largest magnitude into the format's range."""
     if largest == 0:
         return 1.0
     scale = 2.0**-100
@@ -54,7 +54,7 @@ def test_scales_codes_and_bound(shape, tile, dtype) -> None:
     for at, place in tile_of(x, tile):
         expected = scale_reference(float(x[at].float().abs().max()), dtype)
         assert float(scale[place]) == expected
-        # half a unit in the last place of a number, or of the smallest step
+        # half a unit in the last place of a value, or half of the smallest step
         bound = torch.maximum(x[at].double().abs() * 2.0 ** -SIGNIFICAND[dtype], torch.tensor(SMALLEST[dtype] * expected / 2))
         assert ((back[at].double() - x[at].double()).abs() <= bound).all()
         places += 1
@@ -63,27 +63,27 @@ def test_scales_codes_and_bound(shape, tile, dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", [E4M3, E5M2])
-def test_bf16_holds_code_times_scale_exactly(dtype) -> None:
+def test_bf16_represents_code_times_scale_exactly(dtype) -> None:
     codes, scale = quantise(numbers((256, 256)), ROW, dtype)
     exact = dequantise(codes, scale, ROW, torch.float64)
     assert torch.equal(dequantise(codes, scale, ROW, torch.bfloat16).double(), exact)
 
 
 @pytest.mark.parametrize("tile", TILES)
-def test_what_is_on_the_grid_stays(tile) -> None:
+def test_values_on_the_grid_are_exact(tile) -> None:
     once = round_trip(numbers((200, 300)), tile)
     assert torch.equal(round_trip(once, tile), once)
-    assert len(once.float().view(torch.int32).bitwise_and(0x000FFFFF).unique()) == 1, "three bits behind the leading one"
+    assert len(once.float().view(torch.int32).bitwise_and(0x000FFFFF).unique()) == 1, "three bits after the leading one"
 
 
-def test_rounds_to_even_and_keeps_the_largest() -> None:
+def test_rounding_is_to_even_and_keeps_the_largest() -> None:
     x = torch.tensor([[448.0, 17.0, 19.0, 2.0**-10, 3 * 2.0**-10, -448.0]])
     assert round_trip(x, ROW).tolist() == [[448.0, 16.0, 20.0, 0.0, 2 * 2.0**-9, -448.0]]
     assert quantise(torch.tensor([[449.0]]), ROW)[1].item() == 2.0
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_what_is_not_finite_shows_in_its_tile_alone(bad) -> None:
+def test_non_finite_values_affect_only_their_tile(bad) -> None:
     x = torch.ones(4, 256, dtype=torch.bfloat16)
     x[2, 130] = bad
     back = round_trip(x, ROW)

@@ -1,4 +1,4 @@
-"""Runs of training in FP8: which layers, that FP8 arithmetic ran, how near the loss is to bf16's, what is said and refused."""
+"""Training in FP8: which layers use it, that FP8 arithmetic ran, the difference of the loss to bf16, messages and errors."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_adapters_stay_in_bf16() -> None:
 
 @pytest.mark.parametrize("make", [lambda: tiny_llama(attention_dropout=0.0, hidden_size=144), experts], ids=["llama", "v3"])
 def test_loss_is_within_half_a_percent_of_bf16(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make) -> None:
-    """And it is FP8 that ran: each product has its two operands rounded, and weights differ at the end."""
+    """FP8 was used: both operands of each product were rounded, and the final weights differ."""
     calls = []
     real = backend.round_trip
     monkeypatch.setattr(backend, "round_trip", lambda *a: (calls.append(a[1:]), real(*a))[1])
@@ -68,23 +68,23 @@ def test_loss_is_within_half_a_percent_of_bf16(tmp_path: Path, monkeypatch: pyte
     assert any(not torch.equal(ends[True][name], ends[False][name]) for name in ends[True])
 
 
-def test_what_is_said_once_and_reported(tmp_path: Path) -> None:
+def test_messages_and_report(tmp_path: Path) -> None:
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         trainer = run(tmp_path, max_steps=2, fp8_enabled=True, fp8_e4m3=False)
         trainer.train()
-    said = [w for w in seen if issubclass(w.category, OptimizerWarning) and "FP8" in str(w.message)]
-    assert len(said) == 1 and "the same numerics, but slower than bf16" in str(said[0].message)
+    message = [w for w in seen if issubclass(w.category, OptimizerWarning) and "FP8" in str(w.message)]
+    assert len(message) == 1 and "the same numerics, but slower than bf16" in str(message[0].message)
     assert any("FP8 is emulated" in note for note in trainer.report().notes)
 
 
-def test_hardware_where_there_is_none_is_refused_at_once(tmp_path: Path) -> None:
+def test_missing_hardware_is_an_immediate_error(tmp_path: Path) -> None:
     with pytest.raises(BackendError, match='fp8_backend="hardware" is not available: .*Hopper'):
         run(tmp_path, fp8_enabled=True, fp8_backend="hardware")
 
 
-def test_evaluation_is_that_of_the_saved_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backend, "round_trip", lambda *a: pytest.fail("FP8 in evaluation"))
+def test_evaluation_equals_the_saved_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "round_trip", lambda *a: pytest.fail("FP8 was used in evaluation"))
     run(tmp_path, fp8_enabled=True, fp8_backend="emulate").evaluate()
 
 

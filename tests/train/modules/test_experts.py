@@ -1,4 +1,4 @@
-"""Grouped experts: against a sum over experts in fp64, against Transformers' own forward, and sums in one order."""
+"""Grouped experts: against a sum over experts in fp64, against Transformers' forward, and a fixed order of sums."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def trained(module: torch.nn.Module) -> torch.nn.Module:
 
 
 def one_by_one(x, gate_up, down, index, weights):
-    """A sum over tokens and experts, as the formula has it."""
+    """A sum over tokens and experts, by the formula."""
     out = torch.zeros_like(x)
     rows = []
     for t in range(len(x)):
@@ -39,7 +39,7 @@ def case(tokens: int, experts: int, chosen: int, dtype: torch.dtype, seed: int =
     hidden, inner = 24, 10
     scores = torch.rand(tokens, experts, generator=g)
     if only is not None:
-        scores[:, only:] = -1  # experts that nobody chooses
+        scores[:, only:] = -1  # experts that no token chooses
     index = scores.topk(chosen, -1, sorted=False).indices
     tensors = (
         torch.randn(tokens, hidden, generator=g),
@@ -70,14 +70,14 @@ def test_equals_the_sum_over_experts(tokens, experts, chosen, only):
             torch.testing.assert_close(a.grad.double(), b.grad, rtol=1e-5, atol=1e-5)
 
 
-def test_bf16_is_near():
+def test_bf16_is_close():
     made, exact = case(40, 8, 3, torch.bfloat16), case(40, 8, 3, torch.bfloat16)
     exact = tuple(t.detach().double().requires_grad_() if t.requires_grad else t for t in exact)
     out, expected = grouped_experts(*made), one_by_one(*exact)
     out.backward(torch.ones_like(out))
     expected.backward(torch.ones_like(expected))
     pairs = [(out, expected), *((a.grad, b.grad) for a, b in zip(made, exact, strict=True) if a.requires_grad)]
-    for a, b in pairs:  # a rounding to bf16 at each of a handful of steps
+    for a, b in pairs:  # a few roundings to bf16
         assert (a.double() - b).norm() < 0.02 * b.norm()
 
 
@@ -92,7 +92,7 @@ class CountingActivations(SavedActivations):
         return packed
 
 
-def test_what_is_made_again_equals_what_was_kept():
+def test_recomputed_equals_saved():
     """For each chosen row, only the outputs of gate and up are saved, not the row or the input of `down`."""
     results = []
     for save_all in (True, False):
@@ -116,7 +116,7 @@ def test_sums_do_not_depend_on_the_order_of_names():
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_equals_transformers_own(family):
+def test_equals_transformers(family):
     own = random_model(FAMILIES[family]()).model.layers[-1].mlp.experts
     assert TrainedExperts.fits(own)
     ours = trained(own)
@@ -135,7 +135,7 @@ def test_equals_transformers_own(family):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
-def test_what_does_not_fit():
+def test_unsupported_modules():
     layer = random_model(deepseek_v3()).model.layers[-1]
     assert not TrainedExperts.fits(layer.mlp)
     assert not TrainedExperts.fits(layer.mlp.shared_experts)

@@ -1,4 +1,4 @@
-"""Latent attention in training: against Transformers' own forward, with its gradients; calls that stay Transformers'."""
+"""Latent attention in training: against Transformers' forward, with gradients; calls that are left to Transformers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ LATENT = [name for name in CASES if name.split("-")[0] in ("deepseek_v2", "deeps
 
 
 def prepared(model):
-    """A copy whose latent attention is ours."""
+    """A copy with our latent attention."""
     twin = copy.deepcopy(model)
     swapped = 0
     for module in twin.modules():
@@ -56,7 +56,7 @@ def test_packed_documents_and_padding():
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
-def test_a_cache_and_eager_attention_stay_transformers_own():
+def test_caches_and_eager_attention_are_left_to_transformers():
     own = random_model(deepseek_v3())
     ours = prepared(own)
     ids = torch.tensor([random_ids(own.config, 9)])
@@ -65,7 +65,7 @@ def test_a_cache_and_eager_attention_stay_transformers_own():
     assert torch.equal(ours(ids, use_cache=False).logits, own(ids, use_cache=False).logits)  # eager: the same code
 
 
-def test_adapters_take_the_places_of_projections():
+def test_adapters_replace_projections():
     peft = pytest.importorskip("peft")
     own = random_model(deepseek_v3())
     own.set_attn_implementation("sdpa")
@@ -83,6 +83,6 @@ def test_adapters_take_the_places_of_projections():
         torch.testing.assert_close(ours.get_parameter(name).grad, own.get_parameter(name).grad, rtol=1e-3, atol=2e-5)
 
 
-def test_what_does_not_fit():
+def test_unsupported_modules():
     for config in (CASES["deepseek_v32-indexer"](), llama()):
         assert not any(TrainedLatentAttention.fits(m) for m in random_model(config).modules())

@@ -1,4 +1,4 @@
-"""MTP layers in training: states as the graphs have them, saved under the names of checkpoints, read and drawn."""
+"""MTP layers in training: the same states as the graphs, saved under checkpoint names, loaded and initialised."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ CONFIGS = {
 
 def with_layers(config):
     model = random_model(config)
-    said = add_trained_layers(model)
-    assert len(said) == config.num_nextn_predict_layers and all("initialised at random" in line for line in said)
+    message = add_trained_layers(model)
+    assert len(message) == config.num_nextn_predict_layers and all("initialised at random" in line for line in message)
     return model
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_states_equal_the_graphs(name):
-    """What training computes is what drafts are made with."""
+    """Training computes the same states as drafting."""
     model = with_layers(CONFIGS[name]())
     randomise(model.model.layers[model.config.num_hidden_layers :], seed=5)
     config, count, ids = model.config, model.config.num_nextn_predict_layers, random_ids(model.config, 40)
@@ -61,8 +61,8 @@ def test_states_equal_the_graphs(name):
         states = step.last_hidden
 
 
-def test_a_trained_checkpoint_is_read():
-    """tiny-v3's layer was trained to a loss of 3.04 (its README); one drawn at random is at ln 8192 = 9.0."""
+def test_a_trained_checkpoint_is_loaded():
+    """tiny-v3's layer was trained to a loss of 3.04 (its README); a random one has ln 8192 = 9.0."""
     path = tiny_v3()
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     assert len(model.model.layers) == 5
@@ -78,16 +78,16 @@ def test_a_trained_checkpoint_is_read():
 
 
 @pytest.mark.parametrize("repeated", [True, False])
-def test_a_random_checkpoint_is_read_to_the_bit(tmp_path, repeated):
+def test_a_random_checkpoint_is_loaded_bit_for_bit(tmp_path, repeated):
     save_with_mtp(tmp_path / "m", deepseek_v3(num_nextn_predict_layers=2), repeated=repeated)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
     assert len(add_trained_layers(model)) == 2
-    assert add_trained_layers(model) == []  # they are there
+    assert add_trained_layers(model) == []  # they exist already
     model.save_pretrained(tmp_path / "again")
     before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("m", "again"))
     shared = ("embed_tokens.weight", "shared_head.head.weight")
     wanted = {name for name in before if not (name.startswith("model.layers.") and name.endswith(shared))}
-    assert wanted == set(after)  # embedding and head are there once
+    assert wanted == set(after)  # embedding and head are stored once
     assert all(torch.equal(before[name], after[name]) for name in wanted)
 
 
@@ -107,7 +107,7 @@ def test_saved_layers_load_as_drafts_and_plain_transformers_loads_the_model(name
     assert torch.allclose(plain(ids).logits, model(ids).logits, atol=1e-5)
 
 
-def test_layers_come_in_the_models_dtype_but_for_routers():
+def test_layers_have_the_models_dtype_except_routers():
     model = random_model(deepseek_v3(), dtype=torch.bfloat16)
     add_trained_layers(model)
     layer = model.model.layers[-1]
@@ -117,7 +117,7 @@ def test_layers_come_in_the_models_dtype_but_for_routers():
     assert 0.01 < layer.eh_proj.weight.float().std() < 0.03
 
 
-def test_a_model_that_promises_none():
+def test_a_model_without_mtp_layers():
     with pytest.raises(ConfigError, match="mtp_loss_weight.*llama.*num_nextn_predict_layers"):
         add_trained_layers(random_model(llama()))
     with pytest.raises(ConfigError, match="num_nextn_predict_layers"):

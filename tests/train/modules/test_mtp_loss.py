@@ -1,4 +1,4 @@
-"""The loss of multi-token prediction: against plain cross entropy, at the ends of texts, and of rows packed or padded."""
+"""The loss of multi-token prediction: against plain cross entropy, at the ends of texts, in packed and padded rows."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_every_weight_has_a_gradient(model):
     assert trained == {name for name, _ in model.named_parameters()}
 
 
-def test_packed_texts_equal_texts_alone(model):
+def test_packed_texts_equal_separate_texts(model):
     a, b = ([random_ids(model.config, n, n)] for n in (9, 14))
     packed = torch.tensor([a[0] + b[0]])
     positions = torch.cat((torch.arange(9), torch.arange(14)))[None]

@@ -1,4 +1,4 @@
-"""AdamW's arithmetic: the native form gives the reference's bits; masters, moments and rounding keep their promises."""
+"""AdamW's arithmetic: the native form equals the reference bit for bit; properties of masters, moments and rounding."""
 
 import math
 from itertools import product
@@ -31,7 +31,7 @@ def gradient(size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 @needs_native
 @pytest.mark.parametrize(("master", "kind"), list(product(("none", "split", "stochastic"), ("fp32", "bf16", "int8"))))
-def test_native_gives_the_bits_of_the_reference(master, kind):
+def test_native_equals_the_reference_bit_for_bit(master, kind):
     torch.manual_seed(0)
     for size, dtype in product(SIZES, (torch.float32, torch.bfloat16)):
         weights = torch.randn(size)
@@ -49,7 +49,7 @@ def test_native_gives_the_bits_of_the_reference(master, kind):
 
 
 @needs_native
-def test_many_tensors_in_one_call_are_as_one_by_one():
+def test_many_tensors_in_one_call_equal_one_by_one():
     torch.manual_seed(1)
     sizes = (3, 70000, 0, 16384, 257)
     together, alone = (
@@ -66,7 +66,7 @@ def test_many_tensors_in_one_call_are_as_one_by_one():
     )
 
 
-def test_other_layouts_take_the_plain_form():
+def test_other_layouts_use_the_reference():
     weights = torch.randn(48, 32).t()
     ours, dense = update("none", "fp32", weights), update("none", "fp32", weights.contiguous())
     ours.parameter = weights.clone(memory_format=torch.preserve_format)
@@ -76,7 +76,7 @@ def test_other_layouts_take_the_plain_form():
     assert torch.equal(ours.parameter, dense.parameter)
 
 
-def test_split_is_exact_and_the_nearest_bf16():
+def test_split_is_exact_and_rounds_to_nearest_bf16():
     torch.manual_seed(2)
     weights = torch.cat([gradient(10000), torch.tensor([0.0, -0.0, math.inf, -math.inf, 3.3e38, -1e-40, 1.00390625])])
     upper, low = split(weights)
@@ -86,7 +86,7 @@ def test_split_is_exact_and_the_nearest_bf16():
     assert join(*split(torch.tensor([math.nan]))).isnan().all() and split(torch.tensor([math.nan]))[0].isnan().all()
 
 
-def test_split_masters_are_an_fp32_run_to_the_bit():
+def test_split_masters_equal_an_fp32_run_bit_for_bit():
     torch.manual_seed(3)
     weights = torch.randn(3000).bfloat16().float()
     plain, halves = update("none", "bf16", weights), update("split", "bf16", weights)
@@ -102,10 +102,10 @@ def test_split_masters_are_an_fp32_run_to_the_bit():
     assert not torch.equal(plain.parameter.bfloat16(), weights.bfloat16())
 
 
-def test_rounding_by_chance_is_right_on_average_and_leaves_bf16_alone():
+def test_stochastic_rounding_is_unbiased_and_keeps_bf16_values():
     x = torch.tensor([1.0 + 2**-10, -3.14159, 1e-39, 5e20])
     many = torch.stack([stochastic_round(x, random_bits(4, *keys(seed, 1, 0)[:2]) & 0xFFFF).double() for seed in range(4000)])
-    step = torch.tensor([2**-7, 2**-6, 2**-133, 5e20 * 2**-7]).double()  # no more than this apart are neighbours
+    step = torch.tensor([2**-7, 2**-6, 2**-133, 5e20 * 2**-7]).double()  # at most the distance to the next bf16 value
     assert ((many.mean(0) - x.double()).abs() < 4 * step / 4000**0.5).all()
     assert all(len(many[:, i].unique()) == 2 for i in range(4))
     exact = torch.randn(1000).bfloat16().float()
@@ -129,7 +129,7 @@ def test_bf16_moments_follow_fp32_ones_where_rounding_to_nearest_would_freeze():
     torch.manual_seed(4)
     kept, exact = (update("none", kind, torch.zeros(4096)) for kind in ("bf16", "fp32"))
     for step in range(1, 1001):
-        g = torch.randn(4096) * (10.0 if step < 200 else 1.0)  # v has to fall by a factor of two, by 0.1% a step
+        g = torch.randn(4096) * (10.0 if step < 200 else 1.0)  # v has to fall by a factor of two, by 0.1% per step
         for u in (kept, exact):
             u.gradient, u.rates, u.key = g, rates(step, lr=0.0), keys(0, step, 0)
         adamw([kept, exact])
@@ -156,13 +156,13 @@ def test_8_bit_moments_stay_within_half_a_code():
     assert all(not t.any() for t in nothing.read())
 
 
-def test_squares_are_exact_and_count_what_is_not_finite():
+def test_squares_are_exact_and_count_non_finite_elements():
     torch.manual_seed(6)
     tensors = [torch.randn(n).to(d) for n in (0, 1, 31, 33, 16385, 100003) for d in (torch.float32, torch.bfloat16)]
     tensors += [torch.full((50000,), 1e30), torch.randn(3, 5, 7).transpose(0, 2)]
     sums, counts = squares(tensors)
     for tensor, total, count in zip(tensors, sums, counts, strict=True):
         assert total == pytest.approx(squares_reference(tensor)[0], rel=1e-13) and count == 0
-    spoilt = torch.randn(40000)
-    spoilt[[0, 17, 39999]] = torch.tensor([math.nan, math.inf, -math.inf])
-    assert squares([torch.ones(3), spoilt])[1] == [0, 3] and squares_reference(spoilt)[1] == 3
+    damaged = torch.randn(40000)
+    damaged[[0, 17, 39999]] = torch.tensor([math.nan, math.inf, -math.inf])
+    assert squares([torch.ones(3), damaged])[1] == [0, 3] and squares_reference(damaged)[1] == 3

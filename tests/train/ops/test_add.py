@@ -1,4 +1,4 @@
-"""Sums in training: torch's own bits, whatever is added."""
+"""Sums in training: bitwise equal to torch's, for all operands."""
 
 import pytest
 import torch
@@ -7,13 +7,13 @@ from deepseek_optimizer.train.ops.add import add
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_torchs_own_bits_and_gradients(dtype):
+def test_bits_and_gradients_equal_torch(dtype):
     torch.manual_seed(0)
-    big = torch.randn(400, 700)  # lies where a step's tensors lie
+    big = torch.randn(400, 700)  # in the memory of a step's tensors
     for a, b in ((big, big.flip(0)), (big[:3], big[3:6]), (big.t(), big.t() * 2), (big, big[0]), (big[:0], big[:0])):
         a, b = (t.to(dtype).detach().requires_grad_() for t in (a, b))
-        found = add(a, b)
-        assert torch.equal(found, a + b) and found.dtype == dtype
-        upstream = torch.randn(found.shape).to(dtype)
+        actual = add(a, b)
+        assert torch.equal(actual, a + b) and actual.dtype == dtype
+        upstream = torch.randn(actual.shape).to(dtype)
         expected = torch.autograd.grad(a + b, (a, b), upstream)
-        assert all(map(torch.equal, torch.autograd.grad(found, (a, b), upstream), expected))
+        assert all(map(torch.equal, torch.autograd.grad(actual, (a, b), upstream), expected))

@@ -1,4 +1,4 @@
-"""Packed attention: gradients of the plain form by gradcheck, the native form against it in float64, and what both refuse."""
+"""Packed attention: gradients of the reference by gradcheck, the native form against it in float64, and rejected inputs."""
 
 import threading
 
@@ -9,12 +9,12 @@ from deepseek_optimizer.train.ops import native
 from deepseek_optimizer.train.ops.attention import _forward, attention, packed_attention, packed_attention_reference
 
 needs_native = pytest.mark.skipif(not native.built(), reason="no native library on this machine")
-# Of the norm: a weight's rounding to bf16, and that of results that are summed over heads; fp32: a few roundings.
+# Relative to the norm: rounding of a weight to bf16, and of results that are summed over heads; fp32: a few roundings.
 BOUNDS = {torch.float32: 2e-6, torch.bfloat16: 1e-2}
 
 
 def inputs(rows, tokens, heads, kv_heads, qk, v, dtype=torch.float64, by_head=False):
-    """q, k, v as [rows, tokens, heads, width]; by_head: views of tensors that have heads before tokens."""
+    """q, k, v as [rows, tokens, heads, width]; by_head: views of tensors with heads before tokens."""
     made = []
     for count, width in ((heads, qk), (kv_heads, qk), (kv_heads, v)):
         x = torch.randn((rows, count, tokens, width) if by_head else (rows, tokens, count, width), dtype=dtype)
@@ -33,7 +33,7 @@ def with_gradients(form, tensors, *rest):
 
 
 def by_definition(q, k, v, begin, end, scale, window=0):
-    """Softmax over a dense mask of all tokens, for what `packed_attention_reference` cuts into sequences."""
+    """Softmax with a dense mask over all tokens, where `packed_attention_reference` splits into sequences."""
     rows, tokens, heads, _ = q.shape
     text = torch.full((rows * tokens,), -1)
     for i, (a, b) in enumerate(zip(begin.tolist(), end.tolist(), strict=True)):
@@ -54,9 +54,9 @@ def test_the_reference_is_attention(window):
     torch.manual_seed(0)
     tensors = inputs(2, 9, 4, 2, 6, 4)
     begin, end = bounds((0, 5), (5, 5), (6, 9), (9, 18))
-    found = with_gradients(packed_attention_reference, tensors, begin, end, 0.7, window)
+    actual = with_gradients(packed_attention_reference, tensors, begin, end, 0.7, window)
     expected = with_gradients(by_definition, tensors, begin, end, 0.7, window)
-    for a, b in zip(found, expected, strict=True):
+    for a, b in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
     assert torch.autograd.gradcheck(lambda *t: packed_attention_reference(*t, begin, end, 0.7, window), tensors)
 
@@ -66,7 +66,7 @@ def test_the_reference_is_attention(window):
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "qk", "v"), [(1, 1, 2, 2), (9, 3, 64, 64), (3, 3, 48, 32), (2, 2, 192, 128), (8, 1, 40, 256)]
 )
-def test_native_is_the_reference(dtype, heads, kv_heads, qk, v):
+def test_native_equals_the_reference(dtype, heads, kv_heads, qk, v):
     torch.manual_seed(0)
     for tokens, by_head in ((1, False), (61, True), (130, False)):
         tensors = inputs(2, tokens, heads, kv_heads, qk, v, dtype, by_head)
@@ -76,18 +76,18 @@ def test_native_is_the_reference(dtype, heads, kv_heads, qk, v):
             bounds((third, tokens), (tokens + 1, tokens + third + 1)),
         ):
             for window in (0, 50):
-                found = with_gradients(packed_attention, tensors, begin, end, qk**-0.5, window)
+                actual = with_gradients(packed_attention, tensors, begin, end, qk**-0.5, window)
                 wide = [t.detach().double().requires_grad_() for t in tensors]
                 expected = with_gradients(packed_attention_reference, wide, begin, end, qk**-0.5, window)
-                for name, a, b in zip("o q k v".split(), found, expected, strict=True):
+                for name, a, b in zip("o q k v".split(), actual, expected, strict=True):
                     assert a.dtype == dtype and a.shape == b.shape
-                    # A sequence of one token has a gradient of zero for q and k, and what rounding leaves of it.
+                    # A sequence of one token has zero gradients for q and k, up to rounding.
                     error = (a.double() - b).norm() / (4 * b.numel() ** 0.5 if tokens == 1 else b.norm())
                     assert error < BOUNDS[dtype], (name, tokens, window, float(error))
 
 
 @needs_native
-def test_it_ran_natively(monkeypatch):
+def test_the_native_form_is_used(monkeypatch):
     called = []
     monkeypatch.setattr(native, "call", lambda name, *_, **__: called.append(name))
     tensors = inputs(1, 4, 2, 1, 8, 8, torch.float32)
@@ -108,7 +108,7 @@ def test_padding_is_zero_and_has_no_gradient(dtype):
 
 @needs_native
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_packed_sequence_has_the_bits_it_has_alone(dtype):
+def test_a_packed_sequence_is_bitwise_equal_to_one_alone(dtype):
     torch.manual_seed(0)
     tensors = [t[0].detach() for t in inputs(1, 300, 6, 2, 64, 64, dtype)]
     cuts = torch.tensor([0, 1, 65, 200, 200, 300])
@@ -120,7 +120,7 @@ def test_a_packed_sequence_has_the_bits_it_has_alone(dtype):
 
 @needs_native
 def test_strides_need_no_copies():
-    """Slices of one projection, and a gradient that is spread over rows."""
+    """Slices of one projection, and an expanded gradient."""
     torch.manual_seed(0)
     whole = torch.randn(2, 40, 8, 64, requires_grad=True)
     begin, end = bounds((0, 40), (40, 80))
@@ -129,10 +129,10 @@ def test_strides_need_no_copies():
     wide = whole.detach().double().requires_grad_()
     expected = packed_attention_reference(wide[:, :, :4], wide[:, :, 4:6], wide[:, :, 6:], begin, end, 0.125)
     torch.testing.assert_close(grad.double(), torch.autograd.grad(expected.sum(), wide)[0], rtol=1e-4, atol=1e-5)
-    turned = torch.randn(1, 40, 64, 2).transpose(2, 3)  # a head's numbers are apart
+    strided = torch.randn(1, 40, 64, 2).transpose(2, 3)  # a head's elements are not contiguous
     torch.testing.assert_close(
-        packed_attention(turned, turned, turned, *bounds((0, 40)), 0.1),
-        packed_attention_reference(turned, turned, turned, *bounds((0, 40)), 0.1),
+        packed_attention(strided, strided, strided, *bounds((0, 40)), 0.1),
+        packed_attention_reference(strided, strided, strided, *bounds((0, 40)), 0.1),
     )
 
 
@@ -149,13 +149,13 @@ def test_large_logits_and_nan():
 
 
 @needs_native
-def test_the_op_keeps_torchs_rules():
+def test_the_op_passes_opcheck():
     tensors = inputs(2, 20, 4, 2, 16, 8, torch.float32)
     torch.library.opcheck(_forward, (*tensors, *bounds((0, 20), (22, 40)), 0.25, 0))
 
 
 @needs_native
-def test_threads_of_python_may_call_it_at_once():
+def test_concurrent_calls():
     torch.manual_seed(0)
     tensors = inputs(1, 90, 4, 2, 32, 32, torch.bfloat16)
     expected = with_gradients(packed_attention, tensors, *bounds((0, 90)), 0.2)
@@ -163,9 +163,9 @@ def test_threads_of_python_may_call_it_at_once():
 
     def work():
         for _ in range(5):
-            found = with_gradients(packed_attention, tensors, *bounds((0, 90)), 0.2)
-            if not all(torch.equal(a, b) for a, b in zip(found, expected, strict=True)):
-                wrong.append(found)
+            actual = with_gradients(packed_attention, tensors, *bounds((0, 90)), 0.2)
+            if not all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True)):
+                wrong.append(actual)
 
     threads = [threading.Thread(target=work) for _ in range(4)]
     for t in threads:
@@ -187,7 +187,7 @@ def test_autocast_and_inputs_without_gradients():
     assert q.grad is None and v.grad is not None
 
 
-def test_what_is_refused():
+def test_rejected_inputs():
     q, k, v = inputs(2, 6, 4, 2, 8, 8, torch.float32)
     whole = bounds((0, 6), (6, 12))
     cases = [
@@ -214,9 +214,9 @@ def test_what_is_refused():
 
 
 @needs_native
-def test_bounds_may_be_columns_of_a_table():
+def test_bounds_may_be_strided():
     torch.manual_seed(9)
     tensors, table = inputs(2, 16, 2, 2, 16, 16, torch.float32), torch.tensor([[0, 8], [8, 16], [16, 32]])
-    found = with_gradients(packed_attention, tensors, *table.unbind(1), 0.25)
+    actual = with_gradients(packed_attention, tensors, *table.unbind(1), 0.25)
     dense = with_gradients(packed_attention, tensors, *(t.clone() for t in table.unbind(1)), 0.25)
-    assert all(map(torch.equal, found, dense))
+    assert all(map(torch.equal, actual, dense))

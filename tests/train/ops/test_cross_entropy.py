@@ -1,4 +1,5 @@
-"""The loss through a head by pieces: gradients of the reference, the native form against fp64, memory, labels of all kinds."""
+"""Cross entropy through a head in chunks: the reference's gradients, the native form against fp64, memory, labels of all
+kinds."""
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ def linear_cross_entropy_reference(
     ignore_index: int = -100,
     num_items: float | torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """What `linear_cross_entropy` computes, in plain torch, with whole logits."""
+    """`linear_cross_entropy` in plain torch, with whole logits."""
     wide = torch.promote_types(hidden.dtype, torch.float32)
     logits = F.linear(hidden.to(wide), weight.to(wide)).reshape(-1, weight.shape[0])
     total = F.cross_entropy(logits, labels.reshape(-1), ignore_index=ignore_index, reduction="sum")
@@ -43,7 +44,7 @@ def gradients(loss_of, hidden, weight, labels, upstream: float = 1.0, **options)
 
 
 @pytest.mark.parametrize("options", [{}, {"num_items": 3}])
-def test_gradients_of_the_reference_and_by_pieces_in_fp64(options):
+def test_gradients_of_the_reference_and_by_chunks_in_fp64(options):
     torch.manual_seed(0)
     hidden, weight, labels = operands(11, 5, 7)
     leaves = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
@@ -56,7 +57,7 @@ def test_gradients_of_the_reference_and_by_pieces_in_fp64(options):
 @needs_native
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("options", [{}, {"num_items": 17}, {"num_items": torch.tensor(40)}])
-def test_native_is_fp64s_to_rounding(dtype, options):
+def test_native_equals_fp64_up_to_rounding(dtype, options):
     torch.manual_seed(1)
     for (tokens, width, vocabulary), chunk in (
         ((37, 24, 101), None),
@@ -65,12 +66,12 @@ def test_native_is_fp64s_to_rounding(dtype, options):
         ((1, 8, 1), None),
     ):
         hidden, weight, labels = operands(tokens, width, vocabulary, dtype)
-        found = gradients(linear_cross_entropy, hidden, weight, labels, 3.0, chunk=chunk, **options)
+        actual = gradients(linear_cross_entropy, hidden, weight, labels, 3.0, chunk=chunk, **options)
         expected = gradients(linear_cross_entropy_reference, hidden.double(), weight.double(), labels, 3.0, **options)
-        assert found[0].dtype == torch.float32 and found[0].item() == pytest.approx(expected[0].item(), rel=1e-6, abs=1e-7)
-        for a, b in zip(found[1:], expected[1:], strict=True):
+        assert actual[0].dtype == torch.float32 and actual[0].item() == pytest.approx(expected[0].item(), rel=1e-6, abs=1e-7)
+        for a, b in zip(actual[1:], expected[1:], strict=True):
             assert a.dtype == dtype and (a.double() - b).abs().max() <= BOUNDS[dtype] * b.abs().max() + 1e-7
-        assert not found[1][labels == -100].any()
+        assert not actual[1][labels == -100].any()
 
 
 @pytest.mark.parametrize("chunk", [None, 5])
@@ -96,7 +97,7 @@ def test_accumulated_fp32_gradients_are_added_to():
     torch.testing.assert_close(parameter.main_grad - 1, expected.float(), rtol=0.01, atol=1e-4)
 
 
-def test_rows_without_labels_make_no_products(monkeypatch):
+def test_rows_without_labels_need_no_products(monkeypatch):
     hidden, weight, labels = operands(40, 8, 30, torch.float32)
     labels[:36], labels[36:] = -100, 3
     rows = []
@@ -124,7 +125,7 @@ def test_leading_dimensions_and_another_ignored_label():
     assert wide[1].shape == (2, 12, 8) and all(torch.equal(a, b.view_as(a)) for a, b in zip(flat, wide, strict=True))
 
 
-def test_a_label_that_the_head_lacks_is_named():
+def test_a_label_outside_the_head_is_an_error():
     hidden, weight, labels = operands(6, 8, 30, torch.float32)
     for wrong in (30, -1):
         labels[3] = wrong
@@ -134,13 +135,13 @@ def test_a_label_that_the_head_lacks_is_named():
         linear_cross_entropy(hidden, weight, labels[:5])
 
 
-def test_what_is_not_finite_is_seen():
+def test_non_finite_values_propagate():
     hidden, weight, labels = operands(6, 8, 30, torch.float32)
     for value in (float("nan"), float("inf")):
-        spoilt = hidden.clone()
-        spoilt[2] = value
+        damaged = hidden.clone()
+        damaged[2] = value
         labels[2] = 1
-        loss, dhidden, _ = gradients(linear_cross_entropy, spoilt, weight, labels, chunk=4)
+        loss, dhidden, _ = gradients(linear_cross_entropy, damaged, weight, labels, chunk=4)
         assert not loss.isfinite() and not dhidden[2].isfinite().all() and dhidden[4].isfinite().all()
 
 
@@ -160,10 +161,10 @@ def test_rows_of_very_large_very_small_and_forbidden_logits(dtype):
     assert gradient.dtype == dtype
     torch.testing.assert_close(gradient.double(), 2 * exact.grad, rtol=2**-8 if dtype == torch.bfloat16 else 1e-5, atol=1e-7)
     forbidden = torch.full((1, 40), float("-inf"))
-    assert torch.tensor(cross_entropy_(forbidden, torch.tensor([3]), None, dtype)[0]).isnan()  # as torch has it
+    assert torch.tensor(cross_entropy_(forbidden, torch.tensor([3]), None, dtype)[0]).isnan()  # as in torch
 
 
-def test_a_second_backward_is_refused():
+def test_a_second_backward_is_an_error():
     hidden, weight, labels = operands(6, 8, 30, torch.float32)
     loss = linear_cross_entropy(hidden.requires_grad_(), weight, labels)
     loss.backward(retain_graph=True)
@@ -171,7 +172,7 @@ def test_a_second_backward_is_refused():
         loss.backward()
 
 
-def test_logits_never_stand_as_a_whole():
+def test_the_logits_never_exist_as_a_whole():
     pieces = cross_entropy._chunks(2048, 49152, None)
     assert max(p.stop - p.start for p in pieces) * 49152 * 4 <= 64 << 20
     assert [p.start for p in pieces] == [0, *(p.stop for p in pieces[:-1])] and pieces[-1].stop == 2048
@@ -179,14 +180,14 @@ def test_logits_never_stand_as_a_whole():
     assert cross_entropy._chunks(5, 10**9, None) == [slice(0, 5)] and cross_entropy._chunks(0, 10, None) == []
 
 
-def test_many_pieces_are_summed_in_fp32():
+def test_many_chunks_are_summed_in_fp32():
     torch.manual_seed(2)
     hidden, weight, labels = operands(400, 16, 50, torch.bfloat16)
     exact = gradients(linear_cross_entropy_reference, hidden.double(), weight.double(), labels)[2]
 
     def off(chunk: int) -> float:
-        found = gradients(linear_cross_entropy, hidden, weight, labels, chunk=chunk)[2]
-        return float((found.double() - exact).norm() / exact.norm())
+        actual = gradients(linear_cross_entropy, hidden, weight, labels, chunk=chunk)[2]
+        return float((actual.double() - exact).norm() / exact.norm())
 
-    assert off(chunk=8) < 0.004 > off(chunk=400)  # 40 pieces and one: the rounding of logits' gradients, and of the result
+    assert off(chunk=8) < 0.004 > off(chunk=400)  # 40 chunks and one: the rounding of logits' gradients, and of the result
     assert off(chunk=48) < 0.006  # in bf16

@@ -1,4 +1,4 @@
-"""Embeddings in training: gradients are torch's in fp64, rounded once; padding, accumulated gradients, the same bits again."""
+"""Embeddings in training: gradients are torch's in fp64, rounded once; padding, accumulated gradients, reproducible bits."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ needs_native = pytest.mark.skipif(not native.built(), reason="no native library 
 
 @needs_native
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_native_is_fp64s_to_rounding(dtype):
+def test_native_equals_fp64_up_to_rounding(dtype):
     torch.manual_seed(0)
     for rows, width, shape in ((1, 1, (3,)), (7, 5, (2, 40)), (5000, 48, (3, 100)), (300, 33, ()), (9, 16, (0,))):
         ids, weight = torch.randint(0, rows, shape), torch.randn(rows, width).to(dtype)
@@ -24,7 +24,7 @@ def test_native_is_fp64s_to_rounding(dtype):
             )
 
 
-def test_fp64_takes_torchs_own():
+def test_fp64_uses_torch():
     weight = torch.randn(6, 3, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda w: embedding(torch.tensor([[1, 5, 1]]), w), (weight,))
 
@@ -44,6 +44,6 @@ def test_accumulated_fp32_gradients_are_added_to():
     assert parameter.main_grad[:, 0].tolist() == [3.0 if i == 3 else 2.0 if i == 7 else 1.0 for i in range(50)]
 
 
-def test_a_number_without_a_row_is_refused():
+def test_an_index_without_a_row_is_an_error():
     with pytest.raises(IndexError):
         embedding(torch.tensor([50]), torch.randn(50, 8))

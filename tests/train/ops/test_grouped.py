@@ -1,4 +1,4 @@
-"""grouped_linear: gradients of experts, those without rows among them, against fp64."""
+"""grouped_linear: gradients of experts, including those without rows, against fp64."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def test_gradients_of_the_reference():
 
 @needs_native
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_native_is_fp64s_to_rounding(dtype):
+def test_native_equals_fp64_up_to_rounding(dtype):
     torch.manual_seed(1)
     for ends in ENDS:
         offsets = torch.tensor(ends)
@@ -50,6 +50,6 @@ def test_gradients_add_up_in_main_grad():
 
 
 @pytest.mark.parametrize("offsets", [[0, 3], [0, 3, 4], [1, 3, 5], [0, 6, 5]])
-def test_offsets_that_do_not_fit_are_refused(offsets):
+def test_invalid_offsets_are_rejected(offsets):
     with pytest.raises(ValueError, match="offsets"):
         grouped_linear(torch.ones(5, 4), torch.ones(2, 3, 4), torch.tensor(offsets))

@@ -1,4 +1,4 @@
-"""linear in training: gradients against fp64, where they go, and what else autograd asks of it."""
+"""linear in training: gradients against fp64, which tensors get one, and other features of autograd."""
 
 import threading
 
@@ -28,7 +28,7 @@ def test_gradients_of_the_reference():
 @needs_native
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bias", [True, False])
-def test_native_is_fp64s_to_rounding(dtype, bias):
+def test_native_equals_fp64_up_to_rounding(dtype, bias):
     torch.manual_seed(1)
     for shape, N in (((1, 1), 1), ((7, 33), 5), ((2, 3, 64), 31), ((2, 150, 100), 70), ((0, 8), 3)):
         against_fp64(linear, linear_reference, parts(*shape, dtype=dtype, N=N, bias=bias))
@@ -36,7 +36,7 @@ def test_native_is_fp64s_to_rounding(dtype, bias):
 
 @needs_native
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_gradients_are_made_for_what_needs_them(dtype):
+def test_only_required_gradients_are_computed(dtype):
     torch.manual_seed(2)
     whole = parts(30, 64, dtype=dtype)
     linear(*whole).sum().backward()
@@ -66,19 +66,19 @@ def test_gradients_add_up_in_main_grad():
 @needs_native
 def test_recomputing_changes_no_bit():
     torch.manual_seed(4)
-    found = []
+    actual = []
     x, *weights = parts(30, 64, dtype=torch.bfloat16, N=64)
     for again in (False, True):
         for t in (x, *weights):
             t.grad = None
         y = checkpoint(linear, x, *weights, use_reentrant=False) if again else linear(x, *weights)
         linear(y, *weights).square().sum().backward()
-        found.append([t.grad for t in (x, *weights)])
-    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+        actual.append([t.grad for t in (x, *weights)])
+    assert all(torch.equal(a, b) for a, b in zip(*actual, strict=True))
 
 
 @needs_native
-def test_autocast_casts_as_torchs_own():
+def test_autocast_casts_as_in_torch():
     torch.manual_seed(5)
     ours, theirs = parts(30, 64, dtype=torch.float32), None
     theirs = tuple(t.detach().clone().requires_grad_() for t in ours)
@@ -97,16 +97,16 @@ def test_autocast_casts_as_torchs_own():
 def test_several_threads_at_once():
     torch.manual_seed(6)
     whole = parts(60, 64, dtype=torch.bfloat16)
-    expected, found = linear(*whole), []
-    threads = [threading.Thread(target=lambda: found.extend(linear(*whole) for _ in range(20))) for _ in range(4)]
+    expected, actual = linear(*whole), []
+    threads = [threading.Thread(target=lambda: actual.extend(linear(*whole) for _ in range(20))) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(found) == 80 and all(torch.equal(y, expected) for y in found)
+    assert len(actual) == 80 and all(torch.equal(y, expected) for y in actual)
 
 
-def test_what_does_not_fit_is_refused():
+def test_mismatched_operands_are_rejected():
     with pytest.raises((ValueError, RuntimeError)):
         linear(torch.ones(2, 3), torch.ones(4, 5))
     with pytest.raises(RuntimeError, match="dtype"):
@@ -132,12 +132,12 @@ def test_several_weights_of_one_input(dtype):
         assert torch.equal(linears(x, weights)[1], linear(x, weights[1]))
 
 
-def test_a_bias_that_is_spread_is_torchs_business():
+def test_an_expanded_bias_is_left_to_torch():
     x, weight, bias = torch.randn(3, 64), torch.randn(40, 64), torch.arange(1.0, 101.0)[:1]
     assert torch.equal(linear(x, weight, bias), linear_reference(x, weight, bias))
 
 
-def test_nothing_is_written_past_a_main_grad_of_another_shape():
+def test_main_grad_of_another_shape_is_not_overrun():
     x, weight, bias = parts(30, 64, dtype=torch.bfloat16)
     weight.main_grad = torch.zeros(47, 64)
     with pytest.raises(ValueError, match=r"\[48, 64\].*main_grad.*\[47, 64\]"):

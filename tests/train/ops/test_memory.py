@@ -1,4 +1,4 @@
-"""Blocks of the ops' tensors: never two in one place, holes found again, and memory given back."""
+"""Memory for the ops' tensors: blocks never overlap, free space is reused, and memory is returned."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from deepseek_optimizer.train.ops.memory import TensorMemory
 MB = 1 << 20
 
 
-def test_no_tensor_lies_in_another():
-    """Each keeps what was written into it while others come and go, also where only a view of it is left."""
+def test_tensors_do_not_overlap():
+    """Each tensor keeps its content while others are allocated and freed, even if only a view of it is left."""
     memory, chance, alive = TensorMemory(), random.Random(0), []
     for turn in range(1500):
         if alive and chance.random() < 0.5:
@@ -33,16 +33,16 @@ def test_no_tensor_lies_in_another():
         assert (tensor == value).all()
 
 
-def test_holes_become_one_and_are_taken_again():
+def test_holes_are_merged_and_reused():
     memory = TensorMemory()
     tensors = [memory.empty((MB,), torch.uint8) for _ in range(256)]
     assert memory.used() == memory.held() == 256 * MB
     places = [t.data_ptr() for t in tensors]
     del tensors[10:14], tensors[0]
     assert memory.used() == 251 * MB
-    assert memory.empty((4 * MB,), torch.uint8).data_ptr() == places[10]  # the four beside each other; gone again at once
+    assert memory.empty((4 * MB,), torch.uint8).data_ptr() == places[10]  # the four adjacent ones; freed immediately
     small = memory.empty((MB,), torch.uint8)
-    assert small.data_ptr() == places[0] and memory.held() == 256 * MB  # the smallest hole that it fits into
+    assert small.data_ptr() == places[0] and memory.held() == 256 * MB  # the smallest hole that fits
     more = memory.empty((300 * MB,), torch.uint8)
     assert memory.held() == 556 * MB
     del more, tensors
@@ -53,14 +53,14 @@ def test_holes_become_one_and_are_taken_again():
     assert memory.held() == 0
 
 
-def test_small_and_empty_tensors_are_torchs_own():
+def test_small_and_empty_tensors_are_left_to_torch():
     memory = TensorMemory()
     for shape in ((), (0,), (3, 0), (1000,)):
         assert memory.empty(shape, torch.float32).shape == torch.Size(shape)
     assert memory.held() == 0
 
 
-def test_tensors_end_in_other_threads_and_in_cycles():
+def test_tensors_are_freed_in_other_threads_and_in_cycles():
     memory = TensorMemory()
 
     def work() -> None:
@@ -77,7 +77,7 @@ def test_tensors_end_in_other_threads_and_in_cycles():
     assert memory.used() == 0
 
 
-def test_what_is_only_traced_takes_no_memory():
+def test_tracing_allocates_no_memory():
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with FakeTensorMode():
@@ -96,7 +96,7 @@ def test_a_forked_process_writes_to_its_own_copy():
     assert not tensor.any()
 
 
-def test_what_the_system_has_not_is_said():
+def test_failed_allocations_are_errors():
     memory = TensorMemory()
     with pytest.raises(NotEnoughMemoryError, match="shorter sequences"):
         memory.empty((1 << 55,), torch.uint8)

@@ -1,4 +1,4 @@
-"""mlp in one op: gradients against fp64, kept and made again, and where they go."""
+"""mlp in one op: gradients against fp64, with saved and recomputed intermediates."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ def test_gradients_of_the_reference():
 
 @needs_native
 @pytest.mark.parametrize("save_all", [False, True])
-def test_native_is_fp64s_to_rounding(save_all):
+def test_native_equals_fp64_up_to_rounding(save_all):
     torch.manual_seed(1)
     for shape, width, out in (((1, 1), 1, 1), ((7, 33), 17, 5), ((2, 30, 64), 100, None)):
         against_fp64(
@@ -32,8 +32,8 @@ def test_native_is_fp64s_to_rounding(save_all):
 
 
 @needs_native
-def test_bf16_is_no_further_from_fp64_than_torchs_own():
-    """Roundings between the products are bf16's in both; ours are fewer."""
+def test_bf16_is_as_close_to_fp64_as_torch():
+    """Both round to bf16 between the products; ours rounds less often."""
     torch.manual_seed(2)
     ours = parts(200, 64, dtype=torch.bfloat16, width=160)
     errors = []
@@ -41,26 +41,26 @@ def test_bf16_is_no_further_from_fp64_than_torchs_own():
     up = torch.randn(200, 64).bfloat16()
     right = torch.autograd.grad(mlp_reference(*exact), exact, up.double())
     for form in (mlp, mlp_reference):
-        found = torch.autograd.grad(form(*ours), ours, up)
-        errors.append([(f.double() - r).norm() / r.norm() for f, r in zip(found, right, strict=True)])
+        actual = torch.autograd.grad(form(*ours), ours, up)
+        errors.append([(f.double() - r).norm() / r.norm() for f, r in zip(actual, right, strict=True)])
     assert all(a <= 1.1 * b and a < 2**-7 for a, b in zip(*errors, strict=True)), errors
 
 
 @needs_native
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_keeping_changes_no_bit_and_backward_can_be_gone_twice(dtype):
+def test_saving_changes_no_bit_and_backward_can_run_twice(dtype):
     torch.manual_seed(3)
     whole = parts(50, 64, dtype=dtype)
-    found = []
+    actual = []
     for save_all in (False, True):
         y = mlp(*whole, save_all=save_all)
         for _ in range(2):
-            found.append((y, *torch.autograd.grad(y, whole, torch.ones_like(y), retain_graph=True)))
-    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
+            actual.append((y, *torch.autograd.grad(y, whole, torch.ones_like(y), retain_graph=True)))
+    assert all(torch.equal(a, b) for other in actual[1:] for a, b in zip(actual[0], other, strict=True))
 
 
 @needs_native
-def test_gradients_are_made_for_what_needs_them_and_go_to_main_grad():
+def test_only_required_gradients_are_computed_and_go_to_main_grad():
     torch.manual_seed(4)
     whole = parts(50, 64, dtype=torch.bfloat16)
     right = torch.autograd.grad(mlp(*whole).sum(), whole)
@@ -69,11 +69,11 @@ def test_gradients_are_made_for_what_needs_them_and_go_to_main_grad():
         if wanted:
             some[wanted].main_grad = torch.zeros(some[wanted].shape)
         mlp(*some).sum().backward()
-        found = some[wanted].main_grad.bfloat16() if wanted else some[0].grad
-        assert torch.equal(found, right[wanted]) and (not wanted or some[wanted].grad is None)
+        actual = some[wanted].main_grad.bfloat16() if wanted else some[0].grad
+        assert torch.equal(actual, right[wanted]) and (not wanted or some[wanted].grad is None)
 
 
-def test_weights_that_do_not_fit_are_refused():
+def test_mismatched_weights_are_rejected():
     x, gate, up, down = parts(3, 8, dtype=torch.float32)
     with pytest.raises((ValueError, RuntimeError)):
         mlp(x, gate, up[:7], down)

@@ -1,4 +1,4 @@
-"""Products of training: every form, type and stride against fp64; groups; what does not fit is named."""
+"""Products in training: every layout, dtype and stride against fp64; groups; errors name the mismatch."""
 
 import itertools
 import random
@@ -26,8 +26,8 @@ def operands(form, M, N, K, dtypes=DTYPES[:1] * 2):
     return a, b
 
 
-def within(found, form, a, b, extra=None):
-    """Whether each number is fp64's to fp32's rounding of its K + 1 sums, and then to its own type's."""
+def within(result, form, a, b, extra=None):
+    """Whether each element equals fp64's up to fp32 rounding of its K + 1 sums, and rounding to its dtype."""
     if torch.bfloat16 in (a.dtype, b.dtype):
         a, b = a.bfloat16(), b.bfloat16()
     right = product_reference(form, a.double(), b.double())
@@ -35,13 +35,13 @@ def within(found, form, a, b, extra=None):
     if extra is not None:
         right, size = right + extra.double(), size + extra.double().abs()
     K = a.shape[0 if form == "tn" else 1]
-    rounding = 2.0**-8 if found.dtype == torch.bfloat16 else 0
-    return ((found.double() - right).abs() <= (K + 2) * 2.0**-24 * size + rounding * right.abs() + 1e-37).all()
+    rounding = 2.0**-8 if result.dtype == torch.bfloat16 else 0
+    return ((result.double() - right).abs() <= (K + 2) * 2.0**-24 * size + rounding * right.abs() + 1e-37).all()
 
 
 @needs_native
 @pytest.mark.parametrize("form", FORMS)
-def test_every_form_and_type_is_fp64s_to_rounding(form):
+def test_every_layout_and_dtype_equals_fp64_up_to_rounding(form):
     random.seed(0)
     torch.manual_seed(0)
     sizes = [1, 2, 15, 16, 17, 33, 48, 49, 100]
@@ -59,7 +59,7 @@ def test_every_form_and_type_is_fp64s_to_rounding(form):
 
 @needs_native
 @pytest.mark.parametrize("form", FORMS)
-def test_views_give_the_bits_of_what_lies_together(form):
+def test_views_are_bitwise_equal_to_contiguous_tensors(form):
     torch.manual_seed(1)
     for dtype in DTYPES:
         a, b = operands(form, 40, 50, 60, (dtype, dtype))
@@ -79,17 +79,17 @@ def test_views_give_the_bits_of_what_lies_together(form):
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
-def test_groups_are_products_one_by_one(form, dtype):
+def test_groups_equal_separate_products(form, dtype):
     torch.manual_seed(2)
     for ends in ([0, 0, 5, 5, 40], [0, 40], [0, 17, 33, 33], [0, 0]):
         offsets, T, E = torch.tensor(ends), ends[-1], len(ends) - 1
         a = torch.randn(T, 24).to(dtype)
         b = torch.randn({"nt": (E, 30, 24), "nn": (E, 24, 30), "tn": (T, 30)}[form]).to(dtype)
-        found = grouped_product(form, a, b, offsets)
+        actual = grouped_product(form, a, b, offsets)
         tolerance = {torch.bfloat16: 2**-7, torch.float32: 1e-5, torch.float64: 1e-12}[dtype]
         right = grouped_product_reference(form, a.double(), b.double(), offsets)
-        torch.testing.assert_close(found.double(), right, rtol=tolerance, atol=tolerance)
-        total = torch.ones_like(found, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+        torch.testing.assert_close(actual.double(), right, rtol=tolerance, atol=tolerance)
+        total = torch.ones_like(actual, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
         grouped_product(form, a, b, offsets, out=total, add=True)
         torch.testing.assert_close(total.double(), right + 1, rtol=1e-5, atol=1e-5)
 
@@ -105,7 +105,7 @@ def test_sums_of_columns():
         torch.testing.assert_close(total.double(), x.double().sum(0) + 1, rtol=1e-5, atol=1e-5)
 
 
-def test_depths_that_differ_are_named():
+def test_mismatched_depths_are_named():
     for form, a, b in (("nt", (3, 4), (5, 6)), ("nn", (3, 4), (5, 6)), ("tn", (3, 4), (5, 6))):
         with pytest.raises(ValueError, match=r"\[3, 4\] and \[5, 6\]"):
             product(form, torch.ones(a), torch.ones(b))

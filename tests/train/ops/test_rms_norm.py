@@ -23,7 +23,7 @@ def test_gradients_of_the_reference():
 
 @needs_native
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_native_is_fp64s_to_rounding(dtype):
+def test_native_equals_fp64_up_to_rounding(dtype):
     torch.manual_seed(1)
     for rows, n in ((1, 2), (3, 7), (5, 16), (33, 40), (70, 64), (1000, 96), (19, 577)):
         for x in contiguous_and_not(torch.randn(rows, n).to(dtype)):
@@ -31,7 +31,7 @@ def test_native_is_fp64s_to_rounding(dtype):
 
 
 @needs_native
-def test_a_frozen_weight_has_no_gradient_and_an_empty_batch_none_that_counts():
+def test_frozen_weights_and_empty_batches():
     x, weight = torch.randn(4, 8, requires_grad=True), torch.randn(8)
     rms_norm(x, weight, EPS).sum().backward()
     assert x.grad is not None and weight.grad is None
@@ -40,32 +40,32 @@ def test_a_frozen_weight_has_no_gradient_and_an_empty_batch_none_that_counts():
     assert nothing.grad.shape == (0, 8) and not weight.grad.any()
 
 
-def test_what_is_not_finite_stays_in_its_row():
+def test_non_finite_values_stay_in_their_row():
     x = torch.ones(3, 32)
     x[1, 5] = float("nan")
     y = rms_norm(x, torch.ones(32), EPS)
     assert y[1].isnan().all() and y[[0, 2]].isfinite().all()
 
 
-def test_a_weight_of_another_dtype_takes_the_plain_form():
+def test_a_weight_of_another_dtype_uses_the_reference():
     assert rms_norm(torch.randn(3, 8).bfloat16(), torch.ones(8), EPS).dtype == torch.float32
 
 
-def test_shapes_that_do_not_fit_are_named():
+def test_mismatched_shapes_are_named():
     with pytest.raises(ValueError, match="weight"):
         rms_norm(torch.ones(2, 8), torch.ones(7), EPS)
 
 
 @needs_native
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_beside_gives_the_gradients_of_norm_and_sum(dtype):
+def test_rms_norm_with_residual_has_the_gradients_of_both_results(dtype):
     torch.manual_seed(5)
     for x in contiguous_and_not(torch.randn(33, 40).to(dtype)):
-        found = []
+        actual = []
         for form in (lambda x, w: rms_norm_with_residual(x, w, EPS), lambda x, w: (rms_norm(x, w, EPS), x)):
             one, weight = x.detach().clone().requires_grad_(), torch.ones(40).to(dtype).requires_grad_()
             y, same = form(one * 1, weight)
             assert torch.equal(same, one)
             (y * 3 + same * 2).sum().backward()
-            found.append((y, one.grad, weight.grad))
-        assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+            actual.append((y, one.grad, weight.grad))
+        assert all(torch.equal(a, b) for a, b in zip(*actual, strict=True))

@@ -1,4 +1,4 @@
-"""RoPE in training: gradients of the reference, the native form against fp64, strides, Transformers' own functions."""
+"""RoPE in training: gradients of the reference, the native form against fp64, strides, Transformers' functions."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ def test_gradients_of_the_reference(interleaved):
 @needs_native
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("interleaved", [False, True])
-def test_native_is_fp64s_to_rounding(dtype, interleaved):
+def test_native_equals_fp64_up_to_rounding(dtype, interleaved):
     torch.manual_seed(1)
     for (width, turned), batch in ((case, batch) for case in CASES for batch in (1, 2)):
         cos, sin = angles(batch, 7, turned, dtype)
@@ -58,23 +58,23 @@ def test_cosines_and_sines_that_differ_between_halves():
         )
 
 
-def test_it_is_transformers():
+def test_equals_transformers():
     torch.manual_seed(3)
     q, k = torch.randn(2, 4, 9, 16), torch.randn(2, 2, 9, 16)
     cos, sin = angles(2, 9, 16, torch.float32)
     for theirs, interleaved in ((apply_rotary_pos_emb, False), (apply_rotary_pos_emb_interleave, True)):
-        for found, expected in zip((rope(x, cos, sin, interleaved) for x in (q, k)), theirs(q, k, cos, sin), strict=True):
-            torch.testing.assert_close(found, expected)
+        for actual, expected in zip((rope(x, cos, sin, interleaved) for x in (q, k)), theirs(q, k, cos, sin), strict=True):
+            torch.testing.assert_close(actual, expected)
 
 
-def test_results_lie_as_their_operand_does():
+def test_results_have_the_strides_of_their_operand():
     cos, sin = angles(1, 9, 16, torch.float32)
     x = torch.randn(2, 9, 4, 16).transpose(1, 2)
     assert rope(x, cos, sin).stride() == x.stride()
     assert rope(x.contiguous(), cos, sin).is_contiguous()
 
 
-def test_shapes_that_do_not_fit_are_named():
+def test_mismatched_shapes_are_named():
     cos, sin = angles(1, 9, 16, torch.float32)
     for x in (torch.ones(2, 4, 8, 16), torch.ones(2, 4, 9, 8), torch.ones(4, 9, 16)):
         with pytest.raises(ValueError, match="cos"):

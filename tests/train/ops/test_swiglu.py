@@ -18,7 +18,7 @@ def test_gradients_of_the_reference():
 
 @needs_native
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_native_is_fp64s_to_rounding(dtype):
+def test_native_equals_fp64_up_to_rounding(dtype):
     torch.manual_seed(1)
     for rows, n in ((1, 1), (3, 15), (5, 16), (40, 97), (300, 128)):
         for gate in contiguous_and_not((4 * torch.randn(rows, n)).to(dtype)):
@@ -26,7 +26,7 @@ def test_native_is_fp64s_to_rounding(dtype):
 
 
 @needs_native
-def test_large_gates_overflow_nowhere():
+def test_large_gates_do_not_overflow():
     gate = torch.tensor([-1e4, -100.0, 100.0, 1e4, float("nan")], requires_grad=True)
     up = torch.ones(5, requires_grad=True)
     h = swiglu(gate, up)
@@ -35,6 +35,6 @@ def test_large_gates_overflow_nowhere():
     assert gate.grad[:4].tolist() == [0, 0, 1, 1]
 
 
-def test_shapes_that_differ_are_named():
+def test_mismatched_shapes_are_named():
     with pytest.raises(ValueError, match="gate is"):
         swiglu(torch.ones(2, 3), torch.ones(3))

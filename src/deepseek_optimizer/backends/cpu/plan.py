@@ -13,7 +13,7 @@ import torch
 
 from ...errors import BackendError
 from ...graph.ir import CacheSpec, LatentSpec
-from ...graph.rotation import KeyRotation, Pairs
+from ...graph.rope_rotation import KeyRotation, Pairs
 from ..base import BLOCK_TOKENS, Int32, KvStore, StepBatch, StepOutput, reach_of
 from ..sampling import TokenChoice, choose_tokens
 from .buffers import address, optional

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from ...errors import BackendError
 from ...graph.ir import CacheSpec, LatentSpec
-from ...graph.rotation import KeyRotation, Pairs
+from ...graph.rope_rotation import KeyRotation, Pairs
 from ..base import BLOCK_TOKENS, Int32
 from .ops import rope
 

@@ -19,8 +19,8 @@ from ...errors import ConfigError
 from ...integration.load.resolve import resolve
 from ...versions import versions
 from ..background import BackgroundLoad
-from ..figures import samples
-from ..process import cpu_name, machine_memory_bytes, usable_cpus
+from ..hardware import cpu_name, machine_memory_bytes, usable_cpus
+from ..metrics import samples
 from ..runs import Run
 from .tasks import TASKS
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..process import PeakMemory
+from ..peak_memory import PeakMemory
 
 SIDES = ("transformers", "optimised")
 
@@ -33,13 +33,13 @@ def load_side(side: str, path: str | Path, *, threads: int, dtype: str = "bfloat
     import transformers.models.llama.modeling_llama
     import transformers.models.qwen2.modeling_qwen2  # noqa: F401  otherwise their import would count as loading
 
-    from ...optimizer import load_model
-    from ..plain import load_plain
+    from ...optimised_model import load_model
+    from ..unoptimised_model import load_unoptimised
 
     torch.set_num_threads(threads)
     memory, started = PeakMemory(), time.perf_counter()
     if side == "transformers":
-        model = load_plain(path, getattr(torch, dtype))
+        model = load_unoptimised(path, getattr(torch, dtype))
     else:
         model = load_model(path, **{"threads": threads, **config})
     return Loaded(model, memory, started, time.perf_counter() - started)

@@ -23,7 +23,7 @@ from typing import Any
 from ...errors import DeepSeekOptimizerError
 from ..long.generate import ids_of, make_sample
 from ..long.sample import Sample, score
-from ..process import PeakMemory
+from ..peak_memory import PeakMemory
 from ..work import numbers
 
 NEW = 64  # tokens of an answer, included in the length
@@ -43,7 +43,7 @@ def main() -> None:
 
 def measure(a: argparse.Namespace) -> Iterator[dict[str, Any]]:
     from ...integration.bind.context_extension import room_of
-    from ...optimizer import load_model, load_tokenizer
+    from ...optimised_model import load_model, load_tokenizer
 
     started = time.perf_counter()
     try:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ...graph.ir import BLOCK
-from ..budget import Budget, budget
 from ..case import Case
 from ..finding import Finding
+from ..memory_estimate import MemoryEstimate, estimate_memory
 from ..remedies import SMALLER, gb, remedies
 
 NAME = "memory"
@@ -16,7 +16,7 @@ NAME = "memory"
 def check(case: Case) -> Iterator[Finding]:
     """Compares the memory needed with the memory free. A requested context that does not fit is an error; the model's
     own context that does not fit is a warning."""
-    needs = budget(case)
+    needs = estimate_memory(case)
     context = case.context or case.graph.max_positions
     tokens = needs.held(context) * case.batch
     facts = {
@@ -62,7 +62,7 @@ def check(case: Case) -> Iterator[Finding]:
     yield Finding(NAME, "error" if case.context else "warning", what, "; ".join(parts), "; or ".join(fixes), facts)
 
 
-def _smaller_weights(needs: Budget) -> str:
+def _smaller_weights(needs: MemoryEstimate) -> str:
     for name in SMALLER:
         size = needs.weights_in(name)
         if size < needs.weights and size + needs.buffers <= needs.free:
@@ -70,7 +70,7 @@ def _smaller_weights(needs: Budget) -> str:
     return "no format makes it fit: free memory, raise the container's limit, or use a smaller model"
 
 
-def _smaller_cache(case: Case, needs: Budget, context: int) -> list[str]:
+def _smaller_cache(case: Case, needs: MemoryEstimate, context: int) -> list[str]:
     """Settings that fit, best first; then ways to require less."""
     fitting = [remedy for remedy in remedies(case, needs, context) if remedy.fits]
     fixes = [f"{remedy.name} needs {gb(remedy.needed)} ({remedy.price})" for remedy in fitting[:1]]

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from ...errors import CheckpointError
-from ..budget import budget
 from ..case import Case
 from ..finding import Finding
+from ..memory_estimate import estimate_memory
 from .base import Symptom
 
 NAME = "garbage"
@@ -106,7 +106,7 @@ def _quantisation(case: Case, own: Any, ids: Any) -> Iterator[Finding]:
         yield Finding(NAME, "note", "the effect of packing cannot be measured: the original weights are not available")
     elif precision != "auto":
         whole = sum(info.nbytes for info in case.checkpoint.tensors.values())
-        if whole > budget(case).free:
+        if whole > estimate_memory(case).free:
             yield Finding(
                 NAME, "note", f"the effect of {precision} cannot be measured here", "the stored weights do not fit in "
                 "memory together with the model", "",

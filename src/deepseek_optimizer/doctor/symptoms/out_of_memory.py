@@ -5,9 +5,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ..budget import budget
 from ..case import Case
 from ..finding import Finding
+from ..memory_estimate import estimate_memory
 from ..remedies import gb, remedies
 from .base import Symptom
 
@@ -46,7 +46,7 @@ def measure(case: Case) -> Iterator[Finding]:
 
 def _predictions(case: Case) -> Iterator[Finding]:
     """One finding per remedy if the context does not fit; none if it does, or if the weights alone do not."""
-    needs = budget(case)
+    needs = estimate_memory(case)
     context = case.context or case.graph.max_positions
     tokens = needs.held(context) * case.batch
     if tokens <= needs.max_tokens or needs.weights + needs.buffers > needs.free:

@@ -9,9 +9,9 @@ from typing import Any
 
 from ...backends.registry import is_fallback
 from ...bench.background import cpu_times, used_by_others
-from ..budget import budget
 from ..case import Case
 from ..finding import Finding, Severity
+from ..memory_estimate import estimate_memory
 from .base import Symptom
 
 NAME = "slow"
@@ -38,13 +38,15 @@ class Decode:
 
 def measure(case: Case) -> Iterator[Finding]:
     """Decodes, measures the machine's read bandwidth over the same number of bytes, and compares."""
-    from ...bench.machine import read_gb_s
+    from ...bench.machine_limits import read_gb_s
 
     decode = measure_decode(case.loaded)
     findings = list(judge(decode, read_gb_s(decode.bytes, decode.threads or case.machine.usable_cpus) * 1e9))
     yield from findings
     slow = any(finding.severity == "warning" for finding in findings)
-    if slow and decode.threads and decode.threads > 1 and decode.bytes < budget(case).free:  # a second copy of the weights
+    if (
+        slow and decode.threads and decode.threads > 1 and decode.bytes < estimate_memory(case).free
+    ):  # a second copy of the weights
         fewer = measure_decode(case.load(threads=(decode.threads + 1) // 2))
         if fewer.seconds < decode.seconds * CLEARLY:
             yield fewer_threads(decode, fewer)
@@ -66,7 +68,7 @@ def measure_decode(model: Any) -> Decode:
     """The best of several rounds of `generate` with the same tokens."""
     import torch
 
-    from ...bench.traffic import traffic_of
+    from ...bench.memory_traffic import traffic_of
 
     report = model.report()
     ids = torch.arange(1, PROMPT_TOKENS + 1, dtype=torch.int64, device="cpu")[None] % model.config.vocab_size

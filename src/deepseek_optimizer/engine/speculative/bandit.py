@@ -5,8 +5,8 @@ worth t(R) / B. With n drafts a request gets E(n) - 1 additional tokens (see `Ac
 time of drafting. The bandit chooses the n with the largest gain (worth less cost), if it is positive; for a single request
 that is the largest E(n) / t. If it chooses none, it tries drafts again at intervals, which grow while they are rejected.
 
-As in `gate`, drafts must be covered by a credit, which grows by a share of the elapsed time and by the time that drafts have
-saved, so that no request loses more than that share.
+As in `draft_length`, drafts must be covered by a credit, which grows by a share of the elapsed time and by the time that drafts
+have saved, so that no request loses more than that share.
 """
 
 from __future__ import annotations

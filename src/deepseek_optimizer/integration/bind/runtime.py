@@ -18,12 +18,12 @@ from ...backends.registry import choose_backend
 from ...cache.forgetting import Forgetting
 from ...checkpoint import Manifest
 from ...config import DeepSeekConfig
-from ...engine.speculative.gate import SpeculationReport
+from ...engine.speculative.draft_length import SpeculationReport
 from ...errors import BackendError, ConfigError, UnsupportedModelError
 from ...graph import rules
 from ...graph.attention_mode import apply_mode, forgetting
 from ...graph.ir import Graph
-from ...graph.rotation import KeyRotation, key_rotation
+from ...graph.rope_rotation import KeyRotation, key_rotation
 from ...models.families import FAMILIES
 from ..memory.arena import Arena, LatentRow
 from ..memory.cache_size import CacheSize, FullBatch, check_granted, check_reserved, for_batch, granted, what_is_free
@@ -75,7 +75,7 @@ class Runtime(Instance):
         backend: runs the plan.
         notes: warnings issued so far, for the report.
         mappings: the `MappedFile`s that contain weights, while in use.
-        speculation: `engine.speculative.gate.SpeculationReport` of the last request that used drafts.
+        speculation: `engine.speculative.draft_length.SpeculationReport` of the last request that used drafts.
     """
 
     def __init__(

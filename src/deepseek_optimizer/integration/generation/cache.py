@@ -17,7 +17,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from ...backends.base import BLOCK_TOKENS, Int32
 from ...cache import HOLE, SequenceBlocks
-from ...errors import ForgottenError, UnsupportedRequestError
+from ...errors import DroppedTokensError, UnsupportedRequestError
 from ..bind.runtime import runtime_of
 from ..memory.arena import Arena
 
@@ -152,7 +152,7 @@ class PagedState:
         """Removes all but the first `tokens[i]` real tokens of row i.
 
         Raises:
-            ForgottenError: tokens that would be needed again were dropped from the cache; nothing was changed.
+            DroppedTokensError: tokens that would be needed again were dropped from the cache; nothing was changed.
         """
         with self.arena.locked():
             for sequence, count in zip(self.sequences, tokens, strict=True):
@@ -164,14 +164,14 @@ class PagedState:
         """Like `crop_rows`, after a failed step; clears the cache if its earlier state cannot be restored."""
         try:
             self.crop_rows(tokens)
-        except ForgottenError:
+        except DroppedTokensError:
             self.clear()
 
     def crop_columns(self, keep: int) -> None:
         """Removes all but the first `keep` columns of every row.
 
         Raises:
-            ForgottenError: as in `crop_rows`.
+            DroppedTokensError: as in `crop_rows`.
         """
         kept = None if self.kept is None else self.kept[:, :keep]
         self.crop_rows([keep] * len(self.sequences) if kept is None else [int(row.sum()) for row in kept])

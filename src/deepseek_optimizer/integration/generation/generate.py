@@ -18,7 +18,7 @@ from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.stopping_criteria import StoppingCriteriaList, StopStringCriteria
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from ...engine.sampling.sampler import largest
+from ...engine.sampling.torch_sampler import largest
 from ...errors import UnsupportedRequestError
 from ...graph.analysis import dynamic_rope
 from ..bind.instance_method import PLANNED, Replacement

@@ -18,11 +18,11 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from ...engine.draft import Draft
 from ...engine.runner import Runner
-from ...engine.sampling.sampler import Sampler
+from ...engine.sampling.torch_sampler import TorchSampler
 from ...engine.sequence import Sequence
 from ...engine.speculative.base import Proposer
-from ...engine.speculative.decoder import SpeculativeDecoder
-from ...engine.speculative.gate import Gate
+from ...engine.speculative.draft_and_verify import SpeculativeDecoder
+from ...engine.speculative.draft_length import DraftLengthController
 from ...engine.speculative.mtp import MtpProposer
 from ...engine.speculative.prompt_lookup import PromptLookupProposer
 from ...errors import UnsupportedRequestError
@@ -59,7 +59,7 @@ class Drafts:
     """
 
     maximum: int
-    proposer: Callable[[Sampler], Proposer]
+    proposer: Callable[[TorchSampler], Proposer]
     fixed: bool = False
 
 
@@ -72,7 +72,7 @@ def requested_drafts(
         runtime: the model's runtime.
         config: the complete generation config.
         given, schedule: the caller's `num_assistant_tokens` and `num_assistant_tokens_schedule`, or None; the schedule
-            "constant" disables the gate.
+            "constant" always drafts that number.
         proposer: the caller's proposer, or None.
 
     Raises:
@@ -266,13 +266,13 @@ def speculative_sample(
     request = _Request(runtime, input_ids, logits_processor, stop, config)
     pad = 0 if config._pad_token_tensor is None else int(config._pad_token_tensor)
     stream = _Stream(streamer, request.text, pad)
-    sampler = Sampler(sampled=bool(config.do_sample), process=request.process if logits_processor else None)
+    sampler = TorchSampler(sampled=bool(config.do_sample), process=request.process if logits_processor else None)
     stateless = all(type(p) in _BY_ROW for p in logits_processor)  # others may count their calls and are not used for drafts
-    drafter = Sampler(sampled=sampler.sampled, process=request.process if logits_processor and stateless else None)
+    drafter = TorchSampler(sampled=sampler.sampled, process=request.process if logits_processor and stateless else None)
     proposer = drafts.proposer(drafter)
     sequences, logits, cache = _begin(model, request, proposer, model_kwargs)
     decoder = SpeculativeDecoder(
-        Runner(runtime.plan, runtime.arena), proposer, sampler, Gate(drafts.maximum, fixed=drafts.fixed)
+        Runner(runtime.plan, runtime.arena), proposer, sampler, DraftLengthController(drafts.maximum, fixed=drafts.fixed)
     )
     limit = runtime.graph.max_positions - max(s.first_position + len(s.tokens) for s in sequences) + 1
     if stop.max_length is not None:
@@ -287,7 +287,7 @@ def speculative_sample(
         _rounds(request, decoder, sequences, limit, stream, used, keep)
         stream.end()
     finally:
-        runtime.speculation = decoder.gate.report()
+        runtime.speculation = decoder.draft_length.report()
         _settle(cache, decoder, sequences, request.text)
     ids = request.text.padded(pad)
     if not config.return_dict_in_generate:

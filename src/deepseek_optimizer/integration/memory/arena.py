@@ -13,7 +13,7 @@ import numpy as np
 from ...backends.base import BLOCK_TOKENS, KvStore, Plan, StepBatch, StepOutput
 from ...cache import HOLE, BlockManager, Forgetting, SequenceBlocks
 from ...errors import UnsupportedRequestError
-from ...graph.rotation import KeyRotation
+from ...graph.rope_rotation import KeyRotation
 from .cache_size import CacheSize
 from .growth import CheckedGrowth
 
@@ -142,7 +142,7 @@ class Arena:
 
         Raises (nothing was changed):
             CacheFullError: blocks after the gap are shared, and there are too few free blocks for copies of them.
-            ForgottenError: tokens that were already dropped would enter a layer's window.
+            DroppedTokensError: tokens that were already dropped would enter a layer's window.
             UnsupportedRequestError: keys of this model cannot be moved to other positions.
         """
         rotation = self.rotation

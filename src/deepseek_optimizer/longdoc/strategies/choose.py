@@ -13,8 +13,8 @@ from typing import Any
 
 from ...errors import ConfigError, RequestError
 from ..material import Material
+from ..strategy_protocol import Work
 from ..tasks import Extraction, Question, Summary, Task
-from ..work import Work
 from .map_reduce import map_reduce
 from .retrieve import matching_chunks, retrieve
 from .whole import fits, whole

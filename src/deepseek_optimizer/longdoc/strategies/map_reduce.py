@@ -10,8 +10,8 @@ from ..citations import cite
 from ..extraction import merged, problems, relaxed, without_gaps
 from ..material import Material
 from ..split import Chunk
+from ..strategy_protocol import Ask, Batch, Reply, Result, Work
 from ..tasks import NOTHING, Extraction, Question, Summary, merge_instruction, part_instruction
-from ..work import Ask, Batch, Reply, Result, Work
 from .replies import cut_notes, json_of, passage, room_for, words_of
 
 PART = 192  # maximum tokens of the reply about one chunk

@@ -10,8 +10,8 @@ from ...errors import RequestError
 from ..extraction import problems
 from ..material import Material
 from ..split import Chunk
+from ..strategy_protocol import Reply
 from ..tasks import Extraction, Task
-from ..work import Reply
 
 PLACE = 64  # maximum tokens of the place in front of a passage
 

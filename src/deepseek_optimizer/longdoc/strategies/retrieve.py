@@ -5,8 +5,8 @@ from __future__ import annotations
 from ..citations import cite
 from ..material import Material
 from ..split import Chunk
+from ..strategy_protocol import Ask, Batch, Result, Work
 from ..tasks import Task, instruction
-from ..work import Ask, Batch, Result, Work
 from .replies import passage, room_for, schema_of, value_of
 
 

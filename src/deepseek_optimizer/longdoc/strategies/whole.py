@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from ..citations import cite
 from ..material import Material
+from ..strategy_protocol import Ask, Batch, Result, Work
 from ..tasks import Task, instruction
-from ..work import Ask, Batch, Result, Work
 from .replies import schema_of, value_of
 
 

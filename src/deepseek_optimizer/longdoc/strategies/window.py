@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from ..citations import cite
 from ..material import Material
 from ..split import Chunk
+from ..strategy_protocol import Ask, Batch, Result, Work
 from ..tasks import Task, instruction
-from ..work import Ask, Batch, Result, Work
 from .replies import schema_of, value_of
 
 

@@ -18,8 +18,8 @@ from ...longdoc.material import Material
 from ...longdoc.prompts import Prompts
 from ...longdoc.repetition import Watch
 from ...longdoc.strategies import answer_by
+from ...longdoc.strategy_protocol import Ask, Batch, Reply, Result, Work, advance
 from ...longdoc.tasks import Question
-from ...longdoc.work import Ask, Batch, Reply, Result, Work, advance
 from ..chat.chat_answers import ChatAnswer
 from ..http.problems import INTERNAL, ApiError, problem
 from ..state import ServerState

@@ -1,0 +1,142 @@
+#include "standalone.hpp"
+
+#include <algorithm>
+#include <cfloat>
+#include <vector>
+
+#include "error.hpp"
+#include "fp8_blocks.hpp"
+#include "ggml_blocks.hpp"
+#include "layout.hpp"
+#include "linear_grid.hpp"
+#include "mapped_files.hpp"
+#include "parallel.hpp"
+
+namespace dso {
+namespace {
+
+constexpr int64_t kRows = 8;  // rows per conversion task
+
+void check_activation(int32_t format, int32_t kind) {
+  if (!reads(format, kind))
+    fail(DSO_EINVAL, "activation is %s, which %s weights do not support", kind_name(kind), format_name(format));
+}
+
+}  // namespace
+
+static void pack_blocks(Context& c, int32_t format, const uint8_t* source, int64_t rows, int64_t cols, int64_t stride,
+                        uint8_t* packed) {
+  const int64_t block = ggml_block_bytes(format);
+  if (block < 0) fail(DSO_EINVAL, "no ggml type can be repacked to format %s", format_name(format));
+  if (cols % kTileCols || stride % kTileCols)
+    fail(DSO_EINVAL, "ggml blocks need cols and stride that are multiples of 32, got %lld and %lld", (long long)cols,
+         (long long)stride);
+  parallel(c, ceil_div(rows, kTileRows),
+           [&](int64_t tile, int) { repack_tile_row(format, source, rows, cols, stride / kTileCols * block, tile, packed); });
+  check_intact(source);
+}
+
+void pack(Context& c, int32_t format, int32_t source_type, const void* source, int64_t rows, int64_t cols, int64_t stride,
+          const float* importance, void* packed) {
+  if (tile_bytes(format) < 0) fail(DSO_EINVAL, "format %d is unknown", format);
+  if (packed_bytes(format, rows, cols) < 0)
+    fail(DSO_EINVAL, "invalid shape: a matrix of %lld x %lld", (long long)rows, (long long)cols);
+  if (source_type != DSO_SRC_F32 && source_type != DSO_SRC_BF16 && source_type != DSO_SRC_F16 && source_type != DSO_SRC_GGML)
+    fail(DSO_EINVAL, "src_type %d is unknown", source_type);
+  if (stride < cols) fail(DSO_EINVAL, "stride is %lld, less than cols, %lld", (long long)stride, (long long)cols);
+  if (!source || !packed) fail(DSO_EINVAL, "src or dst is NULL");
+  keep_handler();
+  if (source_type == DSO_SRC_GGML)
+    return pack_blocks(c, format, static_cast<const uint8_t*>(source), rows, cols, stride, static_cast<uint8_t*>(packed));
+  for (int64_t k = 0; importance && k < cols; ++k)
+    if (!(importance[k] >= 0 && importance[k] <= FLT_MAX))
+      fail(DSO_EINVAL, "importance[%lld] is %g, must be finite and not negative", (long long)k, double(importance[k]));
+  const int64_t stride_bytes = stride * (source_type == DSO_SRC_F32 ? 4 : 2);
+  parallel(c, ceil_div(rows, band_rows(format)), [&](int64_t tile, int) {
+    c.kernels.pack_tile(format, source_type, source, rows, cols, stride_bytes, importance, tile, static_cast<uint8_t*>(packed));
+  });
+  check_intact(source);
+}
+
+void pack_fp8(Context& c, const uint8_t* codes, const float* scales, int64_t rows, int64_t cols, int64_t stride, void* packed) {
+  if (packed_bytes(DSO_FP8, rows, cols) < 0)
+    fail(DSO_EINVAL, "invalid shape: a matrix of %lld x %lld", (long long)rows, (long long)cols);
+  if (stride < cols) fail(DSO_EINVAL, "stride is %lld, less than cols, %lld", (long long)stride, (long long)cols);
+  if (!codes || !scales || !packed) fail(DSO_EINVAL, "codes, scales or dst is NULL");
+  parallel(c, ceil_div(rows, band_rows(DSO_FP8)),
+           [&](int64_t band, int) { repack_fp8_band(codes, scales, rows, cols, stride, band, static_cast<uint8_t*>(packed)); });
+  check_intact(codes);
+}
+
+void unpack(Context& c, const dso_weight& weight, int64_t row_begin, int64_t row_end, float* out) {
+  const Matrix w = check_matrix(weight, "weight");
+  if (row_begin < 0 || row_end < row_begin || row_end > w.rows)
+    fail(DSO_EINVAL, "rows %lld to %lld are not a valid range of %d rows", (long long)row_begin, (long long)row_end, w.rows);
+  if (row_begin == row_end) return;
+  if (!out) fail(DSO_EINVAL, "dst is NULL");
+  keep_handler();
+  parallel(c, ceil_div(row_end - row_begin, kTileRows), [&](int64_t block, int) {
+    const int64_t begin = row_begin + block * kTileRows, end = std::min(begin + kTileRows, row_end);
+    c.kernels.unpack_rows(w, begin, end, out + block * kTileRows * w.cols, 4 * int64_t(w.cols));
+  });
+  check_intact(weight.data);
+}
+
+// Rows of task `block`.
+static void convert_block(const Kernels& k, int32_t kind, const float* x, int64_t T, int64_t width, uint8_t* rows,
+                          int64_t stride, int64_t block) {
+  for (int64_t t = block * kRows; t < std::min(T, (block + 1) * kRows); ++t)
+    k.convert(kind, x + t * width, 0, width, width, rows + t * stride);
+}
+
+void convert(Context& c, int32_t kind, const float* x, int64_t T, int64_t width, void* rows) {
+  if (kind != DSO_SLOT_BF16 && kind != DSO_SLOT_Q8 && kind != DSO_SLOT_Q16)
+    fail(DSO_EINVAL, "slot_kind is %d, must be BF16, Q8 or Q16", kind);
+  const int64_t stride = row_bytes(kind, width);
+  if (stride < 0) fail(DSO_EINVAL, "width is %lld, out of range", (long long)width);
+  if (T < 0) fail(DSO_EINVAL, "T is %lld, must not be negative", (long long)T);
+  if (T == 0) return;
+  if (!x || !rows) fail(DSO_EINVAL, "x or rows is NULL");
+  parallel(c, ceil_div(T, kRows), [&](int64_t block, int) {
+    convert_block(c.kernels, kind, x, T, width, static_cast<uint8_t*>(rows), stride, block);
+  });
+}
+
+void linear(Context& c, const dso_weight& weight, const float* bias, int32_t kind, const float* x, int64_t T, int64_t decode,
+            float* y) {
+  const Matrix w = check_matrix(weight, "weight");
+  check_activation(w.format, kind);
+  if (T < 0) fail(DSO_EINVAL, "T is %lld, must not be negative", (long long)T);
+  if (decode < 0 || decode > T)
+    fail(DSO_EINVAL, "decode_rows is %lld, must be from 0 to T, %lld", (long long)decode, (long long)T);
+  if (T == 0) return;
+  if (!x || !y) fail(DSO_EINVAL, "x or y is NULL");
+
+  keep_handler();
+  ThreadPool::Lease lease(c.pool);
+  Team& team = lease.team();
+  const bool converted = kind != DSO_SLOT_F32;
+  const int64_t x_stride = converted ? row_bytes(kind, w.cols) : 4 * int64_t(w.cols);
+  const int64_t scratch_at = round_up(converted ? T * x_stride : 0, 4096),
+                scratch = round_up(int64_t(c.kernels.linear_scratch) + 1, 4096);
+  c.scratch.reserve(scratch_at + scratch * team.threads());
+  uint8_t* rows = converted ? c.scratch.data()
+                            : reinterpret_cast<uint8_t*>(const_cast<float*>(x));  // in the other case the rows are only read
+
+  const PhaseGrids grids = cut_by_phase(w, kind, T, decode, team.threads(), matrix_bytes(w));
+  auto convert_rows = [&](int64_t block, int) { convert_block(c.kernels, kind, x, T, w.cols, rows, x_stride, block); };
+  auto product = [&](int64_t task, int thread) {
+    const bool first = task < grids.grid[0].tasks();
+    const LinearGrid& g = grids.grid[first ? 0 : 1];
+    if (!first) task -= grids.grid[0].tasks();
+    const int64_t row = g.first_row(task), tile = g.first_tile(task);
+    c.kernels.linear(w, bias, kind, rows + row * x_stride, x_stride, g.end_row(task) - row, g.prefill, tile,
+                     std::min(tile + g.block_tiles, tile_rows(w)), y + row * w.rows, 4 * int64_t(w.rows),
+                     c.scratch.data() + scratch_at + thread * scratch);
+  };
+  Stages stages({{converted ? ceil_div(T, kRows) : 0, convert_rows}, {grids.grid[0].tasks() + grids.grid[1].tasks(), product}});
+  team.run(stages);
+  check_intact(weight.data);
+}
+
+}  // namespace dso

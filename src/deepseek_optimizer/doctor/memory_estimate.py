@@ -1,0 +1,131 @@
+"""Memory that a model needs with its settings, computed from file headers: weights, cache and buffers."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+from ..backends.base import CompileOptions, Sizes
+from ..errors import BackendError
+from ..graph.ir import BLOCK
+from ..system.memory import less_reserve
+from .case import Case
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes. Attributes:
+    weights: packed matrices and plain tensors; tied ones count once.
+    cache_per_token: of one sequence: keys and values of all layers, and the block summaries of sparse attention.
+    buffers: of the plan, at its largest step.
+    free: memory that this process can still allocate.
+    granted: maximum size of the cache (`kv_cache_memory`); None: the free memory less a reserve.
+    span: maximum tokens in the cache per sequence, if attention lets it drop tokens; None: all tokens stay.
+    matrices: shape of each packed matrix or stack, and the smallest format allowed for it.
+    formats: bytes of the packed matrices by format.
+    """
+
+    weights: int
+    cache_per_token: int
+    buffers: int
+    free: int
+    granted: int | None
+    span: int | None
+    kv_cache: str
+    matrices: tuple[tuple[tuple[int, ...], str | None], ...]
+    formats: dict[str, int]
+
+    def held(self, context: int) -> int:
+        """Cached tokens for a sequence of `context` tokens, rounded up to whole blocks."""
+        held = context if self.span is None else min(context, self.span)
+        return -(-held // BLOCK) * BLOCK
+
+    def needed(self, tokens: int) -> int:
+        """Bytes needed with `tokens` in the cache, over all sequences."""
+        return self.weights + self.buffers + self.cache_per_token * tokens
+
+    @property
+    def max_tokens(self) -> int:
+        """Maximum number of cached tokens over all sequences, in whole blocks; 0 if not even the weights fit."""
+        left = self.free - self.weights - self.buffers
+        room = left - self.reserve if self.granted is None else min(left, self.granted)
+        return max(0, room) // (self.cache_per_token * BLOCK) * BLOCK
+
+    @property
+    def reserve(self) -> int:
+        """Bytes that a cache without an explicit limit leaves free."""
+        left = self.free - self.weights - self.buffers
+        return left - less_reserve(left)
+
+    def weights_in(self, format_name: str) -> int:
+        """Bytes of all weights if every matrix were in this format."""
+        from ..config import larger
+
+        packed = sum(_packed_bytes(larger(format_name, least or format_name), shape) for shape, least in self.matrices)
+        return self.weights - sum(self.formats.values()) + packed
+
+    def in_format(self, format_name: str) -> MemoryEstimate:
+        """The estimate with every matrix in this format, assuming buffers of the same size."""
+        return replace(self, weights=self.weights_in(format_name))
+
+
+def estimate_memory(case: Case) -> MemoryEstimate:
+    """Estimates the memory of the case's model from its headers and settings."""
+    from ..graph.min_formats import exact_weights, min_formats
+    from ..integration.bind.graphs import whole_graph
+    from ..integration.bind.runtime import kv_dtype
+    from ..integration.bind.swap import expected_tensors
+
+    wanted, shapes = expected_tensors(case.sketch)
+    matrices = {name: shapes[name] for name, format_name in wanted.items() if format_name}
+    formats: dict[str, int] = {}
+    for name, shape in matrices.items():
+        format_name = str(wanted[name])
+        formats[format_name] = formats.get(format_name, 0) + _packed_bytes(format_name, shape)
+    whole = whole_graph(case.sketch)
+    least, exact = min_formats(whole), exact_weights(whole)
+    plain = sum(p.nbytes for name, p in case.sketch.named_parameters() if name in wanted and name not in matrices)
+    kv, sizes, high = kv_dtype(case.settings, formats), _sizes(case), case.settings.batch_size_range[1]
+    return MemoryEstimate(
+        weights=sum(formats.values()) + plain,
+        cache_per_token=sizes.block_bytes(case.graph, kv) // BLOCK,
+        buffers=sizes.buffer_bytes(
+            case.graph,
+            dict.fromkeys(exact, "fp32") | {n: str(wanted[n]) for n in matrices},
+            CompileOptions(case.settings.activation),
+            max(case.settings.prefill_chunk, high),
+            high,
+        ),
+        free=case.machine.memory.free,
+        granted=case.settings.kv_cache_memory,
+        span=_span(case),
+        kv_cache=kv,
+        matrices=tuple((shape, least.get(name)) for name, shape in matrices.items()),
+        formats=formats,
+    )
+
+
+def _span(case: Case) -> int | None:
+    from ..integration.bind.runtime import forgetting_of
+
+    forgets = forgetting_of(case.graph)
+    return None if forgets is None else forgets.blocks(case.settings.prefill_chunk) * BLOCK
+
+
+def _packed_bytes(format_name: str, shape: tuple[int, ...]) -> int:
+    """Bytes of a matrix [rows, cols] or a stack [count, rows, cols]."""
+    from ..checkpoint.manifest import PackedEntry
+
+    return math.prod(PackedEntry(format_name, shape).tiles)
+
+
+def _sizes(case: Case) -> Sizes:
+    """Sizes in the backend that would be used, without constructing it: its settings may be invalid."""
+    import torch
+
+    from ..backends.registry import choose_spec, find
+
+    try:
+        return choose_spec(case.settings, torch.device("cpu"))[0].sizes()
+    except BackendError:  # another check reports the reason
+        return find("reference").sizes()

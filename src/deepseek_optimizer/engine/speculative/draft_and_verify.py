@@ -1,0 +1,91 @@
+"""A round of speculative decoding over many sequences: draft, verify in one ragged step, keep the accepted drafts."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from ...errors import CacheFullError
+from ..draft import Draft
+from ..sequence import Part, Sequence, rows_of
+from .base import Proposer
+from .draft_length import DraftLengthController
+
+if TYPE_CHECKING:
+    from ..runner import Runner
+    from ..sampling.torch_sampler import TorchSampler
+
+
+class SpeculativeDecoder:
+    """Runs rounds of speculative decoding.
+
+    Args:
+        runner: runs the model's plan.
+        proposer: proposes drafts.
+        sampler: samples tokens by the request's parameters.
+        draft_length: chooses the number of drafts.
+        clock: returns the time in seconds, to measure rounds for `draft_length`.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        proposer: Proposer,
+        sampler: TorchSampler,
+        draft_length: DraftLengthController,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.runner, self.proposer, self.sampler = runner, proposer, sampler
+        self.draft_length, self._clock = draft_length, clock
+
+    def round(self, sequences: list[Sequence], room: list[int], used: list[Any] | None = None) -> list[list[int]]:
+        """Runs one step and appends the new tokens, at least one, to each sequence; all but the last are in the cache.
+
+        Args:
+            sequences: the sequences.
+            room: maximum number of new tokens of each, at least 1.
+            used: for a single sequence, a list to append the (raw, processed) logits of each new token to.
+
+        Returns: the new tokens of each sequence.
+
+        Raises:
+            CacheFullError: too few blocks are free. After any error, tokens and cache are unchanged.
+        """
+        begun = self._clock()
+        before = [s.cached for s in sequences]
+        allowed = self.draft_length.choose(len(sequences), max(room) - 1)
+        max_drafts = self._reserve(sequences, [min(allowed, r - 1) for r in room])
+        try:
+            drafts = self.proposer.propose(sequences, max_drafts) if any(max_drafts) else [Draft() for _ in sequences]
+            parts = [Part(s, [s.tokens[-1], *d.tokens], n) for s, d, n in zip(sequences, drafts, before, strict=True)]
+            result = self.runner.verify(parts, last_hidden=self.proposer.wants_states)
+            logits = rows_of(result.logits, parts)
+            accepted = [
+                self.sampler.accept(s.index, d, rows, used) for s, d, rows in zip(sequences, drafts, logits, strict=True)
+            ]
+        except BaseException:
+            self.runner.crop(sequences, before)
+            raise
+        self.runner.crop(sequences, [n + len(tokens) for n, tokens in zip(before, accepted, strict=True)])
+        for sequence, tokens in zip(sequences, accepted, strict=True):
+            sequence.tokens += tokens
+        if self.proposer.wants_states:
+            for part, tokens, states in zip(parts, accepted, rows_of(result.last_hidden, parts), strict=True):
+                self.proposer.follow(part.sequence, states[: len(tokens)])
+        self.runner.forget(sequences)
+        outcomes = [(len(d.tokens), len(tokens) - 1) for d, tokens in zip(drafts, accepted, strict=True)]
+        self.draft_length.record(self._clock() - begun, outcomes)
+        return accepted
+
+    def _reserve(self, sequences: list[Sequence], max_drafts: list[int]) -> list[int]:
+        """Reserves room for one token and the drafts of each; if the cache has no room for drafts, for one token only.
+
+        Returns: the number of drafts of each that there is room for.
+        """
+        try:
+            self.runner.reserve(sequences, [1 + n for n in max_drafts])
+        except CacheFullError:
+            max_drafts = [0] * len(sequences)
+            self.runner.reserve(sequences, [1] * len(sequences))
+        return max_drafts

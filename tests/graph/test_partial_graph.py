@@ -1,0 +1,25 @@
+"""The graph from a hidden state on is valid, and contains only the ops that follow."""
+
+from __future__ import annotations
+
+import pytest
+
+from deepseek_optimizer.graph import rules
+from deepseek_optimizer.graph.partial_graph import graph_from_hidden_state
+from deepseek_optimizer.graph.validate import check_graph
+from deepseek_optimizer.models import build_graph
+from support.models import CASES
+
+
+@pytest.mark.parametrize("case", ["llama-tied", "qwen3-gqa", "qwen2-windows", "deepseek_v32-indexer"])
+@pytest.mark.parametrize("index", range(4))
+def test_remaining_nodes_of_a_model(case: str, index: int) -> None:
+    graph = build_graph(CASES[case]())
+    rest = graph_from_hidden_state(graph, index)
+    check_graph(rest)
+    check_graph(rules.apply(rest)[0])
+    layers = {n.attrs["layer"] for n in rest.nodes if n.op in ("attention", "mla_attention")}
+    assert layers == set(range(index, 3))
+    assert sum(n.op == "rope_table" for n in rest.nodes) == (index < 3)
+    assert not any(f"layers.{i}." in name for name in rest.weights() for i in range(index))
+    assert rest.nodes[-1] == graph.nodes[-1]
