@@ -41,13 +41,15 @@ class PackWeight(ConversionOps):
         if self.quantizer.refused:
             return {}  # loading will fail
         path, _, leaf = full_layer_name.rpartition(".")
-        weight = model.get_submodule(path).held()[leaf]
+        module = model.get_submodule(path)
+        weight = module.held()[leaf]
         try:
             if isinstance(weight, PackedStack):
                 tiles = self._pack_stack(experts_in_turn(input_dict, source_patterns, weight.shape), weight)
             else:
                 (value,) = input_dict.values()
-                tiles = self._pack(value[0] if isinstance(value, list) else value, weight.shape, weight.format)
+                matrix = value[0] if isinstance(value, list) else value
+                tiles = self._pack(matrix.t() if module.transposed else matrix, weight.shape, weight.format)
         except CheckpointChangedError as error:
             self.quantizer.refused.append(error)
             return {}

@@ -1,0 +1,17 @@
+"""The general path: models without an execution plan, whose linear layers run on our kernels inside Transformers' forward."""
+
+from .names import renamed_for, stored_as
+from .runtime import GeneralRuntime, bind
+from .settings import check_settings, why_general
+from .swap import pack_in_place, swap_on_meta
+
+__all__ = [
+    "GeneralRuntime",
+    "bind",
+    "check_settings",
+    "pack_in_place",
+    "renamed_for",
+    "stored_as",
+    "swap_on_meta",
+    "why_general",
+]

@@ -1,0 +1,86 @@
+"""Models without an execution plan, on the general path: the same results as Transformers, whatever their family."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from deepseek_optimizer import load_model
+from deepseek_optimizer.integration.general.modules import GeneralLinear
+from deepseek_optimizer.models import SUPPORTED
+from deepseek_optimizer.quant import get_format
+from support.general_models import CASES, inputs_of, random_general
+
+NAMES = [name for name in CASES if name not in SUPPORTED]
+
+
+def first(output):
+    """Logits or hidden states."""
+    return output[0]
+
+
+def check_close(fast, plain, relative):
+    assert fast.shape == plain.shape and fast.isfinite().all()
+    assert (fast - plain).abs().max() <= relative * plain.abs().max()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_equals_transformers(tmp_path, name):
+    plain = random_general(name)
+    plain.save_pretrained(tmp_path)
+    fast = load_model(tmp_path, precision="fp32")
+    assert type(fast) is type(plain) and fast.report().path == "general"
+    assert sum(isinstance(module, GeneralLinear) for module in fast.modules()) == fast.report().layers > 0
+    with torch.no_grad():
+        call = inputs_of(plain)
+        check_close(first(fast(**call)), first(plain(**call)), 1e-5)
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4", "q4_1", "bf16"])
+@pytest.mark.parametrize("name", ["bert", "gpt2", "t5", "opt"])
+def test_formats_against_their_own_values(tmp_path, name, precision):
+    """The packed layers give what Transformers gives with the same, rounded weights, within the rounding of activations."""
+    plain = random_general(name)
+    plain.save_pretrained(tmp_path)
+    fast = load_model(tmp_path, precision=precision)
+    layers = {path: module for path, module in fast.named_modules() if isinstance(module, GeneralLinear)}
+    assert {layer.format for layer in layers.values()} == {precision}
+    with torch.no_grad():
+        for path, layer in layers.items():
+            own = plain.get_submodule(path).weight
+            step = {"int8": 1 / 127, "int4": 1 / 7, "q4_1": 1 / 7, "bf16": 1 / 128}[precision]
+            assert (layer.weight - own).abs().max() <= step * own.abs().max()
+            own.copy_(layer.weight)
+        call = inputs_of(plain)
+        rounding = 1e-5 if get_format(precision).activation == "fp32" else 0.05
+        check_close(first(fast(**call)), first(plain(**call)), rounding)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bloom", "t5", "whisper", "mamba", "gpt_neox"])
+def test_generate(tmp_path, name):
+    plain = random_general(name)
+    plain.save_pretrained(tmp_path)
+    fast = load_model(tmp_path, precision="fp32")
+    call = {k: v for k, v in inputs_of(plain).items() if not k.startswith("decoder")}
+    if "attention_mask" in call and not plain.config.is_encoder_decoder:
+        call = {k: v.flip(1) for k, v in call.items()}  # padding on the left
+    options = {"max_new_tokens": 5, "do_sample": False, "num_beams": 2 if name == "t5" else 1}
+    assert fast.generate(**call, **options).tolist() == plain.generate(**call, **options).tolist()
+
+
+def test_bf16_checkpoints_keep_their_dtype(tmp_path):
+    plain = random_general("bert").bfloat16()
+    plain.save_pretrained(tmp_path)
+    fast = load_model(tmp_path, precision="int8")
+    assert fast.dtype == torch.bfloat16 and fast.encoder.layer[0].output.dense.bias.dtype == torch.bfloat16
+    with torch.no_grad():
+        call = inputs_of(plain)
+        assert first(fast(**call)).dtype == torch.bfloat16
+        check_close(first(fast(**call)).float(), first(plain(**call)).float(), 0.05)
+
+
+def test_a_module_that_several_parents_share_is_packed_once(tmp_path):
+    """ALBERT runs one layer's modules several times, so its parameters are few."""
+    plain = random_general("albert", num_hidden_layers=5)
+    plain.save_pretrained(tmp_path)
+    assert load_model(tmp_path, precision="int8").report().layers == 8
