@@ -166,6 +166,12 @@ LAYERS = (
         levels=(("case", "finding", "machine", "budget", "remedies"), ("checks", "symptoms"), (REST,)),
     ),
     Layer(
+        "catalog",
+        "the supported families, and the memory that well-known models need, for `dso models` and the documentation",
+        may=("..chat", "doctor"),
+        levels=(("known",), (REST,)),
+    ),
+    Layer(
         "server",
         "the HTTP server. `http/`: connections, bodies, queues; `tokens/`: tokenisation; `documents/`: uploaded files; "
         "`protocol/`: OpenAI's requests and responses, one protocol per file; `chat/`: from requests to the engine "

@@ -3,12 +3,13 @@
 from .names import renamed_for, stored_as
 from .runtime import GeneralRuntime, bind
 from .settings import check_settings, why_general
-from .swap import pack_in_place, swap_on_meta
+from .swap import linear_layers, pack_in_place, swap_on_meta
 
 __all__ = [
     "GeneralRuntime",
     "bind",
     "check_settings",
+    "linear_layers",
     "pack_in_place",
     "renamed_for",
     "stored_as",

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ...checkpoint import Checkpoint, Fp8Checkpoint, GgufCheckpoint, PackedCheckpoint
+from ...checkpoint import Checkpoint, GgufCheckpoint, PackedCheckpoint, SafetensorsCheckpoint
 from ...config import DeepSeekConfig
 from ...errors import CheckpointError, ConfigError, DeepSeekOptimizerError, UnsupportedModelError
 from ..configs import check_config
@@ -62,6 +62,19 @@ def model_class(raw: dict[str, Any]) -> Any:
     return next((mapping[config_class] for mapping in mappings if config_class in mapping), None)
 
 
+def empty_model(config: Any, architecture: str | None, dtype: torch.dtype) -> Any:
+    """A model on the meta device.
+
+    Args:
+        config: its Transformers config.
+        architecture: name of its class; None: that with a language model head.
+        dtype: of its parameters.
+    """
+    own = model_class({"model_type": config.model_type, "architectures": [architecture]})
+    with torch.device("meta"):
+        return own._from_config(config, dtype=dtype)
+
+
 def load_general(checkpoint: Checkpoint, settings: DeepSeekConfig, reason: str) -> Any:
     """The model of a checkpoint that takes the general path.
 
@@ -78,9 +91,10 @@ def load_general(checkpoint: Checkpoint, settings: DeepSeekConfig, reason: str) 
     from transformers import CONFIG_MAPPING
 
     check_settings(settings, reason)
-    if isinstance(checkpoint, Fp8Checkpoint):
+    if type(checkpoint) not in (SafetensorsCheckpoint, PackedCheckpoint):
         raise CheckpointError(
-            "is quantised as FP8, which the general path cannot read; use the original checkpoint", file=checkpoint.path
+            f"is quantised ({checkpoint.kind}), which the general path cannot read; use the original checkpoint",
+            file=checkpoint.path,
         )
     raw = checkpoint.config()
     raw.pop("quantization_config", None)
