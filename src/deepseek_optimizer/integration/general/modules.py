@@ -27,20 +27,20 @@ class LazyWeight(torch.Tensor):
 
     @staticmethod
     def __new__(cls, shape: tuple[int, ...], dtype: torch.dtype, device: Any, read: Callable[[], torch.Tensor]) -> LazyWeight:
-        weight: LazyWeight = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)  # type: ignore[attr-defined]
+        weight: LazyWeight = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
         weight.read = read
-        weight._is_param = True  # type: ignore[attr-defined]  # isinstance(weight, nn.Parameter)
+        weight._is_param = True  # isinstance(weight, nn.Parameter)
         weight._is_hf_initialized = True  # type: ignore[attr-defined]  # Transformers does not initialise it
         return weight
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         def values(argument: Any) -> Any:
             return argument.read() if isinstance(argument, LazyWeight) else argument
 
         return func(*tree_map(values, args), **tree_map(values, kwargs or {}))
 
-    def __repr__(self, **kwargs: Any) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"LazyWeight({tuple(self.shape)}, {self.dtype})"
 
 
@@ -57,7 +57,7 @@ class GeneralLinear(PackedLinear):
     def _float_weight(self) -> torch.Tensor:
         tiles: Any = self._parameters["weight"]
         if tiles.dtype != torch.uint8:
-            return tiles.data  # type: ignore[no-any-return]  # a placeholder, while a checkpoint is loaded
+            return tiles.data  # a placeholder, while a checkpoint is loaded
         weight = self.dequantized(self.dtype)
         return weight.t() if self.transposed else weight
 

@@ -10,6 +10,7 @@ from ..bind.modules import Packed
 from ..bind.packed_model import PackedModel
 from ..model.parameter_count import parameter_bytes
 from ..model.report import FormatRow
+from .modules import GeneralLinear
 from .swap import linear_layers
 
 TRANSFORMERS = "attention, activations, cache and generate: Transformers' own"
@@ -91,7 +92,7 @@ class GeneralReport:
 def make_report(runtime: PackedModel) -> GeneralReport:
     """The report of a model on the general path."""
     model, backend = runtime.model, runtime.backend
-    layers = [layer for layer in linear_layers(model).values() if isinstance(layer, Packed)]
+    layers = [layer for layer in linear_layers(model).values() if isinstance(layer, GeneralLinear)]
     packed = [layer.packed for layer in layers]
     sizes: dict[str, list[Any]] = {}
     for matrix in packed:

@@ -118,6 +118,8 @@ def pack_in_place(model: Any, config: DeepSeekConfig, packer: Packer) -> None:
         module = layers.pop(name)
         twin = _twin(module, formats[name], module.weight.dtype)
         weight = module.weight.data
-        twin.weight = nn.Parameter(packer(weight.t() if twin.transposed else weight, twin.format), requires_grad=False)
+        twin._parameters["weight"] = nn.Parameter(
+            packer(weight.t() if twin.transposed else weight, twin.format), requires_grad=False
+        )
         _substitute(model, module, twin)
         module._parameters.clear()  # frees the weight even if something still refers to the module
