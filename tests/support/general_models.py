@@ -50,15 +50,30 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "GPTNeoForCausalLM",
         {"hidden_size": 36, "num_layers": 2, "num_heads": 3, "attention_types": [[["global", "local"], 1]], "window_size": 4},
     ),
+    "gpt_oss": (
+        "GptOssForCausalLM",
+        _bert(num_key_value_heads=3, head_dim=12, num_local_experts=4, num_experts_per_tok=2, intermediate_size=36),
+    ),
     "gpt_neox": ("GPTNeoXForCausalLM", _bert()),
     "gptj": ("GPTJForCausalLM", _gpt(rotary_dim=4)),
     "mamba": ("MambaForCausalLM", {"hidden_size": 36, "num_hidden_layers": 2, "state_size": 4}),
     "modernbert": ("ModernBertModel", _bert(pad_token_id=0)),
     "mpnet": ("MPNetModel", _bert()),
     "mpt": ("MptForCausalLM", {"d_model": 36, "n_layers": 2, "n_heads": 3}),
+    "olmoe": ("OlmoeForCausalLM", _bert(num_key_value_heads=3, num_experts=6, num_experts_per_tok=2)),
     "opt": ("OPTForCausalLM", {**_bert(), "ffn_dim": 52, "word_embed_proj_dim": 20}),
     "pegasus": ("PegasusForConditionalGeneration", _bart()),
     "phi": ("PhiForCausalLM", _bert()),
+    "qwen2_moe": (
+        "Qwen2MoeForCausalLM",
+        _bert(
+            num_key_value_heads=3,
+            num_experts=6,
+            num_experts_per_tok=2,
+            moe_intermediate_size=20,
+            shared_expert_intermediate_size=28,
+        ),
+    ),
     "roberta": ("RobertaForSequenceClassification", _bert(num_labels=3)),
     "rwkv": ("RwkvForCausalLM", {"hidden_size": 36, "num_hidden_layers": 2}),
     "t5": ("T5ForConditionalGeneration", _T5),
@@ -79,7 +94,7 @@ def random_general(name: str, **fields: Any) -> Any:
     model = getattr(transformers, class_name)(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.dim() == 2:
+            if parameter.dim() >= 2:
                 parameter.normal_(std=0.15)
     return model
 

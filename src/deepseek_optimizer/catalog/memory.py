@@ -2,8 +2,8 @@
 
 Weights: every matrix in the format named, at its packed size with scales and padding; matrices that no precision makes smaller
 (`graph/min_formats.py`) in their smallest format; everything else, such as norms, in bf16. Cache: keys and values, or latents,
-of one sequence in bf16, whole blocks. Buffers: those of the plan's largest step. On the general path, only linear layers are
-packed, and cache and buffers are Transformers' own: they are not counted. Nor are Python, PyTorch and MTP layers.
+of one sequence in bf16, whole blocks. Buffers: those of the plan's largest step. On the general path, only linear layers
+and experts are packed; cache and buffers are Transformers' own and not counted. Nor are Python, PyTorch and MTP layers.
 """
 
 from __future__ import annotations
@@ -78,12 +78,16 @@ def _planned(made: Any, parameters: int) -> Need:
 
 
 def _general(made: Any, parameters: int, no_plan: str) -> Need:
-    from ..checkpoint.manifest import PackedEntry
-    from ..integration.general import linear_layers
+    import torch
 
-    packed = [layer.weight for layer in linear_layers(made).values()]
-    rest = sum(p.nbytes for p in made.parameters()) - sum(weight.nbytes for weight in packed)
-    weights = {
-        name: rest + sum(math.prod(PackedEntry(name, tuple(weight.shape)).tiles) for weight in packed) for name in FORMATS
-    }
+    from ..checkpoint.manifest import PackedEntry
+    from ..config import DeepSeekConfig
+    from ..integration.bind.modules import Packed
+    from ..integration.general import swap_on_meta
+
+    before = sum(p.nbytes for p in made.parameters())
+    swap_on_meta(made, DeepSeekConfig(precision="bf16"), torch.bfloat16)
+    held = [weight for module in made.modules() if isinstance(module, Packed) for weight in module.held().values()]
+    rest = before - sum(2 * math.prod(weight.shape) for weight in held)
+    weights = {name: rest + sum(math.prod(PackedEntry(name, tuple(w.shape)).tiles) for w in held) for name in FORMATS}
     return Need(no_plan, parameters, weights, None, 0, 0)

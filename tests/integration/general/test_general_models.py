@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from deepseek_optimizer import load_model
+from deepseek_optimizer import DeepSeekConfig, DynamicGraphOptimizer, load_model
 from deepseek_optimizer.integration.general.modules import GeneralLinear
 from deepseek_optimizer.models import SUPPORTED
 from deepseek_optimizer.quant import get_format
@@ -66,6 +66,34 @@ def test_generate(tmp_path, name):
         call = {k: v.flip(1) for k, v in call.items()}  # padding on the left
     options = {"max_new_tokens": 5, "do_sample": False, "num_beams": 2 if name == "t5" else 1}
     assert fast.generate(**call, **options).tolist() == plain.generate(**call, **options).tolist()
+
+
+@pytest.mark.parametrize("name", ["olmoe", "qwen2_moe"])
+def test_experts_are_packed(tmp_path, name):
+    plain = random_general(name)
+    plain.save_pretrained(tmp_path)
+    fast = load_model(tmp_path, precision="int8", formats={"model.layers.*.mlp.experts.down_proj": "bf16"})
+    report = fast.report()
+    assert report.experts == 2 and {row.format for row in report.formats} == {"int8", "bf16"}
+    assert not any("Experts" in kind for kind in report.in_torch)
+    with torch.no_grad():
+        call = inputs_of(plain)
+        check_close(first(fast(**call)), first(plain(**call)), 0.1)
+    packed = tmp_path / "packed"
+    fast.save_pretrained(packed)
+    with torch.no_grad():
+        assert torch.equal(first(load_model(packed)(**call)), first(fast(**call)))
+        in_place = DynamicGraphOptimizer(plain, config=DeepSeekConfig(precision="fp32")).optimize()
+        expected = first(random_general(name)(**call))
+        check_close(first(in_place(**call)), expected, 1e-5)
+
+
+def test_experts_of_another_layout_stay_in_torch(tmp_path):
+    """gpt-oss's are transposed and interleaved, with biases."""
+    plain = random_general("gpt_oss")
+    plain.save_pretrained(tmp_path)
+    report = load_model(tmp_path, precision="int8").report()
+    assert report.experts == 0 and report.in_torch["GptOssExperts"] > 0
 
 
 def test_bf16_checkpoints_keep_their_dtype(tmp_path):

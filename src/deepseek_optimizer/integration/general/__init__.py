@@ -3,14 +3,15 @@
 from .names import renamed_for, stored_as
 from .runtime import GeneralRuntime, bind
 from .settings import check_settings, why_general
-from .swap import linear_layers, pack_in_place, swap_on_meta
+from .swap import pack_in_place, packable_layers, packs_experts, swap_on_meta
 
 __all__ = [
     "GeneralRuntime",
     "bind",
     "check_settings",
-    "linear_layers",
     "pack_in_place",
+    "packable_layers",
+    "packs_experts",
     "renamed_for",
     "stored_as",
     "swap_on_meta",

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ...quant import PackedStack, PackedWeight
 from ..bind.modules import Packed
+from ..bind.packed_experts import PackedExperts
 from ..bind.packed_model import PackedModel
 from ..model.parameter_count import parameter_bytes
 from ..model.report import FormatRow
 from .modules import GeneralLinear
-from .swap import linear_layers
+from .swap import packable_layers
 
 TRANSFORMERS = "attention, activations, cache and generate: Transformers' own"
 
@@ -27,7 +30,7 @@ class GeneralReport:
         backend, detail: the backend of the linear layers; its ISA and threads, or its device.
         isa, threads: of the native backend; None for others.
         formats: the weight formats of the packed layers.
-        layers: number of linear layers that run on our kernels.
+        layers, experts: number of linear layers, and of modules of merged experts, that run on our kernels.
         parameters, packed_parameters: number of parameters, and how many of them are in these layers.
         in_torch: number of the other parameters by the class of their module, the most first.
         bytes_before, bytes_after: size of the weights as float parameters, and now.
@@ -45,6 +48,7 @@ class GeneralReport:
     threads: int | None
     formats: tuple[FormatRow, ...]
     layers: int
+    experts: int
     parameters: int
     packed_parameters: int
     in_torch: dict[str, int]
@@ -68,7 +72,8 @@ class GeneralReport:
         before = f"{self.bytes_before / 1e6:,.1f} MB -> " if self.bytes_before else ""
         table.add_row("weights", f"{before}{self.bytes_after / 1e6:,.1f} MB")
         share = self.packed_parameters / max(self.parameters, 1)
-        table.add_row("native", f"{self.layers} linear layers, {share:.0%} of the parameters")
+        experts = f" and {self.experts} modules of experts" if self.experts else ""
+        table.add_row("native", f"{self.layers} linear layers{experts}, {share:.0%} of the parameters")
         for row in self.formats:
             size = f"{row.weights / 1e6:,.1f} M weights, {row.bytes / 1e6:,.1f} MB"
             table.add_row(f"  {row.format}", f"{row.matrices} matrices, {size}")
@@ -92,11 +97,11 @@ class GeneralReport:
 def make_report(runtime: PackedModel) -> GeneralReport:
     """The report of a model on the general path."""
     model, backend = runtime.model, runtime.backend
-    layers = [layer for layer in linear_layers(model).values() if isinstance(layer, GeneralLinear)]
-    packed = [layer.packed for layer in layers]
-    sizes: dict[str, list[Any]] = {}
-    for matrix in packed:
-        sizes.setdefault(matrix.format, []).append(matrix)
+    layers = [layer for layer in packable_layers(model).values() if isinstance(layer, Packed)]
+    packed = [weight for layer in layers for weight in layer.held().values()]
+    formats: dict[str, list[PackedWeight]] = {}
+    for weight in packed:
+        formats.setdefault(weight.format, []).append(weight)
     rest: Counter[str] = Counter()
     counted: set[int] = set()
     for module in model.modules():
@@ -104,8 +109,8 @@ def make_report(runtime: PackedModel) -> GeneralReport:
             if parameter is not None and not isinstance(module, Packed) and id(parameter) not in counted:
                 counted.add(id(parameter))
                 rest[type(module).__name__] += parameter.numel()
-    biases = sum(layer.out_features for layer in layers if layer.bias is not None)
-    native = sum(matrix.rows * matrix.cols for matrix in packed) + biases
+    biases = sum(layer.bias.numel() for layer in layers if isinstance(layer, GeneralLinear) and layer.bias is not None)
+    native = sum(math.prod(weight.shape) for weight in packed) + biases
     return GeneralReport(
         path="general",
         family=str(model.config.model_type),
@@ -116,9 +121,11 @@ def make_report(runtime: PackedModel) -> GeneralReport:
         isa=backend.isa,
         threads=backend.threads,
         formats=tuple(
-            FormatRow(name, len(ms), sum(m.rows * m.cols for m in ms), sum(m.nbytes for m in ms)) for name, ms in sizes.items()
+            FormatRow(name, sum(map(_count, ws)), sum(math.prod(w.shape) for w in ws), sum(w.nbytes for w in ws))
+            for name, ws in formats.items()
         ),
-        layers=len(packed),
+        layers=sum(isinstance(layer, GeneralLinear) for layer in layers),
+        experts=sum(isinstance(layer, PackedExperts) for layer in layers),
         parameters=native + sum(rest.values()),
         packed_parameters=native,
         in_torch=dict(rest.most_common()),
@@ -127,3 +134,7 @@ def make_report(runtime: PackedModel) -> GeneralReport:
         config=runtime.config.to_dict(),
         warnings=tuple(runtime.notes),
     )
+
+
+def _count(weight: PackedWeight) -> int:
+    return weight.count if isinstance(weight, PackedStack) else 1

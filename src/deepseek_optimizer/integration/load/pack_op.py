@@ -14,6 +14,7 @@ from ...checkpoint.stacks import StackShape
 from ...errors import CheckpointChangedError, CheckpointError
 from ...quant import PackedStack, get_format
 from ...quant.tiles import empty_stack
+from ..bind.swap import STACKS
 
 
 class PackWeight(ConversionOps):
@@ -118,5 +119,6 @@ def unmerged(conversion: Any) -> Any:
     """Removes the merging from a converter that merges modules of experts into one parameter; other conversions are returned
     unchanged."""
     if isinstance(conversion, WeightConverter) and any(isinstance(op, MergeModulelist) for op in conversion.operations):
-        conversion.operations = [AsStored()]
+        if all(target.endswith(STACKS) for target in conversion.target_patterns):
+            conversion.operations = [AsStored()]
     return conversion

@@ -70,6 +70,7 @@ class PackingQuantizer(HfQuantizer):
         self.refused: list[CheckpointError] = []  # errors in parameters, raised after loading
         self.manifest: Manifest | None = None  # of a packed checkpoint
         self.no_plan: str | None = None  # why the model takes the general path
+        self.packs_experts = True
         if self.pre_quantized:
             return
         if self.quantization_config.calibration is not None and not self.chooses_formats:
@@ -141,7 +142,7 @@ class PackingQuantizer(HfQuantizer):
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
         """Passes experts to `PackWeight` one by one, as stored. If merged first, as Transformers does, the experts of a layer
         would be in memory three times."""
-        if self.pre_quantized:
+        if self.pre_quantized or not self.packs_experts:
             return weight_conversions
         return [unmerged(conversion) for conversion in weight_conversions]
 
@@ -175,6 +176,7 @@ class PackingQuantizer(HfQuantizer):
         self.files, self.mapped = files, MappedFiles(files or ())
         _refuse_pickles(files)
         self.bytes_before = sum(p.nbytes for p in model.parameters())
+        self.packs_experts = general.packs_experts(model)
         if self.pre_quantized:
             manifest = Manifest.read(vars(model.config), Path(model.config.name_or_path) / CONFIG)
             self.manifest = general.renamed_for(model, manifest)
