@@ -147,7 +147,7 @@ def test_casts_are_refused(saved):
     "fields",
     [
         {"kv_cache": "int8"}, {"kv_cache_memory": 1 << 20}, {"attention_optimization": "sliding"}, {"sparse_attention": True},
-        {"kl_budget": 0.1}, {"calibration": "text.txt"}, {"activation": "int16"}, {"batch_invariant": True},
+        {"kl_budget": 0.1}, {"calibration": "text.txt"}, {"batch_invariant": True},
         {"context_extension": "yarn", "context_length": 256},
     ],
 )  # fmt: skip

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from deepseek_optimizer import DeepSeekConfig, DynamicGraphOptimizer, load_model
+from deepseek_optimizer.backends.cpu import unavailable_reason
 from deepseek_optimizer.integration.general.modules import GeneralLinear
 from deepseek_optimizer.models import SUPPORTED
 from deepseek_optimizer.quant import get_format
@@ -94,6 +95,19 @@ def test_experts_of_another_layout_stay_in_torch(tmp_path):
     plain.save_pretrained(tmp_path)
     report = load_model(tmp_path, precision="int8").report()
     assert report.experts == 0 and report.in_torch["GptOssExperts"] > 0
+
+
+@pytest.mark.skipif(unavailable_reason() is not None, reason="the reference backend does not round activations")
+def test_activations(tmp_path):
+    """int8 activations, which are faster, instead of the int16 that int8 weights have by default."""
+    plain = random_general("bert")
+    plain.save_pretrained(tmp_path)
+    call = inputs_of(plain)
+    with torch.no_grad():
+        expected = first(plain(**call))
+        default, fast = (first(load_model(tmp_path, precision="int8", activation=a)(**call)) for a in ("auto", "int8"))
+    check_close(fast, expected, 0.05)
+    assert (fast - default).abs().max() > 0
 
 
 def test_bf16_checkpoints_keep_their_dtype(tmp_path):

@@ -85,12 +85,16 @@ class PackedModel(Instance):
     def _set_products(self, backend: Backend) -> None:
         """Has packed modules compute with the backend's products, and check their weights with it."""
         intact = NoCopyCallable(backend.check_tensor)
-        product, gradient = NoCopyCallable(backend.linear), NoCopyCallable(backend.linear_gradient)
+        product, gradient = NoCopyCallable(self._product(backend)), NoCopyCallable(backend.linear_gradient)
         for module in self.model.modules():
             if isinstance(module, Packed):
                 module.check_tensor = intact
             if isinstance(module, (PackedLinear, PackedExperts)):
                 module.product, module.gradient = product, gradient
+
+    def _product(self, backend: Backend) -> Callable[..., Any]:
+        """The product of packed modules: `Backend.linear` with the default options."""
+        return backend.linear
 
     def check_weights(self) -> None:
         """Raises CheckpointChangedError if a file that weights are mapped from was modified after loading."""

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 
+from ...backends.base import Backend, CompileOptions
 from ...checkpoint import Manifest
 from ...checkpoint.manifest import KEY
 from ...config import DeepSeekConfig
@@ -38,6 +41,12 @@ class GeneralRuntime(PackedModel):
     def changed(self) -> str | None:
         """How the packed layers differ from those that were bound (an adapter wraps them?); None: they are the same."""
         return None if _packed_names(self.model) == self._packed else "packed layers were replaced or wrapped"
+
+    def _product(self, backend: Backend) -> Callable[..., Any]:
+        activation = self.config.activation
+        if activation not in backend.capabilities.activations or activation == "auto":
+            return backend.linear
+        return partial(backend.linear, options=CompileOptions(activation))
 
     def move(self) -> None:
         """Call after the model moved to another device: chooses a backend for it."""

@@ -11,7 +11,7 @@ from ...models import build_graph
 # Settings that only an execution plan can serve. The others without effect here (fusion rules, chunks, batch sizes, MTP) change
 # no result, and the report says that there is no plan.
 NEED_A_PLAN = (
-    "attention_optimization", "attention_window", "sparse_attention", "kv_cache", "kv_cache_memory", "activation",
+    "attention_optimization", "attention_window", "sparse_attention", "kv_cache", "kv_cache_memory",
     "batch_invariant", "context_extension", "calibration", "kl_budget",
 )  # fmt: skip
 
