@@ -20,6 +20,7 @@ from ..bind.swap import stored_tensors
 from ..model.parameter_count import ParameterCount
 from ..model.refuse import Refuse
 from ..model.save import PackedSave
+from .activations import parallelise_activations
 from .report import make_report
 
 
@@ -126,5 +127,5 @@ def bind(
         runtime.warn_once(note)
     runtime.attach(model)
     model._weight_conversions = []  # packed tensors are saved unchanged
-    _ = runtime.backend  # sets the products of the layers
+    parallelise_activations(model, runtime.backend.threads)  # the backend is created now, and sets the layers' products
     return model
