@@ -67,8 +67,8 @@ class ParallelActivation(nn.Module):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         graph = torch.is_grad_enabled() and input.requires_grad
         if input.numel() < _SMALLEST or graph or not input.is_contiguous() or input.device.type != "cpu":
-            return self.inner(input)  # type: ignore[no-any-return]
-        return self.workers(self.inner, input)  # type: ignore[no-any-return]
+            return self.inner(input)
+        return self.workers(self.inner, input)
 
 
 def parallelise_activations(model: nn.Module, threads: int | None) -> None:
@@ -79,5 +79,5 @@ def parallelise_activations(model: nn.Module, threads: int | None) -> None:
     replaced: dict[int, ParallelActivation] = {}
     for parent in list(model.modules()):
         for name, module in list(parent._modules.items()):
-            if type(module).__name__ in _ELEMENTWISE and not isinstance(parent, ParallelActivation):
+            if module is not None and type(module).__name__ in _ELEMENTWISE and not isinstance(parent, ParallelActivation):
                 setattr(parent, name, replaced.setdefault(id(module), ParallelActivation(module, workers)))
