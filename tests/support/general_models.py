@@ -44,6 +44,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "distilbert": ("DistilBertModel", {"dim": 36, "n_layers": 2, "n_heads": 3, "hidden_dim": 52}),
     "electra": ("ElectraForSequenceClassification", _bert(embedding_size=20)),
     "falcon": ("FalconForCausalLM", {"hidden_size": 36, "num_hidden_layers": 2, "num_attention_heads": 3}),
+    "flex_olmo": ("FlexOlmoForCausalLM", _bert(num_key_value_heads=3, num_experts=6, num_experts_per_tok=2)),
     "gpt2": ("GPT2LMHeadModel", _gpt()),
     "gpt_bigcode": ("GPTBigCodeForCausalLM", _gpt()),
     "gpt_neo": (
@@ -64,16 +65,6 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "opt": ("OPTForCausalLM", {**_bert(), "ffn_dim": 52, "word_embed_proj_dim": 20}),
     "pegasus": ("PegasusForConditionalGeneration", _bart()),
     "phi": ("PhiForCausalLM", _bert()),
-    "qwen2_moe": (
-        "Qwen2MoeForCausalLM",
-        _bert(
-            num_key_value_heads=3,
-            num_experts=6,
-            num_experts_per_tok=2,
-            moe_intermediate_size=20,
-            shared_expert_intermediate_size=28,
-        ),
-    ),
     "roberta": ("RobertaForSequenceClassification", _bert(num_labels=3)),
     "rwkv": ("RwkvForCausalLM", {"hidden_size": 36, "num_hidden_layers": 2}),
     "t5": ("T5ForConditionalGeneration", _T5),

@@ -229,7 +229,7 @@ def test_other_quantisation_and_unknown_types(saved, tmp_path):
     spoil(folder, tmp_path / "m")
     config = json.loads((folder / "config.json").read_text())
     for fields, error, message in (
-        ({"quantization_config": {"quant_method": "gptq"}}, CheckpointError, "gptq"),
+        ({"quantization_config": {"quant_method": "hqq"}}, CheckpointError, "hqq"),
         ({"model_type": "new"}, UnsupportedModelError, "'new' is not supported"),
         ({"num_attention_heads": 5}, ConfigError, "Transformers cannot load this as a BertModel"),
     ):
