@@ -97,6 +97,17 @@ def test_experts_of_another_layout_stay_in_torch(tmp_path):
     assert report.experts == 0 and report.in_torch["GptOssExperts"] > 0
 
 
+def test_the_head_gets_contiguous_inputs(tmp_path):
+    """torch would copy a frozen weight for every row of a strided input, such as the last tokens of a batch."""
+    random_general("gpt2").save_pretrained(tmp_path)
+    model = load_model(tmp_path, precision="int8")
+    seen = []
+    model.lm_head.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    with torch.no_grad():
+        model(**inputs_of(model), logits_to_keep=1)
+    assert seen[0].shape == (2, 1, 36) and seen[0].is_contiguous()
+
+
 @pytest.mark.skipif(unavailable_reason() is not None, reason="the reference backend does not round activations")
 def test_activations(tmp_path):
     """int8 activations, which are faster, instead of the int16 that int8 weights have by default."""

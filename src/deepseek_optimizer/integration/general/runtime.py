@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 
 from ...backends.base import Backend, CompileOptions
 from ...checkpoint import Manifest
@@ -100,6 +101,12 @@ def _methods(runtime: GeneralRuntime) -> dict[str, Any]:
     }
 
 
+def _contiguous(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A hook: makes the input contiguous. For a strided one (the last token of each row) and a frozen weight, torch expands the
+    weight to one copy per row."""
+    return tuple(value.contiguous() if isinstance(value, torch.Tensor) else value for value in args)
+
+
 def bind(
     model: Any, config: DeepSeekConfig, no_plan: str, *, bytes_before: int | None = None, notes: list[str] | None = None
 ) -> Any:
@@ -123,6 +130,8 @@ def bind(
         quantizer.quantization_config = copy.deepcopy(config)
     for parameter in model.base_model.parameters():
         parameter.requires_grad_(False)
+    if isinstance(head := model.get_output_embeddings(), nn.Linear):
+        head.register_forward_pre_hook(_contiguous)
     for note in notes or ():
         runtime.warn_once(note)
     runtime.attach(model)
