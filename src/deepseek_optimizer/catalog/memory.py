@@ -83,11 +83,19 @@ def _general(made: Any, parameters: int, no_plan: str) -> Need:
     from ..checkpoint.manifest import PackedEntry
     from ..config import DeepSeekConfig
     from ..integration.bind.modules import Packed
-    from ..integration.general import swap_on_meta
+    from ..integration.general import head_name, swap_on_meta
+    from ..quant import get_format
 
     before = sum(p.nbytes for p in made.parameters())
     swap_on_meta(made, DeepSeekConfig(precision="bf16"), torch.bfloat16)
     held = [weight for module in made.modules() if isinstance(module, Packed) for weight in module.held().values()]
     rest = before - sum(2 * math.prod(weight.shape) for weight in held)
-    weights = {name: rest + sum(math.prod(PackedEntry(name, tuple(w.shape)).tiles) for w in held) for name in FORMATS}
+    shapes = [tuple(weight.shape) for weight in held]
+    head = head_name(made)
+    copied = [] if head is None else [tuple(made.get_submodule(head).weight.shape)]  # only if that is smaller than bf16
+    weights = {
+        name: rest
+        + sum(math.prod(PackedEntry(name, s).tiles) for s in (*shapes, *(copied if get_format(name).bits < 16 else ())))
+        for name in FORMATS
+    }
     return Need(no_plan, parameters, weights, None, 0, 0)

@@ -109,8 +109,10 @@ def test_formats_by_name(saved):
     folder, _ = saved("gpt2")
     model = load_model(folder, precision="int8", formats={"transformer.h.*.mlp.*": "int4"})
     assert {row.format: row.matrices for row in model.report().formats} == {"int8": 4, "int4": 4}
-    with pytest.raises(ConfigError, match=r"'lm_head', which is not a linear layer that the general path packs"):
-        load_model(folder, formats={"lm_head": "int8"})
+    assert load_model(folder, precision="int8", formats={"lm_head": "fp32"}).report().head is None
+    assert load_model(folder, formats={"lm_head": "int4"}).report().head == "int4"
+    with pytest.raises(ConfigError, match=r"'transformer.wte', which is not a linear layer that the general path packs"):
+        load_model(folder, formats={"transformer.wte": "int8"})
 
 
 def test_the_weight_of_a_packed_layer(saved):

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
 from deepseek_optimizer import DeepSeekConfig, DynamicGraphOptimizer, load_model
 from deepseek_optimizer.backends.cpu import unavailable_reason
+from deepseek_optimizer.integration.general.head import head_name
 from deepseek_optimizer.integration.general.modules import GeneralLinear
 from deepseek_optimizer.models import SUPPORTED
-from deepseek_optimizer.quant import get_format
+from deepseek_optimizer.quant import PackedMatrix, get_format, unpack
 from support.general_models import CASES, inputs_of, random_general
 
 NAMES = [name for name in CASES if name not in SUPPORTED]
@@ -37,6 +40,14 @@ def test_equals_transformers(tmp_path, name):
         check_close(first(fast(**call)), first(plain(**call)), 1e-5)
 
 
+def with_rounded_weight(head):
+    """A float head with the values of a `PackedHead`'s packed copy."""
+    plain = torch.nn.Linear(head.in_features, head.out_features, bias=head.bias is not None)
+    plain.weight.copy_(unpack(PackedMatrix(head.format, head.out_features, head.in_features, head.tiles)))
+    plain.bias = head.bias
+    return plain
+
+
 @pytest.mark.parametrize("precision", ["int8", "int4", "q4_1", "bf16"])
 @pytest.mark.parametrize("name", ["bert", "gpt2", "t5", "opt"])
 def test_formats_against_their_own_values(tmp_path, name, precision):
@@ -52,6 +63,8 @@ def test_formats_against_their_own_values(tmp_path, name, precision):
             step = {"int8": 1 / 127, "int4": 1 / 7, "q4_1": 1 / 7, "bf16": 1 / 128}[precision]
             assert (layer.weight - own).abs().max() <= step * own.abs().max()
             own.copy_(layer.weight)
+        if (path := head_name(fast)) is not None:
+            plain.set_submodule(path, with_rounded_weight(fast.get_submodule(path)))
         call = inputs_of(plain)
         rounding = 1e-5 if get_format(precision).activation == "fp32" else 0.05
         check_close(first(fast(**call)), first(plain(**call)), rounding)
@@ -100,12 +113,31 @@ def test_experts_of_another_layout_stay_in_torch(tmp_path):
 def test_the_head_gets_contiguous_inputs(tmp_path):
     """torch would copy a frozen weight for every row of a strided input, such as the last tokens of a batch."""
     random_general("gpt2").save_pretrained(tmp_path)
-    model = load_model(tmp_path, precision="int8")
+    model = load_model(tmp_path, precision="fp32")
     seen = []
     model.lm_head.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     with torch.no_grad():
         model(**inputs_of(model), logits_to_keep=1)
     assert seen[0].shape == (2, 1, 36) and seen[0].is_contiguous()
+
+
+@pytest.mark.parametrize("name", ["gpt2", "t5", "bert-mlm", "opt", "gpt_neox"])  # the last has a head of its own
+def test_the_head_computes_with_a_packed_copy(tmp_path, name):
+    plain = random_general(name)
+    plain.save_pretrained(tmp_path)
+    assert load_model(tmp_path, precision="fp32").report().head is None
+    model = load_model(tmp_path, precision="int8")
+    head = model.get_output_embeddings()
+    assert model.report().head == "int8" and "head, by a int8 copy" in str(model.report())
+    assert model.num_parameters() == plain.num_parameters() and not any("tiles" in key for key in model.state_dict())
+    x = torch.randn(2, 3, head.in_features)
+    with torch.no_grad():
+        exact = torch.nn.functional.linear(x, head.weight, head.bias)
+        packed = head(x)
+        assert 0 < (packed - exact).abs().max() <= 0.02 * exact.abs().max()
+        assert torch.equal(copy.deepcopy(model).get_output_embeddings()(x), packed)
+        head.weight.mul_(2)  # as training would
+        torch.testing.assert_close(head(x), torch.nn.functional.linear(x, head.weight, head.bias))
 
 
 @pytest.mark.skipif(unavailable_reason() is not None, reason="the reference backend does not round activations")

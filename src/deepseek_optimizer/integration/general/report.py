@@ -13,6 +13,7 @@ from ..bind.packed_experts import PackedExperts
 from ..bind.packed_model import PackedModel
 from ..model.parameter_count import parameter_bytes
 from ..model.report import FormatRow
+from .head import PackedHead
 from .modules import GeneralLinear
 from .swap import packable_layers
 
@@ -31,6 +32,7 @@ class GeneralReport:
         isa, threads: of the native backend; None for others.
         formats: the weight formats of the packed layers.
         layers, experts: number of linear layers, and of modules of merged experts, that run on our kernels.
+        head: format of the packed copy of the language model head's weight; None: it has none.
         parameters, packed_parameters: number of parameters, and how many of them are in these layers.
         in_torch: number of the other parameters by the class of their module, the most first.
         bytes_before, bytes_after: size of the weights as float parameters, and now.
@@ -49,6 +51,7 @@ class GeneralReport:
     formats: tuple[FormatRow, ...]
     layers: int
     experts: int
+    head: str | None
     parameters: int
     packed_parameters: int
     in_torch: dict[str, int]
@@ -74,6 +77,8 @@ class GeneralReport:
         share = self.packed_parameters / max(self.parameters, 1)
         experts = f" and {self.experts} modules of experts" if self.experts else ""
         table.add_row("native", f"{self.layers} linear layers{experts}, {share:.0%} of the parameters")
+        if self.head is not None:
+            table.add_row("", f"the head, by a {self.head} copy of its weight")
         for row in self.formats:
             size = f"{row.weights / 1e6:,.1f} M weights, {row.bytes / 1e6:,.1f} MB"
             table.add_row(f"  {row.format}", f"{row.matrices} matrices, {size}")
@@ -126,11 +131,12 @@ def make_report(runtime: PackedModel) -> GeneralReport:
         ),
         layers=sum(isinstance(layer, GeneralLinear) for layer in layers),
         experts=sum(isinstance(layer, PackedExperts) for layer in layers),
+        head=next((module.format for module in model.modules() if isinstance(module, PackedHead)), None),
         parameters=native + sum(rest.values()),
         packed_parameters=native,
         in_torch=dict(rest.most_common()),
         bytes_before=runtime.bytes_before,
-        bytes_after=parameter_bytes(model),
+        bytes_after=parameter_bytes(model) + sum(m.tiles.nbytes for m in model.modules() if isinstance(m, PackedHead)),
         config=runtime.config.to_dict(),
         warnings=tuple(runtime.notes),
     )

@@ -11,17 +11,19 @@ import torch
 from torch import nn
 
 from ...backends.base import Backend, CompileOptions
+from ...backends.registry import choose_backend
 from ...checkpoint import Manifest
 from ...checkpoint.manifest import KEY
 from ...config import DeepSeekConfig
 from ..bind.instance_method import InstanceMethod, Replacement
 from ..bind.modules import Packed
-from ..bind.packed_model import PackedModel
+from ..bind.packed_model import NoCopyCallable, PackedModel
 from ..bind.swap import stored_tensors
 from ..model.parameter_count import ParameterCount
 from ..model.refuse import Refuse
 from ..model.save import PackedSave
 from .activations import parallelise_activations
+from .head import PackedHead, pack_head
 from .report import make_report
 
 
@@ -49,6 +51,12 @@ class GeneralRuntime(PackedModel):
         if activation not in backend.capabilities.activations or activation == "auto":
             return backend.linear
         return partial(backend.linear, options=CompileOptions(activation))
+
+    def _set_products(self, backend: Backend) -> None:
+        super()._set_products(backend)
+        for module in self.model.modules():
+            if isinstance(module, PackedHead):
+                module.product = NoCopyCallable(self._product(backend))
 
     def move(self) -> None:
         """Call after the model moved to another device: chooses a backend for it."""
@@ -123,6 +131,7 @@ def bind(
     head that is outside it can be trained.
     """
     config = copy.deepcopy(config)
+    pack_head(model, config, choose_backend(config, model.device)[0].pack)
     runtime = GeneralRuntime(model, config, Manifest.of(stored_tensors(model)), no_plan=no_plan, bytes_before=bytes_before)
     model.config.quantization_config = config
     setattr(model.config, KEY, runtime.manifest.to_dict())
@@ -130,7 +139,7 @@ def bind(
         quantizer.quantization_config = copy.deepcopy(config)
     for parameter in model.base_model.parameters():
         parameter.requires_grad_(False)
-    if isinstance(head := model.get_output_embeddings(), nn.Linear):
+    if type(head := model.get_output_embeddings()) is nn.Linear:
         head.register_forward_pre_hook(_contiguous)
     for note in notes or ():
         runtime.warn_once(note)

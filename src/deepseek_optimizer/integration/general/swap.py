@@ -1,7 +1,7 @@
 """Which layers of a model without a plan are packed, and their replacement.
 
 Packed are the `nn.Linear` and `Conv1D` layers of the base model, and the merged experts of mixtures. Everything else stays as
-it is: embeddings, heads, whatever shares a weight with another module, norms, convolutions, and modules that multiply weights
+it is: embeddings, heads (see `head.py`), whatever shares a weight with another module, norms, convolutions, and modules that multiply weights
 themselves.
 """
 
@@ -21,6 +21,7 @@ from ...quant import Packer
 from ..bind.modules import Packed
 from ..bind.packed_experts import PackedExperts
 from ..bind.swap import NATURAL, STACKS, packed_tiles, packed_twin
+from .head import head_name
 from .modules import GeneralConv1D, GeneralLinear
 
 # Subclasses whose forward is that of `nn.Linear`, up to rounding. Others may compute something else (routers, heads).
@@ -85,9 +86,12 @@ def _weights(name: str, module: Any) -> dict[str, str]:
     return {leaf: f"{name}.{leaf}" for leaf in STACKS} if _has_stacks(module) else {"weight": name}
 
 
-def _formats(layers: Mapping[str, Any], config: DeepSeekConfig, natural: Mapping[str, str]) -> dict[str, dict[str, str]]:
+def _formats(
+    layers: Mapping[str, Any], config: DeepSeekConfig, natural: Mapping[str, str], head: str | None
+) -> dict[str, dict[str, str]]:
     """Format of each parameter of each layer. Raises ConfigError if an entry of `config.formats` names none of them."""
     names = [entry for name, module in layers.items() for entry in _weights(name, module).values()]
+    names += [] if head is None else [head]
     for entry in config.unmatched(names):
         near = difflib.get_close_matches(entry, names, n=1, cutoff=0.3)
         hint = f"; did you mean {near[0]!r}?" if near else ""
@@ -133,7 +137,7 @@ def swap_on_meta(model: Any, config: DeepSeekConfig, dtype: torch.dtype, packed:
     layers = packable_layers(model)
     in_fp32 = model._get_dtype_plan(dtype)
     dtypes = {name: torch.float32 if any(f".{part}." in f".{name}." for part in in_fp32) else dtype for name in layers}
-    formats = _formats(layers, config, {name: NATURAL[own] for name, own in dtypes.items()})
+    formats = _formats(layers, config, {name: NATURAL[own] for name, own in dtypes.items()}, head_name(model))
     for name, module in layers.items():
         own = formats[name]
         if packed is not None:
@@ -151,7 +155,7 @@ def pack_in_place(model: Any, config: DeepSeekConfig, packer: Packer) -> None:
     """
     layers = packable_layers(model)
     natural = {name: NATURAL.get(next(module.parameters()).dtype, "") for name, module in layers.items()}
-    formats = _formats(layers, config, natural)
+    formats = _formats(layers, config, natural, head_name(model))
     for name in list(layers):
         module = layers.pop(name)
         if isinstance(module, Packed):
