@@ -1,8 +1,8 @@
 """Which layers of a model without a plan are packed, and their replacement.
 
 Packed are the `nn.Linear` and `Conv1D` layers of the base model, and the merged experts of mixtures. Everything else stays as
-it is: embeddings, heads (see `head.py`), whatever shares a weight with another module, norms, convolutions, and modules that multiply weights
-themselves.
+it is: embeddings, heads (see `head.py`), whatever shares a weight with another module, norms, convolutions, and modules that
+multiply weights themselves.
 """
 
 from __future__ import annotations
