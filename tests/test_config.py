@@ -36,6 +36,7 @@ GOOD = {
     "context_length": [None],
     "calibration": [None, "notes.txt"],
     "kl_budget": [None, 0.02, 1],
+    "strict": [True, False],
     "formats": [None, {}, {"lm_head": "int8", "model.layers.0.mlp.up_proj": "q4_1"}],
     "quant_method": ["deepseek_optimizer"],
 }
@@ -63,6 +64,7 @@ BAD = {
     "context_length": [0, -1, 1.5, True, "32768", 1 << 31],
     "calibration": ["", " ", "a\0b", 4, b"notes.txt", True],
     "kl_budget": [0, -0.1, float("nan"), float("inf"), "0.02", True],
+    "strict": [1, "yes", None],
     "formats": [["int8"], {"lm_head": "int3"}, {"lm_head": None}, {1: "int8"}],
     "quant_method": ["bitsandbytes", None],
 }

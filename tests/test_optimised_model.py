@@ -170,8 +170,9 @@ def test_invalid_arguments_at_construction(model, options, error, message):
 def test_unsupported_models(model):
     from transformers import GPT2Config, GPT2LMHeadModel
 
+    gpt2 = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=32, n_head=2, vocab_size=64))
     with pytest.raises(UnsupportedModelError, match="gpt2.*llama"):
-        DynamicGraphOptimizer(GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=32, n_head=2, vocab_size=64)))
+        DynamicGraphOptimizer(gpt2, config=DeepSeekConfig(strict=True))
     with pytest.raises(ConfigError, match="expected a Transformers model"):
         DynamicGraphOptimizer(torch.nn.Linear(2, 2))
     with pytest.raises(ConfigError, match="not an optimised model"):

@@ -31,7 +31,7 @@ class ToyBackend(ReferenceBackend):
             attention_modes=("flash", "eager"),
         )
 
-    def linear(self, x: torch.Tensor, matrix: PackedMatrix, bias: torch.Tensor | None = None) -> torch.Tensor:
+    def linear(self, x: torch.Tensor, matrix: PackedMatrix, bias: torch.Tensor | None = None, **_: object) -> torch.Tensor:
         return F.linear(x.float(), self.unpack(matrix), None if bias is None else bias.float())
 
     def linear_gradient(self, grad: torch.Tensor, matrix: PackedMatrix) -> torch.Tensor:

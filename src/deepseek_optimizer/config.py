@@ -180,6 +180,8 @@ class DeepSeekConfig(QuantizationConfigMixin):
             the original model stays within this many nats per token, measured on the calibration text (without one, on a text
             that every Python installation contains). int8 everywhere costs a few thousandths, int4 a few tenths. None: no
             loss is allowed.
+        strict: True: a model without an execution plan (an unknown family, or a feature that its plan does not support) raises
+            UnsupportedModelError. False: it takes the general path: Transformers' own forward with packed linear layers.
         formats: formats of single matrices by module name, such as {"lm_head": "int8"}, or of all modules that match a pattern
             with *, such as {"model.layers.*.mlp.experts.*": "int8"}; overrides `precision`. A name overrides patterns; of
             several matching patterns the first is used. With `kl_budget`, only the formats of the other matrices are chosen.
@@ -209,6 +211,7 @@ class DeepSeekConfig(QuantizationConfigMixin):
     context_length: int | None = None
     calibration: str | None = None
     kl_budget: float | None = None
+    strict: bool = False
     formats: dict[str, str] | None = None
 
     _checks: ClassVar[dict[str, Callable[[str, Any], Any]]] = {
@@ -236,6 +239,7 @@ class DeepSeekConfig(QuantizationConfigMixin):
         "context_length": _optional(_integer(1, (1 << 31) - 1)),
         "calibration": _optional(_path),
         "kl_budget": _optional(_above_zero),
+        "strict": _flag,
         "formats": _optional(_formats),
     }
 

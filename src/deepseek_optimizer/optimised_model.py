@@ -13,6 +13,11 @@ from .errors import ConfigError
 def load_model(path: str | os.PathLike[str], config: DeepSeekConfig | None = None, **fields: Any) -> Any:
     """Loads a checkpoint as an optimised Transformers model on the CPU, ready to generate.
 
+    A model of a supported family runs as an execution plan. Any other model that Transformers has (causal, encoder,
+    encoder-decoder, classifier) takes the general path: Transformers' own forward, cache and `generate`, with linear layers
+    packed and computed by this package. `model.report()` says which path it is and what runs natively; `strict=True` refuses
+    the general path.
+
     Weights are packed while they are read: besides the packed model, only memory for a panel of rows is needed. The weights of
     a packed checkpoint are mapped from its file instead. While the model is in use, that file may be replaced (as
     `save_pretrained` and `dso convert` do); the model continues to use the weights it loaded. If the file is written to or
@@ -25,14 +30,16 @@ def load_model(path: str | os.PathLike[str], config: DeepSeekConfig | None = Non
         fields: single fields of `DeepSeekConfig`; they override those of `config`.
 
     Returns:
-        The family's `ForCausalLM` model in eval mode; `model.report()` lists the optimisations. Load other classes
-        (`AutoModel`, classifiers) with their own `from_pretrained(path, quantization_config=config)`.
+        The family's `ForCausalLM` model in eval mode, on the general path the class that the checkpoint was saved from;
+        `model.report()` lists the optimisations. Load other classes (`AutoModel`, classifiers) with their own
+        `from_pretrained(path, quantization_config=config)`.
 
     Raises:
         CheckpointError: a file is damaged, incomplete or inconsistent; names the file and tensor. Pickles are never opened.
         CheckpointChangedError: a file was modified while it was read.
         ConfigError: a field, or the checkpoint's config.json, is invalid or not supported.
         NotEnoughMemoryError: the weights do not fit in free memory; raised before any are read.
+        UnsupportedModelError: the model has no plan, and `strict` is set or Transformers does not have it either.
     """
     from .integration.load.loader import load
 
@@ -51,26 +58,27 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Any:
     """
     from .checkpoint import load_tokenizer as load
     from .checkpoint import open_checkpoint
-    from .integration.configs import check_config
+    from .integration.load.general import why_general_path
     from .integration.load.resolve import resolve
 
     with open_checkpoint(resolve(path)) as checkpoint:
-        check_config(checkpoint.config())
+        why_general_path(checkpoint, None, {})  # raises what load_model would
         return load(checkpoint)
 
 
 def report(model: Any) -> Any:
     """Returns the report of an optimised model. `print` shows it as a table, `.to_dict()` returns its values."""
-    from .integration.bind.runtime import runtime_of
+    from .integration.bind.packed_model import packed_model_of
 
-    return runtime_of(model).report()
+    return packed_model_of(model).report()
 
 
 class DynamicGraphOptimizer:
     """Optimises a model that is already loaded, in place.
 
     Args:
-        model: a Transformers model of a supported family, float, or optimised before (then only rules and batch sizes change).
+        model: a Transformers model, either float or optimised before (then only rules and batch sizes change). One without an
+            execution plan takes the general path, see `load_model`.
         fusion_rules: names of the fusion rules to apply; None: those of `config`.
         batch_size_range: (smallest, largest) batch size to allocate buffers and warm up kernels for; None: that of `config`.
         config: how to optimise the model; None: the weights keep their dtype.
@@ -89,6 +97,7 @@ class DynamicGraphOptimizer:
         from .integration.bind.context_extension import extended
         from .integration.bind.graphs import plan_graph
         from .integration.bind.swap import NATURAL
+        from .integration.general import check_settings, why_general
 
         if config is not None and not isinstance(config, DeepSeekConfig):
             raise ConfigError(f"config must be a DeepSeekConfig or None, got {type(config).__name__}")
@@ -105,8 +114,12 @@ class DynamicGraphOptimizer:
             raise ConfigError("calibration needs the model's files and tokenizer; use load_model or `dso convert`")
         if not hasattr(model, "config"):
             raise ConfigError(f"expected a Transformers model, got {type(model).__name__}")
-        plan_graph(model.config, self.config.rules, mode=self.config.attention)
-        extended(model.config, self.config)
+        self.no_plan = why_general(model.config, self.config.strict)
+        if self.no_plan is None:
+            plan_graph(model.config, self.config.rules, mode=self.config.attention)
+            extended(model.config, self.config)
+        else:
+            check_settings(self.config, self.no_plan)
         if (dtype := getattr(model, "dtype", None)) not in NATURAL:
             raise ConfigError(f"a model of dtype {dtype} cannot be packed; use model.float() or model.bfloat16() first")
         if model.device.type == "meta":
@@ -114,13 +127,14 @@ class DynamicGraphOptimizer:
         self.model = model
 
     def optimize(self) -> Any:
-        """Packs the weights module by module, frees each original as it is replaced, and makes the model run the plan.
+        """Packs the weights module by module, frees each original as it is replaced, and makes the model run the plan, if it
+        has one.
 
         Returns: the same model object.
         """
         from .integration.load.optimize_in_place import optimize_in_place
 
-        optimize_in_place(self.model, self.config)
+        optimize_in_place(self.model, self.config, self.no_plan)
         return self.model
 
     def report(self) -> Any:

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from . import bench, chat, convert, demo, doctor, info, longdoc, run, serve, train
+from . import bench, chat, convert, demo, doctor, info, longdoc, models, run, serve, train
 from .help import MAX_WIDTH, Command
 from .streams import tolerate_locale
 
@@ -91,6 +91,7 @@ _COMMANDS: dict[str, tuple[Callable[..., None], str]] = {
     "train": (train.train, "Train a model on chats and texts."),
     "convert": (convert.convert, "Write a packed copy of a model."),
     "info": (info.info, "Show the CPU and the selected kernels."),
+    "models": (models.models, "Show the supported models and the memory that they need."),
     "doctor": (doctor.doctor, "Find out why a model fails or runs badly."),
     "demo": (demo.demo, "Try a small model and compare it with Transformers."),
     "bench": (bench.bench, "Measure speed, memory and quality of a model."),

@@ -21,8 +21,9 @@ def convert(
 ) -> None:
     """Write a packed copy of a model, with its tokenizer.
 
-    The model is converted layer by layer, so it may be larger than memory. --calibration needs memory for the original, and
-    --kl-budget for the original and the copy. After an interruption, run the same command again to resume.
+    The model is converted layer by layer, so it may be larger than memory. --calibration needs memory for the original,
+    --kl-budget for the original and the copy, and a model on the general path for the copy. After an interruption, run the
+    same command again to resume.
     """
     if out.exists() and Path(model).exists() and out.samefile(model):
         raise ValueError(f"{out} is the model itself, which packing would overwrite; choose another directory")
@@ -38,7 +39,8 @@ def convert(
             f"{path} belongs to another run that is still in progress, or to an interrupted one on a file system without locks"
         )
     fields = o.not_none(precision=precision, kl_budget=kl_budget, calibration=calibration)
-    curve = _stream(model, out, fields, force) if kl_budget is None else _in_memory(model, out, fields, force)
+    streams = kl_budget is None and not _takes_general_path(model)
+    curve = (_stream if streams else _in_memory)(model, out, fields, force)
     size = sum(f.stat().st_size for f in out.rglob("*") if f.is_file())
     if as_json:
         print_json({"model": model, "out": str(out), "bytes": size, "curve": curve})
@@ -47,6 +49,15 @@ def convert(
     for point in curve:
         chosen = "  (chosen)" if point["chosen"] else ""
         typer.echo(f"{point['bits']:6.2f} bits {point['bytes'] / 1e6:10,.1f} MB   KL {point['measured_kl']:.2g}{chosen}")
+
+
+def _takes_general_path(model: str) -> bool:
+    from deepseek_optimizer.checkpoint import open_checkpoint
+    from deepseek_optimizer.integration.load.general import why_general_path
+    from deepseek_optimizer.integration.load.resolve import resolve
+
+    with open_checkpoint(resolve(model)) as checkpoint:
+        return why_general_path(checkpoint, None, {}) is not None
 
 
 def _stream(model: str, out: Path, fields: dict[str, Any], force: bool) -> list[dict[str, Any]]:
@@ -71,7 +82,7 @@ def _in_memory(model: str, out: Path, fields: dict[str, Any], force: bool) -> li
     with atomic_directory(out, overwrite=force) as partial:
         loaded.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-    return list(loaded.report().curve)
+    return list(loaded.dso.manifest.curve)
 
 
 def _note(line: str) -> None:

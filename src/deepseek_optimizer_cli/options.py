@@ -108,6 +108,10 @@ Threads = Annotated[
         "--threads", min=1, metavar="N", help="Number of CPU threads. Default: all cores available to the process.", **_MODEL
     ),
 ]
+Strict = Annotated[
+    bool | None,
+    typer.Option("--strict", help="Refuse models that have no execution plan and would take the general path.", **_MODEL),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 
 System = Annotated[str | None, typer.Option("--system", metavar="TEXT", help="System prompt.")]
@@ -158,7 +162,7 @@ Seed = Annotated[int | None, typer.Option("--seed", metavar="N", help="Random se
 _MODEL_FIELDS: dict[str, Any] = {
     "precision": Precision, "kv_cache": KvCache, "attention_optimization": Attention, "attention_window": AttentionWindow,
     "attention_budget": AttentionBudget, "context_extension": ContextExtension, "context_length": ContextLength,
-    "threads": Threads,
+    "threads": Threads, "strict": Strict,
 }  # fmt: skip
 
 

@@ -170,6 +170,11 @@ def test_products_of_packed_matrices(backend, format_name):
     made, exact = backend.linear(x, matrix, bias), x.double() @ dense.double().T + bias.double()
     assert made.dtype == torch.float32 and made.shape == (2, 5, 200)
     assert_close_rows(made.flatten(0, 1).double(), exact.flatten(0, 1), FORMAT_TOLERANCE[format_name])
+    for activation in backend.capabilities.activations:
+        rounded = backend.linear(x, matrix, bias, CompileOptions(activation))
+        tolerance = max(FORMAT_TOLERANCE[format_name], FORMAT_TOLERANCE["int4"] if activation == "int8" else 0)
+        assert_close_rows(rounded.flatten(0, 1).double(), exact.flatten(0, 1), tolerance)
+        assert activation != "auto" or torch.equal(rounded, made)
     made = backend.linear_gradient(grad, matrix)
     assert made.dtype == torch.float32
     assert_close_rows(made.double(), grad.double() @ dense.double(), 1e-5)

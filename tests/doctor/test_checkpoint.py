@@ -25,7 +25,7 @@ DAMAGES = {
     "a tensor less": lambda copy: copy.edit_weights(lambda w: w.pop("model.norm.weight")),
     "a tensor too many": lambda copy: copy.edit_weights(lambda w: w.update(extra=torch.ones(2))),
     "another shape": lambda copy: copy.edit("config.json", intermediate_size=160),
-    "another family": lambda copy: copy.edit("config.json", model_type="gpt2"),
+    "an unknown family": lambda copy: copy.edit("config.json", model_type="unknown"),
     "another quantiser": lambda copy: copy.edit("config.json", quantization_config={"quant_method": "hqq"}),
     "a tokenizer too large": lambda copy: copy.edit("config.json", vocab_size=100),
 }
@@ -55,3 +55,10 @@ def test_gguf_conversions_are_named(case, one, tmp_path):
     path.write_bytes(gguf_bytes(model_values("llama"), model_tensors("llama", kind="Q5_0")))
     found = list(checkpoint.check(case(model=str(path))))
     assert [f.severity for f in found] == ["ok", "note"] and "Q5_0" in found[1].what
+
+
+def test_a_model_on_the_general_path_is_not_examined_further(case, model_copy, one):
+    model_copy.edit("config.json", model_type="gpt2", architectures=["GPT2LMHeadModel"])
+    finding = one(checkpoint.check(case(model=str(model_copy.path))), "note", "gpt2 takes the general path")
+    assert "'gpt2' is not supported" in finding.cause and "dso info" in finding.fix
+    assert examine(case(model=str(model_copy.path)))[-1].check == "checkpoint"

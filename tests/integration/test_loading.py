@@ -254,7 +254,8 @@ def change(folder, target, **fields):
         ({"num_hidden_layers": 4}, CheckpointError, "layers.3"),
         ({"num_hidden_layers": 2}, CheckpointError, "layers.2"),
         ({"vocab_size": 212}, CheckpointError, "embed_tokens"),
-        ({"model_type": "bert"}, UnsupportedModelError, "bert.*llama"),
+        ({"model_type": "unknown"}, UnsupportedModelError, "unknown.*llama"),
+        ({"model_type": "bert"}, CheckpointError, "self.query.*is missing"),
         ({"quantization_config": {"quant_method": "hqq"}}, CheckpointError, "hqq"),
     ],
 )
@@ -270,7 +271,7 @@ def test_from_pretrained_rejects(saved, tmp_path):
         from transformers import GPT2Config, GPT2LMHeadModel
 
         GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=32, n_head=2, vocab_size=64)).save_pretrained(tmp_path / "gpt2")
-        AutoModelForCausalLM.from_pretrained(tmp_path / "gpt2", quantization_config=config())
+        AutoModelForCausalLM.from_pretrained(tmp_path / "gpt2", quantization_config=config(strict=True))
     with pytest.raises(ConfigError, match="float16|float32|bfloat16"):
         AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, quantization_config=config())
     with pytest.raises(ConfigError, match="one device"):

@@ -104,7 +104,8 @@ LAYERS = (
         "everything that uses Transformers' internals. `attention/`: attention functions and masks registered with "
         "it; `memory/`: cache memory; `bind/`: a model bound to an execution plan (graph, packed modules, runtime); "
         "`generation/`: `generate` and its cache; `model/`: methods of an optimised model that replace those of its "
-        "class; `load/`: loading, packing and saving checkpoints; `training/`: Trainer and modules, for `train/`",
+        "class; `general/`: models without a plan; `load/`: loading, packing and saving checkpoints; `training/`: Trainer "
+        "and modules, for `train/`",
         may=("..calibration",),
         levels=(
             ("compat", "configs"),
@@ -112,6 +113,7 @@ LAYERS = (
             ("bind",),
             ("generation",),
             ("model",),
+            ("general",),
             ("load", "training"),
         ),
     ),
@@ -164,6 +166,12 @@ LAYERS = (
         "finds out why a model fails or runs slowly: one check or symptom per file",
         may=("..chat", "bench"),
         levels=(("case", "finding", "machine", "memory_estimate", "remedies"), ("checks", "symptoms"), (REST,)),
+    ),
+    Layer(
+        "catalog",
+        "the supported families, and the memory that well-known models need, for `dso models` and the documentation",
+        may=("..chat", "doctor"),
+        levels=(("known",), (REST,)),
     ),
     Layer(
         "server",

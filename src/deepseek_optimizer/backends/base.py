@@ -317,8 +317,10 @@ class Backend(Sizes, Protocol):
     def unpack(self, matrix: PackedMatrix, begin: int = 0, end: int | None = None) -> torch.Tensor:
         """Rows [begin, end) as float32 [end - begin, cols]; `begin` is a multiple of 16. None: to the last row."""
 
-    def linear(self, x: torch.Tensor, matrix: PackedMatrix, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """x [..., K] @ W.T (+ bias) as float32 [..., N]."""
+    def linear(
+        self, x: torch.Tensor, matrix: PackedMatrix, bias: torch.Tensor | None = None, options: CompileOptions = DEFAULTS
+    ) -> torch.Tensor:
+        """x [..., K] @ W.T (+ bias) as float32 [..., N]. `options`: as in `compile`."""
 
     def linear_gradient(self, grad: torch.Tensor, matrix: PackedMatrix) -> torch.Tensor:
         """grad [..., N] @ W as float32 [..., K]: the gradient of `linear` with respect to x."""

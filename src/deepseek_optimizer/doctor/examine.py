@@ -15,11 +15,12 @@ def examine(case: Case) -> list[Finding]:
 
 
 def examine_model(case: Case) -> list[Finding]:
-    """Findings of the model's checks; it stops at a checkpoint that cannot be loaded."""
+    """Findings of the model's checks; it stops at a checkpoint that cannot be loaded, or has no plan to examine."""
     findings: list[Finding] = []
     for check in OF_THE_MODEL.values():
         findings += check(case)
-        if any(finding.check == "checkpoint" and finding.severity == "error" for finding in findings):
+        checkpoint = [finding for finding in findings if finding.check == "checkpoint"]
+        if any(finding.severity == "error" or finding.facts.get("path") == "general" for finding in checkpoint):
             break
     return findings
 

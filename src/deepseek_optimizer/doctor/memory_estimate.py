@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 from ..backends.base import CompileOptions, Sizes
 from ..errors import BackendError
-from ..graph.ir import BLOCK
+from ..graph.ir import BLOCK, Graph
 from ..system.memory import less_reserve
 from .case import Case
+
+if TYPE_CHECKING:
+    from ..config import DeepSeekConfig
 
 
 @dataclass(frozen=True)
@@ -71,45 +75,57 @@ class MemoryEstimate:
 
 def estimate_memory(case: Case) -> MemoryEstimate:
     """Estimates the memory of the case's model from its headers and settings."""
+    return memory_of(case.sketch, case.settings, case.graph, case.machine.memory.free)
+
+
+def memory_of(sketch: Any, settings: DeepSeekConfig, graph: Graph, free: int) -> MemoryEstimate:
+    """Estimates the memory of a model.
+
+    Args:
+        sketch: the model on the meta device, with packed modules.
+        settings: what it would be loaded with.
+        graph: its graph, with the fusion rules and the attention mode of the settings.
+        free: bytes that this process can allocate.
+    """
     from ..graph.min_formats import exact_weights, min_formats
     from ..integration.bind.graphs import whole_graph
     from ..integration.bind.runtime import kv_dtype
     from ..integration.bind.swap import expected_tensors
 
-    wanted, shapes = expected_tensors(case.sketch)
+    wanted, shapes = expected_tensors(sketch)
     matrices = {name: shapes[name] for name, format_name in wanted.items() if format_name}
     formats: dict[str, int] = {}
     for name, shape in matrices.items():
         format_name = str(wanted[name])
         formats[format_name] = formats.get(format_name, 0) + _packed_bytes(format_name, shape)
-    whole = whole_graph(case.sketch)
+    whole = whole_graph(sketch)
     least, exact = min_formats(whole), exact_weights(whole)
-    plain = sum(p.nbytes for name, p in case.sketch.named_parameters() if name in wanted and name not in matrices)
-    kv, sizes, high = kv_dtype(case.settings, formats), _sizes(case), case.settings.batch_size_range[1]
+    plain = sum(p.nbytes for name, p in sketch.named_parameters() if name in wanted and name not in matrices)
+    kv, sizes, high = kv_dtype(settings, formats), _sizes(settings), settings.batch_size_range[1]
     return MemoryEstimate(
         weights=sum(formats.values()) + plain,
-        cache_per_token=sizes.block_bytes(case.graph, kv) // BLOCK,
+        cache_per_token=sizes.block_bytes(graph, kv) // BLOCK,
         buffers=sizes.buffer_bytes(
-            case.graph,
+            graph,
             dict.fromkeys(exact, "fp32") | {n: str(wanted[n]) for n in matrices},
-            CompileOptions(case.settings.activation),
-            max(case.settings.prefill_chunk, high),
+            CompileOptions(settings.activation),
+            max(settings.prefill_chunk, high),
             high,
         ),
-        free=case.machine.memory.free,
-        granted=case.settings.kv_cache_memory,
-        span=_span(case),
+        free=free,
+        granted=settings.kv_cache_memory,
+        span=_span(graph, settings),
         kv_cache=kv,
         matrices=tuple((shape, least.get(name)) for name, shape in matrices.items()),
         formats=formats,
     )
 
 
-def _span(case: Case) -> int | None:
+def _span(graph: Graph, settings: DeepSeekConfig) -> int | None:
     from ..integration.bind.runtime import forgetting_of
 
-    forgets = forgetting_of(case.graph)
-    return None if forgets is None else forgets.blocks(case.settings.prefill_chunk) * BLOCK
+    forgets = forgetting_of(graph)
+    return None if forgets is None else forgets.blocks(settings.prefill_chunk) * BLOCK
 
 
 def _packed_bytes(format_name: str, shape: tuple[int, ...]) -> int:
@@ -119,13 +135,13 @@ def _packed_bytes(format_name: str, shape: tuple[int, ...]) -> int:
     return math.prod(PackedEntry(format_name, shape).tiles)
 
 
-def _sizes(case: Case) -> Sizes:
+def _sizes(settings: DeepSeekConfig) -> Sizes:
     """Sizes in the backend that would be used, without constructing it: its settings may be invalid."""
     import torch
 
     from ..backends.registry import choose_spec, find
 
     try:
-        return choose_spec(case.settings, torch.device("cpu"))[0].sizes()
+        return choose_spec(settings, torch.device("cpu"))[0].sizes()
     except BackendError:  # another check reports the reason
         return find("reference").sizes()

@@ -39,15 +39,19 @@ def build_graph(config: Any, mtp_layers: int = 0) -> Graph:
     return replace(graph, cache=replace(graph.cache, layers=graph.cache.layers + mtp_layers))
 
 
+def has_mtp(model_type: str) -> bool:
+    """Whether models of a supported family may have layers for multi-token prediction."""
+    return hasattr(_family(model_type), "build_mtp")
+
+
 def mtp_layers(config: Any) -> int:
     """The number of layers for multi-token prediction that the config announces; 0 in families without them.
 
     Args:
         config: a Transformers config object, or the content of a config.json.
     """
-    family = _family(_model_type(config))
     fields = Fields(config)
-    if not hasattr(family, "build_mtp") or fields.get("num_nextn_predict_layers") is None:
+    if not has_mtp(_model_type(config)) or fields.get("num_nextn_predict_layers") is None:
         return 0
     return fields.integer("num_nextn_predict_layers", MAX_MTP_LAYERS, low=0)
 
@@ -130,6 +134,7 @@ __all__ = [
     "build_graph",
     "build_mtp_graph",
     "check_config",
+    "has_mtp",
     "mtp_layers",
     "traits",
 ]

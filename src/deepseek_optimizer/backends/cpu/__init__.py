@@ -17,7 +17,7 @@ from ...system.threads import one_torch_thread
 from ..base import DEFAULTS, PHASES, Capabilities, CompileOptions
 from ..registry import BackendSettings, BackendSpec
 from . import native, packer
-from .compile import ACTIVATIONS, compile_graph
+from .compile import ACTIVATIONS, compile_graph, row_kind
 from .environment import forced_isa, forced_threads
 from .mapped_file import MappedFile, check_tensor, map_file
 from .plan import CpuPlan, CpuStore
@@ -136,9 +136,17 @@ class CpuBackend(CpuSizes):
     def unpack(self, matrix: PackedMatrix, begin: int = 0, end: int | None = None) -> torch.Tensor:
         return packer.unpack(self.context, matrix, begin, end)
 
-    def linear(self, x: torch.Tensor, matrix: PackedMatrix, bias: torch.Tensor | None = None, **options: Any) -> torch.Tensor:
-        """See `packer.linear`."""
-        return packer.linear(self.context, x, matrix, bias, **options)
+    def linear(
+        self,
+        x: torch.Tensor,
+        matrix: PackedMatrix,
+        bias: torch.Tensor | None = None,
+        options: CompileOptions = DEFAULTS,
+        **kinds: Any,
+    ) -> torch.Tensor:
+        """See `packer.linear`, which documents `kinds`."""
+        kinds.setdefault("activation", row_kind(matrix.format, options.activation))
+        return packer.linear(self.context, x, matrix, bias, **kinds)
 
     def linear_gradient(self, grad: torch.Tensor, matrix: PackedMatrix) -> torch.Tensor:
         """See `packer.linear_gradient`."""

@@ -124,7 +124,9 @@ class ReferenceBackend(ReferenceSizes):
     def unpack(self, matrix: PackedMatrix, begin: int = 0, end: int | None = None) -> torch.Tensor:
         return products.unpack_rows(matrix, begin, end)
 
-    def linear(self, x: torch.Tensor, matrix: PackedMatrix, bias: torch.Tensor | None = None) -> torch.Tensor:
+    def linear(
+        self, x: torch.Tensor, matrix: PackedMatrix, bias: torch.Tensor | None = None, options: CompileOptions = DEFAULTS
+    ) -> torch.Tensor:
         return products.linear(x, matrix, bias)
 
     def linear_gradient(self, grad: torch.Tensor, matrix: PackedMatrix) -> torch.Tensor:

@@ -16,10 +16,20 @@ def check(case: Case) -> Iterator[Finding]:
     """Finds what `load_model` would reject, without loading."""
     from ...checkpoint import check_tensors
     from ...integration.bind.swap import expected_tensors
+    from ...integration.load.general import why_general_path
     from ...integration.load.loader import not_wanted
 
     try:
-        checkpoint, model = case.checkpoint, case.sketch
+        checkpoint = case.checkpoint
+        if (reason := why_general_path(checkpoint, None, case.fields)) is not None:
+            kind = checkpoint.config().get("model_type")
+            yield Finding(
+                NAME, "note", f"{kind} takes the general path: only its linear layers run on our kernels",
+                f"{reason} The doctor's other checks need an execution plan",
+                "load_model or `dso info MODEL` loads it and reports what runs natively", {"path": "general", "family": kind},
+            )  # fmt: skip
+            return
+        model = case.sketch
         wanted, shapes = expected_tensors(model)
         check_tensors(checkpoint, wanted, shapes, not_wanted(checkpoint, model))
     except (CheckpointError, ConfigError) as error:

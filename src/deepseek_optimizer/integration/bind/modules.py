@@ -36,11 +36,13 @@ class Packed(nn.Module):
 
     Attributes:
         dtype: floating point type of the surrounding model; casts to another one are refused.
+        transposed: whether checkpoints store the matrix as [K, N]: the transpose of what is packed.
         check_tensor: raises CheckpointChangedError if a tensor lies in a mapped file that was modified; set by the runtime.
             Native products check by themselves; reads of the weights by torch are checked here.
     """
 
     dtype: torch.dtype
+    transposed = False
     check_tensor: Callable[[torch.Tensor], None] = staticmethod(unchecked)
 
     def held(self) -> dict[str, PackedWeight]:
@@ -109,7 +111,7 @@ class PackedLinear(Packed, nn.Linear):
     ) -> None:
         nn.Module.__init__(self)  # nn.Linear's would allocate a float weight
         self.in_features, self.out_features, self.format, self.dtype = in_features, out_features, format, dtype
-        self.weight = empty_tiles(out_features, in_features, format, device)
+        self._parameters["weight"] = empty_tiles(out_features, in_features, format, device)
         # Frozen like the weights: an optimised model is for inference, and adapters have their own parameters.
         value = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device), requires_grad=False) if bias else None
         self.register_parameter("bias", value)
@@ -119,7 +121,9 @@ class PackedLinear(Packed, nn.Linear):
 
     @property
     def packed(self) -> PackedMatrix:
-        return PackedMatrix(self.format, self.out_features, self.in_features, self.weight.data)
+        tiles = self._parameters["weight"]
+        assert tiles is not None
+        return PackedMatrix(self.format, self.out_features, self.in_features, tiles.data)
 
     def held(self) -> dict[str, PackedWeight]:
         return {"weight": self.packed}

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import threading
-import warnings
-import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -13,13 +9,12 @@ import torch
 from torch import nn
 from torch.nn.modules import module as torch_module
 
-from ...backends.base import BLOCK_TOKENS, Backend, CompileOptions, Plan, check_supported
-from ...backends.registry import choose_backend
+from ...backends.base import BLOCK_TOKENS, CompileOptions, Plan, check_supported
 from ...cache.forgetting import Forgetting
 from ...checkpoint import Manifest
 from ...config import DeepSeekConfig
 from ...engine.speculative.draft_length import SpeculationReport
-from ...errors import BackendError, ConfigError, UnsupportedModelError
+from ...errors import ConfigError, UnsupportedModelError
 from ...graph import rules
 from ...graph.attention_mode import apply_mode, forgetting
 from ...graph.ir import Graph
@@ -30,16 +25,10 @@ from ..memory.cache_size import CacheSize, FullBatch, check_granted, check_reser
 from ..memory.growth import CheckedGrowth
 from .context_extension import extension_note
 from .graphs import loaded_mtp_layers, model_graph, mtp_graphs, whole_graph, with_eps_of
-from .instance import Instance
-from .modules import Packed, PackedLinear
-from .packed_experts import PackedExperts
+from .modules import Packed
+from .packed_model import OptimizerWarning as OptimizerWarning
+from .packed_model import PackedModel, packed_model_of
 from .swap import matrices_of, weights_of
-
-_NO_PICKLE = "an optimised model cannot be pickled; save it with save_pretrained and load it with load_model"
-
-
-class OptimizerWarning(UserWarning):
-    """Something works, but more slowly than it could. Issued once per model."""
 
 
 def kv_dtype(config: DeepSeekConfig, formats: Iterable[str]) -> str:
@@ -57,24 +46,17 @@ def forgetting_of(graph: Graph) -> Forgetting | None:
     return None if visible is None else Forgetting(*visible)
 
 
-class Runtime(Instance):
+class Runtime(PackedModel):
     """Binds a plan to one model instance, whose forward the plan replaces. Available as `model.dso`.
 
     Args:
-        methods: the attributes to set on the model in place of its class's, by name.
-        make_report: creates the report about what was optimised.
-        bytes_before: size of the model before it was packed, for the report.
+        model: the instance: the whole model, or, without the family's language model head, its decoder.
+        config, manifest, methods, make_report, bytes_before: as in `PackedModel`.
         notes: warnings from loading.
 
-    Attributes:
-        model: that instance: the whole model, or, without the family's language model head, its decoder.
-        config: the settings the model was optimised with.
-        manifest: current format and shape of each packed weight, and how the formats were chosen.
+    Attributes: those of `PackedModel`, and
         graph, rules: the graph, and what the fusion rules changed in it.
         in_mode: number of layers whose attention was changed by the config's attention mode.
-        backend: runs the plan.
-        notes: warnings issued so far, for the report.
-        mappings: the `MappedFile`s that contain weights, while in use.
         speculation: `engine.speculative.draft_length.SpeculationReport` of the last request that used drafts.
     """
 
@@ -89,22 +71,15 @@ class Runtime(Instance):
         bytes_before: int | None = None,
         notes: list[str] | None = None,
     ) -> None:
-        self._model = weakref.ref(model)
-        self._methods, self._make_report = methods, make_report
-        self.config, self.manifest, self.bytes_before = config, manifest, bytes_before
+        super().__init__(model, config, manifest, methods=methods, make_report=make_report, bytes_before=bytes_before)
         graph, self.rules = model_graph(model, config.rules, loaded_mtp_layers(model))
         self.graph, self.in_mode = apply_mode(with_eps_of(model, graph), config.attention)
-        self.notes: list[str] = []
         self.speculation: SpeculationReport | None = None
-        self._warned: set[str] = set()
-        self.mappings: weakref.WeakSet[Any] = weakref.WeakSet()
         for note in (*(notes or ()), *filter(None, (extension_note(config, model.config),))):
             self.warn_once(note)
-        self._making = threading.RLock()  # lazily created attributes are created once, also with several threads
         self._plan: Plan | None = None
         self._mtp_plans: list[Plan] | None = None
         self._arena: Arena | None = None
-        self._backend: Backend | None = None
         self._shape = [
             (path, name, type(child))
             for path, m in model.named_modules()
@@ -113,19 +88,6 @@ class Runtime(Instance):
         ]
         self._tree: list[tuple[dict[str, Any], str, nn.Module]] | None = None
         _check_bound(model, whole_graph(model))
-
-    def methods(self) -> dict[str, Any]:
-        return {"dso": self, **self._methods(self)}
-
-    @property
-    def backend(self) -> Backend:
-        with self._making:
-            if self._backend is None:
-                self._backend, note = choose_backend(self.config, self.model.device)
-                if note:
-                    self.warn_once(note)
-                self._set_products(self._backend)
-            return self._backend
 
     @property
     def plan(self) -> Plan:
@@ -231,26 +193,6 @@ class Runtime(Instance):
         """Storage format of the KV cache."""
         return kv_dtype(self.config, [m.format for m in matrices_of(self.model, self.graph).values()])
 
-    def check_weights(self) -> None:
-        """Raises CheckpointChangedError if a file that weights are mapped from was modified after loading."""
-        for module in self.model.modules():
-            if isinstance(module, Packed):
-                module.intact(None)
-
-    def replaced_files(self) -> list[str]:
-        """Paths of mapped files that were replaced or deleted since loading; the model continues to use the loaded files."""
-        return sorted(str(path) for mapping in self.mappings if (path := mapping.replaced()) is not None)
-
-    def _set_products(self, backend: Backend) -> None:
-        """Has packed modules compute with the backend's products, and check their weights with it."""
-        intact = NoCopyCallable(backend.check_tensor)
-        product, gradient = NoCopyCallable(backend.linear), NoCopyCallable(backend.linear_gradient)
-        for module in self.model.modules():
-            if isinstance(module, Packed):
-                module.check_tensor = intact
-            if isinstance(module, (PackedLinear, PackedExperts)):
-                module.product, module.gradient = product, gradient
-
     def rebind(self) -> None:
         """Discards the compiled plans; the next call compiles them from the modules' current storage."""
         self._plan = self._mtp_plans = None
@@ -265,13 +207,6 @@ class Runtime(Instance):
     def move(self) -> None:
         """Call after the model moved to another device: discards backend, plans and caches."""
         self._plan = self._mtp_plans = self._backend = self._arena = None
-
-    def warn_once(self, note: str) -> None:
-        """Issues `note` as an OptimizerWarning, once per model, and adds it to `notes`."""
-        if note not in self._warned:
-            self._warned.add(note)
-            self.notes.append(note)
-            warnings.warn(note, OptimizerWarning, stacklevel=4)
 
     # ---- whether the model is still what the plan was compiled from
 
@@ -304,62 +239,27 @@ class Runtime(Instance):
                 return f"the forward of module {name!r} was replaced"
         return None
 
-    def report(self) -> Any:
-        """A `model.report.Report` about what was optimised and how."""
-        return self._make_report(self)
-
     def __deepcopy__(self, memo: dict[int, Any]) -> Runtime:
-        model = memo.get(id(self._model()))
-        if model is None:
-            raise BackendError("a plan can be copied only with its model; use copy.deepcopy(model)")
-        twin = object.__new__(Runtime)
-        memo[id(self)] = twin
-        twin.__dict__.update(self.__dict__)
-        twin._model = weakref.ref(model)
-        twin._parts = copy.deepcopy(self._parts, memo)
-        twin._making = threading.RLock()
+        twin = super().__deepcopy__(memo)
         twin._plan = twin._mtp_plans = twin._arena = None
-        twin.mappings = weakref.WeakSet()  # its weights are in memory
-        twin.config = copy.deepcopy(self.config, memo)
-        twin.notes, twin._warned = list(self.notes), set(self._warned)
         twin._tree = None  # not all of its modules exist yet
         return twin
 
-    def copied(self, memo: dict[int, Any]) -> Runtime:
-        """The runtime of the copy of the model that `copy.deepcopy` is creating."""
-        twin: Runtime = memo.get(id(self)) or self.__deepcopy__(memo)
-        return twin
-
-    def __reduce__(self) -> Any:
-        raise BackendError(_NO_PICKLE)
-
-
-class NoCopyCallable:
-    """A callable that copies of a model share, because what it uses (a thread pool) cannot be copied."""
-
-    def __init__(self, function: Any) -> None:
-        self.function = function
-
-    def __call__(self, *args: Any) -> Any:
-        return self.function(*args)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> NoCopyCallable:
-        return self
-
-    def __reduce__(self) -> Any:
-        raise BackendError(_NO_PICKLE)
-
 
 def runtime_of(model: Any) -> Runtime:
-    """The runtime of an optimised model, also through a PEFT wrapper."""
-    for candidate in (model, getattr(getattr(model, "base_model", None), "model", None)):
-        runtime = getattr(candidate, "__dict__", {}).get("dso")
-        if isinstance(runtime, Runtime):
-            return runtime
-    raise ConfigError(
-        f"{type(model).__name__} is not an optimised model; load it with load_model or quantization_config="
-        "DeepSeekConfig(...), or convert it with DynamicGraphOptimizer(model).optimize()"
-    )
+    """The runtime of an optimised model, also through a PEFT wrapper.
+
+    Raises:
+        ConfigError: the model is not optimised.
+        UnsupportedModelError: it is on the general path, so it has no plan.
+    """
+    runtime = packed_model_of(model)
+    if not isinstance(runtime, Runtime):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is on the general path, without an execution plan, which this needs: call the model, or "
+            f"model.generate if it has it. The reason: {runtime.no_plan}"
+        )
+    return runtime
 
 
 def _acts(hook: Any) -> bool:

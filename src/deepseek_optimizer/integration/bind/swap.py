@@ -21,7 +21,7 @@ from ...quant.tiles import empty_stack
 from .modules import Packed, PackedEmbedding, PackedLinear
 from .packed_experts import PackedExperts
 
-_STACKS = ("gate_up_proj", "down_proj")  # parameters of Transformers' modules of experts
+STACKS = ("gate_up_proj", "down_proj")  # parameters of Transformers' modules of experts
 
 
 @dataclass(frozen=True)
@@ -46,14 +46,14 @@ def sites(model: nn.Module, graph: Graph) -> list[Site]:
     tied: dict[str, str] = dict(getattr(model, "all_tied_weights_keys", None) or {})
     result = []
     for name, module in model.named_modules():
-        names = {leaf: tied.get(f"{name}.{leaf}", f"{name}.{leaf}") for leaf in ("weight", *_STACKS)}
+        names = {leaf: tied.get(f"{name}.{leaf}", f"{name}.{leaf}") for leaf in ("weight", *STACKS)}
         if isinstance(module, (nn.Linear, nn.Embedding)):
             weights = {"weight": names["weight"]} if names["weight"] in wanted else {}
             plain = type(module) in (nn.Linear, nn.Embedding, PackedLinear, PackedEmbedding)
             supported = plain or (isinstance(module, nn.Embedding) and hasattr(module, "scalar_embed_scale"))
         else:
-            weights = {leaf: names[leaf] for leaf in _STACKS if names[leaf] in wanted}
-            supported = isinstance(module, PackedExperts) or _STACKS == tuple(module._parameters)
+            weights = {leaf: names[leaf] for leaf in STACKS if names[leaf] in wanted}
+            supported = isinstance(module, PackedExperts) or STACKS == tuple(module._parameters)
         if weights:
             if not supported:
                 raise UnsupportedModelError(
@@ -107,7 +107,7 @@ def packed_twin(module: nn.Module, formats: Mapping[str, str], dtype: torch.dtyp
         experts.num_experts,
         experts.hidden_dim,
         experts.intermediate_dim,
-        *(formats[leaf] for leaf in _STACKS),
+        *(formats[leaf] for leaf in STACKS),
         act_fn=experts.act_fn,
         dtype=dtype,
         device="meta",
@@ -170,7 +170,7 @@ def pack_in_place(
         twin = packed_twin(module, formats, dtype)
         for leaf, weight in site.weights.items():
             if weight not in done:
-                tiles = _packed_tiles(getattr(module, leaf).data, twin.held()[leaf], packer)
+                tiles = packed_tiles(getattr(module, leaf).data, twin.held()[leaf], packer)
                 done[weight] = nn.Parameter(tiles, requires_grad=False)
                 del module._parameters[leaf]  # frees the weights even if something still refers to the module
             setattr(twin, leaf, done[weight])
@@ -187,7 +187,7 @@ def _format_of(
     return config.format_of(weight, natural, minimum.get(weight)) if given is None else given
 
 
-def _packed_tiles(weight: torch.Tensor, like: PackedWeight, packer: Packer) -> torch.Tensor:
+def packed_tiles(weight: torch.Tensor, like: PackedWeight, packer: Packer) -> torch.Tensor:
     """The tiles of a float matrix, or of a merged float parameter of experts, packed matrix by matrix."""
     if isinstance(like, PackedMatrix):
         return packer(weight, like.format)

@@ -27,10 +27,9 @@ from ...checkpoint import (
 )
 from ...checkpoint.load import IGNORED
 from ...config import DeepSeekConfig
-from ...errors import CheckpointError, ConfigError, DeepSeekOptimizerError, NotEnoughMemoryError
+from ...errors import CheckpointError, ConfigError, DeepSeekOptimizerError
 from ...graph.min_formats import exact_weights
 from ...quant import PackedWeight, Packer
-from ...system.memory import free_memory
 from ...system.progress import show_progress
 from ..bind.classes import check_causal
 from ..bind.context_extension import extended
@@ -38,8 +37,10 @@ from ..bind.graphs import whole_graph
 from ..bind.swap import expected_tensors, swap_on_meta
 from ..configs import check_config
 from ..model.bind_plan import bind
+from .general import load_general, why_general_path
 from .importance import importance_for
 from .kl_budget import adapt, calibration_tokens
+from .memory import check_memory
 from .mtp_layers import add_mtp_layers, own_tensors, same_tensor, stored_mtp_layers
 from .quantizer import mark_quantized
 from .resolve import resolve
@@ -50,6 +51,9 @@ _FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 def load(path: str | os.PathLike[str], config: DeepSeekConfig | None, fields: dict[str, Any]) -> Any:
     """Implements `load_model`, which documents the arguments; `fields` override `config`."""
     with open_checkpoint(resolve(path)) as checkpoint:
+        if (reason := why_general_path(checkpoint, config, fields)) is not None:
+            section = checkpoint.config().get("quantization_config")
+            return load_general(checkpoint, _settings(section, checkpoint, config, fields), reason)
         model, settings, dtype = sketch(checkpoint, config, fields)
         backend, _ = choose_backend(settings, torch.device("cpu"))
         checkpoint.mapper = backend.map_file if backend.maps_files else None
@@ -83,10 +87,7 @@ def _check_memory(model: Any, checkpoint: Checkpoint) -> None:
     if isinstance(checkpoint, PackedCheckpoint):
         return
     tensors = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
-    needed, memory = sum(tensors[name].nbytes for name in expected_tensors(model)[0]), free_memory()
-    if needed > memory.free:
-        remedy = "choose a smaller precision, or free memory; `dso doctor MODEL` shows what fits"
-        raise NotEnoughMemoryError("the model's weights", needed, memory.free, remedy, memory)
+    check_memory(tensors[name] for name in expected_tensors(model)[0])
 
 
 def sketch(

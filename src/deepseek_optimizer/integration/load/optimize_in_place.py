@@ -10,6 +10,7 @@ import numpy as np
 from ...backends.base import DECODE, StepBatch
 from ...backends.registry import choose_backend
 from ...config import DeepSeekConfig
+from .. import general
 from ..attention.registration import check_attention_name
 from ..bind.context_extension import extend_model
 from ..bind.graphs import planned_module, whole_graph
@@ -20,14 +21,22 @@ from ..model.parameter_count import parameter_bytes
 from .quantizer import mark_quantized
 
 
-def optimize_in_place(model: Any, config: DeepSeekConfig) -> None:
+def optimize_in_place(model: Any, config: DeepSeekConfig, no_plan: str | None = None) -> None:
     """Packs a model's weights, binds a plan, and warms it up with the smallest and largest batch of `config.batch_size_range`.
+
+    Args:
+        model: the model.
+        config: the settings.
+        no_plan: why the model takes the general path, without a plan; None: it has one.
 
     Raises:
         ConfigError: a setting does not fit the model.
         UnsupportedModelError: the model has a feature that is not supported.
     """
     earlier = model.__dict__.get("dso")
+    if no_plan is not None:
+        _optimize_general(model, config, no_plan, parameter_bytes(model) if earlier is None else earlier.bytes_before)
+        return
     before = earlier.bytes_before if earlier is not None else parameter_bytes(planned_module(model))
     curve = earlier.manifest.curve if earlier is not None else ()
     check_attention_name(model.config, config)
@@ -39,6 +48,14 @@ def optimize_in_place(model: Any, config: DeepSeekConfig) -> None:
     bind(model.eval(), config, curve=curve, bytes_before=before)
     for rows in sorted(set(config.batch_size_range)):
         _warm(model.dso, rows)
+
+
+def _optimize_general(model: Any, config: DeepSeekConfig, no_plan: str, before: int | None) -> None:
+    _own_config(model)
+    backend, _ = choose_backend(config, model.device)
+    general.pack_in_place(model, config, backend.pack)
+    mark_quantized(model, config)
+    general.bind(model.eval(), config, no_plan, bytes_before=before)
 
 
 def _own_config(model: Any) -> None:

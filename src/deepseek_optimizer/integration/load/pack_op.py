@@ -14,6 +14,7 @@ from ...checkpoint.stacks import StackShape
 from ...errors import CheckpointChangedError, CheckpointError
 from ...quant import PackedStack, get_format
 from ...quant.tiles import empty_stack
+from ..bind.swap import STACKS
 
 
 class PackWeight(ConversionOps):
@@ -41,13 +42,15 @@ class PackWeight(ConversionOps):
         if self.quantizer.refused:
             return {}  # loading will fail
         path, _, leaf = full_layer_name.rpartition(".")
-        weight = model.get_submodule(path).held()[leaf]
+        module = model.get_submodule(path)
+        weight = module.held()[leaf]
         try:
             if isinstance(weight, PackedStack):
                 tiles = self._pack_stack(experts_in_turn(input_dict, source_patterns, weight.shape), weight)
             else:
                 (value,) = input_dict.values()
-                tiles = self._pack(value[0] if isinstance(value, list) else value, weight.shape, weight.format)
+                matrix = value[0] if isinstance(value, list) else value
+                tiles = self._pack(matrix.t() if module.transposed else matrix, weight.shape, weight.format)
         except CheckpointChangedError as error:
             self.quantizer.refused.append(error)
             return {}
@@ -116,5 +119,6 @@ def unmerged(conversion: Any) -> Any:
     """Removes the merging from a converter that merges modules of experts into one parameter; other conversions are returned
     unchanged."""
     if isinstance(conversion, WeightConverter) and any(isinstance(op, MergeModulelist) for op in conversion.operations):
-        conversion.operations = [AsStored()]
+        if all(target.endswith(STACKS) for target in conversion.target_patterns):
+            conversion.operations = [AsStored()]
     return conversion

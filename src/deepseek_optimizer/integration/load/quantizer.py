@@ -1,7 +1,8 @@
 """The Transformers quantizer behind `from_pretrained(..., quantization_config=DeepSeekConfig(...))`.
 
 Linear, embedding and experts modules are replaced on the meta device, weights are packed one by one as Transformers reads them,
-and after loading a plan is bound to the model. A packed checkpoint is loaded in the same way, without packing.
+and after loading a plan is bound to the model. A packed checkpoint is loaded in the same way, without packing. A model without
+a plan takes the general path: only its linear layers are replaced.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from ...config import DeepSeekConfig
 from ...errors import CheckpointError, ConfigError
 from ...graph.min_formats import exact_weights
 from ...quant import QUANT_METHOD, PackedStack, PackedWeight
+from .. import general
 from ..attention.registration import check_attention_name
 from ..bind.classes import check_class, renamed_for, stored_as
 from ..bind.context_extension import extended
@@ -42,6 +44,7 @@ from ..bind.swap import expected_tensors, float_shape, swap_on_meta
 from ..model.bind_plan import bind
 from .kl_budget import adapt, calibration_tokens
 from .mapped import MappedFiles
+from .memory import check_memory
 from .mtp_layers import add_mtp_layers, ignored_keys, own_tensors, stored_mtp_layers
 from .pack_op import PackWeight, unmerged
 from .resolve import resolve
@@ -68,6 +71,8 @@ class PackingQuantizer(HfQuantizer):
         super().__init__(copy.deepcopy(quantization_config), **kwargs)
         self.refused: list[CheckpointError] = []  # errors in parameters, raised after loading
         self.manifest: Manifest | None = None  # of a packed checkpoint
+        self.no_plan: str | None = None  # why the model takes the general path
+        self.packs_experts = True
         if self.pre_quantized:
             return
         if self.quantization_config.calibration is not None and not self.chooses_formats:
@@ -94,8 +99,12 @@ class PackingQuantizer(HfQuantizer):
         """Checks the config before a model is created from it, and a directory's files before Transformers opens any (a pickle,
         an index that refers outside the directory). This is the first hook that gets the config."""
         check_attention_name(config, self.quantization_config)
-        plan_graph(config, (), mode=self.quantization_config.attention)
-        config = extended(config, self.quantization_config)
+        self.no_plan = general.why_general(config, self.quantization_config.strict)
+        if self.no_plan is None:
+            plan_graph(config, (), mode=self.quantization_config.attention)
+            config = extended(config, self.quantization_config)
+        else:
+            general.check_settings(self.quantization_config, self.no_plan)
         folder = Path(config.name_or_path)
         if config.name_or_path and folder.is_dir():
             standard = any((folder / name).is_file() for name in (SINGLE, INDEX))
@@ -135,12 +144,14 @@ class PackingQuantizer(HfQuantizer):
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
         """Passes experts to `PackWeight` one by one, as stored. If merged first, as Transformers does, the experts of a layer
         would be in memory three times."""
-        if self.pre_quantized:
+        if self.pre_quantized or not self.packs_experts:
             return weight_conversions
         return [unmerged(conversion) for conversion in weight_conversions]
 
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> Any:
         dtype = kwargs.get("dtype") or model.dtype
+        if self.no_plan is not None:
+            return self._prepare_general(model, checkpoint_files, dtype, kwargs.get("device_map"))
         if self.chooses_formats and not has_head(model):
             raise ConfigError(
                 f"kl_budget measures logits, but {type(model).__name__} has none; choose formats with load_model or "
@@ -160,6 +171,25 @@ class PackingQuantizer(HfQuantizer):
             _expect_floats(model, dtype)
         if self.chooses_formats:
             self.texts = self._calibration_tokens(model.config)
+        return model
+
+    def _prepare_general(self, model: Any, files: Any, dtype: torch.dtype, device_map: Any) -> Any:
+        """`_process_model_before_weight_loading` on the general path."""
+        self.files, self.mapped = files, MappedFiles(files or ())
+        _refuse_pickles(files)
+        self.bytes_before = sum(p.nbytes for p in model.parameters())
+        self.packs_experts = general.packs_experts(model)
+        if self.pre_quantized:
+            manifest = Manifest.read(vars(model.config), Path(model.config.name_or_path) / CONFIG)
+            self.manifest = general.renamed_for(model, manifest)
+        general.swap_on_meta(model, self.quantization_config, dtype, self.manifest.formats() if self.manifest else None)
+        if _is_standard(files):
+            with open_checkpoint(Path(files[0]).parent) as checkpoint:
+                check_tokenizer_beside(checkpoint)
+        if not self.pre_quantized:
+            if device_map is None or set(map(str, device_map.values())) == {"cpu"}:
+                check_memory([*model.parameters(), *model.buffers()])
+            _expect_floats(model, dtype)
         return model
 
     def _add_mtp_layers(self, model: Any, files: Any, dtype: torch.dtype) -> None:
@@ -182,13 +212,13 @@ class PackingQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         if self.refused:
             raise self.refused[0]
-        mappings = self._leave_mappings(model)
         for name, module in model.named_modules():
-            for leaf in module.held() if isinstance(module, Packed) else ():
-                if not getattr(module._parameters[leaf], "_is_hf_initialized", False):
+            for leaf, parameter in module._parameters.items() if isinstance(module, Packed) else ():
+                if parameter is not None and not getattr(parameter, "_is_hf_initialized", False):
                     raise CheckpointError(
                         "is missing from the checkpoint", file=model.config.name_or_path, tensor=f"{name}.{leaf}"
                     )
+        mappings = self._leave_mappings(model)
         held = (*model.named_parameters(), *model.named_buffers())
         for name in (name for name, value in held if value.is_floating_point() and not value.isfinite().all()):
             raise CheckpointError(
@@ -197,6 +227,10 @@ class PackingQuantizer(HfQuantizer):
         if not self.pre_quantized:
             self.mapped.release_pages()
         mark_quantized(model, self.quantization_config)
+        if self.no_plan is not None:
+            general.bind(model, self.quantization_config, self.no_plan, bytes_before=self.bytes_before)
+            model.dso.mappings.update(mappings)
+            return model
         bind(model, self.quantization_config, curve=self.manifest.curve if self.manifest is not None else ())
         model.dso.mappings.update(mappings)
         if self.chooses_formats:
@@ -220,7 +254,7 @@ class PackingQuantizer(HfQuantizer):
                 checkpoint = opened.enter_context(open_checkpoint(Path(self.files[0]).parent))
                 backend, _ = choose_backend(self.quantization_config, torch.device("cpu"))
                 checkpoint.mapper = backend.map_file if backend.maps_files else None
-                stored = stored_as(checkpoint.tensors, model)
+                stored = (stored_as if self.no_plan is None else general.stored_as)(checkpoint.tensors, model)
                 for path, module in packed:
                     for leaf, weight in module.held().items():
                         if self.mapped.holds(weight.data):
@@ -268,12 +302,7 @@ def _expect_fp32(model: Any, names: Iterable[str]) -> None:
 
 def _check_files(files: Any, model: Any) -> None:
     """Checks headers, indexes, names and shapes with this package's reader before Transformers allocates memory."""
-    names = {Path(file).name for file in files or ()}
-    if pickled := sorted(name for name in names if not name.endswith(".safetensors")):
-        raise CheckpointError(
-            "is a pickle, which can run code when it is opened; convert it to safetensors if you trust its source",
-            file=pickled[0],
-        )
+    _refuse_pickles(files)
     if not _is_standard(files):
         return
     with open_checkpoint(Path(files[0]).parent) as checkpoint:
@@ -287,6 +316,15 @@ def _check_files(files: Any, model: Any) -> None:
         if any(name in checkpoint.tensors for name in formats):  # otherwise Transformers may be able to convert the names
             check_tensors(checkpoint, formats, shapes, ignored=(".*",))  # Transformers reports extra tensors
             stored_mtp_layers(checkpoint, model.config)
+
+
+def _refuse_pickles(files: Any) -> None:
+    names = {Path(file).name for file in files or ()}
+    if pickled := sorted(name for name in names if not name.endswith(".safetensors")):
+        raise CheckpointError(
+            "is a pickle, which can run code when it is opened; convert it to safetensors if you trust its source",
+            file=pickled[0],
+        )
 
 
 def _is_standard(files: Any) -> bool:

@@ -1,0 +1,21 @@
+"""The general path: models without an execution plan, whose linear layers run on our kernels inside Transformers' forward."""
+
+from .head import head_name
+from .names import renamed_for, stored_as
+from .runtime import GeneralRuntime, bind
+from .settings import check_settings, why_general
+from .swap import pack_in_place, packable_layers, packs_experts, swap_on_meta
+
+__all__ = [
+    "GeneralRuntime",
+    "bind",
+    "check_settings",
+    "head_name",
+    "pack_in_place",
+    "packable_layers",
+    "packs_experts",
+    "renamed_for",
+    "stored_as",
+    "swap_on_meta",
+    "why_general",
+]

@@ -1,0 +1,149 @@
+"""Binds a model with packed layers to a backend: the model keeps Transformers' own forward and cache."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...backends.base import Backend, CompileOptions
+from ...backends.registry import choose_backend
+from ...checkpoint import Manifest
+from ...checkpoint.manifest import KEY
+from ...config import DeepSeekConfig
+from ..bind.instance_method import InstanceMethod, Replacement
+from ..bind.modules import Packed
+from ..bind.packed_model import NoCopyCallable, PackedModel
+from ..bind.swap import stored_tensors
+from ..model.parameter_count import ParameterCount
+from ..model.refuse import Refuse
+from ..model.save import PackedSave
+from .activations import parallelise_activations
+from .head import PackedHead, pack_head
+from .report import make_report
+
+
+class GeneralRuntime(PackedModel):
+    """`model.dso` of a model on the general path.
+
+    Args:
+        model, config, manifest, bytes_before: as in `PackedModel`.
+        no_plan: why there is no execution plan.
+    """
+
+    def __init__(
+        self, model: Any, config: DeepSeekConfig, manifest: Manifest, *, no_plan: str, bytes_before: int | None = None
+    ) -> None:
+        super().__init__(model, config, manifest, methods=_methods, make_report=make_report, bytes_before=bytes_before)
+        self.no_plan = no_plan
+        self._packed = _packed_names(model)
+
+    def changed(self) -> str | None:
+        """How the packed layers differ from those that were bound (an adapter wraps them?); None: they are the same."""
+        return None if _packed_names(self.model) == self._packed else "packed layers were replaced or wrapped"
+
+    def _product(self, backend: Backend) -> Callable[..., Any]:
+        activation = self.config.activation
+        if activation not in backend.capabilities.activations or activation == "auto":
+            return backend.linear
+        return partial(backend.linear, options=CompileOptions(activation))
+
+    def _set_products(self, backend: Backend) -> None:
+        super()._set_products(backend)
+        for module in self.model.modules():
+            if isinstance(module, PackedHead):
+                module.product = NoCopyCallable(self._product(backend))
+
+    def move(self) -> None:
+        """Call after the model moved to another device: chooses a backend for it."""
+        self._backend = None
+        _ = self.backend
+
+
+def _packed_names(model: Any) -> list[str]:
+    return [name for name, module in model.named_modules() if isinstance(module, Packed)]
+
+
+class _Threads(Replacement):
+    """Runs the class's method while torch's threads do not compete with the backend's."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with self.runtime.backend.thread_context():
+            return self._original(self.runtime.model, *args, **kwargs)
+
+
+class _Forward(_Threads):
+    replaces = "forward"
+
+
+class _Generate(_Threads):
+    replaces = "generate"
+
+
+class _Apply(InstanceMethod):
+    """`model._apply`, which `.to()` calls: after a move to another device, another backend computes."""
+
+    def __call__(self, fn: Any, recurse: bool = True) -> Any:
+        model = self.runtime.model
+        before = model.device
+        torch.nn.Module._apply(model, fn, recurse)
+        if model.device != before:
+            self.runtime.move()
+        return model
+
+
+def _methods(runtime: GeneralRuntime) -> dict[str, Any]:
+    generate = {"generate": _Generate(runtime)} if runtime.model.can_generate() else {}
+    return {
+        **generate,
+        "forward": _Forward(runtime),
+        "save_pretrained": PackedSave(runtime),
+        "num_parameters": ParameterCount(runtime),
+        "report": runtime.report,
+        "_apply": _Apply(runtime),
+        "_replicate_for_data_parallel": Refuse("start one process per device, each with its own model"),
+    }
+
+
+def _contiguous(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A hook: makes the input contiguous. For a strided one (the last token of each row) and a frozen weight, torch expands the
+    weight to one copy per row."""
+    return tuple(value.contiguous() if isinstance(value, torch.Tensor) else value for value in args)
+
+
+def bind(
+    model: Any, config: DeepSeekConfig, no_plan: str, *, bytes_before: int | None = None, notes: list[str] | None = None
+) -> Any:
+    """Binds a model with loaded packed layers to the backend of the settings.
+
+    Args:
+        model: the model.
+        config: the settings; the model gets a copy.
+        no_plan: why there is no execution plan, for the report and errors.
+        bytes_before: size of the model before it was packed, for the report.
+        notes: warnings from loading.
+
+    Returns: the same model, with the attribute `dso` and a few methods of its own. The base model's parameters are frozen; a
+    head that is outside it can be trained.
+    """
+    config = copy.deepcopy(config)
+    pack_head(model, config, choose_backend(config, model.device)[0].pack)
+    runtime = GeneralRuntime(model, config, Manifest.of(stored_tensors(model)), no_plan=no_plan, bytes_before=bytes_before)
+    model.config.quantization_config = config
+    setattr(model.config, KEY, runtime.manifest.to_dict())
+    if (quantizer := getattr(model, "hf_quantizer", None)) is not None:
+        quantizer.quantization_config = copy.deepcopy(config)
+    for parameter in model.base_model.parameters():
+        parameter.requires_grad_(False)
+    if type(head := model.get_output_embeddings()) is nn.Linear:
+        head.register_forward_pre_hook(_contiguous)
+    for note in notes or ():
+        runtime.warn_once(note)
+    runtime.attach(model)
+    model._weight_conversions = []  # packed tensors are saved unchanged
+    parallelise_activations(model, runtime.backend.threads)  # the backend is created now, and sets the layers' products
+    return model

@@ -1,0 +1,137 @@
+"""`load_model` for models without an execution plan, by Transformers' own loader and `PackingQuantizer`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ...checkpoint import Checkpoint, GgufCheckpoint, PackedCheckpoint, SafetensorsCheckpoint
+from ...config import DeepSeekConfig
+from ...errors import CheckpointError, ConfigError, DeepSeekOptimizerError, UnsupportedModelError
+from ..configs import check_config
+from ..general import check_settings
+
+_LISTED = 3  # names listed in an error or note
+
+
+def why_general_path(checkpoint: Checkpoint, config: DeepSeekConfig | None, fields: dict[str, Any]) -> str | None:
+    """Why a checkpoint's model has no execution plan and is loaded without one; None: it has one.
+
+    Args:
+        checkpoint: the checkpoint.
+        config, fields: as in `load_model`; only `strict` matters.
+
+    Raises:
+        ConfigError: a field of the checkpoint's config is not valid.
+        UnsupportedModelError: there is no plan, and `strict` is set, or Transformers does not know the model either.
+    """
+    raw = checkpoint.config()
+    try:
+        check_config(raw)
+        return None
+    except UnsupportedModelError as error:
+        strict = fields.get("strict", getattr(config, "strict", False))
+        if strict or isinstance(checkpoint, GgufCheckpoint) or model_class(raw) is None:
+            raise
+        return str(error)
+
+
+def model_class(raw: dict[str, Any]) -> Any:
+    """Transformers' class for the content of a config.json: the one it was saved from, or else a class with a language model
+    head, or the base model. None: Transformers has none."""
+    import transformers
+    from transformers import (
+        CONFIG_MAPPING,
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+        MODEL_MAPPING,
+        PreTrainedModel,
+    )
+
+    kind = raw.get("model_type")
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
+        return None
+    config_class = CONFIG_MAPPING[kind]
+    saved = raw.get("architectures")
+    name = saved[0] if isinstance(saved, list) and saved else None
+    named = getattr(transformers, name, None) if isinstance(name, str) and name.isidentifier() else None
+    if isinstance(named, type) and issubclass(named, PreTrainedModel) and named.config_class is config_class:
+        return named
+    mappings = (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING, MODEL_MAPPING)
+    return next((mapping[config_class] for mapping in mappings if config_class in mapping), None)
+
+
+def empty_model(config: Any, architecture: str | None, dtype: torch.dtype) -> Any:
+    """A model on the meta device.
+
+    Args:
+        config: its Transformers config.
+        architecture: name of its class; None: that with a language model head.
+        dtype: of its parameters.
+    """
+    own = model_class({"model_type": config.model_type, "architectures": [architecture]})
+    with torch.device("meta"):
+        return own._from_config(config, dtype=dtype)
+
+
+def load_general(checkpoint: Checkpoint, settings: DeepSeekConfig, reason: str) -> Any:
+    """The model of a checkpoint that takes the general path.
+
+    Args:
+        checkpoint: it, open.
+        settings: the settings.
+        reason: why there is no plan.
+
+    Raises:
+        CheckpointError: weights are missing, have other shapes, contain NaN, or are quantised by another method.
+        ConfigError: Transformers cannot use the config, or a setting needs a plan.
+        NotEnoughMemoryError: the weights do not fit in free memory.
+    """
+    from transformers import CONFIG_MAPPING
+
+    check_settings(settings, reason)
+    if type(checkpoint) not in (SafetensorsCheckpoint, PackedCheckpoint):
+        raise CheckpointError(
+            f"is quantised ({checkpoint.kind}), which the general path cannot read; use the original checkpoint",
+            file=checkpoint.path,
+        )
+    raw = checkpoint.config()
+    raw.pop("quantization_config", None)
+    own = model_class(raw)
+    dtype = torch.float32 if settings.precision == "fp32" else "auto"
+    try:
+        config = CONFIG_MAPPING[raw["model_type"]].from_dict(raw)
+        if isinstance(checkpoint, PackedCheckpoint):
+            config.quantization_config = settings.to_dict()  # Transformers would ignore settings given beside stored ones
+        model, info = own.from_pretrained(
+            str(checkpoint.path),
+            config=config,
+            quantization_config=None if isinstance(checkpoint, PackedCheckpoint) else settings,
+            dtype=dtype,
+            output_loading_info=True,
+            use_safetensors=True,
+            local_files_only=True,
+        )
+    except (DeepSeekOptimizerError, MemoryError):
+        raise
+    except Exception as error:  # a wrong field or tensor may cause any error in Transformers
+        raise ConfigError(
+            f"{checkpoint.path}: Transformers cannot load this as a {own.__name__}: {' '.join(str(error).split())}"
+        ) from error
+    checkpoint.check_unchanged()
+    if missing := sorted(info["missing_keys"]):
+        raise CheckpointError(
+            f"lacks {_list(missing)}, which {own.__name__} needs; load it with the class it was saved from, and "
+            "quantization_config=DeepSeekConfig(...)",
+            file=checkpoint.path,
+            tensor=missing[0],
+        )
+    if unused := sorted(info["unexpected_keys"]):
+        model.dso.warn_once(f"{own.__name__} does not use all tensors of the checkpoint: {_list(unused)}")
+    return model
+
+
+def _list(names: list[str]) -> str:
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return f"{', '.join(names[:_LISTED])}{more}"
