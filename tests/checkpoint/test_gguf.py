@@ -58,7 +58,17 @@ def test_as_transformers_reads_it(tmp_path: Path, architecture: str, tied: bool)
 
 
 @pytest.mark.parametrize(
-    "kind, format", [("Q4_0", "int4"), ("Q4_1", "q4_1"), ("Q8_0", "int8"), ("BF16", "bf16"), ("F32", "fp32"), ("F16", "fp32")]
+    "kind, format",
+    [
+        ("Q4_0", "int4"),
+        ("Q4_1", "q4_1"),
+        ("Q8_0", "int8"),
+        ("Q5_0", "q5_0"),
+        ("Q5_1", "q5_1"),
+        ("BF16", "bf16"),
+        ("F32", "fp32"),
+        ("F16", "fp32"),
+    ],
 )
 def test_lossless_formats(tmp_path: Path, kind: str, format: str) -> None:
     checkpoint = open_checkpoint(save(tmp_path / "m.gguf", model_values(), model_tensors(kind=kind)))
@@ -91,13 +101,13 @@ def test_biases_of_llama_change_places_too(tmp_path: Path) -> None:
 
 
 def test_other_types_are_converted_and_say_so(tmp_path: Path) -> None:
-    checkpoint = open_checkpoint(save(tmp_path / "m.gguf", model_values(), model_tensors(kind="Q5_0")))
+    checkpoint = open_checkpoint(save(tmp_path / "m.gguf", model_values(), model_tensors(kind="MXFP4")))
     for name in ("lm_head.weight", "model.embed_tokens.weight"):
-        assert checkpoint.lossless_format(name) is None and checkpoint.natural_format(name) == "int8"
-        packed = checkpoint.packed(name, "int8")
+        assert checkpoint.lossless_format(name) is None and checkpoint.natural_format(name) == "q4_1"
+        packed = checkpoint.packed(name, "q4_1")
         error = (quant.unpack(packed) - checkpoint.read(name)).abs()
-        assert (error <= quant.get_format("int8").error_bound(checkpoint.read(name))).all()
-    assert checkpoint.conversions() == ["2 matrices stored as Q5_0 converted to int8, which rounds them again"]
+        assert (error <= quant.get_format("q4_1").error_bound(checkpoint.read(name))).all()
+    assert checkpoint.conversions() == ["2 matrices stored as MXFP4 converted to q4_1, which rounds them again"]
 
 
 def test_a_ggml_type_in_another_format(tmp_path: Path) -> None:

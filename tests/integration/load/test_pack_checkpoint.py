@@ -43,13 +43,13 @@ def test_the_same_files_as_save_pretrained(tmp_path: Path, case: str, precision:
 
 
 def test_a_gguf_file_and_its_notes(tmp_path: Path) -> None:
-    (tmp_path / "m.gguf").write_bytes(gguf_bytes(model_values("llama", 2), model_tensors("llama", 2, "Q5_0")))
+    (tmp_path / "m.gguf").write_bytes(gguf_bytes(model_values("llama", 2), model_tensors("llama", 2, "MXFP4")))
     with pytest.warns(UserWarning, match="rounds them again"):
         load_model(tmp_path / "m.gguf").save_pretrained(tmp_path / "saved")
     told: list[str] = []
     pack_checkpoint(tmp_path / "m.gguf", tmp_path / "packed", {}, tell=told.append)
     assert content(tmp_path / "packed") == content(tmp_path / "saved")
-    assert len(told) == 1 and "stored as Q5_0 converted to int8" in told[0]
+    assert len(told) == 1 and "stored as MXFP4 converted to q4_1" in told[0]
 
 
 def test_several_files(tmp_path: Path, source: Path) -> None:
