@@ -12,8 +12,9 @@ from deepseek_optimizer import load_model
 from deepseek_optimizer.backends.cpu import unavailable_reason
 from deepseek_optimizer.errors import CheckpointError, ConfigError
 from deepseek_optimizer.integration.load.pack_checkpoint import pack_checkpoint
+from support.gguf_deepseek2 import v2_lite
 from support.gguf_kquants import VOCAB, llama_file
-from support.models import assert_close_rows
+from support.models import CASES, assert_close_rows, random_model
 
 Q4_K_M = {"": "Q4_K", "attn_v": "Q6_K", "ffn_down": "Q6_K", "output": "Q6_K"}
 MIXED = {
@@ -91,6 +92,23 @@ def test_converted_and_reported(tmp_path: Path) -> None:
     assert torch.equal(load_model(tmp_path / "saved", backend="cpu")(IDS).logits, model(IDS).logits)
 
 
+@NATIVE
+@torch.no_grad()
+def test_experts(tmp_path: Path) -> None:
+    """Stacks of experts in superblocks, few and many tokens, against the reference on the same values."""
+    random_model(
+        v2_lite(hidden_size=256, num_attention_heads=4, num_key_value_heads=4, moe_intermediate_size=256, num_hidden_layers=2)
+    ).save_pretrained(tmp_path)
+    formats = {"*.mlp.experts.gate_up_proj": "q4_k", "*.mlp.experts.down_proj": "q6_k", "*.kv_b_proj": "fp32"}
+    settings = {"formats": formats, "precision": "int8", "kv_cache": "fp32"}
+    native, reference = (
+        load_model(tmp_path, backend=backend, activation=activation, **settings)
+        for backend, activation in (("cpu", "int16"), ("reference", "auto"))
+    )
+    for ids in (IDS, IDS[:, :1]):
+        assert_close_rows(native(ids).logits, reference(ids).logits, 1e-3)
+
+
 def test_other_iq_types_are_converted_with_a_line(tmp_path: Path) -> None:
     file = save(tmp_path, {"": "Q4_K", "ffn_up": "IQ3_S", "ffn_down": "TQ2_0"})
     with pytest.warns(UserWarning, match="2 matrices stored as IQ3_S converted to q4_1, which rounds them again"):
@@ -108,8 +126,6 @@ def test_a_type_that_nobody_reads(tmp_path: Path) -> None:
 
 
 def test_superblocks_need_whole_ones(tmp_path: Path) -> None:
-    from support.models import CASES, random_model
-
     random_model(CASES["llama-gqa"]()).save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="q4_k needs a multiple of 256 columns, but a matrix has"):
         load_model(tmp_path, formats={"lm_head": "q4_k"})
