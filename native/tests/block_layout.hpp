@@ -21,6 +21,10 @@ inline const BlockFormat* block_format(int format) {
   return nullptr;
 }
 
+inline size_t block_bytes(const BlockFormat& f, int rows, int cols) {
+  return (size_t)((rows + 15) / 16) * (size_t)(cols / 32) * (size_t)f.bytes;
+}
+
 struct BlockMatrix {
   const BlockFormat& f;
   uint8_t* data;

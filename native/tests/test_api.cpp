@@ -78,6 +78,8 @@ void sizes() {
   check(dso_packed_bytes(DSO_BF16, 0, 33) == -1 && dso_packed_bytes(DSO_BF16, -5, 33) == -1 &&
             dso_packed_bytes(DSO_F32, INT64_MAX, INT64_MAX) == -1,
         "invalid shapes");
+  check(dso_tile_bytes(DSO_Q4_K) == 296 && dso_packed_bytes(DSO_Q4_K, 17, 512) == 2 * 16 * 296, "superblocks");
+  check(dso_packed_bytes(DSO_Q4_K, 17, 288) == -1 && dso_packed_bytes(DSO_Q5_0, 17, 33) == 4 * 352, "columns of superblocks");
   for (int width : {1, 31, 32, 33, 576, 1000})
     for (int kind : {DSO_SLOT_F32, DSO_SLOT_BF16, DSO_SLOT_Q8, DSO_SLOT_Q16})
       check(dso_row_bytes(kind, width) == (int64_t)::row_bytes(kind, width), "row_bytes(%d, %d) is %ld", kind, width,
@@ -376,6 +378,8 @@ void direct() {
             "importance[0] is inf", "infinite importance");
     refuses(dso_pack(one.c, DSO_BF16, DSO_SRC_GGML, w.data(), 1, 32, 32, nullptr, x.data()), DSO_EINVAL, "BF16",
             "ggml blocks as bf16");
+    refuses(dso_pack(one.c, DSO_Q5_0, DSO_SRC_F32, w.data(), 1, 32, 32, nullptr, x.data()), DSO_EINVAL,
+            "Q5_0 is packed from ggml blocks only", "floats");
     refuses(dso_pack(one.c, DSO_INT8, DSO_SRC_GGML, w.data(), 1, 33, 64, nullptr, x.data()), DSO_EINVAL, "got 33 and 64",
             "columns of ggml blocks");
     refuses(dso_pack(one.c, DSO_INT8, DSO_SRC_GGML, w.data(), 1, 32, 33, nullptr, x.data()), DSO_EINVAL, "got 32 and 33",
