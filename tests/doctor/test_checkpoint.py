@@ -52,6 +52,6 @@ def test_gguf_conversions_are_named(case, one, tmp_path):
     from support.checkpoint_files import gguf_bytes, model_tensors, model_values
 
     path = tmp_path / "model.gguf"
-    path.write_bytes(gguf_bytes(model_values("llama"), model_tensors("llama", kind="Q5_0")))
+    path.write_bytes(gguf_bytes(model_values("llama"), model_tensors("llama", kind="MXFP4")))
     found = list(checkpoint.check(case(model=str(path))))
-    assert [f.severity for f in found] == ["ok", "note"] and "Q5_0" in found[1].what
+    assert [f.severity for f in found] == ["ok", "note"] and "MXFP4" in found[1].what

@@ -100,7 +100,8 @@ class BlockFormat:
         groups = pad_to_tiles(weight).float().unflatten(1, (-1, cls.group))
         scale, minimum = cls._ranges(groups)
         reach = max(abs(v) for v in cls.values())
-        far = {True: 0.5, False: 1.0}[cls.has_min] if not cls.table else 14.0  # 127 - 113; half of the widest gap is 12
+        # In scales: half a step, or the distance past the last value on the side that has fewer (of the table: 127 - 113).
+        far = 14.0 if cls.table else 0.5 if cls.has_min else 1.0
         off = cls._rounding(scale)
         bound = far * (scale.abs() + off) + reach * off
         if minimum is not None:
