@@ -86,10 +86,11 @@ DSO_API int32_t dso_mapping_check(const void* address); /* DSO_EFILE if the file
  *                The tiles of a 128 x 128 block share one scale, which is NaN if any of them has a NaN code (0x7f, 0xff)
  * The other formats hold the values of the ggml type of the same name. Their codes are in planes: a plane of b bits is uint8
  * [b][16 r][4], where bits b * i to b * i + b - 1 of byte (v, r, c) belong to column 4 * (8 / b * v + i) + c; `value` is
- * kvalues_iq4nl[code] of ggml.
+ * kvalues_iq4nl[code] or kvalues_mxfp4[code] of ggml.
  *   Q5_0   352 B: planes of 4 and 1 bits, code = low + 16 high, then fp16 scale[16]    W = scale * (code - 16)
  *   Q5_1   384 B: planes as Q5_0, then fp16 scale[16], fp16 min[16]                    W = scale * code + min
  *   IQ4_NL 288 B: a plane of 4 bits, then fp16 scale[16]                               W = scale * value
+ *   MXFP4  272 B: a plane of 4 bits, then uint8 e[16]                                  W = 2^(e - 128) * value
  * A superblock (8 dso_tile_bytes) is fp16 d[16], fp16 dmin[16] if there are minimums, and 8 groups of 32 columns:
  *   Q4_K   296 B: a plane of 4 bits, int8 scale[16], int8 min[16]                      W = d * scale * code + dmin * min
  *   Q5_K   360 B: planes as Q5_0, then as Q4_K                                         W = d * scale * code + dmin * min
@@ -116,11 +117,12 @@ enum {
   DSO_IQ4_NL = 12,
   DSO_Q5_0 = 13,
   DSO_Q5_1 = 14,
+  DSO_MXFP4 = 15,
   DSO_VECTOR = 100
 };
 /* Source types of dso_pack. GGML: rows of blocks of the ggml type whose integer codes the format can hold, repacked without
  * rounding: Q4_0 for INT4, Q8_0 for INT8, and for the others the type of the same name; cols and stride must be multiples of 32
- * or of the superblock. It is the only source of the formats from Q2_K to Q5_1. */
+ * or of the superblock. It is the only source of the formats from Q2_K to MXFP4. */
 enum { DSO_SRC_F32 = 0, DSO_SRC_BF16 = 1, DSO_SRC_F16 = 2, DSO_SRC_GGML = 3 };
 
 typedef struct dso_weight {

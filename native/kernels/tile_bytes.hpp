@@ -11,15 +11,17 @@ constexpr int64_t superblock_groups = 8;  // groups of 32 columns in a superbloc
 // minimums. A plane of b bits has b vectors of 64 bytes; byte (r, c) of vector v holds, at bit b * i, column 4 * (8 / b * v +
 // i) + c of row r.
 struct IntLayout {
-  int low, high;    // bits of a code in either plane; low 0: not an integer format
-  int halves;       // scales per 32 columns: 1 or 2
-  bool has_min;     // W = scale * value + min
-  bool superblock;  // scales are bytes, multiplied by an fp16 number of the superblock; otherwise they are fp16
-  bool joined;      // a scale and a minimum of 4 bits share a byte
+  int low, high;        // bits of a code in either plane; low 0: not an integer format
+  int halves;           // scales per 32 columns: 1 or 2
+  bool has_min;         // W = scale * value + min
+  bool superblock;      // scales are bytes, multiplied by an fp16 number of the superblock; otherwise they are fp16
+  bool joined;          // a scale and a minimum of 4 bits share a byte
+  bool powers = false;  // a scale is 2^(byte - 128)
 };
 
 static constexpr int64_t code_bytes(IntLayout l) { return 64 * (l.low + l.high); }
 static constexpr int64_t scale_bytes(IntLayout l) {  // of one group
+  if (l.powers) return 16;
   return l.superblock ? 16 * l.halves * (l.has_min && !l.joined ? 2 : 1) : 32 * (l.has_min ? 2 : 1);
 }
 static constexpr int64_t group_bytes(IntLayout l) { return code_bytes(l) + scale_bytes(l); }
@@ -58,12 +60,14 @@ static constexpr IntLayout int_layout(int32_t format) {
       return {4, 2, 2, false, true, false};
     case DSO_IQ4_XS:
       return {4, 0, 1, false, true, false};
+    case DSO_MXFP4:
+      return {4, 0, 1, false, false, false, true};
     default:
       return {0, 0, 0, false, false, false};
   }
 }
 
-// The value of a code is code - code_offset, except that of IQ4 codes, which is in a table: iq4_values[code] - code_offset.
+// The value of a code is code - code_offset, or in formats with a table its entry - code_offset.
 static constexpr int32_t code_offset(int32_t format) {
   switch (format) {
     case DSO_INT8:
@@ -72,6 +76,8 @@ static constexpr int32_t code_offset(int32_t format) {
       return 128;
     case DSO_INT4:
       return 8;
+    case DSO_MXFP4:
+      return 12;
     case DSO_Q3_K:
       return 4;
     case DSO_Q5_0:
@@ -83,9 +89,12 @@ static constexpr int32_t code_offset(int32_t format) {
   }
 }
 
-static constexpr bool has_table(int32_t format) { return format == DSO_IQ4_NL || format == DSO_IQ4_XS; }
-// kvalues_iq4nl of ggml + 128
+static constexpr bool has_table(int32_t format) { return format == DSO_IQ4_NL || format == DSO_IQ4_XS || format == DSO_MXFP4; }
+// kvalues_mxfp4 of ggml + 12, and kvalues_iq4nl + 128
+static constexpr uint8_t mxfp4_values[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
 static constexpr uint8_t iq4_values[16] = {1, 24, 45, 63, 79, 93, 106, 118, 129, 141, 153, 166, 181, 197, 217, 241};
+template <int32_t format>
+static constexpr const uint8_t (&table_of)[16] = format == DSO_MXFP4 ? mxfp4_values : iq4_values;
 
 static constexpr int64_t tile_bytes(int32_t format) {  // -1: not a packed format
   switch (format) {

@@ -17,7 +17,7 @@ constexpr int groups_of = int_layout(format).superblock ? superblock_groups : 1;
 template <int groups>
 struct Block {
   uint32_t codes[groups][8];
-  uint8_t scale[groups][2], min[groups][2];  // in superblocks, by half of a group
+  uint8_t scale[groups][2], min[groups][2];  // in superblocks and MXFP4, by half of a group
   uint16_t d, dmin;                          // fp16; without superblocks the scale and the minimum themselves
 };
 using Superblock = Block<superblock_groups>;
@@ -83,6 +83,9 @@ void read(const uint8_t* p, Block<groups_of<format>>& b) {
   } else if constexpr (format == DSO_INT4 || format == DSO_IQ4_NL) {
     nibbles<4>(p + 2, b);
     b.d = half(p);
+  } else if constexpr (format == DSO_MXFP4) {
+    nibbles<4>(p + 1, b);
+    b.scale[0][0] = p[0];
   } else if constexpr (format == DSO_Q4_1) {
     nibbles<4>(p + 4, b);
     b.d = half(p), b.dmin = half(p + 2);
@@ -161,11 +164,12 @@ void write(const Block<groups_of<format>>& b, int row, uint8_t* tile) {
     write_plane<layout.low>(b.codes[g], 0, row, group);
     if constexpr (layout.high) write_plane<layout.high>(b.codes[g], layout.low, row, group + 64 * layout.low);
     uint8_t* numbers = group + code_bytes(layout);
-    for (int h = 0; layout.superblock && h < layout.halves; ++h) {
+    for (int h = 0; (layout.superblock || layout.powers) && h < layout.halves; ++h) {
       numbers[16 * h + row] = b.scale[g][h];
       if (layout.has_min && !layout.joined) numbers[16 * (layout.halves + h) + row] = b.min[g][h];
     }
   }
+  if (layout.powers) return;
   uint8_t* halves = layout.superblock ? tile : tile + code_bytes(layout);
   memcpy(halves + 2 * row, &b.d, sizeof b.d);
   if (layout.has_min) memcpy(halves + 32 + 2 * row, &b.dmin, sizeof b.dmin);
@@ -199,6 +203,8 @@ GgmlBlock ggml_block(int32_t format) {
       return {32, 22};
     case DSO_Q5_1:
       return {32, 24};
+    case DSO_MXFP4:
+      return {32, 17};
     case DSO_Q2_K:
       return {256, 84};
     case DSO_Q3_K:
@@ -246,6 +252,8 @@ void repack_tile_row(int32_t format, const uint8_t* source, int64_t rows, int64_
       return repack<DSO_Q5_0>(source, rows - first, cols, stride, packed);
     case DSO_Q5_1:
       return repack<DSO_Q5_1>(source, rows - first, cols, stride, packed);
+    case DSO_MXFP4:
+      return repack<DSO_MXFP4>(source, rows - first, cols, stride, packed);
   }
 }
 

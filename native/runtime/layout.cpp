@@ -70,6 +70,8 @@ const char* format_name(int32_t format) {
       return "Q5_0";
     case DSO_Q5_1:
       return "Q5_1";
+    case DSO_MXFP4:
+      return "MXFP4";
     case DSO_VECTOR:
       return "VECTOR";
     default:

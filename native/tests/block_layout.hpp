@@ -13,7 +13,7 @@ constexpr BlockFormat block_formats[] = {
     {DSO_Q4_K, "q4_k", 296, 4, 0, 32, 0, true, true},       {DSO_Q5_K, "q5_k", 360, 4, 1, 32, 0, true, true},
     {DSO_Q6_K, "q6_k", 420, 4, 2, 16, 32, true, false},     {DSO_IQ4_XS, "iq4_xs", 276, 4, 0, 32, 0, true, false},
     {DSO_IQ4_NL, "iq4_nl", 288, 4, 0, 32, 0, false, false}, {DSO_Q5_0, "q5_0", 352, 4, 1, 32, 16, false, false},
-    {DSO_Q5_1, "q5_1", 384, 4, 1, 32, 0, false, true},
+    {DSO_Q5_1, "q5_1", 384, 4, 1, 32, 0, false, true},      {DSO_MXFP4, "mxfp4", 272, 4, 0, 32, 0, false, false},
 };
 inline const BlockFormat* block_format(int format) {
   for (const BlockFormat& f : block_formats)
@@ -48,6 +48,8 @@ struct BlockMatrix {
     static constexpr int iq4[] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
     const uint8_t* at = data + group(r, c);
     int code = plane(at, f.low, r, c);
+    static constexpr int mxfp4[] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
+    if (f.format == DSO_MXFP4) return mxfp4[code];
     if (f.high) code += plane(at + 64 * f.low, f.high, r, c) << f.low;
     return f.format == DSO_IQ4_XS || f.format == DSO_IQ4_NL ? iq4[code] : code - f.offset;
   }
@@ -55,10 +57,11 @@ struct BlockMatrix {
     return data + (f.superblock ? start(r, c) : start(r, c) + (size_t)(64 * (f.low + f.high))) + 2 * (r % 16);
   }
   float half_at(const uint8_t* p) const { return half_to_float((uint16_t)(p[0] | p[1] << 8)); }
-  const uint8_t* byte(int r, int c) const {  // of the scale, in superblocks
+  uint8_t* byte(int r, int c) const {  // of the scale, in superblocks and MXFP4
     return data + group(r, c) + 64 * (f.low + f.high) + c % 32 / f.columns * 16 + r % 16;
   }
   float scale(int r, int c) const {
+    if (f.format == DSO_MXFP4) return std::ldexp(1.0f, *byte(r, c) - 128);
     const float d = half_at(halves(r, c));
     if (!f.superblock) return d;
     return d * (float)(f.format == DSO_Q2_K ? *byte(r, c) & 15 : (int8_t)*byte(r, c));

@@ -21,7 +21,7 @@ MIXED = {
     "": "Q2_K", "attn_q": "Q3_K", "attn_k": "Q5_K", "attn_v": "IQ4_NL", "ffn_down": "IQ4_XS", "ffn_gate": "Q5_0",
     "ffn_up": "Q5_1", "output": "Q8_0",
 }  # fmt: skip
-ONE_TYPE = ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS", "IQ4_NL", "Q5_0", "Q5_1"]
+ONE_TYPE = ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS", "IQ4_NL", "Q5_0", "Q5_1", "MXFP4"]
 FILES = {"Q4_K_M": Q4_K_M, "mixed": MIXED} | {kind: {"": kind} for kind in ONE_TYPE}
 IDS = torch.arange(2 * 37).view(2, 37) * 31 % VOCAB
 NATIVE = pytest.mark.skipif(unavailable_reason() is not None, reason="no native build")

@@ -12,7 +12,7 @@ from deepseek_optimizer import quant
 from deepseek_optimizer.quant import ggml
 
 GROUPS = ["Q4_0", "Q4_1", "Q8_0"]
-BLOCKS = ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS", "IQ4_NL", "Q5_0", "Q5_1"]
+BLOCKS = ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS", "IQ4_NL", "Q5_0", "Q5_1", "MXFP4"]
 LOSSLESS = GROUPS + BLOCKS
 HALVES = {"Q2_K": (80, 82), "Q3_K": (108,), "Q6_K": (208,)} | dict.fromkeys(("Q4_1", "Q4_K", "Q5_K", "Q5_1"), (0, 2))
 
@@ -29,6 +29,9 @@ def random_blocks(rows: int, cols: int, name: str) -> torch.Tensor:
     kind = ggml.GGML_TYPES[GGMLQuantizationType[name]]
     blocks = random_bytes(rows, cols, name).view(rows, cols // kind.block, -1)
     generator = torch.Generator().manual_seed(rows)
+    if name == "MXFP4":
+        blocks[..., 0] = blocks[..., 0] // 8 + 112
+        return blocks.view(rows, -1)
     for at in HALVES.get(name, (0,)):
         scales = torch.randn(*blocks.shape[:2], 1, generator=generator)
         scales *= torch.tensor([1.0, 1.0, 1e-6, 0.0])[torch.randint(0, 4, scales.shape, generator=generator)]
@@ -96,7 +99,7 @@ def test_the_reference_packer_repacks_blocks(name: str) -> None:
         quant.reference_packer(blocks, "bf16")
 
 
-@pytest.mark.parametrize("name", ["F32", "F16", "BF16", "F64", "MXFP4", "TQ2_0", "IQ1_M", "IQ2_XS", "IQ3_S"])
+@pytest.mark.parametrize("name", ["F32", "F16", "BF16", "F64", "NVFP4", "TQ2_0", "IQ1_M", "IQ2_XS", "IQ3_S"])
 def test_other_types_become_floats(name: str) -> None:
     kind = ggml.GGML_TYPES[GGMLQuantizationType[name]]
     if name == "F64":

@@ -81,12 +81,12 @@ def test_the_layout_of_a_superblock() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_weights_that_are_not_finite_become_nan(name: str) -> None:
+def test_weights_that_are_not_finite_stay_so(name: str) -> None:
     for bad in (math.nan, math.inf, -math.inf):
         weight = torch.randn(16, 512)
         weight[3, 300] = bad
         got = quant.unpack(quant.pack(weight, name))
-        assert got[3, 288:320].isnan().all() and got[3, :256].isfinite().all() and got[4].isfinite().all()
+        assert not got[3, 288:320].isfinite().any() and got[3, :256].isfinite().all() and got[4].isfinite().all()
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -32,6 +32,9 @@ def random_blocks(shape: tuple[int, int], kind: str, generator: torch.Generator)
         blocks[..., 12:16] = (blocks[..., 12:16] & 15) * 17
     elif kind == "Q2_K":
         blocks[..., :16] = (blocks[..., :16] & 15) * 17
+    elif kind == "MXFP4":
+        blocks[..., 0] = 119 + blocks[..., 0] % 3
+        return blocks.view(shape[0], -1).numpy()
     numbers = 0.75 + 0.5 * torch.rand(*blocks.shape[:2], 1, generator=generator)
 
     def fill(factor: float) -> None:

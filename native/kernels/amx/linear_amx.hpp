@@ -144,6 +144,8 @@ static void by_format(const Matrix& w, const Output& out, Rows<kind> x, int64_t 
       return integers<DSO_Q5_0, kind>(w, out, x, T, begin, end, scratch);
     case DSO_Q5_1:
       return integers<DSO_Q5_1, kind>(w, out, x, T, begin, end, scratch);
+    case DSO_MXFP4:
+      return integers<DSO_MXFP4, kind>(w, out, x, T, begin, end, scratch);
   }
 }
 

@@ -11,7 +11,10 @@ struct Format {
   static constexpr bool has_min = layout.has_min;
   static constexpr int halves = layout.halves;
   static constexpr int32_t offset = code_offset(format);  // value = stored - offset
-  static constexpr int32_t largest = has_table(format) ? 255 : (1 << (layout.low + layout.high)) - 1;  // of the stored values
+  static constexpr int32_t largest =                      // of the stored values
+      format == DSO_MXFP4 ? 24
+      : has_table(format) ? 255
+                          : (1 << (layout.low + layout.high)) - 1;
 };
 
 // 4 columns of a plane of `bits` bits, as the bits from `to` on of bytes.
@@ -42,7 +45,7 @@ struct Packed : Format<format> {
   DSO_INLINE B quad(const uint8_t* group) {
     const B low = from_plane<layout.low, q, 0>(group);
     if constexpr (has_table(format))
-      return look_up(iq4_values, low);
+      return look_up(table_of<format>, low);
     else if constexpr (layout.high)
       return join_bits(low, from_plane<layout.high, q, layout.low>(group + 64 * layout.low));
     else
@@ -51,7 +54,9 @@ struct Packed : Format<format> {
   template <int half>
   DSO_INLINE F scale(Place at) {
     const uint8_t* numbers = at.group + code_bytes(layout) + 16 * half;
-    if constexpr (!layout.superblock)
+    if constexpr (layout.powers)
+      return scale2(set(1), sub(to_float(load_u8(numbers)), set(128)));
+    else if constexpr (!layout.superblock)
       return load_f16(numbers);
     else if constexpr (layout.joined)
       return mul(load_f16(at.head), to_float(move_bits<0, 0, 4>(load_u8(numbers))));

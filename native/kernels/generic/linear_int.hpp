@@ -220,6 +220,8 @@ static void linear_int(const Matrix& w, const float* bias, const uint8_t* x, int
       return linear_int<DSO_Q5_0, kind>(w, out, rows, T, begin, end);
     case DSO_Q5_1:
       return linear_int<DSO_Q5_1, kind>(w, out, rows, T, begin, end);
+    case DSO_MXFP4:
+      return linear_int<DSO_MXFP4, kind>(w, out, rows, T, begin, end);
   }
 }
 }  // namespace dso::DSO_ISA_NAMESPACE

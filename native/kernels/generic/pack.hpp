@@ -272,7 +272,10 @@ static inline void unpack_integers(const uint8_t* row, int64_t g, int r, float* 
   const uint8_t* numbers = group + code_bytes(layout);
   for (int half = 0; half < layout.halves; half++) {
     float scale, least = 0;
-    if constexpr (!layout.superblock) {
+    if constexpr (layout.powers) {
+      const uint32_t e = numbers[r], bits = e < 2 ? 0x00200000u << e : (e - 1) << 23;
+      memcpy(&scale, &bits, 4);
+    } else if constexpr (!layout.superblock) {
       scale = f16_at(numbers + 2 * r);
       if constexpr (layout.has_min) least = f16_at(numbers + 32 + 2 * r);
     } else {
@@ -291,7 +294,7 @@ static inline void unpack_integers(const uint8_t* row, int64_t g, int r, float* 
       if constexpr (has_table(format)) {
         uint8_t bytes[4];
         memcpy(bytes, &word, 4);
-        for (uint8_t& byte : bytes) byte = iq4_values[byte];
+        for (uint8_t& byte : bytes) byte = table_of<format>[byte];
         memcpy(&word, bytes, 4);
       }
       const __m128i code = _mm_sub_epi32(_mm_cvtepu8_epi32(_mm_cvtsi32_si128((int32_t)word)), offset);
@@ -352,6 +355,8 @@ static void embed_row(const Matrix& w, int32_t row, float scale, float* out) {
       return unpack_row<DSO_Q5_0>(w, row, scale, out);
     case DSO_Q5_1:
       return unpack_row<DSO_Q5_1>(w, row, scale, out);
+    case DSO_MXFP4:
+      return unpack_row<DSO_MXFP4>(w, row, scale, out);
   }
 }
 

@@ -1,7 +1,7 @@
 """A .gguf file as a checkpoint with Transformers' parameter names.
 
-Blocks of Q4_0, Q4_1, Q8_0, Q5_0, Q5_1, the K-quants, IQ4_NL and IQ4_XS are repacked without loss; other quantised types are
-dequantised and packed again, which `conversions` reports.
+Blocks of Q4_0, Q4_1, Q8_0, Q5_0, Q5_1, MXFP4, the K-quants, IQ4_NL and IQ4_XS are repacked without loss; other quantised types
+are dequantised and packed again, which `conversions` reports.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .stacks import StackPart, StackShape
 _FLOAT_FORMATS = {"F32": "fp32", "F16": "fp32", "BF16": "bf16"}  # lossless
 # Converted to q4_1, as the nearest format in size; the ternary types and 8-bit ones to int8.
 _UP_TO_FOUR_BITS = {
-    "MXFP4", "NVFP4", "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S",
+    "NVFP4", "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S",
 }  # fmt: skip
 
 

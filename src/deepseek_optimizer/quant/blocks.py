@@ -1,15 +1,17 @@
-"""Formats that hold ggml's K-quants, IQ4 and 5-bit blocks without loss: common packing, unpacking and error bound.
+"""Formats that hold ggml's K-quants, IQ4, 5-bit and MXFP4 blocks without loss: common packing, unpacking and error bound.
 
     W = scale * value(code) + minimum        value(code): code - offset, or an entry of a table
 
 A code is stored as `low` + `high` bits in two planes of a group of 32 columns. Scales belong to 16 or 32 columns. In a
 superblock of 256 columns they are small integers, multiplied by an fp16 number d of the superblock (minimums: dmin); otherwise
-they are fp16 themselves. All these products are exact in float32. Source: ggml-common.h and ggml-quants.c of llama.cpp.
+they are fp16 themselves, or powers of two. All these products are exact in float32. Source: ggml-common.h and ggml-quants.c of
+llama.cpp.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import ClassVar
 
 import torch
@@ -22,6 +24,8 @@ SUPERBLOCK = 256  # columns
 _GROUPS = SUPERBLOCK // TILE_COLS
 # The values of IQ4 codes: kvalues_iq4nl of ggml.
 IQ4_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+MXFP4_VALUES = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)  # kvalues_mxfp4: twice the values of E2M1
+_POWER_BIAS = 128  # one more than that of E8M0, since the values are doubled
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,7 @@ class Blocks:
 
     Attributes:
         codes: uint8 [n, K].
-        scale: [n, K/group]; int8 in superblocks, fp16 otherwise.
+        scale: [n, K/group]; int8 in superblocks, uint8 e for a scale of 2^(e - 128), fp16 otherwise.
         minimum: like scale; None if the format has none.
         d: fp16 [n, K/256], the factor of scales; None without superblocks.
         dmin: like d, the factor of minimums.
@@ -50,6 +54,7 @@ class BlockFormat:
         low, high: bits of a code in each plane; 0: there is no such plane.
         group: columns per scale.
         superblock: see the module.
+        powers: whether scales are powers of two.
         has_min: whether there are minimums.
         offset: subtracted from codes; 0 with a table.
         table: values of the codes; empty: none.
@@ -65,6 +70,7 @@ class BlockFormat:
     high: ClassVar[int] = 0
     group: ClassVar[int] = 32
     superblock: ClassVar[bool] = True
+    powers: ClassVar[bool] = False
     has_min: ClassVar[bool] = False
     offset: ClassVar[int] = 0
     table: ClassVar[tuple[int, ...]] = ()
@@ -100,8 +106,9 @@ class BlockFormat:
         groups = pad_to_tiles(weight).float().unflatten(1, (-1, cls.group))
         scale, minimum = cls._ranges(groups)
         reach = max(abs(v) for v in cls.values())
-        # In scales: half a step, or the distance past the last value on the side that has fewer (of the table: 127 - 113).
-        far = 14.0 if cls.table else 0.5 if cls.has_min else 1.0
+        # In scales: half a step, or the distance past the last value on the side that has fewer (of IQ4: 127 - 113, of MXFP4:
+        # 16 - 12).
+        far = 4.0 if cls.powers else 14.0 if cls.table else 0.5 if cls.has_min else 1.0
         off = cls._rounding(scale)
         bound = far * (scale.abs() + off) + reach * off
         if minimum is not None:
@@ -161,7 +168,7 @@ class BlockFormat:
         width = cls.low + cls.high
         words = body.view(torch.int32)[..., : width * TILE_ROWS].unflatten(-1, (width, TILE_ROWS))
         codes = _from_planes(words.permute(0, 4, 1, 2, 3).reshape(rows, across, width), cls.low, cls.high).view(rows, -1)
-        dtype = torch.int8 if cls.superblock else torch.float16
+        dtype = torch.int8 if cls.superblock else torch.uint8 if cls.powers else torch.float16
         numbers = body.view(dtype)[..., 4 * width * TILE_ROWS // dtype.itemsize :].unflatten(-1, (-1, TILE_ROWS))
         parts = cls._split(numbers.permute(0, 4, 1, 2, 3).reshape(rows, across, -1))
         factors: tuple[torch.Tensor, ...] = ()
@@ -206,8 +213,12 @@ class BlockFormat:
         usable = factor.isfinite() & (factor != 0) & y.isfinite()
         y = (y / factor.masked_fill(factor == 0, 1.0)).masked_fill(~usable, 0.0)
         if cls.table:
-            middles = torch.tensor([(a + b) / 2 for a, b in zip(cls.table, cls.table[1:], strict=False)], dtype=torch.float32)
-            codes = torch.bucketize(y, middles.to(y.device))
+            order = sorted(range(len(cls.table)), key=cls.table.__getitem__)
+            middles = [(cls.table[a] + cls.table[b]) / 2 for a, b in pairwise(order)]
+            index = torch.bucketize(y, torch.tensor(middles, dtype=torch.float32, device=y.device))
+            codes = torch.tensor(order, device=y.device)[index]
+            if cls.powers:  # the format has no NaN: groups that are not finite become infinite
+                codes = codes.masked_fill(stored.unsqueeze(-1) == 255, cls.table.index(max(cls.table)))
         else:
             codes = (y.round() + cls.offset).clamp_(0, (1 << (cls.low + cls.high)) - 1)
         return Blocks(codes.to(torch.uint8).flatten(1), stored, offsets, d, dmin)
@@ -218,12 +229,17 @@ class BlockFormat:
         if cls.has_min:
             low = groups.amin(-1).clamp_max(0)
             return (groups.amax(-1).clamp_min(0) - low) / ((1 << (cls.low + cls.high)) - 1), low
+        if cls.powers:  # the largest element is at least 8 and less than 16
+            return torch.exp2(groups.abs().amax(-1).log2().floor() - 3), None
         high, low = groups.amax(-1), groups.amin(-1)
         return torch.where(high >= -low, high, low) / cls.values()[0], None
 
     @classmethod
     def _integers(cls, numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Scales or minimums as stored, [n, G], and their factor, fp16 [n, K/256]."""
+        if cls.powers:
+            exponents = (numbers.log2() + _POWER_BIAS).nan_to_num(nan=255, posinf=255, neginf=0)
+            return exponents.clamp_(0, 255).to(torch.uint8), None
         if not cls.superblock:
             return round_scale(numbers), None
         wide = numbers.unflatten(1, (-1, SUPERBLOCK // cls.group))
@@ -238,6 +254,8 @@ class BlockFormat:
     @classmethod
     def _rounding(cls, numbers: torch.Tensor) -> torch.Tensor:
         """Maximum error of storing these scales or minimums, [n, G]."""
+        if cls.powers:
+            return torch.full_like(numbers, 2.0**-_POWER_BIAS)
         if not cls.superblock:
             return (numbers.abs() * FP16_ROUNDING).clamp_min(FP16_TINY)
         largest = numbers.abs().unflatten(1, (-1, SUPERBLOCK // cls.group)).amax(-1, keepdim=True)
@@ -248,6 +266,8 @@ class BlockFormat:
 
 def _scaled(numbers: torch.Tensor, factor: torch.Tensor | None) -> torch.Tensor:
     """Scales or minimums as float32 [n, G], multiplied by the factor of their superblock."""
+    if numbers.dtype == torch.uint8:
+        return torch.exp2(numbers.double() - _POWER_BIAS).float()
     if factor is None:
         return numbers.float()
     return (numbers.float().unflatten(1, (factor.shape[1], -1)) * factor.float().unsqueeze(-1)).flatten(1)

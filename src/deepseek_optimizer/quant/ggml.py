@@ -1,7 +1,7 @@
 """ggml's block types, and lossless repacking of those that correspond to a format of this package.
 
 Q4_0, Q4_1 and Q8_0 represent the same values as int4, q4_1 and int8: groups of 32 along the row with fp16 scales. The K-quants,
-IQ4_XS, IQ4_NL, Q5_0 and Q5_1 have formats of their own (`kquants.py`). Repacking moves bits and rounds nothing. Source:
+IQ4_XS, IQ4_NL, Q5_0, Q5_1 and MXFP4 have formats of their own (`kquants.py`). Repacking moves bits and rounds nothing. Source:
 ggml-common.h and ggml-quants.c of llama.cpp.
 """
 
@@ -111,8 +111,12 @@ def blocks_for(format: str, row_bytes: int) -> tuple[str, int]:
 
 
 def block_scales(blocks: torch.Tensor, ggml_type: str, cols: int) -> torch.Tensor:
-    """The fp16 numbers of each block, [N, blocks, 1 or 2], for a type that has a lossless format."""
+    """The fp16 numbers of each block, [N, blocks, 1 or 2], for a type that has a lossless format; of MXFP4 the largest value
+    that a block can hold, float32, or NaN for a scale that is NaN."""
     whole = blocks.view(blocks.shape[0], cols // _NAMED[ggml_type].block, -1)
+    if ggml_type == "MXFP4":
+        exponents = whole[..., :1].double()
+        return (12 * torch.exp2(exponents - 128)).masked_fill_(exponents == 255, torch.nan).float()
     places = _HALVES.get(ggml_type, (0,))
     return torch.cat([whole[..., at : at + 2] for at in places], -1).view(torch.float16)
 

@@ -96,6 +96,10 @@ def _iq4_nl(b: torch.Tensor) -> _Read:
     return _nibbles(b[:, 2:], 16), _halves(b, 0), None, None, None
 
 
+def _mxfp4(b: torch.Tensor) -> _Read:
+    return _nibbles(b[:, 1:], 16), b[:, :1], None, None, None
+
+
 def _fifth_bits(x: torch.Tensor) -> torch.Tensor:
     """Bit 4 of 32 codes: uint8 [m, 4] -> [m, 32]."""
     return _fields(x.unsqueeze(-1), 1, 8).flatten(1) << 4
@@ -120,5 +124,6 @@ READERS: Mapping[str, Callable[[torch.Tensor], _Read]] = MappingProxyType(
         "IQ4_NL": _iq4_nl,
         "Q5_0": _q5_0,
         "Q5_1": _q5_1,
+        "MXFP4": _mxfp4,
     }
 )

@@ -1,5 +1,8 @@
-"""Formats that hold the values of ggml's K-quants, IQ4, Q5_0 and Q5_1 exactly. The layout of their tiles: `blocks.py`, and
-`native/include/dso.h`. Sizes are at most 4% above ggml's, which packs 6-bit scales tightly."""
+"""Formats that hold the values of ggml's K-quants, IQ4, Q5_0, Q5_1 and MXFP4 exactly.
+
+Their tiles are described in `blocks.py` and `native/include/dso.h`. Sizes are at most 4% above ggml's, which packs 6-bit scales
+tightly.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from typing import ClassVar
 
 import torch
 
-from .blocks import IQ4_VALUES, BlockFormat
+from .blocks import IQ4_VALUES, MXFP4_VALUES, BlockFormat
 
 
 class Q2K(BlockFormat):
@@ -110,4 +113,14 @@ class Q5_1(BlockFormat):
     high, has_min, superblock = 1, True, False
 
 
-BLOCK_FORMATS = (Q2K(), Q3K(), Q4K(), Q5K(), Q6K(), IQ4XS(), IQ4NL(), Q5_0(), Q5_1())
+class MXFP4(BlockFormat):
+    """mxfp4: E2M1 codes; per 32 columns a power of two. Source: OCP Microscaling Formats (MX) specification 1.0."""
+
+    name: ClassVar[str] = "mxfp4"
+    code: ClassVar[int] = 15
+    tile_bytes: ClassVar[int] = 272
+    bits: ClassVar[float] = 4.25
+    table, superblock, powers = MXFP4_VALUES, False, True
+
+
+BLOCK_FORMATS = (Q2K(), Q3K(), Q4K(), Q5K(), Q6K(), IQ4XS(), IQ4NL(), Q5_0(), Q5_1(), MXFP4())
