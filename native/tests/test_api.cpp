@@ -3,6 +3,7 @@
 #include <cmath>
 #include <thread>
 
+#include "block_layout.hpp"
 #include "plan_fixture.hpp"
 #include "scalar_kernels.hpp"
 
@@ -387,6 +388,37 @@ void direct() {
   }
 }
 
+// Blocks of random bytes, in buffers without a byte to spare; tests/quant compares their values with ggml's.
+void ggml_blocks() {
+  const int rows = 35, cols = 512;
+  const std::pair<int, int> bytes_of_a_row[] = {{DSO_Q2_K, 168}, {DSO_Q3_K, 220},   {DSO_Q4_K, 288},   {DSO_Q5_K, 352},
+                                                {DSO_Q6_K, 420}, {DSO_IQ4_XS, 272}, {DSO_IQ4_NL, 288}, {DSO_Q5_0, 352},
+                                                {DSO_Q5_1, 384}, {DSO_MXFP4, 272}};
+  for (const Variant& v : variants()) {
+    OwnContext one(*v.kernels, 1), many(*v.kernels, 5);
+    Random random(4);
+    for (const auto& [format, row_bytes] : bytes_of_a_row) {
+      const BlockFormat& f = *block_format(format);
+      Buffer source((size_t)(rows * row_bytes)), packed(block_bytes(f, rows, cols)), again(packed.size());
+      for (size_t i = 0; i < source.size(); ++i) source[i] = (uint8_t)random.bits();
+      check(dso_pack(one.c, format, DSO_SRC_GGML, source.get(), rows, cols, cols, nullptr, packed.get()) == 0 &&
+                dso_pack(many.c, format, DSO_SRC_GGML, source.get(), rows, cols, cols, nullptr, again.get()) == 0,
+            "%s: %s", f.name, dso_last_error());
+      check(memcmp(packed.get(), again.get(), packed.size()) == 0, "%s: repacking depends on threads", f.name);
+      const dso_weight weight{format, rows, cols, 0, packed.get(), (int64_t)packed.size()};
+      std::vector<float> real((size_t)(rows * cols));
+      check(dso_unpack(many.c, &weight, 0, rows, real.data()) == 0, "%s: %s", f.name, dso_last_error());
+      const BlockMatrix matrix = {f, packed.get(), cols};
+      for (int r = 0; r < rows; ++r)
+        for (int c = 0; c < cols; ++c) {
+          const float product = matrix.scale(r, c) * (float)matrix.value(r, c);
+          const float want = f.has_min ? product + matrix.min(r, c) : product, got = real[(size_t)(r * cols + c)];
+          if (!check(same(got, want), "%s %s: W[%d, %d] is %g, not %g", v.name.c_str(), f.name, r, c, got, want)) return;
+        }
+    }
+  }
+}
+
 int32_t create(dso_cache_shape shape, int64_t blocks, dso_cache** out) { return dso_cache_create(&shape, blocks, out); }
 int64_t block_bytes(dso_cache_shape shape) { return dso_cache_block_bytes(&shape); }
 
@@ -508,6 +540,7 @@ int main() {
   caches();
   latent_caches();
   direct();
+  ggml_blocks();
   e4m3_blocks();
   return report("test_api");
 }
