@@ -53,6 +53,7 @@ DSO_INLINE void dots(I (&acc)[M][N], const uint8_t* w, int64_t row_bytes, const 
 // Prefetching: the hardware's own prefetchers stop at every page.
 // Stream: prefetches weights `distance` bytes ahead, for weights that only one block of tokens uses.
 struct Stream {
+  static constexpr bool few_tokens = true;  // at most block_rows
   template <class W>
   inline __attribute__((always_inline)) void step(const uint8_t* w) {
     constexpr int64_t distance = 8192;
@@ -61,6 +62,7 @@ struct Stream {
 };
 // Ahead: prefetches the next tile rows into L2, in equal portions while all blocks of tokens use the current ones.
 struct Ahead {
+  static constexpr bool few_tokens = false;
   const uint8_t *at, *end;
   int64_t portion;  // bytes per group, a multiple of 64
   template <class W>
@@ -152,18 +154,23 @@ static void block(const Matrix& w, const Output& out, const Rows<kind>& x, int64
 
 constexpr int block_rows = 4;  // tokens per block
 
+// Formats that only files use are compiled for blocks of 1 and block_rows tokens: every shape of every format would make the
+// build several times as long.
+template <int format>
+constexpr bool all_shapes = format == DSO_INT8 || format == DSO_INT4 || format == DSO_Q4_1;
+
 template <int format, int kind, int N, class Fetch>
 static void up_to_a_block(const Matrix& w, const Output& out, const Rows<kind>& x, int64_t t, int64_t tokens, int64_t tile,
                           Fetch& fetch) {
-  switch (tokens) {
-    case 1:
-      return block<format, kind, 1, N>(w, out, x, t, tile, fetch);
-    case 2:
-      return block<format, kind, 2, N>(w, out, x, t, tile, fetch);
-    case 3:
-      return block<format, kind, 3, N>(w, out, x, t, tile, fetch);
-    default:
-      return block<format, kind, block_rows, N>(w, out, x, t, tile, fetch);
+  if (tokens >= block_rows) return block<format, kind, block_rows, N>(w, out, x, t, tile, fetch);
+  if constexpr (all_shapes<format>) {
+    if (tokens == 1) return block<format, kind, 1, N>(w, out, x, t, tile, fetch);
+    if (tokens == 2) return block<format, kind, 2, N>(w, out, x, t, tile, fetch);
+    return block<format, kind, 3, N>(w, out, x, t, tile, fetch);
+  } else if constexpr (Fetch::few_tokens) {
+    for (int64_t i = 0; i < tokens; ++i) block<format, kind, 1, N>(w, out, x, t + i, tile, fetch);
+  } else {  // the last block_rows tokens; some are computed again, with equal results
+    block<format, kind, block_rows, N>(w, out, x, t + tokens - block_rows, tile, fetch);
   }
 }
 
