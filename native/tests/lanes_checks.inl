@@ -153,11 +153,11 @@ static void check_bytes(const char* isa, Random& random) {
     for (uint8_t& e : x) e = (uint8_t)random.bits();
     for (uint8_t& e : table) e = (uint8_t)random.bits();
     const B b = load_bytes(x);
-    store_bytes(up, move_bits<1, 4, 2>(b));
-    store_bytes(down, move_bits<6, 0, 2>(b));
-    store_bytes(in_place, move_bits<4, 4, 1>(b));
-    store_bytes(found, look_up(table, move_bits<0, 0, 4>(b)));
-    store_bytes(joined, join_bits(move_bits<0, 0, 4>(b), move_bits<7, 4, 1>(b)));
+    store_bytes(up, move_bits(b, 1, 4, 2));
+    store_bytes(down, move_bits(b, 6, 0, 2));
+    store_bytes(in_place, move_bits(b, 4, 4, 1));
+    store_bytes(found, look_up(table, move_bits(b, 0, 0, 4)));
+    store_bytes(joined, join_bits(move_bits(b, 0, 0, 4), move_bits(b, 7, 4, 1)));
     int32_t total = 0;
     for (int i = 0; i < 64; ++i) {
       const int e = x[i];
@@ -179,11 +179,11 @@ static void check_dots(const char* isa, Random& random) {
     for (int8_t& e : a) e = style < 2 ? -128 : style == 2 ? 127 : (int8_t)random.bits();
     const B codes = load_bytes(w), spread = broadcast4(a);
     const Ints any = out_int(dot_u8(iset(1000), codes, spread));
-    const Ints low = out_int(dot_u7(iset(1000), move_bits<0, 0, 4>(codes), spread)),
-               high = out_int(dot_u7(iset(-5), move_bits<4, 0, 4>(codes), spread));
+    const Ints low = out_int(dot_u7(iset(1000), move_bits(codes, 0, 0, 4), spread)),
+               high = out_int(dot_u7(iset(-5), move_bits(codes, 4, 0, 4), spread));
     I pairs = izero();
-    for (int i = 0; i < 8; ++i) pairs = pairs_u7(pairs, move_bits<0, 0, 4>(codes), spread);
-    const Ints group = out_int(add_pairs(pairs)), seven = out_int(dot_u7(iset(3), move_bits<1, 0, 7>(codes), spread));
+    for (int i = 0; i < 8; ++i) pairs = pairs_u7(pairs, move_bits(codes, 0, 0, 4), spread);
+    const Ints group = out_int(add_pairs(pairs)), seven = out_int(dot_u7(iset(3), move_bits(codes, 1, 0, 7), spread));
     for (int i = 0; i < 16; ++i) {
       int32_t u8 = 1000, lo = 1000, hi = -5, u7 = 3;
       for (int k = 0; k < 4; ++k) {

@@ -167,15 +167,14 @@ DSO_INLINE B broadcast4(const void* p) {
   return iset(v);
 }
 // Of each byte, bits [from, from + count) as bits [to, to + count); all others are 0.
-template <int from, int to, int count>
-DSO_INLINE __m256i move_bits_half(__m256i x) {
-  if constexpr (from > to) x = _mm256_srli_epi16(x, from - to);
-  if constexpr (from < to) x = _mm256_slli_epi16(x, to - from);
+// Constants, once loops are unrolled.
+DSO_INLINE __m256i move_bits_half(__m256i x, int from, int to, int count) {
+  if (from > to) x = _mm256_srli_epi16(x, from - to);
+  if (from < to) x = _mm256_slli_epi16(x, to - from);
   return _mm256_and_si256(x, _mm256_set1_epi8((char)(((1 << count) - 1) << to)));
 }
-template <int from, int to, int count>
-DSO_INLINE B move_bits(B x) {
-  return {move_bits_half<from, to, count>(x.lo), move_bits_half<from, to, count>(x.hi)};
+DSO_INLINE B move_bits(B x, int from, int to, int count) {
+  return {move_bits_half(x.lo, from, to, count), move_bits_half(x.hi, from, to, count)};
 }
 DSO_INLINE B join_bits(B a, B b) { return {_mm256_or_si256(a.lo, b.lo), _mm256_or_si256(a.hi, b.hi)}; }
 DSO_INLINE B look_up(const uint8_t (&table)[16], B codes) {  // table[code] of each byte, code < 16

@@ -110,10 +110,10 @@ DSO_INLINE B broadcast4(const void* p) {
 }
 
 // Of each byte, bits [from, from + count) as bits [to, to + count); all others are 0.
-template <int from, int to, int count>
-DSO_INLINE B move_bits(B x) {
-  if constexpr (from > to) x = _mm512_srli_epi16(x, from - to);
-  if constexpr (from < to) x = _mm512_slli_epi16(x, to - from);
+// Constants, once loops are unrolled.
+DSO_INLINE B move_bits(B x, int from, int to, int count) {
+  if (from > to) x = _mm512_srli_epi16(x, from - to);
+  if (from < to) x = _mm512_slli_epi16(x, to - from);
   return _mm512_and_si512(x, _mm512_set1_epi8((char)(((1 << count) - 1) << to)));
 }
 DSO_INLINE B join_bits(B a, B b) { return _mm512_or_si512(a, b); }

@@ -18,14 +18,14 @@ struct Format {
 };
 
 // 4 columns of a plane of `bits` bits, as the bits from `to` on of bytes.
-template <int bits, int quad, int to>
-DSO_INLINE B from_plane(const uint8_t* plane) {
+template <int bits>
+DSO_INLINE B from_plane(const uint8_t* plane, int quad, int to) {
   constexpr int per_vector = 8 / bits;
   const B b = load_bytes(plane + 64 * (quad / per_vector));
   if constexpr (bits == 8)
     return b;
   else
-    return move_bits<bits*(quad % per_vector), to, bits>(b);
+    return move_bits(b, bits * (quad % per_vector), to, bits);
 }
 
 template <int format>
@@ -41,13 +41,12 @@ struct Packed : Format<format> {
   };
   DSO_INLINE Place place(const uint8_t* row, int64_t g) { return {row + group_at(layout, g), row + head_at(layout, g)}; }
 
-  template <int q>
-  DSO_INLINE B quad(const uint8_t* group) {
-    const B low = from_plane<layout.low, q, 0>(group);
+  DSO_INLINE B quad(const uint8_t* group, int q) {
+    const B low = from_plane<layout.low>(group, q, 0);
     if constexpr (has_table(format))
       return look_up(table_of<format>, low);
     else if constexpr (layout.high)
-      return join_bits(low, from_plane<layout.high, q, layout.low>(group + 64 * layout.low));
+      return join_bits(low, from_plane<layout.high>(group + 64 * layout.low, q, layout.low));
     else
       return low;
   }
@@ -59,7 +58,7 @@ struct Packed : Format<format> {
     else if constexpr (!layout.superblock)
       return load_f16(numbers);
     else if constexpr (layout.joined)
-      return mul(load_f16(at.head), to_float(move_bits<0, 0, 4>(load_u8(numbers))));
+      return mul(load_f16(at.head), to_float(move_bits(load_u8(numbers), 0, 0, 4)));
     else
       return mul(load_f16(at.head), to_float(load_i8(numbers)));
   }
@@ -75,15 +74,6 @@ struct Packed : Format<format> {
   }
 };
 
-// Runs body<0>() to body<n - 1>().
-template <int n, class Body>
-static inline __attribute__((always_inline)) void repeat(Body&& body) {
-  if constexpr (n > 0) {
-    repeat<n - 1>(body);
-    body.template operator()<n - 1>();
-  }
-}
-
 template <int format>
 struct Unpacked : Format<format> {  // with one scale per group
   using Base = Format<format>;
@@ -94,7 +84,8 @@ struct Unpacked : Format<format> {  // with one scale per group
   DSO_INLINE F min(const uint8_t* tile) { return load((const float*)(tile + 576)); }
 
   DSO_INLINE void unpack(typename P::Place from, uint8_t* tile) {
-    repeat<8>([&]<int q>() __attribute__((always_inline)) { store_bytes(tile + 64 * q, P::template quad<q>(from.group)); });
+#pragma GCC unroll 8
+    for (int q = 0; q < 8; ++q) store_bytes(tile + 64 * q, P::quad(from.group, q));
     store((float*)(tile + 512), P::template scale<0>(from));
     if constexpr (Base::has_min) store((float*)(tile + 576), P::template min<0>(from));
   }

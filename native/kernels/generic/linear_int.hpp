@@ -31,9 +31,10 @@ DSO_INLINE void dots(I (&acc)[M][N], const uint8_t* w, int64_t row_bytes, const 
   // largest * 128.
   constexpr int possible = 32767 / (256 * W::largest), run = vnni ? 0 : possible < quads ? possible : quads;
   I sum[M][N];
-  repeat<quads>([&]<int i>() __attribute__((always_inline)) {
+#pragma GCC unroll 8
+  for (int i = 0; i < quads; ++i) {
     B b[N];
-    for (int n = 0; n < N; ++n) b[n] = W::template quad<first + i>(w + n * row_bytes);
+    for (int n = 0; n < N; ++n) b[n] = W::quad(w + n * row_bytes, first + i);
     for (int m = 0; m < M; ++m) {
       const B a = broadcast4(x + m * stride + 4 * (first + i));
       for (int n = 0; n < N; ++n) {
@@ -47,7 +48,7 @@ DSO_INLINE void dots(I (&acc)[M][N], const uint8_t* w, int64_t row_bytes, const 
         }
       }
     }
-  });
+  }
 }
 
 // Prefetching: the hardware's own prefetchers stop at every page.
