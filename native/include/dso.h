@@ -75,7 +75,7 @@ DSO_API int32_t dso_mapping_check(const void* address); /* DSO_EFILE if the file
 /* ---- weights --------------------------------------------------------------------------------------------
  * A matrix W[rows, cols] (out features, in features) is packed in tiles of 16 rows x 32 columns, tile row by tile row: tile
  * (i, g) starts at byte ((i * ceil(cols/32)) + g) * dso_tile_bytes(format). Rows and columns past the end are zero. The layout
- * is the same on every ISA.
+ * is the same on every ISA. In Q2_K to Q6_K and IQ4_XS, 8 tiles form a superblock of 256 columns, and cols is a multiple of it.
  *   F32  2048 B: float   [32 k][16 r]
  *   BF16 1024 B: bf16    [16 k/2][16 r][2]            (AMX and VDPBF16PS order)
  *   INT8  544 B: uint8   [8 k/4][16 r][4] = w + 128, then fp16 scale[16]            w in [-128, 127], W = scale * w
@@ -84,11 +84,45 @@ DSO_API int32_t dso_mapping_check(const void* address); /* DSO_EFILE if the file
  *   Q4_1  320 B: nibbles as INT4 holding q in [0, 15], then fp16 scale[16], fp16 min[16]          W = scale * q + min
  *   FP8   544 B: E4M3    [16 k/2][16 r][2], then float scale, zeros to 544         W = scale * value.
  *                The tiles of a 128 x 128 block share one scale, which is NaN if any of them has a NaN code (0x7f, 0xff)
+ * The other formats hold the values of the ggml type of the same name. Their codes are in planes: a plane of b bits is uint8
+ * [b][16 r][4], where bits b * i to b * i + b - 1 of byte (v, r, c) belong to column 4 * (8 / b * v + i) + c; `value` is
+ * kvalues_iq4nl[code] or kvalues_mxfp4[code] of ggml.
+ *   Q5_0   352 B: planes of 4 and 1 bits, code = low + 16 high, then fp16 scale[16]    W = scale * (code - 16)
+ *   Q5_1   384 B: planes as Q5_0, then fp16 scale[16], fp16 min[16]                    W = scale * code + min
+ *   IQ4_NL 288 B: a plane of 4 bits, then fp16 scale[16]                               W = scale * value
+ *   MXFP4  272 B: a plane of 4 bits, then uint8 e[16]                                  W = 2^(e - 128) * value
+ * A superblock (8 dso_tile_bytes) is fp16 d[16], fp16 dmin[16] if there are minimums, and 8 groups of 32 columns:
+ *   Q4_K   296 B: a plane of 4 bits, int8 scale[16], int8 min[16]                      W = d * scale * code + dmin * min
+ *   Q5_K   360 B: planes as Q5_0, then as Q4_K                                         W = d * scale * code + dmin * min
+ *   IQ4_XS 276 B: a plane of 4 bits, int8 scale[16]                                    W = d * scale * value
+ * or, with a scale for each 16 columns:
+ *   Q6_K   420 B: planes of 4 and 2 bits, code = low + 16 high, int8 scale[2][16]      W = d * scale * (code - 32)
+ *   Q3_K   228 B: planes of 2 and 1 bits, code = low + 4 high, int8 scale[2][16]       W = d * scale * (code - 4)
+ *   Q2_K   168 B: a plane of 2 bits, uint8 [2][16] = scale + 16 min                    W = d * scale * code + dmin * min
  * VECTOR is a plain float[cols] (norm weights, biases, inverse frequencies) with rows = 1. A weight may be a stack of `count`
  * matrices of rows x cols (experts, heads), each packed separately and stored consecutively. */
-enum { DSO_F32 = 0, DSO_BF16 = 1, DSO_INT8 = 2, DSO_INT4 = 3, DSO_Q4_1 = 4, DSO_FP8 = 5, DSO_VECTOR = 100 };
+enum {
+  DSO_F32 = 0,
+  DSO_BF16 = 1,
+  DSO_INT8 = 2,
+  DSO_INT4 = 3,
+  DSO_Q4_1 = 4,
+  DSO_FP8 = 5,
+  DSO_Q2_K = 6,
+  DSO_Q3_K = 7,
+  DSO_Q4_K = 8,
+  DSO_Q5_K = 9,
+  DSO_Q6_K = 10,
+  DSO_IQ4_XS = 11,
+  DSO_IQ4_NL = 12,
+  DSO_Q5_0 = 13,
+  DSO_Q5_1 = 14,
+  DSO_MXFP4 = 15,
+  DSO_VECTOR = 100
+};
 /* Source types of dso_pack. GGML: rows of blocks of the ggml type whose integer codes the format can hold, repacked without
- * rounding: Q4_0 for INT4, Q4_1 for Q4_1, Q8_0 for INT8; cols and stride must be multiples of 32. */
+ * rounding: Q4_0 for INT4, Q8_0 for INT8, and for the others the type of the same name; cols and stride must be multiples of 32
+ * or of the superblock. It is the only source of the formats from Q2_K to MXFP4. */
 enum { DSO_SRC_F32 = 0, DSO_SRC_BF16 = 1, DSO_SRC_F16 = 2, DSO_SRC_GGML = 3 };
 
 typedef struct dso_weight {
@@ -199,7 +233,7 @@ enum {
   DSO_OP_ADD_RMS_NORM = 4, /* in0 residual, in1 delta, w0, eps -> out0 = in0 + in1 F32 (may alias in0), out1 = norm(out0) any */
   DSO_OP_CONVERT = 5,      /* in0 F32 -> out0 BF16, Q8 or Q16 */
   DSO_OP_LINEAR = 6,       /* in0, up to 3 matrices over one input (w0..2, b0..2) -> out0..2 F32.
-                              in0 must be Q8 or Q16 for INT8, INT4, Q4_1; BF16 for BF16 and FP8; F32 for F32 */
+                              in0 must be Q8 or Q16 for integer formats; BF16 for BF16 and FP8; F32 for F32 */
   DSO_OP_ROPE_TABLE = 7,   /* w0 = inverse frequencies vector [rot/2]; scale multiplies -> out0 F32 [T, rot]: cos | sin.
                               angle = fp32(position) * fp32(inv_freq) in fp32, then cos/sin rounded from double */
   DSO_OP_ROPE = 8,         /* in0 F32 [T, heads*head_dim], in1 table -> out0 F32 (may alias). INTERLEAVED flag: pairs

@@ -1,9 +1,100 @@
-// Bytes of a tile of a packed matrix, see dso.h: for the kernels of every ISA and for the runtime. Internal linkage, so that no
-// copy compiled for one ISA can be the one that the linker keeps for all.
+// Layouts of the tiles of packed matrices, see dso.h: for the kernels of every ISA and for the runtime. Internal linkage, so
+// that no copy compiled for one ISA can be the one that the linker keeps for all.
 #pragma once
 #include "dso.h"
 
 namespace dso {
+
+constexpr int64_t superblock_groups = 8;  // groups of 32 columns in a superblock
+
+// Integer formats. A group of 32 columns x 16 rows is a plane of the codes' low bits, a plane of their high bits, scales, and
+// minimums. A plane of b bits has b vectors of 64 bytes; byte (r, c) of vector v holds, at bit b * i, column 4 * (8 / b * v +
+// i) + c of row r.
+struct IntLayout {
+  int low, high;        // bits of a code in either plane; low 0: not an integer format
+  int halves;           // scales per 32 columns: 1 or 2
+  bool has_min;         // W = scale * value + min
+  bool superblock;      // scales are bytes, multiplied by an fp16 number of the superblock; otherwise they are fp16
+  bool joined;          // a scale and a minimum of 4 bits share a byte
+  bool powers = false;  // a scale is 2^(byte - 128)
+};
+
+static constexpr int64_t code_bytes(IntLayout l) { return 64 * (l.low + l.high); }
+static constexpr int64_t scale_bytes(IntLayout l) {  // of one group
+  if (l.powers) return 16;
+  return l.superblock ? 16 * l.halves * (l.has_min && !l.joined ? 2 : 1) : 32 * (l.has_min ? 2 : 1);
+}
+static constexpr int64_t group_bytes(IntLayout l) { return code_bytes(l) + scale_bytes(l); }
+// A superblock begins with its head: fp16 d[16], dmin[16]
+static constexpr int64_t head_bytes(IntLayout l) { return l.superblock ? 32 * (l.has_min ? 2 : 1) : 0; }
+// Where a group, and the head of its superblock, begin in a tile row.
+static constexpr int64_t head_at(IntLayout l, int64_t group) {
+  return l.superblock ? group / superblock_groups * (head_bytes(l) + superblock_groups * group_bytes(l)) : 0;
+}
+static constexpr int64_t group_at(IntLayout l, int64_t group) {
+  return l.superblock ? head_at(l, group) + head_bytes(l) + group % superblock_groups * group_bytes(l) : group * group_bytes(l);
+}
+
+static constexpr IntLayout int_layout(int32_t format) {
+  switch (format) {
+    case DSO_INT8:
+      return {8, 0, 1, false, false, false};
+    case DSO_INT4:
+    case DSO_IQ4_NL:
+      return {4, 0, 1, false, false, false};
+    case DSO_Q4_1:
+      return {4, 0, 1, true, false, false};
+    case DSO_Q5_0:
+      return {4, 1, 1, false, false, false};
+    case DSO_Q5_1:
+      return {4, 1, 1, true, false, false};
+    case DSO_Q2_K:
+      return {2, 0, 2, true, true, true};
+    case DSO_Q3_K:
+      return {2, 1, 2, false, true, false};
+    case DSO_Q4_K:
+      return {4, 0, 1, true, true, false};
+    case DSO_Q5_K:
+      return {4, 1, 1, true, true, false};
+    case DSO_Q6_K:
+      return {4, 2, 2, false, true, false};
+    case DSO_IQ4_XS:
+      return {4, 0, 1, false, true, false};
+    case DSO_MXFP4:
+      return {4, 0, 1, false, false, false, true};
+    default:
+      return {0, 0, 0, false, false, false};
+  }
+}
+
+// The value of a code is code - code_offset, or in formats with a table its entry - code_offset.
+static constexpr int32_t code_offset(int32_t format) {
+  switch (format) {
+    case DSO_INT8:
+    case DSO_IQ4_NL:
+    case DSO_IQ4_XS:
+      return 128;
+    case DSO_INT4:
+      return 8;
+    case DSO_MXFP4:
+      return 12;
+    case DSO_Q3_K:
+      return 4;
+    case DSO_Q5_0:
+      return 16;
+    case DSO_Q6_K:
+      return 32;
+    default:
+      return 0;
+  }
+}
+
+static constexpr bool has_table(int32_t format) { return format == DSO_IQ4_NL || format == DSO_IQ4_XS || format == DSO_MXFP4; }
+// kvalues_mxfp4 of ggml + 12, and kvalues_iq4nl + 128
+static constexpr uint8_t mxfp4_values[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
+static constexpr uint8_t iq4_values[16] = {1, 24, 45, 63, 79, 93, 106, 118, 129, 141, 153, 166, 181, 197, 217, 241};
+template <int32_t format>
+static constexpr const uint8_t (&table_of)[16] = format == DSO_MXFP4 ? mxfp4_values : iq4_values;
 
 static constexpr int64_t tile_bytes(int32_t format) {  // -1: not a packed format
   switch (format) {
@@ -11,15 +102,11 @@ static constexpr int64_t tile_bytes(int32_t format) {  // -1: not a packed forma
       return 2048;
     case DSO_BF16:
       return 1024;
-    case DSO_INT8:
     case DSO_FP8:
       return 544;
-    case DSO_INT4:
-      return 288;
-    case DSO_Q4_1:
-      return 320;
     default:
-      return -1;
+      const IntLayout layout = int_layout(format);
+      return layout.low ? group_bytes(layout) + head_bytes(layout) / superblock_groups : -1;
   }
 }
 

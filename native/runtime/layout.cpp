@@ -12,6 +12,7 @@ int64_t band_rows(int32_t format) { return format == DSO_FP8 ? 128 : kTileRows; 
 
 int64_t packed_bytes(int32_t format, int64_t rows, int64_t cols) {
   if (tile_bytes(format) < 0 || rows < 1 || cols < 1 || rows >= kLargest || cols >= kLargest) return -1;
+  if (int_layout(format).superblock && cols % (superblock_groups * kTileCols)) return -1;
   int64_t bytes;
   if (__builtin_mul_overflow(ceil_div(rows, kTileRows) * ceil_div(cols, kTileCols), tile_bytes(format), &bytes)) return -1;
   return bytes;
@@ -51,6 +52,26 @@ const char* format_name(int32_t format) {
       return "Q4_1";
     case DSO_FP8:
       return "FP8";
+    case DSO_Q2_K:
+      return "Q2_K";
+    case DSO_Q3_K:
+      return "Q3_K";
+    case DSO_Q4_K:
+      return "Q4_K";
+    case DSO_Q5_K:
+      return "Q5_K";
+    case DSO_Q6_K:
+      return "Q6_K";
+    case DSO_IQ4_XS:
+      return "IQ4_XS";
+    case DSO_IQ4_NL:
+      return "IQ4_NL";
+    case DSO_Q5_0:
+      return "Q5_0";
+    case DSO_Q5_1:
+      return "Q5_1";
+    case DSO_MXFP4:
+      return "MXFP4";
     case DSO_VECTOR:
       return "VECTOR";
     default:
@@ -82,12 +103,8 @@ bool reads(int32_t format, int32_t slot_kind) {
     case DSO_BF16:
     case DSO_FP8:
       return slot_kind == DSO_SLOT_BF16;
-    case DSO_INT8:
-    case DSO_INT4:
-    case DSO_Q4_1:
-      return slot_kind == DSO_SLOT_Q8 || slot_kind == DSO_SLOT_Q16;
     default:
-      return false;
+      return int_layout(format).low && (slot_kind == DSO_SLOT_Q8 || slot_kind == DSO_SLOT_Q16);
   }
 }
 

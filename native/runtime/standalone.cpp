@@ -26,13 +26,14 @@ void check_activation(int32_t format, int32_t kind) {
 
 static void pack_blocks(Context& c, int32_t format, const uint8_t* source, int64_t rows, int64_t cols, int64_t stride,
                         uint8_t* packed) {
-  const int64_t block = ggml_block_bytes(format);
-  if (block < 0) fail(DSO_EINVAL, "no ggml type can be repacked to format %s", format_name(format));
-  if (cols % kTileCols || stride % kTileCols)
-    fail(DSO_EINVAL, "ggml blocks need cols and stride that are multiples of 32, got %lld and %lld", (long long)cols,
-         (long long)stride);
-  parallel(c, ceil_div(rows, kTileRows),
-           [&](int64_t tile, int) { repack_tile_row(format, source, rows, cols, stride / kTileCols * block, tile, packed); });
+  const GgmlBlock block = ggml_block(format);
+  if (!block.cols) fail(DSO_EINVAL, "no ggml type can be repacked to format %s", format_name(format));
+  if (cols % block.cols || stride % block.cols)
+    fail(DSO_EINVAL, "ggml blocks of %s need cols and stride that are multiples of %lld, got %lld and %lld",
+         format_name(format), (long long)block.cols, (long long)cols, (long long)stride);
+  parallel(c, ceil_div(rows, kTileRows), [&](int64_t tile, int) {
+    repack_tile_row(format, source, rows, cols, stride / block.cols * block.bytes, tile, packed);
+  });
   check_intact(source);
 }
 
@@ -48,6 +49,8 @@ void pack(Context& c, int32_t format, int32_t source_type, const void* source, i
   keep_handler();
   if (source_type == DSO_SRC_GGML)
     return pack_blocks(c, format, static_cast<const uint8_t*>(source), rows, cols, stride, static_cast<uint8_t*>(packed));
+  if (int_layout(format).low && format != DSO_INT8 && format != DSO_INT4 && format != DSO_Q4_1)
+    fail(DSO_EINVAL, "%s is packed from ggml blocks only, src_type is %d", format_name(format), source_type);
   for (int64_t k = 0; importance && k < cols; ++k)
     if (!(importance[k] >= 0 && importance[k] <= FLT_MAX))
       fail(DSO_EINVAL, "importance[%lld] is %g, must be finite and not negative", (long long)k, double(importance[k]));

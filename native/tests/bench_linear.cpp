@@ -9,6 +9,7 @@
 #include <cstdlib>
 #include <vector>
 
+#include "block_layout.hpp"
 #include "check.hpp"
 
 namespace {
@@ -50,18 +51,24 @@ int main(int argc, char** argv) {
     if (*only && std::string(only) != "all" && variant.name != only) continue;
     const Kernels& k = *variant.kernels;
     printf("%s  cols %d rows %d\n", variant.name.c_str(), cols, rows);
-    for (int format : {DSO_INT4, DSO_Q4_1, DSO_INT8, DSO_FP8, DSO_BF16})
+    for (int format : {DSO_INT4, DSO_Q4_1, DSO_INT8, DSO_Q2_K, DSO_Q3_K, DSO_Q4_K, DSO_Q5_K, DSO_Q6_K, DSO_IQ4_XS, DSO_MXFP4,
+                       DSO_FP8, DSO_BF16})
       for (int kind : {DSO_SLOT_Q8, DSO_SLOT_Q16, DSO_SLOT_BF16}) {
         if ((kind == DSO_SLOT_BF16) != (format == DSO_FP8 || format == DSO_BF16)) continue;
-        const size_t bytes = packed_bytes(format, rows, cols);
+        const BlockFormat* block = block_format(format);
+        const size_t bytes = block ? block_bytes(*block, rows, cols) : packed_bytes(format, rows, cols);
         Buffer data(bytes), scratch(k.linear_scratch);
         Random random(1);
         for (size_t i = 0; i < bytes; ++i) data[i] = (uint8_t)(i * 2654435761u >> 13);
-        for (size_t tile = 0; tile < bytes; tile += tile_bytes(format))  // finite scales; for FP8, one float
+        for (int r = 0; block && format != DSO_MXFP4 && r < rows; ++r)  // finite scales
+          for (int c = 0; c < cols; c += 32)
+            for (int field = 0; field < 1 + block->has_min; ++field)
+              BlockMatrix{*block, data.get(), cols}.halves(r, c)[32 * field + 1] = 0x14;
+        for (size_t tile = 0; !block && tile < bytes; tile += tile_bytes(format))  // for FP8, one float
           for (size_t i = code_bytes(format); i < tile_bytes(format); i += 2) data[tile + i + 1] = 0x14;
         const Matrix w = {format, rows, cols, data.get()};
         const double read = best_seconds([&] { read_all(data.get(), bytes); });
-        printf("  %-5s %-4s %6.1f MB  read %5.1f GB/s |", format_name(format),
+        printf("  %-6s %-4s %6.1f MB  read %5.1f GB/s |", block ? block->name : format_name(format),
                kind == DSO_SLOT_Q8    ? "q8"
                : kind == DSO_SLOT_Q16 ? "q16"
                                       : "bf16",

@@ -146,6 +146,30 @@ static void check_e4m3(const char* isa) {
   }
 }
 
+static void check_bytes(const char* isa, Random& random) {
+  for (int repeat = 0; repeat < 300; ++repeat) {
+    alignas(64) uint8_t x[64], up[64], down[64], in_place[64], found[64], joined[64];
+    uint8_t table[16];
+    for (uint8_t& e : x) e = (uint8_t)random.bits();
+    for (uint8_t& e : table) e = (uint8_t)random.bits();
+    const B b = load_bytes(x);
+    store_bytes(up, move_bits(b, 1, 4, 2));
+    store_bytes(down, move_bits(b, 6, 0, 2));
+    store_bytes(in_place, move_bits(b, 4, 4, 1));
+    store_bytes(found, look_up(table, move_bits(b, 0, 0, 4)));
+    store_bytes(joined, join_bits(move_bits(b, 0, 0, 4), move_bits(b, 7, 4, 1)));
+    int32_t total = 0;
+    for (int i = 0; i < 64; ++i) {
+      const int e = x[i];
+      check(up[i] == (e >> 1 & 3) << 4 && down[i] == e >> 6 && in_place[i] == (e & 16), "%s move_bits of %02x", isa, e);
+      check(found[i] == table[e & 15] && joined[i] == (e & 15) + (e >> 7 << 4), "%s bytes of %02x", isa, e);
+      if (i >= 8 && i < 24) total += (int8_t)x[i];
+    }
+    const Ints sums = out_int(sum16_i8(x + 8));
+    for (int32_t sum : sums.at) check(sum == total, "%s sum16_i8: %d, not %d", isa, sum, total);
+  }
+}
+
 static void check_dots(const char* isa, Random& random) {
   for (int repeat = 0; repeat < 3000; ++repeat) {
     alignas(64) uint8_t w[64];
@@ -155,20 +179,22 @@ static void check_dots(const char* isa, Random& random) {
     for (int8_t& e : a) e = style < 2 ? -128 : style == 2 ? 127 : (int8_t)random.bits();
     const B codes = load_bytes(w), spread = broadcast4(a);
     const Ints any = out_int(dot_u8(iset(1000), codes, spread));
-    const Ints low = out_int(dot_u4(iset(1000), low_nibbles(codes), spread)),
-               high = out_int(dot_u4(iset(-5), high_nibbles(codes), spread));
+    const Ints low = out_int(dot_u7(iset(1000), move_bits(codes, 0, 0, 4), spread)),
+               high = out_int(dot_u7(iset(-5), move_bits(codes, 4, 0, 4), spread));
     I pairs = izero();
-    for (int i = 0; i < 8; ++i) pairs = pairs_u4(pairs, low_nibbles(codes), spread);
-    const Ints group = out_int(add_pairs(pairs));
+    for (int i = 0; i < 8; ++i) pairs = pairs_u7(pairs, move_bits(codes, 0, 0, 4), spread);
+    const Ints group = out_int(add_pairs(pairs)), seven = out_int(dot_u7(iset(3), move_bits(codes, 1, 0, 7), spread));
     for (int i = 0; i < 16; ++i) {
-      int32_t u8 = 1000, lo = 1000, hi = -5;
+      int32_t u8 = 1000, lo = 1000, hi = -5, u7 = 3;
       for (int k = 0; k < 4; ++k) {
         u8 += w[4 * i + k] * a[k];
         lo += (w[4 * i + k] & 15) * a[k];
         hi += (w[4 * i + k] >> 4) * a[k];
+        u7 += (w[4 * i + k] >> 1) * a[k];
       }
+      check(seven.at[i] == u7, "%s dot_u7: %d, not %d", isa, seven.at[i], u7);
       check(any.at[i] == u8, "%s dot_u8: %d, not %d", isa, any.at[i], u8);
-      check(low.at[i] == lo && high.at[i] == hi, "%s dot_u4: %d %d, not %d %d", isa, low.at[i], high.at[i], lo, hi);
+      check(low.at[i] == lo && high.at[i] == hi, "%s dot_u7: %d %d, not %d %d", isa, low.at[i], high.at[i], lo, hi);
       check(group.at[i] == 8 * (lo - 1000), "%s add_pairs: %d, not %d", isa, group.at[i], 8 * (lo - 1000));
     }
     alignas(64) uint16_t bw[32], ba[32];
@@ -279,6 +305,7 @@ static void check_lanes(const char* isa, std::vector<uint32_t>& bits) {
   check_integers(isa, random);
   check_e4m3(isa);
   check_dots(isa, random);
+  check_bytes(isa, random);
   check_pairs(isa, random);
   check_math(isa, bits);
 }

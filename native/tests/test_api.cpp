@@ -3,6 +3,7 @@
 #include <cmath>
 #include <thread>
 
+#include "block_layout.hpp"
 #include "plan_fixture.hpp"
 #include "scalar_kernels.hpp"
 
@@ -73,6 +74,8 @@ void sizes() {
   check(dso_packed_bytes(DSO_BF16, 0, 33) == -1 && dso_packed_bytes(DSO_BF16, -5, 33) == -1 &&
             dso_packed_bytes(DSO_F32, INT64_MAX, INT64_MAX) == -1,
         "invalid shapes");
+  check(dso_tile_bytes(DSO_Q4_K) == 296 && dso_packed_bytes(DSO_Q4_K, 17, 512) == 2 * 16 * 296, "superblocks");
+  check(dso_packed_bytes(DSO_Q4_K, 17, 288) == -1 && dso_packed_bytes(DSO_Q5_0, 17, 33) == 4 * 352, "columns of superblocks");
   for (int width : {1, 31, 32, 33, 576, 1000})
     for (int kind : {DSO_SLOT_F32, DSO_SLOT_BF16, DSO_SLOT_Q8, DSO_SLOT_Q16})
       check(dso_row_bytes(kind, width) == (int64_t)::row_bytes(kind, width), "row_bytes(%d, %d) is %ld", kind, width,
@@ -371,10 +374,43 @@ void direct() {
             "importance[0] is inf", "infinite importance");
     refuses(dso_pack(one.c, DSO_BF16, DSO_SRC_GGML, w.data(), 1, 32, 32, nullptr, x.data()), DSO_EINVAL, "BF16",
             "ggml blocks as bf16");
+    refuses(dso_pack(one.c, DSO_Q5_0, DSO_SRC_F32, w.data(), 1, 32, 32, nullptr, x.data()), DSO_EINVAL,
+            "Q5_0 is packed from ggml blocks only", "floats");
     refuses(dso_pack(one.c, DSO_INT8, DSO_SRC_GGML, w.data(), 1, 33, 64, nullptr, x.data()), DSO_EINVAL, "got 33 and 64",
             "columns of ggml blocks");
     refuses(dso_pack(one.c, DSO_INT8, DSO_SRC_GGML, w.data(), 1, 32, 33, nullptr, x.data()), DSO_EINVAL, "got 32 and 33",
             "stride of ggml blocks");
+  }
+}
+
+// Blocks of random bytes, in buffers without a byte to spare; tests/quant compares their values with ggml's.
+void ggml_blocks() {
+  const int rows = 35, cols = 512;
+  const std::pair<int, int> bytes_of_a_row[] = {{DSO_Q2_K, 168}, {DSO_Q3_K, 220},   {DSO_Q4_K, 288},   {DSO_Q5_K, 352},
+                                                {DSO_Q6_K, 420}, {DSO_IQ4_XS, 272}, {DSO_IQ4_NL, 288}, {DSO_Q5_0, 352},
+                                                {DSO_Q5_1, 384}, {DSO_MXFP4, 272}};
+  for (const Variant& v : variants()) {
+    OwnContext one(*v.kernels, 1), many(*v.kernels, 5);
+    Random random(4);
+    for (const auto& [format, row_bytes] : bytes_of_a_row) {
+      const BlockFormat& f = *block_format(format);
+      Buffer source((size_t)(rows * row_bytes)), packed(block_bytes(f, rows, cols)), again(packed.size());
+      for (size_t i = 0; i < source.size(); ++i) source[i] = (uint8_t)random.bits();
+      check(dso_pack(one.c, format, DSO_SRC_GGML, source.get(), rows, cols, cols, nullptr, packed.get()) == 0 &&
+                dso_pack(many.c, format, DSO_SRC_GGML, source.get(), rows, cols, cols, nullptr, again.get()) == 0,
+            "%s: %s", f.name, dso_last_error());
+      check(memcmp(packed.get(), again.get(), packed.size()) == 0, "%s: repacking depends on threads", f.name);
+      const dso_weight weight{format, rows, cols, 0, packed.get(), (int64_t)packed.size()};
+      std::vector<float> real((size_t)(rows * cols));
+      check(dso_unpack(many.c, &weight, 0, rows, real.data()) == 0, "%s: %s", f.name, dso_last_error());
+      const BlockMatrix matrix = {f, packed.get(), cols};
+      for (int r = 0; r < rows; ++r)
+        for (int c = 0; c < cols; ++c) {
+          const float product = matrix.scale(r, c) * (float)matrix.value(r, c);
+          const float want = f.has_min ? product + matrix.min(r, c) : product, got = real[(size_t)(r * cols + c)];
+          if (!check(same(got, want), "%s %s: W[%d, %d] is %g, not %g", v.name.c_str(), f.name, r, c, got, want)) return;
+        }
+    }
   }
 }
 
@@ -429,6 +465,7 @@ int main() {
   contexts();
   bandwidth();
   direct();
+  ggml_blocks();
   e4m3_blocks();
   return report("test_api");
 }

@@ -1,5 +1,6 @@
 // Integer products on every variant: bitwise equal to the rule of docs/contracts.md in scalar code, for any token count, tile
 // range and strides; close to the product in double; NaN and infinity are preserved; nothing is written outside.
+#include "block_layout.hpp"
 #include "check.hpp"
 
 namespace {
@@ -10,37 +11,61 @@ struct Case {
   std::vector<std::vector<float>> x;     // [tokens][cols]
   std::vector<std::vector<float>> want;  // [tokens][rows], the recipe
 
+  const BlockFormat* blocks() const { return block_format(format); }
+  BlockMatrix matrix() const { return {*blocks(), const_cast<uint8_t*>(packed.data()), cols}; }
+  const char* name() const { return blocks() ? blocks()->name : format_name(format); }
+  int scale_columns() const { return blocks() ? blocks()->columns : 32; }
+  bool has_min() const { return blocks() ? blocks()->has_min : format == DSO_Q4_1; }
+
   int code(int r, int c) const {
+    if (blocks()) return matrix().value(r, c);
     int shift;
     const uint8_t byte = packed[code_at(format, r, c, cols, &shift)];
     return format == DSO_INT8 ? byte - 128 : format == DSO_INT4 ? (byte >> shift & 15) - 8 : byte >> shift & 15;
   }
-  size_t scale_at(int r, int g) const {
-    return (size_t)(r / 16 * ((cols + 31) / 32) + g) * tile_bytes(format) + code_bytes(format) + (size_t)(r % 16) * 2;
+  // The fp16 number of the row for column c: its scale, or the factor of its scales; field 1: the same for minimums.
+  uint8_t* half(int r, int c, int field) {
+    if (blocks()) return matrix().halves(r, c) + 32 * field;
+    return &packed[(size_t)(r / 16 * ((cols + 31) / 32) + c / 32) * tile_bytes(format) + code_bytes(format) +
+                   (size_t)(r % 16) * 2 + 32 * (size_t)field];
   }
-  float half(size_t at) const { return half_to_float((uint16_t)(packed[at] | packed[at + 1] << 8)); }
-  float scale(int r, int g) const { return half(scale_at(r, g)); }
-  float min(int r, int g) const { return format == DSO_Q4_1 ? half(scale_at(r, g) + 32) : 0.0f; }
+  float number(int r, int c, int field) const {
+    const uint8_t* p = const_cast<Case*>(this)->half(r, c, field);
+    return half_to_float((uint16_t)(p[0] | p[1] << 8));
+  }
+  float scale(int r, int c) const { return blocks() ? matrix().scale(r, c) : number(r, c, 0); }
+  float min(int r, int c) const { return !has_min() ? 0.0f : blocks() ? matrix().min(r, c) : number(r, c, 1); }
 };
+
+size_t size_of(int format, int rows, int cols) {
+  const BlockFormat* f = block_format(format);
+  return f ? block_bytes(*f, rows, cols) : packed_bytes(format, rows, cols);
+}
 
 uint16_t random_half(Random& random) {
   return (uint16_t)(random.below(2) << 15 | (8 + random.below(8)) << 10 | random.below(1024));
 }
 
 Case make(int format, int kind, int rows, int cols, int tokens, Random& random) {
-  Case c{format, kind, rows, cols, std::vector<uint8_t>(packed_bytes(format, rows, cols), 0), {}, {}, {}};
-  for (int r = 0; r < rows; ++r) {
+  Case c{format, kind, rows, cols, std::vector<uint8_t>(size_of(format, rows, cols), 0), {}, {}, {}};
+  if (c.blocks())
+    for (uint8_t& byte : c.packed) byte = (uint8_t)random.bits();
+  for (int r = 0; r < (rows + 15) / 16 * 16; ++r) {
     for (int k = 0; k < cols; ++k) {
+      if (c.blocks() || r >= rows) break;
       int shift;
       const size_t at = code_at(format, r, k, cols, &shift);
       c.packed[at] = (uint8_t)(c.packed[at] | (format == DSO_INT8 ? random.below(256) : random.below(16) << shift));
     }
-    for (int g = 0; g < (cols + 31) / 32; ++g)
-      for (int field = 0; field < (format == DSO_Q4_1 ? 2 : 1); ++field) {
-        const uint16_t h = random_half(random);
-        memcpy(&c.packed[c.scale_at(r, g) + 32 * (size_t)field], &h, 2);
+    for (int k = 0; k < cols; k += 32)
+      for (int field = 0; field < (c.has_min() ? 2 : 1); ++field) {
+        const uint16_t h = r < rows ? random_half(random) : 0;
+        if (format == DSO_MXFP4)
+          *c.matrix().byte(r, k) = (uint8_t)(120 + random.below(8));
+        else
+          memcpy(c.half(r, k, field), &h, 2);
       }
-    c.bias.push_back(random.normal());
+    if (r < rows) c.bias.push_back(random.normal());
   }
   for (int t = 0; t < tokens; ++t) {
     c.x.emplace_back();
@@ -72,24 +97,24 @@ void reference(Case& c, const Kernels& k) {
     for (int r = 0; r < c.rows; ++r) {
       float acc = 0;
       double exact = 0, error = 0;
-      for (int g = 0; g < wp / 32; ++g) {
+      for (int begin = 0; begin < wp; begin += c.scale_columns()) {
+        const float a_scale = a.scale(begin / 32), scale = c.scale(r, begin), min = c.min(r, begin);
         int64_t dot = 0, sum = 0;
-        for (int i = 32 * g; i < 32 * g + 32 && i < c.cols; ++i) {
+        for (int i = begin; i < begin + c.scale_columns() && i < c.cols; ++i) {
           dot += c.code(r, i) * a.code(i);
           sum += a.code(i);
-          const double w = (double)c.scale(r, g) * c.code(r, i) + c.min(r, g);
+          const double w = (double)scale * c.code(r, i) + min;
           exact += w * x[(size_t)i];
-          error += std::fabs(w) * (0.501 * a.scale(g) + 2e-6 * std::fabs(x[(size_t)i]));  // half a step each, and fp32 sums
-          if (c.format == DSO_Q4_1)
-            error += 1e-6 * (std::fabs(c.min(r, g)) + std::fabs(c.scale(r, g)) * 15) * std::fabs(x[(size_t)i]);
+          error += std::fabs(w) * (0.501 * a_scale + 2e-6 * std::fabs(x[(size_t)i]));  // half a step each, and fp32 sums
+          if (c.has_min()) error += 1e-6 * (std::fabs(min) + std::fabs(scale) * 31) * std::fabs(x[(size_t)i]);
         }
         check(std::abs(dot) <= INT32_MAX, "a dot leaves int32");
-        acc = std::fmaf((float)dot, c.scale(r, g) * a.scale(g), acc);
-        if (c.format == DSO_Q4_1) acc = std::fmaf(c.min(r, g) * a.scale(g), (float)sum, acc);
+        acc = std::fmaf((float)dot, scale * a_scale, acc);
+        if (c.has_min()) acc = std::fmaf(min * a_scale, (float)sum, acc);
       }
       if (std::isfinite(exact))
-        check(std::fabs(acc - exact) <= error + 1e-30, "%s kind %d: the recipe gives %g for %g (bound %g)",
-              format_name(c.format), c.kind, acc, exact, error);
+        check(std::fabs(acc - exact) <= error + 1e-30, "%s kind %d: the recipe gives %g for %g (bound %g)", c.name(), c.kind,
+              acc, exact, error);
       c.want.back().push_back(acc);
     }
   }
@@ -120,18 +145,21 @@ void compare(const Variant& v, const Case& c, const Run& run, const char* what) 
                          : run.bias ? c.want[(size_t)t][(size_t)r] + c.bias[(size_t)r]
                                     : c.want[(size_t)t][(size_t)r];
       if (!check(same(got, want), "%s %s %s kind %d [%d x %d] T %d tiles %d..%d, token %d row %d: %g, not %g", v.name.c_str(),
-                 what, format_name(c.format), c.kind, c.rows, c.cols, run.T, run.tile_begin, run.tile_end, t, r, got, want))
+                 what, c.name(), c.kind, c.rows, c.cols, run.T, run.tile_begin, run.tile_end, t, r, got, want))
         return;
     }
 }
 
-constexpr int formats[] = {DSO_INT8, DSO_INT4, DSO_Q4_1}, kinds[] = {DSO_SLOT_Q8, DSO_SLOT_Q16};
+constexpr int formats[] = {DSO_INT8, DSO_INT4,   DSO_Q4_1,   DSO_Q2_K, DSO_Q3_K, DSO_Q4_K, DSO_Q5_K,
+                           DSO_Q6_K, DSO_IQ4_XS, DSO_IQ4_NL, DSO_Q5_0, DSO_Q5_1, DSO_MXFP4},
+              kinds[] = {DSO_SLOT_Q8, DSO_SLOT_Q16};
 
 void shapes(const std::vector<Variant>& all, int format, int kind) {
   Random random(11 + (uint64_t)format * 7 + (uint64_t)kind);
-  const int dims[] = {1, 15, 16, 17, 31, 32, 33, 61, 100};
-  for (int rows : dims)
-    for (int cols : dims) {
+  const std::vector<int> dims = {1, 15, 16, 17, 31, 32, 33, 61, 100};
+  const bool blocks = block_format(format);
+  for (int rows : blocks ? std::vector<int>{1, 17, 61} : dims)
+    for (int cols : blocks ? std::vector<int>{256, 512} : dims) {
       Case c = make(format, kind, rows, cols, 13, random);
       reference(c, *all[0].kernels);
       const int tiles = (rows + 15) / 16;
@@ -143,12 +171,12 @@ void shapes(const std::vector<Variant>& all, int format, int kind) {
         }
     }
   // More groups than a panel holds, more tiles than a super-panel; every token count.
-  Case c = make(format, kind, 13 * 16 + 5, 577, 40, random);
+  Case c = make(format, kind, 13 * 16 + 5, blocks ? 768 : 577, 40, random);
   reference(c, *all[0].kernels);
   for (const Variant& v : all)
     for (int T = 1; T <= 40; ++T) compare(v, c, {T, T % 5, 14 - T % 3, 0, 3, true, false}, "tokens");
   // More tokens than a super-panel.
-  Case many = make(format, kind, 40, 33, 270, random);
+  Case many = make(format, kind, 40, blocks ? 256 : 33, 270, random);
   reference(many, *all[0].kernels);
   for (const Variant& v : all) compare(v, many, {270, 0, 3, 0, 1, true, true}, "many tokens");
 }
@@ -157,9 +185,13 @@ void extremes(const std::vector<Variant>& all, int format, int kind) {  // the l
   Random random(5);
   for (int code : {0, 255})
     for (int sign : {1, -1, 0}) {
-      Case c = make(format, kind, 17, 96, 10, random);
+      Case c = make(format, kind, 17, block_format(format) ? 256 : 96, 10, random);
       for (int r = 0; r < c.rows; ++r)
         for (int k = 0; k < c.cols; ++k) {
+          if (const BlockFormat* f = c.blocks()) {
+            memset(c.packed.data() + c.matrix().group(r, k), code, (size_t)(64 * (f->low + f->high)));
+            continue;
+          }
           int shift;
           const size_t at = code_at(format, r, k, c.cols, &shift);
           c.packed[at] = (uint8_t)(format == DSO_INT8 ? code : (c.packed[at] & ~(15 << shift)) | (code & 15) << shift);
@@ -175,28 +207,29 @@ void extremes(const std::vector<Variant>& all, int format, int kind) {  // the l
 void not_finite(const std::vector<Variant>& all, int format, int kind) {
   Random random(3);
   for (float bad : {(float)NAN, (float)INFINITY, -(float)INFINITY})
-    for (int at = 0; at < 70; ++at) {  // in an activation: that token's outputs are NaN, the others are whole
-      Case c = make(format, kind, 33, 70, 12, random);
+    for (int at = 0; at < 70;
+         at += block_format(format) ? 11 : 1) {  // in an activation: that token's outputs are NaN, the others are whole
+      Case c = make(format, kind, 33, block_format(format) ? 256 : 70, 12, random);
       const int token = at % 12;
       c.x[(size_t)token][(size_t)at] = bad;
       reference(c, *all[0].kernels);
       for (float y : c.want[(size_t)token])
-        check(std::isnan(y), "%s kind %d: %g at column %d was lost: %g", format_name(format), kind, bad, at, y);
+        check(std::isnan(y), "%s kind %d: %g at column %d was lost: %g", c.name(), kind, bad, at, y);
       for (const Variant& v : all) {
         compare(v, c, {12, 0, 3, 0, 0, true, false}, "bad activation");
         compare(v, c, {token % 8 + 1, 0, 3, 0, 0, true, false}, "bad activation");
       }
     }
+  if (format == DSO_MXFP4) return;  // its scales are finite
   for (uint16_t bad : {0x7e00, 0x7c00, 0xfc00})
     for (int row = 0; row < 20; ++row) {  // in a weight's scale or min: that row's outputs are not finite
-      Case c = make(format, kind, 20, 70, 9, random);
-      const int field = format == DSO_Q4_1 ? row % 2 : 0;
-      memcpy(&c.packed[c.scale_at(row, row % 3) + 32 * (size_t)field], &bad, 2);
+      Case c = make(format, kind, 20, block_format(format) ? 256 : 70, 9, random);
+      memcpy(c.half(row, 32 * (row % 3), c.has_min() ? row % 2 : 0), &bad, 2);
       reference(c, *all[0].kernels);
       for (const auto& y : c.want)
         for (int r = 0; r < 20; ++r)
-          check(std::isfinite(y[(size_t)r]) == (r != row), "%s kind %d: scale %04x of row %d, row %d: %g", format_name(format),
-                kind, bad, row, r, y[(size_t)r]);
+          check(std::isfinite(y[(size_t)r]) == (r != row), "%s kind %d: scale %04x of row %d, row %d: %g", c.name(), kind, bad,
+                row, r, y[(size_t)r]);
       for (const Variant& v : all)
         for (int T : {2, 9}) compare(v, c, {T, 0, 2, 0, 0, true, false}, "bad weight");
     }

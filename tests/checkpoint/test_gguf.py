@@ -25,6 +25,7 @@ from support.checkpoint_files import (
     model_tensors,
     model_values,
 )  # fmt: skip
+from support.gguf_kquants import llama_file
 
 ARCHITECTURES = ["llama", "qwen2", "qwen3"]
 
@@ -58,7 +59,18 @@ def test_equals_transformers(tmp_path: Path, architecture: str, tied: bool) -> N
 
 
 @pytest.mark.parametrize(
-    "kind, format", [("Q4_0", "int4"), ("Q4_1", "q4_1"), ("Q8_0", "int8"), ("BF16", "bf16"), ("F32", "fp32"), ("F16", "fp32")]
+    "kind, format",
+    [
+        ("Q4_0", "int4"),
+        ("Q4_1", "q4_1"),
+        ("Q8_0", "int8"),
+        ("Q5_0", "q5_0"),
+        ("Q5_1", "q5_1"),
+        ("MXFP4", "mxfp4"),
+        ("BF16", "bf16"),
+        ("F32", "fp32"),
+        ("F16", "fp32"),
+    ],
 )
 def test_lossless_formats(tmp_path: Path, kind: str, format: str) -> None:
     checkpoint = open_checkpoint(save(tmp_path / "m.gguf", model_values(), model_tensors(kind=kind)))
@@ -91,13 +103,14 @@ def test_biases_of_llama_are_permuted_too(tmp_path: Path) -> None:
 
 
 def test_other_types_are_converted_with_a_note(tmp_path: Path) -> None:
-    checkpoint = open_checkpoint(save(tmp_path / "m.gguf", model_values(), model_tensors(kind="Q5_0")))
+    (tmp_path / "m.gguf").write_bytes(llama_file({"": "Q4_K", "output": "IQ3_S", "token_embd": "IQ3_S"}))
+    checkpoint = open_checkpoint(tmp_path / "m.gguf")
     for name in ("lm_head.weight", "model.embed_tokens.weight"):
-        assert checkpoint.lossless_format(name) is None and checkpoint.natural_format(name) == "int8"
-        packed = checkpoint.packed(name, "int8")
+        assert checkpoint.lossless_format(name) is None and checkpoint.natural_format(name) == "q4_1"
+        packed = checkpoint.packed(name, "q4_1")
         error = (quant.unpack(packed) - checkpoint.read(name)).abs()
-        assert (error <= quant.get_format("int8").error_bound(checkpoint.read(name))).all()
-    assert checkpoint.conversions() == ["2 matrices stored as Q5_0 converted to int8, which rounds them again"]
+        assert (error <= quant.get_format("q4_1").error_bound(checkpoint.read(name))).all()
+    assert checkpoint.conversions() == ["2 matrices stored as IQ3_S converted to q4_1, which rounds them again"]
 
 
 def test_a_ggml_type_in_another_format(tmp_path: Path) -> None:

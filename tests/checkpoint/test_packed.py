@@ -15,7 +15,7 @@ from deepseek_optimizer.checkpoint import open_checkpoint, stream_weights
 from deepseek_optimizer.checkpoint.manifest import Manifest
 from deepseek_optimizer.config import DeepSeekConfig
 from deepseek_optimizer.errors import CheckpointError, ConfigError
-from deepseek_optimizer.quant import FORMATS, PackedMatrix, pack
+from deepseek_optimizer.quant import FORMATS, SUPERBLOCKS, PackedMatrix, pack
 from support.checkpoint_files import safetensors_bytes, safetensors_header, with_header
 from support.packed_files import packed_fields, save_packed
 
@@ -25,7 +25,8 @@ CONFIG = {"model_type": "llama", "hidden_size": 48}
 def weights() -> dict[str, PackedMatrix | torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     made: dict[str, PackedMatrix | torch.Tensor] = {
-        f"m.{name}.weight": pack(torch.randn(33, 48, generator=generator), name) for name in FORMATS
+        f"m.{name}.weight": pack(torch.randn(33, 256 if name in SUPERBLOCKS else 48, generator=generator), name)
+        for name in FORMATS
     }
     made["norm.weight"] = torch.randn(48, generator=generator)
     made["half.bias"] = torch.randn(7, generator=generator).bfloat16()
@@ -101,6 +102,7 @@ MATRIX = pack(torch.ones(33, 48), "int8")
         ({"modules": {"a": {"format": "int8", "shape": [33, -48]}}}, "two or three positive integers"),
         ({"modules": {"a": {"format": "int8", "shape": [33, True]}}}, "two or three positive integers"),
         ({"modules": {"a": {"format": "int8", "shape": [33, 2**40]}}}, "two or three positive integers"),
+        ({"modules": {"a": {"format": "q4_k", "shape": [33, 48]}}}, "q4_k needs a multiple of 256 columns, not 48"),
         ({"modules": {"a": {"format": "int4", "shape": [33, 48]}}}, r"int4 \[33, 48\] must be U8 \(3, 2, 288\)"),
         ({"modules": {"a": {"format": "int8", "shape": [49, 48]}}}, r"must be U8 \(4, 2, 544\)"),
         ({"modules": {"a": {"format": "int8", "shape": [33, 65]}}}, r"must be U8 \(3, 3, 544\)"),

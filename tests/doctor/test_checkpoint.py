@@ -49,12 +49,12 @@ def test_tied_weights_may_be_stored_twice(case, model_copy, one):
 
 
 def test_gguf_conversions_are_named(case, one, tmp_path):
-    from support.checkpoint_files import gguf_bytes, model_tensors, model_values
+    from support.gguf_kquants import llama_file
 
     path = tmp_path / "model.gguf"
-    path.write_bytes(gguf_bytes(model_values("llama"), model_tensors("llama", kind="Q5_0")))
+    path.write_bytes(llama_file({"": "Q4_K", "ffn_up": "IQ3_S"}))
     found = list(checkpoint.check(case(model=str(path))))
-    assert [f.severity for f in found] == ["ok", "note"] and "Q5_0" in found[1].what
+    assert [f.severity for f in found] == ["ok", "note"] and "IQ3_S" in found[1].what
 
 
 def test_a_model_on_the_general_path_is_not_examined_further(case, model_copy, one):

@@ -7,7 +7,7 @@
 // BF16: the prefill family of this ISA. Tile products of 32 columns, ascending, each added to C as TDPBF16PS does; bias last.
 // Decode uses the vector kernel. A family must not depend on the token count, so prefill uses tiles even for a single token.
 //
-// Other formats, and integer formats with few tokens, use the vector kernels of AVX-512 with BF16.
+// Other formats, integer formats with two scales per 32 columns, and few tokens use the vector kernels of AVX-512 with BF16.
 #pragma once
 #include <cstdint>
 
@@ -104,14 +104,14 @@ static void integers(const Matrix& w, const Output& out, Rows<kind> x, int64_t T
   constexpr int block = kind == DSO_SLOT_Q16 ? 16 : 32;
   Scratch& s = *(Scratch*)scratch;
   Tiles tiles(32);
-  const int64_t all = x.width / 32, row_bytes = all * P::bytes;
+  const int64_t all = x.width / 32, row_bytes = all * tile_bytes(format);
   for (int64_t tile = begin; tile < end; tile += 2) {
     const bool two = tile + 1 < end;
     for (int64_t g0 = 0; g0 < all; g0 += panel_groups) {
       const int64_t g1 = all - g0 < panel_groups ? all : g0 + panel_groups;
       for (int n = 0; n <= (int)two; n++)
         for (int64_t g = g0; g < g1; g++)
-          W::unpack(w.data + (tile + n) * row_bytes + g * P::bytes, s.panel[n] + (g - g0) * W::bytes);
+          W::unpack(P::place(w.data + (tile + n) * row_bytes, g), s.panel[n] + (g - g0) * W::bytes);
       for (int64_t t = 0; t < T; t += block) {
         const int tokens = (int)(T - t < block ? T - t : block);
         const int first = tokens < 16 ? tokens : 16;
@@ -132,6 +132,20 @@ static void by_format(const Matrix& w, const Output& out, Rows<kind> x, int64_t 
       return integers<DSO_INT4, kind>(w, out, x, T, begin, end, scratch);
     case DSO_Q4_1:
       return integers<DSO_Q4_1, kind>(w, out, x, T, begin, end, scratch);
+    case DSO_Q4_K:
+      return integers<DSO_Q4_K, kind>(w, out, x, T, begin, end, scratch);
+    case DSO_Q5_K:
+      return integers<DSO_Q5_K, kind>(w, out, x, T, begin, end, scratch);
+    case DSO_IQ4_XS:
+      return integers<DSO_IQ4_XS, kind>(w, out, x, T, begin, end, scratch);
+    case DSO_IQ4_NL:
+      return integers<DSO_IQ4_NL, kind>(w, out, x, T, begin, end, scratch);
+    case DSO_Q5_0:
+      return integers<DSO_Q5_0, kind>(w, out, x, T, begin, end, scratch);
+    case DSO_Q5_1:
+      return integers<DSO_Q5_1, kind>(w, out, x, T, begin, end, scratch);
+    case DSO_MXFP4:
+      return integers<DSO_MXFP4, kind>(w, out, x, T, begin, end, scratch);
   }
 }
 
@@ -181,7 +195,7 @@ static void linear_amx(const Matrix& w, const float* bias, int32_t kind, const u
                        bool prefill, int64_t tile_begin, int64_t tile_end, float* y, int64_t y_stride, uint8_t* scratch) {
   const Output out = {bias, y, y_stride, w.rows};
   if (w.format == DSO_BF16 && prefill) return tiled::floats(w, out, x, x_stride, T, tile_begin, tile_end, scratch);
-  if (T > tiled::vector_tokens) {
+  if (T > tiled::vector_tokens && int_layout(w.format).halves == 1) {
     if (kind == DSO_SLOT_Q8)
       return tiled::by_format<DSO_SLOT_Q8>(w, out, {x, x_stride, padded(w.cols)}, T, tile_begin, tile_end, scratch);
     if (kind == DSO_SLOT_Q16)

@@ -166,10 +166,27 @@ DSO_INLINE B broadcast4(const void* p) {
   memcpy(&v, p, 4);
   return iset(v);
 }
-DSO_INLINE __m256i low_nibbles_half(__m256i x) { return _mm256_and_si256(x, _mm256_set1_epi8(15)); }
-DSO_INLINE B low_nibbles(B x) { return {low_nibbles_half(x.lo), low_nibbles_half(x.hi)}; }
-DSO_INLINE B high_nibbles(B x) {
-  return {low_nibbles_half(_mm256_srli_epi16(x.lo, 4)), low_nibbles_half(_mm256_srli_epi16(x.hi, 4))};
+// Of each byte, bits [from, from + count) as bits [to, to + count); all others are 0.
+// Constants, once loops are unrolled.
+DSO_INLINE __m256i move_bits_half(__m256i x, int from, int to, int count) {
+  if (from > to) x = _mm256_srli_epi16(x, from - to);
+  if (from < to) x = _mm256_slli_epi16(x, to - from);
+  return _mm256_and_si256(x, _mm256_set1_epi8((char)(((1 << count) - 1) << to)));
+}
+DSO_INLINE B move_bits(B x, int from, int to, int count) {
+  return {move_bits_half(x.lo, from, to, count), move_bits_half(x.hi, from, to, count)};
+}
+DSO_INLINE B join_bits(B a, B b) { return {_mm256_or_si256(a.lo, b.lo), _mm256_or_si256(a.hi, b.hi)}; }
+DSO_INLINE B look_up(const uint8_t (&table)[16], B codes) {  // table[code] of each byte, code < 16
+  const __m256i t = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)table));
+  return {_mm256_shuffle_epi8(t, codes.lo), _mm256_shuffle_epi8(t, codes.hi)};
+}
+DSO_INLINE I sum16_i8(const void* p) {  // the sum of 16 signed bytes, in every lane
+  const __m256i x = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)p));
+  __m256i s = _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_set1_epi8(1), x), _mm256_set1_epi16(1));
+  s = _mm256_add_epi32(s, _mm256_shuffle_epi32(s, 0x4e));
+  s = _mm256_add_epi32(s, _mm256_shuffle_epi32(s, 0xb1));
+  return {s, s};
 }
 
 #ifdef __AVXVNNI__
@@ -177,10 +194,10 @@ constexpr bool vnni = true;
 DSO_INLINE I dot_u8(I acc, B w, B a) {  // w: any u8, a: s8
   return {_mm256_dpbusd_avx_epi32(acc.lo, w.lo, a.lo), _mm256_dpbusd_avx_epi32(acc.hi, w.hi, a.hi)};
 }
-DSO_INLINE I dot_u4(I acc, B w, B a) { return dot_u8(acc, w, a); }  // w: u8 <= 15, a: s8
+DSO_INLINE I dot_u7(I acc, B w, B a) { return dot_u8(acc, w, a); }  // w: u8 <= 127, a: s8
 #else
 constexpr bool vnni = false;
-DSO_INLINE __m256i dot_u4_half(__m256i acc, __m256i w, __m256i a) {  // pairs <= 2*15*128: maddubs cannot saturate
+DSO_INLINE __m256i dot_u7_half(__m256i acc, __m256i w, __m256i a) {  // pairs <= 2*127*128: maddubs cannot saturate
   return _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(w, a), _mm256_set1_epi16(1)));
 }
 DSO_INLINE __m256i dot_u8_half(__m256i acc, __m256i w,
@@ -189,12 +206,12 @@ DSO_INLINE __m256i dot_u8_half(__m256i acc, __m256i w,
   const __m256i ae = _mm256_srai_epi16(_mm256_slli_epi16(a, 8), 8), ao = _mm256_srai_epi16(a, 8);
   return _mm256_add_epi32(acc, _mm256_add_epi32(_mm256_madd_epi16(we, ae), _mm256_madd_epi16(wo, ao)));
 }
-DSO_INLINE I dot_u4(I acc, B w, B a) { return {dot_u4_half(acc.lo, w.lo, a.lo), dot_u4_half(acc.hi, w.hi, a.hi)}; }
+DSO_INLINE I dot_u7(I acc, B w, B a) { return {dot_u7_half(acc.lo, w.lo, a.lo), dot_u7_half(acc.hi, w.hi, a.hi)}; }
 DSO_INLINE I dot_u8(I acc, B w, B a) { return {dot_u8_half(acc.lo, w.lo, a.lo), dot_u8_half(acc.hi, w.hi, a.hi)}; }
 #endif
 
-// Cheaper sums of dot_u4 without VNNI: 32 16-bit sums, which hold a group of 32 columns (at most 8*2*15*128 = 30720).
-DSO_INLINE I pairs_u4(I acc, B w, B a) {
+// Cheaper sums of dot_u7 without VNNI: 32 16-bit sums, which must not overflow (INT4: at most 8*2*15*128 = 30720 per group).
+DSO_INLINE I pairs_u7(I acc, B w, B a) {
   return {_mm256_add_epi16(acc.lo, _mm256_maddubs_epi16(w.lo, a.lo)),
           _mm256_add_epi16(acc.hi, _mm256_maddubs_epi16(w.hi, a.hi))};
 }

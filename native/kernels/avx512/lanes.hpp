@@ -108,16 +108,32 @@ DSO_INLINE B broadcast4(const void* p) {
   memcpy(&v, p, 4);
   return _mm512_set1_epi32(v);
 }
-DSO_INLINE B low_nibbles(B x) { return _mm512_and_si512(x, _mm512_set1_epi8(15)); }
-DSO_INLINE B high_nibbles(B x) { return _mm512_and_si512(_mm512_srli_epi16(x, 4), _mm512_set1_epi8(15)); }
+
+// Of each byte, bits [from, from + count) as bits [to, to + count); all others are 0.
+// Constants, once loops are unrolled.
+DSO_INLINE B move_bits(B x, int from, int to, int count) {
+  if (from > to) x = _mm512_srli_epi16(x, from - to);
+  if (from < to) x = _mm512_slli_epi16(x, to - from);
+  return _mm512_and_si512(x, _mm512_set1_epi8((char)(((1 << count) - 1) << to)));
+}
+DSO_INLINE B join_bits(B a, B b) { return _mm512_or_si512(a, b); }
+DSO_INLINE B look_up(const uint8_t (&table)[16], B codes) {  // table[code] of each byte, code < 16
+  return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)table)), codes);
+}
+DSO_INLINE I sum16_i8(const void* p) {  // the sum of 16 signed bytes, in every lane
+  const __m512i x = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)p));
+  __m512i s = _mm512_madd_epi16(_mm512_maddubs_epi16(_mm512_set1_epi8(1), x), _mm512_set1_epi16(1));
+  s = _mm512_add_epi32(s, _mm512_shuffle_epi32(s, (_MM_PERM_ENUM)0x4e));
+  return _mm512_add_epi32(s, _mm512_shuffle_epi32(s, (_MM_PERM_ENUM)0xb1));
+}
 
 #ifdef __AVX512VNNI__
 constexpr bool vnni = true;
-DSO_INLINE I dot_u4(I acc, B w, B a) { return _mm512_dpbusd_epi32(acc, w, a); }  // w: u8 <= 15, a: s8
+DSO_INLINE I dot_u7(I acc, B w, B a) { return _mm512_dpbusd_epi32(acc, w, a); }  // w: u8 <= 127, a: s8
 DSO_INLINE I dot_u8(I acc, B w, B a) { return _mm512_dpbusd_epi32(acc, w, a); }  // w: any u8, a: s8
 #else
 constexpr bool vnni = false;
-DSO_INLINE I dot_u4(I acc, B w, B a) {  // pairs <= 2*15*128: maddubs cannot saturate
+DSO_INLINE I dot_u7(I acc, B w, B a) {  // pairs <= 2*127*128: maddubs cannot saturate
   return _mm512_add_epi32(acc, _mm512_madd_epi16(_mm512_maddubs_epi16(w, a), _mm512_set1_epi16(1)));
 }
 DSO_INLINE I dot_u8(I acc, B w, B a) {  // even and odd bytes as 16-bit integers: maddubs would saturate
@@ -127,8 +143,8 @@ DSO_INLINE I dot_u8(I acc, B w, B a) {  // even and odd bytes as 16-bit integers
 }
 #endif
 
-// Cheaper sums of dot_u4 without VNNI: 32 16-bit sums, which hold a group of 32 columns (at most 8*2*15*128 = 30720).
-DSO_INLINE I pairs_u4(I acc, B w, B a) { return _mm512_add_epi16(acc, _mm512_maddubs_epi16(w, a)); }
+// Cheaper sums of dot_u7 without VNNI: 32 16-bit sums, which must not overflow (INT4: at most 8*2*15*128 = 30720 per group).
+DSO_INLINE I pairs_u7(I acc, B w, B a) { return _mm512_add_epi16(acc, _mm512_maddubs_epi16(w, a)); }
 DSO_INLINE I add_pairs(I acc) { return _mm512_madd_epi16(acc, _mm512_set1_epi16(1)); }
 
 // A lane's two bf16 elements as floats, and back (the upper 16 bits: for values that are bf16 already).

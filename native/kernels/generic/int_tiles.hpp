@@ -1,54 +1,93 @@
-// Tiles of integer weights (INT8, INT4, Q4_1; dso.h): packed, or unpacked to one byte per weight and fp32 scales for matrix
-// units. A kernel reads either through read(), scale() and min().
+// Tiles of integer weights (dso.h, tile_bytes.hpp): packed, or unpacked to one byte per weight and fp32 scales for matrix
+// units. A kernel reads the codes of 4 columns x 16 rows by quad(), and the scales of a group by scale() and min().
 #pragma once
+#include "../tile_bytes.hpp"
 
 namespace dso::DSO_ISA_NAMESPACE {
 
 template <int format>
 struct Format {
-  static constexpr bool nibbles = format != DSO_INT8;
-  static constexpr bool has_min = format == DSO_Q4_1;
-  static constexpr int32_t offset = format == DSO_INT8 ? 128 : format == DSO_INT4 ? 8 : 0;  // stored = w + offset
-  static constexpr int64_t code_bytes = nibbles ? 256 : 512;
+  static constexpr IntLayout layout = int_layout(format);
+  static constexpr bool has_min = layout.has_min;
+  static constexpr int halves = layout.halves;
+  static constexpr int32_t offset = code_offset(format);  // value = stored - offset
+  static constexpr int32_t largest =                      // of the stored values
+      format == DSO_MXFP4 ? 24
+      : has_table(format) ? 255
+                          : (1 << (layout.low + layout.high)) - 1;
 };
 
-// `quads` vectors per read, each 4 columns x 16 rows.
+// 4 columns of a plane of `bits` bits, as the bits from `to` on of bytes.
+template <int bits>
+DSO_INLINE B from_plane(const uint8_t* plane, int quad, int to) {
+  constexpr int per_vector = 8 / bits;
+  const B b = load_bytes(plane + 64 * (quad / per_vector));
+  if constexpr (bits == 8)
+    return b;
+  else
+    return move_bits(b, bits * (quad % per_vector), to, bits);
+}
+
 template <int format>
 struct Packed : Format<format> {
   using Base = Format<format>;
-  static constexpr int64_t bytes = Base::code_bytes + (Base::has_min ? 64 : 32);
-  static constexpr int quads = Base::nibbles ? 2 : 1;
-  DSO_INLINE void read(const uint8_t* tile, int64_t i, B (&w)[quads]) {
-    const B b = load_bytes(tile + 64 * i);
-    if constexpr (Base::nibbles) {
-      w[0] = low_nibbles(b);
-      w[1] = high_nibbles(b);
-    } else {
-      w[0] = b;
-    }
+  static constexpr IntLayout layout = Base::layout;
+  static constexpr int64_t bytes = group_bytes(layout);  // from one group to the next within a superblock
+
+  // Where a group's data are; `head`: that of its superblock.
+  struct Place {
+    const uint8_t *group, *head;
+    Place rows_below(int64_t bytes) const { return {group + bytes, head + bytes}; }
+  };
+  DSO_INLINE Place place(const uint8_t* row, int64_t g) { return {row + group_at(layout, g), row + head_at(layout, g)}; }
+
+  DSO_INLINE B quad(const uint8_t* group, int q) {
+    const B low = from_plane<layout.low>(group, q, 0);
+    if constexpr (has_table(format))
+      return look_up(table_of<format>, low);
+    else if constexpr (layout.high)
+      return join_bits(low, from_plane<layout.high>(group + 64 * layout.low, q, layout.low));
+    else
+      return low;
   }
-  DSO_INLINE F scale(const uint8_t* tile) { return load_f16(tile + Base::code_bytes); }
-  DSO_INLINE F min(const uint8_t* tile) { return load_f16(tile + Base::code_bytes + 32); }
+  template <int half>
+  DSO_INLINE F scale(Place at) {
+    const uint8_t* numbers = at.group + code_bytes(layout) + 16 * half;
+    if constexpr (layout.powers)
+      return scale2(set(1), sub(to_float(load_u8(numbers)), set(128)));
+    else if constexpr (!layout.superblock)
+      return load_f16(numbers);
+    else if constexpr (layout.joined)
+      return mul(load_f16(at.head), to_float(move_bits(load_u8(numbers), 0, 0, 4)));
+    else
+      return mul(load_f16(at.head), to_float(load_i8(numbers)));
+  }
+  template <int half>
+  DSO_INLINE F min(Place at) {
+    const uint8_t* numbers = at.group + code_bytes(layout) + 16 * half;
+    if constexpr (!layout.superblock)
+      return load_f16(numbers + 32);
+    else if constexpr (layout.joined)
+      return mul(load_f16(at.head + 32), to_float(sar<4>(load_u8(numbers))));
+    else
+      return mul(load_f16(at.head + 32), to_float(load_i8(numbers + 16 * layout.halves)));
+  }
 };
 
 template <int format>
-struct Unpacked : Format<format> {
+struct Unpacked : Format<format> {  // with one scale per group
   using Base = Format<format>;
+  using P = Packed<format>;
+  static_assert(Base::halves == 1);
   static constexpr int64_t bytes = 512 + (Base::has_min ? 128 : 64);
-  static constexpr int quads = 1;
-  DSO_INLINE void read(const uint8_t* tile, int64_t i, B (&w)[1]) { w[0] = load_bytes(tile + 64 * i); }
   DSO_INLINE F scale(const uint8_t* tile) { return load((const float*)(tile + 512)); }
   DSO_INLINE F min(const uint8_t* tile) { return load((const float*)(tile + 576)); }
 
-  DSO_INLINE void unpack(const uint8_t* packed, uint8_t* tile) {
-    using P = Packed<format>;
-    for (int i = 0; i < 8 / P::quads; ++i) {
-      B w[P::quads];
-      P::read(packed, i, w);
-      for (int k = 0; k < P::quads; ++k) store_bytes(tile + 64 * (P::quads * i + k), w[k]);
-    }
-    store((float*)(tile + 512), P::scale(packed));
-    if constexpr (Base::has_min) store((float*)(tile + 576), P::min(packed));
+  DSO_INLINE void unpack(typename P::Place from, uint8_t* tile) {
+#pragma GCC unroll 8
+    for (int q = 0; q < 8; ++q) store_bytes(tile + 64 * q, P::quad(from.group, q));
+    store((float*)(tile + 512), P::template scale<0>(from));
+    if constexpr (Base::has_min) store((float*)(tile + 576), P::template min<0>(from));
   }
 };
 }  // namespace dso::DSO_ISA_NAMESPACE

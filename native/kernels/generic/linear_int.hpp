@@ -1,7 +1,8 @@
-// y = x W^T for integer weights (INT8, INT4, Q4_1) and integer activations (Q8, Q16). The same arithmetic for every token
-// count, tile range and ISA: exact int32 dot products over groups of 32 columns, then, over ascending groups,
-//   acc = fma(float(dot), scale_w * scale_a, acc);  Q4_1 also  acc = fma(min * scale_a, float(sum a), acc);
-// and y = acc + bias.
+// y = x W^T for weights in integer formats (tile_bytes.hpp) and integer activations (Q8, Q16). The same arithmetic for every
+// token count, tile range and ISA: exact int32 dot products over the 32 or 16 columns that share a scale, then, over ascending
+// columns,
+//   acc = fma(float(dot), scale_w * scale_a, acc);  with minimums also  acc = fma(min * scale_a, float(sum a), acc);
+// and y = acc + bias. In superblocks scale_w = d * scale and min = dmin * min, which are exact.
 //
 // A few tile rows are multiplied by all tokens, 4 at a time, while the next tile rows are prefetched into L2. Packed tiles are
 // read directly: unpacking uses ports that dot products leave free. Measured on Zen 5, panels of unpacked weights in L1, blocks
@@ -23,37 +24,37 @@ struct Rows {
 };
 
 // ---- the inner block: M tokens x N tile rows, `row_bytes` apart.
-// acc += the exact dot products of one group.
-template <class W, int M, int N>
+// acc += the exact dot products of `quads` times 4 columns, from column 4 * first of a group on.
+template <class W, int first, int quads, int M, int N>
 DSO_INLINE void dots(I (&acc)[M][N], const uint8_t* w, int64_t row_bytes, const uint8_t* x, int64_t stride) {
-  constexpr bool pairs = W::nibbles && !vnni;
+  // Without VNNI, sums of small codes are 16-bit for as many quads as cannot overflow: each adds two products of at most
+  // largest * 128.
+  constexpr int possible = 32767 / (256 * W::largest), run = vnni ? 0 : possible < quads ? possible : quads;
   I sum[M][N];
-  for (int m = 0; m < M; ++m)
-    for (int n = 0; n < N; ++n) sum[m][n] = pairs ? izero() : acc[m][n];
 #pragma GCC unroll 8
-  for (int i = 0; i < 8 / W::quads; ++i) {
-    B b[N][W::quads];
-    for (int n = 0; n < N; ++n) W::read(w + n * row_bytes, i, b[n]);
-    for (int k = 0; k < W::quads; ++k)
-      for (int m = 0; m < M; ++m) {
-        const B a = broadcast4(x + m * stride + 4 * (W::quads * i + k));
-        for (int n = 0; n < N; ++n) {
-          if constexpr (pairs)
-            sum[m][n] = pairs_u4(sum[m][n], b[n][k], a);
-          else if constexpr (W::nibbles)
-            sum[m][n] = dot_u4(sum[m][n], b[n][k], a);
-          else
-            sum[m][n] = dot_u8(sum[m][n], b[n][k], a);
+  for (int i = 0; i < quads; ++i) {
+    B b[N];
+    for (int n = 0; n < N; ++n) b[n] = W::quad(w + n * row_bytes, first + i);
+    for (int m = 0; m < M; ++m) {
+      const B a = broadcast4(x + m * stride + 4 * (first + i));
+      for (int n = 0; n < N; ++n) {
+        if constexpr (run > 0) {
+          sum[m][n] = pairs_u7(i % run ? sum[m][n] : izero(), b[n], a);
+          if (i % run == run - 1 || i == quads - 1) acc[m][n] = iadd(acc[m][n], add_pairs(sum[m][n]));
+        } else if constexpr (W::largest <= 127) {
+          acc[m][n] = dot_u7(acc[m][n], b[n], a);
+        } else {
+          acc[m][n] = dot_u8(acc[m][n], b[n], a);
         }
       }
+    }
   }
-  for (int m = 0; m < M; ++m)
-    for (int n = 0; n < N; ++n) acc[m][n] = pairs ? iadd(acc[m][n], add_pairs(sum[m][n])) : sum[m][n];
 }
 
 // Prefetching: the hardware's own prefetchers stop at every page.
 // Stream: prefetches weights `distance` bytes ahead, for weights that only one block of tokens uses.
 struct Stream {
+  static constexpr bool few_tokens = true;  // at most block_rows
   template <class W>
   inline __attribute__((always_inline)) void step(const uint8_t* w) {
     constexpr int64_t distance = 8192;
@@ -62,6 +63,7 @@ struct Stream {
 };
 // Ahead: prefetches the next tile rows into L2, in equal portions while all blocks of tokens use the current ones.
 struct Ahead {
+  static constexpr bool few_tokens = false;
   const uint8_t *at, *end;
   int64_t portion;  // bytes per group, a multiple of 64
   template <class W>
@@ -72,29 +74,57 @@ struct Ahead {
   }
 };
 
+// The sum of the activations that half of a group multiplies, in every lane.
+template <int kind>
+DSO_INLINE I sum_of_half(const Rows<kind>& x, int m, int64_t g, int half) {
+  const uint8_t* codes = x.codes(m) + 32 * g + 16 * half;
+  if constexpr (kind == DSO_SLOT_Q16) return iadd(shl<8>(sum16_i8(codes)), sum16_i8(codes + x.width));
+  return sum16_i8(codes);
+}
+
+// One half of a group, or a whole one if it has a single scale.
+template <class W, int half, int kind, int M, int N>
+DSO_INLINE void accumulate_half(F (&acc)[M][N], typename W::Place w, int64_t row_bytes, const Rows<kind>& x, int64_t g) {
+  constexpr int quads = 8 / W::halves, first = half * quads;
+  I start[M], dot[M][N];
+  F sum[M];
+  for (int m = 0; m < M; ++m) {
+    if constexpr (W::halves == 1) {
+      start[m] = iset(-W::offset * x.sums(m)[g]);
+      sum[m] = set((float)x.sums(m)[g]);
+    } else {
+      const I s = sum_of_half(x, m, g, half);
+      start[m] = W::offset ? isub(izero(), shl<W::offset ? __builtin_ctz(W::offset) : 0>(s)) : izero();
+      sum[m] = to_float(s);
+    }
+  }
+  for (int m = 0; m < M; ++m)
+    for (int n = 0; n < N; ++n) dot[m][n] = kind == DSO_SLOT_Q16 ? izero() : start[m];
+  dots<W, first, quads>(dot, w.group, row_bytes, x.codes(0) + 32 * g, x.stride);
+  if constexpr (kind == DSO_SLOT_Q16) {  // so far the high bytes
+    for (int m = 0; m < M; ++m)
+      for (int n = 0; n < N; ++n) dot[m][n] = iadd(shl<8>(dot[m][n]), start[m]);
+    dots<W, first, quads>(dot, w.group, row_bytes, x.codes(0) + x.width + 32 * g, x.stride);
+  }
+  for (int n = 0; n < N; ++n) {
+    const typename W::Place at = w.rows_below(n * row_bytes);
+    const F scale = W::template scale<half>(at);
+    for (int m = 0; m < M; ++m) {
+      const F a = set(x.scales(m)[g]);
+      acc[m][n] = fma(to_float(dot[m][n]), mul(scale, a), acc[m][n]);
+      if constexpr (W::has_min) acc[m][n] = fma(mul(W::template min<half>(at), a), sum[m], acc[m][n]);
+    }
+  }
+}
+
 // All groups of M tokens x N tile rows.
 template <class W, int kind, int M, int N, class Fetch>
 DSO_INLINE void accumulate(F (&acc)[M][N], const uint8_t* w, int64_t row_bytes, const Rows<kind>& x, Fetch& fetch) {
-  for (int64_t g = 0; g < x.width / 32; ++g, w += W::bytes) {
-    fetch.template step<W>(w);
-    I start[M], dot[M][N];
-    for (int m = 0; m < M; ++m) start[m] = iset(-W::offset * x.sums(m)[g]);
-    for (int m = 0; m < M; ++m)
-      for (int n = 0; n < N; ++n) dot[m][n] = kind == DSO_SLOT_Q16 ? izero() : start[m];
-    dots<W>(dot, w, row_bytes, x.codes(0) + 32 * g, x.stride);
-    if constexpr (kind == DSO_SLOT_Q16) {  // so far the high bytes
-      for (int m = 0; m < M; ++m)
-        for (int n = 0; n < N; ++n) dot[m][n] = iadd(shl<8>(dot[m][n]), start[m]);
-      dots<W>(dot, w, row_bytes, x.codes(0) + x.width + 32 * g, x.stride);
-    }
-    for (int n = 0; n < N; ++n) {
-      const F scale = W::scale(w + n * row_bytes);
-      for (int m = 0; m < M; ++m) {
-        const F a = set(x.scales(m)[g]);
-        acc[m][n] = fma(to_float(dot[m][n]), mul(scale, a), acc[m][n]);
-        if constexpr (W::has_min) acc[m][n] = fma(mul(W::min(w + n * row_bytes), a), set((float)x.sums(m)[g]), acc[m][n]);
-      }
-    }
+  for (int64_t g = 0; g < x.width / 32; ++g) {
+    const typename W::Place at = W::place(w, g);
+    fetch.template step<W>(at.group);
+    accumulate_half<W, 0>(acc, at, row_bytes, x, g);
+    if constexpr (W::halves == 2) accumulate_half<W, 1>(acc, at, row_bytes, x, g);
   }
 }
 
@@ -114,7 +144,7 @@ DSO_INLINE void finish(const Output& out, int64_t t, int64_t tile, F acc) {
 
 template <int format, int kind, int M, int N, class Fetch>
 static void block(const Matrix& w, const Output& out, const Rows<kind>& x, int64_t t, int64_t tile, Fetch& fetch) {
-  const int64_t row_bytes = x.width / 32 * Packed<format>::bytes;
+  const int64_t row_bytes = x.width / 32 * tile_bytes(format);
   F acc[M][N];
   for (int m = 0; m < M; ++m)
     for (int n = 0; n < N; ++n) acc[m][n] = zero();
@@ -125,27 +155,32 @@ static void block(const Matrix& w, const Output& out, const Rows<kind>& x, int64
 
 constexpr int block_rows = 4;  // tokens per block
 
+// Formats that only files use are compiled for blocks of 1 and block_rows tokens: every shape of every format would make the
+// build several times as long.
+template <int format>
+constexpr bool all_shapes = format == DSO_INT8 || format == DSO_INT4 || format == DSO_Q4_1;
+
 template <int format, int kind, int N, class Fetch>
 static void up_to_a_block(const Matrix& w, const Output& out, const Rows<kind>& x, int64_t t, int64_t tokens, int64_t tile,
                           Fetch& fetch) {
-  switch (tokens) {
-    case 1:
-      return block<format, kind, 1, N>(w, out, x, t, tile, fetch);
-    case 2:
-      return block<format, kind, 2, N>(w, out, x, t, tile, fetch);
-    case 3:
-      return block<format, kind, 3, N>(w, out, x, t, tile, fetch);
-    default:
-      return block<format, kind, block_rows, N>(w, out, x, t, tile, fetch);
+  if (tokens >= block_rows) return block<format, kind, block_rows, N>(w, out, x, t, tile, fetch);
+  if constexpr (all_shapes<format>) {
+    if (tokens == 1) return block<format, kind, 1, N>(w, out, x, t, tile, fetch);
+    if (tokens == 2) return block<format, kind, 2, N>(w, out, x, t, tile, fetch);
+    return block<format, kind, 3, N>(w, out, x, t, tile, fetch);
+  } else if constexpr (Fetch::few_tokens) {
+    for (int64_t i = 0; i < tokens; ++i) block<format, kind, 1, N>(w, out, x, t + i, tile, fetch);
+  } else {  // the last block_rows tokens; some are computed again, with equal results
+    block<format, kind, block_rows, N>(w, out, x, t + tokens - block_rows, tile, fetch);
   }
 }
 
 // N tile rows and all tokens, block after block: the tokens of a block share each weight, and the tile rows each activation.
 template <int format, int kind, int N>
 static void some_tiles(const Matrix& w, const Output& out, const Rows<kind>& x, int64_t T, int64_t tile) {
-  const int64_t groups = x.width / 32, row_bytes = groups * Packed<format>::bytes, blocks = (T + block_rows - 1) / block_rows;
+  const int64_t groups = x.width / 32, row_bytes = groups * tile_bytes(format), blocks = (T + block_rows - 1) / block_rows;
   const uint8_t* next = w.data + (tile + N) * row_bytes;  // past the last tile row nothing is read, only prefetched
-  Ahead fetch = {next, next + N * row_bytes, (N * Packed<format>::bytes / blocks + 63) / 64 * 64};
+  Ahead fetch = {next, next + N * row_bytes, (N * tile_bytes(format) / blocks + 63) / 64 * 64};
   for (int64_t t = 0; t < T; t += block_rows) up_to_a_block<format, kind, N>(w, out, x, t, T - t, tile, fetch);
 }
 
@@ -175,6 +210,26 @@ static void linear_int(const Matrix& w, const float* bias, const uint8_t* x, int
       return linear_int<DSO_INT4, kind>(w, out, rows, T, begin, end);
     case DSO_Q4_1:
       return linear_int<DSO_Q4_1, kind>(w, out, rows, T, begin, end);
+    case DSO_Q2_K:
+      return linear_int<DSO_Q2_K, kind>(w, out, rows, T, begin, end);
+    case DSO_Q3_K:
+      return linear_int<DSO_Q3_K, kind>(w, out, rows, T, begin, end);
+    case DSO_Q4_K:
+      return linear_int<DSO_Q4_K, kind>(w, out, rows, T, begin, end);
+    case DSO_Q5_K:
+      return linear_int<DSO_Q5_K, kind>(w, out, rows, T, begin, end);
+    case DSO_Q6_K:
+      return linear_int<DSO_Q6_K, kind>(w, out, rows, T, begin, end);
+    case DSO_IQ4_XS:
+      return linear_int<DSO_IQ4_XS, kind>(w, out, rows, T, begin, end);
+    case DSO_IQ4_NL:
+      return linear_int<DSO_IQ4_NL, kind>(w, out, rows, T, begin, end);
+    case DSO_Q5_0:
+      return linear_int<DSO_Q5_0, kind>(w, out, rows, T, begin, end);
+    case DSO_Q5_1:
+      return linear_int<DSO_Q5_1, kind>(w, out, rows, T, begin, end);
+    case DSO_MXFP4:
+      return linear_int<DSO_MXFP4, kind>(w, out, rows, T, begin, end);
   }
 }
 }  // namespace dso::DSO_ISA_NAMESPACE

@@ -230,7 +230,7 @@ static void pack_band_fp8(int32_t src_type, const uint8_t* src, int64_t stride, 
 
 // ---- unpacking one row
 
-// Columns [0, 32) of row r of a tile.
+// Columns [0, 32) of row r of a tile of floats.
 template <int format>
 static inline void unpack_group(const uint8_t* tile, int r, float* out) {
   if constexpr (format == DSO_F32) {
@@ -246,33 +246,60 @@ static inline void unpack_group(const uint8_t* tile, int r, float* out) {
     float scale;
     memcpy(&scale, tile + R * C, 4);
     for (int k = 0; k < C; k++) out[k] = from_e4m3(tile[(k / 2 * R + r) * 2 + k % 2]) * scale;
-  } else {
-    using Q = Code<format>;
-    uint16_t h;
-    const uint8_t* tail = tile + C * R * Q::bits / 8;
-    memcpy(&h, tail + 2 * r, 2);
-    const __m128 scale = _mm_set1_ps(_cvtsh_ss(h));
-    __m128 least = _mm_setzero_ps();
-    if constexpr (format == DSO_Q4_1) {
-      memcpy(&h, tail + 2 * R + 2 * r, 2);
-      least = _mm_set1_ps(_cvtsh_ss(h));
+  }
+}
+
+static inline float f16_at(const uint8_t* p) {
+  uint16_t h;
+  memcpy(&h, p, 2);
+  return _cvtsh_ss(h);
+}
+
+// 4 columns of row r of a plane of `bits` bits, one per byte.
+template <int bits>
+static inline uint32_t plane_word(const uint8_t* plane, int quad, int r) {
+  constexpr int per_vector = 8 / bits;
+  uint32_t word;
+  memcpy(&word, plane + 64 * (quad / per_vector) + 4 * r, 4);
+  return word >> bits * (quad % per_vector) & 0x01010101u * ((1u << bits) - 1);
+}
+
+// Columns [32 g, 32 g + 32) of row r of a tile row of an integer format.
+template <int format>
+static inline void unpack_integers(const uint8_t* row, int64_t g, int r, float* out) {
+  constexpr IntLayout layout = int_layout(format);
+  const uint8_t *group = row + group_at(layout, g), *head = row + head_at(layout, g);
+  const uint8_t* numbers = group + code_bytes(layout);
+  for (int half = 0; half < layout.halves; half++) {
+    float scale, least = 0;
+    if constexpr (layout.powers) {
+      const uint32_t e = numbers[r], bits = e < 2 ? 0x00200000u << e : (e - 1) << 23;
+      memcpy(&scale, &bits, 4);
+    } else if constexpr (!layout.superblock) {
+      scale = f16_at(numbers + 2 * r);
+      if constexpr (layout.has_min) least = f16_at(numbers + 32 + 2 * r);
+    } else {
+      const uint8_t byte = numbers[16 * half + r];
+      scale = f16_at(head + 2 * r) * (float)(layout.joined ? byte & 15 : (int8_t)byte);
+      if constexpr (layout.has_min)
+        least = f16_at(head + 32 + 2 * r) *
+                (float)(layout.joined ? byte >> 4 : (int8_t)numbers[16 * layout.halves + 16 * half + r]);
     }
-    // scale * code is exact (11 bits by at most 8), so only the sum with min rounds.
-    auto put = [&](int k, __m128i bytes) {
-      const __m128 w = _mm_mul_ps(scale, _mm_cvtepi32_ps(_mm_sub_epi32(_mm_cvtepu8_epi32(bytes), _mm_set1_epi32(Q::zero))));
-      _mm_storeu_ps(out + k, format == DSO_Q4_1 ? _mm_add_ps(w, least) : w);
-    };
-    for (int j = 0; j < C / 4 * Q::bits / 8; j++) {
-      int32_t four;
-      memcpy(&four, tile + 64 * j + 4 * r, 4);
-      const __m128i x = _mm_cvtsi32_si128(four);
-      if constexpr (Q::bits == 8) {
-        put(4 * j, x);
-      } else {
-        const __m128i mask = _mm_set1_epi8(15);
-        put(8 * j, _mm_and_si128(x, mask));
-        put(8 * j + 4, _mm_and_si128(_mm_srli_epi16(x, 4), mask));
+    // scale * code is exact, so only the sum with min rounds.
+    const __m128 factor = _mm_set1_ps(scale), base = _mm_set1_ps(least);
+    const __m128i offset = _mm_set1_epi32(code_offset(format));
+    for (int quad = 8 / layout.halves * half; quad < 8 / layout.halves * (half + 1); quad++) {
+      uint32_t word = plane_word<layout.low>(group, quad, r);
+      if constexpr (layout.high) word |= plane_word<layout.high>(group + 64 * layout.low, quad, r) << layout.low;
+      if constexpr (has_table(format)) {
+        uint8_t bytes[4];
+        memcpy(bytes, &word, 4);
+        for (uint8_t& byte : bytes) byte = table_of<format>[byte];
+        memcpy(&word, bytes, 4);
       }
+      const __m128i code = _mm_sub_epi32(_mm_cvtepu8_epi32(_mm_cvtsi32_si128((int32_t)word)), offset);
+      const __m128 w = _mm_mul_ps(factor, _mm_cvtepi32_ps(code));
+      _mm_storeu_ps(out + 4 * quad, layout.has_min ? _mm_add_ps(w, base) : w);
     }
   }
 }
@@ -282,9 +309,12 @@ static void unpack_row(const Matrix& w, int64_t row, float scale, float* out) {
   const int64_t groups = (w.cols + C - 1) / C;
   const uint8_t* tile = w.data + row / R * groups * tile_bytes(format);
   alignas(64) float group[C];
-  for (int64_t g = 0; g < groups; g++, tile += tile_bytes(format)) {
+  for (int64_t g = 0; g < groups; g++) {
     const int64_t n = w.cols - g * C < C ? w.cols - g * C : C;
-    unpack_group<format>(tile, (int)(row % R), group);
+    if constexpr (int_layout(format).low)
+      unpack_integers<format>(tile, g, (int)(row % R), group);
+    else
+      unpack_group<format>(tile + g * tile_bytes(format), (int)(row % R), group);
     for (int64_t k = 0; k < n; k++) out[g * C + k] = group[k] * scale;
   }
 }
@@ -307,6 +337,26 @@ static void embed_row(const Matrix& w, int32_t row, float scale, float* out) {
       return unpack_row<DSO_Q4_1>(w, row, scale, out);
     case DSO_FP8:
       return unpack_row<DSO_FP8>(w, row, scale, out);
+    case DSO_Q2_K:
+      return unpack_row<DSO_Q2_K>(w, row, scale, out);
+    case DSO_Q3_K:
+      return unpack_row<DSO_Q3_K>(w, row, scale, out);
+    case DSO_Q4_K:
+      return unpack_row<DSO_Q4_K>(w, row, scale, out);
+    case DSO_Q5_K:
+      return unpack_row<DSO_Q5_K>(w, row, scale, out);
+    case DSO_Q6_K:
+      return unpack_row<DSO_Q6_K>(w, row, scale, out);
+    case DSO_IQ4_XS:
+      return unpack_row<DSO_IQ4_XS>(w, row, scale, out);
+    case DSO_IQ4_NL:
+      return unpack_row<DSO_IQ4_NL>(w, row, scale, out);
+    case DSO_Q5_0:
+      return unpack_row<DSO_Q5_0>(w, row, scale, out);
+    case DSO_Q5_1:
+      return unpack_row<DSO_Q5_1>(w, row, scale, out);
+    case DSO_MXFP4:
+      return unpack_row<DSO_MXFP4>(w, row, scale, out);
   }
 }
 

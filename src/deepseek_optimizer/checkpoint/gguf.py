@@ -1,7 +1,7 @@
 """A .gguf file as a checkpoint with Transformers' parameter names.
 
-Blocks of Q4_0, Q4_1 and Q8_0 are repacked without loss; other quantised types are dequantised and packed again, which
-`conversions` reports.
+Blocks of Q4_0, Q4_1, Q8_0, Q5_0, Q5_1, MXFP4, the K-quants, IQ4_NL and IQ4_XS are repacked without loss; other quantised types
+are dequantised and packed again, which `conversions` reports.
 """
 
 from __future__ import annotations
@@ -27,7 +27,10 @@ from .gguf_tokenizer import build_tokenizer, builds
 from .stacks import StackPart, StackShape
 
 _FLOAT_FORMATS = {"F32": "fp32", "F16": "fp32", "BF16": "bf16"}  # lossless
-_FOUR_BITS = {"Q2_K", "Q3_K", "Q4_K", "IQ4_NL", "IQ4_XS", "MXFP4", "NVFP4"}
+# Converted to q4_1, as the nearest format in size; the ternary types and 8-bit ones to int8.
+_UP_TO_FOUR_BITS = {
+    "NVFP4", "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S",
+}  # fmt: skip
 
 
 class GgufCheckpoint(Checkpoint):
@@ -99,7 +102,7 @@ class GgufCheckpoint(Checkpoint):
         stored = self.info(name).dtype
         if stored in ("F16", "F32") or name in self._split:
             return "bf16"  # fp32 would be exact, but twice the size of F16 and as large as F32
-        return self.lossless_format(name) or ("q4_1" if stored in _FOUR_BITS else "int8")
+        return self.lossless_format(name) or ("q4_1" if stored in _UP_TO_FOUR_BITS else "int8")
 
     def pack_rows(self, name: str, begin: int, end: int, format: str, packer: Packer, out: torch.Tensor) -> None:
         stored, cols = self.info(name).dtype, self.shape(name)[-1]
@@ -184,7 +187,9 @@ class GgufCheckpoint(Checkpoint):
             ) from error
         except NotImplementedError as error:
             raise CheckpointError(
-                f"is {tensor.type.name}, which is not supported ({error})", file=self._file.path, tensor=name
+                f"is {tensor.type.name}, which is not supported ({error}); use a file in another type, such as Q4_K_M or Q8_0",
+                file=self._file.path,
+                tensor=name,
             ) from error
 
 

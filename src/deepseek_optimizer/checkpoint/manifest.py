@@ -24,7 +24,8 @@ from typing import Any, Final
 import torch
 
 from ..errors import CheckpointError, ConfigError
-from ..quant import PackedMatrix, PackedStack, PackedWeight, get_format
+from ..quant import SUPERBLOCKS, PackedMatrix, PackedStack, PackedWeight, get_format
+from ..quant.blocks import SUPERBLOCK
 from ..quant.tiles import tile_counts
 
 KEY: Final = "packed_manifest"  # in config.json
@@ -148,4 +149,10 @@ def _read_entry(module: str, entry: Any, file: Path) -> PackedEntry:
     whole = isinstance(shape, list) and all(type(n) is int and 0 < n < 1 << 31 for n in shape)
     if not whole or len(shape) not in (2, 3):
         raise CheckpointError(f"shape must be two or three positive integers, not {shape!r}", file=file, tensor=module)
+    if entry["format"] in SUPERBLOCKS and shape[-1] % SUPERBLOCK:
+        raise CheckpointError(
+            f"{entry['format']} needs a multiple of {SUPERBLOCK} columns, not {shape[-1]}; convert the original again",
+            file=file,
+            tensor=module,
+        )
     return PackedEntry(entry["format"], tuple(shape))

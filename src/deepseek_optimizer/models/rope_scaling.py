@@ -94,9 +94,8 @@ def _yarn(parameters: dict[str, Any], base: Any, rot: int, max_positions: int) -
 def _longrope(
     parameters: dict[str, Any], base: Any, rot: int, max_positions: int, length: torch.Tensor | None
 ) -> tuple[torch.Tensor, float]:
-    original, factor, scaling = (
-        parameters.get(name) for name in ("original_max_position_embeddings", "factor", "attention_factor")
-    )
+    original: Any = parameters["original_max_position_embeddings"]
+    factor, scaling = parameters.get("factor"), parameters.get("attention_factor")
     if factor is None:
         factor = max_positions / original
     if scaling is None:

@@ -1,7 +1,8 @@
 """ggml's block types, and lossless repacking of those that correspond to a format of this package.
 
-Q4_0, Q4_1 and Q8_0 represent the same values as int4, q4_1 and int8: groups of 32 along the row with fp16 scales. Repacking
-moves bits and rounds nothing. Source: ggml-common.h and ggml-quants.c of llama.cpp.
+Q4_0, Q4_1 and Q8_0 represent the same values as int4, q4_1 and int8: groups of 32 along the row with fp16 scales. The K-quants,
+IQ4_XS, IQ4_NL, Q5_0, Q5_1 and MXFP4 have formats of their own (`kquants.py`). Repacking moves bits and rounds nothing. Source:
+ggml-common.h and ggml-quants.c of llama.cpp.
 """
 
 from __future__ import annotations
@@ -12,8 +13,11 @@ import numpy as np
 import torch
 
 from .base import TILE_COLS, TILE_ROWS, WeightFormat
+from .blocks import BlockFormat
+from .ggml_blocks import read_blocks
 from .int4 import Int4
 from .int8 import Int8
+from .kquants import BLOCK_FORMATS
 from .q4_1 import Q4_1
 from .tiles import empty_tiles, panels, write_tiles
 
@@ -79,21 +83,19 @@ GGML_TYPES = {
 _NIBBLES, _EIGHTS, _TOP_BITS = 0x0F0F0F0F, 0x88888888 - (1 << 32), 0x80808080 - (1 << 32)  # signed 32-bit integers
 
 
-@dataclass(frozen=True)
-class _Twin:
-    """The format that corresponds to a ggml type. `halves`: fp16 values at a block's start; `zero`: a word of zero codes."""
+_NAMED = {kind.name: kind for kind in GGML_TYPES.values()}
 
-    format: WeightFormat
-    halves: int
-    zero: int
-
-
-_LOSSLESS = {"Q4_0": _Twin(Int4(), 1, _EIGHTS), "Q4_1": _Twin(Q4_1(), 2, 0), "Q8_0": _Twin(Int8(), 1, _TOP_BITS)}
+# The format that represents a type exactly. Those of `kquants.py` have the names of their types.
+_LOSSLESS: dict[str, WeightFormat] = {"Q4_0": Int4(), "Q4_1": Q4_1(), "Q8_0": Int8()}
+_LOSSLESS |= {format.name.upper(): format for format in BLOCK_FORMATS}
+_ZERO_CODES = {"Q4_0": _EIGHTS, "Q4_1": 0, "Q8_0": _TOP_BITS}
+# Where the fp16 numbers are in a block, in bytes.
+_HALVES = {"Q4_1": (0, 2), "Q5_1": (0, 2), "Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}
 
 
 def lossless_format(ggml_type: str) -> str | None:
     """The format that represents this type exactly, block for block; None if there is none."""
-    return _LOSSLESS[ggml_type].format.name if ggml_type in _LOSSLESS else None
+    return _LOSSLESS[ggml_type].name if ggml_type in _LOSSLESS else None
 
 
 def blocks_for(format: str, row_bytes: int) -> tuple[str, int]:
@@ -109,9 +111,14 @@ def blocks_for(format: str, row_bytes: int) -> tuple[str, int]:
 
 
 def block_scales(blocks: torch.Tensor, ggml_type: str, cols: int) -> torch.Tensor:
-    """The fp16 values at the start of each block, as a view [N, cols/32, 1 or 2], for a type that has a lossless format."""
-    groups = blocks.view(blocks.shape[0], cols // TILE_COLS, -1)
-    return groups[..., : 2 * _LOSSLESS[ggml_type].halves].view(torch.float16)
+    """The fp16 numbers of each block, [N, blocks, 1 or 2], for a type that has a lossless format; of MXFP4 the largest value
+    that a block can hold, float32, or NaN for a scale that is NaN."""
+    whole = blocks.view(blocks.shape[0], cols // _NAMED[ggml_type].block, -1)
+    if ggml_type == "MXFP4":
+        exponents = whole[..., :1].double()
+        return (12 * torch.exp2(exponents - 128)).masked_fill_(exponents == 255, torch.nan).float()
+    places = _HALVES.get(ggml_type, (0,))
+    return torch.cat([whole[..., at : at + 2] for at in places], -1).view(torch.float16)
 
 
 def repack(blocks: torch.Tensor, ggml_type: str, cols: int) -> torch.Tensor:
@@ -119,22 +126,30 @@ def repack(blocks: torch.Tensor, ggml_type: str, cols: int) -> torch.Tensor:
 
     Args:
         blocks: uint8 [N, bytes of a row], as a GGUF file stores a matrix.
-        ggml_type: "Q4_0", "Q4_1" or "Q8_0".
-        cols: elements in a row, a multiple of 32.
+        ggml_type: one that has a lossless format.
+        cols: elements in a row, a multiple of the type's block.
     """
-    twin, n = _LOSSLESS[ggml_type], blocks.shape[0]
-    across = cols // TILE_COLS
-    out = empty_tiles(n, cols, twin.format.tile_bytes)
+    format, n = _LOSSLESS[ggml_type], blocks.shape[0]
+    out = empty_tiles(n, cols, format.tile_bytes)
     for begin, end in panels(n, cols):
-        panel = blocks[begin:end].reshape(end - begin, across, -1)
-        codes = panel[..., 2 * twin.halves :].clone(memory_format=torch.contiguous_format).view(torch.int32)
-        codes = codes ^ _TOP_BITS if ggml_type == "Q8_0" else _reorder_nibbles(codes)
-        halves = block_scales(panel.flatten(1), ggml_type, cols).unbind(-1)
-        if missing := -(end - begin) % TILE_ROWS:
-            codes = torch.cat([codes, codes.new_full((missing, *codes.shape[1:]), twin.zero)])
-            halves = tuple(torch.nn.functional.pad(h, (0, 0, 0, missing)) for h in halves)
-        write_tiles(out[begin // TILE_ROWS : -(-end // TILE_ROWS)], codes, tuple(h.contiguous() for h in halves))
+        tiles = out[begin // TILE_ROWS : -(-end // TILE_ROWS)]
+        if isinstance(format, BlockFormat):
+            format.write(tiles, read_blocks(blocks[begin:end], ggml_type, _NAMED[ggml_type].block_bytes))
+        else:
+            _repack_groups(tiles, blocks[begin:end], ggml_type, cols)
     return out
+
+
+def _repack_groups(tiles: torch.Tensor, blocks: torch.Tensor, ggml_type: str, cols: int) -> None:
+    """Repacks Q4_0, Q4_1 and Q8_0, whose blocks are fp16 numbers and then codes."""
+    halves = block_scales(blocks, ggml_type, cols).unbind(-1)
+    groups = blocks.reshape(blocks.shape[0], cols // TILE_COLS, -1)
+    codes = groups[..., 2 * len(halves) :].clone(memory_format=torch.contiguous_format).view(torch.int32)
+    codes = codes ^ _TOP_BITS if ggml_type == "Q8_0" else _reorder_nibbles(codes)
+    if missing := -blocks.shape[0] % TILE_ROWS:
+        codes = torch.cat([codes, codes.new_full((missing, *codes.shape[1:]), _ZERO_CODES[ggml_type])])
+        halves = tuple(torch.nn.functional.pad(h, (0, 0, 0, missing)) for h in halves)
+    write_tiles(tiles, codes, tuple(h.contiguous() for h in halves))
 
 
 def _reorder_nibbles(codes: torch.Tensor) -> torch.Tensor:
@@ -160,7 +175,7 @@ def to_float(blocks: torch.Tensor, ggml_type: str, cols: int) -> torch.Tensor:
     if ggml_type == "F64":
         return blocks.contiguous().view(torch.float64).float()
     if ggml_type in _LOSSLESS:
-        return _LOSSLESS[ggml_type].format.unpack(repack(blocks, ggml_type, cols), blocks.shape[0], cols)
+        return _LOSSLESS[ggml_type].unpack(repack(blocks, ggml_type, cols), blocks.shape[0], cols)
     from gguf import GGMLQuantizationType, quants  # slow to import, and needed for few files
 
     if ggml_type not in GGMLQuantizationType.__members__:

@@ -138,5 +138,5 @@ def test_a_cast_is_rejected_before_anything_changes(cast):
 
 def test_every_format_is_supported():
     for name in FORMATS:
-        made = PackedExperts(2, 40, 20, name, name, act_fn=nn.SiLU(), dtype=torch.float32)
-        assert made.gate_up.shape == (4, 20, 40) and made.down.shape == (2, 40, 20)
+        made = PackedExperts(2, 256, 512, name, name, act_fn=nn.SiLU(), dtype=torch.float32)
+        assert made.gate_up.shape == (4, 512, 256) and made.down.shape == (2, 256, 512)

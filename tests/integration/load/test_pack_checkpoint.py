@@ -16,7 +16,7 @@ from deepseek_optimizer import CheckpointError, ConfigError, load_model
 from deepseek_optimizer.checkpoint import open_checkpoint
 from deepseek_optimizer.integration.load import pack_checkpoint as module
 from deepseek_optimizer.integration.load.pack_checkpoint import pack_checkpoint
-from support.checkpoint_files import gguf_bytes, model_tensors, model_values
+from support.gguf_kquants import llama_file
 from support.models import CASES, random_ids, random_model
 
 INDEX = "model.safetensors.index.json"
@@ -43,13 +43,13 @@ def test_the_same_files_as_save_pretrained(tmp_path: Path, case: str, precision:
 
 
 def test_a_gguf_file_and_its_notes(tmp_path: Path) -> None:
-    (tmp_path / "m.gguf").write_bytes(gguf_bytes(model_values("llama", 2), model_tensors("llama", 2, "Q5_0")))
+    (tmp_path / "m.gguf").write_bytes(llama_file({"": "IQ3_S"}))
     with pytest.warns(UserWarning, match="rounds them again"):
         load_model(tmp_path / "m.gguf").save_pretrained(tmp_path / "saved")
     messages: list[str] = []
     pack_checkpoint(tmp_path / "m.gguf", tmp_path / "packed", {}, tell=messages.append)
     assert content(tmp_path / "packed") == content(tmp_path / "saved")
-    assert len(messages) == 1 and "stored as Q5_0 converted to int8" in messages[0]
+    assert len(messages) == 1 and "stored as IQ3_S converted to q4_1" in messages[0]
 
 
 def test_several_files(tmp_path: Path, source: Path) -> None:

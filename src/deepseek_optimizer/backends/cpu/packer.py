@@ -7,7 +7,8 @@ import ctypes as C
 import torch
 
 from ...errors import BackendError
-from ...quant import fp8, get_format, ggml
+from ...quant import fp8, get_format, ggml, reference_packer
+from ...quant.blocks import BlockFormat
 from ...quant.packed import PackedMatrix, PackedStack
 from ...quant.search import check_importance
 from ...quant.tiles import panels, tile_counts
@@ -40,6 +41,8 @@ def pack(
         ValueError: `out`, `importance` or `scale` has the wrong dtype, shape or values.
     """
     weight = weight.detach()
+    if isinstance(get_format(format_name), BlockFormat) and weight.dtype != torch.uint8:  # rare: files store these formats
+        return reference_packer(weight, format_name, out, importance, scale)
     if weight.dtype not in (*_SOURCES, torch.float8_e4m3fn):
         weight = weight.float()
     rows, cols = weight.shape

@@ -281,8 +281,8 @@ class ReferencePlan:
         return (out.to(self.dtype),)
 
     def _layer_norm(self, step: _Step, node: Node, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        weight, bias = (self._weights[name] if name else None for name in (*node.weights, None)[:2])
-        return (ops.layer_norm(x, weight, bias, node.attrs["eps"]),)
+        weight, *bias = (self._weights[name] for name in node.weights)
+        return (ops.layer_norm(x, weight, bias[0] if bias else None, node.attrs["eps"]),)
 
     def _state_in(self, step: _Step, node: Node) -> tuple[torch.Tensor, ...]:
         assert step.batch.states is not None  # checked by `check_batch`

@@ -58,5 +58,5 @@ def check(case: Case) -> Iterator[Finding]:
         for (stored, format_name), count in Counter(lossy).items():
             yield Finding(
                 NAME, "note", f"{count} matrices stored as {stored} are converted to {format_name}, which rounds them again",
-                f"there are no kernels for {stored}", "use a GGUF file in Q4_0, Q4_1 or Q8_0, which loads without loss", facts,
+                f"there are no kernels for {stored}", "use a GGUF file in Q4_K_M or Q8_0, which loads without loss", facts,
             )  # fmt: skip

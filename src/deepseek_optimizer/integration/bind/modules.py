@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...errors import UnsupportedRequestError
-from ...quant import PackedMatrix, PackedWeight, get_format, take_rows, unpack
+from ...errors import ConfigError, UnsupportedRequestError
+from ...quant import SUPERBLOCKS, PackedMatrix, PackedWeight, get_format, take_rows, unpack
+from ...quant.blocks import SUPERBLOCK
 from ...quant.products import linear, linear_gradient
 from ...quant.tiles import tile_counts
 
@@ -68,7 +69,15 @@ class Packed(nn.Module):
 
 
 def empty_tiles(rows: int, cols: int, format_name: str, device: Any, count: tuple[int, ...] = ()) -> nn.Parameter:
-    """Uninitialised tiles of a matrix, or of a stack of `count` matrices, as a uint8 parameter without gradient."""
+    """Uninitialised tiles of a matrix, or of a stack of `count` matrices, as a uint8 parameter without gradient.
+
+    Raises:
+        ConfigError: the format needs whole superblocks, and `cols` is no multiple of them.
+    """
+    if format_name in SUPERBLOCKS and cols % SUPERBLOCK:
+        raise ConfigError(
+            f"{format_name} needs a multiple of {SUPERBLOCK} columns, but a matrix has {cols}; choose int4 or int8 for it"
+        )
     shape = (*count, *tile_counts(rows, cols), get_format(format_name).tile_bytes)
     return nn.Parameter(torch.empty(shape, dtype=torch.uint8, device=device), requires_grad=False)
 
