@@ -96,7 +96,7 @@ def main() -> int:
         for family in given.families or (SUPPORTED if given.every_family else drawn(SUPPORTED)):
             made.append(run_family(family, file, Path(folder), select, given.side))
             print(made[-1].line(), flush=True)
-    wrong = faults(made, KINDS, whole=not (given.families or given.k))
+    wrong = faults(made, KINDS, whole=given.every_family and not given.k)
     for line in wrong:
         print(line.replace("\n", " ")[:600])
     seconds, used = time.monotonic() - began, os.times()

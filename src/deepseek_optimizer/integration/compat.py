@@ -10,7 +10,7 @@ import functools
 import inspect
 import sys
 from collections.abc import Collection
-from typing import Any
+from typing import Any, get_args
 
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -46,9 +46,13 @@ def output_class(model: Any) -> Any:
 def _output_class(model_class: Any) -> Any:
     annotation = inspect.signature(model_class.forward).return_annotation
     if isinstance(annotation, str):
-        annotation = getattr(sys.modules[model_class.__module__], annotation, None)
-    if isinstance(annotation, type) and issubclass(annotation, ModelOutput):
-        return annotation
+        names = (part.strip() for part in annotation.split("|"))
+        choices = tuple(getattr(sys.modules[model_class.__module__], name, None) for name in names)
+    else:
+        choices = get_args(annotation) or (annotation,)  # some return a union with tuple
+    for choice in choices:
+        if isinstance(choice, type) and issubclass(choice, ModelOutput):
+            return choice
     return CausalLMOutputWithPast if issubclass(model_class, GenerationMixin) else BaseModelOutputWithPast
 
 
