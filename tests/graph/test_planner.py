@@ -12,7 +12,10 @@ from deepseek_optimizer.graph.planner import Slot, SlotPlan, assign_slots
 from deepseek_optimizer.models import build_graph
 from support.models import CASES, llama
 
-MAY_OVERWRITE = {"add": {0: (0, 1)}, "add_rms_norm": {0: (0,)}, "rope": {0: (0,)}, "rope_cache": {0: (0,)}, "latent": {0: (0,)}}
+MAY_OVERWRITE = {
+    "add": {0: (0, 1)},
+    **dict.fromkeys(("add_rms_norm", "rope", "rope_cache", "latent", "gelu", "scale", "sigmoid_gate"), {0: (0,)}),
+}
 
 
 def check_plan(graph: Graph, plan: SlotPlan) -> None:

@@ -15,17 +15,30 @@ from deepseek_optimizer.models import build_graph
 from support.models import CASES, llama
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_every_family_has_a_rotation(name: str) -> None:
+# Layers without RoPE, with two of them, or with a norm after it.
+WITHOUT_A_ROTATION = ("smollm3", "exaone4-types", "cohere2", "olmo3", "gemma3_text", "hunyuan_v1_dense")
+INTERLEAVED = ("glm-", "glm4-", "ernie4_5")  # besides latent attention
+DYNAMIC = {"llama-dynamic": 4096, "phi3-longrope": 256}
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name.startswith(WITHOUT_A_ROTATION)])
+def test_families_whose_keys_cannot_be_moved(name: str) -> None:
+    with pytest.raises(UnsupportedModelError, match="have no RoPE|the same RoPE in all layers"):
+        key_rotation(build_graph(CASES[name]()))
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if not name.startswith(WITHOUT_A_ROTATION)])
+def test_every_other_family_has_a_rotation(name: str) -> None:
     plain = build_graph(CASES[name]())
     actual, fused = key_rotation(plain), key_rotation(rules.apply(plain)[0])
     rope = next(n for n in plain.nodes if n.op == "rope_table").attrs["rope"]
     assert (fused.key, fused.index, fused.context) == (actual.key, actual.index, actual.context)
     assert np.array_equal(actual.inv_freq, rope.inv_freq) and np.array_equal(fused.inv_freq, rope.inv_freq)
     latent = isinstance(plain.cache, LatentSpec)
-    assert actual.key == Pairs(rope.rot, 0, latent and not name.endswith("halves"))
+    interleaved = name.startswith(INTERLEAVED) or (latent and not name.endswith("halves"))
+    assert actual.key == Pairs(rope.rot, 0, interleaved)
     assert actual.index == (Pairs(rope.rot, 0, False) if "v32" in name else None)
-    assert actual.context == (4096 if name == "llama-dynamic" else None)
+    assert actual.context == DYNAMIC.get(name)
 
 
 def test_dynamic_frequencies_are_valid_up_to_the_trained_context() -> None:

@@ -29,6 +29,7 @@ from support.steps import Part, run_step, runner
 
 ALL = tuple(rules.RULES)
 LATENT = ["deepseek_v2-groups", "deepseek_v3-groups", "deepseek_v32-types", "youtu-halves"]
+LLAMA_LIKE = ("llama", "qwen2-", "qwen3-", "mistral", "deepseek", "youtu")  # cases
 CHOICES = {
     "none": (), "all": ALL, **{f"only {r}": (r,) for r in ALL}, **{f"without {r}": tuple(o for o in ALL if o != r) for r in ALL}
 }  # fmt: skip
@@ -53,23 +54,34 @@ def test_each_rule_applies_everywhere(case: str) -> None:
     layers = config.num_hidden_layers
     plain = 0 if isinstance(graph.cache, LatentSpec) else layers  # with keys and values per head
     experts = sum(n.op == "router" for n in graph.nodes)
+    producers = {value: node.op for node in graph.nodes for value in node.outputs}
+    rotated = sum(n.op == "cache_write" and producers[n.inputs[0]] == "rope" for n in graph.nodes)
+    summed = sum(n.op == "rms_norm" and producers[n.inputs[0]] == "add" for n in graph.nodes)
+    gated = sum(n.op in ("swiglu", "geglu") for n in graph.nodes)
+    final = graph.nodes[-3]  # before its hidden_out and the head
     expected = {
-        "qkv": layers, "rope_cache": plain, "attention_softmax": plain, "mla_absorb": layers - plain, "experts": experts,
-        "gate_up": layers, "last_logits": 1,
-        "layer_norm": 2 * layers - 1,  # all norms except the model's first and the last, whose rows are selected
+        "qkv": layers, "rope_cache": rotated, "attention_softmax": plain, "mla_absorb": layers - plain, "experts": experts,
+        "gate_up": gated, "last_logits": 1,
+        "layer_norm": summed - (final.op == "rms_norm"),  # not the last one, whose rows are selected
     }  # fmt: skip
+    if case.startswith(LLAMA_LIKE):
+        assert (rotated, gated, summed) == (plain, layers, 2 * layers)  # all norms except the model's first
     fused, reports = rules.apply(graph)
     assert {r.rule: r.count for r in reports} == expected
     assert all(r.count == len(r.places) for r in reports)
     ops = Counter(node.op for node in fused.nodes)
-    assert ops["gate_up"] == layers and ops["rope_cache"] == ops["attention"] == plain and not ops["cache_write"]
-    assert not ops["swiglu"] and ops["add"] == 1 + experts and (ops["linear"] == 3 * layers or not plain)
-    assert not ops["rope"] or not plain
+    before = Counter(node.op for node in graph.nodes)
+    assert ops["gate_up"] == gated and ops["rope_cache"] == rotated and ops["cache_write"] == plain - rotated
+    assert ops["attention"] == plain and not ops["swiglu"] and not ops["geglu"]
+    assert ops["add"] == before["add"] - expected["layer_norm"]
+    assert ops["rope"] == before["rope"] - 2 * rotated
+    if case.startswith(LLAMA_LIKE):
+        assert ops["add"] == 1 + experts and (ops["linear"] == 3 * layers or not plain) and not (ops["rope"] and plain)
     assert all(n.attrs["form"] == "absorbed" for n in fused.nodes if n.op == "mla_attention")
     assert all(n.attrs["grouped"] for n in fused.nodes if n.op.startswith("experts_"))
     assert fused.weights() and set(fused.weights()) == set(graph.weights())
     alone = {name: rules.apply(graph, [name])[1][0].count for name in ALL}
-    assert alone == {**expected, "layer_norm": 2 * layers}  # if it is the only rule, the final norm is fused too
+    assert alone == {**expected, "layer_norm": summed}  # if it is the only rule, the final norm is fused too
 
 
 def test_fusing_is_idempotent_and_does_not_modify_its_input() -> None:

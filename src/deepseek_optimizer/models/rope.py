@@ -108,12 +108,13 @@ def read_rope(
                 f"config.partial_rotary_factor: RoPE needs an even number of elements up to {head_dim}, but the factor "
                 f"{parameters['partial_rotary_factor']} gives {rot}"
             )
+    if kind == "longrope" and len(parameters["short_factor"]) != rot // 2:
+        count = len(parameters["short_factor"])
+        raise ConfigError(f"config.rope_parameters['short_factor']: expected {rot // 2} numbers, got {count}")
     try:
         inv_freq, scaling = _compute(parameters, rot if kind == "default" else head_dim, max_positions, None)
     except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise ConfigError(f"config.rope_parameters: frequencies cannot be computed from {parameters!r}: {error}") from error
-    if kind == "longrope" and 2 * len(inv_freq) != rot:
-        raise ConfigError(f"config.rope_parameters['short_factor']: expected {rot // 2} numbers, got {len(inv_freq)}")
     if 2 * len(inv_freq) != rot:
         raise UnsupportedModelError(
             f"config.rope_parameters['partial_rotary_factor']: {2 * len(inv_freq)} of {head_dim} elements of a head would be "
