@@ -14,7 +14,6 @@ from deepseek_optimizer.graph.rope_rotation import Pairs, key_rotation
 from deepseek_optimizer.models import build_graph
 from support.models import CASES, llama
 
-
 # Layers without RoPE, with two of them, or with a norm after it.
 WITHOUT_A_ROTATION = ("smollm3", "exaone4-types", "cohere2", "olmo3", "gemma3_text", "hunyuan_v1_dense")
 INTERLEAVED = ("glm-", "glm4-", "ernie4_5")  # besides latent attention
