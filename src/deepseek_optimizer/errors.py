@@ -177,6 +177,22 @@ class ForgottenError(DeepSeekOptimizerError, ValueError):
         )
 
 
+class StateMissingError(DeepSeekOptimizerError, ValueError):
+    """A sequence cannot return to an earlier token, since its recurrent states there were not stored.
+
+    Args:
+        tokens: the requested length, in tokens.
+        latest: the largest length up to there whose states are stored.
+    """
+
+    def __init__(self, tokens: int, latest: int) -> None:
+        self.tokens, self.latest = tokens, latest
+        super().__init__(
+            f"the cache cannot be cropped to {tokens} tokens: this model's layers have recurrent states, and those after "
+            f"{tokens} tokens were not stored. Crop it to {latest} tokens, or start without a cache, and process the rest again"
+        )
+
+
 class UnsupportedRequestError(DeepSeekOptimizerError, ValueError):
     """Neither the plan nor Transformers' own forward supports this call; the message says what to change."""
 

@@ -60,7 +60,17 @@ class Decoder(Trunk):
     qk_norm: bool = False
 
 
-def read_trunk(fields: Fields, family: str, rotated: int, name: str = "head_dim", *, mlp_bias: bool = False) -> Trunk:
+def read_trunk(
+    fields: Fields,
+    family: str,
+    rotated: int,
+    name: str = "head_dim",
+    *,
+    mlp_bias: bool = False,
+    partial: bool = False,
+    eps: str = "rms_norm_eps",
+    activation: str | None = "hidden_act",
+) -> Trunk:
     """Reads and checks the fields that all families share.
 
     Args:
@@ -69,15 +79,18 @@ def read_trunk(fields: Fields, family: str, rotated: int, name: str = "head_dim"
         rotated: number of elements of a head that RoPE rotates.
         name: the config field that contains this number.
         mlp_bias: whether dense MLPs have biases.
+        partial: whether RoPE may rotate only the first elements (`partial_rotary_factor`).
+        eps, activation: names of the fields with the norms' epsilon and the MLPs' activation; None: it is always SiLU.
 
     Raises:
         UnsupportedModelError, ConfigError: a field has a value that is not supported, or not valid.
     """
-    fields.require("hidden_act", "silu")
+    if activation is not None:
+        fields.require(activation, "silu")
     vocab, pad = fields.integer("vocab_size", MAX_VOCAB), fields.get("pad_token_id")
     if pad is not None and (isinstance(pad, bool) or not isinstance(pad, int) or not -vocab <= pad < vocab):
         raise ConfigError(f"config.pad_token_id: expected a token id below vocab_size {vocab}, got {pad!r}")
-    rope = read_rope(fields, rotated, fields.integer("max_position_embeddings", MAX_POSITIONS), name)
+    rope = read_rope(fields, rotated, fields.integer("max_position_embeddings", MAX_POSITIONS), name, partial=partial)
     if rope.room > MAX_POSITIONS:
         raise ConfigError(
             f"config.rope_parameters['factor']: gives a context of {rope.room} tokens, more than the maximum of {MAX_POSITIONS}"
@@ -85,7 +98,7 @@ def read_trunk(fields: Fields, family: str, rotated: int, name: str = "head_dim"
     return Trunk(
         family=family, layers=fields.integer("num_hidden_layers", MAX_LAYERS), hidden=fields.integer("hidden_size", MAX_WIDTH),
         intermediate=fields.integer("intermediate_size", MAX_WIDTH), vocab=vocab, max_positions=rope.room,
-        eps=fields.epsilon("rms_norm_eps"), tied=fields.flag("tie_word_embeddings"),
+        eps=fields.epsilon(eps), tied=fields.flag("tie_word_embeddings"),
         rope=rope, mlp_bias=mlp_bias,
     )  # fmt: skip
 
@@ -104,6 +117,7 @@ def read_decoder(
     mlp_bias: bool = False,
     qk_norm: bool = False,
     sliding: bool = False,
+    **trunk: Any,
 ) -> Decoder:
     """Reads and checks the fields of a decoder whose attention has keys and values per head.
 
@@ -112,6 +126,7 @@ def read_decoder(
         family: the `model_type`.
         qkv_bias, o_bias, mlp_bias, qk_norm: as in `Decoder` and `Trunk`.
         sliding: whether the family's attention supports sliding windows.
+        trunk: further arguments of `read_trunk`.
 
     Raises:
         UnsupportedModelError, ConfigError: a field has a value that is not supported, or not valid.
@@ -126,12 +141,28 @@ def read_decoder(
     head_dim = fields.integer("head_dim", MAX_WIDTH, default=hidden // heads)
     if heads * head_dim > MAX_WIDTH:
         raise ConfigError(f"config.head_dim: {heads} heads of {head_dim} elements exceed the maximum width of {MAX_WIDTH}")
-    trunk = read_trunk(fields, family, head_dim, mlp_bias=mlp_bias)
+    common = read_trunk(fields, family, head_dim, mlp_bias=mlp_bias, **trunk)
     return Decoder(
-        **parts_of(trunk), heads=heads, kv_heads=kv_heads, head_dim=head_dim,
-        windows=_windows(fields, trunk.layers) if sliding else (0,) * trunk.layers,
+        **parts_of(common), heads=heads, kv_heads=kv_heads, head_dim=head_dim,
+        windows=_windows(fields, common.layers) if sliding else (0,) * common.layers,
         qkv_bias=qkv_bias, o_bias=o_bias, qk_norm=qk_norm,
     )  # fmt: skip
+
+
+def read_layer_kinds(fields: Fields, layers: int, *supported: str) -> tuple[str, ...]:
+    """The config's `layer_types`, one of `supported` for each layer.
+
+    Raises:
+        UnsupportedModelError, ConfigError: the field has a value that is not supported, or not valid.
+    """
+    kinds = fields.get("layer_types")
+    if not isinstance(kinds, (list, tuple)) or len(kinds) != layers:
+        raise ConfigError(f"config.layer_types: expected one entry for each of {layers} layers, got {kinds!r}")
+    for kind in kinds:
+        if kind not in supported:
+            names = ", ".join(map(repr, supported))
+            raise UnsupportedModelError(f"config.layer_types: {kind!r} is not supported. Supported: {names}.")
+    return tuple(kinds)
 
 
 def _windows(fields: Fields, layers: int) -> tuple[int, ...]:

@@ -43,6 +43,8 @@ FAMILIES: Final[Mapping[str, Family]] = MappingProxyType({
     "deepseek_v32": Family(rotates_halves=False, plain_residuals=False),
     "youtu": Family(rotates_halves=False, plain_residuals=False),
     "mistral": Family(window_from_config=True),
+    "lfm2": Family(rotates_halves=False, plain_residuals=False),
+    "qwen3_5_text": Family(rotates_halves=False, plain_residuals=False),
     "qwen2_moe": Family(served=False, rotates_halves=False, plain_residuals=False),
     "qwen3_moe": Family(served=False, rotates_halves=False, plain_residuals=False),
 })  # fmt: skip

@@ -7,10 +7,10 @@ x_i sin a), where j = i + rot/2 (halves) or i + 1 (interleaved); cos and sin are
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -61,14 +61,15 @@ class RopeSpec:
         return self.inv_freq if self.grow is None or length <= self.context else self.grow(length)
 
 
-def read_rope(fields: Fields, head_dim: int, max_positions: int, name: str = "head_dim") -> RopeSpec:
+def read_rope(fields: Fields, head_dim: int, max_positions: int, name: str = "head_dim", *, partial: bool = False) -> RopeSpec:
     """Reads `rope_parameters`, or the older `rope_scaling` and `rope_theta`, from a config, which is not changed.
 
     Args:
         fields: the config.
-        head_dim: number of rotated elements of a head.
+        head_dim: number of elements of a head that RoPE may rotate.
         max_positions: the config's max_position_embeddings.
         name: the config field that contains `head_dim`.
+        partial: whether `partial_rotary_factor` may choose the first few of them; otherwise all must be rotated.
 
     Raises:
         UnsupportedModelError, ConfigError: a field has a value that is not supported, or not valid.
@@ -77,6 +78,8 @@ def read_rope(fields: Fields, head_dim: int, max_positions: int, name: str = "he
         raise ConfigError(f"config.{name}: RoPE needs an even number, got {head_dim}")
     parameters = _parameters(fields, max_positions)
     kind = parameters["rope_type"]
+    if partial:
+        head_dim = _rotated(parameters, head_dim, name)
     try:
         inv_freq, scaling = _compute(parameters, head_dim, max_positions, None)
     except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
@@ -88,9 +91,21 @@ def read_rope(fields: Fields, head_dim: int, max_positions: int, name: str = "he
         )
     if not (np.isfinite(inv_freq).all() and np.isfinite(scaling)):
         raise ConfigError(f"config.rope_parameters: {parameters!r} gives frequencies that are not finite")
-    grow = partial(_inv_freq, parameters, head_dim, max_positions) if kind == "dynamic" else None
+    grow = functools.partial(_inv_freq, parameters, head_dim, max_positions) if kind == "dynamic" else None
     room = max_positions if grow is None else round(max_positions * max(1.0, parameters["factor"]))
     return RopeSpec(kind, head_dim, inv_freq, scaling, grow, max_positions, room, _attention_scale(parameters))
+
+
+def _rotated(parameters: dict[str, Any], head_dim: int, name: str) -> int:
+    """Number of rotated elements. Removes `partial_rotary_factor` from the parameters."""
+    factor = parameters.pop("partial_rotary_factor", None)
+    rotated = head_dim if factor is None else int(head_dim * factor)
+    if rotated % 2 or not 0 < rotated <= head_dim:
+        raise ConfigError(
+            f"config.rope_parameters['partial_rotary_factor']: {factor!r} gives {rotated} rotated elements of {name} "
+            f"{head_dim}; there must be an even number of them"
+        )
+    return rotated
 
 
 def _parameters(fields: Fields, max_positions: int) -> dict[str, Any]:

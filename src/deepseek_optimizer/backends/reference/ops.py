@@ -10,16 +10,19 @@ import torch.nn.functional as F
 from ..base import BLOCK_TOKENS
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight over the last axis; the mean in float32, rounded to x's dtype before the product."""
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float = 0.0) -> torch.Tensor:
+    """x / sqrt(mean(x^2) + eps) * (weight + offset) over the last axis; the mean in float32, rounded to x's dtype before the
+    product, which with an offset is in float32 too, as in Transformers."""
     wide = x.float()
     normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    if offset:
+        return (normed * (weight.float() + offset)).to(x.dtype)
     return weight * normed.to(x.dtype)
 
 
-def head_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, heads: int) -> torch.Tensor:
+def head_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, heads: int, offset: float = 0.0) -> torch.Tensor:
     """rms_norm of each head."""
-    return rms_norm(x.unflatten(-1, (heads, -1)), weight, eps).flatten(-2)
+    return rms_norm(x.unflatten(-1, (heads, -1)), weight, eps, offset).flatten(-2)
 
 
 def rope_table(positions: torch.Tensor, inv_freq: torch.Tensor, scaling: float) -> torch.Tensor:
@@ -127,6 +130,21 @@ def concat(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return torch.cat((x, y), -1)
 
 
+def multiply(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """x * y."""
+    return x * y
+
+
+def sigmoid_gate(gate: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """sigmoid(gate) * x."""
+    return torch.sigmoid(gate) * x
+
+
+def columns(x: torch.Tensor, groups: int, begin: int, end: int) -> torch.Tensor:
+    """Elements [begin, end) of each of the equal parts of a row."""
+    return x.unflatten(-1, (groups, -1))[..., begin:end].flatten(-2)
+
+
 def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """silu(gate) * up."""
     return F.silu(gate) * up
@@ -140,6 +158,9 @@ def best(scores: torch.Tensor, count: int) -> torch.Tensor:
 # Ops with one output that depends only on inputs and attributes: called with the inputs, and the attributes by keyword.
 FUNCTIONS: Mapping[str, Callable[..., torch.Tensor]] = {
     "add": add,
+    "columns": columns,
     "concat": concat,
+    "multiply": multiply,
+    "sigmoid_gate": sigmoid_gate,
     "swiglu": swiglu,
 }

@@ -8,10 +8,18 @@ from .widths import heads_width, same_widths
 
 _X, _Y = Operand("x", "[T, N]"), Operand("y", "[T, N]")
 _EPS = step_attr("eps", FLOAT, "added to the mean square or variance")
+_OFFSET = Attr("offset", FLOAT, "added to the weights", 0.0)
 
 
 def _vectors(node: Node, _: Graph) -> Shapes:
     return [(name, (node.inputs[0].width,)) for name in node.weights]
+
+
+def _columns_fit(node: Node, _: Graph) -> bool:
+    a, x, y = node.attrs, node.inputs[0].width, node.outputs[0].width
+    if a["groups"] < 1 or x % a["groups"]:
+        return False
+    return bool(0 <= a["begin"] < a["end"] <= x // a["groups"] and y == a["groups"] * (a["end"] - a["begin"]))
 
 
 def _rope_fits(node: Node, _: Graph) -> bool:
@@ -25,19 +33,19 @@ SPECS = (
         inputs=(_X,),
         outputs=(_Y,),
         weights=(Operand("w", "[N]"),),
-        attrs=(_EPS,),
+        attrs=(_EPS, _OFFSET),
         fits=same_widths,
         weight_shapes=_vectors,
         any_kind=0,
         code=2,
-        doc="y = x / sqrt(mean(x^2) + eps) * w, over each row. Source: Zhang and Sennrich 2019.",
+        doc="y = x / sqrt(mean(x^2) + eps) * (w + offset), over each row. Source: Zhang and Sennrich 2019.",
     ),
     OpSpec(
         name="head_norm",
         inputs=(Operand("x", "[T, heads * head_dim]"),),
         outputs=(Operand("y", "[T, heads * head_dim]"),),
         weights=(Operand("w", "[head_dim]"),),
-        attrs=(_EPS, step_attr("heads", INT), step_attr("head_dim", INT)),
+        attrs=(_EPS, step_attr("heads", INT), step_attr("head_dim", INT), _OFFSET),
         fits=lambda n, g: same_widths(n, g) and n.inputs[0].width == heads_width(n, "heads"),
         weight_shapes=lambda n, g: [(n.weights[0], (n.attrs["head_dim"],))],
         code=2,
@@ -72,13 +80,44 @@ SPECS = (
         inputs=(_X, Operand("delta", "[T, N]")),
         outputs=(Operand("z", "[T, N]"), _Y),
         weights=(Operand("w", "[N]"),),
-        attrs=(_EPS,),
+        attrs=(_EPS, _OFFSET),
         fits=same_widths,
         weight_shapes=_vectors,
         in_place=((0, 0),),
         any_kind=1,
         code=4,
         doc="z = x + delta; y = `rms_norm`(z). Made by rule `layer_norm`.",
+    ),
+    OpSpec(
+        name="multiply",
+        inputs=(_X, Operand("y", "[T, N]")),
+        outputs=(Operand("z", "[T, N]"),),
+        fits=same_widths,
+        in_place=((0, 0), (0, 1)),
+        any_kind=0,
+        doc="z = x * y, element by element.",
+    ),
+    OpSpec(
+        name="sigmoid_gate",
+        inputs=(Operand("gate", "[T, N]"), _X),
+        outputs=(_Y,),
+        fits=same_widths,
+        in_place=((0, 1),),
+        any_kind=0,
+        doc="y = sigmoid(gate) * x, where sigmoid(g) = 1 / (1 + e^-g).",
+    ),
+    OpSpec(
+        name="columns",
+        inputs=(_X,),
+        outputs=(Operand("y", "[T, groups * (end - begin)]"),),
+        attrs=(
+            step_attr("groups", INT, "equal parts of a row"),
+            Attr("begin", INT, "first element, in each part", step_field="offset"),
+            Attr("end", INT, "one past the last element, in each part"),
+        ),
+        fits=_columns_fit,
+        any_kind=0,
+        doc="y = elements [begin, end) of each of the `groups` parts of a row: one result of a product that computes several.",
     ),
     OpSpec(
         name="swiglu",
