@@ -10,12 +10,15 @@ import torch
 from transformers.models.qwen3_next import modeling_qwen3_next as qwen
 
 from deepseek_optimizer.backends.base import DECODE, PREFILL
+from deepseek_optimizer.backends.cpu import CpuBackend, unavailable_reason
 from deepseek_optimizer.backends.reference import ReferenceBackend, recurrent
 from deepseek_optimizer.errors import BackendError, StateMissingError
 from deepseek_optimizer.graph import rules
 from deepseek_optimizer.models import build_graph
 from support.models import CASES, assert_close_rows, random_ids, random_model, transformers_logits, weights_of
 from support.steps import Part, Runner, make_batch, run_step, runner
+
+from .cpu.packing import packed_weights
 
 HYBRID = ["lfm2-mixed", "qwen3_5_text-mixed"]
 
@@ -84,17 +87,26 @@ def test_short_conv_equals_transformers(cut: int, activation: str | None) -> Non
     assert torch.equal(state, x[-3:])
 
 
-def hybrid(case: str) -> tuple[Any, Runner]:
+NATIVE = pytest.param("cpu", marks=pytest.mark.skipif(unavailable_reason() is not None, reason="no native build"))
+
+
+@pytest.fixture(params=["reference", NATIVE])
+def backend(request: Any) -> Any:
+    return ReferenceBackend() if request.param == "reference" else CpuBackend(threads=2)
+
+
+def hybrid(case: str, backend: Any) -> tuple[Any, Runner]:
     model = random_model(CASES[case]())
-    return model, runner(ReferenceBackend(), rules.apply(build_graph(model.config))[0], weights_of(model))
+    weights = packed_weights(weights_of(model), "fp32") if backend.name == "cpu" else weights_of(model)
+    return model, runner(backend, rules.apply(build_graph(model.config))[0], weights)
 
 
 @pytest.mark.parametrize("case", HYBRID)
-def test_rejected_drafts_are_rolled_back(case: str) -> None:
-    model, run = hybrid(case)
+def test_rejected_drafts_are_rolled_back(case: str, backend: Any) -> None:
+    model, run = hybrid(case, backend)
     ids, blocks = random_ids(model.config, 60), run.sequence()
     run_step(run.plan, run.store, [Part(blocks, ids[:40])])
-    run_step(run.plan, run.store, [Part(blocks, [ids[40], ids[41], 7, 8], DECODE, each=True)])
+    run_step(run.plan, run.store, [Part(blocks, [ids[40], ids[41], 7, 8], DECODE, undo=2)])
     blocks.crop(42)
     rest = run_step(run.plan, run.store, [Part(blocks, ids[42:])]).logits
     assert_close_rows(rest, transformers_logits(model, ids)[42:])
@@ -106,8 +118,8 @@ def test_rejected_drafts_are_rolled_back(case: str) -> None:
 
 
 @pytest.mark.parametrize("case", HYBRID)
-def test_forks_have_states_of_their_own(case: str) -> None:
-    model, run = hybrid(case)
+def test_forks_have_states_of_their_own(case: str, backend: Any) -> None:
+    model, run = hybrid(case, backend)
     prompt, first = random_ids(model.config, 40), run.sequence()
     run_step(run.plan, run.store, [Part(first, prompt)])
     second = first.fork()
@@ -119,9 +131,9 @@ def test_forks_have_states_of_their_own(case: str) -> None:
 
 
 @pytest.mark.parametrize("case", HYBRID)
-def test_a_sequence_continues_from_anothers_stored_states(case: str) -> None:
+def test_a_sequence_continues_from_anothers_stored_states(case: str, backend: Any) -> None:
     """As with a prefix cache: blocks and states up to token 64 of a sequence that has 100."""
-    model, run = hybrid(case)
+    model, run = hybrid(case, backend)
     ids, first = random_ids(model.config, 100), run.sequence(interval=32)
     run_step(run.plan, run.store, [Part(first, ids)])
     assert first.states is not None and list(first.states.stored) == [32, 64, 96, 100]
@@ -136,14 +148,14 @@ def test_a_sequence_continues_from_anothers_stored_states(case: str) -> None:
     assert_close_rows(out, transformers_logits(model, ids)[64:])
 
 
-def test_slots_can_be_saved_and_restored() -> None:
-    model, run = hybrid("qwen3_5_text-mixed")
+def test_slots_can_be_saved_and_restored(backend: Any) -> None:
+    model, run = hybrid("qwen3_5_text-mixed", backend)
     ids, blocks = random_ids(model.config, 50), run.sequence()
     run_step(run.plan, run.store, [Part(blocks, ids[:40])])
     assert blocks.states is not None
-    slot = blocks.states.source(40)
+    slot = blocks.states.stored[40]
     data = run.store.read_state(slot)
-    assert len(data) == run.store.state_bytes == ReferenceBackend().state_bytes(run.plan.graph)
+    assert len(data) == run.store.state_bytes == backend.state_bytes(build_graph(model.config))
     run.store.release_states(0)
     run.store.write_state(30, data)
     run.store.copy_state(30, slot)
@@ -169,7 +181,7 @@ def test_slots_can_be_saved_and_restored() -> None:
     ],
 )
 def test_states_of_a_step_are_checked(fields: dict[str, Any], message: str) -> None:
-    _, run = hybrid("lfm2-mixed")
+    _, run = hybrid("lfm2-mixed", ReferenceBackend())
     first, second = run.sequence(), run.sequence()
     run_step(run.plan, run.store, [Part(first, [1, 2])])
     batch = make_batch([Part(first, [3, 4], PREFILL), Part(second, [5], PREFILL)], run.store)

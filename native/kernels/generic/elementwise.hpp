@@ -63,6 +63,15 @@ static void swiglu(const float* gate, const float* up, int64_t n, float* out) {
   each(gate, up, n, out, [](F x, F y) { return mul(silu(x), y); });
 }
 
+static void multiply(const float* a, const float* b, int64_t n, float* out) {
+  each(a, b, n, out, [](F x, F y) { return mul(x, y); });
+}
+
+// sigmoid(gate) * x
+static void sigmoid_gate(const float* gate, const float* x, int64_t n, float* out) {
+  each(gate, x, n, out, [](F g, F v) { return mul(sigmoid(g), v); });
+}
+
 // e^(x - max x) divided by their sum, which uses one accumulator. A NaN or a positive infinity makes all NaN, as in torch.
 static void softmax(const float* x, int64_t n, float* out) {
   const F least = set(-__builtin_inff());

@@ -7,6 +7,8 @@ namespace dso::DSO_ISA_NAMESPACE {
 static constexpr ElementwiseOp elementwise_ops[] = {
     {DSO_OP_ADD, "ADD", 2, add},
     {DSO_OP_SWIGLU, "SWIGLU", 2, swiglu},
+    {DSO_OP_MULTIPLY, "MULTIPLY", 2, multiply},
+    {DSO_OP_SIGMOID_GATE, "SIGMOID_GATE", 2, sigmoid_gate},
 };
 
 }  // namespace dso::DSO_ISA_NAMESPACE

@@ -128,6 +128,18 @@ class StepBatch:
         return int(self.query_len[self.phase == DECODE].sum())
 
 
+def states_of_new(query_len: Int32) -> dict[str, Int32]:
+    """`state_from` and `state_to` of a step whose sequences are all new, for slots 0 to S - 1.
+
+    Args:
+        query_len: int32 [S].
+    """
+    count = len(query_len)
+    last_rows = np.cumsum(query_len, dtype=np.int32) - 1
+    slots = np.arange(count, dtype=np.int32)
+    return {"state_from": np.full(count, -1, np.int32), "state_to": np.stack((last_rows, slots), 1).astype(np.int32)}
+
+
 def reach_of(batch: StepBatch) -> list[int]:
     """For each sequence, the length in tokens that its RoPE frequencies are computed for."""
     if batch.reach is not None:

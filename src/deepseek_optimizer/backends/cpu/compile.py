@@ -32,7 +32,10 @@ class _Compiler:
     def __init__(
         self, context: Context, graph: Graph, weights: Mapping[str, PackedWeight | torch.Tensor], activation: str
     ) -> None:
-        self.given = {**weights, **_exact_matrices(graph, weights), **absorbed_stacks(context, graph, weights)}
+        self.given = {
+            **weights, **_exact_matrices(graph, weights), **absorbed_stacks(context, graph, weights),
+            **_prepared_vectors(graph, weights),
+        }  # fmt: skip
         self.activation = activation
         self.graph = lower(graph, self.kind_of, self.format_of)
         planned = assign_slots(self.graph)
@@ -175,6 +178,17 @@ def _exact_matrices(graph: Graph, weights: Mapping[str, PackedWeight | torch.Ten
     return {n: pack(w.detach().to("cpu", torch.float32), "fp32") for n, w in floats.items()}
 
 
+def _prepared_vectors(graph: Graph, weights: Mapping[str, PackedWeight | torch.Tensor]) -> Mapping[str, torch.Tensor]:
+    """Vectors in another form than the model's: norm weights plus their offset, and convolutions tap after tap."""
+    prepared = {}
+    for node in graph.nodes:
+        if node.attrs.get("offset") and spec_of(node).weights and isinstance(w := weights.get(node.weights[0]), torch.Tensor):
+            prepared[node.weights[0]] = w.detach().float() + node.attrs["offset"]
+        elif node.op == "short_conv" and isinstance(w := weights.get(node.weights[0]), torch.Tensor):
+            prepared[node.weights[0]] = w.detach().float().squeeze(1).T.reshape(-1)
+    return prepared
+
+
 def compile_graph(
     context: Context, graph: Graph, weights: Mapping[str, PackedWeight | torch.Tensor], *, activation: str = "auto"
 ) -> CpuPlan:
@@ -198,5 +212,5 @@ def compile_graph(
     return CpuPlan(
         context, steps, compiler.slots, compiler.weights, compiler.keep, [compiler.row(n) for n in nodes],
         vocab_size=graph.vocab_size, hidden_size=graph.hidden_size, hidden_states=graph.hidden_states,
-        rope=compiler.rope, has_head=graph.has_head,
+        rope=compiler.rope, has_head=graph.has_head, has_states=bool(graph.states),
     )  # fmt: skip

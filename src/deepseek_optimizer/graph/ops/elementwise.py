@@ -95,6 +95,7 @@ SPECS = (
         fits=same_widths,
         in_place=((0, 0), (0, 1)),
         any_kind=0,
+        code=31,
         doc="z = x * y, element by element.",
     ),
     OpSpec(
@@ -104,6 +105,7 @@ SPECS = (
         fits=same_widths,
         in_place=((0, 1),),
         any_kind=0,
+        code=32,
         doc="y = sigmoid(gate) * x, where sigmoid(g) = 1 / (1 + e^-g).",
     ),
     OpSpec(
@@ -117,6 +119,7 @@ SPECS = (
         ),
         fits=_columns_fit,
         any_kind=0,
+        code=33,
         doc="y = elements [begin, end) of each of the `groups` parts of a row: one result of a product that computes several.",
     ),
     OpSpec(

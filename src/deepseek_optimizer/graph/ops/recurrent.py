@@ -10,7 +10,7 @@ from ..ir import Graph, Node
 from .spec import INT, NAME, Attr, Operand, OpSpec, Shapes, one_of, step_attr
 from .widths import same_widths
 
-_STATE = Attr("state", INT, "index of the state in `Graph.states`")
+_STATE = step_attr("state", INT, "index of the state in `Graph.states`")
 
 
 def _has_state(node: Node, graph: Graph, *shape: int) -> bool:
@@ -45,13 +45,14 @@ SPECS = (
         weights=(Operand("w", "[N, 1, kernel]"),),
         attrs=(
             _STATE,
-            Attr("kernel", INT, "inputs that an output depends on", step_field="top_k"),
-            Attr("activation", one_of("none", "silu"), "applied to the sum"),
+            Attr("kernel", INT, "inputs that an output depends on", step_field="window"),
+            Attr("activation", one_of("none", "silu"), "applied to the sum", flag="silu", flag_value="silu"),
             Attr("bias", NAME, "[N]"),
         ),
         fits=_short_conv_fits,
         weight_shapes=_short_conv_shapes,
         rows="tokens",
+        code=34,
         doc="""
             A causal convolution over the tokens of a sequence, each element by itself. With x_t of token t (zero before the
             first):
@@ -80,6 +81,7 @@ SPECS = (
         fits=_delta_rule_fits,
         weight_shapes=lambda n, g: [(name, (n.attrs["heads"],)) for name in n.weights],
         rows="tokens",
+        code=35,
         kernels="one recurrent form for both phases: tiles of 16 columns of a head's state pass over all rows of the step.",
         doc="""
             The gated delta rule. A row of x holds all queries, all keys and all values; value head h uses query and key of head
