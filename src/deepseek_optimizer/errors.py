@@ -131,13 +131,14 @@ class CacheFullError(DeepSeekOptimizerError, RuntimeError):
         needed: number of blocks requested.
         free: number of free blocks.
         shortage: why the cache cannot grow to its configured size, if that is the reason.
+        unit: what was requested: "block", or "state slot" (for the recurrent states of a sequence).
     """
 
-    def __init__(self, needed: int, free: int, shortage: str | None = None) -> None:
-        self.needed, self.free, self.shortage = needed, free, shortage
+    def __init__(self, needed: int, free: int, shortage: str | None = None, unit: str = "block") -> None:
+        self.needed, self.free, self.shortage, self.unit = needed, free, shortage, unit
         why, more = ("", "raise kv_cache_memory") if shortage is None else (f", and {shortage}", "free memory")
         super().__init__(
-            f"KV cache: {needed} more block(s) needed, {free} free{why}. Shorten the request, send fewer at once, {more}, "
+            f"KV cache: {needed} more {unit}(s) needed, {free} free{why}. Shorten the request, send fewer at once, {more}, "
             "or load the model with sparse_attention=True (half the cache) or "
             'attention_optimization="sliding" (a window).'
         )

@@ -23,8 +23,7 @@ def test_one_slot_is_overwritten_step_by_step() -> None:
     assert sequence.states is not None
     for before, count in ((0, 40), (40, 1), (41, 30)):
         sequence.append(count)
-        slot = sequence.states.source(before) if before else 0
-        assert (sequence.states.targets(before, count), slot) == ([(count - 1, 0)], 0)
+        assert sequence.states.step(before, count) == (0 if before else -1, [(count - 1, 0)])
         assert used(sequence) == 1
     sequence.free()
     assert used(sequence) == 0
@@ -36,7 +35,7 @@ def test_a_shared_slot_is_not_overwritten() -> None:
     second = first.fork()
     second.append(1)
     assert first.states is not None and second.states is not None
-    assert second.states.source(5) == first.states.source(5) == 0 and second.states.targets(5, 1) == [(0, 1)]
+    assert first.states.stored == {5: 0} and second.states.step(5, 1) == (0, [(0, 1)])
     first.free()
     second.append(1)
     assert used(second) == 1
@@ -72,11 +71,24 @@ def test_every_token_can_be_returned_to_when_drafts_are_verified() -> None:
     sequence = SequenceBlocks(manager())
     assert sequence.states is not None
     sequence.append(10)
-    sequence.append(4, each=True)
-    assert sequence.states.targets(10, 4) == [(0, 1), (1, 2), (2, 3), (3, 4)] and sequence.states.source(10) == 0
+    sequence.append(4, undo=4)
+    assert sequence.states.step(10, 4) == (0, [(0, 1), (1, 2), (2, 3), (3, 4)])
     sequence.crop(12)
+    sequence.append(3, undo=2)
+    assert sequence.states.step(12, 3) == (2, [(0, 0), (1, 1), (2, 2)])
+    sequence.crop(13)
     sequence.append(1)
     assert used(sequence) == 1
+
+
+def test_a_step_that_was_not_run_is_undone() -> None:
+    sequence = SequenceBlocks(manager())
+    sequence.append(10)
+    sequence.append(3)
+    sequence.crop(10)
+    assert sequence.states is not None and sequence.states.stored == {10: 0}
+    sequence.append(3)
+    sequence.states.step(10, 3)
     with pytest.raises(StateMissingError, match="Crop it to 0 tokens"):
         sequence.crop(12)
 

@@ -15,15 +15,15 @@ from deepseek_optimizer.cache import BlockManager, SequenceBlocks
 
 @dataclass
 class Part:
-    """One sequence's share of a step. rows: which of its tokens want logits, all by default. each: whether recurrent states are
-    stored after each token."""
+    """One sequence's share of a step. rows: which of its tokens want logits, all by default. undo: how many of the last may be
+    cropped afterwards, also with recurrent states."""
 
     blocks: SequenceBlocks
     ids: list[int]
     phase: int = PREFILL
     rows: Sequence[int] | None = None
     positions: list[int] | None = None
-    each: bool = False
+    undo: int = 0
 
 
 def make_batch(parts: Sequence[Part], store: Any, *, hidden: bool = False, inputs_embeds: Any = None, **more: Any) -> StepBatch:
@@ -36,11 +36,12 @@ def make_batch(parts: Sequence[Part], store: Any, *, hidden: bool = False, input
     state_from: list[int] = []
     state_to: list[tuple[int, int]] = []
     for part, before in zip(parts, context, strict=True):
-        for source, target in part.blocks.append(len(part.ids), part.each):
+        for source, target in part.blocks.append(len(part.ids), part.undo):
             store.copy_block(source, target)
         if part.blocks.states is not None:
-            state_from.append(part.blocks.states.source(before))
-            state_to += [(len(token_ids) + row, slot) for row, slot in part.blocks.states.targets(before, len(part.ids))]
+            source, targets = part.blocks.states.step(before, len(part.ids))
+            state_from.append(source)
+            state_to += [(len(token_ids) + row, slot) for row, slot in targets]
         logit_rows += [len(token_ids) + row for row in (range(len(part.ids)) if part.rows is None else part.rows)]
         token_ids += part.ids
         positions += range(before, before + len(part.ids)) if part.positions is None else part.positions

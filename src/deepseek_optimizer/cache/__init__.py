@@ -3,6 +3,6 @@ by a backend's `KvStore`."""
 
 from .block_manager import HOLE, BlockManager, SequenceBlocks
 from .forgetting import Forgetting
-from .sequence_states import SequenceStates
+from .sequence_states import SequenceStates, states_of_step
 
-__all__ = ["HOLE", "BlockManager", "Forgetting", "SequenceBlocks", "SequenceStates"]
+__all__ = ["HOLE", "BlockManager", "Forgetting", "SequenceBlocks", "SequenceStates", "states_of_step"]

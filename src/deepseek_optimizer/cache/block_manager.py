@@ -49,6 +49,7 @@ class BlockManager:
         forgetting: which blocks sequences may release early; None: none.
         growth: checks whether there is memory for more blocks; None: there always is.
         slots: allocates the slots for recurrent states, as another manager does blocks; None: the model has no such states.
+        unit: what it allocates, for errors.
 
     Attributes:
         reclaim: called with a number of blocks if too few are free; may release some. None: nothing can be released.
@@ -60,10 +61,11 @@ class BlockManager:
         forgetting: Forgetting | None = None,
         growth: Growth | None = None,
         slots: BlockManager | None = None,
+        unit: str = "block",
     ) -> None:
         if num_blocks < 0:
             raise ValueError(f"num_blocks must not be negative, got {num_blocks}")
-        self.slots = slots
+        self.slots, self.unit = slots, unit
         self.reclaim: Callable[[int], object] | None = None
         self.num_blocks, self.forgetting, self._growth = num_blocks, forgetting, growth
         self._users: dict[int, int] = {}  # block -> number of sequences that hold it
@@ -120,7 +122,7 @@ class BlockManager:
         if count > self.free_blocks and self.reclaim is not None:
             self.reclaim(count - self.free_blocks)
         if count > self.free_blocks:
-            raise CacheFullError(count, self.free_blocks, self.shortage if self.limited else None)
+            raise CacheFullError(count, self.free_blocks, self.shortage if self.limited else None, self.unit)
         blocks = [self._take() for _ in range(count)]
         self._users.update(dict.fromkeys(blocks, 1))
         return blocks
@@ -188,12 +190,12 @@ class SequenceBlocks:
         holes = [n for n, block in enumerate(blocks) if block == HOLE]
         self.holes = range(holes[0], holes[-1] + 1) if holes else range(0)
 
-    def append(self, count: int, each: bool = False) -> list[tuple[int, int]]:
+    def append(self, count: int, undo: int = 0) -> list[tuple[int, int]]:
         """Makes room for `count` more tokens.
 
         Args:
             count: number of tokens.
-            each: whether the sequence may be cropped to any of them (`SequenceStates.append`).
+            undo: number of the last of them that may be cropped afterwards, also with recurrent states (see `SequenceStates`).
 
         Returns: (source, target) pairs of blocks whose bytes must be copied before the tokens are written: the last block, if
         it is partly filled and shared.
@@ -209,7 +211,7 @@ class SequenceBlocks:
         taken = self.manager.allocate(new + split)
         if self.states is not None and count:
             try:
-                self.states.append(self.tokens, count, each)
+                self.states.append(self.tokens, count, undo)
             except BaseException:
                 self._release(taken)
                 raise
@@ -239,6 +241,11 @@ class SequenceBlocks:
             self.blocks[gone.start : gone.stop] = [HOLE] * len(gone)
             self.holes = range(self.holes.start if self.holes else gone.start, gone.stop)
         return gone
+
+    def nearest(self, tokens: int) -> int:
+        """The largest number of tokens, at most `tokens`, that the sequence can be cropped to as far as its recurrent states
+        are concerned."""
+        return tokens if self.states is None or tokens == self.tokens else self.states.latest(tokens)
 
     def _release(self, blocks: list[int]) -> None:
         for block in blocks:

@@ -7,10 +7,35 @@ sequence may continue (the prefix cache), or after every token, some of which ma
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
 
 from ..errors import StateMissingError
 from .forgetting import BLOCK_TOKENS
+
+
+def states_of_step(
+    parts: Iterable[tuple[SequenceStates | None, int, int]],
+) -> tuple[npt.NDArray[np.int32] | None, npt.NDArray[np.int32] | None]:
+    """`StepBatch.state_from` and `StepBatch.state_to` of a step.
+
+    Args:
+        parts: for each sequence its states, the token of its first row, and its number of rows.
+
+    Returns: int32 [S] and int32 [n, 2]; None, None if the sequences have no states.
+    """
+    sources, targets, row = [], [], 0
+    for states, tokens, count in parts:
+        if states is None:
+            return None, None
+        source, stored = states.step(tokens, count)
+        sources.append(source)
+        targets += [(row + place, slot) for place, slot in stored]
+        row += count
+    return np.array(sources, np.int32), np.array(targets, np.int32)
 
 
 class Slots(Protocol):
@@ -45,53 +70,50 @@ class SequenceStates:
         self.stored: dict[int, int] = {}
         self._reused: dict[int, int] = {}  # as `stored`: what the next step reads and then overwrites
 
-    def source(self, tokens: int) -> int:
-        """The slot from which a step reads the states after `tokens` tokens; -1 for none."""
-        return -1 if tokens == 0 else (self._reused | self.stored)[tokens]
+    def step(self, tokens: int, count: int) -> tuple[int, list[tuple[int, int]]]:
+        """What a step reads and stores whose first row is token `tokens` and which has `count` rows, after `append`.
 
-    def targets(self, tokens: int, count: int) -> list[tuple[int, int]]:
-        """(row, slot): where a step stores states, if its first row is token `tokens` and it has `count` rows."""
-        return [(at - tokens - 1, slot) for at, slot in self.stored.items() if tokens < at <= tokens + count]
+        Returns: the slot with the states after `tokens` tokens, -1 for none; and (row, slot) pairs.
+        """
+        source = -1 if tokens == 0 else (self._reused | self.stored)[tokens]
+        self._reused = {}
+        return source, [(at - tokens - 1, slot) for at, slot in self.stored.items() if tokens < at <= tokens + count]
 
     def latest(self, tokens: int) -> int:
         """The largest number of tokens, at most `tokens`, whose states are stored; 0 if there are none."""
         return max((at for at in self.stored if at <= tokens), default=0)
 
-    def append(self, before: int, count: int, each: bool = False) -> None:
+    def append(self, before: int, count: int, undo: int = 0) -> None:
         """Takes slots for the states that a step of `count` tokens stores. Slots of states that nobody needs any more are freed
         or reused; in the latter case the states before the step are lost with it.
 
         Args:
             before: tokens before the step.
             count: tokens of the step.
-            each: whether to store the states after every token.
+            undo: number of its last tokens that may be cropped afterwards: the states before each of them are stored.
 
         Raises:
-            CacheFullError: too few free slots; nothing was changed.
+            CacheFullError: too few free slots; the step's own were not changed.
         """
         after = before + count
         boundary = before - before % BLOCK_TOKENS if self.interval else 0
-        unneeded = [at for at in self.stored if at not in (before, boundary)]
-        places = range(before + 1, after) if each else self._between(before, after)
-        reused = self.stored.get(before) if before != boundary and not each else None
+        reused = self.stored.get(before) if before != boundary and undo < count else None
         if reused is not None and self.slots.users(reused) > 1:
             reused = None
-        required = len(places) if each else 0
-        new = self.slots.allocate(required + (reused is None))
-        for at in unneeded:
-            self.slots.release(self.stored.pop(at))
-        self._reused = {}
-        if each:
-            self.stored.update(zip(places, new, strict=False))
-        else:
-            for at in places:
-                if self.slots.free_blocks:
-                    self.stored[at] = self.slots.allocate(1)[0]
+        required = list(range(max(before + 1, after - undo), after))
         if reused is None:
-            self.stored[after] = new[-1]
-        else:
+            required.append(after)
+        for at in [at for at in self.stored if at not in (before, boundary)]:
+            self.slots.release(self.stored.pop(at))
+        new = dict(zip(required, self.slots.allocate(len(required)), strict=True))
+        self._reused = {}
+        for at in self._between(before, after):
+            if at not in new and self.slots.free_blocks:
+                new[at] = self.slots.allocate(1)[0]
+        if reused is not None:
             self._reused = {before: self.stored.pop(before)}
-            self.stored[after] = reused
+            new[after] = reused
+        self.stored.update(sorted(new.items()))
 
     def _between(self, before: int, after: int) -> list[int]:
         """Numbers of tokens between these, ascending, after which states are stored for other sequences."""
@@ -103,12 +125,15 @@ class SequenceStates:
 
     def crop(self, tokens: int) -> None:
         """Frees the slots of states after more than `tokens` tokens."""
+        if tokens in self._reused:  # no step has overwritten it
+            slot = self._reused.pop(tokens)
+            self.stored = {tokens: slot} | {at: other for at, other in self.stored.items() if other != slot}
         for at in [at for at in self.stored if at > tokens]:
             self.slots.release(self.stored.pop(at))
 
     def check_crop(self, tokens: int) -> None:
         """Raises StateMissingError if the states after `tokens` tokens are not stored."""
-        if tokens and tokens not in self.stored:
+        if tokens and tokens not in self.stored and tokens not in self._reused:
             raise StateMissingError(tokens, self.latest(tokens))
 
     def adopt(self, tokens: int, slot: int) -> None:

@@ -64,7 +64,7 @@ class _Store:
     """A store that only counts."""
 
     block_bytes = 1 << 20
-    released = 0
+    num_states = released = 0
 
     def __init__(self, blocks=1000):
         self.num_blocks = blocks

@@ -100,6 +100,8 @@ def add_mtp_layers(model: Any, own: list[frozenset[str]], dtype: torch.dtype | N
         own: one set for each layer, from `own_tensors`.
         dtype: dtype of the parameters; None: torch's default.
     """
+    if not own:
+        return
     config, layers = model.config, model.model.layers
     first = type(layers[0])
     norm = type(layers[0].input_layernorm)

@@ -8,6 +8,8 @@ from ...backends.base import BLOCK_TOKENS
 from ...errors import NotEnoughMemoryError
 from ...system.memory import FreeMemory, less_reserve, mb
 
+SLOTS_PER_SEQUENCE = 4  # of recurrent states: the latest, the one after the last full block, and two for the prefix cache
+_STATE_SHARE, _MAX_SLOTS = 0.3, 1 << 16  # of a cache's memory
 _MAX_BLOCKS = (1 << 31) // BLOCK_TOKENS - 1  # token slots in a cache are 32-bit integers
 
 
@@ -25,6 +27,12 @@ class CacheSize:
 
     def __str__(self) -> str:
         return f"grows to at most {mb(self.bytes)} ({self.why})"
+
+    def slots(self, state_bytes: int) -> int:
+        """The number of slots of `state_bytes` for recurrent states, in a part of the memory; 0 for a model without them."""
+        if not state_bytes:
+            return 0
+        return max(SLOTS_PER_SEQUENCE, min(int(self.bytes * _STATE_SHARE) // state_bytes, _MAX_SLOTS))
 
     def blocks(self, block_bytes: int) -> int:
         """The number of blocks of `block_bytes` that fit, at least one."""
