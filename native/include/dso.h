@@ -227,9 +227,12 @@ enum {
   DSO_OP_ATTENTION = 11,   /* in0 q F32 [T, heads*head_dim], layer, scale, window (0: none) -> out0 any. EAGER flag: score
                               matrix. sinks: with a window, the first `sinks` tokens stay visible as well. in1 (or -1), with top_k
                               > 0: F32 [T, kv_heads * top_k] from BLOCK_CHOOSE: for each kv head the only blocks that the row's q
-                              heads attend to; window and sinks must then be 0. EAGER excludes both */
+                              heads attend to; window and sinks must then be 0. EAGER excludes both.
+                              softcap c > 0: c * tanh(s / c) replaces a score s. w0 vector [heads] (or -1): a further logit
+                              per head, in the denominator of its softmax only */
   DSO_OP_SWIGLU = 12,      /* in0 gate, in1 up F32 -> out0 any: silu(gate) * up */
-  DSO_OP_GATE_UP = 13,     /* in0, w0 gate, w1 up (b0, b1) -> out0 any: silu(W0 x) * (W1 x); formats of w0 and w1 equal */
+  DSO_OP_GATE_UP = 13,     /* in0, w0 gate, w1 up (b0, b1) -> out0 any: silu(W0 x) * (W1 x); formats of w0 and w1 equal.
+                              GELU flag: gelu instead of silu */
   DSO_OP_SELECT_ROWS = 14, /* in0 F32 -> out0 F32, a selected slot: rows batch->logit_rows */
   DSO_OP_HIDDEN_OUT = 15,  /* in0 F32 -> batch->hidden + index * T * width, if requested; index = layer field.
                               LAST flag: also -> batch->last_hidden, if requested */
@@ -238,9 +241,9 @@ enum {
   DSO_OP_ROUTE = 16, /* in0 F32 scores [T, experts] before softmax or sigmoid, b0 (or -1) -> out0 routes. Experts are chosen by
                         score + b0 within the top_groups best of `groups` groups; weights are scores * scale. Ties go to the
                         lower index; NaN ranks highest, so that it reaches the result */
-  DSO_OP_EXPERTS_GATE_UP =
-      17,                   /* in0 any, in1 routes, w0 stack of 2 * experts (gate, up, gate, up ..) -> out0 any, repeat =
-                               top_k. GROUPED flag: rows of out0 are ordered by expert, as EXPERTS_DOWN with the same routes expects */
+  DSO_OP_EXPERTS_GATE_UP = 17, /* in0 any, in1 routes, w0 stack of 2 * experts (gate, up, gate, up ..) -> out0 any, repeat =
+                                  top_k. GROUPED flag: rows of out0 are ordered by expert, as EXPERTS_DOWN with the same routes
+                                  expects. GELU flag as in GATE_UP */
   DSO_OP_EXPERTS_DOWN = 18, /* in0 from EXPERTS_GATE_UP, in1 routes, w0 stack of experts -> out0 F32: sum over j, ascending, of
                                weight_j * (W x_j). GROUPED flag as in EXPERTS_GATE_UP */
 
@@ -280,15 +283,20 @@ enum {
   DSO_OP_LATENT_CHOOSE =
       30, /* in0 output of MLA_ABSORB, layer, heads, top_k, window, sinks -> out0 F32 [T, 32 * top_k]: the tokens of the chosen
              blocks up to i, ascending, -1 after the last; all heads form one group. For in2 of MLA_ATTENTION */
-  DSO_OP_MULTIPLY = 31,     /* in0, in1 F32 -> out0 any: in0 * in1 */
-  DSO_OP_SIGMOID_GATE = 32, /* in0 gate, in1 F32 -> out0 any: sigmoid(gate) * in1 */
-  DSO_OP_COLUMNS = 33, /* in0 F32 -> out0 any: of each of `groups` equal parts of a row the elements from `offset` on, as many
+  DSO_OP_GEGLU = 31,        /* in0 gate, in1 up F32 -> out0 any: gelu(gate) * up */
+  DSO_OP_GELU = 32,         /* in0 F32 -> out0 any: x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x^3))) */
+  DSO_OP_SCALE = 33,        /* in0 F32 -> out0 any: scale * x */
+  DSO_OP_SOFTCAP = 34,      /* in0 F32 -> out0 any: scale * tanh(x / scale) */
+  DSO_OP_SLICE = 35,        /* in0 F32 -> out0 any: elements [offset, offset + width of out0) */
+  DSO_OP_SIGMOID_GATE = 36, /* in0 F32, in1 F32 of the same width or of width 1 -> out0 any: in0 * sigmoid(in1) */
+  DSO_OP_MULTIPLY = 37,     /* in0, in1 F32 -> out0 any: in0 * in1 */
+  DSO_OP_COLUMNS = 38, /* in0 F32 -> out0 any: of each of `groups` equal parts of a row the elements from `offset` on, as many
                           as out0 has width / groups */
   /* Steps with a recurrent state, number `state` of the batch's dso_states. */
-  DSO_OP_SHORT_CONV = 34, /* in0 F32 [T, N], w0 vector [window * N] (tap after tap), b0 vector [N] (or -1), window (taps), state
+  DSO_OP_SHORT_CONV = 39, /* in0 F32 [T, N], w0 vector [window * N] (tap after tap), b0 vector [N] (or -1), window (taps), state
                              {1, window - 1, N} -> out0 F32: of each column, the sum of the sequence's last `window` rows times
                              the taps, the last row times the last tap, plus b0. SILU flag: silu of the sum */
-  DSO_OP_DELTA_RULE = 35, /* in0 F32 [T, 2 * kv_heads * head_dim + heads * v_dim]: queries, keys, values; in1 a, in2 b F32
+  DSO_OP_DELTA_RULE = 40, /* in0 F32 [T, 2 * kv_heads * head_dim + heads * v_dim]: queries, keys, values; in1 a, in2 b F32
                              [T, heads]; w0 A_log, w1 dt_bias vectors [heads]; state {heads, head_dim, v_dim} -> out0 F32
                              [T, heads * v_dim]. The gated delta rule: with q and k of kv head h / (heads / kv_heads), divided
                              by sqrt(x.x + 1e-6), and q by sqrt(head_dim): S = d S, d = exp(-exp(A_log) log(1 + exp(a +
@@ -303,17 +311,19 @@ enum {
   DSO_FLAG_SIGMOID = 32,    /* ROUTE: scores are sigmoids instead of a softmax */
   DSO_FLAG_TOP2 = 64,       /* ROUTE: a group's score is the sum of its two best instead of its best */
   DSO_FLAG_NORMALISE = 128, /* ROUTE: weights are divided by their sum */
-  DSO_FLAG_SILU = 256       /* SHORT_CONV: silu of the sum */
+  DSO_FLAG_GELU = 256,      /* GATE_UP, EXPERTS_GATE_UP: the gate's activation is gelu, as in GEGLU, instead of silu */
+  DSO_FLAG_SILU = 512       /* SHORT_CONV: silu of the sum */
 };
 
 typedef struct dso_step {
   int32_t op, flags;
   int32_t in[4], out[3], w[3], b[3];
   int32_t layer, heads, kv_heads, head_dim, window, sinks;
-  int32_t offset;                         /* ROPE: first rotated element of a head */
+  int32_t offset;                         /* ROPE: first rotated element of a head; SLICE: first element */
   int32_t nope, rope, rank, v_dim, index; /* latent attention */
   int32_t experts, top_k, groups, top_groups, state;
   float eps, scale;
+  float softcap; /* ATTENTION: limit of the scores; 0: none */
 } dso_step;
 
 typedef struct dso_plan dso_plan;

@@ -48,6 +48,12 @@ struct VisibleTokens {              // the tokens, up to itself, that a row atte
   int64_t blocks = 0;
 };
 
+struct Scores {                  // of attention: s = scale * q k
+  float scale;                   // of either sign
+  float softcap = 0;             // c: c * tanh(s / c) replaces s; 0: none
+  const float* sinks = nullptr;  // per q head concerned, a further logit in the softmax's denominator only; null: none
+};
+
 struct Rotation {      // of the keys of a block: elements [offset, offset + rot) of each, in pairs as in `rope`
   const float* table;  // cosines and sines of 32 tokens, in the kernel's order
   int64_t rot, offset;
@@ -59,12 +65,12 @@ struct MlaHead {              // for expanded latent attention
   bool single;                // all in fp32; otherwise keys and values (and q and weights if the ISA has bf16) are bf16
 };
 
-struct ElementwiseOp {  // out[i] = f(a[i]) or f(a[i], b[i])
+struct ElementwiseOp {  // out[i] = f(a[i]) or f(a[i], b[i]); some have a parameter, `scale`
   int32_t op;           // DSO_OP_*
   const char* name;     // for error messages
   int32_t inputs;       // 1 or 2
   // One row of n elements. b is null for ops with one input; out may alias a or b.
-  void (*row)(const float* a, const float* b, int64_t n, float* out);
+  void (*row)(const float* a, const float* b, int64_t n, float scale, float* out);
 };
 
 struct LinearKernels {
@@ -78,17 +84,19 @@ struct LinearKernels {
 
 struct AttentionKernels {
   // Below, q and o point at row 0 of the sequence and at the first q head concerned: row r is r strides further. Unwritten
-  // slots at the end of a block may hold NaN; a NaN in tokens that a row does not see never reaches its result. scale may have
-  // either sign. Decode family: partial attention of query rows [r0, r1) of one sequence (`group` q heads of ONE kv head) over
+  // slots at the end of a block may hold NaN; a NaN in tokens that a row does not see never reaches its result.
+  // Decode family: partial attention of query rows [r0, r1) of one sequence (`group` q heads of ONE kv head) over
   // chunk number `chunk` of attn_chunk tokens, counted from the start of the sequence; or over the same number of chosen
   // blocks, starting at chosen block chunk * attn_chunk / 32, and then r1 must be r0 + 1. Row r is token ctx + r. Blocks that
   // no row sees are not touched. For every (row, q head), writes m, l and o[head_dim] to part + ((r - r0) * group + h) *
   // (head_dim + 16) floats: part[0] = m, part[1] = l, o at +16. Rows that see nothing of the chunk get m = -inf, l = 0, o = 0.
+  // Sinks are left to the merge.
   void (*attn_decode_chunk)(const KvLayout& l, const KvView& v, int64_t kv_head, const float* q, int64_t q_stride,
-                            int64_t group, int64_t r0, int64_t r1, int64_t ctx, const VisibleTokens& sight, float scale,
-                            int64_t chunk, float* part, uint8_t* scratch);
-  // Merges chunks [c0, c1) of ONE (row, q head) in ascending order; partials are `part_stride` floats apart.
-  void (*attn_merge)(const float* part, int64_t part_stride, int64_t chunks, int64_t head_dim, float* out);
+                            int64_t group, int64_t r0, int64_t r1, int64_t ctx, const VisibleTokens& sight,
+                            const Scores& scores, int64_t chunk, float* part, uint8_t* scratch);
+  // Merges chunks [c0, c1) of ONE (row, q head) in ascending order; partials are `part_stride` floats apart. sink: as in
+  // Scores, of this head; null: none.
+  void (*attn_merge)(const float* part, int64_t part_stride, int64_t chunks, int64_t head_dim, const float* sink, float* out);
   // The same, but returns a partial result as for one chunk that covers all of them, for a later merge. A single part is
   // copied.
   void (*attn_fold)(const float* part, int64_t part_stride, int64_t chunks, int64_t head_dim, float* out);
@@ -96,12 +104,12 @@ struct AttentionKernels {
   // order; a row's result depends, bit for bit, only on its own q and the cache up to it. o: [rows, heads*head_dim] at the
   // first q head.
   void (*attn_prefill)(const KvLayout& l, const KvView& v, int64_t kv_head, const float* q, int64_t q_stride, int64_t group,
-                       int64_t r0, int64_t r1, int64_t ctx, const VisibleTokens& sight, float scale, float* o, int64_t o_stride,
-                       uint8_t* scratch);
-  // Eager form: the whole score row of one (row, q head), softmax, weighted sum. scores: scratch for ctx + r + 1 floats.
-  void (*attn_eager)(const KvLayout& l, const KvView& v, int64_t kv_head, const float* q, int64_t n, int64_t first, float scale,
-                     float* scores, float* o);  // sees tokens [first, n)
-  size_t attn_scratch;                          // bytes, private to the caller's thread
+                       int64_t r0, int64_t r1, int64_t ctx, const VisibleTokens& sight, const Scores& scores, float* o,
+                       int64_t o_stride, uint8_t* scratch);
+  // Eager form: the whole score row of one (row, q head), softmax, weighted sum. row: scratch for ctx + r + 1 floats.
+  void (*attn_eager)(const KvLayout& l, const KvView& v, int64_t kv_head, const float* q, int64_t n, int64_t first,
+                     const Scores& scores, float* row, float* o);  // sees tokens [first, n)
+  size_t attn_scratch;                                             // bytes, private to the caller's thread
 
   // Absorbed attention: up to mla_heads heads of one query row over up to attn_chunk tokens. `scratch`: private to the caller's
   // thread, mla_scratch() bytes, 64-aligned; mla_tokens loads the tokens into it, and any number of mla_attend calls read them.
@@ -154,9 +162,12 @@ struct RowKernels {  // everything else: rows of activations, weights and caches
   void (*layer_norm)(const float* x, const float* weight, const float* bias, int64_t n, float eps, float* out);
   void (*add)(const float* a, const float* b, int64_t n, float* out);
   void (*swiglu)(const float* gate, const float* up, int64_t n, float* out);
+  void (*geglu)(const float* gate, const float* up, int64_t n, float* out);
   void (*softmax)(const float* x, int64_t n, float* out);
   void (*sigmoid)(const float* x, int64_t n, float* out);
   void (*add_scaled)(const float* x, float scale, int64_t n, float* y);  // y = fma(x, scale, y)
+  // out = x * sigmoid(gate), where gate has n elements or one for all. out may alias x.
+  void (*sigmoid_gate)(const float* x, const float* gate, bool one, int64_t n, float* out);
   void (*rope)(const float* x, const float* table, int64_t heads, int64_t head_dim, int64_t offset, int64_t rot,
                bool interleaved, float* out);
 

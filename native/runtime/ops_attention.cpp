@@ -1,5 +1,7 @@
 // Attention over the paged cache. The last task to finish a row's heads merges its chunks, and the last to finish a block of
 // rows converts them for the following matrix product: neither needs a stage of its own.
+#include <cmath>
+
 #include "attention_schedule.hpp"
 #include "cache.hpp"
 #include "ops.hpp"
@@ -10,14 +12,14 @@ namespace {
 class Attention final : public Op {
  public:
   Attention(const SlotRef& q, const SlotRef& chosen, const SlotRef& out, std::shared_ptr<AttentionSchedule> schedule,
-            int64_t layer, float scale)
+            int64_t layer, const Scores& scores)
       : q_(q),
         chosen_(chosen),
         out_(out),
         schedule_(std::move(schedule)),
         shape_(schedule_->shape),
         layer_(layer),
-        scale_(scale) {}
+        scores_(scores) {}
 
   void shape(const Run&) override {}
   int64_t work(const Run&) const override { return kSerialWork; }  // never serial: it reads the whole cache
@@ -61,6 +63,12 @@ class Attention final : public Op {
   float* head(const Rows& rows, const Run& run, const AttentionTask& t, int64_t r, int64_t h) const {
     return rows.f32(run.batch.first_row[t.sequence] + r) + (t.kv_head * shape_.group() + h) * shape_.head_dim;
   }
+  // For q heads of a kv head from `h` on.
+  Scores scores_of(const AttentionTask& t, int64_t h) const {
+    Scores scores = scores_;
+    if (scores.sinks) scores.sinks += t.kv_head * shape_.group() + h;
+    return scores;
+  }
   const KvLayout& layout(const Run& run) const { return run.batch.source->cache->layout; }
   KvView view(const Run& run, const AttentionTask& t) const {
     return run.batch.source->cache->view(layer_, run.batch.table(t.sequence));
@@ -94,13 +102,13 @@ class Attention final : public Op {
     const VisibleTokens seen = sight(run, t, t.r0, thread);
     for (int64_t c = t.c0; c < t.c1; ++c)
       run.kernels.attn_decode_chunk(layout(run), view(run, t), t.kv_head, query(run, t, 0), run.slots[q_.index].stride, heads,
-                                    t.r0, t.r1, context, seen, scale_, t.chunks.at(c), parts + c * chunk_floats,
+                                    t.r0, t.r1, context, seen, scores_, t.chunks.at(c), parts + c * chunk_floats,
                                     run.thread_scratch(thread));
     if (t.part >= 0 && !schedule_->last(t.merge)) return false;
     for (int64_t r = t.r0; r < t.r1; ++r)
       for (int64_t h = 0; h < heads; ++h)
         run.kernels.attn_merge(parts + ((r - t.r0) * heads + h) * shape_.part_floats(), chunk_floats, t.chunks.count,
-                               shape_.head_dim, result(run, t, r, t.h0 + h));
+                               shape_.head_dim, scores_of(t, t.h0 + h).sinks, result(run, t, r, t.h0 + h));
     return true;
   }
 
@@ -108,8 +116,8 @@ class Attention final : public Op {
     const int64_t rows = shape_.top_k > 0 ? 1 : t.r1 - t.r0;
     for (int64_t r = t.r0; r < t.r1; r += rows)
       run.kernels.attn_prefill(layout(run), view(run, t), t.kv_head, query(run, t, 0), run.slots[q_.index].stride, t.h1 - t.h0,
-                               r, r + rows, run.batch.source->context_len[t.sequence], sight(run, t, r, thread), scale_,
-                               result(run, t, 0, t.h0), results(run).stride, run.thread_scratch(thread));
+                               r, r + rows, run.batch.source->context_len[t.sequence], sight(run, t, r, thread),
+                               scores_of(t, t.h0), result(run, t, 0, t.h0), results(run).stride, run.thread_scratch(thread));
     finish(run, t);
   }
 
@@ -118,8 +126,8 @@ class Attention final : public Op {
       const int64_t n = run.batch.source->context_len[t.sequence] + r + 1;
       const int64_t first = shape_.window > 0 ? std::max<int64_t>(0, n - shape_.window) : 0;
       for (int64_t h = t.h0; h < t.h1; ++h)
-        run.kernels.attn_eager(layout(run), view(run, t), t.kv_head, head(run.slots[q_.index], run, t, r, h), n, first, scale_,
-                               private_floats(run, thread), result(run, t, r, h));
+        run.kernels.attn_eager(layout(run), view(run, t), t.kv_head, head(run.slots[q_.index], run, t, r, h), n, first,
+                               scores_of(t, h), private_floats(run, thread), result(run, t, r, h));
     }
     finish(run, t);
   }
@@ -134,7 +142,7 @@ class Attention final : public Op {
   const std::shared_ptr<AttentionSchedule> schedule_;
   const AttentionShape shape_;
   const int64_t layer_;
-  const float scale_;
+  const Scores scores_;  // sinks: of all heads
 };
 
 }  // namespace
@@ -148,7 +156,9 @@ std::unique_ptr<Op> make_attention(StepReader& s) {
     s.refuse("sinks is %d with %s", step.sinks, eager ? "the EAGER flag" : "no window");
   if (step.top_k > 0 && (step.window > 0 || eager))
     s.refuse("top_k is %d with %s", step.top_k, eager ? "the EAGER flag" : "a window");
-  s.takes(step.top_k > 0 ? 2 : 1, 1, 0, 0, DSO_FLAG_EAGER);
+  if (!(step.softcap >= 0 && std::isfinite(step.softcap)))
+    s.refuse("softcap is %g, must be finite and not negative", double(step.softcap));
+  s.takes(step.top_k > 0 ? 2 : 1, 1, 1, 0, DSO_FLAG_EAGER);
   s.attends(step.layer, step.kv_heads, step.head_dim, false);
   s.sees(step.window, step.sinks);
   s.uses_shared();
@@ -158,9 +168,10 @@ std::unique_ptr<Op> make_attention(StepReader& s) {
   const SlotRef chosen = step.top_k > 0 ? s.token_rows(1, int64_t(step.kv_heads) * step.top_k) : SlotRef{};
   if (out.index == q.index || out.index == chosen.index) s.refuse("out[0], slot %d, is an input", out.index);
 
+  const Scores scores{step.scale, step.softcap, s.has_weight(0) ? s.vector('w', 0, heads) : nullptr};
   const AttentionShape shape{heads,      step.kv_heads, step.head_dim, step.window,
                              step.sinks, step.top_k,    eager,         !is_f32(out.kind)};
-  return std::make_unique<Attention>(q, chosen, out, shared_schedule(s.plan().schedules, shape), s.step.layer, s.step.scale);
+  return std::make_unique<Attention>(q, chosen, out, shared_schedule(s.plan().schedules, shape), s.step.layer, scores);
 }
 
 }  // namespace dso

@@ -39,7 +39,7 @@ class Embedding final : public RowsOf {
     float* out = f32(run, like_, r);
     if (const float* given = run.batch.source->inputs_embeds) {
       const int64_t n = like_.width;
-      for (int64_t i = 0; i < n; ++i) out[i] = given[r * n + i] * scale_;
+      for (int64_t i = 0; i < n; ++i) out[i] = given[r * n + i];
     } else {
       run.kernels.embed_row(table_, run.batch.source->token_ids[r], scale_, out);
     }
@@ -97,17 +97,18 @@ class HeadNorm final : public RowsOf {
 
 class Elementwise final : public RowsOf {  // b is a if the kernel has one input
  public:
-  Elementwise(const ElementwiseOp& kernel, const SlotRef& a, const SlotRef& b, const SlotRef& out)
-      : RowsOf(a), kernel_(kernel), b_(b), out_(out) {}
+  Elementwise(const ElementwiseOp& kernel, const SlotRef& a, const SlotRef& b, const SlotRef& out, float scale)
+      : RowsOf(a), kernel_(kernel), b_(b), out_(out), scale_(scale) {}
   int64_t scratch_bytes(const Run&) const override { return row_scratch(out_); }
 
  private:
   void row(const Run& run, int64_t r, int thread) override {
     const float *a = at(run, like_, r), *b = kernel_.inputs > 1 ? at(run, b_, r) : nullptr;
-    write_row(run, out_, r, thread, [&](float* y) { kernel_.row(a, b, like_.width, y); });
+    write_row(run, out_, r, thread, [&](float* y) { kernel_.row(a, b, like_.width, scale_, y); });
   }
   const ElementwiseOp& kernel_;
   const SlotRef b_, out_;
+  const float scale_;
 };
 
 class AddRmsNorm final : public RowsOf {
@@ -177,6 +178,33 @@ class StateIn final : public RowsOf {
   }
 };
 
+class SigmoidGate final : public RowsOf {
+ public:
+  SigmoidGate(const SlotRef& in, const SlotRef& gate, const SlotRef& out) : RowsOf(in), gate_(gate), out_(out) {}
+  int64_t scratch_bytes(const Run&) const override { return row_scratch(out_); }
+
+ private:
+  void row(const Run& run, int64_t r, int thread) override {
+    write_row(run, out_, r, thread, [&](float* out) {
+      run.kernels.sigmoid_gate(at(run, like_, r), at(run, gate_, r), gate_.width == 1, like_.width, out);
+    });
+  }
+  const SlotRef gate_, out_;
+};
+
+class Slice final : public RowsOf {
+ public:
+  Slice(const SlotRef& in, const SlotRef& out, int64_t offset) : RowsOf(out), in_(in), offset_(offset) {}
+  int64_t scratch_bytes(const Run&) const override { return row_scratch(like_); }
+
+ private:
+  void row(const Run& run, int64_t r, int thread) override {
+    write_row(run, like_, r, thread, [&](float* out) { std::memcpy(out, at(run, in_, r) + offset_, 4 * like_.width); });
+  }
+  const SlotRef in_;
+  const int64_t offset_;
+};
+
 class Concat final : public RowsOf {
  public:
   Concat(const SlotRef& a, const SlotRef& b, const SlotRef& out) : RowsOf(out), a_(a), b_(b) {}
@@ -243,7 +271,7 @@ std::unique_ptr<Op> make_elementwise(StepReader& s, const ElementwiseOp& kernel)
   const SlotRef a = s.in(0, kF32Only), b = kernel.inputs > 1 ? s.in(1, kF32Only, a.width) : a;
   if (a.selected != b.selected) s.refuse("in[0] and in[1] hold different rows");
   const SlotRef out = s.out(0, kAnyKind, a.width, a.selected);
-  return std::make_unique<Elementwise>(kernel, a, b, out);
+  return std::make_unique<Elementwise>(kernel, a, b, out, s.step.scale);
 }
 
 std::unique_ptr<Op> make_add_rms_norm(StepReader& s) {
@@ -292,6 +320,26 @@ std::unique_ptr<Op> make_columns(StepReader& s) {
              (long long)in.width, (long long)out.width);
   s.alias_only(out, SlotRef{});
   return std::make_unique<Columns>(in, out, groups, begin);
+}
+
+std::unique_ptr<Op> make_sigmoid_gate(StepReader& s) {
+  s.takes(2, 1, 0, 0, 0);
+  const SlotRef in = s.in(0, kF32Only), gate = s.in(1, kF32Only), out = s.out(0, kAnyKind, in.width, in.selected);
+  if (gate.width != in.width && gate.width != 1)
+    s.refuse("in[1] has width %lld, must be 1 or that of in[0], %lld", (long long)gate.width, (long long)in.width);
+  if (in.selected != gate.selected) s.refuse("in[0] and in[1] hold different rows");
+  s.alias_only(out, in);
+  return std::make_unique<SigmoidGate>(in, gate, out);
+}
+
+std::unique_ptr<Op> make_slice(StepReader& s) {
+  s.takes(1, 1, 0, 0, 0);
+  const SlotRef in = s.in(0, kF32Only), out = s.out(0, kAnyKind, 0, in.selected);
+  if (s.step.offset < 0 || s.step.offset + out.width > in.width)
+    s.refuse("elements [%d, %lld) of in[0], which has width %lld", s.step.offset, (long long)(s.step.offset + out.width),
+             (long long)in.width);
+  if (out.index == in.index) s.refuse("out[0] is in[0]");
+  return std::make_unique<Slice>(in, out, s.step.offset);
 }
 
 std::unique_ptr<Op> make_concat(StepReader& s) {

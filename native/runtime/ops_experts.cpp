@@ -29,7 +29,7 @@ struct Experts {  // one of the two steps: its inputs and its stack of weights
 // columns of gate and up in its own buffers and writes silu(gate) * up of them as whole groups of 32 columns.
 class ExpertsGateUp final : public Op {
  public:
-  ExpertsGateUp(Experts experts, const SlotRef& out) : x_(std::move(experts)), out_(out) {}
+  ExpertsGateUp(Experts experts, const SlotRef& out, bool gelu) : x_(std::move(experts)), out_(out), gelu_(gelu) {}
 
   void shape(const Run& run) override {
     const int64_t pairs = x_.pairs(run);
@@ -88,7 +88,7 @@ class ExpertsGateUp final : public Op {
                          p.prefill, 0, tile_end - tile, half ? up : gate, 4 * stride, scratch);
     for (int64_t r = 0; r < n; ++r) {
       float* h = gate + r * stride;
-      run.kernels.swiglu(h, up + r * stride, columns, h);
+      (gelu_ ? run.kernels.geglu : run.kernels.swiglu)(h, up + r * stride, columns, h);
       write_columns(run, out_, begin + r, h, column, column + columns);
     }
   }
@@ -147,6 +147,7 @@ class ExpertsGateUp final : public Op {
   std::vector<Part> parts_;
   int64_t tasks_ = 0, max_rows_ = 0, block_floats_ = 0;
   bool stretches_ = false;
+  const bool gelu_;
 };
 
 // A task owns a block of columns of a block of tokens and walks the groups in order, so that each result is one chain of
@@ -247,7 +248,7 @@ std::shared_ptr<ExpertGroups>* find_groups(StepReader& s, const Experts& x) {
 }  // namespace
 
 std::unique_ptr<Op> make_experts_gate_up(StepReader& s) {
-  s.takes(2, 1, 1, 0, DSO_FLAG_GROUPED);
+  s.takes(2, 1, 1, 0, DSO_FLAG_GROUPED | DSO_FLAG_GELU);
   Experts x = read_experts(s, 2, 1);
   const SlotRef out = s.out(0, kAnyKind, x.stack.first.rows, x.in.selected, s.chosen().top_k);
   if (out.index == x.in.index || out.index == x.routes.index) s.refuse("out[0] is an input");
@@ -256,7 +257,7 @@ std::unique_ptr<Op> make_experts_gate_up(StepReader& s) {
   else
     x.groups = s.plan().groups.emplace_back(
         std::make_shared<ExpertGroups>(x.routes.index, s.chosen(), (s.step.flags & DSO_FLAG_GROUPED) != 0));
-  return std::make_unique<ExpertsGateUp>(std::move(x), out);
+  return std::make_unique<ExpertsGateUp>(std::move(x), out, s.step.flags & DSO_FLAG_GELU);
 }
 
 std::unique_ptr<Op> make_experts_down(StepReader& s) {

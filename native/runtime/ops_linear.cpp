@@ -62,8 +62,8 @@ class Linear final : public Op {
 class GateUp final : public Op {
  public:
   GateUp(const SlotRef& in, const SlotRef& out, const Matrix& gate, const Matrix& up, const float* gate_bias,
-         const float* up_bias)
-      : in_(in), out_(out), gate_(gate), up_(up), gate_bias_(gate_bias), up_bias_(up_bias) {}
+         const float* up_bias, bool gelu)
+      : in_(in), out_(out), gate_(gate), up_(up), gate_bias_(gate_bias), up_bias_(up_bias), gelu_(gelu) {}
 
   void shape(const Run& run) override {
     grids_ =
@@ -97,7 +97,7 @@ class GateUp final : public Op {
     product(run, up_, up_bias_, g, row, n, tile, tile_end, up, stride, thread);
     for (int64_t r = 0; r < n; ++r) {
       float* h = gate + r * stride;
-      run.kernels.swiglu(h, up + r * stride, columns, h);
+      (gelu_ ? run.kernels.geglu : run.kernels.swiglu)(h, up + r * stride, columns, h);
       write_columns(run, out_, row + r, h, column, column + columns);
     }
   }
@@ -115,6 +115,7 @@ class GateUp final : public Op {
   const SlotRef in_, out_;
   const Matrix gate_, up_;
   const float *gate_bias_, *up_bias_;
+  const bool gelu_;
   PhaseGrids grids_;
   int64_t block_floats_ = 0;
 };
@@ -141,14 +142,14 @@ std::unique_ptr<Op> make_linear(StepReader& s) {
 }
 
 std::unique_ptr<Op> make_gate_up(StepReader& s) {
-  s.takes(1, 1, 2, 2, 0);
+  s.takes(1, 1, 2, 2, DSO_FLAG_GELU);
   const Matrix gate = s.matrix(0), up = s.matrix(1);
   if (gate.format != up.format || gate.rows != up.rows || gate.cols != up.cols)
     s.refuse("w[0] is %s of %d x %d, w[1] is %s of %d x %d: they must be equal", format_name(gate.format), gate.rows, gate.cols,
              format_name(up.format), up.rows, up.cols);
   const SlotRef in = s.activations(gate), out = s.out(0, kAnyKind, gate.rows, in.selected);
   if (out.index == in.index) s.refuse("out[0] is in[0]");
-  return std::make_unique<GateUp>(in, out, gate, up, s.bias(0, gate.rows), s.bias(1, gate.rows));
+  return std::make_unique<GateUp>(in, out, gate, up, s.bias(0, gate.rows), s.bias(1, gate.rows), s.step.flags & DSO_FLAG_GELU);
 }
 
 }  // namespace dso

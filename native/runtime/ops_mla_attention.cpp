@@ -72,16 +72,16 @@ class MlaAttention final : public Op {
         float* out = run.slots[slots_.sums.index].f32(run.batch.first_row[t.sequence] + r) + h * shape_.rank;
         const float* pieces = (t.parts == MlaParts::kPieces ? shared : own) + at;
         if (groups == 1) {
-          run.kernels.attn_merge(pieces, floats, t.pieces.count(), shape_.rank, out);
+          run.kernels.attn_merge(pieces, floats, t.pieces.count(), shape_.rank, nullptr, out);
         } else if (t.parts != MlaParts::kPieces) {
-          run.kernels.attn_merge(folded + at, floats, groups, shape_.rank, out);
+          run.kernels.attn_merge(folded + at, floats, groups, shape_.rank, nullptr, out);
         } else {
           for (int64_t g = 0; g < groups; ++g) {
             const int64_t first = t.pieces.group_begin(g);
             run.kernels.attn_fold(pieces + first * floats, floats, t.pieces.group_begin(g + 1) - first, shape_.rank,
                                   own + g * shape_.part_floats());
           }
-          run.kernels.attn_merge(own, shape_.part_floats(), groups, shape_.rank, out);
+          run.kernels.attn_merge(own, shape_.part_floats(), groups, shape_.rank, nullptr, out);
         }
       }
   }

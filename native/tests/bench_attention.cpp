@@ -65,9 +65,9 @@ static void decode(const Variant& v, Shape s, int32_t type, std::string& json) {
         const float* q = c.q.data() + h * s.group * s.head_dim;
         for (int64_t k = 0; k < context / attn_chunk; ++k)
           v.kernels->attn_decode_chunk(c.cache.layout, view, h, q, c.width() * 4, s.group, 0, 1, context - 1, VisibleTokens{},
-                                       c.scale(), k, parts.data() + k * s.group * part, c.scratch.get());
+                                       Scores{c.scale()}, k, parts.data() + k * s.group * part, c.scratch.get());
         for (int64_t g = 0; g < s.group; ++g)
-          v.kernels->attn_merge(parts.data() + g * part, s.group * part, context / attn_chunk, s.head_dim,
+          v.kernels->attn_merge(parts.data() + g * part, s.group * part, context / attn_chunk, s.head_dim, nullptr,
                                 out.data() + (h * s.group + g) * s.head_dim);
       }
     }
@@ -93,7 +93,7 @@ static void prefill(const Variant& v, Shape s, int32_t type, std::string& json) 
       for (int64_t r = 0; r < rows; r += attn_rows) {
         const int64_t at = h * s.group * s.head_dim;
         v.kernels->attn_prefill(c.cache.layout, c.cache.view, h, c.q.data() + at, c.width() * 4, s.group, r, r + attn_rows,
-                                context, VisibleTokens{}, c.scale(), out.data() + at, c.width() * 4, c.scratch.get());
+                                context, VisibleTokens{}, Scores{c.scale()}, out.data() + at, c.width() * 4, c.scratch.get());
       }
   });
   const double pairs = (double)rows * context + rows * (rows + 1) / 2.0, speed = 4 * pairs * (double)c.width() / t * 1e-9;

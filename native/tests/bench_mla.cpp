@@ -33,7 +33,7 @@ struct Case {
       for (int64_t h = 0; h < heads; h += mla_heads)
         k.mla_attend(l, packed.data() + h / mla_heads * bytes, mla_heads, 0, n, parts + (c * heads + h) * part, scratch.get());
     }
-    for (int64_t h = 0; h < heads; ++h) k.attn_merge(parts + h * part, heads * part, chunks, kRank, out + h * kRank);
+    for (int64_t h = 0; h < heads; ++h) k.attn_merge(parts + h * part, heads * part, chunks, kRank, nullptr, out + h * kRank);
   }
 };
 

@@ -12,13 +12,16 @@ struct Case {
   int64_t ctx, rows, window;
   float scale, magnitude;        // of q
   int64_t sinks = 0, top_k = 0;  // top_k: each row and kv head sees at most this many blocks, drawn by the test
+  float softcap = 0;
+  bool head_sinks = false;  // a further logit per head
 };
 
 struct Setup {
   const Variant& variant;
   Case c;
   Cache cache;
-  std::vector<float> q;  // [rows, heads * head_dim]
+  std::vector<float> q;           // [rows, heads * head_dim]
+  std::vector<float> head_sinks;  // [heads], or empty
   Buffer scratch;
   const int64_t first;                       // token of row 0, whichever row of its step it is
   std::vector<std::vector<int32_t>> chosen;  // blocks, by row and kv head
@@ -28,6 +31,7 @@ struct Setup {
         c(c),
         cache(*v.kernels, c.type, c.kv_heads, c.head_dim, c.ctx + c.rows + random.below(40) + 32, random),
         q(normal((size_t)(c.rows * width()), c.magnitude, random)),
+        head_sinks(normal(c.head_sinks ? (size_t)heads() : 0, 3, random)),
         scratch(v.kernels->attn_scratch, 0xff),
         first(c.ctx) {
     const int64_t n = c.ctx + c.rows;
@@ -102,27 +106,29 @@ struct Setup {
       const float* first_q = q.data() + h * c.group * d;
       float* o = out.data() + h * c.group * d;
       if (family == Family::prefill) {
-        k.attn_prefill(cache.layout, view, h, first_q, width() * 4, c.group, r0, r1, c.ctx, seen, c.scale, o, stride * 4,
-                       scratch.get());
+        k.attn_prefill(cache.layout, view, h, first_q, width() * 4, c.group, r0, r1, c.ctx, seen, scores(h * c.group), o,
+                       stride * 4, scratch.get());
       } else if (family == Family::decode) {
         const int64_t chunk_part = (r1 - r0) * c.group * row_part;
         Buffer part((size_t)(chunks * chunk_part) * 4, 0xff);
         float* p = (float*)part.get();
         for (int64_t i = 0; i < chunks; ++i)
-          k.attn_decode_chunk(cache.layout, view, h, first_q, width() * 4, c.group, r0, r1, c.ctx, seen, c.scale, i,
+          k.attn_decode_chunk(cache.layout, view, h, first_q, width() * 4, c.group, r0, r1, c.ctx, seen, scores(h * c.group), i,
                               p + i * chunk_part, scratch.get());
         for (int64_t i = 0; i < (r1 - r0) * c.group; ++i)
-          k.attn_merge(p + i * row_part, chunk_part, chunks, d, o + (r0 + i / c.group) * stride + i % c.group * d);
+          k.attn_merge(p + i * row_part, chunk_part, chunks, d, scores(h * c.group + i % c.group).sinks,
+                       o + (r0 + i / c.group) * stride + i % c.group * d);
       } else {
         for (int64_t r = r0; r < r1; ++r)
           for (int64_t g = 0; g < c.group; ++g) {
-            Buffer scores((size_t)end(r) * 4, 0xff);
-            k.attn_eager(cache.layout, view, h, first_q + r * width() + g * d, end(r), begin(r), c.scale, (float*)scores.get(),
-                         o + r * stride + g * d);
+            Buffer row((size_t)end(r) * 4, 0xff);
+            k.attn_eager(cache.layout, view, h, first_q + r * width() + g * d, end(r), begin(r), scores(h * c.group + g),
+                         (float*)row.get(), o + r * stride + g * d);
           }
       }
     }
   }
+  Scores scores(int64_t head) const { return {c.scale, c.softcap, c.head_sinks ? head_sinks.data() + head : nullptr}; }
   std::vector<float> empty() const { return std::vector<float>((size_t)(c.rows * (width() + 3)), -77.0f); }
 };
 
@@ -155,7 +161,8 @@ static void against_reference(Setup& s, Family family, const std::vector<float>&
       const float* q = s.q.data() + r * s.width() + h * d;
       const float* keys = k.data() + h / c.group * tokens * d;
       const float* values = v.data() + h / c.group * tokens * d;
-      double top = -INFINITY, size = 0, total = 0, largest = 0;
+      const double sink = c.head_sinks ? s.head_sinks[(size_t)h] : -INFINITY;
+      double top = sink, size = c.softcap, total = 0, largest = 0;
       logit.clear();
       std::vector<int64_t> seen;
       for (int64_t t = 0; t < s.end(r); ++t)
@@ -172,11 +179,13 @@ static void against_reference(Setup& s, Family family, const std::vector<float>&
           a += std::fabs(qi * keys[t * d + i]);
           largest = std::max(largest, (double)std::fabs(values[t * d + i]));
         }
+        if (c.softcap > 0) x = c.softcap * std::tanh(x / c.softcap);
         logit.push_back(x);
         top = std::max(top, x);
         size = std::max(size, a);
       }
       std::fill(value.begin(), value.end(), 0.0);
+      if (c.head_sinks) total = std::exp(sink - top);
       for (size_t j = 0; j < logit.size(); ++j) {
         const double p = std::exp(logit[j] - top);
         total += p;
@@ -187,11 +196,13 @@ static void against_reference(Setup& s, Family family, const std::vector<float>&
       const float* got = out.data() + r * (s.width() + 3) + h * d;
       for (int64_t i = 0; i < d; ++i)
         if (!check(std::fabs(got[i] - value[(size_t)i] / total) <= bound,
-                   "%s %s %s: d=%ld group=%d kv_heads=%d ctx=%ld window=%ld sinks=%ld top_k=%ld row %ld/%ld head %ld [%ld]: "
+                   "%s %s %s: d=%ld group=%d kv_heads=%d ctx=%ld window=%ld sinks=%ld top_k=%ld softcap=%g head sinks=%d row "
+                   "%ld/%ld "
+                   "head %ld [%ld]: "
                    "%.7g, not %.7g (bound %.2g)",
                    s.variant.name.c_str(), kv_name(c.type), family_name(family), (long)d, c.group, c.kv_heads, (long)c.ctx,
-                   (long)c.window, (long)c.sinks, (long)c.top_k, (long)r, (long)c.rows, (long)h, (long)i, got[i],
-                   value[(size_t)i] / total, bound))
+                   (long)c.window, (long)c.sinks, (long)c.top_k, c.softcap, c.head_sinks, (long)r, (long)c.rows, (long)h,
+                   (long)i, got[i], value[(size_t)i] / total, bound))
           return;
     }
   for (int64_t r = 0; r < c.rows; ++r)
@@ -210,7 +221,9 @@ static void equal_bits(const Setup& s, Family f, const std::vector<float>& a, co
           (long)s.c.top_k, (long)s.c.rows, (long)r, what);
 }
 
-static void all_families(const Variant& v, const Case& c, Random& random) {
+static void all_families(const Variant& v, Case c, Random& random) {
+  if (!random.below(4)) c.softcap = 1 + 50 * (float)random.uniform();
+  c.head_sinks = !random.below(4);
   Setup s(v, c, random);
   for (Family f : {Family::decode, Family::prefill, Family::eager}) {
     if (f == Family::eager && (c.sinks > 0 || c.top_k > 0)) continue;  // not supported by this family
@@ -279,7 +292,7 @@ static void empty_chunk(const Variant& v, Random& random) {
   Buffer part(2 * 80 * 4, 0xff);
   const float* p = (const float*)part.get();
   v.kernels->attn_decode_chunk(s.cache.layout, s.cache.view, 0, s.q.data(), s.width() * 4, 2, 0, 1, 600, VisibleTokens{50, 0},
-                               0.125f, 0, (float*)part.get(), s.scratch.get());
+                               Scores{0.125f}, 0, (float*)part.get(), s.scratch.get());
   for (int h = 0; h < 2; ++h) {
     check(p[h * 80] == -INFINITY && p[h * 80 + 1] == 0, "%s: m, l of an empty chunk are %g, %g", v.name.c_str(), p[h * 80],
           p[h * 80 + 1]);

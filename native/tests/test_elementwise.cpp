@@ -70,11 +70,52 @@ static void ops(const std::vector<Variant>& all, int64_t n, Random& random) {
         fill(a, x);
         fill(b, y);
         float* o = floats(into == 0 ? out : into == 1 ? a : b);
-        op.row(floats(a), op.inputs < 2 ? nullptr : floats(b), n, o);
+        op.row(floats(a), op.inputs < 2 ? nullptr : floats(b), n, 1.7f, o);
         if (expected.empty()) expected.assign(o, o + n);
         check(!memcmp(o, expected.data(), (size_t)n * 4), "%s %s n=%ld into %d: not the bits of %s", v.name.c_str(), op.name,
               (long)n, into, all[0].name.c_str());
       }
+  }
+}
+
+// The functions of element-wise ops, against double.
+static void functions(const Kernels& k, int64_t n, float scale, Random& random) {
+  const std::vector<float> x = normal((size_t)n, scale, random), y = normal((size_t)n, 1, random);
+  const auto gelu = [](double a) { return a / 2 * (1 + std::tanh(std::sqrt(2 / M_PI) * (a + 0.044715 * a * a * a))); };
+  const double factor = 1.7f;
+  for (int64_t i = 0; i < k.elementwise_count; ++i) {
+    const ElementwiseOp& op = k.elementwise_ops[i];
+    std::vector<float> out((size_t)n);
+    op.row(x.data(), y.data(), n, (float)factor, out.data());
+    for (size_t j = 0; j < (size_t)n; ++j) {
+      const double a = x[j], b = y[j];
+      double want = 0, size = 0;  // size: of which the error is a share
+      switch (op.op) {
+        case DSO_OP_ADD:
+          want = a + b, size = std::fabs(a) + std::fabs(b);
+          break;
+        case DSO_OP_SWIGLU:
+          want = a / (1 + std::exp(-a)) * b;
+          break;
+        case DSO_OP_GEGLU:
+          want = gelu(a) * b, size = std::fabs(a * b);  // for negative a, 1 + tanh is small
+          break;
+        case DSO_OP_GELU:
+          want = gelu(a), size = std::fabs(a);
+          break;
+        case DSO_OP_SCALE:
+          want = factor * a;
+          break;
+        case DSO_OP_SOFTCAP:
+          want = factor * std::tanh(a / factor);
+          break;
+        default:
+          continue;  // compared with the reference backend in tests/backends/cpu
+      }
+      if (!check(std::fabs(out[j] - want) <= 1e-6 * std::max(size, std::fabs(want)) + 1e-37, "%s(%.8g, %.8g): %.8g, not %.8g",
+                 op.name, a, b, out[j], want))
+        break;
+    }
   }
 }
 
@@ -148,6 +189,7 @@ int main() {
   for (int64_t n = 1; n <= 130; ++n) {
     rows(all, n, 1, random);
     ops(all, n, random);
+    functions(*all[0].kernels, n, n % 2 ? 1 : 8, random);
   }
   for (int64_t n : {576, 1536, 4095}) rows(all, n, 20, random);
   for (const Variant& v : all) {

@@ -97,7 +97,7 @@ struct Setup {
     }
     std::vector<float> out((size_t)(n * layout().rank));
     for (int64_t h = 0; h < n; ++h)
-      k.attn_merge((float*)part.get() + h * part_floats(), n * part_floats(), chunks, layout().rank,
+      k.attn_merge((float*)part.get() + h * part_floats(), n * part_floats(), chunks, layout().rank, nullptr,
                    out.data() + h * layout().rank);
     return out;
   }
@@ -208,11 +208,11 @@ static void folding(const Variant& v, int64_t rank, int64_t chunks, int64_t grou
       part[0] = -INFINITY;
     }
   }
-  v.kernels->attn_merge(parts.data(), stride, chunks, rank, once.data());
+  v.kernels->attn_merge(parts.data(), stride, chunks, rank, nullptr, once.data());
   for (int64_t g = 0; g < groups; ++g)
     v.kernels->attn_fold(parts.data() + g * group * stride, stride, std::min(group, chunks - g * group), rank,
                          folded.data() + g * stride);
-  v.kernels->attn_merge(folded.data(), stride, groups, rank, twice.data());
+  v.kernels->attn_merge(folded.data(), stride, groups, rank, nullptr, twice.data());
   if (groups <= 2)
     check(once == twice, "%s: rank=%ld: %ld chunks, folded where one group of %ld saw anything, differ", v.name.c_str(),
           (long)rank, (long)chunks, (long)groups);

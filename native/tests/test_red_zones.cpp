@@ -6,7 +6,7 @@ namespace {
 
 const Kernels* whole = nullptr;
 
-void add_too_much(const float* a, const float* b, int64_t n, float* out) {
+void add_too_much(const float* a, const float* b, int64_t n, float, float* out) {
   whole->add(a, b, n, out);
   out[n] = 1;
 }

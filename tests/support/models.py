@@ -13,16 +13,43 @@ from typing import Any
 
 import torch
 from transformers import (
+    Cohere2Config,
     DeepseekV2Config,
     DeepseekV3Config,
     DeepseekV32Config,
+    Ernie4_5Config,
+    Exaone4Config,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GemmaConfig,
+    Glm4Config,
+    Glm4MoeConfig,
+    Glm4MoeLiteConfig,
+    GlmConfig,
+    GraniteConfig,
+    GraniteMoeConfig,
+    HunYuanDenseV1Config,
     Lfm2Config,
     LlamaConfig,
+    MiniMaxM2Config,
+    MinistralConfig,
     MistralConfig,
+    MixtralConfig,
+    Olmo2Config,
+    Olmo3Config,
+    Phi3Config,
     PreTrainedModel,
     Qwen2Config,
+    Qwen2MoeConfig,
+    Qwen3_5MoeTextConfig,
     Qwen3_5TextConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
+    Qwen3NextConfig,
+    SeedOssConfig,
+    SmolLM3Config,
+    StableLmConfig,
+    Starcoder2Config,
     YoutuConfig,
 )
 from transformers.models.auto import AutoModelForCausalLM
@@ -49,6 +76,115 @@ def qwen3(**fields: Any) -> Qwen3Config:
 
 def mistral(**fields: Any) -> MistralConfig:
     return MistralConfig(**{**_small(), "sliding_window": None, **fields})
+
+
+def smollm3(**fields: Any) -> SmolLM3Config:
+    return SmolLM3Config(**{**_small(), "num_hidden_layers": 4, **fields})
+
+
+def olmo2(**fields: Any) -> Olmo2Config:
+    return Olmo2Config(**{**_small(), **fields})
+
+
+def olmo3(**fields: Any) -> Olmo3Config:
+    return Olmo3Config(**{**_small(), "num_hidden_layers": 4, "sliding_window": 37, **fields})
+
+
+def phi3(**fields: Any) -> Phi3Config:
+    return Phi3Config(**{**_small(), "original_max_position_embeddings": 256, **fields})
+
+
+def glm(**fields: Any) -> GlmConfig:
+    return GlmConfig(**{**_small(), "head_dim": 20, **fields})
+
+
+def glm4(**fields: Any) -> Glm4Config:
+    return Glm4Config(**{**_small(), "head_dim": 20, **fields})
+
+
+def granite(**fields: Any) -> GraniteConfig:
+    factors = {"embedding_multiplier": 1.7, "attention_multiplier": 0.3, "residual_multiplier": 0.6, "logits_scaling": 3.0}
+    return GraniteConfig(**{**_small(), **factors, **fields})
+
+
+def gemma(**fields: Any) -> GemmaConfig:
+    return GemmaConfig(**{**_small(), "head_dim": 20, "tie_word_embeddings": True, **fields})
+
+
+def gemma2(**fields: Any) -> Gemma2Config:
+    limits = {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 5.0, "query_pre_attn_scalar": 24}
+    return Gemma2Config(**{**_small(), "head_dim": 20, "sliding_window": 37, **limits, **fields})
+
+
+def gemma3_text(**fields: Any) -> Gemma3TextConfig:
+    sizes = {"num_hidden_layers": 4, "head_dim": 20, "sliding_window": 37, "query_pre_attn_scalar": 24}
+    return Gemma3TextConfig(**{**_small(), **sizes, "sliding_window_pattern": 3, **fields})
+
+
+def ernie4_5(**fields: Any) -> Ernie4_5Config:
+    return Ernie4_5Config(**{**_small(), "head_dim": 20, **fields})
+
+
+def exaone4(**fields: Any) -> Exaone4Config:
+    return Exaone4Config(**{**_small(), "head_dim": 20, "sliding_window": 37, "sliding_window_pattern": 2, **fields})
+
+
+def seed_oss(**fields: Any) -> SeedOssConfig:
+    return SeedOssConfig(**{**_small(), "head_dim": 20, **fields})
+
+
+def hunyuan_v1_dense(**fields: Any) -> HunYuanDenseV1Config:
+    return HunYuanDenseV1Config(**{**_small(), "head_dim": 20, **fields})
+
+
+def ministral(**fields: Any) -> MinistralConfig:
+    return MinistralConfig(**{**_small(), "head_dim": 12, "sliding_window": 37, **fields})
+
+
+def stablelm(**fields: Any) -> StableLmConfig:
+    return StableLmConfig(**{**_small(), "partial_rotary_factor": 0.5, "layer_norm_eps": 1e-5, **fields})
+
+
+def starcoder2(**fields: Any) -> Starcoder2Config:
+    return Starcoder2Config(**{**_small(), **fields})
+
+
+def cohere2(**fields: Any) -> Cohere2Config:
+    return Cohere2Config(**{**_small(), "num_hidden_layers": 4, "sliding_window": 37, "logit_scale": 0.3, **fields})
+
+
+def mixtral(**fields: Any) -> MixtralConfig:
+    return MixtralConfig(**{**_small(), "intermediate_size": 44, "num_local_experts": 6, "num_experts_per_tok": 2, **fields})
+
+
+def qwen2_moe(**fields: Any) -> Qwen2MoeConfig:
+    return Qwen2MoeConfig(**{**_small(), **_PLAIN_EXPERTS, "shared_expert_intermediate_size": 52, **fields})
+
+
+def qwen3_moe(**fields: Any) -> Qwen3MoeConfig:
+    return Qwen3MoeConfig(**{**_small(), **_PLAIN_EXPERTS, "head_dim": 16, **fields})
+
+
+def glm4_moe(**fields: Any) -> Glm4MoeConfig:
+    experts = {"n_group": 3, "topk_group": 2, "n_shared_experts": 1, "norm_topk_prob": True, "num_mtp_layers": 0}
+    return Glm4MoeConfig(**{**_small(), **_EXPERTS, **experts, "head_dim": 20, **fields})
+
+
+def glm4_moe_lite(**fields: Any) -> Glm4MoeLiteConfig:
+    experts = {"n_group": 1, "topk_group": 1, "n_shared_experts": 1, "norm_topk_prob": True}
+    heads = {"num_attention_heads": 3, "num_key_value_heads": 3}
+    return Glm4MoeLiteConfig(**{**_latent(), **_EXPERTS, **experts, **heads, **fields})
+
+
+def minimax_m2(**fields: Any) -> MiniMaxM2Config:
+    experts = {"intermediate_size": 44, "num_local_experts": 6, "num_experts_per_tok": 2}
+    return MiniMaxM2Config(**{**_small(), **experts, "head_dim": 20, **fields})
+
+
+def granitemoe(**fields: Any) -> GraniteMoeConfig:
+    factors = {"embedding_multiplier": 1.7, "attention_multiplier": 0.3, "residual_multiplier": 0.6, "logits_scaling": 3.0}
+    experts = {"intermediate_size": 44, "num_local_experts": 6, "num_experts_per_tok": 2}
+    return GraniteMoeConfig(**{**_small(), **factors, **experts, **fields})
 
 
 def deepseek_v2(**fields: Any) -> DeepseekV2Config:
@@ -83,13 +219,29 @@ def lfm2(**fields: Any) -> Lfm2Config:
 
 
 def qwen3_5_text(**fields: Any) -> Qwen3_5TextConfig:
+    return Qwen3_5TextConfig(**{**_small(), **_delta_nets(), **fields})
+
+
+def qwen3_5_moe_text(**fields: Any) -> Qwen3_5MoeTextConfig:
+    return Qwen3_5MoeTextConfig(**{**_small(), **_delta_nets(), **_QWEN_EXPERTS, **fields})
+
+
+def qwen3_next(**fields: Any) -> Qwen3NextConfig:
+    return Qwen3NextConfig(**{**_small(), **_delta_nets(), **_QWEN_EXPERTS, **fields})
+
+
+_QWEN_EXPERTS = {
+    "num_experts": 10, "num_experts_per_tok": 3, "moe_intermediate_size": 44, "shared_expert_intermediate_size": 52,
+}  # fmt: skip
+
+
+def _delta_nets() -> dict[str, Any]:
     """All sizes of the delta nets differ, and none is a multiple of a vector."""
     sizes = {
         "head_dim": 24, "linear_num_key_heads": 3, "linear_key_head_dim": 20, "linear_num_value_heads": 6,
         "linear_value_head_dim": 18, "linear_conv_kernel_dim": 4, "num_hidden_layers": 4,
     }  # fmt: skip
-    kinds = ["linear_attention", "full_attention", "linear_attention", "linear_attention"]
-    return Qwen3_5TextConfig(**{**_small(), **sizes, "layer_types": kinds, **fields})
+    return {**sizes, "layer_types": ["linear_attention", "full_attention", "linear_attention", "linear_attention"]}
 
 
 def _latent() -> dict[str, Any]:
@@ -104,6 +256,9 @@ _EXPERTS: dict[str, Any] = {
     "n_routed_experts": 12, "num_experts_per_tok": 4, "n_shared_experts": 2, "moe_intermediate_size": 44,
     "first_k_dense_replace": 1, "routed_scaling_factor": 1.7,
 }  # fmt: skip
+
+
+_PLAIN_EXPERTS: dict[str, Any] = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 44}
 
 
 def native_cases() -> list[str]:
@@ -161,6 +316,10 @@ CASES: dict[str, Callable[[], Any]] = {
     "mistral-tied-window": lambda: mistral(tie_word_embeddings=True, sliding_window=37),
     "lfm2-mixed": lfm2,
     "lfm2-biases": lambda: lfm2(conv_bias=True, conv_L_cache=4, tie_word_embeddings=False, block_auto_adjust_ff_dim=False),
+    "lfm2-aligned": lambda: lfm2(hidden_size=96),
+    "qwen3_next-experts": qwen3_next,
+    "qwen3_next-steps": lambda: qwen3_next(decoder_sparse_step=2, norm_topk_prob=False, linear_num_key_heads=6),
+    "qwen3_5_moe_text-experts": qwen3_5_moe_text,
     "qwen3_5_text-mixed": qwen3_5_text,
     "qwen3_5_text-equal": lambda: qwen3_5_text(
         linear_num_key_heads=2,
@@ -169,6 +328,44 @@ CASES: dict[str, Callable[[], Any]] = {
         attention_bias=True,
         tie_word_embeddings=True,
     ),
+    "ministral-types": lambda: ministral(layer_types=["sliding_attention", "full_attention", "sliding_attention"]),
+    "smollm3-nope": lambda: smollm3(mlp_bias=True),
+    "smollm3-windows": lambda: smollm3(use_sliding_window=True, sliding_window=37, no_rope_layers=[1, 0, 0, 1]),
+    "olmo2-gqa": olmo2,
+    "olmo3-types": olmo3,
+    "olmo3-scaled": lambda: olmo3(
+        rope_parameters={"full_attention": _YARN["rope_parameters"], "sliding_attention": rope("default")["rope_parameters"]}
+    ),
+    "phi3-window": lambda: phi3(sliding_window=37),
+    "phi3-aligned": lambda: phi3(hidden_size=96, intermediate_size=128),
+    "phi3-longrope": lambda: phi3(
+        **rope("longrope", short_factor=[1.0, 1.1, 1.2, 1.4, 1.6], long_factor=[1.5, 2.0, 3.0, 5.0, 9.0]),
+        partial_rotary_factor=0.84,
+    ),
+    "glm-partial": glm,
+    "glm4-partial": glm4,
+    "granite-factors": granite,
+    "gemma-tied": gemma,
+    "gemma2-limits": gemma2,
+    "gemma3_text-two-ropes": gemma3_text,
+    "ernie4_5-biases": lambda: ernie4_5(use_bias=True),
+    "exaone4-types": exaone4,
+    "exaone4-global": lambda: exaone4(sliding_window=None, layer_types=["full_attention"] * 3),
+    "seed_oss-biases": lambda: seed_oss(attention_out_bias=True, mlp_bias=True),
+    "hunyuan_v1_dense-alpha": lambda: hunyuan_v1_dense(**rope("dynamic", factor=1.0, alpha=1000.0)),
+    "stablelm-partial": lambda: stablelm(use_qkv_bias=True),
+    "stablelm-parallel": lambda: stablelm(use_parallel_residual=True),
+    "starcoder2-window": lambda: starcoder2(sliding_window=37),
+    "cohere2-types": cohere2,
+    "mixtral-window": lambda: mixtral(sliding_window=37),
+    "qwen2_moe-shared": qwen2_moe,
+    "qwen2_moe-steps": lambda: qwen2_moe(norm_topk_prob=True, decoder_sparse_step=2, qkv_bias=False, mlp_only_layers=[0]),
+    "qwen3_moe-plain": qwen3_moe,
+    "qwen3_moe-normalised": lambda: qwen3_moe(norm_topk_prob=True, use_sliding_window=True, sliding_window=37),
+    "glm4_moe-groups": lambda: glm4_moe(use_qk_norm=True, attention_bias=True),
+    "glm4_moe_lite-latent": glm4_moe_lite,
+    "minimax_m2-partial": lambda: minimax_m2(rotary_dim=12),
+    "granitemoe-factors": granitemoe,
     "deepseek_v2-greedy": lambda: deepseek_v2(q_lora_rank=None, **_LITE),
     "deepseek_v2-groups": lambda: deepseek_v2(**_LIMITED),
     "deepseek_v2-biases": lambda: deepseek_v2(attention_bias=True, mlp_bias=True, hidden_size=80, num_attention_heads=16),

@@ -218,6 +218,7 @@ struct Stretch {
   int64_t k_pieces, v_panels,
       panel_bytes;  // K's pieces of a block, the last of which may be short, are as long as a panel of V
   const int64_t* ahead;
+  float softcap = 0;  // in units of log 2
 
   void look_ahead(const uint8_t* next, int64_t* out) const {  // next: the following K panel, or null
     const uint8_t* piece[max_pieces + look_ahead_pieces];
@@ -231,10 +232,12 @@ struct Stretch {
   }
 };
 
-// Logits of a tile's rows for P blocks: q K^T, masked, and the running maximum per lane.
+DSO_INLINE F capped(F x, float limit) { return mul(set(limit), tanh(div(x, set(limit)))); }
+
+// Logits of a tile's rows for P blocks: q K^T, capped, masked, and the running maximum per lane.
 template <Read T, int R, int P>
 static void block_logits(const Block* blocks, int64_t head_dim, const Span* see, int64_t k_pieces, const int64_t* ahead,
-                         const float* q, float* s, F* top) {
+                         float softcap, const float* q, float* s, F* top) {
   for (int64_t c = 0; c < block_tokens; c += 16 * tile_cols) {
     F acc[P][R][tile_cols];
     for (int p = 0; p < P; ++p)
@@ -256,6 +259,7 @@ static void block_logits(const Block* blocks, int64_t head_dim, const Span* see,
         for (int r = 0; r < R; ++r) {
           F x = acc[p][r][n];
           if (blocks[p].k_scale) x = mul(x, load(blocks[p].k_scale + t));
+          if (softcap > 0) x = capped(x, softcap);
           const int64_t begin = see[r].begin - from, end = see[r].end - from;
           if (begin > 0 || end < 16) {
             const F seen = keep(x, begin, end, set(minus_infinity()));
@@ -325,7 +329,7 @@ static void attend(const Stretch& x, int64_t k_dim, int64_t v_dim, const Span* s
   F top[R];
   for (int r = 0; r < R; ++r) top[r] = set(minus_infinity());
   by_several<panels_at_once<R>>(x.count, [&](int64_t b, auto several) {
-    block_logits<T, R, several.count>(x.blocks + b, k_dim, see, x.k_pieces, x.ahead + b * x.k_pieces, w.q,
+    block_logits<T, R, several.count>(x.blocks + b, k_dim, see, x.k_pieces, x.ahead + b * x.k_pieces, x.softcap, w.q,
                                       w.s + b * block_tokens, top);
   });
   float fade[16] = {};  // 2^(old m - new m), 0 if no token was visible before
@@ -399,7 +403,7 @@ struct QueryRows {
   const float* q;
   int64_t q_stride, group, r0, r1, ctx;
   VisibleTokens sight;
-  float scale;
+  Scores scores;
 
   Span row(int64_t r) const { return sight.chosen ? Span{0, ctx + r + 1} : visible(ctx, sight, r); }
   Span all() const { return together(row(r0), row(r1 - 1)); }
@@ -468,7 +472,8 @@ static void attend_blocks(const KvLayout& l, const KvView& view, int64_t kv_head
     }
     const Span seen = together(see[0], see[i1 - i0 - 1]);
     Block own[chunk_blocks];
-    Stretch part = {own, 0, panels, panels, block_tokens / row_depth<T> * row_bytes<T>, nothing_ahead};
+    Stretch part = {
+        own, 0, panels, panels, block_tokens / row_depth<T> * row_bytes<T>, nothing_ahead, rows.scores.softcap * log2e};
     for (int64_t b = 0; b < read.count; ++b)
       if (seen.touches(read.number[b])) own[part.count++] = blocks[b];
     if (part.count == 0) continue;
@@ -479,7 +484,7 @@ static void attend_blocks(const KvLayout& l, const KvView& view, int64_t kv_head
     }
     for (int64_t i = i0; i < i1; ++i) {
       const float* row = (const float*)((const char*)rows.q + (rows.r0 + i / rows.group) * rows.q_stride);
-      bring_query<T>(row + i % rows.group * l.head_dim, l.head_dim, rows.scale, (int)(i - i0), w);
+      bring_query<T>(row + i % rows.group * l.head_dim, l.head_dim, rows.scores.scale, (int)(i - i0), w);
     }
     attend_rows<T>((int)(i1 - i0), part, l.head_dim, l.head_dim, see, state, w);
   }

@@ -12,15 +12,15 @@ static bool any_nan(const float* x, int64_t n) {
 }
 
 static void attn_decode_chunk(const KvLayout& l, const KvView& v, int64_t kv_head, const float* q, int64_t q_stride,
-                              int64_t group, int64_t r0, int64_t r1, int64_t ctx, const VisibleTokens& sight, float scale,
-                              int64_t chunk, float* part, uint8_t* scratch) {
+                              int64_t group, int64_t r0, int64_t r1, int64_t ctx, const VisibleTokens& sight,
+                              const Scores& scores, int64_t chunk, float* part, uint8_t* scratch) {
   Workspace& w = *(Workspace*)scratch;
   const int64_t d = l.head_dim, stride = d + 16, count = (r1 - r0) * group;
   constexpr int64_t most = 64;  // number of rows and heads whose m and l fit on the stack
   if (count > most && r1 - r0 > 1) {
     const int64_t half = r0 + (r1 - r0) / 2;
-    attn_decode_chunk(l, v, kv_head, q, q_stride, group, r0, half, ctx, sight, scale, chunk, part, scratch);
-    attn_decode_chunk(l, v, kv_head, q, q_stride, group, half, r1, ctx, sight, scale, chunk,
+    attn_decode_chunk(l, v, kv_head, q, q_stride, group, r0, half, ctx, sight, scores, chunk, part, scratch);
+    attn_decode_chunk(l, v, kv_head, q, q_stride, group, half, r1, ctx, sight, scores, chunk,
                       part + (half - r0) * group * stride, scratch);
     return;
   }
@@ -33,7 +33,7 @@ static void attn_decode_chunk(const KvLayout& l, const KvView& v, int64_t kv_hea
       sum[i] = 0;
       memset(out + i * stride, 0, stride * 4);
     }
-    const QueryRows task = {q + h0 * d, q_stride, heads, r0, r1, ctx, sight, scale};
+    const QueryRows task = {q + h0 * d, q_stride, heads, r0, r1, ctx, sight, scores};
     const auto output = [=](int64_t i) { return out + i * stride + 16; };
     attend_cache(l, v, kv_head, task, chunk, m, sum, output, w);
     for (int64_t i = 0; i < rows; ++i) {
@@ -46,7 +46,7 @@ static void attn_decode_chunk(const KvLayout& l, const KvView& v, int64_t kv_hea
     for (int64_t i = 0; i < count; ++i)
       if (any_nan(part + i * stride + 16, d)) {
         for (int64_t r = r0; r < r1; ++r)
-          attn_decode_chunk(l, v, kv_head, q, q_stride, group, r, r + 1, ctx, sight, scale, chunk,
+          attn_decode_chunk(l, v, kv_head, q, q_stride, group, r, r + 1, ctx, sight, scores, chunk,
                             part + (r - r0) * group * stride, scratch);
         return;
       }
@@ -74,9 +74,10 @@ DSO_INLINE F merge_columns(const float* part, int64_t part_stride, int64_t chunk
 // l.
 template <int N, bool whole>
 DSO_INLINE void merged(const float* part, int64_t part_stride, int64_t chunks, float top, int64_t column, int64_t columns,
-                       float* out) {
+                       const float* sink, float* out) {
   F o[N];
-  const F l = merge_columns<N>(part, part_stride, chunks, top, column, columns, o);
+  F l = merge_columns<N>(part, part_stride, chunks, top, column, columns, o);
+  if (sink) l = add(l, exp2(set(*sink * log2e - top)));
   if constexpr (!whole) {
     float sums[16];
     store(sums, l);
@@ -87,21 +88,23 @@ DSO_INLINE void merged(const float* part, int64_t part_stride, int64_t chunks, f
 }
 
 template <bool whole>
-static void merge_parts(const float* part, int64_t part_stride, int64_t chunks, int64_t head_dim, float* out) {
-  float top = minus_infinity();
+static void merge_parts(const float* part, int64_t part_stride, int64_t chunks, int64_t head_dim, const float* sink,
+                        float* out) {
+  float top = sink ? *sink * log2e : minus_infinity();
   for (int64_t c = 0; c < chunks; ++c)
     if (part[c * part_stride] > top) top = part[c * part_stride];
   if (!whole) out[0] = top;
   if (top == minus_infinity()) top = 0;
   int64_t i = 0;
-  for (; i + 64 <= head_dim; i += 64) merged<4, whole>(part, part_stride, chunks, top, i, 64, out);
-  for (; i < head_dim; i += 16) merged<1, whole>(part, part_stride, chunks, top, i, head_dim - i, out);
+  for (; i + 64 <= head_dim; i += 64) merged<4, whole>(part, part_stride, chunks, top, i, 64, sink, out);
+  for (; i < head_dim; i += 16) merged<1, whole>(part, part_stride, chunks, top, i, head_dim - i, sink, out);
 }
 
-static void attn_merge(const float* part, int64_t part_stride, int64_t chunks, int64_t head_dim, float* out) {
-  merge_parts<true>(part, part_stride, chunks, head_dim, out);
+static void attn_merge(const float* part, int64_t part_stride, int64_t chunks, int64_t head_dim, const float* sink,
+                       float* out) {
+  merge_parts<true>(part, part_stride, chunks, head_dim, sink, out);
 }
 static void attn_fold(const float* part, int64_t part_stride, int64_t chunks, int64_t head_dim, float* out) {
-  merge_parts<false>(part, part_stride, chunks, head_dim, out);
+  merge_parts<false>(part, part_stride, chunks, head_dim, nullptr, out);
 }
 }  // namespace dso::DSO_ISA_NAMESPACE

@@ -6,8 +6,8 @@
 namespace dso::DSO_ISA_NAMESPACE {
 
 template <Read T>
-static void eager(const KvLayout& l, const KvView& v, int64_t kv_head, const float* q, int64_t n, int64_t first, float scale,
-                  float* scores, float* o) {
+static void eager(const KvLayout& l, const KvView& v, int64_t kv_head, const float* q, int64_t n, int64_t first,
+                  const Scores& how, float* scores, float* o) {
   alignas(64) uint8_t room[block_room_bytes];
   alignas(64) float weight[block_tokens];
   const int64_t d = l.head_dim, panel_bytes = head_layout(l.type, d).panel;
@@ -22,8 +22,9 @@ static void eager(const KvLayout& l, const KvView& v, int64_t kv_head, const flo
       product<T, 1>(q, block.k + c * column_bytes<T>, d / row_depth<T>, 0, acc);
       for (int i = 0; i < tile_cols; ++i) {
         const int64_t slot = c + 16 * i, t = b * block_tokens + slot;
-        F x = mul(acc[0][0][i], set(scale));
+        F x = mul(acc[0][0][i], set(how.scale));
         if (block.k_scale) x = mul(x, load(block.k_scale + slot));
+        if (how.softcap > 0) x = capped(x, how.softcap);
         x = keep(x, first - t, n - t, set(minus_infinity()));
         top = max(top, x);
         if (t < n) store(scores + t, x, n - t);
@@ -31,6 +32,7 @@ static void eager(const KvLayout& l, const KvView& v, int64_t kv_head, const flo
     }
   }
 
+  if (how.sinks) top = max(top, set(how.sinks[0]));
   const float m = largest(top);
   F total = zero();
   for (int64_t t = begin * block_tokens; t < n; t += 16) {
@@ -38,7 +40,7 @@ static void eager(const KvLayout& l, const KvView& v, int64_t kv_head, const flo
     total = add(total, x);
     store(scores + t, x, n - t);
   }
-  const F sum_all = set(sum(total));
+  const F sum_all = how.sinks ? add(set(sum(total)), exp(set(how.sinks[0] - m))) : set(sum(total));
 
   memset(o, 0, d * 4);
   for (int64_t b = begin; b < end; ++b) {
@@ -66,12 +68,12 @@ static void eager(const KvLayout& l, const KvView& v, int64_t kv_head, const flo
 }
 
 static void attn_eager(const KvLayout& l, const KvView& v, int64_t kv_head, const float* q, int64_t n, int64_t first,
-                       float scale, float* scores, float* o) {
+                       const Scores& scores, float* row, float* o) {
   if (l.type == DSO_KV_F32)
-    eager<Read::f32>(l, v, kv_head, q, n, first, scale, scores, o);
+    eager<Read::f32>(l, v, kv_head, q, n, first, scores, row, o);
   else if (l.type == DSO_KV_BF16)
-    eager<Read::bf16>(l, v, kv_head, q, n, first, scale, scores, o);
+    eager<Read::bf16>(l, v, kv_head, q, n, first, scores, row, o);
   else
-    eager<Read::i8>(l, v, kv_head, q, n, first, scale, scores, o);
+    eager<Read::i8>(l, v, kv_head, q, n, first, scores, row, o);
 }
 }  // namespace dso::DSO_ISA_NAMESPACE

@@ -67,9 +67,9 @@ static void multiply(const float* a, const float* b, int64_t n, float* out) {
   each(a, b, n, out, [](F x, F y) { return mul(x, y); });
 }
 
-// sigmoid(gate) * x
-static void sigmoid_gate(const float* gate, const float* x, int64_t n, float* out) {
-  each(gate, x, n, out, [](F g, F v) { return mul(sigmoid(g), v); });
+// gelu(gate) * up
+static void geglu(const float* gate, const float* up, int64_t n, float* out) {
+  each(gate, up, n, out, [](F x, F y) { return mul(gelu(x), y); });
 }
 
 // e^(x - max x) divided by their sum, which uses one accumulator. A NaN or a positive infinity makes all NaN, as in torch.
@@ -90,6 +90,16 @@ static void softmax(const float* x, int64_t n, float* out) {
 
 static void sigmoid(const float* x, int64_t n, float* out) {
   each(x, n, out, [](F v) { return sigmoid(v); });
+}
+
+// x * sigmoid(gate); `one`: gate is a single element
+static void sigmoid_gate(const float* x, const float* gate, bool one, int64_t n, float* out) {
+  if (one) {
+    const F weight = sigmoid(set(gate[0]));
+    each(x, n, out, [=](F v) { return mul(v, weight); });
+  } else {
+    each(x, gate, n, out, [](F v, F g) { return mul(v, sigmoid(g)); });
+  }
 }
 
 // y = fma(x, scale, y)

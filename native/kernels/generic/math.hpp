@@ -36,6 +36,24 @@ DSO_INLINE F exp2(F x) {
 DSO_INLINE F sigmoid(F x) { return div(set(1.0f), add(set(1.0f), exp(sub(zero(), x)))); }
 DSO_INLINE F silu(F x) { return div(x, add(set(1.0f), exp(sub(zero(), x)))); }  // x * sigmoid(x)
 
+// x / 2 * (1 + tanh(z)) = x / (1 + e^(-2 z)), z = sqrt(2 / pi) * (x + 0.044715 x^3)
+DSO_INLINE F gelu(F x) {
+  const F z = mul(set(-1.5957691f), fma(mul(x, mul(x, x)), set(0.044715f), x));
+  return div(x, add(set(1.0f), exp(z)));
+}
+// Near 0 by Cephes' tanhf polynomial: 1 - 2 / (e^2x + 1) would lose the small digits of x.
+DSO_INLINE F tanh(F x) {
+  const F square = mul(x, x);
+  F p = set(-5.70498872745e-3f);
+  p = fma(p, square, set(2.06390887954e-2f));
+  p = fma(p, square, set(-5.37397155531e-2f));
+  p = fma(p, square, set(1.33314422036e-1f));
+  p = fma(p, square, set(-3.33332819422e-1f));
+  const F small = fma(mul(p, square), x, x);
+  const F large = sub(set(1.0f), div(set(2.0f), add(exp(add(x, x)), set(1.0f))));
+  return less(square, set(0.390625f), small, large);
+}
+
 DSO_INLINE float from_f16(uint16_t x) { return _cvtsh_ss(x); }
 DSO_INLINE uint16_t to_f16(float x) { return _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT); }  // half to even
 DSO_INLINE float from_bf16(uint16_t x) {

@@ -18,6 +18,7 @@ from .gguf import GgufCheckpoint
 from .load import LoadProgress, check_tensors, stream_weights
 from .manifest import Manifest
 from .packed import PackedCheckpoint, is_packed
+from .published_names import with_parameter_names
 from .tokenizer import check_tokenizer_beside, check_tokenizer_size, load_tokenizer
 
 
@@ -43,7 +44,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     files, tensors = open_files(path)
     try:
         kind = PackedCheckpoint if is_packed(config) else Fp8Checkpoint if is_fp8(config) else SafetensorsCheckpoint
-        return kind(path, config, files, tensors)
+        return kind(path, config, files, with_parameter_names(tensors, config.get("model_type")))
     except BaseException:
         for file in files.values():
             file.close()

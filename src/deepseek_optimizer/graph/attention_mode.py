@@ -157,4 +157,5 @@ def _narrowed(node: Node, read: set[Value]) -> Node:
     """A product without the matrices whose results are not read."""
     used = [i for i, value in enumerate(node.outputs) if value in read]
     outputs, weights, biases = (tuple(values[i] for i in used) for values in (node.outputs, node.weights, node.attrs["biases"]))
-    return node.with_(outputs=outputs, weights=weights, attrs={**node.attrs, "biases": biases})
+    rows = {"rows": tuple(node.attrs["rows"][i] for i in used)} if node.attrs.get("rows") else {}
+    return node.with_(outputs=outputs, weights=weights, attrs={**node.attrs, "biases": biases, **rows})

@@ -34,11 +34,12 @@ def _matrix_of(graph: Graph, value: Value) -> str:
 
 def exact_weights(graph: Graph) -> frozenset[str]:
     """Names of weights that are never packed but stored in fp32, as in Transformers: routers and their biases, and the weights
-    of the indexer's heads. They are small, and decide which experts and tokens are used."""
+    of the indexer's heads, which decide which experts and tokens are used, and those of gates with one value per row. They are
+    small."""
     names: set[str | None] = set()
     for node in graph.nodes:
         if node.op == "router":
             names.update((*node.weights, node.attrs["bias"]))
-        if node.op == "index_choose":
+        if node.op == "index_choose" or (node.op == "sigmoid_gate" and node.inputs[1].width == 1):
             names.add(_matrix_of(graph, node.inputs[1]))
     return frozenset(name for name in names if name is not None)

@@ -32,7 +32,8 @@ class SlotPlan:
 
 
 def assign_slots(graph: Graph) -> SlotPlan:
-    """Assigns a slot to each value. The slot of the logits is not shared, since it is the caller's buffer."""
+    """Assigns a slot to each value. The slot of the logits is not shared, since it is the caller's buffer; nodes after the head
+    work in it in place."""
     last_use = last_uses(graph)
     slots: list[Slot] = []
     slot_of: dict[Value, int] = {}
@@ -41,22 +42,23 @@ def assign_slots(graph: Graph) -> SlotPlan:
     def take(value: Value) -> int:
         shape = Slot(value.width, value.kind, value.selected, value.repeat)
         reusable = free.get(shape)
-        if reusable and value != result:
+        if reusable and value not in results:
             return reusable.pop()
         slots.append(shape)
         return len(slots) - 1
 
-    result = next((n.outputs[0] for n in reversed(graph.nodes) if n.op == "lm_head"), None)
+    head = next((i for i, n in enumerate(graph.nodes) if n.op == "lm_head"), len(graph.nodes))
+    results = {value for node in graph.nodes[head:] for value in node.outputs}
     for i, node in enumerate(graph.nodes):
-        dying = {v for v in node.inputs if last_use[v] == i and v != result}
+        dying = {v for v in node.inputs if last_use[v] == i}
         for out_index, value in enumerate(node.outputs):
             source = _overwritten(node, out_index, dying)
-            if source is None or value == result:
+            if source is None:
                 slot_of[value] = take(value)
             else:
                 slot_of[value] = slot_of[source]
                 dying.discard(source)
-        dead_on_arrival = [v for v in node.outputs if v not in last_use and v != result]
+        dead_on_arrival = [v for v in node.outputs if v not in last_use and v not in results]
         for value in (*sorted(dying, key=lambda v: v.name), *dead_on_arrival):
             index = slot_of[value]
             free.setdefault(slots[index], []).append(index)

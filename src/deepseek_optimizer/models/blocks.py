@@ -1,4 +1,4 @@
-"""Building blocks of decoders as graph nodes: embedding, layers, attention, gated MLP, head.
+"""Building blocks of decoders as graph nodes: embedding, layers, norms, MLP, head.
 
 Every function appends its nodes to a list and returns their output. Weights are named by their module path in Transformers.
 """
@@ -6,44 +6,15 @@ Every function appends its nodes to a list and returns their output. Weights are
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from ..graph.ir import CacheSpec, Graph, LatentSpec, Node, StateSpec, Value
-from .decoder import Decoder, Trunk
+from .decoder import Trunk
 
-# (nodes, input, RoPE's table, layer) -> output
-Attend = Callable[[list[Node], Value, Value, int], Value]
+# (nodes, input, RoPE's table or None for a layer without RoPE, layer) -> output
+Attend = Callable[[list[Node], Value, "Value | None", int], Value]
 # (nodes, input, layer) -> output
 FeedForward = Callable[[list[Node], Value, int], Value]
-
-
-def decoder_graph(d: Decoder) -> Graph:
-    """The unfused graph of a decoder whose attention has keys and values per head."""
-
-    def attend(nodes: list[Node], x: Value, table: Value, layer: int) -> Value:
-        return attention(nodes, d, x, table, layer, AttentionLayer(f"model.layers.{layer}.self_attn", layer))
-
-    def feed_forward(nodes: list[Node], x: Value, layer: int) -> Value:
-        return mlp(nodes, d, x, f"l{layer}.mlp", f"model.layers.{layer}.mlp", d.intermediate)
-
-    return trunk_graph(d, CacheSpec(d.layers, d.kv_heads, d.head_dim), attend, feed_forward)
-
-
-@dataclass(frozen=True)
-class Norms:
-    """The norms of a decoder.
-
-    Attributes:
-        before_attention, before_mlp: names of a layer's norms.
-        final: path of the norm after the last layer.
-        offset: added to the weights of these norms.
-    """
-
-    before_attention: str = "input_layernorm"
-    before_mlp: str = "post_attention_layernorm"
-    final: str = "model.norm"
-    offset: float = 0.0
 
 
 def trunk_graph(
@@ -51,47 +22,57 @@ def trunk_graph(
     cache: CacheSpec | LatentSpec,
     attend: Attend,
     feed_forward: FeedForward,
-    norms: Norms = Norms(),
     states: tuple[StateSpec, ...] = (),
 ) -> Graph:
-    """The unfused graph of a model of pre-norm decoder layers.
+    """The unfused graph of a decoder-only model.
 
     Args:
         d: the model's sizes.
         cache: the contents of the KV cache.
         attend, feed_forward: append the nodes of a layer's attention and feed-forward network.
-        norms: the decoder's norms.
         states: the recurrent states of a sequence.
     """
     nodes: list[Node] = []
-    x = emit(nodes, "embedding", (), "embed", d.hidden, "model.embed_tokens.weight", scale=1.0)
-    table = emit(nodes, "rope_table", (), "rope", d.rope.rot, rope=d.rope)
+    x = emit(nodes, "embedding", (), "embed", d.hidden, "model.embed_tokens.weight", scale=d.embedding_scale)
+    if d.input_scale != 1.0:
+        x = emit(nodes, "scale", (x,), "embed_scaled", d.hidden, scale=d.input_scale)
+    used = [i for i in range(len(d.ropes)) if any(d.rope_of(layer) == i for layer in range(d.layers))]
+    tables = {i: emit(nodes, "rope_table", (), f"rope{i or ''}", d.ropes[i].rot, rope=d.ropes[i]) for i in used}
     for layer in range(d.layers):
         nodes.append(Node("hidden_out", (x,), attrs={"index": layer}))
-        x = decoder_layer(nodes, d, x, table, layer, attend, feed_forward, norms)
-    normed = norm(nodes, x, "final", norms.final, d.eps, norms.offset)
+        rope = d.rope_of(layer)
+        x = decoder_layer(nodes, d, x, None if rope is None else tables[rope], layer, attend, feed_forward)
+    normed = norm(nodes, d, x, "final", d.final_norm)
     nodes.append(Node("hidden_out", (normed,), attrs={"index": d.layers}))
     head = "model.embed_tokens.weight" if d.tied else "lm_head.weight"
-    emit(nodes, "lm_head", (normed,), "logits", d.vocab, head, bias=None)
+    limits = {"scale": d.logit_scale} if d.logit_scale != 1.0 else {}
+    limits |= {"softcap": d.logit_softcap} if d.logit_softcap else {}
+    emit(nodes, "lm_head", (normed,), "logits", d.vocab, head, bias=None, **limits)
     return Graph(d.family, nodes, d.vocab, d.hidden, d.layers + 1, cache, d.max_positions, states)
 
 
 def decoder_layer(
-    nodes: list[Node],
-    d: Trunk,
-    x: Value,
-    table: Value,
-    layer: int,
-    attend: Attend,
-    feed_forward: FeedForward,
-    norms: Norms = Norms(),
+    nodes: list[Node], d: Trunk, x: Value, table: Value | None, layer: int, attend: Attend, feed_forward: FeedForward
 ) -> Value:
-    """y = x + attention(norm(x)); the output is y + MLP(norm(y))."""
-    name, path = f"l{layer}", f"model.layers.{layer}"
-    normed = norm(nodes, x, f"{name}.attn_in", f"{path}.{norms.before_attention}", d.eps, norms.offset)
-    x = add(nodes, x, attend(nodes, normed, table, layer), f"{name}.attn_out")
-    normed = norm(nodes, x, f"{name}.mlp_in", f"{path}.{norms.before_mlp}", d.eps, norms.offset)
-    return add(nodes, x, feed_forward(nodes, normed, layer), f"{name}.out")
+    """y = x + attention(norm(x)); the output is y + MLP(norm(y)). `d.layer_norms` says which norms there are."""
+    name, path, norms = f"l{layer}", f"model.layers.{layer}", d.layer_norms
+
+    def normed(value: Value, which: str, label: str) -> Value:
+        return norm(nodes, d, value, f"{name}.{label}", f"{path}.{which}") if which else value
+
+    def added(residual: Value, delta: Value, label: str) -> Value:
+        if d.residual_scale != 1.0:
+            delta = emit(nodes, "scale", (delta,), f"{delta.name}.scaled", delta.width, scale=d.residual_scale)
+        return add(nodes, residual, delta, label)
+
+    before = normed(x, norms.attention_in, "attn_in")
+    attended = normed(attend(nodes, before, table, layer), norms.attention_out, "attn_normed")
+    if norms.parallel:
+        forward = feed_forward(nodes, before, layer)
+        return added(added(x, attended, f"{name}.attn_out"), forward, f"{name}.out")
+    x = added(x, attended, f"{name}.attn_out")
+    forward = feed_forward(nodes, normed(x, norms.mlp_in, "mlp_in"), layer)
+    return added(x, normed(forward, norms.mlp_out, "mlp_normed"), f"{name}.out")
 
 
 def emit(
@@ -103,87 +84,55 @@ def emit(
     return out
 
 
-def linear(nodes: list[Node], x: Value, name: str, width: int, path: str, bias: bool = False) -> Value:
-    return emit(nodes, "linear", (x,), name, width, f"{path}.weight", biases=(f"{path}.bias" if bias else None,))
+def linear(
+    nodes: list[Node],
+    x: Value,
+    name: str,
+    width: int,
+    path: str,
+    bias: bool = False,
+    rows: tuple[int, int, int] | None = None,
+) -> Value:
+    """A product with a matrix, or with `rows` (begin, end, total) of one."""
+    attrs: dict[str, Any] = {"biases": (f"{path}.bias" if bias else None,)}
+    if rows is not None:
+        attrs["rows"] = (rows,)
+    return emit(nodes, "linear", (x,), name, width, f"{path}.weight", **attrs)
 
 
-def norm(nodes: list[Node], x: Value, name: str, path: str, eps: float, offset: float = 0.0) -> Value:
-    return emit(nodes, "rms_norm", (x,), name, x.width, f"{path}.weight", eps=eps, **offset_attr(offset))
+def norm(nodes: list[Node], d: Trunk, x: Value, name: str, path: str) -> Value:
+    """The model's kind of norm over whole rows."""
+    if d.norm == "layer":
+        out = Value(name, x.width)
+        weights = (f"{path}.weight", f"{path}.bias") if d.norm_bias else (f"{path}.weight",)
+        nodes.append(Node("layer_norm", (x,), (out,), weights, {"eps": d.eps}))
+        return out
+    return rms_norm(nodes, x, name, path, d.eps, d.norm == "rms_offset")
 
 
-def offset_attr(offset: float) -> dict[str, float]:
-    """The attribute `offset` of a norm, if it has one."""
-    return {"offset": offset} if offset else {}
+def rms_norm(nodes: list[Node], x: Value, name: str, path: str, eps: float, unit_offset: bool = False) -> Value:
+    offset = {"unit_offset": True} if unit_offset else {}
+    return emit(nodes, "rms_norm", (x,), name, x.width, f"{path}.weight", eps=eps, **offset)
 
 
 def add(nodes: list[Node], x: Value, delta: Value, name: str) -> Value:
     return emit(nodes, "add", (x, delta), name, x.width)
 
 
-def mlp(
-    nodes: list[Node],
-    d: Trunk,
-    x: Value,
-    name: str,
-    path: str,
-    width: int,
-    names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
-) -> Value:
-    """W_down (silu(W_gate x) * (W_up x)); `width`: size of the intermediate result; `names`: of the three matrices."""
-    gate = linear(nodes, x, f"{name}.gate", width, f"{path}.{names[0]}", d.mlp_bias)
-    up = linear(nodes, x, f"{name}.up", width, f"{path}.{names[1]}", d.mlp_bias)
-    hidden = emit(nodes, "swiglu", (gate, up), f"{name}.h", width)
-    return linear(nodes, hidden, f"{name}.down", d.hidden, f"{path}.{names[2]}", d.mlp_bias)
+def mlp(nodes: list[Node], d: Trunk, x: Value, name: str, path: str, width: int) -> Value:
+    """W_down (act(W_gate x) * (W_up x)), or W_down act(W_up x) without a gate; `width`: size of the intermediate result."""
+    form = d.mlp
+    down = f"{path}.{form.down}"
+    if not form.gate:
+        up = linear(nodes, x, f"{name}.up", width, f"{path}.{form.up}", form.bias)
+        hidden = emit(nodes, "gelu", (up,), f"{name}.h", width)
+        return linear(nodes, hidden, f"{name}.down", d.hidden, down, form.bias)
+    fused = form.gate == form.up
+    gate_rows, up_rows = ((0, width, 2 * width), (width, 2 * width, 2 * width)) if fused else (None, None)
+    gate = linear(nodes, x, f"{name}.gate", width, f"{path}.{form.gate}", form.bias, gate_rows)
+    up = linear(nodes, x, f"{name}.up", width, f"{path}.{form.up}", form.bias, up_rows)
+    hidden = emit(nodes, GATED[form.activation], (gate, up), f"{name}.h", width)
+    return linear(nodes, hidden, f"{name}.down", d.hidden, down, form.bias)
 
 
-@dataclass(frozen=True)
-class AttentionLayer:
-    """One layer's attention with keys and values per head.
-
-    Attributes:
-        path: path of its module.
-        cache_layer: its layer of the cache.
-        o_proj, qk_norms: names of the output projection and of the norms of q and k.
-        norm_offset: added to the weights of these norms.
-        gated: q_proj also computes a gate per head, next to each query head; the result is multiplied by its sigmoid.
-    """
-
-    path: str
-    cache_layer: int
-    o_proj: str = "o_proj"
-    qk_norms: tuple[str, str] = ("q_norm", "k_norm")
-    norm_offset: float = 0.0
-    gated: bool = False
-
-
-def attention(nodes: list[Node], d: Decoder, x: Value, table: Value, layer: int, form: AttentionLayer) -> Value:
-    """Projections, q/k norm, RoPE, cache write, causal attention, gate, output projection."""
-    name, path = f"l{layer}", form.path
-    heads = {"q": d.heads, "k": d.kv_heads, "v": d.kv_heads}
-    widths = {p: n * d.head_dim for p, n in heads.items()}
-    if form.gated:
-        widths["q"] *= 2
-    qkv = {p: linear(nodes, x, f"{name}.{p}", width, f"{path}.{p}_proj", d.qkv_bias) for p, width in widths.items()}
-    if form.gated:
-        parts = {"q": (0, d.head_dim), "gate": (d.head_dim, 2 * d.head_dim)}
-        qkv |= {
-            p: emit(nodes, "columns", (qkv["q"],), f"{name}.{p}_part", widths["q"] // 2, groups=d.heads, begin=begin, end=end)
-            for p, (begin, end) in parts.items()
-        }
-    for p, norm_name in zip("qk", form.qk_norms, strict=True):
-        shape = {"heads": heads[p], "head_dim": d.head_dim}
-        if d.qk_norm:
-            qkv[p] = emit(
-                nodes, "head_norm", (qkv[p],), f"{name}.{p}_norm", qkv[p].width, f"{path}.{norm_name}.weight", eps=d.eps,
-                **shape, **offset_attr(form.norm_offset),
-            )  # fmt: skip
-        qkv[p] = emit(nodes, "rope", (qkv[p], table), f"{name}.{p}_rope", qkv[p].width, interleaved=False, **shape)
-    cache = {"layer": form.cache_layer, "kv_heads": d.kv_heads, "head_dim": d.head_dim}
-    nodes.append(Node("cache_write", (qkv["k"], qkv["v"]), attrs=cache))
-    attended = emit(
-        nodes, "attention", (qkv["q"],), f"{name}.attn", qkv["q"].width, heads=d.heads, scale=d.head_dim**-0.5,
-        window=d.windows[layer], softmax="eager", **cache,
-    )  # fmt: skip
-    if form.gated:
-        attended = emit(nodes, "sigmoid_gate", (qkv["gate"], attended), f"{name}.attn_gated", attended.width)
-    return linear(nodes, attended, f"{name}.o", d.hidden, f"{path}.{form.o_proj}", d.o_bias)
+GATED = {"silu": "swiglu", "gelu": "geglu"}  # activation -> op

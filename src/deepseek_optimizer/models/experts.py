@@ -11,7 +11,7 @@ from typing import Any
 
 from ..errors import ConfigError
 from ..graph.ir import Node, Value
-from .blocks import FeedForward, add, emit, linear, mlp
+from .blocks import GATED, FeedForward, add, emit, linear, mlp
 from .decoder import MAX_LAYERS, MAX_WIDTH, Trunk
 from .fields import Fields
 
@@ -26,9 +26,11 @@ class Routing:
         experts, top_k: number of experts, and how many are chosen per token.
         groups, top_groups: number of groups of experts, and how many best groups the experts are chosen from.
         scoring, group_score, normalise, scale: as in op `router`.
-        bias: whether a correction bias is added to the scores for the choice.
+        bias: name of the correction bias that is added to the scores for the choice; "": none.
         width: intermediate size of an expert.
-        shared: intermediate size of all shared experts together.
+        shared: intermediate size of all shared experts together; 0: there are none.
+        module, gate, shared_module: names of the layer's module, and in it of the router and the shared experts.
+        shared_gate: name of the projection to the logit of the shared experts' weight; "": they have the weight 1.
     """
 
     experts: int
@@ -39,9 +41,13 @@ class Routing:
     group_score: str
     normalise: bool
     scale: float
-    bias: bool
+    bias: str
     width: int
     shared: int
+    module: str = "mlp"
+    gate: str = "gate"
+    shared_module: str = "shared_experts"
+    shared_gate: str = ""
 
 
 def read_softmax_routing(fields: Fields, hidden: int) -> Routing:
@@ -50,7 +56,7 @@ def read_softmax_routing(fields: Fields, hidden: int) -> Routing:
     fields.only("norm_topk_prob", None, False)  # Transformers' router would ignore it
     fields.only("topk_method", "greedy", "group_limited_greedy")
     limited = fields.get("topk_method") == "group_limited_greedy"
-    return _routing(fields, hidden, grouped=limited, scoring="softmax", group_score="max", normalise=False, bias=False)
+    return _routing(fields, hidden, grouped=limited, scoring="softmax", group_score="max", normalise=False, bias="")
 
 
 def read_sigmoid_routing(fields: Fields, hidden: int) -> Routing:
@@ -58,7 +64,30 @@ def read_sigmoid_routing(fields: Fields, hidden: int) -> Routing:
     fields.only("scoring_func", None, "sigmoid")
     fields.only("topk_method", None, "noaux_tc")
     normalise = fields.flag("norm_topk_prob")
-    return _routing(fields, hidden, grouped=True, scoring="sigmoid", group_score="top2", normalise=normalise, bias=True)
+    bias = "gate.e_score_correction_bias"
+    return _routing(fields, hidden, grouped=True, scoring="sigmoid", group_score="top2", normalise=normalise, bias=bias)
+
+
+def read_plain_routing(fields: Fields, hidden: int, *, experts: str = "num_experts", width: str, **rest: Any) -> Routing:
+    """Routing without groups, scales or shared experts: the `num_experts_per_tok` experts with the highest scores.
+
+    Args:
+        fields: the config.
+        hidden: hidden size.
+        experts, width: names of the fields with the number of experts and their intermediate size.
+        rest: further fields of `Routing`; softmax scores, normalised, without a bias by default.
+    """
+    count, top_k = fields.integer(experts, MAX_EXPERTS), fields.integer("num_experts_per_tok", MAX_EXPERTS)
+    if top_k > count:
+        raise ConfigError(f"config.num_experts_per_tok: cannot choose {top_k} of {experts} {count}")
+    size = fields.integer(width, MAX_WIDTH)
+    if 2 * count * size * hidden > MAX_EXPERT_WEIGHTS:
+        raise ConfigError(f"config.{experts}: {count} experts of {size} x {hidden} exceed the maximum per layer")
+    options: dict[str, Any] = {
+        "groups": 1, "top_groups": 1, "scoring": "softmax", "group_score": "max", "normalise": True, "scale": 1.0, "bias": "",
+        "shared": 0,
+    }  # fmt: skip
+    return Routing(experts=count, top_k=top_k, width=size, **{**options, **rest})
 
 
 def _routing(fields: Fields, hidden: int, *, grouped: bool, group_score: str, **rest: Any) -> Routing:
@@ -107,14 +136,22 @@ def listed_layers(fields: Fields, layers: int) -> tuple[bool, ...]:
     return tuple(kind == "sparse" for kind in kinds)
 
 
+def sparse_by_step(fields: Fields, layers: int) -> tuple[bool, ...]:
+    """Whether each layer has experts: every `decoder_sparse_step`-th one that is not in `mlp_only_layers` (Qwen's MoE)."""
+    step, dense = fields.integer("decoder_sparse_step", MAX_LAYERS, default=1), fields.get("mlp_only_layers") or []
+    if not isinstance(dense, (list, tuple)) or any(isinstance(i, bool) or not isinstance(i, int) for i in dense):
+        raise ConfigError(f"config.mlp_only_layers: expected numbers of layers, got {dense!r}")
+    return tuple((layer + 1) % step == 0 and layer not in dense for layer in range(layers))
+
+
 def feed_forward(d: Trunk, routing: Routing | None, sparse: tuple[bool, ...]) -> FeedForward:
     """Builds a layer's feed-forward network: experts if `sparse` is true for it or it is an MTP layer, else a dense MLP."""
 
     def forward(nodes: list[Node], x: Value, layer: int) -> Value:
-        name, path = f"l{layer}.mlp", f"model.layers.{layer}.mlp"
+        name, path = f"l{layer}.mlp", f"model.layers.{layer}"
         if routing is None or (layer < d.layers and not sparse[layer]):
-            return mlp(nodes, d, x, name, path, d.intermediate)
-        return _experts(nodes, d, routing, x, name, path)
+            return mlp(nodes, d, x, name, f"{path}.mlp", d.intermediate)
+        return _experts(nodes, d, routing, x, name, f"{path}.{routing.module}")
 
     return forward
 
@@ -122,17 +159,22 @@ def feed_forward(d: Trunk, routing: Routing | None, sparse: tuple[bool, ...]) ->
 def _experts(nodes: list[Node], d: Trunk, r: Routing, x: Value, name: str, path: str) -> Value:
     """Routed and shared experts, interleaved in such an order that a backend can run both side by side."""
     routes = emit(
-        nodes, "router", (x,), f"{name}.routes", 2 * r.top_k, f"{path}.gate.weight",
-        bias=f"{path}.gate.e_score_correction_bias" if r.bias else None, experts=r.experts, top_k=r.top_k, groups=r.groups,
+        nodes, "router", (x,), f"{name}.routes", 2 * r.top_k, f"{path}.{r.gate}.weight",
+        bias=f"{path}.{r.bias}" if r.bias else None, experts=r.experts, top_k=r.top_k, groups=r.groups,
         top_groups=r.top_groups, scoring=r.scoring, group_score=r.group_score, normalise=r.normalise, scale=r.scale,
     )  # fmt: skip
     which = {"experts": r.experts, "top_k": r.top_k, "grouped": False}
+    activation = {"activation": d.mlp.activation} if d.mlp.activation != "silu" else {}
     hidden = Value(f"{name}.experts", r.width, repeat=r.top_k)
-    nodes.append(Node("experts_gate_up", (x, routes), (hidden,), (f"{path}.experts.gate_up_proj",), which))
-    gate, up = (
-        linear(nodes, x, f"{name}.shared_{p}", r.shared, f"{path}.shared_experts.{p}_proj", d.mlp_bias) for p in ("gate", "up")
-    )
-    shared = emit(nodes, "swiglu", (gate, up), f"{name}.shared_h", r.shared)
+    nodes.append(Node("experts_gate_up", (x, routes), (hidden,), (f"{path}.experts.gate_up_proj",), {**which, **activation}))
+    if not r.shared:
+        return emit(nodes, "experts_down", (hidden, routes), f"{name}.out", d.hidden, f"{path}.experts.down_proj", **which)
+    shared_path, bias = f"{path}.{r.shared_module}", d.mlp.bias
+    gate, up = (linear(nodes, x, f"{name}.shared_{p}", r.shared, f"{shared_path}.{p}_proj", bias) for p in ("gate", "up"))
+    shared = emit(nodes, GATED[d.mlp.activation], (gate, up), f"{name}.shared_h", r.shared)
     routed = emit(nodes, "experts_down", (hidden, routes), f"{name}.routed", d.hidden, f"{path}.experts.down_proj", **which)
-    down = linear(nodes, shared, f"{name}.shared_down", d.hidden, f"{path}.shared_experts.down_proj", d.mlp_bias)
+    down = linear(nodes, shared, f"{name}.shared_down", d.hidden, f"{shared_path}.down_proj", bias)
+    if r.shared_gate:
+        logit = linear(nodes, x, f"{name}.shared_logit", 1, f"{path}.{r.shared_gate}")
+        down = emit(nodes, "sigmoid_gate", (down, logit), f"{name}.shared_gated", d.hidden)
     return add(nodes, routed, down, f"{name}.out")

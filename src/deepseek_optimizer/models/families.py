@@ -6,7 +6,7 @@ To add one, write its entry here and `models/<model_type>.py`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, Final
 
@@ -34,6 +34,9 @@ class Family:
     interleaved_latents: bool = False
 
 
+# Training leaves attention and layers to Transformers.
+_PLAN_ONLY: Final = Family(rotates_halves=False, plain_residuals=False)
+
 FAMILIES: Final[Mapping[str, Family]] = MappingProxyType({
     "llama": Family(),
     "qwen2": Family(),
@@ -43,10 +46,35 @@ FAMILIES: Final[Mapping[str, Family]] = MappingProxyType({
     "deepseek_v32": Family(rotates_halves=False, plain_residuals=False),
     "youtu": Family(rotates_halves=False, plain_residuals=False),
     "mistral": Family(window_from_config=True),
-    "lfm2": Family(rotates_halves=False, plain_residuals=False),
-    "qwen3_5_text": Family(rotates_halves=False, plain_residuals=False),
-    "qwen2_moe": Family(served=False, rotates_halves=False, plain_residuals=False),
-    "qwen3_moe": Family(served=False, rotates_halves=False, plain_residuals=False),
+    "ministral": _PLAN_ONLY,
+    "smollm3": _PLAN_ONLY,
+    "olmo2": _PLAN_ONLY,
+    "olmo3": _PLAN_ONLY,
+    "phi3": _PLAN_ONLY,
+    "glm": _PLAN_ONLY,
+    "glm4": _PLAN_ONLY,
+    "granite": replace(_PLAN_ONLY, plain_head=False),
+    "gemma": _PLAN_ONLY,
+    "gemma2": replace(_PLAN_ONLY, plain_head=False),
+    "gemma3_text": replace(_PLAN_ONLY, plain_head=False),
+    "ernie4_5": _PLAN_ONLY,
+    "exaone4": _PLAN_ONLY,
+    "seed_oss": _PLAN_ONLY,
+    "hunyuan_v1_dense": _PLAN_ONLY,
+    "stablelm": _PLAN_ONLY,
+    "starcoder2": _PLAN_ONLY,
+    "cohere2": replace(_PLAN_ONLY, plain_head=False),
+    "mixtral": _PLAN_ONLY,
+    "qwen2_moe": _PLAN_ONLY,
+    "qwen3_moe": _PLAN_ONLY,
+    "glm4_moe": _PLAN_ONLY,
+    "glm4_moe_lite": _PLAN_ONLY,
+    "minimax_m2": _PLAN_ONLY,
+    "granitemoe": replace(_PLAN_ONLY, plain_head=False),
+    "lfm2": _PLAN_ONLY,
+    "qwen3_next": _PLAN_ONLY,
+    "qwen3_5_text": _PLAN_ONLY,
+    "qwen3_5_moe_text": _PLAN_ONLY,
 })  # fmt: skip
 SUPPORTED: Final = tuple(name for name, family in FAMILIES.items() if family.served)
 

@@ -7,16 +7,16 @@ outputs.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..errors import ConfigError
 from ..graph.ir import CacheSpec, Graph, Node, StateSpec, Value
-from .blocks import AttentionLayer, FeedForward, Norms, attention, emit, linear, trunk_graph
+from .attention import attention
+from .blocks import FeedForward, emit, linear, trunk_graph
 from .decoder import MAX_HEADS, MAX_WIDTH, Decoder, read_decoder, read_layer_kinds
 from .fields import Fields
 
 MAX_KERNEL = 64
-NORMS = Norms(offset=1.0)
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,13 @@ class DeltaNet:
 Project = Callable[[list[Node], DeltaNet, Value, str, str], tuple[Value, Value, Value, Value]]
 
 
-def build_hybrid(fields: Fields, family: str, project: Project, feed_forward: Callable[[Decoder], FeedForward]) -> Graph:
+def build_hybrid(
+    fields: Fields,
+    family: str,
+    project: Project,
+    feed_forward: Callable[[Decoder], FeedForward],
+    width: str = "intermediate_size",
+) -> Graph:
     """The unfused graph of a hybrid decoder.
 
     Args:
@@ -64,20 +70,23 @@ def build_hybrid(fields: Fields, family: str, project: Project, feed_forward: Ca
         family: the `model_type`.
         project: appends the input projections of a delta net.
         feed_forward: creates the builder of the layers' feed-forward networks.
+        width: name of the field with the width of dense MLPs.
     """
     bias = fields.flag("attention_bias")
-    d = read_decoder(fields, family, qkv_bias=bias, o_bias=bias, qk_norm=True, partial=True)
+    d = read_decoder(fields, family, qkv_bias=bias, o_bias=bias, partial=0.25, width=width)
     net, kinds = _read_delta_net(fields), read_layer_kinds(fields, d.layers, "full_attention", "linear_attention")
+    cache_layers = tuple(kinds[:layer].count("full_attention") for layer in range(d.layers))
+    d = replace(d, norm="rms_offset", qk_norm="head", gated=True, cache_layers=cache_layers)
+    attend = attention(d)
 
-    def mix(nodes: list[Node], x: Value, table: Value, layer: int) -> Value:
-        path, index = f"model.layers.{layer}", kinds[:layer].count(kinds[layer])
-        if kinds[layer] == "linear_attention":
-            return _delta_net(nodes, d, net, x, f"l{layer}.net", f"{path}.linear_attn", 2 * index, project)
-        return attention(nodes, d, x, table, layer, AttentionLayer(f"{path}.self_attn", index, norm_offset=1.0, gated=True))
+    def mix(nodes: list[Node], x: Value, table: Value | None, layer: int) -> Value:
+        if kinds[layer] == "full_attention":
+            return attend(nodes, x, table, layer)
+        state = len(net.states) * kinds[:layer].count("linear_attention")
+        return _delta_net(nodes, d, net, x, f"l{layer}.net", f"model.layers.{layer}.linear_attn", state, project)
 
     cache = CacheSpec(kinds.count("full_attention"), d.kv_heads, d.head_dim)
-    states = net.states * kinds.count("linear_attention")
-    return trunk_graph(d, cache, mix, feed_forward(d), NORMS, states)
+    return trunk_graph(d, cache, mix, feed_forward(d), net.states * kinds.count("linear_attention"))
 
 
 def _read_delta_net(fields: Fields) -> DeltaNet:

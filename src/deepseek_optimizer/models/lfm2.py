@@ -5,55 +5,59 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ..graph.ir import CacheSpec, Graph, Node, StateSpec, Value
-from .blocks import AttentionLayer, Norms, attention, emit, linear, mlp, trunk_graph
-from .decoder import MAX_WIDTH, Decoder, read_decoder, read_layer_kinds
+from .attention import attention
+from .blocks import emit, linear, mlp, trunk_graph
+from .decoder import MAX_WIDTH, Decoder, LayerNorms, MlpForm, read_decoder, read_layer_kinds
 from .fields import Fields
 
 MAX_KERNEL = 64
 
 
 def build(fields: Fields) -> Graph:
-    d = read_decoder(fields, "lfm2", qk_norm=True, eps="norm_eps", activation=None)
-    d = replace(d, intermediate=_mlp_width(fields, d.intermediate))
+    mlp_form = MlpForm(gate="w1", up="w3", down="w2")
+    d = read_decoder(fields, "lfm2", mlp=mlp_form, eps="norm_eps", activation=None)
     kinds = read_layer_kinds(fields, d.layers, "full_attention", "conv")
-    kernel, bias = fields.integer("conv_L_cache", MAX_KERNEL, low=2), fields.flag("conv_bias")
+    d = replace(
+        d, intermediate=_mlp_width(fields, d.intermediate), final_norm="model.embedding_norm", qk_norm="head",
+        layer_norms=LayerNorms(attention_in="operator_norm", mlp_in="ffn_norm"), o_name="out_proj",
+        qk_norm_names=("q_layernorm", "k_layernorm"),
+        cache_layers=tuple(kinds[:layer].count("full_attention") for layer in range(d.layers)),
+    )  # fmt: skip
+    kernel, bias, attend = fields.integer("conv_L_cache", MAX_KERNEL, low=2), fields.flag("conv_bias"), attention(d)
 
-    def mix(nodes: list[Node], x: Value, table: Value, layer: int) -> Value:
-        path, index = f"model.layers.{layer}", kinds[:layer].count(kinds[layer])
-        if kinds[layer] == "conv":
-            return _convolution(nodes, d, x, f"l{layer}.conv", f"{path}.conv", index, kernel, bias)
-        form = AttentionLayer(f"{path}.self_attn", index, o_proj="out_proj", qk_norms=("q_layernorm", "k_layernorm"))
-        return attention(nodes, d, x, table, layer, form)
+    def mix(nodes: list[Node], x: Value, table: Value | None, layer: int) -> Value:
+        if kinds[layer] == "full_attention":
+            return attend(nodes, x, table, layer)
+        return _convolution(nodes, d, x, layer, kinds[:layer].count("conv"), kernel, bias)
 
     def feed_forward(nodes: list[Node], x: Value, layer: int) -> Value:
-        path = f"model.layers.{layer}.feed_forward"
-        return mlp(nodes, d, x, f"l{layer}.mlp", path, d.intermediate, ("w1", "w3", "w2"))
+        return mlp(nodes, d, x, f"l{layer}.mlp", f"model.layers.{layer}.feed_forward", d.intermediate)
 
     cache = CacheSpec(kinds.count("full_attention"), d.kv_heads, d.head_dim)
     states = (StateSpec((kernel - 1, d.hidden)),) * kinds.count("conv")
-    return trunk_graph(d, cache, mix, feed_forward, Norms("operator_norm", "ffn_norm", "model.embedding_norm"), states)
+    return trunk_graph(d, cache, mix, feed_forward, states)
 
 
 def _mlp_width(fields: Fields, width: int) -> int:
     if not fields.flag("block_auto_adjust_ff_dim"):
         return width
-    width, multiplier = int(2 * width / 3), fields.get("block_ffn_dim_multiplier")
-    if multiplier is None:
+    width = int(2 * width / 3)
+    if fields.get("block_ffn_dim_multiplier") is None:
         return width
     step = fields.integer("block_multiple_of", MAX_WIDTH)
     return -(-int(fields.positive("block_ffn_dim_multiplier") * width) // step) * step
 
 
-def _convolution(nodes: list[Node], d: Decoder, x: Value, name: str, path: str, state: int, kernel: int, bias: bool) -> Value:
-    three = linear(nodes, x, f"{name}.in", 3 * d.hidden, f"{path}.in_proj", bias)
+def _convolution(nodes: list[Node], d: Decoder, x: Value, layer: int, state: int, kernel: int, bias: bool) -> Value:
+    name, path, n = f"l{layer}.conv", f"model.layers.{layer}.conv", d.hidden
     b, c, value = (
-        emit(nodes, "columns", (three,), f"{name}.{part}", d.hidden, groups=1, begin=i * d.hidden, end=(i + 1) * d.hidden)
+        linear(nodes, x, f"{name}.{part}", n, f"{path}.in_proj", bias, (i * n, (i + 1) * n, 3 * n))
         for i, part in enumerate("bcx")
     )
-    gated = emit(nodes, "multiply", (b, value), f"{name}.bx", d.hidden)
+    gated = emit(nodes, "multiply", (b, value), f"{name}.bx", n)
     mixed = emit(
-        nodes, "short_conv", (gated,), f"{name}.mixed", d.hidden, f"{path}.conv.weight", state=state, kernel=kernel,
+        nodes, "short_conv", (gated,), f"{name}.mixed", n, f"{path}.conv.weight", state=state, kernel=kernel,
         activation="none", bias=f"{path}.conv.bias" if bias else None,
     )  # fmt: skip
-    out = emit(nodes, "multiply", (c, mixed), f"{name}.y", d.hidden)
-    return linear(nodes, out, f"{name}.out", d.hidden, f"{path}.out_proj", bias)
+    out = emit(nodes, "multiply", (c, mixed), f"{name}.y", n)
+    return linear(nodes, out, f"{name}.out", n, f"{path}.out_proj", bias)

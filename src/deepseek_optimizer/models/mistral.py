@@ -5,14 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ..graph.ir import Graph
-from .blocks import decoder_graph
-from .decoder import MAX_POSITIONS, read_decoder
+from .attention import decoder_graph
+from .decoder import read_decoder, same_window
 from .fields import Fields
 
 
 def build(fields: Fields) -> Graph:
     decoder = read_decoder(fields, "mistral")
-    if fields.get("sliding_window") is not None:
-        window = fields.integer("sliding_window", MAX_POSITIONS)
-        decoder = replace(decoder, windows=(window,) * decoder.layers)
-    return decoder_graph(decoder)
+    return decoder_graph(replace(decoder, windows=same_window(fields, decoder.layers)))

@@ -12,8 +12,8 @@ from typing import Any
 
 from ..errors import ConfigError
 from ..graph.ir import LatentSpec, Node, Value
-from .blocks import Attend, emit, linear, norm
-from .decoder import MAX_HEADS, MAX_WIDTH, Trunk, parts_of, read_trunk
+from .blocks import Attend, emit, linear, rms_norm
+from .decoder import MAX_HEADS, MAX_WIDTH, MlpForm, Trunk, parts_of, read_trunk
 from .fields import Fields
 
 INNER_EPS = 1e-6  # epsilon of the norms inside attention: Transformers does not use the config's rms_norm_eps there
@@ -67,7 +67,8 @@ def read_latent_decoder(
     Args:
         fields: the config.
         family: the `model_type`.
-        interleaved, mlp_bias: as in `LatentDecoder` and `Trunk`.
+        interleaved: as in `LatentDecoder`.
+        mlp_bias: whether dense MLPs have biases.
         sparse: whether the family has a lightning indexer.
 
     Raises:
@@ -89,7 +90,7 @@ def read_latent_decoder(
                 f"config.{name}: {fields.get(name)} gives rows of {width} elements, more than the maximum of {MAX_WIDTH}"
             )
     q_rank = None if fields.get("q_lora_rank") is None and not sparse else fields.integer("q_lora_rank", MAX_WIDTH)
-    trunk = read_trunk(fields, family, rotated, "qk_rope_head_dim", mlp_bias=mlp_bias)
+    trunk = read_trunk(fields, family, rotated, "qk_rope_head_dim", mlp=MlpForm(bias=mlp_bias))
     if sparse and trunk.max_positions > MAX_SPARSE_POSITIONS:
         limit = f"expected at most {MAX_SPARSE_POSITIONS} with an indexer"
         raise ConfigError(f"config.max_position_embeddings: {limit}, got {trunk.max_positions}")
@@ -112,13 +113,15 @@ def _indexer(fields: Fields, rotated: int) -> Indexer:
 def attention(d: LatentDecoder) -> Attend:
     """Projections through latents, RoPE of part of each head, cache write, attention over latents, output projection."""
 
-    def attend(nodes: list[Node], x: Value, table: Value, layer: int) -> Value:
+    def attend(nodes: list[Node], x: Value, table: Value | None, layer: int) -> Value:
+        assert table is not None  # all layers have RoPE
         name, path = f"l{layer}", f"model.layers.{layer}.self_attn"
         head, width = d.nope + d.rope.rot, d.rank + d.rope.rot
         q_from, q_path = x, f"{path}.q_proj"
         if d.q_rank is not None:
             down = linear(nodes, x, f"{name}.q_a", d.q_rank, f"{path}.q_a_proj", d.bias)
-            q_from, q_path = norm(nodes, down, f"{name}.q_latent", f"{path}.q_a_layernorm", INNER_EPS), f"{path}.q_b_proj"
+            q_from = rms_norm(nodes, down, f"{name}.q_latent", f"{path}.q_a_layernorm", INNER_EPS)
+            q_path = f"{path}.q_b_proj"
         q = linear(nodes, q_from, f"{name}.q", d.heads * head, q_path)
         q = emit(
             nodes, "rope", (q, table), f"{name}.q_rope", q.width, heads=d.heads, head_dim=head, offset=d.nope,

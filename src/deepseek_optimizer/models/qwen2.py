@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..graph.ir import Graph
-from .blocks import decoder_graph
+from .attention import decoder_graph
 from .decoder import read_decoder
 from .fields import Fields
 

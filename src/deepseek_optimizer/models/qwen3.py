@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from ..graph.ir import Graph
-from .blocks import decoder_graph
+from .attention import decoder_graph
 from .decoder import read_decoder
 from .fields import Fields
 
 
 def build(fields: Fields) -> Graph:
     bias = fields.flag("attention_bias")
-    return decoder_graph(read_decoder(fields, "qwen3", qkv_bias=bias, o_bias=bias, qk_norm=True, sliding=True))
+    return decoder_graph(replace(read_decoder(fields, "qwen3", qkv_bias=bias, o_bias=bias, sliding=True), qk_norm="head"))

@@ -6,6 +6,7 @@ Bitwise equal to the results of Transformers' `modeling_rope_utils` (compared in
 - dynamic: a larger base for sequences longer than the trained length, "NTK-aware" (bloc97 and emozilla 2023).
 - yarn: interpolation of low frequencies and extrapolation of high ones (Peng et al. 2023, section 3.2).
 - llama3: like yarn, but by wavelength, with a smooth transition (Llama 3.1's reference code).
+- longrope: one factor per frequency, other ones for sequences longer than the trained length (Ding et al. 2024).
 """
 
 from __future__ import annotations
@@ -23,9 +24,10 @@ def frequencies(
 
     Args:
         parameters: `rope_parameters` of a config: `rope_type`, `rope_theta`, and the parameters of the kind.
-        head_dim: elements of a head, of which the share `partial_rotary_factor` is rotated.
+        head_dim: elements of a head, of which the share `partial_rotary_factor` is rotated; kind "default" rotates all.
         max_positions: `max_position_embeddings` of the config.
-        length: number of tokens of the sequence, a float32 scalar, used by "dynamic"; None: at most `max_positions`.
+        length: number of tokens of the sequence, a float32 scalar, used by "dynamic" and "longrope"; None: at most the trained
+            length.
 
     Returns: inverse frequencies, float32 [rot/2] on the CPU, and the factor of cos and sin.
 
@@ -45,6 +47,8 @@ def frequencies(
             return _yarn(parameters, base, rot, max_positions)
         if kind == "llama3":
             return _llama3(parameters, _inverse(base, rot)), 1.0
+        if kind == "longrope":
+            return _longrope(parameters, base, rot, max_positions, length)
     raise ValueError(f"rope_type {kind!r} is not supported")
 
 
@@ -85,6 +89,21 @@ def _yarn(parameters: dict[str, Any], base: Any, rot: int, max_positions: int) -
     positions = base ** (torch.arange(0, rot, 2, dtype=torch.int64, device="cpu").to(dtype=torch.float) / rot)
     extrapolated, interpolated = 1.0 / positions, 1.0 / (factor * positions)
     return interpolated * (1 - share) + extrapolated * share, float(scaling)
+
+
+def _longrope(
+    parameters: dict[str, Any], base: Any, rot: int, max_positions: int, length: torch.Tensor | None
+) -> tuple[torch.Tensor, float]:
+    original, factor, scaling = (
+        parameters.get(name) for name in ("original_max_position_embeddings", "factor", "attention_factor")
+    )
+    if factor is None:
+        factor = max_positions / original
+    if scaling is None:
+        scaling = 1.0 if factor <= 1.0 else math.sqrt(1 + math.log(factor) / math.log(original))
+    factors = parameters["long_factor" if length is not None and length > original else "short_factor"]
+    exponents = torch.arange(0, rot, 2, dtype=torch.int64, device="cpu").float() / rot
+    return 1.0 / (torch.tensor(factors, dtype=torch.float32, device="cpu") * base**exponents), scaling
 
 
 def _mscale(factor: Any, mscale: Any) -> float:

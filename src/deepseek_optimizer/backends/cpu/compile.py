@@ -16,6 +16,7 @@ from ...graph.planner import assign_slots
 from ...quant import get_format, pack
 from ...quant.packed import PackedMatrix, PackedStack, PackedWeight
 from .buffers import address
+from .derived_weights import with_derived_weights
 from .lower import lower
 from .mla_weights import absorbed_stacks, absorbs
 from .native import FLAGS, SLOT_KINDS, VECTOR, Context, Slot, Step, Weight
@@ -32,11 +33,10 @@ class _Compiler:
     def __init__(
         self, context: Context, graph: Graph, weights: Mapping[str, PackedWeight | torch.Tensor], activation: str
     ) -> None:
-        self.given = {
-            **weights, **_exact_matrices(graph, weights), **absorbed_stacks(context, graph, weights),
-            **_prepared_vectors(graph, weights),
-        }  # fmt: skip
+        self.given = {**weights, **_exact_matrices(graph, weights), **absorbed_stacks(context, graph, weights)}
         self.activation = activation
+        graph, derived = with_derived_weights(graph, self.given)
+        self.given |= derived
         self.graph = lower(graph, self.kind_of, self.format_of)
         planned = assign_slots(self.graph)
         self.slot_of: Mapping[Value, int] = planned.slot_of
@@ -176,17 +176,6 @@ def _exact_matrices(graph: Graph, weights: Mapping[str, PackedWeight | torch.Ten
     """Matrices that are never quantised, as fp32: their products decide which experts and which tokens are chosen."""
     floats = {n: w for n in exact_weights(graph) if isinstance(w := weights.get(n), torch.Tensor) and w.ndim == 2}
     return {n: pack(w.detach().to("cpu", torch.float32), "fp32") for n, w in floats.items()}
-
-
-def _prepared_vectors(graph: Graph, weights: Mapping[str, PackedWeight | torch.Tensor]) -> Mapping[str, torch.Tensor]:
-    """Vectors in another form than the model's: norm weights plus their offset, and convolutions tap after tap."""
-    prepared = {}
-    for node in graph.nodes:
-        if node.attrs.get("offset") and spec_of(node).weights and isinstance(w := weights.get(node.weights[0]), torch.Tensor):
-            prepared[node.weights[0]] = w.detach().float() + node.attrs["offset"]
-        elif node.op == "short_conv" and isinstance(w := weights.get(node.weights[0]), torch.Tensor):
-            prepared[node.weights[0]] = w.detach().float().squeeze(1).T.reshape(-1)
-    return prepared
 
 
 def compile_graph(

@@ -35,7 +35,7 @@ def lower(graph: Graph, kind_of: Callable[[str], str], format_of: Callable[[str]
         for value in node.outputs:
             if value not in in_place:
                 lowered += [Node("convert", (value,), (_as(value, k),)) for k in wanted.get(value, ()) if k != "f32"]
-    return replace(graph, nodes=lowered + _selection(lowered))
+    return replace(graph, nodes=lowered + _after_head(lowered))
 
 
 def _once(nodes: Iterable[Node]) -> list[Node]:
@@ -49,16 +49,26 @@ def _once(nodes: Iterable[Node]) -> list[Node]:
     return unique
 
 
-def _selection(nodes: list[Node]) -> list[Node]:
-    """Without the rule `last_logits` the head runs on every token, and a node selects the requested rows of its output."""
-    if nodes[-1].op != "lm_head":
+def _after_head(nodes: list[Node]) -> list[Node]:
+    """Scaling and limiting of logits. Without the rule `last_logits` the head runs on every token, and a node selects the
+    requested rows of its output first."""
+    head = nodes[-1]
+    if head.op != "lm_head":
         return []
-    logits = nodes[-1].outputs[0]
-    return (
-        []
-        if logits.selected
-        else [Node("select_rows", (logits,), (replace(logits, name=f"{logits.name}.rows", selected=True),))]
-    )
+    value, tail = head.outputs[0], []
+    if not value.selected:
+        rows = replace(value, name=f"{value.name}.rows", selected=True)
+        tail.append(Node("select_rows", (value,), (rows,)))
+        value = rows
+    for op, factor, needed in (
+        ("scale", head.attrs.get("scale", 1.0), head.attrs.get("scale", 1.0) != 1.0),
+        ("softcap", head.attrs.get("softcap", 0.0), head.attrs.get("softcap", 0.0) > 0),
+    ):
+        if needed:
+            result = replace(value, name=f"{value.name}.{op}")
+            tail.append(Node(op, (value,), (result,), attrs={"scale": factor}))
+            value = result
+    return tail
 
 
 def _as(value: Value, kind: str) -> Value:
@@ -67,7 +77,7 @@ def _as(value: Value, kind: str) -> Value:
 
 def _split(node: Node, kind_of: Callable[[str], str], format_of: Callable[[str], str]) -> list[Node]:
     """Splits a node: a linear over several matrices into one node per kind; a gate_up with different formats into linears and
-    swiglu; a router into a linear and the choice."""
+    the activation; a router into a linear and the choice."""
     biases = node.attrs.get("biases") or (None,) * len(node.weights)
     if node.op == "linear" and len(node.weights) > 1:
         groups: dict[str, list[int]] = {}
@@ -79,7 +89,8 @@ def _split(node: Node, kind_of: Callable[[str], str], format_of: Callable[[str],
         out = node.outputs[0]
         halves = tuple(replace(out, name=f"{out.name}.{part}") for part in ("gate", "up"))
         pair = node.with_(outputs=halves)
-        return [_linear(pair, [0], biases), _linear(pair, [1], biases), Node("swiglu", halves, node.outputs)]
+        gated = "swiglu" if node.attrs.get("activation", "silu") == "silu" else "geglu"
+        return [_linear(pair, [0], biases), _linear(pair, [1], biases), Node(gated, halves, node.outputs)]
     if absorbs(node):
         return _absorbed(node)
     if node.op == "latent_choose":

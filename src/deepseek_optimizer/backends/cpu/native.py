@@ -26,17 +26,8 @@ FORMATS = {"fp32": 0, "bf16": 1, "int8": 2, "int4": 3, "q4_1": 4, "fp8": 5}
 VECTOR = 100
 SLOT_KINDS = {"f32": 0, "bf16": 1, "q8": 2, "q16": 3, "logits": 4}
 KV_TYPES = {"fp32": 0, "bf16": 1, "int8": 2}
-FLAGS = {
-    "eager": 1,
-    "interleaved": 2,
-    "grouped": 4,
-    "expand": 8,
-    "last": 16,
-    "sigmoid": 32,
-    "top2": 64,
-    "normalise": 128,
-    "silu": 256,
-}
+FLAGS = {"eager": 1, "interleaved": 2, "grouped": 4, "expand": 8, "last": 16, "sigmoid": 32, "top2": 64, "normalise": 128,
+         "gelu": 256, "silu": 512}  # fmt: skip
 _EINVAL, _ENOMEM, _EFILE = 1, 2, 5
 
 I32, I64, PTR = C.c_int32, C.c_int64, C.c_void_p
@@ -62,6 +53,7 @@ class Step(C.Structure):
         ("heads", I32), ("kv_heads", I32), ("head_dim", I32), ("window", I32), ("sinks", I32),
         ("offset", I32), ("nope", I32), ("rope", I32), ("rank", I32), ("v_dim", I32), ("index", I32), ("experts", I32),
         ("top_k", I32), ("groups", I32), ("top_groups", I32), ("state", I32), ("eps", C.c_float), ("scale", C.c_float),
+        ("softcap", C.c_float),
     ]  # fmt: skip
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
 
 from . import ops
+
+Gated = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def route(
@@ -51,17 +53,20 @@ def route(
     return torch.cat((chosen.float(), weights * scale), -1)
 
 
-def gate_up(x: torch.Tensor, routes: torch.Tensor, weight: torch.Tensor, grouped: bool) -> torch.Tensor:
-    """[T * top_k, I]: silu(gate x) * (up x) for each token's chosen experts.
+def gate_up(
+    x: torch.Tensor, routes: torch.Tensor, weight: torch.Tensor, grouped: bool, gated: Gated = ops.swiglu
+) -> torch.Tensor:
+    """[T * top_k, I]: gated(gate x, up x) for each token's chosen experts.
 
     Args:
         x: [T, H].
         weight: [experts, 2 I, H], gate before up.
+        gated: `ops.swiglu` or `ops.geglu`.
     """
     top_k = routes.shape[-1] // 2
     out = x.new_empty(len(x) * top_k, weight.shape[1] // 2)
     for expert, rows in _visits(routes[:, :top_k], grouped):
-        out[rows] = ops.swiglu(*F.linear(x[rows // top_k], weight[expert]).chunk(2, -1))
+        out[rows] = gated(*F.linear(x[rows // top_k], weight[expert]).chunk(2, -1))
     return out
 
 

@@ -10,19 +10,17 @@ import torch.nn.functional as F
 from ..base import BLOCK_TOKENS
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float = 0.0) -> torch.Tensor:
-    """x / sqrt(mean(x^2) + eps) * (weight + offset) over the last axis; the mean in float32, rounded to x's dtype before the
-    product, which with an offset is in float32 too, as in Transformers."""
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, unit_offset: bool = False) -> torch.Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis; the mean in float32, rounded to x's dtype before the product. With
+    `unit_offset`, 1 + weight replaces the weight, and only the product is rounded."""
     wide = x.float()
     normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-    if offset:
-        return (normed * (weight.float() + offset)).to(x.dtype)
-    return weight * normed.to(x.dtype)
+    return (normed * (1 + weight.float())).to(x.dtype) if unit_offset else weight * normed.to(x.dtype)
 
 
-def head_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, heads: int, offset: float = 0.0) -> torch.Tensor:
+def head_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, heads: int, unit_offset: bool = False) -> torch.Tensor:
     """rms_norm of each head."""
-    return rms_norm(x.unflatten(-1, (heads, -1)), weight, eps, offset).flatten(-2)
+    return rms_norm(x.unflatten(-1, (heads, -1)), weight, eps, unit_offset).flatten(-2)
 
 
 def rope_table(positions: torch.Tensor, inv_freq: torch.Tensor, scaling: float) -> torch.Tensor:
@@ -36,7 +34,7 @@ def rope_table(positions: torch.Tensor, inv_freq: torch.Tensor, scaling: float) 
     return (torch.cat((angle.cos(), angle.sin()), -1) * scaling).float()
 
 
-def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> torch.Tensor:
+def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float) -> torch.Tensor:
     """(x - mean) / sqrt(variance + eps) * weight + bias over the last axis."""
     return F.layer_norm(x, (x.shape[-1],), weight, bias, eps)
 
@@ -81,7 +79,15 @@ def visible_blocks(
     return blocks, tokens[tokens < total]
 
 
-def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, scale: float) -> torch.Tensor:
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor,
+    scale: float,
+    softcap: float = 0.0,
+    sink: torch.Tensor | None = None,
+) -> torch.Tensor:
     """softmax(scale q k^T) v with the whole score matrix.
 
     Args:
@@ -89,21 +95,33 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Ten
         k: float32 [keys, kv_heads, head_dim].
         v: float32 [keys, kv_heads, v_dim].
         mask: bool [queries, keys], True where a query sees a key; or [queries, kv_heads, keys].
+        softcap: c: c * tanh(s / c) replaces a score s; 0: none.
+        sink: float32 [kv_heads, group], a further logit per head, in the softmax's denominator only.
 
     Returns: float32 [queries, kv_heads, group, v_dim].
     """
-    scores = _scores(q, k, mask, scale)
-    return torch.einsum("qhgk,khd->qhgd", torch.softmax(scores, -1), v)
+    scores = _scores(q, k, mask, scale, softcap)
+    if sink is not None:
+        scores = torch.cat((scores, sink.expand(len(q), -1, -1)[..., None]), -1)
+    return torch.einsum("qhgk,khd->qhgd", torch.softmax(scores, -1)[..., : len(k)], v)
 
 
-def attention_online(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, scale: float) -> torch.Tensor:
+def attention_online(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor,
+    scale: float,
+    softcap: float = 0.0,
+    sink: torch.Tensor | None = None,
+) -> torch.Tensor:
     """`attention` without a score matrix: keys in blocks of 32, ascending, with a running maximum and sum (Milakov and
     Gimelshein 2018): m' = max(m, max s); l' = l e^(m - m') + sum e^(s - m'); o' = o e^(m - m') + e^(s - m') v."""
-    m = q.new_full(q.shape[:-1], -torch.inf)
-    total, out = q.new_zeros(q.shape[:-1]), q.new_zeros((*q.shape[:-1], v.shape[-1]))
+    m = q.new_full(q.shape[:-1], -torch.inf) if sink is None else sink.expand(len(q), -1, -1)
+    total, out = (m > -torch.inf).to(q.dtype), q.new_zeros((*q.shape[:-1], v.shape[-1]))
     for begin in range(0, len(k), BLOCK_TOKENS):
         block = slice(begin, begin + BLOCK_TOKENS)
-        scores = _scores(q, k[block], mask[..., block], scale)
+        scores = _scores(q, k[block], mask[..., block], scale, softcap)
         top = torch.maximum(m, scores.amax(-1))
         shift = torch.where(top == -torch.inf, 0.0, top)  # no visible key so far: e^(-inf - shift) must be 0, not NaN
         weight = torch.exp(scores - shift[..., None])
@@ -114,8 +132,10 @@ def attention_online(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: to
     return out / total[..., None]
 
 
-def _scores(q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor, scale: float) -> torch.Tensor:
+def _scores(q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor, scale: float, softcap: float) -> torch.Tensor:
     scores = torch.einsum("qhgd,khd->qhgk", q, k) * scale
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
     by_head = mask if mask.ndim == 3 else mask[:, None]
     return scores.masked_fill(~by_head[:, :, None], -torch.inf)
 
@@ -135,11 +155,6 @@ def multiply(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return x * y
 
 
-def sigmoid_gate(gate: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """sigmoid(gate) * x."""
-    return torch.sigmoid(gate) * x
-
-
 def columns(x: torch.Tensor, groups: int, begin: int, end: int) -> torch.Tensor:
     """Elements [begin, end) of each of the equal parts of a row."""
     return x.unflatten(-1, (groups, -1))[..., begin:end].flatten(-2)
@@ -148,6 +163,30 @@ def columns(x: torch.Tensor, groups: int, begin: int, end: int) -> torch.Tensor:
 def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """silu(gate) * up."""
     return F.silu(gate) * up
+
+
+def geglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """gelu(gate) * up."""
+    return gelu(gate) * up
+
+
+def gelu(x: torch.Tensor) -> torch.Tensor:
+    """x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x^3)))."""
+    return F.gelu(x, approximate="tanh")
+
+
+def sigmoid_gate(x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+    """x * sigmoid(gate); gate may have one element per row."""
+    return x * torch.sigmoid(gate)
+
+
+def scale(x: torch.Tensor, scale: float) -> torch.Tensor:
+    """scale * x."""
+    return x * scale
+
+
+# Of gated products, by their attribute `activation`.
+GATED: Mapping[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {"silu": swiglu, "gelu": geglu}
 
 
 def best(scores: torch.Tensor, count: int) -> torch.Tensor:
@@ -160,7 +199,10 @@ FUNCTIONS: Mapping[str, Callable[..., torch.Tensor]] = {
     "add": add,
     "columns": columns,
     "concat": concat,
+    "geglu": geglu,
+    "gelu": gelu,
     "multiply": multiply,
+    "scale": scale,
     "sigmoid_gate": sigmoid_gate,
     "swiglu": swiglu,
 }

@@ -15,6 +15,7 @@ from ...graph.analysis import hidden_only, weight_shapes
 from ...graph.attention_mode import forgetting
 from ...graph.ir import Graph, Node, Value
 from ...graph.ops import spec_of
+from ...graph.ops.products import rows_of
 from ...quant.packed import PackedMatrix, PackedStack, PackedWeight
 from ..base import KvStore, StepBatch, StepOutput, reach_of
 from ..sampling import NOT_FINITE, TokenChoice, choose_token, choose_tokens
@@ -121,9 +122,10 @@ class ReferencePlan:
     def _rows(self, batch: StepBatch) -> torch.Tensor:
         return torch.from_numpy(batch.logit_rows).to(self.device, torch.int64)
 
-    def _product(self, x: torch.Tensor, name: str, bias: str | None) -> torch.Tensor:
-        """x W^T + b."""
-        return F.linear(self._rounded(x, name), self._weights[name], None if bias is None else self._weights[bias])
+    def _product(self, x: torch.Tensor, name: str, bias: str | None, rows: slice = slice(None)) -> torch.Tensor:
+        """x W^T + b, of some rows of W and b."""
+        vector = None if bias is None else self._weights[bias][rows]
+        return F.linear(self._rounded(x, name), self._weights[name][rows], vector)
 
     def _rounded(self, x: torch.Tensor, name: str) -> torch.Tensor:
         """x rounded to the kind that the native product with this weight reads, if requested."""
@@ -143,15 +145,17 @@ class ReferencePlan:
         return (F.embedding(ids, self._weights[node.weights[0]]) * node.attrs["scale"],)
 
     def _rms_norm(self, step: _Step, node: Node, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        weight, a = self._weights[node.weights[0]], node.attrs
-        return (ops.rms_norm(x, weight, a["eps"], a.get("offset", 0.0)),)
+        return (ops.rms_norm(x, self._weights[node.weights[0]], node.attrs["eps"], node.attrs.get("unit_offset", False)),)
 
     def _head_norm(self, step: _Step, node: Node, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        weight, a = self._weights[node.weights[0]], node.attrs
-        return (ops.head_norm(x, weight, a["eps"], a["heads"], a.get("offset", 0.0)),)
+        a, weight = node.attrs, self._weights[node.weights[0]]
+        return (ops.head_norm(x, weight, a["eps"], a["heads"], a.get("unit_offset", False)),)
 
     def _linear(self, step: _Step, node: Node, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return tuple(self._product(x, w, b) for w, b in zip(node.weights, node.attrs["biases"], strict=True))
+        return tuple(
+            self._product(x, w, b, slice(None) if rows is None else slice(*rows[:2]))
+            for w, b, rows in zip(node.weights, node.attrs["biases"], rows_of(node), strict=True)
+        )
 
     def _rope_table(self, step: _Step, node: Node) -> tuple[torch.Tensor, ...]:
         """The rows of a sequence share its frequencies, which for dynamic RoPE depend on its reach."""
@@ -185,13 +189,14 @@ class ReferencePlan:
         a, attend = node.attrs, ops.attention_online if node.attrs["softmax"] == "online" else ops.attention
         q = q.float().unflatten(-1, (a["kv_heads"], -1, a["head_dim"]))
         out = torch.empty_like(q)
+        sink = self._weights[node.weights[0]].float().unflatten(0, (a["kv_heads"], -1)) if node.weights else None
         for rows, context, table in step.sequences:
             blocks, tokens, mask = self._visible(node, rows, context)
             k, v = step.store.gather(a["layer"], table[blocks], len(tokens))
             if chosen is not None:
                 by_head = chosen[rows].unflatten(-1, (a["kv_heads"], -1))
                 mask = mask[:, None] & choose.chosen_tokens(by_head, len(tokens))
-            out[rows] = attend(q[rows], k, v, mask, a["scale"])
+            out[rows] = attend(q[rows], k, v, mask, a["scale"], a.get("softcap", 0.0), sink)
         return (out.flatten(1).to(self.dtype),)
 
     def _visible(self, node: Node, rows: slice, context: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -275,8 +280,8 @@ class ReferencePlan:
         return (moe.route(F.linear(x.float(), self._weights[node.weights[0]]), bias, **options),)
 
     def _experts_gate_up(self, step: _Step, node: Node, x: torch.Tensor, routes: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        name = node.weights[0]
-        return (moe.gate_up(self._rounded(x, name), routes, self._weights[name], node.attrs["grouped"]),)
+        name, gated = node.weights[0], ops.GATED[node.attrs.get("activation", "silu")]
+        return (moe.gate_up(self._rounded(x, name), routes, self._weights[name], node.attrs["grouped"], gated),)
 
     def _experts_down(self, step: _Step, node: Node, hidden: torch.Tensor, routes: torch.Tensor) -> tuple[torch.Tensor, ...]:
         name = node.weights[0]
@@ -331,7 +336,7 @@ class ReferencePlan:
         return torch.cat(outputs)
 
     def _layer_norm(self, step: _Step, node: Node, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        weight, bias = (self._weights[name] for name in node.weights)
+        weight, bias = (self._weights[name] if name else None for name in (*node.weights, None)[:2])
         return (ops.layer_norm(x, weight, bias, node.attrs["eps"]),)
 
     def _state_in(self, step: _Step, node: Node) -> tuple[torch.Tensor, ...]:
@@ -339,7 +344,7 @@ class ReferencePlan:
         return (step.batch.states.detach().to(self.device, self.dtype),)
 
     def _gate_up(self, step: _Step, node: Node, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return (ops.swiglu(*self._linear(step, node, x)),)
+        return (ops.GATED[node.attrs["activation"]](*self._linear(step, node, x)),)
 
     def _add_rms_norm(self, step: _Step, node: Node, x: torch.Tensor, delta: torch.Tensor) -> tuple[torch.Tensor, ...]:
         total = x + delta
@@ -354,7 +359,11 @@ class ReferencePlan:
         return ()
 
     def _lm_head(self, step: _Step, node: Node, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return (self._product(x, node.weights[0], node.attrs["bias"]),)
+        a = node.attrs
+        logits = self._product(x, node.weights[0], a["bias"])
+        if a.get("scale", 1.0) != 1.0:
+            logits = logits * a["scale"]
+        return (a["softcap"] * torch.tanh(logits / a["softcap"]) if a.get("softcap") else logits,)
 
 
 def _of_inputs(function: Callable[..., torch.Tensor]) -> Callable[..., tuple[torch.Tensor, ...]]:

@@ -72,14 +72,17 @@ SPECS = (
         name="attention",
         inputs=(_Q, Operand("chosen", "[T, kv_heads * blocks]", optional=True)),
         outputs=(Operand("o", "[T, heads * head_dim]"),),
+        weights=(Operand("sink", "[heads]", optional=True),),
         attrs=(
             *_HEADS,
             step_attr("scale", FLOAT),
             step_attr("window", INT, "0: all tokens up to the row's own are visible"),
             Attr("softmax", one_of("eager", "online"), "how the softmax is computed", flag="eager", flag_value="eager"),
             step_attr("sinks", INT, "with a window, first tokens that stay visible", 0),
+            step_attr("softcap", FLOAT, "limit of the scores; 0: none", 0.0),
         ),
         fits=_attention_fits,
+        weight_shapes=lambda n, g: [(name, (n.attrs["heads"],)) for name in n.weights],
         reads="cache",
         rows="tokens",
         any_kind=0,
@@ -95,7 +98,11 @@ SPECS = (
             sinks; with `chosen` only those in the chosen blocks. `softmax` is "eager" (a whole row of scores at once) or
             "online" (blocks of 32 tokens with a running maximum and sum; Milakov and Gimelshein 2018, Dao et al. 2022).
 
-            Source: Vaswani et al. 2017; grouped heads: Ainslie et al. 2023; sinks: Xiao et al. 2023.
+            With a `softcap` c, c * tanh(s / c) replaces a score s before the softmax. `sink` holds a further logit per head,
+            which counts in the softmax's denominator only.
+
+            Source: Vaswani et al. 2017; grouped heads: Ainslie et al. 2023; sinks: Xiao et al. 2023; softcap: Gemma Team 2024;
+            `sink`: OpenAI 2025 (gpt-oss).
         """,
     ),
     OpSpec(

@@ -8,7 +8,7 @@ from .widths import heads_width, same_widths
 
 _X, _Y = Operand("x", "[T, N]"), Operand("y", "[T, N]")
 _EPS = step_attr("eps", FLOAT, "added to the mean square or variance")
-_OFFSET = Attr("offset", FLOAT, "added to the weights", 0.0)
+_OFFSET = Attr("unit_offset", BOOL, "the factor is 1 + w instead of w", False)
 
 
 def _vectors(node: Node, _: Graph) -> Shapes:
@@ -38,14 +38,16 @@ SPECS = (
         weight_shapes=_vectors,
         any_kind=0,
         code=2,
-        doc="y = x / sqrt(mean(x^2) + eps) * (w + offset), over each row. Source: Zhang and Sennrich 2019.",
+        doc="""
+            y = x / sqrt(mean(x^2) + eps) * w, over each row. Gemma stores w - 1. Source: Zhang and Sennrich 2019.
+        """,
     ),
     OpSpec(
         name="head_norm",
         inputs=(Operand("x", "[T, heads * head_dim]"),),
         outputs=(Operand("y", "[T, heads * head_dim]"),),
         weights=(Operand("w", "[head_dim]"),),
-        attrs=(_EPS, step_attr("heads", INT), step_attr("head_dim", INT), _OFFSET),
+        attrs=(_EPS, _OFFSET, step_attr("heads", INT), step_attr("head_dim", INT)),
         fits=lambda n, g: same_widths(n, g) and n.inputs[0].width == heads_width(n, "heads"),
         weight_shapes=lambda n, g: [(n.weights[0], (n.attrs["head_dim"],))],
         code=2,
@@ -55,7 +57,7 @@ SPECS = (
         name="layer_norm",
         inputs=(_X,),
         outputs=(_Y,),
-        weights=(Operand("w", "[N]"), Operand("b", "[N]")),
+        weights=(Operand("w", "[N]"), Operand("b", "[N]", optional=True)),
         attrs=(_EPS,),
         fits=same_widths,
         weight_shapes=_vectors,
@@ -89,24 +91,56 @@ SPECS = (
         doc="z = x + delta; y = `rms_norm`(z). Made by rule `layer_norm`.",
     ),
     OpSpec(
+        name="swiglu",
+        inputs=(Operand("gate", "[T, N]"), Operand("up", "[T, N]")),
+        outputs=(Operand("h", "[T, N]"),),
+        fits=same_widths,
+        any_kind=0,
+        code=12,
+        doc="h = silu(gate) * up, where silu(x) = x / (1 + e^-x). Source: Shazeer 2020.",
+    ),
+    OpSpec(
+        name="geglu",
+        inputs=(Operand("gate", "[T, N]"), Operand("up", "[T, N]")),
+        outputs=(Operand("h", "[T, N]"),),
+        fits=same_widths,
+        any_kind=0,
+        code=31,
+        doc="h = `gelu`(gate) * up. Source: Shazeer 2020.",
+    ),
+    OpSpec(
+        name="gelu",
+        inputs=(_X,),
+        outputs=(_Y,),
+        fits=same_widths,
+        in_place=((0, 0),),
+        any_kind=0,
+        code=32,
+        doc="""
+            y = x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x^3))), the approximation that Transformers calls
+            "gelu_pytorch_tanh". Source: Hendrycks and Gimpel 2016.
+        """,
+    ),
+    OpSpec(
+        name="scale",
+        inputs=(_X,),
+        outputs=(_Y,),
+        attrs=(step_attr("scale", FLOAT),),
+        fits=same_widths,
+        in_place=((0, 0),),
+        any_kind=0,
+        code=33,
+        doc="y = scale * x.",
+    ),
+    OpSpec(
         name="multiply",
         inputs=(_X, Operand("y", "[T, N]")),
         outputs=(Operand("z", "[T, N]"),),
         fits=same_widths,
         in_place=((0, 0), (0, 1)),
         any_kind=0,
-        code=31,
+        code=37,
         doc="z = x * y, element by element.",
-    ),
-    OpSpec(
-        name="sigmoid_gate",
-        inputs=(Operand("gate", "[T, N]"), _X),
-        outputs=(_Y,),
-        fits=same_widths,
-        in_place=((0, 1),),
-        any_kind=0,
-        code=32,
-        doc="y = sigmoid(gate) * x, where sigmoid(g) = 1 / (1 + e^-g).",
     ),
     OpSpec(
         name="columns",
@@ -119,17 +153,44 @@ SPECS = (
         ),
         fits=_columns_fit,
         any_kind=0,
-        code=33,
-        doc="y = elements [begin, end) of each of the `groups` parts of a row: one result of a product that computes several.",
+        code=38,
+        doc="""
+            y = elements [begin, end) of each of the `groups` parts of a row: one result of a product whose matrix has the rows
+            of several results head by head (Qwen3-Next).
+        """,
     ),
     OpSpec(
-        name="swiglu",
-        inputs=(Operand("gate", "[T, N]"), Operand("up", "[T, N]")),
-        outputs=(Operand("h", "[T, N]"),),
-        fits=same_widths,
+        name="sigmoid_gate",
+        inputs=(_X, Operand("gate", "[T, N] or [T, 1]")),
+        outputs=(_Y,),
+        fits=lambda n, g: n.inputs[0].width == n.outputs[0].width and n.inputs[1].width in (1, n.inputs[0].width),
+        in_place=((0, 0),),
         any_kind=0,
-        code=12,
-        doc="h = silu(gate) * up, where silu(x) = x / (1 + e^-x). Source: Shazeer 2020.",
+        code=36,
+        doc="y = x / (1 + e^-gate), element by element or with one gate per row (the shared expert of Qwen2-MoE).",
+    ),
+    OpSpec(
+        name="slice",
+        origin="lowering",
+        inputs=(Operand("x", "[T, M]"),),
+        outputs=(_Y,),
+        attrs=(step_attr("offset", INT),),
+        fits=lambda n, g: n.attrs["offset"] >= 0 and n.attrs["offset"] + n.outputs[0].width <= n.inputs[0].width,
+        any_kind=0,
+        code=35,
+        doc="y = elements [offset, offset + N) of x. Lowering divides the product with a matrix of several parts this way.",
+    ),
+    OpSpec(
+        name="softcap",
+        origin="lowering",
+        inputs=(_X,),
+        outputs=(_Y,),
+        attrs=(step_attr("scale", FLOAT, "the limit"),),
+        fits=same_widths,
+        in_place=((0, 0),),
+        any_kind=0,
+        code=34,
+        doc="y = scale * tanh(x / scale). Lowering puts it behind a head with `softcap`.",
     ),
     OpSpec(
         name="concat",

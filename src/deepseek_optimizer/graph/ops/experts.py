@@ -7,6 +7,7 @@ token, row t * top_k + j belongs to token t and its j-th chosen expert.
 from __future__ import annotations
 
 from ..ir import Graph, Node
+from .products import ACTIVATION
 from .spec import BOOL, FLOAT, INT, NAME, Attr, Operand, OpSpec, Shapes, one_of, step_attr
 
 _EXPERTS, _TOP_K = step_attr("experts", INT), step_attr("top_k", INT, "experts per token")
@@ -73,7 +74,7 @@ SPECS = (
         inputs=(Operand("x", "[T, H]"), _ROUTES),
         outputs=(Operand("h", "[T * top_k, I]"),),
         weights=(Operand("gate_up", "[E, 2 I, H]: the rows of gate, then of up"),),
-        attrs=_PRODUCT,
+        attrs=(*_PRODUCT, ACTIVATION),
         fits=lambda n, g: _products_fit(n, n.outputs[0].repeat),
         weight_shapes=lambda n, g: [(n.weights[0], (n.attrs["experts"], 2 * n.outputs[0].width, n.inputs[0].width))],
         stacked=2,
@@ -84,8 +85,8 @@ SPECS = (
         code=17,
         kernels=_PHASES,
         doc="""
-            h = `swiglu`(gate_e x_t, up_e x_t) for each token t and its chosen experts e. Packed, the weight is a stack of 2 E
-            matrices [I, H]: gate and up of each expert in turn.
+            h = `swiglu`(gate_e x_t, up_e x_t), or `geglu` of them, for each token t and its chosen experts e. Packed, the
+            weight is a stack of 2 E matrices [I, H]: gate and up of each expert in turn.
         """,
     ),
     OpSpec(

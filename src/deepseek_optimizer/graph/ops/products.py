@@ -2,19 +2,56 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 from ..ir import Graph, Node
-from .spec import FLOAT, INT, NAME, NAMES, Attr, Operand, OpSpec, Shapes, step_attr
+from .spec import FLOAT, INT, NAME, NAMES, ROWS, Attr, Operand, OpSpec, Shapes, one_of, step_attr
 
 _H = Operand("x", "[T, H]")
 _PHASES = "decode: few rows, one pass over the weights; prefill: tiles of rows. Integer formats give the same bits in both."
+
+
+_ROWS = Attr(
+    "rows", ROWS, "per matrix (begin, end, total): the product uses rows [begin, end) of `total`, of the bias too", None
+)
+ACTIVATION = Attr(
+    "activation", one_of("silu", "gelu"), "of the gate, as in `swiglu` or `geglu`", "silu", flag="gelu", flag_value="gelu"
+)
 
 
 def matrix_shapes(node: Node, _: Graph) -> Shapes:
     """Matrices [out, in], one per output (gate_up: two for one output), and their biases."""
     biases = node.attrs["biases"] if "biases" in node.attrs else (node.attrs.get("bias"),)
     outputs = node.outputs * (len(node.weights) // max(1, len(node.outputs)))
-    matrices = [(name, (out.width, node.inputs[0].width)) for name, out in zip(node.weights, outputs, strict=True)]
-    return [*matrices, *((name, (out.width,)) for name, out in zip(biases, outputs, strict=False) if name is not None)]
+    rows = [out.width if part is None else part[2] for out, part in zip(outputs, rows_of(node), strict=True)]
+    matrices = [(name, (count, node.inputs[0].width)) for name, count in zip(node.weights, rows, strict=True)]
+    return [*matrices, *((name, (count,)) for name, count in zip(biases, rows, strict=False) if name is not None)]
+
+
+def rows_of(node: Node) -> tuple[tuple[int, int, int] | None, ...]:
+    """For each matrix of a product the rows that it uses, as in attribute `rows`; None: all of them."""
+    rows: tuple[tuple[int, int, int] | None, ...] | None = node.attrs.get("rows")
+    return (None,) * len(node.weights) if rows is None else rows
+
+
+def merged_rows(nodes: Iterable[Node]) -> dict[str, Any]:
+    """Attribute `rows` of a node that combines the matrices of several products; none if all use whole matrices."""
+    rows = tuple(part for node in nodes for part in rows_of(node))
+    return {} if all(part is None for part in rows) else {"rows": rows}
+
+
+def _rows_fit(node: Node) -> bool:
+    outputs = node.outputs * (len(node.weights) // max(1, len(node.outputs)))
+    rows = rows_of(node)
+    return len(rows) == len(outputs) and all(
+        part is None or (0 <= part[0] and part[1] - part[0] == out.width and part[1] <= part[2])
+        for part, out in zip(rows, outputs, strict=True)
+    )
+
+
+def _linear_fits(node: Node, _: Graph) -> bool:
+    return len(node.outputs) == len(node.weights) == len(node.attrs["biases"]) and _rows_fit(node)
 
 
 SPECS = (
@@ -27,7 +64,7 @@ SPECS = (
         weight_shapes=lambda n, g: [(n.weights[0], (g.vocab_size, g.hidden_size))],
         rows="tokens",
         code=1,
-        doc="x_t = scale * table[token_t]; where a step brings `inputs_embeds`, those rows replace the table's.",
+        doc="x_t = scale * table[token_t]; where a step brings `inputs_embeds`, those rows are x, unscaled.",
     ),
     OpSpec(
         name="state_in",
@@ -44,13 +81,16 @@ SPECS = (
         inputs=(Operand("x", "[T, K]"),),
         outputs=(Operand("y_i", "[T, N_i]", many=True),),
         weights=(Operand("W_i", "[N_i, K]", many=True),),
-        attrs=(Attr("biases", NAMES, "b_i [N_i] of each matrix"),),
-        fits=lambda n, g: len(n.outputs) == len(n.weights) == len(n.attrs["biases"]),
+        attrs=(Attr("biases", NAMES, "b_i [N_i] of each matrix"), _ROWS),
+        fits=_linear_fits,
         weight_shapes=matrix_shapes,
         product=True,
         code=6,
         kernels=_PHASES,
-        doc="y_i = x W_i^T + b_i. Rule `qkv` combines products over one input into a node with several matrices.",
+        doc="""
+            y_i = x W_i^T + b_i. Rule `qkv` combines products over one input into a node with several matrices. Where a
+            checkpoint stores several matrices as one, nodes name that one and the rows of it that they use.
+        """,
     ),
     OpSpec(
         name="gate_up",
@@ -58,14 +98,14 @@ SPECS = (
         inputs=(Operand("x", "[T, K]"),),
         outputs=(Operand("h", "[T, N]"),),
         weights=(Operand("gate", "[N, K]"), Operand("up", "[N, K]")),
-        attrs=(Attr("biases", NAMES, "of gate and of up"),),
-        fits=lambda n, g: len(n.attrs["biases"]) == 2,
+        attrs=(Attr("biases", NAMES, "of gate and of up"), _ROWS, ACTIVATION),
+        fits=lambda n, g: len(n.attrs["biases"]) == 2 and _rows_fit(n),
         weight_shapes=matrix_shapes,
         product=True,
         any_kind=0,
         code=13,
         kernels=_PHASES,
-        doc="h = `swiglu`(x gate^T + b_gate, x up^T + b_up). Made by rule `gate_up`.",
+        doc="h = `swiglu`(x gate^T + b_gate, x up^T + b_up), or `geglu` of them. Made by rule `gate_up`.",
     ),
     OpSpec(
         name="hidden_out",
@@ -82,13 +122,20 @@ SPECS = (
         inputs=(Operand("x", "[T or R, H]"),),
         outputs=(Operand("logits", "[T or R, V]"),),
         weights=(Operand("W", "[V, H]"),),
-        attrs=(Attr("bias", NAME, "[V]"),),
+        attrs=(
+            Attr("bias", NAME, "[V]"),
+            Attr("scale", FLOAT, default=1.0),
+            Attr("softcap", FLOAT, "limit of the logits; 0: none", 0.0),
+        ),
         fits=lambda n, g: (n.inputs[0].width, n.outputs[0].width) == (g.hidden_size, g.vocab_size),
         weight_shapes=matrix_shapes,
         returns="logits",
         product=True,
         code=6,
         kernels=_PHASES,
-        doc="logits = x W^T + bias: the step's result. A graph has at most one.",
+        doc="""
+            logits = scale * (x W^T + bias): the step's result. With a `softcap` c, c * tanh(logits / c) (Gemma Team 2024). A
+            graph has at most one such node.
+        """,
     ),
 )

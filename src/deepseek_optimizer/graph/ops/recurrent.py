@@ -52,7 +52,7 @@ SPECS = (
         fits=_short_conv_fits,
         weight_shapes=_short_conv_shapes,
         rows="tokens",
-        code=34,
+        code=39,
         doc="""
             A causal convolution over the tokens of a sequence, each element by itself. With x_t of token t (zero before the
             first):
@@ -81,7 +81,7 @@ SPECS = (
         fits=_delta_rule_fits,
         weight_shapes=lambda n, g: [(name, (n.attrs["heads"],)) for name in n.weights],
         rows="tokens",
-        code=35,
+        code=40,
         kernels="one recurrent form for both phases: tiles of 16 columns of a head's state pass over all rows of the step.",
         doc="""
             The gated delta rule. A row of x holds all queries, all keys and all values; value head h uses query and key of head

@@ -51,6 +51,14 @@ FLOAT = AttrType("float", lambda value: isinstance(value, Real) and not isinstan
 BOOL = AttrType("bool", lambda value: isinstance(value, bool))
 NAME = AttrType("parameter name or None", _is_name)
 NAMES = AttrType("tuple of parameter names or None", lambda value: isinstance(value, tuple) and all(map(_is_name, value)))
+
+
+def _is_rows(value: Any) -> bool:
+    parts = value if isinstance(value, tuple) else (0,)
+    return value is None or all(part is None or (isinstance(part, tuple) and len(part) == 3) for part in parts)
+
+
+ROWS = AttrType("tuple of (begin, end, total) or None", _is_rows)
 ROPE = AttrType("models.rope.RopeSpec", lambda value: hasattr(value, "inv_freq"))
 
 REQUIRED: Any = object()

@@ -19,7 +19,7 @@ def rewrite(graph: Graph) -> tuple[Graph, list[str]]:
         return graph, []
     logits, normed = head.outputs[0], head.inputs[0]
     norm = graph.nodes[links.producer(normed)]
-    if logits.selected or links.readers(logits) or norm.op != "rms_norm":
+    if logits.selected or links.readers(logits) or norm.op not in ("rms_norm", "layer_norm"):
         return graph, []
     rows = replace(norm.inputs[0], name=f"{norm.inputs[0].name}.rows", selected=True)
     normed_rows = replace(normed, name=f"{normed.name}.rows", selected=True)

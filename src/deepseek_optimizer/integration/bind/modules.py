@@ -141,6 +141,7 @@ class PackedEmbedding(Packed, nn.Embedding):
 
     Attributes:
         weight: uint8 tiles, shared with a tied output head.
+        scale: factor of the rows, rounded to `dtype` as Gemma's embeddings do.
     """
 
     weight: nn.Parameter
@@ -152,13 +153,14 @@ class PackedEmbedding(Packed, nn.Embedding):
         format: str,
         *,
         padding_idx: int | None = None,
+        scale: float = 1.0,
         dtype: torch.dtype,
         device: Any = None,
     ) -> None:
         nn.Module.__init__(self)
         self.num_embeddings, self.embedding_dim, self.padding_idx = num_embeddings, embedding_dim, padding_idx
         self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse = None, 2.0, False, False
-        self.format, self.dtype = format, dtype
+        self.format, self.dtype, self.scale = format, dtype, scale
         self.weight = empty_tiles(num_embeddings, embedding_dim, format, device)
         self._is_hf_initialized = True
 
@@ -170,7 +172,8 @@ class PackedEmbedding(Packed, nn.Embedding):
         return {"weight": self.packed}
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return self.intact(take_rows(self.packed, input, self.dtype))
+        rows = self.intact(take_rows(self.packed, input, self.dtype))
+        return rows if self.scale == 1.0 else rows * torch.tensor(self.scale, dtype=self.dtype, device=rows.device)
 
     def dequantized(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The table as float [num_embeddings, embedding_dim]."""

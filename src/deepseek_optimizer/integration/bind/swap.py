@@ -49,7 +49,8 @@ def sites(model: nn.Module, graph: Graph) -> list[Site]:
         names = {leaf: tied.get(f"{name}.{leaf}", f"{name}.{leaf}") for leaf in ("weight", *_STACKS)}
         if isinstance(module, (nn.Linear, nn.Embedding)):
             weights = {"weight": names["weight"]} if names["weight"] in wanted else {}
-            supported = type(module) in (nn.Linear, nn.Embedding, PackedLinear, PackedEmbedding)
+            plain = type(module) in (nn.Linear, nn.Embedding, PackedLinear, PackedEmbedding)
+            supported = plain or (isinstance(module, nn.Embedding) and hasattr(module, "scalar_embed_scale"))
         else:
             weights = {leaf: names[leaf] for leaf in _STACKS if names[leaf] in wanted}
             supported = isinstance(module, PackedExperts) or _STACKS == tuple(module._parameters)
@@ -93,6 +94,7 @@ def packed_twin(module: nn.Module, formats: Mapping[str, str], dtype: torch.dtyp
             module.embedding_dim,
             formats["weight"],
             padding_idx=module.padding_idx,
+            scale=float(getattr(module, "scalar_embed_scale", getattr(module, "scale", 1.0))),
             dtype=dtype,
             device="meta",
         )

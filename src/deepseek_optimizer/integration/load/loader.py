@@ -180,6 +180,8 @@ def _empty_model(raw: dict[str, Any], settings: DeepSeekConfig, path: Path) -> A
         raise ConfigError(f"{path}: Transformers cannot use this config: {' '.join(str(error).split())}") from error
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
+            if isinstance(child, nn.Embedding):
+                continue  # is replaced by a packed one; Gemma's has a buffer
             if child is not None and any(child._buffers[b].is_meta for b in child._non_persistent_buffers_set):
                 parent._modules[name] = type(child)(config=model.config)  # rotary embeddings: buffers computed from the config
     return model

@@ -55,6 +55,7 @@ class ResizeTokens(Replacement):
         finally:  # after an error, unchanged modules are packed as before
             manifest = runtime.manifest
             pack_in_place(model, whole_graph(model), runtime.config, runtime.backend.pack, manifest.formats())
+            model.get_input_embeddings().scale = embedding.scale
             self._bind(model, runtime.config, curve=manifest.curve, bytes_before=runtime.bytes_before, notes=runtime.notes)
         return model.get_input_embeddings()
 

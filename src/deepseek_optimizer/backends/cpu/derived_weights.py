@@ -1,0 +1,107 @@
+"""Weights that native steps read in another form than the model holds them.
+
+- A product with some rows of a matrix (attribute `rows`) reads a view of its tiles if the rows begin at a tile. Otherwise the
+  whole matrix is multiplied, and `slice` nodes take the parts.
+- The factor of a norm with `unit_offset` is 1 + w.
+- A layer norm without a bias has one of zeros.
+- A short convolution reads its weights tap after tap.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from ...errors import BackendError
+from ...graph.ir import Graph, Node, Value
+from ...graph.ops.products import rows_of
+from ...quant.base import TILE_ROWS
+from ...quant.packed import PackedMatrix, PackedWeight
+
+Weights = dict[str, PackedWeight | torch.Tensor]
+
+
+def with_derived_weights(graph: Graph, weights: Mapping[str, PackedWeight | torch.Tensor]) -> tuple[Graph, Weights]:
+    """Returns the graph with the names of derived weights in its nodes, and these weights by name.
+
+    Args:
+        graph: the graph before lowering.
+        weights: the model's weights by name.
+    """
+    derived: Weights = {}
+    nodes = [part for node in graph.nodes for part in _derived(node, weights, derived)]
+    return replace(graph, nodes=nodes), derived
+
+
+def _derived(node: Node, weights: Mapping[str, PackedWeight | torch.Tensor], derived: Weights) -> list[Node]:
+    if node.attrs.get("rows"):
+        aligned = all(part is None or part[0] % TILE_ROWS == 0 for part in rows_of(node))
+        return [_with_views(node, weights, derived)] if aligned else _whole_products(node)
+    if node.attrs.get("unit_offset"):
+        (name,) = node.weights
+        derived[f"1 + {name}"] = 1 + _vector(weights, name).float()
+        return [node.with_(weights=(f"1 + {name}",))]
+    if node.op == "short_conv":
+        (name,) = node.weights
+        derived[f"taps of {name}"] = _vector(weights, name).float().squeeze(1).T.reshape(-1)
+        return [node.with_(weights=(f"taps of {name}",))]
+    if node.op == "layer_norm" and len(node.weights) == 1:
+        width = node.inputs[0].width
+        derived[f"{width} zeros"] = torch.zeros(width, dtype=torch.float32, device="cpu")
+        return [node.with_(weights=(*node.weights, f"{width} zeros"))]
+    return [node]
+
+
+def _with_views(node: Node, weights: Mapping[str, PackedWeight | torch.Tensor], derived: Weights) -> Node:
+    """The node with views of its matrices and biases instead of their rows."""
+    names, biases = list(node.weights), list(node.attrs["biases"])
+    for i, part in enumerate(rows_of(node)):
+        if part is None:
+            continue
+        begin, end, _ = part
+        matrix, bias = weights.get(names[i]), biases[i]
+        if not isinstance(matrix, PackedMatrix):
+            raise BackendError(
+                f"weight {names[i]!r} must be a packed matrix for the cpu backend, got a {type(matrix).__name__}"
+            )
+        tiles = matrix.data[begin // TILE_ROWS : -(-end // TILE_ROWS)]
+        names[i] = f"{names[i]}[{begin}:{end}]"
+        derived[names[i]] = PackedMatrix(matrix.format, end - begin, matrix.cols, tiles)
+        if bias is not None:
+            biases[i] = f"{bias}[{begin}:{end}]"
+            derived[biases[i]] = _vector(weights, bias)[begin:end]
+    return node.with_(weights=tuple(names), attrs={**_without_rows(node), "biases": tuple(biases)})
+
+
+def _whole_products(node: Node) -> list[Node]:
+    """One product per matrix, whose results are cut into the node's outputs; for gate_up also the activation."""
+    nodes: list[Node] = []
+    gated = node.op == "gate_up"
+    out = node.outputs[0]
+    outputs = tuple(replace(out, name=f"{out.name}.{part}") for part in ("gate", "up")) if gated else node.outputs
+    computed: dict[str, Value] = {}
+    for name, bias, part, output in zip(node.weights, node.attrs["biases"], rows_of(node), outputs, strict=True):
+        if part is None:
+            nodes.append(Node("linear", node.inputs, (output,), (name,), {"biases": (bias,)}))
+            continue
+        if name not in computed:
+            computed[name] = Value(f"{name} of {node.inputs[0].name}", part[2], output.selected)
+            nodes.append(Node("linear", node.inputs, (computed[name],), (name,), {"biases": (bias,)}))
+        nodes.append(Node("slice", (computed[name],), (output,), attrs={"offset": part[0]}))
+    if gated:
+        nodes.append(Node("swiglu" if node.attrs["activation"] == "silu" else "geglu", outputs, node.outputs))
+    return nodes
+
+
+def _without_rows(node: Node) -> dict[str, Any]:
+    return {name: value for name, value in node.attrs.items() if name != "rows"}
+
+
+def _vector(weights: Mapping[str, PackedWeight | torch.Tensor], name: str) -> torch.Tensor:
+    vector = weights.get(name)
+    if not isinstance(vector, torch.Tensor):
+        raise BackendError(f"weight {name!r} must be a vector, got a {type(vector).__name__}")
+    return vector.detach()
