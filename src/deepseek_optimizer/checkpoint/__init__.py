@@ -15,6 +15,7 @@ from .base import Checkpoint, TensorInfo, all_finite
 from .directory import SafetensorsCheckpoint, open_files, read_config
 from .fp8 import Fp8Checkpoint, is_fp8
 from .gguf import GgufCheckpoint
+from .language_part import language_part
 from .load import LoadProgress, check_tensors, stream_weights
 from .manifest import Manifest
 from .packed import PackedCheckpoint, is_packed
@@ -43,8 +44,11 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     config = read_config(path)
     files, tensors = open_files(path)
     try:
+        config, tensors, left_out = language_part(config, tensors)
         kind = PackedCheckpoint if is_packed(config) else Fp8Checkpoint if is_fp8(config) else SafetensorsCheckpoint
-        return kind(path, config, files, with_parameter_names(tensors, config.get("model_type")))
+        checkpoint = kind(path, config, files, with_parameter_names(tensors, config.get("model_type")))
+        checkpoint.left_out = left_out
+        return checkpoint
     except BaseException:
         for file in files.values():
             file.close()
