@@ -107,32 +107,34 @@ inline void kv_read(const KvLayout& l, const KvView& v, int64_t tokens, float* k
     }
 }
 
-// Softmax over tokens: m, the sum, and the weighted values, not divided by the sum.
+// Softmax over tokens: m, the sum, and the weighted values, not divided by the sum. sink: a further logit, or null.
 inline void attend(const KvLayout& l, const KvView& v, int64_t head, const float* q, const std::vector<int64_t>& tokens,
-                   float scale, float* m, float* sum, float* o) {
-  *m = -INFINITY;
+                   const Scores& how, const float* sink, float* m, float* sum, float* o) {
+  *m = sink ? *sink : -INFINITY;
   *sum = 0;
   std::fill_n(o, l.head_dim, 0.0f);
   std::vector<float> scores;
   for (int64_t t : tokens) {
     float s = 0;
     for (int64_t i = 0; i < l.head_dim; ++i) s += q[i] * kv(l, v, head, t, false)[i];
-    scores.push_back(s * scale);
-    *m = std::max(*m, s * scale);
+    s *= how.scale;
+    scores.push_back(how.softcap > 0 ? how.softcap * std::tanh(s / how.softcap) : s);
+    *m = std::max(*m, scores.back());
   }
+  if (sink) *sum = std::exp(*sink - *m);
   for (size_t j = 0; j < tokens.size(); ++j) {
     const float p = std::exp(scores[j] - *m);
     *sum += p;
     for (int64_t i = 0; i < l.head_dim; ++i) o[i] += p * kv(l, v, head, tokens[j], true)[i];
   }
 }
-inline void attn_eager(const KvLayout& l, const KvView& v, int64_t head, const float* q, int64_t n, int64_t first, float scale,
-                       float* scores, float* o) {
-  std::fill_n(scores, n, 0.0f);  // the caller guarantees room for them
+inline void attn_eager(const KvLayout& l, const KvView& v, int64_t head, const float* q, int64_t n, int64_t first,
+                       const Scores& scores, float* row, float* o) {
+  std::fill_n(row, n, 0.0f);  // the caller guarantees room for them
   std::vector<int64_t> tokens;
   for (int64_t t = first; t < n; ++t) tokens.push_back(t);
   float m, sum;
-  attend(l, v, head, q, tokens, scale, &m, &sum, o);
+  attend(l, v, head, q, tokens, scores, scores.sinks, &m, &sum, o);
   for (int64_t i = 0; i < l.head_dim; ++i) o[i] /= sum;
 }
 // Tokens visible to `row`, within the chunk (-1: all chunks).
@@ -150,27 +152,28 @@ inline std::vector<int64_t> seen(const VisibleTokens& sight, int64_t row, int64_
   return tokens;
 }
 inline void attn_prefill(const KvLayout& l, const KvView& v, int64_t head, const float* q, int64_t q_stride, int64_t group,
-                         int64_t r0, int64_t r1, int64_t ctx, const VisibleTokens& sight, float scale, float* o,
+                         int64_t r0, int64_t r1, int64_t ctx, const VisibleTokens& sight, const Scores& scores, float* o,
                          int64_t o_stride, uint8_t*) {
   for (int64_t r = r0; r < r1; ++r)
     for (int64_t h = 0; h < group; ++h) {
       float m, sum, *out = (float*)((char*)o + r * o_stride) + h * l.head_dim;
-      attend(l, v, head, (const float*)((const char*)q + r * q_stride) + h * l.head_dim, seen(sight, ctx + r, -1), scale, &m,
-             &sum, out);
+      attend(l, v, head, (const float*)((const char*)q + r * q_stride) + h * l.head_dim, seen(sight, ctx + r, -1), scores,
+             scores.sinks ? scores.sinks + h : nullptr, &m, &sum, out);
       for (int64_t i = 0; i < l.head_dim; ++i) out[i] /= sum;
     }
 }
 inline void attn_decode_chunk(const KvLayout& l, const KvView& v, int64_t head, const float* q, int64_t q_stride, int64_t group,
-                              int64_t r0, int64_t r1, int64_t ctx, const VisibleTokens& sight, float scale, int64_t chunk,
-                              float* part, uint8_t*) {
+                              int64_t r0, int64_t r1, int64_t ctx, const VisibleTokens& sight, const Scores& scores,
+                              int64_t chunk, float* part, uint8_t*) {
   for (int64_t r = r0; r < r1; ++r)
     for (int64_t h = 0; h < group; ++h, part += l.head_dim + 16)
-      attend(l, v, head, (const float*)((const char*)q + r * q_stride) + h * l.head_dim, seen(sight, ctx + r, chunk), scale,
-             part, part + 1, part + 16);
+      attend(l, v, head, (const float*)((const char*)q + r * q_stride) + h * l.head_dim, seen(sight, ctx + r, chunk), scores,
+             nullptr, part, part + 1, part + 16);
 }
-inline void attn_merge(const float* part, int64_t stride, int64_t chunks, int64_t d, float* out) {
-  float m = -INFINITY, sum = 0;
+inline void attn_merge(const float* part, int64_t stride, int64_t chunks, int64_t d, const float* sink, float* out) {
+  float m = sink ? *sink : -INFINITY;
   for (int64_t c = 0; c < chunks; ++c) m = std::max(m, part[c * stride]);
+  float sum = sink ? std::exp(*sink - m) : 0;
   std::fill_n(out, d, 0.0f);
   for (int64_t c = 0; c < chunks; ++c) {
     const float p = std::exp(part[c * stride] - m);
@@ -230,7 +233,9 @@ inline void index_select(const float* scores, int64_t n, int64_t k, float* chose
   for (int64_t i = 0; i < k; ++i) chosen[i] = (float)order[(size_t)i];
 }
 
-inline constexpr ElementwiseOp elementwise_ops[] = {{DSO_OP_ADD, "ADD", 2, add}, {DSO_OP_SWIGLU, "SWIGLU", 2, swiglu}};
+inline void add_row(const float* a, const float* b, int64_t n, float, float* out) { add(a, b, n, out); }
+inline void swiglu_row(const float* a, const float* b, int64_t n, float, float* out) { swiglu(a, b, n, out); }
+inline constexpr ElementwiseOp elementwise_ops[] = {{DSO_OP_ADD, "ADD", 2, add_row}, {DSO_OP_SWIGLU, "SWIGLU", 2, swiglu_row}};
 
 inline const Kernels table = [] {
   Kernels k{};

@@ -70,7 +70,7 @@ def test_windows(config: Any, windows: list[int]) -> None:
     assert [n.attrs["window"] for n in attentions] == windows
 
 
-@pytest.mark.parametrize("model_type", ["gpt2", "mixtral", "", None, 7, ["llama"]])
+@pytest.mark.parametrize("model_type", ["gpt2", "gpt_neox", "", None, 7, ["llama"]])
 def test_unknown_family_names_the_known_ones(model_type: Any) -> None:
     with pytest.raises(UnsupportedModelError) as error:
         check_config({"model_type": model_type})
@@ -150,7 +150,10 @@ def test_bad_flag(field: str, value: Any) -> None:
         ({"hidden_act": None}, "hidden_act"),
         ({"rope_parameters": "default"}, "rope_parameters"),
         ({"rope_parameters": [1]}, "rope_parameters"),
-        ({"rope_parameters": {"rope_type": "longrope", "factor": 2.0}}, "rope_type"),
+        ({"rope_parameters": {"rope_type": "spiral", "factor": 2.0}}, "rope_type"),
+        ({"rope_parameters": {"rope_type": "longrope", "factor": 2.0}}, "short_factor"),
+        ({"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0] * 6, "long_factor": [1.0]}}, "long_factor"),
+        ({"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}}, "short_factor"),
         ({"rope_parameters": {"rope_type": ["default"]}}, "rope_type"),
         ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "rope_parameters"),
         (rope("yarn", factor=4.0, partial_rotary_factor=0.5), "partial_rotary_factor"),

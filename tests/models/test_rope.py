@@ -31,16 +31,37 @@ def spec_of(config: object) -> RopeSpec:
 @pytest.mark.parametrize("case", CASES)
 def test_frequencies_equal_transformers(case: str) -> None:
     model = random_model(CASES[case]())
-    rotary, spec = model.model.rotary_emb, spec_of(model.config)
-    assert spec.inv_freq.dtype == np.float32
-    assert torch.equal(torch.from_numpy(spec.inv_freq), rotary.inv_freq)
-    assert spec.scaling == rotary.attention_scaling
-    assert spec.rot == 2 * len(spec.inv_freq)
+    rotary = model.model.rotary_emb
+    specs = [n.attrs["rope"] for n in build_graph(model.config).nodes if n.op == "rope_table"]
+    prefixes = ["full_attention_", "sliding_attention_"] if hasattr(rotary, "full_attention_inv_freq") else [""]
+    assert len(specs) == len(prefixes)
+    for spec, prefix in zip(specs, prefixes, strict=True):
+        assert spec.inv_freq.dtype == np.float32
+        assert torch.equal(torch.from_numpy(spec.inv_freq), getattr(rotary, f"{prefix}inv_freq"))
+        assert spec.scaling == getattr(rotary, f"{prefix}attention_scaling")
+        assert spec.rot == 2 * len(spec.inv_freq)
 
 
 def test_every_kind_is_among_the_cases() -> None:
     kinds = {spec_of(make()).kind for make in CASES.values()}
-    assert kinds == {"default", "linear", "dynamic", "yarn", "llama3"}
+    assert kinds == {"default", "linear", "dynamic", "yarn", "llama3", "longrope"}
+
+
+@pytest.mark.parametrize("length", [1, 256, 257, 300, 1000])
+def test_longrope_has_other_frequencies_beyond_the_trained_length(length: int) -> None:
+    model = random_model(CASES["phi3-longrope"]())
+    rotary, spec = model.model.rotary_emb, spec_of(model.config)
+    rotary(torch.zeros(1), torch.arange(length)[None])
+    assert torch.equal(torch.from_numpy(spec.inv_freq_at(length)), rotary.inv_freq)
+    assert np.array_equal(spec.inv_freq_at(length), spec.inv_freq) == (length <= 256)
+    assert spec.scaling == rotary.attention_scaling > 1
+
+
+@pytest.mark.parametrize("length", [200, 300])
+def test_longrope_equals_transformers(length: int) -> None:
+    model = random_model(CASES["phi3-longrope"]())
+    ids = random_ids(model.config, length)
+    close(runner(ReferenceBackend(), build_graph(model.config), weights_of(model)).logits(ids), transformers_logits(model, ids))
 
 
 @pytest.mark.parametrize("length", [1, 64, 65, 100, 1000])

@@ -74,4 +74,5 @@ def test_nodes_that_lowering_makes_fit_their_specs():
                     assert len(node.inputs) == len(spec.inputs) and len(node.outputs) == len(spec.outputs)
                     assert len(node.weights) == len(spec.weights) and spec.fits(node, graph)
                     assert all(attr.type.accepts(attr.of(node)) for attr in spec.attrs)
-    assert seen == {name for name, spec in OPS.items() if spec.origin == "lowering"}
+    made_before = {"slice"}  # see test_derived_weights.py
+    assert seen == {name for name, spec in OPS.items() if spec.origin == "lowering"} - made_before

@@ -1,0 +1,78 @@
+"""Weights in the forms that native steps read: parts of matrices, factors of norms, biases of zeros."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from deepseek_optimizer.backends.cpu.derived_weights import with_derived_weights
+from deepseek_optimizer.errors import BackendError
+from deepseek_optimizer.graph.ir import CacheSpec, Graph, Node, Value
+from deepseek_optimizer.quant import pack, unpack
+
+WIDTH = 40
+
+
+def graph_of(*nodes: Node) -> Graph:
+    return Graph("test", list(nodes), 7, WIDTH, 1, CacheSpec(1, 1, 2), 16)
+
+
+def product(parts, op="linear", biases=None, **attrs):
+    """A product with `parts` (begin, end, total) of W."""
+    x = Value("x", WIDTH)
+    outputs = tuple(Value(f"y{i}", part[1] - part[0]) for i, part in enumerate(parts))
+    attrs |= {"rows": tuple(parts), "biases": biases or (None,) * len(parts)}
+    return Node(op, (x,), outputs[:1] if op == "gate_up" else outputs, ("W",) * len(parts), attrs)
+
+
+@pytest.mark.parametrize("format_name", ["fp32", "int8", "int4"])
+def test_rows_that_begin_at_a_tile_are_views(format_name):
+    matrix = pack(torch.randn(75, WIDTH, generator=torch.Generator().manual_seed(0)), format_name)
+    node = product([(0, 32, 75), (32, 48, 75), (48, 75, 75)], biases=("b",) * 3)
+    graph, derived = with_derived_weights(graph_of(node), {"W": matrix, "b": torch.arange(75.0)})
+    (changed,) = graph.nodes
+    assert changed.weights == ("W[0:32]", "W[32:48]", "W[48:75]") and "rows" not in changed.attrs
+    whole = unpack(matrix)
+    for (begin, end, _), name, bias in zip(node.attrs["rows"], changed.weights, changed.attrs["biases"], strict=True):
+        part = derived[name]
+        assert part.data.untyped_storage().data_ptr() == matrix.data.untyped_storage().data_ptr(), "a view, not a copy"
+        assert torch.equal(unpack(part), whole[begin:end])
+        assert derived[bias].tolist() == list(range(begin, end))
+
+
+def test_other_rows_are_cut_from_the_whole_product():
+    graph, derived = with_derived_weights(graph_of(product([(0, 24, 60), (24, 60, 60)], biases=("b", "b"))), {})
+    whole, first, second = graph.nodes
+    assert derived == {} and whole.weights == ("W",) and whole.attrs == {"biases": ("b",)} and whole.outputs[0].width == 60
+    assert [(n.op, n.attrs["offset"], n.outputs[0].name, n.outputs[0].width) for n in (first, second)] == [
+        ("slice", 0, "y0", 24), ("slice", 24, "y1", 36),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("activation, op", [("silu", "swiglu"), ("gelu", "geglu")])
+def test_gate_and_up_that_do_not_begin_at_a_tile(activation, op):
+    node = product([(0, 24, 48), (24, 48, 48)], op="gate_up", activation=activation)
+    graph, _ = with_derived_weights(graph_of(node), {})
+    assert [n.op for n in graph.nodes] == ["linear", "slice", "slice", op]
+    assert graph.nodes[-1].outputs == node.outputs
+
+
+def test_factors_of_norms_and_biases_of_zeros():
+    x, y = Value("x", WIDTH), Value("y", WIDTH)
+    nodes = [
+        Node("rms_norm", (x,), (y,), ("w",), {"eps": 1e-6, "unit_offset": True}),
+        Node("rms_norm", (x,), (y,), ("w",), {"eps": 1e-6}),
+        Node("layer_norm", (x,), (y,), ("w",), {"eps": 1e-6}),
+    ]
+    weight = torch.full((WIDTH,), 0.25, dtype=torch.bfloat16)
+    graph, derived = with_derived_weights(graph_of(*nodes), {"w": weight})
+    assert [n.weights for n in graph.nodes] == [("1 + w",), ("w",), ("w", "40 zeros")]
+    assert torch.equal(derived["1 + w"], torch.full((WIDTH,), 1.25)) and torch.equal(derived["40 zeros"], torch.zeros(WIDTH))
+
+
+def test_weights_of_another_kind_are_refused():
+    with pytest.raises(BackendError, match="'W' must be a packed matrix"):
+        with_derived_weights(graph_of(product([(0, 16, 32), (16, 32, 32)])), {"W": torch.zeros(32, WIDTH)})
+    norm = Node("rms_norm", (Value("x", WIDTH),), (Value("y", WIDTH),), ("w",), {"eps": 1e-6, "unit_offset": True})
+    with pytest.raises(BackendError, match="'w' must be a vector"):
+        with_derived_weights(graph_of(norm), {})
