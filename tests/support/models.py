@@ -30,6 +30,7 @@ from transformers import (
     GraniteMoeConfig,
     HunYuanDenseV1Config,
     Lfm2Config,
+    Lfm2MoeConfig,
     LlamaConfig,
     MiniMaxM2Config,
     MinistralConfig,
@@ -218,6 +219,13 @@ def lfm2(**fields: Any) -> Lfm2Config:
     return Lfm2Config(**{**defaults, **fields})
 
 
+def lfm2_moe(**fields: Any) -> Lfm2MoeConfig:
+    kinds = ["conv", "full_attention", "conv", "conv", "full_attention"]
+    experts = {"num_experts": 10, "num_experts_per_tok": 3, "moe_intermediate_size": 44, "num_dense_layers": 2}
+    defaults = {**_small(), **experts, "num_hidden_layers": 5, "layer_types": kinds, "norm_eps": 1e-5}
+    return Lfm2MoeConfig(**{**defaults, **fields})
+
+
 def qwen3_5_text(**fields: Any) -> Qwen3_5TextConfig:
     return Qwen3_5TextConfig(**{**_small(), **_delta_nets(), **fields})
 
@@ -317,6 +325,8 @@ CASES: dict[str, Callable[[], Any]] = {
     "lfm2-mixed": lfm2,
     "lfm2-biases": lambda: lfm2(conv_bias=True, conv_L_cache=4, tie_word_embeddings=False, block_auto_adjust_ff_dim=False),
     "lfm2-aligned": lambda: lfm2(hidden_size=96),
+    "lfm2_moe-experts": lambda: lfm2_moe(routed_scaling_factor=1.7),
+    "lfm2_moe-unbiased": lambda: lfm2_moe(use_expert_bias=False, norm_topk_prob=False, num_dense_layers=0),
     "qwen3_next-experts": qwen3_next,
     "qwen3_next-steps": lambda: qwen3_next(decoder_sparse_step=2, norm_topk_prob=False, linear_num_key_heads=6),
     "qwen3_5_moe_text-experts": qwen3_5_moe_text,
@@ -398,7 +408,7 @@ def randomise(model: Any, seed: int = 0) -> Any:
     """The module, with all its weights drawn anew."""
     generator = torch.Generator().manual_seed(seed)
     for name, buffer in model.named_buffers():
-        if name.endswith("e_score_correction_bias"):  # of the size of the scores' own differences
+        if name.endswith(("e_score_correction_bias", "expert_bias")):  # of the size of the scores' own differences
             buffer.copy_(torch.randn(buffer.shape, generator=generator) * 0.2)
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)

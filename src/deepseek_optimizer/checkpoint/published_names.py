@@ -14,18 +14,20 @@ from .base import TensorInfo
 
 Renames = tuple[tuple[str, str], ...]  # pattern -> replacement, applied in order
 
-_MIXTRAL: Final[Renames] = (
-    (r"\.block_sparse_moe\.", ".mlp."),
+_NUMBERED: Final[Renames] = (
     (r"\.experts\.(\d+)\.w1\.", r".experts.\1.gate_proj."),
     (r"\.experts\.(\d+)\.w3\.", r".experts.\1.up_proj."),
     (r"\.experts\.(\d+)\.w2\.", r".experts.\1.down_proj."),
 )
+_MIXTRAL: Final[Renames] = ((r"\.block_sparse_moe\.", ".mlp."), *_NUMBERED)
 _GRANITE: Final[Renames] = (
     (r"\.block_sparse_moe\.input_linear\.weight$", ".block_sparse_moe.experts.gate_up_proj"),
     (r"\.block_sparse_moe\.output_linear\.weight$", ".block_sparse_moe.experts.down_proj"),
     (r"\.block_sparse_moe\.router\.layer\.weight$", ".block_sparse_moe.router.weight"),
 )
-_RENAMES: Final[Mapping[str, Renames]] = {"mixtral": _MIXTRAL, "minimax_m2": _MIXTRAL, "granitemoe": _GRANITE}
+_RENAMES: Final[Mapping[str, Renames]] = {
+    "mixtral": _MIXTRAL, "minimax_m2": _MIXTRAL, "granitemoe": _GRANITE, "lfm2_moe": _NUMBERED,
+}  # fmt: skip
 
 
 def with_parameter_names(tensors: Mapping[str, TensorInfo], model_type: Any) -> dict[str, TensorInfo]:

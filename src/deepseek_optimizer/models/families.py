@@ -72,6 +72,7 @@ FAMILIES: Final[Mapping[str, Family]] = MappingProxyType({
     "minimax_m2": _PLAN_ONLY,
     "granitemoe": replace(_PLAN_ONLY, plain_head=False),
     "lfm2": _PLAN_ONLY,
+    "lfm2_moe": _PLAN_ONLY,
     "qwen3_next": _PLAN_ONLY,
     "qwen3_5_text": _PLAN_ONLY,
     "qwen3_5_moe_text": _PLAN_ONLY,
