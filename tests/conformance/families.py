@@ -30,6 +30,10 @@ EXPERTS = {
 # among the masked ones, which no checkpoint does and `models/experts.py` refuses.
 GROUPS = {**EXPERTS, "n_group": 2, "topk_group": 1, "routed_scaling_factor": 2.5, "num_experts_per_tok": 4}
 
+GELU = {**{name: value for name, value in SMALL.items() if name != "hidden_act"}, "head_dim": 8}
+PLAIN_EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+TYPES = ["sliding_attention", "full_attention"]
+
 FIELDS: dict[str, dict[str, Any]] = {
     "llama": SMALL,
     "qwen2": SMALL,
@@ -40,7 +44,35 @@ FIELDS: dict[str, dict[str, Any]] = {
     # So many index heads because a key that all of them shun has a score of exactly 0, and several such are ties.
     "deepseek_v32": {**GROUPS, "index_topk": 8, "index_head_dim": 32, "index_n_heads": 20},
     "youtu": LATENT,
-}
+    "ministral": {**SMALL, "head_dim": 8, "sliding_window": 32},
+    "smollm3": {**SMALL, "no_rope_layers": [1, 0]},
+    "olmo2": SMALL,
+    "olmo3": {**SMALL, "layer_types": TYPES, "sliding_window": 32},
+    "phi3": SMALL,
+    "glm": {**SMALL, "head_dim": 8},
+    "glm4": {**SMALL, "head_dim": 8},
+    "granite": {**SMALL, "attention_multiplier": 0.4, "residual_multiplier": 0.7, "logits_scaling": 2.0},
+    "gemma": {**GELU, "hidden_act": "gelu_pytorch_tanh"},
+    "gemma2": {**GELU, "sliding_window": 32, "query_pre_attn_scalar": 8},
+    "gemma3_text": {**GELU, "layer_types": TYPES, "sliding_window": 32, "query_pre_attn_scalar": 8},
+    "ernie4_5": {**SMALL, "head_dim": 8},
+    "exaone4": {**SMALL, "layer_types": TYPES, "sliding_window": 32, "sliding_window_pattern": 2},
+    "seed_oss": {**SMALL, "head_dim": 8, "attention_dropout": 0.0, "residual_dropout": 0.0},
+    "hunyuan_v1_dense": {**SMALL, "head_dim": 8},
+    "stablelm": {**SMALL, "partial_rotary_factor": 0.5},
+    "starcoder2": {**SMALL, "hidden_act": "gelu_pytorch_tanh"},
+    "cohere2": {**SMALL, "layer_types": TYPES, "sliding_window": 32},
+    "mixtral": {**SMALL, "num_local_experts": 8, "num_experts_per_tok": 2},
+    "qwen2_moe": {**SMALL, **PLAIN_EXPERTS, "shared_expert_intermediate_size": 32},
+    "qwen3_moe": {**SMALL, **PLAIN_EXPERTS, "head_dim": 8},
+    "glm4_moe": {
+        **SMALL, "head_dim": 8, "moe_intermediate_size": 16, "n_routed_experts": 8, "n_shared_experts": 1,
+        "num_experts_per_tok": 2, "first_k_dense_replace": 1, "n_group": 2, "topk_group": 1, "num_mtp_layers": 0,
+    },
+    "glm4_moe_lite": {**GROUPS, "mlp_layer_types": ["dense", "sparse"]},
+    "minimax_m2": {**SMALL, "head_dim": 8, "num_local_experts": 8, "num_experts_per_tok": 2},
+    "granitemoe": {**SMALL, "num_local_experts": 8, "num_experts_per_tok": 2},
+}  # fmt: skip
 
 
 class ModelTester:

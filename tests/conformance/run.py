@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import argparse
 import os
+import random
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
+
+from support.rings import ROOT, seed_of
 
 from .compare import Comparison, compare, faults, read
 from .exceptions import KINDS
@@ -24,6 +28,9 @@ TESTS = Path(__file__).parents[1]
 CHECKOUT = "DSO_TRANSFORMERS_TESTS"
 # Left out unless --all: they compile with torch for minutes, or are one test in two dozen variants of dtype and kernel.
 SLOW = "not compil and not torch_dtype and not test_training_overfit and not (eager_matches_sdpa_inference and not fp32)"
+# CI runs these and a few others, drawn by its commit: all of them take half an hour.
+ALWAYS = ("llama", "qwen2", "qwen3", "mistral", "deepseek_v2", "deepseek_v3", "deepseek_v32", "youtu")
+OTHERS = 2
 FOREIGN = "not keep_in_fp32_modules_strict"
 
 
@@ -57,11 +64,18 @@ def run_family(family: str, file: Path, folder: Path, select: str, side: str = "
     return compare(family, *outcomes, KINDS)
 
 
+def drawn(families: Sequence[str]) -> list[str]:
+    """The families that CI runs: ALWAYS, and OTHERS more, drawn by the commit."""
+    rest = [family for family in families if family not in ALWAYS]
+    return [*ALWAYS, *random.Random(f"{seed_of(ROOT)} conformance").sample(rest, OTHERS)]
+
+
 def main() -> int:
     from deepseek_optimizer.models import SUPPORTED
 
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("families", nargs="*", help=f"of {', '.join(SUPPORTED)}; all unless named")
+    parser.add_argument("families", nargs="*", help=f"of {', '.join(SUPPORTED)}; unless named, those of CI")
+    parser.add_argument("--every-family", action="store_true", help="not only those of CI")
     parser.add_argument("--all", action="store_true", help="the slow tests too")
     parser.add_argument("-k", default="", help="only the tests that fit, as pytest's -k")
     parser.add_argument("--side", default="optimised", choices=("optimised", "broken"))
@@ -79,7 +93,7 @@ def main() -> int:
         return 1
     with tempfile.TemporaryDirectory() as folder:
         file = stage(tests, Path(folder) / "staged", checkout)
-        for family in given.families or SUPPORTED:
+        for family in given.families or (SUPPORTED if given.every_family else drawn(SUPPORTED)):
             made.append(run_family(family, file, Path(folder), select, given.side))
             print(made[-1].line(), flush=True)
     wrong = faults(made, KINDS, whole=not (given.families or given.k))

@@ -299,3 +299,9 @@ def test_a_model_with_dynamic_rope_of_its_own_has_its_room() -> None:
     expected = transformers_logits(random_model(llama(max_position_embeddings=TRAINED, **rope("dynamic", factor=4.0))), ids)
     DynamicGraphOptimizer(model, config=DeepSeekConfig(precision="fp32", backend="reference", prefill_chunk=37)).optimize()
     assert_close_rows(model(torch.tensor([ids])).logits[0], expected)  # in six pieces
+
+
+def test_layers_with_different_ropes_are_refused():
+    config = CASES["gemma3_text-two-ropes"]()
+    with pytest.raises(ConfigError, match="gemma3_text model have different rotary position embeddings"):
+        extend_context(config, DeepSeekConfig(context_extension="yarn", context_length=10_000))

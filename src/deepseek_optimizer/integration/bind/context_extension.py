@@ -22,12 +22,18 @@ def extend_context(config: Any, settings: DeepSeekConfig) -> None:
     """Applies `settings.context_extension` to a Transformers config, in place; a second call changes nothing.
 
     Raises:
-        ConfigError: `context_length` is missing or not above the trained length, or the config already scales its RoPE.
+        ConfigError: `context_length` is missing or not above the trained length, or the config already scales its RoPE or has
+            several.
     """
     if settings.context_extension is None:
         return
     kind, length = settings.context_extension, settings.context_length
     given = dict(config.rope_parameters)
+    if any(isinstance(value, dict) for value in given.values()):
+        raise ConfigError(
+            f"context_extension={kind!r}: the layers of a {config.model_type} model have different rotary position embeddings, "
+            "which cannot be extended; leave it out"
+        )
     if length is None:
         raise ConfigError(f"context_extension={kind!r} needs context_length, the new maximum in tokens")
     if given.get("rope_type", "default") != "default":
