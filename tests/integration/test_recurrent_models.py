@@ -9,6 +9,7 @@ import torch
 
 from deepseek_optimizer import PagedCache, SamplingParams, make_engine
 from deepseek_optimizer.errors import CheckpointError, ConfigError, StateMissingError, UnsupportedModelError
+from deepseek_optimizer.integration.bind.runtime import OptimizerWarning
 from deepseek_optimizer.integration.generation.saved_prefix import load_prefix, save_prefix
 from support.models import assert_close_rows
 
@@ -73,6 +74,15 @@ def test_a_cache_cannot_be_cropped_to_states_that_are_gone(pair: Pair) -> None:
     assert cache.get_seq_length() == 40
     cache.reset()
     assert pair.fast.dso.arena.manager.slots.high_water == 0
+
+
+def test_packed_documents_run_transformers_own_forward(pair: Pair) -> None:
+    """Its recurrent layers pass states from one document to the next, and so must these."""
+    ids, positions = pair.ids(20), torch.tensor([[*range(12), *range(8)]])
+    fast = copy.deepcopy(pair.fast)
+    with torch.no_grad(), pytest.warns(OptimizerWarning, match="several documents"):
+        logits = fast(ids, position_ids=positions, use_cache=False).logits[0]
+    assert_close_rows(logits, pair.plain(ids, position_ids=positions, use_cache=False).logits[0])
 
 
 def engine_of(pair: Pair):
