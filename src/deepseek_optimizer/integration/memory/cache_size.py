@@ -29,9 +29,18 @@ class CacheSize:
         return f"grows to at most {mb(self.bytes)} ({self.why})"
 
     def slots(self, state_bytes: int) -> int:
-        """The number of slots of `state_bytes` for recurrent states, in a part of the memory; 0 for a model without them."""
+        """The number of slots of `state_bytes` for recurrent states, in a part of the memory; 0 for a model without them.
+
+        Raises:
+            NotEnoughMemoryError: there is not enough for one sequence.
+        """
         if not state_bytes:
             return 0
+        if SLOTS_PER_SEQUENCE * state_bytes > self.bytes:
+            remedy = "set a larger kv_cache_memory (--kv-cache-memory), or free memory"
+            raise NotEnoughMemoryError(
+                "the recurrent states of a sequence", SLOTS_PER_SEQUENCE * state_bytes, self.bytes, remedy, self.why
+            )
         return max(SLOTS_PER_SEQUENCE, min(int(self.bytes * _STATE_SHARE) // state_bytes, _MAX_SLOTS))
 
     def blocks(self, block_bytes: int) -> int:
