@@ -128,8 +128,8 @@ class StepBatch:
         return int(self.query_len[self.phase == DECODE].sum())
 
 
-def states_of_new(query_len: Int32) -> dict[str, Int32]:
-    """`state_from` and `state_to` of a step whose sequences are all new, for slots 0 to S - 1.
+def states_of_new(query_len: Int32) -> tuple[Int32, Int32]:
+    """`StepBatch.state_from` and `state_to` of a step whose sequences are all new, for slots 0 to S - 1.
 
     Args:
         query_len: int32 [S].
@@ -137,7 +137,7 @@ def states_of_new(query_len: Int32) -> dict[str, Int32]:
     count = len(query_len)
     last_rows = np.cumsum(query_len, dtype=np.int32) - 1
     slots = np.arange(count, dtype=np.int32)
-    return {"state_from": np.full(count, -1, np.int32), "state_to": np.stack((last_rows, slots), 1).astype(np.int32)}
+    return np.full(count, -1, np.int32), np.stack((last_rows, slots), 1).astype(np.int32)
 
 
 def reach_of(batch: StepBatch) -> list[int]:
@@ -169,8 +169,14 @@ class KvStore(Protocol):
 
     num_blocks: int
     block_bytes: int
-    num_states: int  # slots; 0 for a graph without states
-    state_bytes: int  # of a slot, also of what `read_state` returns
+
+    @property
+    def num_states(self) -> int:
+        """Number of slots; 0 for a graph without states."""
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of a slot, and of what `read_state` returns."""
 
     def copy_block(self, source: int, target: int) -> None: ...
 

@@ -171,6 +171,7 @@ def _step(texts: Sequence[Any]) -> StepBatch:
     lengths = [len(text) for text in texts]
     max_blocks = -(-max(lengths) // BLOCK_TOKENS)
     sequences, tokens = len(texts), sum(lengths)
+    state_from, state_to = states_of_new(np.array(lengths, np.int32))
     return StepBatch(
         token_ids=np.concatenate(texts),
         positions=np.concatenate([np.arange(n, dtype=np.int32) for n in lengths]),
@@ -179,7 +180,8 @@ def _step(texts: Sequence[Any]) -> StepBatch:
         phase=np.full(sequences, PREFILL, np.int32),
         block_table=np.arange(sequences * max_blocks, dtype=np.int32).reshape(sequences, max_blocks),
         logit_rows=np.arange(tokens, dtype=np.int32),
-        **states_of_new(np.array(lengths, np.int32)),
+        state_from=state_from,
+        state_to=state_to,
     )
 
 

@@ -38,7 +38,14 @@ _PARTS: Final[Mapping[str, LanguagePart]] = {
     "qwen3_5_moe_text": LanguagePart(unread=_MTP),
 }
 # Fields of the whole model that apply to its language model; those of `text_config` override them.
-_SHARED: Final = ("dtype", "torch_dtype", "quantization_config", "tie_word_embeddings", "architectures", "transformers_version")
+_SHARED: Final[tuple[str, ...]] = (
+    "dtype",
+    "torch_dtype",
+    "quantization_config",
+    "tie_word_embeddings",
+    "architectures",
+    "transformers_version",
+)
 
 
 def language_part(

@@ -15,7 +15,7 @@ _STATE = step_attr("state", INT, "index of the state in `Graph.states`")
 
 def _has_state(node: Node, graph: Graph, *shape: int) -> bool:
     index = node.attrs["state"]
-    return 0 <= index < len(graph.states) and graph.states[index].shape == shape
+    return bool(0 <= index < len(graph.states) and graph.states[index].shape == shape)
 
 
 def _short_conv_fits(node: Node, graph: Graph) -> bool:
