@@ -178,9 +178,10 @@ struct RowKernels {  // everything else: rows of activations, weights and caches
                      const float* bias, int64_t taps, bool silu, float* state, float* y, int64_t y_stride);
   // x / sqrt(x.x + 1e-6) * scale
   void (*unit_length)(const float* x, int64_t n, float scale, float* out);
-  // Columns of the delta rule. q, k: [n][k_dim], dense; decay and rate: a number per row. state: [k_dim][state_cols].
+  // Columns of the delta rule. q, k: [n][k_dim], dense; rate: a number per row; decay: a number per row, or with `channels`
+  // [n][k_dim]. state: [k_dim][state_cols].
   void (*delta_rule)(const float* q, const float* k, const float* v, int64_t v_stride, int64_t n, int64_t k_dim, int64_t cols,
-                     const float* decay, const float* rate, float* state, float* o, int64_t o_stride);
+                     const float* decay, const float* rate, bool channels, float* state, float* o, int64_t o_stride);
 
   // ---- cache and attention
   int64_t (*kv_layer_bytes)(int32_t type, int64_t kv_heads, int64_t head_dim);

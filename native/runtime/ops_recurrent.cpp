@@ -71,6 +71,8 @@ class ShortConv final : public Op {
 
 struct DeltaShape {
   int64_t heads, k_heads, k_dim, v_dim;
+  bool channels;                                           // a decay for each row of a state
+  int64_t decays() const { return channels ? k_dim : 1; }  // per head
   int64_t keys() const { return k_heads * k_dim; }
 };
 
@@ -83,7 +85,7 @@ class DeltaRule final : public Op {  // a task is one head of one sequence
   void shape(const Run&) override {}
   int64_t work(const Run& run) const override { return run.batch.T * s_.heads * s_.k_dim * s_.v_dim; }
   int64_t tasks(const Run& run) const override { return run.batch.source->S * s_.heads; }
-  int64_t scratch_bytes(const Run&) const override { return 4 * kRows * 2 * (s_.k_dim + 1); }
+  int64_t scratch_bytes(const Run&) const override { return 4 * kRows * (2 * s_.k_dim + s_.decays() + 1); }
   void task(const Run& run, int64_t index, int thread) override {
     const int64_t sequence = index / s_.heads, head = index % s_.heads, tiles = ceil_div(s_.v_dim, state_cols);
     for_targets(run, sequence, {state_, head * tiles, (head + 1) * tiles}, [&](int64_t row, int64_t rows, float* state) {
@@ -96,22 +98,25 @@ class DeltaRule final : public Op {  // a task is one head of one sequence
   static constexpr int64_t kRows = 32;  // rows that pass a tile while it is in the first cache
 
   void chunk(const Run& run, int64_t head, int64_t row, int64_t rows, float* state, float* scratch) const {
-    float *q = scratch, *k = q + kRows * s_.k_dim, *decay = k + kRows * s_.k_dim, *rate = decay + kRows;
+    float *q = scratch, *k = q + kRows * s_.k_dim, *decay = k + kRows * s_.k_dim, *rate = decay + kRows * s_.decays();
     const Rows &x = run.slots[in_.index], &y = run.slots[out_.index];
-    const int64_t shared = head / (s_.heads / s_.k_heads) * s_.k_dim;
+    const int64_t shared = head / (s_.heads / s_.k_heads) * s_.k_dim, n = s_.decays();
     for (int64_t r = 0; r < rows; ++r) {
       const float* given = x.f32(row + r);
       run.kernels.unit_length(given + shared, s_.k_dim, 1.0f / std::sqrt(float(s_.k_dim)), q + r * s_.k_dim);
       run.kernels.unit_length(given + s_.keys() + shared, s_.k_dim, 1.0f, k + r * s_.k_dim);
-      const double step = double(run.slots[a_.index].f32(row + r)[head]) + dt_bias_[head];
-      const double softplus = step > 20 ? step : std::log1p(std::exp(step));
-      decay[r] = float(std::exp(-std::exp(double(a_log_[head])) * softplus));
+      const float *a = run.slots[a_.index].f32(row + r) + head * n, *bias = dt_bias_ + head * n;
+      for (int64_t i = 0; i < n; ++i) {
+        const double step = double(a[i]) + bias[i], softplus = step > 20 ? step : std::log1p(std::exp(step));
+        decay[r * n + i] = float(std::exp(-std::exp(double(a_log_[head])) * softplus));
+      }
       rate[r] = float(1 / (1 + std::exp(-double(run.slots[b_.index].f32(row + r)[head]))));
     }
     for (int64_t column = 0; column < s_.v_dim; column += state_cols, state += s_.k_dim * state_cols) {
       const int64_t at = head * s_.v_dim + column;
       run.kernels.delta_rule(q, k, x.f32(row) + 2 * s_.keys() + at, x.stride, rows, s_.k_dim,
-                             std::min(state_cols, s_.v_dim - column), decay, rate, state, y.f32(row) + at, y.stride);
+                             std::min(state_cols, s_.v_dim - column), decay, rate, s_.channels, state, y.f32(row) + at,
+                             y.stride);
     }
   }
 
@@ -135,14 +140,17 @@ std::unique_ptr<Op> make_short_conv(StepReader& s) {
 }
 
 std::unique_ptr<Op> make_delta_rule(StepReader& s) {
-  s.takes(3, 1, 2, 0, 0);
+  s.takes(3, 1, 2, 0, DSO_FLAG_CHANNELS);
   const DeltaShape shape{s.positive("heads", s.step.heads), s.positive("kv_heads", s.step.kv_heads),
-                         s.positive("head_dim", s.step.head_dim), s.positive("v_dim", s.step.v_dim)};
+                         s.positive("head_dim", s.step.head_dim), s.positive("v_dim", s.step.v_dim),
+                         (s.step.flags & DSO_FLAG_CHANNELS) != 0};
   if (shape.heads % shape.k_heads) s.refuse("kv_heads, %d, does not divide heads, %d", s.step.kv_heads, s.step.heads);
-  const SlotRef in = s.token_rows(0, 2 * shape.keys() + shape.heads * shape.v_dim), a = s.token_rows(1, shape.heads),
-                b = s.token_rows(2, shape.heads), out = s.out(0, kF32Only, shape.heads * shape.v_dim, false);
+  const SlotRef in = s.token_rows(0, 2 * shape.keys() + shape.heads * shape.v_dim),
+                a = s.token_rows(1, shape.heads * shape.decays()), b = s.token_rows(2, shape.heads),
+                out = s.out(0, kF32Only, shape.heads * shape.v_dim, false);
   s.alias_only(out, SlotRef{});
-  return std::make_unique<DeltaRule>(in, a, b, out, s.vector('w', 0, shape.heads), s.vector('w', 1, shape.heads), shape,
+  return std::make_unique<DeltaRule>(in, a, b, out, s.vector('w', 0, shape.heads),
+                                     s.vector('w', 1, shape.heads * shape.decays()), shape,
                                      s.has_state(shape.heads, shape.k_dim, shape.v_dim));
 }
 

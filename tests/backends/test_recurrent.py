@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers.models.kimi_linear import modeling_kimi_linear as kimi
 from transformers.models.qwen3_next import modeling_qwen3_next as qwen
 
 from deepseek_optimizer.backends.base import DECODE, PREFILL
@@ -20,7 +21,7 @@ from support.steps import Part, Runner, make_batch, run_step, runner
 
 from .cpu.packing import packed_weights
 
-HYBRID = ["lfm2-mixed", "qwen3_5_text-mixed"]
+HYBRID = ["lfm2-mixed", "qwen3_5_text-mixed", "kimi_linear-experts"]
 
 
 def inputs(tokens: int, k_heads: int, heads: int, k_dim: int, v_dim: int, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -57,6 +58,19 @@ def test_forms_equal_transformers(theirs: Any) -> None:
     expected, last = theirs(q, k, v, g=g, beta=beta, initial_state=state, output_final_state=True, use_qk_l2norm_in_kernel=True)
     for form in (recurrent.delta_rule, recurrent.chunked_delta_rule):
         out, after = form(**normalised(given, torch.float32))
+        assert_close_rows(out.flatten(1), expected[0].flatten(1), 1e-5)
+        assert_close_rows(after.flatten(1), last[0].flatten(1), 1e-5)
+
+
+def test_a_decay_per_row_of_a_state_equals_transformers() -> None:
+    given = inputs(40, 3, 3, 8, 12)
+    given["gate"] = -torch.randn(40, 3, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(5)).exp() * 0.1
+    q, k, v, g, beta, state = (given[name].float()[None] for name in ("q", "k", "v", "gate", "rate", "state"))
+    for theirs in (kimi.recurrent_kimi_delta_attention, kimi.chunk_kimi_delta_attention):
+        expected, last = theirs(
+            q, k, v, g=g, beta=beta, initial_state=state, output_final_state=True, use_qk_l2norm_in_kernel=True
+        )
+        out, after = recurrent.delta_rule(**normalised(given, torch.float32))
         assert_close_rows(out.flatten(1), expected[0].flatten(1), 1e-5)
         assert_close_rows(after.flatten(1), last[0].flatten(1), 1e-5)
 

@@ -82,6 +82,11 @@ FIELDS: dict[str, dict[str, Any]] = {
     "lfm2_moe": {
         **_WITHOUT_ACTIVATION, **PLAIN_EXPERTS, "layer_types": ["conv", "full_attention"], "num_dense_layers": 1,
     },
+    "kimi_linear": {
+        **LATENT, "q_lora_rank": None, "moe_intermediate_size": 16, "num_local_experts": 8, "n_shared_experts": 1,
+        "num_experts_per_tok": 2, "layer_types": ["linear_attention", "full_attention"], "linear_head_dim": 8,
+        "linear_num_heads": 4,
+    },
     "qwen3_next": {**DELTA_NETS, **PLAIN_EXPERTS, "shared_expert_intermediate_size": 32},
     "qwen3_5_text": DELTA_NETS,
     "qwen3_5_moe_text": {**DELTA_NETS, **PLAIN_EXPERTS, "shared_expert_intermediate_size": 32},

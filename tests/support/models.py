@@ -29,6 +29,7 @@ from transformers import (
     GraniteConfig,
     GraniteMoeConfig,
     HunYuanDenseV1Config,
+    KimiLinearConfig,
     Lfm2Config,
     Lfm2MoeConfig,
     LlamaConfig,
@@ -238,6 +239,18 @@ def qwen3_next(**fields: Any) -> Qwen3NextConfig:
     return Qwen3NextConfig(**{**_small(), **_delta_nets(), **_QWEN_EXPERTS, **fields})
 
 
+def kimi_linear(**fields: Any) -> KimiLinearConfig:
+    experts = {
+        "num_local_experts": 12, "num_experts_per_tok": 4, "n_shared_experts": 1, "moe_intermediate_size": 44, "n_group": 3,
+        "topk_group": 2, "norm_topk_prob": True, "mlp_layer_types": ["dense", "sparse", "sparse", "sparse"],
+    }  # fmt: skip
+    sizes = {"linear_head_dim": 20, "linear_num_heads": 3, "num_hidden_layers": 4, "num_attention_heads": 3}
+    kinds = ["linear_attention", "full_attention", "linear_attention", "linear_attention"]
+    return KimiLinearConfig(
+        **{**_latent(), **experts, **sizes, "q_lora_rank": None, "num_key_value_heads": 3, "layer_types": kinds, **fields}
+    )
+
+
 _QWEN_EXPERTS = {
     "num_experts": 10, "num_experts_per_tok": 3, "moe_intermediate_size": 44, "shared_expert_intermediate_size": 52,
 }  # fmt: skip
@@ -327,6 +340,7 @@ CASES: dict[str, Callable[[], Any]] = {
     "lfm2-aligned": lambda: lfm2(hidden_size=96),
     "lfm2_moe-experts": lambda: lfm2_moe(routed_scaling_factor=1.7),
     "lfm2_moe-unbiased": lambda: lfm2_moe(use_expert_bias=False, norm_topk_prob=False, num_dense_layers=0),
+    "kimi_linear-experts": kimi_linear,
     "qwen3_next-experts": qwen3_next,
     "qwen3_next-steps": lambda: qwen3_next(decoder_sparse_step=2, norm_topk_prob=False, linear_num_key_heads=6),
     "qwen3_5_moe_text-experts": qwen3_5_moe_text,

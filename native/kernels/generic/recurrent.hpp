@@ -43,31 +43,45 @@ static void unit_length(const float* x, int64_t n, float scale, float* out) {
   for (i = 0; i < n; i += 16) store_some(out + i, mul(mul(load(x + i, n - i), factor), whole), n - i);
 }
 
-// S = d S; u = rate (v - S^T k); S += k u^T; o = S^T q. Sums over k_dim have four accumulators, added in a fixed tree.
+// S = d S; u = rate (v - S^T k); S += k u^T; o = S^T q. d is a number, or one for each row of S. Sums over k_dim have four
+// accumulators, added in a fixed tree.
+template <bool channels>
+DSO_INLINE void delta_row(const float* q, const float* k, F v, int64_t k_dim, const float* decay, float rate, float* state,
+                          F& out) {
+  const F d = set(*decay);
+  const auto decayed = [=](int64_t i) {
+    const F s = load(state + i * 16);
+    return channels ? mul(set(decay[i]), s) : s;
+  };
+  F s[4] = {zero(), zero(), zero(), zero()};
+  int64_t i = 0;
+  for (; i + 4 <= k_dim; i += 4)
+    for (int j = 0; j < 4; ++j) s[j] = fma(decayed(i + j), set(k[i + j]), s[j]);
+  for (; i < k_dim; ++i) s[0] = fma(decayed(i), set(k[i]), s[0]);
+  const F total = add(add(s[0], s[1]), add(s[2], s[3]));
+  const F update = mul(set(rate), sub(v, channels ? total : mul(d, total)));
+  F r[4] = {zero(), zero(), zero(), zero()};
+  const auto updated = [=](int64_t i) {
+    const F next = fma(set(k[i]), update, channels ? decayed(i) : mul(d, load(state + i * 16)));
+    store(state + i * 16, next);
+    return next;
+  };
+  for (i = 0; i + 4 <= k_dim; i += 4)
+    for (int j = 0; j < 4; ++j) r[j] = fma(updated(i + j), set(q[i + j]), r[j]);
+  for (; i < k_dim; ++i) r[0] = fma(updated(i), set(q[i]), r[0]);
+  out = add(add(r[0], r[1]), add(r[2], r[3]));
+}
+
 static void delta_rule(const float* q, const float* k, const float* v, int64_t v_stride, int64_t n, int64_t k_dim, int64_t cols,
-                       const float* decay, const float* rate, float* state, float* o, int64_t o_stride) {
-  for (int64_t t = 0; t < n; ++t, q += k_dim, k += k_dim) {
-    const F d = set(decay[t]);
-    F s[4] = {zero(), zero(), zero(), zero()};
-    int64_t i = 0;
-    for (; i + 4 <= k_dim; i += 4)
-      for (int j = 0; j < 4; ++j) s[j] = fma(load(state + (i + j) * 16), set(k[i + j]), s[j]);
-    for (; i < k_dim; ++i) s[0] = fma(load(state + i * 16), set(k[i]), s[0]);
-    const F predicted = mul(d, add(add(s[0], s[1]), add(s[2], s[3])));
-    const F update = mul(set(rate[t]), sub(load(row_at(v, v_stride, t), cols), predicted));
-    F r[4] = {zero(), zero(), zero(), zero()};
-    for (i = 0; i + 4 <= k_dim; i += 4)
-      for (int j = 0; j < 4; ++j) {
-        const F next = fma(set(k[i + j]), update, mul(d, load(state + (i + j) * 16)));
-        store(state + (i + j) * 16, next);
-        r[j] = fma(next, set(q[i + j]), r[j]);
-      }
-    for (; i < k_dim; ++i) {
-      const F next = fma(set(k[i]), update, mul(d, load(state + i * 16)));
-      store(state + i * 16, next);
-      r[0] = fma(next, set(q[i]), r[0]);
-    }
-    store_some((float*)row_at(o, o_stride, t), add(add(r[0], r[1]), add(r[2], r[3])), cols);
+                       const float* decay, const float* rate, bool channels, float* state, float* o, int64_t o_stride) {
+  for (int64_t t = 0; t < n; ++t, q += k_dim, k += k_dim, decay += channels ? k_dim : 1) {
+    const F value = load(row_at(v, v_stride, t), cols);
+    F out;
+    if (channels)
+      delta_row<true>(q, k, value, k_dim, decay, rate[t], state, out);
+    else
+      delta_row<false>(q, k, value, k_dim, decay, rate[t], state, out);
+    store_some((float*)row_at(o, o_stride, t), out, cols);
   }
 }
 

@@ -19,7 +19,7 @@ from .language_part import language_part
 from .load import LoadProgress, check_tensors, stream_weights
 from .manifest import Manifest
 from .packed import PackedCheckpoint, is_packed
-from .published_names import with_parameter_names
+from .published_names import joined_parts, with_parameter_names
 from .tokenizer import check_tokenizer_beside, check_tokenizer_size, load_tokenizer
 
 
@@ -46,8 +46,10 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     try:
         config, tensors, left_out = language_part(config, tensors)
         kind = PackedCheckpoint if is_packed(config) else Fp8Checkpoint if is_fp8(config) else SafetensorsCheckpoint
-        checkpoint = kind(path, config, files, with_parameter_names(tensors, config.get("model_type")))
-        checkpoint.left_out = left_out
+        family = config.get("model_type")
+        tensors, parts = joined_parts(with_parameter_names(tensors, family), family)
+        checkpoint = kind(path, config, files, tensors)
+        checkpoint.left_out, checkpoint.parts_of = left_out, parts
         return checkpoint
     except BaseException:
         for file in files.values():

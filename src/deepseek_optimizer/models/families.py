@@ -73,6 +73,7 @@ FAMILIES: Final[Mapping[str, Family]] = MappingProxyType({
     "granitemoe": replace(_PLAN_ONLY, plain_head=False),
     "lfm2": _PLAN_ONLY,
     "lfm2_moe": _PLAN_ONLY,
+    "kimi_linear": _PLAN_ONLY,
     "qwen3_next": _PLAN_ONLY,
     "qwen3_5_text": _PLAN_ONLY,
     "qwen3_5_moe_text": _PLAN_ONLY,

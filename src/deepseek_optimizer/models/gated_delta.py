@@ -113,7 +113,7 @@ def _delta_net(
         activation="silu", bias=None,
     )  # fmt: skip
     out = Value(f"{name}.o", net.values)
-    shape = {"heads": net.v_heads, "k_heads": net.k_heads, "k_dim": net.k_dim, "v_dim": net.v_dim}
+    shape = {"heads": net.v_heads, "k_heads": net.k_heads, "k_dim": net.k_dim, "v_dim": net.v_dim, "channels": False}
     weights = (f"{path}.A_log", f"{path}.dt_bias")
     nodes.append(Node("delta_rule", (mixed, a, b), (out,), weights, {"state": state + 1, **shape}))
     normed = emit(

@@ -28,16 +28,17 @@ def run_of(case: str, backend: CpuBackend) -> tuple[Any, Runner]:
     return model, runner(backend, graph, packed_weights(weights_of(model), "fp32"))
 
 
-def delta_graph(k_heads: int, heads: int, k_dim: int, v_dim: int) -> Graph:
+def delta_graph(k_heads: int, heads: int, k_dim: int, v_dim: int, channels: bool) -> Graph:
     """The hidden state is delta_rule(x), then some of x, where x are the rows that the caller gives as `states`."""
-    widths = {"qkv": 2 * k_heads * k_dim + heads * v_dim, "a": heads, "b": heads}
+    decays = heads * (k_dim if channels else 1)
+    widths = {"qkv": 2 * k_heads * k_dim + heads * v_dim, "a": decays, "b": heads}
     x, begin, parts, nodes = Value("x", sum(widths.values())), 0, {}, []
     for name, width in widths.items():
         parts[name] = Value(name, width)
         nodes.append(Node("columns", (x,), (parts[name],), attrs={"groups": 1, "begin": begin, "end": begin + width}))
         begin += width
     o, rest, all_columns = Value("o", heads * v_dim), Value("rest", x.width - heads * v_dim), Value("all", x.width)
-    shape = {"heads": heads, "k_heads": k_heads, "k_dim": k_dim, "v_dim": v_dim}
+    shape = {"heads": heads, "k_heads": k_heads, "k_dim": k_dim, "v_dim": v_dim, "channels": channels}
     nodes = [
         Node("state_in", (), (x,)),
         *nodes,
@@ -60,23 +61,29 @@ def outputs_of(backend: Any, sizes: tuple[int, ...], x: torch.Tensor, vectors: d
     return torch.cat(parts)[:, : sizes[1] * sizes[3]], run.store.read_state(blocks.states.stored[len(x)])
 
 
-def delta_inputs(k_heads: int, heads: int, k_dim: int, v_dim: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    g = torch.Generator().manual_seed(1)
-    x = torch.randn(70, 2 * k_heads * k_dim + heads * (v_dim + 2), generator=g)
-    return x, {"A_log": torch.randn(heads, generator=g) - 3, "dt_bias": torch.randn(heads, generator=g)}
+def delta_inputs(
+    k_heads: int, heads: int, k_dim: int, v_dim: int, channels: bool
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    g, decays = torch.Generator().manual_seed(1), heads * (k_dim if channels else 1)
+    x = torch.randn(70, 2 * k_heads * k_dim + heads * (v_dim + 1) + decays, generator=g)
+    a_log = torch.randn((1, 1, heads, 1) if channels else (heads,), generator=g) - 3
+    return x, {"A_log": a_log, "dt_bias": torch.randn(decays, generator=g)}
 
 
-@pytest.mark.parametrize("sizes", [(2, 6, 20, 18), (1, 1, 128, 128), (3, 3, 7, 33), (2, 4, 64, 5)])
+@pytest.mark.parametrize(
+    "sizes", [(2, 6, 20, 18, False), (1, 1, 128, 128, False), (3, 3, 7, 33, False), (2, 4, 64, 5, True), (3, 3, 7, 33, True)]
+)
 def test_delta_rule_against_double(backend, sizes):
-    k_heads, heads, k_dim, v_dim = sizes
+    k_heads, heads, k_dim, v_dim, channels = sizes
     x, vectors = delta_inputs(*sizes)
     found, slot = outputs_of(backend, sizes, x, vectors)
     keys = k_heads * k_dim
-    q, k, v, alpha, beta = x.double().split((keys, keys, heads * v_dim, heads, heads), -1)
+    decays = heads * (k_dim if channels else 1)
+    q, k, v, alpha, beta = x.double().split((keys, keys, heads * v_dim, decays, heads), -1)
     q, k = (recurrent.unit_length(rows.unflatten(-1, (k_heads, -1))) for rows in (q, k))
     expected, state = recurrent.delta_rule(
         q * k_dim**-0.5, k, v.unflatten(-1, (heads, -1)),
-        recurrent.log_decay(alpha, vectors["A_log"].double(), vectors["dt_bias"].double()), beta.sigmoid(),
+        recurrent.log_decay(alpha, vectors["A_log"].double().flatten(), vectors["dt_bias"].double()), beta.sigmoid(),
         torch.zeros(heads, k_dim, v_dim, dtype=torch.float64),
     )  # fmt: skip
     assert_close_rows(found.double(), expected.flatten(1), 1e-5)
@@ -85,7 +92,7 @@ def test_delta_rule_against_double(backend, sizes):
     assert_close_rows(stored.double().flatten(1), state.flatten(1), 1e-5)
 
 
-@pytest.mark.parametrize("sizes", [(2, 6, 20, 18), (1, 1, 128, 128)])
+@pytest.mark.parametrize("sizes", [(2, 6, 20, 18, False), (1, 1, 128, 128, False), (2, 4, 64, 5, True)])
 def test_the_same_bits_on_every_isa(sizes):
     names = [name for name in native.isa_names() if native.isa_runs_here(name)]
     if len(names) < 2:

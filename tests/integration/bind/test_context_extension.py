@@ -156,6 +156,12 @@ def test_a_length_that_is_no_more_is_refused(length: int) -> None:
         DynamicGraphOptimizer(random_model(short("llama-gqa")), config=settings)
 
 
+def test_a_model_without_rope_is_refused() -> None:
+    settings = DeepSeekConfig(context_extension="yarn", context_length=ROOM)
+    with pytest.raises(ConfigError, match="kimi_linear model has no rotary position embeddings"):
+        DynamicGraphOptimizer(random_model(CASES["kimi_linear-experts"]()), config=settings)
+
+
 def test_a_length_that_is_missing_is_refused() -> None:
     settings = DeepSeekConfig()
     settings.context_extension = "yarn"  # set later, one after the other

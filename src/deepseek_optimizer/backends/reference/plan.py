@@ -300,18 +300,20 @@ class ReferencePlan:
     def _delta_rule(
         self, step: _Step, node: Node, x: torch.Tensor, alpha: torch.Tensor, beta: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
-        """In float32, whatever the dtype of the rows. Prefill in the chunked form, decode in the recurrent one."""
+        """In float32, whatever the dtype of the rows. Prefill in the chunked form if heads have one decay, the rest in the
+        recurrent one."""
         a = node.attrs
         keys = a["k_heads"] * a["k_dim"]
         q, k, v = x.float().split((keys, keys, a["heads"] * a["v_dim"]), -1)
         q, k = (recurrent.unit_length(rows.unflatten(-1, (a["k_heads"], -1))) for rows in (q, k))
         q, v = q * a["k_dim"] ** -0.5, v.unflatten(-1, (a["heads"], -1))
-        gate = recurrent.log_decay(alpha.float(), *(self._weights[name].float() for name in node.weights))
+        gate = recurrent.log_decay(alpha.float(), *(self._weights[name].float().flatten() for name in node.weights))
         rate = torch.sigmoid(beta).float()
         decoding = step.batch.decoding_rows
 
         def form(rows: slice, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            rule = recurrent.delta_rule if rows.start < decoding else recurrent.chunked_delta_rule
+            stepwise = rows.start < decoding or a["channels"]
+            rule = recurrent.delta_rule if stepwise else recurrent.chunked_delta_rule
             return rule(q[rows], k[rows], v[rows], gate[rows], rate[rows], state)
 
         return (self._recur(step, node, form).flatten(1).to(self.dtype),)

@@ -33,8 +33,17 @@ def unit_length(x: torch.Tensor) -> torch.Tensor:
 
 
 def log_decay(alpha: torch.Tensor, a_log: torch.Tensor, dt_bias: torch.Tensor) -> torch.Tensor:
-    """g = -e^a_log * log(1 + e^(alpha + dt_bias)), [T, heads]; a state is multiplied by e^g."""
-    return -a_log.exp() * F.softplus(alpha + dt_bias)
+    """g = -e^a_log * log(1 + e^(alpha + dt_bias)); a state is multiplied by e^g.
+
+    Args:
+        alpha: float [T, heads], or [T, heads * k_dim] for a decay of each row of a state.
+        a_log: float [heads].
+        dt_bias: float, as a row of alpha.
+
+    Returns: float [T, heads] or [T, heads, k_dim].
+    """
+    steps = F.softplus(alpha + dt_bias).unflatten(-1, (len(a_log), -1))
+    return (-a_log.exp()[:, None] * steps).squeeze(-1)
 
 
 def delta_rule(
@@ -45,7 +54,8 @@ def delta_rule(
     Args:
         q, k: float [T, k_heads, k_dim], normalised and scaled; heads is a multiple of k_heads.
         v: float [T, heads, v_dim].
-        gate, rate: float [T, heads]: g and the step size of the update.
+        gate: float [T, heads], g, or [T, heads, k_dim] for a decay of each row.
+        rate: float [T, heads], the step size of the update.
         state: float [heads, k_dim, v_dim].
 
     Returns: outputs [T, heads, v_dim], and the state after them.
@@ -53,7 +63,7 @@ def delta_rule(
     q, k = _per_value_head(q, k, v.shape[1])
     outputs = []
     for q_t, k_t, v_t, g_t, b_t in zip(q, k, v, gate, rate, strict=True):
-        state = state * g_t.exp()[:, None, None]
+        state = state * g_t.exp().reshape(len(state), -1, 1)
         delta = b_t[:, None] * (v_t - torch.einsum("hkv,hk->hv", state, k_t))
         state = state + k_t[:, :, None] * delta[:, None]
         outputs.append(torch.einsum("hkv,hk->hv", state, q_t))
@@ -63,7 +73,7 @@ def delta_rule(
 def chunked_delta_rule(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, gate: torch.Tensor, rate: torch.Tensor, state: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`delta_rule` for `CHUNK` tokens at a time. Arguments and results as there.
+    """`delta_rule` for `CHUNK` tokens at a time. Arguments and results as there; one decay per head.
 
     With G_i = e^(g_1 + ... + g_i) and D_ij = G_i / G_j for j <= i, else 0, the updates u_i = rate_i (v_i - S_i^T k_i) of a
     chunk solve a triangular system, from which outputs and the next state follow (Yang et al. 2024, "Parallelizing Linear

@@ -7,7 +7,7 @@ stores states as the batch requests: after the sequence's last row, and after ot
 from __future__ import annotations
 
 from ..ir import Graph, Node
-from .spec import INT, NAME, Attr, Operand, OpSpec, Shapes, one_of, step_attr
+from .spec import BOOL, INT, NAME, Attr, Operand, OpSpec, Shapes, one_of, step_attr
 from .widths import same_widths
 
 _STATE = step_attr("state", INT, "index of the state in `Graph.states`")
@@ -33,8 +33,16 @@ def _delta_rule_fits(node: Node, graph: Graph) -> bool:
     keys, values = a["k_heads"] * a["k_dim"], a["heads"] * a["v_dim"]
     if min(keys, values) < 1 or a["heads"] % a["k_heads"]:
         return False
-    widths = x.width == 2 * keys + values and y.width == values and alpha.width == beta.width == a["heads"]
-    return widths and _has_state(node, graph, a["heads"], a["k_dim"], a["v_dim"])
+    widths = x.width == 2 * keys + values and y.width == values and beta.width == a["heads"]
+    gates = alpha.width == a["heads"] * (a["k_dim"] if a["channels"] else 1)
+    return widths and gates and _has_state(node, graph, a["heads"], a["k_dim"], a["v_dim"])
+
+
+def _delta_rule_shapes(node: Node, _: Graph) -> Shapes:
+    heads, (a_log, dt_bias) = node.attrs["heads"], node.weights
+    if node.attrs["channels"]:
+        return [(a_log, (1, 1, heads, 1)), (dt_bias, (heads * node.attrs["k_dim"],))]
+    return [(a_log, (heads,)), (dt_bias, (heads,))]
 
 
 SPECS = (
@@ -66,20 +74,21 @@ SPECS = (
         name="delta_rule",
         inputs=(
             Operand("x", "[T, 2 * k_heads * k_dim + heads * v_dim]"),
-            Operand("a", "[T, heads]"),
+            Operand("a", "[T, heads] or [T, heads * k_dim]"),
             Operand("b", "[T, heads]"),
         ),
         outputs=(Operand("o", "[T, heads * v_dim]"),),
-        weights=(Operand("A_log", "[heads]"), Operand("dt_bias", "[heads]")),
+        weights=(Operand("A_log", "[heads] or [1, 1, heads, 1]"), Operand("dt_bias", "[heads] or [heads * k_dim]")),
         attrs=(
             _STATE,
             step_attr("heads", INT, "value heads"),
             Attr("k_heads", INT, "query and key heads, which `heads` is a multiple of", step_field="kv_heads"),
             Attr("k_dim", INT, "elements of a query or key", step_field="head_dim"),
             step_attr("v_dim", INT, "elements of a value"),
+            Attr("channels", BOOL, "each element of a key has a decay of its own", flag="channels"),
         ),
         fits=_delta_rule_fits,
-        weight_shapes=lambda n, g: [(name, (n.attrs["heads"],)) for name in n.weights],
+        weight_shapes=_delta_rule_shapes,
         rows="tokens",
         code=40,
         kernels="one recurrent form for both phases: tiles of 16 columns of a head's state pass over all rows of the step.",
@@ -92,7 +101,9 @@ SPECS = (
                 S = S + k (sigmoid(b_h) (v - S^T k))^T
                 o = S^T q         where g = -e^(A_log_h) log(1 + e^(a_h + dt_bias_h))
 
-            State [heads, k_dim, v_dim]. Source: Yang et al. 2024, Gated Delta Networks.
+            With `channels`, a and dt_bias have an element for each of the k_dim rows of S, which decays by its own e^g.
+
+            State [heads, k_dim, v_dim]. Source: Yang et al. 2024, Gated Delta Networks; `channels`: Kimi Team 2025.
         """,
     ),
 )
