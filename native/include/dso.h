@@ -17,7 +17,7 @@ extern "C" {
 #define DSO_API
 #endif
 
-#define DSO_ABI_VERSION 6
+#define DSO_ABI_VERSION 7
 DSO_API int32_t dso_abi_version(void);
 
 enum {
@@ -209,6 +209,23 @@ typedef struct dso_rotation {
 DSO_API int32_t dso_cache_rotate(dso_context* c, dso_cache* k, const dso_rotation* key, const dso_rotation* index,
                                  const int32_t* block_table, int32_t tokens, int32_t position, int32_t delta);
 
+/* ---- recurrent states -----------------------------------------------------------------------------------
+ * A sequence has one fp32 state of each shape, whatever its length. A slot holds all states of one sequence after some number
+ * of its tokens. Memory is reserved at creation, becomes resident when first written, and is returned to the system by
+ * dso_states_release. A state of `heads` matrices [rows, cols] is stored in tiles of 16 columns:
+ * [heads][ceil(cols/16)][rows][16]; columns past the end are undefined. The layout is the same on every ISA. */
+typedef struct dso_states dso_states;
+typedef struct dso_state_shape {
+  int32_t heads, rows, cols;
+} dso_state_shape;
+DSO_API int64_t dso_states_slot_bytes(const dso_state_shape* shapes, int32_t n); /* of one slot; -1 for an invalid shape */
+DSO_API int32_t dso_states_create(const dso_state_shape* shapes, int32_t n, int64_t slots, dso_states** out);
+DSO_API void dso_states_destroy(dso_states* s);
+DSO_API int32_t dso_states_copy(dso_states* s, int32_t from, int32_t to);
+DSO_API int32_t dso_states_release(dso_states* s, int32_t from_slot);            /* slots >= from_slot go back to the system */
+DSO_API int32_t dso_states_save(const dso_states* s, int32_t slot, void* bytes); /* dso_states_slot_bytes bytes, to be */
+DSO_API int32_t dso_states_load(dso_states* s, int32_t slot, const void* bytes); /* restored in any slot of these shapes */
+
 /* ---- plan: a flat list of steps over slots ---------------------------------------------------------------
  * A slot is a buffer whose row count is set by each run: T tokens, or R logit rows for slots after SELECT_ROWS.
  * Slot kinds: F32 rows; BF16 rows (activations rounded to nearest even); Q8 rows: activations quantised in groups of 32 along
@@ -306,6 +323,18 @@ enum {
   DSO_OP_SOFTCAP = 34,      /* in0 F32 -> out0 any: scale * tanh(x / scale) */
   DSO_OP_SLICE = 35,        /* in0 F32 -> out0 any: elements [offset, offset + width of out0) */
   DSO_OP_SIGMOID_GATE = 36, /* in0 F32, in1 F32 of the same width or of width 1 -> out0 any: in0 * sigmoid(in1) */
+  DSO_OP_MULTIPLY = 37,     /* in0, in1 F32 -> out0 any: in0 * in1 */
+  DSO_OP_COLUMNS = 38, /* in0 F32 -> out0 any: of each of `groups` equal parts of a row the elements from `offset` on, as many
+                          as out0 has width / groups */
+  /* Steps with a recurrent state, number `state` of the batch's dso_states. */
+  DSO_OP_SHORT_CONV = 39, /* in0 F32 [T, N], w0 vector [window * N] (tap after tap), b0 vector [N] (or -1), window (taps), state
+                             {1, window - 1, N} -> out0 F32: of each column, the sum of the sequence's last `window` rows times
+                             the taps, the last row times the last tap, plus b0. SILU flag: silu of the sum */
+  DSO_OP_DELTA_RULE = 40, /* in0 F32 [T, 2 * kv_heads * head_dim + heads * v_dim]: queries, keys, values; in1 a, in2 b F32
+                             [T, heads]; w0 A_log, w1 dt_bias vectors [heads]; state {heads, head_dim, v_dim} -> out0 F32
+                             [T, heads * v_dim]. The gated delta rule: with q and k of kv head h / (heads / kv_heads), divided
+                             by sqrt(x.x + 1e-6), and q by sqrt(head_dim): S = d S, d = exp(-exp(A_log) log(1 + exp(a +
+                             dt_bias))); S += k (sigmoid(b) (v - S^T k))^T; out = S^T q */
 };
 enum {
   DSO_FLAG_EAGER = 1,
@@ -316,7 +345,9 @@ enum {
   DSO_FLAG_SIGMOID = 32,    /* ROUTE: scores are sigmoids instead of a softmax */
   DSO_FLAG_TOP2 = 64,       /* ROUTE: a group's score is the sum of its two best instead of its best */
   DSO_FLAG_NORMALISE = 128, /* ROUTE: weights are divided by their sum */
-  DSO_FLAG_GELU = 256       /* GATE_UP, EXPERTS_GATE_UP: the gate's activation is gelu, as in GEGLU, instead of silu */
+  DSO_FLAG_GELU = 256,      /* GATE_UP, EXPERTS_GATE_UP: the gate's activation is gelu, as in GEGLU, instead of silu */
+  DSO_FLAG_CHANNELS = 1024, /* DELTA_RULE: in1 and w1 have head_dim elements per head, a decay for each row of a state */
+  DSO_FLAG_SILU = 512       /* SHORT_CONV: silu of the sum */
 };
 
 typedef struct dso_step {
@@ -325,7 +356,7 @@ typedef struct dso_step {
   int32_t layer, heads, kv_heads, head_dim, window, sinks;
   int32_t offset;                         /* ROPE: first rotated element of a head; SLICE: first element */
   int32_t nope, rope, rank, v_dim, index; /* latent attention */
-  int32_t experts, top_k, groups, top_groups;
+  int32_t experts, top_k, groups, top_groups, state;
   float eps, scale;
   float softcap; /* ATTENTION: limit of the scores; 0: none */
 } dso_step;
@@ -359,6 +390,13 @@ typedef struct dso_batch {
   dso_cache* cache;           /* NULL only for plans without attention */
   const float* inv_freq; /* [S, rot/2]: inverse frequencies per sequence, used by ROPE_TABLE instead of w0; NULL: w0 for all.
                             Only for plans with one ROPE_TABLE */
+  /* Recurrent states, for plans that have them. */
+  dso_states* recurrent;
+  const int32_t* state_from; /* [S]: the slot with the states before the first row; -1, only if context_len is 0: zeros */
+  const int32_t* state_to;   /* [n_state_to][2]: row and slot: the states after the row are stored in the slot. Rows ascend and
+                                include every sequence's last. A slot occurs once; one in state_from may occur only with the
+                                last row of the only sequence that it belongs to */
+  int32_t n_state_to;
 } dso_batch;
 DSO_API int32_t dso_plan_run(dso_plan* p, const dso_batch* batch);
 DSO_API int32_t dso_plan_check(const dso_plan* p); /* dso_mapping_check for all its weights */

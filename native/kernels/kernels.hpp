@@ -171,6 +171,18 @@ struct RowKernels {  // everything else: rows of activations, weights and caches
   void (*rope)(const float* x, const float* table, int64_t heads, int64_t head_dim, int64_t offset, int64_t rot,
                bool interleaved, float* out);
 
+  // ---- recurrent states, state_cols columns at a time (`cols` of them are used). Rows [0, n) of one sequence, whose state
+  // before them becomes the one after them. Columns of a convolution. weight: tap after tap, weight_stride apart; bias may be
+  // null. state: [taps - 1][state_cols].
+  void (*short_conv)(const float* x, int64_t x_stride, int64_t n, int64_t cols, const float* weight, int64_t weight_stride,
+                     const float* bias, int64_t taps, bool silu, float* state, float* y, int64_t y_stride);
+  // x / sqrt(x.x + 1e-6) * scale
+  void (*unit_length)(const float* x, int64_t n, float scale, float* out);
+  // Columns of the delta rule. q, k: [n][k_dim], dense; rate: a number per row; decay: a number per row, or with `channels`
+  // [n][k_dim]. state: [k_dim][state_cols].
+  void (*delta_rule)(const float* q, const float* k, const float* v, int64_t v_stride, int64_t n, int64_t k_dim, int64_t cols,
+                     const float* decay, const float* rate, bool channels, float* state, float* o, int64_t o_stride);
+
   // ---- cache and attention
   int64_t (*kv_layer_bytes)(int32_t type, int64_t kv_heads, int64_t head_dim);
   // Writes `n` tokens (k, v: [n, kv_heads*head_dim], strided) at positions [start, start + n) for kv heads [h0, h1).
@@ -231,6 +243,7 @@ constexpr int64_t attn_chunk = 256;     // chunk size of the decode family; chun
 constexpr int64_t attn_rows = 32;       // query rows per prefill task
 constexpr int64_t summary_blocks = 32;  // blocks whose summaries share a panel: rows of 32 times 4 bytes, one column per block
 constexpr int64_t mla_heads = 16;       // heads of a packed query
+constexpr int64_t state_cols = 16;      // columns of a recurrent state that are stored together
 constexpr int64_t latent_group = 128;   // elements of an int8 latent that share a scale
 constexpr int64_t max_head_dim = 256;   // head_dim is also even: cache and attention take columns in pairs
 constexpr int64_t max_summary_width =

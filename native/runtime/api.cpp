@@ -13,6 +13,7 @@
 #include "layout.hpp"
 #include "mapped_files.hpp"
 #include "plan.hpp"
+#include "states.hpp"
 
 using namespace dso;
 
@@ -122,6 +123,31 @@ int32_t dso_cache_read(dso_cache* k, int32_t layer, const int32_t* block_table, 
 int32_t dso_cache_rotate(dso_context* c, dso_cache* k, const dso_rotation* key, const dso_rotation* index,
                          const int32_t* block_table, int32_t tokens, int32_t position, int32_t delta) {
   return guarded([&] { turn(shared(c), given(k, "cache"), given(key, "key"), index, block_table, tokens, position, delta); });
+}
+
+int64_t dso_states_slot_bytes(const dso_state_shape* shapes, int32_t n) {
+  int64_t bytes = -1;
+  guarded([&] { bytes = states_slot_bytes(shapes, n); });
+  return bytes;
+}
+int32_t dso_states_create(const dso_state_shape* shapes, int32_t n, int64_t slots, dso_states** out) {
+  return guarded([&] {
+    given(out, "out") = nullptr;
+    *out = new dso_states(shapes, n, slots);
+  });
+}
+void dso_states_destroy(dso_states* s) { delete s; }
+int32_t dso_states_copy(dso_states* s, int32_t from, int32_t to) {
+  return guarded([&] { given(s, "states").copy(from, to); });
+}
+int32_t dso_states_release(dso_states* s, int32_t from_slot) {
+  return guarded([&] { given(s, "states").release(from_slot); });
+}
+int32_t dso_states_save(const dso_states* s, int32_t slot, void* bytes) {
+  return guarded([&] { given(s, "states").save(slot, &given(static_cast<uint8_t*>(bytes), "bytes")); });
+}
+int32_t dso_states_load(dso_states* s, int32_t slot, const void* bytes) {
+  return guarded([&] { given(s, "states").load(slot, &given(static_cast<const uint8_t*>(bytes), "bytes")); });
 }
 
 int32_t dso_plan_create(dso_context* c, const dso_step* steps, int32_t n_steps, const dso_slot* slots, int32_t n_slots,

@@ -5,6 +5,7 @@
 #include "cache.hpp"
 #include "error.hpp"
 #include "layout.hpp"
+#include "states.hpp"
 
 namespace dso {
 namespace {
@@ -62,6 +63,57 @@ void check_sequences(const dso_batch& b) {
   if (total != b.T) fail(DSO_EINVAL, "batch.query_len sums to %lld, but T is %d", (long long)total, b.T);
 }
 
+// Every slot that is read or written: once for a target; a source that is a target belongs to the sequence of its last row
+// only.
+void check_targets(const dso_batch& b, int64_t slots) {
+  std::vector<int64_t> written, read;
+  int64_t s = 0, end = b.query_len[0];  // the sequence of the entry, and one past its last row
+  for (int64_t i = 0; i < b.n_state_to; ++i) {
+    const int32_t row = b.state_to[2 * i], slot = b.state_to[2 * i + 1];
+    if (row < 0 || row >= b.T || (i > 0 && row <= b.state_to[2 * i - 2]))
+      fail(DSO_EINVAL, "batch.state_to[%lld]: row %d, must ascend and be below T, %d", (long long)i, row, b.T);
+    if (slot < 0 || slot >= slots)
+      fail(DSO_EINVAL, "batch.state_to[%lld]: slot %d, but there are %lld slots", (long long)i, slot, (long long)slots);
+    if (row >= end)
+      fail(DSO_EINVAL, "batch.state_to lacks row %lld, the last of sequence %lld", (long long)(end - 1), (long long)s);
+    if (row != end - 1 || slot != b.state_from[s]) {
+      for (int64_t other = 0; other < b.S; ++other)
+        if (b.state_from[other] == slot)
+          fail(DSO_EINVAL, "batch.state_to[%lld]: slot %d is read by sequence %lld", (long long)i, slot, (long long)other);
+    }
+    written.push_back(slot);
+    if (row == end - 1 && ++s < b.S) end += b.query_len[s];
+  }
+  if (s < b.S) fail(DSO_EINVAL, "batch.state_to lacks row %lld, the last of sequence %lld", (long long)(end - 1), (long long)s);
+  std::sort(written.begin(), written.end());
+  const auto twice = std::adjacent_find(written.begin(), written.end());
+  if (twice != written.end()) fail(DSO_EINVAL, "batch.state_to has slot %lld twice", (long long)*twice);
+  for (int64_t i = 0; i < b.S; ++i)
+    if (b.state_from[i] >= 0) read.push_back(b.state_from[i]);
+  std::sort(read.begin(), read.end());
+  for (auto at = read.begin(); (at = std::adjacent_find(at, read.end())) != read.end(); ++at)
+    if (std::binary_search(written.begin(), written.end(), *at))
+      fail(DSO_EINVAL, "batch.state_to has slot %lld, which several sequences read", (long long)*at);
+}
+
+void check_states(const dso_batch& b, const BatchNeeds& needs) {
+  if (!b.recurrent) fail(DSO_EINVAL, "batch.recurrent is NULL, but the plan has recurrent states");
+  if (!b.state_from || !b.state_to || b.n_state_to < 0) fail(DSO_EINVAL, "batch.state_from or batch.state_to is NULL");
+  const std::vector<dso_state_shape>& shapes = b.recurrent->shapes;
+  for (size_t i = 0; i < needs.recurrent.size(); ++i) {
+    const dso_state_shape& need = needs.recurrent[i];
+    if (need.heads == 0) continue;
+    if (i >= shapes.size() || shapes[i].heads != need.heads || shapes[i].rows != need.rows || shapes[i].cols != need.cols)
+      fail(DSO_EINVAL, "batch.recurrent: state %d has another shape than the plan's, {%d, %d, %d}", int(i), need.heads,
+           need.rows, need.cols);
+  }
+  for (int64_t s = 0; s < b.S; ++s)
+    if (b.state_from[s] < -1 || b.state_from[s] >= b.recurrent->slots || (b.state_from[s] < 0) != (b.context_len[s] == 0))
+      fail(DSO_EINVAL, "batch.state_from[%lld] is %d: it must be -1 for new sequences, and only for them, or one of %lld slots",
+           (long long)s, b.state_from[s], (long long)b.recurrent->slots);
+  check_targets(b, b.recurrent->slots);
+}
+
 }  // namespace
 
 bool BatchNeeds::hides(int64_t block, int64_t context) const {
@@ -99,6 +151,7 @@ void check_batch(const dso_batch& b, const BatchNeeds& needs) {
   }
   if (needs.logits && b.R > 0 && !b.logits) fail(DSO_EINVAL, "batch.logits is NULL");
   if (needs.layers > 0) check_cache(b, needs);
+  if (!needs.recurrent.empty()) check_states(b, needs);
 }
 
 void Batch::set(const dso_batch& b, const BatchNeeds& needs) {
@@ -122,6 +175,12 @@ void Batch::set(const dso_batch& b, const BatchNeeds& needs) {
     }
     if (b.phase[s] == DSO_PHASE_DECODE) decode_rows = end;
   }
+  first_target.assign(b.S + 1, 0);
+  if (!needs.recurrent.empty())
+    for (int64_t s = 0, i = 0; s < b.S; ++s) {
+      while (i < b.n_state_to && b.state_to[2 * i] < first_row[s] + b.query_len[s]) ++i;
+      first_target[s + 1] = i;
+    }
   decode_logits = std::lower_bound(b.logit_rows, b.logit_rows + R, decode_rows) - b.logit_rows;
 }
 

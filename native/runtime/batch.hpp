@@ -16,7 +16,8 @@ struct BatchNeeds {
   int64_t kv_heads = 0, head_dim = 0;
   int64_t rank = 0, rope = 0, index = 0;  // of a latent cache, instead of heads
   int64_t rope_tables = 0;
-  bool summaries = false;  // whether the cache must have summaries
+  bool summaries = false;                  // whether the cache must have summaries
+  std::vector<dso_state_shape> recurrent;  // recurrent states, by number; heads 0: not used
   // Visible tokens: all of them in at least one layer, or else the widest window and the most sinks of any layer.
   bool sees_all = false;
   int64_t window = 0, sinks = 0;
@@ -40,6 +41,7 @@ struct Batch {
   int64_t serial = 0;                          // counts batches: data computed for another batch is stale
   std::vector<int64_t> first_row;              // per sequence
   std::vector<Piece> pieces;
+  std::vector<int64_t> first_target;  // per sequence, and one more: its entries of state_to
 
   int64_t sequence_of(int64_t row) const {
     return std::upper_bound(first_row.begin(), first_row.end(), row) - first_row.begin() - 1;

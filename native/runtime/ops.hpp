@@ -39,6 +39,10 @@ std::unique_ptr<Op> make_state_in(StepReader& step);
 std::unique_ptr<Op> make_concat(StepReader& step);
 std::unique_ptr<Op> make_slice(StepReader& step);
 std::unique_ptr<Op> make_sigmoid_gate(StepReader& step);
+std::unique_ptr<Op> make_columns(StepReader& step);
+// ops_recurrent.cpp
+std::unique_ptr<Op> make_short_conv(StepReader& step);
+std::unique_ptr<Op> make_delta_rule(StepReader& step);
 // ops_rope.cpp
 std::unique_ptr<Op> make_rope_table(StepReader& step);
 std::unique_ptr<Op> make_rope(StepReader& step);

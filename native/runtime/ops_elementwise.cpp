@@ -220,6 +220,23 @@ class Concat final : public RowsOf {
   const SlotRef a_, b_;
 };
 
+class Columns final : public RowsOf {
+ public:
+  Columns(const SlotRef& in, const SlotRef& out, int64_t groups, int64_t begin)
+      : RowsOf(out), in_(in), groups_(groups), begin_(begin) {}
+  int64_t scratch_bytes(const Run&) const override { return row_scratch(like_); }
+
+ private:
+  void row(const Run& run, int64_t r, int thread) override {
+    const int64_t part = in_.width / groups_, taken = like_.width / groups_;
+    write_row(run, like_, r, thread, [&](float* out) {
+      for (int64_t g = 0; g < groups_; ++g) std::memcpy(out + g * taken, at(run, in_, r) + g * part + begin_, 4 * taken);
+    });
+  }
+  const SlotRef in_;
+  const int64_t groups_, begin_;
+};
+
 }  // namespace
 
 std::unique_ptr<Op> make_embedding(StepReader& s) {
@@ -292,6 +309,17 @@ std::unique_ptr<Op> make_state_in(StepReader& s) {
   const SlotRef out = s.out(0, kF32Only, 0, false);
   s.plan().needs.states = true;
   return std::make_unique<StateIn>(out);
+}
+
+std::unique_ptr<Op> make_columns(StepReader& s) {
+  s.takes(1, 1, 0, 0, 0);
+  const int64_t groups = s.positive("groups", s.step.groups), begin = s.step.offset;
+  const SlotRef in = s.in(0, kF32Only), out = s.out(0, kAnyKind, 0, in.selected);
+  if (in.width % groups || out.width % groups || begin < 0 || begin + out.width / groups > in.width / groups)
+    s.refuse("offset is %lld: %lld parts of widths %lld and %lld do not fit", (long long)begin, (long long)groups,
+             (long long)in.width, (long long)out.width);
+  s.alias_only(out, SlotRef{});
+  return std::make_unique<Columns>(in, out, groups, begin);
 }
 
 std::unique_ptr<Op> make_sigmoid_gate(StepReader& s) {

@@ -8,6 +8,7 @@
 #include "error.hpp"
 #include "layout.hpp"
 #include "ops.hpp"
+#include "states.hpp"
 
 namespace dso {
 namespace {
@@ -164,6 +165,18 @@ void StepReader::attends_index(int32_t layer, int32_t index, bool writes_cache) 
     refuse("index is %d, but an earlier step has %lld: the cache has one shape", index, (long long)needs.index);
   needs.index = index;
   uses_layer(layer, writes_cache);
+}
+
+int32_t StepReader::has_state(int64_t heads, int64_t rows, int64_t cols) {
+  std::vector<dso_state_shape>& states = plan_.needs.recurrent;
+  const int32_t index = step.state;
+  if (index < 0 || index >= 65536) refuse("state is %d, must be from 0 to 65535", index);
+  const dso_state_shape shape{int32_t(heads), int32_t(rows), int32_t(cols)};
+  state_bytes(shape);
+  if (size_t(index) >= states.size()) states.resize(index + 1);
+  if (states[index].heads != 0) refuse("state %d is an earlier step's", index);
+  states[index] = shape;
+  return index;
 }
 
 void StepReader::sees(int64_t window, int64_t sinks) {

@@ -204,7 +204,11 @@ void batches() {
                 nullptr,
                 nullptr,
                 &cache,
-                nullptr};
+                nullptr,
+                nullptr,
+                nullptr,
+                nullptr,
+                0};
     spoil(b, d);
     return dso_plan_run(m.plan, &b);
   };

@@ -201,7 +201,7 @@ void hidden_and_embeddings(const Kernels& kernels) {
     std::copy_n(model.raw["embed"].begin() + (long)ids[(size_t)t] * spec.hidden, spec.hidden,
                 embeddings.begin() + (long)t * spec.hidden);
   dso_batch b{T,     1,    2,       1,       ids.data(),    positions.data(), query,   context, phase,
-              table, rows, nullptr, nullptr, by_ids.data(), hidden.data(),    nullptr, &cache,  nullptr};
+              table, rows, nullptr, nullptr, by_ids.data(), hidden.data(),    nullptr, &cache,  nullptr, nullptr, nullptr, nullptr, 0};
   check(dso_plan_run(model.plan, &b) == 0, "run: %s", dso_last_error());
   check(std::equal(embeddings.begin(), embeddings.end(), hidden.begin()), "%s: hidden state 0 is not the embedding",
         kernels.isa);

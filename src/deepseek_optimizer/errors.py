@@ -131,13 +131,14 @@ class CacheFullError(DeepSeekOptimizerError, RuntimeError):
         needed: number of blocks requested.
         free: number of free blocks.
         shortage: why the cache cannot grow to its configured size, if that is the reason.
+        unit: what was requested: "block", or "state slot" (for the recurrent states of a sequence).
     """
 
-    def __init__(self, needed: int, free: int, shortage: str | None = None) -> None:
-        self.needed, self.free, self.shortage = needed, free, shortage
+    def __init__(self, needed: int, free: int, shortage: str | None = None, unit: str = "block") -> None:
+        self.needed, self.free, self.shortage, self.unit = needed, free, shortage, unit
         why, more = ("", "raise kv_cache_memory") if shortage is None else (f", and {shortage}", "free memory")
         super().__init__(
-            f"KV cache: {needed} more block(s) needed, {free} free{why}. Shorten the request, send fewer at once, {more}, "
+            f"KV cache: {needed} more {unit}(s) needed, {free} free{why}. Shorten the request, send fewer at once, {more}, "
             "or load the model with sparse_attention=True (a cache of half the size) or "
             'attention_optimization="sliding" (a cache of limited size)'
         )
@@ -174,6 +175,22 @@ class DroppedTokensError(DeepSeekOptimizerError, ValueError):
         super().__init__(
             f"the cache cannot be cropped from {held} tokens to {tokens}: with an attention window of {window} tokens, "
             "tokens that would be visible from there were dropped. Start with an empty cache, or use a larger attention_window"
+        )
+
+
+class StateMissingError(DeepSeekOptimizerError, ValueError):
+    """A sequence cannot return to an earlier token, since its recurrent states there were not stored.
+
+    Args:
+        tokens: the requested length, in tokens.
+        latest: the largest length up to there whose states are stored.
+    """
+
+    def __init__(self, tokens: int, latest: int) -> None:
+        self.tokens, self.latest = tokens, latest
+        super().__init__(
+            f"the cache cannot be cropped to {tokens} tokens: this model's layers have recurrent states, and those after "
+            f"{tokens} tokens were not stored. Crop it to {latest} tokens, or start without a cache, and process the rest again"
         )
 
 

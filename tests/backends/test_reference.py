@@ -27,7 +27,8 @@ from support.models import (
 from support.steps import Part, Runner, make_batch, run_step, runner
 
 FAMILIES = ["llama-biases", "qwen2-windows", "qwen3-tied", "deepseek_v2-greedy", "deepseek_v3-groups", "deepseek_v32-types"]
-LONG = ["llama-llama3", "llama-yarn", "qwen2-windows", "qwen3-gqa"]
+FAMILIES += ["lfm2-mixed", "qwen3_5_text-mixed"]
+LONG = ["llama-llama3", "llama-yarn", "qwen2-windows", "qwen3-gqa", "qwen3_5_text-mixed"]
 
 
 def fused(model: object) -> object:

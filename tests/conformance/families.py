@@ -34,6 +34,12 @@ GELU = {**{name: value for name, value in SMALL.items() if name != "hidden_act"}
 PLAIN_EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 TYPES = ["sliding_attention", "full_attention"]
 
+_WITHOUT_ACTIVATION = {name: value for name, value in SMALL.items() if name != "hidden_act"}
+DELTA_NETS = {
+    **SMALL, "head_dim": 8, "layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 2,
+    "linear_key_head_dim": 8, "linear_num_value_heads": 4, "linear_value_head_dim": 8,
+}  # fmt: skip
+
 FIELDS: dict[str, dict[str, Any]] = {
     "llama": SMALL,
     "qwen2": SMALL,
@@ -72,6 +78,18 @@ FIELDS: dict[str, dict[str, Any]] = {
     "glm4_moe_lite": {**GROUPS, "mlp_layer_types": ["dense", "sparse"]},
     "minimax_m2": {**SMALL, "head_dim": 8, "num_local_experts": 8, "num_experts_per_tok": 2},
     "granitemoe": {**SMALL, "num_local_experts": 8, "num_experts_per_tok": 2},
+    "lfm2": {**_WITHOUT_ACTIVATION, "layer_types": ["conv", "full_attention"], "block_multiple_of": 8},
+    "lfm2_moe": {
+        **_WITHOUT_ACTIVATION, **PLAIN_EXPERTS, "layer_types": ["conv", "full_attention"], "num_dense_layers": 1,
+    },
+    "kimi_linear": {
+        **LATENT, "q_lora_rank": None, "moe_intermediate_size": 16, "num_local_experts": 8, "n_shared_experts": 1,
+        "num_experts_per_tok": 2, "layer_types": ["linear_attention", "full_attention"], "linear_head_dim": 8,
+        "linear_num_heads": 4,
+    },
+    "qwen3_next": {**DELTA_NETS, **PLAIN_EXPERTS, "shared_expert_intermediate_size": 32},
+    "qwen3_5_text": DELTA_NETS,
+    "qwen3_5_moe_text": {**DELTA_NETS, **PLAIN_EXPERTS, "shared_expert_intermediate_size": 32},
 }  # fmt: skip
 
 

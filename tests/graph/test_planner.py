@@ -12,10 +12,8 @@ from deepseek_optimizer.graph.planner import Slot, SlotPlan, assign_slots
 from deepseek_optimizer.models import build_graph
 from support.models import CASES, llama
 
-MAY_OVERWRITE = {
-    "add": {0: (0, 1)},
-    **dict.fromkeys(("add_rms_norm", "rope", "rope_cache", "latent", "gelu", "scale", "sigmoid_gate"), {0: (0,)}),
-}
+MAY_OVERWRITE = {"add": {0: (0, 1)}, "multiply": {0: (0, 1)}}
+MAY_OVERWRITE |= {op: {0: (0,)} for op in ("add_rms_norm", "gelu", "latent", "rope", "rope_cache", "scale", "sigmoid_gate")}
 
 
 def check_plan(graph: Graph, plan: SlotPlan) -> None:

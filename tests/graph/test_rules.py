@@ -47,7 +47,18 @@ def test_results_do_not_depend_on_rules(case: str, choice: str) -> None:
     assert_close_rows(run.hidden(ids), transformers_hidden(model, ids))
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", ["lfm2-mixed", "qwen3_5_text-mixed", "qwen3_next-experts"])
+def test_projections_of_recurrent_layers_are_merged(case: str) -> None:
+    graph = build_graph(CASES[case]())
+    fused, reports = rules.apply(graph)
+    counts = {r.rule: r.count for r in reports}
+    convolutions = sum(n.op == "short_conv" for n in graph.nodes)
+    assert counts["qkv"] == counts["rope_cache"] + convolutions and counts["rope_cache"] == graph.cache.layers
+    merged = [n for n in fused.nodes if n.op == "linear" and len(n.weights) > 1]
+    assert max(len(n.weights) for n in merged) == 3 and set(fused.weights()) == set(graph.weights())
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if not build_graph(CASES[case]()).states])
 def test_each_rule_applies_everywhere(case: str) -> None:
     config = CASES[case]()
     graph = build_graph(config)

@@ -24,7 +24,7 @@ def test_graph_names_every_parameter_of_the_model(case: str) -> None:
     graph = build_graph(model.config)
     check_graph(graph)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}  # tied heads are listed once
-    shapes |= {name: tuple(b.shape) for name, b in model.named_buffers() if "correction_bias" in name}
+    shapes |= {name: tuple(b.shape) for name, b in model.named_buffers() if name.endswith(("correction_bias", "expert_bias"))}
     assert set(graph.weights()) == set(shapes)
     assert weight_shapes(graph) == weight_shapes(rules.apply(graph)[0]) == shapes
     assert graph.family == case.split("-")[0]

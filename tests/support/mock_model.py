@@ -55,10 +55,12 @@ def expected(prompt: list[int], max_tokens: int, eos: int | None = EOS, forgetti
 
 
 class MockMemory:
-    """Tokens in blocks, and the manager of the blocks."""
+    """Tokens in blocks, and the manager of the blocks. With `slots`, also recurrent states: each is the text so far."""
 
-    def __init__(self, blocks: int, forgetting: Forgetting | None = None) -> None:
-        self.manager = BlockManager(blocks, forgetting)
+    def __init__(self, blocks: int, forgetting: Forgetting | None = None, slots: int = 0) -> None:
+        self.manager = BlockManager(blocks, forgetting, slots=BlockManager(slots) if slots else None)
+        self.state_interval = 64 if slots else 0
+        self.states: dict[int, list[int]] = {}
         self.cells = np.full((blocks, BLOCK_TOKENS), -1, np.int64)
         self._lock = threading.Lock()
 
@@ -114,6 +116,7 @@ class MockRunner:
         made, at = [], 0
         wanted = set(rows)
         hidden = []
+        self.pass_states(parts)
         for part in parts:
             blocks = part.sequence.blocks.blocks
             assert part.sequence.cached >= part.start + len(part.ids)
@@ -135,6 +138,24 @@ class MockRunner:
         self.seen.append((at, len(parts)))
         states = torch.tensor(hidden, dtype=torch.float32)[:, None] if last_hidden else None
         return SimpleNamespace(logits=torch.from_numpy(np.array(made, np.float32).reshape(-1, VOCAB)), last_hidden=states)
+
+    def pass_states(self, parts):
+        """Checks the states that the sequences continue from, and stores those after their rows."""
+        if not self.memory.manager.slots:
+            return
+        stored, read = {}, {}
+        for part in parts:
+            source, targets = part.sequence.blocks.states.step(part.start, len(part.ids))
+            text = [*part.sequence.tokens[: part.start], *part.ids]
+            assert self.memory.states[source] == text[: part.start] if part.start else source == -1
+            read.setdefault(source, []).append(part)
+            assert targets[-1][0] == len(part.ids) - 1 and [row for row, _ in targets] == sorted(row for row, _ in targets)
+            for row, slot in targets:
+                assert slot not in stored and self.memory.manager.slots.users(slot) == 1
+                stored[slot] = text[: part.start + row + 1], part, row == len(part.ids) - 1
+        for slot, (text, part, last) in stored.items():
+            assert slot not in read or (read[slot] == [part] and last)
+            self.memory.states[slot] = text
 
     def crop(self, sequences, tokens):
         for sequence, count in zip(sequences, tokens, strict=True):
@@ -163,9 +184,9 @@ class Clock:
 
 
 def make_core(
-    blocks: int = 64, context: int = 10_000, chunk: int | None = None, proposers=None, forgetting=None, **options
+    blocks: int = 64, context: int = 10_000, chunk: int | None = None, proposers=None, forgetting=None, slots=0, **options
 ) -> EngineCore:
-    memory = MockMemory(blocks, forgetting)
+    memory = MockMemory(blocks, forgetting, slots)
     facts = ModelFacts(vocab_size=VOCAB, hidden_size=1, context=context, eos=frozenset([EOS]), chunk=chunk)
     return EngineCore(MockRunner(memory), memory, facts, EngineOptions(**options), ByteTokenizer(), proposers, clock=Clock())
 

@@ -29,6 +29,9 @@ from transformers import (
     GraniteConfig,
     GraniteMoeConfig,
     HunYuanDenseV1Config,
+    KimiLinearConfig,
+    Lfm2Config,
+    Lfm2MoeConfig,
     LlamaConfig,
     MiniMaxM2Config,
     MinistralConfig,
@@ -40,8 +43,11 @@ from transformers import (
     PreTrainedModel,
     Qwen2Config,
     Qwen2MoeConfig,
+    Qwen3_5MoeTextConfig,
+    Qwen3_5TextConfig,
     Qwen3Config,
     Qwen3MoeConfig,
+    Qwen3NextConfig,
     SeedOssConfig,
     SmolLM3Config,
     StableLmConfig,
@@ -208,6 +214,57 @@ def youtu(**fields: Any) -> YoutuConfig:
     return YoutuConfig(**{**defaults, **fields})
 
 
+def lfm2(**fields: Any) -> Lfm2Config:
+    kinds = ["conv", "full_attention", "conv", "conv", "full_attention"]
+    defaults = {**_small(), "num_hidden_layers": 5, "layer_types": kinds, "norm_eps": 1e-5, "block_multiple_of": 24}
+    return Lfm2Config(**{**defaults, **fields})
+
+
+def lfm2_moe(**fields: Any) -> Lfm2MoeConfig:
+    kinds = ["conv", "full_attention", "conv", "conv", "full_attention"]
+    experts = {"num_experts": 10, "num_experts_per_tok": 3, "moe_intermediate_size": 44, "num_dense_layers": 2}
+    defaults = {**_small(), **experts, "num_hidden_layers": 5, "layer_types": kinds, "norm_eps": 1e-5}
+    return Lfm2MoeConfig(**{**defaults, **fields})
+
+
+def qwen3_5_text(**fields: Any) -> Qwen3_5TextConfig:
+    return Qwen3_5TextConfig(**{**_small(), **_delta_nets(), **fields})
+
+
+def qwen3_5_moe_text(**fields: Any) -> Qwen3_5MoeTextConfig:
+    return Qwen3_5MoeTextConfig(**{**_small(), **_delta_nets(), **_QWEN_EXPERTS, **fields})
+
+
+def qwen3_next(**fields: Any) -> Qwen3NextConfig:
+    return Qwen3NextConfig(**{**_small(), **_delta_nets(), **_QWEN_EXPERTS, **fields})
+
+
+def kimi_linear(**fields: Any) -> KimiLinearConfig:
+    experts = {
+        "num_local_experts": 12, "num_experts_per_tok": 4, "n_shared_experts": 1, "moe_intermediate_size": 44, "n_group": 3,
+        "topk_group": 2, "norm_topk_prob": True, "mlp_layer_types": ["dense", "sparse", "sparse", "sparse"],
+    }  # fmt: skip
+    sizes = {"linear_head_dim": 20, "linear_num_heads": 3, "num_hidden_layers": 4, "num_attention_heads": 3}
+    kinds = ["linear_attention", "full_attention", "linear_attention", "linear_attention"]
+    return KimiLinearConfig(
+        **{**_latent(), **experts, **sizes, "q_lora_rank": None, "num_key_value_heads": 3, "layer_types": kinds, **fields}
+    )
+
+
+_QWEN_EXPERTS = {
+    "num_experts": 10, "num_experts_per_tok": 3, "moe_intermediate_size": 44, "shared_expert_intermediate_size": 52,
+}  # fmt: skip
+
+
+def _delta_nets() -> dict[str, Any]:
+    """All sizes of the delta nets differ, and none is a multiple of a vector."""
+    sizes = {
+        "head_dim": 24, "linear_num_key_heads": 3, "linear_key_head_dim": 20, "linear_num_value_heads": 6,
+        "linear_value_head_dim": 18, "linear_conv_kernel_dim": 4, "num_hidden_layers": 4,
+    }  # fmt: skip
+    return {**sizes, "layer_types": ["linear_attention", "full_attention", "linear_attention", "linear_attention"]}
+
+
 def _latent() -> dict[str, Any]:
     """Rotated and unrotated elements of a head and its value have different sizes, none a multiple of a tile."""
     return {
@@ -278,6 +335,23 @@ CASES: dict[str, Callable[[], Any]] = {
     ),
     "mistral-gqa": mistral,
     "mistral-tied-window": lambda: mistral(tie_word_embeddings=True, sliding_window=37),
+    "lfm2-mixed": lfm2,
+    "lfm2-biases": lambda: lfm2(conv_bias=True, conv_L_cache=4, tie_word_embeddings=False, block_auto_adjust_ff_dim=False),
+    "lfm2-aligned": lambda: lfm2(hidden_size=96),
+    "lfm2_moe-experts": lambda: lfm2_moe(routed_scaling_factor=1.7),
+    "lfm2_moe-unbiased": lambda: lfm2_moe(use_expert_bias=False, norm_topk_prob=False, num_dense_layers=0),
+    "kimi_linear-experts": kimi_linear,
+    "qwen3_next-experts": qwen3_next,
+    "qwen3_next-steps": lambda: qwen3_next(decoder_sparse_step=2, norm_topk_prob=False, linear_num_key_heads=6),
+    "qwen3_5_moe_text-experts": qwen3_5_moe_text,
+    "qwen3_5_text-mixed": qwen3_5_text,
+    "qwen3_5_text-equal": lambda: qwen3_5_text(
+        linear_num_key_heads=2,
+        linear_num_value_heads=2,
+        linear_conv_kernel_dim=2,
+        attention_bias=True,
+        tie_word_embeddings=True,
+    ),
     "ministral-types": lambda: ministral(layer_types=["sliding_attention", "full_attention", "sliding_attention"]),
     "smollm3-nope": lambda: smollm3(mlp_bias=True),
     "smollm3-windows": lambda: smollm3(use_sliding_window=True, sliding_window=37, no_rope_layers=[1, 0, 0, 1]),
@@ -348,10 +422,12 @@ def randomise(model: Any, seed: int = 0) -> Any:
     """Replaces all weights of the module by random ones, and returns it."""
     generator = torch.Generator().manual_seed(seed)
     for name, buffer in model.named_buffers():
-        if name.endswith("e_score_correction_bias"):  # as large as the differences between scores
+        if name.endswith(("e_score_correction_bias", "expert_bias")):  # as large as the differences between scores
             buffer.copy_(torch.randn(buffer.shape, generator=generator) * 0.2)
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
+        if name.endswith("A_log"):  # so that states decay slowly
+            noise -= 16.0
         if "embed" in name:
             parameter.copy_(noise)
         elif parameter.ndim >= 2:

@@ -15,13 +15,15 @@ from deepseek_optimizer.cache import BlockManager, SequenceBlocks
 
 @dataclass
 class Part:
-    """One sequence's part of a step. rows: which of its tokens need logits, by default all."""
+    """One sequence's part of a step. rows: which of its tokens need logits, by default all. undo: how many of the last may be
+    cropped afterwards, also with recurrent states."""
 
     blocks: SequenceBlocks
     ids: list[int]
     phase: int = PREFILL
     rows: Sequence[int] | None = None
     positions: list[int] | None = None
+    undo: int = 0
 
 
 def make_batch(parts: Sequence[Part], store: Any, *, hidden: bool = False, inputs_embeds: Any = None, **more: Any) -> StepBatch:
@@ -31,9 +33,15 @@ def make_batch(parts: Sequence[Part], store: Any, *, hidden: bool = False, input
     positions: list[int] = []
     logit_rows: list[int] = []
     context = [part.blocks.tokens for part in parts]
+    state_from: list[int] = []
+    state_to: list[tuple[int, int]] = []
     for part, before in zip(parts, context, strict=True):
-        for source, target in part.blocks.append(len(part.ids)):
+        for source, target in part.blocks.append(len(part.ids), part.undo):
             store.copy_block(source, target)
+        if part.blocks.states is not None:
+            source, targets = part.blocks.states.step(before, len(part.ids))
+            state_from.append(source)
+            state_to += [(len(token_ids) + row, slot) for row, slot in targets]
         logit_rows += [len(token_ids) + row for row in (range(len(part.ids)) if part.rows is None else part.rows)]
         token_ids += part.ids
         positions += range(before, before + len(part.ids)) if part.positions is None else part.positions
@@ -42,6 +50,8 @@ def make_batch(parts: Sequence[Part], store: Any, *, hidden: bool = False, input
     for row, part in zip(table, parts, strict=True):
         row[: len(part.blocks.blocks)] = part.blocks.table()
     as_int32 = lambda values: np.asarray(values, dtype=np.int32)  # noqa: E731
+    if state_to:
+        more = {"state_from": as_int32(state_from), "state_to": as_int32(state_to), **more}
     return StepBatch(
         as_int32(token_ids), as_int32(positions), as_int32([len(part.ids) for part in parts]), as_int32(context),
         as_int32([part.phase for part in parts]), table, as_int32(logit_rows), inputs_embeds, hidden, **more,
@@ -61,10 +71,11 @@ class Runner:
     manager: BlockManager = field(init=False)
 
     def __post_init__(self) -> None:
-        self.manager = BlockManager(self.store.num_blocks)
+        slots = BlockManager(self.store.num_states) if self.store.num_states else None
+        self.manager = BlockManager(self.store.num_blocks, slots=slots)
 
-    def sequence(self) -> SequenceBlocks:
-        return SequenceBlocks(self.manager)
+    def sequence(self, interval: int = 0) -> SequenceBlocks:
+        return SequenceBlocks(self.manager, interval)
 
     def logits(self, ids: list[int], chunks: Iterable[int] = (), phase: int = PREFILL) -> torch.Tensor:
         """float32 [T, V] of one new sequence, run in chunks of these sizes, then the rest in one; its blocks are freed."""
@@ -98,4 +109,5 @@ class Runner:
 
 def runner(backend: Any, graph: Any, weights: Any, *, kv: str = "fp32", blocks: int = 128, **options: Any) -> Runner:
     """Compiles a plan with a cache of `blocks` blocks of 32 tokens."""
-    return Runner(backend.compile(graph, weights, **options), backend.new_store(graph, kv, blocks))
+    states = 32 if graph.states else 0
+    return Runner(backend.compile(graph, weights, **options), backend.new_store(graph, kv, blocks, states))

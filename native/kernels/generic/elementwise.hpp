@@ -63,6 +63,10 @@ static void swiglu(const float* gate, const float* up, int64_t n, float* out) {
   each(gate, up, n, out, [](F x, F y) { return mul(silu(x), y); });
 }
 
+static void multiply(const float* a, const float* b, int64_t n, float* out) {
+  each(a, b, n, out, [](F x, F y) { return mul(x, y); });
+}
+
 // gelu(gate) * up
 static void geglu(const float* gate, const float* up, int64_t n, float* out) {
   each(gate, up, n, out, [](F x, F y) { return mul(gelu(x), y); });

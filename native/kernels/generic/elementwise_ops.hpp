@@ -7,6 +7,7 @@ namespace dso::DSO_ISA_NAMESPACE {
 static void add_row(const float* a, const float* b, int64_t n, float, float* out) { add(a, b, n, out); }
 static void swiglu_row(const float* a, const float* b, int64_t n, float, float* out) { swiglu(a, b, n, out); }
 static void geglu_row(const float* a, const float* b, int64_t n, float, float* out) { geglu(a, b, n, out); }
+static void multiply_row(const float* a, const float* b, int64_t n, float, float* out) { multiply(a, b, n, out); }
 static void gelu_row(const float* a, const float*, int64_t n, float, float* out) {
   each(a, n, out, [](F x) { return gelu(x); });
 }
@@ -18,8 +19,13 @@ static void softcap_row(const float* a, const float*, int64_t n, float scale, fl
 }
 
 static constexpr ElementwiseOp elementwise_ops[] = {
-    {DSO_OP_ADD, "ADD", 2, add_row},    {DSO_OP_SWIGLU, "SWIGLU", 2, swiglu_row}, {DSO_OP_GEGLU, "GEGLU", 2, geglu_row},
-    {DSO_OP_GELU, "GELU", 1, gelu_row}, {DSO_OP_SCALE, "SCALE", 1, scale_row},    {DSO_OP_SOFTCAP, "SOFTCAP", 1, softcap_row},
+    {DSO_OP_ADD, "ADD", 2, add_row},
+    {DSO_OP_SWIGLU, "SWIGLU", 2, swiglu_row},
+    {DSO_OP_GEGLU, "GEGLU", 2, geglu_row},
+    {DSO_OP_GELU, "GELU", 1, gelu_row},
+    {DSO_OP_SCALE, "SCALE", 1, scale_row},
+    {DSO_OP_SOFTCAP, "SOFTCAP", 1, softcap_row},
+    {DSO_OP_MULTIPLY, "MULTIPLY", 2, multiply_row},
 };
 
 }  // namespace dso::DSO_ISA_NAMESPACE

@@ -11,6 +11,7 @@
 #include "kv.hpp"
 #include "latent.hpp"
 #include "pack.hpp"
+#include "recurrent.hpp"
 #include "rotate.hpp"
 #include "summaries.hpp"
 
@@ -33,6 +34,9 @@ const RowKernels row_kernels = {
     .add_scaled = add_scaled,
     .sigmoid_gate = sigmoid_gate,
     .rope = rope,
+    .short_conv = short_conv,
+    .unit_length = unit_length,
+    .delta_rule = delta_rule,
     .kv_layer_bytes = kv_layer_bytes,
     .kv_write = kv_write,
     .kv_read = kv_read,

@@ -99,6 +99,11 @@ class StepBatch:
             chunking and of other requests. None: each sequence's highest position in this step + 1.
         logits: float32 torch [R, V], contiguous, on the plan's device, for the plan to write to; None: newly allocated. For a
             large batch and vocabulary, new memory costs page faults at every step.
+        state_from: int32 [S], the slot of the store that has each sequence's recurrent states before this step; -1: the
+            sequence is new, its states are zero. Ignored by graphs without states.
+        state_to: int32 [n, 2], (row, slot) in ascending order of rows: the states after this row are stored in this slot. The
+            last row of every sequence must be listed. A slot occurs once. A slot in `state_from` may be listed only for the
+            last row of the only sequence that reads it, which then overwrites it. Ignored by graphs without states.
     """
 
     token_ids: Int32
@@ -114,6 +119,25 @@ class StepBatch:
     states: torch.Tensor | None = None
     last_hidden: bool = False
     reach: Int32 | None = None
+    state_from: Int32 | None = None
+    state_to: Int32 | None = None
+
+    @property
+    def decoding_rows(self) -> int:
+        """Number of rows of sequences in phase DECODE; these are the first ones."""
+        return int(self.query_len[self.phase == DECODE].sum())
+
+
+def states_of_new(query_len: Int32) -> tuple[Int32, Int32]:
+    """`StepBatch.state_from` and `state_to` of a step whose sequences are all new, for slots 0 to S - 1.
+
+    Args:
+        query_len: int32 [S].
+    """
+    count = len(query_len)
+    last_rows = np.cumsum(query_len, dtype=np.int32) - 1
+    slots = np.arange(count, dtype=np.int32)
+    return np.full(count, -1, np.int32), np.stack((last_rows, slots), 1).astype(np.int32)
 
 
 def reach_of(batch: StepBatch) -> list[int]:
@@ -140,10 +164,19 @@ class StepOutput:
 
 
 class KvStore(Protocol):
-    """A backend's block storage. `cache.BlockManager` decides which block belongs to which sequence."""
+    """A backend's storage of blocks, and of recurrent states in slots. A slot holds all states of one sequence.
+    `cache.BlockManager` decides which block and which slot belongs to which sequence."""
 
     num_blocks: int
     block_bytes: int
+
+    @property
+    def num_states(self) -> int:
+        """Number of slots; 0 for a graph without states."""
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of a slot, and of what `read_state` returns."""
 
     def copy_block(self, source: int, target: int) -> None: ...
 
@@ -163,6 +196,18 @@ class KvStore(Protocol):
         Raises:
             ValueError: the wrong number of bytes; nothing was changed.
         """
+
+    def copy_state(self, source: int, target: int) -> None:
+        """Copies a slot."""
+
+    def release_states(self, from_slot: int) -> None:
+        """As `release`, for slots."""
+
+    def read_state(self, slot: int) -> bytes:
+        """A slot's content, as `read_block`."""
+
+    def write_state(self, slot: int, data: bytes) -> None:
+        """Restores what `read_state` returned, as `write_block`."""
 
     def rotate(self, rotation: KeyRotation, block_table: Int32, tokens: int, position: int, delta: int) -> None:
         """Moves cached tokens by `delta` positions: rotates their keys in all layers, and changes nothing else.
@@ -242,6 +287,9 @@ class Sizes(Protocol):
     def block_bytes(self, graph: Graph, kv_dtype: str) -> int:
         """Bytes of one cache block of all layers."""
 
+    def state_bytes(self, graph: Graph) -> int:
+        """Bytes of one slot, with all recurrent states of a sequence; 0 for a graph without states."""
+
     def buffer_bytes(
         self, graph: Graph, formats: Mapping[str, str], options: CompileOptions, tokens: int, logit_rows: int
     ) -> int:
@@ -295,8 +343,8 @@ class Backend(Sizes, Protocol):
             BackendError: a weight is missing or does not fit, or the graph has an op that this backend does not support.
         """
 
-    def new_store(self, graph: Graph, kv_dtype: str, num_blocks: int) -> KvStore:
-        """An empty cache of `num_blocks` blocks. Memory may be allocated when blocks are first written."""
+    def new_store(self, graph: Graph, kv_dtype: str, num_blocks: int, num_states: int = 0) -> KvStore:
+        """An empty cache of `num_blocks` blocks and `num_states` slots. Memory may be allocated when they are first written."""
 
     def free_memory(self) -> FreeMemory:
         """What can still be allocated for the cache: the host's limits, or the device's memory."""

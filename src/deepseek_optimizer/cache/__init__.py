@@ -1,6 +1,8 @@
-"""Bookkeeping of the KV cache: which block belongs to which sequence. The bytes are held by a backend's `KvStore`."""
+"""Bookkeeping of the KV cache: which block, and which slot for recurrent states, belongs to which sequence. The bytes are held
+by a backend's `KvStore`."""
 
 from .block_manager import HOLE, BlockManager, SequenceBlocks
 from .forgetting import Forgetting
+from .sequence_states import SequenceStates, states_of_step
 
-__all__ = ["HOLE", "BlockManager", "Forgetting", "SequenceBlocks"]
+__all__ = ["HOLE", "BlockManager", "Forgetting", "SequenceBlocks", "SequenceStates", "states_of_step"]

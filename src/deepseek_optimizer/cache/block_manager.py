@@ -17,6 +17,7 @@ import numpy.typing as npt
 from ..errors import CacheFullError, DroppedTokensError
 from .forgetting import BLOCK_TOKENS as BLOCK_TOKENS
 from .forgetting import Forgetting
+from .sequence_states import SequenceStates
 
 HOLE = -1  # stands for a block that was released early
 
@@ -47,11 +48,25 @@ class BlockManager:
         num_blocks: blocks in all.
         forgetting: which blocks sequences may release early; None: none.
         growth: checks whether there is memory for more blocks; None: there always is.
+        slots: allocates the slots for recurrent states, as another manager does blocks; None: the model has no such states.
+        unit: what it allocates, for errors.
+
+    Attributes:
+        reclaim: called with a number of blocks if too few are free; may release some. None: nothing can be released.
     """
 
-    def __init__(self, num_blocks: int, forgetting: Forgetting | None = None, growth: Growth | None = None) -> None:
+    def __init__(
+        self,
+        num_blocks: int,
+        forgetting: Forgetting | None = None,
+        growth: Growth | None = None,
+        slots: BlockManager | None = None,
+        unit: str = "block",
+    ) -> None:
         if num_blocks < 0:
             raise ValueError(f"num_blocks must not be negative, got {num_blocks}")
+        self.slots, self.unit = slots, unit
+        self.reclaim: Callable[[int], object] | None = None
         self.num_blocks, self.forgetting, self._growth = num_blocks, forgetting, growth
         self._users: dict[int, int] = {}  # block -> number of sequences that hold it
         self.clear()
@@ -104,8 +119,10 @@ class BlockManager:
             self._backed = self._growth.grow(wanted, self._backed)
             if self._backed < wanted:
                 self._limit = self._backed
+        if count > self.free_blocks and self.reclaim is not None:
+            self.reclaim(count - self.free_blocks)
         if count > self.free_blocks:
-            raise CacheFullError(count, self.free_blocks, self.shortage if self.limited else None)
+            raise CacheFullError(count, self.free_blocks, self.shortage if self.limited else None, self.unit)
         blocks = [self._take() for _ in range(count)]
         self._users.update(dict.fromkeys(blocks, 1))
         return blocks
@@ -135,10 +152,16 @@ class SequenceBlocks:
         blocks: ids; HOLE stands for a block that was released early.
         tokens: tokens of the sequence, those in holes included.
         holes: indices of the holes, which are contiguous.
+        states: its recurrent states; None: the model has none.
+
+    Args:
+        manager: allocates the blocks.
+        interval: see `SequenceStates`.
     """
 
-    def __init__(self, manager: BlockManager) -> None:
+    def __init__(self, manager: BlockManager, interval: int = 0) -> None:
         self.manager = manager
+        self.states = None if manager.slots is None else SequenceStates(manager.slots, interval)
         self.blocks: list[int] = []
         self.tokens = 0
         self.holes = range(0)
@@ -149,21 +172,30 @@ class SequenceBlocks:
         return len(self.blocks) - len(self.holes)
 
     def fits(self, count: int) -> bool:
-        """Whether `count` more tokens fit into the last block and it is not shared: then `tokens` is all that has to change."""
+        """Whether `count` more tokens fit into the last block and it is not shared: then `tokens` is all that has to change.
+        Never with recurrent states."""
         used = self.tokens % BLOCK_TOKENS
-        return 0 < used <= BLOCK_TOKENS - count and self.manager.users(self.blocks[-1]) == 1
+        return self.states is None and 0 < used <= BLOCK_TOKENS - count and self.manager.users(self.blocks[-1]) == 1
 
-    def adopt(self, blocks: list[int]) -> None:
-        """Starts an empty sequence with full blocks of its first tokens; the caller has counted it among their users. Blocks
-        that it never attends to may be holes."""
+    def adopt(self, blocks: list[int], slot: int | None = None) -> None:
+        """Starts an empty sequence with full blocks of its first tokens, and the slot of its recurrent states after them, if
+        it has any; the caller has counted it among their users. Blocks that it never attends to may be holes."""
         if self.blocks:
             raise ValueError("only an empty sequence can adopt blocks")
+        if self.states is not None and blocks:
+            if slot is None:
+                raise ValueError("a sequence with recurrent states cannot adopt blocks without them")
+            self.states.adopt(len(blocks) * BLOCK_TOKENS, slot)
         self.blocks, self.tokens = list(blocks), len(blocks) * BLOCK_TOKENS
         holes = [n for n, block in enumerate(blocks) if block == HOLE]
         self.holes = range(holes[0], holes[-1] + 1) if holes else range(0)
 
-    def append(self, count: int) -> list[tuple[int, int]]:
+    def append(self, count: int, undo: int = 0) -> list[tuple[int, int]]:
         """Makes room for `count` more tokens.
+
+        Args:
+            count: number of tokens.
+            undo: number of the last of them that may be cropped afterwards, also with recurrent states (see `SequenceStates`).
 
         Returns: (source, target) pairs of blocks whose bytes must be copied before the tokens are written: the last block, if
         it is partly filled and shared.
@@ -177,6 +209,12 @@ class SequenceBlocks:
         writes_into_last = count > 0 and self.tokens % BLOCK_TOKENS != 0
         split = writes_into_last and self.manager.users(self.blocks[-1]) > 1
         taken = self.manager.allocate(new + split)
+        if self.states is not None and count:
+            try:
+                self.states.append(self.tokens, count, undo)
+            except BaseException:
+                self._release(taken)
+                raise
         copies = []
         if split:
             source, target = self.blocks[-1], taken.pop(0)
@@ -204,6 +242,11 @@ class SequenceBlocks:
             self.holes = range(self.holes.start if self.holes else gone.start, gone.stop)
         return gone
 
+    def nearest(self, tokens: int) -> int:
+        """The largest number of tokens, at most `tokens`, that the sequence can be cropped to as far as its recurrent states
+        are concerned."""
+        return tokens if self.states is None or tokens == self.tokens else self.states.latest(tokens)
+
     def _release(self, blocks: list[int]) -> None:
         for block in blocks:
             if block != HOLE:
@@ -214,8 +257,11 @@ class SequenceBlocks:
 
         Raises:
             DroppedTokensError: the next token would attend to a released block; nothing was changed.
+            StateMissingError: the recurrent states after `tokens` tokens are not stored; nothing was changed.
         """
         holes, keep = self.check_crop(tokens), -(-tokens // BLOCK_TOKENS)
+        if self.states is not None:
+            self.states.crop(tokens)
         self._release(self.blocks[keep:])
         del self.blocks[keep:]
         self.tokens, self.holes = tokens, holes
@@ -226,6 +272,8 @@ class SequenceBlocks:
             raise ValueError(f"cannot crop to {tokens} tokens: there are {self.tokens}")
         holes = self.holes if tokens > self.holes.start * BLOCK_TOKENS else range(0)
         self._check(tokens, holes)
+        if self.states is not None and tokens < self.tokens:
+            self.states.check_crop(tokens)
         return holes
 
     def _check(self, tokens: int, holes: range) -> None:
@@ -251,6 +299,8 @@ class SequenceBlocks:
             raise ValueError(f"blocks [{first_block}, {end}) are not full blocks of {self.tokens} tokens")
         if count == 0:
             return
+        if self.states is not None:
+            raise ValueError("blocks of a sequence with recurrent states cannot be dropped from the middle")
         moved_up = (place if place <= first_block else max(first_block, place - count) for place in _ends(self.holes))
         holes, tokens = range(*moved_up), self.tokens - count * BLOCK_TOKENS
         self._check(tokens, holes)
@@ -272,6 +322,7 @@ class SequenceBlocks:
     def fork(self) -> SequenceBlocks:
         """A sequence with the same content; blocks are shared until one of the two writes."""
         twin = SequenceBlocks(self.manager)
+        twin.states = None if self.states is None else self.states.fork()
         twin.blocks, twin.tokens, twin.holes = list(self.blocks), self.tokens, self.holes
         for block in twin.blocks:
             if block != HOLE:

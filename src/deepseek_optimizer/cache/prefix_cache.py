@@ -4,6 +4,9 @@ The key of a full block is a hash of its tokens and all tokens before it, seeded
 share nothing, so that timing does not reveal what another client has sent. (Hashing whole blocks: vLLM's automatic prefix
 caching.) The cache is itself one user of each block it holds; blocks without another user are evicted, least recently used
 first.
+
+With recurrent states, a prefix can only be continued where the states after it are stored. The cache holds slots with such
+states by the key of the prefix's last block, and evicts them likewise.
 """
 
 from __future__ import annotations
@@ -48,6 +51,9 @@ class PrefixCache:
     def __init__(self, manager: BlockManager, max_blocks: int | None = None) -> None:
         self.manager, self.max_blocks = manager, max_blocks
         self._blocks: OrderedDict[Key, int] = OrderedDict()  # least recently used first
+        self._slots: OrderedDict[Key, int] = OrderedDict()  # of recurrent states
+        if manager.slots is not None:
+            manager.slots.reclaim = self.evict_states
 
     def __len__(self) -> int:
         return len(self._blocks)
@@ -71,15 +77,21 @@ class PrefixCache:
     def known(self, wanted: list[Key]) -> int:
         """Number of blocks that `match` would return."""
         first_unknown = next((n for n, key in enumerate(wanted) if key not in self._blocks), len(wanted))
+        longest = next((n for n in range(first_unknown, 0, -1) if self._has_state(wanted[n - 1])), 0)
         forgetting = self.manager.forgetting
         if forgetting is None or first_unknown < forgetting.sink_blocks:
-            return first_unknown
-        longest = run = first_unknown
+            return longest
+        run = first_unknown
         for n in range(first_unknown + 1, len(wanted) + 1):
             run = run + 1 if wanted[n - 1] in self._blocks else 0
-            if run >= n - max(forgetting.sink_blocks, forgetting.first_seen(n * BLOCK_TOKENS)):
+            if run >= n - max(forgetting.sink_blocks, forgetting.first_seen(n * BLOCK_TOKENS)) and self._has_state(
+                wanted[n - 1]
+            ):
                 longest = n
         return longest
+
+    def _has_state(self, key: Key) -> bool:
+        return self.manager.slots is None or key in self._slots
 
     def put(self, key: Key, block: int) -> None:
         """Adds a full block, unless it is a hole or a block with the same content is cached already."""
@@ -90,11 +102,47 @@ class PrefixCache:
         self.manager.retain(block)
         self._blocks[key] = block
 
+    def state_after(self, prefix: list[Key]) -> int | None:
+        """The slot with the recurrent states after these blocks, which `match` returned; the caller becomes its user. None: the
+        model has no such states, or there are no blocks."""
+        if self.manager.slots is None or not prefix:
+            return None
+        slot = self._slots[prefix[-1]]
+        self.manager.slots.retain(slot)
+        return slot
+
+    def put_state(self, key: Key, slot: int) -> None:
+        """Adds the slot of the states after a block, unless such states are cached already."""
+        if key not in self._slots and self.manager.slots is not None:
+            self.manager.slots.retain(slot)
+            self._slots[key] = slot
+
+    def evict_states(self, count: int) -> int:
+        """Evicts up to `count` slots that have no other user; returns their number."""
+        slots = self.manager.slots
+        if slots is None:
+            return 0
+        taken = [key for key, slot in self._slots.items() if slots.users(slot) == 1][:count]
+        for key in taken:
+            slots.release(self._slots.pop(key))
+        return len(taken)
+
+    @property
+    def unused_states(self) -> int:
+        """Number of slots that could be evicted."""
+        slots = self.manager.slots
+        return 0 if slots is None else sum(slots.users(slot) == 1 for slot in self._slots.values())
+
+    def _forget_state(self, key: Key) -> None:
+        if self.manager.slots is not None and (slot := self._slots.pop(key, None)) is not None:
+            self.manager.slots.release(slot)
+
     def touch(self, used: list[Key]) -> None:
         """Marks blocks as just used. Later blocks of a text count as older, since they are useless without the earlier ones."""
         for key in reversed(used):
-            if key in self._blocks:
-                self._blocks.move_to_end(key)
+            for held in (self._blocks, self._slots):
+                if key in held:
+                    held.move_to_end(key)
 
     def evict(self, count: int) -> int:
         """Evicts up to `count` blocks that have no other user.
@@ -104,6 +152,7 @@ class PrefixCache:
         taken = list(self._unused(count))
         for key in taken:
             self.manager.release(self._blocks.pop(key))
+            self._forget_state(key)
         return len(taken)
 
     def _unused(self, count: int) -> Iterator[Key]:
@@ -128,6 +177,7 @@ class PrefixCache:
         for key in keys:
             if (block := self._blocks.pop(key, None)) is not None:
                 self.manager.release(block)
+                self._forget_state(key)
 
     def forget_unused(self, keys: list[Key]) -> None:
         """Removes those of the blocks that have no other user."""
@@ -138,3 +188,5 @@ class PrefixCache:
         for block in self._blocks.values():
             self.manager.release(block)
         self._blocks.clear()
+        for key in list(self._slots):
+            self._forget_state(key)

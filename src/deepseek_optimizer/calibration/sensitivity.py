@@ -15,7 +15,16 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ..backends.base import BLOCK_TOKENS, DEFAULTS, PREFILL, Backend, CompileOptions, KvStore, StepBatch
+from ..backends.base import (
+    BLOCK_TOKENS,
+    DEFAULTS,
+    PREFILL,
+    Backend,
+    CompileOptions,
+    KvStore,
+    StepBatch,
+    states_of_new,
+)
 from ..graph import rules
 from ..graph.ir import Graph
 from ..graph.partial_graph import graph_from_hidden_state
@@ -84,7 +93,8 @@ class Probe:
     def _run(self, graph: Graph, replaced: Mapping[str, PackedWeight], kv_dtype: str) -> tuple[Float32, Any]:
         plan = self.backend.compile(graph, {**self.weights, **replaced}, self._options)
         if kv_dtype not in self._stores:
-            self._stores[kv_dtype] = self.backend.new_store(graph, kv_dtype, self._batch.block_table.size)
+            slots = len(self._batch.query_len) if graph.states else 0
+            self._stores[kv_dtype] = self.backend.new_store(graph, kv_dtype, self._batch.block_table.size, slots)
         output = plan.run(self._batch, self._stores[kv_dtype])
         return output.logits.cpu().numpy(), output.hidden
 
@@ -161,6 +171,7 @@ def _step(texts: Sequence[Any]) -> StepBatch:
     lengths = [len(text) for text in texts]
     max_blocks = -(-max(lengths) // BLOCK_TOKENS)
     sequences, tokens = len(texts), sum(lengths)
+    state_from, state_to = states_of_new(np.array(lengths, np.int32))
     return StepBatch(
         token_ids=np.concatenate(texts),
         positions=np.concatenate([np.arange(n, dtype=np.int32) for n in lengths]),
@@ -169,6 +180,8 @@ def _step(texts: Sequence[Any]) -> StepBatch:
         phase=np.full(sequences, PREFILL, np.int32),
         block_table=np.arange(sequences * max_blocks, dtype=np.int32).reshape(sequences, max_blocks),
         logit_rows=np.arange(tokens, dtype=np.int32),
+        state_from=state_from,
+        state_to=state_to,
     )
 
 

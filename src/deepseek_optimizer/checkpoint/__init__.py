@@ -14,10 +14,11 @@ from .atomic import atomic_directory
 from .base import Checkpoint, TensorInfo, all_finite
 from .directory import SafetensorsCheckpoint, open_files, read_config
 from .gguf import GgufCheckpoint
+from .language_part import language_part
 from .load import LoadProgress, check_tensors, stream_weights
 from .manifest import Manifest
 from .packed import PackedCheckpoint, is_packed
-from .published_names import with_parameter_names
+from .published_names import joined_parts, with_parameter_names
 from .quantised import METHODS, QuantisedCheckpoint, method_of
 from .tokenizer import check_tokenizer_beside, check_tokenizer_size, load_tokenizer
 
@@ -45,8 +46,13 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     try:
         if is_packed(config):
             return PackedCheckpoint(path, config, files, tensors)
+        config, tensors, left_out = language_part(config, tensors)
+        family = config.get("model_type")
+        tensors, parts = joined_parts(with_parameter_names(tensors, family), family)
         kind = QuantisedCheckpoint if method_of(config) else SafetensorsCheckpoint
-        return kind(path, config, files, with_parameter_names(tensors, config.get("model_type")))
+        checkpoint = kind(path, config, files, tensors)
+        checkpoint.left_out, checkpoint.parts_of = left_out, parts
+        return checkpoint
     except BaseException:
         for file in files.values():
             file.close()

@@ -41,6 +41,7 @@ class Checkpoint(ABC):
         tensors: stored tensors by Transformers' parameter name.
         quantisation: the `quantization_config` by which tensors are read, if `config` omits it.
         mapper: maps packed weights into memory, to be used in place; None: they are read into memory.
+        left_out: one line for each part of the files that is not loaded.
     """
 
     kind: ClassVar[str]
@@ -50,6 +51,7 @@ class Checkpoint(ABC):
     def __init__(self, path: Path, config: dict[str, Any], tensors: Mapping[str, TensorInfo]) -> None:
         self.path = path
         self.tensors = tensors
+        self.left_out: list[str] = []
         self._config = config
 
     def config(self) -> dict[str, Any]:
@@ -155,7 +157,7 @@ class Checkpoint(ABC):
 
     def remarks(self) -> list[str]:
         """One line for each part of the files that is not loaded."""
-        return []
+        return self.left_out
 
     def mappings(self) -> list[Any]:
         """The mappings, made by the mapper, that tensors point into."""

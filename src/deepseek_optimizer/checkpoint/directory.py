@@ -110,9 +110,13 @@ class SafetensorsCheckpoint(Checkpoint):
     def __init__(self, directory: Path, config: dict[str, Any], files: dict[Path, DataFile], tensors: Mapping[str, TensorInfo]):
         super().__init__(directory, config, tensors)
         self._files = files
+        self.parts_of: dict[str, list[TensorInfo]] = {}  # of tensors that are stored in several
 
     def read(self, name: str) -> torch.Tensor:
-        info = self.info(name)
+        parts = [self._read(info) for info in self.parts_of.get(name, [self.info(name)])]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _read(self, info: TensorInfo) -> torch.Tensor:
         data = self._files[info.file].read_tensor(info.offset, info.nbytes)
         return self._float(data.view(self._dtype(info))).reshape(info.shape)
 

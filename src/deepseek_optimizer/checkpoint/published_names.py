@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Final
 
 from ..errors import CheckpointError
@@ -14,18 +15,50 @@ from .base import TensorInfo
 
 Renames = tuple[tuple[str, str], ...]  # pattern -> replacement, applied in order
 
-_MIXTRAL: Final[Renames] = (
-    (r"\.block_sparse_moe\.", ".mlp."),
+_NUMBERED: Final[Renames] = (
     (r"\.experts\.(\d+)\.w1\.", r".experts.\1.gate_proj."),
     (r"\.experts\.(\d+)\.w3\.", r".experts.\1.up_proj."),
     (r"\.experts\.(\d+)\.w2\.", r".experts.\1.down_proj."),
 )
+_MIXTRAL: Final[Renames] = ((r"\.block_sparse_moe\.", ".mlp."), *_NUMBERED)
 _GRANITE: Final[Renames] = (
     (r"\.block_sparse_moe\.input_linear\.weight$", ".block_sparse_moe.experts.gate_up_proj"),
     (r"\.block_sparse_moe\.output_linear\.weight$", ".block_sparse_moe.experts.down_proj"),
     (r"\.block_sparse_moe\.router\.layer\.weight$", ".block_sparse_moe.router.weight"),
 )
-_RENAMES: Final[Mapping[str, Renames]] = {"mixtral": _MIXTRAL, "minimax_m2": _MIXTRAL, "granitemoe": _GRANITE}
+_KIMI: Final[Renames] = (
+    *_MIXTRAL, (r"\.self_attn\.(A_log|dt_bias|f_[ab]_proj\.weight)$", r".self_attn.forget_gate.\1"),
+)  # fmt: skip
+_RENAMES: Final[Mapping[str, Renames]] = {
+    "mixtral": _MIXTRAL, "minimax_m2": _MIXTRAL, "granitemoe": _GRANITE, "lfm2_moe": _NUMBERED, "kimi_linear": _KIMI,
+}  # fmt: skip
+# model_type -> (pattern of a parameter's stored parts, the parameter): parts are joined along the first axis, in this order.
+_PARTS: Final[Mapping[str, tuple[tuple[str, ...], str]]] = {
+    "kimi_linear": (tuple(rf"\.{p}_conv1d\.weight$" for p in "qkv"), ".conv1d.weight"),
+}
+
+
+def joined_parts(
+    tensors: Mapping[str, TensorInfo], model_type: Any
+) -> tuple[dict[str, TensorInfo], dict[str, list[TensorInfo]]]:
+    """The tensors of a checkpoint with parameters instead of their stored parts, and the parts of these parameters.
+
+    Args:
+        tensors: by the names of `with_parameter_names`.
+        model_type: the family.
+    """
+    patterns, target = _PARTS.get(model_type, ((), "")) if isinstance(model_type, str) else ((), "")
+    whole, parts = dict(tensors), dict[str, list[TensorInfo]]()
+    for pattern in patterns:
+        for name in [name for name in whole if re.search(pattern, name)]:
+            parts.setdefault(re.sub(pattern, target, name), []).append(whole.pop(name))
+    for name, infos in parts.items():
+        first = infos[0]
+        if any((i.dtype, i.shape[1:]) != (first.dtype, first.shape[1:]) for i in infos) or len(infos) < len(patterns):
+            raise CheckpointError("is not stored in parts of one kind; download it again", file=first.file, tensor=name)
+        shape = (sum(i.shape[0] for i in infos), *first.shape[1:])
+        whole[name] = replace(first, name=name, shape=shape, nbytes=sum(i.nbytes for i in infos))
+    return whole, parts
 
 
 def with_parameter_names(tensors: Mapping[str, TensorInfo], model_type: Any) -> dict[str, TensorInfo]:

@@ -2,6 +2,7 @@
 
     8 bytes "DSOBLOCK" | uint32 format version | uint32 length of the header | header, JSON
     | tokens, int32 [n] | BLAKE2b-128 of everything before | for each block: BLAKE2b-128 of its number and bytes, its bytes
+    | for a model with recurrent states: BLAKE2b-128 of the states after the last token, the states
 
 All integers are little-endian. If a length, a checksum or the model it was made with does not match, the error names the file.
 """
@@ -39,6 +40,7 @@ class SavedBlocks:
         tokens: token ids of the text.
         held: the stored blocks, as [begin, end) runs; the others are not needed any more.
         block_tokens, block_bytes: tokens and bytes of a block.
+        state_bytes: bytes of the recurrent states; 0: the model has none.
     """
 
     path: Path
@@ -47,6 +49,7 @@ class SavedBlocks:
     held: list[list[int]]
     block_tokens: int
     block_bytes: int
+    state_bytes: int
     _begin: int
 
     @property
@@ -54,12 +57,14 @@ class SavedBlocks:
         """Indices, in the text, of the stored blocks."""
         return _numbers(self.held)
 
-    def check(self, made_with: Mapping[str, Any], block_tokens: int, block_bytes: int) -> None:
+    def check(self, made_with: Mapping[str, Any], block_tokens: int, block_bytes: int, state_bytes: int = 0) -> None:
         """Raises CheckpointError if the blocks were made with other properties."""
         names = sorted({*made_with, *self.made_with})
         other = [name for name in names if made_with.get(name) != self.made_with.get(name)]
         if not other and (block_tokens, block_bytes) != (self.block_tokens, self.block_bytes):
             other = ["block size"]
+        if not other and state_bytes != self.state_bytes:
+            other = ["state size"]
         if other:
             raise CheckpointError(
                 f"was made with another {', '.join(other)}; delete it and process the text again, or load the model with the "
@@ -79,6 +84,15 @@ class SavedBlocks:
                     )
                 yield data
 
+    def state(self) -> bytes:
+        """The recurrent states after the last token. Raises CheckpointError if they are damaged."""
+        with self.path.open("rb") as file:
+            file.seek(self._begin + len(self.numbers) * (_DIGEST + self.block_bytes))
+            digest, data = file.read(_DIGEST), file.read(self.state_bytes)
+        if len(data) != self.state_bytes or _digest(data) != digest:
+            raise CheckpointError("has damaged states; delete the file and process the text again", file=self.path)
+        return data
+
 
 def save_blocks(
     path: str | os.PathLike[str],
@@ -89,6 +103,7 @@ def save_blocks(
     numbers: list[int],
     block_tokens: int,
     block_bytes: int,
+    state: bytes = b"",
 ) -> None:
     """Writes a file atomically.
 
@@ -99,11 +114,14 @@ def save_blocks(
         blocks: bytes of the blocks to store.
         numbers: indices of these blocks, ascending.
         block_tokens, block_bytes: tokens and bytes of a block.
+        state: the recurrent states after the last token; empty: the model has none.
     """
     fields = {
         "made_with": made_with, "tokens": len(tokens), "held": _runs(numbers), "block_tokens": block_tokens,
         "block_bytes": block_bytes,
     }  # fmt: skip
+    if state:
+        fields["state_bytes"] = len(state)
     header = json.dumps(fields, sort_keys=True).encode()
     head = _START.pack(_MAGIC, _VERSION, len(header)) + header + np.array(tokens, "<i4").tobytes()
     with atomic_file(path) as file:
@@ -112,6 +130,8 @@ def save_blocks(
             if len(data) != block_bytes or (number + 1) * block_tokens > len(tokens):
                 raise ValueError(f"block {number} of {len(tokens)} tokens has {len(data)} bytes instead of {block_bytes}")
             file.write(_block_digest(number, data) + data)
+        if state:
+            file.write(_digest(state) + state)
 
 
 def open_blocks(path: str | os.PathLike[str]) -> SavedBlocks:
@@ -133,14 +153,16 @@ def open_blocks(path: str | os.PathLike[str]) -> SavedBlocks:
         fields, header = _header(file, path, size, length)
         count, block_tokens, block_bytes = (fields[name] for name in _SIZES)
         begin = _START.size + length + 4 * count + _DIGEST
+        state_bytes = fields.get("state_bytes", 0)
         expected = begin + sum(end - first for first, end in fields["held"]) * (_DIGEST + block_bytes)
+        expected += _DIGEST + state_bytes if state_bytes else 0
         if size != expected:
             raise CheckpointError(f"has {size:,} bytes instead of {expected:,}; process the text again", file=path)
         tokens = file.read(4 * count)
         if file.read(_DIGEST) != _digest(start + header + tokens):
             raise CheckpointError("has a damaged header; delete it and process the text again", file=path)
     ids = np.frombuffer(tokens, "<i4").tolist()
-    return SavedBlocks(path, fields["made_with"], ids, fields["held"], block_tokens, block_bytes, begin)
+    return SavedBlocks(path, fields["made_with"], ids, fields["held"], block_tokens, block_bytes, state_bytes, begin)
 
 
 def _header(file: BinaryIO, path: Path, size: int, length: int) -> tuple[dict[str, Any], bytes]:
@@ -153,6 +175,7 @@ def _header(file: BinaryIO, path: Path, size: int, length: int) -> tuple[dict[st
         good = isinstance(fields["made_with"], dict) and all(
             type(fields[name]) is int and 0 < fields[name] <= size for name in _SIZES
         )
+        good = good and type(state := fields.get("state_bytes", 0)) is int and 0 <= state <= size
     except (ValueError, KeyError, TypeError, RecursionError):
         raise damaged from None
     if not good or not _are_runs(fields.get("held"), fields["tokens"] // fields["block_tokens"]):

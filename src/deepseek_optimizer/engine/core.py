@@ -170,7 +170,8 @@ class EngineCore:
         max_tokens = self.check(request)
         reach = self._reach(request, max_tokens)
         with self.memory.locked() as manager:
-            sequence = Sequence(self._count, list(request.prompt), SequenceBlocks(manager), reach=reach)
+            interval = self.memory.state_interval if self.prefix is not None and not request.embed else 0
+            sequence = Sequence(self._count, list(request.prompt), SequenceBlocks(manager, interval), reach=reach)
         running = Running(
             number=self._count,
             request=request,

@@ -10,6 +10,7 @@ import torch
 
 from ..backends.base import BLOCK_TOKENS, PREFILL, Int32, Plan, StepBatch, StepOutput
 from ..backends.sampling import Floats, TokenChoice
+from ..cache import states_of_step
 from .scheduling.memory import Memory
 from .sequence import Part, Sequence
 
@@ -37,12 +38,13 @@ class Runner:
         """See `Plan.check_weights`."""
         self.plan.check_weights()
 
-    def reserve(self, sequences: Iterable[Sequence], counts: Iterable[int]) -> None:
+    def reserve(self, sequences: Iterable[Sequence], counts: Iterable[int], *, undo: bool = False) -> None:
         """Reserves room in the cache for more tokens of each sequence.
 
         Args:
             sequences: the sequences.
             counts: number of tokens to add for each.
+            undo: whether these tokens may be cropped afterwards, also with recurrent states.
 
         Raises:
             CacheFullError: too few blocks are free; nothing was changed.
@@ -57,7 +59,7 @@ class Runner:
             try:
                 for sequence, count in zip(sequences, counts, strict=True):
                     before = sequence.cached
-                    self.memory.copy_blocks(sequence.blocks.append(count))
+                    self.memory.copy_blocks(sequence.blocks.append(count, count if undo else 0))
                     done.append((sequence, before))
             except BaseException:
                 for sequence, before in done:
@@ -151,6 +153,7 @@ class Runner:
         hidden_from = np.array([p.first_block * BLOCK_TOKENS for p in parts], np.int32)
         first = np.array([p.sequence.first_position for p in parts], np.int32)
         before = np.cumsum(counts) - counts
+        state_from, state_to = states_of_step((p.sequence.blocks.states, p.start, len(p.ids)) for p in parts)
         batch = StepBatch(
             token_ids=np.array([token for p in parts for token in p.ids], np.int32),
             positions=np.repeat(starts + first - before.astype(np.int32), counts) + np.arange(counts.sum(), dtype=np.int32),
@@ -163,6 +166,8 @@ class Runner:
             last_hidden=last_hidden,
             logits=logits,
             reach=_reach(parts),
+            state_from=state_from,
+            state_to=state_to,
         )
         return self.memory.run(self.plan, batch)
 

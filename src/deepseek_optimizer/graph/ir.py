@@ -13,6 +13,7 @@ Nodes run in list order, which matters where they read or write the cache.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -59,7 +60,8 @@ class Node:
 
 @dataclass(frozen=True)
 class CacheSpec:
-    """The contents of the cache per token: in each layer, a key and a value of `kv_heads` x `head_dim` elements.
+    """The contents of the cache per token: in each layer, a key and a value of `kv_heads` x `head_dim` elements. Layers without
+    attention do not count.
 
     `summaries`: whether it also holds the element-wise maximum and minimum of the keys of each full block, for
     `block_choose`."""
@@ -96,9 +98,26 @@ class LatentSpec:
         return self.layers * (self.rank + self.rope + self.index)
 
 
+@dataclass(frozen=True)
+class StateSpec:
+    """A recurrent state: a float32 tensor of this shape per sequence, whatever its length. A new sequence's state is zero.
+
+    A backend may store it in another layout."""
+
+    shape: tuple[int, ...]
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.shape)
+
+
 @dataclass
 class Graph:
-    """Nodes in execution order, and the sizes of the model."""
+    """Nodes in execution order, and the sizes of the model.
+
+    Attributes:
+        states: the recurrent states of a sequence. A node names its own by its index (attribute `state`).
+    """
 
     family: str
     nodes: list[Node]
@@ -107,6 +126,7 @@ class Graph:
     hidden_states: int  # number of hidden_out nodes: layers + 1
     cache: CacheSpec | LatentSpec
     max_positions: int
+    states: tuple[StateSpec, ...] = ()
 
     def producer(self, value: Value) -> Node | None:
         """The node that computes `value`."""

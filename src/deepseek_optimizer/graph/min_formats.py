@@ -10,7 +10,8 @@ def min_formats(graph: Graph) -> dict[str, str]:
     """The smallest format of weights that need more precision, by name. A format that the user sets for a weight overrides it.
 
     `kv_b` of latent attention: in the absorbed form its key half is multiplied transposed, across the groups that share scales
-    in 4-bit formats. The indexer's queries and keys: missing a token that should be chosen is a large error.
+    in 4-bit formats. The indexer's queries and keys: missing a token that should be chosen is a large error. The gates of the
+    delta rule: small, and they decide how long a state remembers.
     """
     names: dict[str, str] = {}
     for node in graph.nodes:
@@ -18,13 +19,15 @@ def min_formats(graph: Graph) -> dict[str, str]:
             names[node.weights[0]] = "int8"
         elif node.op in ("index_choose", "index_write"):
             names[_matrix_of(graph, node.inputs[0])] = "int8"
+        elif node.op == "delta_rule":
+            names.update(dict.fromkeys((_matrix_of(graph, gate) for gate in node.inputs[1:]), "int8"))
     return names
 
 
 def _matrix_of(graph: Graph, value: Value) -> str:
     """The matrix whose product this value is, before normalisation and RoPE."""
     node = graph.producer(value)
-    while node is not None and node.op in ("rope", "layer_norm"):
+    while node is not None and node.op in ("rope", "layer_norm", "columns"):
         value = node.inputs[0]
         node = graph.producer(value)
     if node is None or node.op != "linear":

@@ -51,8 +51,13 @@ def key_rotation(graph: Graph) -> KeyRotation:
     """The rotation that RoPE applies to all cached keys of a graph.
 
     Raises:
-        UnsupportedModelError: a layer has no RoPE, or layers have different ones.
+        UnsupportedModelError: a layer has no RoPE, layers have different ones, or a layer has a recurrent state.
     """
+    if graph.states:
+        raise UnsupportedModelError(
+            "cache_window requires attention in all layers, but recurrent layers of this model cannot drop tokens; use it "
+            "without cache_window"
+        )
     producers = {value: node for node in graph.nodes for value in node.outputs}
     rotations = {kind: set(_rotations(graph, producers, kind)) for kind in ("key", "index")}
     if len(rotations["key"]) != 1 or len(rotations["index"]) > 1:

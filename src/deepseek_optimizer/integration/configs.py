@@ -16,8 +16,10 @@ class _WithDefaults(Mapping[str, Any]):
         self._fields, self._defaults = fields, defaults
 
     def __getitem__(self, name: str) -> Any:
-        if name in self._fields:
-            return self._fields[name]
+        stored = getattr(self._defaults, "attribute_map", {}).get(name, name)
+        for key in (name, stored):
+            if key in self._fields:
+                return self._fields[key]
         default = getattr(self._defaults, name, property())
         if isinstance(default, property):  # such as rope_scaling: it has no value without an instance
             raise KeyError(name)

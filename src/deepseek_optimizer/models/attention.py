@@ -24,7 +24,7 @@ def decoder_graph(d: Decoder, feed_forward: FeedForward | None = None) -> Graph:
 
 
 def attention(d: Decoder) -> Attend:
-    """Projections, q/k norm, RoPE, cache write, causal attention, output projection."""
+    """Projections, q/k norm, RoPE, cache write, causal attention, gate, output projection."""
 
     def attend(nodes: list[Node], x: Value, table: Value | None, layer: int) -> Value:
         name, path = f"l{layer}", f"model.layers.{layer}.self_attn"
@@ -40,7 +40,7 @@ def attention(d: Decoder) -> Attend:
                 )
             if d.qk_norm and d.qk_norm_after_rope:
                 qkv[p] = _head_norm(nodes, d, qkv[p], name, path, p, shape)
-        cache = {"layer": layer, "kv_heads": d.kv_heads, "head_dim": d.head_dim}
+        cache = {"layer": d.cache_layer(layer), "kv_heads": d.kv_heads, "head_dim": d.head_dim}
         nodes.append(Node("cache_write", (qkv["k"], qkv["v"]), attrs=cache))
         softcap = {"softcap": d.attention_softcap} if d.attention_softcap else {}
         sink = f"{path}.{d.head_sinks}" if d.head_sinks else ""
@@ -48,13 +48,17 @@ def attention(d: Decoder) -> Attend:
             nodes, "attention", (qkv["q"],), f"{name}.attn", qkv["q"].width, sink, heads=d.heads, scale=d.scale,
             window=d.windows[layer], softmax="eager", **softcap, **cache,
         )  # fmt: skip
-        return linear(nodes, attended, f"{name}.o", d.hidden, f"{path}.o_proj", d.o_bias)
+        if d.gated:
+            attended = emit(nodes, "sigmoid_gate", (attended, qkv["gate"]), f"{name}.attn_gated", attended.width)
+        return linear(nodes, attended, f"{name}.o", d.hidden, f"{path}.{d.o_name}", d.o_bias)
 
     return attend
 
 
 def _projections(nodes: list[Node], d: Decoder, x: Value, name: str, path: str) -> dict[str, Value]:
-    """q, k and v by name."""
+    """q, k, v and, if attention has one, its gate, by name."""
+    if d.gated:
+        return _gated_projections(nodes, d, x, name, path)
     widths = {"q": d.heads * d.head_dim, "k": d.kv_heads * d.head_dim, "v": d.kv_heads * d.head_dim}
     values, begin, total = {}, 0, sum(widths.values())
     for p, width in widths.items():
@@ -62,6 +66,19 @@ def _projections(nodes: list[Node], d: Decoder, x: Value, name: str, path: str) 
         matrix = f"{path}.{d.fused_qkv or f'{p}_proj'}"
         values[p] = linear(nodes, x, f"{name}.{p}", width, matrix, d.qkv_bias, rows)
         begin += width
+    return values
+
+
+def _gated_projections(nodes: list[Node], d: Decoder, x: Value, name: str, path: str) -> dict[str, Value]:
+    widths = {"q": 2 * d.heads * d.head_dim, "k": d.kv_heads * d.head_dim, "v": d.kv_heads * d.head_dim}
+    values = {
+        p: linear(nodes, x, f"{name}.{p}{'_gate' if p == 'q' else ''}", width, f"{path}.{p}_proj", d.qkv_bias)
+        for p, width in widths.items()
+    }
+    both = values["q"]
+    for i, p in enumerate(("q", "gate")):
+        part = {"groups": d.heads, "begin": i * d.head_dim, "end": (i + 1) * d.head_dim}
+        values[p] = emit(nodes, "columns", (both,), f"{name}.{p}", both.width // 2, **part)
     return values
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from ..graph.ir import CacheSpec, Graph, LatentSpec, Node, Value
+from ..graph.ir import CacheSpec, Graph, LatentSpec, Node, StateSpec, Value
 from .decoder import Trunk
 
 # (nodes, input, RoPE's table or None for a layer without RoPE, layer) -> output
@@ -17,13 +17,20 @@ Attend = Callable[[list[Node], Value, "Value | None", int], Value]
 FeedForward = Callable[[list[Node], Value, int], Value]
 
 
-def trunk_graph(d: Trunk, cache: CacheSpec | LatentSpec, attend: Attend, feed_forward: FeedForward) -> Graph:
+def trunk_graph(
+    d: Trunk,
+    cache: CacheSpec | LatentSpec,
+    attend: Attend,
+    feed_forward: FeedForward,
+    states: tuple[StateSpec, ...] = (),
+) -> Graph:
     """The unfused graph of a decoder-only model.
 
     Args:
         d: the model's sizes.
         cache: the contents of the KV cache.
         attend, feed_forward: append the nodes of a layer's attention and feed-forward network.
+        states: the recurrent states of a sequence.
     """
     nodes: list[Node] = []
     x = emit(nodes, "embedding", (), "embed", d.hidden, "model.embed_tokens.weight", scale=d.embedding_scale)
@@ -35,13 +42,13 @@ def trunk_graph(d: Trunk, cache: CacheSpec | LatentSpec, attend: Attend, feed_fo
         nodes.append(Node("hidden_out", (x,), attrs={"index": layer}))
         rope = d.rope_of(layer)
         x = decoder_layer(nodes, d, x, None if rope is None else tables[rope], layer, attend, feed_forward)
-    normed = norm(nodes, d, x, "final", "model.norm")
+    normed = norm(nodes, d, x, "final", d.final_norm)
     nodes.append(Node("hidden_out", (normed,), attrs={"index": d.layers}))
     head = "model.embed_tokens.weight" if d.tied else "lm_head.weight"
     limits = {"scale": d.logit_scale} if d.logit_scale != 1.0 else {}
     limits |= {"softcap": d.logit_softcap} if d.logit_softcap else {}
     emit(nodes, "lm_head", (normed,), "logits", d.vocab, head, bias=None, **limits)
-    return Graph(d.family, nodes, d.vocab, d.hidden, d.layers + 1, cache, d.max_positions)
+    return Graph(d.family, nodes, d.vocab, d.hidden, d.layers + 1, cache, d.max_positions, states)
 
 
 def decoder_layer(

@@ -77,6 +77,7 @@ class Trunk:
         norm: "rms"; "rms_offset": RMS norm with the factor 1 + w; "layer": layer norm.
         norm_bias: whether layer norms have biases.
         layer_norms: which norms a layer has.
+        final_norm: path of the norm after the last layer.
         embedding_scale: factor of the embedding table's rows.
         input_scale: factor of the input of the first layer, whether it comes from the table or from the caller.
         residual_scale: factor of what a layer's attention and MLP add to the residual.
@@ -97,6 +98,7 @@ class Trunk:
     norm: Literal["rms", "rms_offset", "layer"] = "rms"
     norm_bias: bool = False
     layer_norms: LayerNorms = LayerNorms()  # noqa: RUF009  # immutable
+    final_norm: str = "model.norm"
     embedding_scale: float = 1.0
     input_scale: float = 1.0
     residual_scale: float = 1.0
@@ -129,6 +131,9 @@ class Decoder(Trunk):
         fused_qkv: name of the one projection with the rows of q, k and v; "": there are three.
         attention_softcap: limit of the scores, 0: none; see op `attention`.
         head_sinks: name of the parameter with a further logit per head; "": none.
+        o_name: name of the output projection.
+        gated: q_proj also computes a gate per head, next to each query; the result is multiplied by its sigmoid.
+        cache_layers: the layer of the cache of each layer with attention; (): that of the same number.
     """
 
     heads: int
@@ -145,6 +150,13 @@ class Decoder(Trunk):
     fused_qkv: str = ""
     attention_softcap: float = 0.0
     head_sinks: str = ""
+    o_name: str = "o_proj"
+    gated: bool = False
+    cache_layers: tuple[int, ...] = ()
+
+    def cache_layer(self, layer: int) -> int:
+        """The layer of the cache that this layer's attention uses."""
+        return self.cache_layers[layer] if self.cache_layers else layer
 
 
 def read_trunk(
@@ -156,6 +168,7 @@ def read_trunk(
     mlp: MlpForm = MlpForm(),  # noqa: B008  # immutable
     activation: str | None = "hidden_act",
     eps: str = "rms_norm_eps",
+    width: str = "intermediate_size",
     ropes: Callable[[int, int], tuple[RopeSpec, ...]] | None = None,
 ) -> Trunk:
     """Reads and checks the fields that all families share.
@@ -167,7 +180,7 @@ def read_trunk(
         name: the config field that contains this number.
         mlp: form of dense MLPs.
         activation: name of the field with the activation; None: it is not checked.
-        eps: name of the field with the norms' epsilon.
+        eps, width: names of the fields with the norms' epsilon and the width of dense MLPs.
         ropes: reads rotary position embeddings, given `rotated` and max_position_embeddings; (): the caller does; None: all
             layers have the same.
 
@@ -188,7 +201,7 @@ def read_trunk(
         )
     return Trunk(
         family=family, layers=fields.integer("num_hidden_layers", MAX_LAYERS), hidden=fields.integer("hidden_size", MAX_WIDTH),
-        intermediate=fields.integer("intermediate_size", MAX_WIDTH), vocab=vocab, max_positions=room,
+        intermediate=fields.integer(width, MAX_WIDTH), vocab=vocab, max_positions=room,
         eps=fields.epsilon(eps), tied=fields.flag("tie_word_embeddings"),
         ropes=read, mlp=mlp,
     )  # fmt: skip
@@ -266,6 +279,18 @@ def read_layer_types(fields: Fields, layers: int, slides: Callable[[int], bool])
     for kind in kinds:
         if kind not in (FULL, SLIDING):
             raise UnsupportedModelError(f"config.layer_types: {kind!r} is not supported. Supported: {FULL!r}, {SLIDING!r}.")
+    return tuple(kinds)
+
+
+def read_layer_kinds(fields: Fields, layers: int, *supported: str) -> tuple[str, ...]:
+    """The config's `layer_types` in a family that has other types of layers: one of `supported` for each layer."""
+    kinds = fields.get("layer_types")
+    if not isinstance(kinds, (list, tuple)) or len(kinds) != layers:
+        raise ConfigError(f"config.layer_types: expected one entry for each of {layers} layers, got {kinds!r}")
+    for kind in kinds:
+        if kind not in supported:
+            names = ", ".join(map(repr, supported))
+            raise UnsupportedModelError(f"config.layer_types: {kind!r} is not supported. Supported: {names}.")
     return tuple(kinds)
 
 

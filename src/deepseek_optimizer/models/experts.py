@@ -59,13 +59,14 @@ def read_softmax_routing(fields: Fields, hidden: int) -> Routing:
     return _routing(fields, hidden, grouped=limited, scoring="softmax", group_score="max", normalise=False, bias="")
 
 
-def read_sigmoid_routing(fields: Fields, hidden: int) -> Routing:
-    """DeepSeek-V3's routing: sigmoid scores with a correction bias; a group's score is the sum of its two highest."""
+def read_sigmoid_routing(fields: Fields, hidden: int, count: str = "n_routed_experts") -> Routing:
+    """DeepSeek-V3's routing: sigmoid scores with a correction bias; a group's score is the sum of its two highest. `count`:
+    name of the field with the number of experts."""
     fields.only("scoring_func", None, "sigmoid")
     fields.only("topk_method", None, "noaux_tc")
     normalise = fields.flag("norm_topk_prob")
     bias = "gate.e_score_correction_bias"
-    return _routing(fields, hidden, grouped=True, scoring="sigmoid", group_score="top2", normalise=normalise, bias=bias)
+    return _routing(fields, hidden, count, grouped=True, scoring="sigmoid", group_score="top2", normalise=normalise, bias=bias)
 
 
 def read_plain_routing(fields: Fields, hidden: int, *, experts: str = "num_experts", width: str, **rest: Any) -> Routing:
@@ -90,14 +91,16 @@ def read_plain_routing(fields: Fields, hidden: int, *, experts: str = "num_exper
     return Routing(experts=count, top_k=top_k, width=size, **{**options, **rest})
 
 
-def _routing(fields: Fields, hidden: int, *, grouped: bool, group_score: str, **rest: Any) -> Routing:
-    experts = fields.integer("n_routed_experts", MAX_EXPERTS)
+def _routing(
+    fields: Fields, hidden: int, count: str = "n_routed_experts", *, grouped: bool, group_score: str, **rest: Any
+) -> Routing:
+    experts = fields.integer(count, MAX_EXPERTS)
     top_k = fields.integer("num_experts_per_tok", MAX_EXPERTS)
     if top_k > experts:
-        raise ConfigError(f"config.num_experts_per_tok: cannot choose {top_k} of n_routed_experts {experts}")
+        raise ConfigError(f"config.num_experts_per_tok: cannot choose {top_k} of {count} {experts}")
     groups = fields.integer("n_group", MAX_EXPERTS) if grouped else 1
     if experts % groups:
-        raise ConfigError(f"config.n_group: {groups} does not divide n_routed_experts {experts}")
+        raise ConfigError(f"config.n_group: {groups} does not divide {count} {experts}")
     if group_score == "top2" and experts // groups < 2:
         raise ConfigError(f"config.n_group: {groups} groups have one expert each, but a group's score needs two")
     top_groups = fields.integer("topk_group", MAX_EXPERTS) if grouped else 1
@@ -111,7 +114,7 @@ def _routing(fields: Fields, hidden: int, *, grouped: bool, group_score: str, **
     if width * shared > MAX_WIDTH:
         raise ConfigError(f"config.n_shared_experts: {shared} experts of width {width} exceed the maximum width of {MAX_WIDTH}")
     if 2 * experts * width * hidden > MAX_EXPERT_WEIGHTS:
-        raise ConfigError(f"config.n_routed_experts: {experts} experts of {width} x {hidden} exceed the maximum per layer")
+        raise ConfigError(f"config.{count}: {experts} experts of {width} x {hidden} exceed the maximum per layer")
     scale = fields.positive("routed_scaling_factor")
     return Routing(
         experts=experts, top_k=top_k, groups=groups, top_groups=top_groups, group_score=group_score, scale=scale, width=width,

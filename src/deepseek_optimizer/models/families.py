@@ -71,6 +71,12 @@ FAMILIES: Final[Mapping[str, Family]] = MappingProxyType({
     "glm4_moe_lite": _PLAN_ONLY,
     "minimax_m2": _PLAN_ONLY,
     "granitemoe": replace(_PLAN_ONLY, plain_head=False),
+    "lfm2": _PLAN_ONLY,
+    "lfm2_moe": _PLAN_ONLY,
+    "kimi_linear": _PLAN_ONLY,
+    "qwen3_next": _PLAN_ONLY,
+    "qwen3_5_text": _PLAN_ONLY,
+    "qwen3_5_moe_text": _PLAN_ONLY,
 })  # fmt: skip
 SUPPORTED: Final = tuple(name for name, family in FAMILIES.items() if family.served)
 

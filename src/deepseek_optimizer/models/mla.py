@@ -42,6 +42,7 @@ class LatentDecoder(Trunk):
         scale: factor of the scores.
         bias: whether the projections to latents and the output projection have biases.
         indexer: the lightning indexer; None: the model has none.
+        cache_layers: the layer of the cache of each layer with attention; (): that of the same number.
     """
 
     heads: int
@@ -53,6 +54,7 @@ class LatentDecoder(Trunk):
     scale: float
     bias: bool
     indexer: Indexer | None = None
+    cache_layers: tuple[int, ...] = ()
 
     @property
     def cache(self) -> LatentSpec:
@@ -132,10 +134,11 @@ def attention(d: LatentDecoder) -> Attend:
             nodes, "latent", (kv_a, table), f"{name}.latent", width, f"{path}.kv_a_layernorm.weight", eps=INNER_EPS,
             rank=d.rank, interleaved=d.interleaved,
         )  # fmt: skip
-        nodes.append(Node("latent_write", (latent,), attrs={"layer": layer}))
+        place = d.cache_layers[layer] if d.cache_layers else layer
+        nodes.append(Node("latent_write", (latent,), attrs={"layer": place}))
         chosen = (_choose(nodes, d.indexer, x, q_from, table, layer),) if d.indexer else ()
         attended = emit(
-            nodes, "mla_attention", (q, *chosen), f"{name}.attn", d.heads * d.v_dim, f"{path}.kv_b_proj.weight", layer=layer,
+            nodes, "mla_attention", (q, *chosen), f"{name}.attn", d.heads * d.v_dim, f"{path}.kv_b_proj.weight", layer=place,
             heads=d.heads, nope=d.nope, rope=d.rope.rot, rank=d.rank, v_dim=d.v_dim, scale=d.scale, form="expanded",
         )  # fmt: skip
         return linear(nodes, attended, f"{name}.o", d.hidden, f"{path}.o_proj", d.bias)

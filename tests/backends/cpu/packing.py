@@ -14,7 +14,7 @@ def packed_weights(weights: dict[str, torch.Tensor], format_name: str) -> dict[s
     done: dict[int, PackedMatrix] = {}
     out: dict[str, PackedWeight | torch.Tensor] = {}
     for name, w in weights.items():
-        if w.ndim == 3:
+        if w.ndim == 3 and w.shape[1] > 1:  # not a convolution
             out[name] = _stack(name, w, format_name)
         elif w.ndim != 2 or name.split(".")[-2:] == ["gate", "weight"]:
             out[name] = w

@@ -39,9 +39,10 @@ def declarations(text: str):
             yield ctype(kind + star), name, length
 
 
-@pytest.mark.parametrize("struct", [native.Weight, native.Slot, native.Step, native.Batch, native.Rotation])
+@pytest.mark.parametrize("struct", [native.Weight, native.Slot, native.Step, native.Batch, native.Rotation, native.StateShape])
 def test_structs(struct):
-    body = re.search(rf"typedef struct (dso_{struct.__name__.lower()}) {{(.*?)}}", TEXT, re.S)[2]
+    name = re.search(r"dso_\w+", struct.__doc__)[0]
+    body = re.search(rf"typedef struct {name} {{(.*?)}}", TEXT, re.S)[1]
     renamed = {"in": "inputs", "out": "outputs"} if struct is native.Step else {}
     expected = [(renamed.get(n, n), t * int(length) if length else t) for t, n, length in declarations(body)]
     assert [(name, kind) for name, kind in struct._fields_] == expected

@@ -17,6 +17,7 @@ from support.steps import Part, make_batch, runner
 from .packing import dequantised, packed_weights
 
 HIDDEN, VOCAB, TOKENS = 40, 23, 70
+ATTRIBUTES = {"columns": {"groups": 4, "begin": 3, "end": 8}}
 TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2, "int8": 1e-3, "int4": 6e-2}  # see test_families
 
 
@@ -25,7 +26,8 @@ def graph_of(name: str) -> Graph:
     count = len(OPS[name].inputs)
     x = Value("x", HIDDEN)
     inputs = tuple(Value(f"in{i}", HIDDEN) for i in range(count))
-    y, z, logits = Value("y", HIDDEN * count if name == "concat" else HIDDEN), Value("z", HIDDEN), Value("logits", VOCAB)
+    width = {"concat": HIDDEN * count, "columns": 4 * 5}.get(name, HIDDEN)
+    y, z, logits = Value("y", width), Value("z", HIDDEN), Value("logits", VOCAB)
     nodes = [
         Node("embedding", (), (x,), ("embed",), {"scale": 1.0}),
         Node("linear", (x,), inputs, tuple(f"w{i}" for i in range(count)), {"biases": (None,) * count}),

@@ -158,6 +158,12 @@ def test_a_length_that_extends_nothing_is_rejected(length: int) -> None:
         DynamicGraphOptimizer(random_model(short("llama-gqa")), config=settings)
 
 
+def test_a_model_without_rope_is_refused() -> None:
+    settings = DeepSeekConfig(context_extension="yarn", context_length=ROOM)
+    with pytest.raises(ConfigError, match="kimi_linear model has no rotary position embeddings"):
+        DynamicGraphOptimizer(random_model(CASES["kimi_linear-experts"]()), config=settings)
+
+
 def test_a_missing_length_is_rejected() -> None:
     settings = DeepSeekConfig()
     settings.context_extension = "yarn"  # set later, one by one

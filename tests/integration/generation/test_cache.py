@@ -211,7 +211,7 @@ def test_a_model_that_is_not_optimised(fresh_pair):
 class _Store:
     """A store that only counts calls."""
 
-    num_blocks, block_bytes = 64, 1
+    num_blocks, block_bytes, num_states = 64, 1, 0
 
     def copy_block(self, source, target): ...
 

@@ -51,6 +51,13 @@ def test_two_models_share_the_half():
     assert 0 <= 4_500_000_000 - first.bytes - second.bytes < 2 and "that are free, shared with another model's;" in str(first)
 
 
+def test_slots_for_recurrent_states_take_a_part():
+    size = cache_size.granted(10_000)
+    assert size.slots(0) == 0 and size.slots(10) == 300 and size.slots(2_000) == cache_size.SLOTS_PER_SEQUENCE
+    with pytest.raises(NotEnoughMemoryError, match="recurrent states of a sequence.*kv_cache_memory"):
+        size.slots(3_000)
+
+
 def test_explicit_limits_and_free_memory():
     assert cache_size.granted(10_500).blocks(1000) == 10 and cache_size.granted(10).blocks(1000) == 1
     assert str(cache_size.granted(2 * GB)) == "grows to at most 2,000 MB (kv_cache_memory)"
@@ -64,7 +71,7 @@ class _Store:
     """A store that only counts calls."""
 
     block_bytes = 1 << 20
-    released = 0
+    num_states = released = 0
 
     def __init__(self, blocks=1000):
         self.num_blocks = blocks

@@ -105,8 +105,8 @@ class CpuBackend(CpuSizes):
         """See `compile.compile_graph`."""
         return compile_graph(self.context, graph, weights, activation=options.activation)
 
-    def new_store(self, graph: Graph, kv_dtype: str, num_blocks: int) -> CpuStore:
-        return CpuStore(self.context, graph.cache, kv_dtype, num_blocks)
+    def new_store(self, graph: Graph, kv_dtype: str, num_blocks: int, num_states: int = 0) -> CpuStore:
+        return CpuStore(self.context, graph.cache, kv_dtype, num_blocks, graph.states, num_states)
 
     def free_memory(self) -> FreeMemory:
         return free_memory()

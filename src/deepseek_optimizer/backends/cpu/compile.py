@@ -201,5 +201,5 @@ def compile_graph(
     return CpuPlan(
         context, steps, compiler.slots, compiler.weights, compiler.keep, [compiler.row(n) for n in nodes],
         vocab_size=graph.vocab_size, hidden_size=graph.hidden_size, hidden_states=graph.hidden_states,
-        rope=compiler.rope, has_head=graph.has_head,
+        rope=compiler.rope, has_head=graph.has_head, has_states=bool(graph.states),
     )  # fmt: skip

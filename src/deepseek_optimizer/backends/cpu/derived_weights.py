@@ -4,6 +4,7 @@
   whole matrix is multiplied, and `slice` nodes take the parts.
 - The factor of a norm with `unit_offset` is 1 + w.
 - A layer norm without a bias has one of zeros.
+- A short convolution reads its weights tap after tap, and a delta rule A_log as a vector.
 """
 
 from __future__ import annotations
@@ -43,6 +44,14 @@ def _derived(node: Node, weights: Mapping[str, PackedWeight | torch.Tensor], der
         (name,) = node.weights
         derived[f"1 + {name}"] = 1 + _vector(weights, name).float()
         return [node.with_(weights=(f"1 + {name}",))]
+    if node.op == "short_conv":
+        (name,) = node.weights
+        derived[f"taps of {name}"] = _vector(weights, name).float().squeeze(1).T.reshape(-1)
+        return [node.with_(weights=(f"taps of {name}",))]
+    if node.op == "delta_rule" and node.attrs["channels"]:
+        a_log, dt_bias = node.weights
+        derived[f"flat {a_log}"] = _vector(weights, a_log).flatten()
+        return [node.with_(weights=(f"flat {a_log}", dt_bias))]
     if node.op == "layer_norm" and len(node.weights) == 1:
         width = node.inputs[0].width
         derived[f"{width} zeros"] = torch.zeros(width, dtype=torch.float32, device="cpu")

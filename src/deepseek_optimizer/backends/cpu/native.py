@@ -8,17 +8,18 @@ from __future__ import annotations
 import ctypes as C
 import functools
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ...errors import BackendError, CheckpointChangedError, NotEnoughMemoryError
-from ...graph.ir import CacheSpec, LatentSpec
+from ...graph.ir import CacheSpec, LatentSpec, StateSpec
 from . import native_train
 from .buffers import Outputs, checking
 
-ABI_VERSION = 6
+ABI_VERSION = 7
 BLOCK_TOKENS = 32
 
 FORMATS = {
@@ -29,7 +30,7 @@ VECTOR = 100
 SLOT_KINDS = {"f32": 0, "bf16": 1, "q8": 2, "q16": 3, "logits": 4}
 KV_TYPES = {"fp32": 0, "bf16": 1, "int8": 2}
 FLAGS = {"eager": 1, "interleaved": 2, "grouped": 4, "expand": 8, "last": 16, "sigmoid": 32, "top2": 64, "normalise": 128,
-         "gelu": 256}  # fmt: skip
+         "gelu": 256, "silu": 512, "channels": 1024}  # fmt: skip
 _EINVAL, _ENOMEM, _EFILE = 1, 2, 5
 
 I32, I64, PTR = C.c_int32, C.c_int64, C.c_void_p
@@ -54,7 +55,7 @@ class Step(C.Structure):
         ("op", I32), ("flags", I32), ("inputs", I32 * 4), ("outputs", I32 * 3), ("w", I32 * 3), ("b", I32 * 3), ("layer", I32),
         ("heads", I32), ("kv_heads", I32), ("head_dim", I32), ("window", I32), ("sinks", I32),
         ("offset", I32), ("nope", I32), ("rope", I32), ("rank", I32), ("v_dim", I32), ("index", I32), ("experts", I32),
-        ("top_k", I32), ("groups", I32), ("top_groups", I32), ("eps", C.c_float), ("scale", C.c_float),
+        ("top_k", I32), ("groups", I32), ("top_groups", I32), ("state", I32), ("eps", C.c_float), ("scale", C.c_float),
         ("softcap", C.c_float),
     ]  # fmt: skip
 
@@ -78,8 +79,14 @@ class Batch(C.Structure):
         ("T", I32), ("S", I32), ("R", I32), ("max_blocks", I32), ("token_ids", PTR), ("positions", PTR),
         ("query_len", PTR), ("context_len", PTR), ("phase", PTR), ("block_table", PTR), ("logit_rows", PTR),
         ("inputs_embeds", PTR), ("states", PTR), ("logits", PTR), ("hidden", PTR), ("last_hidden", PTR), ("cache", PTR),
-        ("inv_freq", PTR),
+        ("inv_freq", PTR), ("recurrent", PTR), ("state_from", PTR), ("state_to", PTR), ("n_state_to", I32),
     ]  # fmt: skip
+
+
+class StateShape(C.Structure):
+    """dso_state_shape."""
+
+    _fields_ = [("heads", I32), ("rows", I32), ("cols", I32)]
 
 
 _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
@@ -117,6 +124,13 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "dso_cache_load_block": (I32, [PTR, I32, PTR]),
     "dso_cache_read": (I32, [PTR, I32, PTR, I32, PTR, PTR]),
     "dso_cache_rotate": (I32, [PTR, PTR, PTR, PTR, PTR, I32, I32, I32]),
+    "dso_states_slot_bytes": (I64, [PTR, I32]),
+    "dso_states_create": (I32, [PTR, I32, I64, PTR]),
+    "dso_states_destroy": (None, [PTR]),
+    "dso_states_copy": (I32, [PTR, I32, I32]),
+    "dso_states_release": (I32, [PTR, I32]),
+    "dso_states_save": (I32, [PTR, I32, PTR]),
+    "dso_states_load": (I32, [PTR, I32, PTR]),
     "dso_plan_create": (I32, [PTR, PTR, I32, PTR, I32, PTR, I32, I32, PTR]),
     "dso_plan_destroy": (None, [PTR]),
     "dso_plan_buffer_bytes": (I64, [PTR, I32, I32]),
@@ -276,6 +290,22 @@ def cache_shape(spec: CacheSpec | LatentSpec, kv_dtype: str) -> CacheShape:
 def block_bytes(spec: CacheSpec | LatentSpec, kv_dtype: str) -> int:
     """Bytes of a block of 32 tokens of all layers. Raises ValueError for an invalid shape."""
     size = int(library().dso_cache_block_bytes(C.byref(cache_shape(spec, kv_dtype))))
+    if size < 0:
+        check(_EINVAL)
+    return size
+
+
+def state_shapes(specs: Sequence[StateSpec]) -> Any:
+    """The library's descriptions of recurrent states, as an array."""
+    shapes = [(1,) * (3 - len(spec.shape)) + spec.shape for spec in specs]
+    return (StateShape * len(shapes))(*(StateShape(*shape) for shape in shapes))
+
+
+def state_bytes(specs: Sequence[StateSpec]) -> int:
+    """Bytes of a slot with these recurrent states. Raises ValueError for an invalid shape."""
+    if not specs:
+        return 0
+    size = int(library().dso_states_slot_bytes(state_shapes(specs), len(specs)))
     if size < 0:
         check(_EINVAL)
     return size

@@ -12,33 +12,62 @@ import numpy.typing as npt
 import torch
 
 from ...errors import BackendError
-from ...graph.ir import CacheSpec, LatentSpec
+from ...graph.ir import CacheSpec, LatentSpec, StateSpec
 from ...graph.rope_rotation import KeyRotation, Pairs
 from ..base import BLOCK_TOKENS, Int32, KvStore, StepBatch, StepOutput, reach_of
 from ..sampling import TokenChoice, choose_tokens
 from .buffers import address, optional
-from .native import FLAGS, Batch, Context, Handle, Rotation, Slot, Step, Weight, block_bytes, cache_shape, check
+from .native import (
+    FLAGS,
+    Batch,
+    Context,
+    Handle,
+    Rotation,
+    Slot,
+    Step,
+    Weight,
+    block_bytes,
+    cache_shape,
+    check,
+    state_bytes,
+    state_shapes,
+)
 
 _I32, _F32, _U8 = np.dtype(np.int32), np.dtype(np.float32), np.dtype(np.uint8)
 
 
 class CpuStore:
-    """Paged K and V in the native arena: memory becomes resident when blocks are first written.
+    """Paged K and V in the native arena, and slots for recurrent states: memory becomes resident when it is first written.
 
     Args:
         context: the library's context.
         spec: the model's cache.
         kv_dtype: "fp32", "bf16" or "int8".
         num_blocks: capacity in blocks of 32 tokens.
+        states: the model's recurrent states.
+        num_states: number of slots for them; 0 for a model without states.
     """
 
-    def __init__(self, context: Context, spec: CacheSpec | LatentSpec, kv_dtype: str, num_blocks: int) -> None:
+    def __init__(
+        self,
+        context: Context,
+        spec: CacheSpec | LatentSpec,
+        kv_dtype: str,
+        num_blocks: int,
+        states: Sequence[StateSpec] = (),
+        num_states: int = 0,
+    ) -> None:
         self.context, self.lib = context, context.lib
         self.num_blocks = num_blocks
         self.spec, self.kv_dtype = spec, kv_dtype
         self.block_bytes = block_bytes(spec, kv_dtype)
         shape = cache_shape(spec, kv_dtype)
         self.handle = Handle(self.lib.dso_cache_create, self.lib.dso_cache_destroy, C.byref(shape), num_blocks)
+        self.num_states, self.state_bytes = num_states, state_bytes(states)
+        self.recurrent: Handle | None = None
+        if num_states:
+            shapes, create = state_shapes(states), self.lib.dso_states_create
+            self.recurrent = Handle(create, self.lib.dso_states_destroy, shapes, len(states), num_states)
 
     def copy_block(self, source: int, target: int) -> None:
         check(self.lib.dso_cache_copy_block(self.handle, source, target))
@@ -61,6 +90,25 @@ class CpuStore:
             raise ValueError(f"a block has {self.saved_bytes} bytes, got {len(data)}")
         place = address(np.frombuffer(data, _U8), "a block", _U8, (self.saved_bytes,))
         self.context.call("dso_cache_load_block", self.handle, block, place)
+
+    def copy_state(self, source: int, target: int) -> None:
+        check(self.lib.dso_states_copy(self.recurrent, source, target))
+
+    def release_states(self, from_slot: int) -> None:
+        if self.recurrent is not None:
+            check(self.lib.dso_states_release(self.recurrent, from_slot))
+
+    def read_state(self, slot: int) -> bytes:
+        content = self.context.outputs.empty((self.state_bytes,), torch.uint8)
+        place = address(content, "a slot", torch.uint8, (self.state_bytes,))
+        self.context.call("dso_states_save", self.recurrent, slot, place, slot=content)
+        return content.numpy().tobytes()
+
+    def write_state(self, slot: int, data: bytes) -> None:
+        if len(data) != self.state_bytes:
+            raise ValueError(f"a slot has {self.state_bytes} bytes, got {len(data)}")
+        place = address(np.frombuffer(data, _U8), "a slot", _U8, (self.state_bytes,))
+        self.context.call("dso_states_load", self.recurrent, slot, place)
 
     def rotate(self, rotation: KeyRotation, block_table: Int32, tokens: int, position: int, delta: int) -> None:
         rotation.check(position + tokens)
@@ -118,10 +166,11 @@ class CpuPlan:
         hidden_states: int,
         rope: Any,
         has_head: bool,
+        has_states: bool,
     ) -> None:
         self.context, self.lib, self._keep, self._rows = context, context.lib, keep, rows
         self.vocab_size, self.hidden_size, self.hidden_states = vocab_size, hidden_size, hidden_states
-        self.has_head = has_head
+        self.has_head, self.has_states = has_head, has_states
         self._rope = rope  # the models.rope.RopeSpec whose frequencies depend on a sequence's length, or None
         self._rot = 0 if rope is None else rope.rot
         self._inv_freq_at = None if rope is None else functools.lru_cache(maxsize=256)(rope.inv_freq_at)
@@ -161,12 +210,26 @@ class CpuPlan:
         b.hidden = optional(hidden, "hidden", f32, (self.hidden_states, tokens, width))
         b.last_hidden = optional(last, "last_hidden", f32, (tokens, width))
         b.cache = store.handle.address  # type: ignore[attr-defined]  # a CpuStore
+        if self.has_states:
+            self._add_states(b, batch, store)
         frequencies = self._frequencies(batch)
         b.inv_freq = optional(frequencies, "inv_freq", _F32, (sequences, self._rot // 2))
         self.context.call("dso_plan_run", self.handle, C.byref(b), logits=logits, hidden=hidden, last_hidden=last)
         if batch.logits is not None and logits is not batch.logits:
             logits = batch.logits.copy_(logits)
         return StepOutput(logits, hidden, last)
+
+    @staticmethod
+    def _add_states(b: Batch, batch: StepBatch, store: KvStore) -> None:
+        """Sets the fields of recurrent states."""
+        source, targets = batch.state_from, batch.state_to
+        if source is None or targets is None:
+            raise ValueError("state_from and state_to are missing: this plan has recurrent states")
+        handle = store.recurrent  # type: ignore[attr-defined]  # a CpuStore
+        b.recurrent = None if handle is None else handle.address
+        b.state_from = address(source, "state_from", _I32, (len(batch.query_len),))
+        b.state_to = address(targets, "state_to", _I32, (len(targets), 2))
+        b.n_state_to = len(targets)
 
     def _frequencies(self, batch: StepBatch) -> npt.NDArray[np.float32] | None:
         """RoPE frequencies per sequence, float32 [S, rot/2], contiguous; None if all sequences use the plan's own."""

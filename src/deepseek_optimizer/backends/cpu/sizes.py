@@ -18,6 +18,9 @@ class CpuSizes:
     def block_bytes(self, graph: Graph, kv_dtype: str) -> int:
         return native.block_bytes(graph.cache, kv_dtype)
 
+    def state_bytes(self, graph: Graph) -> int:
+        return native.state_bytes(graph.states)
+
     def buffer_bytes(
         self, graph: Graph, formats: Mapping[str, str], options: CompileOptions, tokens: int, logit_rows: int
     ) -> int:

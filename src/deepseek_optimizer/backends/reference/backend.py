@@ -17,6 +17,7 @@ from ...quant.packed import PackedMatrix, PackedStack, PackedWeight
 from ...system.memory import FreeMemory, device_memory
 from ..base import DEFAULTS, PHASES, Capabilities, CompileOptions, FileMapping
 from .plan import ReferencePlan, value_bytes
+from .states import state_bytes
 from .store import DTYPES, Store, make_store, store_block_bytes
 
 
@@ -32,6 +33,9 @@ class ReferenceSizes:
 
     def block_bytes(self, graph: Graph, kv_dtype: str) -> int:
         return store_block_bytes(graph.cache, kv_dtype)
+
+    def state_bytes(self, graph: Graph) -> int:
+        return state_bytes(graph.states)
 
     def buffer_bytes(
         self, graph: Graph, formats: Mapping[str, str], options: CompileOptions, tokens: int, logit_rows: int
@@ -100,9 +104,9 @@ class ReferenceBackend(ReferenceSizes):
                 raise BackendError(f"weight {name!r} has shape {given}, but the graph needs {needed}")
         return ReferencePlan(graph, weights, self.device, self.dtype, self.rounding)
 
-    def new_store(self, graph: Graph, kv_dtype: str, num_blocks: int) -> Store:
-        """An empty cache of `num_blocks` blocks; kv_dtype is "fp32", "bf16" or "int8"."""
-        return make_store(graph.cache, kv_dtype, num_blocks, self.device)
+    def new_store(self, graph: Graph, kv_dtype: str, num_blocks: int, num_states: int = 0) -> Store:
+        """An empty cache of `num_blocks` blocks and `num_states` slots; kv_dtype is "fp32", "bf16" or "int8"."""
+        return make_store(graph.cache, kv_dtype, num_blocks, self.device, graph.states, num_states)
 
     def free_memory(self) -> FreeMemory:
         return device_memory(self.device)

@@ -9,7 +9,9 @@ from ...graph.ir import Graph
 from ..base import BLOCK_TOKENS, DECODE, PREFILL, StepBatch
 
 
-def check_batch(batch: StepBatch, graph: Graph, num_blocks: int, span: tuple[int, int] | None = None) -> None:
+def check_batch(
+    batch: StepBatch, graph: Graph, num_blocks: int, span: tuple[int, int] | None = None, num_states: int = 0
+) -> None:
     """Raises BackendError, naming the field, if a batch is inconsistent with itself, the graph or the cache.
 
     Args:
@@ -17,6 +19,7 @@ def check_batch(batch: StepBatch, graph: Graph, num_blocks: int, span: tuple[int
         graph: the plan's graph.
         num_blocks: size of the cache.
         span: the graph's window and sinks (`graph.attention_mode.forgetting`): blocks that no row sees may be missing.
+        num_states: number of slots for recurrent states.
     """
     tokens, sequences = len(batch.positions), len(batch.query_len)
     _require(tokens > 0 and sequences > 0, "query_len", "a step needs at least one token")
@@ -32,6 +35,7 @@ def check_batch(batch: StepBatch, graph: Graph, num_blocks: int, span: tuple[int
     _require(phases <= {DECODE, PREFILL} and (np.diff(batch.phase) >= 0).all(), "phase", "must be decode first, then prefill")
     _check_inputs(batch, graph, tokens)
     _check_blocks(batch, num_blocks, span)
+    _check_states(batch, graph, num_states)
     rows = batch.logit_rows
     inside = not len(rows) or (rows[0] >= 0 and rows[-1] < tokens)
     _require(inside and (np.diff(rows) > 0).all(), "logit_rows", f"must ascend within [0, {tokens})")
@@ -61,6 +65,29 @@ def _check_blocks(batch: StepBatch, num_blocks: int, span: tuple[int, int] | Non
             unseen = slice(-(-sinks // BLOCK_TOKENS), max(0, context + 1 - window) // BLOCK_TOKENS)
             used = np.delete(used, unseen)
         _require(((used >= 0) & (used < num_blocks)).all(), "block_table", f"has block ids outside [0, {num_blocks})")
+
+
+def _check_states(batch: StepBatch, graph: Graph, slots: int) -> None:
+    if not graph.states:
+        return
+    for name in ("state_from", "state_to"):
+        _require(getattr(batch, name) is not None, name, "is missing")
+    assert batch.state_from is not None and batch.state_to is not None
+    source, (rows, targets) = batch.state_from, batch.state_to.reshape(-1, 2).T
+    _require(source.shape == batch.query_len.shape, "state_from", f"must have {len(batch.query_len)} entries")
+    _require(((source >= -1) & (source < slots)).all(), "state_from", f"must lie in [-1, {slots})")
+    _require(((source >= 0) == (batch.context_len > 0)).all(), "state_from", "must be -1 for new sequences, and only for them")
+    ends = np.cumsum(batch.query_len)
+    inside = not len(rows) or (rows[0] >= 0 and rows[-1] < ends[-1])
+    _require(inside and (np.diff(rows) > 0).all(), "state_to", f"must have ascending rows within [0, {ends[-1]})")
+    _require(np.isin(ends - 1, rows).all(), "state_to", "must have the last row of every sequence")
+    _require(((targets >= 0) & (targets < slots)).all(), "state_to", f"has slots outside [0, {slots})")
+    _require(len(np.unique(targets)) == len(targets), "state_to", "has a slot twice")
+    sequence = np.searchsorted(ends, rows, side="right")
+    replaced = np.isin(targets, source)
+    own = (source[sequence] == targets) & (rows == ends[sequence] - 1)
+    alone = np.array([(source == slot).sum() == 1 for slot in targets])
+    _require((~replaced | (own & alone)).all(), "state_to", "overwrites a slot that is read, other than after its last row")
 
 
 def _require(condition: object, field: str, message: str) -> None:

@@ -150,6 +150,16 @@ def concat(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return torch.cat((x, y), -1)
 
 
+def multiply(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """x * y."""
+    return x * y
+
+
+def columns(x: torch.Tensor, groups: int, begin: int, end: int) -> torch.Tensor:
+    """Elements [begin, end) of each of the equal parts of a row."""
+    return x.unflatten(-1, (groups, -1))[..., begin:end].flatten(-2)
+
+
 def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """silu(gate) * up."""
     return F.silu(gate) * up
@@ -187,9 +197,11 @@ def best(scores: torch.Tensor, count: int) -> torch.Tensor:
 # Ops with one output that depends only on inputs and attributes: called with the inputs, and the attributes by keyword.
 FUNCTIONS: Mapping[str, Callable[..., torch.Tensor]] = {
     "add": add,
+    "columns": columns,
     "concat": concat,
     "geglu": geglu,
     "gelu": gelu,
+    "multiply": multiply,
     "scale": scale,
     "sigmoid_gate": sigmoid_gate,
     "swiglu": swiglu,

@@ -19,19 +19,27 @@ from ...graph.ops.products import rows_of
 from ...quant.packed import PackedMatrix, PackedStack, PackedWeight
 from ..base import KvStore, StepBatch, StepOutput, reach_of
 from ..sampling import NOT_FINITE, TokenChoice, choose_token, choose_tokens
-from . import choose, latent, moe, ops
+from . import choose, latent, moe, ops, recurrent
 from .checks import check_batch
 
 
 @dataclass
 class _Step:
-    """State shared by the ops of one run. sequences: (rows of the step, tokens before them, blocks as int64 [n])."""
+    """State shared by the ops of one run.
+
+    Attributes:
+        sequences: (rows of the step, tokens before them, blocks as int64 [n]).
+        state_from: for each sequence the slot of its recurrent states.
+        state_to: for each sequence the rows after which these are stored, and the slots for them.
+    """
 
     batch: StepBatch
     store: Any
     device: torch.device
     dtype: torch.dtype
     sequences: list[tuple[slice, int, torch.Tensor]]
+    state_from: list[int]
+    state_to: list[list[tuple[int, int]]]
     values: dict[Value, torch.Tensor] = field(default_factory=dict)
     hidden: dict[int, torch.Tensor] = field(default_factory=dict)
 
@@ -70,8 +78,8 @@ class ReferencePlan:
         return output
 
     def _run(self, batch: StepBatch, store: KvStore) -> StepOutput:
-        check_batch(batch, self.graph, store.num_blocks, self._span)
-        step = _Step(batch, store, self.device, self.dtype, _sequences(batch, self.device))
+        check_batch(batch, self.graph, store.num_blocks, self._span, store.num_states)
+        step = _Step(batch, store, self.device, self.dtype, _sequences(batch, self.device), *_state_slots(batch))
         unwanted = self._only_earlier if batch.last_hidden else self._only_hidden
         for i, node in enumerate(self.graph.nodes):
             if not batch.hidden and i in unwanted:
@@ -280,6 +288,55 @@ class ReferencePlan:
         out = moe.down(self._rounded(hidden, name), routes, self._weights[name], node.attrs["grouped"])
         return (out.to(self.dtype),)
 
+    def _short_conv(self, step: _Step, node: Node, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        a, weight = node.attrs, self._weights[node.weights[0]][:, 0]
+        bias = None if a["bias"] is None else self._weights[a["bias"]]
+
+        def form(rows: slice, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return recurrent.short_conv(x[rows], state.to(x.dtype), weight, bias, a["activation"])
+
+        return (self._recur(step, node, form),)
+
+    def _delta_rule(
+        self, step: _Step, node: Node, x: torch.Tensor, alpha: torch.Tensor, beta: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        """In float32, whatever the dtype of the rows. Prefill in the chunked form if heads have one decay, the rest in the
+        recurrent one."""
+        a = node.attrs
+        keys = a["k_heads"] * a["k_dim"]
+        q, k, v = x.float().split((keys, keys, a["heads"] * a["v_dim"]), -1)
+        q, k = (recurrent.unit_length(rows.unflatten(-1, (a["k_heads"], -1))) for rows in (q, k))
+        q, v = q * a["k_dim"] ** -0.5, v.unflatten(-1, (a["heads"], -1))
+        gate = recurrent.log_decay(alpha.float(), *(self._weights[name].float().flatten() for name in node.weights))
+        rate = torch.sigmoid(beta).float()
+        decoding = step.batch.decoding_rows
+
+        def form(rows: slice, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            stepwise = rows.start < decoding or a["channels"]
+            rule = recurrent.delta_rule if stepwise else recurrent.chunked_delta_rule
+            return rule(q[rows], k[rows], v[rows], gate[rows], rate[rows], state)
+
+        return (self._recur(step, node, form).flatten(1).to(self.dtype),)
+
+    @staticmethod
+    def _recur(
+        step: _Step, node: Node, form: Callable[[slice, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+    ) -> torch.Tensor:
+        """The outputs of all rows, and the states that the step is to store.
+
+        Args:
+            form: (rows of a sequence, the state before them) -> their outputs, the state after them.
+        """
+        index, states, outputs = node.attrs["state"], step.store.states, []
+        for (rows, _, _), source, targets in zip(step.sequences, step.state_from, step.state_to, strict=True):
+            start, state = rows.start, states.read(index, source)
+            for row, slot in targets:
+                output, state = form(slice(start, row + 1), state)
+                states.write(index, slot, state)
+                outputs.append(output)
+                start = row + 1
+        return torch.cat(outputs)
+
     def _layer_norm(self, step: _Step, node: Node, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         weight, *bias = (self._weights[name] for name in node.weights)
         return (ops.layer_norm(x, weight, bias[0] if bias else None, node.attrs["eps"]),)
@@ -337,6 +394,8 @@ _OPS: Mapping[str, Callable[..., tuple[torch.Tensor, ...]]] = {
     "router": ReferencePlan._router,
     "experts_gate_up": ReferencePlan._experts_gate_up,
     "experts_down": ReferencePlan._experts_down,
+    "short_conv": ReferencePlan._short_conv,
+    "delta_rule": ReferencePlan._delta_rule,
     "layer_norm": ReferencePlan._layer_norm,
     "state_in": ReferencePlan._state_in,
     "gate_up": ReferencePlan._gate_up,
@@ -373,6 +432,14 @@ def _sequences(batch: StepBatch, device: torch.device) -> list[tuple[slice, int,
         (slice(int(end - count), int(end)), int(context), table)
         for end, count, context, table in zip(ends, batch.query_len, batch.context_len, tables, strict=True)
     ]
+
+
+def _state_slots(batch: StepBatch) -> tuple[list[int], list[list[tuple[int, int]]]]:
+    """`_Step.state_from` and `_Step.state_to`; both empty for a graph without states."""
+    if batch.state_from is None or batch.state_to is None:
+        return [], []
+    sequence = np.searchsorted(np.cumsum(batch.query_len), batch.state_to[:, 0], side="right")
+    return batch.state_from.tolist(), [batch.state_to[sequence == s].tolist() for s in range(len(batch.query_len))]
 
 
 def _dense(weight: PackedWeight | torch.Tensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:

@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 
 from ...errors import BackendError
-from ...graph.ir import CacheSpec, LatentSpec
+from ...graph.ir import CacheSpec, LatentSpec, StateSpec
 from ...graph.rope_rotation import KeyRotation, Pairs
 from ..base import BLOCK_TOKENS, Int32
 from .ops import rope
+from .states import StateSlots, state_bytes
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
 LATENT_GROUP = 128  # elements of an int8 latent that share a scale
@@ -53,6 +54,7 @@ class _Blocks:
     def __init__(self, spec: CacheSpec | LatentSpec, kv_dtype: str, num_blocks: int) -> None:
         self.kv_dtype, self.num_blocks = kv_dtype, num_blocks
         self.block_bytes = store_block_bytes(spec, kv_dtype)
+        self.states = StateSlots((), 0, torch.device("cpu"))  # `make_store` sets those of a graph
         self._data: list[torch.Tensor] = []
         self._scales: list[torch.Tensor] = []  # of int8 elements
 
@@ -86,6 +88,26 @@ class _Blocks:
             row = tensor[block]
             row.copy_(torch.frombuffer(rest, dtype=tensor.dtype, count=row.numel(), offset=at).view(row.shape))
             at += row.nbytes
+
+    @property
+    def num_states(self) -> int:
+        return self.states.slots
+
+    @property
+    def state_bytes(self) -> int:
+        return state_bytes(self.states.specs)
+
+    def copy_state(self, source: int, target: int) -> None:
+        self.states.copy(source, target)
+
+    def release_states(self, from_slot: int) -> None:
+        self.states.release(from_slot)
+
+    def read_state(self, slot: int) -> bytes:
+        return self.states.read_bytes(slot)
+
+    def write_state(self, slot: int, data: bytes) -> None:
+        self.states.write_bytes(slot, data)
 
     def rotate(self, rotation: KeyRotation, block_table: Int32, tokens: int, position: int, delta: int) -> None:
         rotation.check(position + tokens)
@@ -262,10 +284,19 @@ class LatentStore(_Blocks):
 Store = TorchStore | LatentStore
 
 
-def make_store(spec: CacheSpec | LatentSpec, kv_dtype: str, num_blocks: int, device: torch.device) -> Store:
-    """An empty cache of `num_blocks` blocks."""
+def make_store(
+    spec: CacheSpec | LatentSpec,
+    kv_dtype: str,
+    num_blocks: int,
+    device: torch.device,
+    states: tuple[StateSpec, ...] = (),
+    num_states: int = 0,
+) -> Store:
+    """An empty cache of `num_blocks` blocks and `num_states` slots for recurrent states."""
     kind = LatentStore if isinstance(spec, LatentSpec) else TorchStore
-    return kind(spec, kv_dtype, num_blocks, device)  # type: ignore[arg-type]
+    store = kind(spec, kv_dtype, num_blocks, device)  # type: ignore[arg-type]
+    store.states = StateSlots(states, num_states, device)
+    return store
 
 
 def _quantised(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -12,7 +12,13 @@ if TYPE_CHECKING:
 
 
 class Memory(Protocol):
-    """The cache memory that sequences share."""
+    """The cache memory that sequences share.
+
+    Attributes:
+        state_interval: number of tokens after which recurrent states are stored for the prefix cache; 0: the model has none.
+    """
+
+    state_interval: int
 
     def locked(self) -> AbstractContextManager[BlockManager]:
         """Returns a context manager that locks the memory and yields its block manager."""

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from ...backends.base import DECODE, PREFILL
-from ...cache.block_manager import BLOCK_TOKENS
+from ...cache.block_manager import BLOCK_TOKENS, BlockManager
 from ...cache.prefix_cache import PrefixCache, keys
 from ...errors import CacheFullError
 from ..running import Running
@@ -118,7 +118,7 @@ class Scheduler:
             count = max_drafts.get(running, 0)
             if count and self.sliding is not None:
                 max_drafts[running] = count = min(count, self.sliding.max_new_tokens(running) - 1)
-            if count and not self._extend(running, 1 + count):
+            if count and not self._extend(running, 1 + count, undo=count):
                 max_drafts[running] = count = 0
             if count or self._extend_or_preempt(running, 1):
                 start = running.sequence.cached - 1 - count
@@ -208,6 +208,8 @@ class Scheduler:
         assert self.prefix is not None
         self._compute_keys(running, (len(running.sequence.tokens) - 1) // BLOCK_TOKENS)
         known = self.prefix.known(running.keys)
+        if self.memory.state_interval:  # it can continue only after some of the blocks that the other request computes
+            return not filling.isdisjoint(running.keys[known:])
         return known < len(running.keys) and running.keys[known] in filling
 
     def _being_filled(self) -> set[bytes]:
@@ -221,12 +223,14 @@ class Scheduler:
             if use_prefix:
                 assert self.prefix is not None
                 full = (len(sequence.tokens) - 1) // BLOCK_TOKENS  # at least one token must be processed
-                sequence.blocks.adopt(self.prefix.match(running.keys[:full]))
+                blocks = self.prefix.match(running.keys[:full])
+                sequence.blocks.adopt(blocks, self.prefix.state_after(running.keys[: len(blocks)]))
                 running.registered = len(sequence.blocks.blocks)
             promised = sum(self._missing_blocks(r) for r in self.running)
             needed = self._missing_blocks(running) + promised + len(self.running)  # including one block each for decoding
             more = needed - manager.free_blocks
-            if self.running and more > 0 and not (self.prefix and self.prefix.can_evict(more)):
+            lacks_blocks = more > 0 and not (self.prefix and self.prefix.can_evict(more))
+            if self.running and (lacks_blocks or self._lacks_slots(manager)):
                 sequence.blocks.free()
                 running.registered = 0
                 return False
@@ -235,6 +239,12 @@ class Scheduler:
         self.waiting.remove(running)
         insort(self.running, running, key=lambda r: r.order)
         return True
+
+    def _lacks_slots(self, manager: BlockManager) -> bool:
+        """Whether there are too few slots for the recurrent states of one more request."""
+        if manager.slots is None:
+            return False
+        return manager.slots.free_blocks + (self.prefix.unused_states if self.prefix else 0) < 1
 
     def _missing_blocks(self, running: Running) -> int:
         """Returns the number of blocks that it needs in addition, until all its current tokens are processed."""
@@ -280,7 +290,23 @@ class Scheduler:
         with self.memory.locked():
             for n in range(running.registered, full):
                 self.prefix.put(running.keys[n], running.sequence.blocks.blocks[n])
-        running.registered = full
+            running.registered = full
+            self._put_states(running, ended=False)
+
+    def _put_states(self, running: Running, ended: bool) -> None:
+        """Adds stored recurrent states to the prefix cache: at regular intervals, and the last ones of the prompt and of the
+        whole text, from which a next question continues. The lock must be held."""
+        states = running.sequence.blocks.states
+        if states is None or self.prefix is None:
+            return
+        last = states.latest(running.registered * BLOCK_TOKENS)
+        ends = {running.prompt // BLOCK_TOKENS * BLOCK_TOKENS, (running.prompt - 1) // BLOCK_TOKENS * BLOCK_TOKENS}
+        for tokens, slot in states.stored.items():
+            block = tokens // BLOCK_TOKENS
+            if tokens % BLOCK_TOKENS or not 0 < block <= running.registered:
+                continue
+            if tokens % states.interval == 0 or tokens in ends or (ended and tokens == last):
+                self.prefix.put_state(running.keys[block - 1], slot)
 
     def _compute_keys(self, running: Running, blocks: int) -> None:
         if len(running.keys) < blocks:
@@ -290,12 +316,14 @@ class Scheduler:
     def _free(self, running: Running) -> None:
         with self.memory.locked():
             if self.prefix is not None:
+                self._put_states(running, ended=True)
                 self.prefix.touch(running.keys[: running.registered])
             running.sequence.blocks.free()
         running.registered = 0
 
-    def _extend(self, running: Running, count: int) -> bool:
-        """Reserves room for `count` more tokens, by sliding its own window and evicting from the prefix cache only."""
+    def _extend(self, running: Running, count: int, undo: int = 0) -> bool:
+        """Reserves room for `count` more tokens, by sliding its own window and evicting from the prefix cache only. The last
+        `undo` of them may be cropped afterwards."""
         if self.sliding is not None and not self.sliding.slide(running, count):
             return False
         blocks = running.sequence.blocks
@@ -305,9 +333,11 @@ class Scheduler:
         with self.memory.locked():
             for _ in range(2):
                 try:
-                    self.memory.copy_blocks(blocks.append(count))
+                    self.memory.copy_blocks(blocks.append(count, undo))
                     return True
                 except CacheFullError as error:
+                    if error.unit != "block":  # slots were evicted as far as possible
+                        return False
                     if self.prefix is None or self.prefix.evict(error.needed - error.free) < error.needed - error.free:
                         return False
         return False

@@ -84,8 +84,8 @@ class SpeculativeDecoder:
         Returns: the number of drafts of each that there is room for.
         """
         try:
-            self.runner.reserve(sequences, [1 + n for n in max_drafts])
+            self.runner.reserve(sequences, [1 + n for n in max_drafts], undo=True)
         except CacheFullError:
             max_drafts = [0] * len(sequences)
-            self.runner.reserve(sequences, [1] * len(sequences))
+            self.runner.reserve(sequences, [1] * len(sequences), undo=True)
         return max_drafts

@@ -79,7 +79,7 @@ class DraftModelProposer:
                 reach = None if sequence.reach is None else min(sequence.reach, self._context)
                 own = self._own[sequence.index] = Sequence(sequence.index, [], SequenceBlocks(manager), reach=reach)
         same = _common(own.tokens, sequence.tokens, min(own.cached, len(sequence.tokens) - 1))
-        self._runner.crop([own], [same])
+        self._runner.crop([own], [own.blocks.nearest(same)])
         own.tokens = list(sequence.tokens)
         while (missing := len(own.tokens) - 1 - own.cached) > 0:
             start, count = own.cached, min(missing, self._step)

@@ -15,6 +15,13 @@ def _vectors(node: Node, _: Graph) -> Shapes:
     return [(name, (node.inputs[0].width,)) for name in node.weights]
 
 
+def _columns_fit(node: Node, _: Graph) -> bool:
+    a, x, y = node.attrs, node.inputs[0].width, node.outputs[0].width
+    if a["groups"] < 1 or x % a["groups"]:
+        return False
+    return bool(0 <= a["begin"] < a["end"] <= x // a["groups"] and y == a["groups"] * (a["end"] - a["begin"]))
+
+
 def _rope_fits(node: Node, _: Graph) -> bool:
     x, table, y = node.inputs[0].width, node.inputs[1].width, node.outputs[0].width
     return bool(x == y == heads_width(node, "heads") and table + node.attrs.get("offset", 0) <= node.attrs["head_dim"])
@@ -124,6 +131,33 @@ SPECS = (
         any_kind=0,
         code=33,
         doc="y = scale * x.",
+    ),
+    OpSpec(
+        name="multiply",
+        inputs=(_X, Operand("y", "[T, N]")),
+        outputs=(Operand("z", "[T, N]"),),
+        fits=same_widths,
+        in_place=((0, 0), (0, 1)),
+        any_kind=0,
+        code=37,
+        doc="z = x * y, element by element.",
+    ),
+    OpSpec(
+        name="columns",
+        inputs=(_X,),
+        outputs=(Operand("y", "[T, groups * (end - begin)]"),),
+        attrs=(
+            step_attr("groups", INT, "equal parts of a row"),
+            Attr("begin", INT, "first element, in each part", step_field="offset"),
+            Attr("end", INT, "one past the last element, in each part"),
+        ),
+        fits=_columns_fit,
+        any_kind=0,
+        code=38,
+        doc="""
+            y = elements [begin, end) of each of the `groups` parts of a row: one result of a product whose matrix has the rows
+            of several results head by head (Qwen3-Next).
+        """,
     ),
     OpSpec(
         name="sigmoid_gate",

@@ -13,11 +13,14 @@ from ..ir import Graph, Node, Value
 from ..ops.products import merged_rows
 from .edit import Links, rebuilt
 
+MAX_MATRICES = 3  # of one node, in native plans
+
 
 def rewrite(graph: Graph) -> tuple[Graph, list[str]]:
-    """linear(x) -> q; linear(x) -> k; linear(x) -> v  =>  linear(x) -> q, k, v, for each attention of one input."""
+    """linear(x) -> q; linear(x) -> k; linear(x) -> v  =>  linear(x) -> q, k, v, for each attention or recurrence of one
+    input."""
     links, changes, places = Links(graph), dict[int, Node | None](), []
-    for layer, indices in _projections(graph, links):
+    for place, indices in _projections(graph, links):
         parts = [graph.nodes[i] for i in indices]
         merged = Node(
             "linear", parts[0].inputs, tuple(p.outputs[0] for p in parts), tuple(p.weights[0] for p in parts),
@@ -25,23 +28,29 @@ def rewrite(graph: Graph) -> tuple[Graph, list[str]]:
         )  # fmt: skip
         changes.update(dict.fromkeys(indices))
         changes[min(indices)] = merged
-        places.append(f"layer {layer}")
+        places.append(place)
     return rebuilt(graph, changes), list(dict.fromkeys(places))
 
 
-def _projections(graph: Graph, links: Links) -> Iterator[tuple[int, list[int]]]:
-    """Yields the layer and the indices of projections to merge."""
+def _projections(graph: Graph, links: Links) -> Iterator[tuple[str, list[int]]]:
+    """Yields the place and the indices of projections to merge."""
     writes = {(n.op, n.attrs["layer"]): n.inputs for n in graph.nodes if n.op.endswith("_write")}
     chosen = {n.attrs["layer"]: n for n in graph.nodes if n.op == "index_choose"}
     for node in graph.nodes:
         layer = node.attrs.get("layer", -1)
         if node.op == "attention" and ("cache_write", layer) in writes:  # not if rope_cache was applied before
-            sources = [
-                links.source(v, ("rope", "head_norm", "rms_norm")) for v in (node.inputs[0], *writes["cache_write", layer])
-            ]
+            through = ("rope", "head_norm", "rms_norm", "columns")
+            sources = [links.source(v, through) for v in (node.inputs[0], *writes["cache_write", layer])]
             groups = _over_one_input(graph, sources)
             if len(groups) == 1 and len(groups[0]) == 3:
-                yield layer, groups[0]
+                yield f"layer {layer}", groups[0]
+        elif node.op == "short_conv":
+            source = graph.nodes[links.source(node.inputs[0], ("multiply", "concat", "columns"))]
+            both = [i for value in source.inputs for i in links.readers(value) if source.op == "linear"]
+            for group in _over_one_input(graph, both):
+                for chunk in (group[i : i + MAX_MATRICES] for i in range(0, len(group), MAX_MATRICES)):
+                    if len(chunk) > 1:
+                        yield f"state {node.attrs['state']}", chunk
         elif node.op == "mla_attention":
             q = links.source(node.inputs[0], ("rope",))
             latent = links.source(writes["latent_write", layer][0], ("latent",))
@@ -50,7 +59,7 @@ def _projections(graph: Graph, links: Links) -> Iterator[tuple[int, list[int]]]:
             more = [links.source(v, ("rope", "layer_norm")) for v in index]
             for group in _over_one_input(graph, [q, down, latent, *more]):
                 if len(group) > 1:
-                    yield layer, group
+                    yield f"layer {layer}", group
 
 
 def _over_one_input(graph: Graph, indices: list[int]) -> list[list[int]]:

@@ -22,13 +22,17 @@ def extend_context(config: Any, settings: DeepSeekConfig) -> None:
     """Applies `settings.context_extension` to a Transformers config, in place; a second call changes nothing.
 
     Raises:
-        ConfigError: `context_length` is missing or not above the trained length, or the config already scales its RoPE or has
-            several.
+        ConfigError: `context_length` is missing or not above the trained length, or the config already scales its RoPE, or has
+            several or none.
     """
     if settings.context_extension is None:
         return
     kind, length = settings.context_extension, settings.context_length
-    given = dict(config.rope_parameters)
+    given = dict(getattr(config, "rope_parameters", None) or {})
+    if not given:
+        raise ConfigError(
+            f"context_extension={kind!r}: a {config.model_type} model has no rotary position embeddings to scale; leave it out"
+        )
     if any(isinstance(value, dict) for value in given.values()):
         raise ConfigError(
             f"context_extension={kind!r}: the layers of a {config.model_type} model have different rotary position embeddings, "
@@ -74,7 +78,9 @@ def extend_model(model: Any, settings: DeepSeekConfig) -> None:
     Raises:
         ConfigError: see `extend_context`; the model is unchanged.
     """
-    before = dict(model.config.rope_parameters)
+    if settings.context_extension is None:
+        return
+    before = dict(getattr(model.config, "rope_parameters", None) or {})
     extend_context(model.config, settings)
     if model.config.rope_parameters == before:
         return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,7 +22,16 @@ from ...graph.ir import Graph
 from ...graph.rope_rotation import KeyRotation, key_rotation
 from ...models.families import FAMILIES
 from ..memory.arena import Arena, LatentRow
-from ..memory.cache_size import CacheSize, FullBatch, check_granted, check_reserved, for_batch, granted, what_is_free
+from ..memory.cache_size import (
+    SLOTS_PER_SEQUENCE,
+    CacheSize,
+    FullBatch,
+    check_granted,
+    check_reserved,
+    for_batch,
+    granted,
+    what_is_free,
+)
 from ..memory.growth import CheckedGrowth
 from .context_extension import extension_note
 from .graphs import loaded_mtp_layers, model_graph, mtp_graphs, whole_graph, with_eps_of
@@ -147,7 +157,8 @@ class Runtime(PackedModel):
         if forgets is not None:
             blocks = min(blocks, forgets.blocks(step_tokens))
         # one more block each, to continue into, or for the copy of a shared block
-        return FullBatch(sequences, tokens, sequences * (blocks + 1) * self._block_bytes)
+        states = SLOTS_PER_SEQUENCE * self._state_bytes
+        return FullBatch(sequences, tokens, sequences * ((blocks + 1) * self._block_bytes + states))
 
     def serving_arena(self, batch: FullBatch, beside: int = 0) -> Arena:
         """The model's `arena`, for an engine. If it does not exist yet and the config sets no size, it may grow to what a full
@@ -170,10 +181,18 @@ class Runtime(PackedModel):
 
     def _arena_of(self, size: CacheSize) -> Arena:
         check_reserved(size, self.backend.free_memory())
-        store = self.backend.new_store(self.graph, self.kv_dtype, size.blocks(self._block_bytes))
-        layers, forgets = self.graph.hidden_states - 1, forgetting_of(self.graph)
-        growth = CheckedGrowth(store.block_bytes, store.num_blocks, self.backend.free_memory)
-        return Arena(store, layers, _latent_row(self.graph), _rotation(self.graph), forgets, size, growth)
+        backend, graph = self.backend, self.graph
+        slots = size.slots(self._state_bytes)
+        rest = replace(size, bytes=size.bytes - slots * self._state_bytes)
+        store = backend.new_store(graph, self.kv_dtype, rest.blocks(self._block_bytes), slots)
+        layers = graph.cache.layers if graph.states else graph.hidden_states - 1
+        growth = CheckedGrowth(store.block_bytes, store.num_blocks, backend.free_memory)
+        state_growth = CheckedGrowth(store.state_bytes, slots, backend.free_memory) if slots else None
+        return Arena(store, layers, _latent_row(graph), _rotation(graph), forgetting_of(graph), size, growth, state_growth)
+
+    @property
+    def _state_bytes(self) -> int:
+        return self.backend.state_bytes(self.graph) if self.graph.states else 0
 
     @property
     def _block_bytes(self) -> int:

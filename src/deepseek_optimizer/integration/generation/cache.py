@@ -16,12 +16,14 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from ...backends.base import BLOCK_TOKENS, Int32
-from ...cache import HOLE, SequenceBlocks
-from ...errors import DroppedTokensError, UnsupportedRequestError
+from ...cache import HOLE, SequenceBlocks, states_of_step
+from ...errors import DroppedTokensError, StateMissingError, UnsupportedRequestError
 from ..bind.runtime import runtime_of
 from ..memory.arena import Arena
 
 Bool = npt.NDArray[np.bool_]
+
+_FIRST_DRAFTS = 32  # the call that processes the prompt may end with so many drafts
 
 
 class PagedState:
@@ -66,17 +68,18 @@ class PagedState:
         for row in range(len(sequences)):
             self._write_table(row)
 
-    def append(self, row: int, count: int) -> None:
-        """Allocates space for `count` more tokens of one sequence. The caller must hold the arena's lock.
+    def append(self, row: int, count: int, undo: int = 0) -> None:
+        """Allocates space for `count` more tokens of one sequence, the last `undo` of which may be cropped afterwards. The
+        caller must hold the arena's lock.
 
         Raises:
             CacheFullError: there are too few free blocks; nothing was changed.
         """
         sequence = self.sequences[row]
-        if count == 1 and sequence.tokens % BLOCK_TOKENS and sequence.manager.users(sequence.blocks[-1]) == 1:
+        if count == 1 and sequence.fits(1):
             sequence.tokens += 1  # the common case: there is space in an unshared block
             return
-        self.arena.copy_blocks(sequence.append(count))
+        self.arena.copy_blocks(sequence.append(count, undo))
         self._write_table(row)
 
     def append_one(self, rows: list[int]) -> bool:
@@ -88,7 +91,7 @@ class PagedState:
             CacheFullError: there are too few free blocks; nothing was changed.
         """
         sequences = [self.sequences[row] for row in rows]
-        if all(s.tokens % BLOCK_TOKENS and s.manager.users(s.blocks[-1]) == 1 for s in sequences):
+        if all(s.fits(1) for s in sequences):
             for sequence in sequences:
                 sequence.tokens += 1
             return False
@@ -108,6 +111,10 @@ class PagedState:
     def verifies(self) -> bool:
         """Whether the next call verifies drafts, some of which may be removed afterwards."""
         return self.recording and self.steps > 0
+
+    def undoable(self, count: int) -> int:
+        """Number of the last of `count` new tokens that may be cropped afterwards."""
+        return min(count - 1, count if self.verifies else _FIRST_DRAFTS) if self.recording else 0
 
     def add_columns(self, count: int, kept: Bool | None) -> None:
         """Adds `count` columns; `kept`: bool [rows, count], which hold a real token; None: all."""
@@ -153,6 +160,7 @@ class PagedState:
 
         Raises:
             DroppedTokensError: tokens that would be needed again were dropped from the cache; nothing was changed.
+            StateMissingError: a recurrent state that would be needed again was not stored; nothing was changed.
         """
         with self.arena.locked():
             for sequence, count in zip(self.sequences, tokens, strict=True):
@@ -164,8 +172,13 @@ class PagedState:
         """Like `crop_rows`, after a failed step; clears the cache if its earlier state cannot be restored."""
         try:
             self.crop_rows(tokens)
-        except DroppedTokensError:
+        except (DroppedTokensError, StateMissingError):
             self.clear()
+
+    def states_of_step(self, rows: list[int], tokens: list[int], counts: list[int]) -> tuple[Int32 | None, Int32 | None]:
+        """`state_from` and `state_to` of a step over these rows, whose first tokens and numbers of tokens are given."""
+        states = [self.sequences[row].states for row in rows]
+        return states_of_step(zip(states, tokens, counts, strict=True))
 
     def crop_columns(self, keep: int) -> None:
         """Removes all but the first `keep` columns of every row.
@@ -176,6 +189,13 @@ class PagedState:
         kept = None if self.kept is None else self.kept[:, :keep]
         self.crop_rows([keep] * len(self.sequences) if kept is None else [int(row.sum()) for row in kept])
         self.columns, self.kept = keep, kept
+
+    def restore_columns(self, keep: int) -> None:
+        """Like `crop_columns`, after a failed step; clears the cache if its earlier state cannot be restored."""
+        try:
+            self.crop_columns(keep)
+        except (DroppedTokensError, StateMissingError):
+            self.clear()
 
     def select(self, rows: list[int]) -> None:
         """Replaces row i by a copy of the previous row rows[i]; copies share blocks until one of them writes."""

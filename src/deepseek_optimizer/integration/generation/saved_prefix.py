@@ -45,6 +45,7 @@ def save_prefix(
     wanted = keys(tokens, salt, len(tokens) // BLOCK_TOKENS)
     with arena.locked():
         blocks = prefix.match(wanted)
+        slot = prefix.state_after(wanted[: len(blocks)])
     held = [number for number, block in enumerate(blocks) if block != HOLE]
     try:
         if held:
@@ -56,9 +57,10 @@ def save_prefix(
                 numbers=held,
                 block_tokens=BLOCK_TOKENS,
                 block_bytes=arena.store.saved_bytes,
+                state=b"" if slot is None else arena.read_state(slot),
             )
     finally:
-        _release(arena, [blocks[number] for number in held])
+        _release(arena, [blocks[number] for number in held], slot)
     return len(blocks) * BLOCK_TOKENS
 
 
@@ -84,7 +86,7 @@ def load_prefix(
         CacheFullError: the cache has too few blocks.
     """
     saved = open_blocks(path)
-    saved.check(fingerprint(runtime), BLOCK_TOKENS, arena.store.saved_bytes)
+    saved.check(fingerprint(runtime), BLOCK_TOKENS, arena.store.saved_bytes, arena.store.state_bytes)
     if tokens is not None and saved.tokens != tokens[: len(saved.tokens)]:
         raise CheckpointError("contains the cache of another text; delete it and process this text again", file=path)
     numbers = saved.numbers
@@ -94,16 +96,27 @@ def load_prefix(
             prefix.evict(count - manager.free_blocks)
         if count > manager.free_blocks:
             raise CacheFullError(count, manager.free_blocks)
-        blocks = manager.allocate(count)
+        blocks, slot = manager.allocate(count), None
+        if manager.slots is not None:
+            try:
+                (slot,) = manager.slots.allocate(1)
+            except BaseException:
+                for block in blocks:
+                    manager.release(block)
+                raise
     try:
         for block, data in zip(blocks, saved.blocks(), strict=True):
             arena.write_block(block, data)
+        if slot is not None:
+            arena.write_state(slot, saved.state())
         block_keys = keys(saved.tokens, salt, len(saved.tokens) // BLOCK_TOKENS)
         with arena.locked():
             for number, block in zip(numbers, blocks, strict=True):
                 prefix.put(block_keys[number], block)
+            if slot is not None:
+                prefix.put_state(block_keys[-1], slot)
     finally:
-        _release(arena, blocks)
+        _release(arena, blocks, slot)
     return len(saved.tokens)
 
 
@@ -122,10 +135,12 @@ def fingerprint(runtime: Runtime) -> dict[str, str]:
     }
 
 
-def _release(arena: Arena, blocks: list[int]) -> None:
+def _release(arena: Arena, blocks: list[int], slot: int | None) -> None:
     with arena.locked() as manager:
         for block in blocks:
             manager.release(block)
+        if slot is not None and manager.slots is not None:
+            manager.slots.release(slot)
 
 
 def _sample(weight: Any) -> str:

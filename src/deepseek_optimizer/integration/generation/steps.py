@@ -184,7 +184,7 @@ def _batch(
     counts = np.array([len(c.columns) for c in chunks], np.int32)
     with state.arena.locked():
         for chunk in chunks:
-            state.append(chunk.sequence, len(chunk.columns))
+            state.append(chunk.sequence, len(chunk.columns), state.undoable(len(chunk.columns)))
     row_of = np.repeat(np.array(rows), counts)
     column_of = np.concatenate([c.columns for c in chunks])
     target = place[column_of]
@@ -193,11 +193,13 @@ def _batch(
     embeds = None
     if new.embeds is not None:
         embeds = new.embeds[torch.from_numpy(row_of), torch.from_numpy(column_of)].float()
+    context = [before[c.sequence] + c.before for c in chunks]
+    state_from, state_to = state.states_of_step(sequences, context, counts.tolist())
     batch = StepBatch(
         token_ids=np.zeros(len(row_of), np.int32) if new.ids is None else new.ids[row_of, column_of],
         positions=new.positions[row_of, column_of],
         query_len=counts,
-        context_len=np.array([before[c.sequence] + c.before for c in chunks], np.int32),
+        context_len=np.array(context, np.int32),
         phase=np.full(len(chunks), new.phase, np.int32),
         block_table=state.tables(sequences),
         logit_rows=wanted.astype(np.int32),
@@ -205,6 +207,8 @@ def _batch(
         hidden=new.hidden,
         last_hidden=state.follower is not None or new.last_hidden,
         reach=reach[rows],
+        state_from=state_from,
+        state_to=state_to,
     )
     return batch, row_of[wanted] * n + target[wanted]
 
@@ -257,11 +261,12 @@ class DecodeSteps:
         b.token_ids[:] = tokens
         b.positions += 1
         b.context_len += 1
+        b.state_from, b.state_to = state.states_of_step(self.rows, b.context_len.tolist(), [1] * len(self.rows))
         state.add_columns(1, None if len(self.rows) == len(state.sequences) else state.only(self.rows))
         try:
             logits: torch.Tensor = state.arena.run(self.plan, b).logits
         except BaseException:
-            state.crop_columns(state.columns - 1)
+            state.restore_columns(state.columns - 1)
             raise
         state.forget()
         if self.overwrite:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ...backends.base import DECODE, StepBatch
+from ...backends.base import DECODE, StepBatch, states_of_new
 from ...backends.registry import choose_backend
 from ...config import DeepSeekConfig
 from .. import general
@@ -69,7 +69,8 @@ def _own_config(model: Any) -> None:
 
 def _warm(runtime: Runtime, rows: int) -> None:
     """Runs one step of `rows` sequences over a temporary cache and discards the result."""
-    store = runtime.backend.new_store(runtime.graph, runtime.kv_dtype, rows)
+    store = runtime.backend.new_store(runtime.graph, runtime.kv_dtype, rows, rows if runtime.graph.states else 0)
+    state_from, state_to = states_of_new(np.ones(rows, np.int32))
     runtime.plan.run(
         StepBatch(
             token_ids=np.zeros(rows, np.int32),
@@ -79,6 +80,8 @@ def _warm(runtime: Runtime, rows: int) -> None:
             phase=np.full(rows, DECODE, np.int32),
             block_table=np.arange(rows, dtype=np.int32)[:, None],
             logit_rows=np.arange(rows if runtime.graph.has_head else 0, dtype=np.int32),
+            state_from=state_from,
+            state_to=state_to,
         ),
         store,
     )

@@ -17,6 +17,8 @@ from ...graph.rope_rotation import KeyRotation
 from .cache_size import CacheSize
 from .growth import CheckedGrowth
 
+_MIN_INTERVAL = 4  # blocks
+
 
 @dataclass(frozen=True)
 class LatentRow:
@@ -46,6 +48,11 @@ class Arena:
         forgetting: which tokens the sequences may drop; None: none.
         size: the maximum size and its reason; None: the store's size.
         growth: decides whether there is memory for more blocks; None: by this system's limits.
+        state_growth: the same for the slots of recurrent states.
+
+    Attributes:
+        state_interval: see `SequenceStates`; so long that stored states take no more memory than the blocks between them. 0:
+            the model has none.
     """
 
     def __init__(
@@ -57,11 +64,17 @@ class Arena:
         forgetting: Forgetting | None = None,
         size: CacheSize | None = None,
         growth: CheckedGrowth | None = None,
+        state_growth: CheckedGrowth | None = None,
     ) -> None:
         self.store, self.layers, self.latent, self.rotation = store, layers, latent, rotation
         self.size = size or CacheSize(store.num_blocks * store.block_bytes, "the size of the block store")
         self._growth = growth or CheckedGrowth(store.block_bytes, store.num_blocks)
-        self.manager = BlockManager(store.num_blocks, forgetting, self._growth)
+        slots, self.state_interval = None, 0
+        if store.num_states:
+            self._state_growth = state_growth or CheckedGrowth(store.state_bytes, store.num_states)
+            slots = BlockManager(store.num_states, growth=self._state_growth, unit="state slot")
+            self.state_interval = max(_MIN_INTERVAL, -(-store.state_bytes // store.block_bytes)) * BLOCK_TOKENS
+        self.manager = BlockManager(store.num_blocks, forgetting, self._growth, slots)
         self._lock = threading.Lock()
         self._store_lock = threading.Lock()  # acquired after _lock if both are needed
         self._release_due = False
@@ -74,6 +87,8 @@ class Arena:
             self._sweep()
             if self.manager.limited and self._growth.is_stale():
                 self.manager.lift_limit()
+            if (slots := self.manager.slots) is not None and slots.limited and self._state_growth.is_stale():
+                slots.lift_limit()
             yield self.manager
             self._sweep()
         if self._garbage:  # queued between the sweep and the release of the lock
@@ -103,6 +118,9 @@ class Arena:
                 if self.manager.high_water == 0:
                     self.store.release(0)
                     self.manager.clear()
+                if (slots := self.manager.slots) is not None and slots.high_water == 0:
+                    self.store.release_states(0)
+                    slots.clear()
             finally:
                 self._store_lock.release()
 
@@ -130,6 +148,16 @@ class Arena:
         """See `KvStore.write_block`."""
         with self._store_lock:
             self.store.write_block(block, data)
+
+    def read_state(self, slot: int) -> bytes:
+        """See `KvStore.read_state`."""
+        with self._store_lock:
+            return self.store.read_state(slot)
+
+    def write_state(self, slot: int, data: bytes) -> None:
+        """See `KvStore.write_state`."""
+        with self._store_lock:
+            self.store.write_state(slot, data)
 
     def drop_blocks(self, sequence: SequenceBlocks, first_block: int, count: int, first_position: int = 0) -> None:
         """Drops `count` full blocks of a sequence from `first_block` on. The tokens after them move up: their keys are rotated
@@ -168,5 +196,7 @@ class Arena:
 
     @property
     def used_bytes(self) -> int:
-        """Bytes of the blocks in use."""
-        return (self.manager.num_blocks - self.manager.free_blocks) * self.store.block_bytes
+        """Bytes of the blocks and slots in use."""
+        slots = self.manager.slots
+        states = 0 if slots is None else (slots.num_blocks - slots.free_blocks) * self.store.state_bytes
+        return (self.manager.num_blocks - self.manager.free_blocks) * self.store.block_bytes + states

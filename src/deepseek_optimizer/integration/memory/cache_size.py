@@ -8,6 +8,8 @@ from ...backends.base import BLOCK_TOKENS
 from ...errors import NotEnoughMemoryError
 from ...system.memory import FreeMemory, less_reserve, mb
 
+SLOTS_PER_SEQUENCE = 4  # of recurrent states: the latest, the one after the last full block, and two for the prefix cache
+_STATE_SHARE, _MAX_SLOTS = 0.3, 1 << 16  # of a cache's memory
 _MAX_BLOCKS = (1 << 31) // BLOCK_TOKENS - 1  # token slots in a cache are 32-bit integers
 
 
@@ -25,6 +27,21 @@ class CacheSize:
 
     def __str__(self) -> str:
         return f"grows to at most {mb(self.bytes)} ({self.why})"
+
+    def slots(self, state_bytes: int) -> int:
+        """The number of slots of `state_bytes` for recurrent states, in a part of the memory; 0 for a model without them.
+
+        Raises:
+            NotEnoughMemoryError: there is not enough for one sequence.
+        """
+        if not state_bytes:
+            return 0
+        if SLOTS_PER_SEQUENCE * state_bytes > self.bytes:
+            remedy = "set a larger kv_cache_memory (--kv-cache-memory), or free memory"
+            raise NotEnoughMemoryError(
+                "the recurrent states of a sequence", SLOTS_PER_SEQUENCE * state_bytes, self.bytes, remedy, self.why
+            )
+        return max(SLOTS_PER_SEQUENCE, min(int(self.bytes * _STATE_SHARE) // state_bytes, _MAX_SLOTS))
 
     def blocks(self, block_bytes: int) -> int:
         """The number of blocks of `block_bytes` that fit, at least one."""

@@ -90,6 +90,7 @@ class Report:
         attention: the attention mode.
         bytes_before, bytes_after: size of the weights as given (in the files, or as float parameters), and now.
         kv_cache, kv_block_bytes, kv_token_bytes: format of the KV cache; bytes of a block of 32 tokens, and of one token.
+        state_bytes: bytes of a sequence's recurrent states, whatever its length; 0: the model has none.
         kv_limit, kv_limit_why: maximum size of the cache in bytes, and its reason.
         latent: whether the cache holds latents (MLA) instead of keys and values.
         experts: the experts; None: the model has none.
@@ -114,6 +115,7 @@ class Report:
     kv_cache: str
     kv_block_bytes: int
     kv_token_bytes: int
+    state_bytes: int
     kv_limit: int
     kv_limit_why: str
     latent: bool
@@ -152,6 +154,8 @@ class Report:
             kind += " (sparse_attention)"
         table.add_row("KV cache", f"{kind}, {self.kv_token_bytes:,} bytes per token ({self.kv_token_bytes / 1024:,.1f} KiB)")
         table.add_row("", f"grows to at most {mb(self.kv_limit)} ({self.kv_limit_why})")
+        if self.state_bytes:
+            table.add_row("recurrent states", f"fp32, {self.state_bytes / 1e6:,.2f} MB per sequence and stored prefix")
         for rule in self.rules:
             table.add_row(f"rule {rule.rule}", f"applied {rule.count} times{_sample(rule.places)}")
         if self.rules_left_out:
@@ -293,6 +297,7 @@ def make_report(runtime: Any) -> Report:
         kv_cache=runtime.kv_dtype,
         kv_block_bytes=block_bytes,
         kv_token_bytes=block_bytes // BLOCK_TOKENS,
+        state_bytes=backend.state_bytes(graph) if graph.states else 0,
         kv_limit=size.bytes,
         kv_limit_why=size.why,
         latent=isinstance(graph.cache, LatentSpec),

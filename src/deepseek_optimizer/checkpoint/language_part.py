@@ -1,0 +1,74 @@
+"""The part of a published checkpoint that is loaded: of a multimodal model its language model, without multi-token prediction.
+
+Transformers' causal language model classes load these families in the same way.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from .base import TensorInfo
+
+
+@dataclass(frozen=True)
+class LanguagePart:
+    """How a family's checkpoints contain its language model.
+
+    Attributes:
+        model_type: of the language model, whose fields are the config's `text_config`; "": the model is nothing else.
+        prefix: beginning of its tensors' names, in place of "model.".
+        unread: names of tensors that are not loaded, by what they belong to.
+    """
+
+    model_type: str = ""
+    prefix: str = "model."
+    unread: Mapping[str, str] = field(default_factory=dict)
+
+
+_MTP: Final = {"multi-token prediction": r"mtp\..*"}
+_QWEN: Final = {"the vision tower": r"model\.visual\..*", **_MTP}
+_PARTS: Final[Mapping[str, LanguagePart]] = {
+    "qwen3_next": LanguagePart(unread=_MTP),
+    "qwen3_5": LanguagePart("qwen3_5_text", "model.language_model.", _QWEN),
+    "qwen3_5_text": LanguagePart(unread=_MTP),
+    "qwen3_5_moe": LanguagePart("qwen3_5_moe_text", "model.language_model.", _QWEN),
+    "qwen3_5_moe_text": LanguagePart(unread=_MTP),
+}
+# Fields of the whole model that apply to its language model; those of `text_config` override them.
+_SHARED: Final[tuple[str, ...]] = (
+    "dtype",
+    "torch_dtype",
+    "quantization_config",
+    "tie_word_embeddings",
+    "architectures",
+    "transformers_version",
+)
+
+
+def language_part(
+    config: dict[str, Any], tensors: Mapping[str, TensorInfo]
+) -> tuple[dict[str, Any], dict[str, TensorInfo], list[str]]:
+    """The config and the tensors of the language model, and one line for each part that is left out.
+
+    Args:
+        config: the content of config.json.
+        tensors: stored tensors by name.
+    """
+    model_type = config.get("model_type")
+    part = _PARTS.get(model_type) if isinstance(model_type, str) else None
+    if part is None:
+        return config, dict(tensors), []
+    if part.model_type and isinstance(text := config.get("text_config"), dict):
+        shared = {name: config[name] for name in _SHARED if name in config}
+        config = {**shared, **text, "model_type": part.model_type}
+    kept, remarks = dict(tensors), []
+    for what, pattern in part.unread.items():
+        unread = [name for name in kept if re.fullmatch(pattern, name)]
+        if unread:
+            remarks.append(f"{what} is not loaded ({len(unread)} tensor{'' if len(unread) == 1 else 's'})")
+        for name in unread:
+            del kept[name]
+    return config, {re.sub(f"^{re.escape(part.prefix)}", "model.", name): info for name, info in kept.items()}, remarks
