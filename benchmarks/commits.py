@@ -64,7 +64,8 @@ def compared(name: str, found: dict[str, list[Figures]]) -> list[tuple[str, floa
 
 def measured(name: str, turn: int, tree: Path, environment: dict[str, str]) -> Figures:
     """One side of one round, by the scripts of that tree."""
-    command = [sys.executable, str(Path(__file__).with_name("commits_side.py")), str(tree), name, str(turn)]
+    script = Path(__file__).with_name("commits_side.py")
+    command = [sys.executable, str(script), str(tree), name, str(turn), str(usable_cpus())]
     done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{name} failed in {tree}:\n{done.stderr}")

@@ -80,8 +80,8 @@ def test_a_session_of_each_ring(pytester, monkeypatch):
     pytester.makepyfile(
         test_x="import pytest\n@pytest.mark.parametrize('i', range(40))\ndef test_many(i): pass\ndef test_long(): pass\n"
     )
-    pytester.runpytest_inprocess("-m", "not slow and not wide").assert_outcomes(passed=8, deselected=33)
-    pytester.runpytest_inprocess("-m", "wide").assert_outcomes(passed=33, deselected=8)
+    pytester.runpytest_inprocess("-m", "not slow and not wide").assert_outcomes(passed=FEW, deselected=41 - FEW)
+    pytester.runpytest_inprocess("-m", "wide").assert_outcomes(passed=41 - FEW, deselected=FEW)
     pytester.runpytest_inprocess("-m", "").assert_outcomes(passed=41)
     listed.write_text("9.0 test_x.py::test_gone\n")
     pytester.runpytest_inprocess().stderr.fnmatch_lines(["*test_x.py::test_gone, which does not exist*"])

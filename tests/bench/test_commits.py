@@ -37,7 +37,7 @@ def test_a_slower_tree_fails(monkeypatch, capsys):
 
 
 def test_unknown_rows_are_errors():
-    command = [sys.executable, str(ROOT / "benchmarks" / "commits_side.py"), str(ROOT), "no-such-row", "0"]
+    command = [sys.executable, str(ROOT / "benchmarks" / "commits_side.py"), str(ROOT), "no-such-row", "0", "1"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 1
     assert "no row is called no-such-row; known: smol-decode" in done.stderr

@@ -26,9 +26,9 @@ from pathlib import Path
 
 import pytest
 
-FEW = 8
+FEW = 6
 SHARE = 0.1
-FAST_S = 1.5
+FAST_S = 1.0
 WIDE_S = 6.0
 MEASURED = 3
 ROOT = Path(__file__).parents[2]

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ..graph.ir import CacheSpec, Graph, LatentSpec, Node, StateSpec, Value
+from ..graph.ops.products import GATED
 from .decoder import Trunk
 
 # (nodes, input, RoPE's table or None for a layer without RoPE, layer) -> output
@@ -133,6 +134,3 @@ def mlp(nodes: list[Node], d: Trunk, x: Value, name: str, path: str, width: int)
     up = linear(nodes, x, f"{name}.up", width, f"{path}.{form.up}", form.bias, up_rows)
     hidden = emit(nodes, GATED[form.activation], (gate, up), f"{name}.h", width)
     return linear(nodes, hidden, f"{name}.down", d.hidden, down, form.bias)
-
-
-GATED = {"silu": "swiglu", "gelu": "geglu"}  # activation -> op

@@ -11,7 +11,8 @@ from typing import Any
 
 from ..errors import ConfigError
 from ..graph.ir import Node, Value
-from .blocks import GATED, FeedForward, add, emit, linear, mlp
+from ..graph.ops.products import GATED
+from .blocks import FeedForward, add, emit, linear, mlp
 from .decoder import MAX_LAYERS, MAX_WIDTH, Trunk
 from .fields import Fields
 

@@ -216,7 +216,7 @@ class BlockFormat:
             order = sorted(range(len(cls.table)), key=cls.table.__getitem__)
             middles = [(cls.table[a] + cls.table[b]) / 2 for a, b in pairwise(order)]
             index = torch.bucketize(y, torch.tensor(middles, dtype=torch.float32, device=y.device))
-            codes = torch.tensor(order, device=y.device)[index]
+            codes = torch.tensor(order, dtype=torch.int64, device=y.device)[index]
             if cls.powers:  # the format has no NaN: groups that are not finite become infinite
                 codes = codes.masked_fill(stored.unsqueeze(-1) == 255, cls.table.index(max(cls.table)))
         else:

@@ -17,7 +17,7 @@ import torch
 
 from ...errors import BackendError
 from ...graph.ir import Graph, Node, Value
-from ...graph.ops.products import rows_of
+from ...graph.ops.products import GATED, rows_of
 from ...quant.base import TILE_ROWS
 from ...quant.packed import PackedMatrix, PackedWeight
 
@@ -96,7 +96,7 @@ def _whole_products(node: Node) -> list[Node]:
             nodes.append(Node("linear", node.inputs, (computed[name],), (name,), {"biases": (bias,)}))
         nodes.append(Node("slice", (computed[name],), (output,), attrs={"offset": part[0]}))
     if gated:
-        nodes.append(Node("swiglu" if node.attrs["activation"] == "silu" else "geglu", outputs, node.outputs))
+        nodes.append(Node(GATED[node.attrs["activation"]], outputs, node.outputs))
     return nodes
 
 

@@ -13,6 +13,7 @@ from dataclasses import replace
 
 from ...graph.ir import Graph, Node, Value
 from ...graph.ops import spec_of
+from ...graph.ops.products import GATED
 from .mla_weights import absorbs, key_stack, value_stack
 
 
@@ -89,7 +90,7 @@ def _split(node: Node, kind_of: Callable[[str], str], format_of: Callable[[str],
         out = node.outputs[0]
         halves = tuple(replace(out, name=f"{out.name}.{part}") for part in ("gate", "up"))
         pair = node.with_(outputs=halves)
-        gated = "swiglu" if node.attrs.get("activation", "silu") == "silu" else "geglu"
+        gated = GATED[node.attrs.get("activation", "silu")]
         return [_linear(pair, [0], biases), _linear(pair, [1], biases), Node(gated, halves, node.outputs)]
     if absorbs(node):
         return _absorbed(node)

@@ -19,6 +19,8 @@ ACTIVATION = Attr(
     "activation", one_of("silu", "gelu"), "of the gate, as in `swiglu` or `geglu`", "silu", flag="gelu", flag_value="gelu"
 )
 
+GATED = {"silu": "swiglu", "gelu": "geglu"}  # activation of the gate -> op that applies it
+
 
 def matrix_shapes(node: Node, _: Graph) -> Shapes:
     """Matrices [out, in], one per output (gate_up: two for one output), and their biases."""

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from ..ir import Graph, Node
-from ..ops.products import merged_rows
+from ..ops.products import GATED, merged_rows
 from .edit import Links, rebuilt
 
-_ACTIVATIONS = {"swiglu": "silu", "geglu": "gelu"}
+_ACTIVATIONS = {op: activation for activation, op in GATED.items()}
 
 
 def rewrite(graph: Graph) -> tuple[Graph, list[str]]:

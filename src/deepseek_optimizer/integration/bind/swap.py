@@ -180,6 +180,15 @@ def pack_in_place(
         del module, site
 
 
+def substitute(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Replaces a module wherever the model refers to it: some share one among several parents."""
+    new.training = old.training
+    for parent in list(model.modules()):
+        for child, module in list(parent._modules.items()):
+            if module is old:
+                setattr(parent, child, new)
+
+
 def _format_of(
     weight: str, config: DeepSeekConfig, natural: str, minimum: Mapping[str, str], packed: Mapping[str, str] | None
 ) -> str:

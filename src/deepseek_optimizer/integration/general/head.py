@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from ...config import DeepSeekConfig
 from ...quant import PackedMatrix, Packer, get_format
 from ..bind.modules import Product
-from ..bind.swap import NATURAL
+from ..bind.swap import NATURAL, substitute
 
 
 class PackedHead(nn.Linear):
@@ -37,7 +37,7 @@ class PackedHead(nn.Linear):
     def __init__(self, head: nn.Linear, format: str, tiles: torch.Tensor) -> None:
         nn.Module.__init__(self)  # nn.Linear's would allocate a weight
         self.in_features, self.out_features, self.format = head.in_features, head.out_features, format
-        self.weight, self.bias, self.training = head.weight, head.bias, head.training
+        self.weight, self.bias = head.weight, head.bias
         self.register_buffer("tiles", tiles, persistent=False)
         self._packed_version = self._version_of_weight()
         self._is_hf_initialized = True
@@ -77,8 +77,4 @@ def pack_head(model: Any, config: DeepSeekConfig, packer: Packer) -> None:
     head = model.get_submodule(name)
     format = config.format_of(f"{name}.weight", NATURAL[head.weight.dtype])
     if get_format(format).bits < 8 * head.weight.element_size():
-        twin = PackedHead(head, format, packer(head.weight.data, format))
-        for parent in list(model.modules()):
-            for child, module in list(parent._modules.items()):
-                if module is head:
-                    setattr(parent, child, twin)
+        substitute(model, head, PackedHead(head, format, packer(head.weight.data, format)))

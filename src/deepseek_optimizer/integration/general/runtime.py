@@ -15,10 +15,11 @@ from ...backends.registry import choose_backend
 from ...checkpoint import Manifest
 from ...checkpoint.manifest import KEY
 from ...config import DeepSeekConfig
-from ..bind.instance_method import InstanceMethod, Replacement
+from ..bind.instance_method import Replacement
 from ..bind.modules import Packed
 from ..bind.packed_model import NoCopyCallable, PackedModel
 from ..bind.swap import stored_tensors
+from ..model.apply import Apply
 from ..model.parameter_count import ParameterCount
 from ..model.refuse import Refuse
 from ..model.save import PackedSave
@@ -63,6 +64,9 @@ class GeneralRuntime(PackedModel):
         self._backend = None
         _ = self.backend
 
+    def rebind(self) -> None:
+        """Does nothing: products read the modules' current storage."""
+
 
 def _packed_names(model: Any) -> list[str]:
     return [name for name, module in model.named_modules() if isinstance(module, Packed)]
@@ -84,18 +88,6 @@ class _Generate(_Threads):
     replaces = "generate"
 
 
-class _Apply(InstanceMethod):
-    """`model._apply`, which `.to()` calls: after a move to another device, another backend computes."""
-
-    def __call__(self, fn: Any, recurse: bool = True) -> Any:
-        model = self.runtime.model
-        before = model.device
-        torch.nn.Module._apply(model, fn, recurse)
-        if model.device != before:
-            self.runtime.move()
-        return model
-
-
 def _methods(runtime: GeneralRuntime) -> dict[str, Any]:
     generate = {"generate": _Generate(runtime)} if runtime.model.can_generate() else {}
     return {
@@ -104,7 +96,7 @@ def _methods(runtime: GeneralRuntime) -> dict[str, Any]:
         "save_pretrained": PackedSave(runtime),
         "num_parameters": ParameterCount(runtime),
         "report": runtime.report,
-        "_apply": _Apply(runtime),
+        "_apply": Apply(runtime),
         "_replicate_for_data_parallel": Refuse("start one process per device, each with its own model"),
     }
 

@@ -20,7 +20,7 @@ from ...errors import ConfigError
 from ...quant import Packer
 from ..bind.modules import Packed
 from ..bind.packed_experts import PackedExperts
-from ..bind.swap import NATURAL, STACKS, packed_tiles, packed_twin
+from ..bind.swap import NATURAL, STACKS, packed_tiles, packed_twin, substitute
 from .head import head_name
 from .modules import GeneralConv1D, GeneralLinear
 
@@ -113,15 +113,6 @@ def _twin(module: Any, formats: Mapping[str, str], dtype: torch.dtype) -> Any:
     return twin
 
 
-def _substitute(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Replaces a module wherever the model refers to it: some share one among several parents."""
-    new.training = old.training
-    for parent in list(model.modules()):
-        for child, module in list(parent._modules.items()):
-            if module is old:
-                setattr(parent, child, new)
-
-
 def swap_on_meta(model: Any, config: DeepSeekConfig, dtype: torch.dtype, packed: Mapping[str, str] | None = None) -> None:
     """Replaces layers by empty packed ones before weights are loaded.
 
@@ -143,7 +134,7 @@ def swap_on_meta(model: Any, config: DeepSeekConfig, dtype: torch.dtype, packed:
         if packed is not None:
             own = {leaf: packed[entry] for leaf, entry in _weights(name, module).items() if entry in packed}
         if own:
-            _substitute(model, module, _twin(module, own, dtypes[name]))
+            substitute(model, module, _twin(module, own, dtypes[name]))
 
 
 def pack_in_place(model: Any, config: DeepSeekConfig, packer: Packer) -> None:
@@ -166,4 +157,4 @@ def pack_in_place(model: Any, config: DeepSeekConfig, packer: Packer) -> None:
             tiles = packed_tiles(weight.t() if twin.transposed else weight, like, packer)
             twin._parameters[leaf] = nn.Parameter(tiles, requires_grad=False)
             del module._parameters[leaf]  # frees the weight even if something still refers to the module
-        _substitute(model, module, twin)
+        substitute(model, module, twin)

@@ -9,7 +9,6 @@ import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel
 
 from ...checkpoint.manifest import KEY, Manifest
@@ -21,6 +20,7 @@ from ..bind.swap import matrices_of
 from ..generation.generate import PlanGenerate
 from ..generation.special_tokens import special_token_notes
 from .adapters import ModuleWalk, OutputEmbeddings
+from .apply import Apply
 from .decoder_forward import DecoderForward
 from .forward import PlanForward
 from .outer_model import OuterModel
@@ -115,7 +115,7 @@ def instance_methods(runtime: Runtime) -> dict[str, Any]:
         "resize_token_embeddings": ResizeTokens(runtime, bind) if runtime.graph.has_head else Refuse(RESIZE),
         "num_parameters": ParameterCount(runtime),
         "report": runtime.report,
-        "_apply": _Apply(runtime),
+        "_apply": Apply(runtime),
         "compile": _Compile(runtime),
         "_replicate_for_data_parallel": Refuse("start one process per device, each with its own model"),
     }
@@ -126,20 +126,6 @@ def _rebind(module: Any, keys: Any) -> None:
     runtime = module.__dict__.get("dso")
     if runtime is not None:
         runtime.rebind()
-
-
-class _Apply(InstanceMethod):
-    """`model._apply`, which `.to()` calls: discards the plan, and after a move to another device the backend and caches too."""
-
-    def __call__(self, fn: Any, recurse: bool = True) -> Any:
-        model = self.runtime.model
-        before = model.device
-        torch.nn.Module._apply(model, fn, recurse)
-        if model.device != before:
-            self.runtime.move()
-        else:
-            self.runtime.rebind()
-        return model
 
 
 class _Compile(InstanceMethod):
