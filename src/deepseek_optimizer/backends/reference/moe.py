@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 
 import torch
 import torch.nn.functional as F
 
+from ...graph.ir import Graph
+from ...quant.transposed_stack import biases_of, matrices_of
 from . import ops
 
 Gated = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -54,38 +56,70 @@ def route(
 
 
 def gate_up(
-    x: torch.Tensor, routes: torch.Tensor, weight: torch.Tensor, grouped: bool, gated: Gated = ops.swiglu
+    x: torch.Tensor,
+    routes: torch.Tensor,
+    weight: torch.Tensor,
+    grouped: bool,
+    gated: Gated = ops.swiglu,
+    bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """[T * top_k, I]: gated(gate x, up x) for each token's chosen experts.
 
     Args:
         x: [T, H].
         weight: [experts, 2 I, H], gate before up.
-        gated: `ops.swiglu` or `ops.geglu`.
+        gated: computes h from gate and up.
+        bias: [experts, 2 I].
     """
     top_k = routes.shape[-1] // 2
     out = x.new_empty(len(x) * top_k, weight.shape[1] // 2)
     for expert, rows in _visits(routes[:, :top_k], grouped):
-        out[rows] = gated(*F.linear(x[rows // top_k], weight[expert]).chunk(2, -1))
+        both = F.linear(x[rows // top_k], weight[expert], None if bias is None else bias[expert])
+        out[rows] = gated(*both.chunk(2, -1))
     return out
 
 
-def down(hidden: torch.Tensor, routes: torch.Tensor, weight: torch.Tensor, grouped: bool) -> torch.Tensor:
+def down(
+    hidden: torch.Tensor, routes: torch.Tensor, weight: torch.Tensor, grouped: bool, bias: torch.Tensor | None = None
+) -> torch.Tensor:
     """float32 [T, H]: the weighted sum of the chosen experts' results, in ascending order of experts.
 
     Args:
         hidden: [T * top_k, I].
         weight: [experts, H, I].
+        bias: [experts, H].
     """
     chosen, shares = routes.chunk(2, -1)
     out = hidden.new_empty(len(hidden), weight.shape[1])
     for expert, rows in _visits(chosen, grouped):
-        out[rows] = F.linear(hidden[rows], weight[expert])
+        out[rows] = F.linear(hidden[rows], weight[expert], None if bias is None else bias[expert])
     parts = shares[..., None] * out.float().unflatten(0, chosen.shape)
     total = torch.zeros_like(parts[:, 0])
     for part in parts.unbind(1):
         total += part
     return total
+
+
+def ordered_stacks(
+    graph: Graph, weights: Mapping[str, torch.Tensor], packed: Collection[str]
+) -> dict[str, torch.Tensor]:
+    """The weights and biases of nodes with attribute `transposed` in the order of others: [E, M * rows, cols] and [E, M * rows],
+    by name.
+
+    Args:
+        graph: the graph.
+        weights: float weights by name; stacks as Transformers' parameters, or [E * M, rows, cols].
+        packed: names of the stacks in the latter form.
+    """
+    ordered = {}
+    for node in graph.nodes:
+        if node.attrs.get("transposed"):
+            (name,), (bias,), rows = node.weights, node.attrs["biases"], node.outputs[0].width
+            weight, experts = weights[name], node.attrs["experts"]
+            matrices = weight.unflatten(0, (experts, -1)) if name in packed else matrices_of(weight, rows)
+            ordered[name] = matrices.flatten(1, 2).contiguous()
+            ordered[bias] = biases_of(weights[bias], rows).flatten(1)
+    return ordered
 
 
 def _visits(chosen: torch.Tensor, grouped: bool) -> Iterator[tuple[int, torch.Tensor]]:
