@@ -7,6 +7,8 @@ after matrix.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 
@@ -20,6 +22,19 @@ def matrices_of(parameter: torch.Tensor, rows: int) -> torch.Tensor:
     Returns: [E, M, rows, cols].
     """
     return parameter.unflatten(-1, (rows, -1)).permute(0, 3, 2, 1)
+
+
+def stacked_matrices(parameter: torch.Tensor, shape: tuple[int, int, int], transposed: bool) -> Sequence[torch.Tensor]:
+    """The matrices of a merged parameter, in the order of the packed stack.
+
+    Args:
+        parameter: [E, cols, rows * M] if `transposed`, else [E, M * rows, cols].
+        shape: count, rows and cols of the stack.
+        transposed: whether the parameter has the form that this module describes.
+    """
+    if not transposed:
+        return parameter.reshape(shape).unbind()
+    return [matrix for expert in matrices_of(parameter, shape[1]) for matrix in expert]
 
 
 def biases_of(parameter: torch.Tensor, rows: int) -> torch.Tensor:
