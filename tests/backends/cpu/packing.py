@@ -29,9 +29,10 @@ def packed_weights(weights: dict[str, torch.Tensor], format_name: str) -> dict[s
 def _stack(name: str, w: torch.Tensor, format_name: str, transposed: bool) -> PackedStack:
     """[E, rows, cols] -> a stack of E matrices; of 2 E if gate and up are concatenated. `transposed`: as in gpt-oss."""
     halves = 2 if name.endswith("gate_up_proj") else 1
-    matrices = w.reshape(w.shape[0] * halves, -1, w.shape[2])
     if transposed:
         matrices = matrices_of(w, w.shape[2] // halves).flatten(0, 1).contiguous()
+    else:
+        matrices = w.reshape(w.shape[0] * halves, -1, w.shape[2])
     data = torch.stack([get_format(format_name).pack(m) for m in matrices])
     return PackedStack(format_name, *matrices.shape, data)
 
