@@ -16,6 +16,7 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from deepseek_optimizer import CheckpointError, DeepSeekConfig, DynamicGraphOptimizer, load_model
 from deepseek_optimizer.backends.cpu import unavailable_reason
+from support import gguf_gpt_oss as gguf
 from support import quantised_files as files
 from support.models import assert_close_rows, gpt_oss, random_ids, random_model, transformers_logits
 
@@ -153,3 +154,29 @@ def test_mxfp4_in_another_precision(mxfp4: tuple[Path, Path], precision: str) ->
     expected = transformers_logits(dequantised(model, own), ids)
     assert_close_rows(logits(model, ids), expected, TOLERANCE[precision])
     assert torch.equal(own.model.layers[0].mlp.experts.down_proj, before)  # int8 holds the codes exactly too
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gguf(tmp_path: Path, backend: str) -> None:
+    """Experts keep their MXFP4 codes; logits in fp32 are those of the dequantised model."""
+    plain = random_model(gpt_oss(hidden_size=96, intermediate_size=64, head_dim=32, **ALL))
+    path = gguf.write_gguf(tmp_path / "m.gguf", plain)
+    plain = gguf.dequantised(plain)
+    ids = random_ids(plain.config, 60)
+    expected = transformers_logits(plain, ids)
+    exact = load_model(path, precision="fp32", backend=backend)
+    assert_close_rows(logits(exact, ids), expected)
+    model = load_model(path, backend=backend)
+    for own, theirs in zip(model.model.layers, plain.model.layers, strict=True):
+        assert own.mlp.experts.gate_up_format == own.mlp.experts.down_format == "mxfp4"
+        for leaf, values in zip(("gate_up_proj", "down_proj"), own.mlp.experts.dequantized(), strict=True):
+            assert torch.equal(values, getattr(theirs.mlp.experts, leaf))
+        assert torch.equal(own.mlp.experts.gate_up_proj_bias, theirs.mlp.experts.gate_up_proj_bias)
+    assert_close_rows(logits(model, ids), expected, TOLERANCE["mxfp4"])
+
+
+def test_a_gguf_file_without_the_biases_of_up(tmp_path: Path) -> None:
+    model = random_model(gpt_oss(hidden_size=96, intermediate_size=64, head_dim=32))
+    path = gguf.write_gguf(tmp_path / "m.gguf", model, without="ffn_up_exps.bias")
+    with pytest.raises(CheckpointError, match=r"gate_proj_bias': is present without .*experts\.up_proj_bias"):
+        load_model(path)

@@ -14,6 +14,7 @@ from typing import Any
 from ..errors import UnsupportedModelError
 from .gguf_deepseek2 import deepseek2_config, kimi_config, split_kv_b
 from .gguf_delta import convolution_channels, group_value_heads, join_convolutions, join_projections
+from .gguf_gpt_oss import NAMES, exact_yarn, join_biases
 from .gguf_metadata import Metadata
 from .gguf_parameters import Parameter
 
@@ -471,6 +472,16 @@ ARCHITECTURES: Mapping[str, tuple[Architecture, ...]] = {
             fields={
                 **_HEAD_DIM, **_USED, "num_local_experts": count("expert_count"),
                 "intermediate_size": count("expert_feed_forward_length"), "rotary_dim": count("rope.dimension_count"),
+            },
+        ),
+    ),
+    "gpt-oss": (
+        Architecture(
+            model=("gpt_oss", "GptOss"), names=NAMES, rest=exact_yarn, rearrange=(join_biases,),
+            fields={
+                **_HEAD_DIM, **_ATTENTION_BIAS, **_USED, "num_local_experts": count("expert_count"),
+                "intermediate_size": count("expert_feed_forward_length"), "sliding_window": window(),
+                "layer_types": sliding(2),
             },
         ),
     ),
