@@ -101,9 +101,9 @@ def window(key: str = "attention.sliding_window", default: int = 0) -> Reader:
     return lambda meta: meta.integer(meta.of_model(key), default, 0) or None
 
 
-def stores(tensor: str) -> Reader:
-    """Whether the first layer has the tensor."""
-    return lambda meta: f"blk.0.{tensor}" in meta.tensors
+def stores(*tensors: str) -> Reader:
+    """Whether any layer has one of the tensors."""
+    return lambda meta: any(name.partition(".")[2].partition(".")[2] in tensors for name in meta.tensors)
 
 
 def fixed(value: Any) -> Reader:
@@ -188,7 +188,7 @@ def has_window(meta: Metadata) -> bool:
     return meta.integer(meta.of_model("attention.sliding_window"), 0, minimum=0) > 0
 
 
-_ATTENTION_BIAS: Mapping[str, Reader] = {"attention_bias": stores("attn_q.bias")}
+_ATTENTION_BIAS: Mapping[str, Reader] = {"attention_bias": stores("attn_q.bias", "attn_qkv.bias")}
 _BIASES: Mapping[str, Reader] = {**_ATTENTION_BIAS, "mlp_bias": stores("ffn_up.bias")}
 _HEAD_DIM: Mapping[str, Reader] = {"head_dim": head_dim}
 _USED: Mapping[str, Reader] = {"num_experts_per_tok": count("expert_used_count")}
@@ -368,6 +368,11 @@ ARCHITECTURES: Mapping[str, tuple[Architecture, ...]] = {
             },
         ),
     ),
+    "chatglm": (
+        Architecture(
+            model=("glm", "Glm"), partial=True, names={"ffn_up": "mlp.gate_up_proj"}, fields={**_HEAD_DIM, **_ATTENTION_BIAS},
+        ),
+    ),
     "glm4": (
         Architecture(
             model=("glm4", "Glm4"), partial=True, fields={**_HEAD_DIM, **_ATTENTION_BIAS},
@@ -428,7 +433,7 @@ ARCHITECTURES: Mapping[str, tuple[Architecture, ...]] = {
             },
         ),
     ),
-    "ernie4_5": (Architecture(model=("ernie4_5", "Ernie4_5"), fields={**_HEAD_DIM, "use_bias": stores("attn_q.bias")}),),
+    "ernie4_5": (Architecture(model=("ernie4_5", "Ernie4_5"), fields={**_HEAD_DIM, "use_bias": stores("attn_output.bias")}),),
     "seed_oss": (
         Architecture(
             model=("seed_oss", "SeedOss"), names={"post_attention_norm": "post_attention_layernorm"},
@@ -454,7 +459,7 @@ ARCHITECTURES: Mapping[str, tuple[Architecture, ...]] = {
         Architecture(
             model=("starcoder2", "Starcoder2"), epsilon=("norm_epsilon", _LAYER_NORM), activation=("hidden_act", _GELU[1]),
             names={"ffn_up": "mlp.c_fc", "ffn_down": "mlp.c_proj"},
-            fields={"use_bias": stores("attn_q.bias"), "sliding_window": window()},
+            fields={"use_bias": stores("attn_output.bias"), "sliding_window": window()},
         ),
     ),
     "cohere2": (
