@@ -108,7 +108,7 @@ def packed_twin(module: nn.Module, formats: Mapping[str, str], dtype: torch.dtyp
 
 
 def _packed_experts(experts: Any, formats: Mapping[str, str], dtype: torch.dtype) -> PackedExperts:
-    clamped = hasattr(experts, "alpha") and hasattr(experts, "limit")  # GptOssExperts
+    clamped = hasattr(experts, "alpha") and hasattr(experts, "limit")  # GptOssExperts, whose stacks are transposed
     hidden, inner = ("hidden_size", "intermediate_size") if clamped else ("hidden_dim", "intermediate_dim")
     twin = PackedExperts(
         experts.num_experts,
@@ -118,7 +118,7 @@ def _packed_experts(experts: Any, formats: Mapping[str, str], dtype: torch.dtype
         act_fn=ClampedSwiglu(experts.alpha, experts.limit) if clamped else experts.act_fn,
         dtype=dtype,
         device="meta",
-        transposed=experts.transposed if isinstance(experts, PackedExperts) else getattr(experts, "is_transposed", False),
+        transposed=experts.transposed if isinstance(experts, PackedExperts) else clamped,
     )
     for name in ("gate_up_proj_bias", "down_proj_bias"):
         setattr(twin, name, getattr(experts, name, None))
