@@ -54,7 +54,12 @@ def route(
 
 
 def gate_up(
-    x: torch.Tensor, routes: torch.Tensor, weight: torch.Tensor, grouped: bool, gated: Gated = ops.swiglu
+    x: torch.Tensor,
+    routes: torch.Tensor,
+    weight: torch.Tensor,
+    grouped: bool,
+    gated: Gated = ops.swiglu,
+    weigh_input: bool = False,
 ) -> torch.Tensor:
     """[T * top_k, I]: gated(gate x, up x) for each token's chosen experts.
 
@@ -62,16 +67,22 @@ def gate_up(
         x: [T, H].
         weight: [experts, 2 I, H], gate before up.
         gated: `ops.swiglu` or `ops.geglu`.
+        weigh_input: whether x is multiplied by the expert's weight.
     """
     top_k = routes.shape[-1] // 2
+    shares = routes[:, top_k:].flatten()[:, None].to(x.dtype)
     out = x.new_empty(len(x) * top_k, weight.shape[1] // 2)
     for expert, rows in _visits(routes[:, :top_k], grouped):
-        out[rows] = gated(*F.linear(x[rows // top_k], weight[expert]).chunk(2, -1))
+        read = x[rows // top_k] * shares[rows] if weigh_input else x[rows // top_k]
+        out[rows] = gated(*F.linear(read, weight[expert]).chunk(2, -1))
     return out
 
 
-def down(hidden: torch.Tensor, routes: torch.Tensor, weight: torch.Tensor, grouped: bool) -> torch.Tensor:
-    """float32 [T, H]: the weighted sum of the chosen experts' results, in ascending order of experts.
+def down(
+    hidden: torch.Tensor, routes: torch.Tensor, weight: torch.Tensor, grouped: bool, weigh_input: bool = False
+) -> torch.Tensor:
+    """float32 [T, H]: the weighted sum of the chosen experts' results, in ascending order of experts; with `weigh_input`, the
+    sum without weights.
 
     Args:
         hidden: [T * top_k, I].
@@ -81,7 +92,9 @@ def down(hidden: torch.Tensor, routes: torch.Tensor, weight: torch.Tensor, group
     out = hidden.new_empty(len(hidden), weight.shape[1])
     for expert, rows in _visits(chosen, grouped):
         out[rows] = F.linear(hidden[rows], weight[expert])
-    parts = shares[..., None] * out.float().unflatten(0, chosen.shape)
+    parts = out.float().unflatten(0, chosen.shape)
+    if not weigh_input:
+        parts = shares[..., None] * parts
     total = torch.zeros_like(parts[:, 0])
     for part in parts.unbind(1):
         total += part

@@ -169,6 +169,9 @@ class ReferencePlan:
     def _rope(self, step: _Step, node: Node, x: torch.Tensor, table: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return (ops.rope(x, table, node.attrs["heads"], node.attrs["interleaved"], node.attrs.get("offset", 0)),)
 
+    def _position_scale(self, step: _Step, node: Node, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return (ops.position_scale(x, torch.from_numpy(step.batch.positions).to(self.device), **node.attrs),)
+
     def _cache_write(self, step: _Step, node: Node, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, ...]:
         k, v = (rows.unflatten(-1, (node.attrs["kv_heads"], -1)) for rows in (k, v))
         for rows, context, table in step.sequences:
@@ -204,7 +207,7 @@ class ReferencePlan:
         the sinks and a window are not read: their blocks may be missing."""
         queries, window, sinks = rows.stop - rows.start, node.attrs.get("window", 0), node.attrs.get("sinks", 0)
         blocks, tokens = ops.visible_blocks(queries, context, window, sinks, self.device)
-        return blocks, tokens, ops.visible(queries, context, tokens, window, sinks)
+        return blocks, tokens, ops.visible(queries, context, tokens, window, sinks, node.attrs.get("chunked", False))
 
     def _block_choose(self, step: _Step, node: Node, q: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """In float32, whatever the dtype of the rows, as are the resulting indices of blocks."""
@@ -280,12 +283,14 @@ class ReferencePlan:
         return (moe.route(F.linear(x.float(), self._weights[node.weights[0]]), bias, **options),)
 
     def _experts_gate_up(self, step: _Step, node: Node, x: torch.Tensor, routes: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        name, gated = node.weights[0], ops.GATED[node.attrs.get("activation", "silu")]
-        return (moe.gate_up(self._rounded(x, name), routes, self._weights[name], node.attrs["grouped"], gated),)
+        a, name = node.attrs, node.weights[0]
+        gated, weigh = ops.GATED[a.get("activation", "silu")], a.get("weigh_input", False)
+        return (moe.gate_up(self._rounded(x, name), routes, self._weights[name], a["grouped"], gated, weigh),)
 
     def _experts_down(self, step: _Step, node: Node, hidden: torch.Tensor, routes: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        name = node.weights[0]
-        out = moe.down(self._rounded(hidden, name), routes, self._weights[name], node.attrs["grouped"])
+        a, name = node.attrs, node.weights[0]
+        weigh = a.get("weigh_input", False)
+        out = moe.down(self._rounded(hidden, name), routes, self._weights[name], a["grouped"], weigh)
         return (out.to(self.dtype),)
 
     def _short_conv(self, step: _Step, node: Node, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -381,6 +386,7 @@ _OPS: Mapping[str, Callable[..., tuple[torch.Tensor, ...]]] = {
     "linear": ReferencePlan._linear,
     "rope_table": ReferencePlan._rope_table,
     "rope": ReferencePlan._rope,
+    "position_scale": ReferencePlan._position_scale,
     "cache_write": ReferencePlan._cache_write,
     "rope_cache": ReferencePlan._rope_cache,
     "attention": ReferencePlan._attention,

@@ -244,6 +244,28 @@ SPECS = (
         """,
     ),
     OpSpec(
+        name="position_scale",
+        inputs=(_X,),
+        outputs=(_Y,),
+        attrs=(
+            Attr("beta", FLOAT, step_field="scale"),
+            Attr("length", INT, "positions with the same factor", step_field="window"),
+            step_attr("offset", INT, "added to the position", 0),
+        ),
+        fits=lambda n, g: same_widths(n, g) and n.attrs["length"] >= 1 and n.attrs.get("offset", 0) >= 0,
+        rows="tokens",
+        in_place=((0, 0),),
+        code=41,
+        doc="""
+            For the position p of each row:
+
+                y = (1 + beta * log(1 + floor((p + offset) / length))) * x
+
+            Scales queries, so that attention does not become flatter over long texts. Source: Nakanishi 2025, Scalable-Softmax;
+            `attn_temperature_tuning` of Llama 4, `llama_4_scaling_beta` of Ministral 3.
+        """,
+    ),
+    OpSpec(
         name="select_rows",
         origin="rule",
         inputs=(_X,),

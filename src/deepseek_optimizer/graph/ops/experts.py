@@ -28,6 +28,7 @@ _PRODUCT = (
     _TOP_K,
     Attr("grouped", BOOL, "compute by expert instead of by token, so that an expert's weights are read once", flag="grouped"),
 )
+_WEIGH_INPUT = Attr("weigh_input", BOOL, "weights multiply the inputs of experts, not their outputs", False, flag="weigh_input")
 _PHASES = "With `grouped` (rule `experts`), the rows of one expert are multiplied together. The results are the same."
 
 
@@ -74,7 +75,7 @@ SPECS = (
         inputs=(Operand("x", "[T, H]"), _ROUTES),
         outputs=(Operand("h", "[T * top_k, I]"),),
         weights=(Operand("gate_up", "[E, 2 I, H]: the rows of gate, then of up"),),
-        attrs=(*_PRODUCT, ACTIVATION),
+        attrs=(*_PRODUCT, ACTIVATION, _WEIGH_INPUT),
         fits=lambda n, g: _products_fit(n, n.outputs[0].repeat),
         weight_shapes=lambda n, g: [(n.weights[0], (n.attrs["experts"], 2 * n.outputs[0].width, n.inputs[0].width))],
         stacked=2,
@@ -85,8 +86,9 @@ SPECS = (
         code=17,
         kernels=_PHASES,
         doc="""
-            h = `swiglu`(gate_e x_t, up_e x_t), or `geglu` of them, for each token t and its chosen experts e. When packed, the
-            weight is a stack of 2 E matrices [I, H]: gate and up of each expert in turn.
+            h = `swiglu`(gate_e x_t, up_e x_t), or `geglu` of them, for each token t and its chosen experts e. With
+            `weigh_input`, gate_e x_t and up_e x_t are multiplied by weight_e (Llama 4). When packed, the weight is a stack of
+            2 E matrices [I, H]: gate and up of each expert in turn.
         """,
     ),
     OpSpec(
@@ -94,7 +96,7 @@ SPECS = (
         inputs=(Operand("h", "[T * top_k, I]"), _ROUTES),
         outputs=(Operand("y", "[T, H]"),),
         weights=(Operand("down", "[E, H, I]"),),
-        attrs=_PRODUCT,
+        attrs=(*_PRODUCT, _WEIGH_INPUT),
         fits=lambda n, g: _products_fit(n, n.inputs[0].repeat),
         weight_shapes=lambda n, g: [(n.weights[0], (n.attrs["experts"], n.outputs[0].width, n.inputs[0].width))],
         stacked=1,
@@ -103,7 +105,7 @@ SPECS = (
         product=True,
         code=18,
         kernels=_PHASES,
-        doc="y_t = sum over the chosen experts e, ascending, of weight_e * (down_e h).",
+        doc="y_t = sum over the chosen experts e, ascending, of weight_e * (down_e h), or of down_e h with `weigh_input`.",
     ),
     OpSpec(
         name="route",
