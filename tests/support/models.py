@@ -34,7 +34,9 @@ from transformers import (
     Lfm2MoeConfig,
     LlamaConfig,
     MiniMaxM2Config,
+    Ministral3Config,
     MinistralConfig,
+    Mistral4Config,
     MistralConfig,
     MixtralConfig,
     Olmo2Config,
@@ -54,8 +56,8 @@ from transformers import (
     Starcoder2Config,
     YoutuConfig,
 )
-from transformers.models.auto import AutoModelForCausalLM
 
+from deepseek_optimizer.integration.compat import causal_lm_class
 from deepseek_optimizer.models import SUPPORTED
 
 TOLERANCE = 1e-4  # relative to the row's largest logit, in fp32
@@ -141,6 +143,23 @@ def hunyuan_v1_dense(**fields: Any) -> HunYuanDenseV1Config:
 
 def ministral(**fields: Any) -> MinistralConfig:
     return MinistralConfig(**{**_small(), "head_dim": 12, "sliding_window": 37, **fields})
+
+
+def ministral3(**fields: Any) -> Ministral3Config:
+    """The queries' factor changes several times within the tests' texts."""
+    return Ministral3Config(**{**_small(), "head_dim": 12, **_growing(1.0), **fields})
+
+
+def mistral4(**fields: Any) -> Mistral4Config:
+    experts = {"n_group": 3, "topk_group": 2, "n_shared_experts": 1, "norm_topk_prob": True}
+    heads = {"num_attention_heads": 3, "num_key_value_heads": 3}
+    return Mistral4Config(**{**_latent(), **_EXPERTS, **experts, **heads, **_growing(1.0), **fields})
+
+
+def _growing(scale: float) -> dict[str, Any]:
+    return rope(
+        "yarn", factor=64.0, original_max_position_embeddings=19, mscale=scale, mscale_all_dim=scale, llama_4_scaling_beta=0.4
+    )
 
 
 def stablelm(**fields: Any) -> StableLmConfig:
@@ -353,6 +372,10 @@ CASES: dict[str, Callable[[], Any]] = {
         tie_word_embeddings=True,
     ),
     "ministral-types": lambda: ministral(layer_types=["sliding_attention", "full_attention", "sliding_attention"]),
+    "ministral3-growing": ministral3,
+    "ministral3-window": lambda: ministral3(sliding_window=37, tie_word_embeddings=True),
+    "mistral4-groups": mistral4,
+    "mistral4-halves": lambda: mistral4(rope_interleave=False, norm_topk_prob=False, q_lora_rank=None, attention_bias=True),
     "smollm3-nope": lambda: smollm3(mlp_bias=True),
     "smollm3-windows": lambda: smollm3(use_sliding_window=True, sliding_window=37, no_rope_layers=[1, 0, 0, 1]),
     "olmo2-gqa": olmo2,
@@ -413,7 +436,7 @@ CASES: dict[str, Callable[[], Any]] = {
 def random_model(config: Any, seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """A model whose weights, norms and biases are random and large enough that every part affects the result."""
     eager = {"attn_implementation": "eager", "experts_implementation": "eager"}  # grouped products need multiples of 16 bytes
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype, **eager).eval()
+    model = causal_lm_class(type(config))._from_config(config, dtype=dtype, **eager).eval()
     return randomise(model, seed)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..graph.ir import CacheSpec, Graph, Node, Value
-from .blocks import Attend, FeedForward, emit, linear, mlp, rms_norm, trunk_graph
+from .blocks import Attend, FeedForward, emit, linear, mlp, rms_norm, scale_by_position, trunk_graph
 from .decoder import Decoder
 
 
@@ -40,6 +40,7 @@ def attention(d: Decoder) -> Attend:
                 )
             if d.qk_norm and d.qk_norm_after_rope:
                 qkv[p] = _head_norm(nodes, d, qkv[p], name, path, p, shape)
+        qkv["q"] = scale_by_position(nodes, d, qkv["q"], f"{name}.q_scaled", layer)
         cache = {"layer": d.cache_layer(layer), "kv_heads": d.kv_heads, "head_dim": d.head_dim}
         nodes.append(Node("cache_write", (qkv["k"], qkv["v"]), attrs=cache))
         softcap = {"softcap": d.attention_softcap} if d.attention_softcap else {}

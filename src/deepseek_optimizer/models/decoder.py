@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from ..errors import ConfigError, UnsupportedModelError
 from .fields import Fields
-from .rope import RopeSpec, read_rope
+from .rope import PositionScale, RopeSpec, read_rope
 
 ACTIVATIONS = {"silu": "silu", "gelu": "gelu_pytorch_tanh"}  # of an MLP -> name in configs
 
@@ -82,6 +82,7 @@ class Trunk:
         input_scale: factor of the input of the first layer, whether it comes from the table or from the caller.
         residual_scale: factor of what a layer's attention and MLP add to the residual.
         logit_scale, logit_softcap: factor and limit of logits, see op `lm_head`.
+        position_scales: per layer the position-dependent factor of the queries, None: the layer has none; (): no layer has.
     """
 
     family: str
@@ -104,6 +105,7 @@ class Trunk:
     residual_scale: float = 1.0
     logit_scale: float = 1.0
     logit_softcap: float = 0.0
+    position_scales: tuple[PositionScale | None, ...] = ()
 
     @property
     def rope(self) -> RopeSpec:

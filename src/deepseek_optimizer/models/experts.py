@@ -70,6 +70,12 @@ def read_sigmoid_routing(fields: Fields, hidden: int, count: str = "n_routed_exp
     return _routing(fields, hidden, count, grouped=True, scoring="sigmoid", group_score="top2", normalise=normalise, bias=bias)
 
 
+def read_grouped_softmax_routing(fields: Fields, hidden: int) -> Routing:
+    """Mistral 4's routing: softmax over all experts; a group's score is the sum of its two highest."""
+    normalise = fields.flag("norm_topk_prob")
+    return _routing(fields, hidden, grouped=True, scoring="softmax", group_score="top2", normalise=normalise, bias="")
+
+
 def read_plain_routing(fields: Fields, hidden: int, *, experts: str = "num_experts", width: str, **rest: Any) -> Routing:
     """Routing without groups, scales or shared experts: the `num_experts_per_tok` experts with the highest scores.
 

@@ -47,6 +47,8 @@ FAMILIES: Final[Mapping[str, Family]] = MappingProxyType({
     "youtu": Family(rotates_halves=False, plain_residuals=False),
     "mistral": Family(window_from_config=True),
     "ministral": _PLAN_ONLY,
+    "ministral3": _PLAN_ONLY,
+    "mistral4": _PLAN_ONLY,
     "smollm3": _PLAN_ONLY,
     "olmo2": _PLAN_ONLY,
     "olmo3": _PLAN_ONLY,
