@@ -57,6 +57,9 @@ FIELDS: dict[str, dict[str, Any]] = {
     "deepseek_v3": GROUPS,
     # With fewer index heads, several keys would get a score of exactly 0 from all heads, which are ties.
     "deepseek_v32": {**GROUPS, "index_topk": 8, "index_head_dim": 32, "index_n_heads": 20},
+    "glm_moe_dsa": {
+        **GROUPS, "index_topk": 8, "index_head_dim": 32, "index_n_heads": 20, "indexer_types": ["full", "shared"],
+    },
     "youtu": LATENT,
     "ministral": {**SMALL, "head_dim": 8, "sliding_window": 32},
     "ministral3": {**SMALL, "head_dim": 8, "rope_parameters": GROWING},

@@ -26,6 +26,7 @@ from transformers import (
     Glm4MoeConfig,
     Glm4MoeLiteConfig,
     GlmConfig,
+    GlmMoeDsaConfig,
     GraniteConfig,
     GraniteMoeConfig,
     HunYuanDenseV1Config,
@@ -227,6 +228,14 @@ def deepseek_v32(**fields: Any) -> DeepseekV32Config:
     return DeepseekV32Config(**{**_latent(), **_EXPERTS, **experts, **index, **heads, **fields})
 
 
+def glm_moe_dsa(**fields: Any) -> GlmMoeDsaConfig:
+    """With as many index heads as in `deepseek_v32`; layers 2 and 3 use the tokens that layer 1 chose."""
+    experts = {"n_group": 3, "topk_group": 2, "n_shared_experts": 1, "norm_topk_prob": True}
+    index = {"index_topk": 16, "index_head_dim": 24, "index_n_heads": 20, "indexer_types": ["full", "full", "shared", "shared"]}
+    heads = {"num_attention_heads": 3, "num_key_value_heads": 3, "num_hidden_layers": 4}
+    return GlmMoeDsaConfig(**{**_latent(), **_EXPERTS, **experts, **index, **heads, **fields})
+
+
 def youtu(**fields: Any) -> YoutuConfig:
     heads = fields.get("num_attention_heads", 3)
     defaults = {**_latent(), "num_attention_heads": heads, "num_key_value_heads": heads, "tie_word_embeddings": True}
@@ -424,6 +433,10 @@ CASES: dict[str, Callable[[], Any]] = {
     "deepseek_v32-indexer": lambda: deepseek_v32(**_YARN),
     "deepseek_v32-types": lambda: deepseek_v32(
         mlp_layer_types=["sparse", "dense", "sparse"], attention_bias=True, index_topk=40
+    ),
+    "glm_moe_dsa-shared": glm_moe_dsa,
+    "glm_moe_dsa-biases": lambda: glm_moe_dsa(
+        attention_bias=True, index_topk=40, indexer_types=["full", "shared"], num_hidden_layers=2, **_YARN
     ),
     "youtu-tied": youtu,
     "youtu-halves": lambda: youtu(

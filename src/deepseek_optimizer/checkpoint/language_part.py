@@ -30,7 +30,9 @@ class LanguagePart:
 
 _MTP: Final = {"multi-token prediction": r"mtp\..*"}
 _QWEN: Final = {"the vision tower": r"model\.visual\..*", **_MTP}
+_GLM_5: Final = {"multi-token prediction": r"model\.layers\.78\..*"}
 _PARTS: Final[Mapping[str, LanguagePart]] = {
+    "glm_moe_dsa": LanguagePart(unread=_GLM_5),
     "qwen3_next": LanguagePart(unread=_MTP),
     "qwen3_5": LanguagePart("qwen3_5_text", "model.language_model.", _QWEN),
     "qwen3_5_text": LanguagePart(unread=_MTP),

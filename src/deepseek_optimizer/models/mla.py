@@ -23,11 +23,18 @@ MAX_SPARSE_POSITIONS = 1 << 24  # token indices are passed as float32, which is 
 
 @dataclass(frozen=True)
 class Indexer:
-    """The lightning indexer: each token has `heads` queries and one key of `width` elements, and attends to `top_k` tokens."""
+    """The lightning indexer: each token has `heads` queries and one key of `width` elements, and attends to `top_k` tokens.
+
+    Attributes:
+        interleaved: whether rotated pairs are (2i, 2i + 1) instead of (i, i + rot/2), as in `LatentDecoder`.
+        shared: for each layer whether it uses the tokens chosen in the layer before it; (): each layer chooses its own.
+    """
 
     heads: int
     width: int
     top_k: int
+    interleaved: bool = False
+    shared: tuple[bool, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,6 +144,8 @@ def _indexer(fields: Fields, rotated: int) -> Indexer:
 def attention(d: LatentDecoder) -> Attend:
     """Projections through latents, RoPE of part of each head, cache write, attention over latents, output projection."""
 
+    choices: dict[int, Value] = {}  # by layer
+
     def attend(nodes: list[Node], x: Value, table: Value | None, layer: int) -> Value:
         assert table is not None  # all layers have RoPE
         name, path = f"l{layer}", f"model.layers.{layer}.self_attn"
@@ -159,7 +168,11 @@ def attention(d: LatentDecoder) -> Attend:
         )  # fmt: skip
         place = d.cache_layers[layer] if d.cache_layers else layer
         nodes.append(Node("latent_write", (latent,), attrs={"layer": place}))
-        chosen = (_choose(nodes, d.indexer, x, q_from, table, layer),) if d.indexer else ()
+        if d.indexer and d.indexer.shared and d.indexer.shared[layer]:
+            choices[layer] = choices[layer - 1]
+        elif d.indexer:
+            choices[layer] = _choose(nodes, d.indexer, x, q_from, table, layer)
+        chosen = (choices[layer],) if d.indexer else ()
         attended = emit(
             nodes, "mla_attention", (q, *chosen), f"{name}.attn", d.heads * d.v_dim, f"{path}.kv_b_proj.weight", layer=place,
             heads=d.heads, nope=d.nope, rope=d.rope.rot, rank=d.rank, v_dim=d.v_dim, scale=d.scale, form="expanded",
@@ -170,9 +183,9 @@ def attention(d: LatentDecoder) -> Attend:
 
 
 def _choose(nodes: list[Node], indexer: Indexer, x: Value, q_latent: Value, table: Value, layer: int) -> Value:
-    """The visible tokens of each token. Unlike in attention, pairs are (i, i + rot/2), and the rotated elements come first."""
+    """The visible tokens of each token. Unlike in attention, the rotated elements of a head come first."""
     name, path = f"l{layer}.index", f"model.layers.{layer}.self_attn.indexer"
-    rotation: dict[str, Any] = {"head_dim": indexer.width, "offset": 0, "interleaved": False}
+    rotation: dict[str, Any] = {"head_dim": indexer.width, "offset": 0, "interleaved": indexer.interleaved}
     q = linear(nodes, q_latent, f"{name}_q", indexer.heads * indexer.width, f"{path}.wq_b")
     q = emit(nodes, "rope", (q, table), f"{name}_q_rope", q.width, heads=indexer.heads, **rotation)
     k, normed = linear(nodes, x, f"{name}_k", indexer.width, f"{path}.wk"), Value(f"{name}_k_norm", indexer.width)
