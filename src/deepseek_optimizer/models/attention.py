@@ -40,13 +40,13 @@ def attention(d: Decoder) -> Attend:
                 )
             if d.qk_norm and d.qk_norm_after_rope:
                 qkv[p] = _head_norm(nodes, d, qkv[p], name, path, p, shape)
-        qkv["q"] = scale_by_position(nodes, d, qkv["q"], f"{name}.q_scaled", layer)
         cache = {"layer": d.cache_layer(layer), "kv_heads": d.kv_heads, "head_dim": d.head_dim}
         nodes.append(Node("cache_write", (qkv["k"], qkv["v"]), attrs=cache))
+        q = scale_by_position(nodes, d, qkv["q"], f"{name}.q_scaled", layer)
         softcap = {"softcap": d.attention_softcap} if d.attention_softcap else {}
         sink = f"{path}.{d.head_sinks}" if d.head_sinks else ""
         attended = emit(
-            nodes, "attention", (qkv["q"],), f"{name}.attn", qkv["q"].width, sink, heads=d.heads, scale=d.scale,
+            nodes, "attention", (q,), f"{name}.attn", q.width, sink, heads=d.heads, scale=d.scale,
             window=d.windows[layer], softmax="eager", **softcap, **cache,
         )  # fmt: skip
         if d.gated:
