@@ -277,9 +277,12 @@ enum {
                         lower index; NaN ranks highest, so that it reaches the result */
   DSO_OP_EXPERTS_GATE_UP = 17, /* in0 any, in1 routes, w0 stack of 2 * experts (gate, up, gate, up ..) -> out0 any, repeat =
                                   top_k. GROUPED flag: rows of out0 are ordered by expert, as EXPERTS_DOWN with the same routes
-                                  expects. GELU flag as in GATE_UP */
+                                  expects. GELU flag as in GATE_UP. b0 (or -1): vector [2 * experts * I], the biases of the
+                                  matrices in turn. softcap > 0: h = (u + 1) * g * sigmoid(scale * g), where g = min(gate,
+                                  softcap) and u is up limited to [-softcap, softcap] */
   DSO_OP_EXPERTS_DOWN = 18, /* in0 from EXPERTS_GATE_UP, in1 routes, w0 stack of experts -> out0 F32: sum over j, ascending, of
-                               weight_j * (W x_j). GROUPED flag as in EXPERTS_GATE_UP */
+                               weight_j * (W x_j + b). GROUPED flag as in EXPERTS_GATE_UP. b0 (or -1): vector
+                               [experts * rows], the biases of the matrices in turn */
 
   /* Multi-head latent attention over a latent cache. Widths: q is heads * (nope + rope), a latent is rank + rope. */
   DSO_OP_LATENT = 19,       /* in0 F32 [T, rank + rope], in1 table, w0 vector [rank], eps -> out0 F32: norm of the first rank
@@ -363,7 +366,7 @@ typedef struct dso_step {
   int32_t nope, rope, rank, v_dim, index; /* latent attention */
   int32_t experts, top_k, groups, top_groups, state;
   float eps, scale;
-  float softcap; /* ATTENTION: limit of the scores; 0: none */
+  float softcap; /* ATTENTION: limit of the scores; EXPERTS_GATE_UP: of gate and up; 0: none */
 } dso_step;
 
 typedef struct dso_plan dso_plan;

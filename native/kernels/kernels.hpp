@@ -167,6 +167,7 @@ struct RowKernels {  // everything else: rows of activations, weights and caches
   void (*add)(const float* a, const float* b, int64_t n, float* out);
   void (*swiglu)(const float* gate, const float* up, int64_t n, float* out);
   void (*geglu)(const float* gate, const float* up, int64_t n, float* out);
+  void (*clamped_swiglu)(const float* gate, const float* up, int64_t n, float alpha, float limit, float* out);
   void (*softmax)(const float* x, int64_t n, float* out);
   void (*sigmoid)(const float* x, int64_t n, float* out);
   void (*add_scaled)(const float* x, float scale, int64_t n, float* y);  // y = fma(x, scale, y)

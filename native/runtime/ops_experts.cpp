@@ -1,4 +1,5 @@
 // EXPERTS_GATE_UP and EXPERTS_DOWN: the products of a mixture of experts, by groups of rows that share an expert's matrices.
+#include <cmath>
 #include <cstring>
 
 #include "expert_groups.hpp"
@@ -12,12 +13,17 @@ constexpr int64_t kVectorRows = 4;  // up to this many rows, kernels read weight
 struct Experts {  // one of the two steps: its inputs and its stack of weights
   SlotRef in, routes;
   Stack stack;
+  const float* bias;  // of the stack's matrices, [count * rows]; null: none
   std::shared_ptr<ExpertGroups> groups;
 
   int64_t rows(const Run& run) const { return run.slots[routes.index].count; }
   int64_t pairs(const Run& run) const { return rows(run) * groups->chosen.top_k; }
   bool one_family() const { return dso::one_family(stack.first, in.kind); }
   int64_t tiles() const { return tile_rows(stack.first); }
+  // The bias of a matrix, from tile `tile` on.
+  const float* bias_of(int64_t matrix, int64_t tile) const {
+    return bias ? bias + matrix * stack.first.rows + tile * kTileRows : nullptr;
+  }
   int64_t tile_bytes() const { return tile_row_bytes(stack.first); }
   // Bytes of weights per task for `products` matrices of this stack when limited by memory bandwidth.
   int64_t stretch(const Run& run, int64_t products) const {
@@ -25,12 +31,24 @@ struct Experts {  // one of the two steps: its inputs and its stack of weights
   }
 };
 
+struct Activation {
+  bool gelu;
+  float alpha, limit;  // limit > 0: the clamped form
+
+  void apply(const Kernels& kernels, float* gate, const float* up, int64_t columns) const {
+    if (limit > 0)
+      kernels.clamped_swiglu(gate, up, columns, alpha, limit, gate);
+    else
+      (gelu ? kernels.geglu : kernels.swiglu)(gate, up, columns, gate);
+  }
+};
+
 // The rows of the groups' experts, split into (expert, block of tiles, block of rows). As in GATE_UP, a task computes the same
-// columns of gate and up in its own buffers and writes silu(gate) * up of them as whole groups of 32 columns.
+// columns of gate and up in its own buffers and writes the activation of them as whole groups of 32 columns.
 class ExpertsGateUp final : public Op {
  public:
-  ExpertsGateUp(Experts experts, const SlotRef& out, bool gelu, bool weighs)
-      : x_(std::move(experts)), out_(out), gelu_(gelu), weighs_(weighs) {}
+  ExpertsGateUp(Experts experts, const SlotRef& out, const Activation& activation, bool weighs)
+      : x_(std::move(experts)), out_(out), activation_(activation), weighs_(weighs) {}
 
   void shape(const Run& run) override {
     const int64_t pairs = x_.pairs(run);
@@ -85,13 +103,13 @@ class ExpertsGateUp final : public Op {
     float* up = gate + block_floats_;
     const Rows x = rows_of(run, begin, n, scratch + gather_at(run));
     for (int64_t half = 0; half < 2; ++half)
-      run.kernels.linear(tiles_of(x_.stack.at(2 * p.expert + half), tile, tile_end), nullptr, x_.in.kind, x.data, x.stride, n,
-                         p.prefill, 0, tile_end - tile, half ? up : gate, 4 * stride, scratch);
+      run.kernels.linear(tiles_of(x_.stack.at(2 * p.expert + half), tile, tile_end), x_.bias_of(2 * p.expert + half, tile),
+                         x_.in.kind, x.data, x.stride, n, p.prefill, 0, tile_end - tile, half ? up : gate, 4 * stride, scratch);
     for (int64_t r = 0; r < n; ++r) {
       float *h = gate + r * stride, *u = up + r * stride;
       if (weighs_)  // the products with the weighted input
         for (float* product : {h, u}) run.kernels.scale(product, x_.groups->weight(begin + r), columns, product);
-      (gelu_ ? run.kernels.geglu : run.kernels.swiglu)(h, u, columns, h);
+      activation_.apply(run.kernels, h, u, columns);
       write_columns(run, out_, begin + r, h, column, column + columns);
     }
   }
@@ -150,7 +168,8 @@ class ExpertsGateUp final : public Op {
   std::vector<Part> parts_;
   int64_t tasks_ = 0, max_rows_ = 0, block_floats_ = 0;
   bool stretches_ = false;
-  const bool gelu_, weighs_;
+  const Activation activation_;
+  const bool weighs_;
 };
 
 // A task owns a block of columns of a block of tokens and walks the groups in order, so that each result is one chain of
@@ -204,7 +223,8 @@ class ExpertsDown final : public Op {
           begin += std::lower_bound(from, to, first) - from;
         }
         for (; begin < stop; begin += block_rows_)
-          add_products(run, w, begin, std::min(block_rows_, stop - begin), prefill, column, columns, thread);
+          add_products(run, w, h_.bias_of(g.expert, tile), begin, std::min(block_rows_, stop - begin), prefill, column, columns,
+                       thread);
       });
     }
   }
@@ -212,14 +232,13 @@ class ExpertsDown final : public Op {
  private:
   int64_t buffer_at(const Run& run) const { return round_up(int64_t(run.kernels.linear_scratch), 64); }
 
-  void add_products(const Run& run, const Matrix& w, int64_t begin, int64_t n, bool prefill, int64_t column, int64_t columns,
-                    int thread) const {
+  void add_products(const Run& run, const Matrix& w, const float* bias, int64_t begin, int64_t n, bool prefill, int64_t column,
+                    int64_t columns, int thread) const {
     uint8_t* scratch = run.thread_scratch(thread);
     float* buffer = reinterpret_cast<float*>(scratch + buffer_at(run));
     const Rows &h = run.slots[h_.in.index], &y = run.slots[out_.index];
     const int64_t stride = round_up(columns, kTileRows);
-    run.kernels.linear(w, nullptr, h_.in.kind, h.row(begin), h.stride, n, prefill, 0, tile_rows(w), buffer, 4 * stride,
-                       scratch);
+    run.kernels.linear(w, bias, h_.in.kind, h.row(begin), h.stride, n, prefill, 0, tile_rows(w), buffer, 4 * stride, scratch);
     const int32_t* tokens = h_.groups->tokens(begin);
     for (int64_t i = 0; i < n; ++i)
       run.kernels.add_scaled(buffer + i * stride, weighs_ ? h_.groups->weight(begin + i) : 1.0f, columns,
@@ -237,9 +256,10 @@ class ExpertsDown final : public Op {
 Experts read_experts(StepReader& s, int64_t matrices, int64_t repeat) {
   const Chosen chosen = s.chosen();
   const Stack stack = s.stack(0, matrices * chosen.experts);
+  const float* bias = s.bias(0, stack.count * stack.first.rows);
   const SlotRef in = s.activations(stack.first, repeat), routes = s.in(1, kF32Only, 2 * chosen.top_k);
   if (in.selected != routes.selected) s.refuse("in[0] and in[1] hold different rows");
-  return {in, routes, stack, nullptr};
+  return {in, routes, stack, bias, nullptr};
 }
 
 std::shared_ptr<ExpertGroups>* find_groups(StepReader& s, const Experts& x) {
@@ -253,7 +273,13 @@ std::shared_ptr<ExpertGroups>* find_groups(StepReader& s, const Experts& x) {
 }  // namespace
 
 std::unique_ptr<Op> make_experts_gate_up(StepReader& s) {
-  s.takes(2, 1, 1, 0, DSO_FLAG_GROUPED | DSO_FLAG_GELU | DSO_FLAG_WEIGH_INPUT);
+  s.takes(2, 1, 1, 1, DSO_FLAG_GROUPED | DSO_FLAG_GELU | DSO_FLAG_WEIGH_INPUT);
+  const Activation activation{(s.step.flags & DSO_FLAG_GELU) != 0, s.step.scale, s.step.softcap};
+  const bool weighs = s.step.flags & DSO_FLAG_WEIGH_INPUT;
+  if (!(activation.limit >= 0 && std::isfinite(activation.limit)))
+    s.refuse("softcap is %g, must be finite and not negative", double(activation.limit));
+  if (activation.limit > 0 && activation.gelu) s.refuse("has a limit (softcap) and the GELU flag");
+  if (weighs && s.step.b[0] != -1) s.refuse("has biases and the WEIGH_INPUT flag");
   Experts x = read_experts(s, 2, 1);
   const SlotRef out = s.out(0, kAnyKind, x.stack.first.rows, x.in.selected, s.chosen().top_k);
   if (out.index == x.in.index || out.index == x.routes.index) s.refuse("out[0] is an input");
@@ -262,11 +288,11 @@ std::unique_ptr<Op> make_experts_gate_up(StepReader& s) {
   else
     x.groups = s.plan().groups.emplace_back(
         std::make_shared<ExpertGroups>(x.routes.index, s.chosen(), (s.step.flags & DSO_FLAG_GROUPED) != 0));
-  return std::make_unique<ExpertsGateUp>(std::move(x), out, s.step.flags & DSO_FLAG_GELU, s.step.flags & DSO_FLAG_WEIGH_INPUT);
+  return std::make_unique<ExpertsGateUp>(std::move(x), out, activation, weighs);
 }
 
 std::unique_ptr<Op> make_experts_down(StepReader& s) {
-  s.takes(2, 1, 1, 0, DSO_FLAG_GROUPED | DSO_FLAG_WEIGH_INPUT);
+  s.takes(2, 1, 1, 1, DSO_FLAG_GROUPED | DSO_FLAG_WEIGH_INPUT);
   Experts x = read_experts(s, 1, s.chosen().top_k);
   const SlotRef out = s.out(0, kF32Only, x.stack.first.rows, x.in.selected);
   if (out.index == x.in.index || out.index == x.routes.index) s.refuse("out[0] is an input");

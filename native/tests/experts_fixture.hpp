@@ -10,6 +10,7 @@ struct MoeSpec {
   int32_t up_format = DSO_F32, up_kind = DSO_SLOT_F32, down_format = DSO_F32, down_kind = DSO_SLOT_F32;
   bool grouped = true;
   int32_t groups = 1, top_groups = 1, flags = DSO_FLAG_SIGMOID | DSO_FLAG_NORMALISE;
+  float alpha = 1, limit = 0;  // limit > 0: experts with biases and a clamped SwiGLU
 };
 
 // Weights of one layer, used by plans on any context.
@@ -21,26 +22,34 @@ class MoeWeights {
         down(stack(s.down_format, s.hidden, s.inner, s.experts, fill)),
         router(::packed_bytes(DSO_F32, s.experts, s.hidden), 0),
         embed(::packed_bytes(DSO_F32, 1, s.hidden), 0),
-        bias((size_t)s.experts) {
+        bias((size_t)s.experts),
+        up_bias(2 * (size_t)s.experts * (size_t)s.inner),
+        down_bias((size_t)s.experts * (size_t)s.hidden) {
     Random random(seed);
     for (int32_t e = 0; e < s.experts; ++e)
       for (int32_t c = 0; c < s.hidden; ++c)  // tiles of [32 columns][16 rows]
         ((float*)router.get())[(e / 16 * ((s.hidden + 31) / 32) + c / 32) * 512 + c % 32 * 16 + e % 16] =
             random.normal() / std::sqrt((float)s.hidden);
-    for (float& b : bias) b = 0.1f * random.normal();
+    for (std::vector<float>* biases : {&bias, &up_bias, &down_bias})
+      for (float& b : *biases) b = 0.1f * random.normal();
   }
   std::vector<dso_weight> table(const MoeSpec& s) {
     return {{DSO_F32, 1, s.hidden, 0, embed.get(), (int64_t)embed.size()},
             {DSO_F32, s.experts, s.hidden, 0, router.get(), (int64_t)router.size()},
             {s.up_format, s.inner, s.hidden, 2 * s.experts, gate_up->get(), (int64_t)gate_up->size()},
             {s.down_format, s.hidden, s.inner, s.experts, down->get(), (int64_t)down->size()},
-            {DSO_VECTOR, 1, s.experts, 0, bias.data(), 4 * (int64_t)s.experts}};
+            vector(bias),
+            vector(up_bias),
+            vector(down_bias)};
   }
   std::unique_ptr<Buffer> gate_up, down;
   Buffer router, embed;
-  std::vector<float> bias;
+  std::vector<float> bias, up_bias, down_bias;
 
  private:
+  static dso_weight vector(std::vector<float>& v) {
+    return {DSO_VECTOR, 1, (int32_t)v.size(), 0, v.data(), 4 * (int64_t)v.size()};
+  }
   static std::unique_ptr<Buffer> stack(int32_t format, int32_t rows, int32_t cols, int32_t count, const Fill& fill) {
     const size_t one = ::packed_bytes(format, rows, cols);
     auto all = std::make_unique<Buffer>(one * (size_t)count);
@@ -72,8 +81,14 @@ class Moe {
     route.flags = spec.flags;
     int32_t read = x;
     if (spec.up_kind != DSO_SLOT_F32) add(DSO_OP_CONVERT, {x}, read = slot(spec.up_kind, spec.hidden), -1);
-    for (dso_step* s : {&add(DSO_OP_EXPERTS_GATE_UP, {read, routes}, h, 2), &add(DSO_OP_EXPERTS_DOWN, {h, routes}, y, 3)})
-      s->flags = spec.grouped ? DSO_FLAG_GROUPED : 0;
+    dso_step &gate_up = add(DSO_OP_EXPERTS_GATE_UP, {read, routes}, h, 2), &down = add(DSO_OP_EXPERTS_DOWN, {h, routes}, y, 3);
+    gate_up.flags = down.flags = spec.grouped ? DSO_FLAG_GROUPED : 0;
+    if (spec.limit > 0) {
+      gate_up.b[0] = 5;
+      down.b[0] = 6;
+      gate_up.scale = spec.alpha;
+      gate_up.softcap = spec.limit;
+    }
     add(DSO_OP_HIDDEN_OUT, {y}, -1, -1);
     add(DSO_OP_HIDDEN_OUT, {routes}, -1, -1).layer = routes_at();
     const int32_t rc = dso_plan_create(context_.c, steps_.data(), (int32_t)steps_.size(), slots_.data(), (int32_t)slots_.size(),

@@ -23,16 +23,17 @@ static std::vector<float> run(const Kernels& k, int op, const Inputs& in, int64_
   if (op == 3) k.sigmoid(floats(a), n, o);
   if (op == 4) k.softmax(floats(a), n, o);
   if (op == 5) k.add_scaled(floats(b), 0.7f, n, o = floats(a));
+  if (op == 6) k.clamped_swiglu(floats(a), floats(b), n, 1.7f, 0.9f, o);
   return std::vector<float>(o, o + n);
 }
 
 static void rows(const std::vector<Variant>& all, int64_t n, float scale, Random& random) {
-  const char* names[] = {"rms_norm", "add", "swiglu", "sigmoid", "softmax", "add_scaled"};
+  const char* names[] = {"rms_norm", "add", "swiglu", "sigmoid", "softmax", "add_scaled", "clamped_swiglu"};
   const Inputs in = {normal((size_t)n, scale, random), normal((size_t)n, 1, random)};
   const double top = *std::max_element(in.a.begin(), in.a.end());
   double square = 0, shares = 0;
   for (float x : in.a) square += (double)x * x, shares += std::exp(x - top);
-  for (int op = 0; op < 6; ++op) {
+  for (int op = 0; op < 7; ++op) {
     const std::vector<float> first = run(*all[0].kernels, op, in, n, false);
     for (int64_t i = 0; i < n; ++i) {
       const double a = in.a[(size_t)i], b = in.b[(size_t)i];
@@ -41,11 +42,15 @@ static void rows(const std::vector<Variant>& all, int64_t n, float scale, Random
                                a / (1 + std::exp(-a)) * b,
                                1 / (1 + std::exp(-a)),
                                std::exp(a - top) / shares,
-                               std::fma(b, 0.7f, a)};
+                               std::fma(b, 0.7f, a),
+                               (std::clamp(b, -double(0.9f), double(0.9f)) + 1) * std::min(a, double(0.9f)) /
+                                   (1 + std::exp(-double(1.7f) * std::min(a, double(0.9f))))};
       const double want = wanted[op], size = op == 5 ? std::fabs(a) + std::fabs(b) : std::fabs(want);
-      const double error = op == 4 ? 2e-6 + 1e-7 * (top - a) : 1e-6;  // of a difference that is rounded, then taken to a power
-      if (!check(std::fabs(first[(size_t)i] - want) <= error * size + 1e-37, "%s %s n=%ld [%ld]: %.8g, not %.8g",
-                 all[0].name.c_str(), names[op], (long)n, (long)i, first[(size_t)i], want))
+      double error = 1e-6;
+      if (op == 4) error = 2e-6 + 1e-7 * (top - a);           // a difference that is rounded, then taken to a power
+      if (op == 6) error = 1e-6 + 1e-7 * std::fabs(1.7 * a);  // a product, likewise
+      if (!check(std::fabs(first[(size_t)i] - want) <= error * size + (op == 6 ? 1e-35 : 1e-37),
+                 "%s %s n=%ld [%ld]: %.8g, not %.8g", all[0].name.c_str(), names[op], (long)n, (long)i, first[(size_t)i], want))
         break;
     }
     for (const Variant& v : all)
@@ -166,6 +171,12 @@ static void extremes(const Variant& v) {
     const double want = 1 / (1 + std::exp(-(double)g[i]));
     check(std::isnan(g[i]) ? std::isnan(s[i]) : std::fabs(s[i] - want) <= 1e-6 * want + 1e-37, "%s sigmoid(%g) = %g",
           v.name.c_str(), g[i], s[i]);
+  }
+  for (const Inputs& in : {Inputs{g, one}, Inputs{one, g}}) {
+    const std::vector<float> clamped = run(*v.kernels, 6, in, (int64_t)g.size(), false);
+    for (size_t i = 0; i < g.size(); ++i)
+      check(std::isnan(clamped[i]) == std::isnan(g[i]), "%s clamped_swiglu(%g, %g) = %g", v.name.c_str(), in.a[i], in.b[i],
+            clamped[i]);
   }
   for (float bad : {(float)NAN, INFINITY})
     for (int at : {0, 5, 36}) {

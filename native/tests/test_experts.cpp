@@ -20,23 +20,31 @@ std::vector<float> plain(const MoeSpec& s, MoeWeights& weights, const Kernels& k
     else
       k.convert(kind, from, 0, width, width, row.get());
   };
-  auto product = [&](int32_t format, int32_t rows, int32_t cols, const uint8_t* data, int32_t kind, Buffer& row) {
+  const bool clamped = s.limit > 0;
+  auto product = [&](int32_t format, int32_t rows, int32_t cols, const uint8_t* data, const float* bias, int32_t kind,
+                     Buffer& row) {
     std::vector<float> y((size_t)rows);
-    k.linear({format, rows, cols, data}, nullptr, kind, row.get(), (int64_t)row.size(), 1, prefill, 0, (rows + 15) / 16,
-             y.data(), 4 * rows, scratch.get());
+    k.linear({format, rows, cols, data}, clamped ? bias : nullptr, kind, row.get(), (int64_t)row.size(), 1, prefill, 0,
+             (rows + 15) / 16, y.data(), 4 * rows, scratch.get());
     return y;
   };
   to_row(s.up_kind, x, s.hidden, x_row);
   std::vector<float> y((size_t)s.hidden, 0);
   for (int32_t j = 0; j < s.top_k; ++j) {
     const size_t e = (size_t)routes[j];
-    std::vector<float> gate =
-        product(s.up_format, s.inner, s.hidden, weights.gate_up->get() + 2 * e * up_bytes, s.up_kind, x_row);
-    const std::vector<float> up =
-        product(s.up_format, s.inner, s.hidden, weights.gate_up->get() + (2 * e + 1) * up_bytes, s.up_kind, x_row);
-    k.swiglu(gate.data(), up.data(), s.inner, gate.data());
+    const size_t inner = (size_t)s.inner;
+    std::vector<float> gate = product(s.up_format, s.inner, s.hidden, weights.gate_up->get() + 2 * e * up_bytes,
+                                      weights.up_bias.data() + 2 * e * inner, s.up_kind, x_row);
+    const std::vector<float> up = product(s.up_format, s.inner, s.hidden, weights.gate_up->get() + (2 * e + 1) * up_bytes,
+                                          weights.up_bias.data() + (2 * e + 1) * inner, s.up_kind, x_row);
+    if (clamped)
+      k.clamped_swiglu(gate.data(), up.data(), s.inner, s.alpha, s.limit, gate.data());
+    else
+      k.swiglu(gate.data(), up.data(), s.inner, gate.data());
     to_row(s.down_kind, gate.data(), s.inner, h_row);
-    k.add_scaled(product(s.down_format, s.hidden, s.inner, weights.down->get() + e * down_bytes, s.down_kind, h_row).data(),
+    k.add_scaled(product(s.down_format, s.hidden, s.inner, weights.down->get() + e * down_bytes,
+                         weights.down_bias.data() + e * (size_t)s.hidden, s.down_kind, h_row)
+                     .data(),
                  routes[s.top_k + j], s.hidden, y.data());
   }
   return y;
@@ -67,9 +75,11 @@ struct Shape {
 };
 
 void equals_plain(const Kernels& k, const Formats& f, const Shape& shape, const std::vector<int32_t>& tokens,
-                  std::vector<int> threads, int32_t flags) {
+                  std::vector<int> threads, int32_t flags, float limit = 0) {
   MoeSpec spec{shape.hidden, shape.inner, shape.experts, shape.top_k, f.up, f.up_kind, f.down, f.down_kind};
   spec.flags = flags;
+  spec.alpha = 1.7f;
+  spec.limit = limit;
   OwnContext packing(k, 1);
   MoeWeights weights(spec, random_matrices(packing.c));
   Random random(9);
@@ -101,9 +111,11 @@ void equals_plain(const Kernels& k, const Formats& f, const Shape& shape, const 
     }
 }
 
-// Against the sum in double, with every kernel in scalar code.
-void matches_textbook() {
-  const MoeSpec spec{72, 40, 5, 3};
+// Against the sum in double, with every kernel in scalar code. limit > 0: with biases, clamped.
+void matches_textbook(float limit) {
+  MoeSpec spec{72, 40, 5, 3};
+  spec.alpha = 1.7f;
+  spec.limit = limit;
   OwnContext packing(scalar::table, 3);
   MoeWeights weights(spec, random_matrices(packing.c));
   Moe moe(spec, weights, scalar::table, 3);
@@ -120,14 +132,20 @@ void matches_textbook() {
     for (int32_t j = 0; j < 3; ++j) {
       const size_t e = (size_t)routes[j];
       for (int32_t i = 0; i < 40; ++i) {
-        double gate = 0, up = 0;
+        double gate = limit > 0 ? weights.up_bias[2 * e * 40 + (size_t)i] : 0,
+               up = limit > 0 ? weights.up_bias[(2 * e + 1) * 40 + (size_t)i] : 0;
         for (int32_t c = 0; c < 72; ++c) {
           gate += value(weights.gate_up->get(), 40, 72, 2 * e, i, c) * x[(size_t)(t * 72 + c)];
           up += value(weights.gate_up->get(), 40, 72, 2 * e + 1, i, c) * x[(size_t)(t * 72 + c)];
         }
-        for (int32_t r = 0; r < 72; ++r)
-          y[(size_t)r] += routes[3 + j] * value(weights.down->get(), 72, 40, e, r, i) * (gate / (1 + std::exp(-gate)) * up);
+        double h = gate / (1 + std::exp(-gate)) * up;
+        if (limit > 0) {
+          const double g = std::min(gate, (double)limit), u = std::clamp(up, -(double)limit, (double)limit);
+          h = (u + 1) * g / (1 + std::exp(-(double)spec.alpha * g));
+        }
+        for (int32_t r = 0; r < 72; ++r) y[(size_t)r] += routes[3 + j] * value(weights.down->get(), 72, 40, e, r, i) * h;
       }
+      for (int32_t r = 0; limit > 0 && r < 72; ++r) y[(size_t)r] += routes[3 + j] * weights.down_bias[e * 72 + (size_t)r];
     }
     for (int32_t r = 0; r < 72; ++r)
       if (!check(std::fabs(y[(size_t)r] - out.y[(size_t)(t * 72 + r)]) < 2e-5, "row %d [%d]: %g, not %g", t, r,
@@ -197,12 +215,15 @@ int main() {
         for (int64_t top_k = 1; top_k <= std::min<int64_t>(experts, 8); top_k += 3)
           for (int64_t decode : {int64_t(0), tokens / 3, tokens}) groups(tokens, experts, top_k, grouped, decode, random);
   blocks();
-  matches_textbook();
+  matches_textbook(0);
+  matches_textbook(0.9f);
   const int32_t sigmoid = DSO_FLAG_SIGMOID | DSO_FLAG_NORMALISE;
   for (const Variant& v : variants())
     for (const Formats& f : kFormats) {
       equals_plain(*v.kernels, f, {80, 56, 7, 3}, {1, 2, 5, 64, 91}, {1, 2, 5}, sigmoid);
       equals_plain(*v.kernels, f, {33, 17, 16, 6}, {1, 3, 70}, {2}, 0);
+      equals_plain(*v.kernels, f, {72, 44, 5, 2}, {1, 6, 80}, {3}, 0, 0.9f);  // with biases, clamped
+      equals_plain(*v.kernels, f, {420, 330, 2, 1}, {1, 7, 210}, {2}, sigmoid, 0.9f);
       equals_plain(*v.kernels, f, {145, 200, 1, 1}, {1, 63, 300}, {1, 3}, sigmoid);  // all rows to one expert, in blocks
       equals_plain(*v.kernels, f, {420, 330, 2, 1}, {1, 7, 210}, {2, 9}, sigmoid);   // more tiles than a block takes
     }

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 
-from deepseek_optimizer.backends.reference import ReferenceBackend, moe
+from deepseek_optimizer.backends.reference import ReferenceBackend, moe, ops
 from deepseek_optimizer.errors import BackendError
 from deepseek_optimizer.graph import rules
 from deepseek_optimizer.graph.analysis import stack_shapes
@@ -79,23 +80,30 @@ def test_ties_go_to_the_lower_index() -> None:
     assert made.tolist() == [8, 9, 10, 0.5, 0.5, 0.5]  # the bias affects the choice, not the weights
 
 
+@pytest.mark.parametrize("limit", [0.0, 0.8])
 @pytest.mark.parametrize("grouped", [False, True])
-def test_experts(grouped: bool) -> None:
+def test_experts(grouped: bool, limit: float) -> None:
+    """With a limit: biases and the clamped activation of gpt-oss."""
     tokens, experts, top_k, hidden, width = 9, 7, 3, 10, 6
     x, w_in, w_out = randn(tokens, hidden), randn(experts, 2 * width, hidden, seed=1), randn(experts, hidden, width, seed=2)
     chosen = torch.stack([torch.randperm(experts, generator=torch.Generator().manual_seed(t))[:top_k] for t in range(tokens)])
     routes = torch.cat((chosen.sort(-1).values.float(), randn(tokens, top_k, seed=3)), -1)
-    inner = moe.gate_up(x, routes, w_in, grouped)
-    made = moe.down(inner, routes, w_out, grouped)
+    b_in, b_out = randn(experts, 2 * width, seed=4) * bool(limit), randn(experts, hidden, seed=5) * bool(limit)
+    gated = partial(ops.clamped_swiglu, alpha=1.7, limit=limit) if limit else ops.swiglu
+    inner = moe.gate_up(x, routes, w_in, grouped, gated, b_in)
+    made = moe.down(inner, routes, w_out, grouped, b_out)
     assert inner.shape == (tokens * top_k, width) and made.shape == (tokens, hidden)
     for t in range(tokens):
         expected = torch.zeros(hidden, dtype=torch.float64)
         for j in range(top_k):
             e, share = int(routes[t, j]), routes[t, top_k + j].double()
-            gate, up = (w_in[e].double() @ x[t].double()).chunk(2)
+            gate, up = (w_in[e].double() @ x[t].double() + b_in[e].double()).chunk(2)
             h = gate * torch.sigmoid(gate) * up
+            if limit:
+                gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+                h = gate * torch.sigmoid(1.7 * gate) * (up + 1)
             torch.testing.assert_close(inner[t * top_k + j].double(), h, rtol=1e-4, atol=1e-5)
-            expected += share * (w_out[e].double() @ h)
+            expected += share * (w_out[e].double() @ h + b_out[e].double())
         torch.testing.assert_close(made[t].double(), expected, rtol=1e-4, atol=1e-4)
 
 

@@ -27,6 +27,7 @@ from transformers import (
     Glm4MoeLiteConfig,
     GlmConfig,
     GlmMoeDsaConfig,
+    GptOssConfig,
     GraniteConfig,
     GraniteMoeConfig,
     HunYuanDenseV1Config,
@@ -201,6 +202,12 @@ def glm4_moe_lite(**fields: Any) -> Glm4MoeLiteConfig:
 def minimax_m2(**fields: Any) -> MiniMaxM2Config:
     experts = {"intermediate_size": 44, "num_local_experts": 6, "num_experts_per_tok": 2}
     return MiniMaxM2Config(**{**_small(), **experts, "head_dim": 20, **fields})
+
+
+def gpt_oss(**fields: Any) -> GptOssConfig:
+    experts = {"intermediate_size": 44, "num_local_experts": 6, "num_experts_per_tok": 2}
+    scaled = rope("yarn", factor=32.0, original_max_position_embeddings=128, beta_fast=32.0, beta_slow=1.0, truncate=False)
+    return GptOssConfig(**{**_small(), **experts, **scaled, "head_dim": 20, "sliding_window": 37, **fields})
 
 
 def granitemoe(**fields: Any) -> GraniteMoeConfig:
@@ -422,6 +429,8 @@ CASES: dict[str, Callable[[], Any]] = {
     "glm4_moe_lite-latent": glm4_moe_lite,
     "minimax_m2-partial": lambda: minimax_m2(rotary_dim=12),
     "granitemoe-factors": granitemoe,
+    "gpt_oss-sinks": gpt_oss,
+    "gpt_oss-limits": lambda: gpt_oss(swiglu_limit=0.7, swiglu_alpha=1.3, attention_bias=False, num_hidden_layers=2),
     "deepseek_v2-greedy": lambda: deepseek_v2(q_lora_rank=None, **_LITE),
     "deepseek_v2-groups": lambda: deepseek_v2(**_LIMITED),
     "deepseek_v2-biases": lambda: deepseek_v2(attention_bias=True, mlp_bias=True, hidden_size=80, num_attention_heads=16),

@@ -29,6 +29,7 @@ const RowKernels row_kernels = {
     .add = add,
     .swiglu = swiglu,
     .geglu = geglu,
+    .clamped_swiglu = clamped_swiglu,
     .softmax = softmax,
     .sigmoid = sigmoid,
     .add_scaled = add_scaled,

@@ -20,6 +20,7 @@ from .manifest import Manifest
 from .packed import PackedCheckpoint, is_packed
 from .published_names import joined_parts, with_parameter_names
 from .quantised import METHODS, QuantisedCheckpoint, method_of
+from .stacks import transposed_stacks
 from .tokenizer import check_tokenizer_beside, check_tokenizer_size, load_tokenizer
 
 
@@ -52,6 +53,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         kind = QuantisedCheckpoint if method_of(config) else SafetensorsCheckpoint
         checkpoint = kind(path, config, files, tensors)
         checkpoint.left_out, checkpoint.parts_of = left_out, parts
+        checkpoint.transposed = transposed_stacks(tensors, family)
         return checkpoint
     except BaseException:
         for file in files.values():

@@ -12,9 +12,13 @@ from typing import Any, ClassVar
 import torch
 
 from ..errors import CheckpointError
+from ..quant import PackedStack, Packer, get_format, reference_packer
+from ..quant.tiles import empty_stack
+from ..quant.transposed_stack import matrices_of
 from .base import Checkpoint, TensorInfo
 from .files import DataFile, inside, read_json
 from .safetensors import FLOATS, open_safetensors
+from .stacks import StackShape
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 _PICKLES = re.compile(r".*\.(bin|pt|pth|ckpt|pkl|pickle)$")
@@ -111,6 +115,7 @@ class SafetensorsCheckpoint(Checkpoint):
         super().__init__(directory, config, tensors)
         self._files = files
         self.parts_of: dict[str, list[TensorInfo]] = {}  # of tensors that are stored in several
+        self.transposed: frozenset[str] = frozenset()  # stacks in the form of `quant/transposed_stack.py`
 
     def read(self, name: str) -> torch.Tensor:
         parts = [self._read(info) for info in self.parts_of.get(name, [self.info(name)])]
@@ -125,6 +130,26 @@ class SafetensorsCheckpoint(Checkpoint):
         stride = info.nbytes // math.prod(info.shape[:-1])
         data = self._files[info.file].read_tensor(info.offset + begin * stride, (end - begin) * stride)
         return self._float(data.view(self._dtype(info))).reshape(end - begin, info.shape[-1])
+
+    def stored(self, name: str, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+        stored = super().stored(name, shape)
+        if name not in self.transposed:
+            return stored
+        return {tensor: (experts, cols, rows) for tensor, (experts, rows, cols) in stored.items()}
+
+    def packed_stack(self, name: str, format: str, shape: StackShape, packer: Packer = reference_packer) -> PackedStack:
+        """As in the base class; of a transposed stack, an expert at a time."""
+        if name not in self.transposed:
+            return super().packed_stack(name, format, shape, packer)
+        count, rows, cols = shape
+        out = empty_stack(count, rows, cols, get_format(format).tile_bytes)
+        experts = self.info(name).shape[0]
+        for i, tiles in enumerate(out.unflatten(0, (experts, -1))):
+            expert = self.read_rows(name, i * cols, (i + 1) * cols)
+            self.check_finite(name, expert)
+            for matrix, part in zip(matrices_of(expert[None], rows)[0], tiles, strict=True):
+                packer(matrix.contiguous(), format, part)
+        return PackedStack(format, count, rows, cols, out)
 
     def check_dtype(self, name: str) -> None:
         self._dtype(self.info(name))

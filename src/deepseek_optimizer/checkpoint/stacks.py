@@ -6,7 +6,8 @@ them in memory.
 | `...experts.gate_up_proj` | `...experts.E.gate_proj.weight` and `...experts.E.up_proj.weight`, [I, H] each | [E, 2 I, H] |
 | `...experts.down_proj` | `...experts.E.down_proj.weight`, [H, I] | [E, H, I] |
 
-The stack of gate_up_proj has gate and up of each expert in turn, which is the order of the merged rows too.
+The stack of gate_up_proj has gate and up of each expert in turn, which is the order of the merged rows too. gpt-oss's merged
+parameters have another order, see `quant/transposed_stack.py`.
 """
 
 from __future__ import annotations
@@ -14,10 +15,12 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 _STACK = re.compile(r"(.*\.experts)\.(gate_up_proj|down_proj)")
 _EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(?:gate|up|down)_proj\.weight")
 _ROLES = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+_TRANSPOSED = frozenset({"gpt_oss"})  # families
 
 StackShape = tuple[int, int, int]  # count, rows, cols
 
@@ -28,6 +31,13 @@ class StackPart:
 
     tensor: str
     row: int = 0
+
+
+def transposed_stacks(names: Collection[str], model_type: Any) -> frozenset[str]:
+    """Those of these parameters that are stacks in the form of `quant/transposed_stack.py`, as some families store them."""
+    if not isinstance(model_type, str) or model_type not in _TRANSPOSED:
+        return frozenset()
+    return frozenset(filter(is_stack, names))
 
 
 def is_stack(name: str) -> bool:

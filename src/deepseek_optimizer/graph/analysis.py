@@ -51,13 +51,15 @@ def weight_shapes(graph: Graph) -> dict[str, tuple[int, ...]]:
 def stack_shapes(graph: Graph) -> dict[str, tuple[int, int, int]]:
     """(count, rows, cols) of the `PackedStack` that backends expect, for every weight that is a stack of matrices, by name.
 
-    A gate_up parameter [E, 2 I, H] is a stack of 2 E matrices [I, H]; a down parameter [E, H, I] one of E.
+    A gate_up parameter [E, 2 I, H] is a stack of 2 E matrices [I, H]; a down parameter [E, H, I] one of E. The same holds for
+    parameters that Transformers stores transposed.
     """
     stacks = {}
     for node in graph.nodes:
         spec = spec_of(node)
         if spec.stacked:
-            ((name, (experts, rows, cols)),) = spec.weight_shapes(node, graph)
+            name, (experts, rows, cols) = spec.weight_shapes(node, graph)[0]
+            rows, cols = (cols, rows) if node.attrs.get("transposed") else (rows, cols)
             stacks[name] = (spec.stacked * experts, rows // spec.stacked, cols)
     return stacks
 

@@ -42,7 +42,7 @@ def exact_weights(graph: Graph) -> frozenset[str]:
     names: set[str | None] = set()
     for node in graph.nodes:
         if node.op == "router":
-            names.update((*node.weights, node.attrs["bias"]))
+            names.update((*node.weights, node.attrs["bias"], *node.attrs.get("biases", ())))
         if node.op == "index_choose" or (node.op == "sigmoid_gate" and node.inputs[1].width == 1):
             names.add(_matrix_of(graph, node.inputs[1]))
     return frozenset(name for name in names if name is not None)

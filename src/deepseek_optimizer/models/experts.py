@@ -19,9 +19,22 @@ from .fields import Fields
 MAX_EXPERTS, MAX_EXPERT_WEIGHTS = 1 << 14, 1 << 40  # per layer
 
 
+@dataclass(frozen=True, kw_only=True)
+class ClampedForm:
+    """Experts in the form of gpt-oss: with biases and a clamped SwiGLU (op `experts_gate_up`), and stored transposed.
+
+    Attributes:
+        alpha: factor in the gate's sigmoid.
+        limit: of gate and up.
+    """
+
+    alpha: float
+    limit: float
+
+
 @dataclass(frozen=True)
 class Routing:
-    """How a layer chooses experts; see op `router` for the formulas.
+    """How a layer chooses experts, see op `router` for the formulas, and the experts' form.
 
     Attributes:
         experts, top_k: number of experts, and how many are chosen per token.
@@ -32,6 +45,8 @@ class Routing:
         shared: intermediate size of all shared experts together; 0: there are none.
         module, gate, shared_module: names of the layer's module, and in it of the router and the shared experts.
         shared_gate: name of the projection to the logit of the shared experts' weight; "": they have the weight 1.
+        gate_bias: whether the router's product has a bias.
+        clamped: the experts have this form; None: no biases, and the activation of dense MLPs.
     """
 
     experts: int
@@ -49,6 +64,8 @@ class Routing:
     gate: str = "gate"
     shared_module: str = "shared_experts"
     shared_gate: str = ""
+    gate_bias: bool = False
+    clamped: ClampedForm | None = None
 
 
 def read_softmax_routing(fields: Fields, hidden: int) -> Routing:
@@ -168,21 +185,29 @@ def feed_forward(d: Trunk, routing: Routing | None, sparse: tuple[bool, ...]) ->
 
 def _experts(nodes: list[Node], d: Trunk, r: Routing, x: Value, name: str, path: str) -> Value:
     """Routed and shared experts, interleaved in such an order that a backend can run both side by side."""
+    gate_bias = {"biases": (f"{path}.{r.gate}.bias",)} if r.gate_bias else {}
     routes = emit(
         nodes, "router", (x,), f"{name}.routes", 2 * r.top_k, f"{path}.{r.gate}.weight",
         bias=f"{path}.{r.bias}" if r.bias else None, experts=r.experts, top_k=r.top_k, groups=r.groups,
         top_groups=r.top_groups, scoring=r.scoring, group_score=r.group_score, normalise=r.normalise, scale=r.scale,
+        **gate_bias,
     )  # fmt: skip
-    which = {"experts": r.experts, "top_k": r.top_k, "grouped": False}
-    activation = {"activation": d.mlp.activation} if d.mlp.activation != "silu" else {}
+    gate_up, down_matrix = (f"{path}.experts.{matrix}_proj" for matrix in ("gate_up", "down"))
+    which: dict[str, Any] = {"experts": r.experts, "top_k": r.top_k, "grouped": False}
+    activation: dict[str, Any] = {"activation": d.mlp.activation} if d.mlp.activation != "silu" else {}
+    if r.clamped is not None:
+        which["transposed"] = True
+        activation = {"alpha": r.clamped.alpha, "limit": r.clamped.limit, "biases": (f"{gate_up}_bias",)}
     hidden = Value(f"{name}.experts", r.width, repeat=r.top_k)
-    nodes.append(Node("experts_gate_up", (x, routes), (hidden,), (f"{path}.experts.gate_up_proj",), {**which, **activation}))
+    nodes.append(Node("experts_gate_up", (x, routes), (hidden,), (gate_up,), {**which, **activation}))
+    if r.clamped is not None:
+        which["biases"] = (f"{down_matrix}_bias",)
     if not r.shared:
-        return emit(nodes, "experts_down", (hidden, routes), f"{name}.out", d.hidden, f"{path}.experts.down_proj", **which)
+        return emit(nodes, "experts_down", (hidden, routes), f"{name}.out", d.hidden, down_matrix, **which)
     shared_path, bias = f"{path}.{r.shared_module}", d.mlp.bias
     gate, up = (linear(nodes, x, f"{name}.shared_{p}", r.shared, f"{shared_path}.{p}_proj", bias) for p in ("gate", "up"))
     shared = emit(nodes, GATED[d.mlp.activation], (gate, up), f"{name}.shared_h", r.shared)
-    routed = emit(nodes, "experts_down", (hidden, routes), f"{name}.routed", d.hidden, f"{path}.experts.down_proj", **which)
+    routed = emit(nodes, "experts_down", (hidden, routes), f"{name}.routed", d.hidden, down_matrix, **which)
     down = linear(nodes, shared, f"{name}.shared_down", d.hidden, f"{shared_path}.down_proj", bias)
     if r.shared_gate:
         logit = linear(nodes, x, f"{name}.shared_logit", 1, f"{path}.{r.shared_gate}")

@@ -73,6 +73,7 @@ FAMILIES: Final[Mapping[str, Family]] = MappingProxyType({
     "glm4_moe_lite": _PLAN_ONLY,
     "glm_moe_dsa": _PLAN_ONLY,
     "minimax_m2": _PLAN_ONLY,
+    "gpt_oss": _PLAN_ONLY,
     "granitemoe": replace(_PLAN_ONLY, plain_head=False),
     "lfm2": _PLAN_ONLY,
     "lfm2_moe": _PLAN_ONLY,

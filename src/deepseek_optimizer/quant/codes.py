@@ -1,6 +1,6 @@
 """Rows of ggml blocks built from integer codes, so that a `Packer` stores codes of other quantisers unchanged.
 
-int4, q4_1 and int8 represent the same values as ggml's Q4_0, Q4_1 and Q8_0 (`ggml.py`). The columns are padded to whole blocks
+int4, q4_1, int8 and mxfp4 represent the same values as ggml's Q4_0, Q4_1, Q8_0 and MXFP4 (`ggml.py`). The columns are padded to whole blocks
 of 32 with codes that unpack as zero (int4, int8) or as the minimum (q4_1), which is what `pack` of these formats does.
 """
 
@@ -45,6 +45,18 @@ def int8_blocks(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     Returns: uint8 [N, 34 ceil(K/32)].
     """
     return _blocks((scale,), _padded(codes.to(torch.int8), 0).view(torch.uint8))
+
+
+def mxfp4_blocks(codes: torch.Tensor, exponents: torch.Tensor) -> torch.Tensor:
+    """MXFP4 blocks.
+
+    Args:
+        codes: uint8 [N, K], E2M1 values; K is a multiple of 32.
+        exponents: uint8 [N, K/32], E8M0.
+
+    Returns: uint8 [N, 17 K/32].
+    """
+    return torch.cat((exponents[..., None], _nibbles(codes.unflatten(1, (-1, TILE_COLS)))), -1).flatten(1)
 
 
 def _padded(codes: torch.Tensor, value: int) -> torch.Tensor:

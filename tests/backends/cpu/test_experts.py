@@ -10,15 +10,17 @@ import torch
 from transformers import DeepseekV2Config, DeepseekV3Config
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Moe
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssMLP
 
 from deepseek_optimizer.backends.base import DECODE, PREFILL, StepBatch
 from deepseek_optimizer.backends.cpu import CpuBackend, exact, unavailable_reason
 from deepseek_optimizer.backends.cpu.lower import lower
 from deepseek_optimizer.errors import BackendError
 from deepseek_optimizer.graph.ir import CacheSpec, Graph, Node, Value
+from deepseek_optimizer.models import build_graph
 from deepseek_optimizer.quant import pack
 from deepseek_optimizer.quant.packed import PackedStack
-from support.models import assert_close_rows
+from support.models import assert_close_rows, gpt_oss, randomise
 
 from .packing import dequantised, packed_weights
 
@@ -185,6 +187,43 @@ def test_a_row_does_not_depend_on_the_batch(isa, format_name):
             plan = Plan(CpuBackend(isa=exact(isa), threads=threads), moe_graph(config, grouped), weights)
             assert torch.equal(plan(x, 90), torch.cat([decode[:90], prefill[90:]]))
             assert torch.equal(plan(x[7:90], 4), torch.cat([decode[7:11], prefill[11:90]]))
+
+
+@pytest.mark.parametrize("grouped", [True, False])
+@pytest.mark.parametrize("format_name", FORMAT_TOLERANCE)
+@pytest.mark.parametrize("sizes", [(72, 44, 6, 2), (40, 17, 3, 3), (33, 100, 5, 1)])
+def test_biases_and_clamped_activation(backend, sizes, format_name, grouped):
+    """gpt-oss's experts and router: every row of a batch against Transformers' module."""
+    hidden, inner, experts, top_k = sizes
+    fields = {"intermediate_size": inner, "num_local_experts": experts, "num_experts_per_tok": top_k, "swiglu_limit": 0.8}
+    config = gpt_oss(hidden_size=hidden, num_hidden_layers=1, **fields)
+    config._experts_implementation = "eager"
+    layer = randomise(GptOssMLP(config).eval())
+    graph = experts_graph(config, grouped)
+    weights = packed_weights({f"model.layers.0.mlp.{n}": w for n, w in layer.state_dict().items()}, format_name)
+    router = "model.layers.0.mlp.router.weight"
+    weights |= {router: layer.router.weight, "embed": pack(torch.zeros(9, hidden), "fp32")}
+    values = {n.removeprefix("model.layers.0.mlp."): w for n, w in dequantised(weights).items() if n != "embed"}
+    layer.load_state_dict(values)
+    x = torch.randn(90, hidden, generator=torch.Generator().manual_seed(2))
+    want = layer(x[None])[0][0].detach()
+    plan = Plan(backend, graph, weights)
+    for rows, decode in ((1, 0), (1, 1), (6, 3), (90, 20)):
+        assert_close_rows(plan(x[:rows], decode), want[:rows], FORMAT_TOLERANCE[format_name])
+
+
+def experts_graph(config: Any, grouped: bool) -> Graph:
+    """x (given as embeddings) -> the family's experts -> hidden state 0."""
+    nodes = [n for n in build_graph(config).nodes if n.op in ("router", "experts_gate_up", "experts_down")]
+    nodes = [n.with_(attrs={**n.attrs, "grouped": grouped}) if n.op != "router" else n for n in nodes]
+    x, y, hidden = nodes[0].inputs[0], nodes[-1].outputs[0], config.hidden_size
+    nodes = [
+        Node("embedding", (), (x,), ("embed",), {"scale": 1.0}),
+        *nodes,
+        Node("hidden_out", (y,), (), (), {"index": 0}),
+        Node("lm_head", (y,), (Value("logits", 9),), ("embed",), {"bias": None}),
+    ]
+    return Graph("experts", nodes, 9, hidden, 1, CacheSpec(1, 1, 2), 64)
 
 
 def test_all_tokens_to_the_same_experts(backend):

@@ -141,7 +141,8 @@ def test_small_codes_under_any_zero_point(zero, top, listed):
 
 
 def test_mxfp4_stacks(tmp_path):
-    """gpt-oss's experts: exact as float, and as int8 if the scales are float16 values; scales may span all of E8M0."""
+    """gpt-oss's experts: exact as float, as mxfp4, and as int8 if the scales are float16 values, which may span all of E8M0.
+    The rows of gate and up alternate in the file; the loaded stack has gate before up."""
     stack = torch.randn(3, 40, 96, generator=torch.Generator().manual_seed(0)) * 0.02
     parts, values = files.mxfp4(stack)
     extreme, extreme_values = files.mxfp4(stack * torch.logspace(-36, 36, 3)[:, None, None])
@@ -150,13 +151,19 @@ def test_mxfp4_stacks(tmp_path):
     tensors["m.experts.down_proj_bias"] = torch.zeros(3, 40).bfloat16()
     with open_checkpoint(write_checkpoint(tmp_path / "m", tensors, SECTIONS["mxfp4"])) as checkpoint:
         name = "m.experts.down_proj"
-        assert checkpoint.shape(name) == (3, 40, 96) and checkpoint.own_format(name, (3, 40, 96)) == "int8"
+        assert checkpoint.shape(name) == (3, 40, 96) and checkpoint.own_format(name, (3, 40, 96)) == "mxfp4"
         assert torch.equal(checkpoint.read(name), values)
         assert torch.equal(checkpoint.read_rows(name, 37, 83), values.flatten(0, 1)[37:83])
-        packed = checkpoint.packed_stack(name, "int8", (3, 40, 96))
-        assert torch.equal(torch.stack([quant.unpack(packed.matrix(i)) for i in range(3)]), values)
+        for format in ("mxfp4", "int8"):
+            packed = checkpoint.packed_stack(name, format, (3, 40, 96))
+            assert torch.equal(torch.stack([quant.unpack(packed.matrix(i)) for i in range(3)]), values)
+        gate_up = "m.experts.gate_up_proj"
+        ordered = torch.cat((extreme_values[:, ::2], extreme_values[:, 1::2]), 1)
+        assert torch.equal(checkpoint.read(gate_up), ordered)
+        assert torch.equal(checkpoint.read_rows(gate_up, 13, 75), ordered.flatten(0, 1)[13:75])
+        packed = checkpoint.packed_stack(gate_up, "mxfp4", (6, 20, 96))
+        assert torch.equal(torch.cat([quant.unpack(packed.matrix(i)) for i in range(6)]), ordered.flatten(0, 1))
         assert checkpoint.conversions() == []
-        assert torch.equal(checkpoint.read("m.experts.gate_up_proj"), extreme_values)
         assert checkpoint.read("m.experts.down_proj_bias").dtype == torch.bfloat16
 
 

@@ -5,6 +5,7 @@
 - The factor of a norm with `unit_offset` is 1 + w.
 - A layer norm without a bias has one of zeros.
 - A short convolution reads its weights tap after tap, and a delta rule A_log as a vector.
+- Experts read the biases of all matrices as one vector, in the order of the packed stack.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from ...graph.ir import Graph, Node, Value
 from ...graph.ops.products import GATED, rows_of
 from ...quant.base import TILE_ROWS
 from ...quant.packed import PackedMatrix, PackedWeight
+from ...quant.transposed_stack import biases_of
 
 Weights = dict[str, PackedWeight | torch.Tensor]
 
@@ -52,6 +54,12 @@ def _derived(node: Node, weights: Mapping[str, PackedWeight | torch.Tensor], der
         a_log, dt_bias = node.weights
         derived[f"flat {a_log}"] = _vector(weights, a_log).flatten()
         return [node.with_(weights=(f"flat {a_log}", dt_bias))]
+    if node.op in ("experts_gate_up", "experts_down") and node.attrs.get("biases", (None,)) != (None,):
+        (name,) = node.attrs["biases"]
+        bias = _vector(weights, name)
+        ordered = biases_of(bias, node.outputs[0].width) if node.attrs.get("transposed") else bias
+        derived[f"flat {name}"] = ordered.flatten()
+        return [node.with_(attrs={**node.attrs, "biases": (f"flat {name}",)})]
     if node.op == "layer_norm" and len(node.weights) == 1:
         width = node.inputs[0].width
         derived[f"{width} zeros"] = torch.zeros(width, dtype=torch.float32, device="cpu")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 
 import torch
 import torch.nn.functional as F
 
+from ...graph.ir import Graph
+from ...quant.transposed_stack import biases_of, matrices_of
 from . import ops
 
 Gated = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -59,6 +61,7 @@ def gate_up(
     weight: torch.Tensor,
     grouped: bool,
     gated: Gated = ops.swiglu,
+    bias: torch.Tensor | None = None,
     weigh_input: bool = False,
 ) -> torch.Tensor:
     """[T * top_k, I]: gated(gate x, up x) for each token's chosen experts.
@@ -66,7 +69,8 @@ def gate_up(
     Args:
         x: [T, H].
         weight: [experts, 2 I, H], gate before up.
-        gated: `ops.swiglu` or `ops.geglu`.
+        gated: computes h from gate and up.
+        bias: [experts, 2 I].
         weigh_input: whether x is multiplied by the expert's weight.
     """
     top_k = routes.shape[-1] // 2
@@ -74,12 +78,18 @@ def gate_up(
     out = x.new_empty(len(x) * top_k, weight.shape[1] // 2)
     for expert, rows in _visits(routes[:, :top_k], grouped):
         read = x[rows // top_k] * shares[rows] if weigh_input else x[rows // top_k]
-        out[rows] = gated(*F.linear(read, weight[expert]).chunk(2, -1))
+        both = F.linear(read, weight[expert], None if bias is None else bias[expert])
+        out[rows] = gated(*both.chunk(2, -1))
     return out
 
 
 def down(
-    hidden: torch.Tensor, routes: torch.Tensor, weight: torch.Tensor, grouped: bool, weigh_input: bool = False
+    hidden: torch.Tensor,
+    routes: torch.Tensor,
+    weight: torch.Tensor,
+    grouped: bool,
+    bias: torch.Tensor | None = None,
+    weigh_input: bool = False,
 ) -> torch.Tensor:
     """float32 [T, H]: the weighted sum of the chosen experts' results, in ascending order of experts; with `weigh_input`, the
     sum without weights.
@@ -87,11 +97,12 @@ def down(
     Args:
         hidden: [T * top_k, I].
         weight: [experts, H, I].
+        bias: [experts, H].
     """
     chosen, shares = routes.chunk(2, -1)
     out = hidden.new_empty(len(hidden), weight.shape[1])
     for expert, rows in _visits(chosen, grouped):
-        out[rows] = F.linear(hidden[rows], weight[expert])
+        out[rows] = F.linear(hidden[rows], weight[expert], None if bias is None else bias[expert])
     parts = out.float().unflatten(0, chosen.shape)
     if not weigh_input:
         parts = shares[..., None] * parts
@@ -99,6 +110,28 @@ def down(
     for part in parts.unbind(1):
         total += part
     return total
+
+
+def ordered_stacks(
+    graph: Graph, weights: Mapping[str, torch.Tensor], packed: Collection[str]
+) -> dict[str, torch.Tensor]:
+    """The weights and biases of nodes with attribute `transposed` in the order of others: [E, M * rows, cols] and [E, M * rows],
+    by name.
+
+    Args:
+        graph: the graph.
+        weights: float weights by name; stacks as Transformers' parameters, or [E * M, rows, cols].
+        packed: names of the stacks in the latter form.
+    """
+    ordered = {}
+    for node in graph.nodes:
+        if node.attrs.get("transposed"):
+            (name,), (bias,), rows = node.weights, node.attrs["biases"], node.outputs[0].width
+            weight, experts = weights[name], node.attrs["experts"]
+            matrices = weight.unflatten(0, (experts, -1)) if name in packed else matrices_of(weight, rows)
+            ordered[name] = matrices.flatten(1, 2).contiguous()
+            ordered[bias] = biases_of(weights[bias], rows).flatten(1)
+    return ordered
 
 
 def _visits(chosen: torch.Tensor, grouped: bool) -> Iterator[tuple[int, torch.Tensor]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -56,12 +57,12 @@ class ReferencePlan:
         rounding: str | None,
     ) -> None:
         self.graph, self.device, self.dtype = graph, device, dtype
-        exact = {name for n in graph.nodes if n.op == "router" for name in (*n.weights, n.attrs["bias"])}
+        routers = [n for n in graph.nodes if n.op == "router"]
+        exact = {name for n in routers for name in (*n.weights, n.attrs["bias"], *n.attrs.get("biases", ()))}
+        dense = {n: _dense(weights[n], device, torch.float32 if n in exact else dtype) for n in graph.weights()}
+        ordered = moe.ordered_stacks(graph, dense, {n for n in dense if isinstance(weights[n], PackedStack)})
         shapes = weight_shapes(graph)
-        self._weights = {
-            name: _dense(weights[name], device, torch.float32 if name in exact else dtype).reshape(shapes[name])
-            for name in graph.weights()
-        }
+        self._weights = {n: ordered[n] if n in ordered else weight.reshape(shapes[n]) for n, weight in dense.items()}
         self._formats = {n: w.format for n in graph.weights() if isinstance(w := weights[n], PackedWeight)}
         self._rounding = {name: _rounding(self._formats.get(name), rounding) for name in graph.weights()}
         self._span = forgetting(graph)
@@ -278,19 +279,27 @@ class ReferencePlan:
 
     def _router(self, step: _Step, node: Node, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """In float32, whatever the dtype of the rows."""
-        options = {name: value for name, value in node.attrs.items() if name not in ("bias", "experts")}
+        options = {name: value for name, value in node.attrs.items() if name not in ("bias", "biases", "experts")}
         bias = node.attrs["bias"] and self._weights[node.attrs["bias"]]
-        return (moe.route(F.linear(x.float(), self._weights[node.weights[0]]), bias, **options),)
+        scores = F.linear(x.float(), self._weights[node.weights[0]], self._bias(node))
+        return (moe.route(scores, bias, **options),)
+
+    def _bias(self, node: Node) -> torch.Tensor | None:
+        """The one bias in attribute `biases`."""
+        (name,) = node.attrs.get("biases", (None,))
+        return None if name is None else self._weights[name]
 
     def _experts_gate_up(self, step: _Step, node: Node, x: torch.Tensor, routes: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        a, name = node.attrs, node.weights[0]
-        gated, weigh = ops.GATED[a.get("activation", "silu")], a.get("weigh_input", False)
-        return (moe.gate_up(self._rounded(x, name), routes, self._weights[name], a["grouped"], gated, weigh),)
+        name, gated, a = node.weights[0], ops.GATED[node.attrs.get("activation", "silu")], node.attrs
+        if a.get("limit", 0.0) > 0:
+            gated = partial(ops.clamped_swiglu, alpha=a["alpha"], limit=a["limit"])
+        how = (a["grouped"], gated, self._bias(node), a.get("weigh_input", False))
+        return (moe.gate_up(self._rounded(x, name), routes, self._weights[name], *how),)
 
     def _experts_down(self, step: _Step, node: Node, hidden: torch.Tensor, routes: torch.Tensor) -> tuple[torch.Tensor, ...]:
         a, name = node.attrs, node.weights[0]
-        weigh = a.get("weigh_input", False)
-        out = moe.down(self._rounded(hidden, name), routes, self._weights[name], a["grouped"], weigh)
+        how = (a["grouped"], self._bias(node), a.get("weigh_input", False))
+        out = moe.down(self._rounded(hidden, name), routes, self._weights[name], *how)
         return (out.to(self.dtype),)
 
     def _short_conv(self, step: _Step, node: Node, x: torch.Tensor) -> tuple[torch.Tensor, ...]:

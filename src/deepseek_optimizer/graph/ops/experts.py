@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from ..ir import Graph, Node
 from .products import ACTIVATION
-from .spec import BOOL, FLOAT, INT, NAME, Attr, Operand, OpSpec, Shapes, one_of, step_attr
+from .spec import BOOL, FLOAT, INT, NAME, NAMES, Attr, Operand, OpSpec, Shapes, one_of, step_attr
 
 _EXPERTS, _TOP_K = step_attr("experts", INT), step_attr("top_k", INT, "experts per token")
 _ROUTES = Operand("routes", "[T, 2 * top_k]")
@@ -26,9 +26,11 @@ _ROUTING = (
 _PRODUCT = (
     _EXPERTS,
     _TOP_K,
+    Attr("biases", NAMES, "of the matrices: one tensor for all experts", (None,)),
+    Attr("transposed", BOOL, "how Transformers stores the weight, see there; packed stacks are the same in both cases", False),
+    Attr("weigh_input", BOOL, "weights multiply the inputs of experts, not their outputs", False, flag="weigh_input"),
     Attr("grouped", BOOL, "compute by expert instead of by token, so that an expert's weights are read once", flag="grouped"),
 )
-_WEIGH_INPUT = Attr("weigh_input", BOOL, "weights multiply the inputs of experts, not their outputs", False, flag="weigh_input")
 _PHASES = "With `grouped` (rule `experts`), the rows of one expert are multiplied together. The results are the same."
 
 
@@ -40,8 +42,16 @@ def _router_fits(node: Node, _: Graph) -> bool:
 
 
 def _router_shapes(node: Node, _: Graph) -> Shapes:
-    experts, bias = node.attrs["experts"], node.attrs["bias"]
-    return [(node.weights[0], (experts, node.inputs[0].width)), *([(bias, (experts,))] if bias is not None else [])]
+    experts = node.attrs["experts"]
+    vectors = (name for name in (node.attrs["bias"], *node.attrs.get("biases", ())) if name is not None)
+    return [(node.weights[0], (experts, node.inputs[0].width)), *((name, (experts,)) for name in vectors)]
+
+
+def _product_shapes(node: Node, rows: int) -> Shapes:
+    """`rows`: of all matrices of an expert."""
+    experts, columns = node.attrs["experts"], node.inputs[0].width
+    shape = (experts, columns, rows) if node.attrs.get("transposed") else (experts, rows, columns)
+    return [(node.weights[0], shape), *((name, (experts, rows)) for name in node.attrs.get("biases", ()) if name is not None)]
 
 
 def _products_fit(node: Node, many: int) -> bool:
@@ -56,12 +66,12 @@ SPECS = (
         inputs=(Operand("x", "[T, H]"),),
         outputs=(_ROUTES,),
         weights=(Operand("W", "[E, H], fp32"),),
-        attrs=_ROUTING,
+        attrs=(*_ROUTING, Attr("biases", NAMES, "of the product: (c [E],)", (None,))),
         fits=_router_fits,
         weight_shapes=_router_shapes,
         rows="tokens",
         doc="""
-            Scores are s = softmax(x W^T) or s = sigmoid(x W^T). Experts are chosen by s + b: first the `top_groups` groups with
+            Scores are s = softmax(x W^T + c) or s = sigmoid(x W^T + c). Experts are chosen by s + b: first the `top_groups` groups with
             the highest group score, which is the largest s + b of the group ("max") or the sum of its two largest ("top2"),
             then the `top_k` best experts of these groups. If scores are equal, the expert with the lower number is chosen. The
             weight of a chosen expert is scale * s; with `normalise`, s is first divided by the sum of s over the chosen
@@ -74,10 +84,15 @@ SPECS = (
         name="experts_gate_up",
         inputs=(Operand("x", "[T, H]"), _ROUTES),
         outputs=(Operand("h", "[T * top_k, I]"),),
-        weights=(Operand("gate_up", "[E, 2 I, H]: the rows of gate, then of up"),),
-        attrs=(*_PRODUCT, ACTIVATION, _WEIGH_INPUT),
+        weights=(Operand("gate_up", "[E, 2 I, H]: the rows of gate, then of up; transposed: [E, H, 2 I], where both alternate"),),
+        attrs=(
+            *_PRODUCT,
+            ACTIVATION,
+            Attr("alpha", FLOAT, "with a limit: factor in the gate's sigmoid", 1.0, step_field="scale"),
+            Attr("limit", FLOAT, "of gate and up; 0: none", 0.0, step_field="softcap"),
+        ),
         fits=lambda n, g: _products_fit(n, n.outputs[0].repeat),
-        weight_shapes=lambda n, g: [(n.weights[0], (n.attrs["experts"], 2 * n.outputs[0].width, n.inputs[0].width))],
+        weight_shapes=lambda n, g: _product_shapes(n, 2 * n.outputs[0].width),
         stacked=2,
         rows="tokens",
         repeated_outputs=(0,),
@@ -86,26 +101,33 @@ SPECS = (
         code=17,
         kernels=_PHASES,
         doc="""
-            h = `swiglu`(gate_e x_t, up_e x_t), or `geglu` of them, for each token t and its chosen experts e. With
-            `weigh_input`, gate_e x_t and up_e x_t are multiplied by weight_e (Llama 4). When packed, the weight is a stack of
-            2 E matrices [I, H]: gate and up of each expert in turn.
+            h = `swiglu`(gate_e x_t + b_e, up_e x_t + c_e), or `geglu` of them, for each token t and its chosen experts e. With
+            a `limit` L > 0, h = (u + 1) * g * sigmoid(alpha * g), where g = min(gate, L) and u is up limited to [-L, L]. The
+            biases are [E, 2 I], in the order of the weight's rows. With `weigh_input`, gate_e x_t and up_e x_t are multiplied
+            by weight_e (Llama 4), and there are no biases. When packed, the weight is a stack of 2 E matrices [I, H]: gate and
+            up of each expert in turn.
+
+            Source of the limits: gpt-oss (OpenAI 2025), `GptOssExperts` of Transformers.
         """,
     ),
     OpSpec(
         name="experts_down",
         inputs=(Operand("h", "[T * top_k, I]"), _ROUTES),
         outputs=(Operand("y", "[T, H]"),),
-        weights=(Operand("down", "[E, H, I]"),),
-        attrs=(*_PRODUCT, _WEIGH_INPUT),
+        weights=(Operand("down", "[E, H, I]; transposed: [E, I, H]"),),
+        attrs=_PRODUCT,
         fits=lambda n, g: _products_fit(n, n.inputs[0].repeat),
-        weight_shapes=lambda n, g: [(n.weights[0], (n.attrs["experts"], n.outputs[0].width, n.inputs[0].width))],
+        weight_shapes=lambda n, g: _product_shapes(n, n.outputs[0].width),
         stacked=1,
         rows="tokens",
         repeated_inputs=(0,),
         product=True,
         code=18,
         kernels=_PHASES,
-        doc="y_t = sum over the chosen experts e, ascending, of weight_e * (down_e h), or of down_e h with `weigh_input`.",
+        doc="""
+            y_t = sum over the chosen experts e, ascending, of weight_e * (down_e h + b_e), or of down_e h + b_e with
+            `weigh_input`. The biases are [E, H].
+        """,
     ),
     OpSpec(
         name="route",

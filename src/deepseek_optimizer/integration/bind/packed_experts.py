@@ -1,4 +1,4 @@
-"""`PackedExperts`: replaces Transformers' `DeepseekV2Experts`, `V3Experts` and `V32Experts`, and owns the packed stacks.
+"""`PackedExperts`: replaces Transformers' modules of experts, such as `DeepseekV3Experts`, and owns the packed stacks.
 
 The router remains Transformers' module: its weight is small, decides which experts are computed, and stays in fp32.
 """
@@ -6,14 +6,25 @@ The router remains Transformers' module: its weight is small, decides which expe
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from ...backends.reference.ops import clamped_swiglu
 from ...quant import PackedStack, PackedWeight, unpack
 from ...quant.products import linear, linear_gradient
+from ...quant.transposed_stack import biases_of, parameter_of
 from .modules import Gradient, Packed, PackedProduct, Product, empty_tiles
+
+
+@dataclass(frozen=True)
+class ClampedSwiglu:
+    """The activation of gpt-oss's experts, see op `experts_gate_up`."""
+
+    alpha: float
+    limit: float
 
 
 class PackedExperts(Packed):
@@ -22,21 +33,27 @@ class PackedExperts(Packed):
     Only chosen experts are computed, each once for all its tokens.
     PEFT adapts float experts only and refuses these, also with `all-linear`; put adapters on attention.
 
+    With biases, gate_e x_t + b_e and so on.
+
     Args:
         num_experts, hidden_dim, intermediate_dim: E, H and I, named as in Transformers' modules.
         gate_up_format, down_format: names of the weight formats.
-        act_fn: the activation module.
+        act_fn: the activation: a module, which is applied to gate, or `ClampedSwiglu`.
         dtype, device: as in `PackedLinear`.
+        transposed: whether Transformers stores the stacks and biases as `quant/transposed_stack.py` describes.
 
     Attributes:
         gate_up_proj: uint8 [2 E, ...tiles of I x H], gate and up of each expert in turn, without gradient.
         down_proj: uint8 [E, ...tiles of H x I].
+        gate_up_proj_bias, down_proj_bias: float [E, 2 I] and [E, H], as in Transformers' module; None: there are none.
         product, gradient: as in `PackedLinear`.
         listener: called with each input of down, h = act(gate x) * (up x), float [tokens, I]; for calibration.
     """
 
     gate_up_proj: nn.Parameter
     down_proj: nn.Parameter
+    gate_up_proj_bias: nn.Parameter | None
+    down_proj_bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -46,16 +63,19 @@ class PackedExperts(Packed):
         gate_up_format: str,
         down_format: str,
         *,
-        act_fn: nn.Module,
+        act_fn: nn.Module | ClampedSwiglu,
         dtype: torch.dtype,
         device: Any = None,
+        transposed: bool = False,
     ) -> None:
         super().__init__()
         self.num_experts, self.hidden_dim, self.intermediate_dim = num_experts, hidden_dim, intermediate_dim
         self.gate_up_format, self.down_format, self.dtype = gate_up_format, down_format, dtype
         self.gate_up_proj = empty_tiles(intermediate_dim, hidden_dim, gate_up_format, device, (2 * num_experts,))
         self.down_proj = empty_tiles(hidden_dim, intermediate_dim, down_format, device, (num_experts,))
-        self.act_fn = act_fn
+        self.register_parameter("gate_up_proj_bias", None)
+        self.register_parameter("down_proj_bias", None)
+        self.act_fn, self.transposed = act_fn, transposed
         self.product: Product = linear
         self.gradient: Gradient = linear_gradient
         self.listener: Callable[[torch.Tensor], None] | None = None
@@ -94,23 +114,35 @@ class PackedExperts(Packed):
             x = hidden_states[token]
             gate = PackedProduct.apply(x, gate_up.matrix(2 * expert), *how)
             up = PackedProduct.apply(x, gate_up.matrix(2 * expert + 1), *how)
-            h = self.act_fn(gate) * up
+            h = self._gated(*self._with_biases(expert, gate, up))
             if self.listener is not None:
                 self.listener(h)
-            y = PackedProduct.apply(h, down.matrix(expert), *how) * top_k_weights[token, place, None]
-            out.index_add_(0, token, y.float())
+            y = PackedProduct.apply(h, down.matrix(expert), *how)
+            y = y if self.down_proj_bias is None else y + self.down_proj_bias[expert].to(y.dtype)
+            out.index_add_(0, token, (y * top_k_weights[token, place, None]).float())
         return out.to(hidden_states.dtype)
 
+    def _with_biases(self, expert: int, gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.gate_up_proj_bias is None:
+            return gate, up
+        bias = self.gate_up_proj_bias[expert, None].to(gate.dtype)
+        of_gate, of_up = biases_of(bias, self.intermediate_dim)[0] if self.transposed else bias[0].chunk(2)
+        return gate + of_gate, up + of_up
+
+    def _gated(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        if isinstance(self.act_fn, ClampedSwiglu):
+            return clamped_swiglu(gate, up, self.act_fn.alpha, self.act_fn.limit)
+        h: torch.Tensor = self.act_fn(gate) * up
+        return h
+
     def dequantized(self, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
-        """gate_up_proj [E, 2 I, H] and down_proj [E, H, I] as in Transformers' module."""
-        gate_up, down = self.gate_up, self.down
-        rows = [unpack(gate_up.matrix(i), dtype) for i in range(gate_up.count)]
-        return self.intact(
-            (
-                torch.stack(rows).view(self.num_experts, -1, self.hidden_dim),
-                torch.stack([unpack(down.matrix(i), dtype) for i in range(down.count)]),
-            )
-        )
+        """gate_up_proj [E, 2 I, H] and down_proj [E, H, I] as in Transformers' module; transposed: [E, H, 2 I] and [E, I, H]."""
+        stacks = []
+        for stack in (self.gate_up, self.down):
+            matrices = torch.stack([unpack(stack.matrix(i), dtype) for i in range(stack.count)])
+            matrices = matrices.unflatten(0, (self.num_experts, -1))
+            stacks.append(parameter_of(matrices) if self.transposed else matrices.flatten(1, 2))
+        return self.intact((stacks[0], stacks[1]))
 
     def extra_repr(self) -> str:
         formats = ", ".join(dict.fromkeys((self.gate_up_format, self.down_format)))

@@ -18,10 +18,12 @@ from ...graph.ir import Graph
 from ...graph.min_formats import exact_weights, min_formats
 from ...quant import PackedMatrix, PackedStack, PackedWeight, Packer, get_format
 from ...quant.tiles import empty_stack
+from ...quant.transposed_stack import stacked_matrices
 from .modules import Packed, PackedEmbedding, PackedLinear
-from .packed_experts import PackedExperts
+from .packed_experts import ClampedSwiglu, PackedExperts
 
 STACKS = ("gate_up_proj", "down_proj")  # parameters of Transformers' modules of experts
+_WITH_BIASES = tuple(f"{stack}{suffix}" for stack in STACKS for suffix in ("", "_bias"))
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ def sites(model: nn.Module, graph: Graph) -> list[Site]:
             supported = plain or (isinstance(module, nn.Embedding) and hasattr(module, "scalar_embed_scale"))
         else:
             weights = {leaf: names[leaf] for leaf in STACKS if names[leaf] in wanted}
-            supported = isinstance(module, PackedExperts) or STACKS == tuple(module._parameters)
+            supported = isinstance(module, PackedExperts) or tuple(module._parameters) in (STACKS, _WITH_BIASES)
         if weights:
             if not supported:
                 raise UnsupportedModelError(
@@ -79,7 +81,7 @@ def _named_sites(model: nn.Module, graph: Graph, config: DeepSeekConfig) -> list
 
 
 def packed_twin(module: nn.Module, formats: Mapping[str, str], dtype: torch.dtype) -> Packed:
-    """An empty packed module on the meta device that can replace `module`; it shares the bias.
+    """An empty packed module on the meta device that can replace `module`; it shares the biases.
 
     Args:
         module: a linear, embedding or experts module, float or packed.
@@ -102,16 +104,26 @@ def packed_twin(module: nn.Module, formats: Mapping[str, str], dtype: torch.dtyp
         twin = PackedLinear(module.in_features, module.out_features, formats["weight"], dtype=dtype, device="meta")
         twin.bias = module.bias
         return twin
-    experts: Any = module
-    return PackedExperts(
+    return _packed_experts(module, *(formats[leaf] for leaf in STACKS), dtype)
+
+
+def _packed_experts(experts: Any, gate_up_format: str, down_format: str, dtype: torch.dtype) -> PackedExperts:
+    clamped = hasattr(experts, "alpha") and hasattr(experts, "limit")  # GptOssExperts
+    hidden, inner = ("hidden_size", "intermediate_size") if clamped else ("hidden_dim", "intermediate_dim")
+    twin = PackedExperts(
         experts.num_experts,
-        experts.hidden_dim,
-        experts.intermediate_dim,
-        *(formats[leaf] for leaf in STACKS),
-        act_fn=experts.act_fn,
+        getattr(experts, hidden),
+        getattr(experts, inner),
+        gate_up_format,
+        down_format,
+        act_fn=ClampedSwiglu(experts.alpha, experts.limit) if clamped else experts.act_fn,
         dtype=dtype,
         device="meta",
+        transposed=experts.transposed if isinstance(experts, PackedExperts) else getattr(experts, "is_transposed", False),
     )
+    for name in ("gate_up_proj_bias", "down_proj_bias"):
+        setattr(twin, name, getattr(experts, name, None))
+    return twin
 
 
 NATURAL = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp32"}  # lossless formats
@@ -170,7 +182,7 @@ def pack_in_place(
         twin = packed_twin(module, formats, dtype)
         for leaf, weight in site.weights.items():
             if weight not in done:
-                tiles = packed_tiles(getattr(module, leaf).data, twin.held()[leaf], packer)
+                tiles = packed_tiles(getattr(module, leaf).data, twin.held()[leaf], packer, twin.transposed)
                 done[weight] = nn.Parameter(tiles, requires_grad=False)
                 del module._parameters[leaf]  # frees the weights even if something still refers to the module
             setattr(twin, leaf, done[weight])
@@ -196,19 +208,29 @@ def _format_of(
     return config.format_of(weight, natural, minimum.get(weight)) if given is None else given
 
 
-def packed_tiles(weight: torch.Tensor, like: PackedWeight, packer: Packer) -> torch.Tensor:
-    """The tiles of a float matrix, or of a merged float parameter of experts, packed matrix by matrix."""
+def packed_tiles(weight: torch.Tensor, like: PackedWeight, packer: Packer, transposed: bool = False) -> torch.Tensor:
+    """The tiles of a float matrix, or of a merged float parameter of experts, packed matrix by matrix.
+
+    Args:
+        weight: the matrix, or the parameter.
+        like: a weight of the same shape and of the format to pack in.
+        packer: packs a matrix.
+        transposed: whether the parameter of a stack has the form of `quant/transposed_stack.py`.
+    """
     if isinstance(like, PackedMatrix):
         return packer(weight, like.format)
     out = empty_stack(*like.shape, get_format(like.format).tile_bytes)
-    for matrix, tiles in zip(weight.reshape(like.shape), out, strict=True):
+    for matrix, tiles in zip(stacked_matrices(weight, like.shape, transposed), out, strict=True):
         packer(matrix, like.format, tiles)
     return out
 
 
-def float_shape(leaf: str, weight: PackedWeight) -> tuple[int, ...]:
-    """The shape of the float parameter `leaf` that this packed matrix or stack replaces."""
-    return merged_shape(leaf, weight.shape) if isinstance(weight, PackedStack) else weight.shape
+def float_shape(leaf: str, weight: PackedWeight, transposed: bool = False) -> tuple[int, ...]:
+    """The shape of the float parameter `leaf` that this packed matrix or stack replaces; `transposed`: as in `packed_tiles`."""
+    if not isinstance(weight, PackedStack):
+        return weight.shape
+    experts, rows, cols = merged_shape(leaf, weight.shape)
+    return (experts, cols, rows) if transposed else (experts, rows, cols)
 
 
 def expected_tensors(model: Any) -> tuple[dict[str, str | None], dict[str, tuple[int, ...]]]:

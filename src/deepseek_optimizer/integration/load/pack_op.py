@@ -14,6 +14,7 @@ from ...checkpoint.stacks import StackShape
 from ...errors import CheckpointChangedError, CheckpointError
 from ...quant import PackedStack, get_format
 from ...quant.tiles import empty_stack
+from ...quant.transposed_stack import stacked_matrices
 from ..bind.swap import STACKS
 
 
@@ -46,7 +47,8 @@ class PackWeight(ConversionOps):
         weight = module.held()[leaf]
         try:
             if isinstance(weight, PackedStack):
-                tiles = self._pack_stack(experts_in_turn(input_dict, source_patterns, weight.shape), weight)
+                matrices = experts_in_turn(input_dict, source_patterns, weight.shape, module.transposed)
+                tiles = self._pack_stack(matrices, weight)
             else:
                 (value,) = input_dict.values()
                 matrix = value[0] if isinstance(value, list) else value
@@ -77,13 +79,14 @@ class PackWeight(ConversionOps):
         return tiles
 
 
-def experts_in_turn(tensors: dict[str, Any], patterns: Any, shape: StackShape) -> list[Any]:
+def experts_in_turn(tensors: dict[str, Any], patterns: Any, shape: StackShape, transposed: bool = False) -> list[Any]:
     """The float matrices of a stack in order; they are removed from `tensors`.
 
     Args:
         tensors: for each of a converter's patterns (gate, up) the list of the experts' matrices, or one merged parameter.
         patterns: the converter's patterns.
         shape: count, rows and cols of the stack.
+        transposed: whether a merged parameter has the form of `quant/transposed_stack.py`.
 
     Raises:
         CheckpointError: the number or shape of the matrices does not match the config.
@@ -91,11 +94,11 @@ def experts_in_turn(tensors: dict[str, Any], patterns: Any, shape: StackShape) -
     lists = [tensors.pop(pattern) for pattern in patterns if pattern in tensors] or [tensors.pop(key) for key in list(tensors)]
     merged = lists[0][0] if isinstance(lists[0], list) else lists[0]
     if merged.dim() == 3:
-        if merged.numel() != math.prod(shape) or merged.shape[-1] != shape[-1]:
+        if merged.numel() != math.prod(shape) or merged.shape[1 if transposed else 2] != shape[2]:
             raise CheckpointError(
                 f"has shape {tuple(merged.shape)}, but the config requires {shape[0]} matrices of {shape[1:]}"
             )
-        return list(merged.reshape(shape))
+        return list(stacked_matrices(merged, shape, transposed))
     if any(len(matrices) * len(lists) != shape[0] for matrices in lists):
         raise CheckpointError(f"has {sum(map(len, lists))} matrices of experts, but the config requires {shape[0]}")
     in_turn = [matrices[expert] for expert in range(len(lists[0])) for matrices in lists]

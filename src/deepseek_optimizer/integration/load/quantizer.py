@@ -287,7 +287,8 @@ def _expect_floats(model: Any, dtype: torch.dtype) -> None:
     placeholders: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for leaf, weight in module.held().items() if isinstance(module, Packed) else ():
-            empty = nn.Parameter(torch.empty(float_shape(leaf, weight), dtype=dtype, device="meta"), requires_grad=False)
+            shape = float_shape(leaf, weight, module.transposed)
+            empty = nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"), requires_grad=False)
             setattr(module, leaf, placeholders.setdefault(id(module._parameters[leaf]), empty))
 
 
