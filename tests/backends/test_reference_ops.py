@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers.masking_utils import chunked_overlay
 from transformers.models.mistral4.modeling_mistral4 import get_llama_4_attn_scale
 
 from deepseek_optimizer.backends.reference import ops, plan
@@ -62,6 +63,14 @@ def test_attention(attend: object, queries: int, context: int, window: int) -> N
         for h in range(kv_heads):
             weight = torch.softmax(2.0 * q[i, h].double() @ k[seen, h].double().T, -1)
             torch.testing.assert_close(actual[i, h].double(), weight @ v[seen, h].double(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("window", [1, 5, 40])
+def test_chunks_are_those_of_transformers(window: int) -> None:
+    seen = chunked_overlay(window, torch.zeros(1, dtype=torch.int64))
+    queries, keys = torch.arange(45, 65)[:, None], torch.arange(65)
+    expected = seen(0, 0, queries, keys) & (keys <= queries)
+    assert torch.equal(ops.visible(20, 45, keys, window, chunked=True), expected)
 
 
 def test_large_scores_do_not_overflow() -> None:

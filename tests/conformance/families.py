@@ -60,6 +60,11 @@ FIELDS: dict[str, dict[str, Any]] = {
     "glm_moe_dsa": {
         **GROUPS, "index_topk": 8, "index_head_dim": 32, "index_n_heads": 20, "indexer_types": ["full", "shared"],
     },
+    "llama4_text": {
+        **SMALL, "head_dim": 8, "intermediate_size": 16, "intermediate_size_mlp": 32, "num_local_experts": 8,
+        "num_experts_per_tok": 2, "interleave_moe_layer_step": 2, "no_rope_layers": [1, 0], "attention_chunk_size": 8,
+        "floor_scale": 4,
+    },
     "youtu": LATENT,
     "ministral": {**SMALL, "head_dim": 8, "sliding_window": 32},
     "ministral3": {**SMALL, "head_dim": 8, "rope_parameters": GROWING},

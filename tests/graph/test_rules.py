@@ -30,7 +30,7 @@ from support.steps import Part, run_step, runner
 ALL = tuple(rules.RULES)
 LATENT = ["deepseek_v2-groups", "deepseek_v3-groups", "deepseek_v32-types", "youtu-halves"]
 LATENT += ["mistral4-groups", "glm_moe_dsa-shared"]
-LLAMA_LIKE = ("llama", "qwen2-", "qwen3-", "mistral", "deepseek", "youtu")  # cases
+LLAMA_LIKE = ("llama-", "qwen2-", "qwen3-", "mistral", "deepseek", "youtu")  # cases
 CHOICES = {
     "none": (), "all": ALL, **{f"only {r}": (r,) for r in ALL}, **{f"without {r}": tuple(o for o in ALL if o != r) for r in ALL}
 }  # fmt: skip

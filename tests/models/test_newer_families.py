@@ -1,4 +1,4 @@
-"""Graphs of Ministral 3, Mistral 4 and GLM-5, and the configs that they refuse."""
+"""Graphs of Ministral 3, Mistral 4, GLM-5 and Llama 4, and the configs that they refuse."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from deepseek_optimizer.errors import ConfigError, UnsupportedModelError
 from deepseek_optimizer.integration.configs import check_config
 from deepseek_optimizer.models import build_graph
-from support.models import glm_moe_dsa, ministral3, mistral4
+from support.models import glm_moe_dsa, llama4_text, ministral3, mistral4
 
 
 def damaged(config: Any, *without: str, **rope: Any) -> dict[str, Any]:
@@ -69,3 +69,25 @@ def test_shared_layers_read_the_choice_of_the_last_full_one() -> None:
     chosen = [n.inputs[1].name for n in nodes if n.op == "mla_attention"]
     assert chosen == ["l0.index_chosen", "l1.index_chosen", "l1.index_chosen", "l1.index_chosen"]
     assert [n.attrs["layer"] for n in nodes if n.op == "index_write"] == [0, 1]
+
+
+def test_layers_of_llama4() -> None:
+    """Layers 0 and 2 have RoPE and chunks, the others full attention and growing queries; 1 and 3 have experts."""
+    nodes = build_graph(llama4_text()).nodes
+    attentions = [(n.attrs["window"], n.attrs.get("chunked", False)) for n in nodes if n.op == "attention"]
+    assert attentions == [(27, True), (0, False)] * 2
+    ops_of = [[n.op for n in nodes if any(v.name.startswith(f"l{i}.") for v in n.outputs)] for i in range(4)]
+    assert ["rope" in ops for ops in ops_of] == ["head_norm" in ops for ops in ops_of] == [True, False] * 2
+    assert ["position_scale" in ops for ops in ops_of] == ["experts_down" in ops for ops in ops_of] == [False, True] * 2
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("attention_chunk_size", 0), ("floor_scale", 0), ("attn_scale", -0.1), ("moe_layers", "1"), ("moe_layers", [1.5]),
+        ("no_rope_layers", [1, 0]), ("layer_types", ["full_attention"]), ("num_experts_per_tok", 7),
+    ],
+)  # fmt: skip
+def test_bad_fields_of_llama4(field: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=field):
+        check_config({**json.loads(llama4_text().to_json_string(use_diff=False)), field: value})

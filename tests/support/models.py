@@ -34,6 +34,7 @@ from transformers import (
     KimiLinearConfig,
     Lfm2Config,
     Lfm2MoeConfig,
+    Llama4TextConfig,
     LlamaConfig,
     MiniMaxM2Config,
     Ministral3Config,
@@ -243,6 +244,14 @@ def glm_moe_dsa(**fields: Any) -> GlmMoeDsaConfig:
     return GlmMoeDsaConfig(**{**_latent(), **_EXPERTS, **experts, **index, **heads, **fields})
 
 
+def llama4_text(**fields: Any) -> Llama4TextConfig:
+    """Layers with chunks, experts, full attention and growing queries in all combinations; chunks end within blocks."""
+    experts = {"intermediate_size": 44, "intermediate_size_mlp": 136, "num_local_experts": 6, "num_experts_per_tok": 2}
+    sizes = {"num_hidden_layers": 4, "head_dim": 20, "attention_chunk_size": 27, "no_rope_layers": [1, 0, 1, 0]}
+    scales = {"floor_scale": 13, "attn_scale": 0.4}
+    return Llama4TextConfig(**{**_small(), **experts, **sizes, **scales, "interleave_moe_layer_step": 2, **fields})
+
+
 def youtu(**fields: Any) -> YoutuConfig:
     heads = fields.get("num_attention_heads", 3)
     defaults = {**_latent(), "num_attention_heads": heads, "num_key_value_heads": heads, "tie_word_embeddings": True}
@@ -446,6 +455,17 @@ CASES: dict[str, Callable[[], Any]] = {
     "glm_moe_dsa-shared": glm_moe_dsa,
     "glm_moe_dsa-biases": lambda: glm_moe_dsa(
         attention_bias=True, index_topk=40, indexer_types=["full", "shared"], num_hidden_layers=2, **_YARN
+    ),
+    "llama4_text-chunks": llama4_text,
+    "llama4_text-biases": lambda: llama4_text(
+        attention_bias=True,
+        use_qk_norm=False,
+        num_experts_per_tok=1,
+        interleave_moe_layer_step=1,
+        attn_temperature_tuning=False,
+        num_hidden_layers=2,
+        no_rope_layers=[1, 0],
+        **_LLAMA3,
     ),
     "youtu-tied": youtu,
     "youtu-halves": lambda: youtu(

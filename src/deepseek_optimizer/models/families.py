@@ -72,6 +72,7 @@ FAMILIES: Final[Mapping[str, Family]] = MappingProxyType({
     "glm4_moe": _PLAN_ONLY,
     "glm4_moe_lite": _PLAN_ONLY,
     "glm_moe_dsa": _PLAN_ONLY,
+    "llama4_text": _PLAN_ONLY,
     "minimax_m2": _PLAN_ONLY,
     "gpt_oss": _PLAN_ONLY,
     "granitemoe": replace(_PLAN_ONLY, plain_head=False),

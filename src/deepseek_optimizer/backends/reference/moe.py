@@ -112,9 +112,7 @@ def down(
     return total
 
 
-def ordered_stacks(
-    graph: Graph, weights: Mapping[str, torch.Tensor], packed: Collection[str]
-) -> dict[str, torch.Tensor]:
+def ordered_stacks(graph: Graph, weights: Mapping[str, torch.Tensor], packed: Collection[str]) -> dict[str, torch.Tensor]:
     """The weights and biases of nodes with attribute `transposed` in the order of others: [E, M * rows, cols] and [E, M * rows],
     by name.
 
@@ -126,11 +124,12 @@ def ordered_stacks(
     ordered = {}
     for node in graph.nodes:
         if node.attrs.get("transposed"):
-            (name,), (bias,), rows = node.weights, node.attrs["biases"], node.outputs[0].width
-            weight, experts = weights[name], node.attrs["experts"]
-            matrices = weight.unflatten(0, (experts, -1)) if name in packed else matrices_of(weight, rows)
+            a, (name,), rows = node.attrs, node.weights, node.outputs[0].width
+            weight, experts = weights[name], a["experts"]
+            matrices = weight.unflatten(0, (experts, -1)) if name in packed else matrices_of(weight, rows, a["transposed"])
             ordered[name] = matrices.flatten(1, 2).contiguous()
-            ordered[bias] = biases_of(weights[bias], rows).flatten(1)
+            for bias in filter(None, a.get("biases", ())):
+                ordered[bias] = biases_of(weights[bias], rows).flatten(1)
     return ordered
 
 

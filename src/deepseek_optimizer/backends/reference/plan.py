@@ -149,7 +149,8 @@ class ReferencePlan:
         return (ops.rms_norm(x, self._weights[node.weights[0]], node.attrs["eps"], node.attrs.get("unit_offset", False)),)
 
     def _head_norm(self, step: _Step, node: Node, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        a, weight = node.attrs, self._weights[node.weights[0]]
+        a = node.attrs
+        weight = self._weights[node.weights[0]] if node.weights else x.new_ones(a["head_dim"])
         return (ops.head_norm(x, weight, a["eps"], a["heads"], a.get("unit_offset", False)),)
 
     def _linear(self, step: _Step, node: Node, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
