@@ -60,10 +60,11 @@ FIELDS: dict[str, dict[str, Any]] = {
     "glm_moe_dsa": {
         **GROUPS, "index_topk": 8, "index_head_dim": 32, "index_n_heads": 20, "indexer_types": ["full", "shared"],
     },
+    # Transformers counts padding in the position that decides the queries' factor, so that a padded text has other results
+    # than by itself; with the default `floor_scale`, all factors here are 1.
     "llama4_text": {
         **SMALL, "head_dim": 8, "intermediate_size": 16, "intermediate_size_mlp": 32, "num_local_experts": 8,
         "num_experts_per_tok": 2, "interleave_moe_layer_step": 2, "no_rope_layers": [1, 0], "attention_chunk_size": 8,
-        "floor_scale": 4,
     },
     "youtu": LATENT,
     "ministral": {**SMALL, "head_dim": 8, "sliding_window": 32},

@@ -41,7 +41,8 @@ def plan_graph(
 
 
 def with_eps_of(model: Any, graph: Graph) -> Graph:
-    """The graph with the epsilons of the model's norm modules, which may differ from the config's. Norms without weights keep it."""
+    """The graph with the epsilons of the model's norm modules, which may differ from the config's; that of norms without weights
+    stays as it is."""
 
     def eps(weight: str, by_config: float) -> float:
         norm = model.get_submodule(weight.rpartition(".")[0])
