@@ -97,6 +97,9 @@ FIELDS: dict[str, dict[str, Any]] = {
     "glm4_moe_lite": {**GROUPS, "mlp_layer_types": ["dense", "sparse"]},
     "minimax_m2": {**SMALL, "head_dim": 8, "num_local_experts": 8, "num_experts_per_tok": 2},
     "granitemoe": {**SMALL, "num_local_experts": 8, "num_experts_per_tok": 2},
+    "gpt_oss": {
+        **SMALL, "head_dim": 8, "num_local_experts": 8, "num_experts_per_tok": 2, "layer_types": TYPES, "sliding_window": 32,
+    },
     "lfm2": {**_WITHOUT_ACTIVATION, "layer_types": ["conv", "full_attention"], "block_multiple_of": 8},
     "lfm2_moe": {
         **_WITHOUT_ACTIVATION, **PLAIN_EXPERTS, "layer_types": ["conv", "full_attention"], "num_dense_layers": 1,

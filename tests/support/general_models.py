@@ -33,6 +33,10 @@ _T5: dict[str, Any] = {"d_model": 36, "d_kv": 12, "d_ff": 52, "num_layers": 2, "
 # name -> (class, fields of the config)
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "albert": ("AlbertModel", _bert(embedding_size=20)),
+    "aria_text": (
+        "AriaTextForCausalLM",
+        _bert(num_key_value_heads=3, head_dim=12, moe_num_experts=4, moe_topk=2, moe_num_shared_experts=1),
+    ),
     "bart": ("BartForConditionalGeneration", _bart()),
     "bert": ("BertModel", _bert()),
     "bert-mlm": ("BertForMaskedLM", _bert()),
@@ -50,10 +54,6 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_neo": (
         "GPTNeoForCausalLM",
         {"hidden_size": 36, "num_layers": 2, "num_heads": 3, "attention_types": [[["global", "local"], 1]], "window_size": 4},
-    ),
-    "gpt_oss": (
-        "GptOssForCausalLM",
-        _bert(num_key_value_heads=3, head_dim=12, num_local_experts=4, num_experts_per_tok=2, intermediate_size=36),
     ),
     "gpt_neox": ("GPTNeoXForCausalLM", _bert()),
     "gptj": ("GPTJForCausalLM", _gpt(rotary_dim=4)),

@@ -92,6 +92,8 @@ MODELS = (
     KnownModel("zai-org/GLM-4.7-Flash", "glm4_moe_lite", {}),
     KnownModel("Qwen/Qwen1.5-MoE-A2.7B-Chat", "qwen2_moe", {}),
     KnownModel("MiniMaxAI/MiniMax-M2", "minimax_m2", {}),
+    KnownModel("openai/gpt-oss-20b", "gpt_oss", {"num_hidden_layers": 24, "num_local_experts": 32}),
+    KnownModel("openai/gpt-oss-120b", "gpt_oss", {}),
     KnownModel(
         "ibm-granite/granite-3.3-8b-instruct", "granite", _dense(4096, 12800, 40, 32, 8, 49159, tie_word_embeddings=True)
     ),

@@ -24,6 +24,7 @@ class Family:
         window_from_config: all layers have `config.sliding_window`, and the attention modules don't have one of their own.
         interleaved_latents: Transformers' cache holds the rotated part of latent keys as interleaved pairs, as the plan's
             does; other families with latent attention move the pairs into halves first.
+        separates_documents: without a mask and a cache, tokens do not attend across a place where `position_ids` start again.
     """
 
     served: bool = True
@@ -32,6 +33,7 @@ class Family:
     plain_head: bool = True
     window_from_config: bool = False
     interleaved_latents: bool = False
+    separates_documents: bool = True
 
 
 # Training leaves attention and layers to Transformers.
@@ -74,7 +76,7 @@ FAMILIES: Final[Mapping[str, Family]] = MappingProxyType({
     "glm_moe_dsa": _PLAN_ONLY,
     "llama4_text": _PLAN_ONLY,
     "minimax_m2": _PLAN_ONLY,
-    "gpt_oss": _PLAN_ONLY,
+    "gpt_oss": replace(_PLAN_ONLY, separates_documents=False),
     "granitemoe": replace(_PLAN_ONLY, plain_head=False),
     "lfm2": _PLAN_ONLY,
     "lfm2_moe": _PLAN_ONLY,

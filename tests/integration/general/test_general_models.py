@@ -103,11 +103,11 @@ def test_experts_are_packed(tmp_path, name):
 
 
 def test_experts_of_another_layout_stay_in_torch(tmp_path):
-    """gpt-oss's are transposed and interleaved, with biases."""
-    plain = random_general("gpt_oss")
+    """Aria's are transposed."""
+    plain = random_general("aria_text")
     plain.save_pretrained(tmp_path)
     report = load_model(tmp_path, precision="int8").report()
-    assert report.experts == 0 and report.in_torch["GptOssExperts"] > 0
+    assert report.experts == 0 and any("Experts" in name for name in report.in_torch)
 
 
 def test_the_head_gets_contiguous_inputs(tmp_path):

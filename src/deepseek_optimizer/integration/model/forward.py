@@ -18,6 +18,7 @@ import torch
 from ...backends.base import DECODE, PREFILL
 from ...errors import UnsupportedRequestError
 from ...graph.analysis import dynamic_rope
+from ...models import traits
 from ..bind.instance_method import PLANNED, Replacement
 from ..compat import cache_name, chosen_hidden, output_class, take_cache
 from ..generation.cache import Bool, PagedCache, PagedState
@@ -113,7 +114,8 @@ class PlanForward(Replacement):
         requested = call.get("output_hidden_states")
         requested = config.output_hidden_states if requested is None else requested
         new = self._columns(state, ids, embeds, call, bool(requested))
-        if cache is None and call.get("attention_mask") is None:  # as in Transformers: only then may rows pack documents
+        masked = cache is not None or call.get("attention_mask") is not None
+        if not masked and traits(config).separates_documents:  # as in Transformers: only then may rows pack documents
             new.documents = documents_of(new.positions)
         if not state.sequences:
             state.start(source.shape[0] if new.documents is None else len(new.sequences()))
