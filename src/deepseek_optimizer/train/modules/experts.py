@@ -140,6 +140,7 @@ class TrainedExperts(nn.Module):
         dimensions = {name: parameter.ndim for name, parameter in module.named_parameters(recurse=False)}
         return (
             dimensions == {"gate_up_proj": 3, "down_proj": 3}
+            and module.gate_up_proj.shape[2] == module.down_proj.shape[1]  # not transposed, as in Llama 4
             and uses_silu(module)
             and not getattr(module, "is_transposed", False)
             and getattr(module, "is_concatenated", True)
