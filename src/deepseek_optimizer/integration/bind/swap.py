@@ -104,7 +104,7 @@ def packed_twin(module: nn.Module, formats: Mapping[str, str], dtype: torch.dtyp
         twin = PackedLinear(module.in_features, module.out_features, formats["weight"], dtype=dtype, device="meta")
         twin.bias = module.bias
         return twin
-    return _packed_experts(module, *(formats[leaf] for leaf in STACKS), dtype)
+    return _packed_experts(module, formats["gate_up_proj"], formats["down_proj"], dtype)
 
 
 def _packed_experts(experts: Any, gate_up_format: str, down_format: str, dtype: torch.dtype) -> PackedExperts:
