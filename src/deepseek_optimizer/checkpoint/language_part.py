@@ -70,7 +70,10 @@ def language_part(
         return config, dict(tensors), []
     if part.model_type and isinstance(text := config.get("text_config"), dict):
         shared = {name: config[name] for name in _SHARED if name in config}
+        tied = bool(config.get("tie_word_embeddings")) and not any(name.endswith("lm_head.weight") for name in tensors)
         config = {**shared, "model_type": part.model_type, **text}
+        if tied:  # what the whole model's class does, whatever its language model's config says
+            config["tie_word_embeddings"] = True
     kept, remarks = dict(tensors), []
     for what, pattern in part.unread.items():
         unread = [name for name in kept if re.fullmatch(pattern, name)]
