@@ -338,6 +338,8 @@ enum {
                              [T, heads * v_dim]. The gated delta rule: with q and k of kv head h / (heads / kv_heads), divided
                              by sqrt(x.x + 1e-6), and q by sqrt(head_dim): S = d S, d = exp(-exp(A_log) log(1 + exp(a +
                              dt_bias))); S += k (sigmoid(b) (v - S^T k))^T; out = S^T q */
+  DSO_OP_POSITION_SCALE = 41, /* in0 F32 -> out0 F32 (may alias): in0 * (1 + scale * log(1 + floor((position + offset) /
+                                 window))) */
 };
 enum {
   DSO_FLAG_EAGER = 1,
@@ -345,12 +347,15 @@ enum {
   DSO_FLAG_GROUPED = 4,
   DSO_FLAG_EXPAND = 8,
   DSO_FLAG_LAST = 16,
-  DSO_FLAG_SIGMOID = 32,    /* ROUTE: scores are sigmoids instead of a softmax */
-  DSO_FLAG_TOP2 = 64,       /* ROUTE: a group's score is the sum of its two best instead of its best */
-  DSO_FLAG_NORMALISE = 128, /* ROUTE: weights are divided by their sum */
-  DSO_FLAG_GELU = 256,      /* GATE_UP, EXPERTS_GATE_UP: the gate's activation is gelu, as in GEGLU, instead of silu */
-  DSO_FLAG_CHANNELS = 1024, /* DELTA_RULE: in1 and w1 have head_dim elements per head, a decay for each row of a state */
-  DSO_FLAG_SILU = 512       /* SHORT_CONV: silu of the sum */
+  DSO_FLAG_SIGMOID = 32,       /* ROUTE: scores are sigmoids instead of a softmax */
+  DSO_FLAG_TOP2 = 64,          /* ROUTE: a group's score is the sum of its two best instead of its best */
+  DSO_FLAG_NORMALISE = 128,    /* ROUTE: weights are divided by their sum */
+  DSO_FLAG_GELU = 256,         /* GATE_UP, EXPERTS_GATE_UP: the gate's activation is gelu, as in GEGLU, instead of silu */
+  DSO_FLAG_CHUNKED = 2048,     /* ATTENTION: the window is the chunk of `window` tokens that the row's own token lies in */
+  DSO_FLAG_WEIGH_INPUT = 4096, /* EXPERTS_GATE_UP: gate and up are multiplied by the expert's weight; EXPERTS_DOWN: the sum
+                                  has no weights */
+  DSO_FLAG_CHANNELS = 1024,    /* DELTA_RULE: in1 and w1 have head_dim elements per head, a decay for each row of a state */
+  DSO_FLAG_SILU = 512          /* SHORT_CONV: silu of the sum */
 };
 
 typedef struct dso_step {

@@ -46,6 +46,10 @@ struct VisibleTokens {              // the tokens, up to itself, that a row atte
   int64_t window = 0, sinks = 0;    // the last `window` and the first `sinks`; window 0: all
   const int32_t* chosen = nullptr;  // or only those in these blocks of the sequence: `blocks` indices, ascending
   int64_t blocks = 0;
+  bool chunked = false;  // the window is the chunk of `window` tokens that the row's own token lies in; without sinks
+
+  // First token of the window of the row that is token i of its sequence; may be negative.
+  int64_t begin(int64_t i) const { return chunked ? i - i % window : i + 1 - window; }
 };
 
 struct Scores {                  // of attention: s = scale * q k
@@ -167,6 +171,7 @@ struct RowKernels {  // everything else: rows of activations, weights and caches
   void (*softmax)(const float* x, int64_t n, float* out);
   void (*sigmoid)(const float* x, int64_t n, float* out);
   void (*add_scaled)(const float* x, float scale, int64_t n, float* y);  // y = fma(x, scale, y)
+  void (*scale)(const float* x, float factor, int64_t n, float* out);    // out may alias x
   // out = x * sigmoid(gate), where gate has n elements or one for all. out may alias x.
   void (*sigmoid_gate)(const float* x, const float* gate, bool one, int64_t n, float* out);
   void (*rope)(const float* x, const float* table, int64_t heads, int64_t head_dim, int64_t offset, int64_t rot,

@@ -14,8 +14,9 @@ AttentionKind AttentionSchedule::kind_of(const Run& run, int64_t sequence) const
 }
 
 int64_t AttentionSchedule::first_token(int64_t context, int64_t row) const {
-  const int64_t begin = context + row + 1 - shape.window;
-  return shape.window > 0 && begin > shape.sinks ? begin : 0;
+  if (shape.window == 0) return 0;
+  const int64_t begin = shape.sight().begin(context + row);
+  return begin > shape.sinks ? begin : 0;
 }
 
 int64_t AttentionSchedule::tokens(int64_t context, int64_t r0, int64_t r1) const {

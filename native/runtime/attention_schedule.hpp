@@ -17,7 +17,9 @@ struct AttentionShape {
   int64_t heads, kv_heads, head_dim, window, sinks;
   int64_t top_k;         // blocks chosen by each row and kv head; 0: no block choice
   bool eager, converts;  // converts: the finished row is written to a slot that is not fp32
+  bool chunked;          // see VisibleTokens
   bool operator==(const AttentionShape&) const = default;
+  VisibleTokens sight() const { return {window, sinks, nullptr, 0, chunked}; }
   int64_t group() const { return heads / kv_heads; }
   int64_t part_floats() const { return head_dim + 16; }  // per (row, head, chunk): see Kernels::attn_decode_chunk
 };

@@ -22,6 +22,7 @@ constexpr Entry kOps[] = {
     {DSO_OP_LINEAR, "LINEAR", make_linear},
     {DSO_OP_ROPE_TABLE, "ROPE_TABLE", make_rope_table},
     {DSO_OP_ROPE, "ROPE", make_rope},
+    {DSO_OP_POSITION_SCALE, "POSITION_SCALE", make_position_scale},
     {DSO_OP_CACHE_WRITE, "CACHE_WRITE", make_cache_write},
     {DSO_OP_ROPE_CACHE, "ROPE_CACHE", make_rope_cache},
     {DSO_OP_ATTENTION, "ATTENTION", make_attention},

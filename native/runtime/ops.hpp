@@ -46,6 +46,7 @@ std::unique_ptr<Op> make_delta_rule(StepReader& step);
 // ops_rope.cpp
 std::unique_ptr<Op> make_rope_table(StepReader& step);
 std::unique_ptr<Op> make_rope(StepReader& step);
+std::unique_ptr<Op> make_position_scale(StepReader& step);
 std::unique_ptr<Op> make_cache_write(StepReader& step);
 std::unique_ptr<Op> make_rope_cache(StepReader& step);
 // ops_attention.cpp

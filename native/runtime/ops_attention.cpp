@@ -77,7 +77,7 @@ class Attention final : public Op {
   // The tokens visible to the task's rows; with chosen blocks, those visible to row r. Whatever values the slot holds, no index
   // leads outside the sequence.
   VisibleTokens sight(const Run& run, const AttentionTask& t, int64_t r, int thread) const {
-    if (shape_.top_k == 0) return {shape_.window, shape_.sinks};
+    if (shape_.top_k == 0) return shape_.sight();
     const int64_t last = (run.batch.source->context_len[t.sequence] + r) / DSO_BLOCK_TOKENS,
                   n = std::min(last + 1, shape_.top_k);
     const float* from = run.slots[chosen_.index].f32(run.batch.first_row[t.sequence] + r) + t.kv_head * shape_.top_k;
@@ -124,7 +124,7 @@ class Attention final : public Op {
   void eager(const Run& run, const AttentionTask& t, int thread) {
     for (int64_t r = t.r0; r < t.r1; ++r) {
       const int64_t n = run.batch.source->context_len[t.sequence] + r + 1;
-      const int64_t first = shape_.window > 0 ? std::max<int64_t>(0, n - shape_.window) : 0;
+      const int64_t first = shape_.window > 0 ? std::max<int64_t>(0, shape_.sight().begin(n - 1)) : 0;
       for (int64_t h = t.h0; h < t.h1; ++h)
         run.kernels.attn_eager(layout(run), view(run, t), t.kv_head, head(run.slots[q_.index], run, t, r, h), n, first,
                                scores_of(t, h), private_floats(run, thread), result(run, t, r, h));
@@ -149,16 +149,18 @@ class Attention final : public Op {
 
 std::unique_ptr<Op> make_attention(StepReader& s) {
   const dso_step& step = s.step;
-  const bool eager = step.flags & DSO_FLAG_EAGER;
+  const bool eager = step.flags & DSO_FLAG_EAGER, chunked = step.flags & DSO_FLAG_CHUNKED;
   if (step.window < 0 || step.sinks < 0 || step.top_k < 0)
     s.refuse("window is %d, sinks %d, top_k %d: none may be negative", step.window, step.sinks, step.top_k);
   if (step.sinks > 0 && (step.window == 0 || eager))
     s.refuse("sinks is %d with %s", step.sinks, eager ? "the EAGER flag" : "no window");
   if (step.top_k > 0 && (step.window > 0 || eager))
     s.refuse("top_k is %d with %s", step.top_k, eager ? "the EAGER flag" : "a window");
+  if (chunked && (step.window == 0 || step.sinks > 0))
+    s.refuse("window is %d, sinks %d with the CHUNKED flag, which needs a window without sinks", step.window, step.sinks);
   if (!(step.softcap >= 0 && std::isfinite(step.softcap)))
     s.refuse("softcap is %g, must be finite and not negative", double(step.softcap));
-  s.takes(step.top_k > 0 ? 2 : 1, 1, 1, 0, DSO_FLAG_EAGER);
+  s.takes(step.top_k > 0 ? 2 : 1, 1, 1, 0, DSO_FLAG_EAGER | DSO_FLAG_CHUNKED);
   s.attends(step.layer, step.kv_heads, step.head_dim, false);
   s.sees(step.window, step.sinks);
   s.uses_shared();
@@ -169,8 +171,8 @@ std::unique_ptr<Op> make_attention(StepReader& s) {
   if (out.index == q.index || out.index == chosen.index) s.refuse("out[0], slot %d, is an input", out.index);
 
   const Scores scores{step.scale, step.softcap, s.has_weight(0) ? s.vector('w', 0, heads) : nullptr};
-  const AttentionShape shape{heads,      step.kv_heads, step.head_dim, step.window,
-                             step.sinks, step.top_k,    eager,         !is_f32(out.kind)};
+  const AttentionShape shape{heads,      step.kv_heads, step.head_dim,     step.window, step.sinks,
+                             step.top_k, eager,         !is_f32(out.kind), chunked};
   return std::make_unique<Attention>(q, chosen, out, shared_schedule(s.plan().schedules, shape), s.step.layer, scores);
 }
 

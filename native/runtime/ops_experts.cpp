@@ -47,8 +47,8 @@ struct Activation {
 // columns of gate and up in its own buffers and writes the activation of them as whole groups of 32 columns.
 class ExpertsGateUp final : public Op {
  public:
-  ExpertsGateUp(Experts experts, const SlotRef& out, const Activation& activation)
-      : x_(std::move(experts)), out_(out), activation_(activation) {}
+  ExpertsGateUp(Experts experts, const SlotRef& out, const Activation& activation, bool weighs)
+      : x_(std::move(experts)), out_(out), activation_(activation), weighs_(weighs) {}
 
   void shape(const Run& run) override {
     const int64_t pairs = x_.pairs(run);
@@ -106,8 +106,10 @@ class ExpertsGateUp final : public Op {
       run.kernels.linear(tiles_of(x_.stack.at(2 * p.expert + half), tile, tile_end), x_.bias_of(2 * p.expert + half, tile),
                          x_.in.kind, x.data, x.stride, n, p.prefill, 0, tile_end - tile, half ? up : gate, 4 * stride, scratch);
     for (int64_t r = 0; r < n; ++r) {
-      float* h = gate + r * stride;
-      activation_.apply(run.kernels, h, up + r * stride, columns);
+      float *h = gate + r * stride, *u = up + r * stride;
+      if (weighs_)  // the products with the weighted input
+        for (float* product : {h, u}) run.kernels.scale(product, x_.groups->weight(begin + r), columns, product);
+      activation_.apply(run.kernels, h, u, columns);
       write_columns(run, out_, begin + r, h, column, column + columns);
     }
   }
@@ -167,13 +169,14 @@ class ExpertsGateUp final : public Op {
   int64_t tasks_ = 0, max_rows_ = 0, block_floats_ = 0;
   bool stretches_ = false;
   const Activation activation_;
+  const bool weighs_;
 };
 
 // A task owns a block of columns of a block of tokens and walks the groups in order, so that each result is one chain of
 // multiply-adds over the token's experts, ascending. The split depends only on the shape: each token costs the same.
 class ExpertsDown final : public Op {
  public:
-  ExpertsDown(Experts experts, const SlotRef& out) : h_(std::move(experts)), out_(out) {}
+  ExpertsDown(Experts experts, const SlotRef& out, bool weighs) : h_(std::move(experts)), out_(out), weighs_(weighs) {}
 
   void shape(const Run& run) override {
     const int64_t rows = h_.rows(run), pairs = h_.pairs(run), tiles = h_.tiles();
@@ -238,7 +241,8 @@ class ExpertsDown final : public Op {
     run.kernels.linear(w, bias, h_.in.kind, h.row(begin), h.stride, n, prefill, 0, tile_rows(w), buffer, 4 * stride, scratch);
     const int32_t* tokens = h_.groups->tokens(begin);
     for (int64_t i = 0; i < n; ++i)
-      run.kernels.add_scaled(buffer + i * stride, h_.groups->weight(begin + i), columns, y.f32(tokens[i]) + column);
+      run.kernels.add_scaled(buffer + i * stride, weighs_ ? h_.groups->weight(begin + i) : 1.0f, columns,
+                             y.f32(tokens[i]) + column);
   }
 
   const Experts h_;
@@ -246,6 +250,7 @@ class ExpertsDown final : public Op {
   TileBlocks tiles_;
   int64_t token_blocks_ = 1, block_tokens_ = 1, block_rows_ = 1;
   bool stretches_ = false;
+  const bool weighs_;
 };
 
 Experts read_experts(StepReader& s, int64_t matrices, int64_t repeat) {
@@ -268,11 +273,13 @@ std::shared_ptr<ExpertGroups>* find_groups(StepReader& s, const Experts& x) {
 }  // namespace
 
 std::unique_ptr<Op> make_experts_gate_up(StepReader& s) {
-  s.takes(2, 1, 1, 1, DSO_FLAG_GROUPED | DSO_FLAG_GELU);
+  s.takes(2, 1, 1, 1, DSO_FLAG_GROUPED | DSO_FLAG_GELU | DSO_FLAG_WEIGH_INPUT);
   const Activation activation{(s.step.flags & DSO_FLAG_GELU) != 0, s.step.scale, s.step.softcap};
+  const bool weighs = s.step.flags & DSO_FLAG_WEIGH_INPUT;
   if (!(activation.limit >= 0 && std::isfinite(activation.limit)))
     s.refuse("softcap is %g, must be finite and not negative", double(activation.limit));
   if (activation.limit > 0 && activation.gelu) s.refuse("has a limit (softcap) and the GELU flag");
+  if (weighs && s.step.b[0] != -1) s.refuse("has biases and the WEIGH_INPUT flag");
   Experts x = read_experts(s, 2, 1);
   const SlotRef out = s.out(0, kAnyKind, x.stack.first.rows, x.in.selected, s.chosen().top_k);
   if (out.index == x.in.index || out.index == x.routes.index) s.refuse("out[0] is an input");
@@ -281,18 +288,18 @@ std::unique_ptr<Op> make_experts_gate_up(StepReader& s) {
   else
     x.groups = s.plan().groups.emplace_back(
         std::make_shared<ExpertGroups>(x.routes.index, s.chosen(), (s.step.flags & DSO_FLAG_GROUPED) != 0));
-  return std::make_unique<ExpertsGateUp>(std::move(x), out, activation);
+  return std::make_unique<ExpertsGateUp>(std::move(x), out, activation, weighs);
 }
 
 std::unique_ptr<Op> make_experts_down(StepReader& s) {
-  s.takes(2, 1, 1, 1, DSO_FLAG_GROUPED);
+  s.takes(2, 1, 1, 1, DSO_FLAG_GROUPED | DSO_FLAG_WEIGH_INPUT);
   Experts x = read_experts(s, 1, s.chosen().top_k);
   const SlotRef out = s.out(0, kF32Only, x.stack.first.rows, x.in.selected);
   if (out.index == x.in.index || out.index == x.routes.index) s.refuse("out[0] is an input");
   const auto* known = find_groups(s, x);
   if (!known) s.refuse("no earlier EXPERTS_GATE_UP has the same routes (slot %d), experts, top_k and flags", x.routes.index);
   x.groups = *known;
-  return std::make_unique<ExpertsDown>(std::move(x), out);
+  return std::make_unique<ExpertsDown>(std::move(x), out, !(s.step.flags & DSO_FLAG_WEIGH_INPUT));
 }
 
 }  // namespace dso

@@ -56,6 +56,24 @@ class Rope final : public RowOp {
   const HeadRotation rotate_;
 };
 
+class PositionScale final : public RowOp {
+ public:
+  PositionScale(const SlotRef& in, const SlotRef& out, float beta, int64_t length, int64_t offset)
+      : in_(in), out_(out), beta_(beta), length_(length), offset_(offset) {}
+
+ private:
+  int64_t rows(const Run& run) const override { return run.batch.T; }
+  int64_t row_work() const override { return in_.width; }
+  void row(const Run& run, int64_t r, int) override {
+    const int64_t steps = (run.batch.source->positions[r] + offset_) / length_;
+    const float factor = 1 + beta_ * float(std::log1p(double(steps)));
+    run.kernels.scale(run.slots[in_.index].f32(r), factor, in_.width, run.slots[out_.index].f32(r));
+  }
+  const SlotRef in_, out_;
+  const float beta_;
+  const int64_t length_, offset_;
+};
+
 class KvWriter : public CacheWriter {
  public:
   KvWriter(const SlotRef& key, const SlotRef& value, int64_t layer, int64_t kv_heads)
@@ -135,6 +153,16 @@ std::unique_ptr<Op> make_rope(StepReader& s) {
   const SlotRef in = s.token_rows(0, rotate.heads * rotate.head_dim), out = s.out(0, kF32Only, in.width, false);
   s.alias_only(out, in);
   return std::make_unique<Rope>(in, out, rotate);
+}
+
+std::unique_ptr<Op> make_position_scale(StepReader& s) {
+  s.takes(1, 1, 0, 0, 0);
+  const int64_t length = s.positive("window (the length)", s.step.window);
+  if (s.step.offset < 0) s.refuse("offset is %d, must not be negative", s.step.offset);
+  const SlotRef in = s.token_rows(0), out = s.out(0, kF32Only, in.width, false);
+  s.alias_only(out, in);
+  s.plan().needs.positions = true;
+  return std::make_unique<PositionScale>(in, out, s.step.scale, length, s.step.offset);
 }
 
 std::unique_ptr<Op> make_cache_write(StepReader& s) {

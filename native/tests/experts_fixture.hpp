@@ -11,6 +11,7 @@ struct MoeSpec {
   bool grouped = true;
   int32_t groups = 1, top_groups = 1, flags = DSO_FLAG_SIGMOID | DSO_FLAG_NORMALISE;
   float alpha = 1, limit = 0;  // limit > 0: experts with biases and a clamped SwiGLU
+  bool weighs = false;         // weights multiply the inputs
 };
 
 // Weights of one layer, used by plans on any context.
@@ -82,7 +83,7 @@ class Moe {
     int32_t read = x;
     if (spec.up_kind != DSO_SLOT_F32) add(DSO_OP_CONVERT, {x}, read = slot(spec.up_kind, spec.hidden), -1);
     dso_step &gate_up = add(DSO_OP_EXPERTS_GATE_UP, {read, routes}, h, 2), &down = add(DSO_OP_EXPERTS_DOWN, {h, routes}, y, 3);
-    gate_up.flags = down.flags = spec.grouped ? DSO_FLAG_GROUPED : 0;
+    gate_up.flags = down.flags = (spec.grouped ? DSO_FLAG_GROUPED : 0) | (spec.weighs ? DSO_FLAG_WEIGH_INPUT : 0);
     if (spec.limit > 0) {
       gate_up.b[0] = 5;
       down.b[0] = 6;

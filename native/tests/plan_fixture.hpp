@@ -9,7 +9,8 @@
 struct Spec {
   int32_t hidden = 80, heads = 6, kv_heads = 2, head_dim = 16, inner = 104, vocab = 150, layers = 2, rot = 16;
   int32_t format = DSO_F32, activation = DSO_SLOT_F32, kv_type = DSO_KV_F32;
-  int32_t window = 0, sinks = 0, flags = 0;  // flags: DSO_FLAG_EAGER, DSO_FLAG_INTERLEAVED
+  int32_t window = 0, sinks = 0, flags = 0;  // flags: DSO_FLAG_EAGER, DSO_FLAG_INTERLEAVED, DSO_FLAG_CHUNKED
+  float beta = 0;                            // of POSITION_SCALE, with a length of 7 and an offset of 1; 0: none
   bool first_full = false;                   // layer 0 has no window
   bool fused = true, qk_norm = false, biases = false, select_first = true;
   bool interleaved() const { return flags & DSO_FLAG_INTERLEAVED; }
@@ -138,10 +139,16 @@ class Model {
         s.heads = spec.kv_heads;
         heads(step(DSO_OP_CACHE_WRITE, {{k, v}, {}, {}, {}}), l);
       }
+      if (spec.beta != 0) {
+        dso_step& s = step(DSO_OP_POSITION_SCALE, {{q}, {q}, {}, {}});
+        s.scale = spec.beta;
+        s.window = 7;
+        s.offset = 1;
+      }
       int32_t o = slot(spec.fused ? act : DSO_SLOT_F32, Q);
       dso_step& a = heads(step(DSO_OP_ATTENTION, {{q}, {o}, {}, {}}), l);
-      a.flags = spec.flags & DSO_FLAG_EAGER;
       a.window = spec.first_full && l == 0 ? 0 : spec.window;
+      a.flags = spec.flags & (DSO_FLAG_EAGER | (a.window ? DSO_FLAG_CHUNKED : 0));
       a.sinks = a.window ? spec.sinks : 0;
       a.scale = 1 / std::sqrt((float)spec.head_dim);
       if (!spec.fused) o = converted(o, Q);

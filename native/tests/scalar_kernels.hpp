@@ -69,6 +69,9 @@ inline void softmax(const float* x, int64_t n, float* out) {
 inline void sigmoid(const float* x, int64_t n, float* out) {
   for (int64_t i = 0; i < n; ++i) out[i] = 1 / (1 + std::exp(-x[i]));
 }
+inline void scale(const float* x, float factor, int64_t n, float* out) {
+  for (int64_t i = 0; i < n; ++i) out[i] = x[i] * factor;
+}
 inline void add_scaled(const float* x, float scale, int64_t n, float* y) {
   for (int64_t i = 0; i < n; ++i) y[i] = std::fma(x[i], scale, y[i]);
 }
@@ -142,7 +145,7 @@ inline std::vector<int64_t> seen(const VisibleTokens& sight, int64_t row, int64_
   std::vector<int64_t> tokens;
   if (!sight.chosen) {
     for (int64_t t = 0; t <= row; ++t)
-      if ((sight.window == 0 || row - t < sight.window || t < sight.sinks) && (chunk < 0 || t / attn_chunk == chunk))
+      if ((sight.window == 0 || t >= sight.begin(row) || t < sight.sinks) && (chunk < 0 || t / attn_chunk == chunk))
         tokens.push_back(t);
     return tokens;
   }
@@ -261,6 +264,7 @@ inline const Kernels table = [] {
   k.softmax = softmax;
   k.sigmoid = sigmoid;
   k.add_scaled = add_scaled;
+  k.scale = scale;
   k.rope = rope;
   k.kv_layer_bytes = kv_layer_bytes;
   k.kv_write = kv_write;

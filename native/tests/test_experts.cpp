@@ -35,8 +35,10 @@ std::vector<float> plain(const MoeSpec& s, MoeWeights& weights, const Kernels& k
     const size_t inner = (size_t)s.inner;
     std::vector<float> gate = product(s.up_format, s.inner, s.hidden, weights.gate_up->get() + 2 * e * up_bytes,
                                       weights.up_bias.data() + 2 * e * inner, s.up_kind, x_row);
-    const std::vector<float> up = product(s.up_format, s.inner, s.hidden, weights.gate_up->get() + (2 * e + 1) * up_bytes,
-                                          weights.up_bias.data() + (2 * e + 1) * inner, s.up_kind, x_row);
+    std::vector<float> up = product(s.up_format, s.inner, s.hidden, weights.gate_up->get() + (2 * e + 1) * up_bytes,
+                                    weights.up_bias.data() + (2 * e + 1) * inner, s.up_kind, x_row);
+    if (s.weighs)
+      for (std::vector<float>* both : {&gate, &up}) k.scale(both->data(), routes[s.top_k + j], s.inner, both->data());
     if (clamped)
       k.clamped_swiglu(gate.data(), up.data(), s.inner, s.alpha, s.limit, gate.data());
     else
@@ -45,7 +47,7 @@ std::vector<float> plain(const MoeSpec& s, MoeWeights& weights, const Kernels& k
     k.add_scaled(product(s.down_format, s.hidden, s.inner, weights.down->get() + e * down_bytes,
                          weights.down_bias.data() + e * (size_t)s.hidden, s.down_kind, h_row)
                      .data(),
-                 routes[s.top_k + j], s.hidden, y.data());
+                 s.weighs ? 1 : routes[s.top_k + j], s.hidden, y.data());
   }
   return y;
 }
@@ -77,7 +79,8 @@ struct Shape {
 void equals_plain(const Kernels& k, const Formats& f, const Shape& shape, const std::vector<int32_t>& tokens,
                   std::vector<int> threads, int32_t flags, float limit = 0) {
   MoeSpec spec{shape.hidden, shape.inner, shape.experts, shape.top_k, f.up, f.up_kind, f.down, f.down_kind};
-  spec.flags = flags;
+  spec.flags = flags & ~DSO_FLAG_WEIGH_INPUT;
+  spec.weighs = flags & DSO_FLAG_WEIGH_INPUT;
   spec.alpha = 1.7f;
   spec.limit = limit;
   OwnContext packing(k, 1);
@@ -111,11 +114,13 @@ void equals_plain(const Kernels& k, const Formats& f, const Shape& shape, const 
     }
 }
 
-// Against the sum in double, with every kernel in scalar code. limit > 0: with biases, clamped.
-void matches_textbook(float limit) {
+// Against the sum in double, with every kernel in scalar code. limit > 0: with biases, clamped. weighs: weights multiply
+// inputs.
+void matches_textbook(float limit, bool weighs = false) {
   MoeSpec spec{72, 40, 5, 3};
   spec.alpha = 1.7f;
   spec.limit = limit;
+  spec.weighs = weighs;
   OwnContext packing(scalar::table, 3);
   MoeWeights weights(spec, random_matrices(packing.c));
   Moe moe(spec, weights, scalar::table, 3);
@@ -135,15 +140,17 @@ void matches_textbook(float limit) {
         double gate = limit > 0 ? weights.up_bias[2 * e * 40 + (size_t)i] : 0,
                up = limit > 0 ? weights.up_bias[(2 * e + 1) * 40 + (size_t)i] : 0;
         for (int32_t c = 0; c < 72; ++c) {
-          gate += value(weights.gate_up->get(), 40, 72, 2 * e, i, c) * x[(size_t)(t * 72 + c)];
-          up += value(weights.gate_up->get(), 40, 72, 2 * e + 1, i, c) * x[(size_t)(t * 72 + c)];
+          const double input = (weighs ? routes[3 + j] : 1.0) * x[(size_t)(t * 72 + c)];
+          gate += value(weights.gate_up->get(), 40, 72, 2 * e, i, c) * input;
+          up += value(weights.gate_up->get(), 40, 72, 2 * e + 1, i, c) * input;
         }
         double h = gate / (1 + std::exp(-gate)) * up;
         if (limit > 0) {
           const double g = std::min(gate, (double)limit), u = std::clamp(up, -(double)limit, (double)limit);
           h = (u + 1) * g / (1 + std::exp(-(double)spec.alpha * g));
         }
-        for (int32_t r = 0; r < 72; ++r) y[(size_t)r] += routes[3 + j] * value(weights.down->get(), 72, 40, e, r, i) * h;
+        const double share = weighs ? 1 : routes[3 + j];
+        for (int32_t r = 0; r < 72; ++r) y[(size_t)r] += share * value(weights.down->get(), 72, 40, e, r, i) * h;
       }
       for (int32_t r = 0; limit > 0 && r < 72; ++r) y[(size_t)r] += routes[3 + j] * weights.down_bias[e * 72 + (size_t)r];
     }
@@ -217,6 +224,7 @@ int main() {
   blocks();
   matches_textbook(0);
   matches_textbook(0.9f);
+  matches_textbook(0, true);
   const int32_t sigmoid = DSO_FLAG_SIGMOID | DSO_FLAG_NORMALISE;
   for (const Variant& v : variants())
     for (const Formats& f : kFormats) {
@@ -224,6 +232,7 @@ int main() {
       equals_plain(*v.kernels, f, {33, 17, 16, 6}, {1, 3, 70}, {2}, 0);
       equals_plain(*v.kernels, f, {72, 44, 5, 2}, {1, 6, 80}, {3}, 0, 0.9f);  // with biases, clamped
       equals_plain(*v.kernels, f, {420, 330, 2, 1}, {1, 7, 210}, {2}, sigmoid, 0.9f);
+      equals_plain(*v.kernels, f, {72, 44, 5, 2}, {1, 6, 80}, {3}, DSO_FLAG_SIGMOID | DSO_FLAG_WEIGH_INPUT);
       equals_plain(*v.kernels, f, {145, 200, 1, 1}, {1, 63, 300}, {1, 3}, sigmoid);  // all rows to one expert, in blocks
       equals_plain(*v.kernels, f, {420, 330, 2, 1}, {1, 7, 210}, {2, 9}, sigmoid);   // more tiles than a block takes
     }

@@ -56,11 +56,14 @@ std::vector<Vec> forward(const Model& m, const std::vector<int32_t>& tokens) {
         }
       keys[(size_t)l].push_back(k);
       values[(size_t)l].push_back(product(raw(p + "v"), n1, bias(p + "bv")));
+      if (s.beta != 0)
+        for (double& x : q) x *= 1 + (double)s.beta * std::log(1 + std::floor((double)(t + 1) / 7));
       Vec o(q.size());
       const size_t window = s.first_full && l == 0 ? 0 : (size_t)s.window;
       std::vector<size_t> seen;
       for (size_t u = 0; u <= t; ++u)
-        if (window == 0 || t - u < window || u < (size_t)s.sinks) seen.push_back(u);
+        if (window == 0 || (s.flags & DSO_FLAG_CHUNKED ? t / window == u / window : t - u < window || u < (size_t)s.sinks))
+          seen.push_back(u);
       for (size_t h = 0; h < (size_t)s.heads; ++h) {
         double sum = 0;
         Vec acc(d);
@@ -200,8 +203,9 @@ void hidden_and_embeddings(const Kernels& kernels) {
   for (int t = 0; t < T; ++t)
     std::copy_n(model.raw["embed"].begin() + (long)ids[(size_t)t] * spec.hidden, spec.hidden,
                 embeddings.begin() + (long)t * spec.hidden);
-  dso_batch b{T,     1,    2,       1,       ids.data(),    positions.data(), query,   context, phase,
-              table, rows, nullptr, nullptr, by_ids.data(), hidden.data(),    nullptr, &cache,  nullptr, nullptr, nullptr, nullptr, 0};
+  dso_batch b{T,       1,       2,       1,       ids.data(),    positions.data(), query,   context, phase,
+              table,   rows,    nullptr, nullptr, by_ids.data(), hidden.data(),    nullptr, &cache,  nullptr,
+              nullptr, nullptr, nullptr, 0};
   check(dso_plan_run(model.plan, &b) == 0, "run: %s", dso_last_error());
   check(std::equal(embeddings.begin(), embeddings.end(), hidden.begin()), "%s: hidden state 0 is not the embedding",
         kernels.isa);
@@ -288,7 +292,14 @@ int main() {
   sliding.sinks = 4;
   Spec mixed = sliding;
   mixed.first_full = true;
-  for (const Spec& s : {sliding, mixed})
+  Spec chunks;
+  chunks.window = 45;
+  chunks.flags = DSO_FLAG_CHUNKED;
+  chunks.beta = 0.4f;
+  Spec eager_chunks = chunks;
+  eager_chunks.flags |= DSO_FLAG_EAGER;
+  eager_chunks.first_full = true;
+  for (const Spec& s : {sliding, mixed, chunks, eager_chunks})
     for (int threads : {1, 3}) {
       matches_textbook(s, scalar::table, threads, 330, 2e-5, "sliding");
       company(s, scalar::table, threads, "sliding, f32", 330, 8);
@@ -304,6 +315,8 @@ int main() {
     matches_textbook(rich, *v.kernels, 2, 60, 1e-4, "rich f32");
     matches_textbook(eager, *v.kernels, 2, 60, 1e-4, "eager f32");
     matches_textbook(sliding, *v.kernels, 2, 600, 1e-4, "sliding f32");
+    matches_textbook(chunks, *v.kernels, 2, 600, 1e-4, "chunks f32");
+    matches_textbook(eager_chunks, *v.kernels, 2, 200, 1e-4, "eager chunks f32");
     hidden_and_embeddings(*v.kernels);
     const struct {
       const char* name;
@@ -314,7 +327,7 @@ int main() {
                  {"int4", DSO_INT4, DSO_SLOT_Q8, DSO_KV_BF16},
                  {"fp8", DSO_FP8, DSO_SLOT_BF16, DSO_KV_BF16}};
     for (const auto& k : kinds) {
-      for (Spec s : {Spec(), rich, sliding, mixed}) {
+      for (Spec s : {Spec(), rich, sliding, mixed, chunks}) {
         s.format = k.format;
         s.activation = k.activation;
         s.kv_type = k.kv;

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers.masking_utils import chunked_overlay
+from transformers.models.mistral4.modeling_mistral4 import get_llama_4_attn_scale
 
 from deepseek_optimizer.backends.reference import ops, plan
 from deepseek_optimizer.graph.ops import OPS
@@ -63,12 +65,30 @@ def test_attention(attend: object, queries: int, context: int, window: int) -> N
             torch.testing.assert_close(actual[i, h].double(), weight @ v[seen, h].double(), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("window", [1, 5, 40])
+def test_chunks_are_those_of_transformers(window: int) -> None:
+    seen = chunked_overlay(window, torch.zeros(1, dtype=torch.int64))
+    queries, keys = torch.arange(45, 65)[:, None], torch.arange(65)
+    expected = seen(0, 0, queries, keys) & (keys <= queries)
+    assert torch.equal(ops.visible(20, 45, keys, window, chunked=True), expected)
+
+
 def test_large_scores_do_not_overflow() -> None:
     q, k, v = 100 * randn(4, 1, 1, 8), 100 * randn(64, 1, 8), randn(64, 1, 8)
     mask = ops.visible(4, 60, torch.arange(64))
     online = ops.attention_online(q, k, v, mask, 1.0)
     assert online.isfinite().all()
     torch.testing.assert_close(online, ops.attention(q, k, v, mask, 1.0))
+
+
+def test_position_scale_is_transformers() -> None:
+    """At positions around those where the factor changes."""
+    positions = torch.tensor([0, 1, 6, 7, 8, 13, 14, 700, 2**20 * 7 - 1, 2**20 * 7])
+    x = randn(len(positions), 5)
+    expected = x * get_llama_4_attn_scale(positions[None], 0.4, 7)[0, 0]
+    torch.testing.assert_close(ops.position_scale(x, positions, 0.4, 7), expected, rtol=1e-6, atol=0)
+    llama4 = torch.log1p(torch.floor((positions.float() + 1.0) / 7)) * 0.4 + 1.0  # Llama4TextAttention.forward
+    torch.testing.assert_close(ops.position_scale(x, positions, 0.4, 7, offset=1), x * llama4[:, None], rtol=1e-6, atol=0)
 
 
 def test_swiglu() -> None:

@@ -7,7 +7,10 @@ from typing import Any, ClassVar
 
 import torch
 import transformers
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_PRETRAINING_MAPPING_NAMES,
+)
 
 from .generation.test_utils import GenerationTesterMixin
 from .test_modeling_common import ModelTesterMixin, ids_tensor
@@ -40,6 +43,11 @@ DELTA_NETS = {
     "linear_key_head_dim": 8, "linear_num_value_heads": 4, "linear_value_head_dim": 8,
 }  # fmt: skip
 
+GROWING = {
+    "rope_type": "yarn", "rope_theta": 10000.0, "factor": 64.0, "original_max_position_embeddings": 8, "mscale": 1.0,
+    "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.4,
+}  # fmt: skip
+
 FIELDS: dict[str, dict[str, Any]] = {
     "llama": SMALL,
     "qwen2": SMALL,
@@ -49,8 +57,19 @@ FIELDS: dict[str, dict[str, Any]] = {
     "deepseek_v3": GROUPS,
     # With fewer index heads, several keys would get a score of exactly 0 from all heads, which are ties.
     "deepseek_v32": {**GROUPS, "index_topk": 8, "index_head_dim": 32, "index_n_heads": 20},
+    "glm_moe_dsa": {
+        **GROUPS, "index_topk": 8, "index_head_dim": 32, "index_n_heads": 20, "indexer_types": ["full", "shared"],
+    },
+    # Transformers counts padding in the position that decides the queries' factor, so that a padded text has other results
+    # than by itself; with the default `floor_scale`, all factors here are 1.
+    "llama4_text": {
+        **SMALL, "head_dim": 8, "intermediate_size": 16, "intermediate_size_mlp": 32, "num_local_experts": 8,
+        "num_experts_per_tok": 2, "interleave_moe_layer_step": 2, "no_rope_layers": [1, 0], "attention_chunk_size": 8,
+    },
     "youtu": LATENT,
     "ministral": {**SMALL, "head_dim": 8, "sliding_window": 32},
+    "ministral3": {**SMALL, "head_dim": 8, "rope_parameters": GROWING},
+    "mistral4": {**GROUPS, "rope_parameters": GROWING},
     "smollm3": {**SMALL, "no_rope_layers": [1, 0]},
     "olmo2": SMALL,
     "olmo3": {**SMALL, "layer_types": TYPES, "sliding_window": 32},
@@ -103,7 +122,8 @@ class ModelTester:
 
     def __init__(self, family: str) -> None:
         self.family = family
-        self.causal_lm_class = getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family])
+        names = MODEL_FOR_PRETRAINING_MAPPING_NAMES | MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+        self.causal_lm_class = getattr(transformers, names[family])
         for name, value in FIELDS[family].items():
             setattr(self, name, value)
 

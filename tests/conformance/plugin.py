@@ -25,17 +25,13 @@ _plain = False
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)
     if os.environ[SIDE] != "control":
+        from transformers import CONFIG_MAPPING
+
+        from deepseek_optimizer.integration.compat import causal_lm_class
         from deepseek_optimizer.models import SUPPORTED
 
         for family in SUPPORTED:
-            patch(_causal_class(family))
-
-
-def _causal_class(family: str) -> Any:
-    import transformers
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    return getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family])
+            patch(causal_lm_class(CONFIG_MAPPING[family]))
 
 
 def patch(model_class: Any) -> None:

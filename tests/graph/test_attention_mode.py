@@ -15,7 +15,7 @@ from deepseek_optimizer.graph.ir import Graph, LatentSpec, Value
 from deepseek_optimizer.graph.planner import assign_slots
 from deepseek_optimizer.graph.validate import check_graph
 from deepseek_optimizer.models import build_graph
-from support.models import CASES, deepseek_v2, deepseek_v3, deepseek_v32, llama, qwen2, qwen3
+from support.models import CASES, deepseek_v2, deepseek_v3, deepseek_v32, llama, llama4_text, qwen2, qwen3
 
 SLIDING = AttentionMode("sliding", 70, 4)
 SPARSE = AttentionMode("sparse", 40, 4, 160)
@@ -58,6 +58,18 @@ def test_smaller_windows_of_the_model_are_kept() -> None:
     assert spans(SPARSE) == [(50, 0), (0, 0)] * 2
     graph, places = in_mode(config, SPARSE)
     assert places == ["layer 1", "layer 3"] and [n.attrs["layer"] for n in graph.nodes if n.op == "block_choose"] == [1, 3]
+
+
+def test_smaller_chunks_of_the_model_are_kept() -> None:
+    """Larger ones become windows with sinks, like the layers that see everything."""
+
+    def spans(mode: AttentionMode) -> list[tuple[int, int, bool]]:
+        nodes = [n.attrs for n in in_mode(llama4_text(), mode)[0].nodes if n.op == "attention"]
+        return [(a["window"], a.get("sinks", 0), a.get("chunked", False)) for a in nodes]
+
+    assert spans(AttentionMode()) == spans(SPARSE) == [(27, 0, True), (0, 0, False)] * 2
+    assert spans(SLIDING) == [(27, 0, True), (70, 4, False)] * 2
+    assert spans(AttentionMode("sliding", 20, 4)) == [(20, 4, False)] * 4
 
 
 def test_cached_tokens() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from deepseek_optimizer.graph import rules
-from deepseek_optimizer.graph.partial_graph import graph_from_hidden_state
+from deepseek_optimizer.graph.partial_graph import graph_from_hidden_state, latest_restart
 from deepseek_optimizer.graph.validate import check_graph
 from deepseek_optimizer.models import build_graph
 from support.models import CASES
@@ -23,3 +23,11 @@ def test_remaining_nodes_of_a_model(case: str, index: int) -> None:
     assert sum(n.op == "rope_table" for n in rest.nodes) == (index < 3)
     assert not any(f"layers.{i}." in name for name in rest.weights() for i in range(index))
     assert rest.nodes[-1] == graph.nodes[-1]
+
+
+@pytest.mark.parametrize(("index", "restart"), [(0, 0), (1, 1), (2, 1), (3, 1), (4, 4)])
+def test_layers_that_share_a_choice_are_computed_together(index: int, restart: int) -> None:
+    """Layers 2 and 3 read the tokens that layer 1 chose."""
+    graph = build_graph(CASES["glm_moe_dsa-shared"]())
+    assert latest_restart(graph, index) == restart
+    check_graph(graph_from_hidden_state(graph, restart))

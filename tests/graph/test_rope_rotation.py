@@ -15,7 +15,7 @@ from deepseek_optimizer.models import build_graph
 from support.models import CASES, llama
 
 # Layers without RoPE, with two of them, or with a norm after it.
-WITHOUT_A_ROTATION = ("smollm3", "exaone4-types", "cohere2", "olmo3", "gemma3_text", "hunyuan_v1_dense")
+WITHOUT_A_ROTATION = ("smollm3", "exaone4-types", "cohere2", "olmo3", "gemma3_text", "hunyuan_v1_dense", "llama4")
 INTERLEAVED = ("glm-", "glm4-", "ernie4_5")  # besides latent attention
 DYNAMIC = {"llama-dynamic": 4096, "phi3-longrope": 256}
 
@@ -40,7 +40,8 @@ def test_every_other_family_has_a_rotation(name: str) -> None:
     latent = isinstance(plain.cache, LatentSpec)
     interleaved = name.startswith(INTERLEAVED) or (latent and not name.endswith("halves"))
     assert actual.key == Pairs(rope.rot, 0, interleaved)
-    assert actual.index == (Pairs(rope.rot, 0, False) if "v32" in name else None)
+    indexed = name.startswith(("deepseek_v32", "glm_moe_dsa"))
+    assert actual.index == (Pairs(rope.rot, 0, "glm" in name) if indexed else None)
     assert actual.context == DYNAMIC.get(name)
 
 

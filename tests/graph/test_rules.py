@@ -29,14 +29,15 @@ from support.steps import Part, run_step, runner
 
 ALL = tuple(rules.RULES)
 LATENT = ["deepseek_v2-groups", "deepseek_v3-groups", "deepseek_v32-types", "youtu-halves"]
-LLAMA_LIKE = ("llama", "qwen2-", "qwen3-", "mistral", "deepseek", "youtu")  # cases
+LATENT += ["mistral4-groups", "glm_moe_dsa-shared"]
+LLAMA_LIKE = ("llama-", "qwen2-", "qwen3-", "mistral", "deepseek", "youtu")  # cases
 CHOICES = {
     "none": (), "all": ALL, **{f"only {r}": (r,) for r in ALL}, **{f"without {r}": tuple(o for o in ALL if o != r) for r in ALL}
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("choice", CHOICES)
-@pytest.mark.parametrize("case", ["llama-biases", "qwen2-windows", "qwen3-tied", *LATENT])
+@pytest.mark.parametrize("case", ["llama-biases", "qwen2-windows", "qwen3-tied", "ministral3-growing", *LATENT])
 def test_results_do_not_depend_on_rules(case: str, choice: str) -> None:
     model = random_model(CASES[case]())
     ids = random_ids(model.config, 70)

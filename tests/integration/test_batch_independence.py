@@ -23,6 +23,7 @@ from support.steps import Part, Runner, run_step
 from support.tiny_v3 import documents, tiny_v3
 
 FAMILIES = ["deepseek_v2-groups", "deepseek_v3-groups", "deepseek_v32-indexer", "youtu-tied", "tiny-v3"]
+FAMILIES += ["mistral4-groups", "glm_moe_dsa-shared", "llama4_text-chunks"]
 LENGTHS = (1, 7, 33, 2, 64, 19, 5, 40)  # of eight prompts: below, at and above a block's 32 tokens
 TOLERANCE = 1e-4  # relative to the largest logit, for backends whose products depend on the number of rows
 

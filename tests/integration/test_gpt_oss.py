@@ -1,4 +1,4 @@
-"""gpt-oss: experts that are stored transposed, with biases, loaded in every way and format; MXFP4 codes are kept."""
+"""gpt-oss and Llama 4: experts that are stored transposed, loaded in every way and format; MXFP4 codes are kept."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from deepseek_optimizer.integration.load.importance import measure_importance
 from deepseek_optimizer.integration.load.pack_checkpoint import pack_checkpoint
 from support import gguf_gpt_oss as gguf
 from support import quantised_files as files
-from support.models import assert_close_rows, gpt_oss, random_ids, random_model, transformers_logits
+from support.models import assert_close_rows, gpt_oss, llama4_text, random_ids, random_model, transformers_logits
 
 BACKENDS = ["reference", *(["cpu"] if unavailable_reason() is None else [])]
 ALL = {"num_experts_per_tok": 6}  # all experts, so that rounding does not change which are chosen
@@ -28,11 +28,11 @@ ALL = {"num_experts_per_tok": 6}  # all experts, so that rounding does not chang
 TOLERANCE = {"fp32": 1e-4, "int8": 1e-2, "int4": 1e-1, "mxfp4": 1e-1}
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module", params=[gpt_oss, llama4_text], ids=["gpt_oss", "llama4_text"])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Read-only."""
-    path = tmp_path_factory.mktemp("gpt-oss") / "model"
-    random_model(gpt_oss(**ALL)).save_pretrained(path)
+    path = tmp_path_factory.mktemp("transposed") / "model"
+    random_model(request.param(**ALL)).save_pretrained(path)
     return path
 
 
@@ -128,7 +128,8 @@ def test_importance_of_the_columns_of_experts(folder: Path) -> None:
 
 def test_an_expert_stack_of_another_shape_is_named(folder: Path, tmp_path: Path) -> None:
     changed = Path(shutil.copytree(folder, tmp_path / "m"))
-    tensors, name = load_file(changed / "model.safetensors"), "model.layers.1.mlp.experts.gate_up_proj"
+    tensors = load_file(changed / "model.safetensors")
+    name = next(name for name in tensors if ".layers.1." in name and name.endswith(".gate_up_proj"))
     tensors[name] = tensors[name].transpose(1, 2).contiguous()
     save_file(tensors, changed / "model.safetensors", {"format": "pt"})
     with pytest.raises(CheckpointError, match=r"gate_up_proj.*\(6, 88, 72\).*requires \(6, 72, 88\)"):

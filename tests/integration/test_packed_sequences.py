@@ -20,6 +20,10 @@ def restarting(*rows: list[int]) -> torch.Tensor:
     return torch.stack([torch.cat([torch.arange(n) for n in lengths]) for lengths in rows])
 
 
+# In Transformers, the position that decides the queries' factor counts from the start of the row, not of the document.
+COUNTS_ROWS = ("llama4_text-chunks",)
+
+
 @pytest.fixture(autouse=True)
 def _served_by_the_plan():
     with warnings.catch_warnings():
@@ -33,7 +37,8 @@ def test_documents_are_separate_on_every_family(case):
     pair = make_pair(case, backend="auto")
     ids, positions = pair.ids(40, 40), restarting([1, 17, 22], [33, 3, 4])
     fast = pair.fast(ids, position_ids=positions, use_cache=False).logits
-    assert_close_rows(fast, pair.plain(ids, position_ids=positions, use_cache=False).logits)
+    if case not in COUNTS_ROWS:
+        assert_close_rows(fast, pair.plain(ids, position_ids=positions, use_cache=False).logits)
     alone = torch.cat([pair.plain(ids[:1, begin:end], use_cache=False).logits for begin, end in ((0, 1), (1, 18), (18, 40))], 1)
     assert_close_rows(fast[:1], alone)
 

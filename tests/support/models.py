@@ -26,6 +26,7 @@ from transformers import (
     Glm4MoeConfig,
     Glm4MoeLiteConfig,
     GlmConfig,
+    GlmMoeDsaConfig,
     GptOssConfig,
     GraniteConfig,
     GraniteMoeConfig,
@@ -33,9 +34,12 @@ from transformers import (
     KimiLinearConfig,
     Lfm2Config,
     Lfm2MoeConfig,
+    Llama4TextConfig,
     LlamaConfig,
     MiniMaxM2Config,
+    Ministral3Config,
     MinistralConfig,
+    Mistral4Config,
     MistralConfig,
     MixtralConfig,
     Olmo2Config,
@@ -55,8 +59,8 @@ from transformers import (
     Starcoder2Config,
     YoutuConfig,
 )
-from transformers.models.auto import AutoModelForCausalLM
 
+from deepseek_optimizer.integration.compat import causal_lm_class
 from deepseek_optimizer.models import SUPPORTED
 
 TOLERANCE = 1e-4  # relative to the row's largest logit, in fp32
@@ -144,6 +148,23 @@ def ministral(**fields: Any) -> MinistralConfig:
     return MinistralConfig(**{**_small(), "head_dim": 12, "sliding_window": 37, **fields})
 
 
+def ministral3(**fields: Any) -> Ministral3Config:
+    """The queries' factor changes several times within the tests' texts."""
+    return Ministral3Config(**{**_small(), "head_dim": 12, **_growing(1.0), **fields})
+
+
+def mistral4(**fields: Any) -> Mistral4Config:
+    experts = {"n_group": 3, "topk_group": 2, "n_shared_experts": 1, "norm_topk_prob": True}
+    heads = {"num_attention_heads": 3, "num_key_value_heads": 3}
+    return Mistral4Config(**{**_latent(), **_EXPERTS, **experts, **heads, **_growing(1.0), **fields})
+
+
+def _growing(scale: float) -> dict[str, Any]:
+    return rope(
+        "yarn", factor=64.0, original_max_position_embeddings=19, mscale=scale, mscale_all_dim=scale, llama_4_scaling_beta=0.4
+    )
+
+
 def stablelm(**fields: Any) -> StableLmConfig:
     return StableLmConfig(**{**_small(), "partial_rotary_factor": 0.5, "layer_norm_eps": 1e-5, **fields})
 
@@ -213,6 +234,22 @@ def deepseek_v32(**fields: Any) -> DeepseekV32Config:
     index = {"index_topk": 16, "index_head_dim": 24, "index_n_heads": 20}
     heads = {"num_attention_heads": 3, "num_key_value_heads": 3}
     return DeepseekV32Config(**{**_latent(), **_EXPERTS, **experts, **index, **heads, **fields})
+
+
+def glm_moe_dsa(**fields: Any) -> GlmMoeDsaConfig:
+    """With as many index heads as in `deepseek_v32`; layers 2 and 3 use the tokens that layer 1 chose."""
+    experts = {"n_group": 3, "topk_group": 2, "n_shared_experts": 1, "norm_topk_prob": True}
+    index = {"index_topk": 16, "index_head_dim": 24, "index_n_heads": 20, "indexer_types": ["full", "full", "shared", "shared"]}
+    heads = {"num_attention_heads": 3, "num_key_value_heads": 3, "num_hidden_layers": 4}
+    return GlmMoeDsaConfig(**{**_latent(), **_EXPERTS, **experts, **index, **heads, **fields})
+
+
+def llama4_text(**fields: Any) -> Llama4TextConfig:
+    """Layers with chunks, experts, full attention and growing queries in all combinations; chunks end within blocks."""
+    experts = {"intermediate_size": 44, "intermediate_size_mlp": 136, "num_local_experts": 6, "num_experts_per_tok": 2}
+    sizes = {"num_hidden_layers": 4, "head_dim": 20, "attention_chunk_size": 27, "no_rope_layers": [1, 0, 1, 0]}
+    scales = {"floor_scale": 13, "attn_scale": 0.4}
+    return Llama4TextConfig(**{**_small(), **experts, **sizes, **scales, "interleave_moe_layer_step": 2, **fields})
 
 
 def youtu(**fields: Any) -> YoutuConfig:
@@ -360,6 +397,10 @@ CASES: dict[str, Callable[[], Any]] = {
         tie_word_embeddings=True,
     ),
     "ministral-types": lambda: ministral(layer_types=["sliding_attention", "full_attention", "sliding_attention"]),
+    "ministral3-growing": ministral3,
+    "ministral3-window": lambda: ministral3(sliding_window=37, tie_word_embeddings=True),
+    "mistral4-groups": mistral4,
+    "mistral4-halves": lambda: mistral4(rope_interleave=False, norm_topk_prob=False, q_lora_rank=None, attention_bias=True),
     "smollm3-nope": lambda: smollm3(mlp_bias=True),
     "smollm3-windows": lambda: smollm3(use_sliding_window=True, sliding_window=37, no_rope_layers=[1, 0, 0, 1]),
     "olmo2-gqa": olmo2,
@@ -411,6 +452,21 @@ CASES: dict[str, Callable[[], Any]] = {
     "deepseek_v32-types": lambda: deepseek_v32(
         mlp_layer_types=["sparse", "dense", "sparse"], attention_bias=True, index_topk=40
     ),
+    "glm_moe_dsa-shared": glm_moe_dsa,
+    "glm_moe_dsa-biases": lambda: glm_moe_dsa(
+        attention_bias=True, index_topk=40, indexer_types=["full", "shared"], num_hidden_layers=2, **_YARN
+    ),
+    "llama4_text-chunks": llama4_text,
+    "llama4_text-biases": lambda: llama4_text(
+        attention_bias=True,
+        use_qk_norm=False,
+        num_experts_per_tok=1,
+        interleave_moe_layer_step=1,
+        attn_temperature_tuning=False,
+        num_hidden_layers=2,
+        no_rope_layers=[1, 0],
+        **_LLAMA3,
+    ),
     "youtu-tied": youtu,
     "youtu-halves": lambda: youtu(
         rope_interleave=False, tie_word_embeddings=False, attention_bias=True, num_attention_heads=16
@@ -422,7 +478,7 @@ CASES: dict[str, Callable[[], Any]] = {
 def random_model(config: Any, seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """A model whose weights, norms and biases are random and large enough that every part affects the result."""
     eager = {"attn_implementation": "eager", "experts_implementation": "eager"}  # grouped products need multiples of 16 bytes
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype, **eager).eval()
+    model = causal_lm_class(type(config))._from_config(config, dtype=dtype, **eager).eval()
     return randomise(model, seed)
 
 

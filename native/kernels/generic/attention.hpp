@@ -31,8 +31,10 @@ struct Span {  // tokens [begin, end) and [0, sinks); sinks < begin, or 0
 
 // The tokens that query row r sees; the first and last of several rows determine what all of them see together.
 DSO_INLINE Span visible(int64_t ctx, const VisibleTokens& sight, int64_t r) {
-  const int64_t end = ctx + r + 1, begin = end - sight.window;
-  if (sight.window <= 0 || begin <= sight.sinks) return {0, end};
+  const int64_t end = ctx + r + 1;
+  if (sight.window <= 0) return {0, end};
+  const int64_t begin = sight.begin(ctx + r);
+  if (begin <= sight.sinks) return {0, end};
   return {begin, end, sight.sinks};
 }
 DSO_INLINE Span together(const Span& first, const Span& last) { return {first.begin, last.end, first.sinks}; }

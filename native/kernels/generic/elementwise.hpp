@@ -67,6 +67,10 @@ static void multiply(const float* a, const float* b, int64_t n, float* out) {
   each(a, b, n, out, [](F x, F y) { return mul(x, y); });
 }
 
+static void scale(const float* x, float factor, int64_t n, float* out) {
+  each(x, n, out, [=](F v) { return mul(v, set(factor)); });
+}
+
 // gelu(gate) * up
 static void geglu(const float* gate, const float* up, int64_t n, float* out) {
   each(gate, up, n, out, [](F x, F y) { return mul(gelu(x), y); });

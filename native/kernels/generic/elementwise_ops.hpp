@@ -11,9 +11,7 @@ static void multiply_row(const float* a, const float* b, int64_t n, float, float
 static void gelu_row(const float* a, const float*, int64_t n, float, float* out) {
   each(a, n, out, [](F x) { return gelu(x); });
 }
-static void scale_row(const float* a, const float*, int64_t n, float scale, float* out) {
-  each(a, n, out, [=](F x) { return mul(x, set(scale)); });
-}
+static void scale_row(const float* a, const float*, int64_t n, float factor, float* out) { scale(a, factor, n, out); }
 static void softcap_row(const float* a, const float*, int64_t n, float scale, float* out) {
   each(a, n, out, [=](F x) { return mul(set(scale), tanh(div(x, set(scale)))); });
 }

@@ -33,6 +33,7 @@ const RowKernels row_kernels = {
     .softmax = softmax,
     .sigmoid = sigmoid,
     .add_scaled = add_scaled,
+    .scale = scale,
     .sigmoid_gate = sigmoid_gate,
     .rope = rope,
     .short_conv = short_conv,

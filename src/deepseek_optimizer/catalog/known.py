@@ -71,6 +71,9 @@ MODELS = (
     _deepseek("deepseek-ai/DeepSeek-V3, DeepSeek-R1", "deepseek_v3", {}),
     KnownModel("mistralai/Mistral-7B-Instruct-v0.3", "mistral", _dense(4096, 14336, 32, 32, 8, 32768, sliding_window=None)),
     KnownModel("mistralai/Mixtral-8x7B-Instruct-v0.1", "mixtral", _dense(4096, 14336, 32, 32, 8, 32000, sliding_window=None)),
+    KnownModel("mistralai/Ministral-3-8B-Instruct-2512", "ministral3", {}),
+    KnownModel("mistralai/Mistral-Small-4-119B-2603", "mistral4", {}, "Mistral4ForCausalLM"),
+    KnownModel("meta-llama/Llama-4-Scout-17B-16E-Instruct", "llama4_text", {}),
     KnownModel("HuggingFaceTB/SmolLM3-3B", "smollm3", _dense(2048, 11008, 36, 16, 4, 128256, tie_word_embeddings=True)),
     KnownModel(
         "Qwen/Qwen3-30B-A3B", "qwen3_moe",
@@ -90,6 +93,7 @@ MODELS = (
     KnownModel("zai-org/GLM-4-9B-0414", "glm4", {}),
     KnownModel("zai-org/GLM-4.5-Air", "glm4_moe", {"head_dim": 128}),
     KnownModel("zai-org/GLM-4.7-Flash", "glm4_moe_lite", {}),
+    KnownModel("zai-org/GLM-5", "glm_moe_dsa", {}),
     KnownModel("Qwen/Qwen1.5-MoE-A2.7B-Chat", "qwen2_moe", {}),
     KnownModel("MiniMaxAI/MiniMax-M2", "minimax_m2", {}),
     KnownModel("openai/gpt-oss-20b", "gpt_oss", {"num_hidden_layers": 24, "num_local_experts": 32}),

@@ -18,23 +18,30 @@ class LanguagePart:
     """How a family's checkpoints contain its language model.
 
     Attributes:
-        model_type: of the language model, whose fields are the config's `text_config`; "": the model is nothing else.
-        prefix: beginning of its tensors' names, in place of "model.".
+        model_type: of the language model, whose fields are the config's `text_config`, if that names none; "": the model is
+            nothing else.
+        prefixes: beginnings of its tensors' names, and what the language model by itself has in their place.
         unread: names of tensors that are not loaded, by what they belong to.
     """
 
     model_type: str = ""
-    prefix: str = "model."
+    prefixes: Mapping[str, str] = field(default_factory=dict)
     unread: Mapping[str, str] = field(default_factory=dict)
 
 
 _MTP: Final = {"multi-token prediction": r"mtp\..*"}
 _QWEN: Final = {"the vision tower": r"model\.visual\..*", **_MTP}
+_IN_MODEL: Final = {"model.language_model.": "model."}
+_IMAGES: Final = {"the vision tower": r"(model\.)?(vision_tower|vision_model|multi_modal_projector)\..*"}
+_GLM_5: Final = {"multi-token prediction": r"model\.layers\.78\..*"}
 _PARTS: Final[Mapping[str, LanguagePart]] = {
+    "glm_moe_dsa": LanguagePart(unread=_GLM_5),
+    "llama4": LanguagePart("llama4_text", {"language_model.": ""}, _IMAGES),
+    "mistral3": LanguagePart("mistral", {"language_model.": "", **_IN_MODEL}, _IMAGES),
     "qwen3_next": LanguagePart(unread=_MTP),
-    "qwen3_5": LanguagePart("qwen3_5_text", "model.language_model.", _QWEN),
+    "qwen3_5": LanguagePart("qwen3_5_text", _IN_MODEL, _QWEN),
     "qwen3_5_text": LanguagePart(unread=_MTP),
-    "qwen3_5_moe": LanguagePart("qwen3_5_moe_text", "model.language_model.", _QWEN),
+    "qwen3_5_moe": LanguagePart("qwen3_5_moe_text", _IN_MODEL, _QWEN),
     "qwen3_5_moe_text": LanguagePart(unread=_MTP),
 }
 # Fields of the whole model that apply to its language model; those of `text_config` override them.
@@ -63,7 +70,10 @@ def language_part(
         return config, dict(tensors), []
     if part.model_type and isinstance(text := config.get("text_config"), dict):
         shared = {name: config[name] for name in _SHARED if name in config}
-        config = {**shared, **text, "model_type": part.model_type}
+        tied = bool(config.get("tie_word_embeddings")) and not any(name.endswith("lm_head.weight") for name in tensors)
+        config = {**shared, "model_type": part.model_type, **text}
+        if tied:  # what the whole model's class does, whatever its language model's config says
+            config["tie_word_embeddings"] = True
     kept, remarks = dict(tensors), []
     for what, pattern in part.unread.items():
         unread = [name for name in kept if re.fullmatch(pattern, name)]
@@ -71,4 +81,9 @@ def language_part(
             remarks.append(f"{what} is not loaded ({len(unread)} tensor{'' if len(unread) == 1 else 's'})")
         for name in unread:
             del kept[name]
-    return config, {re.sub(f"^{re.escape(part.prefix)}", "model.", name): info for name, info in kept.items()}, remarks
+    return config, {_renamed(name, part.prefixes): info for name, info in kept.items()}, remarks
+
+
+def _renamed(name: str, prefixes: Mapping[str, str]) -> str:
+    prefix = next((prefix for prefix in prefixes if name.startswith(prefix)), None)
+    return name if prefix is None else prefixes[prefix] + name.removeprefix(prefix)

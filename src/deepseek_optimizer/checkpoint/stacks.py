@@ -6,8 +6,8 @@ them in memory.
 | `...experts.gate_up_proj` | `...experts.E.gate_proj.weight` and `...experts.E.up_proj.weight`, [I, H] each | [E, 2 I, H] |
 | `...experts.down_proj` | `...experts.E.down_proj.weight`, [H, I] | [E, H, I] |
 
-The stack of gate_up_proj has gate and up of each expert in turn, which is the order of the merged rows too. gpt-oss's merged
-parameters have another order, see `quant/transposed_stack.py`.
+The stack of gate_up_proj has gate and up of each expert in turn, which is the order of the merged rows too. The merged
+parameters of gpt-oss and Llama 4 have other orders, see `quant/transposed_stack.py`.
 """
 
 from __future__ import annotations
@@ -17,10 +17,12 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ..quant.transposed_stack import Transposed
+
 _STACK = re.compile(r"(.*\.experts)\.(gate_up_proj|down_proj)")
 _EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(?:gate|up|down)_proj\.weight")
 _ROLES = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
-_TRANSPOSED = frozenset({"gpt_oss"})  # families
+_TRANSPOSED: Mapping[str, Transposed] = {"gpt_oss": True, "llama4_text": "concatenated"}  # families
 
 StackShape = tuple[int, int, int]  # count, rows, cols
 
@@ -33,11 +35,10 @@ class StackPart:
     row: int = 0
 
 
-def transposed_stacks(names: Collection[str], model_type: Any) -> frozenset[str]:
-    """Those of these parameters that are stacks in the form of `quant/transposed_stack.py`, as some families store them."""
-    if not isinstance(model_type, str) or model_type not in _TRANSPOSED:
-        return frozenset()
-    return frozenset(filter(is_stack, names))
+def transposed_stacks(names: Collection[str], model_type: Any) -> dict[str, Transposed]:
+    """The form of those of these parameters that are stacks in a form of `quant/transposed_stack.py`, by name."""
+    form = _TRANSPOSED.get(model_type, False) if isinstance(model_type, str) else False
+    return {name: form for name in names if is_stack(name)} if form else {}
 
 
 def is_stack(name: str) -> bool:

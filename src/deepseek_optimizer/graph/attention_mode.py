@@ -3,8 +3,8 @@
 "flash": all of them. "sliding": a window of the last tokens, and the first few ("sinks"), which every model relies on (Xiao et
 al. 2023, StreamingLLM). "sparse": whole blocks: those of the sinks, those of a window, and those with the highest estimated
 scores (Tang et al. 2024, Quest). The cost per token of the last two does not grow with the text, except for the estimate of one
-score per block and head. A layer with a window in its model's config keeps it if it is smaller. A model with a lightning
-indexer uses the indexer in mode "sparse", as it was trained to.
+score per block and head. A layer with a window or chunks in its model's config keeps them if they are smaller. A model with a
+lightning indexer uses the indexer in mode "sparse", as it was trained to.
 """
 
 from __future__ import annotations
@@ -104,7 +104,8 @@ def _windowed(node: Node, mode: AttentionMode) -> list[Node]:
     window = node.attrs["window"]
     if window and window <= mode.window:
         return [node]
-    return [node.with_(attrs={**node.attrs, "window": mode.window, "sinks": mode.sinks, "softmax": "online"})]
+    attrs = {name: value for name, value in node.attrs.items() if name != "chunked"}
+    return [node.with_(attrs={**attrs, "window": mode.window, "sinks": mode.sinks, "softmax": "online"})]
 
 
 def _block_sparse(node: Node, mode: AttentionMode) -> list[Node]:

@@ -56,6 +56,16 @@ def _output_class(model_class: Any) -> Any:
     return CausalLMOutputWithPast if issubclass(model_class, GenerationMixin) else BaseModelOutputWithPast
 
 
+def causal_lm_class(config_class: type) -> Any:
+    """Transformers' class with a language model head, given that of its config. Of Mistral 4's it has only one, which is not
+    in the mapping for causal language models. KeyError: there is none."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_PRETRAINING_MAPPING
+
+    if config_class in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return MODEL_FOR_CAUSAL_LM_MAPPING[config_class]
+    return MODEL_FOR_PRETRAINING_MAPPING[config_class]
+
+
 def chosen_hidden(requested: Any, count: int) -> Collection[int]:
     """The indices of the hidden states, of `count`, that `output_hidden_states` requests: all; since 5.24 also a selection."""
     try:

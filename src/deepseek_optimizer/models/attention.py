@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..graph.ir import CacheSpec, Graph, Node, Value
-from .blocks import Attend, FeedForward, emit, linear, mlp, rms_norm, trunk_graph
+from .blocks import Attend, FeedForward, emit, linear, mlp, rms_norm, scale_by_position, trunk_graph
 from .decoder import Decoder
 
 
@@ -38,15 +38,18 @@ def attention(d: Decoder) -> Attend:
                 qkv[p] = emit(
                     nodes, "rope", (qkv[p], table), f"{name}.{p}_rope", qkv[p].width, interleaved=interleaved, **shape
                 )
-            if d.qk_norm and d.qk_norm_after_rope:
+            if d.qk_norm and d.qk_norm_after_rope and table is not None:
                 qkv[p] = _head_norm(nodes, d, qkv[p], name, path, p, shape)
         cache = {"layer": d.cache_layer(layer), "kv_heads": d.kv_heads, "head_dim": d.head_dim}
         nodes.append(Node("cache_write", (qkv["k"], qkv["v"]), attrs=cache))
-        softcap = {"softcap": d.attention_softcap} if d.attention_softcap else {}
+        q = scale_by_position(nodes, d, qkv["q"], f"{name}.q_scaled", layer)
+        limits: dict[str, Any] = {"softcap": d.attention_softcap} if d.attention_softcap else {}
+        if d.chunked and d.windows[layer]:
+            limits["chunked"] = True
         sink = f"{path}.{d.head_sinks}" if d.head_sinks else ""
         attended = emit(
-            nodes, "attention", (qkv["q"],), f"{name}.attn", qkv["q"].width, sink, heads=d.heads, scale=d.scale,
-            window=d.windows[layer], softmax="eager", **softcap, **cache,
+            nodes, "attention", (q,), f"{name}.attn", q.width, sink, heads=d.heads, scale=d.scale,
+            window=d.windows[layer], softmax="eager", **limits, **cache,
         )  # fmt: skip
         if d.gated:
             attended = emit(nodes, "sigmoid_gate", (attended, qkv["gate"]), f"{name}.attn_gated", attended.width)
@@ -84,8 +87,19 @@ def _gated_projections(nodes: list[Node], d: Decoder, x: Value, name: str, path:
 
 def _head_norm(nodes: list[Node], d: Decoder, x: Value, name: str, path: str, p: str, shape: dict[str, Any]) -> Value:
     """The norm of q or k: of each head by itself, or of the whole row."""
-    weight = f"{path}.{d.qk_norm_names[p == 'k']}"
+    module = d.qk_norm_names[p == "k"]
+    weight = f"{path}.{module}"
     if d.qk_norm == "row":
         return rms_norm(nodes, x, f"{name}.{p}_norm", weight, d.eps, d.norm == "rms_offset")
     offset = {"unit_offset": True} if d.norm == "rms_offset" else {}
-    return emit(nodes, "head_norm", (x,), f"{name}.{p}_norm", x.width, f"{weight}.weight", eps=d.eps, **offset, **shape)
+    return emit(
+        nodes,
+        "head_norm",
+        (x,),
+        f"{name}.{p}_norm",
+        x.width,
+        f"{weight}.weight" if module else "",
+        eps=d.eps,
+        **offset,
+        **shape,
+    )

@@ -116,6 +116,16 @@ def rms_norm(nodes: list[Node], x: Value, name: str, path: str, eps: float, unit
     return emit(nodes, "rms_norm", (x,), name, x.width, f"{path}.weight", eps=eps, **offset)
 
 
+def scale_by_position(nodes: list[Node], d: Trunk, q: Value, name: str, layer: int) -> Value:
+    """Queries times the layer's position-dependent factor, if it has one."""
+    factor = d.position_scales[layer] if d.position_scales else None
+    if factor is None:
+        return q
+    return emit(
+        nodes, "position_scale", (q,), name, q.width, beta=factor.beta, length=factor.length, offset=factor.offset
+    )  # fmt: skip
+
+
 def add(nodes: list[Node], x: Value, delta: Value, name: str) -> Value:
     return emit(nodes, "add", (x, delta), name, x.width)
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from dataclasses import fields as fields_of
 from typing import Any, Literal
 
-from ..errors import ConfigError, UnsupportedModelError
+from ..errors import ConfigError, UnsupportedModelError, shown
 from .fields import Fields
-from .rope import RopeSpec, read_rope
+from .rope import PositionScale, RopeSpec, read_rope
 
 ACTIVATIONS = {"silu": "silu", "gelu": "gelu_pytorch_tanh"}  # of an MLP -> name in configs
 
@@ -82,6 +82,7 @@ class Trunk:
         input_scale: factor of the input of the first layer, whether it comes from the table or from the caller.
         residual_scale: factor of what a layer's attention and MLP add to the residual.
         logit_scale, logit_softcap: factor and limit of logits, see op `lm_head`.
+        position_scales: per layer the position-dependent factor of the queries, None: the layer has none; (): no layer has.
     """
 
     family: str
@@ -104,6 +105,7 @@ class Trunk:
     residual_scale: float = 1.0
     logit_scale: float = 1.0
     logit_softcap: float = 0.0
+    position_scales: tuple[PositionScale | None, ...] = ()
 
     @property
     def rope(self) -> RopeSpec:
@@ -122,11 +124,12 @@ class Decoder(Trunk):
     Attributes:
         heads, kv_heads, head_dim: query heads, key and value heads, and elements per head.
         windows: the attention window of each layer in tokens, 0: no window.
+        chunked: windows are chunks at fixed places, see op `attention`.
         scale: factor of the scores.
         qkv_bias, o_bias: whether these projections have biases.
         qk_norm: "head": q and k are normalised per head; "row": over all heads; "": not at all.
-        qk_norm_after_rope: whether that follows RoPE.
-        qk_norm_names: names of the norms of q and k.
+        qk_norm_after_rope: whether that follows RoPE; layers without RoPE then have no such norm.
+        qk_norm_names: names of the norms of q and k; "": a norm without a weight.
         rope_interleaved: whether rotated pairs are (2i, 2i + 1) instead of (i, i + rot/2).
         fused_qkv: name of the one projection with the rows of q, k and v; "": there are three.
         attention_softcap: limit of the scores, 0: none; see op `attention`.
@@ -141,6 +144,7 @@ class Decoder(Trunk):
     head_dim: int
     windows: tuple[int, ...]
     scale: float
+    chunked: bool = False
     qkv_bias: bool = False
     o_bias: bool = False
     qk_norm: Literal["", "head", "row"] = ""
@@ -292,6 +296,18 @@ def read_layer_kinds(fields: Fields, layers: int, *supported: str) -> tuple[str,
             names = ", ".join(map(repr, supported))
             raise UnsupportedModelError(f"config.layer_types: {kind!r} is not supported. Supported: {names}.")
     return tuple(kinds)
+
+
+def read_nope_layers(fields: Fields, layers: int) -> tuple[int | None, ...]:
+    """Each layer's RoPE, as `Trunk.layer_ropes`, from `no_rope_layers`, which has 1 for layers with RoPE; without it, each
+    `no_rope_layer_interval`-th has none."""
+    used = fields.get("no_rope_layers")
+    if used is None:
+        interval = fields.integer("no_rope_layer_interval", MAX_LAYERS, default=4)
+        used = [int((layer + 1) % interval != 0) for layer in range(layers)]
+    if not isinstance(used, (list, tuple)) or len(used) < layers or any(value not in (0, 1) for value in used):
+        raise ConfigError(f"config.no_rope_layers: expected 0 or 1 for each of {layers} layers, got {shown(used)}")
+    return tuple(0 if value else None for value in used[:layers])
 
 
 def windows_of(fields: Fields, kinds: Sequence[str]) -> tuple[int, ...]:

@@ -7,7 +7,7 @@ y = sum over the chosen experts of weight * expert(x), plus the shared experts, 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from ..errors import ConfigError
 from ..graph.ir import Node, Value
@@ -47,6 +47,8 @@ class Routing:
         shared_gate: name of the projection to the logit of the shared experts' weight; "": they have the weight 1.
         gate_bias: whether the router's product has a bias.
         clamped: the experts have this form; None: no biases, and the activation of dense MLPs.
+        weigh_input: an expert's weight multiplies its input instead of its output.
+        transposed: how the experts' matrices are stored, see `quant/transposed_stack.py`; of those with `clamped` always True.
     """
 
     experts: int
@@ -66,6 +68,8 @@ class Routing:
     shared_gate: str = ""
     gate_bias: bool = False
     clamped: ClampedForm | None = None
+    weigh_input: bool = False
+    transposed: bool | Literal["concatenated"] = False
 
 
 def read_softmax_routing(fields: Fields, hidden: int) -> Routing:
@@ -85,6 +89,12 @@ def read_sigmoid_routing(fields: Fields, hidden: int, count: str = "n_routed_exp
     normalise = fields.flag("norm_topk_prob")
     bias = "gate.e_score_correction_bias"
     return _routing(fields, hidden, count, grouped=True, scoring="sigmoid", group_score="top2", normalise=normalise, bias=bias)
+
+
+def read_grouped_softmax_routing(fields: Fields, hidden: int) -> Routing:
+    """Mistral 4's routing: softmax over all experts; a group's score is the sum of its two highest."""
+    normalise = fields.flag("norm_topk_prob")
+    return _routing(fields, hidden, grouped=True, scoring="softmax", group_score="top2", normalise=normalise, bias="")
 
 
 def read_plain_routing(fields: Fields, hidden: int, *, experts: str = "num_experts", width: str, **rest: Any) -> Routing:
@@ -165,13 +175,14 @@ def sparse_by_step(fields: Fields, layers: int) -> tuple[bool, ...]:
     return tuple((layer + 1) % step == 0 and layer not in dense for layer in range(layers))
 
 
-def feed_forward(d: Trunk, routing: Routing | None, sparse: tuple[bool, ...]) -> FeedForward:
-    """Builds a layer's feed-forward network: experts if `sparse` is true for it or it is an MTP layer, else a dense MLP."""
+def feed_forward(d: Trunk, routing: Routing | None, sparse: tuple[bool, ...], dense: str = "mlp") -> FeedForward:
+    """Builds a layer's feed-forward network: experts if `sparse` is true for it or it is an MTP layer, else a dense MLP, whose
+    module is called `dense`."""
 
     def forward(nodes: list[Node], x: Value, layer: int) -> Value:
         name, path = f"l{layer}.mlp", f"model.layers.{layer}"
         if routing is None or (layer < d.layers and not sparse[layer]):
-            return mlp(nodes, d, x, name, f"{path}.mlp", d.intermediate)
+            return mlp(nodes, d, x, name, f"{path}.{dense}", d.intermediate)
         return _experts(nodes, d, routing, x, name, f"{path}.{routing.module}")
 
     return forward
@@ -189,6 +200,10 @@ def _experts(nodes: list[Node], d: Trunk, r: Routing, x: Value, name: str, path:
     gate_up, down_matrix = (f"{path}.experts.{matrix}_proj" for matrix in ("gate_up", "down"))
     which: dict[str, Any] = {"experts": r.experts, "top_k": r.top_k, "grouped": False}
     activation: dict[str, Any] = {"activation": d.mlp.activation} if d.mlp.activation != "silu" else {}
+    if r.weigh_input:
+        which["weigh_input"] = True
+    if r.transposed:
+        which["transposed"] = r.transposed
     if r.clamped is not None:
         which["transposed"] = True
         activation = {"alpha": r.clamped.alpha, "limit": r.clamped.limit, "biases": (f"{gate_up}_bias",)}

@@ -10,11 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import ConfigError
+from ..errors import ConfigError, UnsupportedModelError
 from ..graph.ir import LatentSpec, Node, Value
-from .blocks import Attend, emit, linear, rms_norm
+from .blocks import Attend, emit, linear, rms_norm, scale_by_position
 from .decoder import MAX_HEADS, MAX_WIDTH, MlpForm, Trunk, parts_of, read_trunk
 from .fields import Fields
+from .rope import RopeSpec, read_rope
 
 INNER_EPS = 1e-6  # epsilon of the norms inside attention: Transformers does not use the config's rms_norm_eps there
 MAX_SPARSE_POSITIONS = 1 << 24  # token indices are passed as float32, which is exact up to here
@@ -22,11 +23,18 @@ MAX_SPARSE_POSITIONS = 1 << 24  # token indices are passed as float32, which is 
 
 @dataclass(frozen=True)
 class Indexer:
-    """The lightning indexer: each token has `heads` queries and one key of `width` elements, and attends to `top_k` tokens."""
+    """The lightning indexer: each token has `heads` queries and one key of `width` elements, and attends to `top_k` tokens.
+
+    Attributes:
+        interleaved: whether rotated pairs are (2i, 2i + 1) instead of (i, i + rot/2), as in `LatentDecoder`.
+        shared: for each layer whether it uses the tokens chosen in the layer before it; (): each layer chooses its own.
+    """
 
     heads: int
     width: int
     top_k: int
+    interleaved: bool = False
+    shared: tuple[bool, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +70,13 @@ class LatentDecoder(Trunk):
 
 
 def read_latent_decoder(
-    fields: Fields, family: str, *, interleaved: bool, mlp_bias: bool = False, sparse: bool = False
+    fields: Fields,
+    family: str,
+    *,
+    interleaved: bool,
+    mlp_bias: bool = False,
+    sparse: bool = False,
+    partial: bool = False,
 ) -> LatentDecoder:
     """Reads and checks the fields of a model with latent attention.
 
@@ -72,6 +86,7 @@ def read_latent_decoder(
         interleaved: as in `LatentDecoder`.
         mlp_bias: whether dense MLPs have biases.
         sparse: whether the family has a lightning indexer.
+        partial: whether the rotated elements are given as a share of a whole head, as in `rope_parameters` of Mistral 4.
 
     Raises:
         UnsupportedModelError, ConfigError: a field has a value that is not supported, or not valid.
@@ -92,7 +107,8 @@ def read_latent_decoder(
                 f"config.{name}: {fields.get(name)} gives rows of {width} elements, more than the maximum of {MAX_WIDTH}"
             )
     q_rank = None if fields.get("q_lora_rank") is None and not sparse else fields.integer("q_lora_rank", MAX_WIDTH)
-    trunk = read_trunk(fields, family, rotated, "qk_rope_head_dim", mlp=MlpForm(bias=mlp_bias))
+    ropes = (lambda _, positions: (_partial_rope(fields, nope, rotated, positions),)) if partial else None
+    trunk = read_trunk(fields, family, rotated, "qk_rope_head_dim", mlp=MlpForm(bias=mlp_bias), ropes=ropes)
     if sparse and trunk.max_positions > MAX_SPARSE_POSITIONS:
         limit = f"expected at most {MAX_SPARSE_POSITIONS} with an indexer"
         raise ConfigError(f"config.max_position_embeddings: {limit}, got {trunk.max_positions}")
@@ -101,6 +117,19 @@ def read_latent_decoder(
         scale=(nope + rotated) ** -0.5 * trunk.rope.attention_scale, bias=fields.flag("attention_bias"),
         indexer=_indexer(fields, rotated) if sparse else None,
     )  # fmt: skip
+
+
+def _partial_rope(fields: Fields, nope: int, rotated: int, positions: int) -> RopeSpec:
+    """The rotary position embedding of a family whose RoPE is that of a share of a whole head, unrotated elements included."""
+    rope = read_rope(fields, nope + rotated, positions, "qk_rope_head_dim", partial=rotated / (nope + rotated))
+    if rope.kind == "default":  # Transformers would rotate the whole head, which is wider than what it rotates
+        raise UnsupportedModelError("config.rope_parameters: rope_type 'default' is not supported in this family")
+    if rope.rot != rotated:
+        raise ConfigError(
+            f"config.rope_parameters['partial_rotary_factor']: gives {rope.rot} rotated elements of a head, but "
+            f"qk_rope_head_dim is {rotated}"
+        )
+    return rope
 
 
 def _indexer(fields: Fields, rotated: int) -> Indexer:
@@ -114,6 +143,8 @@ def _indexer(fields: Fields, rotated: int) -> Indexer:
 
 def attention(d: LatentDecoder) -> Attend:
     """Projections through latents, RoPE of part of each head, cache write, attention over latents, output projection."""
+
+    choices: dict[int, Value] = {}  # by layer
 
     def attend(nodes: list[Node], x: Value, table: Value | None, layer: int) -> Value:
         assert table is not None  # all layers have RoPE
@@ -129,6 +160,7 @@ def attention(d: LatentDecoder) -> Attend:
             nodes, "rope", (q, table), f"{name}.q_rope", q.width, heads=d.heads, head_dim=head, offset=d.nope,
             interleaved=d.interleaved,
         )  # fmt: skip
+        q = scale_by_position(nodes, d, q, f"{name}.q_scaled", layer)
         kv_a = linear(nodes, x, f"{name}.kv_a", width, f"{path}.kv_a_proj_with_mqa", d.bias)
         latent = emit(
             nodes, "latent", (kv_a, table), f"{name}.latent", width, f"{path}.kv_a_layernorm.weight", eps=INNER_EPS,
@@ -136,7 +168,11 @@ def attention(d: LatentDecoder) -> Attend:
         )  # fmt: skip
         place = d.cache_layers[layer] if d.cache_layers else layer
         nodes.append(Node("latent_write", (latent,), attrs={"layer": place}))
-        chosen = (_choose(nodes, d.indexer, x, q_from, table, layer),) if d.indexer else ()
+        if d.indexer and d.indexer.shared and d.indexer.shared[layer]:
+            choices[layer] = choices[layer - 1]
+        elif d.indexer:
+            choices[layer] = _choose(nodes, d.indexer, x, q_from, table, layer)
+        chosen = (choices[layer],) if d.indexer else ()
         attended = emit(
             nodes, "mla_attention", (q, *chosen), f"{name}.attn", d.heads * d.v_dim, f"{path}.kv_b_proj.weight", layer=place,
             heads=d.heads, nope=d.nope, rope=d.rope.rot, rank=d.rank, v_dim=d.v_dim, scale=d.scale, form="expanded",
@@ -147,9 +183,9 @@ def attention(d: LatentDecoder) -> Attend:
 
 
 def _choose(nodes: list[Node], indexer: Indexer, x: Value, q_latent: Value, table: Value, layer: int) -> Value:
-    """The visible tokens of each token. Unlike in attention, pairs are (i, i + rot/2), and the rotated elements come first."""
+    """The visible tokens of each token. Unlike in attention, the rotated elements of a head come first."""
     name, path = f"l{layer}.index", f"model.layers.{layer}.self_attn.indexer"
-    rotation: dict[str, Any] = {"head_dim": indexer.width, "offset": 0, "interleaved": False}
+    rotation: dict[str, Any] = {"head_dim": indexer.width, "offset": 0, "interleaved": indexer.interleaved}
     q = linear(nodes, q_latent, f"{name}_q", indexer.heads * indexer.width, f"{path}.wq_b")
     q = emit(nodes, "rope", (q, table), f"{name}_q_rope", q.width, heads=indexer.heads, **rotation)
     k, normed = linear(nodes, x, f"{name}_k", indexer.width, f"{path}.wk"), Value(f"{name}_k_norm", indexer.width)

@@ -62,6 +62,30 @@ class RopeSpec:
         return self.inv_freq if self.grow is None or length <= self.context else self.grow(length)
 
 
+@dataclass(frozen=True)
+class PositionScale:
+    """The factor of the queries at position p, 1 + beta * log(1 + floor((p + offset) / length)); see op `position_scale`."""
+
+    beta: float
+    length: int
+    offset: int = 0
+
+
+def read_position_scale(fields: Fields, max_positions: int) -> PositionScale:
+    """The factor of the queries in the newer families of Mistral, which is part of `rope_parameters`.
+
+    Raises:
+        UnsupportedModelError, ConfigError: a parameter is missing, or has a value that is not supported, or not valid.
+    """
+    parameters = _parameters(fields, max_positions, "", "rope_theta", True)
+    beta = positive("rope_parameters['llama_4_scaling_beta']", parameters.get("llama_4_scaling_beta"))
+    length = parameters.get("original_max_position_embeddings")
+    if isinstance(length, bool) or not isinstance(length, int) or length < 1:
+        name = "config.rope_parameters['original_max_position_embeddings']"
+        raise ConfigError(f"{name}: expected a number of tokens, got {shown(length)}")
+    return PositionScale(beta, length)
+
+
 def read_rope(
     fields: Fields,
     head_dim: int,

@@ -30,6 +30,8 @@ RULE_SETS = {
     "none": ("qwen3-windows", []),
     **{f"only {r}": ("qwen3-windows", [r]) for r in ALL},
     **{f"without {r}": ("qwen3-windows", [x for x in ALL if x != r]) for r in ALL},
+    "position scale, none": ("mistral4-groups", []),
+    "position scale, only mla_absorb": ("mistral4-groups", ["mla_absorb"]),
     "experts, none": ("deepseek_v3-groups", []),
     **{f"experts, only {r}": ("deepseek_v3-groups", [r]) for r in LATENT_RULES},
     **{f"experts, without {r}": ("deepseek_v3-groups", [x for x in rules.RULES if x != r]) for r in LATENT_RULES},

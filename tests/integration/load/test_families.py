@@ -12,7 +12,7 @@ from support.models import CASES, assert_close_rows, random_ids, random_model, t
 FAMILIES = {
     name.split("-")[0]: name
     for name in CASES
-    if not name.startswith(("llama", "qwen2-", "qwen3-", "deepseek", "youtu", "mistral"))
+    if not name.startswith(("llama-", "qwen2-", "qwen3-", "deepseek", "youtu", "mistral-"))
 }
 
 

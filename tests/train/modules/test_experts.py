@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from deepseek_optimizer.train.modules.experts import TrainedExperts, grouped_experts
 from deepseek_optimizer.train.saved_activations import SavedActivations
-from support.models import deepseek_v2, deepseek_v3, deepseek_v32, llama, random_model, youtu
+from support.models import deepseek_v2, deepseek_v3, deepseek_v32, llama, llama4_text, random_model, youtu
 
 FAMILIES = {"v2": deepseek_v2, "v3": deepseek_v3, "v32": deepseek_v32}
 
@@ -139,7 +139,9 @@ def test_unsupported_modules():
     layer = random_model(deepseek_v3()).model.layers[-1]
     assert not TrainedExperts.fits(layer.mlp)
     assert not TrainedExperts.fits(layer.mlp.shared_experts)
-    assert not any(TrainedExperts.fits(m) for config in (llama(), youtu()) for m in random_model(config).modules())
+    assert not any(
+        TrainedExperts.fits(m) for config in (llama(), youtu(), llama4_text()) for m in random_model(config).modules()
+    )
     layer.mlp.experts._is_expert_parallel = True
     assert not TrainedExperts.fits(layer.mlp.experts)
     gelu = random_model(deepseek_v3(hidden_act="gelu")).model.layers[-1].mlp.experts

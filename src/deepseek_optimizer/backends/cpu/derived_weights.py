@@ -3,7 +3,7 @@
 - A product with some rows of a matrix (attribute `rows`) reads a view of its tiles if the rows begin at a tile. Otherwise the
   whole matrix is multiplied, and `slice` nodes take the parts.
 - The factor of a norm with `unit_offset` is 1 + w.
-- A layer norm without a bias has one of zeros.
+- A layer norm without a bias has one of zeros, and a norm of heads without a weight one of ones.
 - A short convolution reads its weights tap after tap, and a delta rule A_log as a vector.
 - Experts read the biases of all matrices as one vector, in the order of the packed stack.
 """
@@ -46,6 +46,10 @@ def _derived(node: Node, weights: Mapping[str, PackedWeight | torch.Tensor], der
         (name,) = node.weights
         derived[f"1 + {name}"] = 1 + _vector(weights, name).float()
         return [node.with_(weights=(f"1 + {name}",))]
+    if node.op == "head_norm" and not node.weights:
+        width = node.attrs["head_dim"]
+        derived[f"{width} ones"] = torch.ones(width, dtype=torch.float32, device="cpu")
+        return [node.with_(weights=(f"{width} ones",))]
     if node.op == "short_conv":
         (name,) = node.weights
         derived[f"taps of {name}"] = _vector(weights, name).float().squeeze(1).T.reshape(-1)

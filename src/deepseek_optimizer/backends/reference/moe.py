@@ -62,6 +62,7 @@ def gate_up(
     grouped: bool,
     gated: Gated = ops.swiglu,
     bias: torch.Tensor | None = None,
+    weigh_input: bool = False,
 ) -> torch.Tensor:
     """[T * top_k, I]: gated(gate x, up x) for each token's chosen experts.
 
@@ -70,19 +71,28 @@ def gate_up(
         weight: [experts, 2 I, H], gate before up.
         gated: computes h from gate and up.
         bias: [experts, 2 I].
+        weigh_input: whether x is multiplied by the expert's weight.
     """
     top_k = routes.shape[-1] // 2
+    shares = routes[:, top_k:].flatten()[:, None].to(x.dtype)
     out = x.new_empty(len(x) * top_k, weight.shape[1] // 2)
     for expert, rows in _visits(routes[:, :top_k], grouped):
-        both = F.linear(x[rows // top_k], weight[expert], None if bias is None else bias[expert])
+        read = x[rows // top_k] * shares[rows] if weigh_input else x[rows // top_k]
+        both = F.linear(read, weight[expert], None if bias is None else bias[expert])
         out[rows] = gated(*both.chunk(2, -1))
     return out
 
 
 def down(
-    hidden: torch.Tensor, routes: torch.Tensor, weight: torch.Tensor, grouped: bool, bias: torch.Tensor | None = None
+    hidden: torch.Tensor,
+    routes: torch.Tensor,
+    weight: torch.Tensor,
+    grouped: bool,
+    bias: torch.Tensor | None = None,
+    weigh_input: bool = False,
 ) -> torch.Tensor:
-    """float32 [T, H]: the weighted sum of the chosen experts' results, in ascending order of experts.
+    """float32 [T, H]: the weighted sum of the chosen experts' results, in ascending order of experts; with `weigh_input`, the
+    sum without weights.
 
     Args:
         hidden: [T * top_k, I].
@@ -93,7 +103,9 @@ def down(
     out = hidden.new_empty(len(hidden), weight.shape[1])
     for expert, rows in _visits(chosen, grouped):
         out[rows] = F.linear(hidden[rows], weight[expert], None if bias is None else bias[expert])
-    parts = shares[..., None] * out.float().unflatten(0, chosen.shape)
+    parts = out.float().unflatten(0, chosen.shape)
+    if not weigh_input:
+        parts = shares[..., None] * parts
     total = torch.zeros_like(parts[:, 0])
     for part in parts.unbind(1):
         total += part
@@ -112,11 +124,12 @@ def ordered_stacks(graph: Graph, weights: Mapping[str, torch.Tensor], packed: Co
     ordered = {}
     for node in graph.nodes:
         if node.attrs.get("transposed"):
-            (name,), (bias,), rows = node.weights, node.attrs["biases"], node.outputs[0].width
-            weight, experts = weights[name], node.attrs["experts"]
-            matrices = weight.unflatten(0, (experts, -1)) if name in packed else matrices_of(weight, rows)
+            a, (name,), rows = node.attrs, node.weights, node.outputs[0].width
+            weight, experts = weights[name], a["experts"]
+            matrices = weight.unflatten(0, (experts, -1)) if name in packed else matrices_of(weight, rows, a["transposed"])
             ordered[name] = matrices.flatten(1, 2).contiguous()
-            ordered[bias] = biases_of(weights[bias], rows).flatten(1)
+            for bias in filter(None, a.get("biases", ())):
+                ordered[bias] = biases_of(weights[bias], rows).flatten(1)
     return ordered
 
 

@@ -34,6 +34,17 @@ def rope_table(positions: torch.Tensor, inv_freq: torch.Tensor, scaling: float) 
     return (torch.cat((angle.cos(), angle.sin()), -1) * scaling).float()
 
 
+def position_scale(x: torch.Tensor, positions: torch.Tensor, beta: float, length: int, offset: int = 0) -> torch.Tensor:
+    """(1 + beta * log(1 + floor((position + offset) / length))) * x; the factor in float32, rounded to x's dtype.
+
+    Args:
+        x: [T, width].
+        positions: int64 [T].
+    """
+    factor = 1 + beta * torch.log1p(torch.floor((positions.float() + offset) / length))
+    return x * factor[:, None].to(x.dtype)
+
+
 def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float) -> torch.Tensor:
     """(x - mean) / sqrt(variance + eps) * weight + bias over the last axis."""
     return F.layer_norm(x, (x.shape[-1],), weight, bias, eps)
@@ -54,15 +65,19 @@ def rope(x: torch.Tensor, table: torch.Tensor, heads: int, interleaved: bool, of
     return torch.cat((before, rotated, after), -1).flatten(-2)
 
 
-def visible(queries: int, context: int, keys: torch.Tensor, window: int = 0, sinks: int = 0) -> torch.Tensor:
+def visible(
+    queries: int, context: int, keys: torch.Tensor, window: int = 0, sinks: int = 0, chunked: bool = False
+) -> torch.Tensor:
     """bool [queries, keys]: the visible keys. Query i is token context + i; it sees all tokens up to itself, or with a window
-    the last `window` of these and the first `sinks`.
+    the last `window` of these and the first `sinks`; if `chunked`, those of its own chunk of `window` tokens.
 
     Args:
         keys: int64 [keys], indices of the keys' tokens in the sequence.
     """
     query = torch.arange(context, context + queries, device=keys.device, dtype=torch.int64)[:, None]
     seen = keys <= query
+    if chunked:
+        return seen & (keys >= query - query % window)
     return seen & ((keys > query - window) | (keys < sinks)) if window else seen
 
 

@@ -149,7 +149,8 @@ class ReferencePlan:
         return (ops.rms_norm(x, self._weights[node.weights[0]], node.attrs["eps"], node.attrs.get("unit_offset", False)),)
 
     def _head_norm(self, step: _Step, node: Node, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        a, weight = node.attrs, self._weights[node.weights[0]]
+        a = node.attrs
+        weight = self._weights[node.weights[0]] if node.weights else x.new_ones(a["head_dim"])
         return (ops.head_norm(x, weight, a["eps"], a["heads"], a.get("unit_offset", False)),)
 
     def _linear(self, step: _Step, node: Node, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -169,6 +170,9 @@ class ReferencePlan:
 
     def _rope(self, step: _Step, node: Node, x: torch.Tensor, table: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return (ops.rope(x, table, node.attrs["heads"], node.attrs["interleaved"], node.attrs.get("offset", 0)),)
+
+    def _position_scale(self, step: _Step, node: Node, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return (ops.position_scale(x, torch.from_numpy(step.batch.positions).to(self.device), **node.attrs),)
 
     def _cache_write(self, step: _Step, node: Node, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, ...]:
         k, v = (rows.unflatten(-1, (node.attrs["kv_heads"], -1)) for rows in (k, v))
@@ -205,7 +209,7 @@ class ReferencePlan:
         the sinks and a window are not read: their blocks may be missing."""
         queries, window, sinks = rows.stop - rows.start, node.attrs.get("window", 0), node.attrs.get("sinks", 0)
         blocks, tokens = ops.visible_blocks(queries, context, window, sinks, self.device)
-        return blocks, tokens, ops.visible(queries, context, tokens, window, sinks)
+        return blocks, tokens, ops.visible(queries, context, tokens, window, sinks, node.attrs.get("chunked", False))
 
     def _block_choose(self, step: _Step, node: Node, q: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """In float32, whatever the dtype of the rows, as are the resulting indices of blocks."""
@@ -290,11 +294,13 @@ class ReferencePlan:
         name, gated, a = node.weights[0], ops.GATED[node.attrs.get("activation", "silu")], node.attrs
         if a.get("limit", 0.0) > 0:
             gated = partial(ops.clamped_swiglu, alpha=a["alpha"], limit=a["limit"])
-        return (moe.gate_up(self._rounded(x, name), routes, self._weights[name], a["grouped"], gated, self._bias(node)),)
+        how = (a["grouped"], gated, self._bias(node), a.get("weigh_input", False))
+        return (moe.gate_up(self._rounded(x, name), routes, self._weights[name], *how),)
 
     def _experts_down(self, step: _Step, node: Node, hidden: torch.Tensor, routes: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        name = node.weights[0]
-        out = moe.down(self._rounded(hidden, name), routes, self._weights[name], node.attrs["grouped"], self._bias(node))
+        a, name = node.attrs, node.weights[0]
+        how = (a["grouped"], self._bias(node), a.get("weigh_input", False))
+        out = moe.down(self._rounded(hidden, name), routes, self._weights[name], *how)
         return (out.to(self.dtype),)
 
     def _short_conv(self, step: _Step, node: Node, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -390,6 +396,7 @@ _OPS: Mapping[str, Callable[..., tuple[torch.Tensor, ...]]] = {
     "linear": ReferencePlan._linear,
     "rope_table": ReferencePlan._rope_table,
     "rope": ReferencePlan._rope,
+    "position_scale": ReferencePlan._position_scale,
     "cache_write": ReferencePlan._cache_write,
     "rope_cache": ReferencePlan._rope_cache,
     "attention": ReferencePlan._attention,

@@ -34,7 +34,9 @@ def _attention_fits(node: Node, graph: Graph) -> bool:
     heads = q.width == node.outputs[0].width == heads_width(node, "heads") and a["heads"] % a["kv_heads"] == 0
     by_blocks = all(c.width % a["kv_heads"] == 0 for c in chosen)
     limited = bool(chosen or a.get("sinks", 0))
-    return heads and by_blocks and not (limited and a["softmax"] == "eager") and fits_span(node) and fits_cache(node, graph)
+    chunks = not a.get("chunked", False) or (a["window"] > 0 and not limited)
+    eager = limited and a["softmax"] == "eager"
+    return heads and by_blocks and chunks and not eager and fits_span(node) and fits_cache(node, graph)
 
 
 def _block_choose_fits(node: Node, graph: Graph) -> bool:
@@ -80,6 +82,7 @@ SPECS = (
             Attr("softmax", one_of("eager", "online"), "how the softmax is computed", flag="eager", flag_value="eager"),
             step_attr("sinks", INT, "with a window, first tokens that stay visible", 0),
             step_attr("softcap", FLOAT, "limit of the scores; 0: none", 0.0),
+            Attr("chunked", BOOL, "the window is a chunk at a fixed place", False, flag="chunked"),
         ),
         fits=_attention_fits,
         weight_shapes=lambda n, g: [(name, (n.attrs["heads"],)) for name in n.weights],
@@ -95,7 +98,8 @@ SPECS = (
                 o_h = softmax(scale * q_h K^T) V
 
             A row that is token i of its sequence attends to the tokens j <= i; with a window, only to those with i - j < window
-            or j < sinks; with `chosen`, only to those in the chosen blocks. `softmax` is "eager" (a whole row of scores at
+            or j < sinks; with `chunked`, to those with j // window = i // window, the tokens of its own chunk (Llama 4); with
+            `chosen`, only to those in the chosen blocks. `softmax` is "eager" (a whole row of scores at
             once) or "online" (blocks of 32 tokens with a running maximum and sum; Milakov and Gimelshein 2018, Dao et al.
             2022).
 

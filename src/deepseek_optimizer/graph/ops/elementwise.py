@@ -46,12 +46,15 @@ SPECS = (
         name="head_norm",
         inputs=(Operand("x", "[T, heads * head_dim]"),),
         outputs=(Operand("y", "[T, heads * head_dim]"),),
-        weights=(Operand("w", "[head_dim]"),),
+        weights=(Operand("w", "[head_dim]", optional=True),),
         attrs=(_EPS, _OFFSET, step_attr("heads", INT), step_attr("head_dim", INT)),
         fits=lambda n, g: same_widths(n, g) and n.inputs[0].width == heads_width(n, "heads"),
-        weight_shapes=lambda n, g: [(n.weights[0], (n.attrs["head_dim"],))],
+        weight_shapes=lambda n, g: [(name, (n.attrs["head_dim"],)) for name in n.weights],
         code=2,
-        doc="`rms_norm` of each head separately, with the same weight for all heads (the query and key norm of Qwen3).",
+        doc="""
+            `rms_norm` of each head separately, with the same weight for all heads (the query and key norm of Qwen3), or without
+            a weight (that of Llama 4).
+        """,
     ),
     OpSpec(
         name="layer_norm",
@@ -241,6 +244,28 @@ SPECS = (
                 (x_i, x_j) -> (x_i cos a - x_j sin a, x_j cos a + x_i sin a)
 
             Source: Su et al. 2021.
+        """,
+    ),
+    OpSpec(
+        name="position_scale",
+        inputs=(_X,),
+        outputs=(_Y,),
+        attrs=(
+            Attr("beta", FLOAT, step_field="scale"),
+            Attr("length", INT, "positions with the same factor", step_field="window"),
+            step_attr("offset", INT, "added to the position", 0),
+        ),
+        fits=lambda n, g: same_widths(n, g) and n.attrs["length"] >= 1 and n.attrs.get("offset", 0) >= 0,
+        rows="tokens",
+        in_place=((0, 0),),
+        code=41,
+        doc="""
+            For the position p of each row:
+
+                y = (1 + beta * log(1 + floor((p + offset) / length))) * x
+
+            Scales queries, so that attention does not become flatter over long texts. Source: Nakanishi 2025, Scalable-Softmax;
+            `attn_temperature_tuning` of Llama 4, `llama_4_scaling_beta` of Ministral 3.
         """,
     ),
     OpSpec(

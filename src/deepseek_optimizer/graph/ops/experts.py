@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from ..ir import Graph, Node
 from .products import ACTIVATION
-from .spec import BOOL, FLOAT, INT, NAME, NAMES, Attr, Operand, OpSpec, Shapes, one_of, step_attr
+from .spec import BOOL, FLOAT, INT, NAME, NAMES, Attr, AttrType, Operand, OpSpec, Shapes, one_of, step_attr
+
+TRANSPOSED = AttrType('bool or "concatenated"', lambda value: isinstance(value, bool) or value == "concatenated")
 
 _EXPERTS, _TOP_K = step_attr("experts", INT), step_attr("top_k", INT, "experts per token")
 _ROUTES = Operand("routes", "[T, 2 * top_k]")
@@ -27,7 +29,8 @@ _PRODUCT = (
     _EXPERTS,
     _TOP_K,
     Attr("biases", NAMES, "of the matrices: one tensor for all experts", (None,)),
-    Attr("transposed", BOOL, "how Transformers stores the weight, see there; packed stacks are the same in both cases", False),
+    Attr("transposed", TRANSPOSED, "how Transformers stores the weight, see there; packed stacks are always the same", False),
+    Attr("weigh_input", BOOL, "weights multiply the inputs of experts, not their outputs", False, flag="weigh_input"),
     Attr("grouped", BOOL, "compute by expert instead of by token, so that an expert's weights are read once", flag="grouped"),
 )
 _PHASES = "With `grouped` (rule `experts`), the rows of one expert are multiplied together. The results are the same."
@@ -83,7 +86,7 @@ SPECS = (
         name="experts_gate_up",
         inputs=(Operand("x", "[T, H]"), _ROUTES),
         outputs=(Operand("h", "[T * top_k, I]"),),
-        weights=(Operand("gate_up", "[E, 2 I, H]: the rows of gate, then of up; transposed: [E, H, 2 I], both alternating"),),
+        weights=(Operand("gate_up", "[E, 2 I, H]: the rows of gate, then of up; transposed: [E, H, 2 I]"),),
         attrs=(
             *_PRODUCT,
             ACTIVATION,
@@ -102,8 +105,10 @@ SPECS = (
         doc="""
             h = `swiglu`(gate_e x_t + b_e, up_e x_t + c_e), or `geglu` of them, for each token t and its chosen experts e. With
             a `limit` L > 0, h = (u + 1) * g * sigmoid(alpha * g), where g = min(gate, L) and u is up limited to [-L, L]. The
-            biases are [E, 2 I], in the order of the weight's rows. When packed, the weight is a stack of 2 E matrices [I, H]:
-            gate and up of each expert in turn.
+            biases are [E, 2 I], in the order of the weight's rows, which in a transposed weight alternate between gate and up
+            unless it is "concatenated". With `weigh_input`, gate_e x_t and up_e x_t are multiplied
+            by weight_e (Llama 4), and there are no biases. When packed, the weight is a stack of 2 E matrices [I, H]: gate and
+            up of each expert in turn.
 
             Source of the limits: gpt-oss (OpenAI 2025), `GptOssExperts` of Transformers.
         """,
@@ -122,7 +127,10 @@ SPECS = (
         product=True,
         code=18,
         kernels=_PHASES,
-        doc="y_t = sum over the chosen experts e, ascending, of weight_e * (down_e h + b_e). The biases are [E, H].",
+        doc="""
+            y_t = sum over the chosen experts e, ascending, of weight_e * (down_e h + b_e), or of down_e h + b_e with
+            `weigh_input`. The biases are [E, H].
+        """,
     ),
     OpSpec(
         name="route",

@@ -39,7 +39,7 @@ def _projections(graph: Graph, links: Links) -> Iterator[tuple[str, list[int]]]:
     for node in graph.nodes:
         layer = node.attrs.get("layer", -1)
         if node.op == "attention" and ("cache_write", layer) in writes:  # not if rope_cache was applied before
-            through = ("rope", "head_norm", "rms_norm", "columns")
+            through = ("rope", "head_norm", "rms_norm", "columns", "position_scale")
             sources = [links.source(v, through) for v in (node.inputs[0], *writes["cache_write", layer])]
             groups = _over_one_input(graph, sources)
             if len(groups) == 1 and len(groups[0]) == 3:
@@ -52,7 +52,7 @@ def _projections(graph: Graph, links: Links) -> Iterator[tuple[str, list[int]]]:
                     if len(chunk) > 1:
                         yield f"state {node.attrs['state']}", chunk
         elif node.op == "mla_attention":
-            q = links.source(node.inputs[0], ("rope",))
+            q = links.source(node.inputs[0], ("rope", "position_scale"))
             latent = links.source(writes["latent_write", layer][0], ("latent",))
             index = [chosen[layer].inputs[0], writes["index_write", layer][0]] if layer in chosen else []
             down = links.source(graph.nodes[q].inputs[0], ("rms_norm",))  # if queries have a latent of their own

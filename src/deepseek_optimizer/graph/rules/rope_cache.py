@@ -13,7 +13,8 @@ def rewrite(graph: Graph) -> tuple[Graph, list[str]]:
     for at, write in enumerate(graph.nodes):
         if write.op != "cache_write" or write.attrs["layer"] not in attentions:
             continue
-        q_rope, k_rope = links.producer(attentions[write.attrs["layer"]].inputs[0]), links.producer(write.inputs[0])
+        q_rope = links.source(attentions[write.attrs["layer"]].inputs[0], ("position_scale",))
+        k_rope = links.producer(write.inputs[0])
         q, k = graph.nodes[q_rope], graph.nodes[k_rope]
         if q.op != "rope" or k.op != "rope" or q.inputs[1] != k.inputs[1] or q.attrs["interleaved"] != k.attrs["interleaved"]:
             continue

@@ -13,7 +13,7 @@ from typing import Any
 from ...checkpoint import Checkpoint, Manifest
 from ...config import DeepSeekConfig
 from ...errors import CheckpointError
-from .graphs import decoder_path, whole_graph
+from .graphs import decoder_name, decoder_path, whole_graph
 from .swap import expected_tensors
 
 _HEADS = ("ForCausalLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
@@ -28,7 +28,7 @@ def auto_class(class_name: str) -> str | None:
 
 def stored_as(names: Collection[str], model: Any) -> Callable[[str], str]:
     """A function from the model's weight names to those of a checkpoint that contains `names`."""
-    path, prefix = decoder_path(model), str(model.base_model_prefix)
+    path, prefix = decoder_path(model), decoder_name(model)
     table = "embed_tokens.weight"
     if path and f"{path}.{table}" not in names and table in names:
         return lambda name: name.removeprefix(f"{path}.")
@@ -43,7 +43,7 @@ def renamed_for(model: Any, config: DeepSeekConfig, manifest: Manifest) -> tuple
     Entries of `formats` for a head that this class does not have are dropped.
     """
     own = {weight.removesuffix(".weight") for weight in whole_graph(model).weights()}
-    path, prefix = decoder_path(model), str(model.base_model_prefix)
+    path, prefix = decoder_path(model), decoder_name(model)
 
     def named(name: str) -> str:
         inner = name.removeprefix(f"{prefix}.")

@@ -41,22 +41,31 @@ def plan_graph(
 
 
 def with_eps_of(model: Any, graph: Graph) -> Graph:
-    """The graph with the epsilons of the model's norm modules, which may differ from the config's."""
+    """The graph with the epsilons of the model's norm modules, which may differ from the config's; norms without weights keep
+    theirs."""
 
     def eps(weight: str, by_config: float) -> float:
         norm = model.get_submodule(weight.rpartition(".")[0])
         return float(getattr(norm, "variance_epsilon", getattr(norm, "eps", by_config)))
 
     nodes = [
-        n.with_(attrs={**n.attrs, "eps": eps(n.weights[0], n.attrs["eps"])}) if "eps" in n.attrs else n for n in graph.nodes
+        n.with_(attrs={**n.attrs, "eps": eps(n.weights[0], n.attrs["eps"])}) if "eps" in n.attrs and n.weights else n
+        for n in graph.nodes
     ]
     return replace(graph, nodes=nodes)
 
 
+def decoder_name(model: Any) -> str:
+    """The name that a Transformers model's decoder has in classes with a head: `base_model_prefix`, except in Llama 4's class,
+    which has no such module."""
+    prefix = str(getattr(model, "base_model_prefix", ""))
+    return prefix if not has_head(model) or hasattr(model, prefix) else "model"
+
+
 def decoder_path(model: Any) -> str:
     """Path of a Transformers model's decoder, which computes hidden states from tokens; "" if that is the model itself."""
-    base = getattr(model, "base_model", model)
-    return "" if base is model else str(model.base_model_prefix)
+    name = decoder_name(model)
+    return "" if not name or getattr(model, name, model) is model else name
 
 
 def has_head(model: Any) -> bool:

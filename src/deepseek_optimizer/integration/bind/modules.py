@@ -21,6 +21,7 @@ from ...quant import SUPERBLOCKS, PackedMatrix, PackedWeight, get_format, take_r
 from ...quant.blocks import SUPERBLOCK
 from ...quant.products import linear, linear_gradient
 from ...quant.tiles import tile_counts
+from ...quant.transposed_stack import Transposed
 
 # (x [..., K], W, bias [N] or None) -> float32 [..., N]
 Product = Callable[[torch.Tensor, PackedMatrix, "torch.Tensor | None"], torch.Tensor]
@@ -37,13 +38,14 @@ class Packed(nn.Module):
 
     Attributes:
         dtype: floating point type of the surrounding model; casts to another one are refused.
-        transposed: whether checkpoints store the matrix as [K, N]: the transpose of what is packed.
+        transposed: whether checkpoints store the matrix as [K, N]: the transpose of what is packed; of experts, see
+            `PackedExperts`.
         check_tensor: raises CheckpointChangedError if a tensor lies in a mapped file that was modified; set by the runtime.
             Native products check by themselves; reads of the weights by torch are checked here.
     """
 
     dtype: torch.dtype
-    transposed = False
+    transposed: Transposed = False
     check_tensor: Callable[[torch.Tensor], None] = staticmethod(unchecked)
 
     def held(self) -> dict[str, PackedWeight]:

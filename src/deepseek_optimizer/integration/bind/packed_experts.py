@@ -15,7 +15,7 @@ from torch import nn
 from ...backends.reference.ops import clamped_swiglu
 from ...quant import PackedStack, PackedWeight, unpack
 from ...quant.products import linear, linear_gradient
-from ...quant.transposed_stack import biases_of, parameter_of
+from ...quant.transposed_stack import Transposed, biases_of, parameter_of
 from .modules import Gradient, Packed, PackedProduct, Product, empty_tiles
 
 
@@ -40,7 +40,7 @@ class PackedExperts(Packed):
         gate_up_format, down_format: names of the weight formats.
         act_fn: the activation: a module, which is applied to gate, or `ClampedSwiglu`.
         dtype, device: as in `PackedLinear`.
-        transposed: whether Transformers stores the stacks and biases as `quant/transposed_stack.py` describes.
+        transposed: how Transformers stores the stacks and biases as `quant/transposed_stack.py` describes.
 
     Attributes:
         gate_up_proj: uint8 [2 E, ...tiles of I x H], gate and up of each expert in turn, without gradient.
@@ -66,7 +66,7 @@ class PackedExperts(Packed):
         act_fn: nn.Module | ClampedSwiglu,
         dtype: torch.dtype,
         device: Any = None,
-        transposed: bool = False,
+        transposed: Transposed = False,
     ) -> None:
         super().__init__()
         self.num_experts, self.hidden_dim, self.intermediate_dim = num_experts, hidden_dim, intermediate_dim
@@ -105,22 +105,25 @@ class PackedExperts(Packed):
 
         Returns: [T, H] in the dtype of hidden_states.
         """
-        gate_up, down, how = self.gate_up, self.down, (self.product, self.gradient)
         out = torch.zeros_like(hidden_states, dtype=torch.float32)
         for expert in top_k_index.unique().tolist():  # ascending: the order of summation in every backend
             if expert == self.num_experts:
                 continue
             token, place = torch.where(top_k_index == expert)
-            x = hidden_states[token]
-            gate = PackedProduct.apply(x, gate_up.matrix(2 * expert), *how)
-            up = PackedProduct.apply(x, gate_up.matrix(2 * expert + 1), *how)
-            h = self._gated(*self._with_biases(expert, gate, up))
-            if self.listener is not None:
-                self.listener(h)
-            y = PackedProduct.apply(h, down.matrix(expert), *how)
-            y = y if self.down_proj_bias is None else y + self.down_proj_bias[expert].to(y.dtype)
+            y = self._result(expert, hidden_states[token])
             out.index_add_(0, token, (y * top_k_weights[token, place, None]).float())
         return out.to(hidden_states.dtype)
+
+    def _result(self, expert: int, x: torch.Tensor) -> torch.Tensor:
+        """One expert's result for rows x [n, H], without its weight."""
+        gate_up, down, how = self.gate_up, self.down, (self.product, self.gradient)
+        gate = PackedProduct.apply(x, gate_up.matrix(2 * expert), *how)
+        up = PackedProduct.apply(x, gate_up.matrix(2 * expert + 1), *how)
+        h = self._gated(*self._with_biases(expert, gate, up))
+        if self.listener is not None:
+            self.listener(h)
+        y: torch.Tensor = PackedProduct.apply(h, down.matrix(expert), *how)
+        return y if self.down_proj_bias is None else y + self.down_proj_bias[expert].to(y.dtype)
 
     def _with_biases(self, expert: int, gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if self.gate_up_proj_bias is None:
@@ -141,9 +144,28 @@ class PackedExperts(Packed):
         for stack in (self.gate_up, self.down):
             matrices = torch.stack([unpack(stack.matrix(i), dtype) for i in range(stack.count)])
             matrices = matrices.unflatten(0, (self.num_experts, -1))
-            stacks.append(parameter_of(matrices) if self.transposed else matrices.flatten(1, 2))
+            stacks.append(parameter_of(matrices, self.transposed) if self.transposed else matrices.flatten(1, 2))
         return self.intact((stacks[0], stacks[1]))
 
     def extra_repr(self) -> str:
         formats = ", ".join(dict.fromkeys((self.gate_up_format, self.down_format)))
         return f"{self.num_experts} x ({self.hidden_dim}, {self.intermediate_dim}), {formats}"
+
+
+class PackedWeighedExperts(PackedExperts):
+    """Replaces `Llama4TextExperts`, whose caller multiplies the inputs by the weights, which are 0 for experts not chosen."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:  # type: ignore[override]  # as in Transformers' module
+        """The result of each expert for its own rows; that of rows of zeros is 0 and is not computed.
+
+        Args:
+            hidden_states: [E * T, H], the weighted inputs of each expert in turn.
+
+        Returns: [E * T, H].
+        """
+        out = torch.zeros_like(hidden_states)
+        for expert, rows in enumerate(torch.arange(len(out), device=out.device).chunk(self.num_experts)):
+            chosen = rows[(hidden_states[rows] != 0).any(-1)]
+            if len(chosen):
+                out.index_add_(0, chosen, self._result(expert, hidden_states[chosen]).to(out.dtype))
+        return out

@@ -18,9 +18,9 @@ from ...graph.ir import Graph
 from ...graph.min_formats import exact_weights, min_formats
 from ...quant import PackedMatrix, PackedStack, PackedWeight, Packer, get_format
 from ...quant.tiles import empty_stack
-from ...quant.transposed_stack import stacked_matrices
+from ...quant.transposed_stack import Transposed, stacked_matrices
 from .modules import Packed, PackedEmbedding, PackedLinear
-from .packed_experts import ClampedSwiglu, PackedExperts
+from .packed_experts import ClampedSwiglu, PackedExperts, PackedWeighedExperts
 
 STACKS = ("gate_up_proj", "down_proj")  # parameters of Transformers' modules of experts
 _WITH_BIASES = tuple(f"{stack}{suffix}" for stack in STACKS for suffix in ("", "_bias"))
@@ -108,9 +108,12 @@ def packed_twin(module: nn.Module, formats: Mapping[str, str], dtype: torch.dtyp
 
 
 def _packed_experts(experts: Any, formats: Mapping[str, str], dtype: torch.dtype) -> PackedExperts:
-    clamped = hasattr(experts, "alpha") and hasattr(experts, "limit")  # GptOssExperts, whose stacks are transposed
-    hidden, inner = ("hidden_size", "intermediate_size") if clamped else ("hidden_dim", "intermediate_dim")
-    twin = PackedExperts(
+    clamped = hasattr(experts, "alpha") and hasattr(experts, "limit")  # GptOssExperts
+    weighed = not clamped and hasattr(experts, "hidden_size")  # Llama4TextExperts
+    hidden, inner = ("hidden_size", "intermediate_size") if clamped or weighed else ("hidden_dim", "intermediate_dim")
+    transposed: Transposed = "concatenated" if weighed else clamped
+    kind = type(experts) if isinstance(experts, PackedExperts) else PackedWeighedExperts if weighed else PackedExperts
+    twin = kind(
         experts.num_experts,
         getattr(experts, hidden),
         getattr(experts, inner),
@@ -118,7 +121,7 @@ def _packed_experts(experts: Any, formats: Mapping[str, str], dtype: torch.dtype
         act_fn=ClampedSwiglu(experts.alpha, experts.limit) if clamped else experts.act_fn,
         dtype=dtype,
         device="meta",
-        transposed=experts.transposed if isinstance(experts, PackedExperts) else clamped,
+        transposed=experts.transposed if isinstance(experts, PackedExperts) else transposed,
     )
     for name in ("gate_up_proj_bias", "down_proj_bias"):
         setattr(twin, name, getattr(experts, name, None))
@@ -207,7 +210,7 @@ def _format_of(
     return config.format_of(weight, natural, minimum.get(weight)) if given is None else given
 
 
-def packed_tiles(weight: torch.Tensor, like: PackedWeight, packer: Packer, transposed: bool = False) -> torch.Tensor:
+def packed_tiles(weight: torch.Tensor, like: PackedWeight, packer: Packer, transposed: Transposed = False) -> torch.Tensor:
     """The tiles of a float matrix, or of a merged float parameter of experts, packed matrix by matrix.
 
     Args:
@@ -224,7 +227,7 @@ def packed_tiles(weight: torch.Tensor, like: PackedWeight, packer: Packer, trans
     return out
 
 
-def float_shape(leaf: str, weight: PackedWeight, transposed: bool = False) -> tuple[int, ...]:
+def float_shape(leaf: str, weight: PackedWeight, transposed: Transposed = False) -> tuple[int, ...]:
     """The shape of the float parameter `leaf` that this packed matrix or stack replaces; `transposed`: as in `packed_tiles`."""
     if not isinstance(weight, PackedStack):
         return weight.shape

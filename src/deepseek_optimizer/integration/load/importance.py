@@ -17,6 +17,7 @@ from ...config import DeepSeekConfig
 from ...quant import WEIGHED
 from ...system.progress import show_progress
 from ...system.threads import one_torch_thread
+from ..bind.graphs import decoder_path
 from ..bind.packed_experts import PackedExperts
 from ..bind.runtime import runtime_of
 from ..bind.swap import sites
@@ -77,7 +78,7 @@ def measure_importance(
         for site in experts:
             watching.enter_context(_listening(site.module, partial(columns.add, site.weights["down_proj"])))
         for done, ids in enumerate(texts, 1):
-            hidden = model.base_model(ids, use_cache=False)[0]
+            hidden = model.get_submodule(decoder_path(model))(ids, use_cache=False)[0]
             for name in read_by_head:
                 columns.add(name, hidden)  # the head's input: its logits are not needed
             if progress is not None:

@@ -35,6 +35,7 @@ from ..bind.classes import check_causal
 from ..bind.context_extension import extended
 from ..bind.graphs import whole_graph
 from ..bind.swap import expected_tensors, swap_on_meta
+from ..compat import causal_lm_class
 from ..configs import check_config
 from ..model.bind_plan import bind
 from .general import load_general, why_general_path
@@ -170,11 +171,11 @@ def _other_formats(given: dict[str, str] | None, manifest: Manifest) -> bool:
 
 def _empty_model(raw: dict[str, Any], settings: DeepSeekConfig, path: Path) -> Any:
     """The model on the meta device, except for the buffers that it computes from its config."""
-    from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
+    from transformers import CONFIG_MAPPING
 
     try:
         hf_config = extended(CONFIG_MAPPING[raw["model_type"]].from_dict(raw), settings)
-        model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(hf_config)]
+        model_class: Any = causal_lm_class(type(hf_config))
         with torch.device("meta"):
             model = model_class(hf_config)
     except DeepSeekOptimizerError:

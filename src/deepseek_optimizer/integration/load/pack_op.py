@@ -14,7 +14,7 @@ from ...checkpoint.stacks import StackShape
 from ...errors import CheckpointChangedError, CheckpointError
 from ...quant import PackedStack, get_format
 from ...quant.tiles import empty_stack
-from ...quant.transposed_stack import stacked_matrices
+from ...quant.transposed_stack import Transposed, stacked_matrices
 from ..bind.swap import STACKS
 
 
@@ -79,7 +79,7 @@ class PackWeight(ConversionOps):
         return tiles
 
 
-def experts_in_turn(tensors: dict[str, Any], patterns: Any, shape: StackShape, transposed: bool = False) -> list[Any]:
+def experts_in_turn(tensors: dict[str, Any], patterns: Any, shape: StackShape, transposed: Transposed = False) -> list[Any]:
     """The float matrices of a stack in order; they are removed from `tensors`.
 
     Args:

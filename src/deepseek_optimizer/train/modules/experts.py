@@ -137,9 +137,10 @@ class TrainedExperts(nn.Module):
     @staticmethod
     def fits(module: nn.Module) -> bool:
         """Whether a module has merged gate and up matrices, SiLU, no biases, and all experts in this process."""
-        dimensions = {name: parameter.ndim for name, parameter in module.named_parameters(recurse=False)}
+        shapes = {name: parameter.shape for name, parameter in module.named_parameters(recurse=False)}
         return (
-            dimensions == {"gate_up_proj": 3, "down_proj": 3}
+            {name: len(shape) for name, shape in shapes.items()} == {"gate_up_proj": 3, "down_proj": 3}
+            and shapes["gate_up_proj"][2] == shapes["down_proj"][1]  # not transposed, as in Llama 4
             and uses_silu(module)
             and not getattr(module, "is_transposed", False)
             and getattr(module, "is_concatenated", True)
