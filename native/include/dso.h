@@ -164,11 +164,12 @@ DSO_API int32_t dso_convert(dso_context* c, int32_t slot_kind, const float* x, i
 /* ---- KV cache: blocks of 32 tokens in one growing arena -------------------------------------------------
  * A block holds DSO_BLOCK_TOKENS tokens of ALL layers. Memory is reserved at creation, becomes resident when first written,
  * and is returned to the system by dso_cache_release. The inner layout is private to the kernels; whole blocks can be copied.
- * Full (rank 0): K and V of kv_heads x head_dim; head_dim is even and at most 256; rope and index are 0.
- * Latent (rank > 0): per token and layer, one row of `rank` elements and `rope` more, shared by all heads, and `index`
- * elements of the lightning indexer's key (0: none). F32 and BF16: the elements; INT8: rank int8 in groups of 128 with an fp32
- * scale each, the rope part in bf16; the index key is bf16 (fp32 with F32). kv_heads and head_dim are 0. rank, rope and index
- * are multiples of 2.
+ * Full (rank 0): K and V of kv_heads x head_dim; head_dim is even and at most 512; rope and index are 0. If layers differ,
+ * `heads` holds kv_heads and head_dim of each layer, and those two fields are 0; otherwise it is NULL.
+ * Latent (rank > 0; heads is NULL): per token and layer, one row of `rank` elements and `rope` more, shared by all heads, and
+ * `index` elements of the lightning indexer's key (0: none). F32 and BF16: the elements; INT8: rank int8 in groups of 128 with
+ * an fp32 scale each, the rope part in bf16; the index key is bf16 (fp32 with F32). kv_heads and head_dim are 0. rank, rope
+ * and index are multiples of 2.
  * summaries (0 or 1): for every full block, layer and kv head the cache also stores the element-wise maximum and minimum of
  * its keys (latent: of its rows of rank + rope elements) as stored, rounded to bf16 (F32: fp32). They are computed when a
  * block's last token is written or its keys are rotated, and copied with the block; dso_cache_block_bytes includes them. */
@@ -177,6 +178,7 @@ enum { DSO_KV_F32 = 0, DSO_KV_BF16 = 1, DSO_KV_INT8 = 2 };
 typedef struct dso_cache dso_cache;
 typedef struct dso_cache_shape {
   int32_t kv_type, layers, kv_heads, head_dim, rank, rope, index, summaries;
+  const int32_t* heads; /* [layers][2] or NULL; read only during the call */
 } dso_cache_shape;
 DSO_API int64_t dso_cache_block_bytes(const dso_cache_shape* shape);
 DSO_API int32_t dso_cache_create(const dso_cache_shape* shape, int64_t blocks, dso_cache** out);

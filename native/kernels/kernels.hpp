@@ -20,7 +20,7 @@ struct Matrix {  // a packed weight, see dso.h
   const uint8_t* data;
 };
 
-struct KvLayout {  // one cache; the layout inside a block is private to the kernels
+struct KvLayout {  // one layer of a cache; the layout inside a block is private to the kernels
   int32_t type;    // DSO_KV_*
   int32_t kv_heads, head_dim;
   int64_t layer_bytes;  // bytes of one layer within a block; a multiple of 64

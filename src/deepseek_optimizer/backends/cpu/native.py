@@ -63,7 +63,10 @@ class Step(C.Structure):
 class CacheShape(C.Structure):
     """dso_cache_shape."""
 
-    _fields_ = [(n, I32) for n in ("kv_type", "layers", "kv_heads", "head_dim", "rank", "rope", "index", "summaries")]
+    _fields_ = [
+        *((n, I32) for n in ("kv_type", "layers", "kv_heads", "head_dim", "rank", "rope", "index", "summaries")),
+        ("heads", C.POINTER(I32)),
+    ]  # fmt: skip
 
 
 class Rotation(C.Structure):
@@ -284,7 +287,10 @@ def cache_shape(spec: CacheSpec | LatentSpec, kv_dtype: str) -> CacheShape:
     """The library's description of a cache with this spec."""
     if isinstance(spec, LatentSpec):
         return CacheShape(KV_TYPES[kv_dtype], spec.layers, 0, 0, spec.rank, spec.rope, spec.index, spec.summaries)
-    return CacheShape(KV_TYPES[kv_dtype], spec.layers, spec.kv_heads, spec.head_dim, 0, 0, 0, spec.summaries)
+    if isinstance(spec.kv_heads, int) and isinstance(spec.head_dim, int):
+        return CacheShape(KV_TYPES[kv_dtype], spec.layers, spec.kv_heads, spec.head_dim, 0, 0, 0, spec.summaries)
+    heads = [size for layer in spec.heads for size in layer]
+    return CacheShape(KV_TYPES[kv_dtype], spec.layers, 0, 0, 0, 0, 0, spec.summaries, (I32 * len(heads))(*heads))
 
 
 def block_bytes(spec: CacheSpec | LatentSpec, kv_dtype: str) -> int:

@@ -123,7 +123,8 @@ class CpuStore:
         if isinstance(spec, LatentSpec):
             shapes: list[tuple[int, ...]] = [(tokens, spec.rank + spec.rope), *([(tokens, spec.index)] if spec.index else [])]
         else:
-            shapes = [(spec.kv_heads, tokens, spec.head_dim)] * 2
+            kv_heads, head_dim = spec.heads_of(layer)
+            shapes = [(kv_heads, tokens, head_dim)] * 2
         key = self.context.outputs.empty(shapes[0], f32)
         value = self.context.outputs.empty(shapes[1], f32) if len(shapes) > 1 else None
         places = address(key, "key", f32, shapes[0]), optional(value, "value", f32, shapes[-1])
