@@ -246,7 +246,8 @@ typedef struct dso_slot {
 
 enum {
   /* in[], out[]: slots. w[], b[]: weights. -1 if absent. "any": F32, BF16, Q8 or Q16. */
-  DSO_OP_EMBEDDING = 1,    /* w0[V,H] -> out0 F32, multiplied by scale; batch->inputs_embeds replaces the lookup */
+  DSO_OP_EMBEDDING = 1,    /* w0[V,H] -> out0 F32, multiplied by scale; batch->inputs_embeds replaces the lookup, except with
+                              the IDS flag */
   DSO_OP_RMS_NORM = 2,     /* in0 F32, w0 vector, eps -> out0 any. heads > 0: per head of head_dim (q/k norm), F32 */
   DSO_OP_ADD = 3,          /* in0, in1 F32 -> out0 F32 (may alias an input) */
   DSO_OP_ADD_RMS_NORM = 4, /* in0 residual, in1 delta, w0, eps -> out0 = in0 + in1 F32 (may alias in0), out1 = norm(out0) any */
@@ -274,9 +275,10 @@ enum {
                               LAST flag: also -> batch->last_hidden, if requested */
 
   /* Experts. routes: F32 [T, 2 * top_k]: the indices of the chosen experts, ascending, then their weights. */
-  DSO_OP_ROUTE = 16, /* in0 F32 scores [T, experts] before softmax or sigmoid, b0 (or -1) -> out0 routes. Experts are chosen by
-                        score + b0 within the top_groups best of `groups` groups; weights are scores * scale. Ties go to the
-                        lower index; NaN ranks highest, so that it reaches the result */
+  DSO_OP_ROUTE = 16, /* in0 F32 scores [T, experts] before softmax or sigmoid, b0 (or -1), w0 vector [experts] (or -1) -> out0
+                        routes. Experts are chosen by score + b0 within the top_groups best of `groups` groups; weights are
+                        scores * scale, and * w0 of the expert. Ties go to the lower index; NaN ranks highest, so that it
+                        reaches the result */
   DSO_OP_EXPERTS_GATE_UP = 17, /* in0 any, in1 routes, w0 stack of 2 * experts (gate, up, gate, up ..) -> out0 any, repeat =
                                   top_k. GROUPED flag: rows of out0 are ordered by expert, as EXPERTS_DOWN with the same routes
                                   expects. GELU flag as in GATE_UP */
@@ -349,6 +351,7 @@ enum {
   DSO_FLAG_NORMALISE = 128, /* ROUTE: weights are divided by their sum */
   DSO_FLAG_GELU = 256,      /* GATE_UP, EXPERTS_GATE_UP: the gate's activation is gelu, as in GEGLU, instead of silu */
   DSO_FLAG_CHANNELS = 1024, /* DELTA_RULE: in1 and w1 have head_dim elements per head, a decay for each row of a state */
+  DSO_FLAG_IDS = 2048,      /* EMBEDDING: rows are always looked up by batch->token_ids */
   DSO_FLAG_SILU = 512       /* SHORT_CONV: silu of the sum */
 };
 

@@ -137,8 +137,10 @@ void check_batch(const dso_batch& b, const BatchNeeds& needs) {
   if (!b.context_len) fail(DSO_EINVAL, "batch.context_len is NULL");
   if (!b.phase) fail(DSO_EINVAL, "batch.phase is NULL");
   check_sequences(b);
-  if (needs.token_ids && !b.inputs_embeds) {
-    if (!b.token_ids) fail(DSO_EINVAL, "batch.token_ids and batch.inputs_embeds are both NULL");
+  if (needs.ids_always || (needs.token_ids && !b.inputs_embeds)) {
+    if (!b.token_ids)
+      fail(DSO_EINVAL, b.inputs_embeds ? "batch.token_ids is NULL, but the plan has an EMBEDDING with the IDS flag"
+                                       : "batch.token_ids and batch.inputs_embeds are both NULL");
     for (int64_t t = 0; t < b.T; ++t)
       if (b.token_ids[t] < 0 || b.token_ids[t] >= needs.vocab)
         fail(DSO_EINVAL, "batch.token_ids[%lld] is %d, but the vocabulary has %lld tokens", (long long)t, b.token_ids[t],

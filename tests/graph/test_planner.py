@@ -13,7 +13,8 @@ from deepseek_optimizer.models import build_graph
 from support.models import CASES, llama
 
 MAY_OVERWRITE = {"add": {0: (0, 1)}, "multiply": {0: (0, 1)}}
-MAY_OVERWRITE |= {op: {0: (0,)} for op in ("add_rms_norm", "gelu", "latent", "rope", "rope_cache", "scale", "sigmoid_gate")}
+MAY_OVERWRITE |= {op: {0: (0,)} for op in ("add_rms_norm", "gelu", "latent", "rope", "rope_cache", "sigmoid_gate")}
+MAY_OVERWRITE |= {op: {0: (0,)} for op in ("scale", "scale_by")}
 
 
 def check_plan(graph: Graph, plan: SlotPlan) -> None:

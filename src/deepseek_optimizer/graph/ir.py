@@ -154,6 +154,11 @@ class Graph:
         """Whether the graph computes logits."""
         return any(node.op == "lm_head" for node in self.nodes)
 
+    @property
+    def looks_up(self) -> bool:
+        """Whether steps need token ids even if they have `inputs_embeds`."""
+        return any(node.op == "lookup" for node in self.nodes)
+
     def without_head(self) -> Graph:
         """The graph up to the final norm."""
         return replace(self, nodes=[node for node in self.nodes if node.op != "lm_head"])

@@ -3,7 +3,8 @@
 - A product with some rows of a matrix (attribute `rows`) reads a view of its tiles if the rows begin at a tile. Otherwise the
   whole matrix is multiplied, and `slice` nodes take the parts.
 - The factor of a norm with `unit_offset` is 1 + w.
-- A layer norm without a bias has one of zeros.
+- A layer norm without a bias has one of zeros, a head norm without a weight one of ones.
+- The factor of `scale_by` is a constant of the step, as in `scale`.
 - A short convolution reads its weights tap after tap, and a delta rule A_log as a vector.
 """
 
@@ -52,6 +53,13 @@ def _derived(node: Node, weights: Mapping[str, PackedWeight | torch.Tensor], der
         a_log, dt_bias = node.weights
         derived[f"flat {a_log}"] = _vector(weights, a_log).flatten()
         return [node.with_(weights=(f"flat {a_log}", dt_bias))]
+    if node.op == "head_norm" and not node.weights:
+        width = node.attrs["head_dim"]
+        derived[f"{width} ones"] = torch.ones(width, dtype=torch.float32, device="cpu")
+        return [node.with_(weights=(f"{width} ones",))]
+    if node.op == "scale_by":
+        factor = float(_vector(weights, node.weights[0]))
+        return [node.with_(op="scale", weights=(), attrs={"scale": factor})]
     if node.op == "layer_norm" and len(node.weights) == 1:
         width = node.inputs[0].width
         derived[f"{width} zeros"] = torch.zeros(width, dtype=torch.float32, device="cpu")

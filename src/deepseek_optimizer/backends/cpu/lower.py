@@ -101,8 +101,8 @@ def _split(node: Node, kind_of: Callable[[str], str], format_of: Callable[[str],
         routes = node.outputs[0]
         scores = replace(routes, name=f"{routes.name}.scores", width=node.attrs["experts"])
         return [
-            Node("linear", node.inputs, (scores,), node.weights, {"biases": (None,)}),
-            Node("route", (scores,), node.outputs, (), node.attrs),
+            Node("linear", node.inputs, (scores,), node.weights[:1], {"biases": (None,)}),
+            Node("route", (scores,), node.outputs, node.weights[1:], node.attrs),
         ]
     return [node]
 

@@ -168,10 +168,11 @@ class CpuPlan:
         rope: Any,
         has_head: bool,
         has_states: bool,
+        looks_up: bool,
     ) -> None:
         self.context, self.lib, self._keep, self._rows = context, context.lib, keep, rows
         self.vocab_size, self.hidden_size, self.hidden_states = vocab_size, hidden_size, hidden_states
-        self.has_head, self.has_states = has_head, has_states
+        self.has_head, self.has_states, self._looks_up = has_head, has_states, looks_up
         self._rope = rope  # the models.rope.RopeSpec whose frequencies depend on a sequence's length, or None
         self._rot = 0 if rope is None else rope.rot
         self._inv_freq_at = None if rope is None else functools.lru_cache(maxsize=256)(rope.inv_freq_at)
@@ -198,7 +199,8 @@ class CpuPlan:
         states = None if batch.states is None else batch.states.detach().to("cpu", f32).contiguous()
         b = Batch()
         b.T, b.S, b.R, b.max_blocks = tokens, sequences, rows, blocks
-        b.token_ids = address(batch.token_ids, "token_ids", _I32, (tokens,)) if embeds is None else None
+        if embeds is None or self._looks_up:
+            b.token_ids = address(batch.token_ids, "token_ids", _I32, (tokens,))
         b.positions = address(batch.positions, "positions", _I32, (tokens,))
         b.query_len = address(batch.query_len, "query_len", _I32, (sequences,))
         b.context_len = address(batch.context_len, "context_len", _I32, (sequences,))

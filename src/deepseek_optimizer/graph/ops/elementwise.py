@@ -46,12 +46,15 @@ SPECS = (
         name="head_norm",
         inputs=(Operand("x", "[T, heads * head_dim]"),),
         outputs=(Operand("y", "[T, heads * head_dim]"),),
-        weights=(Operand("w", "[head_dim]"),),
+        weights=(Operand("w", "[head_dim]", optional=True),),
         attrs=(_EPS, _OFFSET, step_attr("heads", INT), step_attr("head_dim", INT)),
         fits=lambda n, g: same_widths(n, g) and n.inputs[0].width == heads_width(n, "heads"),
-        weight_shapes=lambda n, g: [(n.weights[0], (n.attrs["head_dim"],))],
+        weight_shapes=lambda n, g: [(name, (n.attrs["head_dim"],)) for name in n.weights],
         code=2,
-        doc="`rms_norm` of each head separately, with the same weight for all heads (the query and key norm of Qwen3).",
+        doc="""
+            `rms_norm` of each head separately, with the same weight for all heads (the query and key norm of Qwen3). Without a
+            weight the factor is 1 (the value norm of Gemma 4).
+        """,
     ),
     OpSpec(
         name="layer_norm",
@@ -131,6 +134,16 @@ SPECS = (
         any_kind=0,
         code=33,
         doc="y = scale * x.",
+    ),
+    OpSpec(
+        name="scale_by",
+        inputs=(_X,),
+        outputs=(_Y,),
+        weights=(Operand("w", "[1]"),),
+        fits=same_widths,
+        weight_shapes=lambda n, g: [(n.weights[0], (1,))],
+        in_place=((0, 0),),
+        doc="y = w * x, with a factor that is a parameter (Gemma 4's layer scalar). Lowering turns the op into `scale`.",
     ),
     OpSpec(
         name="multiply",

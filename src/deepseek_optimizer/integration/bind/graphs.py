@@ -41,14 +41,16 @@ def plan_graph(
 
 
 def with_eps_of(model: Any, graph: Graph) -> Graph:
-    """The graph with the epsilons of the model's norm modules, which may differ from the config's."""
+    """The graph with the epsilons of the model's norm modules, which may differ from the config's. Norms without a weight keep
+    the config's."""
 
     def eps(weight: str, by_config: float) -> float:
         norm = model.get_submodule(weight.rpartition(".")[0])
         return float(getattr(norm, "variance_epsilon", getattr(norm, "eps", by_config)))
 
     nodes = [
-        n.with_(attrs={**n.attrs, "eps": eps(n.weights[0], n.attrs["eps"])}) if "eps" in n.attrs else n for n in graph.nodes
+        n.with_(attrs={**n.attrs, "eps": eps(n.weights[0], n.attrs["eps"])}) if "eps" in n.attrs and n.weights else n
+        for n in graph.nodes
     ]
     return replace(graph, nodes=nodes)
 
