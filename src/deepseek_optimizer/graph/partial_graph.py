@@ -5,24 +5,43 @@ from __future__ import annotations
 from dataclasses import replace
 
 from .ir import Graph, Node, Value
+from .ops import spec_of
 
 
 def graph_from_hidden_state(graph: Graph, index: int) -> Graph:
     """The graph from hidden state `index` on, which is passed as `inputs_embeds`.
 
-    Hidden states are renumbered from there on; the cache keeps all its layers.
+    Hidden states are renumbered from there on; the cache keeps all its layers. If later nodes read the embeddings themselves,
+    these are looked up by token ids.
 
     Args:
         graph: unfused; rules may be applied to the result.
-        index: as in `hidden_out`. The last one is normalised already, and only the head follows.
+        index: as in `hidden_out`. The last one is normalised already, and only the head follows. See `latest_start`.
     """
-    at = next(i for i, n in enumerate(graph.nodes) if n.op == "hidden_out" and n.attrs["index"] == index)
+    at = _position(graph, index)
     state = graph.nodes[at].inputs[0]
     embedding = next(n for n in graph.nodes if n.op == "embedding")
     later = [n.with_(attrs={"index": n.attrs["index"] - index}) if n.op == "hidden_out" else n for n in graph.nodes[at:]]
     earlier = _needed(graph.nodes[:at], {value for node in later for value in node.inputs} - {state})
+    by_ids = {"scale": embedding.attrs["scale"], "entries": graph.vocab_size}
+    earlier = [n.with_(op="lookup", attrs=by_ids) if n is embedding else n for n in earlier]
     nodes = [embedding.with_(outputs=(state,)), *earlier, *later]
     return replace(graph, nodes=nodes, hidden_states=graph.hidden_states - index)
+
+
+def latest_start(graph: Graph, index: int) -> int:
+    """The largest index up to `index` from which the rest of the graph reads only the cache of layers that it writes itself."""
+    while index:
+        rest = graph.nodes[_position(graph, index) :]
+        read, written = ({n.attrs["layer"] for n in rest if getattr(spec_of(n), access)} for access in ("reads", "writes"))
+        if read <= written:
+            break
+        index -= 1
+    return index
+
+
+def _position(graph: Graph, index: int) -> int:
+    return next(i for i, n in enumerate(graph.nodes) if n.op == "hidden_out" and n.attrs["index"] == index)
 
 
 def _needed(nodes: list[Node], wanted: set[Value]) -> list[Node]:
