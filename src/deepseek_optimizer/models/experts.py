@@ -32,6 +32,7 @@ class Routing:
         shared: intermediate size of all shared experts together; 0: there are none.
         module, gate, shared_module: names of the layer's module, and in it of the router and the shared experts.
         shared_gate: name of the projection to the logit of the shared experts' weight; "": they have the weight 1.
+        factors: name of the parameter with a factor of each expert's weights; "": none.
     """
 
     experts: int
@@ -49,6 +50,7 @@ class Routing:
     gate: str = "gate"
     shared_module: str = "shared_experts"
     shared_gate: str = ""
+    factors: str = ""
 
 
 def read_softmax_routing(fields: Fields, hidden: int) -> Routing:
@@ -70,18 +72,27 @@ def read_sigmoid_routing(fields: Fields, hidden: int, count: str = "n_routed_exp
     return _routing(fields, hidden, count, grouped=True, scoring="sigmoid", group_score="top2", normalise=normalise, bias=bias)
 
 
-def read_plain_routing(fields: Fields, hidden: int, *, experts: str = "num_experts", width: str, **rest: Any) -> Routing:
-    """Routing without groups, scales or shared experts: the `num_experts_per_tok` experts with the highest scores.
+def read_plain_routing(
+    fields: Fields,
+    hidden: int,
+    *,
+    experts: str = "num_experts",
+    per_token: str = "num_experts_per_tok",
+    width: str,
+    **rest: Any,
+) -> Routing:
+    """Routing without groups, scales or shared experts: the experts with the highest scores.
 
     Args:
         fields: the config.
         hidden: hidden size.
-        experts, width: names of the fields with the number of experts and their intermediate size.
+        experts, per_token, width: names of the fields with the number of experts, how many a token uses, and their
+            intermediate size.
         rest: further fields of `Routing`; softmax scores, normalised, without a bias by default.
     """
-    count, top_k = fields.integer(experts, MAX_EXPERTS), fields.integer("num_experts_per_tok", MAX_EXPERTS)
+    count, top_k = fields.integer(experts, MAX_EXPERTS), fields.integer(per_token, MAX_EXPERTS)
     if top_k > count:
-        raise ConfigError(f"config.num_experts_per_tok: cannot choose {top_k} of {experts} {count}")
+        raise ConfigError(f"config.{per_token}: cannot choose {top_k} of {experts} {count}")
     size = fields.integer(width, MAX_WIDTH)
     if 2 * count * size * hidden > MAX_EXPERT_WEIGHTS:
         raise ConfigError(f"config.{experts}: {count} experts of {size} x {hidden} exceed the maximum per layer")
@@ -155,18 +166,27 @@ def feed_forward(d: Trunk, routing: Routing | None, sparse: tuple[bool, ...]) ->
         name, path = f"l{layer}.mlp", f"model.layers.{layer}"
         if routing is None or (layer < d.layers and not sparse[layer]):
             return mlp(nodes, d, x, name, f"{path}.mlp", d.intermediate)
-        return _experts(nodes, d, routing, x, name, f"{path}.{routing.module}")
+        return experts(nodes, d, routing, x, x, name, f"{path}.{routing.module}")
 
     return forward
 
 
-def _experts(nodes: list[Node], d: Trunk, r: Routing, x: Value, name: str, path: str) -> Value:
-    """Routed and shared experts, interleaved in such an order that a backend can run both side by side."""
-    routes = emit(
-        nodes, "router", (x,), f"{name}.routes", 2 * r.top_k, f"{path}.{r.gate}.weight",
+def experts(nodes: list[Node], d: Trunk, r: Routing, x: Value, routed_by: Value, name: str, path: str) -> Value:
+    """Routed and shared experts of `x`, interleaved in such an order that a backend can run both side by side.
+
+    Args:
+        x: the experts' input.
+        routed_by: the router's input.
+        name: of the nodes.
+        path: of the module with router and experts.
+    """
+    routes = Value(f"{name}.routes", 2 * r.top_k)
+    weights = (f"{path}.{r.gate}.weight", *([f"{path}.{r.factors}"] if r.factors else []))
+    attrs = dict(
         bias=f"{path}.{r.bias}" if r.bias else None, experts=r.experts, top_k=r.top_k, groups=r.groups,
         top_groups=r.top_groups, scoring=r.scoring, group_score=r.group_score, normalise=r.normalise, scale=r.scale,
     )  # fmt: skip
+    nodes.append(Node("router", (routed_by,), (routes,), weights, attrs))
     which = {"experts": r.experts, "top_k": r.top_k, "grouped": False}
     activation = {"activation": d.mlp.activation} if d.mlp.activation != "silu" else {}
     hidden = Value(f"{name}.experts", r.width, repeat=r.top_k)
