@@ -21,22 +21,34 @@ class LanguagePart:
         model_type: of the language model, whose fields are the config's `text_config`; "": the model is nothing else.
         prefix: beginning of its tensors' names, in place of "model.".
         unread: names of tensors that are not loaded, by what they belong to.
+        shares_kv: whether the last `num_kv_shared_layers` layers read the keys and values of others, so that their own, which
+            checkpoints may contain, are not loaded.
     """
 
     model_type: str = ""
     prefix: str = "model."
     unread: Mapping[str, str] = field(default_factory=dict)
+    shares_kv: bool = False
 
 
 _MTP: Final = {"multi-token prediction": r"mtp\..*"}
 _QWEN: Final = {"the vision tower": r"model\.visual\..*", **_MTP}
+_TOWERS: Final = {
+    "the vision tower": r"model\.(vision_tower|embed_vision|vision_embedder)\..*",
+    "the audio tower": r"model\.(audio_tower|embed_audio)\..*",
+}
 _PARTS: Final[Mapping[str, LanguagePart]] = {
     "qwen3_next": LanguagePart(unread=_MTP),
     "qwen3_5": LanguagePart("qwen3_5_text", "model.language_model.", _QWEN),
     "qwen3_5_text": LanguagePart(unread=_MTP),
     "qwen3_5_moe": LanguagePart("qwen3_5_moe_text", "model.language_model.", _QWEN),
     "qwen3_5_moe_text": LanguagePart(unread=_MTP),
+    "gemma4": LanguagePart("gemma4_text", "model.language_model.", _TOWERS, shares_kv=True),
+    "gemma4_text": LanguagePart(shares_kv=True),
+    "gemma4_unified": LanguagePart("gemma4_unified_text", "model.language_model.", _TOWERS, shares_kv=True),
+    "gemma4_unified_text": LanguagePart(shares_kv=True),
 }
+MAX_LAYERS: Final = 4096  # more than any model has
 # Fields of the whole model that apply to its language model; those of `text_config` override them.
 _SHARED: Final[tuple[str, ...]] = (
     "dtype",
@@ -65,10 +77,23 @@ def language_part(
         shared = {name: config[name] for name in _SHARED if name in config}
         config = {**shared, **text, "model_type": part.model_type}
     kept, remarks = dict(tensors), []
-    for what, pattern in part.unread.items():
+    unread_parts = {**part.unread, **(_shared_kv(config) if part.shares_kv else {})}
+    for what, pattern in unread_parts.items():
         unread = [name for name in kept if re.fullmatch(pattern, name)]
         if unread:
             remarks.append(f"{what} is not loaded ({len(unread)} tensor{'' if len(unread) == 1 else 's'})")
         for name in unread:
             del kept[name]
     return config, {re.sub(f"^{re.escape(part.prefix)}", "model.", name): info for name, info in kept.items()}, remarks
+
+
+def _shared_kv(config: Mapping[str, Any]) -> dict[str, str]:
+    """`unread` for the keys and values of layers that read those of others."""
+    layers, shared = config.get("num_hidden_layers"), config.get("num_kv_shared_layers")
+    if not isinstance(layers, int) or not isinstance(shared, int) or not 0 < shared <= layers <= MAX_LAYERS:
+        return {}
+    numbers = "|".join(map(str, range(layers - shared, layers)))
+    names = r"(k_proj|v_proj|k_norm|v_norm)\..*"
+    return {
+        "the unused key and value part of shared layers": rf"model\.(language_model\.)?layers\.({numbers})\.self_attn\.{names}"
+    }
