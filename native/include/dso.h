@@ -164,11 +164,12 @@ DSO_API int32_t dso_convert(dso_context* c, int32_t slot_kind, const float* x, i
 /* ---- KV cache: blocks of 32 tokens in one growing arena -------------------------------------------------
  * A block holds DSO_BLOCK_TOKENS tokens of ALL layers. Memory is reserved at creation, becomes resident when first written,
  * and is returned to the system by dso_cache_release. The inner layout is private to the kernels; whole blocks can be copied.
- * Full (rank 0): K and V of kv_heads x head_dim; head_dim is even and at most 256; rope and index are 0.
- * Latent (rank > 0): per token and layer, one row of `rank` elements and `rope` more, shared by all heads, and `index`
- * elements of the lightning indexer's key (0: none). F32 and BF16: the elements; INT8: rank int8 in groups of 128 with an fp32
- * scale each, the rope part in bf16; the index key is bf16 (fp32 with F32). kv_heads and head_dim are 0. rank, rope and index
- * are multiples of 2.
+ * Full (rank 0): K and V of kv_heads x head_dim; head_dim is even and at most 512; rope and index are 0. If layers differ,
+ * `heads` holds kv_heads and head_dim of each layer, and those two fields are 0; otherwise it is NULL.
+ * Latent (rank > 0; heads is NULL): per token and layer, one row of `rank` elements and `rope` more, shared by all heads, and
+ * `index` elements of the lightning indexer's key (0: none). F32 and BF16: the elements; INT8: rank int8 in groups of 128 with
+ * an fp32 scale each, the rope part in bf16; the index key is bf16 (fp32 with F32). kv_heads and head_dim are 0. rank, rope
+ * and index are multiples of 2.
  * summaries (0 or 1): for every full block, layer and kv head the cache also stores the element-wise maximum and minimum of
  * its keys (latent: of its rows of rank + rope elements) as stored, rounded to bf16 (F32: fp32). They are computed when a
  * block's last token is written or its keys are rotated, and copied with the block; dso_cache_block_bytes includes them. */
@@ -177,6 +178,7 @@ enum { DSO_KV_F32 = 0, DSO_KV_BF16 = 1, DSO_KV_INT8 = 2 };
 typedef struct dso_cache dso_cache;
 typedef struct dso_cache_shape {
   int32_t kv_type, layers, kv_heads, head_dim, rank, rope, index, summaries;
+  const int32_t* heads; /* [layers][2] or NULL; read only during the call */
 } dso_cache_shape;
 DSO_API int64_t dso_cache_block_bytes(const dso_cache_shape* shape);
 DSO_API int32_t dso_cache_create(const dso_cache_shape* shape, int64_t blocks, dso_cache** out);
@@ -244,7 +246,8 @@ typedef struct dso_slot {
 
 enum {
   /* in[], out[]: slots. w[], b[]: weights. -1 if absent. "any": F32, BF16, Q8 or Q16. */
-  DSO_OP_EMBEDDING = 1,    /* w0[V,H] -> out0 F32, multiplied by scale; batch->inputs_embeds replaces the lookup */
+  DSO_OP_EMBEDDING = 1,    /* w0[V,H] -> out0 F32, multiplied by scale; batch->inputs_embeds replaces the lookup, except with
+                              the IDS flag */
   DSO_OP_RMS_NORM = 2,     /* in0 F32, w0 vector, eps -> out0 any. heads > 0: per head of head_dim (q/k norm), F32 */
   DSO_OP_ADD = 3,          /* in0, in1 F32 -> out0 F32 (may alias an input) */
   DSO_OP_ADD_RMS_NORM = 4, /* in0 residual, in1 delta, w0, eps -> out0 = in0 + in1 F32 (may alias in0), out1 = norm(out0) any */
@@ -272,9 +275,10 @@ enum {
                               LAST flag: also -> batch->last_hidden, if requested */
 
   /* Experts. routes: F32 [T, 2 * top_k]: the indices of the chosen experts, ascending, then their weights. */
-  DSO_OP_ROUTE = 16, /* in0 F32 scores [T, experts] before softmax or sigmoid, b0 (or -1) -> out0 routes. Experts are chosen by
-                        score + b0 within the top_groups best of `groups` groups; weights are scores * scale. Ties go to the
-                        lower index; NaN ranks highest, so that it reaches the result */
+  DSO_OP_ROUTE = 16, /* in0 F32 scores [T, experts] before softmax or sigmoid, b0 (or -1), w0 vector [experts] (or -1) -> out0
+                        routes. Experts are chosen by score + b0 within the top_groups best of `groups` groups; weights are
+                        scores * scale, and * w0 of the expert. Ties go to the lower index; NaN ranks highest, so that it
+                        reaches the result */
   DSO_OP_EXPERTS_GATE_UP = 17, /* in0 any, in1 routes, w0 stack of 2 * experts (gate, up, gate, up ..) -> out0 any, repeat =
                                   top_k. GROUPED flag: rows of out0 are ordered by expert, as EXPERTS_DOWN with the same routes
                                   expects. GELU flag as in GATE_UP. b0 (or -1): vector [2 * experts * I], the biases of the
@@ -354,6 +358,7 @@ enum {
   DSO_FLAG_CHUNKED = 2048,     /* ATTENTION: the window is the chunk of `window` tokens that the row's own token lies in */
   DSO_FLAG_WEIGH_INPUT = 4096, /* EXPERTS_GATE_UP: gate and up are multiplied by the expert's weight; EXPERTS_DOWN: the sum
                                   has no weights */
+  DSO_FLAG_IDS = 8192,         /* EMBEDDING: rows are always looked up by batch->token_ids */
   DSO_FLAG_CHANNELS = 1024,    /* DELTA_RULE: in1 and w1 have head_dim elements per head, a decay for each row of a state */
   DSO_FLAG_SILU = 512          /* SHORT_CONV: silu of the sum */
 };

@@ -20,7 +20,7 @@ struct Matrix {  // a packed weight, see dso.h
   const uint8_t* data;
 };
 
-struct KvLayout {  // one cache; the layout inside a block is private to the kernels
+struct KvLayout {  // one layer of a cache; the layout inside a block is private to the kernels
   int32_t type;    // DSO_KV_*
   int32_t kv_heads, head_dim;
   int64_t layer_bytes;  // bytes of one layer within a block; a multiple of 64
@@ -251,9 +251,8 @@ constexpr int64_t summary_blocks = 32;  // blocks whose summaries share a panel:
 constexpr int64_t mla_heads = 16;       // heads of a packed query
 constexpr int64_t state_cols = 16;      // columns of a recurrent state that are stored together
 constexpr int64_t latent_group = 128;   // elements of an int8 latent that share a scale
-constexpr int64_t max_head_dim = 256;   // head_dim is also even: cache and attention take columns in pairs
-constexpr int64_t max_summary_width =
-    15 * max_head_dim;  // maximum number of elements of a key that estimates are computed from
+constexpr int64_t max_head_dim = 512;   // head_dim is also even: cache and attention take columns in pairs
+constexpr int64_t max_summary_width = 3840;  // maximum number of elements of a key that estimates are computed from
 
 // One per variant; null if the compiler could not build it.
 const Kernels* kernels_avx2();

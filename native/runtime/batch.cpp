@@ -15,16 +15,22 @@ constexpr int64_t kMostNumbered = int64_t(1) << 24;  // integers below it are ex
 void check_cache(const dso_batch& b, const BatchNeeds& needs) {
   const dso_cache* k = b.cache;
   if (!k) fail(DSO_EINVAL, "batch.cache is NULL, but the plan has attention");
-  const KvLayout& l = k->layout;
+  const KvLayout& l = k->layout(0);
   const bool latents = needs.rank > 0 || needs.index == 0;  // index keys alone go with any cache
   if ((latents && (l.rank != needs.rank || l.rope != needs.rope)) || (needs.index > 0 && l.index != needs.index))
     fail(DSO_EINVAL, "batch.cache has rank %d, rope %d, index %d; the plan needs rank %lld, rope %lld, index %lld", l.rank,
          l.rope, l.index, (long long)needs.rank, (long long)needs.rope, (long long)needs.index);
-  if (l.kv_heads != needs.kv_heads || l.head_dim != needs.head_dim || k->layers < needs.layers)
-    fail(DSO_EINVAL,
-         "batch.cache has %lld layers, kv_heads %d, head_dim %d; the plan needs %lld layers, kv_heads %lld, head_dim %lld",
-         (long long)k->layers, k->layout.kv_heads, k->layout.head_dim, (long long)needs.layers, (long long)needs.kv_heads,
-         (long long)needs.head_dim);
+  if (k->layers < needs.layers)
+    fail(DSO_EINVAL, "batch.cache has %lld layers; the plan needs %lld", (long long)k->layers, (long long)needs.layers);
+  if (needs.heads.empty() && l.kv_heads)
+    fail(DSO_EINVAL, "batch.cache has kv_heads %d, head_dim %d; the plan needs latents", l.kv_heads, l.head_dim);
+  for (size_t i = 0; i < needs.heads.size(); ++i) {
+    const HeadsShape& need = needs.heads[i];
+    const KvLayout& has = k->layout(int64_t(i));
+    if (need.kv_heads && (has.kv_heads != need.kv_heads || has.head_dim != need.head_dim))
+      fail(DSO_EINVAL, "batch.cache has kv_heads %d, head_dim %d in layer %d; the plan needs kv_heads %d, head_dim %d",
+           has.kv_heads, has.head_dim, int(i), need.kv_heads, need.head_dim);
+  }
   if (needs.summaries && l.summary_bytes == 0)
     fail(DSO_EINVAL, "batch.cache has no summaries, but the plan chooses blocks by them");
   if (!b.block_table) fail(DSO_EINVAL, "batch.block_table is NULL");
@@ -131,8 +137,10 @@ void check_batch(const dso_batch& b, const BatchNeeds& needs) {
   if (!b.context_len) fail(DSO_EINVAL, "batch.context_len is NULL");
   if (!b.phase) fail(DSO_EINVAL, "batch.phase is NULL");
   check_sequences(b);
-  if (needs.token_ids && !b.inputs_embeds) {
-    if (!b.token_ids) fail(DSO_EINVAL, "batch.token_ids and batch.inputs_embeds are both NULL");
+  if (needs.ids_always || (needs.token_ids && !b.inputs_embeds)) {
+    if (!b.token_ids)
+      fail(DSO_EINVAL, b.inputs_embeds ? "batch.token_ids is NULL, but the plan has an EMBEDDING with the IDS flag"
+                                       : "batch.token_ids and batch.inputs_embeds are both NULL");
     for (int64_t t = 0; t < b.T; ++t)
       if (b.token_ids[t] < 0 || b.token_ids[t] >= needs.vocab)
         fail(DSO_EINVAL, "batch.token_ids[%lld] is %d, but the vocabulary has %lld tokens", (long long)t, b.token_ids[t],

@@ -8,12 +8,18 @@
 
 namespace dso {
 
+struct HeadsShape {  // of one layer of the cache
+  int32_t kv_heads = 0, head_dim = 0;
+};
+
 // A plan's requirements for its batches.
 struct BatchNeeds {
-  int64_t vocab = 0;  // exclusive limit of token ids: the smaller of vocab_size and the embedding's rows
-  bool token_ids = false, positions = false, states = false, logits = false;
-  int64_t layers = 0;  // of the cache; 0: the plan uses no cache
-  int64_t kv_heads = 0, head_dim = 0;
+  int64_t vocab = 0;        // exclusive limit of token ids: the smaller of vocab_size and the embedding's rows
+  bool token_ids = false;   // where batches have no inputs_embeds
+  bool ids_always = false;  // even if they have
+  bool positions = false, states = false, logits = false;
+  int64_t layers = 0;                     // of the cache; 0: the plan uses no cache
+  std::vector<HeadsShape> heads;          // of each layer, kv_heads 0: not used; empty: the cache has latents
   int64_t rank = 0, rope = 0, index = 0;  // of a latent cache, instead of heads
   int64_t rope_tables = 0;
   bool summaries = false;                  // whether the cache must have summaries

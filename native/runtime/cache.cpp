@@ -7,7 +7,7 @@
 
 namespace dso {
 namespace {
-KvLayout checked_latent(const dso_cache_shape& s) {
+KvLayout latent_layout(const dso_cache_shape& s) {
   auto even = [](const char* name, int64_t n, int64_t least) {
     if (n < least || n > (1 << 16) || n % 2)
       fail(DSO_EINVAL, "cache: %s is %lld, must be even and from %lld to 65536", name, (long long)n, (long long)least);
@@ -24,27 +24,51 @@ KvLayout checked_latent(const dso_cache_shape& s) {
           s.index,   row,
           index,     s.summaries ? summary_bytes(s.kv_type, s.rank + s.rope) : 0};
 }
+
+KvLayout heads_layout(const Kernels& kernels, const dso_cache_shape& s, int32_t kv_heads, int32_t head_dim) {
+  if (kv_heads < 1 || kv_heads > 65536) fail(DSO_EINVAL, "cache: %d kv_heads, must be from 1 to 65536", kv_heads);
+  if (!is_head_dim(head_dim))
+    fail(DSO_EINVAL, "cache: head_dim is %d, must be even and at most %d", head_dim, int(max_head_dim));
+  return {s.kv_type, kv_heads,
+          head_dim,  round_up(kernels.kv_layer_bytes(s.kv_type, kv_heads, head_dim), 64),
+          0,         0,
+          0,         0,
+          0,         s.summaries ? summary_bytes(s.kv_type, head_dim) : 0};
+}
+
+KvLayout layout_of(const Kernels& kernels, const dso_cache_shape& s, int32_t layer) {
+  if (s.rank != 0 || s.rope != 0 || s.index != 0) {
+    if (s.heads) fail(DSO_EINVAL, "cache: heads must be NULL with rank %d", s.rank);
+    return latent_layout(s);
+  }
+  if (!s.heads) return heads_layout(kernels, s, s.kv_heads, s.head_dim);
+  if (s.kv_heads != 0 || s.head_dim != 0)
+    fail(DSO_EINVAL, "cache: kv_heads is %d and head_dim %d, must be 0 with heads per layer", s.kv_heads, s.head_dim);
+  return heads_layout(kernels, s, s.heads[2 * layer], s.heads[2 * layer + 1]);
+}
 }  // namespace
 
-KvLayout checked_layout(const Kernels& kernels, const dso_cache_shape& s) {
+std::vector<CacheLayer> checked_layers(const Kernels& kernels, const dso_cache_shape& s) {
   if (s.kv_type != DSO_KV_F32 && s.kv_type != DSO_KV_BF16 && s.kv_type != DSO_KV_INT8)
     fail(DSO_EINVAL, "cache: kv_type %d is unknown", s.kv_type);
   if (s.layers < 1 || s.layers > 65536) fail(DSO_EINVAL, "cache: %d layers, must be from 1 to 65536", s.layers);
   if (s.summaries != 0 && s.summaries != 1) fail(DSO_EINVAL, "cache: summaries is %d, must be 0 or 1", s.summaries);
-  if (s.rank != 0 || s.rope != 0 || s.index != 0) return checked_latent(s);
-  if (s.kv_heads < 1 || s.kv_heads > 65536) fail(DSO_EINVAL, "cache: %d kv_heads, must be from 1 to 65536", s.kv_heads);
-  if (!is_head_dim(s.head_dim))
-    fail(DSO_EINVAL, "cache: head_dim is %d, must be even and at most %d", s.head_dim, int(max_head_dim));
-  return {s.kv_type,  s.kv_heads,
-          s.head_dim, round_up(kernels.kv_layer_bytes(s.kv_type, s.kv_heads, s.head_dim), 64),
-          0,          0,
-          0,          0,
-          0,          s.summaries ? summary_bytes(s.kv_type, s.head_dim) : 0};
+  std::vector<CacheLayer> layers;
+  CacheLayer next{};
+  for (int32_t i = 0; i < s.layers; ++i) {
+    next.layout = layout_of(kernels, s, i);
+    layers.push_back(next);
+    next.at += next.layout.layer_bytes;
+    next.summaries_at += std::max(1, next.layout.kv_heads) * next.layout.summary_bytes;
+  }
+  next.layout = {};
+  layers.push_back(next);
+  return layers;
 }
 
 int64_t cache_block_bytes(const Kernels& kernels, const dso_cache_shape& s) {
-  const KvLayout l = checked_layout(kernels, s);
-  return s.layers * (l.layer_bytes + std::max(1, l.kv_heads) * l.summary_bytes / summary_blocks);
+  const CacheLayer end = checked_layers(kernels, s).back();
+  return end.at + end.summaries_at / summary_blocks;
 }
 
 namespace {
@@ -64,7 +88,7 @@ using namespace dso;
 
 dso_cache::dso_cache(const Kernels& k, const dso_cache_shape& shape, int64_t n_blocks)
     : kernels(k),
-      layout(checked_layout(kernels, shape)),
+      places(checked_layers(kernels, shape)),
       layers(shape.layers),
       blocks(n_blocks),
       arena(checked_bytes(n_blocks, block_bytes())),
@@ -114,9 +138,10 @@ void dso_cache::read(int64_t layer, const int32_t* table, int64_t tokens, float*
     fail(DSO_EINVAL, "cache: layer %lld does not exist, there are %lld layers", (long long)layer, (long long)layers);
   if (tokens < 0) fail(DSO_EINVAL, "cache: %lld tokens, must not be negative", (long long)tokens);
   if (tokens == 0) return;
-  if (!table || !key || (!value && !layout.rank)) fail(DSO_EINVAL, "cache: block_table, key or value is NULL");
+  if (!table || !key || (!value && !layout(layer).rank)) fail(DSO_EINVAL, "cache: block_table, key or value is NULL");
   for (int64_t b = 0; b < ceil_div(tokens, DSO_BLOCK_TOKENS); ++b)
     if (table[b] < 0 || table[b] >= blocks)
       fail(DSO_EINVAL, "cache: block_table[%lld] is %d, there are %lld blocks", (long long)b, table[b], (long long)blocks);
-  (layout.rank ? kernels.latent_read : kernels.kv_read)(layout, view(layer, table), tokens, key, value);
+  const KvLayout& l = layout(layer);
+  (l.rank ? kernels.latent_read : kernels.kv_read)(l, view(layer, table), tokens, key, value);
 }

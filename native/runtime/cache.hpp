@@ -5,10 +5,18 @@
 // block. So the summaries of many blocks are read as a stream, and a group is returned to the system with its blocks.
 #pragma once
 #include <algorithm>
+#include <vector>
 
 #include "arena.hpp"
 #include "dso.h"
 #include "kernels.hpp"
+
+namespace dso {
+struct CacheLayer {
+  KvLayout layout;
+  int64_t at, summaries_at;  // offsets in bytes within a block, and within a group of summaries
+};
+}  // namespace dso
 
 struct dso_cache {
   dso_cache(const dso::Kernels& kernels, const dso_cache_shape& shape, int64_t blocks);
@@ -20,27 +28,28 @@ struct dso_cache {
   void load_block(int64_t block, const uint8_t* bytes);
   void read(int64_t layer, const int32_t* table, int64_t tokens, float* key, float* value) const;
 
-  int64_t block_bytes() const { return layers * layout.layer_bytes; }
+  int64_t block_bytes() const { return places.back().at; }
+  int64_t group_bytes() const { return places.back().summaries_at; }  // summaries of summary_blocks blocks; 0: none
+  const dso::KvLayout& layout(int64_t layer) const { return places[layer].layout; }
   dso::KvView view(int64_t layer, const int32_t* table) const {
-    return {arena.data() + layer * layout.layer_bytes, block_bytes(), table, summaries.data() + layer * layer_summaries(),
-            group_bytes()};
+    const dso::CacheLayer& place = places[layer];
+    return {arena.data() + place.at, block_bytes(), table, summaries.data() + place.summaries_at, group_bytes()};
   }
-  int64_t group_bytes() const { return layers * layer_summaries(); }  // summaries of summary_blocks blocks; 0: none
 
-  const dso::Kernels& kernels;  // the layout is the same on every ISA: each can read what another wrote
-  const dso::KvLayout layout;
+  const dso::Kernels& kernels;                // the layout is the same on every ISA: each can read what another wrote
+  const std::vector<dso::CacheLayer> places;  // one per layer, then one at the end of all
   const int64_t layers, blocks;
   dso::Arena arena, summaries;
 
  private:
-  int64_t layer_summaries() const { return std::max(1, layout.kv_heads) * layout.summary_bytes; }
   uint8_t* summary(int64_t block) const;  // the first 4 bytes of its column; the next ones are kSummaryRow further
   void check_block(int64_t block) const;
 };
 
 namespace dso {
-// Layout of one layer of a block. DSO_EINVAL for an invalid shape or type.
-KvLayout checked_layout(const Kernels& kernels, const dso_cache_shape& shape);
+// Layout and place of each layer in a block, and a last entry without a layout at their end. DSO_EINVAL for an invalid shape or
+// type.
+std::vector<CacheLayer> checked_layers(const Kernels& kernels, const dso_cache_shape& shape);
 // Bytes of all layers, including the block's share of the summaries.
 int64_t cache_block_bytes(const Kernels& kernels, const dso_cache_shape& shape);
 }  // namespace dso

@@ -58,11 +58,15 @@ Rotation rotation_of(const dso_rotation& r, const float* table) {
 
 void turn(Context& c, dso_cache& cache, const dso_rotation& key, const dso_rotation* index, const int32_t* table,
           int64_t tokens, int64_t position, int64_t delta) {
-  const KvLayout& layout = cache.layout;
-  check_rotation("key", key, layout.rank ? layout.rope : layout.head_dim);
-  if (!index != !layout.index)
-    fail(DSO_EINVAL, "cache: index is %s, but the cache's index keys have %d elements", index ? "given" : "NULL", layout.index);
-  if (index) check_rotation("index", *index, layout.index);
+  const bool latent = cache.layout(0).rank;
+  for (int64_t layer = 0; layer < cache.layers; ++layer) {
+    const KvLayout& layout = cache.layout(layer);
+    check_rotation("key", key, latent ? layout.rope : layout.head_dim);
+    if (!index != !layout.index)
+      fail(DSO_EINVAL, "cache: index is %s, but the cache's index keys have %d elements", index ? "given" : "NULL",
+           layout.index);
+    if (index) check_rotation("index", *index, layout.index);
+  }
   if (tokens < 0) fail(DSO_EINVAL, "cache: %lld tokens, must not be negative", (long long)tokens);
   const int64_t blocks = ceil_div(tokens, kTokens), first = std::min(position, position + delta),
                 last = std::max(position, position + delta) + tokens;
@@ -81,7 +85,7 @@ void turn(Context& c, dso_cache& cache, const dso_rotation& key, const dso_rotat
     float* key_table = rooms.data() + thread * each;
     float* index_table = key_table + key_room;
     const int64_t at = position + block * kTokens;
-    if (layout.rank) {
+    if (latent) {
       fill(key, at, delta, 1, key.rot, key_table);
       if (index) fill(*index, at, delta, 1, index->rot, index_table);
     } else {
@@ -89,12 +93,13 @@ void turn(Context& c, dso_cache& cache, const dso_rotation& key, const dso_rotat
     }
     const Rotation turn = rotation_of(key, key_table), index_turn = index ? rotation_of(*index, index_table) : Rotation{};
     for (int64_t layer = 0; layer < cache.layers; ++layer) {
+      const KvLayout& layout = cache.layout(layer);
       const KvView view = cache.view(layer, table);
-      if (layout.rank)
+      if (latent)
         c.kernels.latent_rotate(layout, view, block, turn, index ? &index_turn : nullptr, index_table + index_room);
       else
         c.kernels.kv_rotate(layout, view, block, turn);
-      if (layout.summary_bytes > 0) (layout.rank ? c.kernels.latent_summarise : c.kernels.kv_summarise)(layout, view, block);
+      if (layout.summary_bytes > 0) (latent ? c.kernels.latent_summarise : c.kernels.kv_summarise)(layout, view, block);
     }
   });
 }

@@ -69,7 +69,7 @@ class Attention final : public Op {
     if (scores.sinks) scores.sinks += t.kv_head * shape_.group() + h;
     return scores;
   }
-  const KvLayout& layout(const Run& run) const { return run.batch.source->cache->layout; }
+  const KvLayout& layout(const Run& run) const { return run.batch.source->cache->layout(layer_); }
   KvView view(const Run& run, const AttentionTask& t) const {
     return run.batch.source->cache->view(layer_, run.batch.table(t.sequence));
   }

@@ -32,12 +32,14 @@ class RowsOf : public RowOp {  // one row of work per row of `like`
 
 class Embedding final : public RowsOf {
  public:
-  Embedding(const Matrix& table, const SlotRef& out, float scale) : RowsOf(out), table_(table), scale_(scale) {}
+  Embedding(const Matrix& table, const SlotRef& out, float scale, bool by_ids)
+      : RowsOf(out), table_(table), scale_(scale), by_ids_(by_ids) {}
 
  private:
   void row(const Run& run, int64_t r, int) override {
     float* out = f32(run, like_, r);
-    if (const float* given = run.batch.source->inputs_embeds) {
+    const float* given = by_ids_ ? nullptr : run.batch.source->inputs_embeds;
+    if (given) {
       const int64_t n = like_.width;
       for (int64_t i = 0; i < n; ++i) out[i] = given[r * n + i];
     } else {
@@ -46,6 +48,7 @@ class Embedding final : public RowsOf {
   }
   const Matrix table_;
   const float scale_;
+  const bool by_ids_;
 };
 
 // norm(x) to a row of any kind, via fp32. RMS norm, or, with a bias, layer norm.
@@ -240,13 +243,15 @@ class Columns final : public RowsOf {
 }  // namespace
 
 std::unique_ptr<Op> make_embedding(StepReader& s) {
-  s.takes(0, 1, 1, 0, 0);
+  s.takes(0, 1, 1, 0, DSO_FLAG_IDS);
   const Matrix table = s.matrix(0);
+  const bool by_ids = s.step.flags & DSO_FLAG_IDS;
   const SlotRef out = s.out(0, kF32Only, table.cols, false);
   BatchNeeds& needs = s.plan().needs;
   needs.vocab = std::min<int64_t>(needs.token_ids ? needs.vocab : s.plan().vocab_size, table.rows);
   needs.token_ids = true;
-  return std::make_unique<Embedding>(table, out, s.step.scale);
+  needs.ids_always |= by_ids;
+  return std::make_unique<Embedding>(table, out, s.step.scale, by_ids);
 }
 
 std::unique_ptr<Op> make_rms_norm(StepReader& s) {

@@ -53,12 +53,12 @@ class IndexChoose final : public Op {
     const dso_cache& cache = *run.batch.source->cache;
     const KvView view = cache.view(layer_, run.batch.table(t.sequence));
     for (int64_t r = t.r0; r < t.r1; ++r)
-      run.kernels.index_query(cache.layout, shape_.heads, row(run, q_, t, r), queries + (r - t.r0) * query_bytes(run));
+      run.kernels.index_query(cache.layout(layer_), shape_.heads, row(run, q_, t, r), queries + (r - t.r0) * query_bytes(run));
     for (int64_t from = t.t0; from < t.t1; from += IndexSchedule::kTokens)
       for (int64_t r = t.r0; r < t.r1; ++r) {
         const int64_t to = std::min({from + IndexSchedule::kTokens, t.t1, seen(run, t, r)});
         if (from < to)
-          run.kernels.index_scores(cache.layout, view, shape_.heads, queries + (r - t.r0) * query_bytes(run),
+          run.kernels.index_scores(cache.layout(layer_), view, shape_.heads, queries + (r - t.r0) * query_bytes(run),
                                    row(run, w_, t, r), from, to, scale_, scores + (r - t.r0) * t.stride + from);
       }
   }

@@ -41,7 +41,7 @@ class MlaAttention final : public Op {
   }
 
  private:
-  const KvLayout& layout(const Run& run) const { return run.batch.source->cache->layout; }
+  const KvLayout& layout(const Run& run) const { return run.batch.source->cache->layout(layer_); }
   int64_t queries_at(const Run& run) const { return round_up(run.kernels.mla_scratch(layout(run)), 64); }
   int64_t parts_at(const Run& run) const {
     return queries_at(run) + schedule_->queries * run.kernels.mla_query_bytes(layout(run));

@@ -40,8 +40,8 @@ struct Routing {
 
 class Route final : public RowOp {
  public:
-  Route(const SlotRef& in, const SlotRef& out, const float* bias, const Routing& routing)
-      : in_(in), out_(out), bias_(bias), routing_(routing) {}
+  Route(const SlotRef& in, const SlotRef& out, const float* bias, const float* factors, const Routing& routing)
+      : in_(in), out_(out), bias_(bias), factors_(factors), routing_(routing) {}
   int64_t scratch_bytes(const Run&) const override { return groups_at() + int64_t(sizeof(Key)) * routing_.groups; }
 
  private:
@@ -71,7 +71,10 @@ class Route final : public RowOp {
       sum += weights[j] = scores[expert];
     }
     const float whole = routing_.normalise ? sum + 1e-20f : 1.0f;
-    for (int64_t j = 0; j < top_k; ++j) weights[j] = weights[j] / whole * routing_.scale;
+    for (int64_t j = 0; j < top_k; ++j) {
+      weights[j] = weights[j] / whole * routing_.scale;
+      if (factors_) weights[j] *= factors_[index_of(keys[j])];
+    }
   }
 
   // Moves the keys of experts in the best groups to the front; returns their number.
@@ -92,14 +95,14 @@ class Route final : public RowOp {
   }
 
   const SlotRef in_, out_;
-  const float* bias_;
+  const float *bias_, *factors_;  // per expert, or null
   const Routing routing_;
 };
 
 }  // namespace
 
 std::unique_ptr<Op> make_route(StepReader& s) {
-  s.takes(1, 1, 0, 1, DSO_FLAG_SIGMOID | DSO_FLAG_TOP2 | DSO_FLAG_NORMALISE);
+  s.takes(1, 1, 1, 1, DSO_FLAG_SIGMOID | DSO_FLAG_TOP2 | DSO_FLAG_NORMALISE);
   const Chosen chosen = s.chosen();
   const Routing r{chosen.experts,
                   chosen.top_k,
@@ -119,7 +122,8 @@ std::unique_ptr<Op> make_route(StepReader& s) {
   if (!std::isfinite(r.scale)) s.refuse("scale is %g, must be finite", double(r.scale));
   const SlotRef in = s.in(0, kF32Only, r.experts), out = s.out(0, kF32Only, 2 * r.top_k, in.selected);
   if (out.index == in.index) s.refuse("out[0] is in[0]");
-  return std::make_unique<Route>(in, out, s.bias(0, r.experts), r);
+  const float* factors = s.has_weight(0) ? s.vector('w', 0, r.experts) : nullptr;
+  return std::make_unique<Route>(in, out, s.bias(0, r.experts), factors, r);
 }
 
 }  // namespace dso

@@ -136,19 +136,20 @@ void StepReader::attends(int32_t layer, int32_t kv_heads, int32_t head_dim, bool
   positive("kv_heads", kv_heads);
   if (!is_head_dim(head_dim)) refuse("head_dim is %d, must be even and at most %d", head_dim, int(max_head_dim));
   if (needs.rank > 0 || needs.index > 0) refuse("the step uses heads, but an earlier step uses latents: a cache has one kind");
-  if (needs.layers > 0 && (needs.kv_heads != kv_heads || needs.head_dim != head_dim))
-    refuse("kv_heads is %d and head_dim %d, but an earlier step has %lld and %lld: the cache has one shape", kv_heads, head_dim,
-           (long long)needs.kv_heads, (long long)needs.head_dim);
-  needs.kv_heads = kv_heads;
-  needs.head_dim = head_dim;
   uses_layer(layer, writes_cache);
+  needs.heads.resize(size_t(needs.layers));
+  HeadsShape& shape = needs.heads[size_t(layer)];
+  if (shape.kv_heads && (shape.kv_heads != kv_heads || shape.head_dim != head_dim))
+    refuse("kv_heads is %d and head_dim %d, but an earlier step has %d and %d in layer %d of the cache", kv_heads, head_dim,
+           shape.kv_heads, shape.head_dim, layer);
+  shape = {kv_heads, head_dim};
 }
 
 void StepReader::attends_latent(int32_t layer, int32_t rank, int32_t rope, bool writes_cache) {
   BatchNeeds& needs = plan_.needs;
   positive("rank", rank);
   positive("rope", rope);
-  if (needs.kv_heads > 0) refuse("the step uses latents, but an earlier step uses heads: a cache has one kind");
+  if (!needs.heads.empty()) refuse("the step uses latents, but an earlier step uses heads: a cache has one kind");
   if (needs.rank > 0 && (needs.rank != rank || needs.rope != rope))
     refuse("rank is %d and rope %d, but an earlier step has %lld and %lld: the cache has one shape", rank, rope,
            (long long)needs.rank, (long long)needs.rope);
@@ -160,7 +161,7 @@ void StepReader::attends_latent(int32_t layer, int32_t rank, int32_t rope, bool 
 void StepReader::attends_index(int32_t layer, int32_t index, bool writes_cache) {
   BatchNeeds& needs = plan_.needs;
   positive("index", index);
-  if (needs.kv_heads > 0) refuse("the step uses index keys, but an earlier step uses heads: a cache has one kind");
+  if (!needs.heads.empty()) refuse("the step uses index keys, but an earlier step uses heads: a cache has one kind");
   if (needs.index > 0 && needs.index != index)
     refuse("index is %d, but an earlier step has %lld: the cache has one shape", index, (long long)needs.index);
   needs.index = index;

@@ -118,14 +118,14 @@ static void mode(const Variant& v, Shape s, int32_t type, int32_t context, bool 
   const int32_t rows = decodes ? 1 : 128, q = s.kv_heads * s.group * s.head_dim, blocks = (context + rows + 31) / 32;
   Random random(6);
   OwnContext c(*v.kernels, 1);
-  dso_cache cache(*v.kernels, {type, 1, s.kv_heads, s.head_dim, 0, 0, 0, 1}, blocks);
+  dso_cache cache(*v.kernels, {type, 1, s.kv_heads, s.head_dim, 0, 0, 0, 1, nullptr}, blocks);
   std::vector<int32_t> table;
   for (int32_t b = 0; b < blocks; ++b) table.push_back(b);
   for (int32_t b = 0; b < blocks; ++b) {
     const std::vector<float> x = normal((size_t)(32 * s.kv_heads * s.head_dim), 1, random);
-    v.kernels->kv_write(cache.layout, cache.view(0, table.data()), 32 * b, 32, x.data(), 4 * s.kv_heads * s.head_dim, x.data(),
-                        4 * s.kv_heads * s.head_dim, 0, s.kv_heads);
-    v.kernels->kv_summarise(cache.layout, cache.view(0, table.data()), b);
+    v.kernels->kv_write(cache.layout(0), cache.view(0, table.data()), 32 * b, 32, x.data(), 4 * s.kv_heads * s.head_dim,
+                        x.data(), 4 * s.kv_heads * s.head_dim, 0, s.kv_heads);
+    v.kernels->kv_summarise(cache.layout(0), cache.view(0, table.data()), b);
   }
   const std::vector<float> base = normal((size_t)q, 1, random);
   std::vector<float> x = normal((size_t)rows * q, 0.5f, random);

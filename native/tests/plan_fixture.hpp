@@ -201,8 +201,8 @@ class Feeder {
  public:
   Feeder(Model& model, int64_t blocks, Random& random)
       : model_(model),
-        cache_(model.kernels, {model.spec.kv_type, model.spec.layers, model.spec.kv_heads, model.spec.head_dim, 0, 0, 0, 0},
-               blocks) {
+        cache_(model.kernels,
+               {model.spec.kv_type, model.spec.layers, model.spec.kv_heads, model.spec.head_dim, 0, 0, 0, 0, nullptr}, blocks) {
     for (int32_t i = 0; i < blocks; ++i) free_.push_back(i);
     random.shuffle(free_);
   }

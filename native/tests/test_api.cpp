@@ -137,8 +137,8 @@ void plans() {
   create("heads 5 is not a multiple of kv_heads 2", "group", [&](S s, L, W) { s[attention].heads = 5; });
   create("window is -1", "window", [&](S s, L, W) { s[attention].window = -1; });
   create("layer is -1", "layer", [&](S s, L, W) { s[attention].layer = -1; });
-  for (int d : {0, 17, 320}) create("must be even and at most 256", "head_dim", [&](S s, L, W) { s[attention].head_dim = d; });
-  create("the cache has one shape", "two cache shapes", [&](S s, L, W) { s[attention].kv_heads = 1; });
+  for (int d : {0, 17, 514}) create("must be even and at most 512", "head_dim", [&](S s, L, W) { s[attention].head_dim = d; });
+  create("an earlier step has 2 and 16", "two cache shapes", [&](S s, L, W) { s[attention].kv_heads = 1; });
   create("sinks -1", "sinks", [&](S s, L, W) { s[attention].sinks = -1; });
   create("sinks is 4 with no window", "sinks alone", [&](S s, L, W) { s[attention].sinks = 4; });
   create("sinks is 4 with the EAGER flag", "eager sinks",
@@ -176,7 +176,7 @@ void plans() {
 void batches() {
   const Spec spec;
   Model m(spec, scalar::table, 2);
-  dso_cache cache(m.kernels, {spec.kv_type, spec.layers, spec.kv_heads, spec.head_dim, 0, 0, 0, 0}, 4);
+  dso_cache cache(m.kernels, {spec.kv_type, spec.layers, spec.kv_heads, spec.head_dim, 0, 0, 0, 0, nullptr}, 4);
   dso_cache small(m.kernels, {spec.kv_type, 1, spec.kv_heads, spec.head_dim, 0, 0, 0, 0}, 4);
   dso_cache other(m.kernels, {spec.kv_type, spec.layers, 1, spec.head_dim, 0, 0, 0, 0}, 4);
   struct Data {
@@ -254,7 +254,7 @@ void missing_blocks() {
     spec.sinks = 33;
     spec.first_full = first_full;
     Model m(spec, scalar::table, 2);
-    dso_cache cache(m.kernels, {spec.kv_type, spec.layers, spec.kv_heads, spec.head_dim, 0, 0, 0, 0}, 8);
+    dso_cache cache(m.kernels, {spec.kv_type, spec.layers, spec.kv_heads, spec.head_dim, 0, 0, 0, 0, nullptr}, 8);
     std::vector<int32_t> ids{1, 2, 3}, positions{0, 1, 2}, table{0, 1, 2, 3, 4, 5, 6, 7};
     table[(size_t)missing] = -1;
     const int32_t query = 3, phase = DSO_PHASE_PREFILL, row = 0;

@@ -309,8 +309,8 @@ int main() {
   for (const Variant& v : vector_variants()) {
     for (int type : {DSO_KV_F32, DSO_KV_BF16, DSO_KV_INT8}) {
       for (int i = 0; i < 16; ++i) {
-        const int32_t dims[] = {2, 16, 30, 40, 64, 80, 96, 128, 256, 2 * (1 + random.below(128))};
-        const int32_t d = dims[random.below(10)];
+        const int32_t dims[] = {2, 16, 30, 40, 64, 80, 96, 128, 256, 400, 512, 2 * (1 + random.below(128))};
+        const int32_t d = dims[random.below(12)];
         const int64_t ctx = random.below(3) ? random.below(700) : random.below(40),
                       window = random.below(3) ? 0 : 1 + random.below(random.below(2) ? 40 : 500);
         const float magnitude = i % 8 == 6 ? 80 : i % 8 == 7 ? 1e4f : 1.0f;  // logits of about that size

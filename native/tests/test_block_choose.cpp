@@ -35,7 +35,7 @@ class Model {
         isa(v.name),
         chosen_width_(sparse ? s.kv_heads * s.top_k : 0),
         context_(*v.kernels, threads),
-        cache(*v.kernels, {s.type, 1, s.kv_heads, s.head_dim, 0, 0, 0, 1}, kBlocks) {
+        cache(*v.kernels, {s.type, 1, s.kv_heads, s.head_dim, 0, 0, 0, 1, nullptr}, kBlocks) {
     const int32_t widths[] = {s.q_width(), s.kv_width(), s.kv_width()};
     for (int i = 0, from = 0; i < 3; from += widths[i++]) {
       std::vector<float> part((size_t)widths[i] * s.row_width(), 0.0f);
@@ -171,9 +171,9 @@ struct Held {
 // Element i of a block's summary as stored in the cache.
 float kept(const dso_cache& cache, int32_t block, int64_t kv_head, bool smallest, int64_t i, const int32_t* table) {
   const KvView v = cache.view(0, table);
-  const uint8_t* panel = v.summaries + block / 32 * v.summary_stride + kv_head * cache.layout.summary_bytes +
-                         (smallest ? cache.layout.summary_bytes / 2 : 0);
-  if (cache.layout.type == DSO_KV_F32) return ((const float*)panel)[i * 32 + block % 32];
+  const uint8_t* panel = v.summaries + block / 32 * v.summary_stride + kv_head * cache.layout(0).summary_bytes +
+                         (smallest ? cache.layout(0).summary_bytes / 2 : 0);
+  if (cache.layout(0).type == DSO_KV_F32) return ((const float*)panel)[i * 32 + block % 32];
   return from_bits((uint32_t)((const uint16_t*)panel)[i / 2 * 64 + block % 32 * 2 + i % 2] << 16);
 }
 
@@ -338,8 +338,8 @@ void odd_numbers(const Variant& v, Random& random) {
   const std::vector<float> nan(10, NAN), infinity(10, INFINITY);
   const KvView view = m.cache.view(0, s.blocks.data());
   for (auto [block, x] : {std::pair(9, &nan), std::pair(12, &infinity), std::pair(13, &infinity)}) {
-    m.cache.kernels.kv_write(m.cache.layout, view, 32 * block + 7, 1, x->data(), 40, x->data(), 40, 0, 1);
-    m.cache.kernels.kv_summarise(m.cache.layout, view, block);
+    m.cache.kernels.kv_write(m.cache.layout(0), view, 32 * block + 7, 1, x->data(), 40, x->data(), 40, 0, 1);
+    m.cache.kernels.kv_summarise(m.cache.layout(0), view, block);
   }
   m.feed({{&s, 4, DSO_PHASE_DECODE}});
   for (size_t t = (size_t)total - 4; t < (size_t)total; ++t)
@@ -383,7 +383,7 @@ void caches(const Variant& v, int type, Random& random) {
   summaries_hold(m, copy, "after rotation");
   summaries_hold(m, s, "of the sequence that was not rotated");
 
-  const dso_cache_shape shape = {type, 1, spec.kv_heads, spec.head_dim, 0, 0, 0, 1},
+  const dso_cache_shape shape = {type, 1, spec.kv_heads, spec.head_dim, 0, 0, 0, 1, nullptr},
                         plain = {type, 1, spec.kv_heads, spec.head_dim, 0, 0, 0, 0};
   check(dso_cache_block_bytes(&shape) - dso_cache_block_bytes(&plain) == 2 * spec.kv_width() * (type == DSO_KV_F32 ? 4 : 2) &&
             dso_cache_block_bytes(&shape) == (int64_t)bytes.size(),
@@ -392,7 +392,7 @@ void caches(const Variant& v, int type, Random& random) {
 
 // Groups of 32 blocks are returned to the system; with a group that stays, so do the summaries of its other blocks.
 void released() {
-  const dso_cache_shape shape = {DSO_KV_BF16, 8, 4, 64, 0, 0, 0, 1};
+  const dso_cache_shape shape = {DSO_KV_BF16, 8, 4, 64, 0, 0, 0, 1, nullptr};
   dso_cache* cache = nullptr;
   check(dso_cache_create(&shape, 256, &cache) == 0, "%s", dso_last_error());
   memset(cache->summaries.data(), 1, (size_t)(8 * cache->group_bytes()));
@@ -410,7 +410,7 @@ void refusals() {
   Sequence s;
   s.rows = normal(8 * (size_t)m.spec.row_width(), 1, random);
   dso_cache plain(*v.kernels, {DSO_KV_F32, 1, 1, 8, 0, 0, 0, 0}, 4);
-  dso_cache_shape bad = {DSO_KV_F32, 1, 1, 8, 0, 0, 0, 2};
+  dso_cache_shape bad = {DSO_KV_F32, 1, 1, 8, 0, 0, 0, 2, nullptr};
   check(dso_cache_block_bytes(&bad) == -1 && strstr(dso_last_error(), "summaries is 2"), "summaries of 2: %s",
         dso_last_error());
   dso_slot slots[] = {{DSO_SLOT_F32, 16, 0, 0}, {DSO_SLOT_F32, 4, 0, 0}};

@@ -4,6 +4,7 @@
 
 #include "cache.hpp"
 #include "check.hpp"
+#include "isa.hpp"
 
 namespace {
 
@@ -12,32 +13,32 @@ int64_t block_bytes(dso_cache_shape shape) { return dso_cache_block_bytes(&shape
 
 void latent_caches() {
   dso_cache* k = nullptr;
-  refuses(create({DSO_KV_BF16, 1, 1, 16, 32, 16, 0, 0}, 4, &k), DSO_EINVAL, "with rank", "heads in a latent cache");
-  refuses(create({DSO_KV_BF16, 1, 0, 0, 31, 16, 0, 0}, 4, &k), DSO_EINVAL, "rank is 31", "odd rank");
-  refuses(create({DSO_KV_BF16, 1, 0, 0, 0, 16, 0, 0}, 4, &k), DSO_EINVAL, "rank is 0", "no rank");
-  refuses(create({DSO_KV_BF16, 1, 0, 0, 32, 0, 0, 0}, 4, &k), DSO_EINVAL, "rope is 0", "no rope");
-  refuses(create({DSO_KV_BF16, 1, 0, 0, 32, 16, -2, 0}, 4, &k), DSO_EINVAL, "index is -2", "negative index");
-  check(block_bytes({DSO_KV_BF16, 27, 0, 0, 512, 64, 0, 0}) == 32 * 31104, "V2-Lite's cache");
-  check(block_bytes({DSO_KV_INT8, 1, 0, 0, 512, 64, 0, 0}) == 32 * 656, "a latent in int8");
-  check(block_bytes({DSO_KV_F32, 2, 0, 0, 512, 64, 128, 0}) == 2 * 32 * 4 * (576 + 128), "index keys");
+  refuses(create({DSO_KV_BF16, 1, 1, 16, 32, 16, 0, 0, nullptr}, 4, &k), DSO_EINVAL, "with rank", "heads in a latent cache");
+  refuses(create({DSO_KV_BF16, 1, 0, 0, 31, 16, 0, 0, nullptr}, 4, &k), DSO_EINVAL, "rank is 31", "odd rank");
+  refuses(create({DSO_KV_BF16, 1, 0, 0, 0, 16, 0, 0, nullptr}, 4, &k), DSO_EINVAL, "rank is 0", "no rank");
+  refuses(create({DSO_KV_BF16, 1, 0, 0, 32, 0, 0, 0, nullptr}, 4, &k), DSO_EINVAL, "rope is 0", "no rope");
+  refuses(create({DSO_KV_BF16, 1, 0, 0, 32, 16, -2, 0, nullptr}, 4, &k), DSO_EINVAL, "index is -2", "negative index");
+  check(block_bytes({DSO_KV_BF16, 27, 0, 0, 512, 64, 0, 0, nullptr}) == 32 * 31104, "V2-Lite's cache");
+  check(block_bytes({DSO_KV_INT8, 1, 0, 0, 512, 64, 0, 0, nullptr}) == 32 * 656, "a latent in int8");
+  check(block_bytes({DSO_KV_F32, 2, 0, 0, 512, 64, 128, 0, nullptr}) == 2 * 32 * 4 * (576 + 128), "index keys");
 }
 
 void caches() {
   dso_cache* k = nullptr;
-  refuses(create({7, 1, 1, 16, 0, 0, 0, 0}, 4, &k), DSO_EINVAL, "kv_type 7", "kv type");
-  refuses(create({DSO_KV_F32, 0, 1, 16, 0, 0, 0, 0}, 4, &k), DSO_EINVAL, "0 layers", "layers");
-  refuses(create({DSO_KV_F32, 1, 1, 16, 0, 0, 0, 0}, 0, &k), DSO_EINVAL, "0 blocks", "blocks");
-  for (int d : {0, 1, 15, 255, 258, 320, 65536})
-    refuses(create({DSO_KV_BF16, 1, 1, d, 0, 0, 0, 0}, 4, &k), DSO_EINVAL, "must be even and at most 256", "head_dim");
-  refuses(create({DSO_KV_F32, 60000, 60000, 256, 0, 0, 0, 0}, INT32_MAX, &k), DSO_ENOMEM, "",
+  refuses(create({7, 1, 1, 16, 0, 0, 0, 0, nullptr}, 4, &k), DSO_EINVAL, "kv_type 7", "kv type");
+  refuses(create({DSO_KV_F32, 0, 1, 16, 0, 0, 0, 0, nullptr}, 4, &k), DSO_EINVAL, "0 layers", "layers");
+  refuses(create({DSO_KV_F32, 1, 1, 16, 0, 0, 0, 0, nullptr}, 0, &k), DSO_EINVAL, "0 blocks", "blocks");
+  for (int d : {0, 1, 15, 511, 514, 640, 65536})
+    refuses(create({DSO_KV_BF16, 1, 1, d, 0, 0, 0, 0, nullptr}, 4, &k), DSO_EINVAL, "must be even and at most 512", "head_dim");
+  refuses(create({DSO_KV_F32, 60000, 60000, 256, 0, 0, 0, 0, nullptr}, INT32_MAX, &k), DSO_ENOMEM, "",
           "a cache larger than any address space");
-  check(block_bytes({DSO_KV_BF16, 1, 1, -1, 0, 0, 0, 0}) == -1, "invalid block");
+  check(block_bytes({DSO_KV_BF16, 1, 1, -1, 0, 0, 0, 0, nullptr}) == -1, "invalid block");
   for (int type : {DSO_KV_F32, DSO_KV_BF16, DSO_KV_INT8}) {
     for (const Variant& v : variants())
       check(v.kernels->kv_layer_bytes(type, 3, 64) == variants()[0].kernels->kv_layer_bytes(type, 3, 64),
             "%s: another cache layout", v.name.c_str());
-    check(create({type, 2, 3, 64, 0, 0, 0, 0}, 1000, &k) == 0, "cache: %s", dso_last_error());
-    check(block_bytes({type, 2, 3, 64, 0, 0, 0, 0}) == k->block_bytes(), "block bytes");
+    check(create({type, 2, 3, 64, 0, 0, 0, 0, nullptr}, 1000, &k) == 0, "cache: %s", dso_last_error());
+    check(block_bytes({type, 2, 3, 64, 0, 0, 0, 0, nullptr}) == k->block_bytes(), "block bytes");
     // Written by one variant, read by another: the layout is the same.
     const std::vector<Variant> all = variants();
     Random random(type);
@@ -48,7 +49,7 @@ void caches() {
     for (float& f : value) f = random.normal();
     const int32_t table[] = {7, 3}, moved[] = {7, 4};
     for (const Variant& v : all) {
-      v.kernels->kv_write(k->layout, k->view(1, table), 0, tokens, key.data(), width * 4, value.data(), width * 4, 0, 3);
+      v.kernels->kv_write(k->layout(1), k->view(1, table), 0, tokens, key.data(), width * 4, value.data(), width * 4, 0, 3);
       check(dso_cache_read(k, 1, table, tokens, read_k.data(), read_v.data()) == 0, "read: %s", dso_last_error());
       if (first_k.empty()) first_k = read_k, first_v = read_v;
       check(read_k == first_k && read_v == first_v, "%s: writes another cache", v.name.c_str());
@@ -75,10 +76,59 @@ void caches() {
   }
 }
 
+// Layers of different sizes: each is read and copied at its place, and a block is their sum.
+void layers_of_different_sizes() {
+  const int32_t heads[] = {3, 20, 1, 44, 2, 20}, table[] = {2, 0};
+  const int tokens = 40;
+  dso_cache* k = nullptr;
+  for (int type : {DSO_KV_F32, DSO_KV_BF16, DSO_KV_INT8}) {
+    const dso_cache_shape shape{type, 3, 0, 0, 0, 0, 0, 1, heads};
+    check(create(shape, 4, &k) == 0, "cache: %s", dso_last_error());
+    int64_t bytes = 0;
+    std::vector<std::vector<float>> keys, values;
+    Random random(type);
+    for (int layer = 0; layer < 3; ++layer) {
+      const int n = heads[2 * layer], d = heads[2 * layer + 1];
+      bytes += block_bytes({type, 1, n, d, 0, 0, 0, 1, nullptr});
+      std::vector<float> key((size_t)(tokens * n * d)), value(key.size()), read_k(key.size()), read_v(key.size());
+      for (float& f : key) f = random.normal();
+      for (float& f : value) f = random.normal();
+      choose_kernels(nullptr).kv_write(k->layout(layer), k->view(layer, table), 0, tokens, key.data(), n * d * 4, value.data(),
+                                       n * d * 4, 0, n);
+      choose_kernels(nullptr).kv_summarise(k->layout(layer), k->view(layer, table), 0);
+      keys.push_back(key), values.push_back(value);
+    }
+    check(block_bytes(shape) == bytes && k->saved_bytes() == bytes, "block bytes");
+    std::vector<uint8_t> saved((size_t)k->saved_bytes());
+    check(dso_cache_save_block(k, 2, saved.data()) == 0 && dso_cache_load_block(k, 3, saved.data()) == 0 &&
+              dso_cache_copy_block(k, 0, 1) == 0,
+          "%s", dso_last_error());
+    const int32_t moved[] = {3, 1};
+    for (int layer = 0; layer < 3; ++layer) {
+      const int n = heads[2 * layer], d = heads[2 * layer + 1];
+      std::vector<float> read_k(keys[layer].size()), read_v(read_k.size());
+      check(dso_cache_read(k, layer, moved, tokens, read_k.data(), read_v.data()) == 0, "read: %s", dso_last_error());
+      for (int h = 0; h < n; ++h)
+        for (int t = 0; t < tokens; ++t)
+          for (int i = 0; i < d; ++i) {
+            const size_t at = (size_t)((h * tokens + t) * d + i), from = (size_t)((t * n + h) * d + i);
+            check(std::fabs(read_k[at] - keys[layer][from]) < 0.05 && std::fabs(read_v[at] - values[layer][from]) < 0.05,
+                  "layer %d, head %d, token %d, element %d", layer, h, t, i);
+          }
+    }
+    dso_cache_destroy(k);
+  }
+  const int32_t odd[] = {3, 20, 1, 45};
+  refuses(create({DSO_KV_F32, 2, 0, 0, 0, 0, 0, 0, odd}, 4, &k), DSO_EINVAL, "head_dim is 45", "an odd size");
+  refuses(create({DSO_KV_F32, 2, 3, 20, 0, 0, 0, 0, heads}, 4, &k), DSO_EINVAL, "must be 0 with heads", "two sizes");
+  refuses(create({DSO_KV_F32, 2, 0, 0, 32, 16, 0, 0, heads}, 4, &k), DSO_EINVAL, "must be NULL with rank", "latents");
+}
+
 }  // namespace
 
 int main() {
   caches();
+  layers_of_different_sizes();
   latent_caches();
   return report("test_cache_api");
 }

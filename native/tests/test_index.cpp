@@ -17,8 +17,8 @@ struct Keys {
   KvView view;
 
   Keys(const Kernels& k, int32_t type, int32_t index, int64_t tokens, Random& random)
-      : shape{type, 1, 0, 0, 6, 2, index, 0},
-        layout(checked_layout(k, shape)),
+      : shape{type, 1, 0, 0, 6, 2, index, 0, nullptr},
+        layout(checked_layers(k, shape)[0].layout),
         memory((size_t)((tokens + 31) / 32 * layout.layer_bytes), 0xff),
         table((size_t)(tokens + 31) / 32) {
     for (size_t i = 0; i < table.size(); ++i) table[i] = (int32_t)i;
@@ -137,7 +137,7 @@ class Chooser {
   Chooser(const Shape& shape, const Kernels& kernels, int threads, int64_t blocks)
       : shape(shape),
         context_{std::make_shared<Context>(kernels, threads)},
-        cache_(kernels, {shape.type, 2, 0, 0, 6, 2, shape.index, 0}, blocks) {
+        cache_(kernels, {shape.type, 2, 0, 0, 6, 2, shape.index, 0, nullptr}, blocks) {
     Random random(3);
     const int32_t rows[] = {shape.heads * shape.index, shape.index, shape.heads};
     for (int i = 0; i < 3; ++i) {

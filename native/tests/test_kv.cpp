@@ -92,7 +92,7 @@ int main() {
   Random random(1);
   for (const Variant& v : vector_variants())
     for (int type : {DSO_KV_F32, DSO_KV_BF16, DSO_KV_INT8}) {
-      for (int32_t d : {2, 6, 16, 18, 40, 64, 80, 96, 128, 254, 256}) {
+      for (int32_t d : {2, 6, 16, 18, 40, 64, 80, 96, 128, 254, 256, 512}) {
         round_trip(v, type, 1 + random.below(4), d, 1 + random.below(150), random);
         neighbours(v, type, d, random);
       }

@@ -34,7 +34,7 @@ class Model {
       : spec(s),
         isa(v.name),
         context(*v.kernels, threads),
-        cache(*v.kernels, {s.type, 2, 0, 0, s.rank, s.rope, 0, 1}, kBlocks) {
+        cache(*v.kernels, {s.type, 2, 0, 0, s.rank, s.rope, 0, 1, nullptr}, kBlocks) {
     const int32_t widths[] = {s.q_width(), s.width()};
     for (int i = 0, from = 0; i < 2; from += widths[i++]) {
       std::vector<float> part((size_t)widths[i] * (size_t)s.row_width(), 0.0f);
@@ -149,7 +149,8 @@ void summaries_hold(Model& m, const Sequence& s, const char* what) {
     for (int64_t i = 0; i < c.width(); ++i)
       for (bool smallest : {false, true}) {
         const int64_t block = s.table[(size_t)b];
-        const uint8_t* panel = v.summaries + block / 32 * v.summary_stride + (smallest ? m.cache.layout.summary_bytes / 2 : 0);
+        const uint8_t* panel =
+            v.summaries + block / 32 * v.summary_stride + (smallest ? m.cache.layout(0).summary_bytes / 2 : 0);
         const float got = c.type == DSO_KV_F32
                               ? ((const float*)panel)[i * 32 + block % 32]
                               : from_bits((uint32_t)((const uint16_t*)panel)[i / 2 * 64 + block % 32 * 2 + i % 2] << 16);

@@ -240,7 +240,7 @@ void ragged(const Variant& v, const Shape& s, const std::vector<std::pair<int32_
             const std::vector<std::pair<int32_t, int32_t>>& prefill, Random& random) {
   const Weights w(s, *v.kernels, random);
   Plan plan(s, w, *v.kernels, 1 + random.below(5)), other(s, w, *v.kernels, 1 + random.below(3));
-  dso_cache cache(*v.kernels, {s.kv_type, 1, 0, 0, s.rank, s.rope, s.index(), 0}, kBlocks);
+  dso_cache cache(*v.kernels, {s.kv_type, 1, 0, 0, s.rank, s.rope, s.index(), 0, nullptr}, kBlocks);
   memset(cache.arena.data(), 0xff, (size_t)(kBlocks * cache.block_bytes()));  // what nobody wrote is NaN
   const std::string name = v.name + " kv " + std::to_string(s.kv_type) + " kv_b " + std::to_string(s.format) + " [" +
                            std::to_string(s.heads) + ", " + std::to_string(s.nope) + "+" + std::to_string(s.rope) + ", " +

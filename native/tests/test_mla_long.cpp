@@ -176,14 +176,14 @@ void against_doubles(const Variant& v, const Case& c, int32_t type, const Plan& 
 
 void long_context(const Variant& v, int32_t type, const Case& c, Random& random) {
   const int32_t tokens = c.context + c.rows, blocks = (tokens + 31) / 32;
-  dso_cache cache(*v.kernels, {type, 1, 0, 0, c.rank, kRope, 0, 0}, blocks);
+  dso_cache cache(*v.kernels, {type, 1, 0, 0, c.rank, kRope, 0, 0, nullptr}, blocks);
   std::vector<int32_t> table;
   for (int32_t i = 0; i < blocks; ++i) table.push_back(i);
   random.shuffle(table);
   const std::vector<float> x = normal((size_t)tokens * (size_t)c.latent(), 0.8f, random),
                            q = normal((size_t)c.rows * (size_t)c.query(), 0.8f, random);
   for (int32_t t = 0; t < tokens; t += 32)
-    v.kernels->latent_write(cache.layout, cache.view(0, table.data()), t, std::min(32, tokens - t),
+    v.kernels->latent_write(cache.layout(0), cache.view(0, table.data()), t, std::min(32, tokens - t),
                             x.data() + (int64_t)t * c.latent(), 4 * c.latent());
   std::vector<float> latents((size_t)tokens * (size_t)c.latent());
   cache.read(0, table.data(), tokens, latents.data(), nullptr);

@@ -193,7 +193,7 @@ void hidden_and_embeddings(const Kernels& kernels) {
   Spec spec;
   Random random(5);
   Model model(spec, kernels, 2);
-  dso_cache cache(kernels, {spec.kv_type, spec.layers, spec.kv_heads, spec.head_dim, 0, 0, 0, 0}, 2);
+  dso_cache cache(kernels, {spec.kv_type, spec.layers, spec.kv_heads, spec.head_dim, 0, 0, 0, 0, nullptr}, 2);
   const int32_t T = 9, query[] = {T}, context[] = {0}, phase[] = {DSO_PHASE_PREFILL}, table[] = {1};
   std::vector<int32_t> ids = random_tokens(T, spec, random), positions(T);
   for (int i = 0; i < T; ++i) positions[(size_t)i] = i;
@@ -252,7 +252,7 @@ void chosen_blocks_stay_inside(const Kernels& kernels) {
   dso_plan* plan = nullptr;
   if (!check(dso_plan_create(context.c, steps, 3, slots, 2, &weight, 1, 1, &plan) == 0, "plan: %s", dso_last_error())) return;
   const std::vector<int32_t> table((1 << 24) + 4, 0);
-  dso_cache cache(kernels, {DSO_KV_F32, 1, 1, 2, 0, 0, 0, 0}, 1);
+  dso_cache cache(kernels, {DSO_KV_F32, 1, 1, 2, 0, 0, 0, 0, nullptr}, 1);
   const int32_t one = 1, context_len = 32 * (int32_t)(table.size() - 1), phase = DSO_PHASE_DECODE;
   for (const float number : {3e9f, INFINITY, -1.0f, -INFINITY}) {
     const float q[] = {number, 5};

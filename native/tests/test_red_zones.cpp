@@ -22,7 +22,7 @@ int32_t run(const Kernels& kernels, bool checked, std::vector<float>& logits) {
       dso_plan_create(model.context.c, model.steps.data(), (int32_t)model.steps.size(), model.slots.data(),
                       (int32_t)model.slots.size(), model.weights.data(), (int32_t)model.weights.size(), spec.vocab, &plan) == 0,
       "plan: %s", dso_last_error());
-  dso_cache cache(kernels, {spec.kv_type, spec.layers, spec.kv_heads, spec.head_dim, 0, 0, 0, 0}, 1);
+  dso_cache cache(kernels, {spec.kv_type, spec.layers, spec.kv_heads, spec.head_dim, 0, 0, 0, 0, nullptr}, 1);
   const int32_t ids[] = {1, 2, 3}, positions[] = {0, 1, 2}, query = 3, context = 0, phase = DSO_PHASE_PREFILL, table = 0,
                 rows[] = {0, 1, 2};
   logits.assign(3 * (size_t)spec.vocab, NAN);

@@ -63,8 +63,8 @@ struct Case {
         rank(rank),
         f(frequencies(key.rot, theta)),
         g(frequencies(std::max(2, index.rot), 100.0)) {
-    const dso_cache_shape shape = rank ? dso_cache_shape{type, layers, 0, 0, rank, key.width, index.width, 0}
-                                       : dso_cache_shape{type, layers, heads, key.width, 0, 0, 0, 0};
+    const dso_cache_shape shape = rank ? dso_cache_shape{type, layers, 0, 0, rank, key.width, index.width, 0, nullptr}
+                                       : dso_cache_shape{type, layers, heads, key.width, 0, 0, 0, 0, nullptr};
     check(dso_cache_create(&shape, 6, &cache) == 0, "%s", dso_last_error());
     const int32_t all[] = {0, 1, 2, 3, 4, 5};
     for (int layer = 0; layer < layers; ++layer) {
@@ -74,11 +74,11 @@ struct Case {
       const KvView view = cache->view(layer, all);
       for (int64_t t = 0; t < 6 * 32; t += 32) {
         if (!rank)
-          v.kernels->kv_write(cache->layout, view, t, 32, a.data() + t * width, width * 4, b.data() + t * width, width * 4, 0,
-                              heads);
+          v.kernels->kv_write(cache->layout(layer), view, t, 32, a.data() + t * width, width * 4, b.data() + t * width,
+                              width * 4, 0, heads);
         else
-          v.kernels->latent_write(cache->layout, view, t, 32, a.data() + t * width, width * 4);
-        if (index.width) v.kernels->index_write(cache->layout, view, t, 32, c.data() + t * index.width, index.width * 4);
+          v.kernels->latent_write(cache->layout(layer), view, t, 32, a.data() + t * width, width * 4);
+        if (index.width) v.kernels->index_write(cache->layout(layer), view, t, 32, c.data() + t * index.width, index.width * 4);
       }
     }
   }
@@ -223,14 +223,14 @@ void drifts(const Variant& v, Random& random) {
 // A NaN stays in its token, and a zero key stays zero.
 void special_values(const Variant& v, int type, Random& random) {
   const int32_t table[] = {0};
-  const dso_cache_shape shape{type, 1, 1, 16, 0, 0, 0, 0};
+  const dso_cache_shape shape{type, 1, 1, 16, 0, 0, 0, 0, nullptr};
   dso_cache* k = nullptr;
   check(dso_cache_create(&shape, 1, &k) == 0, "%s", dso_last_error());
   std::vector<float> x = normal(32 * 16, 1, random), key(x.size()), value(x.size());
   x[16 + 3] = NAN;
   x[2 * 16 + 5] = INFINITY;
   std::fill_n(x.begin() + 3 * 16, 16, 0.0f);
-  v.kernels->kv_write(k->layout, k->view(0, table), 0, 32, x.data(), 64, x.data(), 64, 0, 1);
+  v.kernels->kv_write(k->layout(0), k->view(0, table), 0, 32, x.data(), 64, x.data(), 64, 0, 1);
   OwnContext c(*v.kernels, 1);
   const std::vector<float> f = frequencies(16, 100);
   const dso_rotation r{f.data(), 16, 0, 0, 0};
@@ -252,13 +252,13 @@ void special_values(const Variant& v, int type, Random& random) {
 // A block is rotated as a whole, and its summary is recomputed, also if it contains tokens after the last.
 void summaries_follow(const Variant& v, int type, Random& random) {
   const int32_t table[] = {1, 0};
-  dso_cache cache(*v.kernels, {type, 1, 1, 16, 0, 0, 0, 1}, 2);
+  dso_cache cache(*v.kernels, {type, 1, 1, 16, 0, 0, 0, 1, nullptr}, 2);
   const KvView view = cache.view(0, table);
   const std::vector<float> x = normal(64 * 16, 1, random), f = frequencies(16, 100);
   for (int64_t start : {0, 32})
-    v.kernels->kv_write(cache.layout, view, start, 32, x.data() + start * 16, 64, x.data(), 64, 0, 1);
+    v.kernels->kv_write(cache.layout(0), view, start, 32, x.data() + start * 16, 64, x.data(), 64, 0, 1);
   auto summarise = [&] {
-    for (int64_t block : {0, 1}) v.kernels->kv_summarise(cache.layout, view, block);
+    for (int64_t block : {0, 1}) v.kernels->kv_summarise(cache.layout(0), view, block);
     return std::vector<uint8_t>(cache.summaries.data(), cache.summaries.data() + cache.group_bytes());
   };
   const std::vector<uint8_t> before = summarise();

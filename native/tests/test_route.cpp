@@ -8,7 +8,7 @@ namespace {
 
 struct Spec {
   int32_t experts, top_k, groups, top_groups, flags;
-  bool bias;
+  bool bias, factors = false;  // factors: the same vector, as w0
 };
 constexpr int32_t kV2 = 0, kV3 = DSO_FLAG_SIGMOID | DSO_FLAG_TOP2 | DSO_FLAG_NORMALISE;
 constexpr float kScale = 2.5f;
@@ -21,7 +21,8 @@ class Router {
     const dso_slot slots[] = {{DSO_SLOT_F32, spec.experts, 0, 0}, {DSO_SLOT_F32, 2 * spec.top_k, 0, 0}};
     const dso_weight weights[] = {{DSO_F32, 1, spec.experts, 0, embed_.get(), (int64_t)embed_.size()},
                                   {DSO_VECTOR, 1, spec.experts, 0, bias_.data(), 4 * (int64_t)bias_.size()}};
-    dso_step steps[] = {step_of(DSO_OP_EMBEDDING, {}, {0}, {0}), step_of(DSO_OP_ROUTE, {0}, {1}, {}, {spec.bias ? 1 : -1}),
+    dso_step steps[] = {step_of(DSO_OP_EMBEDDING, {}, {0}, {0}),
+                        step_of(DSO_OP_ROUTE, {0}, {1}, {spec.factors ? 1 : -1}, {spec.bias ? 1 : -1}),
                         step_of(DSO_OP_HIDDEN_OUT, {1}, {})};
     steps[1].flags = spec.flags, steps[1].experts = spec.experts, steps[1].top_k = spec.top_k;
     steps[1].groups = spec.groups, steps[1].top_groups = spec.top_groups, steps[1].scale = kScale;
@@ -123,7 +124,8 @@ void compare(const Spec& s, const Kernels& k, const std::vector<float>& x, const
                  "%s, %d of %d, groups %d of %d, flags %d: row %d chooses %g as its %d-th, not %d", k.isa, s.top_k, s.experts,
                  s.top_groups, s.groups, s.flags, t, routes[j], j, e.chosen[(size_t)j]))
         return;
-      const double want = e.scores[(size_t)e.chosen[(size_t)j]] / (s.flags & DSO_FLAG_NORMALISE ? sum : 1) * kScale,
+      const double factor = s.factors ? bias[(size_t)e.chosen[(size_t)j]] : 1;
+      const double want = e.scores[(size_t)e.chosen[(size_t)j]] / (s.flags & DSO_FLAG_NORMALISE ? sum : 1) * kScale * factor,
                    got = routes[s.top_k + j];
       const bool both_nan = std::isnan(want) && std::isnan(got);
       check(both_nan || std::fabs(got - want) <= 2e-6 * std::fabs(want) + 1e-37, "%s, flags %d: row %d, weight %d: %g, not %g",
@@ -145,6 +147,7 @@ const Spec kSpecs[] = {
     {12, 4, 6, 2, kV3, true},
     {12, 3, 12, 3, kV2, true},
     {1000, 100, 10, 5, DSO_FLAG_NORMALISE, true},
+    {37, 5, 1, 1, DSO_FLAG_NORMALISE, false, true},
 };
 
 void random_scores(const Kernels& k, int threads) {

@@ -24,7 +24,7 @@ class Plan {
       : top_k(top_k),
         width_(kQuery + kLatent + std::max(1, top_k)),
         context_{std::make_shared<Context>(kernels, threads)},
-        cache(kernels, {type, 1, 0, 0, kRank, kRope, 0, 0}, 128) {
+        cache(kernels, {type, 1, 0, 0, kRank, kRope, 0, 0, nullptr}, 128) {
     Random random(9);
     const int32_t widths[] = {kQuery, kLatent, std::max(1, top_k)};
     for (int i = 0, from = 0; i < 3; from += widths[i++]) {
@@ -83,7 +83,7 @@ class Plan {
   }
   uint8_t* latent_row(int64_t token) {
     return cache.view(0, table.data()).base + table[(size_t)token / 32] * cache.block_bytes() +
-           token % 32 * cache.layout.row_bytes;
+           token % 32 * cache.layout(0).row_bytes;
   }
 
   const int32_t top_k;
@@ -129,7 +129,7 @@ std::vector<float> random_choice(int64_t count, int64_t of, Random& random) {
 }
 
 void against_doubles(const Variant& v, Plan& p, const Row& row, const std::vector<float>& latents, const float* got) {
-  const int type = p.cache.layout.type;
+  const int type = p.cache.layout(0).type;
   for (int64_t h = 0; h < kHeads; ++h) {
     std::vector<double> q(kLatent), logit, mixed(kRank);
     for (int64_t i = 0; i < kRank; ++i)
@@ -186,7 +186,7 @@ void sparse(const Variant& v, int32_t type, int32_t top_k, int threads, Random& 
   }
   // Alone, in a separate step, and with NaN in all tokens that were not chosen.
   for (int64_t t = 0; t < context; ++t)
-    if (!read.count((float)t)) memset(p.latent_row(t), 0xff, (size_t)p.cache.layout.row_bytes);
+    if (!read.count((float)t)) memset(p.latent_row(t), 0xff, (size_t)p.cache.layout(0).row_bytes);
   for (size_t i = 0; i < asked.size(); ++i) {
     const std::vector<float> alone = p.run(context + (int32_t)i, {asked[i]});
     check(!memcmp(alone.data(), together.data() + i * kOut, kOut * 4),

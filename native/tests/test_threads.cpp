@@ -31,7 +31,7 @@ void make_and_drop(const Model& model) {
                                      (int32_t)model.slots.size(), model.weights.data(), (int32_t)model.weights.size(),
                                      model.spec.vocab, &plan);
   check(rc == 0 && dso_plan_reserve(plan, 7, 7) == 0, "plan: %s", dso_last_error());
-  const dso_cache_shape shape{DSO_KV_BF16, 2, 2, 16, 0, 0, 0, 0};
+  const dso_cache_shape shape{DSO_KV_BF16, 2, 2, 16, 0, 0, 0, 0, nullptr};
   dso_cache* cache = nullptr;
   check(dso_cache_create(&shape, 4, &cache) == 0 && dso_cache_release(cache, 1) == 0, "cache: %s", dso_last_error());
   const dso_weight& head = model.weights.back();

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers.models.gemma4.modeling_gemma4 import Gemma4TextRouter
 
 from deepseek_optimizer.backends.reference import ReferenceBackend, moe, ops
 from deepseek_optimizer.errors import BackendError
@@ -14,7 +15,7 @@ from deepseek_optimizer.graph import rules
 from deepseek_optimizer.graph.analysis import stack_shapes
 from deepseek_optimizer.models import build_graph
 from deepseek_optimizer.quant import PackedStack, get_format, pack
-from support.models import CASES, assert_close_rows, random_ids, random_model, transformers_logits, weights_of
+from support.models import CASES, assert_close_rows, random_ids, random_model, randomise, transformers_logits, weights_of
 from support.steps import runner
 from support.watch import spy
 
@@ -67,6 +68,20 @@ def test_chosen_experts_equal_transformers(case: str, monkeypatch: pytest.Monkey
         torch.testing.assert_close(shares[clear], weights.gather(1, order.indices)[clear], rtol=1e-4, atol=1e-5)
         distinct.update(map(tuple, ours.tolist()))
     assert len(distinct) > 20  # routers that choose
+
+
+def test_a_factor_per_expert_equals_gemma_4() -> None:
+    config = CASES["gemma4_text-experts"]()
+    router = Gemma4TextRouter(config).eval()
+    randomise(router)
+    x = randn(50, config.hidden_size)
+    _, weights, chosen = router(x)
+    logits = router.proj(router.norm(x) * router.scale * config.hidden_size**-0.5)
+    options = {"top_k": 2, "groups": 1, "top_groups": 1, "scoring": "softmax", "group_score": "max", "normalise": True}
+    routes = moe.route(logits, None, router.per_expert_scale.detach(), scale=1.0, **options)
+    order = chosen.argsort(-1)
+    assert torch.equal(routes[:, :2].long(), chosen.gather(-1, order))
+    torch.testing.assert_close(routes[:, 2:], weights.gather(-1, order), rtol=1e-5, atol=1e-6)
 
 
 def test_ties_go_to_the_lower_index() -> None:

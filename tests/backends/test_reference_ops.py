@@ -42,6 +42,8 @@ def test_norms() -> None:
     expected = heads / (heads.square().mean(-1, keepdim=True) + 1e-3).sqrt() * weight.double()
     torch.testing.assert_close(ops.head_norm(x, weight, 1e-3, 3).double(), expected.flatten(1), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(ops.rms_norm(x[:, :8], weight, 1e-3).double(), expected[:, 0], rtol=1e-5, atol=1e-6)
+    without = ops.head_norm(x, None, 1e-3, 3).double()
+    torch.testing.assert_close(without, (expected / weight.double()).flatten(1), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("window", [0, 1, 5, 40])

@@ -73,6 +73,22 @@ def test_block_bytes_equal_the_size_of_a_block(kv_dtype: str) -> None:
     assert store.block_bytes == store_block_bytes(SPEC, kv_dtype) == sum(t.nbytes for t in tensors) // len(store._data[0])
 
 
+@pytest.mark.parametrize("kv_dtype", ["fp32", "bf16", "int8"])
+def test_layers_of_different_sizes(kv_dtype: str) -> None:
+    spec = CacheSpec(layers=2, kv_heads=(3, 1), head_dim=(8, 20))
+    assert spec.heads == ((3, 8), (1, 20)) and spec.elements_per_token == 2 * (24 + 20)
+    store, table = TorchStore(spec, kv_dtype, 8, torch.device("cpu")), torch.from_numpy(TABLE).long()
+    written = [torch.randn(40, *heads, generator=torch.Generator().manual_seed(1)) for heads in spec.heads]
+    for layer, rows in enumerate(written):
+        store.write(layer, table, 0, rows, rows + 1)
+    for layer, rows in enumerate(written):
+        key, value = store.read(layer, TABLE, 40)
+        torch.testing.assert_close(key, rows.transpose(0, 1), rtol=0.01, atol=0.03)
+        torch.testing.assert_close(value, rows.transpose(0, 1) + 1, rtol=0.01, atol=0.03)
+    assert store.saved_bytes == store_block_bytes(spec, kv_dtype)
+    assert store_block_bytes(spec, kv_dtype) == sum(store_block_bytes(CacheSpec(1, *heads), kv_dtype) for heads in spec.heads)
+
+
 def test_short_tables_and_unknown_dtypes_are_rejected() -> None:
     store, _, _ = filled("fp32")
     with pytest.raises(BackendError, match="too few for"):

@@ -28,6 +28,7 @@ FREQUENCIES = (1.0 / 10000.0 ** (np.arange(0, 12, 2) / 12)).astype(np.float32)
 SHAPES = {
     "heads": (CacheSpec(3, 2, 12), KeyRotation(FREQUENCIES, Pairs(12, 0, False))),
     "interleaved": (CacheSpec(2, 3, 20), KeyRotation(FREQUENCIES, Pairs(12, 6, True))),
+    "sizes": (CacheSpec(3, (2, 1, 3), (12, 20, 16)), KeyRotation(FREQUENCIES, Pairs(12, 0, False))),
     "latent": (LatentSpec(3, 40, 12), KeyRotation(FREQUENCIES, Pairs(12, 0, True))),
     "halves": (LatentSpec(2, 300, 12), KeyRotation(FREQUENCIES, Pairs(12, 0, False))),
     "indexer": (LatentSpec(2, 40, 12, 24), KeyRotation(FREQUENCIES, Pairs(12, 0, True), Pairs(12, 4, False))),
@@ -49,7 +50,7 @@ def filled(spec: Any, kind: str) -> tuple[Any, list[torch.Tensor]]:
             if spec.index:
                 store.write_index(layer, table, 0, torch.randn(TOKENS, spec.index, generator=generator))
         else:
-            shape = (TOKENS, spec.kv_heads, spec.head_dim)
+            shape = (TOKENS, *spec.heads_of(layer))
             store.write(layer, table, 0, torch.randn(shape, generator=generator), torch.randn(shape, generator=generator))
     return store, rows_of(store, spec)
 

@@ -80,6 +80,13 @@ FIELDS: dict[str, dict[str, Any]] = {
     "gemma": {**GELU, "hidden_act": "gelu_pytorch_tanh"},
     "gemma2": {**GELU, "sliding_window": 32, "query_pre_attn_scalar": 8},
     "gemma3_text": {**GELU, "layer_types": TYPES, "sliding_window": 32, "query_pre_attn_scalar": 8},
+    "gemma4_text": {
+        **GELU, "num_hidden_layers": 4, "num_kv_shared_layers": 2, "layer_types": [*TYPES, *TYPES], "sliding_window": 32,
+        "global_head_dim": 16, "vocab_size_per_layer_input": 99, "hidden_size_per_layer_input": 16, "use_double_wide_mlp": True,
+    },
+    "gemma4_unified_text": {
+        **GELU, "layer_types": TYPES, "sliding_window": 32, "global_head_dim": 16, "attention_k_eq_v": True,
+    },
     "ernie4_5": {**SMALL, "head_dim": 8},
     "exaone4": {**SMALL, "layer_types": TYPES, "sliding_window": 32, "sliding_window_pattern": 2},
     "seed_oss": {**SMALL, "head_dim": 8, "attention_dropout": 0.0, "residual_dropout": 0.0},

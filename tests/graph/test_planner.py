@@ -13,7 +13,7 @@ from deepseek_optimizer.models import build_graph
 from support.models import CASES, llama
 
 MAY_OVERWRITE = {"add": {0: (0, 1)}, "multiply": {0: (0, 1)}}
-IN_PLACE = ("add_rms_norm", "gelu", "latent", "position_scale", "rope", "rope_cache", "scale", "sigmoid_gate")
+IN_PLACE = ("add_rms_norm", "gelu", "latent", "position_scale", "rope", "rope_cache", "scale", "scale_by", "sigmoid_gate")
 MAY_OVERWRITE |= {op: {0: (0,)} for op in IN_PLACE}
 
 

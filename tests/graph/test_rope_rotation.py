@@ -15,7 +15,9 @@ from deepseek_optimizer.models import build_graph
 from support.models import CASES, llama
 
 # Layers without RoPE, with two of them, or with a norm after it.
-WITHOUT_A_ROTATION = ("smollm3", "exaone4-types", "cohere2", "olmo3", "gemma3_text", "hunyuan_v1_dense", "llama4")
+WITHOUT_A_ROTATION = (
+    "smollm3", "exaone4-types", "cohere2", "olmo3", "gemma3_text", "gemma4_", "hunyuan_v1_dense", "llama4",
+)  # fmt: skip
 INTERLEAVED = ("glm-", "glm4-", "ernie4_5")  # besides latent attention
 DYNAMIC = {"llama-dynamic": 4096, "phi3-longrope": 256}
 

@@ -17,6 +17,8 @@ from deepseek_optimizer.integration.configs import check_config
 from deepseek_optimizer.models import SUPPORTED, build_graph
 from support.models import CASES, llama, qwen2, qwen3, random_model, rope
 
+BUFFERS = ("correction_bias", "expert_bias", "layer_scalar")
+
 
 @pytest.mark.parametrize("case", CASES)
 def test_graph_names_every_parameter_of_the_model(case: str) -> None:
@@ -24,7 +26,7 @@ def test_graph_names_every_parameter_of_the_model(case: str) -> None:
     graph = build_graph(model.config)
     check_graph(graph)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}  # tied heads are listed once
-    shapes |= {name: tuple(b.shape) for name, b in model.named_buffers() if name.endswith(("correction_bias", "expert_bias"))}
+    shapes |= {name: tuple(b.shape) for name, b in model.named_buffers() if name.endswith(BUFFERS)}
     assert set(graph.weights()) == set(shapes)
     assert weight_shapes(graph) == weight_shapes(rules.apply(graph)[0]) == shapes
     assert graph.family == case.split("-")[0]

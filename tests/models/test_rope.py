@@ -44,7 +44,7 @@ def test_frequencies_equal_transformers(case: str) -> None:
 
 def test_every_type_has_a_case() -> None:
     kinds = {spec_of(make()).kind for make in CASES.values()}
-    assert kinds == {"default", "linear", "dynamic", "yarn", "llama3", "longrope"}
+    assert kinds == {"default", "linear", "dynamic", "yarn", "llama3", "longrope", "proportional"}
 
 
 @pytest.mark.parametrize("length", [1, 256, 257, 300, 1000])

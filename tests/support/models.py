@@ -21,6 +21,8 @@ from transformers import (
     Exaone4Config,
     Gemma2Config,
     Gemma3TextConfig,
+    Gemma4TextConfig,
+    Gemma4UnifiedTextConfig,
     GemmaConfig,
     Glm4Config,
     Glm4MoeConfig,
@@ -126,6 +128,41 @@ def gemma2(**fields: Any) -> Gemma2Config:
 def gemma3_text(**fields: Any) -> Gemma3TextConfig:
     sizes = {"num_hidden_layers": 4, "head_dim": 20, "sliding_window": 37, "query_pre_attn_scalar": 24}
     return Gemma3TextConfig(**{**_small(), **sizes, "sliding_window_pattern": 3, **fields})
+
+
+def gemma4_text(**fields: Any) -> Gemma4TextConfig:
+    """Like the dense checkpoints: values of full layers are keys, whose heads are wide. Heads of the two types of layers differ
+    in number and size."""
+    sizes = {
+        "num_hidden_layers": 4, "head_dim": 20, "sliding_window": 37, "global_head_dim": 44, "num_global_key_value_heads": 1,
+        "attention_k_eq_v": True, "hidden_size_per_layer_input": 0, "final_logit_softcapping": 5.0,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
+    }  # fmt: skip
+    return Gemma4TextConfig(**{**_small(), **sizes, **fields})
+
+
+def gemma4_shared(**fields: Any) -> Gemma4TextConfig:
+    """Like E2B: embeddings per layer, and layers that read the keys and values of others."""
+    sizes = {
+        "num_hidden_layers": 6, "num_kv_shared_layers": 3, "use_double_wide_mlp": True, "hidden_size_per_layer_input": 12,
+        "vocab_size_per_layer_input": 223, "attention_k_eq_v": False,
+    }  # fmt: skip
+    kinds = ["sliding_attention", "full_attention", "sliding_attention"]
+    return gemma4_text(**{**sizes, "layer_types": [*kinds, kinds[0], kinds[0], kinds[1]], **fields})
+
+
+def gemma4_moe(**fields: Any) -> Gemma4TextConfig:
+    experts = {"enable_moe_block": True, "num_experts": 6, "top_k_experts": 2, "moe_intermediate_size": 44}
+    return gemma4_text(**{**experts, "num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"], **fields})
+
+
+def gemma4_unified_text(**fields: Any) -> Gemma4UnifiedTextConfig:
+    kinds = ["full_attention", "sliding_attention", "sliding_attention", "full_attention"]
+    sizes = {
+        "num_hidden_layers": 4, "head_dim": 20, "sliding_window": 37, "global_head_dim": 44, "num_kv_shared_layers": 2,
+        "layer_types": kinds,
+    }  # fmt: skip
+    return Gemma4UnifiedTextConfig(**{**_small(), **sizes, **fields})
 
 
 def ernie4_5(**fields: Any) -> Ernie4_5Config:
@@ -420,6 +457,10 @@ CASES: dict[str, Callable[[], Any]] = {
     "gemma-tied": gemma,
     "gemma2-limits": gemma2,
     "gemma3_text-two-ropes": gemma3_text,
+    "gemma4_text-dense": gemma4_text,
+    "gemma4_text-shared": gemma4_shared,
+    "gemma4_text-experts": lambda: gemma4_moe(attention_bias=True),
+    "gemma4_unified_text-shared": gemma4_unified_text,
     "ernie4_5-biases": lambda: ernie4_5(use_bias=True),
     "exaone4-types": exaone4,
     "exaone4-global": lambda: exaone4(sliding_window=None, layer_types=["full_attention"] * 3),
@@ -487,6 +528,8 @@ def randomise(model: Any, seed: int = 0) -> Any:
     """Replaces all weights of the module by random ones, and returns it."""
     generator = torch.Generator().manual_seed(seed)
     for name, buffer in model.named_buffers():
+        if name.endswith("layer_scalar"):
+            buffer.copy_(1 + torch.randn(buffer.shape, generator=generator) * 0.2)
         if name.endswith(("e_score_correction_bias", "expert_bias")):  # as large as the differences between scores
             buffer.copy_(torch.randn(buffer.shape, generator=generator) * 0.2)
     for name, parameter in model.named_parameters():

@@ -20,8 +20,9 @@ constexpr int64_t column_bytes = T == Read::i8 || T == Read::i8_dot ? 1 : 4;
 constexpr int tile_cols = registers >= 32 ? 2 : 1;  // registers of 16 columns in a tile
 constexpr int tile_rows = registers >= 32 ? 8 : 4;
 constexpr int64_t chunk_blocks = attn_chunk / block_tokens;
-constexpr int64_t row_stride = attn_chunk + 16;  // elements from one row of a tile to the next; not a power of two
-constexpr int64_t look_ahead_pieces = 6;         // 12 KB with BF16: the fastest of 2 to 24 as measured
+// Elements from one row of a tile, of queries or of weights, to the next; not a power of two.
+constexpr int64_t row_stride = (max_head_dim > attn_chunk ? max_head_dim : attn_chunk) + 16;
+constexpr int64_t look_ahead_pieces = 6;  // 12 KB with BF16: the fastest of 2 to 24 as measured
 constexpr float log2e = 1.44269504f;
 
 DSO_INLINE float minus_infinity() { return -__builtin_inff(); }

@@ -93,7 +93,7 @@ static void latent_summarise(const KvLayout& l, const KvView& v, int64_t block) 
 
 // Rows of q, split into the factors of the maxima and of the minima, and into slices, each a tile in the form that `product`
 // reads.
-constexpr int64_t slice_width = max_head_dim;
+constexpr int64_t slice_width = 256;
 constexpr int64_t slice_bytes = tile_rows * row_stride * 4;
 static_assert(2 * max_summary_width / slice_width * slice_bytes <= (int64_t)sizeof(Workspace::room));
 

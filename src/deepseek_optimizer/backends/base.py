@@ -83,7 +83,7 @@ class StepBatch:
     """One ragged step: no padding. Decode sequences come first; a sequence's rows are consecutive.
 
     Attributes:
-        token_ids: int32 [T]; ignored if `inputs_embeds` is given.
+        token_ids: int32 [T]; ignored if `inputs_embeds` is given, unless the graph has op `lookup`.
         positions: int32 [T], for RoPE only; causality follows the order in the cache.
         query_len: int32 [S], > 0, sums to T.
         context_len: int32 [S], tokens in the cache before this step.

@@ -96,7 +96,7 @@ def traffic_of(model: Any) -> Traffic:
     if "dso" in model.__dict__:
         runtime = model.dso
         held = {name: weight.nbytes for name, weight in weights_of(model, graph).items()}
-        described = [row for row in runtime.plan.describe() if row["op"] != "embedding" and "bytes" in row]
+        described = [row for row in runtime.plan.describe() if row["op"] not in ("embedding", "lookup") and "bytes" in row]
         steps = described or [_step(node, held) for node in graph.nodes if node.op in _PRODUCTS]  # the reference tells no bytes
         kv_bytes: float = runtime.backend.block_bytes(runtime.graph, runtime.kv_dtype) / BLOCK_TOKENS
         chosen_bytes, top_k = _chosen(runtime)

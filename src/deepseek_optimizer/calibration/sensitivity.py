@@ -27,7 +27,7 @@ from ..backends.base import (
 )
 from ..graph import rules
 from ..graph.ir import Graph
-from ..graph.partial_graph import graph_from_hidden_state, latest_restart
+from ..graph.partial_graph import graph_from_hidden_state, latest_start
 from ..quant import PackedWeight
 from .budget import Option
 from .groups import Group
@@ -80,8 +80,7 @@ class Probe:
             start: index of the last hidden state that does not depend on these matrices; None: run the whole model.
             kv_dtype: storage of the cache; None: the model's. With another storage, `start` must be None.
         """
-        if start is not None:
-            start = latest_restart(self.graph, start)
+        start = None if start is None else latest_start(self.graph, start)
         if start not in self._fused:
             self._fused[start] = rules.apply(graph_from_hidden_state(self.graph, start))[0]  # type: ignore[arg-type]  # None is always a key
         self._batch.inputs_embeds = None if start is None else self._hidden[start]

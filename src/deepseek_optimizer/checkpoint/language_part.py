@@ -22,11 +22,14 @@ class LanguagePart:
             nothing else.
         prefixes: beginnings of its tensors' names, and what the language model by itself has in their place.
         unread: names of tensors that are not loaded, by what they belong to.
+        shares_kv: whether the last `num_kv_shared_layers` layers read the keys and values of others, so that their own, which
+            checkpoints may contain, are not loaded.
     """
 
     model_type: str = ""
     prefixes: Mapping[str, str] = field(default_factory=dict)
     unread: Mapping[str, str] = field(default_factory=dict)
+    shares_kv: bool = False
 
 
 _MTP: Final = {"multi-token prediction": r"mtp\..*"}
@@ -34,6 +37,10 @@ _QWEN: Final = {"the vision tower": r"model\.visual\..*", **_MTP}
 _IN_MODEL: Final = {"model.language_model.": "model."}
 _IMAGES: Final = {"the vision tower": r"(model\.)?(vision_tower|vision_model|multi_modal_projector)\..*"}
 _GLM_5: Final = {"multi-token prediction": r"model\.layers\.78\..*"}
+_TOWERS: Final = {
+    "the vision tower": r"model\.(vision_tower|embed_vision|vision_embedder)\..*",
+    "the audio tower": r"model\.(audio_tower|embed_audio)\..*",
+}
 _PARTS: Final[Mapping[str, LanguagePart]] = {
     "glm_moe_dsa": LanguagePart(unread=_GLM_5),
     "llama4": LanguagePart("llama4_text", {"language_model.": ""}, _IMAGES),
@@ -43,7 +50,12 @@ _PARTS: Final[Mapping[str, LanguagePart]] = {
     "qwen3_5_text": LanguagePart(unread=_MTP),
     "qwen3_5_moe": LanguagePart("qwen3_5_moe_text", _IN_MODEL, _QWEN),
     "qwen3_5_moe_text": LanguagePart(unread=_MTP),
+    "gemma4": LanguagePart("gemma4_text", _IN_MODEL, _TOWERS, shares_kv=True),
+    "gemma4_text": LanguagePart(shares_kv=True),
+    "gemma4_unified": LanguagePart("gemma4_unified_text", _IN_MODEL, _TOWERS, shares_kv=True),
+    "gemma4_unified_text": LanguagePart(shares_kv=True),
 }
+MAX_LAYERS: Final = 4096  # more than any model has
 # Fields of the whole model that apply to its language model; those of `text_config` override them.
 _SHARED: Final[tuple[str, ...]] = (
     "dtype",
@@ -75,7 +87,8 @@ def language_part(
         if tied:  # what the whole model's class does, whatever its language model's config says
             config["tie_word_embeddings"] = True
     kept, remarks = dict(tensors), []
-    for what, pattern in part.unread.items():
+    unread_parts = {**part.unread, **(_shared_kv(config) if part.shares_kv else {})}
+    for what, pattern in unread_parts.items():
         unread = [name for name in kept if re.fullmatch(pattern, name)]
         if unread:
             remarks.append(f"{what} is not loaded ({len(unread)} tensor{'' if len(unread) == 1 else 's'})")
@@ -87,3 +100,15 @@ def language_part(
 def _renamed(name: str, prefixes: Mapping[str, str]) -> str:
     prefix = next((prefix for prefix in prefixes if name.startswith(prefix)), None)
     return name if prefix is None else prefixes[prefix] + name.removeprefix(prefix)
+
+
+def _shared_kv(config: Mapping[str, Any]) -> dict[str, str]:
+    """`unread` for the keys and values of layers that read those of others."""
+    layers, shared = config.get("num_hidden_layers"), config.get("num_kv_shared_layers")
+    if not isinstance(layers, int) or not isinstance(shared, int) or not 0 < shared <= layers <= MAX_LAYERS:
+        return {}
+    numbers = "|".join(map(str, range(layers - shared, layers)))
+    names = r"(k_proj|v_proj|k_norm|v_norm)\..*"
+    return {
+        "the unused key and value part of shared layers": rf"model\.(language_model\.)?layers\.({numbers})\.self_attn\.{names}"
+    }

@@ -60,21 +60,38 @@ class Node:
 
 @dataclass(frozen=True)
 class CacheSpec:
-    """The contents of the cache per token: in each layer, a key and a value of `kv_heads` x `head_dim` elements. Layers without
-    attention do not count.
+    """The contents of the cache per token: in each layer, a key and a value of `kv_heads` x `head_dim` elements.
 
-    `summaries`: whether it also holds the element-wise maximum and minimum of the keys of each full block, for
-    `block_choose`."""
+    Attributes:
+        layers: the layers that write keys and values. Layers without attention do not count, nor do layers whose attention
+            reads the cache of another layer.
+        kv_heads, head_dim: one number for all layers, or a tuple with one per layer.
+        summaries: whether the cache also holds the element-wise maximum and minimum of the keys of each full block, for
+            `block_choose`.
+    """
 
     layers: int
-    kv_heads: int
-    head_dim: int
+    kv_heads: int | tuple[int, ...]
+    head_dim: int | tuple[int, ...]
     summaries: bool = False
+
+    def heads_of(self, layer: int) -> tuple[int, int]:
+        """(kv_heads, head_dim) of a layer."""
+        kv_heads, head_dim = self.kv_heads, self.head_dim
+        return (
+            kv_heads[layer] if isinstance(kv_heads, tuple) else kv_heads,
+            head_dim[layer] if isinstance(head_dim, tuple) else head_dim,
+        )
+
+    @property
+    def heads(self) -> tuple[tuple[int, int], ...]:
+        """(kv_heads, head_dim) of every layer."""
+        return tuple(map(self.heads_of, range(self.layers)))
 
     @property
     def elements_per_token(self) -> int:
         """Number of elements in all layers."""
-        return 2 * self.layers * self.kv_heads * self.head_dim
+        return sum(2 * kv_heads * head_dim for kv_heads, head_dim in self.heads)
 
 
 @dataclass(frozen=True)
@@ -136,6 +153,11 @@ class Graph:
     def has_head(self) -> bool:
         """Whether the graph computes logits."""
         return any(node.op == "lm_head" for node in self.nodes)
+
+    @property
+    def looks_up(self) -> bool:
+        """Whether steps need token ids even if they have `inputs_embeds`."""
+        return any(node.op == "lookup" for node in self.nodes)
 
     def without_head(self) -> Graph:
         """The graph up to the final norm."""

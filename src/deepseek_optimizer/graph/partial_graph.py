@@ -5,38 +5,45 @@ from __future__ import annotations
 from dataclasses import replace
 
 from .ir import Graph, Node, Value
+from .ops import spec_of
 
 
 def graph_from_hidden_state(graph: Graph, index: int) -> Graph:
     """The graph from hidden state `index` on, which is passed as `inputs_embeds`.
 
-    Hidden states are renumbered from there on; the cache keeps all its layers.
+    Hidden states are renumbered from there on; the cache keeps all its layers. If later nodes read the embeddings themselves,
+    these are looked up by token ids.
 
     Args:
         graph: unfused; rules may be applied to the result.
-        index: as in `hidden_out`. The last one is normalised already, and only the head follows.
+        index: as in `hidden_out`. The last one is normalised already, and only the head follows. See `latest_start`.
     """
-    at, state, earlier = _split(graph, index)
+    state, earlier, rest = _split(graph, index)
     embedding = next(n for n in graph.nodes if n.op == "embedding")
-    later = [n.with_(attrs={"index": n.attrs["index"] - index}) if n.op == "hidden_out" else n for n in graph.nodes[at:]]
+    later = [n.with_(attrs={"index": n.attrs["index"] - index}) if n.op == "hidden_out" else n for n in rest]
+    by_ids = {"scale": embedding.attrs["scale"], "entries": graph.vocab_size}
+    earlier = [n.with_(op="lookup", attrs=by_ids) if n is embedding else n for n in earlier]
     nodes = [embedding.with_(outputs=(state,)), *earlier, *later]
     return replace(graph, nodes=nodes, hidden_states=graph.hidden_states - index)
 
 
-def latest_restart(graph: Graph, index: int) -> int:
-    """The index of the latest hidden state up to `index` from which the rest of the graph can be computed. Where layers share
-    the tokens that an earlier layer chose, it is the input of that layer."""
-    while any(node.op == "embedding" for node in _split(graph, index)[2]):
+def latest_start(graph: Graph, index: int) -> int:
+    """The largest index up to `index` from which the rest of the graph can be computed: it reads only the cache of layers that
+    it writes itself, and no result that an earlier layer computed from its cache (tokens that it chose)."""
+    while index:
+        _, earlier, rest = _split(graph, index)
+        read, written = ({n.attrs["layer"] for n in rest if getattr(spec_of(n), access)} for access in ("reads", "writes"))
+        if read <= written and not any(spec_of(n).reads for n in earlier):
+            break
         index -= 1
     return index
 
 
-def _split(graph: Graph, index: int) -> tuple[int, Value, list[Node]]:
-    """Where the graph continues from hidden state `index`, the state, and the earlier nodes whose other results are needed."""
+def _split(graph: Graph, index: int) -> tuple[Value, list[Node], list[Node]]:
+    """Hidden state `index`, the nodes before it whose other results are needed later, and the nodes from it on."""
     at = next(i for i, n in enumerate(graph.nodes) if n.op == "hidden_out" and n.attrs["index"] == index)
-    state = graph.nodes[at].inputs[0]
-    read = {value for node in graph.nodes[at:] for value in node.inputs} - {state}
-    return at, state, _needed(graph.nodes[:at], read)
+    state, rest = graph.nodes[at].inputs[0], graph.nodes[at:]
+    return state, _needed(graph.nodes[:at], {value for node in rest for value in node.inputs} - {state}), rest
 
 
 def _needed(nodes: list[Node], wanted: set[Value]) -> list[Node]:

@@ -28,9 +28,16 @@ def attention(d: Decoder) -> Attend:
 
     def attend(nodes: list[Node], x: Value, table: Value | None, layer: int) -> Value:
         name, path = f"l{layer}", f"model.layers.{layer}.self_attn"
-        qkv = _projections(nodes, d, x, name, path)
-        for p, heads in (("q", d.heads), ("k", d.kv_heads)):
-            shape = {"heads": heads, "head_dim": d.head_dim}
+        kv_heads, head_dim = d.cache_heads_of(layer)
+        qkv = _projections(nodes, d, x, layer)
+        if d.v_norm and "v" in qkv:
+            qkv["v"] = emit(
+                nodes, "head_norm", (qkv["v"],), f"{name}.v_norm", qkv["v"].width, eps=d.eps, heads=kv_heads, head_dim=head_dim
+            )
+        for p, heads in (("q", d.heads), ("k", kv_heads)):
+            if p not in qkv:
+                continue
+            shape = {"heads": heads, "head_dim": head_dim}
             if d.qk_norm and not d.qk_norm_after_rope:
                 qkv[p] = _head_norm(nodes, d, qkv[p], name, path, p, shape)
             if table is not None:
@@ -40,8 +47,9 @@ def attention(d: Decoder) -> Attend:
                 )
             if d.qk_norm and d.qk_norm_after_rope and table is not None:
                 qkv[p] = _head_norm(nodes, d, qkv[p], name, path, p, shape)
-        cache = {"layer": d.cache_layer(layer), "kv_heads": d.kv_heads, "head_dim": d.head_dim}
-        nodes.append(Node("cache_write", (qkv["k"], qkv["v"]), attrs=cache))
+        cache = {"layer": d.cache_layer(layer), "kv_heads": kv_heads, "head_dim": head_dim}
+        if "k" in qkv:
+            nodes.append(Node("cache_write", (qkv["k"], qkv["v"]), attrs=cache))
         q = scale_by_position(nodes, d, qkv["q"], f"{name}.q_scaled", layer)
         limits: dict[str, Any] = {"softcap": d.attention_softcap} if d.attention_softcap else {}
         if d.chunked and d.windows[layer]:
@@ -58,17 +66,25 @@ def attention(d: Decoder) -> Attend:
     return attend
 
 
-def _projections(nodes: list[Node], d: Decoder, x: Value, name: str, path: str) -> dict[str, Value]:
-    """q, k, v and, if attention has one, its gate, by name."""
+def _projections(nodes: list[Node], d: Decoder, x: Value, layer: int) -> dict[str, Value]:
+    """q, k, v and, if attention has one, its gate, by name; without k and v where a layer reads another's cache."""
+    name, path = f"l{layer}", f"model.layers.{layer}.self_attn"
     if d.gated:
         return _gated_projections(nodes, d, x, name, path)
-    widths = {"q": d.heads * d.head_dim, "k": d.kv_heads * d.head_dim, "v": d.kv_heads * d.head_dim}
+    kv_heads, head_dim = d.cache_heads_of(layer)
+    widths = {"q": d.heads * head_dim, "k": kv_heads * head_dim, "v": kv_heads * head_dim}
+    if d.own_kv and not d.own_kv[layer]:
+        widths = {"q": widths["q"]}
+    elif d.key_is_value and d.key_is_value[layer]:
+        del widths["v"]
     values, begin, total = {}, 0, sum(widths.values())
     for p, width in widths.items():
         rows = (begin, begin + width, total) if d.fused_qkv else None
         matrix = f"{path}.{d.fused_qkv or f'{p}_proj'}"
         values[p] = linear(nodes, x, f"{name}.{p}", width, matrix, d.qkv_bias, rows)
         begin += width
+    if "k" in values:
+        values.setdefault("v", values["k"])
     return values
 
 

@@ -16,6 +16,7 @@ from .decoder import Trunk
 Attend = Callable[[list[Node], Value, "Value | None", int], Value]
 # (nodes, input, layer) -> output
 FeedForward = Callable[[list[Node], Value, int], Value]
+LayerEnd = Callable[[list[Node], Value, int], Value]
 
 
 def trunk_graph(
@@ -24,6 +25,7 @@ def trunk_graph(
     attend: Attend,
     feed_forward: FeedForward,
     states: tuple[StateSpec, ...] = (),
+    begin: Callable[[list[Node], Value], LayerEnd] | None = None,
 ) -> Graph:
     """The unfused graph of a decoder-only model.
 
@@ -32,17 +34,21 @@ def trunk_graph(
         cache: the contents of the KV cache.
         attend, feed_forward: append the nodes of a layer's attention and feed-forward network.
         states: the recurrent states of a sequence.
+        begin: given the embeddings, appends nodes that precede the first layer, and returns a function that appends the nodes
+            after a layer, whose output is theirs; None: a layer's output is the residual.
     """
     nodes: list[Node] = []
     x = emit(nodes, "embedding", (), "embed", d.hidden, "model.embed_tokens.weight", scale=d.embedding_scale)
     if d.input_scale != 1.0:
         x = emit(nodes, "scale", (x,), "embed_scaled", d.hidden, scale=d.input_scale)
+    end = None if begin is None else begin(nodes, x)
     used = [i for i in range(len(d.ropes)) if any(d.rope_of(layer) == i for layer in range(d.layers))]
     tables = {i: emit(nodes, "rope_table", (), f"rope{i or ''}", d.ropes[i].rot, rope=d.ropes[i]) for i in used}
     for layer in range(d.layers):
         nodes.append(Node("hidden_out", (x,), attrs={"index": layer}))
         rope = d.rope_of(layer)
         x = decoder_layer(nodes, d, x, None if rope is None else tables[rope], layer, attend, feed_forward)
+        x = x if end is None else end(nodes, x, layer)
     normed = norm(nodes, d, x, "final", d.final_norm)
     nodes.append(Node("hidden_out", (normed,), attrs={"index": d.layers}))
     head = "model.embed_tokens.weight" if d.tied else "lm_head.weight"

@@ -137,6 +137,11 @@ class Decoder(Trunk):
         o_name: name of the output projection.
         gated: q_proj also computes a gate per head, next to each query; the result is multiplied by its sigmoid.
         cache_layers: the layer of the cache of each layer with attention; (): that of the same number.
+        cache_heads: (kv_heads, head_dim) of each layer's attention; (): those above.
+        own_kv: whether each layer has keys and values of its own; otherwise it reads the cache of an earlier layer, and has
+            only queries. (): all have.
+        key_is_value: whether each layer's v is the product of its k_proj, before the key's norm and RoPE. (): none.
+        v_norm: whether v is normalised per head, without a weight.
     """
 
     heads: int
@@ -157,10 +162,18 @@ class Decoder(Trunk):
     o_name: str = "o_proj"
     gated: bool = False
     cache_layers: tuple[int, ...] = ()
+    cache_heads: tuple[tuple[int, int], ...] = ()
+    own_kv: tuple[bool, ...] = ()
+    key_is_value: tuple[bool, ...] = ()
+    v_norm: bool = False
 
     def cache_layer(self, layer: int) -> int:
         """The layer of the cache that this layer's attention uses."""
         return self.cache_layers[layer] if self.cache_layers else layer
+
+    def cache_heads_of(self, layer: int) -> tuple[int, int]:
+        """(kv_heads, head_dim) of this layer's attention."""
+        return self.cache_heads[layer] if self.cache_heads else (self.kv_heads, self.head_dim)
 
 
 def read_trunk(

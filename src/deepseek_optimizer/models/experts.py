@@ -49,6 +49,7 @@ class Routing:
         clamped: the experts have this form; None: no biases, and the activation of dense MLPs.
         weigh_input: an expert's weight multiplies its input instead of its output.
         transposed: how the experts' matrices are stored, see `quant/transposed_stack.py`; of those with `clamped` always True.
+        factors: name of the parameter with a factor of each expert's weights; "": none.
     """
 
     experts: int
@@ -70,6 +71,7 @@ class Routing:
     clamped: ClampedForm | None = None
     weigh_input: bool = False
     transposed: bool | Literal["concatenated"] = False
+    factors: str = ""
 
 
 def read_softmax_routing(fields: Fields, hidden: int) -> Routing:
@@ -97,18 +99,27 @@ def read_grouped_softmax_routing(fields: Fields, hidden: int) -> Routing:
     return _routing(fields, hidden, grouped=True, scoring="softmax", group_score="top2", normalise=normalise, bias="")
 
 
-def read_plain_routing(fields: Fields, hidden: int, *, experts: str = "num_experts", width: str, **rest: Any) -> Routing:
-    """Routing without groups, scales or shared experts: the `num_experts_per_tok` experts with the highest scores.
+def read_plain_routing(
+    fields: Fields,
+    hidden: int,
+    *,
+    experts: str = "num_experts",
+    per_token: str = "num_experts_per_tok",
+    width: str,
+    **rest: Any,
+) -> Routing:
+    """Routing without groups, scales or shared experts: the experts with the highest scores.
 
     Args:
         fields: the config.
         hidden: hidden size.
-        experts, width: names of the fields with the number of experts and their intermediate size.
+        experts, per_token, width: names of the fields with the number of experts, how many a token uses, and their
+            intermediate size.
         rest: further fields of `Routing`; softmax scores, normalised, without a bias by default.
     """
-    count, top_k = fields.integer(experts, MAX_EXPERTS), fields.integer("num_experts_per_tok", MAX_EXPERTS)
+    count, top_k = fields.integer(experts, MAX_EXPERTS), fields.integer(per_token, MAX_EXPERTS)
     if top_k > count:
-        raise ConfigError(f"config.num_experts_per_tok: cannot choose {top_k} of {experts} {count}")
+        raise ConfigError(f"config.{per_token}: cannot choose {top_k} of {experts} {count}")
     size = fields.integer(width, MAX_WIDTH)
     if 2 * count * size * hidden > MAX_EXPERT_WEIGHTS:
         raise ConfigError(f"config.{experts}: {count} experts of {size} x {hidden} exceed the maximum per layer")
@@ -183,20 +194,28 @@ def feed_forward(d: Trunk, routing: Routing | None, sparse: tuple[bool, ...], de
         name, path = f"l{layer}.mlp", f"model.layers.{layer}"
         if routing is None or (layer < d.layers and not sparse[layer]):
             return mlp(nodes, d, x, name, f"{path}.{dense}", d.intermediate)
-        return _experts(nodes, d, routing, x, name, f"{path}.{routing.module}")
+        return experts(nodes, d, routing, x, x, name, f"{path}.{routing.module}")
 
     return forward
 
 
-def _experts(nodes: list[Node], d: Trunk, r: Routing, x: Value, name: str, path: str) -> Value:
-    """Routed and shared experts, interleaved in such an order that a backend can run both side by side."""
-    gate_bias = {"biases": (f"{path}.{r.gate}.bias",)} if r.gate_bias else {}
-    routes = emit(
-        nodes, "router", (x,), f"{name}.routes", 2 * r.top_k, f"{path}.{r.gate}.weight",
+def experts(nodes: list[Node], d: Trunk, r: Routing, x: Value, routed_by: Value, name: str, path: str) -> Value:
+    """Routed and shared experts of `x`, interleaved in such an order that a backend can run both side by side.
+
+    Args:
+        x: the experts' input.
+        routed_by: the router's input.
+        name: of the nodes.
+        path: of the module with router and experts.
+    """
+    routes = Value(f"{name}.routes", 2 * r.top_k)
+    weights = (f"{path}.{r.gate}.weight", *([f"{path}.{r.factors}"] if r.factors else []))
+    attrs = dict(
         bias=f"{path}.{r.bias}" if r.bias else None, experts=r.experts, top_k=r.top_k, groups=r.groups,
         top_groups=r.top_groups, scoring=r.scoring, group_score=r.group_score, normalise=r.normalise, scale=r.scale,
-        **gate_bias,
+        **({"biases": (f"{path}.{r.gate}.bias",)} if r.gate_bias else {}),
     )  # fmt: skip
+    nodes.append(Node("router", (routed_by,), (routes,), weights, attrs))
     gate_up, down_matrix = (f"{path}.experts.{matrix}_proj" for matrix in ("gate_up", "down"))
     which: dict[str, Any] = {"experts": r.experts, "top_k": r.top_k, "grouped": False}
     activation: dict[str, Any] = {"activation": d.mlp.activation} if d.mlp.activation != "silu" else {}

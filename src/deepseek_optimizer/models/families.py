@@ -61,6 +61,8 @@ FAMILIES: Final[Mapping[str, Family]] = MappingProxyType({
     "gemma": _PLAN_ONLY,
     "gemma2": replace(_PLAN_ONLY, plain_head=False),
     "gemma3_text": replace(_PLAN_ONLY, plain_head=False),
+    "gemma4_text": replace(_PLAN_ONLY, plain_head=False),
+    "gemma4_unified_text": replace(_PLAN_ONLY, plain_head=False),
     "ernie4_5": _PLAN_ONLY,
     "exaone4": _PLAN_ONLY,
     "seed_oss": _PLAN_ONLY,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from ..errors import ConfigError, UnsupportedModelError, shown
@@ -17,13 +18,20 @@ class Fields:
     Args:
         config: a Transformers config object, or the content of a config.json as a mapping (`integration.configs.with_defaults`
             adds the defaults of missing fields).
+        overrides: values that replace those of the config.
     """
 
-    def __init__(self, config: Any) -> None:
-        self._config = config
+    def __init__(self, config: Any, overrides: Mapping[str, Any] = MappingProxyType({})) -> None:
+        self._config, self._overrides = config, overrides
+
+    def with_(self, **overrides: Any) -> Fields:
+        """The same fields with other values for some of them."""
+        return Fields(self._config, {**self._overrides, **overrides})
 
     def get(self, name: str, default: Any = None) -> Any:
         """The unchecked value of a field; `default` if it is missing."""
+        if name in self._overrides:
+            return self._overrides[name]
         if not isinstance(self._config, Mapping):
             return getattr(self._config, name, default)
         return self._config.get(name, default)

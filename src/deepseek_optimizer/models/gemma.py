@@ -34,7 +34,7 @@ def read_gemma(fields: Fields, family: str, activation: str | None = "hidden_act
     decoder = read_decoder(
         fields, family, qkv_bias=bias, o_bias=bias, mlp=MlpForm(activation="gelu"), activation=activation, **options
     )
-    return replace(decoder, norm="rms_offset", embedding_scale=_rounded(decoder.hidden**0.5, fields.get("dtype")))
+    return replace(decoder, norm="rms_offset", embedding_scale=rounded_scale(decoder.hidden**0.5, fields.get("dtype")))
 
 
 def softcap(fields: Fields, name: str) -> float:
@@ -42,7 +42,7 @@ def softcap(fields: Fields, name: str) -> float:
     return 0.0 if fields.get(name) is None else fields.positive(name)
 
 
-def _rounded(scale: float, dtype: Any) -> float:
+def rounded_scale(scale: float, dtype: Any) -> float:
     """The factor of embeddings in the model's dtype, as Transformers multiplies: 34 instead of 33.94 in bfloat16."""
     name = str(dtype).removeprefix("torch.")
     if name == "bfloat16":

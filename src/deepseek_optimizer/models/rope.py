@@ -20,7 +20,7 @@ from ..errors import ConfigError, UnsupportedModelError, shown
 from .fields import Fields, positive
 
 Frequencies = npt.NDArray[np.float32]
-KINDS = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
+KINDS = ("default", "linear", "dynamic", "yarn", "llama3", "longrope", "proportional")
 # Required entries (besides rope_theta), each a number above 0.
 _REQUIRED = {"linear": ("factor",), "dynamic": ("factor",), "yarn": ("factor",),
              "llama3": ("factor", "low_freq_factor", "high_freq_factor")}  # fmt: skip
@@ -183,6 +183,8 @@ def _parameters(fields: Fields, max_positions: int, layer_type: str, theta_name:
     for name in ("mscale", "mscale_all_dim"):  # in DeepSeek's own code, 0 stands for none
         if parameters.get(name) == 0 and not isinstance(parameters[name], bool):
             del parameters[name]
+    if kind == "proportional" and not parameters.get("partial_rotary_factor", 1.0) <= 1:
+        raise ConfigError(f"config.rope_parameters['partial_rotary_factor']: expected at most 1, got {shown(parameters)}")
     for name in ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "partial_rotary_factor"):
         if parameters.get(name) is not None:
             positive(f"rope_parameters[{name!r}]", parameters[name])

@@ -6,6 +6,7 @@ Bitwise equal to the results of Transformers' `modeling_rope_utils` (compared in
 - dynamic: a larger base for sequences longer than the trained length, "NTK-aware" (bloc97 and emozilla 2023).
 - yarn: interpolation of low frequencies and extrapolation of high ones (Peng et al. 2023, section 3.2).
 - llama3: like yarn, but by wavelength, with a smooth transition (Llama 3.1's reference code).
+- proportional: of the frequencies of a whole head those of a share of its pairs, the others are 0 (Gemma 4).
 - longrope: one factor per frequency, other ones for sequences longer than the trained length (Ding et al. 2024).
 """
 
@@ -38,6 +39,8 @@ def frequencies(
     with torch.device("cpu"):
         if kind == "default":
             return _inverse(base, head_dim), 1.0
+        if kind == "proportional":
+            return _proportional(parameters, base, head_dim), 1.0
         rot = int(head_dim * parameters.get("partial_rotary_factor", 1.0))
         if kind == "linear":
             return _inverse(base, rot) / parameters["factor"], 1.0
@@ -55,6 +58,13 @@ def frequencies(
 def _inverse(base: Any, rot: int) -> torch.Tensor:
     """base ** (-2 i / rot) for i < rot / 2."""
     return 1.0 / (base ** (torch.arange(0, rot, 2, dtype=torch.int64, device="cpu").to(dtype=torch.float) / rot))
+
+
+def _proportional(parameters: dict[str, Any], base: Any, head_dim: int) -> torch.Tensor:
+    pairs = int(parameters.get("partial_rotary_factor", 1.0) * head_dim // 2)
+    frequencies = torch.zeros(head_dim // 2, dtype=torch.float32, device="cpu")
+    frequencies[:pairs] = _inverse(base, head_dim)[:pairs]
+    return frequencies / parameters.get("factor", 1.0)
 
 
 def _grown(base: Any, rot: int, factor: Any, max_positions: int, length: torch.Tensor | None) -> Any:

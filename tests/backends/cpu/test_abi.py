@@ -70,7 +70,7 @@ def test_constants():
     assert native.ABI_VERSION == int(re.search(r"#define DSO_ABI_VERSION (\d+)", TEXT)[1])
     assert native.BLOCK_TOKENS == BLOCK_TOKENS == int(re.search(r"#define DSO_BLOCK_TOKENS (\d+)", TEXT)[1])
     assert (DECODE, PREFILL) == (CONSTANTS["DSO_PHASE_DECODE"], CONSTANTS["DSO_PHASE_PREFILL"])
-    names = {"fp32": "F32", "head_norm": "RMS_NORM", "lm_head": "LINEAR"}
+    names = {"fp32": "F32", "head_norm": "RMS_NORM", "lm_head": "LINEAR", "lookup": "EMBEDDING"}
     codes = {name: spec.code for name, spec in OPS.items() if spec.code is not None}
     for prefix, values in (
         ("DSO_", native.FORMATS),
@@ -93,4 +93,4 @@ def test_constants():
 def test_attributes_of_ops():
     attrs = [attr for spec in OPS.values() for attr in spec.attrs]
     assert {attr.step_field for attr in attrs} - {""} <= {name for name, *_ in native.Step._fields_}
-    assert {attr.flag for attr in attrs} - {""} | {"last"} == set(native.FLAGS)
+    assert {attr.flag for attr in attrs} - {""} | {"last", "ids"} == set(native.FLAGS)

@@ -63,11 +63,19 @@ def test_factors_of_norms_and_biases_of_zeros():
         Node("rms_norm", (x,), (y,), ("w",), {"eps": 1e-6, "unit_offset": True}),
         Node("rms_norm", (x,), (y,), ("w",), {"eps": 1e-6}),
         Node("layer_norm", (x,), (y,), ("w",), {"eps": 1e-6}),
+        Node("head_norm", (x,), (y,), (), {"eps": 1e-6, "heads": 5, "head_dim": 8}),
     ]
     weight = torch.full((WIDTH,), 0.25, dtype=torch.bfloat16)
     graph, derived = with_derived_weights(graph_of(*nodes), {"w": weight})
-    assert [n.weights for n in graph.nodes] == [("1 + w",), ("w",), ("w", "40 zeros")]
+    assert [n.weights for n in graph.nodes] == [("1 + w",), ("w",), ("w", "40 zeros"), ("8 ones",)]
     assert torch.equal(derived["1 + w"], torch.full((WIDTH,), 1.25)) and torch.equal(derived["40 zeros"], torch.zeros(WIDTH))
+    assert torch.equal(derived["8 ones"], torch.ones(8))
+
+
+def test_a_factor_that_is_a_parameter_becomes_a_constant():
+    x, y = Value("x", WIDTH), Value("y", WIDTH)
+    graph, _ = with_derived_weights(graph_of(Node("scale_by", (x,), (y,), ("s",))), {"s": torch.tensor([0.75])})
+    assert graph.nodes == [Node("scale", (x,), (y,), attrs={"scale": 0.75})]
 
 
 def test_weights_of_another_kind_are_refused():

@@ -29,6 +29,21 @@ def test_logits_equal_transformers_after_a_resize(fresh_pair, tokens):
     assert fast == plain
 
 
+@pytest.mark.parametrize("tokens", [300, 100])
+@torch.no_grad()
+def test_embeddings_per_layer_follow(tokens):
+    """Gemma 4's second table is resized too."""
+    plain, fast = (random_model(CASES["gemma4_text-shared"]()) for _ in range(2))
+    DynamicGraphOptimizer(fast, config=DeepSeekConfig(precision="fp32")).optimize()
+    for model in (plain, fast):
+        torch.manual_seed(0)
+        model.resize_token_embeddings(tokens)
+    ids = torch.tensor([[5, tokens - 1, 7]])
+    assert fast.config.vocab_size_per_layer_input == plain.config.vocab_size_per_layer_input
+    assert fast(ids).logits.shape == (1, 3, tokens)
+    assert_close_rows(fast(ids).logits, plain(ids).logits)
+
+
 @torch.no_grad()
 def test_a_tied_head_follows():
     model = random_model(CASES["llama-tied"]())

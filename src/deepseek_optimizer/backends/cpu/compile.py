@@ -115,6 +115,8 @@ class _Compiler:
         s.flags = sum(FLAGS[flag] for flag in _flags(spec, node))
         if node.op == "hidden_out" and a["index"] == self.graph.hidden_states - 1:
             s.flags |= FLAGS["last"]
+        elif node.op == "lookup":
+            s.flags |= FLAGS["ids"]
         return s
 
     def _operands(self, s: Step, node: Node) -> None:
@@ -201,5 +203,5 @@ def compile_graph(
     return CpuPlan(
         context, steps, compiler.slots, compiler.weights, compiler.keep, [compiler.row(n) for n in nodes],
         vocab_size=graph.vocab_size, hidden_size=graph.hidden_size, hidden_states=graph.hidden_states,
-        rope=compiler.rope, has_head=graph.has_head, has_states=bool(graph.states),
+        rope=compiler.rope, has_head=graph.has_head, has_states=bool(graph.states), looks_up=graph.looks_up,
     )  # fmt: skip

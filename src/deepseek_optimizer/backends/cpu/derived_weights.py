@@ -4,6 +4,7 @@
   whole matrix is multiplied, and `slice` nodes take the parts.
 - The factor of a norm with `unit_offset` is 1 + w.
 - A layer norm without a bias has one of zeros, and a norm of heads without a weight one of ones.
+- The factor of `scale_by` is a constant of the step, as in `scale`.
 - A short convolution reads its weights tap after tap, and a delta rule A_log as a vector.
 - Experts read the biases of all matrices as one vector, in the order of the packed stack.
 """
@@ -64,6 +65,13 @@ def _derived(node: Node, weights: Mapping[str, PackedWeight | torch.Tensor], der
         ordered = biases_of(bias, node.outputs[0].width) if node.attrs.get("transposed") else bias
         derived[f"flat {name}"] = ordered.flatten()
         return [node.with_(attrs={**node.attrs, "biases": (f"flat {name}",)})]
+    if node.op == "head_norm" and not node.weights:
+        width = node.attrs["head_dim"]
+        derived[f"{width} ones"] = torch.ones(width, dtype=torch.float32, device="cpu")
+        return [node.with_(weights=(f"{width} ones",))]
+    if node.op == "scale_by":
+        factor = float(_vector(weights, node.weights[0]))
+        return [node.with_(op="scale", weights=(), attrs={"scale": factor})]
     if node.op == "layer_norm" and len(node.weights) == 1:
         width = node.inputs[0].width
         derived[f"{width} zeros"] = torch.zeros(width, dtype=torch.float32, device="cpu")

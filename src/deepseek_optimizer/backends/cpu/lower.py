@@ -101,8 +101,8 @@ def _split(node: Node, kind_of: Callable[[str], str], format_of: Callable[[str],
         routes = node.outputs[0]
         scores = replace(routes, name=f"{routes.name}.scores", width=node.attrs["experts"])
         return [
-            Node("linear", node.inputs, (scores,), node.weights, {"biases": node.attrs.get("biases", (None,))}),
-            Node("route", (scores,), node.outputs, (), {n: value for n, value in node.attrs.items() if n != "biases"}),
+            Node("linear", node.inputs, (scores,), node.weights[:1], {"biases": node.attrs.get("biases", (None,))}),
+            Node("route", (scores,), node.outputs, node.weights[1:], {n: v for n, v in node.attrs.items() if n != "biases"}),
         ]
     return [node]
 

@@ -30,7 +30,7 @@ VECTOR = 100
 SLOT_KINDS = {"f32": 0, "bf16": 1, "q8": 2, "q16": 3, "logits": 4}
 KV_TYPES = {"fp32": 0, "bf16": 1, "int8": 2}
 FLAGS = {"eager": 1, "interleaved": 2, "grouped": 4, "expand": 8, "last": 16, "sigmoid": 32, "top2": 64, "normalise": 128,
-         "gelu": 256, "silu": 512, "channels": 1024, "chunked": 2048, "weigh_input": 4096}  # fmt: skip
+         "gelu": 256, "silu": 512, "channels": 1024, "chunked": 2048, "weigh_input": 4096, "ids": 8192}  # fmt: skip
 _EINVAL, _ENOMEM, _EFILE = 1, 2, 5
 
 I32, I64, PTR = C.c_int32, C.c_int64, C.c_void_p
@@ -63,7 +63,10 @@ class Step(C.Structure):
 class CacheShape(C.Structure):
     """dso_cache_shape."""
 
-    _fields_ = [(n, I32) for n in ("kv_type", "layers", "kv_heads", "head_dim", "rank", "rope", "index", "summaries")]
+    _fields_ = [
+        *((n, I32) for n in ("kv_type", "layers", "kv_heads", "head_dim", "rank", "rope", "index", "summaries")),
+        ("heads", C.POINTER(I32)),
+    ]  # fmt: skip
 
 
 class Rotation(C.Structure):
@@ -284,7 +287,10 @@ def cache_shape(spec: CacheSpec | LatentSpec, kv_dtype: str) -> CacheShape:
     """The library's description of a cache with this spec."""
     if isinstance(spec, LatentSpec):
         return CacheShape(KV_TYPES[kv_dtype], spec.layers, 0, 0, spec.rank, spec.rope, spec.index, spec.summaries)
-    return CacheShape(KV_TYPES[kv_dtype], spec.layers, spec.kv_heads, spec.head_dim, 0, 0, 0, spec.summaries)
+    if isinstance(spec.kv_heads, int) and isinstance(spec.head_dim, int):
+        return CacheShape(KV_TYPES[kv_dtype], spec.layers, spec.kv_heads, spec.head_dim, 0, 0, 0, spec.summaries)
+    heads = [size for layer in spec.heads for size in layer]
+    return CacheShape(KV_TYPES[kv_dtype], spec.layers, 0, 0, 0, 0, 0, spec.summaries, (I32 * len(heads))(*heads))
 
 
 def block_bytes(spec: CacheSpec | LatentSpec, kv_dtype: str) -> int:

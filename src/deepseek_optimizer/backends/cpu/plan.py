@@ -123,7 +123,8 @@ class CpuStore:
         if isinstance(spec, LatentSpec):
             shapes: list[tuple[int, ...]] = [(tokens, spec.rank + spec.rope), *([(tokens, spec.index)] if spec.index else [])]
         else:
-            shapes = [(spec.kv_heads, tokens, spec.head_dim)] * 2
+            kv_heads, head_dim = spec.heads_of(layer)
+            shapes = [(kv_heads, tokens, head_dim)] * 2
         key = self.context.outputs.empty(shapes[0], f32)
         value = self.context.outputs.empty(shapes[1], f32) if len(shapes) > 1 else None
         places = address(key, "key", f32, shapes[0]), optional(value, "value", f32, shapes[-1])
@@ -167,10 +168,11 @@ class CpuPlan:
         rope: Any,
         has_head: bool,
         has_states: bool,
+        looks_up: bool,
     ) -> None:
         self.context, self.lib, self._keep, self._rows = context, context.lib, keep, rows
         self.vocab_size, self.hidden_size, self.hidden_states = vocab_size, hidden_size, hidden_states
-        self.has_head, self.has_states = has_head, has_states
+        self.has_head, self.has_states, self._looks_up = has_head, has_states, looks_up
         self._rope = rope  # the models.rope.RopeSpec whose frequencies depend on a sequence's length, or None
         self._rot = 0 if rope is None else rope.rot
         self._inv_freq_at = None if rope is None else functools.lru_cache(maxsize=256)(rope.inv_freq_at)
@@ -197,7 +199,8 @@ class CpuPlan:
         states = None if batch.states is None else batch.states.detach().to("cpu", f32).contiguous()
         b = Batch()
         b.T, b.S, b.R, b.max_blocks = tokens, sequences, rows, blocks
-        b.token_ids = address(batch.token_ids, "token_ids", _I32, (tokens,)) if embeds is None else None
+        if embeds is None or self._looks_up:
+            b.token_ids = address(batch.token_ids, "token_ids", _I32, (tokens,))
         b.positions = address(batch.positions, "positions", _I32, (tokens,))
         b.query_len = address(batch.query_len, "query_len", _I32, (sequences,))
         b.context_len = address(batch.context_len, "context_len", _I32, (sequences,))

@@ -49,7 +49,8 @@ def _check_inputs(batch: StepBatch, graph: Graph, tokens: int) -> None:
     if batch.inputs_embeds is not None:
         wanted = (tokens, graph.hidden_size)
         _require(tuple(batch.inputs_embeds.shape) == wanted, "inputs_embeds", f"must have shape {wanted}")
-        return
+        if not graph.looks_up:
+            return
     ids = batch.token_ids
     _require(len(ids) == tokens, "token_ids", f"must have {tokens} entries")
     _require(((ids >= 0) & (ids < graph.vocab_size)).all(), "token_ids", f"must lie in [0, {graph.vocab_size})")

@@ -17,6 +17,7 @@ Gated = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 def route(
     logits: torch.Tensor,
     bias: torch.Tensor | None,
+    factors: torch.Tensor | None = None,
     *,
     top_k: int,
     groups: int,
@@ -34,6 +35,7 @@ def route(
     Args:
         logits: float32 [T, experts].
         bias: float32 [experts], or None.
+        factors: float32 [experts], of the weights of each expert, or None.
         top_k: experts per token.
         groups, top_groups: number of groups, and of groups that experts may be chosen from.
         scoring: "softmax" or "sigmoid".
@@ -52,7 +54,8 @@ def route(
     weights = scores.gather(1, chosen)
     if normalise:
         weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
-    return torch.cat((chosen.float(), weights * scale), -1)
+    weights = weights * scale
+    return torch.cat((chosen.float(), weights if factors is None else weights * factors[chosen]), -1)
 
 
 def gate_up(

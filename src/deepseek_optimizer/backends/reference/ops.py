@@ -18,9 +18,11 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, unit_offset: boo
     return (normed * (1 + weight.float())).to(x.dtype) if unit_offset else weight * normed.to(x.dtype)
 
 
-def head_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, heads: int, unit_offset: bool = False) -> torch.Tensor:
-    """rms_norm of each head."""
-    return rms_norm(x.unflatten(-1, (heads, -1)), weight, eps, unit_offset).flatten(-2)
+def head_norm(x: torch.Tensor, weight: torch.Tensor | None, eps: float, heads: int, unit_offset: bool = False) -> torch.Tensor:
+    """rms_norm of each head; None: a weight of ones."""
+    by_head = x.unflatten(-1, (heads, -1))
+    weight = by_head.new_ones(by_head.shape[-1]) if weight is None else weight
+    return rms_norm(by_head, weight, eps, unit_offset).flatten(-2)
 
 
 def rope_table(positions: torch.Tensor, inv_freq: torch.Tensor, scaling: float) -> torch.Tensor:

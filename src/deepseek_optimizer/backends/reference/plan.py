@@ -142,15 +142,20 @@ class ReferencePlan:
     def _embedding(self, step: _Step, node: Node) -> tuple[torch.Tensor, ...]:
         if step.batch.inputs_embeds is not None:
             return (step.batch.inputs_embeds.detach().to(self.device, self.dtype),)
+        return self._lookup(step, node)
+
+    def _lookup(self, step: _Step, node: Node) -> tuple[torch.Tensor, ...]:
         ids = torch.from_numpy(step.batch.token_ids).to(self.device, torch.int64)
         return (F.embedding(ids, self._weights[node.weights[0]]) * node.attrs["scale"],)
+
+    def _scale_by(self, step: _Step, node: Node, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return (x * self._weights[node.weights[0]],)
 
     def _rms_norm(self, step: _Step, node: Node, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return (ops.rms_norm(x, self._weights[node.weights[0]], node.attrs["eps"], node.attrs.get("unit_offset", False)),)
 
     def _head_norm(self, step: _Step, node: Node, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        a = node.attrs
-        weight = self._weights[node.weights[0]] if node.weights else x.new_ones(a["head_dim"])
+        a, weight = node.attrs, self._weights[node.weights[0]] if node.weights else None
         return (ops.head_norm(x, weight, a["eps"], a["heads"], a.get("unit_offset", False)),)
 
     def _linear(self, step: _Step, node: Node, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -282,8 +287,9 @@ class ReferencePlan:
         """In float32, whatever the dtype of the rows."""
         options = {name: value for name, value in node.attrs.items() if name not in ("bias", "biases", "experts")}
         bias = node.attrs["bias"] and self._weights[node.attrs["bias"]]
-        scores = F.linear(x.float(), self._weights[node.weights[0]], self._bias(node))
-        return (moe.route(scores, bias, **options),)
+        matrix, *factors = (self._weights[name] for name in node.weights)
+        scores = F.linear(x.float(), matrix, self._bias(node))
+        return (moe.route(scores, bias, *factors, **options),)
 
     def _bias(self, node: Node) -> torch.Tensor | None:
         """The one bias in attribute `biases`."""
@@ -391,6 +397,8 @@ def _of_inputs(function: Callable[..., torch.Tensor]) -> Callable[..., tuple[tor
 _OPS: Mapping[str, Callable[..., tuple[torch.Tensor, ...]]] = {
     **{name: _of_inputs(function) for name, function in ops.FUNCTIONS.items()},
     "embedding": ReferencePlan._embedding,
+    "lookup": ReferencePlan._lookup,
+    "scale_by": ReferencePlan._scale_by,
     "rms_norm": ReferencePlan._rms_norm,
     "head_norm": ReferencePlan._head_norm,
     "linear": ReferencePlan._linear,

@@ -28,8 +28,8 @@ def store_block_bytes(spec: CacheSpec | LatentSpec, kv_dtype: str) -> int:
         scales = 4 * _groups(spec) if kv_dtype == "int8" else 0
         others = (spec.rope + spec.index) * _unquantised(dtype).itemsize
         return spec.layers * BLOCK_TOKENS * (spec.rank * dtype.itemsize + scales + others)
-    row = spec.head_dim * dtype.itemsize + (4 if kv_dtype == "int8" else 0)
-    return 2 * spec.layers * BLOCK_TOKENS * spec.kv_heads * row
+    scale = 4 if kv_dtype == "int8" else 0
+    return sum(2 * BLOCK_TOKENS * kv_heads * (head_dim * dtype.itemsize + scale) for kv_heads, head_dim in spec.heads)
 
 
 def _dtype(kv_dtype: str) -> torch.dtype:
@@ -159,19 +159,17 @@ class _Blocks:
 
 
 class TorchStore(_Blocks):
-    """Implements `KvStore`: K and V, [blocks, 32, kv_heads, head_dim] each.
+    """Implements `KvStore`: in each layer K and V, [blocks, 32, kv_heads, head_dim] each.
 
     int8: scale = max|x| / 127 per token and head, q = rint(x / scale).
     """
 
     def __init__(self, spec: CacheSpec, kv_dtype: str, num_blocks: int, device: torch.device) -> None:
         super().__init__(spec, kv_dtype, num_blocks)
-        shape = (0, BLOCK_TOKENS, spec.kv_heads, spec.head_dim)
-        self._data = [torch.zeros(shape, dtype=_dtype(kv_dtype), device=device) for _ in range(2 * spec.layers)]
-        self._scales = [
-            torch.zeros(shape[:3], device=device, dtype=torch.float32)
-            for _ in range(2 * spec.layers if kv_dtype == "int8" else 0)
-        ]
+        shapes = [(0, BLOCK_TOKENS, *heads) for heads in spec.heads for _ in ("key", "value")]
+        self._data = [torch.zeros(shape, dtype=_dtype(kv_dtype), device=device) for shape in shapes]
+        if kv_dtype == "int8":
+            self._scales = [torch.zeros(shape[:3], device=device, dtype=torch.float32) for shape in shapes]
 
     def write(self, layer: int, table: torch.Tensor, start: int, key: torch.Tensor, value: torch.Tensor) -> None:
         """Writes K and V, float [n, kv_heads, head_dim], to tokens [start, start + n) of a sequence.

@@ -52,8 +52,8 @@ SPECS = (
         weight_shapes=lambda n, g: [(name, (n.attrs["head_dim"],)) for name in n.weights],
         code=2,
         doc="""
-            `rms_norm` of each head separately, with the same weight for all heads (the query and key norm of Qwen3), or without
-            a weight (that of Llama 4).
+            `rms_norm` of each head separately, with the same weight for all heads (the query and key norm of Qwen3). Without a
+            weight the factor is 1 (Llama 4's query and key norm, Gemma 4's value norm).
         """,
     ),
     OpSpec(
@@ -134,6 +134,16 @@ SPECS = (
         any_kind=0,
         code=33,
         doc="y = scale * x.",
+    ),
+    OpSpec(
+        name="scale_by",
+        inputs=(_X,),
+        outputs=(_Y,),
+        weights=(Operand("w", "[1]"),),
+        fits=same_widths,
+        weight_shapes=lambda n, g: [(n.weights[0], (1,))],
+        in_place=((0, 0),),
+        doc="y = w * x, with a factor that is a parameter (Gemma 4's layer scalar). Lowering turns the op into `scale`.",
     ),
     OpSpec(
         name="multiply",

@@ -45,8 +45,8 @@ def _router_fits(node: Node, _: Graph) -> bool:
 
 def _router_shapes(node: Node, _: Graph) -> Shapes:
     experts = node.attrs["experts"]
-    vectors = (name for name in (node.attrs["bias"], *node.attrs.get("biases", ())) if name is not None)
-    return [(node.weights[0], (experts, node.inputs[0].width)), *((name, (experts,)) for name in vectors)]
+    matrix, *vectors = *node.weights, node.attrs["bias"], *node.attrs.get("biases", ())
+    return [(matrix, (experts, node.inputs[0].width)), *((name, (experts,)) for name in vectors if name is not None)]
 
 
 def _product_shapes(node: Node, rows: int) -> Shapes:
@@ -67,7 +67,7 @@ SPECS = (
         name="router",
         inputs=(Operand("x", "[T, H]"),),
         outputs=(_ROUTES,),
-        weights=(Operand("W", "[E, H], fp32"),),
+        weights=(Operand("W", "[E, H], fp32"), Operand("f", "[E]", optional=True)),
         attrs=(*_ROUTING, Attr("biases", NAMES, "of the product: (c [E],)", (None,))),
         fits=_router_fits,
         weight_shapes=_router_shapes,
@@ -77,9 +77,10 @@ SPECS = (
             groups with the highest group score, which is the largest s + b of the group ("max") or the sum of its two largest
             ("top2"), then the `top_k` best experts of these groups. If scores are equal, the expert with the lower number is
             chosen. The weight of a chosen expert is scale * s; with `normalise`, s is first divided by the sum of s over the
-            chosen experts. Lowering turns the op into `linear` and `route`.
+            chosen experts. If there is a factor f per expert, the weight is finally multiplied by it. Lowering turns the op
+            into `linear` and `route`.
 
-            Source: DeepSeekMoE (Dai et al. 2024); DeepSeek-V3, section 2.1.2.
+            Source: DeepSeekMoE (Dai et al. 2024); DeepSeek-V3, section 2.1.2; f: Gemma 4's `per_expert_scale`.
         """,
     ),
     OpSpec(
@@ -137,6 +138,7 @@ SPECS = (
         origin="lowering",
         inputs=(Operand("scores", "[T, E]: x W^T"),),
         outputs=(_ROUTES,),
+        weights=(Operand("f", "[E]", optional=True),),
         attrs=_ROUTING,
         fits=lambda n, g: (n.inputs[0].width, n.outputs[0].width) == (n.attrs["experts"], 2 * n.attrs["top_k"]),
         rows="tokens",

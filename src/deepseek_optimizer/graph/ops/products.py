@@ -69,6 +69,20 @@ SPECS = (
         doc="x_t = scale * table[token_t]; if the step has `inputs_embeds`, x contains these rows instead, unscaled.",
     ),
     OpSpec(
+        name="lookup",
+        outputs=(Operand("y", "[T, N]"),),
+        weights=(Operand("table", "[entries, N]"),),
+        attrs=(step_attr("scale", FLOAT), Attr("entries", INT, "rows of the table, at least V")),
+        fits=lambda n, g: n.attrs["entries"] >= g.vocab_size,
+        weight_shapes=lambda n, g: [(n.weights[0], (n.attrs["entries"], n.outputs[0].width))],
+        rows="tokens",
+        code=1,
+        doc="""
+            y_t = scale * table[token_t], as `embedding`, but whether or not the step has `inputs_embeds`: it always needs token
+            ids. Gemma 4's per-layer embeddings are such a table.
+        """,
+    ),
+    OpSpec(
         name="state_in",
         outputs=(_H,),
         fits=lambda n, g: n.outputs[0].width == g.hidden_size,

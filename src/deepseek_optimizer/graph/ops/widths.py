@@ -16,11 +16,11 @@ def heads_width(node: Node, count: str) -> int:
 
 
 def fits_cache(node: Node, graph: Graph) -> bool:
-    """The graph has a cache of keys and values of this shape, and the node's layer lies in it."""
+    """The graph has a cache of keys and values, and the node's layer lies in it and has this shape."""
     a, spec = node.attrs, graph.cache
     if not isinstance(spec, CacheSpec):
         return False
-    return 0 <= a["layer"] < spec.layers and (a["kv_heads"], a["head_dim"]) == (spec.kv_heads, spec.head_dim)
+    return 0 <= a["layer"] < spec.layers and (a["kv_heads"], a["head_dim"]) == spec.heads_of(a["layer"])
 
 
 def latent_cache(node: Node, graph: Graph) -> LatentSpec | None:

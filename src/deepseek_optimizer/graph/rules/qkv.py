@@ -18,7 +18,7 @@ MAX_MATRICES = 3  # of one node, in native plans
 
 def rewrite(graph: Graph) -> tuple[Graph, list[str]]:
     """linear(x) -> q; linear(x) -> k; linear(x) -> v  =>  linear(x) -> q, k, v, for each attention or recurrence of one
-    input."""
+    input; only q and k where v is computed from k's product."""
     links, changes, places = Links(graph), dict[int, Node | None](), []
     for place, indices in _projections(graph, links):
         parts = [graph.nodes[i] for i in indices]
@@ -42,7 +42,7 @@ def _projections(graph: Graph, links: Links) -> Iterator[tuple[str, list[int]]]:
             through = ("rope", "head_norm", "rms_norm", "columns", "position_scale")
             sources = [links.source(v, through) for v in (node.inputs[0], *writes["cache_write", layer])]
             groups = _over_one_input(graph, sources)
-            if len(groups) == 1 and len(groups[0]) == 3:
+            if len(groups) == 1 and len(groups[0]) > 1:
                 yield f"layer {layer}", groups[0]
         elif node.op == "short_conv":
             source = graph.nodes[links.source(node.inputs[0], ("multiply", "concat", "columns"))]

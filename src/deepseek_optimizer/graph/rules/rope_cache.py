@@ -9,7 +9,10 @@ from .edit import Links, rebuilt
 def rewrite(graph: Graph) -> tuple[Graph, list[str]]:
     """rope(q) -> q'; rope(k) -> k'; cache_write(k', v); attention(q')  =>  rope_cache(q, k, v, table) -> q'; attention(q')."""
     links, changes, places = Links(graph), dict[int, Node | None](), []
-    attentions = {n.attrs["layer"]: n for n in graph.nodes if n.op == "attention"}
+    attentions: dict[int, Node] = {}  # the first over each layer of the cache; others only read it
+    for node in graph.nodes:
+        if node.op == "attention":
+            attentions.setdefault(node.attrs["layer"], node)
     for at, write in enumerate(graph.nodes):
         if write.op != "cache_write" or write.attrs["layer"] not in attentions:
             continue

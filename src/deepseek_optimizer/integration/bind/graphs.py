@@ -41,8 +41,8 @@ def plan_graph(
 
 
 def with_eps_of(model: Any, graph: Graph) -> Graph:
-    """The graph with the epsilons of the model's norm modules, which may differ from the config's; norms without weights keep
-    theirs."""
+    """The graph with the epsilons of the model's norm modules, which may differ from the config's. Norms without a weight keep
+    the config's."""
 
     def eps(weight: str, by_config: float) -> float:
         norm = model.get_submodule(weight.rpartition(".")[0])

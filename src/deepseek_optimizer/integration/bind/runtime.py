@@ -185,10 +185,13 @@ class Runtime(PackedModel):
         slots = size.slots(self._state_bytes)
         rest = replace(size, bytes=size.bytes - slots * self._state_bytes)
         store = backend.new_store(graph, self.kv_dtype, rest.blocks(self._block_bytes), slots)
-        layers = graph.cache.layers if graph.states else graph.hidden_states - 1
+        layers = min(graph.cache.layers, graph.hidden_states - 1)  # without those of MTP layers
+        empty = 0 if graph.states else graph.hidden_states - 1 - layers
         growth = CheckedGrowth(store.block_bytes, store.num_blocks, backend.free_memory)
         state_growth = CheckedGrowth(store.state_bytes, slots, backend.free_memory) if slots else None
-        return Arena(store, layers, _latent_row(graph), _rotation(graph), forgetting_of(graph), size, growth, state_growth)
+        return Arena(
+            store, layers, _latent_row(graph), _rotation(graph), forgetting_of(graph), size, growth, state_growth, empty
+        )
 
     @property
     def _state_bytes(self) -> int:

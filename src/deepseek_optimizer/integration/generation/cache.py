@@ -291,6 +291,12 @@ class PagedLayer(CacheLayerMixin):
         return -1
 
 
+class EmptyLayer(PagedLayer):
+    """A decoder layer whose attention reads the keys and values of an earlier one; its own are None, as in Transformers."""
+
+    keys = values = None  # type: ignore[assignment]
+
+
 def _opened(rows: torch.Tensor, start: int, count: int) -> torch.Tensor:
     """`rows` [..., tokens, width] with `count` rows of zeros inserted at token `start`."""
     before, after = rows.tensor_split((start,), -2)
@@ -313,6 +319,7 @@ class PagedCache(Cache):
     def _adopt(self, state: PagedState) -> None:
         self.state = state
         layers = [PagedLayer(state, i) for i in range(state.arena.layers)]
+        layers += [EmptyLayer(state, i) for i in range(len(layers), len(layers) + state.arena.empty_layers)]
         super().__init__(layers=layers)  # type: ignore[arg-type]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:

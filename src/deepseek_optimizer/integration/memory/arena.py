@@ -42,13 +42,14 @@ class Arena:
 
     Args:
         store: the backend's block store.
-        layers: number of the model's decoder layers; the store may have more.
+        layers: number of the model's decoder layers with keys and values of their own; the store may have more.
         latent: layout of the rows of a latent cache; None: the cache holds keys and values.
         rotation: how the model rotates keys, for `drop_blocks`; None: unknown, `drop_blocks` is not supported.
         forgetting: which tokens the sequences may drop; None: none.
         size: the maximum size and its reason; None: the store's size.
         growth: decides whether there is memory for more blocks; None: by this system's limits.
         state_growth: the same for the slots of recurrent states.
+        empty_layers: number of further decoder layers, whose attention reads the keys and values of the others.
 
     Attributes:
         state_interval: see `SequenceStates`; so long that stored states take no more memory than the blocks between them. 0:
@@ -65,8 +66,10 @@ class Arena:
         size: CacheSize | None = None,
         growth: CheckedGrowth | None = None,
         state_growth: CheckedGrowth | None = None,
+        empty_layers: int = 0,
     ) -> None:
         self.store, self.layers, self.latent, self.rotation = store, layers, latent, rotation
+        self.empty_layers = empty_layers
         self.size = size or CacheSize(store.num_blocks * store.block_bytes, "the size of the block store")
         self._growth = growth or CheckedGrowth(store.block_bytes, store.num_blocks)
         slots, self.state_interval = None, 0

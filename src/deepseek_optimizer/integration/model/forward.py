@@ -23,6 +23,7 @@ from ..bind.instance_method import PLANNED, Replacement
 from ..compat import cache_name, chosen_hidden, output_class, take_cache
 from ..generation.cache import Bool, PagedCache, PagedState
 from ..generation.steps import Columns, documents_of, run_columns
+from .embedded_ids import embedded_ids
 
 _LOSS_ARGUMENTS = {"num_items_in_batch", "shift_labels", "ignore_index"}
 _SERVED = {
@@ -153,6 +154,8 @@ class PlanForward(Replacement):
         graph = self.runtime.graph
         rows, q = (embeds if ids is None else ids).shape[:2]
         ids32 = None
+        if ids is None and graph.looks_up:
+            ids = embedded_ids(self.runtime.model, embeds)
         if ids is not None:
             ids32 = ids.detach().cpu().numpy()
             low, high = int(ids32.min()), int(ids32.max())

@@ -43,6 +43,9 @@ class ResizeTokens(Replacement):
             return model.get_input_embeddings()
         self._check(model)
         embedding, head = _ends(model)
+        by_layer = _layer_embedding(runtime)
+        if by_layer is not None:
+            model.set_per_layer_input_embeddings(_float_embedding(by_layer))
         table = _float_embedding(embedding)
         model.set_input_embeddings(table)
         if head is not None:
@@ -56,6 +59,8 @@ class ResizeTokens(Replacement):
             manifest = runtime.manifest
             pack_in_place(model, whole_graph(model), runtime.config, runtime.backend.pack, manifest.formats())
             model.get_input_embeddings().scale = embedding.scale
+            if by_layer is not None:
+                model.get_per_layer_input_embeddings().scale = by_layer.scale
             self._bind(model, runtime.config, curve=manifest.curve, bytes_before=runtime.bytes_before, notes=runtime.notes)
         return model.get_input_embeddings()
 
@@ -66,7 +71,7 @@ class ResizeTokens(Replacement):
             raise UnsupportedRequestError(
                 'the embeddings cannot be resized: they are shared with MTP layers; load the model with mtp="off"'
             )
-        for module in _ends(model):
+        for module in (*_ends(model), _layer_embedding(self.runtime)):
             if module is not None and module.format not in _EXACT:
                 raise UnsupportedRequestError(
                     f"the embeddings cannot be resized: packed as {module.format}, they would be rounded again; {RESIZE}"
@@ -76,6 +81,11 @@ class ResizeTokens(Replacement):
 def _ends(model: Any) -> tuple[PackedEmbedding, PackedLinear | None]:
     """The packed embedding and, if there is one, the packed head."""
     return model.get_input_embeddings(), type(model).get_output_embeddings(model)
+
+
+def _layer_embedding(runtime: Any) -> PackedEmbedding | None:
+    """The table of embeddings per layer, which Transformers resizes with the other."""
+    return runtime.model.get_per_layer_input_embeddings() if runtime.graph.looks_up else None
 
 
 def _float_embedding(packed: PackedEmbedding) -> nn.Embedding:
