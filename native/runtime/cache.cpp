@@ -42,9 +42,39 @@ KvLayout checked_layout(const Kernels& kernels, const dso_cache_shape& s) {
           0,          s.summaries ? summary_bytes(s.kv_type, s.head_dim) : 0};
 }
 
+namespace {
+int64_t layer_summaries(const KvLayout& l) { return std::max(1, l.kv_heads) * l.summary_bytes; }
+}  // namespace
+
+std::vector<CacheLayer> checked_places(const dso_cache_shape& s, const KvLayout& l) {
+  std::vector<CacheLayer> places, next;  // next: by group, the place after its last layer
+  for (int32_t i = 0; i < s.layers; ++i) {
+    const int32_t group = s.groups ? s.groups[i] : 0;
+    if (group < 0 || group >= s.layers) fail(DSO_EINVAL, "cache: layer %d is in group %d of %d layers", i, group, s.layers);
+    for (int32_t g = int32_t(next.size()); g <= group; ++g) next.push_back({0, 0, g});
+    places.push_back(next[size_t(group)]);
+    next[size_t(group)].at += l.layer_bytes;
+    next[size_t(group)].summaries_at += layer_summaries(l);
+  }
+  for (const CacheLayer& n : next)
+    if (n.at == 0) fail(DSO_EINVAL, "cache: no layer is in group %d of %d", n.group, int(next.size()));
+  if (s.summaries && next.size() > 1)
+    fail(DSO_EINVAL, "cache: summaries need all layers in one group, there are %d groups", int(next.size()));
+  return places;
+}
+
+CacheLayer end_of(const std::vector<CacheLayer>& places, const KvLayout& l) {
+  CacheLayer end{0, 0, 0};
+  for (const CacheLayer& p : places)
+    end = {std::max(end.at, p.at + l.layer_bytes), std::max(end.summaries_at, p.summaries_at + layer_summaries(l)),
+           std::max(end.group, p.group + 1)};
+  return end;
+}
+
 int64_t cache_block_bytes(const Kernels& kernels, const dso_cache_shape& s) {
   const KvLayout l = checked_layout(kernels, s);
-  return s.layers * (l.layer_bytes + std::max(1, l.kv_heads) * l.summary_bytes / summary_blocks);
+  const CacheLayer end = end_of(checked_places(s, l), l);
+  return end.at + end.summaries_at / summary_blocks;
 }
 
 namespace {
@@ -65,6 +95,8 @@ using namespace dso;
 dso_cache::dso_cache(const Kernels& k, const dso_cache_shape& shape, int64_t n_blocks)
     : kernels(k),
       layout(checked_layout(kernels, shape)),
+      places(checked_places(shape, layout)),
+      end(end_of(places, layout)),
       layers(shape.layers),
       blocks(n_blocks),
       arena(checked_bytes(n_blocks, block_bytes())),

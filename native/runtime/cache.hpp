@@ -1,14 +1,22 @@
-// The paged KV cache: `blocks` blocks in one range of address space, block-major (a block holds 32 tokens of every layer), so
-// that whole blocks can be copied, shared and released. The layout within a layer is private to the kernels.
+// The paged KV cache: `blocks` blocks in one range of address space, block-major (a block holds 32 tokens of every layer of a
+// group), so that whole blocks can be copied, shared and released. The layout within a layer is private to the kernels.
 //
 // Summaries are stored in a separate range, in groups of summary_blocks blocks: rows of 32 times 4 bytes, with one column per
 // block. So the summaries of many blocks are read as a stream, and a group is returned to the system with its blocks.
 #pragma once
 #include <algorithm>
+#include <vector>
 
 #include "arena.hpp"
 #include "dso.h"
 #include "kernels.hpp"
+
+namespace dso {
+struct CacheLayer {
+  int64_t at, summaries_at;  // offsets in bytes within a block, and within a group of summaries
+  int32_t group;
+};
+}  // namespace dso
 
 struct dso_cache {
   dso_cache(const dso::Kernels& kernels, const dso_cache_shape& shape, int64_t blocks);
@@ -20,20 +28,24 @@ struct dso_cache {
   void load_block(int64_t block, const uint8_t* bytes);
   void read(int64_t layer, const int32_t* table, int64_t tokens, float* key, float* value) const;
 
-  int64_t block_bytes() const { return layers * layout.layer_bytes; }
+  int64_t block_bytes() const { return end.at; }
+  int64_t group_bytes() const { return end.summaries_at; }  // summaries of summary_blocks blocks; 0: none
+  int32_t groups() const { return end.group; }
+  int32_t group(int64_t layer) const { return places[layer].group; }
+  // table: that of the layer's group.
   dso::KvView view(int64_t layer, const int32_t* table) const {
-    return {arena.data() + layer * layout.layer_bytes, block_bytes(), table, summaries.data() + layer * layer_summaries(),
-            group_bytes()};
+    const dso::CacheLayer& place = places[layer];
+    return {arena.data() + place.at, block_bytes(), table, summaries.data() + place.summaries_at, group_bytes()};
   }
-  int64_t group_bytes() const { return layers * layer_summaries(); }  // summaries of summary_blocks blocks; 0: none
 
   const dso::Kernels& kernels;  // the layout is the same on every ISA: each can read what another wrote
   const dso::KvLayout layout;
+  const std::vector<dso::CacheLayer> places;  // one per layer
+  const dso::CacheLayer end;                  // sizes of the largest group, and the number of groups
   const int64_t layers, blocks;
   dso::Arena arena, summaries;
 
  private:
-  int64_t layer_summaries() const { return std::max(1, layout.kv_heads) * layout.summary_bytes; }
   uint8_t* summary(int64_t block) const;  // the first 4 bytes of its column; the next ones are kSummaryRow further
   void check_block(int64_t block) const;
 };
@@ -41,6 +53,10 @@ struct dso_cache {
 namespace dso {
 // Layout of one layer of a block. DSO_EINVAL for an invalid shape or type.
 KvLayout checked_layout(const Kernels& kernels, const dso_cache_shape& shape);
-// Bytes of all layers, including the block's share of the summaries.
+// Place of each layer in a block of its group. DSO_EINVAL for invalid groups.
+std::vector<CacheLayer> checked_places(const dso_cache_shape& shape, const KvLayout& layout);
+// Sizes of the largest group, and the number of groups.
+CacheLayer end_of(const std::vector<CacheLayer>& places, const KvLayout& layout);
+// Bytes of a block, including its share of the summaries.
 int64_t cache_block_bytes(const Kernels& kernels, const dso_cache_shape& shape);
 }  // namespace dso

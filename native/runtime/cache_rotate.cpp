@@ -56,13 +56,15 @@ Rotation rotation_of(const dso_rotation& r, const float* table) {
 
 }  // namespace
 
-void turn(Context& c, dso_cache& cache, const dso_rotation& key, const dso_rotation* index, const int32_t* table,
+void turn(Context& c, dso_cache& cache, const dso_rotation& key, const dso_rotation* index, int32_t group, const int32_t* table,
           int64_t tokens, int64_t position, int64_t delta) {
   const KvLayout& layout = cache.layout;
   check_rotation("key", key, layout.rank ? layout.rope : layout.head_dim);
   if (!index != !layout.index)
     fail(DSO_EINVAL, "cache: index is %s, but the cache's index keys have %d elements", index ? "given" : "NULL", layout.index);
   if (index) check_rotation("index", *index, layout.index);
+  if (group < 0 || group >= cache.groups())
+    fail(DSO_EINVAL, "cache: group %d does not exist, there are %d groups", group, cache.groups());
   if (tokens < 0) fail(DSO_EINVAL, "cache: %lld tokens, must not be negative", (long long)tokens);
   const int64_t blocks = ceil_div(tokens, kTokens), first = std::min(position, position + delta),
                 last = std::max(position, position + delta) + tokens;
@@ -89,6 +91,7 @@ void turn(Context& c, dso_cache& cache, const dso_rotation& key, const dso_rotat
     }
     const Rotation turn = rotation_of(key, key_table), index_turn = index ? rotation_of(*index, index_table) : Rotation{};
     for (int64_t layer = 0; layer < cache.layers; ++layer) {
+      if (cache.group(layer) != group) continue;
       const KvView view = cache.view(layer, table);
       if (layout.rank)
         c.kernels.latent_rotate(layout, view, block, turn, index ? &index_turn : nullptr, index_table + index_room);

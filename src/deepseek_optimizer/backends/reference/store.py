@@ -21,15 +21,15 @@ LATENT_GROUP = 128  # elements of an int8 latent that share a scale
 
 
 def store_block_bytes(spec: CacheSpec | LatentSpec, kv_dtype: str) -> int:
-    """Bytes of one block of all layers. int8 has a float32 scale per token and head, or per group of a token's latent; the
-    other parts of an int8 latent cache are bf16."""
+    """Bytes of one block of the largest group of layers. int8 has a float32 scale per token and head, or per group of a token's
+    latent; the other parts of an int8 latent cache are bf16."""
     dtype = _dtype(kv_dtype)
     if isinstance(spec, LatentSpec):
         scales = 4 * _groups(spec) if kv_dtype == "int8" else 0
         others = (spec.rope + spec.index) * _unquantised(dtype).itemsize
         return spec.layers * BLOCK_TOKENS * (spec.rank * dtype.itemsize + scales + others)
     row = spec.head_dim * dtype.itemsize + (4 if kv_dtype == "int8" else 0)
-    return 2 * spec.layers * BLOCK_TOKENS * spec.kv_heads * row
+    return 2 * spec.group_layers * BLOCK_TOKENS * spec.kv_heads * row
 
 
 def _dtype(kv_dtype: str) -> torch.dtype:
@@ -109,7 +109,7 @@ class _Blocks:
     def write_state(self, slot: int, data: bytes) -> None:
         self.states.write_bytes(slot, data)
 
-    def rotate(self, rotation: KeyRotation, block_table: Int32, tokens: int, position: int, delta: int) -> None:
+    def rotate(self, rotation: KeyRotation, block_table: Int32, tokens: int, position: int, delta: int, group: int = 0) -> None:
         rotation.check(position + tokens)
         if min(position, position + delta) < 0 or tokens < 0:
             raise ValueError(f"{tokens} tokens from position {position} cannot move by {delta}")
@@ -118,12 +118,12 @@ class _Blocks:
             raise ValueError(f"block_table must have distinct, non-negative blocks, got {table.tolist()}")
         if delta and tokens:
             angles = _angle_table(rotation.inv_freq, position, len(table) * BLOCK_TOKENS, delta, table.device)
-            rotated = list(self._rotated(rotation, table, angles))  # computed before anything is written
+            rotated = list(self._rotated(rotation, table, angles, group))  # computed before anything is written
             for tensor, rows in rotated:
                 tensor[table] = rows.to(tensor.dtype)
 
     def _rotated(
-        self, rotation: KeyRotation, blocks: torch.Tensor, angles: torch.Tensor
+        self, rotation: KeyRotation, blocks: torch.Tensor, angles: torch.Tensor, group: int
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """The tensors that the rotation changes, each with its new rows for the blocks."""
         raise NotImplementedError
@@ -159,7 +159,8 @@ class _Blocks:
 
 
 class TorchStore(_Blocks):
-    """Implements `KvStore`: K and V, [blocks, 32, kv_heads, head_dim] each.
+    """Implements `KvStore`: K and V, [blocks, 32, kv_heads, head_dim] each. Layers of different groups share tensors: a block
+    holds either the one's or the other's.
 
     int8: scale = max|x| / 127 per token and head, q = rint(x / scale).
     """
@@ -167,10 +168,12 @@ class TorchStore(_Blocks):
     def __init__(self, spec: CacheSpec, kv_dtype: str, num_blocks: int, device: torch.device) -> None:
         super().__init__(spec, kv_dtype, num_blocks)
         shape = (0, BLOCK_TOKENS, spec.kv_heads, spec.head_dim)
-        self._data = [torch.zeros(shape, dtype=_dtype(kv_dtype), device=device) for _ in range(2 * spec.layers)]
+        groups = [spec.group_of(layer) for layer in range(spec.layers)]
+        self._groups, self._places_of_layers = groups, [groups[:layer].count(group) for layer, group in enumerate(groups)]
+        tensors = 2 * spec.group_layers
+        self._data = [torch.zeros(shape, dtype=_dtype(kv_dtype), device=device) for _ in range(tensors)]
         self._scales = [
-            torch.zeros(shape[:3], device=device, dtype=torch.float32)
-            for _ in range(2 * spec.layers if kv_dtype == "int8" else 0)
+            torch.zeros(shape[:3], device=device, dtype=torch.float32) for _ in range(tensors if kv_dtype == "int8" else 0)
         ]
 
     def write(self, layer: int, table: torch.Tensor, start: int, key: torch.Tensor, value: torch.Tensor) -> None:
@@ -179,17 +182,17 @@ class TorchStore(_Blocks):
         Args:
             table: int64 [blocks], the sequence's blocks.
         """
-        at = self._places(table, start, len(key))
-        for i, rows in ((2 * layer, key), (2 * layer + 1, value)):
+        at, place = self._places(table, start, len(key)), self._places_of_layers[layer]
+        for i, rows in ((2 * place, key), (2 * place + 1, value)):
             if self.kv_dtype == "int8":
                 rows, self._scales[i][at] = _quantised(rows.float())
             self._data[i][at] = rows.to(self._data[i].dtype)
 
     def gather(self, layer: int, table: torch.Tensor, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V of a sequence's first `tokens` tokens, float32 [tokens, kv_heads, head_dim]."""
-        blocks = table[: -(-tokens // BLOCK_TOKENS)]
+        blocks, place = table[: -(-tokens // BLOCK_TOKENS)], self._places_of_layers[layer]
         both = []
-        for i in (2 * layer, 2 * layer + 1):
+        for i in (2 * place, 2 * place + 1):
             rows = self._data[i][blocks].flatten(0, 1)[:tokens].float()
             if self.kv_dtype == "int8":
                 rows = rows * self._scales[i][blocks].flatten(0, 1)[:tokens, :, None]
@@ -197,9 +200,9 @@ class TorchStore(_Blocks):
         return both[0], both[1]
 
     def _rotated(
-        self, rotation: KeyRotation, blocks: torch.Tensor, angles: torch.Tensor
+        self, rotation: KeyRotation, blocks: torch.Tensor, angles: torch.Tensor, group: int
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        for i in range(0, len(self._data), 2):
+        for i in range(0, 2 * self._groups.count(group), 2):
             key = self._data[i][blocks].float()
             if self.kv_dtype == "int8":
                 key = key * self._scales[i][blocks][..., None]
@@ -260,7 +263,7 @@ class LatentStore(_Blocks):
         return self._rows(self._data[layer + 2 * self.spec.layers], table, tokens)
 
     def _rotated(
-        self, rotation: KeyRotation, blocks: torch.Tensor, angles: torch.Tensor
+        self, rotation: KeyRotation, blocks: torch.Tensor, angles: torch.Tensor, group: int
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         layers = self.spec.layers
         if (rotation.index is None) != (self.spec.index == 0):
