@@ -176,8 +176,8 @@ class DroppedTokensError(DeepSeekOptimizerError, ValueError):
         self.tokens, self.nearest = tokens, nearest
         super().__init__(
             f"the cache cannot be cropped from {held} tokens to {tokens}: with an attention window of {window} tokens, tokens "
-            f"that would be visible from there were dropped. Crop it to {nearest} tokens, or start without a cache, and process "
-            "the rest again; if the window was set, a larger attention_window keeps more"
+            f"that would be visible from there were dropped. Crop it to {nearest} tokens, or start without a cache, and "
+            "process the rest again; if the window was set, a larger attention_window keeps more"
         )
 
 

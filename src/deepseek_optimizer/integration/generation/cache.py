@@ -159,7 +159,7 @@ class PagedState:
 
     def tables(self, rows: list[int] | None = None) -> Int32:
         """`StepBatch.block_table` for these rows, or for all; entries after a sequence's last block are undefined."""
-        tables = self._tables if rows is None else self._tables[:, rows]
+        tables = self._tables if rows is None else self._tables.take(rows, axis=1)
         return tables if len(tables) > 1 else tables[0]
 
     def crop_rows(self, tokens: list[int]) -> None:
