@@ -308,6 +308,9 @@ void refusals(const Variant& v, Random& random) {
             strstr(dso_last_error(), "key is NULL"),
         "%s", dso_last_error());
   check(dso_cache_rotate(c.c, full.cache, &good, nullptr, 0, nullptr, 0, 40, -1) == 0, "no tokens: %s", dso_last_error());
+  check(dso_cache_rotate(c.c, full.cache, &good, nullptr, 1, full.table, 75, 40, -1) == DSO_EINVAL &&
+            strstr(dso_last_error(), "group 1 does not exist"),
+        "%s", dso_last_error());
   check(bytes_of(*full.cache) == a && bytes_of(*latent.cache) == b, "a rejected rotation changed bytes");
 }
 
