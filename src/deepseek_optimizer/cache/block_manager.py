@@ -197,7 +197,10 @@ class SequenceBlocks:
         used = self.tokens % BLOCK_TOKENS
         if self.states is not None or not 0 < used <= BLOCK_TOKENS - count:
             return False
-        return all(self.manager.users(table.blocks[-1]) == 1 for table in self.tables)
+        for table in self.tables:
+            if self.manager.users(table.blocks[-1]) != 1:
+                return False
+        return True
 
     def adopt(self, tables: list[list[int]], slot: int | None = None) -> None:
         """Starts an empty sequence with full blocks of its first tokens, and the slot of its recurrent states after them, if
@@ -257,7 +260,10 @@ class SequenceBlocks:
     @property
     def forgettable(self) -> bool:
         """Whether there are blocks to `forget`."""
-        return any(table.forgettable(self.tokens) for table in self.tables)
+        for table in self.tables:
+            if table.forgetting is not None and table.forgettable(self.tokens):
+                return True
+        return False
 
     def forget(self) -> list[range]:
         """Releases the blocks that no later token attends to; returns their indices in each group."""

@@ -114,6 +114,8 @@ class PrefixCache:
         for group, forgetting in enumerate(self.groups):
             if forgetting is None:
                 most = self._unbroken(wanted[:most], group)
+        if not any(self.groups):
+            return next((n for n in range(most, 0, -1) if self._has_state(wanted[n - 1])), 0)
         possible = [n for n in range(1, most + 1) if self._has_state(wanted[n - 1])]
         for group, forgetting in enumerate(self.groups):
             if forgetting is not None and possible:

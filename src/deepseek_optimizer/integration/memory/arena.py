@@ -76,7 +76,8 @@ class Arena:
         if store.num_states:
             self._state_growth = state_growth or CheckedGrowth(store.state_bytes, store.num_states)
             slots = BlockManager(store.num_states, growth=self._state_growth, unit="state slot")
-            self.state_interval = max(_MIN_INTERVAL, -(-store.state_bytes // store.block_bytes)) * BLOCK_TOKENS
+            bytes_of_all = len(groups) * store.block_bytes
+            self.state_interval = max(_MIN_INTERVAL, -(-store.state_bytes // bytes_of_all)) * BLOCK_TOKENS
         self.manager = BlockManager(store.num_blocks, groups, self._growth, slots)
         self._lock = threading.Lock()
         self._store_lock = threading.Lock()  # acquired after _lock if both are needed
