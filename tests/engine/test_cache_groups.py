@@ -80,6 +80,24 @@ def test_several_long_texts_run_together():
     assert all(answers[r.id].token_ids == expected(r.prompt, 20, None, GROUPS) for r in requests)
 
 
+def test_requests_past_their_prompt_reserve_no_further_step():
+    """A request whose prompt has been processed needs no blocks of windowed groups for another chunk."""
+    after, during = 10 + 5 * WINDOW.blocks(1), 6 * 10
+    core = make_core(blocks=3 * (after + 6) + during + 6, forgetting=GROUPS, prefix_cache=False, batch_size_range=(1, 4))
+    requests, answers = [Request(text(n, 300), endless(15), id=str(n)) for n in range(4)], {}
+    for request in requests:
+        core.add(request)
+        answers[request.id] = Completion()
+        for output in core.step():
+            answers[output.request_id].add(output)
+    assert len(core.scheduler.running) == 4
+    while not core.idle:
+        for output in core.step():
+            answers[output.request_id].add(output)
+    assert core.scheduler.preemptions == 0
+    assert all(answers[r.id].token_ids == expected(r.prompt, 15, None, GROUPS) for r in requests)
+
+
 def test_prefixes_of_any_length_are_shared_while_there_is_room():
     """Released blocks stay in the prefix cache as long as nothing else needs them: a text may branch off anywhere."""
     core = make_core(blocks=1_000, context=5_000, forgetting=GROUPS, step_tokens=64)
@@ -110,7 +128,7 @@ def test_released_blocks_make_room_for_others():
 
 @pytest.mark.parametrize("seed", range(10))
 def test_random_batches_in_a_small_cache(seed):
-    """Requests arrive, are cancelled and preempted at random, with and without rejected drafts."""
+    """Requests arrive, are cancelled and preempted at random, with and without rejected drafts and recurrent states."""
     rng = random.Random(seed)
     windows = [Forgetting(rng.randrange(20, 150), rng.choice((0, 0, 40)), rng.choice((8, 32))) for _ in range(2)]
     groups = (None, *windows[: rng.randint(1, 2)])
@@ -119,7 +137,7 @@ def test_random_batches_in_a_small_cache(seed):
     core = make_core(
         blocks=rng.randrange(55, 90), chunk=rng.choice([None, 32, 64]), proposers=proposers, forgetting=groups,
         step_tokens=rng.choice([64, 128, 512]), batch_size_range=(1, rng.randrange(2, 9)), stall=rng.choice([None, 3.0]),
-        prefix_cache=rng.random() < 0.8,
+        prefix_cache=rng.random() < 0.8, slots=rng.choice((0, 0, 60)),
     )  # fmt: skip
     shared = [text(1000 * seed + n, rng.randrange(50, 500)) for n in range(3)]
     waiting = []

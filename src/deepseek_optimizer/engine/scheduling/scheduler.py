@@ -253,7 +253,8 @@ class Scheduler:
         blocks, tokens = running.sequence.blocks, len(running.sequence.tokens)
         if self.sliding is not None:
             tokens = min(tokens, self.sliding.window)
-        return max(0, max_blocks(blocks.groups, tokens, self.budget.max_tokens) - blocks.held)
+        step = min(self.budget.max_tokens, max(1, running.missing))
+        return max(0, max_blocks(blocks.groups, tokens, step) - blocks.held)
 
     def forget(self, running: Running) -> None:
         """Frees the blocks that are not visible to any later token of the request.
