@@ -17,7 +17,7 @@ extern "C" {
 #define DSO_API
 #endif
 
-#define DSO_ABI_VERSION 7
+#define DSO_ABI_VERSION 8
 DSO_API int32_t dso_abi_version(void);
 
 enum {
@@ -162,8 +162,9 @@ DSO_API int64_t dso_row_bytes(int32_t slot_kind, int64_t width); /* bytes of a r
 DSO_API int32_t dso_convert(dso_context* c, int32_t slot_kind, const float* x, int64_t T, int64_t width, void* rows);
 
 /* ---- KV cache: blocks of 32 tokens in one growing arena -------------------------------------------------
- * A block holds DSO_BLOCK_TOKENS tokens of ALL layers. Memory is reserved at creation, becomes resident when first written,
- * and is returned to the system by dso_cache_release. The inner layout is private to the kernels; whole blocks can be copied.
+ * A block holds DSO_BLOCK_TOKENS tokens of all layers of one group. Memory is reserved at creation, becomes resident when first
+ * written, and is returned to the system by dso_cache_release. The inner layout is private to the kernels; whole blocks can be
+ * copied. Any block can serve any group: its size is that of the largest one. A sequence has a block table for each group.
  * Full (rank 0): K and V of kv_heads x head_dim; head_dim is even and at most 512; rope and index are 0. If layers differ,
  * `heads` holds kv_heads and head_dim of each layer, and those two fields are 0; otherwise it is NULL.
  * Latent (rank > 0; heads is NULL): per token and layer, one row of `rank` elements and `rope` more, shared by all heads, and
@@ -178,7 +179,9 @@ enum { DSO_KV_F32 = 0, DSO_KV_BF16 = 1, DSO_KV_INT8 = 2 };
 typedef struct dso_cache dso_cache;
 typedef struct dso_cache_shape {
   int32_t kv_type, layers, kv_heads, head_dim, rank, rope, index, summaries;
-  const int32_t* heads; /* [layers][2] or NULL; read only during the call */
+  const int32_t* heads;  /* [layers][2] or NULL; read only during the call */
+  const int32_t* groups; /* [layers]: the group of each layer, from 0 without gaps; NULL: all in group 0, as they must be with
+                            summaries. Read only during the call */
 } dso_cache_shape;
 DSO_API int64_t dso_cache_block_bytes(const dso_cache_shape* shape);
 DSO_API int32_t dso_cache_create(const dso_cache_shape* shape, int64_t blocks, dso_cache** out);
@@ -190,8 +193,8 @@ DSO_API int32_t dso_cache_release(dso_cache* k, int32_t from_block); /* blocks >
 DSO_API int64_t dso_cache_saved_bytes(const dso_cache* k);
 DSO_API int32_t dso_cache_save_block(const dso_cache* k, int32_t block, void* bytes);
 DSO_API int32_t dso_cache_load_block(dso_cache* k, int32_t block, const void* bytes);
-/* Reads one layer of a sequence, for adapters and tests. Full: key and value are float [kv_heads, tokens, head_dim]. Latent:
- * key is float [tokens, rank + rope], value float [tokens, index] or NULL. */
+/* Reads one layer of a sequence, for adapters and tests; block_table is that of the layer's group. Full: key and value are
+ * float [kv_heads, tokens, head_dim]. Latent: key is float [tokens, rank + rope], value float [tokens, index] or NULL. */
 DSO_API int32_t dso_cache_read(dso_cache* k, int32_t layer, const int32_t* block_table, int32_t tokens, float* key,
                                float* value);
 /* How RoPE rotated the keys in a cache: elements [offset, offset + rot) of a key, in pairs (i, i + rot/2) of that range, or
@@ -200,7 +203,7 @@ typedef struct dso_rotation {
   const float* inv_freq;
   int32_t rot, offset, flags, reserved;
 } dso_rotation;
-/* Moves cached tokens by `delta` positions: rotates the keys of all layers in the blocks that hold `tokens` tokens, and
+/* Moves cached tokens by `delta` positions: rotates the keys of all layers of a group in its blocks for `tokens` tokens, and
  * changes nothing else; slots after the last token are rotated along with their block. The first token's position is
  * `position`; the others follow consecutively. An element's angle is the difference between ROPE_TABLE's fp32 products at the
  * new and the old position, taken in double, so that repeated rotations add up to exactly the angle of the final position.
@@ -209,7 +212,7 @@ typedef struct dso_rotation {
  * the cache has none. All arguments are checked before anything is written. No block may occur twice in block_table, and
  * blocks shared with another sequence must be copied first. */
 DSO_API int32_t dso_cache_rotate(dso_context* c, dso_cache* k, const dso_rotation* key, const dso_rotation* index,
-                                 const int32_t* block_table, int32_t tokens, int32_t position, int32_t delta);
+                                 int32_t group, const int32_t* block_table, int32_t tokens, int32_t position, int32_t delta);
 
 /* ---- recurrent states -----------------------------------------------------------------------------------
  * A sequence has one fp32 state of each shape, whatever its length. A slot holds all states of one sequence after some number
@@ -392,8 +395,9 @@ typedef struct dso_batch {
   const int32_t* query_len;   /* [S], sum T, each > 0 */
   const int32_t* context_len; /* [S]: tokens in the cache before this step */
   const int32_t* phase;       /* [S], ascending */
-  const int32_t* block_table; /* [S, max_blocks]: blocks for context_len + query_len tokens. -1 is allowed for a block that no
-                                 row of this step sees, if every layer of the plan has a window */
+  const int32_t* block_table; /* [groups of the cache, S, max_blocks]: blocks for context_len + query_len tokens. -1 is allowed
+                                 for a block that no row of this step sees, if every layer of its group has a window. The
+                                 tables of groups that the plan does not use are not read */
   const int32_t* logit_rows;  /* [R], ascending */
   const float* inputs_embeds; /* [T, H] or NULL */
   const float* states;        /* [T, H]: input of STATE_IN; NULL for plans without it */

@@ -120,9 +120,10 @@ int32_t dso_cache_load_block(dso_cache* k, int32_t block, const void* bytes) {
 int32_t dso_cache_read(dso_cache* k, int32_t layer, const int32_t* block_table, int32_t tokens, float* key, float* value) {
   return guarded([&] { given(k, "cache").read(layer, block_table, tokens, key, value); });
 }
-int32_t dso_cache_rotate(dso_context* c, dso_cache* k, const dso_rotation* key, const dso_rotation* index,
+int32_t dso_cache_rotate(dso_context* c, dso_cache* k, const dso_rotation* key, const dso_rotation* index, int32_t group,
                          const int32_t* block_table, int32_t tokens, int32_t position, int32_t delta) {
-  return guarded([&] { turn(shared(c), given(k, "cache"), given(key, "key"), index, block_table, tokens, position, delta); });
+  return guarded(
+      [&] { turn(shared(c), given(k, "cache"), given(key, "key"), index, group, block_table, tokens, position, delta); });
 }
 
 int64_t dso_states_slot_bytes(const dso_state_shape* shapes, int32_t n) {

@@ -34,6 +34,8 @@ void check_cache(const dso_batch& b, const BatchNeeds& needs) {
   if (needs.summaries && l.summary_bytes == 0)
     fail(DSO_EINVAL, "batch.cache has no summaries, but the plan chooses blocks by them");
   if (!b.block_table) fail(DSO_EINVAL, "batch.block_table is NULL");
+  std::vector<Visible> groups(size_t(k->groups()));
+  for (int64_t layer = 0; layer < needs.layers; ++layer) groups[size_t(k->group(layer))].add(needs.visible[size_t(layer)]);
   for (int64_t s = 0; s < b.S; ++s) {
     const int64_t longest = needs.index > 0 || (needs.rank > 0 && needs.summaries) ? kMostNumbered
                             : needs.summaries                                      ? kMostNumbered * DSO_BLOCK_TOKENS
@@ -45,11 +47,14 @@ void check_cache(const dso_batch& b, const BatchNeeds& needs) {
     if (blocks > b.max_blocks)
       fail(DSO_EINVAL, "batch: sequence %lld needs %lld blocks, but max_blocks is %d", (long long)s, (long long)blocks,
            b.max_blocks);
-    const int32_t* table = b.block_table + s * b.max_blocks;
-    for (int64_t i = 0; i < blocks; ++i)
-      if ((table[i] < 0 || table[i] >= k->blocks) && !(table[i] == -1 && needs.hides(i, b.context_len[s])))
-        fail(DSO_EINVAL, "batch.block_table[%lld][%lld] is %d, but the cache has %lld blocks", (long long)s, (long long)i,
-             table[i], (long long)k->blocks);
+    for (size_t g = 0; g < groups.size(); ++g) {
+      if (!groups[g].used) continue;
+      const int32_t* table = b.block_table + (int64_t(g) * b.S + s) * b.max_blocks;
+      for (int64_t i = 0; i < blocks; ++i)
+        if ((table[i] < 0 || table[i] >= k->blocks) && !(table[i] == -1 && groups[g].hides(i, b.context_len[s])))
+          fail(DSO_EINVAL, "batch.block_table[%lld][%lld] is %d, but the cache has %lld blocks", (long long)s, (long long)i,
+               table[i], (long long)k->blocks);
+    }
   }
 }
 
@@ -122,10 +127,16 @@ void check_states(const dso_batch& b, const BatchNeeds& needs) {
 
 }  // namespace
 
-bool BatchNeeds::hides(int64_t block, int64_t context) const {
+void Visible::add(const Visible& other) {
+  used |= other.used;
+  all |= other.all;
+  window = std::max(window, other.window);
+  sinks = std::max(sinks, other.sinks);
+}
+
+bool Visible::hides(int64_t block, int64_t context) const {
   const int64_t first = context + 1 - window;
-  return !sees_all && window > 0 && first > sinks && block * DSO_BLOCK_TOKENS >= sinks &&
-         (block + 1) * DSO_BLOCK_TOKENS <= first;
+  return !all && window > 0 && first > sinks && block * DSO_BLOCK_TOKENS >= sinks && (block + 1) * DSO_BLOCK_TOKENS <= first;
 }
 
 void check_batch(const dso_batch& b, const BatchNeeds& needs) {
@@ -160,6 +171,10 @@ void check_batch(const dso_batch& b, const BatchNeeds& needs) {
   if (needs.logits && b.R > 0 && !b.logits) fail(DSO_EINVAL, "batch.logits is NULL");
   if (needs.layers > 0) check_cache(b, needs);
   if (!needs.recurrent.empty()) check_states(b, needs);
+}
+
+const int32_t* Batch::table(int64_t layer, int64_t sequence) const {
+  return source->block_table + (source->cache->group(layer) * int64_t(source->S) + sequence) * source->max_blocks;
 }
 
 void Batch::set(const dso_batch& b, const BatchNeeds& needs) {

@@ -12,6 +12,18 @@ struct HeadsShape {  // of one layer of the cache
   int32_t kv_heads = 0, head_dim = 0;
 };
 
+// The tokens that rows see in a layer of the cache, or in any of several: all of them, or else the widest window and the most
+// sinks.
+struct Visible {
+  bool used = false;  // by a step of the plan
+  bool all = false;
+  int64_t window = 0, sinks = 0;
+
+  void add(const Visible& other);
+  // Whether no row sees this block of a sequence with `context` tokens before its first row.
+  bool hides(int64_t block, int64_t context) const;
+};
+
 // A plan's requirements for its batches.
 struct BatchNeeds {
   int64_t vocab = 0;        // exclusive limit of token ids: the smaller of vocab_size and the embedding's rows
@@ -24,12 +36,7 @@ struct BatchNeeds {
   int64_t rope_tables = 0;
   bool summaries = false;                  // whether the cache must have summaries
   std::vector<dso_state_shape> recurrent;  // recurrent states, by number; heads 0: not used
-  // Visible tokens: all of them in at least one layer, or else the widest window and the most sinks of any layer.
-  bool sees_all = false;
-  int64_t window = 0, sinks = 0;
-
-  // Whether no row sees this block of a sequence with `context` tokens before its first row.
-  bool hides(int64_t block, int64_t context) const;
+  std::vector<Visible> visible;            // by layer
 };
 
 // Consecutive rows of one sequence within one cache block.
@@ -52,7 +59,8 @@ struct Batch {
   int64_t sequence_of(int64_t row) const {
     return std::upper_bound(first_row.begin(), first_row.end(), row) - first_row.begin() - 1;
   }
-  const int32_t* table(int64_t sequence) const { return source->block_table + sequence * source->max_blocks; }
+  // The block table of a sequence for this layer of the cache.
+  const int32_t* table(int64_t layer, int64_t sequence) const;
 };
 
 void check_batch(const dso_batch& b, const BatchNeeds& needs);

@@ -53,7 +53,7 @@ void BlockSchedule::add_chosen(const Run& run, int64_t sequence, int64_t first_r
   t.sequence = sequence;
   t.first = int64_t(panels.size());
   t.b0 = int64_t(runs.size());
-  find_blocks(run.batch.table(sequence), end);
+  find_blocks(run.batch.table(0, sequence), end);  // a cache with summaries has one group
   const int64_t last = int64_t(panels.size()), count = last - t.first;
   t.b1 = int64_t(runs.size());
   t.width = count * summary_blocks;

@@ -46,6 +46,11 @@ KvLayout layout_of(const Kernels& kernels, const dso_cache_shape& s, int32_t lay
     fail(DSO_EINVAL, "cache: kv_heads is %d and head_dim %d, must be 0 with heads per layer", s.kv_heads, s.head_dim);
   return heads_layout(kernels, s, s.heads[2 * layer], s.heads[2 * layer + 1]);
 }
+
+// The place behind a layer, without a layout.
+CacheLayer after(const CacheLayer& p) {
+  return {{}, p.at + p.layout.layer_bytes, p.summaries_at + std::max(1, p.layout.kv_heads) * p.layout.summary_bytes, p.group};
+}
 }  // namespace
 
 std::vector<CacheLayer> checked_layers(const Kernels& kernels, const dso_cache_shape& s) {
@@ -53,21 +58,34 @@ std::vector<CacheLayer> checked_layers(const Kernels& kernels, const dso_cache_s
     fail(DSO_EINVAL, "cache: kv_type %d is unknown", s.kv_type);
   if (s.layers < 1 || s.layers > 65536) fail(DSO_EINVAL, "cache: %d layers, must be from 1 to 65536", s.layers);
   if (s.summaries != 0 && s.summaries != 1) fail(DSO_EINVAL, "cache: summaries is %d, must be 0 or 1", s.summaries);
-  std::vector<CacheLayer> layers;
-  CacheLayer next{};
+  std::vector<CacheLayer> layers, next;  // next: by group, the place after its last layer
   for (int32_t i = 0; i < s.layers; ++i) {
-    next.layout = layout_of(kernels, s, i);
-    layers.push_back(next);
-    next.at += next.layout.layer_bytes;
-    next.summaries_at += std::max(1, next.layout.kv_heads) * next.layout.summary_bytes;
+    const int32_t group = s.groups ? s.groups[i] : 0;
+    if (group < 0 || group >= s.layers) fail(DSO_EINVAL, "cache: layer %d is in group %d of %d layers", i, group, s.layers);
+    for (int32_t g = int32_t(next.size()); g <= group; ++g) next.push_back({{}, 0, 0, g});
+    CacheLayer& place = next[size_t(group)];
+    place.layout = layout_of(kernels, s, i);
+    layers.push_back(place);
+    place = after(place);
   }
-  next.layout = {};
-  layers.push_back(next);
+  for (const CacheLayer& n : next)
+    if (n.at == 0) fail(DSO_EINVAL, "cache: no layer is in group %d of %d", n.group, int(next.size()));
+  if (s.summaries && next.size() > 1)
+    fail(DSO_EINVAL, "cache: summaries need all layers in one group, there are %d groups", int(next.size()));
   return layers;
 }
 
+CacheLayer end_of(const std::vector<CacheLayer>& places) {
+  CacheLayer end{};
+  for (const CacheLayer& p : places) {
+    const CacheLayer next = after(p);
+    end = {{}, std::max(end.at, next.at), std::max(end.summaries_at, next.summaries_at), std::max(end.group, p.group + 1)};
+  }
+  return end;
+}
+
 int64_t cache_block_bytes(const Kernels& kernels, const dso_cache_shape& s) {
-  const CacheLayer end = checked_layers(kernels, s).back();
+  const CacheLayer end = end_of(checked_layers(kernels, s));
   return end.at + end.summaries_at / summary_blocks;
 }
 
@@ -89,6 +107,7 @@ using namespace dso;
 dso_cache::dso_cache(const Kernels& k, const dso_cache_shape& shape, int64_t n_blocks)
     : kernels(k),
       places(checked_layers(kernels, shape)),
+      end(end_of(places)),
       layers(shape.layers),
       blocks(n_blocks),
       arena(checked_bytes(n_blocks, block_bytes())),

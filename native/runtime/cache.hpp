@@ -1,5 +1,5 @@
-// The paged KV cache: `blocks` blocks in one range of address space, block-major (a block holds 32 tokens of every layer), so
-// that whole blocks can be copied, shared and released. The layout within a layer is private to the kernels.
+// The paged KV cache: `blocks` blocks in one range of address space, block-major (a block holds 32 tokens of every layer of a
+// group), so that whole blocks can be copied, shared and released. The layout within a layer is private to the kernels.
 //
 // Summaries are stored in a separate range, in groups of summary_blocks blocks: rows of 32 times 4 bytes, with one column per
 // block. So the summaries of many blocks are read as a stream, and a group is returned to the system with its blocks.
@@ -15,6 +15,7 @@ namespace dso {
 struct CacheLayer {
   KvLayout layout;
   int64_t at, summaries_at;  // offsets in bytes within a block, and within a group of summaries
+  int32_t group;
 };
 }  // namespace dso
 
@@ -28,16 +29,20 @@ struct dso_cache {
   void load_block(int64_t block, const uint8_t* bytes);
   void read(int64_t layer, const int32_t* table, int64_t tokens, float* key, float* value) const;
 
-  int64_t block_bytes() const { return places.back().at; }
-  int64_t group_bytes() const { return places.back().summaries_at; }  // summaries of summary_blocks blocks; 0: none
+  int64_t block_bytes() const { return end.at; }
+  int64_t group_bytes() const { return end.summaries_at; }  // summaries of summary_blocks blocks; 0: none
+  int32_t groups() const { return end.group; }
+  int32_t group(int64_t layer) const { return places[layer].group; }
   const dso::KvLayout& layout(int64_t layer) const { return places[layer].layout; }
+  // table: that of the layer's group.
   dso::KvView view(int64_t layer, const int32_t* table) const {
     const dso::CacheLayer& place = places[layer];
     return {arena.data() + place.at, block_bytes(), table, summaries.data() + place.summaries_at, group_bytes()};
   }
 
   const dso::Kernels& kernels;                // the layout is the same on every ISA: each can read what another wrote
-  const std::vector<dso::CacheLayer> places;  // one per layer, then one at the end of all
+  const std::vector<dso::CacheLayer> places;  // one per layer
+  const dso::CacheLayer end;                  // sizes of the largest group, and the number of groups
   const int64_t layers, blocks;
   dso::Arena arena, summaries;
 
@@ -47,9 +52,10 @@ struct dso_cache {
 };
 
 namespace dso {
-// Layout and place of each layer in a block, and a last entry without a layout at their end. DSO_EINVAL for an invalid shape or
-// type.
+// Layout of each layer, and its place in a block of its group. DSO_EINVAL for an invalid shape, type or group.
 std::vector<CacheLayer> checked_layers(const Kernels& kernels, const dso_cache_shape& shape);
-// Bytes of all layers, including the block's share of the summaries.
+// Sizes of the largest group, and the number of groups.
+CacheLayer end_of(const std::vector<CacheLayer>& places);
+// Bytes of a block, including its share of the summaries.
 int64_t cache_block_bytes(const Kernels& kernels, const dso_cache_shape& shape);
 }  // namespace dso

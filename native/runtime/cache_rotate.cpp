@@ -56,8 +56,10 @@ Rotation rotation_of(const dso_rotation& r, const float* table) {
 
 }  // namespace
 
-void turn(Context& c, dso_cache& cache, const dso_rotation& key, const dso_rotation* index, const int32_t* table,
+void turn(Context& c, dso_cache& cache, const dso_rotation& key, const dso_rotation* index, int32_t group, const int32_t* table,
           int64_t tokens, int64_t position, int64_t delta) {
+  if (group < 0 || group >= cache.groups())
+    fail(DSO_EINVAL, "cache: group %d does not exist, there are %d groups", group, cache.groups());
   const bool latent = cache.layout(0).rank;
   for (int64_t layer = 0; layer < cache.layers; ++layer) {
     const KvLayout& layout = cache.layout(layer);
@@ -93,6 +95,7 @@ void turn(Context& c, dso_cache& cache, const dso_rotation& key, const dso_rotat
     }
     const Rotation turn = rotation_of(key, key_table), index_turn = index ? rotation_of(*index, index_table) : Rotation{};
     for (int64_t layer = 0; layer < cache.layers; ++layer) {
+      if (cache.group(layer) != group) continue;
       const KvLayout& layout = cache.layout(layer);
       const KvView view = cache.view(layer, table);
       if (latent)

@@ -15,7 +15,7 @@ class CacheWriter : public Op {
   void task(const Run& run, int64_t index, int thread) override {
     const Piece& p = run.batch.pieces[index];
     const dso_cache& cache = *run.batch.source->cache;
-    write(run, p, cache.layout(layer_), cache.view(layer_, run.batch.table(p.sequence)), thread);
+    write(run, p, cache.layout(layer_), cache.view(layer_, run.batch.table(layer_, p.sequence)), thread);
   }
 
  protected:

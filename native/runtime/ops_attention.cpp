@@ -71,7 +71,7 @@ class Attention final : public Op {
   }
   const KvLayout& layout(const Run& run) const { return run.batch.source->cache->layout(layer_); }
   KvView view(const Run& run, const AttentionTask& t) const {
-    return run.batch.source->cache->view(layer_, run.batch.table(t.sequence));
+    return run.batch.source->cache->view(layer_, run.batch.table(layer_, t.sequence));
   }
 
   // The tokens visible to the task's rows; with chosen blocks, those visible to row r. Whatever values the slot holds, no index

@@ -27,7 +27,7 @@ class BlockChoose final : public Op {
     const Rows& q = run.slots[q_.index];
     float* estimates =
         t.part < 0 ? reinterpret_cast<float*>(scratch + estimates_at(run)) : reinterpret_cast<float*>(run.shared) + t.part;
-    run.kernels.block_estimates(cache.layout(layer_), cache.view(layer_, run.batch.table(t.sequence)), t.kv_head,
+    run.kernels.block_estimates(cache.layout(layer_), cache.view(layer_, run.batch.table(layer_, t.sequence)), t.kv_head,
                                 q.f32(run.batch.first_row[t.sequence]) + t.kv_head * shape_.group() * shape_.head_dim, q.stride,
                                 shape_.group(), t.r0, t.r1, schedule_->panels.data() + t.p0, t.p1 - t.p0,
                                 estimates + (t.p0 - t.first) * summary_blocks, t.width, scratch);

@@ -51,7 +51,7 @@ class IndexChoose final : public Op {
 
   void score(const Run& run, const IndexTask& t, uint8_t* queries, float* scores) const {
     const dso_cache& cache = *run.batch.source->cache;
-    const KvView view = cache.view(layer_, run.batch.table(t.sequence));
+    const KvView view = cache.view(layer_, run.batch.table(layer_, t.sequence));
     for (int64_t r = t.r0; r < t.r1; ++r)
       run.kernels.index_query(cache.layout(layer_), shape_.heads, row(run, q_, t, r), queries + (r - t.r0) * query_bytes(run));
     for (int64_t from = t.t0; from < t.t1; from += IndexSchedule::kTokens)

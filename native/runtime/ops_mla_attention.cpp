@@ -97,7 +97,7 @@ class MlaAttention final : public Op {
   // One piece. Rows share what is read from the cache, and so do their heads, mla_heads at a time.
   void attend(const Run& run, const MlaTask& t, int64_t index, float* part, uint8_t* scratch) const {
     const int64_t context = run.batch.source->context_len[t.sequence], heads = t.h1 - t.h0;
-    const KvView view = run.batch.source->cache->view(layer_, run.batch.table(t.sequence));
+    const KvView view = run.batch.source->cache->view(layer_, run.batch.table(layer_, t.sequence));
     const MlaPiece piece = t.pieces.at(index);
     int32_t chosen[attn_chunk];
     int64_t tokens = piece.tokens;
@@ -149,7 +149,7 @@ class MlaAttention final : public Op {
       const auto seen = t.pieces.blocks_of(chunk);
       if (seen[0].tokens + seen[1].tokens == 0) continue;
       const Rows latents{scratch + room.latents, row_bytes(kind_, shape_.rank), attn_chunk};
-      const KvView view = run.batch.source->cache->view(layer_, run.batch.table(t.sequence));
+      const KvView view = run.batch.source->cache->view(layer_, run.batch.table(layer_, t.sequence));
       for (const MlaPiece& p : seen)
         if (p.tokens > 0)
           run.kernels.mla_rows(layout(run), view, p.first, p.tokens, kind_, reinterpret_cast<float*>(scratch + room.numbers),

@@ -181,15 +181,14 @@ int32_t StepReader::has_state(int64_t heads, int64_t rows, int64_t cols) {
 }
 
 void StepReader::sees(int64_t window, int64_t sinks) {
-  BatchNeeds& needs = plan_.needs;
-  needs.sees_all |= window == 0;
-  needs.window = std::max(needs.window, window);
-  needs.sinks = std::max(needs.sinks, sinks);
+  plan_.needs.visible[size_t(step.layer)].add({true, window == 0, window, sinks});
 }
 
 void StepReader::uses_layer(int32_t layer, bool writes_cache) {
   if (layer < 0 || layer >= 65536) refuse("layer is %d, must be from 0 to 65535", layer);
   plan_.needs.layers = std::max<int64_t>(plan_.needs.layers, layer + 1);
+  plan_.needs.visible.resize(size_t(plan_.needs.layers));
+  plan_.needs.visible[size_t(layer)].used = true;
   (writes_cache ? writes : reads).push_back(shared_resource() + 1 + layer);
 }
 

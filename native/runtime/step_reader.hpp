@@ -68,7 +68,7 @@ class StepReader {
   void attends(int32_t layer, int32_t kv_heads, int32_t head_dim, bool writes);  // uses the cache
   void attends_latent(int32_t layer, int32_t rank, int32_t rope, bool writes);
   void attends_index(int32_t layer, int32_t index, bool writes);
-  void sees(int64_t window, int64_t sinks);                      // visible tokens of its layer; window 0: all of them
+  void sees(int64_t window, int64_t sinks);                      // visible tokens of its layer, after `attends`; window 0: all
   int32_t has_state(int64_t heads, int64_t rows, int64_t cols);  // field state: no other step has the same one
   void uses_shared() { writes.push_back(shared_resource()); }
   // The step uses at most these; a field set beyond them is an error in the plan.

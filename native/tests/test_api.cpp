@@ -273,6 +273,41 @@ void missing_blocks() {
   refuses(runs(true, 2, 200), DSO_EINVAL, "block_table[0][2] is -1", "a layer that sees all");
 }
 
+// A block table per group of layers: blocks may be missing in the group of a layer with a window only, and a table of a group
+// has no effect on the layers of another.
+void groups_of_layers() {
+  std::vector<float> expected;
+  auto runs = [&](const int32_t* groups, std::vector<int32_t> table) {
+    Spec spec;
+    spec.window = 40;
+    spec.first_full = true;
+    Model m(spec, scalar::table, 2);
+    dso_cache cache(m.kernels, {spec.kv_type, spec.layers, spec.kv_heads, spec.head_dim, 0, 0, 0, 0, groups}, 16);
+    std::vector<int32_t> ids{1, 2, 3}, positions{0, 1, 2};
+    const int32_t query = 3, phase = DSO_PHASE_PREFILL, row = 2, context = 200;
+    std::vector<float> logits((size_t)spec.vocab);
+    dso_batch b{};
+    b.T = 3, b.S = 1, b.R = 1, b.max_blocks = 8;
+    b.token_ids = ids.data(), b.positions = positions.data(), b.query_len = &query, b.context_len = &context, b.phase = &phase;
+    b.block_table = table.data(), b.logit_rows = &row, b.logits = logits.data(), b.cache = &cache;
+    const int32_t rc = dso_plan_run(m.plan, &b);
+    if (expected.empty()) expected = logits;
+    check(rc || logits == expected, "other logits");
+    return rc;
+  };
+  const int32_t two[] = {0, 1};
+  std::vector<int32_t> table{0, 1, 2, 3, 4, 5, 6, 7};
+  check(runs(nullptr, table) == 0, "one group: %s", dso_last_error());
+  table.insert(table.end(), {8, 9, 10, 11, 12, 13, 14, 15});
+  check(runs(two, table) == 0, "two groups: %s", dso_last_error());
+  for (int i = 8; i < 13; ++i) table[(size_t)i] = -1;
+  check(runs(two, table) == 0, "without the blocks behind the window: %s", dso_last_error());
+  table[13] = -1;
+  refuses(runs(two, table), DSO_EINVAL, "block_table[0][5] is -1", "a block of the window");
+  table[13] = 13, table[2] = -1;
+  refuses(runs(two, table), DSO_EINVAL, "block_table[0][2] is -1", "a block of the group that sees all");
+}
+
 void context_goes_first() {  // the plan keeps the shared context alive
   const Spec spec;
   auto m = std::make_unique<Model>(spec, scalar::table, 2);
@@ -464,6 +499,7 @@ int main() {
   plans();
   batches();
   missing_blocks();
+  groups_of_layers();
   context_goes_first();
   many_callers();
   contexts();

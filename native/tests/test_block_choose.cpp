@@ -379,7 +379,7 @@ void caches(const Variant& v, int type, Random& random) {
   const std::vector<float> frequencies(1, 0.3f);
   const dso_rotation turn = {frequencies.data(), 2, 0, 0, 0};
   OwnContext context(*v.kernels, 2);
-  check(dso_cache_rotate(context.c, &m.cache, &turn, nullptr, copy.blocks.data(), 75, 50, -20) == 0, "%s", dso_last_error());
+  check(dso_cache_rotate(context.c, &m.cache, &turn, nullptr, 0, copy.blocks.data(), 75, 50, -20) == 0, "%s", dso_last_error());
   summaries_hold(m, copy, "after rotation");
   summaries_hold(m, s, "of the sequence that was not rotated");
 

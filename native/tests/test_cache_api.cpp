@@ -124,11 +124,35 @@ void layers_of_different_sizes() {
   refuses(create({DSO_KV_F32, 2, 0, 0, 32, 16, 0, 0, heads}, 4, &k), DSO_EINVAL, "must be NULL with rank", "latents");
 }
 
+// Layers of different groups share the bytes of a block; its size is that of the largest group.
+void groups() {
+  const int32_t own[] = {0, 1, 0, 1, 1}, none[] = {0, 2, 0, 2, 2}, negative[] = {0, -1, 0, 0, 0}, large[] = {0, 5, 0, 0, 0};
+  auto shape = [](const int32_t* groups, int32_t summaries = 0) {
+    return dso_cache_shape{DSO_KV_BF16, 5, 3, 64, 0, 0, 0, summaries, groups};
+  };
+  dso_cache* k = nullptr;
+  refuses(create(shape(none), 4, &k), DSO_EINVAL, "no layer is in group 1 of 3", "a group without layers");
+  refuses(create(shape(negative), 4, &k), DSO_EINVAL, "layer 1 is in group -1", "a negative group");
+  refuses(create(shape(large), 4, &k), DSO_EINVAL, "layer 1 is in group 5", "a group past the layers");
+  refuses(create(shape(own, 1), 4, &k), DSO_EINVAL, "summaries need all layers in one group", "summaries");
+  const int64_t layer = block_bytes(shape(nullptr)) / 5;
+  check(block_bytes(shape(own)) == 3 * layer, "the largest group has three layers");
+  check(create(shape(own), 4, &k) == 0, "cache: %s", dso_last_error());
+  const int32_t table[] = {2};
+  const int64_t places[] = {0, 0, 1, 1, 2};
+  for (int64_t i = 0; i < 5; ++i) {
+    const KvView view = k->view(i, table);
+    check(view.base == k->arena.data() + places[i] * layer && view.block_stride == 3 * layer, "place of layer %d", int(i));
+  }
+  dso_cache_destroy(k);
+}
+
 }  // namespace
 
 int main() {
   caches();
   layers_of_different_sizes();
+  groups();
   latent_caches();
   return report("test_cache_api");
 }

@@ -237,7 +237,8 @@ void turned(const Variant& v, int32_t type, Random& random) {
   summaries_hold(m, copy, "as copied");
   const std::vector<float> frequencies = {0.3f, 0.01f};
   const dso_rotation turn = {frequencies.data(), 4, 0, 0, 0};
-  check(dso_cache_rotate(m.context.c, &m.cache, &turn, nullptr, copy.table.data(), 75, 50, -20) == 0, "%s", dso_last_error());
+  check(dso_cache_rotate(m.context.c, &m.cache, &turn, nullptr, 0, copy.table.data(), 75, 50, -20) == 0, "%s",
+        dso_last_error());
   summaries_hold(m, copy, "after rotation");
   summaries_hold(m, s, "of the sequence that was not rotated");
 }

@@ -86,7 +86,7 @@ struct Case {
 
   int32_t turn(dso_context* c, int32_t at, int32_t delta) const {
     const dso_rotation k = rotation(key, f), i = rotation(index, g);
-    return dso_cache_rotate(c, cache, &k, index.width ? &i : nullptr, table, tokens, at, delta);
+    return dso_cache_rotate(c, cache, &k, index.width ? &i : nullptr, 0, table, tokens, at, delta);
   }
   struct Rows {  // for one layer: rotated keys, row after row; and the data that must not change
     std::vector<float> key, value, index, latent;
@@ -234,7 +234,7 @@ void special_values(const Variant& v, int type, Random& random) {
   OwnContext c(*v.kernels, 1);
   const std::vector<float> f = frequencies(16, 100);
   const dso_rotation r{f.data(), 16, 0, 0, 0};
-  check(dso_cache_rotate(c.c, k, &r, nullptr, table, 32, 100, -9) == 0 &&
+  check(dso_cache_rotate(c.c, k, &r, nullptr, 0, table, 32, 100, -9) == 0 &&
             dso_cache_read(k, 0, table, 32, key.data(), value.data()) == 0,
         "%s", dso_last_error());
   for (size_t t = 0; t < 32; ++t)
@@ -264,7 +264,7 @@ void summaries_follow(const Variant& v, int type, Random& random) {
   const std::vector<uint8_t> before = summarise();
   OwnContext c(*v.kernels, 2);
   const dso_rotation key = {f.data(), 16, 0, 0, 0};
-  check(dso_cache_rotate(c.c, &cache, &key, nullptr, table, 40, 100, -64) == 0, "%s", dso_last_error());
+  check(dso_cache_rotate(c.c, &cache, &key, nullptr, 0, table, 40, 100, -64) == 0, "%s", dso_last_error());
   const std::vector<uint8_t> after(cache.summaries.data(), cache.summaries.data() + cache.group_bytes());
   check(after != before && after == summarise(), "%s %s: summaries are not those of the rotated keys", v.name.c_str(),
         kv_name(type));
@@ -277,7 +277,7 @@ void refusals(const Variant& v, Random& random) {
   const std::vector<uint8_t> a = bytes_of(*full.cache), b = bytes_of(*latent.cache);
   auto refuses = [&](const char* words, Case& at, dso_rotation key, const dso_rotation* index, const int32_t* table, int tokens,
                      int position, int delta) {
-    const int32_t rc = dso_cache_rotate(c.c, at.cache, &key, index, table, tokens, position, delta);
+    const int32_t rc = dso_cache_rotate(c.c, at.cache, &key, index, 0, table, tokens, position, delta);
     check(rc == DSO_EINVAL && strstr(dso_last_error(), words), "code %d, \"%s\" (expected \"%s\")", rc, dso_last_error(),
           words);
   };
@@ -304,10 +304,13 @@ void refusals(const Variant& v, Random& random) {
   refuses("-1 tokens", full, good, nullptr, full.table, -1, 40, -1);
   refuses("cannot move by -41", full, good, nullptr, full.table, 75, 40, -41);
   refuses("cannot move by 1", full, good, nullptr, full.table, 75, INT32_MAX - 75, 1);
-  check(dso_cache_rotate(c.c, full.cache, nullptr, nullptr, full.table, 75, 40, -1) == DSO_EINVAL &&
+  check(dso_cache_rotate(c.c, full.cache, nullptr, nullptr, 0, full.table, 75, 40, -1) == DSO_EINVAL &&
             strstr(dso_last_error(), "key is NULL"),
         "%s", dso_last_error());
-  check(dso_cache_rotate(c.c, full.cache, &good, nullptr, nullptr, 0, 40, -1) == 0, "no tokens: %s", dso_last_error());
+  check(dso_cache_rotate(c.c, full.cache, &good, nullptr, 0, nullptr, 0, 40, -1) == 0, "no tokens: %s", dso_last_error());
+  check(dso_cache_rotate(c.c, full.cache, &good, nullptr, 1, full.table, 75, 40, -1) == DSO_EINVAL &&
+            strstr(dso_last_error(), "group 1 does not exist"),
+        "%s", dso_last_error());
   check(bytes_of(*full.cache) == a && bytes_of(*latent.cache) == b, "a rejected rotation changed bytes");
 }
 

@@ -169,12 +169,15 @@ class DroppedTokensError(DeepSeekOptimizerError, ValueError):
         tokens: the requested length, in tokens.
         held: the current length, in tokens.
         window: the attention window, in tokens.
+        nearest: the largest length up to there that it can be cropped to.
     """
 
-    def __init__(self, tokens: int, held: int, window: int) -> None:
+    def __init__(self, tokens: int, held: int, window: int, nearest: int) -> None:
+        self.tokens, self.nearest = tokens, nearest
         super().__init__(
-            f"the cache cannot be cropped from {held} tokens to {tokens}: with an attention window of {window} tokens, "
-            "tokens that would be visible from there were dropped. Start with an empty cache, or use a larger attention_window"
+            f"the cache cannot be cropped from {held} tokens to {tokens}: with an attention window of {window} tokens, tokens "
+            f"that would be visible from there were dropped. Crop it to {nearest} tokens, or start without a cache, and "
+            "process the rest again; if the window was set, a larger attention_window keeps more"
         )
 
 

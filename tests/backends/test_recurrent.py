@@ -156,7 +156,7 @@ def test_a_sequence_continues_from_anothers_stored_states(case: str, backend: An
     for block in first.blocks[:2]:
         run.manager.retain(block)
     slots.retain(first.states.stored[64])
-    second.adopt(first.blocks[:2], first.states.stored[64])
+    second.adopt([first.blocks[:2]], first.states.stored[64])
     first.free()
     out = run_step(run.plan, run.store, [Part(second, ids[64:])]).logits
     assert_close_rows(out, transformers_logits(model, ids)[64:])

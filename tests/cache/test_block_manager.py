@@ -78,11 +78,11 @@ def test_no_block_for_the_copy() -> None:
 def test_drop_from_the_middle() -> None:
     manager, seen = BlockManager(8), []
     made = sequence(manager, 150)
-    made.drop(1, 2, lambda copies, behind: seen.append((copies, behind)))
+    made.drop(1, 2, lambda copies, tables: seen.append((copies, *tables)))
     assert made.blocks == [0, 3, 4] and made.tokens == 150 - 64 and manager.free_blocks == 5
     assert seen == [([], [3, 4])]
     made.drop(1, 0, lambda copies, behind: pytest.fail("nothing is dropped, so nothing moves"))
-    made.drop(1, 1, lambda copies, behind: seen.append((copies, behind)))
+    made.drop(1, 1, lambda copies, tables: seen.append((copies, *tables)))
     assert made.blocks == [0, 4] and made.tokens == 150 - 96
 
 
@@ -91,7 +91,7 @@ def test_drop_copies_shared_blocks_after_the_gap() -> None:
     first = sequence(manager, 128)
     second = first.fork()
     second.append(5)
-    second.drop(1, 1, lambda copies, behind: seen.append((copies, behind)))
+    second.drop(1, 1, lambda copies, tables: seen.append((copies, *tables)))
     assert seen == [([(2, 5), (3, 6)], [5, 6, 4])]
     assert (first.blocks, second.blocks) == ([0, 1, 2, 3], [0, 5, 6, 4])
     assert [manager.users(b) for b in range(8)] == [2, 1, 1, 1, 1, 1, 1, 0]
@@ -157,7 +157,8 @@ def test_random_use_preserves_the_tokens_of_every_sequence(seed: int) -> None:
         count = rng.randint(0, made.tokens // 32 - first)
         before, free = list(made.blocks), manager.free_blocks
 
-        def move(copies: list[tuple[int, int]], behind: list[int]) -> None:
+        def move(copies: list[tuple[int, int]], tables: list[list[int]]) -> None:
+            (behind,) = tables
             for source, target in copies:
                 bytes_.update({(target, i): bytes_.get((source, i)) for i in range(32)})
             for block in behind:
@@ -208,7 +209,7 @@ def test_torch_is_not_imported() -> None:
     source = Path(inspect.getfile(BlockManager)).read_text()
     imported = {n.module if isinstance(n, ast.ImportFrom) else n.names[0].name for n in ast.walk(ast.parse(source))
                 if isinstance(n, (ast.Import, ast.ImportFrom))}  # fmt: skip
-    own = {"errors", "forgetting", "sequence_states"}
+    own = {"block_table", "errors", "forgetting", "sequence_states"}
     assert imported <= {"__future__", "collections.abc", "heapq", "numpy", "numpy.typing", "typing"} | own
 
 

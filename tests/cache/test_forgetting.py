@@ -41,7 +41,7 @@ def test_visible_tokens_are_kept(fields: tuple[int, int, int]) -> None:
 def test_a_long_text_needs_only_its_window(step: int) -> None:
     """A hundred thousand tokens, in at most the documented number of blocks."""
     forgetting = Forgetting(window=200, sinks=40, spare=32)
-    manager = BlockManager(forgetting.blocks(step), forgetting)
+    manager = BlockManager(forgetting.blocks(step), (forgetting,))
     made, used = SequenceBlocks(manager), 0
     for _ in range(100_000 // step):
         made.append(step)
@@ -56,11 +56,11 @@ def test_a_long_text_needs_only_its_window(step: int) -> None:
 
 def test_without_windows_nothing_is_dropped() -> None:
     made = read(BlockManager(40), 1_000)
-    assert made.forget() == range(0) and made.held == 32
+    assert made.forget() == [range(0)] and made.held == 32
 
 
 def test_cropping() -> None:
-    manager = BlockManager(40, Forgetting(window=100, sinks=4, spare=32))
+    manager = BlockManager(40, (Forgetting(window=100, sinks=4, spare=32),))
     made = read(manager, 1_000)
     before = list(made.blocks)
     for tokens in (100, 500, 960, 33):
@@ -76,7 +76,7 @@ def test_cropping() -> None:
 
 
 def test_forks_share_remaining_blocks() -> None:
-    manager = BlockManager(40, Forgetting(window=64, sinks=4, spare=32))
+    manager = BlockManager(40, (Forgetting(window=64, sinks=4, spare=32),))
     made = read(manager, 500)
     twin = made.fork()
     held, gone = twin.held, len(made.holes)
@@ -94,7 +94,7 @@ def test_random_use(seed: int) -> None:
     """Every sequence always has the blocks that are visible to its next token, with its own marks and no others."""
     rng = random.Random(seed)
     forgetting = Forgetting(rng.randrange(1, 150), rng.randrange(0, 70), rng.randrange(0, 40))
-    manager = BlockManager(40, forgetting)
+    manager = BlockManager(40, (forgetting,))
     bytes_: dict[tuple[int, int], object] = {}
     live: list[tuple[SequenceBlocks, list[object]]] = []
 
@@ -116,7 +116,8 @@ def test_random_use(seed: int) -> None:
         if 32 * (first + count) > made.tokens:
             return
 
-        def move(copies: list[tuple[int, int]], behind: list[int]) -> None:
+        def move(copies: list[tuple[int, int]], tables: list[list[int]]) -> None:
+            (behind,) = tables
             for source, target in copies:
                 bytes_.update({(target, i): bytes_.get((source, i)) for i in range(32)})
             kept = [b for b in behind if b != HOLE]
@@ -156,7 +157,7 @@ def test_random_use(seed: int) -> None:
             except DroppedTokensError:
                 assert any(made.blocks[b] == HOLE for b in seen_blocks(forgetting, back))
         elif action == "forget":
-            gone = made.forget()
+            (gone,) = made.forget()
             assert all(made.blocks[n] == HOLE for n in gone) and not made.forgettable
         elif action == "free":
             made.free()
@@ -183,27 +184,27 @@ def text(seed: int, blocks: int) -> list[int]:
 
 def test_a_prefix_is_matched_by_its_end() -> None:
     """Blocks that are invisible to its last token may be missing."""
-    manager = BlockManager(40, Forgetting(window=70, sinks=4, spare=32))
+    manager = BlockManager(40, (Forgetting(window=70, sinks=4, spare=32),))
     cache, wanted = PrefixCache(manager), keys(text(0, 12), "", 12)
     made = read(manager, 12 * 32)
     for key, block in zip(wanted, made.blocks, strict=True):
         cache.put(key, block)
     assert len(cache) == made.held < 12
-    blocks = cache.match(wanted)
+    (blocks,) = cache.match(wanted)
     assert blocks == [b if n in (0, 9, 10, 11) else HOLE for n, b in enumerate(made.blocks)]
     twin = SequenceBlocks(manager)
-    twin.adopt(blocks)
+    twin.adopt([blocks])
     assert twin.tokens == 384 and twin.holes == range(1, 9) and twin.held == 4
     twin.append(40)
     assert twin.forget() and twin.blocks[9] == HOLE
-    longer = cache.match([*wanted, *keys(text(1, 2), "", 2)])
+    (longer,) = cache.match([*wanted, *keys(text(1, 2), "", 2)])
     assert len(longer) == 12
-    assert len(cache.match(wanted[:10])) == 1  # the end of the shorter one was dropped
-    assert len(cache.match([keys(text(2, 1), "", 1)[0], *wanted[1:]])) == 0
+    assert len(cache.match(wanted[:10])[0]) == 1  # the end of the shorter one was dropped
+    assert len(cache.match([keys(text(2, 1), "", 1)[0], *wanted[1:]])[0]) == 0
 
 
 def test_blocks_in_use_stay_in_the_prefix_cache() -> None:
-    manager = BlockManager(40, Forgetting(window=64, sinks=4, spare=32))
+    manager = BlockManager(40, (Forgetting(window=64, sinks=4, spare=32),))
     cache, wanted = PrefixCache(manager), keys(text(0, 8), "", 8)
     made = SequenceBlocks(manager)
     made.append(8 * 32)
@@ -211,7 +212,7 @@ def test_blocks_in_use_stay_in_the_prefix_cache() -> None:
         cache.put(key, block)
     twin = made.fork()
     twin.crop(4 * 32)
-    gone = made.forget()
+    (gone,) = made.forget()
     assert gone.start == 1 and gone.stop > 4
     cache.forget_unused(wanted[gone.start : gone.stop])
     assert cache.known(wanted[:4]) == 4 and wanted[gone.stop - 1] not in cache._blocks

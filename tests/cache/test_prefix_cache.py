@@ -31,9 +31,9 @@ def test_the_longest_cached_prefix_is_returned():
     blocks = filled(manager, cache, text(1, 4))
     assert manager.free_blocks == 16 and cache.unused == 4
     wanted = keys([*text(1, 3), *text(2, 2)], "", 5)
-    assert cache.known(wanted) == 3 and cache.match(wanted) == blocks[:3]
+    assert cache.known(wanted) == 3 and cache.match(wanted) == [blocks[:3]]
     assert [manager.users(b) for b in blocks] == [2, 2, 2, 1] and cache.unused == 1
-    assert cache.match(keys(text(3, 2), "", 2)) == []
+    assert cache.match(keys(text(3, 2), "", 2)) == [[]]
 
 
 def test_a_block_matches_only_with_its_whole_prefix():
@@ -41,7 +41,7 @@ def test_a_block_matches_only_with_its_whole_prefix():
     manager = BlockManager(20)
     cache = PrefixCache(manager)
     filled(manager, cache, [*text(1, 1), *text(2, 1)])
-    assert cache.match(keys([*text(3, 1), *text(2, 1)], "", 2)) == [] and cache.match(keys(text(2, 1), "", 1)) == []
+    assert cache.match(keys([*text(3, 1), *text(2, 1)], "", 2)) == [[]] and cache.match(keys(text(2, 1), "", 1)) == [[]]
 
 
 def test_salts_share_nothing():
@@ -69,7 +69,7 @@ def test_blocks_in_use_stay():
     manager = BlockManager(20)
     cache = PrefixCache(manager)
     filled(manager, cache, text(1, 3))
-    held = cache.match(keys(text(1, 3), "", 2))
+    (held,) = cache.match(keys(text(1, 3), "", 2))
     assert cache.evict(10) == 1 and all(manager.users(b) == 2 for b in held)
     cache.clear()
     assert all(manager.users(b) == 1 for b in held) and len(cache) == 0
@@ -81,7 +81,7 @@ def test_the_limit_is_respected():
     filled(manager, cache, text(1, 2))
     filled(manager, cache, text(2, 2))
     assert len(cache) == 3 and manager.free_blocks == 17
-    held = cache.match(keys(text(2, 2), "", 2))
+    (held,) = cache.match(keys(text(2, 2), "", 2))
     filled(manager, cache, text(3, 3))
     assert len(cache) == 3 and all(manager.users(b) == 2 for b in held)
 
@@ -97,7 +97,7 @@ def test_at_random(seed):
         if action < 0.4:
             tokens = [t for n in range(rng.randrange(1, 5)) for t in text(rng.randrange(3) + 10 * n, 1)]
             wanted = keys(tokens, "", len(tokens) // BLOCK_TOKENS)
-            actual = cache.match(wanted)
+            (actual,) = cache.match(wanted)
             for n, block in enumerate(actual):
                 assert contents[block] == tuple(tokens[: (n + 1) * BLOCK_TOKENS])
             missing = len(wanted) - len(actual)

@@ -42,7 +42,7 @@ def forget_early(model: Any) -> Any:
     """Removes the spare tokens, so that blocks of short texts are dropped too. Returns the manager of the cache's blocks."""
     manager = model.dso.arena.manager
     if manager.forgetting is not None:
-        manager.forgetting = replace(manager.forgetting, spare=0)
+        manager.groups = (replace(manager.forgetting, spare=0),)
     return manager
 
 
@@ -115,7 +115,7 @@ def test_mtp_layers_use_the_same_mode(mode: str, tmp_path: Any) -> None:
     save_with_mtp(tmp_path / "model", deepseek_v3())
     model = load_model(tmp_path / "model", backend="reference", **MODES[mode])
     if mode == "sliding":
-        model.dso.arena.manager.forgetting = Forgetting(37, 3, spare=288)  # the lag of MTP layers, and a block
+        model.dso.arena.manager.groups = (Forgetting(37, 3, spare=288),)  # the lag of MTP layers, and a block
     ids = torch.tensor([random_ids(model.config, 200)])
     plain = greedy(model, ids, 90).tolist()
     assert greedy(model, ids, 90, use_mtp=True, num_assistant_tokens_schedule="constant").tolist() == plain
@@ -183,7 +183,7 @@ def test_the_same_text_without_dropping_blocks(case: str, backend: str) -> None:
     cache = PagedCache(pair.fast)
     last = pair.fast(text, cache=cache).logits[0, -1]
     assert used(pair.fast) <= max_blocks
-    manager.forgetting = None
+    manager.groups = (None,)
     assert greedy(pair.fast, ids, 150).tolist() == text.tolist()
     torch.testing.assert_close(pair.fast(text, cache=PagedCache(pair.fast)).logits[0, -1], last)
 
@@ -252,7 +252,7 @@ def test_mtp_layers_after_a_cached_prefix(tmp_path: Any, caplog: Any) -> None:
     """They have no rows before it; their first rows are dropped later, and they continue without them."""
     save_with_mtp(tmp_path / "model", deepseek_v3())
     model = load_model(tmp_path / "model", **SLIDING)
-    model.dso.arena.manager.forgetting = Forgetting(37, 3, spare=288)
+    model.dso.arena.manager.groups = (Forgetting(37, 3, spare=288),)
     ids = random_ids(model.config, 200)
     sampling = SamplingParams(temperature=0, max_tokens=700, ignore_eos=True)
     text = greedy(model, [ids], 700, eos_token_id=None)[0, 200:].tolist()
@@ -268,7 +268,7 @@ def test_mtp_layers_that_begin_within_the_sinks(tmp_path: Any) -> None:
     """The sinks that they have rows for end where the text was dropped."""
     save_with_mtp(tmp_path / "model", deepseek_v3())
     model = load_model(tmp_path / "model", **{**SLIDING, "attention_sinks": 100})
-    model.dso.arena.manager.forgetting = Forgetting(37, 100, spare=288)
+    model.dso.arena.manager.groups = (Forgetting(37, 100, spare=288),)
     ids = torch.tensor([random_ids(model.config, 340)])
     texts = []
     for use_mtp in (False, True):
@@ -282,7 +282,7 @@ def test_mtp_layers_that_begin_within_the_sinks(tmp_path: Any) -> None:
 @native
 def test_a_draft_model_drops_blocks_too() -> None:
     pair, small = make_pair("llama-gqa", "cpu"), make_pair("llama-gqa", "cpu", **SLIDING).fast
-    small.dso.arena.manager.forgetting = Forgetting(37, 3, spare=64)
+    small.dso.arena.manager.groups = (Forgetting(37, 3, spare=64),)
     engine = make_engine(pair.fast, draft_model=small)
     prompt = pair.ids(1500)[0].tolist()
     sampling = SamplingParams(temperature=0, max_tokens=60, ignore_eos=True)

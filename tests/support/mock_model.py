@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from deepseek_optimizer.backends.sampling import choose_tokens
-from deepseek_optimizer.cache import HOLE, BlockManager, Forgetting
+from deepseek_optimizer.cache import HOLE, BlockManager, Forgetting, Groups
 from deepseek_optimizer.cache.block_manager import BLOCK_TOKENS
 from deepseek_optimizer.engine.core import EngineCore, ModelFacts
 from deepseek_optimizer.engine.options import EngineOptions
@@ -38,17 +38,23 @@ def logits_of(context: list[int]) -> np.ndarray:
 
 
 def places(length: int, forgetting: Forgetting | None = None) -> np.ndarray:
-    """The visible tokens of the last of a sequence's first `length` tokens, ascending."""
+    """The visible tokens of the last of a sequence's first `length` tokens, ascending, in one group of layers."""
     every = np.arange(length)
     return every if forgetting is None else every[(every < forgetting.sinks) | (every >= length - forgetting.window)]
 
 
-def expected(prompt: list[int], max_tokens: int, eos: int | None = EOS, forgetting: Forgetting | None = None) -> list[int]:
-    """The greedy text."""
+def groups_of(forgetting: Forgetting | None | Groups) -> Groups:
+    return forgetting if isinstance(forgetting, tuple) else (forgetting,)
+
+
+def expected(
+    prompt: list[int], max_tokens: int, eos: int | None = EOS, forgetting: Forgetting | None | Groups = None
+) -> list[int]:
+    """The greedy text: a token depends on what each group of layers sees."""
     text: list[int] = []
     while len(text) < max_tokens:
         context = prompt + text
-        text.append(next_token([context[place] for place in places(len(context), forgetting)]))
+        text.append(next_token([context[n] for group in groups_of(forgetting) for n in places(len(context), group)]))
         if text[-1] == eos:
             break
     return text
@@ -57,8 +63,8 @@ def expected(prompt: list[int], max_tokens: int, eos: int | None = EOS, forgetti
 class MockMemory:
     """Tokens in blocks, and the manager of the blocks. With `slots`, also recurrent states: each is the text so far."""
 
-    def __init__(self, blocks: int, forgetting: Forgetting | None = None, slots: int = 0) -> None:
-        self.manager = BlockManager(blocks, forgetting, slots=BlockManager(slots) if slots else None)
+    def __init__(self, blocks: int, forgetting: Forgetting | None | Groups = None, slots: int = 0) -> None:
+        self.manager = BlockManager(blocks, groups_of(forgetting), slots=BlockManager(slots) if slots else None)
         self.state_interval = 64 if slots else 0
         self.states: dict[int, list[int]] = {}
         self.cells = np.full((blocks, BLOCK_TOKENS), -1, np.int64)
@@ -118,21 +124,24 @@ class MockRunner:
         hidden = []
         self.pass_states(parts)
         for part in parts:
-            blocks = part.sequence.blocks.blocks
+            tables = [table.blocks for table in part.sequence.blocks.tables]
             assert part.sequence.cached >= part.start + len(part.ids)
-            for n, token in enumerate(part.ids):
-                place = part.start + n
-                block = blocks[place // BLOCK_TOKENS]
-                assert self.memory.manager.users(block) >= 1
-                self.memory.cells[block, place % BLOCK_TOKENS] = token
             tokens = np.array([*part.sequence.tokens[: part.start], *part.ids])
-            there = np.flatnonzero(np.repeat(np.array(blocks) != HOLE, BLOCK_TOKENS)[: len(tokens)])
-            assert self.memory.read(blocks, there) == tokens[there].tolist()
+            for blocks in tables:
+                for n, token in enumerate(part.ids):
+                    place = part.start + n
+                    block = blocks[place // BLOCK_TOKENS]
+                    assert self.memory.manager.users(block) >= 1
+                    self.memory.cells[block, place % BLOCK_TOKENS] = token
+                there = np.flatnonzero(np.repeat(np.array(blocks) != HOLE, BLOCK_TOKENS)[: len(tokens)])
+                assert self.memory.read(blocks, there) == tokens[there].tolist()
             for n in range(len(part.ids)):
                 hidden.append(part.ids[n])
                 if at + n in wanted:
-                    seen = places(part.start + n + 1, self.memory.manager.forgetting)
-                    row = logits_of(self.memory.read(blocks, seen))
+                    context = []
+                    for blocks, group in zip(tables, self.memory.manager.groups, strict=True):
+                        context += self.memory.read(blocks, places(part.start + n + 1, group))
+                    row = logits_of(context)
                     made.append(row * np.nan if part.ids[n] in self.broken else row)
             at += len(part.ids)
         self.seen.append((at, len(parts)))

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from deepseek_optimizer.backends.base import DECODE, PREFILL, StepBatch, StepOutput
-from deepseek_optimizer.cache import BlockManager, SequenceBlocks
+from deepseek_optimizer.cache import BlockManager, Groups, SequenceBlocks
 
 
 @dataclass
@@ -45,16 +45,18 @@ def make_batch(parts: Sequence[Part], store: Any, *, hidden: bool = False, input
         logit_rows += [len(token_ids) + row for row in (range(len(part.ids)) if part.rows is None else part.rows)]
         token_ids += part.ids
         positions += range(before, before + len(part.ids)) if part.positions is None else part.positions
-    width = max(len(part.blocks.blocks) for part in parts)
-    table = np.full((len(parts), width), -1, dtype=np.int32)
-    for row, part in zip(table, parts, strict=True):
-        row[: len(part.blocks.blocks)] = part.blocks.table()
+    width, groups = max(len(part.blocks.blocks) for part in parts), len(parts[0].blocks.tables)
+    table = np.full((groups, len(parts), width), -1, dtype=np.int32)
+    for group, rows in enumerate(table):
+        for row, part in zip(rows, parts, strict=True):
+            row[: len(part.blocks.blocks)] = part.blocks.table(group)
+    tables = table if groups > 1 else table[0]
     as_int32 = lambda values: np.asarray(values, dtype=np.int32)  # noqa: E731
     if state_to:
         more = {"state_from": as_int32(state_from), "state_to": as_int32(state_to), **more}
     return StepBatch(
         as_int32(token_ids), as_int32(positions), as_int32([len(part.ids) for part in parts]), as_int32(context),
-        as_int32([part.phase for part in parts]), table, as_int32(logit_rows), inputs_embeds, hidden, **more,
+        as_int32([part.phase for part in parts]), tables, as_int32(logit_rows), inputs_embeds, hidden, **more,
     )  # fmt: skip
 
 
@@ -68,11 +70,12 @@ class Runner:
 
     plan: Any
     store: Any
+    groups: Groups = (None,)
     manager: BlockManager = field(init=False)
 
     def __post_init__(self) -> None:
         slots = BlockManager(self.store.num_states) if self.store.num_states else None
-        self.manager = BlockManager(self.store.num_blocks, slots=slots)
+        self.manager = BlockManager(self.store.num_blocks, self.groups, slots=slots)
 
     def sequence(self, interval: int = 0) -> SequenceBlocks:
         return SequenceBlocks(self.manager, interval)
@@ -108,6 +111,7 @@ class Runner:
 
 
 def runner(backend: Any, graph: Any, weights: Any, *, kv: str = "fp32", blocks: int = 128, **options: Any) -> Runner:
-    """Compiles a plan with a cache of `blocks` blocks of 32 tokens."""
+    """Compiles a plan with a cache of `blocks` blocks of 32 tokens. No group of layers releases blocks."""
     states = 32 if graph.states else 0
-    return Runner(backend.compile(graph, weights, **options), backend.new_store(graph, kv, blocks, states))
+    store = backend.new_store(graph, kv, blocks, states)
+    return Runner(backend.compile(graph, weights, **options), store, (None,) * graph.cache.groups)

@@ -88,7 +88,8 @@ class StepBatch:
         query_len: int32 [S], > 0, sums to T.
         context_len: int32 [S], tokens in the cache before this step.
         phase: int32 [S], DECODE or PREFILL, ascending.
-        block_table: int32 [S, max_blocks], block ids that cover context_len + query_len tokens.
+        block_table: int32 [S, max_blocks], block ids that cover context_len + query_len tokens; for a cache with G groups of
+            layers [G, S, max_blocks]. In a group whose layers all have windows, -1 may stand for a block that no row sees.
         logit_rows: int32 [R], the rows of T whose logits are computed, ascending.
         inputs_embeds: float32 [T, H] torch tensor, or None.
         states: float32 [T, H] torch tensor, the input of `state_in`; None for graphs without it.
@@ -121,6 +122,17 @@ class StepBatch:
     reach: Int32 | None = None
     state_from: Int32 | None = None
     state_to: Int32 | None = None
+
+    def tables(self, groups: int) -> Int32:
+        """`block_table` as [groups, S, max_blocks]. Raises ValueError if it has another number of groups."""
+        table = self.block_table
+        if table.ndim == 2:
+            table = table[None]
+        if table.ndim != 3 or len(table) != groups:
+            raise ValueError(
+                f"block_table must have the tables of {groups} groups of layers, got shape {self.block_table.shape}"
+            )
+        return table
 
     @property
     def decoding_rows(self) -> int:
@@ -164,8 +176,9 @@ class StepOutput:
 
 
 class KvStore(Protocol):
-    """A backend's storage of blocks, and of recurrent states in slots. A slot holds all states of one sequence.
-    `cache.BlockManager` decides which block and which slot belongs to which sequence."""
+    """A backend's storage of blocks, and of recurrent states in slots. A block holds 32 tokens of the layers of one group, and
+    every block can serve every group. A slot holds all states of one sequence. `cache.BlockManager` decides which block and
+    which slot belongs to which sequence."""
 
     num_blocks: int
     block_bytes: int
@@ -209,8 +222,8 @@ class KvStore(Protocol):
     def write_state(self, slot: int, data: bytes) -> None:
         """Restores what `read_state` returned, as `write_block`."""
 
-    def rotate(self, rotation: KeyRotation, block_table: Int32, tokens: int, position: int, delta: int) -> None:
-        """Moves cached tokens by `delta` positions: rotates their keys in all layers, and changes nothing else.
+    def rotate(self, rotation: KeyRotation, block_table: Int32, tokens: int, position: int, delta: int, group: int = 0) -> None:
+        """Moves cached tokens by `delta` positions: rotates their keys in all layers of a group, and changes nothing else.
 
         Angles are exact: however often a key was rotated, it has the angle that RoPE's float32 product gives at its final
         position. Rounding errors of the storage accumulate like independent errors: after eight rotations they are 0.5% of a
@@ -221,6 +234,7 @@ class KvStore(Protocol):
             block_table: int32 [blocks], without repetition, not shared with another sequence: whole blocks are rotated.
             tokens: number of tokens in these blocks; the slots after the last one hold undefined values afterwards.
             position: current RoPE position of the first token; the others follow consecutively.
+            group: the group of layers that the blocks belong to.
 
         Raises:
             UnsupportedRequestError: RoPE is dynamic, and its frequencies at these positions depend on the length.
@@ -228,8 +242,8 @@ class KvStore(Protocol):
         """
 
     def read(self, layer: int, block_table: Int32, tokens: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """One layer of a sequence: K and V as torch float32 [kv_heads, tokens, head_dim]; for a latent cache the latents
-        [tokens, rank + rope] and the indexer's keys [tokens, index] or None."""
+        """One layer of a sequence, from the blocks of the layer's group: K and V as torch float32 [kv_heads, tokens, head_dim];
+        for a latent cache the latents [tokens, rank + rope] and the indexer's keys [tokens, index] or None."""
 
 
 class Plan(Protocol):
@@ -285,7 +299,7 @@ class Sizes(Protocol):
     """Memory that a backend needs, computed from the graph alone, without a device or threads."""
 
     def block_bytes(self, graph: Graph, kv_dtype: str) -> int:
-        """Bytes of one cache block of all layers."""
+        """Bytes of one cache block, of the largest group of layers."""
 
     def state_bytes(self, graph: Graph) -> int:
         """Bytes of one slot, with all recurrent states of a sequence; 0 for a graph without states."""

@@ -98,7 +98,7 @@ def traffic_of(model: Any) -> Traffic:
         held = {name: weight.nbytes for name, weight in weights_of(model, graph).items()}
         described = [row for row in runtime.plan.describe() if row["op"] not in ("embedding", "lookup") and "bytes" in row]
         steps = described or [_step(node, held) for node in graph.nodes if node.op in _PRODUCTS]  # the reference tells no bytes
-        kv_bytes: float = runtime.backend.block_bytes(runtime.graph, runtime.kv_dtype) / BLOCK_TOKENS
+        kv_bytes = _token_bytes(runtime, runtime.graph)
         chosen_bytes, top_k = _chosen(runtime)
     else:
         size = model.dtype.itemsize
@@ -129,7 +129,12 @@ def _chosen(runtime: Any) -> tuple[float, int]:
         return 0.0, 0
     plain = {"summaries": False, **({"index": 0} if isinstance(runtime.graph.cache, LatentSpec) else {})}
     attended = replace(runtime.graph, cache=replace(runtime.graph.cache, **plain))
-    return runtime.backend.block_bytes(attended, runtime.kv_dtype) / BLOCK_TOKENS, top_k
+    return _token_bytes(runtime, attended), top_k
+
+
+def _token_bytes(runtime: Any, graph: Any) -> float:
+    """Bytes of a token in all layers of the cache."""
+    return graph.cache.groups * runtime.backend.block_bytes(graph, runtime.kv_dtype) / BLOCK_TOKENS
 
 
 def _of_unknown_family(model: Any) -> Traffic:

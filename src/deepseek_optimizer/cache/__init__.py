@@ -2,7 +2,7 @@
 by a backend's `KvStore`."""
 
 from .block_manager import HOLE, BlockManager, SequenceBlocks
-from .forgetting import Forgetting
+from .forgetting import Forgetting, Groups
 from .sequence_states import SequenceStates, states_of_step
 
-__all__ = ["HOLE", "BlockManager", "Forgetting", "SequenceBlocks", "SequenceStates", "states_of_step"]
+__all__ = ["HOLE", "BlockManager", "Forgetting", "Groups", "SequenceBlocks", "SequenceStates", "states_of_step"]

@@ -1,8 +1,9 @@
 """Ownership of the KV cache's blocks. No torch, no bytes.
 
-A block holds the K and V of 32 tokens in all layers. Several sequences may share it (after `fork`); it is copied on write, and
-the caller copies the bytes in the backend's `KvStore`. A block that no later token attends to (`Forgetting`) can be released
-early; a hole then takes its place in the sequence.
+A block holds the K and V of 32 tokens in all layers of a group. Layers that attend to every token and layers with a window are
+in different groups (`graph.cache_groups`); every block can serve every group, and a sequence has a table of blocks per group.
+Several sequences may share a block (after `fork`); it is copied on write, and the caller copies the bytes in the backend's
+`KvStore`. A block that no later token attends to (`Forgetting`) can be released early; a hole then takes its place.
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import CacheFullError, DroppedTokensError
+from .block_table import HOLE as HOLE
+from .block_table import BlockTable
 from .forgetting import BLOCK_TOKENS as BLOCK_TOKENS
-from .forgetting import Forgetting
+from .forgetting import Forgetting, Groups, widest
 from .sequence_states import SequenceStates
-
-HOLE = -1  # stands for a block that was released early
 
 
 class Growth(Protocol):
@@ -46,7 +47,7 @@ class BlockManager:
 
     Args:
         num_blocks: blocks in all.
-        forgetting: which blocks sequences may release early; None: none.
+        groups: for each group of layers, which of its blocks sequences may release early; None: none.
         growth: checks whether there is memory for more blocks; None: there always is.
         slots: allocates the slots for recurrent states, as another manager does blocks; None: the model has no such states.
         unit: what it allocates, for errors.
@@ -58,7 +59,7 @@ class BlockManager:
     def __init__(
         self,
         num_blocks: int,
-        forgetting: Forgetting | None = None,
+        groups: Groups = (None,),
         growth: Growth | None = None,
         slots: BlockManager | None = None,
         unit: str = "block",
@@ -67,7 +68,7 @@ class BlockManager:
             raise ValueError(f"num_blocks must not be negative, got {num_blocks}")
         self.slots, self.unit = slots, unit
         self.reclaim: Callable[[int], object] | None = None
-        self.num_blocks, self.forgetting, self._growth = num_blocks, forgetting, growth
+        self.num_blocks, self.groups, self._growth = num_blocks, groups, growth
         self._users: dict[int, int] = {}  # block -> number of sequences that hold it
         self.clear()
 
@@ -79,6 +80,11 @@ class BlockManager:
         self._next = 0  # ids from here on were never allocated
         self._backed = self.num_blocks if self._growth is None else 0  # blocks that may be backed by memory
         self._limit = self.num_blocks  # lowered when there was no memory for more
+
+    @property
+    def forgetting(self) -> Forgetting | None:
+        """Which tokens no layer attends to; None: a layer may attend to every token."""
+        return widest(self.groups)
 
     @property
     def free_blocks(self) -> int:
@@ -146,49 +152,74 @@ class BlockManager:
 
 
 class SequenceBlocks:
-    """The blocks of one sequence, in order, and the number of tokens they hold.
+    """The blocks of one sequence, and the number of tokens they hold.
 
     Attributes:
-        blocks: ids; HOLE stands for a block that was released early.
+        tables: its blocks in each group of layers. All tables have the same length.
         tokens: tokens of the sequence, those in holes included.
-        holes: indices of the holes, which are contiguous.
         states: its recurrent states; None: the model has none.
 
     Args:
         manager: allocates the blocks.
         interval: see `SequenceStates`.
+        whole: release no blocks early.
     """
 
-    def __init__(self, manager: BlockManager, interval: int = 0) -> None:
+    def __init__(self, manager: BlockManager, interval: int = 0, whole: bool = False) -> None:
         self.manager = manager
         self.states = None if manager.slots is None else SequenceStates(manager.slots, interval)
-        self.blocks: list[int] = []
+        self.tables = [BlockTable(None if whole else forgetting) for forgetting in manager.groups]
         self.tokens = 0
-        self.holes = range(0)
+
+    @property
+    def blocks(self) -> list[int]:
+        """Block ids of the first group, HOLE for those released early."""
+        return self.tables[0].blocks
+
+    @property
+    def holes(self) -> range:
+        """Indices of the first group's holes, which are contiguous."""
+        return self.tables[0].holes
 
     @property
     def held(self) -> int:
-        """Blocks that are not holes."""
-        return len(self.blocks) - len(self.holes)
+        """Blocks of all groups that are not holes."""
+        return sum(table.held for table in self.tables)
+
+    @property
+    def groups(self) -> Groups:
+        """For each group, which of its blocks this sequence may release early."""
+        return tuple(table.forgetting for table in self.tables)
 
     def fits(self, count: int) -> bool:
         """Whether `count` more tokens fit into the last block and it is not shared: then `tokens` is all that has to change.
         Never with recurrent states."""
         used = self.tokens % BLOCK_TOKENS
-        return self.states is None and 0 < used <= BLOCK_TOKENS - count and self.manager.users(self.blocks[-1]) == 1
+        if self.states is not None or not 0 < used <= BLOCK_TOKENS - count:
+            return False
+        for table in self.tables:
+            if self.manager.users(table.blocks[-1]) != 1:
+                return False
+        return True
 
-    def adopt(self, blocks: list[int], slot: int | None = None) -> None:
+    def adopt(self, tables: list[list[int]], slot: int | None = None) -> None:
         """Starts an empty sequence with full blocks of its first tokens, and the slot of its recurrent states after them, if
-        it has any; the caller has counted it among their users. Blocks that it never attends to may be holes."""
+        it has any; the caller has counted it among their users. Blocks that it never attends to may be holes.
+
+        Args:
+            tables: the blocks of each group, all of the same length.
+            slot: the slot.
+        """
         if self.blocks:
             raise ValueError("only an empty sequence can adopt blocks")
-        if self.states is not None and blocks:
+        tokens = len(tables[0]) * BLOCK_TOKENS
+        if self.states is not None and tokens:
             if slot is None:
                 raise ValueError("a sequence with recurrent states cannot adopt blocks without them")
-            self.states.adopt(len(blocks) * BLOCK_TOKENS, slot)
-        self.blocks, self.tokens = list(blocks), len(blocks) * BLOCK_TOKENS
-        holes = [n for n, block in enumerate(blocks) if block == HOLE]
-        self.holes = range(holes[0], holes[-1] + 1) if holes else range(0)
+            self.states.adopt(tokens, slot)
+        for table, blocks in zip(self.tables, tables, strict=True):
+            table.adopt(blocks)
+        self.tokens = tokens
 
     def append(self, count: int, undo: int = 0) -> list[tuple[int, int]]:
         """Makes room for `count` more tokens.
@@ -197,8 +228,8 @@ class SequenceBlocks:
             count: number of tokens.
             undo: number of the last of them that may be cropped afterwards, also with recurrent states (see `SequenceStates`).
 
-        Returns: (source, target) pairs of blocks whose bytes must be copied before the tokens are written: the last block, if
-        it is partly filled and shared.
+        Returns: (source, target) pairs of blocks whose bytes must be copied before the tokens are written: the last block of
+            each group, if it is partly filled and shared.
 
         Raises:
             CacheFullError: too few free blocks; nothing was changed.
@@ -207,8 +238,8 @@ class SequenceBlocks:
             raise ValueError(f"count must not be negative, got {count}")
         new = -(-(self.tokens + count) // BLOCK_TOKENS) - len(self.blocks)
         writes_into_last = count > 0 and self.tokens % BLOCK_TOKENS != 0
-        split = writes_into_last and self.manager.users(self.blocks[-1]) > 1
-        taken = self.manager.allocate(new + split)
+        split = [table for table in self.tables if writes_into_last and self.manager.users(table.blocks[-1]) > 1]
+        taken = self.manager.allocate(new * len(self.tables) + len(split))
         if self.states is not None and count:
             try:
                 self.states.append(self.tokens, count, undo)
@@ -216,36 +247,41 @@ class SequenceBlocks:
                 self._release(taken)
                 raise
         copies = []
-        if split:
-            source, target = self.blocks[-1], taken.pop(0)
+        for table in split:
+            source, target = table.blocks[-1], taken.pop(0)
             self.manager.release(source)
-            self.blocks[-1] = target
+            table.blocks[-1] = target
             copies.append((source, target))
-        self.blocks += taken
+        for n, table in enumerate(self.tables):
+            table.blocks += taken[n * new : (n + 1) * new]
         self.tokens += count
         return copies
 
     @property
-    def forgettable(self) -> range:
-        """Indices of the blocks that no later token attends to and that have not been released."""
-        forgetting = self.manager.forgetting
-        if forgetting is None:
-            return range(0)
-        return range(self.holes.stop if self.holes else forgetting.sink_blocks, forgetting.first_kept(self.tokens))
+    def forgettable(self) -> bool:
+        """Whether there are blocks to `forget`."""
+        for table in self.tables:
+            if table.forgetting is not None and table.forgettable(self.tokens):
+                return True
+        return False
 
-    def forget(self) -> range:
-        """Releases the `forgettable` blocks and returns their indices."""
-        gone = self.forgettable
-        if gone:
-            self._release(self.blocks[gone.start : gone.stop])
-            self.blocks[gone.start : gone.stop] = [HOLE] * len(gone)
-            self.holes = range(self.holes.start if self.holes else gone.start, gone.stop)
+    def forget(self) -> list[range]:
+        """Releases the blocks that no later token attends to; returns their indices in each group."""
+        gone = [table.forgettable(self.tokens) for table in self.tables]
+        for table, places in zip(self.tables, gone, strict=True):
+            self._release(table.forget(places))
         return gone
 
     def nearest(self, tokens: int) -> int:
-        """The largest number of tokens, at most `tokens`, that the sequence can be cropped to as far as its recurrent states
-        are concerned."""
-        return tokens if self.states is None or tokens == self.tokens else self.states.latest(tokens)
+        """The largest number of tokens, at most `tokens`, that the sequence can be cropped to, as far as its recurrent states
+        and the blocks released early are concerned."""
+        while tokens != self.tokens:
+            possible = tokens if self.states is None else self.states.latest(tokens)
+            possible = min(table.nearest(possible) for table in self.tables)
+            if possible == tokens:
+                break
+            tokens = possible
+        return tokens
 
     def _release(self, blocks: list[int]) -> None:
         for block in blocks:
@@ -259,36 +295,37 @@ class SequenceBlocks:
             DroppedTokensError: the next token would attend to a released block; nothing was changed.
             StateMissingError: the recurrent states after `tokens` tokens are not stored; nothing was changed.
         """
-        holes, keep = self.check_crop(tokens), -(-tokens // BLOCK_TOKENS)
+        self.check_crop(tokens)
+        keep = -(-tokens // BLOCK_TOKENS)
         if self.states is not None:
             self.states.crop(tokens)
-        self._release(self.blocks[keep:])
-        del self.blocks[keep:]
-        self.tokens, self.holes = tokens, holes
+        for table in self.tables:
+            self._release(table.blocks[keep:])
+            table.holes = table.holes_within(tokens)
+            del table.blocks[keep:]
+        self.tokens = tokens
 
-    def check_crop(self, tokens: int) -> range:
-        """Indices that would be holes after `crop(tokens)`. Raises as `crop` does."""
+    def check_crop(self, tokens: int) -> None:
+        """Raises as `crop(tokens)` does."""
         if not 0 <= tokens <= self.tokens:
             raise ValueError(f"cannot crop to {tokens} tokens: there are {self.tokens}")
-        holes = self.holes if tokens > self.holes.start * BLOCK_TOKENS else range(0)
-        self._check(tokens, holes)
+        for table in self.tables:
+            self._check(table, tokens, table.holes_within(tokens))
         if self.states is not None and tokens < self.tokens:
             self.states.check_crop(tokens)
-        return holes
 
-    def _check(self, tokens: int, holes: range) -> None:
-        """Raises DroppedTokensError if the token after the first `tokens` would attend to a hole."""
-        forgetting = self.manager.forgetting
-        if holes and forgetting is not None and forgetting.first_seen(tokens) < holes.stop:
-            raise DroppedTokensError(tokens, self.tokens, forgetting.window)
+    def _check(self, table: BlockTable, tokens: int, holes: range) -> None:
+        """Raises DroppedTokensError if the token after the first `tokens` would attend to one of these holes of the table."""
+        if table.forgetting is not None and table.lacks(tokens, holes):
+            raise DroppedTokensError(tokens, self.tokens, table.forgetting.window, self.nearest(tokens))
 
-    def drop(self, first_block: int, count: int, move: Callable[[list[tuple[int, int]], list[int]], None]) -> None:
-        """Releases `count` full blocks from the middle; later tokens move up. Their positions change, so later blocks that are
-        shared are copied first.
+    def drop(self, first_block: int, count: int, move: Callable[[list[tuple[int, int]], list[list[int]]], None]) -> None:
+        """Releases `count` full blocks of each group from the middle; later tokens move up. Their positions change, so later
+        blocks that are shared are copied first.
 
         Args:
-            move: adapts the bytes before anything is released. It receives (source, target) pairs of blocks to copy, and all
-                blocks after the gap as they will be, holes first. If it raises, nothing was changed here.
+            move: adapts the bytes before anything is released. It receives (source, target) pairs of blocks to copy, and for
+                each group all blocks after the gap as they will be, holes first. If it raises, nothing was changed here.
 
         Raises:
             CacheFullError: too few free blocks for the copies; nothing was changed.
@@ -301,42 +338,43 @@ class SequenceBlocks:
             return
         if self.states is not None:
             raise ValueError("blocks of a sequence with recurrent states cannot be dropped from the middle")
-        moved_up = (place if place <= first_block else max(first_block, place - count) for place in _ends(self.holes))
-        holes, tokens = range(*moved_up), self.tokens - count * BLOCK_TOKENS
-        self._check(tokens, holes)
-        behind = self.blocks[end:]
-        shared = [i for i, block in enumerate(behind) if self.manager.users(block) > 1]
+        tokens = self.tokens - count * BLOCK_TOKENS
+        holes = [table.holes_after_drop(first_block, count) for table in self.tables]
+        for table, remaining in zip(self.tables, holes, strict=True):
+            self._check(table, tokens, remaining)
+        behind = [table.blocks[end:] for table in self.tables]
+        shared = [(g, n) for g, blocks in enumerate(behind) for n, b in enumerate(blocks) if self.manager.users(b) > 1]
         own = self.manager.allocate(len(shared))
-        moved = list(behind)
-        for i, block in zip(shared, own, strict=True):
-            moved[i] = block
+        moved = [list(blocks) for blocks in behind]
+        for (g, n), block in zip(shared, own, strict=True):
+            moved[g][n] = block
         try:
-            move([(behind[i], moved[i]) for i in shared], moved)
+            move([(behind[g][n], moved[g][n]) for g, n in shared], moved)
         except BaseException:
             self._release(own)
             raise
-        self._release([*self.blocks[first_block:end], *(behind[i] for i in shared)])
-        self.blocks[first_block:] = moved
-        self.tokens, self.holes = tokens, holes
+        self._release([behind[g][n] for g, n in shared])
+        for table, blocks, remaining in zip(self.tables, moved, holes, strict=True):
+            self._release(table.blocks[first_block:end])
+            table.blocks[first_block:] = blocks
+            table.holes = remaining
+        self.tokens = tokens
 
     def fork(self) -> SequenceBlocks:
         """A sequence with the same content; blocks are shared until one of the two writes."""
         twin = SequenceBlocks(self.manager)
         twin.states = None if self.states is None else self.states.fork()
-        twin.blocks, twin.tokens, twin.holes = list(self.blocks), self.tokens, self.holes
-        for block in twin.blocks:
-            if block != HOLE:
-                self.manager.retain(block)
+        twin.tables, twin.tokens = [table.fork() for table in self.tables], self.tokens
+        for table in twin.tables:
+            for block in table.blocks:
+                if block != HOLE:
+                    self.manager.retain(block)
         return twin
 
     def free(self) -> None:
         """Releases every block; the sequence is empty again."""
         self.crop(0)
 
-    def table(self) -> npt.NDArray[np.int32]:
-        """Block ids, int32 [blocks]."""
-        return np.asarray(self.blocks, dtype=np.int32)
-
-
-def _ends(places: range) -> tuple[int, int]:
-    return places.start, places.stop
+    def table(self, group: int = 0) -> npt.NDArray[np.int32]:
+        """Block ids of a group, int32 [blocks]."""
+        return np.asarray(self.tables[group].blocks, dtype=np.int32)

@@ -1,7 +1,8 @@
-"""Which blocks a cache may release early if every layer attends to a window and attention sinks only. No torch."""
+"""Which blocks a cache may release early if layers attend to a window and attention sinks only. No torch."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 BLOCK_TOKENS = 32  # the same on every backend, and DSO_BLOCK_TOKENS in dso.h
@@ -38,3 +39,37 @@ class Forgetting:
     def blocks(self, step: int) -> int:
         """Maximum number of blocks that a sequence holds, whatever its length, with steps of `step` tokens."""
         return self.sink_blocks + -(-(self.window + self.spare + step) // BLOCK_TOKENS) + 1
+
+
+Groups = tuple[Forgetting | None, ...]  # for each group of layers; None: its layers may attend to every token
+
+
+def widest(groups: Sequence[Forgetting | None]) -> Forgetting | None:
+    """Which tokens the layers of no group attend to; None: those of one may attend to every token."""
+    own = [forgetting for forgetting in groups if forgetting is not None]
+    if len(own) < len(groups):
+        return None
+    return Forgetting(max(f.window for f in own), max(f.sinks for f in own), max(f.spare for f in own))
+
+
+def max_blocks(groups: Sequence[Forgetting | None], tokens: int, step: int) -> int:
+    """Maximum number of blocks, of all groups together, that a sequence holds until it has `tokens` tokens.
+
+    Args:
+        groups: the groups.
+        tokens: tokens of the sequence.
+        step: maximum number of tokens added at once.
+    """
+    blocks = -(-tokens // BLOCK_TOKENS)
+    return sum(blocks if forgetting is None else min(blocks, forgetting.blocks(step)) for forgetting in groups)
+
+
+def max_tokens(groups: Sequence[Forgetting | None], blocks: int, step: int, limit: int) -> int:
+    """The largest number of tokens, at most `limit`, of a sequence that never holds more than `blocks` blocks; in whole blocks
+    if it is below the limit. `groups` and `step` as in `max_blocks`."""
+    growing = len(groups)
+    for bound in sorted(forgetting.blocks(step) for forgetting in groups if forgetting is not None):
+        if bound * growing > blocks:
+            break
+        blocks, growing = blocks - bound, growing - 1
+    return limit if growing == 0 else min(limit, blocks // growing * BLOCK_TOKENS)

@@ -7,17 +7,22 @@ first.
 
 With recurrent states, a prefix can only be continued where the states after it are stored. The cache holds slots with such
 states by the key of the prefix's last block, and evicts them likewise.
+
+With several groups of layers, each group's blocks have keys of their own. A prefix can be continued if every group that attends
+to all tokens has all of its blocks, and every group with a window those that the next token attends to. Blocks that a running
+sequence has released stay in the cache until they are evicted, as the first ones.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
 from .block_manager import BLOCK_TOKENS, HOLE, BlockManager
+from .forgetting import Forgetting, Groups
 
 Key = bytes
 
@@ -41,15 +46,46 @@ def keys(tokens: list[int], salt: str, blocks: int, known: list[Key] | None = No
     return result
 
 
+def of_group(key: Key, group: int) -> Key:
+    """The key of a group's block. In the first group, it is the key of the prefix."""
+    return key + group.to_bytes(4, "little") if group else key
+
+
+def _of_owner(key: Key, owner: int) -> Key:
+    """The key of an unconfirmed block."""
+    return key + b"?" + owner.to_bytes(8, "little")
+
+
+def _seen(forgetting: Forgetting | None, blocks: int) -> Iterable[int]:
+    """Indices, ascending, of the first `blocks` blocks that the token after them attends to."""
+    if forgetting is None:
+        return range(blocks)
+    return _with_sinks(forgetting, forgetting.first_seen(blocks * BLOCK_TOKENS), blocks)
+
+
+def _kept(forgetting: Forgetting | None, blocks: int) -> Iterable[int]:
+    """Indices, ascending, of the first `blocks` blocks that a sequence keeps that ends after them."""
+    if forgetting is None:
+        return range(blocks)
+    return _with_sinks(forgetting, forgetting.first_kept(blocks * BLOCK_TOKENS), blocks)
+
+
+def _with_sinks(forgetting: Forgetting, first: int, blocks: int) -> Iterable[int]:
+    sinks = forgetting.sink_blocks
+    return (*range(min(sinks, blocks)), *range(max(sinks, first), blocks))
+
+
 class PrefixCache:
     """All methods must be called with the manager's lock held.
 
     Args:
         max_blocks: maximum number of blocks to keep; None: all that nothing else needs.
+        whole: match only prefixes of which no block is missing, for sequences that release none.
     """
 
-    def __init__(self, manager: BlockManager, max_blocks: int | None = None) -> None:
+    def __init__(self, manager: BlockManager, max_blocks: int | None = None, whole: bool = False) -> None:
         self.manager, self.max_blocks = manager, max_blocks
+        self.groups: Groups = (None,) * len(manager.groups) if whole else manager.groups
         self._blocks: OrderedDict[Key, int] = OrderedDict()  # least recently used first
         self._slots: OrderedDict[Key, int] = OrderedDict()  # of recurrent states
         if manager.slots is not None:
@@ -58,43 +94,62 @@ class PrefixCache:
     def __len__(self) -> int:
         return len(self._blocks)
 
-    def match(self, wanted: list[Key]) -> list[int]:
-        """Blocks of the longest cached prefix of `wanted`. The caller becomes a user of each. Blocks that the token after the
-        prefix does not attend to are holes."""
-        count, first = self.known(wanted), 0
-        blocks = []
-        if (forgetting := self.manager.forgetting) is not None:
-            first = forgetting.first_seen(count * BLOCK_TOKENS)
-        for n, key in enumerate(wanted[:count]):
-            if forgetting is not None and forgetting.sink_blocks <= n < first:
-                blocks.append(HOLE)
-                continue
-            self.manager.retain(self._blocks[key])
-            blocks.append(self._blocks[key])
-        self.touch(wanted[:count])
-        return blocks
+    def match(self, wanted: list[Key]) -> list[list[int]]:
+        """Blocks of the longest cached prefix of `wanted`, in each group. The caller becomes a user of each. Blocks that the
+        token after the prefix does not attend to are holes."""
+        prefix = wanted[: self.known(wanted)]
+        tables = []
+        for group, forgetting in enumerate(self.groups):
+            blocks = [HOLE] * len(prefix)
+            for n in _seen(forgetting, len(prefix)):
+                blocks[n] = self._blocks[of_group(prefix[n], group)]
+                self.manager.retain(blocks[n])
+            tables.append(blocks)
+        self.touch(prefix)
+        return tables
 
     def known(self, wanted: list[Key]) -> int:
-        """Number of blocks that `match` would return."""
-        first_unknown = next((n for n, key in enumerate(wanted) if key not in self._blocks), len(wanted))
-        longest = next((n for n in range(first_unknown, 0, -1) if self._has_state(wanted[n - 1])), 0)
-        forgetting = self.manager.forgetting
-        if forgetting is None or first_unknown < forgetting.sink_blocks:
-            return longest
-        run = first_unknown
-        for n in range(first_unknown + 1, len(wanted) + 1):
-            run = run + 1 if wanted[n - 1] in self._blocks else 0
-            if run >= n - max(forgetting.sink_blocks, forgetting.first_seen(n * BLOCK_TOKENS)) and self._has_state(
-                wanted[n - 1]
-            ):
-                longest = n
-        return longest
+        """Number of blocks per group that `match` would return."""
+        most = len(wanted)
+        for group, forgetting in enumerate(self.groups):
+            if forgetting is None:
+                most = self._unbroken(wanted[:most], group)
+        if not any(self.groups):
+            return next((n for n in range(most, 0, -1) if self._has_state(wanted[n - 1])), 0)
+        possible = [n for n in range(1, most + 1) if self._has_state(wanted[n - 1])]
+        for group, forgetting in enumerate(self.groups):
+            if forgetting is not None and possible:
+                possible = self._continuable(wanted, group, forgetting, possible)
+        return max(possible, default=0)
+
+    def _unbroken(self, wanted: list[Key], group: int) -> int:
+        """Number of blocks before the first one that the group lacks."""
+        return next((n for n, key in enumerate(wanted) if of_group(key, group) not in self._blocks), len(wanted))
+
+    def _continuable(self, wanted: list[Key], group: int, forgetting: Forgetting, possible: list[int]) -> list[int]:
+        """Those numbers of blocks, in ascending order, after which a group with a window has what the next token attends to."""
+        unbroken = self._unbroken(wanted[: possible[-1]], group)
+        if unbroken < forgetting.sink_blocks:
+            return [n for n in possible if n <= unbroken]
+        runs, run = {}, 0  # number of blocks without a gap that end at block n
+        for n in range(1, possible[-1] + 1):
+            run = run + 1 if of_group(wanted[n - 1], group) in self._blocks else 0
+            runs[n] = run
+        first_seen = {n: max(forgetting.sink_blocks, forgetting.first_seen(n * BLOCK_TOKENS)) for n in possible}
+        return [n for n in possible if runs[n] >= n - first_seen[n]]
 
     def _has_state(self, key: Key) -> bool:
         return self.manager.slots is None or key in self._slots
 
-    def put(self, key: Key, block: int) -> None:
-        """Adds a full block, unless it is a hole or a block with the same content is cached already."""
+    def put(self, key: Key, block: int, group: int = 0) -> None:
+        """Adds a full block, unless it is a hole or a block with the same content is cached already.
+
+        Args:
+            key: key of the prefix that ends with the block.
+            block: its id.
+            group: the group of layers whose keys and values it holds.
+        """
+        key = of_group(key, group)
         if key in self._blocks or block == HOLE:
             return
         if self.max_blocks is not None and len(self._blocks) >= self.max_blocks and not self.evict(1):
@@ -138,11 +193,23 @@ class PrefixCache:
             self.manager.slots.release(slot)
 
     def touch(self, used: list[Key]) -> None:
-        """Marks blocks as just used. Later blocks of a text count as older, since they are useless without the earlier ones."""
-        for key in reversed(used):
-            for held in (self._blocks, self._slots):
-                if key in held:
-                    held.move_to_end(key)
+        """Marks the blocks of a prefix as just used. Later blocks of a text count as older, since they are useless without the
+        earlier ones. If some groups of layers attend to every token, the others' blocks count only as far as a sequence of this
+        prefix keeps them (`Forgetting.first_kept`): this prefix does not need the rest."""
+        forgets = self.manager.forgetting is not None
+        seen = [range(len(used)) if forgets else set(_kept(forgetting, len(used))) for forgetting in self.groups]
+        for n in reversed(range(len(used))):
+            for group, places in enumerate(seen):
+                if n in places and (key := of_group(used[n], group)) in self._blocks:
+                    self._blocks.move_to_end(key)
+            if used[n] in self._slots:
+                self._slots.move_to_end(used[n])
+
+    def expire(self, keys: list[Key], group: int) -> None:
+        """Makes these blocks of a group, if cached, the first to be evicted."""
+        for key in keys:
+            if (key := of_group(key, group)) in self._blocks:
+                self._blocks.move_to_end(key, last=False)
 
     def evict(self, count: int) -> int:
         """Evicts up to `count` blocks that have no other user.
@@ -172,16 +239,44 @@ class PrefixCache:
         """Number of blocks that could be evicted. Visits all of them."""
         return sum(self.manager.users(block) == 1 for block in self._blocks.values())
 
+    def put_unconfirmed(self, key: Key, block: int, group: int, owner: int) -> None:
+        """Holds a full block that cannot be matched yet, and is evicted before all others: its sequence releases it before it
+        is known whether its content is valid.
+
+        Args:
+            key, block, group: as in `put`.
+            owner: identifies the sequence.
+        """
+        private = _of_owner(key, owner)
+        self.put(private, block, group)
+        self.expire([private], group)
+
+    def confirm(self, key: Key, group: int, owner: int) -> None:
+        """Adds the unconfirmed block as `put` does, if it is still held; others are evicted after it."""
+        if (block := self._blocks.pop(of_group(_of_owner(key, owner), group), None)) is not None:
+            self.put(key, block, group)
+            self.expire([key], group)
+            self.manager.release(block)
+
+    def forget_unconfirmed(self, keys: list[Key], group: int, owner: int) -> None:
+        """Removes unconfirmed blocks."""
+        self._remove([of_group(_of_owner(key, owner), group) for key in keys])
+
     def forget(self, keys: list[Key]) -> None:
-        """Removes blocks from the cache."""
+        """Removes the blocks of all groups from the cache."""
+        for group in range(len(self.groups)):
+            self._remove([of_group(key, group) for key in keys])
+
+    def forget_unused(self, keys: list[Key], group: int = 0) -> None:
+        """Removes those blocks of a group that have no other user."""
+        keys = [of_group(key, group) for key in keys]
+        self._remove([key for key in keys if (block := self._blocks.get(key)) is not None and self.manager.users(block) == 1])
+
+    def _remove(self, keys: list[Key]) -> None:
         for key in keys:
             if (block := self._blocks.pop(key, None)) is not None:
                 self.manager.release(block)
                 self._forget_state(key)
-
-    def forget_unused(self, keys: list[Key]) -> None:
-        """Removes those of the blocks that have no other user."""
-        self.forget([key for key in keys if (block := self._blocks.get(key)) is not None and self.manager.users(block) == 1])
 
     def clear(self) -> None:
         """Removes all blocks from the cache; sequences keep theirs."""

@@ -66,13 +66,14 @@ def _planned(made: Any, parameters: int) -> Need:
 
     from ..config import DeepSeekConfig
     from ..doctor.memory_estimate import memory_of
+    from ..graph.cache_groups import group_layers
     from ..integration.bind.graphs import plan_graph, whole_graph
     from ..integration.bind.swap import swap_on_meta
 
     settings = DeepSeekConfig(precision="bf16")
     swap_on_meta(made, whole_graph(made), settings, torch.bfloat16)
     graph, _ = plan_graph(made.config, settings.rules, mode=settings.attention)
-    budget = memory_of(made, settings, graph, free=0)
+    budget = memory_of(made, settings, group_layers(graph), free=0)
     weights = {name: budget.weights_in(name) for name in FORMATS}
     return Need(None, parameters, weights, budget.cache_per_token, budget.held(CONTEXT), budget.buffers)
 

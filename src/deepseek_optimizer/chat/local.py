@@ -9,7 +9,6 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
-from ..backends.base import BLOCK_TOKENS
 from ..engine.engine import Engine
 from ..engine.request import Request, SamplingParams
 from ..errors import BackendError, ConfigError, RequestError
@@ -32,7 +31,7 @@ def default_sampling(model: Any, **given: Any) -> SamplingParams:
 def room_of(engine: Engine, context: int | None = None) -> int:
     """Maximum tokens of prompt and answer together: limited by the model, the cache and `context`."""
     core = engine.core
-    return min(core.facts.context, core.blocks * BLOCK_TOKENS, context or core.facts.context)
+    return min(core.cache_tokens, context or core.facts.context)
 
 
 def request_for(engine: Engine, tokens: list[int], sampling: SamplingParams, context: int | None = None) -> Request:

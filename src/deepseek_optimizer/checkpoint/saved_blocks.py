@@ -38,9 +38,11 @@ class SavedBlocks:
         path: the file.
         made_with: properties that the blocks' bytes depend on, by name, as given to `save_blocks`.
         tokens: token ids of the text.
-        held: the stored blocks, as [begin, end) runs; the others are not needed any more.
+        held: the stored blocks, as [begin, end) runs; the others are not needed any more. The blocks of a text's n-th group of
+            layers follow those of the group before.
         block_tokens, block_bytes: tokens and bytes of a block.
         state_bytes: bytes of the recurrent states; 0: the model has none.
+        groups: number of groups of layers, each of which has blocks of its own.
     """
 
     path: Path
@@ -50,18 +52,21 @@ class SavedBlocks:
     block_tokens: int
     block_bytes: int
     state_bytes: int
+    groups: int
     _begin: int
 
     @property
     def numbers(self) -> list[int]:
-        """Indices, in the text, of the stored blocks."""
+        """Indices of the stored blocks: in the text, plus, for each earlier group, the number of the text's blocks."""
         return _numbers(self.held)
 
-    def check(self, made_with: Mapping[str, Any], block_tokens: int, block_bytes: int, state_bytes: int = 0) -> None:
+    def check(
+        self, made_with: Mapping[str, Any], block_tokens: int, block_bytes: int, state_bytes: int = 0, groups: int = 1
+    ) -> None:
         """Raises CheckpointError if the blocks were made with other properties."""
         names = sorted({*made_with, *self.made_with})
         other = [name for name in names if made_with.get(name) != self.made_with.get(name)]
-        if not other and (block_tokens, block_bytes) != (self.block_tokens, self.block_bytes):
+        if not other and (block_tokens, block_bytes, groups) != (self.block_tokens, self.block_bytes, self.groups):
             other = ["block size"]
         if not other and state_bytes != self.state_bytes:
             other = ["state size"]
@@ -103,6 +108,7 @@ def save_blocks(
     numbers: list[int],
     block_tokens: int,
     block_bytes: int,
+    groups: int = 1,
     state: bytes = b"",
 ) -> None:
     """Writes a file atomically.
@@ -112,14 +118,17 @@ def save_blocks(
         made_with: properties that the blocks' bytes depend on, by name, as JSON types.
         tokens: token ids of the text; block n holds `block_tokens` of them, from n * block_tokens.
         blocks: bytes of the blocks to store.
-        numbers: indices of these blocks, ascending.
+        numbers: indices of these blocks, ascending, as in `SavedBlocks`.
         block_tokens, block_bytes: tokens and bytes of a block.
+        groups: number of groups of layers.
         state: the recurrent states after the last token; empty: the model has none.
     """
     fields = {
         "made_with": made_with, "tokens": len(tokens), "held": _runs(numbers), "block_tokens": block_tokens,
         "block_bytes": block_bytes,
     }  # fmt: skip
+    if groups > 1:
+        fields["groups"] = groups
     if state:
         fields["state_bytes"] = len(state)
     header = json.dumps(fields, sort_keys=True).encode()
@@ -127,7 +136,7 @@ def save_blocks(
     with atomic_file(path) as file:
         file.write(head + _digest(head))
         for number, data in zip(numbers, blocks, strict=True):
-            if len(data) != block_bytes or (number + 1) * block_tokens > len(tokens):
+            if len(data) != block_bytes or number >= len(tokens) // block_tokens * groups:
                 raise ValueError(f"block {number} of {len(tokens)} tokens has {len(data)} bytes instead of {block_bytes}")
             file.write(_block_digest(number, data) + data)
         if state:
@@ -162,7 +171,8 @@ def open_blocks(path: str | os.PathLike[str]) -> SavedBlocks:
         if file.read(_DIGEST) != _digest(start + header + tokens):
             raise CheckpointError("has a damaged header; delete it and process the text again", file=path)
     ids = np.frombuffer(tokens, "<i4").tolist()
-    return SavedBlocks(path, fields["made_with"], ids, fields["held"], block_tokens, block_bytes, state_bytes, begin)
+    groups = fields.get("groups", 1)
+    return SavedBlocks(path, fields["made_with"], ids, fields["held"], block_tokens, block_bytes, state_bytes, groups, begin)
 
 
 def _header(file: BinaryIO, path: Path, size: int, length: int) -> tuple[dict[str, Any], bytes]:
@@ -176,9 +186,10 @@ def _header(file: BinaryIO, path: Path, size: int, length: int) -> tuple[dict[st
             type(fields[name]) is int and 0 < fields[name] <= size for name in _SIZES
         )
         good = good and type(state := fields.get("state_bytes", 0)) is int and 0 <= state <= size
+        good = good and type(groups := fields.get("groups", 1)) is int and 0 < groups <= size
     except (ValueError, KeyError, TypeError, RecursionError):
         raise damaged from None
-    if not good or not _are_runs(fields.get("held"), fields["tokens"] // fields["block_tokens"]):
+    if not good or not _are_runs(fields.get("held"), fields["tokens"] // fields["block_tokens"] * groups):
         raise damaged
     return fields, header
 

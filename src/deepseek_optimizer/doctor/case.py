@@ -66,10 +66,11 @@ class Case:
     @cached_property
     def graph(self) -> Any:
         """The model's graph, with the fusion rules and the attention mode of the settings."""
+        from ..graph.cache_groups import group_layers
         from ..integration.bind.graphs import loaded_mtp_layers, plan_graph
 
         settings, layers = self.settings, loaded_mtp_layers(self.sketch)
-        return plan_graph(self.sketch.config, settings.rules, layers, settings.attention)[0]
+        return group_layers(plan_graph(self.sketch.config, settings.rules, layers, settings.attention)[0])
 
     @cached_property
     def tokenizer(self) -> Any:

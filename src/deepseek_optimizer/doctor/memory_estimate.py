@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ..backends.base import CompileOptions, Sizes
+from ..cache.forgetting import Groups, max_blocks, max_tokens
 from ..errors import BackendError
 from ..graph.ir import BLOCK, Graph
 from ..system.memory import less_reserve
@@ -14,6 +15,8 @@ from .case import Case
 
 if TYPE_CHECKING:
     from ..config import DeepSeekConfig
+
+_NO_LIMIT = 1 << 31
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,8 @@ class MemoryEstimate:
     buffers: of the plan, at its largest step.
     free: memory that this process can still allocate.
     granted: maximum size of the cache (`kv_cache_memory`); None: the free memory less a reserve.
-    span: maximum tokens in the cache per sequence, if attention lets it drop tokens; None: all tokens stay.
+    groups: for each group of the cache's layers, which tokens it may drop; None: all tokens stay.
+    step: maximum number of tokens of a sequence that are processed at once.
     matrices: shape of each packed matrix or stack, and the smallest format allowed for it.
     formats: bytes of the packed matrices by format.
     """
@@ -34,15 +38,21 @@ class MemoryEstimate:
     buffers: int
     free: int
     granted: int | None
-    span: int | None
+    groups: Groups
+    step: int
     kv_cache: str
     matrices: tuple[tuple[tuple[int, ...], str | None], ...]
     formats: dict[str, int]
 
     def held(self, context: int) -> int:
-        """Cached tokens for a sequence of `context` tokens, rounded up to whole blocks."""
-        held = context if self.span is None else min(context, self.span)
-        return -(-held // BLOCK) * BLOCK
+        """Cached tokens for a sequence of `context` tokens, rounded up to whole blocks. If only some layers drop tokens: the
+        number of tokens that take as much memory in all layers."""
+        return -(-max_blocks(self.groups, context, self.step) // len(self.groups)) * BLOCK
+
+    def longest(self, sequences: int) -> int:
+        """Maximum length of each of `sequences` sequences, in whole blocks."""
+        blocks = self.max_tokens // BLOCK * len(self.groups) // sequences
+        return max_tokens(self.groups, blocks, self.step, _NO_LIMIT)
 
     def needed(self, tokens: int) -> int:
         """Bytes needed with `tokens` in the cache, over all sequences."""
@@ -89,7 +99,7 @@ def memory_of(sketch: Any, settings: DeepSeekConfig, graph: Graph, free: int) ->
     """
     from ..graph.min_formats import exact_weights, min_formats
     from ..integration.bind.graphs import whole_graph
-    from ..integration.bind.runtime import kv_dtype
+    from ..integration.bind.runtime import groups_of, kv_dtype
     from ..integration.bind.swap import expected_tensors
 
     wanted, shapes = expected_tensors(sketch)
@@ -104,7 +114,7 @@ def memory_of(sketch: Any, settings: DeepSeekConfig, graph: Graph, free: int) ->
     kv, sizes, high = kv_dtype(settings, formats), _sizes(settings), settings.batch_size_range[1]
     return MemoryEstimate(
         weights=sum(formats.values()) + plain,
-        cache_per_token=sizes.block_bytes(graph, kv) // BLOCK,
+        cache_per_token=graph.cache.groups * sizes.block_bytes(graph, kv) // BLOCK,
         buffers=sizes.buffer_bytes(
             graph,
             dict.fromkeys(exact, "fp32") | {n: str(wanted[n]) for n in matrices},
@@ -114,18 +124,12 @@ def memory_of(sketch: Any, settings: DeepSeekConfig, graph: Graph, free: int) ->
         ),
         free=free,
         granted=settings.kv_cache_memory,
-        span=_span(graph, settings),
+        groups=groups_of(graph),
+        step=settings.prefill_chunk,
         kv_cache=kv,
         matrices=tuple((shape, least.get(name)) for name, shape in matrices.items()),
         formats=formats,
     )
-
-
-def _span(graph: Graph, settings: DeepSeekConfig) -> int | None:
-    from ..integration.bind.runtime import forgetting_of
-
-    forgets = forgetting_of(graph)
-    return None if forgets is None else forgets.blocks(settings.prefill_chunk) * BLOCK
 
 
 def _packed_bytes(format_name: str, shape: tuple[int, ...]) -> int:

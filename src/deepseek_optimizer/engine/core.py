@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..backends.base import BLOCK_TOKENS, DECODE
+from ..backends.base import DECODE
 from ..backends.sampling import NOT_FINITE
 from ..cache.block_manager import SequenceBlocks
+from ..cache.forgetting import Groups, max_tokens
 from ..cache.prefix_cache import PrefixCache
 from ..errors import BackendError, CheckpointChangedError, RequestError, shown
 from .detokenizer import Detokenizer
@@ -29,7 +30,7 @@ from .scheduling.batch_size import BatchSize
 from .scheduling.budget import PromptBudget
 from .scheduling.memory import Memory
 from .scheduling.scheduler import ScheduledChunk, Scheduler
-from .scheduling.sliding import Sliding, window_of
+from .scheduling.sliding import Sliding
 from .scheduling.step_times import StepTimes
 from .sequence import Sequence
 from .speculative.base import Proposer
@@ -95,11 +96,15 @@ class EngineCore:
         self.times = StepTimes()
         with memory.locked() as manager:
             self.blocks, self.forgetting = manager.num_blocks, manager.forgetting
-            self.prefix = PrefixCache(manager) if options.prefix_cache else None
+            # If some layers have no window, what those with one have released would be visible again after a window has slid.
+            self._whole = options.cache_window is not None and self.forgetting is None
+            self.groups: Groups = (None,) * len(manager.groups) if self._whole else manager.groups
+            self.prefix = PrefixCache(manager, whole=self._whole) if options.prefix_cache else None
         low, high = options.batch_size_range
         self.sliding: Sliding | None = None
         if options.cache_window is not None:
-            window = window_of(options.cache_window, facts.plain or facts.context, self.blocks)
+            whole = max_tokens((None,) * len(self.groups), self.blocks, 0, facts.context)
+            window = min(options.cache_window, facts.plain or facts.context, whole)
             sinks = options.sinks if self.forgetting is None else self.forgetting.sinks  # others are not visible
             self.sliding = Sliding(memory, self.prefix, window, sinks, self._window_moved)
         self.scheduler = Scheduler(
@@ -123,7 +128,12 @@ class EngineCore:
     def room(self) -> int:
         """Maximum number of tokens of a request, prompt and text together. With a sliding window, the size of the window."""
         limit = self.facts.context if self.sliding is None else self.sliding.window
-        return limit if self.blocks >= self._max_blocks(limit) else self.blocks * BLOCK_TOKENS
+        return min(limit, self.cache_tokens)
+
+    @property
+    def cache_tokens(self) -> int:
+        """Maximum number of tokens of a sequence that fits in the cache alone, up to the model's context."""
+        return max_tokens(self.groups, self.blocks, self.options.step_tokens, self.facts.context)
 
     def check(self, request: Request) -> int:
         """Checks a request and returns the maximum number of tokens to generate for it.
@@ -171,7 +181,7 @@ class EngineCore:
         reach = self._reach(request, max_tokens)
         with self.memory.locked() as manager:
             interval = self.memory.state_interval if self.prefix is not None and not request.embed else 0
-            sequence = Sequence(self._count, list(request.prompt), SequenceBlocks(manager, interval), reach=reach)
+            sequence = Sequence(self._count, list(request.prompt), SequenceBlocks(manager, interval, self._whole), reach=reach)
         running = Running(
             number=self._count,
             request=request,
@@ -195,11 +205,6 @@ class EngineCore:
     def _pinned(self, request: Request) -> tuple[tuple[int, int], ...]:
         """Returns the ranges that the sliding window must keep: none if attention itself has a window."""
         return request.pinned if self.sliding is not None and self.forgetting is None else ()
-
-    def _max_blocks(self, tokens: int) -> int:
-        """Returns the maximum number of blocks that a sequence of `tokens` tokens has at any time."""
-        blocks = -(-tokens // BLOCK_TOKENS)
-        return blocks if self.forgetting is None else min(blocks, self.forgetting.blocks(self.options.step_tokens))
 
     def _reach(self, request: Request, max_tokens: int) -> int:
         """Returns the maximum number of tokens that the request has in the cache at any time."""

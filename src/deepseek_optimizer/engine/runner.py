@@ -160,7 +160,7 @@ class Runner:
             query_len=counts,
             context_len=starts - hidden_from,
             phase=np.array([p.phase for p in parts], np.int32),
-            block_table=_tables([p.sequence.blocks.blocks[p.first_block :] for p in parts]),
+            block_table=_tables(parts),
             logit_rows=rows,
             states=states,
             last_hidden=last_hidden,
@@ -178,9 +178,12 @@ def _reach(parts: list[Part]) -> Int32 | None:
     return None if None in reach else np.array(reach, np.int32)
 
 
-def _tables(blocks: list[list[int]]) -> Int32:
-    """Returns the block tables of the sequences, int32 [S, max_blocks], padded with zeros."""
-    table = np.zeros((len(blocks), max(map(len, blocks))), np.int32)
-    for row, own in zip(table, blocks, strict=True):
-        row[: len(own)] = own
-    return table
+def _tables(parts: list[Part]) -> Int32:
+    """Returns `StepBatch.block_table`, padded with zeros."""
+    groups = len(parts[0].sequence.blocks.tables)
+    lengths = [len(part.sequence.blocks.blocks) - part.first_block for part in parts]
+    tables = np.zeros((groups, len(parts), max(lengths)), np.int32)
+    for group, rows in enumerate(tables):
+        for row, part, length in zip(rows, parts, lengths, strict=True):
+            row[:length] = part.sequence.blocks.tables[group].blocks[part.first_block :]
+    return tables if groups > 1 else tables[0]

@@ -32,6 +32,8 @@ class Running:
         keys: prefix cache keys of its full blocks, as far as they were needed; blocks moved by a sliding window have none.
         shareable: number of leading blocks that may be shared with other requests; None: all.
         registered: number of leading blocks that are in the prefix cache.
+        unconfirmed: (group, index) of blocks that were released before they could be registered, and that the prefix cache
+            may still hold.
         cached: number of tokens that were found in the prefix cache on admission.
         dropped: number of tokens that the sliding window has dropped.
         preempted: number of preemptions.
@@ -55,6 +57,7 @@ class Running:
     keys: list[Key] = field(default_factory=list)
     shareable: int | None = None
     registered: int = 0
+    unconfirmed: list[tuple[int, int]] = field(default_factory=list)
     cached: int = 0
     dropped: int = 0
     preempted: int = 0

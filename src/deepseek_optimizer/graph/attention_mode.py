@@ -49,6 +49,7 @@ class AttentionMode:
 
 
 FLASH = AttentionMode()
+Span = tuple[int, int] | None  # window and sinks of attention, in tokens; None: all tokens are visible
 
 
 def apply_mode(graph: Graph, mode: AttentionMode) -> tuple[Graph, list[str]]:
@@ -79,17 +80,25 @@ def apply_mode(graph: Graph, mode: AttentionMode) -> tuple[Graph, list[str]]:
 def forgetting(graph: Graph) -> tuple[int, int] | None:
     """(window, sinks) such that the tokens between a sequence's first `sinks` and last `window` tokens are no longer visible in
     any layer; None if a layer may attend to every token."""
-    layers = [_span(n) for n in graph.nodes if n.op in ("attention", "mla_attention")]
+    return span_of_all(list(spans_of_layers(graph).values()))
+
+
+def spans_of_layers(graph: Graph) -> dict[int, Span]:
+    """Window and sinks of each layer of the cache that is attended to, or None for one without a window."""
+    found: dict[int, list[Span]] = {}
+    for node in graph.nodes:
+        if node.op in ("attention", "mla_attention"):
+            window = node.attrs.get("window", 0)
+            found.setdefault(node.attrs["layer"], []).append((window, node.attrs.get("sinks", 0)) if window else None)
+    return {layer: span_of_all(spans) for layer, spans in found.items()}
+
+
+def span_of_all(layers: list[Span]) -> Span:
+    """The widest window and the most sinks of these layers; None if one of them has no window."""
     spans = [span for span in layers if span is not None]
     if not spans or len(spans) < len(layers):
         return None
     return max(window for window, _ in spans), max(sinks for _, sinks in spans)
-
-
-def _span(node: Node) -> tuple[int, int] | None:
-    """Window and sinks of one attention node; None without a window."""
-    window = node.attrs.get("window", 0)
-    return (window, node.attrs.get("sinks", 0)) if window else None
 
 
 def _changed(node: Node, mode: AttentionMode) -> list[Node]:

@@ -68,12 +68,24 @@ class CacheSpec:
         kv_heads, head_dim: one number for all layers, or a tuple with one per layer.
         summaries: whether the cache also holds the element-wise maximum and minimum of the keys of each full block, for
             `block_choose`.
+        layer_groups: the group of each layer, from 0 without gaps (see `cache_groups`); (): all are in group 0, as they must be
+            with summaries. A block holds 32 tokens of the layers of one group.
     """
 
     layers: int
     kv_heads: int | tuple[int, ...]
     head_dim: int | tuple[int, ...]
     summaries: bool = False
+    layer_groups: tuple[int, ...] = ()
+
+    @property
+    def groups(self) -> int:
+        """Number of groups of layers."""
+        return max(self.layer_groups, default=0) + 1
+
+    def group_of(self, layer: int) -> int:
+        """The group that a layer is in."""
+        return self.layer_groups[layer] if self.layer_groups else 0
 
     def heads_of(self, layer: int) -> tuple[int, int]:
         """(kv_heads, head_dim) of a layer."""
@@ -108,6 +120,11 @@ class LatentSpec:
     rope: int
     index: int = 0
     summaries: bool = False
+    groups = 1
+
+    def group_of(self, layer: int) -> int:
+        """The group that a layer is in: all are in one."""
+        return 0
 
     @property
     def elements_per_token(self) -> int:

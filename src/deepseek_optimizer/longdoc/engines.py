@@ -54,7 +54,8 @@ class Engines:
     def window(self) -> int | None:
         """Tokens of the sliding window; None if there can be none: the model's keys cannot be rotated, or the cache is too
         small."""
-        size = min(self.runtime.graph.max_positions, self.arena.store.num_blocks * BLOCK_TOKENS, WINDOW)
+        blocks = self.arena.store.num_blocks // self.runtime.graph.cache.groups
+        size = min(self.runtime.graph.max_positions, blocks * BLOCK_TOKENS, WINDOW)
         if self.runtime.config.batch_invariant or size < SMALLEST:
             return None
         try:
@@ -106,7 +107,9 @@ class Engines:
         now = own_bytes()
         taken = 0 if base is None or now is None else max(0, now - base)
         rest = max(taken, buffers) + _CHARACTER * characters + _OTHERS
-        minimum = MIN_CACHE // BLOCK_TOKENS * self.runtime.backend.block_bytes(self.runtime.graph, self.runtime.kv_dtype)
+        graph = self.runtime.graph
+        blocks = MIN_CACHE // BLOCK_TOKENS * graph.cache.groups
+        minimum = blocks * self.runtime.backend.block_bytes(graph, self.runtime.kv_dtype)
         if memory - rest < minimum:
             raise ConfigError(
                 f"memory: {memory / 1e9:.3g} GB is too little: this document needs at least {(rest + minimum) / 1e9:.3g} GB "

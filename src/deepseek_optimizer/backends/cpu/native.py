@@ -19,7 +19,7 @@ from ...graph.ir import CacheSpec, LatentSpec, StateSpec
 from . import native_train
 from .buffers import Outputs, checking
 
-ABI_VERSION = 7
+ABI_VERSION = 8
 BLOCK_TOKENS = 32
 
 FORMATS = {
@@ -66,7 +66,8 @@ class CacheShape(C.Structure):
     _fields_ = [
         *((n, I32) for n in ("kv_type", "layers", "kv_heads", "head_dim", "rank", "rope", "index", "summaries")),
         ("heads", C.POINTER(I32)),
-    ]  # fmt: skip
+        ("groups", C.POINTER(I32)),
+    ]
 
 
 class Rotation(C.Structure):
@@ -126,7 +127,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "dso_cache_save_block": (I32, [PTR, I32, PTR]),
     "dso_cache_load_block": (I32, [PTR, I32, PTR]),
     "dso_cache_read": (I32, [PTR, I32, PTR, I32, PTR, PTR]),
-    "dso_cache_rotate": (I32, [PTR, PTR, PTR, PTR, PTR, I32, I32, I32]),
+    "dso_cache_rotate": (I32, [PTR, PTR, PTR, PTR, I32, PTR, I32, I32, I32]),
     "dso_states_slot_bytes": (I64, [PTR, I32]),
     "dso_states_create": (I32, [PTR, I32, I64, PTR]),
     "dso_states_destroy": (None, [PTR]),
@@ -287,14 +288,16 @@ def cache_shape(spec: CacheSpec | LatentSpec, kv_dtype: str) -> CacheShape:
     """The library's description of a cache with this spec."""
     if isinstance(spec, LatentSpec):
         return CacheShape(KV_TYPES[kv_dtype], spec.layers, 0, 0, spec.rank, spec.rope, spec.index, spec.summaries)
+    groups = (I32 * spec.layers)(*map(spec.group_of, range(spec.layers)))
     if isinstance(spec.kv_heads, int) and isinstance(spec.head_dim, int):
-        return CacheShape(KV_TYPES[kv_dtype], spec.layers, spec.kv_heads, spec.head_dim, 0, 0, 0, spec.summaries)
-    heads = [size for layer in spec.heads for size in layer]
-    return CacheShape(KV_TYPES[kv_dtype], spec.layers, 0, 0, 0, 0, 0, spec.summaries, (I32 * len(heads))(*heads))
+        sizes, heads = (spec.kv_heads, spec.head_dim), None
+    else:
+        sizes, heads = (0, 0), (I32 * (2 * spec.layers))(*(size for layer in spec.heads for size in layer))
+    return CacheShape(KV_TYPES[kv_dtype], spec.layers, *sizes, 0, 0, 0, spec.summaries, heads, groups)
 
 
 def block_bytes(spec: CacheSpec | LatentSpec, kv_dtype: str) -> int:
-    """Bytes of a block of 32 tokens of all layers. Raises ValueError for an invalid shape."""
+    """Bytes of a block of 32 tokens of the largest group of layers. Raises ValueError for an invalid shape."""
     size = int(library().dso_cache_block_bytes(C.byref(cache_shape(spec, kv_dtype))))
     if size < 0:
         check(_EINVAL)

@@ -110,13 +110,13 @@ class CpuStore:
         place = address(np.frombuffer(data, _U8), "a slot", _U8, (self.state_bytes,))
         self.context.call("dso_states_load", self.recurrent, slot, place)
 
-    def rotate(self, rotation: KeyRotation, block_table: Int32, tokens: int, position: int, delta: int) -> None:
+    def rotate(self, rotation: KeyRotation, block_table: Int32, tokens: int, position: int, delta: int, group: int = 0) -> None:
         rotation.check(position + tokens)
         table, frequencies = _table(block_table, tokens), np.ascontiguousarray(rotation.inv_freq, dtype=np.float32)
         key, index = (None if pairs is None else _rotation(pairs, frequencies) for pairs in (rotation.key, rotation.index))
         place = address(table, "block_table", _I32, (table.size,))
         args = (None if r is None else C.byref(r) for r in (key, index))
-        self.context.call("dso_cache_rotate", self.context.handle, self.handle, *args, place, tokens, position, delta)
+        self.context.call("dso_cache_rotate", self.context.handle, self.handle, *args, group, place, tokens, position, delta)
 
     def read(self, layer: int, block_table: Int32, tokens: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         table, spec, f32 = _table(block_table, tokens), self.spec, torch.float32
@@ -187,7 +187,9 @@ class CpuPlan:
         tokens, rows = len(batch.positions), len(batch.logit_rows)
         if rows and not self.has_head:
             raise ValueError(f"logit_rows must be empty for a plan that has no head, got {rows} rows")
-        sequences, blocks, width = len(batch.query_len), batch.block_table.shape[-1], self.hidden_size
+        sequences, width = len(batch.query_len), self.hidden_size
+        tables = batch.tables(store.spec.groups)  # type: ignore[attr-defined]  # a CpuStore
+        groups, _, blocks = tables.shape
         f32, new = torch.float32, self.context.outputs.empty
         shape, logits = (rows, self.vocab_size), batch.logits
         if logits is None or self.context.outputs.checked:
@@ -205,7 +207,7 @@ class CpuPlan:
         b.query_len = address(batch.query_len, "query_len", _I32, (sequences,))
         b.context_len = address(batch.context_len, "context_len", _I32, (sequences,))
         b.phase = address(batch.phase, "phase", _I32, (sequences,))
-        b.block_table = address(batch.block_table, "block_table", _I32, (sequences, blocks))
+        b.block_table = address(tables, "block_table", _I32, (groups, sequences, blocks))
         b.logit_rows = address(batch.logit_rows, "logit_rows", _I32, (rows,))
         b.inputs_embeds = optional(embeds, "inputs_embeds", f32, (tokens, width))
         b.states = optional(states, "states", f32, (tokens, width))

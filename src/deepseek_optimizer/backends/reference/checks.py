@@ -5,12 +5,13 @@ from __future__ import annotations
 import numpy as np
 
 from ...errors import BackendError
+from ...graph.attention_mode import Span
 from ...graph.ir import Graph
 from ..base import BLOCK_TOKENS, DECODE, PREFILL, StepBatch
 
 
 def check_batch(
-    batch: StepBatch, graph: Graph, num_blocks: int, span: tuple[int, int] | None = None, num_states: int = 0
+    batch: StepBatch, graph: Graph, num_blocks: int, spans: tuple[Span, ...] = (None,), num_states: int = 0
 ) -> None:
     """Raises BackendError, naming the field, if a batch is inconsistent with itself, the graph or the cache.
 
@@ -18,12 +19,13 @@ def check_batch(
         batch: the step.
         graph: the plan's graph.
         num_blocks: size of the cache.
-        span: the graph's window and sinks (`graph.attention_mode.forgetting`): blocks that no row sees may be missing.
+        spans: window and sinks of each group of layers (`graph.cache_groups.group_spans`): blocks that no row sees may be
+            missing.
         num_states: number of slots for recurrent states.
     """
     tokens, sequences = len(batch.positions), len(batch.query_len)
     _require(tokens > 0 and sequences > 0, "query_len", "a step needs at least one token")
-    for name in ("context_len", "phase", "block_table"):
+    for name in ("context_len", "phase"):
         _require(len(getattr(batch, name)) == sequences, name, f"must have one entry for each of {sequences} sequences")
     _require((batch.query_len > 0).all(), "query_len", "each sequence needs at least one token")
     _require(int(batch.query_len.sum()) == tokens, "query_len", f"must sum to {tokens} tokens")
@@ -34,7 +36,7 @@ def check_batch(
     phases = set(batch.phase.tolist())
     _require(phases <= {DECODE, PREFILL} and (np.diff(batch.phase) >= 0).all(), "phase", "must be decode first, then prefill")
     _check_inputs(batch, graph, tokens)
-    _check_blocks(batch, num_blocks, span)
+    _check_blocks(batch, num_blocks, spans)
     _check_states(batch, graph, num_states)
     rows = batch.logit_rows
     inside = not len(rows) or (rows[0] >= 0 and rows[-1] < tokens)
@@ -56,16 +58,19 @@ def _check_inputs(batch: StepBatch, graph: Graph, tokens: int) -> None:
     _require(((ids >= 0) & (ids < graph.vocab_size)).all(), "token_ids", f"must lie in [0, {graph.vocab_size})")
 
 
-def _check_blocks(batch: StepBatch, num_blocks: int, span: tuple[int, int] | None) -> None:
+def _check_blocks(batch: StepBatch, num_blocks: int, spans: tuple[Span, ...]) -> None:
     needed = -(-(batch.context_len + batch.query_len) // BLOCK_TOKENS)
-    _require(int(np.max(needed)) <= batch.block_table.shape[1], "block_table", "has too few blocks for a sequence")
-    for table, count, context in zip(batch.block_table, needed, batch.context_len, strict=True):
-        used = table[:count]
-        if span is not None:
-            window, sinks = span
-            unseen = slice(-(-sinks // BLOCK_TOKENS), max(0, context + 1 - window) // BLOCK_TOKENS)
-            used = np.delete(used, unseen)
-        _require(((used >= 0) & (used < num_blocks)).all(), "block_table", f"has block ids outside [0, {num_blocks})")
+    shape = (len(spans), len(needed)) if len(spans) > 1 else (len(needed),)
+    _require(batch.block_table.shape[:-1] == shape, "block_table", f"must have shape {[*shape, 'max_blocks']}")
+    _require(int(np.max(needed)) <= batch.block_table.shape[-1], "block_table", "has too few blocks for a sequence")
+    for tables, span in zip(batch.tables(len(spans)), spans, strict=True):
+        for table, count, context in zip(tables, needed, batch.context_len, strict=True):
+            used = table[:count]
+            if span is not None:
+                window, sinks = span
+                unseen = slice(-(-sinks // BLOCK_TOKENS), max(0, context + 1 - window) // BLOCK_TOKENS)
+                used = np.delete(used, unseen)
+            _require(((used >= 0) & (used < num_blocks)).all(), "block_table", f"has block ids outside [0, {num_blocks})")
 
 
 def _check_states(batch: StepBatch, graph: Graph, slots: int) -> None:

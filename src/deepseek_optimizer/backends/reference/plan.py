@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from ...errors import BackendError
 from ...graph.analysis import hidden_only, weight_shapes
-from ...graph.attention_mode import forgetting
+from ...graph.cache_groups import group_spans
 from ...graph.ir import Graph, Node, Value
 from ...graph.ops import spec_of
 from ...graph.ops.products import rows_of
@@ -29,7 +29,8 @@ class _Step:
     """State shared by the ops of one run.
 
     Attributes:
-        sequences: (rows of the step, tokens before them, blocks as int64 [n]).
+        groups: for each group of the cache's layers, for each sequence (rows of the step, tokens before them, blocks as int64
+            [n]).
         state_from: for each sequence the slot of its recurrent states.
         state_to: for each sequence the rows after which these are stored, and the slots for them.
     """
@@ -38,7 +39,7 @@ class _Step:
     store: Any
     device: torch.device
     dtype: torch.dtype
-    sequences: list[tuple[slice, int, torch.Tensor]]
+    groups: list[list[tuple[slice, int, torch.Tensor]]]
     state_from: list[int]
     state_to: list[list[tuple[int, int]]]
     values: dict[Value, torch.Tensor] = field(default_factory=dict)
@@ -65,7 +66,7 @@ class ReferencePlan:
         self._weights = {n: ordered[n] if n in ordered else weight.reshape(shapes[n]) for n, weight in dense.items()}
         self._formats = {n: w.format for n in graph.weights() if isinstance(w := weights[n], PackedWeight)}
         self._rounding = {name: _rounding(self._formats.get(name), rounding) for name in graph.weights()}
-        self._span = forgetting(graph)
+        self._spans = group_spans(graph)
         self._only_hidden = hidden_only(graph)
         self._only_earlier = hidden_only(graph, wanted=(graph.hidden_states - 1,))
 
@@ -79,8 +80,10 @@ class ReferencePlan:
         return output
 
     def _run(self, batch: StepBatch, store: KvStore) -> StepOutput:
-        check_batch(batch, self.graph, store.num_blocks, self._span, store.num_states)
-        step = _Step(batch, store, self.device, self.dtype, _sequences(batch, self.device), *_state_slots(batch))
+        check_batch(batch, self.graph, store.num_blocks, self._spans, store.num_states)
+        tables = torch.from_numpy(batch.tables(len(self._spans))).to(self.device, torch.int64)
+        groups = [_sequences(batch, own) for own in tables]
+        step = _Step(batch, store, self.device, self.dtype, groups, *_state_slots(batch))
         unwanted = self._only_earlier if batch.last_hidden else self._only_hidden
         for i, node in enumerate(self.graph.nodes):
             if not batch.hidden and i in unwanted:
@@ -137,6 +140,10 @@ class ReferencePlan:
 
         return fake_quantize(x.float(), kind).to(x.dtype)
 
+    def _sequences_of(self, step: _Step, node: Node) -> list[tuple[slice, int, torch.Tensor]]:
+        """The sequences, with their blocks for the layer of a node."""
+        return step.groups[self.graph.cache.group_of(node.attrs["layer"])]
+
     # ---- one method per op: inputs as tensors -> outputs as a tuple
 
     def _embedding(self, step: _Step, node: Node) -> tuple[torch.Tensor, ...]:
@@ -168,7 +175,7 @@ class ReferencePlan:
         """The rows of a sequence share its frequencies, which for dynamic RoPE depend on its reach."""
         spec, positions = node.attrs["rope"], step.batch.positions
         parts = []
-        for (rows, _, _), length in zip(step.sequences, reach_of(step.batch), strict=True):
+        for (rows, _, _), length in zip(step.groups[0], reach_of(step.batch), strict=True):
             inv_freq = torch.from_numpy(spec.inv_freq_at(length)).to(self.device)
             parts.append(ops.rope_table(torch.from_numpy(positions[rows]).to(self.device), inv_freq, spec.scaling))
         return (torch.cat(parts),)
@@ -181,7 +188,7 @@ class ReferencePlan:
 
     def _cache_write(self, step: _Step, node: Node, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, ...]:
         k, v = (rows.unflatten(-1, (node.attrs["kv_heads"], -1)) for rows in (k, v))
-        for rows, context, table in step.sequences:
+        for rows, context, table in self._sequences_of(step, node):
             step.store.write(node.attrs["layer"], table, context, k[rows], v[rows])
         return ()
 
@@ -200,7 +207,7 @@ class ReferencePlan:
         q = q.float().unflatten(-1, (a["kv_heads"], -1, a["head_dim"]))
         out = torch.empty_like(q)
         sink = self._weights[node.weights[0]].float().unflatten(0, (a["kv_heads"], -1)) if node.weights else None
-        for rows, context, table in step.sequences:
+        for rows, context, table in self._sequences_of(step, node):
             blocks, tokens, mask = self._visible(node, rows, context)
             k, v = step.store.gather(a["layer"], table[blocks], len(tokens))
             if chosen is not None:
@@ -220,7 +227,7 @@ class ReferencePlan:
         """In float32, whatever the dtype of the rows, as are the resulting indices of blocks."""
         a, chosen = node.attrs, []
         q = q.float().unflatten(-1, (a["kv_heads"], -1, a["head_dim"]))
-        for rows, context, table in step.sequences:
+        for rows, context, table in self._sequences_of(step, node):
             keys, _ = step.store.gather(a["layer"], table, context + rows.stop - rows.start)
             chosen.append(self._chosen_blocks(step, node, q[rows], keys, context).flatten(1))
         return (torch.cat(chosen),)
@@ -230,7 +237,7 @@ class ReferencePlan:
         a, chosen = node.attrs, []
         kv_b = self._weights[node.weights[0]].float().unflatten(0, (a["heads"], -1))
         q = latent.absorbed(q.float().unflatten(-1, (a["heads"], -1)), kv_b, a["nope"])[:, None]
-        for rows, context, table in step.sequences:
+        for rows, context, table in self._sequences_of(step, node):
             keys = step.store.gather(a["layer"], table, context + rows.stop - rows.start)[:, None]
             chosen.append(choose.tokens_of(self._chosen_blocks(step, node, q[rows], keys, context)[:, 0], context))
         return (torch.cat(chosen),)
@@ -244,7 +251,7 @@ class ReferencePlan:
         return (latent.latent(x, table, self._weights[node.weights[0]], node.attrs["eps"], node.attrs["interleaved"]),)
 
     def _latent_write(self, step: _Step, node: Node, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        for rows, context, table in step.sequences:
+        for rows, context, table in self._sequences_of(step, node):
             step.store.write(node.attrs["layer"], table, context, x[rows])
         return ()
 
@@ -256,7 +263,7 @@ class ReferencePlan:
         q = q.float().unflatten(-1, (a["heads"], -1))
         out = q.new_empty(*q.shape[:2], a["v_dim"])
         kv_b = self._weights[name].float().unflatten(0, (a["heads"], -1))
-        for rows, context, table in step.sequences:
+        for rows, context, table in self._sequences_of(step, node):
             blocks, tokens, mask = self._visible(node, rows, context)
             latents = step.store.gather(a["layer"], table[blocks], len(tokens))
             if chosen is not None:
@@ -269,7 +276,7 @@ class ReferencePlan:
         return (out.flatten(1).to(self.dtype),)
 
     def _index_write(self, step: _Step, node: Node, k: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        for rows, context, table in step.sequences:
+        for rows, context, table in self._sequences_of(step, node):
             step.store.write_index(node.attrs["layer"], table, context, k[rows])
         return ()
 
@@ -277,7 +284,7 @@ class ReferencePlan:
         """In float32, whatever the dtype of the rows, as are the resulting indices of tokens."""
         a, chosen = node.attrs, []
         q, weights = q.float().unflatten(-1, (a["heads"], -1)), weights.float()
-        for rows, context, table in step.sequences:
+        for rows, context, table in self._sequences_of(step, node):
             keys = context + rows.stop - rows.start
             scores = latent.index_scores(q[rows], weights[rows], step.store.gather_index(a["layer"], table, keys), a["scale"])
             chosen.append(latent.choose(scores, self._visible(node, rows, context)[2], a["top_k"]))
@@ -349,7 +356,7 @@ class ReferencePlan:
             form: (rows of a sequence, the state before them) -> their outputs, the state after them.
         """
         index, states, outputs = node.attrs["state"], step.store.states, []
-        for (rows, _, _), source, targets in zip(step.sequences, step.state_from, step.state_to, strict=True):
+        for (rows, _, _), source, targets in zip(step.groups[0], step.state_from, step.state_to, strict=True):
             start, state = rows.start, states.read(index, source)
             for row, slot in targets:
                 output, state = form(slice(start, row + 1), state)
@@ -449,9 +456,9 @@ def value_bytes(values: Iterable[Value], dtype: torch.dtype, tokens: int, logit_
     return sum(rows[v.selected] * v.repeat * v.width * dtype.itemsize for v in values)
 
 
-def _sequences(batch: StepBatch, device: torch.device) -> list[tuple[slice, int, torch.Tensor]]:
+def _sequences(batch: StepBatch, tables: torch.Tensor) -> list[tuple[slice, int, torch.Tensor]]:
+    """The sequences of a step with their blocks in one group; `tables`: int64 [S, max_blocks]."""
     ends = np.cumsum(batch.query_len)
-    tables = torch.from_numpy(batch.block_table).to(device, torch.int64)
     return [
         (slice(int(end - count), int(end)), int(context), table)
         for end, count, context, table in zip(ends, batch.query_len, batch.context_len, tables, strict=True)

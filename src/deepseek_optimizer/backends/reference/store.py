@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -21,15 +22,45 @@ LATENT_GROUP = 128  # elements of an int8 latent that share a scale
 
 
 def store_block_bytes(spec: CacheSpec | LatentSpec, kv_dtype: str) -> int:
-    """Bytes of one block of all layers. int8 has a float32 scale per token and head, or per group of a token's latent; the
-    other parts of an int8 latent cache are bf16."""
+    """Bytes of one block of the largest group of layers. int8 has a float32 scale per token and head, or per group of a token's
+    latent; the other parts of an int8 latent cache are bf16."""
     dtype = _dtype(kv_dtype)
     if isinstance(spec, LatentSpec):
         scales = 4 * _groups(spec) if kv_dtype == "int8" else 0
         others = (spec.rope + spec.index) * _unquantised(dtype).itemsize
         return spec.layers * BLOCK_TOKENS * (spec.rank * dtype.itemsize + scales + others)
-    scale = 4 if kv_dtype == "int8" else 0
-    return sum(2 * BLOCK_TOKENS * kv_heads * (head_dim * dtype.itemsize + scale) for kv_heads, head_dim in spec.heads)
+    *_, elements, scales = _parts_of(spec)
+    return BLOCK_TOKENS * (elements * dtype.itemsize + (4 * scales if kv_dtype == "int8" else 0))
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A layer's keys or values in a token's row of elements, and in its row of scales."""
+
+    at: int
+    scales_at: int
+    kv_heads: int
+    head_dim: int
+
+    def elements(self, rows: torch.Tensor) -> torch.Tensor:
+        """[..., elements] -> a view [..., kv_heads, head_dim]."""
+        end = self.at + self.kv_heads * self.head_dim
+        return rows[..., self.at : end].unflatten(-1, (self.kv_heads, self.head_dim))
+
+    def scales(self, rows: torch.Tensor) -> torch.Tensor:
+        """[..., scales] -> a view [..., kv_heads]."""
+        return rows[..., self.scales_at : self.scales_at + self.kv_heads]
+
+
+def _parts_of(spec: CacheSpec) -> tuple[list[tuple[_Part, _Part]], int, int]:
+    """Keys and values of each layer, and the lengths of the rows of elements and scales: those of the largest group."""
+    ends, parts = [(0, 0)] * spec.groups, []
+    for layer, (kv_heads, head_dim) in enumerate(spec.heads):
+        at, scales_at = ends[spec.group_of(layer)]
+        size = kv_heads * head_dim
+        parts.append((_Part(at, scales_at, kv_heads, head_dim), _Part(at + size, scales_at + kv_heads, kv_heads, head_dim)))
+        ends[spec.group_of(layer)] = at + 2 * size, scales_at + 2 * kv_heads
+    return parts, max(at for at, _ in ends), max(at for _, at in ends)
 
 
 def _dtype(kv_dtype: str) -> torch.dtype:
@@ -109,7 +140,7 @@ class _Blocks:
     def write_state(self, slot: int, data: bytes) -> None:
         self.states.write_bytes(slot, data)
 
-    def rotate(self, rotation: KeyRotation, block_table: Int32, tokens: int, position: int, delta: int) -> None:
+    def rotate(self, rotation: KeyRotation, block_table: Int32, tokens: int, position: int, delta: int, group: int = 0) -> None:
         rotation.check(position + tokens)
         if min(position, position + delta) < 0 or tokens < 0:
             raise ValueError(f"{tokens} tokens from position {position} cannot move by {delta}")
@@ -118,12 +149,12 @@ class _Blocks:
             raise ValueError(f"block_table must have distinct, non-negative blocks, got {table.tolist()}")
         if delta and tokens:
             angles = _angle_table(rotation.inv_freq, position, len(table) * BLOCK_TOKENS, delta, table.device)
-            rotated = list(self._rotated(rotation, table, angles))  # computed before anything is written
+            rotated = list(self._rotated(rotation, table, angles, group))  # computed before anything is written
             for tensor, rows in rotated:
                 tensor[table] = rows.to(tensor.dtype)
 
     def _rotated(
-        self, rotation: KeyRotation, blocks: torch.Tensor, angles: torch.Tensor
+        self, rotation: KeyRotation, blocks: torch.Tensor, angles: torch.Tensor, group: int
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """The tensors that the rotation changes, each with its new rows for the blocks."""
         raise NotImplementedError
@@ -159,17 +190,19 @@ class _Blocks:
 
 
 class TorchStore(_Blocks):
-    """Implements `KvStore`: in each layer K and V, [blocks, 32, kv_heads, head_dim] each.
+    """Implements `KvStore`: a row of K and V of all layers per token, and one of their scales. Layers of different groups share
+    the elements: a block holds either the one's or the other's.
 
     int8: scale = max|x| / 127 per token and head, q = rint(x / scale).
     """
 
     def __init__(self, spec: CacheSpec, kv_dtype: str, num_blocks: int, device: torch.device) -> None:
         super().__init__(spec, kv_dtype, num_blocks)
-        shapes = [(0, BLOCK_TOKENS, *heads) for heads in spec.heads for _ in ("key", "value")]
-        self._data = [torch.zeros(shape, dtype=_dtype(kv_dtype), device=device) for shape in shapes]
+        self._groups = [spec.group_of(layer) for layer in range(spec.layers)]
+        self._parts, elements, scales = _parts_of(spec)
+        self._data = [torch.zeros((0, BLOCK_TOKENS, elements), dtype=_dtype(kv_dtype), device=device)]
         if kv_dtype == "int8":
-            self._scales = [torch.zeros(shape[:3], device=device, dtype=torch.float32) for shape in shapes]
+            self._scales = [torch.zeros((0, BLOCK_TOKENS, scales), dtype=torch.float32, device=device)]
 
     def write(self, layer: int, table: torch.Tensor, start: int, key: torch.Tensor, value: torch.Tensor) -> None:
         """Writes K and V, float [n, kv_heads, head_dim], to tokens [start, start + n) of a sequence.
@@ -178,34 +211,31 @@ class TorchStore(_Blocks):
             table: int64 [blocks], the sequence's blocks.
         """
         at = self._places(table, start, len(key))
-        for i, rows in ((2 * layer, key), (2 * layer + 1, value)):
+        for part, rows in zip(self._parts[layer], (key, value), strict=True):
+            data = part.elements(self._data[0])
             if self.kv_dtype == "int8":
-                rows, self._scales[i][at] = _quantised(rows.float())
-            self._data[i][at] = rows.to(self._data[i].dtype)
+                rows, part.scales(self._scales[0])[at] = _quantised(rows.float())
+            data[at] = rows.to(data.dtype)
 
     def gather(self, layer: int, table: torch.Tensor, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V of a sequence's first `tokens` tokens, float32 [tokens, kv_heads, head_dim]."""
-        blocks = table[: -(-tokens // BLOCK_TOKENS)]
-        both = []
-        for i in (2 * layer, 2 * layer + 1):
-            rows = self._data[i][blocks].flatten(0, 1)[:tokens].float()
-            if self.kv_dtype == "int8":
-                rows = rows * self._scales[i][blocks].flatten(0, 1)[:tokens, :, None]
-            both.append(rows)
-        return both[0], both[1]
+        key, value = (self._dequantised(part, table[: -(-tokens // BLOCK_TOKENS)]) for part in self._parts[layer])
+        return key.flatten(0, 1)[:tokens], value.flatten(0, 1)[:tokens]
+
+    def _dequantised(self, part: _Part, blocks: torch.Tensor) -> torch.Tensor:
+        """float32 [blocks, 32, kv_heads, head_dim]."""
+        rows = part.elements(self._data[0])[blocks].float()
+        return rows * part.scales(self._scales[0])[blocks][..., None] if self.kv_dtype == "int8" else rows
 
     def _rotated(
-        self, rotation: KeyRotation, blocks: torch.Tensor, angles: torch.Tensor
+        self, rotation: KeyRotation, blocks: torch.Tensor, angles: torch.Tensor, group: int
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        for i in range(0, len(self._data), 2):
-            key = self._data[i][blocks].float()
-            if self.kv_dtype == "int8":
-                key = key * self._scales[i][blocks][..., None]
-            key = _rotate(key, angles, rotation.key)
+        for part in (key for (key, _), of in zip(self._parts, self._groups, strict=True) if of == group):
+            key = _rotate(self._dequantised(part, blocks), angles, rotation.key)
             if self.kv_dtype == "int8":
                 key, scales = _quantised(key)
-                yield self._scales[i], scales
-            yield self._data[i], key
+                yield part.scales(self._scales[0]), scales
+            yield part.elements(self._data[0]), key
 
     def read(self, layer: int, block_table: Int32, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
         key, value = self.gather(layer, self._table(block_table, tokens), tokens)
@@ -258,7 +288,7 @@ class LatentStore(_Blocks):
         return self._rows(self._data[layer + 2 * self.spec.layers], table, tokens)
 
     def _rotated(
-        self, rotation: KeyRotation, blocks: torch.Tensor, angles: torch.Tensor
+        self, rotation: KeyRotation, blocks: torch.Tensor, angles: torch.Tensor, group: int
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         layers = self.spec.layers
         if (rotation.index is None) != (self.spec.index == 0):

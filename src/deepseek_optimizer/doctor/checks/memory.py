@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ...graph.ir import BLOCK
 from ..case import Case
 from ..finding import Finding
 from ..memory_estimate import MemoryEstimate, estimate_memory
@@ -76,7 +75,7 @@ def _smaller_cache(case: Case, needs: MemoryEstimate, context: int) -> list[str]
     fixes = [f"{remedy.name} needs {gb(remedy.needed)} ({remedy.price})" for remedy in fitting[:1]]
     if len(fitting) > 1:
         fixes.append(", ".join(f"{remedy.name} ({gb(remedy.needed)})" for remedy in fitting[1:]))
-    if (max_length := needs.max_tokens // case.batch // BLOCK * BLOCK) > 0:
+    if (max_length := needs.longest(case.batch)) > 0:
         fixes.append(f"limit sequences to {max_length} tokens (max_length)")
     if case.batch > 1 and needs.max_tokens:
         fixes.append("run fewer concurrent sequences (batch_size_range)")

@@ -114,7 +114,8 @@ def measure_jitter(model: Any, high: int | None = None) -> Jitter:
     before = cpu_times()
     first = core()
     streams = min(STREAMS, high)
-    room = min(first.facts.context, first.blocks * BLOCK_TOKENS)
+    cache_tokens = first.blocks // len(first.groups) * BLOCK_TOKENS
+    room = min(first.facts.context, cache_tokens)
     prompt = max(1, min(PROMPT, room - streams * (SHORT + TOKENS), room // 2))
     chunked, whole, crowd = core(stall=STALL), core(), core()
     paces = [
@@ -135,7 +136,7 @@ def measure_jitter(model: Any, high: int | None = None) -> Jitter:
         high=high,
         chosen=crowd.scheduler.batch.choose(),
         preemptions=sum(one.metrics.preemptions for one in (first, chunked, whole, crowd)),
-        cache_tokens=first.blocks * BLOCK_TOKENS,
+        cache_tokens=cache_tokens,
         others=used_by_others(before, cpu_times()),
     )
 

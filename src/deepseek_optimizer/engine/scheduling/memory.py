@@ -27,7 +27,7 @@ class Memory(Protocol):
         """Copies blocks, each a pair (source, destination)."""
 
     def drop_blocks(self, sequence: SequenceBlocks, first_block: int, count: int) -> None:
-        """Drops full blocks from the middle of a sequence; later tokens move up, and their positions are shifted.
+        """Drops full blocks of every group from the middle of a sequence; later tokens move up to other positions.
 
         Args:
             sequence: the sequence's blocks.

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from ...backends.base import DECODE, PREFILL
 from ...cache.block_manager import BLOCK_TOKENS, BlockManager
+from ...cache.forgetting import max_blocks
 from ...cache.prefix_cache import PrefixCache, keys
 from ...errors import CacheFullError
 from ..running import Running
@@ -223,11 +224,12 @@ class Scheduler:
             if use_prefix:
                 assert self.prefix is not None
                 full = (len(sequence.tokens) - 1) // BLOCK_TOKENS  # at least one token must be processed
-                blocks = self.prefix.match(running.keys[:full])
-                sequence.blocks.adopt(blocks, self.prefix.state_after(running.keys[: len(blocks)]))
+                tables = self.prefix.match(running.keys[:full])
+                sequence.blocks.adopt(tables, self.prefix.state_after(running.keys[: len(tables[0])]))
                 running.registered = len(sequence.blocks.blocks)
             promised = sum(self._missing_blocks(r) for r in self.running)
-            needed = self._missing_blocks(running) + promised + len(self.running)  # including one block each for decoding
+            decoding = len(self.running) * len(manager.groups)  # a block each
+            needed = self._missing_blocks(running) + promised + decoding
             more = needed - manager.free_blocks
             lacks_blocks = more > 0 and not (self.prefix and self.prefix.can_evict(more))
             if self.running and (lacks_blocks or self._lacks_slots(manager)):
@@ -251,26 +253,48 @@ class Scheduler:
         blocks, tokens = running.sequence.blocks, len(running.sequence.tokens)
         if self.sliding is not None:
             tokens = min(tokens, self.sliding.window)
-        total, forgetting = -(-tokens // BLOCK_TOKENS), blocks.manager.forgetting
-        if forgetting is not None:
-            total = min(total, forgetting.blocks(self.budget.max_tokens))
-        return max(0, total - blocks.held)
+        step = min(self.budget.max_tokens, max(1, running.missing))
+        return max(0, max_blocks(blocks.groups, tokens, step) - blocks.held)
 
     def forget(self, running: Running) -> None:
         """Frees the blocks that are not visible to any later token of the request.
 
-        They are removed from the prefix cache too, unless others use them or they are visible at the end of its prompt: a next
-        question about the same text continues from there.
+        If they are visible in no layer, they are removed from the prefix cache too, unless others use them or they are visible
+        at the end of its prompt: a next question about the same text continues from there. If layers without a window keep
+        their blocks, they stay there as the first ones to be evicted: another text may branch off anywhere.
         """
         blocks = running.sequence.blocks
         if not blocks.forgettable:
             return
         with self.memory.locked() as manager:
+            if manager.forgetting is None:
+                self._hold_unconfirmed(running)
             freed = blocks.forget()
-            if self.prefix is not None and manager.forgetting is not None:
-                kept = range(manager.forgetting.first_kept(running.prompt), running.prompt // BLOCK_TOKENS)
-                registered = range(freed.start, min(freed.stop, running.registered))
-                self.prefix.forget_unused([running.keys[place] for place in registered if place not in kept])
+            if self.prefix is None:
+                return
+            for group, (places, forgetting) in enumerate(zip(freed, blocks.groups, strict=True)):
+                if forgetting is None:
+                    continue
+                kept = range(forgetting.first_kept(running.prompt), running.prompt // BLOCK_TOKENS)
+                registered = range(places.start, min(places.stop, running.registered))
+                unseen = [running.keys[place] for place in registered if place not in kept]
+                if manager.forgetting is None:
+                    self.prefix.expire(unseen, group)
+                else:
+                    self.prefix.forget_unused(unseen, group)
+
+    def _hold_unconfirmed(self, running: Running) -> None:
+        """Lets the prefix cache hold the blocks that the request is about to release before they are registered."""
+        if self.prefix is None or running.request.embed:
+            return
+        blocks = running.sequence.blocks
+        for group, table in enumerate(blocks.tables):
+            places = table.forgettable(blocks.tokens)
+            last = places.stop if running.shareable is None else min(places.stop, running.shareable)
+            self._compute_keys(running, last)
+            for place in range(max(places.start, running.registered), last):
+                self.prefix.put_unconfirmed(running.keys[place], table.blocks[place], group, running.number)
+                running.unconfirmed.append((group, place))
 
     def computed(self, running: Running, tokens: int) -> None:
         """Registers full blocks in the prefix cache, once finite logits have been computed from them.
@@ -289,8 +313,12 @@ class Scheduler:
         self._compute_keys(running, full)
         with self.memory.locked():
             for n in range(running.registered, full):
-                self.prefix.put(running.keys[n], running.sequence.blocks.blocks[n])
+                for group, table in enumerate(running.sequence.blocks.tables):
+                    self.prefix.put(running.keys[n], table.blocks[n], group)
             running.registered = full
+            for group, place in running.unconfirmed:
+                self.prefix.confirm(running.keys[place], group, running.number)
+            running.unconfirmed.clear()
             self._put_states(running, ended=False)
 
     def _put_states(self, running: Running, ended: bool) -> None:
@@ -316,7 +344,12 @@ class Scheduler:
     def _free(self, running: Running) -> None:
         with self.memory.locked():
             if self.prefix is not None:
+                for group, place in running.unconfirmed:
+                    self.prefix.forget_unconfirmed([running.keys[place]], group, running.number)
+                running.unconfirmed.clear()
                 self._put_states(running, ended=True)
+                if len(running.sequence.blocks.tables) > 1:  # blocks that are visible at the end of the prompt, but no longer
+                    self.prefix.touch(running.keys[: min(running.prompt // BLOCK_TOKENS, running.registered)])
                 self.prefix.touch(running.keys[: running.registered])
             running.sequence.blocks.free()
         running.registered = 0

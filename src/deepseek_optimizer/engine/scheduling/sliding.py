@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from ...cache.block_manager import BLOCK_TOKENS
 from ...cache.cache_window import CacheWindow, Drop
 from ...cache.prefix_cache import PrefixCache
 from ...errors import CacheFullError, ConfigError, RequestError
@@ -111,8 +110,3 @@ class Sliding:
         running.pinned = drop.renumbered(running.pinned)
         running.dropped += drop.tokens
         self._moved(running, drop.tokens)
-
-
-def window_of(tokens: int, context: int, blocks: int) -> int:
-    """Returns the size of a window in tokens: the configured size, limited by the trained context and the cache."""
-    return min(tokens, context, blocks * BLOCK_TOKENS)

@@ -10,14 +10,15 @@ import torch
 from torch import nn
 from torch.nn.modules import module as torch_module
 
-from ...backends.base import BLOCK_TOKENS, CompileOptions, Plan, check_supported
-from ...cache.forgetting import Forgetting
+from ...backends.base import CompileOptions, Plan, check_supported
+from ...cache.forgetting import Forgetting, Groups, max_blocks
 from ...checkpoint import Manifest
 from ...config import DeepSeekConfig
 from ...engine.speculative.draft_length import SpeculationReport
 from ...errors import ConfigError, UnsupportedModelError
 from ...graph import rules
-from ...graph.attention_mode import apply_mode, forgetting
+from ...graph.attention_mode import apply_mode
+from ...graph.cache_groups import group_layers, group_spans
 from ...graph.ir import Graph
 from ...graph.rope_rotation import KeyRotation, key_rotation
 from ...models.families import FAMILIES
@@ -50,10 +51,9 @@ def kv_dtype(config: DeepSeekConfig, formats: Iterable[str]) -> str:
     return "int8" if config.sparse_attention else "bf16"
 
 
-def forgetting_of(graph: Graph) -> Forgetting | None:
-    """Which tokens the cache of a model with this graph may drop; None: none."""
-    visible = forgetting(graph)
-    return None if visible is None else Forgetting(*visible)
+def groups_of(graph: Graph) -> Groups:
+    """Which tokens the cache of a model with this graph may drop, for each group of its layers; None: none."""
+    return tuple(None if span is None else Forgetting(*span) for span in group_spans(graph))
 
 
 class Runtime(PackedModel):
@@ -83,7 +83,8 @@ class Runtime(PackedModel):
     ) -> None:
         super().__init__(model, config, manifest, methods=methods, make_report=make_report, bytes_before=bytes_before)
         graph, self.rules = model_graph(model, config.rules, loaded_mtp_layers(model))
-        self.graph, self.in_mode = apply_mode(with_eps_of(model, graph), config.attention)
+        graph, self.in_mode = apply_mode(with_eps_of(model, graph), config.attention)
+        self.graph = group_layers(graph)
         self.speculation: SpeculationReport | None = None
         for note in (*(notes or ()), *filter(None, (extension_note(config, model.config),))):
             self.warn_once(note)
@@ -153,12 +154,11 @@ class Runtime(PackedModel):
 
     def full_batch(self, sequences: int, tokens: int, step_tokens: int) -> FullBatch:
         """The maximum cache memory of `sequences` sequences of `tokens` tokens each, processed in steps of `step_tokens`."""
-        blocks, forgets = -(-tokens // BLOCK_TOKENS), forgetting_of(self.graph)
-        if forgets is not None:
-            blocks = min(blocks, forgets.blocks(step_tokens))
-        # one more block each, to continue into, or for the copy of a shared block
+        groups = groups_of(self.graph)
+        # one more block of each group, to continue into, or for the copy of a shared block
+        blocks = max_blocks(groups, tokens, step_tokens) + len(groups)
         states = SLOTS_PER_SEQUENCE * self._state_bytes
-        return FullBatch(sequences, tokens, sequences * ((blocks + 1) * self._block_bytes + states))
+        return FullBatch(sequences, tokens, sequences * (blocks * self._block_bytes + states))
 
     def serving_arena(self, batch: FullBatch, beside: int = 0) -> Arena:
         """The model's `arena`, for an engine. If it does not exist yet and the config sets no size, it may grow to what a full
@@ -190,8 +190,9 @@ class Runtime(PackedModel):
         growth = CheckedGrowth(store.block_bytes, store.num_blocks, backend.free_memory)
         state_growth = CheckedGrowth(store.state_bytes, slots, backend.free_memory) if slots else None
         return Arena(
-            store, layers, _latent_row(graph), _rotation(graph), forgetting_of(graph), size, growth, state_growth, empty
-        )
+            store, layers, _latent_row(graph), _rotation(graph), groups_of(graph), size, growth, state_growth, empty,
+            graph.cache.group_of,
+        )  # fmt: skip
 
     @property
     def _state_bytes(self) -> int:

@@ -50,21 +50,21 @@ class PagedState:
         self.length: int | None = None
         self.reach: Int32 = np.zeros(0, np.int32)
         self.follower: Callable[[int, torch.Tensor], None] | None = None
-        self._tables: Int32 = np.zeros((0, 1), np.int32)
+        self._tables = self._new_tables(0)
         weakref.finalize(self, arena.reclaim, self.sequences).atexit = False
 
     def start(self, rows: int) -> None:
         """Adds `rows` empty sequences."""
         with self.arena.locked() as manager:
             self.sequences += [SequenceBlocks(manager) for _ in range(rows)]
-        self._tables = np.zeros((rows, 4), np.int32)
+        self._tables = self._new_tables(rows)
         self.reach = np.zeros(rows, np.int32)
 
     def replace(self, sequences: list[SequenceBlocks], kept: Bool | None) -> None:
         """Replaces the sequences; those that are dropped must have been freed before."""
         self.sequences[:] = sequences  # in place: the finalizer holds this list
         self.kept = kept
-        self._tables = np.zeros((len(sequences), 4), np.int32)
+        self._tables = self._new_tables(len(sequences))
         for row in range(len(sequences)):
             self._write_table(row)
 
@@ -143,17 +143,24 @@ class PagedState:
             for row in changed:
                 self._write_table(row)
 
+    def _new_tables(self, rows: int, blocks: int = 4) -> Int32:
+        """Tables of each group, int32 [G, rows, blocks]."""
+        return np.zeros((len(self.arena.manager.groups), rows, blocks), np.int32)
+
     def _write_table(self, row: int) -> None:
-        blocks = self.sequences[row].blocks
-        if len(blocks) > self._tables.shape[1]:
-            wider = np.zeros((len(self._tables), max(len(blocks), 2 * self._tables.shape[1])), np.int32)
-            wider[:, : self._tables.shape[1]] = self._tables
+        _, rows, room = self._tables.shape
+        blocks = len(self.sequences[row].blocks)
+        if blocks > room:
+            wider = self._new_tables(rows, max(blocks, 2 * room))
+            wider[:, :, :room] = self._tables
             self._tables = wider
-        self._tables[row, : len(blocks)] = blocks
+        for own, table in zip(self._tables, self.sequences[row].tables, strict=True):
+            own[row, :blocks] = table.blocks
 
     def tables(self, rows: list[int] | None = None) -> Int32:
-        """Block tables, int32 [rows, max_blocks]; entries after a sequence's last block are undefined."""
-        return self._tables if rows is None else self._tables[rows]
+        """`StepBatch.block_table` for these rows, or for all; entries after a sequence's last block are undefined."""
+        tables = self._tables if rows is None else self._tables.take(rows, axis=1)
+        return tables if len(tables) > 1 else tables[0]
 
     def crop_rows(self, tokens: list[int]) -> None:
         """Removes all but the first `tokens[i]` real tokens of row i.
@@ -261,10 +268,12 @@ class PagedLayer(CacheLayerMixin):
     def _of_sequence(self, sequence: SequenceBlocks) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values [heads, tokens, width]."""
         arena = self.state.arena
-        table, holes = sequence.table(), len(sequence.holes) * BLOCK_TOKENS
+        group = arena.group_of(self.index)
+        table, gone = sequence.table(group), sequence.tables[group].holes
+        holes = len(gone) * BLOCK_TOKENS
         first, second = arena.store.read(self.index, table[table != HOLE], sequence.tokens - holes)
         if holes:
-            start = sequence.holes.start * BLOCK_TOKENS
+            start = gone.start * BLOCK_TOKENS
             first, second = _opened(first, start, holes), None if second is None else _opened(second, start, holes)
         if arena.latent is None:
             assert second is not None

@@ -44,24 +44,27 @@ def save_prefix(
     """
     wanted = keys(tokens, salt, len(tokens) // BLOCK_TOKENS)
     with arena.locked():
-        blocks = prefix.match(wanted)
-        slot = prefix.state_after(wanted[: len(blocks)])
+        tables = prefix.match(wanted)
+        count = len(tables[0])
+        slot = prefix.state_after(wanted[:count])
+    blocks = [block for table in tables for block in table]
     held = [number for number, block in enumerate(blocks) if block != HOLE]
     try:
         if held:
             save_blocks(
                 path,
                 fingerprint(runtime),
-                tokens[: len(blocks) * BLOCK_TOKENS],
+                tokens[: count * BLOCK_TOKENS],
                 (arena.read_block(blocks[number]) for number in held),
                 numbers=held,
                 block_tokens=BLOCK_TOKENS,
                 block_bytes=arena.store.saved_bytes,
+                groups=len(tables),
                 state=b"" if slot is None else arena.read_state(slot),
             )
     finally:
         _release(arena, [blocks[number] for number in held], slot)
-    return len(blocks) * BLOCK_TOKENS
+    return count * BLOCK_TOKENS
 
 
 def load_prefix(
@@ -86,7 +89,8 @@ def load_prefix(
         CacheFullError: the cache has too few blocks.
     """
     saved = open_blocks(path)
-    saved.check(fingerprint(runtime), BLOCK_TOKENS, arena.store.saved_bytes, arena.store.state_bytes)
+    groups = len(arena.manager.groups)
+    saved.check(fingerprint(runtime), BLOCK_TOKENS, arena.store.saved_bytes, arena.store.state_bytes, groups)
     if tokens is not None and saved.tokens != tokens[: len(saved.tokens)]:
         raise CheckpointError("contains the cache of another text; delete it and process this text again", file=path)
     numbers = saved.numbers
@@ -112,7 +116,8 @@ def load_prefix(
         block_keys = keys(saved.tokens, salt, len(saved.tokens) // BLOCK_TOKENS)
         with arena.locked():
             for number, block in zip(numbers, blocks, strict=True):
-                prefix.put(block_keys[number], block)
+                group, place = divmod(number, len(block_keys))
+                prefix.put(block_keys[place], block, group)
             if slot is not None:
                 prefix.put_state(block_keys[-1], slot)
     finally:

@@ -69,7 +69,8 @@ def _own_config(model: Any) -> None:
 
 def _warm(runtime: Runtime, rows: int) -> None:
     """Runs one step of `rows` sequences over a temporary cache and discards the result."""
-    store = runtime.backend.new_store(runtime.graph, runtime.kv_dtype, rows, rows if runtime.graph.states else 0)
+    groups = runtime.graph.cache.groups
+    store = runtime.backend.new_store(runtime.graph, runtime.kv_dtype, groups * rows, rows if runtime.graph.states else 0)
     state_from, state_to = states_of_new(np.ones(rows, np.int32))
     runtime.plan.run(
         StepBatch(
@@ -78,7 +79,7 @@ def _warm(runtime: Runtime, rows: int) -> None:
             query_len=np.ones(rows, np.int32),
             context_len=np.zeros(rows, np.int32),
             phase=np.full(rows, DECODE, np.int32),
-            block_table=np.arange(rows, dtype=np.int32)[:, None],
+            block_table=np.arange(groups * rows, dtype=np.int32).reshape((groups, rows, 1) if groups > 1 else (rows, 1)),
             logit_rows=np.arange(rows if runtime.graph.has_head else 0, dtype=np.int32),
             state_from=state_from,
             state_to=state_to,

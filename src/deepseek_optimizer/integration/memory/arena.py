@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 
 from ...backends.base import BLOCK_TOKENS, KvStore, Plan, StepBatch, StepOutput
-from ...cache import HOLE, BlockManager, Forgetting, SequenceBlocks
+from ...cache import HOLE, BlockManager, Groups, SequenceBlocks
 from ...errors import UnsupportedRequestError
 from ...graph.rope_rotation import KeyRotation
 from .cache_size import CacheSize
@@ -45,7 +45,8 @@ class Arena:
         layers: number of the model's decoder layers with keys and values of their own; the store may have more.
         latent: layout of the rows of a latent cache; None: the cache holds keys and values.
         rotation: how the model rotates keys, for `drop_blocks`; None: unknown, `drop_blocks` is not supported.
-        forgetting: which tokens the sequences may drop; None: none.
+        groups: for each group of the cache's layers, which tokens the sequences may drop; None: none.
+        group_of: the group of a layer of the cache.
         size: the maximum size and its reason; None: the store's size.
         growth: decides whether there is memory for more blocks; None: by this system's limits.
         state_growth: the same for the slots of recurrent states.
@@ -62,12 +63,14 @@ class Arena:
         layers: int,
         latent: LatentRow | None = None,
         rotation: KeyRotation | None = None,
-        forgetting: Forgetting | None = None,
+        groups: Groups = (None,),
         size: CacheSize | None = None,
         growth: CheckedGrowth | None = None,
         state_growth: CheckedGrowth | None = None,
         empty_layers: int = 0,
+        group_of: Callable[[int], int] = lambda _: 0,
     ) -> None:
+        self.group_of = group_of
         self.store, self.layers, self.latent, self.rotation = store, layers, latent, rotation
         self.empty_layers = empty_layers
         self.size = size or CacheSize(store.num_blocks * store.block_bytes, "the size of the block store")
@@ -76,8 +79,9 @@ class Arena:
         if store.num_states:
             self._state_growth = state_growth or CheckedGrowth(store.state_bytes, store.num_states)
             slots = BlockManager(store.num_states, growth=self._state_growth, unit="state slot")
-            self.state_interval = max(_MIN_INTERVAL, -(-store.state_bytes // store.block_bytes)) * BLOCK_TOKENS
-        self.manager = BlockManager(store.num_blocks, forgetting, self._growth, slots)
+            bytes_of_all = len(groups) * store.block_bytes
+            self.state_interval = max(_MIN_INTERVAL, -(-store.state_bytes // bytes_of_all)) * BLOCK_TOKENS
+        self.manager = BlockManager(store.num_blocks, groups, self._growth, slots)
         self._lock = threading.Lock()
         self._store_lock = threading.Lock()  # acquired after _lock if both are needed
         self._release_due = False
@@ -185,14 +189,15 @@ class Arena:
         tokens, position = sequence.tokens - end * BLOCK_TOKENS, first_position + end * BLOCK_TOKENS
         rotation.check(first_position + sequence.tokens)
 
-        def move(copies: list[tuple[int, int]], blocks: list[int]) -> None:
+        def move(copies: list[tuple[int, int]], tables: list[list[int]]) -> None:
             with self._store_lock:
                 for source, target in copies:
                     self.store.copy_block(source, target)
-                held = [block for block in blocks if block != HOLE]
-                dropped = (len(blocks) - len(held)) * BLOCK_TOKENS  # holes come first
-                table = np.array(held, np.int32)
-                self.store.rotate(rotation, table, tokens - dropped, position + dropped, -count * BLOCK_TOKENS)
+                for group, blocks in enumerate(tables):
+                    held = [block for block in blocks if block != HOLE]
+                    dropped = (len(blocks) - len(held)) * BLOCK_TOKENS  # holes come first
+                    table, delta = np.array(held, np.int32), -count * BLOCK_TOKENS
+                    self.store.rotate(rotation, table, tokens - dropped, position + dropped, delta, group)
 
         with self.locked():
             sequence.drop(first_block, count, move)

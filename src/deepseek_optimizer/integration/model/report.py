@@ -65,6 +65,7 @@ class AttentionRow:
         layers: number of layers in this mode.
         own: number of layers that keep the window or the selection they were trained with.
         forgets: whether the cache drops tokens that are visible to no later token.
+        own_forgets: whether it does so only in layers that keep the window they were trained with.
     """
 
     mode: str
@@ -74,6 +75,7 @@ class AttentionRow:
     layers: int
     own: int
     forgets: bool
+    own_forgets: bool = False
 
 
 @dataclass(frozen=True)
@@ -194,6 +196,8 @@ def _attention_text(row: AttentionRow) -> str:
         texts.append(f"as trained in {_layers(row.own)}")
     if row.forgets:
         texts.append("the cache drops the rest")
+    if row.own_forgets:
+        texts.append("their cache drops the rest")
     return f"{row.mode}: {'; '.join(texts)}"
 
 
@@ -214,6 +218,7 @@ def _attention(runtime: Any) -> AttentionRow:
         layers=len(nodes) - own,
         own=own,
         forgets=forgetting(runtime.graph) is not None,
+        own_forgets=runtime.graph.cache.groups > 1,
     )
 
 
@@ -296,7 +301,7 @@ def make_report(runtime: Any) -> Report:
         attention=_attention(runtime),
         kv_cache=runtime.kv_dtype,
         kv_block_bytes=block_bytes,
-        kv_token_bytes=block_bytes // BLOCK_TOKENS,
+        kv_token_bytes=graph.cache.groups * block_bytes // BLOCK_TOKENS,
         state_bytes=backend.state_bytes(graph) if graph.states else 0,
         kv_limit=size.bytes,
         kv_limit_why=size.why,
