@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from deepseek_optimizer.graph.attention_mode import AttentionMode, apply_mode, forgetting
 from deepseek_optimizer.graph.cache_groups import group_layers, group_spans
+from deepseek_optimizer.graph.ir import CacheSpec
 from deepseek_optimizer.models import build_graph
 from support.models import CASES, gemma2, gemma3_text, mistral, qwen2
 
@@ -31,6 +34,25 @@ def test_layers_are_distributed(layers: str, groups: tuple[int, ...]) -> None:
     assert graph.cache.layer_groups == groups
     for layer, kind in enumerate(layers):
         assert group_spans(graph)[graph.cache.group_of(layer)] == (None if kind == "f" else (37, 0))
+
+
+@pytest.mark.parametrize(
+    ("heads", "groups"),
+    [
+        ([(16, 256)] * 5 + [(4, 512)], (1, 2, 3, 4, 5, 0)),  # one in 12 remains unused, less than with larger blocks
+        (([(4, 64)] * 5 + [(1, 512)]) * 2, (2, 2, 3, 3, 4, 0, 4, 5, 5, 6, 6, 1)),
+        (([(2, 64)] * 3 + [(1, 100)]) * 2, (1, 1, 2, 0, 2, 3, 3, 0)),
+    ],
+)
+def test_layers_of_different_sizes(heads: list[tuple[int, int]], groups: tuple[int, ...]) -> None:
+    """Full layers, the last of each period, have other heads than those with a window."""
+    layers = len(heads)
+    period = layers // 2 if layers > 6 else layers
+    types = kinds(("s" * (period - 1) + "f") * (layers // period))
+    graph = build_graph(gemma2(num_hidden_layers=layers, layer_types=types, sliding_window=37))
+    kv_heads, head_dim = (tuple(size) for size in zip(*heads, strict=True))
+    graph = group_layers(replace(graph, cache=CacheSpec(layers, kv_heads, head_dim)))
+    assert graph.cache.layer_groups == groups
 
 
 @pytest.mark.parametrize("case", sorted(CASES))

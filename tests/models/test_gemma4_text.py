@@ -81,7 +81,7 @@ def test_saved_blocks_of_layers_of_different_sizes(kv: str, backend: Any) -> Non
     blocks = run.manager.allocate(2)
     for source, target in zip(first.blocks, blocks, strict=False):
         run.store.write_block(target, run.store.read_block(source))
-    second.adopt(blocks)
+    second.adopt([blocks])
     assert (run_step(run.plan, run.store, [Part(second, ids[64:])]).logits == expected).all()
     spec = build_graph(model.config).cache
     layers = [backend.block_bytes(_with_cache(CacheSpec(1, *heads)), kv) for heads in spec.heads]
