@@ -14,8 +14,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-from deepseek_optimizer import CheckpointError, DeepSeekConfig, DynamicGraphOptimizer, load_model
+from deepseek_optimizer import CheckpointError, DeepSeekConfig, DynamicGraphOptimizer, SamplingParams, load_model, make_engine
 from deepseek_optimizer.backends.cpu import unavailable_reason
+from deepseek_optimizer.integration.load.importance import measure_importance
+from deepseek_optimizer.integration.load.pack_checkpoint import pack_checkpoint
+from support import gguf_gpt_oss as gguf
 from support import quantised_files as files
 from support.models import assert_close_rows, gpt_oss, llama4_text, random_ids, random_model, transformers_logits
 
@@ -96,6 +99,33 @@ def test_packed_checkpoints_round_trip(folder: Path, tmp_path: Path) -> None:
     assert torch.equal(logits(model, ids), logits(again, ids))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_engine_gives_the_tokens_of_transformers(folder: Path, backend: str) -> None:
+    """Several texts at once, prompts in chunks, beyond the window of 37 tokens."""
+    plain = plain_model(folder)
+    engine = make_engine(load_model(folder, precision="fp32", kv_cache="fp32", backend=backend), step_tokens=29)
+    prompts = [random_ids(plain.config, n, seed=n) for n in (5, 33, 70)]
+    options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    expected = [plain.generate(torch.tensor([p]), attention_mask=torch.ones(1, len(p)), **options)[0].tolist() for p in prompts]
+    answers = engine.generate(prompts, SamplingParams(temperature=0, max_tokens=12, ignore_eos=True))
+    assert [p + a.token_ids for p, a in zip(prompts, answers, strict=True)] == expected
+
+
+def test_importance_of_the_columns_of_experts(folder: Path) -> None:
+    """Down reads the clamped products: its importance is that of Transformers' module."""
+    plain, model = plain_model(folder), load_model(folder, precision="fp32", backend="reference")
+    ids = torch.tensor([random_ids(plain.config, 50)])
+    seen: list[torch.Tensor] = []
+    experts = plain.model.layers[0].mlp.experts
+    apply = type(experts)._apply_gate
+    experts._apply_gate = lambda both: seen.append(apply(experts, both)) or seen[-1]
+    with torch.no_grad():
+        plain(ids)
+    squares = torch.cat(seen).square().mean(0)
+    measured = measure_importance(model, [ids])["model.layers.0.mlp.experts.down_proj"]
+    torch.testing.assert_close(measured, squares / squares.mean(), rtol=1e-3, atol=1e-4)
+
+
 def test_an_expert_stack_of_another_shape_is_named(folder: Path, tmp_path: Path) -> None:
     changed = Path(shutil.copytree(folder, tmp_path / "m"))
     tensors = load_file(changed / "model.safetensors")
@@ -144,6 +174,13 @@ def test_mxfp4_codes_are_kept(mxfp4: tuple[Path, Path], backend: str) -> None:
     assert_close_rows(logits(model, ids), transformers_logits(plain_model(plain), ids), TOLERANCE["mxfp4"])
 
 
+def test_converted_mxfp4_codes_are_kept(mxfp4: tuple[Path, Path], tmp_path: Path) -> None:
+    pack_checkpoint(mxfp4[0], tmp_path / "packed", {})
+    one, other = (load_model(path, backend="reference").state_dict() for path in (mxfp4[0], tmp_path / "packed"))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
 def test_mxfp4_in_another_precision(mxfp4: tuple[Path, Path], precision: str) -> None:
     packed, plain = mxfp4
@@ -154,3 +191,29 @@ def test_mxfp4_in_another_precision(mxfp4: tuple[Path, Path], precision: str) ->
     expected = transformers_logits(dequantised(model, own), ids)
     assert_close_rows(logits(model, ids), expected, TOLERANCE[precision])
     assert torch.equal(own.model.layers[0].mlp.experts.down_proj, before)  # int8 holds the codes exactly too
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gguf(tmp_path: Path, backend: str) -> None:
+    """Experts keep their MXFP4 codes; logits in fp32 are those of the dequantised model."""
+    plain = random_model(gpt_oss(hidden_size=96, intermediate_size=64, head_dim=32, **ALL))
+    path = gguf.write_gguf(tmp_path / "m.gguf", plain)
+    plain = gguf.dequantised(plain)
+    ids = random_ids(plain.config, 60)
+    expected = transformers_logits(plain, ids)
+    exact = load_model(path, precision="fp32", backend=backend)
+    assert_close_rows(logits(exact, ids), expected)
+    model = load_model(path, backend=backend)
+    for own, theirs in zip(model.model.layers, plain.model.layers, strict=True):
+        assert own.mlp.experts.gate_up_format == own.mlp.experts.down_format == "mxfp4"
+        for leaf, values in zip(("gate_up_proj", "down_proj"), own.mlp.experts.dequantized(), strict=True):
+            assert torch.equal(values, getattr(theirs.mlp.experts, leaf))
+        assert torch.equal(own.mlp.experts.gate_up_proj_bias, theirs.mlp.experts.gate_up_proj_bias)
+    assert_close_rows(logits(model, ids), expected, TOLERANCE["mxfp4"])
+
+
+def test_a_gguf_file_without_the_biases_of_up(tmp_path: Path) -> None:
+    model = random_model(gpt_oss(hidden_size=96, intermediate_size=64, head_dim=32))
+    path = gguf.write_gguf(tmp_path / "m.gguf", model, without="ffn_up_exps.bias")
+    with pytest.raises(CheckpointError, match=r"gate_proj_bias': is present without .*experts\.up_proj_bias"):
+        load_model(path)

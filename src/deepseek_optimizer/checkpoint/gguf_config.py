@@ -1,124 +1,177 @@
-"""Conversion of GGUF metadata to a Transformers config, and of GGUF tensor names to parameter names.
+"""Conversion of GGUF metadata to a Transformers config, and of GGUF tensors to parameters.
 
-Sources: llama.cpp's gguf-py/constants.py and convert_hf_to_gguf.py for the GGUF names; transformers/integrations/ggml.py for
-Transformers' names.
+Both follow the table in `gguf_architectures`. Sources: llama.cpp's gguf-py/constants.py and conversion/*.py.
 """
 
 from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..errors import CheckpointError, UnsupportedModelError
-from .gguf_deepseek2 import LAYER as DEEPSEEK2_LAYER
-from .gguf_deepseek2 import WHOLE, decoder_layers, deepseek2_config
-from .gguf_header import GgufArray, GgufHeader
+from .gguf_architectures import ARCHITECTURES, LAYER, TOP, Architecture, Reader, count, head_dim
+from .gguf_delta import checked
+from .gguf_header import GgufArray, GgufHeader, GgufTensor
 from .gguf_metadata import Metadata
+from .gguf_parameters import Parameter, halves_first
 
-# GGUF architecture -> (Transformers' model_type, class)
-ARCHITECTURES = {
-    "llama": ("llama", "LlamaForCausalLM"),
-    "qwen2": ("qwen2", "Qwen2ForCausalLM"),
-    "qwen3": ("qwen3", "Qwen3ForCausalLM"),
-    "deepseek2": ("deepseek_v3", "DeepseekV3ForCausalLM"),  # or another of DeepSeek's classes: see gguf_deepseek2
+# Factors of RoPE's frequencies: llama3's scaling; longrope's, for long and for short texts.
+ROPE_FREQS, ROPE_LONG, ROPE_SHORT = "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"
+ROPE_FACTORS = (ROPE_FREQS, ROPE_LONG, ROPE_SHORT)
+_BLOCK = re.compile(r"blk\.(\d{1,5})\.(.+)")
+
+_COMMON: Mapping[str, Reader] = {
+    "hidden_size": count("embedding_length"),
+    "intermediate_size": count("feed_forward_length"),
+    "max_position_embeddings": count("context_length"),
+    "num_attention_heads": count("attention.head_count"),
+    "num_hidden_layers": lambda meta: meta.layers,
+    "num_key_value_heads": lambda meta: count("attention.head_count_kv", count("attention.head_count")(meta))(meta),
 }
-ROPE_FACTORS = "rope_freqs.weight"  # llama3's scaling, as one factor per frequency
-_TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-_LAYER = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-    **DEEPSEEK2_LAYER,
-}
-_BLOCK = re.compile(r"blk\.(\d{1,5})\.([a-z_]+)\.(weight|bias)")
 
 
-def parameter_name(name: str) -> str:
-    """Transformers' name of a GGUF tensor, or the same name if there is none; the loader then reports it as unexpected."""
-    if match := _BLOCK.fullmatch(name):
-        layer, part, leaf = match.groups()
-        if f"{part}.{leaf}" in WHOLE:
-            return f"model.layers.{int(layer)}.{WHOLE[f'{part}.{leaf}']}"
-        return f"model.layers.{int(layer)}.{_LAYER[part]}.{leaf}" if part in _LAYER else name
-    part, _, leaf = name.rpartition(".")
-    return f"{_TOP[part]}.{leaf}" if part in _TOP else name
+def architecture(meta: Metadata) -> Architecture:
+    """The entry of the table for a file; UnsupportedModelError if there is none."""
+    for entry in ARCHITECTURES.get(meta.architecture, ()):
+        if entry.when(meta):
+            return entry
+    raise UnsupportedModelError(
+        f"{meta.path}: GGUF architecture {meta.architecture!r} is not supported (supported: {', '.join(ARCHITECTURES)})"
+    )
 
 
-def transformers_config(header: GgufHeader, path: Path, rope_factors: torch.Tensor | None) -> dict[str, Any]:
+def transformers_config(meta: Metadata, entry: Architecture, factors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
     """Returns the equivalent of the model's config.json.
 
     Args:
-        header: of the file.
-        path: the file, for errors.
-        rope_factors: the values of `rope_freqs.weight`, if the file has it.
+        meta: the file's metadata.
+        entry: the file's architecture.
+        factors: values of those of `ROPE_FACTORS` that the file has.
 
     Raises:
-        UnsupportedModelError: the architecture is not supported.
+        UnsupportedModelError: a feature is not supported.
         CheckpointError: a value is missing or invalid.
     """
-    meta = Metadata(header, path)
-    if meta.architecture not in ARCHITECTURES:
-        raise UnsupportedModelError(
-            f"{path}: GGUF architecture {meta.architecture!r} is not supported (supported: {', '.join(ARCHITECTURES)})"
-        )
-    model_type, model_class = ARCHITECTURES[meta.architecture]
-    latent = meta.architecture == "deepseek2"
-    layers = decoder_layers(meta) if latent else meta.integer(meta.of_model("block_count"))
-    if f"blk.{layers - 1}.attn_norm.weight" not in header.tensors:
-        raise meta.wrong(meta.of_model("block_count"), f"is {layers}, but the file has no block {layers - 1}")
-    heads = meta.integer(meta.of_model("attention.head_count"))
-    hidden = meta.integer(meta.of_model("embedding_length"))
-    embedding = header.tensors.get("token_embd.weight")
+    last = f"blk.{meta.layers - 1}."
+    if not any(name.startswith(last) for name in meta.tensors):
+        raise meta.wrong(meta.of_model("block_count"), f"is {meta.layers}, but the file has no block {meta.layers - 1}")
+    embedding = meta.tensors.get("token_embd.weight")
     if embedding is None or len(embedding.shape) != 2:
-        raise CheckpointError("is missing or not a matrix", file=path, tensor="token_embd.weight")
+        raise CheckpointError("is missing or not a matrix", file=meta.path, tensor="token_embd.weight")
+    model_type, model_class = entry.model
+    rope = _rope(meta, entry, factors)
     config: dict[str, Any] = {
-        "architectures": [model_class],
+        "architectures": [f"{model_class}ForCausalLM"],
         "model_type": model_type,
-        "hidden_act": "silu",
-        "hidden_size": hidden,
-        "intermediate_size": meta.integer(meta.of_model("feed_forward_length")),
-        "max_position_embeddings": meta.integer(meta.of_model("context_length")),
-        "num_attention_heads": heads,
-        "num_hidden_layers": layers,
-        "num_key_value_heads": meta.integer(meta.of_model("attention.head_count_kv"), heads),
-        "rms_norm_eps": meta.number(meta.of_model("attention.layer_norm_rms_epsilon")),
-        "rope_parameters": _rope(meta, rope_factors),
-        "tie_word_embeddings": "output.weight" not in header.tensors,
+        entry.activation[0]: entry.activation[1],
+        entry.epsilon[0]: meta.number(meta.of_model(entry.epsilon[1])),
+        "rope_parameters": rope,
+        "tie_word_embeddings": "output.weight" not in meta.tensors,
         "vocab_size": embedding.shape[0],
+        **{name: read(meta) for name, read in (_COMMON | entry.fields).items()},
     }
-    if latent:
-        config |= deepseek2_config(meta, config["rope_parameters"])
-    else:
-        config["head_dim"] = _head_dim(meta, hidden // heads)
-    if model_type in ("llama", "qwen3"):
-        config["attention_bias"] = "blk.0.attn_q.bias" in header.tensors
-    if model_type == "llama":
-        config["mlp_bias"] = "blk.0.ffn_up.bias" in header.tensors
-    for token in ("bos", "eos", "padding", "unknown"):
+    if entry.local_theta is not None:
+        local = {"rope_type": "default", "rope_theta": entry.local_theta(meta)}
+        config["rope_parameters"] = {"full_attention": rope, "sliding_attention": local}
+    config |= entry.rest(meta, rope)
+    for token, short in (("bos", "bos"), ("eos", "eos"), ("padding", "pad")):  # without the defaults of Transformers' classes
         key = f"tokenizer.ggml.{token}_token_id"
-        if key in meta.values:
-            short = {"padding": "pad", "unknown": "unk"}.get(token, token)
-            config[f"{short}_token_id"] = meta.integer(key, minimum=0)
+        config[f"{short}_token_id"] = meta.integer(key, minimum=0) if key in meta.values else None
     return config
 
 
-def _head_dim(meta: Metadata, default: int) -> int:
-    key = meta.of_model("attention.key_length")
-    if key not in meta.values and meta.architecture == "llama":
-        key = meta.of_model("rope.dimension_count")
-    return meta.integer(key, default)
+def parameters(meta: Metadata, entry: Architecture, config: Mapping[str, Any]) -> dict[str, Parameter]:
+    """The parameters that the tensors of a file contain, by Transformers' name.
+
+    Raises:
+        CheckpointError: two tensors are one parameter, or one does not have the shape that the config requires.
+    """
+    found: dict[str, Parameter] = {}
+    for tensor in meta.tensors.values():
+        parameter = Parameter((tensor,), tensor.shape)
+        if entry.offset_norms and tensor.name.endswith("norm.weight") and _part(tensor) not in entry.unchanged:
+            parameter = replace(parameter, convert=_minus_one)
+        name = parameter_name(entry, tensor.name)
+        if name in found:
+            raise CheckpointError("contains two tensors for one parameter", file=meta.path, tensor=name)
+        found[name] = parameter
+    _split_qkv(found, config)
+    if entry.rope == "pairs":
+        _permute_heads(found, config, meta.path)
+    for rearrange in entry.rearrange:
+        rearrange(found, config, meta.path)
+    return found
+
+
+def parameter_name(entry: Architecture, name: str) -> str:
+    """Transformers' name of a GGUF tensor, or the same name if there is none; the loader then reports it as unexpected."""
+    match = _BLOCK.fullmatch(name)
+    names = {**LAYER, **entry.names} if match else {**TOP, **entry.top}
+    prefix, rest = (f"model.layers.{int(match[1])}.", match[2]) if match else ("", name)
+    part, _, leaf = rest.rpartition(".")
+    if rest in names:
+        translated = names[rest]
+    elif part in names and leaf in ("weight", "bias"):
+        translated = f"{names[part]}.{leaf}"
+    else:
+        return name
+    return prefix + (entry.mlp + translated[3:] if translated.startswith("mlp.") else translated)
+
+
+def prediction_tensors(meta: Metadata) -> list[str]:
+    """Names of the tensors of layers for multi-token prediction, which are not loaded."""
+    return (
+        [name for name in meta.tensors if (match := _BLOCK.match(name)) and int(match[1]) >= meta.layers]
+        if meta.has("nextn_predict_layers")
+        else []
+    )
+
+
+def _part(tensor: GgufTensor) -> str:
+    """The name without layer and last component."""
+    return tensor.name.split(".")[-2]
+
+
+def _minus_one(values: torch.Tensor) -> torch.Tensor:
+    return values - 1
+
+
+def _split_qkv(found: dict[str, Parameter], config: Mapping[str, Any]) -> None:
+    """Splits the joint projection of queries, keys and values that llama.cpp's converter writes on request (--fuse-qkv)."""
+    size = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    heads = {"q": config["num_attention_heads"], "k": config["num_key_value_heads"], "v": config["num_key_value_heads"]}
+    for name in [name for name in found if _BLOCK.fullmatch(name) and name.rpartition(".")[0].endswith(".attn_qkv")]:
+        _, layer, _, leaf = name.split(".")
+        whole, first = found.pop(name), 0
+        for part, number in heads.items():
+            rows = np.arange(first, first + number * size)
+            found[f"model.layers.{int(layer)}.self_attn.{part}_proj.{leaf}"] = replace(
+                whole, shape=(len(rows), *whole.shape[1:]), order=rows
+            )
+            first += len(rows)
+
+
+def _permute_heads(found: dict[str, Parameter], config: Mapping[str, Any], path: Path) -> None:
+    """Undoes the permutation of the rows of q and k."""
+    for name, parameter in found.items():
+        field = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}.get(name.split(".")[-2])
+        if field is None or ".self_attn." not in name:
+            continue
+        heads, rows = config[field], parameter.shape[0]
+        if rows % (2 * heads):
+            raise CheckpointError(
+                f"has {rows} rows for {heads} heads; every head must have the same, even number of rows", file=path, tensor=name
+            )
+        order = halves_first(heads, rows // heads, rows // heads)
+        whole = parameter.order
+        found[name] = replace(parameter, order=checked(parameter, order, path) if whole is None else whole[order])
 
 
 def vocabulary_size(header: GgufHeader) -> int | None:
@@ -127,23 +180,48 @@ def vocabulary_size(header: GgufHeader) -> int | None:
     return tokens.length if isinstance(tokens, GgufArray) else None
 
 
-def _rope(meta: Metadata, factors: torch.Tensor | None) -> dict[str, Any]:
+def _rope(meta: Metadata, entry: Architecture, factors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
     theta = meta.number(meta.of_model("rope.freq_base"), 10000.0)
-    kind = meta.text(meta.of_model("rope.scaling.type"), "none")
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": theta}
-    if factors is not None:
-        return _llama3(meta, factors, theta)
-    if kind == "none":
-        return rope
+    if entry.partial and meta.has("rope.dimension_count"):
+        rope["partial_rotary_factor"] = meta.integer(meta.of_model("rope.dimension_count")) / head_dim(meta)
+    if ROPE_FREQS in factors:
+        return rope | _llama3(meta, factors[ROPE_FREQS], theta)
+    if ROPE_LONG in factors or ROPE_SHORT in factors:
+        return rope | _longrope(meta, factors)
+    return rope | _scaling(meta)
+
+
+def _scaling(meta: Metadata) -> dict[str, Any]:
+    kind = meta.text(meta.of_model("rope.scaling.type"), "none")
+    if kind in ("none", "longrope"):
+        return {}
     if kind not in ("linear", "yarn"):
         raise meta.wrong(meta.of_model("rope.scaling.type"), f"is {kind!r}; 'none', 'linear' and 'yarn' are supported")
-    rope |= {"rope_type": kind, "factor": meta.number(meta.of_model("rope.scaling.factor"))}
+    rope: dict[str, Any] = {"rope_type": kind, "factor": meta.number(meta.of_model("rope.scaling.factor"))}
     if kind == "yarn":
         rope["original_max_position_embeddings"] = meta.integer(meta.of_model("rope.scaling.original_context_length"))
         names = {"attn_factor": "attention_factor", "yarn_beta_fast": "beta_fast", "yarn_beta_slow": "beta_slow"}
         for key, field in names.items():
             if meta.of_model(f"rope.scaling.{key}") in meta.values:
                 rope[field] = meta.number(meta.of_model(f"rope.scaling.{key}"))
+    return rope
+
+
+def _longrope(meta: Metadata, factors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    for name in (ROPE_LONG, ROPE_SHORT):
+        if name not in factors:
+            raise CheckpointError("is missing, but the file has the other factors of RoPE", file=meta.path, tensor=name)
+    original = meta.integer(meta.of_model("rope.scaling.original_context_length"))
+    rope = {
+        "rope_type": "longrope",
+        "factor": meta.integer(meta.of_model("context_length")) / original,
+        "original_max_position_embeddings": original,
+        "long_factor": factors[ROPE_LONG].tolist(),
+        "short_factor": factors[ROPE_SHORT].tolist(),
+    }
+    if meta.has("rope.scaling.attn_factor"):
+        rope["attention_factor"] = meta.number(meta.of_model("rope.scaling.attn_factor"))
     return rope
 
 
@@ -161,10 +239,9 @@ def _llama3(meta: Metadata, factors: torch.Tensor, theta: float) -> dict[str, An
     smooth = ((rotations - low) / (high - low)).clamp(0, 1)
     expected = 1 / ((1 - smooth) / factor + smooth) if factor > 0 else torch.zeros_like(rotations)
     if not torch.allclose(expected, factors.double(), rtol=1e-3):
-        raise CheckpointError("contains RoPE factors that are not llama3's", file=meta.path, tensor=ROPE_FACTORS)
+        raise CheckpointError("contains RoPE factors that are not llama3's", file=meta.path, tensor=ROPE_FREQS)
     return {
         "rope_type": "llama3",
-        "rope_theta": theta,
         "factor": factor,
         "low_freq_factor": low,
         "high_freq_factor": high,

@@ -15,57 +15,16 @@ Sources: llama.cpp's convert_hf_to_gguf.py (DeepseekV2Model), src/models/deepsee
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 
 from ..errors import CheckpointError, UnsupportedModelError
-from .gguf_header import GgufTensor
 from .gguf_metadata import Metadata
+from .gguf_parameters import Decode, Parameter, ReadRows
 
-LAYER = {
-    "attn_q_a": "self_attn.q_a_proj",
-    "attn_q_a_norm": "self_attn.q_a_layernorm",
-    "attn_q_b": "self_attn.q_b_proj",
-    "attn_kv_a_mqa": "self_attn.kv_a_proj_with_mqa",
-    "attn_kv_a_norm": "self_attn.kv_a_layernorm",
-    "attn_kv_b": "self_attn.kv_b_proj",
-    "attn_k_b": "self_attn.k_b_proj",
-    "attn_v_b": "self_attn.v_b_proj",
-    "ffn_gate_inp": "mlp.gate",
-    "ffn_gate_shexp": "mlp.shared_experts.gate_proj",
-    "ffn_up_shexp": "mlp.shared_experts.up_proj",
-    "ffn_down_shexp": "mlp.shared_experts.down_proj",
-}
-WHOLE = {  # tensors whose last name component changes too
-    "exp_probs_b.bias": "mlp.gate.e_score_correction_bias",
-    "ffn_gate_exps.weight": "mlp.experts.gate_proj",
-    "ffn_up_exps.weight": "mlp.experts.up_proj",
-    "ffn_gate_up_exps.weight": "mlp.experts.gate_up_proj",
-    "ffn_down_exps.weight": "mlp.experts.down_proj",
-}
 _SOFTMAX, _SIGMOID = 1, 2
-_BLOCK = re.compile(r"blk\.(\d{1,5})\.")
-
-
-def decoder_layers(meta: Metadata) -> int:
-    """Number of layers without those for multi-token prediction, which `block_count` may include."""
-    blocks = meta.integer(meta.of_model("block_count"))
-    extra = meta.integer(meta.of_model("nextn_predict_layers"), 0, minimum=0)
-    if extra >= blocks:
-        raise meta.wrong(meta.of_model("nextn_predict_layers"), f"is {extra}, but must be less than block_count, {blocks}")
-    return blocks - extra
-
-
-def prediction_tensors(meta: Metadata) -> list[str]:
-    """Names of the tensors of layers for multi-token prediction."""
-    layers = decoder_layers(meta)
-    if not meta.has("nextn_predict_layers"):
-        return []
-    return [name for name in meta.tensors if (match := _BLOCK.match(name)) and int(match[1]) >= layers]
 
 
 def deepseek2_config(meta: Metadata, rope: dict[str, Any]) -> dict[str, Any]:
@@ -80,6 +39,41 @@ def deepseek2_config(meta: Metadata, rope: dict[str, Any]) -> dict[str, Any]:
         CheckpointError: a value is missing or invalid.
     """
     _refuse(meta)
+    config = _latent(meta) | {"attention_bias": False, "rope_parameters": _yarn(meta, rope)}
+    layers = meta.layers
+    dense = meta.integer(meta.of_model("leading_dense_block_count"), 0, minimum=0)
+    if meta.integer(meta.of_model("expert_count"), 0, minimum=0) == 0 or dense >= layers:
+        return config | {"model_type": "youtu", "architectures": ["YoutuForCausalLM"], "rope_interleave": True}
+    return config | _experts(meta, dense)
+
+
+def kimi_config(meta: Metadata, rope: dict[str, Any]) -> dict[str, Any]:
+    """Config fields of `kimi-linear` besides the common ones. The experts' weights are always normalised.
+
+    Raises:
+        CheckpointError: a value is missing or invalid.
+    """
+    dense = meta.integer(meta.of_model("leading_dense_block_count"), 0, minimum=0)
+    if _gating(meta) != _SIGMOID:
+        raise UnsupportedModelError(f"{meta.path}: {meta.of_model('expert_gating_func')} must be 2 (sigmoid) in Kimi Linear")
+    return _latent(meta) | {
+        "linear_conv_kernel_dim": meta.integer(meta.of_model("ssm.conv_kernel")),
+        "linear_head_dim": meta.integer(meta.of_model("kda.head_dim")),
+        "linear_num_heads": meta.integer(meta.of_model("attention.head_count")),
+        "mlp_layer_types": ["dense" if layer < dense else "sparse" for layer in range(meta.layers)],
+        "moe_intermediate_size": meta.integer(meta.of_model("expert_feed_forward_length")),
+        "n_group": meta.integer(meta.of_model("expert_group_count"), 1),
+        "n_shared_experts": meta.integer(meta.of_model("expert_shared_count")),
+        "norm_topk_prob": True,
+        "num_experts_per_tok": meta.integer(meta.of_model("expert_used_count")),
+        "num_local_experts": meta.integer(meta.of_model("expert_count")),
+        "routed_scaling_factor": meta.number(meta.of_model("expert_weights_scale"), 1.0),
+        "topk_group": meta.integer(meta.of_model("expert_group_used_count"), 1),
+    }
+
+
+def _latent(meta: Metadata) -> dict[str, Any]:
+    """Sizes of latent attention."""
     heads = meta.integer(meta.of_model("attention.head_count"))
     rope_dim = meta.integer(meta.of_model("rope.dimension_count"))
     key = meta.of_model("attention.key_length_mla" if meta.has("attention.key_length_mla") else "attention.key_length")
@@ -87,23 +81,16 @@ def deepseek2_config(meta: Metadata, rope: dict[str, Any]) -> dict[str, Any]:
     nope = meta.integer(key) - rope_dim
     if nope <= 0:
         raise meta.wrong(key, f"is {nope + rope_dim}, but must exceed {meta.of_model('rope.dimension_count')}, {rope_dim}")
-    compressed = "blk.0.attn_q_a.weight" in meta.tensors
-    config: dict[str, Any] = {
-        "attention_bias": False,
+    compressed = any(name.endswith(".attn_q_a.weight") for name in meta.tensors)
+    return {
         "head_dim": rope_dim,
         "kv_lora_rank": meta.integer(meta.of_model("attention.kv_lora_rank")),
         "num_key_value_heads": heads,
         "q_lora_rank": meta.integer(meta.of_model("attention.q_lora_rank")) if compressed else None,
         "qk_nope_head_dim": nope,
         "qk_rope_head_dim": rope_dim,
-        "rope_parameters": _yarn(meta, rope),
         "v_head_dim": meta.integer(value),
     }
-    layers = decoder_layers(meta)
-    dense = meta.integer(meta.of_model("leading_dense_block_count"), 0, minimum=0)
-    if meta.integer(meta.of_model("expert_count"), 0, minimum=0) == 0 or dense >= layers:
-        return config | {"model_type": "youtu", "architectures": ["YoutuForCausalLM"], "rope_interleave": True}
-    return config | _experts(meta, dense)
 
 
 def _experts(meta: Metadata, dense: int) -> dict[str, Any]:
@@ -124,12 +111,7 @@ def _experts(meta: Metadata, dense: int) -> dict[str, Any]:
     }
     biased = [name for name in meta.tensors if name.endswith(".exp_probs_b.bias")]
     if gating == _SIGMOID:
-        return fields | {
-            "model_type": "deepseek_v3",
-            "architectures": ["DeepseekV3ForCausalLM"],
-            "num_nextn_predict_layers": 0,
-            "rope_interleave": True,
-        }
+        return fields | {"num_nextn_predict_layers": 0, "rope_interleave": True}
     if biased:
         raise CheckpointError("is for sigmoid gating, but the metadata specify softmax", file=meta.path, tensor=biased[0])
     if fields["norm_topk_prob"]:
@@ -176,65 +158,50 @@ def _yarn(meta: Metadata, rope: dict[str, Any]) -> dict[str, Any]:
     return rope | {"mscale": mscale, "mscale_all_dim": mscale}
 
 
-@dataclass(frozen=True)
-class SplitKvB:
-    """`kv_b_proj` as newer files store it. `keys`: [heads, rank, nope]; `values`: [heads, v_dim, rank]."""
+class SplitKvB(Parameter):
+    """`kv_b_proj` as newer files store it. Sources: keys [heads, rank, nope] and values [heads, v_dim, rank]."""
 
-    keys: GgufTensor
-    values: GgufTensor
+    fallback: ClassVar[str] = "bf16"
 
     @property
-    def shape(self) -> tuple[int, int]:
-        heads, rank, nope = self.keys.shape
-        return heads * (nope + self.values.shape[1]), rank
+    def type(self) -> None:
+        """The groups of the stored keys run along a head's keys, which are not the columns of the parameter."""
+        return None
 
-    @property
-    def type_name(self) -> str:
-        """The ggml type, or both types if they differ."""
-        return " and ".join(dict.fromkeys((self.keys.type.name, self.values.type.name)))
-
-    def rows(self, begin: int, end: int, read: Callable[[GgufTensor, int, int], torch.Tensor]) -> torch.Tensor:
-        """Rows [begin, end) of kv_b_proj, float [end - begin, rank]: for each head, its keys, then its values.
-
-        Args:
-            read: returns rows [first, last) of a stored tensor as float; all dimensions but the last count as rows.
-        """
-        _, rank, nope = self.keys.shape
-        v_dim = self.values.shape[1]
+    def floats(self, begin: int, end: int, read: ReadRows, decode: Decode) -> torch.Tensor:
+        """Rows [begin, end) of kv_b_proj, float [end - begin, rank]: for each head, its keys, then its values."""
+        stored_keys, stored_values = self.sources
+        _, rank, nope = stored_keys.shape
+        v_dim = stored_values.shape[1]
         size = nope + v_dim
         first, last = begin // size, -(-end // size)
-        keys = read(self.keys, first * rank, last * rank).view(-1, rank, nope).transpose(1, 2)
-        values = read(self.values, first * v_dim, last * v_dim).view(-1, v_dim, rank)
+        keys = decode(stored_keys, read(stored_keys, first * rank, last * rank)).view(-1, rank, nope).transpose(1, 2)
+        values = decode(stored_values, read(stored_values, first * v_dim, last * v_dim)).view(-1, v_dim, rank)
         return torch.cat([keys, values], 1).view(-1, rank)[begin - first * size : end - first * size]
 
 
-def split_kv_b(stored: dict[str, GgufTensor], config: dict[str, Any], file: object) -> dict[str, SplitKvB]:
-    """Removes both halves of every `kv_b_proj.weight` from `stored` and returns them, by parameter name.
+def split_kv_b(parameters: dict[str, Parameter], config: Mapping[str, Any], file: object) -> None:
+    """Replaces both halves of every `kv_b_proj.weight` in `parameters` by the whole.
 
     If the whole matrix is stored too, it is used, and the halves are dropped.
-
-    Args:
-        stored: tensors by Transformers' name; changed in place.
-        config: the model's.
-        file: for errors.
 
     Raises:
         CheckpointError: a half without the other, or with a wrong shape.
     """
-    heads, rank = config["num_attention_heads"], config["kv_lora_rank"]
-    expected = {"k_b": (heads, rank, config["qk_nope_head_dim"]), "v_b": (heads, config["v_head_dim"], rank)}
-    split = {}
-    for name in [name for name in stored if name.endswith(".k_b_proj.weight")]:
+    heads, rank, nope, v_dim = (
+        config[name] for name in ("num_attention_heads", "kv_lora_rank", "qk_nope_head_dim", "v_head_dim")
+    )
+    expected = ((heads, rank, nope), (heads, v_dim, rank))
+    for name in [name for name in parameters if name.endswith(".k_b_proj.weight")]:
         whole, other = name.replace(".k_b_proj.", ".kv_b_proj."), name.replace(".k_b_proj.", ".v_b_proj.")
-        if other not in stored:
+        if other not in parameters:
             raise CheckpointError(f"is present without {other}", file=file, tensor=name)
-        pair = SplitKvB(stored.pop(name), stored.pop(other))
-        if whole in stored:
+        halves = parameters.pop(name).sources + parameters.pop(other).sources
+        if whole in parameters:
             continue
-        for part, tensor in (("k_b", pair.keys), ("v_b", pair.values)):
-            if tensor.shape != expected[part]:
+        for tensor, shape in zip(halves, expected, strict=True):
+            if tensor.shape != shape:
                 raise CheckpointError(
-                    f"has shape {tensor.shape}, but the metadata require {expected[part]}", file=file, tensor=tensor.name
+                    f"has shape {tensor.shape}, but the metadata require {shape}", file=file, tensor=tensor.name
                 )
-        split[whole] = pair
-    return split
+        parameters[whole] = SplitKvB(halves, (heads * (nope + v_dim), rank))

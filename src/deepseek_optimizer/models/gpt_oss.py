@@ -19,11 +19,6 @@ def build(fields: Fields) -> Graph:
     # The softmax of the chosen logits equals that of all logits, normalised over the chosen ones.
     routing = read_plain_routing(
         fields, decoder.hidden, experts="num_local_experts", width="intermediate_size", gate="router", gate_bias=True,
-        clamped=ClampedForm(alpha=_positive(fields, "swiglu_alpha", 1.702), limit=_positive(fields, "swiglu_limit", 7.0)),
+        clamped=ClampedForm(alpha=fields.positive("swiglu_alpha"), limit=fields.positive("swiglu_limit")),
     )  # fmt: skip
     return decoder_graph(decoder, feed_forward(decoder, routing, (True,) * decoder.layers))
-
-
-def _positive(fields: Fields, name: str, default: float) -> float:
-    """The field, or the constant that releases of Transformers without it use."""
-    return default if fields.get(name) is None else fields.positive(name)

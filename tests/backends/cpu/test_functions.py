@@ -31,7 +31,7 @@ def graph_of(name: str) -> Graph:
     nodes = [
         Node("embedding", (), (x,), ("embed",), {"scale": 1.0}),
         Node("linear", (x,), inputs, tuple(f"w{i}" for i in range(count)), {"biases": (None,) * count}),
-        Node(name, inputs, (y,), attrs={attr.name: 0.7 for attr in OPS[name].attrs}),
+        Node(name, inputs, (y,), attrs=ATTRIBUTES.get(name, {attr.name: 0.7 for attr in OPS[name].attrs})),
         Node("hidden_out", (inputs[-1],), attrs={"index": 0}),
         Node("linear", (y,), (z,), ("down",), {"biases": (None,)}),
         Node("lm_head", (z,), (logits,), ("head",), {"bias": None}),

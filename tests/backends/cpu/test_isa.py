@@ -31,7 +31,7 @@ def test_unsupported_variants_are_rejected_by_name():
     for name in native.isa_names():
         if not native.isa_runs_here(name):
             with pytest.raises(BackendError, match=name):
-                cpu.CpuBackend(isa=name)
+                cpu.CpuBackend(isa=cpu.exact(name))
 
 
 def test_the_default_is_the_best_that_runs_and_never_an_emulation():

@@ -113,8 +113,8 @@ def down(
 
 
 def ordered_stacks(graph: Graph, weights: Mapping[str, torch.Tensor], packed: Collection[str]) -> dict[str, torch.Tensor]:
-    """The weights and biases of nodes with attribute `transposed` in the order of others: [E, M * rows, cols] and [E, M * rows],
-    by name.
+    """Weights and biases of nodes with attribute `transposed` in the order of others, by name: [E, M * rows, cols] and
+    [E, M * rows].
 
     Args:
         graph: the graph.

@@ -1,8 +1,8 @@
 """MXFP4 as gpt-oss stores its experts: E2M1 values with a power of two as the scale of each 32.
 
 Of a stack [E, N, K], a checkpoint stores `x_blocks` U8 [E, N, K / 32, 16], two codes per byte with the first in the low bits,
-and `x_scales` U8 [E, N, K / 32], exponents with a bias of 127 (E8M0; 255 is NaN). It is presented as `x` [E, N, K]. In the file,
-the rows of gate and up alternate in `gate_up_proj`; here, an expert's rows of gate come first, as in other families.
+and `x_scales` U8 [E, N, K / 32], exponents with a bias of 127 (E8M0; 255 is NaN). It is presented as `x` [E, N, K]. The rows of
+gate and up alternate in the file's `gate_up_proj`; here, an expert's rows of gate come first, as in other families.
 
 Weight format mxfp4 holds codes and exponents as they are. Doubled, the values 0, 0.5, 1, 1.5, 2, 3, 4 and 6 are integers, so
 that int8 holds them exactly too if the scales are float16 values. Source: OCP Microscaling Formats (MX) specification 1.0,

@@ -73,11 +73,11 @@ SPECS = (
         weight_shapes=_router_shapes,
         rows="tokens",
         doc="""
-            Scores are s = softmax(x W^T + c) or s = sigmoid(x W^T + c). Experts are chosen by s + b: first the `top_groups` groups with
-            the highest group score, which is the largest s + b of the group ("max") or the sum of its two largest ("top2"),
-            then the `top_k` best experts of these groups. If scores are equal, the expert with the lower number is chosen. The
-            weight of a chosen expert is scale * s; with `normalise`, s is first divided by the sum of s over the chosen
-            experts. Lowering turns the op into `linear` and `route`.
+            Scores are s = softmax(x W^T + c) or s = sigmoid(x W^T + c). Experts are chosen by s + b: first the `top_groups`
+            groups with the highest group score, which is the largest s + b of the group ("max") or the sum of its two largest
+            ("top2"), then the `top_k` best experts of these groups. If scores are equal, the expert with the lower number is
+            chosen. The weight of a chosen expert is scale * s; with `normalise`, s is first divided by the sum of s over the
+            chosen experts. Lowering turns the op into `linear` and `route`.
 
             Source: DeepSeekMoE (Dai et al. 2024); DeepSeek-V3, section 2.1.2.
         """,

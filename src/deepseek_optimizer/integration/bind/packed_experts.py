@@ -139,7 +139,7 @@ class PackedExperts(Packed):
         return h
 
     def dequantized(self, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
-        """gate_up_proj [E, 2 I, H] and down_proj [E, H, I] as in Transformers' module; transposed: [E, H, 2 I] and [E, I, H]."""
+        """gate_up_proj and down_proj as in Transformers' module: [E, 2 I, H] and [E, H, I], or [E, H, 2 I] and [E, I, H]."""
         stacks = []
         for stack in (self.gate_up, self.down):
             matrices = torch.stack([unpack(stack.matrix(i), dtype) for i in range(stack.count)])

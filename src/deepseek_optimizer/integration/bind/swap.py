@@ -104,21 +104,20 @@ def packed_twin(module: nn.Module, formats: Mapping[str, str], dtype: torch.dtyp
         twin = PackedLinear(module.in_features, module.out_features, formats["weight"], dtype=dtype, device="meta")
         twin.bias = module.bias
         return twin
-    return _packed_experts(module, formats["gate_up_proj"], formats["down_proj"], dtype)
+    return _packed_experts(module, formats, dtype)
 
 
-def _packed_experts(experts: Any, gate_up_format: str, down_format: str, dtype: torch.dtype) -> PackedExperts:
+def _packed_experts(experts: Any, formats: Mapping[str, str], dtype: torch.dtype) -> PackedExperts:
     clamped = hasattr(experts, "alpha") and hasattr(experts, "limit")  # GptOssExperts
     weighed = not clamped and hasattr(experts, "hidden_size")  # Llama4TextExperts
     hidden, inner = ("hidden_size", "intermediate_size") if clamped or weighed else ("hidden_dim", "intermediate_dim")
-    transposed: Transposed = "concatenated" if weighed else getattr(experts, "is_transposed", False)
+    transposed: Transposed = "concatenated" if weighed else clamped
     kind = type(experts) if isinstance(experts, PackedExperts) else PackedWeighedExperts if weighed else PackedExperts
     twin = kind(
         experts.num_experts,
         getattr(experts, hidden),
         getattr(experts, inner),
-        gate_up_format,
-        down_format,
+        *(formats[leaf] for leaf in STACKS),
         act_fn=ClampedSwiglu(experts.alpha, experts.limit) if clamped else experts.act_fn,
         dtype=dtype,
         device="meta",

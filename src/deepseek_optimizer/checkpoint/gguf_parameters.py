@@ -1,0 +1,138 @@
+"""Parameters of a model as rows of the tensors in a GGUF file.
+
+llama.cpp's converter splits, joins and permutes some matrices and changes the values of some vectors. A `Parameter` describes
+how to undo that. Rows are quantised independently of each other, so that a parameter made of rows of tensors of one type can
+be packed without decoding it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from ..quant.ggml import GgmlType
+from .gguf_header import GgufTensor
+
+# Rows [begin, end) of a stored tensor, undecoded; all dimensions but the last count as rows.
+ReadRows = Callable[[GgufTensor, int, int], torch.Tensor]
+# Undecoded rows of a tensor as floats.
+Decode = Callable[[GgufTensor, torch.Tensor], torch.Tensor]
+Order = npt.NDArray[np.int64]
+
+_GAP = 256  # rows between two wanted ones that are read rather than skipped
+
+
+@dataclass(frozen=True, eq=False)
+class Parameter:
+    """A parameter whose rows are rows of stored tensors.
+
+    Attributes:
+        sources: the tensors, whose rows are numbered consecutively.
+        shape: in the model; the number of elements of a row is that of the sources.
+        order: for each row of the parameter (for a vector: each element), the number of a source's; None: all in order.
+        columns: for each column of the parameter the stored one; None: in order. Ranges of `column_run` columns stay together.
+        convert: changes the stored values into the model's.
+        fallback: the format in which it is packed by default if its rows must be decoded and the file has quantised them.
+    """
+
+    fallback: ClassVar[str] = "int8"
+
+    sources: tuple[GgufTensor, ...]
+    shape: tuple[int, ...]
+    order: Order | None = None
+    columns: Order | None = None
+    column_run: int = 1
+    convert: Callable[[torch.Tensor], torch.Tensor] | None = None
+
+    @property
+    def stored_rows(self) -> int:
+        """Number of rows of all sources; for a vector, of elements."""
+        vector = len(self.shape) == 1
+        return sum(math.prod(source.shape if vector else source.shape[:-1]) for source in self.sources)
+
+    @property
+    def type_name(self) -> str:
+        """The ggml type, or all types if they differ."""
+        return " and ".join(dict.fromkeys(source.type.name for source in self.sources))
+
+    @property
+    def type(self) -> GgmlType | None:
+        """The type of the rows that `blocks` returns; None if the rows must be decoded."""
+        kind = self.sources[0].type
+        moved = self.columns is not None and self.column_run % kind.block != 0
+        return None if self.convert or moved or any(source.type != kind for source in self.sources) else kind
+
+    @property
+    def nbytes(self) -> int:
+        return sum(source.nbytes for source in self.sources)
+
+    def blocks(self, begin: int, end: int, read: ReadRows) -> torch.Tensor:
+        """Rows [begin, end), undecoded: uint8 [rows, bytes of a row]. Only if `type` is not None."""
+        data = self._gather(begin, end, read)
+        if self.columns is None:
+            return data
+        kind = self.sources[0].type
+        first = self.columns[:: kind.block] // kind.block
+        whole = data.view(len(data), -1, kind.block_bytes).numpy()[:, first]
+        return torch.from_numpy(whole).reshape(data.shape)
+
+    def floats(self, begin: int, end: int, read: ReadRows, decode: Decode) -> torch.Tensor:
+        """Rows [begin, end) of a matrix, float [rows, columns]."""
+        first = self.sources[0]
+        if all(source.type == first.type for source in self.sources):
+            values = decode(first, self._gather(begin, end, read))
+        else:
+            values = self._gather(begin, end, lambda tensor, *span: decode(tensor, read(tensor, *span)).float())
+        if self.columns is not None:
+            values = values[:, torch.from_numpy(self.columns)]
+        return values if self.convert is None else self.convert(values)
+
+    def vector(self, read: Callable[[GgufTensor], torch.Tensor]) -> torch.Tensor:
+        """All elements of a vector, given a function that reads a whole tensor."""
+        values = torch.cat([read(source).reshape(-1) for source in self.sources])
+        if self.order is not None:
+            values = values[torch.from_numpy(self.order)]
+        return values if self.convert is None else self.convert(values)
+
+    def _gather(self, begin: int, end: int, read: ReadRows) -> torch.Tensor:
+        if self.order is None and len(self.sources) == 1:
+            return read(self.sources[0], begin, end)
+        wanted = np.arange(begin, end) if self.order is None else self.order[begin:end]
+        parts, places, first = [], [], 0
+        for source in self.sources:
+            count = math.prod(source.shape[:-1])
+            place = np.flatnonzero((wanted >= first) & (wanted < first + count))
+            if len(place):
+                rows = wanted[place] - first
+                spans = list(_spans(np.unique(rows)))
+                numbers = np.concatenate([np.arange(low, high) for low, high in spans])
+                data = torch.cat([read(source, int(low), int(high)) for low, high in spans])
+                # in numpy for the reason given in `all_finite`
+                parts.append(data.numpy()[np.searchsorted(numbers, rows)])
+                places.append(place)
+            first += count
+        gathered = np.concatenate(parts)
+        return torch.from_numpy(gathered[np.argsort(np.concatenate(places), kind="stable")])
+
+
+def _spans(rows: Any) -> Iterator[tuple[int, int]]:
+    """Ranges that contain the ascending row numbers, without long gaps."""
+    cuts = np.flatnonzero(np.diff(rows) > _GAP) + 1
+    for part in np.split(rows, cuts):
+        yield part[0], part[-1] + 1
+
+
+def halves_first(heads: int, size: int, rotated: int) -> Order:
+    """For each head, its rotated rows: even ones first, then odd ones; the other rows of the head follow in order.
+
+    llama.cpp rotates adjacent elements (2i, 2i + 1) of some architectures, for which its converter permutes q and k;
+    Transformers rotates halves.
+    """
+    head = np.concatenate([np.arange(0, rotated, 2), np.arange(1, rotated, 2), np.arange(rotated, size)])
+    return (np.arange(heads)[:, None] * size + head).reshape(-1)
