@@ -111,6 +111,7 @@ def test_the_engine_gives_the_tokens_of_transformers(folder: Path, backend: str)
     assert [p + a.token_ids for p, a in zip(prompts, answers, strict=True)] == expected
 
 
+@pytest.mark.parametrize("folder", [gpt_oss], indirect=True, ids=["gpt_oss"])
 def test_importance_of_the_columns_of_experts(folder: Path) -> None:
     """Down reads the clamped products: its importance is that of Transformers' module."""
     plain, model = plain_model(folder), load_model(folder, precision="fp32", backend="reference")
@@ -123,6 +124,21 @@ def test_importance_of_the_columns_of_experts(folder: Path) -> None:
         plain(ids)
     squares = torch.cat(seen).square().mean(0)
     measured = measure_importance(model, [ids])["model.layers.0.mlp.experts.down_proj"]
+    torch.testing.assert_close(measured, squares / squares.mean(), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("folder", [llama4_text], indirect=True, ids=["llama4_text"])
+def test_importance_of_the_columns_of_experts_with_weighted_inputs(folder: Path) -> None:
+    plain, model = plain_model(folder), load_model(folder, precision="fp32", backend="reference")
+    ids = torch.tensor([random_ids(plain.config, 50)])
+    name, read = "model.layers.1.feed_forward.experts", []
+    experts = plain.get_submodule(name)
+    experts.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
+    with torch.no_grad():
+        plain(ids)
+        gate, up = torch.bmm(read[0].view(6, 50, -1), experts.gate_up_proj).chunk(2, -1)
+    squares = (up * torch.nn.functional.silu(gate)).flatten(0, 1).square().mean(0)
+    measured = measure_importance(model, [ids])[f"{name}.down_proj"]
     torch.testing.assert_close(measured, squares / squares.mean(), rtol=1e-3, atol=1e-4)
 
 

@@ -33,7 +33,8 @@ def _form(name: str, weights: Mapping[str, Any]) -> Transposed:
     """How a family stores its stacks: gpt-oss, which has biases, Llama 4, or others."""
     if f"{name}_bias" in weights:
         return True
-    return "concatenated" if ".feed_forward.experts." in name else False
+    module = name.partition(".experts.")[0]
+    return "concatenated" if module.endswith(".feed_forward") and f"{module}.router.weight" in weights else False
 
 
 def _stack(name: str, w: torch.Tensor, format_name: str, transposed: Transposed) -> PackedStack:
