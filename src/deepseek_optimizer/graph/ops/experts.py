@@ -40,8 +40,8 @@ def _router_fits(node: Node, _: Graph) -> bool:
 
 def _router_shapes(node: Node, _: Graph) -> Shapes:
     experts, bias = node.attrs["experts"], node.attrs["bias"]
-    matrix, *vectors = *node.weights, *([bias] if bias is not None else [])
-    return [(matrix, (experts, node.inputs[0].width)), *((name, (experts,)) for name in vectors)]
+    vectors = [*node.weights[1:], *([bias] if bias is not None else [])]
+    return [(node.weights[0], (experts, node.inputs[0].width)), *((name, (experts,)) for name in vectors)]
 
 
 def _products_fit(node: Node, many: int) -> bool:
