@@ -74,8 +74,8 @@ def build_text(fields: Fields, family: str, *, layer_inputs: bool, moe: bool) ->
         inputs = _layer_inputs(nodes, d, embedded, width, rows, scale) if width else None
         return lambda nodes, x, layer: _layer_end(nodes, d, x, inputs, width, layer)
 
-    own = d.layers - shared
-    cache = CacheSpec(own, *(tuple(sizes) for sizes in zip(*d.cache_heads[:own], strict=True)))
+    own = d.cache_heads[: d.layers - shared]
+    cache = CacheSpec(len(own), tuple(kv_heads for kv_heads, _ in own), tuple(head_dim for _, head_dim in own))
     return trunk_graph(replace(d, layer_norms=norms), cache, attention(d), _feed_forward(d, widths, routing), begin=begin)
 
 

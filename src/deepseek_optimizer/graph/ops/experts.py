@@ -45,8 +45,8 @@ def _router_fits(node: Node, _: Graph) -> bool:
 
 def _router_shapes(node: Node, _: Graph) -> Shapes:
     experts = node.attrs["experts"]
-    matrix, *vectors = *node.weights, node.attrs["bias"], *node.attrs.get("biases", ())
-    return [(matrix, (experts, node.inputs[0].width)), *((name, (experts,)) for name in vectors if name is not None)]
+    vectors = (*node.weights[1:], node.attrs["bias"], *node.attrs.get("biases", ()))
+    return [(node.weights[0], (experts, node.inputs[0].width)), *((name, (experts,)) for name in vectors if name is not None)]
 
 
 def _product_shapes(node: Node, rows: int) -> Shapes:
