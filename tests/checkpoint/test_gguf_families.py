@@ -16,7 +16,8 @@ from deepseek_optimizer.checkpoint import open_checkpoint
 from deepseek_optimizer.checkpoint.gguf_architectures import ARCHITECTURES
 from deepseek_optimizer.errors import CheckpointError, UnsupportedModelError
 from deepseek_optimizer.models import SUPPORTED
-from support.gguf_families import CASES, rounded, write_gguf
+from support.gguf_converter import rounded, write_gguf
+from support.gguf_families import CASES
 from support.models import random_model
 
 Edit = Callable[[dict[str, Any], dict[str, np.ndarray]], None]

@@ -10,7 +10,8 @@ import pytest
 
 from deepseek_optimizer import load_tokenizer
 from deepseek_optimizer.errors import CheckpointError
-from support.gguf_families import CASES, write_gguf
+from support.gguf_converter import write_gguf
+from support.gguf_families import CASES
 from support.models import gemma, random_model
 
 SPACE = "\u2581"

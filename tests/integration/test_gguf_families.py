@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from deepseek_optimizer import load_model
-from support.gguf_families import CASES, rounded, write_gguf
+from support.gguf_converter import rounded, write_gguf
+from support.gguf_families import CASES
 from support.models import assert_close_rows, random_ids, random_model, transformers_logits
 
 

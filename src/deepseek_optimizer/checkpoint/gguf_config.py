@@ -16,7 +16,8 @@ import numpy as np
 import torch
 
 from ..errors import CheckpointError, UnsupportedModelError
-from .gguf_architectures import ARCHITECTURES, LAYER, TOP, Architecture, Reader, count, head_dim
+from .gguf_architectures import ARCHITECTURES, LAYER, TOP, Architecture
+from .gguf_fields import Reader, count, head_dim
 from .gguf_header import GgufArray, GgufHeader, GgufTensor
 from .gguf_metadata import Metadata
 from .gguf_parameters import Parameter, halves_first
