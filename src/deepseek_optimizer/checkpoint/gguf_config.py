@@ -76,7 +76,7 @@ def transformers_config(meta: Metadata, entry: Architecture, factors: Mapping[st
         "rope_parameters": rope,
         "tie_word_embeddings": "output.weight" not in meta.tensors,
         "vocab_size": embedding.shape[0],
-        **{name: read(meta) for name, read in (_COMMON | entry.fields).items()},
+        **{name: read(meta) for name, read in {**_COMMON, **entry.fields}.items()},
     }
     if entry.local_theta is not None:
         local = {"rope_type": "default", "rope_theta": entry.local_theta(meta)}
