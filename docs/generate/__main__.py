@@ -25,6 +25,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "models-zh": lambda: models.short_table(("模型", "参数量", "int4", "int8", "bf16")),
     "models-memory": models.long_table,
     "families": models.families_table,
+    "gguf": models.gguf_table,
 }
 WITH_BLOCKS = ("README.md", "README.zh-CN.md", "docs/models.md")
 _BLOCK = re.compile(r"(<!-- generated:([\w-]+) -->\n).*?(<!-- /generated -->)", re.DOTALL)

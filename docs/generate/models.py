@@ -62,6 +62,17 @@ def families_table() -> str:
     return table(("`model_type`", "path", "examples", "attention modes", "drafts", "training"), rows)
 
 
+def gguf_table() -> str:
+    """The architectures of GGUF files, and the families that they are loaded as."""
+    from deepseek_optimizer.checkpoint.gguf_architectures import ARCHITECTURES
+
+    rows = []
+    for name, entries in ARCHITECTURES.items():
+        families = [family for entry in entries for family in (entry.model[0], *entry.others)]
+        rows.append((f"`{name}`", ", ".join(f"`{family}`" for family in families)))
+    return table(("`general.architecture`", "families"), rows)
+
+
 def _title(model: KnownModel) -> str:
     return model.name.rpartition("/")[2] if "," not in model.name else model.name.replace("deepseek-ai/", "")
 

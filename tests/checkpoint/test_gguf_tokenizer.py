@@ -1,4 +1,4 @@
-"""Tokenizers of DeepSeek's GGUF files give the tokens of the tokenizer that the file was written from."""
+"""Byte-level tokenizers of GGUF files give the tokens of the tokenizer that the file was written from."""
 
 from __future__ import annotations
 
@@ -121,8 +121,7 @@ def cut(patterns: Iterable[str], text: str) -> list[str]:
 def test_the_rule_of_v2() -> None:
     """There is no tokenizer.json of V2 here, so the parts are tested by their meaning. Each splits the pieces of the one
     before, and ":-~" of the marks includes the ASCII letters, so that these are split from others."""
-    rule = RULES["deepseek-llm"]
-    assert rule is not None
+    rule = RULES["deepseek-llm"].patterns
     pieces = ["Hello", " w", "ö", "rld", ",", " it", "'", "s", " ", "2024", "!", "\n", "Ω", "mega"]
     assert cut(rule, "Hello wörld, it's 2024!\nΩmega") == pieces
     assert cut(rule, "你好，世界。 end  ") == ["你好", "，", "世界", "。", " end", "  "]
@@ -132,10 +131,65 @@ def test_the_rule_of_v2() -> None:
     assert _set("41-5A B5 21-2F") == r"[A-Zµ\!-\/]"
 
 
+# How each rule splits "Don't SayHello 1234  x!\n\n": by contractions, changes of case, digits and spaces.
+_GPT2_PIECES = ["Don", "'t", " SayHello", " 1234", " ", " x", "!", "\n\n"]
+_QWEN_PIECES = ["Don", "'t", " SayHello", " ", "1", "2", "3", "4", " ", " x", "!\n\n"]
+_LLAMA3_PIECES = ["Don", "'t", " SayHello", " ", "123", "4", " ", " x", "!\n\n"]
+CUTS = {
+    "starcoder": ["Don", "'t", " SayHello", " ", "1", "2", "3", "4", " ", " x", "!", "\n\n"],
+    "command-r": ["Don", "'t", " SayHello", " ", "1", "2", "3", "4", " ", " x", "!", "\n\n"],
+    "llama-bpe": _LLAMA3_PIECES,
+    "glm4": _LLAMA3_PIECES,
+    "dbrx": _LLAMA3_PIECES,
+    "qwen2": _QWEN_PIECES,
+    "qwen35": _QWEN_PIECES,
+    "stablelm2": _QWEN_PIECES,
+    "seed-coder": ["Don", "'t", " SayHello", " ", "1", "2", "3", "4", " ", " x", "!", "\n\n"],
+    "minimax-m2": ["Don't", " Say", "Hello", " ", "123", "4", " ", " x", "!\n\n"],
+    "tekken": ["Don", "'t", " Say", "Hello", " ", "1", "2", "3", "4", " ", " x", "!\n\n"],
+    "kimi-k2": ["Don't", " Say", "Hello", " ", "123", "4", " ", " x", "!\n\n"],
+    "hunyuan-dense": ["Don", "'t", " SayHello", " ", "123", "4", " ", " x", "!\n\n"],
+}
+
+
+@pytest.mark.parametrize("rule", CUTS)
+def test_cuts(rule: str) -> None:
+    assert cut(RULES[rule].patterns, "Don't SayHello 1234  x!\n\n") == CUTS[rule]
+
+
+def test_scripts_that_rules_treat_differently() -> None:
+    assert cut(RULES["kimi-k2"].patterns, "Go语言ok") == ["Go", "语言", "ok"]
+    assert cut(RULES["minimax-m2"].patterns, "Go语言ok") == ["Go语言ok"]
+    combining = "e\u0301a"
+    assert cut(RULES["qwen35"].patterns, combining) == [combining]
+    assert cut(RULES["qwen2"].patterns, combining) == ["e", "\u0301a"]
+    assert cut(RULES["gpt-2"].patterns, "a b") == ["a b"]  # GPT-2's own splitting is ByteLevel's
+
+
+def test_pieces_that_are_tokens(tmp_path: Path) -> None:
+    """Llama 3 takes a piece that is a token as it is, whatever the merges would give."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = [*alphabet, "ab", "bc", "abc"]
+
+    def write(rule: str) -> Callable[[gguf.GGUFWriter], None]:
+        def add(writer: gguf.GGUFWriter) -> None:
+            writer.add_tokenizer_model("gpt2")
+            writer.add_tokenizer_pre(rule)
+            writer.add_token_list(tokens)
+            writer.add_token_types([1] * len(tokens))
+            writer.add_token_merges(["b c"])
+
+        return add
+
+    for rule, expected in (("lfm2", ["abc"]), ("dbrx", ["a", "bc"])):
+        tokenizer = load_tokenizer(save(tmp_path / f"{rule}.gguf", write(rule)))
+        assert tokenizer.convert_ids_to_tokens(tokenizer.encode("abc", add_special_tokens=False)) == expected
+
+
 @pytest.mark.parametrize(
     "more, why",
     [
-        ({"rule": "kimi-k2"}, "rule 'kimi-k2' is not supported.*AutoTokenizer.from_pretrained"),
+        ({"rule": "falcon"}, "rule 'falcon' is not supported.*AutoTokenizer.from_pretrained"),
         ({"merges": ["a b c"]}, "merge of other than two tokens: 'a b c'"),
         ({"merges": ["zz zzz"]}, "no tokenizer that can be read"),
         ({"tokens": ["a"] * 400}, "a duplicate token"),

@@ -11,14 +11,32 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import UnsupportedModelError
 from .gguf_deepseek2 import deepseek2_config, kimi_config, split_kv_b
 from .gguf_delta import convolution_channels, group_value_heads, join_convolutions, join_projections
+from .gguf_fields import (
+    Reader,
+    count,
+    fixed,
+    gemma_scale,
+    has_experts,
+    has_kv_heads,
+    has_window,
+    head_dim,
+    kv_heads,
+    not_recurrent,
+    number,
+    optional,
+    recurrent,
+    sliding,
+    stores,
+    window,
+    windowed,
+    without,
+)
 from .gguf_gpt_oss import NAMES, exact_yarn, join_biases
 from .gguf_metadata import Metadata
 from .gguf_parameters import Parameter
 
-Reader = Callable[[Metadata], Any]
 Names = Mapping[str, str]
 
 
@@ -29,6 +47,7 @@ class Architecture:
     Attributes:
         model: Transformers' `model_type`, and the first part of its class for causal language models.
         when: which of the files of this architecture it is about.
+        others: model types of further families that `rest` may choose.
         fields: fields of the config besides the common ones: see `gguf_config`.
         names: names in a layer that differ from `LAYER`.
         top: names outside of the layers that differ from `TOP`.
@@ -46,6 +65,7 @@ class Architecture:
 
     model: tuple[str, str]
     when: Callable[[Metadata], bool] = lambda meta: True
+    others: tuple[str, ...] = ()
     fields: Mapping[str, Reader] = field(default_factory=dict)
     names: Names = field(default_factory=dict)
     top: Names = field(default_factory=dict)
@@ -81,111 +101,6 @@ LAYER: Names = {
     "ffn_down_exps.weight": "mlp.experts.down_proj",
     "exp_probs_b.bias": "mlp.gate.e_score_correction_bias",
 }
-
-
-def count(key: str, default: int | None = None, minimum: int = 1) -> Reader:
-    return lambda meta: meta.integer(meta.of_model(key), default, minimum)
-
-
-def number(key: str, default: float | None = None) -> Reader:
-    return lambda meta: meta.number(meta.of_model(key), default)
-
-
-def optional(key: str) -> Reader:
-    """A number, or None for a missing key or 0."""
-    return lambda meta: meta.number(meta.of_model(key)) if meta.values.get(meta.of_model(key)) else None
-
-
-def window(key: str = "attention.sliding_window", default: int = 0) -> Reader:
-    """An integer, or None for a missing key or 0."""
-    return lambda meta: meta.integer(meta.of_model(key), default, 0) or None
-
-
-def stores(*tensors: str) -> Reader:
-    """Whether any layer has one of the tensors."""
-    return lambda meta: any(name.partition(".")[2].partition(".")[2] in tensors for name in meta.tensors)
-
-
-def fixed(value: Any) -> Reader:
-    return lambda meta: value
-
-
-def head_dim(meta: Metadata) -> int:
-    """Elements of a head."""
-    heads = meta.integer(meta.of_model("attention.head_count"))
-    default = meta.integer(meta.of_model("embedding_length")) // heads
-    key = "attention.key_length"
-    if not meta.has(key) and meta.architecture == "llama":
-        key = "rope.dimension_count"
-    return meta.integer(meta.of_model(key), default)
-
-
-def sliding(period: int) -> Reader:
-    """Types of layers: those of the file, or else the last of each `period` layers is not sliding."""
-
-    def read(meta: Metadata) -> list[str]:
-        key = "attention.sliding_window_pattern"
-        given = meta.per_layer(key)
-        if given is None or type(meta.values[meta.of_model(key)]) is int:  # a period
-            every = period if given is None else given[0]
-            given = [every == 0 or i % every < every - 1 for i in range(meta.layers)]
-        return ["sliding_attention" if layer else "full_attention" for layer in given]
-
-    return read
-
-
-def windowed(period: int) -> Reader:
-    """As `sliding`, but no layer is sliding if the file has no window."""
-    return lambda meta: sliding(period)(meta) if has_window(meta) else ["full_attention"] * meta.layers
-
-
-def recurrent(kind: str, full: Callable[[Metadata, int], bool]) -> Reader:
-    """Types of layers, given which ones have attention."""
-    return lambda meta: ["full_attention" if full(meta, layer) else kind for layer in range(meta.layers)]
-
-
-def _has_kv_heads(meta: Metadata, layer: int) -> bool:
-    return bool((meta.per_layer("attention.head_count_kv") or [1] * meta.layers)[layer])
-
-
-def _not_recurrent(meta: Metadata, layer: int) -> bool:
-    listed = meta.per_layer("attention.recurrent_layers")
-    every = meta.integer(meta.of_model("full_attention_interval"), 4)
-    return not listed[layer] if listed else (layer + 1) % every == 0
-
-
-def _kv_heads(meta: Metadata) -> int:
-    """Number of heads of the layers that have attention."""
-    return max(meta.per_layer("attention.head_count_kv") or [0]) or meta.integer(meta.of_model("attention.head_count"))
-
-
-def unsupported(key: str) -> Callable[[Metadata, dict[str, Any]], dict[str, Any]]:
-    """Refuses files that have a key."""
-
-    def refuse(meta: Metadata, rope: dict[str, Any]) -> dict[str, Any]:
-        raise UnsupportedModelError(
-            f"{meta.path}: {meta.of_model(key)} is not supported; load the original model, not a GGUF file"
-        )
-
-    return refuse
-
-
-def gemma_scale(layers: int) -> Reader:
-    """`query_pre_attn_scalar`, which files lack: the size of a head, except in the largest model, which has `layers` layers."""
-
-    def read(meta: Metadata) -> int:
-        heads = meta.integer(meta.of_model("attention.head_count"))
-        return meta.integer(meta.of_model("embedding_length")) // heads if meta.layers == layers else head_dim(meta)
-
-    return read
-
-
-def has_experts(meta: Metadata) -> bool:
-    return meta.integer(meta.of_model("expert_count"), 0, minimum=0) > 0
-
-
-def has_window(meta: Metadata) -> bool:
-    return meta.integer(meta.of_model("attention.sliding_window"), 0, minimum=0) > 0
 
 
 _ATTENTION_BIAS: Mapping[str, Reader] = {"attention_bias": stores("attn_q.bias", "attn_qkv.bias")}
@@ -238,7 +153,7 @@ _GRANITE: Mapping[str, Reader] = {
 _DELTA_NET: Mapping[str, Reader] = {
     **_HEAD_DIM,
     **_ATTENTION_BIAS,
-    "layer_types": recurrent("linear_attention", _not_recurrent),
+    "layer_types": recurrent("linear_attention", not_recurrent),
     "linear_conv_kernel_dim": count("ssm.conv_kernel"),
     "linear_key_head_dim": count("ssm.state_size"),
     "linear_num_key_heads": count("ssm.group_count"),
@@ -263,8 +178,8 @@ _DELTA_NET_NAMES: Names = {
 _LFM2: Mapping[str, Reader] = {
     "conv_L_cache": count("shortconv.l_cache"),
     "conv_bias": fixed(False),
-    "layer_types": recurrent("conv", _has_kv_heads),
-    "num_key_value_heads": _kv_heads,
+    "layer_types": recurrent("conv", has_kv_heads),
+    "num_key_value_heads": kv_heads,
 }
 _LFM2_NAMES: Names = {
     "attn_norm": "operator_norm",
@@ -294,10 +209,9 @@ ARCHITECTURES: Mapping[str, tuple[Architecture, ...]] = {
     ),
     "mistral3": (
         Architecture(
-            model=("ministral3", "Ministral3"), rope="pairs", when=lambda meta: meta.has("attention.temperature_scale"),
-            rest=unsupported("attention.temperature_scale"),
+            model=("mistral", "Mistral"), rope="pairs", fields={**_HEAD_DIM, "sliding_window": fixed(None)},
+            rest=without("attention.temperature_scale"),
         ),
-        Architecture(model=("mistral", "Mistral"), rope="pairs", fields={**_HEAD_DIM, "sliding_window": fixed(None)}),
     ),
     "qwen2": (Architecture(model=("qwen2", "Qwen2"), fields=_HEAD_DIM),),
     "qwen2moe": (
@@ -396,12 +310,14 @@ ARCHITECTURES: Mapping[str, tuple[Architecture, ...]] = {
         ),
     ),
     "deepseek2": (
-        # the config has another of DeepSeek's classes where the metadata say so: see gguf_deepseek2
         Architecture(
             model=("glm4_moe_lite", "Glm4MoeLite"), when=lambda meta: meta.values.get("tokenizer.ggml.pre") == "glm4",
             names=_LATENT, rest=deepseek2_config, rearrange=(split_kv_b,),
         ),
-        Architecture(model=("deepseek_v3", "DeepseekV3"), names=_LATENT, rest=deepseek2_config, rearrange=(split_kv_b,)),
+        Architecture(
+            model=("deepseek_v3", "DeepseekV3"), others=("deepseek_v2", "youtu"), names=_LATENT, rest=deepseek2_config,
+            rearrange=(split_kv_b,),
+        ),
     ),
     "granite": (Architecture(model=("granite", "Granite"), rope="pairs", fields=_GRANITE),),
     "granitemoe": (
@@ -521,7 +437,7 @@ ARCHITECTURES: Mapping[str, tuple[Architecture, ...]] = {
                 "ssm_dt.bias": "self_attn.forget_gate.dt_bias", "ssm_conv1d_q": "self_attn.q_conv1d",
                 "ssm_conv1d_k": "self_attn.k_conv1d", "ssm_conv1d_v": "self_attn.v_conv1d",
             },
-            fields={"layer_types": recurrent("linear_attention", _has_kv_heads), "num_key_value_heads": _kv_heads},
+            fields={"layer_types": recurrent("linear_attention", has_kv_heads), "num_key_value_heads": kv_heads},
         ),
     ),
 }  # fmt: skip

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 
 from ..errors import CheckpointError, UnsupportedModelError
-from .gguf_architectures import ARCHITECTURES, LAYER, TOP, Architecture, Reader, count, head_dim
-from .gguf_delta import checked
+from .gguf_architectures import ARCHITECTURES, LAYER, TOP, Architecture
+from .gguf_fields import Reader, count, head_dim
 from .gguf_header import GgufArray, GgufHeader, GgufTensor
 from .gguf_metadata import Metadata
 from .gguf_parameters import Parameter, halves_first
@@ -26,6 +26,7 @@ from .gguf_parameters import Parameter, halves_first
 ROPE_FREQS, ROPE_LONG, ROPE_SHORT = "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"
 ROPE_FACTORS = (ROPE_FREQS, ROPE_LONG, ROPE_SHORT)
 _BLOCK = re.compile(r"blk\.(\d{1,5})\.(.+)")
+_QKV = re.compile(r"blk\.(\d{1,5})\.attn_qkv\.(weight|bias)")
 
 _COMMON: Mapping[str, Reader] = {
     "hidden_size": count("embedding_length"),
@@ -75,7 +76,7 @@ def transformers_config(meta: Metadata, entry: Architecture, factors: Mapping[st
         "rope_parameters": rope,
         "tie_word_embeddings": "output.weight" not in meta.tensors,
         "vocab_size": embedding.shape[0],
-        **{name: read(meta) for name, read in (_COMMON | entry.fields).items()},
+        **{name: read(meta) for name, read in {**_COMMON, **entry.fields}.items()},
     }
     if entry.local_theta is not None:
         local = {"rope_type": "default", "rope_theta": entry.local_theta(meta)}
@@ -107,6 +108,14 @@ def parameters(meta: Metadata, entry: Architecture, config: Mapping[str, Any]) -
         _permute_heads(found, config, meta.path)
     for rearrange in entry.rearrange:
         rearrange(found, config, meta.path)
+    for name, parameter in found.items():
+        if parameter.misshapen():
+            stored = ", ".join(f"{source.name} {source.shape}" for source in parameter.sources)
+            raise CheckpointError(
+                f"has shape {parameter.shape}, which cannot be made of {stored}; convert the model again",
+                file=meta.path,
+                tensor=name,
+            )
     return found
 
 
@@ -147,11 +156,11 @@ def _split_qkv(found: dict[str, Parameter], config: Mapping[str, Any]) -> None:
     """Splits the joint projection of queries, keys and values that llama.cpp's converter writes on request (--fuse-qkv)."""
     size = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     heads = {"q": config["num_attention_heads"], "k": config["num_key_value_heads"], "v": config["num_key_value_heads"]}
-    for name in [name for name in found if _BLOCK.fullmatch(name) and name.rpartition(".")[0].endswith(".attn_qkv")]:
-        _, layer, _, leaf = name.split(".")
+    for name, match in [(name, match) for name in found if (match := _QKV.fullmatch(name))]:
+        layer, leaf = match.groups()
         whole, first = found.pop(name), 0
         for part, number in heads.items():
-            rows = np.arange(first, first + number * size)
+            rows = np.arange(first, min(first + number * size, whole.stored_rows))
             found[f"model.layers.{int(layer)}.self_attn.{part}_proj.{leaf}"] = replace(
                 whole, shape=(len(rows), *whole.shape[1:]), order=rows
             )
@@ -161,8 +170,9 @@ def _split_qkv(found: dict[str, Parameter], config: Mapping[str, Any]) -> None:
 def _permute_heads(found: dict[str, Parameter], config: Mapping[str, Any], path: Path) -> None:
     """Undoes the permutation of the rows of q and k."""
     for name, parameter in found.items():
-        field = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}.get(name.split(".")[-2])
-        if field is None or ".self_attn." not in name:
+        part = name.partition(".self_attn.")[2].partition(".")[0]
+        field = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}.get(part)
+        if field is None:
             continue
         heads, rows = config[field], parameter.shape[0]
         if rows % (2 * heads):
@@ -170,8 +180,7 @@ def _permute_heads(found: dict[str, Parameter], config: Mapping[str, Any], path:
                 f"has {rows} rows for {heads} heads; every head must have the same, even number of rows", file=path, tensor=name
             )
         order = halves_first(heads, rows // heads, rows // heads)
-        whole = parameter.order
-        found[name] = replace(parameter, order=checked(parameter, order, path) if whole is None else whole[order])
+        found[name] = replace(parameter, order=order if parameter.order is None else parameter.order[order])
 
 
 def vocabulary_size(header: GgufHeader) -> int | None:

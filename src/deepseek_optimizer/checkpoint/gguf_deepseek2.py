@@ -168,6 +168,9 @@ class SplitKvB(Parameter):
         """The groups of the stored keys run along a head's keys, which are not the columns of the parameter."""
         return None
 
+    def misshapen(self) -> bool:
+        return False  # checked by `split_kv_b`
+
     def floats(self, begin: int, end: int, read: ReadRows, decode: Decode) -> torch.Tensor:
         """Rows [begin, end) of kv_b_proj, float [end - begin, rank]: for each head, its keys, then its values."""
         stored_keys, stored_values = self.sources

@@ -9,6 +9,7 @@ Sources: llama.cpp's conversion/qwen.py (Qwen3NextModel, _LinearAttentionVReorde
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +20,8 @@ import torch
 
 from ..errors import CheckpointError
 from .gguf_parameters import Order, Parameter
+
+_MAX_WIDTH = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -37,10 +40,16 @@ class _Heads:
         return _rows(heads, size)
 
 
-def _heads(config: Mapping[str, Any]) -> _Heads:
-    return _Heads(
-        *(config[f"linear_{name}"] for name in ("num_key_heads", "key_head_dim", "num_value_heads", "value_head_dim"))
-    )
+def _heads(config: Mapping[str, Any], path: Path) -> _Heads:
+    names = ("num_key_heads", "key_head_dim", "num_value_heads", "value_head_dim")
+    heads = _Heads(*(config[f"linear_{name}"] for name in names))
+    if heads.values % heads.keys or max(heads.keys * heads.key_dim, heads.values * heads.value_dim) > _MAX_WIDTH:
+        raise CheckpointError(
+            f"ssm.time_step_rank, {heads.values}, must be a multiple of ssm.group_count, {heads.keys}, and all heads together "
+            f"have at most {_MAX_WIDTH} elements",
+            file=path,
+        )
+    return heads
 
 
 def _rows(heads: Order, size: int, first: int = 0) -> Order:
@@ -51,7 +60,7 @@ def _rows(heads: Order, size: int, first: int = 0) -> Order:
 def group_value_heads(parameters: dict[str, Parameter], config: Mapping[str, Any], path: Path) -> None:
     """Qwen3.5: brings value heads into Transformers' order."""
     _shape_vectors(parameters, path)
-    heads = _heads(config)
+    heads = _heads(config, path)
     if heads.keys == heads.values:
         return
     values = heads.grouped(heads.value_dim)
@@ -64,17 +73,21 @@ def group_value_heads(parameters: dict[str, Parameter], config: Mapping[str, Any
     for name, parameter in _delta_nets(parameters):
         leaf = name.partition(".linear_attn.")[2]
         if leaf in orders:
-            parameters[name] = replace(parameter, order=checked(parameter, orders[leaf], path))
+            parameters[name] = replace(parameter, order=orders[leaf])
         elif leaf == "out_proj.weight":
             if parameter.shape[-1] != len(values):
-                raise _wrong(parameter, f"{len(values)} columns", path)
+                raise CheckpointError(
+                    f"has {parameter.shape[-1]} columns, but the metadata require {len(values)}; convert the model again",
+                    file=path,
+                    tensor=name,
+                )
             parameters[name] = replace(parameter, columns=values, column_run=heads.value_dim)
 
 
 def join_projections(parameters: dict[str, Parameter], config: Mapping[str, Any], path: Path) -> None:
     """Qwen3-Next: joins the projections of queries, keys and values, and of gates, for each key head in turn."""
     _shape_vectors(parameters, path)
-    heads = _heads(config)
+    heads = _heads(config, path)
     keys, each = heads.keys * heads.key_dim, heads.values // heads.keys * heads.value_dim
     order = np.concatenate([
         np.concatenate([
@@ -88,8 +101,8 @@ def join_projections(parameters: dict[str, Parameter], config: Mapping[str, Any]
         if other not in parameters:
             raise CheckpointError(f"is present without {other}", file=path, tensor=name)
         sources = parameters.pop(name).sources + parameters.pop(other).sources
-        joined = Parameter(sources, (len(order), sources[0].shape[-1]))
-        parameters[name.replace("in_proj_qkv", "in_proj_qkvz")] = replace(joined, order=checked(joined, order, path))
+        shape = (len(order), sources[0].shape[-1])
+        parameters[name.replace("in_proj_qkv", "in_proj_qkvz")] = Parameter(sources, shape, order)
 
 
 def join_convolutions(parameters: dict[str, Parameter], config: Mapping[str, Any], path: Path) -> None:
@@ -101,7 +114,7 @@ def join_convolutions(parameters: dict[str, Parameter], config: Mapping[str, Any
             raise CheckpointError(f"is present without {missing[0]}", file=path, tensor=name)
         sources = tuple(source for part in parts for source in parameters.pop(part).sources)
         kernel = sources[0].shape[-1]
-        rows = sum(source.nbytes // source.type.row_bytes(kernel) for source in sources)
+        rows = sum(math.prod(source.shape[:-1]) for source in sources)
         parameters[name.replace("q_conv1d", "conv1d")] = Parameter(sources, (rows, 1, kernel))
     for name, parameter in list(parameters.items()):
         if name.endswith(".A_log"):
@@ -113,13 +126,6 @@ def convolution_channels(parameters: dict[str, Parameter], config: Mapping[str, 
     for name, parameter in list(parameters.items()):
         if name.endswith(".conv.conv.weight"):
             parameters[name] = _channels(parameter)
-
-
-def checked(parameter: Parameter, order: Order, path: Path) -> Order:
-    """`order`, if the sources have as many rows; CheckpointError otherwise."""
-    if parameter.stored_rows != len(order):
-        raise _wrong(parameter, f"{len(order)} rows", path)
-    return order
 
 
 def _delta_nets(parameters: Mapping[str, Parameter]) -> list[tuple[str, Parameter]]:
@@ -150,9 +156,3 @@ def _decay_rate(parameter: Parameter, path: Path) -> Parameter:
         return (-values.float()).log()
 
     return replace(parameter, convert=convert)
-
-
-def _wrong(parameter: Parameter, expected: str, path: Path) -> CheckpointError:
-    names = " and ".join(source.name for source in parameter.sources)
-    shapes = " and ".join(str(source.shape) for source in parameter.sources)
-    return CheckpointError(f"has shape {shapes}, but the metadata require {expected}", file=path, tensor=names)

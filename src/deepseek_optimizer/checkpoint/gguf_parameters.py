@@ -68,6 +68,14 @@ class Parameter:
         moved = self.columns is not None and self.column_run % kind.block != 0
         return None if self.convert or moved or any(source.type != kind for source in self.sources) else kind
 
+    def misshapen(self) -> bool:
+        """Whether the sources do not have the rows or elements that the parameter is made of."""
+        rows = math.prod(self.shape[:-1]) if len(self.shape) > 1 else self.shape[0]
+        widths = {source.shape[-1] for source in self.sources} if len(self.shape) > 1 else set()
+        if self.order is not None:
+            return len(self.order) != rows or bool(self.order.max() >= self.stored_rows) or len(widths) > 1
+        return self.stored_rows != rows or bool(widths - {self.shape[-1]})
+
     @property
     def nbytes(self) -> int:
         return sum(source.nbytes for source in self.sources)

@@ -1,22 +1,25 @@
-"""Byte-level BPE tokenizers of DeepSeek's GGUF files.
+"""Tokenizers of GGUF files: byte-level BPE and SentencePiece's BPE.
 
 A GGUF file has tokens and merges, and names the rule that splits text before merging (`tokenizer.ggml.pre`). Transformers'
-converter does not support DeepSeek's rules and silently uses GPT-2's instead; nor does it treat DeepSeek's control tokens as
-such. Text would be split into other tokens than the model was trained on. These tokenizers are therefore built here; a file of
-this architecture with another rule is refused.
+converter does not support all of these rules and silently uses GPT-2's instead, so that text would be split into other tokens
+than the model was trained on; nor does it treat DeepSeek's control tokens as such. Tokenizers are therefore built here, except
+those of Llama, Qwen2 and Qwen3, whose rules Transformers has. A file with an unknown rule is refused.
 
-Source of the rules: llama.cpp's llama-vocab.cpp, and the pre_tokenizer section of DeepSeek's own tokenizer.json.
+Source of the rules: llama.cpp's llama-vocab.cpp, which quotes those of the tokenizer.json files, and the pre_tokenizer section
+of DeepSeek's own tokenizer.json.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
 
-_CONTROL, _USER_DEFINED = 3, 4  # llama.cpp's token types
+_NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # llama.cpp's token types
+_SPACE = "\u2581"  # SentencePiece's
 
 # Letters of scripts with upper and lower case, as listed in the rule of DeepSeek-LLM and V2.
 _CASED = (
@@ -43,18 +46,76 @@ def _set(ranges: str) -> str:
     return "[" + "".join("-".join(map(escaped, span.split("-"))) for span in ranges.split()) + "]"
 
 
-# Rules as sequences of patterns, each of which splits the results of the one before it. None: GPT-2's rule.
-RULES: Mapping[str, tuple[str, ...] | None] = {
-    "default": None,
-    "gpt-2": None,
-    "deepseek-llm": (r"[\r\n]", rf"\s?{_set(_CASED)}+", rf"\s?{_set(_MARKS)}+", r"\s+$", f"{_set(_IDEOGRAPHS)}+", r"\p{N}+"),
-    "deepseek-coder": (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", f"{_set(_IDEOGRAPHS)}+", r"\p{N}"),
-    "deepseek-v3": (
-        r"\p{N}{1,3}",
-        f"{_set(_CHINESE_AND_KANA)}+",
-        r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+""",  # noqa: E501
+@dataclass(frozen=True)
+class Rule:
+    """How text is split before merging.
+
+    Attributes:
+        patterns: each splits the results of the one before it; none: GPT-2's.
+        whole: a piece that is a token is not built by merges.
+        add_bos: whether the first marker is added if the file does not say so.
+        nfc: text is brought into Unicode's composed form first.
+    """
+
+    patterns: tuple[str, ...] = ()
+    whole: bool = False
+    add_bos: bool = False
+    nfc: bool = False
+
+
+_CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
+_UPPER, _LOWER = r"\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}", r"\p{Ll}\p{Lm}\p{Lo}\p{M}"
+
+
+def _words(letters: str = r"\p{L}", digits: str = r"\p{N}", marks: str = r"[^\s\p{L}\p{N}]+[\r\n]*") -> str:
+    """The pattern of Llama 3 and Qwen2, with differences."""
+    return rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?{letters}+|{digits}| ?{marks}|{_SPACES}"
+
+
+def _cased(digits: str, contractions: str = "", line_marks: str = "/", but: str = "") -> str:
+    """The pattern of GPT-4o and Tekken, which splits words where lower case changes to upper case."""
+    upper, lower = f"[{_UPPER}{but}]", f"[{_LOWER}{but}]"
+    lead = r"[^\r\n\p{L}\p{N}]?"
+    marks = rf" ?[^\s\p{{L}}\p{{N}}]+[\r\n{line_marks}]*"
+    return f"{lead}{upper}*{lower}+{contractions}|{lead}{upper}+{lower}*{contractions}|{digits}|{marks}|{_SPACES}"
+
+
+_DEEPSEEK3 = (
+    r"\p{N}{1,3}",
+    f"{_set(_CHINESE_AND_KANA)}+",
+    r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+""",  # noqa: E501
+)
+_THREE_DIGITS = r"\p{N}{1,3}"
+_DIGITS_ALONE = Rule((r"\p{N}", _GPT2))
+_LLAMA3 = Rule((_words(digits=_THREE_DIGITS),), whole=True, add_bos=True)
+_QWEN2 = Rule((_words(),), nfc=True)
+_GPT4O = Rule((_cased(_THREE_DIGITS, f"{_CONTRACTIONS}?"),))
+
+RULES: Mapping[str, Rule] = {
+    **dict.fromkeys(("default", "gpt-2", "phi-2", "mpt", "olmo", "jais", "trillion", "granite-docling", "exaone4"), Rule()),
+    **dict.fromkeys(("starcoder", "refact", "smollm", "codeshell", "exaone", "minerva-7b", "mellum2"), _DIGITS_ALONE),
+    "command-r": Rule(_DIGITS_ALONE.patterns, nfc=True),
+    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "lfm2", "falcon3", "pixtral", "midm-2.0"), _LLAMA3),
+    **dict.fromkeys(("dbrx", "smaug-bpe", "chatglm-bpe"), Rule(_LLAMA3.patterns)),
+    **dict.fromkeys(("glm4", "glm5"), Rule(_LLAMA3.patterns, whole=True)),
+    **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "megrez"), _QWEN2),
+    **dict.fromkeys(("stablelm2", "hunyuan", "solar-open"), Rule(_QWEN2.patterns)),
+    "qwen35": Rule((_words(r"[\p{L}\p{M}]", marks=r"[^\s\p{L}\p{M}\p{N}]+[\r\n]*"),), nfc=True),
+    "seed-coder": Rule((_words(marks=r"[^\s\p{L}\p{N}\r\n]+"),)),
+    **dict.fromkeys(("gpt-4o", "llama4", "kanana2", "minimax-m2"), _GPT4O),
+    "tekken": Rule((_cased(r"\p{N}"),), whole=True, add_bos=True),
+    "kimi-k2": Rule((r"\p{Han}+|" + _cased(_THREE_DIGITS, f"{_CONTRACTIONS}?", "", r"&&[^\p{Han}]"),)),
+    "deepseek-llm": Rule(
+        (r"[\r\n]", rf"\s?{_set(_CASED)}+", rf"\s?{_set(_MARKS)}+", r"\s+$", f"{_set(_IDEOGRAPHS)}+", r"\p{N}+")
     ),
+    "deepseek-coder": Rule((r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", f"{_set(_IDEOGRAPHS)}+", r"\p{N}")),
+    **dict.fromkeys(("deepseek-v3", "hunyuan-dense", "joyai-llm"), Rule(_DEEPSEEK3)),
 }
+# What Transformers builds well, by architecture.
+_TRANSFORMERS = ("llama", "qwen2", "qwen3")
+_TRANSFORMERS_RULES = ("default", "gpt-2", "llama-bpe", "llama3", "llama-v3", "qwen2", "deepseek-r1-qwen")
 
 
 def builds(architecture: str, values: Mapping[str, Any]) -> bool:
@@ -64,8 +125,10 @@ def builds(architecture: str, values: Mapping[str, Any]) -> bool:
         architecture: `general.architecture`.
         values: the header's.
     """
-    own = architecture == "deepseek2" or str(values.get("tokenizer.ggml.pre", "")).startswith("deepseek-")
-    return own and values.get("tokenizer.ggml.model") == "gpt2" and values.get("tokenizer.ggml.pre") != "deepseek-r1-qwen"
+    if values.get("tokenizer.ggml.model") not in ("gpt2", "llama"):
+        return False
+    known = values["tokenizer.ggml.model"] == "llama" or values.get("tokenizer.ggml.pre", "default") in _TRANSFORMERS_RULES
+    return architecture not in _TRANSFORMERS or not known
 
 
 def build_tokenizer(values: Mapping[str, Any], array: Callable[[str], list[Any]], path: Path) -> Any:
@@ -79,37 +142,33 @@ def build_tokenizer(values: Mapping[str, Any], array: Callable[[str], list[Any]]
     Raises:
         CheckpointError: the rule is not supported, or tokens, types and merges are inconsistent.
     """
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+    from tokenizers import AddedToken, processors
     from transformers import PreTrainedTokenizerFast
 
-    rule = values.get("tokenizer.ggml.pre", "default")
-    if rule not in RULES:
-        raise CheckpointError(
-            f"the tokenizer's pre-tokenization rule {rule!r} is not supported (supported: {', '.join(RULES)}); use the "
-            "tokenizer of the original model: AutoTokenizer.from_pretrained(its name)",
-            file=path,
-        )
     tokens, types = array("tokenizer.ggml.tokens"), array("tokenizer.ggml.token_type")
     vocabulary = {token: i for i, token in enumerate(tokens)}
     if len(vocabulary) != len(tokens) or (types and len(types) != len(tokens)):
         raise CheckpointError(
             "the tokenizer has a duplicate token, or the numbers of tokens and of token types differ", file=path
         )
-    merges = [tuple(merge.split(" ")) for merge in array("tokenizer.ggml.merges")]
-    if invalid := next((merge for merge in merges if len(merge) != 2), None):
-        raise CheckpointError(f"the tokenizer has a merge of other than two tokens: {' '.join(invalid)!r}", file=path)
-    inner = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
-    patterns = RULES[rule]
-    splits = [pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in patterns or ()]
-    inner.pre_tokenizer = pre_tokenizers.Sequence([*splits, pre_tokenizers.ByteLevel(False, use_regex=patterns is None)])
-    inner.decoder = decoders.ByteLevel()
+    sentencepiece = values["tokenizer.ggml.model"] == "llama"
+    if sentencepiece:
+        scores = array("tokenizer.ggml.scores")
+        if len(scores) != len(tokens):
+            raise CheckpointError("the tokenizer has no score for each token (tokenizer.ggml.scores)", file=path)
+        unknown = _token(values, tokens, "unknown", path) or (tokens[0] if tokens else None)
+        prefix = values.get("tokenizer.ggml.add_space_prefix") is not False
+        inner, add_bos = _sentencepiece(vocabulary, types or [_NORMAL] * len(tokens), scores, unknown, prefix), True
+    else:
+        rule = _rule(values, path)
+        inner, add_bos = _byte_level(vocabulary, _merges(array("tokenizer.ggml.merges"), path), rule), rule.add_bos
     kinds = list(zip(tokens, types, strict=True)) if types else []
     inner.add_special_tokens([AddedToken(token, normalized=False) for token, kind in kinds if kind == _CONTROL])
     inner.add_tokens([AddedToken(token, normalized=False) for token, kind in kinds if kind == _USER_DEFINED])
     named = {name: _token(values, tokens, name, path) for name in ("bos", "eos", "padding", "unknown")}
     before, after = (
-        [token] if (token := named[name]) and values.get(f"tokenizer.ggml.add_{name}_token") is True else []
-        for name in ("bos", "eos")
+        [token] if (token := named[name]) and values.get(f"tokenizer.ggml.add_{name}_token", default) is True else []
+        for name, default in (("bos", add_bos), ("eos", False))
     )
     if before or after:
         inner.post_processor = processors.TemplateProcessing(
@@ -125,6 +184,64 @@ def build_tokenizer(values: Mapping[str, Any], array: Callable[[str], list[Any]]
     if isinstance(template, str):
         tokenizer.chat_template = template
     return tokenizer
+
+
+def _rule(values: Mapping[str, Any], path: Path) -> Rule:
+    name = values.get("tokenizer.ggml.pre", "default")
+    if name not in RULES:
+        raise CheckpointError(
+            f"the tokenizer's pre-tokenization rule {name!r} is not supported (supported: {', '.join(RULES)}); use the "
+            "tokenizer of the original model: AutoTokenizer.from_pretrained(its name)",
+            file=path,
+        )
+    return RULES[name]
+
+
+def _merges(listed: list[Any], path: Path) -> list[tuple[str, str]]:
+    merges = [tuple(merge.split(" ")) for merge in listed]
+    if invalid := next((merge for merge in merges if len(merge) != 2), None):
+        raise CheckpointError(f"the tokenizer has a merge of other than two tokens: {' '.join(invalid)!r}", file=path)
+    return merges
+
+
+def _byte_level(vocabulary: dict[str, int], merges: list[tuple[str, str]], rule: Rule) -> Any:
+    """BPE over the bytes of UTF-8."""
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+    inner = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=rule.whole))
+    splits = [pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in rule.patterns]
+    inner.pre_tokenizer = pre_tokenizers.Sequence([*splits, pre_tokenizers.ByteLevel(False, use_regex=not splits)])
+    inner.decoder = decoders.ByteLevel()
+    if rule.nfc:
+        inner.normalizer = normalizers.NFC()
+    return inner
+
+
+def _sentencepiece(vocabulary: dict[str, int], types: list[int], scores: list[float], unknown: str | None, prefix: bool) -> Any:
+    """SentencePiece's BPE: of the pairs that form a token, the one with the highest score is merged first.
+
+    Args:
+        unknown: the token for characters that have no token, not even for their bytes.
+        prefix: whether a space is put before a text.
+    """
+    from tokenizers import Tokenizer, decoders, models, normalizers
+
+    normal = {token for token, kind in zip(vocabulary, types, strict=True) if kind == _NORMAL}
+    ranked = sorted(
+        (-score, i, token) for i, (token, score) in enumerate(zip(vocabulary, scores, strict=True)) if token in normal
+    )
+    merges = [
+        (token[:cut], token[cut:])
+        for _, _, token in ranked
+        for cut in range(1, len(token))
+        if token[:cut] in normal and token[cut:] in normal
+    ]
+    inner = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
+    spaces = normalizers.Replace(" ", _SPACE)
+    inner.normalizer = normalizers.Sequence([normalizers.Prepend(_SPACE), spaces]) if prefix else spaces
+    strip = [decoders.Strip(" ", 1, 0)] if prefix else []
+    inner.decoder = decoders.Sequence([decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip])
+    return inner
 
 
 def _token(values: Mapping[str, Any], tokens: list[str], name: str, path: Path) -> str | None:
