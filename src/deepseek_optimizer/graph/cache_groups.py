@@ -2,8 +2,8 @@
 
 A block of the cache holds 32 tokens of the layers of one group, so that the blocks of layers with a window can be released
 behind it while those of the other layers stay (the design of vLLM's hybrid KV cache manager). All groups share one pool of
-blocks of the same size. Layers are therefore distributed over groups of nearly the same number of layers, for example four full
-layers and twenty sliding ones over one group and five.
+blocks of the same size. Layers are therefore distributed over groups of nearly the same size, for example four full layers and
+twenty sliding ones over one group and five.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import replace
 from .attention_mode import Span, span_of_all, spans_of_layers
 from .ir import CacheSpec, Graph
 
-_MAX_UNUSED = 1 / 16  # of the places for layers in the groups' blocks
+_TABLE = 0.005  # cost of one more block table per sequence, as a fraction of the cache's memory
 
 
 def group_layers(graph: Graph) -> Graph:
@@ -31,13 +31,11 @@ def group_layers(graph: Graph) -> Graph:
     full = [layer for layer in range(cache.layers) if layer not in windowed]
     if not windowed or not full:
         return graph
-    size = _group_size(len(full), len(windowed))
+    packed = _packed([[(layer, cache.elements_of(layer)) for layer in kind] for kind in (full, windowed)])
     groups = [0] * cache.layers
-    for place, layer in enumerate(full):
-        groups[layer] = place // size
-    first = groups[full[-1]] + 1
-    for place, layer in enumerate(windowed):
-        groups[layer] = first + place // size
+    for group, layers in enumerate(packed):
+        for layer in layers:
+            groups[layer] = group
     return replace(graph, cache=replace(cache, layer_groups=tuple(groups)))
 
 
@@ -53,13 +51,32 @@ def group_spans(graph: Graph) -> tuple[Span, ...]:
     return tuple(map(span_of_all, groups))
 
 
-def _group_size(full: int, windowed: int) -> int:
-    """The largest number of layers per group of which few places remain unused."""
-    sizes = range(max(full, windowed), 0, -1)
-    return next(size for size in sizes if _unused(full, windowed, size) <= _MAX_UNUSED)
+def _packed(kinds: list[list[tuple[int, int]]]) -> list[list[int]]:
+    """Groups of layers of one kind each: few of them, with little unused in their blocks, which are all of the same size.
+
+    Args:
+        kinds: for each kind of layers (layer, elements of a token).
+    """
+    layers = [elements for kind in kinds for _, elements in kind]
+    sizes = {sum(elements for _, elements in kind[:count]) for kind in kinds for count in range(1, len(kind) + 1)}
+    best: list[list[int]] = []
+    least = float("inf")
+    for size in sorted((size for size in sizes if size >= max(layers)), reverse=True):
+        groups = [group for kind in kinds for group in _filled(kind, size)]
+        cost = 1 - sum(layers) / (len(groups) * size) + _TABLE * len(groups)
+        if cost < least:
+            best, least = groups, cost
+    return best
 
 
-def _unused(full: int, windowed: int, size: int) -> float:
-    """Fraction of the places for layers, in groups of `size` layers, that have no layer."""
-    places = (-(-full // size) + -(-windowed // size)) * size
-    return 1 - (full + windowed) / places
+def _filled(kind: list[tuple[int, int]], size: int) -> list[list[int]]:
+    """Consecutive layers in groups of at most `size` elements."""
+    groups: list[list[int]] = []
+    room = 0
+    for layer, elements in kind:
+        if elements > room:
+            groups.append([])
+            room = size
+        groups[-1].append(layer)
+        room -= elements
+    return groups

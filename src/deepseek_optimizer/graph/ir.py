@@ -82,15 +82,14 @@ class CacheSpec:
         """The group that a layer is in."""
         return self.layer_groups[layer] if self.layer_groups else 0
 
-    @property
-    def group_layers(self) -> int:
-        """Number of layers in the largest group."""
-        return max(map(self.layer_groups.count, range(self.groups))) if self.layer_groups else self.layers
+    def elements_of(self, layer: int) -> int:
+        """Number of elements of a token in one layer."""
+        return 2 * self.kv_heads * self.head_dim
 
     @property
     def elements_per_token(self) -> int:
         """Number of elements in all layers."""
-        return 2 * self.layers * self.kv_heads * self.head_dim
+        return sum(map(self.elements_of, range(self.layers)))
 
 
 @dataclass(frozen=True)

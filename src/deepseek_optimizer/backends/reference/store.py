@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator
 
 import numpy as np
@@ -29,7 +30,8 @@ def store_block_bytes(spec: CacheSpec | LatentSpec, kv_dtype: str) -> int:
         others = (spec.rope + spec.index) * _unquantised(dtype).itemsize
         return spec.layers * BLOCK_TOKENS * (spec.rank * dtype.itemsize + scales + others)
     row = spec.head_dim * dtype.itemsize + (4 if kv_dtype == "int8" else 0)
-    return 2 * spec.group_layers * BLOCK_TOKENS * spec.kv_heads * row
+    layers = Counter(map(spec.group_of, range(spec.layers)))
+    return 2 * max(layers.values()) * BLOCK_TOKENS * spec.kv_heads * row
 
 
 def _dtype(kv_dtype: str) -> torch.dtype:
@@ -159,22 +161,36 @@ class _Blocks:
 
 
 class TorchStore(_Blocks):
-    """Implements `KvStore`: K and V, [blocks, 32, kv_heads, head_dim] each. Layers of different groups share tensors: a block
-    holds either the one's or the other's.
+    """Implements `KvStore`: in each layer K and V, [blocks, 32, kv_heads, head_dim] each, as views of the blocks' bytes. Layers of
+    different groups share bytes: a block holds those of one group.
 
     int8: scale = max|x| / 127 per token and head, q = rint(x / scale).
     """
 
     def __init__(self, spec: CacheSpec, kv_dtype: str, num_blocks: int, device: torch.device) -> None:
         super().__init__(spec, kv_dtype, num_blocks)
-        shape = (0, BLOCK_TOKENS, spec.kv_heads, spec.head_dim)
+        self._group_of, self._layers, self._dtype = spec.group_of, spec.layers, _dtype(kv_dtype)
+        self._data = [torch.zeros((0, self.block_bytes), dtype=torch.uint8, device=device)]
+        self._shape = (BLOCK_TOKENS, spec.kv_heads, spec.head_dim)
+        size = math.prod(self._shape)
+        elements, scales = size * self._dtype.itemsize, 4 * size // spec.head_dim
         groups = [spec.group_of(layer) for layer in range(spec.layers)]
-        self._groups, self._places_of_layers = groups, [groups[:layer].count(group) for layer, group in enumerate(groups)]
-        tensors = 2 * spec.group_layers
-        self._data = [torch.zeros(shape, dtype=_dtype(kv_dtype), device=device) for _ in range(tensors)]
-        self._scales = [
-            torch.zeros(shape[:3], device=device, dtype=torch.float32) for _ in range(tensors if kv_dtype == "int8" else 0)
-        ]
+        places = [2 * groups[:layer].count(group) for layer, group in enumerate(groups)]
+        ends = [2 * groups.count(group) * elements for group in groups]  # scales follow all elements
+        self._begins = [(place * elements, end + place * scales) for place, end in zip(places, ends, strict=True)]
+        self._sizes = elements, scales
+
+    def _elements(self, layer: int, value: bool) -> torch.Tensor:
+        """K or V of a layer in all blocks, [blocks, 32, kv_heads, head_dim]."""
+        return self._part(self._begins[layer][0] + value * self._sizes[0], self._dtype, self._shape)
+
+    def _scales_of(self, layer: int, value: bool) -> torch.Tensor:
+        """The scales of int8 elements, [blocks, 32, kv_heads]."""
+        return self._part(self._begins[layer][1] + value * self._sizes[1], torch.float32, self._shape[:2])
+
+    def _part(self, begin: int, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
+        size = math.prod(shape) * dtype.itemsize
+        return self._data[0][:, begin : begin + size].view(dtype).unflatten(1, shape)
 
     def write(self, layer: int, table: torch.Tensor, start: int, key: torch.Tensor, value: torch.Tensor) -> None:
         """Writes K and V, float [n, kv_heads, head_dim], to tokens [start, start + n) of a sequence.
@@ -182,35 +198,38 @@ class TorchStore(_Blocks):
         Args:
             table: int64 [blocks], the sequence's blocks.
         """
-        at, place = self._places(table, start, len(key)), self._places_of_layers[layer]
-        for i, rows in ((2 * place, key), (2 * place + 1, value)):
+        at = self._places(table, start, len(key))
+        for which, rows in ((False, key), (True, value)):
             if self.kv_dtype == "int8":
-                rows, self._scales[i][at] = _quantised(rows.float())
-            self._data[i][at] = rows.to(self._data[i].dtype)
+                rows, scales = _quantised(rows.float())
+                self._scales_of(layer, which)[at] = scales
+            self._elements(layer, which)[at] = rows.to(self._dtype)
 
     def gather(self, layer: int, table: torch.Tensor, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V of a sequence's first `tokens` tokens, float32 [tokens, kv_heads, head_dim]."""
-        blocks, place = table[: -(-tokens // BLOCK_TOKENS)], self._places_of_layers[layer]
+        blocks = table[: -(-tokens // BLOCK_TOKENS)]
         both = []
-        for i in (2 * place, 2 * place + 1):
-            rows = self._data[i][blocks].flatten(0, 1)[:tokens].float()
+        for which in (False, True):
+            rows = self._elements(layer, which)[blocks].flatten(0, 1)[:tokens].float()
             if self.kv_dtype == "int8":
-                rows = rows * self._scales[i][blocks].flatten(0, 1)[:tokens, :, None]
+                rows = rows * self._scales_of(layer, which)[blocks].flatten(0, 1)[:tokens, :, None]
             both.append(rows)
         return both[0], both[1]
 
     def _rotated(
         self, rotation: KeyRotation, blocks: torch.Tensor, angles: torch.Tensor, group: int
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        for i in range(0, 2 * self._groups.count(group), 2):
-            key = self._data[i][blocks].float()
+        for layer in range(self._layers):
+            if self._group_of(layer) != group:
+                continue
+            key = self._elements(layer, False)[blocks].float()
             if self.kv_dtype == "int8":
-                key = key * self._scales[i][blocks][..., None]
+                key = key * self._scales_of(layer, False)[blocks][..., None]
             key = _rotate(key, angles, rotation.key)
             if self.kv_dtype == "int8":
                 key, scales = _quantised(key)
-                yield self._scales[i], scales
-            yield self._data[i], key
+                yield self._scales_of(layer, False), scales
+            yield self._elements(layer, False), key
 
     def read(self, layer: int, block_table: Int32, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
         key, value = self.gather(layer, self._table(block_table, tokens), tokens)
