@@ -161,8 +161,8 @@ class _Blocks:
 
 
 class TorchStore(_Blocks):
-    """Implements `KvStore`: in each layer K and V, [blocks, 32, kv_heads, head_dim] each, as views of the blocks' bytes. Layers of
-    different groups share bytes: a block holds those of one group.
+    """Implements `KvStore`: in each layer K and V, [blocks, 32, kv_heads, head_dim] each, as views of the blocks' bytes. Layers
+    of different groups share bytes: a block holds those of one group.
 
     int8: scale = max|x| / 127 per token and head, q = rint(x / scale).
     """
