@@ -1,9 +1,9 @@
 """Groups of layers in the KV cache: layers that attend to every token, and layers with a window.
 
 A block of the cache holds 32 tokens of the layers of one group, so that the blocks of layers with a window can be released
-behind it while those of the other layers stay (the design of vLLM's hybrid KV cache manager). All groups share one pool of
-blocks of the same size. Layers are therefore distributed over groups of nearly the same size, for example four full layers and
-twenty sliding ones over one group and five.
+behind it while those of the other layers stay. All groups share one pool of blocks of the same size (as in vLLM's hybrid KV
+cache manager, docs.vllm.ai). Layers are therefore distributed over groups of nearly the same size, for example four full layers
+and twenty sliding ones over one group and five.
 """
 
 from __future__ import annotations
