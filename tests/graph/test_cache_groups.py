@@ -23,7 +23,8 @@ def kinds(layers: str) -> list[str]:
         ("sfsf", (1, 0, 1, 0)),
         ("sssssf" * 2, (1, 1, 2, 2, 3, 0, 3, 4, 4, 5, 5, 0)),  # two layers per group
         ("ssf", (1, 2, 0)),
-        ("sf" + "s" * 15, (1, 0, *(1 + place // 2 for place in range(1, 16)))),  # one place in 18 is unused
+        ("sf" + "s" * 15, (1, 0, *range(2, 17))),
+        ("sssssf" * 5 + "ssss", tuple(0 if n % 6 == 5 else 1 + (n - n // 6) // 5 for n in range(34))),  # Gemma 3 4B
         ("f" * 8 + "s" * 9, (0,) * 8 + (1,) * 9),
         ("f" * 8 + "s" * 12, (0,) * 4 + (1,) * 4 + (2,) * 4 + (3,) * 4 + (4,) * 4),  # not 8: a group would be half empty
     ],

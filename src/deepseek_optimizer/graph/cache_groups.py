@@ -1,21 +1,19 @@
 """Groups of layers in the KV cache: layers that attend to every token, and layers with a window.
 
 A block of the cache holds 32 tokens of the layers of one group, so that the blocks of layers with a window can be released
-behind it while those of the other layers stay (the design of vLLM's hybrid KV cache manager). All groups share one pool of
-blocks of the same size. Layers are therefore distributed over groups of nearly the same size, for example four full layers and
-twenty sliding ones over one group and five.
+behind it while those of the other layers stay. All groups share one pool of blocks of the same size (as in vLLM's hybrid KV
+cache manager, docs.vllm.ai). Layers are therefore distributed over groups of nearly the same size, for example four full layers
+and twenty sliding ones over one group and five.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
-from itertools import accumulate, chain
 
 from .attention_mode import Span, span_of_all, spans_of_layers
 from .ir import CacheSpec, Graph
 
-_MAX_UNUSED = 1 / 16  # of the groups' blocks
+_TABLE = 0.005  # cost of one more block table per sequence, as a fraction of the cache's memory
 
 
 def group_layers(graph: Graph) -> Graph:
@@ -33,10 +31,12 @@ def group_layers(graph: Graph) -> Graph:
     full = [layer for layer in range(cache.layers) if layer not in windowed]
     if not windowed or not full:
         return graph
-    sizes = [kv_heads * head_dim for kv_heads, head_dim in cache.heads]
-    groups = _groups([[sizes[layer] for layer in kind] for kind in (full, windowed)])
-    of_layer = dict(zip((*full, *windowed), groups, strict=True))
-    return replace(graph, cache=replace(cache, layer_groups=tuple(of_layer[layer] for layer in range(cache.layers))))
+    packed = _packed([[(layer, cache.elements_of(layer)) for layer in kind] for kind in (full, windowed)])
+    groups = [0] * cache.layers
+    for group, layers in enumerate(packed):
+        for layer in layers:
+            groups[layer] = group
+    return replace(graph, cache=replace(cache, layer_groups=tuple(groups)))
 
 
 def group_spans(graph: Graph) -> tuple[Span, ...]:
@@ -51,34 +51,32 @@ def group_spans(graph: Graph) -> tuple[Span, ...]:
     return tuple(map(span_of_all, groups))
 
 
-def _groups(kinds: Sequence[Sequence[int]]) -> list[int]:
-    """The group of each layer: the largest groups whose blocks are nearly full, or those that leave the least unused.
+def _packed(kinds: list[list[tuple[int, int]]]) -> list[list[int]]:
+    """Groups of layers of one kind each: few of them, with little unused in their blocks, which are all of the same size.
 
     Args:
-        kinds: for each kind of layers, the sizes of their keys. Layers of different kinds are in different groups.
+        kinds: for each kind of layers (layer, elements of a token).
     """
-    capacities = {total for sizes in kinds for total in accumulate(sizes)} | {max(size for sizes in kinds for size in sizes)}
-    choices = [_filled(kinds, capacity) for capacity in sorted(capacities, reverse=True)]
-    unused = [_unused(kinds, groups) for groups in choices]
-    return choices[next((i for i, share in enumerate(unused) if share <= _MAX_UNUSED), unused.index(min(unused)))]
+    layers = [elements for kind in kinds for _, elements in kind]
+    sizes = {sum(elements for _, elements in kind[:count]) for kind in kinds for count in range(1, len(kind) + 1)}
+    best: list[list[int]] = []
+    least = float("inf")
+    for size in sorted((size for size in sizes if size >= max(layers)), reverse=True):
+        groups = [group for kind in kinds for group in _filled(kind, size)]
+        cost = 1 - sum(layers) / (len(groups) * size) + _TABLE * len(groups)
+        if cost < least:
+            best, least = groups, cost
+    return best
 
 
-def _filled(kinds: Sequence[Sequence[int]], capacity: int) -> list[int]:
-    """The group of each layer if groups take layers in order, up to `capacity`; a larger layer is a group by itself."""
-    groups: list[int] = []
-    for sizes in kinds:
-        group, room = max(groups, default=-1) + 1, capacity
-        for i, size in enumerate(sizes):
-            if size > room and i:
-                group, room = group + 1, capacity
-            groups.append(group)
-            room -= size
+def _filled(kind: list[tuple[int, int]], size: int) -> list[list[int]]:
+    """Consecutive layers in groups of at most `size` elements."""
+    groups: list[list[int]] = []
+    room = 0
+    for layer, elements in kind:
+        if elements > room:
+            groups.append([])
+            room = size
+        groups[-1].append(layer)
+        room -= elements
     return groups
-
-
-def _unused(kinds: Sequence[Sequence[int]], groups: Sequence[int]) -> float:
-    """The share of the groups' blocks that holds nothing; a block has the size of the largest group."""
-    totals = [0] * (max(groups) + 1)
-    for group, size in zip(groups, chain(*kinds), strict=True):
-        totals[group] += size
-    return 1 - sum(totals) / (len(totals) * max(totals))

@@ -100,10 +100,15 @@ class CacheSpec:
         """(kv_heads, head_dim) of every layer."""
         return tuple(map(self.heads_of, range(self.layers)))
 
+    def elements_of(self, layer: int) -> int:
+        """Number of elements of a token in one layer."""
+        kv_heads, head_dim = self.heads_of(layer)
+        return 2 * kv_heads * head_dim
+
     @property
     def elements_per_token(self) -> int:
         """Number of elements in all layers."""
-        return sum(2 * kv_heads * head_dim for kv_heads, head_dim in self.heads)
+        return sum(map(self.elements_of, range(self.layers)))
 
 
 @dataclass(frozen=True)
