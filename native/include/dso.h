@@ -335,6 +335,12 @@ enum {
                              [T, heads * v_dim]. The gated delta rule: with q and k of kv head h / (heads / kv_heads), divided
                              by sqrt(x.x + 1e-6), and q by sqrt(head_dim): S = d S, d = exp(-exp(A_log) log(1 + exp(a +
                              dt_bias))); S += k (sigmoid(b) (v - S^T k))^T; out = S^T q */
+  /* Encoders. */
+  DSO_OP_GELU_ERF = 41,          /* in0 F32 -> out0 any: x / 2 * (1 + erf(x / sqrt(2))) */
+  DSO_OP_ENCODER_ATTENTION = 42, /* in0 q F32 [T, heads*head_dim], in1 k, in2 v F32 [T, kv_heads*head_dim], scale, window ->
+                                    out0 F32 [T, heads*head_dim]: each row attends to all rows of its sequence in this step,
+                                    or with a window to those at most `window` rows away on either side. Uses no cache; every
+                                    context_len must be 0 */
 };
 enum {
   DSO_FLAG_EAGER = 1,
