@@ -1,7 +1,7 @@
 """Encoders as graph nodes: bidirectional attention, and layers with the norms after each residual (BERT).
 
-A graph begins with the output of the model's embeddings module (`state_in`), which Transformers computes, and ends with the last
-hidden state. Poolers and heads are modules on top of it. Weights are named by their path in the base model.
+A graph begins with the output of the model's embeddings module (`state_in`), which Transformers computes, and ends with the
+last hidden state. Poolers and heads are modules on top of it. Weights are named by their path in the base model.
 """
 
 from __future__ import annotations
