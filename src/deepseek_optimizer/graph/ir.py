@@ -1,7 +1,7 @@
 """The graph: values, nodes, and the sizes of a model that the rest of the library needs.
 
-A graph describes one step of a decoder over T token rows, without padding, of which R rows are selected for logits; or one of an
-encoder over whole sequences. It names weights by their module path in the Transformers model
+A graph describes one step of a decoder over T token rows, without padding, of which R rows are selected for logits; or one of
+an encoder over whole sequences. It names weights by their module path in the Transformers model
 (`model.layers.0.self_attn.q_proj.weight`) and never holds them. The ops are described by `graph/ops`, one `OpSpec` each;
 `python -m deepseek_optimizer.graph.ops` prints them.
 

@@ -62,7 +62,7 @@ def test_a_packed_copy_loads_in_another_class(saved, tmp_path):
     fast = load_model(saved("bert-mlm")[0], precision="int8")
     fast.save_pretrained(tmp_path)
     inner = AutoModel.from_pretrained(tmp_path, add_pooling_layer=False)
-    assert inner.report().path == "general"
+    assert inner.report().path == "plan"
     with torch.no_grad():
         call = inputs_of(fast)
         assert torch.equal(inner(**call)[0], fast.bert(**call)[0])
@@ -190,7 +190,7 @@ def test_a_known_family_with_a_feature_that_no_plan_supports(tmp_path):
 
 def test_what_needs_a_plan_is_a_typed_error(saved):
     model = load_model(saved("gpt2")[0], precision="int8")
-    with pytest.raises(UnsupportedModelError, match=r"GPT2LMHeadModel is on the general path.*model\.generate"):
+    with pytest.raises(UnsupportedModelError, match=r"GPT2LMHeadModel has no execution plan for decoding.*model\.generate"):
         make_engine(model)
 
 

@@ -235,13 +235,13 @@ def runtime_of(model: Any) -> Runtime:
 
     Raises:
         ConfigError: the model is not optimised.
-        UnsupportedModelError: it is on the general path, so it has no plan.
+        UnsupportedModelError: it has no plan for decoding: it is on the general path, or an encoder.
     """
     runtime = packed_model_of(model)
     if not isinstance(runtime, Runtime):
         raise UnsupportedModelError(
-            f"{type(model).__name__} is on the general path, without an execution plan, which this needs: call the model, or "
-            f"model.generate if it has it. The reason: {runtime.no_plan}"
+            f"{type(model).__name__} has no execution plan for decoding, which this needs: call the model, or model.generate if "
+            f"it has it. The reason: {runtime.no_plan}"
         )
     return runtime
 
