@@ -79,7 +79,7 @@ def test_features_without_a_plan(tmp_path):
 
 def test_settings_of_decoders(tmp_path):
     random_encoder("bert").save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match="kv_cache='int8' needs an execution plan for decoding.*an encoder has a plan"):
+    with pytest.raises(ConfigError, match="kv_cache='int8' needs an execution plan for decoding.*bert is an encoder"):
         load_model(tmp_path, kv_cache="int8")
-    with pytest.raises(UnsupportedModelError, match="BertModel .*an encoder has a plan for its hidden states"):
+    with pytest.raises(UnsupportedModelError, match="BertModel .*bert is an encoder, whose plan computes hidden states"):
         make_engine(load_model(tmp_path))

@@ -233,7 +233,8 @@ def test_other_quantisation_and_unknown_types(saved, tmp_path):
     for fields, error, message in (
         ({"quantization_config": {"quant_method": "hqq"}}, CheckpointError, "hqq"),
         ({"model_type": "new"}, UnsupportedModelError, "'new' is not supported"),
-        ({"num_attention_heads": 5}, ConfigError, "Transformers cannot load this as a BertModel"),
+        ({"num_attention_heads": 5}, ConfigError, "5 does not divide hidden_size 36"),
+        ({"type_vocab_size": "x"}, ConfigError, "Transformers cannot load this as a BertModel"),
     ):
         (tmp_path / "m/config.json").write_text(json.dumps({**config, **fields}))
         with pytest.raises(error, match=message):
@@ -247,14 +248,14 @@ def test_memory_is_checked_before_weights_are_read(saved, monkeypatch):
 
 
 def test_the_report(saved):
-    text = str(load_model(saved("bert-mlm")[0], precision="int8").report())
+    text = str(load_model(saved("mpnet")[0], precision="int8").report())
     for part in (
-        "BertForMaskedLM (bert)",
+        "MPNetModel (mpnet)",
         "general path",
-        "12 linear layers",
+        "13 linear layers",
         "Embedding",
         "Transformers' own",
-        "'bert' is not",
+        "'mpnet' is not",
     ):
         assert part in text
     json.dumps(load_model(saved("t5")[0]).report().to_dict())

@@ -240,8 +240,8 @@ def runtime_of(model: Any) -> Runtime:
     runtime = packed_model_of(model)
     if not isinstance(runtime, Runtime):
         raise UnsupportedModelError(
-            f"{type(model).__name__} has no execution plan for decoding, which this needs: call the model, or model.generate if "
-            f"it has it. The reason: {runtime.no_plan}"
+            f"{type(model).__name__} has no execution plan for decoding, which this needs: call the model, or model.generate "
+            f"if it has it. The reason: {runtime.no_plan}"
         )
     return runtime
 

@@ -8,8 +8,6 @@ from ...config import DeepSeekConfig
 from ...errors import ConfigError, UnsupportedModelError
 from ...models import ENCODERS, build_encoder_graph, build_graph
 
-ENCODER = "an encoder has a plan for its hidden states only, without a cache"
-
 # Settings that only an execution plan can serve. The others without effect here (fusion rules, chunks, batch sizes, MTP) change
 # no result, and the report says that there is no plan.
 NEED_A_PLAN = (
@@ -37,12 +35,17 @@ def why_general(config: Any, strict: bool) -> str | None:
     if getattr(config, "model_type", None) in ENCODERS:
         try:
             build_encoder_graph(config)
-            return ENCODER
+            return encoder_reason(config.model_type)
         except UnsupportedModelError as error:
             reason = error
     if strict:
         raise reason
     return str(reason)
+
+
+def encoder_reason(model_type: str) -> str:
+    """Why an encoder has no plan for decoding."""
+    return f"{model_type} is an encoder, whose plan computes hidden states and has no cache"
 
 
 def is_encoder(config: Any) -> bool:
