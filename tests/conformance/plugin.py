@@ -25,17 +25,21 @@ _plain = False
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)
     if os.environ[SIDE] != "control":
-        from deepseek_optimizer.models import SUPPORTED
+        from deepseek_optimizer.models import ENCODERS, SUPPORTED
 
-        for family in SUPPORTED:
-            patch(_causal_class(family))
+        for family in (*SUPPORTED, *ENCODERS):
+            patch(_tested_class(family))
 
 
-def _causal_class(family: str) -> Any:
+def _tested_class(family: str) -> Any:
+    """The class with a language model head; of an encoder the base model."""
     import transformers
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
 
-    return getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family])
+    from deepseek_optimizer.models import ENCODERS
+
+    names = MODEL_MAPPING_NAMES if family in ENCODERS else MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    return getattr(transformers, names[family])
 
 
 def patch(model_class: Any) -> None:
