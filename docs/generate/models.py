@@ -45,9 +45,8 @@ def _long_rows() -> Iterator[tuple[str, ...]]:
         needs = need(model)
         weights = (_gb(needs.weights[name]) for name in FORMATS)
         cache = "Transformers'" if needs.cache_per_token is None else f"{needs.cache_per_token * 1000 / 1e6:,.0f} MB"
-        path = "plan" if needs.no_plan is None else "general"
         total = _gb(needs.total("int4"))
-        yield f"`{model.name}`", f"`{model.family}`", path, _count(needs.parameters), *weights, cache, total
+        yield f"`{model.name}`", f"`{model.family}`", needs.path, _count(needs.parameters), *weights, cache, total
 
 
 def families_table() -> str:

@@ -347,6 +347,12 @@ enum {
                              dt_bias))); S += k (sigmoid(b) (v - S^T k))^T; out = S^T q */
   DSO_OP_POSITION_SCALE = 41, /* in0 F32 -> out0 F32 (may alias): in0 * (1 + scale * log(1 + floor((position + offset) /
                                  window))) */
+  /* Encoders. */
+  DSO_OP_GELU_ERF = 42,          /* in0 F32 -> out0 any: x / 2 * (1 + erf(x / sqrt(2))) */
+  DSO_OP_ENCODER_ATTENTION = 43, /* in0 q F32 [T, heads*head_dim], in1 k, in2 v F32 [T, kv_heads*head_dim], scale, window ->
+                                    out0 F32 [T, heads*head_dim]: each row attends to all rows of its sequence in this step,
+                                    or with a window to those at most `window` rows away on either side. Uses no cache; every
+                                    context_len must be 0 */
 };
 enum {
   DSO_FLAG_EAGER = 1,

@@ -1,5 +1,5 @@
-// The interface between kernels and runtime for training: attention. As in kernels.hpp: plain types only, no std header with
-// inline code.
+// The interface between kernels and runtime for attention without a cache: in training, and in encoders (forward only). As in
+// kernels.hpp: plain types only, no std header with inline code.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -19,19 +19,21 @@ struct Heads {  // elements of several heads; strides are in elements
   }
 };
 
-// One sequence and one kv head with the query heads that share it. Token t sees tokens (t - window, t]; window 0: [0, t].
+// One sequence and one kv head with the query heads that share it. Token t sees tokens (t - window, t]; window 0: [0, t]. If
+// `bidirectional`, it sees [t - window, t + window]; window 0: all tokens.
 struct TrainAttnTask {
   int32_t type;  // DSO_TYPE_* of everything but the fp32 state
   int64_t tokens, qk_width, v_width;
   int64_t group;  // query heads
   float scale;
   int64_t window;
+  bool bidirectional;  // forward in fp32 only
   int64_t begin, end;  // of queries (forward) or keys (backward); begin is a multiple of train_attn_block
   Heads<const void> q, k, v;
   Heads<void> o;  // forward: written; backward: read
   // Per query head and token: the largest logit in units of log 2, and the sum of 2^(logit - largest). Both are stored, instead
   // of the logarithm of the sum, so that the backward pass computes bitwise equal weights, however large the logits are.
-  // state_head: head stride of both.
+  // state_head: head stride of both. Null: not stored.
   float *largest, *sum;
   int64_t state_head;
   // backward only

@@ -169,6 +169,10 @@ void check_batch(const dso_batch& b, const BatchNeeds& needs) {
       fail(DSO_EINVAL, "batch.logit_rows[%lld] is %d: they must ascend", (long long)r, b.logit_rows[r]);
   }
   if (needs.logits && b.R > 0 && !b.logits) fail(DSO_EINVAL, "batch.logits is NULL");
+  for (int64_t s = 0; s < b.S && needs.whole_sequences; ++s)
+    if (b.context_len[s] != 0)
+      fail(DSO_EINVAL, "batch.context_len[%lld] is %d, must be 0 for a plan with bidirectional attention", (long long)s,
+           b.context_len[s]);
   if (needs.layers > 0) check_cache(b, needs);
   if (!needs.recurrent.empty()) check_states(b, needs);
 }

@@ -33,6 +33,7 @@ struct BatchNeeds {
   int64_t layers = 0;                     // of the cache; 0: the plan uses no cache
   std::vector<HeadsShape> heads;          // of each layer, kv_heads 0: not used; empty: the cache has latents
   int64_t rank = 0, rope = 0, index = 0;  // of a latent cache, instead of heads
+  bool whole_sequences = false;           // whether the step must contain all tokens of each sequence
   int64_t rope_tables = 0;
   bool summaries = false;                  // whether the cache must have summaries
   std::vector<dso_state_shape> recurrent;  // recurrent states, by number; heads 0: not used

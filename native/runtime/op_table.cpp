@@ -26,6 +26,7 @@ constexpr Entry kOps[] = {
     {DSO_OP_CACHE_WRITE, "CACHE_WRITE", make_cache_write},
     {DSO_OP_ROPE_CACHE, "ROPE_CACHE", make_rope_cache},
     {DSO_OP_ATTENTION, "ATTENTION", make_attention},
+    {DSO_OP_ENCODER_ATTENTION, "ENCODER_ATTENTION", make_encoder_attention},
     {DSO_OP_GATE_UP, "GATE_UP", make_gate_up},
     {DSO_OP_LATENT, "LATENT", make_latent},
     {DSO_OP_LATENT_WRITE, "LATENT_WRITE", make_latent_write},

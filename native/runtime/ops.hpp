@@ -51,6 +51,8 @@ std::unique_ptr<Op> make_cache_write(StepReader& step);
 std::unique_ptr<Op> make_rope_cache(StepReader& step);
 // ops_attention.cpp
 std::unique_ptr<Op> make_attention(StepReader& step);
+// ops_encoder.cpp
+std::unique_ptr<Op> make_encoder_attention(StepReader& step);
 // ops_block_choose.cpp
 std::unique_ptr<Op> make_block_choose(StepReader& step);
 std::unique_ptr<Op> make_latent_choose(StepReader& step);

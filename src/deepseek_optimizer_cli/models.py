@@ -43,7 +43,7 @@ def _memory(model: Any) -> dict[str, Any]:
     return {
         "model": model.name,
         "family": model.family,
-        "path": "plan" if needs.no_plan is None else "general",
+        "path": needs.path,
         "parameters": needs.parameters,
         "context": CONTEXT,
         "weights": dict(needs.weights),

@@ -6,7 +6,7 @@ import pytest
 
 from deepseek_optimizer.catalog.known import MODELS
 from deepseek_optimizer.catalog.memory import CONTEXT, need
-from deepseek_optimizer.models import SUPPORTED
+from deepseek_optimizer.models import ENCODERS, SUPPORTED
 
 
 def known(name):
@@ -35,6 +35,12 @@ def test_models_on_the_general_path(name, parameters):
         pytest.skip(f"{model.family} has a plan")
     needs = need(model)
     assert model.family in needs.no_plan and needs.parameters == pytest.approx(parameters, rel=2e-3)
-    assert needs.cache_per_token is None and needs.total("int8") == needs.weights["int8"]
+    if model.family in ENCODERS:
+        assert (
+            needs.path == "plan" and needs.cache_per_token == 0 and needs.total("int8") == needs.weights["int8"] + needs.buffers
+        )
+        assert 512 * 4 * 4 * 768 < needs.buffers < 512 * 4 * 16 * 768  # rows of at least q, k, v and the residual
+    else:
+        assert needs.path == "general" and needs.cache_per_token is None and needs.total("int8") == needs.weights["int8"]
     assert needs.weights["bf16"] == pytest.approx(2 * needs.parameters, rel=0.01)
     assert needs.weights["int4"] < needs.weights["int8"] < needs.weights["bf16"]

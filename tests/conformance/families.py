@@ -10,6 +10,7 @@ import transformers
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_PRETRAINING_MAPPING_NAMES,
+    MODEL_MAPPING_NAMES,
 )
 
 from .generation.test_utils import GenerationTesterMixin
@@ -122,6 +123,20 @@ FIELDS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+_BERT = {**{name: value for name, value in SMALL.items() if name != "num_key_value_heads"}, "hidden_act": "gelu"}
+ENCODER_FIELDS: dict[str, dict[str, Any]] = {
+    "bert": _BERT,
+    "roberta": _BERT,
+    "xlm-roberta": _BERT,
+    "camembert": _BERT,
+    "distilbert": {
+        "vocab_size": 99, "dim": 32, "hidden_dim": 32, "n_layers": 2, "n_heads": 4, "max_position_embeddings": 512,
+        "pad_token_id": 0,
+    },
+    "modernbert": {**_WITHOUT_ACTIVATION, "layer_types": TYPES, "local_attention": 8},
+}  # fmt: skip
+
+
 class ModelTester:
     """Provides a config and inputs to the mixins; the mask is lower triangular, as in Transformers' own testers."""
 
@@ -153,6 +168,36 @@ class _FamilyTest(ModelTesterMixin, GenerationTesterMixin, TrainingTesterMixin):
         self.all_model_classes = (self.model_tester.causal_lm_class,)
 
 
-for _family in FIELDS:
+class EncoderTester:
+    """As `ModelTester`, for the base model of an encoder; the mask has padding on the right."""
+
+    batch_size, seq_length, is_training = 5, 7, False
+    hidden_size, num_hidden_layers, num_attention_heads, vocab_size = 32, 2, 4, 99
+
+    def __init__(self, family: str) -> None:
+        self.family, self.base_model_class = family, getattr(transformers, MODEL_MAPPING_NAMES[family])
+
+    def get_config(self) -> Any:
+        return transformers.CONFIG_MAPPING[self.family](**ENCODER_FIELDS[self.family])
+
+    def prepare_config_and_inputs_for_common(self) -> tuple[Any, dict[str, torch.Tensor]]:
+        ids = ids_tensor([self.batch_size, self.seq_length], self.vocab_size)
+        mask = torch.ones_like(ids)
+        mask[1:, -2:] = 0
+        return self.get_config(), {"input_ids": ids, "attention_mask": mask}
+
+
+class _EncoderTest(ModelTesterMixin):
+    family: ClassVar[str]
+    model_tester: Any = None
+    model_split_percents = [0.5, 0.7, 0.8]
+
+    def setUp(self) -> None:
+        self.model_tester = EncoderTester(self.family)
+        self.all_model_classes = (self.model_tester.base_model_class,)
+
+
+for _family in (*FIELDS, *ENCODER_FIELDS):
     _name = f"Test_{_family}"
-    globals()[_name] = type(_name, (_FamilyTest, unittest.TestCase), {"family": _family})
+    _base = _FamilyTest if _family in FIELDS else _EncoderTest
+    globals()[_name] = type(_name, (_base, unittest.TestCase), {"family": _family})

@@ -25,13 +25,21 @@ _plain = False
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)
     if os.environ[SIDE] != "control":
-        from transformers import CONFIG_MAPPING
+        from deepseek_optimizer.models import ENCODERS, SUPPORTED
 
-        from deepseek_optimizer.integration.compat import causal_lm_class
-        from deepseek_optimizer.models import SUPPORTED
+        for family in (*SUPPORTED, *ENCODERS):
+            patch(_tested_class(family))
 
-        for family in SUPPORTED:
-            patch(causal_lm_class(CONFIG_MAPPING[family]))
+
+def _tested_class(family: str) -> Any:
+    """The class with a language model head; of an encoder the base model."""
+    from transformers import CONFIG_MAPPING, MODEL_MAPPING
+
+    from deepseek_optimizer.integration.compat import causal_lm_class
+    from deepseek_optimizer.models import ENCODERS
+
+    config_class = CONFIG_MAPPING[family]
+    return MODEL_MAPPING[config_class] if family in ENCODERS else causal_lm_class(config_class)
 
 
 def patch(model_class: Any) -> None:

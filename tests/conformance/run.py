@@ -71,10 +71,11 @@ def drawn(families: Sequence[str]) -> list[str]:
 
 
 def main() -> int:
-    from deepseek_optimizer.models import SUPPORTED
+    from deepseek_optimizer.models import ENCODERS, SUPPORTED
 
+    known = (*SUPPORTED, *ENCODERS)
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("families", nargs="*", help=f"of {', '.join(SUPPORTED)}; unless named, those of CI")
+    parser.add_argument("families", nargs="*", help=f"of {', '.join(known)}; unless named, those of CI")
     parser.add_argument("--every-family", action="store_true", help="not only those of CI")
     parser.add_argument("--all", action="store_true", help="the slow tests too")
     parser.add_argument("-k", default="", help="only the tests that fit, as pytest's -k")
@@ -93,7 +94,7 @@ def main() -> int:
         return 1
     with tempfile.TemporaryDirectory() as folder:
         file = stage(tests, Path(folder) / "staged", checkout)
-        for family in given.families or (SUPPORTED if given.every_family else drawn(SUPPORTED)):
+        for family in given.families or (known if given.every_family else drawn(known)):
             made.append(run_family(family, file, Path(folder), select, given.side))
             print(made[-1].line(), flush=True)
     wrong = faults(made, KINDS, whole=given.every_family and not given.k)

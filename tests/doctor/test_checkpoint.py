@@ -62,3 +62,6 @@ def test_a_model_on_the_general_path_is_not_examined_further(case, model_copy, o
     finding = one(checkpoint.check(case(model=str(model_copy.path))), "note", "gpt2 takes the general path")
     assert "'gpt2' is not supported" in finding.cause and "dso info" in finding.fix
     assert examine(case(model=str(model_copy.path)))[-1].check == "checkpoint"
+    model_copy.edit("config.json", model_type="bert", architectures=["BertModel"])
+    one(checkpoint.check(case(model=str(model_copy.path))), "note", "bert is an encoder")
+    assert examine(case(model=str(model_copy.path)))[-1].check == "checkpoint"

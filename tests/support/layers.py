@@ -104,8 +104,8 @@ LAYERS = (
         "everything that uses Transformers' internals. `attention/`: attention functions and masks registered with "
         "it; `memory/`: cache memory; `bind/`: a model bound to an execution plan (graph, packed modules, runtime); "
         "`generation/`: `generate` and its cache; `model/`: methods of an optimised model that replace those of its "
-        "class; `general/`: models without a plan; `load/`: loading, packing and saving checkpoints; `training/`: Trainer "
-        "and modules, for `train/`",
+        "class; `general/`: models without a plan; `encoder/`: encoders; `load/`: loading, packing and saving checkpoints; "
+        "`training/`: Trainer and modules, for `train/`",
         may=("..calibration",),
         levels=(
             ("compat", "configs"),
@@ -114,6 +114,7 @@ LAYERS = (
             ("generation",),
             ("model",),
             ("general",),
+            ("encoder",),
             ("load", "training"),
         ),
     ),

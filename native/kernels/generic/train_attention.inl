@@ -13,10 +13,12 @@ int64_t backward_scratch(const TrainAttnTask& t) {
   return t.type == DSO_TYPE_BF16 ? BackwardRoom<NarrowProduct>(t, nullptr).bytes : BackwardRoom<WideProduct>(t, nullptr).bytes;
 }
 void forward(const TrainAttnTask& t, uint8_t* scratch) {
-  if (t.type == DSO_TYPE_BF16)
-    attn_forward<uint16_t, NarrowProduct>(t, scratch);
+  if (t.bidirectional)
+    attn_forward<float, WideProduct, BidirectionalMask>(t, scratch);
+  else if (t.type == DSO_TYPE_BF16)
+    attn_forward<uint16_t, NarrowProduct, Mask>(t, scratch);
   else
-    attn_forward<float, WideProduct>(t, scratch);
+    attn_forward<float, WideProduct, Mask>(t, scratch);
 }
 void backward(const TrainAttnTask& t, uint8_t* scratch) {
   if (t.type == DSO_TYPE_BF16)

@@ -129,7 +129,7 @@ static void attn_backward(const TrainAttnTask& t, uint8_t* memory) {
   constexpr int64_t per = word<pairs>;
   const BackwardRoom<Product> r(t, memory);
   Product product;
-  const Mask mask = {t.window};
+  const Mask mask(t);
   const int64_t key_blocks = blocks_of(t.end - t.begin), query_blocks = blocks_of(t.tokens - t.begin);
   const int64_t qk_depth = up(t.qk_width, Product::depth_step) / per, v_depth = up(t.v_width, Product::depth_step) / per;
   const int64_t qk_out = up(t.qk_width, Product::step), v_out = up(t.v_width, Product::step), line = attn_block / per;

@@ -1,4 +1,4 @@
-// Attention for training, forward: online softmax (FlashAttention-2; Dao 2023, algorithm 1), transposed. Keys are rows and
+// Attention without a cache, forward: online softmax (FlashAttention-2; Dao 2023, algorithm 1), transposed. Keys are rows and
 // queries are lanes, so that largest logits, sums and factors are vectors over queries and nothing is reduced across lanes:
 //   S^T = K Q^T,  P^T = 2^(S^T - m),  O^T = O^T * 2^(m_before - m) + V^T P^T.
 #pragma once
@@ -21,7 +21,7 @@ struct ForwardRoom {
 
   ForwardRoom(const TrainAttnTask& t, uint8_t* memory) {
     Room room{memory};
-    const int64_t qk = padded(t.qk_width), vw = padded(t.v_width), blocks = blocks_of(t.end);
+    const int64_t qk = padded(t.qk_width), vw = padded(t.v_width), blocks = blocks_of(t.bidirectional ? t.tokens : t.end);
     k = room.take<Word>(blocks * attn_block * qk / per);
     v = room.take<Word>(blocks * vw * attn_block / per);
     rows = room.take<Word>(attn_block * most(qk, vw) / per);
@@ -40,7 +40,7 @@ struct ForwardRoom {
 };
 
 // Computes the weights of a block of keys and the factors of m, l and O^T. Returns whether all factors are 1.
-template <class Product>
+template <class Product, class Mask>
 bool softmax_block(const ForwardRoom<Product>& r, float scale, const Part& part, int64_t key, int64_t query, const Mask* mask) {
   bool same = true;
   const F one = set(1.0f), c = set(scale * log2e);
@@ -104,20 +104,21 @@ static void write_block(const TrainAttnTask& t, const ForwardRoom<Product>& r, i
     Number* to = t.o.template row<Number>(head, query + i);
     for (int64_t c = 0; c < t.v_width; c += 16) write16(to + c, div(load(r.out + i * wide + c), set(r.l[i])), t.v_width - c);
   }
+  if (!t.largest) return;
   memcpy(t.largest + head * t.state_head + query, r.m, (size_t)count * 4);
   memcpy(t.sum + head * t.state_head + query, r.l, (size_t)count * 4);
 }
 
-template <class Number, class Product>
+template <class Number, class Product, class Mask>
 static void attn_forward(const TrainAttnTask& t, uint8_t* memory) {
   constexpr bool pairs = Product::pairs;
   const ForwardRoom<Product> r(t, memory);
   Product product;
-  const Mask mask = {t.window};
+  const Mask mask(t);
   const int64_t first = mask.first_key_block(t.begin / attn_block), blocks = blocks_of(t.end);
   const int64_t line = padded(t.qk_width) / word<pairs>, depth = up(t.qk_width, Product::depth_step) / word<pairs>,
                 out = up(t.v_width, Product::step);
-  for (int64_t j = first; j < blocks; ++j) {
+  for (int64_t j = first; j <= mask.last_key_block(blocks - 1); ++j) {
     const int64_t at = j * attn_block, count = least(attn_block, t.tokens - at);
     pack_rows<Number, pairs>(t.k.template row<const Number>(0, at), t.k.token, count, t.qk_width,
                              r.k + j * r.k_block(t.qk_width));
@@ -135,7 +136,7 @@ static void attn_forward(const TrainAttnTask& t, uint8_t* memory) {
         store(r.l + n, zero());
       }
       const int64_t j0 = mask.first_key_block(i);
-      for (int64_t j = j0; j <= i; ++j) {
+      for (int64_t j = j0; j <= mask.last_key_block(i); ++j) {
         const int64_t key = j * attn_block, keys = padded(least(attn_block, t.tokens - key)), step = mask.together(i, j);
         const Operand k = {r.k + j * r.k_block(t.qk_width), line},
                       v = {r.v + j * r.v_block(t.v_width), attn_block / word<pairs>};

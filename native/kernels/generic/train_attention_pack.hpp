@@ -110,9 +110,12 @@ struct Part {  // queries [begin, end) of a block, and the number of the block's
   int64_t begin, end, keys;
 };
 
-// Which query lanes see a key, for blocks that need a mask.
+// Which query lanes see a key, for blocks that need a mask: causal, and for encoders bidirectional.
 struct Mask {
+  explicit Mask(const TrainAttnTask& t) : window(t.window), end(t.end) {}
+
   int64_t window;
+  int64_t end;  // one past the last key of all queries
 
   bool needed(int64_t query_block, int64_t key_block) const {
     return query_block == key_block || (window > 0 && (query_block - key_block + 1) * attn_block > window);
@@ -134,6 +137,34 @@ struct Mask {
   }
   int64_t last_query_block(int64_t key_block, int64_t blocks) const {
     return window > 0 ? least(blocks - 1, (key_block * attn_block + attn_block - 1 + window - 1) / attn_block) : blocks - 1;
+  }
+  int64_t last_key_block(int64_t query_block) const { return query_block; }
+};
+
+struct BidirectionalMask {
+  explicit BidirectionalMask(const TrainAttnTask& t) : window(t.window), end(t.tokens) {}
+
+  int64_t window;
+  int64_t end;
+
+  // Blocks with padding after the last key, and those that are not within the window of all queries of the block.
+  bool needed(int64_t query_block, int64_t key_block) const {
+    const int64_t apart = query_block < key_block ? key_block - query_block : query_block - key_block;
+    return (key_block + 1) * attn_block > end || (window > 0 && (apart + 1) * attn_block > window + 1);
+  }
+  F operator()(F x, int64_t query, int64_t key) const {
+    const F hidden = set(-__builtin_inff());
+    if (key >= end) return hidden;
+    return window > 0 ? keep(x, key - window - query, key + window + 1 - query, hidden) : x;
+  }
+  static int64_t reach(int64_t, int64_t, int64_t keys, int64_t) { return keys; }
+  static int64_t together(int64_t, int64_t) { return attn_block; }
+  int64_t first_key_block(int64_t query_block) const {
+    return window > 0 ? most(0, query_block * attn_block - window) / attn_block : 0;
+  }
+  int64_t last_key_block(int64_t query_block) const {
+    const int64_t last = (end - 1) / attn_block;
+    return window > 0 ? least(last, (query_block * attn_block + attn_block - 1 + window) / attn_block) : last;
   }
 };
 }  // namespace

@@ -253,12 +253,12 @@ class Plan(Protocol):
     def device(self) -> torch.device:
         """The device of its logits and hidden states."""
 
-    def run(self, batch: StepBatch, store: KvStore) -> StepOutput:
+    def run(self, batch: StepBatch, store: KvStore | None) -> StepOutput:
         """Runs one step. Returns when it is complete: schedulers measure its time.
 
         Args:
             batch: the rows of the step.
-            store: created by the same backend for the same cache.
+            store: created by the same backend for the same cache; None for a graph without a cache (`graph.ir.NO_CACHE`).
 
         Raises:
             ValueError or BackendError: an invalid batch.

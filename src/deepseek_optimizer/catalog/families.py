@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..errors import ConfigError
-from ..models import FAMILIES, Family, build_graph, has_mtp
+from ..models import ENCODERS, FAMILIES, Family, build_graph, has_mtp
 from .known import MODELS
 
 PLAN, GENERAL = "plan", "general"
@@ -37,11 +37,14 @@ class FamilyRow:
 
 
 def families() -> Iterator[FamilyRow]:
-    """All families: those with a plan, those that only training knows, well-known ones on the general path, and the rest."""
+    """All families: those with a plan, those that only training knows, encoders, well-known ones on the general path, and the
+    rest."""
     for name, family in FAMILIES.items():
         yield _row(name, family)
+    for name in ENCODERS:
+        yield replace(_row(name, None), path=PLAN, attention=("bidirectional",), drafts=())
     for name in dict.fromkeys(model.family for model in MODELS):
-        if name not in FAMILIES:
+        if name not in FAMILIES and name not in ENCODERS:
             yield _row(name, None)
     yield _row(EVERY_OTHER, None)
 

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
+from .families import GENERAL, PLAN
 from .known import KnownModel
 
 CONTEXT = 8192
@@ -25,14 +26,16 @@ class Need:
     """Bytes, and facts about the model.
 
     Attributes:
-        no_plan: why it takes the general path; None: it has an execution plan.
+        path: "plan" or "general".
+        no_plan: why it has no execution plan for decoding; None: it has one.
         parameters: number of parameters.
         weights: bytes of all weights by format of the packed ones.
-        cache_per_token: bytes of cache per token of one sequence; None on the general path.
+        cache_per_token: bytes of cache per token of one sequence; 0 for encoders; None on the general path.
         held: tokens that stay in the cache after `CONTEXT` tokens.
         buffers: bytes of the plan's buffers; 0 on the general path.
     """
 
+    path: str
     no_plan: str | None
     parameters: int
     weights: Mapping[str, int]
@@ -51,14 +54,18 @@ def need(model: KnownModel) -> Need:
     import torch
     from transformers import CONFIG_MAPPING
 
-    from ..integration.general import why_general
+    from ..integration.general import is_encoder, why_general
     from ..integration.load.general import empty_model
 
     config = CONFIG_MAPPING[model.family](**model.fields)
     made = empty_model(config, model.architecture, torch.bfloat16)
     no_plan = why_general(config, strict=False)
     parameters = sum(p.numel() for p in made.parameters())
-    return _planned(made, parameters) if no_plan is None else _general(made, parameters, no_plan)
+    if no_plan is None:
+        return _planned(made, parameters)
+    buffers = _encoder_buffers(made) if is_encoder(config) else None
+    needs = _general(made, parameters, no_plan)
+    return needs if buffers is None else replace(needs, path=PLAN, cache_per_token=0, buffers=buffers)
 
 
 def _planned(made: Any, parameters: int) -> Need:
@@ -75,7 +82,22 @@ def _planned(made: Any, parameters: int) -> Need:
     graph, _ = plan_graph(made.config, settings.rules, mode=settings.attention)
     budget = memory_of(made, settings, group_layers(graph), free=0)
     weights = {name: budget.weights_in(name) for name in FORMATS}
-    return Need(None, parameters, weights, budget.cache_per_token, budget.held(CONTEXT), budget.buffers)
+    return Need(PLAN, None, parameters, weights, budget.cache_per_token, budget.held(CONTEXT), budget.buffers)
+
+
+def _encoder_buffers(made: Any) -> int:
+    import torch
+
+    from ..backends.base import CompileOptions
+    from ..backends.registry import choose_spec
+    from ..config import DeepSeekConfig
+    from ..graph.rules import apply
+    from ..models import build_encoder_graph
+
+    settings, graph = DeepSeekConfig(), apply(build_encoder_graph(made.config))[0]
+    matrices = {name: "bf16" for name in graph.weights() if made.base_model.get_parameter(name).ndim == 2}
+    sizes = choose_spec(settings, torch.device("cpu"))[0].sizes()
+    return sizes.buffer_bytes(graph, matrices, CompileOptions(), settings.prefill_chunk, 0)
 
 
 def _general(made: Any, parameters: int, no_plan: str) -> Need:
@@ -99,4 +121,4 @@ def _general(made: Any, parameters: int, no_plan: str) -> Need:
         + sum(math.prod(PackedEntry(name, s).tiles) for s in (*shapes, *(copied if get_format(name).bits < 16 else ())))
         for name in FORMATS
     }
-    return Need(no_plan, parameters, weights, None, 0, 0)
+    return Need(GENERAL, no_plan, parameters, weights, None, 0, 0)

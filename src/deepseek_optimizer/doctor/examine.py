@@ -20,7 +20,7 @@ def examine_model(case: Case) -> list[Finding]:
     for check in OF_THE_MODEL.values():
         findings += check(case)
         checkpoint = [finding for finding in findings if finding.check == "checkpoint"]
-        if any(finding.severity == "error" or finding.facts.get("path") == "general" for finding in checkpoint):
+        if any(finding.severity == "error" or finding.facts.get("path") in ("general", "encoder") for finding in checkpoint):
             break
     return findings
 

@@ -1,8 +1,9 @@
 """The graph: values, nodes, and the sizes of a model that the rest of the library needs.
 
-A graph describes one step of a decoder over T token rows, without padding, of which R rows are selected for logits. It names
-weights by their module path in the Transformers model (`model.layers.0.self_attn.q_proj.weight`) and never holds them. The ops
-are described by `graph/ops`, one `OpSpec` each; `python -m deepseek_optimizer.graph.ops` prints them.
+A graph describes one step of a decoder over T token rows, without padding, of which R rows are selected for logits; or one of
+an encoder over whole sequences. It names weights by their module path in the Transformers model
+(`model.layers.0.self_attn.q_proj.weight`) and never holds them. The ops are described by `graph/ops`, one `OpSpec` each;
+`python -m deepseek_optimizer.graph.ops` prints them.
 
 Model families build graphs over all T rows, and the backend returns the logits that were requested; rule `last_logits` selects
 those rows before the final norm, so that the head runs on R rows only. The result is the output of `lm_head`. Without that op
@@ -109,6 +110,9 @@ class CacheSpec:
     def elements_per_token(self) -> int:
         """Number of elements in all layers."""
         return sum(map(self.elements_of, range(self.layers)))
+
+
+NO_CACHE = CacheSpec(0, 0, 0)  # of encoders: a step holds whole sequences, and nothing is kept after it
 
 
 @dataclass(frozen=True)

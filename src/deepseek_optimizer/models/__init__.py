@@ -1,4 +1,4 @@
-"""Model families: one file per `model_type`, named after it, with a function `build(fields) -> Graph`.
+"""Model families: one file per `model_type`, named after it (with _ for -), with a function `build(fields) -> Graph`.
 
 A family's file reads only the config, neither weights nor modules. To add a family, write `models/<model_type>.py` and its
 entry in `families.py`. Families with layers for multi-token prediction also have `build_mtp(fields, depth, layers) -> Graph`.
@@ -14,7 +14,7 @@ from typing import Any
 
 from ..errors import ConfigError, UnsupportedModelError, shown
 from ..graph.ir import Graph
-from .families import FAMILIES, SUPPORTED, Family, traits
+from .families import ENCODERS, FAMILIES, SUPPORTED, Family, traits
 from .fields import Fields
 
 DTYPES = ("float32", "bfloat16", "float16", "float64", "float8_e4m3fn", "float8_e5m2")
@@ -37,6 +37,25 @@ def build_graph(config: Any, mtp_layers: int = 0) -> Graph:
     _check_dtype(fields, "dtype")
     _check_mtp(config, mtp_layers)
     return replace(graph, cache=replace(graph.cache, layers=graph.cache.layers + mtp_layers))
+
+
+def build_encoder_graph(config: Any) -> Graph:
+    """The unfused graph of an encoder: from embeddings to the last hidden state. Weights are named as in the base model.
+
+    Args:
+        config: a Transformers config object.
+
+    Raises:
+        UnsupportedModelError: the family is not in `ENCODERS`, or a feature that the config requires is not supported.
+        ConfigError: a field is not valid; the message names it.
+    """
+    model_type = _model_type(config)
+    if model_type not in ENCODERS:
+        raise UnsupportedModelError(f"config.model_type {model_type!r} is not an encoder. Supported: {', '.join(ENCODERS)}.")
+    fields = Fields(config)
+    _check_dtype(fields, "dtype")
+    graph: Graph = import_module(f"{__name__}.{model_type.replace('-', '_')}").build(fields)
+    return graph
 
 
 def has_mtp(model_type: str) -> bool:
@@ -126,11 +145,13 @@ def _check_mtp(config: Any, count: int) -> None:
 
 __all__ = [
     "DTYPES",
+    "ENCODERS",
     "FAMILIES",
     "MAX_LABELS",
     "MAX_MTP_LAYERS",
     "SUPPORTED",
     "Family",
+    "build_encoder_graph",
     "build_graph",
     "build_mtp_graph",
     "check_config",

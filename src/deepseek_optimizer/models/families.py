@@ -89,6 +89,9 @@ FAMILIES: Final[Mapping[str, Family]] = MappingProxyType({
 })  # fmt: skip
 SUPPORTED: Final = tuple(name for name, family in FAMILIES.items() if family.served)
 
+# Encoders, which have a plan for hidden states, and neither a cache nor a language model head in it.
+ENCODERS: Final = ("bert", "roberta", "xlm-roberta", "camembert", "distilbert", "modernbert")
+
 _UNKNOWN: Final = Family(served=False, rotates_halves=False, plain_residuals=False, plain_head=False)
 
 

@@ -62,7 +62,7 @@ def test_a_packed_copy_loads_in_another_class(saved, tmp_path):
     fast = load_model(saved("bert-mlm")[0], precision="int8")
     fast.save_pretrained(tmp_path)
     inner = AutoModel.from_pretrained(tmp_path, add_pooling_layer=False)
-    assert inner.report().path == "general"
+    assert inner.report().path == "plan"
     with torch.no_grad():
         call = inputs_of(fast)
         assert torch.equal(inner(**call)[0], fast.bert(**call)[0])
@@ -190,7 +190,7 @@ def test_a_known_family_with_a_feature_that_no_plan_supports(tmp_path):
 
 def test_what_needs_a_plan_is_a_typed_error(saved):
     model = load_model(saved("gpt2")[0], precision="int8")
-    with pytest.raises(UnsupportedModelError, match=r"GPT2LMHeadModel is on the general path.*model\.generate"):
+    with pytest.raises(UnsupportedModelError, match=r"GPT2LMHeadModel has no execution plan for decoding.*model\.generate"):
         make_engine(model)
 
 
@@ -233,7 +233,8 @@ def test_other_quantisation_and_unknown_types(saved, tmp_path):
     for fields, error, message in (
         ({"quantization_config": {"quant_method": "hqq"}}, CheckpointError, "hqq"),
         ({"model_type": "new"}, UnsupportedModelError, "'new' is not supported"),
-        ({"num_attention_heads": 5}, ConfigError, "Transformers cannot load this as a BertModel"),
+        ({"num_attention_heads": 5}, ConfigError, "5 does not divide hidden_size 36"),
+        ({"type_vocab_size": "x"}, ConfigError, "Transformers cannot load this as a BertModel"),
     ):
         (tmp_path / "m/config.json").write_text(json.dumps({**config, **fields}))
         with pytest.raises(error, match=message):
@@ -247,14 +248,14 @@ def test_memory_is_checked_before_weights_are_read(saved, monkeypatch):
 
 
 def test_the_report(saved):
-    text = str(load_model(saved("bert-mlm")[0], precision="int8").report())
+    text = str(load_model(saved("mpnet")[0], precision="int8").report())
     for part in (
-        "BertForMaskedLM (bert)",
+        "MPNetModel (mpnet)",
         "general path",
-        "12 linear layers",
+        "13 linear layers",
         "Embedding",
         "Transformers' own",
-        "'bert' is not",
+        "'mpnet' is not",
     ):
         assert part in text
     json.dumps(load_model(saved("t5")[0]).report().to_dict())

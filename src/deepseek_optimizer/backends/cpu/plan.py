@@ -182,7 +182,7 @@ class CpuPlan:
             (Slot * len(slots))(*slots), len(slots), (Weight * len(weights))(*weights), len(weights), vocab_size,
         )  # fmt: skip
 
-    def run(self, batch: StepBatch, store: KvStore) -> StepOutput:
+    def run(self, batch: StepBatch, store: KvStore | None) -> StepOutput:
         """Runs a step over a `CpuStore`. Before writing anything, shapes are checked here, ids and lengths by the library."""
         tokens, rows = len(batch.positions), len(batch.logit_rows)
         if rows and not self.has_head:
@@ -214,7 +214,8 @@ class CpuPlan:
         b.logits = address(logits, "logits", f32, shape)
         b.hidden = optional(hidden, "hidden", f32, (self.hidden_states, tokens, width))
         b.last_hidden = optional(last, "last_hidden", f32, (tokens, width))
-        b.cache = store.handle.address  # type: ignore[attr-defined]  # a CpuStore
+        if store is not None:
+            b.cache = store.handle.address  # type: ignore[attr-defined]  # a CpuStore
         if self.has_states:
             self._add_states(b, batch, store)
         frequencies = self._frequencies(batch)
@@ -225,7 +226,7 @@ class CpuPlan:
         return StepOutput(logits, hidden, last)
 
     @staticmethod
-    def _add_states(b: Batch, batch: StepBatch, store: KvStore) -> None:
+    def _add_states(b: Batch, batch: StepBatch, store: KvStore | None) -> None:
         """Sets the fields of recurrent states."""
         source, targets = batch.state_from, batch.state_to
         if source is None or targets is None:

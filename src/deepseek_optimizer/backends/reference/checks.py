@@ -36,7 +36,10 @@ def check_batch(
     phases = set(batch.phase.tolist())
     _require(phases <= {DECODE, PREFILL} and (np.diff(batch.phase) >= 0).all(), "phase", "must be decode first, then prefill")
     _check_inputs(batch, graph, tokens)
-    _check_blocks(batch, num_blocks, spans)
+    if graph.cache.elements_per_token:
+        _check_blocks(batch, num_blocks, spans)
+    if any(n.op == "encoder_attention" for n in graph.nodes):
+        _require(not batch.context_len.any(), "context_len", "must be 0: this graph has bidirectional attention")
     _check_states(batch, graph, num_states)
     rows = batch.logit_rows
     inside = not len(rows) or (rows[0] >= 0 and rows[-1] < tokens)

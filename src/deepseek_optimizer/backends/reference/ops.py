@@ -96,6 +96,13 @@ def visible_blocks(
     return blocks, tokens[tokens < total]
 
 
+def visible_both_sides(tokens: int, window: int, device: torch.device) -> torch.Tensor:
+    """bool [tokens, tokens]: all of them, or with a window those at most `window` tokens apart."""
+    index = torch.arange(tokens, device=device, dtype=torch.int64)
+    apart = (index[:, None] - index).abs()
+    return apart <= (window or tokens)
+
+
 def attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -198,6 +205,11 @@ def gelu(x: torch.Tensor) -> torch.Tensor:
     return F.gelu(x, approximate="tanh")
 
 
+def gelu_erf(x: torch.Tensor) -> torch.Tensor:
+    """x / 2 * (1 + erf(x / sqrt(2)))."""
+    return F.gelu(x)
+
+
 def sigmoid_gate(x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
     """x * sigmoid(gate); gate may have one element per row."""
     return x * torch.sigmoid(gate)
@@ -224,6 +236,7 @@ FUNCTIONS: Mapping[str, Callable[..., torch.Tensor]] = {
     "concat": concat,
     "geglu": geglu,
     "gelu": gelu,
+    "gelu_erf": gelu_erf,
     "multiply": multiply,
     "scale": scale,
     "sigmoid_gate": sigmoid_gate,

@@ -71,7 +71,7 @@ class ReferencePlan:
         self._only_earlier = hidden_only(graph, wanted=(graph.hidden_states - 1,))
 
     @torch.no_grad()
-    def run(self, batch: StepBatch, store: KvStore) -> StepOutput:
+    def run(self, batch: StepBatch, store: KvStore | None) -> StepOutput:
         """Runs one step over a store of this backend."""
         with torch.autocast(self.device.type, enabled=False):  # a plan defines its own dtypes, on every backend
             output = self._run(batch, store)
@@ -79,8 +79,9 @@ class ReferencePlan:
             torch.cuda.synchronize(self.device)
         return output
 
-    def _run(self, batch: StepBatch, store: KvStore) -> StepOutput:
-        check_batch(batch, self.graph, store.num_blocks, self._spans, store.num_states)
+    def _run(self, batch: StepBatch, store: KvStore | None) -> StepOutput:
+        blocks, slots = (0, 0) if store is None else (store.num_blocks, store.num_states)
+        check_batch(batch, self.graph, blocks, self._spans, slots)
         tables = torch.from_numpy(batch.tables(len(self._spans))).to(self.device, torch.int64)
         groups = [_sequences(batch, own) for own in tables]
         step = _Step(batch, store, self.device, self.dtype, groups, *_state_slots(batch))
@@ -214,6 +215,19 @@ class ReferencePlan:
                 by_head = chosen[rows].unflatten(-1, (a["kv_heads"], -1))
                 mask = mask[:, None] & choose.chosen_tokens(by_head, len(tokens))
             out[rows] = attend(q[rows], k, v, mask, a["scale"], a.get("softcap", 0.0), sink)
+        return (out.flatten(1).to(self.dtype),)
+
+    def _encoder_attention(
+        self, step: _Step, node: Node, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        """In float32, as `_attention`."""
+        a = node.attrs
+        q = q.float().unflatten(-1, (a["kv_heads"], -1, a["head_dim"]))
+        k, v = (x.float().unflatten(-1, (a["kv_heads"], -1)) for x in (k, v))
+        out = torch.empty_like(q)
+        for rows, _, _ in step.sequences:
+            mask = ops.visible_both_sides(rows.stop - rows.start, a["window"], q.device)
+            out[rows] = ops.attention(q[rows], k[rows], v[rows], mask, a["scale"])
         return (out.flatten(1).to(self.dtype),)
 
     def _visible(self, node: Node, rows: slice, context: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -415,6 +429,7 @@ _OPS: Mapping[str, Callable[..., tuple[torch.Tensor, ...]]] = {
     "cache_write": ReferencePlan._cache_write,
     "rope_cache": ReferencePlan._rope_cache,
     "attention": ReferencePlan._attention,
+    "encoder_attention": ReferencePlan._encoder_attention,
     "block_choose": ReferencePlan._block_choose,
     "latent": ReferencePlan._latent,
     "latent_write": ReferencePlan._latent_write,

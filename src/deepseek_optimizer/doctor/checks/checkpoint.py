@@ -18,15 +18,17 @@ def check(case: Case) -> Iterator[Finding]:
     from ...integration.bind.swap import expected_tensors
     from ...integration.load.general import why_general_path
     from ...integration.load.loader import not_wanted
+    from ...models import ENCODERS
 
     try:
         checkpoint = case.checkpoint
         if (reason := why_general_path(checkpoint, None, case.fields)) is not None:
             kind = checkpoint.config().get("model_type")
+            path = "encoder" if kind in ENCODERS else "general"
+            what = "is an encoder" if path == "encoder" else "takes the general path: only its linear layers run on our kernels"
             yield Finding(
-                NAME, "note", f"{kind} takes the general path: only its linear layers run on our kernels",
-                f"{reason} The doctor's other checks need an execution plan",
-                "load_model or `dso info MODEL` loads it and reports what runs natively", {"path": "general", "family": kind},
+                NAME, "note", f"{kind} {what}", f"{reason} The doctor's other checks need an execution plan for decoding",
+                "load_model or `dso info MODEL` loads it and reports what runs natively", {"path": path, "family": kind},
             )  # fmt: skip
             return
         model = case.sketch

@@ -125,6 +125,16 @@ SPECS = (
         """,
     ),
     OpSpec(
+        name="gelu_erf",
+        inputs=(_X,),
+        outputs=(_Y,),
+        fits=same_widths,
+        in_place=((0, 0),),
+        any_kind=0,
+        code=42,
+        doc='y = x / 2 * (1 + erf(x / sqrt(2))), Transformers\' "gelu". Source: Hendrycks and Gimpel 2016.',
+    ),
+    OpSpec(
         name="scale",
         inputs=(_X,),
         outputs=(_Y,),

@@ -89,7 +89,8 @@ SPECS = (
         rows="tokens",
         code=27,
         doc="""
-            x = the step's `states`: hidden states of another plan, the input of an MTP layer (DeepSeek-V3, section 2.2).
+            x = the step's `states`: hidden states of another plan, the input of an MTP layer (DeepSeek-V3, section 2.2); or the
+            embeddings that an encoder's module has computed.
         """,
     ),
     OpSpec(

@@ -44,6 +44,10 @@ def _projections(graph: Graph, links: Links) -> Iterator[tuple[str, list[int]]]:
             groups = _over_one_input(graph, sources)
             if len(groups) == 1 and len(groups[0]) > 1:
                 yield f"layer {layer}", groups[0]
+        elif node.op == "encoder_attention":
+            groups = _over_one_input(graph, [links.source(v, ("rope",)) for v in node.inputs])
+            if len(groups) == 1 and len(groups[0]) == 3:
+                yield node.outputs[0].name, groups[0]
         elif node.op == "short_conv":
             source = graph.nodes[links.source(node.inputs[0], ("multiply", "concat", "columns"))]
             both = [i for value in source.inputs for i in links.readers(value) if source.op == "linear"]

@@ -6,10 +6,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
-import torch
-from torch import nn
-from torch.nn.modules import module as torch_module
-
 from ...backends.base import CompileOptions, Plan, check_supported
 from ...cache.forgetting import Forgetting, Groups, max_blocks
 from ...checkpoint import Manifest
@@ -36,6 +32,7 @@ from ..memory.cache_size import (
 from ..memory.growth import CheckedGrowth
 from .context_extension import extension_note
 from .graphs import loaded_mtp_layers, model_graph, mtp_graphs, whole_graph, with_eps_of
+from .module_tree import ModuleTree
 from .modules import Packed
 from .packed_model import OptimizerWarning as OptimizerWarning
 from .packed_model import PackedModel, packed_model_of
@@ -91,13 +88,7 @@ class Runtime(PackedModel):
         self._plan: Plan | None = None
         self._mtp_plans: list[Plan] | None = None
         self._arena: Arena | None = None
-        self._shape = [
-            (path, name, type(child))
-            for path, m in model.named_modules()
-            for name, child in m._modules.items()
-            if child is not None
-        ]
-        self._tree: list[tuple[dict[str, Any], str, nn.Module]] | None = None
+        self._tree = ModuleTree(model)
         _check_bound(model, whole_graph(model))
 
     @property
@@ -222,7 +213,8 @@ class Runtime(PackedModel):
 
     def replaced(self) -> None:
         """Call after packed modules were replaced by others: discards the plans, the caches and facts about the module tree."""
-        self._tree = self._arena = None
+        self._tree.forget()
+        self._arena = None
         if self._backend is not None:
             self._set_products(self._backend)
         self.rebind()
@@ -231,41 +223,14 @@ class Runtime(PackedModel):
         """Call after the model moved to another device: discards backend, plans and caches."""
         self._plan = self._mtp_plans = self._backend = self._arena = None
 
-    # ---- whether the model is still what the plan was compiled from
-
-    def _watched(self) -> list[tuple[dict[str, Any], str, nn.Module]] | str:
-        """(children of a module, name, child) for the whole module tree, or how it differs from the plan's tree."""
-        if self._tree is None:
-            modules = dict(self.model.named_modules())
-            tree = []
-            for path, name, kind in self._shape:
-                children = modules[path]._modules if path in modules else {}
-                if type(children.get(name)) is not kind:
-                    return f"module {name!r} was replaced or wrapped (an adapter?)"
-                tree.append((children, name, children[name]))
-            self._tree = tree
-        return self._tree
-
     def changed(self) -> str | None:
-        """Why the plan cannot serve this module tree (an adapter, a hook); None if it can."""
-        if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
-            return "global module hooks are registered"
-        tree = self._watched()
-        if isinstance(tree, str):
-            return tree
-        for children, name, child in tree:
-            if children.get(name) is not child:
-                return f"module {name!r} was replaced or wrapped (an adapter?)"
-            if child._forward_pre_hooks or any(map(_acts, child._forward_hooks.values())):
-                return f"module {name!r} has forward hooks"
-            if "forward" in child.__dict__:
-                return f"the forward of module {name!r} was replaced"
-        return None
+        """Why the plan cannot serve the model's module tree; see `ModuleTree.changed`."""
+        return self._tree.changed(self.model)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Runtime:
         twin = super().__deepcopy__(memo)
         twin._plan = twin._mtp_plans = twin._arena = None
-        twin._tree = None  # not all of its modules exist yet
+        twin._tree = self._tree.of_copy()
         return twin
 
 
@@ -274,23 +239,15 @@ def runtime_of(model: Any) -> Runtime:
 
     Raises:
         ConfigError: the model is not optimised.
-        UnsupportedModelError: it is on the general path, so it has no plan.
+        UnsupportedModelError: it has no plan for decoding: it is on the general path, or an encoder.
     """
     runtime = packed_model_of(model)
     if not isinstance(runtime, Runtime):
         raise UnsupportedModelError(
-            f"{type(model).__name__} is on the general path, without an execution plan, which this needs: call the model, or "
-            f"model.generate if it has it. The reason: {runtime.no_plan}"
+            f"{type(model).__name__} has no execution plan for decoding, which this needs: call the model, or model.generate "
+            f"if it has it. The reason: {runtime.no_plan}"
         )
     return runtime
-
-
-def _acts(hook: Any) -> bool:
-    """Whether a forward hook may have an effect in a call that the plan could serve. Two kinds of permanent hooks have none:
-    those that record attention weights on request, and a trainer's hooks that make embeddings require gradients."""
-    if getattr(hook, "__name__", "") in ("make_inputs_require_grad", "make_inputs_require_grads"):
-        return torch.is_grad_enabled()
-    return getattr(hook, "__module__", None) != "transformers.utils.output_capturing"
 
 
 def _rotation(graph: Graph) -> KeyRotation | None:

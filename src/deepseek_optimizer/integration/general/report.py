@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from ...quant import PackedStack, PackedWeight
 from ..bind.modules import Packed
@@ -60,6 +60,12 @@ class GeneralReport:
     config: dict[str, Any]
     warnings: tuple[str, ...]
 
+    title: ClassVar[str] = "general path"
+
+    def remarks(self) -> list[tuple[str, str]]:
+        """Rows of the table about what computes the rest of the model."""
+        return [("", TRANSFORMERS), ("no plan", self.reason)]
+
     def to_dict(self) -> dict[str, Any]:
         """The report as a dict of JSON types."""
         return {**asdict(self), "formats": [asdict(row) for row in self.formats], "warnings": list(self.warnings)}
@@ -68,7 +74,7 @@ class GeneralReport:
         """A table for rich's `print`."""
         from rich.table import Table
 
-        title = f"{self.model_class} ({self.family}) on {self.backend} ({self.detail}): general path"
+        title = f"{self.model_class} ({self.family}) on {self.backend} ({self.detail}): {self.title}"
         table = Table(title=title, title_justify="left", show_header=False)
         table.add_column(style="bold")
         table.add_column(overflow="fold")
@@ -84,8 +90,8 @@ class GeneralReport:
             table.add_row(f"  {row.format}", f"{row.matrices} matrices, {size}")
         rest = ", ".join(f"{kind} {count / 1e6:,.1f} M" for kind, count in self.in_torch.items())
         table.add_row("torch", f"parameters of {rest}" if rest else "")
-        table.add_row("", TRANSFORMERS)
-        table.add_row("no plan", self.reason)
+        for row in self.remarks():
+            table.add_row(*row)
         for warning in self.warnings:
             table.add_row("note", warning)
         return table

@@ -25,7 +25,7 @@ from ..model.refuse import Refuse
 from ..model.save import PackedSave
 from .activations import parallelise_activations
 from .head import PackedHead, pack_head
-from .report import make_report
+from .report import GeneralReport, make_report
 
 
 class GeneralRuntime(PackedModel):
@@ -39,9 +39,33 @@ class GeneralRuntime(PackedModel):
     def __init__(
         self, model: Any, config: DeepSeekConfig, manifest: Manifest, *, no_plan: str, bytes_before: int | None = None
     ) -> None:
-        super().__init__(model, config, manifest, methods=_methods, make_report=make_report, bytes_before=bytes_before)
+        super().__init__(
+            model,
+            config,
+            manifest,
+            methods=type(self).own_methods,
+            make_report=type(self).own_report,
+            bytes_before=bytes_before,
+        )
         self.no_plan = no_plan
         self._packed = _packed_names(model)
+
+    def own_methods(self) -> dict[str, Any]:
+        """What is set on the model."""
+        generate = {"generate": _Generate(self)} if self.model.can_generate() else {}
+        return {
+            **generate,
+            "forward": _Forward(self),
+            "save_pretrained": PackedSave(self),
+            "num_parameters": ParameterCount(self),
+            "report": self.report,
+            "_apply": Apply(self),
+            "_replicate_for_data_parallel": Refuse("start one process per device, each with its own model"),
+        }
+
+    def own_report(self) -> GeneralReport:
+        """The report about the model."""
+        return make_report(self)
 
     def changed(self) -> str | None:
         """How the packed layers differ from those that were bound (an adapter wraps them?); None: they are the same."""
@@ -88,19 +112,6 @@ class _Generate(_Threads):
     replaces = "generate"
 
 
-def _methods(runtime: GeneralRuntime) -> dict[str, Any]:
-    generate = {"generate": _Generate(runtime)} if runtime.model.can_generate() else {}
-    return {
-        **generate,
-        "forward": _Forward(runtime),
-        "save_pretrained": PackedSave(runtime),
-        "num_parameters": ParameterCount(runtime),
-        "report": runtime.report,
-        "_apply": Apply(runtime),
-        "_replicate_for_data_parallel": Refuse("start one process per device, each with its own model"),
-    }
-
-
 def _contiguous(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
     """A hook: makes the input contiguous. For a strided one (the last token of each row) and a frozen weight, torch expands the
     weight to one copy per row."""
@@ -108,7 +119,13 @@ def _contiguous(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def bind(
-    model: Any, config: DeepSeekConfig, no_plan: str, *, bytes_before: int | None = None, notes: list[str] | None = None
+    model: Any,
+    config: DeepSeekConfig,
+    no_plan: str,
+    *,
+    bytes_before: int | None = None,
+    notes: list[str] | None = None,
+    kind: type[GeneralRuntime] = GeneralRuntime,
 ) -> Any:
     """Binds a model with loaded packed layers to the backend of the settings.
 
@@ -118,13 +135,14 @@ def bind(
         no_plan: why there is no execution plan, for the report and errors.
         bytes_before: size of the model before it was packed, for the report.
         notes: warnings from loading.
+        kind: class of the runtime.
 
     Returns: the same model, with the attribute `dso` and a few methods of its own. The base model's parameters are frozen; a
     head that is outside it can be trained.
     """
     config = copy.deepcopy(config)
     pack_head(model, config, choose_backend(config, model.device)[0].pack)
-    runtime = GeneralRuntime(model, config, Manifest.of(stored_tensors(model)), no_plan=no_plan, bytes_before=bytes_before)
+    runtime = kind(model, config, Manifest.of(stored_tensors(model)), no_plan=no_plan, bytes_before=bytes_before)
     model.config.quantization_config = config
     setattr(model.config, KEY, runtime.manifest.to_dict())
     if (quantizer := getattr(model, "hf_quantizer", None)) is not None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from ...config import DeepSeekConfig
 from ...errors import ConfigError, UnsupportedModelError
-from ...models import build_graph
+from ...models import ENCODERS, build_encoder_graph, build_graph
 
 # Settings that only an execution plan can serve. The others without effect here (fusion rules, chunks, batch sizes, MTP) change
 # no result, and the report says that there is no plan.
@@ -17,23 +17,48 @@ NEED_A_PLAN = (
 
 
 def why_general(config: Any, strict: bool) -> str | None:
-    """Why a model has no execution plan and takes the general path; None: it has one.
+    """Why a model has no execution plan for decoding, and is loaded as on the general path; None: it has one.
 
     Args:
         config: the Transformers config.
         strict: raise the error instead (`DeepSeekConfig.strict`).
 
     Raises:
-        UnsupportedModelError: `strict` is set and there is no plan.
+        UnsupportedModelError: `strict` is set and there is no plan at all.
         ConfigError: a field is not valid.
     """
     try:
         build_graph(config)
+        return None
     except UnsupportedModelError as error:
-        if strict:
-            raise
-        return str(error)
-    return None
+        reason = error
+    if getattr(config, "model_type", None) in ENCODERS:
+        try:
+            build_encoder_graph(config)
+            return encoder_reason(config.model_type)
+        except UnsupportedModelError as error:
+            reason = error
+    if strict:
+        raise reason
+    return str(reason)
+
+
+def encoder_reason(model_type: str) -> str:
+    """Why an encoder has no plan for decoding."""
+    return f"{model_type} is an encoder, whose plan computes hidden states and has no cache"
+
+
+def is_encoder(config: Any) -> bool:
+    """Whether a model has the plan of an encoder, for its hidden states (`integration/encoder/`).
+
+    Raises:
+        ConfigError: a field is not valid.
+    """
+    try:
+        build_encoder_graph(config)
+    except UnsupportedModelError:
+        return False
+    return True
 
 
 def check_settings(config: DeepSeekConfig, reason: str) -> None:
@@ -42,6 +67,6 @@ def check_settings(config: DeepSeekConfig, reason: str) -> None:
     for name in NEED_A_PLAN:
         if (value := getattr(config, name)) != getattr(default, name):
             raise ConfigError(
-                f"{name}={value!r} needs an execution plan, and this model takes the general path: leave {name} unset. The "
-                f"reason: {reason}"
+                f"{name}={value!r} needs an execution plan for decoding, which this model does not have: leave {name} unset. "
+                f"The reason: {reason}"
             )

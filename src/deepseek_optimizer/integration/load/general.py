@@ -9,8 +9,9 @@ import torch
 from ...checkpoint import Checkpoint, GgufCheckpoint, PackedCheckpoint, SafetensorsCheckpoint
 from ...config import DeepSeekConfig
 from ...errors import CheckpointError, ConfigError, DeepSeekOptimizerError, UnsupportedModelError
+from ...models import ENCODERS
 from ..configs import check_config
-from ..general import check_settings
+from ..general import check_settings, encoder_reason
 
 _LISTED = 3  # names listed in an error or note
 
@@ -32,6 +33,8 @@ def why_general_path(checkpoint: Checkpoint, config: DeepSeekConfig | None, fiel
         return None
     except UnsupportedModelError as error:
         strict = fields.get("strict", getattr(config, "strict", False))
+        if raw.get("model_type") in ENCODERS and not isinstance(checkpoint, GgufCheckpoint):
+            return encoder_reason(raw["model_type"])  # whether its plan has all that is needed, `why_general` tells later
         if strict or isinstance(checkpoint, GgufCheckpoint) or model_class(raw) is None:
             raise
         return str(error)

@@ -10,7 +10,7 @@ import numpy as np
 from ...backends.base import DECODE, StepBatch, states_of_new
 from ...backends.registry import choose_backend
 from ...config import DeepSeekConfig
-from .. import general
+from .. import encoder, general
 from ..attention.registration import check_attention_name
 from ..bind.context_extension import extend_model
 from ..bind.graphs import planned_module, whole_graph
@@ -55,7 +55,7 @@ def _optimize_general(model: Any, config: DeepSeekConfig, no_plan: str, before: 
     backend, _ = choose_backend(config, model.device)
     general.pack_in_place(model, config, backend.pack)
     mark_quantized(model, config)
-    general.bind(model.eval(), config, no_plan, bytes_before=before)
+    encoder.bind(model.eval(), config, no_plan, bytes_before=before)
 
 
 def _own_config(model: Any) -> None:

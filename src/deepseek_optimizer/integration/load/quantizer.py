@@ -34,7 +34,7 @@ from ...config import DeepSeekConfig
 from ...errors import CheckpointError, ConfigError
 from ...graph.min_formats import exact_weights
 from ...quant import QUANT_METHOD, PackedStack, PackedWeight
-from .. import general
+from .. import encoder, general
 from ..attention.registration import check_attention_name
 from ..bind.classes import check_class, renamed_for, stored_as
 from ..bind.context_extension import extended
@@ -228,7 +228,7 @@ class PackingQuantizer(HfQuantizer):
             self.mapped.release_pages()
         mark_quantized(model, self.quantization_config)
         if self.no_plan is not None:
-            general.bind(model, self.quantization_config, self.no_plan, bytes_before=self.bytes_before)
+            encoder.bind(model, self.quantization_config, self.no_plan, bytes_before=self.bytes_before)
             model.dso.mappings.update(mappings)
             return model
         bind(model, self.quantization_config, curve=self.manifest.curve if self.manifest is not None else ())
