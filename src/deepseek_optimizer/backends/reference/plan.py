@@ -225,7 +225,7 @@ class ReferencePlan:
         q = q.float().unflatten(-1, (a["kv_heads"], -1, a["head_dim"]))
         k, v = (x.float().unflatten(-1, (a["kv_heads"], -1)) for x in (k, v))
         out = torch.empty_like(q)
-        for rows, _, _ in step.sequences:
+        for rows, _, _ in step.groups[0]:
             mask = ops.visible_both_sides(rows.stop - rows.start, a["window"], q.device)
             out[rows] = ops.attention(q[rows], k[rows], v[rows], mask, a["scale"])
         return (out.flatten(1).to(self.dtype),)
