@@ -351,7 +351,7 @@ enum {
   DSO_FLAG_NORMALISE = 128, /* ROUTE: weights are divided by their sum */
   DSO_FLAG_GELU = 256,      /* GATE_UP, EXPERTS_GATE_UP: the gate's activation is gelu, as in GEGLU, instead of silu */
   DSO_FLAG_CHANNELS = 1024, /* DELTA_RULE: in1 and w1 have head_dim elements per head, a decay for each row of a state */
-  DSO_FLAG_IDS = 2048,      /* EMBEDDING: rows are always looked up by batch->token_ids */
+  DSO_FLAG_IDS = 8192,      /* EMBEDDING: rows are always looked up by batch->token_ids */
   DSO_FLAG_SILU = 512       /* SHORT_CONV: silu of the sum */
 };
 

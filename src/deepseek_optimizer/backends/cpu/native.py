@@ -30,7 +30,7 @@ VECTOR = 100
 SLOT_KINDS = {"f32": 0, "bf16": 1, "q8": 2, "q16": 3, "logits": 4}
 KV_TYPES = {"fp32": 0, "bf16": 1, "int8": 2}
 FLAGS = {"eager": 1, "interleaved": 2, "grouped": 4, "expand": 8, "last": 16, "sigmoid": 32, "top2": 64, "normalise": 128,
-         "gelu": 256, "silu": 512, "channels": 1024, "ids": 2048}  # fmt: skip
+         "gelu": 256, "silu": 512, "channels": 1024, "ids": 8192}  # fmt: skip
 _EINVAL, _ENOMEM, _EFILE = 1, 2, 5
 
 I32, I64, PTR = C.c_int32, C.c_int64, C.c_void_p
