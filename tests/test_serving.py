@@ -28,7 +28,7 @@ native = pytest.mark.skipif(unavailable_reason() is not None, reason="needs the 
 CONFIGS = {**CASES, "llama-beyond": lambda: llama(max_position_embeddings=64, **rope("dynamic", factor=8.0))}
 FAMILIES = [
     "llama-gqa", "llama-beyond", "qwen2-windows", "qwen3-gqa", "deepseek_v2-groups", "deepseek_v3-groups",
-    "deepseek_v32-indexer", "youtu-tied", "mistral4-groups", "glm_moe_dsa-shared", "llama4_text-chunks",
+    "deepseek_v32-indexer", "youtu-tied", "mistral4-groups", "glm_moe_dsa-shared", "llama4_text-chunks", "gemma4_text-shared",
 ]  # fmt: skip
 
 
