@@ -83,6 +83,11 @@ def test_config_is_json(tmp_path: Path, name: str) -> None:
         ("lfm2", change(attention__head_count_kv=[2, 0, 2, 0, 2]), {
             "layer_types": ["full_attention", "conv", "full_attention", "conv", "full_attention"],
         }),
+        ("qwen2_moe", change(expert_feed_forward_length=None, feed_forward_length=128), {"moe_intermediate_size": 64}),
+        ("qwen2_moe", change(expert_shared_feed_forward_length=None, feed_forward_length=96), {
+            "shared_expert_intermediate_size": 96,
+        }),
+        ("mistral3", change(attention__key_length=None), {"head_dim": 32}),
         ("glm4_moe_lite", change(tokenizer__ggml__pre="glm4"), {"model_type": "glm4_moe_lite"}),
         ("glm4_moe_lite", change(), {"model_type": "deepseek_v3"}),
         ("qwen2", change(tokenizer__ggml__eos_token_id=7), {"eos_token_id": 7, "bos_token_id": None, "pad_token_id": None}),
