@@ -128,6 +128,14 @@ def test_fused_queries_keys_and_values(tmp_path: Path, name: str) -> None:
         assert torch.equal(fused.read(tensor), value), tensor
 
 
+def test_a_fused_projection_of_the_wrong_size(tmp_path: Path) -> None:
+    def edit(metadata: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
+        arrays["blk.0.attn_qkv.weight"] = np.zeros((100, 96), np.float32)
+
+    with pytest.raises(CheckpointError, match="attn_qkv.weight': has 100 rows for 10 heads of 16"):
+        opened(tmp_path, "qwen2", edit=edit)
+
+
 @pytest.mark.parametrize("name", ["qwen3_5", "qwen3_next", "llama", "phi3", "glm4"])
 def test_rearranged_matrices_are_packed_without_loss(tmp_path: Path, name: str) -> None:
     case = CASES[name]
