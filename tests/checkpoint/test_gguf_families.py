@@ -83,6 +83,11 @@ def test_config_is_json(tmp_path: Path, name: str) -> None:
         ("lfm2", change(attention__head_count_kv=[2, 0, 2, 0, 2]), {
             "layer_types": ["full_attention", "conv", "full_attention", "conv", "full_attention"],
         }),
+        ("qwen2_moe", change(expert_feed_forward_length=None, feed_forward_length=128), {"moe_intermediate_size": 64}),
+        ("qwen2_moe", change(expert_shared_feed_forward_length=None, feed_forward_length=96), {
+            "shared_expert_intermediate_size": 96,
+        }),
+        ("mistral3", change(attention__key_length=None), {"head_dim": 32}),
         ("glm4_moe_lite", change(tokenizer__ggml__pre="glm4"), {"model_type": "glm4_moe_lite"}),
         ("glm4_moe_lite", change(), {"model_type": "deepseek_v3"}),
         ("qwen2", change(tokenizer__ggml__eos_token_id=7), {"eos_token_id": 7, "bos_token_id": None, "pad_token_id": None}),
@@ -121,6 +126,14 @@ def test_fused_queries_keys_and_values(tmp_path: Path, name: str) -> None:
     assert fused.tensors.keys() == expected.keys() and fused.config() == plain.config()
     for tensor, value in expected.items():
         assert torch.equal(fused.read(tensor), value), tensor
+
+
+def test_a_fused_projection_of_the_wrong_size(tmp_path: Path) -> None:
+    def edit(metadata: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
+        arrays["blk.0.attn_qkv.weight"] = np.zeros((100, 96), np.float32)
+
+    with pytest.raises(CheckpointError, match="attn_qkv.weight': has 100 rows for 10 heads of 16"):
+        opened(tmp_path, "qwen2", edit=edit)
 
 
 @pytest.mark.parametrize("name", ["qwen3_5", "qwen3_next", "llama", "phi3", "glm4"])

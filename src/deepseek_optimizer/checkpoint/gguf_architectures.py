@@ -16,10 +16,10 @@ from .gguf_delta import convolution_channels, group_value_heads, join_convolutio
 from .gguf_fields import (
     Reader,
     count,
+    expert_width,
     fixed,
     gemma_scale,
     has_experts,
-    has_kv_heads,
     has_window,
     head_dim,
     kv_heads,
@@ -27,10 +27,12 @@ from .gguf_fields import (
     number,
     optional,
     recurrent,
+    shared_width,
     sliding,
     stores,
     window,
     windowed,
+    with_kv_heads,
     without,
 )
 from .gguf_gpt_oss import NAMES, exact_yarn, join_biases
@@ -102,12 +104,11 @@ LAYER: Names = {
     "exp_probs_b.bias": "mlp.gate.e_score_correction_bias",
 }
 
-
 _ATTENTION_BIAS: Mapping[str, Reader] = {"attention_bias": stores("attn_q.bias", "attn_qkv.bias")}
 _BIASES: Mapping[str, Reader] = {**_ATTENTION_BIAS, "mlp_bias": stores("ffn_up.bias")}
 _HEAD_DIM: Mapping[str, Reader] = {"head_dim": head_dim}
 _USED: Mapping[str, Reader] = {"num_experts_per_tok": count("expert_used_count")}
-_EXPERT_WIDTH: Mapping[str, Reader] = {"moe_intermediate_size": count("expert_feed_forward_length")}
+_EXPERT_WIDTH: Mapping[str, Reader] = {"moe_intermediate_size": expert_width}
 _SHARED: Names = {
     "ffn_gate_shexp": "mlp.shared_experts.gate_proj",
     "ffn_up_shexp": "mlp.shared_experts.up_proj",
@@ -141,7 +142,7 @@ _QWEN_EXPERTS: Mapping[str, Reader] = {
     **_USED,
     **_EXPERT_WIDTH,
     "num_experts": count("expert_count"),
-    "shared_expert_intermediate_size": count("expert_shared_feed_forward_length"),
+    "shared_expert_intermediate_size": shared_width,
 }
 _GRANITE: Mapping[str, Reader] = {
     **_BIASES,
@@ -178,7 +179,7 @@ _DELTA_NET_NAMES: Names = {
 _LFM2: Mapping[str, Reader] = {
     "conv_L_cache": count("shortconv.l_cache"),
     "conv_bias": fixed(False),
-    "layer_types": recurrent("conv", has_kv_heads),
+    "layer_types": recurrent("conv", with_kv_heads),
     "num_key_value_heads": kv_heads,
 }
 _LFM2_NAMES: Names = {
@@ -437,7 +438,7 @@ ARCHITECTURES: Mapping[str, tuple[Architecture, ...]] = {
                 "ssm_dt.bias": "self_attn.forget_gate.dt_bias", "ssm_conv1d_q": "self_attn.q_conv1d",
                 "ssm_conv1d_k": "self_attn.k_conv1d", "ssm_conv1d_v": "self_attn.v_conv1d",
             },
-            fields={"layer_types": recurrent("linear_attention", has_kv_heads), "num_key_value_heads": kv_heads},
+            fields={"layer_types": recurrent("linear_attention", with_kv_heads), "num_key_value_heads": kv_heads},
         ),
     ),
 }  # fmt: skip

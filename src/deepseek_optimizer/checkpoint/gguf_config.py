@@ -103,7 +103,7 @@ def parameters(meta: Metadata, entry: Architecture, config: Mapping[str, Any]) -
         if name in found:
             raise CheckpointError("contains two tensors for one parameter", file=meta.path, tensor=name)
         found[name] = parameter
-    _split_qkv(found, config)
+    _split_qkv(found, config, meta.path)
     if entry.rope == "pairs":
         _permute_heads(found, config, meta.path)
     for rearrange in entry.rearrange:
@@ -136,11 +136,9 @@ def parameter_name(entry: Architecture, name: str) -> str:
 
 def prediction_tensors(meta: Metadata) -> list[str]:
     """Names of the tensors of layers for multi-token prediction, which are not loaded."""
-    return (
-        [name for name in meta.tensors if (match := _BLOCK.match(name)) and int(match[1]) >= meta.layers]
-        if meta.has("nextn_predict_layers")
-        else []
-    )
+    if not meta.has("nextn_predict_layers"):
+        return []
+    return [name for name in meta.tensors if (match := _BLOCK.match(name)) and int(match[1]) >= meta.layers]
 
 
 def _part(tensor: GgufTensor) -> str:
@@ -152,15 +150,21 @@ def _minus_one(values: torch.Tensor) -> torch.Tensor:
     return values - 1
 
 
-def _split_qkv(found: dict[str, Parameter], config: Mapping[str, Any]) -> None:
+def _split_qkv(found: dict[str, Parameter], config: Mapping[str, Any], path: Path) -> None:
     """Splits the joint projection of queries, keys and values that llama.cpp's converter writes on request (--fuse-qkv)."""
     size = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     heads = {"q": config["num_attention_heads"], "k": config["num_key_value_heads"], "v": config["num_key_value_heads"]}
     for name, match in [(name, match) for name in found if (match := _QKV.fullmatch(name))]:
         layer, leaf = match.groups()
         whole, first = found.pop(name), 0
+        if whole.shape[0] != sum(heads.values()) * size:
+            raise CheckpointError(
+                f"has {whole.shape[0]} rows for {sum(heads.values())} heads of {size}; convert the model again",
+                file=path,
+                tensor=name,
+            )
         for part, number in heads.items():
-            rows = np.arange(first, min(first + number * size, whole.stored_rows))
+            rows = np.arange(first, first + number * size)
             found[f"model.layers.{int(layer)}.self_attn.{part}_proj.{leaf}"] = replace(
                 whole, shape=(len(rows), *whole.shape[1:]), order=rows
             )

@@ -43,7 +43,7 @@ def head_dim(meta: Metadata) -> int:
     heads = meta.integer(meta.of_model("attention.head_count"))
     default = meta.integer(meta.of_model("embedding_length")) // heads
     key = "attention.key_length"
-    if not meta.has(key) and meta.architecture == "llama":
+    if not meta.has(key) and meta.architecture in ("llama", "mistral3"):
         key = "rope.dimension_count"
     return meta.integer(meta.of_model(key), default)
 
@@ -67,24 +67,38 @@ def windowed(period: int) -> Reader:
     return lambda meta: sliding(period)(meta) if has_window(meta) else ["full_attention"] * meta.layers
 
 
-def recurrent(kind: str, full: Callable[[Metadata, int], bool]) -> Reader:
+def recurrent(kind: str, attention: Callable[[Metadata], list[bool]]) -> Reader:
     """Types of layers, given which ones have attention."""
-    return lambda meta: ["full_attention" if full(meta, layer) else kind for layer in range(meta.layers)]
+    return lambda meta: ["full_attention" if full else kind for full in attention(meta)]
 
 
-def has_kv_heads(meta: Metadata, layer: int) -> bool:
-    return bool((meta.per_layer("attention.head_count_kv") or [1] * meta.layers)[layer])
+def with_kv_heads(meta: Metadata) -> list[bool]:
+    """For each layer, whether it has heads of keys and values."""
+    return [heads > 0 for heads in meta.per_layer("attention.head_count_kv") or [1] * meta.layers]
 
 
-def not_recurrent(meta: Metadata, layer: int) -> bool:
+def not_recurrent(meta: Metadata) -> list[bool]:
+    """For each layer, whether it is not listed as recurrent; without a list, the last of each interval is not."""
     listed = meta.per_layer("attention.recurrent_layers")
     every = meta.integer(meta.of_model("full_attention_interval"), 4)
-    return not listed[layer] if listed else (layer + 1) % every == 0
+    return [not layer for layer in listed] if listed else [(layer + 1) % every == 0 for layer in range(meta.layers)]
 
 
 def kv_heads(meta: Metadata) -> int:
     """Number of heads of the layers that have attention."""
     return max(meta.per_layer("attention.head_count_kv") or [0]) or meta.integer(meta.of_model("attention.head_count"))
+
+
+def expert_width(meta: Metadata) -> int:
+    """Width of an expert; where older files lack it, that of all used experts is the layer's."""
+    key = "expert_feed_forward_length"
+    default = None if meta.has(key) else count("feed_forward_length")(meta) // count("expert_used_count")(meta)
+    return count(key, default)(meta)
+
+
+def shared_width(meta: Metadata) -> int:
+    """Width of the shared expert; where older files lack it, that of the layer."""
+    return count("expert_shared_feed_forward_length", count("feed_forward_length")(meta))(meta)
 
 
 def without(key: str) -> Callable[[Metadata, dict[str, Any]], dict[str, Any]]:

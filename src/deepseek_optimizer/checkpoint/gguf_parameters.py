@@ -73,7 +73,7 @@ class Parameter:
         rows = math.prod(self.shape[:-1]) if len(self.shape) > 1 else self.shape[0]
         widths = {source.shape[-1] for source in self.sources} if len(self.shape) > 1 else set()
         if self.order is not None:
-            return len(self.order) != rows or bool(self.order.max() >= self.stored_rows) or len(widths) > 1
+            return len(self.order) != rows or bool((self.order >= self.stored_rows).any()) or len(widths) > 1
         return self.stored_rows != rows or bool(widths - {self.shape[-1]})
 
     @property
