@@ -52,7 +52,9 @@ class Subject:
 
     def runner(self, blocks: int) -> Runner:
         runtime = self.model.dso
-        return Runner(runtime.plan, runtime.backend.new_store(runtime.graph, runtime.kv_dtype, blocks))
+        groups = runtime.graph.cache.groups
+        store = runtime.backend.new_store(runtime.graph, runtime.kv_dtype, groups * blocks)
+        return Runner(runtime.plan, store, (None,) * groups)
 
     def check(self, logits: torch.Tensor, alone: torch.Tensor, who: str) -> None:
         """logits, alone: float32 [steps, V] from which tokens were chosen."""
