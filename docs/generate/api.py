@@ -25,7 +25,7 @@ def page() -> str:
     values = {name: getattr(package, name) for name in (*FUNCTIONS_FIRST, *(n for n in names if n not in FUNCTIONS_FIRST))}
     text = [INTRODUCTION.rstrip()]
     text += [entry(name, value) for name, value in values.items() if not _is_error(value)]
-    text += [engine(), errors_section()]
+    text += [engine(), encode(), errors_section()]
     return "\n\n".join(text)
 
 
@@ -33,6 +33,14 @@ def engine() -> str:
     from deepseek_optimizer.engine.engine import Engine
 
     return entry("Engine", Engine, "What `make_engine` returns.")
+
+
+def encode() -> str:
+    from deepseek_optimizer.integration.encoder import EncoderRuntime
+
+    return entry(
+        "model.dso.encode", EncoderRuntime.encode, "Of a model that is an encoder, see [Encoders](../models.md#encoders)."
+    )
 
 
 def entry(name: str, value: Any, note: str = "", level: int = 2) -> str:

@@ -16,6 +16,7 @@ from ..bind.graphs import with_eps_of
 from ..bind.module_tree import ModuleTree
 from ..bind.swap import weights_of
 from ..general import GeneralRuntime
+from .embed import embed
 from .forward import EncoderForward, OnBase
 from .report import EncoderReport, make_report
 from .rows import Rows, rows_of, step_batch, steps_of
@@ -79,14 +80,14 @@ class EncoderRuntime(GeneralRuntime):
         self, input_ids: Sequence[Sequence[int]], token_type_ids: Sequence[Sequence[int]] | None = None
     ) -> list[torch.Tensor]:
         """The last hidden states of texts, without padding: in steps of whole texts with at most `config.prefill_chunk` tokens
-        together. The result of a text does not depend on the others.
+        together. The result of a text does not depend on the others. A pooler or a head can be applied to it, such as
+        `model.pooler(states[None])`.
 
         Args:
             input_ids: the token ids of each text, special tokens included; at least one each.
             token_type_ids: for each text the type of each token (BERT's pairs of sentences); None: as Transformers' default.
 
-        Returns: for each text a tensor [tokens, hidden] in the model's dtype, on its device; together they are one block of
-        memory. A pooler or a head can be applied to them, such as `model.pooler(states[None])`.
+        Returns: for each text a tensor [tokens, hidden] in the model's dtype, on its device, all in one block of memory.
 
         Raises:
             ValueError: a text is empty, too long for the model's positions, or has an id outside the vocabulary.
@@ -118,10 +119,9 @@ class EncoderRuntime(GeneralRuntime):
             rows: from `rows_of`.
             hidden: whether all are wanted.
         """
-        embedded = self.base.embeddings(**rows.arguments)[0]
-        states, width = embedded.float(), self.graph.hidden_size
+        states = embed(self.base.embeddings, rows, self.graph.hidden_size, self.backend.threads or 1)
         count = self.graph.hidden_states if hidden else 1
-        result = torch.empty(count, len(states), width, dtype=embedded.dtype, device=embedded.device)
+        result = torch.empty(count, *states.shape, dtype=self.base.dtype, device=states.device)
         starts = [0, *accumulate(rows.lengths)]
         for begin, end in steps_of(rows.lengths, self.config.prefill_chunk):
             part = slice(starts[begin], starts[end])
