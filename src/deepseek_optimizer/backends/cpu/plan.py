@@ -188,7 +188,7 @@ class CpuPlan:
         if rows and not self.has_head:
             raise ValueError(f"logit_rows must be empty for a plan that has no head, got {rows} rows")
         sequences, width = len(batch.query_len), self.hidden_size
-        tables = batch.tables(store.spec.groups)  # type: ignore[attr-defined]  # a CpuStore
+        tables = batch.tables(1 if store is None else store.spec.groups)  # type: ignore[attr-defined]  # a CpuStore
         groups, _, blocks = tables.shape
         f32, new = torch.float32, self.context.outputs.empty
         shape, logits = (rows, self.vocab_size), batch.logits
