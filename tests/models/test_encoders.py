@@ -10,7 +10,6 @@ from deepseek_optimizer.graph.validate import check_graph
 from deepseek_optimizer.models import ENCODERS, build_encoder_graph
 from support.encoders import CASES, random_encoder
 
-
 TYPES = ("full_attention", "sliding_attention")
 
 
