@@ -30,8 +30,8 @@ def load_model(path: str | os.PathLike[str], config: DeepSeekConfig | None = Non
         fields: single fields of `DeepSeekConfig`; they override those of `config`.
 
     Returns:
-        The family's `ForCausalLM` model in eval mode, on the general path the class that the checkpoint was saved from;
-        `model.report()` lists the optimisations. Load other classes (`AutoModel`, classifiers) with their own
+        The family's `ForCausalLM` model in eval mode; for encoders and on the general path the class that the checkpoint was
+        saved from. `model.report()` lists the optimisations. Load other classes (`AutoModel`, classifiers) with their own
         `from_pretrained(path, quantization_config=config)`.
 
     Raises:

@@ -155,6 +155,18 @@ def test_training_hooks_and_adapters(bert):
     assert len(seen) == 1 and run(fast, call)[0].isfinite().all() and len(seen) == 1
 
 
+@pytest.mark.filterwarnings("ignore::deepseek_optimizer.integration.bind.packed_model.OptimizerWarning")
+def test_lora():
+    peft = pytest.importorskip("peft")
+    fast, call = optimised(random_encoder("bert"), precision="int8"), padded(random_sentences(6, 3))
+    expected, kept = run(fast, call)[0], call["attention_mask"].bool()
+    adapted = peft.get_peft_model(fast, peft.LoraConfig(target_modules=["query", "value"]))
+    assert (run(adapted, call)[0][kept] - expected[kept]).abs().max() < 0.01 * expected.abs().max()
+    adapted(**call)[0].square().sum().backward()
+    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in adapted.parameters())
+    assert any("adapter" in note for note in fast.dso.notes)
+
+
 def test_a_head_trains_on_the_plan(quiet):
     fast = optimised(random_encoder("roberta", "ForSequenceClassification"), precision="int8")
     fast(**padded(random_sentences(6, 3)), labels=torch.tensor([0, 1])).loss.backward()

@@ -231,7 +231,7 @@ class CpuPlan:
         source, targets = batch.state_from, batch.state_to
         if source is None or targets is None:
             raise ValueError("state_from and state_to are missing: this plan has recurrent states")
-        handle = store.recurrent  # type: ignore[attr-defined]  # a CpuStore
+        handle = None if store is None else store.recurrent  # type: ignore[attr-defined]  # a CpuStore
         b.recurrent = None if handle is None else handle.address
         b.state_from = address(source, "state_from", _I32, (len(batch.query_len),))
         b.state_to = address(targets, "state_to", _I32, (len(targets), 2))

@@ -65,8 +65,8 @@ def _positions(embeddings: Any, call: dict[str, Any], shape: Any) -> torch.Tenso
         if ids is not None:
             return embeddings.create_position_ids_from_input_ids(ids, padding)
         return embeddings.create_position_ids_from_inputs_embeds(embeds, padding)
-    device = embeds.device if ids is None else ids.device
-    return torch.arange(shape[1], device=device)[None]
+    source: Any = embeds if ids is None else ids
+    return torch.arange(shape[1], device=source.device)[None]
 
 
 def _check_tables(embeddings: Any, rows: dict[str, torch.Tensor]) -> None:

@@ -126,7 +126,9 @@ class EncoderRuntime(GeneralRuntime):
         for begin, end in steps_of(rows.lengths, self.config.prefill_chunk):
             part = slice(starts[begin], starts[end])
             output = self.plan.run(step_batch(states[part], rows.positions[part], rows.lengths[begin:end], hidden), None)
-            result[:, part] = output.hidden if hidden else output.last_hidden
+            made = output.hidden if hidden else output.last_hidden
+            assert made is not None
+            result[:, part] = made
         return result
 
     def move(self) -> None:

@@ -90,8 +90,8 @@ class GeneralReport:
             table.add_row(f"  {row.format}", f"{row.matrices} matrices, {size}")
         rest = ", ".join(f"{kind} {count / 1e6:,.1f} M" for kind, count in self.in_torch.items())
         table.add_row("torch", f"parameters of {rest}" if rest else "")
-        for row in self.remarks():
-            table.add_row(*row)
+        for name, text in self.remarks():
+            table.add_row(name, text)
         for warning in self.warnings:
             table.add_row("note", warning)
         return table
