@@ -35,6 +35,9 @@ def exact_yarn(meta: Metadata, rope: dict[str, Any]) -> dict[str, Any]:
 class AlternatingBiases(Parameter):
     """Biases [E, 2 I] that alternate. Sources: those of gate and of up, [E, I] each."""
 
+    def misshapen(self) -> bool:
+        return False  # checked by `join_biases`
+
     def floats(self, begin: int, end: int, read: ReadRows, decode: Decode) -> torch.Tensor:
         """Rows [begin, end), float [end - begin, 2 I]."""
         gate, up = (decode(source, read(source, begin, end)) for source in self.sources)
