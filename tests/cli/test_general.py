@@ -48,4 +48,4 @@ def test_convert(dso, gpt2, tmp_path):
 
 def test_commands_that_need_a_plan_end_in_one_line(dso, gpt2):
     result = dso("run", gpt2, "hello")
-    assert result.exit_code == 2 and "general path" in result.stderr and "model.generate" in result.stderr
+    assert result.exit_code == 2 and "no execution plan" in result.stderr and "model.generate" in result.stderr

@@ -164,7 +164,7 @@ class PackedWeighedExperts(PackedExperts):
         Returns: [E * T, H].
         """
         out = torch.zeros_like(hidden_states)
-        for expert, rows in enumerate(torch.arange(len(out), device=out.device).chunk(self.num_experts)):
+        for expert, rows in enumerate(torch.arange(len(out), device=out.device, dtype=torch.int64).chunk(self.num_experts)):
             chosen = rows[(hidden_states[rows] != 0).any(-1)]
             if len(chosen):
                 out.index_add_(0, chosen, self._result(expert, hidden_states[chosen]).to(out.dtype))

@@ -129,7 +129,8 @@ def _planned(runtime: Any, base: Any, call: dict[str, Any]) -> Any:
         if bool(kept.any()):
             made = runtime.run(rows_of(base.embeddings, call, kept), bool(wanted))
         else:
-            made = torch.zeros(runtime.graph.hidden_states if wanted else 1, 0, runtime.graph.hidden_size, dtype=base.dtype)
+            states = runtime.graph.hidden_states if wanted else 1
+            made = torch.zeros(states, 0, runtime.graph.hidden_size, dtype=base.dtype, device=kept.device)
         if bool(kept.all()):
             hidden = made.view(len(made), *shape, -1)
         else:

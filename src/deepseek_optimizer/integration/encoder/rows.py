@@ -66,7 +66,7 @@ def _positions(embeddings: Any, call: dict[str, Any], shape: Any) -> torch.Tenso
             return embeddings.create_position_ids_from_input_ids(ids, padding)
         return embeddings.create_position_ids_from_inputs_embeds(embeds, padding)
     source: Any = embeds if ids is None else ids
-    return torch.arange(shape[1], device=source.device)[None]
+    return torch.arange(shape[1], device=source.device, dtype=torch.int64)[None]
 
 
 def _check_tables(embeddings: Any, rows: dict[str, torch.Tensor]) -> None:

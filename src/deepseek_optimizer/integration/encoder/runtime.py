@@ -100,8 +100,8 @@ class EncoderRuntime(GeneralRuntime):
         lengths = [len(ids) for ids in input_ids]
         if 0 in lengths:
             raise ValueError(f"text {lengths.index(0)} has no tokens; leave it out")
-        device = self.model.device
-        kept = torch.arange(max(lengths), device=device) < torch.tensor(lengths, device=device)[:, None]
+        whole = {"dtype": torch.int64, "device": self.model.device}
+        kept = torch.arange(max(lengths), **whole) < torch.tensor(lengths, **whole)[:, None]
         call = {"input_ids": _padded(input_ids, kept)}
         if token_type_ids is not None:
             if [len(types) for types in token_type_ids] != lengths:
