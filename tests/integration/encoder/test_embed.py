@@ -13,12 +13,12 @@ from support.encoders import padded, random_encoder, random_sentences
 @pytest.mark.parametrize("case", ["roberta", "distilbert", "modernbert"])
 def test_threads(case):
     embeddings = random_encoder(case).embeddings
-    call = padded(random_sentences(*[600] * 3, 1))
+    call = padded(random_sentences(*[600] * 5, 1))
     kept = call["attention_mask"].bool()
     for given in (call, {"inputs_embeds": torch.randn(*kept.shape, 36)}):
         rows = rows_of(embeddings, given, kept)
         one, three = (embed(embeddings, rows, 36, threads) for threads in (1, 3))
-        assert one.shape == (1801, 36) and torch.equal(one, three) and not three.requires_grad
+        assert one.shape == (3001, 36) and torch.equal(one, three) and not three.requires_grad
         ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
         with torch.no_grad():
             whole = embeddings(input_ids=ids, inputs_embeds=embeds)

@@ -1,4 +1,4 @@
-"""The embeddings of a step's rows, by the model's own module, on several threads.
+"""The embeddings of a batch's rows, by the model's own module, in parts and on several threads.
 
 torch's threads are off while a plan runs (`system/threads.py`), and one core would take a noticeable part of the time that the
 plan takes on all. Rows do not depend on each other, so their bits do not depend on the division.
@@ -13,7 +13,8 @@ import torch
 
 from .rows import Rows
 
-_SMALLEST = 512  # rows of a part, below which a thread costs more than it saves
+_PART = 256  # rows: torch's temporary results stay in a core's cache, which takes a seventh of the time of all rows at once
+_THREAD = 4  # parts, below which a thread costs more than it saves
 
 
 def embed(embeddings: Any, rows: Rows, width: int, threads: int) -> torch.Tensor:
@@ -34,13 +35,13 @@ def embed(embeddings: Any, rows: Rows, width: int, threads: int) -> torch.Tensor
             arguments = {name: None if value is None else value[:, part] for name, value in rows.arguments.items()}
             states[part] = embeddings(**arguments)[0]
 
-    count = max(1, min(threads, tokens // _SMALLEST))
-    step = -(-tokens // count)
-    parts = [slice(begin, begin + step) for begin in range(0, tokens, step)]
-    if len(parts) == 1:
-        compute(parts[0])
+    parts = [slice(begin, begin + _PART) for begin in range(0, tokens, _PART)]
+    threads = min(threads, len(parts) // _THREAD)
+    if threads < 2:
+        for part in parts:
+            compute(part)
         return states
     # A new thread adopts the process's number of torch threads, which is 1 here.
-    with ThreadPoolExecutor(len(parts), "dso-embeddings", torch.get_num_threads) as pool:
+    with ThreadPoolExecutor(threads, "dso-embeddings", torch.get_num_threads) as pool:
         list(pool.map(compute, parts))
     return states
