@@ -62,7 +62,7 @@ test-all: test-native test-lowest test-interop test-conformance test-wide
 test-wide: env
 	DSO_WHEEL=$$(ls $(WHEELS)/*.whl) $(PYTEST) -m wide $(TESTS) $(PYTEST_ARGS)
 
-# Transformers' own tests, on optimised and on plain models. CONFORMANCE: families and options (--all includes the slow tests).
+# Transformers' own tests, on optimized and on plain models. CONFORMANCE: families and options (--all includes the slow tests).
 CONFORMANCE ?=
 test-conformance: env
 	PYTHONPATH=tests $(BIN)/python -m conformance.run $(CONFORMANCE)
@@ -90,7 +90,7 @@ docs-reference: env
 # The tests that use Transformers, on the oldest release that pyproject.toml allows; `make test` uses the newest.
 LOWEST := .venv-lowest
 LOWEST_TRANSFORMERS := $(shell sed -n 's/.*"transformers>=\([0-9.]*\),.*/\1/p' pyproject.toml)
-LOWEST_TESTS ?= tests/integration tests/models tests/test_article.py tests/test_optimised_model.py \
+LOWEST_TESTS ?= tests/integration tests/models tests/test_article.py tests/test_optimized_model.py \
   tests/train/test_prepare.py tests/train/test_trainer.py tests/train/test_attention_function.py tests/train/checkpoints
 
 $(LOWEST)/.installed: $(WHEELS)/.built
@@ -102,7 +102,7 @@ $(LOWEST)/.installed: $(WHEELS)/.built
 test-lowest: $(LOWEST)/.installed
 	$(ONE_THREAD) $(LOWEST)/bin/python -m pytest -q -n $(WORKERS) $(LOWEST_TESTS) $(PYTEST_ARGS)
 
-# Other projects' packages on optimised models, in a separate environment: they are large and slow down every start.
+# Other projects' packages on optimized models, in a separate environment: they are large and slow down every start.
 INTEROP := .venv-interop
 
 $(INTEROP)/.installed: $(WHEELS)/.built

@@ -37,7 +37,7 @@ def measure(a: argparse.Namespace) -> dict[str, Any]:
     from deepseek_optimizer.bench.runs import exact_length
     from deepseek_optimizer.bench.sides.load import load_side
 
-    model = load_side("optimised", a.model, threads=a.threads, config={}).model
+    model = load_side("optimized", a.model, threads=a.threads, config={}).model
     generator = torch.Generator().manual_seed(0)
     found: dict[str, Any] = {}
     with exact_length(model):

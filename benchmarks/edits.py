@@ -26,7 +26,7 @@ them to arrive on 19 March. We will then send all six chairs to your address in 
 Yours sincerely,
 Anna Schmidt"""
 
-WATER = """Dear neighbours,
+WATER = """Dear neighbors,
 
 The water in our street will be turned off on Monday from nine in the morning until three in the afternoon, since the \
 pipe in front of number 12 has to be mended. Please fill a few bottles the evening before. If you need help, call Mrs. \

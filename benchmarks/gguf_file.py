@@ -1,4 +1,4 @@
-"""A Llama- or Qwen2-shaped model directory as a GGUF file, every matrix in one type, by gguf-py's own quantiser.
+"""A Llama- or Qwen2-shaped model directory as a GGUF file, every matrix in one type, by gguf-py's own quantizer.
 
 All matrices, embedding and head too: what llama.cpp then reads a token is as little as that type allows. The vocabulary is a
 stand-in, of the right size: for speed, not for text.
@@ -84,7 +84,7 @@ def _renamed(name: str) -> str:
 
 
 def _interleaved(name: str, values: Any, config: Any) -> Any:
-    """llama.cpp's "llama" rotates neighbouring columns of a head, Transformers its halves: rows of q and k change places."""
+    """llama.cpp's "llama" rotates neighboring columns of a head, Transformers its halves: rows of q and k change places."""
     if config.model_type != "llama" or not name.endswith(("q_proj.weight", "k_proj.weight")):
         return values
     heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads

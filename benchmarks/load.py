@@ -129,7 +129,7 @@ async def _left(stream: Exchange) -> list[float]:
 
 
 def _gaps(streams: list[list[float]], spans: list[tuple[float, float]]) -> list[float]:
-    """ms between neighbouring pieces of a stream, of those that ended within a span."""
+    """ms between neighboring pieces of a stream, of those that ended within a span."""
     return [
         1e3 * (then - before)
         for times in streams

@@ -1,4 +1,4 @@
-"""A document of 300,000 tokens is summarised and queried in bounded memory, by each strategy: issue 6's bar.
+"""A document of 300,000 tokens is summarized and queried in bounded memory, by each strategy: issue 6's bar.
 
 The document is Python's own documentation and sources, which every machine has, with one sentence in it that a question asks
 for. Of each answer it is checked that its citations are truly in the text, and that the process took no more than the memory it
@@ -78,7 +78,7 @@ def measure(document: LongDocument, task: str, strategy: str, memory: float) -> 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--model", type=Path, help="an optimised model's directory; default: SmolLM2-135M in int4")
+    parser.add_argument("--model", type=Path, help="an optimized model's directory; default: SmolLM2-135M in int4")
     parser.add_argument("--tokens", type=int, default=300_000)
     parser.add_argument("--memory-gb", type=float, default=3.0)
     parser.add_argument("--task", nargs="+", choices=("summarize", "ask"), default=["summarize", "ask"])

@@ -61,9 +61,9 @@ def _command(row: Row, side: Rival, threads: int) -> list[str]:
     if side.engine != OURS:
         peer = get_peer(side.engine)
         return peer.command(setup(peer), path, work, **options)
-    command = own_command("optimised", path, work, **options, fields=row.fields)
+    command = own_command("optimized", path, work, **options, fields=row.fields)
     busy = row.busy and side == row.ours
-    return [sys.executable, "-m", "benchmarks.neighbour", *command] if busy else command
+    return [sys.executable, "-m", "benchmarks.neighbor", *command] if busy else command
 
 
 def _reads(row: Row, threads: int) -> dict[str, reads.Reads]:

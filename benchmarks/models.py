@@ -21,7 +21,7 @@ from deepseek_optimizer.bench import smollm2
 from deepseek_optimizer.bench.peers import get_peer
 from deepseek_optimizer.bench.peers.environments import setup
 from deepseek_optimizer.bench.peers.openvino import export_command
-from deepseek_optimizer.bench.unoptimised_model import dequantised
+from deepseek_optimizer.bench.unoptimized_model import dequantized
 from deepseek_optimizer.checkpoint.manifest import VERSION
 
 from . import gguf_file, gguf_v2lite, random_packed
@@ -51,7 +51,7 @@ def model(name: str, form: str) -> Path:
     if name == "v32":
         return _v32(form)
     random = {"r1q15": _random_qwen2, "v2l6": _random_deepseek_v2}
-    bf16 = dequantised(smollm2.fetch()) if name == "smol" else _once(smollm2.cache_directory() / name, random[name])
+    bf16 = dequantized(smollm2.fetch()) if name == "smol" else _once(smollm2.cache_directory() / name, random[name])
     if form == "bf16":
         return bf16
     if form.startswith("Q"):

@@ -1,7 +1,7 @@
 """What each format costs in quality: `make quality`.
 
 First the rounding alone (`weight_error.py`): our 4-bit formats beside ggml's types of the same size, on SmolLM2-135M-Instruct
-and on tiny-v3, a DeepSeek-V3 model of 16 M weights that were never quantised. SmolLM2's were 4-bit (Q4_1) before, all but the
+and on tiny-v3, a DeepSeek-V3 model of 16 M weights that were never quantized. SmolLM2's were 4-bit (Q4_1) before, all but the
 embedding's, so it is rounded a second time there. Then our engine: for each format how far its next-token distributions are
 from the fp32 model's, through prefill (the text at once) and through decode (token by token), whose kernels differ;
 Transformers' own bf16 stands beside them. "q4_1 as stored" is the GGUF file, taken over without loss: what arithmetic alone
@@ -26,7 +26,7 @@ from transformers import AutoTokenizer
 from deepseek_optimizer import load_model
 from deepseek_optimizer.bench.hardware import cpu_name
 from deepseek_optimizer.bench.quality import through_decode, through_prefill
-from deepseek_optimizer.bench.unoptimised_model import load_unoptimised
+from deepseek_optimizer.bench.unoptimized_model import load_unoptimized
 from deepseek_optimizer.calibration.text import sample_text
 
 from . import models, results
@@ -76,15 +76,15 @@ def _split(ids: Any, tokens: int, count: int) -> tuple[list[torch.Tensor], list[
 
 
 def _rounding(title: str, path: Path, evaluated: Sequence[torch.Tensor], calibration: Sequence[torch.Tensor]) -> Iterator[Row]:
-    for name, row in measured(load_unoptimised(path, torch.float32), evaluated, calibration):
+    for name, row in measured(load_unoptimized(path, torch.float32), evaluated, calibration):
         yield f"{title}, weights alone: {name}", row
 
 
 def _engine(bf16: Path, evaluated: Sequence[torch.Tensor], calibration: str) -> Iterator[Row]:
     """Everything as a user gets it: rounded weights, rounded activations, our kernels."""
     gguf = models.model("smol", "gguf")
-    reference = Reference(load_unoptimised(gguf, torch.float32), evaluated)
-    yield "SmolLM2-135M: Transformers bf16", reference.compare(load_unoptimised(bf16, torch.bfloat16))
+    reference = Reference(load_unoptimized(gguf, torch.float32), evaluated)
+    yield "SmolLM2-135M: Transformers bf16", reference.compare(load_unoptimized(bf16, torch.bfloat16))
     with tempfile.TemporaryDirectory() as folder:
         text = Path(folder) / "calibration.txt"
         text.write_text(calibration, encoding="utf-8")

@@ -80,7 +80,7 @@ def _command(row: Speculation, threads: int) -> list[str]:
 
 
 def measure(row: Speculation, *, threads: int, rounds: int, note: Callable[[str], None]) -> dict[str, Any]:
-    """{"title", "model", "work", "rows": one a way of drafting, with the ratios of neighbouring runs}."""
+    """{"title", "model", "work", "rows": one a way of drafting, with the ratios of neighboring runs}."""
     found = []
     for turn in range(rounds):
         note(f"round {turn + 1} of {rounds}")

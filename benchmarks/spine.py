@@ -1,4 +1,4 @@
-"""Transformers in bf16 against the optimised model, the same work, sides in turns: how many times faster and smaller.
+"""Transformers in bf16 against the optimized model, the same work, sides in turns: how many times faster and smaller.
 
 Data, and how one comparison is measured; `run.py` runs them.
 """
@@ -22,7 +22,7 @@ FIGURES = ("prefill_tok_s", "decode_tok_s", "to_first_token_s", "memory_bytes")
 class Comparison:
     """Attributes:
     name: for the command line and the results.
-    forms: of the optimised model, by what they are called.
+    forms: of the optimized model, by what they are called.
     options: of every side.
     """
 
@@ -49,9 +49,9 @@ SPINE = (
 
 
 def measure(c: Comparison, *, threads: int, rounds: int, note: Callable[[str], None]) -> dict[str, Any]:
-    """{"work", "rows": one a figure and an optimised side, as `ratio_row` makes them}."""
+    """{"work", "rows": one a figure and an optimized side, as `ratio_row` makes them}."""
     sides = {"transformers": _side(c, "transformers", "bf16", threads)}
-    sides.update({label: _side(c, "optimised", form, threads) for label, form in c.forms.items()})
+    sides.update({label: _side(c, "optimized", form, threads) for label, form in c.forms.items()})
     found = alternate(sides, rounds, note)
     return {"work": f"{TITLES[c.model]}, {c.title}", "rows": ratio_rows(found, "transformers", FIGURES)}
 

@@ -1,7 +1,7 @@
-"""What rounding the weights costs by itself: they are put back, dequantised, into Transformers' own fp32 model.
+"""What rounding the weights costs by itself: they are put back, dequantized, into Transformers' own fp32 model.
 
 Every matrix of the model is rounded but the routers: linear layers, experts, the embedding and the head. ggml's types are made
-by gguf-py's own quantiser. Calibration and evaluation share no text.
+by gguf-py's own quantizer. Calibration and evaluation share no text.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 # native:       builds the library and copies it into the source tree, for development without installing.
 # test-native:  builds with AddressSanitizer and UndefinedBehaviorSanitizer and runs the native tests; then runs them on the
-#               optimised build. GCC aligns no frames for stack-use-after-return for AVX-512 (its bug 110027).
+#               optimized build. GCC aligns no frames for stack-use-after-return for AVX-512 (its bug 110027).
 CMAKE ?= $(or $(shell command -v cmake),$(BIN)/cmake)
 NATIVE_JOBS ?= $(shell nproc)
 

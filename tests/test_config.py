@@ -182,7 +182,7 @@ def test_formats_override_precision():
     assert [config.format_of(f"{n}.weight", "bf16") for n in ("head", "embed", "other")] == ["int8", "q4_1", "int4"]
 
 
-def test_a_budget_needs_unquantised_matrices():
+def test_a_budget_needs_unquantized_matrices():
     config = DeepSeekConfig(kl_budget=0.1, formats={"head": "int8"})
     assert config.format_of("head.weight", "bf16") == "bf16"
 

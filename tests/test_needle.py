@@ -30,7 +30,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def load(folder):
-    """load(mode, **fields): the optimised model, cached by mode and fields."""
+    """load(mode, **fields): the optimized model, cached by mode and fields."""
     loaded = {}
 
     def load(mode, **fields):

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from deepseek_optimizer import PagedCache, load_model
 from deepseek_optimizer.bench import smollm2
-from deepseek_optimizer.bench.unoptimised_model import dequantised
+from deepseek_optimizer.bench.unoptimized_model import dequantized
 from deepseek_optimizer.chat.conversation import prompt_ids
 from deepseek_optimizer.integration.compat import cache_name
 
@@ -35,7 +35,7 @@ def gguf():
 
 @pytest.fixture(scope="module")
 def bf16_directory(gguf):
-    return dequantised(gguf)
+    return dequantized(gguf)
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +77,7 @@ def test_divergence_from_fp32(bf16_directory, ids, fp32_logits, precision, bound
 
 @pytest.mark.parametrize("run", [prefill, decode])
 @pytest.mark.parametrize("kv_cache, bound", [("fp32", 1e-3), ("auto", 1e-2)])
-def test_gguf_logits_equal_the_dequantised_model(gguf, ids, run, kv_cache, bound):
+def test_gguf_logits_equal_the_dequantized_model(gguf, ids, run, kv_cache, bound):
     reference = prefill(
         AutoModelForCausalLM.from_pretrained(
             gguf.parent,

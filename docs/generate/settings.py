@@ -16,7 +16,7 @@ INTRODUCTION = """\
 
 This page is generated from the code by `python -m docs.generate`. Every value is checked when it is set; an unknown name or a
 value that is not allowed raises [`ConfigError`](api.md#errors), which names the field.
-[Quantise a model](../how-to/quantise.md) shows what the formats of weights and of the KV cache cost in quality.
+[Quantize a model](../how-to/quantize.md) shows what the formats of weights and of the KV cache cost in quality.
 
 | class | used by |
 |---|---|

@@ -16,7 +16,7 @@ from deepseek_optimizer.quant.packed import PackedMatrix
 
 
 class ToyBackend(ReferenceBackend):
-    """Implements `Backend`; compiles and stores as the reference does, and dequantises a matrix whole for a product."""
+    """Implements `Backend`; compiles and stores as the reference does, and dequantizes a matrix whole for a product."""
 
     name = "toy"
 

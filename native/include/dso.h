@@ -44,7 +44,7 @@ DSO_API const char* dso_cpu_description(void);       /* JSON: vendor, model name
 typedef struct dso_context dso_context;
 /* isa: NULL selects the best ISA that runs on this CPU; a family name ("avx2", "avx512") selects exactly that variant. threads
  * <= 0: set from CPU affinity and cgroup limits. The pool's threads start with the first run and are recreated after a fork. A
- * context may be shared by several plans, which keep it alive; runs on one context are serialised. */
+ * context may be shared by several plans, which keep it alive; runs on one context are serialized. */
 DSO_API int32_t dso_context_create(const char* isa, int32_t threads, dso_context** out);
 DSO_API void dso_context_destroy(dso_context* c);
 DSO_API const char* dso_context_isa(const dso_context* c);
@@ -233,7 +233,7 @@ DSO_API int32_t dso_states_load(dso_states* s, int32_t slot, const void* bytes);
 
 /* ---- plan: a flat list of steps over slots ---------------------------------------------------------------
  * A slot is a buffer whose row count is set by each run: T tokens, or R logit rows for slots after SELECT_ROWS.
- * Slot kinds: F32 rows; BF16 rows (activations rounded to nearest even); Q8 rows: activations quantised in groups of 32 along
+ * Slot kinds: F32 rows; BF16 rows (activations rounded to nearest even); Q8 rows: activations quantized in groups of 32 along
  * the row (width padded to 32): int8 q[wp], float scale[wp/32], int32 sum[wp/32] (sum of q), where scale = max|x|/127, q =
  * rint(x * (127/max|x|)); a group whose factor overflows (zeros, or max|x| below 1e-34) has scale 0 and q = 0; a group with a
  * NaN or infinity has scale NaN and q = 0 (the same for Q16).
@@ -362,7 +362,7 @@ enum {
   DSO_FLAG_LAST = 16,
   DSO_FLAG_SIGMOID = 32,       /* ROUTE: scores are sigmoids instead of a softmax */
   DSO_FLAG_TOP2 = 64,          /* ROUTE: a group's score is the sum of its two best instead of its best */
-  DSO_FLAG_NORMALISE = 128,    /* ROUTE: weights are divided by their sum */
+  DSO_FLAG_NORMALIZE = 128,    /* ROUTE: weights are divided by their sum */
   DSO_FLAG_GELU = 256,         /* GATE_UP, EXPERTS_GATE_UP: the gate's activation is gelu, as in GEGLU, instead of silu */
   DSO_FLAG_CHUNKED = 2048,     /* ATTENTION: the window is the chunk of `window` tokens that the row's own token lies in */
   DSO_FLAG_WEIGH_INPUT = 4096, /* EXPERTS_GATE_UP: gate and up are multiplied by the expert's weight; EXPERTS_DOWN: the sum

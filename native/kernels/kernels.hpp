@@ -201,8 +201,8 @@ struct RowKernels {  // everything else: rows of activations, weights and caches
                     const Rotation& turn);  // table: [rot][32 tokens], cosines first
 
   // ---- block choice by summaries
-  void (*kv_summarise)(const KvLayout& l, const KvView& v, int64_t block);      // of a full block, all heads
-  void (*latent_summarise)(const KvLayout& l, const KvView& v, int64_t block);  // rank + rope is at most max_summary_width
+  void (*kv_summarize)(const KvLayout& l, const KvView& v, int64_t block);      // of a full block, all heads
+  void (*latent_summarize)(const KvLayout& l, const KvView& v, int64_t block);  // rank + rope is at most max_summary_width
   // Estimates for `n` panels of summary_blocks blocks of the cache, for rows [r0, r1) and all q heads of one kv head (q as
   // above; for a latent cache, whose rows are keys of one kv head, absorbed): the estimate for head h of row r and column c of
   // panels[i] is written to estimates[((r - r0) * group + h) * stride + i * summary_blocks + c]. scratch: attn_scratch bytes.

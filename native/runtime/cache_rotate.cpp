@@ -102,7 +102,7 @@ void turn(Context& c, dso_cache& cache, const dso_rotation& key, const dso_rotat
         c.kernels.latent_rotate(layout, view, block, turn, index ? &index_turn : nullptr, index_table + index_room);
       else
         c.kernels.kv_rotate(layout, view, block, turn);
-      if (layout.summary_bytes > 0) (latent ? c.kernels.latent_summarise : c.kernels.kv_summarise)(layout, view, block);
+      if (layout.summary_bytes > 0) (latent ? c.kernels.latent_summarize : c.kernels.kv_summarize)(layout, view, block);
     }
   });
 }

@@ -34,20 +34,20 @@ class RowsWriter final : public CacheWriter {
  public:
   using Kernel = void (*Kernels::*)(const KvLayout& l, const KvView& v, int64_t start, int64_t n, const float* x,
                                     int64_t stride);
-  using Summarise = void (*Kernels::*)(const KvLayout& l, const KvView& v, int64_t block);
-  RowsWriter(const SlotRef& in, int64_t layer, Kernel kernel, Summarise summarise = nullptr)
-      : CacheWriter(layer), in_(in), kernel_(kernel), summarise_(summarise) {}
+  using Summarize = void (*Kernels::*)(const KvLayout& l, const KvView& v, int64_t block);
+  RowsWriter(const SlotRef& in, int64_t layer, Kernel kernel, Summarize summarize = nullptr)
+      : CacheWriter(layer), in_(in), kernel_(kernel), summarize_(summarize) {}
   int64_t work(const Run& run) const override { return run.batch.T * in_.width; }
 
  private:
   void write(const Run& run, const Piece& p, const KvLayout& layout, const KvView& view, int) override {
     const Rows& x = run.slots[in_.index];
     (run.kernels.*kernel_)(layout, view, p.position, p.rows, x.f32(p.row), x.stride);
-    if (summarise_ && fills_summary(p, layout)) (run.kernels.*summarise_)(layout, view, p.position / DSO_BLOCK_TOKENS);
+    if (summarize_ && fills_summary(p, layout)) (run.kernels.*summarize_)(layout, view, p.position / DSO_BLOCK_TOKENS);
   }
   const SlotRef in_;
   const Kernel kernel_;
-  const Summarise summarise_;  // for completed blocks, if the cache has summaries
+  const Summarize summarize_;  // for completed blocks, if the cache has summaries
 };
 
 }  // namespace dso

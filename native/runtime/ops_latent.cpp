@@ -1,4 +1,4 @@
-// Latents: normalising, rotating and writing them to the cache.
+// Latents: normalizing, rotating and writing them to the cache.
 #include "cache_write.hpp"
 #include "ops.hpp"
 
@@ -41,7 +41,7 @@ std::unique_ptr<Op> make_latent_write(StepReader& s) {
   s.takes(1, 0, 0, 0, 0);
   s.attends_latent(s.step.layer, s.step.rank, s.step.rope, true);
   return std::make_unique<RowsWriter>(s.token_rows(0, int64_t(s.step.rank) + s.step.rope), s.step.layer, &Kernels::latent_write,
-                                      &Kernels::latent_summarise);
+                                      &Kernels::latent_summarize);
 }
 
 }  // namespace dso

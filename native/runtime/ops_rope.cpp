@@ -85,7 +85,7 @@ class KvWriter : public CacheWriter {
                   int64_t key_stride) const {
     const Rows& value = run.slots[value_.index];
     run.kernels.kv_write(layout, view, p.position, p.rows, key, key_stride, value.f32(p.row), value.stride, 0, kv_heads_);
-    if (fills_summary(p, layout)) run.kernels.kv_summarise(layout, view, p.position / DSO_BLOCK_TOKENS);
+    if (fills_summary(p, layout)) run.kernels.kv_summarize(layout, view, p.position / DSO_BLOCK_TOKENS);
   }
   const SlotRef key_, value_;
   const int64_t kv_heads_;

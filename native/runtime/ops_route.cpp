@@ -33,7 +33,7 @@ void largest_first(Key* keys, int64_t count, int64_t n) { std::partial_sort(keys
 
 struct Routing {
   int64_t experts, top_k, groups, top_groups;
-  bool sigmoid, top2, normalise;
+  bool sigmoid, top2, normalize;
   float scale;
   int64_t group() const { return experts / groups; }
 };
@@ -70,7 +70,7 @@ class Route final : public RowOp {
       numbers[j] = float(expert);
       sum += weights[j] = scores[expert];
     }
-    const float whole = routing_.normalise ? sum + 1e-20f : 1.0f;
+    const float whole = routing_.normalize ? sum + 1e-20f : 1.0f;
     for (int64_t j = 0; j < top_k; ++j) {
       weights[j] = weights[j] / whole * routing_.scale;
       if (factors_) weights[j] *= factors_[index_of(keys[j])];
@@ -102,7 +102,7 @@ class Route final : public RowOp {
 }  // namespace
 
 std::unique_ptr<Op> make_route(StepReader& s) {
-  s.takes(1, 1, 1, 1, DSO_FLAG_SIGMOID | DSO_FLAG_TOP2 | DSO_FLAG_NORMALISE);
+  s.takes(1, 1, 1, 1, DSO_FLAG_SIGMOID | DSO_FLAG_TOP2 | DSO_FLAG_NORMALIZE);
   const Chosen chosen = s.chosen();
   const Routing r{chosen.experts,
                   chosen.top_k,
@@ -110,7 +110,7 @@ std::unique_ptr<Op> make_route(StepReader& s) {
                   s.positive("top_groups", s.step.top_groups),
                   (s.step.flags & DSO_FLAG_SIGMOID) != 0,
                   (s.step.flags & DSO_FLAG_TOP2) != 0,
-                  (s.step.flags & DSO_FLAG_NORMALISE) != 0,
+                  (s.step.flags & DSO_FLAG_NORMALIZE) != 0,
                   s.step.scale};
   if (r.experts % r.groups) s.refuse("groups is %lld, must divide experts, %lld", (long long)r.groups, (long long)r.experts);
   if (r.top_groups > r.groups)

@@ -1,5 +1,5 @@
 // Bytes around a plan's buffers that must not be written: filled with a pattern, and checked after each stage in a checked
-// context. Like AddressSanitizer, but for the optimised build and at the cost of a few cache lines per stage; for tests.
+// context. Like AddressSanitizer, but for the optimized build and at the cost of a few cache lines per stage; for tests.
 #pragma once
 #include <cstdint>
 #include <cstring>

@@ -107,7 +107,7 @@ static void prefill(const Variant& v, Shape s, int32_t type, std::string& json) 
   json += line;
 }
 
-// Rows after `context` tokens: a step's attention (and the block choice before it) as run by a plan. Neighbouring rows have
+// Rows after `context` tokens: a step's attention (and the block choice before it) as run by a plan. Neighboring rows have
 // similar queries, as in a text.
 struct Mode {
   const char* name;
@@ -125,7 +125,7 @@ static void mode(const Variant& v, Shape s, int32_t type, int32_t context, bool 
     const std::vector<float> x = normal((size_t)(32 * s.kv_heads * s.head_dim), 1, random);
     v.kernels->kv_write(cache.layout(0), cache.view(0, table.data()), 32 * b, 32, x.data(), 4 * s.kv_heads * s.head_dim,
                         x.data(), 4 * s.kv_heads * s.head_dim, 0, s.kv_heads);
-    v.kernels->kv_summarise(cache.layout(0), cache.view(0, table.data()), b);
+    v.kernels->kv_summarize(cache.layout(0), cache.view(0, table.data()), b);
   }
   const std::vector<float> base = normal((size_t)q, 1, random);
   std::vector<float> x = normal((size_t)rows * q, 0.5f, random);

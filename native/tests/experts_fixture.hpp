@@ -9,7 +9,7 @@ struct MoeSpec {
   int32_t hidden, inner, experts, top_k;
   int32_t up_format = DSO_F32, up_kind = DSO_SLOT_F32, down_format = DSO_F32, down_kind = DSO_SLOT_F32;
   bool grouped = true;
-  int32_t groups = 1, top_groups = 1, flags = DSO_FLAG_SIGMOID | DSO_FLAG_NORMALISE;
+  int32_t groups = 1, top_groups = 1, flags = DSO_FLAG_SIGMOID | DSO_FLAG_NORMALIZE;
   float alpha = 1, limit = 0;  // limit > 0: experts with biases and a clamped SwiGLU
   bool weighs = false;         // weights multiply the inputs
 };

@@ -339,7 +339,7 @@ void odd_numbers(const Variant& v, Random& random) {
   const KvView view = m.cache.view(0, s.blocks.data());
   for (auto [block, x] : {std::pair(9, &nan), std::pair(12, &infinity), std::pair(13, &infinity)}) {
     m.cache.kernels.kv_write(m.cache.layout(0), view, 32 * block + 7, 1, x->data(), 40, x->data(), 40, 0, 1);
-    m.cache.kernels.kv_summarise(m.cache.layout(0), view, block);
+    m.cache.kernels.kv_summarize(m.cache.layout(0), view, block);
   }
   m.feed({{&s, 4, DSO_PHASE_DECODE}});
   for (size_t t = (size_t)total - 4; t < (size_t)total; ++t)

@@ -95,7 +95,7 @@ void layers_of_different_sizes() {
       for (float& f : value) f = random.normal();
       choose_kernels(nullptr).kv_write(k->layout(layer), k->view(layer, table), 0, tokens, key.data(), n * d * 4, value.data(),
                                        n * d * 4, 0, n);
-      choose_kernels(nullptr).kv_summarise(k->layout(layer), k->view(layer, table), 0);
+      choose_kernels(nullptr).kv_summarize(k->layout(layer), k->view(layer, table), 0);
       keys.push_back(key), values.push_back(value);
     }
     check(block_bytes(shape) == bytes && k->saved_bytes() == bytes, "block bytes");

@@ -225,7 +225,7 @@ int main() {
   matches_textbook(0);
   matches_textbook(0.9f);
   matches_textbook(0, true);
-  const int32_t sigmoid = DSO_FLAG_SIGMOID | DSO_FLAG_NORMALISE;
+  const int32_t sigmoid = DSO_FLAG_SIGMOID | DSO_FLAG_NORMALIZE;
   for (const Variant& v : variants())
     for (const Formats& f : kFormats) {
       equals_plain(*v.kernels, f, {80, 56, 7, 3}, {1, 2, 5, 64, 91}, {1, 2, 5}, sigmoid);

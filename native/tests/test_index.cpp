@@ -48,7 +48,7 @@ static void write(const Variant& v, int type, int32_t index, Random& random) {
   const std::vector<float> k = normal((size_t)(tokens * index), 1, random);
   std::vector<int64_t> cuts = {0};
   while (cuts.back() < tokens) cuts.push_back(std::min<int64_t>(tokens, cuts.back() + 1 + random.below(40)));
-  for (size_t i = cuts.size() - 1; i > 0; --i)  // the last piece first: rows are written without touching their neighbours
+  for (size_t i = cuts.size() - 1; i > 0; --i)  // the last piece first: rows are written without touching their neighbors
     v.kernels->index_write(keys.layout, keys.view, cuts[i - 1], cuts[i] - cuts[i - 1], k.data() + cuts[i - 1] * index,
                            index * 4);
   for (int64_t t = 0; t < tokens; ++t)

@@ -44,8 +44,8 @@ static void round_trip(const Variant& v, int type, int32_t heads, int32_t d, int
       }
 }
 
-// Unwritten slots keep their bytes: a token is written without touching its neighbours.
-static void neighbours(const Variant& v, int type, int32_t d, Random& random) {
+// Unwritten slots keep their bytes: a token is written without touching its neighbors.
+static void neighbors(const Variant& v, int type, int32_t d, Random& random) {
   Cache cache(*v.kernels, type, 2, d, 32, random);
   const std::vector<float> k = normal((size_t)(32 * cache.width()), 1, random);
   cache.write(0, 32, k.data(), k.data());
@@ -77,7 +77,7 @@ static void special_values(const Variant& v, Random& random) {
       for (int i = 0; i < d; ++i) k[(size_t)(2 * d + i)] = 0;  // token 2: no magnitude
       cache.write(0, 3, k.data(), k.data());
       cache.read(key, value);
-      check(std::isfinite(key[0]) && std::isfinite(value[d - 1]), "%s %s: a neighbour's %g spread", v.name.c_str(),
+      check(std::isfinite(key[0]) && std::isfinite(value[d - 1]), "%s %s: a neighbor's %g spread", v.name.c_str(),
             kv_name(type), bad);
       check(std::isnan(bad) || type == DSO_KV_INT8 ? std::isnan(key[d + 7]) && std::isnan(value[d + 7])
                                                    : key[d + 7] == bad && value[d + 7] == bad,
@@ -94,7 +94,7 @@ int main() {
     for (int type : {DSO_KV_F32, DSO_KV_BF16, DSO_KV_INT8}) {
       for (int32_t d : {2, 6, 16, 18, 40, 64, 80, 96, 128, 254, 256, 512}) {
         round_trip(v, type, 1 + random.below(4), d, 1 + random.below(150), random);
-        neighbours(v, type, d, random);
+        neighbors(v, type, d, random);
       }
       special_values(v, random);
     }

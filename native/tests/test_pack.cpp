@@ -216,7 +216,7 @@ void again(const std::vector<Variant>& all) {
       if (!check(back[i] == wanted[i], "%s: %g came back as %g", v.name.c_str(), wanted[i], back[i])) break;
   }
 }
-// FP8: several blocks, some of them invalid; and every value halfway between two codes, and its neighbours.
+// FP8: several blocks, some of them invalid; and every value halfway between two codes, and its neighbors.
 void e4m3(const std::vector<Variant>& all) {
   Random random(4);
   for (int round = 0; round < 8; ++round) {

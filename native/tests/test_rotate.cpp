@@ -257,16 +257,16 @@ void summaries_follow(const Variant& v, int type, Random& random) {
   const std::vector<float> x = normal(64 * 16, 1, random), f = frequencies(16, 100);
   for (int64_t start : {0, 32})
     v.kernels->kv_write(cache.layout(0), view, start, 32, x.data() + start * 16, 64, x.data(), 64, 0, 1);
-  auto summarise = [&] {
-    for (int64_t block : {0, 1}) v.kernels->kv_summarise(cache.layout(0), view, block);
+  auto summarize = [&] {
+    for (int64_t block : {0, 1}) v.kernels->kv_summarize(cache.layout(0), view, block);
     return std::vector<uint8_t>(cache.summaries.data(), cache.summaries.data() + cache.group_bytes());
   };
-  const std::vector<uint8_t> before = summarise();
+  const std::vector<uint8_t> before = summarize();
   OwnContext c(*v.kernels, 2);
   const dso_rotation key = {f.data(), 16, 0, 0, 0};
   check(dso_cache_rotate(c.c, &cache, &key, nullptr, 0, table, 40, 100, -64) == 0, "%s", dso_last_error());
   const std::vector<uint8_t> after(cache.summaries.data(), cache.summaries.data() + cache.group_bytes());
-  check(after != before && after == summarise(), "%s %s: summaries are not those of the rotated keys", v.name.c_str(),
+  check(after != before && after == summarize(), "%s %s: summaries are not those of the rotated keys", v.name.c_str(),
         kv_name(type));
 }
 

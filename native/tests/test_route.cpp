@@ -10,7 +10,7 @@ struct Spec {
   int32_t experts, top_k, groups, top_groups, flags;
   bool bias, factors = false;  // factors: the same vector, as w0
 };
-constexpr int32_t kV2 = 0, kV3 = DSO_FLAG_SIGMOID | DSO_FLAG_TOP2 | DSO_FLAG_NORMALISE;
+constexpr int32_t kV2 = 0, kV3 = DSO_FLAG_SIGMOID | DSO_FLAG_TOP2 | DSO_FLAG_NORMALIZE;
 constexpr float kScale = 2.5f;
 
 // scores -> routes as a plan: scores are the batch's embeddings, routes a hidden state.
@@ -125,7 +125,7 @@ void compare(const Spec& s, const Kernels& k, const std::vector<float>& x, const
                  s.top_groups, s.groups, s.flags, t, routes[j], j, e.chosen[(size_t)j]))
         return;
       const double factor = s.factors ? bias[(size_t)e.chosen[(size_t)j]] : 1;
-      const double want = e.scores[(size_t)e.chosen[(size_t)j]] / (s.flags & DSO_FLAG_NORMALISE ? sum : 1) * kScale * factor,
+      const double want = e.scores[(size_t)e.chosen[(size_t)j]] / (s.flags & DSO_FLAG_NORMALIZE ? sum : 1) * kScale * factor,
                    got = routes[s.top_k + j];
       const bool both_nan = std::isnan(want) && std::isnan(got);
       check(both_nan || std::fabs(got - want) <= 2e-6 * std::fabs(want) + 1e-37, "%s, flags %d: row %d, weight %d: %g, not %g",
@@ -146,8 +146,8 @@ const Spec kSpecs[] = {
     {35, 10, 7, 2, kV2, false},
     {12, 4, 6, 2, kV3, true},
     {12, 3, 12, 3, kV2, true},
-    {1000, 100, 10, 5, DSO_FLAG_NORMALISE, true},
-    {37, 5, 1, 1, DSO_FLAG_NORMALISE, false, true},
+    {1000, 100, 10, 5, DSO_FLAG_NORMALIZE, true},
+    {37, 5, 1, 1, DSO_FLAG_NORMALIZE, false, true},
 };
 
 void random_scores(const Kernels& k, int threads) {

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from .longdoc.document import Document
     from .longdoc.long_document import LongDocument
     from .longdoc.read import read_documents
-    from .optimised_model import DynamicGraphOptimizer, load_model, load_tokenizer, report
+    from .optimized_model import DynamicGraphOptimizer, load_model, load_tokenizer, report
     from .serving import make_async_engine, make_engine
     from .train.arguments import DeepSeekTrainingArguments
     from .train.arguments import DeepSeekTrainingArguments as TrainingArguments
@@ -53,10 +53,10 @@ if TYPE_CHECKING:
 
 # public name -> module, or module:name if the names differ
 _LAZY = {
-    "DynamicGraphOptimizer": "optimised_model",
-    "load_model": "optimised_model",
-    "load_tokenizer": "optimised_model",
-    "report": "optimised_model",
+    "DynamicGraphOptimizer": "optimized_model",
+    "load_model": "optimized_model",
+    "load_tokenizer": "optimized_model",
+    "report": "optimized_model",
     "PagedCache": "integration.generation.cache",
     "sliding_window_mask": "integration.attention.window_mask",
     "benchmark_model": "bench.benchmark_model",

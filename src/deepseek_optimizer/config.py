@@ -1,4 +1,4 @@
-"""`DeepSeekConfig`: the validated settings of what to optimise and how."""
+"""`DeepSeekConfig`: the validated settings of what to optimize and how."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def _formats(name: str, value: Any) -> dict[str, str]:
 
 @dataclass(repr=False)
 class DeepSeekConfig(QuantizationConfigMixin):
-    """How to optimise a model. Can be passed as `quantization_config` to Transformers.
+    """How to optimize a model. Can be passed as `quantization_config` to Transformers.
 
     Every field is checked whenever it is set, and unknown names are rejected. The config contains only the user's settings, and
     the package never modifies a config passed to it. Properties of a packed model are in its `checkpoint.manifest.Manifest`

@@ -1,4 +1,4 @@
-"""Creates engines for optimised models from the model's plan, cache and drafting layers."""
+"""Creates engines for optimized models from the model's plan, cache and drafting layers."""
 
 from __future__ import annotations
 
@@ -36,17 +36,17 @@ def make_engine(model: Any, tokenizer: Any = None, **options: Any) -> Engine:
     """Creates an engine that processes many prompts in one batch: `make_engine(model, tokenizer).generate(["...", "..."])`.
 
     Args:
-        model: an optimised model, from `load_model`, `from_pretrained` with a `DeepSeekConfig`, or
+        model: an optimized model, from `load_model`, `from_pretrained` with a `DeepSeekConfig`, or
             `DynamicGraphOptimizer.optimize()`.
         tokenizer: for prompts and answers as text; None: token ids only.
         options: fields of `EngineOptions`, which override the model's config; `drafts=False`: no speculative decoding;
-            `draft_model`: a small optimised model with the same tokenizer, which drafts tokens for this one; `arena`: cache
+            `draft_model`: a small optimized model with the same tokenizer, which drafts tokens for this one; `arena`: cache
             memory from `model.dso.new_arena(bytes)`, to use instead of the model's own. The model's own cache may grow to
             `kv_cache_memory` or, if that is not set, to the size that a full batch at the model's context length needs, but to
             at most half of the free memory.
 
     Raises:
-        ConfigError: the model is not optimised, an option is unknown, or the model does not support it.
+        ConfigError: the model is not optimized, an option is unknown, or the model does not support it.
         NotEnoughMemoryError: `kv_cache_memory` exceeds free memory.
     """
     core, running = _core(model, tokenizer, options)

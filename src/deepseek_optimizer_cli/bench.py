@@ -47,7 +47,7 @@ def bench(
     quality: Annotated[
         bool,
         typer.Option(
-            "--quality", help="Compare with the unoptimised model in fp32, on text from Python's documentation.", **_QUALITY
+            "--quality", help="Compare with the unoptimized model in fp32, on text from Python's documentation.", **_QUALITY
         ),
     ] = False,
     text: Annotated[
@@ -67,7 +67,7 @@ def bench(
         typer.Option(
             "--reference",
             metavar="MODEL",
-            help="The unoptimised model to compare with. Default: MODEL; required if MODEL is packed.",
+            help="The unoptimized model to compare with. Default: MODEL; required if MODEL is packed.",
             **_QUALITY,
         ),
     ] = None,

@@ -67,13 +67,13 @@ def _print(findings: list[Finding], counts: Counter[Any]) -> None:
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     for finding in findings:
-        mark, colour = _MARKS[finding.severity]
+        mark, color = _MARKS[finding.severity]
         lines = [finding.what]
         if finding.cause:
             lines.append(f"because: {finding.cause}")
         if finding.fix:
             lines.append(f"fix: {finding.fix}")
-        table.add_row(Text(mark, style=colour), finding.check, Text("\n".join(lines)))
+        table.add_row(Text(mark, style=color), finding.check, Text("\n".join(lines)))
     console = Console(highlight=False)
     console.print(table)
     console.print(", ".join(f"{counts[word]} {word}" + "s" * (counts[word] != 1) for word in ("error", "warning")))

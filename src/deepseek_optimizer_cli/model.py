@@ -37,7 +37,7 @@ def no_bars_in_pipes() -> None:
 
 
 def load(model: str, fields: dict[str, Any]) -> tuple[Any, Any]:
-    """The optimised model and its tokenizer. Raises errors that `app.Commands` prints as one line."""
+    """The optimized model and its tokenizer. Raises errors that `app.Commands` prints as one line."""
     from deepseek_optimizer import load_model, load_tokenizer
 
     no_bars_in_pipes()

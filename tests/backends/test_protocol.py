@@ -29,7 +29,7 @@ from deepseek_optimizer.system.backend_entries import BUILT_IN, names
 from support.models import assert_close_rows, llama, random_ids, random_model, weights_of
 from support.steps import runner
 
-from .cpu.packing import dequantised, packed_weights
+from .cpu.packing import dequantized, packed_weights
 
 CPU = torch.device("cpu")
 # What the arithmetic may cost against the same values in fp32, of a row's largest logit.
@@ -96,7 +96,7 @@ def test_weight_formats(backend, model, format_name):
         model = random_model(llama(num_hidden_layers=1, hidden_size=256, intermediate_size=512, num_attention_heads=4))
     graph, weights = graph_of(model), packed_weights(weights_of(model), format_name)
     ids = random_ids(model.config, 40)
-    expected = runner(ReferenceBackend(), graph, dequantised(weights)).logits(ids)
+    expected = runner(ReferenceBackend(), graph, dequantized(weights)).logits(ids)
     made = runner(backend, graph, weights)
     for phase, name in ((DECODE, "decode"), (PREFILL, "prefill")):
         if name in able.phases:
@@ -110,10 +110,10 @@ def test_kv_dtypes_and_modes(backend, model):
     weights = packed_weights(weights_of(model), "fp32")
     for mode in able.attention_modes:
         graph = graph_of(model, mode)
-        expected = runner(ReferenceBackend(), graph, dequantised(weights)).logits(ids)
+        expected = runner(ReferenceBackend(), graph, dequantized(weights)).logits(ids)
         assert_close_rows(runner(backend, graph, weights).logits(ids, chunks=(100,)), expected)
     graph = graph_of(model)
-    exact = runner(ReferenceBackend(), graph, dequantised(weights)).logits(ids)
+    exact = runner(ReferenceBackend(), graph, dequantized(weights)).logits(ids)
     for kv in able.kv_dtypes:
         assert_close_rows(runner(backend, graph, weights, kv=kv).logits(ids), exact, KV_TOLERANCE[kv])
 
@@ -162,7 +162,7 @@ def test_blocks_can_be_saved(backend, model):
 
 @pytest.mark.parametrize("format_name", FORMATS)
 def test_products_of_packed_matrices(backend, format_name):
-    """Against float64 with the dequantised weights, within the format's bound."""
+    """Against float64 with the dequantized weights, within the format's bound."""
     if format_name not in backend.capabilities.weight_formats:
         pytest.skip("not among its formats")
     torch.manual_seed(1)

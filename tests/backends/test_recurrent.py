@@ -35,7 +35,7 @@ def inputs(tokens: int, k_heads: int, heads: int, k_dim: int, v_dim: int, seed: 
     }  # fmt: skip
 
 
-def normalised(given: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def normalized(given: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
     unit = {name: recurrent.unit_length(given[name]) for name in "qk"}
     unit["q"] = unit["q"] * given["q"].shape[-1] ** -0.5
     return {name: value.to(dtype) for name, value in {**given, **unit}.items()}
@@ -45,8 +45,8 @@ def normalised(given: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, 
 @pytest.mark.parametrize("form", [recurrent.delta_rule, recurrent.chunked_delta_rule])
 def test_both_forms_equal_the_recurrence_in_double(form: Any, tokens: int) -> None:
     given = inputs(tokens, 2, 6, 20, 12)
-    exact, last = recurrent.delta_rule(**normalised(given, torch.float64))
-    out, state = form(**normalised(given, torch.float32))
+    exact, last = recurrent.delta_rule(**normalized(given, torch.float64))
+    out, state = form(**normalized(given, torch.float32))
     assert_close_rows(out.double().flatten(1), exact.flatten(1), 1e-5)
     assert_close_rows(state.double().flatten(1), last.flatten(1), 1e-5)
 
@@ -57,7 +57,7 @@ def test_forms_equal_transformers(theirs: Any) -> None:
     q, k, v, g, beta, state = (given[name].float()[None] for name in ("q", "k", "v", "gate", "rate", "state"))
     expected, last = theirs(q, k, v, g=g, beta=beta, initial_state=state, output_final_state=True, use_qk_l2norm_in_kernel=True)
     for form in (recurrent.delta_rule, recurrent.chunked_delta_rule):
-        out, after = form(**normalised(given, torch.float32))
+        out, after = form(**normalized(given, torch.float32))
         assert_close_rows(out.flatten(1), expected[0].flatten(1), 1e-5)
         assert_close_rows(after.flatten(1), last[0].flatten(1), 1e-5)
 
@@ -70,14 +70,14 @@ def test_a_decay_per_row_of_a_state_equals_transformers() -> None:
         expected, last = theirs(
             q, k, v, g=g, beta=beta, initial_state=state, output_final_state=True, use_qk_l2norm_in_kernel=True
         )
-        out, after = recurrent.delta_rule(**normalised(given, torch.float32))
+        out, after = recurrent.delta_rule(**normalized(given, torch.float32))
         assert_close_rows(out.flatten(1), expected[0].flatten(1), 1e-5)
         assert_close_rows(after.flatten(1), last[0].flatten(1), 1e-5)
 
 
 @pytest.mark.parametrize("cut", [1, 63, 64, 100])
 def test_chunked_form_continues_from_a_state(cut: int) -> None:
-    given = normalised(inputs(130, 3, 3, 8, 8), torch.float32)
+    given = normalized(inputs(130, 3, 3, 8, 8), torch.float32)
     whole, last = recurrent.chunked_delta_rule(**given)
     state, parts = given.pop("state"), []
     for rows in (slice(0, cut), slice(cut, None)):

@@ -166,7 +166,7 @@ def test_bf16_rounds_like_transformers(case: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["fp32", "bf16", "int8", "int4", "q4_1", "fp8"])
-def test_packed_weights_equal_their_dequantised_model(name: str) -> None:
+def test_packed_weights_equal_their_dequantized_model(name: str) -> None:
     model = random_model(CASES["qwen3-tied"]())
     packed = {n: pack(w, name) if w.ndim == 2 else w for n, w in weights_of(model).items()}
     run = runner(ReferenceBackend(), fused(model), packed)

@@ -15,7 +15,7 @@ from deepseek_optimizer.graph import rules
 from deepseek_optimizer.graph.analysis import stack_shapes
 from deepseek_optimizer.models import build_graph
 from deepseek_optimizer.quant import PackedStack, get_format, pack
-from support.models import CASES, assert_close_rows, random_ids, random_model, randomise, transformers_logits, weights_of
+from support.models import CASES, assert_close_rows, random_ids, random_model, randomize, transformers_logits, weights_of
 from support.steps import runner
 from support.watch import spy
 
@@ -73,11 +73,11 @@ def test_chosen_experts_equal_transformers(case: str, monkeypatch: pytest.Monkey
 def test_a_factor_per_expert_equals_gemma_4() -> None:
     config = CASES["gemma4_text-experts"]()
     router = Gemma4TextRouter(config).eval()
-    randomise(router)
+    randomize(router)
     x = randn(50, config.hidden_size)
     _, weights, chosen = router(x)
     logits = router.proj(router.norm(x) * router.scale * config.hidden_size**-0.5)
-    options = {"top_k": 2, "groups": 1, "top_groups": 1, "scoring": "softmax", "group_score": "max", "normalise": True}
+    options = {"top_k": 2, "groups": 1, "top_groups": 1, "scoring": "softmax", "group_score": "max", "normalize": True}
     routes = moe.route(logits, None, router.per_expert_scale.detach(), scale=1.0, **options)
     order = chosen.argsort(-1)
     assert torch.equal(routes[:, :2].long(), chosen.gather(-1, order))
@@ -85,7 +85,7 @@ def test_a_factor_per_expert_equals_gemma_4() -> None:
 
 
 def test_ties_go_to_the_lower_index() -> None:
-    options = {"top_k": 3, "normalise": False, "scale": 1.0, "scoring": "softmax"}
+    options = {"top_k": 3, "normalize": False, "scale": 1.0, "scoring": "softmax"}
     equal = torch.zeros(1, 12)
     assert moe.route(equal, None, groups=1, top_groups=1, group_score="max", **options)[0, :3].tolist() == [0, 1, 2]
     assert moe.route(equal, None, groups=6, top_groups=2, group_score="max", **options)[0, :3].tolist() == [0, 1, 2]
@@ -128,7 +128,7 @@ def stacked(weight: torch.Tensor, shape: tuple[int, int, int], name: str) -> Pac
 
 
 @pytest.mark.parametrize("name", ["fp32", "bf16", "int8", "int4", "q4_1"])
-def test_packed_stacks_equal_their_dequantised_model(name: str) -> None:
+def test_packed_stacks_equal_their_dequantized_model(name: str) -> None:
     model = random_model(CASES["deepseek_v3-groups"]())
     graph, weights = rules.apply(build_graph(model.config))[0], weights_of(model)
     stacks = {n: stacked(weights[n], shape, name) for n, shape in stack_shapes(graph).items()}

@@ -16,15 +16,15 @@ def plain(tiny_model):
 
 
 @pytest.fixture
-def optimised(tiny_model):
+def optimized(tiny_model):
     from deepseek_optimizer import load_model
 
     return load_model(tiny_model, precision="int8", threads=1)
 
 
-@pytest.fixture(params=["plain", "optimised"])
+@pytest.fixture(params=["plain", "optimized"])
 def either(request):
-    """Transformers' model, then an optimised one."""
+    """Transformers' model, then an optimized one."""
     return request.getfixturevalue(request.param)
 
 

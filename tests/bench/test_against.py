@@ -62,7 +62,7 @@ def test_a_side_that_fails_is_an_error_with_its_output():
     assert "first" in str(caught.value.__cause__)
 
 
-@pytest.mark.parametrize("side", ["transformers", "optimised"])
+@pytest.mark.parametrize("side", ["transformers", "optimized"])
 def test_the_model_side_prints_runs(tiny_model, side):
     command = [sys.executable, "-m", "deepseek_optimizer.bench.sides.model", side, tiny_model, "--threads", "1"]
     options = ["--prompt", "12", "--new", "3", "--batch", "2", "--repeats", "2", "--cold", "--config", '{"precision": "int8"}']
@@ -175,14 +175,14 @@ def test_variants():
     assert actual == {"all rules": ("a", "b"), "without a": ("b",), "without b": ("a",), "no rules": ()}
 
 
-def test_ablation_measures_every_rule_and_restores_the_model(optimised):
+def test_ablation_measures_every_rule_and_restores_the_model(optimized):
     import torch
 
     ids = torch.tensor([[5, 6, 7]])
-    before = optimised.report().to_dict()
-    expected = optimised.generate(ids, max_new_tokens=6, do_sample=False)
+    before = optimized.report().to_dict()
+    expected = optimized.generate(ids, max_new_tokens=6, do_sample=False)
     seen = []
-    rows = ablate(optimised, context=20, new=3, batches=(1, 2), rounds=2, note=seen.append)
+    rows = ablate(optimized, context=20, new=3, batches=(1, 2), rounds=2, note=seen.append)
     rules = before["config"]["fusion_rules"] or [row["rule"] for row in before["rules"]]
     names = ["all rules", *(f"without {r}" for r in rules), "no rules"]
     assert [(r["variant"], r["work"]["batch"], r["figure"]) for r in rows] == [
@@ -190,9 +190,9 @@ def test_ablation_measures_every_rule_and_restores_the_model(optimised):
     ]
     assert all(r["better"] == 1 for r in rows if r["variant"] == "all rules") and all(r["side"] > 0 for r in rows)
     assert [text.rpartition(": ")[2] for text in seen] == names * 2
-    after = optimised.report().to_dict()
+    after = optimized.report().to_dict()
     assert (after["rules"], after["kernels"], after["config"]) == (before["rules"], before["kernels"], before["config"])
-    assert torch.equal(optimised.generate(ids, max_new_tokens=6, do_sample=False), expected)
+    assert torch.equal(optimized.generate(ids, max_new_tokens=6, do_sample=False), expected)
 
 
 def test_ablation_without_rules_is_an_error(tiny_model):

@@ -107,7 +107,7 @@ def test_slow_machines_run_fewer_rounds_by_default(monkeypatch):
 
 def test_each_step_is_announced(monkeypatch, capsys):
     monkeypatch.setattr(smollm2, "fetch", lambda: Path("m.gguf"))
-    monkeypatch.setattr(demo, "dequantised", lambda gguf: Path("m-bf16"))
+    monkeypatch.setattr(demo, "dequantized", lambda gguf: Path("m-bf16"))
     monkeypatch.setattr(demo, "_run_side", lambda _: _run(10.0))
     result = demo.run(rounds=1, show=False)
     message = capsys.readouterr()

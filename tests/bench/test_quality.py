@@ -9,9 +9,9 @@ import sys
 import pytest
 import torch
 
-from deepseek_optimizer.bench import answer_scores, quality, unoptimised_model
+from deepseek_optimizer.bench import answer_scores, quality, unoptimized_model
 from deepseek_optimizer.errors import ConfigError
-from support.quantised_files import SECTIONS, gptq, quantised_copy
+from support.quantized_files import SECTIONS, gptq, quantized_copy
 
 
 def test_two_distributions_by_hand():
@@ -52,7 +52,7 @@ def test_a_model_against_itself(plain_pair, byte_tokenizer):
 
 @pytest.fixture
 def plain_pair(tiny_model):
-    return [unoptimised_model.load_unoptimised(tiny_model, torch.float32) for _ in range(2)]
+    return [unoptimized_model.load_unoptimized(tiny_model, torch.float32) for _ in range(2)]
 
 
 def test_decode_and_prefill_use_the_same_text(either, byte_tokenizer):
@@ -65,7 +65,7 @@ def test_int4_is_further_away_than_int8(tiny_model, byte_tokenizer):
     from deepseek_optimizer import load_model
 
     texts = quality.stretches(byte_tokenizer, quality.sample_text(), 128, 1)
-    reference = unoptimised_model.load_unoptimised(tiny_model, torch.float32)
+    reference = unoptimized_model.load_unoptimized(tiny_model, torch.float32)
     kl = [quality.compare(load_model(tiny_model, precision=p), reference, texts)["kl_mean"] for p in ("int8", "int4")]
     assert 0 < kl[0] < kl[1] / 10
 
@@ -81,13 +81,13 @@ def test_a_packed_model_is_not_a_reference(tiny_model, tmp_path):
 
     load_model(tiny_model, precision="int8").save_pretrained(tmp_path / "packed")
     with pytest.raises(ConfigError, match="the original model with --reference"):
-        unoptimised_model.load_unoptimised(tmp_path / "packed", torch.float32)
+        unoptimized_model.load_unoptimized(tmp_path / "packed", torch.float32)
 
 
-def test_another_quantisers_model_is_no_reference(tiny_model, tmp_path):
-    folder, _ = quantised_copy(tiny_model, tmp_path / "m", gptq, SECTIONS["gptq"])
-    with pytest.raises(ConfigError, match="is quantised by gptq; give the original model"):
-        unoptimised_model.load_unoptimised(folder, torch.float32)
+def test_another_quantizers_model_is_no_reference(tiny_model, tmp_path):
+    folder, _ = quantized_copy(tiny_model, tmp_path / "m", gptq, SECTIONS["gptq"])
+    with pytest.raises(ConfigError, match="is quantized by gptq; give the original model"):
+        unoptimized_model.load_unoptimized(folder, torch.float32)
 
 
 def test_pair_files(tmp_path):

@@ -195,7 +195,7 @@ def test_the_page_is_self_contained(full):
     assert actual.tags.count("svg") == 5  # peers, decode, prefill, gaps, one batch of the ablation
 
 
-def test_charts_have_unique_ids_and_use_the_page_colour(full):
+def test_charts_have_unique_ids_and_use_the_page_color(full):
     text = page(full)
     names = re.findall(r' id="([^"]+)"', text)
     assert len(names) == len(set(names))

@@ -26,11 +26,11 @@ def test_traffic_of_a_plain_model(plain):
 
 
 @pytest.mark.skipif(cpu.unavailable_reason() is not None, reason="needs the native backend")
-def test_traffic_of_an_optimised_model(optimised, plain):
-    actual, floats = traffic_of(optimised), traffic_of(plain)
+def test_traffic_of_an_optimized_model(optimized, plain):
+    actual, floats = traffic_of(optimized), traffic_of(plain)
     tiles = LAYERS * (2 * 4 * 2 + 2 * 2 * 2 + 2 * 8 * 2 + 4 * 4) + -(-plain.config.vocab_size // 16) * 2
     assert actual.weight_bytes == tiles * 544  # int8 tiles of 16 x 32; the tied embedding is read as the head
-    assert actual.kv_bytes == optimised.report().kv_block_bytes / 32 >= 2 * LAYERS * KV * 2  # heads of 16 are padded
+    assert actual.kv_bytes == optimized.report().kv_block_bytes / 32 >= 2 * LAYERS * KV * 2  # heads of 16 are padded
     assert (actual.weights, actual.head_weights) == (floats.weights, floats.head_weights)
 
 

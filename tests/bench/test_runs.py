@@ -63,10 +63,10 @@ def test_work_beyond_the_context_is_an_error(either):
         list(runs.repeated(either, Work(200, 50, depth=50), repeats=1))
 
 
-def test_measure(optimised):
+def test_measure(optimized):
     notes = []
     works = [Work(8, 4), Work(8, 1, batch=2)]
-    entries = measure(optimised, works, repeats=2, price_per_hour=3.6, note=notes.append)
+    entries = measure(optimized, works, repeats=2, price_per_hour=3.6, note=notes.append)
     assert [e["work"]["batch"] for e in entries] == [1, 2] and len(notes) == 2
     first = entries[0]
     assert len(first["figures"]["ttft_ms"]["samples"]) == 2 and len(first["figures"]["itl_ms"]["samples"]) == 6

@@ -24,7 +24,7 @@ from benchmarks.standing import DECODE, STANDING, Bar, Rival, Row  # noqa: E402
 from deepseek_optimizer.bench.memory_traffic import Reads  # noqa: E402
 from deepseek_optimizer.bench.metrics import METRICS  # noqa: E402
 from deepseek_optimizer.bench.peers import PEERS  # noqa: E402
-from deepseek_optimizer.bench.unoptimised_model import load_unoptimised  # noqa: E402
+from deepseek_optimizer.bench.unoptimized_model import load_unoptimized  # noqa: E402
 from deepseek_optimizer.bench.work import Work  # noqa: E402
 
 FAST, SLOW = Rival("a", "x", "fast"), Rival("b", "x", "slow")
@@ -119,7 +119,7 @@ def test_a_busy_row_is_compared_with_itself_on_an_idle_machine(monkeypatch):
     row = next(row for row in STANDING if row.busy)
     monkeypatch.setattr(measure, "model", lambda name, form: Path("m"))
     alone, busy = (measure._command(row, side, 2) for side in (*row.rivals, row.ours))
-    assert busy[:3] == [sys.executable, "-m", "benchmarks.neighbour"] and busy[3:] == alone
+    assert busy[:3] == [sys.executable, "-m", "benchmarks.neighbor"] and busy[3:] == alone
 
 
 def test_the_background_load_runs_and_ends(tmp_path):
@@ -130,7 +130,7 @@ def test_the_background_load_runs_and_ends(tmp_path):
         "cpu = {c: sum(map(int, Path(f'/proc/{c}/stat').read_text().split()[13:15])) for c in children}\n"
         "print(max(cpu, key=cpu.get), max(cpu.values()))"
     )
-    command = [sys.executable, "-m", "benchmarks.neighbour", sys.executable, "-c", code]
+    command = [sys.executable, "-m", "benchmarks.neighbor", sys.executable, "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     process, ticks = map(int, done.stdout.split())
     assert done.returncode == 0 and ticks >= 5 and not Path(f"/proc/{process}").exists()
@@ -164,7 +164,7 @@ def test_a_gguf_file_is_the_same_model(checkpoint, tmp_path):
     source, model = checkpoint
     path = tmp_path / "m.gguf"
     gguf_file.write(source, path, "Q8_0")
-    back = load_unoptimised(path, torch.float32)
+    back = load_unoptimized(path, torch.float32)
     fields = ("hidden_size", "num_hidden_layers", "num_key_value_heads", "vocab_size", "tie_word_embeddings")
     assert [getattr(back.config, f) for f in fields] == [getattr(model.config, f) for f in fields]
     assert back.config.rope_parameters["rope_theta"] == 777 and back.config.rms_norm_eps == pytest.approx(1e-6)

@@ -15,7 +15,7 @@ from transformers import AutoConfig
 from deepseek_optimizer import quant
 from deepseek_optimizer.checkpoint import open_checkpoint, stream_weights
 from deepseek_optimizer.errors import CheckpointError, UnsupportedModelError
-from support.gguf_deepseek2 import dequantised, v2, v2_lite, v3, write_gguf, youtu
+from support.gguf_deepseek2 import dequantized, v2, v2_lite, v3, write_gguf, youtu
 from support.models import random_model
 
 MODELS: dict[str, Callable[..., Any]] = {"v2": v2, "v2_lite": v2_lite, "v3": v3, "youtu": youtu}
@@ -57,7 +57,7 @@ def test_config(tmp_path: Path, family: str) -> None:
 def test_values(tmp_path: Path, model: Any, kinds: str, forms: dict[str, bool]) -> None:
     """Every parameter, including stacks, packed in the format of the file's type, lossless if such a format exists."""
     checkpoint = open_checkpoint(write_gguf(tmp_path / "m.gguf", model, KINDS[kinds], **forms))
-    expected = state_of(dequantised(model, KINDS[kinds], **forms))
+    expected = state_of(dequantized(model, KINDS[kinds], **forms))
     shapes = {name: tuple(value.shape) for name, value in expected.items()}
     for name, (count, rows, cols) in [(n, s) for n, s in shapes.items() if len(s) == 3]:
         shapes[name] = (2 * count, rows // 2, cols) if name.endswith("gate_up_proj") else (count, rows, cols)
@@ -85,7 +85,7 @@ def test_rows_of_kv_b(tmp_path: Path, model: Any) -> None:
     checkpoint = open_checkpoint(write_gguf(tmp_path / "m.gguf", model, {"": "Q8_0", "attn_v_b": "F16"}))
     name = "model.layers.1.self_attn.kv_b_proj.weight"
     whole = checkpoint.read(name)
-    assert torch.equal(whole, dequantised(model, {"": "Q8_0", "attn_v_b": "F16"}).state_dict()[name])
+    assert torch.equal(whole, dequantized(model, {"": "Q8_0", "attn_v_b": "F16"}).state_dict()[name])
     for begin, end in ((0, 1), (31, 33), (95, 97), (5, 250), (96, 192), (len(whole) - 1, len(whole))):
         assert torch.equal(checkpoint.read_rows(name, begin, end), whole[begin:end])
     assert checkpoint.info(name).dtype == "Q8_0 and F16" and checkpoint.lossless_format(name) is None
@@ -100,7 +100,7 @@ def test_gate_and_up_of_different_types(tmp_path: Path, model: Any) -> None:
     name, shape = "model.layers.1.mlp.experts.gate_up_proj", (16, 64, 96)
     assert checkpoint.own_format(name, shape) == "int8"
     stack = checkpoint.packed_stack(name, "int8", shape)
-    expected = dequantised(model, kinds).state_dict()[name].reshape(shape)
+    expected = dequantized(model, kinds).state_dict()[name].reshape(shape)
     assert torch.equal(quant.unpack(stack.matrix(3)), expected[3])  # an up: unchanged
     assert torch.equal(stack.data[2], quant.pack(expected[2], "int8").data)
     assert checkpoint.conversions() == ["8 matrices stored as Q4_0 converted to int8, which rounds them again"]
@@ -203,7 +203,7 @@ def test_rejected_files(tmp_path: Path, model: Any, edit: Callable[..., None], k
         open_checkpoint(write_gguf(tmp_path / "m.gguf", model, {"": "Q8_0"}, edit=edit))
 
 
-def test_normalised_weights_of_softmax_gating_are_rejected(tmp_path: Path) -> None:
+def test_normalized_weights_of_softmax_gating_are_rejected(tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "m.gguf", random_model(v2()), {"": "F32"}, edit=change(expert_weights_norm=True))
     with pytest.raises(UnsupportedModelError, match="expert_weights_norm is true with softmax"):
         open_checkpoint(path)

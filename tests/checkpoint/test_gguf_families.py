@@ -102,7 +102,7 @@ def test_metadata(tmp_path: Path, name: str, edit: Edit, expected: dict[str, Any
 
 
 def test_sizes_with_their_own_attention_scale(tmp_path: Path) -> None:
-    """Gemma 2 27B, recognised by its 46 layers: hidden_size / num_attention_heads instead of head_dim."""
+    """Gemma 2 27B, recognized by its 46 layers: hidden_size / num_attention_heads instead of head_dim."""
 
     def edit(metadata: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
         metadata["block_count"] = 46

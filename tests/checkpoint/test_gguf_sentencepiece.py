@@ -35,7 +35,7 @@ def vocabulary() -> tuple[list[str], list[float], list[int]]:
 
 
 def reference(text: str, prefix: bool) -> list[str]:
-    """Cuts out user-defined and special tokens, longest first; then merges the best neighbours, the leftmost of equal ones."""
+    """Cuts out user-defined and special tokens, longest first; then merges the best neighbors, the leftmost of equal ones."""
     tokens, scores, types = vocabulary()
     fixed = sorted((t for t, kind in zip(tokens, types, strict=True) if kind in (CONTROL, USER_DEFINED)), key=len, reverse=True)
     score = {token: s for token, s, kind in zip(tokens, scores, types, strict=True) if kind == NORMAL}

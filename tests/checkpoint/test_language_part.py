@@ -35,7 +35,7 @@ from support.models import (
     qwen3_5_moe_text,
     qwen3_5_text,
     random_ids,
-    randomise,
+    randomize,
 )
 
 VISION = {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 72}
@@ -71,7 +71,7 @@ def test_gemma_4(kind: str, tmp_path: Path) -> None:
     config_class, model_class, text, others = GEMMA_4[kind]
     config = config_class(text_config=text(pad_token_id=0).to_dict(), **others)
     config._attn_implementation = "eager"
-    whole = randomise(model_class(config).eval())
+    whole = randomize(model_class(config).eval())
     whole.save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     unused = {f"model.language_model.layers.3.self_attn.{name}.weight": torch.zeros(2, 2) for name in ("k_proj", "v_norm")}
@@ -95,7 +95,7 @@ def test_the_language_model_of_a_multimodal_checkpoint(kind: str, tmp_path: Path
     config_class, model_class, text, vision = KINDS[kind]
     config = config_class(text_config=text().to_dict(), vision_config=vision, tie_word_embeddings=kind == "ministral3")
     config._attn_implementation = "eager"
-    whole = randomise(model_class(config).eval())
+    whole = randomize(model_class(config).eval())
     whole.save_pretrained(tmp_path)
     left_out = ["the vision tower"]
     if "qwen" in config.model_type:

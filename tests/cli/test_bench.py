@@ -25,7 +25,7 @@ def _report(result):
 def test_all_options_together(dso, tiny_model, tmp_path):
     pytest.importorskip("sacrebleu")
     text, pairs, page = tmp_path / "text", tmp_path / "pairs", tmp_path / "r.html"
-    text.write_text("A text that the model reads, and the unoptimised one too. " * 4)
+    text.write_text("A text that the model reads, and the unoptimized one too. " * 4)
     pairs.write_text("Hello\tHello\n")
     result = dso(
         "bench", tiny_model, *SMALL, "--batch", "1,2", "--precision", "int8", "--price-per-hour", "2", "--text", text,

@@ -1,4 +1,4 @@
-"""`dso info`: the machine, and with a model, how it was optimised."""
+"""`dso info`: the machine, and with a model, how it was optimized."""
 
 from __future__ import annotations
 

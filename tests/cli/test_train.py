@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import deepseek_optimizer
 from deepseek_optimizer.train.checkpoints import directory
 from deepseek_optimizer.train.job import TrainingJob
-from support.quantised_files import SECTIONS, gptq, quantised_copy
+from support.quantized_files import SECTIONS, gptq, quantized_copy
 from support.tiny_v3 import tiny_v3
 
 
@@ -218,8 +218,8 @@ def test_a_second_run_is_rejected_before_the_model_loads(train, chats, tmp_path,
 def test_packed_weights_cannot_be_trained_or_merged_into(train, dso, chats, tiny_model, tmp_path):
     packed = tmp_path / "packed"
     assert dso("convert", tiny_model, packed, "-p", "int8").exit_code == 0
-    quantised, _ = quantised_copy(tiny_model, tmp_path / "gptq", gptq, SECTIONS["gptq"])
-    for model in (packed, quantised):
+    quantized, _ = quantized_copy(tiny_model, tmp_path / "gptq", gptq, SECTIONS["gptq"])
+    for model in (packed, quantized):
         for flags, error in (((), "set lora to train an adapter"), (("--lora", "2", "--merge"), "name the original model")):
             result = train("--data", chats, *flags, model=model)
             assert result.exit_code == 2 and error in result.stderr, result.output

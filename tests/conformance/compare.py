@@ -1,4 +1,4 @@
-"""Compares two runs of the same tests: which pass on plain models but not on optimised ones, and which of those are allowed."""
+"""Compares two runs of the same tests: which pass on plain models but not on optimized ones, and which of those are allowed."""
 
 from __future__ import annotations
 
@@ -37,29 +37,29 @@ class Comparison:
     """The comparison for one family.
 
     Attributes:
-        control, optimised: number of passed tests.
+        control, optimized: number of passed tests.
         excused: (kind, test) explained by the list of exceptions.
         deviations: (test, error) not explained by it.
     """
 
     family: str
     control: int
-    optimised: int
+    optimized: int
     excused: list[tuple[str, str]] = field(default_factory=list)
     deviations: list[tuple[str, str]] = field(default_factory=list)
 
     def line(self) -> str:
         kinds = Counter(kind for kind, _ in self.excused)
         listed = ", ".join(f"{kind} {count}" for kind, count in kinds.items()) or "none"
-        return f"{self.family}: control {self.control}, optimised {self.optimised}; exceptions: {listed}"
+        return f"{self.family}: control {self.control}, optimized {self.optimized}; exceptions: {listed}"
 
 
-def compare(family: str, control: Mapping[str, Outcome], optimised: Mapping[str, Outcome], kinds: Sequence[Kind]) -> Comparison:
-    """Classifies each test that passes in `control`: it passes in `optimised` too, is excused, or deviates."""
+def compare(family: str, control: Mapping[str, Outcome], optimized: Mapping[str, Outcome], kinds: Sequence[Kind]) -> Comparison:
+    """Classifies each test that passes in `control`: it passes in `optimized` too, is excused, or deviates."""
     passed = [test for test, outcome in control.items() if outcome.outcome == "passed"]
-    made = Comparison(family, len(passed), sum(o.outcome == "passed" for o in optimised.values()))
+    made = Comparison(family, len(passed), sum(o.outcome == "passed" for o in optimized.values()))
     for test in passed:
-        result = optimised.get(test, Outcome("crashed", "it was not run"))
+        result = optimized.get(test, Outcome("crashed", "it was not run"))
         if result.outcome == "passed":
             continue
         kind = next((kind for kind in kinds if kind.fits(test, result.error)), None)
@@ -84,7 +84,7 @@ def faults(comparisons: Iterable[Comparison], kinds: Sequence[Kind], *, whole: b
         if not one.control:
             result.append(f"{one.family}: no test passed on the plain model")
         for test, error in one.deviations:
-            result.append(f"{one.family}: {test} passes on the plain model, not on the optimised one: {error}")
+            result.append(f"{one.family}: {test} passes on the plain model, not on the optimized one: {error}")
     if whole:
         stale = [kind.name for kind in kinds if kind.name not in used]
         result += [f"the exception {name!r} explains nothing any more: remove it" for name in stale]

@@ -1,6 +1,6 @@
-"""Where optimised models deviate from what Transformers' tests expect of every model: at most ten kinds, each with a reason.
+"""Where optimized models deviate from what Transformers' tests expect of every model: at most ten kinds, each with a reason.
 
-A test that passes on the plain model and fails on the optimised one must match an entry by its name and its error. An entry
+A test that passes on the plain model and fails on the optimized one must match an entry by its name and its error. An entry
 that no test matches any more is an error too, where every family is run.
 """
 
@@ -64,7 +64,7 @@ KINDS = (
     ),
     Kind(
         "factors of embeddings",
-        "Gemma's factor of embeddings is an attribute of the packed embedding, not a buffer that is initialised",
+        "Gemma's factor of embeddings is an attribute of the packed embedding, not a buffer that is initialized",
         r"test_init_weights_can_init_buffers",
         r"embed_tokens\.embed_scale",
     ),

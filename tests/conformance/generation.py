@@ -1,4 +1,4 @@
-"""Tests of `generate` and the caches, an optimised model against a plain one: a replacement for Transformers' generation tests.
+"""Tests of `generate` and the caches, an optimized model against a plain one: a replacement for Transformers' generation tests.
 
 Those are only in its repository (`tests/generation/test_utils.py`), not in its source distribution; with a checkout at hand,
 `stage.py` uses them instead. Here both models have the same weights, and the same call must return the same from both: the same
@@ -109,26 +109,26 @@ class GenerationTesterMixin:
 
     def test_generate_from_embeddings(self) -> None:
         for beams in (1, 2):
-            plain, optimised = self.pair()
+            plain, optimized = self.pair()
             inputs = self.rows(LEFT)
             with torch.no_grad():
                 inputs["inputs_embeds"] = plain.get_input_embeddings()(inputs.pop("input_ids"))
             self.generate_both(inputs, num_beams=beams)
 
     def test_generate_assisted(self) -> None:
-        plain, optimised = self.pair()
+        plain, optimized = self.pair()
         torch.manual_seed(3)
         with plain_models():
             other = self.model_tester.causal_lm_class(plain.config).eval()
         inputs = self.rows(ONE)
         expected = plain.generate(**inputs, max_new_tokens=8, do_sample=False)
-        for assistant in (plain, optimised, other, treated(other)):
-            answer = optimised.generate(**inputs, max_new_tokens=8, do_sample=False, assistant_model=assistant)
+        for assistant in (plain, optimized, other, treated(other)):
+            answer = optimized.generate(**inputs, max_new_tokens=8, do_sample=False, assistant_model=assistant)
             self.assertEqual(expected.tolist(), answer.tolist())
 
     def test_generate_gives_a_tensor(self) -> None:
-        _, optimised = self.pair()
-        answer = optimised.generate(**self.rows(), max_new_tokens=3)
+        _, optimized = self.pair()
+        answer = optimized.generate(**self.rows(), max_new_tokens=3)
         self.assertIsInstance(answer, torch.Tensor)
         self.assertEqual(answer.shape[0], 4)
 
@@ -165,25 +165,25 @@ class GenerationTesterMixin:
     def test_generate_goes_on_from_a_cache(self) -> None:
         for first in (LEFT, None):
             inputs = self.rows(first)
-            plain, optimised = self.pair()
+            plain, optimized = self.pair()
             whole = plain.generate(**inputs, max_new_tokens=6, min_new_tokens=6, do_sample=False)
-            part = optimised.generate(
+            part = optimized.generate(
                 **inputs, max_new_tokens=3, min_new_tokens=3, do_sample=False, return_dict_in_generate=True
             )
             ids = part.sequences
             mask = torch.cat([inputs["attention_mask"], torch.ones(4, 3, dtype=torch.long)], 1)
-            rest = optimised.generate(
+            rest = optimized.generate(
                 ids, attention_mask=mask, max_new_tokens=3, min_new_tokens=3, do_sample=False,
                 past_key_values=part.past_key_values,
             )  # fmt: skip
             self.assertEqual(whole.tolist(), rest.tolist())
 
     def test_generate_into_a_cache_of_the_caller(self) -> None:
-        plain, optimised = self.pair()
+        plain, optimized = self.pair()
         inputs, caches = self.rows(LEFT), (DynamicCache(config=plain.config), DynamicCache(config=plain.config))
         answers = [
             model.generate(**inputs, max_new_tokens=4, do_sample=False, past_key_values=cache)
-            for model, cache in zip((plain, optimised), caches, strict=True)
+            for model, cache in zip((plain, optimized), caches, strict=True)
         ]
         self.assertEqual(answers[0].tolist(), answers[1].tolist())
         self.assertEqual(caches[0].get_seq_length(), caches[1].get_seq_length())
@@ -210,20 +210,20 @@ class GenerationTesterMixin:
 
     def test_cache_layers_hold_what_transformers_does(self) -> None:
         with torch.no_grad():
-            plain, optimised = (m(self.rows()["input_ids"], use_cache=True).past_key_values for m in self.pair())
-        self.assertEqual(len(plain), len(optimised))
-        for a, b in zip(plain.layers, optimised.layers, strict=True):
+            plain, optimized = (m(self.rows()["input_ids"], use_cache=True).past_key_values for m in self.pair())
+        self.assertEqual(len(plain), len(optimized))
+        for a, b in zip(plain.layers, optimized.layers, strict=True):
             self.assert_same((a.keys, a.values), (b.keys, b.values))
 
     def test_forward_keeps_logits(self) -> None:
-        plain, optimised = self.pair()
+        plain, optimized = self.pair()
         ids = self.rows()["input_ids"]
         with torch.no_grad():
             for keep in (0, 1, 3, torch.tensor([0, 2])):
-                self.assert_same(plain(ids, logits_to_keep=keep).logits, optimised(ids, logits_to_keep=keep).logits)
+                self.assert_same(plain(ids, logits_to_keep=keep).logits, optimized(ids, logits_to_keep=keep).logits)
 
     def test_forward_takes_positions_and_masks(self) -> None:
-        plain, optimised = self.pair()
+        plain, optimized = self.pair()
         ids = self.rows()["input_ids"]
         least = torch.finfo(torch.float32).min
         causal = torch.triu(torch.full((7, 7), least), 1)[None, None].expand(4, 1, 7, 7)
@@ -236,14 +236,14 @@ class GenerationTesterMixin:
         for name, call in calls.items():
             with self.subTest(name), torch.no_grad():
                 kept = call["attention_mask"].bool() if name == "padding" else torch.ones_like(ids).bool()
-                self.assert_same(plain(ids, **call).logits[kept], optimised(ids, **call).logits[kept])
+                self.assert_same(plain(ids, **call).logits[kept], optimized(ids, **call).logits[kept])
 
     def test_forward_gives_loss_and_tuples(self) -> None:
-        plain, optimised = self.pair()
+        plain, optimized = self.pair()
         ids = self.rows()["input_ids"]
         with torch.no_grad():
-            self.assert_same(plain(ids, labels=ids).loss, optimised(ids, labels=ids).loss)
-            for model in (plain, optimised):
+            self.assert_same(plain(ids, labels=ids).loss, optimized(ids, labels=ids).loss)
+            for model in (plain, optimized):
                 self.assertIsInstance(model(ids, return_dict=False), tuple)
 
 

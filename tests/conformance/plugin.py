@@ -1,6 +1,6 @@
-"""A pytest plugin for the process that runs Transformers' tests: optimises their models when they are created.
+"""A pytest plugin for the process that runs Transformers' tests: optimizes their models when they are created.
 
-`DSO_CONFORMANCE_SIDE` is "control" (models stay plain), "optimised", or "broken" (optimised, then one norm is changed:
+`DSO_CONFORMANCE_SIDE` is "control" (models stay plain), "optimized", or "broken" (optimized, then one norm is changed:
 failures of such a model must be reported). Each test's outcome is written as a line of JSON to the file named by
 `DSO_CONFORMANCE_RESULTS`, so that nothing is lost if the process crashes. Transformers' classes are patched here because their
 tests create models by calling them; nothing outside this process is affected.
@@ -43,20 +43,20 @@ def _tested_class(family: str) -> Any:
 
 
 def patch(model_class: Any) -> None:
-    """Optimises every model of exactly this class once it has its weights."""
+    """Optimizes every model of exactly this class once it has its weights."""
     plain_init, plain_load = model_class.__init__, model_class.from_pretrained.__func__
 
     @functools.wraps(plain_init)
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
         plain_init(self, *args, **kwargs)
         if type(self) is model_class:
-            optimise(self)
+            optimize(self)
 
     @functools.wraps(plain_load)
     def load(cls: Any, *args: Any, **kwargs: Any) -> Any:
         made = plain_load(cls, *args, **kwargs)
         if cls is model_class:
-            optimise(made[0] if isinstance(made, tuple) else made)
+            optimize(made[0] if isinstance(made, tuple) else made)
         return made
 
     model_class.__init__ = init
@@ -77,12 +77,12 @@ def plain_models() -> Iterator[None]:
 def treated(model: Any) -> Any:
     """Converts a plain model to that of this side."""
     if os.environ[SIDE] != "control":
-        optimise(model)
+        optimize(model)
     return model
 
 
-def optimise(model: Any) -> None:
-    """Optimises in fp32, in place; a model without weights, and its training mode, are deferred."""
+def optimize(model: Any) -> None:
+    """Optimizes in fp32, in place; a model without weights, and its training mode, are deferred."""
     from deepseek_optimizer import DeepSeekConfig, DynamicGraphOptimizer
 
     if _plain or "dso" in model.__dict__ or model.device.type == "meta":

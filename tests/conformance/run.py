@@ -1,4 +1,4 @@
-"""`python -m conformance.run [FAMILY ...]`: Transformers' tests on optimised and on plain models, family by family.
+"""`python -m conformance.run [FAMILY ...]`: Transformers' tests on optimized and on plain models, family by family.
 
 Each family's tests run in two processes in parallel, one per side. The counts are printed, and the command fails if a deviation
 has no entry in `exceptions.py`.
@@ -48,7 +48,7 @@ def start(side: str, file: Path, family: str, select: str, results: Path) -> sub
     return subprocess.Popen(command, cwd=file.parents[1], env=environment, stdout=log, stderr=subprocess.STDOUT, text=True)
 
 
-def run_family(family: str, file: Path, folder: Path, select: str, side: str = "optimised") -> Comparison:
+def run_family(family: str, file: Path, folder: Path, select: str, side: str = "optimized") -> Comparison:
     """Runs both sides of one family.
 
     Raises:
@@ -79,7 +79,7 @@ def main() -> int:
     parser.add_argument("--every-family", action="store_true", help="not only those of CI")
     parser.add_argument("--all", action="store_true", help="the slow tests too")
     parser.add_argument("-k", default="", help="only the tests that fit, as pytest's -k")
-    parser.add_argument("--side", default="optimised", choices=("optimised", "broken"))
+    parser.add_argument("--side", default="optimized", choices=("optimized", "broken"))
     given = parser.parse_args()
     if os.environ.get(OFFLINE) == "1":
         print(f"conformance: left out, {OFFLINE}=1")

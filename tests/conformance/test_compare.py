@@ -13,8 +13,8 @@ KIND = Kind("casts", "why", r"test_cast_\w+", "cannot be cast")
 PASSED = Outcome("passed")
 
 
-def one(optimised, control=PASSED, test="test_cast_half", kinds=(KIND,)):
-    return compare("llama", {test: control}, {} if optimised is None else {test: optimised}, kinds)
+def one(optimized, control=PASSED, test="test_cast_half", kinds=(KIND,)):
+    return compare("llama", {test: control}, {} if optimized is None else {test: optimized}, kinds)
 
 
 def test_equal_runs_have_no_faults():
@@ -45,7 +45,7 @@ def test_listed_exceptions_are_counted_by_kind():
     made = one(Outcome("failed", "Error:\nit cannot be cast"))
     assert made.excused == [("casts", "test_cast_half")]
     assert faults([made], (KIND,)) == []
-    assert made.line() == "llama: control 1, optimised 0; exceptions: casts 1"
+    assert made.line() == "llama: control 1, optimized 0; exceptions: casts 1"
 
 
 def test_an_exception_that_passes_is_stale():

@@ -53,7 +53,7 @@ def test_generation_tests_of_a_checkout_are_used(tmp_path):
 
 
 @pytest.mark.slow  # each starts two processes that load torch and Transformers
-@pytest.mark.parametrize(("side", "reported"), [("optimised", set()), ("broken", {"test_generate_greedy"})])
+@pytest.mark.parametrize(("side", "reported"), [("optimized", set()), ("broken", {"test_generate_greedy"})])
 def test_a_broken_model_is_reported(staged, tmp_path, side, reported):
     comparison = run_family("llama", staged, tmp_path, "made_and_called or test_generate_greedy", side)
     assert comparison.control > 2

@@ -185,17 +185,17 @@ def test_weights_are_packed_as_they_stream_in(tiny_model):
     assert {row.format for row in lower.model.report().formats} == {"bf16"}
 
 
-def test_a_plain_model_is_optimised_in_place(tiny_model):
+def test_a_plain_model_is_optimized_in_place(tiny_model):
     plain = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     chat = pipeline("conversational", model=plain, device="cpu", optimizer_config={**CONFIG, "precision": "int4"})
     assert chat.model is plain and "int4" in {row.format for row in plain.report().formats}
     assert len(chat("Hi", max_new_tokens=2)[0]["generated_text"]) == 2
 
 
-def test_an_optimised_model_is_used_unchanged(tiny_model):
+def test_an_optimized_model_is_used_unchanged(tiny_model):
     model = load_model(tiny_model)
     assert pipeline("conversational", model=model, device="cpu", optimizer_config=CONFIG).model is model
-    with pytest.raises(ConfigError, match="optimised already; pass precision to load_model"):
+    with pytest.raises(ConfigError, match="optimized already; pass precision to load_model"):
         pipeline("conversational", model=model, device="cpu", optimizer_config={"precision": "int8"})
 
 

@@ -144,10 +144,10 @@ def test_blocks_run(page, session, documented_model):
 def smollm2():
     """The GGUF file and the same model in bf16, in the user's cache directory."""
     from deepseek_optimizer.bench import smollm2
-    from deepseek_optimizer.bench.unoptimised_model import dequantised
+    from deepseek_optimizer.bench.unoptimized_model import dequantized
 
     file = smollm2.fetch()
-    return file, dequantised(file)
+    return file, dequantized(file)
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Checkpoints that cannot be loaded, recognised without loading them."""
+"""Checkpoints that cannot be loaded, recognized without loading them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ DAMAGES = {
     "a tensor too many": lambda copy: copy.edit_weights(lambda w: w.update(extra=torch.ones(2))),
     "another shape": lambda copy: copy.edit("config.json", intermediate_size=160),
     "an unknown family": lambda copy: copy.edit("config.json", model_type="unknown"),
-    "another quantiser": lambda copy: copy.edit("config.json", quantization_config={"quant_method": "hqq"}),
+    "another quantizer": lambda copy: copy.edit("config.json", quantization_config={"quant_method": "hqq"}),
     "a tokenizer too large": lambda copy: copy.edit("config.json", vocab_size=100),
 }
 

@@ -107,7 +107,7 @@ def test_kernels_that_give_nan_do_not_pass(case):
     assert garbage.judge_kernels(math.nan, case()).severity == "error"
 
 
-def test_too_coarse_quantisation(case, english, one, tmp_path):
+def test_too_coarse_quantization(case, english, one, tmp_path):
     """Outliers in every group of 32, so that four bits represent nothing else."""
     path = tmp_path / "outliers"
     shutil.copytree(english, path)
@@ -115,12 +115,12 @@ def test_too_coarse_quantisation(case, english, one, tmp_path):
     weights["lm_head.weight"][:, 31::32] -= 60.0
     save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
     actual = list(garbage.measure(case(model=str(path), fields={"precision": "int4"})))
-    assert one(actual, "error", "int4 changes the model's predictions").facts["kl_to_stored"] > garbage.QUANTISED_KL
+    assert one(actual, "error", "int4 changes the model's predictions").facts["kl_to_stored"] > garbage.QUANTIZED_KL
 
 
 @pytest.mark.parametrize(("kl", "severity"), [(0.01, "ok"), (0.4, "note"), (1.5, "error"), (math.nan, "error")])
-def test_the_loss_from_quantisation(kl, severity):
-    assert garbage.judge_quantisation(kl, "int4").severity == severity
+def test_the_loss_from_quantization(kl, severity):
+    assert garbage.judge_quantization(kl, "int4").severity == severity
 
 
 def test_the_stored_weights_do_not_fit(case, machine, english, one):

@@ -42,7 +42,7 @@ def fuzz(name: str, *options: str) -> None:
 
 
 def keep(name: str) -> None:
-    """Adds some of the new inputs to the corpus, after libFuzzer has minimised them."""
+    """Adds some of the new inputs to the corpus, after libFuzzer has minimized them."""
     corpus = HERE / "corpus" / name
     known = {path.read_bytes() for path in corpus.iterdir()}
     small = [path for path in (BUILD / name).iterdir() if path.stat().st_size <= SMALL and "-" not in path.name]

@@ -22,7 +22,7 @@ from starlette.requests import Request
 from deepseek_optimizer.checkpoint import check_tokenizer_beside, load_tokenizer, open_checkpoint
 from deepseek_optimizer.checkpoint.saved_blocks import open_blocks
 from deepseek_optimizer.engine.grammar.job import _ebnf
-from deepseek_optimizer.engine.grammar.json_schema import normalise
+from deepseek_optimizer.engine.grammar.json_schema import normalize
 from deepseek_optimizer.engine.grammar.pattern import to_rules
 from deepseek_optimizer.errors import CheckpointError, ConfigError, DocumentError, RequestError
 from deepseek_optimizer.longdoc.read import read_upload
@@ -157,7 +157,7 @@ def _body(data: bytes) -> None:
 
 
 def _schema(data: bytes) -> None:
-    enforced = normalise(data.decode("utf-8", "replace"))
+    enforced = normalize(data.decode("utf-8", "replace"))
     with contextlib.suppress(RuntimeError, ValueError):  # as in the worker that compiles grammars
         _ebnf({"schema": enforced.schema, "rules": enforced.rules}, xgrammar)
 
@@ -181,7 +181,7 @@ def _state(data: bytes) -> None:
 
 _HEADER = ("F32", "BF16", "U8", "I64", "dtype", "shape", "data_offsets", "__metadata__", "format", "int4", "int8", "q4_1")
 _MANIFEST = ("packed_manifest", "modules", "quant_method", "version")
-_QUANTISERS = ("bits", "group_size", "num_bits", "weight_block_size", "blocksize", "qweight", "g_idx", "I8", "I32", "F8_E4M3")
+_QUANTIZERS = ("bits", "group_size", "num_bits", "weight_block_size", "blocksize", "qweight", "g_idx", "I8", "I32", "F8_E4M3")
 _JSON = ("null", "true", "false", "[]", "{}", "1e999", "-1", "9223372036854775808", "\\ud800", "\\u0000")
 _SCHEMA = (
     "type", "properties", "required", "items", "enum", "const", "anyOf", "oneOf", "allOf", "$ref", "$defs", "#/$defs/a", "#",
@@ -196,7 +196,7 @@ _REQUEST = (
 
 TARGETS = {
     "packed": Target(_packed, (CheckpointError, ConfigError), (*_HEADER, *_JSON, *_MANIFEST)),
-    "quantised": Target(_packed, (CheckpointError, ConfigError), (*_HEADER, *_JSON, *_QUANTISERS)),
+    "quantized": Target(_packed, (CheckpointError, ConfigError), (*_HEADER, *_JSON, *_QUANTIZERS)),
     "gguf": Target(_gguf, (CheckpointError, ConfigError), ("general.architecture", "llama", "tokenizer.ggml.tokens", "GGUF")),
     "tokenizer": Target(_tokenizer, (CheckpointError, ConfigError), (*_JSON, "model", "vocab", "merges", "BPE", "Unigram")),
     "blocks": Target(_blocks, (CheckpointError,), (*_JSON, "held", "tokens", "block_bytes", "made_with")),

@@ -1,4 +1,4 @@
-"""A small random model and its optimised copy, on every backend of this machine."""
+"""A small random model and its optimized copy, on every backend of this machine."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ def runs_natively(case: str) -> bool:
 
 
 def cases() -> Iterator[Any]:
-    """Every family natively, with exact and quantised products; on the reference backend one, and those without another."""
+    """Every family natively, with exact and quantized products; on the reference backend one, and those without another."""
     for case in FAMILIES:
         if case == "deepseek_v2-groups" or not runs_natively(case):
             yield pytest.param((case, "reference", "fp32"), id=f"{case}-reference")

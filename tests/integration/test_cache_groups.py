@@ -36,8 +36,8 @@ def six_layers() -> Any:
     return gemma3_text(num_hidden_layers=6, sliding_window_pattern=6, sliding_window=37)
 
 
-def optimised(plain: Any, backend: str, *, release: bool = True, **fields: Any) -> Any:
-    """An optimised copy that releases blocks at once, without spare tokens, or never."""
+def optimized(plain: Any, backend: str, *, release: bool = True, **fields: Any) -> Any:
+    """An optimized copy that releases blocks at once, without spare tokens, or never."""
     fast = copy.deepcopy(plain)
     config = DeepSeekConfig(**{"precision": "fp32", "backend": backend, **fields})
     DynamicGraphOptimizer(fast, config=config, batch_size_range=(1, 4)).optimize()
@@ -58,7 +58,7 @@ def made() -> Any:
     def get(backend: str, kv_cache: str = "auto") -> tuple[Any, Any, Any]:
         if (backend, kv_cache) not in models:
             plain = random_model(six_layers())
-            both = (optimised(plain, backend, release=release, kv_cache=kv_cache) for release in (True, False))
+            both = (optimized(plain, backend, release=release, kv_cache=kv_cache) for release in (True, False))
             models[backend, kv_cache] = (plain, *both)
         return models[backend, kv_cache]
 
@@ -199,7 +199,7 @@ def test_an_engine_and_saved_prefixes(backend: str, made: Any, tmp_path: Any) ->
 def test_a_cache_window_and_a_draft_model() -> None:
     """A window in which blocks move, and a draft model whose cache is cropped further back than it can be."""
     plain = random_model(gemma2(num_hidden_layers=4, sliding_window=37))
-    fast, whole = (optimised(plain, "cpu", release=release) for release in (True, False))
+    fast, whole = (optimized(plain, "cpu", release=release) for release in (True, False))
     prompt = random_ids(plain.config, 60)
     long = replace(GREEDY, max_tokens=400, logprobs=None)
     answers = [engine_of(m, cache_window=256, sinks=4).generate([prompt], long)[0] for m in (fast, whole)]

@@ -50,7 +50,7 @@ def test_compiled_in_place_and_generate(fresh_pair):
 @torch.no_grad()
 def test_fullgraph_is_rejected(pair):
     function = torch.compile(lambda ids: pair.fast(ids).logits + 1, backend="eager", fullgraph=True)
-    with pytest.raises(Exception, match="an optimised model already runs a compiled plan"):
+    with pytest.raises(Exception, match="an optimized model already runs a compiled plan"):
         function(pair.ids(9))
     with pytest.raises(RuntimeError, match="fullgraph=True"):
         torch.compile(pair.fast, backend="eager", fullgraph=True)(pair.ids(9))

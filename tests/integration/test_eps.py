@@ -13,7 +13,7 @@ from support.models import CASES, assert_close_rows, random_ids, random_model
 from .conftest import BACKENDS
 
 
-def optimised(plain, backend):
+def optimized(plain, backend):
     fast = copy.deepcopy(plain)
     DynamicGraphOptimizer(fast, config=DeepSeekConfig(precision="fp32", backend=backend)).optimize()
     return fast
@@ -27,7 +27,7 @@ def test_eps_of_the_config(case, eps, backend):
     config.rms_norm_eps = eps
     plain = random_model(config)
     ids = torch.tensor([random_ids(config, 20)])
-    assert_close_rows(optimised(plain, backend)(ids).logits, plain(ids).logits)
+    assert_close_rows(optimized(plain, backend)(ids).logits, plain(ids).logits)
 
 
 @pytest.mark.parametrize("case", ["llama-gqa", "deepseek_v3-groups", "deepseek_v32-indexer"])
@@ -39,4 +39,4 @@ def test_eps_set_on_the_modules(case):
             if hasattr(module, name):
                 setattr(module, name, 1.0)
     ids = torch.tensor([random_ids(plain.config, 20)])
-    assert_close_rows(optimised(plain, "reference")(ids).logits, plain(ids).logits)
+    assert_close_rows(optimized(plain, "reference")(ids).logits, plain(ids).logits)

@@ -346,7 +346,7 @@ def test_gradients_in_the_input(fresh_pair):
 
 
 def test_no_gradient_by_default(pair):
-    """Grad mode is on outside `no_grad`, but no parameter of an optimised model is trainable, so the plan is used."""
+    """Grad mode is on outside `no_grad`, but no parameter of an optimized model is trainable, so the plan is used."""
     assert torch.is_grad_enabled()
     made = pair.fast(pair.ids(4))
     assert isinstance(cache_of(made), PagedCache)

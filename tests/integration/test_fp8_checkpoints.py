@@ -14,7 +14,7 @@ from deepseek_optimizer import CheckpointError, ConfigError, DeepSeekConfig, loa
 from deepseek_optimizer.backends.cpu import unavailable_reason
 from deepseek_optimizer.checkpoint import open_checkpoint
 from deepseek_optimizer.integration.load.pack_checkpoint import pack_checkpoint
-from support.fp8_files import dequantised, fp8_copy
+from support.fp8_files import dequantized, fp8_copy
 from support.models import CASES, assert_close_rows, random_model
 
 IDS = torch.randint(0, 250, (1, 60), generator=torch.Generator().manual_seed(1))
@@ -28,10 +28,10 @@ def folder(tiny_model, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def plain(folder, tmp_path_factory):
-    """The same model in float32, dequantised."""
+    """The same model in float32, dequantized."""
     target = tmp_path_factory.mktemp("plain") / "m"
     shutil.copytree(folder, target)
-    save_file(dequantised(load_file(folder / "model.safetensors")), target / "model.safetensors", {"format": "pt"})
+    save_file(dequantized(load_file(folder / "model.safetensors")), target / "model.safetensors", {"format": "pt"})
     config = json.loads((target / "config.json").read_text())
     del config["quantization_config"]
     (target / "config.json").write_text(json.dumps(config))
@@ -57,7 +57,7 @@ def test_kept_at_one_byte_per_weight(folder, expected, backend):
 @pytest.mark.parametrize("precision", ["int4", "int8", "bf16", "fp32"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_converted_while_loading(folder, plain, precision, backend):
-    """The same bits as when the dequantised model is packed."""
+    """The same bits as when the dequantized model is packed."""
     ours, theirs = (load_model(path, precision=precision, backend=backend) for path in (folder, plain))
     for (name, a), (other, b) in zip(ours.named_parameters(), theirs.named_parameters(), strict=True):
         assert name == other and torch.equal(a, b), name
@@ -95,7 +95,7 @@ def test_convert(folder, tmp_path, precision):
 
 
 def test_transformers_loader_names_the_remedy(folder):
-    """With the section, Transformers rejects two kinds of quantisation; without it, it would read codes without scales."""
+    """With the section, Transformers rejects two kinds of quantization; without it, it would read codes without scales."""
     with pytest.raises(ValueError, match="quantized with"):
         AutoModelForCausalLM.from_pretrained(folder, quantization_config=DeepSeekConfig())
     config = AutoConfig.from_pretrained(folder)
@@ -123,7 +123,7 @@ def test_latent_attention(tmp_path, backend):
     config.first_k_dense_replace = config.num_hidden_layers
     random_model(config, dtype=torch.bfloat16).save_pretrained(tmp_path / "float")
     folder = fp8_copy(tmp_path / "float", tmp_path / "fp8")
-    save_file(dequantised(load_file(folder / "model.safetensors")), tmp_path / "float" / "model.safetensors", {"format": "pt"})
+    save_file(dequantized(load_file(folder / "model.safetensors")), tmp_path / "float" / "model.safetensors", {"format": "pt"})
     ids = torch.randint(0, config.vocab_size, (1, 40), generator=torch.Generator().manual_seed(2))
     model = load_model(folder, backend=backend)
     assert model.model.layers[2].self_attn.kv_b_proj.format == "fp8"
@@ -144,7 +144,7 @@ def test_deepseek_v3(tmp_path, backend):
     folder = fp8_copy(tmp_path / "float", tmp_path / "fp8")
     stored = load_file(folder / "model.safetensors")
     assert stored["model.layers.2.mlp.experts.1.up_proj.weight"].dtype == torch.float8_e4m3fn
-    save_file(dequantised(stored), tmp_path / "float" / "model.safetensors", {"format": "pt"})
+    save_file(dequantized(stored), tmp_path / "float" / "model.safetensors", {"format": "pt"})
     ids = torch.randint(0, config.vocab_size, (1, 40), generator=torch.Generator().manual_seed(2))
     model = load_model(folder, backend=backend)
     formats = {row.format: row.matrices for row in model.dso.report().formats}

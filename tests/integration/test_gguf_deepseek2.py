@@ -10,7 +10,7 @@ import torch
 from deepseek_optimizer import load_model
 from deepseek_optimizer.backends.cpu import unavailable_reason
 from deepseek_optimizer.integration.load.pack_checkpoint import pack_checkpoint
-from support.gguf_deepseek2 import dequantised, v2, v2_lite, v3, write_gguf, youtu
+from support.gguf_deepseek2 import dequantized, v2, v2_lite, v3, write_gguf, youtu
 from support.models import assert_close_rows, random_ids, random_model, transformers_logits
 
 MODELS = {"v2": v2, "v2_lite": v2_lite, "v3": v3, "youtu": youtu}
@@ -32,7 +32,7 @@ def test_logits(tmp_path: Path, models: dict, family: str, kinds: str) -> None:
     """On the reference backend, in the file's formats."""
     path = write_gguf(tmp_path / "m.gguf", models[family], KINDS[kinds])
     model = load_model(path, backend="reference", kv_cache="fp32", **AS_STORED.get(kinds, {}))
-    theirs = dequantised(models[family], KINDS[kinds])
+    theirs = dequantized(models[family], KINDS[kinds])
     if kinds != "F32":  # tensors that no format represents exactly
         for name, parameter in theirs.named_parameters():
             if name.endswith("kv_b_proj.weight"):

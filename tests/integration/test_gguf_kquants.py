@@ -34,7 +34,7 @@ def save(folder: Path, kinds: dict[str, str]) -> Path:
 
 @torch.no_grad()
 def transformers_logits(file: Path) -> torch.Tensor:
-    """The logits of Transformers' model with the weights that gguf-py dequantises."""
+    """The logits of Transformers' model with the weights that gguf-py dequantizes."""
     model = AutoModelForCausalLM.from_pretrained(
         file.parent,
         gguf_file=file.name,

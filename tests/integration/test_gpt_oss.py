@@ -19,12 +19,12 @@ from deepseek_optimizer.backends.cpu import unavailable_reason
 from deepseek_optimizer.integration.load.importance import measure_importance
 from deepseek_optimizer.integration.load.pack_checkpoint import pack_checkpoint
 from support import gguf_gpt_oss as gguf
-from support import quantised_files as files
+from support import quantized_files as files
 from support.models import assert_close_rows, gpt_oss, llama4_text, random_ids, random_model, transformers_logits
 
 BACKENDS = ["reference", *(["cpu"] if unavailable_reason() is None else [])]
 ALL = {"num_experts_per_tok": 6}  # all experts, so that rounding does not change which are chosen
-# Of a format's activations, against the model with the dequantised weights.
+# Of a format's activations, against the model with the dequantized weights.
 TOLERANCE = {"fp32": 1e-4, "int8": 1e-2, "int4": 1e-1, "mxfp4": 1e-1}
 
 
@@ -60,7 +60,7 @@ def logits(model: Any, ids: list[int], **options: Any) -> torch.Tensor:
         return model(torch.tensor([ids]), **options).logits[0].float()
 
 
-def dequantised(model: Any, plain: Any) -> Any:
+def dequantized(model: Any, plain: Any) -> Any:
     """The plain model with the values of the packed weights."""
     for name, module in model.named_modules():
         if hasattr(module, "dequantized"):
@@ -73,9 +73,9 @@ def dequantised(model: Any, plain: Any) -> Any:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("precision", ["fp32", "int8", "int4"])
-def test_formats_against_their_dequantised_values(folder: Path, backend: str, precision: str) -> None:
+def test_formats_against_their_dequantized_values(folder: Path, backend: str, precision: str) -> None:
     model = load_model(folder, precision=precision, backend=backend)
-    plain = dequantised(model, plain_model(folder))
+    plain = dequantized(model, plain_model(folder))
     ids = random_ids(plain.config, 60)
     expected = transformers_logits(plain, ids)
     assert_close_rows(logits(model, ids), expected, TOLERANCE[precision])
@@ -204,17 +204,17 @@ def test_mxfp4_in_another_precision(mxfp4: tuple[Path, Path], precision: str) ->
     assert model.model.layers[0].mlp.experts.down_format == precision
     ids, own = random_ids(model.config, 60), plain_model(plain)
     before = own.model.layers[0].mlp.experts.down_proj.clone()
-    expected = transformers_logits(dequantised(model, own), ids)
+    expected = transformers_logits(dequantized(model, own), ids)
     assert_close_rows(logits(model, ids), expected, TOLERANCE[precision])
     assert torch.equal(own.model.layers[0].mlp.experts.down_proj, before)  # int8 holds the codes exactly too
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_gguf(tmp_path: Path, backend: str) -> None:
-    """Experts keep their MXFP4 codes; logits in fp32 are those of the dequantised model."""
+    """Experts keep their MXFP4 codes; logits in fp32 are those of the dequantized model."""
     plain = random_model(gpt_oss(hidden_size=96, intermediate_size=64, head_dim=32, **ALL))
     path = gguf.write_gguf(tmp_path / "m.gguf", plain)
-    plain = gguf.dequantised(plain)
+    plain = gguf.dequantized(plain)
     ids = random_ids(plain.config, 60)
     expected = transformers_logits(plain, ids)
     exact = load_model(path, precision="fp32", backend=backend)

@@ -154,7 +154,7 @@ def test_transformers_save_keeps_the_packed_experts(tmp_path):
     assert_same_weights(by_load_model(tmp_path / "packed"), model)
 
 
-def test_optimising_in_place_frees_the_float_experts(tmp_path):
+def test_optimizing_in_place_frees_the_float_experts(tmp_path):
     model = AutoModelForCausalLM.from_pretrained(saved(tmp_path, "deepseek_v3-groups"))
     floats = [layer.mlp.experts for layer in model.model.layers[1:]]
     DynamicGraphOptimizer(model, config=DeepSeekConfig(backend="reference", precision="int4")).optimize()

@@ -11,7 +11,7 @@ from transformers import AutoModelForSequenceClassification
 from deepseek_optimizer import DeepSeekConfig, DynamicGraphOptimizer, PagedCache, UnsupportedRequestError, load_model
 from deepseek_optimizer.integration.bind.runtime import OptimizerWarning
 from deepseek_optimizer.integration.compat import cache_name
-from support.models import CASES, assert_close_rows, random_ids, randomise
+from support.models import CASES, assert_close_rows, random_ids, randomize
 
 from .conftest import make_pair
 
@@ -125,7 +125,7 @@ def test_a_copy_merges_into_its_own_weights(fresh_pair):
 
 
 @torch.no_grad()
-def test_merging_into_a_quantised_format_warns():
+def test_merging_into_a_quantized_format_warns():
     pair = make_pair()
     DynamicGraphOptimizer(pair.plain, config=DeepSeekConfig(precision="int8", backend="reference")).optimize()
     ids = pair.ids(8)
@@ -172,7 +172,7 @@ def test_a_broken_adapter_is_not_merged(fresh_pair):
 def test_adapters_on_a_classifier():
     config = CASES["llama-gqa"]()
     config.pad_token_id, config.num_labels = 0, 3
-    plain = randomise(AutoModelForSequenceClassification.from_config(config).eval())
+    plain = randomize(AutoModelForSequenceClassification.from_config(config).eval())
     fast = copy.deepcopy(plain)
     DynamicGraphOptimizer(fast, config=DeepSeekConfig(precision="fp32", backend="reference")).optimize()
     ids = torch.tensor([random_ids(config, 9)])

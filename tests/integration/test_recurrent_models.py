@@ -1,4 +1,4 @@
-"""Models with recurrent states, optimised: `generate`, caches, engines and saved prefixes equal Transformers' own results."""
+"""Models with recurrent states, optimized: `generate`, caches, engines and saved prefixes equal Transformers' own results."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Other projects' packages with optimised models. They are large, so `make test-interop` has its own environment; these tests
+"""Other projects' packages with optimized models. They are large, so `make test-interop` has its own environment; these tests
 are collected only there."""
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from deepseek_optimizer.checkpoint import open_checkpoint
-from support.quantised_files import compressed_section, write_checkpoint
+from support.quantized_files import compressed_section, write_checkpoint
 
 pytest.importorskip("compressed_tensors")  # needs Python 3.11
 

@@ -16,7 +16,7 @@ def paged_model(tmp_path_factory, byte_tokenizer):
 
 @pytest.fixture(scope="session")
 def loaded(paged_model, byte_tokenizer):
-    """The optimised model and its tokenizer, shared by tests; do not modify them."""
+    """The optimized model and its tokenizer, shared by tests; do not modify them."""
     from deepseek_optimizer import load_model
 
     return load_model(paged_model), byte_tokenizer

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from deepseek_optimizer.engine.grammar.json_schema import normalise
+from deepseek_optimizer.engine.grammar.json_schema import normalize
 from deepseek_optimizer.errors import RequestError
 from deepseek_optimizer.longdoc.extraction import merged, problems, relaxed, without_gaps
 from deepseek_optimizer.longdoc.tasks import Extraction
@@ -25,7 +25,7 @@ SCHEMA = {
 
 def test_schemas_of_parts_make_every_field_optional():
     part = relaxed(SCHEMA)
-    normalise(part)
+    normalize(part)
     nothing = {"number": None, "total": None, "items": [], "seller": {"name": None}}
     assert problems(part, nothing) == [] and problems(SCHEMA, nothing)
     assert SCHEMA["required"] == ["number", "items"]  # unchanged

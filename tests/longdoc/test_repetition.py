@@ -1,4 +1,4 @@
-"""Repetitive texts are recognised by their ends; others are not."""
+"""Repetitive texts are recognized by their ends; others are not."""
 
 from __future__ import annotations
 

@@ -87,7 +87,7 @@ def test_random_texts(tokenizer: Any) -> None:
             TextFile(str(i), text, headings=tuple(sorted(rng.sample(range(len(text)), min(len(text), 5)))))
             for i, text in enumerate(random_text(rng, rng.choice((0, 1, 7, 300, 4000))) for _ in range(3))
         )
-        # At least 48: U+FDFA alone has 33 tokens if a tokenizer normalises it into its sentence.
+        # At least 48: U+FDFA alone has 33 tokens if a tokenizer normalizes it into its sentence.
         max_length = rng.choice((48, 64, 200, 1024))
         _check(Document(files), tokenizer, max_length, rng.choice((0, 1, max_length // 4, max_length // 2 - 1)))
 
@@ -162,7 +162,7 @@ class _Counter:
         return {"input_ids": [range(self._tokens(text)) for text in texts]}
 
 
-def test_one_line_is_tokenised_in_bounded_parts_and_few_times() -> None:
+def test_one_line_is_tokenized_in_bounded_parts_and_few_times() -> None:
     tokenizer, text = _Counter(len), "x" * 10_000_000
     chunks = split(Document.of_texts(text), tokenizer, 4096, 1024)
     assert tokenizer.longest <= 4096 and tokenizer.max_characters <= 1 << 20
@@ -170,7 +170,7 @@ def test_one_line_is_tokenised_in_bounded_parts_and_few_times() -> None:
     assert chunks[-1].end == len(text)
 
 
-def test_many_small_files_are_tokenised_in_few_calls() -> None:
+def test_many_small_files_are_tokenized_in_few_calls() -> None:
     calls = []
     tokenizer = _Counter(lambda text: calls.append(text) or len(text))  # type: ignore[func-returns-value]
     chunks = split(Document.of_texts({str(i): "some words" for i in range(5000)}), tokenizer, 64, 16)

@@ -162,7 +162,7 @@ def test_missing_fields_of_an_extraction_are_reported(long, byte_tokenizer):
         (Extraction(SCHEMA), "map_reduce"),
         (ASKED, "retrieve"),
         (Question("Who owns the harbour of Lindisfarne?"), "retrieve"),
-        (Question("Summarise the harbour's history."), "map_reduce"),
+        (Question("Summarize the harbour's history."), "map_reduce"),
         (Question("What is this document about?"), "map_reduce"),
         (Question("List all harbours."), "map_reduce"),
         (Question("How many harbours are there in total?"), "map_reduce"),

@@ -30,7 +30,7 @@ from support.models import (
     llama,
     random_ids,
     random_model,
-    randomise,
+    randomize,
     weights_of,
     youtu,
 )
@@ -56,7 +56,7 @@ def transformers_layer(model: Any, depth: int) -> tuple[MtpLayer, dict[str, torc
     index = (
         kinds.index("sparse") if kinds else config.num_hidden_layers + depth
     )  # determines the experts, and the place in a cache
-    layer = randomise(MtpLayer(config, type(last), type(model.model.norm), index).eval(), seed=7 + depth)
+    layer = randomize(MtpLayer(config, type(last), type(model.model.norm), index).eval(), seed=7 + depth)
     path = f"model.layers.{config.num_hidden_layers + depth}"
     names = {"mtp_block.": "", "post_norm.": "shared_head.norm."}
     weights = {f"{path}.embed_tokens.weight": model.get_input_embeddings().weight}
@@ -79,7 +79,7 @@ def transformers_states(model: Any, layer: MtpLayer, ids: list[int], states: tor
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("name", WITH_LAYERS)
 def test_equals_a_chain_of_transformers_layers(name: str, fused: bool) -> None:
-    """The second layer's inputs are the first's normalised result and the next token; both use the model's blocks."""
+    """The second layer's inputs are the first's normalized result and the next token; both use the model's blocks."""
     model = random_model(WITH_LAYERS[name]())
     config, count = model.config, mtp_layers(model.config)
     ids, backend = random_ids(config, 60), ReferenceBackend()

@@ -229,7 +229,7 @@ ALLOWED = {
     "svg": ["class", "aria-hidden"],
     "use": ["href"],
 }
-# Elements of formulas; math.js sets `style`: colours, alignment and gaps.
+# Elements of formulas; math.js sets `style`: colors, alignment and gaps.
 MATHML = (
     "display displaystyle scriptlevel mathvariant stretchy fence separator symmetric largeop movablelimits accent accentunder "
     "form minsize maxsize lspace rspace linethickness width height depth voffset columnalign columnspacing rowspacing "

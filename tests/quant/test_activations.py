@@ -63,7 +63,7 @@ def test_convert_floats() -> None:
 def test_corner_cases(kind: str) -> None:
     x = torch.ones(1, 160)
     x[0, 0], x[0, 33], x[0, 64:96], x[0, 96:128] = torch.nan, torch.inf, 0.0, 1e-38
-    actual = activations.quantise_rows(x, kind)
+    actual = activations.quantize_rows(x, kind)
     assert actual.scale[0, :2].isnan().all() and actual.scale[0, 2:4].tolist() == [0, 0] and actual.scale[0, 4] > 0
     assert actual.q[0, :4].abs().sum() == 0 and actual.total[0, :4].abs().sum() == 0
 

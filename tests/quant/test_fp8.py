@@ -78,8 +78,8 @@ def test_taking_over_rounds_nothing() -> None:
     actual = FORMAT.unpack(reference_packer(codes, "fp8", scale=scale), 200, 300)
     for row, col in ((0, 0), (127, 127), (128, 256), (199, 299), (5, 200)):
         assert actual[row, col] == codes[row, col].float() * scale[row // 128, col // 128]
-    assert torch.equal(actual, fp8.dequantise(codes, scale))
-    assert torch.equal(actual[130:], fp8.dequantise(codes[130:], scale, 130))
+    assert torch.equal(actual, fp8.dequantize(codes, scale))
+    assert torch.equal(actual[130:], fp8.dequantize(codes[130:], scale, 130))
     codes.view(torch.uint8)[130, 0] = 0xFF
     actual = FORMAT.unpack(fp8.repack(codes, scale), 200, 300)
     assert actual[128:, :128].isnan().all() and actual[:128].isfinite().all(), "a NaN is never lost"

@@ -38,7 +38,7 @@ PATH = "/v1/chat/completions"
         [{"role": "function", "name": "f", "content": "hi"}],
         [{"role": 1, "content": "hi"}],
         [{"role": "tool", "content": "hi"}],
-        [{"role": "user", "content": "hi", "colour": "red"}],
+        [{"role": "user", "content": "hi", "color": "red"}],
         [{"role": "user", "content": [{"type": "text"}]}],
         [{"role": "user", "content": [{"type": "text", "text": 1}]}],
         [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://127.0.0.1:1/x.png"}}]}],

@@ -16,7 +16,7 @@ import pytest
 from deepseek_optimizer.server.keys import ApiKeys
 from deepseek_optimizer.server.settings import ServerSettings
 from deepseek_optimizer.server.tokens.prompt_size import PromptSize, bytes_of_token
-from deepseek_optimizer.server.tokens.tokenising import SHORT
+from deepseek_optimizer.server.tokens.tokenizing import SHORT
 from support.fake_engine import FakeEngine
 from support.live_server import LiveServer, assert_error, wait_for
 
@@ -45,7 +45,7 @@ def held():
 
 @pytest.fixture
 def server(byte_tokenizer, held):
-    """A server with two keys; texts that contain "hold" are tokenised when `held` releases them."""
+    """A server with two keys; texts that contain "hold" are tokenized when `held` releases them."""
 
     class Slow(type(byte_tokenizer)):
         def __call__(self, text, *args, **kwargs):
@@ -101,7 +101,7 @@ def test_many_small_prompts(server, held):
         pool.submit(send, A, "first", "hold")
         wait_for(lambda: held.begun)
         futures = [pool.submit(send, A, "a", "x") for _ in range(7)]
-        queue = server.app.state.server._tokenising.queues[0]
+        queue = server.app.state.server._tokenizing.queues[0]
         wait_for(lambda: queue.waiting == 7)
         futures.append(pool.submit(send, B, "b", "x"))
         wait_for(lambda: queue.waiting == 8)
@@ -159,7 +159,7 @@ def test_queued_work_of_disconnected_clients_never_starts(server, held):
     for _ in range(5):
         connections.append(server.connect())
         connections[-1].sendall(message)
-    queue = server.app.state.server._tokenising.queues[0]
+    queue = server.app.state.server._tokenizing.queues[0]
     wait_for(lambda: held.begun == 1 and queue.waiting == 4)
     for connection in connections:
         connection.close()
@@ -171,7 +171,7 @@ def test_queued_work_of_disconnected_clients_never_starts(server, held):
     assert held.begun == 1
 
 
-def test_impossible_prompts_are_rejected_before_tokenising(server, held):
+def test_impossible_prompts_are_rejected_before_tokenizing(server, held):
     max_bytes = server.app.state.server.prompt_size.max_bytes
     assert max_bytes == server.engine.context * len("<|assistant|>")
     text = "hold" + " " * max_bytes + "hold"
@@ -192,7 +192,7 @@ def test_impossible_prompts_are_rejected_before_tokenising(server, held):
 def test_queues_are_in_the_metrics(server):
     assert server.client.post(TEXTS, headers=B, json={"prompt": "x"}).status_code == 200
     text = server.client.get("/metrics", headers=B).text
-    assert 'dso:queue_jobs_total{model_name="fake-model",outcome="done",queue="tokenising short texts"} 1.0' in text
+    assert 'dso:queue_jobs_total{model_name="fake-model",outcome="done",queue="tokenizing short texts"} 1.0' in text
     assert 'dso:queue_waiting{model_name="fake-model",queue="grammars"} 0.0' in text
 
 
@@ -228,7 +228,7 @@ def test_bytes_of_tokens(byte_tokenizer):
         assert bytes_of_token(other) is None, change
     other = copy.deepcopy(byte_tokenizer)
     other.backend_tokenizer.normalizer = normalizers.NFKC()
-    assert bytes_of_token(other).max_bytes == 4 * actual.max_bytes  # the normalised text may be shorter
+    assert bytes_of_token(other).max_bytes == 4 * actual.max_bytes  # the normalized text may be shorter
     other = copy.deepcopy(byte_tokenizer)
     token = type(next(iter(other.added_tokens_decoder.values())))("<x>", lstrip=True)
     other.add_special_tokens({"additional_special_tokens": [token]})

@@ -17,10 +17,10 @@ ASKED = {"prompt": "x", "max_tokens": 20}
 
 def test_a_burst_of_ten_times_the_capacity(make_server):
     live = make_server(capacity=8, step_seconds=0.001)
-    tokenised = []
-    lane = live.app.state.server._tokenising.short
+    tokenized = []
+    lane = live.app.state.server._tokenizing.short
     real = lane.tokenizer
-    lane.tokenizer = lambda text, **options: tokenised.append(text) or real(text, **options)
+    lane.tokenizer = lambda text, **options: tokenized.append(text) or real(text, **options)
     live.engine.frozen = True
 
     def ask(i):
@@ -32,7 +32,7 @@ def test_a_burst_of_ten_times_the_capacity(make_server):
         live.engine.frozen = False
         answers = [f.result() for f in futures]
     counts = Counter(answer.status_code for answer in answers)
-    assert counts == {200: 8, 429: 72} and len(tokenised) == 8
+    assert counts == {200: 8, 429: 72} and len(tokenized) == 8
     for answer in answers:
         if answer.status_code == 429:
             assert_error(answer, 429)

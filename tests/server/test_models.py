@@ -117,7 +117,7 @@ def test_tokens_of_a_chat_equal_the_prompt(live):
 @pytest.mark.parametrize(
     "body", [{}, {"prompt": "x", "messages": [{"role": "user", "content": "x"}]}, {"prompt": 1}, {"messages": []}]
 )
-def test_texts_that_cannot_be_tokenised(refused, body):
+def test_texts_that_cannot_be_tokenized(refused, body):
     refused("/tokenize", body)
 
 

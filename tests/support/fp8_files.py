@@ -28,7 +28,7 @@ def fp8_tensors(
         if tensor.ndim != 2 or not chosen(name):
             out[name] = tensor
             continue
-        scale = fp8.quantise(tensor)[1].to(scale_dtype)
+        scale = fp8.quantize(tensor)[1].to(scale_dtype)
         each = fp8.expand(scale.float(), *tensor.shape)
         out[name] = (tensor.float() / each).clamp(-448, 448).to(torch.float8_e4m3fn)
         out[f"{name}_scale_inv"] = scale
@@ -57,7 +57,7 @@ def fp8_copy(
     return target
 
 
-def dequantised(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def dequantized(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The values of stored FP8 tensors, float32: code times scale, implemented independently."""
     out = {}
     for name, tensor in tensors.items():

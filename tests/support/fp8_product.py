@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import torch
 
-from deepseek_optimizer.train.fp8.quantise import TILE
+from deepseek_optimizer.train.fp8.quantize import TILE
 
 
 def block_product_reference(

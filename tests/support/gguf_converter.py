@@ -298,7 +298,7 @@ def tensors(case: Case, model: PreTrainedModel) -> dict[str, np.ndarray]:
 
 
 def kind_of(name: str, value: np.ndarray, kind: str) -> str:
-    """The type of a stored tensor: F32 for those that llama.cpp never quantises, and for rows that are not whole blocks.
+    """The type of a stored tensor: F32 for those that llama.cpp never quantizes, and for rows that are not whole blocks.
 
     Nor for kv_b_proj, part of which is transposed, so that blocks of rounded rows would be rounded again.
     """

@@ -2,7 +2,7 @@
 
 model = random_model(v3())
 write_gguf(path, model, {"": "Q8_0", "ffn_down_exps": "Q4_0"})
-expected = dequantised(path, model)
+expected = dequantized(path, model)
 """
 
 from __future__ import annotations
@@ -188,7 +188,7 @@ def write_gguf(
     return path
 
 
-def dequantised(model: PreTrainedModel, kinds: Mapping[str, str], **forms: bool) -> PreTrainedModel:
+def dequantized(model: PreTrainedModel, kinds: Mapping[str, str], **forms: bool) -> PreTrainedModel:
     """A float32 model with the values that `write_gguf` stores, computed without our reader."""
     twin = copy.deepcopy(model).float()
     state, config = twin.state_dict(), model.config

@@ -1,7 +1,7 @@
 """A GGUF file of a small gpt-oss, written with llama.cpp's package in the layout of its converter.
 
 write_gguf(path, model)
-plain = dequantised(model)
+plain = dequantized(model)
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def write_gguf(path: Path, model: Any, without: str = "\0") -> Path:
     return path
 
 
-def dequantised(model: Any) -> Any:
+def dequantized(model: Any) -> Any:
     """The model with the values that `write_gguf` stores, computed without our reader."""
     twin = copy.deepcopy(model)
     for name, parameter in twin.named_parameters():

@@ -65,10 +65,10 @@ LAYERS = (
     Layer("models", "build a graph from a config, one file per family, without importing Transformers", may=("graph",)),
     Layer(
         "checkpoint",
-        "reads and writes checkpoints (safetensors, GGUF, packed), and checks them before memory is allocated; `quantised/`: "
-        "safetensors that other quantisers wrote, one method per file",
+        "reads and writes checkpoints (safetensors, GGUF, packed), and checks them before memory is allocated; `quantized/`: "
+        "safetensors that other quantizers wrote, one method per file",
         may=("quant",),
-        levels=((REST,), ("quantised",)),
+        levels=((REST,), ("quantized",)),
     ),
     Layer(
         "backends",
@@ -103,7 +103,7 @@ LAYERS = (
         "integration",
         "everything that uses Transformers' internals. `attention/`: attention functions and masks registered with "
         "it; `memory/`: cache memory; `bind/`: a model bound to an execution plan (graph, packed modules, runtime); "
-        "`generation/`: `generate` and its cache; `model/`: methods of an optimised model that replace those of its "
+        "`generation/`: `generate` and its cache; `model/`: methods of an optimized model that replace those of its "
         "class; `general/`: models without a plan; `encoder/`: encoders; `load/`: loading, packing and saving checkpoints; "
         "`training/`: Trainer and modules, for `train/`",
         may=("..calibration",),
@@ -118,7 +118,7 @@ LAYERS = (
             ("load", "training"),
         ),
     ),
-    Layer("optimised_model", "`load_model`, `load_tokenizer`, `DynamicGraphOptimizer`, `report`", may=("..integration",)),
+    Layer("optimized_model", "`load_model`, `load_tokenizer`, `DynamicGraphOptimizer`, `report`", may=("..integration",)),
     Layer("serving", "`make_engine`, `make_async_engine`: an engine for a model", may=("..integration",)),
     Layer(
         "chat",
@@ -176,7 +176,7 @@ LAYERS = (
     ),
     Layer(
         "server",
-        "the HTTP server. `http/`: connections, bodies, queues; `tokens/`: tokenisation; `documents/`: uploaded files; "
+        "the HTTP server. `http/`: connections, bodies, queues; `tokens/`: tokenization; `documents/`: uploaded files; "
         "`protocol/`: OpenAI's requests and responses, one protocol per file; `chat/`: from requests to the engine "
         "and back; `document_chats/`: chats with documents; `routes/`: one route per file; `page/`: the chat page",
         may=("..chat", "longdoc"),

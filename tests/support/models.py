@@ -474,7 +474,7 @@ CASES: dict[str, Callable[[], Any]] = {
     "qwen2_moe-shared": qwen2_moe,
     "qwen2_moe-steps": lambda: qwen2_moe(norm_topk_prob=True, decoder_sparse_step=2, qkv_bias=False, mlp_only_layers=[0]),
     "qwen3_moe-plain": qwen3_moe,
-    "qwen3_moe-normalised": lambda: qwen3_moe(norm_topk_prob=True, use_sliding_window=True, sliding_window=37),
+    "qwen3_moe-normalized": lambda: qwen3_moe(norm_topk_prob=True, use_sliding_window=True, sliding_window=37),
     "glm4_moe-groups": lambda: glm4_moe(use_qk_norm=True, attention_bias=True),
     "glm4_moe_lite-latent": glm4_moe_lite,
     "minimax_m2-partial": lambda: minimax_m2(rotary_dim=12),
@@ -520,11 +520,11 @@ def random_model(config: Any, seed: int = 0, dtype: torch.dtype = torch.float32)
     """A model whose weights, norms and biases are random and large enough that every part affects the result."""
     eager = {"attn_implementation": "eager", "experts_implementation": "eager"}  # grouped products need multiples of 16 bytes
     model = causal_lm_class(type(config))._from_config(config, dtype=dtype, **eager).eval()
-    return randomise(model, seed)
+    return randomize(model, seed)
 
 
 @torch.no_grad()
-def randomise(model: Any, seed: int = 0) -> Any:
+def randomize(model: Any, seed: int = 0) -> Any:
     """Replaces all weights of the module by random ones, and returns it."""
     generator = torch.Generator().manual_seed(seed)
     for name, buffer in model.named_buffers():

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, Trainin
 
 from deepseek_optimizer import ConfigError, load_model
 from deepseek_optimizer.train.balancing import routers
-from support.fp8_files import dequantised, fp8_copy
+from support.fp8_files import dequantized, fp8_copy
 from support.models import CASES, deepseek_v3, llama, random_ids, random_model
 from support.mtp_files import save_with_mtp
 from support.training import Rows, arguments, losses, make_trainer
@@ -144,7 +144,7 @@ def fp8(tmp_path):
     folder = fp8_copy(tmp_path / "float", tmp_path / "fp8")
     exact = tmp_path / "exact"
     exact.mkdir()
-    save_file(dequantised(load_file(folder / "model.safetensors")), exact / "model.safetensors", {"format": "pt"})
+    save_file(dequantized(load_file(folder / "model.safetensors")), exact / "model.safetensors", {"format": "pt"})
     config = json.loads((folder / "config.json").read_text())
     config.pop("quantization_config")
     (exact / "config.json").write_text(json.dumps(config))

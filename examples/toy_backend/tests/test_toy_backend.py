@@ -21,7 +21,7 @@ import sys, torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from deepseek_optimizer import BackendError, DeepSeekConfig, DynamicGraphOptimizer, report
 
-def optimised(**fields):
+def optimized(**fields):
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(vocab_size=99, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
                                          num_attention_heads=4, num_key_value_heads=2, pad_token_id=0)).eval()
@@ -29,12 +29,12 @@ def optimised(**fields):
     return model
 
 ids = torch.tensor([[5, 6, 7]])
-toy = optimised(backend="toy", precision="int8")
+toy = optimized(backend="toy", precision="int8")
 assert report(toy).backend == "toy" and type(toy.dso.backend).__module__ == "toy_backend"
-plain = optimised(backend="reference", precision="int8")
+plain = optimized(backend="reference", precision="int8")
 assert toy.generate(ids, max_new_tokens=5).tolist() == plain.generate(ids, max_new_tokens=5).tolist()
 try:
-    optimised(backend="toy", precision="int4")
+    optimized(backend="toy", precision="int4")
 except BackendError as error:
     assert "the toy backend does not support weight format 'int4'" in str(error), error
 else:

@@ -12,7 +12,7 @@ struct Group {
 };
 
 template <int steps>
-DSO_INLINE Group<steps> quantise(F x0, F x1) {
+DSO_INLINE Group<steps> quantize(F x0, F x1) {
   const float top = largest(max(abs(x0), abs(x1)));
   const float inverse = (float)steps / top;
   if (any_nan(x0) || any_nan(x1) || top == __builtin_inff()) return {izero(), izero(), __builtin_nanf("")};
@@ -47,7 +47,7 @@ DSO_INLINE void convert_groups(const float* x, int64_t begin, int64_t end, int64
       store_bf16(row + 2 * c, x0);
       store_bf16(row + 2 * c + 32, x1);
     } else {
-      const auto group = quantise<kind == DSO_SLOT_Q16 ? 32512 : 127>(x0, x1);
+      const auto group = quantize<kind == DSO_SLOT_Q16 ? 32512 : 127>(x0, x1);
       if constexpr (kind == DSO_SLOT_Q16) {
         const I h0 = sar<8>(iadd(group.q0, iset(128))), h1 = sar<8>(iadd(group.q1, iset(128)));
         store_i8(row + c, h0);

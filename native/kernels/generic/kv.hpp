@@ -5,7 +5,7 @@
 // A panel has 32 columns and is directly an operand of attention's product: K as [head_dim][32 tokens], so that a register
 // holds the logits of 16 tokens and no sum runs across lanes; V as ceil(head_dim/32) panels of [32 tokens][32 columns]. F32 and
 // INT8 panels are plain rows; BF16 panels hold pairs of rows, [rows/2][32][2], the operand of dot_bf16. A token is written
-// without touching its neighbours, so that threads may write different tokens of one block. Slots past a sequence's end and
+// without touching its neighbors, so that threads may write different tokens of one block. Slots past a sequence's end and
 // columns past head_dim are undefined.
 #pragma once
 
@@ -121,7 +121,7 @@ static void kv_write(const KvLayout& l, const KvView& view, int64_t start, int64
         write_int8(key, value, d, at, layout, slot);
       } else {
         write_bf16_key(key, d, at, slot);
-        if (slot % 2 == 1 && t > 0) continue;  // written with its even neighbour
+        if (slot % 2 == 1 && t > 0) continue;  // written with its even neighbor
         if (slot % 2 == 0 && t + 1 < n)
           write_bf16_values(value, (const float*)((const char*)value + v_stride), d, at + layout.v, layout, slot);
         else

@@ -53,7 +53,7 @@ DSO_INLINE void key_numbers(const KvLayout& l, const HeadLayout& h, const uint8_
   }
 }
 
-static void kv_summarise(const KvLayout& l, const KvView& v, int64_t block) {
+static void kv_summarize(const KvLayout& l, const KvView& v, int64_t block) {
   const HeadLayout layout = head_layout(l.type, l.head_dim);
   const int64_t at_once = l.type == DSO_KV_BF16 ? 2 : 1;
   float high[max_head_dim], low[max_head_dim];
@@ -73,7 +73,7 @@ static void kv_summarise(const KvLayout& l, const KvView& v, int64_t block) {
 }
 
 // For a latent cache, several columns of all its rows at a time.
-static void latent_summarise(const KvLayout& l, const KvView& v, int64_t block) {
+static void latent_summarize(const KvLayout& l, const KvView& v, int64_t block) {
   const int64_t width = summary_width(l);
   for (int64_t i = 0, n; i < width; i += n) {
     n = (i < l.rank ? l.rank : width) - i;

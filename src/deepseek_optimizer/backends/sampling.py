@@ -93,7 +93,7 @@ def draw(logits: Floats, sampling: Filters, u: float) -> int:
 
 
 def filtered(scaled: Floats, sampling: Filters) -> tuple[Ints, Floats]:
-    """The tokens that pass the filters, likeliest first (ties: the lower id first), and their unnormalised weights [n].
+    """The tokens that pass the filters, likeliest first (ties: the lower id first), and their unnormalized weights [n].
 
     Args:
         scaled: logits divided by temperature, [V].

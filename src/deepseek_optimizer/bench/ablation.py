@@ -39,14 +39,14 @@ def ablate(
     below 1 means that the rule is beneficial. The model's own rules are restored afterwards.
 
     Args:
-        model: an optimised model.
+        model: an optimized model.
         context: length of each prompt in tokens; decode is measured after it.
 
     Raises:
-        ConfigError: the model is not optimised, or runs without fusion rules.
+        ConfigError: the model is not optimized, or runs without fusion rules.
     """
     from ..integration.bind.runtime import runtime_of
-    from ..optimised_model import DynamicGraphOptimizer
+    from ..optimized_model import DynamicGraphOptimizer
 
     config = runtime_of(model).config
     rules = config.rules

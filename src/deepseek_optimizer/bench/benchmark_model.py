@@ -24,7 +24,7 @@ def benchmark_model(
     """Measures generation: answers every test case `repeats` times, after `warmup` unmeasured answers to the first one.
 
     Args:
-        model: any Transformers model that generates, optimised or not.
+        model: any Transformers model that generates, optimized or not.
         tokenizer: the model's own.
         test_cases: prompts: texts (formatted with the model's chat template if it has one), chats (lists of messages), or
             token ids (int64 tensor [T] or [1, T]).

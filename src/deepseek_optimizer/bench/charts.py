@@ -1,6 +1,6 @@
 """Charts as SVG text, drawn by matplotlib (the extra `bench`): bars with ranges, lines, and panels over lengths.
 
-Axes and text use the page's text colour, so that a chart fits a light and a dark page. Each chart has an accessible title and a
+Axes and text use the page's text color, so that a chart fits a light and a dark page. Each chart has an accessible title and a
 description that gives its values as text.
 """
 
@@ -18,7 +18,7 @@ from typing import Any
 
 from ..errors import MissingPackageError
 
-_INK = "#010203"  # matplotlib needs a colour; the SVG gets `currentColor` in its place
+_INK = "#010203"  # matplotlib needs a color; the SVG gets `currentColor` in its place
 _COLOURS = ("#2f7de1", "#d97706", "#0f9f6e", "#dc4b4b", "#8b5cf6", "#0891b2", "#c0408a", "#5f8a1f")
 _WIDTH = 7.6  # inches
 Points = Sequence[tuple[float, float]]  # x above 0, y
@@ -93,7 +93,7 @@ def lines(title: str, series: Mapping[str, Sequence[float]], x_label: str, y_lab
 
 def panels(title: str, figures: Mapping[str, Mapping[str, Points]], x_label: str) -> Chart:
     """Two panels per row, one for each figure: its series over x on a logarithmic scale; y starts at 0. A series has the same
-    colour in all panels."""
+    color in all panels."""
     names = list(dict.fromkeys(name for series in figures.values() for name in series))
     xs = sorted({x for series in figures.values() for points in series.values() for x, _ in points})
     rows = -(-len(figures) // 2)
@@ -101,8 +101,8 @@ def panels(title: str, figures: Mapping[str, Mapping[str, Points]], x_label: str
         grid = figure.subplots(rows, 2, squeeze=False)
         for axes, (label, series) in zip(grid.flat, figures.items(), strict=False):
             for name, points in series.items():
-                colour = _COLOURS[names.index(name) % len(_COLOURS)]
-                axes.plot(*zip(*points, strict=True), "o-", color=colour, linewidth=1.5, markersize=4, label=name)
+                color = _COLOURS[names.index(name) % len(_COLOURS)]
+                axes.plot(*zip(*points, strict=True), "o-", color=color, linewidth=1.5, markersize=4, label=name)
             axes.set_xscale("log", base=2)
             axes.set_xticks(xs, [_thousands(x) for x in xs])
             axes.minorticks_off()

@@ -1,7 +1,7 @@
-"""The demo: SmolLM2-135M-Instruct answers a question, and a table compares Transformers with the optimised model.
+"""The demo: SmolLM2-135M-Instruct answers a question, and a table compares Transformers with the optimized model.
 
 Each side runs in a separate process, the sides alternate, and medians of the rounds are shown. Transformers loads the
-dequantised weights as a bf16 checkpoint, the format it loads fastest; the lossless side loads the GGUF file; int4 packs the
+dequantized weights as a bf16 checkpoint, the format it loads fastest; the lossless side loads the GGUF file; int4 packs the
 bf16 checkpoint while loading. Each step is announced on stderr.
 """
 
@@ -23,7 +23,7 @@ from . import smollm2
 from .against import run_json
 from .hardware import cpu_name, usable_cpus
 from .sides.answer import QUESTION
-from .unoptimised_model import dequantised
+from .unoptimized_model import dequantized
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -52,15 +52,15 @@ def run(*, rounds: int | None = None, threads: int | None = None, show: bool = T
     with _step("Downloading SmolLM2-135M-Instruct (93 MB), unless it is cached"):
         gguf = smollm2.fetch()
     with _step("Writing a bf16 checkpoint, the format that Transformers loads fastest, unless it is cached"):
-        bf16 = dequantised(gguf)
+        bf16 = dequantized(gguf)
     if show:
-        _say("Loading the optimised model to answer a question")
+        _say("Loading the optimized model to answer a question")
         console.print(f"[bold]{QUESTION}[/]")
         _answer(gguf, threads)
     sides = {
         "Transformers bf16": ["transformers", str(bf16)],
-        "lossless Q4_1": ["optimised", str(gguf)],
-        "int4": ["optimised", str(bf16), "--precision", "int4"],
+        "lossless Q4_1": ["optimized", str(gguf)],
+        "int4": ["optimized", str(bf16), "--precision", "int4"],
     }
     _say(f"Measuring {', '.join(sides)} in alternation, each in a separate process")
     common = ["--tokenizer", str(bf16), "--threads", str(threads), "--tokens", str(TOKENS)]
@@ -94,7 +94,7 @@ def _step(what: str) -> Iterator[None]:
 def _answer(gguf: Path, threads: int) -> None:
     from ..chat.conversation import prompt_ids
     from ..chat.stream import write_now
-    from ..optimised_model import load_model, load_tokenizer
+    from ..optimized_model import load_model, load_tokenizer
     from .generate_answer import answer
 
     tokenizer = load_tokenizer(gguf)

@@ -27,7 +27,7 @@ def measure(
     `add_limits` sets "limits".
 
     Args:
-        model: a Transformers model, optimised or not.
+        model: a Transformers model, optimized or not.
         price_per_hour: of this machine, in the currency of the resulting cost.
     """
     entries = []

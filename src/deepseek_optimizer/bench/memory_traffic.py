@@ -81,7 +81,7 @@ def _pairs(tokens: int, max_keys: int) -> float:
 
 
 def traffic_of(model: Any) -> Traffic:
-    """The traffic of a Transformers model: of an optimised one from its plan (`plan.describe()`), of another from its
+    """The traffic of a Transformers model: of an optimized one from its plan (`plan.describe()`), of another from its
     parameters."""
     from ..graph.analysis import weight_shapes
     from ..integration.bind.swap import weights_of

@@ -1,6 +1,6 @@
-"""Compares a model's next-token distributions with those of the unoptimised model on a text.
+"""Compares a model's next-token distributions with those of the unoptimized model on a text.
 
-KL(p || q) = sum p (log p - log q) at each token, with p of the unoptimised model. The perplexity ratio is exp(mean(d)), with d
+KL(p || q) = sum p (log p - log q) at each token, with p of the unoptimized model. The perplexity ratio is exp(mean(d)), with d
 the difference of the two losses of a token; its standard error is that of d, which is far smaller than that of either loss.
 """
 

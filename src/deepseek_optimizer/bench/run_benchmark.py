@@ -24,8 +24,8 @@ class Request:
     Attributes:
         model: directory, .gguf file or hub name. fields: of `DeepSeekConfig`.
         works, repeats, warmup: see `measure`.
-        quality: compare next-token distributions with the unoptimised model's. text: file to compare on; None: Python's
-            documentation. text_tokens: maximum number of tokens. reference: the unoptimised model, if `model` is packed.
+        quality: compare next-token distributions with the unoptimized model's. text: file to compare on; None: Python's
+            documentation. text_tokens: maximum number of tokens. reference: the unoptimized model, if `model` is packed.
         pairs: file of sources and references for BLEU and chrF.
         ablate: also measure with each fusion rule disabled in turn.
         against: names of peers. rounds: processes per side. peer_models: name -> the model in that peer's own format.
@@ -62,7 +62,7 @@ def run(request: Request, note: Callable[[str], None] = lambda _: None) -> dict[
     """
     import torch
 
-    from ..optimised_model import load_model, load_tokenizer
+    from ..optimized_model import load_model, load_tokenizer
     from .background import BackgroundLoad
     from .baseline import check, compare
     from .hardware import cpu_name, machine_memory_bytes, usable_cpus
@@ -111,7 +111,7 @@ def run(request: Request, note: Callable[[str], None] = lambda _: None) -> dict[
     note("measuring the machine's bandwidth and peak throughput")
     add_limits(Roofline(threads), model, report["works"])
     if request.quality:
-        note("comparing quality with the unoptimised model")
+        note("comparing quality with the unoptimized model")
         report["quality"] = _quality(request, model, tokenizer, text)
     if pairs:
         from .answer_scores import answers, score
@@ -143,11 +143,11 @@ def _quality(request: Request, model: Any, tokenizer: Any, text: str | None) -> 
     import torch
 
     from .quality import compare, sample_text, stretches
-    from .unoptimised_model import load_unoptimised
+    from .unoptimized_model import load_unoptimized
 
     length = min(1024, request.text_tokens, model.config.max_position_embeddings)
     texts = stretches(tokenizer, text or sample_text(), length, max(1, request.text_tokens // length))
-    reference = load_unoptimised(request.reference or request.model, torch.float32)
+    reference = load_unoptimized(request.reference or request.model, torch.float32)
     return {"text": str(request.text or "Python's documentation"), **compare(model, reference, texts)}
 
 
@@ -186,7 +186,7 @@ def _against(
     for work in request.works:
         options = {"threads": threads, "repeats": request.repeats, "warmup": request.warmup}
         sides = {name: command(work, threads) for name, command in peers.items()}
-        sides["ours"] = own_command("optimised", request.model, work, **options, fields=request.fields)
+        sides["ours"] = own_command("optimized", request.model, work, **options, fields=request.fields)
         values = alternate(sides, request.rounds, note)
         for name in peers:
             pair = {name: values[name], "ours": values["ours"]}

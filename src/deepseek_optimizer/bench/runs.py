@@ -1,4 +1,4 @@
-"""Times each token of `model.generate`, for any Transformers model, optimised or not."""
+"""Times each token of `model.generate`, for any Transformers model, optimized or not."""
 
 from __future__ import annotations
 

@@ -101,9 +101,9 @@ def _quality(quality: dict[str, Any]) -> Section:
         ("KL divergence, 99.9th percentile", f"{quality['kl_999']:.5f}"),
         ("same most likely token", f"{quality['same_top_percent']:.2f}%"),
         ("perplexity ratio", f"{quality['perplexity_ratio']:.4f} +- {quality['perplexity_ratio_error']:.4f}"),
-        ("perplexity", f"{quality['perplexity']:.3f} (unoptimised: {quality['reference_perplexity']:.3f})"),
+        ("perplexity", f"{quality['perplexity']:.3f} (unoptimized: {quality['reference_perplexity']:.3f})"),
     )
-    note = f"On {quality['tokens']:,} tokens of {quality['text']}, against the unoptimised model in fp32."
+    note = f"On {quality['tokens']:,} tokens of {quality['text']}, against the unoptimized model in fp32."
     return Section("Quality", ("", ""), rows, note)
 
 

@@ -101,11 +101,11 @@ def _comparisons(report: dict[str, Any], work: dict[str, Any]) -> Iterator[str]:
 
 def _quality(quality: dict[str, Any] | None) -> str:
     if quality is None:
-        return "Not measured; --quality compares with the unoptimised model"
+        return "Not measured; --quality compares with the unoptimized model"
     change = 100 * (quality["perplexity_ratio"] - 1)
     error = 100 * quality["perplexity_ratio_error"]
     return (
-        f"Same most likely next token as the unoptimised model in {quality['same_top_percent']:.1f}% of "
+        f"Same most likely next token as the unoptimized model in {quality['same_top_percent']:.1f}% of "
         f"{quality['tokens']:,} tokens; perplexity {change:+.2f}% (± {error:.2f})"
     )
 

@@ -2,7 +2,7 @@
 
 A group of matrices has options, each with its size and the KL divergence that it alone causes. The KL divergences are assumed
 to add up, which holds to second order in small errors if the errors of different groups are independent. The task is then a
-multiple-choice knapsack problem: choose one option per group to minimise bytes, with the sum of KL <= budget.
+multiple-choice knapsack problem: choose one option per group to minimize bytes, with the sum of KL <= budget.
 
 On the lower convex hull of each group's (bytes, KL) points, every step to the next larger option reduces the KL by less per
 byte than the one before. The steps of all groups, sorted by this reduction, form a path of choices, each the best of its size:

@@ -11,7 +11,7 @@ import torch
 from ..errors import ConfigError
 
 LENGTH, COUNT = 512, 32  # tokens per stretch, maximum number of stretches: column statistics are stable after 16,000 tokens
-MAX_BYTES = 64 << 20  # far more than calibration uses; a larger file is a mistake and would take minutes to tokenise
+MAX_BYTES = 64 << 20  # far more than calibration uses; a larger file is a mistake and would take minutes to tokenize
 
 
 def sample_text() -> str:

@@ -21,7 +21,7 @@ _ids = itertools.count(1)
 
 
 def default_sampling(model: Any, **given: Any) -> SamplingParams:
-    """`sampling_params` with the generation config of an optimised model. Warns once about settings that an engine ignores."""
+    """`sampling_params` with the generation config of an optimized model. Warns once about settings that an engine ignores."""
     config = model.generation_config
     if names := ignored_settings(config):
         runtime_of(model).warn_once(f"the generation config sets {', '.join(names)}, which only model.generate supports")

@@ -1,4 +1,4 @@
-"""Validates messages and tools from clients, and normalises them to the form that chat templates expect.
+"""Validates messages and tools from clients, and normalizes them to the form that chat templates expect.
 
 Content becomes a string, `developer` becomes `system`, the arguments of past calls become objects. Fields that no template uses
 are dropped. Nothing is ever downloaded: an image is an error.

@@ -34,7 +34,7 @@ def make_output_parser(
     """The parser for one answer.
 
     Args:
-        template: the model's chat template, from which reasoning models are recognised.
+        template: the model's chat template, from which reasoning models are recognized.
         prompt: the rendered prompt, whose end may open the reasoning.
         tool_format: of a request whose tools may be called; None leaves calls in the content.
         tool_names: of its tools.

@@ -1,4 +1,4 @@
-"""Incremental detokenisation: the emitted text concatenates to exactly the text of decoding all tokens at once."""
+"""Incremental detokenization: the emitted text concatenates to exactly the text of decoding all tokens at once."""
 
 from __future__ import annotations
 

@@ -128,7 +128,7 @@ class ChatTemplate:
         options: Mapping[str, Any] | None = None,
         max_bytes: int | None = None,
     ) -> Prompt:
-        """The prompt of a chat. Blocks: the first call starts a process, later ones take a millisecond plus tokenisation.
+        """The prompt of a chat. Blocks: the first call starts a process, later ones take a millisecond plus tokenization.
 
         Args:
             messages: as in OpenAI's API. Their text never becomes a control token.
@@ -136,7 +136,7 @@ class ChatTemplate:
             add_generation_prompt: append the start of an assistant message.
             continue_final: the last message, by the assistant, is the start of the answer; overrides the above.
             options: values for `variables`, such as `enable_thinking`.
-            max_bytes: maximum size of the text, checked before it is tokenised; None: no limit.
+            max_bytes: maximum size of the text, checked before it is tokenized; None: no limit.
 
         Raises:
             RequestError: a message, a tool or an option is invalid, or the template fails.
@@ -162,7 +162,7 @@ class ChatTemplate:
 
     def around(self, before: str, after: str, *, options: Mapping[str, Any] | None = None) -> tuple[Prompt, Prompt]:
         """The parts of a prompt before and after a long text, for a user message of `before` + that text + `after`. So the
-        text is tokenised once, and found in the prefix cache whatever follows it.
+        text is tokenized once, and found in the prefix cache whatever follows it.
 
         Args:
             options: see `render`.

@@ -1,6 +1,6 @@
 """Checkpoint files: validated when they are opened, and read as a stream.
 
-`open_checkpoint` supports directories of safetensors files (float, or quantised by one of `quantised.METHODS`), directories
+`open_checkpoint` supports directories of safetensors files (float, or quantized by one of `quantized.METHODS`), directories
 packed by this package, and .gguf files.
 """
 
@@ -19,7 +19,7 @@ from .load import LoadProgress, check_tensors, stream_weights
 from .manifest import Manifest
 from .packed import PackedCheckpoint, is_packed
 from .published_names import joined_parts, with_parameter_names
-from .quantised import METHODS, QuantisedCheckpoint, method_of
+from .quantized import METHODS, QuantizedCheckpoint, method_of
 from .stacks import transposed_stacks
 from .tokenizer import check_tokenizer_beside, check_tokenizer_size, load_tokenizer
 
@@ -28,12 +28,12 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """Opens and validates a checkpoint; only headers are read.
 
     Args:
-        path: a directory with config.json and safetensors files (float, quantised or packed), or a .gguf file.
+        path: a directory with config.json and safetensors files (float, quantized or packed), or a .gguf file.
 
     Raises:
         CheckpointError: it is damaged, incomplete, or contains only pickled weights, which are never opened. The error names
             the file and the tensor.
-        UnsupportedModelError: its GGUF architecture, or its kind of quantisation, is not supported.
+        UnsupportedModelError: its GGUF architecture, or its kind of quantization, is not supported.
     """
     path = Path(path)
     if not os.path.exists(path):  # unlike Path.exists, False for an invalid name
@@ -50,7 +50,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         config, tensors, left_out = language_part(config, tensors)
         family = config.get("model_type")
         tensors, parts = joined_parts(with_parameter_names(tensors, family), family)
-        kind = QuantisedCheckpoint if method_of(config) else SafetensorsCheckpoint
+        kind = QuantizedCheckpoint if method_of(config) else SafetensorsCheckpoint
         checkpoint = kind(path, config, files, tensors)
         checkpoint.left_out, checkpoint.parts_of = left_out, parts
         checkpoint.transposed = transposed_stacks(tensors, family)
@@ -68,7 +68,7 @@ __all__ = [
     "LoadProgress",
     "Manifest",
     "PackedCheckpoint",
-    "QuantisedCheckpoint",
+    "QuantizedCheckpoint",
     "SafetensorsCheckpoint",
     "TensorInfo",
     "all_finite",

@@ -39,13 +39,13 @@ class Checkpoint(ABC):
     Attributes:
         path: the directory or file that was opened.
         tensors: stored tensors by Transformers' parameter name.
-        quantisation: the `quantization_config` by which tensors are read, if `config` omits it.
+        quantization: the `quantization_config` by which tensors are read, if `config` omits it.
         mapper: maps packed weights into memory, to be used in place; None: they are read into memory.
         left_out: one line for each part of the files that is not loaded.
     """
 
     kind: ClassVar[str]
-    quantisation: Mapping[str, Any] | None = None
+    quantization: Mapping[str, Any] | None = None
     mapper: Mapper | None = None
 
     def __init__(self, path: Path, config: dict[str, Any], tensors: Mapping[str, TensorInfo]) -> None:
@@ -70,7 +70,7 @@ class Checkpoint(ABC):
 
     @abstractmethod
     def read(self, name: str) -> torch.Tensor:
-        """The whole tensor: in its stored float dtype, or float32 if it is stored quantised."""
+        """The whole tensor: in its stored float dtype, or float32 if it is stored quantized."""
 
     @abstractmethod
     def read_rows(self, name: str, begin: int, end: int) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """A .gguf file as a checkpoint with Transformers' parameter names.
 
-Blocks of Q4_0, Q4_1, Q8_0, Q5_0, Q5_1, MXFP4, the K-quants, IQ4_NL and IQ4_XS are repacked without loss; other quantised types
-are dequantised and packed again, which `conversions` reports.
+Blocks of Q4_0, Q4_1, Q8_0, Q5_0, Q5_1, MXFP4, the K-quants, IQ4_NL and IQ4_XS are repacked without loss; other quantized types
+are dequantized and packed again, which `conversions` reports.
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ def deepseek2_config(meta: Metadata, rope: dict[str, Any]) -> dict[str, Any]:
 
 
 def kimi_config(meta: Metadata, rope: dict[str, Any]) -> dict[str, Any]:
-    """Config fields of `kimi-linear` besides the common ones. The experts' weights are always normalised.
+    """Config fields of `kimi-linear` besides the common ones. The experts' weights are always normalized.
 
     Raises:
         CheckpointError: a value is missing or invalid.

@@ -1,7 +1,7 @@
 """Parameters of a model as rows of the tensors in a GGUF file.
 
 llama.cpp's converter splits, joins and permutes some matrices and changes the values of some vectors. A `Parameter` describes
-how to undo that. Rows are quantised independently of each other, so that a parameter made of rows of tensors of one type can
+how to undo that. Rows are quantized independently of each other, so that a parameter made of rows of tensors of one type can
 be packed without decoding it.
 """
 
@@ -38,7 +38,7 @@ class Parameter:
         order: for each row of the parameter (for a vector: each element), the number of a source's; None: all in order.
         columns: for each column of the parameter the stored one; None: in order. Ranges of `column_run` columns stay together.
         convert: changes the stored values into the model's.
-        fallback: the format in which it is packed by default if its rows must be decoded and the file has quantised them.
+        fallback: the format in which it is packed by default if its rows must be decoded and the file has quantized them.
     """
 
     fallback: ClassVar[str] = "int8"

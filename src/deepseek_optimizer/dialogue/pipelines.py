@@ -29,7 +29,7 @@ from ..errors import BackendError, ConfigError, RequestError, shown
 from ..integration.bind.runtime import runtime_of
 from ..integration.load.loader import load
 from ..integration.load.resolve import resolve
-from ..optimised_model import DynamicGraphOptimizer, load_tokenizer
+from ..optimized_model import DynamicGraphOptimizer, load_tokenizer
 
 if TYPE_CHECKING:
     from ..engine.request import Request
@@ -68,7 +68,7 @@ class ConversationalPipeline(Pipeline):
     prompt, are omitted from the prompt.
 
     Args:
-        model: a path or hub name; an optimised model; or a float Transformers model, which is optimised in place as by
+        model: a path or hub name; an optimized model; or a float Transformers model, which is optimized in place as by
             `DynamicGraphOptimizer`. A .gguf file can be passed to this class by its path; `pipeline` itself requires a
             config.json, so pass it `model=load_model("x.gguf")`, or `model=FOLDER, model_kwargs={"gguf_file": "x.gguf"}`.
         tokenizer: the tokenizer or its path; None: the one in the model's checkpoint.
@@ -119,7 +119,7 @@ class ConversationalPipeline(Pipeline):
             model = _loaded(path, model.kwargs, fields)
         else:
             path = getattr(getattr(model, "config", None), "name_or_path", None) or ""
-            model = _optimised(model, fields)
+            model = _optimized(model, fields)
         tokenizer = _tokenizer(tokenizer, path)
         if where is not None and model.device != where:
             model.to(where)
@@ -300,7 +300,7 @@ def _path(unloaded: Unloaded) -> str:
     known = ("dtype", "torch_dtype", "device_map", "gguf_file", *_HUB, *_IGNORED)
     for name in kwargs:
         if name not in known:
-            raise ConfigError(f"model_kwargs={{{name!r}: ...}} is not supported for optimised models; remove it")
+            raise ConfigError(f"model_kwargs={{{name!r}: ...}} is not supported for optimized models; remove it")
     path = resolve(unloaded.path, **{name: kwargs[name] for name in _HUB if kwargs.get(name) is not None})
     return str(path / kwargs["gguf_file"] if kwargs.get("gguf_file") else path)
 
@@ -309,16 +309,16 @@ def _loaded(path: str, kwargs: Mapping[str, Any], fields: dict[str, Any]) -> Any
     dtype = kwargs.get("dtype") or kwargs.get("torch_dtype")
     if dtype not in (None, "auto") and "precision" not in fields:
         if dtype not in _PRECISIONS:
-            raise ConfigError(f"dtype={dtype} is not supported for optimised models; use float32 or bfloat16")
+            raise ConfigError(f"dtype={dtype} is not supported for optimized models; use float32 or bfloat16")
         fields = {**fields, "precision": _PRECISIONS[dtype]}
     return load(path, None, fields)
 
 
-def _optimised(model: Any, fields: dict[str, Any]) -> Any:
+def _optimized(model: Any, fields: dict[str, Any]) -> Any:
     if "dso" not in getattr(model, "__dict__", {}):
         return DynamicGraphOptimizer(model, config=DeepSeekConfig(**fields)).optimize()
     if fields:
-        raise ConfigError(f"the model is optimised already; pass {', '.join(fields)} to load_model, not to the pipeline")
+        raise ConfigError(f"the model is optimized already; pass {', '.join(fields)} to load_model, not to the pipeline")
     return model
 
 

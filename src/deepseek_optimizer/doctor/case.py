@@ -100,12 +100,12 @@ class Case:
         return twin
 
     def load(self, **fields: Any) -> Any:
-        """Loads the optimised model; `fields` override those of the case."""
-        from ..optimised_model import load_model
+        """Loads the optimized model; `fields` override those of the case."""
+        from ..optimized_model import load_model
 
         return load_model(self.checkpoint.path, **{**self.fields, **fields})
 
     @cached_property
     def loaded(self) -> Any:
-        """The optimised model with the settings of the case."""
+        """The optimized model with the settings of the case."""
         return self.load()

@@ -68,10 +68,10 @@ def _all(case: Case, needs: MemoryEstimate, context: int) -> Iterator[Remedy]:
     for name in SMALLER:
         smaller = needs.in_format(name)
         if smaller.weights < needs.weights * 0.9:
-            yield Remedy(f"precision={name!r}", "weights are quantised", smaller.needed(tokens), tokens <= smaller.max_tokens)
+            yield Remedy(f"precision={name!r}", "weights are quantized", smaller.needed(tokens), tokens <= smaller.max_tokens)
     if needs.kv_cache != "int8":
         twin = case.with_fields(kv_cache="int8")
-        yield _mode(twin, estimate_memory(twin), context, "kv_cache='int8'", "keys and values are quantised")
+        yield _mode(twin, estimate_memory(twin), context, "kv_cache='int8'", "keys and values are quantized")
 
 
 def _sparse(case: Case, context: int) -> Remedy:

@@ -15,7 +15,7 @@ class EngineOptions:
         step_tokens: maximum number of tokens in a step, prompt tokens and others together.
         stall: maximum factor by which prompt tokens may prolong a step, which delays the streams of other requests. None: no
             limit; best for offline batches.
-        target_itl: target inter-token latency in seconds, which limits the batch size; None: maximise tokens per second.
+        target_itl: target inter-token latency in seconds, which limits the batch size; None: maximize tokens per second.
         prefix_cache: prompts with the same beginning (and the same salt) share cache blocks, including blocks of earlier
             answers.
         batch_invariant: a request's tokens and log probabilities are the same, bit for bit, whatever other requests are in the

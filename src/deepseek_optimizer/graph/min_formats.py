@@ -25,7 +25,7 @@ def min_formats(graph: Graph) -> dict[str, str]:
 
 
 def _matrix_of(graph: Graph, value: Value) -> str:
-    """The matrix whose product this value is, before normalisation and RoPE."""
+    """The matrix whose product this value is, before normalization and RoPE."""
     node = graph.producer(value)
     while node is not None and node.op in ("rope", "layer_norm", "columns"):
         value = node.inputs[0]

@@ -16,7 +16,7 @@ def graph_from_hidden_state(graph: Graph, index: int) -> Graph:
 
     Args:
         graph: unfused; rules may be applied to the result.
-        index: as in `hidden_out`. The last one is normalised already, and only the head follows. See `latest_start`.
+        index: as in `hidden_out`. The last one is normalized already, and only the head follows. See `latest_start`.
     """
     state, earlier, rest = _split(graph, index)
     embedding = next(n for n in graph.nodes if n.op == "embedding")

@@ -54,14 +54,14 @@ class TextFile:
 
 
 def clean(text: str) -> str:
-    """Normalises line ends to "\\n", and replaces lone surrogates and NUL by U+FFFD."""
+    """Normalizes line ends to "\\n", and replaces lone surrogates and NUL by U+FFFD."""
     if "\r" in text:
         text = text.replace("\r\n", "\n").replace("\r", "\n")
     return _NO_CHARACTER.sub("\ufffd", text)
 
 
 def text_file(name: str, text: str, warnings: tuple[str, ...] = ()) -> TextFile:
-    """A TextFile of plain text, Markdown or source code, recognised by the file extension."""
+    """A TextFile of plain text, Markdown or source code, recognized by the file extension."""
     text = clean(text)
     return TextFile(name, text, headings=headings_of(name, text), warnings=warnings)
 

@@ -18,7 +18,7 @@ _SOURCE = frozenset(
 
 
 def headings_of(name: str, text: str) -> tuple[int, ...]:
-    """Headings of Markdown and source code, recognised by the file extension; none for other text."""
+    """Headings of Markdown and source code, recognized by the file extension; none for other text."""
     ending = splitext(name)[1].lower()
     if ending in _MARKDOWN:
         return markdown_headings(text)

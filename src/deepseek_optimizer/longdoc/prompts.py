@@ -1,7 +1,7 @@
 """Prompts about a text: the model's chat template around the text, which is plain data, followed by the task.
 
 The text comes first and the task last, so that the next question about the same text finds it in the prefix cache. The text is
-tokenised separately: anything in it that looks like a control token is ordinary text, whatever the model's template.
+tokenized separately: anything in it that looks like a control token is ordinary text, whatever the model's template.
 
 Reasoning is disabled, since it would take minutes on a small machine: if the template opens a reasoning block, it is closed.
 """
@@ -17,7 +17,7 @@ from ..chat.reasoning import CLOSE, ReasoningParser, opened_by
 from ..chat.template import ChatTemplate
 from .document import Document
 
-_SEGMENT = 1 << 16  # characters tokenised per call: some tokenizers take more than linear time
+_SEGMENT = 1 << 16  # characters tokenized per call: some tokenizers take more than linear time
 _MAX_FRAMES = 64  # cached frames
 _THINKING = "enable_thinking"  # the name of this option in templates
 

@@ -1,6 +1,6 @@
 """Splits a document into overlapping chunks of limited length in tokens, at headings and paragraphs.
 
-Splits are planned several chunks ahead from token counts of short segments (`TokenCounts`). Then each chunk is tokenised by
+Splits are planned several chunks ahead from token counts of short segments (`TokenCounts`). Then each chunk is tokenized by
 itself, which gives its exact count; a chunk that is too long is planned again, shorter.
 """
 
@@ -18,8 +18,8 @@ from .token_counts import TokenCounts, count
 
 MAX_LENGTH, STRIDE = 4096, 1024  # tokens
 MIN_LENGTH = 16  # tokens; one character can take several
-_AHEAD = 16  # maximum number of chunks tokenised in one call, which uses several cores
-_BATCH = 1 << 20  # characters of small files tokenised in one call
+_AHEAD = 16  # maximum number of chunks tokenized in one call, which uses several cores
+_BATCH = 1 << 20  # characters of small files tokenized in one call
 _SMALL = 8  # characters per token of a chunk: a longer file is unlikely to fit into one chunk
 _SPARE = 128  # one token in this many is left free for tokens that the ends of a chunk add
 
@@ -31,7 +31,7 @@ class Chunk:
         index: its index among the chunks of the document.
         file: index of its file.
         start, end: character positions in the file's text.
-        tokens: number of tokens of text[start:end] tokenised by itself, without special tokens.
+        tokens: number of tokens of text[start:end] tokenized by itself, without special tokens.
     """
 
     index: int

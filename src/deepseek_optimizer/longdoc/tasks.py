@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..engine.grammar.json_schema import normalise
+from ..engine.grammar.json_schema import normalize
 from ..engine.request import check_text
 from ..errors import RequestError, shown
 
@@ -65,7 +65,7 @@ class Extraction:
         if self.schema.get("type", "object") != "object":
             kind = shown(self.schema["type"])
             raise RequestError("schema", f"must be of type object, got {kind}; put the value into a property")
-        normalise(self.schema)
+        normalize(self.schema)
 
     @property
     def words(self) -> str:

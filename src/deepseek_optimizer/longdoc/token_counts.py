@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-_BATCH = 1 << 20  # characters tokenised in one call
+_BATCH = 1 << 20  # characters tokenized in one call
 
 
 def count(tokenizer: Any, texts: Sequence[str]) -> list[int]:

@@ -24,7 +24,7 @@ class LayerNorms:
     Attributes:
         attention_in, mlp_in: of the input of attention and of the MLP.
         attention_out, mlp_out: of their results, before they are added to the residual.
-        parallel: attention and MLP have the same input, normalised by `attention_in`.
+        parallel: attention and MLP have the same input, normalized by `attention_in`.
     """
 
     attention_in: str = "input_layernorm"
@@ -127,7 +127,7 @@ class Decoder(Trunk):
         chunked: windows are chunks at fixed places, see op `attention`.
         scale: factor of the scores.
         qkv_bias, o_bias: whether these projections have biases.
-        qk_norm: "head": q and k are normalised per head; "row": over all heads; "": not at all.
+        qk_norm: "head": q and k are normalized per head; "row": over all heads; "": not at all.
         qk_norm_after_rope: whether that follows RoPE; layers without RoPE then have no such norm.
         qk_norm_names: names of the norms of q and k; "": a norm without a weight.
         rope_interleaved: whether rotated pairs are (2i, 2i + 1) instead of (i, i + rot/2).
@@ -141,7 +141,7 @@ class Decoder(Trunk):
         own_kv: whether each layer has keys and values of its own; otherwise it reads the cache of an earlier layer, and has
             only queries. (): all have.
         key_is_value: whether each layer's v is the product of its k_proj, before the key's norm and RoPE. (): none.
-        v_norm: whether v is normalised per head, without a weight.
+        v_norm: whether v is normalized per head, without a weight.
     """
 
     heads: int

@@ -1,4 +1,4 @@
-"""EXAONE 4: norms follow attention and MLP; q and k are normalised per head; full layers beside sliding ones have no RoPE."""
+"""EXAONE 4: norms follow attention and MLP; q and k are normalized per head; full layers beside sliding ones have no RoPE."""
 
 from __future__ import annotations
 

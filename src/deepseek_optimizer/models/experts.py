@@ -39,7 +39,7 @@ class Routing:
     Attributes:
         experts, top_k: number of experts, and how many are chosen per token.
         groups, top_groups: number of groups of experts, and how many best groups the experts are chosen from.
-        scoring, group_score, normalise, scale: as in op `router`.
+        scoring, group_score, normalize, scale: as in op `router`.
         bias: name of the correction bias that is added to the scores for the choice; "": none.
         width: intermediate size of an expert.
         shared: intermediate size of all shared experts together; 0: there are none.
@@ -58,7 +58,7 @@ class Routing:
     top_groups: int
     scoring: str
     group_score: str
-    normalise: bool
+    normalize: bool
     scale: float
     bias: str
     width: int
@@ -80,7 +80,7 @@ def read_softmax_routing(fields: Fields, hidden: int) -> Routing:
     fields.only("norm_topk_prob", None, False)  # Transformers' router would ignore it
     fields.only("topk_method", "greedy", "group_limited_greedy")
     limited = fields.get("topk_method") == "group_limited_greedy"
-    return _routing(fields, hidden, grouped=limited, scoring="softmax", group_score="max", normalise=False, bias="")
+    return _routing(fields, hidden, grouped=limited, scoring="softmax", group_score="max", normalize=False, bias="")
 
 
 def read_sigmoid_routing(fields: Fields, hidden: int, count: str = "n_routed_experts") -> Routing:
@@ -88,15 +88,15 @@ def read_sigmoid_routing(fields: Fields, hidden: int, count: str = "n_routed_exp
     name of the field with the number of experts."""
     fields.only("scoring_func", None, "sigmoid")
     fields.only("topk_method", None, "noaux_tc")
-    normalise = fields.flag("norm_topk_prob")
+    normalize = fields.flag("norm_topk_prob")
     bias = "gate.e_score_correction_bias"
-    return _routing(fields, hidden, count, grouped=True, scoring="sigmoid", group_score="top2", normalise=normalise, bias=bias)
+    return _routing(fields, hidden, count, grouped=True, scoring="sigmoid", group_score="top2", normalize=normalize, bias=bias)
 
 
 def read_grouped_softmax_routing(fields: Fields, hidden: int) -> Routing:
     """Mistral 4's routing: softmax over all experts; a group's score is the sum of its two highest."""
-    normalise = fields.flag("norm_topk_prob")
-    return _routing(fields, hidden, grouped=True, scoring="softmax", group_score="top2", normalise=normalise, bias="")
+    normalize = fields.flag("norm_topk_prob")
+    return _routing(fields, hidden, grouped=True, scoring="softmax", group_score="top2", normalize=normalize, bias="")
 
 
 def read_plain_routing(
@@ -115,7 +115,7 @@ def read_plain_routing(
         hidden: hidden size.
         experts, per_token, width: names of the fields with the number of experts, how many a token uses, and their
             intermediate size.
-        rest: further fields of `Routing`; softmax scores, normalised, without a bias by default.
+        rest: further fields of `Routing`; softmax scores, normalized, without a bias by default.
     """
     count, top_k = fields.integer(experts, MAX_EXPERTS), fields.integer(per_token, MAX_EXPERTS)
     if top_k > count:
@@ -124,7 +124,7 @@ def read_plain_routing(
     if 2 * count * size * hidden > MAX_EXPERT_WEIGHTS:
         raise ConfigError(f"config.{experts}: {count} experts of {size} x {hidden} exceed the maximum per layer")
     options: dict[str, Any] = {
-        "groups": 1, "top_groups": 1, "scoring": "softmax", "group_score": "max", "normalise": True, "scale": 1.0, "bias": "",
+        "groups": 1, "top_groups": 1, "scoring": "softmax", "group_score": "max", "normalize": True, "scale": 1.0, "bias": "",
         "shared": 0,
     }  # fmt: skip
     return Routing(experts=count, top_k=top_k, width=size, **{**options, **rest})
@@ -212,7 +212,7 @@ def experts(nodes: list[Node], d: Trunk, r: Routing, x: Value, routed_by: Value,
     weights = (f"{path}.{r.gate}.weight", *([f"{path}.{r.factors}"] if r.factors else []))
     attrs = dict(
         bias=f"{path}.{r.bias}" if r.bias else None, experts=r.experts, top_k=r.top_k, groups=r.groups,
-        top_groups=r.top_groups, scoring=r.scoring, group_score=r.group_score, normalise=r.normalise, scale=r.scale,
+        top_groups=r.top_groups, scoring=r.scoring, group_score=r.group_score, normalize=r.normalize, scale=r.scale,
         **({"biases": (f"{path}.{r.gate}.bias",)} if r.gate_bias else {}),
     )  # fmt: skip
     nodes.append(Node("router", (routed_by,), (routes,), weights, attrs))

@@ -16,7 +16,7 @@ def build(fields: Fields) -> Graph:
     decoder = read_decoder(fields, "gpt_oss", qkv_bias=bias, o_bias=bias)
     kinds = read_layer_types(fields, decoder.layers, lambda layer: layer % 2 == 0)
     decoder = replace(decoder, windows=windows_of(fields, kinds), head_sinks="sinks")
-    # The softmax of the chosen logits equals that of all logits, normalised over the chosen ones.
+    # The softmax of the chosen logits equals that of all logits, normalized over the chosen ones.
     routing = read_plain_routing(
         fields, decoder.hidden, experts="num_local_experts", width="intermediate_size", gate="router", gate_bias=True,
         clamped=ClampedForm(alpha=fields.positive("swiglu_alpha"), limit=fields.positive("swiglu_limit")),

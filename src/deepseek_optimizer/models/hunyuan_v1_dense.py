@@ -1,4 +1,4 @@
-"""HunYuan, dense: q and k are normalised per head, after RoPE."""
+"""HunYuan, dense: q and k are normalized per head, after RoPE."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ def build(fields: Fields) -> Graph:
     def networks(d: Decoder) -> FeedForward:
         count, dense = fields.integer("num_dense_layers", MAX_LAYERS, low=0), dense_mlp(d)
         routing = read_plain_routing(
-            fields, d.hidden, width="moe_intermediate_size", scoring="sigmoid", normalise=fields.flag("norm_topk_prob"),
+            fields, d.hidden, width="moe_intermediate_size", scoring="sigmoid", normalize=fields.flag("norm_topk_prob"),
             scale=fields.positive("routed_scaling_factor"), bias="expert_bias" if fields.flag("use_expert_bias") else "",
             module="feed_forward",
         )  # fmt: skip

@@ -31,7 +31,7 @@ def build(fields: Fields) -> Graph:
     )  # fmt: skip
     sparse = _sparse_layers(fields, d.layers)
     routing = read_plain_routing(
-        fields, d.hidden, experts="num_local_experts", width="intermediate_size", scoring="sigmoid", normalise=False,
+        fields, d.hidden, experts="num_local_experts", width="intermediate_size", scoring="sigmoid", normalize=False,
         shared=fields.integer("intermediate_size", MAX_WIDTH), module="feed_forward", gate="router",
         shared_module="shared_expert", weigh_input=True, transposed="concatenated",
     ) if any(sparse) else None  # fmt: skip

@@ -1,4 +1,4 @@
-"""MiniMax-M2: q and k are normalised over all heads; experts are chosen by sigmoid scores with a correction bias."""
+"""MiniMax-M2: q and k are normalized over all heads; experts are chosen by sigmoid scores with a correction bias."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from .decoder import Trunk
 def mtp_graph(d: Trunk, cache: LatentSpec, attend: Attend, feed_forward: FeedForward, depth: int, layers: int) -> Graph:
     """The unfused graph of MTP layer `depth` of `layers`. In the cache, MTP layers follow the model's decoder layers.
 
-    Its only hidden state is its normalised output, which is the input of the next MTP layer.
+    Its only hidden state is its normalized output, which is the input of the next MTP layer.
     """
     layer = d.layers + depth
     name, path = f"l{layer}", f"model.layers.{layer}"

@@ -1,4 +1,4 @@
-"""OLMo 2: norms follow attention and MLP, and q and k are normalised over all heads. Source: OLMo Team 2025."""
+"""OLMo 2: norms follow attention and MLP, and q and k are normalized over all heads. Source: OLMo Team 2025."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ def build(fields: Fields) -> Graph:
     kinds = read_layer_types(fields, decoder.layers, lambda layer: _slides(fields, layer))
     decoder = replace(decoder, windows=windows_of(fields, kinds))
     routing = read_plain_routing(
-        fields, decoder.hidden, width="moe_intermediate_size", normalise=fields.flag("norm_topk_prob"),
+        fields, decoder.hidden, width="moe_intermediate_size", normalize=fields.flag("norm_topk_prob"),
         shared=fields.integer("shared_expert_intermediate_size", MAX_WIDTH), shared_module="shared_expert",
         shared_gate="shared_expert_gate",
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Qwen3: DeepSeek-R1-0528-Qwen3-8B. q and k are normalised per head; head_dim is independent of the hidden size."""
+"""Qwen3: DeepSeek-R1-0528-Qwen3-8B. q and k are normalized per head; head_dim is independent of the hidden size."""
 
 from __future__ import annotations
 

@@ -12,6 +12,6 @@ from .qwen3_next import shared_experts
 
 def build(fields: Fields) -> Graph:
     def experts(d: Decoder) -> FeedForward:
-        return shared_experts(fields, d, (True,) * d.layers, normalise=True)
+        return shared_experts(fields, d, (True,) * d.layers, normalize=True)
 
     return build_hybrid(fields, "qwen3_5_moe_text", project_separately, experts, "moe_intermediate_size")

@@ -16,6 +16,6 @@ def build(fields: Fields) -> Graph:
     decoder = read_decoder(fields, "qwen3_moe", qkv_bias=bias, o_bias=bias)
     used = fields.flag("use_sliding_window")
     decoder = replace(decoder, qk_norm="head", windows=same_window(fields, decoder.layers) if used else decoder.windows)
-    normalise = fields.flag("norm_topk_prob")
-    routing = read_plain_routing(fields, decoder.hidden, width="moe_intermediate_size", normalise=normalise)
+    normalize = fields.flag("norm_topk_prob")
+    routing = read_plain_routing(fields, decoder.hidden, width="moe_intermediate_size", normalize=normalize)
     return decoder_graph(decoder, feed_forward(decoder, routing, sparse_by_step(fields, decoder.layers)))

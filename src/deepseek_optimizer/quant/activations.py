@@ -22,8 +22,8 @@ _ROW_ALIGN = 64
 
 
 @dataclass(frozen=True)
-class QuantisedRows:
-    """Rows quantised in groups. q: int32 [T, g, 32]; scale: float32 [T, g]; total: int32 [T, g], the sum of q."""
+class QuantizedRows:
+    """Rows quantized in groups. q: int32 [T, g, 32]; scale: float32 [T, g]; total: int32 [T, g], the sum of q."""
 
     q: torch.Tensor
     scale: torch.Tensor
@@ -37,8 +37,8 @@ def _check(kind: str, x: torch.Tensor) -> None:
         raise ValueError(f"activations must be rows [T, width], not {tuple(x.shape)}")
 
 
-def quantise_rows(x: torch.Tensor, kind: str) -> QuantisedRows:
-    """Quantises float [T, width] to integers in groups of 32 columns; kind "q8" or "q16"."""
+def quantize_rows(x: torch.Tensor, kind: str) -> QuantizedRows:
+    """Quantizes float [T, width] to integers in groups of 32 columns; kind "q8" or "q16"."""
     _check(kind, x)
     steps = _STEPS[kind]
     x = torch.nn.functional.pad(x.float(), (0, -x.shape[1] % TILE_COLS)).view(x.shape[0], -1, TILE_COLS)
@@ -47,19 +47,19 @@ def quantise_rows(x: torch.Tensor, kind: str) -> QuantisedRows:
     broken, empty = ~top.isfinite(), factor.isinf()
     scale = (top / steps).masked_fill(empty, 0.0).masked_fill(broken, torch.nan)
     q = (x * factor.unsqueeze(-1)).round().masked_fill((broken | empty).unsqueeze(-1), 0.0).to(torch.int32)
-    return QuantisedRows(q, scale, q.sum(-1, dtype=torch.int32))
+    return QuantizedRows(q, scale, q.sum(-1, dtype=torch.int32))
 
 
 def fake_quantize(x: torch.Tensor, kind: str) -> torch.Tensor:
-    """Quantises and dequantises x as a product of this kind does: float [..., width] -> float32 [..., width]."""
+    """Quantizes and dequantizes x as a product of this kind does: float [..., width] -> float32 [..., width]."""
     rows = x.reshape(-1, x.shape[-1])
     _check(kind, rows)
     if kind == "f32":
         return x.float()
     if kind == "bf16":
         return x.to(torch.bfloat16).float()
-    quantised = quantise_rows(rows, kind)
-    values = quantised.q.float() * quantised.scale.unsqueeze(-1)
+    quantized = quantize_rows(rows, kind)
+    values = quantized.q.float() * quantized.scale.unsqueeze(-1)
     return values.flatten(1)[:, : x.shape[-1]].reshape(x.shape)
 
 
@@ -79,7 +79,7 @@ def convert(x: torch.Tensor, kind: str) -> torch.Tensor:
     elif kind == "bf16":
         parts = [torch.nn.functional.pad(x.to(torch.bfloat16), (0, -x.shape[1] % TILE_COLS)).contiguous()]
     else:
-        rows = quantise_rows(x, kind)
+        rows = quantize_rows(x, kind)
         q = rows.q.flatten(1)
         high = (q + 128) >> 8
         codes = [q] if kind == "q8" else [high, q - 256 * high]

@@ -96,7 +96,7 @@ class BlockFormat:
             raise ValueError(f"packed must be tiles of a {rows} x {cols} matrix, not {packed.dtype} {tuple(packed.shape)}")
         out = torch.empty(rows, cols, dtype=dtype, device=packed.device)
         for begin, end in panels(rows, cols):
-            values = cls.dequantise(cls.read(packed[begin // TILE_ROWS : -(-end // TILE_ROWS)]))
+            values = cls.dequantize(cls.read(packed[begin // TILE_ROWS : -(-end // TILE_ROWS)]))
             out[begin:end] = values[: end - begin, :cols]
         return out
 
@@ -128,7 +128,7 @@ class BlockFormat:
         return cls.table or tuple(code - cls.offset for code in range(1 << (cls.low + cls.high)))
 
     @classmethod
-    def dequantise(cls, blocks: Blocks) -> torch.Tensor:
+    def dequantize(cls, blocks: Blocks) -> torch.Tensor:
         """The weights, float32 [n, K]."""
         values = blocks.codes.float() - cls.offset
         if cls.table:

@@ -1,4 +1,4 @@
-"""Rows of ggml blocks built from integer codes, so that a `Packer` stores codes of other quantisers unchanged.
+"""Rows of ggml blocks built from integer codes, so that a `Packer` stores codes of other quantizers unchanged.
 
 int4, q4_1, int8 and mxfp4 represent the same values as ggml's Q4_0, Q4_1, Q8_0 and MXFP4 (`ggml.py`). Columns are padded to
 whole blocks of 32 with codes that unpack as zero (int4, int8) or as the minimum (q4_1), which is what `pack` of these formats

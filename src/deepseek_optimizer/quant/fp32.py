@@ -1,4 +1,4 @@
-"""fp32: unquantised, in tiles."""
+"""fp32: unquantized, in tiles."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 E4M3 has 4 exponent bits (bias 7), 3 mantissa bits, subnormals down to 2^-9, 448 as its largest value, no infinities, and NaN
 at 0x7f and 0xff. The scale stored here is the `weight_scale_inv` of a published checkpoint.
 
-Sources: DeepSeek-V3 technical report, section 3.3.2 (fine-grained quantisation); Micikevicius et al., "FP8 Formats for Deep
+Sources: DeepSeek-V3 technical report, section 3.3.2 (fine-grained quantization); Micikevicius et al., "FP8 Formats for Deep
 Learning" (2022).
 """
 
@@ -38,7 +38,7 @@ class Fp8:
             raise ValueError(f"weight must be a float32, bfloat16 or float16 matrix, not {weight.dtype} {tuple(weight.shape)}")
         out = empty_tiles(weight.shape[0], weight.shape[1], Fp8.tile_bytes)
         for begin, end in panels(*weight.shape):
-            codes, scale = quantise(weight[begin:end].detach())
+            codes, scale = quantize(weight[begin:end].detach())
             _write(out[begin // TILE_ROWS : -(-end // TILE_ROWS)], codes, scale)
         return out
 
@@ -65,8 +65,8 @@ class Fp8:
         return torch.maximum(w.abs() * 2.0**-4, scale * 2.0**-10) + rounding
 
 
-def quantise(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantises float [N, K] to float8_e4m3fn [N, K] and float32 scales [ceil(N/128), ceil(K/128)]; blocks begin at (0, 0)."""
+def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantizes float [N, K] to float8_e4m3fn [N, K] and float32 scales [ceil(N/128), ceil(K/128)]; blocks begin at (0, 0)."""
     w = weight.float()
     scale = block_maxima(w) / LARGEST
     scale.masked_fill_(~scale.isfinite(), torch.nan)
@@ -94,8 +94,8 @@ def repack(codes: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
     return out
 
 
-def dequantise(codes: torch.Tensor, scale: torch.Tensor, first_row: int = 0) -> torch.Tensor:
-    """Dequantises float8_e4m3fn [n, K], the rows from `first_row` of a matrix with these scales, to float32 [n, K]."""
+def dequantize(codes: torch.Tensor, scale: torch.Tensor, first_row: int = 0) -> torch.Tensor:
+    """Dequantizes float8_e4m3fn [n, K], the rows from `first_row` of a matrix with these scales, to float32 [n, K]."""
     return codes.float() * expand(scale.float(), codes.shape[0], codes.shape[1], first_row)
 
 
@@ -118,7 +118,7 @@ def check_scale(codes: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor
 def check_target(format: str) -> None:
     """ValueError unless E4M3 codes can be stored in this format unchanged."""
     if format != Fp8.name:
-        raise ValueError(f"E4M3 weights can only be packed as {Fp8.name}, not {format}; dequantise them first")
+        raise ValueError(f"E4M3 weights can only be packed as {Fp8.name}, not {format}; dequantize them first")
 
 
 def has_nan(codes: torch.Tensor) -> bool:

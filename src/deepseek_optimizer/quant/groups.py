@@ -25,7 +25,7 @@ def round_scale(scale: torch.Tensor) -> torch.Tensor:
     return half.masked_fill_(~half.isfinite(), torch.nan)
 
 
-def quantise(groups: torch.Tensor, scale: torch.Tensor, low: int, high: int) -> torch.Tensor:
+def quantize(groups: torch.Tensor, scale: torch.Tensor, low: int, high: int) -> torch.Tensor:
     """rint(groups / scale) clamped to [low, high], float32 [n, g, 32]; zeros where the scale is zero or NaN."""
     usable = (scale != 0) & scale.isfinite()
     q = groups / scale.float().masked_fill(~usable, torch.inf).unsqueeze(-1)

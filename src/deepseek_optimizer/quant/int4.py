@@ -1,7 +1,7 @@
 """int4: symmetric, groups of 32 columns, one fp16 scale each (4.5 bits per weight). ggml's Q4_0 represents the same values.
 
 The first candidate scale is ggml's: the element of largest magnitude becomes exactly -8, so that its side has the full range of
-codes. If the columns' importance is known, scales that clip that element or favour the other side are tried too. Otherwise they
+codes. If the columns' importance is known, scales that clip that element or favor the other side are tried too. Otherwise they
 are not: on SmolLM2, the smallest unweighted error gave a larger KL divergence than ggml's scale (0.39 against 0.33). The best
 candidate is then fitted (`search.py`).
 """

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 import torch
 
-from .groups import grouped, quantise, round_scale, scale_error, to_words, ungroup
+from .groups import grouped, quantize, round_scale, scale_error, to_words, ungroup
 from .tiles import pack_panels, pad_to_tiles, unpack_panels
 
 
@@ -40,7 +40,7 @@ class Int8:
 def _encode(panel: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
     groups = grouped(panel)
     scale = round_scale(groups.abs().amax(-1) / 127)
-    return to_words(quantise(groups, scale, -127, 127).add_(128)), (scale,)
+    return to_words(quantize(groups, scale, -127, 127).add_(128)), (scale,)
 
 
 def _decode(words: torch.Tensor, halves: tuple[torch.Tensor, ...]) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Products with packed matrices in plain torch, on any device. Matrices are dequantised a panel of rows at a time, so that no
+"""Products with packed matrices in plain torch, on any device. Matrices are dequantized a panel of rows at a time, so that no
 whole float matrix is in memory."""
 
 from __future__ import annotations

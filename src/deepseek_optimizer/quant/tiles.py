@@ -30,12 +30,12 @@ def tile_counts(rows: int, cols: int) -> tuple[int, int]:
 
 
 def empty_tiles(rows: int, cols: int, tile_bytes: int) -> torch.Tensor:
-    """Uninitialised tiles of a matrix, uint8 [ceil(rows/16), ceil(cols/32), tile_bytes]."""
+    """Uninitialized tiles of a matrix, uint8 [ceil(rows/16), ceil(cols/32), tile_bytes]."""
     return torch.empty(*tile_counts(rows, cols), tile_bytes, dtype=torch.uint8, device="cpu")
 
 
 def empty_stack(count: int, rows: int, cols: int, tile_bytes: int) -> torch.Tensor:
-    """Uninitialised tiles of `count` matrices, uint8 [count, ceil(rows/16), ceil(cols/32), tile_bytes]."""
+    """Uninitialized tiles of `count` matrices, uint8 [count, ceil(rows/16), ceil(cols/32), tile_bytes]."""
     return torch.empty(count, *tile_counts(rows, cols), tile_bytes, dtype=torch.uint8, device="cpu")
 
 

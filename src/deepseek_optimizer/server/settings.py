@@ -41,7 +41,7 @@ class ServerSettings:
         max_files_per_client: maximum number of files that a client may store.
         max_uploads_per_client: maximum number of files that are received from one client at the same time.
         max_uploads_total: the same for all clients.
-        max_jobs_per_client: maximum number of requests of one client that wait for a tokenisation, a grammar or a document.
+        max_jobs_per_client: maximum number of requests of one client that wait for a tokenization, a grammar or a document.
             Each queue accepts four times as many in total.
         file_seconds: time after which an uploaded file is deleted.
         file_read_seconds: maximum CPU time to extract the text of a file.

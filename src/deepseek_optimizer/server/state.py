@@ -27,7 +27,7 @@ from .protocol.sampling import requested_answers
 from .settings import ServerSettings
 from .tokens.prompt_size import PromptSize
 from .tokens.token_text import TokenTexts
-from .tokens.tokenising import Lane, Tokenising
+from .tokens.tokenizing import Lane, Tokenizing
 
 T = TypeVar("T")
 
@@ -54,8 +54,8 @@ class ServerState:
         self.prompt_size = PromptSize(self.tokenizer, engine.context if engine.cache_window is None else None)
         max_per_client, max_jobs = settings.max_jobs_per_client, _CLIENTS * settings.max_jobs_per_client
         self.bodies = BodyReader(settings, max_per_client, max_jobs)
-        self._tokenising = Tokenising(self.tokenizer, max_per_client, max_jobs)
-        self.template = self._tokenising.short.template
+        self._tokenizing = Tokenizing(self.tokenizer, max_per_client, max_jobs)
+        self.template = self._tokenizing.short.template
         workers = min(max(_WORKERS[0], (os.cpu_count() or 1) // 2), _WORKERS[1])
         self.grammars = GrammarCompiler(
             self.tokenizer, engine.vocab_size, stop_token_ids=engine.eos, seconds=settings.grammar_seconds, workers=workers
@@ -67,7 +67,7 @@ class ServerState:
         self.files = FileStore(settings, self.documents.forget)
         self.reader = DocumentReader(settings, workers, max_per_client, max_jobs)
         self.queues = [
-            self.bodies.queue, *self._tokenising.queues, self._looking_up, self._compiling, self.reader.queue,
+            self.bodies.queue, *self._tokenizing.queues, self._looking_up, self._compiling, self.reader.queue,
             *self.documents.queues,
         ]  # fmt: skip
         engine.registry.register(QueueCollector(self.queues, engine.model_name))
@@ -119,8 +119,8 @@ class ServerState:
         return arrived + self.settings.request_seconds
 
     async def tokenizing(self, work: Callable[[Lane], T], caller: Caller, size: int | None = None) -> T:
-        """Runs work that uses a tokenizer or the chat template; see `Tokenising.run`."""
-        return await self._tokenising.run(work, caller, size)
+        """Runs work that uses a tokenizer or the chat template; see `Tokenizing.run`."""
+        return await self._tokenizing.run(work, caller, size)
 
     async def compiling(self, make: Callable[[], GrammarSource | None], caller: Caller) -> CompiledGrammar | None:
         """Compiles a request's grammar. A grammar that was compiled before does not wait for a worker process.
@@ -189,7 +189,7 @@ class ServerState:
         """Ends the threads and processes of the server."""
         for queue in (self._looking_up, self._compiling, self.bodies.queue):
             queue.close()
-        self._tokenising.close()
+        self._tokenizing.close()
         self.reader.close()
         self.documents.close()
         self.grammars.close()

@@ -4,7 +4,7 @@
     model.set_attn_implementation("dso_train")
 
 Instead of a dense mask, the model's mask function is turned into the bounds of the texts in each row (`Texts`). Texts packed
-into one row do not attend to each other; they are recognised by position_ids that restart, without an attention_mask, or by
+into one row do not attend to each other; they are recognized by position_ids that restart, without an attention_mask, or by
 `cu_seq_lens_q` of Transformers' DataCollatorWithFlattening. Padding at either end of a row has zero outputs and gradients.
 Sliding windows and chunked attention follow the model.
 

@@ -23,7 +23,7 @@ from transformers import (
 
 from ..backends.cpu import oversubscription
 from ..backends.cpu.environment import forced_threads
-from ..checkpoint import Checkpoint, GgufCheckpoint, PackedCheckpoint, QuantisedCheckpoint, load_tokenizer, open_checkpoint
+from ..checkpoint import Checkpoint, GgufCheckpoint, PackedCheckpoint, QuantizedCheckpoint, load_tokenizer, open_checkpoint
 from ..checkpoint.atomic import atomic_file
 from ..errors import ConfigError
 from ..integration.configs import check_config
@@ -214,9 +214,9 @@ class TrainingJob:
         return lora.add_adapter(model, section.r, section.alpha, section.dropout, self.targets)
 
     def _load_model(self) -> Any:
-        set_seed(self.args.seed)  # the weights of an adapter are initialised at random
+        set_seed(self.args.seed)  # the weights of an adapter are initialized at random
         if self.frozen:
-            from ..optimised_model import load_model
+            from ..optimized_model import load_model
 
             model = load_model(self.source, **self._packed_fields())
         else:
@@ -369,13 +369,13 @@ def _can_resume(config: TrainConfig, output: Path) -> bool:
 
 def _is_frozen(config: TrainConfig, checkpoint: Checkpoint, fields: dict[str, Any]) -> bool:
     """Whether the model's own weights are packed, so that only an adapter can be trained. Raises ConfigError."""
-    quantised = isinstance(checkpoint, (PackedCheckpoint, GgufCheckpoint)) or fields.get("quantization_config") is not None
-    quantised = quantised or (isinstance(checkpoint, QuantisedCheckpoint) and checkpoint.method != "fp8")
-    if quantised and config.lora is None:
-        raise ConfigError(f"model: the weights of {config.model} are quantised; set lora to train an adapter")
-    if quantised and config.merge:
+    quantized = isinstance(checkpoint, (PackedCheckpoint, GgufCheckpoint)) or fields.get("quantization_config") is not None
+    quantized = quantized or (isinstance(checkpoint, QuantizedCheckpoint) and checkpoint.method != "fp8")
+    if quantized and config.lora is None:
+        raise ConfigError(f"model: the weights of {config.model} are quantized; set lora to train an adapter")
+    if quantized and config.merge:
         raise ConfigError(
-            f"merge: an adapter cannot be merged into the quantised weights of {config.model}; name the original model and set "
+            f"merge: an adapter cannot be merged into the quantized weights of {config.model}; name the original model and set "
             "precision"
         )
-    return quantised or config.precision is not None
+    return quantized or config.precision is not None

@@ -15,7 +15,7 @@ from ..errors import CheckpointError
 
 
 def load_for_training(source: Path, dtype: torch.dtype) -> Any:
-    """Loads a model; missing weights are an error, where Transformers would initialise them at random.
+    """Loads a model; missing weights are an error, where Transformers would initialize them at random.
 
     Args:
         source: directory of the checkpoint.

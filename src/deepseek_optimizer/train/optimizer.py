@@ -38,7 +38,7 @@ class DeepSeekAdamW(Optimizer):
             bitwise equal to training fp32 weights; "stochastic": store nothing and round each update stochastically.
         max_norm: scale the gradients so that their norm over all parameters is at most this; None: do not scale them.
         free_gradients: set each `grad` to None in `step`, so that gradients take no memory until the next backward pass.
-        dither: with "split", initialise each master weight at random within the interval that rounds to its bf16 weight,
+        dither: with "split", initialize each master weight at random within the interval that rounds to its bf16 weight,
             rather than at the weight itself. Weights loaded from bf16 would otherwise all lie in the middle of that interval,
             where the first updates, each far below half a bf16 step, would not change the model's weights.
         seed: seed of stochastic rounding; an update depends on (seed, step, parameter, element) only.

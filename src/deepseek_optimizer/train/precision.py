@@ -18,7 +18,7 @@ def set_training_dtype(model: Any, dtype: torch.dtype) -> torch.dtype:
     """Casts the floating-point parameters in place, one at a time, so that memory never holds two copies of the model.
 
     Buffers keep their dtype: position tables and router biases need fp32. So do parameters that the model's class lists as
-    fp32. In a model with packed or quantised weights, only the trained parameters are cast, to the dtype of its activations.
+    fp32. In a model with packed or quantized weights, only the trained parameters are cast, to the dtype of its activations.
 
     Returns: the dtype of the activations.
     """

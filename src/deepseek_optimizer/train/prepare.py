@@ -35,7 +35,7 @@ from .modules.mtp_loss import MtpObjective
 from .modules.norm import TrainedNorm
 from .saved_activations import SavedActivations
 
-# Each has `fits(module)`, which recognises a module by its attributes; the first that fits is used.
+# Each has `fits(module)`, which recognizes a module by its attributes; the first that fits is used.
 FORWARDS: Final[tuple[Any, ...]] = (
     TrainedCausalLM, TrainedLayer, TrainedAttention, TrainedLatentAttention, TrainedExperts, TrainedMlp, TrainedNorm,
     TrainedEmbedding, TrainedLinear,
@@ -55,7 +55,7 @@ class Prepared:
         native: number of modules with a native forward, by class name.
         others: number of other modules with weights, by class name.
         attention: name of the attention implementation.
-        notes: what is not optimised and why, one sentence each.
+        notes: what is not optimized and why, one sentence each.
         fused_loss: whether the loss is computed without the full logits.
     """
 

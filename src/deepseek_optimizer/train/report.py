@@ -80,7 +80,7 @@ class TrainingReport:
         weights: number of all parameters.
         fused_loss: whether the loss is computed without the full logits.
         memory: the memory plan.
-        notes: what is not optimised and why, one sentence each.
+        notes: what is not optimized and why, one sentence each.
     """
 
     native: Counter[str]

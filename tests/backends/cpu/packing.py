@@ -48,7 +48,7 @@ def _stack(name: str, w: torch.Tensor, format_name: str, transposed: Transposed)
     return PackedStack(format_name, *matrices.shape, data)
 
 
-def dequantised(weights: dict[str, PackedWeight | torch.Tensor]) -> dict[str, torch.Tensor]:
+def dequantized(weights: dict[str, PackedWeight | torch.Tensor]) -> dict[str, torch.Tensor]:
     return {n: _values(n, w, f"{n}_bias" in weights) for n, w in weights.items()}
 
 

@@ -14,7 +14,7 @@ from deepseek_optimizer.models import build_graph
 from support.models import assert_close_rows, llama4_text, random_ids, random_model, transformers_logits, weights_of
 from support.steps import Part, make_batch, run_step, runner
 
-from .packing import dequantised, packed_weights
+from .packing import dequantized, packed_weights
 
 
 def dense_model(chunk: int) -> Any:
@@ -61,7 +61,7 @@ def test_cache_types(backend, kv, tolerance):
     graph, _ = rules.apply(build_graph(model.config), None)
     weights = packed_weights(weights_of(model), "fp32")
     ids = random_ids(model.config, 150)
-    expected = runner(ReferenceBackend(), graph, dequantised(weights)).logits(ids)
+    expected = runner(ReferenceBackend(), graph, dequantized(weights)).logits(ids)
     r = runner(backend, graph, weights, kv=kv)
     assert_close_rows(r.logits(ids), expected, tolerance)
     assert_close_rows(r.logits(ids, phase=DECODE), expected, tolerance)

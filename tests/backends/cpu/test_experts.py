@@ -20,9 +20,9 @@ from deepseek_optimizer.graph.ir import CacheSpec, Graph, Node, Value
 from deepseek_optimizer.models import build_graph
 from deepseek_optimizer.quant import pack
 from deepseek_optimizer.quant.packed import PackedStack
-from support.models import assert_close_rows, gpt_oss, randomise
+from support.models import assert_close_rows, gpt_oss, randomize
 
-from .packing import dequantised, packed_weights
+from .packing import dequantized, packed_weights
 
 HIDDEN, INNER = 72, 40  # not multiples of 16 and 32
 SIZES = {
@@ -75,7 +75,7 @@ def moe_graph(config: Any, grouped: bool = True) -> Graph:
         "bias": "gate.e_score_correction_bias" if v3 else None, "experts": experts, "top_k": top_k,
         "groups": config.n_group if limited else 1, "top_groups": config.topk_group if limited else 1,
         "scoring": "sigmoid" if v3 else "softmax", "group_score": "top2" if v3 else "max",
-        "normalise": v3 and config.norm_topk_prob, "scale": config.routed_scaling_factor,
+        "normalize": v3 and config.norm_topk_prob, "scale": config.routed_scaling_factor,
     }  # fmt: skip
     one = {"biases": (None,)}
     nodes = [
@@ -102,9 +102,9 @@ def packed(layer: torch.nn.Module, format_name: str, down: str | None = None) ->
     return weights | {"embed": pack(torch.zeros(9, HIDDEN), "fp32")}
 
 
-def dequantised_layer(layer: torch.nn.Module, weights: dict[str, Any]) -> torch.nn.Module:
-    """The same module with the dequantised weights."""
-    layer.load_state_dict({n: w for n, w in dequantised(weights).items() if n != "embed"})
+def dequantized_layer(layer: torch.nn.Module, weights: dict[str, Any]) -> torch.nn.Module:
+    """The same module with the dequantized weights."""
+    layer.load_state_dict({n: w for n, w in dequantized(weights).items() if n != "embed"})
     return layer
 
 
@@ -153,12 +153,12 @@ FORMAT_TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2, "int8": 1e-3, "q4_1": 1e-3, "int
 
 
 @pytest.mark.parametrize("format_name", FORMAT_TOLERANCE)
-def test_formats_against_their_dequantised_values(backend, format_name):
+def test_formats_against_their_dequantized_values(backend, format_name):
     config = CONFIGS["v3-groups"]()
     layer = random_layer(config)
     weights = packed(layer, format_name)
     x = inputs(150)
-    want = expected(dequantised_layer(layer, weights), x)
+    want = expected(dequantized_layer(layer, weights), x)
     assert_close_rows(Plan(backend, moe_graph(config), weights)(x, 40), want, FORMAT_TOLERANCE[format_name])
 
 
@@ -167,7 +167,7 @@ def test_experts_and_the_rest_in_different_formats(backend):
     layer = random_layer(config)
     weights = packed(layer, "int8", down="bf16") | {n: w for n, w in packed(layer, "int4").items() if "shared" in n}
     x = inputs(40)
-    want = expected(dequantised_layer(layer, weights), x)
+    want = expected(dequantized_layer(layer, weights), x)
     assert_close_rows(Plan(backend, moe_graph(config), weights)(x), want, FORMAT_TOLERANCE["int4"])
 
 
@@ -198,12 +198,12 @@ def test_biases_and_clamped_activation(backend, sizes, format_name, grouped):
     fields = {"intermediate_size": inner, "num_local_experts": experts, "num_experts_per_tok": top_k, "swiglu_limit": 0.8}
     config = gpt_oss(hidden_size=hidden, num_hidden_layers=1, **fields)
     config._experts_implementation = "eager"
-    layer = randomise(GptOssMLP(config).eval())
+    layer = randomize(GptOssMLP(config).eval())
     graph = experts_graph(config, grouped)
     weights = packed_weights({f"model.layers.0.mlp.{n}": w for n, w in layer.state_dict().items()}, format_name)
     router = "model.layers.0.mlp.router.weight"
     weights |= {router: layer.router.weight, "embed": pack(torch.zeros(9, hidden), "fp32")}
-    values = {n.removeprefix("model.layers.0.mlp."): w for n, w in dequantised(weights).items() if n != "embed"}
+    values = {n.removeprefix("model.layers.0.mlp."): w for n, w in dequantized(weights).items() if n != "embed"}
     layer.load_state_dict(values)
     x = torch.randn(90, hidden, generator=torch.Generator().manual_seed(2))
     want = layer(x[None])[0][0].detach()

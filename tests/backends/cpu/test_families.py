@@ -21,7 +21,7 @@ from support.models import (
 )  # fmt: skip
 from support.steps import Part, run_step, runner
 
-from .packing import dequantised, packed_weights
+from .packing import dequantized, packed_weights
 
 LATENT_RULES = ("mla_absorb", "experts")  # apply only to families with latent attention or experts
 ALL = [name for name in rules.RULES if name not in LATENT_RULES]
@@ -75,13 +75,13 @@ FORMAT_TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2, "int8": 1e-3, "q4_1": 1e-3, "int
 
 @pytest.mark.parametrize("format_name", FORMAT_TOLERANCE)
 @pytest.mark.parametrize("case", ["llama-biases", "qwen2-tied", "qwen3-gqa"])
-def test_formats_against_their_dequantised_values(backend, case, format_name):
-    """Only the kernels' error: the reference runs the dequantised weights in fp32."""
+def test_formats_against_their_dequantized_values(backend, case, format_name):
+    """Only the kernels' error: the reference runs the dequantized weights in fp32."""
     model = random_model(CASES[case]())
     graph, _ = rules.apply(build_graph(model.config), None)
     weights = packed_weights(weights_of(model), format_name)
     ids = random_ids(model.config, 70)
-    expected = runner(ReferenceBackend(), graph, dequantised(weights)).logits(ids)
+    expected = runner(ReferenceBackend(), graph, dequantized(weights)).logits(ids)
     r = runner(backend, graph, weights)
     assert_close_rows(r.logits(ids), expected, FORMAT_TOLERANCE[format_name])
     assert_close_rows(r.logits(ids, phase=DECODE), expected, FORMAT_TOLERANCE[format_name])
@@ -93,7 +93,7 @@ def test_cache_types(backend, kv, tolerance):
     graph, _ = rules.apply(build_graph(model.config), None)
     weights = packed_weights(weights_of(model), "fp32")
     ids = random_ids(model.config, 300)
-    expected = runner(ReferenceBackend(), graph, dequantised(weights)).logits(ids)
+    expected = runner(ReferenceBackend(), graph, dequantized(weights)).logits(ids)
     r = runner(backend, graph, weights, kv=kv)
     assert_close_rows(r.logits(ids), expected, tolerance)
     assert_close_rows(r.logits(ids, phase=DECODE), expected, tolerance)

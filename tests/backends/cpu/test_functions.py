@@ -14,7 +14,7 @@ from deepseek_optimizer.graph.ops import OPS
 from support.models import assert_close_rows
 from support.steps import Part, make_batch, runner
 
-from .packing import dequantised, packed_weights
+from .packing import dequantized, packed_weights
 
 HIDDEN, VOCAB, TOKENS = 40, 23, 70
 ATTRIBUTES = {"columns": {"groups": 4, "begin": 3, "end": 8}}
@@ -47,6 +47,6 @@ def test_functions_against_the_reference(backend, name, format_name):
     weights = packed_weights({n: torch.randn(s, generator=generator) / s[1] ** 0.5 for n, s in shapes.items()}, format_name)
     ids = torch.randint(VOCAB, (TOKENS,), generator=generator).tolist()
     actual = []
-    for r in runner(backend, graph, weights), runner(ReferenceBackend(), graph, dequantised(weights)):
+    for r in runner(backend, graph, weights), runner(ReferenceBackend(), graph, dequantized(weights)):
         actual.append(r.plan.run(make_batch([Part(r.sequence(), ids, PREFILL)], r.store), r.store).logits)
     assert_close_rows(*actual, TOLERANCE[format_name])

@@ -93,12 +93,12 @@ def test_the_native_packer_repacks_ggml_blocks_like_the_reference(backend, forma
 def test_the_native_packer_reads_e4m3_blocks_like_the_reference(backend):
     generator = torch.Generator().manual_seed(8)
     for rows, cols in ((1, 1), (128, 128), (17, 300), (300, 130)):
-        codes, scale = fp8.quantise(torch.randn(rows, cols, generator=generator))
+        codes, scale = fp8.quantize(torch.randn(rows, cols, generator=generator))
         expected = reference_packer(codes, "fp8", scale=scale)
         assert torch.equal(backend.pack(codes, "fp8", scale=scale), expected), (rows, cols)
         wide = torch.cat([codes.view(torch.uint8)] * 2, 1)[:, :cols].view(torch.float8_e4m3fn)
         assert torch.equal(backend.pack(wide, "fp8", torch.empty_like(expected), scale=scale), expected)
-        assert torch.equal(backend.unpack(PackedMatrix("fp8", rows, cols, expected)), fp8.dequantise(codes, scale))
+        assert torch.equal(backend.unpack(PackedMatrix("fp8", rows, cols, expected)), fp8.dequantize(codes, scale))
     codes.view(torch.uint8)[200, 5] = 0x7F
     assert torch.equal(backend.pack(codes, "fp8", scale=scale), reference_packer(codes, "fp8", scale=scale))
     for packer in (backend.pack, reference_packer):

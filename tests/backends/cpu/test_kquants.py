@@ -69,7 +69,7 @@ def test_values_are_the_references(backend, name):
 @pytest.mark.parametrize("activation", ["q8", "q16"])
 @pytest.mark.parametrize("name", NAMES)
 def test_products(backend, name, activation):
-    """Kernel error alone, against the rounded rows and the dequantised weights in float64; equal bits on every ISA."""
+    """Kernel error alone, against the rounded rows and the dequantized weights in float64; equal bits on every ISA."""
     first = cpu.CpuBackend(isa=cpu.exact(next(n for n in native.isa_names() if native.isa_runs_here(n))), threads=1)
     generator = torch.Generator().manual_seed(1)
     for rows, cols in ((5, 256), (70, 768)):
@@ -81,7 +81,7 @@ def test_products(backend, name, activation):
         fmt = quant.get_format(name)
         blocks = fmt.read(matrix.data)
         without = quant.blocks.Blocks(blocks.codes, blocks.scale, None, blocks.d)
-        parts = fmt.dequantise(without)[:rows].double()
+        parts = fmt.dequantize(without)[:rows].double()
         size = rounded.abs() @ (parts.abs() + (weights - parts).abs()).T + bias.abs()
         groups = cols // fmt.group * (2 if fmt.has_min else 1)
         assert ((y - (rounded @ weights.T + bias)).abs() <= size * (groups + 5) * 2.0**-24).all()

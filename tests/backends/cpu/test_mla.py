@@ -16,7 +16,7 @@ from deepseek_optimizer.quant import get_format
 from support.models import assert_close_rows, random_ids, random_model, transformers_logits, weights_of, youtu
 from support.steps import Part, run_step, runner
 
-from .packing import dequantised, packed_weights
+from .packing import dequantized, packed_weights
 
 pytestmark = pytest.mark.skipif(unavailable_reason() is not None, reason="no native build")
 
@@ -32,7 +32,7 @@ FORMATS = {
     "int8": 1e-2,
     "int4": 6e-2,
     "fp8": 4e-2,
-}  # relative to the row's largest, against the dequantised values
+}  # relative to the row's largest, against the dequantized values
 
 
 def latent_model(shape, **fields):
@@ -63,11 +63,11 @@ def test_fp32_equals_transformers(backend, shape, way):
 
 @pytest.mark.parametrize("format_name", FORMATS)
 @pytest.mark.parametrize("shape", ["odd", "tiles"])
-def test_formats_against_their_dequantised_values(backend, shape, format_name):
+def test_formats_against_their_dequantized_values(backend, shape, format_name):
     model = latent_model(shape)
     weights = packed_weights(weights_of(model), format_name)
     ids = random_ids(model.config, 70)
-    expected = runner(ReferenceBackend(), graph_of(model), dequantised(weights)).logits(ids)
+    expected = runner(ReferenceBackend(), graph_of(model), dequantized(weights)).logits(ids)
     for form, phase in WAYS.values():
         r = runner(backend, graph_of(model, form), weights)
         assert_close_rows(r.logits(ids, phase=phase), expected, FORMATS[format_name])
@@ -79,7 +79,7 @@ def test_cache_types(backend, kv, tolerance):
     model = latent_model("two-sets")
     weights = packed_weights(weights_of(model), "fp32")
     ids = random_ids(model.config, 300)
-    expected = runner(ReferenceBackend(), graph_of(model), dequantised(weights), kv=kv).logits(ids)
+    expected = runner(ReferenceBackend(), graph_of(model), dequantized(weights), kv=kv).logits(ids)
     for form, phase in WAYS.values():
         r = runner(backend, graph_of(model, form), weights, kv=kv)
         assert_close_rows(r.logits(ids, phase=phase), expected, tolerance)

@@ -13,7 +13,7 @@ from deepseek_optimizer.models import build_graph
 from support.models import CASES, assert_close_rows, random_ids, random_model, weights_of
 from support.steps import Part, make_batch, runner
 
-from .packing import dequantised, packed_weights
+from .packing import dequantized, packed_weights
 
 TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2, "int8": 1e-3, "int4": 6e-2}  # see test_families
 
@@ -47,7 +47,7 @@ def test_states_against_the_reference(backend, format_name, fused):
     made = []
     for r in (
         runner(backend, graph, weights),
-        runner(ReferenceBackend(), graph, dequantised(weights)),
+        runner(ReferenceBackend(), graph, dequantized(weights)),
     ):
         blocks = r.sequence()
         batch = make_batch([Part(blocks, ids, DECODE)], r.store)

@@ -62,7 +62,7 @@ def test_plot_has_a_line_per_mode_in_each_panel(found):
     lines = _lines(root)
     assert len(lines) == 5 * 2
     assert [len(points) for _, points in lines] == [1, 2] * 4 + [1, 1]  # two memory values are unknown
-    assert len({colour for colour, _ in lines}) == 2
+    assert len({color for color, _ in lines}) == 2
     assert "accuracy, %, sparse: 75 at 4K, 50 at 8K" in root[1].text
 
 
@@ -75,16 +75,16 @@ def test_panels_have_a_logarithmic_length_axis():
 
 
 def _lines(root):
-    """(colour, points) of each line of a panel, without the legend's."""
+    """(color, points) of each line of a panel, without the legend's."""
     found = []
     for group in root.iter(f"{SVG}g"):
         name = group.get("id", "")
         if "line2d" not in name:
             continue
         for path in group.findall(f"{SVG}path"):
-            colour = re.search(r"stroke: (#\w+)", path.get("style", ""))
-            if colour and path.get("clip-path"):
+            color = re.search(r"stroke: (#\w+)", path.get("style", ""))
+            if color and path.get("clip-path"):
                 found.append(
-                    (colour[1], [(float(x), float(y)) for x, y in re.findall(r"[ML] ([\d.]+) ([\d.]+)", path.get("d"))])
+                    (color[1], [(float(x), float(y)) for x, y in re.findall(r"[ML] ([\d.]+) ([\d.]+)", path.get("d"))])
                 )
     return found

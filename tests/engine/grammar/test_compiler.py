@@ -16,7 +16,7 @@ from deepseek_optimizer.chat.deltas import collect
 from deepseek_optimizer.chat.output_parser import make_output_parser
 from deepseek_optimizer.chat.tools import FORMATS
 from deepseek_optimizer.engine.grammar.compiler import GrammarCompiler
-from deepseek_optimizer.engine.grammar.json_schema import normalise
+from deepseek_optimizer.engine.grammar.json_schema import normalize
 from deepseek_optimizer.engine.grammar.source import GrammarSource
 from deepseek_optimizer.errors import RequestError
 from support.random_texts import RandomModel
@@ -89,9 +89,9 @@ def smollm2():
     from transformers import AutoTokenizer
 
     from deepseek_optimizer.bench import smollm2
-    from deepseek_optimizer.bench.unoptimised_model import dequantised
+    from deepseek_optimizer.bench.unoptimized_model import dequantized
 
-    tokenizer = AutoTokenizer.from_pretrained(dequantised(smollm2.fetch()))
+    tokenizer = AutoTokenizer.from_pretrained(dequantized(smollm2.fetch()))
     made = GrammarCompiler(tokenizer, len(tokenizer) + PADDED)
     yield made, RandomModel(tokenizer, len(tokenizer) + PADDED)
     made.close()
@@ -106,13 +106,13 @@ def test_unsupported_schemas_are_rejected(compiler, name):
 
 
 def test_deep_schemas_of_any_depth_are_rejected(compiler):
-    assert normalise(deep(30))
+    assert normalize(deep(30))
     for levels in (40, 900, 100_000):
         with pytest.raises(RequestError, match="deep"):
             compiler.json_schema(deep(levels))
 
 
-def test_normalising_does_not_modify_the_schema():
+def test_normalizing_does_not_modify_the_schema():
     schema = {
         "type": "object",
         "properties": {"a": {"type": "integer", "minimum": 0.5}},
@@ -120,7 +120,7 @@ def test_normalising_does_not_modify_the_schema():
         "additionalProperties": {},
     }
     before = json.dumps(schema)
-    normalise(schema)
+    normalize(schema)
     assert json.dumps(schema) == before
 
 

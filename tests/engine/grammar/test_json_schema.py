@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from deepseek_optimizer.engine.grammar.compiler import CallShape, GrammarCompiler
-from deepseek_optimizer.engine.grammar.json_schema import normalise
+from deepseek_optimizer.engine.grammar.json_schema import normalize
 from deepseek_optimizer.engine.grammar.pattern import to_rules
 from deepseek_optimizer.engine.grammar.schema_shapes import _SHAPES
 from deepseek_optimizer.errors import RequestError
@@ -63,7 +63,7 @@ def compiler(byte_tokenizer):
 @given(SCHEMAS)
 def test_any_json_is_a_schema_or_a_typed_error(schema):
     try:
-        normalise(schema)
+        normalize(schema)
     except RequestError as error:
         assert error.field == "json_schema" and len(str(error)) < 500 and "\n" not in str(error)
 
@@ -89,7 +89,7 @@ def test_every_keyword_with_every_kind_of_value(keyword):
             {"$defs": {"a": {keyword: value}}, "oneOf": [{"$ref": "#/$defs/a"}, {"$ref": "#/$defs/a"}]},
         ):
             try:
-                normalise(schema)
+                normalize(schema)
             except RequestError:
                 pass
 
@@ -128,13 +128,13 @@ def test_references_are_enforced_in_every_position():
         "properties": {"a": {"enum": [{"type": "integer", "multipleOf": 2}]}, "b": {"$ref": "#/properties/a/enum/0"}},
     }
     with pytest.raises(RequestError, match="multipleOf can't be enforced"):
-        normalise(schema)
+        normalize(schema)
     schema["properties"]["a"]["enum"] = [{"type": "string", "minLength": -1}]
     with pytest.raises(RequestError, match="minLength must be"):
-        normalise(schema)
+        normalize(schema)
     schema["properties"]["a"]["enum"] = [5]
     with pytest.raises(RequestError, match="does not refer to a schema"):
-        normalise(schema)
+        normalize(schema)
 
 
 def test_references_into_rewritten_schemas(compiler, byte_tokenizer):
@@ -165,13 +165,13 @@ def test_references_into_rewritten_schemas(compiler, byte_tokenizer):
 )
 def test_one_of_branches(branches, apart):
     if apart:
-        assert normalise({"oneOf": branches})
+        assert normalize({"oneOf": branches})
     else:
         with pytest.raises(RequestError, match="use anyOf"):
-            normalise({"oneOf": branches})
+            normalize({"oneOf": branches})
 
 
 def test_very_many_branches_are_not_compared():
     """Comparing all pairs would take minutes."""
     with pytest.raises(RequestError, match="more than 256 branches"):
-        normalise({"oneOf": [{"const": i} for i in range(5_000)]})
+        normalize({"oneOf": [{"const": i} for i in range(5_000)]})

@@ -281,7 +281,7 @@ def test_invalid_windows(field, value):
 
 
 @pytest.mark.filterwarnings("ignore::deepseek_optimizer.integration.bind.runtime.OptimizerWarning")
-def test_an_optimised_model_rejects_the_name(tiny_model):
+def test_an_optimized_model_rejects_the_name(tiny_model):
     requested = {"attn_implementation": "dso_sliding"}
     with pytest.raises(ConfigError, match='attention_optimization="sliding"'):
         AutoModelForCausalLM.from_pretrained(tiny_model, quantization_config=DeepSeekConfig(backend="reference"), **requested)

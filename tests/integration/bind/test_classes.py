@@ -35,7 +35,7 @@ from deepseek_optimizer.backends.cpu import unavailable_reason
 from deepseek_optimizer.integration.bind.modules import Packed
 from deepseek_optimizer.integration.bind.runtime import OptimizerWarning
 from deepseek_optimizer.integration.compat import cache_name
-from support.models import CASES, assert_close_rows, native_cases, random_ids, random_model, randomise
+from support.models import CASES, assert_close_rows, native_cases, random_ids, random_model, randomize
 
 from ..conftest import BACKENDS, Pair, check_indexed_hidden_states
 
@@ -55,10 +55,10 @@ def settings(**fields):
 
 
 def make(auto, case, backend=NATIVE, **fields):
-    """A float model of an Auto class and its optimised copy."""
+    """A float model of an Auto class and its optimized copy."""
     config = CASES[case]()
     config.pad_token_id, config.num_labels = 0, 3
-    plain = randomise(auto.from_config(config, **EAGER).eval())
+    plain = randomize(auto.from_config(config, **EAGER).eval())
     fast = copy.deepcopy(plain)
     DynamicGraphOptimizer(fast, config=settings(backend=backend, **fields)).optimize()
     return Pair(plain, fast)
@@ -175,7 +175,7 @@ def test_a_batch_without_a_padding_token_gives_transformers_error():
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @torch.no_grad()
-def test_int8_equals_the_model_with_dequantised_weights(backend):
+def test_int8_equals_the_model_with_dequantized_weights(backend):
     pair = make(AutoModelForSequenceClassification, "qwen3-gqa", backend, precision="int8", kv_cache="fp32")
     for name, module in pair.fast.named_modules():
         if isinstance(module, Packed):
@@ -378,7 +378,7 @@ def test_a_dropped_classifier_frees_everything_at_once(tmp_path):
 
 
 @torch.no_grad()
-def test_optimising_again_changes_rules():
+def test_optimizing_again_changes_rules():
     pair = make(AutoModelForSequenceClassification, "llama-gqa", "reference")
     before = pair.fast(pair.ids(6)).logits
     DynamicGraphOptimizer(pair.fast, fusion_rules=[], config=settings()).optimize()

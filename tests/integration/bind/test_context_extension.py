@@ -121,7 +121,7 @@ def test_gguf(kind: str, tmp_path: Path) -> None:
     assert (model.config.max_position_embeddings, model.config.rope_parameters["factor"]) == config
 
 
-def test_an_optimised_model_can_be_extended_afterwards() -> None:
+def test_an_optimized_model_can_be_extended_afterwards() -> None:
     plain = random_model(short("deepseek_v3-direct"))
     ids = random_ids(plain.config, READ)
     config = copy.deepcopy(plain.config)

@@ -27,7 +27,7 @@ def linear(cols, rows, format, bias=True, dtype=torch.float32, seed=0):
 
 @pytest.mark.parametrize("format", ANY_SHAPE)
 @pytest.mark.parametrize(("cols", "rows"), SHAPES)
-def test_forward_and_gradient_equal_the_dequantised_matrix(format, cols, rows):
+def test_forward_and_gradient_equal_the_dequantized_matrix(format, cols, rows):
     module = linear(cols, rows, format)
     weight = module.dequantized().double()
     x = torch.randn(2, 3, cols, requires_grad=True)

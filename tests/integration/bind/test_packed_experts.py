@@ -21,7 +21,7 @@ FORMATS_USED = [("int4", "int8"), ("q4_1", "q4_1"), ("bf16", "int4"), ("fp32", "
 
 
 def pair(gate_up="int4", down="int8", dtype=torch.float32, case="deepseek_v3-groups"):
-    """Packed experts, and Transformers' experts with the dequantised weights."""
+    """Packed experts, and Transformers' experts with the dequantized weights."""
     config = CASES[case]()
     config._experts_implementation = "eager"
     kind = DeepseekV2Experts if "v2" in case else DeepseekV3Experts

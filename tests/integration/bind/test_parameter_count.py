@@ -1,4 +1,4 @@
-"""`num_parameters` of an optimised model is that of the float model, in every format."""
+"""`num_parameters` of an optimized model is that of the float model, in every format."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from support.encoders import CASES, random_encoder, random_sentences
 from support.models import assert_close_rows
 
 
-def optimised(model, **settings):
+def optimized(model, **settings):
     settings = {"precision": "fp32", **settings}
     return DynamicGraphOptimizer(copy.deepcopy(model), config=DeepSeekConfig(**settings)).optimize()
 
@@ -21,7 +21,7 @@ def optimised(model, **settings):
 @pytest.mark.parametrize("case", CASES)
 def test_equals_one_by_one(case):
     plain = random_encoder(case)
-    fast = optimised(plain, prefill_chunk=50)
+    fast = optimized(plain, prefill_chunk=50)
     texts = random_sentences(30, 1, 100, 19, 20, 21, 2)
     made = fast.dso.encode(texts)
     for text, states in zip(texts, made, strict=True):
@@ -36,7 +36,7 @@ def test_equals_one_by_one(case):
 @pytest.mark.parametrize("precision", ["bf16", "int8", "int4"])
 @pytest.mark.parametrize("case", ["bert", "modernbert"])
 def test_other_texts_do_not_change_bits(case, precision):
-    fast = optimised(random_encoder(case), precision=precision)
+    fast = optimized(random_encoder(case), precision=precision)
     texts = random_sentences(30, 1, 100, 19, 20, 21, 2, 300)
     for text, states in zip(texts, fast.dso.encode(texts), strict=True):
         assert torch.equal(states, fast.dso.encode([text])[0])
@@ -44,7 +44,7 @@ def test_other_texts_do_not_change_bits(case, precision):
 
 def test_token_types_and_heads():
     plain = random_encoder("bert", "ForSequenceClassification")
-    fast, (text,) = optimised(plain), random_sentences(12)
+    fast, (text,) = optimized(plain), random_sentences(12)
     types = [0] * 5 + [1] * 7
     (states,) = fast.dso.encode([text], [types])
     with torch.no_grad():
@@ -54,7 +54,7 @@ def test_token_types_and_heads():
 
 
 def test_refused():
-    fast = optimised(random_encoder("bert"))
+    fast = optimized(random_encoder("bert"))
     assert fast.dso.encode([]) == []
     with pytest.raises(ValueError, match="text 1 has no tokens"):
         fast.dso.encode([[5], []])

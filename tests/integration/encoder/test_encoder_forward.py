@@ -21,7 +21,7 @@ BACKENDS = ["reference", *(["cpu"] if unavailable_reason() is None else [])]
 LENGTHS = (5, 17, 1, 40)
 
 
-def optimised(model, **settings):
+def optimized(model, **settings):
     settings = {"precision": "fp32", **settings}
     return DynamicGraphOptimizer(copy.deepcopy(model), config=DeepSeekConfig(**settings)).optimize()
 
@@ -42,14 +42,14 @@ def quiet():
 @pytest.fixture(scope="module")
 def bert():
     plain = random_encoder("bert")
-    return plain, optimised(plain)
+    return plain, optimized(plain)
 
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_padding_on_either_side(quiet, backend, case):
     plain = random_encoder(case)
-    fast = optimised(plain, backend=backend)
+    fast = optimized(plain, backend=backend)
     for left in (False, True):
         call = padded(random_sentences(*LENGTHS), left)
         expected, made = (run(model, call, output_hidden_states=True) for model in (plain, fast))
@@ -65,7 +65,7 @@ def test_padding_on_either_side(quiet, backend, case):
 @pytest.mark.parametrize("case", ["bert", "roberta", "distilbert", "modernbert"])
 def test_heads(quiet, case, head):
     plain = random_encoder(case, head)
-    fast = optimised(plain)
+    fast = optimized(plain)
     assert type(fast) is type(plain)
     call = padded(random_sentences(*LENGTHS))
     expected, made = run(plain, call).logits, run(fast, call).logits
@@ -91,7 +91,7 @@ def test_arguments(quiet, bert):
 def test_embeddings_instead_of_ids(quiet, case):
     plain = random_encoder(case)
     call = {"inputs_embeds": torch.randn(2, 7, 36), "attention_mask": torch.tensor([[1] * 7, [1] * 3 + [0] * 4])}
-    made, expected = run(optimised(plain), call)[0], run(plain, call)[0]
+    made, expected = run(optimized(plain), call)[0], run(plain, call)[0]
     assert_close_rows(made[1, :3], expected[1, :3])
     assert_close_rows(made[0], expected[0])
 
@@ -99,7 +99,7 @@ def test_embeddings_instead_of_ids(quiet, case):
 @pytest.mark.parametrize("case", ["bert", "modernbert"])
 def test_holes_in_the_mask(case):
     plain = random_encoder(case)
-    fast, call = optimised(plain), padded(random_sentences(30, 30))
+    fast, call = optimized(plain), padded(random_sentences(30, 30))
     call["attention_mask"][0, [0, 3, 4, 11, 29]] = 0
     kept = call["attention_mask"].bool()
     assert_close_rows(run(fast, call)[0][kept], run(plain, call)[0][kept])
@@ -128,7 +128,7 @@ def test_a_row_of_padding_only(quiet, bert):
 )
 def test_what_transformers_forward_serves(more, reason):
     plain = random_encoder("bert", attn_implementation="eager")
-    fast, call = optimised(plain), {**padded(random_sentences(6, 6)), **more}
+    fast, call = optimized(plain), {**padded(random_sentences(6, 6)), **more}
     with pytest.warns(OptimizerWarning, match=f"{reason}.*Transformers' own forward"):
         made = run(fast, call)
     assert_close_rows(made[0].flatten(0, 1), run(plain, call)[0].flatten(0, 1))
@@ -138,7 +138,7 @@ def test_what_transformers_forward_serves(more, reason):
 
 def test_training_hooks_and_adapters(bert):
     plain, call = bert[0], padded(random_sentences(6, 3))
-    fast = optimised(plain)
+    fast = optimized(plain)
     embeds = torch.randn(1, 5, 36, requires_grad=True)
     with pytest.warns(OptimizerWarning, match="gradients are needed"):
         fast(inputs_embeds=embeds)[0].sum().backward()
@@ -158,7 +158,7 @@ def test_training_hooks_and_adapters(bert):
 @pytest.mark.filterwarnings("ignore::deepseek_optimizer.integration.bind.packed_model.OptimizerWarning")
 def test_lora():
     peft = pytest.importorskip("peft")
-    fast, call = optimised(random_encoder("bert"), precision="int8"), padded(random_sentences(6, 3))
+    fast, call = optimized(random_encoder("bert"), precision="int8"), padded(random_sentences(6, 3))
     expected, kept = run(fast, call)[0], call["attention_mask"].bool()
     adapted = peft.get_peft_model(fast, peft.LoraConfig(target_modules=["query", "value"]))
     assert (run(adapted, call)[0][kept] - expected[kept]).abs().max() < 0.01 * expected.abs().max()
@@ -168,7 +168,7 @@ def test_lora():
 
 
 def test_a_head_trains_on_the_plan(quiet):
-    fast = optimised(random_encoder("roberta", "ForSequenceClassification"), precision="int8")
+    fast = optimized(random_encoder("roberta", "ForSequenceClassification"), precision="int8")
     fast(**padded(random_sentences(6, 3)), labels=torch.tensor([0, 1])).loss.backward()
     assert fast.classifier.dense.weight.grad.abs().sum() > 0
 
@@ -184,7 +184,7 @@ def test_ids_and_positions_outside_the_tables(bert):
 @pytest.mark.parametrize("head", ["Model", "ForMaskedLM"])
 def test_copies_and_deletion(head):
     plain = random_encoder("bert", head)
-    fast, call = optimised(plain), padded(random_sentences(9, 2))
+    fast, call = optimized(plain), padded(random_sentences(9, 2))
     expected = run(fast, call)[0]
     twin = copy.deepcopy(fast)
     assert twin.dso is not fast.dso and twin.dso.base is twin.base_model
@@ -205,7 +205,7 @@ def test_copies_and_deletion(head):
 
 def test_weights_that_change_are_compiled_again(bert):
     plain = copy.deepcopy(bert[0])
-    fast, call = optimised(plain), padded(random_sentences(9, 2))
+    fast, call = optimized(plain), padded(random_sentences(9, 2))
     run(fast, call)
     with torch.no_grad():
         for model in (plain, fast):
@@ -218,7 +218,7 @@ def test_weights_that_change_are_compiled_again(bert):
 def test_formats(quiet, precision):
     """The plan gives what Transformers gives with the same rounded weights, within the rounding of activations."""
     plain = random_encoder("bert")
-    fast, call = optimised(plain, precision=precision), padded(random_sentences(*LENGTHS))
+    fast, call = optimized(plain, precision=precision), padded(random_sentences(*LENGTHS))
     with torch.no_grad():
         for path, layer in fast.named_modules():
             if hasattr(layer, "packed"):
@@ -232,7 +232,7 @@ def test_formats(quiet, precision):
 @pytest.mark.parametrize("case", ["bert", "roberta", "modernbert"])
 def test_int8_embeddings_against_float(case):
     plain = random_encoder(case, hidden_size=96, num_attention_heads=4, intermediate_size=200)
-    fast, call = optimised(plain, precision="int8"), padded(random_sentences(*LENGTHS))
+    fast, call = optimized(plain, precision="int8"), padded(random_sentences(*LENGTHS))
     mask = call["attention_mask"][..., None]
     means = [(run(model, call)[0] * mask).sum(1) / mask.sum(1) for model in (plain, fast)]
     assert nn.functional.cosine_similarity(*means).min() >= 0.999
@@ -240,7 +240,7 @@ def test_int8_embeddings_against_float(case):
 
 def test_the_model_keeps_its_dtype(quiet):
     plain = random_encoder("bert").bfloat16()
-    fast, call = optimised(plain, precision="auto"), padded(random_sentences(4, 3))
+    fast, call = optimized(plain, precision="auto"), padded(random_sentences(4, 3))
     made = run(fast, call)
     assert made[0].dtype == made.pooler_output.dtype == torch.bfloat16
     kept = call["attention_mask"].bool()
@@ -251,7 +251,7 @@ def test_the_model_keeps_its_dtype(quiet):
 def test_many_steps_and_one_give_the_same(quiet, backend):
     plain = random_encoder("modernbert")
     call = padded(random_sentences(*range(1, 40)))
-    whole, parts = (run(optimised(plain, backend=backend, prefill_chunk=n), call)[0] for n in (1 << 20, 16))
+    whole, parts = (run(optimized(plain, backend=backend, prefill_chunk=n), call)[0] for n in (1 << 20, 16))
     if backend == "cpu":
         assert torch.equal(whole, parts)
     kept = call["attention_mask"].bool()

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers.activations import ACT2FN
 
-from deepseek_optimizer.integration.general.activations import ParallelActivation, parallelise_activations
+from deepseek_optimizer.integration.general.activations import ParallelActivation, parallelize_activations
 
 
 @pytest.mark.parametrize("name", ["gelu", "gelu_new", "silu", "quick_gelu"])
@@ -19,7 +19,7 @@ def test_values(name, dtype):
     model = nn.Sequential(ACT2FN[name])
     x = torch.randn(3, 7, 40_003, generator=torch.Generator().manual_seed(0)).to(dtype)
     expected = model(x)
-    parallelise_activations(model, 3)
+    parallelize_activations(model, 3)
     assert isinstance(model[0], ParallelActivation)
     with torch.no_grad():
         torch.testing.assert_close(model(x), expected)
@@ -37,7 +37,7 @@ def test_several_threads_compute():
 
     Recording.__name__ = "GELU"
     model = nn.Sequential(Recording())
-    parallelise_activations(model, 2)
+    parallelize_activations(model, 2)
     with torch.no_grad():
         assert torch.equal(model(torch.zeros(1 << 20)), torch.ones(1 << 20))
     assert len(Recording.seen) == 2
@@ -45,7 +45,7 @@ def test_several_threads_compute():
 
 def test_gradients_and_copies():
     model = nn.Sequential(nn.GELU())
-    parallelise_activations(model, 2)
+    parallelize_activations(model, 2)
     x = torch.randn(1 << 19, requires_grad=True)
     copy.deepcopy(model)(x).sum().backward()
     assert x.grad is not None and x.grad.abs().sum() > 0
@@ -53,8 +53,8 @@ def test_gradients_and_copies():
 
 def test_what_stays():
     model = nn.Sequential(nn.Softmax(-1), nn.PReLU(), nn.Sequential(nn.GELU()))
-    parallelise_activations(model, 1)
+    parallelize_activations(model, 1)
     assert type(model[2][0]) is nn.GELU
-    parallelise_activations(model, 2)
-    parallelise_activations(model, 2)
+    parallelize_activations(model, 2)
+    parallelize_activations(model, 2)
     assert type(model[0]) is nn.Softmax and type(model[1]) is nn.PReLU and type(model[2][0].inner) is nn.GELU

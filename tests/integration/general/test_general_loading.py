@@ -226,7 +226,7 @@ def test_damaged_checkpoints(saved, tmp_path):
             load_model(spoil(folder, tmp_path / str(i), **changes))
 
 
-def test_other_quantisation_and_unknown_types(saved, tmp_path):
+def test_other_quantization_and_unknown_types(saved, tmp_path):
     folder, _ = saved("bert")
     spoil(folder, tmp_path / "m")
     config = json.loads((folder / "config.json").read_text())

@@ -203,8 +203,8 @@ def test_a_wrong_batch_size_is_rejected(filled):
         pair.fast(pair.ids(1, 1, 1), cache=paged)
 
 
-def test_a_model_that_is_not_optimised(fresh_pair):
-    with pytest.raises(ConfigError, match="not an optimised model"):
+def test_a_model_that_is_not_optimized(fresh_pair):
+    with pytest.raises(ConfigError, match="not an optimized model"):
         PagedCache(fresh_pair.plain)
 
 

@@ -137,7 +137,7 @@ def test_assistant_model(pair, options):
     assert_same(pair, pair.ids(9), assistant_model=assistant, max_new_tokens=20, **options)
 
 
-def test_optimised_assistant_of_an_optimised_model(pair):
+def test_optimized_assistant_of_an_optimized_model(pair):
     assistant = make_pair("llama-one-layer")
     ids = pair.ids(9)
     plain = pair.plain.generate(ids, assistant_model=assistant.plain, max_new_tokens=25, do_sample=False)

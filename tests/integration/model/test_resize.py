@@ -1,4 +1,4 @@
-"""`resize_token_embeddings` of an optimised model: as in Transformers, and packed again."""
+"""`resize_token_embeddings` of an optimized model: as in Transformers, and packed again."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_an_error_does_not_change_the_model(fresh_pair):
     assert torch.equal(fresh_pair.fast(ids).logits, before)
 
 
-def test_quantised_weights_are_rejected():
+def test_quantized_weights_are_rejected():
     model = random_model(CASES["llama-gqa"]())
     DynamicGraphOptimizer(model, config=DeepSeekConfig(precision="int8", backend="reference")).optimize()
     with pytest.raises(UnsupportedRequestError, match="int8.*float model"):

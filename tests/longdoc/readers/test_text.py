@@ -54,7 +54,7 @@ def test_mixed_encodings_keep_utf8_and_report_the_rest() -> None:
     assert file.warnings == ("1 invalid sequences in UTF-8 were replaced by U+FFFD, the first in line 4",)
 
 
-def test_line_endings_are_normalised() -> None:
+def test_line_endings_are_normalized() -> None:
     assert read_upload("a.txt", b"one\r\ntwo\rthree\n").text == "one\ntwo\nthree\n"
 
 

@@ -245,7 +245,7 @@ def test_texts_are_split_into_sequences(load, byte_tokenizer, tmp_path):
             load_data(path, byte_tokenizer, 4096, cache=tmp_path / "cache")
 
 
-def test_a_large_text_is_tokenised_in_blocks(load, byte_tokenizer, monkeypatch):
+def test_a_large_text_is_tokenized_in_blocks(load, byte_tokenizer, monkeypatch):
     monkeypatch.setattr("deepseek_optimizer.train.data.encode._BLOCK", 50)
     text = "the quick brown fox\n" * 10 + "x" * 120
     dataset, _ = load(text.encode(), name="a.txt")

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from deepseek_optimizer.errors import BackendError
 from deepseek_optimizer.train.fp8 import backend, choose, hardware
 from deepseek_optimizer.train.fp8.backend import Fp8Products
-from deepseek_optimizer.train.fp8.quantise import BLOCK, E4M3, E5M2, ROW, quantise
+from deepseek_optimizer.train.fp8.quantize import BLOCK, E4M3, E5M2, ROW, quantize
 from support.fp8_product import block_product_reference
 
 SHAPES = ((1, 1, 1), (5, 130, 64), (128, 128, 128), (33, 200, 513), (300, 64, 129))  # T, N, K
@@ -31,7 +31,7 @@ def close(result: torch.Tensor, expected: torch.Tensor, terms: torch.Tensor, dep
 
 def definition(a: torch.Tensor, b: torch.Tensor, a_dtype=E4M3, b_dtype=E4M3, b_tile=ROW):
     """A B^T as in the report, and the sum of the terms' magnitudes."""
-    (ca, sa), (cb, sb) = quantise(a, ROW, a_dtype), quantise(b, b_tile, b_dtype)
+    (ca, sa), (cb, sb) = quantize(a, ROW, a_dtype), quantize(b, b_tile, b_dtype)
     rows = b_tile[0]
     absolute = [c.float().abs().to(c.dtype) for c in (ca, cb)]
     return block_product_reference(ca, sa, cb, sb, rows), block_product_reference(absolute[0], sa, absolute[1], sb, rows)

@@ -7,7 +7,7 @@ import torch
 
 from deepseek_optimizer.train.fp8.backend import Fp8Products
 from deepseek_optimizer.train.fp8.linear import fp8_grouped_linear, fp8_linear
-from deepseek_optimizer.train.fp8.quantise import E5M2
+from deepseek_optimizer.train.fp8.quantize import E5M2
 
 HOW = Fp8Products(E5M2)
 

@@ -1,4 +1,4 @@
-"""MTP layers in training: the same states as the graphs, saved under checkpoint names, loaded and initialised."""
+"""MTP layers in training: the same states as the graphs, saved under checkpoint names, loaded and initialized."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from deepseek_optimizer import ConfigError, load_model
 from deepseek_optimizer.backends.reference import ReferenceBackend
 from deepseek_optimizer.models import build_graph, build_mtp_graph
 from deepseek_optimizer.train.modules.mtp import add_trained_layers, head_of, mtp_states
-from support.models import assert_close_rows, deepseek_v3, deepseek_v32, llama, random_ids, random_model, randomise, weights_of
+from support.models import assert_close_rows, deepseek_v3, deepseek_v32, llama, random_ids, random_model, randomize, weights_of
 from support.mtp_files import save_with_mtp
 from support.steps import Part, run_step, runner
 from support.tiny_v3 import documents, tiny_v3
@@ -30,7 +30,7 @@ CONFIGS = {
 def with_layers(config):
     model = random_model(config)
     message = add_trained_layers(model)
-    assert len(message) == config.num_nextn_predict_layers and all("initialised at random" in line for line in message)
+    assert len(message) == config.num_nextn_predict_layers and all("initialized at random" in line for line in message)
     return model
 
 
@@ -38,7 +38,7 @@ def with_layers(config):
 def test_states_equal_the_graphs(name):
     """Training computes the same states as drafting."""
     model = with_layers(CONFIGS[name]())
-    randomise(model.model.layers[model.config.num_hidden_layers :], seed=5)
+    randomize(model.model.layers[model.config.num_hidden_layers :], seed=5)
     config, count, ids = model.config, model.config.num_nextn_predict_layers, random_ids(model.config, 40)
     with torch.no_grad():
         hidden = model.model(torch.tensor([ids]), use_cache=False).last_hidden_state
@@ -94,7 +94,7 @@ def test_a_random_checkpoint_is_loaded_bit_for_bit(tmp_path, repeated):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_saved_layers_load_as_drafts_and_plain_transformers_loads_the_model(name, tmp_path, caplog):
     model = with_layers(CONFIGS[name]())
-    randomise(model.model.layers[model.config.num_hidden_layers :], seed=5)
+    randomize(model.model.layers[model.config.num_hidden_layers :], seed=5)
     model.save_pretrained(tmp_path / "m")
     fast = load_model(tmp_path / "m", precision="fp32", backend="reference")
     assert len(fast.dso.mtp_plans) == model.config.num_nextn_predict_layers

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from deepseek_optimizer.train.modules.mtp import add_trained_layers, head_of, mtp_states
 from deepseek_optimizer.train.modules.mtp_loss import labels_ahead, mtp_loss
 from deepseek_optimizer.train.prepare import prepare
-from support.models import deepseek_v3, random_ids, random_model, randomise
+from support.models import deepseek_v3, random_ids, random_model, randomize
 
 
 @pytest.fixture(params=["plain", "prepared"])
@@ -17,7 +17,7 @@ def model(request):
     made = random_model(deepseek_v3(num_nextn_predict_layers=2))
     made.set_attn_implementation("sdpa")
     add_trained_layers(made)
-    randomise(made.model.layers[3:], seed=5)
+    randomize(made.model.layers[3:], seed=5)
     if request.param == "prepared":
         assert prepare(made).attention == "dso_train"
     return made.train()

@@ -84,7 +84,7 @@ class Outputs:
         self._zones: dict[int, tuple[memoryview, int, int]] = {}  # address -> surrounding memory, offset in it, bytes
 
     def empty(self, shape: Iterable[int], dtype: torch.dtype) -> torch.Tensor:
-        """An uninitialised tensor on the CPU."""
+        """An uninitialized tensor on the CPU."""
         shape = torch.Size(shape)
         size = shape.numel() * dtype.itemsize
         if not self.checked or not size:

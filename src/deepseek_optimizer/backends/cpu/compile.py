@@ -175,7 +175,7 @@ def _flags(spec: OpSpec, node: Node) -> list[str]:
 
 
 def _exact_matrices(graph: Graph, weights: Mapping[str, PackedWeight | torch.Tensor]) -> Mapping[str, PackedMatrix]:
-    """Matrices that are never quantised, as fp32: their products decide which experts and which tokens are chosen."""
+    """Matrices that are never quantized, as fp32: their products decide which experts and which tokens are chosen."""
     floats = {n: w for n in exact_weights(graph) if isinstance(w := weights.get(n), torch.Tensor) and w.ndim == 2}
     return {n: pack(w.detach().to("cpu", torch.float32), "fp32") for n, w in floats.items()}
 

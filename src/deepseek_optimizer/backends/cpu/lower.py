@@ -1,7 +1,7 @@
 """Lowering: decides which values of a native plan are bf16, q8 or q16 rows, and where they are converted.
 
 A product reads its input in the kind that its weight's format requires. If all readers of a value need the same kind, the op
-that computes the value writes that kind directly (a norm that quantises its result); otherwise a `convert` step converts it,
+that computes the value writes that kind directly (a norm that quantizes its result); otherwise a `convert` step converts it,
 once per kind. Ops over several matrices are split if their formats need different kinds. A router becomes an fp32 product and
 a choice. The last node's output is the caller's logits, if the graph has a head.
 """

@@ -29,7 +29,7 @@ FORMATS = {
 VECTOR = 100
 SLOT_KINDS = {"f32": 0, "bf16": 1, "q8": 2, "q16": 3, "logits": 4}
 KV_TYPES = {"fp32": 0, "bf16": 1, "int8": 2}
-FLAGS = {"eager": 1, "interleaved": 2, "grouped": 4, "expand": 8, "last": 16, "sigmoid": 32, "top2": 64, "normalise": 128,
+FLAGS = {"eager": 1, "interleaved": 2, "grouped": 4, "expand": 8, "last": 16, "sigmoid": 32, "top2": 64, "normalize": 128,
          "gelu": 256, "silu": 512, "channels": 1024, "chunked": 2048, "weigh_input": 4096, "ids": 8192}  # fmt: skip
 _EINVAL, _ENOMEM, _EFILE = 1, 2, 5
 
@@ -229,7 +229,7 @@ class Handle:
 
 
 class Context:
-    """An ISA's kernels and a thread pool. Several plans may share one; runs on it are serialised. With DSO_CHECK=1 all outputs
+    """An ISA's kernels and a thread pool. Several plans may share one; runs on it are serialized. With DSO_CHECK=1 all outputs
     of the library have red zones, which are checked after each call.
 
     Args:

@@ -147,7 +147,7 @@ def linear(
 
 
 def linear_gradient(context: Context, grad: torch.Tensor, matrix: PackedMatrix) -> torch.Tensor:
-    """grad [..., N] @ W -> float32 [..., K], the gradient of `linear` with respect to x. W is dequantised in panels of rows.
+    """grad [..., N] @ W -> float32 [..., K], the gradient of `linear` with respect to x. W is dequantized in panels of rows.
 
     A bf16 gradient is multiplied in bf16, with W rounded to it; any other in fp32.
     """

@@ -51,7 +51,7 @@ class ReferenceBackend(ReferenceSizes):
         device: device of weights and cache.
         dtype: dtype of weights and activations; torch.float32 is the reference, torch.bfloat16 rounds where Transformers does.
         rounding: None: products use unrounded rows. "format": rows are first rounded to the kind that the native product of
-            each weight's format reads; "bf16", "q8" or "q16": to that kind. It separates kernel error from quantisation error.
+            each weight's format reads; "bf16", "q8" or "q16": to that kind. It separates kernel error from quantization error.
     """
 
     name = "reference"
@@ -85,7 +85,7 @@ class ReferenceBackend(ReferenceSizes):
         """Binds a graph to weights.
 
         Args:
-            weights: parameter path -> packed matrix or stack (dequantised here) or float tensor.
+            weights: parameter path -> packed matrix or stack (dequantized here) or float tensor.
 
         Raises:
             BackendError: a weight is missing or has the wrong shape.

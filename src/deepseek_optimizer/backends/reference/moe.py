@@ -24,7 +24,7 @@ def route(
     top_groups: int,
     scoring: str,
     group_score: str,
-    normalise: bool,
+    normalize: bool,
     scale: float,
 ) -> torch.Tensor:
     """float32 [T, 2 * top_k]: the indices of the chosen experts, ascending, then their weights.
@@ -40,7 +40,7 @@ def route(
         groups, top_groups: number of groups, and of groups that experts may be chosen from.
         scoring: "softmax" or "sigmoid".
         group_score: "max" or "top2".
-        normalise: whether weights are divided by their sum.
+        normalize: whether weights are divided by their sum.
         scale: factor of the weights.
     """
     scores = logits.softmax(-1) if scoring == "softmax" else logits.sigmoid()
@@ -52,7 +52,7 @@ def route(
         choice = by_group.masked_fill(~allowed[..., None], -torch.inf).flatten(1)
     chosen = ops.best(choice, top_k).sort(-1).values
     weights = scores.gather(1, chosen)
-    if normalise:
+    if normalize:
         weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
     weights = weights * scale
     return torch.cat((chosen.float(), weights if factors is None else weights * factors[chosen]), -1)

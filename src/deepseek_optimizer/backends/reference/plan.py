@@ -101,7 +101,7 @@ class ReferencePlan:
         return choose_tokens(logits.numpy(), choices) if logits.is_cpu else choose_on_device(logits, choices)
 
     def check_weights(self) -> None:
-        """Does nothing: the weights are dequantised copies."""
+        """Does nothing: the weights are dequantized copies."""
 
     def _logits(self, step: _Step) -> torch.Tensor:
         """[R, V]; R is 0 if the graph has no head."""

@@ -52,7 +52,7 @@ def delta_rule(
     """The gated delta rule in its recurrent form, token by token: S <- e^g S; S <- S + k (rate (v - S^T k))^T; o = S^T q.
 
     Args:
-        q, k: float [T, k_heads, k_dim], normalised and scaled; heads is a multiple of k_heads.
+        q, k: float [T, k_heads, k_dim], normalized and scaled; heads is a multiple of k_heads.
         v: float [T, heads, v_dim].
         gate: float [T, heads], g, or [T, heads, k_dim] for a decay of each row.
         rate: float [T, heads], the step size of the update.

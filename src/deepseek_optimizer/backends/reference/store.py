@@ -27,7 +27,7 @@ def store_block_bytes(spec: CacheSpec | LatentSpec, kv_dtype: str) -> int:
     dtype = _dtype(kv_dtype)
     if isinstance(spec, LatentSpec):
         scales = 4 * _groups(spec) if kv_dtype == "int8" else 0
-        others = (spec.rope + spec.index) * _unquantised(dtype).itemsize
+        others = (spec.rope + spec.index) * _unquantized(dtype).itemsize
         return spec.layers * BLOCK_TOKENS * (spec.rank * dtype.itemsize + scales + others)
     *_, elements, scales = _parts_of(spec)
     return BLOCK_TOKENS * (elements * dtype.itemsize + (4 * scales if kv_dtype == "int8" else 0))
@@ -70,7 +70,7 @@ def _dtype(kv_dtype: str) -> torch.dtype:
         raise BackendError(f"unknown KV cache dtype {kv_dtype!r}; choose one of {', '.join(DTYPES)}") from None
 
 
-def _unquantised(dtype: torch.dtype) -> torch.dtype:
+def _unquantized(dtype: torch.dtype) -> torch.dtype:
     """The dtype of a latent cache's rotated and indexer keys."""
     return torch.bfloat16 if dtype == torch.int8 else dtype
 
@@ -214,15 +214,15 @@ class TorchStore(_Blocks):
         for part, rows in zip(self._parts[layer], (key, value), strict=True):
             data = part.elements(self._data[0])
             if self.kv_dtype == "int8":
-                rows, part.scales(self._scales[0])[at] = _quantised(rows.float())
+                rows, part.scales(self._scales[0])[at] = _quantized(rows.float())
             data[at] = rows.to(data.dtype)
 
     def gather(self, layer: int, table: torch.Tensor, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V of a sequence's first `tokens` tokens, float32 [tokens, kv_heads, head_dim]."""
-        key, value = (self._dequantised(part, table[: -(-tokens // BLOCK_TOKENS)]) for part in self._parts[layer])
+        key, value = (self._dequantized(part, table[: -(-tokens // BLOCK_TOKENS)]) for part in self._parts[layer])
         return key.flatten(0, 1)[:tokens], value.flatten(0, 1)[:tokens]
 
-    def _dequantised(self, part: _Part, blocks: torch.Tensor) -> torch.Tensor:
+    def _dequantized(self, part: _Part, blocks: torch.Tensor) -> torch.Tensor:
         """float32 [blocks, 32, kv_heads, head_dim]."""
         rows = part.elements(self._data[0])[blocks].float()
         return rows * part.scales(self._scales[0])[blocks][..., None] if self.kv_dtype == "int8" else rows
@@ -231,9 +231,9 @@ class TorchStore(_Blocks):
         self, rotation: KeyRotation, blocks: torch.Tensor, angles: torch.Tensor, group: int
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         for part in (key for (key, _), of in zip(self._parts, self._groups, strict=True) if of == group):
-            key = _rotate(self._dequantised(part, blocks), angles, rotation.key)
+            key = _rotate(self._dequantized(part, blocks), angles, rotation.key)
             if self.kv_dtype == "int8":
-                key, scales = _quantised(key)
+                key, scales = _quantized(key)
                 yield part.scales(self._scales[0]), scales
             yield part.elements(self._data[0]), key
 
@@ -251,7 +251,7 @@ class LatentStore(_Blocks):
     def __init__(self, spec: LatentSpec, kv_dtype: str, num_blocks: int, device: torch.device) -> None:
         super().__init__(spec, kv_dtype, num_blocks)
         self.spec, dtype = spec, _dtype(kv_dtype)
-        for width, kind in ((spec.rank, dtype), (spec.rope, _unquantised(dtype)), (spec.index, _unquantised(dtype))):
+        for width, kind in ((spec.rank, dtype), (spec.rope, _unquantized(dtype)), (spec.index, _unquantized(dtype))):
             self._data += [torch.zeros((0, BLOCK_TOKENS, width), dtype=kind, device=device) for _ in range(spec.layers)]
         if kv_dtype == "int8":
             self._scales = [
@@ -264,8 +264,8 @@ class LatentStore(_Blocks):
         latent, rotated = rows.split((spec.rank, spec.rope), -1)
         if self.kv_dtype == "int8":
             padded = F.pad(latent.float(), (0, _groups(spec) * LATENT_GROUP - spec.rank))
-            quantised, self._scales[layer][at] = _quantised(padded.unflatten(-1, (-1, LATENT_GROUP)))
-            latent = quantised.flatten(-2)[:, : spec.rank]
+            quantized, self._scales[layer][at] = _quantized(padded.unflatten(-1, (-1, LATENT_GROUP)))
+            latent = quantized.flatten(-2)[:, : spec.rank]
         for i, part in ((layer, latent), (layer + spec.layers, rotated)):
             self._data[i][at] = part.to(self._data[i].dtype)
 
@@ -327,8 +327,8 @@ def make_store(
     return store
 
 
-def _quantised(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """x quantised along its last axis to integers from -127 to 127, and their scales."""
+def _quantized(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """x quantized along its last axis to integers from -127 to 127, and their scales."""
     scale = x.abs().amax(-1) / 127
     return torch.round(x / torch.where(scale == 0, 1.0, scale)[..., None]), scale
 

@@ -1,4 +1,4 @@
-"""Transformers itself, in bf16: the installed release, which the optimised model is also based on."""
+"""Transformers itself, in bf16: the installed release, which the optimized model is also based on."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """A side of the demo: answers a question, then a longer one to measure speed.
 
     python -m deepseek_optimizer.bench.sides.answer transformers MODEL --tokenizer DIR
-    python -m deepseek_optimizer.bench.sides.answer optimised MODEL --tokenizer DIR --precision int4
+    python -m deepseek_optimizer.bench.sides.answer optimized MODEL --tokenizer DIR --precision int4
 
 Both go through `model.generate` with the same prompts. Prints the results as JSON on the last line.
 """

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..peak_memory import PeakMemory
 
-SIDES = ("transformers", "optimised")
+SIDES = ("transformers", "optimized")
 
 
 @dataclass(frozen=True)
@@ -33,13 +33,13 @@ def load_side(side: str, path: str | Path, *, threads: int, dtype: str = "bfloat
     import transformers.models.llama.modeling_llama
     import transformers.models.qwen2.modeling_qwen2  # noqa: F401  otherwise their import would count as loading
 
-    from ...optimised_model import load_model
-    from ..unoptimised_model import load_unoptimised
+    from ...optimized_model import load_model
+    from ..unoptimized_model import load_unoptimized
 
     torch.set_num_threads(threads)
     memory, started = PeakMemory(), time.perf_counter()
     if side == "transformers":
-        model = load_unoptimised(path, getattr(torch, dtype))
+        model = load_unoptimized(path, getattr(torch, dtype))
     else:
         model = load_model(path, **{"threads": threads, **config})
     return Loaded(model, memory, started, time.perf_counter() - started)

@@ -43,7 +43,7 @@ def main() -> None:
 
 def measure(a: argparse.Namespace) -> Iterator[dict[str, Any]]:
     from ...integration.bind.context_extension import room_of
-    from ...optimised_model import load_model, load_tokenizer
+    from ...optimized_model import load_model, load_tokenizer
 
     started = time.perf_counter()
     try:

@@ -1,7 +1,7 @@
-"""A side that measures a Transformers model, optimised or not:
+"""A side that measures a Transformers model, optimized or not:
 
     python -m deepseek_optimizer.bench.sides.model transformers MODEL --prompt 512 --new 64
-    python -m deepseek_optimizer.bench.sides.model optimised MODEL --precision int4 ...
+    python -m deepseek_optimizer.bench.sides.model optimized MODEL --precision int4 ...
 
 Both go through `model.generate`.
 """

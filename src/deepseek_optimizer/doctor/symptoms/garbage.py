@@ -1,4 +1,4 @@
-"""Garbage: weights that are not finite, wrong kernels, too coarse a quantisation, or the tokenizer of another model. Each is
+"""Garbage: weights that are not finite, wrong kernels, too coarse a quantization, or the tokenizer of another model. Each is
 measured on a paragraph of plain English.
 """
 
@@ -23,12 +23,12 @@ TEXT = (
 )
 CHANCE = 0.9  # of ln(vocabulary): above it, a model predicts English no better than chance
 KERNEL_KL = 0.05  # nats: ten times what 8-bit activations cost on SmolLM2 (0.003) and more
-QUANTISED_KL = 1.0  # nats: int4 costs 0.4 on SmolLM2, whose text is still good
+QUANTIZED_KL = 1.0  # nats: int4 costs 0.4 on SmolLM2, whose text is still good
 NOTABLE_KL = 0.1  # nats: reported as a note
 
 
 def measure(case: Case) -> Iterator[Finding]:
-    """Checks the weights, then the logits, then compares them with the reference backend and with unquantised weights."""
+    """Checks the weights, then the logits, then compares them with the reference backend and with unquantized weights."""
     damaged = list(_weights(case))
     yield from damaged
     if damaged:
@@ -39,7 +39,7 @@ def measure(case: Case) -> Iterator[Finding]:
     yield finding
     if not math.isnan(finding.facts["loss"]):
         yield judge_kernels(_divergence(_logits(case.load(backend="reference"), ids), own), case)
-        yield from _quantisation(case, own, ids)
+        yield from _quantization(case, own, ids)
 
 
 def _weights(case: Case) -> Iterator[Finding]:
@@ -99,8 +99,8 @@ def judge_kernels(kl: float, case: Case) -> Finding:
     return Finding(NAME, "ok", f"the kernels agree with plain torch on the same weights: KL {kl:.2g}", facts=facts)
 
 
-def _quantisation(case: Case, own: Any, ids: Any) -> Iterator[Finding]:
-    """Compares with the weights as stored, if the settings quantise them further and both fit into memory."""
+def _quantization(case: Case, own: Any, ids: Any) -> Iterator[Finding]:
+    """Compares with the weights as stored, if the settings quantize them further and both fit into memory."""
     precision = case.settings.precision
     if case.checkpoint.kind == "packed":
         yield Finding(NAME, "note", "the effect of packing cannot be measured: the original weights are not available")
@@ -113,13 +113,13 @@ def _quantisation(case: Case, own: Any, ids: Any) -> Iterator[Finding]:
                 {"bytes": whole},
             )  # fmt: skip
         else:
-            yield judge_quantisation(_divergence(_logits(case.load(precision="auto"), ids), own), precision)
+            yield judge_quantization(_divergence(_logits(case.load(precision="auto"), ids), own), precision)
 
 
-def judge_quantisation(kl: float, precision: str) -> Finding:
-    """Whether the quantised model predicts the same as the stored weights."""
-    facts = {"kl_to_stored": kl, "allowed": QUANTISED_KL, "precision": precision}
-    if not kl <= QUANTISED_KL:
+def judge_quantization(kl: float, precision: str) -> Finding:
+    """Whether the quantized model predicts the same as the stored weights."""
+    facts = {"kl_to_stored": kl, "allowed": QUANTIZED_KL, "precision": precision}
+    if not kl <= QUANTIZED_KL:
         return Finding(
             NAME, "error", f"{precision} changes the model's predictions: KL {kl:.2f} from the stored weights",
             "its weights have outliers that so few bits cannot represent", "use precision='int8', or 'auto' for no loss", facts,
@@ -127,7 +127,7 @@ def judge_quantisation(kl: float, precision: str) -> Finding:
     if kl > NOTABLE_KL:
         return Finding(
             NAME, "note", f"{precision} costs KL {kl:.2f} from the stored weights", "small models are more sensitive to "
-            "quantisation",
+            "quantization",
             "precision='int8' costs less, 'auto' nothing", facts,
         )  # fmt: skip
     return Finding(NAME, "ok", f"{precision} is close to the stored weights: KL {kl:.2g}", facts=facts)

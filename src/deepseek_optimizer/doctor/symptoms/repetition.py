@@ -71,8 +71,8 @@ def _not_decoding(case: Case, ids: Any, sample: dict[str, Any], facts: dict[str,
     return Finding(
         NAME, "warning", f"sampled answers repeat themselves too: {facts['repeated_sampled']:.0%} of n-grams",
         "greedy decoding is not the only cause: the model gives nearly all probability to one continuation, because of a "
-        "temperature near 0 or a top_k near 1, too coarse a quantisation, a wrong chat template, or its small size",
-        f"{first}; `--symptom garbage` checks weights, template and quantisation", facts,
+        "temperature near 0 or a top_k near 1, too coarse a quantization, a wrong chat template, or its small size",
+        f"{first}; `--symptom garbage` checks weights, template and quantization", facts,
     )  # fmt: skip
 
 

@@ -70,7 +70,7 @@ class Enforced:
     rules: dict[str, str]
 
 
-def normalise(schema: Any) -> Enforced:
+def normalize(schema: Any) -> Enforced:
     """Checks a JSON schema and rewrites it for xgrammar.
 
     Args:
@@ -95,11 +95,11 @@ def normalise(schema: Any) -> Enforced:
     schema = json.loads(text)  # has only plain lists, and objects with string keys
     if _deeper(schema, _MAX_NESTING):
         raise RequestError(FIELD, f"nests lists and objects more than {_MAX_NESTING} levels deep")
-    normaliser = _Normaliser(schema)
-    return Enforced(normaliser.whole(), normaliser.rules)
+    normalizer = _Normalizer(schema)
+    return Enforced(normalizer.whole(), normalizer.rules)
 
 
-class _Normaliser:
+class _Normalizer:
     """Rewrites one schema.
 
     Targets of references are rewritten wherever they are, and put into `$defs` under new names. Otherwise xgrammar would follow

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 from ...errors import RequestError, excerpt, shown
-from .json_schema import Enforced, normalise
+from .json_schema import Enforced, normalize
 from .pattern import to_rules
 
 _MAX_CHARACTERS = {"regex": 8_192, "ebnf": 1 << 16}
@@ -55,7 +55,7 @@ def schema_source(schema: Mapping[str, Any] | str) -> GrammarSource:
     Raises:
         RequestError: the schema is invalid, too large, or has keywords that cannot be enforced.
     """
-    return _checked("json_schema", json.dumps(asdict(normalise(schema))), "json_schema")
+    return _checked("json_schema", json.dumps(asdict(normalize(schema))), "json_schema")
 
 
 def regex_source(pattern: str) -> GrammarSource:
@@ -130,11 +130,11 @@ def _checked(kind: str, text: str, field: str) -> GrammarSource:
 
 
 def _parameters(function: Mapping[str, Any]) -> Enforced:
-    """Returns the normalised schema of a tool's arguments, which must be an object."""
+    """Returns the normalized schema of a tool's arguments, which must be an object."""
     name, schema = excerpt(function["name"]), function.get("parameters") or {}
     if not isinstance(schema, Mapping):
         raise RequestError("tools", f"parameters of {name}: must be an object")
     try:
-        return normalise({"type": "object", **schema})
+        return normalize({"type": "object", **schema})
     except RequestError as error:
         raise RequestError("tools", f"parameters of {name}: {str(error).partition(': ')[2]}") from None

@@ -5,7 +5,7 @@ Greedy decoding: a draft is accepted if it is the token that the model would hav
 Sampling: speculative sampling (Leviathan et al. 2023, "Fast Inference from Transformers via Speculative Decoding", algorithm 1;
 Chen et al. 2023, "Accelerating Large Language Model Decoding with Speculative Sampling", theorem 1). A draft x sampled from q
 is accepted with probability min(1, p(x) / q(x)); instead of the first rejected draft, a token is sampled from max(0, p - q),
-normalised. The result has distribution p, the request's distribution after temperature, top-k and all other processors. A
+normalized. The result has distribution p, the request's distribution after temperature, top-k and all other processors. A
 deterministic draft has q(x) = 1: it is accepted with probability p(x); otherwise the token is sampled from p without x.
 """
 
@@ -63,7 +63,7 @@ def accept_sampled(
 
 
 def _rest(p: Floats, x: int, q: Floats | None) -> Floats:
-    """Returns max(0, p - q), not normalised, for a rejected draft x sampled from q (None: x was deterministic)."""
+    """Returns max(0, p - q), not normalized, for a rejected draft x sampled from q (None: x was deterministic)."""
     if q is None:
         rest = p.copy()
         rest[x] = 0

@@ -35,7 +35,7 @@ class Proposer(Protocol):
 
         Args:
             sequence: the sequence. Its `tokens` include the next token of each of these, except possibly of the last one.
-            states: the model's last hidden states (normalised), float32 torch [n, H], in order.
+            states: the model's last hidden states (normalized), float32 torch [n, H], in order.
         """
 
     def fork(self, sequence: Sequence, twin: Sequence) -> None:

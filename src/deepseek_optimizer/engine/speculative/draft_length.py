@@ -1,4 +1,4 @@
-"""The number of drafts in a round, chosen from measurements to maximise speed, with bounded losses.
+"""The number of drafts in a round, chosen from measurements to maximize speed, with bounded losses.
 
 If the j-th draft is accepted with probability a_j (given that those before it were), a round of n drafts yields
 E(n) = 1 + a_1 + a_1 a_2 + ... + a_1 ... a_n tokens (Leviathan et al. 2023, section 3.1, with unequal a_j) and takes c(n)

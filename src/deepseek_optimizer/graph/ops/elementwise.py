@@ -309,7 +309,7 @@ SPECS = (
         fits=same_widths,
         code=5,
         doc="""
-            y = x in another kind of rows: bf16 (rounded to nearest even), or quantised in groups of 32 elements to 8 bits (q8)
+            y = x in another kind of rows: bf16 (rounded to nearest even), or quantized in groups of 32 elements to 8 bits (q8)
             or 16 bits (q16), with a scale and a sum for each group. The formats are described in `native/include/dso.h`.
         """,
     ),

@@ -22,7 +22,7 @@ _ROUTING = (
     step_attr("top_groups", INT, "groups per token"),
     Attr("scoring", one_of("softmax", "sigmoid"), "", flag="sigmoid", flag_value="sigmoid"),
     Attr("group_score", one_of("max", "top2"), "", flag="top2", flag_value="top2"),
-    Attr("normalise", BOOL, "weights sum to `scale`", flag="normalise"),
+    Attr("normalize", BOOL, "weights sum to `scale`", flag="normalize"),
     step_attr("scale", FLOAT),
 )
 _PRODUCT = (
@@ -76,7 +76,7 @@ SPECS = (
             Scores are s = softmax(x W^T + c) or s = sigmoid(x W^T + c). Experts are chosen by s + b: first the `top_groups`
             groups with the highest group score, which is the largest s + b of the group ("max") or the sum of its two largest
             ("top2"), then the `top_k` best experts of these groups. If scores are equal, the expert with the lower number is
-            chosen. The weight of a chosen expert is scale * s; with `normalise`, s is first divided by the sum of s over the
+            chosen. The weight of a chosen expert is scale * s; with `normalize`, s is first divided by the sum of s over the
             chosen experts. If there is a factor f per expert, the weight is finally multiplied by it. Lowering turns the op
             into `linear` and `route`.
 

@@ -1,4 +1,4 @@
-"""Shared by the rules: finding neighbours in a graph and replacing nodes."""
+"""Shared by the rules: finding neighbors in a graph and replacing nodes."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Computes the head only for rows whose logits are requested: they are selected before the final norm.
 
-The norm of all rows remains for `hidden_out`, whose last state is normalised; steps that request none skip it.
+The norm of all rows remains for `hidden_out`, whose last state is normalized; steps that request none skip it.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Merges a residual add and the norm that follows it into one pass, within a layer and across layers.
 
-A backend that quantises rows does so in the same pass: the norm's result is written in the format that its reader needs.
+A backend that quantizes rows does so in the same pass: the norm's result is written in the format that its reader needs.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Merges an attention's projections of one input into one operation: the input is read (and quantised) once, and the rows of
+"""Merges an attention's projections of one input into one operation: the input is read (and quantized) once, and the rows of
 all matrices are divided among the threads together.
 
 These are q, k and v. With latent attention, they are the projections of the layer's input for the query, the latent and the

@@ -20,13 +20,13 @@ def register_attention() -> None:
 
 
 def check_attention_name(model_config: Any, config: DeepSeekConfig) -> None:
-    """Checks that a model to optimise does not ask for `dso_sliding` while its plan would use full attention.
+    """Checks that a model to optimize does not ask for `dso_sliding` while its plan would use full attention.
 
     Raises:
         ConfigError: it does; the message names the setting to use.
     """
     if getattr(model_config, "_attn_implementation", None) == DSO_SLIDING and config.attention.kind != "sliding":
         raise ConfigError(
-            f'attn_implementation="{DSO_SLIDING}" is for plain Transformers models; for an optimised model use '
+            f'attn_implementation="{DSO_SLIDING}" is for plain Transformers models; for an optimized model use '
             'DeepSeekConfig(attention_optimization="sliding", attention_window=..., attention_sinks=...)'
         )

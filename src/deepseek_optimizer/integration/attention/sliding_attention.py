@@ -8,7 +8,7 @@ A token attends to itself, to the preceding tokens less than `dso_window` away, 
 after the padding, always within the model's own mask: a layer with a window of its own attends no further than that window
 (StreamingLLM, section 3; Xiao et al. 2023). Tokens keep their positions in the text, and Transformers' cache drops nothing.
 
-The mask over all pairs of tokens is not materialised: the mask interface returns a `WindowedMask`, which computes visibility
+The mask over all pairs of tokens is not materialized: the mask interface returns a `WindowedMask`, which computes visibility
 from positions, and attention evaluates it for one chunk of queries at a time, over the keys that these can attend to. Memory
 and time grow with the length, not its square. A full mask is built in three cases: several texts are packed into one row; a
 model or caller adds a pattern of its own; a model needs a tensor (DeepSeek V3.2's indexer, whose selection is not applied here,

@@ -9,7 +9,7 @@ from .runtime import Runtime
 
 Method = TypeVar("Method", bound="InstanceMethod")
 
-PLANNED = "an optimised model already runs a compiled plan; do not use torch.compile, or use it without fullgraph=True"
+PLANNED = "an optimized model already runs a compiled plan; do not use torch.compile, or use it without fullgraph=True"
 
 
 class InstanceMethod:

@@ -71,7 +71,7 @@ class Packed(nn.Module):
 
 
 def empty_tiles(rows: int, cols: int, format_name: str, device: Any, count: tuple[int, ...] = ()) -> nn.Parameter:
-    """Uninitialised tiles of a matrix, or of a stack of `count` matrices, as a uint8 parameter without gradient.
+    """Uninitialized tiles of a matrix, or of a stack of `count` matrices, as a uint8 parameter without gradient.
 
     Raises:
         ConfigError: the format needs whole superblocks, and `cols` is no multiple of them.
@@ -108,7 +108,7 @@ class PackedLinear(Packed, nn.Linear):
         format: name of the weight format.
         bias: whether to add a bias (float [N]).
         dtype: floating point type of the surrounding model and of the bias.
-        device: where the uninitialised weight is allocated.
+        device: where the uninitialized weight is allocated.
 
     Attributes:
         weight: uint8 [ceil(N/16), ceil(K/32), tile_bytes], without gradient.
@@ -123,12 +123,12 @@ class PackedLinear(Packed, nn.Linear):
         nn.Module.__init__(self)  # nn.Linear's would allocate a float weight
         self.in_features, self.out_features, self.format, self.dtype = in_features, out_features, format, dtype
         self._parameters["weight"] = empty_tiles(out_features, in_features, format, device)
-        # Frozen like the weights: an optimised model is for inference, and adapters have their own parameters.
+        # Frozen like the weights: an optimized model is for inference, and adapters have their own parameters.
         value = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device), requires_grad=False) if bias else None
         self.register_parameter("bias", value)
         self.product: Product = linear
         self.gradient: Gradient = linear_gradient
-        self._is_hf_initialized = True  # weights are loaded, never initialised at random
+        self._is_hf_initialized = True  # weights are loaded, never initialized at random
 
     @property
     def packed(self) -> PackedMatrix:

@@ -79,7 +79,7 @@ class PackedExperts(Packed):
         self.product: Product = linear
         self.gradient: Gradient = linear_gradient
         self.listener: Callable[[torch.Tensor], None] | None = None
-        self._is_hf_initialized = True  # weights are loaded, never initialised at random
+        self._is_hf_initialized = True  # weights are loaded, never initialized at random
 
     @property
     def gate_up(self) -> PackedStack:

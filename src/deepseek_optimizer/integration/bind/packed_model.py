@@ -1,4 +1,4 @@
-"""What every optimised model has, with or without an execution plan: settings, packed weights, a backend, and warnings."""
+"""What every optimized model has, with or without an execution plan: settings, packed weights, a backend, and warnings."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .instance import Instance
 from .modules import Packed, PackedLinear
 from .packed_experts import PackedExperts
 
-_NO_PICKLE = "an optimised model cannot be pickled; save it with save_pretrained and load it with load_model"
+_NO_PICKLE = "an optimized model cannot be pickled; save it with save_pretrained and load it with load_model"
 
 Model = TypeVar("Model", bound="PackedModel")
 
@@ -35,12 +35,12 @@ class PackedModel(Instance):
         config: the settings.
         manifest: format and shape of each packed weight.
         methods: creates the attributes to set on the model in place of its class's, by name.
-        make_report: creates the report about what was optimised.
+        make_report: creates the report about what was optimized.
         bytes_before: size of the model before it was packed, for the report.
 
     Attributes:
         model: that instance.
-        config: the settings the model was optimised with.
+        config: the settings the model was optimized with.
         manifest: current format and shape of each packed weight, and how the formats were chosen.
         backend: runs the plan, or the products of the packed modules.
         notes: warnings issued so far, for the report.
@@ -114,7 +114,7 @@ class PackedModel(Instance):
             warnings.warn(note, OptimizerWarning, stacklevel=4)
 
     def report(self) -> Any:
-        """A report about what was optimised and how."""
+        """A report about what was optimized and how."""
         return self._make_report(self)
 
     def __deepcopy__(self: Model, memo: dict[int, Any]) -> Model:
@@ -158,16 +158,16 @@ class NoCopyCallable:
 
 
 def packed_model_of(model: Any) -> PackedModel:
-    """What an optimised model has as `model.dso`, also through a PEFT wrapper.
+    """What an optimized model has as `model.dso`, also through a PEFT wrapper.
 
     Raises:
-        ConfigError: the model is not optimised.
+        ConfigError: the model is not optimized.
     """
     for candidate in (model, getattr(getattr(model, "base_model", None), "model", None)):
         runtime = getattr(candidate, "__dict__", {}).get("dso")
         if isinstance(runtime, PackedModel):
             return runtime
     raise ConfigError(
-        f"{type(model).__name__} is not an optimised model; load it with load_model or quantization_config="
+        f"{type(model).__name__} is not an optimized model; load it with load_model or quantization_config="
         "DeepSeekConfig(...), or convert it with DynamicGraphOptimizer(model).optimize()"
     )

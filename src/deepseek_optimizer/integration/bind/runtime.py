@@ -1,4 +1,4 @@
-"""The runtime of an optimised model: config, graph, plan, backend and cache memory, and whether the plan can serve a call."""
+"""The runtime of an optimized model: config, graph, plan, backend and cache memory, and whether the plan can serve a call."""
 
 from __future__ import annotations
 
@@ -235,10 +235,10 @@ class Runtime(PackedModel):
 
 
 def runtime_of(model: Any) -> Runtime:
-    """The runtime of an optimised model, also through a PEFT wrapper.
+    """The runtime of an optimized model, also through a PEFT wrapper.
 
     Raises:
-        ConfigError: the model is not optimised.
+        ConfigError: the model is not optimized.
         UnsupportedModelError: it has no plan for decoding: it is on the general path, or an encoder.
     """
     runtime = packed_model_of(model)

@@ -59,7 +59,7 @@ def sites(model: nn.Module, graph: Graph) -> list[Site]:
         if weights:
             if not supported:
                 raise UnsupportedModelError(
-                    f"{name} is a {type(module).__name__}, which cannot be packed; load the model without other quantisers "
+                    f"{name} is a {type(module).__name__}, which cannot be packed; load the model without other quantizers "
                     "or adapters"
                 )
             parent, _, child = name.rpartition(".")

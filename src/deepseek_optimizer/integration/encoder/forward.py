@@ -48,7 +48,7 @@ class OnBase:
     def copied(self, memo: dict[int, Any]) -> OnBase:
         """The reference for the copy of the model that `copy.deepcopy` is creating."""
         if self.runtime is None:
-            raise BackendError("the optimised model was deleted, so its base model cannot be copied; copy it before")
+            raise BackendError("the optimized model was deleted, so its base model cannot be copied; copy it before")
         twin = object.__new__(OnBase)
         twin._runtime = weakref.ref(self.runtime.copied(memo))
         twin._base = weakref.ref(memo[id(self._base())])

@@ -12,7 +12,7 @@ from ..general.report import make_report as make_general
 
 @dataclass(frozen=True)
 class EncoderReport(GeneralReport):
-    """What was optimised in an encoder.
+    """What was optimized in an encoder.
 
     Attributes: those of `GeneralReport`, with path "plan"; reason: what the plan does not do; and
         rules: how often each fusion rule was applied.

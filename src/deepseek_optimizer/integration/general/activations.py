@@ -71,7 +71,7 @@ class ParallelActivation(nn.Module):
         return self.workers(self.inner, input)
 
 
-def parallelise_activations(model: nn.Module, threads: int | None) -> None:
+def parallelize_activations(model: nn.Module, threads: int | None) -> None:
     """Replaces the model's elementwise activations, if the backend has several threads."""
     if threads is None or threads < 2:
         return

@@ -16,7 +16,7 @@ from ..bind.modules import PackedLinear
 
 
 class LazyWeight(torch.Tensor):
-    """A float matrix that is dequantised when an operation reads its values; dtype, shape and device cost nothing.
+    """A float matrix that is dequantized when an operation reads its values; dtype, shape and device cost nothing.
 
     Args:
         shape, dtype, device: of the matrix.
@@ -30,7 +30,7 @@ class LazyWeight(torch.Tensor):
         weight: LazyWeight = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
         weight.read = read
         weight._is_param = True  # isinstance(weight, nn.Parameter)
-        weight._is_hf_initialized = True  # type: ignore[attr-defined]  # Transformers does not initialise it
+        weight._is_hf_initialized = True  # type: ignore[attr-defined]  # Transformers does not initialize it
         return weight
 
     @classmethod

@@ -22,7 +22,7 @@ TRANSFORMERS = "attention, activations, cache and generate: Transformers' own"
 
 @dataclass(frozen=True)
 class GeneralReport:
-    """What was optimised in a model without an execution plan.
+    """What was optimized in a model without an execution plan.
 
     Attributes:
         path: "general".

@@ -23,7 +23,7 @@ from ..model.apply import Apply
 from ..model.parameter_count import ParameterCount
 from ..model.refuse import Refuse
 from ..model.save import PackedSave
-from .activations import parallelise_activations
+from .activations import parallelize_activations
 from .head import PackedHead, pack_head
 from .report import GeneralReport, make_report
 
@@ -155,5 +155,5 @@ def bind(
         runtime.warn_once(note)
     runtime.attach(model)
     model._weight_conversions = []  # packed tensors are saved unchanged
-    parallelise_activations(model, runtime.backend.threads)  # the backend is created now, and sets the layers' products
+    parallelize_activations(model, runtime.backend.threads)  # the backend is created now, and sets the layers' products
     return model

@@ -319,7 +319,7 @@ class PagedCache(Cache):
     blocks until one of the two writes.
 
     Args:
-        model: an optimised model.
+        model: an optimized model.
     """
 
     def __init__(self, model: Any) -> None:

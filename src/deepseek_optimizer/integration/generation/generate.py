@@ -1,4 +1,4 @@
-"""The `generate` method of an optimised model.
+"""The `generate` method of an optimized model.
 
 A plain request (greedy or sampling, any logits processors and stopping criteria, a streamer) is prepared by Transformers and
 run by the loop here, which drives the plan without building model inputs, masks and outputs for every token; with `use_mtp`,

@@ -1,1 +1,1 @@
-"""Loads and packs optimised models: `load_model`, `from_pretrained`, calibration."""
+"""Loads and packs optimized models: `load_model`, `from_pretrained`, calibration."""

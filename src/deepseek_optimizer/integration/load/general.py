@@ -87,7 +87,7 @@ def load_general(checkpoint: Checkpoint, settings: DeepSeekConfig, reason: str) 
         reason: why there is no plan.
 
     Raises:
-        CheckpointError: weights are missing, have other shapes, contain NaN, or are quantised by another method.
+        CheckpointError: weights are missing, have other shapes, contain NaN, or are quantized by another method.
         ConfigError: Transformers cannot use the config, or a setting needs a plan.
         NotEnoughMemoryError: the weights do not fit in free memory.
     """
@@ -96,7 +96,7 @@ def load_general(checkpoint: Checkpoint, settings: DeepSeekConfig, reason: str) 
     check_settings(settings, reason)
     if type(checkpoint) not in (SafetensorsCheckpoint, PackedCheckpoint):
         raise CheckpointError(
-            f"is quantised ({checkpoint.kind}), which the general path cannot read; use the original checkpoint",
+            f"is quantized ({checkpoint.kind}), which the general path cannot read; use the original checkpoint",
             file=checkpoint.path,
         )
     raw = checkpoint.config()

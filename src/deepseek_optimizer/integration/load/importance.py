@@ -58,7 +58,7 @@ def measure_importance(
     """Importance of each column of the model's matrices: the mean square of its input, scaled to mean 1.
 
     Args:
-        model: an optimised model, packed losslessly.
+        model: an optimized model, packed losslessly.
         texts: token ids, int64 [1, n] each.
         progress: called after each text with the number done and the total.
 

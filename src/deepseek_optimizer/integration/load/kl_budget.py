@@ -61,8 +61,8 @@ def adapt(model: Any, texts: Sequence[torch.Tensor]) -> None:
     """Repacks each group of matrices in the format chosen for it within `config.kl_budget`.
 
     Args:
-        model: an optimised model, packed losslessly.
-        texts: the calibration text, token ids, int64 [1, n] each. If it comes from the user, rounding minimises errors weighted
+        model: an optimized model, packed losslessly.
+        texts: the calibration text, token ids, int64 [1, n] each. If it comes from the user, rounding minimizes errors weighted
             by the importance of columns measured on it.
 
     Raises:

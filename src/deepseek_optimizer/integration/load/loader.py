@@ -1,4 +1,4 @@
-"""Loads a checkpoint into an optimised model, which is created on the meta device and filled tensor by tensor."""
+"""Loads a checkpoint into an optimized model, which is created on the meta device and filled tensor by tensor."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def _settings(section: Any, checkpoint: Checkpoint, config: DeepSeekConfig | Non
         if section is not None and not isinstance(checkpoint, GgufCheckpoint):
             method = section.get("quant_method") if isinstance(section, dict) else section
             raise CheckpointError(
-                f"is quantised by {method!r}, which is not supported (supported: {', '.join(METHODS)}); use the original model",
+                f"is quantized by {method!r}, which is not supported (supported: {', '.join(METHODS)}); use the original model",
                 file=checkpoint.path,
             )
         return DeepSeekConfig(**{**(config.to_dict() if config else {}), **fields})

@@ -1,4 +1,4 @@
-"""Optimises a model that is already loaded."""
+"""Optimizes a model that is already loaded."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def _optimize_general(model: Any, config: DeepSeekConfig, no_plan: str, before: 
 
 
 def _own_config(model: Any) -> None:
-    """Gives the model its own copy of the config, because optimisation writes into it."""
+    """Gives the model its own copy of the config, because optimization writes into it."""
     shared = model.config
     own = copy.deepcopy(shared)
     for module in model.modules():

@@ -148,7 +148,7 @@ def _identity(checkpoint: Checkpoint, settings: DeepSeekConfig, shards: Sequence
     return {
         "source": [[file.name, status.st_size, status.st_mtime_ns] for file, status in facts],
         "config": checkpoint.config(),
-        "quantisation": checkpoint.quantisation,
+        "quantization": checkpoint.quantization,
         "settings": settings.to_dict(),
         "calibration text": text,
         "layout": layout.hexdigest(),

@@ -23,7 +23,7 @@ from ...backends.registry import choose_backend, runs_on
 from ...checkpoint import (
     Checkpoint,
     Manifest,
-    QuantisedCheckpoint,
+    QuantizedCheckpoint,
     check_tensors,
     check_tokenizer_beside,
     load_tokenizer,
@@ -49,8 +49,8 @@ from .mtp_layers import add_mtp_layers, ignored_keys, own_tensors, stored_mtp_la
 from .pack_op import PackWeight, unmerged
 from .resolve import resolve
 
-_QUANTISED = (
-    "from_pretrained would read quantised weights without their scales; use load_model(path, config) with the same config"
+_QUANTIZED = (
+    "from_pretrained would read quantized weights without their scales; use load_model(path, config) with the same config"
 )
 
 
@@ -110,8 +110,8 @@ class PackingQuantizer(HfQuantizer):
             standard = any((folder / name).is_file() for name in (SINGLE, INDEX))
             if standard or (any(folder.glob("*.bin")) and not any(folder.rglob("*.safetensors"))):
                 with open_checkpoint(folder) as checkpoint:
-                    if isinstance(checkpoint, QuantisedCheckpoint):
-                        raise ConfigError(f"{folder}: {_QUANTISED}")
+                    if isinstance(checkpoint, QuantizedCheckpoint):
+                        raise ConfigError(f"{folder}: {_QUANTIZED}")
         return config
 
     def update_device_map(self, device_map: Any) -> Any:
@@ -120,7 +120,7 @@ class PackingQuantizer(HfQuantizer):
             gpu = torch.cuda.is_available() and runs_on(self.quantization_config.backend, "cuda")
             return {"": "cuda:0" if gpu else "cpu"}
         if isinstance(device_map, dict) and len({str(device) for device in device_map.values()}) > 1:
-            raise ConfigError(f"device_map must name one device for an optimised model, got {device_map}")
+            raise ConfigError(f"device_map must name one device for an optimized model, got {device_map}")
         named = set(map(str, device_map.values())) if isinstance(device_map, dict) else {str(device_map)}
         if not torch.cuda.is_available() and any(name.isdigit() or name.startswith("cuda") for name in named):
             raise ConfigError(f'device_map {device_map} names a CUDA device, but none is available; use device_map="cpu"')
@@ -310,7 +310,7 @@ def _check_files(files: Any, model: Any) -> None:
         check_tokenizer_beside(checkpoint)
         check_class(checkpoint, model)
         formats, shapes = expected_tensors(model)
-        # Heads of other kinds may be missing: Transformers initialises them with a warning.
+        # Heads of other kinds may be missing: Transformers initializes them with a warning.
         checked = list(formats) if has_head(model) else whole_graph(model).weights()
         here = stored_as(checkpoint.tensors, model)
         formats, shapes = {here(n): formats[n] for n in checked}, {here(n): shapes[n] for n in checked}

@@ -132,7 +132,7 @@ class Arena:
                 self._store_lock.release()
 
     def run(self, plan: Plan, batch: StepBatch) -> StepOutput:
-        """Runs one step. Steps are serialised, because a store may move its memory when it grows."""
+        """Runs one step. Steps are serialized, because a store may move its memory when it grows."""
         with self._store_lock:
             output = plan.run(batch, self.store)
         if self._release_due:

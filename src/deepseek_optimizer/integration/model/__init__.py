@@ -1,1 +1,1 @@
-"""Methods of an optimised model that replace those of its class: forward, save, resize, adapters, report."""
+"""Methods of an optimized model that replace those of its class: forward, save, resize, adapters, report."""

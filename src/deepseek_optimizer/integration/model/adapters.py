@@ -1,8 +1,8 @@
 """PEFT adapters on packed modules: merging them into the weights, and a float head for trainers that multiply by its weight.
 
 PEFT merges by adding to `weight` in place, which packed tiles do not allow, and offers base layers no hook for it. But each of
-its operations first iterates over the model's modules. On an optimised model this iteration sets on every adapter of a packed
-base a `merge` and an `unmerge` that dequantise, add and pack again. They are set on the adapter's layer, not on PEFT's classes.
+its operations first iterates over the model's modules. On an optimized model this iteration sets on every adapter of a packed
+base a `merge` and an `unmerge` that dequantize, add and pack again. They are set on the adapter's layer, not on PEFT's classes.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What an optimised model does after `.to()`, `.cuda()` or `.half()`."""
+"""What an optimized model does after `.to()`, `.cuda()` or `.half()`."""
 
 from __future__ import annotations
 

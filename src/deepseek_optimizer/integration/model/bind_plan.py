@@ -100,7 +100,7 @@ def describe(model: Any, config: DeepSeekConfig, manifest: Manifest) -> None:
 
 
 def instance_methods(runtime: Runtime) -> dict[str, Any]:
-    """The methods to set on an optimised model, by name; they replace or extend those of its class."""
+    """The methods to set on an optimized model, by name; they replace or extend those of its class."""
     served: dict[str, Any] = {"forward": DecoderForward(runtime)}
     if runtime.graph.has_head:
         served = {
@@ -132,4 +132,4 @@ class _Compile(InstanceMethod):
     """`model.compile`: does nothing, with a warning. (`torch.compile(model)` cannot be distinguished from a plain call.)"""
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
-        self.runtime.warn_once("torch.compile has no effect: the plan of an optimised model is already compiled")
+        self.runtime.warn_once("torch.compile has no effect: the plan of an optimized model is already compiled")

@@ -1,4 +1,4 @@
-"""The forward of an optimised model without a language model head: the plan computes hidden states only.
+"""The forward of an optimized model without a language model head: the plan computes hidden states only.
 
 It is set on the decoder, which is the whole of an `AutoModel` and the inner part of a classifier; the classifier's own code
 runs on its output, unchanged.

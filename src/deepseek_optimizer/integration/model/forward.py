@@ -1,4 +1,4 @@
-"""The forward of an optimised model: the plan if it can serve a call, otherwise Transformers' own forward over packed modules.
+"""The forward of an optimized model: the plan if it can serve a call, otherwise Transformers' own forward over packed modules.
 
 It is set on the model instance; classes and Transformers itself are unchanged.
 

@@ -1,4 +1,4 @@
-"""A model around an optimised decoder, such as a classifier, whose own code runs on the plan's hidden states."""
+"""A model around an optimized decoder, such as a classifier, whose own code runs on the plan's hidden states."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Methods that an optimised model does not support."""
+"""Methods that an optimized model does not support."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 from ...errors import UnsupportedRequestError
 
-RESIZE = "resize the embeddings of the float model and then optimise it"
+RESIZE = "resize the embeddings of the float model and then optimize it"
 
 
 class Refuse:

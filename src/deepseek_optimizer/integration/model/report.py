@@ -1,4 +1,4 @@
-"""The report about an optimised model, as a table for people and as a dict for programs."""
+"""The report about an optimized model, as a table for people and as a dict for programs."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class AttentionRow:
 
 @dataclass(frozen=True)
 class Report:
-    """What was optimised in a model, and how.
+    """What was optimized in a model, and how.
 
     Attributes:
         family, backend, detail: the model's family; the backend; its ISA and threads, or its device.
@@ -274,7 +274,7 @@ def _kept_larger(config: Any, graph: Graph, matrices: Mapping[str, PackedWeight]
 
 
 def make_report(runtime: Any) -> Report:
-    """The report of an optimised model's runtime."""
+    """The report of an optimized model's runtime."""
     backend, graph, whole = runtime.backend, runtime.graph, whole_graph(runtime.model)
     matrices = matrices_of(runtime.model, whole)
     formats: dict[str, list[PackedWeight]] = {}

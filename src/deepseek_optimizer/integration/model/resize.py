@@ -1,4 +1,4 @@
-"""`resize_token_embeddings` of an optimised model."""
+"""`resize_token_embeddings` of an optimized model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`save_pretrained` of an optimised model: writes a packed checkpoint atomically."""
+"""`save_pretrained` of an optimized model: writes a packed checkpoint atomically."""
 
 from __future__ import annotations
 

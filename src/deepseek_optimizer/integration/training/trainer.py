@@ -1,7 +1,7 @@
 """Transformers' Trainer with public names for the private methods that this package's trainer replaces.
 
 Trainer has no public extension points for writing and reading checkpoints, nor for clipping gradients. Only this class
-overrides the private methods. If a release of Transformers no longer calls one of them, Trainer's own behaviour applies.
+overrides the private methods. If a release of Transformers no longer calls one of them, Trainer's own behavior applies.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ _BY_ENDING = {".pdf": "pdf", ".docx": "docx", ".docm": "docx", ".html": "html", 
 
 
 def read(name: str, data: bytes) -> TextFile:
-    """The text of a file's bytes. The format is recognised by the content, or else by the file extension.
+    """The text of a file's bytes. The format is recognized by the content, or else by the file extension.
 
     Raises:
         DocumentError: it cannot be read.

@@ -15,7 +15,7 @@ _MARKS = (  # longer ones first: that of UTF-32 starts with that of UTF-16
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
-_HEAD = 8000  # bytes that are searched for NUL to recognise binary files, as in Git
+_HEAD = 8000  # bytes that are searched for NUL to recognize binary files, as in Git
 _SAMPLE = 32 << 10  # bytes from which the encoding is guessed
 _CONTROL = re.compile(r"[\x01-\x07\x0e-\x1a\x1c-\x1f\x7f]")
 _HIGH = re.compile(rb"[\x80-\xff]")
@@ -75,7 +75,7 @@ def _marked(data: bytes, encoding: str) -> tuple[str, tuple[str, ...]]:
 
 
 def _wide(head: bytes) -> str | None:
-    """Recognises UTF-16 without a byte order mark: most characters of most texts have a zero byte on the same side."""
+    """Recognizes UTF-16 without a byte order mark: most characters of most texts have a zero byte on the same side."""
     even, odd = head[::2].count(0), head[1::2].count(0)
     if len(head) >= 8 and max(even, odd) > len(head) // 5 and min(even, odd) * 8 < max(even, odd):
         return "utf-16-le" if odd > even else "utf-16-be"

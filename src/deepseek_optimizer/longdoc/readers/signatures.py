@@ -1,4 +1,4 @@
-"""Recognises file formats by their first bytes."""
+"""Recognizes file formats by their first bytes."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _KNOWN = (
 
 
 def name_of(data: bytes) -> str | None:
-    """The format of a non-text file, recognised by its first bytes, and what to do about it: a phrase to follow "is"."""
+    """The format of a non-text file, recognized by its first bytes, and what to do about it: a phrase to follow "is"."""
     if data[257:262] == b"ustar":
         return "a tar archive; unpack it first"
     return next((name for begin, name in _KNOWN if data.startswith(begin)), None)

@@ -14,7 +14,7 @@ from ...chat.template import Prompt
 from ...chat.tools import FORMATS, ToolFormat, detect
 from ..http.problems import ApiError
 from ..state import ServerState
-from ..tokens.tokenising import Lane
+from ..tokens.tokenizing import Lane
 from .prompts import tokens_of
 
 Tool = Mapping[str, Any]

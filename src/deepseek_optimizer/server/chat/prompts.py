@@ -1,4 +1,4 @@
-"""Tokenising the prompts of requests."""
+"""Tokenizing the prompts of requests."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..state import ServerState
 
 
 def tokens_of(tokenizer: Any, text: str, special: bool = True) -> list[int]:
-    """Token ids of a text, in which control tokens are recognised.
+    """Token ids of a text, in which control tokens are recognized.
 
     Args:
         tokenizer: of Transformers.

@@ -1,4 +1,4 @@
-// Runs before the first paint (a classic script, not a module), so that the page does not flash in the wrong colours or language.
+// Runs before the first paint (a classic script, not a module), so that the page does not flash in the wrong colors or language.
 (() => {
   const root = document.documentElement;
   const read = (name) => {

@@ -29,7 +29,7 @@ export function createParser({ markdownit, footnote }) {
   md.core.ruler.push('trim_links', trimLinksRule);
   return {
     /**
-     * `labels`: footnotes that are defined elsewhere, so that references to them are recognised; `unfinished`: more text will
+     * `labels`: footnotes that are defined elsewhere, so that references to them are recognized; `unfinished`: more text will
      * follow, so open marks count as closed at its end.
      */
     parse(text, { labels = [], unfinished = false } = {}) {

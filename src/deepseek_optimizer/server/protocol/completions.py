@@ -24,7 +24,7 @@ Prompt = (
 
 
 class CompletionRequest(Sampling, Guided):
-    """A text to continue without a chat template. Control tokens in it are recognised."""
+    """A text to continue without a chat template. Control tokens in it are recognized."""
 
     model: ModelName = None
     prompt: Prompt

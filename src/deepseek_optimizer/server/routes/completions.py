@@ -17,7 +17,7 @@ from ..openapi import body_errors, events, reads
 from ..protocol.completions import EXAMPLE, Completion, CompletionRequest
 from ..protocol.sampling import requests_for
 from ..state import ServerState
-from ..tokens.tokenising import Lane
+from ..tokens.tokenizing import Lane
 
 _DEFAULT_TOKENS = 16  # OpenAI's default
 

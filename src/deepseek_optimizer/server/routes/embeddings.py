@@ -28,7 +28,7 @@ def add(app: FastAPI, state: ServerState) -> None:
         tags=["embeddings"],
     )
     async def embeddings(request: Request) -> Response:
-        """The mean of the model's last hidden states (after its final norm) over a text's tokens, not normalised to length 1.
+        """The mean of the model's last hidden states (after its final norm) over a text's tokens, not normalized to length 1.
 
         A language model is not trained for embeddings: texts with the same meaning are close to each other, but less so than
         with an embedding model.

@@ -1,1 +1,1 @@
-"""Tokenising on separate threads, early checks of prompt lengths, and the text of single tokens."""
+"""Tokenizing on separate threads, early checks of prompt lengths, and the text of single tokens."""

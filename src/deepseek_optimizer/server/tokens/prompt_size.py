@@ -1,7 +1,7 @@
-"""An upper bound of a prompt's bytes, by which prompts that are too long are refused before they are tokenised.
+"""An upper bound of a prompt's bytes, by which prompts that are too long are refused before they are tokenized.
 
 If a token represents at most n bytes of text, a text of b bytes has at least b / n tokens. That is true only for tokenizers
-that drop nothing of a text; for others there is no bound, and tokens are counted after tokenising.
+that drop nothing of a text; for others there is no bound, and tokens are counted after tokenizing.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class TokenBytes(NamedTuple):
 
 
 class PromptSize:
-    """Checks prompts against the model's context before they are tokenised.
+    """Checks prompts against the model's context before they are tokenized.
 
     Args:
         tokenizer: of Transformers.

@@ -10,7 +10,7 @@ import torch
 from ...errors import BackendError
 from ..ops.product import Form, product
 from . import hardware
-from .quantise import BLOCK, COLUMN, E4M3, E5M2, ROW, round_trip
+from .quantize import BLOCK, COLUMN, E4M3, E5M2, ROW, round_trip
 
 Fp8Backend = Literal["auto", "hardware", "emulate"]
 

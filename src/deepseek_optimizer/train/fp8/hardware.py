@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from .quantise import BLOCK, ROW, TILE, quantise
+from .quantize import BLOCK, ROW, TILE, quantize
 
 _FOUR = 4  # cuBLASLt requires columns of 128 x 128 block scales to be padded to a multiple of four
 
@@ -39,14 +39,14 @@ def multiply(a: torch.Tensor, b: torch.Tensor, a_dtype: torch.dtype, b_dtype: to
     """a b^T [M, N] in bf16, summed in fp32.
 
     Args:
-        a: [M, K], to be quantised in 1 x 128 tiles.
-        b: [N, K], to be quantised in 128 x 128 blocks if `b_blocks` (a weight), else in 1 x 128 tiles.
+        a: [M, K], to be quantized in 1 x 128 tiles.
+        b: [N, K], to be quantized in 128 x 128 blocks if `b_blocks` (a weight), else in 1 x 128 tiles.
         a_dtype, b_dtype: FP8 formats of the codes.
     """
     M, N = a.shape[0], b.shape[0]
     a, b = _padded(a), _padded(b)
-    a_codes, a_scale = quantise(a, ROW, a_dtype)
-    b_codes, b_scale = quantise(b, BLOCK if b_blocks else ROW, b_dtype)
+    a_codes, a_scale = quantize(a, ROW, a_dtype)
+    b_codes, b_scale = quantize(b, BLOCK if b_blocks else ROW, b_dtype)
     kinds: Any = getattr(F, "ScalingType")  # noqa: B009 - a torch without it is refused by why_not
     result = F.scaled_mm(
         a_codes, b_codes.t(),

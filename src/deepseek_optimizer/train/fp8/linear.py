@@ -15,7 +15,7 @@ from .backend import Fp8Products
 def fp8_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, products: Fp8Products) -> torch.Tensor:
     """x [..., K], weight [N, K], bias [N], bf16 or fp32 -> x weight^T + bias [..., N] of x's dtype.
 
-    The operands are saved unquantised. The backward pass quantises them along the other dimension, from the original values
+    The operands are saved unquantized. The backward pass quantizes them along the other dimension, from the original values
     rather than from rounded ones. Gradients are added to `main_grad` as in `ops.linear.linear`. Raises ValueError.
 
     Args:

@@ -31,7 +31,7 @@ _EXACT = (".mlp.gate.weight", ".e_score_correction_bias")  # always fp32: they m
 
 
 def add_trained_layers(model: Any) -> list[str]:
-    """Adds the MTP layers that a model's config declares. Their weights are read from the model's checkpoint, or initialised at
+    """Adds the MTP layers that a model's config declares. Their weights are read from the model's checkpoint, or initialized at
     random if it has none.
 
     Returns: for each added layer, a sentence about the source of its weights; empty if the model has MTP layers already.
@@ -78,14 +78,14 @@ def _attach(model: Any, own: list[Any], checkpoint: Checkpoint | None, stored: i
             _read(layer, checkpoint, model.config, depth)
             sources.append(f"MTP layer {depth}: read from {checkpoint.path}")
         else:
-            _initialise(layer, model.config.initializer_range)
-            sources.append(f"MTP layer {depth}: initialised at random, since no checkpoint contains it")
+            _initialize(layer, model.config.initializer_range)
+            sources.append(f"MTP layer {depth}: initialized at random, since no checkpoint contains it")
     return sources
 
 
 @torch.no_grad()
-def _initialise(layer: nn.Module, deviation: float) -> None:
-    """Initialises a layer as Transformers does."""
+def _initialize(layer: nn.Module, deviation: float) -> None:
+    """Initializes a layer as Transformers does."""
     for name, tensor in _tensors(layer):
         if tensor.ndim > 1:
             tensor.normal_(0.0, deviation)

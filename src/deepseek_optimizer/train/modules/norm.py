@@ -21,7 +21,7 @@ class TrainedNorm(nn.Module):
 
     @staticmethod
     def fits(module: nn.Module) -> bool:
-        """Recognised by `variance_epsilon`, which norms with a weight of 1 + w lack, and a single argument, unlike gated
+        """Recognized by `variance_epsilon`, which norms with a weight of 1 + w lack, and a single argument, unlike gated
         norms."""
         return (
             hasattr(module, "variance_epsilon")

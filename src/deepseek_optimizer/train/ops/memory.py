@@ -69,7 +69,7 @@ class _Segment:
 
 
 class TensorMemory:
-    """Allocates uninitialised tensors. A block is freed with the tensor's storage, in whatever thread that happens."""
+    """Allocates uninitialized tensors. A block is freed with the tensor's storage, in whatever thread that happens."""
 
     def __init__(self) -> None:
         self._segments: list[_Segment] = []
@@ -79,7 +79,7 @@ class TensorMemory:
         self._alive: dict[int, Any] = {}
 
     def empty(self, shape: tuple[int, ...] | torch.Size, dtype: torch.dtype) -> torch.Tensor:
-        """An uninitialised contiguous CPU tensor. Raises NotEnoughMemoryError."""
+        """An uninitialized contiguous CPU tensor. Raises NotEnoughMemoryError."""
         count = torch.Size(shape).numel()
         size = -(-count * dtype.itemsize // _UNIT) * _UNIT
         if size < MIN_BYTES:

@@ -42,7 +42,7 @@ def type_of(tensor: torch.Tensor) -> int:
 
 
 def new(shape: Iterable[int], like: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """An uninitialised tensor with the device of `like`; CPU tensors are allocated by `memory`.
+    """An uninitialized tensor with the device of `like`; CPU tensors are allocated by `memory`.
 
     Args:
         dtype: None: that of `like`.

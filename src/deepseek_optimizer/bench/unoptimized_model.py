@@ -1,4 +1,4 @@
-"""Loads the unoptimised model from the same files with Transformers."""
+"""Loads the unoptimized model from the same files with Transformers."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any
 from ..errors import ConfigError
 
 
-def load_unoptimised(path: str | Path, dtype: Any) -> Any:
-    """Transformers' own model in `dtype`, from a directory or a GGUF file, which is dequantised.
+def load_unoptimized(path: str | Path, dtype: Any) -> Any:
+    """Transformers' own model in `dtype`, from a directory or a GGUF file, which is dequantized.
 
     Raises:
-        ConfigError: a packed checkpoint, or one of another quantiser whose package Transformers would need: they do not contain
+        ConfigError: a packed checkpoint, or one of another quantizer whose package Transformers would need: they do not contain
             the original weights.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig
@@ -31,7 +31,7 @@ def load_unoptimised(path: str | Path, dtype: Any) -> Any:
         if method == QUANT_METHOD:
             raise ConfigError(f"{path} is packed; give the original model with --reference to compare with")
         if method in METHODS and method != "fp8":
-            raise ConfigError(f"{path} is quantised by {method}; give the original model with --reference to compare with")
+            raise ConfigError(f"{path} is quantized by {method}; give the original model with --reference to compare with")
         return AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval()
     model = AutoModelForCausalLM.from_pretrained(
         path.parent,
@@ -44,7 +44,7 @@ def load_unoptimised(path: str | Path, dtype: Any) -> Any:
     return model.eval()
 
 
-def dequantised(gguf: Path) -> Path:
+def dequantized(gguf: Path) -> Path:
     """Converts a GGUF file to a bf16 checkpoint beside it with Transformers, once. Returns its path."""
     target = gguf.with_name(gguf.stem + "-bf16")
     if target.exists():
@@ -54,7 +54,7 @@ def dequantised(gguf: Path) -> Path:
 
     partial = Path(tempfile.mkdtemp(dir=gguf.parent))
     try:
-        load_unoptimised(gguf, torch.bfloat16).save_pretrained(partial)
+        load_unoptimized(gguf, torch.bfloat16).save_pretrained(partial)
         AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(partial)
         partial.rename(target)
     finally:

@@ -1,4 +1,4 @@
-"""Tile-wise quantisation to FP8: codes, and a power-of-two scale per tile, chosen so that the largest element just fits.
+"""Tile-wise quantization to FP8: codes, and a power-of-two scale per tile, chosen so that the largest element just fits.
 
 Division by a scale and multiplication of a code by its scale are exact, in bf16 as in fp32. The quotient is rounded once, to
 the code's 4 (E4M3) or 3 (E5M2) significant bits, to nearest, ties to even. The smallest subnormal is 2^-9 (2^-16) times the
@@ -18,8 +18,8 @@ _LARGEST, _EXPONENT = 0.875, {E4M3: 9, E5M2: 16}
 _SMALLEST_SCALE = -100  # exponent; products of two scales stay normal, and tiles of smaller values lose precision
 
 
-def quantise(x: torch.Tensor, tile: tuple[int, int], dtype: torch.dtype = E4M3) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantises x to codes and scales: x is approximately code * scale.
+def quantize(x: torch.Tensor, tile: tuple[int, int], dtype: torch.dtype = E4M3) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantizes x to codes and scales: x is approximately code * scale.
 
     Args:
         x: [..., R, C], bf16 or fp32. Tiles at the edges may be smaller.
@@ -35,16 +35,16 @@ def quantise(x: torch.Tensor, tile: tuple[int, int], dtype: torch.dtype = E4M3) 
     return _untiled(codes, x.shape), scale
 
 
-def dequantise(codes: torch.Tensor, scale: torch.Tensor, tile: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
+def dequantize(codes: torch.Tensor, scale: torch.Tensor, tile: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
     """Code times scale as `dtype`: exact in fp32, and also in bf16 if the scales are powers of two."""
     tiles = _tiled(codes.float(), tile)
     return _untiled((tiles * scale[..., :, None, :, None]).to(dtype), codes.shape)
 
 
 def round_trip(x: torch.Tensor, tile: tuple[int, int], dtype: torch.dtype = E4M3) -> torch.Tensor:
-    """Quantises and dequantises x; the result has x's dtype."""
-    codes, scale = quantise(x, tile, dtype)
-    return dequantise(codes, scale, tile, x.dtype)
+    """Quantizes and dequantizes x; the result has x's dtype."""
+    codes, scale = quantize(x, tile, dtype)
+    return dequantize(codes, scale, tile, x.dtype)
 
 
 def _scales(largest: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

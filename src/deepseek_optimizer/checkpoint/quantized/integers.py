@@ -9,7 +9,7 @@ import torch
 
 from ..base import TensorInfo
 from .affine import AffineRows, formats_of, group_label
-from .matrix import QuantisedMatrix
+from .matrix import QuantizedMatrix
 from .tensors import StoredTensors, wrong
 from .words import unpack_words
 
@@ -34,7 +34,7 @@ class IntegerTensors:
     shape: TensorInfo | None = None
 
 
-class IntegerMatrix(QuantisedMatrix):
+class IntegerMatrix(QuantizedMatrix):
     """Integer weights, packed in words (`weight` is I32) or one per byte.
 
     Args:
@@ -43,7 +43,7 @@ class IntegerMatrix(QuantisedMatrix):
         size: columns of a group.
         shape: rows and columns.
         tensors: reads them.
-        quantiser: its name, for the label.
+        quantizer: its name, for the label.
         symmetric: whether all zero points are 0; None: if there are none.
     """
 
@@ -54,7 +54,7 @@ class IntegerMatrix(QuantisedMatrix):
         size: int,
         shape: tuple[int, int],
         tensors: StoredTensors,
-        quantiser: str,
+        quantizer: str,
         symmetric: bool | None = None,
     ) -> None:
         self._stored, self._bits, self._size, self._tensors = stored, bits, size, tensors
@@ -65,7 +65,7 @@ class IntegerMatrix(QuantisedMatrix):
             raise wrong(stored.zeros, f"has shape {stored.zeros.shape}, but the scales have {stored.scales.shape}")
         whole = self._groups == 1
         ordered = self._group_of() is not None
-        label = f"{quantiser} {bits}-bit, {group_label(size, cols)}{', in activation order' if ordered else ''}"
+        label = f"{quantizer} {bits}-bit, {group_label(size, cols)}{', in activation order' if ordered else ''}"
         kept = not ordered and (size % 32 == 0 or whole)
         self.lossless, self.natural = formats_of(bits, stored.zeros is None if symmetric is None else symmetric, kept)
         infos = (stored.weight, stored.scales, stored.zeros, stored.group_of, stored.shape)

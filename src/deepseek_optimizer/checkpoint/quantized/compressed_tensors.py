@@ -20,7 +20,7 @@ from typing import Any
 from ...errors import shown
 from .fp8 import E4M3, Fp8Matrix
 from .integers import IntegerMatrix, IntegerTensors, groups_of
-from .matrix import QuantisedMatrix
+from .matrix import QuantizedMatrix
 from .section import Section
 from .tensors import SCALES, StoredTensors, check_shape, wrong
 from .words import BITS, words_for
@@ -44,15 +44,15 @@ class _Scheme:
     block: tuple[int, int] | None
 
 
-def find_compressed_tensors(section: Section, tensors: StoredTensors) -> dict[str, QuantisedMatrix]:
-    """The quantised layers of a checkpoint, by the name of their weight."""
+def find_compressed_tensors(section: Section, tensors: StoredTensors) -> dict[str, QuantizedMatrix]:
+    """The quantized layers of a checkpoint, by the name of their weight."""
     section.check_known(_FIELDS)
     section.one_of("format", _FORMATS, "dense")
     _check_sparsity(section)
     if section.fields.get("transform_config"):
         raise section.unsupported("transform_config", "rotates weights or activations, which is not supported")
     schemes = _schemes(section)
-    found: dict[str, QuantisedMatrix] = {}
+    found: dict[str, QuantizedMatrix] = {}
     for layer in tensors.names(".weight_packed"):
         found[f"{layer}.weight"] = _packed(layer, schemes, tensors)
     block = next((scheme.block for scheme in schemes if scheme.block is not None), None)
@@ -95,7 +95,7 @@ def _scheme(section: Section, name: str, group: Any) -> _Scheme:
     return _Scheme(bits, kind == "float", None if size == -1 else size, block)
 
 
-def _packed(layer: str, schemes: list[_Scheme], tensors: StoredTensors) -> QuantisedMatrix:
+def _packed(layer: str, schemes: list[_Scheme], tensors: StoredTensors) -> QuantizedMatrix:
     weight = tensors.take(f"{layer}.weight_packed", ("I32",), 2)
     scales = tensors.take(f"{layer}.weight_scale", SCALES, owner=weight)
     given = tensors.take(f"{layer}.weight_shape", _INTEGERS, 1, owner=weight)
@@ -118,7 +118,7 @@ def _packed(layer: str, schemes: list[_Scheme], tensors: StoredTensors) -> Quant
     return IntegerMatrix(stored, bits, cols if size is None or groups == 1 else size, (rows, cols), tensors, _NAME)
 
 
-def _bytes(name: str, tensors: StoredTensors) -> QuantisedMatrix:
+def _bytes(name: str, tensors: StoredTensors) -> QuantizedMatrix:
     weight = tensors.take(name, ("I8",), 2)
     scales = tensors.take(f"{name}_scale", SCALES, owner=weight)
     zeros = tensors.optional(f"{name}_zero_point", ("I8",))

@@ -1,6 +1,6 @@
 """Rows of integer codes with a scale, and possibly a zero point, for each group of columns: W = scale * (code - zero).
 
-What most quantisers store. The codes are kept where a weight format can hold them:
+What most quantizers store. The codes are kept where a weight format can hold them:
 
 | format | holds | if |
 |---|---|---|

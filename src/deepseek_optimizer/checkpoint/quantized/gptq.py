@@ -25,7 +25,7 @@ from ...quant.tiles import panels
 from .. import base
 from ..base import TensorInfo
 from .affine import AffineRows, formats_of, group_label
-from .matrix import QuantisedMatrix
+from .matrix import QuantizedMatrix
 from .section import Section
 from .tensors import SCALES, StoredTensors, check_shape
 from .words import BITS, lanes, unpack_words, words_for
@@ -46,7 +46,7 @@ _FIELDS = (
 _ONES = {bits: sum(1 << at for at in range(0, 32, bits)) for bits in BITS}  # a 1 in every place of a word
 
 
-def find_gptq(section: Section, tensors: StoredTensors) -> dict[str, QuantisedMatrix]:
+def find_gptq(section: Section, tensors: StoredTensors) -> dict[str, QuantizedMatrix]:
     """The GPTQ layers of a checkpoint, by the name of their weight."""
     section.check_known(_FIELDS)
     bits = section.one_of("bits", BITS)
@@ -62,7 +62,7 @@ def find_gptq(section: Section, tensors: StoredTensors) -> dict[str, QuantisedMa
 
 def gptq_layers(
     tensors: StoredTensors, bits: int, size: int, symmetric: bool, minus_one: bool, per_layer: bool
-) -> dict[str, QuantisedMatrix]:
+) -> dict[str, QuantizedMatrix]:
     """The layers that are stored as GPTQ stores them, by the name of their weight.
 
     Args:
@@ -72,7 +72,7 @@ def gptq_layers(
         minus_one: whether zero points are stored less 1.
         per_layer: whether some layers may have other bits and group sizes, which their tensors tell.
     """
-    found: dict[str, QuantisedMatrix] = {}
+    found: dict[str, QuantizedMatrix] = {}
     for layer in tensors.names(".qweight"):
         stored = _take(layer, tensors, bits, size, per_layer)
         found[f"{layer}.weight"] = GptqMatrix(stored, symmetric, minus_one, tensors)
@@ -112,7 +112,7 @@ def _take(layer: str, tensors: StoredTensors, bits: int, size: int, per_layer: b
     return _Stored(weight, zeros, scales, group_of, bits, size, cols)
 
 
-class GptqMatrix(QuantisedMatrix):
+class GptqMatrix(QuantizedMatrix):
     """A GPTQ layer's weight.
 
     Args:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .awq import awq_layers
 from .gptq import gptq_layers
-from .matrix import QuantisedMatrix
+from .matrix import QuantizedMatrix
 from .section import Section
 from .tensors import StoredTensors
 from .words import BITS
@@ -20,8 +20,8 @@ _FIELDS = (
 )  # fmt: skip
 
 
-def find_auto_round(section: Section, tensors: StoredTensors) -> dict[str, QuantisedMatrix]:
-    """The quantised layers of a checkpoint, by the name of their weight."""
+def find_auto_round(section: Section, tensors: StoredTensors) -> dict[str, QuantizedMatrix]:
+    """The quantized layers of a checkpoint, by the name of their weight."""
     section.check_known(_FIELDS)
     bits = section.one_of("bits", BITS)
     size = section.group_size()

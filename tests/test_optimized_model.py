@@ -14,7 +14,7 @@ from deepseek_optimizer.config import FUSION_RULES
 from support.models import CASES, assert_close_rows, random_ids, random_model
 
 
-def optimise(model, **options):
+def optimize(model, **options):
     options.setdefault("config", DeepSeekConfig(backend="reference"))
     return DynamicGraphOptimizer(model, **options).optimize()
 
@@ -25,10 +25,10 @@ def model():
 
 
 @torch.no_grad()
-def test_optimising_in_place_preserves_the_logits(model):
+def test_optimizing_in_place_preserves_the_logits(model):
     ids = torch.tensor([random_ids(model.config, 40)])
     expected = model(ids).logits
-    assert optimise(model) is model
+    assert optimize(model) is model
     assert_close_rows(model(ids).logits, expected)
 
 
@@ -37,7 +37,7 @@ def test_optimising_in_place_preserves_the_logits(model):
 def test_any_choice_of_rules_gives_the_same_logits(model, rules):
     ids = torch.tensor([random_ids(model.config, 40)])
     expected = model(ids).logits
-    optimise(model, fusion_rules=rules)
+    optimize(model, fusion_rules=rules)
     assert_close_rows(model(ids).logits, expected)
     assert {r.rule for r in report(model).rules} == set(FUSION_RULES if rules is None else rules)
 
@@ -66,7 +66,7 @@ def test_originals_are_freed_one_by_one(model, monkeypatch):
             alive.append(weakref.ref(module.weight))
     total = len(alive)
     monkeypatch.setattr(ReferenceBackend, "pack", packer)
-    optimise(model)
+    optimize(model)
     gc.collect()
     assert all(ref() is None for ref in alive)
     # The head holds the tied table until it is replaced too; nothing else remains.
@@ -75,18 +75,18 @@ def test_originals_are_freed_one_by_one(model, monkeypatch):
 
 def test_bytes_before_and_after(model):
     before = sum(p.numel() * 4 for p in model.parameters())
-    optimise(model, config=DeepSeekConfig(backend="reference", precision="int4"))
+    optimize(model, config=DeepSeekConfig(backend="reference", precision="int4"))
     made = report(model)
     assert made.bytes_before == before
     assert made.bytes_after == sum(p.numel() * p.element_size() for p in model.parameters())
     assert made.bytes_after < 0.3 * before
 
 
-def test_optimising_again_changes_rules_only(model):
-    optimise(model, config=DeepSeekConfig(backend="reference", precision="int8"))
+def test_optimizing_again_changes_rules_only(model):
+    optimize(model, config=DeepSeekConfig(backend="reference", precision="int8"))
     weight = model.lm_head.weight
     before = report(model).bytes_before
-    optimise(model, fusion_rules=["qkv"])
+    optimize(model, fusion_rules=["qkv"])
     assert model.lm_head.weight is weight
     assert [r.rule for r in report(model).rules] == ["qkv"]
     assert report(model).bytes_before == before
@@ -100,13 +100,13 @@ def test_batch_size_range_sizes_buffers_and_warms(model, monkeypatch):
     monkeypatch.setattr(ReferencePlan, "reserve", lambda self, t, r: reserved.append((t, r)))
     run = ReferencePlan.run
     monkeypatch.setattr(ReferencePlan, "run", lambda self, b, s: (rows.append(len(b.query_len)), run(self, b, s))[1])
-    optimise(model, batch_size_range=(4, 32))
+    optimize(model, batch_size_range=(4, 32))
     assert reserved == [(512, 32)]
     assert rows == [4, 32]
 
 
 def test_report_as_table_and_dict(model):
-    optimise(model, fusion_rules=["attention_softmax", "layer_norm"])
+    optimize(model, fusion_rules=["attention_softmax", "layer_norm"])
     made = report(model)
     text = str(made)
     for word in (
@@ -136,7 +136,7 @@ def test_a_missing_native_build_is_reported(model, monkeypatch):
 
     monkeypatch.setattr(cpu, "unavailable_reason", lambda: "it was not built")
     with pytest.warns(OptimizerWarning, match="using the reference backend, .*it was not built"):
-        optimise(model, config=DeepSeekConfig())
+        optimize(model, config=DeepSeekConfig())
     assert "it was not built" in str(report(model))
 
 
@@ -150,7 +150,7 @@ def test_an_unavailable_backend_is_an_error(model, monkeypatch):
     monkeypatch.setattr(native, "library", missing)
     native.shared_context.cache_clear()
     with pytest.raises(BackendError, match="not built"):
-        optimise(model, config=DeepSeekConfig(backend="cpu", threads=3))
+        optimize(model, config=DeepSeekConfig(backend="cpu", threads=3))
     assert isinstance(model.lm_head, torch.nn.Linear) and model.lm_head.weight.dtype == torch.float32
 
 
@@ -175,7 +175,7 @@ def test_unsupported_models(model):
         DynamicGraphOptimizer(gpt2, config=DeepSeekConfig(strict=True))
     with pytest.raises(ConfigError, match="expected a Transformers model"):
         DynamicGraphOptimizer(torch.nn.Linear(2, 2))
-    with pytest.raises(ConfigError, match="not an optimised model"):
+    with pytest.raises(ConfigError, match="not an optimized model"):
         report(model)
 
 

@@ -1,4 +1,4 @@
-"""The stored tensors of a quantised checkpoint: what is not yet assigned to a matrix, and reading of parts of a tensor."""
+"""The stored tensors of a quantized checkpoint: what is not yet assigned to a matrix, and reading of parts of a tensor."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class StoredTensors:
     """The tensors of a checkpoint's files.
 
     Attributes:
-        left: tensors that belong to no quantised matrix, by name; `take` removes them.
+        left: tensors that belong to no quantized matrix, by name; `take` removes them.
     """
 
     def __init__(self, files: Mapping[Path, DataFile], tensors: Mapping[str, TensorInfo]) -> None:
@@ -132,6 +132,6 @@ def wrong(info: TensorInfo, problem: str) -> CheckpointError:
 
 
 def check_shape(info: TensorInfo | None, shape: tuple[int, ...], label: str) -> None:
-    """CheckpointError unless a tensor has this shape, as the quantisation `label` requires. None is accepted."""
+    """CheckpointError unless a tensor has this shape, as the quantization `label` requires. None is accepted."""
     if info is not None and info.shape != shape:
         raise wrong(info, f"has shape {info.shape}; {label} requires {shape}")

@@ -1,4 +1,4 @@
-"""Damaged and unknown checkpoints of other quantisers: refused when they are opened, or when the damaged part is read."""
+"""Damaged and unknown checkpoints of other quantizers: refused when they are opened, or when the damaged part is read."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from deepseek_optimizer.checkpoint import open_checkpoint
 from deepseek_optimizer.errors import CheckpointError, UnsupportedModelError
-from support import quantised_files as files
-from support.quantised_files import SECTIONS, compressed_section, write_checkpoint
+from support import quantized_files as files
+from support.quantized_files import SECTIONS, compressed_section, write_checkpoint
 
 NAME = "m.q_proj"
 W4A16 = compressed_section("pack-quantized", num_bits=4, type="int", strategy="group", group_size=32)
@@ -175,8 +175,8 @@ def test_a_wrong_shape_of_packed_weights(tmp_path, shape):
 )  # fmt: skip
 def test_fields_and_values_that_are_not_known(tmp_path, method, field, value):
     path, _, _ = made(tmp_path, method, **{field: value})
-    quantiser = SOURCES[method][1]["quant_method"]
-    with pytest.raises(UnsupportedModelError, match=rf"config\.json: quantization_config\.{field}.* of {quantiser} "):
+    quantizer = SOURCES[method][1]["quant_method"]
+    with pytest.raises(UnsupportedModelError, match=rf"config\.json: quantization_config\.{field}.* of {quantizer} "):
         open_checkpoint(path)
 
 

@@ -21,7 +21,7 @@ from ...errors import CheckpointError
 from ...quant import fp8
 from ...quant.fp8 import BLOCK, Fp8
 from ..base import TensorInfo
-from .matrix import Kept, QuantisedMatrix, StoredRows
+from .matrix import Kept, QuantizedMatrix, StoredRows
 from .section import Section
 from .tensors import StoredTensors
 
@@ -34,7 +34,7 @@ _FIELDS = (
 )  # fmt: skip
 
 
-def find_fp8(section: Section, tensors: StoredTensors) -> dict[str, QuantisedMatrix]:
+def find_fp8(section: Section, tensors: StoredTensors) -> dict[str, QuantizedMatrix]:
     """The FP8 matrices of a checkpoint whose `quant_method` is "fp8"."""
     section.check_known(_FIELDS)
     section.one_of("fmt", ("e4m3",), "e4m3")
@@ -42,14 +42,14 @@ def find_fp8(section: Section, tensors: StoredTensors) -> dict[str, QuantisedMat
     return _find(tensors, section.block("weight_block_size", section.fields.get("weight_block_size")))
 
 
-def find_fbgemm_fp8(section: Section, tensors: StoredTensors) -> dict[str, QuantisedMatrix]:
+def find_fbgemm_fp8(section: Section, tensors: StoredTensors) -> dict[str, QuantizedMatrix]:
     """The FP8 matrices of a checkpoint whose `quant_method` is "fbgemm_fp8"."""
     section.check_known(("activation_scale_ub",))
     return _find(tensors, None)
 
 
-def _find(tensors: StoredTensors, block: tuple[int, int] | None) -> dict[str, QuantisedMatrix]:
-    found: dict[str, QuantisedMatrix] = {}
+def _find(tensors: StoredTensors, block: tuple[int, int] | None) -> dict[str, QuantizedMatrix]:
+    found: dict[str, QuantizedMatrix] = {}
     for name in [name for name, info in tensors.left.items() if info.dtype == E4M3]:
         info = tensors.left[name]
         if len(info.shape) != 2 or 0 in info.shape:
@@ -73,7 +73,7 @@ def _find(tensors: StoredTensors, block: tuple[int, int] | None) -> dict[str, Qu
     return found
 
 
-class Fp8Matrix(QuantisedMatrix):
+class Fp8Matrix(QuantizedMatrix):
     """An E4M3 matrix.
 
     Args:

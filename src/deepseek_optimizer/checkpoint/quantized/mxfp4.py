@@ -22,7 +22,7 @@ from ...quant.codes import mxfp4_blocks
 from ..base import TensorInfo
 from ..stacks import is_stack, matrices_per_expert
 from .affine import AffineRows
-from .matrix import Kept, QuantisedMatrix, StoredRows
+from .matrix import Kept, QuantizedMatrix, StoredRows
 from .section import Section
 from .tensors import StoredTensors, check_shape, wrong
 
@@ -30,10 +30,10 @@ _TWICE = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)  # twice the 
 _BIAS, _NAN, _BYTES = 127, 255, TILE_COLS // 2
 
 
-def find_mxfp4(section: Section, tensors: StoredTensors) -> dict[str, QuantisedMatrix]:
+def find_mxfp4(section: Section, tensors: StoredTensors) -> dict[str, QuantizedMatrix]:
     """The MXFP4 stacks of a checkpoint, by the name of their parameter."""
     section.check_known(())
-    found: dict[str, QuantisedMatrix] = {}
+    found: dict[str, QuantizedMatrix] = {}
     for name in tensors.names("_blocks"):
         blocks = tensors.take(f"{name}_blocks", ("U8",), 4)
         scales = tensors.take(f"{name}_scales", ("U8",), 3, owner=blocks)
@@ -67,7 +67,7 @@ class Mxfp4Rows(StoredRows):
         return AffineRows(codes, torch.pow(2.0, self.exponents.double() - _BIAS - 1).float(), None, 0, TILE_COLS)
 
 
-class Mxfp4Stack(QuantisedMatrix):
+class Mxfp4Stack(QuantizedMatrix):
     """A stack of matrices, of its blocks and scales. `alternating`: number of matrices whose rows alternate in the file."""
 
     lossless, natural = "mxfp4", "mxfp4"

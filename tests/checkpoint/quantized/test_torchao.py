@@ -12,7 +12,7 @@ import torch
 from deepseek_optimizer import quant
 from deepseek_optimizer.checkpoint import open_checkpoint
 from deepseek_optimizer.errors import CheckpointError, UnsupportedModelError
-from support.quantised_files import Packed, affine, float_quantized, grid, in_order, write_checkpoint
+from support.quantized_files import Packed, affine, float_quantized, grid, in_order, write_checkpoint
 
 WEIGHT = torch.randn(40, 96, generator=torch.Generator().manual_seed(0)) * 0.05
 SECTION = {"quant_method": "torchao", "quant_type": {"default": {"_type": "Int4WeightOnlyConfig", "_data": {}}}}
@@ -69,7 +69,7 @@ CASES = {
 
 
 @pytest.mark.parametrize(("packed", "kind", "data", "natural", "exact"), CASES.values(), ids=CASES.keys())
-def test_dequantised_to_the_bit(tmp_path, packed, kind, data, natural, exact):
+def test_dequantized_to_the_bit(tmp_path, packed, kind, data, natural, exact):
     tensors, values = packed
     with open_checkpoint(written(tmp_path, tensors, kind, **data)) as checkpoint:
         assert list(checkpoint.tensors) == ["m.q.weight"] and checkpoint.natural_format("m.q.weight") == natural

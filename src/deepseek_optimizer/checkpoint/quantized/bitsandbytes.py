@@ -5,7 +5,7 @@ Of a layer [N, K], a checkpoint stores
 | kind | tensors |
 |---|---|
 | 4 bits | `weight`: two codes per byte in row order, the first in the high bits, in a tensor of any dtype; `weight.quant_map` F32 [16]; `weight.absmax` F32, one per block of `blocksize` elements in row order; `weight.quant_state.bitsandbytes__nf4` (or fp4) U8: a JSON object with `shape`, `blocksize` and others |
-| double quantisation | `weight.absmax` U8, with `weight.nested_absmax` F32, one per `nested_blocksize` of them, `weight.nested_quant_map` F32 [256] and `nested_offset` in the JSON object |
+| double quantization | `weight.absmax` U8, with `weight.nested_absmax` F32, one per `nested_blocksize` of them, `weight.nested_quant_map` F32 [256] and `nested_offset` in the JSON object |
 | int8 | `weight` I8 [N, K], `SCB` F32 [N], `weight_format` 0 |
 
 4 bits: W = quant_map[code] * absmax, where nested absmax = nested_quant_map[absmax] * nested_absmax + nested_offset. int8:
@@ -22,7 +22,7 @@ from ...errors import shown
 from ..base import TensorInfo
 from ..files import parse_json
 from .affine import AffineRows
-from .matrix import QuantisedMatrix, StoredRows
+from .matrix import QuantizedMatrix, StoredRows
 from .section import Section
 from .tensors import StoredTensors, check_shape, wrong
 
@@ -37,11 +37,11 @@ _FIELDS = (
 )  # fmt: skip
 
 
-def find_bitsandbytes(section: Section, tensors: StoredTensors) -> dict[str, QuantisedMatrix]:
-    """The quantised layers of a checkpoint, by the name of their weight."""
+def find_bitsandbytes(section: Section, tensors: StoredTensors) -> dict[str, QuantizedMatrix]:
+    """The quantized layers of a checkpoint, by the name of their weight."""
     section.check_known(_FIELDS)
     section.one_of("bnb_4bit_quant_type", _KINDS, "nf4")
-    found: dict[str, QuantisedMatrix] = {}
+    found: dict[str, QuantizedMatrix] = {}
     for kind in _KINDS:
         for name in tensors.names(f"{_STATE}{kind}"):
             found[name] = _four_bits(name, kind, tensors)
@@ -50,7 +50,7 @@ def find_bitsandbytes(section: Section, tensors: StoredTensors) -> dict[str, Qua
     return found
 
 
-def _int8(layer: str, tensors: StoredTensors) -> QuantisedMatrix:
+def _int8(layer: str, tensors: StoredTensors) -> QuantizedMatrix:
     scales = tensors.take(f"{layer}.SCB", ("F32", "F16", "BF16"))
     weight = tensors.take(f"{layer}.weight", ("I8",), 2, owner=scales)
     check_shape(scales, (weight.shape[0],), f"an int8 matrix {weight.shape}")
@@ -60,7 +60,7 @@ def _int8(layer: str, tensors: StoredTensors) -> QuantisedMatrix:
     return Int8Matrix(weight, scales, tensors)
 
 
-class Int8Matrix(QuantisedMatrix):
+class Int8Matrix(QuantizedMatrix):
     """An int8 matrix with a scale per row."""
 
     lossless, natural = None, "int8"  # the scales SCB / 127 are rarely float16 values
@@ -74,7 +74,7 @@ class Int8Matrix(QuantisedMatrix):
         return AffineRows(self._tensors.rows(self._weight, begin, end), scales[:, None], None, 0, self.shape[1])
 
 
-def _four_bits(name: str, kind: str, tensors: StoredTensors) -> QuantisedMatrix:
+def _four_bits(name: str, kind: str, tensors: StoredTensors) -> QuantizedMatrix:
     info = tensors.take(f"{name}{_STATE}{kind}", ("U8",), 1)
     if info.nbytes > _STATE_BYTES:
         raise wrong(info, f"has {info.nbytes} bytes, more than {_STATE_BYTES} for a description")
@@ -98,7 +98,7 @@ def _four_bits(name: str, kind: str, tensors: StoredTensors) -> QuantisedMatrix:
 def _nested(
     name: str, info: TensorInfo, state: dict[str, Any], blocks: int, tensors: StoredTensors
 ) -> tuple[TensorInfo, TensorInfo, int, float]:
-    """Tables, block size and offset of maxima that are quantised themselves."""
+    """Tables, block size and offset of maxima that are quantized themselves."""
     block = _size(info, state, "nested_blocksize")
     offset: Any = state.get("nested_offset")
     if type(offset) not in (int, float) or not abs(offset) < 1e30:
@@ -106,7 +106,7 @@ def _nested(
     table = tensors.take(f"{name}.nested_quant_map", ("F32",), owner=info)
     check_shape(table, (256,), "a table of 8-bit codes")
     maxima = tensors.take(f"{name}.nested_absmax", ("F32",), owner=info)
-    check_shape(maxima, (-(-blocks // block),), f"{blocks} quantised maxima in blocks of {block}")
+    check_shape(maxima, (-(-blocks // block),), f"{blocks} quantized maxima in blocks of {block}")
     return table, maxima, block, float(offset)
 
 
@@ -122,7 +122,7 @@ def _is_size(value: Any) -> bool:
     return type(value) is int and 0 < value < 1 << 31
 
 
-class FourBitMatrix(QuantisedMatrix):
+class FourBitMatrix(QuantizedMatrix):
     """A matrix of 4-bit codes of a table.
 
     Args:
@@ -130,7 +130,7 @@ class FourBitMatrix(QuantisedMatrix):
         shape: rows and columns.
         block: elements that share a maximum.
         stored: weight, table, maxima and description.
-        nested: of quantised maxima: table, maxima of maxima, block size, offset.
+        nested: of quantized maxima: table, maxima of maxima, block size, offset.
         tensors: reads them.
     """
 
@@ -173,7 +173,7 @@ class FourBitMatrix(QuantisedMatrix):
 
 
 class _Floats(StoredRows):
-    """Rows that are already dequantised."""
+    """Rows that are already dequantized."""
 
     def __init__(self, values: torch.Tensor) -> None:
         self._values = values

@@ -22,7 +22,7 @@ from ...quant.tiles import panels
 from .. import base
 from ..base import TensorInfo
 from .affine import AffineRows, formats_of, group_label
-from .matrix import QuantisedMatrix
+from .matrix import QuantizedMatrix
 from .section import Section
 from .tensors import SCALES, StoredTensors, check_shape
 from .words import lanes, unpack_words, words_for
@@ -37,7 +37,7 @@ _FIELDS = (
 _GEMM = ("gemm", "GEMM", "awq")
 
 
-def find_awq(section: Section, tensors: StoredTensors) -> dict[str, QuantisedMatrix]:
+def find_awq(section: Section, tensors: StoredTensors) -> dict[str, QuantizedMatrix]:
     """The AWQ layers of a checkpoint, by the name of their weight."""
     section.check_known(_FIELDS)
     section.one_of("w_bit" if "w_bit" in section.fields else "bits", (BITS,), BITS)
@@ -49,10 +49,10 @@ def find_awq(section: Section, tensors: StoredTensors) -> dict[str, QuantisedMat
     return awq_layers(tensors, size)
 
 
-def awq_layers(tensors: StoredTensors, size: int) -> dict[str, QuantisedMatrix]:
+def awq_layers(tensors: StoredTensors, size: int) -> dict[str, QuantizedMatrix]:
     """The layers that are stored as AWQ stores them, with groups of `size` columns (-1: whole rows), by the name of their
     weight."""
-    found: dict[str, QuantisedMatrix] = {}
+    found: dict[str, QuantizedMatrix] = {}
     for layer in tensors.names(".qweight"):
         weight = tensors.take(f"{layer}.qweight", ("I32",), 2)
         scales = tensors.take(f"{layer}.scales", SCALES, 2, owner=weight)
@@ -61,7 +61,7 @@ def awq_layers(tensors: StoredTensors, size: int) -> dict[str, QuantisedMatrix]:
     return found
 
 
-class AwqMatrix(QuantisedMatrix):
+class AwqMatrix(QuantizedMatrix):
     """An AWQ layer's weight, of its stored tensors and the group size (-1: whole rows)."""
 
     def __init__(self, weight: TensorInfo, zeros: TensorInfo, scales: TensorInfo, size: int, tensors: StoredTensors) -> None:

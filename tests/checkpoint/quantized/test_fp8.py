@@ -1,4 +1,4 @@
-"""FP8 checkpoints: read unchanged, dequantised, or rejected with an error that names the tensor."""
+"""FP8 checkpoints: read unchanged, dequantized, or rejected with an error that names the tensor."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import torch
 from safetensors.torch import save_file
 
 from deepseek_optimizer import quant
-from deepseek_optimizer.checkpoint import QuantisedCheckpoint, open_checkpoint, stream_weights
+from deepseek_optimizer.checkpoint import QuantizedCheckpoint, open_checkpoint, stream_weights
 from deepseek_optimizer.checkpoint import base as checkpoint_base
 from deepseek_optimizer.errors import CheckpointError, ConfigError, UnsupportedModelError
 from deepseek_optimizer.quant import fp8
-from support.fp8_files import SECTION, dequantised, fp8_tensors
+from support.fp8_files import SECTION, dequantized, fp8_tensors
 
 GENERATOR = torch.Generator().manual_seed(3)
 FLOATS = {
@@ -40,12 +40,12 @@ def stored(scale_dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("scale_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("panel", [700, 1 << 21])
-def test_kept_unchanged_or_dequantised(tmp_path, monkeypatch, scale_dtype, panel):
+def test_kept_unchanged_or_dequantized(tmp_path, monkeypatch, scale_dtype, panel):
     monkeypatch.setattr(checkpoint_base, "PANEL_ELEMENTS", panel)
     tensors = stored(scale_dtype)
-    real = dequantised(tensors)
+    real = dequantized(tensors)
     with open_checkpoint(write(tmp_path / "m", tensors)) as checkpoint:
-        assert isinstance(checkpoint, QuantisedCheckpoint) and checkpoint.tensors.keys() == FLOATS.keys()
+        assert isinstance(checkpoint, QuantizedCheckpoint) and checkpoint.tensors.keys() == FLOATS.keys()
         assert "quantization_config" not in checkpoint.config()
         for name in FLOATS:
             assert torch.equal(checkpoint.read(name), real[name])
@@ -74,7 +74,7 @@ def test_stacks_of_experts(tmp_path):
         for role in ("gate", "up", "down")
     }
     tensors = fp8_tensors(floats, lambda name: True)
-    real = dequantised(tensors)
+    real = dequantized(tensors)
     with open_checkpoint(write(tmp_path / "m", tensors)) as checkpoint:
         shape = (6, 136, 72)
         assert checkpoint.own_format("m.experts.gate_up_proj", shape) == "fp8"
@@ -160,7 +160,7 @@ def test_other_kinds_of_fp8(tmp_path, section):
 
 @pytest.mark.parametrize("block", [(64, 64), (16, 130), (256, 128), (1, 128)])
 def test_other_blocks(tmp_path, block):
-    """Dequantised by their own blocks; exact as fp8 if these consist of blocks of 128 x 128."""
+    """Dequantized by their own blocks; exact as fp8 if these consist of blocks of 128 x 128."""
     w = FLOATS[A]
     rows, cols = torch.arange(w.shape[0]) // block[0], torch.arange(w.shape[1]) // block[1]
     scale = torch.rand(int(rows[-1]) + 1, int(cols[-1]) + 1, generator=GENERATOR) + 0.5

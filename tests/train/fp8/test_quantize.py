@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from deepseek_optimizer.train.fp8.quantise import BLOCK, COLUMN, E4M3, E5M2, ROW, dequantise, quantise, round_trip
+from deepseek_optimizer.train.fp8.quantize import BLOCK, COLUMN, E4M3, E5M2, ROW, dequantize, quantize, round_trip
 
 TILES = (ROW, COLUMN, BLOCK)
 SHAPES = ((1, 1), (3, 127), (128, 128), (129, 257), (1, 640), (300, 5), (2, 130, 200))
@@ -47,9 +47,9 @@ def scale_reference(largest: float, dtype: torch.dtype) -> float:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_scales_codes_and_bound(shape, tile, dtype) -> None:
     x = numbers(shape)
-    codes, scale = quantise(x, tile, dtype)
+    codes, scale = quantize(x, tile, dtype)
     assert codes.dtype == dtype and codes.shape == x.shape and scale.dtype == torch.float32
-    back = dequantise(codes, scale, tile, torch.float32)
+    back = dequantize(codes, scale, tile, torch.float32)
     places = 0
     for at, place in tile_of(x, tile):
         expected = scale_reference(float(x[at].float().abs().max()), dtype)
@@ -64,9 +64,9 @@ def test_scales_codes_and_bound(shape, tile, dtype) -> None:
 
 @pytest.mark.parametrize("dtype", [E4M3, E5M2])
 def test_bf16_represents_code_times_scale_exactly(dtype) -> None:
-    codes, scale = quantise(numbers((256, 256)), ROW, dtype)
-    exact = dequantise(codes, scale, ROW, torch.float64)
-    assert torch.equal(dequantise(codes, scale, ROW, torch.bfloat16).double(), exact)
+    codes, scale = quantize(numbers((256, 256)), ROW, dtype)
+    exact = dequantize(codes, scale, ROW, torch.float64)
+    assert torch.equal(dequantize(codes, scale, ROW, torch.bfloat16).double(), exact)
 
 
 @pytest.mark.parametrize("tile", TILES)
@@ -79,7 +79,7 @@ def test_values_on_the_grid_are_exact(tile) -> None:
 def test_rounding_is_to_even_and_keeps_the_largest() -> None:
     x = torch.tensor([[448.0, 17.0, 19.0, 2.0**-10, 3 * 2.0**-10, -448.0]])
     assert round_trip(x, ROW).tolist() == [[448.0, 16.0, 20.0, 0.0, 2 * 2.0**-9, -448.0]]
-    assert quantise(torch.tensor([[449.0]]), ROW)[1].item() == 2.0
+    assert quantize(torch.tensor([[449.0]]), ROW)[1].item() == 2.0
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -92,11 +92,11 @@ def test_non_finite_values_affect_only_their_tile(bad) -> None:
 
 def test_extremes_of_size() -> None:
     tiny = torch.full((1, 4), 2.0**-130)
-    assert quantise(tiny, ROW)[1].item() == 2.0**-100 and round_trip(tiny, ROW).abs().max() < 2.0**-100
+    assert quantize(tiny, ROW)[1].item() == 2.0**-100 and round_trip(tiny, ROW).abs().max() < 2.0**-100
     huge = torch.tensor([[0.9 * torch.finfo(torch.bfloat16).max]], dtype=torch.bfloat16)
     assert round_trip(huge, ROW).isfinite().all() and (round_trip(huge, ROW) / huge - 1).abs().item() < 2**-4
 
 
 def test_empty() -> None:
-    codes, scale = quantise(torch.empty(0, 256), ROW)
+    codes, scale = quantize(torch.empty(0, 256), ROW)
     assert codes.shape == (0, 256) and scale.shape == (0, 2)

@@ -1,4 +1,4 @@
-"""Peak memory of packing a quantised matrix: besides the result, its stored codes and a panel, never all of it in float."""
+"""Peak memory of packing a quantized matrix: besides the result, its stored codes and a panel, never all of it in float."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from support.quantised_files import SECTIONS, words_tensor, write_checkpoint
+from support.quantized_files import SECTIONS, words_tensor, write_checkpoint
 
 CHILD = """
 import json, sys

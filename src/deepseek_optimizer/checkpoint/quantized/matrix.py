@@ -1,4 +1,4 @@
-"""The interface of a quantised matrix: the tensors of one linear layer in a checkpoint, read as rows of one float matrix."""
+"""The interface of a quantized matrix: the tensors of one linear layer in a checkpoint, read as rows of one float matrix."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..base import TensorInfo
 
 @dataclass(frozen=True)
 class Kept:
-    """Rows in a form that a `Packer` stores without quantising them again.
+    """Rows in a form that a `Packer` stores without quantizing them again.
 
     Attributes:
         weight: ggml blocks or float8_e4m3fn codes, see `Packer`.
@@ -29,22 +29,22 @@ class Kept:
 
 
 class StoredRows(ABC):
-    """Rows of a quantised matrix, as stored, in memory."""
+    """Rows of a quantized matrix, as stored, in memory."""
 
     @abstractmethod
     def floats(self) -> torch.Tensor:
-        """The rows dequantised: float32 [n, K]."""
+        """The rows dequantized: float32 [n, K]."""
 
     def kept(self, format: str) -> Kept | None:
         """The rows for a weight format that can hold their codes; None if it cannot."""
         return None
 
 
-class QuantisedMatrix(ABC):
-    """A quantised matrix [N, K], or a stack of them [..., N, K] of which all dimensions but the last count as rows.
+class QuantizedMatrix(ABC):
+    """A quantized matrix [N, K], or a stack of them [..., N, K] of which all dimensions but the last count as rows.
 
     Attributes:
-        label: of its quantisation, for reports: "GPTQ 4-bit, group 128".
+        label: of its quantization, for reports: "GPTQ 4-bit, group 128".
         shape: of the float matrix.
         stored: its tensors in the checkpoint; errors about the whole matrix name the first.
         lossless: the weight format that holds its values exactly, if its scales are float16 values; None if there is none.

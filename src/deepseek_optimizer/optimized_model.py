@@ -1,4 +1,4 @@
-"""`load_model` and `DynamicGraphOptimizer`: ways to get an optimised model besides `from_pretrained`."""
+"""`load_model` and `DynamicGraphOptimizer`: ways to get an optimized model besides `from_pretrained`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .errors import ConfigError
 
 
 def load_model(path: str | os.PathLike[str], config: DeepSeekConfig | None = None, **fields: Any) -> Any:
-    """Loads a checkpoint as an optimised Transformers model on the CPU, ready to generate.
+    """Loads a checkpoint as an optimized Transformers model on the CPU, ready to generate.
 
     A model of a supported family runs as an execution plan. Any other model that Transformers has (causal, encoder,
     encoder-decoder, classifier) takes the general path: Transformers' own forward, cache and `generate`, with linear layers
@@ -24,14 +24,14 @@ def load_model(path: str | os.PathLike[str], config: DeepSeekConfig | None = Non
     truncated, every later call raises CheckpointChangedError.
 
     Args:
-        path: a directory of safetensors files (float, packed, or quantised by another tool), a .gguf file, or a model name on
+        path: a directory of safetensors files (float, packed, or quantized by another tool), a .gguf file, or a model name on
             the hub.
-        config: how to optimise the model; None: only lossless optimisations.
+        config: how to optimize the model; None: only lossless optimizations.
         fields: single fields of `DeepSeekConfig`; they override those of `config`.
 
     Returns:
         The family's `ForCausalLM` model in eval mode; for encoders and on the general path the class that the checkpoint was
-        saved from. `model.report()` lists the optimisations. Load other classes (`AutoModel`, classifiers) with their own
+        saved from. `model.report()` lists the optimizations. Load other classes (`AutoModel`, classifiers) with their own
         `from_pretrained(path, quantization_config=config)`.
 
     Raises:
@@ -67,21 +67,21 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Any:
 
 
 def report(model: Any) -> Any:
-    """Returns the report of an optimised model. `print` shows it as a table, `.to_dict()` returns its values."""
+    """Returns the report of an optimized model. `print` shows it as a table, `.to_dict()` returns its values."""
     from .integration.bind.packed_model import packed_model_of
 
     return packed_model_of(model).report()
 
 
 class DynamicGraphOptimizer:
-    """Optimises a model that is already loaded, in place.
+    """Optimizes a model that is already loaded, in place.
 
     Args:
-        model: a Transformers model, either float or optimised before (then only rules and batch sizes change). One without an
+        model: a Transformers model, either float or optimized before (then only rules and batch sizes change). One without an
             execution plan takes the general path, see `load_model`.
         fusion_rules: names of the fusion rules to apply; None: those of `config`.
         batch_size_range: (smallest, largest) batch size to allocate buffers and warm up kernels for; None: that of `config`.
-        config: how to optimise the model; None: the weights keep their dtype.
+        config: how to optimize the model; None: the weights keep their dtype.
 
     Raises:
         ConfigError, UnsupportedModelError: at construction, before the model is modified.
@@ -105,7 +105,7 @@ class DynamicGraphOptimizer:
         fields = {} if config is None else config.to_dict()
         self.config = DeepSeekConfig(**{**fields, **{name: value for name, value in overrides.items() if value is not None}})
         if getattr(model, "hf_quantizer", None) is not None and "dso" not in model.__dict__:
-            raise ConfigError("the model is quantised by another method; load the original model")
+            raise ConfigError("the model is quantized by another method; load the original model")
         earlier = getattr(model, "__dict__", {}).get("dso")
         chosen_for = earlier.config.kl_budget if earlier is not None else None
         if self.config.kl_budget not in (None, chosen_for):

@@ -1,9 +1,9 @@
-"""Packers of other quantisers' checkpoints, written from the published layouts, one per method.
+"""Packers of other quantizers' checkpoints, written from the published layouts, one per method.
 
 Each takes a float matrix [N, K] and returns the stored tensors by suffix (".qweight") and the values that they stand for,
 float32: code minus zero point, times the scale of the weight's group.
 
-copy = quantised_copy(float_folder, target, gptq, SECTIONS["gptq"], bits=4, size=32)    # a whole checkpoint
+copy = quantized_copy(float_folder, target, gptq, SECTIONS["gptq"], bits=4, size=32)    # a whole checkpoint
 """
 
 from __future__ import annotations
@@ -247,10 +247,10 @@ def write_checkpoint(
     return folder
 
 
-def quantised_copy(
+def quantized_copy(
     source: Path, target: Path, packer: Callable[..., Packed], section: dict[str, Any], **options: Any
 ) -> tuple[Path, Path]:
-    """Two copies of a float checkpoint: one whose linear layers are quantised, except for the head, and a float32 one with
+    """Two copies of a float checkpoint: one whose linear layers are quantized, except for the head, and a float32 one with
     the values that it stands for."""
     plain = target.with_name(f"{target.name}-float")
     for folder in (target, plain):

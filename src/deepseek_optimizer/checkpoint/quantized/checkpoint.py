@@ -1,7 +1,7 @@
-"""A directory of safetensors files that another quantiser wrote, presented as float weights.
+"""A directory of safetensors files that another quantizer wrote, presented as float weights.
 
 `quantization_config` in config.json names the method. Each of its layers appears as one weight, whatever tensors it is stored
-in; other tensors are ordinary float ones, so that lists of ignored modules are not needed. Weights are dequantised panel by
+in; other tensors are ordinary float ones, so that lists of ignored modules are not needed. Weights are dequantized panel by
 panel while they are packed. Where a weight format can hold the stored codes, they are kept instead (`affine.py`).
 """
 
@@ -28,13 +28,13 @@ from .bitsandbytes import find_bitsandbytes
 from .compressed_tensors import find_compressed_tensors
 from .fp8 import find_fbgemm_fp8, find_fp8
 from .gptq import find_gptq
-from .matrix import Kept, QuantisedMatrix
+from .matrix import Kept, QuantizedMatrix
 from .mxfp4 import find_mxfp4
 from .section import Section
 from .tensors import StoredTensors
 from .torchao import find_torchao
 
-METHODS: Mapping[str, Callable[[Section, StoredTensors], dict[str, QuantisedMatrix]]] = {
+METHODS: Mapping[str, Callable[[Section, StoredTensors], dict[str, QuantizedMatrix]]] = {
     "auto-round": find_auto_round,
     "awq": find_awq,
     "bitsandbytes": find_bitsandbytes,
@@ -63,8 +63,8 @@ def method_of(config: Mapping[str, Any]) -> str | None:
     return method if isinstance(method, str) and method in METHODS else None
 
 
-class QuantisedCheckpoint(SafetensorsCheckpoint):
-    """Quantised weights in safetensors files. `config` omits `quantization_config`.
+class QuantizedCheckpoint(SafetensorsCheckpoint):
+    """Quantized weights in safetensors files. `config` omits `quantization_config`.
 
     Attributes:
         method: its `quant_method`.
@@ -74,14 +74,14 @@ class QuantisedCheckpoint(SafetensorsCheckpoint):
         CheckpointError: a tensor is missing, or has a wrong shape or dtype. The error names it.
     """
 
-    kind: ClassVar[str] = "quantised safetensors"
+    kind: ClassVar[str] = "quantized safetensors"
 
     def __init__(self, directory: Path, config: dict[str, Any], files: dict[Path, DataFile], tensors: Mapping[str, TensorInfo]):
         config = dict(config)
         method, section = method_of(config), config.pop("quantization_config")
         assert method is not None  # what makes a checkpoint one of this class
         self.method: str = method
-        self.quantisation = section
+        self.quantization = section
         stored = StoredTensors(files, tensors)
         self._matrices = METHODS[self.method](Section(section, self.method, directory / CONFIG), stored)
         self._unused = [name for name in stored.left if _UNUSED.fullmatch(name)]
@@ -89,7 +89,7 @@ class QuantisedCheckpoint(SafetensorsCheckpoint):
         for name, matrix in self._matrices.items():
             if name in plain:
                 raise CheckpointError(
-                    "is stored twice, quantised and not; remove one of the two", file=plain[name].file, tensor=name
+                    "is stored twice, quantized and not; remove one of the two", file=plain[name].file, tensor=name
                 )
             first, nbytes = matrix.stored[0], sum(info.nbytes for info in matrix.stored)
             plain[name] = TensorInfo(name, matrix.label, matrix.shape, first.file, first.offset, nbytes)
@@ -146,7 +146,7 @@ class QuantisedCheckpoint(SafetensorsCheckpoint):
         return None
 
     def ignores(self, name: str) -> bool:
-        """A bias of zeros beside a quantised weight: AutoGPTQ wrote one for each layer, whether the model has it or not."""
+        """A bias of zeros beside a quantized weight: AutoGPTQ wrote one for each layer, whether the model has it or not."""
         weight = name.removesuffix("bias") + "weight"
         return name.endswith(".bias") and weight in self._matrices and not bool(self.read(name).any())
 

@@ -1,4 +1,4 @@
-"""Tokenising texts and rendering chats on two threads, so that short texts do not wait for long ones.
+"""Tokenizing texts and rendering chats on two threads, so that short texts do not wait for long ones.
 
 Each thread has its own tokenizer, since encoding changes a tokenizer's settings, and its own process for chat templates.
 Clients take turns on each (see `fair_queue`), so that a short chat waits for at most one short text of each other client.
@@ -27,7 +27,7 @@ class Lane:
         self.template = ChatTemplate(tokenizer)
 
 
-class Tokenising:
+class Tokenizing:
     """The two threads, with their queues.
 
     Args:
@@ -37,7 +37,7 @@ class Tokenising:
 
     def __init__(self, tokenizer: Any, max_per_client: int, max_jobs: int) -> None:
         self.short, self._long = Lane(tokenizer), Lane(copy.deepcopy(tokenizer))
-        names = ("tokenising short texts", "tokenising long texts")
+        names = ("tokenizing short texts", "tokenizing long texts")
         self.queues = [FairQueue(name, 1, max_running=1, max_per_client=max_per_client, max_jobs=max_jobs) for name in names]
 
     async def run(self, work: Callable[[Lane], T], caller: Caller, size: int | None = None) -> T:

@@ -1,4 +1,4 @@
-"""Runs a command while another process keeps one core busy: python -m benchmarks.neighbour COMMAND..."""
+"""Runs a command while another process keeps one core busy: python -m benchmarks.neighbor COMMAND..."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import sys
 def main() -> None:
     core = max(os.sched_getaffinity(0))
     code = f"import os; os.sched_setaffinity(0, [{core}])\nwhile True: pass"
-    neighbour = subprocess.Popen([sys.executable, "-c", code])
+    neighbor = subprocess.Popen([sys.executable, "-c", code])
     try:
         raise SystemExit(subprocess.run(sys.argv[1:]).returncode)
     finally:
-        neighbour.kill()
-        neighbour.wait()
+        neighbor.kill()
+        neighbor.wait()
 
 
 if __name__ == "__main__":

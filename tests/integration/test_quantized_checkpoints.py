@@ -1,4 +1,4 @@
-"""Checkpoints of other quantisers, loaded: the dequantised model's logits in fp32, codes kept by default, and warnings."""
+"""Checkpoints of other quantizers, loaded: the dequantized model's logits in fp32, codes kept by default, and warnings."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from deepseek_optimizer import CheckpointError, ConfigError, DeepSeekConfig, loa
 from deepseek_optimizer.backends.cpu import unavailable_reason
 from deepseek_optimizer.integration.load import pack_checkpoint as pack_module
 from deepseek_optimizer.integration.load.pack_checkpoint import pack_checkpoint
-from support import quantised_files as files
+from support import quantized_files as files
 from support.models import CASES, assert_close_rows, random_model
-from support.quantised_files import SECTIONS, compressed_section, quantised_copy
+from support.quantized_files import SECTIONS, compressed_section, quantized_copy
 
 IDS = torch.randint(0, 250, (1, 20), generator=torch.Generator().manual_seed(1))
 BACKENDS = ["reference", *(["cpu"] if unavailable_reason() is None else [])]
@@ -55,9 +55,9 @@ def expected(plain) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_logits_of_the_dequantised_model(tiny_model, tmp_path, method):
+def test_logits_of_the_dequantized_model(tiny_model, tmp_path, method):
     packer, section, options, format, warning, bound = METHODS[method]
-    folder, plain = quantised_copy(tiny_model, tmp_path / "m", packer, section, **options)
+    folder, plain = quantized_copy(tiny_model, tmp_path / "m", packer, section, **options)
     wanted = expected(plain)
     for backend in BACKENDS:
         model = load_model(folder, precision="fp32", backend=backend)
@@ -77,9 +77,9 @@ def test_logits_of_the_dequantised_model(tiny_model, tmp_path, method):
 
 
 @pytest.mark.parametrize("precision", ["int4", "int8"])
-def test_another_precision_is_what_the_dequantised_model_gives(tiny_model, tmp_path, precision):
+def test_another_precision_is_what_the_dequantized_model_gives(tiny_model, tmp_path, precision):
     """Where the codes cannot be kept."""
-    folder, plain = quantised_copy(tiny_model, tmp_path / "m", files.bitsandbytes_4bit, SECTIONS["nf4"])
+    folder, plain = quantized_copy(tiny_model, tmp_path / "m", files.bitsandbytes_4bit, SECTIONS["nf4"])
     ours, theirs = (load_model(path, precision=precision) for path in (folder, plain))
     for (name, a), (_, b) in zip(ours.named_parameters(), theirs.named_parameters(), strict=True):
         assert torch.equal(a, b), name
@@ -87,9 +87,9 @@ def test_another_precision_is_what_the_dequantised_model_gives(tiny_model, tmp_p
 
 @pytest.mark.parametrize("method", ["gptq", "w4a16"])
 def test_convert(tiny_model, tmp_path, method):
-    """Streamed from file to file: the model that `load_model` gives, and nothing of the other quantiser in its config."""
+    """Streamed from file to file: the model that `load_model` gives, and nothing of the other quantizer in its config."""
     packer, section, options, format, _, _ = METHODS[method]
-    folder, _ = quantised_copy(tiny_model, tmp_path / "m", packer, section, **options)
+    folder, _ = quantized_copy(tiny_model, tmp_path / "m", packer, section, **options)
     pack_checkpoint(folder, tmp_path / "packed", {})
     again, model = load_model(tmp_path / "packed"), load_model(folder)
     for (name, a), (_, b) in zip(again.named_parameters(), model.named_parameters(), strict=True):
@@ -101,7 +101,7 @@ def test_convert(tiny_model, tmp_path, method):
 
 def test_a_conversion_is_not_resumed_under_another_section(tiny_model, tmp_path, monkeypatch):
     """Files of an interrupted run are reused by a run that reads the weights alike only."""
-    folder, _ = quantised_copy(tiny_model, tmp_path / "m", files.gptq, SECTIONS["gptq"])
+    folder, _ = quantized_copy(tiny_model, tmp_path / "m", files.gptq, SECTIONS["gptq"])
     real, written = pack_module.write_shard, []
 
     def interrupted(file, shard, weights):
@@ -127,7 +127,7 @@ def test_a_conversion_is_not_resumed_under_another_section(tiny_model, tmp_path,
 
 def test_biases_of_zeros_are_left_out(tiny_model, tmp_path):
     """AutoGPTQ writes them for layers without a bias; one that is not zero does not belong to this model."""
-    folder, plain = quantised_copy(tiny_model, tmp_path / "m", files.gptq, SECTIONS["gptq"])
+    folder, plain = quantized_copy(tiny_model, tmp_path / "m", files.gptq, SECTIONS["gptq"])
     tensors = load_file(folder / "model.safetensors")
     biases = {name.replace(".qweight", ".bias"): t.shape[1] for name, t in tensors.items() if name.endswith(".qweight")}
     tensors |= {name: torch.zeros(size, dtype=torch.float16) for name, size in biases.items()}
@@ -146,7 +146,7 @@ def test_experts_layer_by_layer(tmp_path):
     config = CASES["deepseek_v3-groups"]()
     config.hidden_size, config.moe_intermediate_size, config.intermediate_size = 96, 64, 64
     random_model(config).save_pretrained(tmp_path / "float")
-    folder, plain = quantised_copy(tmp_path / "float", tmp_path / "m", files.pack_quantized, W4A16, size=32)
+    folder, plain = quantized_copy(tmp_path / "float", tmp_path / "m", files.pack_quantized, W4A16, size=32)
     ids = torch.randint(0, config.vocab_size, (1, 20), generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
         want = AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32)(ids).logits[0]
@@ -156,8 +156,8 @@ def test_experts_layer_by_layer(tmp_path):
 
 
 def test_from_pretrained_refers_to_load_model(tiny_model, tmp_path):
-    """Transformers refuses two kinds of quantisation itself; without the section, this package does."""
-    folder, _ = quantised_copy(tiny_model, tmp_path / "m", files.gptq, SECTIONS["gptq"])
+    """Transformers refuses two kinds of quantization itself; without the section, this package does."""
+    folder, _ = quantized_copy(tiny_model, tmp_path / "m", files.gptq, SECTIONS["gptq"])
     config = AutoConfig.from_pretrained(folder)
     del config.quantization_config
     with pytest.raises(ConfigError, match="without their scales; use load_model"):
@@ -166,6 +166,6 @@ def test_from_pretrained_refers_to_load_model(tiny_model, tmp_path):
 
 @pytest.mark.parametrize("method", ["hqq", "quanto", None, 3])
 def test_methods_that_are_not_supported(tiny_model, tmp_path, method):
-    folder, _ = quantised_copy(tiny_model, tmp_path / "m", files.gptq, {"quant_method": method})
-    with pytest.raises(CheckpointError, match="is quantised by .*, which is not supported .*gptq.*; use the original model"):
+    folder, _ = quantized_copy(tiny_model, tmp_path / "m", files.gptq, {"quant_method": method})
+    with pytest.raises(CheckpointError, match="is quantized by .*, which is not supported .*gptq.*; use the original model"):
         load_model(folder)

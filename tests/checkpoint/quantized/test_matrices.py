@@ -1,4 +1,4 @@
-"""Every method's matrices against independent packers: dequantised to the bit, and kept where a format can hold them."""
+"""Every method's matrices against independent packers: dequantized to the bit, and kept where a format can hold them."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from deepseek_optimizer import quant
-from deepseek_optimizer.checkpoint import QuantisedCheckpoint, open_checkpoint
+from deepseek_optimizer.checkpoint import QuantizedCheckpoint, open_checkpoint
 from deepseek_optimizer.checkpoint import base as checkpoint_base
-from deepseek_optimizer.checkpoint.quantised.affine import AffineRows
-from support import quantised_files as files
-from support.quantised_files import SECTIONS, compressed_section, write_checkpoint
+from deepseek_optimizer.checkpoint.quantized.affine import AffineRows
+from support import quantized_files as files
+from support.quantized_files import SECTIONS, compressed_section, write_checkpoint
 
 NAME = "m.q_proj"
 AUTO_ROUND = {
@@ -105,12 +105,12 @@ def written(tmp_path, packer, section, shape, options, seed=0):
 
 @pytest.mark.parametrize("panel", [700, 1 << 21])
 @pytest.mark.parametrize(("packer", "section", "shape", "natural", "exact", "options"), CASES)
-def test_dequantised_to_the_bit(tmp_path, monkeypatch, packer, section, shape, natural, exact, options, panel):
+def test_dequantized_to_the_bit(tmp_path, monkeypatch, packer, section, shape, natural, exact, options, panel):
     monkeypatch.setattr(checkpoint_base, "PANEL_ELEMENTS", panel)
     path, values = written(tmp_path, packer, section, shape, options)
     weight = f"{NAME}.weight"
     with open_checkpoint(path) as checkpoint:
-        assert isinstance(checkpoint, QuantisedCheckpoint) and "quantization_config" not in checkpoint.config()
+        assert isinstance(checkpoint, QuantizedCheckpoint) and "quantization_config" not in checkpoint.config()
         assert checkpoint.tensors.keys() == {weight, "m.norm.weight"}
         assert checkpoint.shape(weight) == shape and checkpoint.natural_format(weight) == natural
         assert torch.equal(checkpoint.read(weight), values)

@@ -29,7 +29,7 @@ from ..files import parse_json
 from .affine import group_label
 from .fp8 import E4M3, Fp8Matrix
 from .integers import IntegerMatrix, IntegerTensors, groups_of
-from .matrix import Kept, QuantisedMatrix, StoredRows
+from .matrix import Kept, QuantizedMatrix, StoredRows
 from .section import Section
 from .tensors import SCALES, StoredTensors, check_shape, wrong
 
@@ -37,11 +37,11 @@ _TYPES = ("Int4Tensor", "Int8Tensor", "IntxUnpackedToInt8Tensor", "Float8Tensor"
 _FIELDS = ("quant_type", "quant_type_kwargs", "include_input_output_embeddings", "untie_embedding_weights")
 
 
-def find_torchao(section: Section, tensors: StoredTensors) -> dict[str, QuantisedMatrix]:
-    """The quantised matrices of a checkpoint, by the name of their weight."""
+def find_torchao(section: Section, tensors: StoredTensors) -> dict[str, QuantizedMatrix]:
+    """The quantized matrices of a checkpoint, by the name of their weight."""
     section.check_known(_FIELDS)
     metadata = tensors.metadata()
-    found: dict[str, QuantisedMatrix] = {}
+    found: dict[str, QuantizedMatrix] = {}
     for layer in tensors.names("._weight_qdata"):
         info = tensors.left[f"{layer}._weight_qdata"]
         kind, data = _description(metadata.get(f"{layer}.weight"), info)
@@ -66,7 +66,7 @@ def _description(text: str | None, info: TensorInfo) -> tuple[str, Mapping[str, 
     return kind, data
 
 
-def _integers(prefix: str, data: Mapping[str, Any], tensors: StoredTensors) -> QuantisedMatrix:
+def _integers(prefix: str, data: Mapping[str, Any], tensors: StoredTensors) -> QuantizedMatrix:
     weight = tensors.take(f"{prefix}_qdata", ("I8",), 2)
     scales = tensors.take(f"{prefix}_scale", SCALES, owner=weight)
     zeros = tensors.optional(f"{prefix}_zero_point", ("I8",))
@@ -79,19 +79,19 @@ def _integers(prefix: str, data: Mapping[str, Any], tensors: StoredTensors) -> Q
     return IntegerMatrix(IntegerTensors(weight, scales, zeros), bits, size, (rows, cols), tensors, "torchao", symmetric)
 
 
-def _float8(prefix: str, data: Mapping[str, Any], tensors: StoredTensors) -> QuantisedMatrix:
+def _float8(prefix: str, data: Mapping[str, Any], tensors: StoredTensors) -> QuantizedMatrix:
     weight = tensors.take(f"{prefix}_qdata", (E4M3,), 2)
     return Fp8Matrix(weight, tensors.take(f"{prefix}_scale", SCALES, owner=weight), None, tensors)
 
 
-def _int4(prefix: str, data: Mapping[str, Any], tensors: StoredTensors) -> QuantisedMatrix:
+def _int4(prefix: str, data: Mapping[str, Any], tensors: StoredTensors) -> QuantizedMatrix:
     weight = tensors.take(f"{prefix}_qdata", ("I8", "U8"), 2)
     scales = tensors.take(f"{prefix}_scale", SCALES, 2, owner=weight)
     zeros = tensors.take(f"{prefix}_zero_point", SCALES, 2, owner=weight)
     return Int4Matrix(weight, scales, zeros, tensors)
 
 
-class Int4Matrix(QuantisedMatrix):
+class Int4Matrix(QuantizedMatrix):
     """A matrix of Int4Tensor, of its stored tensors."""
 
     lossless, natural = None, "q4_1"
