@@ -134,6 +134,7 @@ def runs(block) -> bool:
 RUNNABLE = [page for page in PAGES if any(runs(block) for block in blocks(page, ROOT))]
 
 
+@pytest.mark.every_run
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("page", RUNNABLE, ids=lambda page: str(page.relative_to(ROOT)))
 def test_blocks_run(page, session, documented_model):

@@ -10,7 +10,7 @@ the rest.
 
 Slow functions are listed in wide.txt, with the seconds of processor time per case. Fewer of their cases run: as many as take
 FAST_S together in `make test` (none if one case takes longer), and WIDE_S in `make test-all`, where a case that takes still
-longer is drawn at random, once every few commits.
+longer is drawn at random, once every few commits. Functions marked `every_run` are not sampled: all their cases are unmarked.
 
 A function named on the command line is sampled too; -m "" runs all of its cases. `--write-wide` measures MEASURED cases of each
 function and updates wide.txt.
@@ -90,6 +90,11 @@ def listed() -> dict[str, float]:
     return {name: float(seconds) for seconds, name in lines}
 
 
+def is_sampled(item: pytest.Item) -> bool:
+    """Whether it depends on the item's cost when it runs."""
+    return not item.get_closest_marker("slow") and not item.get_closest_marker("every_run")
+
+
 def function_of(item: pytest.Item) -> str:
     """The node id without parameters."""
     return item.nodeid.partition("[")[0]
@@ -107,9 +112,8 @@ class Rings:
     @pytest.hookimpl(tryfirst=True)  # before -m deselects marked tests
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
         functions: dict[str, list[pytest.Item]] = {}
-        for item in items:
-            if not item.get_closest_marker("slow"):
-                functions.setdefault(function_of(item), []).append(item)
+        for item in filter(is_sampled, items):
+            functions.setdefault(function_of(item), []).append(item)
         self._check(config, {function_of(item) for item in items})
         for name, cases in functions.items():
             values = [item.callspec.indices if hasattr(item, "callspec") else {} for item in cases]
@@ -150,7 +154,7 @@ class Costs:
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         """Selects MEASURED cases of each function."""
-        items[:] = [item for item in items if not item.get_closest_marker("slow")]
+        items[:] = filter(is_sampled, items)
         functions: dict[str, list[pytest.Item]] = {}
         for item in items:
             functions.setdefault(function_of(item), []).append(item)
