@@ -91,7 +91,7 @@ class Outputs:
             return torch.empty(shape, dtype=dtype, device="cpu")
         array = np.empty(size + 3 * ZONE, np.uint8)
         start = ZONE + -array.__array_interface__["data"][0] % ZONE
-        whole = memoryview(array)  # type: ignore[arg-type]
+        whole = array.data
         whole[start - ZONE : start] = whole[start + size : start + size + ZONE] = _PATTERN
         block = whole[start : start + size]  # lives as long as the tensor's storage
         tensor = torch.frombuffer(block, dtype=dtype, count=shape.numel()).view(shape)

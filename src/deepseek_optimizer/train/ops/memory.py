@@ -129,7 +129,7 @@ class TensorMemory:
 
 def _new_segment(size: int) -> _Segment:
     # Private: with shared mappings, Python's default, a forked process would write into its parent's tensors.
-    own = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+    own: dict[str, Any] = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
     try:
         pages = mmap.mmap(-1, size, **own)
     except OSError as error:
