@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from deepseek_optimizer import load_model
@@ -126,3 +128,19 @@ def test_the_estimate_for_experts_and_latents(case, experts_model, fields):
 
 def test_a_checkpoint_with_experts_is_complete(case, experts_model, one):
     one(checkpoint.check(case(model=str(experts_model), fields={"backend": "reference"})), "ok", "all that the model needs")
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_recurrent_states_are_counted(case, tmp_path, batch):
+    """The size that the finding recommends holds the tokens."""
+    random_model(CASES["qwen3_5_text-mixed"]()).save_pretrained(tmp_path)
+    fields = {"backend": "reference"}
+    needs = estimate_memory(case(model=str(tmp_path), fields=fields, batch=batch))
+    store = load_model(tmp_path, **fields).dso.arena.store
+    assert needs.states == 4 * batch * store.state_bytes > 0
+    tokens = needs.held(640) * batch
+    small = case(model=str(tmp_path), fields={**fields, "kv_cache_memory": needs.states}, context=640, batch=batch)
+    (finding,) = memory.check(small)
+    recommended = int(re.search(r"kv_cache_memory=(\d+)", finding.fix).group(1))
+    arena = load_model(tmp_path, kv_cache_memory=recommended, **fields).dso.arena
+    assert arena.manager.num_blocks * 32 >= tokens and arena.manager.slots.num_blocks >= 4 * batch

@@ -32,6 +32,7 @@ class Need:
         weights: bytes of all weights by format of the packed ones.
         cache_per_token: bytes of cache per token of one sequence; 0 for encoders; None on the general path.
         held: tokens that stay in the cache after `CONTEXT` tokens.
+        states: bytes of the recurrent states of one sequence, with those that its prefixes store; 0: it has none.
         buffers: bytes of the plan's buffers; 0 on the general path.
     """
 
@@ -41,11 +42,12 @@ class Need:
     weights: Mapping[str, int]
     cache_per_token: int | None
     held: int
+    states: int
     buffers: int
 
     def total(self, format_name: str) -> int:
         """Bytes with one sequence of `CONTEXT` tokens."""
-        return self.weights[format_name] + self.buffers + (self.cache_per_token or 0) * self.held
+        return self.weights[format_name] + self.buffers + self.states + (self.cache_per_token or 0) * self.held
 
 
 @cache
@@ -82,7 +84,7 @@ def _planned(made: Any, parameters: int) -> Need:
     graph, _ = plan_graph(made.config, settings.rules, mode=settings.attention)
     budget = memory_of(made, settings, group_layers(graph), free=0)
     weights = {name: budget.weights_in(name) for name in FORMATS}
-    return Need(PLAN, None, parameters, weights, budget.cache_per_token, budget.held(CONTEXT), budget.buffers)
+    return Need(PLAN, None, parameters, weights, budget.cache_per_token, budget.held(CONTEXT), budget.states, budget.buffers)
 
 
 def _encoder_buffers(made: Any) -> int:
@@ -121,4 +123,4 @@ def _general(made: Any, parameters: int, no_plan: str) -> Need:
         + sum(math.prod(PackedEntry(name, s).tiles) for s in (*shapes, *(copied if get_format(name).bits < 16 else ())))
         for name in FORMATS
     }
-    return Need(GENERAL, no_plan, parameters, weights, None, 0, 0)
+    return Need(GENERAL, no_plan, parameters, weights, None, 0, 0, 0)

@@ -24,6 +24,7 @@ class MemoryEstimate:
     """Bytes. Attributes:
     weights: packed matrices and plain tensors; tied ones count once.
     cache_per_token: of one sequence: keys and values of all layers, and the block summaries of sparse attention.
+    states: recurrent states of the sequences that run at a time, with those that their prefixes store.
     buffers: of the plan, at its largest step.
     free: memory that this process can still allocate.
     granted: maximum size of the cache (`kv_cache_memory`); None: the free memory less a reserve.
@@ -35,6 +36,7 @@ class MemoryEstimate:
 
     weights: int
     cache_per_token: int
+    states: int
     buffers: int
     free: int
     granted: int | None
@@ -56,14 +58,14 @@ class MemoryEstimate:
 
     def needed(self, tokens: int) -> int:
         """Bytes needed with `tokens` in the cache, over all sequences."""
-        return self.weights + self.buffers + self.cache_per_token * tokens
+        return self.weights + self.buffers + self.states + self.cache_per_token * tokens
 
     @property
     def max_tokens(self) -> int:
         """Maximum number of cached tokens over all sequences, in whole blocks; 0 if not even the weights fit."""
         left = self.free - self.weights - self.buffers
         room = left - self.reserve if self.granted is None else min(left, self.granted)
-        return max(0, room) // (self.cache_per_token * BLOCK) * BLOCK
+        return max(0, room - self.states) // (self.cache_per_token * BLOCK) * BLOCK
 
     @property
     def reserve(self) -> int:
@@ -85,10 +87,10 @@ class MemoryEstimate:
 
 def estimate_memory(case: Case) -> MemoryEstimate:
     """Estimates the memory of the case's model from its headers and settings."""
-    return memory_of(case.sketch, case.settings, case.graph, case.machine.memory.free)
+    return memory_of(case.sketch, case.settings, case.graph, case.machine.memory.free, case.batch)
 
 
-def memory_of(sketch: Any, settings: DeepSeekConfig, graph: Graph, free: int) -> MemoryEstimate:
+def memory_of(sketch: Any, settings: DeepSeekConfig, graph: Graph, free: int, sequences: int = 1) -> MemoryEstimate:
     """Estimates the memory of a model.
 
     Args:
@@ -96,11 +98,13 @@ def memory_of(sketch: Any, settings: DeepSeekConfig, graph: Graph, free: int) ->
         settings: what it would be loaded with.
         graph: its graph, with the fusion rules and the attention mode of the settings.
         free: bytes that this process can allocate.
+        sequences: number of sequences that run at a time.
     """
     from ..graph.min_formats import exact_weights, min_formats
     from ..integration.bind.graphs import whole_graph
     from ..integration.bind.runtime import groups_of, kv_dtype
     from ..integration.bind.swap import expected_tensors
+    from ..integration.memory.cache_size import SLOTS_PER_SEQUENCE
 
     wanted, shapes = expected_tensors(sketch)
     matrices = {name: shapes[name] for name, format_name in wanted.items() if format_name}
@@ -115,6 +119,7 @@ def memory_of(sketch: Any, settings: DeepSeekConfig, graph: Graph, free: int) ->
     return MemoryEstimate(
         weights=sum(formats.values()) + plain,
         cache_per_token=graph.cache.groups * sizes.block_bytes(graph, kv) // BLOCK,
+        states=sequences * SLOTS_PER_SEQUENCE * sizes.state_bytes(graph),
         buffers=sizes.buffer_bytes(
             graph,
             dict.fromkeys(exact, "fp32") | {n: str(wanted[n]) for n in matrices},

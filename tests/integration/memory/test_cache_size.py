@@ -58,6 +58,28 @@ def test_slots_for_recurrent_states_take_a_part():
         size.slots(3_000)
 
 
+@pytest.mark.parametrize("free", [9 * GB, 1 * GB])
+@pytest.mark.parametrize("state_bytes", [50_000_000, 333])
+def test_a_full_batch_shares_the_memory_as_it_needs(free, state_bytes):
+    """Neither states nor blocks run out first."""
+    states, blocks = 16 * 4 * state_bytes, 16 * 257 * 100_000
+    batch = cache_size.FullBatch(16, 8192, blocks + states, states)
+    size = cache_size.for_batch(batch, memory_of(free))
+    share = min(1.0, size.bytes / batch.bytes)
+    assert size.slots(state_bytes) == pytest.approx(share * 64, abs=1)
+    assert size.bytes - size.slots(state_bytes) * state_bytes == pytest.approx(share * blocks, abs=state_bytes + 1)
+
+
+@pytest.mark.parametrize("blocks", [1, 10_000, 1_000_000])
+@pytest.mark.parametrize("sequences", [1, 2, 9])
+@pytest.mark.parametrize("state_bytes", [10, 3_000])
+def test_the_size_to_grant_for_states_and_blocks(blocks, sequences, state_bytes):
+    slots = sequences * cache_size.SLOTS_PER_SEQUENCE
+    size = cache_size.granted(cache_size.with_states(blocks, slots * state_bytes, sequences))
+    assert size.slots(state_bytes) >= slots and size.bytes - size.slots(state_bytes) * state_bytes >= blocks
+    assert cache_size.with_states(blocks, 0, sequences) == blocks
+
+
 def test_explicit_limits_and_free_memory():
     assert cache_size.granted(10_500).blocks(1000) == 10 and cache_size.granted(10).blocks(1000) == 1
     assert str(cache_size.granted(2 * GB)) == "grows to at most 2,000 MB (kv_cache_memory)"

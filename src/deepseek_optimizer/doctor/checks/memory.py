@@ -15,6 +15,8 @@ NAME = "memory"
 def check(case: Case) -> Iterator[Finding]:
     """Compares the memory needed with the memory free. A requested context that does not fit is an error; the model's
     own context that does not fit is a warning."""
+    from ...integration.memory.cache_size import with_states
+
     needs = estimate_memory(case)
     context = case.context or case.graph.max_positions
     tokens = needs.held(context) * case.batch
@@ -43,11 +45,13 @@ def check(case: Case) -> Iterator[Finding]:
             facts=facts,
         )  # fmt: skip
         return
-    cache = needs.cache_per_token * tokens
+    cache = with_states(needs.cache_per_token * tokens, needs.states, case.batch)
     parts = [
         f"weights {gb(needs.weights)}",
-        f"cache {gb(cache)}: {needs.cache_per_token / 1024:.1f} KiB per token in {needs.kv_cache}",
+        f"cache {gb(needs.cache_per_token * tokens)}: {needs.cache_per_token / 1024:.1f} KiB per token in {needs.kv_cache}",
     ]
+    if needs.states:
+        parts.append(f"recurrent states {gb(needs.states)}")
     parts.append(f"buffers {gb(needs.buffers)}")
     fixes = _smaller_cache(case, needs, context)
     if needs.granted is not None and needs.granted < cache:

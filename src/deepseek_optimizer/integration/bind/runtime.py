@@ -148,8 +148,8 @@ class Runtime(PackedModel):
         groups = groups_of(self.graph)
         # one more block of each group, to continue into, or for the copy of a shared block
         blocks = max_blocks(groups, tokens, step_tokens) + len(groups)
-        states = SLOTS_PER_SEQUENCE * self._state_bytes
-        return FullBatch(sequences, tokens, sequences * (blocks * self._block_bytes + states))
+        states = sequences * SLOTS_PER_SEQUENCE * self._state_bytes
+        return FullBatch(sequences, tokens, sequences * blocks * self._block_bytes + states, states)
 
     def serving_arena(self, batch: FullBatch, beside: int = 0) -> Arena:
         """The model's `arena`, for an engine. If it does not exist yet and the config sets no size, it may grow to what a full

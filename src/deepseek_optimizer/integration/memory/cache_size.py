@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from ...backends.base import BLOCK_TOKENS
@@ -9,7 +10,7 @@ from ...errors import NotEnoughMemoryError
 from ...system.memory import FreeMemory, less_reserve, mb
 
 SLOTS_PER_SEQUENCE = 4  # of recurrent states: the latest, the one after the last full block, and two for the prefix cache
-_STATE_SHARE, _MAX_SLOTS = 0.3, 1 << 16  # of a cache's memory
+_STATE_SHARE, _MAX_SLOTS = 0.3, 1 << 16  # of a cache's memory, where the batch is not known
 _MAX_BLOCKS = (1 << 31) // BLOCK_TOKENS - 1  # token slots in a cache are 32-bit integers
 
 
@@ -20,10 +21,12 @@ class CacheSize:
     Attributes:
         bytes: the maximum; memory is allocated as it is used.
         why: the reason, in words.
+        state_share: the part of it that is for recurrent states, if the model has them.
     """
 
     bytes: int
     why: str
+    state_share: float = _STATE_SHARE
 
     def __str__(self) -> str:
         return f"grows to at most {mb(self.bytes)} ({self.why})"
@@ -41,11 +44,20 @@ class CacheSize:
             raise NotEnoughMemoryError(
                 "the recurrent states of a sequence", SLOTS_PER_SEQUENCE * state_bytes, self.bytes, remedy, self.why
             )
-        return max(SLOTS_PER_SEQUENCE, min(int(self.bytes * _STATE_SHARE) // state_bytes, _MAX_SLOTS))
+        return max(SLOTS_PER_SEQUENCE, min(round(self.bytes * self.state_share) // state_bytes, _MAX_SLOTS))
 
     def blocks(self, block_bytes: int) -> int:
         """The number of blocks of `block_bytes` that fit, at least one."""
         return max(1, min(self.bytes // block_bytes, _MAX_BLOCKS))
+
+
+def with_states(blocks: int, states: int, sequences: int) -> int:
+    """The size to grant to a cache so that it has `blocks` bytes for blocks, and `states` for the states of `sequences`
+    sequences."""
+    if not states:
+        return blocks
+    size = max(blocks + states, math.ceil(blocks / (1 - _STATE_SHARE)))
+    return size if sequences == 1 else max(size, math.ceil(states / _STATE_SHARE))
 
 
 def granted(memory: int) -> CacheSize:
@@ -66,11 +78,13 @@ class FullBatch:
         sequences: maximum number of sequences at a time.
         tokens: maximum number of tokens of each.
         bytes: cache memory that they need.
+        states: what of it their recurrent states need.
     """
 
     sequences: int
     tokens: int
     bytes: int
+    states: int = 0
 
     def __str__(self) -> str:
         return f"{self.sequences:,} sequence{'' if self.sequences == 1 else 's'} of {self.tokens:,} tokens"
@@ -85,10 +99,10 @@ def for_batch(batch: FullBatch, free: FreeMemory, beside: int = 0) -> CacheSize:
         beside: bytes that another model's cache needs; the two share the half in proportion.
     """
     half = free.free // 2 * batch.bytes // (batch.bytes + beside)
-    shared = ", shared with another model's" if beside else ""
+    shared, share = ", shared with another model's" if beside else "", batch.states / batch.bytes
     if batch.bytes <= half:
-        return CacheSize(batch.bytes, f"{batch}; half of the {_free(free)} would be {mb(half)}{shared}")
-    return CacheSize(half, f"half of the {_free(free)}{shared}; {batch} would take {mb(batch.bytes)}")
+        return CacheSize(batch.bytes, f"{batch}; half of the {_free(free)} would be {mb(half)}{shared}", share)
+    return CacheSize(half, f"half of the {_free(free)}{shared}; {batch} would take {mb(batch.bytes)}", share)
 
 
 def _free(free: FreeMemory) -> str:
