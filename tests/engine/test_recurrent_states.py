@@ -96,6 +96,30 @@ def test_prompts_that_begin_alike_share_states_at_regular_intervals():
     assert other.cached_tokens == 128 and other.token_ids == expected([*shared, *text(3, 100)], 5, None)
 
 
+@pytest.mark.parametrize("step_tokens", [32, 50, 64, 512])
+def test_states_of_earlier_steps_of_a_prompt_are_shared(step_tokens):
+    """Only the last step of a prompt shows that its states are valid."""
+    core = make_core(slots=64, step_tokens=step_tokens)
+    shared = text(1, 700)
+    run(core, Request([*shared, *text(2, 300)], endless(5), id="1"))
+    other = run(core, Request([*shared, *text(3, 100)], endless(5), id="2"))["2"]
+    assert other.cached_tokens == 640 and other.token_ids == expected([*shared, *text(3, 100)], 5, None)
+    assert slots_in_use(core) == 0
+
+
+def test_states_of_a_prompt_that_ends_early_are_not_shared():
+    core = make_core(slots=64, step_tokens=64)
+    shared = text(1, 700)
+    core.add(Request([*shared, *text(2, 300)], endless(5), id="1"))
+    for _ in range(5):
+        core.step()
+    core.cancel("1")
+    core.step()
+    answer = run(core, Request([*shared, *text(3, 100)], endless(5), id="2"))["2"]
+    assert answer.cached_tokens == 0 and answer.token_ids == expected([*shared, *text(3, 100)], 5, None)
+    assert slots_in_use(core) == 0
+
+
 def test_the_same_prompt_twice_at_once_is_processed_once():
     core = make_core(slots=32, step_tokens=64)
     prompt = text(1, 300)

@@ -172,6 +172,28 @@ class PrefixCache:
             self.manager.slots.retain(slot)
             self._slots[key] = slot
 
+    def put_unconfirmed_state(self, key: Key, slot: int, owner: int) -> None:
+        """Holds the slot of the states after a block, which cannot be matched yet: its sequence frees it before it is known
+        whether its content is valid.
+
+        Args:
+            key, slot: as in `put_state`.
+            owner: identifies the sequence.
+        """
+        self.put_state(_of_owner(key, owner), slot)
+
+    def confirm_state(self, key: Key, owner: int) -> None:
+        """Adds the unconfirmed states as `put_state` does, if they are still held."""
+        private = _of_owner(key, owner)
+        if (slot := self._slots.get(private)) is not None:
+            self.put_state(key, slot)
+            self._forget_state(private)
+
+    def forget_unconfirmed_states(self, keys: list[Key], owner: int) -> None:
+        """Removes unconfirmed states."""
+        for key in keys:
+            self._forget_state(_of_owner(key, owner))
+
     def evict_states(self, count: int) -> int:
         """Evicts up to `count` slots that have no other user; returns their number."""
         slots = self.manager.slots

@@ -34,6 +34,7 @@ class Running:
         registered: number of leading blocks that are in the prefix cache.
         unconfirmed: (group, index) of blocks that were released before they could be registered, and that the prefix cache
             may still hold.
+        unconfirmed_states: numbers of blocks with recurrent states after them of which the same is true.
         cached: number of tokens that were found in the prefix cache on admission.
         dropped: number of tokens that the sliding window has dropped.
         preempted: number of preemptions.
@@ -58,6 +59,7 @@ class Running:
     shareable: int | None = None
     registered: int = 0
     unconfirmed: list[tuple[int, int]] = field(default_factory=list)
+    unconfirmed_states: list[int] = field(default_factory=list)
     cached: int = 0
     dropped: int = 0
     preempted: int = 0

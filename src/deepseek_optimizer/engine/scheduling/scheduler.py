@@ -296,6 +296,20 @@ class Scheduler:
                 self.prefix.put_unconfirmed(running.keys[place], table.blocks[place], group, running.number)
                 running.unconfirmed.append((group, place))
 
+    def _hold_states(self, running: Running) -> None:
+        """Lets the prefix cache hold the recurrent states at regular intervals that the next step frees before they are
+        registered: only the last step of a prompt computes logits. The lock must be held."""
+        states = running.sequence.blocks.states
+        if self.prefix is None or states is None or not states.interval:
+            return
+        for tokens, slot in states.stored.items():
+            block = tokens // BLOCK_TOKENS
+            regular = tokens % states.interval == 0 and running.registered < block and block not in running.unconfirmed_states
+            if regular and (running.shareable is None or block <= running.shareable):
+                self._compute_keys(running, block)
+                self.prefix.put_unconfirmed_state(running.keys[block - 1], slot, running.number)
+                running.unconfirmed_states.append(block)
+
     def computed(self, running: Running, tokens: int) -> None:
         """Registers full blocks in the prefix cache, once finite logits have been computed from them.
 
@@ -319,6 +333,9 @@ class Scheduler:
             for group, place in running.unconfirmed:
                 self.prefix.confirm(running.keys[place], group, running.number)
             running.unconfirmed.clear()
+            for block in [block for block in running.unconfirmed_states if block <= full]:
+                self.prefix.confirm_state(running.keys[block - 1], running.number)
+                running.unconfirmed_states.remove(block)
             self._put_states(running, ended=False)
 
     def _put_states(self, running: Running, ended: bool) -> None:
@@ -347,6 +364,9 @@ class Scheduler:
                 for group, place in running.unconfirmed:
                     self.prefix.forget_unconfirmed([running.keys[place]], group, running.number)
                 running.unconfirmed.clear()
+                held = [running.keys[block - 1] for block in running.unconfirmed_states]
+                self.prefix.forget_unconfirmed_states(held, running.number)
+                running.unconfirmed_states.clear()
                 self._put_states(running, ended=True)
                 if len(running.sequence.blocks.tables) > 1:  # blocks that are visible at the end of the prompt, but no longer
                     self.prefix.touch(running.keys[: min(running.prompt // BLOCK_TOKENS, running.registered)])
@@ -364,6 +384,7 @@ class Scheduler:
             blocks.tokens += count
             return True
         with self.memory.locked():
+            self._hold_states(running)
             for _ in range(2):
                 try:
                     self.memory.copy_blocks(blocks.append(count, undo))
