@@ -108,8 +108,8 @@ std::unique_ptr<Op> make_encoder_attention(StepReader& s) {
   const int64_t heads = s.positive("heads", step.heads), kv_heads = s.positive("kv_heads", step.kv_heads);
   const int64_t head_dim = s.positive("head_dim", step.head_dim);
   if (heads % kv_heads) s.refuse("heads %d is not a multiple of kv_heads %d", step.heads, step.kv_heads);
-  if (!is_head_dim(head_dim))
-    s.refuse("head_dim is %d; it must be even and at most %lld", step.head_dim, (long long)max_head_dim);
+  if (!is_head_dim(head_dim) || head_dim > train_attn_width)
+    s.refuse("head_dim is %d; it must be even and at most %lld", step.head_dim, (long long)train_attn_width);
   if (step.window < 0) s.refuse("window is %d, must not be negative", step.window);
   s.plan().needs.whole_sequences = true;
   const SlotRef q = s.token_rows(0, heads * head_dim), k = s.token_rows(1, kv_heads * head_dim),

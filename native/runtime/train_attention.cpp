@@ -202,7 +202,6 @@ void backward(Context& c, const dso_train_attention& a) {
 
 // ---- the C interface
 
-constexpr int64_t kMostWidth = 256;
 constexpr int64_t kMostTokens = int64_t(1) << 40;
 
 void check(const dso_train_heads& h, const char* name) {
@@ -214,10 +213,10 @@ const dso_train_attention& checked(const dso_train_attention* given_one, bool ba
   if (a.type != DSO_TYPE_F32 && a.type != DSO_TYPE_BF16) fail(DSO_EINVAL, "unknown type %d", a.type);
   if (a.kv_heads < 1 || a.heads < 1 || a.heads % a.kv_heads)
     fail(DSO_EINVAL, "%d heads cannot share %d kv heads: heads must be a multiple", a.heads, a.kv_heads);
-  if (!is_head_dim(a.qk_width) || a.qk_width > kMostWidth)
-    fail(DSO_EINVAL, "qk_width is %d; it must be even and at most %lld", a.qk_width, (long long)kMostWidth);
-  if (!is_head_dim(a.v_width) || a.v_width > kMostWidth)
-    fail(DSO_EINVAL, "v_width is %d; it must be even and at most %lld", a.v_width, (long long)kMostWidth);
+  if (!is_head_dim(a.qk_width) || a.qk_width > train_attn_width)
+    fail(DSO_EINVAL, "qk_width is %d; it must be even and at most %lld", a.qk_width, (long long)train_attn_width);
+  if (!is_head_dim(a.v_width) || a.v_width > train_attn_width)
+    fail(DSO_EINVAL, "v_width is %d; it must be even and at most %lld", a.v_width, (long long)train_attn_width);
   if (a.window < 0) fail(DSO_EINVAL, "window is %lld, must not be negative", (long long)a.window);
   if (a.rows < 0 || a.row_tokens < 0 || a.rows > kMostTokens || a.row_tokens > kMostTokens)
     fail(DSO_EINVAL, "invalid shape: %lld rows of %lld tokens", (long long)a.rows, (long long)a.row_tokens);

@@ -282,7 +282,7 @@ void groups_of_layers() {
     spec.window = 40;
     spec.first_full = true;
     Model m(spec, scalar::table, 2);
-    dso_cache cache(m.kernels, {spec.kv_type, spec.layers, spec.kv_heads, spec.head_dim, 0, 0, 0, 0, groups}, 16);
+    dso_cache cache(m.kernels, {spec.kv_type, spec.layers, spec.kv_heads, spec.head_dim, 0, 0, 0, 0, nullptr, groups}, 16);
     std::vector<int32_t> ids{1, 2, 3}, positions{0, 1, 2};
     const int32_t query = 3, phase = DSO_PHASE_PREFILL, row = 2, context = 200;
     std::vector<float> logits((size_t)spec.vocab);

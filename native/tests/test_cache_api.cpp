@@ -128,7 +128,7 @@ void layers_of_different_sizes() {
 void groups() {
   const int32_t own[] = {0, 1, 0, 1, 1}, none[] = {0, 2, 0, 2, 2}, negative[] = {0, -1, 0, 0, 0}, large[] = {0, 5, 0, 0, 0};
   auto shape = [](const int32_t* groups, int32_t summaries = 0) {
-    return dso_cache_shape{DSO_KV_BF16, 5, 3, 64, 0, 0, 0, summaries, groups};
+    return dso_cache_shape{DSO_KV_BF16, 5, 3, 64, 0, 0, 0, summaries, nullptr, groups};
   };
   dso_cache* k = nullptr;
   refuses(create(shape(none), 4, &k), DSO_EINVAL, "no layer is in group 1 of 3", "a group without layers");

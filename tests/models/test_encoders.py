@@ -48,6 +48,12 @@ def test_modernbert_alternates_windows():
         ("roberta", {"hidden_act": "relu"}, UnsupportedModelError, "hidden_act 'relu' is not supported. Supported: 'gelu'"),
         ("bert", {"num_attention_heads": 5}, ConfigError, "5 does not divide hidden_size 36"),
         ("bert", {"num_attention_heads": 4}, UnsupportedModelError, "heads of 9 elements are not supported"),
+        (
+            "bert",
+            {"hidden_size": 516, "num_attention_heads": 2},
+            UnsupportedModelError,
+            "heads of 258 elements are not supported",
+        ),
         ("bert", {"num_hidden_layers": 1 << 20}, ConfigError, "num_hidden_layers"),
         ("distilbert", {"dim": 1 << 30}, ConfigError, "config.dim"),
         ("modernbert", {"layer_types": ["full_attention", "other", "full_attention"]}, UnsupportedModelError, "'other'"),

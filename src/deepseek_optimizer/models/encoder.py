@@ -15,6 +15,7 @@ from .blocks import add, emit, linear
 from .decoder import MAX_HEADS, MAX_LAYERS, MAX_POSITIONS, MAX_VOCAB, MAX_WIDTH
 from .fields import Fields
 
+MAX_HEAD_DIM = 256  # of the attention kernels
 # Transformers' name of an activation -> op
 ACTIVATIONS = {"gelu": "gelu_erf", "gelu_new": "gelu", "gelu_pytorch_tanh": "gelu"}
 
@@ -95,8 +96,10 @@ def read_encoder(
     width, count = fields.integer(hidden, MAX_WIDTH), fields.integer(heads, MAX_HEADS)
     if width % count:
         raise ConfigError(f"config.{heads}: {count} does not divide {hidden} {width}")
-    if (width // count) % 2:
-        raise UnsupportedModelError(f"config.{heads}: heads of {width // count} elements are not supported, must be even")
+    if (size := width // count) % 2 or size > MAX_HEAD_DIM:
+        raise UnsupportedModelError(
+            f"config.{heads}: heads of {size} elements are not supported, must be even and up to {MAX_HEAD_DIM}"
+        )
     act = fields.get(activation)
     if not isinstance(act, str) or act not in ACTIVATIONS:
         names = ", ".join(map(repr, ACTIVATIONS))
