@@ -100,8 +100,9 @@ class EncoderRuntime(GeneralRuntime):
         lengths = [len(ids) for ids in input_ids]
         if 0 in lengths:
             raise ValueError(f"text {lengths.index(0)} has no tokens; leave it out")
-        whole = {"dtype": torch.int64, "device": self.model.device}
-        kept = torch.arange(max(lengths), **whole) < torch.tensor(lengths, **whole)[:, None]
+        device = self.model.device
+        columns = torch.arange(max(lengths), dtype=torch.int64, device=device)
+        kept = columns < torch.tensor(lengths, dtype=torch.int64, device=device)[:, None]
         call = {"input_ids": _padded(input_ids, kept)}
         if token_type_ids is not None:
             if [len(types) for types in token_type_ids] != lengths:
