@@ -9,7 +9,7 @@ from support.rings import FAST_S, FEW, WIDE_S, covering, listed, rings
 
 pytest_plugins = ["pytester"]
 
-PRODUCT = [{"family": a, "format": b, "isa": c} for a, b, c in product(range(6), range(5), range(4))]
+PRODUCT = [{"family": a, "format": b, "isa": c} for a, b, c in product(range(FEW), range(3), range(4))]
 
 
 def marks(cases, cost=0.0, seed="s"):
@@ -59,7 +59,7 @@ def test_very_expensive_cases_are_drawn_at_random():
 
 
 def test_covering_is_small():
-    assert len(covering(PRODUCT)) == 6
+    assert len(covering(PRODUCT)) == FEW
     assert covering(PRODUCT, chosen=range(len(PRODUCT))) == []
 
 

@@ -26,7 +26,7 @@ from pathlib import Path
 
 import pytest
 
-FEW = 6
+FEW = 4
 SHARE = 0.1
 FAST_S = 1.0
 WIDE_S = 6.0
