@@ -128,8 +128,9 @@ def test_batch_invariance_is_bitwise(folders, case, precision):
     model = load_model(folders(case), **fields)
     wanted = requests(case, 33, seed=2, max_tokens=160)
     answers = alone(make_engine(model, prefix_cache=False, drafts=False), wanted)
+    blocks = 20 * model.dso.graph.cache.groups
     block_bytes = model.dso.backend.block_bytes(model.dso.graph, model.dso.kv_dtype)
-    little = load_model(folders(case), **fields, kv_cache_memory=max(1 << 16, 20 * block_bytes))
+    little = load_model(folders(case), **fields, kv_cache_memory=max(1 << 16, blocks * block_bytes))
     engine = make_engine(little, step_tokens=50, stall=3.0)
     ended = {}
     for seed in range(2):
