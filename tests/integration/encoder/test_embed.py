@@ -25,6 +25,17 @@ def test_threads(case):
         assert torch.equal(one, whole[kept])
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+def test_inference_mode(threads):
+    """It holds for the thread that entered it; sentence-transformers calls models in it."""
+    embeddings = random_encoder("roberta").embeddings
+    call = padded(random_sentences(*[600] * 5, 1))
+    rows = rows_of(embeddings, call, call["attention_mask"].bool())
+    with torch.inference_mode():
+        inside = embed(embeddings, rows, 36, threads)
+    assert torch.equal(inside, embed(embeddings, rows, 36, 1))
+
+
 def test_steps():
     assert list(steps_of([5, 5, 5, 30, 1], 10)) == [(0, 2), (2, 3), (3, 4), (4, 5)]
     assert list(steps_of([5], 1)) == [(0, 1)] and list(steps_of([], 10)) == []

@@ -28,7 +28,8 @@ def embed(embeddings: Any, rows: Rows, width: int, threads: int) -> torch.Tensor
     """
     tokens = len(rows.positions)
     given = [value for value in rows.arguments.values() if value is not None]
-    states = torch.empty(tokens, width, dtype=torch.float32, device=given[0].device)
+    with torch.inference_mode(False):  # which threads do not inherit: only a plain tensor can be written by all
+        states = torch.empty(tokens, width, dtype=torch.float32, device=given[0].device)
 
     def compute(part: slice) -> None:
         with torch.no_grad():

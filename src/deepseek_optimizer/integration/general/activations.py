@@ -37,8 +37,9 @@ class Workers:
 
     def __call__(self, function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
         """function(x) for an elementwise function and a contiguous tensor, without gradient."""
-        out = torch.empty_like(x)
-        pairs = list(zip(x.view(-1).split(_CHUNK), out.view(-1).split(_CHUNK), strict=True))
+        with torch.inference_mode(False):  # which threads do not inherit: only a plain tensor can be written by all
+            out = torch.empty_like(x)
+            pairs = list(zip(x.view(-1).split(_CHUNK), out.view(-1).split(_CHUNK), strict=True))
 
         def compute(first: int) -> None:
             with torch.no_grad():
