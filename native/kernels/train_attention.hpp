@@ -7,7 +7,7 @@
 namespace dso {
 
 constexpr int64_t train_attn_width = 256;  // largest qk_width and v_width
-constexpr int64_t train_attn_block = 64;  // tokens; tasks begin at multiples of it
+constexpr int64_t train_attn_block = 64;   // tokens; tasks begin at multiples of it
 
 template <class Byte>
 struct Heads {  // elements of several heads; strides are in elements
