@@ -17,8 +17,8 @@ DSO_INLINE void each(const float* a, const float* b, int64_t n, float* out, cons
   if (i < n) store(out + i, f(load(a + i, n - i), load(b + i, n - i)), n - i);
 }
 
-// x / sqrt(mean(x^2) + eps) * weight. The sum uses four accumulators, added in a fixed tree: bitwise equal on every ISA.
-static void rms_norm(const float* x, const float* weight, int64_t n, float eps, float* out) {
+// Four accumulators, added in a fixed tree: bitwise equal on every ISA.
+static float sum_of_squares(const float* x, int64_t n) {
   F s[4] = {zero(), zero(), zero(), zero()};
   int64_t i = 0;
   for (; i + 64 <= n; i += 64)
@@ -30,9 +30,15 @@ static void rms_norm(const float* x, const float* weight, int64_t n, float eps, 
     const F v = load(x + i, n - i);
     s[0] = fma(v, v, s[0]);
   }
-  const float mean = sum(add(add(s[0], s[1]), add(s[2], s[3]))) / (float)n;
+  return sum(add(add(s[0], s[1]), add(s[2], s[3])));
+}
+
+// x / sqrt(mean(x^2) + eps) * weight.
+static void rms_norm(const float* x, const float* weight, int64_t n, float eps, float* out) {
+  const float mean = sum_of_squares(x, n) / (float)n;
   const F scale = set(1.0f / __builtin_sqrtf(mean + eps));
-  for (i = 0; i + 16 <= n; i += 16) store(out + i, mul(mul(load(x + i), scale), load(weight + i)));
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16) store(out + i, mul(mul(load(x + i), scale), load(weight + i)));
   if (i < n) store(out + i, mul(mul(load(x + i, n - i), scale), load(weight + i, n - i)), n - i);
 }
 

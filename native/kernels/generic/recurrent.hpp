@@ -27,20 +27,9 @@ static void short_conv(const float* x, int64_t x_stride, int64_t n, int64_t cols
 }
 
 static void unit_length(const float* x, int64_t n, float scale, float* out) {
-  F s[4] = {zero(), zero(), zero(), zero()};
-  int64_t i = 0;
-  for (; i + 64 <= n; i += 64)
-    for (int j = 0; j < 4; ++j) {
-      const F v = load(x + i + 16 * j);
-      s[j] = fma(v, v, s[j]);
-    }
-  for (; i < n; i += 16) {
-    const F v = load(x + i, n - i);
-    s[0] = fma(v, v, s[0]);
-  }
-  const float squares = sum(add(add(s[0], s[1]), add(s[2], s[3])));
+  const float squares = sum_of_squares(x, n);
   const F factor = set(1.0f / __builtin_sqrtf(squares + 1e-6f)), whole = set(scale);
-  for (i = 0; i < n; i += 16) store_some(out + i, mul(mul(load(x + i, n - i), factor), whole), n - i);
+  for (int64_t i = 0; i < n; i += 16) store_some(out + i, mul(mul(load(x + i, n - i), factor), whole), n - i);
 }
 
 // S = d S; u = rate (v - S^T k); S += k u^T; o = S^T q. d is a number, or one for each row of S. Sums over k_dim have four
