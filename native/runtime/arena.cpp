@@ -16,6 +16,15 @@
 #include "layout.hpp"
 
 namespace dso {
+
+int64_t bytes_of_parts(const char* what, const char* parts, int64_t count, int64_t part_bytes) {
+  int64_t bytes;
+  if (count < 1 || count > INT32_MAX)
+    fail(DSO_EINVAL, "%s: %lld %s, must be from 1 to INT32_MAX", what, (long long)count, parts);
+  if (__builtin_mul_overflow(count, part_bytes, &bytes))
+    fail(DSO_ENOMEM, "%s: %lld %s exceed the address space", what, (long long)count, parts);
+  return bytes;
+}
 namespace {
 constexpr int64_t kPage = 4096, kHugePage = 2 << 20;
 }

@@ -6,6 +6,9 @@
 
 namespace dso {
 
+// The bytes of `count` parts of a cache or the like, for an Arena. DSO_EINVAL or DSO_ENOMEM, naming `what` and its `parts`.
+int64_t bytes_of_parts(const char* what, const char* parts, int64_t count, int64_t part_bytes);
+
 class Arena {
  public:
   Arena() = default;

@@ -91,14 +91,6 @@ int64_t cache_block_bytes(const Kernels& kernels, const dso_cache_shape& s) {
 
 namespace {
 constexpr int64_t kSummaryRow = 4 * summary_blocks;
-
-int64_t checked_bytes(int64_t blocks, int64_t block_bytes) {
-  int64_t bytes;
-  if (blocks < 1 || blocks > INT32_MAX) fail(DSO_EINVAL, "cache: %lld blocks, must be from 1 to INT32_MAX", (long long)blocks);
-  if (__builtin_mul_overflow(blocks, block_bytes, &bytes))
-    fail(DSO_ENOMEM, "cache: %lld blocks exceed the address space", (long long)blocks);
-  return bytes;
-}
 }  // namespace
 }  // namespace dso
 
@@ -110,7 +102,7 @@ dso_cache::dso_cache(const Kernels& k, const dso_cache_shape& shape, int64_t n_b
       end(end_of(places)),
       layers(shape.layers),
       blocks(n_blocks),
-      arena(checked_bytes(n_blocks, block_bytes())),
+      arena(bytes_of_parts("cache", "blocks", n_blocks, block_bytes())),
       summaries(ceil_div(n_blocks, summary_blocks) * group_bytes()) {}
 
 uint8_t* dso_cache::summary(int64_t block) const {

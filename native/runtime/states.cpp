@@ -8,14 +8,6 @@
 namespace dso {
 namespace {
 constexpr int32_t kMostStates = 1 << 16, kMostSize = 1 << 20;
-
-int64_t checked_bytes(int64_t slots, int64_t slot_bytes) {
-  int64_t bytes;
-  if (slots < 1 || slots > INT32_MAX) fail(DSO_EINVAL, "states: %lld slots, must be from 1 to INT32_MAX", (long long)slots);
-  if (__builtin_mul_overflow(slots, slot_bytes, &bytes))
-    fail(DSO_ENOMEM, "states: %lld slots exceed the address space", (long long)slots);
-  return bytes;
-}
 }  // namespace
 
 int64_t state_bytes(const dso_state_shape& s) {
@@ -39,7 +31,7 @@ int64_t states_slot_bytes(const dso_state_shape* shapes, int32_t n) {
 using namespace dso;
 
 dso_states::dso_states(const dso_state_shape* given, int32_t n, int64_t n_slots)
-    : slot_bytes(states_slot_bytes(given, n)), slots(n_slots), arena(checked_bytes(n_slots, slot_bytes)) {
+    : slot_bytes(states_slot_bytes(given, n)), slots(n_slots), arena(bytes_of_parts("states", "slots", n_slots, slot_bytes)) {
   shapes.assign(given, given + n);
   int64_t at = 0;
   for (const dso_state_shape& s : shapes) {
