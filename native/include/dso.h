@@ -331,7 +331,6 @@ enum {
   DSO_OP_GELU = 32,         /* in0 F32 -> out0 any: x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x^3))) */
   DSO_OP_SCALE = 33,        /* in0 F32 -> out0 any: scale * x */
   DSO_OP_SOFTCAP = 34,      /* in0 F32 -> out0 any: scale * tanh(x / scale) */
-  DSO_OP_SLICE = 35,        /* in0 F32 -> out0 any: elements [offset, offset + width of out0) */
   DSO_OP_SIGMOID_GATE = 36, /* in0 F32, in1 F32 of the same width or of width 1 -> out0 any: in0 * sigmoid(in1) */
   DSO_OP_MULTIPLY = 37,     /* in0, in1 F32 -> out0 any: in0 * in1 */
   DSO_OP_COLUMNS = 38, /* in0 F32 -> out0 any: of each of `groups` equal parts of a row the elements from `offset` on, as many
@@ -376,7 +375,7 @@ typedef struct dso_step {
   int32_t op, flags;
   int32_t in[4], out[3], w[3], b[3];
   int32_t layer, heads, kv_heads, head_dim, window, sinks;
-  int32_t offset;                         /* ROPE: first rotated element of a head; SLICE: first element */
+  int32_t offset;                         /* ROPE: first rotated element of a head; COLUMNS: first element of a part */
   int32_t nope, rope, rank, v_dim, index; /* latent attention */
   int32_t experts, top_k, groups, top_groups, state;
   float eps, scale;

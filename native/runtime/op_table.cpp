@@ -37,7 +37,6 @@ constexpr Entry kOps[] = {
     {DSO_OP_HIDDEN_OUT, "HIDDEN_OUT", make_hidden_out},
     {DSO_OP_STATE_IN, "STATE_IN", make_state_in},
     {DSO_OP_CONCAT, "CONCAT", make_concat},
-    {DSO_OP_SLICE, "SLICE", make_slice},
     {DSO_OP_SIGMOID_GATE, "SIGMOID_GATE", make_sigmoid_gate},
     {DSO_OP_LAYER_NORM, "LAYER_NORM", make_layer_norm},
     {DSO_OP_INDEX_WRITE, "INDEX_WRITE", make_index_write},

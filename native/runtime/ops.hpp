@@ -37,7 +37,6 @@ std::unique_ptr<Op> make_select_rows(StepReader& step);
 std::unique_ptr<Op> make_hidden_out(StepReader& step);
 std::unique_ptr<Op> make_state_in(StepReader& step);
 std::unique_ptr<Op> make_concat(StepReader& step);
-std::unique_ptr<Op> make_slice(StepReader& step);
 std::unique_ptr<Op> make_sigmoid_gate(StepReader& step);
 std::unique_ptr<Op> make_columns(StepReader& step);
 // ops_recurrent.cpp

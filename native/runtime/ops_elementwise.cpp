@@ -195,19 +195,6 @@ class SigmoidGate final : public RowsOf {
   const SlotRef gate_, out_;
 };
 
-class Slice final : public RowsOf {
- public:
-  Slice(const SlotRef& in, const SlotRef& out, int64_t offset) : RowsOf(out), in_(in), offset_(offset) {}
-  int64_t scratch_bytes(const Run&) const override { return row_scratch(like_); }
-
- private:
-  void row(const Run& run, int64_t r, int thread) override {
-    write_row(run, like_, r, thread, [&](float* out) { std::memcpy(out, at(run, in_, r) + offset_, 4 * like_.width); });
-  }
-  const SlotRef in_;
-  const int64_t offset_;
-};
-
 class Concat final : public RowsOf {
  public:
   Concat(const SlotRef& a, const SlotRef& b, const SlotRef& out) : RowsOf(out), a_(a), b_(b) {}
@@ -335,16 +322,6 @@ std::unique_ptr<Op> make_sigmoid_gate(StepReader& s) {
   if (in.selected != gate.selected) s.refuse("in[0] and in[1] hold different rows");
   s.alias_only(out, in);
   return std::make_unique<SigmoidGate>(in, gate, out);
-}
-
-std::unique_ptr<Op> make_slice(StepReader& s) {
-  s.takes(1, 1, 0, 0, 0);
-  const SlotRef in = s.in(0, kF32Only), out = s.out(0, kAnyKind, 0, in.selected);
-  if (s.step.offset < 0 || s.step.offset + out.width > in.width)
-    s.refuse("elements [%d, %lld) of in[0], which has width %lld", s.step.offset, (long long)(s.step.offset + out.width),
-             (long long)in.width);
-  if (out.index == in.index) s.refuse("out[0] is in[0]");
-  return std::make_unique<Slice>(in, out, s.step.offset);
 }
 
 std::unique_ptr<Op> make_concat(StepReader& s) {

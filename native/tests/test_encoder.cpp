@@ -42,11 +42,12 @@ class Encoder {  // a plan over given rows of q, k and v
     auto f32 = [](int32_t width) { return dso_slot{DSO_SLOT_F32, width, 0, 0}; };
     const dso_slot slots[] = {f32(s.all()), f32(s.q()), f32(s.kv()), f32(s.kv()), f32(s.q())};
     std::vector<dso_step> steps = {step_of(DSO_OP_STATE_IN, {}, {0}),
-                                   step_of(DSO_OP_SLICE, {0}, {1}),
-                                   step_of(DSO_OP_SLICE, {0}, {2}),
-                                   step_of(DSO_OP_SLICE, {0}, {3}),
+                                   step_of(DSO_OP_COLUMNS, {0}, {1}),
+                                   step_of(DSO_OP_COLUMNS, {0}, {2}),
+                                   step_of(DSO_OP_COLUMNS, {0}, {3}),
                                    step_of(DSO_OP_ENCODER_ATTENTION, {1, 2, 3}, {4}),
                                    step_of(DSO_OP_HIDDEN_OUT, {4}, {})};
+    for (int i = 1; i < 4; ++i) steps[i].groups = 1;
     steps[2].offset = s.q();
     steps[3].offset = s.q() + s.kv();
     dso_step& attention = steps[4];

@@ -44,16 +44,17 @@ def test_other_rows_are_cut_from_the_whole_product():
     graph, derived = with_derived_weights(graph_of(product([(0, 24, 60), (24, 60, 60)], biases=("b", "b"))), {})
     whole, first, second = graph.nodes
     assert derived == {} and whole.weights == ("W",) and whole.attrs == {"biases": ("b",)} and whole.outputs[0].width == 60
-    assert [(n.op, n.attrs["offset"], n.outputs[0].name, n.outputs[0].width) for n in (first, second)] == [
-        ("slice", 0, "y0", 24), ("slice", 24, "y1", 36),
-    ]  # fmt: skip
+    assert [(n.op, n.attrs, n.outputs[0].name, n.outputs[0].width) for n in (first, second)] == [
+        ("columns", {"groups": 1, "begin": 0, "end": 24}, "y0", 24),
+        ("columns", {"groups": 1, "begin": 24, "end": 60}, "y1", 36),
+    ]
 
 
 @pytest.mark.parametrize("activation, op", [("silu", "swiglu"), ("gelu", "geglu")])
 def test_gate_and_up_that_do_not_begin_at_a_tile(activation, op):
     node = product([(0, 24, 48), (24, 48, 48)], op="gate_up", activation=activation)
     graph, _ = with_derived_weights(graph_of(node), {})
-    assert [n.op for n in graph.nodes] == ["linear", "slice", "slice", op]
+    assert [n.op for n in graph.nodes] == ["linear", "columns", "columns", op]
     assert graph.nodes[-1].outputs == node.outputs
 
 

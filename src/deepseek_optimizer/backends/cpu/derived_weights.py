@@ -1,7 +1,7 @@
 """Weights that native steps read in another form than the model holds them.
 
 - A product with some rows of a matrix (attribute `rows`) reads a view of its tiles if the rows begin at a tile. Otherwise the
-  whole matrix is multiplied, and `slice` nodes take the parts.
+  whole matrix is multiplied, and `columns` nodes take the parts.
 - The factor of a norm with `unit_offset` is 1 + w.
 - A layer norm without a bias has one of zeros, and a norm of heads without a weight one of ones.
 - The factor of `scale_by` is a constant of the step, as in `scale`.
@@ -114,7 +114,8 @@ def _whole_products(node: Node) -> list[Node]:
         if name not in computed:
             computed[name] = Value(f"{name} of {node.inputs[0].name}", part[2], output.selected)
             nodes.append(Node("linear", node.inputs, (computed[name],), (name,), {"biases": (bias,)}))
-        nodes.append(Node("slice", (computed[name],), (output,), attrs={"offset": part[0]}))
+        span = {"groups": 1, "begin": part[0], "end": part[1]}
+        nodes.append(Node("columns", (computed[name],), (output,), attrs=span))
     if gated:
         nodes.append(Node(GATED[node.attrs["activation"]], outputs, node.outputs))
     return nodes

@@ -179,7 +179,7 @@ SPECS = (
         code=38,
         doc="""
             y = elements [begin, end) of each of the `groups` parts of a row: one result of a product whose matrix has the rows
-            of several results head by head (Qwen3-Next).
+            of several results head by head (Qwen3-Next). Lowering divides the product with a matrix of several parts this way.
         """,
     ),
     OpSpec(
@@ -191,17 +191,6 @@ SPECS = (
         any_kind=0,
         code=36,
         doc="y = x / (1 + e^-gate), element by element or with one gate per row (the shared expert of Qwen2-MoE).",
-    ),
-    OpSpec(
-        name="slice",
-        origin="lowering",
-        inputs=(Operand("x", "[T, M]"),),
-        outputs=(_Y,),
-        attrs=(step_attr("offset", INT),),
-        fits=lambda n, g: n.attrs["offset"] >= 0 and n.attrs["offset"] + n.outputs[0].width <= n.inputs[0].width,
-        any_kind=0,
-        code=35,
-        doc="y = elements [offset, offset + N) of x. Lowering divides the product with a matrix of several parts this way.",
     ),
     OpSpec(
         name="softcap",
