@@ -15,6 +15,7 @@ ACTIVATIONS = {"silu": "silu", "gelu": "gelu_pytorch_tanh"}  # of an MLP -> name
 
 # Larger than in any model, and small enough that checking a config can neither overflow nor allocate much memory.
 MAX_LAYERS, MAX_HEADS, MAX_WIDTH, MAX_VOCAB, MAX_POSITIONS = 4096, 16384, 1 << 20, 1 << 24, (1 << 31) - 1
+MAX_KERNEL = 64  # taps of a short convolution
 
 
 @dataclass(frozen=True, kw_only=True)

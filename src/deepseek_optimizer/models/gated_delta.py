@@ -13,10 +13,8 @@ from ..errors import ConfigError
 from ..graph.ir import CacheSpec, Graph, Node, StateSpec, Value
 from .attention import attention
 from .blocks import FeedForward, emit, linear, trunk_graph
-from .decoder import MAX_HEADS, MAX_WIDTH, Decoder, read_decoder, read_layer_kinds
+from .decoder import MAX_HEADS, MAX_KERNEL, MAX_WIDTH, Decoder, read_decoder, read_layer_kinds
 from .fields import Fields
-
-MAX_KERNEL = 64
 
 
 @dataclass(frozen=True)

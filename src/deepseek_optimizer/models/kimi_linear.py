@@ -13,12 +13,10 @@ import numpy as np
 from ..errors import ConfigError, shown
 from ..graph.ir import Graph, Node, StateSpec, Value
 from .blocks import emit, linear, trunk_graph
-from .decoder import MAX_HEADS, MAX_WIDTH, read_layer_kinds
+from .decoder import MAX_HEADS, MAX_KERNEL, MAX_WIDTH, read_layer_kinds
 from .experts import feed_forward, listed_layers, read_sigmoid_routing
 from .fields import Fields
 from .mla import LatentDecoder, attention, read_latent_decoder
-
-MAX_KERNEL = 64
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,8 @@ from dataclasses import replace
 from ..graph.ir import CacheSpec, Graph, Node, StateSpec, Value
 from .attention import attention
 from .blocks import FeedForward, emit, linear, mlp, trunk_graph
-from .decoder import MAX_WIDTH, Decoder, LayerNorms, MlpForm, read_decoder, read_layer_kinds
+from .decoder import MAX_KERNEL, MAX_WIDTH, Decoder, LayerNorms, MlpForm, read_decoder, read_layer_kinds
 from .fields import Fields
-
-MAX_KERNEL = 64
 
 
 def build(fields: Fields) -> Graph:
