@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -22,28 +20,7 @@ from ..base import KvStore, StepBatch, StepOutput, reach_of
 from ..sampling import NOT_FINITE, TokenChoice, choose_token, choose_tokens
 from . import choose, latent, moe, ops, recurrent
 from .checks import check_batch
-
-
-@dataclass
-class _Step:
-    """State shared by the ops of one run.
-
-    Attributes:
-        groups: for each group of the cache's layers, for each sequence (rows of the step, tokens before them, blocks as int64
-            [n]).
-        state_from: for each sequence the slot of its recurrent states.
-        state_to: for each sequence the rows after which these are stored, and the slots for them.
-    """
-
-    batch: StepBatch
-    store: Any
-    device: torch.device
-    dtype: torch.dtype
-    groups: list[list[tuple[slice, int, torch.Tensor]]]
-    state_from: list[int]
-    state_to: list[list[tuple[int, int]]]
-    values: dict[Value, torch.Tensor] = field(default_factory=dict)
-    hidden: dict[int, torch.Tensor] = field(default_factory=dict)
+from .step import Step
 
 
 class ReferencePlan:
@@ -82,9 +59,7 @@ class ReferencePlan:
     def _run(self, batch: StepBatch, store: KvStore | None) -> StepOutput:
         blocks, slots = (0, 0) if store is None else (store.num_blocks, store.num_states)
         check_batch(batch, self.graph, blocks, self._spans, slots)
-        tables = torch.from_numpy(batch.tables(len(self._spans))).to(self.device, torch.int64)
-        groups = [_sequences(batch, own) for own in tables]
-        step = _Step(batch, store, self.device, self.dtype, groups, *_state_slots(batch))
+        step = Step.of(batch, store, self.device, self.dtype, len(self._spans))
         unwanted = self._only_earlier if batch.last_hidden else self._only_hidden
         for i, node in enumerate(self.graph.nodes):
             if not batch.hidden and i in unwanted:
@@ -103,7 +78,7 @@ class ReferencePlan:
     def check_weights(self) -> None:
         """Does nothing: the weights are dequantized copies."""
 
-    def _logits(self, step: _Step) -> torch.Tensor:
+    def _logits(self, step: Step) -> torch.Tensor:
         """[R, V]; R is 0 if the graph has no head."""
         head = next((n.outputs[0] for n in self.graph.nodes if n.op == "lm_head"), None)
         if head is None:
@@ -141,38 +116,38 @@ class ReferencePlan:
 
         return fake_quantize(x.float(), kind).to(x.dtype)
 
-    def _sequences_of(self, step: _Step, node: Node) -> list[tuple[slice, int, torch.Tensor]]:
+    def _sequences_of(self, step: Step, node: Node) -> list[tuple[slice, int, torch.Tensor]]:
         """The sequences, with their blocks for the layer of a node."""
         return step.groups[self.graph.cache.group_of(node.attrs["layer"])]
 
     # ---- one method per op: inputs as tensors -> outputs as a tuple
 
-    def _embedding(self, step: _Step, node: Node) -> tuple[torch.Tensor, ...]:
+    def _embedding(self, step: Step, node: Node) -> tuple[torch.Tensor, ...]:
         if step.batch.inputs_embeds is not None:
             return (step.batch.inputs_embeds.detach().to(self.device, self.dtype),)
         return self._lookup(step, node)
 
-    def _lookup(self, step: _Step, node: Node) -> tuple[torch.Tensor, ...]:
+    def _lookup(self, step: Step, node: Node) -> tuple[torch.Tensor, ...]:
         ids = torch.from_numpy(step.batch.token_ids).to(self.device, torch.int64)
         return (F.embedding(ids, self._weights[node.weights[0]]) * node.attrs["scale"],)
 
-    def _scale_by(self, step: _Step, node: Node, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def _scale_by(self, step: Step, node: Node, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return (x * self._weights[node.weights[0]],)
 
-    def _rms_norm(self, step: _Step, node: Node, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def _rms_norm(self, step: Step, node: Node, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return (ops.rms_norm(x, self._weights[node.weights[0]], node.attrs["eps"], node.attrs.get("unit_offset", False)),)
 
-    def _head_norm(self, step: _Step, node: Node, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def _head_norm(self, step: Step, node: Node, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         a, weight = node.attrs, self._weights[node.weights[0]] if node.weights else None
         return (ops.head_norm(x, weight, a["eps"], a["heads"], a.get("unit_offset", False)),)
 
-    def _linear(self, step: _Step, node: Node, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def _linear(self, step: Step, node: Node, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return tuple(
             self._product(x, w, b, slice(None) if rows is None else slice(*rows[:2]))
             for w, b, rows in zip(node.weights, node.attrs["biases"], rows_of(node), strict=True)
         )
 
-    def _rope_table(self, step: _Step, node: Node) -> tuple[torch.Tensor, ...]:
+    def _rope_table(self, step: Step, node: Node) -> tuple[torch.Tensor, ...]:
         """The rows of a sequence share its frequencies, which for dynamic RoPE depend on its reach."""
         spec, positions = node.attrs["rope"], step.batch.positions
         parts = []
@@ -181,27 +156,27 @@ class ReferencePlan:
             parts.append(ops.rope_table(torch.from_numpy(positions[rows]).to(self.device), inv_freq, spec.scaling))
         return (torch.cat(parts),)
 
-    def _rope(self, step: _Step, node: Node, x: torch.Tensor, table: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def _rope(self, step: Step, node: Node, x: torch.Tensor, table: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return (ops.rope(x, table, node.attrs["heads"], node.attrs["interleaved"], node.attrs.get("offset", 0)),)
 
-    def _position_scale(self, step: _Step, node: Node, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def _position_scale(self, step: Step, node: Node, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return (ops.position_scale(x, torch.from_numpy(step.batch.positions).to(self.device), **node.attrs),)
 
-    def _cache_write(self, step: _Step, node: Node, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def _cache_write(self, step: Step, node: Node, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, ...]:
         k, v = (rows.unflatten(-1, (node.attrs["kv_heads"], -1)) for rows in (k, v))
         for rows, context, table in self._sequences_of(step, node):
             step.store.write(node.attrs["layer"], table, context, k[rows], v[rows])
         return ()
 
     def _rope_cache(
-        self, step: _Step, node: Node, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, table: torch.Tensor
+        self, step: Step, node: Node, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, table: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
         interleaved = node.attrs["interleaved"]
         self._cache_write(step, node, ops.rope(k, table, node.attrs["kv_heads"], interleaved), v)
         return (ops.rope(q, table, node.attrs["heads"], interleaved),)
 
     def _attention(
-        self, step: _Step, node: Node, q: torch.Tensor, chosen: torch.Tensor | None = None
+        self, step: Step, node: Node, q: torch.Tensor, chosen: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, ...]:
         """In float32, whatever the dtype of the rows; the result is rounded to that."""
         a, attend = node.attrs, ops.attention_online if node.attrs["softmax"] == "online" else ops.attention
@@ -218,7 +193,7 @@ class ReferencePlan:
         return (out.flatten(1).to(self.dtype),)
 
     def _encoder_attention(
-        self, step: _Step, node: Node, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+        self, step: Step, node: Node, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
         """In float32, as `_attention`."""
         a = node.attrs
@@ -237,7 +212,7 @@ class ReferencePlan:
         blocks, tokens = ops.visible_blocks(queries, context, window, sinks, self.device)
         return blocks, tokens, ops.visible(queries, context, tokens, window, sinks, node.attrs.get("chunked", False))
 
-    def _block_choose(self, step: _Step, node: Node, q: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def _block_choose(self, step: Step, node: Node, q: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """In float32, whatever the dtype of the rows, as are the resulting indices of blocks."""
         a, chosen = node.attrs, []
         q = q.float().unflatten(-1, (a["kv_heads"], -1, a["head_dim"]))
@@ -246,7 +221,7 @@ class ReferencePlan:
             chosen.append(self._chosen_blocks(step, node, q[rows], keys, context).flatten(1))
         return (torch.cat(chosen),)
 
-    def _latent_choose(self, step: _Step, node: Node, q: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def _latent_choose(self, step: Step, node: Node, q: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """A latent row is one key, shared by all heads."""
         a, chosen = node.attrs, []
         kv_b = self._weights[node.weights[0]].float().unflatten(0, (a["heads"], -1))
@@ -256,21 +231,21 @@ class ReferencePlan:
             chosen.append(choose.tokens_of(self._chosen_blocks(step, node, q[rows], keys, context)[:, 0], context))
         return (torch.cat(chosen),)
 
-    def _chosen_blocks(self, step: _Step, node: Node, q: torch.Tensor, keys: torch.Tensor, context: int) -> torch.Tensor:
+    def _chosen_blocks(self, step: Step, node: Node, q: torch.Tensor, keys: torch.Tensor, context: int) -> torch.Tensor:
         a = node.attrs
         exact = step.store.kv_dtype == "fp32"
         return choose.choose_blocks(q, keys, context, a["blocks"], a["sinks"], a["window"], exact)
 
-    def _latent(self, step: _Step, node: Node, x: torch.Tensor, table: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def _latent(self, step: Step, node: Node, x: torch.Tensor, table: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return (latent.latent(x, table, self._weights[node.weights[0]], node.attrs["eps"], node.attrs["interleaved"]),)
 
-    def _latent_write(self, step: _Step, node: Node, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def _latent_write(self, step: Step, node: Node, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         for rows, context, table in self._sequences_of(step, node):
             step.store.write(node.attrs["layer"], table, context, x[rows])
         return ()
 
     def _mla_attention(
-        self, step: _Step, node: Node, q: torch.Tensor, chosen: torch.Tensor | None = None
+        self, step: Step, node: Node, q: torch.Tensor, chosen: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, ...]:
         """As `_attention`; in the expanded form, keys and values are ordinary products, rounded to the dtype of the rows."""
         a, name = node.attrs, node.weights[0]
@@ -289,12 +264,12 @@ class ReferencePlan:
                 out[rows] = latent.attend_expanded(q[rows], kv, latents[:, a["rank"] :], mask, a["scale"])
         return (out.flatten(1).to(self.dtype),)
 
-    def _index_write(self, step: _Step, node: Node, k: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def _index_write(self, step: Step, node: Node, k: torch.Tensor) -> tuple[torch.Tensor, ...]:
         for rows, context, table in self._sequences_of(step, node):
             step.store.write_index(node.attrs["layer"], table, context, k[rows])
         return ()
 
-    def _index_choose(self, step: _Step, node: Node, q: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def _index_choose(self, step: Step, node: Node, q: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """In float32, whatever the dtype of the rows, as are the resulting indices of tokens."""
         a, chosen = node.attrs, []
         q, weights = q.float().unflatten(-1, (a["heads"], -1)), weights.float()
@@ -304,7 +279,7 @@ class ReferencePlan:
             chosen.append(latent.choose(scores, self._visible(node, rows, context)[2], a["top_k"]))
         return (torch.cat(chosen),)
 
-    def _router(self, step: _Step, node: Node, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def _router(self, step: Step, node: Node, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """In float32, whatever the dtype of the rows."""
         options = {name: value for name, value in node.attrs.items() if name not in ("bias", "biases", "experts")}
         bias = node.attrs["bias"] and self._weights[node.attrs["bias"]]
@@ -317,20 +292,20 @@ class ReferencePlan:
         (name,) = node.attrs.get("biases", (None,))
         return None if name is None else self._weights[name]
 
-    def _experts_gate_up(self, step: _Step, node: Node, x: torch.Tensor, routes: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def _experts_gate_up(self, step: Step, node: Node, x: torch.Tensor, routes: torch.Tensor) -> tuple[torch.Tensor, ...]:
         name, gated, a = node.weights[0], ops.GATED[node.attrs.get("activation", "silu")], node.attrs
         if a.get("limit", 0.0) > 0:
             gated = partial(ops.clamped_swiglu, alpha=a["alpha"], limit=a["limit"])
         how = (a["grouped"], gated, self._bias(node), a.get("weigh_input", False))
         return (moe.gate_up(self._rounded(x, name), routes, self._weights[name], *how),)
 
-    def _experts_down(self, step: _Step, node: Node, hidden: torch.Tensor, routes: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def _experts_down(self, step: Step, node: Node, hidden: torch.Tensor, routes: torch.Tensor) -> tuple[torch.Tensor, ...]:
         a, name = node.attrs, node.weights[0]
         how = (a["grouped"], self._bias(node), a.get("weigh_input", False))
         out = moe.down(self._rounded(hidden, name), routes, self._weights[name], *how)
         return (out.to(self.dtype),)
 
-    def _short_conv(self, step: _Step, node: Node, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def _short_conv(self, step: Step, node: Node, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         a, weight = node.attrs, self._weights[node.weights[0]][:, 0]
         bias = None if a["bias"] is None else self._weights[a["bias"]]
 
@@ -340,7 +315,7 @@ class ReferencePlan:
         return (self._recur(step, node, form),)
 
     def _delta_rule(
-        self, step: _Step, node: Node, x: torch.Tensor, alpha: torch.Tensor, beta: torch.Tensor
+        self, step: Step, node: Node, x: torch.Tensor, alpha: torch.Tensor, beta: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
         """In float32, whatever the dtype of the rows. Prefill in the chunked form if heads have one decay, the rest in the
         recurrent one."""
@@ -362,7 +337,7 @@ class ReferencePlan:
 
     @staticmethod
     def _recur(
-        step: _Step, node: Node, form: Callable[[slice, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+        step: Step, node: Node, form: Callable[[slice, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
     ) -> torch.Tensor:
         """The outputs of all rows, and the states that the step is to store.
 
@@ -379,30 +354,30 @@ class ReferencePlan:
                 start = row + 1
         return torch.cat(outputs)
 
-    def _layer_norm(self, step: _Step, node: Node, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def _layer_norm(self, step: Step, node: Node, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         weight, *bias = (self._weights[name] for name in node.weights)
         return (ops.layer_norm(x, weight, bias[0] if bias else None, node.attrs["eps"]),)
 
-    def _state_in(self, step: _Step, node: Node) -> tuple[torch.Tensor, ...]:
+    def _state_in(self, step: Step, node: Node) -> tuple[torch.Tensor, ...]:
         assert step.batch.states is not None  # checked by `check_batch`
         return (step.batch.states.detach().to(self.device, self.dtype),)
 
-    def _gate_up(self, step: _Step, node: Node, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def _gate_up(self, step: Step, node: Node, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return (ops.GATED[node.attrs["activation"]](*self._linear(step, node, x)),)
 
-    def _add_rms_norm(self, step: _Step, node: Node, x: torch.Tensor, delta: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def _add_rms_norm(self, step: Step, node: Node, x: torch.Tensor, delta: torch.Tensor) -> tuple[torch.Tensor, ...]:
         total = x + delta
         return (total, *self._rms_norm(step, node, total))
 
-    def _select_rows(self, step: _Step, node: Node, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def _select_rows(self, step: Step, node: Node, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return (x[self._rows(step.batch)],)
 
-    def _hidden_out(self, step: _Step, node: Node, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def _hidden_out(self, step: Step, node: Node, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         if step.batch.hidden or step.batch.last_hidden:
             step.hidden[node.attrs["index"]] = x.float()
         return ()
 
-    def _lm_head(self, step: _Step, node: Node, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def _lm_head(self, step: Step, node: Node, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         a = node.attrs
         logits = self._product(x, node.weights[0], a["bias"])
         if a.get("scale", 1.0) != 1.0:
@@ -469,23 +444,6 @@ def value_bytes(values: Iterable[Value], dtype: torch.dtype, tokens: int, logit_
     """An upper bound of the bytes of a step: all these values of its graph at once."""
     rows = {False: tokens, True: logit_rows}
     return sum(rows[v.selected] * v.repeat * v.width * dtype.itemsize for v in values)
-
-
-def _sequences(batch: StepBatch, tables: torch.Tensor) -> list[tuple[slice, int, torch.Tensor]]:
-    """The sequences of a step with their blocks in one group; `tables`: int64 [S, max_blocks]."""
-    ends = np.cumsum(batch.query_len)
-    return [
-        (slice(int(end - count), int(end)), int(context), table)
-        for end, count, context, table in zip(ends, batch.query_len, batch.context_len, tables, strict=True)
-    ]
-
-
-def _state_slots(batch: StepBatch) -> tuple[list[int], list[list[tuple[int, int]]]]:
-    """`_Step.state_from` and `_Step.state_to`; both empty for a graph without states."""
-    if batch.state_from is None or batch.state_to is None:
-        return [], []
-    sequence = np.searchsorted(np.cumsum(batch.query_len), batch.state_to[:, 0], side="right")
-    return batch.state_from.tolist(), [batch.state_to[sequence == s].tolist() for s in range(len(batch.query_len))]
 
 
 def _dense(weight: PackedWeight | torch.Tensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
