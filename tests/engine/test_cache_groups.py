@@ -11,7 +11,7 @@ from deepseek_optimizer.cache import HOLE, Forgetting
 from deepseek_optimizer.cache.forgetting import max_blocks
 from deepseek_optimizer.engine.engine import Completion
 from deepseek_optimizer.engine.request import Request, SamplingParams
-from support.mock_model import VOCAB, blocks_in_use, expected, make_core
+from support.mock_model import VOCAB, blocks_in_use, expected, make_core, run_with_arrivals
 from support.scripted_proposer import ScriptedProposer
 
 WINDOW = Forgetting(window=100, sinks=0, spare=64)
@@ -140,30 +140,13 @@ def test_random_batches_in_a_small_cache(seed):
         prefix_cache=rng.random() < 0.8, slots=rng.choice((0, 0, 60)),
     )  # fmt: skip
     shared = [text(1000 * seed + n, rng.randrange(50, 500)) for n in range(3)]
-    waiting = []
+    requests = []
     for n in range(30):
         prompt = rng.choice(shared) + text(n, rng.randrange(1, 60)) if rng.random() < 0.6 else text(n, rng.randrange(1, 400))
         max_tokens, salt = rng.randrange(1, 80), rng.choice(["", "a"])
-        waiting.append(Request(prompt, endless(max_tokens), id=str(n), priority=rng.randrange(3), salt=salt))
+        requests.append(Request(prompt, endless(max_tokens), id=str(n), priority=rng.randrange(3), salt=salt))
         script[n + 1] = prompt + expected(prompt, max_tokens, None, groups)
-    actual, requests, cancelled = {}, list(waiting), set()
-    while waiting or not core.idle:
-        for _ in range(rng.randrange(4)):
-            if waiting:
-                actual[waiting[0].id] = Completion()
-                core.add(waiting.pop(0))
-        if rng.random() < 0.03 and actual and actual[victim := rng.choice(list(actual))].finish is None:
-            core.cancel(victim)
-            cancelled.add(victim)
-        for output in core.step():
-            actual[output.request_id].add(output)
-    for request in requests:
-        answer, wanted = actual[request.id], expected(request.prompt, request.sampling.max_tokens, None, groups)
-        if answer.finish == "cancelled":
-            assert request.id in cancelled and answer.token_ids == wanted[: len(answer.token_ids)]
-        else:
-            assert answer.finish == "length" and answer.token_ids == wanted
-    assert blocks_in_use(core) == 0
+    run_with_arrivals(core, requests, rng, groups)
     if core.prefix is not None:
         core.prefix.clear()
     assert core.memory.manager.free_blocks == core.memory.manager.num_blocks

@@ -11,7 +11,7 @@ from deepseek_optimizer.cache import HOLE, Forgetting
 from deepseek_optimizer.engine.engine import Completion
 from deepseek_optimizer.engine.request import Request, SamplingParams
 from deepseek_optimizer.engine.speculative.prompt_lookup import PromptLookupProposer
-from support.mock_model import EOS, VOCAB, blocks_in_use, expected, make_core, next_token, places
+from support.mock_model import EOS, VOCAB, blocks_in_use, expected, make_core, next_token, places, run_with_arrivals
 from support.scripted_proposer import ScriptedProposer
 
 WINDOW = Forgetting(window=100, sinks=4, spare=32)
@@ -96,30 +96,13 @@ def test_random_batches_in_a_small_cache(seed):
         step_tokens=rng.choice([64, 128, 512]), batch_size_range=(1, rng.randrange(2, 9)), stall=rng.choice([None, 3.0]),
     )  # fmt: skip
     shared = [text(1000 * seed + n, rng.randrange(50, 500)) for n in range(3)]
-    waiting = []
+    requests = []
     for n in range(40):
         prompt = rng.choice(shared) + text(n, rng.randrange(1, 60)) if rng.random() < 0.6 else text(n, rng.randrange(1, 400))
         max_tokens, salt = rng.randrange(1, 120), rng.choice(["", "a"])
-        waiting.append(Request(prompt, endless(max_tokens), id=str(n), priority=rng.randrange(3), salt=salt))
+        requests.append(Request(prompt, endless(max_tokens), id=str(n), priority=rng.randrange(3), salt=salt))
         script[n + 1] = prompt + expected(prompt, max_tokens, None, forgetting)
-    actual, requests, cancelled = {}, list(waiting), set()
-    while waiting or not core.idle:
-        for _ in range(rng.randrange(4)):
-            if waiting:
-                actual[waiting[0].id] = Completion()
-                core.add(waiting.pop(0))
-        if rng.random() < 0.03 and actual and actual[victim := rng.choice(list(actual))].finish is None:
-            core.cancel(victim)
-            cancelled.add(victim)
-        for output in core.step():
-            actual[output.request_id].add(output)
-    for request in requests:
-        answer, wanted = actual[request.id], expected(request.prompt, request.sampling.max_tokens, None, forgetting)
-        if answer.finish == "cancelled":
-            assert request.id in cancelled and answer.token_ids == wanted[: len(answer.token_ids)]
-        else:
-            assert answer.finish == "length" and answer.token_ids == wanted
-    assert blocks_in_use(core) == 0
+    run_with_arrivals(core, requests, rng, forgetting)
 
 
 def test_drafts_from_the_text():

@@ -19,7 +19,9 @@ from deepseek_optimizer.backends.sampling import choose_tokens
 from deepseek_optimizer.cache import HOLE, BlockManager, Forgetting, Groups
 from deepseek_optimizer.cache.block_manager import BLOCK_TOKENS
 from deepseek_optimizer.engine.core import EngineCore, ModelFacts
+from deepseek_optimizer.engine.engine import Completion
 from deepseek_optimizer.engine.options import EngineOptions
+from deepseek_optimizer.engine.request import Request
 
 VOCAB = 61
 EOS = 60
@@ -204,3 +206,27 @@ def blocks_in_use(core: EngineCore) -> int:
     """Number of blocks that are neither free nor held only by the prefix cache."""
     manager = core.memory.manager
     return manager.num_blocks - manager.free_blocks - (core.prefix.unused if core.prefix else 0)
+
+
+def run_with_arrivals(
+    core: EngineCore, requests: list[Request], rng: random.Random, forgetting: Forgetting | None | Groups
+) -> None:
+    """Runs requests that arrive at random, some of which are cancelled, and checks every answer against `expected`."""
+    waiting, actual, cancelled = list(requests), {}, set()
+    while waiting or not core.idle:
+        for _ in range(rng.randrange(4)):
+            if waiting:
+                actual[waiting[0].id] = Completion()
+                core.add(waiting.pop(0))
+        if rng.random() < 0.03 and actual and actual[victim := rng.choice(list(actual))].finish is None:
+            core.cancel(victim)
+            cancelled.add(victim)
+        for output in core.step():
+            actual[output.request_id].add(output)
+    for request in requests:
+        answer, wanted = actual[request.id], expected(request.prompt, request.sampling.max_tokens, None, forgetting)
+        if answer.finish == "cancelled":
+            assert request.id in cancelled and answer.token_ids == wanted[: len(answer.token_ids)]
+        else:
+            assert answer.finish == "length" and answer.token_ids == wanted
+    assert blocks_in_use(core) == 0
