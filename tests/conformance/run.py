@@ -34,11 +34,16 @@ OTHERS = 2
 FOREIGN = "not keep_in_fp32_modules_strict"
 
 
+def _absolute(search_path: str) -> list[str]:
+    """The folders of a search path: the tests run in another folder, where a relative one is not found."""
+    return [os.path.abspath(folder) for folder in search_path.split(os.pathsep) if folder]
+
+
 def start(side: str, file: Path, family: str, select: str, results: Path) -> subprocess.Popen[str]:
     """Starts one side's pytest."""
     environment = {
         **os.environ, SIDE: side, RESULTS: str(results), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
-        "PYTHONPATH": os.pathsep.join([str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])]),
+        "PYTHONPATH": os.pathsep.join([str(TESTS), *_absolute(os.environ.get("PYTHONPATH", ""))]),
     }  # fmt: skip
     command = [
         sys.executable, "-m", "pytest", "-p", "conformance.plugin", "-p", "no:cacheprovider", "-q", "--tb=line",
