@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import fields, replace
 from typing import Any
 
+from .backends.base import BLOCK_TOKENS
+from .checkpoint.prefix_files import PrefixFiles
 from .engine.async_engine import AsyncEngine
 from .engine.core import EngineCore, ModelFacts
 from .engine.engine import Engine
@@ -23,9 +26,11 @@ from .graph.analysis import dynamic_rope
 from .graph.ir import LatentSpec
 from .graph.rope_rotation import key_rotation
 from .integration.bind.runtime import Runtime, runtime_of
+from .integration.generation.fingerprint import fingerprint
 from .integration.generation.special_tokens import token_ids
 from .integration.memory.arena import Arena
 from .integration.memory.cache_size import FullBatch
+from .versions import versions
 
 _LATENT_CHUNK = 64  # tokens; the form of latent attention (absorbed or expanded) depends on how a prompt is split into chunks
 _LOOKUP, _MTP, _DRAFT_MODEL = 8, 3, 4  # maximum number of drafts per round
@@ -118,8 +123,30 @@ def _core(model: Any, tokenizer: Any, given: dict[str, Any]) -> tuple[EngineCore
     runner = Runner(runtime.plan, arena, vocab)
     draft = None if other is None else _draft_model(runtime, other, options)
     proposers = _proposers(runtime, arena, draft) if drafts else None
-    core = EngineCore(runner, arena, facts, options, tokenizer, proposers, keep=(model, draft_model))
+    store = _prefix_files(runtime, arena, options, proposers)
+    core = EngineCore(runner, arena, facts, options, tokenizer, proposers, keep=(model, draft_model), store=store)
     return core, backend.thread_context
+
+
+def _prefix_files(
+    runtime: Runtime, arena: Arena, options: EngineOptions, proposers: list[tuple[Proposer, int]] | None
+) -> PrefixFiles | None:
+    """Returns the files of the prefix cache, which are of use only to an engine that would compute the same bits."""
+    if options.prefix_cache_dir is None:
+        return None
+    if not options.prefix_cache:
+        raise ConfigError("prefix_cache_dir needs the prefix cache; leave out prefix_cache=False (--no-prefix-cache)")
+    facts = fingerprint(runtime, whole=True) | {
+        "instruction set": str(runtime.backend.isa),
+        "batch invariant": str(options.batch_invariant),
+        "MTP layers": str(any(isinstance(proposer, MtpProposer) for proposer, _ in proposers or ())),  # their keys and values
+        "groups": repr(arena.manager.groups),
+        "block tokens": str(BLOCK_TOKENS),
+        "versions": repr(sorted(versions().items())),
+    }
+    digest = hashlib.blake2b(repr(sorted(facts.items())).encode(), digest_size=16).digest()
+    store = arena.store
+    return PrefixFiles(options.prefix_cache_dir, digest, options.prefix_cache_bytes, store.saved_bytes, store.state_bytes)
 
 
 def _full_batch(runtime: Runtime, options: EngineOptions) -> FullBatch:

@@ -104,6 +104,8 @@ def serve(
             "--prefix-cache/--no-prefix-cache", help="Reuse the KV cache of prompts that share a prefix.", **_REQUESTS
         ),
     ] = True,
+    prefix_cache_dir: o.PrefixCacheDir = None,
+    prefix_cache_bytes: o.PrefixCacheBytes = 8 << 30,
     drafts: Annotated[
         bool,
         typer.Option("--drafts/--no-drafts", help="Use speculative decoding, which does not change the answers.", **_REQUESTS),
@@ -228,6 +230,8 @@ def serve(
     options: dict[str, Any] = {
         "max_waiting": max_waiting,
         "prefix_cache": prefix_cache,
+        "prefix_cache_dir": prefix_cache_dir,
+        "prefix_cache_bytes": prefix_cache_bytes,
         "drafts": drafts,
         "cache_window": cache_window,
     }

@@ -29,6 +29,7 @@ from .sampling.request_sampler import NotANumberError, NoTokenError, RequestSamp
 from .scheduling.batch_size import BatchSize
 from .scheduling.budget import PromptBudget
 from .scheduling.memory import Memory
+from .scheduling.prefix_store import Store
 from .scheduling.scheduler import ScheduledChunk, Scheduler
 from .scheduling.sliding import Sliding
 from .scheduling.step_times import StepTimes
@@ -78,6 +79,7 @@ class EngineCore:
         proposers: (proposer, maximum number of drafts per round) of speculative decoding, in the order in which they are tried.
         clock: returns the time in seconds.
         keep: objects to keep alive as long as the engine, such as the model.
+        store: stores the prefix cache's blocks beyond this process; None: they end with it.
     """
 
     def __init__(
@@ -90,6 +92,7 @@ class EngineCore:
         proposers: list[tuple[Proposer, int]] | None = None,
         clock: Callable[[], float] = time.monotonic,
         keep: Any = None,
+        store: Store | None = None,
     ) -> None:
         self.runner, self.memory, self.facts, self.options, self.tokenizer = runner, memory, facts, options, tokenizer
         self.clock, self._keep = clock, keep
@@ -115,6 +118,7 @@ class EngineCore:
             self.sliding,
             invariant=options.batch_invariant,
             lost=self._reset_drafting,
+            store=store,
         )
         self.drafting = Drafting(proposers, self.times) if proposers else None
         self.metrics = EngineMetrics()
@@ -216,6 +220,10 @@ class EngineCore:
         if (running := self._requests.get(request_id)) is not None:
             running.cancelled = True
 
+    def close(self) -> None:
+        """Writes the rest of the prefix cache to its store, if it has one. To be called when no step runs any more."""
+        self.scheduler.close()
+
     @property
     def idle(self) -> bool:
         return not self._requests
@@ -253,7 +261,7 @@ class EngineCore:
             return outputs + self._fail(list(self.scheduler.running), error)
         outputs += self._end_starved()
         if not chunks:
-            return outputs or self._check_stalled()
+            return outputs or ([] if self.scheduler.wait_for_stored() else self._check_stalled())
         self._idle_since = None
         parts = [part_of(chunk) for chunk in chunks]
         ends = list(accumulate(len(p.ids) for p in parts))

@@ -38,5 +38,17 @@ class Memory(Protocol):
             CacheFullError: too few blocks are free; nothing was changed.
         """
 
+    def read_block(self, block: int) -> bytes:
+        """Returns the content of a block; see `KvStore.read_block`."""
+
+    def write_block(self, block: int, data: bytes) -> None:
+        """Writes what `read_block` returned."""
+
+    def read_state(self, slot: int) -> bytes:
+        """Returns the recurrent states in a slot; see `KvStore.read_state`."""
+
+    def write_state(self, slot: int, data: bytes) -> None:
+        """Writes what `read_state` returned."""
+
     def run(self, plan: Plan, batch: StepBatch) -> StepOutput:
         """Runs a step of a plan over this memory."""
