@@ -1,6 +1,6 @@
 """What a prefix cache in files saves after a restart: time to the first token of a known prompt, in new processes.
 
-The prompt is processed with an empty directory, then by a second process from files, and by a third whose files may have to come
+The prompt is processed with an empty directory, then by a second process from files, and by a third whose files have to come
 from the disk (their pages are dropped first). Bar of issue 17: at most 0.1 times the time of processing the prompt.
 
     python -m benchmarks.prefix_restart [smol r1q15 | MODEL_DIRECTORY ...] [--form int4] [--tokens 4000] [--threads N]

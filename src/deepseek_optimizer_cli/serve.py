@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from . import options as o
+from . import serve_models as several
 
 if TYPE_CHECKING:
     from deepseek_optimizer.server.settings import ServerSettings
@@ -24,7 +25,9 @@ _FILES: dict[str, Any] = {"rich_help_panel": "Uploaded files"}
 
 @o.takes_model_fields
 def serve(
-    model: o.Model,
+    model: Annotated[
+        list[str] | None, typer.Argument(metavar="[MODEL]...", help=f"{o.MODEL_HELP} Several are loaded when they are needed.")
+    ] = None,
     *,
     host: Annotated[
         str,
@@ -104,6 +107,10 @@ def serve(
             "--prefix-cache/--no-prefix-cache", help="Reuse the KV cache of prompts that share a prefix.", **_REQUESTS
         ),
     ] = True,
+    models_dir: several.ModelsDir = None,
+    models_memory: several.ModelsMemory = None,
+    pin: several.Pin = None,
+    load_timeout: several.LoadTimeout = 120.0,
     prefix_cache_dir: o.PrefixCacheDir = None,
     prefix_cache_bytes: o.PrefixCacheBytes = 8 << 30,
     drafts: Annotated[
@@ -235,37 +242,51 @@ def serve(
         "drafts": drafts,
         "cache_window": cache_window,
     }
-    _serve(model, name, fields, settings, options)
+    if models_dir is not None or model is None or len(model) > 1:
+        if name is not None:
+            raise ConfigError("--served-model-name names a single model; several have the names of their files")
+        pool = several.PoolOptions(tuple(model or ()), models_dir, models_memory, tuple(pin or ()), load_timeout)
+        several.serve_models(pool, settings, fields, lambda path, name: _load(path, name, fields, settings, options)[:3])
+        return
+    if pin or models_memory is not None:
+        raise ConfigError("--pin and --models-memory need several models: give more MODELs, or --models-dir")
+    _serve(model[0], name, fields, settings, options)
 
 
 def _serve(model: str, name: str | None, fields: dict[str, Any], settings: ServerSettings, options: dict[str, Any]) -> None:
-    import logging
-    from dataclasses import replace
-
-    from deepseek_optimizer import report
     from deepseek_optimizer.integration.memory.cache_size import check_granted
     from deepseek_optimizer.server.run import listener
     from deepseek_optimizer.server.run import serve as run
-    from deepseek_optimizer.serving import make_async_engine
     from deepseek_optimizer.system.memory import free_memory
 
-    from .model import load
-
-    logging.basicConfig(level=logging.WARNING, format="dso: %(message)s")
-    logging.getLogger("deepseek_optimizer").setLevel(logging.INFO)
-    logging.getLogger("bm25s").setLevel(logging.WARNING)  # it logs every index at its own default level
+    several.set_up_logging()
     sock = listener(settings.host, settings.port)
     if "kv_cache_memory" in fields:
         check_granted(fields["kv_cache_memory"], free_memory())
-    loaded, tokenizer = load(model, fields)
-    settings = replace(settings, sampling=_default_sampling(loaded))
-    engine = make_async_engine(loaded, tokenizer, model_name=name, **options)
-    facts = report(loaded)
+    engine, settings, _, facts = _load(model, name, fields, settings, options)
 
     def banner(host: str, port: int) -> None:
         typer.echo(_banner(engine, facts, settings, host, port), err=True)
 
     run(engine, settings, sock, banner)
+
+
+def _load(
+    model: str, name: str | None, fields: dict[str, Any], settings: ServerSettings, options: dict[str, Any]
+) -> tuple[Any, ServerSettings, int, Any]:
+    """The engine of a model, its settings, the memory that it may take in bytes, and its report."""
+    from dataclasses import replace
+
+    from deepseek_optimizer import report
+    from deepseek_optimizer.serving import make_async_engine
+
+    from .model import load
+
+    loaded, tokenizer = load(model, dict(fields))
+    settings = replace(settings, sampling=_default_sampling(loaded))
+    engine: Any = make_async_engine(loaded, tokenizer, model_name=name, **options)
+    facts = report(loaded)
+    return engine, settings, facts.bytes_after + engine.core.memory.size.bytes, facts
 
 
 def _default_sampling(model: Any) -> dict[str, Any]:

@@ -178,7 +178,8 @@ LAYERS = (
         "server",
         "the HTTP server. `http/`: connections, bodies, queues; `tokens/`: tokenization; `documents/`: uploaded files; "
         "`protocol/`: OpenAI's requests and responses, one protocol per file; `chat/`: from requests to the engine "
-        "and back; `document_chats/`: chats with documents; `routes/`: one route per file; `page/`: the chat page",
+        "and back; `document_chats/`: chats with documents; `pool/`: several models in one server; `routes/`: one route per "
+        "file; `page/`: the chat page",
         may=("..chat", "longdoc"),
         levels=(
             ("keys",),
@@ -186,7 +187,9 @@ LAYERS = (
             ("http",),
             ("documents", "tokens"),
             ("protocol",),
+            ("shared",),
             ("openapi", "state"),
+            ("pool",),
             ("chat",),
             ("document_chats",),
             ("routes",),

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
+from prometheus_client import CollectorRegistry
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -18,7 +19,7 @@ from ..errors import excerpt
 from . import openapi
 from .http.guard import Guard, HostGuard
 from .http.metrics import HttpMetrics
-from .http.page_files import page_files
+from .http.page_files import PageFile, page_files
 from .http.problems import ApiError, problem
 from .protocol.chat import ChatRequest
 from .protocol.completions import CompletionRequest
@@ -46,7 +47,6 @@ def create_app(engine: Any, settings: ServerSettings | None = None) -> FastAPI:
     settings = settings or ServerSettings()
     state = ServerState(engine, settings)
     assets = page_files()
-    open_paths = {"/", "/health", "/ready", *page.paths(assets)}
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
@@ -59,31 +59,9 @@ def create_app(engine: Any, settings: ServerSettings | None = None) -> FastAPI:
             await engine.close()
             state.close()
 
-    middleware = [Middleware(HostGuard, settings=settings)]
-    if settings.allow_origins:
-        middleware.append(
-            Middleware(
-                CORSMiddleware,
-                allow_origins=list(settings.allow_origins),
-                allow_methods=["GET", "POST", "DELETE"],
-                allow_headers=["Authorization", "Content-Type"],
-                expose_headers=["Retry-After"],
-            )
-        )
-    middleware.append(Middleware(Guard, settings=settings, metrics=HttpMetrics(engine.registry), open_paths=open_paths))
-    app = FastAPI(
-        title="deepseek-optimizer",
-        description=_ABOUT,
-        docs_url=None,  # it would load scripts from another host
-        redoc_url=None,
-        redirect_slashes=False,
-        middleware=middleware,
-        exception_handlers={HTTPException: _http_error, RequestValidationError: _wrong_parameter},
-        lifespan=lifespan,
-    )
+    app = new_app(settings, engine.registry, lifespan, assets)
     app.state.server = state
-    for route in (chat, completions, responses, embeddings, files, models, tokens, status):
-        route.add(app, state)
+    add_routes(app, state)
     page.add(app, assets)
     bodies: list[type[BaseModel]] = [
         ChatRequest,
@@ -95,6 +73,51 @@ def create_app(engine: Any, settings: ServerSettings | None = None) -> FastAPI:
     ]
     openapi.install(app, bodies, bool(settings.keys))
     return app
+
+
+def add_routes(app: FastAPI, state: ServerState) -> None:
+    """Adds the routes of a model."""
+    for route in (chat, completions, responses, embeddings, files, models, tokens, status):
+        route.add(app, state)
+
+
+def new_app(
+    settings: ServerSettings,
+    registry: CollectorRegistry,
+    lifespan: Callable[[FastAPI], AbstractAsyncContextManager[None]],
+    assets: dict[str, PageFile],
+) -> FastAPI:
+    """Creates an application with the middleware of every server, and without routes.
+
+    Args:
+        settings: the server's.
+        registry: for the metrics of HTTP requests.
+        lifespan: starts and ends what the routes use.
+        assets: the chat page's files, which need no API key.
+    """
+    open_paths = {"/", "/health", "/ready", *page.paths(assets)}
+    middleware = [Middleware(HostGuard, settings=settings)]
+    if settings.allow_origins:
+        middleware.append(
+            Middleware(
+                CORSMiddleware,
+                allow_origins=list(settings.allow_origins),
+                allow_methods=["GET", "POST", "DELETE"],
+                allow_headers=["Authorization", "Content-Type"],
+                expose_headers=["Retry-After"],
+            )
+        )
+    middleware.append(Middleware(Guard, settings=settings, metrics=HttpMetrics(registry), open_paths=open_paths))
+    return FastAPI(
+        title="deepseek-optimizer",
+        description=_ABOUT,
+        docs_url=None,  # it would load scripts from another host
+        redoc_url=None,
+        redirect_slashes=False,
+        middleware=middleware,
+        exception_handlers={HTTPException: _http_error, RequestValidationError: _wrong_parameter},
+        lifespan=lifespan,
+    )
 
 
 async def _sweep(state: ServerState) -> None:
