@@ -247,4 +247,5 @@ def run_with_arrivals(
             assert request.id in cancelled and answer.token_ids == wanted[: len(answer.token_ids)]
         else:
             assert answer.finish == "length" and answer.token_ids == wanted
+    core.close()
     assert blocks_in_use(core) == 0

@@ -62,6 +62,9 @@ class PrefixCache:
     Args:
         max_blocks: maximum number of blocks to keep; None: all that nothing else needs.
         whole: match only prefixes of which no block is missing, for sequences that release none.
+
+    Attributes:
+        removals: changes whenever something is removed.
     """
 
     def __init__(self, manager: BlockManager, max_blocks: int | None = None, whole: bool = False) -> None:
@@ -69,6 +72,7 @@ class PrefixCache:
         self.groups: Groups = (None,) * len(manager.groups) if whole else manager.groups
         self._blocks: OrderedDict[Key, int] = OrderedDict()  # least recently used first
         self._slots: OrderedDict[Key, int] = OrderedDict()  # of recurrent states
+        self.removals = 0
         if manager.slots is not None:
             manager.slots.reclaim = self.evict_states
 
@@ -163,6 +167,7 @@ class PrefixCache:
         taken = [key for key, slot in self._slots.items() if slots.users(slot) == 1][:count]
         for key in taken:
             slots.release(self._slots.pop(key))
+        self.removals += len(taken)
         return len(taken)
 
     @property
@@ -174,6 +179,7 @@ class PrefixCache:
     def _forget_state(self, key: Key) -> None:
         if self.manager.slots is not None and (slot := self._slots.pop(key, None)) is not None:
             self.manager.slots.release(slot)
+            self.removals += 1
 
     def touch(self, used: list[Key]) -> None:
         """Marks the blocks of a prefix as just used. Later blocks of a text count as older, since they are useless without the
@@ -212,6 +218,7 @@ class PrefixCache:
         for key in taken:
             self.manager.release(self._blocks.pop(key))
             self._forget_state(key)
+        self.removals += len(taken)
         return len(taken)
 
     def _unused(self, count: int) -> Iterator[Key]:
@@ -269,11 +276,13 @@ class PrefixCache:
             if (block := self._blocks.pop(key, None)) is not None:
                 self.manager.release(block)
                 self._forget_state(key)
+                self.removals += 1
 
     def clear(self) -> None:
         """Removes all blocks from the cache; sequences keep theirs."""
         for block in self._blocks.values():
             self.manager.release(block)
+        self.removals += len(self._blocks)
         self._blocks.clear()
         for key in list(self._slots):
             self._forget_state(key)

@@ -122,7 +122,8 @@ class PrefixReader:
                 self._submit(job)
             if job.ended:
                 self._jobs.remove(job)
-                self._finish(job)
+                with self._memory.locked() as manager:
+                    self._finish(manager, job)
 
     def _receive(self, job: _Job) -> int:
         """Writes the next part into its block; returns its number of bytes."""
@@ -142,19 +143,29 @@ class PrefixReader:
         self.bytes += len(content)
         return len(content)
 
-    def _finish(self, job: _Job) -> None:
-        """Puts the parts into the prefix cache, if they were read, and releases their places otherwise."""
-        with self._memory.locked() as manager:
-            for index, ((key, group), place) in enumerate(zip(job.parts, job.places, strict=True)):
-                present = index < len(job.present) and job.present[index]
-                if group == STATES and manager.slots is not None:
-                    if present:
-                        self._prefix.put_state(key, place)
-                    manager.slots.release(place)
-                else:
-                    if present:
-                        self._prefix.put(key, place, group)
-                    manager.release(place)
+    def abandon(self, manager: BlockManager) -> bool:
+        """Stops reading one of the prefixes, since running requests need its blocks; what was read goes to the prefix cache.
+        Returns whether there was one. The lock must be held."""
+        if not self._jobs:
+            return False
+        self._finish(manager, self._jobs.pop())
+        return True
+
+    def _finish(self, manager: BlockManager, job: _Job) -> None:
+        """Puts the parts into the prefix cache, if they were read, and releases their places otherwise. The lock must be
+        held."""
+        for future in job.reading:
+            future.cancel()
+        for index, ((key, group), place) in enumerate(zip(job.parts, job.places, strict=True)):
+            present = index < len(job.present) and job.present[index]
+            if group == STATES and manager.slots is not None:
+                if present:
+                    self._prefix.put_state(key, place)
+                manager.slots.release(place)
+            else:
+                if present:
+                    self._prefix.put(key, place, group)
+                manager.release(place)
 
     def wait(self, seconds: float) -> bool:
         """Waits until something was read, for at most `seconds`; returns False at once if nothing is being read."""
@@ -167,6 +178,6 @@ class PrefixReader:
         """Stops reading and ends the threads."""
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
-        jobs, self._jobs = self._jobs, []
-        for job in jobs:
-            self._finish(job)
+        with self._memory.locked() as manager:
+            while self.abandon(manager):
+                pass

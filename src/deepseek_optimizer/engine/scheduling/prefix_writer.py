@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 _MAX_QUEUED = 1 << 17  # parts; further ones are not written
+_TRIES = 4  # to copy a part
 _PAUSE = 60.0  # seconds without writing after an error, such as a full disk
 _PLACE_NS = 1_000  # a later block of a text counts as older by this, since it is useless without the earlier ones
 
@@ -96,15 +97,15 @@ class PrefixWriter:
             _log.warning("the prefix cache cannot be written for the next %g s: %s", _PAUSE, error)
 
     def _copy(self, part: Part) -> bytes | None:
-        """The content of a part; None: it was evicted."""
-        with self._memory.locked() as manager:
-            place = self._prefix.place(part)
-            owner = manager.slots if part[1] == STATES else manager
-            if place is None or owner is None:
-                return None
-            owner.retain(place)
-        try:
-            return self._memory.read_state(place) if part[1] == STATES else self._memory.read_block(place)
-        finally:
+        """The content of a part; None: it was evicted. Copying does not keep it from being evicted: a copy is valid if nothing
+        was evicted meanwhile."""
+        for _ in range(_TRIES):
             with self._memory.locked():
-                owner.release(place)
+                place, removals = self._prefix.place(part), self._prefix.removals
+            if place is None:
+                return None
+            content = self._memory.read_state(place) if part[1] == STATES else self._memory.read_block(place)
+            with self._memory.locked():
+                if removals == self._prefix.removals:
+                    return content
+        return None

@@ -428,18 +428,24 @@ class Scheduler:
         if blocks.fits(count):  # the usual case: no new block is needed
             blocks.tokens += count
             return True
-        with self.memory.locked():
+        with self.memory.locked() as manager:
             self._hold_states(running)
-            for _ in range(2):
+            while True:
                 try:
                     self.memory.copy_blocks(blocks.append(count, undo))
                     return True
                 except CacheFullError as error:
-                    if error.unit != "block":  # slots were evicted as far as possible
+                    if not self._make_free(manager, error):
                         return False
-                    if self.prefix is None or self.prefix.evict(error.needed - error.free) < error.needed - error.free:
-                        return False
-        return False
+
+    def _make_free(self, manager: BlockManager, error: CacheFullError) -> bool:
+        """Evicts blocks from the prefix cache, or else takes those that are being read from files. Returns whether the
+        allocation that failed may succeed now. The lock must be held."""
+        missing = error.needed - error.free
+        # slots were evicted as far as possible
+        if error.unit == "block" and self.prefix is not None and self.prefix.evict(missing) >= missing:
+            return True
+        return self.stored is not None and self.stored.reader.abandon(manager)
 
     def _extend_or_preempt(self, running: Running, count: int) -> bool:
         """Reserves room for `count` more tokens, if necessary by shrinking windows and preempting other requests.
