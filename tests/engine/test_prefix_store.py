@@ -34,12 +34,12 @@ def endless(max_tokens: int) -> SamplingParams:
     return SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
 
 
-def files_in(directory: Path, max_bytes: int = 1 << 24) -> PrefixFiles:
-    return PrefixFiles(directory, bytes(16), max_bytes, BLOCK_BYTES, 8 * STATE_TOKENS)
+def files_in(directory: Path, max_bytes: int = 1 << 24, states: bool = False) -> PrefixFiles:
+    return PrefixFiles(directory, bytes(16), max_bytes, BLOCK_BYTES, 8 * STATE_TOKENS if states else 0)
 
 
 def core_with(directory: Path, kind: str = "full", max_bytes: int = 1 << 24, **options):
-    return make_core(store=files_in(directory, max_bytes), **{**MODELS[kind], **options})
+    return make_core(store=files_in(directory, max_bytes, kind == "states"), **{**MODELS[kind], **options})
 
 
 def run(core, *requests: Request) -> dict[str, Completion]:
@@ -214,7 +214,7 @@ def test_a_cache_that_is_too_small_for_the_stored_prefix(tmp_path, kind):
     prompt, first = text(1, 600), core_with(tmp_path, kind)
     ask(first, prompt)
     first.close()
-    small = core_with(tmp_path, kind, **({"blocks": 14, "forgetting": WINDOW} if kind == "window" else {"blocks": 70}))
+    small = core_with(tmp_path, kind, step_tokens=64, blocks={"window": 14, "groups": 50}.get(kind, 24))
     others = [Request(text(n, 300), endless(40), id=f"o{n}") for n in range(3)]
     answers = run(small, *others, Request(prompt, endless(5), id="1"))
     assert answers["1"].token_ids == right(kind, prompt)

@@ -29,10 +29,10 @@ from .sampling.request_sampler import NotANumberError, NoTokenError, RequestSamp
 from .scheduling.batch_size import BatchSize
 from .scheduling.budget import PromptBudget
 from .scheduling.memory import Memory
-from .scheduling.prefix_store import Store
 from .scheduling.scheduler import ScheduledChunk, Scheduler
 from .scheduling.sliding import Sliding
 from .scheduling.step_times import StepTimes
+from .scheduling.store import Store
 from .sequence import Sequence
 from .speculative.base import Proposer
 from .speculative.drafting import Drafting

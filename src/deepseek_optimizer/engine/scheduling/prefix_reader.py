@@ -10,16 +10,13 @@ import logging
 import os
 from collections import deque
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from typing import TYPE_CHECKING
 
 from ...cache.block_manager import BlockManager
 from ...cache.prefix_cache import Key, PrefixCache
 from ...cache.prefix_parts import STATES, Part, longest, required
 from ...errors import CacheFullError
 from .memory import Memory
-
-if TYPE_CHECKING:
-    from .prefix_store import Store
+from .store import Store
 
 _log = logging.getLogger(__name__)
 _THREADS = 4

@@ -6,14 +6,11 @@ import logging
 import threading
 import time
 from collections import deque
-from typing import TYPE_CHECKING
 
 from ...cache.prefix_cache import PrefixCache
 from ...cache.prefix_parts import STATES, Part
 from .memory import Memory
-
-if TYPE_CHECKING:
-    from .prefix_store import Store
+from .store import Store
 
 _log = logging.getLogger(__name__)
 _MAX_QUEUED = 1 << 17  # parts; further ones are not written

@@ -22,8 +22,9 @@ from ...errors import CacheFullError
 from ..running import Running
 from .batch_size import BatchSize
 from .budget import PromptBudget
-from .prefix_store import PrefixStore, Store
+from .prefix_store import PrefixStore
 from .sliding import Sliding
+from .store import Store
 from .turns import Turns, alternating, first_to_yield, in_turn, place_for
 
 if TYPE_CHECKING:
