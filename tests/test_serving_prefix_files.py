@@ -88,7 +88,7 @@ import sys
 from deepseek_optimizer import SamplingParams, load_model, make_engine
 with make_engine(load_model(sys.argv[1]), prefix_cache_dir=sys.argv[2]) as engine:
     sampling = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
-    [answer] = engine.generate([[n % 250 for n in range(300)]], sampling)
+    [answer] = engine.generate([[n % 250 for n in range(100)]], sampling)
     print(answer.cached_tokens, answer.token_ids)
 """
 
@@ -97,7 +97,7 @@ with make_engine(load_model(sys.argv[1]), prefix_cache_dir=sys.argv[2]) as engin
 def test_two_processes(tiny_model, tmp_path):
     def run() -> str:
         command = [sys.executable, "-c", _PROCESS, str(tiny_model), str(tmp_path)]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stdout
+        return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, timeout=300).stdout
 
     first, second = run(), run()
-    assert first.startswith("0 ") and second == first.replace("0 ", "288 ", 1)
+    assert first.startswith("0 ") and second == first.replace("0 ", "96 ", 1)

@@ -14,7 +14,6 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_l
 from . import openapi
 from .app import add_routes, new_app
 from .http.page_files import page_files
-from .http.queue_metrics import QueueCollector
 from .pool.dispatcher import Dispatcher
 from .pool.model_list import ModelFile
 from .pool.model_pool import ModelPool, Open
@@ -69,7 +68,6 @@ def create_pool_app(pool: ModelPool) -> FastAPI:
 
     app = new_app(pool.settings, registry, lifespan, assets)
     registry.register(PoolCollector(pool))
-    registry.register(QueueCollector(pool.shared.queues, ""))
     app.state.server = pool
     pool_routes.add(app, pool)
     files.add(app, pool)

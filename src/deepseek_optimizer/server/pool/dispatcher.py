@@ -28,9 +28,9 @@ class Dispatcher:
         if request.method == "POST":
             body, size = request.state.body = await pool.shared.bodies.read(request)
             name = body.get("model")
-        model = await pool.find(name if isinstance(name, str) else None)
-        if request.method != "POST" and name is None and not model.ready:  # such as /favicon.ico
+        if request.method != "POST" and name is None and not pool.has_default:  # such as /favicon.ico: it loads nothing
             raise HTTPException(404)
+        model = await pool.find(name if isinstance(name, str) else None)
         using = pool.using(model, request.state.client, size, pool.deadline(request.state.arrived))
         if request.method == "POST":
             async with cancel_on_disconnect(request):

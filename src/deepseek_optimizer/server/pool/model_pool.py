@@ -166,6 +166,14 @@ class ModelPool:
             raise ApiError(404, "there is no such model; /v1/models lists the models", param="model", code="model_not_found")
         return self.models[name]
 
+    @property
+    def has_default(self) -> bool:
+        """Whether the model for requests that name none is loaded."""
+        try:
+            return self._default().ready
+        except ApiError:
+            return False
+
     def _default(self) -> PooledModel:
         if self.default is not None and self.default in self.models:
             return self.models[self.default]
@@ -198,17 +206,18 @@ class ModelPool:
         Raises:
             ApiError: 429 or 503, too many requests wait; 503, the model cannot be loaded, or not in time.
         """
-        if not model.ready:
+        if model.ready:
+            model.enter()
+        else:
             with self.shared.bodies.holding(client, size):
-                await self._wait(model, client, deadline)
+                await self._enter_when_loaded(model, client, deadline)
         assert model.loaded is not None
-        model.enter()
         try:
             yield model.loaded
         finally:
             model.leave()
 
-    async def _wait(self, model: PooledModel, client: str, deadline: float) -> None:
+    async def _enter_when_loaded(self, model: PooledModel, client: str, deadline: float) -> None:
         if self._waiting[client] >= _MAX_WAITING[0]:
             raise ApiError(
                 429, f"{self._waiting[client]} of your requests wait for models, the maximum; retry when some are done",
@@ -219,16 +228,14 @@ class ModelPool:
         self._waiting[client] += 1
         until = min(deadline, time.monotonic() + self.load_seconds)
         try:
-            while not model.ready:
+            while True:
                 self.check_accepting()
                 if model.status == "failed" and time.monotonic() - model.failed < _RETRY:
                     raise busy(f"the model could not be loaded: {model.error}", _RETRY)
                 self.load(model)
-                future = asyncio.get_running_loop().create_future()
-                model.waiting.append(future)
-                await asyncio.wait({future}, timeout=max(0.01, until - time.monotonic()))
-                if not future.done():
-                    model.waiting.remove(future)
+                if await model.entered(until - time.monotonic()):
+                    return
+                if time.monotonic() >= until:
                     raise busy("the model is still being loaded; try again", 10)
         finally:
             self._waiting[client] -= 1
@@ -274,11 +281,14 @@ class ModelPool:
 
     async def _load(self, model: PooledModel) -> None:
         began = time.monotonic()
+        if self.draining:
+            model.settle(model.error)
+            return
         try:
             if model.loaded is not None:  # it is leaving, or its engine has stopped
                 self.unload(model)
             if model.leaving is not None:
-                await model.leaving
+                await asyncio.shield(model.leaving)
             await self._make_room(model)
             loaded = await asyncio.to_thread(self._open, model.file, self.shared)
             await loaded.state.engine.start()
@@ -312,7 +322,7 @@ class ModelPool:
             victim = min(others, key=lambda other: (other.leaving is None, other.users > 0, other.used))
             self.unload(victim)
             if victim.leaving is not None:
-                await victim.leaving
+                await asyncio.shield(victim.leaving)
 
 
 def _reason(error: Exception, file: ModelFile) -> str:

@@ -9,6 +9,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
+from ..http.queue_metrics import QueueCollector
 from .model_pool import ModelPool
 from .pooled_model import Status
 
@@ -35,10 +36,11 @@ class PoolCollector(Collector):
         yield from (status, memory)
         yield CounterMetricFamily("dso:model_loads", "Number of models that were loaded.", self._pool.loads)
         yield CounterMetricFamily("dso:model_unloads", "Number of models that were unloaded.", self._pool.unloads)
+        sources = [QueueCollector(self._pool.shared.queues, "")]
+        sources += [model.loaded.state.engine.registry for model in self._pool.loaded if model.loaded is not None]
         merged: dict[str, Metric] = {}
-        for model in self._pool.loaded:
-            assert model.loaded is not None
-            for metric in model.loaded.state.engine.registry.collect():
+        for source in sources:
+            for metric in source.collect():
                 known = merged.setdefault(metric.name, metric)
                 if known is not metric:
                     known.samples += metric.samples

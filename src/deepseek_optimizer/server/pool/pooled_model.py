@@ -42,7 +42,7 @@ class PooledModel:
         failed: time of that, of `time.monotonic`.
         users: number of requests that use it.
         used: time of the last use.
-        waiting: called when a load has ended, with the error or None.
+        waiting: the requests that wait until a load has ended; the result says whether `enter` was called for them.
         loading: whether it is being loaded, or waits for its turn.
         leaving: the unloading in progress; new requests wait until it is loaded again.
     """
@@ -53,7 +53,7 @@ class PooledModel:
         self.error: str | None = None
         self.failed = self.used = 0.0
         self.users = 0
-        self.waiting: list[asyncio.Future[None]] = []
+        self.waiting: list[asyncio.Future[bool]] = []
         self.loading = False
         self.leaving: asyncio.Task[None] | None = None
         self._idle = asyncio.Event()
@@ -91,14 +91,35 @@ class PooledModel:
         await self._idle.wait()
 
     def settle(self, error: str | None) -> None:
-        """Ends a load, and wakes the requests that wait for it."""
+        """Ends a load, and wakes the requests that wait for it. They are counted as users here, so that the model is not unloaded
+        before they run.
+
+        Args:
+            error: why it could not be loaded; None: it could, or it was not tried.
+        """
         self.loading, self.error = False, error
         if error is not None:
             self.failed = time.monotonic()
         waiting, self.waiting = self.waiting, []
         for future in waiting:
-            if not future.done():
-                future.set_result(None)
+            if self.ready:
+                self.enter()
+            future.set_result(self.ready)
+
+    async def entered(self, seconds: float) -> bool:
+        """Waits until a load has ended, for at most `seconds`; returns whether it is loaded, and `enter` was called."""
+        future: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        self.waiting.append(future)
+        try:
+            await asyncio.wait({future}, timeout=max(0.01, seconds))
+        except asyncio.CancelledError:
+            if future.done() and future.result():
+                self.leave()
+            raise
+        finally:
+            if future in self.waiting:
+                self.waiting.remove(future)
+        return future.done() and future.result()
 
     def card(self) -> dict[str, Any]:
         """Its state in /v1/models."""
