@@ -91,8 +91,8 @@ class PooledModel:
         await self._idle.wait()
 
     def settle(self, error: str | None) -> None:
-        """Ends a load, and wakes the requests that wait for it. They are counted as users here, so that the model is not unloaded
-        before they run.
+        """Ends a load, and wakes the requests that wait for it. They are counted as users here: otherwise the model might be
+        unloaded before they run.
 
         Args:
             error: why it could not be loaded; None: it could, or it was not tried.
