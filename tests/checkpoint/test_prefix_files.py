@@ -49,7 +49,7 @@ def test_round_trip_in_another_process(tmp_path):
     assert again.has(key(1), 0) and again.read(key(1), 0) == content(1)
     assert again.read(key(1), 3) == content(2) and again.read(key(1), -1) == content(3, STATE)
     assert not again.has(key(1), 1) and again.read(key(1), 1) is None and again.read(key(2), 0) is None
-    assert again.bytes == size_of(tmp_path) == 2 * FILE + 72 + STATE
+    assert again.size == size_of(tmp_path) == 2 * FILE + 72 + STATE
 
 
 def test_only_the_owner_has_access(tmp_path):
@@ -187,7 +187,7 @@ def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "replace", fails)
     with pytest.raises(OSError, match="No space"):
         files.write(key(1), 0, content(1), time.time_ns())
-    assert names(files) == set() and files.bytes == 0
+    assert names(files) == set() and files.size == 0
 
 
 def test_unusable_directories_are_config_errors(tmp_path, monkeypatch):
@@ -209,4 +209,4 @@ def test_unrelated_files_are_left_alone(tmp_path, caplog):
         files = opened(tmp_path, 3 * FILE)
     for n in range(5):
         files.write(key(n), 0, content(n), time.time_ns())
-    assert (tmp_path / "notes" / "a.0").exists() and (tmp_path / "readme").exists() and files.bytes <= 3 * FILE
+    assert (tmp_path / "notes" / "a.0").exists() and (tmp_path / "readme").exists() and files.size <= 3 * FILE

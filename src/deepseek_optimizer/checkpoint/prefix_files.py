@@ -50,7 +50,7 @@ class PrefixFiles:
         block_bytes, state_bytes: size of a block's content, and of states'.
 
     Attributes:
-        bytes: size of the directory's files when it was last measured, and of those written since.
+        size: bytes of the directory's files when it was last measured, and of those written since.
         written_files, written_bytes, evicted_files, damaged_files: counts since the start.
 
     Raises:
@@ -63,7 +63,7 @@ class PrefixFiles:
         self.directory, self._fingerprint, self.max_bytes = Path(os.path.realpath(directory)), fingerprint, max_bytes
         self._block_bytes, self._state_bytes = block_bytes, state_bytes
         self._folder = self.directory / fingerprint.hex()
-        self.bytes = self._since = 0
+        self.size = self._since = 0
         self.written_files = self.written_bytes = self.evicted_files = self.damaged_files = 0
         needed = max(block_bytes, state_bytes) + _HEADER.size + _DIGEST
         if max_bytes < needed:
@@ -126,7 +126,7 @@ class PrefixFiles:
         """
         header = self._header(key, group, len(content))
         size = len(header) + _DIGEST + len(content)
-        if self.bytes + size > self.max_bytes or self._since + size > self.max_bytes // _PARTS:
+        if self.size + size > self.max_bytes or self._since + size > self.max_bytes // _PARTS:
             self._measure(size)
         handle, temporary = tempfile.mkstemp(prefix=".", suffix=".tmp", dir=self._folder)  # mode 0600
         try:
@@ -139,7 +139,7 @@ class PrefixFiles:
             with suppress(OSError):
                 os.unlink(temporary)
             raise
-        self.bytes += size
+        self.size += size
         self._since += size
         self.written_files += 1
         self.written_bytes += size
@@ -153,8 +153,8 @@ class PrefixFiles:
     def _measure(self, needed: int) -> None:
         """Measures the directory and, if there is less room than `needed` bytes, deletes the least recently used files."""
         files = self._files()
-        self.bytes, self._since = sum(size for _, size, _ in files), 0
-        if self.bytes + needed <= self.max_bytes:
+        self.size, self._since = sum(size for _, size, _ in files), 0
+        if self.size + needed <= self.max_bytes:
             return
         try:
             lock = hold(self.directory) if HAS_LOCKS else None
@@ -164,17 +164,17 @@ class PrefixFiles:
             lock = None
         try:
             files = sorted(self._files())
-            self.bytes = sum(size for _, size, _ in files)
+            self.size = sum(size for _, size, _ in files)
             target = self.max_bytes - max(needed, self.max_bytes // _PARTS)
             for _, size, path in files:
-                if self.bytes <= target:
+                if self.size <= target:
                     break
                 if path.endswith(".tmp"):  # being written
                     continue
                 with suppress(FileNotFoundError):
                     os.unlink(path)
                     self.evicted_files += 1
-                self.bytes -= size
+                self.size -= size
         finally:
             if lock is not None:
                 os.close(lock)

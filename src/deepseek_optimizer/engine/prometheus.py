@@ -87,7 +87,7 @@ class EngineCollector(Collector):
                 counter.add_metric(names, value)
                 yield counter
         if (stored := scheduler.stored) is not None:
-            yield gauge("dso:prefix_files_bytes", "Size of the prefix cache's directory in bytes.", stored.store.bytes)
+            yield gauge("dso:prefix_files_bytes", "Size of the prefix cache's directory in bytes.", stored.store.size)
             for name, value, text in (
                 ("dso:prefix_files_read", stored.reader.parts, "Number of blocks and states read from files."),
                 ("dso:prefix_files_read_bytes", stored.reader.bytes, "Bytes of blocks and states read from files."),

@@ -11,11 +11,11 @@ class Store(Protocol):
     `cache.prefix_parts.STATES`.
 
     Attributes:
-        bytes: size of everything that is stored.
+        size: bytes of everything that is stored.
         written_files, written_bytes, evicted_files, damaged_files: counts since the start.
     """
 
-    bytes: int
+    size: int
     written_files: int
     written_bytes: int
     evicted_files: int

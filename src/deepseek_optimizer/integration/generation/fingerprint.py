@@ -52,7 +52,7 @@ def _all_bytes(weights: Mapping[str, Any]) -> list[list[str]]:
 
 
 def _digest(flat: torch.Tensor) -> str:
-    return hashlib.blake2b(flat.cpu().view(torch.uint8).numpy(), digest_size=16).hexdigest()
+    return hashlib.blake2b(flat.cpu().view(torch.uint8).numpy().data, digest_size=16).hexdigest()
 
 
 def _flat(weight: Any) -> torch.Tensor:

@@ -48,8 +48,9 @@ class BodyReader:
                 408 too slow; 413 too large; 415 another Content-Type; 503 too many bodies at once; others see `FairQueue.run`.
             ClientDisconnect: the client has disconnected.
         """
-        if (body := getattr(request.state, "body", None)) is not None:  # read before, to choose the model
-            return body  # type: ignore[no-any-return]
+        known: tuple[dict[str, Any], int] | None = getattr(request.state, "body", None)
+        if known is not None:  # read before, to choose the model
+            return known
         client = request.state.client
         self._check_headers(request)
         with self._counted(client) as count:
