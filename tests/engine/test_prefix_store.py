@@ -6,12 +6,14 @@ from __future__ import annotations
 import random
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from deepseek_optimizer.cache import Forgetting
 from deepseek_optimizer.checkpoint.prefix_files import PrefixFiles
 from deepseek_optimizer.engine.engine import Completion, Engine
+from deepseek_optimizer.engine.prometheus import EngineCollector
 from deepseek_optimizer.engine.request import Request, SamplingParams
 from deepseek_optimizer.engine.speculative.prompt_lookup import PromptLookupProposer
 from support.mock_model import BLOCK_BYTES, STATE_TOKENS, VOCAB, blocks_in_use, expected, make_core, run_with_arrivals
@@ -246,6 +248,29 @@ def test_errors_of_the_disk_do_not_reach_requests(tmp_path, monkeypatch, caplog)
     core.close()
     assert caplog.text.count("cannot be written") == 1 and "No space" in caplog.text
     assert core.scheduler.stored.writer.dropped == 6  # 204 tokens
+
+
+def test_metrics(tmp_path):
+    prompt, first = text(1, 200), core_with(tmp_path)
+    ask(first, prompt)
+    first.close()
+    second = core_with(tmp_path)
+    ask(second, prompt)
+    values = {
+        sample.name.removeprefix("dso:prefix_files_"): sample.value
+        for core in (first, second)
+        for metric in EngineCollector(SimpleNamespace(core=core, model_name="m", admitted=0)).collect()
+        for sample in metric.samples
+        if sample.name.startswith("dso:prefix_files") and sample.value
+    }
+    assert values == {
+        "bytes": 6 * (BLOCK_BYTES + 72),
+        "written_total": 6,
+        "written_bytes_total": 6 * (BLOCK_BYTES + 72),
+        "read_total": 6,
+        "read_bytes_total": 6 * BLOCK_BYTES,
+    }
+    second.close()
 
 
 def test_an_engine_is_a_context_that_writes_the_rest(tmp_path):

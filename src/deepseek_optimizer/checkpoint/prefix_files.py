@@ -88,7 +88,7 @@ class PrefixFiles:
 
     def has(self, key: bytes, group: int) -> bool:
         """Whether there is a file, which may be damaged, of a block or, for group -1, of states."""
-        return self._path(key, group).exists()
+        return os.path.exists(self._path(key, group))
 
     def read(self, key: bytes, group: int) -> bytes | None:
         """The content of a file; None: there is none, or it was damaged and has been deleted."""
@@ -104,9 +104,10 @@ class PrefixFiles:
             return None
         if not whole or header != self._header(key, group, size) or _digest(header, content) != digest:
             self.damaged_files += 1
-            _log.warning("%s in the prefix cache is damaged; it is deleted, and its text is processed again", path.name)
+            name = os.path.basename(path)
+            _log.warning("%s in the prefix cache is damaged; it is deleted, and its text is processed again", name)
             with suppress(OSError):
-                path.unlink()
+                os.unlink(path)
             return None
         return content
 
@@ -144,8 +145,8 @@ class PrefixFiles:
         self.written_files += 1
         self.written_bytes += size
 
-    def _path(self, key: bytes, group: int) -> Path:
-        return self._folder / f"{key.hex()}.{'states' if group == _STATES else group}"
+    def _path(self, key: bytes, group: int) -> str:
+        return f"{self._folder}{os.sep}{key.hex()}.{'states' if group == _STATES else group}"
 
     def _header(self, key: bytes, group: int, size: int) -> bytes:
         return _HEADER.pack(_MAGIC, _VERSION, group, self._fingerprint, key, size)
