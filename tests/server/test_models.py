@@ -121,7 +121,7 @@ def test_texts_that_cannot_be_tokenized(refused, body):
     refused("/tokenize", body)
 
 
-@pytest.mark.parametrize("tokens", [None, "1", [-1], [261], [2**63], [True], [1.5], ["1"], [[1]]])
+@pytest.mark.parametrize("tokens", [None, "1", [-1], [261], [2**63], [1.5], ["x"], [[1]]])
 def test_invalid_token_lists(refused, tokens):
     refused("/detokenize", {"tokens": tokens})
 

@@ -82,7 +82,6 @@ def test_log_probabilities_on_request(client):
         ({}, "input"),
         ({"input": "hi", "instructions": 1}, "instructions"),
         ({"input": "hi", "include": ["file_search_call.results"]}, "include.0"),
-        ({"input": "hi", "n": 2}, "n"),
         ({"input": "hi", "tool_choice": "required"}, "tool_choice"),
         ({"input": "hi", "tool_choice": {"type": "function", "name": "f"}}, "tool_choice"),
     ],

@@ -17,6 +17,7 @@ from starlette.middleware.cors import CORSMiddleware
 from ..errors import excerpt
 from . import openapi
 from .http.guard import Guard, HostGuard
+from .http.ignored_fields import HEADER
 from .http.metrics import HttpMetrics
 from .http.page_files import page_files
 from .http.problems import ApiError, problem
@@ -30,8 +31,10 @@ from .settings import ServerSettings
 from .state import ServerState
 
 _SWEEP_SECONDS = 60.0
-_ABOUT = """OpenAI's API, served by deepseek-optimizer. An unsupported field is an error, and so is a number in quotes; OpenAI's
-fields that have no effect here (user, metadata, store and the like) are accepted and ignored."""
+_ABOUT = """OpenAI's API, served by deepseek-optimizer. OpenAI's fields that have no effect here (user, metadata, store and the
+like) are accepted and ignored."""
+_TOLERANT = " Unknown fields are ignored too; the response header X-Ignored-Fields names them."
+_STRICT = " An unknown field is an error, and so is a number in quotes."
 
 
 def create_app(engine: Any, settings: ServerSettings | None = None) -> FastAPI:
@@ -67,13 +70,13 @@ def create_app(engine: Any, settings: ServerSettings | None = None) -> FastAPI:
                 allow_origins=list(settings.allow_origins),
                 allow_methods=["GET", "POST", "DELETE"],
                 allow_headers=["Authorization", "Content-Type"],
-                expose_headers=["Retry-After"],
+                expose_headers=["Retry-After", HEADER],
             )
         )
     middleware.append(Middleware(Guard, settings=settings, metrics=HttpMetrics(engine.registry), open_paths=open_paths))
     app = FastAPI(
         title="deepseek-optimizer",
-        description=_ABOUT,
+        description=_ABOUT + (_STRICT if settings.strict else _TOLERANT),
         docs_url=None,  # it would load scripts from another host
         redoc_url=None,
         redirect_slashes=False,
@@ -93,7 +96,7 @@ def create_app(engine: Any, settings: ServerSettings | None = None) -> FastAPI:
         TokenizeRequest,
         DetokenizeRequest,
     ]
-    openapi.install(app, bodies, bool(settings.keys))
+    openapi.install(app, bodies, bool(settings.keys), settings.strict)
     return app
 
 

@@ -51,6 +51,7 @@ class ServerSettings:
             template.
         reasoning: whether reasoning is returned separately from the answer; None: if the chat template supports it.
         sampling: the model's recommended sampling parameters, used for fields that a request omits.
+        strict: refuse requests with unknown fields or with values of another JSON type, such as numbers in quotes.
         access_log: write one line to stderr for each request.
     """
 
@@ -87,6 +88,7 @@ class ServerSettings:
     tools_format: str | None = None
     reasoning: bool | None = None
     sampling: Mapping[str, Any] = field(default_factory=dict)
+    strict: bool = False
     access_log: bool = False
 
     def __post_init__(self) -> None:

@@ -88,4 +88,6 @@ async def prepare_chat(state: ServerState, chat: ChatSpec, caller: Caller) -> Pr
         RequestError: the messages cannot fit.
     """
     state.prompt_size.check_chat(chat.messages)
-    return PreparedChat(state, chat, await state.tokenizing(lambda lane: set_up(state, lane, chat), caller))
+    setup = await state.tokenizing(lambda lane: set_up(state, lane, chat), caller)
+    caller.ignored.extend(setup.ignored)
+    return PreparedChat(state, chat, setup)

@@ -102,5 +102,6 @@ async def _in_one_prompt(
     inlined = replace(chat, messages=files.messages)
     size = caller.size + files.document.characters
     setup = await state.tokenizing(lambda lane: set_up(state, lane, inlined), caller, size)
+    caller.ignored.extend(setup.ignored)
     fits = not setup.dropped and len(setup.prompt.ids) + (max_tokens or state.documents.reply) <= room
     return setup if fits else None

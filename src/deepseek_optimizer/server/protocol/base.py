@@ -18,8 +18,8 @@ Ignored = Annotated[Any, Field(default=None, description="Accepted and ignored."
 
 
 class Body(BaseModel):
-    """A request, or part of one. Types are not converted: a number in quotes is an error, and so are `true` for 1 and an
-    unsupported field.
+    """A request, or part of one. By default, types are not converted: a number in quotes is an error, and so are `true` for 1
+    and an unknown field. `tolerance.parse_tolerantly` accepts them.
 
     Lists that may be long have `fail_fast`, so that a request cannot cause a million errors, of which one is reported.
     """

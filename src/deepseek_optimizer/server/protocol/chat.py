@@ -37,6 +37,7 @@ class ChatRequest(Sampling, Guided):
     chat_template_kwargs: Annotated[dict[str, _Scalar], Field(max_length=16)] | None = Field(
         None, description="Variables of the model's chat template, such as enable_thinking."
     )
+    chat_template: None = Field(None, description="Not supported: only the template of the server is run.")
     modalities: list[Literal["text"]] | None = None
 
 

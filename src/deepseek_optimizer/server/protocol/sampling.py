@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import fields, replace
 from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import Field, TypeAdapter, ValidationError
 
 from ...engine.request import (
     MAX_STOP_CHARACTERS,
@@ -27,6 +27,7 @@ _Tokens = Annotated[int, Field(ge=1, le=(1 << 31) - 1)]
 _Unit = Annotated[float, Field(ge=0, le=1)]
 _Biases = Annotated[dict[_TokenKey, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=1024)]
 _Penalty = Annotated[float, Field(ge=-2, le=2)]
+_N = TypeAdapter[int | None](Annotated[int, Field(ge=1, le=MAX_N)] | None)
 
 
 class Sampling(IgnoredFields):
@@ -107,11 +108,14 @@ class Sampling(IgnoredFields):
 
 def requested_answers(body: Mapping[str, Any]) -> int:
     """The number of answers that a body requests, for admission. The body has not been validated, so this is an estimate."""
-    n = body.get("n")
+    try:
+        n = _N.validate_python(body.get("n"))  # converts as the tolerant validation does
+    except ValidationError:
+        n = 1
     prompts = body.get("prompt", body.get("input"))
     several = isinstance(prompts, list) and prompts and isinstance(prompts[0], (str, list))
     count = len(prompts) if several else 1
-    return (n if isinstance(n, int) and not isinstance(n, bool) and 1 <= n <= MAX_N else 1) * count
+    return (n or 1) * count
 
 
 def seeded(params: SamplingParams, index: int) -> SamplingParams:
