@@ -9,6 +9,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -87,6 +88,7 @@ def create_app(engine: Any, settings: ServerSettings | None = None) -> FastAPI:
     app.state.server = state
     for route in (chat, completions, responses, embeddings, files, models, tokens, status):
         route.add(app, state)
+    _add_paths_without_v1(app)
     page.add(app, assets)
     bodies: list[type[BaseModel]] = [
         ChatRequest,
@@ -98,6 +100,16 @@ def create_app(engine: Any, settings: ServerSettings | None = None) -> FastAPI:
     ]
     openapi.install(app, bodies, bool(settings.keys), settings.strict)
     return app
+
+
+def _add_paths_without_v1(app: FastAPI) -> None:
+    """Serves each path under /v1 without that prefix too, as llama-server does, for clients whose base URL lacks it."""
+    routes = [route for route in app.routes if isinstance(route, APIRoute)]
+    taken = {(route.path, method) for route in routes for method in route.methods}
+    for route in routes:
+        path, methods = route.path.removeprefix("/v1"), route.methods
+        if path != route.path and not any((path, method) in taken for method in methods):
+            app.add_api_route(path, route.endpoint, methods=sorted(methods), include_in_schema=False)
 
 
 async def _sweep(state: ServerState) -> None:

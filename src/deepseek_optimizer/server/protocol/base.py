@@ -43,6 +43,7 @@ class IgnoredFields(Body):
     safety_identifier: Ignored
     prompt_cache_key: Ignored
     prompt_cache_retention: Ignored
+    cache_prompt: Ignored  # llama-server's; prefixes are always cached
 
 
 Model = TypeVar("Model", bound=BaseModel)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import AliasChoices, Discriminator, Field, Tag, model_validator
 
 from .base import Body, Ignored
 
@@ -99,7 +99,7 @@ class AssistantMessage(_Message):
 
     role: Literal["assistant"]
     content: Content | None = None
-    reasoning_content: str | None = None
+    reasoning_content: str | None = Field(None, validation_alias=AliasChoices("reasoning_content", "reasoning"))
     tool_calls: Annotated[list[ToolCall], Field(max_length=128, fail_fast=True)] | None = None
     refusal: Ignored
     annotations: Ignored
@@ -111,7 +111,7 @@ class ToolMessage(_Message):
     """The result of a tool call."""
 
     role: Literal["tool"]
-    content: Content
+    content: Content | None
     tool_call_id: Annotated[str, Field(max_length=256)]
 
 

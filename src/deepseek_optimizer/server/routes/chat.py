@@ -16,7 +16,7 @@ from ..chat.replies import StreamReply, WholeReply
 from ..document_chats.chats import prepare_chat_with_files
 from ..http.problems import ApiError
 from ..openapi import body_errors, events, reads
-from ..protocol.chat import EXAMPLE, ChatCompletion, ChatRequest
+from ..protocol.chat import EXAMPLE, ChatCompletion, ChatRequest, StreamOptions
 from ..protocol.messages import NamedTool
 from ..protocol.sampling import requests_for
 from ..state import ServerState
@@ -64,8 +64,9 @@ def add(app: FastAPI, state: ServerState) -> None:
             answers, parsed = prepared.submit(requests, one_call)
             texts, dropped = state.texts if body.logprobs else None, prepared.dropped
             if body.stream:
-                usage = bool(body.stream_options and body.stream_options.include_usage)
-                return StreamReply(state, places.pop_all(), answers, ChatEncoder(head, parsed, texts, usage, dropped))
+                usage = body.stream_options or StreamOptions()
+                encoder = ChatEncoder(head, parsed, texts, bool(usage.include_usage), dropped, usage.continuous)
+                return StreamReply(state, places.pop_all(), answers, encoder)
             collector = ChatCollector(head, parsed, texts, dropped)
             return WholeReply(state, places.pop_all(), answers, collector.feed, collector.body)
 
