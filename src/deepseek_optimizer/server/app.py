@@ -27,7 +27,7 @@ from .protocol.completions import CompletionRequest
 from .protocol.embeddings import EmbeddingRequest
 from .protocol.models import DetokenizeRequest, TokenizeRequest
 from .protocol.responses import ResponsesRequest
-from .routes import chat, completions, embeddings, files, models, page, responses, status, tokens
+from .routes import chat, completions, embeddings, files, models, page, props, responses, status, tokens
 from .settings import ServerSettings
 from .state import ServerState
 
@@ -86,7 +86,7 @@ def create_app(engine: Any, settings: ServerSettings | None = None) -> FastAPI:
         lifespan=lifespan,
     )
     app.state.server = state
-    for route in (chat, completions, responses, embeddings, files, models, tokens, status):
+    for route in (chat, completions, responses, embeddings, files, models, props, tokens, status):
         route.add(app, state)
     _add_paths_without_v1(app)
     page.add(app, assets)

@@ -70,6 +70,12 @@ class ChatSetup:
     parser: Callable[[], OutputParser] | None
     ignored: tuple[str, ...] = ()
 
+    @property
+    def may_think(self) -> bool:
+        """Whether the answer may begin with reasoning. It may not if the prompt ends with empty reasoning, by which templates
+        turn it off."""
+        return self.thinking != "no" and not self.prompt.text.rstrip().endswith(CLOSE)
+
 
 def set_up(state: ServerState, lane: Lane, chat: ChatSpec) -> ChatSetup:
     """Renders the prompt of a chat. It blocks, and uses the lane's tokenizer and template: run it by `ServerState.tokenizing`.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from ...engine.request import CompiledGrammar
@@ -44,6 +45,14 @@ class PreparedChat:
     def dropped(self) -> int:
         """Tokens of messages that were dropped because the chat exceeds the cache window."""
         return self.setup.dropped if self.setup else 0
+
+    @property
+    def sampling(self) -> Mapping[str, Any]:
+        """Sampling parameters for fields that the request omits; some models have others for answers without reasoning."""
+        settings = self.state.settings
+        if settings.sampling_not_thinking is None or self.setup is None or self.setup.may_think:
+            return settings.sampling
+        return settings.sampling_not_thinking
 
     def check_fields(self, **wanted: object) -> None:
         """Refuses fields that this kind of chat does not support. A chat in one prompt supports all.

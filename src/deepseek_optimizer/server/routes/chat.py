@@ -49,7 +49,7 @@ def add(app: FastAPI, state: ServerState) -> None:
             grammar = await prepared.grammar(form, not one_call, caller)
             top = (body.top_logprobs or 0) if body.logprobs else None
             params = body.params(
-                state.settings.sampling,
+                prepared.sampling,
                 max_tokens=max_tokens,
                 logprobs=top,
                 grammar=grammar,

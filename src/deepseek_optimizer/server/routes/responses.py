@@ -54,7 +54,7 @@ def add(app: FastAPI, state: ServerState) -> None:
             prepared.check_fields(tools=body.tools and chat.choice != "none", text=form, include=wants_logprobs)
             one_call = body.parallel_tool_calls is False
             grammar = await prepared.grammar(form, not one_call, caller)
-            values: dict[str, Any] = {**state.settings.sampling}
+            values: dict[str, Any] = {**prepared.sampling}
             for name in ("temperature", "top_p", "min_p", "seed"):
                 if (value := getattr(body, name)) is not None:
                     values[name] = value
