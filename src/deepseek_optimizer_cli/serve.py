@@ -163,8 +163,8 @@ def serve(
             "--generation-config",
             metavar="SOURCE",
             help="Sampling parameters of requests that omit them. model: those of the checkpoint's generation config, else "
-            "those that the model's authors publish, else temperature 0.7 and top_p 0.95. vllm: those of the generation config, "
-            "else OpenAI's. openai: temperature 1 and top_p 1.",
+            "those that the model's authors publish, else temperature 0.7 and top_p 0.95. vllm: those of the generation "
+            "config, else OpenAI's. openai: temperature 1 and top_p 1.",
             **_CHAT,
         ),
     ] = "model",
