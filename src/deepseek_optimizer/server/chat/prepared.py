@@ -11,7 +11,8 @@ from ..http.caller import Caller
 from ..state import ServerState
 from .chat_answers import ChatAnswer
 from .chat_setup import ChatSetup, ChatSpec, set_up
-from .grammars import Form, chat_grammar
+from .forms import Form
+from .grammars import chat_grammar
 
 
 class PreparedChat:

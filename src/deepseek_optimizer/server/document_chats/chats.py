@@ -12,7 +12,7 @@ from ...engine.request import Request as EngineRequest
 from ...longdoc.material import Material
 from ..chat.chat_answers import ChatAnswer
 from ..chat.chat_setup import ChatSetup, ChatSpec, set_up
-from ..chat.grammars import Form
+from ..chat.forms import Form
 from ..chat.prepared import PreparedChat
 from ..http.caller import Caller
 from ..http.problems import ApiError

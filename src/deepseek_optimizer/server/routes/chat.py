@@ -9,7 +9,7 @@ from fastapi import FastAPI, Request, Response
 
 from ..chat.chat_answers import ChatCollector, ChatEncoder
 from ..chat.chat_setup import ChatSpec, check_choice
-from ..chat.grammars import form_of
+from ..chat.forms import form_of
 from ..chat.intake import admitted_request
 from ..chat.prepared import prepare_chat
 from ..chat.replies import StreamReply, WholeReply

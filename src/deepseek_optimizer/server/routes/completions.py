@@ -8,7 +8,8 @@ import uuid
 from fastapi import FastAPI, Request, Response
 
 from ..chat.completion_answers import CompletionCollector, CompletionEncoder
-from ..chat.grammars import compiled, form_of
+from ..chat.forms import form_of
+from ..chat.grammars import compiled
 from ..chat.intake import admitted_request
 from ..chat.prompts import text_prompts
 from ..chat.replies import StreamReply, WholeReply

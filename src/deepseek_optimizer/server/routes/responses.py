@@ -9,7 +9,7 @@ from fastapi import FastAPI, Request, Response
 from ...engine.request import Request as EngineRequest
 from ...engine.request import SamplingParams
 from ..chat.chat_setup import ChatSpec, check_choice
-from ..chat.grammars import Form
+from ..chat.forms import Form
 from ..chat.intake import admitted_request
 from ..chat.prepared import prepare_chat
 from ..chat.replies import StreamReply, WholeReply
