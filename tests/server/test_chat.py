@@ -35,7 +35,6 @@ PATH = "/v1/chat/completions"
         [{"role": "user", "content": {}}],
         [{"role": "user", "content": ["hi"]}],
         [{"role": "wizard", "content": "hi"}],
-        [{"role": "function", "name": "f", "content": "hi"}],
         [{"role": 1, "content": "hi"}],
         [{"role": "tool", "content": "hi"}],
         [{"role": "user", "content": [{"type": "text"}]}],
@@ -50,6 +49,7 @@ PATH = "/v1/chat/completions"
         ],
         [USER, {"role": "assistant", "tool_calls": "f"}],
         [USER, {"role": "assistant", "function_call": {"name": "f"}}],
+        [{"role": "function", "name": "f"}],
         [USER] * 10_001,
     ],
 )

@@ -151,9 +151,9 @@ class ChatEncoder:
             chunks.append(self._openings[index] + orjson.dumps(progress) + self._close)
         for delta in deltas:
             close = self._closing(index) if self._logprobs[index] else self._close
-            chunks.append(self._openings[index] + _delta(delta) + close)
+            chunks.append(self._openings[index] + self._delta(delta) + close)
         if output.finish is not None:
-            finish = orjson.dumps(answer.finish) + b',"stop_reason":' + orjson.dumps(answer.stop_reason)
+            finish = orjson.dumps(self._finish(answer)) + b',"stop_reason":' + orjson.dumps(answer.stop_reason)
             chunks.append(self._openings[index] + orjson.dumps(answer.cited) + self._closing(index, finish))
         return b"".join(chunks)
 
@@ -162,6 +162,12 @@ class ChatEncoder:
         pending, self._logprobs[index] = self._logprobs[index], []
         logprobs = orjson.dumps({"content": chat_logprobs(pending, self._texts)}) if pending and self._texts else b"null"
         return b',"logprobs":' + logprobs + b',"finish_reason":' + finish + b"}]" + self._end
+
+    def _delta(self, delta: Delta) -> bytes:
+        return _delta(delta)
+
+    def _finish(self, answer: ChatAnswer) -> str:
+        return answer.finish
 
     def last(self) -> bytes:
         if not self._include_usage:

@@ -9,7 +9,7 @@ from pydantic import Field
 from ...engine.request import MAX_LOGPROBS
 from .base import Body, Ignored, ModelName, ResponseModel, Usage
 from .formats import Guided
-from .messages import Messages, ToolChoice, Tools
+from .messages import Functions, Messages, NamedFunction, ToolChoice, Tools
 from .sampling import MaxTokens, Sampling
 
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
@@ -37,6 +37,8 @@ class ChatRequest(Sampling, Guided):
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = Field(None, description="Requires logprobs.")
     tools: Tools | None = None
     tool_choice: ToolChoice | None = None
+    functions: Functions | None = Field(None, description="Older form of tools.")
+    function_call: Literal["none", "auto"] | NamedFunction | None = Field(None, description="Older form of tool_choice.")
     parallel_tool_calls: bool | None = None
     stream_options: StreamOptions | None = Field(None, description="Requires stream.")
     reasoning_effort: Effort | None = Field(None, description="For models whose chat template supports it.")
@@ -107,13 +109,14 @@ class ChatMessage(ResponseModel):
     document: DocumentFacts | None = None
     reasoning_content: str | None = None
     tool_calls: list[AnswerToolCall] | None = None
+    function_call: AnswerFunction | None = None
 
 
 class ChatChoice(ResponseModel):
     index: int
     message: ChatMessage
     logprobs: ChoiceLogprobs | None
-    finish_reason: Literal["stop", "length", "tool_calls"]
+    finish_reason: Literal["stop", "length", "tool_calls", "function_call"]
     stop_reason: str | int | None = Field(None, description="The stop string or stop token of the request that ended the text.")
 
 

@@ -104,7 +104,7 @@ class AssistantMessage(_Message):
     refusal: Ignored
     annotations: Ignored
     audio: Ignored
-    function_call: None = None
+    function_call: FunctionCall | None = Field(None, description="Older form of tool_calls.")
 
 
 class ToolMessage(_Message):
@@ -115,7 +115,14 @@ class ToolMessage(_Message):
     tool_call_id: Annotated[str, Field(max_length=256)]
 
 
-Message = Annotated[SystemMessage | UserMessage | AssistantMessage | ToolMessage, Field(discriminator="role")]
+class FunctionMessage(_Message):
+    """The result of a function call, in the older form."""
+
+    role: Literal["function"]
+    content: Content | None
+
+
+Message = Annotated[SystemMessage | UserMessage | AssistantMessage | ToolMessage | FunctionMessage, Field(discriminator="role")]
 Messages = Annotated[list[Message], Field(min_length=1, max_length=_MAX_MESSAGES, fail_fast=True)]
 
 
@@ -131,6 +138,7 @@ class Tool(Body):
     function: Function
 
 
+Functions = Annotated[list[Function], Field(min_length=1, max_length=128, fail_fast=True)]
 Tools = Annotated[list[Tool], Field(max_length=128, fail_fast=True)]
 
 

@@ -11,6 +11,7 @@ from ..chat.chat_answers import ChatCollector, ChatEncoder
 from ..chat.chat_setup import ChatSpec, check_choice
 from ..chat.forms import form_of
 from ..chat.intake import admitted_request
+from ..chat.old_functions import FunctionCollector, FunctionEncoder, with_tool_calls, with_tools
 from ..chat.prepared import prepare_chat
 from ..chat.replies import StreamReply, WholeReply
 from ..document_chats.chats import prepare_chat_with_files
@@ -34,6 +35,7 @@ def add(app: FastAPI, state: ServerState) -> None:
         """Answers a chat, using the model's chat template."""
         async with admitted_request(state, request, ChatRequest) as (body, places, caller):
             check(body)
+            body = with_tools(body)
             n = body.n or 1
             chat = chat_spec(body)
             form = form_of(body)
@@ -65,9 +67,11 @@ def add(app: FastAPI, state: ServerState) -> None:
             texts, dropped = state.texts if body.logprobs else None, prepared.dropped
             if body.stream:
                 usage = body.stream_options or StreamOptions()
-                encoder = ChatEncoder(head, parsed, texts, bool(usage.include_usage), dropped, usage.continuous)
+                make = ChatEncoder if body.functions is None else FunctionEncoder
+                encoder = make(head, parsed, texts, bool(usage.include_usage), dropped, usage.continuous)
                 return StreamReply(state, places.pop_all(), answers, encoder)
-            collector = ChatCollector(head, parsed, texts, dropped)
+            collect = ChatCollector if body.functions is None else FunctionCollector
+            collector = collect(head, parsed, texts, dropped)
             return WholeReply(state, places.pop_all(), answers, collector.feed, collector.body)
 
 
@@ -95,7 +99,7 @@ def chat_spec(body: ChatRequest) -> ChatSpec:
     choice = wanted.function.name if isinstance(wanted, NamedTool) else wanted
     check_choice(tools, choice, named)
     return ChatSpec(
-        messages=[message.model_dump(exclude_none=True) for message in body.messages],
+        messages=with_tool_calls([message.model_dump(exclude_none=True) for message in body.messages]),
         tools=tools,
         choice=choice,
         named=named,
