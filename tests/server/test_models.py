@@ -34,7 +34,7 @@ def test_list_and_single_model(client):
     assert client.get("/v1/models/fake-model").json() == actual["data"][0]
     assert actual["data"][0]["max_model_len"] == 4096
     plain = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
-    assert actual["data"][0]["default_sampling"] == plain
+    assert actual["data"][0]["default_sampling"] == {**plain, "presence_penalty": 0.0, "max_tokens": 4096}
 
 
 def test_the_model_card_has_the_recommended_sampling(make_server):
@@ -77,6 +77,12 @@ def test_other_models_are_a_404_without_file_access(live, refused, path, rest, m
     for name in HOSTILE:
         refused(path, {"model": name, **rest}, 404, "model")
     assert not touched
+
+
+@pytest.mark.parametrize("name", [None, "", "dummy"])
+def test_requests_without_a_name(client, name):
+    actual = client.post("/v1/completions", json={"model": name, "prompt": "x", "max_tokens": 1})
+    assert actual.status_code == 200 and actual.json()["model"] == "fake-model"
 
 
 @pytest.mark.parametrize("name", [1, ["fake-model"], {}, True, "a" * 5000])

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from ...errors import excerpt, shown
 from ..http.problems import ApiError
 
 TOKEN_ID = Annotated[int, Field(ge=0, le=(1 << 31) - 1)]
+_NO_NAMES = ("", "dummy", "tgi")  # sent by clients, such as huggingface_hub, whose user names no model
 ModelName = Annotated[
     Annotated[str, Field(max_length=1024)] | None,
+    AfterValidator(lambda name: None if name in _NO_NAMES else name),
     Field(description="As in /v1/models; the default is the model that is served."),
 ]
 Ignored = Annotated[Any, Field(default=None, description="Accepted and ignored.")]
