@@ -81,7 +81,7 @@ def test_log_probabilities_on_request(client):
         ({"input": ["hi"]}, None),
         ({}, "input"),
         ({"input": "hi", "instructions": 1}, "instructions"),
-        ({"input": "hi", "include": ["file_search_call.results"]}, "include.0"),
+        ({"input": "hi", "include": [1]}, "include.0"),
         ({"input": "hi", "tool_choice": "required"}, "tool_choice"),
         ({"input": "hi", "tool_choice": {"type": "function", "name": "f"}}, "tool_choice"),
     ],

@@ -41,8 +41,8 @@ def test_values_that_are_not_numbers(live, refused, path, name):
     "name,values",
     [
         ("n", [0, -1, 33, 128, 2**31, 2**63, 2**64, 10**400]),
-        ("max_tokens", [0, -1, 2**31, 2**63, 10**400]),
-        ("seed", [-1, 2**64, 10**400]),
+        ("max_tokens", [0, -2, 2**31, 2**63, 10**400]),
+        ("seed", [-2, 2**64, 10**400]),
         ("top_k", [-2, 2**63]),
         ("top_p", [0, -0.1, 1.01]),
         ("min_p", [-0.1, 1.1]),
@@ -51,7 +51,7 @@ def test_values_that_are_not_numbers(live, refused, path, name):
         ("presence_penalty", [-2.1, 2.1]),
         ("frequency_penalty", [-2.1, 2.1]),
         ("min_tokens", [-1, 2**63]),
-        ("priority", [-1, 1001]),
+        ("priority", [-1001, 1001]),
         ("stop", ["", [""], ["a"] * 17, ["a"] * 10_000, "a" * 1025, "a" * 900_000, [1], 1, {}]),
         ("stop_token_ids", [[-1], [261], [2**63], [True], ["1"], [1.5], [1] * 65, 1]),
         (
@@ -88,7 +88,7 @@ def test_values_of_specific_routes(refused):
         refused("/v1/completions", {**TEXT, "logprobs": value}, 400, "logprobs")
     refused("/v1/chat/completions", {**CHAT, "top_logprobs": 1}, 400, "top_logprobs")
     refused("/v1/chat/completions", {**CHAT, "logprobs": 1}, 400, "logprobs")
-    for value in (0, -1, 2**63, True):
+    for value in (0, -2, 2**63, True):
         refused("/v1/chat/completions", {**CHAT, "max_completion_tokens": value}, 400, "max_completion_tokens")
         refused("/v1/responses", {"input": "x", "max_output_tokens": value}, 400, "max_output_tokens")
     for value in (0, 2, -1, 2**63):

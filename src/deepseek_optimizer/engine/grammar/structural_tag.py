@@ -112,7 +112,7 @@ class _Rewriter:
         for name, field in known.items():
             if name in value:
                 check: Callable[[Any, str, int], Any] = getattr(self, field.kind)
-                rewritten[name] = check(value[name], f"{at}.{name}", depth)
+                rewritten[name] = check(value[name], f"{at}.{name}", depth + 1)
             elif field.required:
                 _refuse(f"{at}.{name}", "is missing")
         if kind == "json_schema":
@@ -122,7 +122,7 @@ class _Rewriter:
     def formats(self, value: Any, at: str, depth: int) -> list[dict[str, Any]]:
         if not isinstance(value, list) or not value:
             _refuse(at, "must be a list of formats")
-        return [self.format(one, f"{at}.{i}", depth + 1) for i, one in enumerate(value)]
+        return [self.format(one, f"{at}.{i}", depth) for i, one in enumerate(value)]
 
     def tags(self, value: Any, at: str, depth: int) -> list[dict[str, Any]]:
         if not isinstance(value, list) or not all(isinstance(one, Mapping) for one in value):
