@@ -105,9 +105,9 @@ def create_app(engine: Any, settings: ServerSettings | None = None) -> FastAPI:
 def _add_paths_without_v1(app: FastAPI) -> None:
     """Serves each path under /v1 without that prefix too, as llama-server does, for clients whose base URL lacks it."""
     routes = [route for route in app.routes if isinstance(route, APIRoute)]
-    taken = {(route.path, method) for route in routes for method in route.methods}
+    taken = {(route.path, method) for route in routes for method in route.methods or ()}
     for route in routes:
-        path, methods = route.path.removeprefix("/v1"), route.methods
+        path, methods = route.path.removeprefix("/v1"), route.methods or set()
         if path != route.path and not any((path, method) in taken for method in methods):
             app.add_api_route(path, route.endpoint, methods=sorted(methods), include_in_schema=False)
 

@@ -172,7 +172,10 @@ class ServerState:
         sampling = request.sampling
         if sampling.max_tokens is not None or request.embed:
             return request
-        max_tokens = max(self.max_answer_tokens, sampling.min_tokens)
+        max_tokens = max(self.settings.max_answer_tokens, sampling.min_tokens)
+        room = self.engine.room - (len(request.prompt) if self.engine.cache_window is None else 0)
+        if max_tokens >= room:  # the engine ends the answer there
+            return request
         return replace(request, sampling=replace(sampling, max_tokens=max_tokens))
 
     async def _tokenizer_copy(self, caller: Caller) -> Any:

@@ -17,7 +17,7 @@ from ..chat.replies import StreamReply, WholeReply
 from ..document_chats.chats import prepare_chat_with_files
 from ..http.problems import ApiError
 from ..openapi import body_errors, events, reads
-from ..protocol.chat import EXAMPLE, ChatCompletion, ChatRequest, StreamOptions
+from ..protocol.chat import EXAMPLE, ChatCompletion, ChatRequest, usage_in_stream
 from ..protocol.messages import NamedTool
 from ..protocol.sampling import requests_for
 from ..state import ServerState
@@ -66,9 +66,9 @@ def add(app: FastAPI, state: ServerState) -> None:
             answers, parsed = prepared.submit(requests, one_call)
             texts, dropped = state.texts if body.logprobs else None, prepared.dropped
             if body.stream:
-                usage = body.stream_options or StreamOptions()
+                last, every = usage_in_stream(body.stream_options)
                 make = ChatEncoder if body.functions is None else FunctionEncoder
-                encoder = make(head, parsed, texts, bool(usage.include_usage), dropped, usage.continuous)
+                encoder = make(head, parsed, texts, last, dropped, every)
                 return StreamReply(state, places.pop_all(), answers, encoder)
             collect = ChatCollector if body.functions is None else FunctionCollector
             collector = collect(head, parsed, texts, dropped)

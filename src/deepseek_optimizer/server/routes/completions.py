@@ -15,7 +15,7 @@ from ..chat.prompts import text_prompts
 from ..chat.replies import StreamReply, WholeReply
 from ..http.problems import ApiError
 from ..openapi import body_errors, events, reads
-from ..protocol.chat import StreamOptions
+from ..protocol.chat import usage_in_stream
 from ..protocol.completions import EXAMPLE, Completion, CompletionRequest
 from ..protocol.sampling import requests_for
 from ..state import ServerState
@@ -67,10 +67,8 @@ def add(app: FastAPI, state: ServerState) -> None:
             answers = state.submit(requests)
             token_texts = None if body.logprobs is None else state.texts
             if body.stream:
-                usage = body.stream_options or StreamOptions()
-                encoder = CompletionEncoder(
-                    head, echoes, n, bool(usage.include_usage), token_texts, body.logprobs, usage.continuous
-                )
+                last, every = usage_in_stream(body.stream_options)
+                encoder = CompletionEncoder(head, echoes, n, last, token_texts, body.logprobs, every)
                 return StreamReply(state, places.pop_all(), answers, encoder)
             collector = CompletionCollector(head, echoes, n, token_texts, body.logprobs)
             return WholeReply(state, places.pop_all(), answers, collector.feed, collector.body)
