@@ -17,10 +17,12 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import cached_property
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointChangedError, EngineBusyError, EngineDeadError
+from .adapters import Adapter, adapters_of
 from .core import EngineCore
 from .request import Output, Request
 
@@ -227,6 +229,23 @@ class AsyncEngine:
             return 1.0
         seconds = max(time.monotonic() - self._left[0], 1e-3)
         return min(60.0, max(1.0, requests * seconds / len(self._left)))
+
+    @property
+    def adapters(self) -> list[Adapter]:
+        """The LoRA adapters that requests can choose, in the order in which they were loaded."""
+        return [] if self.core.adapters is None else self.core.adapters.loaded
+
+    def load_adapter(self, name: str, path: str | Path) -> None:
+        """Loads a LoRA adapter while the engine runs. It blocks while it reads files: call it on any thread but the loop's.
+
+        Args and errors: see `Adapters.load`.
+        """
+        adapters_of(self.core).load(name, path)
+
+    def unload_adapter(self, name: str) -> None:
+        """Unloads a LoRA adapter; requests in the engine that use it continue. Raises RequestError if there is none of this
+        name."""
+        adapters_of(self.core).unload(name)
 
     def submit(self, request: Request) -> Answers:
         """Queues a request and returns its stream of outputs.

@@ -20,6 +20,7 @@ from ..cache.block_manager import SequenceBlocks
 from ..cache.forgetting import Groups, max_tokens
 from ..cache.prefix_cache import PrefixCache
 from ..errors import BackendError, CheckpointChangedError, RequestError, shown
+from .adapters import Adapters, adapters_of
 from .detokenizer import Detokenizer
 from .metrics import EngineMetrics
 from .options import EngineOptions
@@ -78,6 +79,7 @@ class EngineCore:
         proposers: (proposer, maximum number of drafts per round) of speculative decoding, in the order in which they are tried.
         clock: returns the time in seconds.
         keep: objects to keep alive as long as the engine, such as the model.
+        adapters: the adapters that requests may use; None: the runner's plan supports none.
     """
 
     def __init__(
@@ -90,7 +92,9 @@ class EngineCore:
         proposers: list[tuple[Proposer, int]] | None = None,
         clock: Callable[[], float] = time.monotonic,
         keep: Any = None,
+        adapters: Adapters | None = None,
     ) -> None:
+        self.adapters = adapters
         self.runner, self.memory, self.facts, self.options, self.tokenizer = runner, memory, facts, options, tokenizer
         self.clock, self._keep = clock, keep
         self.times = StepTimes()
@@ -142,6 +146,8 @@ class EngineCore:
             RequestError: the request can never be served.
         """
         prompt, sampling, facts = request.prompt, request.sampling, self.facts
+        if request.adapter:
+            adapters_of(self).check(request.adapter)
         if not prompt:
             raise RequestError("prompt", "is empty")
         if min(prompt) < 0 or max(prompt) >= facts.vocab_size:
@@ -199,6 +205,9 @@ class EngineCore:
             pinned=self._pinned(request),
             frequencies=0 if self.facts.plain is None or reach <= self.facts.plain else reach,
         )
+        if request.adapter:
+            running.adapter = adapters_of(self).acquire(request.adapter)
+            sequence.adapter = running.adapter.slot
         self._requests[request.id] = running
         self.scheduler.add(running)
 
@@ -293,7 +302,8 @@ class EngineCore:
         for chunk in chunks:
             if chunk.running.started is None:
                 chunk.running.started = now
-        chunks.sort(key=lambda s: s.phase)  # stable; DECODE first
+        # Stable; DECODE first, and the rows of each adapter together.
+        chunks.sort(key=lambda s: (s.phase, s.running.sequence.adapter))
         return chunks
 
     def _check_stalled(self) -> list[Output]:
@@ -470,6 +480,8 @@ class EngineCore:
             output.text += r.text.end()
         del self._requests[r.request.id]
         self.scheduler.remove(r)
+        if r.adapter is not None and self.adapters is not None:
+            self.adapters.release(r.adapter)
         if self.drafting:
             self.drafting.forget(r, ended=True)
         self.metrics.ended(r, finish, self.clock())
