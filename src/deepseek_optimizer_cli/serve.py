@@ -18,6 +18,7 @@ _SAMPLING_FIELDS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalt
 
 _REQUESTS: dict[str, Any] = {"rich_help_panel": "Requests and memory"}
 _ACCESS: dict[str, Any] = {"rich_help_panel": "Network and access"}
+_ADAPTERS: dict[str, Any] = {"rich_help_panel": "LoRA adapters"}
 _CHAT: dict[str, Any] = {"rich_help_panel": "Chat"}
 _FILES: dict[str, Any] = {"rich_help_panel": "Uploaded files"}
 
@@ -139,6 +140,51 @@ def serve(
     max_body_bytes: Annotated[
         int, typer.Option("--max-body-bytes", min=1, metavar="BYTES", help="Maximum size of a request body.", **_REQUESTS)
     ] = 4 << 20,
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--lora",
+            metavar="NAME=PATH",
+            help="Load the LoRA adapter (PEFT) in directory PATH; requests choose it by the model NAME. Repeatable.",
+            **_ADAPTERS,
+        ),
+    ] = None,
+    allow_lora_loading: Annotated[
+        bool,
+        typer.Option(
+            "--allow-lora-loading",
+            help="Let requests load and unload adapters (/v1/load_lora_adapter). Requires --lora-dir.",
+            **_ADAPTERS,
+        ),
+    ] = False,
+    lora_dir: Annotated[
+        str | None,
+        typer.Option(
+            "--lora-dir", metavar="DIR", help="Directory of the adapters that requests may load; no others.", **_ADAPTERS
+        ),
+    ] = None,
+    max_loras: Annotated[
+        int | None,
+        typer.Option(
+            "--max-loras",
+            min=1,
+            metavar="N",
+            help="Maximum number of adapters at a time. Default: those of --lora, and at least 16 with --allow-lora-loading.",
+            **_ADAPTERS,
+        ),
+    ] = None,
+    max_lora_rank: Annotated[
+        int, typer.Option("--max-lora-rank", min=1, max=1024, metavar="N", help="Largest rank of an adapter.", **_ADAPTERS)
+    ] = 64,
+    lora_dtype: Annotated[
+        str,
+        typer.Option(
+            "--lora-dtype",
+            metavar="DTYPE",
+            help="Storage of adapters: bf16, fp32, or auto: bf16, except fp32 for a model in fp32.",
+            **_ADAPTERS,
+        ),
+    ] = "auto",
     cache_window: Annotated[
         int | None,
         typer.Option(
@@ -219,8 +265,11 @@ def serve(
         drain_seconds=drain_seconds,
         tools_format=tool_format,
         reasoning=reasoning,
+        allow_lora_loading=allow_lora_loading,
+        lora_dir=lora_dir,
         access_log=access_log,
     )
+    adapters = _adapters(lora or [])
     fields |= o.not_none(
         kl_budget=kl_budget, calibration=calibration, kv_cache_memory=kv_cache_memory, batch_invariant=batch_invariant or None
     )
@@ -230,6 +279,10 @@ def serve(
         "prefix_cache": prefix_cache,
         "drafts": drafts,
         "cache_window": cache_window,
+        "adapters": adapters,
+        "max_loras": max_loras or max(len(adapters), 16 if allow_lora_loading else 0),
+        "max_lora_rank": max_lora_rank,
+        "lora_dtype": lora_dtype,
     }
     _serve(model, name, fields, settings, options)
 
@@ -264,6 +317,21 @@ def _serve(model: str, name: str | None, fields: dict[str, Any], settings: Serve
     run(engine, settings, sock, banner)
 
 
+def _adapters(given: list[str]) -> dict[str, str]:
+    """The paths of adapters by name."""
+    from deepseek_optimizer.errors import ConfigError
+
+    adapters: dict[str, str] = {}
+    for one in given:
+        name, _, path = one.partition("=")
+        if not name.strip() or not path:
+            raise ConfigError(f"--lora must be NAME=PATH, got {one!r}")
+        if name in adapters:
+            raise ConfigError(f"--lora: the name {name!r} is given twice")
+        adapters[name] = path
+    return adapters
+
+
 def _default_sampling(model: Any) -> dict[str, Any]:
     """Default sampling parameters for requests: those of the model's generation config, if it samples."""
     config = model.generation_config
@@ -285,6 +353,8 @@ def _banner(engine: Any, facts: Any, settings: ServerSettings, host: str, port: 
         f"cache     {facts.kv_cache}, {engine.core.memory.size}",
         f"address   http://{shown}:{port}/ (API under /v1), {keys}",
     ]
+    if engine.adapters:
+        lines.append(f"adapters  {', '.join(adapter.name for adapter in engine.adapters)}")
     if not settings.keys and not is_loopback(settings.host):
         lines.append("warning   anyone who can reach this address can use the model; require a key with --api-key-file")
     return "\n".join(lines)

@@ -51,6 +51,8 @@ class ServerSettings:
             template.
         reasoning: whether reasoning is returned separately from the answer; None: if the chat template supports it.
         sampling: the model's recommended sampling parameters, used for fields that a request omits.
+        allow_lora_loading: whether requests may load and unload LoRA adapters.
+        lora_dir: the directory that contains the adapters that requests may load.
         access_log: write one line to stderr for each request.
     """
 
@@ -87,6 +89,8 @@ class ServerSettings:
     tools_format: str | None = None
     reasoning: bool | None = None
     sampling: Mapping[str, Any] = field(default_factory=dict)
+    allow_lora_loading: bool = False
+    lora_dir: str | None = None
     access_log: bool = False
 
     def __post_init__(self) -> None:
@@ -102,6 +106,8 @@ class ServerSettings:
         for origin in self.allow_origins:
             if origin != "*" and not origin.startswith(("http://", "https://")):
                 raise ConfigError(f"allow_origins: {origin!r} is not an origin; use the form https://example.com, or *")
+        if self.allow_lora_loading and self.lora_dir is None:
+            raise ConfigError("allow_lora_loading: needs lora_dir (--lora-dir), the directory of adapters that may be loaded")
         if not 0 <= self.drain_seconds < float("inf"):
             raise ConfigError(f"drain_seconds must be 0 or more, got {self.drain_seconds}")
         for name in (f.name for f in fields(self) if f.name.startswith("max_")):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import ExitStack, asynccontextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -40,8 +41,9 @@ async def admitted_request(
     with state.admit({} if one else body, caller.key) as places:
         async with cancel_on_disconnect(request):
             parsed = await state.bodies.working(caller.key, size, partial(_checked, state, model, body))
-            state.check_model(getattr(parsed, "model", None))
-            yield parsed, places, caller
+            model_name = getattr(parsed, "model", None)
+            state.check_model(model_name)
+            yield parsed, places, replace(caller, adapter=state.adapter_named(model_name))
 
 
 def _checked(state: ServerState, model: type[Model], body: dict[str, Any]) -> Model:

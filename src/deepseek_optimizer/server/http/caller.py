@@ -20,11 +20,13 @@ class Caller:
         key: the client, see `client_of`.
         size: bytes of the request's body, which bound the work that its texts can cause.
         deadline: time of `time.monotonic` by which the answer must be complete.
+        adapter: name of the LoRA adapter that the request's `model` names; "": none.
     """
 
     key: str
     size: int
     deadline: float
+    adapter: str = ""
 
 
 def client_of(salt: str, peer: Any) -> str:
