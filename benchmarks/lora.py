@@ -64,7 +64,7 @@ def measure(path: Path, a: argparse.Namespace) -> dict[str, Any]:
         }
         loaded = engines["adapters"].core.adapters
         assert loaded is not None
-        sizes = [adapter.bytes for adapter in loaded.loaded]
+        sizes = [adapter.nbytes for adapter in loaded.loaded]
         speeds: dict[str, list[float]] = {side: [] for side in engines}
         for turn in range(-1, a.rounds):  # the first one warms up
             for side in sorted(engines, reverse=bool(turn % 2)):

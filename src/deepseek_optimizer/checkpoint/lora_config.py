@@ -99,8 +99,8 @@ def read_lora_config(directory: Path) -> LoraConfig:
 
 
 def _number(value: Any, name: str, refuse: Any, *, whole: bool = False) -> float:
-    kinds: tuple[type, ...] = (int,) if whole else (int, float)
-    if isinstance(value, bool) or not isinstance(value, kinds) or not 0 <= value <= _MAX_ALPHA or (whole and value < 1):
+    number = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
+    if not number or not (1 if whole else 0) <= value <= _MAX_ALPHA:
         raise refuse(
             f"{name} is {shown(value)}, must be {'an integer from 1' if whole else 'a number from 0'} to {_MAX_ALPHA:g}"
         )

@@ -47,7 +47,7 @@ class Adapter:
         path: its directory.
         slot: its slot in the backend's store.
         rank: the largest rank of its matrices.
-        bytes: memory of its matrices.
+        nbytes: memory of its matrices.
         identity: 16 bytes that determine its results; cached prefixes are shared between equal ones only.
         created: time at which it was loaded, in seconds since the epoch.
         users: number of requests in the engine that use it.
@@ -58,7 +58,7 @@ class Adapter:
     path: Path
     slot: int
     rank: int
-    bytes: int
+    nbytes: int
     identity: bytes
     created: int = field(default_factory=lambda: int(time.time()))
     users: int = 0
