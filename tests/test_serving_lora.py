@@ -173,6 +173,8 @@ def test_an_async_engine_loads_while_it_runs(base, checkpoint, folders):
             request = greedy(random_ids(base.config, 25, seed=4), 20, "a0", id="adapted")
             answers = engine.submit(request)
             engine.unload_adapter("a0")  # possibly before the engine's thread has seen the request
+            with pytest.raises(RequestError, match="no adapter 'a0'"):
+                engine.submit(request)
             text, finish = [], None
             async for output in answers:
                 text += output.token_ids
@@ -181,16 +183,15 @@ def test_an_async_engine_loads_while_it_runs(base, checkpoint, folders):
                 await asyncio.to_thread(engine.load_adapter, "base", folders["a0"])
             async for output in running:
                 assert output.finish in (None, "length")
+            assert not engine.adapters and len(engine.core.adapters._free) == 4
             return text, finish, request
         finally:
             await engine.close()
 
     text, finish, request = asyncio.run(run())
-    if finish == "length":
-        logits = logits_of(adapted(base, folders["a0"]), request.prompt + text[:-1])[len(request.prompt) - 1 :]
-        assert logits.argmax(-1).tolist() == text
-    else:
-        assert finish == "error" and not text
+    assert finish == "length"
+    logits = logits_of(adapted(base, folders["a0"]), request.prompt + text[:-1])[len(request.prompt) - 1 :]
+    assert logits.argmax(-1).tolist() == text
 
 
 def test_refused_adapters(base, checkpoint, folders, monkeypatch, tmp_path):

@@ -128,6 +128,7 @@ class AsyncEngine:
         self._logged: set[str] = set()  # replaced files
         self._changed: CheckpointChangedError | None = None  # detected by a check before a step failed
         self._answers: dict[str, Answers] = {}
+        self._adapters: dict[str, Adapter] = {}  # acquired for requests that the thread has not received yet
         self._ids = itertools.count(1)
         self._admitted = Counter[str]()  # places by client
         self._draining = False
@@ -258,6 +259,8 @@ class AsyncEngine:
         self.core.check(request)
         # The id is made unique, since two clients may send the same one.
         request = replace(request, id=f"{request.id or 'request'}-{next(self._ids)}")
+        if request.adapter:
+            self._adapters[request.id] = adapters_of(self.core).acquire(request.adapter)
         answers = self._answers[request.id] = Answers(self, request)
         self._send(request)
         return answers
@@ -365,9 +368,12 @@ class AsyncEngine:
 
     def _add(self, request: Request) -> None:
         assert self._loop is not None
+        adapter = self._adapters.pop(request.id, None)
         try:
-            self.core.add(request)
+            self.core.add(request, adapter)
         except Exception as error:  # such as a grammar that fails to start; other requests are not affected
+            if adapter is not None:
+                adapters_of(self.core).release(adapter)
             _log.exception("request %s could not be started", request.id)
             failed = Output(request.id, finish="error", error=f"the request could not be started: {type(error).__name__}")
             self._loop.call_soon_threadsafe(self._deliver, [failed])

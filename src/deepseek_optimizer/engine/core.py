@@ -20,7 +20,7 @@ from ..cache.block_manager import SequenceBlocks
 from ..cache.forgetting import Groups, max_tokens
 from ..cache.prefix_cache import PrefixCache
 from ..errors import BackendError, CheckpointChangedError, RequestError, shown
-from .adapters import Adapters, adapters_of
+from .adapters import Adapter, Adapters, adapters_of
 from .detokenizer import Detokenizer
 from .metrics import EngineMetrics
 from .options import EngineOptions
@@ -139,14 +139,18 @@ class EngineCore:
         """Maximum number of tokens of a sequence that fits in the cache alone, up to the model's context."""
         return max_tokens(self.groups, self.blocks, self.options.step_tokens, self.facts.context)
 
-    def check(self, request: Request) -> int:
+    def check(self, request: Request, adapter: Adapter | None = None) -> int:
         """Checks a request and returns the maximum number of tokens to generate for it.
+
+        Args:
+            request: the request.
+            adapter: the adapter that it names, if the caller has acquired that already.
 
         Raises:
             RequestError: the request can never be served.
         """
         prompt, sampling, facts = request.prompt, request.sampling, self.facts
-        if request.adapter:
+        if request.adapter and adapter is None:
             adapters_of(self).check(request.adapter)
         if not prompt:
             raise RequestError("prompt", "is empty")
@@ -171,8 +175,13 @@ class EngineCore:
             raise RequestError("prompt", f"{len(prompt)} tokens{more} do not fit {what} of {room} tokens; {fix}")
         return room - len(prompt) if sampling.max_tokens is None else max_tokens
 
-    def add(self, request: Request) -> None:
+    def add(self, request: Request, adapter: Adapter | None = None) -> None:
         """Adds a request to the waiting ones.
+
+        Args:
+            request: the request.
+            adapter: the adapter that it names, if the caller has acquired that already; the engine releases it when the request
+                ends.
 
         Raises:
             RequestError: a request with this id is in the engine already, or the request can never be served.
@@ -183,7 +192,7 @@ class EngineCore:
         if self.idle:
             self._idle_since = None
         self._count += 1
-        max_tokens = self.check(request)
+        max_tokens = self.check(request, adapter)
         reach = self._reach(request, max_tokens)
         with self.memory.locked() as manager:
             interval = self.memory.state_interval if self.prefix is not None and not request.embed else 0
@@ -206,7 +215,7 @@ class EngineCore:
             frequencies=0 if self.facts.plain is None or reach <= self.facts.plain else reach,
         )
         if request.adapter:
-            running.adapter = adapters_of(self).acquire(request.adapter)
+            running.adapter = adapter or adapters_of(self).acquire(request.adapter)
             sequence.adapter = running.adapter.slot
         self._requests[request.id] = running
         self.scheduler.add(running)
