@@ -52,6 +52,9 @@ def test_wrong_options(serve, tmp_path):
     assert "contains no key" in error_of(serve("--api-key-file", tmp_path / "empty"))
     assert "hermes" in error_of(serve("--tool-format", "nothing"))
     assert "no-model" in error_of(serve("--port", 0))
+    assert "NAME=PATH" in error_of(serve("--lora", "name"))
+    assert "given twice" in error_of(serve("--lora", "a=x", "--lora", "a=y"))
+    assert "lora_dir" in error_of(serve("--allow-lora-loading"))
 
 
 def test_a_used_port_is_reported_before_loading(serve):
