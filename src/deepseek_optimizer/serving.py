@@ -12,8 +12,9 @@ from typing import Any
 from .backends.base import Plan
 from .engine.adapters import Adapters, AdapterWeights
 from .engine.async_engine import AsyncEngine
-from .engine.core import EngineCore, ModelFacts
+from .engine.core import EngineCore
 from .engine.engine import Engine
+from .engine.model_facts import ModelFacts
 from .engine.options import EngineOptions
 from .engine.runner import Runner
 from .engine.sampling.torch_sampler import largest

@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +22,7 @@ from ..errors import BackendError, CheckpointChangedError, RequestError, shown
 from .adapters import Adapter, Adapters, adapters_of
 from .detokenizer import Detokenizer
 from .metrics import EngineMetrics
+from .model_facts import ModelFacts
 from .options import EngineOptions
 from .request import Finish, Output, Request
 from .running import Running
@@ -44,27 +44,6 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 _TRIES = 3  # number of preemptions of a request that runs alone before it fails
 _PATIENCE = 10.0  # seconds without a step before a request fails
-
-
-@dataclass(frozen=True)
-class ModelFacts:
-    """Properties of a model that the engine needs.
-
-    Attributes:
-        vocab_size: number of logits per row.
-        hidden_size: size of the hidden states.
-        context: context length in tokens, the maximum of prompt and text together.
-        eos: end-of-text token ids.
-        chunk: fixed chunk size in tokens for prompts, for models whose results depend on the chunking; None: any size.
-        plain: with dynamic RoPE, the length in tokens up to which frequencies are not scaled; None: they never are.
-    """
-
-    vocab_size: int
-    hidden_size: int
-    context: int
-    eos: frozenset[int]
-    chunk: int | None = None
-    plain: int | None = None
 
 
 class EngineCore:
