@@ -84,6 +84,7 @@ class Batch(C.Structure):
         ("query_len", PTR), ("context_len", PTR), ("phase", PTR), ("block_table", PTR), ("logit_rows", PTR),
         ("inputs_embeds", PTR), ("states", PTR), ("logits", PTR), ("hidden", PTR), ("last_hidden", PTR), ("cache", PTR),
         ("inv_freq", PTR), ("recurrent", PTR), ("state_from", PTR), ("state_to", PTR), ("n_state_to", I32),
+        ("adapter_of", PTR), ("adapters", PTR),
     ]  # fmt: skip
 
 
@@ -107,6 +108,12 @@ class DenseAttention(C.Structure):
         *((n, I64) for n in ("batch", "heads", "kv_heads", "queries", "keys", "qk_width", "v_width")),
         *((n, DenseHeads) for n in ("q", "k", "v", "o", "mask")), ("scale", C.c_float), ("reserved", I32),
     ]  # fmt: skip
+
+
+class Site(C.Structure):
+    """dso_adapter_site."""
+
+    _fields_ = [("rows", I32), ("cols", I32)]
 
 
 _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
@@ -152,6 +159,9 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "dso_states_release": (I32, [PTR, I32]),
     "dso_states_save": (I32, [PTR, I32, PTR]),
     "dso_states_load": (I32, [PTR, I32, PTR]),
+    "dso_adapters_create": (I32, [PTR, I32, I32, I32, PTR]),
+    "dso_adapters_destroy": (None, [PTR]),
+    "dso_adapters_set": (I32, [PTR, I32, I32, PTR, PTR]),
     "dso_plan_create": (I32, [PTR, PTR, I32, PTR, I32, PTR, I32, I32, PTR]),
     "dso_plan_destroy": (None, [PTR]),
     "dso_plan_buffer_bytes": (I64, [PTR, I32, I32]),

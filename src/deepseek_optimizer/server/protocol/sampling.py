@@ -148,6 +148,7 @@ def requests_for(
     deadline: float,
     priority: int | None,
     pinned: tuple[tuple[int, int], ...] = (),
+    adapter: str = "",
 ) -> list[Request]:
     """The engine's requests, one for each answer; those for the first prompt come first.
 
@@ -161,11 +162,20 @@ def requests_for(
         deadline: time of `time.monotonic`.
         priority: None: 0.
         pinned: (begin, end) of prompt tokens that a cache window must keep.
+        adapter: name of a LoRA adapter; "": none.
     """
     return [
         Request(
-            prompt, seeded(params, i), id=id, pinned=pinned, salt=salt, client=client, deadline=deadline, priority=priority or 0
-        )
+            prompt,
+            seeded(params, i),
+            id=id,
+            pinned=pinned,
+            salt=salt,
+            client=client,
+            deadline=deadline,
+            priority=priority or 0,
+            adapter=adapter,
+        )  # fmt: skip
         for prompt in prompts
         for i in range(n)
     ]

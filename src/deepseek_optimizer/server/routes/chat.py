@@ -58,10 +58,10 @@ def add(app: FastAPI, state: ServerState) -> None:
                 keep_special=prepared.keep_special,
             )
             name = f"chatcmpl-{uuid.uuid4().hex}"
-            head = {"id": name, "created": int(time.time()), "model": state.model_name}
+            head = {"id": name, "created": int(time.time()), "model": caller.adapter or state.model_name}
             requests = requests_for(
                 [prepared.ids], params, n, id=name, salt=request.state.salt, client=caller.key,
-                deadline=caller.deadline, priority=body.priority, pinned=prepared.pinned,
+                deadline=caller.deadline, priority=body.priority, pinned=prepared.pinned, adapter=caller.adapter,
             )  # fmt: skip
             answers, parsed = prepared.submit(requests, one_call)
             texts, dropped = state.texts if body.logprobs else None, prepared.dropped

@@ -53,7 +53,7 @@ def add(app: FastAPI, state: ServerState) -> None:
                 texts = given if isinstance(given[0], str) else decoded
                 echoes = [str(text) for text in texts for _ in range(n)]
             name = f"cmpl-{uuid.uuid4().hex}"
-            head = {"id": name, "created": int(time.time()), "model": state.model_name}
+            head = {"id": name, "created": int(time.time()), "model": caller.adapter or state.model_name}
             requests = requests_for(
                 prompts,
                 params,
@@ -63,6 +63,7 @@ def add(app: FastAPI, state: ServerState) -> None:
                 client=caller.key,
                 deadline=caller.deadline,
                 priority=body.priority,
+                adapter=caller.adapter,
             )
             answers = state.submit(requests)
             token_texts = None if body.logprobs is None else state.texts
