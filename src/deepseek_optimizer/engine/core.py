@@ -23,7 +23,7 @@ from ..errors import BackendError, CheckpointChangedError, RequestError, shown
 from .detokenizer import Detokenizer
 from .metrics import EngineMetrics
 from .options import EngineOptions
-from .request import Finish, Output, Request
+from .request import Finish, Output, Request, check_tokens
 from .running import Running
 from .sampling.request_sampler import NotANumberError, NoTokenError, RequestSampler
 from .scheduling.batch_size import BatchSize
@@ -142,13 +142,7 @@ class EngineCore:
             RequestError: the request can never be served.
         """
         prompt, sampling, facts = request.prompt, request.sampling, self.facts
-        if not prompt:
-            raise RequestError("prompt", "is empty")
-        if min(prompt) < 0 or max(prompt) >= facts.vocab_size:
-            raise RequestError("prompt", f"has token ids outside the vocabulary of {facts.vocab_size}")
-        for name, tokens in (("logit_bias", sampling.logit_bias), ("stop_token_ids", sampling.stop_token_ids)):
-            if any(t >= facts.vocab_size for t in tokens):
-                raise RequestError(name, f"has token ids outside the vocabulary of {facts.vocab_size}")
+        check_tokens(request, facts.vocab_size)
         room, what, fix = facts.context, "the model's context", "shorten it"
         if self.sliding is not None:
             if not request.embed:
