@@ -35,7 +35,7 @@ from .scheduling.step_times import StepTimes
 from .sequence import Sequence
 from .speculative.base import Proposer
 from .speculative.drafting import Drafting
-from .step_rows import logit_rows, part_of, token_choices
+from .step_rows import logit_rows, part_of, prompt_rows, token_choices
 
 if TYPE_CHECKING:
     from .runner import Runner
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 _TRIES = 3  # number of preemptions of a request that runs alone before it fails
 _PATIENCE = 10.0  # seconds without a step before a request fails
+_PROMPT_LOGITS = 64 << 20  # bytes of a step's logits for log probabilities of prompts
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,7 @@ class EngineCore:
             BatchSize(low, high, self.times, options.target_itl),
             self.prefix,
             self.sliding,
+            max_prompt_logits=max(facts.chunk or 16, _PROMPT_LOGITS // (4 * facts.vocab_size)),
             invariant=options.batch_invariant,
             lost=self._reset_drafting,
         )
@@ -351,7 +353,12 @@ class EngineCore:
         for chunk in chunks:
             r, sequence = chunk.running, chunk.running.sequence
             count, drafted = chunk.count + len(chunk.drafts), len(chunk.drafts)
-            if r.request.embed:
+            of_prompt = range(row, row + len(prompt_rows(chunk)))
+            row = of_prompt.stop
+            if r.prompt_logprobs is not None and not all(r.prompt_logprobs.add(logits[n]) for n in of_prompt):
+                row += 1 + drafted if chunk.ends else 0
+                outputs.append(self._end(r, "error", error=str(NotANumberError())))
+            elif r.request.embed:
                 self._embed(r, states[begin : begin + count], chunk, outputs)
             elif chunk.ends:
                 generated = r.generated
@@ -389,6 +396,8 @@ class EngineCore:
             row: index of the chunk's first row.
         """
         output = r.output()
+        if not r.generated:
+            output.prompt_logprobs = r.prompt_logprobs
         report_logprobs = r.sampler.sampling.logprobs is not None
         if report_logprobs:
             output.logprobs = []
@@ -400,6 +409,9 @@ class EngineCore:
                     token = r.sampler.choose(logits[row + j], r.generated)
                 elif token == NOT_FINITE:
                     raise NotANumberError
+                if not r.max_tokens:  # the choice has only checked the logits
+                    finish = "length"
+                    break
                 if report_logprobs and output.logprobs is not None:
                     output.logprobs.append(r.sampler.logprob(logits[row + j], token))
                 output.token_ids.append(token)
@@ -419,7 +431,7 @@ class EngineCore:
         if output.token_ids:
             r.starved = 0
             self._record_tokens(r, len(output.token_ids))
-        cached = chunk.start + chunk.count + len(output.token_ids) - 1  # without rejected drafts
+        cached = chunk.start + chunk.count + max(0, len(output.token_ids) - 1)  # without rejected drafts
         self.scheduler.computed(r, cached)
         return self._end(r, finish, output) if finish else output
 

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import RequestError, shown
+from .prompt_logprobs import PromptLogprobs
 
 MAX_LOGPROBS = 20
 MAX_STOPS = 16
@@ -59,7 +60,7 @@ class SamplingParams:
     the same filters in another order, with temperature last.)
 
     Attributes:
-        max_tokens: maximum number of tokens to generate, at least 1; None: until the context is full.
+        max_tokens: maximum number of tokens to generate; 0: only process the prompt; None: until the context is full.
         min_tokens: until this many tokens are generated, no end-of-text or stop token is chosen, and no stop string ends the
             text.
         temperature: 0 to 100; 0 chooses the most likely token, and so does any value below 1e-5, for which scaled logits would
@@ -138,7 +139,7 @@ class SamplingParams:
     def __post_init__(self) -> None:
         """Raises RequestError for a value outside its range."""
         if self.max_tokens is not None:
-            _integer("max_tokens", self.max_tokens, 1, 1 << 31)
+            _integer("max_tokens", self.max_tokens, 0, 1 << 31)
         _integer("min_tokens", self.min_tokens, 0, 1 << 31)
         _number("temperature", self.temperature, 0, 100)
         _integer("top_k", self.top_k, 0, 1 << 31)
@@ -217,6 +218,9 @@ class Request:
         embed: return the mean of the prompt's last hidden states instead of generating text.
         drafts: whether speculative decoding may be used; None: the engine's default.
         pinned: (begin, end) ranges of prompt tokens that a sliding window must keep; the first `sinks` tokens always stay.
+        prompt_logprobs: number of most likely tokens to report for each prompt token but the first, 0 to MAX_LOGPROBS, besides
+            the token itself; None: no log probabilities of the prompt. Its tokens are then processed even if the prefix cache
+            has them.
         client: identifier of the client. Among requests of one priority, clients take turns, so that a request waits for
             earlier ones of the same client only.
     """
@@ -231,6 +235,13 @@ class Request:
     drafts: bool | None = None
     pinned: tuple[tuple[int, int], ...] = ()
     client: str = ""
+    prompt_logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        """Raises RequestError for a value outside its range."""
+        _optional_integer("prompt_logprobs", self.prompt_logprobs, 0, MAX_LOGPROBS)
+        if self.embed and self.prompt_logprobs is not None:
+            raise RequestError("prompt_logprobs", "is not possible with embed; send two requests")
 
 
 @dataclass(frozen=True)
@@ -266,6 +277,7 @@ class Output:
         embedding: mean of the last hidden states, float32 [H], with finish "stop", for requests with `embed`.
         error: message, with finish "error".
         transient: with finish "error": the same request may succeed later, when memory is free.
+        prompt_logprobs: log probabilities of the prompt's tokens, if requested, in the first output after the prompt.
     """
 
     request_id: str
@@ -281,6 +293,7 @@ class Output:
     embedding: npt.NDArray[np.float32] | None = None
     error: str | None = None
     transient: bool = False
+    prompt_logprobs: PromptLogprobs | None = None
 
 
 def check_tokens(request: Request, vocab_size: int) -> None:
@@ -288,6 +301,8 @@ def check_tokens(request: Request, vocab_size: int) -> None:
     sampling = request.sampling
     if not request.prompt:
         raise RequestError("prompt", "is empty")
+    if (request.prompt_logprobs or 0) > vocab_size:
+        raise RequestError("prompt_logprobs", f"exceeds the vocabulary of {vocab_size}")
     for name, tokens in (
         ("prompt", request.prompt),
         ("logit_bias", sampling.logit_bias),
