@@ -25,7 +25,7 @@ from .protocol.completions import CompletionRequest
 from .protocol.embeddings import EmbeddingRequest
 from .protocol.models import DetokenizeRequest, TokenizeRequest
 from .protocol.responses import ResponsesRequest
-from .routes import chat, completions, embeddings, files, models, page, responses, status, tokens
+from .routes import chat, completions, embeddings, files, models, page, responses, status, tokenizer_info, tokens
 from .settings import ServerSettings
 from .state import ServerState
 
@@ -82,7 +82,7 @@ def create_app(engine: Any, settings: ServerSettings | None = None) -> FastAPI:
         lifespan=lifespan,
     )
     app.state.server = state
-    for route in (chat, completions, responses, embeddings, files, models, tokens, status):
+    for route in (chat, completions, responses, embeddings, files, models, tokens, tokenizer_info, status):
         route.add(app, state)
     page.add(app, assets)
     bodies: list[type[BaseModel]] = [
