@@ -167,6 +167,14 @@ def serve(
             **_CHAT,
         ),
     ] = None,
+    prefill_assistant: Annotated[
+        bool,
+        typer.Option(
+            "--prefill-assistant",
+            help="Continue a chat's last message if it is the assistant's, instead of answering it.",
+            **_CHAT,
+        ),
+    ] = False,
     max_file_mb: Annotated[
         float,
         typer.Option(
@@ -219,6 +227,7 @@ def serve(
         drain_seconds=drain_seconds,
         tools_format=tool_format,
         reasoning=reasoning,
+        prefill_assistant=prefill_assistant,
         access_log=access_log,
     )
     fields |= o.not_none(

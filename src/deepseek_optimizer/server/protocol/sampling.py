@@ -16,7 +16,9 @@ from ...engine.request import (
     SamplingParams,
 )
 from ..http.problems import ApiError
-from .base import TOKEN_ID, IgnoredFields
+from .base import TOKEN_ID
+from .reports import Reports
+from .samplers import Samplers
 
 MAX_N = 32
 _MAX_SEED = (1 << 64) - 1
@@ -29,7 +31,7 @@ _Biases = Annotated[dict[_TokenKey, Annotated[float, Field(ge=-100, le=100)]], F
 _Penalty = Annotated[float, Field(ge=-2, le=2)]
 
 
-class Sampling(IgnoredFields):
+class Sampling(Samplers, Reports):
     """Fields that are omitted or null have the values recommended by the model's authors or, without any, OpenAI's defaults."""
 
     max_tokens: _Tokens | None = Field(
@@ -67,6 +69,7 @@ class Sampling(IgnoredFields):
         logprobs: int | None,
         grammar: CompiledGrammar | None = None,
         keep_special: bool = False,
+        words: Mapping[str, Any] | None = None,
     ) -> SamplingParams:
         """Converts the fields to the engine's parameters.
 
@@ -76,6 +79,7 @@ class Sampling(IgnoredFields):
             logprobs: number of most likely tokens; None: no log probabilities.
             grammar: that constrains the text.
             keep_special: keep special tokens in the text, for the parser of tool calls.
+            words: further parameters, of `chat.words`.
 
         Raises:
             RequestError: a value that the engine does not support.
@@ -89,6 +93,7 @@ class Sampling(IgnoredFields):
                      "min_tokens", "ignore_eos", "seed", "skip_special_tokens"):  # fmt: skip
             if (value := getattr(self, name)) is not None:
                 values[name] = value
+        values |= self.sampler_values() | dict(words or {})
         if self.top_k is not None:
             values["top_k"] = max(self.top_k, 0)
         if keep_special:
@@ -107,7 +112,7 @@ class Sampling(IgnoredFields):
 
 def requested_answers(body: Mapping[str, Any]) -> int:
     """The number of answers that a body requests, for admission. The body has not been validated, so this is an estimate."""
-    n = body.get("n")
+    n = max((value for name in ("n", "best_of") if isinstance(value := body.get(name), int)), default=1)
     prompts = body.get("prompt", body.get("input"))
     several = isinstance(prompts, list) and prompts and isinstance(prompts[0], (str, list))
     count = len(prompts) if several else 1
@@ -132,6 +137,8 @@ def requests_for(
     deadline: float,
     priority: int | None,
     pinned: tuple[tuple[int, int], ...] = (),
+    cache_salt: str | None = None,
+    prompt_logprobs: int | None = None,
 ) -> list[Request]:
     """The engine's requests, one for each answer; those for the first prompt come first.
 
@@ -145,10 +152,21 @@ def requests_for(
         deadline: time of `time.monotonic`.
         priority: None: 0.
         pinned: (begin, end) of prompt tokens that a cache window must keep.
+        cache_salt: of the request, in addition to the key's.
+        prompt_logprobs: see `Request`.
     """
+    salt = salt if cache_salt is None else f"{salt}\n{cache_salt}"  # the key's has no line break
     return [
         Request(
-            prompt, seeded(params, i), id=id, pinned=pinned, salt=salt, client=client, deadline=deadline, priority=priority or 0
+            prompt,
+            seeded(params, i),
+            id=id,
+            pinned=pinned,
+            salt=salt,
+            client=client,
+            deadline=deadline,
+            priority=priority or 0,
+            prompt_logprobs=prompt_logprobs,
         )
         for prompt in prompts
         for i in range(n)
