@@ -52,7 +52,12 @@ class ServerSettings:
         reasoning: whether reasoning is returned separately from the answer; None: if the chat template supports it.
         prefill_assistant: continue a chat's last message if it is the assistant's, as llama-server does. A request's
             `continue_final_message` and `add_generation_prompt` override this.
-        sampling: the model's recommended sampling parameters, used for fields that a request omits.
+        sampling: sampling parameters for fields that a request omits, by their names in `SamplingParams`; others have OpenAI's
+            defaults.
+        sampling_not_thinking: the same for answers without reasoning; None: `sampling`.
+        max_answer_tokens: maximum number of tokens of an answer whose request gives none.
+        model_path: path or name by which the model was loaded, for /props.
+        strict: refuse requests with unknown fields or with values of another JSON type, such as numbers in quotes.
         access_log: write one line to stderr for each request.
     """
 
@@ -90,6 +95,10 @@ class ServerSettings:
     reasoning: bool | None = None
     prefill_assistant: bool = False
     sampling: Mapping[str, Any] = field(default_factory=dict)
+    sampling_not_thinking: Mapping[str, Any] | None = None
+    max_answer_tokens: int = 4096
+    model_path: str = ""
+    strict: bool = False
     access_log: bool = False
 
     def __post_init__(self) -> None:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import AliasChoices, Field
 
 from ...engine.request import MAX_LOGPROBS
 from .base import TOKEN_ID, ModelName, ResponseModel, Usage
 from .chat import StreamOptions
 from .formats import Guided
 from .reports import PromptLogprobList
-from .sampling import Sampling
+from .sampling import MaxTokensOrZero, Sampling
 
 _Text = Annotated[str, Field(min_length=1)]
 _Ids = Annotated[list[TOKEN_ID], Field(min_length=1, fail_fast=True)]
@@ -29,8 +29,10 @@ class CompletionRequest(Sampling, Guided):
 
     model: ModelName = None
     prompt: Prompt
-    max_tokens: Annotated[int, Field(ge=0, le=(1 << 31) - 1)] | None = Field(
-        None, description="Maximum number of new tokens; the default is 16. 0: only process the prompt."
+    max_tokens: MaxTokensOrZero = Field(
+        None,
+        validation_alias=AliasChoices("max_tokens", "n_predict"),
+        description="Maximum number of new tokens; the default is 16. 0: only process the prompt.",
     )
     best_of: Annotated[int, Field(ge=1, le=32)] | None = Field(
         None, description="Generate this many answers, and return the n with the highest mean log probability of a token."

@@ -10,8 +10,9 @@ from fastapi import FastAPI, Request, Response
 from ..chat.beams import beam_start
 from ..chat.chat_answers import ChatCollector, ChatEncoder
 from ..chat.chat_setup import ChatSpec, check_choice
-from ..chat.grammars import form_of
+from ..chat.forms import form_of
 from ..chat.intake import admitted_request
+from ..chat.old_functions import FunctionCollector, FunctionEncoder, with_tool_calls, with_tools
 from ..chat.prepared import prepare_chat
 from ..chat.replies import StreamReply, WholeReply
 from ..chat.reports import reported, wanted_reports
@@ -19,7 +20,7 @@ from ..chat.words import sampler_words
 from ..document_chats.chats import prepare_chat_with_files
 from ..http.problems import ApiError
 from ..openapi import body_errors, events, reads
-from ..protocol.chat import EXAMPLE, ChatCompletion, ChatRequest
+from ..protocol.chat import EXAMPLE, ChatCompletion, ChatRequest, StreamOptions
 from ..protocol.messages import AssistantMessage, NamedTool
 from ..protocol.sampling import requests_for
 from ..state import ServerState
@@ -38,6 +39,7 @@ def add(app: FastAPI, state: ServerState) -> None:
         """Answers a chat, using the model's chat template."""
         async with admitted_request(state, request, ChatRequest) as (body, places, caller):
             check(body)
+            body = with_tools(body)
             n = body.n or 1
             chat = chat_spec(body, state.settings.prefill_assistant)
             form = form_of(body)
@@ -55,7 +57,7 @@ def add(app: FastAPI, state: ServerState) -> None:
             grammar = await prepared.grammar(form, not one_call, caller)
             top = (body.top_logprobs or 0) if body.logprobs else None
             params = body.params(
-                state.settings.sampling,
+                prepared.sampling,
                 max_tokens=max_tokens,
                 logprobs=top,
                 grammar=grammar,
@@ -75,9 +77,12 @@ def add(app: FastAPI, state: ServerState) -> None:
             answers, reports = reported(state, answers, requests, wanted, caller, texts_of_tokens)
             texts, dropped = texts_of_tokens if body.logprobs else None, prepared.dropped
             if body.stream:
-                usage = bool(body.stream_options and body.stream_options.include_usage)
-                return StreamReply(state, places.pop_all(), answers, ChatEncoder(head, parsed, texts, usage, dropped, reports))
-            collector = ChatCollector(head, parsed, texts, dropped, reports)
+                usage = body.stream_options or StreamOptions()
+                make = ChatEncoder if body.functions is None else FunctionEncoder
+                encoder = make(head, parsed, texts, bool(usage.include_usage), dropped, usage.continuous, reports)
+                return StreamReply(state, places.pop_all(), answers, encoder)
+            collect = ChatCollector if body.functions is None else FunctionCollector
+            collector = collect(head, parsed, texts, dropped, reports)
             return WholeReply(state, places.pop_all(), answers, collector.feed, collector.body)
 
 
@@ -113,7 +118,7 @@ def chat_spec(body: ChatRequest, prefill: bool = False) -> ChatSpec:
     choice = wanted.function.name if isinstance(wanted, NamedTool) else wanted
     check_choice(tools, choice, named)
     return ChatSpec(
-        messages=[message.model_dump(exclude_none=True) for message in body.messages],
+        messages=with_tool_calls([message.model_dump(exclude_none=True) for message in body.messages]),
         tools=tools,
         choice=choice,
         named=named,

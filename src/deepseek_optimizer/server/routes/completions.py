@@ -9,7 +9,8 @@ from fastapi import FastAPI, Request, Response
 
 from ..chat.beams import beam_start
 from ..chat.completion_answers import CompletionCollector, CompletionEncoder
-from ..chat.grammars import compiled, form_of
+from ..chat.forms import form_of
+from ..chat.grammars import compiled
 from ..chat.intake import admitted_request
 from ..chat.prompts import text_prompts
 from ..chat.replies import StreamReply, WholeReply
@@ -17,6 +18,7 @@ from ..chat.reports import reported, wanted_reports
 from ..chat.words import sampler_words
 from ..http.problems import ApiError
 from ..openapi import body_errors, events, reads
+from ..protocol.chat import StreamOptions
 from ..protocol.completions import EXAMPLE, Completion, CompletionRequest
 from ..protocol.sampling import requests_for
 from ..state import ServerState
@@ -75,8 +77,10 @@ def add(app: FastAPI, state: ServerState) -> None:
             answers, reports = reported(state, answers, requests, wanted, caller, texts_of_tokens, echoes)
             token_texts = None if body.logprobs is None else texts_of_tokens
             if body.stream:
-                usage = bool(body.stream_options and body.stream_options.include_usage)
-                encoder = CompletionEncoder(head, echoes, n, usage, token_texts, body.logprobs, reports)
+                usage = body.stream_options or StreamOptions()
+                encoder = CompletionEncoder(
+                    head, echoes, n, bool(usage.include_usage), token_texts, body.logprobs, usage.continuous, reports
+                )
                 return StreamReply(state, places.pop_all(), answers, encoder)
             collector = CompletionCollector(head, echoes, n, token_texts, body.logprobs, reports, returned)
             return WholeReply(state, places.pop_all(), answers, collector.feed, collector.body)
