@@ -69,7 +69,9 @@ class BeamSearch:
     def __init__(self, state: ServerState, request: Request, width: int, length_penalty: float) -> None:
         self._state, self._request, self._width, self._penalty = state, request, width, length_penalty
         sampling = request.sampling
-        self._max_tokens = state.engine.room - len(request.prompt) if sampling.max_tokens is None else sampling.max_tokens
+        self._max_tokens = min(state.settings.max_answer_tokens, state.engine.room - len(request.prompt))
+        if sampling.max_tokens is not None:
+            self._max_tokens = sampling.max_tokens
         self._eos: frozenset[int] = frozenset() if sampling.ignore_eos else state.engine.eos
         self._step = SamplingParams(temperature=0, max_tokens=1, logprobs=2 * width, ignore_eos=True)
         self.cached_tokens = 0
