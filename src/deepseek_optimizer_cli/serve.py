@@ -241,6 +241,14 @@ def serve(
             **_CHAT,
         ),
     ] = None,
+    prefill_assistant: Annotated[
+        bool,
+        typer.Option(
+            "--prefill-assistant",
+            help="Continue a chat's last message if it is the assistant's, instead of answering it.",
+            **_CHAT,
+        ),
+    ] = False,
     max_file_mb: Annotated[
         float,
         typer.Option(
@@ -296,6 +304,7 @@ def serve(
         drain_seconds=drain_seconds,
         tools_format=tool_format,
         reasoning=reasoning,
+        prefill_assistant=prefill_assistant,
         max_answer_tokens=max_answer_tokens,
         model_path=model,
         strict=strict_requests,

@@ -16,7 +16,8 @@ from prometheus_client import CollectorRegistry
 
 from deepseek_optimizer.engine.async_engine import Admission, Answers
 from deepseek_optimizer.engine.detokenizer import Detokenizer
-from deepseek_optimizer.engine.request import Finish, Output, Request, TokenLogprob
+from deepseek_optimizer.engine.prompt_logprobs import PromptLogprobs
+from deepseek_optimizer.engine.request import Finish, Output, Request, TokenLogprob, check_tokens
 from deepseek_optimizer.errors import EngineBusyError, EngineDeadError, RequestError
 
 HIDDEN = 8
@@ -100,12 +101,7 @@ class FakeEngine:
         self.check_alive()
         if len(request.prompt) > self.context - (not request.embed):
             raise RequestError("prompt", f"{len(request.prompt)} tokens, and the context has {self.context}")
-        sampling = request.sampling
-        for field, ids in (
-            ("prompt", request.prompt), ("logit_bias", sampling.logit_bias), ("stop_token_ids", sampling.stop_token_ids)
-        ):  # fmt: skip
-            if any(not 0 <= token < self.vocab_size for token in ids):
-                raise RequestError(field, "has a token that is not in the vocabulary")
+        check_tokens(request, self.vocab_size)
         request = replace(request, id=f"{request.id or 'request'}-{next(self._ids)}")
         answers = Answers(self, request)
         self.seen.append(request)
@@ -214,6 +210,9 @@ class _Sequence:
             vector = np.arange(HIDDEN, dtype=np.float32) + sum(self.request.prompt) / 1000
             return self.put(Output(self.request.id, finish="stop", embedding=vector))
         sampling = self.request.sampling
+        prompt_logprobs = None if self.at else self._prompt_logprobs()
+        if sampling.max_tokens == 0:
+            return self.put(Output(self.request.id, finish="length", prompt_logprobs=prompt_logprobs))
         token = self._choose()
         self.at += 1
         text, stop = self.detokenizer.add(token)
@@ -232,7 +231,17 @@ class _Sequence:
         if sampling.logprobs is not None:
             top = tuple(((token + i) % self.engine.vocab_size, -0.5 - i) for i in range(sampling.logprobs))
             logprobs = [TokenLogprob(token, -0.5, top)]
-        self.put(Output(self.request.id, [token], text, logprobs, finish, reason))
+        self.put(Output(self.request.id, [token], text, logprobs, finish, reason, prompt_logprobs=prompt_logprobs))
+
+    def _prompt_logprobs(self) -> PromptLogprobs | None:
+        """Token t has the logit -t, so that the log probabilities of prompts decrease with their token ids."""
+        top = self.request.prompt_logprobs
+        if top is None:
+            return None
+        logprobs = PromptLogprobs(self.request.prompt, top)
+        for _ in range(len(logprobs)):
+            assert logprobs.add(-np.arange(self.engine.vocab_size, dtype=np.float32))
+        return logprobs
 
     def _choose(self) -> int:
         """The script's token if the grammar allows it, otherwise the first allowed token."""

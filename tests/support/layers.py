@@ -84,7 +84,7 @@ LAYERS = (
         "imported only in `runner` and `sampling/torch_sampler`",
         may=("backends", "cache", "system"),
         levels=(
-            ("adapters", "detokenizer", "draft", "options", "request", "sequence"),
+            ("adapters", "detokenizer", "draft", "options", "prompt_logprobs", "request", "sequence"),
             ("grammar", "sampling"),
             ("running",),
             ("scheduling",),

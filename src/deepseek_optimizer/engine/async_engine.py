@@ -82,7 +82,13 @@ def merged(first: Output, then: Output) -> Output:
     logprobs = first.logprobs
     if then.logprobs is not None:
         logprobs = (first.logprobs or []) + then.logprobs
-    return replace(then, token_ids=first.token_ids + then.token_ids, text=first.text + then.text, logprobs=logprobs)
+    return replace(
+        then,
+        token_ids=first.token_ids + then.token_ids,
+        text=first.text + then.text,
+        logprobs=logprobs,
+        prompt_logprobs=first.prompt_logprobs or then.prompt_logprobs,
+    )
 
 
 class Admission:

@@ -24,7 +24,7 @@ from .detokenizer import Detokenizer
 from .metrics import EngineMetrics
 from .model_facts import ModelFacts
 from .options import EngineOptions
-from .request import Finish, Output, Request
+from .request import Finish, Output, Request, check_tokens
 from .running import Running
 from .sampling.request_sampler import NotANumberError, NoTokenError, RequestSampler
 from .scheduling.batch_size import BatchSize
@@ -36,7 +36,7 @@ from .scheduling.step_times import StepTimes
 from .sequence import Sequence
 from .speculative.base import Proposer
 from .speculative.drafting import Drafting
-from .step_rows import logit_rows, part_of, token_choices
+from .step_rows import logit_rows, part_of, prompt_rows, token_choices
 
 if TYPE_CHECKING:
     from .runner import Runner
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 _TRIES = 3  # number of preemptions of a request that runs alone before it fails
 _PATIENCE = 10.0  # seconds without a step before a request fails
+_PROMPT_LOGITS = 64 << 20  # bytes of a step's logits for log probabilities of prompts
 
 
 class EngineCore:
@@ -96,6 +97,7 @@ class EngineCore:
             BatchSize(low, high, self.times, options.target_itl),
             self.prefix,
             self.sliding,
+            max_prompt_logits=max(facts.chunk or 16, _PROMPT_LOGITS // (4 * facts.vocab_size)),
             invariant=options.batch_invariant,
             lost=self._reset_drafting,
         )
@@ -131,13 +133,7 @@ class EngineCore:
         prompt, sampling, facts = request.prompt, request.sampling, self.facts
         if request.adapter and adapter is None:
             adapters_of(self).check(request.adapter)
-        if not prompt:
-            raise RequestError("prompt", "is empty")
-        if min(prompt) < 0 or max(prompt) >= facts.vocab_size:
-            raise RequestError("prompt", f"has token ids outside the vocabulary of {facts.vocab_size}")
-        for name, tokens in (("logit_bias", sampling.logit_bias), ("stop_token_ids", sampling.stop_token_ids)):
-            if any(t >= facts.vocab_size for t in tokens):
-                raise RequestError(name, f"has token ids outside the vocabulary of {facts.vocab_size}")
+        check_tokens(request, facts.vocab_size)
         room, what, fix = facts.context, "the model's context", "shorten it"
         if self.sliding is not None:
             if not request.embed:
@@ -355,7 +351,12 @@ class EngineCore:
         for chunk in chunks:
             r, sequence = chunk.running, chunk.running.sequence
             count, drafted = chunk.count + len(chunk.drafts), len(chunk.drafts)
-            if r.request.embed:
+            of_prompt = range(row, row + len(prompt_rows(chunk)))
+            row = of_prompt.stop
+            if r.prompt_logprobs is not None and not all(r.prompt_logprobs.add(logits[n]) for n in of_prompt):
+                row += 1 + drafted if chunk.ends else 0
+                outputs.append(self._end(r, "error", error=str(NotANumberError())))
+            elif r.request.embed:
                 self._embed(r, states[begin : begin + count], chunk, outputs)
             elif chunk.ends:
                 generated = r.generated
@@ -393,6 +394,8 @@ class EngineCore:
             row: index of the chunk's first row.
         """
         output = r.output()
+        if not r.generated:
+            output.prompt_logprobs = r.prompt_logprobs
         report_logprobs = r.sampler.sampling.logprobs is not None
         if report_logprobs:
             output.logprobs = []
@@ -404,6 +407,9 @@ class EngineCore:
                     token = r.sampler.choose(logits[row + j], r.generated)
                 elif token == NOT_FINITE:
                     raise NotANumberError
+                if not r.max_tokens:  # the choice has only checked the logits
+                    finish = "length"
+                    break
                 if report_logprobs and output.logprobs is not None:
                     output.logprobs.append(r.sampler.logprob(logits[row + j], token))
                 output.token_ids.append(token)
@@ -423,7 +429,7 @@ class EngineCore:
         if output.token_ids:
             r.starved = 0
             self._record_tokens(r, len(output.token_ids))
-        cached = chunk.start + chunk.count + len(output.token_ids) - 1  # without rejected drafts
+        cached = chunk.start + chunk.count + max(0, len(output.token_ids) - 1)  # without rejected drafts
         self.scheduler.computed(r, cached)
         return self._end(r, finish, output) if finish else output
 

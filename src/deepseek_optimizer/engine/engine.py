@@ -10,6 +10,7 @@ from typing import Any
 
 from .adapters import adapters_of
 from .core import EngineCore
+from .prompt_logprobs import PromptLogprobs
 from .request import Finish, Output, Request, SamplingParams, TokenLogprob, check_text
 
 
@@ -23,6 +24,7 @@ class Completion:
         logprobs, finish, stop_reason, error: as in `Output`.
         prompt_tokens, cached_tokens, dropped_tokens: as in `Output`, at the end.
         embedding: as in `Output`, for requests with `embed`.
+        prompt_logprobs: as in `Output`, for requests with `prompt_logprobs`.
     """
 
     text: str = ""
@@ -35,6 +37,7 @@ class Completion:
     dropped_tokens: int = 0
     embedding: Any = None
     error: str | None = None
+    prompt_logprobs: PromptLogprobs | None = None
 
     def add(self, output: Output) -> None:
         """Adds the output of a step."""
@@ -42,6 +45,8 @@ class Completion:
         self.token_ids += output.token_ids
         if output.logprobs is not None:
             self.logprobs = (self.logprobs or []) + output.logprobs
+        if output.prompt_logprobs is not None:
+            self.prompt_logprobs = output.prompt_logprobs
         self.finish, self.stop_reason, self.error = output.finish, output.stop_reason, output.error
         self.prompt_tokens, self.cached_tokens = output.prompt_tokens, output.cached_tokens
         self.dropped_tokens, self.embedding = output.dropped_tokens, output.embedding

@@ -28,7 +28,20 @@ from .protocol.completions import CompletionRequest
 from .protocol.embeddings import EmbeddingRequest
 from .protocol.models import DetokenizeRequest, TokenizeRequest
 from .protocol.responses import ResponsesRequest
-from .routes import adapters, chat, completions, embeddings, files, models, page, props, responses, status, tokens
+from .routes import (
+    adapters,
+    chat,
+    completions,
+    embeddings,
+    files,
+    models,
+    page,
+    props,
+    responses,
+    status,
+    tokenizer_info,
+    tokens,
+)
 from .settings import ServerSettings
 from .state import ServerState
 
@@ -87,7 +100,7 @@ def create_app(engine: Any, settings: ServerSettings | None = None) -> FastAPI:
         lifespan=lifespan,
     )
     app.state.server = state
-    for route in (chat, completions, responses, embeddings, files, models, props, tokens, status):
+    for route in (chat, completions, responses, embeddings, files, models, props, tokens, tokenizer_info, status):
         route.add(app, state)
     adapters.add(app, state)
     _add_paths_without_v1(app)

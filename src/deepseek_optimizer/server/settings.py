@@ -50,6 +50,8 @@ class ServerSettings:
         tools_format: syntax in which the model writes tool calls, a name in `chat.tools.FORMATS`; None: detected from the chat
             template.
         reasoning: whether reasoning is returned separately from the answer; None: if the chat template supports it.
+        prefill_assistant: continue a chat's last message if it is the assistant's, as llama-server does. A request's
+            `continue_final_message` and `add_generation_prompt` override this.
         sampling: sampling parameters for fields that a request omits, by their names in `SamplingParams`; others have OpenAI's
             defaults.
         sampling_not_thinking: the same for answers without reasoning; None: `sampling`.
@@ -93,6 +95,7 @@ class ServerSettings:
     drain_seconds: float = 30.0
     tools_format: str | None = None
     reasoning: bool | None = None
+    prefill_assistant: bool = False
     sampling: Mapping[str, Any] = field(default_factory=dict)
     sampling_not_thinking: Mapping[str, Any] | None = None
     max_answer_tokens: int = 4096
