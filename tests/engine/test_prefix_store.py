@@ -69,41 +69,41 @@ def right(kind: str, prompt: list[int], count: int = 5) -> list[int]:
 def test_a_new_engine_continues_where_the_last_one_ended(tmp_path, kind):
     prompt, first = text(1, 400), core_with(tmp_path, kind)
     answer = ask(first, prompt, 60)
-    first.close()
+    first.scheduler.close()
     second = core_with(tmp_path, kind)
     follow = [*prompt, *answer.token_ids, *text(2, 30)]
     again = ask(second, follow)
     assert again.cached_tokens == 448 and again.token_ids == right(kind, follow)  # 460 tokens less the unfinished block
     assert ask(second, prompt).cached_tokens == 384
-    second.close()
+    second.scheduler.close()
     edited = [*prompt[:390], *text(3, 40)]  # another question about the same text
     third = core_with(tmp_path, kind)
     other = ask(third, edited)
     assert other.cached_tokens == 384 and other.token_ids == right(kind, edited)
-    third.close()
+    third.scheduler.close()
 
 
 @pytest.mark.parametrize("kind", MODELS)
 def test_parts_in_memory_and_in_files_are_joined(tmp_path, kind):
     prompt, first = text(1, 600), core_with(tmp_path, kind)
     ask(first, prompt)
-    first.close()
+    first.scheduler.close()
     second = core_with(tmp_path, kind)
     ask(second, prompt[:200])
     answer = ask(second, prompt)
     assert answer.cached_tokens == 576 and answer.token_ids == right(kind, prompt)
-    second.close()
+    second.scheduler.close()
 
 
 def test_other_salts_and_texts_find_nothing(tmp_path):
     prompt, first = text(1, 200), core_with(tmp_path)
     ask(first, prompt, salt="a key")
-    first.close()
+    first.scheduler.close()
     second = core_with(tmp_path)
     assert ask(second, prompt).cached_tokens == 0 and ask(second, prompt, salt="another").cached_tokens == 0
     assert ask(second, [0, *prompt[1:]], salt="a key").cached_tokens == 0
     assert ask(second, prompt, salt="a key").cached_tokens == 192
-    second.close()
+    second.scheduler.close()
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -111,7 +111,7 @@ def test_other_salts_and_texts_find_nothing(tmp_path):
 def test_a_damaged_file_costs_time_only(tmp_path, kind, harm, caplog):
     prompt, first = text(1, 400), core_with(tmp_path, kind)
     ask(first, prompt)
-    first.close()
+    first.scheduler.close()
     paths = sorted((tmp_path / bytes(16).hex()).iterdir())
     for path in random.Random(0).sample(paths, len(paths) // 4):
         data = bytearray(path.read_bytes())
@@ -126,7 +126,7 @@ def test_a_damaged_file_costs_time_only(tmp_path, kind, harm, caplog):
     answer = ask(second, prompt)
     assert answer.token_ids == right(kind, prompt) and answer.cached_tokens < 384
     assert harm == "delete" or "prefix cache" in caplog.text
-    second.close()
+    second.scheduler.close()
     if harm != "unreadable":
         assert ask(core_with(tmp_path, kind), prompt).cached_tokens == 384  # written again
 
@@ -134,13 +134,13 @@ def test_a_damaged_file_costs_time_only(tmp_path, kind, harm, caplog):
 def test_requests_with_one_prefix_read_it_once(tmp_path):
     prompt, first = text(1, 640), core_with(tmp_path)
     ask(first, prompt)
-    first.close()
+    first.scheduler.close()
     second = core_with(tmp_path, batch_size_range=(1, 8))
     requests = [Request([*prompt, *text(n, 20)], endless(5), id=str(n), client=str(n)) for n in range(6)]
     answers = run(second, *requests)
     assert all(a.cached_tokens == 640 for a in answers.values()) and second.scheduler.stored.reader.parts == 20
     assert all(answers[r.id].token_ids == expected(r.prompt, 5, None) for r in requests)
-    second.close()
+    second.scheduler.close()
 
 
 class Slow:
@@ -160,7 +160,7 @@ class Slow:
 def test_other_requests_continue_while_one_is_read(tmp_path):
     prompt, first = text(1, 400), core_with(tmp_path)
     ask(first, prompt)
-    first.close()
+    first.scheduler.close()
     slow = Slow(files_in(tmp_path))
     core = make_core(store=slow)
     core.add(Request(prompt, endless(5), id="known"))
@@ -177,13 +177,13 @@ def test_other_requests_continue_while_one_is_read(tmp_path):
         for output in core.step():
             answers[output.request_id].add(output)
     assert answers["known"].cached_tokens == 384 and answers["known"].token_ids == expected(prompt, 5, None)
-    core.close()
+    core.scheduler.close()
 
 
 def test_a_request_that_is_cancelled_while_it_is_read(tmp_path):
     prompt, first = text(1, 400), core_with(tmp_path)
     ask(first, prompt)
-    first.close()
+    first.scheduler.close()
     slow = Slow(files_in(tmp_path))
     core = make_core(store=slow)
     core.add(Request(prompt, endless(5), id="1"))
@@ -195,19 +195,19 @@ def test_a_request_that_is_cancelled_while_it_is_read(tmp_path):
     assert answer.cached_tokens == 384 and answer.token_ids == expected(prompt, 5, None)
     core.add(Request(text(7, 100), endless(5), id="2"))
     core.step()
-    core.close()
+    core.scheduler.close()
 
 
 def test_an_engine_that_ends_while_it_reads_leaks_no_block(tmp_path):
     prompt, first = text(1, 400), core_with(tmp_path)
     ask(first, prompt)
-    first.close()
+    first.scheduler.close()
     slow = Slow(files_in(tmp_path))
     core = make_core(store=slow)
     core.add(Request(prompt, endless(5), id="1"))
     core.step()
     slow.allowed.set()
-    core.close()
+    core.scheduler.close()
     assert blocks_in_use(core) == 0
 
 
@@ -215,13 +215,13 @@ def test_an_engine_that_ends_while_it_reads_leaks_no_block(tmp_path):
 def test_a_cache_that_is_too_small_for_the_stored_prefix(tmp_path, kind):
     prompt, first = text(1, 600), core_with(tmp_path, kind)
     ask(first, prompt)
-    first.close()
+    first.scheduler.close()
     small = core_with(tmp_path, kind, step_tokens=64, blocks={"window": 14, "groups": 50}.get(kind, 24))
     others = [Request(text(n, 300), endless(40), id=f"o{n}") for n in range(3)]
     answers = run(small, *others, Request(prompt, endless(5), id="1"))
     assert answers["1"].token_ids == right(kind, prompt)
     assert all(answers[r.id].token_ids == right(kind, r.prompt, 40) for r in others)
-    small.close()
+    small.scheduler.close()
 
 
 def test_the_size_limit_holds_and_recent_prefixes_stay(tmp_path):
@@ -229,12 +229,12 @@ def test_the_size_limit_holds_and_recent_prefixes_stay(tmp_path):
     core = core_with(tmp_path, max_bytes=limit)
     for n in range(8):
         ask(core, text(n, 320))
-    core.close()
+    core.scheduler.close()
     sizes = [path.stat().st_size for path in (tmp_path / bytes(16).hex()).iterdir()]
     assert sum(sizes) <= limit and core.scheduler.stored.store.evicted_files >= 20
     again = core_with(tmp_path, max_bytes=limit)
     assert ask(again, text(7, 320)).cached_tokens == 288 and ask(again, text(0, 320)).cached_tokens == 0
-    again.close()
+    again.scheduler.close()
 
 
 def test_errors_of_the_disk_do_not_reach_requests(tmp_path, monkeypatch, caplog):
@@ -245,7 +245,7 @@ def test_errors_of_the_disk_do_not_reach_requests(tmp_path, monkeypatch, caplog)
 
     monkeypatch.setattr(core.scheduler.stored.store, "write", full)
     assert ask(core, text(1, 200)).token_ids == expected(text(1, 200), 5, None)
-    core.close()
+    core.scheduler.close()
     assert caplog.text.count("cannot be written") == 1 and "No space" in caplog.text
     assert core.scheduler.stored.writer.dropped == 6  # 204 tokens
 
@@ -253,7 +253,7 @@ def test_errors_of_the_disk_do_not_reach_requests(tmp_path, monkeypatch, caplog)
 def test_metrics(tmp_path):
     prompt, first = text(1, 200), core_with(tmp_path)
     ask(first, prompt)
-    first.close()
+    first.scheduler.close()
     second = core_with(tmp_path)
     ask(second, prompt)
     values = {
@@ -270,7 +270,7 @@ def test_metrics(tmp_path):
         "read_total": 6,
         "read_bytes_total": 6 * BLOCK_BYTES,
     }
-    second.close()
+    second.scheduler.close()
 
 
 def test_an_engine_is_a_context_that_writes_the_rest(tmp_path):
@@ -324,6 +324,6 @@ class _Worker(threading.Thread):
     def run(self) -> None:
         try:
             run_with_arrivals(self.core, *self.arguments)
-            self.core.close()
+            self.core.scheduler.close()
         except BaseException as error:
             self.error = error

@@ -18,8 +18,9 @@ import torch
 from deepseek_optimizer.backends.sampling import choose_tokens
 from deepseek_optimizer.cache import HOLE, BlockManager, Forgetting, Groups
 from deepseek_optimizer.cache.block_manager import BLOCK_TOKENS
-from deepseek_optimizer.engine.core import EngineCore, ModelFacts
+from deepseek_optimizer.engine.core import EngineCore
 from deepseek_optimizer.engine.engine import Completion
+from deepseek_optimizer.engine.model_facts import ModelFacts
 from deepseek_optimizer.engine.options import EngineOptions
 from deepseek_optimizer.engine.request import Request
 
@@ -247,5 +248,5 @@ def run_with_arrivals(
             assert request.id in cancelled and answer.token_ids == wanted[: len(answer.token_ids)]
         else:
             assert answer.finish == "length" and answer.token_ids == wanted
-    core.close()
+    core.scheduler.close()
     assert blocks_in_use(core) == 0

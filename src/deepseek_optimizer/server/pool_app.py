@@ -12,7 +12,7 @@ from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 
 from . import openapi
-from .app import add_routes, new_app
+from .app import add_paths_without_v1, add_routes, new_app
 from .http.page_files import page_files
 from .pool.dispatcher import Dispatcher
 from .pool.model_list import ModelFile
@@ -72,8 +72,9 @@ def create_pool_app(pool: ModelPool) -> FastAPI:
     pool_routes.add(app, pool)
     files.add(app, pool)
     _add_status(app, pool, registry)
+    add_paths_without_v1(app)
     page.add(app, assets)
-    openapi.install(app, [ModelNameRequest], bool(pool.settings.keys))
+    openapi.install(app, [ModelNameRequest], bool(pool.settings.keys), pool.settings.strict)
     app.mount("/", Dispatcher(pool))
     return app
 

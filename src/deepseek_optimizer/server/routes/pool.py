@@ -13,6 +13,7 @@ from ..pool.model_pool import ModelPool
 from ..pool.pooled_model import PooledModel
 from ..protocol.base import parse
 from ..protocol.models import EXAMPLE_MODEL_NAME, Done, ModelNameRequest, PooledModelCard, PooledModelList
+from ..protocol.tolerance import parse_tolerantly
 from . import models
 
 
@@ -40,7 +41,11 @@ def add(app: FastAPI, pool: ModelPool) -> None:
     async def named(request: Request) -> PooledModel:
         pool.check_accepting()
         body, _ = await pool.shared.bodies.read(request)
-        return await pool.find(parse(ModelNameRequest, body).model)
+        if pool.settings.strict:
+            return await pool.find(parse(ModelNameRequest, body).model)
+        parsed, ignored = parse_tolerantly(ModelNameRequest, body)
+        request.state.ignored_fields.extend(ignored)
+        return await pool.find(parsed.model)
 
     @app.post(
         "/models/load",
