@@ -54,6 +54,9 @@ def test_wrong_options(serve, tmp_path):
     assert "hermes" in error_of(serve("--tool-format", "nothing"))
     assert "model, vllm, openai" in error_of(serve("--generation-config", "auto"))
     assert "no-model" in error_of(serve("--port", 0))
+    assert "NAME=PATH" in error_of(serve("--lora", "name"))
+    assert "given twice" in error_of(serve("--lora", "a=x", "--lora", "a=y"))
+    assert "lora_dir" in error_of(serve("--allow-lora-loading"))
 
 
 def test_a_used_port_is_reported_before_loading(serve):

@@ -22,12 +22,26 @@ from .http.ignored_fields import HEADER
 from .http.metrics import HttpMetrics
 from .http.page_files import page_files
 from .http.problems import ApiError, problem
+from .protocol.adapters import LoadAdapterRequest, UnloadAdapterRequest
 from .protocol.chat import ChatRequest
 from .protocol.completions import CompletionRequest
 from .protocol.embeddings import EmbeddingRequest
 from .protocol.models import DetokenizeRequest, TokenizeRequest
 from .protocol.responses import ResponsesRequest
-from .routes import chat, completions, embeddings, files, models, page, props, responses, status, tokens
+from .routes import (
+    adapters,
+    chat,
+    completions,
+    embeddings,
+    files,
+    models,
+    page,
+    props,
+    responses,
+    status,
+    tokenizer_info,
+    tokens,
+)
 from .settings import ServerSettings
 from .state import ServerState
 
@@ -86,8 +100,9 @@ def create_app(engine: Any, settings: ServerSettings | None = None) -> FastAPI:
         lifespan=lifespan,
     )
     app.state.server = state
-    for route in (chat, completions, responses, embeddings, files, models, props, tokens, status):
+    for route in (chat, completions, responses, embeddings, files, models, props, tokens, tokenizer_info, status):
         route.add(app, state)
+    adapters.add(app, state)
     _add_paths_without_v1(app)
     page.add(app, assets)
     bodies: list[type[BaseModel]] = [
@@ -98,6 +113,8 @@ def create_app(engine: Any, settings: ServerSettings | None = None) -> FastAPI:
         TokenizeRequest,
         DetokenizeRequest,
     ]
+    if settings.allow_lora_loading:
+        bodies += [LoadAdapterRequest, UnloadAdapterRequest]
     openapi.install(app, bodies, bool(settings.keys), settings.strict)
     return app
 
