@@ -88,6 +88,7 @@ OPERATIONS = [
     ("GET", "/v1/models"),
     ("GET", "/v1/models/{model}"),
     ("GET", "/props"),
+    ("GET", "/tokenizer_info"),
     ("GET", "/health"),
     ("GET", "/ready"),
     ("GET", "/metrics"),
