@@ -115,7 +115,8 @@ def _core(
         if options.batch_invariant:
             raise ConfigError("batch_invariant=True and cache_window: the window slides depending on the batch; choose one")
         key_rotation(runtime.graph)  # raises an error if this model's keys cannot be moved to other positions
-    plan, adapters = (runtime.plan, None) if not options.max_loras else _plan_with_adapters(runtime, options, name)
+    adapted = _plan_with_adapters(runtime, options, name) if options.max_loras else None
+    adapters = None if adapted is None else adapted[1]
     for adapter, path in first_adapters.items():  # before the cache, whose size depends on the memory that is left
         assert adapters is not None
         adapters.load(adapter, path)
@@ -133,7 +134,7 @@ def _core(
         chunk=_LATENT_CHUNK if latent and not options.batch_invariant else None,
         plain=None if rope is None else rope.context,
     )
-    runner = Runner(plan, arena, vocab, None if adapters is None else adapters.store)
+    runner = Runner(runtime.plan, arena, vocab, None if adapted is None else (adapted[0], adapted[1].store))
     draft = None if other is None else _draft_model(runtime, other, options)
     proposers = _proposers(runtime, arena, draft) if drafts else None
     core = EngineCore(runner, arena, facts, options, tokenizer, proposers, keep=(model, draft_model), adapters=adapters)
@@ -141,7 +142,7 @@ def _core(
 
 
 def _plan_with_adapters(runtime: Runtime, options: EngineOptions, name: str) -> tuple[Plan, Adapters]:
-    """Returns a plan with sites for adapters, and the adapters, of which none is loaded yet."""
+    """Returns a plan for steps with adapters, and the adapters, of which none is loaded yet."""
     backend = runtime.backend
     if not backend.capabilities.adapters:
         raise ConfigError(f'max_loras: the {backend.name} backend does not support adapters; use backend="cpu"')
