@@ -223,6 +223,7 @@ class Request:
             has them.
         client: identifier of the client. Among requests of one priority, clients take turns, so that a request waits for
             earlier ones of the same client only.
+        adapter: name of the LoRA adapter to use; "": the model without one.
     """
 
     prompt: list[int]
@@ -235,6 +236,7 @@ class Request:
     drafts: bool | None = None
     pinned: tuple[tuple[int, int], ...] = ()
     client: str = ""
+    adapter: str = ""
     prompt_logprobs: int | None = None
 
     def __post_init__(self) -> None:

@@ -22,10 +22,11 @@ class StreamOptions(Body):
     continuous_usage_stats: bool | None = Field(None, description="Requires include_usage: every chunk has the usage so far.")
     include_obfuscation: Ignored
 
-    @property
-    def continuous(self) -> bool:
-        """Whether every chunk has the usage so far."""
-        return bool(self.include_usage and self.continuous_usage_stats)
+
+def usage_in_stream(options: StreamOptions | None) -> tuple[bool, bool]:
+    """Whether a stream has a last chunk with the usage, and whether every chunk has the usage so far."""
+    last = options is not None and bool(options.include_usage)
+    return last, last and options is not None and bool(options.continuous_usage_stats)
 
 
 class ChatRequest(Sampling, Guided):

@@ -156,6 +156,7 @@ def requests_for(
     deadline: float,
     priority: int | None,
     pinned: tuple[tuple[int, int], ...] = (),
+    adapter: str = "",
     cache_salt: str | None = None,
     prompt_logprobs: int | None = None,
 ) -> list[Request]:
@@ -171,6 +172,7 @@ def requests_for(
         deadline: time of `time.monotonic`.
         priority: None: 0.
         pinned: (begin, end) of prompt tokens that a cache window must keep.
+        adapter: name of a LoRA adapter; "": none.
         cache_salt: of the request, in addition to the key's.
         prompt_logprobs: see `Request`.
     """
@@ -185,6 +187,7 @@ def requests_for(
             client=client,
             deadline=deadline,
             priority=priority or 0,
+            adapter=adapter,
             prompt_logprobs=prompt_logprobs,
         )
         for prompt in prompts

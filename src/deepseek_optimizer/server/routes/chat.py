@@ -20,7 +20,7 @@ from ..chat.words import sampler_words
 from ..document_chats.chats import prepare_chat_with_files
 from ..http.problems import ApiError
 from ..openapi import body_errors, events, reads
-from ..protocol.chat import EXAMPLE, ChatCompletion, ChatRequest, StreamOptions
+from ..protocol.chat import EXAMPLE, ChatCompletion, ChatRequest, usage_in_stream
 from ..protocol.messages import AssistantMessage, NamedTool
 from ..protocol.sampling import requests_for
 from ..state import ServerState
@@ -66,20 +66,20 @@ def add(app: FastAPI, state: ServerState) -> None:
             )
             wanted = wanted_reports(body, [prepared.ids], n, bool(body.stream))
             name = f"chatcmpl-{uuid.uuid4().hex}"
-            head = {"id": name, "created": int(time.time()), "model": state.model_name}
+            head = {"id": name, "created": int(time.time()), "model": caller.adapter or state.model_name}
             requests = requests_for(
                 [prepared.ids], params, n, id=name, salt=request.state.salt, client=caller.key,
-                deadline=caller.deadline, priority=body.priority, pinned=prepared.pinned, cache_salt=body.cache_salt,
-                prompt_logprobs=wanted.prompt_logprobs,
+                deadline=caller.deadline, priority=body.priority, pinned=prepared.pinned, adapter=caller.adapter,
+                cache_salt=body.cache_salt, prompt_logprobs=wanted.prompt_logprobs,
             )  # fmt: skip
             texts_of_tokens = TokenIdTexts(state.texts) if body.return_tokens_as_token_ids else state.texts
             answers, parsed = prepared.submit(requests, one_call, beam_start(state, body, n, caller))
             answers, reports = reported(state, answers, requests, wanted, caller, texts_of_tokens)
             texts, dropped = texts_of_tokens if body.logprobs else None, prepared.dropped
             if body.stream:
-                usage = body.stream_options or StreamOptions()
+                last, every = usage_in_stream(body.stream_options)
                 make = ChatEncoder if body.functions is None else FunctionEncoder
-                encoder = make(head, parsed, texts, bool(usage.include_usage), dropped, usage.continuous, reports)
+                encoder = make(head, parsed, texts, last, dropped, every, reports)
                 return StreamReply(state, places.pop_all(), answers, encoder)
             collect = ChatCollector if body.functions is None else FunctionCollector
             collector = collect(head, parsed, texts, dropped, reports)

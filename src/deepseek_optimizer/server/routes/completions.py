@@ -18,7 +18,7 @@ from ..chat.reports import reported, wanted_reports
 from ..chat.words import sampler_words
 from ..http.problems import ApiError
 from ..openapi import body_errors, events, reads
-from ..protocol.chat import StreamOptions
+from ..protocol.chat import usage_in_stream
 from ..protocol.completions import EXAMPLE, Completion, CompletionRequest
 from ..protocol.sampling import requests_for
 from ..state import ServerState
@@ -59,7 +59,7 @@ def add(app: FastAPI, state: ServerState) -> None:
                 echoes = [str(text) for text in texts for _ in range(n)]
             wanted = wanted_reports(body, prompts, n, bool(body.stream), body.logprobs if body.echo else None)
             name = f"cmpl-{uuid.uuid4().hex}"
-            head = {"id": name, "created": int(time.time()), "model": state.model_name}
+            head = {"id": name, "created": int(time.time()), "model": caller.adapter or state.model_name}
             requests = requests_for(
                 prompts,
                 params,
@@ -69,6 +69,7 @@ def add(app: FastAPI, state: ServerState) -> None:
                 client=caller.key,
                 deadline=caller.deadline,
                 priority=body.priority,
+                adapter=caller.adapter,
                 cache_salt=body.cache_salt,
                 prompt_logprobs=wanted.prompt_logprobs,
             )
@@ -77,10 +78,8 @@ def add(app: FastAPI, state: ServerState) -> None:
             answers, reports = reported(state, answers, requests, wanted, caller, texts_of_tokens, echoes)
             token_texts = None if body.logprobs is None else texts_of_tokens
             if body.stream:
-                usage = body.stream_options or StreamOptions()
-                encoder = CompletionEncoder(
-                    head, echoes, n, bool(usage.include_usage), token_texts, body.logprobs, usage.continuous, reports
-                )
+                last, every = usage_in_stream(body.stream_options)
+                encoder = CompletionEncoder(head, echoes, n, last, token_texts, body.logprobs, every, reports)
                 return StreamReply(state, places.pop_all(), answers, encoder)
             collector = CompletionCollector(head, echoes, n, token_texts, body.logprobs, reports, returned)
             return WholeReply(state, places.pop_all(), answers, collector.feed, collector.body)
