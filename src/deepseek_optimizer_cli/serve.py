@@ -150,12 +150,14 @@ def serve(
             **_CHAT,
         ),
     ] = None,
+    chat_template: o.ChatTemplate = None,
     tool_format: Annotated[
         str | None,
         typer.Option(
             "--tool-format",
             metavar="NAME",
-            help="Syntax in which the model writes tool calls. Default: detected from the chat template.",
+            help="Syntax in which the model writes tool calls; generic: for models without tools. Default: detected from the "
+            "chat template, or generic.",
             **_CHAT,
         ),
     ] = None,
@@ -193,6 +195,7 @@ def serve(
     if missing:
         raise ValueError(f'the server needs {", ".join(missing)}; install with: pip install "deepseek-optimizer[serve]"')
 
+    from deepseek_optimizer.chat.named_template import read_template
     from deepseek_optimizer.chat.tools import FORMATS
     from deepseek_optimizer.errors import ConfigError
     from deepseek_optimizer.server.keys import read_keys
@@ -203,6 +206,7 @@ def serve(
     if name is not None and not name.strip():
         raise ConfigError("--served-model-name must not be empty")
     # Validate every option before loading the model.
+    template = None if chat_template is None else read_template(chat_template)
     keys = read_keys(api_key_file)
     file_memory = max(1, int(file_memory_mb * 1e6))
     settings = ServerSettings(
@@ -231,10 +235,17 @@ def serve(
         "drafts": drafts,
         "cache_window": cache_window,
     }
-    _serve(model, name, fields, settings, options)
+    _serve(model, name, template, fields, settings, options)
 
 
-def _serve(model: str, name: str | None, fields: dict[str, Any], settings: ServerSettings, options: dict[str, Any]) -> None:
+def _serve(
+    model: str,
+    name: str | None,
+    template: str | None,
+    fields: dict[str, Any],
+    settings: ServerSettings,
+    options: dict[str, Any],
+) -> None:
     import logging
     from dataclasses import replace
 
@@ -253,7 +264,7 @@ def _serve(model: str, name: str | None, fields: dict[str, Any], settings: Serve
     sock = listener(settings.host, settings.port)
     if "kv_cache_memory" in fields:
         check_granted(fields["kv_cache_memory"], free_memory())
-    loaded, tokenizer = load(model, fields)
+    loaded, tokenizer = load(model, fields, template)
     settings = replace(settings, sampling=_default_sampling(loaded))
     engine = make_async_engine(loaded, tokenizer, model_name=name, **options)
     facts = report(loaded)
