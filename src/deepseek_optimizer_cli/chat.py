@@ -99,14 +99,14 @@ def chat(
 
 def _local(model: str, chat_template: str | None, fields: dict[str, Any], sampling: dict[str, Any]) -> Speaker:
     from deepseek_optimizer import make_engine
-    from deepseek_optimizer.chat.local import EngineSpeaker, default_sampling
+    from deepseek_optimizer.chat.local import EngineSpeaker, chat_sampling
     from deepseek_optimizer.chat.named_template import read_template
 
     from .model import load
 
     template = None if chat_template is None else read_template(chat_template)
     loaded, tokenizer = load(model, fields, template)
-    return EngineSpeaker(make_engine(loaded, tokenizer), default_sampling(loaded, **sampling))
+    return EngineSpeaker(make_engine(loaded, tokenizer), chat_sampling(loaded, model, **sampling))
 
 
 def _remote(url: str, key: str | None, name: str | None, sampling: dict[str, Any]) -> Speaker:

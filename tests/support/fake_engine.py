@@ -9,6 +9,7 @@ import itertools
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 from prometheus_client import CollectorRegistry
@@ -51,7 +52,9 @@ class FakeEngine:
         self.model_name, self.step_seconds, self.vocab_size = model_name, step_seconds, len(tokenizer)
         self.eos = frozenset({tokenizer.eos_token_id})
         self.cache_window: int | None = None
+        self.adapters: list[SimpleNamespace] = []
         self.room = context
+        self.max_running = capacity
         self.registry = CollectorRegistry()
         self.alive = False
         self.steps = 0
@@ -109,6 +112,16 @@ class FakeEngine:
         self._running[request.id] = _Sequence(self, request, answers)
         self._wake.set()
         return answers
+
+    def load_adapter(self, name: str, path: object) -> None:
+        if any(adapter.name == name for adapter in self.adapters):
+            raise RequestError("lora_name", f"{name!r} has already been loaded; unload it first")
+        self.adapters.append(SimpleNamespace(name=name, path=path, created=1))
+
+    def unload_adapter(self, name: str) -> None:
+        if all(adapter.name != name for adapter in self.adapters):
+            raise RequestError("lora_name", f"there is no adapter {name!r}")
+        self.adapters = [adapter for adapter in self.adapters if adapter.name != name]
 
     def cancel(self, request_id: str) -> None:
         if request_id in self._running:

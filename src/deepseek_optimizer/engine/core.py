@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +19,10 @@ from ..cache.block_manager import SequenceBlocks
 from ..cache.forgetting import Groups, max_tokens
 from ..cache.prefix_cache import PrefixCache
 from ..errors import BackendError, CheckpointChangedError, RequestError, shown
+from .adapters import Adapter, Adapters, adapters_of
 from .detokenizer import Detokenizer
 from .metrics import EngineMetrics
+from .model_facts import ModelFacts
 from .options import EngineOptions
 from .request import Finish, Output, Request
 from .running import Running
@@ -45,27 +46,6 @@ _TRIES = 3  # number of preemptions of a request that runs alone before it fails
 _PATIENCE = 10.0  # seconds without a step before a request fails
 
 
-@dataclass(frozen=True)
-class ModelFacts:
-    """Properties of a model that the engine needs.
-
-    Attributes:
-        vocab_size: number of logits per row.
-        hidden_size: size of the hidden states.
-        context: context length in tokens, the maximum of prompt and text together.
-        eos: end-of-text token ids.
-        chunk: fixed chunk size in tokens for prompts, for models whose results depend on the chunking; None: any size.
-        plain: with dynamic RoPE, the length in tokens up to which frequencies are not scaled; None: they never are.
-    """
-
-    vocab_size: int
-    hidden_size: int
-    context: int
-    eos: frozenset[int]
-    chunk: int | None = None
-    plain: int | None = None
-
-
 class EngineCore:
     """Schedules and runs requests; the base of `Engine` and `AsyncEngine`.
 
@@ -78,6 +58,7 @@ class EngineCore:
         proposers: (proposer, maximum number of drafts per round) of speculative decoding, in the order in which they are tried.
         clock: returns the time in seconds.
         keep: objects to keep alive as long as the engine, such as the model.
+        adapters: the adapters that requests may use; None: the runner's plan supports none.
     """
 
     def __init__(
@@ -90,7 +71,9 @@ class EngineCore:
         proposers: list[tuple[Proposer, int]] | None = None,
         clock: Callable[[], float] = time.monotonic,
         keep: Any = None,
+        adapters: Adapters | None = None,
     ) -> None:
+        self.adapters = adapters
         self.runner, self.memory, self.facts, self.options, self.tokenizer = runner, memory, facts, options, tokenizer
         self.clock, self._keep = clock, keep
         self.times = StepTimes()
@@ -135,13 +118,19 @@ class EngineCore:
         """Maximum number of tokens of a sequence that fits in the cache alone, up to the model's context."""
         return max_tokens(self.groups, self.blocks, self.options.step_tokens, self.facts.context)
 
-    def check(self, request: Request) -> int:
+    def check(self, request: Request, adapter: Adapter | None = None) -> int:
         """Checks a request and returns the maximum number of tokens to generate for it.
+
+        Args:
+            request: the request.
+            adapter: the adapter that it names, if the caller has acquired that already.
 
         Raises:
             RequestError: the request can never be served.
         """
         prompt, sampling, facts = request.prompt, request.sampling, self.facts
+        if request.adapter and adapter is None:
+            adapters_of(self).check(request.adapter)
         if not prompt:
             raise RequestError("prompt", "is empty")
         if min(prompt) < 0 or max(prompt) >= facts.vocab_size:
@@ -165,8 +154,13 @@ class EngineCore:
             raise RequestError("prompt", f"{len(prompt)} tokens{more} do not fit {what} of {room} tokens; {fix}")
         return room - len(prompt) if sampling.max_tokens is None else max_tokens
 
-    def add(self, request: Request) -> None:
+    def add(self, request: Request, adapter: Adapter | None = None) -> None:
         """Adds a request to the waiting ones.
+
+        Args:
+            request: the request.
+            adapter: the adapter that it names, if the caller has acquired that already; the engine releases it when the request
+                ends.
 
         Raises:
             RequestError: a request with this id is in the engine already, or the request can never be served.
@@ -177,7 +171,7 @@ class EngineCore:
         if self.idle:
             self._idle_since = None
         self._count += 1
-        max_tokens = self.check(request)
+        max_tokens = self.check(request, adapter)
         reach = self._reach(request, max_tokens)
         with self.memory.locked() as manager:
             interval = self.memory.state_interval if self.prefix is not None and not request.embed else 0
@@ -199,6 +193,9 @@ class EngineCore:
             pinned=self._pinned(request),
             frequencies=0 if self.facts.plain is None or reach <= self.facts.plain else reach,
         )
+        if request.adapter:
+            running.adapter = adapter or adapters_of(self).acquire(request.adapter)
+            sequence.adapter = running.adapter.slot
         self._requests[request.id] = running
         self.scheduler.add(running)
 
@@ -293,7 +290,8 @@ class EngineCore:
         for chunk in chunks:
             if chunk.running.started is None:
                 chunk.running.started = now
-        chunks.sort(key=lambda s: s.phase)  # stable; DECODE first
+        # Stable; DECODE first, and the rows of each adapter together.
+        chunks.sort(key=lambda s: (s.phase, s.running.sequence.adapter))
         return chunks
 
     def _check_stalled(self) -> list[Output]:
@@ -470,6 +468,8 @@ class EngineCore:
             output.text += r.text.end()
         del self._requests[r.request.id]
         self.scheduler.remove(r)
+        if r.adapter is not None and self.adapters is not None:
+            self.adapters.release(r.adapter)
         if self.drafting:
             self.drafting.forget(r, ended=True)
         self.metrics.ended(r, finish, self.clock())

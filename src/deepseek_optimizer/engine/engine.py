@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
+from .adapters import adapters_of
 from .core import EngineCore
 from .request import Finish, Output, Request, SamplingParams, TokenLogprob, check_text
 
@@ -60,6 +62,22 @@ class Engine:
     @property
     def tokenizer(self) -> Any:
         return self.core.tokenizer
+
+    def load_adapter(self, name: str, path: str | Path) -> None:
+        """Loads a LoRA adapter, which requests can then choose by `Request.adapter`.
+
+        Args:
+            name: its name.
+            path: a directory as PEFT writes it.
+
+        Raises:
+            RequestError, AdapterError, CheckpointError, NotEnoughMemoryError: see `Adapters.load`.
+        """
+        adapters_of(self.core).load(name, path)
+
+    def unload_adapter(self, name: str) -> None:
+        """Unloads a LoRA adapter. Raises RequestError if there is none of this name."""
+        adapters_of(self.core).unload(name)
 
     def generate(
         self, prompts: Sequence[str | list[int] | Request], sampling: SamplingParams | None = None

@@ -161,6 +161,7 @@ class Request:
         pinned: (begin, end) ranges of prompt tokens that a sliding window must keep; the first `sinks` tokens always stay.
         client: identifier of the client. Among requests of one priority, clients take turns, so that a request waits for
             earlier ones of the same client only.
+        adapter: name of the LoRA adapter to use; "": the model without one.
     """
 
     prompt: list[int]
@@ -173,6 +174,7 @@ class Request:
     drafts: bool | None = None
     pinned: tuple[tuple[int, int], ...] = ()
     client: str = ""
+    adapter: str = ""
 
 
 @dataclass(frozen=True)

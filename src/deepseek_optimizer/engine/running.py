@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..cache.prefix_cache import Key
+from .adapters import Adapter
 from .detokenizer import Detokenizer
 from .request import Output, Request
 from .sampling.request_sampler import RequestSampler
@@ -43,6 +44,7 @@ class Running:
         pinned: ranges of tokens that a sliding window must keep, as positions in the current sequence.
         started, first, last: times of admission, of the first token and of the latest token, by the engine's clock.
         cancelled: whether the request is to be ended by the next step.
+        adapter: the LoRA adapter that it uses.
     """
 
     number: int
@@ -70,6 +72,7 @@ class Running:
     first: float | None = None
     last: float | None = None
     cancelled: bool = False
+    adapter: Adapter | None = None
 
     @property
     def order(self) -> tuple[int, int]:

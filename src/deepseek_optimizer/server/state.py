@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from ..chat.reasoning import thinks
@@ -15,6 +16,7 @@ from ..engine.grammar.compiler import GrammarCompiler
 from ..engine.grammar.source import GrammarSource
 from ..engine.request import CompiledGrammar, Request
 from ..errors import EngineBusyError, RequestError, WorkerLostError
+from .adapters import AdapterLoading
 from .documents.file_store import FileStore
 from .documents.preparation import Preparation
 from .documents.reader import DocumentReader
@@ -66,9 +68,10 @@ class ServerState:
         self.documents = Preparation(self._tokenizer_copy, engine.room, settings.max_file_bytes_total, max_per_client, max_jobs)
         self.files = FileStore(settings, self.documents.forget)
         self.reader = DocumentReader(settings, workers, max_per_client, max_jobs)
+        self.adapters = AdapterLoading(engine, settings)
         self.queues = [
             self.bodies.queue, *self._tokenizing.queues, self._looking_up, self._compiling, self.reader.queue,
-            *self.documents.queues,
+            *self.documents.queues, self.adapters.queue,
         ]  # fmt: skip
         engine.registry.register(QueueCollector(self.queues, engine.model_name))
 
@@ -111,8 +114,12 @@ class ServerState:
         Raises:
             ApiError: 404, it is not the model that is served.
         """
-        if name is not None and name != self.model_name:
+        if name is not None and name != self.model_name and not self.adapter_named(name):
             raise ApiError(404, "there is no such model; /v1/models lists the models", param="model", code="model_not_found")
+
+    def adapter_named(self, name: str | None) -> str:
+        """The LoRA adapter that a request's `model` names; "" if it names none."""
+        return next((adapter.name for adapter in self.engine.adapters if adapter.name == name), "")
 
     def deadline(self, arrived: float) -> float:
         """The deadline of a request; both times are of `time.monotonic`."""
@@ -144,7 +151,8 @@ class ServerState:
         return await self._compiling.run(caller.key, lambda: self.grammars.compile(source), caller.deadline)
 
     def submit(self, requests: list[Request]) -> list[Any]:
-        """Submits requests to the engine, all of them or none.
+        """Submits requests to the engine, all of them or none. Those without a maximum length of the answer get that of the
+        settings.
 
         Returns: the answers of each request.
 
@@ -154,12 +162,27 @@ class ServerState:
         answers: list[Any] = []
         try:
             for request in requests:
-                answers.append(self.engine.submit(request))
+                answers.append(self.engine.submit(self._bounded(request)))
         except BaseException:
             for submitted in answers:
                 submitted.cancel()
             raise
         return answers
+
+    @property
+    def max_answer_tokens(self) -> int:
+        """Maximum number of tokens of an answer whose request gives none."""
+        return min(self.settings.max_answer_tokens, self.engine.context)
+
+    def _bounded(self, request: Request) -> Request:
+        sampling = request.sampling
+        if sampling.max_tokens is not None or request.embed:
+            return request
+        max_tokens = max(self.settings.max_answer_tokens, sampling.min_tokens)
+        room = self.engine.room - (len(request.prompt) if self.engine.cache_window is None else 0)
+        if max_tokens >= room:  # the engine ends the answer there
+            return request
+        return replace(request, sampling=replace(sampling, max_tokens=max_tokens))
 
     async def _tokenizer_copy(self, caller: Caller) -> Any:
         """A copy of the tokenizer, made on the only thread that uses the original."""
@@ -190,6 +213,7 @@ class ServerState:
         for queue in (self._looking_up, self._compiling, self.bodies.queue):
             queue.close()
         self._tokenizing.close()
+        self.adapters.queue.close()
         self.reader.close()
         self.documents.close()
         self.grammars.close()

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 
 from ...errors import RequestError, excerpt, shown
 from .json_schema import Enforced, normalize
-from .source import GrammarSource, checked
+from .source import GrammarSource, checked_source
 
 MAX_CALLS = 128  # maximum number of calls in one answer
 _MAX_OF_TOOLS = 1 << 20  # characters of the schemas of all tools together
@@ -110,8 +110,9 @@ def tools_source(
 
 
 def structure_source(wanted: Format, field: str) -> GrammarSource:
-    """Returns the source for a format of xgrammar's structural tags; errors as of `checked`."""
-    return checked("structure", json.dumps({"type": "structural_tag", "format": wanted}), field)
+    """Returns the source for a format of xgrammar's structural tags in which special tokens are tokens; errors as of
+    `checked_source`."""
+    return checked_source("calls", json.dumps({"type": "structural_tag", "format": wanted}), field)
 
 
 def as_format(source: GrammarSource) -> Format:
@@ -126,7 +127,7 @@ def as_format(source: GrammarSource) -> Format:
         return dict(json.loads(source.text))
     if source.kind == "ebnf":
         return {"type": "grammar", "grammar": source.text}
-    if source.kind == "structure":
+    if source.kind in ("structure", "calls"):
         return dict(json.loads(source.text)["format"])
     raise RequestError(source.field, "this kind of grammar is not supported together with tools or channels")
 

@@ -161,7 +161,7 @@ class GrammarCompiler:
 
     def _compile(self, source: GrammarSource) -> _Compiled | RequestError:
         workers = self._started()
-        wanted = self._special.replaced(source.text) if source.kind == "structure" else source.text
+        wanted = self._special.replaced(source.text) if source.kind == "calls" else source.text
         try:
             text = workers.call({"kind": source.kind, "source": wanted})
         except JobError as error:

@@ -24,6 +24,7 @@ dso_line ::= ("" | ("\\n" [ ]{0, 20}))
 _EMPTY = re.compile(r'"([{\[])" "([}\]])"')
 _DIGITS = re.compile(r"\[0-9\]\*")  # of a number without bounds
 _DIGIT = re.compile(r"(?m)^(\w+) ::= \(\(\[0-9\]\)\)$")  # a rule for one digit
+_ANY_OBJECT = {"schema": {"type": "object", "additionalProperties": True}, "rules": {}}
 _WALKS, _STEPS = 4, 96  # number of random texts to time, and of tokens of each
 _SLOW, _GROWING = 2e-3, 3e-4  # maximum seconds of a step, and of a step of a grammar whose steps get slower
 
@@ -44,10 +45,12 @@ def prepare(setup: dict[str, Any]) -> Callable[[dict[str, Any]], Any]:
         return compiler.compile_structural_tag(json.dumps(_with_grammars(json.loads(source), xgrammar)))
 
     kinds: dict[str, Callable[[Any], Any]] = {
-        "json_object": lambda _: compiler.compile_json_schema('{"type": "object"}', any_whitespace=False, strict_mode=False),
+        "json_object": lambda _: compiler.compile_grammar(_ebnf(_ANY_OBJECT, xgrammar)),
         "json_schema": lambda source: compiler.compile_grammar(_ebnf(json.loads(source), xgrammar)),
         "ebnf": compiler.compile_grammar,
+        "lark": lambda source: compiler.compile_grammar(xgrammar.Grammar.from_lark(source)),
         "structure": structure,
+        "calls": structure,
     }
 
     def run(payload: dict[str, Any]) -> Any:

@@ -356,7 +356,8 @@ class Scheduler:
     def _compute_keys(self, running: Running, blocks: int) -> None:
         if len(running.keys) < blocks:
             tokens, salt = running.sequence.tokens, running.request.salt
-            running.keys = keys(tokens, salt, blocks, running.keys, frequencies=running.frequencies)
+            adapter = b"" if running.adapter is None else running.adapter.identity
+            running.keys = keys(tokens, salt, blocks, running.keys, frequencies=running.frequencies, adapter=adapter)
 
     def _free(self, running: Running) -> None:
         with self.memory.locked():

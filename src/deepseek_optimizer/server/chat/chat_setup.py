@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ...chat.deltas import OutputParser
@@ -74,6 +74,7 @@ class ChatSetup:
         keep_special: whether the parser needs special tokens.
         dropped: tokens of messages that were dropped because the chat exceeds the cache window.
         parser: returns a new parser for each answer, given whether a grammar enforces calls; None: the text is only content.
+        ignored: names of options of the chat that the template does not have.
     """
 
     prompt: Prompt
@@ -83,6 +84,13 @@ class ChatSetup:
     keep_special: bool
     dropped: int
     parser: Callable[[Enforced], OutputParser] | None
+    ignored: tuple[str, ...] = ()
+
+    @property
+    def may_think(self) -> bool:
+        """Whether the answer may begin with reasoning. It may not if the prompt ends with empty reasoning, by which templates
+        turn it off."""
+        return self.thinking != "no" and not self.prompt.text.rstrip().endswith(CLOSE)
 
 
 def set_up(state: ServerState, lane: Lane, chat: ChatSpec) -> ChatSetup:
@@ -102,6 +110,9 @@ def set_up(state: ServerState, lane: Lane, chat: ChatSpec) -> ChatSetup:
     tool_format, described = _tool_format(state, lane.template) if tools else (None, False)
     in_template = tools if not described else []
     channels = detect(lane.template.source(bool(in_template))) is HARMONY
+    ignored: tuple[str, ...] = ()
+    if not state.settings.strict:
+        chat, ignored = _with_known_options(lane, chat, bool(in_template))
     thinks = state.thinks(bool(in_template)) and not channels
     options = _options(lane, chat, bool(in_template), thinks)
     prompt, dropped = _fitted(state, lane, chat.messages, tools, tool_format if described else None, options)
@@ -116,8 +127,8 @@ def set_up(state: ServerState, lane: Lane, chat: ChatSpec) -> ChatSetup:
         )
 
     thinking = "no" if not thinks else "open" if opened_by(prompt.text) else "opens"
-    needed = thinks or output_format or drop
-    return ChatSetup(prompt, tool_format, channels, thinking, keep_special, dropped, parser if needed else None)
+    make_parser = parser if thinks or output_format or drop else None
+    return ChatSetup(prompt, tool_format, channels, thinking, keep_special, dropped, make_parser, ignored)
 
 
 def _fitted(
@@ -168,6 +179,15 @@ def _tool_format(state: ServerState, template: ChatTemplate) -> tuple[ToolFormat
             param="tools",
         )
     return tool_format, described
+
+
+def _with_known_options(lane: Lane, chat: ChatSpec, tools: bool) -> tuple[ChatSpec, tuple[str, ...]]:
+    """The chat without options that the template does not have, and the names of these as fields of the request."""
+    if not chat.options:
+        return chat, ()
+    variables = lane.template.variables(tools)
+    known = {name: value for name, value in chat.options.items() if name in variables}
+    return replace(chat, options=known), tuple(f"chat_template_kwargs.{name}" for name in chat.options if name not in known)
 
 
 def _options(lane: Lane, chat: ChatSpec, tools: bool, thinks: bool) -> dict[str, Any]:

@@ -17,6 +17,8 @@ class DefaultSampling(ResponseModel):
     top_k: int
     min_p: float
     repetition_penalty: float
+    presence_penalty: float
+    max_tokens: int
 
 
 class ModelCard(ResponseModel):
@@ -27,6 +29,7 @@ class ModelCard(ResponseModel):
     max_model_len: int
     max_file_bytes: int = Field(description="Maximum size of a file uploaded to /v1/files.")
     default_sampling: DefaultSampling = Field(description="Used for fields that a request omits.")
+    parent: str | None = Field(None, description="For a LoRA adapter: the model that it changes.")
 
 
 class ModelList(ResponseModel):

@@ -8,12 +8,14 @@ import uuid
 from fastapi import FastAPI, Request, Response
 
 from ..chat.completion_answers import CompletionCollector, CompletionEncoder
-from ..chat.grammars import compiled, form_of
+from ..chat.forms import form_of
+from ..chat.grammars import compiled
 from ..chat.intake import admitted_request
 from ..chat.prompts import text_prompts
 from ..chat.replies import StreamReply, WholeReply
 from ..http.problems import ApiError
 from ..openapi import body_errors, events, reads
+from ..protocol.chat import usage_in_stream
 from ..protocol.completions import EXAMPLE, Completion, CompletionRequest
 from ..protocol.sampling import requests_for
 from ..state import ServerState
@@ -51,7 +53,7 @@ def add(app: FastAPI, state: ServerState) -> None:
                 texts = given if isinstance(given[0], str) else decoded
                 echoes = [str(text) for text in texts for _ in range(n)]
             name = f"cmpl-{uuid.uuid4().hex}"
-            head = {"id": name, "created": int(time.time()), "model": state.model_name}
+            head = {"id": name, "created": int(time.time()), "model": caller.adapter or state.model_name}
             requests = requests_for(
                 prompts,
                 params,
@@ -61,12 +63,13 @@ def add(app: FastAPI, state: ServerState) -> None:
                 client=caller.key,
                 deadline=caller.deadline,
                 priority=body.priority,
+                adapter=caller.adapter,
             )
             answers = state.submit(requests)
             token_texts = None if body.logprobs is None else state.texts
             if body.stream:
-                usage = bool(body.stream_options and body.stream_options.include_usage)
-                encoder = CompletionEncoder(head, echoes, n, usage, token_texts, body.logprobs)
+                last, every = usage_in_stream(body.stream_options)
+                encoder = CompletionEncoder(head, echoes, n, last, token_texts, body.logprobs, every)
                 return StreamReply(state, places.pop_all(), answers, encoder)
             collector = CompletionCollector(head, echoes, n, token_texts, body.logprobs)
             return WholeReply(state, places.pop_all(), answers, collector.feed, collector.body)
