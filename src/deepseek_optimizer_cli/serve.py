@@ -203,6 +203,7 @@ def serve(
             **_CHAT,
         ),
     ] = None,
+    chat_template: o.ChatTemplate = None,
     generation_config: Annotated[
         str,
         typer.Option(
@@ -229,7 +230,8 @@ def serve(
         typer.Option(
             "--tool-format",
             metavar="NAME",
-            help="Syntax in which the model writes tool calls. Default: detected from the chat template.",
+            help="Syntax in which the model writes tool calls; generic: for models without tools. Default: detected from the "
+            "chat template, or generic.",
             **_CHAT,
         ),
     ] = None,
@@ -275,6 +277,7 @@ def serve(
     if missing:
         raise ValueError(f'the server needs {", ".join(missing)}; install with: pip install "deepseek-optimizer[serve]"')
 
+    from deepseek_optimizer.chat.named_template import read_template
     from deepseek_optimizer.chat.sampling_defaults import SOURCES
     from deepseek_optimizer.chat.tools import FORMATS
     from deepseek_optimizer.errors import ConfigError
@@ -288,6 +291,7 @@ def serve(
     if name is not None and not name.strip():
         raise ConfigError("--served-model-name must not be empty")
     # Validate every option before loading the model.
+    template = None if chat_template is None else read_template(chat_template)
     keys = read_keys(api_key_file)
     file_memory = max(1, int(file_memory_mb * 1e6))
     settings = ServerSettings(
@@ -327,12 +331,13 @@ def serve(
         "max_lora_rank": max_lora_rank,
         "lora_dtype": lora_dtype,
     }
-    _serve(model, name, fields, settings, generation_config, options)
+    _serve(model, name, template, fields, settings, generation_config, options)
 
 
 def _serve(
     model: str,
     name: str | None,
+    template: str | None,
     fields: dict[str, Any],
     settings: ServerSettings,
     generation_config: Any,
@@ -357,7 +362,7 @@ def _serve(
     sock = listener(settings.host, settings.port)
     if "kv_cache_memory" in fields:
         check_granted(fields["kv_cache_memory"], free_memory())
-    loaded, tokenizer = load(model, fields)
+    loaded, tokenizer = load(model, fields, template)
     defaults = sampling_defaults(loaded, model, generation_config)
     settings = replace(settings, sampling=defaults.values, sampling_not_thinking=defaults.not_thinking)
     engine = make_async_engine(loaded, tokenizer, model_name=name, **options)
