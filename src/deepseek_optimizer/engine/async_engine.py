@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointChangedError, EngineBusyError, EngineDeadError
 from .core import EngineCore
+from .encoder_core import Classifier, EncoderCore
 from .request import Output, Request
 
 if TYPE_CHECKING:
@@ -105,18 +106,23 @@ class AsyncEngine:
     """Runs an engine core on its own thread; all public methods are for the event loop's thread.
 
     Args:
-        core: an engine core that nothing else uses.
+        core: an engine core that nothing else uses; that of an encoder embeds and classifies texts.
         model_name: name of the model in the API.
         running: returns a context manager that is active during each step, such as the backend's thread settings.
         replaced_files: returns the paths of the model's mapped files that have been replaced or removed since.
     """
 
     def __init__(
-        self, core: EngineCore, model_name: str, running: Any = nullcontext, replaced_files: Callable[[], list[str]] = list
+        self,
+        core: EngineCore | EncoderCore,
+        model_name: str,
+        running: Any = nullcontext,
+        replaced_files: Callable[[], list[str]] = list,
     ) -> None:
         self.core, self.model_name, self._running, self._replaced_files = core, model_name, running, replaced_files
         self.tokenizer = core.tokenizer
         self.context, self.vocab_size, self.eos = core.facts.context, core.facts.vocab_size, core.facts.eos
+        self.hidden_size = core.facts.hidden_size
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
         self._inbox: deque[Request | str] = deque()  # new requests, and ids to cancel
@@ -176,6 +182,16 @@ class AsyncEngine:
     def cache_window(self) -> int | None:
         """Maximum number of tokens of a sequence in the cache, see `EngineOptions`; None: sequences end with the context."""
         return None if self.core.sliding is None else self.core.sliding.window
+
+    @property
+    def generates(self) -> bool:
+        """Whether the model generates text; an encoder only embeds and classifies it."""
+        return isinstance(self.core, EngineCore)
+
+    @property
+    def classifier(self) -> Classifier | None:
+        """The model's classification head; None: it has none."""
+        return self.core.classifier if isinstance(self.core, EncoderCore) else None
 
     @property
     def room(self) -> int:

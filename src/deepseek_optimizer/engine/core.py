@@ -23,7 +23,8 @@ from ..errors import BackendError, CheckpointChangedError, RequestError, shown
 from .detokenizer import Detokenizer
 from .metrics import EngineMetrics
 from .options import EngineOptions
-from .request import Finish, Output, Request
+from .pooling import Pooler
+from .request import Finish, Output, Request, check_reading
 from .running import Running
 from .sampling.request_sampler import NotANumberError, NoTokenError, RequestSampler
 from .scheduling.batch_size import BatchSize
@@ -146,7 +147,11 @@ class EngineCore:
             raise RequestError("prompt", "is empty")
         if min(prompt) < 0 or max(prompt) >= facts.vocab_size:
             raise RequestError("prompt", f"has token ids outside the vocabulary of {facts.vocab_size}")
-        for name, tokens in (("logit_bias", sampling.logit_bias), ("stop_token_ids", sampling.stop_token_ids)):
+        check_reading(request, classifies=False)
+        for name, tokens in (
+            ("logit_bias", sampling.logit_bias), ("stop_token_ids", sampling.stop_token_ids),
+            ("scored_tokens", request.scored_tokens),
+        ):  # fmt: skip
             if any(t >= facts.vocab_size for t in tokens):
                 raise RequestError(name, f"has token ids outside the vocabulary of {facts.vocab_size}")
         room, what, fix = facts.context, "the model's context", "shorten it"
@@ -235,6 +240,11 @@ class EngineCore:
     def requests(self) -> int:
         """Number of requests in the engine."""
         return len(self._requests)
+
+    @property
+    def load(self) -> tuple[int, int]:
+        """Number of requests in the running batch, and of requests that wait for it."""
+        return len(self.scheduler.running), len(self.scheduler.waiting)
 
     # ---- a step
 
@@ -359,6 +369,9 @@ class EngineCore:
             count, drafted = chunk.count + len(chunk.drafts), len(chunk.drafts)
             if r.request.embed:
                 self._embed(r, states[begin : begin + count], chunk, outputs)
+            elif chunk.ends and r.request.scored_tokens:
+                outputs.append(self._score(r, chunk, logits[row]))
+                row += 1
             elif chunk.ends:
                 generated = r.generated
                 output = self._append_tokens(r, chunk, tokens, logits, row)
@@ -449,19 +462,25 @@ class EngineCore:
         return "length" if r.generated >= r.max_tokens else None
 
     def _embed(self, r: Running, states: Any, chunk: ScheduledChunk, outputs: list[Output]) -> None:
-        """Adds the rows to the sum one after another, so that the result does not depend on the chunking."""
-        rows = states.cpu().numpy().astype(np.float64)
-        if r.states is not None:
-            rows = np.concatenate([r.states[None], rows])
-        r.states = np.add.reduce(rows, axis=0)
+        r.pooler = r.pooler or Pooler(r.request.pooling)
+        r.pooler.add(states.cpu().numpy())
         if chunk.ends:
             output = r.output()
-            mean = (r.states / len(r.request.prompt)).astype(np.float32)
-            if not np.isfinite(mean).all():
+            vector = r.pooler.vector()
+            if not np.isfinite(vector).all():
                 outputs.append(self._end(r, "error", output, error="the model's hidden states are not finite"))
                 return
-            output.embedding = mean
+            output.embedding = vector
             outputs.append(self._end(r, "stop", output))
+
+    def _score(self, r: Running, chunk: ScheduledChunk, logits: Any) -> Output:
+        """Ends a request with the logits of its scored tokens after the prompt."""
+        output = r.output()
+        output.scores = np.array([logits[token] for token in r.request.scored_tokens], np.float32)
+        if not np.isfinite(output.scores).all():
+            return self._end(r, "error", output, error="the model's logits are not finite")
+        self.scheduler.computed(r, chunk.start + chunk.count)
+        return self._end(r, "stop", output)
 
     def _end(self, r: Running, finish: Finish, output: Output | None = None, error: str | None = None) -> Output:
         output = output or r.output()
