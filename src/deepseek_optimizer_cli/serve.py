@@ -20,6 +20,7 @@ _REQUESTS: dict[str, Any] = {"rich_help_panel": "Requests and memory"}
 _ACCESS: dict[str, Any] = {"rich_help_panel": "Network and access"}
 _CHAT: dict[str, Any] = {"rich_help_panel": "Chat"}
 _FILES: dict[str, Any] = {"rich_help_panel": "Uploaded files"}
+_SEARCH: dict[str, Any] = {"rich_help_panel": "Embeddings and scores"}
 
 
 @o.takes_model_fields
@@ -167,6 +168,27 @@ def serve(
             **_CHAT,
         ),
     ] = None,
+    pooling: Annotated[
+        str | None,
+        typer.Option(
+            "--pooling",
+            metavar="MODE",
+            help="How hidden states become an embedding: cls, lasttoken, max, mean, mean_sqrt_len_tokens or weightedmean. "
+            "Default: as the checkpoint's modules.json says; without it, mean.",
+            **_SEARCH,
+        ),
+    ] = None,
+    reranker: Annotated[
+        str,
+        typer.Option(
+            "--reranker",
+            metavar="HOW",
+            help="How a model without a classification head scores pairs of texts: cosine of their embeddings; yes-no, the "
+            "probability that a language model judges the document to answer the query; auto: yes-no for a language model "
+            "whose files or name say that it is a reranker.",
+            **_SEARCH,
+        ),
+    ] = "auto",
     max_file_mb: Annotated[
         float,
         typer.Option(
@@ -194,12 +216,15 @@ def serve(
         raise ValueError(f'the server needs {", ".join(missing)}; install with: pip install "deepseek-optimizer[serve]"')
 
     from deepseek_optimizer.chat.tools import FORMATS
+    from deepseek_optimizer.checkpoint.sentence_transformers import POOLING_MODES
     from deepseek_optimizer.errors import ConfigError
     from deepseek_optimizer.server.keys import read_keys
     from deepseek_optimizer.server.settings import ServerSettings
 
     if tool_format is not None and tool_format not in FORMATS:
         raise ConfigError(f"--tool-format must be one of {', '.join(FORMATS)}, got {tool_format!r}")
+    if pooling is not None and pooling not in POOLING_MODES:
+        raise ConfigError(f"--pooling must be one of {', '.join(POOLING_MODES)}, got {pooling!r}")
     if name is not None and not name.strip():
         raise ConfigError("--served-model-name must not be empty")
     # Validate every option before loading the model.
@@ -219,6 +244,7 @@ def serve(
         drain_seconds=drain_seconds,
         tools_format=tool_format,
         reasoning=reasoning,
+        reranker=reranker,  # type: ignore[arg-type]  # checked there
         access_log=access_log,
     )
     fields |= o.not_none(
@@ -231,14 +257,24 @@ def serve(
         "drafts": drafts,
         "cache_window": cache_window,
     }
-    _serve(model, name, fields, settings, options)
+    _serve(model, name, fields, settings, options, pooling)
 
 
-def _serve(model: str, name: str | None, fields: dict[str, Any], settings: ServerSettings, options: dict[str, Any]) -> None:
+def _serve(
+    model: str,
+    name: str | None,
+    fields: dict[str, Any],
+    settings: ServerSettings,
+    options: dict[str, Any],
+    pooling: str | None,
+) -> None:
     import logging
     from dataclasses import replace
 
     from deepseek_optimizer import report
+    from deepseek_optimizer.checkpoint.sentence_transformers import read_embedding_settings
+    from deepseek_optimizer.integration.encoder.text_encoder import is_encoder_runtime
+    from deepseek_optimizer.integration.load.resolve import resolve
     from deepseek_optimizer.integration.memory.cache_size import check_granted
     from deepseek_optimizer.server.run import listener
     from deepseek_optimizer.server.run import serve as run
@@ -254,7 +290,14 @@ def _serve(model: str, name: str | None, fields: dict[str, Any], settings: Serve
     if "kv_cache_memory" in fields:
         check_granted(fields["kv_cache_memory"], free_memory())
     loaded, tokenizer = load(model, fields)
-    settings = replace(settings, sampling=_default_sampling(loaded))
+    embedding = read_embedding_settings(resolve(model))
+    if embedding.chat_template and embedding.score_tokens is None:
+        typer.echo("dso: texts are embedded without the chat template that sentence-transformers applies to them", err=True)
+    if pooling is not None:
+        embedding = replace(embedding, pooling=(pooling,))
+    settings = replace(settings, sampling=_default_sampling(loaded), embedding=embedding)
+    if is_encoder_runtime(loaded.dso):
+        options["max_tokens"] = embedding.max_tokens
     engine = make_async_engine(loaded, tokenizer, model_name=name, **options)
     facts = report(loaded)
 
@@ -266,8 +309,8 @@ def _serve(model: str, name: str | None, fields: dict[str, Any], settings: Serve
 
 def _default_sampling(model: Any) -> dict[str, Any]:
     """Default sampling parameters for requests: those of the model's generation config, if it samples."""
-    config = model.generation_config
-    if not config.do_sample:
+    config = getattr(model, "generation_config", None)
+    if config is None or not config.do_sample:
         return {}
     return {field: value for field in _SAMPLING_FIELDS if (value := getattr(config, field, None)) is not None}
 
@@ -282,9 +325,10 @@ def _banner(engine: Any, facts: Any, settings: ServerSettings, host: str, port: 
         f"model     {engine.model_name} ({facts.family}), {formats}, {facts.bytes_after / 1e6:,.0f} MB",
         f"backend   {facts.backend} ({facts.detail})",
         f"context   {engine.context:,} tokens" + (f", cache window {engine.cache_window:,}" if engine.cache_window else ""),
-        f"cache     {facts.kv_cache}, {engine.core.memory.size}",
         f"address   http://{shown}:{port}/ (API under /v1), {keys}",
     ]
+    if engine.generates:
+        lines.insert(3, f"cache     {facts.kv_cache}, {engine.core.memory.size}")
     if not settings.keys and not is_loopback(settings.host):
         lines.append("warning   anyone who can reach this address can use the model; require a key with --api-key-file")
     return "\n".join(lines)

@@ -64,7 +64,20 @@ def test_prompts_and_limits(folder):
     )
     settings = read_embedding_settings(path)
     assert settings.prompts == {"query": "query: ", "document": ""} and settings.default_prompt == "query"
-    assert settings.max_tokens == 256 and settings.lower_case and not settings.include_prompt
+    assert settings.max_tokens == 256 and settings.lower_case and not settings.include_prompt and not settings.chat_template
+
+
+@pytest.mark.parametrize(
+    "name,expected", [("torch.nn.modules.linear.Identity", "identity"), ("torch.nn.Sigmoid", "sigmoid"), (None, None)]
+)
+def test_cross_encoders(folder, name, expected):
+    path = folder(
+        [(f"{NEW}.Transformer", "")],
+        config_sentence_transformers={"activation_fn": name, "prompts": {}},
+        sentence_bert_config={"modality_config": {"text": {}, "message": {}}},
+    )
+    settings = read_embedding_settings(path)
+    assert settings.score_activation == expected and settings.chat_template
 
 
 def test_dense(folder):
@@ -105,6 +118,7 @@ def test_score_tokens(folder):
         ([(f"{OLD}.Pooling", "")] * 17, {}, "at most 16 modules"),
         (None, {"config_sentence_transformers": {"prompts": {"a": 1}}}, "prompts must map"),
         (None, {"config_sentence_transformers": {"default_prompt_name": "a"}}, "default_prompt_name must be"),
+        (None, {"config_sentence_transformers": {"activation_fn": "os.system"}}, "'system' of scores is not supported"),
         ([("x.LogitScore", "1")], {"1__config": {"true_token_id": -1, "false_token_id": True}}, "must be token ids"),
         ([], {"sentence_bert_config": {"max_seq_length": 0}}, "max_seq_length must be"),
     ],

@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -63,6 +63,9 @@ class EmbeddingSettings:
         lower_case: whether texts are converted to lower case.
         score_tokens: for a language model that scores pairs of texts: ids of the tokens that stand for a match and for none;
             None: the checkpoint names none.
+        score_activation: "identity" or "sigmoid", the function from a cross-encoder's logit to its score; None: the checkpoint
+            names none.
+        chat_template: whether sentence-transformers formats each text with the chat template, which is not supported.
     """
 
     pooling: tuple[str, ...] = ("mean",)
@@ -73,6 +76,8 @@ class EmbeddingSettings:
     max_tokens: int | None = None
     lower_case: bool = False
     score_tokens: tuple[int, int] | None = None
+    score_activation: Literal["identity", "sigmoid"] | None = None
+    chat_template: bool = False
 
     def check(self, hidden: int) -> None:
         """Checks that the dense layers fit each other and the model.
@@ -101,7 +106,7 @@ def read_embedding_settings(path: Path) -> EmbeddingSettings:
     """
     if not path.is_dir():
         return EmbeddingSettings()
-    values: dict[str, Any] = _prompts(path)
+    values: dict[str, Any] = _whole(path)
     if not (path / "modules.json").is_file():
         return EmbeddingSettings(**values)
     folder_of_model, pooled, dense = "", False, []
@@ -229,7 +234,8 @@ def _score_tokens(path: Path, folder: str) -> tuple[int, int]:
     return ids  # type: ignore[return-value]  # checked
 
 
-def _prompts(path: Path) -> dict[str, Any]:
+def _whole(path: Path) -> dict[str, Any]:
+    """The settings in config_sentence_transformers.json: prompts, and the activation of a cross-encoder."""
     name = "config_sentence_transformers.json"
     if not (path / name).is_file():
         return {}
@@ -243,7 +249,22 @@ def _prompts(path: Path) -> dict[str, Any]:
         )
     if default is not None and default not in prompts:
         raise CheckpointError("default_prompt_name must be the name of one of the prompts", file=path / name)
-    return {"prompts": prompts, "default_prompt": default}
+    activation = score_activation(config.get("activation_fn"), path / name)
+    return {"prompts": prompts, "default_prompt": default, "score_activation": activation}
+
+
+def score_activation(name: Any, file: Path) -> Literal["identity", "sigmoid"] | None:
+    """The function from a cross-encoder's logit to its score, given the name of a module of torch; None: there is none.
+
+    Raises:
+        CheckpointError: it is another function.
+    """
+    if name is None:
+        return None
+    known: dict[str, Literal["identity", "sigmoid"]] = {"Identity": "identity", "Sigmoid": "sigmoid"}
+    if (kind := str(name).rpartition(".")[2]) not in known:
+        raise CheckpointError(f"the activation function {shown(kind)} of scores is not supported", file=file)
+    return known[kind]
 
 
 def _limits(path: Path, folder: str) -> dict[str, Any]:
@@ -254,4 +275,6 @@ def _limits(path: Path, folder: str) -> dict[str, Any]:
     limit = config.get("max_seq_length")
     if limit is not None and (type(limit) is not int or limit < 1):
         raise CheckpointError("max_seq_length must be a number of tokens", file=path / place)
-    return {"max_tokens": limit, "lower_case": config.get("do_lower_case") is True}
+    modalities = config.get("modality_config")
+    messages = isinstance(modalities, dict) and "message" in modalities
+    return {"max_tokens": limit, "lower_case": config.get("do_lower_case") is True, "chat_template": messages}

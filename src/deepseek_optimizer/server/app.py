@@ -25,7 +25,21 @@ from .protocol.completions import CompletionRequest
 from .protocol.embeddings import EmbeddingRequest
 from .protocol.models import DetokenizeRequest, TokenizeRequest
 from .protocol.responses import ResponsesRequest
-from .routes import chat, completions, embeddings, files, models, page, responses, status, tokens
+from .protocol.scores import ClassifyRequest, PoolingRequest, RerankRequest, ScoreRequest
+from .routes import (
+    chat,
+    classify,
+    completions,
+    embeddings,
+    encoder_only,
+    files,
+    models,
+    page,
+    responses,
+    scores,
+    status,
+    tokens,
+)
 from .settings import ServerSettings
 from .state import ServerState
 
@@ -82,14 +96,24 @@ def create_app(engine: Any, settings: ServerSettings | None = None) -> FastAPI:
         lifespan=lifespan,
     )
     app.state.server = state
-    for route in (chat, completions, responses, embeddings, files, models, tokens, status):
+    generating = (chat, completions, responses, files)
+    for route in (embeddings, scores, classify, models, tokens, status):
         route.add(app, state)
-    page.add(app, assets)
+    if state.generates:
+        for route in generating:
+            route.add(app, state)
+        page.add(app, assets)
+    else:
+        encoder_only.add(app, state, generating)
     bodies: list[type[BaseModel]] = [
         ChatRequest,
         CompletionRequest,
         ResponsesRequest,
         EmbeddingRequest,
+        RerankRequest,
+        ScoreRequest,
+        ClassifyRequest,
+        PoolingRequest,
         TokenizeRequest,
         DetokenizeRequest,
     ]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, Literal
 
+from ..checkpoint.sentence_transformers import EmbeddingSettings
 from ..errors import ConfigError
 from .keys import ApiKeys
 
@@ -50,6 +51,10 @@ class ServerSettings:
         tools_format: syntax in which the model writes tool calls, a name in `chat.tools.FORMATS`; None: detected from the chat
             template.
         reasoning: whether reasoning is returned separately from the answer; None: if the chat template supports it.
+        embedding: how the checkpoint's texts are embedded: pooling, prompts, dense layers.
+        reranker: how a model without a classification head scores pairs of texts: "cosine" of their embeddings; "yes-no", the
+            probability that a language model judges the document to answer the query; "auto": "yes-no" for a language model
+            whose files or name say that it is a reranker.
         sampling: the model's recommended sampling parameters, used for fields that a request omits.
         access_log: write one line to stderr for each request.
     """
@@ -86,6 +91,8 @@ class ServerSettings:
     drain_seconds: float = 30.0
     tools_format: str | None = None
     reasoning: bool | None = None
+    embedding: EmbeddingSettings = field(default_factory=EmbeddingSettings)
+    reranker: Literal["auto", "cosine", "yes-no"] = "auto"
     sampling: Mapping[str, Any] = field(default_factory=dict)
     access_log: bool = False
 
@@ -102,6 +109,8 @@ class ServerSettings:
         for origin in self.allow_origins:
             if origin != "*" and not origin.startswith(("http://", "https://")):
                 raise ConfigError(f"allow_origins: {origin!r} is not an origin; use the form https://example.com, or *")
+        if self.reranker not in ("auto", "cosine", "yes-no"):
+            raise ConfigError(f"reranker must be auto, cosine or yes-no, got {self.reranker!r}")
         if not 0 <= self.drain_seconds < float("inf"):
             raise ConfigError(f"drain_seconds must be 0 or more, got {self.drain_seconds}")
         for name in (f.name for f in fields(self) if f.name.startswith("max_")):

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from ..chat.reasoning import thinks
 from ..engine.grammar.compiler import GrammarCompiler
@@ -48,6 +48,8 @@ class ServerState:
         self.created = int(time.time())
         self.draining = False
         self.model_name: str = engine.model_name
+        self.generates: bool = engine.generates
+        settings.embedding.check(engine.hidden_size)
         # A copy, since encoding changes a tokenizer's settings while the engine's thread may be decoding.
         self.tokenizer = copy.deepcopy(engine.tokenizer)
         self.texts = TokenTexts(self.tokenizer)
@@ -66,8 +68,9 @@ class ServerState:
         self.documents = Preparation(self._tokenizer_copy, engine.room, settings.max_file_bytes_total, max_per_client, max_jobs)
         self.files = FileStore(settings, self.documents.forget)
         self.reader = DocumentReader(settings, workers, max_per_client, max_jobs)
+        self.vectors = FairQueue("vectors", 1, max_running=1, max_per_client=max_per_client, max_jobs=max_jobs)
         self.queues = [
-            self.bodies.queue, *self._tokenizing.queues, self._looking_up, self._compiling, self.reader.queue,
+            self.bodies.queue, self.vectors, *self._tokenizing.queues, self._looking_up, self._compiling, self.reader.queue,
             *self.documents.queues,
         ]  # fmt: skip
         engine.registry.register(QueueCollector(self.queues, engine.model_name))
@@ -170,8 +173,19 @@ class ServerState:
         setting = self.settings.reasoning
         return thinks(self.template.source(tools)) if setting is None else setting
 
+    @property
+    def reranker(self) -> Literal["cosine", "yes-no"]:
+        """How a model without a classification head scores pairs of texts; see `ServerSettings`."""
+        setting = self.settings.reranker
+        if setting != "auto":
+            return setting
+        judges = self.settings.embedding.score_tokens is not None or "rerank" in self.model_name.lower()
+        return "yes-no" if self.generates and judges else "cosine"
+
     def warm_up(self) -> None:
         """Starts the processes for templates and grammars, which takes seconds, so that the first requests do not wait."""
+        if not self.generates:
+            return
         threading.Thread(target=self._warm_grammars, name="dso-warm-up", daemon=True).start()
         try:
             self.template.variables()
@@ -187,7 +201,7 @@ class ServerState:
 
     def close(self) -> None:
         """Ends the threads and processes of the server."""
-        for queue in (self._looking_up, self._compiling, self.bodies.queue):
+        for queue in (self._looking_up, self._compiling, self.bodies.queue, self.vectors):
             queue.close()
         self._tokenizing.close()
         self.reader.close()

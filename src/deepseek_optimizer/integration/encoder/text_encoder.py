@@ -5,19 +5,20 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from ...checkpoint.sentence_transformers import score_activation
 from ...engine.encoder_core import Classifier
 from ..general import GeneralRuntime
 from .runtime import EncoderRuntime
 
 _Texts = Sequence[Sequence[int]]
 _HEAD = "ForSequenceClassification"
-_ACTIVATIONS: dict[str, Literal["identity", "sigmoid"]] = {"Identity": "identity", "Sigmoid": "sigmoid"}
 
 
 class TextEncoder:
@@ -86,6 +87,9 @@ def classifier_of(model: Any) -> Classifier | None:
 
     The activations are those of Transformers' text-classification pipeline, and for one class that of sentence-transformers'
     `CrossEncoder`: the sigmoid, unless the config names another.
+
+    Raises:
+        CheckpointError: the config names an activation function that is not supported.
     """
     if not type(model).__name__.endswith(_HEAD):
         return None
@@ -98,7 +102,7 @@ def classifier_of(model: Any) -> Classifier | None:
         several = "identity"
     named = (getattr(config, "sentence_transformers", None) or {}).get("activation_fn")
     named = named or getattr(config, "sbert_ce_default_activation_function", None)
-    score = _ACTIVATIONS.get(str(named).rpartition(".")[2], "sigmoid")
+    score = score_activation(named, Path(str(config.name_or_path))) or "sigmoid"
     return Classifier(labels, "sigmoid" if len(labels) == 1 and several == "softmax" else several, score)
 
 
