@@ -73,10 +73,13 @@ def make_async_engine(model: Any, tokenizer: Any, *, model_name: str | None = No
     runtime = packed_model_of(model)
     if is_encoder_runtime(runtime):
         return AsyncEngine(
-            _encoder_core(model, tokenizer, options), model_name or _name(model), replaced_files=runtime.replaced_files
+            _encoder_core(model, tokenizer, options),
+            model_name or _name(model),
+            replaced_files=runtime.replaced_files,
+            weights=runtime,
         )
     core, running = _core(model, tokenizer, {"stall": STALL, **options})
-    return AsyncEngine(core, model_name or _name(model), running, runtime.replaced_files)
+    return AsyncEngine(core, model_name or _name(model), running, runtime.replaced_files, runtime)
 
 
 def _name(model: Any) -> str:

@@ -72,6 +72,69 @@ def serve(
         ),
     ] = None,
     access_log: Annotated[bool, typer.Option("--access-log", help="Log each request to stderr.", **_ACCESS)] = False,
+    log_format: Annotated[
+        str,
+        typer.Option(
+            "--log-format", metavar="FORMAT", help="Format of the log: text, or json (an object per line).", **_ACCESS
+        ),
+    ] = "text",
+    root_path: Annotated[
+        str,
+        typer.Option(
+            "--root-path",
+            metavar="PATH",
+            help="Prefix of all paths that a reverse proxy removes before it forwards a request, such as /llm.",
+            **_ACCESS,
+        ),
+    ] = "",
+    ssl_certfile: Annotated[
+        str | None,
+        typer.Option("--ssl-certfile", metavar="FILE", help="Certificate chain (PEM), to serve HTTPS.", **_ACCESS),
+    ] = None,
+    ssl_keyfile: Annotated[
+        str | None,
+        typer.Option(
+            "--ssl-keyfile", metavar="FILE", help="Private key (PEM). Default: in the file of --ssl-certfile.", **_ACCESS
+        ),
+    ] = None,
+    ssl_keyfile_password: Annotated[
+        str | None,
+        typer.Option(
+            "--ssl-keyfile-password",
+            metavar="PASSWORD",
+            envvar="DSO_SSL_KEYFILE_PASSWORD",
+            show_envvar=False,
+            help="Password of an encrypted private key. Other users can see it here; set the environment variable "
+            "DSO_SSL_KEYFILE_PASSWORD instead.",
+            **_ACCESS,
+        ),
+    ] = None,
+    ssl_ca_certs: Annotated[
+        str | None,
+        typer.Option(
+            "--ssl-ca-certs",
+            metavar="FILE",
+            help="Certificates of authorities (PEM); clients must have a certificate that one of them issued.",
+            **_ACCESS,
+        ),
+    ] = None,
+    otlp_traces_endpoint: Annotated[
+        str | None,
+        typer.Option(
+            "--otlp-traces-endpoint",
+            metavar="URL",
+            help="Export OpenTelemetry traces to this URL of a collector, such as http://localhost:4318/v1/traces.",
+            **_ACCESS,
+        ),
+    ] = None,
+    sleep_mode: Annotated[
+        bool,
+        typer.Option(
+            "--enable-sleep-mode",
+            help="Let clients release the memory of the cache and of mapped weights by POST /sleep, until POST /wake_up.",
+            **_REQUESTS,
+        ),
+    ] = False,
     fields: dict[str, Any],
     kl_budget: o.KlBudget = None,
     calibration: o.Calibration = None,
@@ -223,6 +286,8 @@ def serve(
 
     if tool_format is not None and tool_format not in FORMATS:
         raise ConfigError(f"--tool-format must be one of {', '.join(FORMATS)}, got {tool_format!r}")
+    if log_format not in ("text", "json"):
+        raise ConfigError(f"--log-format must be text or json, got {log_format!r}")
     if pooling is not None and pooling not in POOLING_MODES:
         raise ConfigError(f"--pooling must be one of {', '.join(POOLING_MODES)}, got {pooling!r}")
     if name is not None and not name.strip():
@@ -246,6 +311,12 @@ def serve(
         reasoning=reasoning,
         reranker=reranker,  # type: ignore[arg-type]  # checked there
         access_log=access_log,
+        root_path=root_path,
+        sleep_mode=sleep_mode,
+        ssl_certfile=ssl_certfile,
+        ssl_keyfile=ssl_keyfile,
+        ssl_keyfile_password=ssl_keyfile_password,
+        ssl_ca_certs=ssl_ca_certs,
     )
     fields |= o.not_none(
         kl_budget=kl_budget, calibration=calibration, kv_cache_memory=kv_cache_memory, batch_invariant=batch_invariant or None
@@ -257,7 +328,7 @@ def serve(
         "drafts": drafts,
         "cache_window": cache_window,
     }
-    _serve(model, name, fields, settings, options, pooling)
+    _serve(model, name, fields, settings, options, pooling, log_format == "json", otlp_traces_endpoint)
 
 
 def _serve(
@@ -267,8 +338,9 @@ def _serve(
     settings: ServerSettings,
     options: dict[str, Any],
     pooling: str | None,
+    json_logs: bool,
+    traces: str | None,
 ) -> None:
-    import logging
     from dataclasses import replace
 
     from deepseek_optimizer import report
@@ -276,16 +348,18 @@ def _serve(
     from deepseek_optimizer.integration.encoder.text_encoder import is_encoder_runtime
     from deepseek_optimizer.integration.load.resolve import resolve
     from deepseek_optimizer.integration.memory.cache_size import check_granted
-    from deepseek_optimizer.server.run import listener
+    from deepseek_optimizer.server.http.logs import set_up_logs
+    from deepseek_optimizer.server.http.tracing import Tracer, otlp_exporter
+    from deepseek_optimizer.server.run import check_tls, listener
     from deepseek_optimizer.server.run import serve as run
     from deepseek_optimizer.serving import make_async_engine
     from deepseek_optimizer.system.memory import free_memory
 
     from .model import load
 
-    logging.basicConfig(level=logging.WARNING, format="dso: %(message)s")
-    logging.getLogger("deepseek_optimizer").setLevel(logging.INFO)
-    logging.getLogger("bm25s").setLevel(logging.WARNING)  # it logs every index at its own default level
+    set_up_logs(json_logs)
+    check_tls(settings)
+    exporter = None if traces is None else otlp_exporter(traces)
     sock = listener(settings.host, settings.port)
     if "kv_cache_memory" in fields:
         check_granted(fields["kv_cache_memory"], free_memory())
@@ -304,7 +378,7 @@ def _serve(
     def banner(host: str, port: int) -> None:
         typer.echo(_banner(engine, facts, settings, host, port), err=True)
 
-    run(engine, settings, sock, banner)
+    run(engine, settings, sock, banner, None if exporter is None else Tracer(exporter, engine.model_name))
 
 
 def _default_sampling(model: Any) -> dict[str, Any]:
@@ -320,12 +394,13 @@ def _banner(engine: Any, facts: Any, settings: ServerSettings, host: str, port: 
 
     formats = ", ".join(row.format for row in facts.formats)
     shown = f"[{host}]" if ":" in host else host
+    scheme = "http" if settings.ssl_certfile is None else "https"
     keys = f"{len(settings.keys)} API key(s)" if settings.keys else "no API key required"
     lines = [
         f"model     {engine.model_name} ({facts.family}), {formats}, {facts.bytes_after / 1e6:,.0f} MB",
         f"backend   {facts.backend} ({facts.detail})",
         f"context   {engine.context:,} tokens" + (f", cache window {engine.cache_window:,}" if engine.cache_window else ""),
-        f"address   http://{shown}:{port}/ (API under /v1), {keys}",
+        f"address   {scheme}://{shown}:{port}{settings.root_path}/ (API under /v1), {keys}",
     ]
     if engine.generates:
         lines.insert(3, f"cache     {facts.kv_cache}, {engine.core.memory.size}")

@@ -83,6 +83,9 @@ OPERATIONS = [
     ("GET", "/health"),
     ("GET", "/ready"),
     ("GET", "/metrics"),
+    ("GET", "/version"),
+    ("GET", "/load"),
+    ("GET", "/is_sleeping"),
 ]
 
 

@@ -81,6 +81,16 @@ class FakeEngine:
         return len(self._running)
 
     @property
+    def load(self) -> tuple[int, int]:
+        return len(self._running), 0
+
+    async def sleep(self, seconds: float) -> None:
+        await self.drain(seconds)
+
+    def wake_up(self) -> None:
+        self._draining = False
+
+    @property
     def admitted(self) -> int:
         return self._admitted
 

@@ -21,7 +21,7 @@ from ..cache.forgetting import Groups, max_tokens
 from ..cache.prefix_cache import PrefixCache
 from ..errors import BackendError, CheckpointChangedError, RequestError, shown
 from .detokenizer import Detokenizer
-from .metrics import EngineMetrics
+from .metrics import EndedRequest, EngineMetrics
 from .options import EngineOptions
 from .pooling import Pooler
 from .request import Finish, Output, Request, check_reading
@@ -119,6 +119,7 @@ class EngineCore:
         )
         self.drafting = Drafting(proposers, self.times) if proposers else None
         self.metrics = EngineMetrics()
+        self.on_ended: Callable[[EndedRequest, Finish], None] | None = None  # called for each request that has ended
         self._requests: dict[str, Running] = {}
         self._count = 0
         self._idle_since: float | None = None
@@ -245,6 +246,13 @@ class EngineCore:
     def load(self) -> tuple[int, int]:
         """Number of requests in the running batch, and of requests that wait for it."""
         return len(self.scheduler.running), len(self.scheduler.waiting)
+
+    def release_memory(self) -> None:
+        """Drops all cached prefixes, and returns the memory of the cache to the system. No request may be in the engine."""
+        with self.memory.locked():
+            if self.prefix is not None:
+                self.prefix.clear()
+        self.memory.release_unused()
 
     # ---- a step
 
@@ -492,6 +500,8 @@ class EngineCore:
         if self.drafting:
             self.drafting.forget(r, ended=True)
         self.metrics.ended(r, finish, self.clock())
+        if self.on_ended is not None:
+            self.on_ended(r, finish)
         return output
 
     # ---- measurements

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from ..errors import CheckpointChangedError, RequestError, shown
 from .core import ModelFacts
-from .metrics import EngineMetrics
+from .metrics import EndedRequest, EngineMetrics
 from .options import EngineOptions
 from .pooling import pooled
 from .request import Finish, Output, Request, check_reading
@@ -62,14 +62,14 @@ class EncoderRequest:
         number: order of arrival.
         request: the request.
         arrived, started: times of arrival and of its step, by the engine's clock.
-        generated, cached: always 0; for the metrics.
+        first, generated, cached: None and 0, as no text is generated; for the metrics.
     """
-
-    generated = cached = 0
 
     def __init__(self, number: int, request: Request, arrived: float) -> None:
         self.number, self.request, self.arrived = number, request, arrived
         self.started: float | None = None
+        self.first: float | None = None
+        self.generated = self.cached = 0
         self.cancelled = False
 
 
@@ -102,6 +102,7 @@ class EncoderCore:
         self.runner, self.facts, self.options, self.tokenizer = runner, facts, options, tokenizer
         self.classifier, self.clock, self._keep = classifier, clock, keep
         self.metrics = EngineMetrics()
+        self.on_ended: Callable[[EndedRequest, Finish], None] | None = None
         self._requests: dict[str, EncoderRequest] = {}  # in order of arrival
         self._turns = Turns()
         self._count = 0
@@ -126,6 +127,9 @@ class EncoderCore:
         requests = list(self._requests.values())
         running = sum(r.started is not None for r in requests)
         return running, len(requests) - running
+
+    def release_memory(self) -> None:
+        """Does nothing: an encoder has no cache."""
 
     def check(self, request: Request) -> int:
         """Checks a request; returns 0, the number of tokens to generate.
@@ -240,4 +244,6 @@ class EncoderCore:
     def _end(self, r: EncoderRequest, finish: Finish, error: str | None = None) -> Output:
         del self._requests[r.request.id]
         self.metrics.ended(r, finish, self.clock())
+        if self.on_ended is not None:
+            self.on_ended(r, finish)
         return Output(r.request.id, finish=finish, error=error, prompt_tokens=len(r.request.prompt))

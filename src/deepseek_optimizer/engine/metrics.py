@@ -43,6 +43,7 @@ class EndedRequest(Protocol):
     request: Request
     arrived: float
     started: float | None
+    first: float | None
     generated: int
     cached: int
 

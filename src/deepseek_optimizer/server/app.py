@@ -20,6 +20,7 @@ from .http.guard import Guard, HostGuard
 from .http.metrics import HttpMetrics
 from .http.page_files import page_files
 from .http.problems import ApiError, problem
+from .http.tracing import Tracer, Tracing
 from .protocol.chat import ChatRequest
 from .protocol.completions import CompletionRequest
 from .protocol.embeddings import EmbeddingRequest
@@ -34,6 +35,7 @@ from .routes import (
     encoder_only,
     files,
     models,
+    operations,
     page,
     responses,
     scores,
@@ -48,12 +50,13 @@ _ABOUT = """OpenAI's API, served by deepseek-optimizer. An unsupported field is 
 fields that have no effect here (user, metadata, store and the like) are accepted and ignored."""
 
 
-def create_app(engine: Any, settings: ServerSettings | None = None) -> FastAPI:
+def create_app(engine: Any, settings: ServerSettings | None = None, tracer: Tracer | None = None) -> FastAPI:
     """Creates the ASGI application for an `AsyncEngine`, which starts and ends with it.
 
     Args:
         engine: an `AsyncEngine` that has not been started.
         settings: None: the defaults.
+        tracer: exports traces; it is closed with the application.
 
     Returns: the application; its `state.server` is the `ServerState`.
     """
@@ -72,6 +75,8 @@ def create_app(engine: Any, settings: ServerSettings | None = None) -> FastAPI:
             sweeping.cancel()
             await engine.close()
             state.close()
+            if tracer is not None:
+                await asyncio.to_thread(tracer.close)
 
     middleware = [Middleware(HostGuard, settings=settings)]
     if settings.allow_origins:
@@ -81,9 +86,12 @@ def create_app(engine: Any, settings: ServerSettings | None = None) -> FastAPI:
                 allow_origins=list(settings.allow_origins),
                 allow_methods=["GET", "POST", "DELETE"],
                 allow_headers=["Authorization", "Content-Type"],
-                expose_headers=["Retry-After"],
+                expose_headers=["Retry-After", "X-Request-Id"],
             )
         )
+    if tracer is not None:
+        engine.observe(tracer)
+        middleware.append(Middleware(Tracing, tracer=tracer, skip=frozenset({"/health", "/ready", "/metrics"})))
     middleware.append(Middleware(Guard, settings=settings, metrics=HttpMetrics(engine.registry), open_paths=open_paths))
     app = FastAPI(
         title="deepseek-optimizer",
@@ -97,7 +105,7 @@ def create_app(engine: Any, settings: ServerSettings | None = None) -> FastAPI:
     )
     app.state.server = state
     generating = (chat, completions, responses, files)
-    for route in (embeddings, scores, classify, models, tokens, status):
+    for route in (embeddings, scores, classify, models, tokens, status, operations):
         route.add(app, state)
     if state.generates:
         for route in generating:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
@@ -9,6 +10,8 @@ from typing import Any, Literal
 from ..checkpoint.sentence_transformers import EmbeddingSettings
 from ..errors import ConfigError
 from .keys import ApiKeys
+
+_ROOT_PATH = re.compile(r"(/[A-Za-z0-9._~-]+)+")
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,12 @@ class ServerSettings:
             whose files or name say that it is a reranker.
         sampling: the model's recommended sampling parameters, used for fields that a request omits.
         access_log: write one line to stderr for each request.
+        root_path: prefix of all paths that a reverse proxy removes before it forwards a request, such as "/llm".
+        sleep_mode: whether clients may let the server sleep by /sleep.
+        ssl_certfile: file with the certificate chain, for TLS; None: plain HTTP.
+        ssl_keyfile: file with the private key; None: in `ssl_certfile`.
+        ssl_keyfile_password: of an encrypted key.
+        ssl_ca_certs: file with certificates of authorities. Clients must then have a certificate issued by one of them.
     """
 
     host: str = "127.0.0.1"
@@ -95,6 +104,12 @@ class ServerSettings:
     reranker: Literal["auto", "cosine", "yes-no"] = "auto"
     sampling: Mapping[str, Any] = field(default_factory=dict)
     access_log: bool = False
+    root_path: str = ""
+    sleep_mode: bool = False
+    ssl_certfile: str | None = None
+    ssl_keyfile: str | None = None
+    ssl_keyfile_password: str | None = field(default=None, repr=False)
+    ssl_ca_certs: str | None = None
 
     def __post_init__(self) -> None:
         """Raises ConfigError for an invalid value."""
@@ -109,6 +124,10 @@ class ServerSettings:
         for origin in self.allow_origins:
             if origin != "*" and not origin.startswith(("http://", "https://")):
                 raise ConfigError(f"allow_origins: {origin!r} is not an origin; use the form https://example.com, or *")
+        if self.root_path and not _ROOT_PATH.fullmatch(self.root_path):
+            raise ConfigError(f"root_path: {self.root_path!r} is not a path; use the form /llm, without a slash at the end")
+        if self.ssl_certfile is None and (self.ssl_keyfile or self.ssl_keyfile_password or self.ssl_ca_certs):
+            raise ConfigError("ssl_keyfile, ssl_keyfile_password and ssl_ca_certs need ssl_certfile; give the certificate too")
         if self.reranker not in ("auto", "cosine", "yes-no"):
             raise ConfigError(f"reranker must be auto, cosine or yes-no, got {self.reranker!r}")
         if not 0 <= self.drain_seconds < float("inf"):

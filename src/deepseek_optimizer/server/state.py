@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import os
 import threading
@@ -9,6 +10,8 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any, Literal, TypeVar
+
+import psutil
 
 from ..chat.reasoning import thinks
 from ..engine.grammar.compiler import GrammarCompiler
@@ -36,7 +39,7 @@ _WORKERS = (2, 4)  # minimum and maximum number of worker processes of one kind
 
 
 class ServerState:
-    """The state of one server. `draining`: whether it is shutting down and refuses requests.
+    """The state of one server. `draining`: whether it is shutting down and refuses requests; `sleeping`: see `sleep`.
 
     Args:
         engine: an `AsyncEngine`.
@@ -46,7 +49,8 @@ class ServerState:
     def __init__(self, engine: Any, settings: ServerSettings) -> None:
         self.engine, self.settings = engine, settings
         self.created = int(time.time())
-        self.draining = False
+        self.draining = self.sleeping = False
+        self._changing_sleep = asyncio.Lock()
         self.model_name: str = engine.model_name
         self.generates: bool = engine.generates
         settings.embedding.check(engine.hidden_size)
@@ -79,11 +83,13 @@ class ServerState:
         """Checks that the server accepts requests.
 
         Raises:
-            ApiError: 503, the server is shutting down.
+            ApiError: 503, the server is shutting down or sleeps.
             EngineDeadError: the engine has stopped.
         """
         if self.draining:
             raise busy("the server is stopping", 5)
+        if self.sleeping:
+            raise busy("the server sleeps; POST /wake_up wakes it", 30)
         self.engine.check_alive()
 
     def admit(self, body: Mapping[str, Any], client: str) -> ExitStack:
@@ -167,6 +173,39 @@ class ServerState:
     async def _tokenizer_copy(self, caller: Caller) -> Any:
         """A copy of the tokenizer, made on the only thread that uses the original."""
         return await self.tokenizing(lambda lane: copy.deepcopy(lane.tokenizer), caller, 0)
+
+    async def sleep(self, seconds: float) -> int:
+        """Refuses requests, lets those in flight end, and releases the memory of the cache and of mapped weights.
+
+        Args:
+            seconds: time after which requests in flight are cancelled.
+
+        Returns: the bytes by which the memory of this process has decreased.
+
+        Raises:
+            ApiError: 503, the server is shutting down.
+            EngineDeadError: the engine has stopped.
+        """
+        async with self._changing_sleep:
+            if self.sleeping:
+                return 0
+            self.check_accepting()
+            self.sleeping = True
+            process = psutil.Process()
+            before: int = process.memory_info().rss
+            try:
+                await self.engine.sleep(seconds)
+            except BaseException:
+                self.sleeping = False
+                raise
+            return max(0, before - process.memory_info().rss)
+
+    async def wake_up(self) -> None:
+        """Accepts requests again after `sleep`."""
+        async with self._changing_sleep:
+            if self.sleeping:
+                self.engine.wake_up()
+                self.sleeping = False
 
     def thinks(self, tools: bool) -> bool:
         """Whether the model writes reasoning before its answer, in a chat with or without tools."""

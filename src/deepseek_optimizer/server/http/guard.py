@@ -12,6 +12,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..settings import ServerSettings
+from . import request_id
 from .caller import client_of
 from .hosts import HostCheck
 from .metrics import HttpMetrics
@@ -46,7 +47,8 @@ class HostGuard:
 class Guard:
     """Checks the API key, converts exceptions to error responses, and answers HEAD like GET; uvicorn omits the body.
 
-    It sets, in the scope's state, `salt` (a hash of the key), `client` (see `caller`) and `arrived` (time of `time.monotonic`).
+    It sets, in the scope's state, `salt` (a hash of the key), `client` (see `caller`) and `arrived` (time of `time.monotonic`),
+    and the request's id for the log and the response.
 
     Args:
         open_paths: paths that need no key.
@@ -60,6 +62,9 @@ class Guard:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
         arrived, requested = time.monotonic(), scope["method"]
+        id = request_id.request_id(scope)
+        request_id.current.set(id)
+        own = [*_SECURITY, (request_id.HEADER, id.encode())]
         if requested == "HEAD":
             scope = {**scope, "method": "GET"}
         status = 0
@@ -68,7 +73,7 @@ class Guard:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message = {**message, "headers": [*message.get("headers", ()), *_SECURITY]}
+                message = {**message, "headers": [*message.get("headers", ()), *own]}
             await send(message)
 
         try:
@@ -90,7 +95,9 @@ class Guard:
             method = requested if requested in _METHODS else "other"
             self._metrics.record(_handler(scope), method, status, time.monotonic() - arrived)
             if self._settings.access_log:
-                logger.info("%s %s %d %.3f s", method, _handler(scope), status, time.monotonic() - arrived)
+                route, seconds = _handler(scope), time.monotonic() - arrived
+                line = {"method": method, "route": route, "status": status, "seconds": round(seconds, 6)}
+                logger.info("%s %s %d %.3f s", method, route, status, seconds, extra=line)
 
     def _salt(self, scope: Scope) -> str:
         keys = self._settings.keys
@@ -98,7 +105,7 @@ class Guard:
         salt = keys.salt(given[0] if len(given) == 1 else None)
         if salt is not None:
             return salt
-        if scope["path"] in self._open:
+        if scope["path"].removeprefix(scope.get("root_path", "")) in self._open:
             return ""
         message = "the API key is wrong" if given else "this server requires an API key: send Authorization: Bearer KEY"
         raise ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
