@@ -13,11 +13,10 @@ if TYPE_CHECKING:
     from deepseek_optimizer.server.settings import ServerSettings
 
 _NEEDED = ("fastapi", "httptools", "orjson", "prometheus_client", "python_multipart", "uvicorn", "xgrammar")
-_SAMPLING_FIELDS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")  # of a generation config
-
 
 _REQUESTS: dict[str, Any] = {"rich_help_panel": "Requests and memory"}
 _ACCESS: dict[str, Any] = {"rich_help_panel": "Network and access"}
+_ADAPTERS: dict[str, Any] = {"rich_help_panel": "LoRA adapters"}
 _CHAT: dict[str, Any] = {"rich_help_panel": "Chat"}
 _FILES: dict[str, Any] = {"rich_help_panel": "Uploaded files"}
 _SEARCH: dict[str, Any] = {"rich_help_panel": "Embeddings and scores"}
@@ -71,6 +70,15 @@ def serve(
             **_ACCESS,
         ),
     ] = None,
+    strict_requests: Annotated[
+        bool,
+        typer.Option(
+            "--strict-requests",
+            help="Refuse requests with unknown fields, or with values of another JSON type such as numbers in quotes. Default: "
+            "unknown fields are ignored, and the response header X-Ignored-Fields names them.",
+            **_ACCESS,
+        ),
+    ] = False,
     access_log: Annotated[bool, typer.Option("--access-log", help="Log each request to stderr.", **_ACCESS)] = False,
     log_format: Annotated[
         str,
@@ -203,6 +211,51 @@ def serve(
     max_body_bytes: Annotated[
         int, typer.Option("--max-body-bytes", min=1, metavar="BYTES", help="Maximum size of a request body.", **_REQUESTS)
     ] = 4 << 20,
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--lora",
+            metavar="NAME=PATH",
+            help="Load the LoRA adapter (PEFT) in directory PATH; requests choose it by the model NAME. Repeatable.",
+            **_ADAPTERS,
+        ),
+    ] = None,
+    allow_lora_loading: Annotated[
+        bool,
+        typer.Option(
+            "--allow-lora-loading",
+            help="Let requests load and unload adapters (/v1/load_lora_adapter). Requires --lora-dir.",
+            **_ADAPTERS,
+        ),
+    ] = False,
+    lora_dir: Annotated[
+        str | None,
+        typer.Option(
+            "--lora-dir", metavar="DIR", help="Directory of the adapters that requests may load; no others.", **_ADAPTERS
+        ),
+    ] = None,
+    max_loras: Annotated[
+        int | None,
+        typer.Option(
+            "--max-loras",
+            min=1,
+            metavar="N",
+            help="Maximum number of adapters at a time. Default: those of --lora, and at least 16 with --allow-lora-loading.",
+            **_ADAPTERS,
+        ),
+    ] = None,
+    max_lora_rank: Annotated[
+        int, typer.Option("--max-lora-rank", min=1, max=1024, metavar="N", help="Largest rank of an adapter.", **_ADAPTERS)
+    ] = 64,
+    lora_dtype: Annotated[
+        str,
+        typer.Option(
+            "--lora-dtype",
+            metavar="DTYPE",
+            help="Storage of adapters: bf16, fp32, or auto: bf16, except fp32 for a model in fp32.",
+            **_ADAPTERS,
+        ),
+    ] = "auto",
     cache_window: Annotated[
         int | None,
         typer.Option(
@@ -214,6 +267,27 @@ def serve(
             **_CHAT,
         ),
     ] = None,
+    generation_config: Annotated[
+        str,
+        typer.Option(
+            "--generation-config",
+            metavar="SOURCE",
+            help="Sampling parameters of requests that omit them. model: those of the checkpoint's generation config, else "
+            "those that the model's authors publish, else temperature 0.7 and top_p 0.95. vllm: those of the generation "
+            "config, else OpenAI's. openai: temperature 1 and top_p 1.",
+            **_CHAT,
+        ),
+    ] = "model",
+    max_answer_tokens: Annotated[
+        int,
+        typer.Option(
+            "--max-answer-tokens",
+            min=1,
+            metavar="TOKENS",
+            help="Maximum length of an answer whose request gives none. It ends earlier if the context is full.",
+            **_CHAT,
+        ),
+    ] = 4096,
     tool_format: Annotated[
         str | None,
         typer.Option(
@@ -252,6 +326,14 @@ def serve(
             **_SEARCH,
         ),
     ] = "auto",
+    prefill_assistant: Annotated[
+        bool,
+        typer.Option(
+            "--prefill-assistant",
+            help="Continue a chat's last message if it is the assistant's, instead of answering it.",
+            **_CHAT,
+        ),
+    ] = False,
     max_file_mb: Annotated[
         float,
         typer.Option(
@@ -278,6 +360,7 @@ def serve(
     if missing:
         raise ValueError(f'the server needs {", ".join(missing)}; install with: pip install "deepseek-optimizer[serve]"')
 
+    from deepseek_optimizer.chat.sampling_defaults import SOURCES
     from deepseek_optimizer.chat.tools import FORMATS
     from deepseek_optimizer.checkpoint.sentence_transformers import POOLING_MODES
     from deepseek_optimizer.errors import ConfigError
@@ -290,6 +373,8 @@ def serve(
         raise ConfigError(f"--log-format must be text or json, got {log_format!r}")
     if pooling is not None and pooling not in POOLING_MODES:
         raise ConfigError(f"--pooling must be one of {', '.join(POOLING_MODES)}, got {pooling!r}")
+    if generation_config not in SOURCES:
+        raise ConfigError(f"--generation-config must be one of {', '.join(SOURCES)}, got {generation_config!r}")
     if name is not None and not name.strip():
         raise ConfigError("--served-model-name must not be empty")
     # Validate every option before loading the model.
@@ -310,6 +395,12 @@ def serve(
         tools_format=tool_format,
         reasoning=reasoning,
         reranker=reranker,  # type: ignore[arg-type]  # checked there
+        prefill_assistant=prefill_assistant,
+        max_answer_tokens=max_answer_tokens,
+        model_path=model,
+        strict=strict_requests,
+        allow_lora_loading=allow_lora_loading,
+        lora_dir=lora_dir,
         access_log=access_log,
         root_path=root_path,
         sleep_mode=sleep_mode,
@@ -318,6 +409,7 @@ def serve(
         ssl_keyfile_password=ssl_keyfile_password,
         ssl_ca_certs=ssl_ca_certs,
     )
+    adapters = _adapters(lora or [])
     fields |= o.not_none(
         kl_budget=kl_budget, calibration=calibration, kv_cache_memory=kv_cache_memory, batch_invariant=batch_invariant or None
     )
@@ -327,8 +419,13 @@ def serve(
         "prefix_cache": prefix_cache,
         "drafts": drafts,
         "cache_window": cache_window,
+        "adapters": adapters,
+        "max_loras": max_loras or max(len(adapters), 16 if allow_lora_loading else 0),
+        "max_lora_rank": max_lora_rank,
+        "lora_dtype": lora_dtype,
     }
-    _serve(model, name, fields, settings, options, pooling, log_format == "json", otlp_traces_endpoint)
+    pooling_and_traces = (pooling, log_format == "json", otlp_traces_endpoint)
+    _serve(model, name, fields, settings, generation_config, options, *pooling_and_traces)
 
 
 def _serve(
@@ -336,6 +433,7 @@ def _serve(
     name: str | None,
     fields: dict[str, Any],
     settings: ServerSettings,
+    generation_config: Any,
     options: dict[str, Any],
     pooling: str | None,
     json_logs: bool,
@@ -344,6 +442,7 @@ def _serve(
     from dataclasses import replace
 
     from deepseek_optimizer import report
+    from deepseek_optimizer.chat.sampling_defaults import SamplingDefaults, sampling_defaults
     from deepseek_optimizer.checkpoint.sentence_transformers import read_embedding_settings
     from deepseek_optimizer.integration.encoder.text_encoder import is_encoder_runtime
     from deepseek_optimizer.integration.load.resolve import resolve
@@ -369,9 +468,11 @@ def _serve(
         typer.echo("dso: texts are embedded without the chat template that sentence-transformers applies to them", err=True)
     if pooling is not None:
         embedding = replace(embedding, pooling=(pooling,))
-    settings = replace(settings, sampling=_default_sampling(loaded), embedding=embedding)
-    if is_encoder_runtime(loaded.dso):
+    encoder = is_encoder_runtime(loaded.dso)
+    if encoder:
         options["max_tokens"] = embedding.max_tokens
+    defaults = SamplingDefaults() if encoder else sampling_defaults(loaded, model, generation_config)
+    settings = replace(settings, sampling=defaults.values, sampling_not_thinking=defaults.not_thinking, embedding=embedding)
     engine = make_async_engine(loaded, tokenizer, model_name=name, **options)
     facts = report(loaded)
 
@@ -381,12 +482,19 @@ def _serve(
     run(engine, settings, sock, banner, None if exporter is None else Tracer(exporter, engine.model_name))
 
 
-def _default_sampling(model: Any) -> dict[str, Any]:
-    """Default sampling parameters for requests: those of the model's generation config, if it samples."""
-    config = getattr(model, "generation_config", None)
-    if config is None or not config.do_sample:
-        return {}
-    return {field: value for field in _SAMPLING_FIELDS if (value := getattr(config, field, None)) is not None}
+def _adapters(given: list[str]) -> dict[str, str]:
+    """The paths of adapters by name."""
+    from deepseek_optimizer.errors import ConfigError
+
+    adapters: dict[str, str] = {}
+    for one in given:
+        name, _, path = one.partition("=")
+        if not name.strip() or not path:
+            raise ConfigError(f"--lora must be NAME=PATH, got {one!r}")
+        if name in adapters:
+            raise ConfigError(f"--lora: the name {name!r} is given twice")
+        adapters[name] = path
+    return adapters
 
 
 def _banner(engine: Any, facts: Any, settings: ServerSettings, host: str, port: int) -> str:
@@ -404,6 +512,8 @@ def _banner(engine: Any, facts: Any, settings: ServerSettings, host: str, port: 
     ]
     if engine.generates:
         lines.insert(3, f"cache     {facts.kv_cache}, {engine.core.memory.size}")
+    if engine.adapters:
+        lines.append(f"adapters  {', '.join(adapter.name for adapter in engine.adapters)}")
     if not settings.keys and not is_loopback(settings.host):
         lines.append("warning   anyone who can reach this address can use the model; require a key with --api-key-file")
     return "\n".join(lines)

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from deepseek_optimizer import CheckpointChangedError, RequestError
-from deepseek_optimizer.engine.core import ModelFacts
 from deepseek_optimizer.engine.encoder_core import Classifier, EncoderCore
+from deepseek_optimizer.engine.model_facts import ModelFacts
 from deepseek_optimizer.engine.options import EngineOptions
 from deepseek_optimizer.engine.pooling import Pooling
 from deepseek_optimizer.engine.request import Request

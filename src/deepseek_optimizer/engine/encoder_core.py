@@ -16,11 +16,12 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import CheckpointChangedError, RequestError, shown
-from .core import ModelFacts
+from .adapters import Adapter, Adapters
 from .metrics import EndedRequest, EngineMetrics
+from .model_facts import ModelFacts
 from .options import EngineOptions
 from .pooling import pooled
-from .request import Finish, Output, Request, check_reading
+from .request import Finish, Output, Request, check_reading, check_tokens
 from .scheduling.turns import Turns, alternating
 
 _log = logging.getLogger(__name__)
@@ -88,6 +89,7 @@ class EncoderCore:
 
     sliding = None
     stalled = False
+    adapters: Adapters | None = None
 
     def __init__(
         self,
@@ -131,8 +133,8 @@ class EncoderCore:
     def release_memory(self) -> None:
         """Does nothing: an encoder has no cache."""
 
-    def check(self, request: Request) -> int:
-        """Checks a request; returns 0, the number of tokens to generate.
+    def check(self, request: Request, adapter: Adapter | None = None) -> int:
+        """Checks a request; returns 0, the number of tokens to generate. `adapter`: always None, as encoders have none.
 
         Raises:
             RequestError: the request can never be served.
@@ -140,10 +142,7 @@ class EncoderCore:
         prompt, facts = request.prompt, self.facts
         if not (request.embed or request.classify):
             raise RequestError("model", "this model is an encoder, which cannot generate text; use /v1/embeddings")
-        if not prompt:
-            raise RequestError("prompt", "is empty")
-        if min(prompt) < 0 or max(prompt) >= facts.vocab_size:
-            raise RequestError("prompt", f"has token ids outside the vocabulary of {facts.vocab_size}")
+        check_tokens(request, facts.vocab_size)
         check_reading(request, classifies=self.classifier is not None)
         if len(prompt) > facts.context:
             raise RequestError(
@@ -151,8 +150,8 @@ class EncoderCore:
             )
         return 0
 
-    def add(self, request: Request) -> None:
-        """Adds a request to the waiting ones.
+    def add(self, request: Request, adapter: Adapter | None = None) -> None:
+        """Adds a request to the waiting ones. `adapter`: always None, as encoders have none.
 
         Raises:
             RequestError: a request with this id is in the engine already, or the request can never be served.

@@ -58,7 +58,16 @@ class ServerSettings:
         reranker: how a model without a classification head scores pairs of texts: "cosine" of their embeddings; "yes-no", the
             probability that a language model judges the document to answer the query; "auto": "yes-no" for a language model
             whose files or name say that it is a reranker.
-        sampling: the model's recommended sampling parameters, used for fields that a request omits.
+        prefill_assistant: continue a chat's last message if it is the assistant's, as llama-server does. A request's
+            `continue_final_message` and `add_generation_prompt` override this.
+        sampling: sampling parameters for fields that a request omits, by their names in `SamplingParams`; others have OpenAI's
+            defaults.
+        sampling_not_thinking: the same for answers without reasoning; None: `sampling`.
+        max_answer_tokens: maximum number of tokens of an answer whose request gives none.
+        model_path: path or name by which the model was loaded, for /props.
+        strict: refuse requests with unknown fields or with values of another JSON type, such as numbers in quotes.
+        allow_lora_loading: whether requests may load and unload LoRA adapters.
+        lora_dir: the directory that contains the adapters that requests may load.
         access_log: write one line to stderr for each request.
         root_path: prefix of all paths that a reverse proxy removes before it forwards a request, such as "/llm".
         sleep_mode: whether clients may let the server sleep by /sleep.
@@ -102,7 +111,14 @@ class ServerSettings:
     reasoning: bool | None = None
     embedding: EmbeddingSettings = field(default_factory=EmbeddingSettings)
     reranker: Literal["auto", "cosine", "yes-no"] = "auto"
+    prefill_assistant: bool = False
     sampling: Mapping[str, Any] = field(default_factory=dict)
+    sampling_not_thinking: Mapping[str, Any] | None = None
+    max_answer_tokens: int = 4096
+    model_path: str = ""
+    strict: bool = False
+    allow_lora_loading: bool = False
+    lora_dir: str | None = None
     access_log: bool = False
     root_path: str = ""
     sleep_mode: bool = False
@@ -130,6 +146,8 @@ class ServerSettings:
             raise ConfigError("ssl_keyfile, ssl_keyfile_password and ssl_ca_certs need ssl_certfile; give the certificate too")
         if self.reranker not in ("auto", "cosine", "yes-no"):
             raise ConfigError(f"reranker must be auto, cosine or yes-no, got {self.reranker!r}")
+        if self.allow_lora_loading and self.lora_dir is None:
+            raise ConfigError("allow_lora_loading: needs lora_dir (--lora-dir), the directory of adapters that may be loaded")
         if not 0 <= self.drain_seconds < float("inf"):
             raise ConfigError(f"drain_seconds must be 0 or more, got {self.drain_seconds}")
         for name in (f.name for f in fields(self) if f.name.startswith("max_")):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ...chat.deltas import OutputParser
@@ -31,6 +31,8 @@ class ChatSpec:
         effort: of reasoning; None: not given.
         options: variables of the chat template.
         skip_special: omit special tokens from the text.
+        add_generation_prompt: append the start of an answer to the prompt.
+        continue_final: the last message, by the assistant, is the start of the answer; overrides the above.
     """
 
     messages: Sequence[Mapping[str, Any]]
@@ -40,6 +42,8 @@ class ChatSpec:
     effort: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     skip_special: bool = True
+    add_generation_prompt: bool = True
+    continue_final: bool = False
 
     @property
     def has_files(self) -> bool:
@@ -59,6 +63,7 @@ class ChatSetup:
         keep_special: whether the parser needs special tokens.
         dropped: tokens of messages that were dropped because the chat exceeds the cache window.
         parser: returns a new parser for each answer; None: the text is only content.
+        ignored: names of options of the chat that the template does not have.
     """
 
     prompt: Prompt
@@ -67,6 +72,13 @@ class ChatSetup:
     keep_special: bool
     dropped: int
     parser: Callable[[], OutputParser] | None
+    ignored: tuple[str, ...] = ()
+
+    @property
+    def may_think(self) -> bool:
+        """Whether the answer may begin with reasoning. It may not if the prompt ends with empty reasoning, by which templates
+        turn it off."""
+        return self.thinking != "no" and not self.prompt.text.rstrip().endswith(CLOSE)
 
 
 def set_up(state: ServerState, lane: Lane, chat: ChatSpec) -> ChatSetup:
@@ -85,9 +97,12 @@ def set_up(state: ServerState, lane: Lane, chat: ChatSpec) -> ChatSetup:
     tools = list(chat.tools) if chat.named or chat.choice != "none" else []
     source = lane.template.source(bool(tools))
     tool_format = _tool_format(state, source) if tools else None
+    ignored: tuple[str, ...] = ()
+    if not state.settings.strict:
+        chat, ignored = _with_known_options(lane, chat, bool(tools))
     thinks = state.thinks(bool(tools))
     options = _options(lane, chat, bool(tools), thinks)
-    prompt, dropped = _fitted(state, lane, chat.messages, tools, options)
+    prompt, dropped = _fitted(state, lane, chat, tools, options)
     keep_special = (thinks or tool_format is not None) and special_markers(lane.tokenizer, tool_format)
     drop = [token for token in lane.tokenizer.all_special_tokens if token] if keep_special and chat.skip_special else []
     names = [tool["function"]["name"] for tool in tools]
@@ -96,23 +111,31 @@ def set_up(state: ServerState, lane: Lane, chat: ChatSpec) -> ChatSetup:
         return make_output_parser(CLOSE if thinks else "", prompt.text, tool_format=tool_format, tool_names=names, drop=drop)
 
     thinking = "no" if not thinks else "open" if opened_by(prompt.text) else "opens"
-    return ChatSetup(prompt, tool_format, thinking, keep_special, dropped, parser if thinks or tool_format or drop else None)
+    make_parser = parser if thinks or tool_format or drop else None
+    return ChatSetup(prompt, tool_format, thinking, keep_special, dropped, make_parser, ignored)
 
 
 def _fitted(
-    state: ServerState, lane: Lane, messages: Sequence[Mapping[str, Any]], tools: list[Tool], options: Mapping[str, Any]
+    state: ServerState, lane: Lane, chat: ChatSpec, tools: list[Tool], options: Mapping[str, Any]
 ) -> tuple[Prompt, int]:
     """The prompt, and the number of tokens of dropped messages. With a cache window, a quarter of it is reserved for the answer
     and later turns."""
 
     def render(some: Sequence[Mapping[str, Any]]) -> Prompt:
-        return lane.template.render(some, tools=tools or None, options=options, max_bytes=state.prompt_size.max_bytes)
+        return lane.template.render(
+            some,
+            tools=tools or None,
+            add_generation_prompt=chat.add_generation_prompt,
+            continue_final=chat.continue_final,
+            options=options,
+            max_bytes=state.prompt_size.max_bytes,
+        )
 
-    whole, window = render(messages), state.engine.cache_window
+    whole, window = render(chat.messages), state.engine.cache_window
     if window is None or len(whole.ids) <= window * 3 // 4:
         return whole, 0
     fitted = fit(
-        [dict(message) for message in messages],
+        [dict(message) for message in chat.messages],
         lambda some: len(render(some).ids),
         lambda message: len(tokens_of(lane.tokenizer, str(message.get("content") or ""), special=False)),
         window * 3 // 4,
@@ -127,6 +150,15 @@ def _tool_format(state: ServerState, source: str) -> ToolFormat:
     if tool_format is None:
         raise ApiError(400, "tools: this model's chat template has no supported format of tool calls", param="tools")
     return tool_format
+
+
+def _with_known_options(lane: Lane, chat: ChatSpec, tools: bool) -> tuple[ChatSpec, tuple[str, ...]]:
+    """The chat without options that the template does not have, and the names of these as fields of the request."""
+    if not chat.options:
+        return chat, ()
+    variables = lane.template.variables(tools)
+    known = {name: value for name, value in chat.options.items() if name in variables}
+    return replace(chat, options=known), tuple(f"chat_template_kwargs.{name}" for name in chat.options if name not in known)
 
 
 def _options(lane: Lane, chat: ChatSpec, tools: bool, thinks: bool) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from .base import TOKEN_ID, IgnoredFields, ModelName, ResponseModel
+from .sampling import Priority
 
 MAX_INPUTS = 2048  # OpenAI's limit
 _Text = Annotated[str, Field(min_length=1)]
@@ -29,7 +30,7 @@ class Truncated(IgnoredFields):
         description="Shorten longer texts to this number of tokens; -1: the model's context. By default they are an error.",
     )
     truncation_side: Literal["left", "right"] | None = Field(None, description="Which end of a longer text is dropped.")
-    priority: Annotated[int, Field(ge=0, le=1000)] | None = None
+    priority: Priority = None
 
 
 class Embeds(Truncated):

@@ -48,7 +48,7 @@ def add(app: FastAPI, state: ServerState) -> None:
             {"index": index, "label": labels[int(np.argmax(row))], "probs": row.tolist(), "num_classes": len(labels)}
             for index, row in enumerate(values)
         ]
-        return json_response(response(state, job.name, data, tokens))
+        return json_response(response(state, job, data, tokens))
 
     @app.post(
         "/pooling",
@@ -65,14 +65,12 @@ def add(app: FastAPI, state: ServerState) -> None:
             base64 = body.encoding_format == "base64"
             if body.task == "classify" or (body.task is None and state.engine.classifier is not None):
                 values, tokens = await classes(body.input, options.cut, options.special, body.use_activation is not False, job)
-                return json_response(
-                    response(state, job.name, [_pooled(i, row, base64) for i, row in enumerate(values)], tokens)
-                )
+                return json_response(response(state, job, [_pooled(i, row, base64) for i, row in enumerate(values)], tokens))
             outputs = await pooled_outputs(state, body.input, options, job)
 
             def whole() -> bytes:
                 data = [_pooled(index, vector_of(state, output, options), base64) for index, output in enumerate(outputs)]
-                return orjson.dumps(response(state, job.name, data, sum(output.prompt_tokens for output in outputs)))
+                return orjson.dumps(response(state, job, data, sum(output.prompt_tokens for output in outputs)))
 
             return Response(await aside(state, caller, outputs, whole), media_type="application/json")
 

@@ -13,14 +13,13 @@ from ..http.problems import ApiError
 from ..openapi import body_errors, reads
 from ..protocol.embeddings import EXAMPLE, EmbeddingList, EmbeddingRequest, Embeds
 from ..search.embedding import EmbedOptions, aside, pooled_outputs, vector_of
-from ..search.run import job_of
+from ..search.run import Job, job_of
 from ..search.texts import prompt_name, truncation
 from ..search.vectors import NO_NORM, UNIT, dimensions_of, encoded
 from ..state import ServerState
 
 
 def add(app: FastAPI, state: ServerState) -> None:
-    @app.post("/embeddings", include_in_schema=False)
     @app.post(
         "/v1/embeddings",
         response_model=EmbeddingList,
@@ -46,7 +45,7 @@ def add(app: FastAPI, state: ServerState) -> None:
                     {"object": "embedding", "index": index, "embedding": encoded(vector_of(state, output, options), base64)}
                     for index, output in enumerate(outputs)
                 ]
-                return orjson.dumps(response(state, job.name, data, sum(output.prompt_tokens for output in outputs)))
+                return orjson.dumps(response(state, job, data, sum(output.prompt_tokens for output in outputs)))
 
             return Response(await aside(state, caller, outputs, whole), media_type="application/json")
 
@@ -74,9 +73,9 @@ def embed_options(state: ServerState, body: Embeds) -> EmbedOptions:
     )
 
 
-def response(state: ServerState, name: str, data: list[Any], tokens: int) -> dict[str, Any]:
+def response(state: ServerState, job: Job, data: list[Any], tokens: int) -> dict[str, Any]:
     """The body of a response that lists results."""
     usage = {"prompt_tokens": tokens, "total_tokens": tokens}
     return {
-        "id": name, "object": "list", "created": int(time.time()), "model": state.model_name, "data": data, "usage": usage
+        "id": job.name, "object": "list", "created": int(time.time()), "model": job.model(state), "data": data, "usage": usage
     }  # fmt: skip

@@ -26,7 +26,6 @@ from .embeddings import response
 
 
 def add(app: FastAPI, state: ServerState) -> None:
-    @app.post("/rerank", include_in_schema=False)
     @app.post("/v2/rerank", include_in_schema=False)
     @app.post(
         "/v1/rerank",
@@ -52,9 +51,8 @@ def add(app: FastAPI, state: ServerState) -> None:
         if body.return_documents is not False:
             results = [{**result, "document": {"text": documents[result["index"]]}} for result in results]
         usage = {"prompt_tokens": tokens, "total_tokens": tokens}
-        return json_response({"id": job.name, "model": state.model_name, "usage": usage, "results": results})
+        return json_response({"id": job.name, "model": job.model(state), "usage": usage, "results": results})
 
-    @app.post("/score", include_in_schema=False)
     @app.post(
         "/v1/score",
         response_model=ScoreResponse,
@@ -72,7 +70,7 @@ def add(app: FastAPI, state: ServerState) -> None:
                 state, first, second, options(body, body.use_activation is not False, body.max_tokens_per_doc, "text_2"), job
             )
         data = [{"index": index, "object": "score", "score": value} for index, value in enumerate(scores)]
-        return json_response(response(state, job.name, data, tokens))
+        return json_response(response(state, job, data, tokens))
 
     def options(body: RerankRequest | ScoreRequest, activation: bool, limit: int | None, field: str) -> ScoreOptions:
         cut = truncation(state, body.truncate_prompt_tokens, body.truncation_side)

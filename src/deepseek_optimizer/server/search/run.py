@@ -37,6 +37,10 @@ class Job:
     priority: int
     caller: Caller
 
+    def model(self, state: ServerState) -> str:
+        """The name of the model in the response: that of the adapter, if the request uses one."""
+        return self.caller.adapter or state.model_name
+
     def request(self, tokens: Tokens, **fields: Any) -> Request:
         """An engine request for a text.
 
@@ -46,7 +50,7 @@ class Job:
         """
         return Request(
             tokens.ids, id=self.name, salt=self.salt, client=self.caller.key, deadline=self.caller.deadline,
-            priority=self.priority, token_types=tokens.types, **fields,
+            priority=self.priority, adapter=self.caller.adapter, token_types=tokens.types, **fields,
         )  # fmt: skip
 
 
