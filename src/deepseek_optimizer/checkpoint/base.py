@@ -61,6 +61,18 @@ class Checkpoint(ABC):
         """The model's config as a fresh dict, without `auto_map`: no code of the checkpoint is ever run."""
         return copy.deepcopy(self._config)
 
+    def name_as_causal(self) -> None:
+        """Renames the tensors of a decoder that was saved without a language model head, such as an embedding model, so that it
+        loads as a language model. If there is no head, it is tied to the embedding. Any other checkpoint remains as it is.
+        """
+        if "embed_tokens.weight" not in self.tensors or any(name.startswith("model.") for name in self.tensors):
+            return
+        if "lm_head.weight" not in self.tensors:
+            self._config["tie_word_embeddings"] = True
+        self.tensors = {
+            name if name.startswith("lm_head.") else f"model.{name}": info for name, info in self.tensors.items()
+        }  # fmt: skip
+
     def info(self, name: str) -> TensorInfo:
         """The tensor stored under `name`; CheckpointError if there is none."""
         if name not in self.tensors:

@@ -52,6 +52,8 @@ _FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 def load(path: str | os.PathLike[str], config: DeepSeekConfig | None, fields: dict[str, Any]) -> Any:
     """Implements `load_model`, which documents the arguments; `fields` override `config`."""
     with open_checkpoint(resolve(path)) as checkpoint:
+        if (checkpoint.path / "modules.json").is_file():
+            checkpoint.name_as_causal()
         if (reason := why_general_path(checkpoint, config, fields)) is not None:
             section = checkpoint.config().get("quantization_config")
             return load_general(checkpoint, _settings(section, checkpoint, config, fields), reason)
