@@ -67,6 +67,7 @@ def serve_models(
     settings: ServerSettings,
     fields: dict[str, Any],
     load: Callable[[str, str], tuple[Any, ServerSettings, int]],
+    json_logs: bool,
 ) -> None:
     """Serves several models.
 
@@ -75,17 +76,20 @@ def serve_models(
         settings: the server's.
         fields: of `DeepSeekConfig`, for each model; a size of the cache is added.
         load: loads the model of a path under a name; returns its engine, the settings for it, and the memory that it may take.
+        json_logs: whether to log JSON.
     """
+    from deepseek_optimizer.server.http.logs import set_up_logs
     from deepseek_optimizer.server.pool.model_list import models_at, models_of
     from deepseek_optimizer.server.pool.model_pool import ModelPool
     from deepseek_optimizer.server.pool_app import opener
-    from deepseek_optimizer.server.run import listener
+    from deepseek_optimizer.server.run import check_tls, listener
     from deepseek_optimizer.server.run import serve_models as run
     from deepseek_optimizer.system.memory import free_memory, less_reserve, mb
 
     if not given.models and given.models_dir is None:
         raise ValueError("give the MODEL to serve, or a directory of models with --models-dir")
-    set_up_logging()
+    set_up_logs(json_logs)
+    check_tls(settings)
     sock = listener(settings.host, settings.port)
     memory = given.models_memory or max(1, less_reserve(free_memory().free))
     cache = fields.setdefault("kv_cache_memory", max(1, memory // _CACHE_PART))
@@ -115,12 +119,3 @@ def serve_models(
         )
 
     run(pool, sock, banner)
-
-
-def set_up_logging() -> None:
-    """Logs this package's messages to stderr."""
-    import logging
-
-    logging.basicConfig(level=logging.WARNING, format="dso: %(message)s")
-    logging.getLogger("deepseek_optimizer").setLevel(logging.INFO)
-    logging.getLogger("bm25s").setLevel(logging.WARNING)  # it logs every index at its own default level

@@ -250,6 +250,16 @@ def test_errors_of_the_disk_do_not_reach_requests(tmp_path, monkeypatch, caplog)
     assert core.scheduler.stored.writer.dropped == 6  # 204 tokens
 
 
+def test_prefixes_outlive_the_release_of_the_memory(tmp_path):
+    prompt, core = text(1, 400), core_with(tmp_path)
+    ask(core, prompt)
+    core.release_memory()
+    assert len(core.prefix) == 0
+    answer = ask(core, prompt)
+    assert answer.cached_tokens == 384 and answer.token_ids == expected(prompt, 5, None)
+    core.scheduler.close()
+
+
 def test_metrics(tmp_path):
     prompt, first = text(1, 200), core_with(tmp_path)
     ask(first, prompt)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
+
+import psutil
 
 from ..chat.reasoning import thinks
 from ..engine.grammar.compiler import GrammarCompiler
@@ -33,7 +36,7 @@ T = TypeVar("T")
 
 
 class ServerState:
-    """The state of one server, or of one model of a server with several.
+    """The state of one server, or of one model of a server with several. `sleeping`: see `sleep`.
 
     Args:
         engine: an `AsyncEngine`.
@@ -44,9 +47,13 @@ class ServerState:
     def __init__(self, engine: Any, settings: ServerSettings, shared: Shared | None = None) -> None:
         self.engine, self.settings = engine, settings
         self.created = int(time.time())
+        self.sleeping = False
+        self._changing_sleep = asyncio.Lock()
         self.shared, self._alone = shared or Shared(settings), shared is None
         self.bodies, self.files, self.reader = self.shared.bodies, self.shared.files, self.shared.reader
         self.model_name: str = engine.model_name
+        self.generates: bool = engine.generates
+        settings.embedding.check(engine.hidden_size)
         # A copy, since encoding changes a tokenizer's settings while the engine's thread may be decoding.
         self.tokenizer = copy.deepcopy(engine.tokenizer)
         self.texts = TokenTexts(self.tokenizer)
@@ -63,9 +70,11 @@ class ServerState:
         self._looking_up = FairQueue("schemas", 1, max_running=1, max_per_client=max_per_client, max_jobs=max_jobs)
         self.documents = Preparation(self._tokenizer_copy, engine.room, settings.max_file_bytes_total, max_per_client, max_jobs)
         self.shared.forget.append(self.documents.forget)
+        self.vectors = FairQueue("vectors", 1, max_running=1, max_per_client=max_per_client, max_jobs=max_jobs)
         self.adapters = AdapterLoading(engine, settings)
         self.queues = [
-            *self._tokenizing.queues, self._looking_up, self._compiling, *self.documents.queues, self.adapters.queue
+            self.vectors, *self._tokenizing.queues, self._looking_up, self._compiling, *self.documents.queues,
+            self.adapters.queue,
         ]  # fmt: skip
         if self._alone:
             self.queues += self.shared.queues
@@ -88,11 +97,13 @@ class ServerState:
         """Checks that the server accepts requests.
 
         Raises:
-            ApiError: 503, the server is shutting down.
+            ApiError: 503, the server is shutting down or sleeps.
             EngineDeadError: the engine has stopped.
         """
         if self.draining:
             raise busy("the server is stopping", 5)
+        if self.sleeping:
+            raise busy("the server sleeps; POST /wake_up wakes it", 30)
         self.engine.check_alive()
 
     def admit(self, body: Mapping[str, Any], client: str) -> ExitStack:
@@ -197,13 +208,57 @@ class ServerState:
         """A copy of the tokenizer, made on the only thread that uses the original."""
         return await self.tokenizing(lambda lane: copy.deepcopy(lane.tokenizer), caller, 0)
 
+    async def sleep(self, seconds: float) -> int:
+        """Refuses requests, lets those in flight end, and releases the memory of the cache and of mapped weights.
+
+        Args:
+            seconds: time after which requests in flight are cancelled.
+
+        Returns: the bytes by which the memory of this process has decreased.
+
+        Raises:
+            ApiError: 503, the server is shutting down.
+            EngineDeadError: the engine has stopped.
+        """
+        async with self._changing_sleep:
+            if self.sleeping:
+                return 0
+            self.check_accepting()
+            self.sleeping = True
+            process = psutil.Process()
+            before: int = process.memory_info().rss
+            try:
+                await self.engine.sleep(seconds)
+            except BaseException:
+                self.sleeping = False
+                raise
+            return max(0, before - process.memory_info().rss)
+
+    async def wake_up(self) -> None:
+        """Accepts requests again after `sleep`."""
+        async with self._changing_sleep:
+            if self.sleeping:
+                self.engine.wake_up()
+                self.sleeping = False
+
     def thinks(self, tools: bool) -> bool:
         """Whether the model writes reasoning before its answer, in a chat with or without tools."""
         setting = self.settings.reasoning
         return thinks(self.template.source(tools)) if setting is None else setting
 
+    @property
+    def reranker(self) -> Literal["cosine", "yes-no"]:
+        """How a model without a classification head scores pairs of texts; see `ServerSettings`."""
+        setting = self.settings.reranker
+        if setting != "auto":
+            return setting
+        judges = self.settings.embedding.score_tokens is not None or "rerank" in self.model_name.lower()
+        return "yes-no" if self.generates and judges else "cosine"
+
     def warm_up(self) -> None:
         """Starts the processes for templates and grammars, which takes seconds, so that the first requests do not wait."""
+        if not self.generates:
+            return
         threading.Thread(target=self._warm_grammars, name="dso-warm-up", daemon=True).start()
         try:
             self.template.variables()
@@ -219,7 +274,7 @@ class ServerState:
 
     def close(self) -> None:
         """Ends the threads and processes of the server."""
-        for queue in (self._looking_up, self._compiling):
+        for queue in (self._looking_up, self._compiling, self.vectors):
             queue.close()
         self._tokenizing.close()
         self.adapters.queue.close()

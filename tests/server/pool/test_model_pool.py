@@ -78,7 +78,7 @@ def serve(models, monkeypatch):
     def start(settings: ServerSettings | None = None, **options: Any) -> Iterator[LiveServer]:
         settings = settings or ServerSettings()
         pool = ModelPool(settings, models.list_files, opener(models.load), **{"memory": 25 * MB, **options})
-        with LiveServer(None, settings, create_pool_app(pool)) as live:
+        with LiveServer(None, settings, app=create_pool_app(pool)) as live:
             yield live
 
     return start

@@ -50,5 +50,8 @@ class Memory(Protocol):
     def write_state(self, slot: int, data: bytes) -> None:
         """Writes what `read_state` returned."""
 
+    def release_unused(self) -> None:
+        """Returns the memory of the cache to the system if no block is in use."""
+
     def run(self, plan: Plan, batch: StepBatch) -> StepOutput:
         """Runs a step of a plan over this memory."""

@@ -171,10 +171,14 @@ class PrefixReader:
             wait(first, seconds, FIRST_COMPLETED)
         return bool(self._jobs)
 
+    def stop(self) -> None:
+        """Stops reading all prefixes."""
+        with self._memory.locked() as manager:
+            while self.abandon(manager):
+                pass
+
     def close(self) -> None:
         """Stops reading and ends the threads."""
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
-        with self._memory.locked() as manager:
-            while self.abandon(manager):
-                pass
+        self.stop()

@@ -8,6 +8,8 @@ from .prefix_reader import PrefixReader
 from .prefix_writer import PrefixWriter
 from .store import Store
 
+WRITE_SECONDS = 30.0  # maximum time to write the rest of the prefix cache
+
 
 class PrefixStore:
     """
@@ -20,6 +22,11 @@ class PrefixStore:
     def __init__(self, store: Store, memory: Memory, prefix: PrefixCache) -> None:
         self.store = store
         self.reader, self.writer = PrefixReader(store, memory, prefix), PrefixWriter(store, memory, prefix)
+
+    def flush(self) -> None:
+        """Writes what is queued, and stops reading: to be called before the prefix cache is cleared."""
+        self.writer.flush(WRITE_SECONDS)
+        self.reader.stop()
 
     def close(self, seconds: float) -> bool:
         """Ends the threads. Returns whether everything was written within `seconds`."""

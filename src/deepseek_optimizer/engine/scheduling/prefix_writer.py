@@ -55,11 +55,16 @@ class PrefixWriter:
                 self._thread.start()
             self._wake.notify()
 
+    def flush(self, seconds: float) -> None:
+        """Waits until what is queued has been written, for at most `seconds`."""
+        with self._wake:
+            self._wake.wait_for(lambda: self._queued == 0, seconds)
+
     def close(self, seconds: float) -> bool:
         """Writes what is queued, for at most `seconds`, and ends the thread. Returns whether everything was written."""
         with self._wake:
             self._end_by = time.monotonic() + seconds
-            self._wake.notify()
+            self._wake.notify_all()
         if self._thread is not None:
             self._thread.join(seconds + 1.0)
         return self._queued == 0
@@ -79,6 +84,7 @@ class PrefixWriter:
                 self._write(part, now - place * _PLACE_NS)
             with self._wake:
                 self._queued -= len(parts)
+                self._wake.notify_all()
 
     def _write(self, part: Part, used_ns: int) -> None:
         key, group = part

@@ -22,7 +22,7 @@ from ...errors import CacheFullError
 from ..running import Running
 from .batch_size import BatchSize
 from .budget import PromptBudget
-from .prefix_store import PrefixStore
+from .prefix_store import WRITE_SECONDS, PrefixStore
 from .sliding import Sliding
 from .store import Store
 from .turns import Turns, alternating, first_to_yield, in_turn, place_for
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 _READ_WAIT = 0.02  # seconds that a step without anything to run waits for blocks that are being read
-_WRITE_SECONDS = 30.0  # maximum time to write the rest of the prefix cache at the end
 
 
 @dataclass
@@ -113,8 +112,8 @@ class Scheduler:
 
     def close(self) -> None:
         """Writes the rest of the prefix cache to its second level. Nothing may be scheduled afterwards."""
-        if self.stored is not None and not self.stored.close(_WRITE_SECONDS):
-            _log.warning("the prefix cache was not written completely within %g s", _WRITE_SECONDS)
+        if self.stored is not None and not self.stored.close(WRITE_SECONDS):
+            _log.warning("the prefix cache was not written completely within %g s", WRITE_SECONDS)
 
     def add(self, running: Running) -> None:
         insort(self.waiting, running, key=lambda r: r.order)
@@ -485,7 +484,7 @@ class Scheduler:
         self.running.remove(victim)
         self._free(victim)
         self._lost(victim)
-        victim.states = victim.shareable = None
+        victim.pooler = victim.shareable = None
         victim.restored = False
         victim.preempted += 1
         self.preemptions += 1
