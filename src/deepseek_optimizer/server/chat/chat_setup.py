@@ -36,6 +36,8 @@ class ChatSpec:
         effort: of reasoning; None: not given.
         options: variables of the chat template.
         skip_special: omit special tokens from the text.
+        add_generation_prompt: append the start of an answer to the prompt.
+        continue_final: the last message, by the assistant, is the start of the answer; overrides the above.
     """
 
     messages: Sequence[Mapping[str, Any]]
@@ -47,6 +49,8 @@ class ChatSpec:
     effort: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     skip_special: bool = True
+    add_generation_prompt: bool = True
+    continue_final: bool = False
 
     @property
     def callable_tools(self) -> list[Tool]:
@@ -117,7 +121,7 @@ def set_up(state: ServerState, lane: Lane, chat: ChatSpec) -> ChatSetup:
         chat, ignored = _with_known_options(lane, chat, bool(in_template))
     thinks = state.thinks(bool(in_template)) and not channels
     options = _options(lane, chat, bool(in_template), thinks)
-    prompt, dropped = _fitted(state, lane, chat.messages, tools, tool_format if described else None, options)
+    prompt, dropped = _fitted(state, lane, chat, tools, tool_format if described else None, options)
     output_format = HARMONY if channels else tool_format
     keep_special = (thinks or output_format is not None) and special_markers(lane.tokenizer, output_format)
     drop = [token for token in lane.tokenizer.all_special_tokens if token] if keep_special and chat.skip_special else []
@@ -136,7 +140,7 @@ def set_up(state: ServerState, lane: Lane, chat: ChatSpec) -> ChatSetup:
 def _fitted(
     state: ServerState,
     lane: Lane,
-    messages: Sequence[Mapping[str, Any]],
+    chat: ChatSpec,
     tools: list[Tool],
     described: ToolFormat | None,
     options: Mapping[str, Any],
@@ -153,13 +157,20 @@ def _fitted(
         if described is not None and described.shape is not None:
             in_template, system = None, lane.template.knows_system()
             some = with_described_tools(check_messages(some), check_tools(tools), described.shape, system=system)
-        return lane.template.render(some, tools=in_template, options=options, max_bytes=state.prompt_size.max_bytes)
+        return lane.template.render(
+            some,
+            tools=in_template,
+            add_generation_prompt=chat.add_generation_prompt,
+            continue_final=chat.continue_final,
+            options=options,
+            max_bytes=state.prompt_size.max_bytes,
+        )
 
-    whole, window = render(messages), state.engine.cache_window
+    whole, window = render(chat.messages), state.engine.cache_window
     if window is None or len(whole.ids) <= window * 3 // 4:
         return whole, 0
     fitted = fit(
-        [dict(message) for message in messages],
+        [dict(message) for message in chat.messages],
         lambda some: len(render(some).ids),
         lambda message: len(tokens_of(lane.tokenizer, str(message.get("content") or ""), special=False)),
         window * 3 // 4,

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from ...engine.request import MAX_LOGPROBS
 from .base import Body, Ignored, ModelName, ResponseModel, Usage
 from .formats import Guided
 from .messages import Functions, Messages, NamedFunction, ToolChoice, Tools
+from .reports import PromptLogprobList
 from .sampling import MaxTokens, Sampling
 
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
@@ -46,12 +47,21 @@ class ChatRequest(Sampling, Guided):
     chat_template_kwargs: Annotated[dict[str, _Scalar], Field(max_length=16)] | None = Field(
         None, description="Variables of the model's chat template, such as enable_thinking."
     )
+    add_generation_prompt: bool | None = Field(None, description="Append the start of an answer to the prompt; the default.")
+    continue_final_message: bool | None = Field(None, description="The last message, by the assistant, is continued.")
     chat_template: None = Field(None, description="Not supported: only the template of the server is run.")
     verbosity: Ignored
     prediction: Ignored
     web_search_options: Ignored
     audio: Ignored
     modalities: list[Literal["text"]] | None = None
+
+    @field_validator("chat_template", mode="before")
+    @classmethod
+    def _no_template(cls, value: Any) -> Any:
+        if value is not None:
+            raise ValueError("templates of requests are not run; leave it out")
+        return value
 
 
 class TopLogprob(ResponseModel):
@@ -119,6 +129,7 @@ class ChatChoice(ResponseModel):
     logprobs: ChoiceLogprobs | None
     finish_reason: Literal["stop", "length", "tool_calls", "function_call"]
     stop_reason: str | int | None = Field(None, description="The stop string or stop token of the request that ended the text.")
+    token_ids: list[int] | None = None
 
 
 class ChatCompletion(ResponseModel):
@@ -130,6 +141,8 @@ class ChatCompletion(ResponseModel):
     model: str
     choices: list[ChatChoice]
     usage: Usage
+    prompt_logprobs: PromptLogprobList | None = None
+    prompt_token_ids: list[int] | None = None
 
 
 EXAMPLE: dict[str, Any] = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 16}
