@@ -57,6 +57,27 @@ DSO_API int32_t dso_default_threads(void); /* min(affinity, ceil(cgroup quota)) 
  * MiB, allocated for the call) repeatedly. Returns the fastest of the rounds that fit into `seconds`, at least four. */
 DSO_API int32_t dso_read_bandwidth(dso_context* c, int64_t bytes, double seconds, double* bytes_per_second);
 
+/* ---- attention outside a plan ---------------------------------------------------------------------------
+ * o = softmax(scale q k^T + mask) v for few queries and many keys, in fp32: a decode step over keys and values that the caller
+ * keeps. q is [batch, heads, queries, qk_width], k and v are [batch, kv_heads, keys, qk_width and v_width], o is [batch, heads,
+ * queries, v_width], all of one type; query head h reads kv head h / (heads / kv_heads). A mask is [batch, heads, queries,
+ * keys]: bytes, of which 0 hides a key, or numbers of that type, which are added. A query whose keys are all hidden gets zeros.
+ */
+enum { DSO_TYPE_F32 = 0, DSO_TYPE_BF16 = 1 };
+enum { DSO_MASK_NONE = 0, DSO_MASK_BYTES = 1, DSO_MASK_NUMBERS = 2 };
+typedef struct dso_dense_heads {
+  void* data;
+  int64_t batch, head, token; /* strides in elements, of a mask: 0 where it is shared; the elements of a token are contiguous */
+} dso_dense_heads;
+typedef struct dso_dense_attention {
+  int32_t type, mask_type; /* DSO_TYPE_*, DSO_MASK_* */
+  int64_t batch, heads, kv_heads, queries, keys, qk_width, v_width;
+  dso_dense_heads q, k, v, o, mask;
+  float scale;
+  int32_t reserved;
+} dso_dense_attention;
+DSO_API int32_t dso_attend(dso_context* c, const dso_dense_attention* a);
+
 /* ---- mapped files ---------------------------------------------------------------------------------------
  * Weights may lie in a privately mapped file. Once the mapping is registered, a file that is truncated, or that the disk fails
  * to read, no longer kills the process: a SIGBUS handler replaces the mapping with zeros, and every later call that reads

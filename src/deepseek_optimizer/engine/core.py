@@ -21,10 +21,11 @@ from ..cache.prefix_cache import PrefixCache
 from ..errors import BackendError, CheckpointChangedError, RequestError, shown
 from .adapters import Adapter, Adapters, adapters_of
 from .detokenizer import Detokenizer
-from .metrics import EngineMetrics
+from .metrics import EndedRequest, EngineMetrics
 from .model_facts import ModelFacts
 from .options import EngineOptions
-from .request import Finish, Output, Request
+from .pooling import Pooler
+from .request import Finish, Output, Request, check_reading, check_tokens
 from .running import Running
 from .sampling.request_sampler import NotANumberError, NoTokenError, RequestSampler
 from .scheduling.batch_size import BatchSize
@@ -36,7 +37,7 @@ from .scheduling.step_times import StepTimes
 from .sequence import Sequence
 from .speculative.base import Proposer
 from .speculative.drafting import Drafting
-from .step_rows import logit_rows, part_of, token_choices
+from .step_rows import logit_rows, part_of, prompt_rows, token_choices
 
 if TYPE_CHECKING:
     from .runner import Runner
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 _TRIES = 3  # number of preemptions of a request that runs alone before it fails
 _PATIENCE = 10.0  # seconds without a step before a request fails
+_PROMPT_LOGITS = 64 << 20  # bytes of a step's logits for log probabilities of prompts
 
 
 class EngineCore:
@@ -96,11 +98,13 @@ class EngineCore:
             BatchSize(low, high, self.times, options.target_itl),
             self.prefix,
             self.sliding,
+            max_prompt_logits=max(facts.chunk or 16, _PROMPT_LOGITS // (4 * facts.vocab_size)),
             invariant=options.batch_invariant,
             lost=self._reset_drafting,
         )
         self.drafting = Drafting(proposers, self.times) if proposers else None
         self.metrics = EngineMetrics()
+        self.on_ended: Callable[[EndedRequest, Finish], None] | None = None  # called for each request that has ended
         self._requests: dict[str, Running] = {}
         self._count = 0
         self._idle_since: float | None = None
@@ -131,13 +135,8 @@ class EngineCore:
         prompt, sampling, facts = request.prompt, request.sampling, self.facts
         if request.adapter and adapter is None:
             adapters_of(self).check(request.adapter)
-        if not prompt:
-            raise RequestError("prompt", "is empty")
-        if min(prompt) < 0 or max(prompt) >= facts.vocab_size:
-            raise RequestError("prompt", f"has token ids outside the vocabulary of {facts.vocab_size}")
-        for name, tokens in (("logit_bias", sampling.logit_bias), ("stop_token_ids", sampling.stop_token_ids)):
-            if any(t >= facts.vocab_size for t in tokens):
-                raise RequestError(name, f"has token ids outside the vocabulary of {facts.vocab_size}")
+        check_tokens(request, facts.vocab_size)
+        check_reading(request, classifies=False)
         room, what, fix = facts.context, "the model's context", "shorten it"
         if self.sliding is not None:
             if not request.embed:
@@ -232,6 +231,18 @@ class EngineCore:
     def requests(self) -> int:
         """Number of requests in the engine."""
         return len(self._requests)
+
+    @property
+    def load(self) -> tuple[int, int]:
+        """Number of requests in the running batch, and of requests that wait for it."""
+        return len(self.scheduler.running), len(self.scheduler.waiting)
+
+    def release_memory(self) -> None:
+        """Drops all cached prefixes, and returns the memory of the cache to the system. No request may be in the engine."""
+        with self.memory.locked():
+            if self.prefix is not None:
+                self.prefix.clear()
+        self.memory.release_unused()
 
     # ---- a step
 
@@ -355,8 +366,16 @@ class EngineCore:
         for chunk in chunks:
             r, sequence = chunk.running, chunk.running.sequence
             count, drafted = chunk.count + len(chunk.drafts), len(chunk.drafts)
-            if r.request.embed:
+            of_prompt = range(row, row + len(prompt_rows(chunk)))
+            row = of_prompt.stop
+            if r.prompt_logprobs is not None and not all(r.prompt_logprobs.add(logits[n]) for n in of_prompt):
+                row += 1 + drafted if chunk.ends else 0
+                outputs.append(self._end(r, "error", error=str(NotANumberError())))
+            elif r.request.embed:
                 self._embed(r, states[begin : begin + count], chunk, outputs)
+            elif chunk.ends and r.request.scored_tokens:
+                outputs.append(self._score(r, chunk, logits[row]))
+                row += 1
             elif chunk.ends:
                 generated = r.generated
                 output = self._append_tokens(r, chunk, tokens, logits, row)
@@ -393,6 +412,8 @@ class EngineCore:
             row: index of the chunk's first row.
         """
         output = r.output()
+        if not r.generated:
+            output.prompt_logprobs = r.prompt_logprobs
         report_logprobs = r.sampler.sampling.logprobs is not None
         if report_logprobs:
             output.logprobs = []
@@ -404,6 +425,9 @@ class EngineCore:
                     token = r.sampler.choose(logits[row + j], r.generated)
                 elif token == NOT_FINITE:
                     raise NotANumberError
+                if not r.max_tokens:  # the choice has only checked the logits
+                    finish = "length"
+                    break
                 if report_logprobs and output.logprobs is not None:
                     output.logprobs.append(r.sampler.logprob(logits[row + j], token))
                 output.token_ids.append(token)
@@ -423,7 +447,7 @@ class EngineCore:
         if output.token_ids:
             r.starved = 0
             self._record_tokens(r, len(output.token_ids))
-        cached = chunk.start + chunk.count + len(output.token_ids) - 1  # without rejected drafts
+        cached = chunk.start + chunk.count + max(0, len(output.token_ids) - 1)  # without rejected drafts
         self.scheduler.computed(r, cached)
         return self._end(r, finish, output) if finish else output
 
@@ -447,19 +471,25 @@ class EngineCore:
         return "length" if r.generated >= r.max_tokens else None
 
     def _embed(self, r: Running, states: Any, chunk: ScheduledChunk, outputs: list[Output]) -> None:
-        """Adds the rows to the sum one after another, so that the result does not depend on the chunking."""
-        rows = states.cpu().numpy().astype(np.float64)
-        if r.states is not None:
-            rows = np.concatenate([r.states[None], rows])
-        r.states = np.add.reduce(rows, axis=0)
+        r.pooler = r.pooler or Pooler(r.request.pooling)
+        r.pooler.add(states.cpu().numpy())
         if chunk.ends:
             output = r.output()
-            mean = (r.states / len(r.request.prompt)).astype(np.float32)
-            if not np.isfinite(mean).all():
+            vector = r.pooler.vector()
+            if not np.isfinite(vector).all():
                 outputs.append(self._end(r, "error", output, error="the model's hidden states are not finite"))
                 return
-            output.embedding = mean
+            output.embedding = vector
             outputs.append(self._end(r, "stop", output))
+
+    def _score(self, r: Running, chunk: ScheduledChunk, logits: Any) -> Output:
+        """Ends a request with the logits of its scored tokens after the prompt."""
+        output = r.output()
+        output.scores = np.array([logits[token] for token in r.request.scored_tokens], np.float32)
+        if not np.isfinite(output.scores).all():
+            return self._end(r, "error", output, error="the model's logits are not finite")
+        self.scheduler.computed(r, chunk.start + chunk.count)
+        return self._end(r, "stop", output)
 
     def _end(self, r: Running, finish: Finish, output: Output | None = None, error: str | None = None) -> Output:
         output = output or r.output()
@@ -473,6 +503,8 @@ class EngineCore:
         if self.drafting:
             self.drafting.forget(r, ended=True)
         self.metrics.ended(r, finish, self.clock())
+        if self.on_ended is not None:
+            self.on_ended(r, finish)
         return output
 
     # ---- measurements

@@ -94,6 +94,22 @@ class StateShape(C.Structure):
     _fields_ = [("heads", I32), ("rows", I32), ("cols", I32)]
 
 
+class DenseHeads(C.Structure):
+    """dso_dense_heads."""
+
+    _fields_ = [("data", PTR), ("batch", I64), ("head", I64), ("token", I64)]
+
+
+class DenseAttention(C.Structure):
+    """dso_dense_attention."""
+
+    _fields_ = [
+        ("type", I32), ("mask_type", I32),
+        *((n, I64) for n in ("batch", "heads", "kv_heads", "queries", "keys", "qk_width", "v_width")),
+        *((n, DenseHeads) for n in ("q", "k", "v", "o", "mask")), ("scale", C.c_float), ("reserved", I32),
+    ]  # fmt: skip
+
+
 class Site(C.Structure):
     """dso_adapter_site."""
 
@@ -113,6 +129,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "dso_context_threads": (I32, [PTR]),
     "dso_context_set_checked": (I32, [PTR, I32]),
     "dso_default_threads": (I32, []),
+    "dso_attend": (I32, [PTR, PTR]),
     "dso_read_bandwidth": (I32, [PTR, I64, C.c_double, PTR]),
     "dso_mapping_add": (I32, [PTR, I64, I32, I64, C.c_char_p, PTR]),
     "dso_mapping_remove": (None, [I64]),

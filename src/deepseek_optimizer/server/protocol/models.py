@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from .base import TOKEN_ID, Body, ModelName, ResponseModel
 from .chat import _Scalar
@@ -17,6 +17,8 @@ class DefaultSampling(ResponseModel):
     top_k: int
     min_p: float
     repetition_penalty: float
+    presence_penalty: float
+    max_tokens: int
 
 
 class ModelCard(ResponseModel):
@@ -52,6 +54,15 @@ class Tokens(ResponseModel):
     max_model_len: int
     tokens: list[int]
     token_strs: list[str] | None = None
+
+
+class TokenizerInfo(ResponseModel):
+    """The settings of a tokenizer: the fields below and others of its tokenizer_config.json."""
+
+    model_config = ConfigDict(extra="allow")
+
+    tokenizer_class: str
+    chat_template: str | list[dict[str, str]] | dict[str, str] | None = None
 
 
 class DetokenizeRequest(Body):
