@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import time
 import uuid
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
 
 from fastapi import FastAPI, Request, Response
 
-from ..chat.chat_answers import ChatCollector, ChatEncoder
+from ..chat.chat_answers import ChatAnswer, ChatCollector, ChatEncoder
 from ..chat.chat_setup import ChatSpec, check_choice
 from ..chat.grammars import form_of
 from ..chat.intake import admitted_request
 from ..chat.prepared import prepare_chat
 from ..chat.replies import StreamReply, WholeReply
 from ..document_chats.chats import prepare_chat_with_files
+from ..http.caller import Caller
 from ..http.problems import ApiError
 from ..openapi import body_errors, events, reads
 from ..protocol.chat import EXAMPLE, ChatCompletion, ChatRequest
 from ..protocol.messages import NamedTool
 from ..protocol.sampling import requests_for
 from ..state import ServerState
+from ..tokens.token_text import TokenTexts
 
 
 def add(app: FastAPI, state: ServerState) -> None:
@@ -34,40 +39,75 @@ def add(app: FastAPI, state: ServerState) -> None:
         """Answers a chat, using the model's chat template."""
         async with admitted_request(state, request, ChatRequest) as (body, places, caller):
             check(body)
-            n = body.n or 1
-            chat = chat_spec(body)
-            form = form_of(body)
-            max_tokens = body.max_completion_tokens or body.max_tokens
-            if chat.has_files:
-                prepared = await prepare_chat_with_files(state, chat, max_tokens, request.state.salt, places, caller)
-            else:
-                prepared = await prepare_chat(state, chat, caller)
-            prepared.check_fields(
-                n=n > 1, tools=body.tools and chat.choice != "none", logprobs=body.logprobs, response_format=form
-            )
-            one_call = body.parallel_tool_calls is False
-            grammar = await prepared.grammar(form, not one_call, caller)
-            top = (body.top_logprobs or 0) if body.logprobs else None
-            params = body.params(
-                state.settings.sampling,
-                max_tokens=max_tokens,
-                logprobs=top,
-                grammar=grammar,
-                keep_special=prepared.keep_special,
-            )
             name = f"chatcmpl-{uuid.uuid4().hex}"
+            chat = await start_chat(state, body, places, caller, id=name, salt=request.state.salt)
             head = {"id": name, "created": int(time.time()), "model": state.model_name}
-            requests = requests_for(
-                [prepared.ids], params, n, id=name, salt=request.state.salt, client=caller.key,
-                deadline=caller.deadline, priority=body.priority, pinned=prepared.pinned,
-            )  # fmt: skip
-            answers, parsed = prepared.submit(requests, one_call)
-            texts, dropped = state.texts if body.logprobs else None, prepared.dropped
             if body.stream:
                 usage = bool(body.stream_options and body.stream_options.include_usage)
-                return StreamReply(state, places.pop_all(), answers, ChatEncoder(head, parsed, texts, usage, dropped))
-            collector = ChatCollector(head, parsed, texts, dropped)
-            return WholeReply(state, places.pop_all(), answers, collector.feed, collector.body)
+                encoder = ChatEncoder(head, chat.parsed, chat.texts, usage, chat.dropped)
+                return StreamReply(state, places.pop_all(), chat.answers, encoder)
+            collector = ChatCollector(head, chat.parsed, chat.texts, chat.dropped)
+            return WholeReply(state, places.pop_all(), chat.answers, collector.feed, collector.body)
+
+
+@dataclass(frozen=True)
+class StartedChat:
+    """A chat that was submitted to the engine.
+
+    Attributes:
+        answers: the engine's, one for each requested answer.
+        parsed: a parser for each.
+        texts: of the model's tokens; None: no log probabilities.
+        dropped: tokens that were dropped from the prompt.
+    """
+
+    answers: list[Any]
+    parsed: list[ChatAnswer]
+    texts: TokenTexts | None
+    dropped: int
+
+
+async def start_chat(
+    state: ServerState, body: ChatRequest, places: ExitStack, caller: Caller, *, id: str, salt: str
+) -> StartedChat:
+    """Prepares a chat and submits it to the engine. All protocols with chats use it.
+
+    Args:
+        state: the server's.
+        body: the chat in OpenAI's format.
+        places: in the engine's queue.
+        caller: who sent the request.
+        id: of the API request.
+        salt: of the API key.
+
+    Raises:
+        ApiError, RequestError, WorkerLostError, EngineDeadError: see `prepare_chat`, `chat_grammar` and `PreparedChat.submit`.
+    """
+    n = body.n or 1
+    chat = chat_spec(body)
+    form = form_of(body)
+    max_tokens = body.max_completion_tokens or body.max_tokens
+    if chat.has_files:
+        prepared = await prepare_chat_with_files(state, chat, max_tokens, salt, places, caller)
+    else:
+        prepared = await prepare_chat(state, chat, caller)
+    prepared.check_fields(n=n > 1, tools=body.tools and chat.choice != "none", logprobs=body.logprobs, response_format=form)
+    one_call = body.parallel_tool_calls is False
+    grammar = await prepared.grammar(form, not one_call, caller)
+    top = (body.top_logprobs or 0) if body.logprobs else None
+    params = body.params(
+        state.settings.sampling,
+        max_tokens=max_tokens,
+        logprobs=top,
+        grammar=grammar,
+        keep_special=prepared.keep_special,
+    )
+    requests = requests_for(
+        [prepared.ids], params, n, id=id, salt=salt, client=caller.key,
+        deadline=caller.deadline, priority=body.priority, pinned=prepared.pinned,
+    )  # fmt: skip
+    answers, parsed = prepared.submit(requests, one_call)
+    return StartedChat(answers, parsed, state.texts if body.logprobs else None, prepared.dropped)
 
 
 def check(body: ChatRequest) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
+from typing import Any
 
 from fastapi import FastAPI, Request, Response
 
@@ -12,6 +13,7 @@ from ..chat.grammars import compiled, form_of
 from ..chat.intake import admitted_request
 from ..chat.prompts import text_prompts
 from ..chat.replies import StreamReply, WholeReply
+from ..http.caller import Caller
 from ..http.problems import ApiError
 from ..openapi import body_errors, events, reads
 from ..protocol.completions import EXAMPLE, Completion, CompletionRequest
@@ -35,34 +37,18 @@ def add(app: FastAPI, state: ServerState) -> None:
         async with admitted_request(state, request, CompletionRequest) as (body, places, caller):
             check(body)
             n = body.n or 1
-            grammar = await compiled(state, form_of(body), caller)
-            params = body.params(
-                state.settings.sampling,
-                max_tokens=body.max_tokens or _DEFAULT_TOKENS,
-                logprobs=body.logprobs,
-                grammar=grammar,
-            )
-            special = body.add_special_tokens is not False
-            prompts = await text_prompts(state, body.prompt, special, caller, "prompt")
+            name = f"cmpl-{uuid.uuid4().hex}"
+            prompts = await text_prompts(state, body.prompt, body.add_special_tokens is not False, caller, "prompt")
             echoes = [""] * (len(prompts) * n)
             if body.echo:
                 decoded = await state.tokenizing(lambda lane: [echo(lane, ids) for ids in prompts], caller)
                 given = [body.prompt] if isinstance(body.prompt, str) else body.prompt
                 texts = given if isinstance(given[0], str) else decoded
                 echoes = [str(text) for text in texts for _ in range(n)]
-            name = f"cmpl-{uuid.uuid4().hex}"
-            head = {"id": name, "created": int(time.time()), "model": state.model_name}
-            requests = requests_for(
-                prompts,
-                params,
-                n,
-                id=name,
-                salt=request.state.salt,
-                client=caller.key,
-                deadline=caller.deadline,
-                priority=body.priority,
+            answers = await start_completion(
+                state, body, prompts, caller, max_tokens=body.max_tokens or _DEFAULT_TOKENS, id=name, salt=request.state.salt
             )
-            answers = state.submit(requests)
+            head = {"id": name, "created": int(time.time()), "model": state.model_name}
             token_texts = None if body.logprobs is None else state.texts
             if body.stream:
                 usage = bool(body.stream_options and body.stream_options.include_usage)
@@ -75,6 +61,52 @@ def add(app: FastAPI, state: ServerState) -> None:
         if max(ids) >= state.engine.vocab_size:
             raise ApiError(400, "prompt: contains a token id that this model does not have", param="prompt")
         return str(lane.tokenizer.decode(ids))
+
+
+async def start_completion(
+    state: ServerState,
+    body: CompletionRequest,
+    prompts: list[list[int]],
+    caller: Caller,
+    *,
+    max_tokens: int | None,
+    id: str,
+    salt: str,
+) -> list[Any]:
+    """Submits texts to continue to the engine. All protocols with texts use it.
+
+    Args:
+        state: the server's.
+        body: the request in OpenAI's format.
+        prompts: token ids.
+        caller: who sent the request.
+        max_tokens: maximum number of new tokens; None: until the context is full.
+        id: of the API request.
+        salt: of the API key.
+
+    Returns: the engine's answers, `n` for each prompt.
+
+    Raises:
+        ApiError, RequestError, WorkerLostError, EngineDeadError: see `compiled` and `ServerState.submit`.
+    """
+    grammar = await compiled(state, form_of(body), caller)
+    params = body.params(
+        state.settings.sampling,
+        max_tokens=max_tokens,
+        logprobs=body.logprobs,
+        grammar=grammar,
+    )
+    requests = requests_for(
+        prompts,
+        params,
+        body.n or 1,
+        id=id,
+        salt=salt,
+        client=caller.key,
+        deadline=caller.deadline,
+        priority=body.priority,
+    )
+    return state.submit(requests)
 
 
 def check(body: CompletionRequest) -> None:
