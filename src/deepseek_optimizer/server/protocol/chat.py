@@ -37,6 +37,8 @@ class ChatRequest(Sampling, Guided):
     chat_template_kwargs: Annotated[dict[str, _Scalar], Field(max_length=16)] | None = Field(
         None, description="Variables of the model's chat template, such as enable_thinking."
     )
+    add_generation_prompt: bool | None = Field(None, description="Append the start of an answer to the prompt; the default.")
+    continue_final_message: bool | None = Field(None, description="The last message, by the assistant, is continued.")
     modalities: list[Literal["text"]] | None = None
 
 

@@ -120,6 +120,10 @@ def check(body: ChatRequest) -> None:
         raise ApiError(400, "top_logprobs: requires logprobs", param="top_logprobs")
     if body.stream_options is not None and not body.stream:
         raise ApiError(400, "stream_options: requires stream", param="stream_options")
+    if body.continue_final_message and body.add_generation_prompt:
+        raise ApiError(
+            400, "continue_final_message: not with add_generation_prompt; leave one out", param="continue_final_message"
+        )
 
 
 def chat_spec(body: ChatRequest) -> ChatSpec:
@@ -141,4 +145,6 @@ def chat_spec(body: ChatRequest) -> ChatSpec:
         effort=body.reasoning_effort,
         options=body.chat_template_kwargs or {},
         skip_special=body.skip_special_tokens is not False,
+        add_generation_prompt=body.add_generation_prompt is not False,
+        continue_final=bool(body.continue_final_message),
     )
