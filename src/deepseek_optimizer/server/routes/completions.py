@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 import uuid
+from dataclasses import replace
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
 
 from ..chat.completion_answers import CompletionCollector, CompletionEncoder
+from ..chat.fill_in import fill_in_prompt
 from ..chat.grammars import compiled, form_of
 from ..chat.intake import admitted_request
 from ..chat.prompts import text_prompts
@@ -38,7 +40,12 @@ def add(app: FastAPI, state: ServerState) -> None:
             check(body)
             n = body.n or 1
             name = f"cmpl-{uuid.uuid4().hex}"
-            prompts = await text_prompts(state, body.prompt, body.add_special_tokens is not False, caller, "prompt")
+            stops: tuple[int, ...] = ()
+            if body.suffix:
+                gap = await fill_in_prompt(state, str(body.prompt), body.suffix, caller)
+                prompts, stops = [gap.ids], gap.stops
+            else:
+                prompts = await text_prompts(state, body.prompt, body.add_special_tokens is not False, caller, "prompt")
             echoes = [""] * (len(prompts) * n)
             if body.echo:
                 decoded = await state.tokenizing(lambda lane: [echo(lane, ids) for ids in prompts], caller)
@@ -46,8 +53,9 @@ def add(app: FastAPI, state: ServerState) -> None:
                 texts = given if isinstance(given[0], str) else decoded
                 echoes = [str(text) for text in texts for _ in range(n)]
             answers = await start_completion(
-                state, body, prompts, caller, max_tokens=body.max_tokens or _DEFAULT_TOKENS, id=name, salt=request.state.salt
-            )
+                state, body, prompts, caller, max_tokens=body.max_tokens or _DEFAULT_TOKENS, id=name, salt=request.state.salt,
+                stop_token_ids=stops,
+            )  # fmt: skip
             head = {"id": name, "created": int(time.time()), "model": state.model_name}
             token_texts = None if body.logprobs is None else state.texts
             if body.stream:
@@ -72,6 +80,7 @@ async def start_completion(
     max_tokens: int | None,
     id: str,
     salt: str,
+    stop_token_ids: tuple[int, ...] = (),
 ) -> list[Any]:
     """Submits texts to continue to the engine. All protocols with texts use it.
 
@@ -83,6 +92,7 @@ async def start_completion(
         max_tokens: maximum number of new tokens; None: until the context is full.
         id: of the API request.
         salt: of the API key.
+        stop_token_ids: tokens that end the text, besides those of the body.
 
     Returns: the engine's answers, `n` for each prompt.
 
@@ -96,6 +106,8 @@ async def start_completion(
         logprobs=body.logprobs,
         grammar=grammar,
     )
+    if stop_token_ids:
+        params = replace(params, stop_token_ids=(*params.stop_token_ids, *stop_token_ids))
     requests = requests_for(
         prompts,
         params,
@@ -117,6 +129,8 @@ def check(body: CompletionRequest) -> None:
     """
     if body.best_of is not None and body.best_of != (body.n or 1):
         raise ApiError(400, "best_of: must equal n, since all answers are returned", param="best_of")
+    if body.suffix and not isinstance(body.prompt, str):
+        raise ApiError(400, "suffix: requires a single text as prompt", param="suffix")
     if body.echo and body.logprobs is not None:
         raise ApiError(400, "echo: not supported with logprobs, which are only of new tokens", param="echo")
     if body.stream_options is not None and not body.stream:
