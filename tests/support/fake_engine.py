@@ -203,7 +203,7 @@ class _Sequence:
         sampling = self.request.sampling
         token = self._choose()
         self.at += 1
-        text, stop = self.detokenizer.add(token)
+        text, stop = ("", None) if token in sampling.stop_token_ids else self.detokenizer.add(token)
         finish, reason = None, None
         if stop is not None:
             finish, reason = "stop", stop

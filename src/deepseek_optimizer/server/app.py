@@ -16,16 +16,43 @@ from starlette.middleware.cors import CORSMiddleware
 
 from ..errors import excerpt
 from . import openapi
+from .http.error_formats import error_response
 from .http.guard import Guard, HostGuard
 from .http.metrics import HttpMetrics
 from .http.page_files import page_files
+from .http.paths import path_of
 from .http.problems import ApiError, problem
+from .protocol.anthropic.requests import CountTokensRequest, MessagesRequest
 from .protocol.chat import ChatRequest
 from .protocol.completions import CompletionRequest
 from .protocol.embeddings import EmbeddingRequest
+from .protocol.llama_server import ApplyTemplateRequest, InfillRequest, NativeCompletionRequest
 from .protocol.models import DetokenizeRequest, TokenizeRequest
+from .protocol.ollama.requests import (
+    OllamaChatRequest,
+    OllamaEmbeddingsRequest,
+    OllamaEmbedRequest,
+    OllamaGenerateRequest,
+    OllamaShowRequest,
+)
 from .protocol.responses import ResponsesRequest
-from .routes import chat, completions, embeddings, files, models, page, responses, status, tokens
+from .protocol.tgi import TgiRequest
+from .routes import (
+    chat,
+    completions,
+    embeddings,
+    files,
+    llama_server,
+    messages,
+    models,
+    ollama,
+    page,
+    responses,
+    status,
+    stored_responses,
+    tgi,
+    tokens,
+)
 from .settings import ServerSettings
 from .state import ServerState
 
@@ -57,6 +84,7 @@ def create_app(engine: Any, settings: ServerSettings | None = None) -> FastAPI:
         finally:
             sweeping.cancel()
             await engine.close()
+            await state.responses.finish()
             state.close()
 
     middleware = [Middleware(HostGuard, settings=settings)]
@@ -66,7 +94,7 @@ def create_app(engine: Any, settings: ServerSettings | None = None) -> FastAPI:
                 CORSMiddleware,
                 allow_origins=list(settings.allow_origins),
                 allow_methods=["GET", "POST", "DELETE"],
-                allow_headers=["Authorization", "Content-Type"],
+                allow_headers=["Authorization", "Content-Type", "X-Api-Key", "Anthropic-Version", "Anthropic-Beta"],
                 expose_headers=["Retry-After"],
             )
         )
@@ -82,7 +110,8 @@ def create_app(engine: Any, settings: ServerSettings | None = None) -> FastAPI:
         lifespan=lifespan,
     )
     app.state.server = state
-    for route in (chat, completions, responses, embeddings, files, models, tokens, status):
+    own = (chat, completions, responses, stored_responses, embeddings, files, models, tokens, status)
+    for route in (*own, messages, ollama, llama_server, tgi):
         route.add(app, state)
     page.add(app, assets)
     bodies: list[type[BaseModel]] = [
@@ -92,6 +121,17 @@ def create_app(engine: Any, settings: ServerSettings | None = None) -> FastAPI:
         EmbeddingRequest,
         TokenizeRequest,
         DetokenizeRequest,
+        MessagesRequest,
+        CountTokensRequest,
+        OllamaChatRequest,
+        OllamaGenerateRequest,
+        OllamaEmbedRequest,
+        OllamaEmbeddingsRequest,
+        OllamaShowRequest,
+        NativeCompletionRequest,
+        InfillRequest,
+        ApplyTemplateRequest,
+        TgiRequest,
     ]
     openapi.install(app, bodies, bool(settings.keys))
     return app
@@ -104,18 +144,19 @@ async def _sweep(state: ServerState) -> None:
         state.engine.log_replaced_files()
         state.files.sweep()
         state.documents.sweep()
+        await asyncio.to_thread(state.responses.sweep)
 
 
-async def _wrong_parameter(_request: Request, error: Exception) -> Response:
+async def _wrong_parameter(request: Request, error: Exception) -> Response:
     """Converts FastAPI's error about a path or query parameter."""
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
     name = excerpt(str(first["loc"][-1]))
-    return ApiError(400, f"{name}: {first['msg']}", param=name).response()
+    return error_response(ApiError(400, f"{name}: {first['msg']}", param=name), path_of(request.scope))
 
 
-async def _http_error(_request: Request, error: Exception) -> Response:
+async def _http_error(request: Request, error: Exception) -> Response:
     """Converts Starlette's errors, such as an unknown path or an unsupported method."""
     api_error = problem(error)
     assert api_error is not None
-    return api_error.response()
+    return error_response(api_error, path_of(request.scope))

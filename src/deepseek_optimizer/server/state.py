@@ -25,6 +25,8 @@ from .http.problems import ApiError, busy
 from .http.queue_metrics import QueueCollector
 from .protocol.sampling import requested_answers
 from .settings import ServerSettings
+from .stored_responses.store import ResponseStore
+from .tokens.fill_in import fill_in_tokens
 from .tokens.prompt_size import PromptSize
 from .tokens.token_text import TokenTexts
 from .tokens.tokenizing import Lane, Tokenizing
@@ -32,6 +34,7 @@ from .tokens.tokenizing import Lane, Tokenizing
 T = TypeVar("T")
 
 _CLIENTS = 4  # a queue accepts this many times the maximum number of jobs of one client
+_ANY_MODEL = frozenset({"dummy", "tgi"})  # sent by huggingface_hub's InferenceClient where the user names no model
 _WORKERS = (2, 4)  # minimum and maximum number of worker processes of one kind
 
 
@@ -51,6 +54,7 @@ class ServerState:
         # A copy, since encoding changes a tokenizer's settings while the engine's thread may be decoding.
         self.tokenizer = copy.deepcopy(engine.tokenizer)
         self.texts = TokenTexts(self.tokenizer)
+        self.fill_in = fill_in_tokens(self.tokenizer)
         self.prompt_size = PromptSize(self.tokenizer, engine.context if engine.cache_window is None else None)
         max_per_client, max_jobs = settings.max_jobs_per_client, _CLIENTS * settings.max_jobs_per_client
         self.bodies = BodyReader(settings, max_per_client, max_jobs)
@@ -66,9 +70,10 @@ class ServerState:
         self.documents = Preparation(self._tokenizer_copy, engine.room, settings.max_file_bytes_total, max_per_client, max_jobs)
         self.files = FileStore(settings, self.documents.forget)
         self.reader = DocumentReader(settings, workers, max_per_client, max_jobs)
+        self.responses = ResponseStore(settings, max_per_client, max_jobs)
         self.queues = [
             self.bodies.queue, *self._tokenizing.queues, self._looking_up, self._compiling, self.reader.queue,
-            *self.documents.queues,
+            *self.documents.queues, self.responses.queue,
         ]  # fmt: skip
         engine.registry.register(QueueCollector(self.queues, engine.model_name))
 
@@ -111,7 +116,7 @@ class ServerState:
         Raises:
             ApiError: 404, it is not the model that is served.
         """
-        if name is not None and name != self.model_name:
+        if name is not None and name != self.model_name and name not in _ANY_MODEL:
             raise ApiError(404, "there is no such model; /v1/models lists the models", param="model", code="model_not_found")
 
     def deadline(self, arrived: float) -> float:
@@ -192,4 +197,5 @@ class ServerState:
         self._tokenizing.close()
         self.reader.close()
         self.documents.close()
+        self.responses.close()
         self.grammars.close()
