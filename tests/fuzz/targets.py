@@ -20,11 +20,12 @@ import xgrammar
 from starlette.requests import Request
 
 from deepseek_optimizer.checkpoint import check_tokenizer_beside, load_tokenizer, open_checkpoint
+from deepseek_optimizer.checkpoint.lora import LoraFile
 from deepseek_optimizer.checkpoint.saved_blocks import open_blocks
 from deepseek_optimizer.engine.grammar.job import _ebnf
 from deepseek_optimizer.engine.grammar.json_schema import normalize
 from deepseek_optimizer.engine.grammar.pattern import to_rules
-from deepseek_optimizer.errors import CheckpointError, ConfigError, DocumentError, RequestError
+from deepseek_optimizer.errors import AdapterError, CheckpointError, ConfigError, DocumentError, RequestError
 from deepseek_optimizer.longdoc.read import read_upload
 from deepseek_optimizer.longdoc.readers import docx, html, pdf, text
 from deepseek_optimizer.server.documents.file_store import FileStore
@@ -47,6 +48,7 @@ from deepseek_optimizer.server.protocol.ollama.requests import (
     OllamaShowRequest,
 )
 from deepseek_optimizer.server.protocol.responses import ResponsesRequest
+from deepseek_optimizer.server.protocol.scores import ClassifyRequest, PoolingRequest, RerankRequest, ScoreRequest
 from deepseek_optimizer.server.protocol.tgi import TgiRequest
 from deepseek_optimizer.server.settings import ServerSettings
 from deepseek_optimizer.train.checkpoints.state import read_state
@@ -55,7 +57,8 @@ _CONFIG = b'{"model_type": "llama", "vocab_size": 40, "hidden_size": 64}'
 _BODIES = (
     ChatRequest, CompletionRequest, EmbeddingRequest, ResponsesRequest, TokenizeRequest, DetokenizeRequest, MessagesRequest,
     OllamaChatRequest, OllamaGenerateRequest, OllamaEmbedRequest, OllamaEmbeddingsRequest, OllamaShowRequest,
-    NativeCompletionRequest, InfillRequest, ApplyTemplateRequest, TgiRequest,
+    NativeCompletionRequest, InfillRequest, ApplyTemplateRequest, TgiRequest, RerankRequest, ScoreRequest, ClassifyRequest,
+    PoolingRequest,
 )  # fmt: skip
 _READERS = (docx, html, pdf, text)  # otherwise imported on demand, which is too late for coverage
 _NAMES = ("a.pdf", "a.docx", "a.html", "a.txt", "a.md", "a")
@@ -115,6 +118,16 @@ def _packed(data: bytes) -> None:
     _read_all(_written(config__json=config, model__safetensors=tensors))
 
 
+def _lora(data: bytes) -> None:
+    config, tensors = _parts(data)
+    file = LoraFile(_written(adapter_config__json=config, adapter_model__safetensors=tensors))
+    try:
+        for module in file.pairs:
+            file.read(module)
+    finally:
+        file.close()
+
+
 def _gguf(data: bytes) -> None:
     path = _written(x__gguf=data) / "x.gguf"
     _read_all(path)
@@ -150,7 +163,7 @@ def _request(data: bytes, kind: str) -> Request:
 def _upload(data: bytes) -> None:
     with FileStore(_SETTINGS).room("key", "client") as room:
         form = asyncio.run(read_upload_form(_request(data, "multipart/form-data; boundary=xx"), _SETTINGS, room))
-    check_fields(form.fields)
+    check_fields(form.fields, strict=True)
     if form.name is not None:
         read_upload(form.name, bytes(form.data))
 
@@ -196,6 +209,7 @@ def _state(data: bytes) -> None:
 _HEADER = ("F32", "BF16", "U8", "I64", "dtype", "shape", "data_offsets", "__metadata__", "format", "int4", "int8", "q4_1")
 _MANIFEST = ("packed_manifest", "modules", "quant_method", "version")
 _QUANTIZERS = ("bits", "group_size", "num_bits", "weight_block_size", "blocksize", "qweight", "g_idx", "I8", "I32", "F8_E4M3")
+_LORA = ("base_model.model.", ".lora_A.weight", ".lora_B.weight", "rank_pattern", "alpha_pattern", "lora_alpha", "use_rslora")
 _JSON = ("null", "true", "false", "[]", "{}", "1e999", "-1", "9223372036854775808", "\\ud800", "\\u0000")
 _SCHEMA = (
     "type", "properties", "required", "items", "enum", "const", "anyOf", "oneOf", "allOf", "$ref", "$defs", "#/$defs/a", "#",
@@ -211,6 +225,7 @@ _REQUEST = (
 TARGETS = {
     "packed": Target(_packed, (CheckpointError, ConfigError), (*_HEADER, *_JSON, *_MANIFEST)),
     "quantized": Target(_packed, (CheckpointError, ConfigError), (*_HEADER, *_JSON, *_QUANTIZERS)),
+    "lora": Target(_lora, (AdapterError, CheckpointError), (*_HEADER, *_JSON, *_LORA)),
     "gguf": Target(_gguf, (CheckpointError, ConfigError), ("general.architecture", "llama", "tokenizer.ggml.tokens", "GGUF")),
     "tokenizer": Target(_tokenizer, (CheckpointError, ConfigError), (*_JSON, "model", "vocab", "merges", "BPE", "Unigram")),
     "blocks": Target(_blocks, (CheckpointError,), (*_JSON, "held", "tokens", "block_bytes", "made_with")),

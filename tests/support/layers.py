@@ -84,7 +84,7 @@ LAYERS = (
         "imported only in `runner` and `sampling/torch_sampler`",
         may=("backends", "cache", "system"),
         levels=(
-            ("detokenizer", "draft", "options", "request", "sequence"),
+            ("adapters", "detokenizer", "draft", "options", "pooling", "prompt_logprobs", "request", "sequence"),
             ("grammar", "sampling"),
             ("running",),
             ("scheduling",),
@@ -178,18 +178,18 @@ LAYERS = (
         "server",
         "the HTTP server. `http/`: connections, bodies, queues; `tokens/`: tokenization; `documents/`: uploaded files; "
         "`stored_responses/`: responses that later requests continue; `protocol/`: requests and responses of OpenAI's and "
-        "other protocols, one per file or folder; `chat/`: from requests to the engine "
-        "and back; `document_chats/`: chats with documents; `routes/`: one route per file; `page/`: the chat page",
+        "other protocols, one per file or folder; `chat/`: from requests to the engine and back; `document_chats/`: chats with "
+        "documents; `search/`: embeddings and scores; `routes/`: one route per file; `page/`: the chat page",
         may=("..chat", "longdoc"),
         levels=(
             ("keys",),
             ("settings",),
             ("http",),
-            ("documents", "stored_responses", "tokens"),
+            ("adapters", "documents", "stored_responses", "tokens"),
             ("protocol",),
             ("openapi", "state"),
             ("chat",),
-            ("document_chats",),
+            ("document_chats", "search"),
             ("routes",),
             (REST,),
         ),

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from ..backends.base import BLOCK_TOKENS, PREFILL, Int32, Plan, StepBatch, StepOutput
+from ..backends.base import BLOCK_TOKENS, PREFILL, AdapterStore, Int32, Plan, StepBatch, StepOutput
 from ..backends.sampling import Floats, TokenChoice
 from ..cache import states_of_step
 from .scheduling.memory import Memory
@@ -24,12 +24,17 @@ class Runner:
         plan: the compiled plan.
         memory: cache memory of the sequences.
         vocab_size: if not 0, `step` reuses a buffer for the logits of a plan on the CPU instead of allocating one each time.
+        adapted: a plan for steps with adapters, with the same results for other sequences, and the store of the adapters; None:
+            the sequences' adapters are not used.
 
     Attributes:
         on_host: whether the plan's logits are in host memory.
     """
 
-    def __init__(self, plan: Plan, memory: Memory, vocab_size: int = 0) -> None:
+    def __init__(
+        self, plan: Plan, memory: Memory, vocab_size: int = 0, adapted: tuple[Plan, AdapterStore] | None = None
+    ) -> None:
+        self._adapted = adapted
         self.plan, self.memory, self.on_host = plan, memory, plan.device.type == "cpu"
         self._vocab_size = vocab_size if self.on_host else 0
         self._logits: torch.Tensor | None = None  # reused: new pages at every step would be slow for large batches
@@ -169,13 +174,23 @@ class Runner:
             state_from=state_from,
             state_to=state_to,
         )
-        return self.memory.run(self.plan, batch)
+        plan = self.plan
+        if self._adapted is not None and (slots := _adapter_of(parts)) is not None:
+            plan, store = self._adapted
+            batch = replace(batch, adapters=store, adapter_of=slots)
+        return self.memory.run(plan, batch)
 
 
 def _reach(parts: list[Part]) -> Int32 | None:
     """Returns `reach` of each sequence, int32 [S]; None if a sequence has none."""
     reach = [part.sequence.reach for part in parts]
     return None if None in reach else np.array(reach, np.int32)
+
+
+def _adapter_of(parts: list[Part]) -> Int32 | None:
+    """Returns the slot of each sequence's adapter, int32 [S]; None if no sequence has one."""
+    slots = [part.sequence.adapter for part in parts]
+    return np.array(slots, np.int32) if max(slots) >= 0 else None
 
 
 def _tables(parts: list[Part]) -> Int32:

@@ -9,6 +9,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -18,10 +19,13 @@ from ..errors import excerpt
 from . import openapi
 from .http.error_formats import error_response
 from .http.guard import Guard, HostGuard
+from .http.ignored_fields import HEADER
 from .http.metrics import HttpMetrics
 from .http.page_files import page_files
 from .http.paths import path_of
 from .http.problems import ApiError, problem
+from .http.tracing import Tracer, Tracing
+from .protocol.adapters import LoadAdapterRequest, UnloadAdapterRequest
 from .protocol.anthropic.requests import CountTokensRequest, MessagesRequest
 from .protocol.chat import ChatRequest
 from .protocol.completions import CompletionRequest
@@ -36,37 +40,48 @@ from .protocol.ollama.requests import (
     OllamaShowRequest,
 )
 from .protocol.responses import ResponsesRequest
+from .protocol.scores import ClassifyRequest, PoolingRequest, RerankRequest, ScoreRequest
 from .protocol.tgi import TgiRequest
 from .routes import (
+    adapters,
     chat,
+    classify,
     completions,
     embeddings,
+    encoder_only,
     files,
     llama_server,
     messages,
     models,
     ollama,
+    operations,
     page,
+    props,
     responses,
+    scores,
     status,
     stored_responses,
     tgi,
+    tokenizer_info,
     tokens,
 )
 from .settings import ServerSettings
 from .state import ServerState
 
 _SWEEP_SECONDS = 60.0
-_ABOUT = """OpenAI's API, served by deepseek-optimizer. An unsupported field is an error, and so is a number in quotes; OpenAI's
-fields that have no effect here (user, metadata, store and the like) are accepted and ignored."""
+_ABOUT = """OpenAI's API, served by deepseek-optimizer. OpenAI's fields that have no effect here (user, metadata, store and the
+like) are accepted and ignored."""
+_TOLERANT = " Unknown fields are ignored too; the response header X-Ignored-Fields names them."
+_STRICT = " An unknown field is an error, and so is a number in quotes."
 
 
-def create_app(engine: Any, settings: ServerSettings | None = None) -> FastAPI:
+def create_app(engine: Any, settings: ServerSettings | None = None, tracer: Tracer | None = None) -> FastAPI:
     """Creates the ASGI application for an `AsyncEngine`, which starts and ends with it.
 
     Args:
         engine: an `AsyncEngine` that has not been started.
         settings: None: the defaults.
+        tracer: exports traces; it is closed with the application.
 
     Returns: the application; its `state.server` is the `ServerState`.
     """
@@ -86,6 +101,8 @@ def create_app(engine: Any, settings: ServerSettings | None = None) -> FastAPI:
             await engine.close()
             await state.responses.finish()
             state.close()
+            if tracer is not None:
+                await asyncio.to_thread(tracer.close)
 
     middleware = [Middleware(HostGuard, settings=settings)]
     if settings.allow_origins:
@@ -95,13 +112,16 @@ def create_app(engine: Any, settings: ServerSettings | None = None) -> FastAPI:
                 allow_origins=list(settings.allow_origins),
                 allow_methods=["GET", "POST", "DELETE"],
                 allow_headers=["Authorization", "Content-Type", "X-Api-Key", "Anthropic-Version", "Anthropic-Beta"],
-                expose_headers=["Retry-After"],
+                expose_headers=["Retry-After", "X-Request-Id", HEADER],
             )
         )
+    if tracer is not None:
+        engine.observe(tracer)
+        middleware.append(Middleware(Tracing, tracer=tracer, skip=frozenset({"/health", "/ready", "/metrics"})))
     middleware.append(Middleware(Guard, settings=settings, metrics=HttpMetrics(engine.registry), open_paths=open_paths))
     app = FastAPI(
         title="deepseek-optimizer",
-        description=_ABOUT,
+        description=_ABOUT + (_STRICT if settings.strict else _TOLERANT),
         docs_url=None,  # it would load scripts from another host
         redoc_url=None,
         redirect_slashes=False,
@@ -110,15 +130,50 @@ def create_app(engine: Any, settings: ServerSettings | None = None) -> FastAPI:
         lifespan=lifespan,
     )
     app.state.server = state
-    own = (chat, completions, responses, stored_responses, embeddings, files, models, tokens, status)
-    for route in (*own, messages, ollama, llama_server, tgi):
+    generating = (
+        chat,
+        completions,
+        responses,
+        stored_responses,
+        files,
+        props,
+        messages,
+        ollama.chat,
+        ollama.generate,
+        llama_server,
+        tgi,
+    )
+    for route in (
+        embeddings,
+        scores,
+        classify,
+        models,
+        ollama.embed,
+        ollama.models,
+        tokens,
+        tokenizer_info,
+        status,
+        operations,
+    ):
         route.add(app, state)
-    page.add(app, assets)
+    if state.generates:
+        for route in generating:
+            route.add(app, state)
+        adapters.add(app, state)
+    else:
+        encoder_only.add(app, state, generating)
+    _add_paths_without_v1(app)
+    if state.generates:
+        page.add(app, assets)
     bodies: list[type[BaseModel]] = [
         ChatRequest,
         CompletionRequest,
         ResponsesRequest,
         EmbeddingRequest,
+        RerankRequest,
+        ScoreRequest,
+        ClassifyRequest,
+        PoolingRequest,
         TokenizeRequest,
         DetokenizeRequest,
         MessagesRequest,
@@ -133,8 +188,20 @@ def create_app(engine: Any, settings: ServerSettings | None = None) -> FastAPI:
         ApplyTemplateRequest,
         TgiRequest,
     ]
-    openapi.install(app, bodies, bool(settings.keys))
+    if settings.allow_lora_loading:
+        bodies += [LoadAdapterRequest, UnloadAdapterRequest]
+    openapi.install(app, bodies, bool(settings.keys), settings.strict)
     return app
+
+
+def _add_paths_without_v1(app: FastAPI) -> None:
+    """Serves each path under /v1 without that prefix too, as llama-server does, for clients whose base URL lacks it."""
+    routes = [route for route in app.routes if isinstance(route, APIRoute)]
+    taken = {(route.path, method) for route in routes for method in route.methods or ()}
+    for route in routes:
+        path, methods = route.path.removeprefix("/v1"), route.methods or set()
+        if path != route.path and not any((path, method) in taken for method in methods):
+            app.add_api_route(path, route.endpoint, methods=sorted(methods), include_in_schema=False)
 
 
 async def _sweep(state: ServerState) -> None:

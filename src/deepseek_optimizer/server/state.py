@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import os
 import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from typing import Any, TypeVar
+from dataclasses import replace
+from typing import Any, Literal, TypeVar
+
+import psutil
 
 from ..chat.reasoning import thinks
 from ..engine.grammar.compiler import GrammarCompiler
 from ..engine.grammar.source import GrammarSource
 from ..engine.request import CompiledGrammar, Request
 from ..errors import EngineBusyError, RequestError, WorkerLostError
+from .adapters import AdapterLoading
 from .documents.file_store import FileStore
 from .documents.preparation import Preparation
 from .documents.reader import DocumentReader
@@ -26,6 +31,7 @@ from .http.queue_metrics import QueueCollector
 from .protocol.sampling import requested_answers
 from .settings import ServerSettings
 from .stored_responses.store import ResponseStore
+from .tokens.breakers import BreakerCache
 from .tokens.fill_in import fill_in_tokens
 from .tokens.prompt_size import PromptSize
 from .tokens.token_text import TokenTexts
@@ -39,7 +45,7 @@ _WORKERS = (2, 4)  # minimum and maximum number of worker processes of one kind
 
 
 class ServerState:
-    """The state of one server. `draining`: whether it is shutting down and refuses requests.
+    """The state of one server. `draining`: whether it is shutting down and refuses requests; `sleeping`: see `sleep`.
 
     Args:
         engine: an `AsyncEngine`.
@@ -49,12 +55,16 @@ class ServerState:
     def __init__(self, engine: Any, settings: ServerSettings) -> None:
         self.engine, self.settings = engine, settings
         self.created = int(time.time())
-        self.draining = False
+        self.draining = self.sleeping = False
+        self._changing_sleep = asyncio.Lock()
         self.model_name: str = engine.model_name
+        self.generates: bool = engine.generates
+        settings.embedding.check(engine.hidden_size)
         # A copy, since encoding changes a tokenizer's settings while the engine's thread may be decoding.
         self.tokenizer = copy.deepcopy(engine.tokenizer)
         self.texts = TokenTexts(self.tokenizer)
         self.fill_in = fill_in_tokens(self.tokenizer)
+        self.breakers = BreakerCache(self.texts, engine.vocab_size)
         self.prompt_size = PromptSize(self.tokenizer, engine.context if engine.cache_window is None else None)
         max_per_client, max_jobs = settings.max_jobs_per_client, _CLIENTS * settings.max_jobs_per_client
         self.bodies = BodyReader(settings, max_per_client, max_jobs)
@@ -70,10 +80,12 @@ class ServerState:
         self.documents = Preparation(self._tokenizer_copy, engine.room, settings.max_file_bytes_total, max_per_client, max_jobs)
         self.files = FileStore(settings, self.documents.forget)
         self.reader = DocumentReader(settings, workers, max_per_client, max_jobs)
+        self.vectors = FairQueue("vectors", 1, max_running=1, max_per_client=max_per_client, max_jobs=max_jobs)
+        self.adapters = AdapterLoading(engine, settings)
         self.responses = ResponseStore(settings, max_per_client, max_jobs)
         self.queues = [
-            self.bodies.queue, *self._tokenizing.queues, self._looking_up, self._compiling, self.reader.queue,
-            *self.documents.queues, self.responses.queue,
+            self.bodies.queue, self.vectors, *self._tokenizing.queues, self._looking_up, self._compiling, self.reader.queue,
+            *self.documents.queues, self.adapters.queue, self.responses.queue,
         ]  # fmt: skip
         engine.registry.register(QueueCollector(self.queues, engine.model_name))
 
@@ -81,11 +93,13 @@ class ServerState:
         """Checks that the server accepts requests.
 
         Raises:
-            ApiError: 503, the server is shutting down.
+            ApiError: 503, the server is shutting down or sleeps.
             EngineDeadError: the engine has stopped.
         """
         if self.draining:
             raise busy("the server is stopping", 5)
+        if self.sleeping:
+            raise busy("the server sleeps; POST /wake_up wakes it", 30)
         self.engine.check_alive()
 
     def admit(self, body: Mapping[str, Any], client: str) -> ExitStack:
@@ -116,8 +130,13 @@ class ServerState:
         Raises:
             ApiError: 404, it is not the model that is served.
         """
-        if name is not None and name != self.model_name and name not in _ANY_MODEL:
-            raise ApiError(404, "there is no such model; /v1/models lists the models", param="model", code="model_not_found")
+        if name in (None, self.model_name) or name in _ANY_MODEL or self.adapter_named(name):
+            return
+        raise ApiError(404, "there is no such model; /v1/models lists the models", param="model", code="model_not_found")
+
+    def adapter_named(self, name: str | None) -> str:
+        """The LoRA adapter that a request's `model` names; "" if it names none."""
+        return next((adapter.name for adapter in self.engine.adapters if adapter.name == name), "")
 
     def deadline(self, arrived: float) -> float:
         """The deadline of a request; both times are of `time.monotonic`."""
@@ -149,7 +168,8 @@ class ServerState:
         return await self._compiling.run(caller.key, lambda: self.grammars.compile(source), caller.deadline)
 
     def submit(self, requests: list[Request]) -> list[Any]:
-        """Submits requests to the engine, all of them or none.
+        """Submits requests to the engine, all of them or none. Those without a maximum length of the answer get that of the
+        settings.
 
         Returns: the answers of each request.
 
@@ -159,24 +179,83 @@ class ServerState:
         answers: list[Any] = []
         try:
             for request in requests:
-                answers.append(self.engine.submit(request))
+                answers.append(self.engine.submit(self._bounded(request)))
         except BaseException:
             for submitted in answers:
                 submitted.cancel()
             raise
         return answers
 
+    @property
+    def max_answer_tokens(self) -> int:
+        """Maximum number of tokens of an answer whose request gives none."""
+        return min(self.settings.max_answer_tokens, self.engine.context)
+
+    def _bounded(self, request: Request) -> Request:
+        sampling = request.sampling
+        if sampling.max_tokens is not None or request.embed:
+            return request
+        max_tokens = max(self.settings.max_answer_tokens, sampling.min_tokens)
+        room = self.engine.room - (len(request.prompt) if self.engine.cache_window is None else 0)
+        if max_tokens >= room:  # the engine ends the answer there
+            return request
+        return replace(request, sampling=replace(sampling, max_tokens=max_tokens))
+
     async def _tokenizer_copy(self, caller: Caller) -> Any:
         """A copy of the tokenizer, made on the only thread that uses the original."""
         return await self.tokenizing(lambda lane: copy.deepcopy(lane.tokenizer), caller, 0)
+
+    async def sleep(self, seconds: float) -> int:
+        """Refuses requests, lets those in flight end, and releases the memory of the cache and of mapped weights.
+
+        Args:
+            seconds: time after which requests in flight are cancelled.
+
+        Returns: the bytes by which the memory of this process has decreased.
+
+        Raises:
+            ApiError: 503, the server is shutting down.
+            EngineDeadError: the engine has stopped.
+        """
+        async with self._changing_sleep:
+            if self.sleeping:
+                return 0
+            self.check_accepting()
+            self.sleeping = True
+            process = psutil.Process()
+            before: int = process.memory_info().rss
+            try:
+                await self.engine.sleep(seconds)
+            except BaseException:
+                self.sleeping = False
+                raise
+            return max(0, before - process.memory_info().rss)
+
+    async def wake_up(self) -> None:
+        """Accepts requests again after `sleep`."""
+        async with self._changing_sleep:
+            if self.sleeping:
+                self.engine.wake_up()
+                self.sleeping = False
 
     def thinks(self, tools: bool) -> bool:
         """Whether the model writes reasoning before its answer, in a chat with or without tools."""
         setting = self.settings.reasoning
         return thinks(self.template.source(tools)) if setting is None else setting
 
+    @property
+    def reranker(self) -> Literal["cosine", "yes-no"]:
+        """How a model without a classification head scores pairs of texts; see `ServerSettings`."""
+        setting = self.settings.reranker
+        if setting != "auto":
+            return setting
+        judges = self.settings.embedding.score_tokens is not None or "rerank" in self.model_name.lower()
+        return "yes-no" if self.generates and judges else "cosine"
+
     def warm_up(self) -> None:
         """Starts the processes for templates and grammars, which takes seconds, so that the first requests do not wait."""
+        if not self.generates:
+            return
         threading.Thread(target=self._warm_grammars, name="dso-warm-up", daemon=True).start()
         try:
             self.template.variables()
@@ -192,9 +271,10 @@ class ServerState:
 
     def close(self) -> None:
         """Ends the threads and processes of the server."""
-        for queue in (self._looking_up, self._compiling, self.bodies.queue):
+        for queue in (self._looking_up, self._compiling, self.bodies.queue, self.vectors):
             queue.close()
         self._tokenizing.close()
+        self.adapters.queue.close()
         self.reader.close()
         self.documents.close()
         self.responses.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import orjson
@@ -10,9 +11,11 @@ from ...chat.deltas import ContentDelta, Delta, OutputParser, ReasoningDelta, To
 from ...engine.request import Output, TokenLogprob
 from ..http.problems import ApiError
 from ..tokens.token_text import TokenTexts, chat_logprobs
+from .reports import Report
 from .usage import Tally
 
 DONE = b"data: [DONE]\n\n"
+UNFINISHED = b',"logprobs":null,"finish_reason":null}]'
 
 
 class ChatAnswer:
@@ -66,8 +69,15 @@ class ChatAnswer:
 class ChatCollector:
     """Collects whole answers into a `chat.completion`."""
 
-    def __init__(self, head: dict[str, Any], answers: list[ChatAnswer], texts: TokenTexts | None, dropped: int = 0) -> None:
-        self._head, self._answers, self._texts = head, answers, texts
+    def __init__(
+        self,
+        head: dict[str, Any],
+        answers: list[ChatAnswer],
+        texts: TokenTexts | None,
+        dropped: int = 0,
+        reports: Sequence[Report] = (),
+    ) -> None:
+        self._head, self._answers, self._texts, self._reports = head, answers, texts, reports
         self._deltas: list[list[Delta]] = [[] for _ in answers]
         self._logprobs: list[list[TokenLogprob]] = [[] for _ in answers]
         self._tally = Tally(len(answers), len(answers), dropped)
@@ -92,16 +102,27 @@ class ChatCollector:
                     for call in parsed.tool_calls
                 ]
             logprobs = {"content": chat_logprobs(self._logprobs[index], self._texts)} if self._texts else None
-            choices.append(
-                {"index": index, "message": message, "logprobs": logprobs, "finish_reason": answer.finish,
-                 "stop_reason": answer.stop_reason}
-            )  # fmt: skip
+            choice = {
+                "index": index, "message": message, "logprobs": logprobs, "finish_reason": answer.finish,
+                "stop_reason": answer.stop_reason,
+            }  # fmt: skip
+            choices.append(choice | self._reports[index].of_answer() if self._reports else choice)
         usage = self._tally.usage(sum(answer.reasoning_tokens for answer in self._answers))
-        return {**self._head, "object": "chat.completion", "choices": choices, "usage": usage}
+        of_prompt = self._reports[0].of_prompt() if self._reports else {}
+        return {**self._head, "object": "chat.completion", "choices": choices, "usage": usage, **of_prompt}
 
 
 class ChatEncoder:
-    """Writes answers as chunks, `data: {...}`. The constant parts of a chunk are encoded once, not for every token."""
+    """Writes answers as chunks, `data: {...}`. The constant parts of a chunk are encoded once, not for every token.
+
+    Args:
+        head: fields that are known in advance.
+        answers: parse the outputs.
+        texts: of the model's tokens; None: no log probabilities.
+        include_usage: send a last chunk with the usage.
+        dropped: tokens that were dropped from the prompt.
+        continuous_usage: every chunk has the usage so far.
+    """
 
     def __init__(
         self,
@@ -110,37 +131,54 @@ class ChatEncoder:
         texts: TokenTexts | None,
         include_usage: bool,
         dropped: int = 0,
+        continuous_usage: bool = False,
+        reports: Sequence[Report] = (),
     ) -> None:
+        self._reports = reports
         self._answers, self._texts, self._include_usage = answers, texts, include_usage
+        self._continuous_usage = continuous_usage
         self._tally = Tally(len(answers), len(answers), dropped)
         self._begun = [False] * len(answers)
         self._logprobs: list[list[TokenLogprob]] = [[] for _ in answers]  # of tokens whose text is still held back
         self._head = b"data: " + orjson.dumps({**head, "object": "chat.completion.chunk"})[:-1] + b',"choices":['
         self._openings = [self._head + b'{"index":%d,"delta":' % index for index in range(len(answers))]
         self._end = b',"usage":null}\n\n' if include_usage else b"}\n\n"
-        self._close = b',"logprobs":null,"finish_reason":null}]' + self._end
+        self._close = UNFINISHED + self._end
 
     def feed(self, index: int, output: Output) -> bytes:
         answer = self._answers[index]
         deltas = answer.feed(output)
         self._tally.add(index, output)
+        if self._continuous_usage:
+            self._end = b',"usage":' + orjson.dumps(self._usage()) + b"}\n\n"
+            self._close = UNFINISHED + self._end
         if output.logprobs is not None:
             self._logprobs[index] += output.logprobs
         chunks = []
         if not self._begun[index]:
             self._begun[index] = True
-            chunks.append(self._openings[index] + b'{"role":"assistant","content":""}' + self._close)
+            opening = self._openings[index]
+            if self._reports and (of_prompt := self._reports[index].chunk_of_prompt()):
+                opening = b"data: {" + of_prompt + b"," + opening.removeprefix(b"data: {")
+            chunks.append(opening + b'{"role":"assistant","content":""}' + self._close)
         if answer.progress is not None:
             progress = {"document": dict(zip(("read", "left"), answer.progress, strict=True))}
             answer.progress = None
             chunks.append(self._openings[index] + orjson.dumps(progress) + self._close)
         for delta in deltas:
             close = self._closing(index) if self._logprobs[index] else self._close
-            chunks.append(self._openings[index] + _delta(delta) + close)
+            chunks.append(self._openings[index] + self._delta(delta) + self._of_answer(index) + close)
         if output.finish is not None:
-            finish = orjson.dumps(answer.finish) + b',"stop_reason":' + orjson.dumps(answer.stop_reason)
-            chunks.append(self._openings[index] + orjson.dumps(answer.cited) + self._closing(index, finish))
+            finish = orjson.dumps(self._finish(answer)) + b',"stop_reason":' + orjson.dumps(answer.stop_reason)
+            chunks.append(
+                self._openings[index] + orjson.dumps(answer.cited) + self._of_answer(index) + self._closing(index, finish)
+            )
         return b"".join(chunks)
+
+    def _of_answer(self, index: int) -> bytes:
+        """The fields of the answer's report in a chunk, after a comma."""
+        field = self._reports[index].chunk_of_answer() if self._reports else b""
+        return b"," + field if field else b""
 
     def _closing(self, index: int, finish: bytes = b"null") -> bytes:
         """The end of a chunk, with the log probabilities of all tokens since the last one."""
@@ -148,11 +186,19 @@ class ChatEncoder:
         logprobs = orjson.dumps({"content": chat_logprobs(pending, self._texts)}) if pending and self._texts else b"null"
         return b',"logprobs":' + logprobs + b',"finish_reason":' + finish + b"}]" + self._end
 
+    def _delta(self, delta: Delta) -> bytes:
+        return _delta(delta)
+
+    def _finish(self, answer: ChatAnswer) -> str:
+        return answer.finish
+
     def last(self) -> bytes:
         if not self._include_usage:
             return DONE
-        usage = self._tally.usage(sum(answer.reasoning_tokens for answer in self._answers))
-        return self._head + b'],"usage":' + orjson.dumps(usage) + b"}\n\n" + DONE
+        return self._head + b'],"usage":' + orjson.dumps(self._usage()) + b"}\n\n" + DONE
+
+    def _usage(self) -> dict[str, Any]:
+        return self._tally.usage(sum(answer.reasoning_tokens for answer in self._answers))
 
     def broken(self, error: ApiError) -> bytes:
         return b"data: " + orjson.dumps(error.body()) + b"\n\n" + DONE

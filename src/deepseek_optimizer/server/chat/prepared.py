@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
+from ...chat.tools.base import Enforced
 from ...engine.request import CompiledGrammar
 from ...engine.request import Request as EngineRequest
 from ..http.caller import Caller
 from ..state import ServerState
 from .chat_answers import ChatAnswer
 from .chat_setup import ChatSetup, ChatSpec, set_up
-from .grammars import Form, chat_grammar
+from .forms import Form
+from .grammars import chat_grammar
 
 
 class PreparedChat:
@@ -24,6 +27,7 @@ class PreparedChat:
 
     def __init__(self, state: ServerState, chat: ChatSpec, setup: ChatSetup | None) -> None:
         self.state, self.chat, self.setup = state, chat, setup
+        self._enforced: Enforced = "no"  # calls that the grammar enforces
 
     @property
     def ids(self) -> list[int]:
@@ -45,6 +49,14 @@ class PreparedChat:
         """Tokens of messages that were dropped because the chat exceeds the cache window."""
         return self.setup.dropped if self.setup else 0
 
+    @property
+    def sampling(self) -> Mapping[str, Any]:
+        """Sampling parameters for fields that the request omits; some models have others for answers without reasoning."""
+        settings = self.state.settings
+        if settings.sampling_not_thinking is None or self.setup is None or self.setup.may_think:
+            return settings.sampling
+        return settings.sampling_not_thinking
+
     def check_fields(self, **wanted: object) -> None:
         """Refuses fields that this kind of chat does not support. A chat in one prompt supports all.
 
@@ -58,26 +70,32 @@ class PreparedChat:
     async def grammar(self, form: Form | None, parallel: bool, caller: Caller) -> CompiledGrammar | None:
         """See `chat_grammar`."""
         assert self.setup is not None
-        return await chat_grammar(self.state, self.chat, self.setup, form, parallel, caller)
+        grammar = await chat_grammar(self.state, self.chat, self.setup, form, parallel, caller)
+        if grammar is not None and self.setup.tool_format is not None:
+            self._enforced = "auto" if self.chat.choice == "auto" and not self.chat.named else "required"
+        return grammar
 
-    def submit(self, requests: list[EngineRequest], one_call: bool) -> tuple[list[Any], list[ChatAnswer]]:
+    def submit(
+        self, requests: list[EngineRequest], one_call: bool, start: Callable[[list[EngineRequest]], list[Any]] | None = None
+    ) -> tuple[list[Any], list[ChatAnswer]]:
         """Submits the requests to the engine.
 
         Args:
             requests: one per answer.
             one_call: drop all tool calls of an answer but the first.
+            start: starts the answers instead of `ServerState.submit`.
 
         Returns: the engine's answers, and a parser for each.
 
         Raises:
             RequestError, EngineDeadError: for the first request that the engine refuses.
         """
-        answers = self.state.submit(requests)
+        answers = (start or self.state.submit)(requests)
         return answers, [ChatAnswer(self.parser(), one_call) for _ in requests]
 
     def parser(self) -> Any:
         """A new parser for one answer; None: its text is only content."""
-        return self.setup.parser() if self.setup and self.setup.parser else None
+        return self.setup.parser(self._enforced) if self.setup and self.setup.parser else None
 
 
 async def prepare_chat(state: ServerState, chat: ChatSpec, caller: Caller) -> PreparedChat:
@@ -88,4 +106,6 @@ async def prepare_chat(state: ServerState, chat: ChatSpec, caller: Caller) -> Pr
         RequestError: the messages cannot fit.
     """
     state.prompt_size.check_chat(chat.messages)
-    return PreparedChat(state, chat, await state.tokenizing(lambda lane: set_up(state, lane, chat), caller))
+    setup = await state.tokenizing(lambda lane: set_up(state, lane, chat), caller)
+    caller.ignored.extend(setup.ignored)
+    return PreparedChat(state, chat, setup)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
@@ -12,7 +13,7 @@ from ...engine.request import Request as EngineRequest
 from ...longdoc.material import Material
 from ..chat.chat_answers import ChatAnswer
 from ..chat.chat_setup import ChatSetup, ChatSpec, set_up
-from ..chat.grammars import Form
+from ..chat.forms import Form
 from ..chat.prepared import PreparedChat
 from ..http.caller import Caller
 from ..http.problems import ApiError
@@ -28,9 +29,11 @@ class CitedChat(PreparedChat):
         super().__init__(state, chat, setup)
         self._files, self._material = files, material
 
-    def submit(self, requests: list[EngineRequest], one_call: bool) -> tuple[list[Any], list[ChatAnswer]]:
+    def submit(
+        self, requests: list[EngineRequest], one_call: bool, start: Callable[[list[EngineRequest]], list[Any]] | None = None
+    ) -> tuple[list[Any], list[ChatAnswer]]:
         """As `PreparedChat.submit`."""
-        answers, parsed = super().submit(requests, one_call)
+        answers, parsed = super().submit(requests, one_call, start)
         cited = [
             CitedAnswers(self.state, one, answer, self.parser(), self._files, self._material)
             for one, answer in zip(answers, parsed, strict=True)
@@ -60,8 +63,10 @@ class LongChat(PreparedChat):
         """None: `check_fields` refuses requests that need a grammar."""
         return None
 
-    def submit(self, requests: list[EngineRequest], one_call: bool) -> tuple[list[Any], list[ChatAnswer]]:
-        """As `PreparedChat.submit`."""
+    def submit(
+        self, requests: list[EngineRequest], one_call: bool, start: Callable[[list[EngineRequest]], list[Any]] | None = None
+    ) -> tuple[list[Any], list[ChatAnswer]]:
+        """As `PreparedChat.submit`, but `check_fields` refuses what needs `start`."""
         (request,) = requests
         parsed = ChatAnswer(ReasoningParser())
         return [DocumentAnswers(self.state, self._files, self._material, request, parsed)], [parsed]
@@ -102,5 +107,6 @@ async def _in_one_prompt(
     inlined = replace(chat, messages=files.messages)
     size = caller.size + files.document.characters
     setup = await state.tokenizing(lambda lane: set_up(state, lane, inlined), caller, size)
+    caller.ignored.extend(setup.ignored)
     fits = not setup.dropped and len(setup.prompt.ids) + (max_tokens or state.documents.reply) <= room
     return setup if fits else None

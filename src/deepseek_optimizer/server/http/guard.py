@@ -12,9 +12,11 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..settings import ServerSettings
+from . import request_id
 from .caller import client_of
 from .error_formats import error_response
 from .hosts import HostCheck
+from .ignored_fields import HEADER, IgnoredFields
 from .metrics import HttpMetrics
 from .paths import path_of
 from .problems import INTERNAL, ApiError, problem
@@ -48,7 +50,9 @@ class HostGuard:
 class Guard:
     """Checks the API key, converts exceptions to error responses, and answers HEAD like GET; uvicorn omits the body.
 
-    It sets, in the scope's state, `salt` (a hash of the key), `client` (see `caller`) and `arrived` (time of `time.monotonic`).
+    It sets, in the scope's state, `salt` (a hash of the key), `client` (see `caller`), `arrived` (time of `time.monotonic`) and
+    `ignored_fields`, a list to which routes add the names of ignored fields of the request; and the request's id for the log
+    and the response.
 
     Args:
         open_paths: paths that need no key.
@@ -57,11 +61,15 @@ class Guard:
     def __init__(self, app: ASGIApp, settings: ServerSettings, metrics: HttpMetrics, open_paths: Iterable[str]) -> None:
         self._app, self._settings, self._metrics = app, settings, metrics
         self._open = frozenset(open_paths)
+        self._ignored = IgnoredFields()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
         arrived, requested = time.monotonic(), scope["method"]
+        id = request_id.request_id(scope)
+        request_id.current.set(id)
+        own = [*_SECURITY, (request_id.HEADER, id.encode())]
         if requested == "HEAD":
             scope = {**scope, "method": "GET"}
         status = 0
@@ -70,12 +78,16 @@ class Guard:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message = {**message, "headers": [*message.get("headers", ()), *_SECURITY]}
+                headers = [*message.get("headers", ()), *own]
+                if scope["state"]["ignored_fields"]:
+                    headers.append((HEADER.lower().encode(), self._ignored.report(scope["state"]["ignored_fields"]).encode()))
+                message = {**message, "headers": headers}
             await send(message)
 
         try:
+            scope.setdefault("state", {})["ignored_fields"] = []
             salt = self._salt(scope)
-            scope.setdefault("state", {}).update(salt=salt, client=client_of(salt, scope.get("client")), arrived=arrived)
+            scope["state"].update(salt=salt, client=client_of(salt, scope.get("client")), arrived=arrived)
             await self._app(scope, receive, send_with_headers)
         except ClientDisconnect:
             status = status or 499  # nginx's status for a client that has disconnected
@@ -93,7 +105,9 @@ class Guard:
             method = requested if requested in _METHODS else "other"
             self._metrics.record(_handler(scope), method, status, time.monotonic() - arrived)
             if self._settings.access_log:
-                logger.info("%s %s %d %.3f s", method, _handler(scope), status, time.monotonic() - arrived)
+                route, seconds = _handler(scope), time.monotonic() - arrived
+                line = {"method": method, "route": route, "status": status, "seconds": round(seconds, 6)}
+                logger.info("%s %s %d %.3f s", method, route, status, seconds, extra=line)
 
     def _salt(self, scope: Scope) -> str:
         keys = self._settings.keys

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from ...engine.request import MAX_LOGPROBS
 from .base import Body, Ignored, ModelName, ResponseModel, Usage
 from .formats import Guided
-from .messages import Messages, ToolChoice, Tools
-from .sampling import Sampling, _Tokens
+from .messages import Functions, Messages, NamedFunction, ToolChoice, Tools
+from .reports import PromptLogprobList
+from .sampling import MaxTokens, Sampling
 
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 _Scalar = bool | int | float | Annotated[str, Field(max_length=1024)] | None
@@ -18,7 +19,14 @@ _Scalar = bool | int | float | Annotated[str, Field(max_length=1024)] | None
 
 class StreamOptions(Body):
     include_usage: bool | None = Field(None, description="Send a last chunk without choices that contains the usage.")
+    continuous_usage_stats: bool | None = Field(None, description="Requires include_usage: every chunk has the usage so far.")
     include_obfuscation: Ignored
+
+
+def usage_in_stream(options: StreamOptions | None) -> tuple[bool, bool]:
+    """Whether a stream has a last chunk with the usage, and whether every chunk has the usage so far."""
+    last = options is not None and bool(options.include_usage)
+    return last, last and options is not None and bool(options.continuous_usage_stats)
 
 
 class ChatRequest(Sampling, Guided):
@@ -26,11 +34,13 @@ class ChatRequest(Sampling, Guided):
 
     model: ModelName = None
     messages: Messages
-    max_completion_tokens: _Tokens | None = Field(None, description="Newer name of max_tokens.")
+    max_completion_tokens: MaxTokens = Field(None, description="Newer name of max_tokens.")
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = Field(None, description="Requires logprobs.")
     tools: Tools | None = None
     tool_choice: ToolChoice | None = None
+    functions: Functions | None = Field(None, description="Older form of tools.")
+    function_call: Literal["none", "auto"] | NamedFunction | None = Field(None, description="Older form of tool_choice.")
     parallel_tool_calls: bool | None = None
     stream_options: StreamOptions | None = Field(None, description="Requires stream.")
     reasoning_effort: Effort | None = Field(None, description="For models whose chat template supports it.")
@@ -39,7 +49,19 @@ class ChatRequest(Sampling, Guided):
     )
     add_generation_prompt: bool | None = Field(None, description="Append the start of an answer to the prompt; the default.")
     continue_final_message: bool | None = Field(None, description="The last message, by the assistant, is continued.")
+    chat_template: None = Field(None, description="Not supported: only the template of the server is run.")
+    verbosity: Ignored
+    prediction: Ignored
+    web_search_options: Ignored
+    audio: Ignored
     modalities: list[Literal["text"]] | None = None
+
+    @field_validator("chat_template", mode="before")
+    @classmethod
+    def _no_template(cls, value: Any) -> Any:
+        if value is not None:
+            raise ValueError("templates of requests are not run; leave it out")
+        return value
 
 
 class TopLogprob(ResponseModel):
@@ -98,14 +120,16 @@ class ChatMessage(ResponseModel):
     document: DocumentFacts | None = None
     reasoning_content: str | None = None
     tool_calls: list[AnswerToolCall] | None = None
+    function_call: AnswerFunction | None = None
 
 
 class ChatChoice(ResponseModel):
     index: int
     message: ChatMessage
     logprobs: ChoiceLogprobs | None
-    finish_reason: Literal["stop", "length", "tool_calls"]
+    finish_reason: Literal["stop", "length", "tool_calls", "function_call"]
     stop_reason: str | int | None = Field(None, description="The stop string or stop token of the request that ended the text.")
+    token_ids: list[int] | None = None
 
 
 class ChatCompletion(ResponseModel):
@@ -117,6 +141,8 @@ class ChatCompletion(ResponseModel):
     model: str
     choices: list[ChatChoice]
     usage: Usage
+    prompt_logprobs: PromptLogprobList | None = None
+    prompt_token_ids: list[int] | None = None
 
 
 EXAMPLE: dict[str, Any] = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 16}

@@ -11,11 +11,9 @@ from .chat import _Scalar
 from .completions import MAX_PROMPTS, CompletionRequest
 from .formats import Guided
 from .messages import Messages, Tools
-from .sampling import Sampling, _Stop
+from .sampling import Sampling
 
-_MAX = (1 << 31) - 1
 _Mixed = Annotated[list[TOKEN_ID | str], Field(min_length=1, max_length=1_000_000, fail_fast=True)]
-_OWN = {"prompt", "logit_bias", "seed", "grammar", "json_schema"}  # fields with llama-server's own form
 _Bias = float | Literal[False]
 _Pair = Annotated[list[TOKEN_ID | _Bias], Field(min_length=2, max_length=2)]
 _Biases = (
@@ -30,18 +28,10 @@ class _Generation(Sampling, Guided):
     model_config = ConfigDict(extra="ignore")
 
     model: ModelName = None
-    n_predict: Annotated[int, Field(ge=-2, le=_MAX)] | None = Field(
-        None, description="Maximum number of new tokens; below 1: no limit."
-    )
-    seed: Annotated[int, Field(ge=-1, le=(1 << 64) - 1)] | None = Field(None, description="-1: random.")
-    stop: _Stop | Annotated[list[_Stop], Field(max_length=16)] | None = None
-    repeat_penalty: Annotated[float, Field(gt=0, le=100)] | None = Field(None, description="Same as repetition_penalty.")
     logit_bias: _Biases | None = Field(  # type: ignore[assignment]  # a form of its own
         None, description="By token id, or pairs of token id and bias; false forbids the token."
     )
     n_probs: Annotated[int, Field(ge=0, le=20)] | None = Field(None, description="Most likely tokens to report per token.")
-    grammar: Annotated[str, Field(max_length=65_536)] | None = Field(None, description="GBNF with a rule `root`.")
-    json_schema: dict[str, Any] | None = Field(None, description="A JSON schema that the text must match.")
     return_tokens: bool | None = Field(None, description="Return the ids of the new tokens.")
 
 
@@ -128,23 +118,13 @@ def completion_request(body: _Generation) -> CompletionRequest:
     Raises:
         ApiError: 400, a value that completions do not support.
     """
-    shared = CompletionRequest.model_fields.keys() & body.model_fields_set - _OWN
-    fields: dict[str, Any] = body.model_dump(include=shared, by_alias=True)
-    if body.n_predict is not None:
-        fields["max_tokens"] = body.n_predict if body.n_predict > 0 else None
-    if body.repeat_penalty is not None:
-        fields["repetition_penalty"] = body.repeat_penalty
-    if body.seed is not None and body.seed >= 0:
-        fields["seed"] = body.seed
+    shared = CompletionRequest.model_fields.keys() & body.model_fields_set - {"prompt", "logit_bias"}
+    fields: dict[str, Any] = body.model_dump(include=shared, by_alias=True, exclude_none=True)
     if body.logit_bias is not None:
         pairs = body.logit_bias.items() if isinstance(body.logit_bias, dict) else body.logit_bias
         fields["logit_bias"] = {str(token): -100 if bias is False else bias for token, bias in pairs}
     if body.n_probs:
         fields["logprobs"] = body.n_probs
-    if body.grammar:
-        fields["guided_grammar"] = body.grammar
-    if body.json_schema is not None:
-        fields["response_format"] = {"type": "json_schema", "json_schema": {"name": "answer", "schema": body.json_schema}}
     return parse(CompletionRequest, {**fields, "prompt": " "})
 
 

@@ -10,7 +10,7 @@ from ...engine.request import MAX_LOGPROBS
 from .base import Body, Ignored, IgnoredFields, ModelName, ResponseModel
 from .chat import Effort, _Scalar
 from .messages import _Name, only_text
-from .sampling import _Tokens
+from .sampling import MaxTokens, Priority, Seed
 
 _Id = Annotated[str, Field(max_length=256)]
 _MAX_ITEMS = 10_000
@@ -129,6 +129,14 @@ class NamedFunctionTool(Body):
     name: Annotated[str, Field(max_length=64)]
 
 
+class AllowedFunctionTools(Body):
+    """The functions that may be called."""
+
+    type: Literal["allowed_tools"]
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[NamedFunctionTool], Field(min_length=1, max_length=128, fail_fast=True)]
+
+
 class PlainText(Body):
     type: Literal["text"]
 
@@ -146,6 +154,7 @@ class SchemaFormat(Body):
 
 
 class TextOptions(Body):
+    verbosity: Ignored
     format: Annotated[PlainText | JsonObject | SchemaFormat, Field(discriminator="type")] | None = None
 
 
@@ -170,17 +179,17 @@ class ResponsesRequest(IgnoredFields):
     model: ModelName = None
     input: _Input
     instructions: str | None = None
-    max_output_tokens: _Tokens | None = None
+    max_output_tokens: MaxTokens = None
     temperature: Annotated[float, Field(ge=0, le=100)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     tools: Annotated[list[FunctionTool], Field(max_length=128, fail_fast=True)] | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedFunctionTool | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedFunctionTool | AllowedFunctionTools | None = None
     parallel_tool_calls: bool | None = None
     text: TextOptions | None = None
     reasoning: ReasoningOptions | None = None
-    include: list[Literal["message.output_text.logprobs", "reasoning.encrypted_content"]] | None = Field(
-        None, description="message.output_text.logprobs; reasoning.encrypted_content is ignored."
+    include: Annotated[list[Annotated[str, Field(max_length=256)]], Field(max_length=64)] | None = Field(
+        None, description="message.output_text.logprobs; other values are ignored."
     )
     stream: bool | None = None
     stream_options: ResponseStreamOptions | None = None
@@ -190,11 +199,11 @@ class ResponsesRequest(IgnoredFields):
     previous_response_id: _Id | None = Field(None, description="The stored response that the conversation continues.")
     conversation: None = None
     prompt: None = None
-    max_tool_calls: None = None
+    max_tool_calls: Ignored  # of tools that the server runs
     top_k: Annotated[int, Field(ge=-1, le=(1 << 31) - 1)] | None = Field(None, description="0 or -1: all.")
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    seed: Annotated[int, Field(ge=0, le=(1 << 64) - 1)] | None = None
-    priority: Annotated[int, Field(ge=0, le=1000)] | None = None
+    seed: Seed = None
+    priority: Priority = None
     chat_template_kwargs: Annotated[dict[str, _Scalar], Field(max_length=16)] | None = None
 
     @field_validator("input", mode="before")
@@ -253,7 +262,7 @@ class ResponseObject(ResponseModel):
     store: bool
     temperature: float | None
     text: dict[str, Any]
-    tool_choice: str | dict[str, str]
+    tool_choice: str | dict[str, Any]
     tools: list[dict[str, Any]]
     top_p: float | None
     truncation: Literal["disabled"]

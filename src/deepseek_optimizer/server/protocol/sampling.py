@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields, replace
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, AliasChoices, Field, TypeAdapter, ValidationError
 
 from ...engine.request import (
     MAX_STOP_CHARACTERS,
@@ -16,7 +16,9 @@ from ...engine.request import (
     SamplingParams,
 )
 from ..http.problems import ApiError
-from .base import TOKEN_ID, IgnoredFields
+from .base import TOKEN_ID
+from .reports import Reports
+from .samplers import Samplers
 
 MAX_N = 32
 _MAX_SEED = (1 << 64) - 1
@@ -24,22 +26,38 @@ _MAX_SEED = (1 << 64) - 1
 _Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
 _TokenKey = Annotated[str, Field(pattern="^[0-9]{1,10}$")]
 _Tokens = Annotated[int, Field(ge=1, le=(1 << 31) - 1)]
+# Some clients write -1 for "no limit" or "random" where OpenAI's write null.
+_NONE_IF_NEGATIVE = AfterValidator(lambda value: None if value == -1 else value)
+MaxTokens = Annotated[Literal[-1] | _Tokens | None, _NONE_IF_NEGATIVE]
+MaxTokensOrZero = Annotated[Annotated[int, Field(ge=-1, le=(1 << 31) - 1)] | None, _NONE_IF_NEGATIVE]
+Seed = Annotated[Annotated[int, Field(ge=-1, le=_MAX_SEED)] | None, _NONE_IF_NEGATIVE]
+Priority = Annotated[
+    Annotated[int, Field(ge=-1000, le=1000)] | None,
+    AfterValidator(lambda value: value and max(value, 0)),  # no request comes before those without a priority
+    Field(description="Requests with lower values come first; the default is 0, and so are negative values."),
+]
 _Unit = Annotated[float, Field(ge=0, le=1)]
 _Biases = Annotated[dict[_TokenKey, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=1024)]
 _Penalty = Annotated[float, Field(ge=-2, le=2)]
+_N = TypeAdapter[int | None](Annotated[int, Field(ge=1, le=MAX_N)] | None)
 
 
-class Sampling(IgnoredFields):
+class Sampling(Samplers, Reports):
     """Fields that are omitted or null have the values recommended by the model's authors or, without any, OpenAI's defaults."""
 
-    max_tokens: _Tokens | None = Field(
-        None, description="Maximum number of new tokens; the default is what the context has room for."
+    max_tokens: MaxTokens = Field(
+        None,
+        validation_alias=AliasChoices("max_tokens", "n_predict"),
+        description="Maximum number of new tokens. If it is omitted, null or -1: what the context has room for, but at most "
+        "the server's --max-answer-tokens. Also n_predict, as in llama-server.",
     )
     temperature: Annotated[float, Field(ge=0, le=100)] | None = Field(None, description="0: greedy decoding.")
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     n: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
-    seed: Annotated[int, Field(ge=0, le=_MAX_SEED)] | None = Field(
-        None, description="The same request with the same seed gives the same text. The i-th of n answers has the seed + i."
+    seed: Seed = Field(
+        None,
+        description="The same request with the same seed gives the same text. The i-th of n answers has the seed + i. -1: "
+        "random.",
     )
     stop: _Stop | Annotated[list[_Stop], Field(max_length=MAX_STOPS)] | None = None
     presence_penalty: _Penalty | None = None
@@ -55,9 +73,7 @@ class Sampling(IgnoredFields):
     stop_token_ids: Annotated[list[TOKEN_ID], Field(max_length=64)] | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
-    priority: Annotated[int, Field(ge=0, le=1000)] | None = Field(
-        None, description="Requests with lower values come first; the default is 0."
-    )
+    priority: Priority = None
 
     def params(
         self,
@@ -67,6 +83,7 @@ class Sampling(IgnoredFields):
         logprobs: int | None,
         grammar: CompiledGrammar | None = None,
         keep_special: bool = False,
+        words: Mapping[str, Any] | None = None,
     ) -> SamplingParams:
         """Converts the fields to the engine's parameters.
 
@@ -76,6 +93,7 @@ class Sampling(IgnoredFields):
             logprobs: number of most likely tokens; None: no log probabilities.
             grammar: that constrains the text.
             keep_special: keep special tokens in the text, for the parser of tool calls.
+            words: further parameters, of `chat.words`.
 
         Raises:
             RequestError: a value that the engine does not support.
@@ -89,6 +107,7 @@ class Sampling(IgnoredFields):
                      "min_tokens", "ignore_eos", "seed", "skip_special_tokens"):  # fmt: skip
             if (value := getattr(self, name)) is not None:
                 values[name] = value
+        values |= self.sampler_values() | dict(words or {})
         if self.top_k is not None:
             values["top_k"] = max(self.top_k, 0)
         if keep_special:
@@ -107,11 +126,16 @@ class Sampling(IgnoredFields):
 
 def requested_answers(body: Mapping[str, Any]) -> int:
     """The number of answers that a body requests, for admission. The body has not been validated, so this is an estimate."""
-    n = body.get("n")
+    counts = [1]
+    for name in ("n", "best_of"):
+        try:
+            counts.append(_N.validate_python(body.get(name)) or 1)  # converts as the tolerant validation does
+        except ValidationError:
+            pass
     prompts = body.get("prompt", body.get("input"))
     several = isinstance(prompts, list) and prompts and isinstance(prompts[0], (str, list))
     count = len(prompts) if several else 1
-    return (n if isinstance(n, int) and not isinstance(n, bool) and 1 <= n <= MAX_N else 1) * count
+    return max(counts) * count
 
 
 def seeded(params: SamplingParams, index: int) -> SamplingParams:
@@ -132,6 +156,9 @@ def requests_for(
     deadline: float,
     priority: int | None,
     pinned: tuple[tuple[int, int], ...] = (),
+    adapter: str = "",
+    cache_salt: str | None = None,
+    prompt_logprobs: int | None = None,
 ) -> list[Request]:
     """The engine's requests, one for each answer; those for the first prompt come first.
 
@@ -145,10 +172,23 @@ def requests_for(
         deadline: time of `time.monotonic`.
         priority: None: 0.
         pinned: (begin, end) of prompt tokens that a cache window must keep.
+        adapter: name of a LoRA adapter; "": none.
+        cache_salt: of the request, in addition to the key's.
+        prompt_logprobs: see `Request`.
     """
+    salt = salt if cache_salt is None else f"{salt}\n{cache_salt}"  # the key's has no line break
     return [
         Request(
-            prompt, seeded(params, i), id=id, pinned=pinned, salt=salt, client=client, deadline=deadline, priority=priority or 0
+            prompt,
+            seeded(params, i),
+            id=id,
+            pinned=pinned,
+            salt=salt,
+            client=client,
+            deadline=deadline,
+            priority=priority or 0,
+            adapter=adapter,
+            prompt_logprobs=prompt_logprobs,
         )
         for prompt in prompts
         for i in range(n)

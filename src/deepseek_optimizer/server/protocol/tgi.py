@@ -74,12 +74,11 @@ def completion_request(body: TgiRequest, details: bool) -> CompletionRequest:
     """
     given = body.parameters or Parameters.model_validate({})
     fields = given.model_dump(
-        include={"temperature", "top_k", "top_p", "repetition_penalty", "frequency_penalty", "seed"}, exclude_none=True
+        include={"temperature", "top_k", "top_p", "typical_p", "repetition_penalty", "frequency_penalty", "seed"},
+        exclude_none=True,
     )
     if not given.do_sample and all(getattr(given, name) is None for name in _SAMPLED):
         fields["temperature"] = 0.0
-    if given.typical_p is not None and "typical_p" in CompletionRequest.model_fields:
-        fields["typical_p"] = given.typical_p
     if given.grammar is not None and given.grammar.type == "regex":
         fields["guided_regex"] = given.grammar.value
     elif given.grammar is not None:

@@ -4,23 +4,29 @@ from __future__ import annotations
 
 import time
 import uuid
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
 
+from ..chat.beams import beam_start
 from ..chat.completion_answers import CompletionCollector, CompletionEncoder
 from ..chat.fill_in import fill_in_prompt
-from ..chat.grammars import compiled, form_of
+from ..chat.forms import form_of
+from ..chat.grammars import compiled
 from ..chat.intake import admitted_request
 from ..chat.prompts import text_prompts
 from ..chat.replies import StreamReply, WholeReply
+from ..chat.reports import reported, wanted_reports
+from ..chat.words import sampler_words
 from ..http.caller import Caller
 from ..http.problems import ApiError
 from ..openapi import body_errors, events, reads
+from ..protocol.chat import usage_in_stream
 from ..protocol.completions import EXAMPLE, Completion, CompletionRequest
 from ..protocol.sampling import requests_for
 from ..state import ServerState
+from ..tokens.token_text import TokenIdTexts, TokenTexts
 from ..tokens.tokenizing import Lane
 
 _DEFAULT_TOKENS = 16  # OpenAI's default
@@ -38,8 +44,7 @@ def add(app: FastAPI, state: ServerState) -> None:
         """Continues a text, without the model's chat template."""
         async with admitted_request(state, request, CompletionRequest) as (body, places, caller):
             check(body)
-            n = body.n or 1
-            name = f"cmpl-{uuid.uuid4().hex}"
+            n, returned = body.best_of or body.n or 1, body.n or 1
             stops: tuple[int, ...] = ()
             if body.suffix:
                 gap = await fill_in_prompt(state, str(body.prompt), body.suffix, caller)
@@ -52,23 +57,40 @@ def add(app: FastAPI, state: ServerState) -> None:
                 given = [body.prompt] if isinstance(body.prompt, str) else body.prompt
                 texts = given if isinstance(given[0], str) else decoded
                 echoes = [str(text) for text in texts for _ in range(n)]
-            answers = await start_completion(
-                state, body, prompts, caller, max_tokens=body.max_tokens or _DEFAULT_TOKENS, id=name, salt=request.state.salt,
-                stop_token_ids=stops,
+            name = f"cmpl-{uuid.uuid4().hex}"
+            started = await start_completion(
+                state, body, prompts, caller, max_tokens=_DEFAULT_TOKENS if body.max_tokens is None else body.max_tokens,
+                id=name, salt=request.state.salt, stop_token_ids=stops, echoes=echoes,
             )  # fmt: skip
-            head = {"id": name, "created": int(time.time()), "model": state.model_name}
-            token_texts = None if body.logprobs is None else state.texts
+            answers, reports = started.answers, started.reports
+            head = {"id": name, "created": int(time.time()), "model": caller.adapter or state.model_name}
+            token_texts = None if body.logprobs is None else started.texts
             if body.stream:
-                usage = bool(body.stream_options and body.stream_options.include_usage)
-                encoder = CompletionEncoder(head, echoes, n, usage, token_texts, body.logprobs)
+                last, every = usage_in_stream(body.stream_options)
+                encoder = CompletionEncoder(head, echoes, n, last, token_texts, body.logprobs, every, reports)
                 return StreamReply(state, places.pop_all(), answers, encoder)
-            collector = CompletionCollector(head, echoes, n, token_texts, body.logprobs)
+            collector = CompletionCollector(head, echoes, n, token_texts, body.logprobs, reports, returned)
             return WholeReply(state, places.pop_all(), answers, collector.feed, collector.body)
 
     def echo(lane: Lane, ids: list[int]) -> str:
         if max(ids) >= state.engine.vocab_size:
             raise ApiError(400, "prompt: contains a token id that this model does not have", param="prompt")
         return str(lane.tokenizer.decode(ids))
+
+
+@dataclass(frozen=True)
+class StartedCompletion:
+    """Texts that were submitted to the engine.
+
+    Attributes:
+        answers: the engine's, `best_of` or `n` for each prompt.
+        texts: of the model's tokens.
+        reports: of prompt and tokens; None: none were requested.
+    """
+
+    answers: list[Any]
+    texts: TokenTexts
+    reports: Any
 
 
 async def start_completion(
@@ -81,7 +103,8 @@ async def start_completion(
     id: str,
     salt: str,
     stop_token_ids: tuple[int, ...] = (),
-) -> list[Any]:
+    echoes: list[str] | None = None,
+) -> StartedCompletion:
     """Submits texts to continue to the engine. All protocols with texts use it.
 
     Args:
@@ -93,32 +116,40 @@ async def start_completion(
         id: of the API request.
         salt: of the API key.
         stop_token_ids: tokens that end the text, besides those of the body.
-
-    Returns: the engine's answers, `n` for each prompt.
+        echoes: text before each answer; None: there is none.
 
     Raises:
         ApiError, RequestError, WorkerLostError, EngineDeadError: see `compiled` and `ServerState.submit`.
     """
+    n, returned = body.best_of or body.n or 1, body.n or 1
     grammar = await compiled(state, form_of(body), caller)
     params = body.params(
         state.settings.sampling,
         max_tokens=max_tokens,
-        logprobs=body.logprobs,
+        logprobs=0 if body.logprobs is None and n > returned else body.logprobs,
         grammar=grammar,
+        words=await sampler_words(state, body, caller),
     )
     if stop_token_ids:
         params = replace(params, stop_token_ids=(*params.stop_token_ids, *stop_token_ids))
+    wanted = wanted_reports(body, prompts, n, bool(body.stream), body.logprobs if body.echo else None)
     requests = requests_for(
         prompts,
         params,
-        body.n or 1,
+        n,
         id=id,
         salt=salt,
         client=caller.key,
         deadline=caller.deadline,
         priority=body.priority,
+        adapter=caller.adapter,
+        cache_salt=body.cache_salt,
+        prompt_logprobs=wanted.prompt_logprobs,
     )
-    return state.submit(requests)
+    texts = TokenIdTexts(state.texts) if body.return_tokens_as_token_ids else state.texts
+    answers = (beam_start(state, body, n, caller) or state.submit)(requests)
+    answers, reports = reported(state, answers, requests, wanted, caller, texts, echoes or [""] * len(answers))
+    return StartedCompletion(answers, texts, reports)
 
 
 def check(body: CompletionRequest) -> None:
@@ -127,11 +158,11 @@ def check(body: CompletionRequest) -> None:
     Raises:
         ApiError: 400, fields contradict each other.
     """
-    if body.best_of is not None and body.best_of != (body.n or 1):
-        raise ApiError(400, "best_of: must equal n, since all answers are returned", param="best_of")
+    if body.best_of is not None and body.best_of < (body.n or 1):
+        raise ApiError(400, "best_of: must not be less than n", param="best_of")
+    if body.best_of is not None and body.best_of > (body.n or 1) and (body.stream or body.use_beam_search):
+        raise ApiError(400, "best_of: must equal n with stream or use_beam_search", param="best_of")
     if body.suffix and not isinstance(body.prompt, str):
         raise ApiError(400, "suffix: requires a single text as prompt", param="suffix")
-    if body.echo and body.logprobs is not None:
-        raise ApiError(400, "echo: not supported with logprobs, which are only of new tokens", param="echo")
     if body.stream_options is not None and not body.stream:
         raise ApiError(400, "stream_options: requires stream", param="stream_options")

@@ -11,7 +11,7 @@ from fastapi import FastAPI, Request, Response
 from ...engine.request import Request as EngineRequest
 from ...engine.request import SamplingParams
 from ..chat.chat_setup import ChatSpec, check_choice
-from ..chat.grammars import Form
+from ..chat.forms import Form
 from ..chat.intake import admitted_request
 from ..chat.prepared import prepare_chat
 from ..chat.replies import StreamReply, WholeReply, json_response
@@ -23,6 +23,7 @@ from ..http.problems import ApiError
 from ..openapi import body_errors, events, reads
 from ..protocol.responses import (
     EXAMPLE,
+    AllowedFunctionTools,
     InputCall,
     InputCallOutput,
     InputContent,
@@ -63,7 +64,7 @@ def add(app: FastAPI, state: ServerState) -> None:
             prepared.check_fields(tools=body.tools and chat.choice != "none", text=form, include=wants_logprobs)
             one_call = body.parallel_tool_calls is False
             grammar = await prepared.grammar(form, not one_call, caller)
-            values: dict[str, Any] = {**state.settings.sampling}
+            values: dict[str, Any] = {**prepared.sampling}
             for name in ("temperature", "top_p", "min_p", "seed"):
                 if (value := getattr(body, name)) is not None:
                     values[name] = value
@@ -76,10 +77,11 @@ def add(app: FastAPI, state: ServerState) -> None:
                 grammar=grammar,
                 skip_special_tokens=not prepared.keep_special,
             )
-            head = new_response(state.model_name, _echo(given, params))
+            head = new_response(caller.adapter or state.model_name, _echo(given, params))
             sequence = EngineRequest(
                 prepared.ids, params, id=head["id"], salt=salt, client=caller.key,
                 deadline=caller.deadline, priority=body.priority or 0, pinned=prepared.pinned,
+                adapter=caller.adapter,
             )  # fmt: skip
             answers, [answer] = prepared.submit([sequence], one_call)
             texts, dropped = state.texts if wants_logprobs else None, prepared.dropped
@@ -139,14 +141,18 @@ def chat_spec(body: ResponsesRequest) -> ChatSpec:
         function = tool.model_dump(exclude_none=True, exclude={"type", "strict"})
         tools.append({"type": "function", "function": function})
     wanted = body.tool_choice or "auto"
-    named = isinstance(wanted, NamedFunctionTool)
-    choice = wanted.name if isinstance(wanted, NamedFunctionTool) else wanted
-    check_choice(tools, choice, named)
+    named, allowed = isinstance(wanted, NamedFunctionTool), None
+    if isinstance(wanted, AllowedFunctionTools):
+        allowed, choice = frozenset(tool.name for tool in wanted.tools), str(wanted.mode)
+    else:
+        choice = wanted.name if isinstance(wanted, NamedFunctionTool) else wanted
+    check_choice(tools, choice, named, allowed)
     return ChatSpec(
         messages=chat_messages(body),
         tools=tools,
         choice=choice,
         named=named,
+        allowed=allowed,
         effort=body.reasoning.effort if body.reasoning else None,
         options=body.chat_template_kwargs or {},
     )

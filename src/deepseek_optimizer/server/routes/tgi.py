@@ -54,7 +54,7 @@ def add(app: FastAPI, state: ServerState) -> None:
             text = await state.bodies.working(caller.key, caller.size, partial(completion_request, body, details))
             [prompt] = await text_prompts(state, body.inputs, True, caller, "inputs")
             prompt = prompt[-given.truncate :] if given.truncate else prompt
-            answers = await start_completion(
+            started = await start_completion(
                 state, text, [prompt], caller,
                 max_tokens=text.max_tokens, id=f"tgi-{uuid.uuid4().hex}", salt=request.state.salt,
             )  # fmt: skip
@@ -63,5 +63,5 @@ def add(app: FastAPI, state: ServerState) -> None:
                 state.texts, special, echo, details=details, seed=given.seed, top=bool(given.top_n_tokens)
             )  # fmt: skip
             if stream:
-                return StreamReply(state, places.pop_all(), answers, writer)
-            return WholeReply(state, places.pop_all(), answers, writer.feed, writer.body)
+                return StreamReply(state, places.pop_all(), started.answers, writer)
+            return WholeReply(state, places.pop_all(), started.answers, writer.feed, writer.body)

@@ -26,7 +26,9 @@ class Options(Body):
     top_k: Annotated[int, Field(ge=-1, le=_MAX)] | None = None
     top_p: _Unit | None = Field(None, description="0: as 1.")
     min_p: _Unit | None = None
+    typical_p: Annotated[float, Field(gt=0, le=1)] | None = None
     repeat_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
+    repeat_last_n: Annotated[int, Field(ge=-1, le=_MAX)] | None = Field(None, description="-1: the whole prompt and text.")
     presence_penalty: _Penalty | None = None
     frequency_penalty: _Penalty | None = None
     seed: Annotated[int, Field(ge=-1, le=(1 << 63) - 1)] | None = Field(None, description="-1: random.")
@@ -139,9 +141,9 @@ class OllamaGenerateRequest(_Generation):
 
 class OllamaEmbedRequest(_Request):
     input: str | Annotated[list[_Text], Field(min_length=1, max_length=64, fail_fast=True)]
-    truncate: Ignored
+    truncate: bool | None = Field(None, description="Whether texts longer than the context are cut; the default is true.")
     options: Ignored
-    dimensions: None = None
+    dimensions: Annotated[int, Field(ge=1, le=1 << 20)] | None = None
 
 
 class OllamaEmbeddingsRequest(_Request):

@@ -75,21 +75,21 @@ async def answer(
     text = await state.bodies.working(caller.key, caller.size, partial(completion_request, body))
     if text.n not in (None, 1):
         raise ApiError(400, "n: must be 1; send the prompt several times", param="n")
-    answers = await start_completion(
+    started = await start_completion(
         state, text, prompts, caller, max_tokens=text.max_tokens, id=f"cmpl-{uuid.uuid4().hex}", salt=salt, stop_token_ids=stops
     )
     texts = await state.tokenizing(lambda lane: [str(lane.tokenizer.decode(ids)) for ids in prompts], caller)
     writer = NativeAnswers(
         state.model_name,
         texts,
-        answers[0].request.sampling,
+        started.answers[0].request.sampling,
         None if text.logprobs is None else state.texts,
         with_tokens=bool(body.return_tokens),
         several=several,
     )
     if body.stream:
-        return StreamReply(state, places.pop_all(), answers, writer)
-    return WholeReply(state, places.pop_all(), answers, writer.feed, writer.body)
+        return StreamReply(state, places.pop_all(), started.answers, writer)
+    return WholeReply(state, places.pop_all(), started.answers, writer.feed, writer.body)
 
 
 def _prompts(prompt: Any) -> tuple[Prompts, bool]:

@@ -45,8 +45,8 @@ def add(app: FastAPI, state: ServerState) -> None:
                 prompts, stops = [prompt.ids], prompt.stops
             else:
                 prompts, stops = await text_prompts(state, text.prompt, True, caller, "prompt"), ()
-            answers = await start_completion(
+            started = await start_completion(
                 state, text, prompts, caller,
                 max_tokens=text.max_tokens, id=f"ollama-{uuid.uuid4().hex}", salt=salt, stop_token_ids=stops,
             )  # fmt: skip
-            return reply(state, body, places, answers, ChatAnswer(None))
+            return reply(state, body, places, started.answers, ChatAnswer(None))

@@ -7,7 +7,6 @@ from typing import Any
 
 from fastapi import FastAPI, Request, Response
 
-from ....chat.tools import detect
 from ....errors import RequestError
 from ...chat.intake import admitted_request
 from ...chat.ollama_answers import timestamp
@@ -59,10 +58,10 @@ def add(app: FastAPI, state: ServerState) -> None:
         """Describes a model: its chat template, context and capabilities."""
         async with admitted_request(state, request, OllamaShowRequest, one=True) as (body, _, _caller):
             state.check_model(body.name)
-            template, capabilities = "", ["completion"]
+            template, capabilities = "", ["completion" if state.generates else "embedding"]
             try:
                 template = state.template.source()
-                capabilities += ["tools"] if state.settings.tools_format or detect(state.template.source(True)) else []
+                capabilities += ["tools"]  # with any chat template
                 capabilities += ["thinking"] if state.thinks(False) else []
             except RequestError:  # the model has no chat template
                 pass
