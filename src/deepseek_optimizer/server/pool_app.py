@@ -20,7 +20,7 @@ from .pool.model_pool import ModelPool, Open
 from .pool.pool_metrics import PoolCollector
 from .pool.pooled_model import LoadedModel
 from .protocol.models import ModelNameRequest
-from .routes import files, page
+from .routes import files, page, stored_responses
 from .routes import pool as pool_routes
 from .settings import ServerSettings
 from .shared import Shared
@@ -71,6 +71,7 @@ def create_pool_app(pool: ModelPool) -> FastAPI:
     app.state.server = pool
     pool_routes.add(app, pool)
     files.add(app, pool)
+    stored_responses.add(app, pool)
     _add_status(app, pool, registry)
     add_paths_without_v1(app)
     page.add(app, assets)
@@ -102,7 +103,8 @@ async def _sweep(pool: ModelPool) -> None:
     """Deletes expired files periodically, and checks whether files of loaded models were replaced."""
     while True:
         await asyncio.sleep(_SWEEP_SECONDS)
-        pool.shared.files.sweep()
+        pool.files.sweep()
+        await asyncio.to_thread(pool.responses.sweep)
         for model in pool.loaded:
             if model.loaded is not None:
                 model.loaded.state.engine.log_replaced_files()

@@ -1,4 +1,4 @@
-"""What the models of one server have in common: its settings, request bodies and uploaded files."""
+"""What the models of one server have in common: its settings, request bodies, uploaded files and stored responses."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from .documents.file_store import FileStore
 from .documents.reader import DocumentReader
 from .http.json_body import BodyReader
 from .settings import ServerSettings
+from .stored_responses.store import ResponseStore
 
 _CLIENTS = 4  # a queue accepts this many times the maximum number of jobs of one client
 _WORKERS = (2, 4)  # minimum and maximum number of worker processes of one kind
@@ -35,7 +36,8 @@ class Shared:
         self.forget: list[Callable[[str, str], None]] = []
         self.files = FileStore(settings, self._forget)
         self.reader = DocumentReader(settings, self.workers, self.max_per_client, self.max_jobs)
-        self.queues = [self.bodies.queue, self.reader.queue]
+        self.responses = ResponseStore(settings, self.max_per_client, self.max_jobs)
+        self.queues = [self.bodies.queue, self.reader.queue, self.responses.queue]
 
     def _forget(self, owner: str, digest: str) -> None:
         for forget in list(self.forget):
@@ -45,3 +47,4 @@ class Shared:
         """Ends the threads and processes."""
         self.bodies.queue.close()
         self.reader.close()
+        self.responses.close()

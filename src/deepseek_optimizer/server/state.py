@@ -28,11 +28,14 @@ from .protocol.sampling import requested_answers
 from .settings import ServerSettings
 from .shared import Shared
 from .tokens.breakers import BreakerCache
+from .tokens.fill_in import fill_in_tokens
 from .tokens.prompt_size import PromptSize
 from .tokens.token_text import TokenTexts
 from .tokens.tokenizing import Lane, Tokenizing
 
 T = TypeVar("T")
+
+_ANY_MODEL = frozenset({"dummy", "tgi"})  # sent by huggingface_hub's InferenceClient where the user names no model
 
 
 class ServerState:
@@ -51,12 +54,14 @@ class ServerState:
         self._changing_sleep = asyncio.Lock()
         self.shared, self._alone = shared or Shared(settings), shared is None
         self.bodies, self.files, self.reader = self.shared.bodies, self.shared.files, self.shared.reader
+        self.responses = self.shared.responses
         self.model_name: str = engine.model_name
         self.generates: bool = engine.generates
         settings.embedding.check(engine.hidden_size)
         # A copy, since encoding changes a tokenizer's settings while the engine's thread may be decoding.
         self.tokenizer = copy.deepcopy(engine.tokenizer)
         self.texts = TokenTexts(self.tokenizer)
+        self.fill_in = fill_in_tokens(self.tokenizer)
         self.breakers = BreakerCache(self.texts, engine.vocab_size)
         self.prompt_size = PromptSize(self.tokenizer, engine.context if engine.cache_window is None else None)
         max_per_client, max_jobs, workers = self.shared.max_per_client, self.shared.max_jobs, self.shared.workers
@@ -134,8 +139,9 @@ class ServerState:
         Raises:
             ApiError: 404, it is not the model that is served.
         """
-        if name is not None and name != self.model_name and not self.adapter_named(name):
-            raise ApiError(404, "there is no such model; /v1/models lists the models", param="model", code="model_not_found")
+        if name in (None, self.model_name) or name in _ANY_MODEL or self.adapter_named(name):
+            return
+        raise ApiError(404, "there is no such model; /v1/models lists the models", param="model", code="model_not_found")
 
     def adapter_named(self, name: str | None) -> str:
         """The LoRA adapter that a request's `model` names; "" if it names none."""

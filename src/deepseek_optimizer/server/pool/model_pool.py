@@ -26,6 +26,7 @@ from .pooled_model import LoadedModel, PooledModel
 _log = logging.getLogger(__name__)
 _RETRY = 30.0  # seconds after a failed load in which requests do not try again
 _MAX_WAITING = (64, 256)  # requests that wait for models: of one client, and in all
+_POLL = 0.1  # seconds between checks whether an engine is idle
 _LIST_SECONDS = 1.0  # the list of files is at most this old when a name is not found
 
 Open = Callable[[ModelFile, Shared], LoadedModel]
@@ -61,7 +62,7 @@ class ModelPool:
         load_seconds: float = 120.0,
     ) -> None:
         self.settings, self.shared, self.created = settings, Shared(settings), int(time.time())
-        self.files, self.reader = self.shared.files, self.shared.reader
+        self.files, self.reader, self.responses = self.shared.files, self.shared.reader, self.shared.responses
         self._list_files, self._open = list_files, open_model
         self.memory, self.cache, self.default, self.load_seconds = memory, cache, default, load_seconds
         pinned = tuple(pinned)
@@ -118,6 +119,7 @@ class ModelPool:
             elif model.leaving is not None:
                 await model.leaving
             await self._end(model)
+        await self.responses.finish()
         self.shared.close()
 
     def check_accepting(self) -> None:
@@ -180,7 +182,7 @@ class ModelPool:
         if len(self.models) == 1:
             return next(iter(self.models.values()))
         if self.loaded:
-            return max(self.loaded, key=lambda model: (model.users, model.used))
+            return max(self.loaded, key=lambda model: (model.users > 0, model.used))
         raise ApiError(400, "model: is required, as there are several; /v1/models lists them", param="model")
 
     def _by_other_name(self, name: str) -> PooledModel | None:
@@ -259,6 +261,8 @@ class ModelPool:
 
     async def _unload(self, model: PooledModel) -> None:
         await model.idle()
+        while model.loaded is not None and model.loaded.state.engine.admitted:  # responses in the background
+            await asyncio.sleep(_POLL)
         await self._end(model)
         model.leaving = None
         self.unloads += 1
@@ -319,7 +323,7 @@ class ModelPool:
                     f"it needs {mb(needed)}, and {mb(max(0, self.memory - taken))} of {mb(self.memory)} for models "
                     "(--models-memory) are free"
                 )
-            victim = min(others, key=lambda other: (other.leaving is None, other.users > 0, other.used))
+            victim = min(others, key=lambda other: (other.leaving is None, other.busy, other.used))
             self.unload(victim)
             if victim.leaving is not None:
                 await asyncio.shield(victim.leaving)
