@@ -422,6 +422,8 @@ class AsyncEngine:
         if self._thread is not None:
             await asyncio.to_thread(self._thread.join)
             await asyncio.sleep(0)  # delivers the last outputs it sent
+            if isinstance(self.core, EngineCore):
+                await asyncio.to_thread(self.core.scheduler.close)
         self._deliver([Output(request_id, finish="cancelled") for request_id in list(self._answers)])
 
     # ---- on the thread
