@@ -72,7 +72,7 @@ def no_images(value: Any) -> None:
         raise ValueError("images are not supported: this server reads text")
 
 
-class Function(Body):
+class OllamaFunction(Body):
     name: Annotated[str, Field(min_length=1, max_length=256)]
     arguments: dict[str, Any] = Field(default_factory=dict)
     description: Ignored
@@ -84,7 +84,7 @@ class OllamaToolCall(Body):
 
     id: Annotated[str, Field(max_length=256)] | None = None
     type: Ignored
-    function: Function
+    function: OllamaFunction
 
 
 class Message(Body):
