@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
@@ -9,7 +10,8 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from .backends.base import Plan
+from .backends.base import BLOCK_TOKENS, Plan
+from .checkpoint.prefix_files import PrefixFiles
 from .engine.adapters import Adapters, AdapterWeights
 from .engine.async_engine import AsyncEngine
 from .engine.core import EngineCore
@@ -30,11 +32,13 @@ from .graph.rope_rotation import key_rotation
 from .integration.bind.packed_model import packed_model_of
 from .integration.bind.runtime import Runtime, runtime_of
 from .integration.encoder.text_encoder import TextEncoder, classifier_of, is_encoder_runtime, max_tokens
+from .integration.generation.fingerprint import fingerprint
 from .integration.generation.special_tokens import token_ids
 from .integration.load.lora import read_adapter
 from .integration.memory.arena import Arena
 from .integration.memory.cache_size import FullBatch
 from .system.memory import less_reserve
+from .versions import versions
 
 _LATENT_CHUNK = 64  # tokens; the form of latent attention (absorbed or expanded) depends on how a prompt is split into chunks
 _MAX_LORAS, _MAX_RANK = 1024, 1024
@@ -145,7 +149,8 @@ def _core(
         if options.batch_invariant:
             raise ConfigError("batch_invariant=True and cache_window: the window slides depending on the batch; choose one")
         key_rotation(runtime.graph)  # raises an error if this model's keys cannot be moved to other positions
-    plan, adapters = (runtime.plan, None) if not options.max_loras else _plan_with_adapters(runtime, options, name)
+    adapted = _plan_with_adapters(runtime, options, name) if options.max_loras else None
+    adapters = None if adapted is None else adapted[1]
     for adapter, path in first_adapters.items():  # before the cache, whose size depends on the memory that is left
         assert adapters is not None
         adapters.load(adapter, path)
@@ -163,15 +168,17 @@ def _core(
         chunk=_LATENT_CHUNK if latent and not options.batch_invariant else None,
         plain=None if rope is None else rope.context,
     )
-    runner = Runner(plan, arena, vocab, None if adapters is None else adapters.store)
+    runner = Runner(runtime.plan, arena, vocab, None if adapted is None else (adapted[0], adapted[1].store))
     draft = None if other is None else _draft_model(runtime, other, options)
     proposers = _proposers(runtime, arena, draft) if drafts else None
-    core = EngineCore(runner, arena, facts, options, tokenizer, proposers, keep=(model, draft_model), adapters=adapters)
+    store = _prefix_files(runtime, arena, options, proposers)
+    keep = (model, draft_model)
+    core = EngineCore(runner, arena, facts, options, tokenizer, proposers, keep=keep, adapters=adapters, store=store)
     return core, backend.thread_context
 
 
 def _plan_with_adapters(runtime: Runtime, options: EngineOptions, name: str) -> tuple[Plan, Adapters]:
-    """Returns a plan with sites for adapters, and the adapters, of which none is loaded yet."""
+    """Returns a plan for steps with adapters, and the adapters, of which none is loaded yet."""
     backend = runtime.backend
     if not backend.capabilities.adapters:
         raise ConfigError(f'max_loras: the {backend.name} backend does not support adapters; use backend="cpu"')
@@ -197,6 +204,28 @@ def _plan_with_adapters(runtime: Runtime, options: EngineOptions, name: str) -> 
             raise NotEnoughMemoryError("the adapter", size, less_reserve(free.free), remedy, free.tightest)
 
     return runtime.compile(graph), Adapters(store, read, check_memory, frozenset({name} - {""}))
+
+
+def _prefix_files(
+    runtime: Runtime, arena: Arena, options: EngineOptions, proposers: list[tuple[Proposer, int]] | None
+) -> PrefixFiles | None:
+    """Returns the files of the prefix cache, which are of use only to an engine that would compute the same bits."""
+    if options.prefix_cache_dir is None:
+        return None
+    if not options.prefix_cache:
+        raise ConfigError("prefix_cache_dir needs the prefix cache; leave out prefix_cache=False (--no-prefix-cache)")
+    facts = fingerprint(runtime, whole=True) | {
+        "instruction set": str(runtime.backend.isa),
+        "batch invariant": str(options.batch_invariant),
+        "MTP layers": str(any(isinstance(proposer, MtpProposer) for proposer, _ in proposers or ())),  # their keys and values
+        "adapters": options.lora_dtype,  # which one is part of each key
+        "groups": repr(arena.manager.groups),
+        "block tokens": str(BLOCK_TOKENS),
+        "versions": repr(sorted(versions().items())),
+    }
+    digest = hashlib.blake2b(repr(sorted(facts.items())).encode(), digest_size=16).digest()
+    store = arena.store
+    return PrefixFiles(options.prefix_cache_dir, digest, options.prefix_cache_bytes, store.saved_bytes, store.state_bytes)
 
 
 def _full_batch(runtime: Runtime, options: EngineOptions) -> FullBatch:

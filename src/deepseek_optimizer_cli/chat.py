@@ -13,6 +13,7 @@ from . import options as o
 
 if TYPE_CHECKING:
     from deepseek_optimizer.chat.conversation import Answer, Conversation, Speaker
+    from deepseek_optimizer.chat.local import EngineSpeaker
 
 _SERVER: dict[str, Any] = {"rich_help_panel": "Server"}
 
@@ -56,6 +57,7 @@ def chat(
             **_SERVER,
         ),
     ] = None,
+    chat_template: o.ChatTemplate = None,
     system: o.System = None,
     max_new_tokens: o.MaxNewTokens = 1024,
     temperature: o.Temperature = None,
@@ -64,6 +66,8 @@ def chat(
     min_p: o.MinP = None,
     repetition_penalty: o.RepetitionPenalty = None,
     seed: o.Seed = None,
+    prefix_cache_dir: o.PrefixCacheDir = None,
+    prefix_cache_bytes: o.PrefixCacheBytes = 8 << 30,
     *,
     fields: dict[str, Any],
 ) -> None:
@@ -72,10 +76,14 @@ def chat(
         raise ValueError("give either a MODEL to load or the --url of a server")
     if url is not None and fields:
         raise ValueError(f"{o.flag_of(next(iter(fields)))} applies only to a model loaded by this command; omit it with --url")
+    if url is not None and prefix_cache_dir is not None:
+        raise ValueError("--prefix-cache-dir applies only to a model loaded by this command; omit it with --url")
     if url is None and name is not None:
         raise ValueError(
             "--model is the name of a model on a server and needs --url; give a model to load as the argument MODEL"
         )
+    if url is not None and chat_template is not None:
+        raise ValueError("--chat-template applies only to a model loaded by this command; omit it with --url")
     sampling = o.sampling_options(
         max_tokens=max_new_tokens,
         temperature=temperature,
@@ -87,18 +95,28 @@ def chat(
     )
     from deepseek_optimizer.chat.conversation import Conversation
 
-    speaker = _remote(url, api_key, name, sampling) if url is not None else _local(str(model), fields, sampling)
-    _Loop(Conversation(speaker, system), interactive=sys.stdin.isatty()).run()
+    interactive = sys.stdin.isatty()
+    if url is not None:
+        _Loop(Conversation(_remote(url, api_key, name, sampling), system), interactive).run()
+        return
+    cache = {"prefix_cache_dir": prefix_cache_dir, "prefix_cache_bytes": prefix_cache_bytes}
+    speaker = _local(str(model), chat_template, fields, sampling, cache)
+    with speaker.engine:
+        _Loop(Conversation(speaker, system), interactive).run()
 
 
-def _local(model: str, fields: dict[str, Any], sampling: dict[str, Any]) -> Speaker:
+def _local(
+    model: str, chat_template: str | None, fields: dict[str, Any], sampling: dict[str, Any], cache: dict[str, Any]
+) -> EngineSpeaker:
     from deepseek_optimizer import make_engine
     from deepseek_optimizer.chat.local import EngineSpeaker, chat_sampling
+    from deepseek_optimizer.chat.named_template import read_template
 
     from .model import load
 
-    loaded, tokenizer = load(model, fields)
-    return EngineSpeaker(make_engine(loaded, tokenizer), chat_sampling(loaded, model, **sampling))
+    template = None if chat_template is None else read_template(chat_template)
+    loaded, tokenizer = load(model, fields, template)
+    return EngineSpeaker(make_engine(loaded, tokenizer, **cache), chat_sampling(loaded, model, **sampling))
 
 
 def _remote(url: str, key: str | None, name: str | None, sampling: dict[str, Any]) -> Speaker:

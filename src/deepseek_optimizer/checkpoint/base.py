@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -40,12 +41,14 @@ class Checkpoint(ABC):
         path: the directory or file that was opened.
         tensors: stored tensors by Transformers' parameter name.
         quantization: the `quantization_config` by which tensors are read, if `config` omits it.
+        sampling: sampling parameters that the files recommend, besides those of a generation_config.json.
         mapper: maps packed weights into memory, to be used in place; None: they are read into memory.
         left_out: one line for each part of the files that is not loaded.
     """
 
     kind: ClassVar[str]
     quantization: Mapping[str, Any] | None = None
+    sampling: Mapping[str, int | float] = MappingProxyType({})
     mapper: Mapper | None = None
 
     def __init__(self, path: Path, config: dict[str, Any], tensors: Mapping[str, TensorInfo]) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
+from prometheus_client import CollectorRegistry
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -17,19 +18,31 @@ from starlette.middleware.cors import CORSMiddleware
 
 from ..errors import excerpt
 from . import openapi
+from .http.error_formats import error_response
 from .http.guard import Guard, HostGuard
 from .http.ignored_fields import HEADER
 from .http.metrics import HttpMetrics
-from .http.page_files import page_files
+from .http.page_files import PageFile, page_files
+from .http.paths import path_of
 from .http.problems import ApiError, problem
 from .http.tracing import Tracer, Tracing
 from .protocol.adapters import LoadAdapterRequest, UnloadAdapterRequest
+from .protocol.anthropic.requests import CountTokensRequest, MessagesRequest
 from .protocol.chat import ChatRequest
 from .protocol.completions import CompletionRequest
 from .protocol.embeddings import EmbeddingRequest
+from .protocol.llama_server import ApplyTemplateRequest, InfillRequest, NativeCompletionRequest
 from .protocol.models import DetokenizeRequest, TokenizeRequest
+from .protocol.ollama.requests import (
+    OllamaChatRequest,
+    OllamaEmbeddingsRequest,
+    OllamaEmbedRequest,
+    OllamaGenerateRequest,
+    OllamaShowRequest,
+)
 from .protocol.responses import ResponsesRequest
 from .protocol.scores import ClassifyRequest, PoolingRequest, RerankRequest, ScoreRequest
+from .protocol.tgi import TgiRequest
 from .routes import (
     adapters,
     chat,
@@ -38,13 +51,18 @@ from .routes import (
     embeddings,
     encoder_only,
     files,
+    llama_server,
+    messages,
     models,
+    ollama,
     operations,
     page,
     props,
     responses,
     scores,
     status,
+    stored_responses,
+    tgi,
     tokenizer_info,
     tokens,
 )
@@ -71,7 +89,6 @@ def create_app(engine: Any, settings: ServerSettings | None = None, tracer: Trac
     settings = settings or ServerSettings()
     state = ServerState(engine, settings)
     assets = page_files()
-    open_paths = {"/", "/health", "/ready", *page.paths(assets)}
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
@@ -82,46 +99,16 @@ def create_app(engine: Any, settings: ServerSettings | None = None, tracer: Trac
         finally:
             sweeping.cancel()
             await engine.close()
+            await state.responses.finish()
             state.close()
             if tracer is not None:
                 await asyncio.to_thread(tracer.close)
 
-    middleware = [Middleware(HostGuard, settings=settings)]
-    if settings.allow_origins:
-        middleware.append(
-            Middleware(
-                CORSMiddleware,
-                allow_origins=list(settings.allow_origins),
-                allow_methods=["GET", "POST", "DELETE"],
-                allow_headers=["Authorization", "Content-Type"],
-                expose_headers=["Retry-After", "X-Request-Id", HEADER],
-            )
-        )
     if tracer is not None:
         engine.observe(tracer)
-        middleware.append(Middleware(Tracing, tracer=tracer, skip=frozenset({"/health", "/ready", "/metrics"})))
-    middleware.append(Middleware(Guard, settings=settings, metrics=HttpMetrics(engine.registry), open_paths=open_paths))
-    app = FastAPI(
-        title="deepseek-optimizer",
-        description=_ABOUT + (_STRICT if settings.strict else _TOLERANT),
-        docs_url=None,  # it would load scripts from another host
-        redoc_url=None,
-        redirect_slashes=False,
-        middleware=middleware,
-        exception_handlers={HTTPException: _http_error, RequestValidationError: _wrong_parameter},
-        lifespan=lifespan,
-    )
+    app = new_app(settings, engine.registry, lifespan, assets, tracer)
     app.state.server = state
-    generating = (chat, completions, responses, files, props)
-    for route in (embeddings, scores, classify, models, tokens, tokenizer_info, status, operations):
-        route.add(app, state)
-    if state.generates:
-        for route in generating:
-            route.add(app, state)
-        adapters.add(app, state)
-    else:
-        encoder_only.add(app, state, generating)
-    _add_paths_without_v1(app)
+    add_routes(app, state)
     if state.generates:
         page.add(app, assets)
     bodies: list[type[BaseModel]] = [
@@ -135,6 +122,17 @@ def create_app(engine: Any, settings: ServerSettings | None = None, tracer: Trac
         PoolingRequest,
         TokenizeRequest,
         DetokenizeRequest,
+        MessagesRequest,
+        CountTokensRequest,
+        OllamaChatRequest,
+        OllamaGenerateRequest,
+        OllamaEmbedRequest,
+        OllamaEmbeddingsRequest,
+        OllamaShowRequest,
+        NativeCompletionRequest,
+        InfillRequest,
+        ApplyTemplateRequest,
+        TgiRequest,
     ]
     if settings.allow_lora_loading:
         bodies += [LoadAdapterRequest, UnloadAdapterRequest]
@@ -142,7 +140,87 @@ def create_app(engine: Any, settings: ServerSettings | None = None, tracer: Trac
     return app
 
 
-def _add_paths_without_v1(app: FastAPI) -> None:
+def add_routes(app: FastAPI, state: ServerState) -> None:
+    """Adds the routes of a model."""
+    generating = (
+        chat,
+        completions,
+        responses,
+        stored_responses,
+        files,
+        props,
+        messages,
+        ollama.chat,
+        ollama.generate,
+        llama_server,
+        tgi,
+    )
+    for route in (
+        embeddings,
+        scores,
+        classify,
+        models,
+        ollama.embed,
+        ollama.models,
+        tokens,
+        tokenizer_info,
+        status,
+        operations,
+    ):
+        route.add(app, state)
+    if state.generates:
+        for route in generating:
+            route.add(app, state)
+        adapters.add(app, state)
+    else:
+        encoder_only.add(app, state, generating)
+    add_paths_without_v1(app)
+
+
+def new_app(
+    settings: ServerSettings,
+    registry: CollectorRegistry,
+    lifespan: Callable[[FastAPI], AbstractAsyncContextManager[None]],
+    assets: dict[str, PageFile],
+    tracer: Tracer | None = None,
+) -> FastAPI:
+    """Creates an application with the middleware of every server, and without routes.
+
+    Args:
+        settings: the server's.
+        registry: for the metrics of HTTP requests.
+        lifespan: starts and ends what the routes use.
+        assets: the chat page's files, which need no API key.
+        tracer: exports traces.
+    """
+    open_paths = {"/", "/health", "/ready", *page.paths(assets)}
+    middleware = [Middleware(HostGuard, settings=settings)]
+    if settings.allow_origins:
+        middleware.append(
+            Middleware(
+                CORSMiddleware,
+                allow_origins=list(settings.allow_origins),
+                allow_methods=["GET", "POST", "DELETE"],
+                allow_headers=["Authorization", "Content-Type", "X-Api-Key", "Anthropic-Version", "Anthropic-Beta"],
+                expose_headers=["Retry-After", "X-Request-Id", HEADER],
+            )
+        )
+    if tracer is not None:
+        middleware.append(Middleware(Tracing, tracer=tracer, skip=frozenset({"/health", "/ready", "/metrics"})))
+    middleware.append(Middleware(Guard, settings=settings, metrics=HttpMetrics(registry), open_paths=open_paths))
+    return FastAPI(
+        title="deepseek-optimizer",
+        description=_ABOUT + (_STRICT if settings.strict else _TOLERANT),
+        docs_url=None,  # it would load scripts from another host
+        redoc_url=None,
+        redirect_slashes=False,
+        middleware=middleware,
+        exception_handlers={HTTPException: _http_error, RequestValidationError: _wrong_parameter},
+        lifespan=lifespan,
+    )
+
+
+def add_paths_without_v1(app: FastAPI) -> None:
     """Serves each path under /v1 without that prefix too, as llama-server does, for clients whose base URL lacks it."""
     routes = [route for route in app.routes if isinstance(route, APIRoute)]
     taken = {(route.path, method) for route in routes for method in route.methods or ()}
@@ -159,18 +237,19 @@ async def _sweep(state: ServerState) -> None:
         state.engine.log_replaced_files()
         state.files.sweep()
         state.documents.sweep()
+        await asyncio.to_thread(state.responses.sweep)
 
 
-async def _wrong_parameter(_request: Request, error: Exception) -> Response:
+async def _wrong_parameter(request: Request, error: Exception) -> Response:
     """Converts FastAPI's error about a path or query parameter."""
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
     name = excerpt(str(first["loc"][-1]))
-    return ApiError(400, f"{name}: {first['msg']}", param=name).response()
+    return error_response(ApiError(400, f"{name}: {first['msg']}", param=name), path_of(request.scope))
 
 
-async def _http_error(_request: Request, error: Exception) -> Response:
+async def _http_error(request: Request, error: Exception) -> Response:
     """Converts Starlette's errors, such as an unknown path or an unsupported method."""
     api_error = problem(error)
     assert api_error is not None
-    return api_error.response()
+    return error_response(api_error, path_of(request.scope))

@@ -85,7 +85,7 @@ def pack_checkpoint(
             write_index(directory.folder, shards)
             manifest = Manifest.of(planned, packed.curve if packed is not None else ())
             mark_quantized(model, settings)
-            name_source(model, checkpoint.path, dtype)
+            name_source(model, checkpoint, dtype)
             save_configs(model, dtype, directory.folder, manifest)
             if tokenizer is not None:
                 tokenizer.save_pretrained(directory.folder)

@@ -15,6 +15,7 @@ from starlette.requests import ClientDisconnect, Request
 
 from ..settings import ServerSettings
 from .fair_queue import FairQueue
+from .paths import path_of
 from .problems import ApiError, busy
 
 T = TypeVar("T")
@@ -48,6 +49,9 @@ class BodyReader:
                 408 too slow; 413 too large; 415 another Content-Type; 503 too many bodies at once; others see `FairQueue.run`.
             ClientDisconnect: the client has disconnected.
         """
+        known: tuple[dict[str, Any], int] | None = getattr(request.state, "body", None)
+        if known is not None:  # read before, to choose the model
+            return known
         client = request.state.client
         self._check_headers(request)
         with self._counted(client) as count:
@@ -56,6 +60,13 @@ class BodyReader:
             except asyncio.TimeoutError:
                 raise ApiError(408, "the body was received too slowly", code="timeout", headers=_CLOSE) from None
             return await self.working(client, len(body), lambda: self._parsed(body)), len(body)
+
+    @contextmanager
+    def holding(self, client: str, size: int) -> Iterator[None]:
+        """Counts a body that was read and waits to be processed; raises ApiError 503 if there are too many."""
+        with self._counted(client) as count:
+            count.set(size)
+            yield
 
     async def working(self, client: str, size: int, work: Callable[[], T]) -> T:
         """Processes a body's JSON: at once if it is small, and on the queue's thread if it is large, so that the event loop and
@@ -87,13 +98,19 @@ class BodyReader:
     def _check_headers(self, request: Request) -> None:
         kind, _, parameters = request.headers.get("content-type", "").partition(";")
         charset = parameters.lower().replace('"', "").replace(" ", "")
-        if kind.strip().lower() != "application/json" or charset not in ("", "charset=utf-8"):
+        if not self._is_json(kind.strip().lower(), request) or charset not in ("", "charset=utf-8"):
             raise ApiError(415, "the body must be JSON in UTF-8: send Content-Type: application/json")
         if request.headers.get("content-encoding", "identity").strip().lower() != "identity":
             raise ApiError(415, "the body must not be compressed")
         length = request.headers.get("content-length", "0")
         if length.isdecimal() and int(length[:20]) > self._settings.max_body_bytes:
             raise self._too_large()
+
+    @staticmethod
+    def _is_json(kind: str, request: Request) -> bool:
+        """Whether the Content-Type is accepted. Ollama's examples with curl do not send that of JSON. Browsers, whose requests
+        have an Origin, must: pages of other origins cannot."""
+        return kind == "application/json" or (path_of(request.scope).startswith("/api/") and "origin" not in request.headers)
 
     async def _bytes(self, request: Request, count: _Count) -> bytearray:
         body = bytearray()
