@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
@@ -9,7 +10,8 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from .backends.base import Plan
+from .backends.base import BLOCK_TOKENS, Plan
+from .checkpoint.prefix_files import PrefixFiles
 from .engine.adapters import Adapters, AdapterWeights
 from .engine.async_engine import AsyncEngine
 from .engine.core import EngineCore
@@ -30,11 +32,13 @@ from .graph.rope_rotation import key_rotation
 from .integration.bind.packed_model import packed_model_of
 from .integration.bind.runtime import Runtime, runtime_of
 from .integration.encoder.text_encoder import TextEncoder, classifier_of, is_encoder_runtime, max_tokens
+from .integration.generation.fingerprint import fingerprint
 from .integration.generation.special_tokens import token_ids
 from .integration.load.lora import read_adapter
 from .integration.memory.arena import Arena
 from .integration.memory.cache_size import FullBatch
 from .system.memory import less_reserve
+from .versions import versions
 
 _LATENT_CHUNK = 64  # tokens; the form of latent attention (absorbed or expanded) depends on how a prompt is split into chunks
 _MAX_LORAS, _MAX_RANK = 1024, 1024
@@ -167,7 +171,9 @@ def _core(
     runner = Runner(runtime.plan, arena, vocab, None if adapted is None else (adapted[0], adapted[1].store))
     draft = None if other is None else _draft_model(runtime, other, options)
     proposers = _proposers(runtime, arena, draft) if drafts else None
-    core = EngineCore(runner, arena, facts, options, tokenizer, proposers, keep=(model, draft_model), adapters=adapters)
+    store = _prefix_files(runtime, arena, options, proposers)
+    keep = (model, draft_model)
+    core = EngineCore(runner, arena, facts, options, tokenizer, proposers, keep=keep, adapters=adapters, store=store)
     return core, backend.thread_context
 
 
@@ -198,6 +204,28 @@ def _plan_with_adapters(runtime: Runtime, options: EngineOptions, name: str) -> 
             raise NotEnoughMemoryError("the adapter", size, less_reserve(free.free), remedy, free.tightest)
 
     return runtime.compile(graph), Adapters(store, read, check_memory, frozenset({name} - {""}))
+
+
+def _prefix_files(
+    runtime: Runtime, arena: Arena, options: EngineOptions, proposers: list[tuple[Proposer, int]] | None
+) -> PrefixFiles | None:
+    """Returns the files of the prefix cache, which are of use only to an engine that would compute the same bits."""
+    if options.prefix_cache_dir is None:
+        return None
+    if not options.prefix_cache:
+        raise ConfigError("prefix_cache_dir needs the prefix cache; leave out prefix_cache=False (--no-prefix-cache)")
+    facts = fingerprint(runtime, whole=True) | {
+        "instruction set": str(runtime.backend.isa),
+        "batch invariant": str(options.batch_invariant),
+        "MTP layers": str(any(isinstance(proposer, MtpProposer) for proposer, _ in proposers or ())),  # their keys and values
+        "adapters": options.lora_dtype,  # which one is part of each key
+        "groups": repr(arena.manager.groups),
+        "block tokens": str(BLOCK_TOKENS),
+        "versions": repr(sorted(versions().items())),
+    }
+    digest = hashlib.blake2b(repr(sorted(facts.items())).encode(), digest_size=16).digest()
+    store = arena.store
+    return PrefixFiles(options.prefix_cache_dir, digest, options.prefix_cache_bytes, store.saved_bytes, store.state_bytes)
 
 
 def _full_batch(runtime: Runtime, options: EngineOptions) -> FullBatch:

@@ -13,6 +13,7 @@ from . import options as o
 
 if TYPE_CHECKING:
     from deepseek_optimizer.chat.conversation import Answer, Conversation, Speaker
+    from deepseek_optimizer.chat.local import EngineSpeaker
 
 _SERVER: dict[str, Any] = {"rich_help_panel": "Server"}
 
@@ -65,6 +66,8 @@ def chat(
     min_p: o.MinP = None,
     repetition_penalty: o.RepetitionPenalty = None,
     seed: o.Seed = None,
+    prefix_cache_dir: o.PrefixCacheDir = None,
+    prefix_cache_bytes: o.PrefixCacheBytes = 8 << 30,
     *,
     fields: dict[str, Any],
 ) -> None:
@@ -73,6 +76,8 @@ def chat(
         raise ValueError("give either a MODEL to load or the --url of a server")
     if url is not None and fields:
         raise ValueError(f"{o.flag_of(next(iter(fields)))} applies only to a model loaded by this command; omit it with --url")
+    if url is not None and prefix_cache_dir is not None:
+        raise ValueError("--prefix-cache-dir applies only to a model loaded by this command; omit it with --url")
     if url is None and name is not None:
         raise ValueError(
             "--model is the name of a model on a server and needs --url; give a model to load as the argument MODEL"
@@ -90,14 +95,19 @@ def chat(
     )
     from deepseek_optimizer.chat.conversation import Conversation
 
+    interactive = sys.stdin.isatty()
     if url is not None:
-        speaker = _remote(url, api_key, name, sampling)
-    else:
-        speaker = _local(str(model), chat_template, fields, sampling)
-    _Loop(Conversation(speaker, system), interactive=sys.stdin.isatty()).run()
+        _Loop(Conversation(_remote(url, api_key, name, sampling), system), interactive).run()
+        return
+    cache = {"prefix_cache_dir": prefix_cache_dir, "prefix_cache_bytes": prefix_cache_bytes}
+    speaker = _local(str(model), chat_template, fields, sampling, cache)
+    with speaker.engine:
+        _Loop(Conversation(speaker, system), interactive).run()
 
 
-def _local(model: str, chat_template: str | None, fields: dict[str, Any], sampling: dict[str, Any]) -> Speaker:
+def _local(
+    model: str, chat_template: str | None, fields: dict[str, Any], sampling: dict[str, Any], cache: dict[str, Any]
+) -> EngineSpeaker:
     from deepseek_optimizer import make_engine
     from deepseek_optimizer.chat.local import EngineSpeaker, chat_sampling
     from deepseek_optimizer.chat.named_template import read_template
@@ -106,7 +116,7 @@ def _local(model: str, chat_template: str | None, fields: dict[str, Any], sampli
 
     template = None if chat_template is None else read_template(chat_template)
     loaded, tokenizer = load(model, fields, template)
-    return EngineSpeaker(make_engine(loaded, tokenizer), chat_sampling(loaded, model, **sampling))
+    return EngineSpeaker(make_engine(loaded, tokenizer, **cache), chat_sampling(loaded, model, **sampling))
 
 
 def _remote(url: str, key: str | None, name: str | None, sampling: dict[str, Any]) -> Speaker:

@@ -112,6 +112,26 @@ Strict = Annotated[
     bool | None,
     typer.Option("--strict", help="Refuse models that have no execution plan and would take the general path.", **_MODEL),
 ]
+PrefixCacheDir = Annotated[
+    str | None,
+    typer.Option(
+        "--prefix-cache-dir",
+        metavar="DIRECTORY",
+        help="Write the KV cache of prompts to files in this directory, and reuse them after a restart. Several processes may "
+        "share it. Default: the cache ends with the process.",
+        rich_help_panel="Requests and memory",
+    ),
+]
+PrefixCacheBytes = Annotated[
+    int,
+    typer.Option(
+        "--prefix-cache-bytes",
+        min=1,
+        metavar="BYTES",
+        help="Maximum size of --prefix-cache-dir; the least recently used files are deleted.",
+        rich_help_panel="Requests and memory",
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 
 ChatTemplate = Annotated[

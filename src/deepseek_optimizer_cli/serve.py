@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from . import options as o
+from . import serve_models as several
 
 if TYPE_CHECKING:
     from deepseek_optimizer.server.settings import ServerSettings
@@ -25,7 +26,9 @@ _SEARCH: dict[str, Any] = {"rich_help_panel": "Embeddings and scores"}
 
 @o.takes_model_fields
 def serve(
-    model: o.Model,
+    model: Annotated[
+        list[str] | None, typer.Argument(metavar="[MODEL]...", help=f"{o.MODEL_HELP} Several are loaded when they are needed.")
+    ] = None,
     *,
     host: Annotated[
         str,
@@ -177,6 +180,12 @@ def serve(
             "--prefix-cache/--no-prefix-cache", help="Reuse the KV cache of prompts that share a prefix.", **_REQUESTS
         ),
     ] = True,
+    models_dir: several.ModelsDir = None,
+    models_memory: several.ModelsMemory = None,
+    pin: several.Pin = None,
+    load_timeout: several.LoadTimeout = 120.0,
+    prefix_cache_dir: o.PrefixCacheDir = None,
+    prefix_cache_bytes: o.PrefixCacheBytes = 8 << 30,
     drafts: Annotated[
         bool,
         typer.Option("--drafts/--no-drafts", help="Use speculative decoding, which does not change the answers.", **_REQUESTS),
@@ -437,7 +446,6 @@ def serve(
         reranker=reranker,  # type: ignore[arg-type]  # checked there
         prefill_assistant=prefill_assistant,
         max_answer_tokens=max_answer_tokens,
-        model_path=model,
         strict=strict_requests,
         allow_lora_loading=allow_lora_loading,
         lora_dir=lora_dir,
@@ -457,6 +465,8 @@ def serve(
     options: dict[str, Any] = {
         "max_waiting": max_waiting,
         "prefix_cache": prefix_cache,
+        "prefix_cache_dir": prefix_cache_dir,
+        "prefix_cache_bytes": prefix_cache_bytes,
         "drafts": drafts,
         "cache_window": cache_window,
         "adapters": adapters,
@@ -464,8 +474,24 @@ def serve(
         "max_lora_rank": max_lora_rank,
         "lora_dtype": lora_dtype,
     }
+    if models_dir is not None or model is None or len(model) > 1:
+        if name is not None:
+            raise ConfigError("--served-model-name names a single model; several have the names of their files")
+        if adapters or allow_lora_loading or otlp_traces_endpoint is not None:
+            raise ConfigError("--lora, --allow-lora-loading and --otlp-traces-endpoint need a single model")
+        pool = several.PoolOptions(tuple(model or ()), models_dir, models_memory, tuple(pin or ()), load_timeout)
+        several.serve_models(
+            pool,
+            settings,
+            fields,
+            lambda path, name: _load(path, name, template, fields, settings, generation_config, options, pooling)[:3],
+            log_format == "json",
+        )
+        return
+    if pin or models_memory is not None:
+        raise ConfigError("--pin and --models-memory need several models: give more MODELs, or --models-dir")
     pooling_and_traces = (pooling, log_format == "json", otlp_traces_endpoint)
-    _serve(model, name, template, fields, settings, generation_config, options, *pooling_and_traces)
+    _serve(model[0], name, template, fields, settings, generation_config, options, *pooling_and_traces)
 
 
 def _serve(
@@ -480,22 +506,12 @@ def _serve(
     json_logs: bool,
     traces: str | None,
 ) -> None:
-    from dataclasses import replace
-
-    from deepseek_optimizer import report
-    from deepseek_optimizer.chat.sampling_defaults import SamplingDefaults, sampling_defaults
-    from deepseek_optimizer.checkpoint.sentence_transformers import read_embedding_settings
-    from deepseek_optimizer.integration.encoder.text_encoder import is_encoder_runtime
-    from deepseek_optimizer.integration.load.resolve import resolve
     from deepseek_optimizer.integration.memory.cache_size import check_granted
     from deepseek_optimizer.server.http.logs import set_up_logs
     from deepseek_optimizer.server.http.tracing import Tracer, otlp_exporter
     from deepseek_optimizer.server.run import check_tls, listener
     from deepseek_optimizer.server.run import serve as run
-    from deepseek_optimizer.serving import make_async_engine
     from deepseek_optimizer.system.memory import free_memory
-
-    from .model import load
 
     set_up_logs(json_logs)
     check_tls(settings)
@@ -503,7 +519,37 @@ def _serve(
     sock = listener(settings.host, settings.port)
     if "kv_cache_memory" in fields:
         check_granted(fields["kv_cache_memory"], free_memory())
-    loaded, tokenizer = load(model, fields, template)
+    engine, settings, _, facts = _load(model, name, template, fields, settings, generation_config, options, pooling)
+
+    def banner(host: str, port: int) -> None:
+        typer.echo(_banner(engine, facts, settings, host, port), err=True)
+
+    run(engine, settings, sock, banner, None if exporter is None else Tracer(exporter, engine.model_name))
+
+
+def _load(
+    model: str,
+    name: str | None,
+    template: str | None,
+    fields: dict[str, Any],
+    settings: ServerSettings,
+    generation_config: Any,
+    options: dict[str, Any],
+    pooling: str | None,
+) -> tuple[Any, ServerSettings, int, Any]:
+    """The engine of a model, its settings, the memory that it may take in bytes, and its report."""
+    from dataclasses import replace
+
+    from deepseek_optimizer import report
+    from deepseek_optimizer.chat.sampling_defaults import SamplingDefaults, sampling_defaults
+    from deepseek_optimizer.checkpoint.sentence_transformers import read_embedding_settings
+    from deepseek_optimizer.integration.encoder.text_encoder import is_encoder_runtime
+    from deepseek_optimizer.integration.load.resolve import resolve
+    from deepseek_optimizer.serving import make_async_engine
+
+    from .model import load
+
+    loaded, tokenizer = load(model, dict(fields), template)
     embedding = read_embedding_settings(resolve(model))
     if embedding.chat_template and embedding.score_tokens is None:
         typer.echo("dso: texts are embedded without the chat template that sentence-transformers applies to them", err=True)
@@ -511,16 +557,18 @@ def _serve(
         embedding = replace(embedding, pooling=(pooling,))
     encoder = is_encoder_runtime(loaded.dso)
     if encoder:
-        options["max_tokens"] = embedding.max_tokens
+        options = {**options, "max_tokens": embedding.max_tokens}
     defaults = SamplingDefaults() if encoder else sampling_defaults(loaded, model, generation_config)
-    settings = replace(settings, sampling=defaults.values, sampling_not_thinking=defaults.not_thinking, embedding=embedding)
-    engine = make_async_engine(loaded, tokenizer, model_name=name, **options)
+    settings = replace(
+        settings,
+        sampling=defaults.values,
+        sampling_not_thinking=defaults.not_thinking,
+        embedding=embedding,
+        model_path=model,
+    )
+    engine: Any = make_async_engine(loaded, tokenizer, model_name=name, **options)
     facts = report(loaded)
-
-    def banner(host: str, port: int) -> None:
-        typer.echo(_banner(engine, facts, settings, host, port), err=True)
-
-    run(engine, settings, sock, banner, None if exporter is None else Tracer(exporter, engine.model_name))
+    return engine, settings, facts.bytes_after + (0 if encoder else engine.core.memory.size.bytes), facts
 
 
 def _adapters(given: list[str]) -> dict[str, str]:

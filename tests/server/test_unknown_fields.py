@@ -6,7 +6,7 @@ import logging
 
 import pytest
 
-from deepseek_optimizer.server.http.ignored_fields import HEADER, IgnoredFields
+from deepseek_optimizer.server.http.ignored_fields import HEADER, IgnoredFieldLog
 from deepseek_optimizer.server.protocol.chat import ChatRequest
 from deepseek_optimizer.server.protocol.completions import CompletionRequest
 from deepseek_optimizer.server.protocol.responses import ResponsesRequest
@@ -126,7 +126,7 @@ def test_known_fields_under_other_names_are_not_unknown():
 
 
 def test_the_header_is_short_and_harmless():
-    report = IgnoredFields()
+    report = IgnoredFieldLog()
     hostile = report.report(["a\r\nSet-Cookie: x", "naïve, field", "y" * 10_000])
     assert hostile == f"a??Set-Cookie??x, na?ve??field, {'y' * 64}"
     many = report.report([f"name{i}" for i in range(32)])
@@ -134,7 +134,7 @@ def test_the_header_is_short_and_harmless():
 
 
 def test_each_name_is_logged_once_and_their_number_is_bounded(caplog):
-    report = IgnoredFields()
+    report = IgnoredFieldLog()
     with caplog.at_level(logging.INFO, "deepseek_optimizer.server"):
         for _ in range(3):
             report.report(["color"])

@@ -179,7 +179,8 @@ LAYERS = (
         "the HTTP server. `http/`: connections, bodies, queues; `tokens/`: tokenization; `documents/`: uploaded files; "
         "`stored_responses/`: responses that later requests continue; `protocol/`: requests and responses of OpenAI's and "
         "other protocols, one per file or folder; `chat/`: from requests to the engine and back; `document_chats/`: chats with "
-        "documents; `search/`: embeddings and scores; `routes/`: one route per file; `page/`: the chat page",
+        "documents; `search/`: embeddings and scores; `pool/`: several models in one server; `routes/`: one route per file; "
+        "`page/`: the chat page",
         may=("..chat", "longdoc"),
         levels=(
             ("keys",),
@@ -187,7 +188,9 @@ LAYERS = (
             ("http",),
             ("adapters", "documents", "stored_responses", "tokens"),
             ("protocol",),
+            ("shared",),
             ("openapi", "state"),
+            ("pool",),
             ("chat",),
             ("document_chats", "search"),
             ("routes",),

@@ -25,6 +25,8 @@ from deepseek_optimizer.engine.options import EngineOptions
 from deepseek_optimizer.engine.request import Request
 
 VOCAB = 61
+BLOCK_BYTES = 8 * BLOCK_TOKENS
+STATE_TOKENS = 2048  # maximum length of a text with recurrent states that are saved
 EOS = 60
 
 
@@ -81,6 +83,20 @@ class MockMemory:
     def copy_blocks(self, copies: list[tuple[int, int]]) -> None:
         for source, target in copies:
             self.cells[target] = self.cells[source]
+
+    def read_block(self, block: int) -> bytes:
+        return self.cells[block].tobytes()
+
+    def write_block(self, block: int, data: bytes) -> None:
+        self.cells[block] = np.frombuffer(data, np.int64)
+
+    def read_state(self, slot: int) -> bytes:
+        text = np.array(self.states[slot], np.int64)
+        return np.pad(text, (0, STATE_TOKENS - len(text)), constant_values=-1).tobytes()
+
+    def write_state(self, slot: int, data: bytes) -> None:
+        text = np.frombuffer(data, np.int64)
+        self.states[slot] = text[text >= 0].tolist()
 
     def drop_blocks(self, sequence, first_block, count):
         with self.locked():
@@ -199,11 +215,13 @@ class Clock:
 
 
 def make_core(
-    blocks: int = 64, context: int = 10_000, chunk: int | None = None, proposers=None, forgetting=None, slots=0, **options
-) -> EngineCore:
+    blocks: int = 64, context: int = 10_000, chunk: int | None = None, proposers=None, forgetting=None, slots=0, store=None,
+    **options,
+) -> EngineCore:  # fmt: skip
     memory = MockMemory(blocks, forgetting, slots)
     facts = ModelFacts(vocab_size=VOCAB, hidden_size=1, context=context, eos=frozenset([EOS]), chunk=chunk)
-    return EngineCore(MockRunner(memory), memory, facts, EngineOptions(**options), ByteTokenizer(), proposers, clock=Clock())
+    options = EngineOptions(**options)
+    return EngineCore(MockRunner(memory), memory, facts, options, ByteTokenizer(), proposers, clock=Clock(), store=store)
 
 
 def blocks_in_use(core: EngineCore) -> int:
@@ -233,4 +251,5 @@ def run_with_arrivals(
             assert request.id in cancelled and answer.token_ids == wanted[: len(answer.token_ids)]
         else:
             assert answer.finish == "length" and answer.token_ids == wanted
+    core.scheduler.close()
     assert blocks_in_use(core) == 0

@@ -17,14 +17,14 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 
 from .block_manager import BLOCK_TOKENS, HOLE, BlockManager
-from .forgetting import Forgetting, Groups
-
-Key = bytes
+from .forgetting import Groups
+from .prefix_parts import STATES, Part, kept, longest, seen
+from .prefix_parts import Key as Key
 
 
 def keys(
@@ -66,31 +66,15 @@ def _of_owner(key: Key, owner: int) -> Key:
     return key + b"?" + owner.to_bytes(8, "little")
 
 
-def _seen(forgetting: Forgetting | None, blocks: int) -> Iterable[int]:
-    """Indices, ascending, of the first `blocks` blocks that the token after them attends to."""
-    if forgetting is None:
-        return range(blocks)
-    return _with_sinks(forgetting, forgetting.first_seen(blocks * BLOCK_TOKENS), blocks)
-
-
-def _kept(forgetting: Forgetting | None, blocks: int) -> Iterable[int]:
-    """Indices, ascending, of the first `blocks` blocks that a sequence keeps that ends after them."""
-    if forgetting is None:
-        return range(blocks)
-    return _with_sinks(forgetting, forgetting.first_kept(blocks * BLOCK_TOKENS), blocks)
-
-
-def _with_sinks(forgetting: Forgetting, first: int, blocks: int) -> Iterable[int]:
-    sinks = forgetting.sink_blocks
-    return (*range(min(sinks, blocks)), *range(max(sinks, first), blocks))
-
-
 class PrefixCache:
     """All methods must be called with the manager's lock held.
 
     Args:
         max_blocks: maximum number of blocks to keep; None: all that nothing else needs.
         whole: match only prefixes of which no block is missing, for sequences that release none.
+
+    Attributes:
+        removals: changes whenever something is removed.
     """
 
     def __init__(self, manager: BlockManager, max_blocks: int | None = None, whole: bool = False) -> None:
@@ -98,6 +82,7 @@ class PrefixCache:
         self.groups: Groups = (None,) * len(manager.groups) if whole else manager.groups
         self._blocks: OrderedDict[Key, int] = OrderedDict()  # least recently used first
         self._slots: OrderedDict[Key, int] = OrderedDict()  # of recurrent states
+        self.removals = 0
         if manager.slots is not None:
             manager.slots.reclaim = self.evict_states
 
@@ -111,7 +96,7 @@ class PrefixCache:
         tables = []
         for group, forgetting in enumerate(self.groups):
             blocks = [HOLE] * len(prefix)
-            for n in _seen(forgetting, len(prefix)):
+            for n in seen(forgetting, len(prefix)):
                 blocks[n] = self._blocks[of_group(prefix[n], group)]
                 self.manager.retain(blocks[n])
             tables.append(blocks)
@@ -120,36 +105,16 @@ class PrefixCache:
 
     def known(self, wanted: list[Key]) -> int:
         """Number of blocks per group that `match` would return."""
-        most = len(wanted)
-        for group, forgetting in enumerate(self.groups):
-            if forgetting is None:
-                most = self._unbroken(wanted[:most], group)
-        if not any(self.groups):
-            return next((n for n in range(most, 0, -1) if self._has_state(wanted[n - 1])), 0)
-        possible = [n for n in range(1, most + 1) if self._has_state(wanted[n - 1])]
-        for group, forgetting in enumerate(self.groups):
-            if forgetting is not None and possible:
-                possible = self._continuable(wanted, group, forgetting, possible)
-        return max(possible, default=0)
+        return longest(wanted, self.groups, self.manager.slots is not None, self.has)
 
-    def _unbroken(self, wanted: list[Key], group: int) -> int:
-        """Number of blocks before the first one that the group lacks."""
-        return next((n for n, key in enumerate(wanted) if of_group(key, group) not in self._blocks), len(wanted))
+    def has(self, key: Key, group: int) -> bool:
+        """Whether a block of a group, or the states after a block (group STATES), are cached."""
+        return key in self._slots if group == STATES else of_group(key, group) in self._blocks
 
-    def _continuable(self, wanted: list[Key], group: int, forgetting: Forgetting, possible: list[int]) -> list[int]:
-        """Those numbers of blocks, in ascending order, after which a group with a window has what the next token attends to."""
-        unbroken = self._unbroken(wanted[: possible[-1]], group)
-        if unbroken < forgetting.sink_blocks:
-            return [n for n in possible if n <= unbroken]
-        runs, run = {}, 0  # number of blocks without a gap that end at block n
-        for n in range(1, possible[-1] + 1):
-            run = run + 1 if of_group(wanted[n - 1], group) in self._blocks else 0
-            runs[n] = run
-        first_seen = {n: max(forgetting.sink_blocks, forgetting.first_seen(n * BLOCK_TOKENS)) for n in possible}
-        return [n for n in possible if runs[n] >= n - first_seen[n]]
-
-    def _has_state(self, key: Key) -> bool:
-        return self.manager.slots is None or key in self._slots
+    def place(self, part: Part) -> int | None:
+        """The block of a part, or its slot if these are states; None: it is not cached."""
+        key, group = part
+        return self._slots.get(key) if group == STATES else self._blocks.get(of_group(key, group))
 
     def put(self, key: Key, block: int, group: int = 0) -> None:
         """Adds a full block, unless it is a hole or a block with the same content is cached already.
@@ -212,6 +177,7 @@ class PrefixCache:
         taken = [key for key, slot in self._slots.items() if slots.users(slot) == 1][:count]
         for key in taken:
             slots.release(self._slots.pop(key))
+        self.removals += len(taken)
         return len(taken)
 
     @property
@@ -223,19 +189,29 @@ class PrefixCache:
     def _forget_state(self, key: Key) -> None:
         if self.manager.slots is not None and (slot := self._slots.pop(key, None)) is not None:
             self.manager.slots.release(slot)
+            self.removals += 1
 
     def touch(self, used: list[Key]) -> None:
         """Marks the blocks of a prefix as just used. Later blocks of a text count as older, since they are useless without the
         earlier ones. If some groups of layers attend to every token, the others' blocks count only as far as a sequence of this
         prefix keeps them (`Forgetting.first_kept`): this prefix does not need the rest."""
+        for key, group in reversed(self.parts(used)):
+            if group == STATES:
+                self._slots.move_to_end(key)
+            else:
+                self._blocks.move_to_end(of_group(key, group))
+
+    def parts(self, prefix: list[Key]) -> list[Part]:
+        """The cached parts of a prefix, the earlier blocks first: all states and blocks; if some groups of layers attend to
+        every token, of the others' blocks only those that a sequence of this prefix keeps."""
         forgets = self.manager.forgetting is not None
-        seen = [range(len(used)) if forgets else set(_kept(forgetting, len(used))) for forgetting in self.groups]
-        for n in reversed(range(len(used))):
-            for group, places in enumerate(seen):
-                if n in places and (key := of_group(used[n], group)) in self._blocks:
-                    self._blocks.move_to_end(key)
-            if used[n] in self._slots:
-                self._slots.move_to_end(used[n])
+        places = [range(len(prefix)) if forgets else set(kept(forgetting, len(prefix))) for forgetting in self.groups]
+        parts: list[Part] = []
+        for n, key in enumerate(prefix):
+            parts += [(key, group) for group, some in enumerate(places) if n in some and self.has(key, group)]
+            if key in self._slots:
+                parts.append((key, STATES))
+        return parts
 
     def expire(self, keys: list[Key], group: int) -> None:
         """Makes these blocks of a group, if cached, the first to be evicted."""
@@ -252,6 +228,7 @@ class PrefixCache:
         for key in taken:
             self.manager.release(self._blocks.pop(key))
             self._forget_state(key)
+        self.removals += len(taken)
         return len(taken)
 
     def _unused(self, count: int) -> Iterator[Key]:
@@ -309,11 +286,13 @@ class PrefixCache:
             if (block := self._blocks.pop(key, None)) is not None:
                 self.manager.release(block)
                 self._forget_state(key)
+                self.removals += 1
 
     def clear(self) -> None:
         """Removes all blocks from the cache; sequences keep theirs."""
         for block in self._blocks.values():
             self.manager.release(block)
+        self.removals += len(self._blocks)
         self._blocks.clear()
         for key in list(self._slots):
             self._forget_state(key)

@@ -111,7 +111,7 @@ def merged(first: Output, then: Output) -> Output:
         token_ids=first.token_ids + then.token_ids,
         text=first.text + then.text,
         logprobs=logprobs,
-        prompt_logprobs=first.prompt_logprobs or then.prompt_logprobs,
+        prompt_logprobs=then.prompt_logprobs if first.prompt_logprobs is None else first.prompt_logprobs,
     )
 
 
@@ -422,6 +422,8 @@ class AsyncEngine:
         if self._thread is not None:
             await asyncio.to_thread(self._thread.join)
             await asyncio.sleep(0)  # delivers the last outputs it sent
+            if isinstance(self.core, EngineCore):
+                await asyncio.to_thread(self.core.scheduler.close)
         self._deliver([Output(request_id, finish="cancelled") for request_id in list(self._answers)])
 
     # ---- on the thread

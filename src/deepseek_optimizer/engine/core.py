@@ -34,6 +34,7 @@ from .scheduling.memory import Memory
 from .scheduling.scheduler import ScheduledChunk, Scheduler
 from .scheduling.sliding import Sliding
 from .scheduling.step_times import StepTimes
+from .scheduling.store import Store
 from .sequence import Sequence
 from .speculative.base import Proposer
 from .speculative.drafting import Drafting
@@ -60,6 +61,7 @@ class EngineCore:
         proposers: (proposer, maximum number of drafts per round) of speculative decoding, in the order in which they are tried.
         clock: returns the time in seconds.
         keep: objects to keep alive as long as the engine, such as the model.
+        store: stores the prefix cache's blocks beyond this process; None: they end with it.
         adapters: the adapters that requests may use; None: the runner's plan supports none.
     """
 
@@ -73,11 +75,11 @@ class EngineCore:
         proposers: list[tuple[Proposer, int]] | None = None,
         clock: Callable[[], float] = time.monotonic,
         keep: Any = None,
+        store: Store | None = None,
         adapters: Adapters | None = None,
     ) -> None:
-        self.adapters = adapters
         self.runner, self.memory, self.facts, self.options, self.tokenizer = runner, memory, facts, options, tokenizer
-        self.clock, self._keep = clock, keep
+        self.clock, self._keep, self.adapters = clock, keep, adapters
         self.times = StepTimes()
         with memory.locked() as manager:
             self.blocks, self.forgetting = manager.num_blocks, manager.forgetting
@@ -101,6 +103,7 @@ class EngineCore:
             max_prompt_logits=max(facts.chunk or 16, _PROMPT_LOGITS // (4 * facts.vocab_size)),
             invariant=options.batch_invariant,
             lost=self._reset_drafting,
+            store=store,
         )
         self.drafting = Drafting(proposers, self.times) if proposers else None
         self.metrics = EngineMetrics()
@@ -239,6 +242,8 @@ class EngineCore:
 
     def release_memory(self) -> None:
         """Drops all cached prefixes, and returns the memory of the cache to the system. No request may be in the engine."""
+        if self.scheduler.stored is not None:
+            self.scheduler.stored.flush()
         with self.memory.locked():
             if self.prefix is not None:
                 self.prefix.clear()
@@ -261,7 +266,7 @@ class EngineCore:
             return outputs + self._fail(list(self.scheduler.running), error)
         outputs += self._end_starved()
         if not chunks:
-            return outputs or self._check_stalled()
+            return outputs or ([] if self.scheduler.wait_for_stored() else self._check_stalled())
         self._idle_since = None
         parts = [part_of(chunk) for chunk in chunks]
         ends = list(accumulate(len(p.ids) for p in parts))

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from .adapters import adapters_of
@@ -147,6 +148,16 @@ class Engine:
                 self.core.cancel(request_id)
             if waiting:
                 self.core.step()
+
+    def close(self) -> None:
+        """Writes the rest of the prefix cache to `prefix_cache_dir`, if that is set. The engine must not be used afterwards."""
+        self.core.scheduler.close()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
 
     def _entered(self) -> AbstractContextManager[Any]:
         entered: AbstractContextManager[Any] = self._running()

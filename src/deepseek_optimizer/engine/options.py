@@ -18,6 +18,9 @@ class EngineOptions:
         target_itl: target inter-token latency in seconds, which limits the batch size; None: maximize tokens per second.
         prefix_cache: prompts with the same beginning (and the same salt) share cache blocks, including blocks of earlier
             answers.
+        prefix_cache_dir: directory to which the prefix cache is written and from which it is read, so that it outlives the
+            process; several processes may share it. Close the engine at the end. None: the prefix cache ends with the engine.
+        prefix_cache_bytes: maximum size of the files in that directory; the least recently used ones are deleted.
         batch_invariant: a request's tokens and log probabilities are the same, bit for bit, whatever other requests are in the
             batch and whatever is recomputed.
         cache_window: maximum number of tokens of a sequence in the cache; a longer sequence drops blocks from its middle and
@@ -38,6 +41,8 @@ class EngineOptions:
     stall: float | None = None
     target_itl: float | None = None
     prefix_cache: bool = True
+    prefix_cache_dir: str | None = None
+    prefix_cache_bytes: int = 8 << 30
     batch_invariant: bool = False
     cache_window: int | None = None
     sinks: int = 4

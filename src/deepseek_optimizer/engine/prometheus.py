@@ -88,6 +88,20 @@ class EngineCollector(Collector):
                 counter = CounterMetricFamily(name, text, labels=label)
                 counter.add_metric(names, value)
                 yield counter
+        if isinstance(core, EngineCore) and (stored := core.scheduler.stored) is not None:
+            yield gauge("dso:prefix_files_bytes", "Size of the prefix cache's directory in bytes.", stored.store.size)
+            for name, value, text in (
+                ("dso:prefix_files_read", stored.reader.parts, "Number of blocks and states read from files."),
+                ("dso:prefix_files_read_bytes", stored.reader.bytes, "Bytes of blocks and states read from files."),
+                ("dso:prefix_files_written", stored.store.written_files, "Number of blocks and states written to files."),
+                ("dso:prefix_files_written_bytes", stored.store.written_bytes, "Bytes written to files."),
+                ("dso:prefix_files_evicted", stored.store.evicted_files, "Number of files deleted to stay within the limit."),
+                ("dso:prefix_files_damaged", stored.store.damaged_files, "Number of damaged files that were deleted."),
+                ("dso:prefix_files_dropped", stored.writer.dropped, "Number of blocks and states that were not written."),
+            ):
+                counter = CounterMetricFamily(name, text, labels=label)
+                counter.add_metric(names, value)
+                yield counter
         for name, attribute, text in _HISTOGRAMS:
             histogram: Histogram = getattr(core.metrics, attribute)
             family = HistogramMetricFamily(name, text, labels=label)

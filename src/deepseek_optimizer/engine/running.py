@@ -35,6 +35,7 @@ class Running:
         unconfirmed: (group, index) of blocks that were released before they could be registered, and that the prefix cache
             may still hold.
         unconfirmed_states: numbers of blocks with recurrent states after them of which the same is true.
+        restored: whether what the prefix cache lacked of its prompt was looked up in the cache's files.
         cached: number of tokens that were found in the prefix cache on admission.
         dropped: number of tokens that the sliding window has dropped.
         preempted: number of preemptions.
@@ -62,6 +63,7 @@ class Running:
     registered: int = 0
     unconfirmed: list[tuple[int, int]] = field(default_factory=list)
     unconfirmed_states: list[int] = field(default_factory=list)
+    restored: bool = False
     cached: int = 0
     dropped: int = 0
     preempted: int = 0

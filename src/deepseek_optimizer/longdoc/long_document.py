@@ -15,7 +15,8 @@ from ..chat.conversation import StopSignal
 from ..checkpoint.atomic import atomic_directory
 from ..engine.request import SamplingParams
 from ..errors import CacheFullError, CheckpointError, ConfigError
-from ..integration.generation.saved_prefix import fingerprint, load_prefix, save_prefix
+from ..integration.generation.fingerprint import fingerprint
+from ..integration.generation.saved_prefix import load_prefix, save_prefix
 from ..system.progress import show_progress
 from .citations import Citation
 from .document import Document

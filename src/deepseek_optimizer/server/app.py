@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
+from prometheus_client import CollectorRegistry
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -21,7 +22,7 @@ from .http.error_formats import error_response
 from .http.guard import Guard, HostGuard
 from .http.ignored_fields import HEADER
 from .http.metrics import HttpMetrics
-from .http.page_files import page_files
+from .http.page_files import PageFile, page_files
 from .http.paths import path_of
 from .http.problems import ApiError, problem
 from .http.tracing import Tracer, Tracing
@@ -88,7 +89,6 @@ def create_app(engine: Any, settings: ServerSettings | None = None, tracer: Trac
     settings = settings or ServerSettings()
     state = ServerState(engine, settings)
     assets = page_files()
-    open_paths = {"/", "/health", "/ready", *page.paths(assets)}
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
@@ -104,32 +104,44 @@ def create_app(engine: Any, settings: ServerSettings | None = None, tracer: Trac
             if tracer is not None:
                 await asyncio.to_thread(tracer.close)
 
-    middleware = [Middleware(HostGuard, settings=settings)]
-    if settings.allow_origins:
-        middleware.append(
-            Middleware(
-                CORSMiddleware,
-                allow_origins=list(settings.allow_origins),
-                allow_methods=["GET", "POST", "DELETE"],
-                allow_headers=["Authorization", "Content-Type", "X-Api-Key", "Anthropic-Version", "Anthropic-Beta"],
-                expose_headers=["Retry-After", "X-Request-Id", HEADER],
-            )
-        )
     if tracer is not None:
         engine.observe(tracer)
-        middleware.append(Middleware(Tracing, tracer=tracer, skip=frozenset({"/health", "/ready", "/metrics"})))
-    middleware.append(Middleware(Guard, settings=settings, metrics=HttpMetrics(engine.registry), open_paths=open_paths))
-    app = FastAPI(
-        title="deepseek-optimizer",
-        description=_ABOUT + (_STRICT if settings.strict else _TOLERANT),
-        docs_url=None,  # it would load scripts from another host
-        redoc_url=None,
-        redirect_slashes=False,
-        middleware=middleware,
-        exception_handlers={HTTPException: _http_error, RequestValidationError: _wrong_parameter},
-        lifespan=lifespan,
-    )
+    app = new_app(settings, engine.registry, lifespan, assets, tracer)
     app.state.server = state
+    add_routes(app, state)
+    if state.generates:
+        page.add(app, assets)
+    bodies: list[type[BaseModel]] = [
+        ChatRequest,
+        CompletionRequest,
+        ResponsesRequest,
+        EmbeddingRequest,
+        RerankRequest,
+        ScoreRequest,
+        ClassifyRequest,
+        PoolingRequest,
+        TokenizeRequest,
+        DetokenizeRequest,
+        MessagesRequest,
+        CountTokensRequest,
+        OllamaChatRequest,
+        OllamaGenerateRequest,
+        OllamaEmbedRequest,
+        OllamaEmbeddingsRequest,
+        OllamaShowRequest,
+        NativeCompletionRequest,
+        InfillRequest,
+        ApplyTemplateRequest,
+        TgiRequest,
+    ]
+    if settings.allow_lora_loading:
+        bodies += [LoadAdapterRequest, UnloadAdapterRequest]
+    openapi.install(app, bodies, bool(settings.keys), settings.strict)
+    return app
+
+
+def add_routes(app: FastAPI, state: ServerState) -> None:
+    """Adds the routes of a model."""
     generating = (
         chat,
         completions,
@@ -162,39 +174,53 @@ def create_app(engine: Any, settings: ServerSettings | None = None, tracer: Trac
         adapters.add(app, state)
     else:
         encoder_only.add(app, state, generating)
-    _add_paths_without_v1(app)
-    if state.generates:
-        page.add(app, assets)
-    bodies: list[type[BaseModel]] = [
-        ChatRequest,
-        CompletionRequest,
-        ResponsesRequest,
-        EmbeddingRequest,
-        RerankRequest,
-        ScoreRequest,
-        ClassifyRequest,
-        PoolingRequest,
-        TokenizeRequest,
-        DetokenizeRequest,
-        MessagesRequest,
-        CountTokensRequest,
-        OllamaChatRequest,
-        OllamaGenerateRequest,
-        OllamaEmbedRequest,
-        OllamaEmbeddingsRequest,
-        OllamaShowRequest,
-        NativeCompletionRequest,
-        InfillRequest,
-        ApplyTemplateRequest,
-        TgiRequest,
-    ]
-    if settings.allow_lora_loading:
-        bodies += [LoadAdapterRequest, UnloadAdapterRequest]
-    openapi.install(app, bodies, bool(settings.keys), settings.strict)
-    return app
+    add_paths_without_v1(app)
 
 
-def _add_paths_without_v1(app: FastAPI) -> None:
+def new_app(
+    settings: ServerSettings,
+    registry: CollectorRegistry,
+    lifespan: Callable[[FastAPI], AbstractAsyncContextManager[None]],
+    assets: dict[str, PageFile],
+    tracer: Tracer | None = None,
+) -> FastAPI:
+    """Creates an application with the middleware of every server, and without routes.
+
+    Args:
+        settings: the server's.
+        registry: for the metrics of HTTP requests.
+        lifespan: starts and ends what the routes use.
+        assets: the chat page's files, which need no API key.
+        tracer: exports traces.
+    """
+    open_paths = {"/", "/health", "/ready", *page.paths(assets)}
+    middleware = [Middleware(HostGuard, settings=settings)]
+    if settings.allow_origins:
+        middleware.append(
+            Middleware(
+                CORSMiddleware,
+                allow_origins=list(settings.allow_origins),
+                allow_methods=["GET", "POST", "DELETE"],
+                allow_headers=["Authorization", "Content-Type", "X-Api-Key", "Anthropic-Version", "Anthropic-Beta"],
+                expose_headers=["Retry-After", "X-Request-Id", HEADER],
+            )
+        )
+    if tracer is not None:
+        middleware.append(Middleware(Tracing, tracer=tracer, skip=frozenset({"/health", "/ready", "/metrics"})))
+    middleware.append(Middleware(Guard, settings=settings, metrics=HttpMetrics(registry), open_paths=open_paths))
+    return FastAPI(
+        title="deepseek-optimizer",
+        description=_ABOUT + (_STRICT if settings.strict else _TOLERANT),
+        docs_url=None,  # it would load scripts from another host
+        redoc_url=None,
+        redirect_slashes=False,
+        middleware=middleware,
+        exception_handlers={HTTPException: _http_error, RequestValidationError: _wrong_parameter},
+        lifespan=lifespan,
+    )
+
+
+def add_paths_without_v1(app: FastAPI) -> None:
     """Serves each path under /v1 without that prefix too, as llama-server does, for clients whose base URL lacks it."""
     routes = [route for route in app.routes if isinstance(route, APIRoute)]
     taken = {(route.path, method) for route in routes for method in route.methods or ()}

@@ -19,11 +19,14 @@ from types import FrameType
 from typing import Any
 
 import uvicorn
+from fastapi import FastAPI
 
 from ..errors import ConfigError
 from .app import create_app
 from .http.connections import protocol_for
 from .http.tracing import Tracer
+from .pool.model_pool import ModelPool
+from .pool_app import create_pool_app
 from .settings import ServerSettings
 from .state import ServerState
 
@@ -63,7 +66,7 @@ class Server(uvicorn.Server):
                 ssl_cert_reqs=ssl.CERT_REQUIRED if settings.ssl_ca_certs else ssl.CERT_NONE,
             )
         )
-        self._state: ServerState = app.state.server
+        self._state: ServerState | ModelPool = app.state.server
         self._stopping: asyncio.Task[None] | None = None
         self._banner = banner
 
@@ -101,7 +104,7 @@ class Server(uvicorn.Server):
     async def _stop(self) -> None:
         print("dso: stopping when requests in flight are done; a second signal stops at once", file=sys.stderr, flush=True)
         try:
-            if not await self._state.engine.drain(self._state.settings.drain_seconds):
+            if not await self._state.drain(self._state.settings.drain_seconds):
                 logger.warning(
                     "requests were still in flight after %g s and were cancelled", self._state.settings.drain_seconds
                 )
@@ -183,6 +186,22 @@ def serve(
     raise_file_limit()
     app = create_app(engine, settings, tracer)
     app.state.server.warm_up()
+    run(app, settings, sock, banner)
+
+
+def serve_models(pool: ModelPool, sock: socket.socket, banner: Callable[[str, int], None]) -> None:
+    """Serves several models until a signal stops the process.
+
+    Args:
+        pool: the models, none of which is loaded yet.
+        sock, banner: as for `serve`.
+    """
+    raise_file_limit()
+    run(create_pool_app(pool), pool.settings, sock, banner)
+
+
+def run(app: FastAPI, settings: ServerSettings, sock: socket.socket, banner: Callable[[str, int], None]) -> None:
+    """Runs an application until a signal stops the process; arguments as for `serve`."""
     sys.setswitchinterval(_SWITCH)
     gc.freeze()  # existing objects live on; a collection that visits them takes a tenth of a second
     Server(app, settings, banner).run([sock])

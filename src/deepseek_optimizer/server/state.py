@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import copy
-import os
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -20,17 +19,14 @@ from ..engine.grammar.source import GrammarSource
 from ..engine.request import CompiledGrammar, Request
 from ..errors import EngineBusyError, RequestError, WorkerLostError
 from .adapters import AdapterLoading
-from .documents.file_store import FileStore
 from .documents.preparation import Preparation
-from .documents.reader import DocumentReader
 from .http.caller import Caller
 from .http.fair_queue import FairQueue
-from .http.json_body import BodyReader
 from .http.problems import ApiError, busy
 from .http.queue_metrics import QueueCollector
 from .protocol.sampling import requested_answers
 from .settings import ServerSettings
-from .stored_responses.store import ResponseStore
+from .shared import Shared
 from .tokens.breakers import BreakerCache
 from .tokens.fill_in import fill_in_tokens
 from .tokens.prompt_size import PromptSize
@@ -39,24 +35,24 @@ from .tokens.tokenizing import Lane, Tokenizing
 
 T = TypeVar("T")
 
-_CLIENTS = 4  # a queue accepts this many times the maximum number of jobs of one client
-_ANY_MODEL = frozenset({"dummy", "tgi"})  # sent by huggingface_hub's InferenceClient where the user names no model
-_WORKERS = (2, 4)  # minimum and maximum number of worker processes of one kind
-
 
 class ServerState:
-    """The state of one server. `draining`: whether it is shutting down and refuses requests; `sleeping`: see `sleep`.
+    """The state of one server, or of one model of a server with several. `sleeping`: see `sleep`.
 
     Args:
         engine: an `AsyncEngine`.
         settings: the server's.
+        shared: what the server's models have in common; None: there is one model.
     """
 
-    def __init__(self, engine: Any, settings: ServerSettings) -> None:
+    def __init__(self, engine: Any, settings: ServerSettings, shared: Shared | None = None) -> None:
         self.engine, self.settings = engine, settings
         self.created = int(time.time())
-        self.draining = self.sleeping = False
+        self.sleeping = False
         self._changing_sleep = asyncio.Lock()
+        self.shared, self._alone = shared or Shared(settings), shared is None
+        self.bodies, self.files, self.reader = self.shared.bodies, self.shared.files, self.shared.reader
+        self.responses = self.shared.responses
         self.model_name: str = engine.model_name
         self.generates: bool = engine.generates
         settings.embedding.check(engine.hidden_size)
@@ -66,11 +62,9 @@ class ServerState:
         self.fill_in = fill_in_tokens(self.tokenizer)
         self.breakers = BreakerCache(self.texts, engine.vocab_size)
         self.prompt_size = PromptSize(self.tokenizer, engine.context if engine.cache_window is None else None)
-        max_per_client, max_jobs = settings.max_jobs_per_client, _CLIENTS * settings.max_jobs_per_client
-        self.bodies = BodyReader(settings, max_per_client, max_jobs)
+        max_per_client, max_jobs, workers = self.shared.max_per_client, self.shared.max_jobs, self.shared.workers
         self._tokenizing = Tokenizing(self.tokenizer, max_per_client, max_jobs)
         self.template = self._tokenizing.short.template
-        workers = min(max(_WORKERS[0], (os.cpu_count() or 1) // 2), _WORKERS[1])
         self.grammars = GrammarCompiler(
             self.tokenizer, engine.vocab_size, stop_token_ids=engine.eos, seconds=settings.grammar_seconds, workers=workers
         )
@@ -78,16 +72,29 @@ class ServerState:
         self._compiling = FairQueue("grammars", workers, max_running=1, max_per_client=max_per_client, max_jobs=max_jobs)
         self._looking_up = FairQueue("schemas", 1, max_running=1, max_per_client=max_per_client, max_jobs=max_jobs)
         self.documents = Preparation(self._tokenizer_copy, engine.room, settings.max_file_bytes_total, max_per_client, max_jobs)
-        self.files = FileStore(settings, self.documents.forget)
-        self.reader = DocumentReader(settings, workers, max_per_client, max_jobs)
+        self.shared.forget.append(self.documents.forget)
         self.vectors = FairQueue("vectors", 1, max_running=1, max_per_client=max_per_client, max_jobs=max_jobs)
         self.adapters = AdapterLoading(engine, settings)
-        self.responses = ResponseStore(settings, max_per_client, max_jobs)
         self.queues = [
-            self.bodies.queue, self.vectors, *self._tokenizing.queues, self._looking_up, self._compiling, self.reader.queue,
-            *self.documents.queues, self.adapters.queue, self.responses.queue,
+            self.vectors, *self._tokenizing.queues, self._looking_up, self._compiling, *self.documents.queues,
+            self.adapters.queue,
         ]  # fmt: skip
+        if self._alone:
+            self.queues += self.shared.queues
         engine.registry.register(QueueCollector(self.queues, engine.model_name))
+
+    @property
+    def draining(self) -> bool:
+        """Whether the server is shutting down and refuses requests."""
+        return self.shared.draining
+
+    @draining.setter
+    def draining(self, value: bool) -> None:
+        self.shared.draining = value
+
+    async def drain(self, seconds: float) -> bool:
+        """See `AsyncEngine.drain`."""
+        return bool(await self.engine.drain(seconds))
 
     def check_accepting(self) -> None:
         """Checks that the server accepts requests.
@@ -130,7 +137,7 @@ class ServerState:
         Raises:
             ApiError: 404, it is not the model that is served.
         """
-        if name in (None, self.model_name) or name in _ANY_MODEL or self.adapter_named(name):
+        if name in (None, self.model_name) or self.adapter_named(name):
             return
         raise ApiError(404, "there is no such model; /v1/models lists the models", param="model", code="model_not_found")
 
@@ -271,11 +278,13 @@ class ServerState:
 
     def close(self) -> None:
         """Ends the threads and processes of the server."""
-        for queue in (self._looking_up, self._compiling, self.bodies.queue, self.vectors):
+        for queue in (self._looking_up, self._compiling, self.vectors):
             queue.close()
         self._tokenizing.close()
         self.adapters.queue.close()
-        self.reader.close()
+        if self.documents.forget in self.shared.forget:
+            self.shared.forget.remove(self.documents.forget)
         self.documents.close()
-        self.responses.close()
+        if self._alone:
+            self.shared.close()
         self.grammars.close()

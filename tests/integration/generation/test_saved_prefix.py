@@ -9,7 +9,8 @@ import torch
 
 from deepseek_optimizer import DeepSeekConfig, DynamicGraphOptimizer, SamplingParams, make_engine
 from deepseek_optimizer.errors import CacheFullError, CheckpointError
-from deepseek_optimizer.integration.generation.saved_prefix import fingerprint, load_prefix, save_prefix
+from deepseek_optimizer.integration.generation.fingerprint import fingerprint
+from deepseek_optimizer.integration.generation.saved_prefix import load_prefix, save_prefix
 from support.models import CASES, llama, random_ids, random_model, rope
 
 from ..conftest import BACKENDS

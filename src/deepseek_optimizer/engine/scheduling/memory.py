@@ -38,6 +38,18 @@ class Memory(Protocol):
             CacheFullError: too few blocks are free; nothing was changed.
         """
 
+    def read_block(self, block: int) -> bytes:
+        """Returns the content of a block; see `KvStore.read_block`."""
+
+    def write_block(self, block: int, data: bytes) -> None:
+        """Writes what `read_block` returned."""
+
+    def read_state(self, slot: int) -> bytes:
+        """Returns the recurrent states in a slot; see `KvStore.read_state`."""
+
+    def write_state(self, slot: int, data: bytes) -> None:
+        """Writes what `read_state` returned."""
+
     def release_unused(self) -> None:
         """Returns the memory of the cache to the system if no block is in use."""
 

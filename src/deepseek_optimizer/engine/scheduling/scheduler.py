@@ -8,6 +8,7 @@ still has). Clients take turns, and the client with the most requests is preempt
 
 from __future__ import annotations
 
+import logging
 from bisect import insort
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -21,11 +22,16 @@ from ...errors import CacheFullError
 from ..running import Running
 from .batch_size import BatchSize
 from .budget import PromptBudget
+from .prefix_store import WRITE_SECONDS, PrefixStore
 from .sliding import Sliding
+from .store import Store
 from .turns import Turns, alternating, first_to_yield, in_turn, place_for
 
 if TYPE_CHECKING:
     from .memory import Memory
+
+_log = logging.getLogger(__name__)
+_READ_WAIT = 0.02  # seconds that a step without anything to run waits for blocks that are being read
 
 
 @dataclass
@@ -68,6 +74,7 @@ class Scheduler:
         max_prompt_logits: maximum number of prompt tokens in a step whose log probabilities are requested.
         invariant: process prompts with the decode kernels, too.
         lost: called with each request that loses its blocks.
+        store: the prefix cache's second level; None: there is none.
     """
 
     def __init__(
@@ -81,6 +88,7 @@ class Scheduler:
         max_prompt_logits: int = 1 << 31,
         invariant: bool = False,
         lost: Callable[[Running], None] = lambda _: None,
+        store: Store | None = None,
     ) -> None:
         self.memory, self.budget, self.batch, self.prefix, self.sliding = memory, budget, batch, prefix, sliding
         self._prompt_phase = DECODE if invariant else PREFILL
@@ -89,6 +97,7 @@ class Scheduler:
         self.preemptions = 0
         self.chunks: dict[Running, ScheduledChunk] = {}  # of the step that is being scheduled
         self._lost = lost
+        self.stored = None if store is None or prefix is None else PrefixStore(store, memory, prefix)
         self._max_prompt_logits = self._logits_left = max_prompt_logits  # and what the step being scheduled has left of it
         self._shortest_turn = False
         self._admission_turns, self._prompt_turns = Turns(), Turns()
@@ -96,6 +105,15 @@ class Scheduler:
     @property
     def idle(self) -> bool:
         return not self.waiting and not self.running
+
+    def wait_for_stored(self) -> bool:
+        """Waits a moment if blocks are being read from the prefix cache's second level; returns whether there are any."""
+        return self.stored is not None and self.stored.reader.wait(_READ_WAIT)
+
+    def close(self) -> None:
+        """Writes the rest of the prefix cache to its second level. Nothing may be scheduled afterwards."""
+        if self.stored is not None and not self.stored.close(WRITE_SECONDS):
+            _log.warning("the prefix cache was not written completely within %g s", WRITE_SECONDS)
 
     def add(self, running: Running) -> None:
         insort(self.waiting, running, key=lambda r: r.order)
@@ -186,6 +204,8 @@ class Scheduler:
 
     def _admit_waiting(self) -> None:
         """Admits waiting requests, with clients taking turns, while there are places in the batch and blocks."""
+        if self.stored is not None:
+            self.stored.reader.collect()
         if not self.waiting:
             return
         batch_size = self.batch.choose()
@@ -195,7 +215,7 @@ class Scheduler:
             if full and place_for(running, self.running) is None:
                 return
             use_prefix = self.prefix is not None and not running.request.embed
-            if use_prefix and self._prefix_in_progress(running, filling):
+            if use_prefix and (self._prefix_in_progress(running, filling) or self._being_restored(running)):
                 continue
             if full:
                 self._make_place(running)
@@ -224,6 +244,24 @@ class Scheduler:
             return not filling.isdisjoint(running.keys[known:])
         return known < len(running.keys) and running.keys[known] in filling
 
+    def _being_restored(self, running: Running) -> bool:
+        """Whether blocks of its prefix are being read from the prefix cache's second level; it then waits for them."""
+        if self.stored is None:
+            return False
+        wanted = running.keys[: (len(running.sequence.tokens) - 1) // BLOCK_TOKENS]
+        if self.stored.reader.reading(wanted):
+            return True
+        if running.restored:
+            return False
+        with self.memory.locked() as manager:
+            reserved = self._reserved(manager)
+        running.restored = self.stored.reader.begin(wanted, reserved)
+        return running.restored
+
+    def _reserved(self, manager: BlockManager) -> int:
+        """Number of blocks that the running requests need for their current tokens and for one more step."""
+        return sum(self._missing_blocks(r) for r in self.running) + len(self.running) * len(manager.groups)
+
     def _being_filled(self) -> set[bytes]:
         filling = (r for r in self.running if r.missing and not r.decoding)
         return {key for r in filling for key in r.keys[r.registered : r.shareable]}
@@ -238,10 +276,7 @@ class Scheduler:
                 tables = self.prefix.match(running.keys[:full])
                 sequence.blocks.adopt(tables, self.prefix.state_after(running.keys[: len(tables[0])]))
                 running.registered = len(sequence.blocks.blocks)
-            promised = sum(self._missing_blocks(r) for r in self.running)
-            decoding = len(self.running) * len(manager.groups)  # a block each
-            needed = self._missing_blocks(running) + promised + decoding
-            more = needed - manager.free_blocks
+            more = self._missing_blocks(running) + self._reserved(manager) - manager.free_blocks
             lacks_blocks = more > 0 and not (self.prefix and self.prefix.can_evict(more))
             if self.running and (lacks_blocks or self._lacks_slots(manager)):
                 sequence.blocks.free()
@@ -383,8 +418,18 @@ class Scheduler:
                 if len(running.sequence.blocks.tables) > 1:  # blocks that are visible at the end of the prompt, but no longer
                     self.prefix.touch(running.keys[: min(running.prompt // BLOCK_TOKENS, running.registered)])
                 self.prefix.touch(running.keys[: running.registered])
+                self._save(running)
             running.sequence.blocks.free()
         running.registered = 0
+
+    def _save(self, running: Running) -> None:
+        """Has what the prefix cache holds of the text written to its second level. The lock must be held."""
+        if self.stored is None or self.prefix is None or not running.registered:
+            return
+        parts = self.prefix.parts(running.keys[: running.registered])
+        if len(running.sequence.blocks.tables) > 1:
+            parts += self.prefix.parts(running.keys[: min(running.prompt // BLOCK_TOKENS, running.registered)])
+        self.stored.writer.save(list(dict.fromkeys(parts)))
 
     def _extend(self, running: Running, count: int, undo: int = 0) -> bool:
         """Reserves room for `count` more tokens, by sliding its own window and evicting from the prefix cache only. The last
@@ -395,18 +440,24 @@ class Scheduler:
         if blocks.fits(count):  # the usual case: no new block is needed
             blocks.tokens += count
             return True
-        with self.memory.locked():
+        with self.memory.locked() as manager:
             self._hold_states(running)
-            for _ in range(2):
+            while True:
                 try:
                     self.memory.copy_blocks(blocks.append(count, undo))
                     return True
                 except CacheFullError as error:
-                    if error.unit != "block":  # slots were evicted as far as possible
+                    if not self._make_free(manager, error):
                         return False
-                    if self.prefix is None or self.prefix.evict(error.needed - error.free) < error.needed - error.free:
-                        return False
-        return False
+
+    def _make_free(self, manager: BlockManager, error: CacheFullError) -> bool:
+        """Evicts blocks from the prefix cache, or else takes those that are being read from files. Returns whether the
+        allocation that failed may succeed now. The lock must be held."""
+        missing = error.needed - error.free
+        # slots were evicted as far as possible
+        if error.unit == "block" and self.prefix is not None and self.prefix.evict(missing) >= missing:
+            return True
+        return self.stored is not None and self.stored.reader.abandon(manager)
 
     def _extend_or_preempt(self, running: Running, count: int) -> bool:
         """Reserves room for `count` more tokens, if necessary by shrinking windows and preempting other requests.
@@ -434,6 +485,7 @@ class Scheduler:
         self._free(victim)
         self._lost(victim)
         victim.pooler = victim.shareable = None
+        victim.restored = False
         victim.preempted += 1
         self.preemptions += 1
         self.add(victim)

@@ -2,29 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-import json
 import os
-from collections.abc import Mapping
-from enum import Enum
-from functools import partial
-from typing import Any
-
-import numpy as np
-import torch
 
 from ...backends.base import BLOCK_TOKENS
 from ...cache.block_manager import HOLE
 from ...cache.prefix_cache import PrefixCache, keys
 from ...checkpoint.saved_blocks import open_blocks, save_blocks
 from ...errors import CacheFullError, CheckpointError
-from ...quant.packed import PackedWeight
 from ..bind.runtime import Runtime
-from ..bind.swap import weights_of
 from ..memory.arena import Arena
-
-_SAMPLE = 4096  # bytes hashed at the beginning and end of each weight, to distinguish models of the same shape
+from .fingerprint import fingerprint
 
 
 def save_prefix(
@@ -125,54 +112,9 @@ def load_prefix(
     return len(saved.tokens)
 
 
-def fingerprint(runtime: Runtime) -> dict[str, str]:
-    """Hashes or names of everything that the contents of a cache depend on: the graph (with RoPE and attention), the weights
-    and their formats, the cache's format, and the backend."""
-    weights = weights_of(runtime.model, runtime.graph)
-    formats = {name: w.format if isinstance(w, PackedWeight) else str(w.dtype) for name, w in weights.items()}
-    return {
-        "model": _hash([[node.op, node.weights, _plain(node.attrs)] for node in runtime.graph.nodes]),
-        "weights": _hash([[name, _sample(weights[name])] for name in sorted(weights)]),
-        "weight format": _hash(formats),
-        "activation format": runtime.config.activation,
-        "KV cache format": runtime.kv_dtype,
-        "backend": runtime.backend.name,
-    }
-
-
 def _release(arena: Arena, blocks: list[int], slot: int | None) -> None:
     with arena.locked() as manager:
         for block in blocks:
             manager.release(block)
         if slot is not None and manager.slots is not None:
             manager.slots.release(slot)
-
-
-def _sample(weight: Any) -> str:
-    data = (weight.data if isinstance(weight, PackedWeight) else weight).detach().reshape(-1)
-    count = max(1, _SAMPLE // data.element_size())
-    ends = torch.cat([data[:count], data[-count:]]).cpu().contiguous().view(torch.uint8).numpy()
-    return hashlib.blake2b(ends.tobytes() + str(tuple(data.shape)).encode(), digest_size=16).hexdigest()
-
-
-def _hash(value: Any) -> str:
-    return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=16).hexdigest()
-
-
-def _plain(value: Any) -> Any:
-    """A JSON value of a graph attribute, equal for equal attributes in every process."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return [type(value).__name__, {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}]
-    if isinstance(value, (np.ndarray, torch.Tensor)):
-        return hashlib.blake2b(np.ascontiguousarray(value).tobytes(), digest_size=16).hexdigest()
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if isinstance(value, partial):  # the frequencies of dynamic RoPE
-        return [value.func.__qualname__, _plain(value.args), _plain(value.keywords)]
-    if isinstance(value, (set, frozenset)):
-        return sorted(map(repr, value))
-    if isinstance(value, Enum) or value is None or isinstance(value, (bool, int, float, str)):
-        return repr(value)
-    raise TypeError(f"a graph attribute of type {type(value).__name__} has no fingerprint")

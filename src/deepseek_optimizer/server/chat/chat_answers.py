@@ -108,7 +108,7 @@ class ChatCollector:
             }  # fmt: skip
             choices.append(choice | self._reports[index].of_answer() if self._reports else choice)
         usage = self._tally.usage(sum(answer.reasoning_tokens for answer in self._answers))
-        of_prompt = self._reports[0].of_prompt() if self._reports else {}
+        of_prompt = {"prompt_logprobs": None} | (self._reports[0].of_prompt() if self._reports else {})
         return {**self._head, "object": "chat.completion", "choices": choices, "usage": usage, **of_prompt}
 
 

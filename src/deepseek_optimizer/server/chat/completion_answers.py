@@ -23,7 +23,6 @@ class CompletionCollector:
         echoes: text before each answer.
         n: answers to each prompt.
         texts: of the model's tokens; None: no log probabilities.
-        logprobs: number of most likely tokens; None: no log probabilities.
         reports: of each answer; empty: none.
         returned: number of answers to each prompt to return: those with the highest mean log probability; None: all.
     """
@@ -34,12 +33,11 @@ class CompletionCollector:
         echoes: list[str],
         n: int,
         texts: TokenTexts | None = None,
-        logprobs: int | None = None,
         reports: Sequence[Report] = (),
         returned: int | None = None,
     ) -> None:
         self._n, self._returned = n, n if returned is None else returned
-        self._head, self._echoes, self._texts, self._top, self._reports = head, echoes, texts, logprobs, reports
+        self._head, self._echoes, self._texts, self._reports = head, echoes, texts, reports
         self._parts: list[list[str]] = [[echo] for echo in echoes]
         self._logprobs: list[list[TokenLogprob]] = [[] for _ in echoes]
         self._ends: list[Output | None] = [None] * len(echoes)
@@ -58,10 +56,10 @@ class CompletionCollector:
             end, logprobs = self._ends[index], None
             if self._texts is not None:
                 offset = len(self._echoes[index])
-                logprobs, _ = completion_logprobs(self._logprobs[index], self._texts, offset, self._top or 0)
+                logprobs, _ = completion_logprobs(self._logprobs[index], self._texts, offset)
             choice: dict[str, Any] = {
                 "index": place, "text": "".join(parts), "logprobs": logprobs, "finish_reason": end and end.finish,
-                "stop_reason": end and end.stop_reason,
+                "stop_reason": end and end.stop_reason, "prompt_logprobs": None,
             }  # fmt: skip
             if self._reports:
                 report = self._reports[index]
@@ -93,11 +91,10 @@ class CompletionEncoder:
         n: int,
         include_usage: bool,
         texts: TokenTexts | None = None,
-        logprobs: int | None = None,
         continuous_usage: bool = False,
         reports: Sequence[Report] = (),
     ) -> None:
-        self._echoes, self._texts, self._top, self._include_usage = list(echoes), texts, logprobs, include_usage
+        self._echoes, self._texts, self._include_usage = list(echoes), texts, include_usage
         self._continuous_usage = continuous_usage
         self._reports, self._begun = reports, [False] * len(echoes)
         self._offsets = [len(echo) for echo in echoes]
@@ -121,10 +118,8 @@ class CompletionEncoder:
         if output.finish is None and not output.logprobs:
             return opening + self._close
         logprobs = b"null"
-        if self._texts is not None and (output.logprobs or output.prompt_logprobs):
-            values, self._offsets[index] = completion_logprobs(
-                output.logprobs or [], self._texts, self._offsets[index], self._top or 0
-            )
+        if self._texts is not None and (output.logprobs or output.prompt_logprobs is not None):
+            values, self._offsets[index] = completion_logprobs(output.logprobs or [], self._texts, self._offsets[index])
             if output.prompt_logprobs is not None:
                 values = self._reports[index].with_prompt(values)
             logprobs = orjson.dumps(values)

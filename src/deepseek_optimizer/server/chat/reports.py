@@ -109,8 +109,8 @@ class Report:
             return logprobs
         merged: dict[str, Any] = {}
         for name, values in logprobs.items():
-            parts = [self._echoed.get(name, b""), orjson.dumps(values)[1:-1]]
-            merged[name] = None if values is None else orjson.Fragment(b"[" + b",".join(filter(None, parts)) + b"]")
+            parts = [self._echoed[name], orjson.dumps(values)[1:-1]]
+            merged[name] = orjson.Fragment(b"[" + b",".join(filter(None, parts)) + b"]")
         return merged
 
     def of_prompt(self) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from . import request_id
 from .caller import client_of
 from .error_formats import error_response
 from .hosts import HostCheck
-from .ignored_fields import HEADER, IgnoredFields
+from .ignored_fields import HEADER, IgnoredFieldLog
 from .metrics import HttpMetrics
 from .paths import path_of
 from .problems import INTERNAL, ApiError, problem
@@ -61,7 +61,7 @@ class Guard:
     def __init__(self, app: ASGIApp, settings: ServerSettings, metrics: HttpMetrics, open_paths: Iterable[str]) -> None:
         self._app, self._settings, self._metrics = app, settings, metrics
         self._open = frozenset(open_paths)
-        self._ignored = IgnoredFields()
+        self._ignored = IgnoredFieldLog()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":

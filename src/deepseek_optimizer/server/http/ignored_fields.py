@@ -14,7 +14,7 @@ _MAX_LOGGED = 200  # names; clients may invent any number of them
 _UNSAFE = re.compile(r"[^A-Za-z0-9_.$-]")
 
 
-class IgnoredFields:
+class IgnoredFieldLog:
     """The names of ignored fields that were logged."""
 
     def __init__(self) -> None:

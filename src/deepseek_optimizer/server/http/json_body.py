@@ -49,6 +49,9 @@ class BodyReader:
                 408 too slow; 413 too large; 415 another Content-Type; 503 too many bodies at once; others see `FairQueue.run`.
             ClientDisconnect: the client has disconnected.
         """
+        known: tuple[dict[str, Any], int] | None = getattr(request.state, "body", None)
+        if known is not None:  # read before, to choose the model
+            return known
         client = request.state.client
         self._check_headers(request)
         with self._counted(client) as count:
@@ -57,6 +60,13 @@ class BodyReader:
             except asyncio.TimeoutError:
                 raise ApiError(408, "the body was received too slowly", code="timeout", headers=_CLOSE) from None
             return await self.working(client, len(body), lambda: self._parsed(body)), len(body)
+
+    @contextmanager
+    def holding(self, client: str, size: int) -> Iterator[None]:
+        """Counts a body that was read and waits to be processed; raises ApiError 503 if there are too many."""
+        with self._counted(client) as count:
+            count.set(size)
+            yield
 
     async def working(self, client: str, size: int, work: Callable[[], T]) -> T:
         """Processes a body's JSON: at once if it is small, and on the queue's thread if it is large, so that the event loop and

@@ -49,7 +49,7 @@ class CompletionRequest(Sampling, Guided):
 class CompletionLogprobs(ResponseModel):
     tokens: list[str]
     token_logprobs: list[float | None] = Field(description="Null for the first token of a prompt.")
-    top_logprobs: list[dict[str, float] | None] | None
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
 
 

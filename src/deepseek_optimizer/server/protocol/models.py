@@ -37,6 +37,41 @@ class ModelList(ResponseModel):
     data: list[ModelCard]
 
 
+class ModelStatus(ResponseModel):
+    value: Literal["unloaded", "loading", "loaded", "unloading", "failed"]
+    failed: bool
+    pinned: bool
+    reason: str | None = Field(None, description="Why the model could not be loaded.")
+
+
+class PooledModelCard(ResponseModel):
+    """A model of a server with several. Fields that are known only of a loaded model are missing otherwise."""
+
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    max_model_len: int | None
+    status: ModelStatus
+    size_bytes: int | None = Field(description="Size of its weights in files.")
+    memory_bytes: int | None = Field(description="Memory of its weights, and the maximum of its cache.")
+    max_file_bytes: int | None = None
+    default_sampling: DefaultSampling | None = None
+
+
+class PooledModelList(ResponseModel):
+    object: Literal["list"]
+    data: list[PooledModelCard]
+
+
+class ModelNameRequest(Body):
+    model: Annotated[str, Field(min_length=1, max_length=1024)]
+
+
+class Done(ResponseModel):
+    success: bool
+
+
 class TokenizeRequest(Body):
     """A text (`prompt`), or a chat (`messages`), to which the chat template is applied."""
 
@@ -98,5 +133,6 @@ class Status(ResponseModel):
     status: str
 
 
+EXAMPLE_MODEL_NAME: dict[str, Any] = {"model": "a-model"}
 EXAMPLE_TOKENIZE: dict[str, Any] = {"prompt": "Hello"}
 EXAMPLE_DETOKENIZE: dict[str, Any] = {"tokens": [1]}

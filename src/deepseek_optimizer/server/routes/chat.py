@@ -169,6 +169,7 @@ def chat_spec(body: ChatRequest, prefill: bool = False) -> ChatSpec:
         choice=choice,
         named=named,
         allowed=allowed,
+        several=body.parallel_tool_calls,
         effort=body.reasoning_effort,
         options=body.chat_template_kwargs or {},
         skip_special=body.skip_special_tokens is not False,

@@ -67,9 +67,9 @@ def add(app: FastAPI, state: ServerState) -> None:
             token_texts = None if body.logprobs is None else started.texts
             if body.stream:
                 last, every = usage_in_stream(body.stream_options)
-                encoder = CompletionEncoder(head, echoes, n, last, token_texts, body.logprobs, every, reports)
+                encoder = CompletionEncoder(head, echoes, n, last, token_texts, every, reports)
                 return StreamReply(state, places.pop_all(), answers, encoder)
-            collector = CompletionCollector(head, echoes, n, token_texts, body.logprobs, reports, returned)
+            collector = CompletionCollector(head, echoes, n, token_texts, reports, returned)
             return WholeReply(state, places.pop_all(), answers, collector.feed, collector.body)
 
     def echo(lane: Lane, ids: list[int]) -> str:

@@ -12,6 +12,7 @@ from ..documents.upload import check_origin, digest_of, read_upload_form
 from ..http.caller import Caller, cancel_on_disconnect
 from ..http.problems import ApiError
 from ..openapi import errors
+from ..pool.model_pool import ModelPool
 from ..protocol.files import DeletedFile, FileList, FileObject, check_fields, file_object, unknown_fields
 from ..protocol.files import form as form_schema
 from ..state import ServerState
@@ -19,7 +20,7 @@ from ..state import ServerState
 _Id = Annotated[str, Path(max_length=256)]
 
 
-def add(app: FastAPI, state: ServerState) -> None:
+def add(app: FastAPI, state: ServerState | ModelPool) -> None:
     @app.post(
         "/v1/files",
         response_model=FileObject,

@@ -153,6 +153,7 @@ def chat_spec(body: ResponsesRequest) -> ChatSpec:
         choice=choice,
         named=named,
         allowed=allowed,
+        several=body.parallel_tool_calls,
         effort=body.reasoning.effort if body.reasoning else None,
         options=body.chat_template_kwargs or {},
     )

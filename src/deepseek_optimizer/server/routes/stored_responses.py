@@ -12,6 +12,7 @@ from ..chat.replies import json_response
 from ..http.caller import Caller
 from ..http.problems import ApiError
 from ..openapi import errors
+from ..pool.model_pool import ModelPool
 from ..protocol.responses import DeletedResponse, InputItemList, ResponseObject
 from ..state import ServerState
 
@@ -19,7 +20,7 @@ _Id = Annotated[str, Path(max_length=256)]
 _ERRORS = errors(400, 401, 403, 404, 429, 503, 504, 507)
 
 
-def add(app: FastAPI, state: ServerState) -> None:
+def add(app: FastAPI, state: ServerState | ModelPool) -> None:
     def caller_of(request: Request) -> Caller:
         return Caller(request.state.client, 0, state.deadline(time.monotonic()))
 

@@ -105,14 +105,14 @@ def chat_logprobs(logprobs: list[TokenLogprob], texts: TokenTexts, top: bool = T
     ]
 
 
-def completion_logprobs(logprobs: list[TokenLogprob], texts: TokenTexts, offset: int, count: int) -> tuple[dict[str, Any], int]:
-    """Log probabilities in the format of /v1/completions.
+def completion_logprobs(logprobs: list[TokenLogprob], texts: TokenTexts, offset: int) -> tuple[dict[str, Any], int]:
+    """Log probabilities in the format of /v1/completions. `top_logprobs` includes the token itself, also if no others were
+    requested.
 
     Args:
         logprobs: of consecutive tokens.
         texts: of the model's tokens.
         offset: of the first token in the answer's text, in characters; an incomplete character counts as none.
-        count: number of most likely tokens requested; 0: they are omitted.
 
     Returns: the log probabilities, and the offset after the last token.
     """
@@ -121,7 +121,7 @@ def completion_logprobs(logprobs: list[TokenLogprob], texts: TokenTexts, offset:
         tokens.append(texts.text(one.token))
         offsets.append(offset)
         offset += len(texts.bytes(one.token).decode(errors="ignore"))
-    top = [_top(one.token, one.logprob, one.top, texts) for one in logprobs] if count else None
+    top = [_top(one.token, one.logprob, one.top, texts) for one in logprobs]
     values = {
         "tokens": tokens,
         "token_logprobs": [finite(one.logprob) for one in logprobs],
@@ -148,7 +148,7 @@ def echo_logprobs(first: int, logprobs: PromptLogprobs, texts: TokenTexts, echo:
         logprobs: of the others.
         texts: of the model's tokens.
         echo: the prompt's text, for offsets: special tokens that the tokenizer has added are not in it.
-        count: number of most likely tokens; 0: `top_logprobs` is omitted.
+        count: number of most likely tokens.
     """
     tokens, offsets, offset = [first, *logprobs.tokens.tolist()], [], 0
     decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a token may be part of a character
@@ -158,15 +158,13 @@ def echo_logprobs(first: int, logprobs: PromptLogprobs, texts: TokenTexts, echo:
         if not texts.added(token) or echo.startswith(raw.decode(errors="replace"), offset):
             offset += len(decoder.decode(raw))
     values = logprobs.logprobs.tolist()
-    arrays: dict[str, list[Any]] = {
+    rows = zip(logprobs.tokens.tolist(), values, _pairs(logprobs, count), strict=True)
+    return {
         "tokens": [texts.text(token) for token in tokens],
         "token_logprobs": [None, *map(finite, values)],
+        "top_logprobs": [None, *(_top(token, value, top, texts) for token, value, top in rows)],
         "text_offset": offsets,
     }
-    if count:
-        rows = zip(logprobs.tokens.tolist(), values, _pairs(logprobs, count), strict=True)
-        arrays["top_logprobs"] = [None, *(_top(token, value, top, texts) for token, value, top in rows)]
-    return arrays
 
 
 def prompt_logprob_list(logprobs: PromptLogprobs, texts: TokenTexts, count: int) -> list[dict[str, Any] | None]:
