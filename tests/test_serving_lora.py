@@ -20,6 +20,7 @@ from deepseek_optimizer import (
 )
 from deepseek_optimizer.backends.cpu import unavailable_reason
 from deepseek_optimizer.errors import AdapterError, NotEnoughMemoryError
+from deepseek_optimizer.train.lora import add_adapter, targets_of
 from support.lora import adapted, logits_of, random_adapter, save_adapter
 from support.models import CASES, llama, random_ids, random_model
 from support.tiny_v3 import documents, tiny_v3
@@ -112,6 +113,21 @@ def test_without_adapters_nothing_changes(base, checkpoint, folders):
         sampling = SamplingParams(temperature=0, max_tokens=12, logprobs=3, ignore_eos=True)
         results.append([(c.token_ids, c.logprobs) for c in engine.generate(prompts, sampling)])
     assert results[0] == results[1]
+
+
+def test_adapters_that_were_trained_on_a_packed_model(checkpoint, tmp_path):
+    """As `dso train --lora` saves them; the texts are those of the trained model itself."""
+    model = load_model(checkpoint, precision="int4", activation="int16")
+    wrapped = add_adapter(model, 4, 16.0, 0.0, targets_of(model))
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))) * 0.05)
+    wrapped.save_pretrained(tmp_path / "trained")
+    fresh = load_model(checkpoint, precision="int4", activation="int16")
+    engine = make_engine(fresh, adapters={"t": str(tmp_path / "trained")}, lora_dtype="fp32")
+    requests = [greedy(random_ids(model.config, 20, seed=n), 10, "t", id=str(n)) for n in range(3)]
+    check_texts(requests, engine.generate(requests), {"t": wrapped.eval()}, 2e-2)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "int4"])

@@ -14,8 +14,8 @@ CALL = {"type": "function", "id": "a", "function": {"name": "now", "arguments": 
 WRITTEN = '<tool_call>\n{"name": "now", "arguments": {"tz": "é"}}\n</tool_call>'
 
 
-def changed(*messages, system=True):
-    return with_described_tools(messages, [TOOL], SHAPE, system=system)
+def changed(*messages, system=True, calls=False):
+    return with_described_tools(messages, [TOOL], SHAPE, system=system, calls=calls)
 
 
 def test_the_description_joins_the_system_message():
@@ -39,6 +39,11 @@ def test_calls_and_results_become_messages():
     again = changed(USER, answer, results[0], {"role": "assistant", "content": "A"}, USER)[2:]
     assert [message["role"] for message in again] == ["assistant", "user", "assistant", "user"]
     assert all(message.keys() == {"role", "content"} for message in again)
+
+
+def test_a_template_with_calls_gets_them():
+    history = [USER, {"role": "assistant", "content": "", "tool_calls": [CALL]}, {"role": "tool", "content": "0"}]
+    assert changed(*history, calls=True)[1:] == history
 
 
 def test_the_messages_are_not_modified():

@@ -153,7 +153,7 @@ def test_an_allowed_origin_may_read(make_server):
         ("DELETE", "/v1/models"),
         ("POST", "/health"),
         ("PATCH", "/metrics"),
-        ("POST", "/"),
+        ("PUT", "/"),
     ],
 )
 def test_a_wrong_method(client, method, path):

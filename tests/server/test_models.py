@@ -109,7 +109,7 @@ def test_tokens_of_a_text_and_back(client, byte_tokenizer):
         and actual["token_strs"][2] == "bytes:\\xc3"
         and actual["token_strs"][-1] == "<|user|>"
     )
-    assert client.post("/detokenize", json={"tokens": actual["tokens"]}).json() == {"prompt": text}
+    assert client.post("/detokenize", json={"tokens": actual["tokens"]}).json() == {"prompt": text, "content": text}
 
 
 def test_tokens_of_a_chat_equal_the_prompt(live):

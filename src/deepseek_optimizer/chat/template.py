@@ -121,6 +121,10 @@ class ChatTemplate:
         """Whether the template supports tools."""
         return "tools" in self._inspect(self.source(tools=True))["variables"]
 
+    def knows_calls(self) -> bool:
+        """Whether the template renders the tool calls of earlier answers, even if it does not describe tools."""
+        return bool(self._inspect(self.source())["calls"])
+
     def knows_system(self) -> bool:
         """Whether the template supports system messages."""
         return bool(self._inspect(self.source())["system"])

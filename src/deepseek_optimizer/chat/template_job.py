@@ -55,8 +55,8 @@ def prepare(setup: dict[str, Any]) -> Callable[[dict[str, Any]], Any]:
 
 
 def _inspect(template: str, variables: dict[str, Any], render: Callable[[str, dict[str, Any]], str]) -> dict[str, Any]:
-    """Facts about a template: the variables that it reads, whether it expects the arguments of calls as text rather than
-    objects, and whether it renders system messages."""
+    """Facts about a template: the variables that it reads, whether it renders calls, whether it expects their arguments as text
+    rather than objects, and whether it renders system messages."""
     import jinja2.meta
     from transformers.utils import chat_template_utils
 
@@ -79,9 +79,11 @@ def _inspect(template: str, variables: dict[str, Any], render: Callable[[str, di
         except ValueError:
             return False
 
-    as_text = not shows_json({"dso": "probe"}) and shows_json('{"dso": "probe"}')
+    as_object = shows_json({"dso": "probe"})
+    as_text = not as_object and shows_json('{"dso": "probe"}')
     return {
         "variables": sorted(names - set(environment.globals)),
+        "calls": as_object or as_text,
         "arguments_as_text": as_text,
         "system": shows_system(),
     }

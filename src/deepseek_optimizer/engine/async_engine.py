@@ -395,16 +395,16 @@ class AsyncEngine:
         self.check_alive()
         await self.drain(seconds)
         loop = asyncio.get_running_loop()
-        done = loop.create_future()
+        done = asyncio.Event()
 
         def release() -> None:
             self.core.release_memory()
             if self._weights is not None:
                 self._weights.release_pages()
-            loop.call_soon_threadsafe(lambda: done.done() or done.set_result(None))
+            loop.call_soon_threadsafe(done.set)
 
         self._send(release)
-        await done
+        await done.wait()
 
     def wake_up(self) -> None:
         """Admits requests again after `sleep`, and begins to read the weights."""

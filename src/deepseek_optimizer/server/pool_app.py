@@ -103,7 +103,7 @@ async def _sweep(pool: ModelPool) -> None:
     """Deletes expired files periodically, and checks whether files of loaded models were replaced."""
     while True:
         await asyncio.sleep(_SWEEP_SECONDS)
-        pool.files.sweep()
+        pool.shared.files.sweep()
         await asyncio.to_thread(pool.responses.sweep)
         for model in pool.loaded:
             if model.loaded is not None:

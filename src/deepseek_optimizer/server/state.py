@@ -35,8 +35,6 @@ from .tokens.tokenizing import Lane, Tokenizing
 
 T = TypeVar("T")
 
-_ANY_MODEL = frozenset({"dummy", "tgi"})  # sent by huggingface_hub's InferenceClient where the user names no model
-
 
 class ServerState:
     """The state of one server, or of one model of a server with several. `sleeping`: see `sleep`.
@@ -139,7 +137,7 @@ class ServerState:
         Raises:
             ApiError: 404, it is not the model that is served.
         """
-        if name in (None, self.model_name) or name in _ANY_MODEL or self.adapter_named(name):
+        if name in (None, self.model_name) or self.adapter_named(name):
             return
         raise ApiError(404, "there is no such model; /v1/models lists the models", param="model", code="model_not_found")
 

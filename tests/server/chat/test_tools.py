@@ -140,6 +140,24 @@ def test_every_format_works_on_any_template(serve, name):
     assert "example_tool" in prompt_of(live)
 
 
+def test_a_template_that_renders_calls_but_no_tools(serve):
+    """As those of DeepSeek-R1 and V3.1."""
+    begin, end = "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>", "<｜tool▁call▁end｜><｜tool▁calls▁end｜>"
+    live = serve(
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% for c in m.tool_calls or [] %}"
+        + begin
+        + "{{ c.function.name }}"
+        "<｜tool▁sep｜>{{ c.function.arguments }}" + end + "{% endfor %}{% endfor %}[assistant]"
+    )
+    live.script = f'{begin}weather<｜tool▁sep｜>{{"city": "Rom"}}{end}'
+    call = {"id": "c", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Rom"}'}}
+    result = {"role": "tool", "tool_call_id": "c", "content": "sunny"}
+    assert names_of(ask(live, messages=[USER, {"role": "assistant", "tool_calls": [call]}, result])) == ["weather"]
+    prompt = prompt_of(live)
+    assert prompt.startswith("[system]# Tools") and f"{begin}example_tool<｜tool▁sep｜>" in prompt
+    assert prompt.endswith(f'[assistant]{begin}weather<｜tool▁sep｜>{{"city": "Rom"}}{end}[tool]sunny[assistant]')
+
+
 def test_harmony_needs_its_template(serve):
     live = serve(PLAIN, ServerSettings(tools_format="harmony"))
     assert_error(live.client.post(PATH, json={"messages": [USER], "tools": [WEATHER]}), 400, "tools")

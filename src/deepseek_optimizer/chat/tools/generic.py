@@ -16,7 +16,12 @@ _EXAMPLE = "example_tool", {"example_parameter": "value"}
 
 
 def with_described_tools(
-    messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]], shape: CallShape, *, system: bool
+    messages: Sequence[Mapping[str, Any]],
+    tools: Sequence[Mapping[str, Any]],
+    shape: CallShape,
+    *,
+    system: bool,
+    calls: bool = False,
 ) -> list[dict[str, Any]]:
     """The messages of a chat with tools for a template without tools.
 
@@ -24,19 +29,20 @@ def with_described_tools(
         messages, tools: as `check_messages` and `check_tools` return them.
         shape: how calls are written.
         system: whether the template supports system messages; otherwise the description begins the first user message.
+        calls: whether the template renders earlier calls and their results, which are then left as they are.
 
     Returns: messages of the roles system, user and assistant. The results of the calls of one turn are one user message,
         together with the user message that follows, since many templates require turns to alternate.
     """
-    out: list[dict[str, Any]] = []
-    for message in messages:
+    out: list[dict[str, Any]] = [dict(message) for message in messages] if calls else []
+    for message in () if calls else messages:
         role = message["role"]
         if role == "tool":
             _say(out, f"<tool_response>\n{message['content']}\n</tool_response>")
         elif role == "assistant" and message.get("tool_calls"):
-            calls = written(message["tool_calls"], shape)
+            text = written(message["tool_calls"], shape)
             rest = {name: value for name, value in message.items() if name != "tool_calls"}
-            out.append({**rest, "content": "\n".join(part for part in (message["content"], calls) if part)})
+            out.append({**rest, "content": "\n".join(part for part in (message["content"], text) if part)})
         elif role == "user" and out and out[-1].get("results"):
             _say(out, message["content"])
         else:

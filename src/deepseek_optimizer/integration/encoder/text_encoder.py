@@ -75,7 +75,7 @@ def is_encoder_runtime(runtime: Any) -> bool:
 def max_tokens(model: Any, tokenizer: Any) -> int:
     """Maximum number of tokens of a text, special tokens included."""
     positions = getattr(model.config, "max_position_embeddings", None)
-    embeddings = getattr(model.base_model, "embeddings", None)
+    embeddings: Any = getattr(model.base_model, "embeddings", None)
     if positions is not None and hasattr(embeddings, "create_position_ids_from_input_ids"):  # they begin after that of padding
         positions -= embeddings.padding_idx + 1
     limits = [limit for limit in (positions, getattr(tokenizer, "model_max_length", None)) if limit]

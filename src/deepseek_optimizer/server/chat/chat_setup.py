@@ -155,8 +155,14 @@ def _fitted(
     def render(some: Sequence[Mapping[str, Any]]) -> Prompt:
         in_template: list[Tool] | None = tools or None
         if described is not None and described.shape is not None:
-            in_template, system = None, lane.template.knows_system()
-            some = with_described_tools(check_messages(some), check_tools(tools), described.shape, system=system)
+            in_template, native = None, detect(lane.template.source()) is described and lane.template.knows_calls()
+            some = with_described_tools(
+                check_messages(some),
+                check_tools(tools),
+                described.shape,
+                system=lane.template.knows_system(),
+                calls=native,
+            )
         return lane.template.render(
             some,
             tools=in_template,
@@ -180,15 +186,18 @@ def _fitted(
 
 
 def _tool_format(state: ServerState, template: ChatTemplate) -> tuple[ToolFormat, bool]:
-    """The format of tool calls, and whether the server describes the tools and the format, because the template does not."""
+    """The format of tool calls, and whether the server describes the tools and the format, because the template does not.
+
+    The templates of DeepSeek-R1 and V3.1 render calls, but do not describe tools.
+    """
     name, knows = state.settings.tools_format, template.knows_tools()
-    found = detect(template.source(tools=True)) if knows else None
+    found = detect(template.source(tools=knows))
     tool_format = FORMATS[name] if name is not None else found or GENERIC
     described = not knows or tool_format is GENERIC
     if described and tool_format.shape is None:
         raise ApiError(
             400,
-            f"tools: the format {name} needs a template that describes tools; use --tool-format generic",
+            f"tools: the format {tool_format.name} needs a template that describes tools; use --tool-format generic",
             param="tools",
         )
     return tool_format, described

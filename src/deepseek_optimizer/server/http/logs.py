@@ -49,6 +49,6 @@ def set_up_logs(json: bool) -> None:
     """
     handler = logging.StreamHandler()
     handler.setFormatter(JsonFormatter() if json else TextFormatter("dso: %(message)s"))
-    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("deepseek_optimizer").setLevel(logging.INFO)
     logging.getLogger("bm25s").setLevel(logging.WARNING)  # it logs every index at its own default level

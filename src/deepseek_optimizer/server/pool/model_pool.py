@@ -26,7 +26,6 @@ from .pooled_model import LoadedModel, PooledModel
 _log = logging.getLogger(__name__)
 _RETRY = 30.0  # seconds after a failed load in which requests do not try again
 _MAX_WAITING = (64, 256)  # requests that wait for models: of one client, and in all
-_POLL = 0.1  # seconds between checks whether an engine is idle
 _LIST_SECONDS = 1.0  # the list of files is at most this old when a name is not found
 
 Open = Callable[[ModelFile, Shared], LoadedModel]
@@ -62,7 +61,8 @@ class ModelPool:
         load_seconds: float = 120.0,
     ) -> None:
         self.settings, self.shared, self.created = settings, Shared(settings), int(time.time())
-        self.files, self.reader, self.responses = self.shared.files, self.shared.reader, self.shared.responses
+        self.files, self.reader = self.shared.files, self.shared.reader
+        self.responses = self.shared.responses
         self._list_files, self._open = list_files, open_model
         self.memory, self.cache, self.default, self.load_seconds = memory, cache, default, load_seconds
         pinned = tuple(pinned)
@@ -119,7 +119,7 @@ class ModelPool:
             elif model.leaving is not None:
                 await model.leaving
             await self._end(model)
-        await self.responses.finish()
+        await self.shared.responses.finish()
         self.shared.close()
 
     def check_accepting(self) -> None:
@@ -261,8 +261,8 @@ class ModelPool:
 
     async def _unload(self, model: PooledModel) -> None:
         await model.idle()
-        while model.loaded is not None and model.loaded.state.engine.admitted:  # responses in the background
-            await asyncio.sleep(_POLL)
+        if model.loaded is not None:  # responses in the background have no request that uses the model
+            await model.loaded.state.engine.drain(self.settings.request_seconds)
         await self._end(model)
         model.leaving = None
         self.unloads += 1

@@ -33,4 +33,4 @@ def add(app: FastAPI, state: ServerState, modules: Iterable[ModuleType]) -> None
 
     for route in unused.routes:
         if isinstance(route, APIRoute):
-            app.add_api_route(route.path, refuse, methods=list(route.methods), include_in_schema=False)
+            app.add_api_route(route.path, refuse, methods=sorted(route.methods or ()), include_in_schema=False)

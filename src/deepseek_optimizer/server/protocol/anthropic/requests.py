@@ -80,25 +80,25 @@ _AssistantBlock = Annotated[
 ]
 
 
-class UserMessage(Body):
+class AnthropicUserMessage(Body):
     role: Literal["user"]
     content: str | Annotated[list[_UserBlock], Field(min_length=1, max_length=_MAX_BLOCKS, fail_fast=True)]
 
 
-class AssistantMessage(Body):
+class AnthropicAssistantMessage(Body):
     role: Literal["assistant"]
     content: str | Annotated[list[_AssistantBlock], Field(max_length=_MAX_BLOCKS, fail_fast=True)]
 
 
-class SystemMessage(Body):
+class AnthropicSystemMessage(Body):
     role: Literal["system"]
     content: Texts
 
 
-Message = Annotated[UserMessage | AssistantMessage | SystemMessage, Field(discriminator="role")]
+Message = Annotated[AnthropicUserMessage | AnthropicAssistantMessage | AnthropicSystemMessage, Field(discriminator="role")]
 
 
-class Tool(Body):
+class AnthropicTool(Body):
     """A tool that the client runs."""
 
     type: Literal["custom"] | None = None
@@ -153,14 +153,14 @@ class Thinking(Body):
     display: Literal["summarized", "omitted"] | None = None
 
 
-class SchemaFormat(Body):
+class AnthropicSchemaFormat(Body):
     type: Literal["json_schema"]
     schema_: dict[str, Any] = Field(alias="schema")
 
 
 class OutputConfig(Body):
     effort: Literal["low", "medium", "high", "xhigh", "max"] | None = None
-    format: SchemaFormat | None = None
+    format: AnthropicSchemaFormat | None = None
 
 
 class CountTokensRequest(Body):
@@ -169,11 +169,11 @@ class CountTokensRequest(Body):
     model: ModelName = None
     messages: Annotated[list[Message], Field(min_length=1, max_length=10_000, fail_fast=True)]
     system: Texts | None = None
-    tools: Annotated[list[Tool], Field(max_length=128, fail_fast=True)] | None = None
+    tools: Annotated[list[AnthropicTool], Field(max_length=128, fail_fast=True)] | None = None
     tool_choice: Choice | None = None
     thinking: Thinking | None = None
     output_config: OutputConfig | None = None
-    output_format: SchemaFormat | None = None
+    output_format: AnthropicSchemaFormat | None = None
     cache_control: Ignored
     context_management: Ignored
     speed: Ignored

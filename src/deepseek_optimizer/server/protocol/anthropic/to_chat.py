@@ -11,18 +11,18 @@ from ..base import parse
 from ..chat import ChatRequest
 from ..messages import continues
 from .requests import (
-    AssistantMessage,
+    AnthropicAssistantMessage,
+    AnthropicSystemMessage,
+    AnthropicUserMessage,
     CountTokensRequest,
     MessagesRequest,
     NamedChoice,
     NoChoice,
-    SystemMessage,
     TextBlock,
     Texts,
     ThinkingBlock,
     ToolResultBlock,
     ToolUseBlock,
-    UserMessage,
 )
 
 _BILLING = "x-anthropic-billing-header:"  # a system block of Claude Code, different in every request: it would defeat the cache
@@ -90,9 +90,9 @@ def _messages(body: CountTokensRequest) -> list[dict[str, Any]]:
     if body.system is not None and (system := _text(body.system)):
         messages.append({"role": "system", "content": system})
     for message in body.messages:
-        if isinstance(message, AssistantMessage):
+        if isinstance(message, AnthropicAssistantMessage):
             messages.append(_assistant(message))
-        elif isinstance(message, SystemMessage):
+        elif isinstance(message, AnthropicSystemMessage):
             messages.append({"role": "system", "content": _text(message.content)})
         else:
             _add_user(messages, message)
@@ -107,7 +107,7 @@ def _joined(texts: Iterable[str]) -> str:
     return "\n".join(text for text in texts if not text.startswith(_BILLING))
 
 
-def _assistant(message: AssistantMessage) -> dict[str, Any]:
+def _assistant(message: AnthropicAssistantMessage) -> dict[str, Any]:
     if isinstance(message.content, str):
         return {"role": "assistant", "content": message.content}
     out: dict[str, Any] = {"role": "assistant"}
@@ -126,7 +126,7 @@ def _assistant(message: AssistantMessage) -> dict[str, Any]:
     return out | ({"tool_calls": calls} if calls else {})
 
 
-def _add_user(messages: list[dict[str, Any]], message: UserMessage) -> None:
+def _add_user(messages: list[dict[str, Any]], message: AnthropicUserMessage) -> None:
     """Adds the results of tools, then the text, which continues a user message before it: templates expect turns."""
     texts: list[str] = []
     if isinstance(message.content, str):

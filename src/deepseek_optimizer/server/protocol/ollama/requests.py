@@ -72,26 +72,26 @@ def no_images(value: Any) -> None:
         raise ValueError("images are not supported: this server reads text")
 
 
-class Function(Body):
+class OllamaFunction(Body):
     name: Annotated[str, Field(min_length=1, max_length=256)]
     arguments: dict[str, Any] = Field(default_factory=dict)
     description: Ignored
     index: Ignored
 
 
-class ToolCall(Body):
+class OllamaToolCall(Body):
     """An earlier tool call of the model."""
 
     id: Annotated[str, Field(max_length=256)] | None = None
     type: Ignored
-    function: Function
+    function: OllamaFunction
 
 
 class Message(Body):
     role: Literal["system", "user", "assistant", "tool"]
     content: str | None = None
     thinking: str | None = None
-    tool_calls: Annotated[list[ToolCall], Field(max_length=128, fail_fast=True)] | None = None
+    tool_calls: Annotated[list[OllamaToolCall], Field(max_length=128, fail_fast=True)] | None = None
     tool_name: Annotated[str, Field(max_length=256)] | None = None
     tool_call_id: Annotated[str, Field(max_length=256)] | None = None
     images: None = None
@@ -109,7 +109,7 @@ class ToolFunction(Body):
     strict: Ignored
 
 
-class Tool(Body):
+class OllamaTool(Body):
     type: Literal["function"] | None = None
     function: ToolFunction
 
@@ -118,7 +118,7 @@ class OllamaChatRequest(_Generation):
     """A chat to continue; without messages: whether the model is loaded."""
 
     messages: Annotated[list[Message], Field(max_length=10_000, fail_fast=True)] | None = None
-    tools: Annotated[list[Tool], Field(max_length=128, fail_fast=True)] | None = None
+    tools: Annotated[list[OllamaTool], Field(max_length=128, fail_fast=True)] | None = None
 
 
 class OllamaGenerateRequest(_Generation):
