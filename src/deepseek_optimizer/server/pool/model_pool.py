@@ -182,7 +182,7 @@ class ModelPool:
         if len(self.models) == 1:
             return next(iter(self.models.values()))
         if self.loaded:
-            return max(self.loaded, key=lambda model: (model.users, model.used))
+            return max(self.loaded, key=lambda model: (model.users > 0, model.used))
         raise ApiError(400, "model: is required, as there are several; /v1/models lists them", param="model")
 
     def _by_other_name(self, name: str) -> PooledModel | None:
@@ -323,7 +323,7 @@ class ModelPool:
                     f"it needs {mb(needed)}, and {mb(max(0, self.memory - taken))} of {mb(self.memory)} for models "
                     "(--models-memory) are free"
                 )
-            victim = min(others, key=lambda other: (other.leaving is None, other.users > 0, other.used))
+            victim = min(others, key=lambda other: (other.leaving is None, other.busy, other.used))
             self.unload(victim)
             if victim.leaving is not None:
                 await asyncio.shield(victim.leaving)

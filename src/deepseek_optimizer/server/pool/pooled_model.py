@@ -65,6 +65,11 @@ class PooledModel:
         return self.loaded is not None and self.leaving is None and self.loaded.state.engine.alive
 
     @property
+    def busy(self) -> bool:
+        """Whether a request uses it, or its engine answers one in the background."""
+        return self.users > 0 or (self.loaded is not None and self.loaded.state.engine.admitted > 0)
+
+    @property
     def status(self) -> Status:
         if self.leaving is not None:
             return "unloading"
