@@ -24,7 +24,7 @@ from deepseek_optimizer.bench.peers.openvino import export_command
 from deepseek_optimizer.bench.unoptimized_model import dequantized
 from deepseek_optimizer.checkpoint.manifest import VERSION
 
-from . import gguf_file, gguf_v2lite, random_packed
+from . import gguf_file, gguf_shapes, gguf_v2lite, random_packed
 
 TITLES = {
     "smol": "SmolLM2-135M", "r1q15": "R1-Distill-Qwen-1.5B shape", "v2l6": "DeepSeek-V2-Lite shape, 6 layers",
@@ -36,7 +36,7 @@ def model(name: str, form: str) -> Path:
     """Where a model lies; makes it where it is missing, whole or not at all.
 
     Args:
-        name: of `TITLES`.
+        name: of `TITLES`, or of `gguf_shapes.SHAPES`: those are GGUF files only.
         form: "bf16" (a Transformers directory), "int4" or another precision (packed by us), "Q4_0" or another ggml type (a
             GGUF file), "openvino" (exported in int4); of smol also "gguf", the file it comes in. With "-long" behind it, a
             directory's config claims 131,072 positions: right for speed, meaningless as text beyond what it was trained for.
@@ -46,6 +46,8 @@ def model(name: str, form: str) -> Path:
         return _once(short.with_name(f"{short.name}-long"), lambda target: _with_long_context(short, target))
     if form == "gguf" and name == "smol":
         return smollm2.fetch()
+    if name in gguf_shapes.SHAPES:
+        return _once(smollm2.cache_directory() / f"{name}.gguf", lambda target: gguf_shapes.write(name, target))
     if name == "v2lite":
         return _v2lite(form)
     if name == "v32":

@@ -38,6 +38,7 @@ def of_gguf(path: Path) -> Reads:
     if architecture == "deepseek2":  # latents, and keys that all heads share
         numbers = field("block_count") * field("attention.key_length")
     else:
-        head_dim = field("embedding_length") // field("attention.head_count")
+        stored = f"{architecture}.attention.key_length" in reader.fields
+        head_dim = field("attention.key_length") if stored else field("embedding_length") // field("attention.head_count")
         numbers = 2 * field("block_count") * field("attention.head_count_kv") * head_dim
     return Reads(sum(sizes.values()) - sum(stacks.values()), 2 * numbers, experts=experts)

@@ -17,6 +17,7 @@ from deepseek_optimizer.bench.machine_limits import read_gb_s
 from . import measure, measure_serving, results, speculation, spine
 from .command import asked
 from .deepseek import DEEPSEEK
+from .families import FAMILIES
 from .long_context import LONG
 from .serving import SERVING, Serving
 from .speculation import SPECULATION, Speculation
@@ -28,7 +29,7 @@ SIZES_MB = (76, 900)  # what int4 weights of 135 million and of 1.5 billion para
 
 
 def main() -> None:
-    known: dict[str, Any] = {row.name: row for row in (*STANDING, *DEEPSEEK, *LONG, *SPECULATION, *SERVING, *SPINE)}
+    known: dict[str, Any] = {row.name: row for row in (*STANDING, *DEEPSEEK, *FAMILIES, *LONG, *SPECULATION, *SERVING, *SPINE)}
     a = asked(__doc__.splitlines()[0], known, rounds=3)
     seconds, threads = 0.1 if a.quick else 1.0, usable_cpus()
     bandwidth = {f"{size} MB": read_gb_s(size * 10**6, threads, seconds) for size in SIZES_MB}
@@ -52,7 +53,8 @@ def _measure(
 
     if isinstance(row, Row):
         found = measure.measure(row.quick() if quick else row, threads=threads, rounds=rounds, note=note, seconds=seconds)
-        kind = "deepseek" if row in DEEPSEEK else "long" if row in LONG else "standing"
+        sets = {"deepseek": DEEPSEEK, "families": FAMILIES, "long": LONG}
+        kind = next((name for name, rows in sets.items() if row in rows), "standing")
         return found, kind, bar_lines(found)
     if isinstance(row, Speculation):
         found = speculation.measure(row.quick() if quick else row, threads=threads, rounds=rounds, note=note)

@@ -19,6 +19,7 @@ from deepseek_optimizer.bench.sections import number
 
 from . import measure_serving, results, training
 from .deepseek import DEEPSEEK
+from .families import FAMILIES
 from .long_context import LONG
 from .models import TITLES
 from .serving import SERVING
@@ -56,6 +57,7 @@ def filled(text: str, directory: Path = results.DIRECTORY) -> str:
         "spine": spine_table,
         "standing": standing_table,
         "deepseek": partial(standing_table, rows=DEEPSEEK),
+        "families": partial(standing_table, rows=FAMILIES),
         "long": partial(standing_table, rows=LONG),
         "speculation": speculation_table,
         "serving": partial(serving_table, windows=read("window")),

@@ -93,12 +93,12 @@ def chat(
 
 def _local(model: str, fields: dict[str, Any], sampling: dict[str, Any]) -> Speaker:
     from deepseek_optimizer import make_engine
-    from deepseek_optimizer.chat.local import EngineSpeaker, default_sampling
+    from deepseek_optimizer.chat.local import EngineSpeaker, chat_sampling
 
     from .model import load
 
     loaded, tokenizer = load(model, fields)
-    return EngineSpeaker(make_engine(loaded, tokenizer), default_sampling(loaded, **sampling))
+    return EngineSpeaker(make_engine(loaded, tokenizer), chat_sampling(loaded, model, **sampling))
 
 
 def _remote(url: str, key: str | None, name: str | None, sampling: dict[str, Any]) -> Speaker:

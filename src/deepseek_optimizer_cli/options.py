@@ -124,7 +124,7 @@ Temperature = Annotated[
         "--temperature",
         "-t",
         metavar="T",
-        help="Sampling temperature; 0 is greedy. Default: the model's generation config.",
+        help="Sampling temperature; 0 is greedy. Default: the model's recommended setting.",
         **_SAMPLING,
     ),
 ]

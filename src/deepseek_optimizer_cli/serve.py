@@ -13,8 +13,6 @@ if TYPE_CHECKING:
     from deepseek_optimizer.server.settings import ServerSettings
 
 _NEEDED = ("fastapi", "httptools", "orjson", "prometheus_client", "python_multipart", "uvicorn", "xgrammar")
-_SAMPLING_FIELDS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")  # of a generation config
-
 
 _REQUESTS: dict[str, Any] = {"rich_help_panel": "Requests and memory"}
 _ACCESS: dict[str, Any] = {"rich_help_panel": "Network and access"}
@@ -70,6 +68,15 @@ def serve(
             **_ACCESS,
         ),
     ] = None,
+    strict_requests: Annotated[
+        bool,
+        typer.Option(
+            "--strict-requests",
+            help="Refuse requests with unknown fields, or with values of another JSON type such as numbers in quotes. Default: "
+            "unknown fields are ignored, and the response header X-Ignored-Fields names them.",
+            **_ACCESS,
+        ),
+    ] = False,
     access_log: Annotated[bool, typer.Option("--access-log", help="Log each request to stderr.", **_ACCESS)] = False,
     fields: dict[str, Any],
     kl_budget: o.KlBudget = None,
@@ -150,6 +157,27 @@ def serve(
             **_CHAT,
         ),
     ] = None,
+    generation_config: Annotated[
+        str,
+        typer.Option(
+            "--generation-config",
+            metavar="SOURCE",
+            help="Sampling parameters of requests that omit them. model: those of the checkpoint's generation config, else "
+            "those that the model's authors publish, else temperature 0.7 and top_p 0.95. vllm: those of the generation "
+            "config, else OpenAI's. openai: temperature 1 and top_p 1.",
+            **_CHAT,
+        ),
+    ] = "model",
+    max_answer_tokens: Annotated[
+        int,
+        typer.Option(
+            "--max-answer-tokens",
+            min=1,
+            metavar="TOKENS",
+            help="Maximum length of an answer whose request gives none. It ends earlier if the context is full.",
+            **_CHAT,
+        ),
+    ] = 4096,
     tool_format: Annotated[
         str | None,
         typer.Option(
@@ -193,6 +221,7 @@ def serve(
     if missing:
         raise ValueError(f'the server needs {", ".join(missing)}; install with: pip install "deepseek-optimizer[serve]"')
 
+    from deepseek_optimizer.chat.sampling_defaults import SOURCES
     from deepseek_optimizer.chat.tools import FORMATS
     from deepseek_optimizer.errors import ConfigError
     from deepseek_optimizer.server.keys import read_keys
@@ -200,6 +229,8 @@ def serve(
 
     if tool_format is not None and tool_format not in FORMATS:
         raise ConfigError(f"--tool-format must be one of {', '.join(FORMATS)}, got {tool_format!r}")
+    if generation_config not in SOURCES:
+        raise ConfigError(f"--generation-config must be one of {', '.join(SOURCES)}, got {generation_config!r}")
     if name is not None and not name.strip():
         raise ConfigError("--served-model-name must not be empty")
     # Validate every option before loading the model.
@@ -219,6 +250,9 @@ def serve(
         drain_seconds=drain_seconds,
         tools_format=tool_format,
         reasoning=reasoning,
+        max_answer_tokens=max_answer_tokens,
+        model_path=model,
+        strict=strict_requests,
         access_log=access_log,
     )
     fields |= o.not_none(
@@ -231,14 +265,22 @@ def serve(
         "drafts": drafts,
         "cache_window": cache_window,
     }
-    _serve(model, name, fields, settings, options)
+    _serve(model, name, fields, settings, generation_config, options)
 
 
-def _serve(model: str, name: str | None, fields: dict[str, Any], settings: ServerSettings, options: dict[str, Any]) -> None:
+def _serve(
+    model: str,
+    name: str | None,
+    fields: dict[str, Any],
+    settings: ServerSettings,
+    generation_config: Any,
+    options: dict[str, Any],
+) -> None:
     import logging
     from dataclasses import replace
 
     from deepseek_optimizer import report
+    from deepseek_optimizer.chat.sampling_defaults import sampling_defaults
     from deepseek_optimizer.integration.memory.cache_size import check_granted
     from deepseek_optimizer.server.run import listener
     from deepseek_optimizer.server.run import serve as run
@@ -254,7 +296,8 @@ def _serve(model: str, name: str | None, fields: dict[str, Any], settings: Serve
     if "kv_cache_memory" in fields:
         check_granted(fields["kv_cache_memory"], free_memory())
     loaded, tokenizer = load(model, fields)
-    settings = replace(settings, sampling=_default_sampling(loaded))
+    defaults = sampling_defaults(loaded, model, generation_config)
+    settings = replace(settings, sampling=defaults.values, sampling_not_thinking=defaults.not_thinking)
     engine = make_async_engine(loaded, tokenizer, model_name=name, **options)
     facts = report(loaded)
 
@@ -262,14 +305,6 @@ def _serve(model: str, name: str | None, fields: dict[str, Any], settings: Serve
         typer.echo(_banner(engine, facts, settings, host, port), err=True)
 
     run(engine, settings, sock, banner)
-
-
-def _default_sampling(model: Any) -> dict[str, Any]:
-    """Default sampling parameters for requests: those of the model's generation config, if it samples."""
-    config = model.generation_config
-    if not config.do_sample:
-        return {}
-    return {field: value for field in _SAMPLING_FIELDS if (value := getattr(config, field, None)) is not None}
 
 
 def _banner(engine: Any, facts: Any, settings: ServerSettings, host: str, port: int) -> str:

@@ -136,7 +136,7 @@ def _request(data: bytes, kind: str) -> Request:
 def _upload(data: bytes) -> None:
     with FileStore(_SETTINGS).room("key", "client") as room:
         form = asyncio.run(read_upload_form(_request(data, "multipart/form-data; boundary=xx"), _SETTINGS, room))
-    check_fields(form.fields)
+    check_fields(form.fields, strict=True)
     if form.name is not None:
         read_upload(form.name, bytes(form.data))
 

@@ -129,13 +129,17 @@ def test_an_example_fills_the_message_box(chat: Any, server: FakeChatServer) -> 
 
 
 def test_each_setting_shows_its_effective_default(open_chat: Callable[..., Any], server: FakeChatServer) -> None:
-    server.models[0]["default_sampling"] = {"temperature": 0.6, "top_p": 0.95, "top_k": IMAGE}
+    server.models[0]["default_sampling"] = {"temperature": 0.6, "top_p": 0.95, "top_k": IMAGE, "max_tokens": 4096}
     chat = open_chat()
     chat.page.click("#settings")
     shown = {
-        name: chat.page.get_attribute(f"#field-{name}", "placeholder") for name in ("temperature", "top_p", "top_k", "seed")
+        name: chat.page.get_attribute(f"#field-{name}", "placeholder")
+        for name in ("temperature", "top_p", "top_k", "max_tokens", "seed")
     }
-    assert shown == {"temperature": "default: 0.6", "top_p": "default: 0.95", "top_k": "default", "seed": "default: random"}
+    assert shown == {
+        "temperature": "default: 0.6", "top_p": "default: 0.95", "top_k": "default", "max_tokens": "default: 4,096",
+        "seed": "default: random",
+    }  # fmt: skip
 
 
 def test_new_chat_is_reachable_while_the_list_is_hidden(chat: Any, open_chat: Callable[..., Any]) -> None:

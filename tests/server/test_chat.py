@@ -35,10 +35,8 @@ PATH = "/v1/chat/completions"
         [{"role": "user", "content": {}}],
         [{"role": "user", "content": ["hi"]}],
         [{"role": "wizard", "content": "hi"}],
-        [{"role": "function", "name": "f", "content": "hi"}],
         [{"role": 1, "content": "hi"}],
         [{"role": "tool", "content": "hi"}],
-        [{"role": "user", "content": "hi", "color": "red"}],
         [{"role": "user", "content": [{"type": "text"}]}],
         [{"role": "user", "content": [{"type": "text", "text": 1}]}],
         [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://127.0.0.1:1/x.png"}}]}],
@@ -51,6 +49,7 @@ PATH = "/v1/chat/completions"
         ],
         [USER, {"role": "assistant", "tool_calls": "f"}],
         [USER, {"role": "assistant", "function_call": {"name": "f"}}],
+        [{"role": "function", "name": "f"}],
         [USER] * 10_001,
     ],
 )
@@ -111,9 +110,6 @@ def test_role_markers_in_content_are_text(live, byte_tokenizer, marker):
     "fields",
     [
         {"chat_template": "{{ 1 }}"},
-        {"chat_template_kwargs": {"chat_template": "{{ 1 }}"}},
-        {"chat_template_kwargs": {"messages": "x"}},
-        {"chat_template_kwargs": {"unknown": 1}},
         {"chat_template_kwargs": {"a": {"b": 1}}},
         {"chat_template_kwargs": [1]},
         {"reasoning_effort": "much"},
@@ -135,7 +131,7 @@ def test_max_completion_tokens_overrides_max_tokens(live):
     live.client.post(PATH, json={"messages": [USER], "max_tokens": 5, "max_completion_tokens": 2})
     assert live.engine.seen[-1].sampling.max_tokens == 2
     live.client.post(PATH, json={"messages": [USER]})
-    assert live.engine.seen[-1].sampling.max_tokens is None
+    assert live.engine.seen[-1].sampling.max_tokens == 4096
 
 
 def test_the_system_prompt_is_pinned(live):

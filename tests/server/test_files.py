@@ -171,7 +171,6 @@ def test_names_of_four_kilobytes(client):
         form(PURPOSE),
         form(FILE),
         form(FILE, b'name="purpose"\r\n\r\nfine-tune'),
-        form(FILE, PURPOSE, b'name="color"\r\n\r\nred'),
         form(FILE, b'name="purpose"\r\n\r\n' + b"x" * 1000),
         form(FILE, PURPOSE, b'name="expires_after[seconds]"\r\n\r\n1'),
         form(FILE, PURPOSE, b'name="expires_after[seconds]"\r\n\r\n4e3'),

@@ -34,7 +34,7 @@ def test_list_and_single_model(client):
     assert client.get("/v1/models/fake-model").json() == actual["data"][0]
     assert actual["data"][0]["max_model_len"] == 4096
     plain = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
-    assert actual["data"][0]["default_sampling"] == plain
+    assert actual["data"][0]["default_sampling"] == {**plain, "presence_penalty": 0.0, "max_tokens": 4096}
 
 
 def test_the_model_card_has_the_recommended_sampling(make_server):
@@ -79,6 +79,12 @@ def test_other_models_are_a_404_without_file_access(live, refused, path, rest, m
     assert not touched
 
 
+@pytest.mark.parametrize("name", [None, "", "dummy"])
+def test_requests_without_a_name(client, name):
+    actual = client.post("/v1/completions", json={"model": name, "prompt": "x", "max_tokens": 1})
+    assert actual.status_code == 200 and actual.json()["model"] == "fake-model"
+
+
 @pytest.mark.parametrize("name", [1, ["fake-model"], {}, True, "a" * 5000])
 def test_invalid_names(refused, name):
     refused("/v1/completions", {"model": name, "prompt": "x"}, 400, "model")
@@ -121,7 +127,7 @@ def test_texts_that_cannot_be_tokenized(refused, body):
     refused("/tokenize", body)
 
 
-@pytest.mark.parametrize("tokens", [None, "1", [-1], [261], [2**63], [True], [1.5], ["1"], [[1]]])
+@pytest.mark.parametrize("tokens", [None, "1", [-1], [261], [2**63], [1.5], ["x"], [[1]]])
 def test_invalid_token_lists(refused, tokens):
     refused("/detokenize", {"tokens": tokens})
 

@@ -1,4 +1,5 @@
-"""Valid and invalid requests generated from the server's OpenAPI schema: no answer is a 5xx, and all match the schema.
+"""Valid and invalid requests generated from the server's OpenAPI schema: no answer is a 5xx, and all match the schema. Invalid
+requests are sent to a strict server, since others accept values of another JSON type.
 
 DSO_SCHEMA_EXAMPLES: number of requests per operation; `make fuzz` tries 1,000.
 """
@@ -51,15 +52,25 @@ CHECKS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def api(byte_tokenizer):
+def schema_of(byte_tokenizer, strict):
+    """Yields the OpenAPI schema of a server."""
     tokenizer = copy.deepcopy(byte_tokenizer)
     tokenizer.chat_template = HERMES
     engine = FakeEngine(tokenizer, script=lambda request: "short", context=512)
-    with LiveServer(engine, ServerSettings(grammar_seconds=1.0)) as live:
+    with LiveServer(engine, ServerSettings(grammar_seconds=1.0, strict=strict)) as live:
         yield schemathesis.openapi.from_url(f"{live.url}/openapi.json")
         assert live.client.get("/health").status_code == 200
         assert engine.admitted == 0 and engine.running == 0
+
+
+@pytest.fixture(scope="module")
+def api(byte_tokenizer):
+    yield from schema_of(byte_tokenizer, strict=False)
+
+
+@pytest.fixture(scope="module")
+def strict_api(byte_tokenizer):
+    yield from schema_of(byte_tokenizer, strict=True)
 
 
 OPERATIONS = [
@@ -76,6 +87,7 @@ OPERATIONS = [
     ("DELETE", "/v1/files/{file_id}"),
     ("GET", "/v1/models"),
     ("GET", "/v1/models/{model}"),
+    ("GET", "/props"),
     ("GET", "/health"),
     ("GET", "/ready"),
     ("GET", "/metrics"),
@@ -96,7 +108,9 @@ CASES = [
 
 
 @pytest.mark.parametrize("method,path,mode", CASES, ids=lambda value: getattr(value, "value", value))
-def test_the_schema(api, method, path, mode):
+def test_the_schema(request, method, path, mode):
+    api = request.getfixturevalue("strict_api" if mode is GenerationMode.NEGATIVE else "api")
+
     @settings(max_examples=EXAMPLES, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
     @given(case=api[path][method].as_strategy(generation_mode=mode))
     def run(case):

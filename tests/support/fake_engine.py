@@ -52,6 +52,7 @@ class FakeEngine:
         self.eos = frozenset({tokenizer.eos_token_id})
         self.cache_window: int | None = None
         self.room = context
+        self.max_running = capacity
         self.registry = CollectorRegistry()
         self.alive = False
         self.steps = 0

@@ -16,6 +16,7 @@ from ..integration.bind.runtime import runtime_of
 from .conversation import Answer, Messages, StopSignal, prompt_tokens, rate
 from .fit import fit
 from .sampling import ignored_settings, sampling_params
+from .sampling_defaults import sampling_defaults
 
 _ids = itertools.count(1)
 
@@ -26,6 +27,17 @@ def default_sampling(model: Any, **given: Any) -> SamplingParams:
     if names := ignored_settings(config):
         runtime_of(model).warn_once(f"the generation config sets {', '.join(names)}, which only model.generate supports")
     return sampling_params(config, **given)
+
+
+def chat_sampling(model: Any, name: str, **given: Any) -> SamplingParams:
+    """The sampling parameters of a chat: the defaults of `dso serve` (see `sampling_defaults`), overridden by `given`.
+
+    Args:
+        model: an optimized model.
+        name: of the model, or the path of its files.
+        given: see `sampling_params`.
+    """
+    return default_sampling(model, **{"top_k": 0, **sampling_defaults(model, name).values, **given})
 
 
 def room_of(engine: Engine, context: int | None = None) -> int:

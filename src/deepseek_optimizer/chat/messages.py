@@ -74,7 +74,7 @@ def _message(message: Any, where: str) -> dict[str, Any]:
     out: dict[str, Any] = {"role": "system" if role == "developer" else role}
     calls = message.get("tool_calls")
     content = message.get("content")
-    if content is None and role == "assistant":
+    if content is None and role in ("assistant", "tool"):
         out["content"] = ""
     else:
         out["content"] = _content(content, f"{where}.content")

@@ -183,9 +183,14 @@ class AsyncEngine:
         return self.core.room
 
     @property
+    def max_running(self) -> int:
+        """Maximum number of requests that run at once."""
+        return self.core.options.batch_size_range[1]
+
+    @property
     def capacity(self) -> int:
         """Maximum number of places per client. The queue has _CLIENTS times as many, so that one client cannot fill it."""
-        return self.core.options.batch_size_range[1] + self.core.options.max_waiting
+        return self.max_running + self.core.options.max_waiting
 
     async def start(self) -> None:
         """Starts the thread."""

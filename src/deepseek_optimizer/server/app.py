@@ -9,6 +9,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -17,6 +18,7 @@ from starlette.middleware.cors import CORSMiddleware
 from ..errors import excerpt
 from . import openapi
 from .http.guard import Guard, HostGuard
+from .http.ignored_fields import HEADER
 from .http.metrics import HttpMetrics
 from .http.page_files import page_files
 from .http.problems import ApiError, problem
@@ -25,13 +27,15 @@ from .protocol.completions import CompletionRequest
 from .protocol.embeddings import EmbeddingRequest
 from .protocol.models import DetokenizeRequest, TokenizeRequest
 from .protocol.responses import ResponsesRequest
-from .routes import chat, completions, embeddings, files, models, page, responses, status, tokens
+from .routes import chat, completions, embeddings, files, models, page, props, responses, status, tokens
 from .settings import ServerSettings
 from .state import ServerState
 
 _SWEEP_SECONDS = 60.0
-_ABOUT = """OpenAI's API, served by deepseek-optimizer. An unsupported field is an error, and so is a number in quotes; OpenAI's
-fields that have no effect here (user, metadata, store and the like) are accepted and ignored."""
+_ABOUT = """OpenAI's API, served by deepseek-optimizer. OpenAI's fields that have no effect here (user, metadata, store and the
+like) are accepted and ignored."""
+_TOLERANT = " Unknown fields are ignored too; the response header X-Ignored-Fields names them."
+_STRICT = " An unknown field is an error, and so is a number in quotes."
 
 
 def create_app(engine: Any, settings: ServerSettings | None = None) -> FastAPI:
@@ -67,13 +71,13 @@ def create_app(engine: Any, settings: ServerSettings | None = None) -> FastAPI:
                 allow_origins=list(settings.allow_origins),
                 allow_methods=["GET", "POST", "DELETE"],
                 allow_headers=["Authorization", "Content-Type"],
-                expose_headers=["Retry-After"],
+                expose_headers=["Retry-After", HEADER],
             )
         )
     middleware.append(Middleware(Guard, settings=settings, metrics=HttpMetrics(engine.registry), open_paths=open_paths))
     app = FastAPI(
         title="deepseek-optimizer",
-        description=_ABOUT,
+        description=_ABOUT + (_STRICT if settings.strict else _TOLERANT),
         docs_url=None,  # it would load scripts from another host
         redoc_url=None,
         redirect_slashes=False,
@@ -82,8 +86,9 @@ def create_app(engine: Any, settings: ServerSettings | None = None) -> FastAPI:
         lifespan=lifespan,
     )
     app.state.server = state
-    for route in (chat, completions, responses, embeddings, files, models, tokens, status):
+    for route in (chat, completions, responses, embeddings, files, models, props, tokens, status):
         route.add(app, state)
+    _add_paths_without_v1(app)
     page.add(app, assets)
     bodies: list[type[BaseModel]] = [
         ChatRequest,
@@ -93,8 +98,18 @@ def create_app(engine: Any, settings: ServerSettings | None = None) -> FastAPI:
         TokenizeRequest,
         DetokenizeRequest,
     ]
-    openapi.install(app, bodies, bool(settings.keys))
+    openapi.install(app, bodies, bool(settings.keys), settings.strict)
     return app
+
+
+def _add_paths_without_v1(app: FastAPI) -> None:
+    """Serves each path under /v1 without that prefix too, as llama-server does, for clients whose base URL lacks it."""
+    routes = [route for route in app.routes if isinstance(route, APIRoute)]
+    taken = {(route.path, method) for route in routes for method in route.methods}
+    for route in routes:
+        path, methods = route.path.removeprefix("/v1"), route.methods
+        if path != route.path and not any((path, method) in taken for method in methods):
+            app.add_api_route(path, route.endpoint, methods=sorted(methods), include_in_schema=False)
 
 
 async def _sweep(state: ServerState) -> None:

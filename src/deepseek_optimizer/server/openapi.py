@@ -51,13 +51,14 @@ def events() -> dict[str, Any]:
     return {"description": text, "content": {"text/event-stream": {}}}
 
 
-def install(app: FastAPI, bodies: list[type[BaseModel]], keys: bool) -> None:
+def install(app: FastAPI, bodies: list[type[BaseModel]], keys: bool, strict: bool) -> None:
     """Makes the app create its schema on first use, with the models of bodies among the components.
 
     Args:
         app: changed in place.
         bodies: models of JSON bodies.
         keys: whether requests need an API key.
+        strict: whether unknown fields of bodies are errors.
     """
 
     def schema() -> dict[str, Any]:
@@ -66,6 +67,9 @@ def install(app: FastAPI, bodies: list[type[BaseModel]], keys: bool) -> None:
             _, definitions = models_json_schema(
                 [(model, "validation") for model in bodies], ref_template="#/components/schemas/{model}"
             )
+            if not strict:
+                for definition in definitions["$defs"].values():
+                    definition.pop("additionalProperties", None)
             components = document.setdefault("components", {})
             components.setdefault("schemas", {}).update(definitions["$defs"])
             for name in ("HTTPValidationError", "ValidationError"):

@@ -50,7 +50,12 @@ class ServerSettings:
         tools_format: syntax in which the model writes tool calls, a name in `chat.tools.FORMATS`; None: detected from the chat
             template.
         reasoning: whether reasoning is returned separately from the answer; None: if the chat template supports it.
-        sampling: the model's recommended sampling parameters, used for fields that a request omits.
+        sampling: sampling parameters for fields that a request omits, by their names in `SamplingParams`; others have OpenAI's
+            defaults.
+        sampling_not_thinking: the same for answers without reasoning; None: `sampling`.
+        max_answer_tokens: maximum number of tokens of an answer whose request gives none.
+        model_path: path or name by which the model was loaded, for /props.
+        strict: refuse requests with unknown fields or with values of another JSON type, such as numbers in quotes.
         access_log: write one line to stderr for each request.
     """
 
@@ -87,6 +92,10 @@ class ServerSettings:
     tools_format: str | None = None
     reasoning: bool | None = None
     sampling: Mapping[str, Any] = field(default_factory=dict)
+    sampling_not_thinking: Mapping[str, Any] | None = None
+    max_answer_tokens: int = 4096
+    model_path: str = ""
+    strict: bool = False
     access_log: bool = False
 
     def __post_init__(self) -> None:

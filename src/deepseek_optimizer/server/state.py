@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from ..chat.reasoning import thinks
@@ -144,7 +145,8 @@ class ServerState:
         return await self._compiling.run(caller.key, lambda: self.grammars.compile(source), caller.deadline)
 
     def submit(self, requests: list[Request]) -> list[Any]:
-        """Submits requests to the engine, all of them or none.
+        """Submits requests to the engine, all of them or none. Those without a maximum length of the answer get that of the
+        settings.
 
         Returns: the answers of each request.
 
@@ -154,12 +156,24 @@ class ServerState:
         answers: list[Any] = []
         try:
             for request in requests:
-                answers.append(self.engine.submit(request))
+                answers.append(self.engine.submit(self._bounded(request)))
         except BaseException:
             for submitted in answers:
                 submitted.cancel()
             raise
         return answers
+
+    @property
+    def max_answer_tokens(self) -> int:
+        """Maximum number of tokens of an answer whose request gives none."""
+        return min(self.settings.max_answer_tokens, self.engine.context)
+
+    def _bounded(self, request: Request) -> Request:
+        sampling = request.sampling
+        if sampling.max_tokens is not None or request.embed:
+            return request
+        max_tokens = max(self.max_answer_tokens, sampling.min_tokens)
+        return replace(request, sampling=replace(sampling, max_tokens=max_tokens))
 
     async def _tokenizer_copy(self, caller: Caller) -> Any:
         """A copy of the tokenizer, made on the only thread that uses the original."""

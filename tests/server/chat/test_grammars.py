@@ -44,6 +44,94 @@ def test_the_text_follows_the_grammar(live, path):
     assert text_of(live, path, response_format={"type": "text"}).startswith("Answer")
 
 
+SCHEMA_TEXT = json.dumps(SCHEMA)
+TAG = {
+    "type": "structural_tag",
+    "format": {
+        "type": "sequence",
+        "elements": [
+            {"type": "const_string", "value": "<a>"},
+            {"type": "json_schema", "json_schema": SCHEMA},
+            {"type": "regex", "pattern": "x{2}"},
+        ],
+    },
+}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"guided_json": SCHEMA},
+        {"guided_json": SCHEMA_TEXT},
+        {"structured_outputs": {"json": SCHEMA}},
+        {"structured_outputs": {"json": SCHEMA_TEXT, "whitespace_pattern": None}},
+        {"json_schema": SCHEMA},
+        {"json_schema": SCHEMA, "grammar": ""},
+        {"response_format": {"type": "json_object", "schema": SCHEMA}},
+        {"response_format": {"type": "json_schema", "schema": SCHEMA}},
+        {"response_format": {"type": "json_schema", "json_schema": {"schema": SCHEMA}}},
+    ],
+)
+def test_schemas_in_other_spellings(live, fields):
+    assert json.loads(text_of(live, **fields)) == {"n": 7, "s": "yes"}
+
+
+@pytest.mark.parametrize(
+    "fields, pattern",
+    [
+        ({"guided_choice": ['a "b"\n', "é"]}, 'a "b"\n|é'),
+        ({"guided_choice": ["only"]}, "only"),
+        ({"structured_outputs": {"choice": ["yes", "no"]}}, "yes|no"),
+        ({"structured_outputs": {"regex": "[0-9]{3}"}}, "[0-9]{3}"),
+        ({"structured_outputs": {"grammar": 'root ::= "a" | "b"'}}, "a|b"),
+        ({"grammar": 'root ::= "a" | "b"'}, "a|b"),
+        ({"ebnf": 'root ::= "a" | "b"'}, "a|b"),
+        ({"regex": "c{4}"}, "cccc"),
+        ({"guided_grammar": 'start: "a" WORD\nWORD: "b" | "c"\n'}, "a(b|c)"),
+        ({"response_format": TAG}, r'<a>\{"n": ?7, ?"s": ?"yes"\}xx'),
+        ({"structured_outputs": {"structural_tag": json.dumps(TAG)}}, r'<a>\{"n": ?7, ?"s": ?"yes"\}xx'),
+    ],
+)
+@pytest.mark.parametrize("path", [PATH, "/v1/completions"])
+def test_other_forms_in_other_spellings(live, path, fields, pattern):
+    assert re.fullmatch(pattern, text_of(live, path, **fields))
+
+
+def test_structures_and_triggers(make_server):
+    """The model writes any text until a trigger."""
+    live = make_server(script=lambda request: "say <f>no</f> end")
+    form = {
+        "type": "structural_tag",
+        "structures": [{"begin": "<f>", "schema": {"enum": [1]}, "end": "</f>"}],
+        "triggers": ["<f"],
+    }
+    assert text_of(live, "/v1/completions", response_format=form).startswith("say <f>1</f>")
+
+
+@pytest.mark.parametrize(
+    "fields, param",
+    [
+        ({"guided_json": SCHEMA, "guided_regex": "a"}, "guided_regex"),
+        ({"response_format": {"type": "json_object"}, "structured_outputs": {"regex": "a"}}, "structured_outputs.regex"),
+        ({"structured_outputs": {"regex": "a", "choice": ["a"]}}, "structured_outputs.choice"),
+        ({"json_schema": SCHEMA, "grammar": 'root ::= "a"'}, "grammar"),
+        ({"structured_outputs": {}}, "structured_outputs"),
+        ({"structured_outputs": {"json_object": False}}, "structured_outputs"),
+        ({"guided_json": "{"}, "json_schema"),
+        ({"guided_choice": []}, "guided_choice"),
+        ({"guided_choice": [""]}, None),
+        ({"guided_choice": ["x"] * 1001}, "guided_choice"),
+        ({"guided_grammar": 'start: "a'}, "grammar"),
+        ({"guided_grammar": 'other: "a"'}, "grammar"),
+        ({"response_format": {"type": "structural_tag"}}, None),
+        ({"response_format": {"type": "structural_tag", "format": {"type": "token", "token": 1}}}, "structural_tag"),
+        ({"structured_outputs": {"structural_tag": "{"}}, "structural_tag"),
+    ],
+)
+def test_invalid_forms_in_other_spellings(refused, fields, param):
+    refused("/v1/completions", {"prompt": "x", **fields}, 400, param)
+
+
 def test_a_json_object_begins_like_one(live):
     actual = live.client.post(PATH, json={**CHAT, "max_tokens": 3, "response_format": {"type": "json_object"}})
     assert actual.json()["choices"][0]["message"]["content"].startswith("{")

@@ -36,6 +36,7 @@ def prepare(setup: dict[str, Any]) -> Callable[[dict[str, Any]], Any]:
         "json_object": lambda _: compiler.compile_json_schema('{"type": "object"}', any_whitespace=False, strict_mode=False),
         "json_schema": lambda source: compiler.compile_grammar(_ebnf(json.loads(source), xgrammar)),
         "ebnf": compiler.compile_grammar,
+        "lark": lambda source: compiler.compile_grammar(xgrammar.Grammar.from_lark(source)),
         "structure": structure,
     }
 

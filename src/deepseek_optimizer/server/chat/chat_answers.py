@@ -13,6 +13,7 @@ from ..tokens.token_text import TokenTexts, chat_logprobs
 from .usage import Tally
 
 DONE = b"data: [DONE]\n\n"
+UNFINISHED = b',"logprobs":null,"finish_reason":null}]'
 
 
 class ChatAnswer:
@@ -101,7 +102,16 @@ class ChatCollector:
 
 
 class ChatEncoder:
-    """Writes answers as chunks, `data: {...}`. The constant parts of a chunk are encoded once, not for every token."""
+    """Writes answers as chunks, `data: {...}`. The constant parts of a chunk are encoded once, not for every token.
+
+    Args:
+        head: fields that are known in advance.
+        answers: parse the outputs.
+        texts: of the model's tokens; None: no log probabilities.
+        include_usage: send a last chunk with the usage.
+        dropped: tokens that were dropped from the prompt.
+        continuous_usage: every chunk has the usage so far.
+    """
 
     def __init__(
         self,
@@ -110,20 +120,25 @@ class ChatEncoder:
         texts: TokenTexts | None,
         include_usage: bool,
         dropped: int = 0,
+        continuous_usage: bool = False,
     ) -> None:
         self._answers, self._texts, self._include_usage = answers, texts, include_usage
+        self._continuous_usage = continuous_usage
         self._tally = Tally(len(answers), len(answers), dropped)
         self._begun = [False] * len(answers)
         self._logprobs: list[list[TokenLogprob]] = [[] for _ in answers]  # of tokens whose text is still held back
         self._head = b"data: " + orjson.dumps({**head, "object": "chat.completion.chunk"})[:-1] + b',"choices":['
         self._openings = [self._head + b'{"index":%d,"delta":' % index for index in range(len(answers))]
         self._end = b',"usage":null}\n\n' if include_usage else b"}\n\n"
-        self._close = b',"logprobs":null,"finish_reason":null}]' + self._end
+        self._close = UNFINISHED + self._end
 
     def feed(self, index: int, output: Output) -> bytes:
         answer = self._answers[index]
         deltas = answer.feed(output)
         self._tally.add(index, output)
+        if self._continuous_usage:
+            self._end = b',"usage":' + orjson.dumps(self._usage()) + b"}\n\n"
+            self._close = UNFINISHED + self._end
         if output.logprobs is not None:
             self._logprobs[index] += output.logprobs
         chunks = []
@@ -136,9 +151,9 @@ class ChatEncoder:
             chunks.append(self._openings[index] + orjson.dumps(progress) + self._close)
         for delta in deltas:
             close = self._closing(index) if self._logprobs[index] else self._close
-            chunks.append(self._openings[index] + _delta(delta) + close)
+            chunks.append(self._openings[index] + self._delta(delta) + close)
         if output.finish is not None:
-            finish = orjson.dumps(answer.finish) + b',"stop_reason":' + orjson.dumps(answer.stop_reason)
+            finish = orjson.dumps(self._finish(answer)) + b',"stop_reason":' + orjson.dumps(answer.stop_reason)
             chunks.append(self._openings[index] + orjson.dumps(answer.cited) + self._closing(index, finish))
         return b"".join(chunks)
 
@@ -148,11 +163,19 @@ class ChatEncoder:
         logprobs = orjson.dumps({"content": chat_logprobs(pending, self._texts)}) if pending and self._texts else b"null"
         return b',"logprobs":' + logprobs + b',"finish_reason":' + finish + b"}]" + self._end
 
+    def _delta(self, delta: Delta) -> bytes:
+        return _delta(delta)
+
+    def _finish(self, answer: ChatAnswer) -> str:
+        return answer.finish
+
     def last(self) -> bytes:
         if not self._include_usage:
             return DONE
-        usage = self._tally.usage(sum(answer.reasoning_tokens for answer in self._answers))
-        return self._head + b'],"usage":' + orjson.dumps(usage) + b"}\n\n" + DONE
+        return self._head + b'],"usage":' + orjson.dumps(self._usage()) + b"}\n\n" + DONE
+
+    def _usage(self) -> dict[str, Any]:
+        return self._tally.usage(sum(answer.reasoning_tokens for answer in self._answers))
 
     def broken(self, error: ApiError) -> bytes:
         return b"data: " + orjson.dumps(error.body()) + b"\n\n" + DONE

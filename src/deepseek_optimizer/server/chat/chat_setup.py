@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ...chat.deltas import OutputParser
@@ -59,6 +59,7 @@ class ChatSetup:
         keep_special: whether the parser needs special tokens.
         dropped: tokens of messages that were dropped because the chat exceeds the cache window.
         parser: returns a new parser for each answer; None: the text is only content.
+        ignored: names of options of the chat that the template does not have.
     """
 
     prompt: Prompt
@@ -67,6 +68,13 @@ class ChatSetup:
     keep_special: bool
     dropped: int
     parser: Callable[[], OutputParser] | None
+    ignored: tuple[str, ...] = ()
+
+    @property
+    def may_think(self) -> bool:
+        """Whether the answer may begin with reasoning. It may not if the prompt ends with empty reasoning, by which templates
+        turn it off."""
+        return self.thinking != "no" and not self.prompt.text.rstrip().endswith(CLOSE)
 
 
 def set_up(state: ServerState, lane: Lane, chat: ChatSpec) -> ChatSetup:
@@ -85,6 +93,9 @@ def set_up(state: ServerState, lane: Lane, chat: ChatSpec) -> ChatSetup:
     tools = list(chat.tools) if chat.named or chat.choice != "none" else []
     source = lane.template.source(bool(tools))
     tool_format = _tool_format(state, source) if tools else None
+    ignored: tuple[str, ...] = ()
+    if not state.settings.strict:
+        chat, ignored = _with_known_options(lane, chat, bool(tools))
     thinks = state.thinks(bool(tools))
     options = _options(lane, chat, bool(tools), thinks)
     prompt, dropped = _fitted(state, lane, chat.messages, tools, options)
@@ -96,7 +107,8 @@ def set_up(state: ServerState, lane: Lane, chat: ChatSpec) -> ChatSetup:
         return make_output_parser(CLOSE if thinks else "", prompt.text, tool_format=tool_format, tool_names=names, drop=drop)
 
     thinking = "no" if not thinks else "open" if opened_by(prompt.text) else "opens"
-    return ChatSetup(prompt, tool_format, thinking, keep_special, dropped, parser if thinks or tool_format or drop else None)
+    make_parser = parser if thinks or tool_format or drop else None
+    return ChatSetup(prompt, tool_format, thinking, keep_special, dropped, make_parser, ignored)
 
 
 def _fitted(
@@ -127,6 +139,15 @@ def _tool_format(state: ServerState, source: str) -> ToolFormat:
     if tool_format is None:
         raise ApiError(400, "tools: this model's chat template has no supported format of tool calls", param="tools")
     return tool_format
+
+
+def _with_known_options(lane: Lane, chat: ChatSpec, tools: bool) -> tuple[ChatSpec, tuple[str, ...]]:
+    """The chat without options that the template does not have, and the names of these as fields of the request."""
+    if not chat.options:
+        return chat, ()
+    variables = lane.template.variables(tools)
+    known = {name: value for name, value in chat.options.items() if name in variables}
+    return replace(chat, options=known), tuple(f"chat_template_kwargs.{name}" for name in chat.options if name not in known)
 
 
 def _options(lane: Lane, chat: ChatSpec, tools: bool, thinks: bool) -> dict[str, Any]:

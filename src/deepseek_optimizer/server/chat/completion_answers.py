@@ -9,7 +9,7 @@ import orjson
 from ...engine.request import Output, TokenLogprob
 from ..http.problems import ApiError
 from ..tokens.token_text import TokenTexts, completion_logprobs
-from .chat_answers import DONE
+from .chat_answers import DONE, UNFINISHED
 from .usage import Tally
 
 
@@ -53,7 +53,7 @@ class CompletionCollector:
 
 
 class CompletionEncoder:
-    """Writes answers as chunks, `data: {...}`. Arguments as those of `CompletionCollector`."""
+    """Writes answers as chunks, `data: {...}`. Arguments as those of `CompletionCollector` and `ChatEncoder`."""
 
     def __init__(
         self,
@@ -63,17 +63,22 @@ class CompletionEncoder:
         include_usage: bool,
         texts: TokenTexts | None = None,
         logprobs: int | None = None,
+        continuous_usage: bool = False,
     ) -> None:
         self._echoes, self._texts, self._top, self._include_usage = list(echoes), texts, logprobs, include_usage
+        self._continuous_usage = continuous_usage
         self._offsets = [0] * len(echoes)
         self._tally = Tally(len(echoes), n)
         self._head = b"data: " + orjson.dumps({**head, "object": "text_completion"})[:-1] + b',"choices":['
         self._openings = [self._head + b'{"index":%d,"text":' % index for index in range(len(echoes))]
         self._end = b',"usage":null}\n\n' if include_usage else b"}\n\n"
-        self._close = b',"logprobs":null,"finish_reason":null}]' + self._end
+        self._close = UNFINISHED + self._end
 
     def feed(self, index: int, output: Output) -> bytes:
         self._tally.add(index, output)
+        if self._continuous_usage:
+            self._end = b',"usage":' + orjson.dumps(self._tally.usage()) + b"}\n\n"
+            self._close = UNFINISHED + self._end
         text = output.text
         if self._echoes[index]:
             text, self._echoes[index] = self._echoes[index] + text, ""

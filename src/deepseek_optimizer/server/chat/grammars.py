@@ -2,56 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal
-
 from ...chat.reasoning import CLOSE, OPEN
-from ...engine.grammar.source import (
-    GrammarSource,
-    ebnf_source,
-    object_source,
-    regex_source,
-    schema_source,
-    tools_source,
-)
+from ...engine.grammar.source import tools_source
 from ...engine.request import CompiledGrammar
 from ..http.caller import Caller
 from ..http.problems import ApiError
-from ..protocol.formats import Guided, JsonObjectFormat, JsonSchemaFormat
 from ..state import ServerState
 from .chat_setup import ChatSetup, ChatSpec
-
-
-@dataclass(frozen=True)
-class Form:
-    """The required form of an answer's text. `value`: a schema, a regular expression or a grammar."""
-
-    kind: Literal["json_object", "json_schema", "regex", "ebnf"]
-    value: Any = None
-
-
-def form_of(guided: Guided) -> Form | None:
-    """The form that the fields of a request require; None if they require none.
-
-    Raises:
-        ApiError: 400, more than one form.
-    """
-    forms = []
-    if guided.guided_regex is not None:
-        forms.append(Form("regex", guided.guided_regex))
-    if guided.guided_grammar is not None:
-        forms.append(Form("ebnf", guided.guided_grammar))
-    if isinstance(guided.response_format, JsonObjectFormat):
-        forms.append(Form("json_object"))
-    elif isinstance(guided.response_format, JsonSchemaFormat):
-        schema = guided.response_format.json_schema.schema_
-        forms.append(Form("json_object") if schema is None else Form("json_schema", schema))
-    if len(forms) > 1:
-        raise ApiError(
-            400, "response_format: give only one of response_format, guided_regex, guided_grammar", param="response_format"
-        )
-    return forms[0] if forms else None
+from .forms import Form, source_of
 
 
 async def compiled(state: ServerState, form: Form | None, caller: Caller) -> CompiledGrammar | None:
@@ -64,13 +22,7 @@ async def compiled(state: ServerState, form: Form | None, caller: Caller) -> Com
     """
     if form is None:
         return None
-    make: dict[str, Callable[[], GrammarSource]] = {
-        "json_object": object_source,
-        "json_schema": lambda: schema_source(form.value),
-        "regex": lambda: regex_source(form.value),
-        "ebnf": lambda: ebnf_source(form.value),
-    }
-    return await state.compiling(make[form.kind], caller)
+    return await state.compiling(lambda: source_of(form), caller)
 
 
 async def chat_grammar(

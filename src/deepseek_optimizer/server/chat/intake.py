@@ -11,6 +11,7 @@ from fastapi import Request
 
 from ..http.caller import Caller, cancel_on_disconnect
 from ..protocol.base import Model, parse
+from ..protocol.tolerance import parse_tolerantly
 from ..state import ServerState
 
 _PROMPTS = ("prompt", "input")  # fields that may be token ids
@@ -36,15 +37,17 @@ async def admitted_request(
     """
     state.check_accepting()
     body, size = await state.bodies.read(request)
-    caller = Caller(request.state.client, size, state.deadline(request.state.arrived))
+    caller = Caller(request.state.client, size, state.deadline(request.state.arrived), request.state.ignored_fields)
     with state.admit({} if one else body, caller.key) as places:
         async with cancel_on_disconnect(request):
-            parsed = await state.bodies.working(caller.key, size, partial(_checked, state, model, body))
+            parsed, ignored = await state.bodies.working(caller.key, size, partial(_checked, state, model, body))
+            caller.ignored.extend(ignored)
             state.check_model(getattr(parsed, "model", None))
             yield parsed, places, caller
 
 
-def _checked(state: ServerState, model: type[Model], body: dict[str, Any]) -> Model:
+def _checked(state: ServerState, model: type[Model], body: dict[str, Any]) -> tuple[Model, list[str]]:
+    """The validated body, and the names of its ignored fields."""
     for field in _PROMPTS:
         state.prompt_size.check_tokens(body.get(field), field)
-    return parse(model, body)
+    return (parse(model, body), []) if state.settings.strict else parse_tolerantly(model, body)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from ...engine.request import CompiledGrammar
@@ -10,7 +11,8 @@ from ..http.caller import Caller
 from ..state import ServerState
 from .chat_answers import ChatAnswer
 from .chat_setup import ChatSetup, ChatSpec, set_up
-from .grammars import Form, chat_grammar
+from .forms import Form
+from .grammars import chat_grammar
 
 
 class PreparedChat:
@@ -44,6 +46,14 @@ class PreparedChat:
     def dropped(self) -> int:
         """Tokens of messages that were dropped because the chat exceeds the cache window."""
         return self.setup.dropped if self.setup else 0
+
+    @property
+    def sampling(self) -> Mapping[str, Any]:
+        """Sampling parameters for fields that the request omits; some models have others for answers without reasoning."""
+        settings = self.state.settings
+        if settings.sampling_not_thinking is None or self.setup is None or self.setup.may_think:
+            return settings.sampling
+        return settings.sampling_not_thinking
 
     def check_fields(self, **wanted: object) -> None:
         """Refuses fields that this kind of chat does not support. A chat in one prompt supports all.
@@ -88,4 +98,6 @@ async def prepare_chat(state: ServerState, chat: ChatSpec, caller: Caller) -> Pr
         RequestError: the messages cannot fit.
     """
     state.prompt_size.check_chat(chat.messages)
-    return PreparedChat(state, chat, await state.tokenizing(lambda lane: set_up(state, lane, chat), caller))
+    setup = await state.tokenizing(lambda lane: set_up(state, lane, chat), caller)
+    caller.ignored.extend(setup.ignored)
+    return PreparedChat(state, chat, setup)

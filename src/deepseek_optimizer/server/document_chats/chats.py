@@ -12,7 +12,7 @@ from ...engine.request import Request as EngineRequest
 from ...longdoc.material import Material
 from ..chat.chat_answers import ChatAnswer
 from ..chat.chat_setup import ChatSetup, ChatSpec, set_up
-from ..chat.grammars import Form
+from ..chat.forms import Form
 from ..chat.prepared import PreparedChat
 from ..http.caller import Caller
 from ..http.problems import ApiError
@@ -102,5 +102,6 @@ async def _in_one_prompt(
     inlined = replace(chat, messages=files.messages)
     size = caller.size + files.document.characters
     setup = await state.tokenizing(lambda lane: set_up(state, lane, inlined), caller, size)
+    caller.ignored.extend(setup.ignored)
     fits = not setup.dropped and len(setup.prompt.ids) + (max_tokens or state.documents.reply) <= room
     return setup if fits else None

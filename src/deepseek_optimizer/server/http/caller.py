@@ -6,7 +6,7 @@ import asyncio
 import ipaddress
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from starlette.requests import ClientDisconnect, Request
@@ -20,11 +20,13 @@ class Caller:
         key: the client, see `client_of`.
         size: bytes of the request's body, which bound the work that its texts can cause.
         deadline: time of `time.monotonic` by which the answer must be complete.
+        ignored: names of ignored fields of the request, which the response names in a header (see `ignored_fields`).
     """
 
     key: str
     size: int
     deadline: float
+    ignored: list[str] = field(default_factory=list, compare=False)
 
 
 def client_of(salt: str, peer: Any) -> str:

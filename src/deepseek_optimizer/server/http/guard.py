@@ -14,6 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from ..settings import ServerSettings
 from .caller import client_of
 from .hosts import HostCheck
+from .ignored_fields import HEADER, IgnoredFields
 from .metrics import HttpMetrics
 from .problems import INTERNAL, ApiError, problem
 
@@ -46,7 +47,8 @@ class HostGuard:
 class Guard:
     """Checks the API key, converts exceptions to error responses, and answers HEAD like GET; uvicorn omits the body.
 
-    It sets, in the scope's state, `salt` (a hash of the key), `client` (see `caller`) and `arrived` (time of `time.monotonic`).
+    It sets, in the scope's state, `salt` (a hash of the key), `client` (see `caller`), `arrived` (time of `time.monotonic`) and
+    `ignored_fields`, a list to which routes add the names of ignored fields of the request.
 
     Args:
         open_paths: paths that need no key.
@@ -55,6 +57,7 @@ class Guard:
     def __init__(self, app: ASGIApp, settings: ServerSettings, metrics: HttpMetrics, open_paths: Iterable[str]) -> None:
         self._app, self._settings, self._metrics = app, settings, metrics
         self._open = frozenset(open_paths)
+        self._ignored = IgnoredFields()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -68,12 +71,16 @@ class Guard:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message = {**message, "headers": [*message.get("headers", ()), *_SECURITY]}
+                headers = [*message.get("headers", ()), *_SECURITY]
+                if scope["state"]["ignored_fields"]:
+                    headers.append((HEADER.lower().encode(), self._ignored.report(scope["state"]["ignored_fields"]).encode()))
+                message = {**message, "headers": headers}
             await send(message)
 
         try:
+            scope.setdefault("state", {})["ignored_fields"] = []
             salt = self._salt(scope)
-            scope.setdefault("state", {}).update(salt=salt, client=client_of(salt, scope.get("client")), arrived=arrived)
+            scope["state"].update(salt=salt, client=client_of(salt, scope.get("client")), arrived=arrived)
             await self._app(scope, receive, send_with_headers)
         except ClientDisconnect:
             status = status or 499  # nginx's status for a client that has disconnected

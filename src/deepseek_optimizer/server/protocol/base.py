@@ -4,22 +4,24 @@ from __future__ import annotations
 
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from ...errors import excerpt, shown
 from ..http.problems import ApiError
 
 TOKEN_ID = Annotated[int, Field(ge=0, le=(1 << 31) - 1)]
+_NO_NAMES = ("", "dummy", "tgi")  # sent by clients, such as huggingface_hub, whose user names no model
 ModelName = Annotated[
     Annotated[str, Field(max_length=1024)] | None,
+    AfterValidator(lambda name: None if name in _NO_NAMES else name),
     Field(description="As in /v1/models; the default is the model that is served."),
 ]
 Ignored = Annotated[Any, Field(default=None, description="Accepted and ignored.")]
 
 
 class Body(BaseModel):
-    """A request, or part of one. Types are not converted: a number in quotes is an error, and so are `true` for 1 and an
-    unsupported field.
+    """A request, or part of one. By default, types are not converted: a number in quotes is an error, and so are `true` for 1
+    and an unknown field. `tolerance.parse_tolerantly` accepts them.
 
     Lists that may be long have `fail_fast`, so that a request cannot cause a million errors, of which one is reported.
     """
@@ -43,6 +45,7 @@ class IgnoredFields(Body):
     safety_identifier: Ignored
     prompt_cache_key: Ignored
     prompt_cache_retention: Ignored
+    cache_prompt: Ignored  # llama-server's; prefixes are always cached
 
 
 Model = TypeVar("Model", bound=BaseModel)

@@ -9,8 +9,8 @@ from pydantic import Field
 from ...engine.request import MAX_LOGPROBS
 from .base import Body, Ignored, ModelName, ResponseModel, Usage
 from .formats import Guided
-from .messages import Messages, ToolChoice, Tools
-from .sampling import Sampling, _Tokens
+from .messages import Functions, Messages, NamedFunction, ToolChoice, Tools
+from .sampling import MaxTokens, Sampling
 
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 _Scalar = bool | int | float | Annotated[str, Field(max_length=1024)] | None
@@ -18,7 +18,13 @@ _Scalar = bool | int | float | Annotated[str, Field(max_length=1024)] | None
 
 class StreamOptions(Body):
     include_usage: bool | None = Field(None, description="Send a last chunk without choices that contains the usage.")
+    continuous_usage_stats: bool | None = Field(None, description="Requires include_usage: every chunk has the usage so far.")
     include_obfuscation: Ignored
+
+    @property
+    def continuous(self) -> bool:
+        """Whether every chunk has the usage so far."""
+        return bool(self.include_usage and self.continuous_usage_stats)
 
 
 class ChatRequest(Sampling, Guided):
@@ -26,17 +32,24 @@ class ChatRequest(Sampling, Guided):
 
     model: ModelName = None
     messages: Messages
-    max_completion_tokens: _Tokens | None = Field(None, description="Newer name of max_tokens.")
+    max_completion_tokens: MaxTokens = Field(None, description="Newer name of max_tokens.")
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = Field(None, description="Requires logprobs.")
     tools: Tools | None = None
     tool_choice: ToolChoice | None = None
+    functions: Functions | None = Field(None, description="Older form of tools.")
+    function_call: Literal["none", "auto"] | NamedFunction | None = Field(None, description="Older form of tool_choice.")
     parallel_tool_calls: bool | None = None
     stream_options: StreamOptions | None = Field(None, description="Requires stream.")
     reasoning_effort: Effort | None = Field(None, description="For models whose chat template supports it.")
     chat_template_kwargs: Annotated[dict[str, _Scalar], Field(max_length=16)] | None = Field(
         None, description="Variables of the model's chat template, such as enable_thinking."
     )
+    chat_template: None = Field(None, description="Not supported: only the template of the server is run.")
+    verbosity: Ignored
+    prediction: Ignored
+    web_search_options: Ignored
+    audio: Ignored
     modalities: list[Literal["text"]] | None = None
 
 
@@ -96,13 +109,14 @@ class ChatMessage(ResponseModel):
     document: DocumentFacts | None = None
     reasoning_content: str | None = None
     tool_calls: list[AnswerToolCall] | None = None
+    function_call: AnswerFunction | None = None
 
 
 class ChatChoice(ResponseModel):
     index: int
     message: ChatMessage
     logprobs: ChoiceLogprobs | None
-    finish_reason: Literal["stop", "length", "tool_calls"]
+    finish_reason: Literal["stop", "length", "tool_calls", "function_call"]
     stop_reason: str | int | None = Field(None, description="The stop string or stop token of the request that ended the text.")
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
 from .base import IgnoredFields, ModelName, ResponseModel
 from .completions import Prompt
+from .sampling import Priority
 
 
 class EmbeddingRequest(IgnoredFields):
@@ -17,7 +18,7 @@ class EmbeddingRequest(IgnoredFields):
     input: Prompt
     encoding_format: Literal["float", "base64"] | None = Field(None, description="base64: encodes little-endian float32.")
     dimensions: None = None
-    priority: Annotated[int, Field(ge=0, le=1000)] | None = None
+    priority: Priority = None
 
 
 class Embedding(ResponseModel):

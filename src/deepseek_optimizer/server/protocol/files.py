@@ -49,40 +49,53 @@ class DeletedFile(ResponseModel):
     deleted: Literal[True]
 
 
-# For the OpenAPI schema: the form is read as a stream, not by FastAPI.
-FORM: dict[str, Any] = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            "multipart/form-data": {
-                "schema": {
-                    "type": "object",
-                    "required": ["file", "purpose"],
-                    "additionalProperties": False,
-                    "properties": {
-                        "file": {"type": "string", "format": "binary", "minLength": 1},
-                        "purpose": {"type": "string", "enum": list(PURPOSES)},
-                        _ANCHOR: {"type": "string", "enum": ["created_at"]},
-                        _SECONDS: {"type": "integer", "minimum": MIN_SECONDS, "maximum": MAX_SECONDS},
-                    },
+def form(strict: bool) -> dict[str, Any]:
+    """The form of an upload, for the OpenAPI schema; it is read as a stream, not by FastAPI.
+
+    Args:
+        strict: whether unknown fields are errors.
+    """
+    return {
+        "requestBody": {
+            "required": True,
+            "content": {
+                "multipart/form-data": {
+                    "schema": {
+                        "type": "object",
+                        "required": ["file", "purpose"],
+                        "additionalProperties": not strict,
+                        "properties": {
+                            "file": {"type": "string", "format": "binary", "minLength": 1},
+                            "purpose": {"type": "string", "enum": list(PURPOSES)},
+                            _ANCHOR: {"type": "string", "enum": ["created_at"]},
+                            _SECONDS: {"type": "integer", "minimum": MIN_SECONDS, "maximum": MAX_SECONDS},
+                        },
+                    }
                 }
-            }
-        },
+            },
+        }
     }
-}
 
 
-def check_fields(fields: Mapping[str, str]) -> tuple[str, float | None]:
+def unknown_fields(fields: Mapping[str, str]) -> list[str]:
+    """The names of fields of an upload form that are not supported."""
+    return [name for name in fields if name not in ("purpose", _ANCHOR, _SECONDS)]
+
+
+def check_fields(fields: Mapping[str, str], strict: bool) -> tuple[str, float | None]:
     """Checks the fields of an upload form.
+
+    Args:
+        fields: of the form, without the file.
+        strict: refuse unknown fields.
 
     Returns: the purpose, and the seconds after which the file expires; None: the server's default.
 
     Raises:
-        ApiError: 400, a field is invalid, missing or not supported.
+        ApiError: 400, a field is invalid or missing or, with `strict`, unknown.
     """
-    for name in fields:
-        if name not in ("purpose", _ANCHOR, _SECONDS):
-            raise ApiError(400, f"{excerpt(name)}: the field is not supported; leave it out", param=name)
+    if strict and (unknown := unknown_fields(fields)):
+        raise ApiError(400, f"{excerpt(unknown[0])}: the field is not supported; leave it out", param=unknown[0])
     purpose = fields.get("purpose")
     if purpose not in PURPOSES:
         raise ApiError(400, f"purpose: must be {' or '.join(PURPOSES)}", param="purpose")

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import AliasChoices, Discriminator, Field, Tag, model_validator
 
 from .base import Body, Ignored
 
@@ -99,23 +99,30 @@ class AssistantMessage(_Message):
 
     role: Literal["assistant"]
     content: Content | None = None
-    reasoning_content: str | None = None
+    reasoning_content: str | None = Field(None, validation_alias=AliasChoices("reasoning_content", "reasoning"))
     tool_calls: Annotated[list[ToolCall], Field(max_length=128, fail_fast=True)] | None = None
     refusal: Ignored
     annotations: Ignored
     audio: Ignored
-    function_call: None = None
+    function_call: FunctionCall | None = Field(None, description="Older form of tool_calls.")
 
 
 class ToolMessage(_Message):
     """The result of a tool call."""
 
     role: Literal["tool"]
-    content: Content
+    content: Content | None
     tool_call_id: Annotated[str, Field(max_length=256)]
 
 
-Message = Annotated[SystemMessage | UserMessage | AssistantMessage | ToolMessage, Field(discriminator="role")]
+class FunctionMessage(_Message):
+    """The result of a function call, in the older form."""
+
+    role: Literal["function"]
+    content: Content | None
+
+
+Message = Annotated[SystemMessage | UserMessage | AssistantMessage | ToolMessage | FunctionMessage, Field(discriminator="role")]
 Messages = Annotated[list[Message], Field(min_length=1, max_length=_MAX_MESSAGES, fail_fast=True)]
 
 
@@ -131,6 +138,7 @@ class Tool(Body):
     function: Function
 
 
+Functions = Annotated[list[Function], Field(min_length=1, max_length=128, fail_fast=True)]
 Tools = Annotated[list[Tool], Field(max_length=128, fail_fast=True)]
 
 

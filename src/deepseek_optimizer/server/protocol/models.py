@@ -17,6 +17,8 @@ class DefaultSampling(ResponseModel):
     top_k: int
     min_p: float
     repetition_penalty: float
+    presence_penalty: float
+    max_tokens: int
 
 
 class ModelCard(ResponseModel):

@@ -10,7 +10,7 @@ from ...engine.request import MAX_LOGPROBS
 from .base import Body, Ignored, IgnoredFields, ModelName, ResponseModel
 from .chat import Effort, _Scalar
 from .messages import _Name, only_text
-from .sampling import _Tokens
+from .sampling import MaxTokens, Priority, Seed
 
 _Id = Annotated[str, Field(max_length=256)]
 
@@ -145,6 +145,7 @@ class SchemaFormat(Body):
 
 
 class TextOptions(Body):
+    verbosity: Ignored
     format: Annotated[PlainText | JsonObject | SchemaFormat, Field(discriminator="type")] | None = None
 
 
@@ -169,7 +170,7 @@ class ResponsesRequest(IgnoredFields):
     model: ModelName = None
     input: _Input
     instructions: str | None = None
-    max_output_tokens: _Tokens | None = None
+    max_output_tokens: MaxTokens = None
     temperature: Annotated[float, Field(ge=0, le=100)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
@@ -178,8 +179,8 @@ class ResponsesRequest(IgnoredFields):
     parallel_tool_calls: bool | None = None
     text: TextOptions | None = None
     reasoning: ReasoningOptions | None = None
-    include: list[Literal["message.output_text.logprobs", "reasoning.encrypted_content"]] | None = Field(
-        None, description="message.output_text.logprobs; reasoning.encrypted_content is ignored."
+    include: Annotated[list[Annotated[str, Field(max_length=256)]], Field(max_length=64)] | None = Field(
+        None, description="message.output_text.logprobs; other values are ignored."
     )
     stream: bool | None = None
     stream_options: ResponseStreamOptions | None = None
@@ -188,11 +189,11 @@ class ResponsesRequest(IgnoredFields):
     previous_response_id: None = None
     conversation: None = None
     prompt: None = None
-    max_tool_calls: None = None
+    max_tool_calls: Ignored  # of tools that the server runs
     top_k: Annotated[int, Field(ge=-1, le=(1 << 31) - 1)] | None = Field(None, description="0 or -1: all.")
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    seed: Annotated[int, Field(ge=0, le=(1 << 64) - 1)] | None = None
-    priority: Annotated[int, Field(ge=0, le=1000)] | None = None
+    seed: Seed = None
+    priority: Priority = None
     chat_template_kwargs: Annotated[dict[str, _Scalar], Field(max_length=16)] | None = None
 
     @field_validator("input", mode="before")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields, replace
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, AliasChoices, Field, TypeAdapter, ValidationError
 
 from ...engine.request import (
     MAX_STOP_CHARACTERS,
@@ -24,22 +24,37 @@ _MAX_SEED = (1 << 64) - 1
 _Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
 _TokenKey = Annotated[str, Field(pattern="^[0-9]{1,10}$")]
 _Tokens = Annotated[int, Field(ge=1, le=(1 << 31) - 1)]
+# Some clients write -1 for "no limit" or "random" where OpenAI's write null.
+_NONE_IF_NEGATIVE = AfterValidator(lambda value: None if value == -1 else value)
+MaxTokens = Annotated[Literal[-1] | _Tokens | None, _NONE_IF_NEGATIVE]
+Seed = Annotated[Annotated[int, Field(ge=-1, le=_MAX_SEED)] | None, _NONE_IF_NEGATIVE]
+Priority = Annotated[
+    Annotated[int, Field(ge=-1000, le=1000)] | None,
+    AfterValidator(lambda value: value and max(value, 0)),  # no request comes before those without a priority
+    Field(description="Requests with lower values come first; the default is 0, and so are negative values."),
+]
 _Unit = Annotated[float, Field(ge=0, le=1)]
 _Biases = Annotated[dict[_TokenKey, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=1024)]
 _Penalty = Annotated[float, Field(ge=-2, le=2)]
+_N = TypeAdapter[int | None](Annotated[int, Field(ge=1, le=MAX_N)] | None)
 
 
 class Sampling(IgnoredFields):
     """Fields that are omitted or null have the values recommended by the model's authors or, without any, OpenAI's defaults."""
 
-    max_tokens: _Tokens | None = Field(
-        None, description="Maximum number of new tokens; the default is what the context has room for."
+    max_tokens: MaxTokens = Field(
+        None,
+        validation_alias=AliasChoices("max_tokens", "n_predict"),
+        description="Maximum number of new tokens. If it is omitted, null or -1: what the context has room for, but at most "
+        "the server's --max-answer-tokens. Also n_predict, as in llama-server.",
     )
     temperature: Annotated[float, Field(ge=0, le=100)] | None = Field(None, description="0: greedy decoding.")
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     n: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
-    seed: Annotated[int, Field(ge=0, le=_MAX_SEED)] | None = Field(
-        None, description="The same request with the same seed gives the same text. The i-th of n answers has the seed + i."
+    seed: Seed = Field(
+        None,
+        description="The same request with the same seed gives the same text. The i-th of n answers has the seed + i. -1: "
+        "random.",
     )
     stop: _Stop | Annotated[list[_Stop], Field(max_length=MAX_STOPS)] | None = None
     presence_penalty: _Penalty | None = None
@@ -55,9 +70,7 @@ class Sampling(IgnoredFields):
     stop_token_ids: Annotated[list[TOKEN_ID], Field(max_length=64)] | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
-    priority: Annotated[int, Field(ge=0, le=1000)] | None = Field(
-        None, description="Requests with lower values come first; the default is 0."
-    )
+    priority: Priority = None
 
     def params(
         self,
@@ -107,11 +120,14 @@ class Sampling(IgnoredFields):
 
 def requested_answers(body: Mapping[str, Any]) -> int:
     """The number of answers that a body requests, for admission. The body has not been validated, so this is an estimate."""
-    n = body.get("n")
+    try:
+        n = _N.validate_python(body.get("n"))  # converts as the tolerant validation does
+    except ValidationError:
+        n = 1
     prompts = body.get("prompt", body.get("input"))
     several = isinstance(prompts, list) and prompts and isinstance(prompts[0], (str, list))
     count = len(prompts) if several else 1
-    return (n if isinstance(n, int) and not isinstance(n, bool) and 1 <= n <= MAX_N else 1) * count
+    return (n or 1) * count
 
 
 def seeded(params: SamplingParams, index: int) -> SamplingParams:

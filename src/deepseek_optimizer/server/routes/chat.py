@@ -9,14 +9,15 @@ from fastapi import FastAPI, Request, Response
 
 from ..chat.chat_answers import ChatCollector, ChatEncoder
 from ..chat.chat_setup import ChatSpec, check_choice
-from ..chat.grammars import form_of
+from ..chat.forms import form_of
 from ..chat.intake import admitted_request
+from ..chat.old_functions import FunctionCollector, FunctionEncoder, with_tool_calls, with_tools
 from ..chat.prepared import prepare_chat
 from ..chat.replies import StreamReply, WholeReply
 from ..document_chats.chats import prepare_chat_with_files
 from ..http.problems import ApiError
 from ..openapi import body_errors, events, reads
-from ..protocol.chat import EXAMPLE, ChatCompletion, ChatRequest
+from ..protocol.chat import EXAMPLE, ChatCompletion, ChatRequest, StreamOptions
 from ..protocol.messages import NamedTool
 from ..protocol.sampling import requests_for
 from ..state import ServerState
@@ -34,6 +35,7 @@ def add(app: FastAPI, state: ServerState) -> None:
         """Answers a chat, using the model's chat template."""
         async with admitted_request(state, request, ChatRequest) as (body, places, caller):
             check(body)
+            body = with_tools(body)
             n = body.n or 1
             chat = chat_spec(body)
             form = form_of(body)
@@ -49,7 +51,7 @@ def add(app: FastAPI, state: ServerState) -> None:
             grammar = await prepared.grammar(form, not one_call, caller)
             top = (body.top_logprobs or 0) if body.logprobs else None
             params = body.params(
-                state.settings.sampling,
+                prepared.sampling,
                 max_tokens=max_tokens,
                 logprobs=top,
                 grammar=grammar,
@@ -64,9 +66,12 @@ def add(app: FastAPI, state: ServerState) -> None:
             answers, parsed = prepared.submit(requests, one_call)
             texts, dropped = state.texts if body.logprobs else None, prepared.dropped
             if body.stream:
-                usage = bool(body.stream_options and body.stream_options.include_usage)
-                return StreamReply(state, places.pop_all(), answers, ChatEncoder(head, parsed, texts, usage, dropped))
-            collector = ChatCollector(head, parsed, texts, dropped)
+                usage = body.stream_options or StreamOptions()
+                make = ChatEncoder if body.functions is None else FunctionEncoder
+                encoder = make(head, parsed, texts, bool(usage.include_usage), dropped, usage.continuous)
+                return StreamReply(state, places.pop_all(), answers, encoder)
+            collect = ChatCollector if body.functions is None else FunctionCollector
+            collector = collect(head, parsed, texts, dropped)
             return WholeReply(state, places.pop_all(), answers, collector.feed, collector.body)
 
 
@@ -94,7 +99,7 @@ def chat_spec(body: ChatRequest) -> ChatSpec:
     choice = wanted.function.name if isinstance(wanted, NamedTool) else wanted
     check_choice(tools, choice, named)
     return ChatSpec(
-        messages=[message.model_dump(exclude_none=True) for message in body.messages],
+        messages=with_tool_calls([message.model_dump(exclude_none=True) for message in body.messages]),
         tools=tools,
         choice=choice,
         named=named,

@@ -8,12 +8,14 @@ import uuid
 from fastapi import FastAPI, Request, Response
 
 from ..chat.completion_answers import CompletionCollector, CompletionEncoder
-from ..chat.grammars import compiled, form_of
+from ..chat.forms import form_of
+from ..chat.grammars import compiled
 from ..chat.intake import admitted_request
 from ..chat.prompts import text_prompts
 from ..chat.replies import StreamReply, WholeReply
 from ..http.problems import ApiError
 from ..openapi import body_errors, events, reads
+from ..protocol.chat import StreamOptions
 from ..protocol.completions import EXAMPLE, Completion, CompletionRequest
 from ..protocol.sampling import requests_for
 from ..state import ServerState
@@ -65,8 +67,10 @@ def add(app: FastAPI, state: ServerState) -> None:
             answers = state.submit(requests)
             token_texts = None if body.logprobs is None else state.texts
             if body.stream:
-                usage = bool(body.stream_options and body.stream_options.include_usage)
-                encoder = CompletionEncoder(head, echoes, n, usage, token_texts, body.logprobs)
+                usage = body.stream_options or StreamOptions()
+                encoder = CompletionEncoder(
+                    head, echoes, n, bool(usage.include_usage), token_texts, body.logprobs, usage.continuous
+                )
                 return StreamReply(state, places.pop_all(), answers, encoder)
             collector = CompletionCollector(head, echoes, n, token_texts, body.logprobs)
             return WholeReply(state, places.pop_all(), answers, collector.feed, collector.body)

@@ -12,7 +12,8 @@ from ..documents.upload import check_origin, digest_of, read_upload_form
 from ..http.caller import Caller, cancel_on_disconnect
 from ..http.problems import ApiError
 from ..openapi import errors
-from ..protocol.files import FORM, DeletedFile, FileList, FileObject, check_fields, file_object
+from ..protocol.files import DeletedFile, FileList, FileObject, check_fields, file_object, unknown_fields
+from ..protocol.files import form as form_schema
 from ..state import ServerState
 
 _Id = Annotated[str, Path(max_length=256)]
@@ -23,7 +24,7 @@ def add(app: FastAPI, state: ServerState) -> None:
         "/v1/files",
         response_model=FileObject,
         responses=errors(400, 401, 403, 408, 413, 415, 429, 500, 501, 503),
-        openapi_extra=FORM,
+        openapi_extra=form_schema(state.settings.strict),
         tags=["files"],
     )
     async def upload(request: Request) -> Response:
@@ -33,7 +34,8 @@ def add(app: FastAPI, state: ServerState) -> None:
         owner, client = request.state.salt, request.state.client
         with state.files.room(owner, client) as room:
             form = await read_upload_form(request, state.settings, room)
-            purpose, seconds = check_fields(form.fields)
+            purpose, seconds = check_fields(form.fields, state.settings.strict)
+            request.state.ignored_fields.extend(unknown_fields(form.fields))
             if form.name is None:
                 raise ApiError(400, "file: is missing", param="file")
             async with cancel_on_disconnect(request):  # otherwise the file would be stored without anybody knowing its id

@@ -13,12 +13,12 @@ from ..openapi import errors
 from ..protocol.models import ModelCard, ModelList
 from ..state import ServerState
 
-_SHOWN = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+_SHOWN = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty")
 
 
 def add(app: FastAPI, state: ServerState) -> None:
     defaults = replace(SamplingParams(), **{name: value for name, value in state.settings.sampling.items() if name in _SHOWN})
-    sampling = {name: getattr(defaults, name) for name in _SHOWN}
+    sampling = {**{name: getattr(defaults, name) for name in _SHOWN}, "max_tokens": state.max_answer_tokens}
 
     def card() -> dict[str, Any]:
         return {"id": state.model_name, "object": "model", "created": state.created, "owned_by": "deepseek-optimizer",

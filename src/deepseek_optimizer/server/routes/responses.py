@@ -9,7 +9,7 @@ from fastapi import FastAPI, Request, Response
 from ...engine.request import Request as EngineRequest
 from ...engine.request import SamplingParams
 from ..chat.chat_setup import ChatSpec, check_choice
-from ..chat.grammars import Form
+from ..chat.forms import Form
 from ..chat.intake import admitted_request
 from ..chat.prepared import prepare_chat
 from ..chat.replies import StreamReply, WholeReply
@@ -54,7 +54,7 @@ def add(app: FastAPI, state: ServerState) -> None:
             prepared.check_fields(tools=body.tools and chat.choice != "none", text=form, include=wants_logprobs)
             one_call = body.parallel_tool_calls is False
             grammar = await prepared.grammar(form, not one_call, caller)
-            values: dict[str, Any] = {**state.settings.sampling}
+            values: dict[str, Any] = {**prepared.sampling}
             for name in ("temperature", "top_p", "min_p", "seed"):
                 if (value := getattr(body, name)) is not None:
                     values[name] = value

@@ -7,6 +7,7 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 
 from ..chat.intake import admitted_request
+from ..chat.old_functions import with_tool_calls
 from ..chat.prompts import tokens_of
 from ..chat.replies import json_response
 from ..http.caller import Caller
@@ -40,7 +41,7 @@ def add(app: FastAPI, state: ServerState) -> None:
         if (body.prompt is None) == (body.messages is None):
             raise ApiError(400, "prompt: give either prompt or messages", param="prompt")
         if body.messages is not None:
-            messages = [message.model_dump(exclude_none=True) for message in body.messages]
+            messages = with_tool_calls([message.model_dump(exclude_none=True) for message in body.messages])
             tools = [tool.model_dump(exclude_none=True) for tool in body.tools or ()] or None
             options = body.chat_template_kwargs or {}
             ids = await state.tokenizing(lambda lane: lane.template.render(messages, tools=tools, options=options).ids, caller)
