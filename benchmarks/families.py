@@ -1,4 +1,4 @@
-"""Current families beside llama.cpp, on the same files of random weights: rows as in `standing.py`, shapes in `gguf_shapes.py`."""
+"""Current families beside llama.cpp, on the same files of random weights: rows as in `standing.py`."""
 
 from __future__ import annotations
 

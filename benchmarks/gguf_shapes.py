@@ -227,7 +227,7 @@ _SCALES = {"Q4_K": ((0, 1.0), (2, 7.5)), "Q6_K": ((208, 1.0),), "Q8_0": ((0, 1.0
 
 
 def random_blocks(rows: int, columns: int, kind: str, random: Any) -> Any:
-    """Random codes and scales, uint8 [rows, bytes], whose weights have a mean near 0 and a standard deviation near `DEVIATION`."""
+    """Random codes and scales, uint8 [rows, bytes]; weights have a mean near 0 and a standard deviation near DEVIATION."""
     import gguf
     import numpy as np
 

@@ -7,9 +7,11 @@ blocks, are cancelled, preempted or drafted.
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from deepseek_optimizer import (
     ConfigError,
@@ -155,6 +157,41 @@ def test_preempted_requests_continue_by_default(folders, case):
     actual = in_company(engine, wanted, 0, preempt=0.1)
     assert engine.core.scheduler.preemptions > 5
     check_equal(answers, actual)
+
+
+@pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", marks=native)])
+@pytest.mark.parametrize("case", ["llama-gqa", "qwen2-windows", "deepseek_v3-groups"])
+def test_log_probabilities_of_prompts_equal_the_model(folders, case, backend):
+    """In chunks and in a batch, within 1e-4 of Transformers."""
+    engine = make_engine(load_model(folders(case), backend=backend, precision="fp32"), step_tokens=70)
+    plain = AutoModelForCausalLM.from_pretrained(folders(case), dtype=torch.float32)
+    prompts = [random_ids(CONFIGS[case](), count, seed=count) for count in (2, 33, 64, 150)]
+    sampling = SamplingParams(max_tokens=0)
+    answers = engine.generate([Request(ids, sampling, id=str(n), prompt_logprobs=3) for n, ids in enumerate(prompts)])
+    for ids, answer in zip(prompts, answers, strict=True):
+        with torch.no_grad():
+            right = torch.log_softmax(plain(torch.tensor([ids])).logits[0, :-1].double(), -1)
+        actual = answer.prompt_logprobs
+        own = right.gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+        torch.testing.assert_close(torch.from_numpy(actual.logprobs), own, atol=1e-4, rtol=0)
+        torch.testing.assert_close(torch.from_numpy(actual.top_logprobs), right.topk(3).values, atol=1e-4, rtol=0)
+
+
+@native
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int4"])
+@pytest.mark.parametrize("case", ["llama-gqa", "deepseek_v3-groups", "qwen3-gqa"])
+def test_log_probabilities_of_prompts_change_nothing_else(folders, case, precision):
+    """The texts' log probabilities have the same bits; with `batch_invariant`, those of prompts too, in any batch."""
+    wanted = requests(case, 12, seed=5)
+    scored = [replace(request, prompt_logprobs=1) for request in wanted]
+    model = load_model(folders(case), precision=precision)
+    engine = make_engine(model, prefix_cache=False, drafts=False)
+    check_equal(alone(engine, wanted), {n: (a.token_ids, a.logprobs) for n, a in alone(engine, scored).items()})
+    invariant = load_model(folders(case), precision=precision, batch_invariant=True)
+    engine = make_engine(invariant, step_tokens=50)
+    of_alone = alone(engine, scored)
+    for own, answer in zip(scored, engine.generate(scored), strict=True):
+        assert (answer.prompt_logprobs.logprobs == of_alone[own.id].prompt_logprobs.logprobs).all()
 
 
 @pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", marks=native)])

@@ -17,7 +17,7 @@ extern "C" {
 #define DSO_API
 #endif
 
-#define DSO_ABI_VERSION 8
+#define DSO_ABI_VERSION 9
 DSO_API int32_t dso_abi_version(void);
 
 enum {
@@ -56,6 +56,27 @@ DSO_API int32_t dso_default_threads(void); /* min(affinity, ceil(cgroup quota)) 
 /* Measures memory bandwidth: bytes per second at which the context's threads together read a buffer of `bytes` (at least 1
  * MiB, allocated for the call) repeatedly. Returns the fastest of the rounds that fit into `seconds`, at least four. */
 DSO_API int32_t dso_read_bandwidth(dso_context* c, int64_t bytes, double seconds, double* bytes_per_second);
+
+/* ---- attention outside a plan ---------------------------------------------------------------------------
+ * o = softmax(scale q k^T + mask) v for few queries and many keys, in fp32: a decode step over keys and values that the caller
+ * keeps. q is [batch, heads, queries, qk_width], k and v are [batch, kv_heads, keys, qk_width and v_width], o is [batch, heads,
+ * queries, v_width], all of one type; query head h reads kv head h / (heads / kv_heads). A mask is [batch, heads, queries,
+ * keys]: bytes, of which 0 hides a key, or numbers of that type, which are added. A query whose keys are all hidden gets zeros.
+ */
+enum { DSO_TYPE_F32 = 0, DSO_TYPE_BF16 = 1 };
+enum { DSO_MASK_NONE = 0, DSO_MASK_BYTES = 1, DSO_MASK_NUMBERS = 2 };
+typedef struct dso_dense_heads {
+  void* data;
+  int64_t batch, head, token; /* strides in elements, of a mask: 0 where it is shared; the elements of a token are contiguous */
+} dso_dense_heads;
+typedef struct dso_dense_attention {
+  int32_t type, mask_type; /* DSO_TYPE_*, DSO_MASK_* */
+  int64_t batch, heads, kv_heads, queries, keys, qk_width, v_width;
+  dso_dense_heads q, k, v, o, mask;
+  float scale;
+  int32_t reserved;
+} dso_dense_attention;
+DSO_API int32_t dso_attend(dso_context* c, const dso_dense_attention* a);
 
 /* ---- mapped files ---------------------------------------------------------------------------------------
  * Weights may lie in a privately mapped file. Once the mapping is registered, a file that is truncated, or that the disk fails
@@ -231,6 +252,23 @@ DSO_API int32_t dso_states_release(dso_states* s, int32_t from_slot);           
 DSO_API int32_t dso_states_save(const dso_states* s, int32_t slot, void* bytes); /* dso_states_slot_bytes bytes, to be */
 DSO_API int32_t dso_states_load(dso_states* s, int32_t slot, const void* bytes); /* restored in any slot of these shapes */
 
+/* ---- low-rank adapters (LoRA) ---------------------------------------------------------------------------
+ * An adapter adds (x A^T) B^T to products of the model. A site is one product: `rows` outputs of `cols` inputs. A slot holds
+ * one adapter: for each site A [rank, cols] and B [rows, rank], with any factor of the adapter already in B, or nothing. Both
+ * are dso_weights of format F32 or BF16 in tiles of 16 rows without padding of columns, [ceil(rows/16)][cols][16]; rows past
+ * the end are zero. They are borrowed, as weights of plans are. A slot may be set while plans run whose batches do not use it.
+ */
+typedef struct dso_adapters dso_adapters;
+typedef struct dso_adapter_site {
+  int32_t rows, cols;
+} dso_adapter_site;
+/* max_rank: of any adapter, at most that of the plan's LORA steps. */
+DSO_API int32_t dso_adapters_create(const dso_adapter_site* sites, int32_t n, int32_t slots, int32_t max_rank,
+                                    dso_adapters** out);
+DSO_API void dso_adapters_destroy(dso_adapters* a);
+DSO_API int32_t dso_adapters_set(dso_adapters* a, int32_t slot, int32_t site, const dso_weight* down,
+                                 const dso_weight* up); /* A and B; both NULL: nothing */
+
 /* ---- plan: a flat list of steps over slots ---------------------------------------------------------------
  * A slot is a buffer whose row count is set by each run: T tokens, or R logit rows for slots after SELECT_ROWS.
  * Slot kinds: F32 rows; BF16 rows (activations rounded to nearest even); Q8 rows: activations quantized in groups of 32 along
@@ -352,6 +390,9 @@ enum {
                                     out0 F32 [T, heads*head_dim]: each row attends to all rows of its sequence in this step,
                                     or with a window to those at most `window` rows away on either side. Uses no cache; every
                                     context_len must be 0 */
+  /* Adapters. Rows of sequences without an adapter, or whose adapter has nothing for the site, are not touched. */
+  DSO_OP_LORA_DOWN = 44, /* in0 x F32 [T, cols], index (the site) -> out0 F32 [T, rank]: x A^T in the first elements of a row */
+  DSO_OP_LORA_UP = 45,   /* in0 from LORA_DOWN, in1 y F32 [T, rows], index -> out0 = in1 (the same slot): y + in0 B^T */
 };
 enum {
   DSO_FLAG_EAGER = 1,
@@ -376,7 +417,7 @@ typedef struct dso_step {
   int32_t in[4], out[3], w[3], b[3];
   int32_t layer, heads, kv_heads, head_dim, window, sinks;
   int32_t offset;                         /* ROPE: first rotated element of a head; COLUMNS: first element of a part */
-  int32_t nope, rope, rank, v_dim, index; /* latent attention */
+  int32_t nope, rope, rank, v_dim, index; /* latent attention; LORA_DOWN, LORA_UP: index is the site */
   int32_t experts, top_k, groups, top_groups, state;
   float eps, scale;
   float softcap; /* ATTENTION: limit of the scores; EXPERTS_GATE_UP: of gate and up; 0: none */
@@ -419,6 +460,10 @@ typedef struct dso_batch {
                                 include every sequence's last. A slot occurs once; one in state_from may occur only with the
                                 last row of the only sequence that it belongs to */
   int32_t n_state_to;
+  /* Adapters, for plans with LORA steps. */
+  const int32_t* adapter_of; /* [S]: slot of each sequence's adapter, -1: none; NULL: none for all. Faster if sequences of one
+                                adapter follow each other */
+  const dso_adapters* adapters; /* NULL only if adapter_of is */
 } dso_batch;
 DSO_API int32_t dso_plan_run(dso_plan* p, const dso_batch* batch);
 DSO_API int32_t dso_plan_check(const dso_plan* p); /* dso_mapping_check for all its weights */

@@ -7,9 +7,6 @@
 extern "C" {
 #endif
 
-/* Element types in memory. */
-enum { DSO_TYPE_F32 = 0, DSO_TYPE_BF16 = 1 };
-
 /* ---- products ----------------------------------------------------------------------------------------------
  * C[M, N] = op(A) op(B) (+ bias[N]), summed over K in fp32 and rounded once to C's type. K may be 0; nothing past the elements
  * of a row is read or written. C must not overlap A or B.

@@ -20,6 +20,12 @@ struct Matrix {  // a packed weight, see dso.h
   const uint8_t* data;
 };
 
+struct LowRank {  // a matrix of an adapter, F32 or BF16: [ceil(rows / 16)][cols][16], see dso.h
+  int32_t format;
+  int32_t rows, cols;
+  const uint8_t* data;
+};
+
 struct KvLayout {  // one layer of a cache; the layout inside a block is private to the kernels
   int32_t type;    // DSO_KV_*
   int32_t kv_heads, head_dim;
@@ -188,6 +194,11 @@ struct RowKernels {  // everything else: rows of activations, weights and caches
   // [n][k_dim]. state: [k_dim][state_cols].
   void (*delta_rule)(const float* q, const float* k, const float* v, int64_t v_stride, int64_t n, int64_t k_dim, int64_t cols,
                      const float* decay, const float* rate, bool channels, float* state, float* o, int64_t o_stride);
+
+  // ---- adapters: x W^T of rows [0, T) for outputs of tiles [tile_begin, tile_end) (16 outputs each; outputs past `rows` are
+  // not written), stored in y, or added to it. Each output depends on its own row only, bit for bit.
+  void (*low_rank)(const LowRank& w, const float* x, int64_t x_stride, int64_t T, int64_t tile_begin, int64_t tile_end,
+                   bool accumulate, float* y, int64_t y_stride);
 
   // ---- cache and attention
   int64_t (*kv_layer_bytes)(int32_t type, int64_t kv_heads, int64_t head_dim);

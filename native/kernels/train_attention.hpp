@@ -1,5 +1,5 @@
-// The interface between kernels and runtime for attention without a cache: in training, and in encoders (forward only). As in
-// kernels.hpp: plain types only, no std header with inline code.
+// The interface between kernels and runtime for attention that reads no plan's cache: in training, in encoders (forward only),
+// and for callers that keep keys and values themselves. As in kernels.hpp: plain types only, no std header with inline code.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -50,6 +50,17 @@ constexpr int64_t train_attn_query_grad(int64_t qk_width) {
   return (qk_width + 31) / 32 * 32 * train_attn_block;
 }  // floats per block
 
+// One q head of one sequence of a cache that is no plan's: few queries, many keys. Strides are in elements.
+struct DenseAttnTask {
+  int32_t type;       // DSO_TYPE_* of q, k, v, o, and of a mask of numbers
+  int32_t mask_type;  // DSO_MASK_*
+  int64_t queries, keys, qk_width, v_width;
+  float scale;
+  const void *q, *k, *v, *mask;
+  void* o;
+  int64_t q_token, k_token, v_token, o_token, mask_query;  // from one token to the next
+};
+
 struct TrainAttention {
   // Scratch bytes per task, private to its thread, 64-aligned.
   int64_t (*forward_scratch)(const TrainAttnTask& task);
@@ -60,6 +71,9 @@ struct TrainAttention {
   // scale. A part is a block as written by `backward`.
   void (*query_grad)(int32_t type, const float* const* parts, int64_t part_count, int64_t count, int64_t qk_width, float scale,
                      void* out, int64_t out_token);
+  // Scratch as for the others. A query all of whose keys are hidden gets zeros.
+  int64_t (*dense_scratch)(const DenseAttnTask& task);
+  void (*dense)(const DenseAttnTask& task, uint8_t* scratch);
 };
 
 }  // namespace dso

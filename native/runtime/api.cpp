@@ -1,4 +1,5 @@
 // The C interface: checks pointers and converts exceptions to error codes. The work of each call is done in other files.
+#include "adapters.hpp"
 #include "bandwidth.hpp"
 #include "check_arguments.hpp"
 #include "cache.hpp"
@@ -149,6 +150,17 @@ int32_t dso_states_save(const dso_states* s, int32_t slot, void* bytes) {
 }
 int32_t dso_states_load(dso_states* s, int32_t slot, const void* bytes) {
   return guarded([&] { given(s, "states").load(slot, &given(static_cast<const uint8_t*>(bytes), "bytes")); });
+}
+
+int32_t dso_adapters_create(const dso_adapter_site* sites, int32_t n, int32_t slots, int32_t max_rank, dso_adapters** out) {
+  return guarded([&] {
+    given(out, "out") = nullptr;
+    *out = new dso_adapters(sites, n, slots, max_rank);
+  });
+}
+void dso_adapters_destroy(dso_adapters* a) { delete a; }
+int32_t dso_adapters_set(dso_adapters* a, int32_t slot, int32_t site, const dso_weight* down, const dso_weight* up) {
+  return guarded([&] { given(a, "adapters").set(slot, site, down, up); });
 }
 
 int32_t dso_plan_create(dso_context* c, const dso_step* steps, int32_t n_steps, const dso_slot* slots, int32_t n_slots,

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "adapters.hpp"
 #include "cache.hpp"
 #include "error.hpp"
 #include "layout.hpp"
@@ -10,6 +11,7 @@
 namespace dso {
 namespace {
 
+constexpr int64_t kAdaptedRows = 32;                 // of one adapter that a task computes at most
 constexpr int64_t kMostNumbered = int64_t(1) << 24;  // integers below it are exact in fp32
 
 void check_cache(const dso_batch& b, const BatchNeeds& needs) {
@@ -125,6 +127,40 @@ void check_states(const dso_batch& b, const BatchNeeds& needs) {
   check_targets(b, b.recurrent->slots);
 }
 
+void check_adapters(const dso_batch& b, const BatchNeeds& needs) {
+  if (!b.adapters) fail(DSO_EINVAL, "batch.adapters is NULL, but adapter_of is not");
+  const dso_adapters& a = *b.adapters;
+  if (a.max_rank > needs.adapter_rank)
+    fail(DSO_EINVAL, "batch.adapters has max_rank %d, but the plan has room for %d", a.max_rank, needs.adapter_rank);
+  for (size_t i = 0; i < needs.adapter_sites.size(); ++i) {
+    const dso_adapter_site& need = needs.adapter_sites[i];
+    if (i >= a.sites.size() || (need.rows && need.rows != a.sites[i].rows) || (need.cols && need.cols != a.sites[i].cols))
+      fail(DSO_EINVAL, "batch.adapters: site %d has another shape than the plan's, [%d, %d]", int(i), need.rows, need.cols);
+  }
+  for (int64_t s = 0; s < b.S; ++s)
+    if (b.adapter_of[s] < -1 || b.adapter_of[s] >= a.slots)
+      fail(DSO_EINVAL, "batch.adapter_of[%lld] is %d, must be -1 or one of %d slots", (long long)s, b.adapter_of[s], a.slots);
+}
+
+// The rows with adapters: those of neighboring sequences with the same one together, at most kAdaptedRows at a time.
+void set_adapted(const dso_batch& b, const std::vector<int64_t>& first_row, std::vector<AdaptedRows>& adapted) {
+  for (int64_t s = 0; s < b.S; ++s) {
+    const int32_t slot = b.adapter_of[s];
+    if (slot < 0) continue;
+    const int64_t end = first_row[size_t(s)] + b.query_len[s];
+    for (int64_t row = first_row[size_t(s)]; row < end;) {
+      AdaptedRows* last = adapted.empty() ? nullptr : &adapted.back();
+      if (!last || last->slot != slot || last->first + last->count != row || last->count == kAdaptedRows) {
+        adapted.push_back({slot, row, 0});
+        last = &adapted.back();
+      }
+      const int64_t n = std::min(end - row, kAdaptedRows - last->count);
+      last->count += n;
+      row += n;
+    }
+  }
+}
+
 }  // namespace
 
 void Visible::add(const Visible& other) {
@@ -175,6 +211,7 @@ void check_batch(const dso_batch& b, const BatchNeeds& needs) {
            b.context_len[s]);
   if (needs.layers > 0) check_cache(b, needs);
   if (!needs.recurrent.empty()) check_states(b, needs);
+  if (b.adapter_of && !needs.adapter_sites.empty()) check_adapters(b, needs);
 }
 
 const int32_t* Batch::table(int64_t layer, int64_t sequence) const {
@@ -202,6 +239,8 @@ void Batch::set(const dso_batch& b, const BatchNeeds& needs) {
     }
     if (b.phase[s] == DSO_PHASE_DECODE) decode_rows = end;
   }
+  adapted.clear();
+  if (b.adapter_of && !needs.adapter_sites.empty()) set_adapted(b, first_row, adapted);
   first_target.assign(b.S + 1, 0);
   if (!needs.recurrent.empty())
     for (int64_t s = 0, i = 0; s < b.S; ++s) {

@@ -35,15 +35,23 @@ struct BatchNeeds {
   int64_t rank = 0, rope = 0, index = 0;  // of a latent cache, instead of heads
   bool whole_sequences = false;           // whether the step must contain all tokens of each sequence
   int64_t rope_tables = 0;
-  bool summaries = false;                  // whether the cache must have summaries
-  std::vector<dso_state_shape> recurrent;  // recurrent states, by number; heads 0: not used
-  std::vector<Visible> visible;            // by layer
+  bool summaries = false;                       // whether the cache must have summaries
+  std::vector<dso_state_shape> recurrent;       // recurrent states, by number; heads 0: not used
+  std::vector<Visible> visible;                 // by layer
+  std::vector<dso_adapter_site> adapter_sites;  // by number; rows or cols 0: not used
+  int32_t adapter_rank = 0;                     // of the adapters at most
 };
 
 // Consecutive rows of one sequence within one cache block.
 struct Piece {
   int64_t sequence, row, rows;  // row: index in the batch
   int64_t position;             // in the cache
+};
+
+// Consecutive rows of the batch with one adapter.
+struct AdaptedRows {
+  int32_t slot;
+  int64_t first, count;  // rows
 };
 
 struct Batch {
@@ -55,6 +63,7 @@ struct Batch {
   int64_t serial = 0;                          // counts batches: data computed for another batch is stale
   std::vector<int64_t> first_row;              // per sequence
   std::vector<Piece> pieces;
+  std::vector<AdaptedRows> adapted;   // ascending; empty: no row has an adapter
   std::vector<int64_t> first_target;  // per sequence, and one more: its entries of state_to
 
   int64_t sequence_of(int64_t row) const {

@@ -46,6 +46,8 @@ constexpr Entry kOps[] = {
     {DSO_OP_COLUMNS, "COLUMNS", make_columns},
     {DSO_OP_SHORT_CONV, "SHORT_CONV", make_short_conv},
     {DSO_OP_DELTA_RULE, "DELTA_RULE", make_delta_rule},
+    {DSO_OP_LORA_DOWN, "LORA_DOWN", make_lora_down},
+    {DSO_OP_LORA_UP, "LORA_UP", make_lora_up},
     {DSO_OP_ROUTE, "ROUTE", make_route},
     {DSO_OP_EXPERTS_GATE_UP, "EXPERTS_GATE_UP", make_experts_gate_up},
     {DSO_OP_EXPERTS_DOWN, "EXPERTS_DOWN", make_experts_down},

@@ -69,6 +69,9 @@ std::unique_ptr<Op> make_mla_attention(StepReader& step);
 // ops_linear.cpp
 std::unique_ptr<Op> make_linear(StepReader& step);
 std::unique_ptr<Op> make_gate_up(StepReader& step);
+// ops_lora.cpp
+std::unique_ptr<Op> make_lora_down(StepReader& step);
+std::unique_ptr<Op> make_lora_up(StepReader& step);
 // ops_route.cpp
 std::unique_ptr<Op> make_route(StepReader& step);
 // ops_experts.cpp

@@ -119,7 +119,13 @@ void dso_plan::reserve(int64_t T, int64_t R) {
 
 void dso_plan::reshape() {
   const Batch& b = run_.batch;
-  const Shape shape{b.T, b.R, b.decode_rows, b.decode_logits, b.source->hidden != nullptr, b.source->last_hidden != nullptr};
+  const Shape shape{b.T,
+                    b.R,
+                    b.decode_rows,
+                    b.decode_logits,
+                    b.source->hidden != nullptr,
+                    b.source->last_hidden != nullptr,
+                    !b.adapted.empty()};
   if (shape == shape_) return;
   shape_ = {};  // until all of it is up to date
   for (size_t i = 0; i < slots_.size(); ++i) run_.slots[i].count = slot_rows(slots_[i], b.T, b.R);

@@ -58,7 +58,7 @@ struct dso_plan final : private dso::Job {
   size_t stage_ = 0;  // the stage that next() opens
   struct Shape {
     int64_t T = -1, R = -1, decode_rows = -1, decode_logits = -1;
-    bool hidden = false, last_hidden = false;
+    bool hidden = false, last_hidden = false, adapted = false;
     bool operator==(const Shape&) const = default;
   } shape_;
 

@@ -180,6 +180,19 @@ int32_t StepReader::has_state(int64_t heads, int64_t rows, int64_t cols) {
   return index;
 }
 
+void StepReader::adapts(int32_t rows, int32_t cols, int32_t rank) {
+  BatchNeeds& needs = plan_.needs;
+  if (step.index < 0 || step.index >= 1 << 20) refuse("index (the site) is %d, out of range", step.index);
+  if (needs.adapter_rank && needs.adapter_rank != rank)
+    refuse("rank is %d, but an earlier step has %d", rank, needs.adapter_rank);
+  needs.adapter_rank = rank;
+  if (size_t(step.index) >= needs.adapter_sites.size()) needs.adapter_sites.resize(size_t(step.index) + 1);
+  dso_adapter_site& site = needs.adapter_sites[size_t(step.index)];
+  if ((rows && site.rows) || (cols && site.cols)) refuse("site %d is an earlier step's", step.index);
+  site.rows += rows;
+  site.cols += cols;
+}
+
 void StepReader::sees(int64_t window, int64_t sinks) {
   plan_.needs.visible[size_t(step.layer)].add({true, window == 0, window, sinks});
 }

@@ -17,6 +17,7 @@ _check_address_space()  # before torch is imported
 from .config import DeepSeekConfig
 from .dialogue.task import register_task as _register_task
 from .errors import (
+    AdapterError,
     BackendError,
     CacheFullError,
     CheckpointChangedError,
@@ -73,6 +74,7 @@ _LAZY = {
 }
 
 __all__ = [
+    "AdapterError",
     "BackendError",
     "CacheFullError",
     "CheckpointChangedError",

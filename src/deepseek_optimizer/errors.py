@@ -61,6 +61,19 @@ class CheckpointError(DeepSeekOptimizerError, ValueError):
         super().__init__(f"{where}: {message}" if where else message)
 
 
+class AdapterError(DeepSeekOptimizerError, ValueError):
+    """A LoRA adapter cannot be used: it has a feature that is not supported, or it belongs to another model.
+
+    Args:
+        message: what is wrong and how to fix it.
+        path: directory of the adapter.
+    """
+
+    def __init__(self, message: str, *, path: object) -> None:
+        self.path, self.message = str(path), message
+        super().__init__(f"{path}: {message}")
+
+
 class CheckpointChangedError(CheckpointError):
     """A checkpoint file was modified while its weights were in use; results computed from it are discarded.
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
+from .backends.base import Plan
+from .engine.adapters import Adapters, AdapterWeights
 from .engine.async_engine import AsyncEngine
-from .engine.core import EngineCore, ModelFacts
+from .engine.core import EngineCore
 from .engine.engine import Engine
+from .engine.model_facts import ModelFacts
 from .engine.options import EngineOptions
 from .engine.runner import Runner
 from .engine.sampling.torch_sampler import largest
@@ -18,16 +22,19 @@ from .engine.speculative.base import Proposer
 from .engine.speculative.draft_model import DraftModelProposer
 from .engine.speculative.mtp import MtpProposer
 from .engine.speculative.prompt_lookup import PromptLookupProposer
-from .errors import ConfigError, UnsupportedRequestError
+from .errors import ConfigError, NotEnoughMemoryError, UnsupportedRequestError
 from .graph.analysis import dynamic_rope
 from .graph.ir import LatentSpec
 from .graph.rope_rotation import key_rotation
 from .integration.bind.runtime import Runtime, runtime_of
 from .integration.generation.special_tokens import token_ids
+from .integration.load.lora import read_adapter
 from .integration.memory.arena import Arena
 from .integration.memory.cache_size import FullBatch
+from .system.memory import less_reserve
 
 _LATENT_CHUNK = 64  # tokens; the form of latent attention (absorbed or expanded) depends on how a prompt is split into chunks
+_MAX_LORAS, _MAX_RANK = 1024, 1024
 _LOOKUP, _MTP, _DRAFT_MODEL = 8, 3, 4  # maximum number of drafts per round
 STALL = 2.5  # the default of `EngineOptions.stall` for servers
 
@@ -41,13 +48,15 @@ def make_engine(model: Any, tokenizer: Any = None, **options: Any) -> Engine:
         tokenizer: for prompts and answers as text; None: token ids only.
         options: fields of `EngineOptions`, which override the model's config; `drafts=False`: no speculative decoding;
             `draft_model`: a small optimized model with the same tokenizer, which drafts tokens for this one; `arena`: cache
-            memory from `model.dso.new_arena(bytes)`, to use instead of the model's own. The model's own cache may grow to
+            memory from `model.dso.new_arena(bytes)`, to use instead of the model's own; `adapters`: LoRA adapters to load, a
+            mapping of names to directories (`max_loras` is then at least their number). The model's own cache may grow to
             `kv_cache_memory` or, if that is not set, to the size that a full batch at the model's context length needs, but to
             at most half of the free memory.
 
     Raises:
         ConfigError: the model is not optimized, an option is unknown, or the model does not support it.
         NotEnoughMemoryError: `kv_cache_memory` exceeds free memory.
+        RequestError, AdapterError, CheckpointError: an adapter cannot be loaded, see `Adapters.load`.
     """
     core, running = _core(model, tokenizer, options)
     return Engine(core, running)
@@ -66,8 +75,9 @@ def make_async_engine(model: Any, tokenizer: Any, *, model_name: str | None = No
     Raises:
         ConfigError, NotEnoughMemoryError: as for `make_engine`.
     """
-    core, running = _core(model, tokenizer, {"stall": STALL, **options})
-    return AsyncEngine(core, model_name or _name(model), running, runtime_of(model).replaced_files)
+    name = model_name or _name(model)
+    core, running = _core(model, tokenizer, {"stall": STALL, **options}, name)
+    return AsyncEngine(core, name, running, runtime_of(model).replaced_files)
 
 
 def _name(model: Any) -> str:
@@ -75,12 +85,15 @@ def _name(model: Any) -> str:
     return os.path.basename(os.path.normpath(path))
 
 
-def _core(model: Any, tokenizer: Any, given: dict[str, Any]) -> tuple[EngineCore, Callable[[], AbstractContextManager[None]]]:
+def _core(
+    model: Any, tokenizer: Any, given: dict[str, Any], name: str = ""
+) -> tuple[EngineCore, Callable[[], AbstractContextManager[None]]]:
     runtime = _with_head(model)
     config = runtime.config
     drafts = given.pop("drafts", True)
     draft_model = given.pop("draft_model", None)
     arena = given.pop("arena", None)
+    first_adapters: Mapping[str, str] = given.pop("adapters", None) or {}
     unknown = set(given) - {f.name for f in fields(EngineOptions)}
     if unknown:
         known = ", ".join(f.name for f in fields(EngineOptions))
@@ -89,6 +102,7 @@ def _core(model: Any, tokenizer: Any, given: dict[str, Any]) -> tuple[EngineCore
         batch_size_range=config.batch_size_range, step_tokens=config.prefill_chunk, batch_invariant=config.batch_invariant
     )
     options = replace(options, **given)
+    options = replace(options, max_loras=max(options.max_loras, len(first_adapters)))
     if (reason := runtime.changed()) is not None:
         raise UnsupportedRequestError(f"{reason}: an engine runs only the compiled plan; remove the change first")
     backend = runtime.backend
@@ -101,6 +115,10 @@ def _core(model: Any, tokenizer: Any, given: dict[str, Any]) -> tuple[EngineCore
         if options.batch_invariant:
             raise ConfigError("batch_invariant=True and cache_window: the window slides depending on the batch; choose one")
         key_rotation(runtime.graph)  # raises an error if this model's keys cannot be moved to other positions
+    plan, adapters = (runtime.plan, None) if not options.max_loras else _plan_with_adapters(runtime, options, name)
+    for adapter, path in first_adapters.items():  # before the cache, whose size depends on the memory that is left
+        assert adapters is not None
+        adapters.load(adapter, path)
     batch = _full_batch(runtime, options)
     other = _with_head(draft_model) if drafts and draft_model is not None else None
     arena = arena or runtime.serving_arena(batch, 0 if other is None else _full_batch(other, options).bytes)
@@ -115,11 +133,40 @@ def _core(model: Any, tokenizer: Any, given: dict[str, Any]) -> tuple[EngineCore
         chunk=_LATENT_CHUNK if latent and not options.batch_invariant else None,
         plain=None if rope is None else rope.context,
     )
-    runner = Runner(runtime.plan, arena, vocab)
+    runner = Runner(plan, arena, vocab, None if adapters is None else adapters.store)
     draft = None if other is None else _draft_model(runtime, other, options)
     proposers = _proposers(runtime, arena, draft) if drafts else None
-    core = EngineCore(runner, arena, facts, options, tokenizer, proposers, keep=(model, draft_model))
+    core = EngineCore(runner, arena, facts, options, tokenizer, proposers, keep=(model, draft_model), adapters=adapters)
     return core, backend.thread_context
+
+
+def _plan_with_adapters(runtime: Runtime, options: EngineOptions, name: str) -> tuple[Plan, Adapters]:
+    """Returns a plan with sites for adapters, and the adapters, of which none is loaded yet."""
+    backend = runtime.backend
+    if not backend.capabilities.adapters:
+        raise ConfigError(f'max_loras: the {backend.name} backend does not support adapters; use backend="cpu"')
+    if options.max_lora_rank < 1 or options.max_lora_rank > _MAX_RANK:
+        raise ConfigError(f"max_lora_rank must be from 1 to {_MAX_RANK}, got {options.max_lora_rank}")
+    if options.max_loras > _MAX_LORAS:
+        raise ConfigError(f"max_loras must be at most {_MAX_LORAS}, got {options.max_loras}")
+    dtype = options.lora_dtype
+    if dtype == "auto":
+        dtype = "fp32" if {entry.format for entry in runtime.manifest.modules.values()} == {"fp32"} else "bf16"
+    if dtype not in ("fp32", "bf16"):
+        raise ConfigError(f"lora_dtype must be auto, fp32 or bf16, got {dtype!r}")
+    graph = runtime.adapter_graph(options.max_lora_rank)
+    store = backend.new_adapters(graph, options.max_loras, options.max_lora_rank, dtype)
+
+    def read(path: Path, check_size: Callable[[Mapping[int, int]], None]) -> AdapterWeights:
+        return read_adapter(path, graph, options.max_lora_rank, check_size)
+
+    def check_memory(size: int) -> None:
+        free = backend.free_memory()
+        if size > less_reserve(free.free):
+            remedy = "unload another adapter, or set a smaller kv_cache_memory (--kv-cache-memory)"
+            raise NotEnoughMemoryError("the adapter", size, less_reserve(free.free), remedy, free.tightest)
+
+    return runtime.compile(graph), Adapters(store, read, check_memory, frozenset({name} - {""}))
 
 
 def _full_batch(runtime: Runtime, options: EngineOptions) -> FullBatch:

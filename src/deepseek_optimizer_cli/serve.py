@@ -16,6 +16,7 @@ _NEEDED = ("fastapi", "httptools", "orjson", "prometheus_client", "python_multip
 
 _REQUESTS: dict[str, Any] = {"rich_help_panel": "Requests and memory"}
 _ACCESS: dict[str, Any] = {"rich_help_panel": "Network and access"}
+_ADAPTERS: dict[str, Any] = {"rich_help_panel": "LoRA adapters"}
 _CHAT: dict[str, Any] = {"rich_help_panel": "Chat"}
 _FILES: dict[str, Any] = {"rich_help_panel": "Uploaded files"}
 
@@ -146,6 +147,51 @@ def serve(
     max_body_bytes: Annotated[
         int, typer.Option("--max-body-bytes", min=1, metavar="BYTES", help="Maximum size of a request body.", **_REQUESTS)
     ] = 4 << 20,
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--lora",
+            metavar="NAME=PATH",
+            help="Load the LoRA adapter (PEFT) in directory PATH; requests choose it by the model NAME. Repeatable.",
+            **_ADAPTERS,
+        ),
+    ] = None,
+    allow_lora_loading: Annotated[
+        bool,
+        typer.Option(
+            "--allow-lora-loading",
+            help="Let requests load and unload adapters (/v1/load_lora_adapter). Requires --lora-dir.",
+            **_ADAPTERS,
+        ),
+    ] = False,
+    lora_dir: Annotated[
+        str | None,
+        typer.Option(
+            "--lora-dir", metavar="DIR", help="Directory of the adapters that requests may load; no others.", **_ADAPTERS
+        ),
+    ] = None,
+    max_loras: Annotated[
+        int | None,
+        typer.Option(
+            "--max-loras",
+            min=1,
+            metavar="N",
+            help="Maximum number of adapters at a time. Default: those of --lora, and at least 16 with --allow-lora-loading.",
+            **_ADAPTERS,
+        ),
+    ] = None,
+    max_lora_rank: Annotated[
+        int, typer.Option("--max-lora-rank", min=1, max=1024, metavar="N", help="Largest rank of an adapter.", **_ADAPTERS)
+    ] = 64,
+    lora_dtype: Annotated[
+        str,
+        typer.Option(
+            "--lora-dtype",
+            metavar="DTYPE",
+            help="Storage of adapters: bf16, fp32, or auto: bf16, except fp32 for a model in fp32.",
+            **_ADAPTERS,
+        ),
+    ] = "auto",
     cache_window: Annotated[
         int | None,
         typer.Option(
@@ -195,6 +241,14 @@ def serve(
             **_CHAT,
         ),
     ] = None,
+    prefill_assistant: Annotated[
+        bool,
+        typer.Option(
+            "--prefill-assistant",
+            help="Continue a chat's last message if it is the assistant's, instead of answering it.",
+            **_CHAT,
+        ),
+    ] = False,
     max_file_mb: Annotated[
         float,
         typer.Option(
@@ -250,11 +304,15 @@ def serve(
         drain_seconds=drain_seconds,
         tools_format=tool_format,
         reasoning=reasoning,
+        prefill_assistant=prefill_assistant,
         max_answer_tokens=max_answer_tokens,
         model_path=model,
         strict=strict_requests,
+        allow_lora_loading=allow_lora_loading,
+        lora_dir=lora_dir,
         access_log=access_log,
     )
+    adapters = _adapters(lora or [])
     fields |= o.not_none(
         kl_budget=kl_budget, calibration=calibration, kv_cache_memory=kv_cache_memory, batch_invariant=batch_invariant or None
     )
@@ -264,6 +322,10 @@ def serve(
         "prefix_cache": prefix_cache,
         "drafts": drafts,
         "cache_window": cache_window,
+        "adapters": adapters,
+        "max_loras": max_loras or max(len(adapters), 16 if allow_lora_loading else 0),
+        "max_lora_rank": max_lora_rank,
+        "lora_dtype": lora_dtype,
     }
     _serve(model, name, fields, settings, generation_config, options)
 
@@ -307,6 +369,21 @@ def _serve(
     run(engine, settings, sock, banner)
 
 
+def _adapters(given: list[str]) -> dict[str, str]:
+    """The paths of adapters by name."""
+    from deepseek_optimizer.errors import ConfigError
+
+    adapters: dict[str, str] = {}
+    for one in given:
+        name, _, path = one.partition("=")
+        if not name.strip() or not path:
+            raise ConfigError(f"--lora must be NAME=PATH, got {one!r}")
+        if name in adapters:
+            raise ConfigError(f"--lora: the name {name!r} is given twice")
+        adapters[name] = path
+    return adapters
+
+
 def _banner(engine: Any, facts: Any, settings: ServerSettings, host: str, port: int) -> str:
     from deepseek_optimizer.server.http.hosts import is_loopback
 
@@ -320,6 +397,8 @@ def _banner(engine: Any, facts: Any, settings: ServerSettings, host: str, port: 
         f"cache     {facts.kv_cache}, {engine.core.memory.size}",
         f"address   http://{shown}:{port}/ (API under /v1), {keys}",
     ]
+    if engine.adapters:
+        lines.append(f"adapters  {', '.join(adapter.name for adapter in engine.adapters)}")
     if not settings.keys and not is_loopback(settings.host):
         lines.append("warning   anyone who can reach this address can use the model; require a key with --api-key-file")
     return "\n".join(lines)

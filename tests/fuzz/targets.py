@@ -20,11 +20,12 @@ import xgrammar
 from starlette.requests import Request
 
 from deepseek_optimizer.checkpoint import check_tokenizer_beside, load_tokenizer, open_checkpoint
+from deepseek_optimizer.checkpoint.lora import LoraFile
 from deepseek_optimizer.checkpoint.saved_blocks import open_blocks
 from deepseek_optimizer.engine.grammar.job import _ebnf
 from deepseek_optimizer.engine.grammar.json_schema import normalize
 from deepseek_optimizer.engine.grammar.pattern import to_rules
-from deepseek_optimizer.errors import CheckpointError, ConfigError, DocumentError, RequestError
+from deepseek_optimizer.errors import AdapterError, CheckpointError, ConfigError, DocumentError, RequestError
 from deepseek_optimizer.longdoc.read import read_upload
 from deepseek_optimizer.longdoc.readers import docx, html, pdf, text
 from deepseek_optimizer.server.documents.file_store import FileStore
@@ -99,6 +100,16 @@ def _read_all(path: Path) -> None:
 def _packed(data: bytes) -> None:
     config, tensors = _parts(data)
     _read_all(_written(config__json=config, model__safetensors=tensors))
+
+
+def _lora(data: bytes) -> None:
+    config, tensors = _parts(data)
+    file = LoraFile(_written(adapter_config__json=config, adapter_model__safetensors=tensors))
+    try:
+        for module in file.pairs:
+            file.read(module)
+    finally:
+        file.close()
 
 
 def _gguf(data: bytes) -> None:
@@ -182,6 +193,7 @@ def _state(data: bytes) -> None:
 _HEADER = ("F32", "BF16", "U8", "I64", "dtype", "shape", "data_offsets", "__metadata__", "format", "int4", "int8", "q4_1")
 _MANIFEST = ("packed_manifest", "modules", "quant_method", "version")
 _QUANTIZERS = ("bits", "group_size", "num_bits", "weight_block_size", "blocksize", "qweight", "g_idx", "I8", "I32", "F8_E4M3")
+_LORA = ("base_model.model.", ".lora_A.weight", ".lora_B.weight", "rank_pattern", "alpha_pattern", "lora_alpha", "use_rslora")
 _JSON = ("null", "true", "false", "[]", "{}", "1e999", "-1", "9223372036854775808", "\\ud800", "\\u0000")
 _SCHEMA = (
     "type", "properties", "required", "items", "enum", "const", "anyOf", "oneOf", "allOf", "$ref", "$defs", "#/$defs/a", "#",
@@ -197,6 +209,7 @@ _REQUEST = (
 TARGETS = {
     "packed": Target(_packed, (CheckpointError, ConfigError), (*_HEADER, *_JSON, *_MANIFEST)),
     "quantized": Target(_packed, (CheckpointError, ConfigError), (*_HEADER, *_JSON, *_QUANTIZERS)),
+    "lora": Target(_lora, (AdapterError, CheckpointError), (*_HEADER, *_JSON, *_LORA)),
     "gguf": Target(_gguf, (CheckpointError, ConfigError), ("general.architecture", "llama", "tokenizer.ggml.tokens", "GGUF")),
     "tokenizer": Target(_tokenizer, (CheckpointError, ConfigError), (*_JSON, "model", "vocab", "merges", "BPE", "Unigram")),
     "blocks": Target(_blocks, (CheckpointError,), (*_JSON, "held", "tokens", "block_bytes", "made_with")),

@@ -32,6 +32,20 @@ def client(live) -> httpx.Client:
     return live.client
 
 
+@pytest.fixture(scope="module")
+def tiny_server(tiny_model):
+    """A server over the tiny model, in fp32."""
+    from transformers import AutoTokenizer
+
+    from deepseek_optimizer import load_model
+    from deepseek_optimizer.serving import make_async_engine
+
+    loaded = load_model(tiny_model, precision="fp32", kv_cache_memory=1 << 24)
+    with LiveServer(make_async_engine(loaded, AutoTokenizer.from_pretrained(tiny_model), model_name="tiny")) as live:
+        yield live
+        wait_for(lambda: live.engine.admitted == 0)
+
+
 @pytest.fixture
 def make_server(byte_tokenizer):
     """make_server(settings, **engine) -> a server for one test. Avoid chats, which start a process for the template."""

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 
+import httpx
 import pytest
 from typer.testing import CliRunner
 
@@ -51,7 +52,11 @@ def test_wrong_options(serve, tmp_path):
     (tmp_path / "empty").write_text("# none\n")
     assert "contains no key" in error_of(serve("--api-key-file", tmp_path / "empty"))
     assert "hermes" in error_of(serve("--tool-format", "nothing"))
+    assert "model, vllm, openai" in error_of(serve("--generation-config", "auto"))
     assert "no-model" in error_of(serve("--port", 0))
+    assert "NAME=PATH" in error_of(serve("--lora", "name"))
+    assert "given twice" in error_of(serve("--lora", "a=x", "--lora", "a=y"))
+    assert "lora_dir" in error_of(serve("--allow-lora-loading"))
 
 
 def test_a_used_port_is_reported_before_loading(serve):
@@ -85,6 +90,17 @@ def served(tiny_model):
     process.terminate()
     process.communicate(timeout=30)
     assert process.returncode == 0
+
+
+def test_props_and_defaults(served, tiny_model):
+    _, port = served
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}") as client:
+        props = client.get("/props").json()
+        params = props["default_generation_settings"]["params"]
+        (card,) = client.get("/v1/models").json()["data"]
+    assert (params["temperature"], params["top_p"], params["max_tokens"]) == (0.7, 0.95, 256)  # a context of 256 tokens
+    assert card["default_sampling"]["temperature"] == 0.7
+    assert props["model_path"] == str(tiny_model) and props["total_slots"] == 32 and props["chat_template"]
 
 
 def test_the_banner(served):

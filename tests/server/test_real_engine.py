@@ -8,13 +8,14 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from deepseek_optimizer import load_model
 from deepseek_optimizer.server.keys import ApiKeys
 from deepseek_optimizer.server.settings import ServerSettings
 from deepseek_optimizer.serving import make_async_engine
 from support.live_server import LiveServer, assert_error, wait_for
+from support.lora import adapted, logits_of, save_adapter
 
 CONTEXT = 256
 TEXT = "/v1/completions"
@@ -230,3 +231,43 @@ def test_a_conversation_longer_than_its_window(tiny_model):
         assert '"dropped_tokens":' in events
         too_long = [{"role": "system", "content": "s" * 600}, {"role": "user", "content": "hi"}]
         assert_error(live.client.post(CHAT, json={"messages": too_long}), 400)
+
+
+def test_adapters_are_loaded_chosen_and_unloaded(tiny_model, tmp_path):
+    """Texts are those of PEFT, while adapters come and go between concurrent requests."""
+    base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    expected = {"tiny": base}
+    for n in range(3):
+        folder = save_adapter(base, tmp_path / "adapters" / f"a{n}", seed=n, lora_alpha=64)
+        expected[f"a{n}"] = adapted(base, folder)
+    prompts = [f"question {n}" for n in range(12)]
+    ids = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+
+    def reference(name, n):
+        text = list(ids[n])
+        for _ in range(8):
+            text.append(int(logits_of(expected[name], text)[-1].argmax()))
+        return tokenizer.decode(text[len(ids[n]) :], skip_special_tokens=True)
+
+    settings = ServerSettings(allow_lora_loading=True, lora_dir=str(tmp_path / "adapters"))
+    with start(tiny_model, settings, adapters={"a0": str(tmp_path / "adapters" / "a0")}, max_loras=2) as live:
+        post = live.client.post
+        assert post("/v1/load_lora_adapter", json={"lora_name": "a1", "lora_path": "a1"}).status_code == 200
+        full = post("/v1/load_lora_adapter", json={"lora_name": "a2", "lora_path": "a2"})
+        assert_error(full, 400, "lora_name")
+        names = ["tiny", "a0", "a1"]
+
+        def text(n, name=None):
+            name = name or names[n % 3]
+            body = {"model": name, "prompt": prompts[n], "temperature": 0, "max_tokens": 8, "ignore_eos": True}
+            return post(TEXT, json=body).json()["choices"][0]["text"]
+
+        with ThreadPoolExecutor(12) as pool:
+            texts = list(pool.map(text, range(12)))
+        assert texts == [reference(names[n % 3], n) for n in range(12)]
+        assert len({text(0, name) for name in names}) == 3
+        assert post("/v1/unload_lora_adapter", json={"lora_name": "a0"}).status_code == 200
+        assert post("/v1/load_lora_adapter", json={"lora_name": "a2", "lora_path": "a2"}).status_code == 200
+        assert text(4, "a2") == reference("a2", 4)
+        assert_error(post(TEXT, json={"model": "a0", "prompt": "x"}), 404, "model")

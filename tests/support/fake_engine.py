@@ -9,13 +9,15 @@ import itertools
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 from prometheus_client import CollectorRegistry
 
 from deepseek_optimizer.engine.async_engine import Admission, Answers
 from deepseek_optimizer.engine.detokenizer import Detokenizer
-from deepseek_optimizer.engine.request import Finish, Output, Request, TokenLogprob
+from deepseek_optimizer.engine.prompt_logprobs import PromptLogprobs
+from deepseek_optimizer.engine.request import Finish, Output, Request, TokenLogprob, check_tokens
 from deepseek_optimizer.errors import EngineBusyError, EngineDeadError, RequestError
 
 HIDDEN = 8
@@ -51,6 +53,7 @@ class FakeEngine:
         self.model_name, self.step_seconds, self.vocab_size = model_name, step_seconds, len(tokenizer)
         self.eos = frozenset({tokenizer.eos_token_id})
         self.cache_window: int | None = None
+        self.adapters: list[SimpleNamespace] = []
         self.room = context
         self.max_running = capacity
         self.registry = CollectorRegistry()
@@ -98,18 +101,23 @@ class FakeEngine:
         self.check_alive()
         if len(request.prompt) > self.context - (not request.embed):
             raise RequestError("prompt", f"{len(request.prompt)} tokens, and the context has {self.context}")
-        sampling = request.sampling
-        for field, ids in (
-            ("prompt", request.prompt), ("logit_bias", sampling.logit_bias), ("stop_token_ids", sampling.stop_token_ids)
-        ):  # fmt: skip
-            if any(not 0 <= token < self.vocab_size for token in ids):
-                raise RequestError(field, "has a token that is not in the vocabulary")
+        check_tokens(request, self.vocab_size)
         request = replace(request, id=f"{request.id or 'request'}-{next(self._ids)}")
         answers = Answers(self, request)
         self.seen.append(request)
         self._running[request.id] = _Sequence(self, request, answers)
         self._wake.set()
         return answers
+
+    def load_adapter(self, name: str, path: object) -> None:
+        if any(adapter.name == name for adapter in self.adapters):
+            raise RequestError("lora_name", f"{name!r} has already been loaded; unload it first")
+        self.adapters.append(SimpleNamespace(name=name, path=path, created=1))
+
+    def unload_adapter(self, name: str) -> None:
+        if all(adapter.name != name for adapter in self.adapters):
+            raise RequestError("lora_name", f"there is no adapter {name!r}")
+        self.adapters = [adapter for adapter in self.adapters if adapter.name != name]
 
     def cancel(self, request_id: str) -> None:
         if request_id in self._running:
@@ -202,6 +210,9 @@ class _Sequence:
             vector = np.arange(HIDDEN, dtype=np.float32) + sum(self.request.prompt) / 1000
             return self.put(Output(self.request.id, finish="stop", embedding=vector))
         sampling = self.request.sampling
+        prompt_logprobs = None if self.at else self._prompt_logprobs()
+        if sampling.max_tokens == 0:
+            return self.put(Output(self.request.id, finish="length", prompt_logprobs=prompt_logprobs))
         token = self._choose()
         self.at += 1
         text, stop = self.detokenizer.add(token)
@@ -220,7 +231,17 @@ class _Sequence:
         if sampling.logprobs is not None:
             top = tuple(((token + i) % self.engine.vocab_size, -0.5 - i) for i in range(sampling.logprobs))
             logprobs = [TokenLogprob(token, -0.5, top)]
-        self.put(Output(self.request.id, [token], text, logprobs, finish, reason))
+        self.put(Output(self.request.id, [token], text, logprobs, finish, reason, prompt_logprobs=prompt_logprobs))
+
+    def _prompt_logprobs(self) -> PromptLogprobs | None:
+        """Token t has the logit -t, so that the log probabilities of prompts decrease with their token ids."""
+        top = self.request.prompt_logprobs
+        if top is None:
+            return None
+        logprobs = PromptLogprobs(self.request.prompt, top)
+        for _ in range(len(logprobs)):
+            assert logprobs.add(-np.arange(self.engine.vocab_size, dtype=np.float32))
+        return logprobs
 
     def _choose(self) -> int:
         """The script's token if the grammar allows it, otherwise the first allowed token."""

@@ -84,7 +84,7 @@ LAYERS = (
         "imported only in `runner` and `sampling/torch_sampler`",
         may=("backends", "cache", "system"),
         levels=(
-            ("detokenizer", "draft", "options", "request", "sequence"),
+            ("adapters", "detokenizer", "draft", "options", "prompt_logprobs", "request", "sequence"),
             ("grammar", "sampling"),
             ("running",),
             ("scheduling",),
@@ -184,7 +184,7 @@ LAYERS = (
             ("keys",),
             ("settings",),
             ("http",),
-            ("documents", "tokens"),
+            ("adapters", "documents", "tokens"),
             ("protocol",),
             ("openapi", "state"),
             ("chat",),

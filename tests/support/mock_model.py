@@ -18,8 +18,9 @@ import torch
 from deepseek_optimizer.backends.sampling import choose_tokens
 from deepseek_optimizer.cache import HOLE, BlockManager, Forgetting, Groups
 from deepseek_optimizer.cache.block_manager import BLOCK_TOKENS
-from deepseek_optimizer.engine.core import EngineCore, ModelFacts
+from deepseek_optimizer.engine.core import EngineCore
 from deepseek_optimizer.engine.engine import Completion
+from deepseek_optimizer.engine.model_facts import ModelFacts
 from deepseek_optimizer.engine.options import EngineOptions
 from deepseek_optimizer.engine.request import Request
 

@@ -10,6 +10,7 @@
 #include "index.hpp"
 #include "kv.hpp"
 #include "latent.hpp"
+#include "low_rank.hpp"
 #include "pack.hpp"
 #include "recurrent.hpp"
 #include "rotate.hpp"
@@ -39,6 +40,7 @@ const RowKernels row_kernels = {
     .short_conv = short_conv,
     .unit_length = unit_length,
     .delta_rule = delta_rule,
+    .low_rank = low_rank_product,
     .kv_layer_bytes = kv_layer_bytes,
     .kv_write = kv_write,
     .kv_read = kv_read,

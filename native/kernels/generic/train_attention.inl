@@ -1,5 +1,6 @@
 // Defines this variant's TrainAttention; included once, after its lanes. As in linear.inl: nothing from the standard library
 // that emits code. A variant with tile registers also includes its tiles, and defines DSO_TILES.
+#include "dense_attention.hpp"
 #include "train_attention_backward.hpp"
 #include "train_attention_forward.hpp"
 
@@ -26,9 +27,16 @@ void backward(const TrainAttnTask& t, uint8_t* scratch) {
   else
     attn_backward<float, WideProduct>(t, scratch);
 }
+int64_t dense_scratch(const DenseAttnTask& t) { return DenseRoom(t, nullptr).bytes; }
+void dense(const DenseAttnTask& t, uint8_t* scratch) {
+  if (t.type == DSO_TYPE_BF16)
+    dense_attention<uint16_t>(t, scratch);
+  else
+    dense_attention<float>(t, scratch);
+}
 
 }  // namespace
 
 extern const TrainAttention train_attention;  // `extern`, because a const object would otherwise be local to this unit
-const TrainAttention train_attention = {forward_scratch, backward_scratch, forward, backward, query_grad};
+const TrainAttention train_attention = {forward_scratch, backward_scratch, forward, backward, query_grad, dense_scratch, dense};
 }  // namespace dso::DSO_ISA_NAMESPACE

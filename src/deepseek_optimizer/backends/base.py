@@ -49,6 +49,7 @@ class Capabilities:
         isas: instruction sets that run on this machine, the best last; empty if there is no choice.
         batch_invariant: whether a row's result is bitwise equal whatever other rows the step has.
         training: whether there are native training operations in addition to `linear` and `linear_gradient` (`train/ops/`).
+        adapters: whether plans support low-rank adapters (`new_adapters`).
     """
 
     name: str
@@ -61,6 +62,7 @@ class Capabilities:
     isas: tuple[str, ...] = ()
     batch_invariant: bool = False
     training: bool = False
+    adapters: bool = False
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,9 @@ class StepBatch:
         state_to: int32 [n, 2], (row, slot) in ascending order of rows: the states after this row are stored in this slot. The
             last row of every sequence must be listed. A slot occurs once. A slot in `state_from` may be listed only for the
             last row of the only sequence that reads it, which then overwrites it. Ignored by graphs without states.
+        adapters: the store of adapters that `adapter_of` refers to.
+        adapter_of: int32 [S], the slot of each sequence's adapter, -1: none; None: no sequence has one. Faster if sequences
+            with the same adapter are consecutive. Ignored by graphs without adapter sites.
     """
 
     token_ids: Int32
@@ -122,6 +127,8 @@ class StepBatch:
     reach: Int32 | None = None
     state_from: Int32 | None = None
     state_to: Int32 | None = None
+    adapters: AdapterStore | None = None
+    adapter_of: Int32 | None = None
 
     def tables(self, groups: int) -> Int32:
         """`block_table` as [groups, S, max_blocks]. Raises ValueError if it has another number of groups."""
@@ -246,6 +253,30 @@ class KvStore(Protocol):
         for a latent cache the latents [tokens, rank + rope] and the indexer's keys [tokens, index] or None."""
 
 
+class AdapterStore(Protocol):
+    """A backend's storage of low-rank adapters, in slots. `engine.adapters.Adapters` decides which slot is whose."""
+
+    slots: int
+
+    def adapter_bytes(self, ranks: Mapping[int, int]) -> int:
+        """Memory of an adapter, by the rank that it has for each site."""
+
+    def load(self, slot: int, pairs: Mapping[int, tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """Puts an adapter into a slot that no running step uses.
+
+        Args:
+            slot: the slot, which is empty.
+            pairs: for each site (index in `Graph.adapter_sites`) that the adapter changes A [r, K] and B [N, r], where B
+                contains the adapter's scale.
+
+        Raises:
+            ValueError: a matrix does not fit its site, or its rank is too large. The slot is empty then.
+        """
+
+    def clear(self, slot: int) -> None:
+        """Empties a slot that no running step uses, and frees its memory."""
+
+
 class Plan(Protocol):
     """A compiled graph, bound to weights."""
 
@@ -359,6 +390,16 @@ class Backend(Sizes, Protocol):
 
     def new_store(self, graph: Graph, kv_dtype: str, num_blocks: int, num_states: int = 0) -> KvStore:
         """An empty cache of `num_blocks` blocks and `num_states` slots. Memory may be allocated when they are first written."""
+
+    def new_adapters(self, graph: Graph, slots: int, rank: int, dtype: str) -> AdapterStore:
+        """An empty store for adapters, if `capabilities.adapters`.
+
+        Args:
+            graph: a graph with adapter sites (`graph.adapters.with_adapters`).
+            slots: number of adapters.
+            rank: largest rank of an adapter, that of the graph's nodes.
+            dtype: what the matrices are stored in, "fp32" or "bf16". Products are computed in fp32.
+        """
 
     def free_memory(self) -> FreeMemory:
         """What can still be allocated for the cache: the host's limits, or the device's memory."""

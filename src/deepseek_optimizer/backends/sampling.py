@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -71,9 +71,15 @@ def choose_tokens(logits: Floats, choices: Sequence[TokenChoice | None]) -> list
     return [None if choice is None else choose_token(row, choice) for row, choice in zip(logits, choices, strict=True)]
 
 
-def uniform(seed: int, place: int) -> float:
-    """A pseudo-random number in [0, 1) determined by a seed and a position in the text, independent of earlier draws."""
-    digest = hashlib.blake2b(struct.pack("<QQ", seed, place), digest_size=8).digest()
+def uniform(seed: int, place: int, purpose: bytes = b"") -> float:
+    """A pseudo-random number in [0, 1) determined by a seed and a position in the text, independent of earlier draws.
+
+    Args:
+        seed: 0 to 2^64 - 1.
+        place: position in the text.
+        purpose: at most 16 bytes; numbers for different purposes are independent. Tokens are drawn with the default.
+    """
+    digest = hashlib.blake2b(struct.pack("<QQ", seed, place), digest_size=8, person=purpose).digest()
     return float(int.from_bytes(digest, "little") >> 11) / (1 << 53)
 
 
@@ -87,9 +93,13 @@ def draw(logits: Floats, sampling: Filters, u: float) -> int:
     """
     scaled = logits / np.float32(sampling.temperature)
     if sampling.top_k or sampling.top_p < 1 or sampling.min_p:
-        tokens, weights = filtered(scaled, sampling)
-        return int(tokens[_place(np.cumsum(weights, dtype=np.float64), u)])
+        return draw_from(*filtered(scaled, sampling), u)
     return _draw_unfiltered(scaled, u)
+
+
+def draw_from(tokens: Ints, weights: npt.NDArray[Any], u: float) -> int:
+    """The token that u in [0, 1) selects from tokens [n] with unnormalized weights [n], of which at least one is above 0."""
+    return int(tokens[_place(np.cumsum(weights, dtype=np.float64), u)])
 
 
 def filtered(scaled: Floats, sampling: Filters) -> tuple[Ints, Floats]:

@@ -27,7 +27,15 @@ from .forgetting import Forgetting, Groups
 Key = bytes
 
 
-def keys(tokens: list[int], salt: str, blocks: int, known: list[Key] | None = None, *, frequencies: int = 0) -> list[Key]:
+def keys(
+    tokens: list[int],
+    salt: str,
+    blocks: int,
+    known: list[Key] | None = None,
+    *,
+    frequencies: int = 0,
+    adapter: bytes = b"",
+) -> list[Key]:
     """Keys of the first `blocks` full blocks.
 
     Args:
@@ -35,9 +43,11 @@ def keys(tokens: list[int], salt: str, blocks: int, known: list[Key] | None = No
         salt: sequences share blocks only if their salts are equal.
         known: keys of the first few blocks, computed earlier.
         frequencies: number of the RoPE frequencies that the cached keys were rotated with; 0: the model's own.
+        adapter: identity of the adapter that the cached keys and values were computed with; b"": none.
     """
     result = list(known or ())
-    start = hashlib.blake2b(salt.encode("utf-8", "surrogatepass"), digest_size=16, person=frequencies.to_bytes(8, "little"))
+    person = frequencies.to_bytes(8, "little")
+    start = hashlib.blake2b(salt.encode("utf-8", "surrogatepass"), digest_size=16, person=person, key=adapter)
     before = result[-1] if result else start.digest()
     for block in range(len(result), blocks):
         content = np.array(tokens[block * BLOCK_TOKENS : (block + 1) * BLOCK_TOKENS], np.int32).tobytes()

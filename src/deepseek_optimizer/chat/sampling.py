@@ -12,12 +12,12 @@ from ..errors import RequestError, shown
 
 _TOP_K = 50  # the default of `generate`
 _NAMES = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens", "stop_strings": "stop", "stop_sequence": "stop"}
-_SAMPLES = ("temperature", "top_k", "top_p", "min_p", "seed")
-_READ = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_new_tokens", "min_new_tokens", "stop_strings")
+_FILTERS = ("temperature", "top_k", "top_p", "min_p", "typical_p")
+_SAMPLES = (*_FILTERS, "seed")
+_READ = (*_FILTERS, "repetition_penalty", "max_new_tokens", "min_new_tokens", "stop_strings")
 # Settings that `generate` supports and an engine does not, and the values that have no effect.
 _IGNORED: dict[str, tuple[Any, ...]] = {
     "num_beams": (1,),
-    "typical_p": (1.0,),
     "epsilon_cutoff": (0.0,),
     "eta_cutoff": (0.0,),
     "no_repeat_ngram_size": (0,),

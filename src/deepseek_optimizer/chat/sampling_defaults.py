@@ -13,7 +13,7 @@ from .published_sampling import published_sampling
 
 Source = Literal["model", "vllm", "openai"]
 SOURCES: tuple[Source, ...] = get_args(Source)
-FIELDS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")  # of a generation config
+FIELDS = ("temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty")  # of a generation config
 _COMMON = {"temperature": 0.7, "top_p": 0.95}
 
 

@@ -97,6 +97,13 @@ def language_part(
     return config, {_renamed(name, part.prefixes): info for name, info in kept.items()}, remarks
 
 
+def language_names(name: str, model_type: str) -> list[str]:
+    """The names that a tensor of a whole model may have in its language model of family `model_type`: its own, and those
+    without the whole model's prefixes."""
+    parts = [part for family, part in _PARTS.items() if model_type in (family, part.model_type)]
+    return list(dict.fromkeys((name, *(_renamed(name, part.prefixes) for part in parts))))
+
+
 def _renamed(name: str, prefixes: Mapping[str, str]) -> str:
     prefix = next((prefix for prefix in prefixes if name.startswith(prefix)), None)
     return name if prefix is None else prefixes[prefix] + name.removeprefix(prefix)

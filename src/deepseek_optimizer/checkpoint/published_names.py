@@ -61,17 +61,22 @@ def joined_parts(
     return whole, parts
 
 
+def parameter_name(stored: str, model_type: Any) -> str:
+    """The name that the model's parameter has, of a tensor in a published checkpoint."""
+    for pattern, replacement in _RENAMES.get(model_type, ()) if isinstance(model_type, str) else ():
+        stored = re.sub(pattern, replacement, stored)
+    return stored
+
+
 def with_parameter_names(tensors: Mapping[str, TensorInfo], model_type: Any) -> dict[str, TensorInfo]:
     """The tensors of a checkpoint by the names that the model's parameters have.
 
     Raises:
         CheckpointError: two tensors have the same name then.
     """
-    renames = _RENAMES.get(model_type, ()) if isinstance(model_type, str) else ()
     renamed: dict[str, TensorInfo] = {}
-    for name, info in tensors.items():
-        for pattern, replacement in renames:
-            name = re.sub(pattern, replacement, name)
+    for stored, info in tensors.items():
+        name = parameter_name(stored, model_type)
         if name in renamed:
             raise CheckpointError(
                 f"is also stored as {renamed[name].name}; remove one of them", file=info.file, tensor=info.name

@@ -17,10 +17,12 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import cached_property
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointChangedError, EngineBusyError, EngineDeadError
+from .adapters import Adapter, adapters_of
 from .core import EngineCore
 from .request import Output, Request
 
@@ -80,7 +82,13 @@ def merged(first: Output, then: Output) -> Output:
     logprobs = first.logprobs
     if then.logprobs is not None:
         logprobs = (first.logprobs or []) + then.logprobs
-    return replace(then, token_ids=first.token_ids + then.token_ids, text=first.text + then.text, logprobs=logprobs)
+    return replace(
+        then,
+        token_ids=first.token_ids + then.token_ids,
+        text=first.text + then.text,
+        logprobs=logprobs,
+        prompt_logprobs=first.prompt_logprobs or then.prompt_logprobs,
+    )
 
 
 class Admission:
@@ -126,6 +134,7 @@ class AsyncEngine:
         self._logged: set[str] = set()  # replaced files
         self._changed: CheckpointChangedError | None = None  # detected by a check before a step failed
         self._answers: dict[str, Answers] = {}
+        self._adapters: dict[str, Adapter] = {}  # acquired for requests that the thread has not received yet
         self._ids = itertools.count(1)
         self._admitted = Counter[str]()  # places by client
         self._draining = False
@@ -233,6 +242,23 @@ class AsyncEngine:
         seconds = max(time.monotonic() - self._left[0], 1e-3)
         return min(60.0, max(1.0, requests * seconds / len(self._left)))
 
+    @property
+    def adapters(self) -> list[Adapter]:
+        """The LoRA adapters that requests can choose, in the order in which they were loaded."""
+        return [] if self.core.adapters is None else self.core.adapters.loaded
+
+    def load_adapter(self, name: str, path: str | Path) -> None:
+        """Loads a LoRA adapter while the engine runs. It blocks while it reads files: call it on any thread but the loop's.
+
+        Args and errors: see `Adapters.load`.
+        """
+        adapters_of(self.core).load(name, path)
+
+    def unload_adapter(self, name: str) -> None:
+        """Unloads a LoRA adapter; requests in the engine that use it continue. Raises RequestError if there is none of this
+        name."""
+        adapters_of(self.core).unload(name)
+
     def submit(self, request: Request) -> Answers:
         """Queues a request and returns its stream of outputs.
 
@@ -244,6 +270,8 @@ class AsyncEngine:
         self.core.check(request)
         # The id is made unique, since two clients may send the same one.
         request = replace(request, id=f"{request.id or 'request'}-{next(self._ids)}")
+        if request.adapter:
+            self._adapters[request.id] = adapters_of(self.core).acquire(request.adapter)
         answers = self._answers[request.id] = Answers(self, request)
         self._send(request)
         return answers
@@ -351,9 +379,12 @@ class AsyncEngine:
 
     def _add(self, request: Request) -> None:
         assert self._loop is not None
+        adapter = self._adapters.pop(request.id, None)
         try:
-            self.core.add(request)
+            self.core.add(request, adapter)
         except Exception as error:  # such as a grammar that fails to start; other requests are not affected
+            if adapter is not None:
+                adapters_of(self.core).release(adapter)
             _log.exception("request %s could not be started", request.id)
             failed = Output(request.id, finish="error", error=f"the request could not be started: {type(error).__name__}")
             self._loop.call_soon_threadsafe(self._deliver, [failed])

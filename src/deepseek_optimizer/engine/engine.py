@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
+from .adapters import adapters_of
 from .core import EngineCore
+from .prompt_logprobs import PromptLogprobs
 from .request import Finish, Output, Request, SamplingParams, TokenLogprob, check_text
 
 
@@ -21,6 +24,7 @@ class Completion:
         logprobs, finish, stop_reason, error: as in `Output`.
         prompt_tokens, cached_tokens, dropped_tokens: as in `Output`, at the end.
         embedding: as in `Output`, for requests with `embed`.
+        prompt_logprobs: as in `Output`, for requests with `prompt_logprobs`.
     """
 
     text: str = ""
@@ -33,6 +37,7 @@ class Completion:
     dropped_tokens: int = 0
     embedding: Any = None
     error: str | None = None
+    prompt_logprobs: PromptLogprobs | None = None
 
     def add(self, output: Output) -> None:
         """Adds the output of a step."""
@@ -40,6 +45,8 @@ class Completion:
         self.token_ids += output.token_ids
         if output.logprobs is not None:
             self.logprobs = (self.logprobs or []) + output.logprobs
+        if output.prompt_logprobs is not None:
+            self.prompt_logprobs = output.prompt_logprobs
         self.finish, self.stop_reason, self.error = output.finish, output.stop_reason, output.error
         self.prompt_tokens, self.cached_tokens = output.prompt_tokens, output.cached_tokens
         self.dropped_tokens, self.embedding = output.dropped_tokens, output.embedding
@@ -60,6 +67,22 @@ class Engine:
     @property
     def tokenizer(self) -> Any:
         return self.core.tokenizer
+
+    def load_adapter(self, name: str, path: str | Path) -> None:
+        """Loads a LoRA adapter, which requests can then choose by `Request.adapter`.
+
+        Args:
+            name: its name.
+            path: a directory as PEFT writes it.
+
+        Raises:
+            RequestError, AdapterError, CheckpointError, NotEnoughMemoryError: see `Adapters.load`.
+        """
+        adapters_of(self.core).load(name, path)
+
+    def unload_adapter(self, name: str) -> None:
+        """Unloads a LoRA adapter. Raises RequestError if there is none of this name."""
+        adapters_of(self.core).unload(name)
 
     def generate(
         self, prompts: Sequence[str | list[int] | Request], sampling: SamplingParams | None = None

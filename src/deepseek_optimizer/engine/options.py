@@ -27,6 +27,10 @@ class EngineOptions:
         sinks: number of tokens at the beginning of a sequence that always stay in the cache, with `cache_window`.
         max_waiting: maximum number of waiting requests of one client of an `AsyncEngine`, in addition to those that can run;
             for all clients together four times as many.
+        max_loras: maximum number of LoRA adapters that are loaded at a time; 0: the engine supports none, which costs nothing.
+        max_lora_rank: largest rank of an adapter.
+        lora_dtype: what adapters are stored in: "fp32", "bf16", or "auto": bf16, except fp32 for a model all of whose matrices
+            are fp32. Products with them are computed in fp32.
     """
 
     batch_size_range: tuple[int, int] = (1, 32)
@@ -38,3 +42,6 @@ class EngineOptions:
     cache_window: int | None = None
     sinks: int = 4
     max_waiting: int = 256
+    max_loras: int = 0
+    max_lora_rank: int = 64
+    lora_dtype: str = "auto"

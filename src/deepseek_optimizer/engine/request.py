@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from ..errors import RequestError, shown
+from .prompt_logprobs import PromptLogprobs
 
 MAX_LOGPROBS = 20
 MAX_STOPS = 16
 MAX_STOP_CHARACTERS = 1_024
+MAX_BAD_WORDS = 1_024
 Finish = Literal["stop", "length", "cancelled", "deadline", "error"]
 
 
@@ -51,11 +54,13 @@ class CompiledGrammar(Protocol):
 class SamplingParams:
     """How a request's tokens are sampled, and when generation ends.
 
-    Each step is applied to the result of the previous one, in this order: repetition, presence and frequency penalty,
-    logit_bias, grammar, temperature, top_k, top_p, min_p.
+    Each step is applied to the result of the previous one, in this order: repetition, presence and frequency penalty, DRY,
+    logit_bias, bad_words, allowed_token_ids, grammar, top_n_sigma, temperature, top_k, top_p, min_p, typical_p, XTC. Mirostat
+    replaces the steps after temperature, and top_n_sigma. Greedy decoding has no steps after the grammar. (llama.cpp applies
+    the same filters in another order, with temperature last.)
 
     Attributes:
-        max_tokens: maximum number of tokens to generate, at least 1; None: until the context is full.
+        max_tokens: maximum number of tokens to generate; 0: only process the prompt; None: until the context is full.
         min_tokens: until this many tokens are generated, no end-of-text or stop token is chosen, and no stop string ends the
             text.
         temperature: 0 to 100; 0 chooses the most likely token, and so does any value below 1e-5, for which scaled logits would
@@ -64,8 +69,28 @@ class SamplingParams:
         top_p: sample from the smallest set of most likely tokens whose probabilities sum to at least this; in (0, 1].
         min_p: minimum probability of a token, relative to that of the most likely one; in [0, 1].
         repetition_penalty: above 0, at most 100; 1: none. Applies to tokens of the prompt and of the text, as in Transformers.
+        repetition_window: apply repetition_penalty only to tokens among this many last ones of prompt and text (llama.cpp's
+            repeat_last_n); None: to all.
         presence_penalty, frequency_penalty: -2 to 2; apply to tokens of the text, as OpenAI defines them.
         logit_bias: token id -> value to add to its logit, -100 to 100; -100 forbids the token.
+        typical_p: sample from the smallest set of tokens that sums to at least this probability and whose information content
+            is nearest to the distribution's entropy; in (0, 1]; 1: all (Meister et al. 2022, "Locally Typical Sampling").
+        top_n_sigma: sample from tokens whose logits are at most this many standard deviations below the largest; 0 to 100; 0:
+            all (Tang et al. 2024, "Top-nsigma: Not All Logits Are You Need").
+        xtc_probability, xtc_threshold: 0 to 1; with this probability, XTC excludes the tokens whose probabilities reach the
+            threshold, except the least likely one of them. It has no effect with a threshold above 0.5. As in llama.cpp.
+        dry_multiplier, dry_base, dry_allowed_length, dry_last_n: DRY subtracts dry_multiplier * dry_base ** (n -
+            dry_allowed_length) from the logit of a token that would extend a repetition of n >= dry_allowed_length tokens,
+            found in the last dry_last_n tokens of prompt and text (None: in all of them). The multiplier is 0 to 100 (0: off),
+            the base 1 to 100. As in llama.cpp.
+        dry_breakers: sequences of tokens that no repetition extends across: first token -> the tokens after it, of one or more
+            sequences; see `sampling.words.BreakerIndex`.
+        mirostat, mirostat_tau, mirostat_eta: 1 or 2: choose tokens by that version of Mirostat, which keeps the information
+            content of the text near mirostat_tau bits per token (0 to 100), with the learning rate mirostat_eta (0 to 1); 0:
+            off. As in llama.cpp (Basu et al. 2021, "Mirostat: A Neural Text Decoding Algorithm that Directly Controls
+            Perplexity").
+        bad_words: sequences of tokens that must not occur in the text, at most MAX_BAD_WORDS; see `sampling.words.bad_words`.
+        allowed_token_ids: the only tokens that may be generated; None: all.
         seed: 0 to 2^64 - 1; the same request with the same seed gives the same text, with or without drafts. None: random.
         stop: strings that end the text; the text ends before the string.
         include_stop: the text ends after the stop string instead of before it.
@@ -84,9 +109,24 @@ class SamplingParams:
     top_p: float = 1.0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+    repetition_window: int | None = None
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
+    typical_p: float = 1.0
+    top_n_sigma: float = 0.0
+    xtc_probability: float = 0.0
+    xtc_threshold: float = 0.1
+    dry_multiplier: float = 0.0
+    dry_base: float = 1.75
+    dry_allowed_length: int = 2
+    dry_last_n: int | None = None
+    dry_breakers: Mapping[int, tuple[tuple[int, ...], ...]] = field(default_factory=dict)
+    mirostat: int = 0
+    mirostat_tau: float = 5.0
+    mirostat_eta: float = 0.1
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    allowed_token_ids: tuple[int, ...] | None = None
     seed: int | None = None
     stop: tuple[str, ...] = ()
     include_stop: bool = False
@@ -99,24 +139,38 @@ class SamplingParams:
     def __post_init__(self) -> None:
         """Raises RequestError for a value outside its range."""
         if self.max_tokens is not None:
-            _integer("max_tokens", self.max_tokens, 1, 1 << 31)
+            _integer("max_tokens", self.max_tokens, 0, 1 << 31)
         _integer("min_tokens", self.min_tokens, 0, 1 << 31)
         _number("temperature", self.temperature, 0, 100)
         _integer("top_k", self.top_k, 0, 1 << 31)
         _number("top_p", self.top_p, 0, 1, above=True)
         _number("min_p", self.min_p, 0, 1)
         _number("repetition_penalty", self.repetition_penalty, 0, 100, above=True)
+        _optional_integer("repetition_window", self.repetition_window, 0, 1 << 31)
+        _number("typical_p", self.typical_p, 0, 1, above=True)
+        _number("top_n_sigma", self.top_n_sigma, 0, 100)
+        _number("xtc_probability", self.xtc_probability, 0, 1)
+        _number("xtc_threshold", self.xtc_threshold, 0, 1)
+        _number("dry_multiplier", self.dry_multiplier, 0, 100)
+        _number("dry_base", self.dry_base, 1, 100)
+        _integer("dry_allowed_length", self.dry_allowed_length, 0, 1 << 31)
+        _optional_integer("dry_last_n", self.dry_last_n, 0, 1 << 31)
+        _integer("mirostat", self.mirostat, 0, 2)
+        _number("mirostat_tau", self.mirostat_tau, 0, 100)
+        _number("mirostat_eta", self.mirostat_eta, 0, 1)
         _number("presence_penalty", self.presence_penalty, -2, 2)
         _number("frequency_penalty", self.frequency_penalty, -2, 2)
-        if self.seed is not None:
-            _integer("seed", self.seed, 0, (1 << 64) - 1)
-        if self.logprobs is not None:
-            _integer("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+        _optional_integer("seed", self.seed, 0, (1 << 64) - 1)
+        _optional_integer("logprobs", self.logprobs, 0, MAX_LOGPROBS)
         for token, bias in self.logit_bias.items():
             _integer("logit_bias's token", token, 0, 1 << 31)
             _number(f"logit_bias[{token}]", bias, -100, 100)
         for token in self.stop_token_ids:
             _integer("stop_token_ids", token, 0, 1 << 31)
+        if self.allowed_token_ids is not None and not self.allowed_token_ids:
+            raise RequestError("allowed_token_ids", "is empty; give at least one token, or None for all")
+        if len(self.bad_words) > MAX_BAD_WORDS or not all(self.bad_words):
+            raise RequestError("bad_words", f"must be at most {MAX_BAD_WORDS} sequences of at least one token each")
         if len(self.stop) > MAX_STOPS or any(not s or len(s) > MAX_STOP_CHARACTERS for s in self.stop):
             raise RequestError("stop", f"must be at most {MAX_STOPS} strings of 1 to {MAX_STOP_CHARACTERS} characters")
 
@@ -136,6 +190,11 @@ def check_text(field: str, text: str) -> None:
 def _integer(name: str, value: Any, low: int, high: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
         raise RequestError(name, f"must be an integer from {low} to {high}, got {shown(value)}")
+
+
+def _optional_integer(name: str, value: Any, low: int, high: int) -> None:
+    if value is not None:
+        _integer(name, value, low, high)
 
 
 def _number(name: str, value: Any, low: float, high: float, above: bool = False) -> None:
@@ -159,8 +218,12 @@ class Request:
         embed: return the mean of the prompt's last hidden states instead of generating text.
         drafts: whether speculative decoding may be used; None: the engine's default.
         pinned: (begin, end) ranges of prompt tokens that a sliding window must keep; the first `sinks` tokens always stay.
+        prompt_logprobs: number of most likely tokens to report for each prompt token but the first, 0 to MAX_LOGPROBS, besides
+            the token itself; None: no log probabilities of the prompt. Its tokens are then processed even if the prefix cache
+            has them.
         client: identifier of the client. Among requests of one priority, clients take turns, so that a request waits for
             earlier ones of the same client only.
+        adapter: name of the LoRA adapter to use; "": the model without one.
     """
 
     prompt: list[int]
@@ -173,6 +236,14 @@ class Request:
     drafts: bool | None = None
     pinned: tuple[tuple[int, int], ...] = ()
     client: str = ""
+    adapter: str = ""
+    prompt_logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        """Raises RequestError for a value outside its range."""
+        _optional_integer("prompt_logprobs", self.prompt_logprobs, 0, MAX_LOGPROBS)
+        if self.embed and self.prompt_logprobs is not None:
+            raise RequestError("prompt_logprobs", "is not possible with embed; send two requests")
 
 
 @dataclass(frozen=True)
@@ -208,6 +279,7 @@ class Output:
         embedding: mean of the last hidden states, float32 [H], with finish "stop", for requests with `embed`.
         error: message, with finish "error".
         transient: with finish "error": the same request may succeed later, when memory is free.
+        prompt_logprobs: log probabilities of the prompt's tokens, if requested, in the first output after the prompt.
     """
 
     request_id: str
@@ -223,3 +295,22 @@ class Output:
     embedding: npt.NDArray[np.float32] | None = None
     error: str | None = None
     transient: bool = False
+    prompt_logprobs: PromptLogprobs | None = None
+
+
+def check_tokens(request: Request, vocab_size: int) -> None:
+    """Raises RequestError if the prompt is empty, or if the request needs tokens that the vocabulary does not have."""
+    sampling = request.sampling
+    if not request.prompt:
+        raise RequestError("prompt", "is empty")
+    if (request.prompt_logprobs or 0) > vocab_size:
+        raise RequestError("prompt_logprobs", f"exceeds the vocabulary of {vocab_size}")
+    for name, tokens in (
+        ("prompt", request.prompt),
+        ("logit_bias", sampling.logit_bias),
+        ("stop_token_ids", sampling.stop_token_ids),
+        ("allowed_token_ids", sampling.allowed_token_ids or ()),
+        ("bad_words", tuple(chain.from_iterable(sampling.bad_words))),
+    ):
+        if tokens and (min(tokens) < 0 or max(tokens) >= vocab_size):
+            raise RequestError(name, f"has token ids outside the vocabulary of {vocab_size}")

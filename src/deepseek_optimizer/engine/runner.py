@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from ..backends.base import BLOCK_TOKENS, PREFILL, Int32, Plan, StepBatch, StepOutput
+from ..backends.base import BLOCK_TOKENS, PREFILL, AdapterStore, Int32, Plan, StepBatch, StepOutput
 from ..backends.sampling import Floats, TokenChoice
 from ..cache import states_of_step
 from .scheduling.memory import Memory
@@ -24,12 +24,14 @@ class Runner:
         plan: the compiled plan.
         memory: cache memory of the sequences.
         vocab_size: if not 0, `step` reuses a buffer for the logits of a plan on the CPU instead of allocating one each time.
+        adapters: the store of the sequences' adapters; None: the plan has no adapters, and the sequences' are not used.
 
     Attributes:
         on_host: whether the plan's logits are in host memory.
     """
 
-    def __init__(self, plan: Plan, memory: Memory, vocab_size: int = 0) -> None:
+    def __init__(self, plan: Plan, memory: Memory, vocab_size: int = 0, adapters: AdapterStore | None = None) -> None:
+        self._adapters = adapters
         self.plan, self.memory, self.on_host = plan, memory, plan.device.type == "cpu"
         self._vocab_size = vocab_size if self.on_host else 0
         self._logits: torch.Tensor | None = None  # reused: new pages at every step would be slow for large batches
@@ -168,6 +170,8 @@ class Runner:
             reach=_reach(parts),
             state_from=state_from,
             state_to=state_to,
+            adapters=self._adapters,
+            adapter_of=None if self._adapters is None else _adapter_of(parts),
         )
         return self.memory.run(self.plan, batch)
 
@@ -176,6 +180,12 @@ def _reach(parts: list[Part]) -> Int32 | None:
     """Returns `reach` of each sequence, int32 [S]; None if a sequence has none."""
     reach = [part.sequence.reach for part in parts]
     return None if None in reach else np.array(reach, np.int32)
+
+
+def _adapter_of(parts: list[Part]) -> Int32 | None:
+    """Returns the slot of each sequence's adapter, int32 [S]; None if no sequence has one."""
+    slots = [part.sequence.adapter for part in parts]
+    return np.array(slots, np.int32) if max(slots) >= 0 else None
 
 
 def _tables(parts: list[Part]) -> Int32:

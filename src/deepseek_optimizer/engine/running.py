@@ -8,7 +8,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ..cache.prefix_cache import Key
+from .adapters import Adapter
 from .detokenizer import Detokenizer
+from .prompt_logprobs import PromptLogprobs
 from .request import Output, Request
 from .sampling.request_sampler import RequestSampler
 from .sequence import Sequence
@@ -40,9 +42,11 @@ class Running:
         preempted: number of preemptions.
         starved: number of preemptions since its last token while no other request was running.
         states: sum of the prompt's hidden states, float64 [H], for embeddings.
+        prompt_logprobs: log probabilities of the prompt's tokens, as far as they are computed; None: not requested.
         pinned: ranges of tokens that a sliding window must keep, as positions in the current sequence.
         started, first, last: times of admission, of the first token and of the latest token, by the engine's clock.
         cancelled: whether the request is to be ended by the next step.
+        adapter: the LoRA adapter that it uses.
     """
 
     number: int
@@ -65,11 +69,17 @@ class Running:
     preempted: int = 0
     starved: int = 0
     states: npt.NDArray[np.float64] | None = None
+    prompt_logprobs: PromptLogprobs | None = field(default=None, init=False)
     pinned: tuple[tuple[int, int], ...] = ()
     started: float | None = None
     first: float | None = None
     last: float | None = None
     cancelled: bool = False
+    adapter: Adapter | None = None
+
+    def __post_init__(self) -> None:
+        if self.request.prompt_logprobs is not None:
+            self.prompt_logprobs = PromptLogprobs(self.request.prompt, self.request.prompt_logprobs)
 
     @property
     def order(self) -> tuple[int, int]:
@@ -85,6 +95,15 @@ class Running:
     def decoding(self) -> bool:
         """Whether it is in the decode phase: all tokens but the last are in the cache, and the last one was generated."""
         return self.generated > 0 and self.missing == 1
+
+    @property
+    def reusable(self) -> int:
+        """Maximum number of tokens that may come from the prefix cache: at least one must be processed, and so must those whose
+        logits give log probabilities that are not computed yet."""
+        limit = len(self.sequence.tokens) - 1
+        if self.prompt_logprobs is None or self.prompt_logprobs.complete:
+            return limit
+        return min(limit, max(0, self.prompt_logprobs.done - self.dropped))
 
     @property
     def room(self) -> int:

@@ -21,6 +21,7 @@ class Sequence:
         first_position: RoPE position of token 0; those of the others follow.
         reach: with dynamic RoPE, the length in tokens that the frequencies are scaled for: the maximum length of the sequence,
             constant while it exists. None: in each step the current length.
+        adapter: slot of its LoRA adapter; -1: none.
     """
 
     index: int
@@ -28,6 +29,7 @@ class Sequence:
     blocks: SequenceBlocks
     first_position: int = 0
     reach: int | None = None
+    adapter: int = -1
 
     @property
     def cached(self) -> int:

@@ -13,16 +13,28 @@ def part_of(chunk: ScheduledChunk) -> Part:
     return Part(chunk.running.sequence, [*tokens, *chunk.drafts], chunk.start, phase=chunk.phase)
 
 
-def logit_rows(chunk: ScheduledChunk, end: int) -> range:
-    """Returns the rows of the step whose logits a chunk needs.
+def prompt_rows(chunk: ScheduledChunk) -> range:
+    """Returns the rows of the chunk, counted from its first, that log probabilities of prompt tokens are still to be computed
+    from. Each row gives that of the token after it."""
+    r = chunk.running
+    if r.prompt_logprobs is None:
+        return range(0)
+    start = chunk.start + r.dropped
+    return range(max(0, r.prompt_logprobs.done - start), min(chunk.count, len(r.prompt_logprobs) - start))
+
+
+def logit_rows(chunk: ScheduledChunk, end: int) -> list[int]:
+    """Returns the rows of the step whose logits a chunk needs: those of `prompt_rows`, then those that tokens are chosen from.
 
     Args:
         chunk: the chunk.
         end: one past the chunk's last row.
     """
-    if not chunk.ends or chunk.running.request.embed:
-        return range(end, end)
-    return range(end - 1 - len(chunk.drafts), end)
+    begin = end - chunk.count - len(chunk.drafts)
+    rows = [begin + row for row in prompt_rows(chunk)]
+    if chunk.ends and not chunk.running.request.embed:
+        rows += range(end - 1 - len(chunk.drafts), end)
+    return rows
 
 
 def token_choices(chunks: list[ScheduledChunk], on_host: bool) -> list[TokenChoice | None]:
@@ -34,6 +46,7 @@ def token_choices(chunks: list[ScheduledChunk], on_host: bool) -> list[TokenChoi
     """
     choices: list[TokenChoice | None] = []
     for chunk in chunks:
+        choices += [None] * len(prompt_rows(chunk))
         if not chunk.ends or chunk.running.request.embed:
             continue
         if chunk.drafts and on_host:  # chosen one by one: rows after a rejected draft are not needed

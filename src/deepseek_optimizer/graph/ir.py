@@ -154,12 +154,29 @@ class StateSpec:
         return math.prod(self.shape)
 
 
+@dataclass(frozen=True)
+class AdapterSite:
+    """A product that low-rank adapters may change.
+
+    Attributes:
+        module: path of its module in the Transformers model, `model.layers.0.self_attn.q_proj`.
+        inputs, outputs: elements per row of its input and of its result.
+        rows: (begin, end, total): its outputs are these rows of the module's matrix; None: all of them.
+    """
+
+    module: str
+    inputs: int
+    outputs: int
+    rows: tuple[int, int, int] | None = None
+
+
 @dataclass
 class Graph:
     """Nodes in execution order, and the sizes of the model.
 
     Attributes:
         states: the recurrent states of a sequence. A node names its own by its index (attribute `state`).
+        adapter_sites: products that adapters may change. A node names its own by its index (attribute `site`).
     """
 
     family: str
@@ -170,6 +187,7 @@ class Graph:
     cache: CacheSpec | LatentSpec
     max_positions: int
     states: tuple[StateSpec, ...] = ()
+    adapter_sites: tuple[AdapterSite, ...] = ()
 
     def producer(self, value: Value) -> Node | None:
         """The node that computes `value`."""

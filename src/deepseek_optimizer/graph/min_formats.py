@@ -27,8 +27,8 @@ def min_formats(graph: Graph) -> dict[str, str]:
 def _matrix_of(graph: Graph, value: Value) -> str:
     """The matrix whose product this value is, before normalization and RoPE."""
     node = graph.producer(value)
-    while node is not None and node.op in ("rope", "layer_norm", "columns"):
-        value = node.inputs[0]
+    while node is not None and node.op in ("rope", "layer_norm", "columns", "lora_up"):
+        value = node.inputs[1 if node.op == "lora_up" else 0]
         node = graph.producer(value)
     if node is None or node.op != "linear":
         raise GraphError(f"{value.name!r} is not the result of a product")

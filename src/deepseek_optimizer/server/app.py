@@ -22,12 +22,26 @@ from .http.ignored_fields import HEADER
 from .http.metrics import HttpMetrics
 from .http.page_files import page_files
 from .http.problems import ApiError, problem
+from .protocol.adapters import LoadAdapterRequest, UnloadAdapterRequest
 from .protocol.chat import ChatRequest
 from .protocol.completions import CompletionRequest
 from .protocol.embeddings import EmbeddingRequest
 from .protocol.models import DetokenizeRequest, TokenizeRequest
 from .protocol.responses import ResponsesRequest
-from .routes import chat, completions, embeddings, files, models, page, props, responses, status, tokens
+from .routes import (
+    adapters,
+    chat,
+    completions,
+    embeddings,
+    files,
+    models,
+    page,
+    props,
+    responses,
+    status,
+    tokenizer_info,
+    tokens,
+)
 from .settings import ServerSettings
 from .state import ServerState
 
@@ -86,8 +100,9 @@ def create_app(engine: Any, settings: ServerSettings | None = None) -> FastAPI:
         lifespan=lifespan,
     )
     app.state.server = state
-    for route in (chat, completions, responses, embeddings, files, models, props, tokens, status):
+    for route in (chat, completions, responses, embeddings, files, models, props, tokens, tokenizer_info, status):
         route.add(app, state)
+    adapters.add(app, state)
     _add_paths_without_v1(app)
     page.add(app, assets)
     bodies: list[type[BaseModel]] = [
@@ -98,6 +113,8 @@ def create_app(engine: Any, settings: ServerSettings | None = None) -> FastAPI:
         TokenizeRequest,
         DetokenizeRequest,
     ]
+    if settings.allow_lora_loading:
+        bodies += [LoadAdapterRequest, UnloadAdapterRequest]
     openapi.install(app, bodies, bool(settings.keys), settings.strict)
     return app
 
@@ -105,9 +122,9 @@ def create_app(engine: Any, settings: ServerSettings | None = None) -> FastAPI:
 def _add_paths_without_v1(app: FastAPI) -> None:
     """Serves each path under /v1 without that prefix too, as llama-server does, for clients whose base URL lacks it."""
     routes = [route for route in app.routes if isinstance(route, APIRoute)]
-    taken = {(route.path, method) for route in routes for method in route.methods}
+    taken = {(route.path, method) for route in routes for method in route.methods or ()}
     for route in routes:
-        path, methods = route.path.removeprefix("/v1"), route.methods
+        path, methods = route.path.removeprefix("/v1"), route.methods or set()
         if path != route.path and not any((path, method) in taken for method in methods):
             app.add_api_route(path, route.endpoint, methods=sorted(methods), include_in_schema=False)
 

@@ -50,12 +50,16 @@ class ServerSettings:
         tools_format: syntax in which the model writes tool calls, a name in `chat.tools.FORMATS`; None: detected from the chat
             template.
         reasoning: whether reasoning is returned separately from the answer; None: if the chat template supports it.
+        prefill_assistant: continue a chat's last message if it is the assistant's, as llama-server does. A request's
+            `continue_final_message` and `add_generation_prompt` override this.
         sampling: sampling parameters for fields that a request omits, by their names in `SamplingParams`; others have OpenAI's
             defaults.
         sampling_not_thinking: the same for answers without reasoning; None: `sampling`.
         max_answer_tokens: maximum number of tokens of an answer whose request gives none.
         model_path: path or name by which the model was loaded, for /props.
         strict: refuse requests with unknown fields or with values of another JSON type, such as numbers in quotes.
+        allow_lora_loading: whether requests may load and unload LoRA adapters.
+        lora_dir: the directory that contains the adapters that requests may load.
         access_log: write one line to stderr for each request.
     """
 
@@ -91,11 +95,14 @@ class ServerSettings:
     drain_seconds: float = 30.0
     tools_format: str | None = None
     reasoning: bool | None = None
+    prefill_assistant: bool = False
     sampling: Mapping[str, Any] = field(default_factory=dict)
     sampling_not_thinking: Mapping[str, Any] | None = None
     max_answer_tokens: int = 4096
     model_path: str = ""
     strict: bool = False
+    allow_lora_loading: bool = False
+    lora_dir: str | None = None
     access_log: bool = False
 
     def __post_init__(self) -> None:
@@ -111,6 +118,8 @@ class ServerSettings:
         for origin in self.allow_origins:
             if origin != "*" and not origin.startswith(("http://", "https://")):
                 raise ConfigError(f"allow_origins: {origin!r} is not an origin; use the form https://example.com, or *")
+        if self.allow_lora_loading and self.lora_dir is None:
+            raise ConfigError("allow_lora_loading: needs lora_dir (--lora-dir), the directory of adapters that may be loaded")
         if not 0 <= self.drain_seconds < float("inf"):
             raise ConfigError(f"drain_seconds must be 0 or more, got {self.drain_seconds}")
         for name in (f.name for f in fields(self) if f.name.startswith("max_")):

@@ -16,6 +16,7 @@ from ..engine.grammar.compiler import GrammarCompiler
 from ..engine.grammar.source import GrammarSource
 from ..engine.request import CompiledGrammar, Request
 from ..errors import EngineBusyError, RequestError, WorkerLostError
+from .adapters import AdapterLoading
 from .documents.file_store import FileStore
 from .documents.preparation import Preparation
 from .documents.reader import DocumentReader
@@ -26,6 +27,7 @@ from .http.problems import ApiError, busy
 from .http.queue_metrics import QueueCollector
 from .protocol.sampling import requested_answers
 from .settings import ServerSettings
+from .tokens.breakers import BreakerCache
 from .tokens.prompt_size import PromptSize
 from .tokens.token_text import TokenTexts
 from .tokens.tokenizing import Lane, Tokenizing
@@ -52,6 +54,7 @@ class ServerState:
         # A copy, since encoding changes a tokenizer's settings while the engine's thread may be decoding.
         self.tokenizer = copy.deepcopy(engine.tokenizer)
         self.texts = TokenTexts(self.tokenizer)
+        self.breakers = BreakerCache(self.texts, engine.vocab_size)
         self.prompt_size = PromptSize(self.tokenizer, engine.context if engine.cache_window is None else None)
         max_per_client, max_jobs = settings.max_jobs_per_client, _CLIENTS * settings.max_jobs_per_client
         self.bodies = BodyReader(settings, max_per_client, max_jobs)
@@ -67,9 +70,10 @@ class ServerState:
         self.documents = Preparation(self._tokenizer_copy, engine.room, settings.max_file_bytes_total, max_per_client, max_jobs)
         self.files = FileStore(settings, self.documents.forget)
         self.reader = DocumentReader(settings, workers, max_per_client, max_jobs)
+        self.adapters = AdapterLoading(engine, settings)
         self.queues = [
             self.bodies.queue, *self._tokenizing.queues, self._looking_up, self._compiling, self.reader.queue,
-            *self.documents.queues,
+            *self.documents.queues, self.adapters.queue,
         ]  # fmt: skip
         engine.registry.register(QueueCollector(self.queues, engine.model_name))
 
@@ -112,8 +116,12 @@ class ServerState:
         Raises:
             ApiError: 404, it is not the model that is served.
         """
-        if name is not None and name != self.model_name:
+        if name is not None and name != self.model_name and not self.adapter_named(name):
             raise ApiError(404, "there is no such model; /v1/models lists the models", param="model", code="model_not_found")
+
+    def adapter_named(self, name: str | None) -> str:
+        """The LoRA adapter that a request's `model` names; "" if it names none."""
+        return next((adapter.name for adapter in self.engine.adapters if adapter.name == name), "")
 
     def deadline(self, arrived: float) -> float:
         """The deadline of a request; both times are of `time.monotonic`."""
@@ -172,7 +180,10 @@ class ServerState:
         sampling = request.sampling
         if sampling.max_tokens is not None or request.embed:
             return request
-        max_tokens = max(self.max_answer_tokens, sampling.min_tokens)
+        max_tokens = max(self.settings.max_answer_tokens, sampling.min_tokens)
+        room = self.engine.room - (len(request.prompt) if self.engine.cache_window is None else 0)
+        if max_tokens >= room:  # the engine ends the answer there
+            return request
         return replace(request, sampling=replace(sampling, max_tokens=max_tokens))
 
     async def _tokenizer_copy(self, caller: Caller) -> Any:
@@ -204,6 +215,7 @@ class ServerState:
         for queue in (self._looking_up, self._compiling, self.bodies.queue):
             queue.close()
         self._tokenizing.close()
+        self.adapters.queue.close()
         self.reader.close()
         self.documents.close()
         self.grammars.close()

@@ -17,6 +17,7 @@ from ...system.threads import one_torch_thread
 from ..base import DEFAULTS, PHASES, Capabilities, CompileOptions
 from ..registry import BackendSettings, BackendSpec
 from . import native, packer
+from .adapters import CpuAdapters
 from .compile import ACTIVATIONS, compile_graph, row_kind
 from .environment import forced_isa, forced_threads
 from .mapped_file import MappedFile, check_tensor, map_file
@@ -88,6 +89,7 @@ class CpuBackend(CpuSizes):
             isas=tuple(name for name in native.isa_names() if native.isa_runs_here(name)),
             batch_invariant=True,
             training=True,
+            adapters=True,
         )
 
     @property
@@ -107,6 +109,9 @@ class CpuBackend(CpuSizes):
 
     def new_store(self, graph: Graph, kv_dtype: str, num_blocks: int, num_states: int = 0) -> CpuStore:
         return CpuStore(self.context, graph.cache, kv_dtype, num_blocks, graph.states, num_states)
+
+    def new_adapters(self, graph: Graph, slots: int, rank: int, dtype: str) -> CpuAdapters:
+        return CpuAdapters(graph.adapter_sites, slots, rank, dtype)
 
     def free_memory(self) -> FreeMemory:
         return free_memory()

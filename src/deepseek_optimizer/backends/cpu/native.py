@@ -19,7 +19,7 @@ from ...graph.ir import CacheSpec, LatentSpec, StateSpec
 from . import native_train
 from .buffers import Outputs, checking
 
-ABI_VERSION = 8
+ABI_VERSION = 9
 BLOCK_TOKENS = 32
 
 FORMATS = {
@@ -84,6 +84,7 @@ class Batch(C.Structure):
         ("query_len", PTR), ("context_len", PTR), ("phase", PTR), ("block_table", PTR), ("logit_rows", PTR),
         ("inputs_embeds", PTR), ("states", PTR), ("logits", PTR), ("hidden", PTR), ("last_hidden", PTR), ("cache", PTR),
         ("inv_freq", PTR), ("recurrent", PTR), ("state_from", PTR), ("state_to", PTR), ("n_state_to", I32),
+        ("adapter_of", PTR), ("adapters", PTR),
     ]  # fmt: skip
 
 
@@ -91,6 +92,28 @@ class StateShape(C.Structure):
     """dso_state_shape."""
 
     _fields_ = [("heads", I32), ("rows", I32), ("cols", I32)]
+
+
+class DenseHeads(C.Structure):
+    """dso_dense_heads."""
+
+    _fields_ = [("data", PTR), ("batch", I64), ("head", I64), ("token", I64)]
+
+
+class DenseAttention(C.Structure):
+    """dso_dense_attention."""
+
+    _fields_ = [
+        ("type", I32), ("mask_type", I32),
+        *((n, I64) for n in ("batch", "heads", "kv_heads", "queries", "keys", "qk_width", "v_width")),
+        *((n, DenseHeads) for n in ("q", "k", "v", "o", "mask")), ("scale", C.c_float), ("reserved", I32),
+    ]  # fmt: skip
+
+
+class Site(C.Structure):
+    """dso_adapter_site."""
+
+    _fields_ = [("rows", I32), ("cols", I32)]
 
 
 _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
@@ -106,6 +129,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "dso_context_threads": (I32, [PTR]),
     "dso_context_set_checked": (I32, [PTR, I32]),
     "dso_default_threads": (I32, []),
+    "dso_attend": (I32, [PTR, PTR]),
     "dso_read_bandwidth": (I32, [PTR, I64, C.c_double, PTR]),
     "dso_mapping_add": (I32, [PTR, I64, I32, I64, C.c_char_p, PTR]),
     "dso_mapping_remove": (None, [I64]),
@@ -135,6 +159,9 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "dso_states_release": (I32, [PTR, I32]),
     "dso_states_save": (I32, [PTR, I32, PTR]),
     "dso_states_load": (I32, [PTR, I32, PTR]),
+    "dso_adapters_create": (I32, [PTR, I32, I32, I32, PTR]),
+    "dso_adapters_destroy": (None, [PTR]),
+    "dso_adapters_set": (I32, [PTR, I32, I32, PTR, PTR]),
     "dso_plan_create": (I32, [PTR, PTR, I32, PTR, I32, PTR, I32, I32, PTR]),
     "dso_plan_destroy": (None, [PTR]),
     "dso_plan_buffer_bytes": (I64, [PTR, I32, I32]),

@@ -218,6 +218,9 @@ class CpuPlan:
             b.cache = store.handle.address  # type: ignore[attr-defined]  # a CpuStore
         if self.has_states:
             self._add_states(b, batch, store)
+        if batch.adapter_of is not None:
+            b.adapter_of = address(batch.adapter_of, "adapter_of", _I32, (sequences,))
+            b.adapters = None if batch.adapters is None else batch.adapters.handle.address  # type: ignore[attr-defined]
         frequencies = self._frequencies(batch)
         b.inv_freq = optional(frequencies, "inv_freq", _F32, (sequences, self._rot // 2))
         self.context.call("dso_plan_run", self.handle, C.byref(b), logits=logits, hidden=hidden, last_hidden=last)

@@ -16,6 +16,7 @@ from ...quant import FORMATS, products, reference_packer
 from ...quant.packed import PackedMatrix, PackedStack, PackedWeight
 from ...system.memory import FreeMemory, device_memory
 from ..base import DEFAULTS, PHASES, Capabilities, CompileOptions, FileMapping
+from .adapters import ReferenceAdapters
 from .plan import ReferencePlan, value_bytes
 from .states import state_bytes
 from .store import DTYPES, Store, make_store, store_block_bytes
@@ -73,6 +74,7 @@ class ReferenceBackend(ReferenceSizes):
             weight_formats=tuple(FORMATS),
             kv_dtypes=tuple(DTYPES),
             attention_modes=("flash", "eager", "sliding", "sparse"),
+            adapters=True,
         )
 
     @property
@@ -107,6 +109,9 @@ class ReferenceBackend(ReferenceSizes):
     def new_store(self, graph: Graph, kv_dtype: str, num_blocks: int, num_states: int = 0) -> Store:
         """An empty cache of `num_blocks` blocks and `num_states` slots; kv_dtype is "fp32", "bf16" or "int8"."""
         return make_store(graph.cache, kv_dtype, num_blocks, self.device, graph.states, num_states)
+
+    def new_adapters(self, graph: Graph, slots: int, rank: int, dtype: str) -> ReferenceAdapters:
+        return ReferenceAdapters(graph, slots, rank, dtype, self.device)
 
     def free_memory(self) -> FreeMemory:
         return device_memory(self.device)

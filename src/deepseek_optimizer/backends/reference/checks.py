@@ -41,6 +41,7 @@ def check_batch(
     if any(n.op == "encoder_attention" for n in graph.nodes):
         _require(not batch.context_len.any(), "context_len", "must be 0: this graph has bidirectional attention")
     _check_states(batch, graph, num_states)
+    _check_adapters(batch, graph)
     rows = batch.logit_rows
     inside = not len(rows) or (rows[0] >= 0 and rows[-1] < tokens)
     _require(inside and (np.diff(rows) > 0).all(), "logit_rows", f"must ascend within [0, {tokens})")
@@ -97,6 +98,16 @@ def _check_states(batch: StepBatch, graph: Graph, slots: int) -> None:
     own = (source[sequence] == targets) & (rows == ends[sequence] - 1)
     alone = np.array([(source == slot).sum() == 1 for slot in targets])
     _require((~replaced | (own & alone)).all(), "state_to", "overwrites a slot that is read, other than after its last row")
+
+
+def _check_adapters(batch: StepBatch, graph: Graph) -> None:
+    if batch.adapter_of is None or not graph.adapter_sites:
+        return
+    _require(batch.adapters is not None, "adapters", "is missing")
+    assert batch.adapters is not None
+    slots = batch.adapters.slots
+    _require(batch.adapter_of.shape == batch.query_len.shape, "adapter_of", f"must have {len(batch.query_len)} entries")
+    _require(((batch.adapter_of >= -1) & (batch.adapter_of < slots)).all(), "adapter_of", f"must lie in [-1, {slots})")
 
 
 def _require(condition: object, field: str, message: str) -> None:

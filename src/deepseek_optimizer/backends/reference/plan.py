@@ -362,6 +362,29 @@ class ReferencePlan:
         assert step.batch.states is not None  # checked by `check_batch`
         return (step.batch.states.detach().to(self.device, self.dtype),)
 
+    def _lora_down(self, step: Step, node: Node, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """In float32, whatever the dtype of the rows."""
+        h = torch.zeros(len(x), node.attrs["rank"], dtype=torch.float32, device=x.device)
+        for rows, (down, _) in self._adapted(step, node):
+            h[rows, : len(down)] = F.linear(x[rows].float(), down.float())
+        return (h,)
+
+    def _lora_up(self, step: Step, node: Node, h: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        z = y.clone()
+        for rows, (_, up) in self._adapted(step, node):
+            z[rows] += F.linear(h[rows, : up.shape[1]], up.float()).to(y.dtype)
+        return (z,)
+
+    @staticmethod
+    def _adapted(step: Step, node: Node) -> list[tuple[slice, tuple[torch.Tensor, torch.Tensor]]]:
+        """The rows of each sequence whose adapter has matrices for the node's site, with these matrices."""
+        if step.batch.adapter_of is None:
+            return []
+        store: Any = step.batch.adapters
+        slots = zip(step.groups[0], step.batch.adapter_of.tolist(), strict=True)
+        pairs = ((rows, store.pair(slot, node.attrs["site"])) for (rows, _, _), slot in slots if slot >= 0)
+        return [(rows, pair) for rows, pair in pairs if pair is not None]
+
     def _gate_up(self, step: Step, node: Node, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return (ops.GATED[node.attrs["activation"]](*self._linear(step, node, x)),)
 
@@ -417,6 +440,8 @@ _OPS: Mapping[str, Callable[..., tuple[torch.Tensor, ...]]] = {
     "experts_down": ReferencePlan._experts_down,
     "short_conv": ReferencePlan._short_conv,
     "delta_rule": ReferencePlan._delta_rule,
+    "lora_down": ReferencePlan._lora_down,
+    "lora_up": ReferencePlan._lora_up,
     "layer_norm": ReferencePlan._layer_norm,
     "state_in": ReferencePlan._state_in,
     "gate_up": ReferencePlan._gate_up,

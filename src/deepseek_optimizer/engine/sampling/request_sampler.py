@@ -2,7 +2,8 @@
 
 Drafts are verified by choosing a token without regard to them and comparing. A deterministic draft is thus accepted with the
 probability that the model assigns to it, so the text has the distribution of plain sampling. Since each position in the text
-has its own random number, it is even the same text.
+has its own random numbers, it is even the same text. A chosen token is always kept; so state that depends on all earlier
+tokens (penalties, DRY, Mirostat, grammar) is the same with and without drafts, too.
 """
 
 from __future__ import annotations
@@ -10,16 +11,12 @@ from __future__ import annotations
 import secrets
 
 import numpy as np
-import numpy.typing as npt
 
 from ...backends.sampling import GREEDY, Floats, TokenChoice, draw, largest_tokens, log_probability, uniform
 from ..request import Request, TokenLogprob
-
-Bools = npt.NDArray[np.bool_]
-
-
-# Logits divided by it and by any temperature are finite. Smaller penalties have the same effect: a token seen is certain.
-_MIN_PENALTY = 1e-25
+from .filters import draw_filtered, has_filters
+from .mirostat import Mirostat
+from .token_rules import rules_of
 
 
 class NoTokenError(ValueError):
@@ -48,20 +45,19 @@ class RequestSampler:
         self._seed = secrets.randbits(64) if sampling.seed is None else sampling.seed
         self.grammar = None if sampling.grammar is None else sampling.grammar.start()
         self._bits = np.zeros(-(-vocab_size // 32), np.int32) if self.grammar else None
-        self._seen: Bools | None = None  # tokens of prompt and text
-        if sampling.repetition_penalty != 1:
-            self._seen = np.zeros(vocab_size, np.bool_)
-            self._seen[request.prompt] = True
-        self._counts: dict[int, int] | None = None  # of the text's tokens
-        if sampling.presence_penalty or sampling.frequency_penalty:
-            self._counts = {}
+        self._rules = rules_of(sampling, request.prompt, vocab_size)
         biases = sampling.logit_bias
         self._biased = np.array(list(biases), np.int64)
         self._bias = np.array([-np.inf if b <= -100 else b for b in biases.values()], np.float32)
         self._ends = np.array(sorted({*eos, *sampling.stop_token_ids}), np.int64)
         # Whether logits are used unchanged after `min_tokens`: the most likely token is then that of the model.
-        self._plain = self._seen is None and self._counts is None and not len(self._biased) and self.grammar is None
-        self._by_backend = self._plain and sampling.logprobs is None
+        self._plain = not self._rules and not len(self._biased) and self.grammar is None
+        self._mirostat: Mirostat | None = None
+        if sampling.mirostat:
+            self._mirostat = Mirostat(sampling.mirostat, sampling.mirostat_tau, sampling.mirostat_eta, vocab_size)
+        self._filtered = has_filters(sampling)
+        own_filters = not sampling.greedy and (self._filtered or self._mirostat is not None)
+        self._by_backend = self._plain and not own_filters and sampling.logprobs is None
 
     def choice(self, place: int) -> TokenChoice | None:
         """Returns how a backend can choose the token at a position of the text by itself, without changing the state here.
@@ -69,7 +65,8 @@ class RequestSampler:
         Args:
             place: position in the generated text, from 0.
 
-        Returns: None if the logits are needed here: for penalties, biases, a grammar, `min_tokens` or log probabilities.
+        Returns: None if the logits are needed here: for penalties, biases, constraints, `min_tokens`, log probabilities, or
+            filters that backends do not have.
         """
         sampling = self.sampling
         if not self._by_backend or place < sampling.min_tokens:
@@ -79,7 +76,7 @@ class RequestSampler:
         return TokenChoice(sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p, uniform(self._seed, place))
 
     def choose(self, logits: Floats, place: int) -> int:
-        """Chooses the token at a position of the text and updates penalties and grammar with it.
+        """Chooses the token at a position of the text and updates penalties, constraints and grammar with it.
 
         Args:
             logits: the model's logits, float32 [V]; not modified.
@@ -96,26 +93,26 @@ class RequestSampler:
             logits = self._processed(logits, place)
             token = int(logits.argmax())
             if not np.isfinite(logits[token]):
-                raise NoTokenError("logit_bias, min_tokens and the grammar allow no token")
+                raise NoTokenError("logit_bias, min_tokens, bad_words, allowed_token_ids and the grammar allow no token")
         if not self.sampling.greedy:
-            token = draw(logits, self.sampling, uniform(self._seed, place))
+            token = self._draw(logits, place)
         self._took(token)
         return token
 
+    def _draw(self, logits: Floats, place: int) -> int:
+        if self._mirostat is not None:
+            return self._mirostat.draw(logits / np.float32(self.sampling.temperature), uniform(self._seed, place))
+        if self._filtered:
+            return draw_filtered(logits, self.sampling, self._seed, place)
+        return draw(logits, self.sampling, uniform(self._seed, place))
+
     def _processed(self, raw: Floats, place: int) -> Floats:
-        sampling = self.sampling
         logits: Floats = raw.copy()
-        if self._seen is not None:
-            seen = logits[self._seen]
-            penalty = np.float32(max(sampling.repetition_penalty, _MIN_PENALTY))
-            logits[self._seen] = np.where(seen < 0, seen * penalty, seen / penalty)
-        if self._counts:
-            tokens = np.fromiter(self._counts, np.int64)
-            counts = np.fromiter(self._counts.values(), np.float32)
-            logits[tokens] -= np.float32(sampling.frequency_penalty) * counts + np.float32(sampling.presence_penalty)
+        for rule in self._rules:
+            rule.apply(logits)
         if len(self._biased):
             logits[self._biased] += self._bias
-        if place < sampling.min_tokens:
+        if place < self.sampling.min_tokens:
             logits[self._ends] = -np.inf
         if self.grammar is not None and self._bits is not None and self.grammar.mask(self._bits):
             allowed = np.unpackbits(self._bits.view(np.uint8), bitorder="little")[: len(logits)]
@@ -123,10 +120,8 @@ class RequestSampler:
         return logits
 
     def _took(self, token: int) -> None:
-        if self._seen is not None:
-            self._seen[token] = True
-        if self._counts is not None:
-            self._counts[token] = self._counts.get(token, 0) + 1
+        for rule in self._rules:
+            rule.add(token)
         if self.grammar is not None:
             self.grammar.accept(token)
 

@@ -65,6 +65,7 @@ class Scheduler:
         batch: chooses the batch size.
         prefix: the prefix cache; None: prompts do not share blocks.
         sliding: slides the windows of sequences; None: there are no windows.
+        max_prompt_logits: maximum number of prompt tokens in a step whose log probabilities are requested.
         invariant: process prompts with the decode kernels, too.
         lost: called with each request that loses its blocks.
     """
@@ -77,6 +78,7 @@ class Scheduler:
         prefix: PrefixCache | None,
         sliding: Sliding | None = None,
         *,
+        max_prompt_logits: int = 1 << 31,
         invariant: bool = False,
         lost: Callable[[Running], None] = lambda _: None,
     ) -> None:
@@ -87,6 +89,7 @@ class Scheduler:
         self.preemptions = 0
         self.chunks: dict[Running, ScheduledChunk] = {}  # of the step that is being scheduled
         self._lost = lost
+        self._max_prompt_logits = self._logits_left = max_prompt_logits  # and what the step being scheduled has left of it
         self._shortest_turn = False
         self._admission_turns, self._prompt_turns = Turns(), Turns()
 
@@ -138,6 +141,7 @@ class Scheduler:
         """
         self._admit_waiting()
         chunks: list[ScheduledChunk] = []
+        self._logits_left = self._max_prompt_logits
         room = self.budget.tokens(decoding)
         # The tokens of decoding requests have all been processed.
         filling = alternating([r for r in self.running if r.missing and not r.decoding], self._prompt_turns)
@@ -163,6 +167,9 @@ class Scheduler:
     def _add_prompt(self, running: Running, room: int, chunks: list[ScheduledChunk]) -> int:
         """Schedules a chunk of a prompt, of at most `room` tokens; returns its number of tokens."""
         start, missing = running.sequence.cached, running.missing
+        with_logits = running.prompt_logprobs is not None and not running.prompt_logprobs.complete
+        if with_logits:
+            room = min(room, self._logits_left)
         if start < running.prompt:
             count, phase = self.budget.part(start, min(missing, running.prompt - start), room), self._prompt_phase
         else:  # generated text is recomputed by the kernels that computed it, so that it stays the same
@@ -171,6 +178,8 @@ class Scheduler:
             count = min(count, self.sliding.max_new_tokens(running))
         if count <= 0 or not self._extend_or_preempt(running, count):
             return 0
+        if with_logits:
+            self._logits_left -= count
         start = running.sequence.cached - count  # its window may have slid
         self._add(chunks, ScheduledChunk(running, start, count, phase, count == missing, preempted=running.preempted))
         return count
@@ -208,6 +217,8 @@ class Scheduler:
         """Whether another request is computing the next block of its prefix; it then waits for that block in the cache."""
         assert self.prefix is not None
         self._compute_keys(running, (len(running.sequence.tokens) - 1) // BLOCK_TOKENS)
+        if running.reusable < len(running.sequence.tokens) - 1:  # it does not wait for blocks that it cannot use
+            return False
         known = self.prefix.known(running.keys)
         if self.memory.state_interval:  # it can continue only after some of the blocks that the other request computes
             return not filling.isdisjoint(running.keys[known:])
@@ -223,7 +234,7 @@ class Scheduler:
         with self.memory.locked() as manager:
             if use_prefix:
                 assert self.prefix is not None
-                full = (len(sequence.tokens) - 1) // BLOCK_TOKENS  # at least one token must be processed
+                full = running.reusable // BLOCK_TOKENS
                 tables = self.prefix.match(running.keys[:full])
                 sequence.blocks.adopt(tables, self.prefix.state_after(running.keys[: len(tables[0])]))
                 running.registered = len(sequence.blocks.blocks)
@@ -356,7 +367,8 @@ class Scheduler:
     def _compute_keys(self, running: Running, blocks: int) -> None:
         if len(running.keys) < blocks:
             tokens, salt = running.sequence.tokens, running.request.salt
-            running.keys = keys(tokens, salt, blocks, running.keys, frequencies=running.frequencies)
+            adapter = b"" if running.adapter is None else running.adapter.identity
+            running.keys = keys(tokens, salt, blocks, running.keys, frequencies=running.frequencies, adapter=adapter)
 
     def _free(self, running: Running) -> None:
         with self.memory.locked():

@@ -99,8 +99,8 @@ class OpSpec:
     Attributes:
         name: `Node.op`.
         doc: the formula and its source, in Markdown.
-        origin: what creates such nodes. "model": model families; "rule": fusion rules (`graph/rules`) and attention modes;
-            "lowering": a backend while it compiles. Graphs passed to a backend have no ops of the last kind.
+        origin: what creates such nodes. "model": model families; "rule": fusion rules (`graph/rules`), attention modes and
+            adapters; "lowering": a backend while it compiles. Graphs passed to a backend have no ops of the last kind.
         inputs, outputs, weights: the operands, in order.
         attrs: the attributes.
         fits: whether the widths of a node's values and its attributes fit each other and the graph. Called once the numbers of

@@ -1,6 +1,6 @@
-"""Transformers' attention with `scaled_dot_product_attention` and its masks: the fallback of `dso_sliding`."""
+"""Transformers' attention with `scaled_dot_product_attention` and its masks: the fallback of `dso_sliding` and `dso_decode`."""
 
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.integrations.sdpa_attention import create_position_bias_mask, sdpa_attention_forward
 from transformers.masking_utils import (
     causal_mask_function,
     create_causal_mask,
@@ -12,6 +12,7 @@ from transformers.masking_utils import (
 __all__ = [
     "causal_mask_function",
     "create_causal_mask",
+    "create_position_bias_mask",
     "prepare_padding_mask",
     "sdpa_attention_forward",
     "sdpa_mask",

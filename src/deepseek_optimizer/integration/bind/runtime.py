@@ -13,6 +13,7 @@ from ...config import DeepSeekConfig
 from ...engine.speculative.draft_length import SpeculationReport
 from ...errors import ConfigError, UnsupportedModelError
 from ...graph import rules
+from ...graph.adapters import UNFUSED, with_adapters
 from ...graph.attention_mode import apply_mode
 from ...graph.cache_groups import group_layers, group_spans
 from ...graph.ir import Graph
@@ -98,11 +99,22 @@ class Runtime(PackedModel):
             if self._plan is None:
                 formats = sorted({m.format for m in matrices_of(self.model, self.graph).values()})
                 check_supported(self.backend.capabilities, formats, kv_dtype(self.config, formats), self._attention_mode)
-                plan = self.backend.compile(self.graph, weights_of(self.model, self.graph), self.compile_options)
-                high = self.config.batch_size_range[1]
-                plan.reserve(max(self.config.prefill_chunk, high), high)
-                self._plan = plan
+                self._plan = self.compile(self.graph)
             return self._plan
+
+    def compile(self, graph: Graph) -> Plan:
+        """Compiles a graph of this model (`graph`, `adapter_graph`); plans share the model's weights."""
+        plan = self.backend.compile(graph, weights_of(self.model, graph), self.compile_options)
+        high = self.config.batch_size_range[1]
+        plan.reserve(max(self.config.prefill_chunk, high), high)
+        return plan
+
+    def adapter_graph(self, rank: int) -> Graph:
+        """The model's graph with sites for LoRA adapters of rank `rank` at most. It has the same cache and states."""
+        names = rules.RULES if self.config.rules is None else self.config.rules
+        graph, _ = model_graph(self.model, tuple(n for n in names if n not in UNFUSED), loaded_mtp_layers(self.model))
+        graph, _ = apply_mode(with_eps_of(self.model, graph), self.config.attention)
+        return with_adapters(group_layers(graph), rank)
 
     @property
     def mtp_plans(self) -> list[Plan]:

@@ -15,6 +15,7 @@ from ...backends.registry import choose_backend
 from ...checkpoint import Manifest
 from ...checkpoint.manifest import KEY
 from ...config import DeepSeekConfig
+from ..attention.registration import use_decode_attention
 from ..bind.instance_method import Replacement
 from ..bind.modules import Packed
 from ..bind.packed_model import NoCopyCallable, PackedModel
@@ -156,4 +157,6 @@ def bind(
     runtime.attach(model)
     model._weight_conversions = []  # packed tensors are saved unchanged
     parallelize_activations(model, runtime.backend.threads)  # the backend is created now, and sets the layers' products
+    if runtime.backend.isa is not None:
+        use_decode_attention(model)
     return model

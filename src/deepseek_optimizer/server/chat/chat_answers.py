@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import orjson
@@ -10,6 +11,7 @@ from ...chat.deltas import ContentDelta, Delta, OutputParser, ReasoningDelta, To
 from ...engine.request import Output, TokenLogprob
 from ..http.problems import ApiError
 from ..tokens.token_text import TokenTexts, chat_logprobs
+from .reports import Report
 from .usage import Tally
 
 DONE = b"data: [DONE]\n\n"
@@ -67,8 +69,15 @@ class ChatAnswer:
 class ChatCollector:
     """Collects whole answers into a `chat.completion`."""
 
-    def __init__(self, head: dict[str, Any], answers: list[ChatAnswer], texts: TokenTexts | None, dropped: int = 0) -> None:
-        self._head, self._answers, self._texts = head, answers, texts
+    def __init__(
+        self,
+        head: dict[str, Any],
+        answers: list[ChatAnswer],
+        texts: TokenTexts | None,
+        dropped: int = 0,
+        reports: Sequence[Report] = (),
+    ) -> None:
+        self._head, self._answers, self._texts, self._reports = head, answers, texts, reports
         self._deltas: list[list[Delta]] = [[] for _ in answers]
         self._logprobs: list[list[TokenLogprob]] = [[] for _ in answers]
         self._tally = Tally(len(answers), len(answers), dropped)
@@ -93,12 +102,14 @@ class ChatCollector:
                     for call in parsed.tool_calls
                 ]
             logprobs = {"content": chat_logprobs(self._logprobs[index], self._texts)} if self._texts else None
-            choices.append(
-                {"index": index, "message": message, "logprobs": logprobs, "finish_reason": answer.finish,
-                 "stop_reason": answer.stop_reason}
-            )  # fmt: skip
+            choice = {
+                "index": index, "message": message, "logprobs": logprobs, "finish_reason": answer.finish,
+                "stop_reason": answer.stop_reason,
+            }  # fmt: skip
+            choices.append(choice | self._reports[index].of_answer() if self._reports else choice)
         usage = self._tally.usage(sum(answer.reasoning_tokens for answer in self._answers))
-        return {**self._head, "object": "chat.completion", "choices": choices, "usage": usage}
+        of_prompt = self._reports[0].of_prompt() if self._reports else {}
+        return {**self._head, "object": "chat.completion", "choices": choices, "usage": usage, **of_prompt}
 
 
 class ChatEncoder:
@@ -121,7 +132,9 @@ class ChatEncoder:
         include_usage: bool,
         dropped: int = 0,
         continuous_usage: bool = False,
+        reports: Sequence[Report] = (),
     ) -> None:
+        self._reports = reports
         self._answers, self._texts, self._include_usage = answers, texts, include_usage
         self._continuous_usage = continuous_usage
         self._tally = Tally(len(answers), len(answers), dropped)
@@ -144,18 +157,28 @@ class ChatEncoder:
         chunks = []
         if not self._begun[index]:
             self._begun[index] = True
-            chunks.append(self._openings[index] + b'{"role":"assistant","content":""}' + self._close)
+            opening = self._openings[index]
+            if self._reports and (of_prompt := self._reports[index].chunk_of_prompt()):
+                opening = b"data: {" + of_prompt + b"," + opening.removeprefix(b"data: {")
+            chunks.append(opening + b'{"role":"assistant","content":""}' + self._close)
         if answer.progress is not None:
             progress = {"document": dict(zip(("read", "left"), answer.progress, strict=True))}
             answer.progress = None
             chunks.append(self._openings[index] + orjson.dumps(progress) + self._close)
         for delta in deltas:
             close = self._closing(index) if self._logprobs[index] else self._close
-            chunks.append(self._openings[index] + self._delta(delta) + close)
+            chunks.append(self._openings[index] + self._delta(delta) + self._of_answer(index) + close)
         if output.finish is not None:
             finish = orjson.dumps(self._finish(answer)) + b',"stop_reason":' + orjson.dumps(answer.stop_reason)
-            chunks.append(self._openings[index] + orjson.dumps(answer.cited) + self._closing(index, finish))
+            chunks.append(
+                self._openings[index] + orjson.dumps(answer.cited) + self._of_answer(index) + self._closing(index, finish)
+            )
         return b"".join(chunks)
+
+    def _of_answer(self, index: int) -> bytes:
+        """The fields of the answer's report in a chunk, after a comma."""
+        field = self._reports[index].chunk_of_answer() if self._reports else b""
+        return b"," + field if field else b""
 
     def _closing(self, index: int, finish: bytes = b"null") -> bytes:
         """The end of a chunk, with the log probabilities of all tokens since the last one."""

@@ -31,6 +31,8 @@ class ChatSpec:
         effort: of reasoning; None: not given.
         options: variables of the chat template.
         skip_special: omit special tokens from the text.
+        add_generation_prompt: append the start of an answer to the prompt.
+        continue_final: the last message, by the assistant, is the start of the answer; overrides the above.
     """
 
     messages: Sequence[Mapping[str, Any]]
@@ -40,6 +42,8 @@ class ChatSpec:
     effort: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     skip_special: bool = True
+    add_generation_prompt: bool = True
+    continue_final: bool = False
 
     @property
     def has_files(self) -> bool:
@@ -98,7 +102,7 @@ def set_up(state: ServerState, lane: Lane, chat: ChatSpec) -> ChatSetup:
         chat, ignored = _with_known_options(lane, chat, bool(tools))
     thinks = state.thinks(bool(tools))
     options = _options(lane, chat, bool(tools), thinks)
-    prompt, dropped = _fitted(state, lane, chat.messages, tools, options)
+    prompt, dropped = _fitted(state, lane, chat, tools, options)
     keep_special = (thinks or tool_format is not None) and special_markers(lane.tokenizer, tool_format)
     drop = [token for token in lane.tokenizer.all_special_tokens if token] if keep_special and chat.skip_special else []
     names = [tool["function"]["name"] for tool in tools]
@@ -112,19 +116,26 @@ def set_up(state: ServerState, lane: Lane, chat: ChatSpec) -> ChatSetup:
 
 
 def _fitted(
-    state: ServerState, lane: Lane, messages: Sequence[Mapping[str, Any]], tools: list[Tool], options: Mapping[str, Any]
+    state: ServerState, lane: Lane, chat: ChatSpec, tools: list[Tool], options: Mapping[str, Any]
 ) -> tuple[Prompt, int]:
     """The prompt, and the number of tokens of dropped messages. With a cache window, a quarter of it is reserved for the answer
     and later turns."""
 
     def render(some: Sequence[Mapping[str, Any]]) -> Prompt:
-        return lane.template.render(some, tools=tools or None, options=options, max_bytes=state.prompt_size.max_bytes)
+        return lane.template.render(
+            some,
+            tools=tools or None,
+            add_generation_prompt=chat.add_generation_prompt,
+            continue_final=chat.continue_final,
+            options=options,
+            max_bytes=state.prompt_size.max_bytes,
+        )
 
-    whole, window = render(messages), state.engine.cache_window
+    whole, window = render(chat.messages), state.engine.cache_window
     if window is None or len(whole.ids) <= window * 3 // 4:
         return whole, 0
     fitted = fit(
-        [dict(message) for message in messages],
+        [dict(message) for message in chat.messages],
         lambda some: len(render(some).ids),
         lambda message: len(tokens_of(lane.tokenizer, str(message.get("content") or ""), special=False)),
         window * 3 // 4,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import orjson
@@ -10,6 +11,7 @@ from ...engine.request import Output, TokenLogprob
 from ..http.problems import ApiError
 from ..tokens.token_text import TokenTexts, completion_logprobs
 from .chat_answers import DONE, UNFINISHED
+from .reports import Report
 from .usage import Tally
 
 
@@ -22,12 +24,22 @@ class CompletionCollector:
         n: answers to each prompt.
         texts: of the model's tokens; None: no log probabilities.
         logprobs: number of most likely tokens; None: no log probabilities.
+        reports: of each answer; empty: none.
+        returned: number of answers to each prompt to return: those with the highest mean log probability; None: all.
     """
 
     def __init__(
-        self, head: dict[str, Any], echoes: list[str], n: int, texts: TokenTexts | None = None, logprobs: int | None = None
+        self,
+        head: dict[str, Any],
+        echoes: list[str],
+        n: int,
+        texts: TokenTexts | None = None,
+        logprobs: int | None = None,
+        reports: Sequence[Report] = (),
+        returned: int | None = None,
     ) -> None:
-        self._head, self._echoes, self._texts, self._top = head, echoes, texts, logprobs
+        self._n, self._returned = n, n if returned is None else returned
+        self._head, self._echoes, self._texts, self._top, self._reports = head, echoes, texts, logprobs, reports
         self._parts: list[list[str]] = [[echo] for echo in echoes]
         self._logprobs: list[list[TokenLogprob]] = [[] for _ in echoes]
         self._ends: list[Output | None] = [None] * len(echoes)
@@ -41,15 +53,34 @@ class CompletionCollector:
 
     def body(self) -> dict[str, Any]:
         choices = []
-        for index, parts in enumerate(self._parts):
+        for place, index in enumerate(self._best()):
+            parts = self._parts[index]
             end, logprobs = self._ends[index], None
             if self._texts is not None:
-                logprobs, _ = completion_logprobs(self._logprobs[index], self._texts, 0, self._top or 0)
-            choices.append(
-                {"index": index, "text": "".join(parts), "logprobs": logprobs, "finish_reason": end and end.finish,
-                 "stop_reason": end and end.stop_reason}
-            )  # fmt: skip
+                offset = len(self._echoes[index])
+                logprobs, _ = completion_logprobs(self._logprobs[index], self._texts, offset, self._top or 0)
+            choice: dict[str, Any] = {
+                "index": place, "text": "".join(parts), "logprobs": logprobs, "finish_reason": end and end.finish,
+                "stop_reason": end and end.stop_reason,
+            }  # fmt: skip
+            if self._reports:
+                report = self._reports[index]
+                choice |= {"logprobs": logprobs and report.with_prompt(logprobs), **report.of_prompt(), **report.of_answer()}
+            choices.append(choice)
         return {**self._head, "object": "text_completion", "choices": choices, "usage": self._tally.usage()}
+
+    def _best(self) -> list[int]:
+        """The answers to return."""
+        indices = range(len(self._parts))
+        if self._returned == self._n:
+            return list(indices)
+
+        def mean(index: int) -> float:
+            values = [one.logprob for one in self._logprobs[index]]
+            return sum(values) / len(values) if values else float("-inf")
+
+        groups = [indices[first : first + self._n] for first in indices[:: self._n]]
+        return [index for group in groups for index in sorted(group, key=mean, reverse=True)[: self._returned]]
 
 
 class CompletionEncoder:
@@ -64,10 +95,12 @@ class CompletionEncoder:
         texts: TokenTexts | None = None,
         logprobs: int | None = None,
         continuous_usage: bool = False,
+        reports: Sequence[Report] = (),
     ) -> None:
         self._echoes, self._texts, self._top, self._include_usage = list(echoes), texts, logprobs, include_usage
         self._continuous_usage = continuous_usage
-        self._offsets = [0] * len(echoes)
+        self._reports, self._begun = reports, [False] * len(echoes)
+        self._offsets = [len(echo) for echo in echoes]
         self._tally = Tally(len(echoes), n)
         self._head = b"data: " + orjson.dumps({**head, "object": "text_completion"})[:-1] + b',"choices":['
         self._openings = [self._head + b'{"index":%d,"text":' % index for index in range(len(echoes))]
@@ -82,16 +115,30 @@ class CompletionEncoder:
         text = output.text
         if self._echoes[index]:
             text, self._echoes[index] = self._echoes[index] + text, ""
+        if output.finish is None and not output.logprobs and not text:
+            return b""
+        opening = self._openings[index] + orjson.dumps(text) + self._reported(index)
         if output.finish is None and not output.logprobs:
-            return self._openings[index] + orjson.dumps(text) + self._close if text else b""
+            return opening + self._close
         logprobs = b"null"
-        if output.logprobs and self._texts is not None:
+        if self._texts is not None and (output.logprobs or output.prompt_logprobs):
             values, self._offsets[index] = completion_logprobs(
-                output.logprobs, self._texts, self._offsets[index], self._top or 0
+                output.logprobs or [], self._texts, self._offsets[index], self._top or 0
             )
+            if output.prompt_logprobs is not None:
+                values = self._reports[index].with_prompt(values)
             logprobs = orjson.dumps(values)
         end = b',"finish_reason":%b,"stop_reason":%b}]' % (orjson.dumps(output.finish), orjson.dumps(output.stop_reason))
-        return self._openings[index] + orjson.dumps(text) + b',"logprobs":' + logprobs + end + self._end
+        return opening + b',"logprobs":' + logprobs + end + self._end
+
+    def _reported(self, index: int) -> bytes:
+        """The fields of the answer's report in a chunk, each after a comma."""
+        if not self._reports:
+            return b""
+        report, begun = self._reports[index], self._begun[index]
+        self._begun[index] = True
+        fields = (b"" if begun else report.chunk_of_prompt(), report.chunk_of_answer())
+        return b"".join(b"," + field for field in fields if field)
 
     def last(self) -> bytes:
         if not self._include_usage:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import ExitStack, asynccontextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -42,8 +43,9 @@ async def admitted_request(
         async with cancel_on_disconnect(request):
             parsed, ignored = await state.bodies.working(caller.key, size, partial(_checked, state, model, body))
             caller.ignored.extend(ignored)
-            state.check_model(getattr(parsed, "model", None))
-            yield parsed, places, caller
+            model_name = getattr(parsed, "model", None)
+            state.check_model(model_name)
+            yield parsed, places, replace(caller, adapter=state.adapter_named(model_name))
 
 
 def _checked(state: ServerState, model: type[Model], body: dict[str, Any]) -> tuple[Model, list[str]]:

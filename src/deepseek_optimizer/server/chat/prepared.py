@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ...engine.request import CompiledGrammar
@@ -70,19 +70,22 @@ class PreparedChat:
         assert self.setup is not None
         return await chat_grammar(self.state, self.chat, self.setup, form, parallel, caller)
 
-    def submit(self, requests: list[EngineRequest], one_call: bool) -> tuple[list[Any], list[ChatAnswer]]:
+    def submit(
+        self, requests: list[EngineRequest], one_call: bool, start: Callable[[list[EngineRequest]], list[Any]] | None = None
+    ) -> tuple[list[Any], list[ChatAnswer]]:
         """Submits the requests to the engine.
 
         Args:
             requests: one per answer.
             one_call: drop all tool calls of an answer but the first.
+            start: starts the answers instead of `ServerState.submit`.
 
         Returns: the engine's answers, and a parser for each.
 
         Raises:
             RequestError, EngineDeadError: for the first request that the engine refuses.
         """
-        answers = self.state.submit(requests)
+        answers = (start or self.state.submit)(requests)
         return answers, [ChatAnswer(self.parser(), one_call) for _ in requests]
 
     def parser(self) -> Any:

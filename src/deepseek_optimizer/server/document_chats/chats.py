@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
@@ -28,9 +29,11 @@ class CitedChat(PreparedChat):
         super().__init__(state, chat, setup)
         self._files, self._material = files, material
 
-    def submit(self, requests: list[EngineRequest], one_call: bool) -> tuple[list[Any], list[ChatAnswer]]:
+    def submit(
+        self, requests: list[EngineRequest], one_call: bool, start: Callable[[list[EngineRequest]], list[Any]] | None = None
+    ) -> tuple[list[Any], list[ChatAnswer]]:
         """As `PreparedChat.submit`."""
-        answers, parsed = super().submit(requests, one_call)
+        answers, parsed = super().submit(requests, one_call, start)
         cited = [
             CitedAnswers(self.state, one, answer, self.parser(), self._files, self._material)
             for one, answer in zip(answers, parsed, strict=True)
@@ -60,8 +63,10 @@ class LongChat(PreparedChat):
         """None: `check_fields` refuses requests that need a grammar."""
         return None
 
-    def submit(self, requests: list[EngineRequest], one_call: bool) -> tuple[list[Any], list[ChatAnswer]]:
-        """As `PreparedChat.submit`."""
+    def submit(
+        self, requests: list[EngineRequest], one_call: bool, start: Callable[[list[EngineRequest]], list[Any]] | None = None
+    ) -> tuple[list[Any], list[ChatAnswer]]:
+        """As `PreparedChat.submit`, but `check_fields` refuses what needs `start`."""
         (request,) = requests
         parsed = ChatAnswer(ReasoningParser())
         return [DocumentAnswers(self.state, self._files, self._material, request, parsed)], [parsed]

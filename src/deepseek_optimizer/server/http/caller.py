@@ -21,12 +21,14 @@ class Caller:
         size: bytes of the request's body, which bound the work that its texts can cause.
         deadline: time of `time.monotonic` by which the answer must be complete.
         ignored: names of ignored fields of the request, which the response names in a header (see `ignored_fields`).
+        adapter: name of the LoRA adapter that the request's `model` names; "": none.
     """
 
     key: str
     size: int
     deadline: float
     ignored: list[str] = field(default_factory=list, compare=False)
+    adapter: str = ""
 
 
 def client_of(salt: str, peer: Any) -> str:

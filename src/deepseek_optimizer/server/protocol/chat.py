@@ -10,6 +10,7 @@ from ...engine.request import MAX_LOGPROBS
 from .base import Body, Ignored, ModelName, ResponseModel, Usage
 from .formats import Guided
 from .messages import Functions, Messages, NamedFunction, ToolChoice, Tools
+from .reports import PromptLogprobList
 from .sampling import MaxTokens, Sampling
 
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
@@ -21,10 +22,11 @@ class StreamOptions(Body):
     continuous_usage_stats: bool | None = Field(None, description="Requires include_usage: every chunk has the usage so far.")
     include_obfuscation: Ignored
 
-    @property
-    def continuous(self) -> bool:
-        """Whether every chunk has the usage so far."""
-        return bool(self.include_usage and self.continuous_usage_stats)
+
+def usage_in_stream(options: StreamOptions | None) -> tuple[bool, bool]:
+    """Whether a stream has a last chunk with the usage, and whether every chunk has the usage so far."""
+    last = options is not None and bool(options.include_usage)
+    return last, last and options is not None and bool(options.continuous_usage_stats)
 
 
 class ChatRequest(Sampling, Guided):
@@ -45,6 +47,8 @@ class ChatRequest(Sampling, Guided):
     chat_template_kwargs: Annotated[dict[str, _Scalar], Field(max_length=16)] | None = Field(
         None, description="Variables of the model's chat template, such as enable_thinking."
     )
+    add_generation_prompt: bool | None = Field(None, description="Append the start of an answer to the prompt; the default.")
+    continue_final_message: bool | None = Field(None, description="The last message, by the assistant, is continued.")
     chat_template: None = Field(None, description="Not supported: only the template of the server is run.")
     verbosity: Ignored
     prediction: Ignored
@@ -118,6 +122,7 @@ class ChatChoice(ResponseModel):
     logprobs: ChoiceLogprobs | None
     finish_reason: Literal["stop", "length", "tool_calls", "function_call"]
     stop_reason: str | int | None = Field(None, description="The stop string or stop token of the request that ended the text.")
+    token_ids: list[int] | None = None
 
 
 class ChatCompletion(ResponseModel):
@@ -129,6 +134,8 @@ class ChatCompletion(ResponseModel):
     model: str
     choices: list[ChatChoice]
     usage: Usage
+    prompt_logprobs: PromptLogprobList | None = None
+    prompt_token_ids: list[int] | None = None
 
 
 EXAMPLE: dict[str, Any] = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 16}

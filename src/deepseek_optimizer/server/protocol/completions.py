@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import AliasChoices, Field
 
 from ...engine.request import MAX_LOGPROBS
 from .base import TOKEN_ID, ModelName, ResponseModel, Usage
 from .chat import StreamOptions
 from .formats import Guided
-from .sampling import Sampling
+from .reports import PromptLogprobList
+from .sampling import MaxTokensOrZero, Sampling
 
 _Text = Annotated[str, Field(min_length=1)]
 _Ids = Annotated[list[TOKEN_ID], Field(min_length=1, fail_fast=True)]
@@ -28,8 +29,15 @@ class CompletionRequest(Sampling, Guided):
 
     model: ModelName = None
     prompt: Prompt
-    best_of: Annotated[int, Field(ge=1, le=32)] | None = Field(None, description="Must equal n: all answers are returned.")
-    echo: bool | None = Field(None, description="Return the prompt before the text; not supported with logprobs.")
+    max_tokens: MaxTokensOrZero = Field(
+        None,
+        validation_alias=AliasChoices("max_tokens", "n_predict"),
+        description="Maximum number of new tokens; the default is 16. 0: only process the prompt.",
+    )
+    best_of: Annotated[int, Field(ge=1, le=32)] | None = Field(
+        None, description="Generate this many answers, and return the n with the highest mean log probability of a token."
+    )
+    echo: bool | None = Field(None, description="Return the prompt before the text; with logprobs, also those of its tokens.")
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     suffix: None = None
     stream_options: StreamOptions | None = Field(None, description="Requires stream.")
@@ -40,8 +48,8 @@ class CompletionRequest(Sampling, Guided):
 
 class CompletionLogprobs(ResponseModel):
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]] | None
+    token_logprobs: list[float | None] = Field(description="Null for the first token of a prompt.")
+    top_logprobs: list[dict[str, float] | None] | None
     text_offset: list[int]
 
 
@@ -51,6 +59,9 @@ class CompletionChoice(ResponseModel):
     logprobs: CompletionLogprobs | None
     finish_reason: Literal["stop", "length"]
     stop_reason: str | int | None = None
+    prompt_logprobs: PromptLogprobList | None = None
+    prompt_token_ids: list[int] | None = None
+    token_ids: list[int] | None = None
 
 
 class Completion(ResponseModel):

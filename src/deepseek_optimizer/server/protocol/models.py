@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from .base import TOKEN_ID, Body, ModelName, ResponseModel
 from .chat import _Scalar
@@ -29,6 +29,7 @@ class ModelCard(ResponseModel):
     max_model_len: int
     max_file_bytes: int = Field(description="Maximum size of a file uploaded to /v1/files.")
     default_sampling: DefaultSampling = Field(description="Used for fields that a request omits.")
+    parent: str | None = Field(None, description="For a LoRA adapter: the model that it changes.")
 
 
 class ModelList(ResponseModel):
@@ -53,6 +54,15 @@ class Tokens(ResponseModel):
     max_model_len: int
     tokens: list[int]
     token_strs: list[str] | None = None
+
+
+class TokenizerInfo(ResponseModel):
+    """The settings of a tokenizer: the fields below and others of its tokenizer_config.json."""
+
+    model_config = ConfigDict(extra="allow")
+
+    tokenizer_class: str
+    chat_template: str | list[dict[str, str]] | dict[str, str] | None = None
 
 
 class DetokenizeRequest(Body):

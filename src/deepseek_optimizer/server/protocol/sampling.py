@@ -16,7 +16,9 @@ from ...engine.request import (
     SamplingParams,
 )
 from ..http.problems import ApiError
-from .base import TOKEN_ID, IgnoredFields
+from .base import TOKEN_ID
+from .reports import Reports
+from .samplers import Samplers
 
 MAX_N = 32
 _MAX_SEED = (1 << 64) - 1
@@ -27,6 +29,7 @@ _Tokens = Annotated[int, Field(ge=1, le=(1 << 31) - 1)]
 # Some clients write -1 for "no limit" or "random" where OpenAI's write null.
 _NONE_IF_NEGATIVE = AfterValidator(lambda value: None if value == -1 else value)
 MaxTokens = Annotated[Literal[-1] | _Tokens | None, _NONE_IF_NEGATIVE]
+MaxTokensOrZero = Annotated[Annotated[int, Field(ge=-1, le=(1 << 31) - 1)] | None, _NONE_IF_NEGATIVE]
 Seed = Annotated[Annotated[int, Field(ge=-1, le=_MAX_SEED)] | None, _NONE_IF_NEGATIVE]
 Priority = Annotated[
     Annotated[int, Field(ge=-1000, le=1000)] | None,
@@ -39,7 +42,7 @@ _Penalty = Annotated[float, Field(ge=-2, le=2)]
 _N = TypeAdapter[int | None](Annotated[int, Field(ge=1, le=MAX_N)] | None)
 
 
-class Sampling(IgnoredFields):
+class Sampling(Samplers, Reports):
     """Fields that are omitted or null have the values recommended by the model's authors or, without any, OpenAI's defaults."""
 
     max_tokens: MaxTokens = Field(
@@ -80,6 +83,7 @@ class Sampling(IgnoredFields):
         logprobs: int | None,
         grammar: CompiledGrammar | None = None,
         keep_special: bool = False,
+        words: Mapping[str, Any] | None = None,
     ) -> SamplingParams:
         """Converts the fields to the engine's parameters.
 
@@ -89,6 +93,7 @@ class Sampling(IgnoredFields):
             logprobs: number of most likely tokens; None: no log probabilities.
             grammar: that constrains the text.
             keep_special: keep special tokens in the text, for the parser of tool calls.
+            words: further parameters, of `chat.words`.
 
         Raises:
             RequestError: a value that the engine does not support.
@@ -102,6 +107,7 @@ class Sampling(IgnoredFields):
                      "min_tokens", "ignore_eos", "seed", "skip_special_tokens"):  # fmt: skip
             if (value := getattr(self, name)) is not None:
                 values[name] = value
+        values |= self.sampler_values() | dict(words or {})
         if self.top_k is not None:
             values["top_k"] = max(self.top_k, 0)
         if keep_special:
@@ -120,14 +126,16 @@ class Sampling(IgnoredFields):
 
 def requested_answers(body: Mapping[str, Any]) -> int:
     """The number of answers that a body requests, for admission. The body has not been validated, so this is an estimate."""
-    try:
-        n = _N.validate_python(body.get("n"))  # converts as the tolerant validation does
-    except ValidationError:
-        n = 1
+    counts = [1]
+    for name in ("n", "best_of"):
+        try:
+            counts.append(_N.validate_python(body.get(name)) or 1)  # converts as the tolerant validation does
+        except ValidationError:
+            pass
     prompts = body.get("prompt", body.get("input"))
     several = isinstance(prompts, list) and prompts and isinstance(prompts[0], (str, list))
     count = len(prompts) if several else 1
-    return (n or 1) * count
+    return max(counts) * count
 
 
 def seeded(params: SamplingParams, index: int) -> SamplingParams:
@@ -148,6 +156,9 @@ def requests_for(
     deadline: float,
     priority: int | None,
     pinned: tuple[tuple[int, int], ...] = (),
+    adapter: str = "",
+    cache_salt: str | None = None,
+    prompt_logprobs: int | None = None,
 ) -> list[Request]:
     """The engine's requests, one for each answer; those for the first prompt come first.
 
@@ -161,10 +172,23 @@ def requests_for(
         deadline: time of `time.monotonic`.
         priority: None: 0.
         pinned: (begin, end) of prompt tokens that a cache window must keep.
+        adapter: name of a LoRA adapter; "": none.
+        cache_salt: of the request, in addition to the key's.
+        prompt_logprobs: see `Request`.
     """
+    salt = salt if cache_salt is None else f"{salt}\n{cache_salt}"  # the key's has no line break
     return [
         Request(
-            prompt, seeded(params, i), id=id, pinned=pinned, salt=salt, client=client, deadline=deadline, priority=priority or 0
+            prompt,
+            seeded(params, i),
+            id=id,
+            pinned=pinned,
+            salt=salt,
+            client=client,
+            deadline=deadline,
+            priority=priority or 0,
+            adapter=adapter,
+            prompt_logprobs=prompt_logprobs,
         )
         for prompt in prompts
         for i in range(n)

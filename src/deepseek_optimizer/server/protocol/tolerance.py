@@ -58,7 +58,7 @@ def _unknown_fields(parsed: BaseModel, body: dict[str, Any]) -> list[str]:
 @functools.cache
 def _attributes(model: type[BaseModel]) -> dict[str, str]:
     """The attribute of a model for each name that a body may use for it."""
-    attributes = {}
+    attributes: dict[str, str] = {}
     for attribute, field in model.model_fields.items():
         alias = field.validation_alias
         names = alias.choices if isinstance(alias, AliasChoices) else [alias or attribute]

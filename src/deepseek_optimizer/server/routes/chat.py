@@ -7,6 +7,7 @@ import uuid
 
 from fastapi import FastAPI, Request, Response
 
+from ..chat.beams import beam_start
 from ..chat.chat_answers import ChatCollector, ChatEncoder
 from ..chat.chat_setup import ChatSpec, check_choice
 from ..chat.forms import form_of
@@ -14,13 +15,16 @@ from ..chat.intake import admitted_request
 from ..chat.old_functions import FunctionCollector, FunctionEncoder, with_tool_calls, with_tools
 from ..chat.prepared import prepare_chat
 from ..chat.replies import StreamReply, WholeReply
+from ..chat.reports import reported, wanted_reports
+from ..chat.words import sampler_words
 from ..document_chats.chats import prepare_chat_with_files
 from ..http.problems import ApiError
 from ..openapi import body_errors, events, reads
-from ..protocol.chat import EXAMPLE, ChatCompletion, ChatRequest, StreamOptions
-from ..protocol.messages import NamedTool
+from ..protocol.chat import EXAMPLE, ChatCompletion, ChatRequest, usage_in_stream
+from ..protocol.messages import AssistantMessage, NamedTool
 from ..protocol.sampling import requests_for
 from ..state import ServerState
+from ..tokens.token_text import TokenIdTexts
 
 
 def add(app: FastAPI, state: ServerState) -> None:
@@ -37,7 +41,7 @@ def add(app: FastAPI, state: ServerState) -> None:
             check(body)
             body = with_tools(body)
             n = body.n or 1
-            chat = chat_spec(body)
+            chat = chat_spec(body, state.settings.prefill_assistant)
             form = form_of(body)
             max_tokens = body.max_completion_tokens or body.max_tokens
             if chat.has_files:
@@ -45,8 +49,10 @@ def add(app: FastAPI, state: ServerState) -> None:
             else:
                 prepared = await prepare_chat(state, chat, caller)
             prepared.check_fields(
-                n=n > 1, tools=body.tools and chat.choice != "none", logprobs=body.logprobs, response_format=form
-            )
+                n=n > 1, tools=body.tools and chat.choice != "none", logprobs=body.logprobs, response_format=form,
+                prompt_logprobs=body.prompt_logprobs is not None, return_token_ids=body.return_token_ids,
+                use_beam_search=body.use_beam_search,
+            )  # fmt: skip
             one_call = body.parallel_tool_calls is False
             grammar = await prepared.grammar(form, not one_call, caller)
             top = (body.top_logprobs or 0) if body.logprobs else None
@@ -56,22 +62,27 @@ def add(app: FastAPI, state: ServerState) -> None:
                 logprobs=top,
                 grammar=grammar,
                 keep_special=prepared.keep_special,
+                words=await sampler_words(state, body, caller),
             )
+            wanted = wanted_reports(body, [prepared.ids], n, bool(body.stream))
             name = f"chatcmpl-{uuid.uuid4().hex}"
-            head = {"id": name, "created": int(time.time()), "model": state.model_name}
+            head = {"id": name, "created": int(time.time()), "model": caller.adapter or state.model_name}
             requests = requests_for(
                 [prepared.ids], params, n, id=name, salt=request.state.salt, client=caller.key,
-                deadline=caller.deadline, priority=body.priority, pinned=prepared.pinned,
+                deadline=caller.deadline, priority=body.priority, pinned=prepared.pinned, adapter=caller.adapter,
+                cache_salt=body.cache_salt, prompt_logprobs=wanted.prompt_logprobs,
             )  # fmt: skip
-            answers, parsed = prepared.submit(requests, one_call)
-            texts, dropped = state.texts if body.logprobs else None, prepared.dropped
+            texts_of_tokens = TokenIdTexts(state.texts) if body.return_tokens_as_token_ids else state.texts
+            answers, parsed = prepared.submit(requests, one_call, beam_start(state, body, n, caller))
+            answers, reports = reported(state, answers, requests, wanted, caller, texts_of_tokens)
+            texts, dropped = texts_of_tokens if body.logprobs else None, prepared.dropped
             if body.stream:
-                usage = body.stream_options or StreamOptions()
+                last, every = usage_in_stream(body.stream_options)
                 make = ChatEncoder if body.functions is None else FunctionEncoder
-                encoder = make(head, parsed, texts, bool(usage.include_usage), dropped, usage.continuous)
+                encoder = make(head, parsed, texts, last, dropped, every, reports)
                 return StreamReply(state, places.pop_all(), answers, encoder)
             collect = ChatCollector if body.functions is None else FunctionCollector
-            collector = collect(head, parsed, texts, dropped)
+            collector = collect(head, parsed, texts, dropped, reports)
             return WholeReply(state, places.pop_all(), answers, collector.feed, collector.body)
 
 
@@ -85,10 +96,18 @@ def check(body: ChatRequest) -> None:
         raise ApiError(400, "top_logprobs: requires logprobs", param="top_logprobs")
     if body.stream_options is not None and not body.stream:
         raise ApiError(400, "stream_options: requires stream", param="stream_options")
+    if body.continue_final_message and body.add_generation_prompt:
+        raise ApiError(
+            400, "continue_final_message: not with add_generation_prompt; leave one out", param="continue_final_message"
+        )
 
 
-def chat_spec(body: ChatRequest) -> ChatSpec:
+def chat_spec(body: ChatRequest, prefill: bool = False) -> ChatSpec:
     """Extracts the chat from a request.
+
+    Args:
+        body: the request.
+        prefill: continue a last message of the assistant unless the request says otherwise.
 
     Raises:
         ApiError: 400, a tool that must be called does not exist.
@@ -106,4 +125,14 @@ def chat_spec(body: ChatRequest) -> ChatSpec:
         effort=body.reasoning_effort,
         options=body.chat_template_kwargs or {},
         skip_special=body.skip_special_tokens is not False,
+        add_generation_prompt=body.add_generation_prompt is not False,
+        continue_final=_continues(body, prefill),
     )
+
+
+def _continues(body: ChatRequest, prefill: bool) -> bool:
+    """Whether the last message is continued instead of answered."""
+    if body.continue_final_message is not None or body.add_generation_prompt is not None:
+        return bool(body.continue_final_message)
+    last = body.messages[-1]
+    return prefill and isinstance(last, AssistantMessage) and bool(last.content) and not last.tool_calls

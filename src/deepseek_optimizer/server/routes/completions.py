@@ -7,18 +7,22 @@ import uuid
 
 from fastapi import FastAPI, Request, Response
 
+from ..chat.beams import beam_start
 from ..chat.completion_answers import CompletionCollector, CompletionEncoder
 from ..chat.forms import form_of
 from ..chat.grammars import compiled
 from ..chat.intake import admitted_request
 from ..chat.prompts import text_prompts
 from ..chat.replies import StreamReply, WholeReply
+from ..chat.reports import reported, wanted_reports
+from ..chat.words import sampler_words
 from ..http.problems import ApiError
 from ..openapi import body_errors, events, reads
-from ..protocol.chat import StreamOptions
+from ..protocol.chat import usage_in_stream
 from ..protocol.completions import EXAMPLE, Completion, CompletionRequest
 from ..protocol.sampling import requests_for
 from ..state import ServerState
+from ..tokens.token_text import TokenIdTexts
 from ..tokens.tokenizing import Lane
 
 _DEFAULT_TOKENS = 16  # OpenAI's default
@@ -36,13 +40,14 @@ def add(app: FastAPI, state: ServerState) -> None:
         """Continues a text, without the model's chat template."""
         async with admitted_request(state, request, CompletionRequest) as (body, places, caller):
             check(body)
-            n = body.n or 1
+            n, returned = body.best_of or body.n or 1, body.n or 1
             grammar = await compiled(state, form_of(body), caller)
             params = body.params(
                 state.settings.sampling,
-                max_tokens=body.max_tokens or _DEFAULT_TOKENS,
-                logprobs=body.logprobs,
+                max_tokens=_DEFAULT_TOKENS if body.max_tokens is None else body.max_tokens,
+                logprobs=0 if body.logprobs is None and n > returned else body.logprobs,
                 grammar=grammar,
+                words=await sampler_words(state, body, caller),
             )
             special = body.add_special_tokens is not False
             prompts = await text_prompts(state, body.prompt, special, caller, "prompt")
@@ -52,8 +57,9 @@ def add(app: FastAPI, state: ServerState) -> None:
                 given = [body.prompt] if isinstance(body.prompt, str) else body.prompt
                 texts = given if isinstance(given[0], str) else decoded
                 echoes = [str(text) for text in texts for _ in range(n)]
+            wanted = wanted_reports(body, prompts, n, bool(body.stream), body.logprobs if body.echo else None)
             name = f"cmpl-{uuid.uuid4().hex}"
-            head = {"id": name, "created": int(time.time()), "model": state.model_name}
+            head = {"id": name, "created": int(time.time()), "model": caller.adapter or state.model_name}
             requests = requests_for(
                 prompts,
                 params,
@@ -63,16 +69,19 @@ def add(app: FastAPI, state: ServerState) -> None:
                 client=caller.key,
                 deadline=caller.deadline,
                 priority=body.priority,
+                adapter=caller.adapter,
+                cache_salt=body.cache_salt,
+                prompt_logprobs=wanted.prompt_logprobs,
             )
-            answers = state.submit(requests)
-            token_texts = None if body.logprobs is None else state.texts
+            texts_of_tokens = TokenIdTexts(state.texts) if body.return_tokens_as_token_ids else state.texts
+            answers = (beam_start(state, body, n, caller) or state.submit)(requests)
+            answers, reports = reported(state, answers, requests, wanted, caller, texts_of_tokens, echoes)
+            token_texts = None if body.logprobs is None else texts_of_tokens
             if body.stream:
-                usage = body.stream_options or StreamOptions()
-                encoder = CompletionEncoder(
-                    head, echoes, n, bool(usage.include_usage), token_texts, body.logprobs, usage.continuous
-                )
+                last, every = usage_in_stream(body.stream_options)
+                encoder = CompletionEncoder(head, echoes, n, last, token_texts, body.logprobs, every, reports)
                 return StreamReply(state, places.pop_all(), answers, encoder)
-            collector = CompletionCollector(head, echoes, n, token_texts, body.logprobs)
+            collector = CompletionCollector(head, echoes, n, token_texts, body.logprobs, reports, returned)
             return WholeReply(state, places.pop_all(), answers, collector.feed, collector.body)
 
     def echo(lane: Lane, ids: list[int]) -> str:
@@ -87,9 +96,9 @@ def check(body: CompletionRequest) -> None:
     Raises:
         ApiError: 400, fields contradict each other.
     """
-    if body.best_of is not None and body.best_of != (body.n or 1):
-        raise ApiError(400, "best_of: must equal n, since all answers are returned", param="best_of")
-    if body.echo and body.logprobs is not None:
-        raise ApiError(400, "echo: not supported with logprobs, which are only of new tokens", param="echo")
+    if body.best_of is not None and body.best_of < (body.n or 1):
+        raise ApiError(400, "best_of: must not be less than n", param="best_of")
+    if body.best_of is not None and body.best_of > (body.n or 1) and (body.stream or body.use_beam_search):
+        raise ApiError(400, "best_of: must equal n with stream or use_beam_search", param="best_of")
     if body.stream_options is not None and not body.stream:
         raise ApiError(400, "stream_options: requires stream", param="stream_options")

@@ -40,17 +40,25 @@ def add(app: FastAPI, state: ServerState) -> None:
             answers = state.submit(
                 [
                     EngineRequest(
-                        ids, id=name, salt=salt, client=caller.key, deadline=caller.deadline, embed=True, priority=priority
+                        ids,
+                        id=name,
+                        salt=salt,
+                        client=caller.key,
+                        deadline=caller.deadline,
+                        embed=True,
+                        priority=priority,
+                        adapter=caller.adapter,
                     )
                     for ids in prompts
                 ]
             )
             outputs: dict[int, Output] = {}
+            model = caller.adapter or state.model_name
             as_text = body.encoding_format == "base64"
-            return WholeReply(state, places.pop_all(), answers, outputs.__setitem__, lambda: _body(state, outputs, as_text))
+            return WholeReply(state, places.pop_all(), answers, outputs.__setitem__, lambda: _body(model, outputs, as_text))
 
 
-def _body(state: ServerState, outputs: dict[int, Output], as_text: bool) -> dict[str, Any]:
+def _body(model: str, outputs: dict[int, Output], as_text: bool) -> dict[str, Any]:
     data = []
     for index in sorted(outputs):
         vector = np.asarray(outputs[index].embedding, "<f4")
@@ -58,4 +66,4 @@ def _body(state: ServerState, outputs: dict[int, Output], as_text: bool) -> dict
         data.append({"object": "embedding", "index": index, "embedding": value})
     tokens = sum(output.prompt_tokens for output in outputs.values())
     usage = {"prompt_tokens": tokens, "total_tokens": tokens}
-    return {"object": "list", "data": data, "model": state.model_name, "usage": usage}
+    return {"object": "list", "data": data, "model": model, "usage": usage}

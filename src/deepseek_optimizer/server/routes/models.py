@@ -25,13 +25,19 @@ def add(app: FastAPI, state: ServerState) -> None:
                 "max_model_len": state.engine.context, "max_file_bytes": state.settings.max_file_bytes,
                 "default_sampling": sampling}  # fmt: skip
 
+    def adapter_cards() -> list[dict[str, Any]]:
+        return [
+            {**card(), "id": adapter.name, "created": adapter.created, "parent": state.model_name}
+            for adapter in state.engine.adapters
+        ]
+
     @app.get("/v1/models", response_model=ModelList, responses=errors(401, 403), tags=["models"])
     async def models() -> Response:
         """Lists the models that a request's `model` may name."""
-        return json_response({"object": "list", "data": [card()]})
+        return json_response({"object": "list", "data": [card(), *adapter_cards()]})
 
     @app.get("/v1/models/{model:path}", response_model=ModelCard, responses=errors(401, 403, 404), tags=["models"])
     async def model(model: Annotated[str, Path()]) -> Response:
         """Describes one model. Its name may contain slashes."""
         state.check_model(model)
-        return json_response(card())
+        return json_response(next((other for other in adapter_cards() if other["id"] == model), card()))

@@ -67,10 +67,11 @@ def add(app: FastAPI, state: ServerState) -> None:
                 grammar=grammar,
                 skip_special_tokens=not prepared.keep_special,
             )
-            head = new_response(state.model_name, _echo(body, params))
+            head = new_response(caller.adapter or state.model_name, _echo(body, params))
             sequence = EngineRequest(
                 prepared.ids, params, id=head["id"], salt=request.state.salt, client=caller.key,
                 deadline=caller.deadline, priority=body.priority or 0, pinned=prepared.pinned,
+                adapter=caller.adapter,
             )  # fmt: skip
             answers, [answer] = prepared.submit([sequence], one_call)
             texts, dropped = state.texts if wants_logprobs else None, prepared.dropped

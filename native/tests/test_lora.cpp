@@ -1,0 +1,185 @@
+// LORA_DOWN and LORA_UP through the C interface: against plain double arithmetic, with the same bits on every ISA, for any
+// number of threads, alone and beside other sequences.
+#include "adapters.hpp"
+#include "plan_parts.hpp"
+
+namespace {
+
+struct Sizes {
+  int32_t cols, rows, max_rank;
+};
+
+struct Pair {
+  int32_t rank;
+  std::vector<float> a, b;  // [rank, cols], [rows, rank]
+};
+
+float stored(float x, int32_t format) {
+  return format == DSO_F32 ? x : from_bits((to_bits(x) + 0x7fff + (to_bits(x) >> 16 & 1)) & 0xffff0000u);
+}
+
+// In tiles of 16 rows, [ceil(rows / 16)][cols][16].
+dso_weight tiled(const std::vector<float>& w, int32_t rows, int32_t cols, int32_t format,
+                 std::vector<std::unique_ptr<Buffer>>& keep) {
+  const size_t size = format == DSO_F32 ? 4 : 2, bytes = (size_t)((rows + 15) / 16 * 16 * cols) * size;
+  Buffer& tiles = *keep.emplace_back(std::make_unique<Buffer>(bytes, 0));
+  for (int32_t r = 0; r < rows; ++r)
+    for (int32_t c = 0; c < cols; ++c) {
+      const uint32_t bits = to_bits(stored(w[(size_t)(r * cols + c)], format));
+      const size_t place = ((size_t)(r / 16 * cols + c) * 16 + (size_t)(r % 16)) * size;
+      if (format == DSO_F32)
+        memcpy(&tiles[place], &bits, 4);
+      else
+        tiles[place] = (uint8_t)(bits >> 16), tiles[place + 1] = (uint8_t)(bits >> 24);
+    }
+  return {format, rows, cols, 0, tiles.get(), (int64_t)bytes};
+}
+
+class Adapted {  // a plan whose last hidden state is x[:, :rows] + (x A^T) B^T, padded with columns of x
+ public:
+  Adapted(const Sizes& s, const std::vector<Pair>& pairs, int32_t format, const Kernels& kernels, int threads)
+      : s(s), context(kernels, threads) {
+    auto f32 = [](int32_t width) { return dso_slot{DSO_SLOT_F32, width, 0, 0}; };
+    const dso_slot slots[] = {f32(s.cols), f32(s.rows), f32(s.max_rank), f32(s.cols - s.rows), f32(s.cols)};
+    std::vector<dso_step> steps = {step_of(DSO_OP_STATE_IN, {}, {0}),   step_of(DSO_OP_COLUMNS, {0}, {1}),
+                                   step_of(DSO_OP_LORA_DOWN, {0}, {2}), step_of(DSO_OP_LORA_UP, {2, 1}, {1}),
+                                   step_of(DSO_OP_COLUMNS, {0}, {3}),   step_of(DSO_OP_CONCAT, {1, 3}, {4}),
+                                   step_of(DSO_OP_HIDDEN_OUT, {4}, {})};
+    for (int i : {1, 4}) steps[(size_t)i].groups = 1;
+    steps[4].offset = s.rows;
+    for (int i : {2, 3}) steps[(size_t)i].rank = s.max_rank;
+    steps[6].flags = DSO_FLAG_LAST;
+    check(dso_plan_create(context.c, steps.data(), (int32_t)steps.size(), slots, 5, nullptr, 0, 5, &plan) == 0, "plan: %s",
+          dso_last_error());
+    const dso_adapter_site site = {s.rows, s.cols};
+    check(dso_adapters_create(&site, 1, (int32_t)pairs.size() + 1, s.max_rank, &adapters) == 0, "adapters: %s",
+          dso_last_error());
+    for (size_t i = 0; i < pairs.size(); ++i) {  // the last slot stays empty
+      const dso_weight a = tiled(pairs[i].a, pairs[i].rank, s.cols, format, keep_),
+                       b = tiled(pairs[i].b, s.rows, pairs[i].rank, format, keep_);
+      check(dso_adapters_set(adapters, (int32_t)i, 0, &a, &b) == 0, "set: %s", dso_last_error());
+    }
+  }
+  ~Adapted() {
+    dso_plan_destroy(plan);
+    dso_adapters_destroy(adapters);
+  }
+
+  // Rows of sequences with these lengths and adapters.
+  std::vector<float> run(const std::vector<float>& x, const std::vector<int32_t>& lengths, const std::vector<int32_t>& slots,
+                         int32_t expected = 0) {
+    const std::vector<int32_t> zeros(lengths.size());
+    std::vector<float> last(x.size(), NAN);
+    dso_batch b{};
+    b.T = (int32_t)(x.size() / (size_t)s.cols);
+    b.S = (int32_t)lengths.size();
+    b.query_len = lengths.data();
+    b.context_len = b.phase = zeros.data();
+    b.states = x.data();
+    b.last_hidden = last.data();
+    b.adapter_of = slots.empty() ? nullptr : slots.data();
+    b.adapters = adapters;
+    check(dso_plan_run(plan, &b) == expected, "run: %s", dso_last_error());
+    return last;
+  }
+
+  const Sizes s;
+  OwnContext context;
+  dso_plan* plan = nullptr;
+  dso_adapters* adapters = nullptr;
+
+ private:
+  std::vector<std::unique_ptr<Buffer>> keep_;
+};
+
+void on_every_isa(const Sizes& s, int32_t format) {
+  Random random((uint64_t)(s.cols + s.rows));
+  std::vector<Pair> pairs;
+  for (int32_t rank : {1, s.max_rank / 2 + 1, s.max_rank})
+    pairs.push_back({rank, normal((size_t)(rank * s.cols), 0.2f, random), normal((size_t)(s.rows * rank), 0.2f, random)});
+  const std::vector<int32_t> lengths = {1, 1, 70, 3, 1, 2, 9}, slots = {0, 0, 2, -1, 3, 1, 1};  // 3 is empty
+  int32_t T = 0;
+  for (int32_t n : lengths) T += n;
+  const std::vector<float> x = normal((size_t)(T * s.cols), 1, random);
+  std::vector<double> exact((size_t)(T * s.rows));
+  std::vector<int32_t> slot_of;
+  for (size_t i = 0; i < lengths.size(); ++i) slot_of.insert(slot_of.end(), (size_t)lengths[i], slots[i]);
+  for (int32_t t = 0; t < T; ++t)
+    for (int32_t n = 0; n < s.rows; ++n) {
+      double& y = exact[(size_t)(t * s.rows + n)] = x[(size_t)(t * s.cols + n)];
+      if (slot_of[(size_t)t] < 0 || slot_of[(size_t)t] > 2) continue;
+      const Pair& p = pairs[(size_t)slot_of[(size_t)t]];
+      for (int32_t r = 0; r < p.rank; ++r) {
+        double h = 0;
+        for (int32_t k = 0; k < s.cols; ++k)
+          h += double(x[(size_t)(t * s.cols + k)]) * stored(p.a[(size_t)(r * s.cols + k)], format);
+        y += h * stored(p.b[(size_t)(n * p.rank + r)], format);
+      }
+    }
+  std::vector<float> first;
+  for (const Variant& v : variants())
+    for (int threads : {1, 3}) {
+      Adapted adapted(s, pairs, format, *v.kernels, threads);
+      const std::vector<float> whole = adapted.run(x, lengths, slots);
+      double worst = 0, largest = 0;
+      for (int32_t t = 0; t < T; ++t)
+        for (int32_t n = 0; n < s.rows; ++n) {
+          const double value = exact[(size_t)(t * s.rows + n)];
+          worst = std::max(worst, std::abs(whole[(size_t)(t * s.cols + n)] - value));
+          largest = std::max(largest, std::abs(value));
+        }
+      check(worst <= 2e-6 * largest, "%s: off by %g of %g", v.name.c_str(), worst, largest);
+      if (first.empty()) first = whole;
+      check(whole == first, "%s, %d threads: other bits", v.name.c_str(), threads);
+      check(adapted.run(x, lengths, {}) == x, "%s: rows without an adapter changed", v.name.c_str());
+      check(adapted.run(x, lengths, slots) == whole, "%s: other bits in the second run", v.name.c_str());
+      for (int32_t t : {0, 5, T - 1}) {  // alone
+        const std::vector<float> row(&x[(size_t)(t * s.cols)], &x[(size_t)(t * s.cols)] + s.cols);
+        const std::vector<float> alone = adapted.run(row, {1}, {slot_of[(size_t)t]});
+        check(std::equal(alone.begin(), alone.end(), whole.begin() + (long)t * s.cols), "%s: row %d has other bits alone",
+              v.name.c_str(), t);
+      }
+    }
+}
+
+void refused() {
+  Random random(1);
+  const Sizes s{20, 12, 8};
+  const Pair pair{8, normal(8 * 20, 1, random), normal(12 * 8, 1, random)};
+  Adapted adapted(s, {pair}, DSO_F32, *variants().front().kernels, 1);
+  const std::vector<float> x = normal(2 * 20, 1, random);
+  std::vector<std::unique_ptr<Buffer>> keep;
+  const dso_weight a = tiled(pair.a, 8, 20, DSO_F32, keep), b = tiled(pair.b, 12, 8, DSO_F32, keep);
+  adapted.run(x, {1, 1}, {0, 2}, DSO_EINVAL);
+  check(strstr(dso_last_error(), "adapter_of[1] is 2"), "got: %s", dso_last_error());
+  refuses(dso_adapters_set(adapted.adapters, 2, 0, &a, &b), DSO_EINVAL, "slot is 2", "slot");
+  refuses(dso_adapters_set(adapted.adapters, 0, 1, &a, &b), DSO_EINVAL, "site is 1", "site");
+  refuses(dso_adapters_set(adapted.adapters, 0, 0, &a, nullptr), DSO_EINVAL, "only one", "one matrix");
+  refuses(dso_adapters_set(adapted.adapters, 0, 0, &b, &a), DSO_EINVAL, "the rank is 12", "swapped");
+  dso_weight wrong = a;
+  wrong.bytes -= 4;
+  refuses(dso_adapters_set(adapted.adapters, 0, 0, &wrong, &b), DSO_EINVAL, "bytes", "too short");
+  wrong = a;
+  wrong.format = DSO_INT8;
+  refuses(dso_adapters_set(adapted.adapters, 0, 0, &wrong, &b), DSO_EINVAL, "format", "format");
+  check(dso_adapters_set(adapted.adapters, 0, 0, nullptr, nullptr) == 0, "clear: %s", dso_last_error());
+  check(adapted.run(x, {1, 1}, {0, 1}) == x, "rows changed though both slots are empty");
+  dso_adapters* other = nullptr;
+  const dso_adapter_site site = {12, 19};
+  check(dso_adapters_create(&site, 1, 1, 8, &other) == 0, "adapters: %s", dso_last_error());
+  std::swap(other, adapted.adapters);
+  adapted.run(x, {1, 1}, {0, 0}, DSO_EINVAL);
+  check(strstr(dso_last_error(), "site 0 has another shape"), "got: %s", dso_last_error());
+  std::swap(other, adapted.adapters);
+  dso_adapters_destroy(other);
+  refuses(dso_adapters_create(&site, 1, 0, 8, &other), DSO_EINVAL, "slots is 0", "no slots");
+}
+
+}  // namespace
+
+int main() {
+  for (int32_t format : {DSO_F32, DSO_BF16})
+    for (const Sizes& s : {Sizes{50, 33, 5}, Sizes{321, 290, 40}, Sizes{64, 16, 16}}) on_every_isa(s, format);
+  refused();
+  return report("test_lora");
+}

@@ -1,0 +1,69 @@
+"""Low-rank adapters in the layout of the native kernels: tiles of 16 rows, without padding of columns."""
+
+from __future__ import annotations
+
+import ctypes as C
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from ...graph.ir import AdapterSite
+from ...quant.base import TILE_ROWS
+from .buffers import address
+from .native import FORMATS, Handle, Site, Weight, check, library
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+Pair = tuple[torch.Tensor, torch.Tensor]  # A [r, K], B [N, r]
+
+
+class CpuAdapters:
+    """Implements `AdapterStore`.
+
+    Args:
+        sites: the graph's adapter sites.
+        slots, rank, dtype: as for `Backend.new_adapters`.
+    """
+
+    def __init__(self, sites: Sequence[AdapterSite], slots: int, rank: int, dtype: str) -> None:
+        self.slots, self._sites, self._format, self._dtype = slots, sites, FORMATS[dtype], _DTYPES[dtype]
+        self.lib = library()
+        shapes = (Site * len(sites))(*(Site(site.outputs, site.inputs) for site in sites))
+        create, destroy = self.lib.dso_adapters_create, self.lib.dso_adapters_destroy
+        self.handle = Handle(create, destroy, shapes, len(sites), slots, rank)
+        self._held: list[dict[int, Pair]] = [{} for _ in range(slots)]  # by slot and site: the tiles that the library reads
+
+    def adapter_bytes(self, ranks: Mapping[int, int]) -> int:
+        elements = (_padded(r) * self._sites[site].inputs + _padded(self._sites[site].outputs) * r for site, r in ranks.items())
+        return sum(elements) * self._dtype.itemsize
+
+    def load(self, slot: int, pairs: Mapping[int, Pair]) -> None:
+        held = self._held[slot]
+        try:
+            for site, (down, up) in pairs.items():
+                held[site] = self._tiles(down), self._tiles(up)
+                matrices = (self._matrix(m, tiles) for m, tiles in zip((down, up), held[site], strict=True))
+                check(self.lib.dso_adapters_set(self.handle, slot, site, *(C.byref(matrix) for matrix in matrices)))
+        except BaseException:
+            self.clear(slot)
+            raise
+
+    def clear(self, slot: int) -> None:
+        for site in self._held[slot]:
+            check(self.lib.dso_adapters_set(self.handle, slot, site, None, None))
+        self._held[slot].clear()
+
+    def _tiles(self, matrix: torch.Tensor) -> torch.Tensor:
+        """A matrix [rows, cols] as [ceil(rows / 16), cols, 16]."""
+        rows, cols = matrix.shape
+        whole = torch.zeros(_padded(rows), cols, dtype=self._dtype, device="cpu")
+        whole[:rows] = matrix
+        return whole.unflatten(0, (-1, TILE_ROWS)).transpose(1, 2).contiguous()
+
+    def _matrix(self, matrix: torch.Tensor, tiles: torch.Tensor) -> Weight:
+        rows, cols = matrix.shape
+        place = address(tiles, "an adapter's matrix", self._dtype, (_padded(rows) // TILE_ROWS, cols, TILE_ROWS))
+        return Weight(self._format, rows, cols, 0, place, tiles.numel() * self._dtype.itemsize)
+
+
+def _padded(rows: int) -> int:
+    return -(-rows // TILE_ROWS) * TILE_ROWS

@@ -1,0 +1,59 @@
+"""Attention of a few queries over keys and values in ordinary tensors, as Transformers' caches hold them.
+
+    o = softmax(scale q k^T + mask) v
+
+in fp32 whatever the tensors' dtype. Made for decoding, where torch's kernels for scaled dot-product attention take several
+times as long as reading keys and values does.
+"""
+
+from __future__ import annotations
+
+import ctypes as C
+
+import torch
+
+from .buffers import strided
+from .native import Context, DenseAttention, DenseHeads
+from .native_train import TYPES
+
+DTYPES = (torch.float32, torch.bfloat16)
+_MASK_BYTES, _MASK_NUMBERS = 1, 2  # DSO_MASK_*
+
+
+def attend(
+    context: Context, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """q [B, H, S, D], k [B, Hkv, T, D], v [B, Hkv, T, Dv] -> [B, H, S, Dv], all of one dtype in `DTYPES`, on the CPU, with
+    contiguous last dimensions; query head h uses kv head h // (H / Hkv).
+
+    Args:
+        context: whose threads compute.
+        scale: factor of the scores.
+        mask: broadcastable to [B, H, S, T]: bool, False hides a key; or of q's dtype, added to the scores. A query whose keys
+            are all hidden gets zeros.
+
+    Raises:
+        ValueError: a tensor has another shape, dtype or layout.
+    """
+    batch, heads, queries, width = q.shape
+    kv_heads, keys, v_width = v.shape[1:]
+    # [B, S, H, Dv] in memory, since the heads of a token are joined next.
+    out = context.outputs.empty((batch, queries, heads, v_width), q.dtype).transpose(1, 2)
+    task = DenseAttention(
+        type=TYPES[str(q.dtype).removeprefix("torch.")], batch=batch, heads=heads, kv_heads=kv_heads, queries=queries,
+        keys=keys, qk_width=width, v_width=v_width, scale=scale,
+        q=_heads(q, "q", q.dtype, (batch, heads, queries, width)), k=_heads(k, "k", q.dtype, (batch, kv_heads, keys, width)),
+        v=_heads(v, "v", q.dtype, (batch, kv_heads, keys, v_width)), o=_heads(out, "o", q.dtype, tuple(out.shape)),
+    )  # fmt: skip
+    if mask is not None:
+        mask = mask.expand(batch, heads, queries, keys)
+        kind = torch.bool if mask.dtype == torch.bool else q.dtype
+        task.mask_type = _MASK_BYTES if kind == torch.bool else _MASK_NUMBERS
+        task.mask = _heads(mask, "mask", kind, (batch, heads, queries, keys))
+    context.call("dso_attend", context.handle, C.byref(task), o=out)
+    return out
+
+
+def _heads(x: torch.Tensor, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> DenseHeads:
+    place = strided(x, name, dtype, shape)
+    return DenseHeads(place, x.stride(0), x.stride(1), x.stride(2))

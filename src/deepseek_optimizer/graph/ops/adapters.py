@@ -1,0 +1,63 @@
+"""Low-rank adapters (LoRA): what they add to the products of a model.
+
+The matrices belong to an adapter, not to the graph: a step names the adapter of each sequence.
+"""
+
+from __future__ import annotations
+
+from ..ir import AdapterSite, Graph, Node
+from .spec import INT, Attr, Operand, OpSpec, step_attr
+
+_SITE = Attr("site", INT, "index of the product in `Graph.adapter_sites`", step_field="index")
+_RANK = step_attr("rank", INT, "largest rank R of an adapter")
+_SOURCE = "Source: Hu et al. 2021, LoRA; many adapters in one step: Chen et al. 2023, Punica."
+
+
+def _site(node: Node, graph: Graph) -> AdapterSite | None:
+    index = node.attrs["site"]
+    return graph.adapter_sites[index] if 0 <= index < len(graph.adapter_sites) else None
+
+
+def _down_fits(node: Node, graph: Graph) -> bool:
+    site = _site(node, graph)
+    return site is not None and (node.inputs[0].width, node.outputs[0].width) == (site.inputs, node.attrs["rank"])
+
+
+def _up_fits(node: Node, graph: Graph) -> bool:
+    site, (h, y), (out,) = _site(node, graph), node.inputs, node.outputs
+    return site is not None and (h.width, y.width, out.width) == (node.attrs["rank"], site.outputs, site.outputs)
+
+
+SPECS = (
+    OpSpec(
+        name="lora_down",
+        origin="rule",
+        inputs=(Operand("x", "[T, K]"),),
+        outputs=(Operand("h", "[T, R]"),),
+        attrs=(_SITE, _RANK),
+        fits=_down_fits,
+        rows="tokens",
+        code=44,
+        kernels="the rows of each adapter together, at most 32 at a time.",
+        doc=f"""
+            h_t = x_t A^T in the first elements, with the matrix A [r, K], r <= R, that the adapter of token t has for the
+            product. The other elements, and rows without an adapter, are undefined. {_SOURCE}
+        """,
+    ),
+    OpSpec(
+        name="lora_up",
+        origin="rule",
+        inputs=(Operand("h", "[T, R]"), Operand("y", "[T, N]")),
+        outputs=(Operand("z", "[T, N]"),),
+        attrs=(_SITE, _RANK),
+        fits=_up_fits,
+        rows="tokens",
+        in_place=((0, 1),),
+        code=45,
+        kernels="as `lora_down`.",
+        doc=f"""
+            z_t = y_t + h_t B^T with the matrix B [N, r] of the adapter, which contains its scale; z_t = y_t for rows without an
+            adapter, and for adapters without matrices for the product. {_SOURCE}
+        """,
+    ),
+)

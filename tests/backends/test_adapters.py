@@ -1,0 +1,135 @@
+"""LoRA adapters in plans of both backends: PEFT's logits for every sequence of a step, whatever the others use."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from deepseek_optimizer.backends.base import DECODE, PREFILL
+from deepseek_optimizer.backends.cpu import CpuBackend, unavailable_reason
+from deepseek_optimizer.backends.reference import ReferenceBackend
+from deepseek_optimizer.errors import BackendError
+from deepseek_optimizer.graph import rules
+from deepseek_optimizer.graph.adapters import UNFUSED, with_adapters
+from deepseek_optimizer.graph.validate import check_graph
+from deepseek_optimizer.integration.load.lora import read_adapter
+from deepseek_optimizer.models import build_graph
+from support.lora import adapted, logits_of, save_adapter
+from support.models import CASES, assert_close_rows, random_ids, random_model, weights_of
+from support.steps import Part, make_batch, runner
+
+from .cpu.packing import dequantized, packed_weights
+
+RANK = 8
+FAMILIES = [
+    "llama-gqa", "qwen2-gqa", "qwen3_next-experts", "phi3-window", "phi3-aligned", "gemma2-limits", "gemma4_text-shared",
+    "deepseek_v3-groups", "lfm2-mixed", "kimi_linear-experts", "cohere2-types", "starcoder2-window",
+]  # fmt: skip
+
+
+def backends():
+    made = [ReferenceBackend()]
+    return made if unavailable_reason() else [*made, CpuBackend(threads=2)]
+
+
+def graph_of(model):
+    return with_adapters(rules.apply(build_graph(model.config), [n for n in rules.RULES if n not in UNFUSED])[0], RANK)
+
+
+def step(made, store, sequences, prompts, slots, phase=PREFILL):
+    parts = [Part(blocks, ids, phase) for blocks, ids in zip(sequences, prompts, strict=True)]
+    batch = make_batch(parts, made.store, adapters=store, adapter_of=np.array(slots, np.int32))
+    return made.plan.run(batch, made.store).logits.split([len(ids) for ids in prompts])
+
+
+@pytest.mark.parametrize("case", FAMILIES)
+def test_every_sequence_has_the_logits_of_peft(case, tmp_path):
+    model = random_model(CASES[case]())
+    graph = graph_of(model)
+    check_graph(graph)
+    modules = sorted({site.module for site in graph.adapter_sites})
+    if any(node.op.startswith("experts") for node in graph.nodes):  # PEFT adapts experts along with modules of an MLP
+        modules = [name for name in modules if "attn" in name or ".conv." in name]
+    folders = [
+        save_adapter(model, tmp_path / "a", seed=1, targets=modules),
+        save_adapter(model, tmp_path / "b", seed=2, targets=modules[::3], r=7, use_rslora=True),
+    ]
+    slots, prompts = [1, -1, 0, 1, 2], [random_ids(model.config, n, seed=n) for n in (5, 40, 33, 3, 4)]
+    by_slot = {0: adapted(model, folders[0]), 1: adapted(model, folders[1]), -1: model, 2: model}
+    expected = [logits_of(by_slot[slot], ids) for slot, ids in zip(slots, prompts, strict=True)]
+    packed = packed_weights(weights_of(model), "fp32")
+    for backend in backends():
+        weights = packed if backend.name == "cpu" else dequantized(packed)
+        made = runner(backend, graph, weights)
+        store = backend.new_adapters(graph, 3, RANK, "fp32")  # slot 2 stays empty
+        for slot, folder in enumerate(folders):
+            store.load(slot, read_adapter(folder, graph, RANK).pairs)
+        logits = step(made, store, [made.sequence() for _ in slots], prompts, slots)
+        for rows, wanted in zip(logits, expected, strict=True):
+            assert_close_rows(rows, wanted)
+        # In decode phase, after a prefix with the same adapter.
+        sequences = [made.sequence() for _ in slots]
+        step(made, store, sequences, [ids[:-2] for ids in prompts], slots)
+        for place in (-2, -1):
+            rows = step(made, store, sequences, [[ids[place]] for ids in prompts], slots, DECODE)
+            for row, wanted in zip(rows, expected, strict=True):
+                assert_close_rows(row, wanted[[place]])
+
+
+def test_a_plan_without_adapters_in_a_step_has_the_bits_of_one_that_supports_none(tmp_path):
+    """Also if its matrices are packed, and if the same rows were adapted in the step before."""
+    model = random_model(CASES["llama-biases"]())
+    plain, ids = rules.apply(build_graph(model.config))[0], random_ids(model.config, 37)
+    graph, folder = graph_of(model), save_adapter(model, tmp_path / "a")
+    for backend in backends():
+        for format_name in ("fp32", "int4", "int8") if backend.name == "cpu" else ("fp32",):
+            weights = packed_weights(weights_of(model), format_name)
+            weights = weights if backend.name == "cpu" else dequantized(weights)
+            expected, made = runner(backend, plain, weights).logits(ids), runner(backend, graph, weights)
+            store = backend.new_adapters(graph, 1, RANK, "bf16")
+            store.load(0, read_adapter(folder, graph, RANK).pairs)
+            other = step(made, store, [made.sequence()], [ids], [0])[0]
+            assert not torch.equal(other, expected)
+            assert torch.equal(made.logits(ids), expected)
+            assert torch.equal(step(made, store, [made.sequence()], [ids], [-1])[0], expected)
+            store.clear(0)
+            assert torch.equal(step(made, store, [made.sequence()], [ids], [0])[0], expected)
+
+
+def test_packed_matrices_with_adapters(tmp_path):
+    """Each product equals that of the dequantized matrix plus the adapter's."""
+    if unavailable_reason():
+        pytest.skip("needs the native backend")
+    model = random_model(CASES["llama-gqa"]())
+    graph, folder, ids = graph_of(model), save_adapter(model, tmp_path / "a"), random_ids(model.config, 50)
+    cpu = CpuBackend(threads=2)
+    for format_name, tolerance in (("int4", 3e-2), ("int8", 1e-3), ("bf16", 2e-2), ("fp8", 2e-2)):
+        weights = packed_weights(weights_of(model), format_name)
+        results = []
+        for backend, own in ((cpu, weights), (ReferenceBackend(rounding="format"), weights)):
+            made, store = runner(backend, graph, own), backend.new_adapters(graph, 1, RANK, "bf16")
+            store.load(0, read_adapter(folder, graph, RANK).pairs)
+            results.append(step(made, store, [made.sequence()], [ids], [0])[0])
+        assert_close_rows(*results, tolerance)
+
+
+def test_matrices_that_do_not_fit(tmp_path):
+    model = random_model(CASES["llama-gqa"]())
+    graph = graph_of(model)
+    site = graph.adapter_sites[0]
+    for backend in backends():
+        store = backend.new_adapters(graph, 1, RANK, "fp32")
+        for down, up in (
+            ((RANK + 1, site.inputs), (site.outputs, RANK + 1)),
+            ((2, site.inputs + 1), (site.outputs, 2)),
+            ((2, site.inputs), (site.outputs + 1, 2)),
+            ((2, site.inputs), (site.outputs, 3)),
+        ):
+            with pytest.raises(ValueError):
+                store.load(0, {0: (torch.ones(down), torch.ones(up))})
+        small, large = (store.adapter_bytes({0: rank}) for rank in (1, RANK))
+        assert 0 < small < large
+        made = runner(backend, graph, weights_of(model) if backend.name != "cpu" else packed_weights(weights_of(model), "fp32"))
+        with pytest.raises((ValueError, BackendError), match="adapter_of"):
+            step(made, store, [made.sequence()], [[1, 2]], [1])

@@ -1,0 +1,105 @@
+"""Decode attention of models without a plan: the same as Transformers' `sdpa`, which computes everything else."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import GPT2LMHeadModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from deepseek_optimizer import DeepSeekConfig, load_model
+from deepseek_optimizer.backends.cpu import unavailable_reason
+from deepseek_optimizer.integration.attention import decode_attention as module
+from deepseek_optimizer.integration.attention.decode_attention import decode_attention
+from support.general_models import inputs_of, random_general
+
+pytestmark = pytest.mark.skipif(unavailable_reason() is not None, reason="needs the native library")
+
+
+class Layer(torch.nn.Module):
+    num_key_value_groups = 2
+    is_causal = True
+
+
+def tensors(queries=1, dtype=torch.float32, keys=40):
+    torch.manual_seed(queries)
+    return (
+        torch.randn(2, 4, queries, 16, dtype=dtype), torch.randn(2, 2, keys, 16, dtype=dtype),
+        torch.randn(2, 2, keys, 16, dtype=dtype),
+    )  # fmt: skip
+
+
+@pytest.fixture
+def native_calls(monkeypatch):
+    """Records the calls of the native library."""
+    calls = []
+
+    def recorded(*arguments):
+        calls.append(arguments)
+        return original(*arguments)
+
+    original = module.attend
+    monkeypatch.setattr(module, "attend", recorded)
+    return calls
+
+
+def compare(q, k, v, mask=None, *, native, calls, bound=1e-6, **kwargs):
+    layer = Layer().eval()
+    out, weights = decode_attention(layer, q, k, v, mask, **kwargs)
+    expected, _ = sdpa_attention_forward(layer, q, k, v, mask, **kwargs)
+    assert weights is None and out.dtype == expected.dtype and bool(calls) is native
+    torch.testing.assert_close(out, expected, atol=bound, rtol=bound)
+
+
+def test_one_query(native_calls):
+    compare(*tensors(), native=True, calls=native_calls)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_masks_and_biases(native_calls, dtype):
+    q, k, v = tensors(3, dtype)
+    hidden = torch.rand(2, 1, 3, 40) < 0.3
+    bound = 1e-6 if dtype == torch.float32 else 2e-2
+    compare(q, k, v, ~hidden, native=True, calls=native_calls, bound=bound)
+    numbers = torch.zeros(2, 1, 3, 40, dtype=dtype).masked_fill(hidden, torch.finfo(dtype).min)
+    compare(q, k, v, numbers, native=True, calls=native_calls, scaling=1.0, bound=bound)
+    bias = torch.randn(1, 4, 3, 40, dtype=dtype)
+    compare(q, k, v, ~hidden, native=True, calls=native_calls, position_bias=bias, bound=bound)
+
+
+@pytest.mark.parametrize("causal", [None, True, False])
+def test_several_queries_without_a_mask(native_calls, causal):
+    """A causal mask that was skipped is applied by sdpa."""
+    compare(*tensors(4, keys=4), native=causal is False, calls=native_calls, is_causal=causal)
+
+
+@pytest.mark.parametrize("case", ["prompt", "float64", "gradient", "autocast"])
+def test_sdpa_computes_the_rest(native_calls, case):
+    q, k, v = tensors(20 if case == "prompt" else 1, torch.float64 if case == "float64" else torch.float32)
+    if case == "gradient":
+        q.requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16, enabled=case == "autocast"):
+        compare(q, k, v, native=False, calls=native_calls)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "opt", "t5", "bart", "whisper"])
+def test_generate_equals_transformers(tmp_path, native_calls, name):
+    plain = random_general(name)
+    plain.save_pretrained(tmp_path)
+    fast = load_model(tmp_path, precision="fp32")
+    assert fast.report().decode_attention and "attention of decode steps" in str(fast.report())
+    call = {k: v for k, v in inputs_of(plain).items() if not k.startswith("decoder")}
+    kwargs = {"max_new_tokens": 8, "do_sample": False, "return_dict_in_generate": True, "output_scores": True}
+    ours, theirs = fast.generate(**call, **kwargs), plain.generate(**call, **kwargs)
+    assert native_calls and torch.equal(ours.sequences, theirs.sequences)
+    for a, b in zip(ours.scores, theirs.scores, strict=True):
+        finite = b.isfinite()
+        assert (a - b)[finite].abs().max() <= 1e-4 * b[finite].abs().max()
+
+
+def test_other_implementations_are_kept(tmp_path):
+    plain = random_general("gpt2")
+    plain.save_pretrained(tmp_path)
+    config = DeepSeekConfig(precision="fp32")
+    fast = GPT2LMHeadModel.from_pretrained(tmp_path, quantization_config=config, attn_implementation="eager")
+    assert fast.config._attn_implementation == "eager" and not fast.report().decode_attention
