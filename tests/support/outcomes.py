@@ -11,7 +11,8 @@ import pytest
 
 @dataclass(frozen=True)
 class Outcome:
-    """Outcome of one test: "passed", "failed", "skipped", or "crashed" if the process ended in it; other plugins may record others.
+    """Outcome of one test: "passed", "failed", "skipped", or "crashed" if the process ended in it.
+    Other plugins may record others.
 
     Attributes:
         error: the message of the exception, or the reason of a skip.
