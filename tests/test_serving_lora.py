@@ -20,8 +20,9 @@ from deepseek_optimizer import (
 )
 from deepseek_optimizer.backends.cpu import unavailable_reason
 from deepseek_optimizer.errors import AdapterError, NotEnoughMemoryError
-from support.lora import adapted, logits_of, save_adapter
+from support.lora import adapted, logits_of, random_adapter, save_adapter
 from support.models import CASES, llama, random_ids, random_model
+from support.tiny_v3 import documents, tiny_v3
 
 pytestmark = pytest.mark.skipif(unavailable_reason() is not None, reason="needs the native backend")
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -111,6 +112,43 @@ def test_without_adapters_nothing_changes(base, checkpoint, folders):
         sampling = SamplingParams(temperature=0, max_tokens=12, logprobs=3, ignore_eos=True)
         results.append([(c.token_ids, c.logprobs) for c in engine.generate(prompts, sampling)])
     assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("precision", ["bf16", "int4"])
+def test_batch_invariance(base, checkpoint, folders, precision):
+    """Alone and beside requests with other adapters: the same log probabilities, bit for bit."""
+    names = list(folders)[:4]
+    engine = make_engine(
+        load_model(checkpoint, precision=precision, batch_invariant=True), adapters={name: folders[name] for name in names}
+    )
+    rng = random.Random(5)
+    sampling = SamplingParams(temperature=0.8, seed=1, max_tokens=10, logprobs=1, ignore_eos=True)
+    requests = [
+        Request(random_ids(base.config, rng.randrange(1, 50), seed=n), sampling, id=str(n), adapter=rng.choice([*names, ""]))
+        for n in range(12)
+    ]
+    together = engine.generate(requests)
+    for request, completion in zip(requests, together, strict=True):
+        alone = engine.generate([request])[0]
+        assert (alone.token_ids, alone.logprobs) == (completion.token_ids, completion.logprobs)
+
+
+def test_drafts_of_mtp_layers_do_not_change_texts(tmp_path):
+    """Verification uses the adapter; the MTP layers, which have none, only propose."""
+    model = load_model(tiny_v3(), precision="fp32")
+    folders = {f"a{n}": str(random_adapter(model, tmp_path / f"a{n}", seed=n, size=0.3)) for n in range(2)}
+    prompts = documents(tiny_v3(), 4, 40)
+    texts = []
+    for drafts in (True, False):
+        engine = make_engine(model, adapters=folders, drafts=drafts, prefix_cache=False)
+        if drafts:
+            engine.core.drafting._proposers.pop(0)  # prompt lookup
+        requests = [greedy(ids, 30, name, id=f"{n}{name}") for n, ids in enumerate(prompts) for name in ("", "a0", "a1")]
+        texts.append([completion.token_ids for completion in engine.generate(requests)])
+        if drafts:
+            assert engine.core.drafting.proposed > 0
+    assert texts[0] == texts[1]
+    assert len({tuple(text) for text in texts[0]}) > 8
 
 
 def test_prefixes_are_apart(base, checkpoint, folders):

@@ -13,6 +13,7 @@ from .backends.base import Plan
 from .engine.adapters import Adapters, AdapterWeights
 from .engine.async_engine import AsyncEngine
 from .engine.core import EngineCore
+from .engine.encoder_core import EncoderCore
 from .engine.engine import Engine
 from .engine.model_facts import ModelFacts
 from .engine.options import EngineOptions
@@ -26,7 +27,9 @@ from .errors import ConfigError, NotEnoughMemoryError, UnsupportedRequestError
 from .graph.analysis import dynamic_rope
 from .graph.ir import LatentSpec
 from .graph.rope_rotation import key_rotation
+from .integration.bind.packed_model import packed_model_of
 from .integration.bind.runtime import Runtime, runtime_of
+from .integration.encoder.text_encoder import TextEncoder, classifier_of, is_encoder_runtime, max_tokens
 from .integration.generation.special_tokens import token_ids
 from .integration.load.lora import read_adapter
 from .integration.memory.arena import Arena
@@ -36,6 +39,8 @@ from .system.memory import less_reserve
 _LATENT_CHUNK = 64  # tokens; the form of latent attention (absorbed or expanded) depends on how a prompt is split into chunks
 _MAX_LORAS, _MAX_RANK = 1024, 1024
 _LOOKUP, _MTP, _DRAFT_MODEL = 8, 3, 4  # maximum number of drafts per round
+# Options without effect for encoders
+_NOT_OF_ENCODERS = frozenset({"drafts", "draft_model", "arena", "adapters", "max_loras", "max_lora_rank", "lora_dtype"})
 STALL = 2.5  # the default of `EngineOptions.stall` for servers
 
 
@@ -63,26 +68,51 @@ def make_engine(model: Any, tokenizer: Any = None, **options: Any) -> Engine:
 
 
 def make_async_engine(model: Any, tokenizer: Any, *, model_name: str | None = None, **options: Any) -> AsyncEngine:
-    """Creates an engine for an event loop, such as the server's.
+    """Creates an engine for an event loop, such as the server's. An encoder (BERT and the like) embeds and classifies texts; it
+    has no cache and no drafts, and ignores options about them.
 
     Prompts are processed in chunks, such that a step with prompt tokens takes at most about 2.5 times as long as one without
     (option `stall`).
 
     Args:
-        model, tokenizer, options: as for `make_engine`.
+        model, tokenizer, options: as for `make_engine`; for an encoder also `max_tokens`, a limit of the tokens of a text.
         model_name: the name that clients use; None: the last component of the path that the model was loaded from.
 
     Raises:
         ConfigError, NotEnoughMemoryError: as for `make_engine`.
     """
-    name = model_name or _name(model)
+    name, runtime = model_name or _name(model), packed_model_of(model)
+    if is_encoder_runtime(runtime):
+        core_of_encoder = _encoder_core(model, tokenizer, options)
+        return AsyncEngine(core_of_encoder, name, replaced_files=runtime.replaced_files, weights=runtime)
     core, running = _core(model, tokenizer, {"stall": STALL, **options}, name)
-    return AsyncEngine(core, name, running, runtime_of(model).replaced_files)
+    return AsyncEngine(core, name, running, runtime.replaced_files, runtime)
 
 
 def _name(model: Any) -> str:
     path = str(getattr(model.config, "name_or_path", "") or type(model).__name__)
     return os.path.basename(os.path.normpath(path))
+
+
+def _encoder_core(model: Any, tokenizer: Any, given: dict[str, Any]) -> EncoderCore:
+    limit = given.pop("max_tokens", None)
+    unknown = set(given) - {f.name for f in fields(EngineOptions)} - _NOT_OF_ENCODERS
+    if unknown:
+        raise ConfigError(f"an engine has no option {sorted(unknown)[0]!r}")
+    if given.get("adapters"):
+        raise ConfigError("adapters (--lora): encoders have none; leave them out")
+    config = model.dso.config
+    options = EngineOptions(batch_size_range=config.batch_size_range, step_tokens=config.prefill_chunk)
+    if "max_waiting" in given:
+        options = replace(options, max_waiting=given["max_waiting"])
+    context = max_tokens(model, tokenizer)
+    facts = ModelFacts(
+        vocab_size=model.config.vocab_size,
+        hidden_size=getattr(model.config, "hidden_size", 0),
+        context=context if limit is None else min(context, limit),
+        eos=frozenset(),
+    )
+    return EncoderCore(TextEncoder(model), facts, options, tokenizer, classifier_of(model), keep=model)
 
 
 def _core(
@@ -115,7 +145,8 @@ def _core(
         if options.batch_invariant:
             raise ConfigError("batch_invariant=True and cache_window: the window slides depending on the batch; choose one")
         key_rotation(runtime.graph)  # raises an error if this model's keys cannot be moved to other positions
-    plan, adapters = (runtime.plan, None) if not options.max_loras else _plan_with_adapters(runtime, options, name)
+    adapted = _plan_with_adapters(runtime, options, name) if options.max_loras else None
+    adapters = None if adapted is None else adapted[1]
     for adapter, path in first_adapters.items():  # before the cache, whose size depends on the memory that is left
         assert adapters is not None
         adapters.load(adapter, path)
@@ -133,7 +164,7 @@ def _core(
         chunk=_LATENT_CHUNK if latent and not options.batch_invariant else None,
         plain=None if rope is None else rope.context,
     )
-    runner = Runner(plan, arena, vocab, None if adapters is None else adapters.store)
+    runner = Runner(runtime.plan, arena, vocab, None if adapted is None else (adapted[0], adapted[1].store))
     draft = None if other is None else _draft_model(runtime, other, options)
     proposers = _proposers(runtime, arena, draft) if drafts else None
     core = EngineCore(runner, arena, facts, options, tokenizer, proposers, keep=(model, draft_model), adapters=adapters)
@@ -141,7 +172,7 @@ def _core(
 
 
 def _plan_with_adapters(runtime: Runtime, options: EngineOptions, name: str) -> tuple[Plan, Adapters]:
-    """Returns a plan with sites for adapters, and the adapters, of which none is loaded yet."""
+    """Returns a plan for steps with adapters, and the adapters, of which none is loaded yet."""
     backend = runtime.backend
     if not backend.capabilities.adapters:
         raise ConfigError(f'max_loras: the {backend.name} backend does not support adapters; use backend="cpu"')

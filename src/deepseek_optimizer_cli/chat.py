@@ -56,6 +56,7 @@ def chat(
             **_SERVER,
         ),
     ] = None,
+    chat_template: o.ChatTemplate = None,
     system: o.System = None,
     max_new_tokens: o.MaxNewTokens = 1024,
     temperature: o.Temperature = None,
@@ -76,6 +77,8 @@ def chat(
         raise ValueError(
             "--model is the name of a model on a server and needs --url; give a model to load as the argument MODEL"
         )
+    if url is not None and chat_template is not None:
+        raise ValueError("--chat-template applies only to a model loaded by this command; omit it with --url")
     sampling = o.sampling_options(
         max_tokens=max_new_tokens,
         temperature=temperature,
@@ -87,17 +90,22 @@ def chat(
     )
     from deepseek_optimizer.chat.conversation import Conversation
 
-    speaker = _remote(url, api_key, name, sampling) if url is not None else _local(str(model), fields, sampling)
+    if url is not None:
+        speaker = _remote(url, api_key, name, sampling)
+    else:
+        speaker = _local(str(model), chat_template, fields, sampling)
     _Loop(Conversation(speaker, system), interactive=sys.stdin.isatty()).run()
 
 
-def _local(model: str, fields: dict[str, Any], sampling: dict[str, Any]) -> Speaker:
+def _local(model: str, chat_template: str | None, fields: dict[str, Any], sampling: dict[str, Any]) -> Speaker:
     from deepseek_optimizer import make_engine
     from deepseek_optimizer.chat.local import EngineSpeaker, chat_sampling
+    from deepseek_optimizer.chat.named_template import read_template
 
     from .model import load
 
-    loaded, tokenizer = load(model, fields)
+    template = None if chat_template is None else read_template(chat_template)
+    loaded, tokenizer = load(model, fields, template)
     return EngineSpeaker(make_engine(loaded, tokenizer), chat_sampling(loaded, model, **sampling))
 
 

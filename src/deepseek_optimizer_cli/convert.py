@@ -75,6 +75,8 @@ def _stream(model: str, out: Path, fields: dict[str, Any], force: bool) -> list[
 def _in_memory(model: str, out: Path, fields: dict[str, Any], force: bool) -> list[dict[str, Any]]:
     """Converts in memory. Returns the curve of size against quality that was measured while choosing formats."""
     from deepseek_optimizer.checkpoint import atomic_directory
+    from deepseek_optimizer.checkpoint.sentence_transformers import copy_embedding_files
+    from deepseek_optimizer.integration.load.resolve import resolve
 
     from .model import load
 
@@ -82,6 +84,7 @@ def _in_memory(model: str, out: Path, fields: dict[str, Any], force: bool) -> li
     with atomic_directory(out, overwrite=force) as partial:
         loaded.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
+        copy_embedding_files(resolve(model), partial)
     return list(loaded.dso.manifest.curve)
 
 

@@ -36,12 +36,22 @@ def no_bars_in_pipes() -> None:
         logging.disable_progress_bar()
 
 
-def load(model: str, fields: dict[str, Any]) -> tuple[Any, Any]:
-    """The optimized model and its tokenizer. Raises errors that `app.Commands` prints as one line."""
+def load(model: str, fields: dict[str, Any], template: str | None = None) -> tuple[Any, Any]:
+    """The optimized model and its tokenizer. Raises errors that `app.Commands` prints as one line.
+
+    Args:
+        model: path or name of the checkpoint.
+        fields: of `DeepSeekConfig`.
+        template: Jinja source of a chat template that replaces the checkpoint's.
+    """
     from deepseek_optimizer import load_model, load_tokenizer
 
     no_bars_in_pipes()
     tokenizer = load_tokenizer(model)
+    if template is not None:
+        from deepseek_optimizer.chat.named_template import use_template
+
+        use_template(tokenizer, template)
     return load_model(model, **fields), tokenizer
 
 

@@ -114,6 +114,16 @@ Strict = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 
+ChatTemplate = Annotated[
+    str | None,
+    typer.Option(
+        "--chat-template",
+        metavar="FILE|NAME",
+        help="Jinja chat template to use instead of the checkpoint's: a file, or chatml, deepseek-v2, deepseek-v3, gemma, "
+        "llama2, llama3, mistral, phi3, vicuna or zephyr.",
+        rich_help_panel="Chat",
+    ),
+]
 System = Annotated[str | None, typer.Option("--system", metavar="TEXT", help="System prompt.")]
 MaxNewTokens = Annotated[
     int, typer.Option("--max-new-tokens", "-n", min=1, metavar="TOKENS", help="Maximum number of tokens to generate.")

@@ -19,6 +19,7 @@ _ACCESS: dict[str, Any] = {"rich_help_panel": "Network and access"}
 _ADAPTERS: dict[str, Any] = {"rich_help_panel": "LoRA adapters"}
 _CHAT: dict[str, Any] = {"rich_help_panel": "Chat"}
 _FILES: dict[str, Any] = {"rich_help_panel": "Uploaded files"}
+_SEARCH: dict[str, Any] = {"rich_help_panel": "Embeddings and scores"}
 
 
 @o.takes_model_fields
@@ -79,6 +80,69 @@ def serve(
         ),
     ] = False,
     access_log: Annotated[bool, typer.Option("--access-log", help="Log each request to stderr.", **_ACCESS)] = False,
+    log_format: Annotated[
+        str,
+        typer.Option(
+            "--log-format", metavar="FORMAT", help="Format of the log: text, or json (an object per line).", **_ACCESS
+        ),
+    ] = "text",
+    root_path: Annotated[
+        str,
+        typer.Option(
+            "--root-path",
+            metavar="PATH",
+            help="Prefix of all paths that a reverse proxy removes before it forwards a request, such as /llm.",
+            **_ACCESS,
+        ),
+    ] = "",
+    ssl_certfile: Annotated[
+        str | None,
+        typer.Option("--ssl-certfile", metavar="FILE", help="Certificate chain (PEM), to serve HTTPS.", **_ACCESS),
+    ] = None,
+    ssl_keyfile: Annotated[
+        str | None,
+        typer.Option(
+            "--ssl-keyfile", metavar="FILE", help="Private key (PEM). Default: in the file of --ssl-certfile.", **_ACCESS
+        ),
+    ] = None,
+    ssl_keyfile_password: Annotated[
+        str | None,
+        typer.Option(
+            "--ssl-keyfile-password",
+            metavar="PASSWORD",
+            envvar="DSO_SSL_KEYFILE_PASSWORD",
+            show_envvar=False,
+            help="Password of an encrypted private key. Other users can see it here; set the environment variable "
+            "DSO_SSL_KEYFILE_PASSWORD instead.",
+            **_ACCESS,
+        ),
+    ] = None,
+    ssl_ca_certs: Annotated[
+        str | None,
+        typer.Option(
+            "--ssl-ca-certs",
+            metavar="FILE",
+            help="Certificates of authorities (PEM); clients must have a certificate that one of them issued.",
+            **_ACCESS,
+        ),
+    ] = None,
+    otlp_traces_endpoint: Annotated[
+        str | None,
+        typer.Option(
+            "--otlp-traces-endpoint",
+            metavar="URL",
+            help="Export OpenTelemetry traces to this URL of a collector, such as http://localhost:4318/v1/traces.",
+            **_ACCESS,
+        ),
+    ] = None,
+    sleep_mode: Annotated[
+        bool,
+        typer.Option(
+            "--enable-sleep-mode",
+            help="Let clients release the memory of the cache and of mapped weights by POST /sleep, until POST /wake_up.",
+            **_REQUESTS,
+        ),
+    ] = False,
     fields: dict[str, Any],
     kl_budget: o.KlBudget = None,
     calibration: o.Calibration = None,
@@ -203,6 +267,7 @@ def serve(
             **_CHAT,
         ),
     ] = None,
+    chat_template: o.ChatTemplate = None,
     generation_config: Annotated[
         str,
         typer.Option(
@@ -229,7 +294,8 @@ def serve(
         typer.Option(
             "--tool-format",
             metavar="NAME",
-            help="Syntax in which the model writes tool calls. Default: detected from the chat template.",
+            help="Syntax in which the model writes tool calls; generic: for models without tools. Default: detected from the "
+            "chat template, or generic.",
             **_CHAT,
         ),
     ] = None,
@@ -241,6 +307,27 @@ def serve(
             **_CHAT,
         ),
     ] = None,
+    pooling: Annotated[
+        str | None,
+        typer.Option(
+            "--pooling",
+            metavar="MODE",
+            help="How hidden states become an embedding: cls, lasttoken, max, mean, mean_sqrt_len_tokens or weightedmean. "
+            "Default: as the checkpoint's modules.json says; without it, mean.",
+            **_SEARCH,
+        ),
+    ] = None,
+    reranker: Annotated[
+        str,
+        typer.Option(
+            "--reranker",
+            metavar="HOW",
+            help="How a model without a classification head scores pairs of texts: cosine of their embeddings; yes-no, the "
+            "probability that a language model judges the document to answer the query; auto: yes-no for a language model "
+            "whose files or name say that it is a reranker.",
+            **_SEARCH,
+        ),
+    ] = "auto",
     prefill_assistant: Annotated[
         bool,
         typer.Option(
@@ -275,19 +362,26 @@ def serve(
     if missing:
         raise ValueError(f'the server needs {", ".join(missing)}; install with: pip install "deepseek-optimizer[serve]"')
 
+    from deepseek_optimizer.chat.named_template import read_template
     from deepseek_optimizer.chat.sampling_defaults import SOURCES
     from deepseek_optimizer.chat.tools import FORMATS
+    from deepseek_optimizer.checkpoint.sentence_transformers import POOLING_MODES
     from deepseek_optimizer.errors import ConfigError
     from deepseek_optimizer.server.keys import read_keys
     from deepseek_optimizer.server.settings import ServerSettings
 
     if tool_format is not None and tool_format not in FORMATS:
         raise ConfigError(f"--tool-format must be one of {', '.join(FORMATS)}, got {tool_format!r}")
+    if log_format not in ("text", "json"):
+        raise ConfigError(f"--log-format must be text or json, got {log_format!r}")
+    if pooling is not None and pooling not in POOLING_MODES:
+        raise ConfigError(f"--pooling must be one of {', '.join(POOLING_MODES)}, got {pooling!r}")
     if generation_config not in SOURCES:
         raise ConfigError(f"--generation-config must be one of {', '.join(SOURCES)}, got {generation_config!r}")
     if name is not None and not name.strip():
         raise ConfigError("--served-model-name must not be empty")
     # Validate every option before loading the model.
+    template = None if chat_template is None else read_template(chat_template)
     keys = read_keys(api_key_file)
     file_memory = max(1, int(file_memory_mb * 1e6))
     settings = ServerSettings(
@@ -304,6 +398,7 @@ def serve(
         drain_seconds=drain_seconds,
         tools_format=tool_format,
         reasoning=reasoning,
+        reranker=reranker,  # type: ignore[arg-type]  # checked there
         prefill_assistant=prefill_assistant,
         max_answer_tokens=max_answer_tokens,
         model_path=model,
@@ -311,6 +406,12 @@ def serve(
         allow_lora_loading=allow_lora_loading,
         lora_dir=lora_dir,
         access_log=access_log,
+        root_path=root_path,
+        sleep_mode=sleep_mode,
+        ssl_certfile=ssl_certfile,
+        ssl_keyfile=ssl_keyfile,
+        ssl_keyfile_password=ssl_keyfile_password,
+        ssl_ca_certs=ssl_ca_certs,
     )
     adapters = _adapters(lora or [])
     fields |= o.not_none(
@@ -327,46 +428,63 @@ def serve(
         "max_lora_rank": max_lora_rank,
         "lora_dtype": lora_dtype,
     }
-    _serve(model, name, fields, settings, generation_config, options)
+    pooling_and_traces = (pooling, log_format == "json", otlp_traces_endpoint)
+    _serve(model, name, template, fields, settings, generation_config, options, *pooling_and_traces)
 
 
 def _serve(
     model: str,
     name: str | None,
+    template: str | None,
     fields: dict[str, Any],
     settings: ServerSettings,
     generation_config: Any,
     options: dict[str, Any],
+    pooling: str | None,
+    json_logs: bool,
+    traces: str | None,
 ) -> None:
-    import logging
     from dataclasses import replace
 
     from deepseek_optimizer import report
-    from deepseek_optimizer.chat.sampling_defaults import sampling_defaults
+    from deepseek_optimizer.chat.sampling_defaults import SamplingDefaults, sampling_defaults
+    from deepseek_optimizer.checkpoint.sentence_transformers import read_embedding_settings
+    from deepseek_optimizer.integration.encoder.text_encoder import is_encoder_runtime
+    from deepseek_optimizer.integration.load.resolve import resolve
     from deepseek_optimizer.integration.memory.cache_size import check_granted
-    from deepseek_optimizer.server.run import listener
+    from deepseek_optimizer.server.http.logs import set_up_logs
+    from deepseek_optimizer.server.http.tracing import Tracer, otlp_exporter
+    from deepseek_optimizer.server.run import check_tls, listener
     from deepseek_optimizer.server.run import serve as run
     from deepseek_optimizer.serving import make_async_engine
     from deepseek_optimizer.system.memory import free_memory
 
     from .model import load
 
-    logging.basicConfig(level=logging.WARNING, format="dso: %(message)s")
-    logging.getLogger("deepseek_optimizer").setLevel(logging.INFO)
-    logging.getLogger("bm25s").setLevel(logging.WARNING)  # it logs every index at its own default level
+    set_up_logs(json_logs)
+    check_tls(settings)
+    exporter = None if traces is None else otlp_exporter(traces)
     sock = listener(settings.host, settings.port)
     if "kv_cache_memory" in fields:
         check_granted(fields["kv_cache_memory"], free_memory())
-    loaded, tokenizer = load(model, fields)
-    defaults = sampling_defaults(loaded, model, generation_config)
-    settings = replace(settings, sampling=defaults.values, sampling_not_thinking=defaults.not_thinking)
+    loaded, tokenizer = load(model, fields, template)
+    embedding = read_embedding_settings(resolve(model))
+    if embedding.chat_template and embedding.score_tokens is None:
+        typer.echo("dso: texts are embedded without the chat template that sentence-transformers applies to them", err=True)
+    if pooling is not None:
+        embedding = replace(embedding, pooling=(pooling,))
+    encoder = is_encoder_runtime(loaded.dso)
+    if encoder:
+        options["max_tokens"] = embedding.max_tokens
+    defaults = SamplingDefaults() if encoder else sampling_defaults(loaded, model, generation_config)
+    settings = replace(settings, sampling=defaults.values, sampling_not_thinking=defaults.not_thinking, embedding=embedding)
     engine = make_async_engine(loaded, tokenizer, model_name=name, **options)
     facts = report(loaded)
 
     def banner(host: str, port: int) -> None:
         typer.echo(_banner(engine, facts, settings, host, port), err=True)
 
-    run(engine, settings, sock, banner)
+    run(engine, settings, sock, banner, None if exporter is None else Tracer(exporter, engine.model_name))
 
 
 def _adapters(given: list[str]) -> dict[str, str]:
@@ -389,14 +507,16 @@ def _banner(engine: Any, facts: Any, settings: ServerSettings, host: str, port: 
 
     formats = ", ".join(row.format for row in facts.formats)
     shown = f"[{host}]" if ":" in host else host
+    scheme = "http" if settings.ssl_certfile is None else "https"
     keys = f"{len(settings.keys)} API key(s)" if settings.keys else "no API key required"
     lines = [
         f"model     {engine.model_name} ({facts.family}), {formats}, {facts.bytes_after / 1e6:,.0f} MB",
         f"backend   {facts.backend} ({facts.detail})",
         f"context   {engine.context:,} tokens" + (f", cache window {engine.cache_window:,}" if engine.cache_window else ""),
-        f"cache     {facts.kv_cache}, {engine.core.memory.size}",
-        f"address   http://{shown}:{port}/ (API under /v1), {keys}",
+        f"address   {scheme}://{shown}:{port}{settings.root_path}/ (API under /v1), {keys}",
     ]
+    if engine.generates:
+        lines.insert(3, f"cache     {facts.kv_cache}, {engine.core.memory.size}")
     if engine.adapters:
         lines.append(f"adapters  {', '.join(adapter.name for adapter in engine.adapters)}")
     if not settings.keys and not is_loopback(settings.host):

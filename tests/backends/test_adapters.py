@@ -83,7 +83,7 @@ def test_a_plan_without_adapters_in_a_step_has_the_bits_of_one_that_supports_non
     plain, ids = rules.apply(build_graph(model.config))[0], random_ids(model.config, 37)
     graph, folder = graph_of(model), save_adapter(model, tmp_path / "a")
     for backend in backends():
-        for format_name in ("fp32", "int4", "int8") if backend.name == "cpu" else ("fp32",):
+        for format_name in ("fp32", "bf16", "fp8", "int8", "int4", "q4_1") if backend.name == "cpu" else ("fp32",):
             weights = packed_weights(weights_of(model), format_name)
             weights = weights if backend.name == "cpu" else dequantized(weights)
             expected, made = runner(backend, plain, weights).logits(ids), runner(backend, graph, weights)

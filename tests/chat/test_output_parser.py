@@ -29,7 +29,56 @@ WHOLE = {
     f'<｜DSML｜parameter name="quote" string="true">{ARGUMENTS["quote"]}</｜DSML｜parameter>\n'
     '</｜DSML｜invoke>\n<｜DSML｜invoke name="now">\n</｜DSML｜invoke>\n</｜DSML｜function_calls>',
 }
+WHOLE |= {
+    "qwen3_coder": f"<tool_call>\n<function=weather>\n<parameter=city>\n{ARGUMENTS['city']}\n</parameter>\n<parameter=days>\n"
+    f'[1, {{"deep": null}}]\n</parameter>\n<parameter=quote>\n{ARGUMENTS["quote"]}\n</parameter>\n</function>\n</tool_call>\n'
+    "<tool_call>\n<function=now>\n</function>\n</tool_call>",
+    "seed_oss": f"<seed:tool_call>\n<function=weather>\n<parameter=city>{ARGUMENTS['city']}</parameter>\n<parameter=days>"
+    f'[1, {{"deep": null}}]</parameter>\n<parameter=quote>{ARGUMENTS["quote"]}</parameter>\n</function>\n</seed:tool_call>'
+    "<seed:tool_call>\n<function=now>\n</function>\n</seed:tool_call>",
+    "glm45": f"<tool_call>weather\n<arg_key>city</arg_key>\n<arg_value>{ARGUMENTS['city']}</arg_value>\n"
+    '<arg_key>days</arg_key>\n<arg_value>[1, {"deep": null}]</arg_value>\n'
+    f"<arg_key>quote</arg_key>\n<arg_value>{ARGUMENTS['quote']}</arg_value>\n</tool_call>\n<tool_call>now\n</tool_call>",
+    "glm47": f"<tool_call>weather<arg_key>city</arg_key><arg_value>{ARGUMENTS['city']}</arg_value>"
+    '<arg_key>days</arg_key><arg_value>[1, {"deep": null}]</arg_value>'
+    f"<arg_key>quote</arg_key><arg_value>{ARGUMENTS['quote']}</arg_value></tool_call><tool_call>now</tool_call>",
+    "minimax_m2": f'<minimax:tool_call>\n<invoke name="weather">\n<parameter name="city">{ARGUMENTS["city"]}</parameter>\n'
+    f'<parameter name="days">[1, {{"deep": null}}]</parameter>\n<parameter name="quote">{ARGUMENTS["quote"]}</parameter>\n'
+    '</invoke>\n<invoke name="now">\n</invoke>\n</minimax:tool_call>',
+    "kimi_k2": "<|tool_calls_section_begin|><|tool_call_begin|>functions.weather:0<|tool_call_argument_begin|>"
+    f"{TEXT}<|tool_call_end|><|tool_call_begin|>functions.now:1<|tool_call_argument_begin|>{{}}<|tool_call_end|>"
+    "<|tool_calls_section_end|>",
+    "mistral": f'[TOOL_CALLS][{{"name": "weather", "arguments": {TEXT}}}, {{"name": "now", "arguments": {{}}}}]',
+    "mistral_id": f"[TOOL_CALLS]weather[CALL_ID]a1b2c3d4e[ARGS]{TEXT}[TOOL_CALLS]now[CALL_ID]000000000[ARGS]{{}}",
+    "mistral_args": f"[TOOL_CALLS]weather[ARGS]{TEXT}[TOOL_CALLS]now[ARGS]{{}}",
+    "granite": f'<|tool_call|>[{{"name": "weather", "arguments": {TEXT}}}, {{"name": "now", "arguments": {{}}}}]',
+}
+WHOLE["phi4_mini"] = f"{WHOLE['granite']}<|/tool_call|>"
+WHOLE["dsml_v4"] = WHOLE["dsml"].replace("function_calls", "tool_calls")
+WHOLE["generic"] = WHOLE["hermes"]
+SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}, "quote": {"type": "string"}, "days": {"type": "array"}}}
+TOOLS = {"weather": SCHEMA, "now": {}}
+TO_THE_END = {"mistral", "mistral_id", "mistral_args", "granite"}  # formats without an end: text after a call is not expected
 BROKEN = {
+    "qwen3_coder": [
+        "<tool_call>\n<function=weather>\n<parameter=city>x</function></tool_call>",
+        '<tool_call>{"name": "now", "arguments": {}}</tool_call>',
+        "<tool_call><function=now></tool_call>",
+        "<tool_call>\n<function=weather>\n<parameter=city>\nRo",
+    ],
+    "glm45": ["<tool_call>weather\n<arg_key>city</arg_key></tool_call>", "<tool_call></tool_call>", "<arg_key>"],
+    "minimax_m2": [
+        '<minimax:tool_call>\n<invoke name="now">\n</invoke>',
+        '<minimax:tool_call>\n<invoke name="weather">\n<parameter name="city">x</invoke>\n</minimax:tool_call>',
+        "<minimax:tool_call>now</minimax:tool_call>",
+    ],
+    "kimi_k2": [
+        "<|tool_call_begin|>now<|tool_call_argument_begin|>{}<|tool_call_end|>",
+        "<|tool_calls_section_begin|>",
+        "<|tool_call_begin|>functions.now:0<|tool_call_argument_begin|>{<|tool_call_end|>",
+    ],
+    "mistral": ["[TOOL_CALLS]", '[TOOL_CALLS][{"name": "now"', "[TOOL_CALLS]now[ARGS]{", "[TOOL_CALLS]now", "[ARGS]{}"],
+    "granite": ['<|tool_call|>{"name": "now", "arguments": {}}', "<|tool_call|>[1]"],
     "hermes": [
         '<tool_call>{"name": "weather", "arguments": {</tool_call>',
         '<tool_call>{"name": 3, "arguments": {}}</tool_call>',
@@ -71,7 +120,7 @@ BROKEN = {
 
 def parse(text: str, name: str | None, pieces: list[str] | None = None, template: str = "", prompt: str = "") -> Parsed:
     tool_format = FORMATS[name] if name else None
-    parser = make_output_parser(template, prompt, tool_format=tool_format, tool_names=["weather", "now"])
+    parser = make_output_parser(template, prompt, tool_format=tool_format, tools=TOOLS)
     deltas = [delta for piece in (pieces or [text]) for delta in parser.feed(piece)] + parser.finish()
     for delta in deltas:
         assert isinstance(delta, ToolCallDelta) or delta.text
@@ -96,7 +145,7 @@ def same(a: Parsed, b: Parsed) -> bool:
 @pytest.mark.parametrize("name", WHOLE)
 def test_tool_calls_are_parsed(name):
     before = "" if name == "llama" else "Let me look.\n\n"
-    actual = parse(before + WHOLE[name] + "\n", name)
+    actual = parse(before + WHOLE[name] + ("" if name in TO_THE_END else "\n"), name)
     assert [call.name for call in actual.tool_calls] == ["weather", "now"]
     assert [json.loads(call.arguments) for call in actual.tool_calls] == [ARGUMENTS, {}]
     assert actual.content == before.strip()
@@ -107,7 +156,7 @@ def test_tool_calls_are_parsed(name):
 
 @pytest.mark.parametrize("name", WHOLE)
 def test_the_first_delta_of_a_call_has_its_name(name):
-    parser = make_output_parser("", "", tool_format=FORMATS[name], tool_names=["weather", "now"])
+    parser = make_output_parser("", "", tool_format=FORMATS[name], tools=TOOLS)
     deltas = [d for d in parser.feed(WHOLE[name]) + parser.finish() if isinstance(d, ToolCallDelta)]
     heads = [(d.index, d.name) for d in deltas if d.id is not None]
     assert heads == [(0, "weather"), (1, "now")]
@@ -214,7 +263,19 @@ def test_arguments_that_cannot_be_encoded_are_escaped():
     ("template", "name"),
     [
         ("{{ '<tool_call>' }}", "hermes"),
-        ("<tool_call><function=x>", None),
+        ("<tool_call><function=x>", "qwen3_coder"),
+        ("<seed:tool_call><function=x>", "seed_oss"),
+        ("<tool_call>{name}\n<arg_key>k</arg_key>\n<arg_value>v</arg_value>", "glm45"),
+        ("<tool_call>{name}<arg_key>k</arg_key><arg_value>v</arg_value>", "glm47"),
+        ("<minimax:tool_call>", "minimax_m2"),
+        ("<|tool_calls_section_begin|>", "kimi_k2"),
+        ("[TOOL_CALLS][", "mistral"),
+        ("[TOOL_CALLS]x[CALL_ID]y[ARGS]", "mistral_id"),
+        ("[TOOL_CALLS]x[ARGS]", "mistral_args"),
+        ("respond with <|tool_call|>", "granite"),
+        ("<|tool_call|><|/tool_call|>", "phi4_mini"),
+        ("<|channel|>analysis<|message|>", "harmony"),
+        ("<｜DSML｜tool_calls>", "dsml_v4"),
         ("<｜tool▁call▁begin｜>function<｜tool▁sep｜>```json", "deepseek_v3"),
         ("<｜tool▁call▁begin｜><｜tool▁sep｜>", "deepseek_v31"),
         ("<｜DSML｜invoke", "dsml"),

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig
 
+import deepseek_optimizer
 from deepseek_optimizer import quant
 from deepseek_optimizer.checkpoint import check_tokenizer_size, open_checkpoint
 from deepseek_optimizer.errors import CheckpointError, UnsupportedModelError
@@ -33,6 +34,23 @@ ARCHITECTURES = ["llama", "qwen2", "qwen3"]
 def save(path: Path, values: dict, tensors: list) -> Path:
     path.write_bytes(gguf_bytes(values, tensors))
     return path
+
+
+def test_recommended_sampling(tmp_path: Path) -> None:
+    """The keys that llama.cpp's converter writes from a generation config; other values than numbers in range are left out."""
+    given = {
+        "temp": (F32, 0.6), "top_k": (U32, 20), "top_p": (F32, 1.5), "min_p": (STRING, "x"), "penalty_repeat": (F32, 1.05),
+        "mirostat": (U32, 1),
+    }  # fmt: skip
+    values = model_values("llama", 1) | {f"general.sampling.{key}": value for key, value in given.items()}
+    path = save(tmp_path / "m.gguf", values, model_tensors("llama", 1, "Q8_0", tied=True))
+    expected = {"temperature": 0.6, "top_k": 20, "repetition_penalty": 1.05}
+    assert open_checkpoint(path).sampling == expected
+    config = deepseek_optimizer.load_model(path).generation_config
+    assert {name: getattr(config, name) for name in expected} == expected and config.do_sample
+    del values["general.sampling.temp"], values["general.sampling.top_k"]
+    config = deepseek_optimizer.load_model(save(path, values, model_tensors("llama", 1, "Q8_0", tied=True))).generation_config
+    assert config.repetition_penalty == 1.05 and not config.do_sample
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

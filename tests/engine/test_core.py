@@ -11,7 +11,7 @@ from deepseek_optimizer.engine.draft import Draft
 from deepseek_optimizer.engine.engine import Completion, Engine
 from deepseek_optimizer.engine.request import Request, SamplingParams
 from deepseek_optimizer.engine.speculative.prompt_lookup import PromptLookupProposer
-from support.mock_model import EOS, VOCAB, blocks_in_use, expected, make_core
+from support.mock_model import EOS, VOCAB, blocks_in_use, expected, logits_of, make_core
 from support.scripted_proposer import ScriptedProposer
 
 GREEDY = SamplingParams(temperature=0, max_tokens=20)
@@ -418,13 +418,25 @@ def test_embeddings_are_the_mean_of_the_states(options):
     assert actual["a"].finish == "stop" and blocks_in_use(core) == 0
 
 
+@pytest.mark.parametrize("options", [{"step_tokens": 5}, {"step_tokens": 512}])
+def test_logits_of_tokens_after_the_prompt(options):
+    core = make_core(**options)
+    prompts = {"a": [1, 2, 3] * 30, "b": [1, 2, 3] * 30, "c": [7]}
+    for id, prompt in prompts.items():  # the second finds the first's blocks in the prefix cache
+        output = run(core, [Request(prompt, GREEDY, id=id, scored_tokens=(5, 0))])[id]
+        assert output.scores.tolist() == [logits_of(prompt)[5], logits_of(prompt)[0]]
+        assert output.finish == "stop" and not output.token_ids and output.cached_tokens == (64 if id == "b" else 0)
+    assert blocks_in_use(core) == 0
+
+
 def test_impossible_requests_are_rejected_before_running():
     core = make_core(blocks=4, context=200)
     assert core.check(Request([1] * 127, SamplingParams(max_tokens=None))) == 1
     for request in (
         Request([]), Request([1, VOCAB]), Request([-1]), Request([1] * 128, SamplingParams(max_tokens=1)),
         Request([1] * 100_000), Request([1], SamplingParams(logit_bias={VOCAB: 1})),
-        Request([1], SamplingParams(stop_token_ids=(VOCAB,))),
+        Request([1], SamplingParams(stop_token_ids=(VOCAB,))), Request([1], GREEDY, scored_tokens=(VOCAB,)),
+        Request([1], GREEDY, classify=True), Request([1], embed=True, scored_tokens=(1,)),
     ):  # fmt: skip
         with pytest.raises(RequestError):
             core.check(request)

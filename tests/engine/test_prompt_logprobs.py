@@ -6,10 +6,13 @@ import numpy as np
 import pytest
 
 from deepseek_optimizer import RequestError
+from deepseek_optimizer.cache import Forgetting
 from deepseek_optimizer.engine.engine import Completion
 from deepseek_optimizer.engine.request import Request, SamplingParams
 from deepseek_optimizer.engine.speculative.prompt_lookup import PromptLookupProposer
-from support.mock_model import VOCAB, blocks_in_use, expected, logits_of, make_core
+from support.mock_model import VOCAB, blocks_in_use, expected, groups_of, logits_of, make_core, places
+
+WINDOW = Forgetting(window=64, sinks=4)
 
 
 def run(core, requests):
@@ -26,11 +29,12 @@ def sampling(max_tokens=5, **fields):
     return SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True, **fields)
 
 
-def check(answer, prompt, top):
+def check(answer, prompt, top, groups=(None,)):
     actual = answer.prompt_logprobs
     assert actual.complete and len(actual) == len(prompt) - 1 and actual.top_tokens.shape == (len(prompt) - 1, top)
     for n in range(len(actual)):
-        logits = logits_of(prompt[: n + 1]).astype(np.float64)
+        seen = [prompt[place] for group in groups for place in places(n + 1, group)]
+        logits = logits_of(seen).astype(np.float64)
         right = logits - np.log(np.exp(logits).sum())
         order = np.argsort(-right, kind="stable")
         assert actual.tokens[n] == prompt[n + 1]
@@ -54,6 +58,57 @@ def test_they_equal_the_model(options, top):
         assert actual[f"plain {n}"].prompt_logprobs is None
         assert actual[str(n)].token_ids == actual[f"plain {n}"].token_ids == expected(text, 5, None)
     assert blocks_in_use(core) == 0
+
+
+@pytest.mark.parametrize(
+    "options", [{"slots": 12}, {"forgetting": (None, WINDOW)}, {"forgetting": WINDOW}, {"cache_window": 320}]
+)
+def test_states_groups_and_windows(options):
+    core = make_core(blocks=90, context=4_000, step_tokens=48, batch_size_range=(1, 4), **options)
+    groups = groups_of(options.get("forgetting"))
+    texts = [[(n * 7 + start) % 53 for n in range(250)] for start in range(3)]
+    for repeated in range(2):
+        requests = [Request(text, sampling(9), id=f"{repeated} {n}", prompt_logprobs=1) for n, text in enumerate(texts)]
+        for request in requests:
+            core.add(request)
+        result = {r.id: Completion() for r in requests}
+        for step in range(10_000):
+            for output in core.step():
+                result[output.request_id].add(output)
+            if step in (3, 9):
+                core.scheduler.preempt(core.scheduler.running[-1])
+            if core.idle:
+                break
+        for request in requests:
+            check(result[request.id], request.prompt, 1, groups)
+            assert result[request.id].token_ids == expected(request.prompt, 9, None, options.get("forgetting"))
+    assert blocks_in_use(core) == 0
+
+
+def test_a_prompt_longer_than_the_window():
+    """Tokens that the window has dropped are not seen, but every token of the prompt has a log probability."""
+    core = make_core(blocks=60, context=2_000, cache_window=256, step_tokens=64)
+    prompt = [(n * 11) % 53 for n in range(900)]
+    answer = run(core, [Request(prompt, sampling(3), id="a", prompt_logprobs=0)])["a"]
+    actual = answer.prompt_logprobs
+    assert actual.complete and len(actual) == 899 and (actual.logprobs < 0).all() and answer.dropped_tokens > 0
+    assert len(answer.token_ids) == 3
+
+
+def test_logits_elsewhere_are_copied():
+    """Of rows on a device, those that log probabilities need are copied to the host."""
+    core, prompt = make_core(step_tokens=30), [n % 41 for n in range(100)]
+    on_host = core.runner.choose_tokens
+
+    def choose(logits, choices):
+        tokens, rows = on_host(logits, choices)
+        return tokens, {n: rows[n] for n, choice in enumerate(choices) if choice is None}
+
+    core.runner.on_host, core.runner.choose_tokens = False, choose
+    requests = [Request(prompt, sampling(7), id="a", prompt_logprobs=2), Request(prompt[:50], sampling(7), id="b")]
+    actual = run(core, requests)
+    check(actual["a"], prompt, 2)
+    assert all(actual[r.id].token_ids == expected(r.prompt, 7, None) for r in requests)
 
 
 def test_a_cached_prompt_is_processed_again_and_stays_cached():

@@ -39,11 +39,15 @@ from deepseek_optimizer.server.protocol.embeddings import EmbeddingRequest
 from deepseek_optimizer.server.protocol.files import check_fields
 from deepseek_optimizer.server.protocol.models import DetokenizeRequest, TokenizeRequest
 from deepseek_optimizer.server.protocol.responses import ResponsesRequest
+from deepseek_optimizer.server.protocol.scores import ClassifyRequest, PoolingRequest, RerankRequest, ScoreRequest
 from deepseek_optimizer.server.settings import ServerSettings
 from deepseek_optimizer.train.checkpoints.state import read_state
 
 _CONFIG = b'{"model_type": "llama", "vocab_size": 40, "hidden_size": 64}'
-_BODIES = (ChatRequest, CompletionRequest, EmbeddingRequest, ResponsesRequest, TokenizeRequest, DetokenizeRequest)
+_BODIES = (
+    ChatRequest, CompletionRequest, EmbeddingRequest, ResponsesRequest, TokenizeRequest, DetokenizeRequest, RerankRequest,
+    ScoreRequest, ClassifyRequest, PoolingRequest,
+)  # fmt: skip
 _READERS = (docx, html, pdf, text)  # otherwise imported on demand, which is too late for coverage
 _NAMES = ("a.pdf", "a.docx", "a.html", "a.txt", "a.md", "a")
 _SETTINGS = ServerSettings()

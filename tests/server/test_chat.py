@@ -318,7 +318,6 @@ def test_reasoning_before_a_grammar_is_unconstrained(byte_tokenizer):
         {"tools": [{"type": "function", "function": {"name": ""}}]},
         {"tools": [{"type": "function", "function": {"name": "a", "parameters": "x"}}]},
         {"tools": [WEATHER], "tool_choice": "maybe"},
-        {"tools": [WEATHER], "response_format": {"type": "json_object"}},
         {"tools": [{"type": "web_search"}]},
     ],
 )
@@ -326,7 +325,3 @@ def test_invalid_tools(hermes, fields):
     from support.live_server import assert_error
 
     assert_error(hermes.client.post(PATH, json={"messages": [USER], **fields}), 400)
-
-
-def test_tools_for_a_model_without_tool_support(refused):
-    refused(PATH, {"messages": [USER], "tools": [WEATHER]}, 400, "tools")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from concurrent.futures import ThreadPoolExecutor
 
@@ -11,6 +12,7 @@ import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from deepseek_optimizer import load_model
+from deepseek_optimizer.engine.request import Request, SamplingParams
 from deepseek_optimizer.server.keys import ApiKeys
 from deepseek_optimizer.server.settings import ServerSettings
 from deepseek_optimizer.serving import make_async_engine
@@ -102,7 +104,28 @@ def test_embeddings_are_the_mean_of_the_last_hidden_states(server, tiny_model):
     for text, entry in zip(texts, actual["data"], strict=True):
         with torch.no_grad():
             expected = model(**tokenizer(text, return_tensors="pt")).last_hidden_state[0].mean(0)
-        np.testing.assert_allclose(entry["embedding"], expected.numpy(), atol=1e-4)
+        np.testing.assert_allclose(entry["embedding"], (expected / expected.norm()).numpy(), atol=1e-5)
+
+
+def test_a_language_model_judges_documents(server, tiny_model):
+    from transformers import AutoModelForCausalLM
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_model), AutoTokenizer.from_pretrained(tiny_model)
+    tokens = tokenizer.convert_tokens_to_ids(["y", "n"])
+    with server.engine.admit(2):
+        texts = ["a document" * 10, "another one, of some length, for the prefix cache to hold"]
+        for text in [texts[0], *texts]:
+            ids = tokenizer(text)["input_ids"]
+            request = Request(ids, SamplingParams(max_tokens=1), scored_tokens=tuple(tokens))
+
+            async def scores(request=request):
+                return [output async for output in server.engine.submit(request)][-1]
+
+            output = asyncio.run_coroutine_threadsafe(scores(), server.server._loop).result(30)
+            with torch.no_grad():
+                expected = model(torch.tensor([ids])).logits[0, -1, tokens]
+            np.testing.assert_allclose(output.scores, expected.numpy(), atol=1e-4)
+            assert output.finish == "stop" and output.completion_tokens == 0
 
 
 def test_prompts_at_the_context_limit(server):

@@ -78,6 +78,10 @@ OPERATIONS = [
     ("POST", "/v1/completions"),
     ("POST", "/v1/responses"),
     ("POST", "/v1/embeddings"),
+    ("POST", "/v1/rerank"),
+    ("POST", "/v1/score"),
+    ("POST", "/classify"),
+    ("POST", "/pooling"),
     ("POST", "/v1/files"),
     ("POST", "/tokenize"),
     ("POST", "/detokenize"),
@@ -88,9 +92,13 @@ OPERATIONS = [
     ("GET", "/v1/models"),
     ("GET", "/v1/models/{model}"),
     ("GET", "/props"),
+    ("GET", "/tokenizer_info"),
     ("GET", "/health"),
     ("GET", "/ready"),
     ("GET", "/metrics"),
+    ("GET", "/version"),
+    ("GET", "/load"),
+    ("GET", "/is_sleeping"),
 ]
 
 

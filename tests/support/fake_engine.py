@@ -51,6 +51,7 @@ class FakeEngine:
     ):
         self.tokenizer, self.script, self.capacity, self.context = tokenizer, script, capacity, context
         self.model_name, self.step_seconds, self.vocab_size = model_name, step_seconds, len(tokenizer)
+        self.generates, self.hidden_size, self.classifier = True, HIDDEN, None
         self.eos = frozenset({tokenizer.eos_token_id})
         self.cache_window: int | None = None
         self.adapters: list[SimpleNamespace] = []
@@ -82,6 +83,16 @@ class FakeEngine:
     @property
     def running(self) -> int:
         return len(self._running)
+
+    @property
+    def load(self) -> tuple[int, int]:
+        return len(self._running), 0
+
+    async def sleep(self, seconds: float) -> None:
+        await self.drain(seconds)
+
+    def wake_up(self) -> None:
+        self._draining = False
 
     @property
     def admitted(self) -> int:
@@ -206,6 +217,10 @@ class _Sequence:
         self.engine.max_pending = max(self.engine.max_pending, len(self.answers._pending.token_ids))
 
     def step(self):
+        if self.request.scored_tokens:  # in favor of prompts with many "y"
+            ids = np.array(self.request.prompt)
+            liked = float((ids == self.engine.tokenizer.convert_tokens_to_ids("y")).sum())
+            return self.put(Output(self.request.id, finish="stop", scores=np.array([liked, 0], np.float32)))
         if self.request.embed:
             vector = np.arange(HIDDEN, dtype=np.float32) + sum(self.request.prompt) / 1000
             return self.put(Output(self.request.id, finish="stop", embedding=vector))

@@ -84,7 +84,7 @@ LAYERS = (
         "imported only in `runner` and `sampling/torch_sampler`",
         may=("backends", "cache", "system"),
         levels=(
-            ("adapters", "detokenizer", "draft", "options", "prompt_logprobs", "request", "sequence"),
+            ("adapters", "detokenizer", "draft", "options", "pooling", "prompt_logprobs", "request", "sequence"),
             ("grammar", "sampling"),
             ("running",),
             ("scheduling",),
@@ -178,7 +178,8 @@ LAYERS = (
         "server",
         "the HTTP server. `http/`: connections, bodies, queues; `tokens/`: tokenization; `documents/`: uploaded files; "
         "`protocol/`: OpenAI's requests and responses, one protocol per file; `chat/`: from requests to the engine "
-        "and back; `document_chats/`: chats with documents; `routes/`: one route per file; `page/`: the chat page",
+        "and back; `document_chats/`: chats with documents; `search/`: embeddings and scores; `routes/`: one route per file; "
+        "`page/`: the chat page",
         may=("..chat", "longdoc"),
         levels=(
             ("keys",),
@@ -188,7 +189,7 @@ LAYERS = (
             ("protocol",),
             ("openapi", "state"),
             ("chat",),
-            ("document_chats",),
+            ("document_chats", "search"),
             ("routes",),
             (REST,),
         ),

@@ -20,10 +20,10 @@ from deepseek_optimizer.server.settings import ServerSettings
 class LiveServer:
     """`with LiveServer(engine, settings) as live: live.client.get("/health")`."""
 
-    def __init__(self, engine: Any, settings: ServerSettings | None = None):
+    def __init__(self, engine: Any, settings: ServerSettings | None = None, tracer: Any = None):
         self.engine = engine
         self.settings = replace(settings or ServerSettings(), port=0)
-        self.app = create_app(engine, self.settings)
+        self.app = create_app(engine, self.settings, tracer)
         self.server = Server(self.app, self.settings)
         self.sock = listener("127.0.0.1", 0)
         self.port = self.sock.getsockname()[1]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import peft
 import torch
+from safetensors.torch import save_file
 
 
 def save_adapter(
@@ -26,6 +28,19 @@ def save_adapter(
         | options
     )
     peft.get_peft_model(copy.deepcopy(model), config).save_pretrained(folder)
+    return folder
+
+
+def random_adapter(model: Any, folder: Path, *, seed: int = 0, rank: int = 4, size: float = 0.02) -> Path:
+    """Writes an adapter with random matrices for every linear module of an optimized model."""
+    generator, tensors = torch.Generator().manual_seed(seed), {}
+    for site in model.dso.adapter_graph(rank).adapter_sites:
+        prefix, outputs = f"base_model.model.{site.module}", site.outputs if site.rows is None else site.rows[2]
+        tensors[f"{prefix}.lora_A.weight"] = torch.randn(rank, site.inputs, generator=generator) * site.inputs**-0.5
+        tensors[f"{prefix}.lora_B.weight"] = torch.randn(outputs, rank, generator=generator) * size
+    folder.mkdir()
+    save_file(tensors, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": rank, "lora_alpha": rank}))
     return folder
 
 

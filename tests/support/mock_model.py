@@ -93,6 +93,9 @@ class MockMemory:
         result: list[int] = self.cells[held, tokens % BLOCK_TOKENS].tolist()
         return result
 
+    def release_unused(self):
+        pass
+
     def run(self, plan, batch):
         raise AssertionError("the mock runner does not use plans")
 

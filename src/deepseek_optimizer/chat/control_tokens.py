@@ -22,7 +22,7 @@ from typing import Any
 
 from ..errors import RequestError
 
-_COMPARED = ("role", "type")
+_COMPARED = ("role", "type", "id", "tool_call_id")
 _TAGS = {f"<{end}{name}>" for end in ("", "/") for name in ("think", "tool_call", "tool_response", "tools")}
 _TAG = re.compile(r"<[|｜].*[|｜]>", re.DOTALL)
 

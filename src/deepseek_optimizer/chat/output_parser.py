@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from .deltas import ContentDelta, Delta, OutputParser
 from .reasoning import CLOSE, OPEN, ReasoningParser, opened_by, thinks
 from .scan import MarkerScanner
 from .tools import ToolFormat
+from .tools.base import Enforced
 
 
 def special_markers(tokenizer: Any, tool_format: ToolFormat | None) -> bool:
@@ -28,7 +29,8 @@ def make_output_parser(
     prompt: str,
     *,
     tool_format: ToolFormat | None = None,
-    tool_names: Iterable[str] = (),
+    tools: Mapping[str, Mapping[str, Any]] | None = None,
+    enforced: Enforced = "no",
     drop: Iterable[str] = (),
 ) -> OutputParser:
     """The parser for one answer.
@@ -37,7 +39,8 @@ def make_output_parser(
         template: the model's chat template, from which reasoning models are recognized.
         prompt: the rendered prompt, whose end may open the reasoning.
         tool_format: of a request whose tools may be called; None leaves calls in the content.
-        tool_names: of its tools.
+        tools: name -> JSON schema of the arguments, of its tools.
+        enforced: whether a grammar enforces the calls.
         drop: special tokens to remove from the text, if it was decoded with them. Tags and markers are never removed.
     """
     stages: list[OutputParser] = []
@@ -46,7 +49,7 @@ def make_output_parser(
         markers |= {OPEN, CLOSE}
         stages.append(ReasoningParser(opened_by(prompt)))
     if tool_format is not None:
-        stages.append(tool_format.parser(frozenset(tool_names)))
+        stages.append(tool_format.parser(tools or {}, enforced))
     dropped = {token for token in drop if token and token not in markers}
     if dropped:
         stages.insert(0, Without(dropped))

@@ -6,6 +6,7 @@ on time, memory and output size. A request can set variables that the template r
 
 from __future__ import annotations
 
+import hashlib
 import re
 import secrets
 from bisect import bisect_left
@@ -24,6 +25,8 @@ _JOB = Path(__file__).with_name("template_job.py")
 _OURS = frozenset({"messages", "tools", "documents", "add_generation_prompt", "continue_final_message"})
 _MAX_SHOWN = 300  # characters of a template's error message
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_SHORT_IDS = "length != 9"  # in Mistral's templates, which accept only ids of calls of 9 letters and digits
+_THINKING = "message.thinking"  # gpt-oss's name of reasoning_content
 # Tokens that end a message, besides the model's end-of-sequence token.
 _ENDS = frozenset({"<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<end_of_turn>", "<|END_OF_TURN_TOKEN|>"})
 
@@ -117,6 +120,10 @@ class ChatTemplate:
     def knows_tools(self) -> bool:
         """Whether the template supports tools."""
         return "tools" in self._inspect(self.source(tools=True))["variables"]
+
+    def knows_system(self) -> bool:
+        """Whether the template supports system messages."""
+        return bool(self._inspect(self.source())["system"])
 
     def render(
         self,
@@ -221,6 +228,10 @@ class ChatTemplate:
         variables = self._options(options or {}, tools is not None)
         if any("tool_calls" in message for message in checked) and self._inspect(source)["arguments_as_text"]:
             checked = [_arguments_as_text(message) for message in checked]
+        if _SHORT_IDS in source:
+            checked = [_with_short_ids(message) for message in checked]
+        if _THINKING in source:
+            checked = [_with_thinking(message) for message in checked]
         controls = self._controls.get(source) or self._controls.setdefault(source, ControlTokens(self._tokenizer, source))
         marks = Marks()
         shared = {"template": source, "variables": {**self._special, **controls.mark(variables, marks)}}
@@ -356,6 +367,27 @@ def _arguments_as_text(message: dict[str, Any]) -> dict[str, Any]:
         for call in message["tool_calls"]
     ]
     return {**message, "tool_calls": calls}
+
+
+def _with_short_ids(message: dict[str, Any]) -> dict[str, Any]:
+    """The message with ids of calls of 9 letters and digits, the same for the same id."""
+    out = dict(message)
+    if "tool_calls" in message:
+        out["tool_calls"] = [{**call, "id": _short_id(call.get("id", ""))} for call in message["tool_calls"]]
+    if message["role"] == "tool":
+        out["tool_call_id"] = _short_id(message.get("tool_call_id", ""))
+    return out
+
+
+def _short_id(id: str) -> str:
+    return id if len(id) == 9 and id.isascii() and id.isalnum() else hashlib.sha256(id.encode()).hexdigest()[:9]
+
+
+def _with_thinking(message: dict[str, Any]) -> dict[str, Any]:
+    """The message with its reasoning under the name that gpt-oss's template reads, which refuses it together with content."""
+    if "reasoning_content" not in message or (message["content"] and "tool_calls" in message):
+        return message
+    return {**message, "thinking": message["reasoning_content"]}
 
 
 def _whole(rendered: _Checked, mark: Callable[[Any, Marks], Any]) -> dict[str, Any]:

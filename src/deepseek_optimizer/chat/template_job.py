@@ -55,7 +55,8 @@ def prepare(setup: dict[str, Any]) -> Callable[[dict[str, Any]], Any]:
 
 
 def _inspect(template: str, variables: dict[str, Any], render: Callable[[str, dict[str, Any]], str]) -> dict[str, Any]:
-    """The variables that a template reads, and whether it expects the arguments of calls as text rather than objects."""
+    """Facts about a template: the variables that it reads, whether it expects the arguments of calls as text rather than
+    objects, and whether it renders system messages."""
     import jinja2.meta
     from transformers.utils import chat_template_utils
 
@@ -71,8 +72,19 @@ def _inspect(template: str, variables: dict[str, Any], render: Callable[[str, di
         except ValueError:
             return False
 
+    def shows_system() -> bool:
+        messages = [{"role": "system", "content": "dso-probe"}, {"role": "user", "content": "probe"}]
+        try:
+            return "dso-probe" in render(template, {**_conversation({}, variables), "messages": messages, "tools": None})
+        except ValueError:
+            return False
+
     as_text = not shows_json({"dso": "probe"}) and shows_json('{"dso": "probe"}')
-    return {"variables": sorted(names - set(environment.globals)), "arguments_as_text": as_text}
+    return {
+        "variables": sorted(names - set(environment.globals)),
+        "arguments_as_text": as_text,
+        "system": shows_system(),
+    }
 
 
 def _answers(payload: dict[str, Any], render: Callable[[str, dict[str, Any]], str]) -> Any:

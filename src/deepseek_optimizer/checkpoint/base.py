@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -40,12 +41,14 @@ class Checkpoint(ABC):
         path: the directory or file that was opened.
         tensors: stored tensors by Transformers' parameter name.
         quantization: the `quantization_config` by which tensors are read, if `config` omits it.
+        sampling: sampling parameters that the files recommend, besides those of a generation_config.json.
         mapper: maps packed weights into memory, to be used in place; None: they are read into memory.
         left_out: one line for each part of the files that is not loaded.
     """
 
     kind: ClassVar[str]
     quantization: Mapping[str, Any] | None = None
+    sampling: Mapping[str, int | float] = MappingProxyType({})
     mapper: Mapper | None = None
 
     def __init__(self, path: Path, config: dict[str, Any], tensors: Mapping[str, TensorInfo]) -> None:
@@ -57,6 +60,18 @@ class Checkpoint(ABC):
     def config(self) -> dict[str, Any]:
         """The model's config as a fresh dict, without `auto_map`: no code of the checkpoint is ever run."""
         return copy.deepcopy(self._config)
+
+    def name_as_causal(self) -> None:
+        """Renames the tensors of a decoder that was saved without a language model head, such as an embedding model, so that it
+        loads as a language model. If there is no head, it is tied to the embedding. Any other checkpoint remains as it is.
+        """
+        if "embed_tokens.weight" not in self.tensors or any(name.startswith("model.") for name in self.tensors):
+            return
+        if "lm_head.weight" not in self.tensors:
+            self._config["tie_word_embeddings"] = True
+        self.tensors = {
+            name if name.startswith("lm_head.") else f"model.{name}": info for name, info in self.tensors.items()
+        }  # fmt: skip
 
     def info(self, name: str) -> TensorInfo:
         """The tensor stored under `name`; CheckpointError if there is none."""

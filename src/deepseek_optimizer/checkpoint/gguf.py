@@ -22,6 +22,7 @@ from .files import DataFile
 from .gguf_config import ROPE_FACTORS, architecture, parameters, prediction_tensors, transformers_config, vocabulary_size
 from .gguf_header import GgufArray, GgufTensor, read_array, read_header
 from .gguf_metadata import Metadata
+from .gguf_sampling import sampling_parameters
 from .gguf_tokenizer import build_tokenizer, builds
 from .stacks import StackPart, StackShape
 
@@ -56,6 +57,7 @@ class GgufCheckpoint(Checkpoint):
         }
         super().__init__(path, config, tensors)
         self.vocabulary_size = vocabulary_size(header)
+        self.sampling = sampling_parameters(header.values)
         self._metadata = {key: value for key, value in header.values.items() if key.startswith(("general.", "tokenizer."))}
         self._converted: Counter[tuple[str, str]] = Counter()
 

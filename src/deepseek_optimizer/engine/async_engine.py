@@ -19,17 +19,41 @@ from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ..errors import CheckpointChangedError, EngineBusyError, EngineDeadError
 from .adapters import Adapter, adapters_of
 from .core import EngineCore
-from .request import Output, Request
+from .encoder_core import Classifier, EncoderCore
+from .metrics import EndedRequest
+from .request import Finish, Output, Request
 
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
 
 _log = logging.getLogger(__name__)
+
+
+class Observer(Protocol):
+    """Observes the requests of an engine, such as for traces."""
+
+    def submitted(self, request: Request) -> None:
+        """Called when a request is submitted, in the caller's context."""
+
+    def ended(self, ended: EndedRequest, finish: Finish) -> None:
+        """Called on the engine's thread when a request has ended."""
+
+
+class Weights(Protocol):
+    """The weights of a model, whose memory is released while the engine sleeps."""
+
+    def release_pages(self) -> None:
+        """Releases the memory of weights that are mapped from a file; they are read again when they are used."""
+
+    def read_ahead(self) -> None:
+        """Begins to read mapped weights."""
+
+
 _CLIENTS = 4  # the queue holds this many times the maximum number of requests of one client
 _NAP = 0.002  # seconds between steps while no request can continue
 
@@ -113,21 +137,31 @@ class AsyncEngine:
     """Runs an engine core on its own thread; all public methods are for the event loop's thread.
 
     Args:
-        core: an engine core that nothing else uses.
+        core: an engine core that nothing else uses; that of an encoder embeds and classifies texts.
         model_name: name of the model in the API.
         running: returns a context manager that is active during each step, such as the backend's thread settings.
         replaced_files: returns the paths of the model's mapped files that have been replaced or removed since.
+        weights: of the model, for `sleep`; None: they are not released.
     """
 
     def __init__(
-        self, core: EngineCore, model_name: str, running: Any = nullcontext, replaced_files: Callable[[], list[str]] = list
+        self,
+        core: EngineCore | EncoderCore,
+        model_name: str,
+        running: Any = nullcontext,
+        replaced_files: Callable[[], list[str]] = list,
+        weights: Weights | None = None,
     ) -> None:
         self.core, self.model_name, self._running, self._replaced_files = core, model_name, running, replaced_files
         self.tokenizer = core.tokenizer
         self.context, self.vocab_size, self.eos = core.facts.context, core.facts.vocab_size, core.facts.eos
+        self.hidden_size = core.facts.hidden_size
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
-        self._inbox: deque[Request | str] = deque()  # new requests, and ids to cancel
+        self._inbox: deque[Request | str | Callable[[], None]] = deque()  # new requests, ids to cancel, jobs
+        self._jobs: deque[Callable[[], None]] = deque()  # to run on the thread when no request is in the core
+        self._weights = weights
+        self._observer: Observer | None = None
         self._wake = threading.Condition()
         self._stopping = False
         self._dead: BaseException | None = None
@@ -151,6 +185,10 @@ class AsyncEngine:
         registry = CollectorRegistry()
         registry.register(EngineCollector(self))
         return registry
+
+    def observe(self, observer: Observer) -> None:
+        """Has `observer` called for every request. To be called before `start`."""
+        self._observer, self.core.on_ended = observer, observer.ended
 
     # ---- on the loop
 
@@ -182,9 +220,24 @@ class AsyncEngine:
         return self._admitted.total()
 
     @property
+    def load(self) -> tuple[int, int]:
+        """Number of requests in the running batch, and of requests that wait for it."""
+        return self.core.load
+
+    @property
     def cache_window(self) -> int | None:
         """Maximum number of tokens of a sequence in the cache, see `EngineOptions`; None: sequences end with the context."""
         return None if self.core.sliding is None else self.core.sliding.window
+
+    @property
+    def generates(self) -> bool:
+        """Whether the model generates text; an encoder only embeds and classifies it."""
+        return isinstance(self.core, EngineCore)
+
+    @property
+    def classifier(self) -> Classifier | None:
+        """The model's classification head; None: it has none."""
+        return self.core.classifier if isinstance(self.core, EncoderCore) else None
 
     @property
     def room(self) -> int:
@@ -272,6 +325,8 @@ class AsyncEngine:
         request = replace(request, id=f"{request.id or 'request'}-{next(self._ids)}")
         if request.adapter:
             self._adapters[request.id] = adapters_of(self.core).acquire(request.adapter)
+        if self._observer is not None:
+            self._observer.submitted(request)
         answers = self._answers[request.id] = Answers(self, request)
         self._send(request)
         return answers
@@ -291,7 +346,7 @@ class AsyncEngine:
         if not self.alive or self._stopping:
             raise EngineDeadError("the engine has stopped; restart the server") from self._failure()
 
-    def _send(self, message: Request | str) -> None:
+    def _send(self, message: Request | str | Callable[[], None]) -> None:
         with self._wake:
             self._inbox.append(message)
             self._wake.notify()
@@ -330,6 +385,33 @@ class AsyncEngine:
                 self.cancel(request_id)
             return False
 
+    async def sleep(self, seconds: float) -> None:
+        """Stops admitting requests, waits for the admitted ones as `drain` does, and releases the memory of the cache and of
+        mapped weights. What was released is allocated or read again after `wake_up`.
+
+        Args:
+            seconds: time after which the remaining requests are cancelled.
+        """
+        self.check_alive()
+        await self.drain(seconds)
+        loop = asyncio.get_running_loop()
+        done = loop.create_future()
+
+        def release() -> None:
+            self.core.release_memory()
+            if self._weights is not None:
+                self._weights.release_pages()
+            loop.call_soon_threadsafe(lambda: done.done() or done.set_result(None))
+
+        self._send(release)
+        await done
+
+    def wake_up(self) -> None:
+        """Admits requests again after `sleep`, and begins to read the weights."""
+        self._draining = False
+        if self._weights is not None:
+            self._weights.read_ahead()
+
     async def close(self) -> None:
         """Stops the thread; unfinished requests end as cancelled."""
         for request_id in list(self._answers):
@@ -349,6 +431,8 @@ class AsyncEngine:
         try:
             while True:
                 self._process_inbox()
+                while self._jobs and self.core.idle:
+                    self._jobs.popleft()()
                 if self._stopping and self.core.idle:
                     return
                 with self._running():
@@ -368,12 +452,14 @@ class AsyncEngine:
     def _process_inbox(self) -> None:
         """Waits while there is nothing to do; then handles new requests and cancellations."""
         with self._wake:
-            while not self._inbox and self.core.idle and not self._stopping:
+            while not self._inbox and not self._jobs and self.core.idle and not self._stopping:
                 self._wake.wait()
             messages, self._inbox = self._inbox, deque()
         for message in messages:
             if isinstance(message, str):
                 self.core.cancel(message)
+            elif callable(message):
+                self._jobs.append(message)
             else:
                 self._add(message)
 

@@ -21,10 +21,11 @@ from ..cache.prefix_cache import PrefixCache
 from ..errors import BackendError, CheckpointChangedError, RequestError, shown
 from .adapters import Adapter, Adapters, adapters_of
 from .detokenizer import Detokenizer
-from .metrics import EngineMetrics
+from .metrics import EndedRequest, EngineMetrics
 from .model_facts import ModelFacts
 from .options import EngineOptions
-from .request import Finish, Output, Request, check_tokens
+from .pooling import Pooler
+from .request import Finish, Output, Request, check_reading, check_tokens
 from .running import Running
 from .sampling.request_sampler import NotANumberError, NoTokenError, RequestSampler
 from .scheduling.batch_size import BatchSize
@@ -103,6 +104,7 @@ class EngineCore:
         )
         self.drafting = Drafting(proposers, self.times) if proposers else None
         self.metrics = EngineMetrics()
+        self.on_ended: Callable[[EndedRequest, Finish], None] | None = None  # called for each request that has ended
         self._requests: dict[str, Running] = {}
         self._count = 0
         self._idle_since: float | None = None
@@ -134,6 +136,7 @@ class EngineCore:
         if request.adapter and adapter is None:
             adapters_of(self).check(request.adapter)
         check_tokens(request, facts.vocab_size)
+        check_reading(request, classifies=False)
         room, what, fix = facts.context, "the model's context", "shorten it"
         if self.sliding is not None:
             if not request.embed:
@@ -228,6 +231,18 @@ class EngineCore:
     def requests(self) -> int:
         """Number of requests in the engine."""
         return len(self._requests)
+
+    @property
+    def load(self) -> tuple[int, int]:
+        """Number of requests in the running batch, and of requests that wait for it."""
+        return len(self.scheduler.running), len(self.scheduler.waiting)
+
+    def release_memory(self) -> None:
+        """Drops all cached prefixes, and returns the memory of the cache to the system. No request may be in the engine."""
+        with self.memory.locked():
+            if self.prefix is not None:
+                self.prefix.clear()
+        self.memory.release_unused()
 
     # ---- a step
 
@@ -358,6 +373,9 @@ class EngineCore:
                 outputs.append(self._end(r, "error", error=str(NotANumberError())))
             elif r.request.embed:
                 self._embed(r, states[begin : begin + count], chunk, outputs)
+            elif chunk.ends and r.request.scored_tokens:
+                outputs.append(self._score(r, chunk, logits[row]))
+                row += 1
             elif chunk.ends:
                 generated = r.generated
                 output = self._append_tokens(r, chunk, tokens, logits, row)
@@ -453,19 +471,25 @@ class EngineCore:
         return "length" if r.generated >= r.max_tokens else None
 
     def _embed(self, r: Running, states: Any, chunk: ScheduledChunk, outputs: list[Output]) -> None:
-        """Adds the rows to the sum one after another, so that the result does not depend on the chunking."""
-        rows = states.cpu().numpy().astype(np.float64)
-        if r.states is not None:
-            rows = np.concatenate([r.states[None], rows])
-        r.states = np.add.reduce(rows, axis=0)
+        r.pooler = r.pooler or Pooler(r.request.pooling)
+        r.pooler.add(states.cpu().numpy())
         if chunk.ends:
             output = r.output()
-            mean = (r.states / len(r.request.prompt)).astype(np.float32)
-            if not np.isfinite(mean).all():
+            vector = r.pooler.vector()
+            if not np.isfinite(vector).all():
                 outputs.append(self._end(r, "error", output, error="the model's hidden states are not finite"))
                 return
-            output.embedding = mean
+            output.embedding = vector
             outputs.append(self._end(r, "stop", output))
+
+    def _score(self, r: Running, chunk: ScheduledChunk, logits: Any) -> Output:
+        """Ends a request with the logits of its scored tokens after the prompt."""
+        output = r.output()
+        output.scores = np.array([logits[token] for token in r.request.scored_tokens], np.float32)
+        if not np.isfinite(output.scores).all():
+            return self._end(r, "error", output, error="the model's logits are not finite")
+        self.scheduler.computed(r, chunk.start + chunk.count)
+        return self._end(r, "stop", output)
 
     def _end(self, r: Running, finish: Finish, output: Output | None = None, error: str | None = None) -> Output:
         output = output or r.output()
@@ -479,6 +503,8 @@ class EngineCore:
         if self.drafting:
             self.drafting.forget(r, ended=True)
         self.metrics.ended(r, finish, self.clock())
+        if self.on_ended is not None:
+            self.on_ended(r, finish)
         return output
 
     # ---- measurements

@@ -23,7 +23,7 @@ class Completion:
         token_ids: generated token ids.
         logprobs, finish, stop_reason, error: as in `Output`.
         prompt_tokens, cached_tokens, dropped_tokens: as in `Output`, at the end.
-        embedding: as in `Output`, for requests with `embed`.
+        embedding, scores: as in `Output`, for requests that read a prompt instead of generating text.
         prompt_logprobs: as in `Output`, for requests with `prompt_logprobs`.
     """
 
@@ -36,6 +36,7 @@ class Completion:
     cached_tokens: int = 0
     dropped_tokens: int = 0
     embedding: Any = None
+    scores: Any = None
     error: str | None = None
     prompt_logprobs: PromptLogprobs | None = None
 
@@ -49,7 +50,7 @@ class Completion:
             self.prompt_logprobs = output.prompt_logprobs
         self.finish, self.stop_reason, self.error = output.finish, output.stop_reason, output.error
         self.prompt_tokens, self.cached_tokens = output.prompt_tokens, output.cached_tokens
-        self.dropped_tokens, self.embedding = output.dropped_tokens, output.embedding
+        self.dropped_tokens, self.embedding, self.scores = output.dropped_tokens, output.embedding, output.scores
 
 
 class Engine:

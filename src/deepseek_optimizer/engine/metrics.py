@@ -5,8 +5,9 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import Counter, deque
 from dataclasses import dataclass, field
+from typing import Protocol
 
-from .request import Finish
+from .request import Finish, Request
 from .running import Running
 
 _TIMES = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
@@ -34,6 +35,17 @@ def _times() -> Histogram:
 
 def _counts() -> Histogram:
     return Histogram(_COUNTS)
+
+
+class EndedRequest(Protocol):
+    """What the metrics need of a request that has ended; see `Running`."""
+
+    request: Request
+    arrived: float
+    started: float | None
+    first: float | None
+    generated: int
+    cached: int
 
 
 @dataclass
@@ -83,7 +95,7 @@ class EngineMetrics:
         else:
             self.between.add((now - r.last) / count, count)
 
-    def ended(self, r: Running, finish: Finish, now: float) -> None:
+    def ended(self, r: EndedRequest, finish: Finish, now: float) -> None:
         self.finished[finish] += 1
         self.whole.add(now - r.arrived)
         self.prompts.add(len(r.request.prompt))

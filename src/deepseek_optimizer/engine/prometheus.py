@@ -12,6 +12,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector
 
 from .core import EngineCore
+from .encoder_core import EncoderCore
 from .metrics import Histogram
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ _HISTOGRAMS = (
 class MeasuredEngine(Protocol):
     """The attributes of an `AsyncEngine` that the collector reads."""
 
-    core: EngineCore
+    core: EngineCore | EncoderCore
     model_name: str
 
     @property
@@ -62,12 +63,13 @@ class EngineCollector(Collector):
             family.add_metric(names, value)
             return family
 
-        scheduler = core.scheduler
-        yield gauge("vllm:num_requests_running", "Number of requests in the running batch.", len(scheduler.running))
-        yield gauge("vllm:num_requests_waiting", "Number of requests waiting for the batch.", len(scheduler.waiting))
+        running, waiting = core.load
+        yield gauge("vllm:num_requests_running", "Number of requests in the running batch.", running)
+        yield gauge("vllm:num_requests_waiting", "Number of requests waiting for the batch.", waiting)
         yield gauge("dso:requests_admitted", "Number of places in the queue that are taken.", engine.admitted)
-        yield gauge("dso:batch_size", "Maximum number of sequences in the batch.", scheduler.batch.choose())
-        yield gauge("vllm:kv_cache_usage_perc", "KV-cache usage. 1 means 100 percent usage.", core.cache_usage())
+        if isinstance(core, EngineCore):
+            yield gauge("dso:batch_size", "Maximum number of sequences in the batch.", core.scheduler.batch.choose())
+            yield gauge("vllm:kv_cache_usage_perc", "KV-cache usage. 1 means 100 percent usage.", core.cache_usage())
         for name, attribute, text in _COUNTERS:
             counter = CounterMetricFamily(name, text, labels=label)
             counter.add_metric(names, getattr(core.metrics, attribute))
@@ -78,7 +80,7 @@ class EngineCollector(Collector):
         for reason, count in dict(core.metrics.finished).items():
             finished.add_metric([*names, reason], count)
         yield finished
-        if core.drafting is not None:
+        if isinstance(core, EngineCore) and core.drafting is not None:
             for name, value, text in (
                 ("vllm:spec_decode_num_draft_tokens", core.drafting.proposed, "Number of draft tokens verified."),
                 ("vllm:spec_decode_num_accepted_tokens", core.drafting.accepted, "Number of draft tokens accepted."),

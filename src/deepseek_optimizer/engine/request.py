@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import RequestError, shown
+from .pooling import Pooling
 from .prompt_logprobs import PromptLogprobs
 
 MAX_LOGPROBS = 20
@@ -215,7 +216,11 @@ class Request:
         priority: requests with lower values are scheduled first.
         salt: only requests with the same salt share cached prefixes.
         deadline: time at which the request is ended if it is unfinished, in seconds of the engine's clock (`time.monotonic`).
-        embed: return the mean of the prompt's last hidden states instead of generating text.
+        embed: return a vector pooled from the prompt's last hidden states instead of generating text.
+        pooling: how the hidden states become a vector, with `embed`.
+        scored_tokens: return the logits of these tokens after the prompt instead of generating text; empty: generate.
+        classify: return the logits of the model's classes instead of generating text; for encoders with a classification head.
+        token_types: for encoders, the type of each prompt token (BERT's pairs of sentences); empty: all 0.
         drafts: whether speculative decoding may be used; None: the engine's default.
         pinned: (begin, end) ranges of prompt tokens that a sliding window must keep; the first `sinks` tokens always stay.
         prompt_logprobs: number of most likely tokens to report for each prompt token but the first, 0 to MAX_LOGPROBS, besides
@@ -233,6 +238,10 @@ class Request:
     salt: str = ""
     deadline: float | None = None
     embed: bool = False
+    pooling: Pooling = Pooling()
+    scored_tokens: tuple[int, ...] = ()
+    classify: bool = False
+    token_types: tuple[int, ...] = ()
     drafts: bool | None = None
     pinned: tuple[tuple[int, int], ...] = ()
     client: str = ""
@@ -244,6 +253,26 @@ class Request:
         _optional_integer("prompt_logprobs", self.prompt_logprobs, 0, MAX_LOGPROBS)
         if self.embed and self.prompt_logprobs is not None:
             raise RequestError("prompt_logprobs", "is not possible with embed; send two requests")
+
+
+def check_reading(request: Request, classifies: bool) -> None:
+    """Checks the fields of a request that reads a prompt instead of generating text.
+
+    Args:
+        request: the request.
+        classifies: whether the model has a classification head.
+
+    Raises:
+        RequestError: they contradict each other or the prompt, or the model has no such head.
+    """
+    if request.classify and not classifies:
+        raise RequestError("model", "this model has no classification head; serve a ForSequenceClassification checkpoint")
+    if request.embed + bool(request.scored_tokens) + request.classify > 1:
+        raise RequestError("embed", "embed, scored_tokens and classify exclude each other")
+    if request.embed and request.pooling.skip >= len(request.prompt):
+        raise RequestError("prompt", "has no tokens besides those of the prompt that pooling skips; give it a text")
+    if request.token_types and len(request.token_types) != len(request.prompt):
+        raise RequestError("token_types", "must have one number for each token of the prompt")
 
 
 @dataclass(frozen=True)
@@ -276,7 +305,8 @@ class Output:
         prompt_tokens, completion_tokens: number of tokens of the prompt and generated so far.
         cached_tokens: number of prompt tokens that were found in the prefix cache.
         dropped_tokens: number of tokens that the sliding window has dropped so far.
-        embedding: mean of the last hidden states, float32 [H], with finish "stop", for requests with `embed`.
+        embedding: pooled hidden states, float32 [H x number of pooling modes], with finish "stop", for requests with `embed`.
+        scores: logits of the request's `scored_tokens`, or of the classes with `classify`: float32 [n], with finish "stop".
         error: message, with finish "error".
         transient: with finish "error": the same request may succeed later, when memory is free.
         prompt_logprobs: log probabilities of the prompt's tokens, if requested, in the first output after the prompt.
@@ -293,6 +323,7 @@ class Output:
     completion_tokens: int = 0
     dropped_tokens: int = 0
     embedding: npt.NDArray[np.float32] | None = None
+    scores: npt.NDArray[np.float32] | None = None
     error: str | None = None
     transient: bool = False
     prompt_logprobs: PromptLogprobs | None = None
@@ -310,6 +341,7 @@ def check_tokens(request: Request, vocab_size: int) -> None:
         ("logit_bias", sampling.logit_bias),
         ("stop_token_ids", sampling.stop_token_ids),
         ("allowed_token_ids", sampling.allowed_token_ids or ()),
+        ("scored_tokens", request.scored_tokens),
         ("bad_words", tuple(chain.from_iterable(sampling.bad_words))),
     ):
         if tokens and (min(tokens) < 0 or max(tokens) >= vocab_size):

@@ -24,14 +24,17 @@ class Runner:
         plan: the compiled plan.
         memory: cache memory of the sequences.
         vocab_size: if not 0, `step` reuses a buffer for the logits of a plan on the CPU instead of allocating one each time.
-        adapters: the store of the sequences' adapters; None: the plan has no adapters, and the sequences' are not used.
+        adapted: a plan for steps with adapters, with the same results for other sequences, and the store of the adapters; None:
+            the sequences' adapters are not used.
 
     Attributes:
         on_host: whether the plan's logits are in host memory.
     """
 
-    def __init__(self, plan: Plan, memory: Memory, vocab_size: int = 0, adapters: AdapterStore | None = None) -> None:
-        self._adapters = adapters
+    def __init__(
+        self, plan: Plan, memory: Memory, vocab_size: int = 0, adapted: tuple[Plan, AdapterStore] | None = None
+    ) -> None:
+        self._adapted = adapted
         self.plan, self.memory, self.on_host = plan, memory, plan.device.type == "cpu"
         self._vocab_size = vocab_size if self.on_host else 0
         self._logits: torch.Tensor | None = None  # reused: new pages at every step would be slow for large batches
@@ -170,10 +173,12 @@ class Runner:
             reach=_reach(parts),
             state_from=state_from,
             state_to=state_to,
-            adapters=self._adapters,
-            adapter_of=None if self._adapters is None else _adapter_of(parts),
         )
-        return self.memory.run(self.plan, batch)
+        plan = self.plan
+        if self._adapted is not None and (slots := _adapter_of(parts)) is not None:
+            plan, store = self._adapted
+            batch = replace(batch, adapters=store, adapter_of=slots)
+        return self.memory.run(plan, batch)
 
 
 def _reach(parts: list[Part]) -> Int32 | None:

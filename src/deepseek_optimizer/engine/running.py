@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import numpy as np
-import numpy.typing as npt
-
 from ..cache.prefix_cache import Key
 from .adapters import Adapter
 from .detokenizer import Detokenizer
+from .pooling import Pooler
 from .prompt_logprobs import PromptLogprobs
 from .request import Output, Request
 from .sampling.request_sampler import RequestSampler
@@ -41,7 +39,7 @@ class Running:
         dropped: number of tokens that the sliding window has dropped.
         preempted: number of preemptions.
         starved: number of preemptions since its last token while no other request was running.
-        states: sum of the prompt's hidden states, float64 [H], for embeddings.
+        pooler: has pooled the prompt's hidden states so far, for embeddings.
         prompt_logprobs: log probabilities of the prompt's tokens, as far as they are computed; None: not requested.
         pinned: ranges of tokens that a sliding window must keep, as positions in the current sequence.
         started, first, last: times of admission, of the first token and of the latest token, by the engine's clock.
@@ -68,7 +66,7 @@ class Running:
     dropped: int = 0
     preempted: int = 0
     starved: int = 0
-    states: npt.NDArray[np.float64] | None = None
+    pooler: Pooler | None = None
     prompt_logprobs: PromptLogprobs | None = field(default=None, init=False)
     pinned: tuple[tuple[int, int], ...] = ()
     started: float | None = None

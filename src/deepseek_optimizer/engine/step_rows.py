@@ -52,6 +52,9 @@ def token_choices(chunks: list[ScheduledChunk], on_host: bool) -> list[TokenChoi
         if chunk.drafts and on_host:  # chosen one by one: rows after a rejected draft are not needed
             choices += [None] * (1 + len(chunk.drafts))
             continue
+        if chunk.running.request.scored_tokens:
+            choices.append(None)
+            continue
         sampler, place = chunk.running.sampler, chunk.running.generated
         choices += [sampler.choice(place + j) for j in range(1 + len(chunk.drafts))]
     return choices

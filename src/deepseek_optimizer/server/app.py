@@ -22,22 +22,28 @@ from .http.ignored_fields import HEADER
 from .http.metrics import HttpMetrics
 from .http.page_files import page_files
 from .http.problems import ApiError, problem
+from .http.tracing import Tracer, Tracing
 from .protocol.adapters import LoadAdapterRequest, UnloadAdapterRequest
 from .protocol.chat import ChatRequest
 from .protocol.completions import CompletionRequest
 from .protocol.embeddings import EmbeddingRequest
 from .protocol.models import DetokenizeRequest, TokenizeRequest
 from .protocol.responses import ResponsesRequest
+from .protocol.scores import ClassifyRequest, PoolingRequest, RerankRequest, ScoreRequest
 from .routes import (
     adapters,
     chat,
+    classify,
     completions,
     embeddings,
+    encoder_only,
     files,
     models,
+    operations,
     page,
     props,
     responses,
+    scores,
     status,
     tokenizer_info,
     tokens,
@@ -52,12 +58,13 @@ _TOLERANT = " Unknown fields are ignored too; the response header X-Ignored-Fiel
 _STRICT = " An unknown field is an error, and so is a number in quotes."
 
 
-def create_app(engine: Any, settings: ServerSettings | None = None) -> FastAPI:
+def create_app(engine: Any, settings: ServerSettings | None = None, tracer: Tracer | None = None) -> FastAPI:
     """Creates the ASGI application for an `AsyncEngine`, which starts and ends with it.
 
     Args:
         engine: an `AsyncEngine` that has not been started.
         settings: None: the defaults.
+        tracer: exports traces; it is closed with the application.
 
     Returns: the application; its `state.server` is the `ServerState`.
     """
@@ -76,6 +83,8 @@ def create_app(engine: Any, settings: ServerSettings | None = None) -> FastAPI:
             sweeping.cancel()
             await engine.close()
             state.close()
+            if tracer is not None:
+                await asyncio.to_thread(tracer.close)
 
     middleware = [Middleware(HostGuard, settings=settings)]
     if settings.allow_origins:
@@ -85,9 +94,12 @@ def create_app(engine: Any, settings: ServerSettings | None = None) -> FastAPI:
                 allow_origins=list(settings.allow_origins),
                 allow_methods=["GET", "POST", "DELETE"],
                 allow_headers=["Authorization", "Content-Type"],
-                expose_headers=["Retry-After", HEADER],
+                expose_headers=["Retry-After", "X-Request-Id", HEADER],
             )
         )
+    if tracer is not None:
+        engine.observe(tracer)
+        middleware.append(Middleware(Tracing, tracer=tracer, skip=frozenset({"/health", "/ready", "/metrics"})))
     middleware.append(Middleware(Guard, settings=settings, metrics=HttpMetrics(engine.registry), open_paths=open_paths))
     app = FastAPI(
         title="deepseek-optimizer",
@@ -100,16 +112,27 @@ def create_app(engine: Any, settings: ServerSettings | None = None) -> FastAPI:
         lifespan=lifespan,
     )
     app.state.server = state
-    for route in (chat, completions, responses, embeddings, files, models, props, tokens, tokenizer_info, status):
+    generating = (chat, completions, responses, files, props)
+    for route in (embeddings, scores, classify, models, tokens, tokenizer_info, status, operations):
         route.add(app, state)
-    adapters.add(app, state)
+    if state.generates:
+        for route in generating:
+            route.add(app, state)
+        adapters.add(app, state)
+    else:
+        encoder_only.add(app, state, generating)
     _add_paths_without_v1(app)
-    page.add(app, assets)
+    if state.generates:
+        page.add(app, assets)
     bodies: list[type[BaseModel]] = [
         ChatRequest,
         CompletionRequest,
         ResponsesRequest,
         EmbeddingRequest,
+        RerankRequest,
+        ScoreRequest,
+        ClassifyRequest,
+        PoolingRequest,
         TokenizeRequest,
         DetokenizeRequest,
     ]

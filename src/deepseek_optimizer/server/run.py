@@ -12,6 +12,7 @@ import logging
 import os
 import resource
 import socket
+import ssl
 import sys
 from collections.abc import Callable
 from types import FrameType
@@ -19,8 +20,10 @@ from typing import Any
 
 import uvicorn
 
+from ..errors import ConfigError
 from .app import create_app
 from .http.connections import protocol_for
+from .http.tracing import Tracer
 from .settings import ServerSettings
 from .state import ServerState
 
@@ -52,6 +55,12 @@ class Server(uvicorn.Server):
                 proxy_headers=False,  # X-Forwarded-For must not change the address by which clients are told apart
                 timeout_keep_alive=settings.keep_alive_seconds,  # type: ignore[arg-type]  # a float works
                 timeout_graceful_shutdown=3,
+                root_path=settings.root_path,
+                ssl_certfile=settings.ssl_certfile,
+                ssl_keyfile=settings.ssl_keyfile,
+                ssl_keyfile_password=settings.ssl_keyfile_password,
+                ssl_ca_certs=settings.ssl_ca_certs,
+                ssl_cert_reqs=ssl.CERT_REQUIRED if settings.ssl_ca_certs else ssl.CERT_NONE,
             )
         )
         self._state: ServerState = app.state.server
@@ -137,7 +146,31 @@ def listener(host: str, port: int) -> socket.socket:
     return sock
 
 
-def serve(engine: Any, settings: ServerSettings, sock: socket.socket, banner: Callable[[str, int], None]) -> None:
+def check_tls(settings: ServerSettings) -> None:
+    """Checks the files of TLS, so that an error is reported before a model is loaded.
+
+    Raises:
+        ConfigError: a file cannot be read, the key does not belong to the certificate, or the password is wrong.
+    """
+    if settings.ssl_certfile is None:
+        return
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    password = settings.ssl_keyfile_password or ""  # not None, for which OpenSSL would ask at the terminal
+    try:
+        context.load_cert_chain(settings.ssl_certfile, settings.ssl_keyfile, lambda: password)
+        if settings.ssl_ca_certs is not None:
+            context.load_verify_locations(settings.ssl_ca_certs)
+    except (OSError, ssl.SSLError) as error:
+        raise ConfigError(f"--ssl-certfile, --ssl-keyfile or --ssl-ca-certs cannot be used: {error}") from None
+
+
+def serve(
+    engine: Any,
+    settings: ServerSettings,
+    sock: socket.socket,
+    banner: Callable[[str, int], None],
+    tracer: Tracer | None = None,
+) -> None:
     """Serves until a signal stops the process.
 
     Args:
@@ -145,9 +178,10 @@ def serve(engine: Any, settings: ServerSettings, sock: socket.socket, banner: Ca
         settings: the server's.
         sock: the result of `listener`.
         banner: called with host and port when the server listens.
+        tracer: exports traces.
     """
     raise_file_limit()
-    app = create_app(engine, settings)
+    app = create_app(engine, settings, tracer)
     app.state.server.warm_up()
     sys.setswitchinterval(_SWITCH)
     gc.freeze()  # existing objects live on; a collection that visits them takes a tenth of a second

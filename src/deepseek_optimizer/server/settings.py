@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, Literal
 
+from ..checkpoint.sentence_transformers import EmbeddingSettings
 from ..errors import ConfigError
 from .keys import ApiKeys
+
+_ROOT_PATH = re.compile(r"(/[A-Za-z0-9._~-]+)+")
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,10 @@ class ServerSettings:
         tools_format: syntax in which the model writes tool calls, a name in `chat.tools.FORMATS`; None: detected from the chat
             template.
         reasoning: whether reasoning is returned separately from the answer; None: if the chat template supports it.
+        embedding: how the checkpoint's texts are embedded: pooling, prompts, dense layers.
+        reranker: how a model without a classification head scores pairs of texts: "cosine" of their embeddings; "yes-no", the
+            probability that a language model judges the document to answer the query; "auto": "yes-no" for a language model
+            whose files or name say that it is a reranker.
         prefill_assistant: continue a chat's last message if it is the assistant's, as llama-server does. A request's
             `continue_final_message` and `add_generation_prompt` override this.
         sampling: sampling parameters for fields that a request omits, by their names in `SamplingParams`; others have OpenAI's
@@ -61,6 +69,12 @@ class ServerSettings:
         allow_lora_loading: whether requests may load and unload LoRA adapters.
         lora_dir: the directory that contains the adapters that requests may load.
         access_log: write one line to stderr for each request.
+        root_path: prefix of all paths that a reverse proxy removes before it forwards a request, such as "/llm".
+        sleep_mode: whether clients may let the server sleep by /sleep.
+        ssl_certfile: file with the certificate chain, for TLS; None: plain HTTP.
+        ssl_keyfile: file with the private key; None: in `ssl_certfile`.
+        ssl_keyfile_password: of an encrypted key.
+        ssl_ca_certs: file with certificates of authorities. Clients must then have a certificate issued by one of them.
     """
 
     host: str = "127.0.0.1"
@@ -95,6 +109,8 @@ class ServerSettings:
     drain_seconds: float = 30.0
     tools_format: str | None = None
     reasoning: bool | None = None
+    embedding: EmbeddingSettings = field(default_factory=EmbeddingSettings)
+    reranker: Literal["auto", "cosine", "yes-no"] = "auto"
     prefill_assistant: bool = False
     sampling: Mapping[str, Any] = field(default_factory=dict)
     sampling_not_thinking: Mapping[str, Any] | None = None
@@ -104,6 +120,12 @@ class ServerSettings:
     allow_lora_loading: bool = False
     lora_dir: str | None = None
     access_log: bool = False
+    root_path: str = ""
+    sleep_mode: bool = False
+    ssl_certfile: str | None = None
+    ssl_keyfile: str | None = None
+    ssl_keyfile_password: str | None = field(default=None, repr=False)
+    ssl_ca_certs: str | None = None
 
     def __post_init__(self) -> None:
         """Raises ConfigError for an invalid value."""
@@ -118,6 +140,12 @@ class ServerSettings:
         for origin in self.allow_origins:
             if origin != "*" and not origin.startswith(("http://", "https://")):
                 raise ConfigError(f"allow_origins: {origin!r} is not an origin; use the form https://example.com, or *")
+        if self.root_path and not _ROOT_PATH.fullmatch(self.root_path):
+            raise ConfigError(f"root_path: {self.root_path!r} is not a path; use the form /llm, without a slash at the end")
+        if self.ssl_certfile is None and (self.ssl_keyfile or self.ssl_keyfile_password or self.ssl_ca_certs):
+            raise ConfigError("ssl_keyfile, ssl_keyfile_password and ssl_ca_certs need ssl_certfile; give the certificate too")
+        if self.reranker not in ("auto", "cosine", "yes-no"):
+            raise ConfigError(f"reranker must be auto, cosine or yes-no, got {self.reranker!r}")
         if self.allow_lora_loading and self.lora_dir is None:
             raise ConfigError("allow_lora_loading: needs lora_dir (--lora-dir), the directory of adapters that may be loaded")
         if not 0 <= self.drain_seconds < float("inf"):

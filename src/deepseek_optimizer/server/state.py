@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import os
 import threading
@@ -9,7 +10,9 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
+
+import psutil
 
 from ..chat.reasoning import thinks
 from ..engine.grammar.compiler import GrammarCompiler
@@ -39,7 +42,7 @@ _WORKERS = (2, 4)  # minimum and maximum number of worker processes of one kind
 
 
 class ServerState:
-    """The state of one server. `draining`: whether it is shutting down and refuses requests.
+    """The state of one server. `draining`: whether it is shutting down and refuses requests; `sleeping`: see `sleep`.
 
     Args:
         engine: an `AsyncEngine`.
@@ -49,8 +52,11 @@ class ServerState:
     def __init__(self, engine: Any, settings: ServerSettings) -> None:
         self.engine, self.settings = engine, settings
         self.created = int(time.time())
-        self.draining = False
+        self.draining = self.sleeping = False
+        self._changing_sleep = asyncio.Lock()
         self.model_name: str = engine.model_name
+        self.generates: bool = engine.generates
+        settings.embedding.check(engine.hidden_size)
         # A copy, since encoding changes a tokenizer's settings while the engine's thread may be decoding.
         self.tokenizer = copy.deepcopy(engine.tokenizer)
         self.texts = TokenTexts(self.tokenizer)
@@ -70,9 +76,10 @@ class ServerState:
         self.documents = Preparation(self._tokenizer_copy, engine.room, settings.max_file_bytes_total, max_per_client, max_jobs)
         self.files = FileStore(settings, self.documents.forget)
         self.reader = DocumentReader(settings, workers, max_per_client, max_jobs)
+        self.vectors = FairQueue("vectors", 1, max_running=1, max_per_client=max_per_client, max_jobs=max_jobs)
         self.adapters = AdapterLoading(engine, settings)
         self.queues = [
-            self.bodies.queue, *self._tokenizing.queues, self._looking_up, self._compiling, self.reader.queue,
+            self.bodies.queue, self.vectors, *self._tokenizing.queues, self._looking_up, self._compiling, self.reader.queue,
             *self.documents.queues, self.adapters.queue,
         ]  # fmt: skip
         engine.registry.register(QueueCollector(self.queues, engine.model_name))
@@ -81,11 +88,13 @@ class ServerState:
         """Checks that the server accepts requests.
 
         Raises:
-            ApiError: 503, the server is shutting down.
+            ApiError: 503, the server is shutting down or sleeps.
             EngineDeadError: the engine has stopped.
         """
         if self.draining:
             raise busy("the server is stopping", 5)
+        if self.sleeping:
+            raise busy("the server sleeps; POST /wake_up wakes it", 30)
         self.engine.check_alive()
 
     def admit(self, body: Mapping[str, Any], client: str) -> ExitStack:
@@ -190,13 +199,57 @@ class ServerState:
         """A copy of the tokenizer, made on the only thread that uses the original."""
         return await self.tokenizing(lambda lane: copy.deepcopy(lane.tokenizer), caller, 0)
 
+    async def sleep(self, seconds: float) -> int:
+        """Refuses requests, lets those in flight end, and releases the memory of the cache and of mapped weights.
+
+        Args:
+            seconds: time after which requests in flight are cancelled.
+
+        Returns: the bytes by which the memory of this process has decreased.
+
+        Raises:
+            ApiError: 503, the server is shutting down.
+            EngineDeadError: the engine has stopped.
+        """
+        async with self._changing_sleep:
+            if self.sleeping:
+                return 0
+            self.check_accepting()
+            self.sleeping = True
+            process = psutil.Process()
+            before: int = process.memory_info().rss
+            try:
+                await self.engine.sleep(seconds)
+            except BaseException:
+                self.sleeping = False
+                raise
+            return max(0, before - process.memory_info().rss)
+
+    async def wake_up(self) -> None:
+        """Accepts requests again after `sleep`."""
+        async with self._changing_sleep:
+            if self.sleeping:
+                self.engine.wake_up()
+                self.sleeping = False
+
     def thinks(self, tools: bool) -> bool:
         """Whether the model writes reasoning before its answer, in a chat with or without tools."""
         setting = self.settings.reasoning
         return thinks(self.template.source(tools)) if setting is None else setting
 
+    @property
+    def reranker(self) -> Literal["cosine", "yes-no"]:
+        """How a model without a classification head scores pairs of texts; see `ServerSettings`."""
+        setting = self.settings.reranker
+        if setting != "auto":
+            return setting
+        judges = self.settings.embedding.score_tokens is not None or "rerank" in self.model_name.lower()
+        return "yes-no" if self.generates and judges else "cosine"
+
     def warm_up(self) -> None:
         """Starts the processes for templates and grammars, which takes seconds, so that the first requests do not wait."""
+        if not self.generates:
+            return
         threading.Thread(target=self._warm_grammars, name="dso-warm-up", daemon=True).start()
         try:
             self.template.variables()
@@ -212,7 +265,7 @@ class ServerState:
 
     def close(self) -> None:
         """Ends the threads and processes of the server."""
-        for queue in (self._looking_up, self._compiling, self.bodies.queue):
+        for queue in (self._looking_up, self._compiling, self.bodies.queue, self.vectors):
             queue.close()
         self._tokenizing.close()
         self.adapters.queue.close()

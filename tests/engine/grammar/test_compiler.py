@@ -15,9 +15,10 @@ import pytest
 from deepseek_optimizer.chat.deltas import collect
 from deepseek_optimizer.chat.output_parser import make_output_parser
 from deepseek_optimizer.chat.tools import FORMATS
+from deepseek_optimizer.chat.tools.generic import written
 from deepseek_optimizer.engine.grammar.compiler import GrammarCompiler
 from deepseek_optimizer.engine.grammar.json_schema import normalize
-from deepseek_optimizer.engine.grammar.source import GrammarSource
+from deepseek_optimizer.engine.grammar.source import GrammarSource, schema_source
 from deepseek_optimizer.errors import RequestError
 from support.random_texts import RandomModel
 from support.schemas import GOOD, REFUSED, deep
@@ -30,10 +31,12 @@ WEATHER = {
     "properties": {"city": {"type": "string", "maxLength": 8}, "days": {"type": "integer", "minimum": 1, "maximum": 9}},
     "required": ["city", "days"],
 }
+NOW = {"type": "object", "properties": {}, "additionalProperties": False}
 TOOLS = [
     {"type": "function", "function": {"name": "weather", "parameters": WEATHER}},
-    {"type": "function", "function": {"name": "now"}},
+    {"type": "function", "function": {"name": "now", "parameters": NOW}},
 ]
+SCHEMAS = {"weather": WEATHER, "now": NOW}
 
 
 @pytest.fixture(scope="module")
@@ -198,20 +201,25 @@ def test_required_calls_are_enforced(compiler, model, name, choice, parallel):
         text = model.text(compiled, seed)
         if text is None:
             continue
-        parser = make_output_parser("", "", tool_format=FORMATS[name], tool_names=["weather", "now"])
-        actual = collect(parser.feed(text) + parser.finish())
-        counts.append(len(actual.tool_calls))
-        assert actual.content == "" and counts[-1] >= 1, text
-        for call in actual.tool_calls:
-            assert choice in ("required", call.name)
-            arguments = json.loads(call.arguments)
-            assert call.name == "now" or (len(arguments["city"]) <= 8 and 1 <= arguments["days"] <= 9)
+        for enforced in ("required", "no"):
+            parser = make_output_parser("", "", tool_format=FORMATS[name], tools=SCHEMAS, enforced=enforced)
+            actual = collect(parser.feed(text) + parser.finish())
+            if enforced == "no" and FORMATS[name].shape.parameters and not actual.tool_calls:
+                continue  # random text may contain tags
+            counts.append(len(actual.tool_calls))
+            assert actual.content == "" and counts[-1] >= 1, text
+            for call in actual.tool_calls:
+                assert choice in ("required", call.name)
+                arguments = json.loads(call.arguments)
+                city = arguments.get("city", "").replace("\ufffd", "")  # bytes that are no character
+                assert call.name == "now" or (len(city) <= 8 and 1 <= arguments["days"] <= 9)
     assert counts and (parallel or max(counts) == 1)
 
 
 def test_optional_and_invalid_tools(compiler):
     shape = FORMATS["hermes"].shape
-    assert compiler.tools(TOOLS, "auto", shape) is None and compiler.tools(TOOLS, "none", shape) is None
+    assert compiler.tools(TOOLS, "none", shape) is None
+    assert compiler.tools(TOOLS, "auto", FORMATS["llama"].shape) is None  # whose calls have no beginning of their own
     for tools, choice in ((TOOLS, "other"), ([], "required")):
         with pytest.raises(RequestError, match="tool_choice: there"):
             compiler.tools(tools, choice, shape)
@@ -377,3 +385,100 @@ def test_missing_xgrammar_names_the_remedy(tokenizer, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "xgrammar", None)
     with pytest.raises(RequestError, match="pip install"):
         GrammarCompiler(tokenizer, len(tokenizer)).json_object()
+
+
+@pytest.mark.parametrize("name", [name for name, tool_format in FORMATS.items() if tool_format.shape])
+def test_calls_in_text_are_enforced_from_their_beginning(compiler, tokenizer, name):
+    tool_format = FORMATS[name]
+    compiled = compiler.tools(TOOLS, "auto", tool_format.shape, parallel=False)
+    if not tool_format.shape.trigger:
+        assert compiled is None
+        return
+    call = written([{"function": {"name": "weather", "arguments": {"city": "Rome", "days": 3}}}], tool_format.shape)
+    grammar = follow(compiled, tokenizer, f"Let me see < [ {{:\n{call}")
+    bits = np.zeros(-(-(len(tokenizer) + PADDED) // 32), np.int32)
+    assert grammar.mask(bits)
+    ends = bits.view(np.uint32)[tokenizer.eos_token_id // 32] >> tokenizer.eos_token_id % 32 & 1
+    assert ends  # one call, which may be followed by no other
+    for wrong in (call.replace("weather", "wether"), call.replace("3", "30"), call.replace("days", "day")):
+        with pytest.raises(ValueError, match="not allowed"):
+            follow(compiled, tokenizer, f"See: {wrong}")
+    parallel = compiler.tools(TOOLS, "auto", tool_format.shape, parallel=True)
+    follow(parallel, tokenizer, f"One {call} two {call} three")
+
+
+def test_calls_in_channels(compiler, tokenizer):
+    """`<|end|>` and the like are ordinary text for this tokenizer."""
+    compiled = compiler.compile(FORMATS["harmony"].source(TOOLS, "required", True, None))
+    thought = "<|channel|>analysis<|message|>hm < <|end|><|start|>assistant"
+    head = "<|channel|>commentary to=functions.weather <|constrain|>json<|message|>"
+    assert follow(compiled, tokenizer, f'{thought}{thought}{head}{{"city": "Rome", "days": 3}}').finished
+    for wrong in ("<|channel|>final<|message|>x", head.replace("weather", "other"), f'{head}{{"city": 3'):
+        with pytest.raises(ValueError, match="not allowed"):
+            follow(compiled, tokenizer, wrong)
+    auto = compiler.compile(FORMATS["harmony"].source(TOOLS, "auto", True, None))
+    follow(auto, tokenizer, f"{thought}<|channel|>final<|message|>It is 3.")
+    form = FORMATS["harmony"].source([], "none", True, schema_source({"enum": [{"a": 1}]}))
+    assert follow(compiler.compile(form), tokenizer, f'{thought}<|channel|>final<|message|>{{"a":1}}').finished
+    assert FORMATS["harmony"].source([], "none", True, None) is None
+
+
+def test_white_space_is_bounded(compiler, tokenizer):
+    schema = {
+        "type": "object",
+        "properties": {"a": {"type": "array", "items": {"type": "integer"}}, "b": {"type": "object"}},
+        "required": ["a", "b"],
+    }
+    compiled = compiler.json_schema(schema)
+    value = {"a": [1, 2], "b": {"c": {}, "d": []}}
+    for text in (
+        json.dumps(value),
+        json.dumps(value, separators=(",", ":")),
+        *(json.dumps(value, indent=n) for n in (1, 2, 4)),
+    ):
+        assert follow(compiled, tokenizer, text).finished, text
+    for text in ('{"a":  [', '{  "a"', '{\n\n"a"', '{"a": [1,\n\n', "{\n" + " " * 21, '{"a" :', " {"):
+        with pytest.raises(ValueError, match="not allowed"):
+            follow(compiled, tokenizer, text)
+
+
+BOUNDED = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 10},
+        "age": {"type": "integer", "minimum": 0, "maximum": 120},
+        "score": {"type": "number"},
+        "count": {"type": "integer"},
+        "kind": {"enum": ["a", "bb"]},
+        "on": {"type": ["boolean", "null"]},
+        "day": {"type": "string", "format": "date"},
+        "tags": {"type": "array", "items": {"type": "integer", "minimum": 1, "maximum": 9}, "maxItems": 3},
+    },
+    "required": ["name", "age", "score", "count", "kind", "on", "day", "tags"],
+}
+
+
+def longest() -> int:
+    """Characters of the longest text under BOUNDED: 21 of white space at most around each of 11 items, with 42 for numbers."""
+    punctuation = sum(len(json.dumps(name)) + 3 for name in BOUNDED["properties"]) + 2
+    values = (10 + 2) + 3 + (1 + 40 + 1 + 40 + 2 + 40) + 41 + 4 + 5 + 12 + (3 + 4)
+    places = 8 + 1 + 3 + 1  # before each property and item, and before each end
+    return punctuation + values + 22 * places
+
+
+@pytest.mark.parametrize("which", ["random", "lowest", "highest"])
+def test_a_model_without_knowledge_ends_within_a_computed_number_of_tokens(compiler, tokenizer, which):
+    """Every token has at least one byte; a character has at most four."""
+    compiled = compiler.json_schema(BOUNDED)
+    bits = np.zeros(-(-(len(tokenizer) + PADDED) // 32), np.int32)
+    for seed in range(4 if which == "random" else 1):
+        choose, grammar, ids = random.Random(seed), compiled.start(), []
+        while not grammar.finished:
+            assert grammar.mask(bits)
+            allowed = np.flatnonzero(np.unpackbits(bits.view(np.uint8), bitorder="little"))
+            allowed = allowed[allowed != tokenizer.eos_token_id]
+            token = int(choose.choice(allowed) if which == "random" else allowed[0 if which == "lowest" else -1])
+            grammar.accept(token)
+            ids.append(token)
+            assert len(ids) <= longest() + 3 * 10
+        assert json.loads(tokenizer.decode(ids)).keys() == BOUNDED["properties"].keys()

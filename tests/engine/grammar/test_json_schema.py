@@ -8,7 +8,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from deepseek_optimizer.engine.grammar.compiler import CallShape, GrammarCompiler
+from deepseek_optimizer.engine.grammar.calls import CallShape
+from deepseek_optimizer.engine.grammar.compiler import GrammarCompiler
 from deepseek_optimizer.engine.grammar.json_schema import normalize
 from deepseek_optimizer.engine.grammar.pattern import to_rules
 from deepseek_optimizer.engine.grammar.schema_shapes import _SHAPES

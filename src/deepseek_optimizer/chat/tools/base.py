@@ -1,21 +1,27 @@
 """The protocol of tool call formats, and the parser shared by all formats that mark calls.
 
-A format defines the strings around a call and how to read its text. The parser finds calls in a stream. A call is emitted only
-when it is complete and valid, since a truncated or broken call must never look executable. Until then its text is held back;
-if it is invalid, all of it becomes content, so that nothing is lost.
+A format defines the strings around a call and how to read its text. The parser finds calls in a stream. Unless a grammar
+enforces calls (see `enforced`), a call is emitted only when it is complete and valid, since a broken call must never look
+executable. Until then its text is held back; if it is invalid, all of it becomes content, so that nothing is lost.
 """
 
 from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, TypeAlias
 
-from ...engine.grammar.source import CallShape
+from ...engine.grammar.calls import CallShape
+from ...engine.grammar.source import GrammarSource
 from ..deltas import ContentDelta, Delta, OutputParser, ToolCallDelta
 from ..scan import MarkerScanner
+
+Tools: TypeAlias = Mapping[str, Mapping[str, Any]]  # name -> JSON schema of the arguments
+Enforced: TypeAlias = Literal[
+    "no", "auto", "required"
+]  # calls that a grammar enforces: none, those that begin, or at least one
 
 _MAX_NAME = 256  # characters
 
@@ -32,13 +38,19 @@ class ToolFormat(Protocol):
 
     @property
     def shape(self) -> CallShape | None:
-        """The structure of calls for a grammar; None if the format cannot be enforced."""
+        """How calls are written, to describe it to a model whose template does not; None: it cannot be described by a shape."""
 
-    def parser(self, names: frozenset[str]) -> OutputParser:
+    def source(
+        self, tools: Sequence[Mapping[str, Any]], choice: str, parallel: bool, form: GrammarSource | None
+    ) -> GrammarSource | None:
+        """The grammar of answers; arguments, result and errors as of `tools_source`."""
+
+    def parser(self, tools: Tools, enforced: Enforced = "no") -> OutputParser:
         """A parser for one answer.
 
         Args:
-            names: of the tools that may be called.
+            tools: that may be called.
+            enforced: whether the answer follows the grammar of `source`, with this choice.
         """
 
 
@@ -141,9 +153,17 @@ class CallWriter:
 
     def call(self, call: Call) -> list[Delta]:
         """Adds a complete call."""
-        index, self._calls, self._beside = self._calls, self._calls + 1, True
+        return [*self.begin(call.name), *self.fragment(call.arguments)]
+
+    def begin(self, name: str) -> list[Delta]:
+        """Begins a call, whose arguments follow."""
+        self._calls, self._beside = self._calls + 1, True
         self._held.clear()
-        return [ToolCallDelta(index, new_id(), call.name, ""), ToolCallDelta(index, None, None, call.arguments)]
+        return [ToolCallDelta(self._calls - 1, new_id(), name, "")]
+
+    def fragment(self, arguments: str) -> list[Delta]:
+        """Adds a part of the arguments of the last call."""
+        return [ToolCallDelta(self._calls - 1, None, None, arguments)] if arguments else []
 
     def finish(self) -> list[Delta]:
         """The remaining deltas."""
@@ -156,8 +176,8 @@ class MarkedCallParser:
     """Parses calls between two strings.
 
     Args:
-        begin, end: the strings around a call.
-        read: parses the text between them; None if it is not a call.
+        begin, end: the strings around a call. "" for `end`: a call ends where the next one begins, or at the end of the answer.
+        read: parses the text between them; None, or an empty list, if it is not a call.
         section: strings around groups of calls, which are layout.
         closes: those of them that may follow a call, and are then dropped immediately.
         end_optional: whether the last call of the answer may lack its end; only if `read` can distinguish a complete call from
@@ -168,14 +188,14 @@ class MarkedCallParser:
         self,
         begin: str,
         end: str,
-        read: Callable[[str], Call | None],
+        read: Callable[[str], Call | list[Call] | None],
         section: tuple[str, ...] = (),
         closes: tuple[str, ...] = (),
         end_optional: bool = True,
     ) -> None:
         self._begin, self._end, self._read, self._end_optional = begin, end, read, end_optional
         self._section, self._closes = frozenset(section), frozenset(closes)
-        self._scanner = MarkerScanner((begin, end, *section))
+        self._scanner = MarkerScanner([marker for marker in (begin, end, *section) if marker])
         self._writer = CallWriter()
         self._call: list[str] | None = None  # text of the current call so far, without its markers
 
@@ -197,6 +217,9 @@ class MarkedCallParser:
                 return []
             if part == self._end:
                 return self._close(part)
+            if not self._end:
+                out, self._call = self._close(""), []
+                return out
             broken, self._call = self._begin + "".join(self._call), []  # another call starts inside this one
             return self._writer.text(broken)
         if is_marker and part == self._begin:
@@ -210,5 +233,7 @@ class MarkedCallParser:
 
     def _close(self, end: str) -> list[Delta]:
         body, self._call = "".join(self._call or ()), None
-        call = self._read(body)
-        return self._writer.text(self._begin + body + end) if call is None else self._writer.call(call)
+        calls = self._read(body)
+        if not calls:
+            return self._writer.text(self._begin + body + end)
+        return [delta for call in (calls if isinstance(calls, list) else [calls]) for delta in self._writer.call(call)]

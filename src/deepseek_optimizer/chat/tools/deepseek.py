@@ -12,43 +12,14 @@ V3 and R1 write the kind of tool and fenced arguments, V3.1 only the name and th
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-from ...engine.grammar.source import CallShape
+from ...engine.grammar.calls import CallShape
 from ..deltas import OutputParser
-from .base import Call, MarkedCallParser, make_call
+from .base import Call, MarkedCallParser, Tools, make_call
+from .shaped import ShapedFormat
 
 CALLS_BEGIN, CALLS_END = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
 CALL_BEGIN, CALL_END, SEPARATOR = "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>", "<｜tool▁sep｜>"
 _KIND, _FENCE = "function", "```"
-
-
-@dataclass(frozen=True)
-class DeepSeekFormat:
-    """Its parser accepts both formats; `name` and `shape` are those of the model's template."""
-
-    name: str
-    shape: CallShape
-    markers = (CALLS_BEGIN, CALLS_END, CALL_BEGIN, CALL_END, SEPARATOR)
-
-    def parser(self, names: frozenset[str]) -> OutputParser:
-        return MarkedCallParser(CALL_BEGIN, CALL_END, read, (CALLS_BEGIN, CALLS_END), (CALLS_END,))
-
-
-V3 = DeepSeekFormat(
-    "deepseek_v3",
-    CallShape(
-        begin=CALLS_BEGIN,
-        before=f"{CALL_BEGIN}{_KIND}{SEPARATOR}",
-        between="\n```json\n",
-        after=f"\n```{CALL_END}",
-        separator="\n",
-        end=CALLS_END,
-    ),
-)
-V31 = DeepSeekFormat(
-    "deepseek_v31", CallShape(begin=CALLS_BEGIN, before=CALL_BEGIN, between=SEPARATOR, after=CALL_END, end=CALLS_END)
-)
 
 
 def read(text: str) -> Call | None:
@@ -69,3 +40,31 @@ def _unfenced(text: str) -> str:
     """The text without the fence around it."""
     body = text.partition("\n")[2]
     return body.removesuffix(_FENCE)
+
+
+def _free(tools: Tools) -> OutputParser:
+    """A parser for both formats."""
+    return MarkedCallParser(CALL_BEGIN, CALL_END, read, (CALLS_BEGIN, CALLS_END), (CALLS_END,))
+
+
+_MARKERS = (CALLS_BEGIN, CALLS_END, CALL_BEGIN, CALL_END, SEPARATOR)
+V3 = ShapedFormat(
+    "deepseek_v3",
+    _MARKERS,
+    CallShape(
+        begin=CALLS_BEGIN,
+        before=f"{CALL_BEGIN}{_KIND}{SEPARATOR}",
+        between="\n```json\n",
+        after=f"\n```{CALL_END}",
+        separator="\n",
+        end=CALLS_END,
+        trigger=CALLS_BEGIN,
+    ),
+    _free,
+)
+V31 = ShapedFormat(
+    "deepseek_v31",
+    _MARKERS,
+    CallShape(begin=CALLS_BEGIN, before=CALL_BEGIN, between=SEPARATOR, after=CALL_END, end=CALLS_END, trigger=CALLS_BEGIN),
+    _free,
+)

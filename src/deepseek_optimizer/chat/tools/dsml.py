@@ -14,8 +14,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..deltas import OutputParser
+from ...engine.grammar.calls import CallShape, ParameterShape
 from .base import Call, MarkedCallParser, make_call, read_json
+from .shaped import ShapedFormat
 
 MARK = "｜DSML｜"
 INVOKE, INVOKE_END = f"<{MARK}invoke", f"</{MARK}invoke>"
@@ -23,17 +24,6 @@ _PARAMETER, _PARAMETER_END = f"<{MARK}parameter", f"</{MARK}parameter>"
 _OPENS = (f"<{MARK}function_calls>", f"<{MARK}tool_calls>")
 _CLOSES = (f"</{MARK}function_calls>", f"</{MARK}tool_calls>")
 _MISSING = object()
-
-
-class DsmlFormat:
-    """See the module. Calls cannot be enforced, since a JSON schema does not describe text that is not JSON."""
-
-    name = "dsml"
-    markers = (*_OPENS, *_CLOSES, INVOKE, INVOKE_END, _PARAMETER, _PARAMETER_END, MARK)
-    shape = None
-
-    def parser(self, names: frozenset[str]) -> OutputParser:
-        return MarkedCallParser(INVOKE, INVOKE_END, read, (*_OPENS, *_CLOSES), _CLOSES, end_optional=False)
 
 
 def read(text: str) -> Call | None:
@@ -78,3 +68,28 @@ def _attributes(text: str) -> dict[str, str]:
     """Parses `name="f" string="true"`; values contain no quotes."""
     parts = text.split('"')
     return {key.strip().removesuffix("=").strip(): value for key, value in zip(parts[::2], parts[1::2], strict=False)}
+
+
+def _format(name: str, at: int) -> ShapedFormat:
+    return ShapedFormat(
+        name=name,
+        markers=(*_OPENS, *_CLOSES, INVOKE, INVOKE_END, _PARAMETER, _PARAMETER_END, MARK),
+        shape=CallShape(
+            begin=f"{_OPENS[at]}\n",
+            before=f'{INVOKE} name="',
+            between='">\n',
+            after=f"{INVOKE_END}\n",
+            end=_CLOSES[at],
+            trigger=_OPENS[at],
+            parameters=ParameterShape(
+                before=f'{_PARAMETER} name="',
+                between='" string="true">',
+                json_between='" string="false">',
+                after=f"{_PARAMETER_END}\n",
+            ),
+        ),
+        free=lambda tools: MarkedCallParser(INVOKE, INVOKE_END, read, (*_OPENS, *_CLOSES), _CLOSES, end_optional=False),
+    )
+
+
+V32, V4 = _format("dsml", 0), _format("dsml_v4", 1)

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-from ...engine.grammar.source import CallShape
-from ..deltas import OutputParser
+from ...engine.grammar.calls import CallShape, Pattern
 from .base import Call, MarkedCallParser, make_call, read_json
+from .shaped import ShapedFormat
 
 BEGIN, END = "<tool_call>", "</tool_call>"
-
-
-class HermesFormat:
-    """See the module."""
-
-    name = "hermes"
-    markers = (BEGIN, END)
-    shape = CallShape(before=BEGIN + '\n{"name": "', between='", "arguments": ', after="}\n" + END, separator="\n")
-
-    def parser(self, names: frozenset[str]) -> OutputParser:
-        return MarkedCallParser(BEGIN, END, read)
+_NEWLINE = Pattern("\\n?", "\n")
 
 
 def read(text: str) -> Call | None:
     """Parses the text between the tags."""
     value = read_json(text)
     return make_call(value.get("name"), value.get("arguments")) if isinstance(value, dict) else None
+
+
+HERMES = ShapedFormat(
+    name="hermes",
+    markers=(BEGIN, END),
+    shape=CallShape(
+        before=(BEGIN, _NEWLINE, '{"name": "'),
+        between='", "arguments": ',
+        after=("}", _NEWLINE, END),
+        separator="\n",
+        trigger=BEGIN,
+    ),
+    free=lambda tools: MarkedCallParser(BEGIN, END, read),
+)

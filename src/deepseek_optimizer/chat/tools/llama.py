@@ -6,34 +6,24 @@
 
 from __future__ import annotations
 
-from ...engine.grammar.source import CallShape
-from ..deltas import Delta, OutputParser
-from .base import Call, CallWriter, make_call, read_json
+from ...engine.grammar.calls import CallShape
+from ..deltas import Delta
+from .base import Call, CallWriter, Tools, make_call, read_json
+from .shaped import ShapedFormat
 
 PYTHON_TAG = "<|python_tag|>"
 _SPACES = " \t\r\n"
-
-
-class LlamaFormat:
-    """See the module."""
-
-    name = "llama"
-    markers = (PYTHON_TAG,)
-    shape = CallShape(before='{"name": "', between='", "parameters": ', after="}", separator="; ")
-
-    def parser(self, names: frozenset[str]) -> OutputParser:
-        return LlamaParser(names)
 
 
 class LlamaParser:
     """See `OutputParser`.
 
     Args:
-        names: of the tools that may be called.
+        tools: that may be called.
     """
 
-    def __init__(self, names: frozenset[str]) -> None:
-        self._names, self._writer = names, CallWriter()
+    def __init__(self, tools: Tools) -> None:
+        self._tools, self._writer = tools, CallWriter()
         self._state = "between"  # "between" calls, after a "tag", in an "object", or "plain": no more calls
         self._held: list[str] = []  # of an incomplete tag or object
         self._depth, self._quoted, self._escaped = 0, False, False
@@ -102,7 +92,7 @@ class LlamaParser:
     def _close(self) -> list[Delta]:
         whole, self._held = "".join(self._held), []
         call = read(whole)
-        if call is None or call.name not in self._names:
+        if call is None or call.name not in self._tools:
             self._state = "plain"
             return self._writer.text(whole)
         self._state = "between"
@@ -116,3 +106,11 @@ def read(text: str) -> Call | None:
         return None
     arguments = value.get("parameters", value.get("arguments"))
     return make_call(value.get("name"), arguments) if isinstance(arguments, (dict, str)) else None
+
+
+LLAMA = ShapedFormat(
+    name="llama",
+    markers=(PYTHON_TAG,),
+    shape=CallShape(before='{"name": "', between='", "parameters": ', after="}", separator="; "),
+    free=LlamaParser,
+)

@@ -19,11 +19,14 @@ from ...errors import RequestError
 from ...system.sandbox.pool import WorkerPool
 from ...system.sandbox.worker import JobError, WorkerError
 from ..request import CompiledGrammar, Grammar
-from .source import CallShape, GrammarSource, ebnf_source, object_source, regex_source, schema_source, tools_source
+from .calls import CallShape, tools_source
+from .source import GrammarSource, ebnf_source, object_source, regex_source, schema_source
+from .special_tokens import SpecialTokens
 from .thoughts import AfterThoughts
 
 _JOB = Path(__file__).with_name("job.py")
 _MAX_BYTES = 1 << 25  # maximum size of a compiled grammar
+_NO_TEXT = b"\xff"  # never part of a text in UTF-8: precedes special tokens, which only a grammar that names them allows
 _NICE = 5  # niceness of the worker processes, so that running requests have precedence
 _CACHED, _CACHED_BYTES = 256, 1 << 27  # maximum number and total size of cached grammars
 
@@ -54,6 +57,8 @@ class GrammarCompiler:
         self._tokenizer, self._vocab_size = tokenizer, vocab_size
         own = tokenizer.eos_token_id
         self._stops = sorted({*stop_token_ids, *([] if own is None else [own])})
+        special = {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+        self._special = SpecialTokens(special, self._stops)
         self._seconds, self._memory, self._count = seconds, memory, workers
         self._lock = threading.Lock()
         self._info: Any = None
@@ -156,8 +161,9 @@ class GrammarCompiler:
 
     def _compile(self, source: GrammarSource) -> _Compiled | RequestError:
         workers = self._started()
+        wanted = self._special.replaced(source.text) if source.kind == "calls" else source.text
         try:
-            text = workers.call({"kind": source.kind, "source": source.text})
+            text = workers.call({"kind": source.kind, "source": wanted})
         except JobError as error:
             return RequestError(source.field, str(error))
         except WorkerError as error:  # not cached: the machine may have been busy
@@ -253,7 +259,7 @@ def _tokenizer_info(tokenizer: Any, vocab_size: int, stops: Sequence[int]) -> An
         ) from error
     info = xgrammar.TokenizerInfo.from_huggingface(tokenizer, vocab_size=vocab_size, stop_token_ids=list(stops))
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    texts = [b"" if i in special else text for i, text in enumerate(info.decoded_vocab)]
+    texts = [_NO_TEXT + text if i in special else text for i, text in enumerate(info.decoded_vocab)]
     return xgrammar.TokenizerInfo(
         texts,
         xgrammar.VocabType.RAW,

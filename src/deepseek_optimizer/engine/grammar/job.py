@@ -13,6 +13,18 @@ from typing import Any
 # characters and unpaired surrogates. The replacement has no escapes: with them, computing a mask takes a second.
 _CHARACTERS = re.compile(r"(?m)^(\w+ ::= \(\()\[\^\\\"\\\\\\r\\n\](\)\))$")
 _CHARACTER = r"[\U00000020-\U00000021\U00000023-\U0000005b\U0000005d-\U0000d7ff\U0000e000-\U0010ffff]"
+# White space as models write it: one space after a comma or colon, or a new line and its indentation; or none. A model that may
+# write any can repeat it without end, and one that may write none continues strings, since a closing quote and a new line are
+# often one token.
+_SPACES = """
+dso_value ::= ("" | " ")
+dso_item ::= ("" | " " | ("\\n" [ ]{0, 20}))
+dso_line ::= ("" | ("\\n" [ ]{0, 20}))
+"""
+_EMPTY = re.compile(r'"([{\[])" "([}\]])"')
+_DIGITS = re.compile(r"\[0-9\]\*")  # of a number without bounds
+_DIGIT = re.compile(r"(?m)^(\w+) ::= \(\(\[0-9\]\)\)$")  # a rule for one digit
+_ANY_OBJECT = {"schema": {"type": "object", "additionalProperties": True}, "rules": {}}
 _WALKS, _STEPS = 4, 96  # number of random texts to time, and of tokens of each
 _SLOW, _GROWING = 2e-3, 3e-4  # maximum seconds of a step, and of a step of a grammar whose steps get slower
 
@@ -33,11 +45,12 @@ def prepare(setup: dict[str, Any]) -> Callable[[dict[str, Any]], Any]:
         return compiler.compile_structural_tag(json.dumps(_with_grammars(json.loads(source), xgrammar)))
 
     kinds: dict[str, Callable[[Any], Any]] = {
-        "json_object": lambda _: compiler.compile_json_schema('{"type": "object"}', any_whitespace=False, strict_mode=False),
+        "json_object": lambda _: compiler.compile_grammar(_ebnf(_ANY_OBJECT, xgrammar)),
         "json_schema": lambda source: compiler.compile_grammar(_ebnf(json.loads(source), xgrammar)),
         "ebnf": compiler.compile_grammar,
         "lark": lambda source: compiler.compile_grammar(xgrammar.Grammar.from_lark(source)),
         "structure": structure,
+        "calls": structure,
     }
 
     def run(payload: dict[str, Any]) -> Any:
@@ -59,15 +72,32 @@ def prepare(setup: dict[str, Any]) -> Callable[[dict[str, Any]], Any]:
 def _ebnf(enforced: dict[str, Any], xgrammar: Any) -> str:
     """Converts an `Enforced` schema to EBNF: xgrammar's grammar with our rules for patterns and characters.
 
-    White space is fixed: a model that may write any can repeat it without end.
+    White space and digits are bounded, so that a text is as long as its strings, lists and objects require. Strings without
+    `maxLength` are not bounded.
     """
-    text = str(xgrammar.Grammar.from_json_schema(json.dumps(enforced["schema"]), any_whitespace=False))
+    text = _bounded(str(xgrammar.Grammar.from_json_schema(json.dumps(enforced["schema"]), any_whitespace=False)))
     for name, rules in enforced["rules"].items():
         place = f'Regex("^{name}$", json_string=true)'
         if place not in text:
             raise ValueError("patterns are not supported with the installed release of xgrammar; remove the pattern")
         text = text.replace(place, name) + f"\n{rules}\n"
     return _CHARACTERS.sub(lambda rule: f"{rule[1]}{_CHARACTER}{rule[2]}", text)
+
+
+def _bounded(text: str) -> str:
+    """Returns xgrammar's grammar for compact JSON with white space as in _SPACES, and with at most 40 digits in a row.
+
+    A quotation mark within a text of the schema has a backslash in EBNF, so that these strings occur only as punctuation.
+    """
+    text = _EMPTY.sub(r'"\1\2"', text)
+    for mark, spaced in (('", "', '"," dso_item'), ('": "', '":" dso_value')):
+        text = text.replace(mark, spaced)
+    for begin, end in ("{}", "[]"):
+        text = text.replace(f'"{begin}" ', f'"{begin}" dso_line ').replace(f' "{end}"', f' dso_line "{end}"')
+    text = _DIGITS.sub("[0-9]{0, 39}", text)
+    for name in _DIGIT.findall(text):
+        text = re.sub(rf"\b{name}\{{(\d+), -1\}}", rf"{name}{{\1, 40}}", text)
+    return text + _SPACES
 
 
 def _with_grammars(value: Any, xgrammar: Any) -> Any:

@@ -8,17 +8,16 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any, NamedTuple
 
-from ...errors import RequestError, excerpt, shown
-from .json_schema import Enforced, normalize
+from ...errors import RequestError
+from .json_schema import normalize
 from .pattern import to_rules
 
 _MAX_CHARACTERS = {"regex": 8_192, "ebnf": 1 << 16}
 _MAX_CHOICES, _MAX_OF_CHOICES = 1_000, 1 << 16  # number of choices, and their characters in total
 _LARK_RULE = re.compile(r"(?m)^[ \t]*[?!]*[A-Za-z_]\w*(\.\d+)?[ \t]*:(?!:=)")
-_MAX_OF_TOOLS = 1 << 20  # characters of the schemas of all tools together
 
 
 class GrammarSource(NamedTuple):
@@ -33,18 +32,6 @@ class GrammarSource(NamedTuple):
     kind: str
     text: str
     field: str
-
-
-@dataclass(frozen=True)
-class CallShape:
-    """How a model writes tool calls: begin, calls (before NAME between ARGUMENTS after) joined by separator, end."""
-
-    before: str
-    between: str
-    after: str
-    separator: str = ""
-    begin: str = ""
-    end: str = ""
 
 
 def object_source() -> GrammarSource:
@@ -105,65 +92,8 @@ def choice_source(choices: Sequence[str]) -> GrammarSource:
     return checked_source("structure", json.dumps(structure, ensure_ascii=False), "choice")
 
 
-def tools_source(
-    tools: Sequence[Mapping[str, Any]], choice: str, shape: CallShape, parallel: bool = True
-) -> GrammarSource | None:
-    """Returns the source for tool calls whose arguments are valid under the tools' schemas, without other text.
-
-    Args:
-        tools: tools in the format of OpenAI's API.
-        choice: "required" to call any of them, or the name of the tool to call. With "auto" and "none" there is no grammar.
-        shape: how the model writes calls.
-        parallel: whether several calls are allowed.
-
-    Returns: None if the text is not constrained.
-
-    Raises:
-        RequestError: as of `schema_source`, or there is no tool to call.
-    """
-    if choice in ("auto", "none"):
-        return None
-    functions = [tool["function"] for tool in tools if choice in ("required", tool["function"]["name"])]
-    if not functions:
-        raise RequestError("tool_choice", f"there is no tool {shown(choice)}" if tools else "there are no tools to call")
-    size = sum(len(json.dumps(function.get("parameters"))) for function in functions)
-    if size > _MAX_OF_TOOLS:
-        raise RequestError("tools", f"their parameters have {size:,} characters in total; the maximum is {_MAX_OF_TOOLS:,}")
-    calls = [  # xgrammar's structural tags, except for the contents, which the job replaces by grammars
-        {
-            "type": "tag",
-            "begin": f"{shape.before}{function['name']}{shape.between}",
-            "content": asdict(_parameters(function)),
-            "end": shape.after,
-        }
-        for function in functions
-    ]
-    several = {
-        "type": "tags_with_separator",
-        "tags": calls,
-        "separator": shape.separator,
-        "at_least_one": True,
-        "stop_after_first": not parallel,
-    }
-    around = [{"type": "const_string", "value": text} for text in (shape.begin, shape.end)]
-    parts = [part for part in (around[0], several, around[1]) if part.get("value") != ""]
-    structure = {"type": "structural_tag", "format": {"type": "sequence", "elements": parts}}
-    return checked_source("structure", json.dumps(structure), "tools")
-
-
 def checked_source(kind: str, text: str, field: str) -> GrammarSource:
     """Returns a source whose text has no characters that cannot be compiled; RequestError if it has."""
     if "\0" in text or any("\ud800" <= character <= "\udfff" for character in text):
         raise RequestError(field, "has a NUL character or an unpaired surrogate")
     return GrammarSource(kind, text, field)
-
-
-def _parameters(function: Mapping[str, Any]) -> Enforced:
-    """Returns the normalized schema of a tool's arguments, which must be an object."""
-    name, schema = excerpt(function["name"]), function.get("parameters") or {}
-    if not isinstance(schema, Mapping):
-        raise RequestError("tools", f"parameters of {name}: must be an object")
-    try:
-        return normalize({"type": "object", **schema})
-    except RequestError as error:
-        raise RequestError("tools", f"parameters of {name}: {str(error).partition(': ')[2]}") from None

@@ -38,5 +38,8 @@ class Memory(Protocol):
             CacheFullError: too few blocks are free; nothing was changed.
         """
 
+    def release_unused(self) -> None:
+        """Returns the memory of the cache to the system if no block is in use."""
+
     def run(self, plan: Plan, batch: StepBatch) -> StepOutput:
         """Runs a step of a plan over this memory."""

@@ -433,7 +433,7 @@ class Scheduler:
         self.running.remove(victim)
         self._free(victim)
         self._lost(victim)
-        victim.states = victim.shareable = None
+        victim.pooler = victim.shareable = None
         victim.preempted += 1
         self.preemptions += 1
         self.add(victim)

@@ -10,10 +10,22 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from heapq import heapify, heappop, heappush
+from typing import Protocol, TypeVar
 
+from ..request import Request
 from ..running import Running
 
 _REMEMBERED = 256  # number of clients to remember; more only while more of them have requests
+
+
+class Queued(Protocol):
+    """What the order of turns needs to know of a request in an engine; see `Running`."""
+
+    number: int
+    request: Request
+
+
+Q = TypeVar("Q", bound=Queued)
 
 
 class Turns:
@@ -27,7 +39,7 @@ class Turns:
         """Returns the number of the client's last turn, which increases with every turn; 0: none is recorded."""
         return self._last.get(client, 0)
 
-    def record(self, client: str, there: Iterable[Running]) -> None:
+    def record(self, client: str, there: Iterable[Queued]) -> None:
         """Records a turn of a client.
 
         Args:
@@ -69,7 +81,7 @@ def in_turn(waiting: Iterable[Running], running: Sequence[Running], turns: Turns
             heappush(heads, (priority, counts[client], turns.last(client), queue[0].number, client))
 
 
-def alternating(requests: Sequence[Running], turns: Turns) -> list[Running]:
+def alternating(requests: Sequence[Q], turns: Turns) -> list[Q]:
     """Returns requests by priority, then round-robin over clients: the first request of each, then the second, and so on.
 
     Args:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import mmap
 import threading
 import warnings
 import weakref
@@ -105,6 +106,16 @@ class PackedModel(Instance):
     def replaced_files(self) -> list[str]:
         """Paths of mapped files that were replaced or deleted since loading; the model continues to use the loaded files."""
         return sorted(str(path) for mapping in self.mappings if (path := mapping.replaced()) is not None)
+
+    def release_pages(self) -> None:
+        """Releases the memory of weights that are mapped from files; they are read from the files again when they are used."""
+        for mapping in self.mappings:
+            mapping.madvise(mmap.MADV_DONTNEED)
+
+    def read_ahead(self) -> None:
+        """Begins to read mapped weights from their files, so that the first use does not wait for every page."""
+        for mapping in self.mappings:
+            mapping.madvise(mmap.MADV_WILLNEED)
 
     def warn_once(self, note: str) -> None:
         """Issues `note` as an OptimizerWarning, once per model, and adds it to `notes`."""

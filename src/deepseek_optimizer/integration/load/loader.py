@@ -52,6 +52,8 @@ _FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 def load(path: str | os.PathLike[str], config: DeepSeekConfig | None, fields: dict[str, Any]) -> Any:
     """Implements `load_model`, which documents the arguments; `fields` override `config`."""
     with open_checkpoint(resolve(path)) as checkpoint:
+        if (checkpoint.path / "modules.json").is_file():
+            checkpoint.name_as_causal()
         if (reason := why_general_path(checkpoint, config, fields)) is not None:
             section = checkpoint.config().get("quantization_config")
             return load_general(checkpoint, _settings(section, checkpoint, config, fields), reason)
@@ -71,7 +73,7 @@ def load(path: str | os.PathLike[str], config: DeepSeekConfig | None, fields: di
             cast = dtype if settings.precision == "fp32" else None
             _fill(model, weights_for(model, checkpoint, backend.pack, cast, progress, importance))
         checkpoint.check_unchanged()
-        name_source(model, checkpoint.path, dtype)
+        name_source(model, checkpoint, dtype)
         notes += checkpoint.remarks()
         notes += checkpoint.conversions() if settings.precision == "auto" else []
         total = sum(info.nbytes for info in checkpoint.tensors.values())
@@ -267,13 +269,14 @@ def _check_same(checkpoint: Checkpoint, target: str, source: str) -> None:
         )
 
 
-def name_source(model: Any, path: Path, dtype: torch.dtype) -> None:
+def name_source(model: Any, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
     """Records in a model's config the path and dtype it was loaded with, and loads the checkpoint's generation config.
 
     Raises:
         CheckpointError: generation_config.json cannot be read.
     """
     model.config.dtype = dtype
+    path = checkpoint.path
     model.config._name_or_path = str(path)
     from transformers import GenerationConfig
 
@@ -282,6 +285,9 @@ def name_source(model: Any, path: Path, dtype: torch.dtype) -> None:
             model.generation_config = GenerationConfig.from_pretrained(str(path))
         except Exception as error:
             raise CheckpointError(f"cannot be read: {error}", file=path / "generation_config.json") from error
+    elif checkpoint.sampling and model.generation_config is not None:
+        samples = bool(checkpoint.sampling.keys() - {"repetition_penalty"})
+        model.generation_config.update(**checkpoint.sampling, do_sample=samples or None)
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from ...checkpoint import Checkpoint, Manifest, PackedCheckpoint, open_checkpoin
 from ...checkpoint.atomic import naming
 from ...checkpoint.layout import Stored
 from ...checkpoint.manifest import PackedEntry
+from ...checkpoint.sentence_transformers import copy_embedding_files
 from ...checkpoint.shards import SHARD_BYTES, Shard, plan_shards, write_index, write_shard
 from ...checkpoint.unfinished import Unfinished
 from ...config import DeepSeekConfig
@@ -63,6 +64,8 @@ def pack_checkpoint(
     """
     out = Path(out)
     with open_checkpoint(resolve(path)) as checkpoint:
+        if (checkpoint.path / "modules.json").is_file():
+            checkpoint.name_as_causal()
         model, settings, dtype = sketch(checkpoint, None, dict(fields))
         packed = checkpoint.manifest if isinstance(checkpoint, PackedCheckpoint) else None
         if settings.kl_budget is not None and packed is None:
@@ -82,10 +85,11 @@ def pack_checkpoint(
             write_index(directory.folder, shards)
             manifest = Manifest.of(planned, packed.curve if packed is not None else ())
             mark_quantized(model, settings)
-            name_source(model, checkpoint.path, dtype)
+            name_source(model, checkpoint, dtype)
             save_configs(model, dtype, directory.folder, manifest)
             if tokenizer is not None:
                 tokenizer.save_pretrained(directory.folder)
+            copy_embedding_files(checkpoint.path, directory.folder)
             directory.publish()
 
 

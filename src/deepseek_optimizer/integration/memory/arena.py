@@ -106,6 +106,10 @@ class Arena:
         self._garbage.append(sequences)
         self._try_sweep()
 
+    def release_unused(self) -> None:
+        """Returns the memory of the store to the system if no block is in use."""
+        self.reclaim([])
+
     def _try_sweep(self) -> None:
         if self._lock.acquire(blocking=False):
             try:

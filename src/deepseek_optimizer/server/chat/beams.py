@@ -189,6 +189,8 @@ def beam_start(
                 raise ApiError(
                     400, "use_beam_search: not with structured output, tools or echo with logprobs", param="use_beam_search"
                 )
+            if len(request.prompt) + (request.sampling.max_tokens or 1) > state.engine.room:
+                raise ApiError(400, "prompt: does not fit the context together with max_tokens; shorten it", param="prompt")
             search = asyncio.ensure_future(_outputs(state, request, n, penalty, caller))
             answers += [BeamAnswer(search, index) for index in range(n)]
         return answers

@@ -8,10 +8,13 @@ from typing import Any
 
 from ...chat.deltas import OutputParser
 from ...chat.fit import fit
+from ...chat.messages import check_messages, check_tools
 from ...chat.output_parser import make_output_parser, special_markers
 from ...chat.reasoning import CLOSE, opened_by
-from ...chat.template import Prompt
-from ...chat.tools import FORMATS, ToolFormat, detect
+from ...chat.template import ChatTemplate, Prompt
+from ...chat.tools import FORMATS, GENERIC, HARMONY, ToolFormat, detect
+from ...chat.tools.base import Enforced
+from ...chat.tools.generic import with_described_tools
 from ..http.problems import ApiError
 from ..state import ServerState
 from ..tokens.tokenizing import Lane
@@ -28,6 +31,7 @@ class ChatSpec:
         messages, tools: in the format of OpenAI's chat API.
         choice: "none", "auto", "required", or the name of the tool that must be called if `named`.
         named: whether `choice` is the name of a tool.
+        allowed: names of the tools that may be called; None: all. The prompt describes all tools, so that it does not change.
         effort: of reasoning; None: not given.
         options: variables of the chat template.
         skip_special: omit special tokens from the text.
@@ -39,11 +43,21 @@ class ChatSpec:
     tools: Sequence[Tool] = ()
     choice: str = "auto"
     named: bool = False
+    allowed: frozenset[str] | None = None
     effort: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     skip_special: bool = True
     add_generation_prompt: bool = True
     continue_final: bool = False
+
+    @property
+    def callable_tools(self) -> list[Tool]:
+        """The tools that may be called."""
+        if self.named:
+            return [tool for tool in self.tools if tool["function"]["name"] == self.choice]
+        if self.choice == "none":
+            return []
+        return [tool for tool in self.tools if self.allowed is None or tool["function"]["name"] in self.allowed]
 
     @property
     def has_files(self) -> bool:
@@ -59,19 +73,21 @@ class ChatSetup:
     Attributes:
         prompt: the rendered prompt.
         tool_format: of tool calls; None: no tools may be called.
+        channels: whether the answer is written in channels, in the harmony format.
         thinking: "no", "opens" (the answer may begin with reasoning) or "open" (the prompt ends with the opening tag).
         keep_special: whether the parser needs special tokens.
         dropped: tokens of messages that were dropped because the chat exceeds the cache window.
-        parser: returns a new parser for each answer; None: the text is only content.
+        parser: returns a new parser for each answer, given whether a grammar enforces calls; None: the text is only content.
         ignored: names of options of the chat that the template does not have.
     """
 
     prompt: Prompt
     tool_format: ToolFormat | None
+    channels: bool
     thinking: str
     keep_special: bool
     dropped: int
-    parser: Callable[[], OutputParser] | None
+    parser: Callable[[Enforced], OutputParser] | None
     ignored: tuple[str, ...] = ()
 
     @property
@@ -90,41 +106,58 @@ def set_up(state: ServerState, lane: Lane, chat: ChatSpec) -> ChatSetup:
         chat: the chat.
 
     Raises:
-        ApiError: 400, the model cannot call tools, or does not support the reasoning effort.
+        ApiError: 400, `--tool-format` needs another template, or the model does not support the reasoning effort.
         RequestError: the chat template rejects the messages, the tools or an option.
         WorkerLostError: the process that renders templates was killed by something else, twice.
     """
     tools = list(chat.tools) if chat.named or chat.choice != "none" else []
-    source = lane.template.source(bool(tools))
-    tool_format = _tool_format(state, source) if tools else None
+    tool_format, described = _tool_format(state, lane.template) if tools else (None, False)
+    in_template = tools if not described else []
+    channels = detect(lane.template.source(bool(in_template))) is HARMONY
     ignored: tuple[str, ...] = ()
     if not state.settings.strict:
-        chat, ignored = _with_known_options(lane, chat, bool(tools))
-    thinks = state.thinks(bool(tools))
-    options = _options(lane, chat, bool(tools), thinks)
-    prompt, dropped = _fitted(state, lane, chat, tools, options)
-    keep_special = (thinks or tool_format is not None) and special_markers(lane.tokenizer, tool_format)
+        chat, ignored = _with_known_options(lane, chat, bool(in_template))
+    thinks = state.thinks(bool(in_template)) and not channels
+    options = _options(lane, chat, bool(in_template), thinks)
+    prompt, dropped = _fitted(state, lane, chat, tools, tool_format if described else None, options)
+    output_format = HARMONY if channels else tool_format
+    keep_special = (thinks or output_format is not None) and special_markers(lane.tokenizer, output_format)
     drop = [token for token in lane.tokenizer.all_special_tokens if token] if keep_special and chat.skip_special else []
-    names = [tool["function"]["name"] for tool in tools]
+    schemas = {tool["function"]["name"]: tool["function"].get("parameters") or {} for tool in chat.callable_tools}
 
-    def parser() -> OutputParser:
-        return make_output_parser(CLOSE if thinks else "", prompt.text, tool_format=tool_format, tool_names=names, drop=drop)
+    def parser(enforced: Enforced) -> OutputParser:
+        return make_output_parser(
+            CLOSE if thinks else "", prompt.text, tool_format=output_format, tools=schemas, enforced=enforced, drop=drop
+        )
 
     thinking = "no" if not thinks else "open" if opened_by(prompt.text) else "opens"
-    make_parser = parser if thinks or tool_format or drop else None
-    return ChatSetup(prompt, tool_format, thinking, keep_special, dropped, make_parser, ignored)
+    make_parser = parser if thinks or output_format or drop else None
+    return ChatSetup(prompt, tool_format, channels, thinking, keep_special, dropped, make_parser, ignored)
 
 
 def _fitted(
-    state: ServerState, lane: Lane, chat: ChatSpec, tools: list[Tool], options: Mapping[str, Any]
+    state: ServerState,
+    lane: Lane,
+    chat: ChatSpec,
+    tools: list[Tool],
+    described: ToolFormat | None,
+    options: Mapping[str, Any],
 ) -> tuple[Prompt, int]:
     """The prompt, and the number of tokens of dropped messages. With a cache window, a quarter of it is reserved for the answer
-    and later turns."""
+    and later turns.
+
+    Args:
+        described: format of calls to describe in the messages; None: the template describes the tools.
+    """
 
     def render(some: Sequence[Mapping[str, Any]]) -> Prompt:
+        in_template: list[Tool] | None = tools or None
+        if described is not None and described.shape is not None:
+            in_template, system = None, lane.template.knows_system()
+            some = with_described_tools(check_messages(some), check_tools(tools), described.shape, system=system)
         return lane.template.render(
             some,
-            tools=tools or None,
+            tools=in_template,
             add_generation_prompt=chat.add_generation_prompt,
             continue_final=chat.continue_final,
             options=options,
@@ -144,12 +177,19 @@ def _fitted(
     return prompt, len(whole.ids) - len(prompt.ids)
 
 
-def _tool_format(state: ServerState, source: str) -> ToolFormat:
-    name = state.settings.tools_format
-    tool_format = detect(source) if name is None else FORMATS[name]
-    if tool_format is None:
-        raise ApiError(400, "tools: this model's chat template has no supported format of tool calls", param="tools")
-    return tool_format
+def _tool_format(state: ServerState, template: ChatTemplate) -> tuple[ToolFormat, bool]:
+    """The format of tool calls, and whether the server describes the tools and the format, because the template does not."""
+    name, knows = state.settings.tools_format, template.knows_tools()
+    found = detect(template.source(tools=True)) if knows else None
+    tool_format = FORMATS[name] if name is not None else found or GENERIC
+    described = not knows or tool_format is GENERIC
+    if described and tool_format.shape is None:
+        raise ApiError(
+            400,
+            f"tools: the format {name} needs a template that describes tools; use --tool-format generic",
+            param="tools",
+        )
+    return tool_format, described
 
 
 def _with_known_options(lane: Lane, chat: ChatSpec, tools: bool) -> tuple[ChatSpec, tuple[str, ...]]:
@@ -180,14 +220,16 @@ def _options(lane: Lane, chat: ChatSpec, tools: bool, thinks: bool) -> dict[str,
     return options
 
 
-def check_choice(tools: Sequence[Tool], choice: str, named: bool) -> None:
-    """Checks that a tool that must be called exists.
+def check_choice(tools: Sequence[Tool], choice: str, named: bool, allowed: frozenset[str] | None = None) -> None:
+    """Checks that the tools that must or may be called exist.
 
     Raises:
-        ApiError: 400, it does not.
+        ApiError: 400, they do not.
     """
     names = [tool["function"]["name"] for tool in tools]
     if named and choice not in names:
         raise ApiError(400, "tool_choice: there is no tool of that name", param="tool_choice")
     if choice == "required" and not tools:
         raise ApiError(400, "tool_choice: is required, but there are no tools", param="tool_choice")
+    if allowed is not None and not allowed.issubset(names):
+        raise ApiError(400, "tool_choice: allowed_tools names a tool that is not in tools", param="tool_choice")

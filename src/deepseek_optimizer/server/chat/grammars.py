@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from ...chat.reasoning import CLOSE, OPEN
-from ...engine.grammar.source import tools_source
+from ...chat.tools import HARMONY
+from ...engine.grammar.source import GrammarSource
 from ...engine.request import CompiledGrammar
+from ...errors import RequestError
 from ..http.caller import Caller
-from ..http.problems import ApiError
 from ..state import ServerState
 from .chat_setup import ChatSetup, ChatSpec
 from .forms import Form, source_of
@@ -20,41 +21,47 @@ async def compiled(state: ServerState, form: Form | None, caller: Caller) -> Com
         WorkerLostError: the process that compiled it was killed by something else, twice.
         ApiError: see `FairQueue.run`.
     """
-    if form is None:
-        return None
-    return await state.compiling(lambda: source_of(form), caller)
+    return None if form is None else await state.compiling(lambda: source_of(form), caller)
 
 
 async def chat_grammar(
     state: ServerState, chat: ChatSpec, setup: ChatSetup, form: Form | None, parallel: bool, caller: Caller
 ) -> CompiledGrammar | None:
-    """The grammar of a chat's answer, for its form or for required tool calls. Reasoning before it is unconstrained.
+    """The grammar of a chat's answer, for its form and for tool calls. Reasoning before it is unconstrained.
+
+    If the model may but need not call tools, and the grammar of the calls cannot be compiled, calls are recognized without it.
 
     Args:
         state: the server's.
         chat: the chat.
         setup: its prompt and formats.
-        form: of the answer's text; None: any.
+        form: of the answer's text; None: any. It does not apply to tool calls.
         parallel: whether several tool calls are allowed.
         caller: who sent the request.
 
     Raises:
-        ApiError: 400, both a form and tools were given.
         RequestError, WorkerLostError, ApiError: see `compiled`.
     """
-    tool_format = setup.tool_format
-    if form is not None and tool_format is not None:
-        raise ApiError(
-            400, 'tools: not supported with a response format; give one of them, or tool_choice "none"', param="tools"
-        )
-    if tool_format is None or (chat.choice != "required" and not chat.named):
+    tool_format = HARMONY if setup.channels else setup.tool_format
+    if tool_format is None:
         grammar = await compiled(state, form, caller)
-    else:
-        shape = tool_format.shape
-        tools = [tool for tool in chat.tools if not chat.named or tool["function"]["name"] == chat.choice]
-        if shape is None:
-            raise ApiError(400, "tool_choice: required calls are not supported in this model's format", param="tool_choice")
-        grammar = await state.compiling(lambda: tools_source(tools, "required", shape, parallel), caller)
-    if grammar is None or setup.thinking == "no":
+        return None if grammar is None else _after_thoughts(state, setup, grammar)
+    choice = "none" if setup.tool_format is None else "required" if chat.named else chat.choice
+    optional = choice == "auto" and form is None
+
+    def source() -> GrammarSource | None:
+        return tool_format.source(chat.callable_tools, choice, parallel, None if form is None else source_of(form))
+
+    try:
+        grammar = await state.compiling(source, caller)
+        return None if grammar is None else _after_thoughts(state, setup, grammar)
+    except RequestError:
+        if not optional:
+            raise
+        return None
+
+
+def _after_thoughts(state: ServerState, setup: ChatSetup, grammar: CompiledGrammar) -> CompiledGrammar:
+    if setup.thinking == "no":
         return grammar
     return state.grammars.after_thoughts(grammar, OPEN, CLOSE, setup.thinking == "open")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from ...chat.tools.base import Enforced
 from ...engine.request import CompiledGrammar
 from ...engine.request import Request as EngineRequest
 from ..http.caller import Caller
@@ -26,6 +27,7 @@ class PreparedChat:
 
     def __init__(self, state: ServerState, chat: ChatSpec, setup: ChatSetup | None) -> None:
         self.state, self.chat, self.setup = state, chat, setup
+        self._enforced: Enforced = "no"  # calls that the grammar enforces
 
     @property
     def ids(self) -> list[int]:
@@ -68,7 +70,10 @@ class PreparedChat:
     async def grammar(self, form: Form | None, parallel: bool, caller: Caller) -> CompiledGrammar | None:
         """See `chat_grammar`."""
         assert self.setup is not None
-        return await chat_grammar(self.state, self.chat, self.setup, form, parallel, caller)
+        grammar = await chat_grammar(self.state, self.chat, self.setup, form, parallel, caller)
+        if grammar is not None and self.setup.tool_format is not None:
+            self._enforced = "auto" if self.chat.choice == "auto" and not self.chat.named else "required"
+        return grammar
 
     def submit(
         self, requests: list[EngineRequest], one_call: bool, start: Callable[[list[EngineRequest]], list[Any]] | None = None
@@ -90,7 +95,7 @@ class PreparedChat:
 
     def parser(self) -> Any:
         """A new parser for one answer; None: its text is only content."""
-        return self.setup.parser() if self.setup and self.setup.parser else None
+        return self.setup.parser(self._enforced) if self.setup and self.setup.parser else None
 
 
 async def prepare_chat(state: ServerState, chat: ChatSpec, caller: Caller) -> PreparedChat:

@@ -35,6 +35,24 @@ def json_response(value: Any) -> Response:
     return Response(orjson.dumps(value), media_type="application/json")
 
 
+def failure(state: ServerState, output: Output) -> ApiError | None:
+    """The error response if an answer ended with an error; None otherwise."""
+    if output.finish == "deadline":
+        return timed_out()
+    if output.finish == "cancelled":
+        return busy("the server is stopping", 5)
+    if output.finish != "error":
+        return None
+    logger.error("request %s failed: %s", output.request_id, output.error)
+    if output.transient:
+        return busy("the server has no memory for this answer now", 5)
+    try:
+        state.engine.check_alive()
+    except EngineDeadError as error:
+        return problem(error)
+    return ApiError(500, "generation failed; see the server's log", code="generation_failed")
+
+
 class Encoder(Protocol):
     """Writes a protocol's events. `index`: of the answer in the request."""
 
@@ -94,21 +112,7 @@ class _AnyReply(Response):
             answers.cancel()
 
     def _failure(self, output: Output) -> ApiError | None:
-        """The error response if the answer ended with an error; None otherwise."""
-        if output.finish == "deadline":
-            return timed_out()
-        if output.finish == "cancelled":
-            return busy("the server is stopping", 5)
-        if output.finish != "error":
-            return None
-        logger.error("request %s failed: %s", output.request_id, output.error)
-        if output.transient:
-            return busy("the server has no memory for this answer now", 5)
-        try:
-            self._state.engine.check_alive()
-        except EngineDeadError as error:
-            return problem(error)
-        return ApiError(500, "generation failed; see the server's log", code="generation_failed")
+        return failure(self._state, output)
 
 
 class WholeReply(_AnyReply):

@@ -12,6 +12,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..settings import ServerSettings
+from . import request_id
 from .caller import client_of
 from .hosts import HostCheck
 from .ignored_fields import HEADER, IgnoredFields
@@ -48,7 +49,8 @@ class Guard:
     """Checks the API key, converts exceptions to error responses, and answers HEAD like GET; uvicorn omits the body.
 
     It sets, in the scope's state, `salt` (a hash of the key), `client` (see `caller`), `arrived` (time of `time.monotonic`) and
-    `ignored_fields`, a list to which routes add the names of ignored fields of the request.
+    `ignored_fields`, a list to which routes add the names of ignored fields of the request; and the request's id for the log
+    and the response.
 
     Args:
         open_paths: paths that need no key.
@@ -63,6 +65,9 @@ class Guard:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
         arrived, requested = time.monotonic(), scope["method"]
+        id = request_id.request_id(scope)
+        request_id.current.set(id)
+        own = [*_SECURITY, (request_id.HEADER, id.encode())]
         if requested == "HEAD":
             scope = {**scope, "method": "GET"}
         status = 0
@@ -71,7 +76,7 @@ class Guard:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                headers = [*message.get("headers", ()), *_SECURITY]
+                headers = [*message.get("headers", ()), *own]
                 if scope["state"]["ignored_fields"]:
                     headers.append((HEADER.lower().encode(), self._ignored.report(scope["state"]["ignored_fields"]).encode()))
                 message = {**message, "headers": headers}
@@ -97,7 +102,9 @@ class Guard:
             method = requested if requested in _METHODS else "other"
             self._metrics.record(_handler(scope), method, status, time.monotonic() - arrived)
             if self._settings.access_log:
-                logger.info("%s %s %d %.3f s", method, _handler(scope), status, time.monotonic() - arrived)
+                route, seconds = _handler(scope), time.monotonic() - arrived
+                line = {"method": method, "route": route, "status": status, "seconds": round(seconds, 6)}
+                logger.info("%s %s %d %.3f s", method, route, status, seconds, extra=line)
 
     def _salt(self, scope: Scope) -> str:
         keys = self._settings.keys
@@ -105,7 +112,7 @@ class Guard:
         salt = keys.salt(given[0] if len(given) == 1 else None)
         if salt is not None:
             return salt
-        if scope["path"] in self._open:
+        if scope["path"].removeprefix(scope.get("root_path", "")) in self._open:
             return ""
         message = "the API key is wrong" if given else "this server requires an API key: send Authorization: Bearer KEY"
         raise ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from ...engine.request import MAX_LOGPROBS
 from .base import Body, Ignored, ModelName, ResponseModel, Usage
@@ -55,6 +55,13 @@ class ChatRequest(Sampling, Guided):
     web_search_options: Ignored
     audio: Ignored
     modalities: list[Literal["text"]] | None = None
+
+    @field_validator("chat_template", mode="before")
+    @classmethod
+    def _no_template(cls, value: Any) -> Any:
+        if value is not None:
+            raise ValueError("templates of requests are not run; leave it out")
+        return value
 
 
 class TopLogprob(ResponseModel):

@@ -128,6 +128,14 @@ class NamedFunctionTool(Body):
     name: Annotated[str, Field(max_length=64)]
 
 
+class AllowedFunctionTools(Body):
+    """The functions that may be called."""
+
+    type: Literal["allowed_tools"]
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[NamedFunctionTool], Field(min_length=1, max_length=128, fail_fast=True)]
+
+
 class PlainText(Body):
     type: Literal["text"]
 
@@ -175,7 +183,7 @@ class ResponsesRequest(IgnoredFields):
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     tools: Annotated[list[FunctionTool], Field(max_length=128, fail_fast=True)] | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedFunctionTool | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedFunctionTool | AllowedFunctionTools | None = None
     parallel_tool_calls: bool | None = None
     text: TextOptions | None = None
     reasoning: ReasoningOptions | None = None
@@ -251,7 +259,7 @@ class ResponseObject(ResponseModel):
     store: Literal[False]
     temperature: float | None
     text: dict[str, Any]
-    tool_choice: str | dict[str, str]
+    tool_choice: str | dict[str, Any]
     tools: list[dict[str, Any]]
     top_p: float | None
     truncation: Literal["disabled"]

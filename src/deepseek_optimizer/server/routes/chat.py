@@ -21,7 +21,7 @@ from ..document_chats.chats import prepare_chat_with_files
 from ..http.problems import ApiError
 from ..openapi import body_errors, events, reads
 from ..protocol.chat import EXAMPLE, ChatCompletion, ChatRequest, usage_in_stream
-from ..protocol.messages import AssistantMessage, NamedTool
+from ..protocol.messages import AllowedToolsChoice, AssistantMessage, NamedTool
 from ..protocol.sampling import requests_for
 from ..state import ServerState
 from ..tokens.token_text import TokenIdTexts
@@ -114,14 +114,19 @@ def chat_spec(body: ChatRequest, prefill: bool = False) -> ChatSpec:
     """
     tools = [tool.model_dump(exclude_none=True, exclude={"function": {"strict"}}) for tool in body.tools or ()]
     wanted = body.tool_choice or "auto"
-    named = isinstance(wanted, NamedTool)
-    choice = wanted.function.name if isinstance(wanted, NamedTool) else wanted
-    check_choice(tools, choice, named)
+    named, allowed = isinstance(wanted, NamedTool), None
+    if isinstance(wanted, AllowedToolsChoice):
+        allowed = frozenset(tool.function.name for tool in wanted.allowed_tools.tools)
+        choice: str = wanted.allowed_tools.mode
+    else:
+        choice = wanted.function.name if isinstance(wanted, NamedTool) else wanted
+    check_choice(tools, choice, named, allowed)
     return ChatSpec(
         messages=with_tool_calls([message.model_dump(exclude_none=True) for message in body.messages]),
         tools=tools,
         choice=choice,
         named=named,
+        allowed=allowed,
         effort=body.reasoning_effort,
         options=body.chat_template_kwargs or {},
         skip_special=body.skip_special_tokens is not False,

@@ -18,6 +18,7 @@ from ..document_chats.chats import prepare_chat_with_files
 from ..openapi import body_errors, events, reads
 from ..protocol.responses import (
     EXAMPLE,
+    AllowedFunctionTools,
     InputCall,
     InputCallOutput,
     InputContent,
@@ -92,14 +93,18 @@ def chat_spec(body: ResponsesRequest) -> ChatSpec:
         function = tool.model_dump(exclude_none=True, exclude={"type", "strict"})
         tools.append({"type": "function", "function": function})
     wanted = body.tool_choice or "auto"
-    named = isinstance(wanted, NamedFunctionTool)
-    choice = wanted.name if isinstance(wanted, NamedFunctionTool) else wanted
-    check_choice(tools, choice, named)
+    named, allowed = isinstance(wanted, NamedFunctionTool), None
+    if isinstance(wanted, AllowedFunctionTools):
+        allowed, choice = frozenset(tool.name for tool in wanted.tools), str(wanted.mode)
+    else:
+        choice = wanted.name if isinstance(wanted, NamedFunctionTool) else wanted
+    check_choice(tools, choice, named, allowed)
     return ChatSpec(
         messages=chat_messages(body),
         tools=tools,
         choice=choice,
         named=named,
+        allowed=allowed,
         effort=body.reasoning.effort if body.reasoning else None,
         options=body.chat_template_kwargs or {},
     )

@@ -26,8 +26,8 @@ def add(app: FastAPI, state: ServerState) -> None:
 
     @app.get("/ready", response_model=Status, responses=errors(403) | down, tags=["status"])
     async def ready() -> Response:
-        """Whether the server accepts requests: 503 also while it is shutting down."""
-        status = "draining" if state.draining else "ok" if state.engine.alive else "dead"
+        """Whether the server accepts requests: 503 also while it is shutting down or sleeps."""
+        status = "draining" if state.draining else "sleeping" if state.sleeping else "ok" if state.engine.alive else "dead"
         return JSONResponse({"status": status}, 200 if status == "ok" else 503)
 
     @app.get(

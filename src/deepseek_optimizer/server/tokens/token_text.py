@@ -158,7 +158,7 @@ def echo_logprobs(first: int, logprobs: PromptLogprobs, texts: TokenTexts, echo:
         if not texts.added(token) or echo.startswith(raw.decode(errors="replace"), offset):
             offset += len(decoder.decode(raw))
     values = logprobs.logprobs.tolist()
-    arrays = {
+    arrays: dict[str, list[Any]] = {
         "tokens": [texts.text(token) for token in tokens],
         "token_logprobs": [None, *map(finite, values)],
         "text_offset": offsets,

@@ -1,0 +1,54 @@
+"""/version, /load and, if the operator allows it, /sleep, /wake_up and /is_sleeping, as vLLM has them."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from fastapi import FastAPI, Query, Response
+
+from ...versions import versions
+from ..chat.replies import json_response
+from ..openapi import errors
+from ..protocol.operations import Load, Sleeping, Slept, Version
+from ..state import ServerState
+
+_PACKAGE = "deepseek-optimizer"
+
+
+def add(app: FastAPI, state: ServerState) -> None:
+    @app.get("/version", response_model=Version, responses=errors(401, 403), tags=["status"])
+    async def version() -> Response:
+        """The version of the server."""
+        return json_response({"version": versions(_PACKAGE)[_PACKAGE]})
+
+    @app.get("/load", response_model=Load, responses=errors(401, 403), tags=["status"])
+    async def load() -> Response:
+        """The number of requests in the server, for load balancers: `server_load` counts all that are admitted, of which some
+        are running in the engine and some are waiting for it, and some are in the server's queues."""
+        running, waiting = state.engine.load
+        queues = {queue.name: {"running": queue.running, "waiting": queue.waiting} for queue in state.queues}
+        return json_response({"server_load": state.engine.admitted, "running": running, "waiting": waiting, "queues": queues})
+
+    @app.get("/is_sleeping", response_model=Sleeping, responses=errors(401, 403), tags=["status"])
+    async def is_sleeping() -> Response:
+        """Whether the server sleeps."""
+        return json_response({"is_sleeping": state.sleeping})
+
+    if not state.settings.sleep_mode:
+        return
+
+    @app.post("/sleep", response_model=Slept, responses=errors(401, 403, 429, 503), tags=["status"])
+    async def sleep(
+        level: Annotated[Literal["1", "2"], Query(description="vLLM's levels, which do the same here.")] = "1",
+        mode: Annotated[
+            Literal["wait", "abort"], Query(description="What happens to requests in flight: they end, or are cancelled.")
+        ] = "wait",
+    ) -> Response:
+        """Releases the memory of the cache and of mapped weights. Until /wake_up, requests are answered with status 503."""
+        return json_response({"released_bytes": await state.sleep(0 if mode == "abort" else state.settings.drain_seconds)})
+
+    @app.post("/wake_up", response_model=Sleeping, responses=errors(401, 403, 503), tags=["status"])
+    async def wake_up() -> Response:
+        """Ends the sleep: mapped weights are read again as they are needed, beginning now."""
+        await state.wake_up()
+        return json_response({"is_sleeping": state.sleeping})
