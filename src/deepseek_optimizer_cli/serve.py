@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -211,6 +212,36 @@ def serve(
     max_body_bytes: Annotated[
         int, typer.Option("--max-body-bytes", min=1, metavar="BYTES", help="Maximum size of a request body.", **_REQUESTS)
     ] = 4 << 20,
+    state_dir: Annotated[
+        str | None,
+        typer.Option(
+            "--state-dir",
+            metavar="DIR",
+            help="Folder for stored responses of /v1/responses, which survive a restart there. Default: they are in memory.",
+            **_REQUESTS,
+        ),
+    ] = None,
+    response_days: Annotated[
+        float,
+        typer.Option(
+            "--response-days",
+            min=0.001,
+            metavar="DAYS",
+            help="Time after its last use at which a stored response is deleted.",
+            **_REQUESTS,
+        ),
+    ] = 30.0,
+    response_mb: Annotated[
+        float,
+        typer.Option(
+            "--response-mb",
+            min=0.001,
+            metavar="MB",
+            help="Maximum size of all stored responses, in megabytes; the oldest are deleted. With API keys, each key may use "
+            "half of it.",
+            **_REQUESTS,
+        ),
+    ] = 128.0,
     lora: Annotated[
         list[str] | None,
         typer.Option(
@@ -384,6 +415,7 @@ def serve(
     template = None if chat_template is None else read_template(chat_template)
     keys = read_keys(api_key_file)
     file_memory = max(1, int(file_memory_mb * 1e6))
+    response_bytes = max(1, int(response_mb * 1e6))
     settings = ServerSettings(
         host=host,
         port=port,
@@ -394,6 +426,10 @@ def serve(
         max_file_bytes=max(1, int(max_file_mb * 1e6)),
         max_file_bytes_total=file_memory,
         max_file_bytes_per_client=max(1, file_memory // 2) if keys else file_memory,
+        state_dir=None if state_dir is None else Path(state_dir),
+        max_response_bytes_total=response_bytes,
+        max_response_bytes_per_client=max(1, response_bytes // 2) if keys else response_bytes,
+        response_seconds=response_days * 86_400,
         request_seconds=request_timeout,
         drain_seconds=drain_seconds,
         tools_format=tool_format,

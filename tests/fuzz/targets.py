@@ -32,21 +32,33 @@ from deepseek_optimizer.server.documents.file_store import FileStore
 from deepseek_optimizer.server.documents.upload import read_upload_form
 from deepseek_optimizer.server.http.json_body import BodyReader
 from deepseek_optimizer.server.http.problems import ApiError
+from deepseek_optimizer.server.protocol.anthropic.requests import MessagesRequest
 from deepseek_optimizer.server.protocol.base import parse
 from deepseek_optimizer.server.protocol.chat import ChatRequest
 from deepseek_optimizer.server.protocol.completions import CompletionRequest
 from deepseek_optimizer.server.protocol.embeddings import EmbeddingRequest
 from deepseek_optimizer.server.protocol.files import check_fields
+from deepseek_optimizer.server.protocol.llama_server import ApplyTemplateRequest, InfillRequest, NativeCompletionRequest
 from deepseek_optimizer.server.protocol.models import DetokenizeRequest, TokenizeRequest
+from deepseek_optimizer.server.protocol.ollama.requests import (
+    OllamaChatRequest,
+    OllamaEmbeddingsRequest,
+    OllamaEmbedRequest,
+    OllamaGenerateRequest,
+    OllamaShowRequest,
+)
 from deepseek_optimizer.server.protocol.responses import ResponsesRequest
 from deepseek_optimizer.server.protocol.scores import ClassifyRequest, PoolingRequest, RerankRequest, ScoreRequest
+from deepseek_optimizer.server.protocol.tgi import TgiRequest
 from deepseek_optimizer.server.settings import ServerSettings
 from deepseek_optimizer.train.checkpoints.state import read_state
 
 _CONFIG = b'{"model_type": "llama", "vocab_size": 40, "hidden_size": 64}'
 _BODIES = (
-    ChatRequest, CompletionRequest, EmbeddingRequest, ResponsesRequest, TokenizeRequest, DetokenizeRequest, RerankRequest,
-    ScoreRequest, ClassifyRequest, PoolingRequest,
+    ChatRequest, CompletionRequest, EmbeddingRequest, ResponsesRequest, TokenizeRequest, DetokenizeRequest, MessagesRequest,
+    OllamaChatRequest, OllamaGenerateRequest, OllamaEmbedRequest, OllamaEmbeddingsRequest, OllamaShowRequest,
+    NativeCompletionRequest, InfillRequest, ApplyTemplateRequest, TgiRequest, RerankRequest, ScoreRequest, ClassifyRequest,
+    PoolingRequest,
 )  # fmt: skip
 _READERS = (docx, html, pdf, text)  # otherwise imported on demand, which is too late for coverage
 _NAMES = ("a.pdf", "a.docx", "a.html", "a.txt", "a.md", "a")

@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 from importlib.util import find_spec
 
-PACKAGES = ("lm_eval", "sentence_transformers", "trl")
+PACKAGES = ("anthropic", "lm_eval", "ollama", "sentence_transformers", "trl")
 if os.environ.get("DSO_INTEROP") == "1":
     collect_ignore_glob: list[str] = []  # a missing package is a failure
 elif any(find_spec(name) is None for name in PACKAGES):

@@ -32,15 +32,41 @@ def test_all_routes_but_three_need_a_key(locked):
     assert len(actual) > 8
     for method, path in [*actual, ("GET", "/openapi.json"), ("GET", "/nowhere"), ("GET", "/v1/../health/x")]:
         for address in (path, path + "/") if path not in OPEN else (path + "/",) if path != "/" else ():
-            for headers in ({}, {"Authorization": "Bearer gamma"}, {"Authorization": "alpha"}, {"x-api-key": "alpha"}):
+            for headers in ({}, {"Authorization": "Bearer gamma"}, {"Authorization": "alpha"}, {"x-api-key": "gamma"}):
                 response = locked.client.request(method, address, headers=headers)
-                assert_error(response, 401)
+                assert response.status_code == 401 and "error" in response.json()
                 assert response.headers["www-authenticate"] == "Bearer"
 
 
 @pytest.mark.parametrize("path", sorted(OPEN))
 def test_three_paths_need_no_key(locked, path):
     assert locked.client.get(path).status_code in (200, 404)  # 404: no chat page is installed
+
+
+def test_open_paths_are_open_for_reading_only(locked):
+    assert_error(locked.client.post("/", json={"inputs": "x"}), 401)
+
+
+def test_a_key_in_the_header_of_anthropics_clients(locked):
+    answer = locked.client.post("/v1/completions", json=ASKED, headers={"x-api-key": "alpha"})
+    assert answer.status_code == 200
+    salt = locked.engine.seen[-1].salt
+    locked.client.post("/v1/completions", json=ASKED, headers={"Authorization": "Bearer alpha"})
+    assert locked.engine.seen[-1].salt == salt != ""
+
+
+@pytest.mark.parametrize(
+    "path,body",
+    [
+        ("/v1/messages", {"type": "error", "error": {"type": "authentication_error"}}),
+        ("/api/chat", {}),
+        ("/generate", {"error_type": "validation"}),
+    ],
+)
+def test_errors_have_the_format_of_their_protocol(locked, path, body):
+    error = locked.client.post(path, json={}).json()
+    message = error["error"].pop("message") if isinstance(error["error"], dict) else error.pop("error")
+    assert error == body and "API key" in message
 
 
 def test_two_authorization_headers_are_rejected(locked):

@@ -102,8 +102,10 @@ def test_token_ids_and_log_probabilities_in_streams(tiny_server):
     body = {"prompt": "hello", "echo": True, "logprobs": 1, "max_tokens": 4}
     whole = ask(tiny_server, **body)["choices"][0]["logprobs"]
     chunks = [chunk["choices"][0]["logprobs"] for chunk in events(tiny_server, **body)]
-    for name in ("tokens", "token_logprobs", "text_offset", "top_logprobs"):
+    for name in ("tokens", "text_offset"):
         assert sum((chunk[name] for chunk in chunks if chunk), []) == whole[name]
+    for name in ("token_logprobs", "top_logprobs"):
+        assert sum((chunk[name] for chunk in chunks if chunk), [])[0] is whole[name][0] is None
     (chunk,) = [chunk["choices"][0] for chunk in events(tiny_server, **{**body, "max_tokens": 0})]
     assert chunk["text"] == "hello" and chunk["finish_reason"] == "length" and chunk["logprobs"]["token_logprobs"][0] is None
 
@@ -115,6 +117,16 @@ def test_offsets_into_the_echoed_text(tiny_server):
     assert logprobs["top_logprobs"] is None
     for token, offset in zip(logprobs["tokens"], logprobs["text_offset"], strict=True):
         assert token.startswith("bytes:") or choice["text"][offset:].startswith(token)
+
+
+@pytest.mark.parametrize("max_tokens", [0, 30])
+def test_a_prompt_of_one_token(tiny_server, max_tokens):
+    body = {"prompt": [65], "echo": True, "logprobs": 1, "max_tokens": max_tokens}
+    whole = ask(tiny_server, **body)["choices"][0]["logprobs"]
+    assert whole["token_logprobs"][0] is None and len(whole["tokens"]) == 1 + max_tokens
+    chunks = [chunk["choices"][0]["logprobs"] for chunk in events(tiny_server, **body)]
+    streamed = sum((chunk["token_logprobs"] for chunk in chunks if chunk), [])
+    assert streamed[0] is None and streamed[1:] == pytest.approx(whole["token_logprobs"][1:], abs=1e-4)
 
 
 def test_cached_prefixes_are_apart_by_salt(tiny_server):

@@ -1,4 +1,4 @@
-"""/v1/responses: items, events, and features that a server without state rejects."""
+"""/v1/responses: items, events, and features that are rejected."""
 
 from __future__ import annotations
 
@@ -65,9 +65,9 @@ def test_log_probabilities_on_request(client):
 @pytest.mark.parametrize(
     "body,param",
     [
-        ({"input": "hi", "previous_response_id": "resp_1"}, "previous_response_id"),
         ({"input": "hi", "conversation": "conv_1"}, "conversation"),
-        ({"input": "hi", "background": True}, "background"),
+        ({"input": "hi", "background": True, "store": False}, "background"),
+        ({"input": "hi", "background": True, "stream": True}, "background"),
         ({"input": "hi", "truncation": "auto"}, "truncation"),
         ({"input": "hi", "prompt": {"id": "p"}}, "prompt"),
         ({"input": "hi", "tools": [{"type": "web_search"}]}, "tools.0.type"),
@@ -90,9 +90,9 @@ def test_unsupported_fields(refused, body, param):
     refused("/v1/responses", body, 400, param)
 
 
-def test_state_is_rejected_with_a_remedy(refused):
-    actual = refused("/v1/responses", {"input": "hi", "previous_response_id": "resp_1"})
-    assert "whole conversation" in actual.json()["error"]["message"]
+def test_conversations_are_rejected_with_a_remedy(refused):
+    actual = refused("/v1/responses", {"input": "hi", "conversation": "conv_1"})
+    assert "previous_response_id" in actual.json()["error"]["message"]
 
 
 def test_items_become_the_messages_of_a_chat():

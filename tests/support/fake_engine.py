@@ -230,7 +230,7 @@ class _Sequence:
             return self.put(Output(self.request.id, finish="length", prompt_logprobs=prompt_logprobs))
         token = self._choose()
         self.at += 1
-        text, stop = self.detokenizer.add(token)
+        text, stop = ("", None) if token in sampling.stop_token_ids else self.detokenizer.add(token)
         finish, reason = None, None
         if stop is not None:
             finish, reason = "stop", stop

@@ -177,15 +177,15 @@ LAYERS = (
     Layer(
         "server",
         "the HTTP server. `http/`: connections, bodies, queues; `tokens/`: tokenization; `documents/`: uploaded files; "
-        "`protocol/`: OpenAI's requests and responses, one protocol per file; `chat/`: from requests to the engine "
-        "and back; `document_chats/`: chats with documents; `search/`: embeddings and scores; `routes/`: one route per file; "
-        "`page/`: the chat page",
+        "`stored_responses/`: responses that later requests continue; `protocol/`: requests and responses of OpenAI's and "
+        "other protocols, one per file or folder; `chat/`: from requests to the engine and back; `document_chats/`: chats with "
+        "documents; `search/`: embeddings and scores; `routes/`: one route per file; `page/`: the chat page",
         may=("..chat", "longdoc"),
         levels=(
             ("keys",),
             ("settings",),
             ("http",),
-            ("adapters", "documents", "tokens"),
+            ("adapters", "documents", "stored_responses", "tokens"),
             ("protocol",),
             ("openapi", "state"),
             ("chat",),

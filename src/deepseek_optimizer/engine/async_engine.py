@@ -111,7 +111,7 @@ def merged(first: Output, then: Output) -> Output:
         token_ids=first.token_ids + then.token_ids,
         text=first.text + then.text,
         logprobs=logprobs,
-        prompt_logprobs=first.prompt_logprobs or then.prompt_logprobs,
+        prompt_logprobs=then.prompt_logprobs if first.prompt_logprobs is None else first.prompt_logprobs,
     )
 
 

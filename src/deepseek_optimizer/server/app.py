@@ -17,19 +17,31 @@ from starlette.middleware.cors import CORSMiddleware
 
 from ..errors import excerpt
 from . import openapi
+from .http.error_formats import error_response
 from .http.guard import Guard, HostGuard
 from .http.ignored_fields import HEADER
 from .http.metrics import HttpMetrics
 from .http.page_files import page_files
+from .http.paths import path_of
 from .http.problems import ApiError, problem
 from .http.tracing import Tracer, Tracing
 from .protocol.adapters import LoadAdapterRequest, UnloadAdapterRequest
+from .protocol.anthropic.requests import CountTokensRequest, MessagesRequest
 from .protocol.chat import ChatRequest
 from .protocol.completions import CompletionRequest
 from .protocol.embeddings import EmbeddingRequest
+from .protocol.llama_server import ApplyTemplateRequest, InfillRequest, NativeCompletionRequest
 from .protocol.models import DetokenizeRequest, TokenizeRequest
+from .protocol.ollama.requests import (
+    OllamaChatRequest,
+    OllamaEmbeddingsRequest,
+    OllamaEmbedRequest,
+    OllamaGenerateRequest,
+    OllamaShowRequest,
+)
 from .protocol.responses import ResponsesRequest
 from .protocol.scores import ClassifyRequest, PoolingRequest, RerankRequest, ScoreRequest
+from .protocol.tgi import TgiRequest
 from .routes import (
     adapters,
     chat,
@@ -38,13 +50,18 @@ from .routes import (
     embeddings,
     encoder_only,
     files,
+    llama_server,
+    messages,
     models,
+    ollama,
     operations,
     page,
     props,
     responses,
     scores,
     status,
+    stored_responses,
+    tgi,
     tokenizer_info,
     tokens,
 )
@@ -82,6 +99,7 @@ def create_app(engine: Any, settings: ServerSettings | None = None, tracer: Trac
         finally:
             sweeping.cancel()
             await engine.close()
+            await state.responses.finish()
             state.close()
             if tracer is not None:
                 await asyncio.to_thread(tracer.close)
@@ -93,7 +111,7 @@ def create_app(engine: Any, settings: ServerSettings | None = None, tracer: Trac
                 CORSMiddleware,
                 allow_origins=list(settings.allow_origins),
                 allow_methods=["GET", "POST", "DELETE"],
-                allow_headers=["Authorization", "Content-Type"],
+                allow_headers=["Authorization", "Content-Type", "X-Api-Key", "Anthropic-Version", "Anthropic-Beta"],
                 expose_headers=["Retry-After", "X-Request-Id", HEADER],
             )
         )
@@ -112,8 +130,31 @@ def create_app(engine: Any, settings: ServerSettings | None = None, tracer: Trac
         lifespan=lifespan,
     )
     app.state.server = state
-    generating = (chat, completions, responses, files, props)
-    for route in (embeddings, scores, classify, models, tokens, tokenizer_info, status, operations):
+    generating = (
+        chat,
+        completions,
+        responses,
+        stored_responses,
+        files,
+        props,
+        messages,
+        ollama.chat,
+        ollama.generate,
+        llama_server,
+        tgi,
+    )
+    for route in (
+        embeddings,
+        scores,
+        classify,
+        models,
+        ollama.embed,
+        ollama.models,
+        tokens,
+        tokenizer_info,
+        status,
+        operations,
+    ):
         route.add(app, state)
     if state.generates:
         for route in generating:
@@ -135,6 +176,17 @@ def create_app(engine: Any, settings: ServerSettings | None = None, tracer: Trac
         PoolingRequest,
         TokenizeRequest,
         DetokenizeRequest,
+        MessagesRequest,
+        CountTokensRequest,
+        OllamaChatRequest,
+        OllamaGenerateRequest,
+        OllamaEmbedRequest,
+        OllamaEmbeddingsRequest,
+        OllamaShowRequest,
+        NativeCompletionRequest,
+        InfillRequest,
+        ApplyTemplateRequest,
+        TgiRequest,
     ]
     if settings.allow_lora_loading:
         bodies += [LoadAdapterRequest, UnloadAdapterRequest]
@@ -159,18 +211,19 @@ async def _sweep(state: ServerState) -> None:
         state.engine.log_replaced_files()
         state.files.sweep()
         state.documents.sweep()
+        await asyncio.to_thread(state.responses.sweep)
 
 
-async def _wrong_parameter(_request: Request, error: Exception) -> Response:
+async def _wrong_parameter(request: Request, error: Exception) -> Response:
     """Converts FastAPI's error about a path or query parameter."""
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
     name = excerpt(str(first["loc"][-1]))
-    return ApiError(400, f"{name}: {first['msg']}", param=name).response()
+    return error_response(ApiError(400, f"{name}: {first['msg']}", param=name), path_of(request.scope))
 
 
-async def _http_error(_request: Request, error: Exception) -> Response:
+async def _http_error(request: Request, error: Exception) -> Response:
     """Converts Starlette's errors, such as an unknown path or an unsupported method."""
     api_error = problem(error)
     assert api_error is not None
-    return api_error.response()
+    return error_response(api_error, path_of(request.scope))

@@ -25,18 +25,19 @@ _WHY = {
     501: "A required library is not installed; the error names the extra to install.",
     503: "The server cannot answer now.",
     504: "The request timed out.",
+    507: "The response cannot be stored.",
 }
 _OF_BODIES = (400, 401, 403, 404, 408, 413, 415, 429, 500, 501, 503, 504)
 
 
-def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """The `responses` of a route that can return these error statuses."""
-    return {status: {"model": ErrorBody, "description": _WHY[status]} for status in statuses}
+def errors(*statuses: int, model: type[BaseModel] = ErrorBody) -> dict[int | str, dict[str, Any]]:
+    """The `responses` of a route that can return these error statuses; `model`: of the error's body."""
+    return {status: {"model": model, "description": _WHY[status]} for status in statuses}
 
 
-def body_errors() -> dict[int | str, dict[str, Any]]:
-    """The `responses` of a route that reads a JSON body."""
-    return errors(*_OF_BODIES)
+def body_errors(model: type[BaseModel] = ErrorBody) -> dict[int | str, dict[str, Any]]:
+    """The `responses` of a route that reads a JSON body; `model`: of the error's body."""
+    return errors(*_OF_BODIES, model=model)
 
 
 def reads(model: type[BaseModel], example: dict[str, Any]) -> dict[str, Any]:
@@ -49,6 +50,12 @@ def events() -> dict[str, Any]:
     """The description of a 200 response that may be a stream."""
     text = "With `stream`: server-sent events."
     return {"description": text, "content": {"text/event-stream": {}}}
+
+
+def lines() -> dict[str, Any]:
+    """The description of a 200 response that may be a stream of lines."""
+    text = "With `stream`: a JSON object per line."
+    return {"description": text, "content": {"application/x-ndjson": {}}}
 
 
 def install(app: FastAPI, bodies: list[type[BaseModel]], keys: bool, strict: bool) -> None:

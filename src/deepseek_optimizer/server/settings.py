@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any, Literal
 
 from ..checkpoint.sentence_transformers import EmbeddingSettings
@@ -47,6 +48,10 @@ class ServerSettings:
         max_uploads_total: the same for all clients.
         max_jobs_per_client: maximum number of requests of one client that wait for a tokenization, a grammar or a document.
             Each queue accepts four times as many in total.
+        state_dir: folder for stored responses, which survive a restart there; None: they are in memory.
+        max_response_bytes_per_client: maximum size of the stored responses of one client, in bytes; the oldest are deleted.
+        max_response_bytes_total: the same for all clients.
+        response_seconds: time after its last use at which a stored response is deleted.
         file_seconds: time after which an uploaded file is deleted.
         file_read_seconds: maximum CPU time to extract the text of a file.
         upload_seconds: maximum time for a client to send a file.
@@ -103,6 +108,10 @@ class ServerSettings:
     max_uploads_per_client: int = 64
     max_uploads_total: int = 128
     max_jobs_per_client: int = 512
+    state_dir: Path | None = None
+    max_response_bytes_per_client: int = 64 << 20
+    max_response_bytes_total: int = 128 << 20
+    response_seconds: float = 30 * 86_400.0
     file_seconds: float = 86_400.0
     file_read_seconds: float = 20.0
     upload_seconds: float = 300.0

@@ -30,7 +30,9 @@ from .http.problems import ApiError, busy
 from .http.queue_metrics import QueueCollector
 from .protocol.sampling import requested_answers
 from .settings import ServerSettings
+from .stored_responses.store import ResponseStore
 from .tokens.breakers import BreakerCache
+from .tokens.fill_in import fill_in_tokens
 from .tokens.prompt_size import PromptSize
 from .tokens.token_text import TokenTexts
 from .tokens.tokenizing import Lane, Tokenizing
@@ -38,6 +40,7 @@ from .tokens.tokenizing import Lane, Tokenizing
 T = TypeVar("T")
 
 _CLIENTS = 4  # a queue accepts this many times the maximum number of jobs of one client
+_ANY_MODEL = frozenset({"dummy", "tgi"})  # sent by huggingface_hub's InferenceClient where the user names no model
 _WORKERS = (2, 4)  # minimum and maximum number of worker processes of one kind
 
 
@@ -60,6 +63,7 @@ class ServerState:
         # A copy, since encoding changes a tokenizer's settings while the engine's thread may be decoding.
         self.tokenizer = copy.deepcopy(engine.tokenizer)
         self.texts = TokenTexts(self.tokenizer)
+        self.fill_in = fill_in_tokens(self.tokenizer)
         self.breakers = BreakerCache(self.texts, engine.vocab_size)
         self.prompt_size = PromptSize(self.tokenizer, engine.context if engine.cache_window is None else None)
         max_per_client, max_jobs = settings.max_jobs_per_client, _CLIENTS * settings.max_jobs_per_client
@@ -78,9 +82,10 @@ class ServerState:
         self.reader = DocumentReader(settings, workers, max_per_client, max_jobs)
         self.vectors = FairQueue("vectors", 1, max_running=1, max_per_client=max_per_client, max_jobs=max_jobs)
         self.adapters = AdapterLoading(engine, settings)
+        self.responses = ResponseStore(settings, max_per_client, max_jobs)
         self.queues = [
             self.bodies.queue, self.vectors, *self._tokenizing.queues, self._looking_up, self._compiling, self.reader.queue,
-            *self.documents.queues, self.adapters.queue,
+            *self.documents.queues, self.adapters.queue, self.responses.queue,
         ]  # fmt: skip
         engine.registry.register(QueueCollector(self.queues, engine.model_name))
 
@@ -125,8 +130,9 @@ class ServerState:
         Raises:
             ApiError: 404, it is not the model that is served.
         """
-        if name is not None and name != self.model_name and not self.adapter_named(name):
-            raise ApiError(404, "there is no such model; /v1/models lists the models", param="model", code="model_not_found")
+        if name in (None, self.model_name) or name in _ANY_MODEL or self.adapter_named(name):
+            return
+        raise ApiError(404, "there is no such model; /v1/models lists the models", param="model", code="model_not_found")
 
     def adapter_named(self, name: str | None) -> str:
         """The LoRA adapter that a request's `model` names; "" if it names none."""
@@ -271,4 +277,5 @@ class ServerState:
         self.adapters.queue.close()
         self.reader.close()
         self.documents.close()
+        self.responses.close()
         self.grammars.close()

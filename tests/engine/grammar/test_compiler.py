@@ -16,6 +16,7 @@ from deepseek_optimizer.chat.deltas import collect
 from deepseek_optimizer.chat.output_parser import make_output_parser
 from deepseek_optimizer.chat.tools import FORMATS
 from deepseek_optimizer.chat.tools.generic import written
+from deepseek_optimizer.engine.grammar.calls import tools_source
 from deepseek_optimizer.engine.grammar.compiler import GrammarCompiler
 from deepseek_optimizer.engine.grammar.json_schema import normalize
 from deepseek_optimizer.engine.grammar.source import GrammarSource, schema_source
@@ -482,3 +483,10 @@ def test_a_model_without_knowledge_ends_within_a_computed_number_of_tokens(compi
             ids.append(token)
             assert len(ids) <= longest() + 3 * 10
         assert json.loads(tokenizer.decode(ids)).keys() == BOUNDED["properties"].keys()
+
+
+def test_large_schemas_are_not_enforced_in_auto():
+    """They would take seconds to compile."""
+    tool = {"function": {"name": "f", "parameters": {"type": "object", "properties": {"a": {"enum": ["x" * 100_000]}}}}}
+    shape = FORMATS["hermes"].shape
+    assert len(tools_source([tool], "auto", shape).text) < 2_000 < len(tools_source([tool], "required", shape).text)

@@ -180,6 +180,13 @@ def test_parallel_calls(hermes):
         assert names_of(ask(live, tool_choice=choice)) == ["weather", "weather"]
         assert names_of(ask(live, tool_choice=choice, parallel_tool_calls=True)) == ["weather", "weather"]
         assert names_of(ask(live, tool_choice=choice, parallel_tool_calls=False)) == ["weather"]
+    assert names_of(ask(live, tool_choice={"type": "function", "function": {"name": "weather"}})) == ["weather"]
+
+
+def test_required_calls_of_a_model_without_tools_are_single_by_default(plain):
+    plain.script = f"{CALL}\n{CALL}"
+    assert names_of(ask(plain, tool_choice="required")) == ["weather"]
+    assert names_of(ask(plain, tool_choice="required", parallel_tool_calls=True)) == ["weather", "weather"]
 
 
 def test_arguments_follow_the_schema_in_auto(hermes):

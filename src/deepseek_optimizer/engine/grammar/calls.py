@@ -13,6 +13,7 @@ from .source import GrammarSource, checked_source
 
 MAX_CALLS = 128  # maximum number of calls in one answer
 _MAX_OF_TOOLS = 1 << 20  # characters of the schemas of all tools together
+_MAX_IN_AUTO = 1 << 16  # the same, up to which arguments follow the schemas with "auto"; larger ones take too long to compile
 _KEY = "[A-Za-z0-9_.-]{1,64}"  # a parameter that the schema does not name
 
 Format = dict[str, Any]  # of xgrammar's structural tags; `job` replaces `Enforced` schemas by grammars
@@ -87,7 +88,7 @@ def tools_source(
         form: with "auto", grammar of an answer without calls. None: any text, in which calls begin with the shape's trigger.
 
     Returns: None if the text is not constrained: "none", or "auto" and a shape without a trigger. With "auto", arguments may be
-        any JSON object if the schema of a tool cannot be enforced.
+        any JSON object if the schema of a tool cannot be enforced, or the schemas are too large.
 
     Raises:
         RequestError: as of `schema_source`, or there is no tool to call.
@@ -98,7 +99,8 @@ def tools_source(
     functions = [tool["function"] for tool in tools if auto or choice in ("required", tool["function"]["name"])]
     if not functions:
         raise RequestError("tool_choice", f"there is no tool {shown(choice)}" if tools else "there are no tools to call")
-    check_size(functions)
+    if check_size(functions) > _MAX_IN_AUTO and auto:
+        functions = [{"name": function["name"]} for function in functions]
     if auto and form is None:
         rest = without_prefix(_calls(functions, shape, parallel and bool(shape.end), loose=True), shape.trigger)
         wanted: Format = {"type": "dispatch", "rules": [[shape.trigger, rest]], "loop": parallel}
@@ -169,11 +171,12 @@ def without_prefix(wanted: Format, prefix: str) -> Format:
     return sequence([text(first["value"][len(prefix) :]), *rest])
 
 
-def check_size(functions: Sequence[Mapping[str, Any]]) -> None:
-    """Checks the size of the schemas; raises RequestError if they are too large."""
+def check_size(functions: Sequence[Mapping[str, Any]]) -> int:
+    """Returns the number of characters of the schemas; raises RequestError if they are too large."""
     size = sum(len(json.dumps(function.get("parameters"))) for function in functions)
     if size > _MAX_OF_TOOLS:
         raise RequestError("tools", f"their parameters have {size:,} characters in total; the maximum is {_MAX_OF_TOOLS:,}")
+    return size
 
 
 def arguments_schema(function: Mapping[str, Any], loose: bool) -> Enforced:

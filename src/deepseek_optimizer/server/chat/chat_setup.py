@@ -32,6 +32,7 @@ class ChatSpec:
         choice: "none", "auto", "required", or the name of the tool that must be called if `named`.
         named: whether `choice` is the name of a tool.
         allowed: names of the tools that may be called; None: all. The prompt describes all tools, so that it does not change.
+        several: whether an answer may have several calls; None: not given.
         effort: of reasoning; None: not given.
         options: variables of the chat template.
         skip_special: omit special tokens from the text.
@@ -44,6 +45,7 @@ class ChatSpec:
     choice: str = "auto"
     named: bool = False
     allowed: frozenset[str] | None = None
+    several: bool | None = None
     effort: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     skip_special: bool = True

@@ -121,7 +121,7 @@ class CompletionEncoder:
         if output.finish is None and not output.logprobs:
             return opening + self._close
         logprobs = b"null"
-        if self._texts is not None and (output.logprobs or output.prompt_logprobs):
+        if self._texts is not None and (output.logprobs or output.prompt_logprobs is not None):
             values, self._offsets[index] = completion_logprobs(
                 output.logprobs or [], self._texts, self._offsets[index], self._top or 0
             )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ...chat.reasoning import CLOSE, OPEN
-from ...chat.tools import HARMONY
+from ...chat.tools import GENERIC, HARMONY
 from ...engine.grammar.source import GrammarSource
 from ...engine.request import CompiledGrammar
 from ...errors import RequestError
@@ -47,6 +47,10 @@ async def chat_grammar(
         grammar = await compiled(state, form, caller)
         return None if grammar is None else _after_thoughts(state, setup, grammar)
     choice = "none" if setup.tool_format is None else "required" if chat.named else chat.choice
+    # A tool is called once if the request names it, and by default if the model has not been trained to call tools: it would
+    # repeat the call.
+    if chat.named or (choice == "required" and setup.tool_format is GENERIC and chat.several is None):
+        parallel = False
     optional = choice == "auto" and form is None
 
     def source() -> GrammarSource | None:

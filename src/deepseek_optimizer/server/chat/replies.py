@@ -1,4 +1,4 @@
-"""Sends the engine's answers to a client, whole or as server-sent events. If the client disconnects, they are cancelled.
+"""Sends the engine's answers to a client, whole or as a stream of events. If the client disconnects, they are cancelled.
 
 A stream takes one `send` per output and no task of its own; only several answers to a request have a task each. The engine
 merges outputs that were not read yet, so a slow client keeps at most one output in memory.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import ExitStack
 from typing import Any, Protocol
 
@@ -23,11 +23,9 @@ from ..state import ServerState
 
 logger = logging.getLogger("deepseek_optimizer.server")
 _JSON = [(b"content-type", b"application/json")]
-_EVENTS = [
-    (b"content-type", b"text/event-stream; charset=utf-8"),
-    (b"cache-control", b"no-cache"),
-    (b"x-accel-buffering", b"no"),
-]
+EVENTS, LINES = b"text/event-stream; charset=utf-8", b"application/x-ndjson"  # content types of streams
+_UNBUFFERED = [(b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
+Headers = Sequence[tuple[bytes, bytes]]
 
 
 def json_response(value: Any) -> Response:
@@ -74,11 +72,21 @@ class _AnyReply(Response):
         places: in the engine's queue, released when the engine is done, so that a client that does not read does not block
             others.
         answers: the engine's, one for each request; cancelled at the end of this response.
+        headers: additional ones.
+        before_end: called after the last output and awaited before the end of the response is sent; may raise ApiError.
     """
 
-    def __init__(self, state: ServerState, places: ExitStack, answers: list[Any]) -> None:
+    def __init__(
+        self,
+        state: ServerState,
+        places: ExitStack,
+        answers: list[Any],
+        headers: Headers = (),
+        before_end: Callable[[], Awaitable[None]] | None = None,
+    ) -> None:
         super().__init__()
         self._state, self._places, self._answers = state, places, answers
+        self._more_headers, self._before_end = headers, before_end
         self._gone = False
         self._unfinished = len(answers)
 
@@ -121,6 +129,7 @@ class WholeReply(_AnyReply):
     Args:
         feed: receives the outputs of each answer.
         body: returns the body after the last output.
+        more: arguments of `_AnyReply`.
     """
 
     def __init__(
@@ -129,9 +138,10 @@ class WholeReply(_AnyReply):
         places: ExitStack,
         answers: list[Any],
         feed: Callable[[int, Output], object],
-        body: Callable[[], dict[str, Any]],
+        body: Callable[[], Any],
+        **more: Any,
     ) -> None:
-        super().__init__(state, places, answers)
+        super().__init__(state, places, answers, **more)
         self._feed, self._body = feed, body
 
     async def _respond(self, send: Send) -> None:
@@ -142,18 +152,28 @@ class WholeReply(_AnyReply):
                 if error := self._failure(output):
                     raise error
                 self._feed(index, output)
+        if self._before_end is not None:
+            await self._before_end()
         content = orjson.dumps(self._body(), option=orjson.OPT_SERIALIZE_NUMPY)
-        headers = [*_JSON, (b"content-length", b"%d" % len(content))]
+        headers = [*_JSON, *self._more_headers, (b"content-length", b"%d" % len(content))]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": content})
 
 
 class StreamReply(_AnyReply):
-    """A response of server-sent events. The status is sent with the first output; a failure before it has an error status."""
+    """A stream of events. The status is sent with the first output; a failure before it has an error status.
 
-    def __init__(self, state: ServerState, places: ExitStack, answers: list[Any], encoder: Encoder) -> None:
-        super().__init__(state, places, answers)
-        self._encoder = encoder
+    Args:
+        encoder: writes the events.
+        media: content type of the stream.
+        more: arguments of `_AnyReply`.
+    """
+
+    def __init__(
+        self, state: ServerState, places: ExitStack, answers: list[Any], encoder: Encoder, media: bytes = EVENTS, **more: Any
+    ) -> None:
+        super().__init__(state, places, answers, **more)
+        self._encoder, self._media = encoder, media
 
     async def _respond(self, send: Send) -> None:
         first = await self._answers[0].__anext__()
@@ -161,7 +181,8 @@ class StreamReply(_AnyReply):
             return
         if error := self._failure(first):
             raise error
-        await send({"type": "http.response.start", "status": 200, "headers": _EVENTS})
+        headers = [(b"content-type", self._media), *_UNBUFFERED, *self._more_headers]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
         try:
             if data := self._encoder.feed(0, first):
                 await send({"type": "http.response.body", "body": data, "more_body": True})
@@ -169,6 +190,8 @@ class StreamReply(_AnyReply):
                 await self._pump(0, send)
             else:
                 await self._pump_all(send)
+            if self._before_end is not None and not self._gone:
+                await self._before_end()
             data = self._encoder.last()
         except ApiError as error:
             data = self._encoder.broken(error)

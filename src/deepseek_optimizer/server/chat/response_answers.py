@@ -78,14 +78,14 @@ class ResponseItems:
         self._kind = kind
         item: dict[str, Any]
         if kind[0] == "message":
-            item = {"id": _new("msg"), "type": "message", "role": "assistant", "status": "in_progress", "content": []}
+            item = {"id": new_id("msg"), "type": "message", "role": "assistant", "status": "in_progress", "content": []}
             part = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
         elif kind[0] == "reasoning":
-            item = {"id": _new("rs"), "type": "reasoning", "status": "in_progress", "summary": [], "content": []}
+            item = {"id": new_id("rs"), "type": "reasoning", "status": "in_progress", "summary": [], "content": []}
             part = {"type": "reasoning_text", "text": ""}
         else:
             assert call is not None
-            item = {"id": _new("fc"), "type": "function_call", "status": "in_progress", "call_id": call.id, "name": call.name,
+            item = {"id": new_id("fc"), "type": "function_call", "status": "in_progress", "call_id": call.id, "name": call.name,
                     "arguments": ""}  # fmt: skip
             part = None
         self.items.append(item)
@@ -189,8 +189,12 @@ class ResponseEncoder:
             events = first + events
         return self._encode(events)
 
+    def body(self) -> dict[str, Any]:
+        """The response, after the last output."""
+        return self._collector.body()
+
     def last(self) -> bytes:
-        body = self._collector.body()
+        body = self.body()
         return self._encode([{"type": f"response.{body['status']}", "response": body}])
 
     def broken(self, error: ApiError) -> bytes:
@@ -209,11 +213,11 @@ class ResponseEncoder:
 def new_response(model: str, fields: dict[str, Any]) -> dict[str, Any]:
     """A response before generation has begun; `fields`: those that repeat the request."""
     return {
-        "id": _new("resp"), "object": "response", "created_at": int(time.time()), "status": "in_progress", "error": None,
-        "incomplete_details": None, "model": model, "output": [], "previous_response_id": None, "store": False,
-        "truncation": "disabled", "usage": None, **fields,
+        "id": new_id("resp"), "object": "response", "created_at": int(time.time()), "status": "in_progress", "error": None,
+        "incomplete_details": None, "model": model, "output": [], "truncation": "disabled", "usage": None, **fields,
     }  # fmt: skip
 
 
-def _new(kind: str) -> str:
+def new_id(kind: str) -> str:
+    """An unpredictable id for a response or an item."""
     return f"{kind}_{uuid.uuid4().hex}"

@@ -14,9 +14,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from ..settings import ServerSettings
 from . import request_id
 from .caller import client_of
+from .error_formats import error_response
 from .hosts import HostCheck
 from .ignored_fields import HEADER, IgnoredFields
 from .metrics import HttpMetrics
+from .paths import path_of
 from .problems import INTERNAL, ApiError, problem
 
 logger = logging.getLogger("deepseek_optimizer.server")
@@ -94,7 +96,8 @@ class Guard:
             if api_error is None:
                 logger.exception("error in %s %s", requested, _handler(scope))
             if not status:
-                await (api_error or INTERNAL).response()(scope, receive, send_with_headers)
+                response = error_response(api_error or INTERNAL, path_of(scope))
+                await response(scope, receive, send_with_headers)
             else:
                 raise  # the response has begun: uvicorn closes the connection, so that it does not look complete
         finally:
@@ -109,12 +112,14 @@ class Guard:
     def _salt(self, scope: Scope) -> str:
         keys = self._settings.keys
         given = [value for name, value in scope["headers"] if name == b"authorization"]
-        salt = keys.salt(given[0] if len(given) == 1 else None)
-        if salt is not None:
-            return salt
-        if scope["path"].removeprefix(scope.get("root_path", "")) in self._open:
+        own = [value for name, value in scope["headers"] if name == b"x-api-key"]  # of Anthropic's clients
+        for header in (given[0] if len(given) == 1 else None, b"Bearer " + own[0] if len(own) == 1 else None):
+            salt = keys.salt(header)
+            if salt is not None:
+                return salt
+        if path_of(scope) in self._open and scope["method"] == "GET":
             return ""
-        message = "the API key is wrong" if given else "this server requires an API key: send Authorization: Bearer KEY"
+        message = "the API key is wrong" if given or own else "this server requires an API key: send Authorization: Bearer KEY"
         raise ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
 
 

@@ -15,6 +15,7 @@ from starlette.requests import ClientDisconnect, Request
 
 from ..settings import ServerSettings
 from .fair_queue import FairQueue
+from .paths import path_of
 from .problems import ApiError, busy
 
 T = TypeVar("T")
@@ -87,13 +88,19 @@ class BodyReader:
     def _check_headers(self, request: Request) -> None:
         kind, _, parameters = request.headers.get("content-type", "").partition(";")
         charset = parameters.lower().replace('"', "").replace(" ", "")
-        if kind.strip().lower() != "application/json" or charset not in ("", "charset=utf-8"):
+        if not self._is_json(kind.strip().lower(), request) or charset not in ("", "charset=utf-8"):
             raise ApiError(415, "the body must be JSON in UTF-8: send Content-Type: application/json")
         if request.headers.get("content-encoding", "identity").strip().lower() != "identity":
             raise ApiError(415, "the body must not be compressed")
         length = request.headers.get("content-length", "0")
         if length.isdecimal() and int(length[:20]) > self._settings.max_body_bytes:
             raise self._too_large()
+
+    @staticmethod
+    def _is_json(kind: str, request: Request) -> bool:
+        """Whether the Content-Type is accepted. Ollama's examples with curl do not send that of JSON. Browsers, whose requests
+        have an Origin, must: pages of other origins cannot."""
+        return kind == "application/json" or (path_of(request.scope).startswith("/api/") and "origin" not in request.headers)
 
     async def _bytes(self, request: Request, count: _Count) -> bytearray:
         body = bytearray()

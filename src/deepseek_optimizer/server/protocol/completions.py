@@ -39,7 +39,7 @@ class CompletionRequest(Sampling, Guided):
     )
     echo: bool | None = Field(None, description="Return the prompt before the text; with logprobs, also those of its tokens.")
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
-    suffix: None = None
+    suffix: str | None = Field(None, description="Text after the completion, for models trained to fill in the middle.")
     stream_options: StreamOptions | None = Field(None, description="Requires stream.")
     add_special_tokens: bool | None = Field(
         None, description="Whether the tokenizer adds special tokens, such as a begin token."

@@ -3,6 +3,7 @@ request is ever fetched."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import AliasChoices, Discriminator, Field, Tag, model_validator
@@ -124,6 +125,16 @@ class FunctionMessage(_Message):
 
 Message = Annotated[SystemMessage | UserMessage | AssistantMessage | ToolMessage | FunctionMessage, Field(discriminator="role")]
 Messages = Annotated[list[Message], Field(min_length=1, max_length=_MAX_MESSAGES, fail_fast=True)]
+
+
+def continues(messages: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a chat ends with the beginning of an answer, which protocols other than OpenAI's continue.
+
+    Args:
+        messages: in OpenAI's format.
+    """
+    last = messages[-1] if messages else {}
+    return last.get("role") == "assistant" and bool(last.get("content")) and not last.get("tool_calls")
 
 
 class Function(Body):

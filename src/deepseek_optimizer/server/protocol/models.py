@@ -47,6 +47,10 @@ class TokenizeRequest(Body):
     chat_template_kwargs: Annotated[dict[str, _Scalar], Field(max_length=16)] | None = None
     add_special_tokens: bool | None = Field(None, description="For a text: whether the tokenizer adds special tokens.")
     return_token_strs: bool | None = None
+    content: str | None = Field(None, description="A text, in llama-server's form of the request.")
+    add_special: bool | None = Field(None, description="With content: add special tokens; the default is false.")
+    parse_special: bool | None = Field(None, description="With content: recognize control tokens; the default is true.")
+    with_pieces: bool | None = Field(None, description="With content: return each token with its text.")
 
 
 class Tokens(ResponseModel):
@@ -65,13 +69,29 @@ class TokenizerInfo(ResponseModel):
     chat_template: str | list[dict[str, str]] | dict[str, str] | None = None
 
 
+class TokenPiece(ResponseModel):
+    """A token with its text, or with its bytes if they are not text."""
+
+    id: int
+    piece: str | list[int]
+
+
+class NativeTokens(ResponseModel):
+    """The answer to `content`, in llama-server's form."""
+
+    tokens: list[int] | list[TokenPiece]
+
+
 class DetokenizeRequest(Body):
     model: ModelName = None
     tokens: Annotated[list[TOKEN_ID], Field(max_length=1_000_000, fail_fast=True)]
 
 
 class Text(ResponseModel):
+    """A text, under vLLM's name and llama-server's."""
+
     prompt: str
+    content: str
 
 
 class Status(ResponseModel):

@@ -1,10 +1,10 @@
-"""/v1/responses: OpenAI's newer protocol, without state: each request contains the whole conversation."""
+"""/v1/responses: OpenAI's newer protocol. A request contains the whole conversation, or continues a stored response."""
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag, field_validator, model_validator
+from pydantic import Discriminator, Field, Tag, TypeAdapter, field_validator, model_validator
 
 from ...engine.request import MAX_LOGPROBS
 from .base import Body, Ignored, IgnoredFields, ModelName, ResponseModel
@@ -13,6 +13,7 @@ from .messages import _Name, only_text
 from .sampling import MaxTokens, Priority, Seed
 
 _Id = Annotated[str, Field(max_length=256)]
+_MAX_ITEMS = 10_000
 
 
 class InputText(Body):
@@ -168,12 +169,12 @@ class ResponseStreamOptions(Body):
 
 
 _Input = (
-    Annotated[str, Field(min_length=1)] | Annotated[list[InputItem], Field(min_length=1, max_length=10_000, fail_fast=True)]
+    Annotated[str, Field(min_length=1)] | Annotated[list[InputItem], Field(min_length=1, max_length=_MAX_ITEMS, fail_fast=True)]
 )
 
 
 class ResponsesRequest(IgnoredFields):
-    """A conversation to continue. previous_response_id, conversation, prompt and background require a server with state."""
+    """A conversation to continue: `input`, after that of a stored response."""
 
     model: ModelName = None
     input: _Input
@@ -193,8 +194,9 @@ class ResponsesRequest(IgnoredFields):
     stream: bool | None = None
     stream_options: ResponseStreamOptions | None = None
     truncation: Literal["disabled"] | None = None
-    background: Literal[False] | None = None
-    previous_response_id: None = None
+    store: bool | None = Field(None, description="Store the response for later requests; the default is true.")
+    background: bool | None = Field(None, description="Return at once; the response is generated meanwhile. Requires store.")
+    previous_response_id: _Id | None = Field(None, description="The stored response that the conversation continues.")
     conversation: None = None
     prompt: None = None
     max_tool_calls: Ignored  # of tools that the server runs
@@ -212,11 +214,11 @@ class ResponsesRequest(IgnoredFields):
             return value
         return [{"type": "message", **item} if isinstance(item, dict) and "type" not in item else item for item in value]
 
-    @field_validator("previous_response_id", "conversation", mode="before")
+    @field_validator("conversation", mode="before")
     @classmethod
-    def _stateless(cls, value: Any) -> Any:
+    def _no_conversation(cls, value: Any) -> Any:
         if value is not None:
-            raise ValueError("this server stores no responses: send the whole conversation as input")
+            raise ValueError("this server stores no conversations: use previous_response_id")
         return value
 
 
@@ -247,7 +249,7 @@ class ResponseObject(ResponseModel):
     id: str
     object: Literal["response"]
     created_at: int
-    status: Literal["completed", "incomplete", "in_progress", "failed"]
+    status: Literal["completed", "incomplete", "in_progress", "queued", "cancelled", "failed"]
     error: dict[str, str] | None
     incomplete_details: IncompleteDetails | None
     instructions: str | None
@@ -255,8 +257,9 @@ class ResponseObject(ResponseModel):
     model: str
     output: list[dict[str, Any]]
     parallel_tool_calls: bool
-    previous_response_id: None
-    store: Literal[False]
+    background: bool
+    previous_response_id: str | None
+    store: bool
     temperature: float | None
     text: dict[str, Any]
     tool_choice: str | dict[str, Any]
@@ -268,5 +271,23 @@ class ResponseObject(ResponseModel):
         None, description="How the answer was obtained from files: strategy, reason, notes."
     )
 
+
+class DeletedResponse(ResponseModel):
+    id: str
+    object: Literal["response"]
+    deleted: Literal[True]
+
+
+class InputItemList(ResponseModel):
+    """Input items of a response, newest first unless `order` is asc."""
+
+    object: Literal["list"]
+    data: list[dict[str, Any]]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+
+
+InputItems = TypeAdapter(Annotated[list[InputItem], Field(max_length=_MAX_ITEMS, fail_fast=True)])
 
 EXAMPLE: dict[str, Any] = {"input": "Hello", "max_output_tokens": 16}

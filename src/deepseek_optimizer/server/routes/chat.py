@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import time
 import uuid
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
 
 from fastapi import FastAPI, Request, Response
 
 from ..chat.beams import beam_start
-from ..chat.chat_answers import ChatCollector, ChatEncoder
+from ..chat.chat_answers import ChatAnswer, ChatCollector, ChatEncoder
 from ..chat.chat_setup import ChatSpec, check_choice
 from ..chat.forms import form_of
 from ..chat.intake import admitted_request
@@ -18,13 +21,14 @@ from ..chat.replies import StreamReply, WholeReply
 from ..chat.reports import reported, wanted_reports
 from ..chat.words import sampler_words
 from ..document_chats.chats import prepare_chat_with_files
+from ..http.caller import Caller
 from ..http.problems import ApiError
 from ..openapi import body_errors, events, reads
 from ..protocol.chat import EXAMPLE, ChatCompletion, ChatRequest, usage_in_stream
 from ..protocol.messages import AllowedToolsChoice, AssistantMessage, NamedTool
 from ..protocol.sampling import requests_for
 from ..state import ServerState
-from ..tokens.token_text import TokenIdTexts
+from ..tokens.token_text import TokenIdTexts, TokenTexts
 
 
 def add(app: FastAPI, state: ServerState) -> None:
@@ -40,50 +44,88 @@ def add(app: FastAPI, state: ServerState) -> None:
         async with admitted_request(state, request, ChatRequest) as (body, places, caller):
             check(body)
             body = with_tools(body)
-            n = body.n or 1
-            chat = chat_spec(body, state.settings.prefill_assistant)
-            form = form_of(body)
-            max_tokens = body.max_completion_tokens or body.max_tokens
-            if chat.has_files:
-                prepared = await prepare_chat_with_files(state, chat, max_tokens, request.state.salt, places, caller)
-            else:
-                prepared = await prepare_chat(state, chat, caller)
-            prepared.check_fields(
-                n=n > 1, tools=body.tools and chat.choice != "none", logprobs=body.logprobs, response_format=form,
-                prompt_logprobs=body.prompt_logprobs is not None, return_token_ids=body.return_token_ids,
-                use_beam_search=body.use_beam_search,
-            )  # fmt: skip
-            one_call = body.parallel_tool_calls is False
-            grammar = await prepared.grammar(form, not one_call, caller)
-            top = (body.top_logprobs or 0) if body.logprobs else None
-            params = body.params(
-                prepared.sampling,
-                max_tokens=max_tokens,
-                logprobs=top,
-                grammar=grammar,
-                keep_special=prepared.keep_special,
-                words=await sampler_words(state, body, caller),
-            )
-            wanted = wanted_reports(body, [prepared.ids], n, bool(body.stream))
             name = f"chatcmpl-{uuid.uuid4().hex}"
+            chat = await start_chat(state, body, places, caller, id=name, salt=request.state.salt)
             head = {"id": name, "created": int(time.time()), "model": caller.adapter or state.model_name}
-            requests = requests_for(
-                [prepared.ids], params, n, id=name, salt=request.state.salt, client=caller.key,
-                deadline=caller.deadline, priority=body.priority, pinned=prepared.pinned, adapter=caller.adapter,
-                cache_salt=body.cache_salt, prompt_logprobs=wanted.prompt_logprobs,
-            )  # fmt: skip
-            texts_of_tokens = TokenIdTexts(state.texts) if body.return_tokens_as_token_ids else state.texts
-            answers, parsed = prepared.submit(requests, one_call, beam_start(state, body, n, caller))
-            answers, reports = reported(state, answers, requests, wanted, caller, texts_of_tokens)
-            texts, dropped = texts_of_tokens if body.logprobs else None, prepared.dropped
             if body.stream:
                 last, every = usage_in_stream(body.stream_options)
                 make = ChatEncoder if body.functions is None else FunctionEncoder
-                encoder = make(head, parsed, texts, last, dropped, every, reports)
-                return StreamReply(state, places.pop_all(), answers, encoder)
+                encoder = make(head, chat.parsed, chat.texts, last, chat.dropped, every, chat.reports)
+                return StreamReply(state, places.pop_all(), chat.answers, encoder)
             collect = ChatCollector if body.functions is None else FunctionCollector
-            collector = collect(head, parsed, texts, dropped, reports)
-            return WholeReply(state, places.pop_all(), answers, collector.feed, collector.body)
+            collector = collect(head, chat.parsed, chat.texts, chat.dropped, chat.reports)
+            return WholeReply(state, places.pop_all(), chat.answers, collector.feed, collector.body)
+
+
+@dataclass(frozen=True)
+class StartedChat:
+    """A chat that was submitted to the engine.
+
+    Attributes:
+        answers: the engine's, one for each requested answer.
+        parsed: a parser for each.
+        texts: of the model's tokens; None: no log probabilities.
+        dropped: tokens that were dropped from the prompt.
+        reports: of prompt and tokens; None: none were requested.
+    """
+
+    answers: list[Any]
+    parsed: list[ChatAnswer]
+    texts: TokenTexts | None
+    dropped: int
+    reports: Any
+
+
+async def start_chat(
+    state: ServerState, body: ChatRequest, places: ExitStack, caller: Caller, *, id: str, salt: str
+) -> StartedChat:
+    """Prepares a chat and submits it to the engine. All protocols with chats use it.
+
+    Args:
+        state: the server's.
+        body: the chat in OpenAI's format.
+        places: in the engine's queue.
+        caller: who sent the request.
+        id: of the API request.
+        salt: of the API key.
+
+    Raises:
+        ApiError, RequestError, WorkerLostError, EngineDeadError: see `prepare_chat`, `chat_grammar` and `PreparedChat.submit`.
+    """
+    n = body.n or 1
+    chat = chat_spec(body, state.settings.prefill_assistant)
+    form = form_of(body)
+    max_tokens = body.max_completion_tokens or body.max_tokens
+    if chat.has_files:
+        prepared = await prepare_chat_with_files(state, chat, max_tokens, salt, places, caller)
+    else:
+        prepared = await prepare_chat(state, chat, caller)
+    prepared.check_fields(
+        n=n > 1, tools=body.tools and chat.choice != "none", logprobs=body.logprobs, response_format=form,
+        prompt_logprobs=body.prompt_logprobs is not None, return_token_ids=body.return_token_ids,
+        use_beam_search=body.use_beam_search,
+    )  # fmt: skip
+    one_call = body.parallel_tool_calls is False
+    grammar = await prepared.grammar(form, not one_call, caller)
+    top = (body.top_logprobs or 0) if body.logprobs else None
+    params = body.params(
+        prepared.sampling,
+        max_tokens=max_tokens,
+        logprobs=top,
+        grammar=grammar,
+        keep_special=prepared.keep_special,
+        words=await sampler_words(state, body, caller),
+    )
+    wanted = wanted_reports(body, [prepared.ids], n, bool(body.stream))
+    requests = requests_for(
+        [prepared.ids], params, n, id=id, salt=salt, client=caller.key,
+        deadline=caller.deadline, priority=body.priority, pinned=prepared.pinned, adapter=caller.adapter,
+        cache_salt=body.cache_salt, prompt_logprobs=wanted.prompt_logprobs,
+    )  # fmt: skip
+    texts_of_tokens = TokenIdTexts(state.texts) if body.return_tokens_as_token_ids else state.texts
+    answers, parsed = prepared.submit(requests, one_call, beam_start(state, body, n, caller))
+    answers, reports = reported(state, answers, requests, wanted, caller, texts_of_tokens)
+    return StartedChat(answers, parsed, texts_of_tokens if body.logprobs else None, prepared.dropped, reports)
 
 
 def check(body: ChatRequest) -> None:
@@ -127,6 +169,7 @@ def chat_spec(body: ChatRequest, prefill: bool = False) -> ChatSpec:
         choice=choice,
         named=named,
         allowed=allowed,
+        several=body.parallel_tool_calls,
         effort=body.reasoning_effort,
         options=body.chat_template_kwargs or {},
         skip_special=body.skip_special_tokens is not False,

@@ -1,7 +1,9 @@
-"""/v1/responses: continues a conversation, in OpenAI's newer protocol, without state."""
+"""/v1/responses: continues a conversation, in OpenAI's newer protocol."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -12,9 +14,12 @@ from ..chat.chat_setup import ChatSpec, check_choice
 from ..chat.forms import Form
 from ..chat.intake import admitted_request
 from ..chat.prepared import prepare_chat
-from ..chat.replies import StreamReply, WholeReply
+from ..chat.replies import StreamReply, WholeReply, json_response
 from ..chat.response_answers import ResponseCollector, ResponseEncoder, new_response
+from ..chat.response_record import ResponseRecord, conversation_items, input_items
 from ..document_chats.chats import prepare_chat_with_files
+from ..http.caller import Caller
+from ..http.problems import ApiError
 from ..openapi import body_errors, events, reads
 from ..protocol.responses import (
     EXAMPLE,
@@ -43,12 +48,16 @@ def add(app: FastAPI, state: ServerState) -> None:
         tags=["generation"],
     )
     async def responses(request: Request) -> Response:
-        """Answers a conversation. Nothing is stored: each request contains the whole conversation."""
+        """Answers a conversation, and stores the response unless `store` is false."""
         async with admitted_request(state, request, ResponsesRequest, one=True) as (body, places, caller):
+            check(body)
+            salt, given = request.state.salt, body
+            if body.previous_response_id is not None:
+                body, caller = await with_history(state, body, salt, caller)
             chat = chat_spec(body)
             max_tokens, form = body.max_output_tokens, form_of(body)
             if chat.has_files:
-                prepared = await prepare_chat_with_files(state, chat, max_tokens, request.state.salt, places, caller)
+                prepared = await prepare_chat_with_files(state, chat, max_tokens, salt, places, caller)
             else:
                 prepared = await prepare_chat(state, chat, caller)
             wants_logprobs = "message.output_text.logprobs" in (body.include or ())
@@ -68,18 +77,57 @@ def add(app: FastAPI, state: ServerState) -> None:
                 grammar=grammar,
                 skip_special_tokens=not prepared.keep_special,
             )
-            head = new_response(caller.adapter or state.model_name, _echo(body, params))
+            head = new_response(caller.adapter or state.model_name, _echo(given, params))
             sequence = EngineRequest(
-                prepared.ids, params, id=head["id"], salt=request.state.salt, client=caller.key,
+                prepared.ids, params, id=head["id"], salt=salt, client=caller.key,
                 deadline=caller.deadline, priority=body.priority or 0, pinned=prepared.pinned,
                 adapter=caller.adapter,
             )  # fmt: skip
             answers, [answer] = prepared.submit([sequence], one_call)
             texts, dropped = state.texts if wants_logprobs else None, prepared.dropped
+            record = ResponseRecord(state, head, input_items(given), salt, caller) if head["store"] else None
             if body.stream:
-                return StreamReply(state, places.pop_all(), answers, ResponseEncoder(head, answer, texts, dropped))
+                encoder = ResponseEncoder(head, answer, texts, dropped)
+                store = partial(record.put, encoder.body) if record else None
+                return StreamReply(state, places.pop_all(), answers, encoder, before_end=store)
             collector = ResponseCollector(head, answer, texts, dropped)
-            return WholeReply(state, places.pop_all(), answers, collector.feed, collector.body)
+            if record is not None and body.background:
+                try:
+                    return json_response(await record.start(collector, answers[0], places))
+                except BaseException:
+                    answers[0].cancel()
+                    raise
+            store = partial(record.put, collector.body) if record else None
+            return WholeReply(state, places.pop_all(), answers, collector.feed, collector.body, before_end=store)
+
+
+def check(body: ResponsesRequest) -> None:
+    """Checks fields that depend on each other.
+
+    Raises:
+        ApiError: 400, fields contradict each other.
+    """
+    if body.background and body.store is False:
+        raise ApiError(400, "background: requires store, since the response is fetched later", param="background")
+    if body.background and body.stream:
+        raise ApiError(400, "background: not with stream; get /v1/responses/{id} until it is complete", param="background")
+
+
+async def with_history(
+    state: ServerState, body: ResponsesRequest, salt: str, caller: Caller
+) -> tuple[ResponsesRequest, Caller]:
+    """A request whose input begins with that of the stored conversation, and the caller with the size of both.
+
+    Raises:
+        ApiError: the conversation is not stored or too long; others see `ResponseStore.conversation`.
+    """
+    rows = await state.responses.conversation(salt, str(body.previous_response_id), caller)
+    size = caller.size + sum(len(row.input) + len(row.body) for row in rows)
+
+    def whole() -> ResponsesRequest:
+        return body.model_copy(update={"input": conversation_items(rows, body)})
+
+    return await state.bodies.working(caller.key, size, whole), replace(caller, size=size)
 
 
 def chat_spec(body: ResponsesRequest) -> ChatSpec:
@@ -105,6 +153,7 @@ def chat_spec(body: ResponsesRequest) -> ChatSpec:
         choice=choice,
         named=named,
         allowed=allowed,
+        several=body.parallel_tool_calls,
         effort=body.reasoning.effort if body.reasoning else None,
         options=body.chat_template_kwargs or {},
     )
@@ -172,6 +221,9 @@ def _echo(body: ResponsesRequest, params: SamplingParams) -> dict[str, Any]:
     return {
         "instructions": body.instructions,
         "max_output_tokens": body.max_output_tokens,
+        "background": bool(body.background),
+        "previous_response_id": body.previous_response_id,
+        "store": body.store is not False,
         "metadata": body.metadata if isinstance(body.metadata, dict) else {},
         "parallel_tool_calls": body.parallel_tool_calls is not False,
         "reasoning": {"effort": body.reasoning.effort if body.reasoning else None, "summary": None},

@@ -1,4 +1,4 @@
-"""/tokenize and /detokenize, compatible with vLLM's."""
+"""/tokenize and /detokenize, in vLLM's form and llama-server's."""
 
 from __future__ import annotations
 
@@ -17,17 +17,19 @@ from ..protocol.models import (
     EXAMPLE_DETOKENIZE,
     EXAMPLE_TOKENIZE,
     DetokenizeRequest,
+    NativeTokens,
     Text,
     TokenizeRequest,
     Tokens,
 )
 from ..state import ServerState
+from ..tokens.tokenizing import Lane
 
 
 def add(app: FastAPI, state: ServerState) -> None:
     @app.post(
         "/tokenize",
-        response_model=Tokens,
+        response_model=Tokens | NativeTokens,
         responses=body_errors(),
         openapi_extra=reads(TokenizeRequest, EXAMPLE_TOKENIZE),
         tags=["tokens"],
@@ -35,7 +37,22 @@ def add(app: FastAPI, state: ServerState) -> None:
     async def tokenize(request: Request) -> Response:
         """Tokenizes a text, or a chat with the model's chat template."""
         async with admitted_request(state, request, TokenizeRequest, one=True) as (body, _, caller):
-            return await tokens(body, caller)
+            return await (tokens(body, caller) if body.content is None else native_tokens(body, body.content, caller))
+
+    async def native_tokens(body: TokenizeRequest, text: str, caller: Caller) -> Response:
+        if body.prompt is not None or body.messages is not None:
+            raise ApiError(400, "content: give only one of prompt, messages and content", param="content")
+
+        def work(lane: Lane) -> list[int]:
+            if body.parse_special is False:
+                start = tokens_of(lane.tokenizer, "") if body.add_special else []
+                return start + lane.plain(text)
+            return tokens_of(lane.tokenizer, text, bool(body.add_special))
+
+        ids = await state.tokenizing(work, caller)
+        if not body.with_pieces:
+            return json_response({"tokens": ids})
+        return json_response({"tokens": [{"id": token, "piece": _piece(state.texts.bytes(token))} for token in ids]})
 
     async def tokens(body: TokenizeRequest, caller: Caller) -> Response:
         if (body.prompt is None) == (body.messages is None):
@@ -66,4 +83,12 @@ def add(app: FastAPI, state: ServerState) -> None:
             if any(token >= state.engine.vocab_size for token in body.tokens):
                 raise ApiError(400, f"tokens: must be ids from 0 to {state.engine.vocab_size - 1}", param="tokens")
             text = await state.tokenizing(lambda lane: lane.tokenizer.decode(body.tokens), caller)
-        return json_response({"prompt": text})
+        return json_response({"prompt": text, "content": text})
+
+
+def _piece(raw: bytes) -> str | list[int]:
+    """A token's text, or its bytes if they are part of a character."""
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        return list(raw)

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any, TypeVar
 
+from ...chat.control_tokens import ControlTokens, Marks
 from ...chat.template import ChatTemplate
 from ..http.caller import Caller
 from ..http.fair_queue import FairQueue
@@ -25,6 +27,19 @@ class Lane:
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
         self.template = ChatTemplate(tokenizer)
+
+    @cached_property
+    def _controls(self) -> ControlTokens:
+        return ControlTokens(self.tokenizer, "")
+
+    def plain(self, text: str) -> list[int]:
+        """Token ids of a text inside a prompt, none of them a control token.
+
+        Raises:
+            RequestError: it contains characters that the tokenizer itself turns into a control token.
+        """
+        marks = Marks()
+        return self._controls.encode(self._controls.mark(text, marks), marks, first=False).ids if text else []
 
 
 class Tokenizing:

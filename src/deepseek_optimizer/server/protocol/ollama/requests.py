@@ -1,0 +1,168 @@
+"""Requests of Ollama's API. Options of memory, threads and layers are ignored: the server's own settings choose them."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field, ValidationInfo, field_validator
+
+from ..base import Body, Ignored, ModelName
+from ..messages import _Name
+from ..sampling import _Penalty, _Stop, _Unit
+
+_MAX = (1 << 31) - 1
+_Text = Annotated[str, Field(min_length=1)]
+
+
+class Options(Body):
+    """Parameters of a model. Omitted ones have this server's defaults, not Ollama's; others, such as num_ctx, are ignored."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    num_predict: Annotated[int, Field(ge=-2, le=_MAX)] | None = Field(
+        None, description="Maximum number of new tokens; below 1: no limit."
+    )
+    temperature: Annotated[float, Field(ge=0, le=100)] | None = None
+    top_k: Annotated[int, Field(ge=-1, le=_MAX)] | None = None
+    top_p: _Unit | None = Field(None, description="0: as 1.")
+    min_p: _Unit | None = None
+    typical_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    repeat_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
+    repeat_last_n: Annotated[int, Field(ge=-1, le=_MAX)] | None = Field(None, description="-1: the whole prompt and text.")
+    presence_penalty: _Penalty | None = None
+    frequency_penalty: _Penalty | None = None
+    seed: Annotated[int, Field(ge=-1, le=(1 << 63) - 1)] | None = Field(None, description="-1: random.")
+    stop: _Stop | Annotated[list[_Stop], Field(max_length=16)] | None = None
+
+
+class _Model(Body):
+    model: ModelName = None
+
+    @field_validator("model", "name", mode="after", check_fields=False)
+    @classmethod
+    def _without_tag(cls, value: str | None) -> str | None:
+        """The name without Ollama's default tag; an empty name is none."""
+        return value.removesuffix(":latest") or None if value is not None else None
+
+
+class _Request(_Model):
+    keep_alive: Ignored
+
+
+class _Generation(_Request):
+    options: Options | None = None
+    stream: bool | None = Field(None, description="The default is true.")
+    format: Literal["", "json"] | dict[str, Any] | None = Field(None, description='"json", or a JSON schema.')
+    think: bool | Literal["low", "medium", "high", "max"] | None = None
+    images: None = None
+    logprobs: Ignored
+    top_logprobs: Ignored
+    truncate: Ignored
+    shift: Ignored
+
+    @field_validator("images", mode="before")
+    @classmethod
+    def _no_images(cls, value: Any) -> Any:
+        return no_images(value)
+
+
+def no_images(value: Any) -> None:
+    """Raises a clear error if there are images."""
+    if value:
+        raise ValueError("images are not supported: this server reads text")
+
+
+class Function(Body):
+    name: Annotated[str, Field(min_length=1, max_length=256)]
+    arguments: dict[str, Any] = Field(default_factory=dict)
+    description: Ignored
+    index: Ignored
+
+
+class ToolCall(Body):
+    """An earlier tool call of the model."""
+
+    id: Annotated[str, Field(max_length=256)] | None = None
+    type: Ignored
+    function: Function
+
+
+class Message(Body):
+    role: Literal["system", "user", "assistant", "tool"]
+    content: str | None = None
+    thinking: str | None = None
+    tool_calls: Annotated[list[ToolCall], Field(max_length=128, fail_fast=True)] | None = None
+    tool_name: Annotated[str, Field(max_length=256)] | None = None
+    tool_call_id: Annotated[str, Field(max_length=256)] | None = None
+    images: None = None
+
+    @field_validator("images", mode="before")
+    @classmethod
+    def _no_images(cls, value: Any) -> Any:
+        return no_images(value)
+
+
+class ToolFunction(Body):
+    name: _Name
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: Ignored
+
+
+class Tool(Body):
+    type: Literal["function"] | None = None
+    function: ToolFunction
+
+
+class OllamaChatRequest(_Generation):
+    """A chat to continue; without messages: whether the model is loaded."""
+
+    messages: Annotated[list[Message], Field(max_length=10_000, fail_fast=True)] | None = None
+    tools: Annotated[list[Tool], Field(max_length=128, fail_fast=True)] | None = None
+
+
+class OllamaGenerateRequest(_Generation):
+    """A prompt to answer, as the user's message of a chat; with `raw`: a text to continue."""
+
+    prompt: str | None = None
+    system: str | None = None
+    suffix: str | None = Field(None, description="Text after the completion, for models trained to fill in the middle.")
+    raw: bool | None = None
+    template: None = Field(None, description="Not supported: the model's chat template is used.")
+    context: None = Field(None, description="Not supported: use /api/chat for conversations.")
+
+    @field_validator("template", "context", mode="before")
+    @classmethod
+    def _not_supported(cls, value: Any, info: ValidationInfo) -> None:
+        if value:
+            instead = {"template": "the model's chat template is used", "context": "use /api/chat for conversations"}
+            raise ValueError(f"is not supported; {instead[str(info.field_name)]}")
+
+
+class OllamaEmbedRequest(_Request):
+    input: str | Annotated[list[_Text], Field(min_length=1, max_length=64, fail_fast=True)]
+    truncate: bool | None = Field(None, description="Whether texts longer than the context are cut; the default is true.")
+    options: Ignored
+    dimensions: Annotated[int, Field(ge=1, le=1 << 20)] | None = None
+
+
+class OllamaEmbeddingsRequest(_Request):
+    """The older form of `OllamaEmbedRequest`."""
+
+    prompt: str
+    options: Ignored
+
+
+class OllamaShowRequest(_Model):
+    name: ModelName = Field(None, description="Older name of model.")
+    verbose: bool | None = None
+    system: Ignored
+    template: Ignored
+    options: Ignored
+
+
+EXAMPLE_CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "Hello"}], "options": {"num_predict": 16}}
+EXAMPLE_GENERATE: dict[str, Any] = {"prompt": "Hello", "options": {"num_predict": 16}}
+EXAMPLE_EMBED: dict[str, Any] = {"input": "Hello"}
+EXAMPLE_EMBEDDINGS: dict[str, Any] = {"prompt": "Hello"}
+EXAMPLE_SHOW: dict[str, Any] = {}

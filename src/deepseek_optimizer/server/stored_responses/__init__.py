@@ -1,0 +1,1 @@
+"""Responses that are stored for later requests, in SQLite."""
