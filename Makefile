@@ -1,4 +1,4 @@
-# make test | test-all | test-interop | test-conformance | demo | docs | lint | bench | bench-train | bench-commits | soak | quality | test-lowest | test-native | test-native-tsan | native | fuzz | wheel | page-assets | clean: each works alone, from a fresh clone.
+# make test | test-all | test-interop | test-peers | test-conformance | demo | docs | lint | bench | bench-train | bench-commits | soak | quality | test-lowest | test-native | test-native-tsan | native | fuzz | wheel | page-assets | clean: each works alone, from a fresh clone.
 # Everything goes into .venv* and build/. PYTHON is the interpreter with which .venv is created.
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
@@ -16,7 +16,7 @@ WORKERS ?= 2
 SOURCES := pyproject.toml README.md LICENSE $(wildcard CMakeLists.txt) \
   $(shell find native src build_tools -type f -not -name '*.pyc' -not -path '*/_native/*')
 
-.PHONY: help env test test-all test-wide test-lowest test-interop test-conformance demo docs docs-reference format lint bench bench-train bench-commits soak quality wheel page-assets fuzz clean
+.PHONY: help env test test-all test-wide test-lowest test-interop test-peers test-conformance demo docs docs-reference format lint bench bench-train bench-commits soak quality wheel page-assets fuzz clean
 
 help:
 	@sed -n '1,2s/^# //p' Makefile
@@ -113,6 +113,11 @@ $(INTEROP)/.installed: $(WHEELS)/.built
 
 test-interop: $(INTEROP)/.installed
 	$(ONE_THREAD) DSO_INTEROP=1 $(INTEROP)/bin/python -m pytest -q tests/interop $(PYTEST_ARGS)
+
+# The server tests of vLLM and llama.cpp against `dso serve`. PEERS: suites and options, such as PEERS="vllm --file test_chat".
+PEERS ?=
+test-peers: $(INTEROP)/.installed
+	PYTHONPATH=tests $(INTEROP)/bin/python -m peers.run $(PEERS)
 
 # Measures ratios in alternating runs; nothing else may run meanwhile. BENCH selects rows: make bench BENCH="smol-decode spine-smol".
 # The first run also creates the models and the other engines' environments, in the user's cache directory.

@@ -2,34 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+
+from support.outcomes import Outcome
 
 from .exceptions import MAX, Kind
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """Outcome of one test: "passed", "failed", "skipped", or "crashed" if the process ended in it."""
-
-    outcome: str
-    error: str = ""
-
-
-def read(path: Path) -> dict[str, Outcome]:
-    """Reads the outcomes written by `plugin.py`; a test with several reports (subtests) failed if any of them failed."""
-    result: dict[str, Outcome] = {}
-    for line in path.read_text().splitlines():
-        entry = json.loads(line)
-        test, outcome = entry["test"], entry["outcome"]
-        if outcome == "started":
-            result[test] = Outcome("crashed", "the process ended in this test")
-        elif result[test].outcome != "failed":
-            result[test] = Outcome(outcome, entry["error"])
-    return result
 
 
 @dataclass

@@ -9,7 +9,6 @@ tests create models by calling them; nothing outside this process is affected.
 from __future__ import annotations
 
 import functools
-import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,12 +17,15 @@ from typing import Any
 import pytest
 import torch
 
+from support.outcomes import Recorder
+
 SIDE, RESULTS = "DSO_CONFORMANCE_SIDE", "DSO_CONFORMANCE_RESULTS"
 _plain = False
 
 
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)
+    config.pluginmanager.register(Recorder(os.environ[RESULTS]))
     if os.environ[SIDE] != "control":
         from deepseek_optimizer.models import ENCODERS, SUPPORTED
 
@@ -93,25 +95,3 @@ def optimize(model: Any) -> None:
         model.model.norm.weight.data.mul_(2)
         model.dso.rebind()
     model.train(training)
-
-
-def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """Handles reports of subtests too: a failed one makes the test failed even if it reports success afterwards."""
-    if report.when == "call" or report.outcome != "passed":
-        _write({"test": report.nodeid.rpartition("::")[2], "outcome": report.outcome, "error": _error(report)})
-
-
-def _error(report: pytest.TestReport) -> str:
-    """The message of the exception, or the reason of a skip."""
-    if isinstance(report.longrepr, tuple):
-        return str(report.longrepr[-1])
-    return str(getattr(getattr(report.longrepr, "reprcrash", None), "message", report.longrepr or ""))
-
-
-def pytest_runtest_logstart(nodeid: str) -> None:
-    _write({"test": nodeid.rpartition("::")[2], "outcome": "started"})
-
-
-def _write(line: dict[str, str]) -> None:
-    with open(os.environ[RESULTS], "a") as file:
-        file.write(json.dumps(line) + "\n")

@@ -16,9 +16,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from support.outcomes import read_outcomes
 from support.rings import ROOT, seed_of
 
-from .compare import Comparison, compare, faults, read
+from .compare import Comparison, compare, faults
 from .exceptions import KINDS
 from .plugin import RESULTS, SIDE
 from .source import OFFLINE, SourceError, cached_tests
@@ -65,7 +66,7 @@ def run_family(family: str, file: Path, folder: Path, select: str, side: str = "
         process.wait()
     if not paths["control"].is_file():
         raise SystemExit(f"{family}: no test was run:\n{paths['control'].with_suffix('.log').read_text()[-2000:]}")
-    outcomes = [read(path) if path.is_file() else {} for path in paths.values()]
+    outcomes = [read_outcomes(path) if path.is_file() else {} for path in paths.values()]
     return compare(family, *outcomes, KINDS)
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 
-from conformance.compare import Outcome, compare, faults, read
+from conformance.compare import compare, faults
 from conformance.exceptions import KINDS, MAX, Kind
+from support.outcomes import Outcome
 
 KIND = Kind("casts", "why", r"test_cast_\w+", "cannot be cast")
 PASSED = Outcome("passed")
@@ -62,20 +61,3 @@ def test_the_list_is_short_and_explained():
     assert len({kind.name for kind in KINDS}) == len(KINDS)
     assert all(kind.why for kind in KINDS)
     assert faults([], [KIND] * 11)[0].startswith("11 kinds")
-
-
-def test_outcomes_round_trip(tmp_path):
-    lines = [
-        {"test": "a", "outcome": "started"},
-        {"test": "a", "outcome": "failed", "error": "a subtest"},
-        {"test": "a", "outcome": "passed", "error": ""},
-        {"test": "b", "outcome": "started"},
-        {"test": "b", "outcome": "passed", "error": ""},
-        {"test": "c", "outcome": "started"},
-    ]
-    file = tmp_path / "results.jsonl"
-    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    actual = read(file)
-    assert actual["a"] == Outcome("failed", "a subtest")
-    assert actual["b"] == PASSED
-    assert actual["c"].outcome == "crashed"

@@ -1,0 +1,185 @@
+"""A pytest plugin for the process that runs llama.cpp's server tests: their `ServerProcess` starts `dso serve`.
+
+Their `utils.py` stays as it is. Replaced are its fixtures: how a server is started and stopped, which models there are, and
+what belongs to a model. llama-server's flag --seed, the default of a field of requests, has no equivalent: it is added to the
+requests that omit the field.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from support.outcomes import Recorder
+
+from . import models
+from .left_out import RESULTS, LeftOut
+from .llama_deviations import LLAMA_SERVER
+from .served import Shared
+from .values import VALUES, is_text_of_their_model
+
+# Attributes of ServerProcess without an effect on answers, for any value: memory, batching, caches, drafts.
+_NO_EFFECT = frozenset({
+    "debug", "server_port", "server_host", "offline", "n_threads", "n_gpu_layer", "n_batch", "n_ubatch", "n_prompts",
+    "cache_prompt", "ctk", "ctv", "fa", "server_continuous_batching", "kv_unified", "swa_full", "jinja", "cache_ram",
+    "no_cache_idle_slots", "log_path", "server_embeddings", "server_reranking", "server_metrics", "external_server", "process",
+    "model_hf_repo", "model_hf_file", "id_slot", "spec_draft_n_min", "spec_draft_n_max", "model_draft", "spec_type",
+    "backend_sampling", "seed", "ready",
+})  # fmt: skip
+_GENERATING = re.compile(r"(/v1)?/(chat/)?completions?|/infill")
+# Tests that count what a server has done so far, so that each needs its own.
+_FRESH = re.compile(r"test_metrics|test_sleep|test_slot_save|test_kv_keep|cached_tokens|return_progress")
+
+
+class FlagError(RuntimeError):
+    """A flag of llama-server that `dso serve` does not have."""
+
+
+class LlamaServer:
+    """The plugin.
+
+    Args:
+        folder: for the models' directories.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._shared, self._fresh = folder, Shared(), False
+
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        """Puts the values that belong to a model in the place of those of theirs."""
+        for item in items:
+            changed = VALUES.get(getattr(item, "originalname", ""))
+            if changed is not None:
+                params = item.callspec.params  # type: ignore[attr-defined]
+                params.update(changed(params))
+
+    def pytest_runtest_setup(self, item: pytest.Item) -> None:
+        self._fresh = _FRESH.search(item.nodeid) is not None
+        if self._fresh:
+            self._shared.stop()
+
+    def pytest_runtest_teardown(self) -> None:
+        if self._fresh:
+            self._shared.stop()
+
+    def pytest_sessionfinish(self) -> None:
+        self._shared.stop()
+
+    def start(self, server: Any, timeout_seconds: int = 60) -> None:
+        """In place of `ServerProcess.start`."""
+        flags, environment = flags_of(server)
+        if server.chat_template and not re.fullmatch(
+            r"[\w.-]+", server.chat_template
+        ):  # the template itself, not the name of one
+            file = self._folder / "template.jinja"
+            file.write_text(server.chat_template)
+            flags[flags.index(server.chat_template)] = str(file)
+        served = self._shared.get(self._model(server), flags, environment)
+        server.server_port, server.process, server.ready = served.port, served.process, True
+
+    def stop(self, server: Any) -> None:
+        """In place of `ServerProcess.stop`: the next test may use the server."""
+        server.process = None
+
+    def _model(self, server: Any) -> Path:
+        """A directory with the model's context and default temperature."""
+        made = _model_of(server)
+        context = server.n_ctx and (server.n_ctx if server.kv_unified else server.n_ctx // (server.n_slots or 1))
+        limit = None if made.name.startswith(("encoder", "reranker")) else context
+        target = self._folder / f"{made.name}-{limit}-{server.temperature}"
+        if not target.exists():
+            sampling = {"do_sample": server.temperature > 0}
+            if server.temperature > 0:
+                sampling["temperature"] = server.temperature
+            models.variant(made, target, context=limit, generation=sampling if limit else None)
+        return target
+
+
+def _model_of(server: Any) -> Path:
+    if server.server_reranking:
+        return models.reranker()
+    if server.server_embeddings:
+        return models.encoder()
+    return models.smollm2()
+
+
+def flags_of(server: Any) -> tuple[list[str], dict[str, str]]:
+    """The options of `dso serve` for a `ServerProcess`, and environment variables.
+
+    Raises:
+        FlagError: there is no equivalent to one that is set.
+    """
+    flags: list[str] = []
+    environment = {}
+    plain = type(server)
+    for name, value in {**vars(plain), **vars(server)}.items():
+        if name in _NO_EFFECT or name.startswith("__") or callable(value) or value is None or value is False:
+            continue
+        if name == "api_key":
+            environment["DSO_API_KEYS"] = value
+        elif name in _FLAGS:
+            flags += _FLAGS[name](value)
+        else:
+            raise FlagError(f"dso serve has no equivalent to {name}={value!r}")
+    return flags, environment
+
+
+def _reasoning(value: str) -> list[str]:
+    return {"none": ["--no-reasoning"], "deepseek": ["--reasoning"], "auto": []}[value]
+
+
+_FLAGS: dict[str, Callable[[Any], list[str]]] = {
+    "model_alias": lambda value: ["--served-model-name", value],
+    "n_ctx": lambda value: [],  # of the model's directory
+    "temperature": lambda value: [],
+    "n_slots": lambda value: ["--max-running", str(value)],
+    "n_predict": lambda value: ["--max-answer-tokens", str(value)] if value > 0 else [],
+    "chat_template": lambda value: ["--chat-template", value],
+    "chat_template_file": lambda value: ["--chat-template", str(Path(value).resolve())],
+    "reasoning_format": _reasoning,
+    "pooling": lambda value: ["--pooling", {"last": "lasttoken"}.get(value, value)],
+    "cors_origins": lambda value: ["--allow-origin", value],
+    "sleep_idle_seconds": lambda value: ["--sleep-after", str(value)],
+}
+
+
+def with_seed(server: Any, path: str, data: Any) -> Any:
+    """A request with the seed that the server was started with."""
+    if not isinstance(data, dict) or not _GENERATING.fullmatch(path):
+        return data
+    return {"seed": server.seed, **data}
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    import utils  # theirs, in the folder that the tests run in
+
+    folder = models.scratch()
+    config.add_cleanup(folder.cleanup)
+    plugin = LlamaServer(Path(folder.name))
+    recorder = Recorder(os.environ[RESULTS], whole_id=True)
+    for part in (recorder, LeftOut(LLAMA_SERVER, recorder), plugin):
+        config.pluginmanager.register(part)
+    plain_match, plain_request, plain_stream = (
+        utils.match_regex,
+        *(getattr(utils.ServerProcess, name) for name in ("make_request", "make_stream_request")),
+    )
+
+    def match_regex(regex: str, text: str) -> bool:
+        return bool(text) if is_text_of_their_model(regex) else plain_match(regex, text)
+
+    def make_request(self: Any, method: str, path: str, data: Any = None, *args: Any, **kwargs: Any) -> Any:
+        return plain_request(self, method, path, with_seed(self, path, data), *args, **kwargs)
+
+    def make_stream_request(self: Any, method: str, path: str, data: Any = None, *args: Any, **kwargs: Any) -> Any:
+        return plain_stream(self, method, path, with_seed(self, path, data), *args, **kwargs)
+
+    utils.match_regex = match_regex
+    utils.ServerProcess.make_request, utils.ServerProcess.make_stream_request = make_request, make_stream_request
+    utils.ServerProcess.start = lambda self, timeout_seconds=60: plugin.start(self, timeout_seconds)
+    utils.ServerProcess.stop = lambda self: plugin.stop(self)
+    utils.ServerPreset.load_all = staticmethod(lambda: None)  # no downloads
