@@ -194,7 +194,8 @@ def write(name: str, target: Path) -> None:
         if isinstance(value, list):
             writer.add_array(full, value)
         else:
-            {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}[type(value)](full, value)
+            add: Any = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}[type(value)]
+            add(full, value)
     for tensor, sizes, kind in shape.tensors():
         code = gguf.GGMLQuantizationType[kind]
         if tensor == "token_embd.weight":

@@ -89,7 +89,8 @@ def _side(path: Path, directory: Path, tokens: int, threads: int | None) -> dict
     from deepseek_optimizer.serving import make_engine
 
     began = time.perf_counter()
-    model = load_model(path, **({} if threads is None else {"threads": threads}))
+    fields: dict[str, Any] = {} if threads is None else {"threads": threads}
+    model = load_model(path, **fields)
     engine = make_engine(model, None, prefix_cache_dir=str(directory), drafts=False)
     startup = time.perf_counter() - began
     sampling = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True)

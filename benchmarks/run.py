@@ -29,7 +29,8 @@ SIZES_MB = (76, 900)  # what int4 weights of 135 million and of 1.5 billion para
 
 
 def main() -> None:
-    known: dict[str, Any] = {row.name: row for row in (*STANDING, *DEEPSEEK, *FAMILIES, *LONG, *SPECULATION, *SERVING, *SPINE)}
+    rows: list[Any] = [*STANDING, *DEEPSEEK, *FAMILIES, *LONG, *SPECULATION, *SERVING, *SPINE]
+    known = {row.name: row for row in rows}
     a = asked(__doc__.splitlines()[0], known, rounds=3)
     seconds, threads = 0.1 if a.quick else 1.0, usable_cpus()
     bandwidth = {f"{size} MB": read_gb_s(size * 10**6, threads, seconds) for size in SIZES_MB}
