@@ -4,398 +4,78 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from . import options as o
 from . import serve_models as several
+from . import serve_options as so
 
 if TYPE_CHECKING:
     from deepseek_optimizer.server.settings import ServerSettings
 
 _NEEDED = ("fastapi", "httptools", "orjson", "prometheus_client", "python_multipart", "uvicorn", "xgrammar")
 
-_REQUESTS: dict[str, Any] = {"rich_help_panel": "Requests and memory"}
-_ACCESS: dict[str, Any] = {"rich_help_panel": "Network and access"}
-_ADAPTERS: dict[str, Any] = {"rich_help_panel": "LoRA adapters"}
-_CHAT: dict[str, Any] = {"rich_help_panel": "Chat"}
-_FILES: dict[str, Any] = {"rich_help_panel": "Uploaded files"}
-_SEARCH: dict[str, Any] = {"rich_help_panel": "Embeddings and scores"}
-
 
 @o.takes_model_fields
 def serve(
-    model: Annotated[
-        list[str] | None, typer.Argument(metavar="[MODEL]...", help=f"{o.MODEL_HELP} Several are loaded when they are needed.")
-    ] = None,
+    model: so.Model = None,
     *,
-    host: Annotated[
-        str,
-        typer.Option("--host", metavar="ADDRESS", help="Address to listen on; 0.0.0.0: all network interfaces.", **_ACCESS),
-    ] = "127.0.0.1",
-    port: Annotated[
-        int, typer.Option("--port", min=0, max=65535, metavar="PORT", help="Port to listen on; 0: any free port.", **_ACCESS)
-    ] = 8000,
-    name: Annotated[
-        str | None,
-        typer.Option(
-            "--served-model-name",
-            metavar="NAME",
-            help="Model name in the API. Default: the last path component of MODEL.",
-            **_ACCESS,
-        ),
-    ] = None,
-    api_key_file: Annotated[
-        str | None,
-        typer.Option(
-            "--api-key-file",
-            metavar="FILE",
-            help="File of API keys, one per line; # starts a comment. Default: the keys in the environment variable "
-            "DSO_API_KEYS.",
-            **_ACCESS,
-        ),
-    ] = None,
-    allow_host: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--allow-host",
-            metavar="NAME",
-            help="Name to accept in the Host header, in addition to localhost and 127.0.0.1. Repeatable.",
-            **_ACCESS,
-        ),
-    ] = None,
-    allow_origin: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--allow-origin",
-            metavar="ORIGIN",
-            help="Web origin whose pages may use the API (CORS), or * for any. Repeatable.",
-            **_ACCESS,
-        ),
-    ] = None,
-    strict_requests: Annotated[
-        bool,
-        typer.Option(
-            "--strict-requests",
-            help="Refuse requests with unknown fields, or with values of another JSON type such as numbers in quotes. Default: "
-            "unknown fields are ignored, and the response header X-Ignored-Fields names them.",
-            **_ACCESS,
-        ),
-    ] = False,
-    access_log: Annotated[bool, typer.Option("--access-log", help="Log each request to stderr.", **_ACCESS)] = False,
-    log_format: Annotated[
-        str,
-        typer.Option(
-            "--log-format", metavar="FORMAT", help="Format of the log: text, or json (an object per line).", **_ACCESS
-        ),
-    ] = "text",
-    root_path: Annotated[
-        str,
-        typer.Option(
-            "--root-path",
-            metavar="PATH",
-            help="Prefix of all paths that a reverse proxy removes before it forwards a request, such as /llm.",
-            **_ACCESS,
-        ),
-    ] = "",
-    ssl_certfile: Annotated[
-        str | None,
-        typer.Option("--ssl-certfile", metavar="FILE", help="Certificate chain (PEM), to serve HTTPS.", **_ACCESS),
-    ] = None,
-    ssl_keyfile: Annotated[
-        str | None,
-        typer.Option(
-            "--ssl-keyfile", metavar="FILE", help="Private key (PEM). Default: in the file of --ssl-certfile.", **_ACCESS
-        ),
-    ] = None,
-    ssl_keyfile_password: Annotated[
-        str | None,
-        typer.Option(
-            "--ssl-keyfile-password",
-            metavar="PASSWORD",
-            envvar="DSO_SSL_KEYFILE_PASSWORD",
-            show_envvar=False,
-            help="Password of an encrypted private key. Other users can see it here; set the environment variable "
-            "DSO_SSL_KEYFILE_PASSWORD instead.",
-            **_ACCESS,
-        ),
-    ] = None,
-    ssl_ca_certs: Annotated[
-        str | None,
-        typer.Option(
-            "--ssl-ca-certs",
-            metavar="FILE",
-            help="Certificates of authorities (PEM); clients must have a certificate that one of them issued.",
-            **_ACCESS,
-        ),
-    ] = None,
-    otlp_traces_endpoint: Annotated[
-        str | None,
-        typer.Option(
-            "--otlp-traces-endpoint",
-            metavar="URL",
-            help="Export OpenTelemetry traces to this URL of a collector, such as http://localhost:4318/v1/traces.",
-            **_ACCESS,
-        ),
-    ] = None,
-    sleep_mode: Annotated[
-        bool,
-        typer.Option(
-            "--enable-sleep-mode",
-            help="Let clients release the memory of the cache and of mapped weights by POST /sleep, until POST /wake_up.",
-            **_REQUESTS,
-        ),
-    ] = False,
+    host: so.Host = "127.0.0.1",
+    port: so.Port = 8000,
+    name: so.Name = None,
+    api_key_file: so.ApiKeyFile = None,
+    allow_host: so.AllowHost = None,
+    allow_origin: so.AllowOrigin = None,
+    strict_requests: so.StrictRequests = False,
+    access_log: so.AccessLog = False,
+    log_format: so.LogFormat = "text",
+    root_path: so.RootPath = "",
+    ssl_certfile: so.SslCertfile = None,
+    ssl_keyfile: so.SslKeyfile = None,
+    ssl_keyfile_password: so.SslKeyfilePassword = None,
+    ssl_ca_certs: so.SslCaCerts = None,
+    otlp_traces_endpoint: so.OtlpTracesEndpoint = None,
+    sleep_mode: so.SleepMode = False,
     fields: dict[str, Any],
     kl_budget: o.KlBudget = None,
     calibration: o.Calibration = None,
-    max_running: Annotated[
-        int, typer.Option("--max-running", min=1, metavar="N", help="Maximum number of concurrent answers.", **_REQUESTS)
-    ] = 32,
-    max_waiting: Annotated[
-        int,
-        typer.Option(
-            "--max-waiting",
-            min=0,
-            metavar="N",
-            help="Maximum number of queued requests of one client; further ones receive status 429 with Retry-After.",
-            **_REQUESTS,
-        ),
-    ] = 256,
-    kv_cache_memory: Annotated[
-        int | None,
-        typer.Option(
-            "--kv-cache-memory",
-            min=1,
-            metavar="BYTES",
-            help="Memory for the KV cache of all conversations, in bytes. Default: enough for a full batch at the model's "
-            "context length, but at most half of the free memory.",
-            **_REQUESTS,
-        ),
-    ] = None,
-    prefix_cache: Annotated[
-        bool,
-        typer.Option(
-            "--prefix-cache/--no-prefix-cache", help="Reuse the KV cache of prompts that share a prefix.", **_REQUESTS
-        ),
-    ] = True,
+    max_running: so.MaxRunning = 32,
+    max_waiting: so.MaxWaiting = 256,
+    kv_cache_memory: so.KvCacheMemory = None,
+    prefix_cache: so.PrefixCache = True,
     models_dir: several.ModelsDir = None,
     models_memory: several.ModelsMemory = None,
     pin: several.Pin = None,
     load_timeout: several.LoadTimeout = 120.0,
     prefix_cache_dir: o.PrefixCacheDir = None,
     prefix_cache_bytes: o.PrefixCacheBytes = 8 << 30,
-    drafts: Annotated[
-        bool,
-        typer.Option("--drafts/--no-drafts", help="Use speculative decoding, which does not change the answers.", **_REQUESTS),
-    ] = True,
-    batch_invariant: Annotated[
-        bool,
-        typer.Option(
-            "--batch-invariant",
-            help="Make each answer independent of the other requests in the batch, bit for bit. Processes prompts more slowly.",
-            **_REQUESTS,
-        ),
-    ] = False,
-    request_timeout: Annotated[
-        float,
-        typer.Option(
-            "--request-timeout",
-            min=0.1,
-            metavar="SECONDS",
-            help="Maximum time from a request's arrival to the end of its answer.",
-            **_REQUESTS,
-        ),
-    ] = 600.0,
-    drain_seconds: Annotated[
-        float,
-        typer.Option(
-            "--drain-seconds",
-            min=0,
-            metavar="SECONDS",
-            help="Grace period for requests in flight when the server stops.",
-            **_REQUESTS,
-        ),
-    ] = 30.0,
-    max_body_bytes: Annotated[
-        int, typer.Option("--max-body-bytes", min=1, metavar="BYTES", help="Maximum size of a request body.", **_REQUESTS)
-    ] = 4 << 20,
-    state_dir: Annotated[
-        str | None,
-        typer.Option(
-            "--state-dir",
-            metavar="DIR",
-            help="Folder for stored responses of /v1/responses, which survive a restart there. Default: they are in memory.",
-            **_REQUESTS,
-        ),
-    ] = None,
-    response_days: Annotated[
-        float,
-        typer.Option(
-            "--response-days",
-            min=0.001,
-            metavar="DAYS",
-            help="Time after its last use at which a stored response is deleted.",
-            **_REQUESTS,
-        ),
-    ] = 30.0,
-    response_mb: Annotated[
-        float,
-        typer.Option(
-            "--response-mb",
-            min=0.001,
-            metavar="MB",
-            help="Maximum size of all stored responses, in megabytes; the oldest are deleted. With API keys, each key may use "
-            "half of it.",
-            **_REQUESTS,
-        ),
-    ] = 128.0,
-    lora: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--lora",
-            metavar="NAME=PATH",
-            help="Load the LoRA adapter (PEFT) in directory PATH; requests choose it by the model NAME. Repeatable.",
-            **_ADAPTERS,
-        ),
-    ] = None,
-    allow_lora_loading: Annotated[
-        bool,
-        typer.Option(
-            "--allow-lora-loading",
-            help="Let requests load and unload adapters (/v1/load_lora_adapter). Requires --lora-dir.",
-            **_ADAPTERS,
-        ),
-    ] = False,
-    lora_dir: Annotated[
-        str | None,
-        typer.Option(
-            "--lora-dir", metavar="DIR", help="Directory of the adapters that requests may load; no others.", **_ADAPTERS
-        ),
-    ] = None,
-    max_loras: Annotated[
-        int | None,
-        typer.Option(
-            "--max-loras",
-            min=1,
-            metavar="N",
-            help="Maximum number of adapters at a time. Default: those of --lora, and at least 16 with --allow-lora-loading.",
-            **_ADAPTERS,
-        ),
-    ] = None,
-    max_lora_rank: Annotated[
-        int, typer.Option("--max-lora-rank", min=1, max=1024, metavar="N", help="Largest rank of an adapter.", **_ADAPTERS)
-    ] = 64,
-    lora_dtype: Annotated[
-        str,
-        typer.Option(
-            "--lora-dtype",
-            metavar="DTYPE",
-            help="Storage of adapters: bf16, fp32, or auto: bf16, except fp32 for a model in fp32.",
-            **_ADAPTERS,
-        ),
-    ] = "auto",
-    cache_window: Annotated[
-        int | None,
-        typer.Option(
-            "--cache-window",
-            min=1,
-            metavar="TOKENS",
-            help="Maximum length of a conversation in the cache. Longer conversations continue, but lose tokens from the "
-            "middle. Default: no window; conversations end at the context length.",
-            **_CHAT,
-        ),
-    ] = None,
+    drafts: so.Drafts = True,
+    batch_invariant: so.BatchInvariant = False,
+    request_timeout: so.RequestTimeout = 600.0,
+    drain_seconds: so.DrainSeconds = 30.0,
+    max_body_bytes: so.MaxBodyBytes = 4 << 20,
+    state_dir: so.StateDir = None,
+    response_days: so.ResponseDays = 30.0,
+    response_mb: so.ResponseMb = 128.0,
+    lora: so.Lora = None,
+    allow_lora_loading: so.AllowLoraLoading = False,
+    lora_dir: so.LoraDir = None,
+    max_loras: so.MaxLoras = None,
+    max_lora_rank: so.MaxLoraRank = 64,
+    lora_dtype: so.LoraDtype = "auto",
+    cache_window: so.CacheWindow = None,
     chat_template: o.ChatTemplate = None,
-    generation_config: Annotated[
-        str,
-        typer.Option(
-            "--generation-config",
-            metavar="SOURCE",
-            help="Sampling parameters of requests that omit them. model: those of the checkpoint's generation config, else "
-            "those that the model's authors publish, else temperature 0.7 and top_p 0.95. vllm: those of the generation "
-            "config, else OpenAI's. openai: temperature 1 and top_p 1.",
-            **_CHAT,
-        ),
-    ] = "model",
-    max_answer_tokens: Annotated[
-        int,
-        typer.Option(
-            "--max-answer-tokens",
-            min=1,
-            metavar="TOKENS",
-            help="Maximum length of an answer whose request gives none. It ends earlier if the context is full.",
-            **_CHAT,
-        ),
-    ] = 4096,
-    tool_format: Annotated[
-        str | None,
-        typer.Option(
-            "--tool-format",
-            metavar="NAME",
-            help="Syntax in which the model writes tool calls; generic: for models without tools. Default: detected from the "
-            "chat template, or generic.",
-            **_CHAT,
-        ),
-    ] = None,
-    reasoning: Annotated[
-        bool | None,
-        typer.Option(
-            "--reasoning/--no-reasoning",
-            help="Return reasoning separately from the answer. Default: detected from the chat template.",
-            **_CHAT,
-        ),
-    ] = None,
-    pooling: Annotated[
-        str | None,
-        typer.Option(
-            "--pooling",
-            metavar="MODE",
-            help="How hidden states become an embedding: cls, lasttoken, max, mean, mean_sqrt_len_tokens or weightedmean. "
-            "Default: as the checkpoint's modules.json says; without it, mean.",
-            **_SEARCH,
-        ),
-    ] = None,
-    reranker: Annotated[
-        str,
-        typer.Option(
-            "--reranker",
-            metavar="HOW",
-            help="How a model without a classification head scores pairs of texts: cosine of their embeddings; yes-no, the "
-            "probability that a language model judges the document to answer the query; auto: yes-no for a language model "
-            "whose files or name say that it is a reranker.",
-            **_SEARCH,
-        ),
-    ] = "auto",
-    prefill_assistant: Annotated[
-        bool,
-        typer.Option(
-            "--prefill-assistant",
-            help="Continue a chat's last message if it is the assistant's, instead of answering it.",
-            **_CHAT,
-        ),
-    ] = False,
-    max_file_mb: Annotated[
-        float,
-        typer.Option(
-            "--max-file-mb",
-            min=0.001,
-            metavar="MB",
-            help="Maximum size of an uploaded document, and of its text, in megabytes.",
-            **_FILES,
-        ),
-    ] = 32.0,
-    file_memory_mb: Annotated[
-        float,
-        typer.Option(
-            "--file-memory-mb",
-            min=0.001,
-            metavar="MB",
-            help="Memory for all uploaded documents, in megabytes. With API keys, each key may use half of it.",
-            **_FILES,
-        ),
-    ] = 256.0,
+    generation_config: so.GenerationConfig = "model",
+    max_answer_tokens: so.MaxAnswerTokens = 4096,
+    tool_format: so.ToolFormat = None,
+    reasoning: so.Reasoning = None,
+    pooling: so.Pooling = None,
+    reranker: so.Reranker = "auto",
+    prefill_assistant: so.PrefillAssistant = False,
+    max_file_mb: so.MaxFileMb = 32.0,
+    file_memory_mb: so.FileMemoryMb = 256.0,
 ) -> None:
     """Serve a model through an OpenAI-compatible API, with a chat page at /."""
     missing = [package for package in _NEEDED if importlib.util.find_spec(package) is None]
