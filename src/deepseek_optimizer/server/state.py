@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import hashlib
 import os
 import threading
 import time
@@ -19,6 +20,7 @@ from ..engine.grammar.compiler import GrammarCompiler
 from ..engine.grammar.source import GrammarSource
 from ..engine.request import CompiledGrammar, Request
 from ..errors import EngineBusyError, RequestError, WorkerLostError
+from ..versions import versions
 from .adapters import AdapterLoading
 from .documents.file_store import FileStore
 from .documents.preparation import Preparation
@@ -41,6 +43,7 @@ T = TypeVar("T")
 
 _CLIENTS = 4  # a queue accepts this many times the maximum number of jobs of one client
 _ANY_MODEL = frozenset({"dummy", "tgi"})  # sent by huggingface_hub's InferenceClient where the user names no model
+_PACKAGE = "deepseek-optimizer"
 _WORKERS = (2, 4)  # minimum and maximum number of worker processes of one kind
 
 
@@ -55,6 +58,8 @@ class ServerState:
     def __init__(self, engine: Any, settings: ServerSettings) -> None:
         self.engine, self.settings = engine, settings
         self.created = int(time.time())
+        # Of the version and the model, on which answers with a seed depend.
+        self.fingerprint = "b" + hashlib.sha256(f"{versions(_PACKAGE)} {engine.model_name}".encode()).hexdigest()[:10]
         self.draining = self.sleeping = False
         self._changing_sleep = asyncio.Lock()
         self.model_name: str = engine.model_name
