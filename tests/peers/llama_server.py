@@ -7,6 +7,7 @@ requests that omit the field.
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 from collections.abc import Callable
@@ -36,6 +37,9 @@ _GENERATING = re.compile(r"(/v1)?/(chat/)?completions?|/infill")
 _FRESH = re.compile(r"test_metrics|test_sleep|test_slot_save|test_kv_keep|cached_tokens|return_progress")
 
 
+_MODEL_NAME = re.compile(r"""["']?model["']?\s*[=:]\s*"([^"]+)\"""")
+
+
 class FlagError(RuntimeError):
     """A flag of llama-server that `dso serve` does not have."""
 
@@ -49,6 +53,7 @@ class LlamaServer:
 
     def __init__(self, folder: Path) -> None:
         self._folder, self._shared, self._fresh = folder, Shared(), False
+        self._name: str | None = None  # the model that the test asks for: llama-server does not check it
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         """Puts the values that belong to a model in the place of those of theirs."""
@@ -59,6 +64,10 @@ class LlamaServer:
                 params.update(changed(params))
 
     def pytest_runtest_setup(self, item: pytest.Item) -> None:
+        names = _MODEL_NAME.findall(inspect.getsource(item.function))  # type: ignore[attr-defined]
+        params = getattr(item, "callspec", None)
+        given = params.params.get("model") if params else None
+        self._name = given or (names[0] if names else None)
         self._fresh = _FRESH.search(item.nodeid) is not None
         if self._fresh:
             self._shared.stop()
@@ -72,7 +81,7 @@ class LlamaServer:
 
     def start(self, server: Any, timeout_seconds: int = 60) -> None:
         """In place of `ServerProcess.start`."""
-        flags, environment = flags_of(server)
+        flags, environment = flags_of(server, self._name)
         if server.chat_template and not re.fullmatch(
             r"[\w.-]+", server.chat_template
         ):  # the template itself, not the name of one
@@ -108,29 +117,33 @@ def _model_of(server: Any) -> Path:
     return models.smollm2()
 
 
-def flags_of(server: Any) -> tuple[list[str], dict[str, str]]:
+def flags_of(server: Any, name: str | None = None) -> tuple[list[str], dict[str, str]]:
     """The options of `dso serve` for a `ServerProcess`, and environment variables.
+
+    Args:
+        name: of the model, in the place of the server's alias.
 
     Raises:
         FlagError: there is no equivalent to one that is set.
     """
     flags: list[str] = []
     environment = {}
-    plain = type(server)
-    for name, value in {**vars(plain), **vars(server)}.items():
-        if name in _NO_EFFECT or name.startswith("__") or callable(value) or value is None or value is False:
+    given = {**vars(type(server)), **vars(server)}
+    given |= {"model_alias": name or given["model_alias"], "cors_origins": given["cors_origins"] or "*"}
+    for attribute, value in given.items():
+        if attribute in _NO_EFFECT or attribute.startswith("__") or callable(value) or value is None or value is False:
             continue
-        if name == "api_key":
+        if attribute == "api_key":
             environment["DSO_API_KEYS"] = value
-        elif name in _FLAGS:
-            flags += _FLAGS[name](value)
+        elif attribute in _FLAGS:
+            flags += _FLAGS[attribute](value)
         else:
-            raise FlagError(f"dso serve has no equivalent to {name}={value!r}")
+            raise FlagError(f"dso serve has no equivalent to {attribute}={value!r}")
     return flags, environment
 
 
 def _reasoning(value: str) -> list[str]:
-    return {"none": ["--no-reasoning"], "deepseek": ["--reasoning"], "auto": []}[value]
+    return {"none": ["--no-reasoning"], "deepseek": ["--reasoning"], "auto": [], "on": []}[value]
 
 
 _FLAGS: dict[str, Callable[[Any], list[str]]] = {
@@ -142,6 +155,7 @@ _FLAGS: dict[str, Callable[[Any], list[str]]] = {
     "chat_template": lambda value: ["--chat-template", value],
     "chat_template_file": lambda value: ["--chat-template", str(Path(value).resolve())],
     "reasoning_format": _reasoning,
+    "reasoning": _reasoning,
     "pooling": lambda value: ["--pooling", {"last": "lasttoken"}.get(value, value)],
     "cors_origins": lambda value: ["--allow-origin", value],
     "sleep_idle_seconds": lambda value: ["--sleep-after", str(value)],

@@ -17,6 +17,7 @@ KINDS = {
     "extension": "extension of the other server",
     "model": "needs another model",
     "internal": "not a test of a server",
+    "open": "not explained yet",
 }
 INTRODUCTION = """\
 # Compatibility
@@ -33,6 +34,7 @@ model, such as the number of tokens of a prompt and the words of an answer.
 | extension | tests what only clients of the other server use, or what needs a model of another kind, such as images |
 | model | needs the weights of a model that no package index has |
 | internal | tests the other project's classes, not a server |
+| open | not explained yet |
 | skipped | skipped by the suite itself |
 
 [HTTP API](http-api.md) describes the server; [Coming from vLLM, llama.cpp, Ollama](../coming-from.md) compares flags."""
@@ -64,12 +66,13 @@ def section(suite: Suite, files: Mapping[str, FileTally]) -> str:
     lines = [
         f"## {suite.name}", "",
         f"{suite.title}. Of the tests that apply, {share(files):.0%} pass.", "",
-        "| file | passed | differs | extension | model | internal | skipped |", "|---|---|---|---|---|---|---|",
+        "| file | passed | differs | extension | model | internal | open | skipped |", "|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     total = FileTally()
     for file, one in sorted(files.items()):
         lines.append(_row(f"`{file}`", one))
         total.passed, total.skipped = total.passed + one.passed, total.skipped + one.skipped
+        total.unexplained += one.unexplained
         for kind, reasons in one.explained.items():
             for why, count in reasons.items():
                 total.explained[kind][why] += count
@@ -84,11 +87,14 @@ def section(suite: Suite, files: Mapping[str, FileTally]) -> str:
             if of == kind:
                 names = ", ".join(f"`{Path(file).name}`" for file in where)
                 lines.append(f"| {names} | {sum(where.values())} | {KINDS[kind]}: {why} |")
+    for file, one in sorted(files.items()):
+        if one.unexplained:
+            lines.append(f"| `{Path(file).name}` | {len(one.unexplained)} | {KINDS['open']} |")
     return "\n".join(lines)
 
 
 def _row(name: str, one: FileTally) -> str:
-    counts = [one.passed, *(one.count(kind) for kind in KINDS), one.skipped]
+    counts = [one.passed, *(one.count(kind) for kind in KINDS if kind != "open"), len(one.unexplained), one.skipped]
     return f"| {name} | " + " | ".join(str(count) if count else "" for count in counts) + " |"
 
 

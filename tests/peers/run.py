@@ -32,6 +32,7 @@ FILE_SECONDS = 1800
 def run_file(suite: Suite, file: str, folder: Path, log: Path, select: str) -> tuple[FileTally, set[Deviation]]:
     """Runs the tests of one file in a process of their own."""
     results = log.with_suffix(".jsonl")
+    results.unlink(missing_ok=True)
     # The sources' own Python path comes first, so that the tested package is that of this tree or of this environment.
     search = [str(TESTS), *(os.path.abspath(one) for one in os.environ.get("PYTHONPATH", "").split(os.pathsep) if one)]
     environment = {
@@ -55,9 +56,9 @@ def run_file(suite: Suite, file: str, folder: Path, log: Path, select: str) -> t
 
 
 def run_suite(
-    suite: Suite, folder: Path, logs: Path, only: Sequence[str], select: str
+    suite: Suite, folder: Path, logs: Path, only: Sequence[str], select: str, store: bool = False
 ) -> tuple[dict[str, FileTally], list[str]]:
-    """The counts by file, and the faults."""
+    """The counts by file, and the faults; with `store`, each file's are stored at once."""
     made: dict[str, FileTally] = {}
     used: set[Deviation] = set()
     for file in suite.test_files(folder):
@@ -73,6 +74,8 @@ def run_suite(
             made[file], explained = run_file(suite, file, folder, log, select)
             used |= explained
         print(line(file, made[file]), flush=True)
+        if store:
+            write(suite.name, {file: made[file]})
     faults = [f"{test}: {error}" for one in made.values() for test, error in one.unexplained]
     if not only and not select:
         faults += [
@@ -113,13 +116,11 @@ def main() -> int:
                 print(f"peers: {error}")
                 return 1
             folder = suite.stage(files, Path(scratch) / suite.name)
-            made, faults = run_suite(suite, folder, logs, given.file, given.k)
+            made, faults = run_suite(suite, folder, logs, given.file, given.k, given.write)
             for fault in faults:
                 print(fault.replace("\n", " ")[:600])
             print(f"{suite.name}: {share(made):.1%} of the tests that apply pass, {len(faults)} faults")
             failed = failed or bool(faults)
-            if given.write:
-                write(suite.name, made)
     print(f"peers: {time.monotonic() - began:.0f} s")
     return int(failed)
 

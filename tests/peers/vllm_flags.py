@@ -62,7 +62,7 @@ _VALUE: dict[str, Callable[[str], list[str]]] = {
 _VALUES: dict[str, Callable[[str], list[str]]] = {"lora-modules": _adapter}
 _SWITCH: dict[str, list[str]] = {
     "no-enable-prefix-caching": ["--no-prefix-cache"],
-    "enable-sleep-mode": [],
+    "enable-sleep-mode": ["--enable-sleep-mode"],
     "enable-tokenizer-info-endpoint": [],
     "enable-server-load-tracking": [],
 }
@@ -108,7 +108,7 @@ def translate(model: str, given: list[str]) -> Flags:
             made.options += _VALUE[name](values[0])
         else:
             raise FlagError(f"dso serve has no equivalent to --{name}")
-    made.options += [option for name in names for option in ("--served-model-name", name)]
+    made.options += ["--served-model-name", names[0]]
     if keys:
         made.environment["DSO_API_KEYS"] = "\n".join(keys)
     return made

@@ -65,9 +65,10 @@ class RemoteOpenAIServer:
         given = vllm_serve_args.split() if isinstance(vllm_serve_args, str) else list(vllm_serve_args or [])
         flags = translate(model, given)
         source = directory_of(model)
-        target = _folder / f"{source.name}-{flags.context}"
+        context = flags.context if source == models.smollm2() else None  # encoders have a table of positions
+        target = _folder / f"{source.name}-{context}"
         if not target.exists():
-            models.variant(source, target, context=flags.context)
+            models.variant(source, target, context=context)
         served = _shared.get(target, flags.options, {**flags.environment, **(env_dict or {})})
         self.host, self.port, self.proc, self.model = "127.0.0.1", served.port, served.process, model
         self.uds = None

@@ -62,6 +62,6 @@ def read_outcomes(path: Path) -> dict[str, Outcome]:
         test, outcome = entry["test"], entry["outcome"]
         if outcome == "started":
             result[test] = Outcome("crashed", "the process ended in this test")
-        elif test not in result or result[test].outcome != "failed":
+        elif outcome not in ("passed", "skipped") or test not in result or result[test].outcome != "failed":
             result[test] = Outcome(outcome, entry["error"])
     return result

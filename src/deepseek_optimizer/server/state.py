@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import hashlib
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -18,6 +19,7 @@ from ..engine.grammar.compiler import GrammarCompiler
 from ..engine.grammar.source import GrammarSource
 from ..engine.request import CompiledGrammar, Request
 from ..errors import EngineBusyError, RequestError, WorkerLostError
+from ..versions import versions
 from .adapters import AdapterLoading
 from .documents.preparation import Preparation
 from .http.caller import Caller
@@ -36,6 +38,9 @@ from .tokens.tokenizing import Lane, Tokenizing
 T = TypeVar("T")
 
 
+_PACKAGE = "deepseek-optimizer"
+
+
 class ServerState:
     """The state of one server, or of one model of a server with several. `sleeping`: see `sleep`.
 
@@ -48,6 +53,8 @@ class ServerState:
     def __init__(self, engine: Any, settings: ServerSettings, shared: Shared | None = None) -> None:
         self.engine, self.settings = engine, settings
         self.created = int(time.time())
+        # Of the version and the model, on which answers with a seed depend.
+        self.fingerprint = "b" + hashlib.sha256(f"{versions(_PACKAGE)} {engine.model_name}".encode()).hexdigest()[:10]
         self.sleeping = False
         self._changing_sleep = asyncio.Lock()
         self.shared, self._alone = shared or Shared(settings), shared is None

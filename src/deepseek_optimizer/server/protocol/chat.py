@@ -139,6 +139,7 @@ class ChatCompletion(ResponseModel):
     object: Literal["chat.completion"]
     created: int
     model: str
+    system_fingerprint: str
     choices: list[ChatChoice]
     usage: Usage
     prompt_logprobs: PromptLogprobList | None = None

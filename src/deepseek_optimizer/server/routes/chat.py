@@ -46,7 +46,10 @@ def add(app: FastAPI, state: ServerState) -> None:
             body = with_tools(body)
             name = f"chatcmpl-{uuid.uuid4().hex}"
             chat = await start_chat(state, body, places, caller, id=name, salt=request.state.salt)
-            head = {"id": name, "created": int(time.time()), "model": caller.adapter or state.model_name}
+            head = {
+                "id": name, "created": int(time.time()), "model": caller.adapter or state.model_name,
+                "system_fingerprint": state.fingerprint,
+            }  # fmt: skip
             if body.stream:
                 last, every = usage_in_stream(body.stream_options)
                 make = ChatEncoder if body.functions is None else FunctionEncoder

@@ -63,7 +63,10 @@ def add(app: FastAPI, state: ServerState) -> None:
                 id=name, salt=request.state.salt, stop_token_ids=stops, echoes=echoes,
             )  # fmt: skip
             answers, reports = started.answers, started.reports
-            head = {"id": name, "created": int(time.time()), "model": caller.adapter or state.model_name}
+            head = {
+                "id": name, "created": int(time.time()), "model": caller.adapter or state.model_name,
+                "system_fingerprint": state.fingerprint,
+            }  # fmt: skip
             token_texts = None if body.logprobs is None else started.texts
             if body.stream:
                 last, every = usage_in_stream(body.stream_options)
