@@ -63,6 +63,8 @@ LLAMA_SERVER: tuple[Deviation, ...] = (
     Deviation("extension", "the number of tokens of a chat", rf"{_CHAT}test_chat_completions_token_count"),
     Deviation("extension", "a chat template by the name command-r", rf"{_CHAT}test_apply_chat_template"),
     Deviation("extension", "biases of a request's end tokens in its answer", r"unit/test_ignore_eos\.py"),
+    Deviation("extension", "biases of texts in place of tokens", rf"{_TEXT}test_logit_bias\[False-.*"),
+    Deviation("model", _WEIGHTS, rf"{_TEXT}test_nocache_long_input_prompt"),
     Deviation("model", _WEIGHTS, r"unit/test_lora\.py"),
     Deviation("model", _WEIGHTS, r"unit/test_ctx_shift\.py::test_ctx_shift_disabled_(short|long)_prompt.*"),
     Deviation("model", "a model that fills gaps", r"unit/test_infill\.py::test_infill_.*"),

@@ -9,6 +9,8 @@ _OPENAI = rf"{_ENTRY}openai/"
 _CHAT = rf"{_OPENAI}chat_completion/"
 _TEXT = rf"{_OPENAI}completion/"
 _POOLING = rf"{_ENTRY}pooling/"
+_CROSS = rf"{_POOLING}scoring/test_cross_encoder_online\.py"
+_NO_REASONING = r"len\(\[\]\)|no attribute 'reasoning'|None is not None"
 _MEDIA = "images, audio and video, which need models of another kind"
 _CLASSES = "calls classes of vLLM"
 _TEXTS = "what the named model writes, or how many tokens it takes"
@@ -62,6 +64,18 @@ VLLM: tuple[Deviation, ...] = (
     Deviation("differs", "fields that a request did not ask for are left out", r".*", error="no attribute 'prompt_logprobs'"),
     Deviation(
         "differs", "the last chunk has no text, as with OpenAI", rf"{_CHAT}test_chat\.py::test_chat_(streaming|completion_s).*"
+    ),
+    Deviation("model", "reasoning by a model that has learned it", rf"{_CHAT}.*::test_function_.*", error=_NO_REASONING),
+    Deviation("internal", "compares with the suite's own runner of models", rf"{_POOLING}.*", error="fixture 'hf_runner'"),
+    Deviation(
+        "model",
+        "scores of a trained reranker",
+        rf"{_CROSS}::test_(basic|rerank_api_t.*)",
+    ),
+    Deviation(
+        "differs",
+        _ERRORS,
+        rf"{_CROSS}::test_(\w+_max_\w+|pooling_not_\w+)(\[(?!embed).*)?",
     ),
     Deviation("differs", "roles that OpenAI does not have are refused", rf"{_CHAT}test_chat\.py::test_custom_role"),
     Deviation("differs", _ERRORS, rf"{_CHAT}test_chat\.py::test_long_seed"),

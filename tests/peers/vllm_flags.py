@@ -53,7 +53,7 @@ def _adapter(value: str) -> list[str]:
 _VALUE: dict[str, Callable[[str], list[str]]] = {
     "max-num-seqs": lambda value: ["--max-running", value],
     "chat-template": lambda value: ["--chat-template", value],
-    "reasoning-parser": lambda value: ["--reasoning"],
+    "reasoning-parser": lambda value: [],  # detected from the chat template
     "root-path": lambda value: ["--root-path", value],
     "generation-config": lambda value: ["--generation-config", value],
     "ssl-certfile": lambda value: ["--ssl-certfile", value],

@@ -34,6 +34,7 @@ def start(byte_tokenizer) -> Iterator[Callable[[Answer], LiveServer]]:
     running: list[LiveServer] = []
     tokenizer = copy.deepcopy(byte_tokenizer)
     tokenizer.chat_template = HERMES
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"]})
 
     def started(answer: Answer) -> LiveServer:
         engine = FakeEngine(tokenizer, script=lambda request: answer(tokenizer.decode(request.prompt)), context=1 << 17)

@@ -18,7 +18,8 @@ class Person(pydantic.BaseModel):
 @pytest.fixture(scope="module")
 def url(start):
     def answer(prompt: str) -> str:
-        return tool_call("Person", name="Ada", age=36) if "<tools>" in prompt else '{"name": "Ada", "age": 36}'
+        tool = "PartialPerson" if "PartialPerson" in prompt else "Person"
+        return tool_call(tool, name="Ada", age=36) if "<tools>" in prompt else '{"name": "Ada", "age": 36}'
 
     return f"{start(answer).url}/v1"
 

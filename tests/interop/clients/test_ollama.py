@@ -59,10 +59,10 @@ def test_generate(client):
 
 
 def test_models(client):
-    assert [model.model for model in client.list().models] == [MODEL]
+    assert [model.model for model in client.list().models] == [f"{MODEL}:latest"]
     shown = client.show(MODEL)
     assert "completion" in shown.capabilities and "tools" in shown.capabilities
-    assert client.ps().models[0].model == MODEL
+    assert client.ps().models[0].model == f"{MODEL}:latest"
     with pytest.raises(ollama.ResponseError) as error:
         client.chat("none", HELLO)
     assert error.value.status_code == 404
