@@ -105,4 +105,12 @@ def annotation(hint: Any) -> str:
         return ", ".join(annotation(member) for member in typing.get_args(hint))
     if hint is type(None):
         return "`None`"
-    return f"`{inspect.formatannotation(hint).replace('typing.', '').replace('collections.abc.', '')}`"
+    text = inspect.formatannotation(hint)
+    for module in (
+        "typing.",
+        "collections.abc.",
+        "pathlib._local.",
+        "pathlib.",
+    ):  # Path's module depends on the release of Python
+        text = text.replace(module, "")
+    return f"`{text}`"

@@ -24,7 +24,8 @@ POINTERS = {"data_ptr", "ctypes", "__array_interface__", "from_buffer", "untyped
 # Files that take an address only to identify memory, never to access it.
 IDENTITY = {
     "backends/cpu/mapped_file.py", "integration/load/mapped.py",
-    "integration/bind/runtime.py", "integration/general/head.py", "train/precision.py", "train/saved_activations.py",
+    "integration/bind/runtime.py", "integration/general/head.py", "integration/generation/fingerprint.py", "train/precision.py",
+    "train/saved_activations.py",
 }  # fmt: skip
 
 
