@@ -28,6 +28,8 @@ value that is not allowed raises [`ConfigError`](api.md#errors), which names the
 | [`DeepSeekTrainingArguments`](#deepseektrainingarguments) | `DeepSeekTrainer`, and `arguments` in `TrainConfig` |
 """
 
+_OMITTED = ("typing.", "collections.abc.", "pathlib._local.", "pathlib.")  # Path's module depends on the release of Python
+
 
 def page() -> str:
     from deepseek_optimizer import DeepSeekConfig, DeepSeekTrainingArguments, SamplingParams
@@ -106,11 +108,6 @@ def annotation(hint: Any) -> str:
     if hint is type(None):
         return "`None`"
     text = inspect.formatannotation(hint)
-    for module in (
-        "typing.",
-        "collections.abc.",
-        "pathlib._local.",
-        "pathlib.",
-    ):  # Path's module depends on the release of Python
+    for module in _OMITTED:
         text = text.replace(module, "")
     return f"`{text}`"
