@@ -70,7 +70,7 @@ def section(suite: Suite, files: Mapping[str, FileTally]) -> str:
     ]  # fmt: skip
     total = FileTally()
     for file, one in sorted(files.items()):
-        lines.append(_row(f"`{file}`", one))
+        lines.append(_row(f"`{file.removeprefix('tests/')}`", one))  # which would look like a path of this repository
         total.passed, total.skipped = total.passed + one.passed, total.skipped + one.skipped
         total.unexplained += one.unexplained
         for kind, reasons in one.explained.items():

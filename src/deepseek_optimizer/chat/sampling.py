@@ -63,7 +63,7 @@ def sampling_params(generation_config: Any = None, **given: Any) -> SamplingPara
     for name in ("stop", "stop_token_ids"):
         merged[name] = _tuple(name, merged.get(name, ()))
     if merged.get("max_tokens") == 0:  # an engine would only process the prompt
-        raise RequestError("max_new_tokens", "must be at least 1, got 0")
+        raise RequestError("max_tokens", "must be at least 1, got 0")
     return SamplingParams(**merged)
 
 
