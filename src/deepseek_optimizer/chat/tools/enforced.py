@@ -15,6 +15,7 @@ from ...engine.grammar.calls import CallShape, ParameterShape, Parts
 from ..deltas import Delta
 from ..scan import MarkerScanner
 from .base import CallWriter, Tools, write_json
+from .json_reader import JsonReader
 from .parameters import only_text, typed
 
 _NAME, _NAME_END = r"(?P<name>[A-Za-z0-9_.:-]{1,64}?)", "(?=[^A-Za-z0-9_.:-])"
@@ -42,7 +43,7 @@ class EnforcedCallParser:
         self._markers = [self._opener, *([shape.separator] if separated else [])]
         self._scanner = MarkerScanner(self._markers)
         self._parameters = shape.parameters
-        self._arguments: _JsonReader | _ParameterReader | None = None  # of the current call
+        self._arguments: JsonReader | _ParameterReader | None = None  # of the current call
         self._step: Callable[[], list[Delta] | None] | None = None  # reads from the buffer; None: between calls
         self._buffer = ""
 
@@ -81,7 +82,7 @@ class EnforcedCallParser:
         self._buffer = self._buffer[match.end() :]
         name = match["name"]
         if self._parameters is None:
-            self._arguments = _JsonReader()
+            self._arguments = JsonReader()
         else:
             self._arguments = _ParameterReader(self._parameters, self._tools.get(name, {}))
         self._step = self._argument
@@ -118,38 +119,6 @@ class EnforcedCallParser:
             return None
         self._step = None
         return []
-
-
-class _JsonReader:
-    """Finds the end of a JSON object, and passes its text through."""
-
-    def __init__(self) -> None:
-        self._depth, self._quoted, self._escaped = 0, False, False
-        self.ended = False
-        self.inside = True
-
-    def feed(self, text: str) -> tuple[str, str]:
-        """(text of the object, text after it)."""
-        for at, character in enumerate(text):
-            if self._escaped:
-                self._escaped = False
-            elif self._quoted:
-                self._escaped = character == "\\"
-                self._quoted = character != '"'
-            elif character == '"':
-                self._quoted = True
-            elif character in "{[":
-                self._depth += 1
-            elif character in "}]":
-                self._depth -= 1
-                if self._depth == 0:
-                    self.ended = True
-                    return text[: at + 1], text[at + 1 :]
-        return text, ""
-
-    def close(self) -> str:
-        """Text that completes the object."""
-        return ""
 
 
 class _ParameterReader:

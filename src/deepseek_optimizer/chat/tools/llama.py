@@ -9,6 +9,7 @@ from __future__ import annotations
 from ...engine.grammar.calls import CallShape
 from ..deltas import Delta
 from .base import Call, CallWriter, Tools, make_call, read_json
+from .json_reader import JsonReader
 from .shaped import ShapedFormat
 
 PYTHON_TAG = "<|python_tag|>"
@@ -26,7 +27,7 @@ class LlamaParser:
         self._tools, self._writer = tools, CallWriter()
         self._state = "between"  # "between" calls, after a "tag", in an "object", or "plain": no more calls
         self._held: list[str] = []  # of an incomplete tag or object
-        self._depth, self._quoted, self._escaped = 0, False, False
+        self._object = JsonReader()
 
     def feed(self, text: str) -> list[Delta]:
         if self._held and self._state != "object":  # a few characters that may become the tag
@@ -70,24 +71,12 @@ class LlamaParser:
 
     def _within(self, text: str, at: int) -> tuple[int, list[Delta]]:
         """Reads up to the object's closing brace; returns the position to continue at."""
-        for here in range(at, len(text)):
-            character = text[here]
-            if self._escaped:
-                self._escaped = False
-            elif self._quoted:
-                self._escaped = character == "\\"
-                self._quoted = character != '"'
-            elif character == '"':
-                self._quoted = True
-            elif character in "{[":
-                self._depth += 1
-            elif character in "}]":
-                self._depth -= 1
-                if self._depth == 0:
-                    self._held.append(text[at : here + 1])
-                    return here + 1, self._close()
-        self._held.append(text[at:])
-        return len(text), []
+        part, after = self._object.feed(text[at:])
+        self._held.append(part)
+        if not self._object.ended:
+            return len(text), []
+        self._object = JsonReader()
+        return len(text) - len(after), self._close()
 
     def _close(self) -> list[Delta]:
         whole, self._held = "".join(self._held), []
