@@ -21,6 +21,7 @@ from ..cache.prefix_cache import PrefixCache
 from ..errors import BackendError, CheckpointChangedError, RequestError, shown
 from .adapters import Adapter, Adapters, adapters_of
 from .detokenizer import Detokenizer
+from .ending import ended_early
 from .metrics import EndedRequest, EngineMetrics
 from .model_facts import ModelFacts
 from .options import EngineOptions
@@ -348,14 +349,7 @@ class EngineCore:
 
     def _end_expired(self) -> list[Output]:
         """Ends the requests that were cancelled or are past their deadline."""
-        now = self.clock()
-        ended: list[tuple[Running, Finish]] = []
-        for r in self._requests.values():
-            if r.cancelled:
-                ended.append((r, "cancelled"))
-            elif r.request.deadline is not None and now >= r.request.deadline:
-                ended.append((r, "deadline"))
-        return [self._end(r, finish) for r, finish in ended]
+        return [self._end(r, finish) for r, finish in ended_early(self._requests.values(), self.clock())]
 
     def _fail(self, running: list[Running], error: Exception) -> list[Output]:
         """Ends the requests of a step that failed; other requests are not affected."""

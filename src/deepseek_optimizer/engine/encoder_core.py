@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from ..errors import CheckpointChangedError, RequestError, shown
 from .adapters import Adapter, Adapters
+from .ending import ended_early
 from .metrics import EndedRequest, EngineMetrics
 from .model_facts import ModelFacts
 from .options import EngineOptions
@@ -232,13 +233,7 @@ class EncoderCore:
         return output
 
     def _end_expired(self) -> list[Output]:
-        now, ended = self.clock(), list[tuple[EncoderRequest, Finish]]()
-        for r in self._requests.values():
-            if r.cancelled:
-                ended.append((r, "cancelled"))
-            elif r.request.deadline is not None and now >= r.request.deadline:
-                ended.append((r, "deadline"))
-        return [self._end(r, finish) for r, finish in ended]
+        return [self._end(r, finish) for r, finish in ended_early(self._requests.values(), self.clock())]
 
     def _end(self, r: EncoderRequest, finish: Finish, error: str | None = None) -> Output:
         del self._requests[r.request.id]
