@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 from ...chat.reasoning import CLOSE, OPEN
 from ...chat.tools import GENERIC, HARMONY
 from ...engine.grammar.source import GrammarSource
@@ -11,6 +13,8 @@ from ..http.caller import Caller
 from ..state import ServerState
 from .chat_setup import ChatSetup, ChatSpec
 from .forms import Form, source_of
+
+logger = logging.getLogger("deepseek_optimizer.server")
 
 
 async def compiled(state: ServerState, form: Form | None, caller: Caller) -> CompiledGrammar | None:
@@ -59,9 +63,10 @@ async def chat_grammar(
     try:
         grammar = await state.compiling(source, caller)
         return None if grammar is None else _after_thoughts(state, setup, grammar)
-    except RequestError:
+    except RequestError as error:
         if not optional:
             raise
+        logger.info("optional tool calls are not constrained, since their grammar cannot be compiled: %s", error)
         return None
 
 
