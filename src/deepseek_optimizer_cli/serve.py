@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
+from . import banner_lines
 from . import options as o
 from . import serve_models as several
 from . import serve_options as so
@@ -154,6 +156,10 @@ def serve(
         "max_lora_rank": max_lora_rank,
         "lora_dtype": lora_dtype,
     }
+
+    def load(path: str, name: str | None) -> tuple[Any, ServerSettings, int, Any]:
+        return _load(path, name, template, fields, settings, generation_config, options, pooling)
+
     if models_dir is not None or model is None or len(model) > 1:
         if name is not None:
             raise ConfigError("--served-model-name names a single model; several have the names of their files")
@@ -164,28 +170,23 @@ def serve(
             pool,
             settings,
             fields,
-            lambda path, name: _load(path, name, template, fields, settings, generation_config, options, pooling)[:3],
+            lambda path, name: load(path, name)[:3],
             log_format == "json",
         )
         return
     if pin or models_memory is not None:
         raise ConfigError("--pin and --models-memory need several models: give more MODELs, or --models-dir")
-    pooling_and_traces = (pooling, log_format == "json", otlp_traces_endpoint)
-    _serve(model[0], name, template, fields, settings, generation_config, options, *pooling_and_traces)
+    _serve(settings, lambda: load(model[0], name), kv_cache_memory, log_format == "json", otlp_traces_endpoint)
 
 
 def _serve(
-    model: str,
-    name: str | None,
-    template: str | None,
-    fields: dict[str, Any],
     settings: ServerSettings,
-    generation_config: Any,
-    options: dict[str, Any],
-    pooling: str | None,
+    load: Callable[[], tuple[Any, ServerSettings, int, Any]],
+    kv_cache_memory: int | None,
     json_logs: bool,
     traces: str | None,
 ) -> None:
+    """Serves the model that `load` loads, see `_load`."""
     from deepseek_optimizer.integration.memory.cache_size import check_granted
     from deepseek_optimizer.server.http.logs import set_up_logs
     from deepseek_optimizer.server.http.tracing import Tracer, otlp_exporter
@@ -197,9 +198,9 @@ def _serve(
     check_tls(settings)
     exporter = None if traces is None else otlp_exporter(traces)
     sock = listener(settings.host, settings.port)
-    if "kv_cache_memory" in fields:
-        check_granted(fields["kv_cache_memory"], free_memory())
-    engine, settings, _, facts = _load(model, name, template, fields, settings, generation_config, options, pooling)
+    if kv_cache_memory is not None:
+        check_granted(kv_cache_memory, free_memory())
+    engine, settings, _, facts = load()
 
     def banner(host: str, port: int) -> None:
         typer.echo(_banner(engine, facts, settings, host, port), err=True)
@@ -267,22 +268,16 @@ def _adapters(given: list[str]) -> dict[str, str]:
 
 
 def _banner(engine: Any, facts: Any, settings: ServerSettings, host: str, port: int) -> str:
-    from deepseek_optimizer.server.http.hosts import is_loopback
-
     formats = ", ".join(row.format for row in facts.formats)
-    shown = f"[{host}]" if ":" in host else host
-    scheme = "http" if settings.ssl_certfile is None else "https"
-    keys = f"{len(settings.keys)} API key(s)" if settings.keys else "no API key required"
     lines = [
         f"model     {engine.model_name} ({facts.family}), {formats}, {facts.bytes_after / 1e6:,.0f} MB",
         f"backend   {facts.backend} ({facts.detail})",
         f"context   {engine.context:,} tokens" + (f", cache window {engine.cache_window:,}" if engine.cache_window else ""),
-        f"address   {scheme}://{shown}:{port}{settings.root_path}/ (API under /v1), {keys}",
+        banner_lines.address_line(settings, host, port),
     ]
     if engine.generates:
         lines.insert(3, f"cache     {facts.kv_cache}, {engine.core.memory.size}")
     if engine.adapters:
         lines.append(f"adapters  {', '.join(adapter.name for adapter in engine.adapters)}")
-    if not settings.keys and not is_loopback(settings.host):
-        lines.append("warning   anyone who can reach this address can use the model; require a key with --api-key-file")
+    lines += banner_lines.access_warning(settings)
     return "\n".join(lines)

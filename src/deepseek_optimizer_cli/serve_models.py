@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from . import banner_lines
+
 if TYPE_CHECKING:
     from deepseek_optimizer.server.pool.model_list import ModelFile
     from deepseek_optimizer.server.settings import ServerSettings
@@ -109,13 +111,12 @@ def serve_models(
     )
 
     def banner(host: str, port: int) -> None:
-        shown = f"[{host}]" if ":" in host else host
-        typer.echo(
-            f"models    {', '.join(sorted(pool.models)) or 'none yet'}\n"
-            f"memory    at most {mb(memory)}, of which {mb(cache)} for the cache of each model\n"
-            f"address   http://{shown}:{port}/ (API under /v1), "
-            + (f"{len(settings.keys)} API key(s)" if settings.keys else "no API key required"),
-            err=True,
-        )
+        lines = [
+            f"models    {', '.join(sorted(pool.models)) or 'none yet'}",
+            f"memory    at most {mb(memory)}, of which {mb(cache)} for the cache of each model",
+            banner_lines.address_line(settings, host, port),
+            *banner_lines.access_warning(settings),
+        ]
+        typer.echo("\n".join(lines), err=True)
 
     run(pool, sock, banner)
