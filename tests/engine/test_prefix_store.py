@@ -322,7 +322,8 @@ def test_random_arrivals_with_engines_that_come_and_go(tmp_path, kind, seed):
             worker.join()
             assert worker.error is None, worker.error
         folder = tmp_path / bytes(16).hex()
-        for path in rng.sample(sorted(folder.iterdir()), 5):
+        paths = sorted(folder.iterdir())
+        for path in rng.sample(paths, min(5, len(paths))):  # files with states are large: only a few fit
             path.write_bytes(b"x" * rng.randrange(300)) if rng.random() < 0.5 else path.unlink()
 
 
