@@ -16,15 +16,23 @@ def shared_server(byte_tokenizer):
         yield live
 
 
+def _choices(live: LiveServer) -> list:
+    return live.client.post("/v1/completions", json={"prompt": "baseline", "max_tokens": 40}).json()["choices"]
+
+
+@pytest.fixture(scope="session")
+def first_choices(shared_server):
+    """What the shared server answered before any test."""
+    return _choices(shared_server)
+
+
 @pytest.fixture
-def live(shared_server):
+def live(shared_server, first_choices):
     """The shared server. After each test it must be alive, idle, and answer as before."""
-    question = {"prompt": "baseline", "max_tokens": 40}
-    before = shared_server.client.post("/v1/completions", json=question).json()["choices"]
     yield shared_server
     wait_for(lambda: shared_server.engine.admitted == 0 and shared_server.engine.running == 0)
     assert shared_server.client.get("/health").status_code == 200
-    assert shared_server.client.post("/v1/completions", json=question).json()["choices"] == before
+    assert _choices(shared_server) == first_choices
 
 
 @pytest.fixture
