@@ -164,10 +164,13 @@ class Costs:
         self._setting_up = 0.0
 
     def pytest_sessionstart(self) -> None:
-        """Imports what every session needs, so that it does not count as a test's cost."""
+        """Imports and starts what every session needs, so that it does not count as a test's cost."""
         import transformers.modeling_utils  # noqa: F401
 
         import deepseek_optimizer.serving  # noqa: F401
+        from support import warm_python
+
+        warm_python.run("")
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         """Selects MEASURED cases of each function."""
