@@ -23,7 +23,8 @@ from deepseek_optimizer import (
     make_engine,
 )
 from deepseek_optimizer.backends.cpu import unavailable_reason
-from support.models import CASES, llama, random_ids, random_model, rope
+from support.family_configs import llama, rope
+from support.models import CASES, random_ids, random_model
 
 native = pytest.mark.skipif(unavailable_reason() is not None, reason="needs the native backend")
 # Trained for 64 tokens, with a context of 512: most texts here are longer, each with its own frequencies.

@@ -21,8 +21,9 @@ from deepseek_optimizer import (
 from deepseek_optimizer.backends.cpu import unavailable_reason
 from deepseek_optimizer.errors import AdapterError, NotEnoughMemoryError
 from deepseek_optimizer.train.lora import add_adapter, targets_of
+from support.family_configs import llama
 from support.lora import adapted, logits_of, random_adapter, save_adapter
-from support.models import CASES, llama, random_ids, random_model
+from support.models import CASES, random_ids, random_model
 from support.tiny_v3 import documents, tiny_v3
 
 pytestmark = pytest.mark.skipif(unavailable_reason() is not None, reason="needs the native backend")

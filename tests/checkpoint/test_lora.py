@@ -16,8 +16,9 @@ from deepseek_optimizer.graph import rules
 from deepseek_optimizer.graph.adapters import UNFUSED, with_adapters
 from deepseek_optimizer.integration.load.lora import read_adapter
 from deepseek_optimizer.models import build_graph
+from support.family_configs import llama
 from support.lora import save_adapter
-from support.models import CASES, llama, random_model
+from support.models import CASES, random_model
 
 Q = "base_model.model.model.layers.0.self_attn.q_proj"
 

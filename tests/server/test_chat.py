@@ -145,7 +145,7 @@ def test_the_system_prompt_is_pinned(live):
 
 
 @pytest.fixture(scope="module")
-def with_template(byte_tokenizer):
+def with_template(byte_tokenizer, grammars):
     """with_template(jinja, script) -> a server of a model with that template."""
     import copy
 
@@ -154,7 +154,7 @@ def with_template(byte_tokenizer):
     def start(template, script="text"):
         tokenizer = copy.deepcopy(byte_tokenizer)
         tokenizer.chat_template = template
-        live = LiveServer(FakeEngine(tokenizer, script=lambda request: script))
+        live = LiveServer(FakeEngine(tokenizer, script=lambda request: script), grammars=grammars)
         live.__enter__()
         running.append(live)
         return live

@@ -13,6 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from deepseek_optimizer_cli.app import app
+from support.warm_python import DSO, WarmPython
 
 
 @pytest.fixture
@@ -78,9 +79,7 @@ def test_readable_key_files_give_a_warning(serve, tmp_path):
 @pytest.fixture(scope="module")
 def served(tiny_model):
     """The real command, with the tiny model."""
-    command = [sys.executable, "-m", "deepseek_optimizer", "serve", str(tiny_model), "--port", "0"]
-    command += ["--served-model-name", "r1-int4"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    process = WarmPython(DSO, "serve", tiny_model, "--port", "0", "--served-model-name", "r1-int4")
     banner = ""
     while "address" not in banner:
         line = process.stderr.readline()

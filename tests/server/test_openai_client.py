@@ -22,8 +22,9 @@ MODEL = "fake-model"
 
 
 @pytest.fixture(scope="module")
-def server(byte_tokenizer):
-    with LiveServer(FakeEngine(byte_tokenizer), ServerSettings(keys=ApiKeys(["alpha"]))) as live:
+def server(byte_tokenizer, grammars):
+    settings = ServerSettings(keys=ApiKeys(["alpha"]))
+    with LiveServer(FakeEngine(byte_tokenizer), settings, grammars=grammars) as live:
         yield live
 
 
@@ -33,7 +34,7 @@ def client(server):
 
 
 @pytest.fixture(scope="module")
-def tools_client(byte_tokenizer):
+def tools_client(byte_tokenizer, grammars):
     import copy
 
     tokenizer = copy.deepcopy(byte_tokenizer)
@@ -44,7 +45,7 @@ def tools_client(byte_tokenizer):
             return "It is sunny."
         return '<tool_call>\n{"name": "weather", "arguments": {"city": "Rom"}}\n</tool_call>'
 
-    with LiveServer(FakeEngine(tokenizer, script=script)) as live:
+    with LiveServer(FakeEngine(tokenizer, script=script), grammars=grammars) as live:
         yield openai.OpenAI(base_url=f"{live.url}/v1", api_key="none", max_retries=0)
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import re
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import httpx
@@ -17,6 +15,7 @@ from deepseek_optimizer.server.keys import ApiKeys
 from deepseek_optimizer.server.settings import ServerSettings
 from deepseek_optimizer.server.stored_responses.database import ResponseDatabase, Row
 from support.live_server import assert_error, wait_for
+from support.warm_python import WarmPython
 
 PATH = "/v1/responses"
 TESTS = Path(__file__).parents[1]
@@ -206,7 +205,7 @@ def test_a_killed_server_continues_its_conversations(tiny_model, tmp_path):
     script = SCRIPT.format(tests=str(TESTS), model=str(tiny_model), folder=str(tmp_path / "state"))
 
     def start():
-        process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, start_new_session=True)
+        process = WarmPython(script)
         port = re.fullmatch(r"port (\d+)\n", process.stdout.readline())[1]
         return process, httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30)
 

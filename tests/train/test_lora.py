@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from deepseek_optimizer.errors import ConfigError
 from deepseek_optimizer.train.lora import targets_of
-from support.models import deepseek_v3, llama
+from support.family_configs import deepseek_v3, llama
 
 
 def empty(config):

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..backends.base import DECODE
-from ..backends.sampling import NOT_FINITE
 from ..cache.block_manager import SequenceBlocks
 from ..cache.forgetting import Groups, max_tokens
 from ..cache.prefix_cache import PrefixCache
 from ..errors import BackendError, CheckpointChangedError, RequestError, shown
 from .adapters import Adapter, Adapters, adapters_of
+from .appending import append_tokens
 from .detokenizer import Detokenizer
 from .ending import ended_early
 from .metrics import EndedRequest, EngineMetrics
@@ -28,7 +28,7 @@ from .options import EngineOptions
 from .pooling import Pooler
 from .request import Finish, Output, Request, check_reading, check_tokens
 from .running import Running
-from .sampling.request_sampler import NotANumberError, NoTokenError, RequestSampler
+from .sampling.request_sampler import NotANumberError, RequestSampler
 from .scheduling.batch_size import BatchSize
 from .scheduling.budget import PromptBudget
 from .scheduling.memory import Memory
@@ -413,32 +413,10 @@ class EngineCore:
         output = r.output()
         if not r.generated:
             output.prompt_logprobs = r.prompt_logprobs
-        report_logprobs = r.sampler.sampling.logprobs is not None
-        if report_logprobs:
-            output.logprobs = []
-        finish: Finish | None = None
         try:
-            for j in range(1 + len(chunk.drafts)):
-                token = tokens[row + j]
-                if token is None:
-                    token = r.sampler.choose(logits[row + j], r.generated)
-                elif token == NOT_FINITE:
-                    raise NotANumberError
-                if not r.max_tokens:  # the choice has only checked the logits
-                    finish = "length"
-                    break
-                if report_logprobs and output.logprobs is not None:
-                    output.logprobs.append(r.sampler.logprob(logits[row + j], token))
-                output.token_ids.append(token)
-                r.sequence.tokens.append(token)
-                r.generated += 1
-                finish = self._write(r, token, output)
-                if finish or j == len(chunk.drafts) or chunk.drafts[j] != token:
-                    break
+            finish = append_tokens(chunk, tokens, logits, row, output, self.facts.eos, with_text=self.tokenizer is not None)
         except NotANumberError as error:
             return self._end(r, "error", output, error=str(error))
-        except NoTokenError:
-            finish, output.stop_reason = "stop", "no token is allowed"
         except Exception as error:  # in its grammar or detokenizer: other requests are not affected
             _log.exception("request %s failed", r.request.id)
             return self._end(r, "error", output, error=f"choosing a token failed: {type(error).__name__}")
@@ -449,25 +427,6 @@ class EngineCore:
         cached = chunk.start + chunk.count + max(0, len(output.token_ids) - 1)  # without rejected drafts
         self.scheduler.computed(r, cached)
         return self._end(r, finish, output) if finish else output
-
-    def _write(self, r: Running, token: int, output: Output) -> Finish | None:
-        """Adds a token's text to the output; returns why the request ends at this token, or None."""
-        sampling = r.sampler.sampling
-        stops = r.generated > sampling.min_tokens
-        if stops and token in self.facts.eos and not sampling.ignore_eos:
-            return "stop"
-        if stops and token in sampling.stop_token_ids:
-            output.stop_reason = token
-            return "stop"
-        if self.tokenizer is not None:
-            piece, stop = r.text.add(token, stops=stops)
-            output.text += piece
-            if stop is not None:
-                output.stop_reason = stop
-                return "stop"
-        if r.sampler.grammar is not None and r.sampler.grammar.finished:
-            return "stop"
-        return "length" if r.generated >= r.max_tokens else None
 
     def _embed(self, r: Running, states: Any, chunk: ScheduledChunk, outputs: list[Output]) -> None:
         r.pooler = r.pooler or Pooler(r.request.pooling)
