@@ -17,7 +17,7 @@ extern "C" {
 #define DSO_API
 #endif
 
-#define DSO_ABI_VERSION 9
+#define DSO_ABI_VERSION 10
 DSO_API int32_t dso_abi_version(void);
 
 enum {
@@ -56,6 +56,10 @@ DSO_API int32_t dso_default_threads(void); /* min(affinity, ceil(cgroup quota)) 
 /* Measures memory bandwidth: bytes per second at which the context's threads together read a buffer of `bytes` (at least 1
  * MiB, allocated for the call) repeatedly. Returns the fastest of the rounds that fit into `seconds`, at least four. */
 DSO_API int32_t dso_read_bandwidth(dso_context* c, int64_t bytes, double seconds, double* bytes_per_second);
+/* The same for memory of the caller: `count` regions, at least 1 MiB together, each read by one thread or by several. Where a
+ * machine's memory is not equally fast everywhere, this is the limit of a program that reads these regions. */
+DSO_API int32_t dso_read_bandwidth_of(dso_context* c, const void* const* starts, const int64_t* sizes, int32_t count,
+                                      double seconds, double* bytes_per_second);
 
 /* ---- attention outside a plan ---------------------------------------------------------------------------
  * o = softmax(scale q k^T + mask) v for few queries and many keys, in fp32: a decode step over keys and values that the caller

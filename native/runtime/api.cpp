@@ -58,6 +58,17 @@ int32_t dso_read_bandwidth(dso_context* c, int64_t bytes, double seconds, double
   return guarded([&] { given(bytes_per_second, "bytes_per_second") = read_bandwidth(shared(c), bytes, seconds); });
 }
 
+int32_t dso_read_bandwidth_of(dso_context* c, const void* const* starts, const int64_t* sizes, int32_t count, double seconds,
+                              double* bytes_per_second) {
+  return guarded([&] {
+    double& result = given(bytes_per_second, "bytes_per_second");
+    std::vector<MemoryRegion> regions;
+    for (int32_t i = 0; i < count; ++i)
+      regions.push_back({static_cast<const uint8_t*>((&given(starts, "starts"))[i]), (&given(sizes, "sizes"))[i]});
+    result = read_bandwidth(shared(c), regions, seconds);
+  });
+}
+
 int32_t dso_mapping_add(const void* address, int64_t bytes, int32_t fd, int64_t modified_ns, const char* name,
                         int64_t* number) {
   return guarded([&] {

@@ -55,6 +55,17 @@ void bandwidth() {
       check(dso_read_bandwidth(c, bytes, 0, &found) == 0, "%s", dso_last_error());
       check(found > 1e7 && found < 1e14, "%d threads read %g bytes a second", threads, found);
     }
+    const std::vector<uint8_t> first((1 << 20) + 64), second(4096), third(77);
+    const void* starts[] = {first.data(), second.data(), third.data()};
+    const int64_t sizes[] = {(1 << 20) + 64, 4096, 77}, negative[] = {-1, 4096, 77};
+    found = 0;
+    refuses(dso_read_bandwidth_of(c, starts, sizes + 1, 2, 0, &found), DSO_EINVAL, "must be at least", "too little to read");
+    refuses(dso_read_bandwidth_of(c, starts, negative, 3, 0, &found), DSO_EINVAL, "-1 bytes", "a negative size");
+    refuses(dso_read_bandwidth_of(c, nullptr, sizes, 3, 0, &found), DSO_EINVAL, "starts is NULL", "no regions");
+    refuses(dso_read_bandwidth_of(c, starts, sizes, 3, 0, nullptr), DSO_EINVAL, "bytes_per_second is NULL", "no place for it");
+    check(found == 0, "a failed call left %g", found);
+    check(dso_read_bandwidth_of(c, starts, sizes, 3, 0, &found) == 0, "%s", dso_last_error());
+    check(found > 1e7 && found < 1e14, "%d threads read %g bytes a second of regions", threads, found);
     dso_context_destroy(c);
   }
 }

@@ -19,7 +19,7 @@ from ...graph.ir import CacheSpec, LatentSpec, StateSpec
 from . import native_train
 from .buffers import Outputs, checking
 
-ABI_VERSION = 9
+ABI_VERSION = 10
 BLOCK_TOKENS = 32
 
 FORMATS = {
@@ -131,6 +131,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "dso_default_threads": (I32, []),
     "dso_attend": (I32, [PTR, PTR]),
     "dso_read_bandwidth": (I32, [PTR, I64, C.c_double, PTR]),
+    "dso_read_bandwidth_of": (I32, [PTR, PTR, PTR, I32, C.c_double, PTR]),
     "dso_mapping_add": (I32, [PTR, I64, I32, I64, C.c_char_p, PTR]),
     "dso_mapping_remove": (None, [I64]),
     "dso_mapping_check": (I32, [PTR]),
@@ -302,6 +303,14 @@ class Context:
         round within `seconds` counts. Raises ValueError, MemoryError."""
         bandwidth = C.c_double()
         check(self.lib.dso_read_bandwidth(self.handle, size, seconds, C.byref(bandwidth)))
+        return bandwidth.value
+
+    def read_bandwidth_of(self, regions: Sequence[tuple[int, int]], seconds: float) -> float:
+        """As `read_bandwidth`, of existing memory: (address, bytes) of each region, which must stay valid during the call."""
+        starts = (C.c_void_p * len(regions))(*(start for start, _ in regions))
+        sizes = (C.c_int64 * len(regions))(*(size for _, size in regions))
+        bandwidth = C.c_double()
+        check(self.lib.dso_read_bandwidth_of(self.handle, starts, sizes, len(regions), seconds, C.byref(bandwidth)))
         return bandwidth.value
 
 
