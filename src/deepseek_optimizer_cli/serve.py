@@ -39,7 +39,11 @@ def serve(
     ssl_keyfile_password: so.SslKeyfilePassword = None,
     ssl_ca_certs: so.SslCaCerts = None,
     otlp_traces_endpoint: so.OtlpTracesEndpoint = None,
+    slots: so.Slots = True,
+    metrics: so.Metrics = True,
+    page: so.Page = True,
     sleep_mode: so.SleepMode = False,
+    sleep_idle_seconds: so.SleepIdleSeconds = None,
     fields: dict[str, Any],
     kl_budget: o.KlBudget = None,
     calibration: o.Calibration = None,
@@ -73,6 +77,7 @@ def serve(
     max_answer_tokens: so.MaxAnswerTokens = 4096,
     tool_format: so.ToolFormat = None,
     reasoning: so.Reasoning = None,
+    thinking: so.Thinking = None,
     pooling: so.Pooling = None,
     reranker: so.Reranker = "auto",
     prefill_assistant: so.PrefillAssistant = False,
@@ -125,6 +130,7 @@ def serve(
         drain_seconds=drain_seconds,
         tools_format=tool_format,
         reasoning=reasoning,
+        thinking=thinking,
         reranker=reranker,  # type: ignore[arg-type]  # checked there
         prefill_assistant=prefill_assistant,
         max_answer_tokens=max_answer_tokens,
@@ -133,7 +139,11 @@ def serve(
         lora_dir=lora_dir,
         access_log=access_log,
         root_path=root_path,
+        slots=slots,
+        metrics=metrics,
+        page=page,
         sleep_mode=sleep_mode,
+        idle_sleep=sleep_idle_seconds,
         ssl_certfile=ssl_certfile,
         ssl_keyfile=ssl_keyfile,
         ssl_keyfile_password=ssl_keyfile_password,
@@ -165,6 +175,8 @@ def serve(
             raise ConfigError("--served-model-name names a single model; several have the names of their files")
         if adapters or allow_lora_loading or otlp_traces_endpoint is not None:
             raise ConfigError("--lora, --allow-lora-loading and --otlp-traces-endpoint need a single model")
+        if sleep_idle_seconds is not None:
+            raise ConfigError("--sleep-idle-seconds needs a single model; several are unloaded by --models-memory")
         pool = several.PoolOptions(tuple(model or ()), models_dir, models_memory, tuple(pin or ()), load_timeout)
         several.serve_models(
             pool,

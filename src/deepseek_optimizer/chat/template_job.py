@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import os
 from collections.abc import Callable
 from typing import Any
@@ -13,20 +14,31 @@ def prepare(setup: dict[str, Any]) -> Callable[[dict[str, Any]], Any]:
     Args:
         setup: {"max_characters": maximum length of a rendered text}.
     """
+    import jinja2
     import transformers.utils.chat_template_utils as utils
+
+    def rendered_by_transformers(template: str, payload: dict[str, Any], variables: dict[str, Any]) -> Any:
+        return utils.render_jinja_template(  # annotated as str, but it is (texts, positions)
+            conversations=[payload["messages"]],
+            tools=payload["tools"],
+            chat_template=template,
+            return_assistant_tokens_mask=payload.get("marked", False),
+            continue_final_message=payload["continue_final"],
+            add_generation_prompt=payload["add_generation_prompt"],
+            **variables,
+        )
 
     def render_with_places(template: str, payload: dict[str, Any]) -> tuple[str, list[tuple[int, int]]]:
         """The text, and the positions in it that `{% generation %}` marks."""
         try:
-            rendered: Any = utils.render_jinja_template(  # annotated as str, but it is (texts, positions)
-                conversations=[payload["messages"]],
-                tools=payload["tools"],
-                chat_template=template,
-                return_assistant_tokens_mask=payload.get("marked", False),
-                continue_final_message=payload["continue_final"],
-                add_generation_prompt=payload["add_generation_prompt"],
-                **payload["variables"],
-            )
+            try:
+                rendered = rendered_by_transformers(template, payload, payload["variables"])
+            except jinja2.UndefinedError as error:
+                if "'datetime' is undefined" not in str(error):
+                    raise
+                # Firefunction's template requires the date; llama-server gives it in this form.
+                date = datetime.date.today().strftime("%b %d %Y")
+                rendered = rendered_by_transformers(template, payload, {**payload["variables"], "datetime": date})
         except MemoryError:
             raise
         except Exception as error:  # a template is a program and can raise anything

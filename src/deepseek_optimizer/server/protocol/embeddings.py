@@ -7,16 +7,21 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from .base import TOKEN_ID, IgnoredFields, ModelName, ResponseModel
+from .prompt_parts import PromptObject
 from .sampling import Priority
 
 MAX_INPUTS = 2048  # OpenAI's limit
 _Text = Annotated[str, Field(min_length=1)]
 _Ids = Annotated[list[TOKEN_ID], Field(min_length=1, fail_fast=True)]
+_Mixed = Annotated[list[TOKEN_ID | _Text], Field(min_length=1, fail_fast=True)]
 Inputs = (
     _Text
     | _Ids
     | Annotated[list[_Text], Field(min_length=1, max_length=MAX_INPUTS, fail_fast=True)]
     | Annotated[list[_Ids], Field(min_length=1, max_length=MAX_INPUTS, fail_fast=True)]
+    | PromptObject  # and the following, as llama-server
+    | _Mixed
+    | Annotated[list[_Text | PromptObject | _Mixed], Field(min_length=1, max_length=MAX_INPUTS, fail_fast=True)]
 )
 Name = Annotated[str, Field(max_length=64)]
 
@@ -54,7 +59,8 @@ class Embeds(Truncated):
 
 
 class EmbeddingRequest(Embeds):
-    """Texts, or their token ids, to embed."""
+    """Texts, or their token ids, to embed. A list with token ids at its top level is one text, of which other parts may be
+    strings; a text may also be an object with `prompt_string`, or `content` as a list of text parts."""
 
     input: Inputs
 
