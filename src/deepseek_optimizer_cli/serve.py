@@ -49,6 +49,7 @@ def serve(
     calibration: o.Calibration = None,
     max_running: so.MaxRunning = 32,
     max_waiting: so.MaxWaiting = 256,
+    prefill_chunk: so.PrefillChunk = None,
     kv_cache_memory: so.KvCacheMemory = None,
     prefix_cache: so.PrefixCache = True,
     models_dir: several.ModelsDir = None,
@@ -151,7 +152,11 @@ def serve(
     )
     adapters = _adapters(lora or [])
     fields |= o.not_none(
-        kl_budget=kl_budget, calibration=calibration, kv_cache_memory=kv_cache_memory, batch_invariant=batch_invariant or None
+        kl_budget=kl_budget,
+        calibration=calibration,
+        kv_cache_memory=kv_cache_memory,
+        batch_invariant=batch_invariant or None,
+        prefill_chunk=prefill_chunk,
     )
     fields["batch_size_range"] = (1, max_running)
     options: dict[str, Any] = {

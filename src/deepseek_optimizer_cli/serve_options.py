@@ -147,6 +147,16 @@ SleepIdleSeconds = Annotated[
 MaxRunning = Annotated[
     int, typer.Option("--max-running", min=1, metavar="N", help="Maximum number of concurrent answers.", **_REQUESTS)
 ]
+PrefillChunk = Annotated[
+    int | None,
+    typer.Option(
+        "--prefill-chunk",
+        min=1,
+        metavar="TOKENS",
+        help="Maximum number of prompt tokens in a step. Fewer delay other answers less. Default: 512.",
+        **_REQUESTS,
+    ),
+]
 MaxWaiting = Annotated[
     int,
     typer.Option(
@@ -334,7 +344,8 @@ Thinking = Annotated[
     bool | None,
     typer.Option(
         "--thinking/--no-thinking",
-        help="Whether the model reasons before its answer, for requests that do not say. Default: as the chat template decides.",
+        help="Whether the model reasons before its answer, for requests that do not say. Default: as the chat template "
+        "decides.",
         **_CHAT,
     ),
 ]

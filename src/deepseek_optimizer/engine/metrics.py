@@ -53,7 +53,7 @@ class EngineMetrics:
     """Metrics of an engine since its start; times are in seconds.
 
     Attributes:
-        steps, step_seconds, step_sequences: number of steps, the time spent in them, and the number of sequences in all of them.
+        steps, step_seconds, step_sequences: number of steps, the time spent in them, and the sequences in all of them.
         prompt_tokens, generated_tokens, cached_tokens: tokens processed in prompts, generated, found in the prefix cache.
         prompt_seconds: time from the first step of each request to its first token, in sum.
         longest: maximum number of tokens of a request, prompt and text together.

@@ -99,8 +99,8 @@ class SamplingParams:
         ignore_eos: the model's end-of-text tokens do not end the text.
         logprobs: number of most likely tokens to report for each generated token, 0 to MAX_LOGPROBS, besides the token itself.
             Log probabilities are those of the model's distribution before any of the above is applied. None: none are reported.
-        sampled_logprobs: with `logprobs`: report those of the distribution that the token is drawn from, after all of the above;
-            tokens that it excludes are not reported. Not with mirostat.
+        sampled_logprobs: with `logprobs`: report those of the distribution that the token is drawn from, after all of the
+            above; tokens that it excludes are not reported. Not with mirostat.
         grammar: grammar that the text must conform to.
         skip_special_tokens: omit special tokens from the text.
     """

@@ -15,7 +15,10 @@ SWITCHED = (  # as llama.cpp's templates of Command R7B and QwQ: reasoning unles
     "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[assistant]"
     "{% if not enable_thinking %}<think></think>{% endif %}"
 )
-OPENED = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[assistant]<think>\n{# </think> #}{% endif %}"
+OPENED = (
+    "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]<think>\n{# </think> #}{% endif %}"
+)
 NAMED = "{% for m in messages %}{{ m.content }}{% endfor %}{{ thinking }}"
 
 

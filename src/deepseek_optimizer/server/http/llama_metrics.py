@@ -1,7 +1,7 @@
 """The engine's metrics under llama-server's names, for dashboards that were made for it.
 
-They have no label for the model, and some names (a counter without `_total`) are not possible in prometheus_client, so the text is
-written here. Names and meanings: `handle_metrics` in llama.cpp's tools/server/server-context.cpp.
+They have no label for the model, and some names (a counter without `_total`) are not possible in prometheus_client, so the text
+is written here. Names and meanings: `handle_metrics` in llama.cpp's tools/server/server-context.cpp.
 """
 
 from __future__ import annotations
