@@ -28,7 +28,7 @@ def texts(result: list[dict], n: int = 1) -> list[str]:
     pieces = [[] for _ in range(n)]
     for chunk in result:
         for choice in chunk["choices"]:
-            pieces[choice["index"]].append(choice["delta"].get("content") or "" if "delta" in choice else choice["text"])
+            pieces[choice["index"]].append(choice["delta"].get("content", "") if "delta" in choice else choice["text"])
     whole = ["".join(p) for p in pieces]
     assert all("\ufffd" not in text for text in whole)
     return whole
@@ -56,7 +56,7 @@ def test_a_chat_stream_equals_the_whole_answer(emoji, stop, limit):
     assert all(chunk["usage"] is None and chunk["object"] == "chat.completion.chunk" for chunk in actual[:-1])
     assert actual[-2]["choices"][0]["finish_reason"] == choice["finish_reason"]
     assert actual[-2]["choices"][0]["stop_reason"] == choice["stop_reason"]
-    assert actual[0]["choices"][0]["delta"] == {"role": "assistant", "content": None}
+    assert actual[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
     assert len({chunk["id"] for chunk in actual}) == 1 and {chunk["model"] for chunk in actual} == {"fake-model"}
 
 

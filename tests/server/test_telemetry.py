@@ -52,7 +52,7 @@ def test_timings_of_a_whole_answer(live, path):
 
 def test_the_first_chunk_of_a_chat_has_a_role_and_no_timings(live):
     actual = events(live.client, CHAT, timings_per_token=True, stream_options={"include_usage": True})
-    assert actual[0]["choices"][0]["delta"] == {"role": "assistant", "content": None} and "timings" not in actual[0]
+    assert actual[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""} and "timings" not in actual[0]
     assert actual[-1]["choices"] == [] and actual[-1]["usage"]["completion_tokens"] == actual[-1]["timings"]["predicted_n"] == 6
     roles = [choice for event in events(live.client, CHAT, return_progress=True) for choice in event["choices"]]
     assert [choice["delta"].get("role") for choice in roles].count("assistant") == 1

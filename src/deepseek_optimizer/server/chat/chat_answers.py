@@ -176,12 +176,12 @@ class ChatEncoder:
         return self._openings[index] + b"{}" + self._close if self._begun[index] else self._begin(index)
 
     def _begin(self, index: int) -> bytes:
-        """The first chunk of an answer. Its content is null, as llama-server's: clients expect no empty texts from it."""
+        """The first chunk of an answer."""
         self._begun[index] = True
         opening = self._openings[index]
         if self._reports and (of_prompt := self._reports[index].chunk_of_prompt()):
             opening = b"data: {" + of_prompt + b"," + opening.removeprefix(b"data: {")
-        return opening + b'{"role":"assistant","content":null}' + self._close
+        return opening + b'{"role":"assistant","content":""}' + self._close
 
     def _of_answer(self, index: int) -> bytes:
         """The fields of the answer's report in a chunk, after a comma."""

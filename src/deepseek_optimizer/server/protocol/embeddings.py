@@ -7,21 +7,20 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from .base import TOKEN_ID, IgnoredFields, ModelName, ResponseModel
-from .prompt_parts import PromptObject
+from .prompt_parts import MixedPrompt, PromptObject
 from .sampling import Priority
 
 MAX_INPUTS = 2048  # OpenAI's limit
 _Text = Annotated[str, Field(min_length=1)]
 _Ids = Annotated[list[TOKEN_ID], Field(min_length=1, fail_fast=True)]
-_Mixed = Annotated[list[TOKEN_ID | _Text], Field(min_length=1, fail_fast=True)]
 Inputs = (
     _Text
     | _Ids
     | Annotated[list[_Text], Field(min_length=1, max_length=MAX_INPUTS, fail_fast=True)]
     | Annotated[list[_Ids], Field(min_length=1, max_length=MAX_INPUTS, fail_fast=True)]
     | PromptObject  # and the following, as llama-server
-    | _Mixed
-    | Annotated[list[_Text | PromptObject | _Mixed], Field(min_length=1, max_length=MAX_INPUTS, fail_fast=True)]
+    | MixedPrompt
+    | Annotated[list[_Text | PromptObject | MixedPrompt], Field(min_length=1, max_length=MAX_INPUTS, fail_fast=True)]
 )
 Name = Annotated[str, Field(max_length=64)]
 

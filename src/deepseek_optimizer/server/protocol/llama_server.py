@@ -12,13 +12,12 @@ from .chat import _Scalar
 from .completions import MAX_PROMPTS, CompletionRequest
 from .formats import Guided
 from .messages import Messages, Tools
-from .prompt_parts import PromptObject
+from .prompt_parts import MixedPrompt, PromptObject
 from .sampling import Sampling
 from .telemetry import NativeTimings
 
 _Text = Annotated[str, Field(min_length=1)]
 MAX_BIAS_TEXT = 256  # characters of a text whose tokens are biased
-_Mixed = Annotated[list[TOKEN_ID | str], Field(min_length=1, max_length=1_000_000, fail_fast=True)]
 _Bias = float | Literal[False]
 _BiasText = Annotated[str, Field(min_length=1, max_length=MAX_BIAS_TEXT)]
 _Pair = Annotated[list[TOKEN_ID | _Bias | _BiasText], Field(min_length=2, max_length=2)]
@@ -63,8 +62,8 @@ class NativeCompletionRequest(_Generation):
     prompt: (
         _Text
         | PromptObject
-        | _Mixed
-        | Annotated[list[_Text | PromptObject | _Mixed], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
+        | MixedPrompt
+        | Annotated[list[_Text | PromptObject | MixedPrompt], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
     )
 
 

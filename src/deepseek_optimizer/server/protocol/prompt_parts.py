@@ -5,11 +5,25 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from .base import Body
+from .base import TOKEN_ID, Body
 
 Part = str | int  # a text, or a token id
+
+
+def _has_token(parts: list[Part]) -> list[Part]:
+    if not any(isinstance(part, int) for part in parts):
+        raise ValueError("must have token ids; otherwise it is a list of prompts")
+    return parts
+
+
+# One prompt of token ids and texts.
+MixedPrompt = Annotated[
+    list[TOKEN_ID | Annotated[str, Field(min_length=1)]],
+    Field(min_length=1, max_length=1_000_000, fail_fast=True),
+    AfterValidator(_has_token),
+]
 
 
 class TextOfPrompt(Body):
