@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import json
 import os
 from collections.abc import Callable
 from typing import Any
@@ -34,11 +35,10 @@ def prepare(setup: dict[str, Any]) -> Callable[[dict[str, Any]], Any]:
             try:
                 rendered = rendered_by_transformers(template, payload, payload["variables"])
             except jinja2.UndefinedError as error:
-                if "'datetime' is undefined" not in str(error):
+                more = _of_firefunction(payload["tools"])
+                if not any(f"'{name}' is undefined" in str(error) for name in more):
                     raise
-                # Firefunction's template requires the date; llama-server gives it in this form.
-                date = datetime.date.today().strftime("%b %d %Y")
-                rendered = rendered_by_transformers(template, payload, {**payload["variables"], "datetime": date})
+                rendered = rendered_by_transformers(template, payload, {**more, **payload["variables"]})
         except MemoryError:
             raise
         except Exception as error:  # a template is a program and can raise anything
@@ -64,6 +64,11 @@ def prepare(setup: dict[str, Any]) -> Callable[[dict[str, Any]], Any]:
         return [render(payload["template"], {**payload, **version}) for version in payload["versions"]]
 
     return run
+
+
+def _of_firefunction(tools: Any) -> dict[str, str]:
+    """Variables that Firefunction's template requires, and on which Transformers fails; as llama-server sets them."""
+    return {"datetime": datetime.date.today().strftime("%b %d %Y"), "functions": json.dumps(tools, indent=2) if tools else ""}
 
 
 def _inspect(template: str, variables: dict[str, Any], render: Callable[[str, dict[str, Any]], str]) -> dict[str, Any]:
