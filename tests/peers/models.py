@@ -22,9 +22,15 @@ def smollm2() -> Path:
     return _once("smollm2-int8", _pack_smollm2)
 
 
-def encoder() -> Path:
-    """A random BERT with a pooling of the first token."""
-    return _once("encoder", lambda target: _save_encoder(target, "Model"))
+def smollm2_with_gaps() -> Path:
+    """SmolLM2 whose tokens of code repositories, which it seldom uses, have the names of tokens that fill gaps."""
+    return _once("smollm2-gaps", _rename_tokens)
+
+
+def encoder(tokens: int = ENCODER_TOKENS) -> Path:
+    """A random BERT with a pooling of the first token; `tokens`: its context."""
+    name = "encoder" if tokens == ENCODER_TOKENS else f"encoder-{tokens}"
+    return _once(name, lambda target: _save_encoder(target, "Model", max_position_embeddings=tokens))
 
 
 def reranker() -> Path:
@@ -93,13 +99,27 @@ def _pack_smollm2(target: Path) -> None:
     load_tokenizer(gguf).save_pretrained(target)
 
 
+_GAPS = {"<gh_stars>": "<fim_prefix>", "<issue_start>": "<fim_middle>", "<issue_comment>": "<fim_suffix>"}
+
+
+def _rename_tokens(target: Path) -> None:
+    shutil.copytree(smollm2(), target, copy_function=os.link)
+    for file in target.glob("*.json"):
+        text = file.read_text()
+        if any(name in text for name in _GAPS):
+            for name, other in _GAPS.items():
+                text = text.replace(f'"{name}"', f'"{other}"')
+            file.unlink()
+            file.write_text(text)
+
+
 def _save_encoder(target: Path, head: str, **fields: Any) -> None:
     from support.byte_tokenizer import new_byte_tokenizer
     from support.encoders import random_encoder
 
     tokenizer = new_byte_tokenizer()
-    size = {"vocab_size": len(tokenizer), "max_position_embeddings": ENCODER_TOKENS}
-    random_encoder("bert", head, **size, **fields).save_pretrained(target)
+    size = {"vocab_size": len(tokenizer), "max_position_embeddings": ENCODER_TOKENS} | fields
+    random_encoder("bert", head, **size).save_pretrained(target)
     tokenizer.save_pretrained(target)
 
 

@@ -58,6 +58,7 @@ def test_wrong_options(serve, tmp_path):
     assert "NAME=PATH" in error_of(serve("--lora", "name"))
     assert "given twice" in error_of(serve("--lora", "a=x", "--lora", "a=y"))
     assert "lora_dir" in error_of(serve("--allow-lora-loading"))
+    assert "localhost" in error_of(serve("--allow-origin", "example.com"))
 
 
 def test_a_used_port_is_reported_before_loading(serve):

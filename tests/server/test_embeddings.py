@@ -54,7 +54,7 @@ def test_two_thousand_texts(live):
     assert np.array_equal(made[777], vectors(live.client, input="text 777", normalize=False)[0])
 
 
-@pytest.mark.parametrize("given", ["", [], [""], ["a"] * 2049, [[]], [-1], [["a"]], 1, None, [1.5], ["a", 1], [261]])
+@pytest.mark.parametrize("given", ["", [], [""], ["a"] * 2049, [[]], [-1], [["a"]], 1, None, [1.5], ["a", 1.5], [261]])
 def test_wrong_inputs(refused, given):
     refused(PATH, {"input": given})
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from support.live_server import assert_error
+
 TEXT, CHAT = "/v1/completions", "/v1/chat/completions"
 BODIES = {TEXT: {"prompt": "x", "max_tokens": 2}, CHAT: {"messages": [{"role": "user", "content": "x"}], "max_tokens": 2}}
 
@@ -92,6 +94,9 @@ def test_the_last_message_is_continued_as_by_llama_server(make_server):
         return live.engine.tokenizer.decode(live.engine.seen[-1].prompt).endswith(content)
 
     assert ends() and not ends(add_generation_prompt=True) and not ends(continue_final_message=False)
+    twice = [{"role": "user", "content": "hi"}, *[{"role": "assistant", "content": "I am"}] * 2]
+    assert_error(live.client.post(CHAT, json={"messages": twice}), 400, "messages")
+    assert live.client.post(CHAT, json={"messages": twice[1:2], "max_tokens": 1}).status_code == 200
 
 
 def test_tokenizer_info(client, live):

@@ -25,8 +25,9 @@ from ..errors import CheckpointChangedError, EngineBusyError, EngineDeadError
 from .adapters import Adapter, adapters_of
 from .core import EngineCore
 from .encoder_core import Classifier, EncoderCore
-from .metrics import EndedRequest
+from .metrics import EndedRequest, EngineMetrics
 from .request import Finish, Output, Request
+from .running import RequestProgress
 
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
@@ -112,6 +113,7 @@ def merged(first: Output, then: Output) -> Output:
         text=first.text + then.text,
         logprobs=logprobs,
         prompt_logprobs=then.prompt_logprobs if first.prompt_logprobs is None else first.prompt_logprobs,
+        progress=first.progress + then.progress,
     )
 
 
@@ -223,6 +225,22 @@ class AsyncEngine:
     def load(self) -> tuple[int, int]:
         """Number of requests in the running batch, and of requests that wait for it."""
         return self.core.load
+
+    @property
+    def metrics(self) -> EngineMetrics:
+        """Counts since the start. A step in progress may or may not be counted."""
+        return self.core.metrics
+
+    @property
+    def drafted(self) -> tuple[int, int, int]:
+        """Number of draft tokens verified, of those accepted, and of drafts, by speculative decoding."""
+        drafting = self.core.drafting if isinstance(self.core, EngineCore) else None
+        return (0, 0, 0) if drafting is None else (drafting.proposed, drafting.accepted, drafting.drafts)
+
+    def running_requests(self) -> list[RequestProgress]:
+        """The requests in the running batch. An encoder has none between its steps."""
+        running = list(self.core.scheduler.running) if isinstance(self.core, EngineCore) else []
+        return [RequestProgress(r.number, len(r.request.prompt), r.generated, r.max_tokens) for r in running]
 
     @property
     def cache_window(self) -> int | None:

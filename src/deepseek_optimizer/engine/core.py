@@ -17,7 +17,7 @@ from ..backends.base import DECODE
 from ..cache.block_manager import SequenceBlocks
 from ..cache.forgetting import Groups, max_tokens
 from ..cache.prefix_cache import PrefixCache
-from ..errors import BackendError, CheckpointChangedError, RequestError, shown
+from ..errors import BackendError, CheckpointChangedError, ContextLengthError, RequestError, shown
 from .adapters import Adapter, Adapters, adapters_of
 from .appending import append_tokens
 from .detokenizer import Detokenizer
@@ -154,7 +154,8 @@ class EngineCore:
         max_tokens = 1 if sampling.max_tokens is None or request.embed else sampling.max_tokens
         if len(prompt) + (0 if request.embed else max_tokens) > room:
             more = "" if sampling.max_tokens is None or request.embed else f" and max_tokens={max_tokens}"
-            raise RequestError("prompt", f"{len(prompt)} tokens{more} do not fit {what} of {room} tokens; {fix}")
+            message = f"{len(prompt)} tokens{more} do not fit {what} of {room} tokens; {fix}"
+            raise ContextLengthError("prompt", message, len(prompt), room)
         return room - len(prompt) if sampling.max_tokens is None else max_tokens
 
     def add(self, request: Request, adapter: Adapter | None = None) -> None:
@@ -367,6 +368,10 @@ class EngineCore:
             count, drafted = chunk.count + len(chunk.drafts), len(chunk.drafts)
             of_prompt = range(row, row + len(prompt_rows(chunk)))
             row = of_prompt.stop
+            if r.request.progress and not r.generated:
+                r.processed(chunk.start, chunk.count)
+                if not chunk.ends:
+                    outputs.append(r.output())
             if r.prompt_logprobs is not None and not all(r.prompt_logprobs.add(logits[n]) for n in of_prompt):
                 row += 1 + drafted if chunk.ends else 0
                 outputs.append(self._end(r, "error", error=str(NotANumberError())))

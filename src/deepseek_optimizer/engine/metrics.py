@@ -53,8 +53,10 @@ class EngineMetrics:
     """Metrics of an engine since its start; times are in seconds.
 
     Attributes:
-        steps, step_seconds: number of steps, and the time spent in them.
+        steps, step_seconds, step_sequences: number of steps, the time spent in them, and the sequences in all of them.
         prompt_tokens, generated_tokens, cached_tokens: tokens processed in prompts, generated, found in the prefix cache.
+        prompt_seconds: time from the first step of each request to its first token, in sum.
+        longest: maximum number of tokens of a request, prompt and text together.
         preemptions: how often a request was preempted.
         finished: number of ended requests by reason.
         waits: time from arrival to the first step.
@@ -67,8 +69,11 @@ class EngineMetrics:
 
     steps: int = 0
     step_seconds: float = 0.0
+    step_sequences: int = 0
     prompt_tokens: int = 0
     generated_tokens: int = 0
+    prompt_seconds: float = 0.0
+    longest: int = 0
     preemptions: int = 0
     cached_tokens: int = 0
     finished: Counter[Finish] = field(default_factory=Counter)
@@ -83,6 +88,7 @@ class EngineMetrics:
     def step(self, sequences: int, decoding: int, prompt: int, seconds: float, preemptions: int) -> None:
         self.steps += 1
         self.step_seconds += seconds
+        self.step_sequences += sequences
         self.prompt_tokens += prompt
         self.preemptions = preemptions
         self.recent_steps.append((decoding, prompt, seconds))
@@ -92,6 +98,7 @@ class EngineMetrics:
         self.generated_tokens += count
         if r.last is None:
             self.first.add(now - r.arrived)
+            self.prompt_seconds += now - (r.arrived if r.started is None else r.started)
         else:
             self.between.add((now - r.last) / count, count)
 
@@ -100,5 +107,6 @@ class EngineMetrics:
         self.whole.add(now - r.arrived)
         self.prompts.add(len(r.request.prompt))
         self.texts.add(r.generated)
+        self.longest = max(self.longest, len(r.request.prompt) + r.generated)
         self.cached_tokens += r.cached
         self.waits.add((r.started or now) - r.arrived)

@@ -42,12 +42,17 @@ _PACKAGE = "deepseek-optimizer"
 
 
 class ServerState:
-    """The state of one server, or of one model of a server with several. `sleeping`: see `sleep`.
+    """The state of one server, or of one model of a server with several.
 
     Args:
         engine: an `AsyncEngine`.
         settings: the server's.
         shared: what the server's models have in common; None: there is one model.
+
+    Attributes:
+        sleeping: see `sleep`.
+        until_used: whether the next request ends the sleep.
+        used: time of the latest request, of `time.monotonic`.
     """
 
     def __init__(self, engine: Any, settings: ServerSettings, shared: Shared | None = None) -> None:
@@ -55,7 +60,8 @@ class ServerState:
         self.created = int(time.time())
         # Of the version and the model, on which answers with a seed depend.
         self.fingerprint = "b" + hashlib.sha256(f"{versions(_PACKAGE)} {engine.model_name}".encode()).hexdigest()[:10]
-        self.sleeping = False
+        self.sleeping = self.until_used = False
+        self.used = time.monotonic()
         self._changing_sleep = asyncio.Lock()
         self.shared, self._alone = shared or Shared(settings), shared is None
         self.bodies, self.files, self.reader = self.shared.bodies, self.shared.files, self.shared.reader
@@ -104,7 +110,7 @@ class ServerState:
         return bool(await self.engine.drain(seconds))
 
     def check_accepting(self) -> None:
-        """Checks that the server accepts requests.
+        """Checks that the server accepts requests, and wakes it if it sleeps until the next one.
 
         Raises:
             ApiError: 503, the server is shutting down or sleeps.
@@ -112,6 +118,9 @@ class ServerState:
         """
         if self.draining:
             raise busy("the server is stopping", 5)
+        self.used = time.monotonic()
+        if self.sleeping and self.until_used:
+            self._wake_up()
         if self.sleeping:
             raise busy("the server sleeps; POST /wake_up wakes it", 30)
         self.engine.check_alive()
@@ -215,15 +224,24 @@ class ServerState:
             return request
         return replace(request, sampling=replace(sampling, max_tokens=max_tokens))
 
+    def fitted(self, request: Request) -> Request:
+        """The request with a maximum length of the answer that the context has room for, as llama-server's n_predict."""
+        max_tokens = request.sampling.max_tokens
+        room = self.engine.room - len(request.prompt)
+        if max_tokens is None or max_tokens <= room or room < 1 or self.engine.cache_window is not None:
+            return request
+        return replace(request, sampling=replace(request.sampling, max_tokens=room))
+
     async def _tokenizer_copy(self, caller: Caller) -> Any:
         """A copy of the tokenizer, made on the only thread that uses the original."""
         return await self.tokenizing(lambda lane: copy.deepcopy(lane.tokenizer), caller, 0)
 
-    async def sleep(self, seconds: float) -> int:
+    async def sleep(self, seconds: float, until_used: bool = False) -> int:
         """Refuses requests, lets those in flight end, and releases the memory of the cache and of mapped weights.
 
         Args:
             seconds: time after which requests in flight are cancelled.
+            until_used: the next request ends the sleep, instead of being refused.
 
         Returns: the bytes by which the memory of this process has decreased.
 
@@ -235,7 +253,7 @@ class ServerState:
             if self.sleeping:
                 return 0
             self.check_accepting()
-            self.sleeping = True
+            self.sleeping, self.until_used = True, until_used
             process = psutil.Process()
             before: int = process.memory_info().rss
             try:
@@ -249,8 +267,11 @@ class ServerState:
         """Accepts requests again after `sleep`."""
         async with self._changing_sleep:
             if self.sleeping:
-                self.engine.wake_up()
-                self.sleeping = False
+                self._wake_up()
+
+    def _wake_up(self) -> None:
+        self.engine.wake_up()
+        self.sleeping = self.until_used = False
 
     def thinks(self, tools: bool) -> bool:
         """Whether the model writes reasoning before its answer, in a chat with or without tools."""

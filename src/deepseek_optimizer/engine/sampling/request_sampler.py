@@ -16,6 +16,7 @@ from ...backends.sampling import GREEDY, Floats, TokenChoice, draw, largest_toke
 from ..request import Request, TokenLogprob
 from .filters import draw_filtered, has_filters
 from .mirostat import Mirostat
+from .sampled import SampledLogprobs
 from .token_rules import rules_of
 
 
@@ -56,6 +57,7 @@ class RequestSampler:
         if sampling.mirostat:
             self._mirostat = Mirostat(sampling.mirostat, sampling.mirostat_tau, sampling.mirostat_eta, vocab_size)
         self._filtered = has_filters(sampling)
+        self._sampled = SampledLogprobs(sampling, self._seed) if sampling.sampled_logprobs else None
         own_filters = not sampling.greedy and (self._filtered or self._mirostat is not None)
         self._by_backend = self._plain and not own_filters and sampling.logprobs is None
 
@@ -94,6 +96,8 @@ class RequestSampler:
             token = int(logits.argmax())
             if not np.isfinite(logits[token]):
                 raise NoTokenError("logit_bias, min_tokens, bad_words, allowed_token_ids and the grammar allow no token")
+        if self._sampled is not None:
+            self._sampled.chosen_from(logits, place)
         if not self.sampling.greedy:
             token = self._draw(logits, place)
         self._took(token)
@@ -126,7 +130,9 @@ class RequestSampler:
             self.grammar.accept(token)
 
     def logprob(self, logits: Floats, token: int) -> TokenLogprob:
-        """Returns the log probability to report for a chosen token, from the model's logits, float32 [V]."""
+        """Returns the log probability to report for the token chosen last, from the model's logits, float32 [V]."""
+        if self._sampled is not None:
+            return self._sampled.of(token)
         top = largest_tokens(logits, self.sampling.logprobs or 0) if self.sampling.logprobs else np.zeros(0, np.int64)
         logprobs = log_probability(logits, np.concatenate([np.array([token], np.int64), top]))
         return TokenLogprob(token, float(logprobs[0]), tuple(zip(top.tolist(), logprobs[1:].tolist(), strict=True)))

@@ -156,11 +156,7 @@ class ChatEncoder:
             self._logprobs[index] += output.logprobs
         chunks = []
         if not self._begun[index]:
-            self._begun[index] = True
-            opening = self._openings[index]
-            if self._reports and (of_prompt := self._reports[index].chunk_of_prompt()):
-                opening = b"data: {" + of_prompt + b"," + opening.removeprefix(b"data: {")
-            chunks.append(opening + b'{"role":"assistant","content":""}' + self._close)
+            chunks.append(self._begin(index))
         if answer.progress is not None:
             progress = {"document": dict(zip(("read", "left"), answer.progress, strict=True))}
             answer.progress = None
@@ -174,6 +170,18 @@ class ChatEncoder:
                 self._openings[index] + orjson.dumps(answer.cited) + self._of_answer(index) + self._closing(index, finish)
             )
         return b"".join(chunks)
+
+    def progressed(self, index: int) -> bytes:
+        """A chunk without text, for the progress of the prompt."""
+        return self._openings[index] + b"{}" + self._close if self._begun[index] else self._begin(index)
+
+    def _begin(self, index: int) -> bytes:
+        """The first chunk of an answer."""
+        self._begun[index] = True
+        opening = self._openings[index]
+        if self._reports and (of_prompt := self._reports[index].chunk_of_prompt()):
+            opening = b"data: {" + of_prompt + b"," + opening.removeprefix(b"data: {")
+        return opening + b'{"role":"assistant","content":""}' + self._close
 
     def _of_answer(self, index: int) -> bytes:
         """The fields of the answer's report in a chunk, after a comma."""

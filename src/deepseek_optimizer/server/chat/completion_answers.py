@@ -126,6 +126,10 @@ class CompletionEncoder:
         end = b',"finish_reason":%b,"stop_reason":%b}]' % (orjson.dumps(output.finish), orjson.dumps(output.stop_reason))
         return opening + b',"logprobs":' + logprobs + end + self._end
 
+    def progressed(self, index: int) -> bytes:
+        """A chunk without text, for the progress of the prompt."""
+        return self._openings[index] + b'""' + self._close
+
     def _reported(self, index: int) -> bytes:
         """The fields of the answer's report in a chunk, each after a comma."""
         if not self._reports:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from ...errors import RequestError
 from ..http.caller import Caller
+from ..protocol.prompt_parts import Part
 from ..state import ServerState
 
 
@@ -18,6 +20,20 @@ def tokens_of(tokenizer: Any, text: str, special: bool = True) -> list[int]:
         special: whether the tokenizer adds special tokens, such as a begin token.
     """
     return list(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
+
+
+def mixed_ids(tokenizer: Any, parts: Sequence[Part], special: bool = True) -> list[int]:
+    """Token ids of a prompt of texts and token ids.
+
+    Args:
+        tokenizer: of Transformers.
+        parts: of the prompt.
+        special: whether the tokenizer adds special tokens to a text at the beginning.
+    """
+    ids: list[int] = []
+    for number, part in enumerate(parts):
+        ids += tokens_of(tokenizer, part, special and number == 0) if isinstance(part, str) else [part]
+    return ids
 
 
 async def text_prompts(state: ServerState, prompt: Any, special: bool, caller: Caller, field: str) -> list[list[int]]:

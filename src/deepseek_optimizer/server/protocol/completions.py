@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AliasChoices, Field
+from pydantic import Field
 
 from ...engine.request import MAX_LOGPROBS
 from .base import TOKEN_ID, ModelName, ResponseModel, Usage
@@ -12,6 +12,7 @@ from .chat import StreamOptions
 from .formats import Guided
 from .reports import PromptLogprobList
 from .sampling import MaxTokensOrZero, Sampling
+from .telemetry import NativeTimings
 
 _Text = Annotated[str, Field(min_length=1)]
 _Ids = Annotated[list[TOKEN_ID], Field(min_length=1, fail_fast=True)]
@@ -31,7 +32,6 @@ class CompletionRequest(Sampling, Guided):
     prompt: Prompt
     max_tokens: MaxTokensOrZero = Field(
         None,
-        validation_alias=AliasChoices("max_tokens", "n_predict"),
         description="Maximum number of new tokens; the default is 16. 0: only process the prompt.",
     )
     best_of: Annotated[int, Field(ge=1, le=32)] | None = Field(
@@ -72,6 +72,7 @@ class Completion(ResponseModel):
     system_fingerprint: str
     choices: list[CompletionChoice]
     usage: Usage
+    timings: NativeTimings | None = None
 
 
 EXAMPLE: dict[str, Any] = {"prompt": "Once upon a time", "max_tokens": 16}

@@ -18,6 +18,7 @@ from ..chat.intake import admitted_request
 from ..chat.prompts import text_prompts
 from ..chat.replies import StreamReply, WholeReply
 from ..chat.reports import reported, wanted_reports
+from ..chat.telemetry import streamed_with_telemetry, wanted_telemetry, with_telemetry
 from ..chat.words import sampler_words
 from ..http.caller import Caller
 from ..http.problems import ApiError
@@ -71,8 +72,10 @@ def add(app: FastAPI, state: ServerState) -> None:
             if body.stream:
                 last, every = usage_in_stream(body.stream_options)
                 encoder = CompletionEncoder(head, echoes, n, last, token_texts, every, reports)
-                return StreamReply(state, places.pop_all(), answers, encoder)
-            collector = CompletionCollector(head, echoes, n, token_texts, reports, returned)
+                timed = streamed_with_telemetry(encoder, wanted_telemetry(body, True), len(answers))
+                return StreamReply(state, places.pop_all(), answers, timed)
+            whole = CompletionCollector(head, echoes, n, token_texts, reports, returned)
+            collector = with_telemetry(whole, wanted_telemetry(body, False))
             return WholeReply(state, places.pop_all(), answers, collector.feed, collector.body)
 
     def echo(lane: Lane, ids: list[int]) -> str:
@@ -106,6 +109,7 @@ async def start_completion(
     id: str,
     salt: str,
     stop_token_ids: tuple[int, ...] = (),
+    sampled_logprobs: bool = False,
     echoes: list[str] | None = None,
 ) -> StartedCompletion:
     """Submits texts to continue to the engine. All protocols with texts use it.
@@ -119,6 +123,7 @@ async def start_completion(
         id: of the API request.
         salt: of the API key.
         stop_token_ids: tokens that end the text, besides those of the body.
+        sampled_logprobs: see `SamplingParams`.
         echoes: text before each answer; None: there is none.
 
     Raises:
@@ -133,6 +138,8 @@ async def start_completion(
         grammar=grammar,
         words=await sampler_words(state, body, caller),
     )
+    if sampled_logprobs:
+        params = replace(params, sampled_logprobs=True)
     if stop_token_ids:
         params = replace(params, stop_token_ids=(*params.stop_token_ids, *stop_token_ids))
     wanted = wanted_reports(body, prompts, n, bool(body.stream), body.logprobs if body.echo else None)
@@ -148,7 +155,10 @@ async def start_completion(
         adapter=caller.adapter,
         cache_salt=body.cache_salt,
         prompt_logprobs=wanted.prompt_logprobs,
+        progress=bool(body.stream and body.return_progress),
     )
+    if body.n_predict is not None:
+        requests = [state.fitted(request) for request in requests]
     texts = TokenIdTexts(state.texts) if body.return_tokens_as_token_ids else state.texts
     answers = (beam_start(state, body, n, caller) or state.submit)(requests)
     answers, reports = reported(state, answers, requests, wanted, caller, texts, echoes or [""] * len(answers))
