@@ -345,4 +345,4 @@ def check_tokens(request: Request, vocab_size: int) -> None:
         ("bad_words", tuple(chain.from_iterable(sampling.bad_words))),
     ):
         if tokens and (min(tokens) < 0 or max(tokens) >= vocab_size):
-            raise RequestError(name, f"has token ids outside the vocabulary of {vocab_size}")
+            raise RequestError(name, f"has a token id that is out of vocabulary: not below {vocab_size}")

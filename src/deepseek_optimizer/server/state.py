@@ -7,7 +7,7 @@ import copy
 import hashlib
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any, Literal, TypeVar
@@ -26,6 +26,7 @@ from .http.caller import Caller
 from .http.fair_queue import FairQueue
 from .http.problems import ApiError, busy
 from .http.queue_metrics import QueueCollector
+from .http.sleep_metrics import SleepCollector, SleepState
 from .protocol.sampling import requested_answers
 from .settings import ServerSettings
 from .shared import Shared
@@ -36,13 +37,13 @@ from .tokens.token_text import TokenTexts
 from .tokens.tokenizing import Lane, Tokenizing
 
 T = TypeVar("T")
-
+Asleep = Literal["weights", "kv_cache"]
 
 _PACKAGE = "deepseek-optimizer"
 
 
 class ServerState:
-    """The state of one server, or of one model of a server with several. `sleeping`: see `sleep`.
+    """The state of one server, or of one model of a server with several. `sleep_state`: see `sleep`.
 
     Args:
         engine: an `AsyncEngine`.
@@ -55,7 +56,8 @@ class ServerState:
         self.created = int(time.time())
         # Of the version and the model, on which answers with a seed depend.
         self.fingerprint = "b" + hashlib.sha256(f"{versions(_PACKAGE)} {engine.model_name}".encode()).hexdigest()[:10]
-        self.sleeping = False
+        self.sleep_state: SleepState = "awake"
+        self._asleep: set[Asleep] = set()
         self._changing_sleep = asyncio.Lock()
         self.shared, self._alone = shared or Shared(settings), shared is None
         self.bodies, self.files, self.reader = self.shared.bodies, self.shared.files, self.shared.reader
@@ -89,6 +91,7 @@ class ServerState:
         if self._alone:
             self.queues += self.shared.queues
         engine.registry.register(QueueCollector(self.queues, engine.model_name))
+        engine.registry.register(SleepCollector(lambda: self.sleep_state, engine.model_name))
 
     @property
     def draining(self) -> bool:
@@ -219,11 +222,17 @@ class ServerState:
         """A copy of the tokenizer, made on the only thread that uses the original."""
         return await self.tokenizing(lambda lane: copy.deepcopy(lane.tokenizer), caller, 0)
 
-    async def sleep(self, seconds: float) -> int:
+    @property
+    def sleeping(self) -> bool:
+        """Whether requests are refused until `wake_up`."""
+        return self.sleep_state != "awake"
+
+    async def sleep(self, seconds: float, sleep_state: SleepState = "weights_offloaded") -> int:
         """Refuses requests, lets those in flight end, and releases the memory of the cache and of mapped weights.
 
         Args:
             seconds: time after which requests in flight are cancelled.
+            sleep_state: vLLM's name of the state, for metrics.
 
         Returns: the bytes by which the memory of this process has decreased.
 
@@ -235,22 +244,27 @@ class ServerState:
             if self.sleeping:
                 return 0
             self.check_accepting()
-            self.sleeping = True
+            self.sleep_state, self._asleep = sleep_state, {"weights", "kv_cache"}
             process = psutil.Process()
             before: int = process.memory_info().rss
             try:
                 await self.engine.sleep(seconds)
             except BaseException:
-                self.sleeping = False
+                self.sleep_state = "awake"
                 raise
             return max(0, before - process.memory_info().rss)
 
-    async def wake_up(self) -> None:
-        """Accepts requests again after `sleep`."""
+    async def wake_up(self, parts: Sequence[Asleep] = ("weights", "kv_cache")) -> None:
+        """Accepts requests again after `sleep`, once all parts are awake.
+
+        Args:
+            parts: to wake up.
+        """
         async with self._changing_sleep:
-            if self.sleeping:
+            self._asleep.difference_update(parts)
+            if self.sleeping and not self._asleep:
                 self.engine.wake_up()
-                self.sleeping = False
+                self.sleep_state = "awake"
 
     def thinks(self, tools: bool) -> bool:
         """Whether the model writes reasoning before its answer, in a chat with or without tools."""
