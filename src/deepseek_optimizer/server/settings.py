@@ -74,7 +74,7 @@ class ServerSettings:
         allow_lora_loading: whether requests may load and unload LoRA adapters.
         lora_dir: the directory that contains the adapters that requests may load.
         access_log: write one line to stderr for each request.
-        root_path: prefix of all paths that a reverse proxy removes before it forwards a request, such as "/llm".
+        root_path: prefix of all paths under which a reverse proxy serves this server, such as "/llm"; it may remove it or not.
         sleep_mode: whether clients may let the server sleep by /sleep.
         ssl_certfile: file with the certificate chain, for TLS; None: plain HTTP.
         ssl_keyfile: file with the private key; None: in `ssl_certfile`.
