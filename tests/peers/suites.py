@@ -85,6 +85,8 @@ from peers.vllm_reference import HfRunner, LocalAssetServer, hf_runner, local_as
 
 def _arrange_vllm(target: Path) -> None:
     (target / "tests" / "utils.py").write_text(_UTILS)
+    (target / "tests" / "ci_envs.py").touch()
+    (target / "tests" / "models" / "registry.py").write_text("HF_EXAMPLE_MODELS = None\n")
     (target / "pybase64.py").write_text("from base64 import *\n")
     (target / "tests" / "__init__.py").touch()
     (target / "tests" / "conftest.py").write_text(_CONFTEST)

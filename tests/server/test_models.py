@@ -124,6 +124,7 @@ def test_tokens_of_the_beginning_of_an_answer(client, byte_tokenizer):
         return byte_tokenizer.decode(client.post("/tokenize", json={"messages": messages, **fields}).json()["tokens"])
 
     assert text() == "<|user|>Hi<|end|><|assistant|>Yes<|end|><|assistant|>"
+    assert "weather" in text(tools=[{"type": "function", "function": {"name": "weather"}}])  # described as in a chat
     assert text(add_generation_prompt=False) == "<|user|>Hi<|end|><|assistant|>Yes<|end|>"
     assert text(continue_final_message=True, add_generation_prompt=False) == "<|user|>Hi<|end|><|assistant|>Yes"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fastapi import FastAPI, Request, Response
 
+from ..chat.chat_setup import ChatSpec, set_up
 from ..chat.intake import admitted_request
 from ..chat.old_functions import with_tool_calls
 from ..chat.prompts import tokens_of
@@ -57,17 +58,16 @@ def add(app: FastAPI, state: ServerState) -> None:
             raise ApiError(400, "prompt: give either prompt or messages", param="prompt")
         if body.messages is not None:
             messages = with_tool_calls([message.model_dump(exclude_none=True) for message in body.messages])
-            tools = [tool.model_dump(exclude_none=True) for tool in body.tools or ()] or None
-            ids = await state.tokenizing(
-                lambda lane: lane.template.render(
-                    messages,
-                    tools=tools,
-                    add_generation_prompt=body.add_generation_prompt is not False,
-                    continue_final=bool(body.continue_final_message),
-                    options=body.chat_template_kwargs or {},
-                ).ids,
-                caller,
-            )  # fmt: skip
+            chat = ChatSpec(
+                messages,
+                [tool.model_dump(exclude_none=True, exclude={"function": {"strict"}}) for tool in body.tools or ()],
+                options=body.chat_template_kwargs or {},
+                add_generation_prompt=body.add_generation_prompt is not False,
+                continue_final=bool(body.continue_final_message),
+            )
+            setup = await state.tokenizing(lambda lane: set_up(state, lane, chat), caller)
+            caller.ignored.extend(setup.ignored)
+            ids = setup.prompt.ids
         else:
             text, special = body.prompt or "", body.add_special_tokens is not False
             ids = await state.tokenizing(lambda lane: tokens_of(lane.tokenizer, text, special), caller)
