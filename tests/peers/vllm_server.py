@@ -24,7 +24,7 @@ from .served import Shared
 from .vllm_deviations import VLLM
 from .vllm_flags import translate, translate_environment
 from .vllm_stand_ins import Answer, Platform, StandIns
-from .vllm_values import set_values
+from .vllm_values import ModelConfig, set_values
 
 _ENCODERS = re.compile(r"embed|e5|bge-(small|base|m3)|gte|MiniLM|snowflake|arctic", re.IGNORECASE)
 _RERANKERS = re.compile(r"rerank|cross-encoder", re.IGNORECASE)
@@ -156,6 +156,7 @@ def pytest_configure(config: pytest.Config) -> None:
     hub = SimpleNamespace(snapshot_download=huggingface_hub.snapshot_download)
     StandIns({
         **{name: Answer for name in _ANSWERS},
+        "vllm.config.ModelConfig": lambda model, **_: ModelConfig(directory_of(model)),
         "vllm.platforms.current_platform": Platform(),
         "vllm.tokenizers.get_tokenizer": tokenizer,
         "vllm.transformers_utils.repo_utils.hf_api": lambda: hub,

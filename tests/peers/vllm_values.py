@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 
 def set_values(module: ModuleType, directory_of: Callable[[str], Path]) -> None:
@@ -24,4 +25,23 @@ def set_values(module: ModuleType, directory_of: Callable[[str], Path]) -> None:
 
         module.input_tokens = PreTrainedTokenizerFast.from_pretrained(directory)(module.input_text)["input_ids"]
     if hasattr(module, "EMBEDDING_SIZE"):
-        module.EMBEDDING_SIZE = json.loads((directory / "config.json").read_text())["hidden_size"]
+        module.EMBEDDING_SIZE = _config(directory)["hidden_size"]
+
+
+class ModelConfig:
+    """In place of vLLM's class of this name, for the size of the vocabulary.
+
+    Args:
+        directory: of the model.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._fields = _config(directory)
+
+    def get_vocab_size(self) -> int:
+        return int(self._fields["vocab_size"])
+
+
+def _config(directory: Path) -> dict[str, Any]:
+    fields: dict[str, Any] = json.loads((directory / "config.json").read_text())
+    return fields

@@ -345,4 +345,5 @@ def check_tokens(request: Request, vocab_size: int) -> None:
         ("bad_words", tuple(chain.from_iterable(sampling.bad_words))),
     ):
         if tokens and (min(tokens) < 0 or max(tokens) >= vocab_size):
-            raise RequestError(name, f"has a token id that is out of vocabulary: not below {vocab_size}")
+            wrong = next(token for token in tokens if not 0 <= token < vocab_size)
+            raise RequestError(name, f"the token id {wrong} is out of vocabulary, which has {vocab_size} tokens")
