@@ -83,7 +83,7 @@ RootPath = Annotated[
     typer.Option(
         "--root-path",
         metavar="PATH",
-        help="Prefix of all paths that a reverse proxy removes before it forwards a request, such as /llm.",
+        help="Prefix of all paths under which a reverse proxy serves this server, such as /llm; it may remove it or not.",
         **_ACCESS,
     ),
 ]

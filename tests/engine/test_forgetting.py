@@ -101,7 +101,7 @@ def test_a_cache_that_cannot_hold_a_window_and_a_step():
     assert core.check(Request(text(0, 300), endless(1), id="a")) == 1
     roomy = make_core(blocks=WINDOW.blocks(512), context=6_000, forgetting=WINDOW)
     assert roomy.check(Request(text(0, 5_000), endless(1_000), id="a")) == 1_000
-    with pytest.raises(RequestError, match="the model's context of 6000"):
+    with pytest.raises(RequestError, match="this model's maximum context length is 6000"):
         roomy.check(Request(text(0, 5_001), endless(1_000), id="a"))
 
 

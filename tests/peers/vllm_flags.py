@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 
@@ -31,7 +31,8 @@ _WITH_VALUE_NO_EFFECT = frozenset({
     "api-server-count", "attention-backend", "block-size", "compilation-config", "convert", "data-parallel-size", "dtype",
     "gpu-memory-utilization", "guided-decoding-backend", "hf-overrides", "kv-cache-memory-bytes", "load-format",
     "max-cpu-loras", "max-logprobs", "max-lora-rank", "max-loras", "max-num-batched-tokens", "num-gpu-blocks-override",
-    "runner", "seed", "structured-outputs-config.backend", "swap-space", "task", "tensor-parallel-size", "tokenizer-mode",
+    "runner", "seed", "show-hidden-metrics-for-version", "structured-outputs-config.backend",
+    "swap-space", "task", "tensor-parallel-size", "tokenizer-mode",
     "tool-call-parser", "uvicorn-log-level",
 })  # fmt: skip
 _NO_VALUE_NO_EFFECT = frozenset({
@@ -112,3 +113,18 @@ def translate(model: str, given: list[str]) -> Flags:
     if keys:
         made.environment["DSO_API_KEYS"] = "\n".join(keys)
     return made
+
+
+def translate_environment(flags: Flags, given: Mapping[str, str]) -> tuple[list[str], dict[str, str]]:
+    """The options and the environment of a server, with those to which vLLM's variables correspond.
+
+    Args:
+        flags: what `translate` returned.
+        given: the variables that a test sets.
+    """
+    options, environment = list(flags.options), {**given, **flags.environment}
+    if key := given.get("VLLM_API_KEY"):
+        environment["DSO_API_KEYS"] = key
+    if given.get("VLLM_ALLOW_RUNTIME_LORA_UPDATING"):
+        options += ["--allow-lora-loading", "--lora-dir", "/", "--max-loras", "64"]
+    return options, environment

@@ -26,7 +26,7 @@ def test_the_response(client):
     body = client.post("/embeddings", json={"input": ["a", "bb"]}).json()
     assert body["object"] == "list" and body["model"] == "fake-model" and body["id"].startswith("embd-")
     assert [entry["index"] for entry in body["data"]] == [0, 1]
-    assert body["usage"] == {"prompt_tokens": 3, "total_tokens": 3}
+    assert body["usage"] == {"prompt_tokens": 3, "completion_tokens": 0, "total_tokens": 3}
 
 
 def test_norms(client):
@@ -72,6 +72,7 @@ def test_truncation(live, refused):
     live.client.post(PATH, json={"input": text, "truncate_prompt_tokens": -1}).raise_for_status()
     assert len(live.engine.seen[-1].prompt) == 4096
     refused(PATH, {"input": "x", "truncate_prompt_tokens": 4097}, 400, "truncate_prompt_tokens")
+    assert live.client.post(PATH, json={"input": [1] * 5000, "truncate_prompt_tokens": 9}).json()["usage"]["prompt_tokens"] == 9
     assert vectors(live.client, input="untouched afterwards").shape == (1, HIDDEN)
 
 

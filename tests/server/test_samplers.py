@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from deepseek_optimizer.server.routes.tokenizer_info import describe
+from support.byte_tokenizer import new_byte_tokenizer
 from support.live_server import assert_error
 
 TEXT, CHAT = "/v1/completions", "/v1/chat/completions"
@@ -105,3 +107,9 @@ def test_tokenizer_info(client, live):
     assert info["tokenizer_class"] == type(tokenizer).__name__ and info["chat_template"] == tokenizer.chat_template
     assert info["eos_token"] == tokenizer.eos_token
     assert not any(name.endswith("_file") or "path" in name for name in info)
+
+
+def test_tokenizer_info_without_a_limit():
+    tokenizer = new_byte_tokenizer()
+    tokenizer.init_kwargs["model_max_length"] = int(1e30)  # as Transformers stores it; too large for orjson
+    assert describe(tokenizer)["model_max_length"] is None

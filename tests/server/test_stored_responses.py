@@ -70,7 +70,9 @@ def test_deletion(client):
     first = ask(client, input="one")
     second = ask(client, input="two", previous_response_id=first["id"])
     assert client.delete(f"{PATH}/{first['id']}").json() == {"id": first["id"], "object": "response", "deleted": True}
-    assert_error(client.get(f"{PATH}/{first['id']}"), 404)
+    missing = client.get(f"{PATH}/{first['id']}")
+    assert_error(missing, 404)
+    assert f"Response with id '{first['id']}' not found." in missing.text
     assert_error(client.delete(f"{PATH}/{first['id']}"), 404)
     assert client.get(f"{PATH}/{second['id']}").status_code == 200
     gone = client.post(PATH, json={"input": "x", "previous_response_id": second["id"]})
@@ -109,7 +111,9 @@ def test_cancelling_and_deleting_in_the_background(make_server):
     assert live.client.delete(f"{PATH}/{second}").status_code == 200
     wait_for(lambda: live.engine.admitted == 0 and live.engine.running == 0)
     id = ask(live.client, input="one", max_output_tokens=3)["id"]
-    assert_error(live.client.post(f"{PATH}/{id}/cancel"), 400)
+    refused = live.client.post(f"{PATH}/{id}/cancel")
+    assert_error(refused, 400)
+    assert "Cannot cancel a synchronous response." in refused.text  # as OpenAI says it
 
 
 def test_a_failure_in_the_background_is_stored(make_server):

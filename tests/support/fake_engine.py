@@ -126,7 +126,9 @@ class FakeEngine:
         self._wake.set()
         return answers
 
-    def load_adapter(self, name: str, path: object) -> None:
+    def load_adapter(self, name: str, path: object, replace: bool = False) -> None:
+        if replace:
+            self.adapters = [adapter for adapter in self.adapters if adapter.name != name]
         if any(adapter.name == name for adapter in self.adapters):
             raise RequestError("lora_name", f"{name!r} has already been loaded; unload it first")
         self.adapters.append(SimpleNamespace(name=name, path=path, created=1))

@@ -173,6 +173,7 @@ class AsyncEngine:
         self._adapters: dict[str, Adapter] = {}  # acquired for requests that the thread has not received yet
         self._ids = itertools.count(1)
         self._admitted = Counter[str]()  # places by client
+        self.refused = 0  # requests for which no place was free
         self._draining = False
         self._left: deque[float] = deque(maxlen=64)  # times at which places were released
         self._empty: asyncio.Event | None = None
@@ -293,8 +294,10 @@ class AsyncEngine:
         self.check_alive()
         own, all_ = self._admitted[client], self._admitted.total()
         if self._draining or own + requests > self.capacity or all_ + requests > _CLIENTS * self.capacity:
+            self.refused += requests
             raise EngineBusyError(own or all_, self._retry_after(requests))
         self._admitted[client] += requests
+        self.core.metrics.answers.add(requests)
         return Admission(self, requests, client)
 
     def left(self, requests: int, client: str) -> None:
@@ -318,12 +321,12 @@ class AsyncEngine:
         """The LoRA adapters that requests can choose, in the order in which they were loaded."""
         return [] if self.core.adapters is None else self.core.adapters.loaded
 
-    def load_adapter(self, name: str, path: str | Path) -> None:
+    def load_adapter(self, name: str, path: str | Path, replace: bool = False) -> None:
         """Loads a LoRA adapter while the engine runs. It blocks while it reads files: call it on any thread but the loop's.
 
         Args and errors: see `Adapters.load`.
         """
-        adapters_of(self.core).load(name, path)
+        adapters_of(self.core).load(name, path, replace)
 
     def unload_adapter(self, name: str) -> None:
         """Unloads a LoRA adapter; requests in the engine that use it continue. Raises RequestError if there is none of this

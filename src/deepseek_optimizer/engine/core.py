@@ -141,7 +141,7 @@ class EngineCore:
             adapters_of(self).check(request.adapter)
         check_tokens(request, facts.vocab_size)
         check_reading(request, classifies=False)
-        room, what, fix = facts.context, "the model's context", "shorten it"
+        room, what, fix = facts.context, "this model's maximum context length", "Please reduce the length of the prompt"
         if self.sliding is not None:
             if not request.embed:
                 self.sliding.check(self._pinned(request), len(prompt))
@@ -154,7 +154,7 @@ class EngineCore:
         max_tokens = 1 if sampling.max_tokens is None or request.embed else sampling.max_tokens
         if len(prompt) + (0 if request.embed else max_tokens) > room:
             more = "" if sampling.max_tokens is None or request.embed else f" and max_tokens={max_tokens}"
-            message = f"{len(prompt)} tokens{more} do not fit {what} of {room} tokens; {fix}"
+            message = f"{len(prompt)} tokens{more} do not fit: {what} is {room} tokens. {fix}"
             raise ContextLengthError("prompt", message, len(prompt), room)
         return room - len(prompt) if sampling.max_tokens is None else max_tokens
 

@@ -355,4 +355,5 @@ def check_tokens(request: Request, vocab_size: int) -> None:
         ("bad_words", tuple(chain.from_iterable(sampling.bad_words))),
     ):
         if tokens and (min(tokens) < 0 or max(tokens) >= vocab_size):
-            raise RequestError(name, f"has token ids outside the vocabulary of {vocab_size}")
+            wrong = next(token for token in tokens if not 0 <= token < vocab_size)
+            raise RequestError(name, f"the token id {wrong} is out of vocabulary, which has {vocab_size} tokens")

@@ -217,6 +217,7 @@ def new_app(
     middleware.append(Middleware(Guard, settings=settings, metrics=HttpMetrics(registry), open_paths=open_paths))
     return FastAPI(
         title="deepseek-optimizer",
+        root_path=settings.root_path,
         description=_ABOUT + (_STRICT if settings.strict else _TOLERANT),
         docs_url=None,  # it would load scripts from another host
         redoc_url=None,

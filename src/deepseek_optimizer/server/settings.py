@@ -78,7 +78,7 @@ class ServerSettings:
         allow_lora_loading: whether requests may load and unload LoRA adapters.
         lora_dir: the directory that contains the adapters that requests may load.
         access_log: write one line to stderr for each request.
-        root_path: prefix of all paths that a reverse proxy removes before it forwards a request, such as "/llm".
+        root_path: prefix of all paths under which a reverse proxy serves this server, such as "/llm"; it may remove it or not.
         sleep_mode: whether clients may let the server sleep by /sleep.
         idle_sleep: seconds without requests after which the server sleeps, until the next one; None: it does not.
         slots: whether /slots lists the places of the batch.

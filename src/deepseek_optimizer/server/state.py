@@ -7,7 +7,7 @@ import copy
 import hashlib
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any, Literal, TypeVar
@@ -26,6 +26,7 @@ from .http.caller import Caller
 from .http.fair_queue import FairQueue
 from .http.problems import ApiError, busy
 from .http.queue_metrics import QueueCollector
+from .http.sleep_metrics import SleepCollector, SleepState
 from .protocol.sampling import requested_answers
 from .settings import ServerSettings
 from .shared import Shared
@@ -36,7 +37,7 @@ from .tokens.token_text import TokenTexts
 from .tokens.tokenizing import Lane, Tokenizing
 
 T = TypeVar("T")
-
+Asleep = Literal["weights", "kv_cache"]
 
 _PACKAGE = "deepseek-optimizer"
 
@@ -50,7 +51,7 @@ class ServerState:
         shared: what the server's models have in common; None: there is one model.
 
     Attributes:
-        sleeping: see `sleep`.
+        sleep_state: see `sleep`.
         until_used: whether the next request ends the sleep.
         used: time of the latest request, of `time.monotonic`.
     """
@@ -60,7 +61,9 @@ class ServerState:
         self.created = int(time.time())
         # Of the version and the model, on which answers with a seed depend.
         self.fingerprint = "b" + hashlib.sha256(f"{versions(_PACKAGE)} {engine.model_name}".encode()).hexdigest()[:10]
-        self.sleeping = self.until_used = False
+        self.sleep_state: SleepState = "awake"
+        self.until_used = False
+        self._asleep: set[Asleep] = set()
         self.used = time.monotonic()
         self._changing_sleep = asyncio.Lock()
         self.shared, self._alone = shared or Shared(settings), shared is None
@@ -95,6 +98,7 @@ class ServerState:
         if self._alone:
             self.queues += self.shared.queues
         engine.registry.register(QueueCollector(self.queues, engine.model_name))
+        engine.registry.register(SleepCollector(lambda: self.sleep_state, engine.model_name))
 
     @property
     def draining(self) -> bool:
@@ -236,11 +240,17 @@ class ServerState:
         """A copy of the tokenizer, made on the only thread that uses the original."""
         return await self.tokenizing(lambda lane: copy.deepcopy(lane.tokenizer), caller, 0)
 
-    async def sleep(self, seconds: float, until_used: bool = False) -> int:
+    @property
+    def sleeping(self) -> bool:
+        """Whether requests are refused until `wake_up`, or until the next request with `until_used`."""
+        return self.sleep_state != "awake"
+
+    async def sleep(self, seconds: float, sleep_state: SleepState = "weights_offloaded", until_used: bool = False) -> int:
         """Refuses requests, lets those in flight end, and releases the memory of the cache and of mapped weights.
 
         Args:
             seconds: time after which requests in flight are cancelled.
+            sleep_state: vLLM's name of the state, for metrics.
             until_used: the next request ends the sleep, instead of being refused.
 
         Returns: the bytes by which the memory of this process has decreased.
@@ -253,25 +263,30 @@ class ServerState:
             if self.sleeping:
                 return 0
             self.check_accepting()
-            self.sleeping, self.until_used = True, until_used
+            self.sleep_state, self.until_used, self._asleep = sleep_state, until_used, {"weights", "kv_cache"}
             process = psutil.Process()
             before: int = process.memory_info().rss
             try:
                 await self.engine.sleep(seconds)
             except BaseException:
-                self.sleeping = False
+                self.sleep_state = "awake"
                 raise
             return max(0, before - process.memory_info().rss)
 
-    async def wake_up(self) -> None:
-        """Accepts requests again after `sleep`."""
+    async def wake_up(self, parts: Sequence[Asleep] = ("weights", "kv_cache")) -> None:
+        """Accepts requests again after `sleep`, once all parts are awake.
+
+        Args:
+            parts: to wake up.
+        """
         async with self._changing_sleep:
-            if self.sleeping:
+            self._asleep.difference_update(parts)
+            if self.sleeping and not self._asleep:
                 self._wake_up()
 
     def _wake_up(self) -> None:
         self.engine.wake_up()
-        self.sleeping = self.until_used = False
+        self.sleep_state, self.until_used = "awake", False
 
     def thinks(self, tools: bool) -> bool:
         """Whether the model writes reasoning before its answer, in a chat with or without tools."""

@@ -59,7 +59,7 @@ class CompletionCollector:
                 logprobs, _ = completion_logprobs(self._logprobs[index], self._texts, offset)
             choice: dict[str, Any] = {
                 "index": place, "text": "".join(parts), "logprobs": logprobs, "finish_reason": end and end.finish,
-                "stop_reason": end and end.stop_reason, "prompt_logprobs": None,
+                "stop_reason": end and end.stop_reason, "prompt_logprobs": None, "prompt_token_ids": None, "token_ids": None,
             }  # fmt: skip
             if self._reports:
                 report = self._reports[index]

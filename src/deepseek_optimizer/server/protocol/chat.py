@@ -45,6 +45,7 @@ class ChatRequest(Sampling, Guided):
     parallel_tool_calls: bool | None = None
     stream_options: StreamOptions | None = Field(None, description="Requires stream.")
     reasoning_effort: Effort | None = Field(None, description="For models whose chat template supports it.")
+    include_reasoning: bool | None = Field(None, description="Whether to return reasoning; the default is true.")
     chat_template_kwargs: Annotated[dict[str, _Scalar], Field(max_length=16)] | None = Field(
         None, description="Variables of the model's chat template, such as enable_thinking."
     )

@@ -37,6 +37,14 @@ class CompletionRequest(Sampling, Guided):
     best_of: Annotated[int, Field(ge=1, le=32)] | None = Field(
         None, description="Generate this many answers, and return the n with the highest mean log probability of a token."
     )
+    truncate_prompt_tokens: Literal[-1] | Annotated[int, Field(ge=1, le=(1 << 31) - 1)] | None = Field(
+        None,
+        description="Shorten longer prompts to this number of tokens; -1: what the context has room for besides max_tokens. By "
+        "default they are an error.",
+    )
+    truncation_side: Literal["left", "right"] | None = Field(
+        None, description="Which end of a longer prompt is dropped; the default is left."
+    )
     echo: bool | None = Field(None, description="Return the prompt before the text; with logprobs, also those of its tokens.")
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     suffix: str | None = Field(None, description="Text after the completion, for models trained to fill in the middle.")

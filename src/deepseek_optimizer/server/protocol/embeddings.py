@@ -72,6 +72,7 @@ class Embedding(ResponseModel):
 
 class PromptUsage(ResponseModel):
     prompt_tokens: int
+    completion_tokens: Literal[0] | None = None
     total_tokens: int
 
 

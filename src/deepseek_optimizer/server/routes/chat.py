@@ -136,6 +136,8 @@ async def start_chat(
         requests = [state.fitted(request) for request in requests]
     texts_of_tokens = TokenIdTexts(state.texts) if body.return_tokens_as_token_ids else state.texts
     answers, parsed = prepared.submit(requests, one_call, beam_start(state, body, n, caller))
+    for answer in parsed:
+        answer.shows_reasoning = body.include_reasoning is not False
     answers, reports = reported(state, answers, requests, wanted, caller, texts_of_tokens)
     telemetry = wanted_telemetry(body, progress, prepared.text if body.verbose else None)
     texts = texts_of_tokens if body.logprobs else None

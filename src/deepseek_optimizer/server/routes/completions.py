@@ -15,7 +15,7 @@ from ..chat.fill_in import fill_in_prompt
 from ..chat.forms import form_of
 from ..chat.grammars import compiled
 from ..chat.intake import admitted_request
-from ..chat.prompts import text_prompts
+from ..chat.prompts import text_prompts, truncated
 from ..chat.replies import StreamReply, WholeReply
 from ..chat.reports import reported, wanted_reports
 from ..chat.telemetry import streamed_with_telemetry, wanted_telemetry, with_telemetry
@@ -46,21 +46,24 @@ def add(app: FastAPI, state: ServerState) -> None:
         async with admitted_request(state, request, CompletionRequest) as (body, places, caller):
             check(body)
             n, returned = body.best_of or body.n or 1, body.n or 1
+            max_tokens = _DEFAULT_TOKENS if body.max_tokens is None else body.max_tokens
             stops: tuple[int, ...] = ()
             if body.suffix:
                 gap = await fill_in_prompt(state, str(body.prompt), body.suffix, caller)
                 prompts, stops = [gap.ids], gap.stops
             else:
-                prompts = await text_prompts(state, body.prompt, body.add_special_tokens is not False, caller, "prompt")
+                special, cut = body.add_special_tokens is not False, body.truncate_prompt_tokens
+                prompts = await text_prompts(state, body.prompt, special, caller, "prompt", whole=cut is None)
+                prompts = truncated(state, prompts, cut, body.truncation_side, max_tokens)
             echoes = [""] * (len(prompts) * n)
             if body.echo:
                 decoded = await state.tokenizing(lambda lane: [echo(lane, ids) for ids in prompts], caller)
                 given = [body.prompt] if isinstance(body.prompt, str) else body.prompt
-                texts = given if isinstance(given[0], str) else decoded
+                texts = given if isinstance(given[0], str) and body.truncate_prompt_tokens is None else decoded
                 echoes = [str(text) for text in texts for _ in range(n)]
             name = f"cmpl-{uuid.uuid4().hex}"
             started = await start_completion(
-                state, body, prompts, caller, max_tokens=_DEFAULT_TOKENS if body.max_tokens is None else body.max_tokens,
+                state, body, prompts, caller, max_tokens=max_tokens,
                 id=name, salt=request.state.salt, stop_token_ids=stops, echoes=echoes,
             )  # fmt: skip
             answers, reports = started.answers, started.reports
@@ -80,7 +83,7 @@ def add(app: FastAPI, state: ServerState) -> None:
 
     def echo(lane: Lane, ids: list[int]) -> str:
         if max(ids) >= state.engine.vocab_size:
-            raise ApiError(400, "prompt: contains a token id that this model does not have", param="prompt")
+            raise ApiError(400, "prompt: contains a token id that is out of vocabulary", param="prompt")
         return str(lane.tokenizer.decode(ids))
 
 

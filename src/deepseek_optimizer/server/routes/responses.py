@@ -112,7 +112,7 @@ def check(body: ResponsesRequest) -> None:
         ApiError: 400, fields contradict each other.
     """
     if body.background and body.store is False:
-        raise ApiError(400, "background: requires store, since the response is fetched later", param="background")
+        raise ApiError(400, "background can only be used when `store` is true", param="background")
     if body.background and body.stream:
         raise ApiError(400, "background: not with stream; get /v1/responses/{id} until it is complete", param="background")
 

@@ -13,6 +13,7 @@ from ..http.caller import Caller
 from ..http.problems import ApiError
 from ..protocol.prompt_parts import Part, prompts_of
 from ..state import ServerState
+from ..tokens.prompt_size import too_long
 
 # `input_type` of Cohere's and NVIDIA's clients -> names of prompts, as sentence-transformers' encode_query and encode_document
 # look them up
@@ -69,7 +70,8 @@ def truncation(state: ServerState, tokens: int | None, side: Literal["left", "ri
     context = state.engine.context
     if tokens > context:
         raise RequestError(
-            "truncate_prompt_tokens", f"must be at most the model's context of {context:,} tokens. Request a smaller size"
+            "truncate_prompt_tokens",
+            f"is greater than the model's context of {context:,} tokens. Please request a smaller truncation size.",
         )
     return Truncation(context if tokens == -1 else tokens, side)
 
@@ -195,10 +197,7 @@ def check_lengths(state: ServerState, tokens: Sequence[Tokens], field: str) -> N
         if not one.ids:
             raise RequestError(field, "must have at least one token")
         if len(one.ids) > context:
-            message = (
-                f"is too large: it has {len(one.ids):,} tokens, but the model's context has {context:,}; shorten it, or send "
-                "truncate_prompt_tokens: -1"
-            )
+            message = f"{too_long(context, len(one.ids))}, or send truncate_prompt_tokens: -1"
             raise ContextLengthError(field, message, len(one.ids), context)
 
 
