@@ -40,6 +40,7 @@ LLAMA_SERVER: tuple[Deviation, ...] = (
     Deviation("extension", "one embedding per token, by --pooling none", rf"{_EMBED}test_embedding_pooling_none.*"),
     Deviation("extension", "a GGUF file in three parts, from a hub", r"unit/test_basic\.py::test_load_split_model"),
     Deviation("extension", "a chat template by the name command-r", rf"{_CHAT}test_apply_chat_template"),
+    Deviation("internal", "a restart at the same port: here each server has its own", r"unit/test_basic\.py::test_no_ui"),
     Deviation("model", _LARGE, rf"{_TOOLS}test_(completion_with_required_tool_real_model|weather|calc_result|thoughts)\[.*"),
     Deviation("model", _LARGE, rf"{_TOOLS}test_(hello_world|completion_without_tool_call_slow)\[.*"),
     Deviation("model", _LARGE, rf"{_TEXT}test_completion_stream_with_openai_library_stops"),

@@ -105,7 +105,8 @@ def test_fields_of_an_answer(live):
 def test_a_stream_has_tokens(live):
     text = live.client.post("/completion", json={"prompt": "x", "n_predict": 3, "stream": True}).text
     chunks = [json.loads(line.removeprefix("data: ")) for line in text.split("\n\n")[:-1]]
-    assert [len(chunk["tokens"]) for chunk in chunks] == [1, 1, 1, 0]
+    assert sum(len(chunk["tokens"]) for chunk in chunks) == 3 and all(chunk["tokens"] for chunk in chunks[:-1])
+    assert chunks[-1]["stop"] and not chunks[-1]["tokens"]
 
 
 def test_probabilities_after_sampling(tiny_server):

@@ -36,7 +36,7 @@ def test_progress_in_a_stream(live, path):
     assert not any("prompt_progress" in event or ("timings" in event and path != "/completion") for event in plain)
     first = next(event["timings"] for event in actual if "prompt_progress" in event)
     assert first["prompt_n"] == first["prompt_ms"] == first["predicted_n"] == 0
-    assert sum("timings" in event for event in actual) >= 3 + 6 and actual[-1]["timings"]["predicted_n"] == 6
+    assert sum("timings" in event for event in actual) > 3 and actual[-1]["timings"]["predicted_n"] == 6
     assert actual[-1]["timings"]["prompt_n"] == total
 
 
