@@ -19,11 +19,13 @@ class Flags:
         options: command-line options.
         environment: environment variables.
         context: length of the context, which is set in the model's directory; None: the model's.
+        template: text of the chat template; None: it is the model's, or in a file.
     """
 
     options: list[str] = field(default_factory=list)
     environment: dict[str, str] = field(default_factory=dict)
     context: int | None = None
+    template: str | None = None
 
 
 # Flags without an effect on answers: memory, parallelism, logs, compilation.
@@ -103,6 +105,8 @@ def translate(model: str, given: list[str]) -> Flags:
             keys += values
         elif name == "max-model-len":
             made.context = int(values[0])
+        elif name == "chat-template" and "{" in values[0]:
+            made.template = values[0]
         elif name in _VALUES:
             made.options += [option for one in values for option in _VALUES[name](one)]
         elif name in _VALUE:

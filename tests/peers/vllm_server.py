@@ -68,6 +68,9 @@ class RemoteOpenAIServer:
     ) -> None:
         given = vllm_serve_args.split() if isinstance(vllm_serve_args, str) else list(vllm_serve_args or [])
         flags = translate(model, given)
+        if flags.template is not None:
+            (_folder / "template.jinja").write_text(flags.template)
+            flags.options += ["--chat-template", str(_folder / "template.jinja")]
         source = directory_of(model)
         target = _folder / f"{source.name}-{flags.context}"
         if not target.exists():
