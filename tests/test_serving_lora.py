@@ -284,7 +284,7 @@ def test_families_with_other_caches(case, tmp_path):
     """Latent attention, recurrent states, groups of layers: with a prefix cache and drafts."""
     model = random_model(CASES[case]())
     model.save_pretrained(tmp_path / "model")
-    targets = ["q_a_proj", "kv_a_proj_with_mqa", "in_proj_qkvz", "out_proj", "q_proj", "o_proj"]
+    targets = ["q_a_proj", "kv_a_proj_with_mqa", "kv_b_proj", "in_proj_qkvz", "out_proj", "q_proj", "o_proj"]
     own = sorted({name for name, _ in model.named_modules() if name.split(".")[-1] in targets and ".experts." not in name})
     folders = {f"a{n}": save_adapter(model, tmp_path / f"a{n}", seed=n, targets=own) for n in range(2)}
     config = DeepSeekConfig(precision="fp32", kv_cache="fp32")

@@ -19,7 +19,7 @@ from ...graph.ir import CacheSpec, LatentSpec, StateSpec
 from . import native_train
 from .buffers import Outputs, checking
 
-ABI_VERSION = 9
+ABI_VERSION = 10
 BLOCK_TOKENS = 32
 
 FORMATS = {
@@ -113,7 +113,7 @@ class DenseAttention(C.Structure):
 class Site(C.Structure):
     """dso_adapter_site."""
 
-    _fields_ = [("rows", I32), ("cols", I32)]
+    _fields_ = [("rows", I32), ("cols", I32), ("heads", I32)]
 
 
 _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {

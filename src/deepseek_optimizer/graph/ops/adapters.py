@@ -10,6 +10,11 @@ from .spec import INT, Attr, Operand, OpSpec, step_attr
 
 _SITE = Attr("site", INT, "index of the product in `Graph.adapter_sites`", step_field="index")
 _RANK = step_attr("rank", INT, "largest rank R of an adapter")
+_HEADS = (  # set by lowering, for sites of latent attention
+    step_attr("heads", INT, "the product is one per head; 0: one for whole rows", 0),
+    step_attr("head_dim", INT, "with heads, elements of a head in x, or y", 0),
+    Attr("elements", INT, "with heads, how many of them, the first, are multiplied, or added to", 0, step_field="nope"),
+)
 _SOURCE = "Source: Hu et al. 2021, LoRA; many adapters in one step: Chen et al. 2023, Punica."
 
 
@@ -34,7 +39,7 @@ SPECS = (
         origin="rule",
         inputs=(Operand("x", "[T, K]"),),
         outputs=(Operand("h", "[T, R]"),),
-        attrs=(_SITE, _RANK),
+        attrs=(_SITE, _RANK, *_HEADS),
         fits=_down_fits,
         rows="tokens",
         code=44,
@@ -49,7 +54,7 @@ SPECS = (
         origin="rule",
         inputs=(Operand("h", "[T, R]"), Operand("y", "[T, N]")),
         outputs=(Operand("z", "[T, N]"),),
-        attrs=(_SITE, _RANK),
+        attrs=(_SITE, _RANK, *_HEADS),
         fits=_up_fits,
         rows="tokens",
         in_place=((0, 1),),
@@ -57,7 +62,8 @@ SPECS = (
         kernels="as `lora_down`.",
         doc=f"""
             z_t = y_t + h_t B^T with the matrix B [N, r] of the adapter, which contains its scale; z_t = y_t for rows without an
-            adapter, and for adapters without matrices for the product. {_SOURCE}
+            adapter, and for adapters without matrices for the product. Lowering merges it into the `linear` or `gate_up` that
+            computes y, where h is a further input. {_SOURCE}
         """,
     ),
 )
