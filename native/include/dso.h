@@ -255,8 +255,9 @@ DSO_API int32_t dso_states_load(dso_states* s, int32_t slot, const void* bytes);
 /* ---- low-rank adapters (LoRA) ---------------------------------------------------------------------------
  * An adapter adds (x A^T) B^T to products of the model. A site is one product: `rows` outputs of `cols` inputs. A slot holds
  * one adapter: for each site A [rank, cols] and B [rows, rank], with any factor of the adapter already in B, or nothing. Both
- * are dso_weights of format F32 or BF16 in tiles of 16 rows without padding of columns, [ceil(rows/16)][cols][16]; rows past
- * the end are zero. They are borrowed, as weights of plans are. A slot may be set while plans run whose batches do not use it.
+ * are dso_weights in tiles of 16 rows, F32 as [ceil(rows/16)][cols][16], BF16 in pairs of columns, [ceil(rows/16)]
+ * [ceil(cols/2)][16][2]; rows and columns past the end are zero. They are borrowed, as weights of plans are. A slot may be set
+ * while plans run whose batches do not use it.
  * A site with several heads (keys and values of latent attention) is a product per head; A and B are each a stack of `heads`
  * matrices, or one that all heads share. Sequences whose adapter has matrices for such a site are never expanded.
  */
@@ -394,9 +395,9 @@ enum {
                                     or with a window to those at most `window` rows away on either side. Uses no cache; every
                                     context_len must be 0 */
   /* Adapters. Rows of sequences without an adapter, or whose adapter has nothing for the site, are not touched. */
-  DSO_OP_LORA_DOWN = 44, /* in0 x F32 [T, cols], index (the site) -> out0 F32 [T, rank]: x A^T in the first elements of a row.
-                            For a site with heads: in0 [T, heads*head_dim], of whose heads the first `nope` elements are
-                            read, -> [T, heads*rank] */
+  DSO_OP_LORA_DOWN = 44, /* in0 x of any kind [T, cols], index (the site) -> out0 F32 [T, rank]: x A^T in the first elements of
+                            a row. For a site with heads: in0 F32 [T, heads*head_dim], of whose heads the first `nope` elements
+                            are read, -> [T, heads*rank] */
   DSO_OP_LORA_UP = 45,   /* in0 from LORA_DOWN, in1 y F32 [T, rows], index -> out0 = in1 (the same slot): y + in0 B^T. For a
                             site with heads: in1 [T, heads*head_dim], to whose heads' first `nope` elements it is added */
 };

@@ -23,11 +23,12 @@ dso_adapters::Stack checked(const char* what, const dso_weight& w, int32_t rows,
   if (w.rows != rows || w.cols != cols || (count != 1 && count != heads))
     fail(DSO_EINVAL, "adapters: %s is %d of [%d, %d], must be one matrix [%d, %d], or one for each of %d heads", what, count,
          w.rows, w.cols, rows, cols, heads);
-  const int64_t bytes = round_up(rows, kTileRows) * cols * (w.format == DSO_F32 ? 4 : 2);
+  const LowRank first{w.format, rows, cols, static_cast<const uint8_t*>(w.data)};
+  const int64_t bytes = ceil_div(rows, kTileRows) * first.tile_bytes();
   if (!w.data || w.bytes != bytes * count)
     fail(DSO_EINVAL, "adapters: %s has %lld bytes, must have %lld, or its data is NULL", what, (long long)w.bytes,
          (long long)(bytes * count));
-  return {{w.format, rows, cols, static_cast<const uint8_t*>(w.data)}, count > 1 ? bytes : 0};
+  return {first, count > 1 ? bytes : 0};
 }
 
 }  // namespace
@@ -63,18 +64,40 @@ void dso_adapters::set(int32_t slot, int32_t site, const dso_weight* down, const
   held = pair;
 }
 
-void dso::add_low_rank(const Run& run, int32_t site, const Rows& h, int64_t row, int64_t end, int64_t tile, int64_t tile_end,
-                       float* y, int64_t y_stride) {
+namespace {
+
+// Calls `use` with the matrix B of the tiles of a site, and the first and last + 1 row, of each adapter in rows [row, end).
+template <class Use>
+void for_adapted(const Run& run, int32_t site, int64_t row, int64_t end, int64_t tile, Use use) {
   const std::vector<AdaptedRows>& adapted = run.batch.adapted;
   auto at =
       std::partition_point(adapted.begin(), adapted.end(), [=](const AdaptedRows& a) { return a.first + a.count <= row; });
   for (; at != adapted.end() && at->first < end; ++at) {
     LowRank b = run.batch.source->adapters->pair(at->slot, site).up.first;
     if (b.rows == 0) continue;
-    b.data += tile * kTileRows * b.cols * (b.format == DSO_F32 ? 4 : 2);
+    b.data += tile * b.tile_bytes();
     b.rows -= int32_t(tile * kTileRows);
-    const int64_t first = std::max(at->first, row), last = std::min(at->first + at->count, end);
+    use(b, std::max(at->first, row), std::min(at->first + at->count, end));
+  }
+}
+
+constexpr int64_t kMostFetched = 64 << 10;  // bytes
+
+}  // namespace
+
+void dso::add_low_rank(const Run& run, int32_t site, const Rows& h, int64_t row, int64_t end, int64_t tile, int64_t tile_end,
+                       float* y, int64_t y_stride) {
+  for_adapted(run, site, row, end, tile, [&](const LowRank& b, int64_t first, int64_t last) {
     run.kernels.low_rank(b, h.f32(first), h.stride, last - first, 0, tile_end - tile, true,
                          reinterpret_cast<float*>(reinterpret_cast<uint8_t*>(y) + (first - row) * y_stride), y_stride);
-  }
+  });
+}
+
+void dso::prefetch_low_rank(const Run& run, int32_t site, int64_t row, int64_t end, int64_t tile, int64_t tile_end) {
+  int64_t left = kMostFetched;
+  for_adapted(run, site, row, end, tile, [&](const LowRank& b, int64_t, int64_t) {
+    const int64_t bytes = std::min(left, (tile_end - tile) * b.tile_bytes());
+    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(b.data + at, 0, 2);
+    left -= bytes;
+  });
 }

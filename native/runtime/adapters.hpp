@@ -41,4 +41,7 @@ namespace dso {
 void add_low_rank(const Run& run, int32_t site, const Rows& h, int64_t row, int64_t end, int64_t tile, int64_t tile_end,
                   float* y, int64_t y_stride);
 
+// Starts to fetch the matrices that `add_low_rank` will read, which other work has usually driven out of the caches.
+void prefetch_low_rank(const Run& run, int32_t site, int64_t row, int64_t end, int64_t tile, int64_t tile_end);
+
 }  // namespace dso

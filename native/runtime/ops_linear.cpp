@@ -43,11 +43,13 @@ class Linear final : public Op {
     const LinearGrid& g = part.grid;
     const int64_t task = index - part.first_task, row = g.first_row(task), tile = g.first_tile(task);
     const Rows &x = run.slots[in_.index], &y = run.slots[p.out.index];
-    run.kernels.linear(p.w, p.bias, in_.kind, x.row(row), x.stride, g.end_row(task) - row, g.prefill, tile,
-                       std::min(tile + g.block_tiles, tile_rows(p.w)), y.f32(row), y.stride, run.thread_scratch(thread));
+    const int64_t tile_end = std::min(tile + g.block_tiles, tile_rows(p.w));
+    if (p.site >= 0) prefetch_low_rank(run, p.site, row, g.end_row(task), tile, tile_end);
+    run.kernels.linear(p.w, p.bias, in_.kind, x.row(row), x.stride, g.end_row(task) - row, g.prefill, tile, tile_end,
+                       y.f32(row), y.stride, run.thread_scratch(thread));
     if (p.site >= 0)
-      add_low_rank(run, p.site, run.slots[p.h.index], row, g.end_row(task), tile,
-                   std::min(tile + g.block_tiles, tile_rows(p.w)), y.f32(row) + tile * kTileRows, y.stride);
+      add_low_rank(run, p.site, run.slots[p.h.index], row, g.end_row(task), tile, tile_end, y.f32(row) + tile * kTileRows,
+                   y.stride);
   }
 
  private:
@@ -118,6 +120,7 @@ class GateUp final : public Op {
   void product(const Run& run, const Product& p, const LinearGrid& g, int64_t row, int64_t n, int64_t tile, int64_t tile_end,
                float* buffer, int64_t stride, int thread) const {
     const Rows& x = run.slots[in_.index];
+    if (p.site >= 0) prefetch_low_rank(run, p.site, row, row + n, tile, tile_end);
     run.kernels.linear(tiles_of(p.w, tile, tile_end), p.bias ? p.bias + tile * kTileRows : nullptr, in_.kind, x.row(row),
                        x.stride, n, g.prefill, 0, tile_end - tile, buffer, 4 * stride, run.thread_scratch(thread));
     if (p.site >= 0) add_low_rank(run, p.site, run.slots[p.h.index], row, row + n, tile, tile_end, buffer, 4 * stride);

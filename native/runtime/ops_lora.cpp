@@ -8,6 +8,7 @@ namespace {
 
 constexpr int64_t kUpTiles = 64;    // tiles of outputs per task of LORA_UP
 constexpr int64_t kHeadsATask = 8;  // heads per task
+constexpr int64_t kRestored = 12;   // rows of another kind whose numbers are in scratch at a time
 
 struct HeadShape {
   int64_t heads, stride, elements;  // elements of a head in its slot, and how many of them the product reads or writes
@@ -20,17 +21,17 @@ class Lora : public Op {
   void shape(const Run&) override {}
   int64_t work(const Run&) const override { return kSerialWork; }
   int64_t tasks(const Run& run) const override { return int64_t(run.batch.adapted.size()) * sets_ * parts_; }
-  void task(const Run& run, int64_t index, int) override {
+  void task(const Run& run, int64_t index, int thread) override {
     const AdaptedRows& rows = run.batch.adapted[size_t(index / (sets_ * parts_))];
     const dso_adapters::Pair& pair = run.batch.source->adapters->pair(rows.slot, site_);
     if (pair.down.first.rows == 0) return;
     const int64_t set = index / parts_ % sets_, end = std::min((set + 1) * kHeadsATask, shape_.heads);
-    for (int64_t h = set * kHeadsATask; h < end; ++h) product(run, rows, pair, h, index % parts_);
+    for (int64_t h = set * kHeadsATask; h < end; ++h) product(run, rows, pair, h, index % parts_, thread);
   }
 
  protected:
-  virtual void product(const Run& run, const AdaptedRows& rows, const dso_adapters::Pair& pair, int64_t head,
-                       int64_t part) const = 0;
+  virtual void product(const Run& run, const AdaptedRows& rows, const dso_adapters::Pair& pair, int64_t head, int64_t part,
+                       int thread) const = 0;
   const int32_t site_;
   const HeadShape shape_;
   const int64_t parts_, sets_;
@@ -39,18 +40,28 @@ class Lora : public Op {
 class LoraDown final : public Lora {
  public:
   LoraDown(int32_t site, const HeadShape& shape, int64_t rank, const SlotRef& x, const SlotRef& h)
-      : Lora(site, shape, ceil_div(rank, kTileRows)), rank_(rank), x_(x), h_(h) {}
+      : Lora(site, shape, 1), rank_(rank), restored_(4 * round_up(x.width, 32)), x_(x), h_(h) {}
+  int64_t scratch_bytes(const Run&) const override { return is_f32(x_.kind) ? 0 : kRestored * restored_; }
 
  private:
-  void product(const Run& run, const AdaptedRows& rows, const dso_adapters::Pair& pair, int64_t head,
-               int64_t tile) const override {
+  void product(const Run& run, const AdaptedRows& rows, const dso_adapters::Pair& pair, int64_t head, int64_t,
+               int thread) const override {
     const LowRank a = pair.down.of(head);
-    if (tile * kTileRows >= a.rows) return;
     const Rows &x = run.slots[x_.index], &h = run.slots[h_.index];
-    run.kernels.low_rank(a, x.f32(rows.first) + head * shape_.stride, x.stride, rows.count, tile, tile + 1, false,
-                         h.f32(rows.first) + head * rank_, h.stride);
+    const int64_t tiles = ceil_div(a.rows, kTileRows);
+    if (is_f32(x_.kind)) {
+      run.kernels.low_rank(a, x.f32(rows.first) + head * shape_.stride, x.stride, rows.count, 0, tiles, false,
+                           h.f32(rows.first) + head * rank_, h.stride);
+      return;
+    }
+    const Rows numbers{run.thread_scratch(thread), restored_, kRestored};
+    for (int64_t done = 0; done < rows.count; done += kRestored) {
+      const int64_t n = std::min(kRestored, rows.count - done);
+      for (int64_t i = 0; i < n; ++i) run.kernels.restore(x_.kind, x.row(rows.first + done + i), x_.width, numbers.f32(i));
+      run.kernels.low_rank(a, numbers.f32(0), numbers.stride, n, 0, tiles, false, h.f32(rows.first + done), h.stride);
+    }
   }
-  const int64_t rank_;
+  const int64_t rank_, restored_;  // restored_: bytes of a row
   const SlotRef x_, h_;
 };
 
@@ -60,8 +71,8 @@ class LoraUp final : public Lora {
       : Lora(site, shape, ceil_div(ceil_div(shape.elements, kTileRows), kUpTiles)), rank_(rank), h_(h), y_(y) {}
 
  private:
-  void product(const Run& run, const AdaptedRows& rows, const dso_adapters::Pair& pair, int64_t head,
-               int64_t part) const override {
+  void product(const Run& run, const AdaptedRows& rows, const dso_adapters::Pair& pair, int64_t head, int64_t part,
+               int) const override {
     const int64_t tile = part * kUpTiles, tiles = ceil_div(shape_.elements, kTileRows);
     const Rows &h = run.slots[h_.index], &y = run.slots[y_.index];
     run.kernels.low_rank(pair.up.of(head), h.f32(rows.first) + head * rank_, h.stride, rows.count, tile,
@@ -86,7 +97,8 @@ HeadShape head_shape(StepReader& s, int64_t width) {
 
 std::unique_ptr<Op> make_lora_down(StepReader& s) {
   s.takes(1, 1, 0, 0, 0);
-  const SlotRef x = s.token_rows(0);
+  const SlotRef x = s.in(0, s.step.heads == 0 ? kAnyKind : kF32Only);
+  if (x.selected) s.refuse("in[0], slot %d, holds selected rows", x.index);
   const HeadShape shape = head_shape(s, x.width);
   const int64_t rank = s.positive("rank", s.step.rank);
   const SlotRef h = s.out(0, kF32Only, shape.heads * rank, false);

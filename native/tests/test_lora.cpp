@@ -18,16 +18,22 @@ float stored(float x, int32_t format) {
   return format == DSO_F32 ? x : from_bits((to_bits(x) + 0x7fff + (to_bits(x) >> 16 & 1)) & 0xffff0000u);
 }
 
-// In tiles of 16 rows, [ceil(rows / 16)][cols][16].
+int64_t tiled_bytes(int32_t rows, int32_t cols, int32_t format) {
+  return (rows + 15) / 16 * 64 * (format == DSO_F32 ? cols : (cols + 1) / 2);
+}
+
+// In tiles of 16 rows, [ceil(rows / 16)][cols][16], or in pairs of columns, [ceil(rows / 16)][ceil(cols / 2)][16][2].
 dso_weight tiled(const std::vector<float>& w, int32_t rows, int32_t cols, int32_t format,
                  std::vector<std::unique_ptr<Buffer>>& keep) {
-  const size_t size = format == DSO_F32 ? 4 : 2, bytes = (size_t)((rows + 15) / 16 * 16 * cols) * size;
+  const bool wide = format == DSO_F32;
+  const size_t bytes = (size_t)tiled_bytes(rows, cols, format);
   Buffer& tiles = *keep.emplace_back(std::make_unique<Buffer>(bytes, 0));
   for (int32_t r = 0; r < rows; ++r)
     for (int32_t c = 0; c < cols; ++c) {
       const uint32_t bits = to_bits(stored(w[(size_t)(r * cols + c)], format));
-      const size_t place = ((size_t)(r / 16 * cols + c) * 16 + (size_t)(r % 16)) * size;
-      if (format == DSO_F32)
+      const size_t place = wide ? ((size_t)(r / 16 * cols + c) * 16 + (size_t)(r % 16)) * 4
+                                : ((size_t)(r / 16 * ((cols + 1) / 2) + c / 2) * 32 + (size_t)(r % 16 * 2 + c % 2)) * 2;
+      if (wide)
         memcpy(&tiles[place], &bits, 4);
       else
         tiles[place] = (uint8_t)(bits >> 16), tiles[place + 1] = (uint8_t)(bits >> 24);
@@ -153,7 +159,7 @@ void heads_on_every_isa(int32_t format, bool shared_down) {
   for (size_t i = 0; i < ups; ++i) b.push_back(normal(rows * rank, 0.3f, random));
   std::vector<std::unique_ptr<Buffer>> keep;
   auto stacked = [&](const std::vector<std::vector<float>>& all, int32_t n, int32_t m) {
-    const int64_t bytes = (n + 15) / 16 * 16 * m * (format == DSO_F32 ? 4 : 2);
+    const int64_t bytes = tiled_bytes(n, m, format);
     Buffer& whole = *keep.emplace_back(std::make_unique<Buffer>((size_t)bytes * all.size(), 0));
     for (size_t i = 0; i < all.size(); ++i)
       memcpy(whole.get() + i * (size_t)bytes, tiled(all[i], n, m, format, keep).data, (size_t)bytes);

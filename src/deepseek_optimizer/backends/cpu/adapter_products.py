@@ -13,7 +13,8 @@ _ACTIVATIONS = {op: activation for activation, op in GATED.items()}
 
 
 def with_low_rank_parts(nodes: list[Node], format_of: Callable[[str], str]) -> list[Node]:
-    """The nodes with `lora_up` merged into products, and then products and their activation into `gate_up`.
+    """Merges `lora_up` into products, and then products and their activation into `gate_up`. `lora_down` reads the rows of the
+    product in their kind.
 
     linear(x) -> y; lora_up(h, y) -> z  =>  linear(x, h) -> z, for all matrices of a node; their sites must follow each other.
 
@@ -28,6 +29,7 @@ def _merged(nodes: list[Node]) -> list[Node]:
     readers = _readers(nodes)
     merged: list[Node] = []
     dropped: set[Value] = set()  # results of lora_up that a product computes now
+    beside: dict[Value, str] = {}  # result of lora_down -> a weight of the product that adds it
     for node in nodes:
         if node.op == "lora_up" and node.outputs[0] in dropped:
             continue
@@ -40,11 +42,12 @@ def _merged(nodes: list[Node]) -> list[Node]:
         if ups and fits:
             outputs = tuple(up.outputs[0] for up in ups)
             dropped.update(outputs)
+            beside.update((up.inputs[0], node.weights[0]) for up in ups)
             node = node.with_(
                 inputs=(node.inputs[0], *(up.inputs[0] for up in ups)), outputs=outputs, attrs={**node.attrs, "site": sites[0]}
             )
         merged.append(node)
-    return merged
+    return [n.with_(attrs={**n.attrs, "beside": beside[n.outputs[0]]}) if set(n.outputs) & beside.keys() else n for n in merged]
 
 
 def _gated(nodes: list[Node], format_of: Callable[[str], str]) -> list[Node]:

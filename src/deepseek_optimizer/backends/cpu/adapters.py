@@ -1,4 +1,4 @@
-"""Low-rank adapters in the layout of the native kernels: tiles of 16 rows, without padding of columns."""
+"""Low-rank adapters in the layout of the native kernels: tiles of 16 rows, in bf16 in pairs of columns."""
 
 from __future__ import annotations
 
@@ -35,7 +35,8 @@ class CpuAdapters:
 
     def adapter_bytes(self, ranks: Mapping[int, int]) -> int:
         shapes = (shape for site, r in ranks.items() for shape in self._sites[site].pair_shapes(r))
-        return sum(math.prod((*heads, _padded(rows), cols)) for *heads, rows, cols in shapes) * self._dtype.itemsize
+        elements = sum(math.prod((*heads, _padded(rows), self._columns(cols))) for *heads, rows, cols in shapes)
+        return elements * self._dtype.itemsize
 
     def load(self, slot: int, pairs: Mapping[int, Pair]) -> None:
         held = self._held[slot]
@@ -54,15 +55,26 @@ class CpuAdapters:
         self._held[slot].clear()
 
     def _tiles(self, matrix: torch.Tensor) -> torch.Tensor:
-        """A matrix [rows, cols] as [ceil(rows / 16), cols, 16], or one for each head."""
+        """A matrix [rows, cols], or one for each head, as the library reads it: [ceil(rows / 16), cols, 16, 1], in bf16
+        [ceil(rows / 16), ceil(cols / 2), 16, 2]."""
         *heads, rows, cols = matrix.shape
-        whole = torch.zeros(*heads, _padded(rows), cols, dtype=self._dtype, device="cpu")
-        whole[..., :rows, :] = matrix
-        return whole.unflatten(-2, (-1, TILE_ROWS)).transpose(-2, -1).contiguous()
+        whole = torch.zeros(*heads, _padded(rows), self._columns(cols), dtype=self._dtype, device="cpu")
+        whole[..., :rows, :cols] = matrix
+        return whole.unflatten(-1, (-1, self._together)).unflatten(-3, (-1, TILE_ROWS)).transpose(-3, -2).contiguous()
+
+    @property
+    def _together(self) -> int:
+        """Number of columns that are stored together."""
+        return 2 if self._dtype == torch.bfloat16 else 1
+
+    def _columns(self, cols: int) -> int:
+        """Number of stored columns."""
+        return -(-cols // self._together) * self._together
 
     def _matrix(self, matrix: torch.Tensor, tiles: torch.Tensor) -> Weight:
         *heads, rows, cols = matrix.shape
-        place = address(tiles, "an adapter's matrix", self._dtype, (*heads, _padded(rows) // TILE_ROWS, cols, TILE_ROWS))
+        shape = (*heads, _padded(rows) // TILE_ROWS, self._columns(cols) // self._together, TILE_ROWS, self._together)
+        place = address(tiles, "an adapter's matrix", self._dtype, shape)
         return Weight(self._format, rows, cols, math.prod(heads) if heads else 0, place, tiles.numel() * self._dtype.itemsize)
 
 

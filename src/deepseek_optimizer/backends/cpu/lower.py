@@ -173,9 +173,14 @@ def _wanted_kinds(nodes: list[Node], kind_of: Callable[[str], str]) -> Mapping[V
     wanted: dict[Value, dict[str, None]] = {}
     for node in nodes:
         for i, value in enumerate(node.inputs):
-            product_input = spec_of(node).product and i == 0
-            wanted.setdefault(value, {})[kind_of(node.weights[0]) if product_input else "f32"] = None
+            wanted.setdefault(value, {})[_read_kind(node, kind_of) if i == 0 else "f32"] = None
     return {value: list(kinds) for value, kinds in wanted.items()}
+
+
+def _read_kind(node: Node, kind_of: Callable[[str], str]) -> str:
+    """The kind in which a node reads its first input."""
+    weight = node.weights[0] if spec_of(node).product else node.attrs.get("beside")
+    return "f32" if weight is None else kind_of(weight)
 
 
 def _writes_any_kind(nodes: list[Node], value: Value) -> bool:
@@ -189,6 +194,6 @@ def _writes_any_kind(nodes: list[Node], value: Value) -> bool:
 
 def _rewire(node: Node, kind_of: Callable[[str], str], in_place: Mapping[Value, str]) -> Node:
     inputs = node.inputs
-    if spec_of(node).product:
-        inputs = (_as(inputs[0], kind_of(node.weights[0])), *inputs[1:])
+    if inputs:
+        inputs = (_as(inputs[0], _read_kind(node, kind_of)), *inputs[1:])
     return node.with_(inputs=inputs, outputs=tuple(_as(v, in_place.get(v, "f32")) for v in node.outputs))

@@ -6,7 +6,7 @@ The matrices belong to an adapter, not to the graph: a step names the adapter of
 from __future__ import annotations
 
 from ..ir import AdapterSite, Graph, Node
-from .spec import INT, Attr, Operand, OpSpec, step_attr
+from .spec import INT, NAME, Attr, Operand, OpSpec, step_attr
 
 _SITE = Attr("site", INT, "index of the product in `Graph.adapter_sites`", step_field="index")
 _RANK = step_attr("rank", INT, "largest rank R of an adapter")
@@ -16,6 +16,7 @@ _HEADS = (  # set by lowering, for sites of latent attention
     Attr("elements", INT, "with heads, how many of them, the first, are multiplied, or added to", 0, step_field="nope"),
 )
 _SOURCE = "Source: Hu et al. 2021, LoRA; many adapters in one step: Chen et al. 2023, Punica."
+_BESIDE = Attr("beside", NAME, "set by lowering: a weight of the product that adds h, in whose kind of rows x is read", None)
 
 
 def _site(node: Node, graph: Graph) -> AdapterSite | None:
@@ -39,11 +40,11 @@ SPECS = (
         origin="rule",
         inputs=(Operand("x", "[T, K]"),),
         outputs=(Operand("h", "[T, R]"),),
-        attrs=(_SITE, _RANK, *_HEADS),
+        attrs=(_SITE, _RANK, *_HEADS, _BESIDE),
         fits=_down_fits,
         rows="tokens",
         code=44,
-        kernels="the rows of each adapter together, at most 32 at a time.",
+        kernels="the rows of each adapter together, at most 32 at a time, rounded as for the product itself.",
         doc=f"""
             h_t = x_t A^T in the first elements, with the matrix A [r, K], r <= R, that the adapter of token t has for the
             product. The other elements, and rows without an adapter, are undefined. {_SOURCE}
