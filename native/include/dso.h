@@ -259,12 +259,15 @@ DSO_API int32_t dso_states_load(dso_states* s, int32_t slot, const void* bytes);
 /* ---- low-rank adapters (LoRA) ---------------------------------------------------------------------------
  * An adapter adds (x A^T) B^T to products of the model. A site is one product: `rows` outputs of `cols` inputs. A slot holds
  * one adapter: for each site A [rank, cols] and B [rows, rank], with any factor of the adapter already in B, or nothing. Both
- * are dso_weights of format F32 or BF16 in tiles of 16 rows without padding of columns, [ceil(rows/16)][cols][16]; rows past
- * the end are zero. They are borrowed, as weights of plans are. A slot may be set while plans run whose batches do not use it.
+ * are dso_weights in tiles of 16 rows, F32 as [ceil(rows/16)][cols][16], BF16 in pairs of columns, [ceil(rows/16)]
+ * [ceil(cols/2)][16][2]; rows and columns past the end are zero. They are borrowed, as weights of plans are. A slot may be set
+ * while plans run whose batches do not use it.
+ * A site with several heads (keys and values of latent attention) is a product per head; A and B are each a stack of `heads`
+ * matrices, or one that all heads share. Sequences whose adapter has matrices for such a site are never expanded.
  */
 typedef struct dso_adapters dso_adapters;
 typedef struct dso_adapter_site {
-  int32_t rows, cols;
+  int32_t rows, cols, heads; /* of a head; heads 0 or 1: one product */
 } dso_adapter_site;
 /* max_rank: of any adapter, at most that of the plan's LORA steps. */
 DSO_API int32_t dso_adapters_create(const dso_adapter_site* sites, int32_t n, int32_t slots, int32_t max_rank,
@@ -298,7 +301,8 @@ enum {
   DSO_OP_ADD_RMS_NORM = 4, /* in0 residual, in1 delta, w0, eps -> out0 = in0 + in1 F32 (may alias in0), out1 = norm(out0) any */
   DSO_OP_CONVERT = 5,      /* in0 F32 -> out0 BF16, Q8 or Q16 */
   DSO_OP_LINEAR = 6,       /* in0, up to 3 matrices over one input (w0..2, b0..2) -> out0..2 F32.
-                              in0 must be Q8 or Q16 for integer formats; BF16 for BF16 and FP8; F32 for F32 */
+                              in0 must be Q8 or Q16 for integer formats; BF16 for BF16 and FP8; F32 for F32.
+                              in1..3, if set: results of LORA_DOWN for site `index` and those after it; adapters are added */
   DSO_OP_ROPE_TABLE = 7,   /* w0 = inverse frequencies vector [rot/2]; scale multiplies -> out0 F32 [T, rot]: cos | sin.
                               angle = fp32(position) * fp32(inv_freq) in fp32, then cos/sin rounded from double */
   DSO_OP_ROPE = 8,         /* in0 F32 [T, heads*head_dim], in1 table -> out0 F32 (may alias). INTERLEAVED flag: pairs
@@ -314,7 +318,7 @@ enum {
                               per head, in the denominator of its softmax only */
   DSO_OP_SWIGLU = 12,      /* in0 gate, in1 up F32 -> out0 any: silu(gate) * up */
   DSO_OP_GATE_UP = 13,     /* in0, w0 gate, w1 up (b0, b1) -> out0 any: silu(W0 x) * (W1 x); formats of w0 and w1 equal.
-                              GELU flag: gelu instead of silu */
+                              GELU flag: gelu instead of silu. in1, in2 as for LINEAR: added to gate and up */
   DSO_OP_SELECT_ROWS = 14, /* in0 F32 -> out0 F32, a selected slot: rows batch->logit_rows */
   DSO_OP_HIDDEN_OUT = 15,  /* in0 F32 -> batch->hidden + index * T * width, if requested; index = layer field.
                               LAST flag: also -> batch->last_hidden, if requested */
@@ -395,8 +399,11 @@ enum {
                                     or with a window to those at most `window` rows away on either side. Uses no cache; every
                                     context_len must be 0 */
   /* Adapters. Rows of sequences without an adapter, or whose adapter has nothing for the site, are not touched. */
-  DSO_OP_LORA_DOWN = 44, /* in0 x F32 [T, cols], index (the site) -> out0 F32 [T, rank]: x A^T in the first elements of a row */
-  DSO_OP_LORA_UP = 45,   /* in0 from LORA_DOWN, in1 y F32 [T, rows], index -> out0 = in1 (the same slot): y + in0 B^T */
+  DSO_OP_LORA_DOWN = 44, /* in0 x of any kind [T, cols], index (the site) -> out0 F32 [T, rank]: x A^T in the first elements of
+                            a row. For a site with heads: in0 F32 [T, heads*head_dim], of whose heads the first `nope` elements
+                            are read, -> [T, heads*rank] */
+  DSO_OP_LORA_UP = 45,   /* in0 from LORA_DOWN, in1 y F32 [T, rows], index -> out0 = in1 (the same slot): y + in0 B^T. For a
+                            site with heads: in1 [T, heads*head_dim], to whose heads' first `nope` elements it is added */
 };
 enum {
   DSO_FLAG_EAGER = 1,
@@ -421,7 +428,7 @@ typedef struct dso_step {
   int32_t in[4], out[3], w[3], b[3];
   int32_t layer, heads, kv_heads, head_dim, window, sinks;
   int32_t offset;                         /* ROPE: first rotated element of a head; COLUMNS: first element of a part */
-  int32_t nope, rope, rank, v_dim, index; /* latent attention; LORA_DOWN, LORA_UP: index is the site */
+  int32_t nope, rope, rank, v_dim, index; /* latent attention; with adapters, index is the site */
   int32_t experts, top_k, groups, top_groups, state;
   float eps, scale;
   float softcap; /* ATTENTION: limit of the scores; EXPERTS_GATE_UP: of gate and up; 0: none */

@@ -20,10 +20,11 @@ struct Matrix {  // a packed weight, see dso.h
   const uint8_t* data;
 };
 
-struct LowRank {  // a matrix of an adapter, F32 or BF16: [ceil(rows / 16)][cols][16], see dso.h
+struct LowRank {  // a matrix of an adapter, F32 or BF16, in tiles of 16 rows, see dso.h
   int32_t format;
   int32_t rows, cols;
   const uint8_t* data;
+  int64_t tile_bytes() const { return format == DSO_F32 ? int64_t(cols) * 64 : (int64_t(cols) + 1) / 2 * 64; }
 };
 
 struct KvLayout {  // one layer of a cache; the layout inside a block is private to the kernels
@@ -159,6 +160,8 @@ struct RowKernels {  // everything else: rows of activations, weights and caches
   // ---- activations: columns [begin, end) of an f32 row (x points at column `begin`) to the same columns of a slot row (BF16,
   // Q8, Q16) of `width` columns; begin is a multiple of 32, and the group that contains column width - 1 is zero-filled.
   void (*convert)(int32_t kind, const float* x, int64_t begin, int64_t end, int64_t width, void* row);
+  // The numbers that a whole row of kind BF16, Q8 or Q16 stands for; x has room for a multiple of 32.
+  void (*restore)(int32_t kind, const void* row, int64_t width, float* x);
 
   void (*embed_row)(const Matrix& w, int32_t row, float scale, float* out);
   void (*unpack_rows)(const Matrix& w, int64_t begin, int64_t end, float* out, int64_t stride);

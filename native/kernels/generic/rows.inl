@@ -22,6 +22,7 @@ const RowKernels row_kernels = {
     .elementwise_ops = elementwise_ops,
     .elementwise_count = sizeof elementwise_ops / sizeof *elementwise_ops,
     .convert = convert,
+    .restore = restore,
     .embed_row = embed_row,
     .unpack_rows = unpack_rows,
     .pack_tile = pack_tile,

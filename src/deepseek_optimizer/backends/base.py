@@ -266,8 +266,8 @@ class AdapterStore(Protocol):
 
         Args:
             slot: the slot, which is empty.
-            pairs: for each site (index in `Graph.adapter_sites`) that the adapter changes A [r, K] and B [N, r], where B
-                contains the adapter's scale.
+            pairs: for each site (index in `Graph.adapter_sites`) that the adapter changes A and B, of the site's
+                `pair_shapes`, where the adapter's scale is contained.
 
         Raises:
             ValueError: a matrix does not fit its site, or its rank is too large. The slot is empty then.

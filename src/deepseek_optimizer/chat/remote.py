@@ -46,6 +46,11 @@ class RemoteSpeaker:
         self._options = options
         self.model = model or self._only_model()
 
+    @property
+    def base(self) -> str:
+        """The URL that paths of the API are appended to, such as http://localhost:8000/v1."""
+        return self._base
+
     def answer(self, messages: Messages, write: Callable[[str], None], stop: StopSignal) -> Answer:
         """See `Speaker`. Raises RemoteError."""
         body = {

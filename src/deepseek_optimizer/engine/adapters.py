@@ -24,7 +24,7 @@ class AdapterWeights:
     """An adapter's matrices for the sites of a graph.
 
     Attributes:
-        pairs: by site A [r, K] and B [N, r], torch tensors; B contains the adapter's scale.
+        pairs: by site A and B of its `pair_shapes`, torch tensors that contain the adapter's scale.
         rank: the largest rank.
         identity: 16 bytes; equal for adapters with the same matrices.
     """

@@ -113,7 +113,7 @@ class DenseAttention(C.Structure):
 class Site(C.Structure):
     """dso_adapter_site."""
 
-    _fields_ = [("rows", I32), ("cols", I32)]
+    _fields_ = [("rows", I32), ("cols", I32), ("heads", I32)]
 
 
 _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {

@@ -19,6 +19,7 @@ from ...quant.packed import PackedMatrix, PackedStack, PackedWeight
 from ..base import KvStore, StepBatch, StepOutput, reach_of
 from ..sampling import NOT_FINITE, TokenChoice, choose_token, choose_tokens
 from . import choose, latent, moe, ops, recurrent
+from .adapters import kv_b_of_sequences
 from .checks import check_batch
 from .step import Step
 
@@ -224,11 +225,12 @@ class ReferencePlan:
     def _latent_choose(self, step: Step, node: Node, q: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """A latent row is one key, shared by all heads."""
         a, chosen = node.attrs, []
-        kv_b = self._weights[node.weights[0]].float().unflatten(0, (a["heads"], -1))
-        q = latent.absorbed(q.float().unflatten(-1, (a["heads"], -1)), kv_b, a["nope"])[:, None]
-        for rows, context, table in self._sequences_of(step, node):
+        q = q.float().unflatten(-1, (a["heads"], -1))
+        adapted = kv_b_of_sequences(self._weights[node.weights[0]], step.batch, node)
+        for (rows, context, table), kv_b in zip(self._sequences_of(step, node), adapted, strict=True):
             keys = step.store.gather(a["layer"], table, context + rows.stop - rows.start)[:, None]
-            chosen.append(choose.tokens_of(self._chosen_blocks(step, node, q[rows], keys, context)[:, 0], context))
+            absorbed = latent.absorbed(q[rows], kv_b, a["nope"])[:, None]
+            chosen.append(choose.tokens_of(self._chosen_blocks(step, node, absorbed, keys, context)[:, 0], context))
         return (torch.cat(chosen),)
 
     def _chosen_blocks(self, step: Step, node: Node, q: torch.Tensor, keys: torch.Tensor, context: int) -> torch.Tensor:
@@ -251,8 +253,8 @@ class ReferencePlan:
         a, name = node.attrs, node.weights[0]
         q = q.float().unflatten(-1, (a["heads"], -1))
         out = q.new_empty(*q.shape[:2], a["v_dim"])
-        kv_b = self._weights[name].float().unflatten(0, (a["heads"], -1))
-        for rows, context, table in self._sequences_of(step, node):
+        adapted = kv_b_of_sequences(self._weights[node.weights[0]], step.batch, node)
+        for (rows, context, table), kv_b in zip(self._sequences_of(step, node), adapted, strict=True):
             blocks, tokens, mask = self._visible(node, rows, context)
             latents = step.store.gather(a["layer"], table[blocks], len(tokens))
             if chosen is not None:

@@ -58,7 +58,7 @@ class PlanGenerate(Replacement):
         check_generation(config)
         longest = self._longest(call, config, inputs)
         cache = next((call[n] for n in CACHE_NAMES if call.get(n) is not None), None)
-        reason = self.runtime.changed()
+        reason = self.runtime.unserved()
         if (mask_reason := unserved_mask(call.get("attention_mask"))) is not None:
             if isinstance(cache, PagedCache):
                 raise UnsupportedRequestError(

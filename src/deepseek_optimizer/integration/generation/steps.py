@@ -98,7 +98,7 @@ def run_columns(runtime: Runtime, state: PagedState, new: Columns) -> tuple[torc
         those of the last layer alone [1, B, q, H], or None.
     """
     rows, q = new.positions.shape
-    model, plan = runtime.graph, runtime.plan
+    model, plan = runtime.graph, runtime.current_plan
     before = [sequence.tokens for sequence in state.sequences]
     reach = _reach(state, new, model.max_positions)
     logits: torch.Tensor | None = None
@@ -224,7 +224,7 @@ class DecodeSteps:
     """
 
     def __init__(self, runtime: Runtime, state: PagedState, positions: Int32, *, overwrite: bool = False) -> None:
-        self.state, self.plan, self.overwrite = state, runtime.plan, overwrite
+        self.state, self.plan, self.overwrite = state, runtime.current_plan, overwrite
         self.rows = list(range(len(positions)))
         rows = len(positions)
         self.batch = StepBatch(
