@@ -17,7 +17,7 @@ extern "C" {
 #define DSO_API
 #endif
 
-#define DSO_ABI_VERSION 9
+#define DSO_ABI_VERSION 10
 DSO_API int32_t dso_abi_version(void);
 
 enum {
@@ -467,6 +467,49 @@ typedef struct dso_batch {
 } dso_batch;
 DSO_API int32_t dso_plan_run(dso_plan* p, const dso_batch* batch);
 DSO_API int32_t dso_plan_check(const dso_plan* p); /* dso_mapping_check for all its weights */
+
+/* ---- tokens chosen from logits --------------------------------------------------------------------------
+ * How the tokens of one sequence are chosen. The definition is in Python; this library decides only where no rounding of that
+ * computation can change the token (runtime/choice.cpp), and leaves all other steps to the caller.
+ * First the penalties, in fp32: a logit of a token that occurs among the last `window` of `tokens` and of what was chosen since
+ * (0: among all) is divided by `repetition`, or multiplied if it is negative; then `frequency` times the number of times that
+ * the token occurs from tokens[n_prompt] on, plus `presence`, is subtracted if that is not 0. Then, with temperature 0, the
+ * largest logit, the first if several are equal. Otherwise logits are divided by temperature, filtered and drawn from:
+ *  - `numbers`, as backends/sampling.py does: step i draws by numbers[i];
+ *  - `noise`, as Transformers' warpers and torch.multinomial do: step i chooses the largest probability divided by
+ *    noise[i * noise_stride + token], an exponential variate. */
+typedef struct dso_choice {
+  float temperature;
+  int32_t top_k;                         /* 0: no filter */
+  double top_p;                          /* 1: no filter */
+  double min_p;                          /* 0: no filter */
+  float repetition, frequency, presence; /* 1, 0, 0: no penalties; then tokens may be NULL */
+  int32_t window, n_tokens, n_prompt;
+  const int32_t* tokens;
+  const double* numbers; /* [steps] in [0, 1), or NULL */
+  const float* noise;    /* [steps][noise_stride], above 0, or NULL */
+  int64_t noise_stride;
+} dso_choice;
+enum { DSO_UNDECIDED = -1 };
+/* The token that step `step` chooses from logits[vocab], or DSO_UNDECIDED. For tests. */
+DSO_API int32_t dso_choose(dso_context* c, const float* logits, int32_t vocab, const dso_choice* choice, int32_t step,
+                           int32_t* token);
+
+/* Several decode steps, each with the tokens that the step before it chose. The batch is that of the first step: one row per
+ * sequence, with its logits, in phase DECODE; its block table must have the blocks of all steps. Its logits are those of the
+ * last step that was run. Plans with recurrent states and batches with inv_freq for a changing length take one step a call. */
+typedef struct dso_decode {
+  int32_t steps; /* at most, > 0 */
+  int32_t n_stops;
+  const int32_t* stops;      /* [n_stops]: the step that chooses one of these tokens is the last */
+  double seconds;            /* no step begins that would probably end later than this after the call */
+  const int32_t* interrupt;  /* no step but the first begins while this is not 0; NULL: never */
+  const dso_choice* choices; /* [S] */
+  int32_t* tokens;           /* [steps][S]: receives the chosen tokens */
+  int32_t done;              /* receives the number of steps whose tokens were all chosen */
+  int32_t undecided;         /* receives 1 if one more step was run, whose tokens the caller must choose */
+} dso_decode;
+DSO_API int32_t dso_plan_decode(dso_plan* p, const dso_batch* batch, dso_decode* d);
 
 /* With timing on, the seconds spent in each step are summed over runs (wall time on thread 0), and runs are counted. */
 DSO_API int32_t dso_plan_set_timing(dso_plan* p, int32_t on);

@@ -1,0 +1,79 @@
+// The choice of tokens from logits (dso_choice), where it is certain.
+#pragma once
+#include <cstdint>
+#include <utility>
+#include <vector>
+
+#include "context.hpp"
+#include "dso.h"
+#include "kernels.hpp"
+
+namespace dso {
+
+void check_choice(const dso_choice& c, int64_t vocab, int32_t index);  // Error DSO_EINVAL; `index` is for its message
+
+// The penalties of one sequence, and the tokens that they depend on.
+class Penalties {
+ public:
+  Penalties(const dso_choice& c, int64_t vocab);
+  void add(int32_t token);  // a token was chosen
+  bool none() const { return distinct_.empty(); }
+  // Changes the logits in place; `undo` receives what they were.
+  void apply(float* logits, std::vector<std::pair<int32_t, float>>& undo) const;
+
+ private:
+  struct Count {
+    int32_t recent = 0, text = 0;  // occurrences in the window, and in the text
+    bool listed = false;
+  };
+  void count(int32_t token, bool text);
+
+  const float repetition_, frequency_, presence_;
+  const bool active_;
+  const size_t window_;            // 0: all
+  std::vector<int32_t> tokens_;    // with a window: all so far
+  std::vector<Count> counts_;      // by token
+  std::vector<int32_t> distinct_;  // the tokens that have occurred
+};
+
+// Chooses tokens from rows of `vocab` logits. Keeps its memory from row to row.
+class Chooser {
+ public:
+  Chooser(const Kernels& kernels, int64_t vocab) : kernels_(kernels), vocab_(vocab) {}
+  // The token, or DSO_UNDECIDED. Logits are as before when it returns.
+  int32_t choose(float* logits, const dso_choice& c, const Penalties& penalties, int64_t step);
+
+ private:
+  struct Candidate {
+    float scaled;  // logit / temperature
+    int32_t token;
+  };
+  static bool before(const Candidate& a, const Candidate& b) {
+    return a.scaled != b.scaled ? a.scaled > b.scaled : a.token < b.token;
+  }
+  int32_t sample(const float* logits, const dso_choice& c, int64_t step, int32_t top);
+  int32_t draw_from_all(double u);
+  int32_t draw_from_kept(double u) const;
+  int32_t race_of_all(const float* noise);
+  int32_t race_of_kept(const float* noise) const;
+  bool gather(const dso_choice& c);  // the candidates; false: undecided
+  bool keep(const dso_choice& c);    // those that pass the filters; false: undecided
+  float bound_of_largest(int64_t count);
+  void sort_to(size_t count);
+  double sum_of_all();
+
+  const Kernels& kernels_;
+  const int64_t vocab_;
+  std::vector<float> scaled_, weights_, maxima_;
+  std::vector<int32_t> found_;
+  std::vector<Candidate> candidates_;  // the first sorted_ in order, before all others
+  std::vector<double> kept_;           // the weights of the first candidates, which pass the filters
+  size_t sorted_ = 0;
+  float top_ = 0;  // the largest of scaled_, whose weight is 1
+  std::vector<std::pair<int32_t, float>> undo_;
+};
+
+// dso_choose.
+int32_t choose(const Context& context, const float* logits, int32_t vocab, const dso_choice& c, int32_t step);
+
+}  // namespace dso
