@@ -477,7 +477,13 @@ DSO_API int32_t dso_plan_check(const dso_plan* p); /* dso_mapping_check for all 
  * largest logit, the first if several are equal. Otherwise logits are divided by temperature, filtered and drawn from:
  *  - `numbers`, as backends/sampling.py does: step i draws by numbers[i];
  *  - `noise`, as Transformers' warpers and torch.multinomial do: step i chooses the largest probability divided by
- *    noise[i * noise_stride + token], an exponential variate. */
+ *    noise[i * noise_stride + token], an exponential variate;
+ *  - neither: in the same way, with the variates that torch draws from a generator: that of a token is number
+ *    first_variate + token of the step. */
+typedef struct dso_mt19937 { /* the state of torch's generator on the CPU (at::mt19937) */
+  int32_t left, next;
+  uint32_t state[624];
+} dso_mt19937;
 typedef struct dso_choice {
   float temperature;
   int32_t top_k;                         /* 0: no filter */
@@ -488,12 +494,13 @@ typedef struct dso_choice {
   const int32_t* tokens;
   const double* numbers; /* [steps] in [0, 1), or NULL */
   const float* noise;    /* [steps][noise_stride], above 0, or NULL */
-  int64_t noise_stride;
+  int64_t noise_stride, first_variate;
 } dso_choice;
 enum { DSO_UNDECIDED = -1 };
-/* The token that step `step` chooses from logits[vocab], or DSO_UNDECIDED. For tests. */
+/* The token that step `step` chooses from logits[vocab], or DSO_UNDECIDED. For tests. generator: its state before the step; may
+ * be NULL. */
 DSO_API int32_t dso_choose(dso_context* c, const float* logits, int32_t vocab, const dso_choice* choice, int32_t step,
-                           int32_t* token);
+                           const dso_mt19937* generator, int32_t* token);
 
 /* Several decode steps, each with the tokens that the step before it chose. The batch is that of the first step: one row per
  * sequence, with its logits, in phase DECODE; its block table must have the blocks of all steps. Its logits are those of the
@@ -505,6 +512,8 @@ typedef struct dso_decode {
   double seconds;            /* no step begins that would probably end later than this after the call */
   const int32_t* interrupt;  /* no step but the first begins while this is not 0; NULL: never */
   const dso_choice* choices; /* [S] */
+  dso_mt19937* generator;    /* its state before the call, and then after the steps whose tokens were chosen; or NULL */
+  int64_t variates;          /* that a step draws from it */
   int32_t* tokens;           /* [steps][S]: receives the chosen tokens */
   int32_t done;              /* receives the number of steps whose tokens were all chosen */
   int32_t undecided;         /* receives 1 if one more step was run, whose tokens the caller must choose */

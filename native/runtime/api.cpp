@@ -185,9 +185,11 @@ int32_t dso_plan_run(dso_plan* p, const dso_batch* batch) {
 int32_t dso_plan_decode(dso_plan* p, const dso_batch* batch, dso_decode* d) {
   return guarded([&] { decode(given(p, "plan"), given(batch, "batch"), given(d, "decode")); });
 }
-int32_t dso_choose(dso_context* c, const float* logits, int32_t vocab, const dso_choice* choice, int32_t step, int32_t* token) {
-  return guarded(
-      [&] { given(token, "token") = choose(shared(c), &given(logits, "logits"), vocab, given(choice, "choice"), step); });
+int32_t dso_choose(dso_context* c, const float* logits, int32_t vocab, const dso_choice* choice, int32_t step,
+                   const dso_mt19937* generator, int32_t* token) {
+  return guarded([&] {
+    given(token, "token") = choose(shared(c), &given(logits, "logits"), vocab, given(choice, "choice"), step, generator);
+  });
 }
 int32_t dso_plan_check(const dso_plan* p) {
   return guarded([&] { given(p, "plan").check_weights(); });

@@ -22,18 +22,23 @@ constexpr double kFoldedMargin = 7e-6;  // with column sums of 64 numbers in fp3
 double torch_margin(double numbers) { return std::min(3e-5, kMargin + (numbers + 32) * 6e-8); }
 constexpr double kRatioMargin = 5e-6;  // of two probabilities, where their common sum does not matter
 
+// In torch: -log(1 - uniform) in fp64, rounded to fp32.
+double exponential(double uniform) { return -std::log1p(-uniform); }
+
 double weight_of(float scaled, float top) { return std::exp(double(scaled - top)); }
 bool near(double a, double b, double margin) { return std::fabs(a - b) <= margin; }
 
 }  // namespace
 
-void check_choice(const dso_choice& c, int64_t vocab, int32_t index) {
+void check_choice(const dso_choice& c, int64_t vocab, int32_t index, bool generator) {
   const auto refuse = [&](const char* what) { fail(DSO_EINVAL, "choices[%d].%s", index, what); };
   if (!(c.temperature >= 0) || std::isinf(c.temperature)) refuse("temperature must be finite and at least 0");
   if (c.top_k < 0) refuse("top_k must not be negative");
   if (!(c.top_p >= 0 && c.top_p <= 1)) refuse("top_p must be from 0 to 1");
   if (!(c.min_p >= 0 && c.min_p <= 1)) refuse("min_p must be from 0 to 1");
-  if (c.temperature > 0 && !c.numbers == !c.noise) refuse("numbers or noise is needed for sampling, and not both");
+  if (c.temperature > 0 && (c.numbers ? bool(c.noise) : !c.noise && !generator))
+    refuse("numbers, noise or a generator is needed for sampling, and not both of the first");
+  if (c.first_variate < 0) refuse("first_variate must not be negative");
   if (c.noise && c.noise_stride < vocab) refuse("noise_stride is less than the vocabulary");
   if (!(c.repetition > 0) || std::isinf(c.repetition)) refuse("repetition must be finite and above 0");
   if (!std::isfinite(c.frequency) || !std::isfinite(c.presence)) refuse("frequency and presence must be finite");
@@ -80,7 +85,7 @@ void Penalties::apply(float* logits, std::vector<std::pair<int32_t, float>>& und
   }
 }
 
-int32_t Chooser::choose(float* logits, const dso_choice& c, const Penalties& penalties, int64_t step) {
+int32_t Chooser::choose(float* logits, const dso_choice& c, const Penalties& penalties, int64_t step, Mt19937* generator) {
   int64_t token = kernels_.first_largest(logits, vocab_);
   if (token < 0) return DSO_UNDECIDED;
   undo_.clear();
@@ -88,21 +93,24 @@ int32_t Chooser::choose(float* logits, const dso_choice& c, const Penalties& pen
     penalties.apply(logits, undo_);
     token = kernels_.first_largest(logits, vocab_);
   }
-  if (token >= 0 && c.temperature > 0) token = sample(logits, c, step, int32_t(token));
+  if (token >= 0 && c.temperature > 0) token = sample(logits, c, step, int32_t(token), generator);
   for (const auto& [index, logit] : undo_) logits[index] = logit;
   return token < 0 ? DSO_UNDECIDED : int32_t(token);
 }
 
-int32_t Chooser::sample(const float* logits, const dso_choice& c, int64_t step, int32_t top) {
+int32_t Chooser::sample(const float* logits, const dso_choice& c, int64_t step, int32_t top, Mt19937* generator) {
   scaled_.resize(size_t(vocab_));
   kernels_.divide(logits, c.temperature, vocab_, scaled_.data());
   top_ = scaled_[size_t(top)];
   if (!std::isfinite(top_)) return DSO_UNDECIDED;
   const float* const noise = c.noise ? c.noise + step * c.noise_stride : nullptr;
   if (noise && !(kernels_.smallest(noise, vocab_) > 0)) return DSO_UNDECIDED;
-  if (c.top_k == 0 && c.top_p == 1 && c.min_p == 0) return noise ? race_of_all(noise) : draw_from_all(c.numbers[step]);
+  if (c.top_k == 0 && c.top_p == 1 && c.min_p == 0)
+    return noise ? race_of_all(noise) : c.numbers ? draw_from_all(c.numbers[step]) : race_of_all(c, top, *generator);
   if (!gather(c) || !keep(c)) return DSO_UNDECIDED;
-  return noise ? race_of_kept(noise) : draw_from_kept(c.numbers[step]);
+  if (c.numbers) return draw_from_kept(c.numbers[step]);
+  draw_variates(c, noise, generator);
+  return race_of_kept();
 }
 
 // A lower bound of the `count` largest numbers, or the smallest of them.
@@ -123,10 +131,10 @@ float Chooser::bound_of_largest(int64_t count) {
 bool Chooser::gather(const dso_choice& c) {
   float bound = c.top_k > 0 ? bound_of_largest(c.top_k) : -FLT_MAX;
   double edge = -std::numeric_limits<double>::infinity();  // below it, tokens pass no filter
-  const double slack = c.noise ? 1 : 0;                    // in Transformers the edge is not part of the definition
+  const double slack = c.numbers ? 0 : 1;                  // in Transformers the edge is not part of the definition
   if (c.top_p < 1) edge = double(top_) + std::log((1 - c.top_p) / double(vocab_)) - slack;
   if (c.min_p > 0) edge = std::max(edge, double(top_) + std::log(c.min_p) - 1e-4 - slack);
-  const bool edged = std::isfinite(edge) && !(c.noise && c.top_k > 0);  // there, all of top_k count for top_p
+  const bool edged = std::isfinite(edge) && (c.numbers || c.top_k == 0);  // there, all of top_k count for top_p
   const double margin = 1e-6 * std::max(1.0, std::fabs(edge));
   if (edged) bound = std::max(bound, float(edge - 2 * margin));
   found_.resize(size_t(vocab_));
@@ -137,7 +145,7 @@ bool Chooser::gather(const dso_choice& c) {
   if (c.top_k > 0 && candidates_.size() > size_t(c.top_k)) {
     const auto last = candidates_.begin() + (c.top_k - 1);
     std::nth_element(candidates_.begin(), last, candidates_.end(), before);
-    if (c.noise) {  // and those that are equal to the last
+    if (!c.numbers) {  // and those that are equal to the last
       const float least = last->scaled;
       candidates_.erase(std::partition(last, candidates_.end(), [=](const Candidate& x) { return x.scaled >= least; }),
                         candidates_.end());
@@ -145,7 +153,7 @@ bool Chooser::gather(const dso_choice& c) {
       candidates_.resize(size_t(c.top_k));
     }
   }
-  if (edged && !c.noise) {
+  if (edged && c.numbers) {
     for (const Candidate& x : candidates_)
       if (near(x.scaled, edge, 2 * margin)) return false;
   }
@@ -181,14 +189,15 @@ bool Chooser::keep(const dso_choice& c) {
     for (const Candidate& x : candidates_) total += weight_of(x.scaled, top_);
   else if (c.top_p < 1)
     total = sum_of_all();
-  const double margin = (c.noise ? torch_margin(double(c.top_k > 0 ? int64_t(candidates_.size()) : vocab_)) : kMargin) * total;
-  const double least = c.noise ? c.min_p : double(float(c.min_p));
+  const double margin =
+      (!c.numbers ? torch_margin(double(c.top_k > 0 ? int64_t(candidates_.size()) : vocab_)) : kMargin) * total;
+  const double least = c.numbers ? double(float(c.min_p)) : c.min_p;
   double sum = 0;
   for (size_t i = 0; i < candidates_.size(); ++i) {
     sort_to(i + 1);
     const float scaled = candidates_[i].scaled;
     const double weight = weight_of(scaled, top_);
-    if (c.noise && c.top_p < 1 && i > 0) {  // Transformers drops the last ones while they sum to at most 1 - top_p
+    if (!c.numbers && c.top_p < 1 && i > 0) {  // Transformers drops the last ones while they sum to at most 1 - top_p
       const double rest = total - sum, most = (1 - c.top_p) * total;
       if (near(rest, most, margin)) return false;
       if (rest <= most) return scaled != candidates_[i - 1].scaled;  // the order of equal ones is not defined
@@ -199,7 +208,7 @@ bool Chooser::keep(const dso_choice& c) {
     }
     kept_.push_back(weight);
     sum += weight;
-    if (!c.noise && c.top_p < 1 && i + 1 < candidates_.size()) {  // here, what comes after the sum of top_p is dropped
+    if (c.numbers && c.top_p < 1 && i + 1 < candidates_.size()) {  // here, what comes after the sum of top_p is dropped
       if (near(sum, c.top_p * total, margin)) return false;
       if (sum >= c.top_p * total) return true;
     }
@@ -218,11 +227,26 @@ int32_t Chooser::draw_from_kept(double u) const {
   return DSO_UNDECIDED;
 }
 
-int32_t Chooser::race_of_kept(const float* noise) const {
+void Chooser::draw_variates(const dso_choice& c, const float* noise, Mt19937* generator) {
+  variates_.resize(kept_.size());
+  if (noise) {
+    for (size_t i = 0; i < kept_.size(); ++i) variates_[i] = double(noise[candidates_[i].token]);
+    return;
+  }
+  order_.clear();  // in which they are drawn
+  for (size_t i = 0; i < kept_.size(); ++i) order_.emplace_back(candidates_[i].token, i);
+  std::sort(order_.begin(), order_.end());
+  for (const auto& [token, i] : order_) {
+    generator->skip_to(c.first_variate + token);
+    variates_[i] = exponential(generator->uniform());
+  }
+}
+
+int32_t Chooser::race_of_kept() const {
   double best = 0, second = 0;
   int32_t token = DSO_UNDECIDED;
   for (size_t i = 0; i < kept_.size(); ++i) {
-    const double ratio = kept_[i] / double(noise[candidates_[i].token]);
+    const double ratio = kept_[i] / variates_[i];
     if (ratio > best) {
       second = best;
       best = ratio;
@@ -243,6 +267,30 @@ int32_t Chooser::race_of_all(const float* noise) {
   found_.resize(size_t(vocab_));
   const float bound = float(double(weights_[size_t(token)]) * (1 - kRatioMargin));
   return kernels_.at_least_indices(weights_.data(), bound, vocab_, found_.data()) == 1 ? int32_t(token) : DSO_UNDECIDED;
+}
+
+// A variate is at least its uniform number, so most need not be computed.
+int32_t Chooser::race_of_all(const dso_choice& c, int32_t top, Mt19937& generator) {
+  weights_.resize(size_t(vocab_));
+  kernels_.exp_differences(scaled_.data(), top_, vocab_, weights_.data());
+  variates_.resize(size_t(vocab_));
+  generator.skip_to(c.first_variate);
+  for (double& uniform : variates_) uniform = generator.uniform();
+  double best = 1 / exponential(variates_[size_t(top)]), second = 0;
+  int32_t token = top;
+  for (int32_t i = 0; i < int32_t(vocab_); ++i) {
+    const double weight = double(weights_[size_t(i)]), uniform = variates_[size_t(i)];
+    if (i == top || weight < uniform * best * (1 - 2 * kRatioMargin)) continue;
+    const double ratio = weight / exponential(uniform);
+    if (ratio > best) {
+      second = best;
+      best = ratio;
+      token = i;
+    } else {
+      second = std::max(second, ratio);
+    }
+  }
+  return second > best * (1 - kRatioMargin) || !std::isfinite(best) ? DSO_UNDECIDED : token;
 }
 
 // As _draw_unfiltered: first a column of the folded vocabulary, then a token of it.
@@ -269,12 +317,14 @@ int32_t Chooser::draw_from_all(double u) {
   return DSO_UNDECIDED;
 }
 
-int32_t choose(const Context& context, const float* logits, int32_t vocab, const dso_choice& c, int32_t step) {
+int32_t choose(const Context& context, const float* logits, int32_t vocab, const dso_choice& c, int32_t step,
+               const dso_mt19937* generator) {
   if (vocab < 1) fail(DSO_EINVAL, "vocab is %d, must be at least 1", vocab);
   if (step < 0) fail(DSO_EINVAL, "step is %d, must not be negative", step);
-  check_choice(c, vocab, 0);
+  check_choice(c, vocab, 0, generator);
   std::vector<float> row(logits, logits + vocab);
-  return Chooser(context.kernels, vocab).choose(row.data(), c, Penalties(c, vocab), step);
+  Mt19937 own(generator ? *generator : dso_mt19937{1, 0, {}});
+  return Chooser(context.kernels, vocab).choose(row.data(), c, Penalties(c, vocab), step, &own);
 }
 
 }  // namespace dso

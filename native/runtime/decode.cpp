@@ -27,7 +27,11 @@ void check(const dso_plan& plan, const dso_batch& b, const dso_decode& d) {
   for (int32_t s = 0; s < b.S; ++s) {
     if (b.query_len[s] != 1) fail(DSO_EINVAL, "decode: batch.query_len[%d] is %d, must be 1", s, b.query_len[s]);
     if (b.phase[s] != DSO_PHASE_DECODE) fail(DSO_EINVAL, "decode: batch.phase[%d] is %d, must be 0", s, b.phase[s]);
-    check_choice(d.choices[s], plan.vocab_size(), s);
+    check_choice(d.choices[s], plan.vocab_size(), s, d.generator);
+    if (d.generator && (d.choices[s].first_variate > d.variates - plan.vocab_size() ||
+                        (s > 0 && d.choices[s].first_variate < d.choices[s - 1].first_variate + plan.vocab_size())))
+      fail(DSO_EINVAL, "decode: choices[%d].first_variate is %lld: rows must follow each other within %lld variates", s,
+           (long long)d.choices[s].first_variate, (long long)d.variates);
   }
 }
 
@@ -48,10 +52,13 @@ void decode(dso_plan& plan, const dso_batch& batch, dso_decode& d) {
   std::vector<Penalties> penalties;
   for (size_t s = 0; s < rows; ++s) penalties.emplace_back(d.choices[s], plan.vocab_size());
   Chooser chooser(plan.kernels(), plan.vocab_size());
+  Mt19937 generator(d.generator ? *d.generator : dso_mt19937{1, 0, {}});
   for (;;) {
     plan.run(b);
+    generator.mark();
     for (size_t s = 0; s < rows; ++s) {
-      ids[s] = chooser.choose(b.logits + int64_t(s) * plan.vocab_size(), d.choices[s], penalties[s], d.done);
+      ids[s] = chooser.choose(b.logits + int64_t(s) * plan.vocab_size(), d.choices[s], penalties[s], d.done,
+                              d.generator ? &generator : nullptr);
       if (ids[s] == DSO_UNDECIDED) {
         d.undecided = 1;
         return;
@@ -59,6 +66,10 @@ void decode(dso_plan& plan, const dso_batch& batch, dso_decode& d) {
     }
     std::copy(ids.begin(), ids.end(), d.tokens + int64_t(d.done) * int64_t(rows));
     ++d.done;
+    if (d.generator) {
+      generator.skip_to(d.variates);
+      *d.generator = generator.state();
+    }
     const double passed = std::chrono::duration<double>(Clock::now() - start).count();
     const bool stops = std::any_of(ids.begin(), ids.end(), [&](int32_t token) {
       return std::find(d.stops, d.stops + d.n_stops, token) != d.stops + d.n_stops;

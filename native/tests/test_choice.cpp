@@ -45,7 +45,8 @@ static void test_variants_choose_the_same() {
     for (const Variant& v : variants) {
       OwnContext context(*v.kernels, 1);
       int32_t token = -2;
-      if (!check(dso_choose(context.c, logits.data(), vocab, &c, 0, &token) == 0, "choose: %s", dso_last_error())) return;
+      if (!check(dso_choose(context.c, logits.data(), vocab, &c, 0, nullptr, &token) == 0, "choose: %s", dso_last_error()))
+        return;
       check(token >= -1 && token < vocab, "%s: token %d of %d", v.name.c_str(), token, vocab);
       if (&v == &variants[0]) first = token;
       check(token == first, "%s chooses %d, %s %d", v.name.c_str(), token, variants[0].name.c_str(), first);
@@ -115,7 +116,7 @@ static void test_a_call_equals_single_steps() {
       for (int32_t i = 0; i < rows; ++i) {
         dso_choice c = choices[(size_t)i];
         if (i == 2) c.tokens = texts[2].data(), c.n_tokens = (int32_t)texts[2].size();
-        dso_choose(model.context.c, a.logits.data() + i * spec.vocab, spec.vocab, &c, done, &row[(size_t)i]);
+        dso_choose(model.context.c, a.logits.data() + i * spec.vocab, spec.vocab, &c, done, nullptr, &row[(size_t)i]);
         certain = certain && row[(size_t)i] >= 0;
         texts[(size_t)i].push_back(row[(size_t)i]);
         a.ids[(size_t)i] = row[(size_t)i];

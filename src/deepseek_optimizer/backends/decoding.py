@@ -42,8 +42,8 @@ class TokenPenalties(NamedTuple):
 
 
 class RowChoice(NamedTuple):
-    """How the tokens of one sequence are chosen in all steps of a call. At most one of `numbers` and `noise` is given; without
-    both, the largest logit is chosen, and `filters` is ignored.
+    """How the tokens of one sequence are chosen in all steps of a call. At most one of `numbers`, `noise` and `variate` is
+    given; without any, the largest logit is chosen, and `filters` is ignored.
 
     Attributes:
         filters: temperature, above 0, and filters; its `u` is ignored.
@@ -51,12 +51,15 @@ class RowChoice(NamedTuple):
         noise: float32 torch [steps, V], above 0, rows dense: step i divides the logits by temperature, filters them as
             Transformers' warpers for top_k, top_p and min_p do, in this order, and chooses the largest probability divided by
             noise[i]. With exponential variates this is `torch.multinomial`.
+        variate: as `noise`, with variates that torch's generator would draw (`DecodeCall.generator`): the number of the row's
+            first one in a step.
         penalties: None: there are none.
     """
 
     filters: TokenChoice = GREEDY
     numbers: npt.NDArray[np.float64] | None = None
     noise: torch.Tensor | None = None
+    variate: int | None = None
     penalties: TokenPenalties | None = None
 
 
@@ -70,6 +73,9 @@ class DecodeCall:
         stops: int32 [n]; a step that chooses one of these tokens is the last.
         seconds: no step but the first begins that would probably end later than this after the call.
         interrupt: int32 [1]; no step but the first begins while it is not 0. Other threads may set it. None: never.
+        generator: uint32 [626], the state of torch's generator of exponential variates: `left`, `next` and the 624 words of
+            at::mt19937. The call advances it by `variates` for each step whose tokens it chose. None: no row needs it.
+        variates: number of variates that a step draws. Those of the rows follow each other, in the order of the rows.
     """
 
     steps: int
@@ -77,6 +83,8 @@ class DecodeCall:
     stops: Int32
     seconds: float
     interrupt: Int32 | None = None
+    generator: npt.NDArray[np.uint32] | None = None
+    variates: int = 0
 
 
 @dataclass

@@ -10,13 +10,14 @@ import pytest
 import torch
 from transformers.generation import logits_process as hf
 
-from deepseek_optimizer.backends.cpu.buffers import address
-from deepseek_optimizer.backends.cpu.decode import native_choice
+from deepseek_optimizer.backends.cpu.buffers import address, optional
+from deepseek_optimizer.backends.cpu.decode import GENERATOR_WORDS, native_choice
 from deepseek_optimizer.backends.cpu.native import UNDECIDED, Context
 from deepseek_optimizer.backends.decoding import RowChoice, TokenPenalties
 from deepseek_optimizer.backends.sampling import GREEDY, NOT_FINITE, TokenChoice, choose_token
 from deepseek_optimizer.engine.request import SamplingParams
 from deepseek_optimizer.engine.sampling.token_rules import rules_of
+from deepseek_optimizer.integration.generation.torch_generator import draws_as_expected, read_state
 
 SIZES = (1, 3, 17, 64, 129, 1000, 20_000)
 
@@ -26,11 +27,12 @@ def context(isa):
     return Context(isa, 1)
 
 
-def choose(context, logits, row, steps=1, step=0):
+def choose(context, logits, row, steps=1, step=0, generator=None):
     before = logits.copy()
     choice, token = native_choice(row, steps, len(logits)), C.c_int32()
     place = address(logits, "logits", np.dtype(np.float32), logits.shape)
-    context.call("dso_choose", context.handle, place, len(logits), C.byref(choice), step, C.byref(token))
+    words = optional(generator, "generator", np.dtype(np.uint32), (GENERATOR_WORDS,))
+    context.call("dso_choose", context.handle, place, len(logits), C.byref(choice), step, words, C.byref(token))
     assert np.array_equal(logits, before, equal_nan=True)
     return token.value
 
@@ -65,6 +67,14 @@ def of_transformers(logits, filters, penalty, tokens, seed):
         scores = hf.RepetitionPenaltyLogitsProcessor(penalty)(ids, scores)
     if filters is None:
         return int(scores[0].numpy().argmax())
+    scores = warped(scores[0].numpy(), filters)
+    torch.manual_seed(seed)
+    return int(torch.multinomial(scores.softmax(-1), 1))
+
+
+def warped(logits, filters):
+    """Logits after Transformers' warpers, float32 [1, V]."""
+    scores, ids = torch.from_numpy(logits.copy())[None], None
     if filters.temperature != 1:
         scores = hf.TemperatureLogitsWarper(filters.temperature)(ids, scores)
     if filters.top_k:
@@ -73,8 +83,7 @@ def of_transformers(logits, filters, penalty, tokens, seed):
         scores = hf.TopPLogitsWarper(filters.top_p)(ids, scores)
     if filters.min_p:
         scores = hf.MinPLogitsWarper(filters.min_p)(ids, scores)
-    torch.manual_seed(seed)
-    return int(torch.multinomial(scores.softmax(-1), 1))
+    return scores
 
 
 def test_the_largest_logit(context):
@@ -112,6 +121,26 @@ def test_draws_by_noise(context):
         noise = torch.empty(1, len(logits)).exponential_()
         token = choose(context, logits, RowChoice(filters, noise=noise))
         assert token in (UNDECIDED, of_transformers(logits, filters, 1.0, [], n)), (n, filters)
+        decided += token != UNDECIDED
+    assert decided > 1500 * 0.8
+
+
+def test_draws_by_torchs_generator(context):
+    """The numbers are those of torch, after any number of draws before."""
+    assert draws_as_expected()
+    decided = 0
+    for n in range(1500):
+        rng = np.random.default_rng(n)
+        logits, filters = random_logits(rng, int(rng.choice(SIZES))), random_filters(rng)
+        before, skipped = rng.integers(0, 700, 2)
+        torch.manual_seed(n)
+        torch.empty(int(before)).exponential_()
+        state, words = torch.get_rng_state(), read_state(torch.get_rng_state())
+        token = choose(context, logits, RowChoice(filters, variate=int(skipped)), generator=words)
+        scores = warped(logits, filters)
+        torch.set_rng_state(state)
+        torch.empty(int(skipped)).exponential_()
+        assert token in (UNDECIDED, int(torch.multinomial(scores.softmax(-1), 1))), (n, filters)
         decided += token != UNDECIDED
     assert decided > 1500 * 0.8
 
@@ -164,7 +193,7 @@ def test_rows_of_noise_that_are_not_dense(context):
         (RowChoice(TokenChoice(1.0, top_k=-1), np.zeros(1)), "top_k"),
         (RowChoice(TokenChoice(1.0, top_p=1.5), np.zeros(1)), "top_p"),
         (RowChoice(TokenChoice(1.0, min_p=float("nan")), np.zeros(1)), "min_p"),
-        (RowChoice(TokenChoice(1.0), np.zeros(1), torch.ones(1, 9)), "numbers or noise"),
+        (RowChoice(TokenChoice(1.0), np.zeros(1), torch.ones(1, 9)), "numbers, noise"),
         (RowChoice(penalties=TokenPenalties(np.array([9], np.int32), 0, 1.1)), "outside the vocabulary"),
         (RowChoice(penalties=TokenPenalties(np.array([1], np.int32), 2, 1.1)), "n_prompt"),
         (RowChoice(penalties=TokenPenalties(np.array([1], np.int32), 0, 0.0)), "repetition"),

@@ -95,6 +95,16 @@ def test_random_requests(pair, calls, monkeypatch, seed):
     assert plain.shape[1] <= ids.shape[1] + 1 or calls["calls"]
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_builds_of_torch_that_draw_otherwise(pair, calls, monkeypatch, seed):
+    """Torch itself draws the variates then."""
+    monkeypatch.setattr(token_choice, "draws_as_expected", lambda: False)
+    rng = random.Random(seed)
+    ids, options = random_request(rng, pair)
+    (plain, state), (fast, after) = single_and_several(pair, monkeypatch, ids, seed, **options | {"do_sample": True})
+    assert torch.equal(plain, fast) and torch.equal(state, after)
+
+
 def test_many_steps_run_in_a_call(pair, calls, monkeypatch):
     monkeypatch.setattr(token_choice, "_SECONDS", 60.0)
     pair.fast.generate(pair.ids(10), max_new_tokens=100, do_sample=False, eos_token_id=None)
@@ -163,6 +173,7 @@ def test_undecided_tokens_are_chosen_here(pair, monkeypatch, do_sample):
         return decoded
 
     monkeypatch.setattr(plan, "decode", hesitant)
+    monkeypatch.setattr(token_choice, "draws_as_expected", lambda: False)  # the variates are returned by their number
     options = {"max_new_tokens": 60, "do_sample": do_sample, "top_k": 30, "eos_token_id": [3, 4], "pad_token_id": 0}
     for seed in range(4):
         (plain, state), (fast, after) = single_and_several(pair, monkeypatch, pair.ids(9, 9, seed=seed), seed, **options)

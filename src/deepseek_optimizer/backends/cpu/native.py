@@ -96,6 +96,7 @@ class Choice(C.Structure):
         ("temperature", C.c_float), ("top_k", I32), ("top_p", C.c_double), ("min_p", C.c_double), ("repetition", C.c_float),
         ("frequency", C.c_float), ("presence", C.c_float), ("window", I32), ("n_tokens", I32), ("n_prompt", I32),
         ("tokens", PTR), ("numbers", PTR), ("noise", PTR), ("noise_stride", I64),
+        ("first_variate", I64),
     ]  # fmt: skip
 
 
@@ -104,7 +105,7 @@ class Decode(C.Structure):
 
     _fields_ = [
         ("steps", I32), ("n_stops", I32), ("stops", PTR), ("seconds", C.c_double), ("interrupt", PTR), ("choices", PTR),
-        ("tokens", PTR), ("done", I32), ("undecided", I32),
+        ("generator", PTR), ("variates", I64), ("tokens", PTR), ("done", I32), ("undecided", I32),
     ]  # fmt: skip
 
 
@@ -188,7 +189,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "dso_plan_reserve": (I32, [PTR, I32, I32]),
     "dso_plan_run": (I32, [PTR, PTR]),
     "dso_plan_decode": (I32, [PTR, PTR, PTR]),
-    "dso_choose": (I32, [PTR, PTR, I32, PTR, I32, PTR]),
+    "dso_choose": (I32, [PTR, PTR, I32, PTR, I32, PTR, PTR]),
     "dso_plan_check": (I32, [PTR]),
     "dso_plan_set_timing": (I32, [PTR, I32]),
     "dso_plan_timing": (I32, [PTR, PTR, PTR]),

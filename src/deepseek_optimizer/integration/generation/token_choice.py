@@ -15,9 +15,10 @@ from transformers.generation import logits_process as processors
 
 from ...backends.base import Int32
 from ...backends.decoding import DecodeCall, Decoded, RowChoice, TokenPenalties
-from ...backends.sampling import TokenChoice
+from ...backends.sampling import GREEDY, TokenChoice
 from .loop import RowStops
 from .steps import DecodeSteps
+from .torch_generator import draws_as_expected, read_state, written_state
 
 _STREAMED_SECONDS, _SECONDS = 0.01, 0.05  # maximum duration of a call with and without a streamer
 _NOISE_BYTES = 4 << 20  # of a call
@@ -94,12 +95,26 @@ class TokenChoices:
         if self._filters is None:
             rows = [RowChoice(penalties=self._penalties(input_ids, row)) for row in steps.rows]
             return steps.decode(tokens, DecodeCall(max(1, count), rows, self._stops, self._seconds))
-        vocab = steps.vocab_size
-        count = max(1, min(count, int(2 * self._steps), _NOISE_BYTES // (4 * self._rows * vocab)))
+        call = DecodeCall(max(1, count), (), self._stops, self._seconds)
+        return self._sampled(steps, input_ids, tokens, call)
+
+    def _sampled(self, steps: DecodeSteps, input_ids: torch.Tensor, tokens: list[int], call: DecodeCall) -> Decoded:
+        vocab, choice = steps.vocab_size, RowChoice(self._filters or GREEDY)
+        penalties = [self._penalties(input_ids, row) for row in steps.rows]
+        if draws_as_expected():
+            before = torch.get_rng_state()
+            call.generator, call.variates = read_state(before), self._rows * vocab
+            call.rows = [
+                choice._replace(variate=row * vocab, penalties=p) for row, p in zip(steps.rows, penalties, strict=True)
+            ]
+            decoded = steps.decode(tokens, call)
+            torch.set_rng_state(written_state(before, call.generator))
+            return decoded
+        count = call.steps = max(1, min(call.steps, int(2 * self._steps), _NOISE_BYTES // (4 * self._rows * vocab)))
         noise, states = self._drawn(count, vocab)
-        rows = [RowChoice(self._filters, noise=noise[:, row], penalties=self._penalties(input_ids, row)) for row in steps.rows]
+        call.rows = [choice._replace(noise=noise[:, row], penalties=p) for row, p in zip(steps.rows, penalties, strict=True)]
         try:
-            decoded = steps.decode(tokens, DecodeCall(count, rows, self._stops, self._seconds))
+            decoded = steps.decode(tokens, call)
         except BaseException:
             torch.set_rng_state(states[0])
             raise
