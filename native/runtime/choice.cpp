@@ -153,10 +153,10 @@ bool Chooser::gather(const dso_choice& c) {
       candidates_.resize(size_t(c.top_k));
     }
   }
-  if (edged && c.numbers) {
-    for (const Candidate& x : candidates_)
-      if (near(x.scaled, edge, 2 * margin)) return false;
-  }
+  edge_ = edged && c.numbers ? edge + 2 * margin : -std::numeric_limits<double>::infinity();
+  edge_sum_ = 0;
+  for (const Candidate& x : candidates_)
+    if (x.scaled <= edge_) edge_sum_ += weight_of(x.scaled, top_);
   return !candidates_.empty();
 }
 
@@ -181,48 +181,54 @@ double Chooser::sum_of_all() {
   return sums[0] + sums[1] + sums[2] + sums[3];
 }
 
-// Both filters pass the largest tokens up to some place.
+// Both filters pass the largest tokens up to some place. From the first comparison within a margin on, they may pass.
 bool Chooser::keep(const dso_choice& c) {
   kept_.clear();
+  certain_ = 0;
   double total = 0;
   if (c.top_p < 1 && c.top_k > 0)
     for (const Candidate& x : candidates_) total += weight_of(x.scaled, top_);
   else if (c.top_p < 1)
     total = sum_of_all();
-  const double margin =
-      (!c.numbers ? torch_margin(double(c.top_k > 0 ? int64_t(candidates_.size()) : vocab_)) : kMargin) * total;
+  const double numbers = double(c.top_k > 0 ? int64_t(candidates_.size()) : vocab_);
+  const double margin = (c.numbers ? kMargin : torch_margin(numbers)) * total + edge_sum_;
   const double least = c.numbers ? double(float(c.min_p)) : c.min_p;
+  const double most = c.numbers ? c.top_p * total : (1 - c.top_p) * total;
   double sum = 0;
+  bool certain = true;
   for (size_t i = 0; i < candidates_.size(); ++i) {
     sort_to(i + 1);
     const float scaled = candidates_[i].scaled;
     const double weight = weight_of(scaled, top_);
-    if (!c.numbers && c.top_p < 1 && i > 0) {  // Transformers drops the last ones while they sum to at most 1 - top_p
-      const double rest = total - sum, most = (1 - c.top_p) * total;
-      if (near(rest, most, margin)) return false;
-      if (rest <= most) return scaled != candidates_[i - 1].scaled;  // the order of equal ones is not defined
+    certain = certain && scaled > edge_;
+    if (c.top_p < 1 && i > 0) {
+      // Transformers drops the last ones while they sum to at most 1 - top_p; here, those after a sum of top_p are dropped.
+      const double rest = total - sum;
+      const bool out = c.numbers ? sum >= most + margin : rest < most - margin;
+      if (out) return c.numbers || scaled != candidates_[i - 1].scaled;  // in torch, the order of equal ones is not defined
+      certain = certain && (c.numbers ? sum <= most - margin : rest > most + margin);
     }
     if (scaled != top_ && c.min_p > 0) {
-      if (near(weight, least, kRatioMargin * least)) return false;
-      if (weight < least) return true;
+      if (weight < least * (1 - kRatioMargin)) return true;
+      certain = certain && weight > least * (1 + kRatioMargin);
     }
     kept_.push_back(weight);
+    certain_ += certain;
     sum += weight;
-    if (c.numbers && c.top_p < 1 && i + 1 < candidates_.size()) {  // here, what comes after the sum of top_p is dropped
-      if (near(sum, c.top_p * total, margin)) return false;
-      if (sum >= c.top_p * total) return true;
-    }
   }
   return true;
 }
 
 int32_t Chooser::draw_from_kept(double u) const {
-  double total = 0, sum = 0;
-  for (const double weight : kept_) total += weight;
+  double sure = 0, all = 0, sum = 0;
   for (size_t i = 0; i < kept_.size(); ++i) {
+    all += kept_[i];
+    if (i < certain_) sure = all;
+  }
+  for (size_t i = 0; i < certain_; ++i) {
     sum += kept_[i];
-    if (near(sum, u * total, kMargin * total)) return DSO_UNDECIDED;
-    if (sum > u * total) return candidates_[i].token;
+    if (sum <= u * sure - kMargin * all) continue;
+    return sum > u * all + kMargin * all ? candidates_[i].token : DSO_UNDECIDED;
   }
   return DSO_UNDECIDED;
 }
@@ -244,18 +250,19 @@ void Chooser::draw_variates(const dso_choice& c, const float* noise, Mt19937* ge
 
 int32_t Chooser::race_of_kept() const {
   double best = 0, second = 0;
-  int32_t token = DSO_UNDECIDED;
+  size_t place = kept_.size();
   for (size_t i = 0; i < kept_.size(); ++i) {
     const double ratio = kept_[i] / variates_[i];
     if (ratio > best) {
       second = best;
       best = ratio;
-      token = candidates_[i].token;
+      place = i;
     } else {
       second = std::max(second, ratio);
     }
   }
-  return second > best * (1 - kRatioMargin) || !std::isfinite(best) ? DSO_UNDECIDED : token;
+  if (place >= certain_ || second > best * (1 - kRatioMargin) || !std::isfinite(best)) return DSO_UNDECIDED;
+  return candidates_[place].token;
 }
 
 int32_t Chooser::race_of_all(const float* noise) {

@@ -72,11 +72,14 @@ class Chooser {
   std::vector<float> scaled_, weights_, maxima_;
   std::vector<int32_t> found_;
   std::vector<Candidate> candidates_;  // the first sorted_ in order, before all others
-  std::vector<double> kept_;           // the weights of the first candidates, which pass the filters
+  std::vector<double> kept_;           // the weights of the first candidates, which may pass the filters
+  size_t certain_ = 0;                 // how many of them pass certainly
   std::vector<double> variates_;       // of these, or of all tokens
   std::vector<std::pair<int32_t, size_t>> order_;
   size_t sorted_ = 0;
-  float top_ = 0;  // the largest of scaled_, whose weight is 1
+  double edge_ = 0;      // candidates not above it may not be candidates in the definition
+  double edge_sum_ = 0;  // their weights together
+  float top_ = 0;        // the largest of scaled_, whose weight is 1
   std::vector<std::pair<int32_t, float>> undo_;
 };
 
