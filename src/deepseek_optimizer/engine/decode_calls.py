@@ -16,7 +16,7 @@ from ..backends.decoding import DecodeCall, Decoded
 from ..backends.sampling import Floats
 from .scheduling.scheduler import ScheduledChunk
 
-_SECONDS = 0.01  # maximum duration of a call: clients get the tokens at its end
+_SECONDS = 0.02  # maximum duration of a call: clients get the tokens at its end
 
 
 def decode_call(chunks: Sequence[ScheduledChunk], eos: frozenset[int], interrupt: Int32) -> DecodeCall | None:

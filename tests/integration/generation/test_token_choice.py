@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -130,6 +131,13 @@ def test_streamers_get_every_token_in_order(pair, monkeypatch, do_sample):
         assert streamer.ended and streamer.pieces[1:] == [[token] for token in out[0, 7:].tolist()]
         streamed.append(streamer.pieces)
     assert streamed[0] == streamed[1]
+
+
+def test_threads_draw_different_numbers(pair):
+    torch.manual_seed(0)
+    with ThreadPoolExecutor(4) as pool:
+        texts = list(pool.map(lambda _: pair.fast.generate(pair.ids(5), max_new_tokens=40, do_sample=True, top_k=0), range(8)))
+    assert len({tuple(text[0].tolist()) for text in texts}) == 8
 
 
 class After(StoppingCriteria):

@@ -32,6 +32,7 @@ from .loop import ContextLimit, RowStops, next_positions, prefill
 from .speculation import requested_drafts, speculative_sample
 from .steps import DecodeSteps
 from .token_choice import TokenChoices
+from .torch_generator import GENERATOR_LOCK
 
 _SERVED = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE, GenerationMode.ASSISTED_GENERATION)
 _TRANSFORMERS_ONLY = ("assistant_model", "synced_gpus", "custom_generate")
@@ -233,7 +234,8 @@ def _sample(
             if scores is not None:
                 scores += (chosen_from,)
             if config.do_sample:
-                chosen = torch.multinomial(chosen_from.softmax(-1), num_samples=1)
+                with GENERATOR_LOCK:
+                    chosen = torch.multinomial(chosen_from.softmax(-1), num_samples=1)
             else:
                 chosen = largest(chosen_from)[:, None]
             if stop.has_eos and not all(alive):

@@ -18,7 +18,7 @@ from ...backends.decoding import DecodeCall, Decoded, RowChoice, TokenPenalties
 from ...backends.sampling import GREEDY, TokenChoice
 from .loop import RowStops
 from .steps import DecodeSteps
-from .torch_generator import draws_as_expected, read_state, written_state
+from .torch_generator import GENERATOR_LOCK, draws_as_expected, read_state, written_state
 
 _STREAMED_SECONDS, _SECONDS = 0.01, 0.05  # maximum duration of a call with and without a streamer
 _NOISE_BYTES = 4 << 20  # of a call
@@ -96,7 +96,8 @@ class TokenChoices:
             rows = [RowChoice(penalties=self._penalties(input_ids, row)) for row in steps.rows]
             return steps.decode(tokens, DecodeCall(max(1, count), rows, self._stops, self._seconds))
         call = DecodeCall(max(1, count), (), self._stops, self._seconds)
-        return self._sampled(steps, input_ids, tokens, call)
+        with GENERATOR_LOCK:
+            return self._sampled(steps, input_ids, tokens, call)
 
     def _sampled(self, steps: DecodeSteps, input_ids: torch.Tensor, tokens: list[int], call: DecodeCall) -> Decoded:
         vocab, choice = steps.vocab_size, RowChoice(self._filters or GREEDY)
@@ -108,7 +109,8 @@ class TokenChoices:
                 choice._replace(variate=row * vocab, penalties=p) for row, p in zip(steps.rows, penalties, strict=True)
             ]
             decoded = steps.decode(tokens, call)
-            torch.set_rng_state(written_state(before, call.generator))
+            if torch.equal(torch.get_rng_state(), before):  # otherwise, other code has drawn meanwhile
+                torch.set_rng_state(written_state(before, call.generator))
             return decoded
         count = call.steps = max(1, min(call.steps, int(2 * self._steps), _NOISE_BYTES // (4 * self._rows * vocab)))
         noise, states = self._drawn(count, vocab)

@@ -3,11 +3,14 @@
 The layout is that of `CPUGeneratorImplStateLegacy` in ATen/CPUGeneratorImpl.cpp, and variates are drawn as in
 ATen/core/DistributionsHelper.h: an exponential variate takes a 64-bit number, of which the lower 53 bits are u 2^53; it is
 -log(1 - u). Builds of torch that draw otherwise are recognized by their numbers (`draws_as_expected`).
+
+The generator is the process's: threads that generate take turns (`GENERATOR_LOCK`), so that none draws another's numbers.
 """
 
 from __future__ import annotations
 
 import functools
+import threading
 from typing import Any
 
 import numpy as np
@@ -15,6 +18,7 @@ import numpy.typing as npt
 import torch
 
 Words = npt.NDArray[np.uint32]
+GENERATOR_LOCK = threading.Lock()  # of torch's default generator, which is global itself
 
 _LAYOUT = np.dtype(
     [("seed", "<u8"), ("left", "<i4"), ("seeded", "<i4"), ("next", "<u8"), ("state", "<u8", 624), ("normals", "V40")]
