@@ -277,7 +277,9 @@ class EngineCore:
         rows = [row for chunk, end in zip(chunks, ends, strict=True) for row in logit_rows(chunk, end)]
         states = any(s.running.request.embed for s in chunks) or bool(self.drafting and self.drafting.wants_states)
         call = None if states else self._decode_call(chunks)
-        last_hidden = None
+        tokens: list[int | None]
+        logits: Any
+        last_hidden: Any = None
         try:
             if call is not None:
                 decoded = self.runner.decode(parts, call)
