@@ -479,6 +479,58 @@ typedef struct dso_batch {
 DSO_API int32_t dso_plan_run(dso_plan* p, const dso_batch* batch);
 DSO_API int32_t dso_plan_check(const dso_plan* p); /* dso_mapping_check for all its weights */
 
+/* ---- tokens chosen from logits --------------------------------------------------------------------------
+ * How the tokens of one sequence are chosen. The definition is in Python; this library decides only where no rounding of that
+ * computation can change the token (runtime/choice.cpp), and leaves all other steps to the caller.
+ * First the penalties, in fp32: a logit of a token that occurs among the last `window` of `tokens` and of what was chosen since
+ * (0: among all) is divided by `repetition`, or multiplied if it is negative; then `frequency` times the number of times that
+ * the token occurs from tokens[n_prompt] on, plus `presence`, is subtracted if that is not 0. Then, with temperature 0, the
+ * largest logit, the first if several are equal. Otherwise logits are divided by temperature, filtered and drawn from:
+ *  - `numbers`, as backends/sampling.py does: step i draws by numbers[i];
+ *  - `noise`, as Transformers' warpers and torch.multinomial do: step i chooses the largest probability divided by
+ *    noise[i * noise_stride + token], an exponential variate;
+ *  - neither: in the same way, with the variates that torch draws from a generator: that of a token is number
+ *    first_variate + token of the step. */
+typedef struct dso_mt19937 { /* the state of torch's generator on the CPU (at::mt19937) */
+  int32_t left, next;
+  uint32_t state[624];
+} dso_mt19937;
+typedef struct dso_choice {
+  float temperature;
+  int32_t top_k;                         /* 0: no filter */
+  double top_p;                          /* 1: no filter */
+  double min_p;                          /* 0: no filter */
+  float repetition, frequency, presence; /* 1, 0, 0: no penalties; then tokens may be NULL */
+  int32_t window, n_tokens, n_prompt;
+  const int32_t* tokens;
+  const double* numbers; /* [steps] in [0, 1), or NULL */
+  const float* noise;    /* [steps][noise_stride], above 0, or NULL */
+  int64_t noise_stride, first_variate;
+} dso_choice;
+enum { DSO_UNDECIDED = -1 };
+/* The token that step `step` chooses from logits[vocab], or DSO_UNDECIDED. For tests. generator: its state before the step; may
+ * be NULL. */
+DSO_API int32_t dso_choose(dso_context* c, const float* logits, int32_t vocab, const dso_choice* choice, int32_t step,
+                           const dso_mt19937* generator, int32_t* token);
+
+/* Several decode steps, each with the tokens that the step before it chose. The batch is that of the first step: one row per
+ * sequence, with its logits, in phase DECODE; its block table must have the blocks of all steps. Its logits are those of the
+ * last step that was run. Plans with recurrent states and batches with inv_freq for a changing length take one step a call. */
+typedef struct dso_decode {
+  int32_t steps; /* at most, > 0 */
+  int32_t n_stops;
+  const int32_t* stops;      /* [n_stops]: the step that chooses one of these tokens is the last */
+  double seconds;            /* no step begins that would probably end later than this after the call */
+  const int32_t* interrupt;  /* no step but the first begins while this is not 0; NULL: never */
+  const dso_choice* choices; /* [S] */
+  dso_mt19937* generator;    /* its state before the call, and then after the steps whose tokens were chosen; or NULL */
+  int64_t variates;          /* that a step draws from it */
+  int32_t* tokens;           /* [steps][S]: receives the chosen tokens */
+  int32_t done;              /* receives the number of steps whose tokens were all chosen */
+  int32_t undecided;         /* receives 1 if one more step was run, whose tokens the caller must choose */
+} dso_decode;
+DSO_API int32_t dso_plan_decode(dso_plan* p, const dso_batch* batch, dso_decode* d);
+
 /* With timing on, the seconds spent in each step are summed over runs (wall time on thread 0), and runs are counted. */
 DSO_API int32_t dso_plan_set_timing(dso_plan* p, int32_t on);
 DSO_API int32_t dso_plan_timing(const dso_plan* p, double* seconds_per_step, int64_t* runs);

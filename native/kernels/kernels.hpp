@@ -24,7 +24,7 @@ struct LowRank {  // a matrix of an adapter, F32 or BF16, in tiles of 16 rows, s
   int32_t format;
   int32_t rows, cols;
   const uint8_t* data;
-  int64_t tile_bytes() const { return format == DSO_F32 ? int64_t(cols) * 64 : (int64_t(cols) + 1) / 2 * 64; }
+  int64_t tile_bytes;
 };
 
 struct KvLayout {  // one layer of a cache; the layout inside a block is private to the kernels
@@ -247,6 +247,16 @@ struct RowKernels {  // everything else: rows of activations, weights and caches
   // the larger rot.
   void (*latent_rotate)(const KvLayout& l, const KvView& v, int64_t block, const Rotation& key, const Rotation* index,
                         float* room);
+
+  // ---- the choice of a token from a row of logits (kernels/generic/choice.hpp)
+  int64_t (*first_largest)(const float* x, int64_t n);  // its index; -1 if it is not finite or any element is NaN
+  float (*smallest)(const float* x, int64_t n);         // NaN if any element is
+  void (*divide)(const float* x, float divisor, int64_t n, float* out);
+  void (*quotients)(const float* a, const float* b, int64_t n, float* out);
+  void (*exp_differences)(const float* x, float top, int64_t n, float* out);  // e^(x - top)
+  // maxima[c]: the largest of x[c], x[c + columns], ..., `rows` elements.
+  void (*column_maxima)(const float* x, int64_t rows, int64_t columns, float* maxima);
+  int64_t (*at_least_indices)(const float* x, float bound, int64_t n, int32_t* indices);  // ascending; returns their number
 };
 
 // The kernels of one variant. Each part has its own translation units; a variant may share parts with another

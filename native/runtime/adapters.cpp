@@ -16,6 +16,8 @@ int32_t checked(const char* what, int32_t value, int32_t most) {
   return value;
 }
 
+int64_t low_rank_tile_bytes(int32_t format, int64_t cols) { return format == DSO_F32 ? cols * 64 : ceil_div(cols, 2) * 64; }
+
 dso_adapters::Stack checked(const char* what, const dso_weight& w, int32_t rows, int32_t cols, int32_t heads) {
   if (w.format != DSO_F32 && w.format != DSO_BF16)
     fail(DSO_EINVAL, "adapters: %s has format %d, must be F32 or BF16", what, w.format);
@@ -23,8 +25,8 @@ dso_adapters::Stack checked(const char* what, const dso_weight& w, int32_t rows,
   if (w.rows != rows || w.cols != cols || (count != 1 && count != heads))
     fail(DSO_EINVAL, "adapters: %s is %d of [%d, %d], must be one matrix [%d, %d], or one for each of %d heads", what, count,
          w.rows, w.cols, rows, cols, heads);
-  const LowRank first{w.format, rows, cols, static_cast<const uint8_t*>(w.data)};
-  const int64_t bytes = ceil_div(rows, kTileRows) * first.tile_bytes();
+  const LowRank first{w.format, rows, cols, static_cast<const uint8_t*>(w.data), low_rank_tile_bytes(w.format, cols)};
+  const int64_t bytes = ceil_div(rows, kTileRows) * first.tile_bytes;
   if (!w.data || w.bytes != bytes * count)
     fail(DSO_EINVAL, "adapters: %s has %lld bytes, must have %lld, or its data is NULL", what, (long long)w.bytes,
          (long long)(bytes * count));
@@ -75,7 +77,7 @@ void for_adapted(const Run& run, int32_t site, int64_t row, int64_t end, int64_t
   for (; at != adapted.end() && at->first < end; ++at) {
     LowRank b = run.batch.source->adapters->pair(at->slot, site).up.first;
     if (b.rows == 0) continue;
-    b.data += tile * b.tile_bytes();
+    b.data += tile * b.tile_bytes;
     b.rows -= int32_t(tile * kTileRows);
     use(b, std::max(at->first, row), std::min(at->first + at->count, end));
   }
@@ -96,7 +98,7 @@ void dso::add_low_rank(const Run& run, int32_t site, const Rows& h, int64_t row,
 void dso::prefetch_low_rank(const Run& run, int32_t site, int64_t row, int64_t end, int64_t tile, int64_t tile_end) {
   int64_t left = kMostFetched;
   for_adapted(run, site, row, end, tile, [&](const LowRank& b, int64_t, int64_t) {
-    const int64_t bytes = std::min(left, (tile_end - tile) * b.tile_bytes());
+    const int64_t bytes = std::min(left, (tile_end - tile) * b.tile_bytes);
     for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(b.data + at, 0, 2);
     left -= bytes;
   });

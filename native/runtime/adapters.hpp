@@ -12,7 +12,9 @@ struct dso_adapters {
   struct Stack {
     dso::LowRank first{};
     int64_t step = 0;  // bytes from the matrix of one head to the next
-    dso::LowRank of(int64_t head) const { return {first.format, first.rows, first.cols, first.data + head * step}; }
+    dso::LowRank of(int64_t head) const {
+      return {first.format, first.rows, first.cols, first.data + head * step, first.tile_bytes};
+    }
   };
   struct Pair {
     Stack down, up;  // A [rank, cols] and B [rows, rank]; rows of A 0: the adapter has nothing for the site

@@ -95,7 +95,7 @@ static void run(const LowRank& w, const float* x, int64_t x_stride, int64_t T, i
                 bool accumulate, float* y, int64_t y_stride) {
   const int64_t blocks = (T + max_rows - 1) / max_rows;
   for (int64_t tile = tile_begin; tile < tile_end; ++tile) {
-    const uint8_t* weights = w.data + tile * w.tile_bytes();
+    const uint8_t* weights = w.data + tile * w.tile_bytes;
     for (int64_t b = 0, t = 0; b < blocks; ++b) {  // of even size
       const int M = (int)((b + 1) * T / blocks - t);
       rows<format>(M, weights, w.cols, row(x, x_stride, t), x_stride, w.rows - tile * lanes, accumulate,

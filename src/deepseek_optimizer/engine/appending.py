@@ -50,6 +50,8 @@ def append_tokens(
                 return "stop"
         elif token == NOT_FINITE:
             raise NotANumberError
+        else:
+            r.sampler.took(token)
         if not r.max_tokens:  # the choice has only checked the logits
             return "length"
         if report_logprobs and output.logprobs is not None:

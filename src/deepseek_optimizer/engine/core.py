@@ -20,6 +20,7 @@ from ..cache.prefix_cache import PrefixCache
 from ..errors import BackendError, CheckpointChangedError, ContextLengthError, RequestError, shown
 from .adapters import Adapter, Adapters, adapters_of
 from .appending import append_tokens
+from .decode_calls import as_drafts, decode_call
 from .detokenizer import Detokenizer
 from .ending import ended_early
 from .metrics import EndedRequest, EngineMetrics
@@ -42,6 +43,7 @@ from .speculative.drafting import Drafting
 from .step_rows import logit_rows, part_of, prompt_rows, token_choices
 
 if TYPE_CHECKING:
+    from ..backends.decoding import DecodeCall
     from .runner import Runner
 
 _log = logging.getLogger(__name__)
@@ -108,6 +110,7 @@ class EngineCore:
         )
         self.drafting = Drafting(proposers, self.times) if proposers else None
         self.metrics = EngineMetrics()
+        self.interrupt = np.zeros(1, np.int32)  # set by other threads that want the next step to begin
         self.on_ended: Callable[[EndedRequest, Finish], None] | None = None  # called for each request that has ended
         self._requests: dict[str, Running] = {}
         self._count = 0
@@ -274,17 +277,37 @@ class EngineCore:
         ends = list(accumulate(len(p.ids) for p in parts))
         rows = [row for chunk, end in zip(chunks, ends, strict=True) for row in logit_rows(chunk, end)]
         states = any(s.running.request.embed for s in chunks) or bool(self.drafting and self.drafting.wants_states)
+        call = None if states else self._decode_call(chunks)
+        tokens: list[int | None]
+        logits: Any
+        last_hidden: Any = None
         try:
-            result = self.runner.step(parts, rows, last_hidden=states)
-            ran = self.clock()
-            tokens, logits = self.runner.choose_tokens(result.logits, token_choices(chunks, self.runner.on_host))
+            if call is not None:
+                decoded = self.runner.decode(parts, call)
+                ran = self.clock()
+                steps, (tokens, logits) = decoded.steps, as_drafts(chunks, decoded)
+            else:
+                result = self.runner.step(parts, rows, last_hidden=states)
+                ran = self.clock()
+                steps, last_hidden = 1, result.last_hidden if states else None
+                tokens, logits = self.runner.choose_tokens(result.logits, token_choices(chunks, self.runner.on_host))
         except (MemoryError, BackendError) as error:
             return outputs + self._fail([chunk.running for chunk in chunks], error)
-        outputs += self._advance(chunks, tokens, logits, result.last_hidden if states else None)
+        outputs += self._advance(chunks, tokens, logits, last_hidden, drafted=call is None)
         for chunk in chunks:
             self.scheduler.forget(chunk.running)
-        self._measure(chunks, ran - begun, self.clock())
+        if call is not None:
+            self._measure_decoded(len(chunks), steps, ran - begun)
+        else:
+            self._measure(chunks, ran - begun, self.clock())
         return outputs
+
+    def _decode_call(self, chunks: list[ScheduledChunk]) -> DecodeCall | None:
+        """How several decode steps run in one call; None: the next step must be scheduled after this one."""
+        scheduler = self.scheduler
+        if not self.runner.decodes or self.sliding is not None or scheduler.waiting or len(chunks) < len(scheduler.running):
+            return None
+        return decode_call(chunks, self.facts.eos, self.interrupt)
 
     def _schedule(self) -> list[ScheduledChunk]:
         running = [r for r in self.scheduler.running if r.decoding]
@@ -359,13 +382,15 @@ class EngineCore:
             output.transient = isinstance(error, MemoryError)
         return outputs
 
-    def _advance(self, chunks: list[ScheduledChunk], tokens: list[int | None], logits: Any, states: Any) -> list[Output]:
+    def _advance(
+        self, chunks: list[ScheduledChunk], tokens: list[int | None], logits: Any, states: Any, *, drafted: bool
+    ) -> list[Output]:
         outputs: list[Output] = []
         outcomes: list[tuple[Running, int, int]] = []
         row = begin = 0
         for chunk in chunks:
             r, sequence = chunk.running, chunk.running.sequence
-            count, drafted = chunk.count + len(chunk.drafts), len(chunk.drafts)
+            count, more = chunk.count + len(chunk.drafts), len(chunk.drafts)
             of_prompt = range(row, row + len(prompt_rows(chunk)))
             row = of_prompt.stop
             if r.request.progress and not r.generated:
@@ -373,7 +398,7 @@ class EngineCore:
                 if not chunk.ends:
                     outputs.append(r.output())
             if r.prompt_logprobs is not None and not all(r.prompt_logprobs.add(logits[n]) for n in of_prompt):
-                row += 1 + drafted if chunk.ends else 0
+                row += 1 + more if chunk.ends else 0
                 outputs.append(self._end(r, "error", error=str(NotANumberError())))
             elif r.request.embed:
                 self._embed(r, states[begin : begin + count], chunk, outputs)
@@ -383,10 +408,11 @@ class EngineCore:
             elif chunk.ends:
                 generated = r.generated
                 output = self._append_tokens(r, chunk, tokens, logits, row)
-                row += 1 + drafted
+                row += 1 + more
                 outputs.append(output)
                 if chunk.phase == DECODE and generated:
-                    outcomes.append((r, drafted, max(0, len(output.token_ids) - 1)))
+                    accepted = max(0, len(output.token_ids) - 1)
+                    outcomes += [(r, more, accepted)] if drafted else [(r, 0, 0)]
                 cached = chunk.start + chunk.count - 1 + len(output.token_ids)
                 if output.finish is None and sequence.cached > cached:  # rejected drafts, or unused room for drafts
                     self.runner.crop([sequence], [cached])
@@ -484,3 +510,8 @@ class EngineCore:
         prompt = sum(s.count for s in chunks) - sum(1 for s in chunks if s.ends and s.phase == DECODE and s.count == 1)
         self.times.add(seconds, decoding, prompt)
         self.metrics.step(len(chunks), decoding, prompt, seconds, self.scheduler.preemptions)
+
+    def _measure_decoded(self, sequences: int, steps: int, seconds: float) -> None:
+        for _ in range(steps):
+            self.times.add(seconds / steps, sequences, 0)
+            self.metrics.step(sequences, sequences, 0, seconds / steps, self.scheduler.preemptions)

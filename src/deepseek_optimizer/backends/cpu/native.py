@@ -32,6 +32,7 @@ KV_TYPES = {"fp32": 0, "bf16": 1, "int8": 2}
 FLAGS = {"eager": 1, "interleaved": 2, "grouped": 4, "expand": 8, "last": 16, "sigmoid": 32, "top2": 64, "normalize": 128,
          "gelu": 256, "silu": 512, "channels": 1024, "chunked": 2048, "weigh_input": 4096, "ids": 8192}  # fmt: skip
 _EINVAL, _ENOMEM, _EFILE = 1, 2, 5
+UNDECIDED = -1
 
 I32, I64, PTR = C.c_int32, C.c_int64, C.c_void_p
 
@@ -85,6 +86,26 @@ class Batch(C.Structure):
         ("inputs_embeds", PTR), ("states", PTR), ("logits", PTR), ("hidden", PTR), ("last_hidden", PTR), ("cache", PTR),
         ("inv_freq", PTR), ("recurrent", PTR), ("state_from", PTR), ("state_to", PTR), ("n_state_to", I32),
         ("adapter_of", PTR), ("adapters", PTR),
+    ]  # fmt: skip
+
+
+class Choice(C.Structure):
+    """dso_choice."""
+
+    _fields_ = [
+        ("temperature", C.c_float), ("top_k", I32), ("top_p", C.c_double), ("min_p", C.c_double), ("repetition", C.c_float),
+        ("frequency", C.c_float), ("presence", C.c_float), ("window", I32), ("n_tokens", I32), ("n_prompt", I32),
+        ("tokens", PTR), ("numbers", PTR), ("noise", PTR), ("noise_stride", I64),
+        ("first_variate", I64),
+    ]  # fmt: skip
+
+
+class Decode(C.Structure):
+    """dso_decode."""
+
+    _fields_ = [
+        ("steps", I32), ("n_stops", I32), ("stops", PTR), ("seconds", C.c_double), ("interrupt", PTR), ("choices", PTR),
+        ("generator", PTR), ("variates", I64), ("tokens", PTR), ("done", I32), ("undecided", I32),
     ]  # fmt: skip
 
 
@@ -168,6 +189,8 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "dso_plan_buffer_bytes": (I64, [PTR, I32, I32]),
     "dso_plan_reserve": (I32, [PTR, I32, I32]),
     "dso_plan_run": (I32, [PTR, PTR]),
+    "dso_plan_decode": (I32, [PTR, PTR, PTR]),
+    "dso_choose": (I32, [PTR, PTR, I32, PTR, I32, PTR, PTR]),
     "dso_plan_check": (I32, [PTR]),
     "dso_plan_set_timing": (I32, [PTR, I32]),
     "dso_plan_timing": (I32, [PTR, PTR, PTR]),

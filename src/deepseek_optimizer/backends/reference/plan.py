@@ -17,6 +17,8 @@ from ...graph.ops import spec_of
 from ...graph.ops.products import rows_of
 from ...quant.packed import PackedMatrix, PackedStack, PackedWeight
 from ..base import KvStore, StepBatch, StepOutput, reach_of
+from ..decode_one import decode_one
+from ..decoding import DecodeCall, Decoded
 from ..sampling import NOT_FINITE, TokenChoice, choose_token, choose_tokens
 from . import choose, latent, moe, ops, recurrent
 from .adapters import kv_b_of_sequences
@@ -75,6 +77,9 @@ class ReferencePlan:
 
     def choose_tokens(self, logits: torch.Tensor, choices: Sequence[TokenChoice | None]) -> list[int | None]:
         return choose_tokens(logits.numpy(), choices) if logits.is_cpu else choose_on_device(logits, choices)
+
+    def decode(self, batch: StepBatch, store: KvStore, call: DecodeCall) -> Decoded:
+        return decode_one(self, batch, store, call)
 
     def check_weights(self) -> None:
         """Does nothing: the weights are dequantized copies."""

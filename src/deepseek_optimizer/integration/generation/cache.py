@@ -107,6 +107,12 @@ class PagedState:
                 raise
         return True
 
+    def room(self, rows: list[int]) -> int:
+        """Number of tokens that fit into the last block of each of `rows` without changing its table."""
+        sequences = [self.sequences[row] for row in rows]
+        count = min(-sequence.tokens % BLOCK_TOKENS for sequence in sequences)
+        return count if count and all(sequence.fits(count) for sequence in sequences) else 0
+
     @property
     def verifies(self) -> bool:
         """Whether the next call verifies drafts, some of which may be removed afterwards."""
