@@ -220,7 +220,7 @@ def test_loading_and_unloading_while_requests_run(base, checkpoint, folders):
             for output in next(steps, ()):
                 texts[output.request_id] += output.token_ids
 
-    advance(8)
+    advance(2)  # a step of decoding may write many tokens
     engine.unload_adapter("a0")
     assert [adapter.name for adapter in core.adapters.loaded] == ["a1"]
     with pytest.raises(RequestError, match="no adapter 'a0'"):

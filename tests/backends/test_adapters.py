@@ -94,13 +94,13 @@ def test_a_plan_without_adapters_in_a_step_has_the_bits_of_one_that_supports_non
 
 
 def test_packed_matrices_with_adapters(tmp_path):
-    """Each product equals that of the dequantized matrix plus the adapter's."""
+    """Each product equals that of the dequantized matrix plus the adapter's. With int4, the adapter too reads rows of int8."""
     if unavailable_reason():
         pytest.skip("needs the native backend")
     model = random_model(CASES["llama-gqa"]())
     graph, folder, ids = graph_of(model), save_adapter(model, tmp_path / "a"), random_ids(model.config, 50)
     cpu = CpuBackend(threads=2)
-    for format_name, tolerance in (("int4", 3e-2), ("int8", 1e-3), ("bf16", 2e-2), ("fp8", 2e-2)):
+    for format_name, tolerance in (("int4", 6e-2), ("int8", 1e-3), ("bf16", 2e-2), ("fp8", 2e-2)):
         weights = packed_weights(weights_of(model), format_name)
         results = []
         for backend, own in ((cpu, weights), (ReferenceBackend(rounding="format"), weights)):

@@ -13,7 +13,7 @@ def decode_one(plan: Plan, batch: StepBatch, store: KvStore, call: DecodeCall) -
     """Runs one step of a call. See `Plan.decode`."""
     logits = plan.run(batch, store).logits
     nothing = np.zeros((0, len(call.rows)), np.int32)
-    if any(not (row.noise is row.variate is row.penalties is None) for row in call.rows):
+    if any(part is not None for row in call.rows for part in (row.noise, row.variate, row.penalties)):
         return Decoded(nothing, logits)
     choices = [GREEDY if r.numbers is None else r.filters._replace(u=float(r.numbers[0])) for r in call.rows]
     chosen = plan.choose_tokens(logits, choices)

@@ -34,7 +34,7 @@ def _merged(nodes: list[Node]) -> list[Node]:
         if node.op == "lora_up" and node.outputs[0] in dropped:
             continue
         ups = [reader for value in node.outputs for reader in readers.get(value, ())] if node.op == "linear" else []
-        sites = [up.attrs.get("site") for up in ups]
+        sites = [up.attrs.get("site", -1) for up in ups]
         fits = len(ups) == len(node.outputs) and all(
             up.op == "lora_up" and up.inputs[1] == y and site == sites[0] + i
             for i, (up, y, site) in enumerate(zip(ups, node.outputs, sites, strict=True))

@@ -47,7 +47,7 @@ def native_choice(row: RowChoice, steps: int, vocab: int) -> Choice:
     """The library's description of how the tokens of a sequence are chosen in up to `steps` steps."""
     choice = Choice(repetition=1.0)
     filters, penalties = row.filters, row.penalties
-    if not (row.numbers is row.noise is row.variate is None):
+    if any(source is not None for source in (row.numbers, row.noise, row.variate)):
         choice.temperature, choice.top_k = filters.temperature, min(filters.top_k, vocab)
         if row.numbers is not None:
             choice.numbers = address(row.numbers[:steps], "numbers", _F64, (steps,))

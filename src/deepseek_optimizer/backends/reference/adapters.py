@@ -71,9 +71,12 @@ def kv_b_of_sequences(kv_b: torch.Tensor, batch: StepBatch, node: Node) -> list[
     store: Any = batch.adapters
     adapted: list[torch.Tensor] = []
     for slot in slots.tolist():
-        keys, values = (None, None) if slot < 0 else (store.pair(slot, site), store.pair(slot, site + 1))
-        adapted.append(kv_b if keys is None else kv_b.clone())
-        if keys is not None:  # A [heads, r, nope], B [rank, r]
+        keys: Pair | None = None if slot < 0 else store.pair(slot, site)
+        values: Pair | None = None if slot < 0 else store.pair(slot, site + 1)
+        if keys is None or values is None:
+            adapted.append(kv_b)
+        else:  # of keys: A [heads, r, nope], B [rank, r]
+            adapted.append(kv_b.clone())
             adapted[-1][:, :nope] += (keys[1].float() @ keys[0].float()).transpose(1, 2)
             adapted[-1][:, nope:] += values[1].float() @ values[0].float()  # A [r, rank], B [heads, v_dim, r]
     return adapted

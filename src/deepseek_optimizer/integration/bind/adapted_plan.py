@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from ...backends.base import AdapterStore, Backend, KvStore, Plan, StepBatch, StepOutput
+from ...backends.decoding import DecodeCall, Decoded
 from ...graph.ir import Graph
 from .lora_layers import LowRank, pair_of_site, sum_of
 
@@ -28,8 +29,14 @@ class AdaptedPlan:
 
     def run(self, batch: StepBatch, store: KvStore | None) -> StepOutput:
         """See `Plan.run`."""
-        slots = np.zeros(len(batch.query_len), np.int32)
-        return self._plan.run(replace(batch, adapters=self._adapters, adapter_of=slots), store)
+        return self._plan.run(self._with_adapter(batch), store)
+
+    def decode(self, batch: StepBatch, store: KvStore, call: DecodeCall) -> Decoded:
+        """See `Plan.decode`."""
+        return self._plan.decode(self._with_adapter(batch), store, call)
+
+    def _with_adapter(self, batch: StepBatch) -> StepBatch:
+        return replace(batch, adapters=self._adapters, adapter_of=np.zeros(len(batch.query_len), np.int32))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._plan, name)
