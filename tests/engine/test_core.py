@@ -427,11 +427,11 @@ def test_impossible_requests_are_rejected_before_running():
     ):  # fmt: skip
         with pytest.raises(RequestError):
             core.check(request)
-    with pytest.raises(RequestError, match="whole cache.* of 128 tokens; shorten it, or .*sparse_attention=True"):
+    with pytest.raises(RequestError, match="whole cache.* is 128 tokens.*, or .*sparse_attention=True"):
         core.check(Request([1] * 128, SamplingParams(max_tokens=1)))
     wide = make_core(blocks=64, context=200)
     assert wide.check(Request([1] * 150, SamplingParams(max_tokens=50))) == 50
-    with pytest.raises(RequestError, match="context of 200"):
+    with pytest.raises(RequestError, match="context length is 200"):
         wide.check(Request([1] * 150, SamplingParams(max_tokens=51)))
 
 

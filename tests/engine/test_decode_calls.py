@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 
-import numpy as np
 import pytest
 
 from deepseek_optimizer.engine.engine import Completion
@@ -35,7 +34,8 @@ def requests_of(rng, count, **fields):
 @pytest.mark.parametrize("undecided", [0.0, 0.3, 1.0])
 def test_greedy_texts(undecided):
     core = make_core(batch_size_range=(1, 3))
-    core.runner.decodes, core.runner.undecided = True, undecided
+    core.unwatched = core.runner.decodes = True
+    core.runner.undecided = undecided
     requests = requests_of(random.Random(3), 12, temperature=0)
     answers, steps = run(core, requests)
     for request in requests:
@@ -51,7 +51,7 @@ def test_random_arrivals(seed):
     rng = random.Random(seed)
     proposers = [(PromptLookupProposer(2, 1), 4)] if seed % 2 else None
     core = make_core(blocks=rng.randrange(12, 30), proposers=proposers, batch_size_range=(1, rng.randrange(1, 4)))
-    core.runner.decodes = True
+    core.unwatched = core.runner.decodes = True
     run_with_arrivals(core, requests_of(rng, 25, temperature=0, ignore_eos=True), rng, None)
 
 
@@ -75,14 +75,14 @@ def test_answers_are_those_of_single_steps(fields):
     made = []
     for decodes in (False, True):
         core = make_core(batch_size_range=(1, 2))
-        core.runner.decodes = decodes
+        core.unwatched, core.runner.decodes = True, decodes
         made.append(run(core, requests_of(random.Random(7), 10, **fields))[0])
     assert made[0] == made[1]
 
 
 def test_logits_that_are_not_finite():
     core = make_core()
-    core.runner.decodes = True
+    core.unwatched = core.runner.decodes = True
     prompt = [4, 8, 15]
     text = expected(prompt, 30, None)
     core.runner.broken = {text[11]}
@@ -95,7 +95,8 @@ def test_what_is_not_run_in_one_call():
     """Waiting requests, windows that slide and full blocks leave single steps."""
     calls = []
     core = make_core(batch_size_range=(1, 1))
-    core.runner.decodes, decode = True, core.runner.decode
+    core.unwatched = core.runner.decodes = True
+    decode = core.runner.decode
     core.runner.decode = lambda parts, call: (calls.append(call.steps), decode(parts, call))[1]
     greedy = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
     for name in ("a", "b"):
@@ -107,15 +108,7 @@ def test_what_is_not_run_in_one_call():
         core.step()
     assert calls and max(calls) <= 32
     sliding = make_core(cache_window=128)
-    sliding.runner.decodes, sliding.runner.decode = True, None
+    sliding.unwatched = sliding.runner.decodes = True
+    sliding.runner.decode = None
     answers, _ = run(sliding, [Request([1, 2, 3], SamplingParams(temperature=0, max_tokens=200, ignore_eos=True), id="a")])
     assert len(answers["a"].token_ids) == 200
-
-
-def test_interrupts_are_passed_on():
-    core = make_core()
-    core.runner.decodes, seen, decode = True, [], core.runner.decode
-    core.runner.decode = lambda parts, call: (seen.append(call.interrupt), decode(parts, call))[1]
-    run(core, [Request([5, 6], SamplingParams(temperature=0, max_tokens=30, ignore_eos=True), id="a")])
-    assert seen and all(interrupt is core.interrupt for interrupt in seen)
-    assert core.interrupt.dtype == np.int32 and core.interrupt.shape == (1,)

@@ -248,7 +248,7 @@ def test_metrics(tmp_path):
     values = {
         sample.name.removeprefix("dso:prefix_files_"): sample.value
         for core in (first, second)
-        for metric in EngineCollector(SimpleNamespace(core=core, model_name="m", admitted=0)).collect()
+        for metric in EngineCollector(SimpleNamespace(core=core, model_name="m", admitted=0, refused=0)).collect()
         for sample in metric.samples
         if sample.name.startswith("dso:prefix_files") and sample.value
     }

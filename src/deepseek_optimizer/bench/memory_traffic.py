@@ -119,14 +119,15 @@ def traffic_of(model: Any) -> Traffic:
 
 def matrix_memory(model: Any) -> list[tuple[int, int]]:
     """(address, bytes) of each packed matrix that a decode step of an optimized model reads; [] for another model."""
+    from ..backends.cpu.buffers import address
     from ..integration.bind.swap import matrices_of
 
     if "dso" not in model.__dict__:
         return []
     graph = model.dso.graph
     multiplied = {name for node in graph.nodes if node.op not in _ROWS for name in node.weights}
-    held = [matrix.data for name, matrix in matrices_of(model, graph).items() if name in multiplied]
-    return [(data.data_ptr(), data.nbytes) for data in held if data.is_cpu and data.is_contiguous()]
+    held = {name: matrix.data for name, matrix in matrices_of(model, graph).items() if name in multiplied}
+    return [(address(data, name, data.dtype, tuple(data.shape)), data.nbytes) for name, data in held.items() if data.is_cpu]
 
 
 def _chosen(runtime: Any) -> tuple[float, int]:

@@ -370,8 +370,6 @@ class AsyncEngine:
     def _send(self, message: Request | str | Callable[[], None]) -> None:
         with self._wake:
             self._inbox.append(message)
-            if isinstance(self.core, EngineCore):
-                self.core.interrupt[0] = 1
             self._wake.notify()
 
     def _deliver(self, outputs: list[Output]) -> None:
@@ -480,8 +478,6 @@ class AsyncEngine:
             while not self._inbox and not self._jobs and self.core.idle and not self._stopping:
                 self._wake.wait()
             messages, self._inbox = self._inbox, deque()
-            if isinstance(self.core, EngineCore):
-                self.core.interrupt[0] = 0
         for message in messages:
             if isinstance(message, str):
                 self.core.cancel(message)

@@ -110,7 +110,7 @@ class EngineCore:
         )
         self.drafting = Drafting(proposers, self.times) if proposers else None
         self.metrics = EngineMetrics()
-        self.interrupt = np.zeros(1, np.int32)  # set by other threads that want the next step to begin
+        self.unwatched = False  # True: nobody reads tokens before their text ends, so a step may run several decode steps
         self.on_ended: Callable[[EndedRequest, Finish], None] | None = None  # called for each request that has ended
         self._requests: dict[str, Running] = {}
         self._count = 0
@@ -305,9 +305,11 @@ class EngineCore:
     def _decode_call(self, chunks: list[ScheduledChunk]) -> DecodeCall | None:
         """How several decode steps run in one call; None: the next step must be scheduled after this one."""
         scheduler = self.scheduler
-        if not self.runner.decodes or self.sliding is not None or scheduler.waiting or len(chunks) < len(scheduler.running):
+        if not (self.unwatched and self.runner.decodes) or self.sliding is not None:
             return None
-        return decode_call(chunks, self.facts.eos, self.interrupt)
+        if scheduler.waiting or len(chunks) < len(scheduler.running):
+            return None
+        return decode_call(chunks, self.facts.eos)
 
     def _schedule(self) -> list[ScheduledChunk]:
         running = [r for r in self.scheduler.running if r.decoding]

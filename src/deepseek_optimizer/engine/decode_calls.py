@@ -1,6 +1,6 @@
 """Which steps of the engine run several decode steps in one call of the backend, and how their results are written down.
 
-A call ends early for a new request or a cancellation (`DecodeCall.interrupt`), so nobody waits for longer than one step. Tokens
+Only where nobody reads the tokens as they come (`Engine.generate`): a stream should have each token when it is ready. Tokens
 after the end of a text, such as those after a stop string, are discarded like rejected drafts. Does not import torch.
 """
 
@@ -11,21 +11,20 @@ from typing import Any
 
 import numpy as np
 
-from ..backends.base import BLOCK_TOKENS, DECODE, Int32
+from ..backends.base import BLOCK_TOKENS, DECODE
 from ..backends.decoding import DecodeCall, Decoded
 from ..backends.sampling import Floats
 from .scheduling.scheduler import ScheduledChunk
 
-_SECONDS = 0.02  # maximum duration of a call: clients get the tokens at its end
+_SECONDS = 0.02  # maximum duration of a call: other threads may want the backend
 
 
-def decode_call(chunks: Sequence[ScheduledChunk], eos: frozenset[int], interrupt: Int32) -> DecodeCall | None:
+def decode_call(chunks: Sequence[ScheduledChunk], eos: frozenset[int]) -> DecodeCall | None:
     """Returns the call for a step; None if it must be a single step.
 
     Args:
         chunks: the chunks of the step, of all running requests.
         eos: end-of-text token ids.
-        interrupt: see `DecodeCall`.
     """
     steps = min((_room(chunk) for chunk in chunks), default=0)
     if steps < 2:
@@ -41,7 +40,7 @@ def decode_call(chunks: Sequence[ScheduledChunk], eos: frozenset[int], interrupt
         stops.update(r.request.sampling.stop_token_ids)
         if not r.request.sampling.ignore_eos:
             stops |= eos
-    return DecodeCall(steps, rows, np.array(sorted(stops), np.int32), _SECONDS, interrupt)
+    return DecodeCall(steps, rows, np.array(sorted(stops), np.int32), _SECONDS)
 
 
 def _room(chunk: ScheduledChunk) -> int:
