@@ -35,14 +35,23 @@ def test_temperature_and_filters_count():
 
 
 @pytest.mark.parametrize(
-    "fields", [{"top_p": 0.5}, {"min_p": 0.2}, {"typical_p": 0.6}, {"top_n_sigma": 1.0}, {"xtc_probability": 1.0}, {}]
+    "fields",
+    [
+        {"top_p": 0.5},
+        {"min_p": 0.2},
+        {"typical_p": 0.6},
+        {"top_n_sigma": 1.0},
+        {"xtc_probability": 1.0, "xtc_threshold": 0.05},
+        {},
+    ],
 )
 def test_only_tokens_that_may_be_drawn_are_reported(fields):
-    _, one = reported(logits(), **fields)
+    row = logits()
+    _, one = reported(row, **fields)
     p = np.exp([value for _, value in one.top])
     assert (p > 0).all() and (np.diff(p) <= 0).all()
     assert p.sum() == pytest.approx(1) or len(p) == 20
-    assert len(p) < 20 or not fields
+    assert len(p) < 20 or not fields or one.top[0][0] != row.argmax()  # XTC removes the likeliest
 
 
 def test_penalties_and_biases_count():

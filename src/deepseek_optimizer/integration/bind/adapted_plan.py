@@ -5,7 +5,7 @@ The matrices are read from the layers, so that all of PEFT's ways to load, choos
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 
 from ...backends.base import AdapterStore, Backend, KvStore, Plan, StepBatch, StepOutput
 from ...backends.decoding import DecodeCall, Decoded
+from ...backends.sampling import TokenChoice
 from ...graph.ir import Graph
 from .lora_layers import LowRank, pair_of_site, sum_of
 
@@ -38,8 +39,30 @@ class AdaptedPlan:
     def _with_adapter(self, batch: StepBatch) -> StepBatch:
         return replace(batch, adapters=self._adapters, adapter_of=np.zeros(len(batch.query_len), np.int32))
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._plan, name)
+    @property
+    def device(self) -> torch.device:
+        """See `Plan.device`."""
+        return self._plan.device
+
+    def choose_tokens(self, logits: torch.Tensor, choices: Sequence[TokenChoice | None]) -> list[int | None]:
+        """See `Plan.choose_tokens`."""
+        return self._plan.choose_tokens(logits, choices)
+
+    def check_weights(self) -> None:
+        """See `Plan.check_weights`."""
+        self._plan.check_weights()
+
+    def reserve(self, tokens: int, logit_rows: int) -> None:
+        """See `Plan.reserve`."""
+        self._plan.reserve(tokens, logit_rows)
+
+    def buffer_bytes(self, tokens: int, logit_rows: int) -> int:
+        """See `Plan.buffer_bytes`."""
+        return self._plan.buffer_bytes(tokens, logit_rows)
+
+    def describe(self) -> list[dict[str, Any]]:
+        """See `Plan.describe`."""
+        return self._plan.describe()
 
 
 class LayerAdapters:
