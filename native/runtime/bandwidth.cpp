@@ -20,8 +20,8 @@ constexpr int64_t kLeast = 1 << 20;
 constexpr int64_t kRoundBytes = 256 << 20;  // minimum bytes per round, so that its start and end do not count
 constexpr int kLeastRounds = 4;
 
-typedef int64_t Bytes32 __attribute__((vector_size(32), may_alias));
-typedef int64_t Bytes64 __attribute__((vector_size(64), may_alias));
+typedef int64_t Bytes32 __attribute__((vector_size(32)));
+typedef int64_t Bytes64 __attribute__((vector_size(64)));
 
 // The widest loads of this CPU, whatever the context's ISA: narrow loads keep too few cache lines in flight to saturate the
 // memory bus. One accumulator per load, so that no load waits for another. Always inlined: compiled for the ISA of its caller.
@@ -32,7 +32,11 @@ template <class Vector>
   Vector sum[kLoads] = {};
   for (const uint8_t* p = begin; p < end; p += kLoads * sizeof(Vector))
 #pragma GCC unroll 8
-    for (int64_t i = 0; i < kLoads; ++i) sum[i] ^= reinterpret_cast<const Vector*>(p)[i];
+    for (int64_t i = 0; i < kLoads; ++i) {
+      Vector x;  // copied, since a caller's memory may begin anywhere
+      std::memcpy(&x, p + i * int64_t(sizeof(Vector)), sizeof(Vector));
+      sum[i] ^= x;
+    }
 #pragma GCC unroll 8
   for (int64_t i = 1; i < kLoads; ++i) sum[0] ^= sum[i];
   return sum[0][0];
@@ -60,7 +64,7 @@ class Reading final : public Job {
   Reading(const std::vector<MemoryRegion>& regions, int threads, double seconds) : threads_(threads), seconds_(seconds) {
     int64_t total = 0;
     for (const MemoryRegion& region : regions) total += region.bytes;
-    const int64_t share = ceil_div(total, threads);
+    const int64_t share = round_up(ceil_div(total, threads), kStride);
     int64_t room = share;  // of the thread whose share is being filled
     first_.push_back(0);
     for (MemoryRegion rest : regions)

@@ -56,8 +56,8 @@ void bandwidth() {
       check(found > 1e7 && found < 1e14, "%d threads read %g bytes a second", threads, found);
     }
     const std::vector<uint8_t> first((1 << 20) + 64), second(4096), third(77);
-    const void* starts[] = {first.data(), second.data(), third.data()};
-    const int64_t sizes[] = {(1 << 20) + 64, 4096, 77}, negative[] = {-1, 4096, 77};
+    const void* starts[] = {first.data(), second.data() + 1, third.data()};  // of any alignment
+    const int64_t sizes[] = {(1 << 20) + 64, 4095, 77}, negative[] = {-1, 4095, 77};
     found = 0;
     refuses(dso_read_bandwidth_of(c, starts, sizes + 1, 2, 0, &found), DSO_EINVAL, "must be at least", "too little to read");
     refuses(dso_read_bandwidth_of(c, starts, negative, 3, 0, &found), DSO_EINVAL, "-1 bytes", "a negative size");
