@@ -521,7 +521,6 @@ typedef struct dso_decode {
   int32_t n_stops;
   const int32_t* stops;      /* [n_stops]: the step that chooses one of these tokens is the last */
   double seconds;            /* no step begins that would probably end later than this after the call */
-  const int32_t* interrupt;  /* no step but the first begins while this is not 0; NULL: never */
   const dso_choice* choices; /* [S] */
   dso_mt19937* generator;    /* its state before the call, and then after the steps whose tokens were chosen; or NULL */
   int64_t variates;          /* that a step draws from it */

@@ -75,7 +75,6 @@ void decode(dso_plan& plan, const dso_batch& batch, dso_decode& d) {
       return std::find(d.stops, d.stops + d.n_stops, token) != d.stops + d.n_stops;
     });
     if (stops || d.done == d.steps || passed / d.done * (d.done + 1) > d.seconds) return;
-    if (d.interrupt && __atomic_load_n(d.interrupt, __ATOMIC_RELAXED) != 0) return;
     for (size_t s = 0; s < rows; ++s) {
       penalties[s].add(ids[s]);
       ++positions[s];

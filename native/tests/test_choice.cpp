@@ -137,7 +137,7 @@ static void test_a_call_equals_single_steps() {
           v.name.c_str());
     check(memcmp(a.logits.data(), b.logits.data(), 4 * a.logits.size()) == 0, "other logits than in single steps");
 
-    // What ends a call: a token, the time, an interruption.
+    // What ends a call: a token, the time.
     const int32_t stop = expected[(size_t)(4 * rows)];
     const size_t at = (size_t)(std::find(expected.begin(), expected.end(), stop) - expected.begin()) / (size_t)rows;
     d.stops = &stop;
@@ -146,11 +146,7 @@ static void test_a_call_equals_single_steps() {
     d.n_stops = 0;
     d.seconds = 0;
     check(dso_plan_decode(model.plan, &b.b, &d) == 0 && d.done == 1, "%d steps in no time", d.done);
-    int32_t interrupt = 1;
     d.seconds = 60;
-    d.interrupt = &interrupt;
-    check(dso_plan_decode(model.plan, &b.b, &d) == 0 && d.done == 1, "%d steps after an interruption", d.done);
-    interrupt = 0;
     check(dso_plan_decode(model.plan, &b.b, &d) == 0 && d.done == done, "%d steps", d.done);
   }
 }

@@ -72,7 +72,6 @@ class DecodeCall:
         rows: one per sequence of the batch.
         stops: int32 [n]; a step that chooses one of these tokens is the last.
         seconds: no step but the first begins that would probably end later than this after the call.
-        interrupt: int32 [1]; no step but the first begins while it is not 0. Other threads may set it. None: never.
         generator: uint32 [626], the state of torch's generator of exponential variates: `left`, `next` and the 624 words of
             at::mt19937. The call advances it by `variates` for each step whose tokens it chose. None: no row needs it.
         variates: number of variates that a step draws. Those of the rows follow each other, in the order of the rows.
@@ -82,7 +81,6 @@ class DecodeCall:
     rows: Sequence[RowChoice]
     stops: Int32
     seconds: float
-    interrupt: Int32 | None = None
     generator: npt.NDArray[np.uint32] | None = None
     variates: int = 0
 

@@ -35,7 +35,6 @@ def native_call(call: DecodeCall, rows: int, vocab: int, steps: int) -> tuple[De
     choices = (Choice * rows)(*(native_choice(row, call.steps, vocab) for row in call.rows))
     tokens = np.empty((steps, rows), np.int32)
     native = Decode(steps, len(call.stops), address(call.stops, "stops", _I32, (len(call.stops),)), call.seconds)
-    native.interrupt = optional(call.interrupt, "interrupt", _I32, (1,))
     native.choices = C.addressof(choices)
     native.generator = optional(call.generator, "generator", _U32, (GENERATOR_WORDS,))
     native.variates = call.variates

@@ -104,7 +104,7 @@ class Decode(C.Structure):
     """dso_decode."""
 
     _fields_ = [
-        ("steps", I32), ("n_stops", I32), ("stops", PTR), ("seconds", C.c_double), ("interrupt", PTR), ("choices", PTR),
+        ("steps", I32), ("n_stops", I32), ("stops", PTR), ("seconds", C.c_double), ("choices", PTR),
         ("generator", PTR), ("variates", I64), ("tokens", PTR), ("done", I32), ("undecided", I32),
     ]  # fmt: skip
 
