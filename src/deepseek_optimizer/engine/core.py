@@ -40,10 +40,9 @@ from .scheduling.store import Store
 from .sequence import Sequence
 from .speculative.base import Proposer
 from .speculative.drafting import Drafting
-from .step_rows import logit_rows, part_of, prompt_rows, token_choices
+from .step_rows import logit_rows, part_of, prompt_rows, token_choices, token_counts
 
 if TYPE_CHECKING:
-    from ..backends.decoding import DecodeCall
     from .runner import Runner
 
 _log = logging.getLogger(__name__)
@@ -277,7 +276,10 @@ class EngineCore:
         ends = list(accumulate(len(p.ids) for p in parts))
         rows = [row for chunk, end in zip(chunks, ends, strict=True) for row in logit_rows(chunk, end)]
         states = any(s.running.request.embed for s in chunks) or bool(self.drafting and self.drafting.wants_states)
-        call = None if states else self._decode_call(chunks)
+        decoding, prompt = token_counts(chunks)
+        call = None
+        if self.unwatched and self.runner.decodes and self.sliding is None and not states:
+            call = decode_call(chunks, self.scheduler, self.facts.eos)
         tokens: list[int | None]
         logits: Any
         last_hidden: Any = None
@@ -296,20 +298,11 @@ class EngineCore:
         outputs += self._advance(chunks, tokens, logits, last_hidden, drafted=call is None)
         for chunk in chunks:
             self.scheduler.forget(chunk.running)
-        if call is not None:
-            self._measure_decoded(len(chunks), steps, ran - begun)
-        else:
-            self._measure(chunks, ran - begun, self.clock())
+        seconds = (ran - begun) / steps
+        for _ in range(steps):
+            self.times.add(seconds, decoding, prompt)
+            self.metrics.step(len(chunks), decoding, prompt, seconds, self.scheduler.preemptions)
         return outputs
-
-    def _decode_call(self, chunks: list[ScheduledChunk]) -> DecodeCall | None:
-        """How several decode steps run in one call; None: the next step must be scheduled after this one."""
-        scheduler = self.scheduler
-        if not (self.unwatched and self.runner.decodes) or self.sliding is not None:
-            return None
-        if scheduler.waiting or len(chunks) < len(scheduler.running):
-            return None
-        return decode_call(chunks, self.facts.eos)
 
     def _schedule(self) -> list[ScheduledChunk]:
         running = [r for r in self.scheduler.running if r.decoding]
@@ -498,22 +491,9 @@ class EngineCore:
             self.on_ended(r, finish)
         return output
 
-    # ---- measurements
-
     def _record_tokens(self, r: Running, tokens: int) -> None:
         now = self.clock()
         self.metrics.tokens(r, tokens, now)
         if r.first is None:
             r.first = now
         r.last = now
-
-    def _measure(self, chunks: list[ScheduledChunk], seconds: float, now: float) -> None:
-        decoding = sum(1 + len(s.drafts) for s in chunks if s.ends and s.phase == DECODE and s.count == 1)
-        prompt = sum(s.count for s in chunks) - sum(1 for s in chunks if s.ends and s.phase == DECODE and s.count == 1)
-        self.times.add(seconds, decoding, prompt)
-        self.metrics.step(len(chunks), decoding, prompt, seconds, self.scheduler.preemptions)
-
-    def _measure_decoded(self, sequences: int, steps: int, seconds: float) -> None:
-        for _ in range(steps):
-            self.times.add(seconds / steps, sequences, 0)
-            self.metrics.step(sequences, sequences, 0, seconds / steps, self.scheduler.preemptions)

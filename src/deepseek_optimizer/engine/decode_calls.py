@@ -11,21 +11,24 @@ from typing import Any
 
 import numpy as np
 
-from ..backends.base import BLOCK_TOKENS, DECODE
+from ..backends.base import DECODE
 from ..backends.decoding import DecodeCall, Decoded
 from ..backends.sampling import Floats
-from .scheduling.scheduler import ScheduledChunk
+from .scheduling.scheduler import ScheduledChunk, Scheduler
 
 _SECONDS = 0.02  # maximum duration of a call: other threads may want the backend
 
 
-def decode_call(chunks: Sequence[ScheduledChunk], eos: frozenset[int]) -> DecodeCall | None:
+def decode_call(chunks: Sequence[ScheduledChunk], scheduler: Scheduler, eos: frozenset[int]) -> DecodeCall | None:
     """Returns the call for a step; None if it must be a single step.
 
     Args:
-        chunks: the chunks of the step, of all running requests.
+        chunks: the chunks of the step.
+        scheduler: has chosen them. If other requests run or wait, the next step must be scheduled after this one.
         eos: end-of-text token ids.
     """
+    if scheduler.waiting or len(chunks) < len(scheduler.running):
+        return None
     steps = min((_room(chunk) for chunk in chunks), default=0)
     if steps < 2:
         return None
@@ -49,10 +52,9 @@ def _room(chunk: ScheduledChunk) -> int:
     single = chunk.phase != DECODE or chunk.count != 1 or not chunk.ends or chunk.drafts or r.request.embed
     if single or r.request.scored_tokens or (r.prompt_logprobs is not None and not r.prompt_logprobs.complete):
         return 0
-    rest = -blocks.tokens % BLOCK_TOKENS
-    if blocks.tokens != chunk.start + 1 or not rest or not blocks.fits(rest):
+    if blocks.tokens != chunk.start + 1 or not blocks.room:
         return 0
-    return min(1 + rest, r.room)
+    return min(1 + blocks.room, r.room)
 
 
 def as_drafts(chunks: Sequence[ScheduledChunk], decoded: Decoded) -> tuple[list[int | None], dict[int, Floats]]:

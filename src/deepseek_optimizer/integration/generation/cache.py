@@ -109,9 +109,7 @@ class PagedState:
 
     def room(self, rows: list[int]) -> int:
         """Number of tokens that fit into the last block of each of `rows` without changing its table."""
-        sequences = [self.sequences[row] for row in rows]
-        count = min(-sequence.tokens % BLOCK_TOKENS for sequence in sequences)
-        return count if count and all(sequence.fits(count) for sequence in sequences) else 0
+        return min(self.sequences[row].room for row in rows)
 
     @property
     def verifies(self) -> bool:
