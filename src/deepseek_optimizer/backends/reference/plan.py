@@ -9,13 +9,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ...errors import BackendError
 from ...graph.analysis import hidden_only, weight_shapes
 from ...graph.cache_groups import group_spans
 from ...graph.ir import Graph, Node, Value
 from ...graph.ops import spec_of
 from ...graph.ops.products import rows_of
-from ...quant.packed import PackedMatrix, PackedStack, PackedWeight
+from ...quant.packed import PackedStack, PackedWeight
 from ..base import KvStore, StepBatch, StepOutput, reach_of
 from ..decode_one import decode_one
 from ..decoding import DecodeCall, Decoded
@@ -24,6 +23,7 @@ from . import choose, latent, moe, ops, recurrent
 from .adapters import kv_b_of_sequences
 from .checks import check_batch
 from .step import Step
+from .weights import as_dense, rounding_of
 
 
 class ReferencePlan:
@@ -40,12 +40,12 @@ class ReferencePlan:
         self.graph, self.device, self.dtype = graph, device, dtype
         routers = [n for n in graph.nodes if n.op == "router"]
         exact = {name for n in routers for name in (*n.weights, n.attrs["bias"], *n.attrs.get("biases", ()))}
-        dense = {n: _dense(weights[n], device, torch.float32 if n in exact else dtype) for n in graph.weights()}
+        dense = {n: as_dense(weights[n], device, torch.float32 if n in exact else dtype) for n in graph.weights()}
         ordered = moe.ordered_stacks(graph, dense, {n for n in dense if isinstance(weights[n], PackedStack)})
         shapes = weight_shapes(graph)
         self._weights = {n: ordered[n] if n in ordered else weight.reshape(shapes[n]) for n, weight in dense.items()}
         self._formats = {n: w.format for n in graph.weights() if isinstance(w := weights[n], PackedWeight)}
-        self._rounding = {name: _rounding(self._formats.get(name), rounding) for name in graph.weights()}
+        self._rounding = {name: rounding_of(self._formats.get(name), rounding) for name in graph.weights()}
         self._spans = group_spans(graph)
         self._only_hidden = hidden_only(graph)
         self._only_earlier = hidden_only(graph, wanted=(graph.hidden_states - 1,))
@@ -476,28 +476,3 @@ def value_bytes(values: Iterable[Value], dtype: torch.dtype, tokens: int, logit_
     """An upper bound of the bytes of a step: all these values of its graph at once."""
     rows = {False: tokens, True: logit_rows}
     return sum(rows[v.selected] * v.repeat * v.width * dtype.itemsize for v in values)
-
-
-def _dense(weight: PackedWeight | torch.Tensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    """The weight as float; a stack as [count, rows, cols]."""
-    if isinstance(weight, PackedStack):
-        return torch.stack([_dense(weight.matrix(i), device, dtype) for i in range(weight.count)])
-    if isinstance(weight, PackedMatrix):
-        from ...quant import get_format
-
-        weight = get_format(weight.format).unpack(weight.data, weight.rows, weight.cols)
-    return weight.detach().to(device, dtype)
-
-
-def _rounding(format_name: str | None, requested: str | None) -> str | None:
-    """The rounding of rows before a product with a weight of this format; None for no rounding."""
-    if requested not in (None, "format", "bf16", "q8", "q16"):
-        raise BackendError(f"unknown rounding {requested!r}; choose one of None, 'format', 'bf16', 'q8', 'q16'")
-    if requested != "format":
-        return requested
-    if format_name is None:
-        return None
-    from ...quant import get_format
-
-    kind = get_format(format_name).activation
-    return None if kind == "f32" else kind
