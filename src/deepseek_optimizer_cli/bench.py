@@ -208,23 +208,8 @@ def bench(
             **_SERVER,
         ),
     ] = None,
-    name: Annotated[
-        str | None,
-        typer.Option(
-            "--model", metavar="NAME", help="With --url: name of the model on the server. Default: its only model.", **_SERVER
-        ),
-    ] = None,
-    api_key: Annotated[
-        str | None,
-        typer.Option(
-            "--api-key",
-            metavar="KEY",
-            envvar="OPENAI_API_KEY",
-            help="With --url: API key of the server.",
-            show_envvar=True,
-            **_SERVER,
-        ),
-    ] = None,
+    name: o.ServerModel = None,
+    api_key: o.ApiKey = None,
     concurrency: Annotated[
         int, typer.Option("--concurrency", metavar="N", help="With --url: maximum number of requests at once.", **_SERVER)
     ] = 16,

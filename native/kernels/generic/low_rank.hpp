@@ -57,37 +57,13 @@ static void block(const uint8_t* w, int64_t cols, const float* x, int64_t x_stri
   }
 }
 
-template <int format>
-static void rows(int M, const uint8_t* w, int64_t cols, const float* x, int64_t x_stride, int64_t n, bool accumulate, float* y,
-                 int64_t y_stride) {
-  switch (M) {
-    case 1:
-      return block<format, 1>(w, cols, x, x_stride, n, accumulate, y, y_stride);
-    case 2:
-      return block<format, 2>(w, cols, x, x_stride, n, accumulate, y, y_stride);
-  }
-  if constexpr (max_rows > 2) switch (M) {
-      case 3:
-        return block<format, 3>(w, cols, x, x_stride, n, accumulate, y, y_stride);
-      case 4:
-        return block<format, 4>(w, cols, x, x_stride, n, accumulate, y, y_stride);
-      case 5:
-        return block<format, 5>(w, cols, x, x_stride, n, accumulate, y, y_stride);
-      case 6:
-        return block<format, 6>(w, cols, x, x_stride, n, accumulate, y, y_stride);
-      case 7:
-        return block<format, 7>(w, cols, x, x_stride, n, accumulate, y, y_stride);
-      case 8:
-        return block<format, 8>(w, cols, x, x_stride, n, accumulate, y, y_stride);
-      case 9:
-        return block<format, 9>(w, cols, x, x_stride, n, accumulate, y, y_stride);
-      case 10:
-        return block<format, 10>(w, cols, x, x_stride, n, accumulate, y, y_stride);
-      case 11:
-        return block<format, 11>(w, cols, x, x_stride, n, accumulate, y, y_stride);
-      default:
-        return block<format, 12>(w, cols, x, x_stride, n, accumulate, y, y_stride);
-    }
+// Passes the number of rows, 1 to max_rows, as a constant.
+template <int format, int M = max_rows>
+static void rows(int count, const uint8_t* w, int64_t cols, const float* x, int64_t x_stride, int64_t n, bool accumulate,
+                 float* y, int64_t y_stride) {
+  if constexpr (M > 1)
+    if (count < M) return rows<format, M - 1>(count, w, cols, x, x_stride, n, accumulate, y, y_stride);
+  block<format, M>(w, cols, x, x_stride, n, accumulate, y, y_stride);
 }
 
 template <int format>

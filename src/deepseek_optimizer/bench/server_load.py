@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from ..chat.remote import RemoteError, RemoteSpeaker
+from ..chat.remote import RemoteError, RemoteSpeaker, error_message
 from ..errors import ConfigError, excerpt
 from .http_client import Address, HttpReply, ask
 from .metrics import METRICS
@@ -247,8 +247,7 @@ def _reason(reply: HttpReply | OSError) -> str:
 
 def _message(body: bytes) -> str:
     try:
-        found = json.loads(body)
-        error = found.get("error", found)
-        return str(error.get("message", error) if isinstance(error, dict) else error)
-    except (ValueError, AttributeError):
-        return " ".join(body.decode("utf-8", "replace").split())
+        message = error_message(json.loads(body))
+    except ValueError:
+        message = ""
+    return message or " ".join(body.decode("utf-8", "replace").split())

@@ -9,7 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from transformers import LogitsProcessor, StoppingCriteria, StoppingCriteriaList
-from transformers.generation.streamers import BaseStreamer
 
 from deepseek_optimizer import PagedCache
 from deepseek_optimizer.backends import cpu
@@ -17,6 +16,7 @@ from deepseek_optimizer.integration.bind.runtime import OptimizerWarning
 from deepseek_optimizer.integration.compat import cache_name
 from deepseek_optimizer.integration.generation import token_choice
 from deepseek_optimizer.integration.generation.token_choice import TokenChoices
+from support.streamers import Recorder
 
 from ..conftest import make_pair
 
@@ -44,17 +44,6 @@ def calls(pair, monkeypatch):
     monkeypatch.setattr(plan, "run", lambda *args: (counts.update(single=1), run(*args))[1])
     monkeypatch.setattr(plan, "decode", counted)
     return counts
-
-
-class Recorder(BaseStreamer):
-    def __init__(self):
-        self.pieces, self.ended = [], False
-
-    def put(self, value):
-        self.pieces.append(value.tolist())
-
-    def end(self):
-        self.ended = True
 
 
 def single_and_several(pair, monkeypatch, ids, seed=0, **options):
