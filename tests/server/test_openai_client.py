@@ -191,13 +191,15 @@ def test_errors_map_to_the_clients_exceptions(client, error, call):
     assert caught.value.body["message"]
 
 
-def test_a_failure_in_the_middle_of_a_stream_is_an_error(server, client):
+def test_a_failure_in_the_middle_of_a_stream_is_an_error(server, client, monkeypatch):
+    monkeypatch.setattr(server.engine, "step_seconds", 0.01)  # 3,000 tokens do not end before the failure
     stream = iter(
         client.chat.completions.create(
             model=MODEL, messages=MESSAGES, max_tokens=3000, stream=True, extra_body={"ignore_eos": True}
         )
     )
     next(stream)
+    wait_for(lambda: server.engine.running == 1)
     server.call(server.engine.fail)
     with pytest.raises(openai.APIError, match="generation failed"):
         list(stream)

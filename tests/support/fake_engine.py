@@ -159,9 +159,9 @@ class FakeEngine:
         for sequence in list(self._running.values()):
             self._end(sequence, "error", "the engine has stopped: /secret/path")
 
-    def fail(self, index: int = 0):
-        """Fails one request; the engine continues."""
-        self._end(list(self._running.values())[index], "error", "NaN at /secret/path")
+    def fail(self):
+        """Fails the oldest running request; the engine continues."""
+        self._end(next(iter(self._running.values())), "error", "NaN at /secret/path")
 
     def tell_of_replaced_files(self):
         pass
