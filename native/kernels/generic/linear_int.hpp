@@ -158,7 +158,7 @@ constexpr int block_rows = 4;  // tokens per block
 // Formats that only files use are compiled for blocks of 1 and block_rows tokens: every shape of every format would make the
 // build several times as long.
 template <int format>
-constexpr bool all_shapes = format == DSO_INT8 || format == DSO_INT4 || format == DSO_Q4_1;
+constexpr bool all_shapes = format == DSO_INT8 || format == DSO_INT4 || format == DSO_INT3 || format == DSO_Q4_1;
 
 template <int format, int kind, int N, class Fetch>
 static void up_to_a_block(const Matrix& w, const Output& out, const Rows<kind>& x, int64_t t, int64_t tokens, int64_t tile,
@@ -208,6 +208,8 @@ static void linear_int(const Matrix& w, const float* bias, const uint8_t* x, int
       return linear_int<DSO_INT8, kind>(w, out, rows, T, begin, end);
     case DSO_INT4:
       return linear_int<DSO_INT4, kind>(w, out, rows, T, begin, end);
+    case DSO_INT3:
+      return linear_int<DSO_INT3, kind>(w, out, rows, T, begin, end);
     case DSO_Q4_1:
       return linear_int<DSO_Q4_1, kind>(w, out, rows, T, begin, end);
     case DSO_Q2_K:
