@@ -141,9 +141,12 @@ def _scale(byte: torch.Tensor) -> torch.Tensor:
 def _write(out: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor) -> None:
     """Writes codes, uint8 [32, 16t, g], and scales, uint8 [16t, g], to tiles, uint8 [t, g, 208]."""
     words = codes.permute(1, 2, 0).contiguous().view(torch.int32)
-    low = sum(((words & 0x03030303).unflatten(-1, (2, 4))[..., i] << 2 * i) for i in range(4))
-    path = sum((((words[..., quad] >> 2) & 0x01010101) << t) for t, quad in enumerate(_QUADS))
-    write_tiles(out, torch.cat((low, path.unsqueeze(-1)), -1))
+    low = words & 0x03030303
+    planes = low[..., 0::4] | low[..., 1::4] << 2 | low[..., 2::4] << 4 | low[..., 3::4] << 6
+    path = torch.zeros_like(words[..., 0])
+    for t, quad in enumerate(_QUADS):
+        path |= (words[..., quad] >> 2 & 0x01010101) << t
+    write_tiles(out, torch.cat((planes, path.unsqueeze(-1)), -1))
     tiles, groups, _ = out.shape
     out[..., -TILE_ROWS:] = scale.view(tiles, TILE_ROWS, groups).transpose(1, 2)
 

@@ -21,6 +21,8 @@ the native encoder finds the same codes (docs/contracts.md, "Packing, bit for bi
 
 from __future__ import annotations
 
+from functools import reduce
+
 import torch
 
 from .base import TILE_COLS
@@ -82,9 +84,10 @@ def least_error(y: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """Returns a lower bound of the weighted error of `encode`, float32 [n]: as if the path need not be closed. It takes a
     fraction of the time, and differs by little."""
     y, weights = y[list(COLUMNS)], weights[list(COLUMNS)]
+    steps = _index_steps(y.device)
     total = y.new_zeros(STATES, y.shape[1])
     for t in range(0, TILE_COLS, 2):
-        total = _step(total, _distances(y, weights, t))[0]
+        total = reduce(torch.minimum, _errors(total, _distances(y, weights, t), steps))
     return total.amin(0)
 
 
@@ -98,55 +101,63 @@ def _subsets_along(path: torch.Tensor) -> torch.Tensor:
 
 
 def _distances(y: torch.Tensor, weights: torch.Tensor, t: int) -> torch.Tensor:
-    """The weighted squared distance of y[t] and y[t + 1] together to the closest values of each pair of subsets, [4, 4, n]."""
+    """The weighted squared distance of y[t] and y[t + 1] together to the closest values of each pair of subsets, [16, n]."""
     table = torch.tensor(VALUES, dtype=torch.float32, device=y.device).view(4, 4, 1)
     first, second = ((y[i] - table).square_().amin(0).mul_(weights[i]) for i in (t, t + 1))
-    return first.unsqueeze(1) + second
+    return (first.unsqueeze(1) + second).flatten(0, 1)
 
 
-def _step(total: torch.Tensor, cost: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Errors of the best paths to each state, [states, n], two weights further; and from which state before they come, 0..3."""
-    best = came = None
+_Steps = list[tuple[torch.Tensor, torch.Tensor]]
+
+
+def _index_steps(device: torch.device) -> _Steps:
+    """For k = 0..3: the k-th state before each state, and the pair of subsets on the way from there, int64 [states] each."""
+    steps = []
     for k in range(4):
-        error = torch.stack([total[_BEFORE[s][k]] + cost[_STEPS[s][k]] for s in range(STATES)])
-        if best is None or came is None:
-            best, came = error, torch.zeros_like(error, dtype=torch.uint8)
-        else:
-            came = came.masked_fill_(error < best, k)
-            best = torch.minimum(error, best)
-    assert best is not None and came is not None
-    return best, came
+        before = torch.tensor([states[k] for states in _BEFORE], device=device)
+        pairs = torch.tensor([4 * step[k][0] + step[k][1] for step in _STEPS], device=device)
+        steps.append((before, pairs))
+    return steps
+
+
+def _errors(total: torch.Tensor, cost: torch.Tensor, steps: _Steps) -> list[torch.Tensor]:
+    """Errors of the paths to each state two weights further, by the state before: four of [states, n]."""
+    return [total.index_select(0, before) + cost.index_select(0, pair) for before, pair in steps]
 
 
 def _start(costs: list[torch.Tensor]) -> torch.Tensor:
     """The state in which the best circle begins and ends, int64 [n]; the first in a tie."""
-    n = costs[0].shape[-1]
-    best = chosen = None
+    n, steps = costs[0].shape[1], _index_steps(costs[0].device)
+    best, chosen = costs[0].new_empty(n), torch.zeros(n, dtype=torch.int64, device=costs[0].device)
     for state in range(STATES):
         total = costs[0].new_full((STATES, n), torch.inf)
         total[state] = 0
         for cost in costs:
-            total = _step(total, cost)[0]
+            total = reduce(torch.minimum, _errors(total, cost, steps))
         closed = total[state]
-        if best is None or chosen is None:
-            best, chosen = closed, torch.zeros(n, dtype=torch.int64, device=closed.device)
-        else:
-            chosen = chosen.masked_fill_(closed < best, state)
+        if state:
+            chosen.masked_fill_(closed < best, state)
             best = torch.minimum(closed, best)
-    assert chosen is not None
+        else:
+            best = closed
     return chosen
 
 
 def _trace(costs: list[torch.Tensor], start: torch.Tensor) -> torch.Tensor:
-    """The bits of the best path from a state back to it, int32 [32, n]."""
+    """The bits of the best path from a state back to it, int32 [32, n]. Of equal errors, the first state before is taken."""
+    steps = _index_steps(start.device)
     total = costs[0].new_full((STATES, start.shape[0]), torch.inf)
     total.scatter_(0, start.unsqueeze(0), 0.0)
-    steps = []
+    origins = []
     for cost in costs:
-        total, came = _step(total, cost)
-        steps.append(came)
+        total, *others = _errors(total, cost, steps)
+        origin = torch.zeros_like(total, dtype=torch.uint8)
+        for k, error in enumerate(others, 1):
+            origin.masked_fill_(error < total, k)
+            total = torch.minimum(error, total)
+        origins.append(origin)
     bits, state = [], start
-    for came in reversed(steps):
+    for origin in reversed(origins):
         bits += [state & 1, state >> 1 & 1]
-        state = state >> 2 | came.gather(0, state.unsqueeze(0)).squeeze(0).long() << MEMORY - 2
+        state = state >> 2 | origin.gather(0, state.unsqueeze(0)).squeeze(0).long() << MEMORY - 2
     return torch.stack(bits[::-1]).int().roll(_LEAD, 0)
