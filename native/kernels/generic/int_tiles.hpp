@@ -85,8 +85,22 @@ struct Unpacked : Format<format> {  // with one scale per group
   using P = Packed<format>;
   static_assert(Base::halves == 1);
   static constexpr int64_t bytes = 512 + (Base::has_min ? 128 : 64);
+  struct Place {
+    const uint8_t* group;
+    Place rows_below(int64_t bytes) const { return {group + bytes}; }
+  };
+  DSO_INLINE Place place(const uint8_t* tiles, int64_t g) { return {tiles + g * bytes}; }
+  DSO_INLINE B quad(const uint8_t* tile, int q) { return load_bytes(tile + 64 * q); }
   DSO_INLINE F scale(const uint8_t* tile) { return load((const float*)(tile + 512)); }
   DSO_INLINE F min(const uint8_t* tile) { return load((const float*)(tile + 576)); }
+  template <int half>
+  DSO_INLINE F scale(Place at) {
+    return scale(at.group);
+  }
+  template <int half>
+  DSO_INLINE F min(Place at) {
+    return min(at.group);
+  }
 
   DSO_INLINE void unpack(typename P::Place from, uint8_t* tile) {
 #pragma GCC unroll 8
