@@ -22,6 +22,7 @@ import contextlib
 import os
 import random
 import subprocess
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -202,13 +203,14 @@ class Costs:
                 self.shared[key] = self.shared.get(key, 0.0) + seconds
                 self._setting_up += seconds
 
-    def _share(self, name: str) -> float:
-        """Seconds of the fixtures that a case of the function shares with others."""
-        result = 0.0
+    def _shares(self) -> dict[str, float]:
+        """Function -> seconds per case of the fixtures that it shares with others."""
+        result: dict[str, float] = defaultdict(float)
         for (scope, fixture), seconds in self.shared.items():
-            users = [n for n, used in self.fixtures.items() if fixture in used and n.startswith(scope)]
-            if name in users:
-                result += seconds / sum(self.cases[n] for n in users)
+            users = [name for name, used in self.fixtures.items() if fixture in used and name.startswith(scope)]
+            each = seconds / max(1, sum(self.cases[name] for name in users))
+            for name in users:
+                result[name] += each
         return result
 
     def pytest_sessionfinish(self) -> None:
@@ -217,8 +219,9 @@ class Costs:
             for name, cost in listed().items()
             if name not in self.seconds and (ROOT / name.partition("::")[0]).is_file()
         }
+        shares = self._shares()
         for name, each in self.seconds.items():
-            mean = sum(each) / len(each) + self._share(name)
+            mean = sum(each) / len(each) + shares[name]
             if mean * self.cases[name] > FAST_S:
                 costs[name] = mean
         comment = [line for line in LIST.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
