@@ -14,7 +14,7 @@ from deepseek_optimizer import ConfigError, load_model
 from deepseek_optimizer.backends.reference import ReferenceBackend
 from deepseek_optimizer.models import build_graph, build_mtp_graph
 from deepseek_optimizer.train.modules.mtp import add_trained_layers, head_of, mtp_states
-from support.family_configs import deepseek_v3, deepseek_v32, llama
+from support.family_configs import deepseek_v3, deepseek_v32, llama, qwen2, qwen3
 from support.models import assert_close_rows, random_ids, random_model, randomize, weights_of
 from support.mtp_files import save_with_mtp
 from support.steps import Part, run_step, runner
@@ -25,6 +25,9 @@ CONFIGS = {
     "two": lambda: deepseek_v3(num_nextn_predict_layers=2),
     "dense main": lambda: deepseek_v3(first_k_dense_replace=3, num_nextn_predict_layers=1),
     "v32": lambda: deepseek_v32(num_nextn_predict_layers=1),
+    "llama": lambda: llama(num_nextn_predict_layers=2),
+    "qwen2": lambda: qwen2(num_nextn_predict_layers=1),
+    "qwen3": lambda: qwen3(num_nextn_predict_layers=1),
 }
 
 
