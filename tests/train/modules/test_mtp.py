@@ -46,7 +46,7 @@ def test_states_equal_the_graphs(name):
     config, count, ids = model.config, model.config.num_nextn_predict_layers, random_ids(model.config, 40)
     with torch.no_grad():
         hidden = model.model(torch.tensor([ids]), use_cache=False).last_hidden_state
-        made = [state[0] for _, state in mtp_states(model, hidden, torch.tensor([ids]))]
+        made = [state[0] for _, _, state in mtp_states(model, hidden, torch.tensor([ids]))]
     assert len(made) == count
     weights = weights_of(model)
     main = runner(ReferenceBackend(), build_graph(config, mtp_layers=count), weights)
@@ -76,7 +76,7 @@ def test_a_trained_checkpoint_is_loaded():
         ids = torch.tensor([document])
         with torch.no_grad():
             hidden = model.model(ids, use_cache=False).last_hidden_state
-            ((layer, state),) = mtp_states(model, hidden, ids)
+            ((_, layer, state),) = mtp_states(model, hidden, ids)
             losses.append(F.cross_entropy(head_of(layer, model)(state[0, :-2]), ids[0, 2:]).item())
     assert sum(losses) / len(losses) < 3.6
 
