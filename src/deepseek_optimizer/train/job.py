@@ -63,7 +63,7 @@ class RunSummary:
         kind: "model", "adapter" or "merged model".
         loads: whether `dso chat` and `load_model` can load the output directly.
         eval_before, eval_after: evaluation loss before and after training; None: there is no evaluation data.
-        accepted: with `draft_steps`, the mean number of drafts in the evaluation data up to the first wrong one, after training.
+        accepted: with `draft_steps`, the mean number of drafts in the evaluation data up to the first wrong one.
         loss: mean training loss.
         steps: number of optimizer steps.
         tokens: number of input tokens.
@@ -382,8 +382,8 @@ def _is_frozen(config: TrainConfig, checkpoint: Checkpoint, fields: dict[str, An
     quantized = quantized or (isinstance(checkpoint, QuantizedCheckpoint) and checkpoint.method != "fp8")
     if quantized and config.arguments.get("draft_steps"):
         raise ConfigError(
-            f"model: the weights of {config.model} are quantized; train the layer that drafts on the original model, then convert "
-            "the result"
+            f"model: the weights of {config.model} are quantized; train the layer that drafts on the original model, then "
+            "convert the result"
         )
     if quantized and config.lora is None:
         raise ConfigError(f"model: the weights of {config.model} are quantized; set lora to train an adapter")

@@ -84,8 +84,8 @@ class DraftObjective:
         """Nothing is logged besides the loss, which is the drafts'."""
 
     def accepted(self) -> float | None:
-        """The mean number of drafts up to the first wrong one since the last call, of rows that were evaluated; None: there were
-        none. On texts that the model wrote itself with the most likely tokens, it is what decoding accepts a round."""
+        """The mean number of drafts up to the first wrong one, of the rows evaluated since the last call; None: there are none.
+        On texts that the model wrote itself with the most likely tokens, it is what decoding accepts a round."""
         counted, self._accepted = self._accepted, []
         rows = sum(count for _, count in counted)
         return sum(right for right, _ in counted) / rows if rows else None
