@@ -7,10 +7,9 @@ from typing import Annotated, Any
 import typer
 
 from . import options as o
+from . import train_options as t
 
-_DATA: dict[str, Any] = {"rich_help_panel": "Data"}
 _LORA: dict[str, Any] = {"rich_help_panel": "LoRA"}
-_LOOP: dict[str, Any] = {"rich_help_panel": "Training loop"}
 _MEMORY: dict[str, Any] = {"rich_help_panel": "Memory"}
 
 
@@ -19,59 +18,24 @@ def train(
         str | None, typer.Argument(metavar="CONFIG", help="YAML or JSON file with these settings; flags override it.")
     ] = None,
     model: Annotated[str | None, typer.Option("--model", "-m", metavar="MODEL", help=o.MODEL_HELP)] = None,
-    output: Annotated[str | None, typer.Option("--output", "-o", metavar="DIR", help="Directory to create.")] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Resume from the newest complete checkpoint in the output directory.")
-    ] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check settings and data, show tokens, steps and memory, and exit.")
-    ] = False,
-    data: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--data", "-d", metavar="PATH", help="Training data: chats (.jsonl, .json), text files, directories.", **_DATA
-        ),
-    ] = None,
-    eval_data: Annotated[
-        list[str] | None, typer.Option("--eval-data", metavar="PATH", help="Evaluation data, in the same formats.", **_DATA)
-    ] = None,
-    eval_fraction: Annotated[
-        float | None,
-        typer.Option(
-            "--eval-fraction",
-            metavar="FRACTION",
-            help="Fraction of the training data to hold out for evaluation, from 0 to 1.",
-            **_DATA,
-        ),
-    ] = None,
-    max_length: Annotated[
-        int | None,
-        typer.Option(
-            "--max-length", metavar="TOKENS", help="Maximum length of a sequence. Default: the model's context.", **_DATA
-        ),
-    ] = None,
-    too_long: Annotated[
-        str | None,
-        typer.Option(
-            "--too-long",
-            metavar="ACTION",
-            help="What to do with longer sequences: error (default), truncate, split or skip.",
-            **_DATA,
-        ),
-    ] = None,
-    all_tokens: Annotated[
-        bool,
-        typer.Option("--all-tokens", help="Compute the loss on all messages, not only on the assistant's.", **_DATA),
-    ] = False,
+    output: t.Output = None,
+    resume: t.Resume = False,
+    dry_run: t.DryRun = False,
+    data: t.Data = None,
+    eval_data: t.EvalData = None,
+    eval_fraction: t.EvalFraction = None,
+    max_length: t.MaxLength = None,
+    too_long: t.TooLong = None,
+    all_tokens: t.AllTokens = False,
     per_answer: Annotated[
         bool,
         typer.Option(
-            "--per-answer", help="Train on each answer of a chat as a separate sequence, including its reasoning.", **_DATA
+            "--per-answer", help="Train on each answer of a chat as a separate sequence, including its reasoning.", **t.DATA
         ),
     ] = False,
-    skip_bad_lines: Annotated[bool, typer.Option("--skip-bad-lines", help="Skip invalid records.", **_DATA)] = False,
+    skip_bad_lines: t.SkipBadLines = False,
     no_packing: Annotated[
-        bool, typer.Option("--no-packing", help="Put one sequence in each row instead of packing several.", **_DATA)
+        bool, typer.Option("--no-packing", help="Put one sequence in each row instead of packing several.", **t.DATA)
     ] = False,
     lora: Annotated[
         int | None,
@@ -92,38 +56,24 @@ def train(
     merge: Annotated[
         bool, typer.Option("--merge", help="With --lora: save the whole model with the adapter merged into it.", **_LORA)
     ] = False,
-    epochs: Annotated[
-        float | None, typer.Option("--epochs", metavar="N", help="Passes over the training data. Default: 3.", **_LOOP)
-    ] = None,
-    steps: Annotated[
-        int | None, typer.Option("--steps", min=1, metavar="N", help="Number of optimizer steps; overrides --epochs.", **_LOOP)
-    ] = None,
+    epochs: t.Epochs = None,
+    steps: t.Steps = None,
     learning_rate: Annotated[
         float | None,
         typer.Option(
-            "--learning-rate", "--lr", metavar="RATE", help="Learning rate. Default: 2e-5; with --lora 2e-4.", **_LOOP
+            "--learning-rate", "--lr", metavar="RATE", help="Learning rate. Default: 2e-5; with --lora 2e-4.", **t.LOOP
         ),
     ] = None,
-    batch_size: Annotated[
-        int | None, typer.Option("--batch-size", min=1, metavar="N", help="Rows per batch. Default: 2.", **_LOOP)
-    ] = None,
-    accumulate: Annotated[
-        int | None,
-        typer.Option(
-            "--accumulate", min=1, metavar="N", help="Batches per optimizer step (gradient accumulation). Default: 1.", **_LOOP
-        ),
-    ] = None,
+    batch_size: t.BatchSize = None,
+    accumulate: t.Accumulate = None,
     patience: Annotated[
         int | None,
         typer.Option(
-            "--patience", min=1, metavar="N", help="Stop after N evaluations without a lower evaluation loss.", **_LOOP
+            "--patience", min=1, metavar="N", help="Stop after N evaluations without a lower evaluation loss.", **t.LOOP
         ),
     ] = None,
-    seed: Annotated[int | None, typer.Option("--seed", metavar="N", help="Random seed. Default: 42.", **_LOOP)] = None,
-    more: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="NAME=VALUE", help="Set any field of DeepSeekTrainingArguments. Repeatable.", **_LOOP),
-    ] = None,
+    seed: t.Seed = None,
+    more: t.More = None,
     activation_memory: Annotated[
         str | None,
         typer.Option(
@@ -154,18 +104,24 @@ def train(
             "too_long": too_long, "assistant_only": False if all_tokens else None, "per_answer": per_answer or None,
             "skip_bad_lines": skip_bad_lines or None, "packing": False if no_packing else None,
         },
-        "arguments": _with_settings(more or [], {
+        "arguments": with_settings(more or [], {
             "num_train_epochs": epochs, "max_steps": steps, "learning_rate": learning_rate,
             "per_device_train_batch_size": batch_size, "gradient_accumulation_steps": accumulate, "seed": seed,
             "activation_memory": activation_memory, "optimizer_state": optimizer_state,
         }),
     }  # fmt: skip
-    from deepseek_optimizer.system.progress import show_progress
     from deepseek_optimizer.train.config import make_config, read_config
+
+    config = make_config(merged({} if file is None else read_config(file), flags), file or "")
+    run_job(config, resume=resume, dry_run=dry_run, as_json=as_json)
+
+
+def run_job(config: Any, *, resume: bool, dry_run: bool, as_json: bool) -> None:
+    """Prints the plan of a training run; trains and prints the result unless `dry_run`."""
+    from deepseek_optimizer.system.progress import show_progress
 
     from .model import no_bars_in_pipes, print_json
 
-    config = make_config(_merge({} if file is None else read_config(file), flags), file or "")
     no_bars_in_pipes()
     from deepseek_optimizer.train.job import TrainingJob
 
@@ -194,7 +150,7 @@ def _run(job: Any) -> Any:
         bar.close()
 
 
-def _with_settings(pairs: list[str], flags: dict[str, Any]) -> dict[str, Any]:
+def with_settings(pairs: list[str], flags: dict[str, Any]) -> dict[str, Any]:
     """Training arguments from flags, and from --set NAME=VALUE."""
     arguments = {name: value for name, value in flags.items() if value is not None}
     for pair in pairs:
@@ -207,7 +163,7 @@ def _with_settings(pairs: list[str], flags: dict[str, Any]) -> dict[str, Any]:
     return arguments
 
 
-def _merge(fields: dict[str, Any], flags: dict[str, Any]) -> dict[str, Any]:
+def merged(fields: dict[str, Any], flags: dict[str, Any]) -> dict[str, Any]:
     """The settings of a file, overridden by flags that are not None."""
     out = dict(fields)
     for name, value in flags.items():
@@ -216,7 +172,7 @@ def _merge(fields: dict[str, Any], flags: dict[str, Any]) -> dict[str, Any]:
             if isinstance(below, (str, list)):  # `data: chats.jsonl`
                 below = {"train": below}
             if isinstance(below, dict) and (below or any(v is not None for v in value.values())):
-                out[name] = _merge(below, value)
+                out[name] = merged(below, value)
         elif value is not None and name == "lora" and isinstance(out.get(name), dict):
             out[name] = {**out[name], "r": value}
         elif value is not None:
@@ -232,6 +188,8 @@ def _describe(summary: Any, model: str) -> str:
     if summary.eval_after is not None:
         before = "" if summary.eval_before is None else f"{summary.eval_before:.4f} before, "
         lines.append(f"evaluation loss: {before}{summary.eval_after:.4f} after")
+    if summary.accepted is not None:
+        lines.append(f"drafts accepted in the evaluation data: {summary.accepted:.2f} a round")
     early = "; stopped early because the evaluation loss no longer improved" if summary.stopped_early else ""
     lines.append(f"training loss: {summary.loss:.4f} in {summary.steps:,} steps and {summary.seconds:,.0f} s{early}")
     lines.append(f"loss curve: {summary.curve}")

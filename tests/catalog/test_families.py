@@ -20,7 +20,7 @@ def test_every_family_is_listed_once():
 def test_what_families_support():
     rows = {row.family: row for row in families()}
     assert rows["llama"].attention == ("flash", "eager", "sliding", "sparse") and "dso train" in rows["llama"].training
-    assert "MTP layers" in rows["deepseek_v3"].drafts and "MTP layers" not in rows["llama"].drafts
+    assert "MTP layers" in rows["deepseek_v3"].drafts and "MTP layers" not in rows["gemma2"].drafts
     assert "sparse" not in rows["deepseek_v32"].attention  # its layers choose tokens as they were trained to
     assert rows["bert"].attention == ("bidirectional",) and rows["bert"].training == ("heads", "adapters")
     assert rows[EVERY_OTHER].path == "general" and rows[EVERY_OTHER].training == ("heads", "adapters")

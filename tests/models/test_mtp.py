@@ -22,7 +22,7 @@ from deepseek_optimizer.graph.analysis import weight_shapes
 from deepseek_optimizer.graph.validate import check_graph
 from deepseek_optimizer.models import build_graph, build_mtp_graph, mtp_layers
 from support import tiny_v3
-from support.family_configs import deepseek_v3, deepseek_v32, llama, youtu
+from support.family_configs import deepseek_v3, deepseek_v32, llama, mistral, qwen2, qwen3, youtu
 from support.models import CASES, assert_close_rows, random_ids, random_model, randomize, weights_of
 from support.steps import Part, Runner, run_step, runner
 
@@ -31,6 +31,10 @@ WITH_LAYERS: dict[str, Callable[[], Any]] = {
     "v3 without a query latent": lambda: deepseek_v3(num_nextn_predict_layers=2, q_lora_rank=None),
     "v3 of dense layers": lambda: deepseek_v3(num_nextn_predict_layers=2, first_k_dense_replace=3),
     "v32": lambda: deepseek_v32(num_nextn_predict_layers=2),
+    "llama": lambda: llama(num_nextn_predict_layers=2),
+    "qwen2": lambda: qwen2(num_nextn_predict_layers=2),
+    "qwen3": lambda: qwen3(num_nextn_predict_layers=2),
+    "mistral with windows": lambda: mistral(num_nextn_predict_layers=2, sliding_window=16),
 }
 
 
@@ -43,9 +47,8 @@ def transformers_layer(model: Any, depth: int) -> tuple[MtpLayer, dict[str, torc
     """A random layer of Transformers, and its weights under checkpoint names."""
     config, last = model.config, model.model.layers[-1]
     kinds = getattr(config, "mlp_layer_types", None)
-    index = (
-        kinds.index("sparse") if kinds else config.num_hidden_layers + depth
-    )  # determines the experts, and the place in a cache
+    # The index determines the experts or the kind of attention, and the place in a cache.
+    index = kinds.index("sparse") if kinds else 0 if hasattr(config, "layer_types") else config.num_hidden_layers + depth
     layer = randomize(MtpLayer(config, type(last), type(model.model.norm), index).eval(), seed=7 + depth)
     path = f"model.layers.{config.num_hidden_layers + depth}"
     names = {"mtp_block.": "", "post_norm.": "shared_head.norm."}
@@ -94,7 +97,7 @@ def test_equals_a_chain_of_transformers_layers(name: str, fused: bool) -> None:
         for logits in (made.logits, torch.cat(parts)):
             assert_close_rows(logits, F.linear(expected, model.lm_head.weight).detach())
         states = made.last_hidden
-    assert torch.equal(main.store.read(0, blocks.table(), 58)[0], cached[:58])  # the model's own layers are unchanged
+    assert torch.equal(main.store.read(0, blocks.table(), 58)[0], cached[..., :58, :])  # the model's own layers are unchanged
 
 
 def test_layers_in_the_cache() -> None:

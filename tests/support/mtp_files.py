@@ -1,4 +1,4 @@
-"""Checkpoints of DeepSeek-V3 with MTP layers, as published by DeepSeek: per-expert tensors, embedding and head repeated."""
+"""Checkpoints with MTP layers, as published by DeepSeek: per-expert tensors, embedding and head repeated."""
 
 from __future__ import annotations
 
@@ -46,7 +46,9 @@ def with_mtp(
         if repeated:
             prefix = f"model.layers.{config.num_hidden_layers + depth}"
             stored[f"{prefix}.embed_tokens.weight"] = stored["model.embed_tokens.weight"].clone()
-            stored[f"{prefix}.shared_head.head.weight"] = stored["lm_head.weight"].clone()
+            stored[f"{prefix}.shared_head.head.weight"] = stored.get(
+                "lm_head.weight", stored["model.embed_tokens.weight"]
+            ).clone()
     return stored
 
 

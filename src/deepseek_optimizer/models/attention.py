@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from ..graph.ir import CacheSpec, Graph, Node, Value
 from .blocks import Attend, FeedForward, emit, linear, mlp, rms_norm, scale_by_position, trunk_graph
 from .decoder import Decoder
+from .mtp import mtp_graph
 
 
 def decoder_graph(d: Decoder, feed_forward: FeedForward | None = None) -> Graph:
@@ -16,11 +18,24 @@ def decoder_graph(d: Decoder, feed_forward: FeedForward | None = None) -> Graph:
         d: the model's sizes.
         feed_forward: appends the nodes of a layer's feed-forward network; None: all layers have dense MLPs.
     """
+    return trunk_graph(d, CacheSpec(d.layers, d.kv_heads, d.head_dim), attention(d), feed_forward or _dense(d))
 
+
+def decoder_mtp_graph(d: Decoder, depth: int, layers: int) -> Graph:
+    """The unfused graph of MTP layer `depth` of `layers`: a layer of the model's kind with full attention and a dense MLP.
+
+    Args:
+        d: the model's sizes, the same for all layers but for windows.
+    """
+    d = replace(d, windows=(*d.windows, *(0,) * layers))
+    return mtp_graph(d, CacheSpec(d.layers, d.kv_heads, d.head_dim), attention(d), _dense(d), depth, layers)
+
+
+def _dense(d: Decoder) -> FeedForward:
     def dense(nodes: list[Node], x: Value, layer: int) -> Value:
         return mlp(nodes, d, x, f"l{layer}.mlp", f"model.layers.{layer}.mlp", d.intermediate)
 
-    return trunk_graph(d, CacheSpec(d.layers, d.kv_heads, d.head_dim), attention(d), feed_forward or dense)
+    return dense
 
 
 def attention(d: Decoder) -> Attend:

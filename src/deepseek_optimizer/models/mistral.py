@@ -5,11 +5,19 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ..graph.ir import Graph
-from .attention import decoder_graph
-from .decoder import read_decoder, same_window
+from .attention import decoder_graph, decoder_mtp_graph
+from .decoder import Decoder, read_decoder, same_window
 from .fields import Fields
 
 
 def build(fields: Fields) -> Graph:
+    return decoder_graph(_read(fields))
+
+
+def build_mtp(fields: Fields, depth: int, layers: int) -> Graph:
+    return decoder_mtp_graph(_read(fields), depth, layers)
+
+
+def _read(fields: Fields) -> Decoder:
     decoder = read_decoder(fields, "mistral")
-    return decoder_graph(replace(decoder, windows=same_window(fields, decoder.layers)))
+    return replace(decoder, windows=same_window(fields, decoder.layers))

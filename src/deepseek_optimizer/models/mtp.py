@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ..graph.ir import Graph, LatentSpec, Node, Value
+from ..graph.ir import CacheSpec, Graph, LatentSpec, Node, Value
 from .blocks import Attend, FeedForward, decoder_layer, emit, linear, norm
 from .decoder import Trunk
 
 
-def mtp_graph(d: Trunk, cache: LatentSpec, attend: Attend, feed_forward: FeedForward, depth: int, layers: int) -> Graph:
+def mtp_graph(
+    d: Trunk, cache: CacheSpec | LatentSpec, attend: Attend, feed_forward: FeedForward, depth: int, layers: int
+) -> Graph:
     """The unfused graph of MTP layer `depth` of `layers`. In the cache, MTP layers follow the model's decoder layers.
 
     Its only hidden state is its normalized output, which is the input of the next MTP layer.

@@ -25,6 +25,7 @@ _CHOICES: Final[dict[str, Any]] = {
     "activation_memory": ActivationMemory, "optimizer_state": OptimizerState, "master_weights": MasterWeights,
     "on_nan": OnNan, "fp8_backend": Fp8Backend,
 }  # fmt: skip
+MAX_DRAFTS: Final = 16  # in a row
 _FLAGS: Final = ("bf16", "fp8_enabled", "fp8_e4m3", "packing", "fused_loss")
 _NUMBERS: Final = ("learning_rate", "num_train_epochs", "weight_decay", "moe_balance_rate", "moe_sequence_loss_weight")
 
@@ -59,6 +60,8 @@ class DeepSeekTrainingArguments(PlainArguments):
         moe_sequence_loss_weight: weight (alpha) of the sequence-wise balance loss of DeepSeek-V3, which used 0.0001; 0: off.
         mtp_loss_weight: weight of the loss of the multi-token prediction layers (DeepSeek-V3 report, section 2.2); None: they
             are not trained.
+        draft_steps: train nothing but a multi-token prediction layer, which is added where the model has none, to draft this
+            number of tokens in a row for the model as it is (`dso draft`); 0: off.
 
     Raises:
         ConfigError: a value is not allowed, or two fields contradict each other. Names the fields.
@@ -79,6 +82,7 @@ class DeepSeekTrainingArguments(PlainArguments):
     moe_balance_rate: float = field(default=0.001, metadata={"help": "Step of the expert-balancing biases; 0: off."})
     moe_sequence_loss_weight: float = field(default=0.0, metadata={"help": "Weight of the sequence-wise balance loss."})
     mtp_loss_weight: float | None = field(default=None, metadata={"help": "Weight of the multi-token prediction loss."})
+    draft_steps: int = field(default=0, metadata={"help": "Train only a layer that drafts this number of tokens; 0: off."})
 
     def __post_init__(self) -> None:
         self._check_values()
@@ -116,6 +120,12 @@ class DeepSeekTrainingArguments(PlainArguments):
             _number(name, getattr(self, name))
         if self.mtp_loss_weight is not None:
             _number("mtp_loss_weight", self.mtp_loss_weight)
+        if (
+            isinstance(self.draft_steps, bool)
+            or not isinstance(self.draft_steps, int)
+            or not 0 <= self.draft_steps <= MAX_DRAFTS
+        ):
+            raise ConfigError(f"draft_steps must be an integer from 0 to {MAX_DRAFTS}, got {self.draft_steps!r}")
         if self.num_train_epochs == 0 and self.max_steps <= 0:
             raise ConfigError("num_train_epochs=0 trains nothing; set a value above 0, or max_steps")
         for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
@@ -126,6 +136,11 @@ class DeepSeekTrainingArguments(PlainArguments):
         """ConfigError for fields that contradict each other, before anything is loaded."""
         if self.fp16:
             raise ConfigError("fp16=True is not supported; use bf16=True, which needs no loss scaling, or bf16=False for fp32")
+        if self.draft_steps and self.mtp_loss_weight is not None:
+            raise ConfigError(
+                f"draft_steps={self.draft_steps} trains multi-token prediction layers for the model as it is, and "
+                f"mtp_loss_weight={self.mtp_loss_weight} together with it; set only one of them"
+            )
         if self.fp8_enabled and not self.bf16:
             raise ConfigError("fp8_enabled=True needs bf16=True: everything else is in bf16, with fp32 master weights")
         if self.fp8_enabled and self.optim != ADAMW_DEEPSEEK:

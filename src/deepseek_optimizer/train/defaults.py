@@ -15,7 +15,7 @@ def defaults(config: TrainConfig) -> dict[str, Any]:
     """Default arguments that do not depend on the data."""
     evaluated = {"metric_for_best_model": "eval_loss", "greater_is_better": False} if config.evaluates else {}
     return {
-        "learning_rate": 2e-5 if config.lora is None else 2e-4,
+        "learning_rate": 1e-3 if config.arguments.get("draft_steps") else 2e-5 if config.lora is None else 2e-4,
         "lr_scheduler_type": "cosine",
         "warmup_steps": 0.03,
         "per_device_train_batch_size": 2,

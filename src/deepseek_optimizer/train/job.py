@@ -42,6 +42,7 @@ from .defaults import defaults, intervals
 from .disk import check_writable, plan_disk
 from .fp8.backend import from_arguments
 from .load_for_training import load_for_training
+from .modules.draft_layer import sketch_draft_layer
 from .ops.native import built
 from .plan import TrainingPlan, steps_of
 from .precision import DTYPES
@@ -62,6 +63,7 @@ class RunSummary:
         kind: "model", "adapter" or "merged model".
         loads: whether `dso chat` and `load_model` can load the output directly.
         eval_before, eval_after: evaluation loss before and after training; None: there is no evaluation data.
+        accepted: with `draft_steps`, the mean number of drafts in the evaluation data up to the first wrong one.
         loss: mean training loss.
         steps: number of optimizer steps.
         tokens: number of input tokens.
@@ -75,6 +77,7 @@ class RunSummary:
     loads: bool
     eval_before: float | None
     eval_after: float | None
+    accepted: float | None
     loss: float
     steps: int
     tokens: int
@@ -114,6 +117,8 @@ class TrainingJob:
         self.args = self._arguments({})  # raises for contradictory settings before the data is read
         if self.args.should_save:
             check_writable(self.output)
+        if self.args.draft_steps and config.lora is not None:
+            raise ConfigError("arguments.draft_steps trains a layer of its own, so it cannot be combined with lora")
         from_arguments(self.args)  # raises if FP8 hardware is required and missing
         self.source = resolve(config.model)
         with open_checkpoint(self.source) as checkpoint:
@@ -160,6 +165,8 @@ class TrainingJob:
             self.targets = lora.targets_of(model, config.lora.targets)
             model = self._with_adapter(model)
             adapter = f"LoRA of rank {config.lora.r} on {', '.join(self.targets)}"
+        if self.args.draft_steps:
+            sketch_draft_layer(model)
         tokens = min(self.longest, self.row) * self.args.train_batch_size
         prepared = prepare(model, activation_memory=self.args.activation_memory, fused_loss=self.args.fused_loss)
         memory = plan_memory(prepared, self.args, DTYPES["bf16" if self.args.bf16 else "fp32"], tokens)
@@ -192,7 +199,8 @@ class TrainingJob:
     def _omissions(self, checkpoint: Checkpoint, model: Any) -> list[str]:
         """Remarks on parts of the model that the result will not contain."""
         whole = self.config.lora is None or self.config.merge
-        if not whole or self.args.mtp_loss_weight is not None or not stored_mtp_layers(checkpoint, model.config):
+        trained = self.args.mtp_loss_weight is not None or self.args.draft_steps
+        if not whole or trained or not stored_mtp_layers(checkpoint, model.config):
             return []
         return [
             "the result has no MTP layers, since they are not trained"
@@ -271,6 +279,7 @@ class TrainingJob:
             loads=kind != "adapter",
             eval_before=before,
             eval_after=after,
+            accepted=next((p["eval_accepted"] for p in reversed(self.curve.points) if "eval_accepted" in p), None),
             loss=float(result.training_loss),
             steps=int(trainer.state.global_step),
             tokens=int(trainer.state.num_input_tokens_seen),
@@ -371,6 +380,11 @@ def _is_frozen(config: TrainConfig, checkpoint: Checkpoint, fields: dict[str, An
     """Whether the model's own weights are packed, so that only an adapter can be trained. Raises ConfigError."""
     quantized = isinstance(checkpoint, (PackedCheckpoint, GgufCheckpoint)) or fields.get("quantization_config") is not None
     quantized = quantized or (isinstance(checkpoint, QuantizedCheckpoint) and checkpoint.method != "fp8")
+    if quantized and config.arguments.get("draft_steps"):
+        raise ConfigError(
+            f"model: the weights of {config.model} are quantized; train the layer that drafts on the original model, then "
+            "convert the result"
+        )
     if quantized and config.lora is None:
         raise ConfigError(f"model: the weights of {config.model} are quantized; set lora to train an adapter")
     if quantized and config.merge:

@@ -22,6 +22,7 @@ from ..integration.training.modules import attention_name, set_attention_name
 from .attention_function import DSO_TRAIN, register_train_attention
 from .fp8.backend import Fp8Products
 from .modules.attention import TrainedAttention
+from .modules.draft_loss import DraftObjective
 from .modules.embedding import TrainedEmbedding
 from .modules.experts import TrainedExperts
 from .modules.fp8_linear import TrainedFp8Linear, excluded_from_fp8
@@ -93,7 +94,7 @@ def prepare(
     *,
     activation_memory: ActivationMemory = "selective",
     fused_loss: bool = True,
-    mtp: MtpObjective | None = None,
+    mtp: MtpObjective | DraftObjective | None = None,
     fp8: Fp8Products | None = None,
 ) -> Prepared:
     """Replaces the forward methods of a model's modules by native ones.
@@ -102,7 +103,7 @@ def prepare(
         model: a Transformers model: plain, packed, or wrapped by PEFT.
         activation_memory: see `DeepSeekTrainingArguments`.
         fused_loss: compute the head and the loss together where possible.
-        mtp: the loss of the model's MTP layers, which is added to the fused loss.
+        mtp: the loss of the model's MTP layers, which is added to the fused loss or replaces it.
         fp8: the FP8 products of linear layers and experts; None: no FP8.
     """
     exempt = excluded_from_fp8(model) if fp8 is not None else set()

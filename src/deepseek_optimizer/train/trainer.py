@@ -28,6 +28,8 @@ from .checkpoints.saving import AtomicCheckpoints
 from .data.packing import pack_for_trainer
 from .fp8.backend import Fp8Products, from_arguments
 from .fsdp import shard_on_cpus
+from .modules.draft_layer import add_draft_layer
+from .modules.draft_loss import DraftObjective
 from .modules.mtp import add_trained_layers
 from .modules.mtp_loss import MtpObjective
 from .non_finite import NonFiniteSteps
@@ -49,7 +51,8 @@ class DeepSeekTrainer(AtomicCheckpoints):
         args: a `DeepSeekTrainingArguments`; None: the defaults.
 
     Attributes:
-        mtp: the loss of the MTP layers if they are trained, else None; its `weight` may be changed during training.
+        mtp: the loss of the MTP layers if they are trained, else None; its `weight` may be changed during training. With
+            `draft_steps`, the loss of drafts.
         balancing: the load balancing of experts; its `rate` may be changed during training.
 
     Raises:
@@ -75,13 +78,19 @@ class DeepSeekTrainer(AtomicCheckpoints):
         self._warned: set[str] = set()
         self._fp8: Fp8Products | None = from_arguments(args)
         super().__init__(model, args, *rest, **options)
-        self.mtp: MtpObjective | None = None
+        self.mtp: MtpObjective | DraftObjective | None = None
         self._mtp_notes: list[str] = []
         if args.mtp_loss_weight is not None:
             if self._why_unfused() is not None or not args.fused_loss:
                 raise ConfigError(f"mtp_loss_weight={args.mtp_loss_weight} needs the fused loss: leave fused_loss=True, "
                                   "label_smoothing_factor=0 and compute_loss_func=None, or mtp_loss_weight=None")  # fmt: skip
             self.mtp, self._mtp_notes = MtpObjective(args.mtp_loss_weight), add_trained_layers(self.model)
+        if args.draft_steps:
+            if (reason := self._why_unfused()) is not None or not args.fused_loss:
+                raise ConfigError(f"draft_steps={args.draft_steps} needs the fused loss: "
+                                  f"{reason or 'leave fused_loss=True'}")  # fmt: skip
+            self._mtp_notes = add_draft_layer(self.model)
+            self.mtp = DraftObjective(args.draft_steps)
         if args.packing:
             pack_for_trainer(self)
         self.balancing = ExpertBalancing(args.moe_balance_rate, args.moe_sequence_loss_weight)
@@ -297,6 +306,8 @@ class DeepSeekTrainer(AtomicCheckpoints):
             if self.mtp is not None and (mean := self.mtp.mean(steps)) is not None:
                 logs["mtp_loss"] = round(mean, 4)
             logs |= self.balancing.statistics()
+        if "eval_loss" in logs and isinstance(self.mtp, DraftObjective) and (accepted := self.mtp.accepted()) is not None:
+            logs["eval_accepted"] = round(accepted, 4)
         super().log(logs, *args, **kwargs)
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +22,7 @@ from deepseek_optimizer.graph.ir import Graph
 from deepseek_optimizer.integration.memory.arena import Arena
 from deepseek_optimizer.models import build_graph, build_mtp_graph
 from support import steps
-from support.family_configs import deepseek_v3
+from support.family_configs import deepseek_v3, llama
 from support.models import random_ids, random_model, weights_of
 
 
@@ -44,8 +45,8 @@ class World:
     backend: ReferenceBackend = field(default_factory=ReferenceBackend)
 
     @classmethod
-    def make(cls, layers: int) -> World:
-        config = deepseek_v3(num_nextn_predict_layers=layers)
+    def make(cls, layers: int, family: Callable[..., Any] = deepseek_v3) -> World:
+        config = family(num_nextn_predict_layers=layers)
         graph = build_graph(config, layers)
         backend = ReferenceBackend()
         plans = [backend.compile(graph, weights_of(random_model(config)))]
@@ -154,9 +155,12 @@ def runner_blocks(runner: Runner) -> Any:
     return SequenceBlocks(runner.memory.manager)
 
 
-@pytest.fixture(scope="module", params=[1, 2, 3])
+WORLDS = {"one": (1, deepseek_v3), "two": (2, deepseek_v3), "three": (3, deepseek_v3), "one of keys per head": (1, llama)}
+
+
+@pytest.fixture(scope="module", params=WORLDS)
 def world(request) -> World:
-    return World.make(request.param)
+    return World.make(*WORLDS[request.param])
 
 
 def test_drafts_equal_the_definition(world):

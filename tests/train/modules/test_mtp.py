@@ -14,7 +14,7 @@ from deepseek_optimizer import ConfigError, load_model
 from deepseek_optimizer.backends.reference import ReferenceBackend
 from deepseek_optimizer.models import build_graph, build_mtp_graph
 from deepseek_optimizer.train.modules.mtp import add_trained_layers, head_of, mtp_states
-from support.family_configs import deepseek_v3, deepseek_v32, llama
+from support.family_configs import deepseek_v3, deepseek_v32, llama, qwen2, qwen3
 from support.models import assert_close_rows, random_ids, random_model, randomize, weights_of
 from support.mtp_files import save_with_mtp
 from support.steps import Part, run_step, runner
@@ -25,6 +25,9 @@ CONFIGS = {
     "two": lambda: deepseek_v3(num_nextn_predict_layers=2),
     "dense main": lambda: deepseek_v3(first_k_dense_replace=3, num_nextn_predict_layers=1),
     "v32": lambda: deepseek_v32(num_nextn_predict_layers=1),
+    "llama": lambda: llama(num_nextn_predict_layers=2),
+    "qwen2": lambda: qwen2(num_nextn_predict_layers=1),
+    "qwen3": lambda: qwen3(num_nextn_predict_layers=1),
 }
 
 
@@ -43,7 +46,7 @@ def test_states_equal_the_graphs(name):
     config, count, ids = model.config, model.config.num_nextn_predict_layers, random_ids(model.config, 40)
     with torch.no_grad():
         hidden = model.model(torch.tensor([ids]), use_cache=False).last_hidden_state
-        made = [state[0] for _, state in mtp_states(model, hidden, torch.tensor([ids]))]
+        made = [state[0] for _, _, state in mtp_states(model, hidden, torch.tensor([ids]))]
     assert len(made) == count
     weights = weights_of(model)
     main = runner(ReferenceBackend(), build_graph(config, mtp_layers=count), weights)
@@ -73,7 +76,7 @@ def test_a_trained_checkpoint_is_loaded():
         ids = torch.tensor([document])
         with torch.no_grad():
             hidden = model.model(ids, use_cache=False).last_hidden_state
-            ((layer, state),) = mtp_states(model, hidden, ids)
+            ((_, layer, state),) = mtp_states(model, hidden, ids)
             losses.append(F.cross_entropy(head_of(layer, model)(state[0, :-2]), ids[0, 2:]).item())
     assert sum(losses) / len(losses) < 3.6
 

@@ -37,7 +37,7 @@ def test_equals_cross_entropy(model):
     hidden = model.model(ids, use_cache=False).last_hidden_state
     made = mtp_loss(model, hidden, ids, labels)
     means, sums = [], []
-    for k, (layer, state) in enumerate(mtp_states(model, hidden, ids)):
+    for k, layer, state in mtp_states(model, hidden, ids):
         logits, wanted = head_of(layer, model)(state[:, : -k - 2]).flatten(0, 1), labels[:, k + 2 :].flatten()
         means.append(F.cross_entropy(logits, wanted))
         sums.append(F.cross_entropy(logits, wanted, reduction="sum"))

@@ -106,13 +106,15 @@ def add_mtp_layers(model: Any, own: list[frozenset[str]], dtype: torch.dtype | N
     first = type(layers[0])
     norm = type(layers[0].input_layernorm)
     count = config.num_hidden_layers
-    sparse = copy.deepcopy(config)  # all MTP layers have experts
-    sparse.first_k_dense_replace = 0
-    if getattr(sparse, "mlp_layer_types", None) is not None:
-        sparse.mlp_layer_types = ["sparse"] * (count + len(own))
+    extended = copy.deepcopy(config)
+    if hasattr(config, "first_k_dense_replace"):  # all MTP layers have experts
+        extended.first_k_dense_replace = 0
+    for name, kind in (("mlp_layer_types", "sparse"), ("layer_types", "full_attention")):
+        if (kinds := getattr(config, name, None)) is not None:
+            setattr(extended, name, [*kinds, *[kind] * len(own)])
     with torch.device("meta"):
         for depth, leaves in enumerate(own):
-            layer: Any = first(sparse, count + depth)
+            layer: Any = first(extended, count + depth)
             hidden = config.hidden_size
             layer.enorm, layer.hnorm = (norm(hidden, eps=config.rms_norm_eps) for _ in range(2))
             layer.eh_proj = nn.Linear(2 * hidden, hidden, bias=False)

@@ -10,6 +10,7 @@ from torch import nn
 
 from ...integration.compat import causal_output
 from ...models.families import traits
+from .draft_loss import DraftObjective
 from .head_loss import head_is_fused, head_loss
 from .mtp_loss import MtpObjective
 
@@ -24,7 +25,7 @@ class TrainedCausalLM(nn.Module):
     model: nn.Module
     lm_head: nn.Module
     config: Any
-    mtp: MtpObjective | None = None
+    mtp: MtpObjective | DraftObjective | None = None
 
     @staticmethod
     def fits(module: nn.Module) -> bool:
@@ -45,10 +46,11 @@ class TrainedCausalLM(nn.Module):
         as_tuple = not kwargs.pop("return_dict", self.config.return_dict)
         kwargs.pop("logits_to_keep", None)
         outputs = self.model(*args, **{"use_cache": False, **kwargs}, return_dict=True)
-        loss = self._loss(outputs.last_hidden_state, labels, **options)
-        if self.mtp is not None and self.training:
+        hidden, alone = outputs.last_hidden_state, self.mtp is not None and self.mtp.alone
+        loss = hidden.new_zeros((), dtype=torch.float32) if alone else self._loss(hidden, labels, **options)
+        if self.mtp is not None and (self.training or alone):
             ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
-            loss = loss + self.mtp(self, outputs.last_hidden_state, ids, labels, options["num_items_in_batch"], kwargs)
+            loss = loss + self.mtp(self, hidden, ids, labels, options["num_items_in_batch"], kwargs)
         result = causal_output(cache=None, loss=loss, hidden_states=outputs.hidden_states, attentions=outputs.attentions)
         return result.to_tuple() if as_tuple else result
 

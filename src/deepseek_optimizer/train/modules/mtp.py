@@ -119,8 +119,9 @@ def mtp_states(
     input_ids: torch.Tensor,
     attention_mask: torch.Tensor | None = None,
     position_ids: torch.Tensor | None = None,
-) -> Iterator[tuple[nn.Module, torch.Tensor]]:
-    """Yields each MTP layer with its normed states [B, S, H], in order.
+    steps: int | None = None,
+) -> Iterator[tuple[int, nn.Module, torch.Tensor]]:
+    """Yields the depth of each MTP layer, the layer, and its normed states [B, S, H], in order.
 
     States at rows whose token lies after the end of the row or text are meaningless; no earlier row attends to them.
 
@@ -128,6 +129,8 @@ def mtp_states(
         hidden: [B, S, H], the model's last hidden state, normed.
         input_ids: int64 [B, S].
         attention_mask, position_ids: as passed to the model.
+        steps: number of states; if there are fewer layers, the last one is applied again to its own states, each row to that of
+            the row before, as in `engine.speculative.mtp`; the first row of a text has the model's. None: one for each layer.
     """
     decoder, config = model.get_decoder(), model.config
     if position_ids is None:
@@ -136,14 +139,19 @@ def mtp_states(
     mask = create_causal_mask(**where, **{cache_name(): None})
     rotation = decoder.rotary_emb(hidden, position_ids)
     embedded, state = decoder.embed_tokens(input_ids), hidden
-    for depth, layer in enumerate(decoder.layers[config.num_hidden_layers :]):
+    layers = decoder.layers[config.num_hidden_layers :]
+    for step in range(len(layers) if steps is None else steps):
+        depth = min(step, len(layers) - 1)
+        layer = layers[depth]
+        if step > depth:
+            state = torch.where((position_ids == 0)[..., None], hidden, state.roll(1, 1))
         following = layer.embed_tokens(input_ids) if hasattr(layer, "embed_tokens") else embedded
         both = torch.cat((layer.enorm(following.roll(-(depth + 1), 1)), layer.hnorm(state)), -1)
         state = layer(
             layer.eh_proj(both), attention_mask=mask, position_ids=position_ids, position_embeddings=rotation, use_cache=False
         )
         state = layer.shared_head.norm(state)
-        yield layer, state
+        yield depth, layer, state
 
 
 def head_of(layer: Any, model: Any) -> nn.Module:

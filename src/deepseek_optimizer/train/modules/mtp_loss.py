@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 import torch
 
@@ -35,7 +35,7 @@ def mtp_loss(
     """
     losses = []
     states = mtp_states(model, hidden, input_ids, attention_mask, position_ids)
-    for depth, (layer, state) in enumerate(states):
+    for depth, layer, state in states:
         targets = labels_ahead(labels, depth + 2, position_ids)
         items = float(num_items if num_items is not None else max(1, int((targets != IGNORED).sum())))
         losses.append(head_loss(state.flatten(0, 1), head_of(layer, model), targets.flatten(), IGNORED, items))
@@ -47,7 +47,12 @@ class MtpObjective:
 
     Args:
         weight: the factor lambda of the report; may be changed during training.
+
+    Attributes:
+        alone: whether the loss replaces the model's own; it is added to that.
     """
+
+    alone: Final = False
 
     def __init__(self, weight: float) -> None:
         self.weight = weight

@@ -1,0 +1,100 @@
+"""Training a layer that drafts for a frozen model (`dso draft`): its loss, and how many drafts the model would accept.
+
+The layer is a multi-token prediction layer, whose own state takes the place of the model's from the second draft on, as in
+`engine.speculative.mtp`; training does the same for `draft_steps` drafts (Li et al., "EAGLE-3", arXiv 2503.01840, section 3.2;
+Zhang et al., "HASS", arXiv 2408.15766). Labels are the model's own most likely tokens instead of the text's, since drafts are
+accepted for being those. One simplification: keys and values of all rows come from the states of the same draft, where
+drafting has those of the model for the rows before.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import torch
+import torch.nn.functional as F
+
+from .head_loss import head_loss
+from .mtp import head_of, mtp_states
+from .mtp_loss import IGNORED, labels_ahead
+
+_CHUNK_BYTES: Final = 64 << 20  # fp32 logits at a time
+
+
+class DraftObjective:
+    """The loss of drafts, which replaces the model's own; the model's weights are frozen.
+
+    Args:
+        steps: number of drafts in a row that are trained.
+
+    Attributes:
+        alone: the loss of the model itself is not needed.
+    """
+
+    alone: Final = True
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+        self._accepted: list[tuple[float, int]] = []
+
+    def __call__(
+        self,
+        model: Any,
+        hidden: torch.Tensor,
+        input_ids: torch.Tensor,
+        labels: torch.Tensor,
+        num_items: Any,
+        inputs: dict[str, Any],
+    ) -> torch.Tensor:
+        """The cross entropy of the model's most likely tokens, averaged over drafts and over the rows that have a label.
+
+        Args:
+            model: a model with MTP layers.
+            hidden: [B, S, H], the model's last hidden state, normed.
+            input_ids: int64 [B, S].
+            labels: int64 [B, S], the label of each token itself; -100: drafts for it are not trained.
+            num_items: divisor of the sum over rows; None: the number of rows that count.
+            inputs: the other keyword arguments that the model was called with.
+        """
+        positions = inputs.get("position_ids")
+        place = torch.arange(hidden.shape[1], device=hidden.device)[None] if positions is None else positions
+        likely = most_likely(hidden, model.get_output_embeddings()).roll(1, 1)  # by the token's own row
+        likely = torch.where(labels == IGNORED, IGNORED, likely)
+        losses, right = [], []
+        states = mtp_states(model, hidden, input_ids, inputs.get("attention_mask"), positions, steps=self.steps)
+        for step, (depth, layer, state) in enumerate(states):
+            wanted = labels_ahead(likely, depth + 2, positions)
+            wanted = torch.where(place < step - depth, IGNORED, wanted)  # these rows have no state of the draft before
+            items = float(num_items if num_items is not None else max(1, int((wanted != IGNORED).sum())))
+            head = head_of(layer, model)
+            losses.append(head_loss(state.flatten(0, 1), head, wanted.flatten(), IGNORED, items))
+            if not model.training:
+                correct = (most_likely(state, head) == wanted) & (wanted != IGNORED)
+                right.append(F.pad(correct, (0, step - depth))[:, step - depth :])  # by the row at which drafting begins
+        if right:
+            self._count(right, labels_ahead(likely, 2, positions) != IGNORED)
+        return torch.stack(losses).mean()
+
+    def _count(self, right: list[torch.Tensor], rows: torch.Tensor) -> None:
+        """Counts the drafts after each of `rows` up to the first wrong one; `right`: for each draft, whether it is correct."""
+        all_right = torch.stack(right).cumprod(0).bool() & rows
+        self._accepted.append((int(all_right.sum()), int(rows.sum())))
+
+    def mean(self, steps: int) -> None:
+        """Nothing is logged besides the loss, which is the drafts'."""
+
+    def accepted(self) -> float | None:
+        """The mean number of drafts up to the first wrong one, of the rows evaluated since the last call; None: there are none.
+        On texts that the model wrote itself with the most likely tokens, it is what decoding accepts a round."""
+        counted, self._accepted = self._accepted, []
+        rows = sum(count for _, count in counted)
+        return sum(right for right, _ in counted) / rows if rows else None
+
+
+@torch.no_grad()
+def most_likely(hidden: torch.Tensor, head: Any) -> torch.Tensor:
+    """int64 [B, S]: the most likely token after each row of hidden states [B, S, H], computed in chunks of rows."""
+    rows = hidden.flatten(0, 1)
+    step = max(1, _CHUNK_BYTES // (4 * head.out_features))
+    parts = [head(rows[begin : begin + step]).argmax(-1) for begin in range(0, len(rows), step)]
+    return torch.cat(parts).view(hidden.shape[:2])

@@ -1,0 +1,120 @@
+"""The loss of a layer that drafts for a frozen model, and the count of accepted drafts: against loops over rows."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from deepseek_optimizer.errors import ConfigError
+from deepseek_optimizer.train.modules.draft_layer import add_draft_layer
+from deepseek_optimizer.train.modules.draft_loss import DraftObjective
+from deepseek_optimizer.train.modules.mtp import head_of, mtp_states
+from support.family_configs import deepseek_v3, gemma2, llama, qwen3
+from support.models import random_ids, random_model, randomize
+
+CONFIGS = {
+    "llama": lambda: llama(tie_word_embeddings=True),
+    "qwen3": qwen3,
+    "v3 with two layers": lambda: deepseek_v3(num_nextn_predict_layers=2),
+}
+
+
+@pytest.fixture(params=CONFIGS)
+def model(request):
+    made = random_model(CONFIGS[request.param]())
+    made.set_attn_implementation("sdpa")
+    add_draft_layer(made)
+    randomize(made.model.layers[made.config.num_hidden_layers :], seed=5)
+    with torch.no_grad():
+        made.lm_head.weight[3:] *= 0.01  # three tokens are likely, so that some drafts are right
+    return made
+
+
+def packed(model):
+    """Two texts of 9 and 14 tokens in a row, of which the first tokens have no labels; and where the texts begin and end."""
+    ids = torch.tensor([random_ids(model.config, 23)])
+    labels = ids.clone()
+    labels[:, :3] = labels[:, 9:11] = -100
+    return ids, labels, torch.cat((torch.arange(9), torch.arange(14)))[None], [(0, 9), (9, 23)]
+
+
+@torch.no_grad()
+def drafts_by_row(model, ids, labels, positions, texts, steps):
+    """For each draft: row -> (logits, the model's most likely token there), by the definition."""
+    hidden = model.model(ids, position_ids=positions, use_cache=False).last_hidden_state
+    likely = model.lm_head(hidden)[0].argmax(-1).tolist()
+    rows = []
+    for step, (depth, layer, state) in enumerate(mtp_states(model, hidden, ids, None, positions, steps=steps)):
+        logits, found = head_of(layer, model)(state)[0], {}
+        for begin, end in texts:
+            for row in range(begin + step - depth, end):
+                token = row + depth + 2  # its place in the row of ids
+                if token < end and labels[0, token] != -100:
+                    found[row] = (logits[row], likely[token - 1])
+        rows.append(found)
+    return hidden, rows
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_loss_is_the_cross_entropy_of_likely_tokens(model, steps):
+    ids, labels, positions, texts = packed(model)
+    hidden, rows = drafts_by_row(model, ids, labels, positions, texts, steps)
+    expected = [
+        sum(F.cross_entropy(logits, torch.tensor(token)) for logits, token in each.values()) / len(each) for each in rows
+    ]
+    model.train()
+    made = DraftObjective(steps)(model, hidden, ids, labels, None, {"position_ids": positions})
+    torch.testing.assert_close(made, torch.stack(expected).mean(), rtol=1e-5, atol=1e-5)
+    made.backward()
+    trained = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    layers = range(model.config.num_hidden_layers, len(model.model.layers))[:steps]
+    assert trained == {n for n, _ in model.named_parameters() if any(f".layers.{k}." in n for k in layers)}
+
+
+def test_accepted_drafts_are_those_up_to_the_first_wrong_one(model):
+    ids, labels, positions, texts = packed(model)
+    steps, layers = 3, len(model.model.layers) - model.config.num_hidden_layers
+    hidden, rows = drafts_by_row(model, ids, labels, positions, texts, steps)
+    # The same chain as in drafting: each layer at the first row, then the last layer one row further for each draft.
+    objective = DraftObjective(steps)
+    model.eval()
+    with torch.no_grad():
+        objective(model, hidden, ids, labels, None, {"position_ids": positions})
+    counts = []
+    for row in rows[0]:
+        accepted = 0
+        for step in range(steps):
+            logits, token = rows[step].get(row + max(0, step + 1 - layers), (torch.ones(1), -1))
+            if logits.argmax() != token:
+                break
+            accepted += 1
+        counts.append(accepted)
+    assert len(set(counts)) > 1
+    assert objective.accepted() == pytest.approx(sum(counts) / len(counts))
+    assert objective.accepted() is None
+
+
+def test_the_last_layer_continues_with_its_own_states():
+    model = random_model(llama())
+    add_draft_layer(model)
+    ids = torch.tensor([random_ids(model.config, 11)])
+    with torch.no_grad():
+        hidden = model.model(ids, use_cache=False).last_hidden_state
+        first, second = (state for _, _, state in mtp_states(model, hidden, ids, steps=2))
+        inputs = torch.cat((hidden[:, :1], first[:, :-1]), 1)
+        ((_, _, expected),) = mtp_states(model, inputs, ids)
+    torch.testing.assert_close(second, expected)
+
+
+def test_only_the_layer_is_trained():
+    model = random_model(llama())
+    assert add_draft_layer(model) == ["MTP layer 0: initialized at random, since no checkpoint contains it"]
+    assert model.config.num_nextn_predict_layers == 1
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {name for name, _ in model.named_parameters() if name.startswith("model.layers.3.")} != set()
+
+
+def test_a_family_without_such_layers_is_refused():
+    with pytest.raises(ConfigError, match=r"a gemma2 model can have no layer that drafts; families that can: llama, qwen2"):
+        add_draft_layer(random_model(gemma2()))
