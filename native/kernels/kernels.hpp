@@ -241,7 +241,7 @@ struct RowKernels {  // everything else: rows of activations, weights and caches
   void (*latent_write)(const KvLayout& l, const KvView& v, int64_t start, int64_t n, const float* x, int64_t stride);
   void (*latent_read)(const KvLayout& l, const KvView& v, int64_t tokens, float* latent, float* index);  // index may be null
   // Tables: [32 tokens][rot], cosines first in each. index: for the indexer's keys, null if there are none. room: floats for
-  // the larger rot.
+  // a row's rope elements, and for the rot of `index`.
   void (*latent_rotate)(const KvLayout& l, const KvView& v, int64_t block, const Rotation& key, const Rotation* index,
                         float* room);
 };
@@ -261,7 +261,7 @@ constexpr int64_t attn_rows = 32;       // query rows per prefill task
 constexpr int64_t summary_blocks = 32;  // blocks whose summaries share a panel: rows of 32 times 4 bytes, one column per block
 constexpr int64_t mla_heads = 16;       // heads of a packed query
 constexpr int64_t state_cols = 16;      // columns of a recurrent state that are stored together
-constexpr int64_t latent_group = 128;   // elements of an int8 latent that share a scale
+constexpr int64_t latent_group = 128;   // elements of an int8 or int4 latent that share a scale
 constexpr int64_t max_head_dim = 512;   // head_dim is also even: cache and attention take columns in pairs
 constexpr int64_t max_summary_width = 3840;  // maximum number of elements of a key that estimates are computed from
 

@@ -54,8 +54,7 @@ CacheLayer after(const CacheLayer& p) {
 }  // namespace
 
 std::vector<CacheLayer> checked_layers(const Kernels& kernels, const dso_cache_shape& s) {
-  if (s.kv_type != DSO_KV_F32 && s.kv_type != DSO_KV_BF16 && s.kv_type != DSO_KV_INT8)
-    fail(DSO_EINVAL, "cache: kv_type %d is unknown", s.kv_type);
+  if (s.kv_type < DSO_KV_F32 || s.kv_type > DSO_KV_INT4) fail(DSO_EINVAL, "cache: kv_type %d is unknown", s.kv_type);
   if (s.layers < 1 || s.layers > 65536) fail(DSO_EINVAL, "cache: %d layers, must be from 1 to 65536", s.layers);
   if (s.summaries != 0 && s.summaries != 1) fail(DSO_EINVAL, "cache: summaries is %d, must be 0 or 1", s.summaries);
   std::vector<CacheLayer> layers, next;  // next: by group, the place after its last layer

@@ -80,7 +80,7 @@ void turn(Context& c, dso_cache& cache, const dso_rotation& key, const dso_rotat
   if (delta == 0) return;  // the keys would not change, but INT8 would be rounded again
 
   const int64_t key_room = kTokens * key.rot, index_room = index ? kTokens * index->rot : 0,
-                room = std::max(key.rot, index ? index->rot : 0);
+                room = std::max(latent ? cache.layout(0).rope : 0, index ? index->rot : 0);
   const int64_t each = round_up(key_room + index_room + room, 16);
   std::vector<float> rooms(static_cast<size_t>(each * c.pool.threads()));
   parallel(c, blocks, [&](int64_t block, int thread) {

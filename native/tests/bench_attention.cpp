@@ -185,12 +185,12 @@ int main(int argc, char** argv) {
   for (const Variant& v : variants()) {
     if (argc > 1 && v.name != argv[1]) continue;
     for (const Shape s : {Shape{2, 6, 128}, Shape{3, 3, 64}, Shape{8, 1, 64}})
-      for (int type : {DSO_KV_F32, DSO_KV_BF16, DSO_KV_INT8}) {
+      for (int type : {DSO_KV_F32, DSO_KV_BF16, DSO_KV_INT8, DSO_KV_INT4}) {
         decode(v, s, type, json);
         prefill(v, s, type, json);
       }
     for (const Shape s : {Shape{3, 3, 64}, Shape{2, 6, 128}, Shape{16, 1, 64}})
-      for (int type : {DSO_KV_BF16, DSO_KV_INT8})
+      for (int type : {DSO_KV_BF16, DSO_KV_INT8, DSO_KV_INT4})
         for (bool decodes : {false, true})
           for (const Mode& m : {Mode{"flash", 0, 0, 0}, Mode{"sliding", 4096, 4, 0}, Mode{"sparse", 512, 4, 64}})
             for (int32_t context : {4096, 16384, 32768}) mode(v, s, type, context, decodes, m, json);

@@ -2,6 +2,7 @@
 // on its q and the tokens it sees: not on its task, other rows or the cache's other slots.
 #include <algorithm>
 
+#include "int4_rows.hpp"
 #include "kv_fixture.hpp"
 
 enum class Family { decode, prefill, eager };
@@ -158,11 +159,15 @@ static void against_reference(Setup& s, Family family, const std::vector<float>&
   const int64_t d = c.head_dim, tokens = s.cache.tokens;
   std::vector<float> k, v;
   s.cache.read(k, v);
-  const bool rounded = rounds_to_bf16(s, family);
+  const bool rounded = rounds_to_bf16(s, family), transformed = c.type == DSO_KV_INT4;  // rounds transformed rows
+  if (transformed)
+    for (int64_t at = 0; at < (int64_t)k.size(); at += d)
+      for (std::vector<float>* x : {&k, &v}) hadamard(x->data() + at, d, false);
   std::vector<double> logit, value((size_t)d);
   for (int64_t r = 0; r < c.rows; ++r)
     for (int64_t h = 0; h < s.heads(); ++h) {
-      const float* q = s.q.data() + r * s.width() + h * d;
+      std::vector<float> q(s.q.data() + r * s.width() + h * d, s.q.data() + r * s.width() + (h + 1) * d);
+      if (transformed) hadamard(q.data(), d, true);
       const float* keys = k.data() + h / c.group * tokens * d;
       const float* values = v.data() + h / c.group * tokens * d;
       const double sink = c.head_sinks ? s.head_sinks[(size_t)h] : -INFINITY;
@@ -174,9 +179,9 @@ static void against_reference(Setup& s, Family family, const std::vector<float>&
       for (int64_t t : seen) {
         double x = 0, a = 0;
         for (int64_t i = 0; i < d; ++i) {
-          double qi = (double)q[i] * c.scale;
+          double qi = (double)q[(size_t)i] * c.scale;
           if (rounded) {  // q in units of log 2, nearest even in bf16
-            const uint32_t u = to_bits(q[i] * (c.scale * 1.44269504f));
+            const uint32_t u = to_bits(q[(size_t)i] * (c.scale * 1.44269504f));
             qi = (double)from_bits((u + 0x7fff + (u >> 16 & 1)) & 0xffff0000u) * M_LN2;
           }
           x += qi * keys[t * d + i];
@@ -195,18 +200,22 @@ static void against_reference(Setup& s, Family family, const std::vector<float>&
         total += p;
         for (int64_t i = 0; i < d; ++i) value[(size_t)i] += p * values[seen[j] * d + i];
       }
-      // A logit is off by less than 4 ulp of the sum of its terms' sizes; bf16 weights by 2^-9 each.
-      const double bound = largest * (1e-6 + 4 * 6e-8 * 2 * size + (rounded ? 0x1p-8 : 0));
+      for (double& x : value) x /= total;
+      if (transformed) hadamard(value.data(), d, true);
+      // A logit is off by less than 4 ulp of the sum of its terms' sizes; bf16 weights by 2^-9 each. Transforms there and back
+      // add an ulp per step.
+      const double ulps = transformed ? 24 : 4;
+      const double bound = largest * (1e-6 + ulps * 6e-8 * 2 * size + (rounded ? 0x1p-8 : 0));
       const float* got = out.data() + r * (s.width() + 3) + h * d;
       for (int64_t i = 0; i < d; ++i)
-        if (!check(std::fabs(got[i] - value[(size_t)i] / total) <= bound,
+        if (!check(std::fabs(got[i] - value[(size_t)i]) <= bound,
                    "%s %s %s: d=%ld group=%d kv_heads=%d ctx=%ld window=%ld sinks=%ld top_k=%ld softcap=%g head sinks=%d row "
                    "%ld/%ld "
                    "head %ld [%ld]: "
                    "%.7g, not %.7g (bound %.2g)",
                    s.variant.name.c_str(), kv_name(c.type), family_name(family), (long)d, c.group, c.kv_heads, (long)c.ctx,
                    (long)c.window, (long)c.sinks, (long)c.top_k, c.softcap, c.head_sinks, (long)r, (long)c.rows, (long)h,
-                   (long)i, got[i], value[(size_t)i] / total, bound))
+                   (long)i, got[i], value[(size_t)i], bound))
           return;
     }
   for (int64_t r = 0; r < c.rows; ++r)
@@ -266,9 +275,8 @@ static void all_families(const Variant& v, Case c, Random& random) {
 }
 
 // The kernel splits heads and rows that exceed one pass.
-static void many_heads(const Variant& v, Random& random) {
-  for (int32_t group : {65, 71, 130, 600})
-    all_families(v, {DSO_KV_BF16, 1, group, 8, 40, group > 200 ? 1 : 5, 0, 0.3f, 1.0f}, random);
+static void many_heads(const Variant& v, int32_t type, Random& random) {
+  for (int32_t group : {65, 71, 130, 600}) all_families(v, {type, 1, group, 8, 40, group > 200 ? 1 : 5, 0, 0.3f, 1.0f}, random);
 }
 
 // A window, or chosen blocks, that cover the whole cache give the bits of full attention.
@@ -307,7 +315,7 @@ static void empty_chunk(const Variant& v, Random& random) {
 int main() {
   Random random(2);
   for (const Variant& v : vector_variants()) {
-    for (int type : {DSO_KV_F32, DSO_KV_BF16, DSO_KV_INT8}) {
+    for (int type : {DSO_KV_F32, DSO_KV_BF16, DSO_KV_INT8, DSO_KV_INT4}) {
       for (int i = 0; i < 16; ++i) {
         const int32_t dims[] = {2, 16, 30, 40, 64, 80, 96, 128, 256, 400, 512, 2 * (1 + random.below(128))};
         const int32_t d = dims[random.below(12)];
@@ -320,7 +328,7 @@ int main() {
                      random);
       }
     }
-    for (int type : {DSO_KV_F32, DSO_KV_BF16, DSO_KV_INT8}) {
+    for (int type : {DSO_KV_F32, DSO_KV_BF16, DSO_KV_INT8, DSO_KV_INT4}) {
       for (int64_t window : {1, 31, 32, 33, 300})
         for (int64_t sinks : {0, 1, 32, 33, 270}) {
           const int64_t ctx = random.below(3) ? 280 + random.below(700) : random.below(100);
@@ -357,7 +365,8 @@ int main() {
         covers_all(v, c, random);
       }
     }
-    many_heads(v, random);
+    many_heads(v, DSO_KV_BF16, random);
+    many_heads(v, DSO_KV_INT4, random);
     empty_chunk(v, random);
   }
   return report("test_attention");

@@ -20,6 +20,7 @@ void latent_caches() {
   refuses(create({DSO_KV_BF16, 1, 0, 0, 32, 16, -2, 0, nullptr}, 4, &k), DSO_EINVAL, "index is -2", "negative index");
   check(block_bytes({DSO_KV_BF16, 27, 0, 0, 512, 64, 0, 0, nullptr}) == 32 * 31104, "V2-Lite's cache");
   check(block_bytes({DSO_KV_INT8, 1, 0, 0, 512, 64, 0, 0, nullptr}) == 32 * 656, "a latent in int8");
+  check(block_bytes({DSO_KV_INT4, 1, 0, 0, 512, 64, 0, 0, nullptr}) == 32 * 340, "a latent in int4");
   check(block_bytes({DSO_KV_F32, 2, 0, 0, 512, 64, 128, 0, nullptr}) == 2 * 32 * 4 * (576 + 128), "index keys");
 }
 
@@ -33,7 +34,7 @@ void caches() {
   refuses(create({DSO_KV_F32, 60000, 60000, 256, 0, 0, 0, 0, nullptr}, INT32_MAX, &k), DSO_ENOMEM, "",
           "a cache larger than any address space");
   check(block_bytes({DSO_KV_BF16, 1, 1, -1, 0, 0, 0, 0, nullptr}) == -1, "invalid block");
-  for (int type : {DSO_KV_F32, DSO_KV_BF16, DSO_KV_INT8}) {
+  for (int type : {DSO_KV_F32, DSO_KV_BF16, DSO_KV_INT8, DSO_KV_INT4}) {
     for (const Variant& v : variants())
       check(v.kernels->kv_layer_bytes(type, 3, 64) == variants()[0].kernels->kv_layer_bytes(type, 3, 64),
             "%s: another cache layout", v.name.c_str());
@@ -55,7 +56,8 @@ void caches() {
       check(read_k == first_k && read_v == first_v, "%s: writes another cache", v.name.c_str());
       for (int t = 0; t < tokens; ++t)
         for (int i = 0; i < width; ++i)
-          check(std::fabs(read_k[(size_t)((i / 64 * tokens + t) * 64 + i % 64)] - key[(size_t)(t * width + i)]) < 0.05,
+          check(std::fabs(read_k[(size_t)((i / 64 * tokens + t) * 64 + i % 64)] - key[(size_t)(t * width + i)]) <
+                    (type == DSO_KV_INT4 ? 0.5 : 0.05),
                 "%s: key[%d][%d]", v.name.c_str(), t, i);
     }
     check(dso_cache_copy_block(k, 3, 4) == 0 && dso_cache_read(k, 1, moved, tokens, read_k.data(), read_v.data()) == 0 &&
@@ -81,7 +83,7 @@ void layers_of_different_sizes() {
   const int32_t heads[] = {3, 20, 1, 44, 2, 20}, table[] = {2, 0};
   const int tokens = 40;
   dso_cache* k = nullptr;
-  for (int type : {DSO_KV_F32, DSO_KV_BF16, DSO_KV_INT8}) {
+  for (int type : {DSO_KV_F32, DSO_KV_BF16, DSO_KV_INT8, DSO_KV_INT4}) {
     const dso_cache_shape shape{type, 3, 0, 0, 0, 0, 0, 1, heads};
     check(create(shape, 4, &k) == 0, "cache: %s", dso_last_error());
     int64_t bytes = 0;
@@ -104,6 +106,7 @@ void layers_of_different_sizes() {
               dso_cache_copy_block(k, 0, 1) == 0,
           "%s", dso_last_error());
     const int32_t moved[] = {3, 1};
+    const float tolerance = type == DSO_KV_INT4 ? 0.6f : 0.05f;
     for (int layer = 0; layer < 3; ++layer) {
       const int n = heads[2 * layer], d = heads[2 * layer + 1];
       std::vector<float> read_k(keys[layer].size()), read_v(read_k.size());
@@ -112,7 +115,8 @@ void layers_of_different_sizes() {
         for (int t = 0; t < tokens; ++t)
           for (int i = 0; i < d; ++i) {
             const size_t at = (size_t)((h * tokens + t) * d + i), from = (size_t)((t * n + h) * d + i);
-            check(std::fabs(read_k[at] - keys[layer][from]) < 0.05 && std::fabs(read_v[at] - values[layer][from]) < 0.05,
+            check(std::fabs(read_k[at] - keys[layer][from]) < tolerance &&
+                      std::fabs(read_v[at] - values[layer][from]) < tolerance,
                   "layer %d, head %d, token %d, element %d", layer, h, t, i);
           }
     }

@@ -12,6 +12,12 @@ static void eager(const KvLayout& l, const KvView& v, int64_t kv_head, const flo
   alignas(64) float weight[block_tokens];
   const int64_t d = l.head_dim, panel_bytes = head_layout(l.type, d).panel;
   const int64_t begin = first / block_tokens, end = round_up(n, block_tokens) / block_tokens;
+  float turned[max_head_dim];
+  if constexpr (transformed<T>) {
+    memcpy(turned, q, d * 4);
+    hadamard_inverse(turned, d);
+    q = turned;
+  }
 
   F top = set(minus_infinity());
   for (int64_t b = begin; b < end; ++b) {
@@ -65,6 +71,7 @@ static void eager(const KvLayout& l, const KvView& v, int64_t kv_head, const flo
       }
     }
   }
+  finish_output(l, o);
 }
 
 static void attn_eager(const KvLayout& l, const KvView& v, int64_t kv_head, const float* q, int64_t n, int64_t first,
@@ -73,7 +80,9 @@ static void attn_eager(const KvLayout& l, const KvView& v, int64_t kv_head, cons
     eager<Read::f32>(l, v, kv_head, q, n, first, scores, row, o);
   else if (l.type == DSO_KV_BF16)
     eager<Read::bf16>(l, v, kv_head, q, n, first, scores, row, o);
-  else
+  else if (l.type == DSO_KV_INT8)
     eager<Read::i8>(l, v, kv_head, q, n, first, scores, row, o);
+  else
+    eager<Read::i4>(l, v, kv_head, q, n, first, scores, row, o);
 }
 }  // namespace dso::DSO_ISA_NAMESPACE

@@ -46,6 +46,7 @@ static void attn_prefill(const KvLayout& l, const KvView& v, int64_t kv_head, co
   bool poisoned = false;
   for (int64_t i = 0; i < count; ++i) {
     float* out = output(i);
+    finish_output(l, out);
     for (int64_t c = 0; c < d; c += 16) store(out + c, div(load(out + c, d - c), set(s.l[i])), d - c);
     poisoned = poisoned || any_nan(out, d);
   }
