@@ -17,7 +17,7 @@ extern "C" {
 #define DSO_API
 #endif
 
-#define DSO_ABI_VERSION 10
+#define DSO_ABI_VERSION 11
 DSO_API int32_t dso_abi_version(void);
 
 enum {
@@ -208,6 +208,10 @@ typedef struct dso_cache_shape {
   const int32_t* heads;  /* [layers][2] or NULL; read only during the call */
   const int32_t* groups; /* [layers]: the group of each layer, from 0 without gaps; NULL: all in group 0, as they must be with
                             summaries. Read only during the call */
+  int32_t newest;        /* attention reads each sequence's last `newest` tokens from copies of the layers in INT8; 0: there are
+                            none, as there must be with latents and with summaries */
+  const int32_t* newest_groups; /* [layers]: the group of each layer's copy, none of which has a layer itself; numbered after
+                                   those; NULL with newest 0. Read only during the call */
 } dso_cache_shape;
 DSO_API int64_t dso_cache_block_bytes(const dso_cache_shape* shape);
 DSO_API int32_t dso_cache_create(const dso_cache_shape* shape, int64_t blocks, dso_cache** out);

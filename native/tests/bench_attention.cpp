@@ -93,7 +93,8 @@ static void prefill(const Variant& v, Shape s, int32_t type, std::string& json) 
       for (int64_t r = 0; r < rows; r += attn_rows) {
         const int64_t at = h * s.group * s.head_dim;
         v.kernels->attn_prefill(c.cache.layout, c.cache.view, h, c.q.data() + at, c.width() * 4, s.group, r, r + attn_rows,
-                                context, VisibleTokens{}, Scores{c.scale()}, out.data() + at, c.width() * 4, c.scratch.get());
+                                context, VisibleTokens{}, Scores{c.scale()}, nullptr, out.data() + at, c.width() * 4,
+                                c.scratch.get());
       }
   });
   const double pairs = (double)rows * context + rows * (rows + 1) / 2.0, speed = 4 * pairs * (double)c.width() / t * 1e-9;

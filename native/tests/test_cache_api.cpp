@@ -128,6 +128,27 @@ void layers_of_different_sizes() {
   refuses(create({DSO_KV_F32, 2, 0, 0, 32, 16, 0, 0, heads}, 4, &k), DSO_EINVAL, "must be NULL with rank", "latents");
 }
 
+// Copies of the newest tokens are INT8 layers in groups of their own.
+void copies() {
+  const int32_t groups[] = {0, 0, 0, 0, 0}, two[] = {1, 1, 1, 2, 2}, mixed[] = {1, 1, 0, 2, 2}, gap[] = {1, 1, 1, 3, 3};
+  auto shape = [&](int32_t newest, const int32_t* copies, int32_t summaries = 0) {
+    return dso_cache_shape{DSO_KV_INT4, 5, 3, 64, 0, 0, 0, summaries, nullptr, groups, newest, copies};
+  };
+  dso_cache* k = nullptr;
+  check(block_bytes(shape(64, two)) == 3 * block_bytes({DSO_KV_INT8, 1, 3, 64, 0, 0, 0, 0, nullptr}), "block bytes");
+  check(create(shape(64, two), 4, &k) == 0, "copies: %s", dso_last_error());
+  check(k->groups() == 3 && k->group(k->copy_of(2)) == 1 && k->group(k->copy_of(3)) == 2, "groups of copies");
+  check(k->layout(k->copy_of(4)).type == DSO_KV_INT8 && k->layout(4).type == DSO_KV_INT4, "types of copies");
+  dso_cache_destroy(k);
+  refuses(create(shape(-1, nullptr), 4, &k), DSO_EINVAL, "newest is -1", "negative");
+  refuses(create(shape(64, nullptr), 4, &k), DSO_EINVAL, "newest_groups is NULL", "no groups");
+  refuses(create(shape(0, two), 4, &k), DSO_EINVAL, "newest is 0, and newest_groups is not NULL", "no tokens");
+  refuses(create(shape(64, mixed), 4, &k), DSO_EINVAL, "the copy of layer 2 is in group 0, must be above 0", "a layer's group");
+  refuses(create(shape(64, gap), 4, &k), DSO_EINVAL, "no layer is in group 2", "a group without layers");
+  refuses(create(shape(64, two, 1), 4, &k), DSO_EINVAL, "with summaries", "summaries");
+  refuses(create({DSO_KV_INT4, 5, 0, 0, 64, 16, 0, 0, nullptr, groups, 64, two}, 4, &k), DSO_EINVAL, "with latents", "latents");
+}
+
 // Layers of different groups share the bytes of a block; its size is that of the largest group.
 void groups() {
   const int32_t own[] = {0, 1, 0, 1, 1}, none[] = {0, 2, 0, 2, 2}, negative[] = {0, -1, 0, 0, 0}, large[] = {0, 5, 0, 0, 0};
@@ -157,6 +178,7 @@ int main() {
   caches();
   layers_of_different_sizes();
   groups();
+  copies();
   latent_caches();
   return report("test_cache_api");
 }

@@ -31,9 +31,12 @@ struct Span {  // tokens [begin, end) and [0, sinks); sinks < begin, or 0
 
 // The tokens that query row r sees; the first and last of several rows determine what all of them see together.
 DSO_INLINE Span visible(int64_t ctx, const VisibleTokens& sight, int64_t r) {
-  const int64_t end = ctx + r + 1;
-  if (sight.window <= 0) return {0, end};
-  const int64_t begin = sight.begin(ctx + r);
+  int64_t begin = sight.window > 0 ? sight.begin(ctx + r) : 0, end = ctx + r + 1;
+  if (sight.newest > 0) {
+    const int64_t copied = end - sight.newest, first = copied > begin ? copied : begin;
+    if (sight.copied) return {first > 0 ? first : 0, end};
+    end = first > 0 ? first : 0;
+  }
   if (begin <= sight.sinks) return {0, end};
   return {begin, end, sight.sinks};
 }

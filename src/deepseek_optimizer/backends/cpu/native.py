@@ -19,7 +19,7 @@ from ...graph.ir import CacheSpec, LatentSpec, StateSpec
 from . import native_train
 from .buffers import Outputs, checking
 
-ABI_VERSION = 10
+ABI_VERSION = 11
 BLOCK_TOKENS = 32
 
 FORMATS = {
@@ -68,6 +68,8 @@ class CacheShape(C.Structure):
         *((n, I32) for n in ("kv_type", "layers", "kv_heads", "head_dim", "rank", "rope", "index", "summaries")),
         ("heads", C.POINTER(I32)),
         ("groups", C.POINTER(I32)),
+        ("newest", I32),
+        ("newest_groups", C.POINTER(I32)),
     ]
 
 
@@ -352,7 +354,9 @@ def cache_shape(spec: CacheSpec | LatentSpec, kv_dtype: str) -> CacheShape:
         sizes, heads = (spec.kv_heads, spec.head_dim), None
     else:
         sizes, heads = (0, 0), (I32 * (2 * spec.layers))(*(size for layer in spec.heads for size in layer))
-    return CacheShape(KV_TYPES[kv_dtype], spec.layers, *sizes, 0, 0, 0, spec.summaries, heads, groups)
+    copies = (I32 * spec.layers)(*spec.newest_groups) if spec.newest else None
+    kind = KV_TYPES[kv_dtype]
+    return CacheShape(kind, spec.layers, *sizes, 0, 0, 0, spec.summaries, heads, groups, spec.newest, copies)
 
 
 def block_bytes(spec: CacheSpec | LatentSpec, kv_dtype: str) -> int:

@@ -57,13 +57,19 @@ class _Part:
 
 
 def _parts_of(spec: CacheSpec) -> tuple[list[tuple[_Part, _Part]], int, int]:
-    """Keys and values of each layer, and the lengths of the rows of elements and scales: those of the largest group."""
+    """Keys and values of each layer, then of each copy, and the lengths of the rows of elements and scales: those of the
+    largest group. Elements of copies are as long as two int4 ones."""
     ends, parts = [(0, 0)] * spec.groups, []
-    for layer, (kv_heads, head_dim) in enumerate(spec.heads):
-        at, scales_at = ends[spec.group_of(layer)]
+    layers = [(spec.group_of(layer), *spec.heads_of(layer)) for layer in range(spec.layers)]
+    copies = [
+        (group, kv_heads, 2 * head_dim)
+        for group, (kv_heads, head_dim) in zip(spec.newest_groups, spec.heads if spec.newest else (), strict=True)
+    ]
+    for group, kv_heads, head_dim in (*layers, *copies):
+        at, scales_at = ends[group]
         size = kv_heads * head_dim
         parts.append((_Part(at, scales_at, kv_heads, head_dim), _Part(at + size, scales_at + kv_heads, kv_heads, head_dim)))
-        ends[spec.group_of(layer)] = at + 2 * size, scales_at + 2 * kv_heads
+        ends[group] = at + 2 * size, scales_at + 2 * kv_heads
     return parts, max(at for at, _ in ends), max(at for _, at in ends)
 
 
@@ -202,12 +208,14 @@ class TorchStore(_Blocks):
     """Implements `KvStore`: a row of K and V of all layers per token, and one of their scales. Layers of different groups share
     the elements: a block holds either the one's or the other's.
 
-    int8: scale = max|x| / 127 per token and head, q = rint(x / scale). int4: see `int4_rows`, a row per token and head.
+    int8: scale = max|x| / 127 per token and head, q = rint(x / scale). int4: see `int4_rows`, a row per token and head. Copies
+    of the newest tokens are int8, in the bytes of int4 elements.
     """
 
     def __init__(self, spec: CacheSpec, kv_dtype: str, num_blocks: int, device: torch.device) -> None:
         super().__init__(spec, kv_dtype, num_blocks)
-        self._groups = [spec.group_of(layer) for layer in range(spec.layers)]
+        self._groups = [*(spec.group_of(layer) for layer in range(spec.layers)), *spec.newest_groups]
+        self._layers = spec.layers
         self._parts, elements, scales = _parts_of(spec)
         self._packed = _packed(kv_dtype)
         self._data = [torch.zeros((0, BLOCK_TOKENS, elements // self._packed), dtype=_dtype(kv_dtype), device=device)]
@@ -218,40 +226,51 @@ class TorchStore(_Blocks):
         """Writes K and V, float [n, kv_heads, head_dim], to tokens [start, start + n) of a sequence.
 
         Args:
-            table: int64 [blocks], the sequence's blocks.
+            layer: the layer, or the number of layers + the layer for its copy.
+            table: int64 [blocks], the sequence's blocks in the group of the layer, or of the copy.
         """
         at = self._places(table, start, len(key))
         for part, rows in zip(self._parts[layer], (key, value), strict=True):
-            data = part.elements(self._data[0], self._packed)
+            data = self._elements(layer, part)
             if self.kv_dtype in SCALED:
-                rows, part.scales(self._scales[0])[at] = self._quantized(rows.float())
+                rows, part.scales(self._scales[0])[at] = self._quantized(layer, rows.float())
             data[at] = rows.to(data.dtype)
 
     def gather(self, layer: int, table: torch.Tensor, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """K and V of a sequence's first `tokens` tokens, float32 [tokens, kv_heads, head_dim]."""
-        key, value = (self._dequantized(part, table[: -(-tokens // BLOCK_TOKENS)]) for part in self._parts[layer])
+        """K and V of a sequence's first `tokens` tokens, float32 [tokens, kv_heads, head_dim]; `layer` as in `write`."""
+        key, value = (self._dequantized(layer, part, table[: -(-tokens // BLOCK_TOKENS)]) for part in self._parts[layer])
         return key.flatten(0, 1)[:tokens], value.flatten(0, 1)[:tokens]
 
-    def _dequantized(self, part: _Part, blocks: torch.Tensor) -> torch.Tensor:
+    def _is_int4(self, layer: int) -> bool:
+        return self.kv_dtype == "int4" and layer < self._layers
+
+    def _elements(self, layer: int, part: _Part) -> torch.Tensor:
+        """A view of all elements of a layer or copy, as they are stored."""
+        data = part.elements(self._data[0], self._packed)
+        return data.view(torch.int8) if layer >= self._layers else data
+
+    def _dequantized(self, layer: int, part: _Part, blocks: torch.Tensor) -> torch.Tensor:
         """float32 [blocks, 32, kv_heads, head_dim]."""
-        rows = part.elements(self._data[0], self._packed)[blocks]
+        rows = self._elements(layer, part)[blocks]
         if self.kv_dtype not in SCALED:
             return rows.float()
         scales = part.scales(self._scales[0])[blocks]
-        return int4_rows.dequantized(rows, scales) if self.kv_dtype == "int4" else rows.float() * scales[..., None]
+        return int4_rows.dequantized(rows, scales) if self._is_int4(layer) else rows.float() * scales[..., None]
 
-    def _quantized(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return int4_rows.quantized(rows) if self.kv_dtype == "int4" else _quantized(rows)
+    def _quantized(self, layer: int, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return int4_rows.quantized(rows) if self._is_int4(layer) else _quantized(rows)
 
     def _rotated(
         self, rotation: KeyRotation, blocks: torch.Tensor, angles: torch.Tensor, group: int
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        for part in (key for (key, _), of in zip(self._parts, self._groups, strict=True) if of == group):
-            key = _rotate(self._dequantized(part, blocks), angles, rotation.key)
+        for layer, (part, _) in enumerate(self._parts):
+            if self._groups[layer] != group:
+                continue
+            key = _rotate(self._dequantized(layer, part, blocks), angles, rotation.key)
             if self.kv_dtype in SCALED:
-                key, scales = self._quantized(key)
+                key, scales = self._quantized(layer, key)
                 yield part.scales(self._scales[0]), scales
-            yield part.elements(self._data[0], self._packed), key
+            yield self._elements(layer, part), key
 
     def read(self, layer: int, block_table: Int32, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
         key, value = self.gather(layer, self._table(block_table, tokens), tokens)
