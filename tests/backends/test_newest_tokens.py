@@ -192,7 +192,7 @@ def test_groups_of_copies(layers: int, copies: tuple[int, ...], backend: str) ->
     """Half as many layers in a group, so that blocks do not grow; except those of a single layer."""
     graph = graph_of(llama(num_hidden_layers=layers))
     assert graph.cache.newest_groups == copies and graph.cache.own_groups == 1
-    assert groups_of(graph) == (None, *[Forgetting(NEWEST, 0, copies=True)] * len(set(copies)))
+    assert groups_of(graph) == (None, *[Forgetting(NEWEST, 0, 256, copies=True)] * len(set(copies)))
     made, plain = backend_of(backend), replace(graph, cache=replace(graph.cache, newest=0, newest_groups=()))
     assert (made.block_bytes(graph, "int4") == made.block_bytes(plain, "int4")) == (layers > 1)
 

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 BLOCK_TOKENS = 32  # the same on every backend, and DSO_BLOCK_TOKENS in dso.h
+SPARE = 512
+SPARE_OF_COPIES = 256  # fewer, because they are added to a cache that is chosen for its size
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,7 @@ class Forgetting:
 
     window: int
     sinks: int
-    spare: int = 512
+    spare: int = SPARE
     copies: bool = False
 
     @property

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from ...backends.base import CompileOptions, Plan, check_supported
-from ...cache.forgetting import Forgetting, Groups, max_blocks
+from ...cache.forgetting import SPARE_OF_COPIES, Forgetting, Groups, max_blocks
 from ...checkpoint import Manifest
 from ...config import DeepSeekConfig
 from ...engine.speculative.draft_length import SpeculationReport
@@ -53,8 +53,11 @@ def kv_dtype(config: DeepSeekConfig, formats: Iterable[str]) -> str:
 
 def groups_of(graph: Graph) -> Groups:
     """Which tokens the cache of a model with this graph may drop, for each group of its layers; None: none."""
-    copies, spans = graph.cache.own_groups, group_spans(graph)  # copies: their first group
-    return tuple(None if span is None else Forgetting(*span, copies=n >= copies) for n, span in enumerate(spans))
+    own = graph.cache.own_groups
+    return tuple(
+        None if span is None else Forgetting(*span) if n < own else Forgetting(*span, SPARE_OF_COPIES, copies=True)
+        for n, span in enumerate(group_spans(graph))
+    )
 
 
 class Runtime(PackedModel):
