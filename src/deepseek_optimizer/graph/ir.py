@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 BLOCK = 32  # tokens in a block of the cache
 
@@ -140,6 +140,7 @@ class LatentSpec:
     summaries: bool = False
     groups = own_groups = 1
     newest = 0
+    newest_groups: ClassVar[tuple[int, ...]] = ()
 
     def group_of(self, layer: int) -> int:
         """The group that a layer is in: all are in one."""
