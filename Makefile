@@ -1,4 +1,4 @@
-# make test | test-all | test-interop | test-peers | test-conformance | demo | docs | lint | bench | bench-train | bench-commits | soak | quality | test-lowest | test-native | test-native-tsan | native | fuzz | wheel | page-assets | clean: each works alone, from a fresh clone.
+# make test | test-all | test-interop | test-peers | test-conformance | demo | docs | lint | bench | bench-train | bench-commits | bench-serving | soak | quality | test-lowest | test-native | test-native-tsan | native | fuzz | wheel | page-assets | clean: each works alone, from a fresh clone.
 # Everything goes into .venv* and build/. PYTHON is the interpreter with which .venv is created.
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
@@ -16,7 +16,7 @@ WORKERS ?= 2
 SOURCES := pyproject.toml README.md LICENSE $(wildcard CMakeLists.txt) \
   $(shell find native src build_tools -type f -not -name '*.pyc' -not -path '*/_native/*')
 
-.PHONY: help env test test-all test-wide test-lowest test-interop test-peers test-conformance demo docs docs-reference format lint bench bench-train bench-commits soak quality wheel page-assets fuzz clean
+.PHONY: help env test test-all test-wide test-lowest test-interop test-peers test-conformance demo docs docs-reference format lint bench bench-train bench-commits bench-serving soak quality wheel page-assets fuzz clean
 
 help:
 	@sed -n '1,2s/^# //p' Makefile
@@ -130,6 +130,11 @@ bench: env
 BEFORE ?= HEAD~1
 bench-commits: env
 	$(BIN)/python -m benchmarks.commits $(BEFORE) $(BENCH)
+
+# Compares the server with another that is alive at the same time, batch by batch. OTHER: "engine" (ours without HTTP) or a commit.
+OTHER ?= engine
+bench-serving: env
+	$(BIN)/python -m benchmarks.serving_batches $(OTHER)
 
 # Compares training with Transformers' Trainer: time per step, memory and loss.
 bench-train: env

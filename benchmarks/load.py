@@ -56,12 +56,19 @@ async def throughput(a: argparse.Namespace) -> Figures:
     """
     speeds = []
     for run in range(1 + a.repeats):
-        prompts = random_prompts(a.seed + run, a.batch, a.prompt, a.vocabulary)
-        began = time.perf_counter()
-        replies = await asyncio.gather(*(ask(a.port, TEXTS, _body(prompt, a.new)) for prompt in prompts))
-        tokens = sum(_generated(reply, a.new) for reply in replies)
-        speeds.append(tokens / (max(reply.events[-1][0] for reply in replies) - began))
+        speeds.append(await batch(a.port, random_prompts(a.seed + run, a.batch, a.prompt, a.vocabulary), a.new))
     return {"output_tok_s": statistics.median(speeds[1:])}
+
+
+async def batch(port: int, prompts: list[list[int]], new: int) -> float:
+    """Tokens a second of streams of `new` tokens that start together.
+
+    Raises: SystemExit, a stream is not whole.
+    """
+    began = time.perf_counter()
+    replies = await asyncio.gather(*(ask(port, TEXTS, _body(prompt, new)) for prompt in prompts))
+    tokens = sum(_generated(reply, new) for reply in replies)
+    return tokens / (max(reply.events[-1][0] for reply in replies) - began)
 
 
 def _generated(reply: HttpReply, expected: int) -> int:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -50,17 +51,26 @@ def _engine(a: argparse.Namespace) -> Any:
 
 def throughput(a: argparse.Namespace, engine: Any) -> Figures:
     """Tokens a second of a batch; its first run is not counted."""
+    speeds = [_batch(a, engine, a.seed + run) for run in range(1 + a.repeats)]
+    return {"output_tok_s": statistics.median(speeds[1:])}
+
+
+def batches(a: argparse.Namespace, engine: Any) -> Figures:
+    """Prints the tokens a second of a batch for each seed on a line of standard input."""
+    for line in sys.stdin:
+        print(_batch(a, engine, int(line)), flush=True)
+    return {}
+
+
+def _batch(a: argparse.Namespace, engine: Any, seed: int) -> float:
     from deepseek_optimizer.engine.request import SamplingParams
 
-    params = SamplingParams(temperature=0, max_tokens=a.new, ignore_eos=True)
-    speeds = []
-    for run in range(1 + a.repeats):
-        prompts = random_prompts(a.seed + run, a.batch, a.prompt, engine.core.facts.vocab_size)
-        began = time.perf_counter()
-        answers = engine.generate(prompts, params)
-        speeds.append(sum(len(answer.token_ids) for answer in answers) / (time.perf_counter() - began))
-        assert all(len(answer.token_ids) == a.new for answer in answers)
-    return {"output_tok_s": statistics.median(speeds[1:])}
+    prompts = random_prompts(seed, a.batch, a.prompt, engine.core.facts.vocab_size)
+    began = time.perf_counter()
+    answers = engine.generate(prompts, SamplingParams(temperature=0, max_tokens=a.new, ignore_eos=True))
+    seconds = time.perf_counter() - began
+    assert all(len(answer.token_ids) == a.new for answer in answers)
+    return len(prompts) * a.new / seconds
 
 
 def prefill(a: argparse.Namespace, engine: Any) -> Figures:
@@ -153,7 +163,7 @@ def _tokens(engine: Any, messages: Any) -> list[int]:
 
 
 MEASURES: dict[str, Callable[[argparse.Namespace, Any], Figures]] = {
-    "throughput": throughput, "prefill": prefill, "first": first, "edits": edit, "questions": question,
+    "throughput": throughput, "batches": batches, "prefill": prefill, "first": first, "edits": edit, "questions": question,
 }  # fmt: skip
 
 if __name__ == "__main__":

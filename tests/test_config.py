@@ -13,7 +13,7 @@ from deepseek_optimizer import ConfigError, DeepSeekConfig
 from deepseek_optimizer.config import FUSION_RULES
 
 GOOD = {
-    "precision": ["auto", "int4", "q4_1", "int8", "fp8", "bf16", "fp32"],
+    "precision": ["auto", "int3", "int4", "q4_1", "int8", "fp8", "bf16", "fp32"],
     "kernel_fusion": [True, False],
     "fusion_rules": [None, [], ["qkv"], ("attention_softmax", "layer_norm")],
     "attention_optimization": ["flash", "eager", "sliding", "sparse"],
@@ -41,7 +41,7 @@ GOOD = {
     "quant_method": ["deepseek_optimizer"],
 }
 BAD = {
-    "precision": ["int3", None, 4, "INT4", float("nan")],
+    "precision": ["int2", None, 4, "INT4", float("nan")],
     "kernel_fusion": [1, "yes", None],
     "fusion_rules": ["qkv", ["qvk"], [1], {"qkv"}],
     "attention_optimization": ["sdpa", None, True],
@@ -65,7 +65,7 @@ BAD = {
     "calibration": ["", " ", "a\0b", 4, b"notes.txt", True],
     "kl_budget": [0, -0.1, float("nan"), float("inf"), "0.02", True],
     "strict": [1, "yes", None],
-    "formats": [["int8"], {"lm_head": "int3"}, {"lm_head": None}, {1: "int8"}],
+    "formats": [["int8"], {"lm_head": "int2"}, {"lm_head": None}, {1: "int8"}],
     "quant_method": ["bitsandbytes", None],
 }
 

@@ -16,13 +16,13 @@ from transformers import AutoModelForCausalLM
 from deepseek_optimizer import (
     ConfigError,
     Request,
-    RequestError,
     SamplingParams,
     UnsupportedRequestError,
     load_model,
     make_engine,
 )
 from deepseek_optimizer.backends.cpu import unavailable_reason
+from deepseek_optimizer.errors import ContextLengthError
 from support.family_configs import llama, rope
 from support.models import CASES, random_ids, random_model
 
@@ -248,7 +248,7 @@ def test_blocks_rotated_with_other_frequencies_are_not_shared(beyond):
 def test_the_context_of_an_engine_includes_its_extension(beyond):
     engine, prompt = make_engine(beyond), random_ids(beyond.config, 500)
     assert len(engine.generate([prompt], SamplingParams(max_tokens=None, ignore_eos=True))[0].token_ids) == 12
-    with pytest.raises(RequestError, match="do not fit: this model's maximum context length is 512"):
+    with pytest.raises(ContextLengthError, match="do not fit: this model's maximum context length is 512"):
         engine.generate([prompt], SamplingParams(max_tokens=13))
 
 

@@ -116,6 +116,10 @@ DSO_API int32_t dso_mapping_check(const void* address); /* DSO_EFILE if the file
  *   Q5_1   384 B: planes as Q5_0, then fp16 scale[16], fp16 min[16]                    W = scale * code + min
  *   IQ4_NL 288 B: a plane of 4 bits, then fp16 scale[16]                               W = scale * value
  *   MXFP4  272 B: a plane of 4 bits, then uint8 e[16]                                  W = 2^(e - 128) * value
+ *   INT3   208 B: a plane u of 2 bits, then uint8 [16 r][4], where bit t of byte (r, c) is bit p = 8c + t of a circle h of
+ *                32 bits and belongs to column 4 q[t] + c, q = {1, 3, 0, 2, 5, 7, 4, 6}, then uint8 s[16], the fp16 number
+ *                with bits s << 7. W = s * v[4 u + h[p] + 2 h[p + 1]] for even p, s * v[4 u + g[p - 1] + 2 g[p]] for odd p,
+ *                with g[p] = h[p + 1] ^ h[p - 3] and v = +-{1, 4, 6, 9, 13, 18, 24, 31}, ascending
  * A superblock (8 dso_tile_bytes) is fp16 d[16], fp16 dmin[16] if there are minimums, and 8 groups of 32 columns:
  *   Q4_K   296 B: a plane of 4 bits, int8 scale[16], int8 min[16]                      W = d * scale * code + dmin * min
  *   Q5_K   360 B: planes as Q5_0, then as Q4_K                                         W = d * scale * code + dmin * min
@@ -143,11 +147,12 @@ enum {
   DSO_Q5_0 = 13,
   DSO_Q5_1 = 14,
   DSO_MXFP4 = 15,
+  DSO_INT3 = 16,
   DSO_VECTOR = 100
 };
 /* Source types of dso_pack. GGML: rows of blocks of the ggml type whose integer codes the format can hold, repacked without
  * rounding: Q4_0 for INT4, Q8_0 for INT8, and for the others the type of the same name; cols and stride must be multiples of 32
- * or of the superblock. It is the only source of the formats from Q2_K to MXFP4. */
+ * or of the superblock. It is the only source of the formats from Q2_K to MXFP4, and none of INT3. */
 enum { DSO_SRC_F32 = 0, DSO_SRC_BF16 = 1, DSO_SRC_F16 = 2, DSO_SRC_GGML = 3 };
 
 typedef struct dso_weight {

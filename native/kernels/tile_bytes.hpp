@@ -11,17 +11,18 @@ constexpr int64_t superblock_groups = 8;  // groups of 32 columns in a superbloc
 // minimums. A plane of b bits has b vectors of 64 bytes; byte (r, c) of vector v holds, at bit b * i, column 4 * (8 / b * v +
 // i) + c of row r.
 struct IntLayout {
-  int low, high;        // bits of a code in either plane; low 0: not an integer format
-  int halves;           // scales per 32 columns: 1 or 2
-  bool has_min;         // W = scale * value + min
-  bool superblock;      // scales are bytes, multiplied by an fp16 number of the superblock; otherwise they are fp16
-  bool joined;          // a scale and a minimum of 4 bits share a byte
-  bool powers = false;  // a scale is 2^(byte - 128)
+  int low, high;         // bits of a code in either plane; low 0: not an integer format
+  int halves;            // scales per 32 columns: 1 or 2
+  bool has_min;          // W = scale * value + min
+  bool superblock;       // scales are bytes, multiplied by an fp16 number of the superblock; otherwise they are fp16
+  bool joined;           // a scale and a minimum of 4 bits share a byte
+  bool powers = false;   // a scale is 2^(byte - 128)
+  bool trellis = false;  // the high plane is a path, see generic/trellis.hpp; a scale is the fp16 number with bits byte << 7
 };
 
 static constexpr int64_t code_bytes(IntLayout l) { return 64 * (l.low + l.high); }
 static constexpr int64_t scale_bytes(IntLayout l) {  // of one group
-  if (l.powers) return 16;
+  if (l.powers || l.trellis) return 16;
   return l.superblock ? 16 * l.halves * (l.has_min && !l.joined ? 2 : 1) : 32 * (l.has_min ? 2 : 1);
 }
 static constexpr int64_t group_bytes(IntLayout l) { return code_bytes(l) + scale_bytes(l); }
@@ -62,6 +63,8 @@ static constexpr IntLayout int_layout(int32_t format) {
       return {4, 0, 1, false, true, false};
     case DSO_MXFP4:
       return {4, 0, 1, false, false, false, true};
+    case DSO_INT3:
+      return {2, 1, 1, false, false, false, false, true};
     default:
       return {0, 0, 0, false, false, false};
   }
@@ -82,6 +85,7 @@ static constexpr int32_t code_offset(int32_t format) {
       return 4;
     case DSO_Q5_0:
       return 16;
+    case DSO_INT3:
     case DSO_Q6_K:
       return 32;
     default:
@@ -93,6 +97,10 @@ static constexpr bool has_table(int32_t format) { return format == DSO_IQ4_NL ||
 // kvalues_mxfp4 of ggml + 12, and kvalues_iq4nl + 128
 static constexpr uint8_t mxfp4_values[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
 static constexpr uint8_t iq4_values[16] = {1, 24, 45, 63, 79, 93, 106, 118, 129, 141, 153, 166, 181, 197, 217, 241};
+static constexpr int trellis_shifts[2] = {-1, 3};  // of INT3's path, see SHIFTS in quant/trellis.py
+// INT3's values + 32, by 4 u + subset and by u + 4 subset
+static constexpr uint8_t trellis_values[16] = {1, 8, 14, 19, 23, 26, 28, 31, 33, 36, 38, 41, 45, 50, 56, 63};
+static constexpr uint8_t trellis_values_transposed[16] = {1, 23, 33, 45, 8, 26, 36, 50, 14, 28, 38, 56, 19, 31, 41, 63};
 template <int32_t format>
 static constexpr const uint8_t (&table_of)[16] = format == DSO_MXFP4 ? mxfp4_values : iq4_values;
 

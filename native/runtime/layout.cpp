@@ -48,6 +48,8 @@ const char* format_name(int32_t format) {
       return "INT8";
     case DSO_INT4:
       return "INT4";
+    case DSO_INT3:
+      return "INT3";
     case DSO_Q4_1:
       return "Q4_1";
     case DSO_FP8:

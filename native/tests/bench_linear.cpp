@@ -51,8 +51,8 @@ int main(int argc, char** argv) {
     if (*only && std::string(only) != "all" && variant.name != only) continue;
     const Kernels& k = *variant.kernels;
     printf("%s  cols %d rows %d\n", variant.name.c_str(), cols, rows);
-    for (int format : {DSO_INT4, DSO_Q4_1, DSO_INT8, DSO_Q2_K, DSO_Q3_K, DSO_Q4_K, DSO_Q5_K, DSO_Q6_K, DSO_IQ4_XS, DSO_MXFP4,
-                       DSO_FP8, DSO_BF16})
+    for (int format : {DSO_INT3, DSO_INT4, DSO_Q4_1, DSO_INT8, DSO_Q2_K, DSO_Q3_K, DSO_Q4_K, DSO_Q5_K, DSO_Q6_K, DSO_IQ4_XS,
+                       DSO_MXFP4, DSO_FP8, DSO_BF16})
       for (int kind : {DSO_SLOT_Q8, DSO_SLOT_Q16, DSO_SLOT_BF16}) {
         if ((kind == DSO_SLOT_BF16) != (format == DSO_FP8 || format == DSO_BF16)) continue;
         const BlockFormat* block = block_format(format);
@@ -60,7 +60,7 @@ int main(int argc, char** argv) {
         Buffer data(bytes), scratch(k.linear_scratch);
         Random random(1);
         for (size_t i = 0; i < bytes; ++i) data[i] = (uint8_t)(i * 2654435761u >> 13);
-        for (int r = 0; block && format != DSO_MXFP4 && r < rows; ++r)  // finite scales
+        for (int r = 0; block && !block->byte_scales() && r < rows; ++r)  // finite scales
           for (int c = 0; c < cols; c += 32)
             for (int field = 0; field < 1 + block->has_min; ++field)
               BlockMatrix{*block, data.get(), cols}.halves(r, c)[32 * field + 1] = 0x14;

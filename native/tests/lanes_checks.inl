@@ -148,7 +148,8 @@ static void check_e4m3(const char* isa) {
 
 static void check_bytes(const char* isa, Random& random) {
   for (int repeat = 0; repeat < 300; ++repeat) {
-    alignas(64) uint8_t x[64], up[64], down[64], in_place[64], found[64], joined[64];
+    alignas(64) uint8_t x[64], up[64], down[64], in_place[64], found[64], joined[64], chosen[64], other[64];
+    alignas(64) uint32_t rotated[16], words[16];
     uint8_t table[16];
     for (uint8_t& e : x) e = (uint8_t)random.bits();
     for (uint8_t& e : table) e = (uint8_t)random.bits();
@@ -158,11 +159,22 @@ static void check_bytes(const char* isa, Random& random) {
     store_bytes(in_place, move_bits(b, 4, 4, 1));
     store_bytes(found, look_up(table, move_bits(b, 0, 0, 4)));
     store_bytes(joined, join_bits(move_bits(b, 0, 0, 4), move_bits(b, 7, 4, 1)));
+    store_bytes(chosen, select_bits(0x3c, b, look_up(table, move_bits(b, 4, 0, 4))));
+    store_bytes(other, xor_bits(b, load_bytes(found)));
+    store_bytes(rotated, rotate<7>(b));
+    memcpy(words, x, sizeof words);
+    for (int i = 0; i < 16; ++i) check(rotated[i] == (words[i] << 7 | words[i] >> 25), "%s rotate of %08x", isa, words[i]);
+    const Floats scales = out(load_e5m3(x + 3));
+    for (int i = 0; i < 16; ++i) {
+      const float want = half_to_float((uint16_t)(x[3 + i] << 7));
+      check(same(scales.at[i], want), "%s load_e5m3(%02x) is %g, not %g", isa, x[3 + i], scales.at[i], want);
+    }
     int32_t total = 0;
     for (int i = 0; i < 64; ++i) {
       const int e = x[i];
       check(up[i] == (e >> 1 & 3) << 4 && down[i] == e >> 6 && in_place[i] == (e & 16), "%s move_bits of %02x", isa, e);
       check(found[i] == table[e & 15] && joined[i] == (e & 15) + (e >> 7 << 4), "%s bytes of %02x", isa, e);
+      check(chosen[i] == ((e & 0x3c) | (table[e >> 4] & 0xc3)) && other[i] == (e ^ found[i]), "%s bits of %02x", isa, e);
       if (i >= 8 && i < 24) total += (int8_t)x[i];
     }
     const Ints sums = out_int(sum16_i8(x + 8));

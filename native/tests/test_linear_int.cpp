@@ -62,6 +62,8 @@ Case make(int format, int kind, int rows, int cols, int tokens, Random& random) 
         const uint16_t h = r < rows ? random_half(random) : 0;
         if (format == DSO_MXFP4)
           *c.matrix().byte(r, k) = (uint8_t)(120 + random.below(8));
+        else if (format == DSO_INT3)
+          *c.matrix().byte(r, k) = (uint8_t)((h & 0x7fff) >> 7);
         else
           memcpy(c.half(r, k, field), &h, 2);
       }
@@ -150,14 +152,14 @@ void compare(const Variant& v, const Case& c, const Run& run, const char* what) 
     }
 }
 
-constexpr int formats[] = {DSO_INT8, DSO_INT4,   DSO_Q4_1,   DSO_Q2_K, DSO_Q3_K, DSO_Q4_K, DSO_Q5_K,
-                           DSO_Q6_K, DSO_IQ4_XS, DSO_IQ4_NL, DSO_Q5_0, DSO_Q5_1, DSO_MXFP4},
+constexpr int formats[] = {DSO_INT8, DSO_INT3, DSO_INT4,   DSO_Q4_1,   DSO_Q2_K, DSO_Q3_K, DSO_Q4_K,
+                           DSO_Q5_K, DSO_Q6_K, DSO_IQ4_XS, DSO_IQ4_NL, DSO_Q5_0, DSO_Q5_1, DSO_MXFP4},
               kinds[] = {DSO_SLOT_Q8, DSO_SLOT_Q16};
 
 void shapes(const std::vector<Variant>& all, int format, int kind) {
   Random random(11 + (uint64_t)format * 7 + (uint64_t)kind);
   const std::vector<int> dims = {1, 15, 16, 17, 31, 32, 33, 61, 100};
-  const bool blocks = block_format(format);
+  const bool blocks = block_format(format) && format != DSO_INT3;
   for (int rows : blocks ? std::vector<int>{1, 17, 61} : dims)
     for (int cols : blocks ? std::vector<int>{256, 512} : dims) {
       Case c = make(format, kind, rows, cols, 13, random);
@@ -224,7 +226,10 @@ void not_finite(const std::vector<Variant>& all, int format, int kind) {
   for (uint16_t bad : {0x7e00, 0x7c00, 0xfc00})
     for (int row = 0; row < 20; ++row) {  // in a weight's scale or min: that row's outputs are not finite
       Case c = make(format, kind, 20, block_format(format) ? 256 : 70, 9, random);
-      memcpy(c.half(row, 32 * (row % 3), c.has_min() ? row % 2 : 0), &bad, 2);
+      if (format == DSO_INT3)
+        *c.matrix().byte(row, 32 * (row % 3)) = (uint8_t)(bad >> 7);
+      else
+        memcpy(c.half(row, 32 * (row % 3), c.has_min() ? row % 2 : 0), &bad, 2);
       reference(c, *all[0].kernels);
       for (const auto& y : c.want)
         for (int r = 0; r < 20; ++r)

@@ -23,7 +23,7 @@ from deepseek_optimizer.system.backend_entries import AUTO, BUILT_IN, names
 FUSION_RULES: Final = tuple(RULES)
 MAX_THREADS: Final = 1024
 
-Precision = Literal["auto", "int4", "q4_1", "int8", "fp8", "bf16", "fp32"]
+Precision = Literal["auto", "int3", "int4", "q4_1", "int8", "fp8", "bf16", "fp32"]
 Attention = Literal["flash", "eager", "sliding", "sparse"]
 KvCache = Literal["auto", "fp32", "bf16", "int8", "int4"]
 Isa = Literal["avx2", "avx512", "amx"]
@@ -133,9 +133,10 @@ class DeepSeekConfig(QuantizationConfigMixin):
     (`model.dso.manifest`).
 
     Attributes:
-        precision: format of the weight matrices: "int4" (4.5 bits per weight), "q4_1" (5 bits, with a minimum), "int8",
-            "fp8" (E4M3, blocks of 128 x 128), "bf16", "fp32", or "auto": the stored format, without loss (a float model's
-            dtype; the formats of a GGUF, FP8 or packed checkpoint, except that F16 and F32 in a GGUF file become bf16).
+        precision: format of the weight matrices: "int3" (3.25 bits per weight), "int4" (4.5 bits), "q4_1" (5 bits, with a
+            minimum), "int8", "fp8" (E4M3, blocks of 128 x 128), "bf16", "fp32", or "auto": the stored format, without loss (a
+            float model's dtype; the formats of a GGUF, FP8 or packed checkpoint, except that F16 and F32 in a GGUF file become
+            bf16).
         kernel_fusion: False disables all fusion rules; results stay the same within the format's tolerance.
         fusion_rules: names of the fusion rules to apply (`FUSION_RULES`); None: all.
         attention_optimization: attention mode: "flash" (every token attends to all earlier tokens; online softmax, no score
@@ -216,7 +217,7 @@ class DeepSeekConfig(QuantizationConfigMixin):
 
     _checks: ClassVar[dict[str, Callable[[str, Any], Any]]] = {
         "quant_method": _one_of(QUANT_METHOD),
-        "precision": _one_of("auto", "int4", "q4_1", "int8", "fp8", "bf16", "fp32"),
+        "precision": _one_of("auto", "int3", "int4", "q4_1", "int8", "fp8", "bf16", "fp32"),
         "kernel_fusion": _flag,
         "fusion_rules": _optional(_rules),
         "attention_optimization": _one_of("flash", "eager", "sliding", "sparse"),

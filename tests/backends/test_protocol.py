@@ -236,7 +236,7 @@ def test_unsupported_options_are_named():
     able = ReferenceBackend().capabilities
     check_supported(able, ["int8", "fp32"], "bf16", "flash")
     for asked, said in (
-        ((["int3"], "bf16", "flash"), "weight format 'int3'; choose precision among"),
+        ((["int2"], "bf16", "flash"), "weight format 'int2'; choose precision among"),
         ((["int8"], "int3", "flash"), "KV cache dtype 'int3'; choose kv_cache among"),
         ((["int8"], "bf16", "local"), "attention mode 'local'; choose attention_optimization among"),
     ):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import io
 import sys
 import time
 from pathlib import Path
@@ -167,9 +168,12 @@ def asked(**numbers) -> argparse.Namespace:
     return argparse.Namespace(**{"seed": 1, "prompt": 12, "new": 6, "batch": 3, "repeats": 2, "temperature": 0.0, **numbers})
 
 
-def test_the_engines_side_for_real(engine, monkeypatch):
+def test_the_engines_side_for_real(engine, monkeypatch, capsys):
     monkeypatch.setattr(offline, "PAUSE", 0.0)
     assert offline.throughput(asked(), engine)["output_tok_s"] > 0
+    monkeypatch.setattr(sys, "stdin", io.StringIO("1\n2\n"))
+    assert offline.batches(asked(), engine) == {}
+    assert all(float(line) > 0 for line in capsys.readouterr().out.splitlines()[-2:])
     assert offline.prefill(asked(), engine)["prefill_tok_s"] > 0
     actual = offline.first(asked(), engine)
     assert 0 < actual["ttft_ms"] <= actual["ttft_p90_ms"]

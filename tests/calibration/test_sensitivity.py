@@ -104,21 +104,24 @@ def measured(probe: Scripted, groups: list[Group]):
 
 def test_noise_is_counted_once_for_the_whole_model() -> None:
     kls = {
-        ("a", "fp32"): 0.01, ("a", "int4"): 0.09, ("a", "q4_1"): 0.05, ("a", "int8"): 0.012,
-        ("b", "fp32"): 0.01, ("b", "int4"): 0.03, ("b", "q4_1"): 0.008, ("b", "int8"): 1.0,
+        ("a", "fp32"): 0.01, ("a", "int3"): 0.21, ("a", "int4"): 0.09, ("a", "q4_1"): 0.05, ("a", "int8"): 0.012,
+        ("b", "fp32"): 0.01, ("b", "int3"): 0.07, ("b", "int4"): 0.03, ("b", "q4_1"): 0.008, ("b", "int8"): 1.0,
     }  # fmt: skip
     probe = Scripted(kls, layers=2)
     a, b = measured(probe, [Group(("a",), 0), Group(("b",), 1)])
     assert [(o.formats[0], o.bytes, o.kl) for o in a] == [
+        ("int3", 32, pytest.approx(0.205)),
         ("int4", 45, pytest.approx(0.085)), ("q4_1", 50, pytest.approx(0.045)), ("int8", 85, pytest.approx(0.007)),
         ("bf16", 160, 0.0),
     ]  # fmt: skip
-    assert [(o.formats[0], o.kl) for o in b] == [("int4", pytest.approx(0.025)), ("q4_1", pytest.approx(0.004)), ("bf16", 0.0)]
+    assert [(o.formats[0], o.kl) for o in b] == [
+        ("int3", pytest.approx(0.065)), ("int4", pytest.approx(0.025)), ("q4_1", pytest.approx(0.004)), ("bf16", 0.0),
+    ]  # fmt: skip
     assert ("b", "int8", 1) not in probe.calls, "only noise is left"
 
 
 def test_there_is_no_noise_after_the_last_state() -> None:
-    kls = {("h", "int4"): 0.09, ("h", "q4_1"): 0.05, ("h", "int8"): 0.01}
+    kls = {("h", "int3"): 0.2, ("h", "int4"): 0.09, ("h", "q4_1"): 0.05, ("h", "int8"): 0.01}
     probe = Scripted(kls, layers=2)
     (h,) = measured(probe, [Group(("h",), 2)])
-    assert [o.kl for o in h] == [0.09, 0.05, 0.01, 0.0]
+    assert [o.kl for o in h] == [0.2, 0.09, 0.05, 0.01, 0.0]

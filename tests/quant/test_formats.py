@@ -187,7 +187,7 @@ def test_no_group_has_a_larger_weighted_error_than_in_ggml(name: str, weighted: 
     assert better > 65 * 10 / 2, "and most groups have a smaller one"
 
 
-@pytest.mark.parametrize("name", ["int4", "q4_1"])
+@pytest.mark.parametrize("name", ["int3", "int4", "q4_1"])
 def test_importance_reduces_the_error_of_important_columns(name: str) -> None:
     weight, importance = torch.randn(64, 256, generator=torch.Generator().manual_seed(1)), torch.ones(256)
     importance[::4] = 100
@@ -197,7 +197,7 @@ def test_importance_reduces_the_error_of_important_columns(name: str) -> None:
     assert torch.equal(fmt.pack(weight, importance), fmt.pack(weight, importance * 4)), "only proportions count"
 
 
-@pytest.mark.parametrize("name", ["int4", "q4_1"])
+@pytest.mark.parametrize("name", ["int3", "int4", "q4_1"])
 def test_invalid_importance(name: str) -> None:
     weight, fmt = torch.ones(3, 40), quant.get_format(name)
     for wrong in (torch.ones(39), torch.ones(40, 1), torch.ones(40).double()):

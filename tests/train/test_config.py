@@ -49,7 +49,7 @@ def test_yaml_and_json_are_equivalent(tmp_path):
         ({"lora": {"rank": 4}}, r"unknown field 'lora.rank'"),
         ({"lora": {"dropout": 1}}, r"lora.dropout: "),
         ({"precision": "int4"}, r"precision='int4' freezes the weights, so it needs lora"),
-        ({"precision": "int3", "lora": 4}, r"precision: .*'int4'"),
+        ({"precision": "int2", "lora": 4}, r"precision: .*'int4'"),
         ({"merge": True}, r"merge=True .* needs lora"),
         ({"patience": 2}, r"patience .* needs data.eval"),
         ({"arguments": {"learning_rat": 1}}, r"arguments has no field 'learning_rat'; did you mean 'learning_rate'\?"),

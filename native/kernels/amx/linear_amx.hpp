@@ -130,6 +130,8 @@ static void by_format(const Matrix& w, const Output& out, Rows<kind> x, int64_t 
       return integers<DSO_INT8, kind>(w, out, x, T, begin, end, scratch);
     case DSO_INT4:
       return integers<DSO_INT4, kind>(w, out, x, T, begin, end, scratch);
+    case DSO_INT3:
+      return integers<DSO_INT3, kind>(w, out, x, T, begin, end, scratch);
     case DSO_Q4_1:
       return integers<DSO_Q4_1, kind>(w, out, x, T, begin, end, scratch);
     case DSO_Q4_K:

@@ -124,6 +124,10 @@ DSO_INLINE F load_bf16(const void* p) { return {bf16_half((const uint16_t*)p), b
 DSO_INLINE F load_f16(const void* p) {
   return {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)), _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p + 1))};
 }
+DSO_INLINE F load_e5m3(const void* p) {  // 16 bytes: fp16 without the sign and the 7 last bits
+  const __m256i h = _mm256_slli_epi16(_mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)p)), 7);
+  return {_mm256_cvtph_ps(_mm256_castsi256_si128(h)), _mm256_cvtph_ps(_mm256_extracti128_si256(h, 1))};
+}
 DSO_INLINE __m256i bf16_bits(__m256 x) {  // nearest even in the low halves, NaN as quiet NaN; denormals are preserved
   const __m256i u = _mm256_castps_si256(x), odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
   const __m256i r = _mm256_add_epi32(u, _mm256_add_epi32(_mm256_set1_epi32(0x7fff), odd));
@@ -191,6 +195,22 @@ DSO_INLINE __m256i move_bits_half(__m256i x, int from, int to, int count) {
 }
 DSO_INLINE B move_bits(B x, int from, int to, int count) {
   return {move_bits_half(x.lo, from, to, count), move_bits_half(x.hi, from, to, count)};
+}
+DSO_INLINE B xor_bits(B a, B b) { return {_mm256_xor_si256(a.lo, b.lo), _mm256_xor_si256(a.hi, b.hi)}; }
+DSO_INLINE __m256i select_bits_half(__m256i mask, __m256i a, __m256i b) {
+  return _mm256_or_si256(_mm256_and_si256(mask, a), _mm256_andnot_si256(mask, b));
+}
+DSO_INLINE B select_bits(int mask, B a, B b) {  // of each byte, the bits of a where `mask` has ones, and of b elsewhere
+  const __m256i m = _mm256_set1_epi8((char)mask);
+  return {select_bits_half(m, a.lo, b.lo), select_bits_half(m, a.hi, b.hi)};
+}
+template <int n>
+DSO_INLINE __m256i rotate_half(__m256i x) {
+  return _mm256_or_si256(_mm256_slli_epi32(x, n), _mm256_srli_epi32(x, 32 - n));
+}
+template <int n>
+DSO_INLINE B rotate(B x) {  // lanes, towards their upper bits
+  return {rotate_half<n>(x.lo), rotate_half<n>(x.hi)};
 }
 DSO_INLINE B join_bits(B a, B b) { return {_mm256_or_si256(a.lo, b.lo), _mm256_or_si256(a.hi, b.hi)}; }
 DSO_INLINE B look_up(const uint8_t (&table)[16], B codes) {  // table[code] of each byte, code < 16

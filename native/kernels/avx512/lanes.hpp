@@ -79,6 +79,9 @@ DSO_INLINE F load_bf16(const void* p) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
 }
 DSO_INLINE F load_f16(const void* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
+DSO_INLINE F load_e5m3(const void* p) {  // 16 bytes: fp16 without the sign and the 7 last bits
+  return _mm512_cvtph_ps(_mm256_slli_epi16(_mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)p)), 7));
+}
 DSO_INLINE __m512i bf16_bits(F x) {  // nearest even in the low halves, NaN as quiet NaN; denormals are preserved
   __m512i u = _mm512_castps_si512(x);
   __m512i r = _mm512_add_epi32(
@@ -125,6 +128,14 @@ DSO_INLINE B move_bits(B x, int from, int to, int count) {
   if (from > to) x = _mm512_srli_epi16(x, from - to);
   if (from < to) x = _mm512_slli_epi16(x, to - from);
   return _mm512_and_si512(x, _mm512_set1_epi8((char)(((1 << count) - 1) << to)));
+}
+DSO_INLINE B xor_bits(B a, B b) { return _mm512_xor_si512(a, b); }
+DSO_INLINE B select_bits(int mask, B a, B b) {  // of each byte, the bits of a where `mask` has ones, and of b elsewhere
+  return _mm512_ternarylogic_epi32(_mm512_set1_epi8((char)mask), a, b, 0xca);
+}
+template <int n>
+DSO_INLINE B rotate(B x) {  // lanes, towards their upper bits
+  return _mm512_rol_epi32(x, n);
 }
 DSO_INLINE B join_bits(B a, B b) { return _mm512_or_si512(a, b); }
 DSO_INLINE B look_up(const uint8_t (&table)[16], B codes) {  // table[code] of each byte, code < 16

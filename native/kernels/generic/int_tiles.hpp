@@ -2,6 +2,7 @@
 // units. A kernel reads the codes of 4 columns x 16 rows by quad(), and the scales of a group by scale() and min().
 #pragma once
 #include "../tile_bytes.hpp"
+#include "trellis.hpp"
 
 namespace dso::DSO_ISA_NAMESPACE {
 
@@ -13,6 +14,7 @@ struct Format {
   static constexpr int32_t offset = code_offset(format);  // value = stored - offset
   static constexpr int32_t largest =                      // of the stored values
       format == DSO_MXFP4 ? 24
+      : layout.trellis    ? 63
       : has_table(format) ? 255
                           : (1 << (layout.low + layout.high)) - 1;
 };
@@ -42,6 +44,7 @@ struct Packed : Format<format> {
   DSO_INLINE Place place(const uint8_t* row, int64_t g) { return {row + group_at(layout, g), row + head_at(layout, g)}; }
 
   DSO_INLINE B quad(const uint8_t* group, int q) {
+    if constexpr (layout.trellis) return trellis_quad(group, q);
     const B low = from_plane<layout.low>(group, q, 0);
     if constexpr (has_table(format))
       return look_up(table_of<format>, low);
@@ -55,6 +58,8 @@ struct Packed : Format<format> {
     const uint8_t* numbers = at.group + code_bytes(layout) + 16 * half;
     if constexpr (layout.powers)
       return scale2(set(1), sub(to_float(load_u8(numbers)), set(128)));
+    else if constexpr (layout.trellis)
+      return load_e5m3(numbers);
     else if constexpr (!layout.superblock)
       return load_f16(numbers);
     else if constexpr (layout.joined)
@@ -80,8 +85,22 @@ struct Unpacked : Format<format> {  // with one scale per group
   using P = Packed<format>;
   static_assert(Base::halves == 1);
   static constexpr int64_t bytes = 512 + (Base::has_min ? 128 : 64);
+  struct Place {
+    const uint8_t* group;
+    Place rows_below(int64_t bytes) const { return {group + bytes}; }
+  };
+  DSO_INLINE Place place(const uint8_t* tiles, int64_t g) { return {tiles + g * bytes}; }
+  DSO_INLINE B quad(const uint8_t* tile, int q) { return load_bytes(tile + 64 * q); }
   DSO_INLINE F scale(const uint8_t* tile) { return load((const float*)(tile + 512)); }
   DSO_INLINE F min(const uint8_t* tile) { return load((const float*)(tile + 576)); }
+  template <int half>
+  DSO_INLINE F scale(Place at) {
+    return scale(at.group);
+  }
+  template <int half>
+  DSO_INLINE F min(Place at) {
+    return min(at.group);
+  }
 
   DSO_INLINE void unpack(typename P::Place from, uint8_t* tile) {
 #pragma GCC unroll 8

@@ -6,7 +6,9 @@
 //
 // A few tile rows are multiplied by all tokens, 4 at a time, while the next tile rows are prefetched into L2. Packed tiles are
 // read directly: unpacking uses ports that dot products leave free. Measured on Zen 5, panels of unpacked weights in L1, blocks
-// of K and cache-sized blocks of tokens gained nothing at any token count from 8 to 512.
+// of K and cache-sized blocks of tokens gained nothing at any token count from 8 to 512. Formats with a trellis are the
+// exception: unpacking takes them longer than the dot products of 4 tokens, so they are unpacked to panels, once for all
+// tokens.
 #pragma once
 #include "int_tiles.hpp"
 
@@ -54,7 +56,7 @@ DSO_INLINE void dots(I (&acc)[M][N], const uint8_t* w, int64_t row_bytes, const 
 // Prefetching: the hardware's own prefetchers stop at every page.
 // Stream: prefetches weights `distance` bytes ahead, for weights that only one block of tokens uses.
 struct Stream {
-  static constexpr bool few_tokens = true;  // at most block_rows
+  static constexpr bool few_tokens = true;  // at most few_rows
   template <class W>
   inline __attribute__((always_inline)) void step(const uint8_t* w) {
     constexpr int64_t distance = 8192;
@@ -135,11 +137,22 @@ struct Output {
   int64_t stride, rows;  // bytes; outputs past `rows` are not written
 };
 
-DSO_INLINE void finish(const Output& out, int64_t t, int64_t tile, F acc) {
-  float* y = (float*)((uint8_t*)out.y + t * out.stride) + 16 * tile;
+DSO_INLINE float* outputs(const Output& out, int64_t t, int64_t tile) {
+  return (float*)((uint8_t*)out.y + t * out.stride) + 16 * tile;
+}
+DSO_INLINE F load_sums(const Output& out, int64_t t, int64_t tile) {
   const int64_t n = out.rows - 16 * tile;
-  if (n >= 16) return store(y, out.bias ? add(acc, load(out.bias + 16 * tile)) : acc);
-  store(y, out.bias ? add(acc, load(out.bias + 16 * tile, n)) : acc, n);
+  return n >= 16 ? load(outputs(out, t, tile)) : load(outputs(out, t, tile), n);
+}
+DSO_INLINE void store_sums(const Output& out, int64_t t, int64_t tile, F acc) {
+  const int64_t n = out.rows - 16 * tile;
+  if (n >= 16) return store(outputs(out, t, tile), acc);
+  store(outputs(out, t, tile), acc, n);
+}
+DSO_INLINE void finish(const Output& out, int64_t t, int64_t tile, F acc) {
+  const int64_t n = out.rows - 16 * tile;
+  if (out.bias) acc = add(acc, n >= 16 ? load(out.bias + 16 * tile) : load(out.bias + 16 * tile, n));
+  store_sums(out, t, tile, acc);
 }
 
 template <int format, int kind, int M, int N, class Fetch>
@@ -155,19 +168,32 @@ static void block(const Matrix& w, const Output& out, const Rows<kind>& x, int64
 
 constexpr int block_rows = 4;  // tokens per block
 
+// Up to this number of tokens, tile rows are multiplied one after the other by all tokens at once. Unpacking trellis codes
+// takes more instructions than the products of 4 tokens leave room for.
+template <int format>
+constexpr int few_rows = Format<format>::layout.trellis && registers >= 32 && vnni ? 8 : block_rows;
+
 // Formats that only files use are compiled for blocks of 1 and block_rows tokens: every shape of every format would make the
 // build several times as long.
 template <int format>
-constexpr bool all_shapes = format == DSO_INT8 || format == DSO_INT4 || format == DSO_Q4_1;
+constexpr bool all_shapes = format == DSO_INT8 || format == DSO_INT4 || format == DSO_INT3 || format == DSO_Q4_1;
+
+// Calls f<M>, where M is the number of tokens, or `most` if there are more.
+template <int most, class Function>
+DSO_INLINE void with_constant(int64_t tokens, const Function& f) {
+  if constexpr (most > 1)
+    if (tokens < most) return with_constant<most - 1>(tokens, f);
+  f.template operator()<most>();
+}
 
 template <int format, int kind, int N, class Fetch>
 static void up_to_a_block(const Matrix& w, const Output& out, const Rows<kind>& x, int64_t t, int64_t tokens, int64_t tile,
                           Fetch& fetch) {
-  if (tokens >= block_rows) return block<format, kind, block_rows, N>(w, out, x, t, tile, fetch);
+  constexpr int most = Fetch::few_tokens ? few_rows<format> : block_rows;
   if constexpr (all_shapes<format>) {
-    if (tokens == 1) return block<format, kind, 1, N>(w, out, x, t, tile, fetch);
-    if (tokens == 2) return block<format, kind, 2, N>(w, out, x, t, tile, fetch);
-    return block<format, kind, 3, N>(w, out, x, t, tile, fetch);
+    with_constant<most>(tokens, [&]<int M>() { block<format, kind, M, N>(w, out, x, t, tile, fetch); });
+  } else if (tokens >= block_rows) {
+    block<format, kind, block_rows, N>(w, out, x, t, tile, fetch);
   } else if constexpr (Fetch::few_tokens) {
     for (int64_t i = 0; i < tokens; ++i) block<format, kind, 1, N>(w, out, x, t + i, tile, fetch);
   } else {  // the last block_rows tokens; some are computed again, with equal results
@@ -184,18 +210,70 @@ static void some_tiles(const Matrix& w, const Output& out, const Rows<kind>& x, 
   for (int64_t t = 0; t < T; t += block_rows) up_to_a_block<format, kind, N>(w, out, x, t, T - t, tile, fetch);
 }
 
+// ---- panels of unpacked weights
+constexpr int panel_groups = 16;  // of each tile row; panels of 3 tile rows take 27 KB
+
+// M tokens x N tile rows, groups [g0, g1), which are in the panel. Between panels, sums are in y.
+template <class W, int kind, int M, int N>
+static void panel_block(const uint8_t* panel, const Output& out, const Rows<kind>& all, int64_t t, int64_t tile, int64_t g0,
+                        int64_t g1) {
+  constexpr int64_t row_bytes = panel_groups * W::bytes;
+  const Rows<kind> x = all.from(t);
+  const bool last = g1 == x.width / 32;
+  F acc[M][N];
+  for (int m = 0; m < M; ++m)
+    for (int n = 0; n < N; ++n) acc[m][n] = g0 ? load_sums(out, t + m, tile + n) : zero();
+  for (int64_t g = g0; g < g1; ++g) accumulate_half<W, 0>(acc, W::place(panel, g - g0), row_bytes, x, g);
+  for (int m = 0; m < M; ++m)
+    for (int n = 0; n < N; ++n)
+      if (last)
+        finish(out, t + m, tile + n, acc[m][n]);
+      else
+        store_sums(out, t + m, tile + n, acc[m][n]);
+}
+
+// N tile rows and all tokens.
+template <int format, int kind, int N>
+static void unpacked_tiles(const Matrix& w, const Output& out, const Rows<kind>& x, int64_t T, int64_t tile) {
+  using P = Packed<format>;
+  using W = Unpacked<format>;
+  alignas(64) uint8_t panel[N * panel_groups * W::bytes];
+  const int64_t groups = x.width / 32, row_bytes = groups * tile_bytes(format);
+  const uint8_t* rows = w.data + tile * row_bytes;
+  for (int64_t g0 = 0; g0 < groups; g0 += panel_groups) {
+    const int64_t g1 = groups - g0 < panel_groups ? groups : g0 + panel_groups;
+    // From a group to the same one of the next panel, which is prefetched into L2. Past the last one nothing is read.
+    const int64_t next = g1 < groups ? panel_groups * P::bytes : N * row_bytes - g0 * P::bytes;
+    for (int n = 0; n < N; ++n)
+      for (int64_t g = g0; g < g1; ++g) {
+        const typename P::Place from = P::place(rows + n * row_bytes, g);
+        for (int64_t i = 0; i < P::bytes; i += 64) __builtin_prefetch(from.group + next + i, 0, 2);
+        W::unpack(from, panel + (n * panel_groups + g - g0) * W::bytes);
+      }
+    for (int64_t t = 0; t < T; t += block_rows)
+      with_constant<block_rows>(T - t, [&]<int M>() { panel_block<W, kind, M, N>(panel, out, x, t, tile, g0, g1); });
+  }
+}
+
 template <int format, int kind>
 static void linear_int(const Matrix& w, const Output& out, const Rows<kind>& x, int64_t T, int64_t begin, int64_t end) {
   int64_t tile = begin;
-  if (T <= block_rows) {  // limited by memory, which is fastest with a single stream
+  if (T <= few_rows<format>) {  // limited by memory, which is fastest with a single stream
     Stream fetch;
     for (; tile < end; ++tile) up_to_a_block<format, kind, 1>(w, out, x, 0, T, tile, fetch);
     return;
   }
   constexpr int N =
       registers >= 32 && vnni ? 3 : 1;  // 4 x 3 int32 and 4 x 3 float accumulators; without VNNI, dot products need registers
-  for (; tile + N <= end; tile += N) some_tiles<format, kind, N>(w, out, x, T, tile);
-  for (; tile < end; ++tile) some_tiles<format, kind, 1>(w, out, x, T, tile);
+  const auto tiles = [&]<int n>() {
+    for (; tile + n <= end; tile += n)
+      if constexpr (Format<format>::layout.trellis)
+        unpacked_tiles<format, kind, n>(w, out, x, T, tile);
+      else
+        some_tiles<format, kind, n>(w, out, x, T, tile);
+  };
+  tiles.template operator()<N>();
+  tiles.template operator()<1>();
 }
 
 template <int kind>
@@ -208,6 +286,8 @@ static void linear_int(const Matrix& w, const float* bias, const uint8_t* x, int
       return linear_int<DSO_INT8, kind>(w, out, rows, T, begin, end);
     case DSO_INT4:
       return linear_int<DSO_INT4, kind>(w, out, rows, T, begin, end);
+    case DSO_INT3:
+      return linear_int<DSO_INT3, kind>(w, out, rows, T, begin, end);
     case DSO_Q4_1:
       return linear_int<DSO_Q4_1, kind>(w, out, rows, T, begin, end);
     case DSO_Q2_K:

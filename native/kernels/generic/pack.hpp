@@ -14,6 +14,7 @@
 #include "../tile_bytes.hpp"
 #include "dso.h"
 #include "pack_search.hpp"
+#include "pack_trellis.hpp"
 
 namespace dso::DSO_ISA_NAMESPACE {
 namespace packing {
@@ -311,7 +312,9 @@ static void unpack_row(const Matrix& w, int64_t row, float scale, float* out) {
   alignas(64) float group[C];
   for (int64_t g = 0; g < groups; g++) {
     const int64_t n = w.cols - g * C < C ? w.cols - g * C : C;
-    if constexpr (int_layout(format).low)
+    if constexpr (int_layout(format).trellis)
+      unpack_trellis(tile + g * tile_bytes(format), (int)(row % R), group);
+    else if constexpr (int_layout(format).low)
       unpack_integers<format>(tile, g, (int)(row % R), group);
     else
       unpack_group<format>(tile + g * tile_bytes(format), (int)(row % R), group);
@@ -333,6 +336,8 @@ static void embed_row(const Matrix& w, int32_t row, float scale, float* out) {
       return unpack_row<DSO_INT8>(w, row, scale, out);
     case DSO_INT4:
       return unpack_row<DSO_INT4>(w, row, scale, out);
+    case DSO_INT3:
+      return unpack_row<DSO_INT3>(w, row, scale, out);
     case DSO_Q4_1:
       return unpack_row<DSO_Q4_1>(w, row, scale, out);
     case DSO_FP8:
@@ -378,7 +383,7 @@ static void pack_tile(int32_t format, int32_t src_type, const void* src, int64_t
   }
   const uint8_t* first_row = (const uint8_t*)src + tile * R * stride;
   const int64_t real_rows = rows - tile * R < R ? rows - tile * R : R;
-  alignas(64) float staged[R * C];
+  alignas(64) float staged[R * C], columns[C][R];
   if (real_rows < R) memset(staged, 0, sizeof staged);
   dst += tile * groups * tile_bytes(format);
   for (int64_t g = 0; g < groups; g++, dst += tile_bytes(format)) {
@@ -397,6 +402,10 @@ static void pack_tile(int32_t format, int32_t src_type, const void* src, int64_t
         break;
       case DSO_INT4:
         pack_codes<DSO_INT4>(staged, (int)n, weights, dst);
+        break;
+      case DSO_INT3:
+        transpose<R, C>(staged, columns);
+        pack_trellis(columns, (int)n, weights, dst);
         break;
       case DSO_Q4_1:
         pack_codes<DSO_Q4_1>(staged, (int)n, weights, dst);

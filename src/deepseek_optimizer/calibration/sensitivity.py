@@ -35,7 +35,7 @@ from .groups import Group
 Float32 = npt.NDArray[np.float32]
 Repack = Callable[[str, str], PackedWeight]  # name of a matrix, format -> the matrix in that format; the model's if it has it
 
-FORMATS = ("int4", "q4_1", "int8", "bf16")  # formats to try, the smallest first
+FORMATS = ("int3", "int4", "q4_1", "int8", "bf16")  # formats to try, the smallest first
 
 _KL_ROWS = 4  # rows of logits processed at a time, so that intermediate results fit in the second-level cache
 

@@ -1,7 +1,7 @@
 """The importance of a matrix's input columns: the mean square of the activations of each, over a calibration text.
 
 The error of a product y = W x is (W' - W) x. If the elements of x are uncorrelated, its mean square is the sum over W's
-elements of (w' - w)^2 mean(x^2): the weighted error by which int4 and q4_1 choose their scales (`quant/search.py`).
+elements of (w' - w)^2 mean(x^2): the weighted error by which int3, int4 and q4_1 choose their scales (`quant/search.py`).
 Correlations, which GPTQ takes into account, are ignored: they need a K x K matrix per layer, and packing would no longer take
 seconds.
 """

@@ -15,7 +15,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import CheckpointChangedError, RequestError, shown
+from ..errors import CheckpointChangedError, ContextLengthError, RequestError, shown
 from .adapters import Adapter, Adapters
 from .ending import ended_early
 from .metrics import EndedRequest, EngineMetrics
@@ -138,7 +138,8 @@ class EncoderCore:
         """Checks a request; returns 0, the number of tokens to generate. `adapter`: always None, as encoders have none.
 
         Raises:
-            RequestError: the request can never be served.
+            ContextLengthError: the text is too long.
+            RequestError: the request can never be served for another reason.
         """
         prompt, facts = request.prompt, self.facts
         if not (request.embed or request.classify):
@@ -146,9 +147,8 @@ class EncoderCore:
         check_tokens(request, facts.vocab_size)
         check_reading(request, classifies=self.classifier is not None)
         if len(prompt) > facts.context:
-            raise RequestError(
-                "prompt", f"{len(prompt)} tokens do not fit: this model's maximum context length is {facts.context} tokens"
-            )
+            message = f"{len(prompt)} tokens do not fit: this model's maximum context length is {facts.context} tokens"
+            raise ContextLengthError("prompt", message, len(prompt), facts.context)
         return 0
 
     def add(self, request: Request, adapter: Adapter | None = None) -> None:

@@ -15,6 +15,7 @@ from .base import PANEL_ROWS, TILE_COLS, TILE_ROWS, Packer, WeightFormat
 from .bf16 import Bf16
 from .fp8 import Fp8
 from .fp32 import Fp32
+from .int3 import Int3
 from .int4 import Int4
 from .int8 import Int8
 from .kquants import BLOCK_FORMATS
@@ -22,11 +23,11 @@ from .packed import PackedMatrix, PackedStack, PackedWeight
 from .q4_1 import Q4_1
 
 FORMATS: Mapping[str, WeightFormat] = MappingProxyType(
-    {f.name: f for f in (Fp32(), Bf16(), Int8(), Int4(), Q4_1(), Fp8(), *BLOCK_FORMATS)}
+    {f.name: f for f in (Fp32(), Bf16(), Int8(), Int4(), Int3(), Q4_1(), Fp8(), *BLOCK_FORMATS)}
 )
 
 QUANT_METHOD: Final = "deepseek_optimizer"  # the name of these formats in a config.json
-WEIGHED = frozenset({"int4", "q4_1"})  # formats whose scales depend on the columns' importance
+WEIGHED = frozenset({"int3", "int4", "q4_1"})  # formats whose scales depend on the columns' importance
 SUPERBLOCKS = frozenset(f.name for f in BLOCK_FORMATS if f.superblock)  # formats of matrices with a multiple of 256 columns
 
 

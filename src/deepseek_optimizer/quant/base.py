@@ -28,8 +28,8 @@ class Packer(Protocol):
             - float8_e4m3fn [N, K], with `scale`; stored unchanged as "fp8".
         name: of the format.
         out: where to write the tiles, contiguous and of their shape; None: a new tensor.
-        importance: float32 [K], finite and not negative: the weight of an error in each column. int4 and q4_1 choose their
-            scales by it (`search.py`); other formats ignore it.
+        importance: float32 [K], finite and not negative: the weight of an error in each column. int3, int4 and q4_1 choose
+            their scales by it (`search.py`); other formats ignore it.
         scale: of float8 weights, float32 [ceil(N/128), ceil(K/128)].
 
     Returns: uint8 tiles [ceil(N/16), ceil(K/32), tile_bytes].

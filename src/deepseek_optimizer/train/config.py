@@ -103,7 +103,7 @@ class TrainConfig(_Section):
     output: str = Field(min_length=1)
     data: DataSection
     lora: LoraSection | None = None
-    precision: Literal["int4", "q4_1", "int8", "fp8"] | None = None
+    precision: Literal["int3", "int4", "q4_1", "int8", "fp8"] | None = None
     merge: bool = False
     patience: int | None = Field(None, ge=1)
     arguments: dict[str, Any] = Field(default_factory=dict)

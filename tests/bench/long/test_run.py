@@ -145,7 +145,7 @@ def test_no_supported_mode_is_an_error(tmp_path):
         run(LongRequest(str(tmp_path), modes=["sparse"]), side=_sides(sparse=[{"error": "not here"}]))
 
 
-@pytest.mark.parametrize("fields, error", [({"precision": "int3"}, ConfigError), ({}, CheckpointError)])
+@pytest.mark.parametrize("fields, error", [({"precision": "int2"}, ConfigError), ({}, CheckpointError)])
 def test_invalid_requests_start_no_process(tmp_path, fields, error):
     with pytest.raises(error, match="precision" if fields else "nowhere"):
         run(LongRequest(str(tmp_path if fields else tmp_path / "nowhere"), fields), side=_sides())

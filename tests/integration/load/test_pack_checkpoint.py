@@ -33,7 +33,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("case", ["llama-tied", "llama-biases", "qwen3-gqa"])
-@pytest.mark.parametrize("precision", ["auto", "fp32", "int4"])
+@pytest.mark.parametrize("precision", ["auto", "fp32", "int4", "int3"])
 def test_the_same_files_as_save_pretrained(tmp_path: Path, case: str, precision: str) -> None:
     random_model(CASES[case](), dtype=torch.bfloat16).save_pretrained(tmp_path / "float")
     load_model(tmp_path / "float", precision=precision).save_pretrained(tmp_path / "saved")

@@ -23,7 +23,9 @@ from .native import FLAGS, SLOT_KINDS, VECTOR, Context, Slot, Step, Weight
 from .packer import stack_struct, weight_struct
 from .plan import CpuPlan
 
-INTEGER_FORMATS = ("int8", "int4", "q4_1", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_xs", "iq4_nl", "q5_0", "q5_1", "mxfp4")
+INTEGER_FORMATS = (
+    "int8", "int4", "int3", "q4_1", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_xs", "iq4_nl", "q5_0", "q5_1", "mxfp4",
+)  # fmt: skip
 ACTIVATIONS = {"int8": "q8", "int16": "q16"}
 
 
