@@ -38,7 +38,7 @@ def engine_of(model: Any, directory: Path | None, **options: Any) -> Any:
 
 
 @pytest.mark.parametrize("kind", MODELS)
-@pytest.mark.parametrize("kv_cache", ["auto", "int8"])
+@pytest.mark.parametrize("kv_cache", ["auto", "int8", "int4"])
 def test_the_same_bits_after_a_restart(tmp_path, kind, kv_cache):
     config = MODELS[kind]()
     model, prompt = optimized(config, kv_cache=kv_cache), random_ids(config, 200)

@@ -75,6 +75,13 @@ def test_divergence_from_fp32(bf16_directory, ids, fp32_logits, precision, bound
     assert kl(run(load_model(bf16_directory, precision=precision), ids), fp32_logits) <= bound
 
 
+@pytest.mark.parametrize("kv_cache, bound", [("int8", 0.002), ("int4", 0.01)])
+def test_divergence_from_a_bf16_cache(bf16_directory, ids, kv_cache, bound):
+    """Keys of 64 elements lose much in 4 bits, but the newest tokens, which most attention goes to, are in int8."""
+    reference = prefill(load_model(bf16_directory, precision="bf16"), ids)
+    assert kl(prefill(load_model(bf16_directory, precision="bf16", kv_cache=kv_cache), ids), reference) <= bound
+
+
 @pytest.mark.parametrize("run", [prefill, decode])
 @pytest.mark.parametrize("kv_cache, bound", [("fp32", 1e-3), ("auto", 1e-2)])
 def test_gguf_logits_equal_the_dequantized_model(gguf, ids, run, kv_cache, bound):

@@ -15,6 +15,7 @@ ALLOWED = {
     "int8": ({"precision": "int8"}, 1.005),
     "int4": ({"precision": "int4"}, 1.05),
     "int8 cache": ({"precision": "bf16", "kv_cache": "int8"}, 1.005),
+    "int4 cache": ({"precision": "bf16", "kv_cache": "int4"}, 1.01),
     "fp8": ({"precision": "fp8"}, 1.01),
 }
 

@@ -17,7 +17,7 @@ extern "C" {
 #define DSO_API
 #endif
 
-#define DSO_ABI_VERSION 10
+#define DSO_ABI_VERSION 11
 DSO_API int32_t dso_abi_version(void);
 
 enum {
@@ -199,19 +199,24 @@ DSO_API int32_t dso_convert(dso_context* c, int32_t slot_kind, const float* x, i
  * `heads` holds kv_heads and head_dim of each layer, and those two fields are 0; otherwise it is NULL.
  * Latent (rank > 0; heads is NULL): per token and layer, one row of `rank` elements and `rope` more, shared by all heads, and
  * `index` elements of the lightning indexer's key (0: none). F32 and BF16: the elements; INT8: rank int8 in groups of 128 with
- * an fp32 scale each, the rope part in bf16; the index key is bf16 (fp32 with F32). kv_heads and head_dim are 0. rank, rope
- * and index are multiples of 2.
+ * an fp32 scale each, the rope part in bf16; INT4: rank 4-bit codes in groups of 128 with an fp32 scale each, the rope part in
+ * int8 with an fp32 scale. The index key is bf16 (fp32 with F32). kv_heads and head_dim are 0. rank, rope and index are
+ * multiples of 2.
  * summaries (0 or 1): for every full block, layer and kv head the cache also stores the element-wise maximum and minimum of
  * its keys (latent: of its rows of rank + rope elements) as stored, rounded to bf16 (F32: fp32). They are computed when a
  * block's last token is written or its keys are rotated, and copied with the block; dso_cache_block_bytes includes them. */
 #define DSO_BLOCK_TOKENS 32
-enum { DSO_KV_F32 = 0, DSO_KV_BF16 = 1, DSO_KV_INT8 = 2 };
+enum { DSO_KV_F32 = 0, DSO_KV_BF16 = 1, DSO_KV_INT8 = 2, DSO_KV_INT4 = 3 };
 typedef struct dso_cache dso_cache;
 typedef struct dso_cache_shape {
   int32_t kv_type, layers, kv_heads, head_dim, rank, rope, index, summaries;
   const int32_t* heads;  /* [layers][2] or NULL; read only during the call */
   const int32_t* groups; /* [layers]: the group of each layer, from 0 without gaps; NULL: all in group 0, as they must be with
                             summaries. Read only during the call */
+  int32_t newest;        /* attention reads each sequence's last `newest` tokens from copies of the layers in INT8; 0: there are
+                            none, as there must be with latents and with summaries */
+  const int32_t* newest_groups; /* [layers]: the group of each layer's copy, none of which has a layer itself; numbered after
+                                   those; NULL with newest 0. Read only during the call */
 } dso_cache_shape;
 DSO_API int64_t dso_cache_block_bytes(const dso_cache_shape* shape);
 DSO_API int32_t dso_cache_create(const dso_cache_shape* shape, int64_t blocks, dso_cache** out);
@@ -237,10 +242,10 @@ typedef struct dso_rotation {
  * changes nothing else; slots after the last token are rotated along with their block. The first token's position is
  * `position`; the others follow consecutively. An element's angle is the difference between ROPE_TABLE's fp32 products at the
  * new and the old position, taken in double, so that repeated rotations add up to exactly the angle of the final position.
- * Each rotation rounds once to the storage type; with INT8 each head gets a new scale. A ROPE_TABLE scale is part of the keys
- * and stays. key: the rotation of the heads, or of the rope elements of a latent; index: that of the indexer's key, NULL if
- * the cache has none. All arguments are checked before anything is written. No block may occur twice in block_table, and
- * blocks shared with another sequence must be copied first. */
+ * Each rotation rounds once to the storage type; with INT8 and INT4 each head gets a new scale. A ROPE_TABLE scale is part of
+ * the keys and stays. key: the rotation of the heads, or of the rope elements of a latent; index: that of the indexer's key,
+ * NULL if the cache has none. All arguments are checked before anything is written. No block may occur twice in block_table,
+ * and blocks shared with another sequence must be copied first. */
 DSO_API int32_t dso_cache_rotate(dso_context* c, dso_cache* k, const dso_rotation* key, const dso_rotation* index,
                                  int32_t group, const int32_t* block_table, int32_t tokens, int32_t position, int32_t delta);
 

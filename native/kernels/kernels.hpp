@@ -54,6 +54,10 @@ struct VisibleTokens {              // the tokens, up to itself, that a row atte
   const int32_t* chosen = nullptr;  // or only those in these blocks of the sequence: `blocks` indices, ascending
   int64_t blocks = 0;
   bool chunked = false;  // the window is the chunk of `window` tokens that the row's own token lies in; without sinks
+  // If the newest tokens are read from a copy (CacheCopy): the last `newest` tokens of those are not seen, or, if `copied`,
+  // only they are, as far as the window reaches.
+  int64_t newest = 0;
+  bool copied = false;
 
   // First token of the window of the row that is token i of its sequence; may be negative.
   int64_t begin(int64_t i) const { return chunked ? i - i % window : i + 1 - window; }
@@ -63,6 +67,13 @@ struct Scores {                  // of attention: s = scale * q k
   float scale;                   // of either sign
   float softcap = 0;             // c: c * tanh(s / c) replaces s; 0: none
   const float* sinks = nullptr;  // per q head concerned, a further logit in the softmax's denominator only; null: none
+};
+
+// A second copy of a layer, in INT8, from which a row reads the last `tokens` tokens.
+struct CacheCopy {
+  const KvLayout& layout;
+  KvView view;
+  int64_t tokens;
 };
 
 struct Rotation {      // of the keys of a block: elements [offset, offset + rot) of each, in pairs as in `rope`
@@ -113,14 +124,14 @@ struct AttentionKernels {
   void (*attn_fold)(const float* part, int64_t part_stride, int64_t chunks, int64_t head_dim, float* out);
   // Prefill family: rows [r0, r1) of one sequence, all q heads of one kv head, online softmax over blocks of 32 in ascending
   // order; a row's result depends, bit for bit, only on its own q and the cache up to it. o: [rows, heads*head_dim] at the
-  // first q head.
+  // first q head. copy: of the newest tokens, which follow the others; null: none.
   void (*attn_prefill)(const KvLayout& l, const KvView& v, int64_t kv_head, const float* q, int64_t q_stride, int64_t group,
-                       int64_t r0, int64_t r1, int64_t ctx, const VisibleTokens& sight, const Scores& scores, float* o,
-                       int64_t o_stride, uint8_t* scratch);
+                       int64_t r0, int64_t r1, int64_t ctx, const VisibleTokens& sight, const Scores& scores,
+                       const CacheCopy* copy, float* o, int64_t o_stride, uint8_t* scratch);
   // Eager form: the whole score row of one (row, q head), softmax, weighted sum. row: scratch for ctx + r + 1 floats.
   void (*attn_eager)(const KvLayout& l, const KvView& v, int64_t kv_head, const float* q, int64_t n, int64_t first,
-                     const Scores& scores, float* row, float* o);  // sees tokens [first, n)
-  size_t attn_scratch;                                             // bytes, private to the caller's thread
+                     const Scores& scores, const CacheCopy* copy, float* row, float* o);  // sees tokens [first, n)
+  size_t attn_scratch;  // bytes, private to the caller's thread
 
   // Absorbed attention: up to mla_heads heads of one query row over up to attn_chunk tokens. `scratch`: private to the caller's
   // thread, mla_scratch() bytes, 64-aligned; mla_tokens loads the tokens into it, and any number of mla_attend calls read them.
@@ -244,7 +255,7 @@ struct RowKernels {  // everything else: rows of activations, weights and caches
   void (*latent_write)(const KvLayout& l, const KvView& v, int64_t start, int64_t n, const float* x, int64_t stride);
   void (*latent_read)(const KvLayout& l, const KvView& v, int64_t tokens, float* latent, float* index);  // index may be null
   // Tables: [32 tokens][rot], cosines first in each. index: for the indexer's keys, null if there are none. room: floats for
-  // the larger rot.
+  // a row's rope elements, and for the rot of `index`.
   void (*latent_rotate)(const KvLayout& l, const KvView& v, int64_t block, const Rotation& key, const Rotation* index,
                         float* room);
 
@@ -274,7 +285,7 @@ constexpr int64_t attn_rows = 32;       // query rows per prefill task
 constexpr int64_t summary_blocks = 32;  // blocks whose summaries share a panel: rows of 32 times 4 bytes, one column per block
 constexpr int64_t mla_heads = 16;       // heads of a packed query
 constexpr int64_t state_cols = 16;      // columns of a recurrent state that are stored together
-constexpr int64_t latent_group = 128;   // elements of an int8 latent that share a scale
+constexpr int64_t latent_group = 128;   // elements of an int8 or int4 latent that share a scale
 constexpr int64_t max_head_dim = 512;   // head_dim is also even: cache and attention take columns in pairs
 constexpr int64_t max_summary_width = 3840;  // maximum number of elements of a key that estimates are computed from
 

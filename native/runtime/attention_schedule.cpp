@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "cache.hpp"
+
 namespace dso {
 namespace {
 constexpr int64_t kDecodeRows = 8;           // rows that share a read of the cache
@@ -28,7 +30,16 @@ int64_t AttentionSchedule::tokens(int64_t context, int64_t r0, int64_t r1) const
 RowChunks AttentionSchedule::chunks(int64_t context, int64_t r0, int64_t r1) const {
   if (shape.top_k > 0) return {0, 0, ceil_div(tokens(context, r0, r1), attn_chunk)};
   const int64_t first = first_token(context, r0) / attn_chunk, sinks = std::min(first, ceil_div(shape.sinks, attn_chunk));
-  return {sinks, first, sinks + ceil_div(context + r1, attn_chunk) - first};
+  const int64_t end = ceil_div(context + r1, attn_chunk);
+  if (newest_ == 0) return {sinks, first, sinks + end - first};
+  const int64_t older = sinks + ceil_div(first_copied(context, r1 - 1), attn_chunk) - first,
+                copy = first_copied(context, r0) / attn_chunk;
+  return {sinks, first, older + end - copy, end - copy, copy};
+}
+
+int64_t AttentionSchedule::first_copied(int64_t context, int64_t row) const {
+  const int64_t begin = shape.window > 0 ? shape.sight().begin(context + row) : 0;
+  return std::max<int64_t>({0, begin, context + row + 1 - newest_});
 }
 
 int64_t AttentionSchedule::rows_of_a_block(AttentionKind kind, int64_t chunks) const {
@@ -42,6 +53,7 @@ void AttentionSchedule::build(const Run& run) {
   tasks.clear();
   shared_floats = private_floats = 0;
   const dso_batch& b = *run.batch.source;
+  newest_ = b.cache->newest;
   auto chunks_of = [&](int64_t s) { return chunks(b.context_len[s], 0, b.query_len[s]).count; };
   int64_t total = 0, blocks = 0;
   for (int64_t s = 0; s < b.S; ++s) {

@@ -26,10 +26,13 @@ struct AttentionShape {
 
 enum class AttentionKind : uint8_t { kDecode, kPrefill, kEager };
 
-// The chunks visible to the rows: those of the sinks, then those of their windows. With chosen blocks, eight make a chunk.
+// The chunks visible to the rows: those of the sinks, then those of their windows, then those of the copy of the newest tokens.
+// With chosen blocks, eight make a chunk.
 struct RowChunks {
-  int64_t sinks, first, count;  // first: the first chunk after those of the sinks
-  int64_t at(int64_t i) const { return i < sinks ? i : first + i - sinks; }
+  int64_t sinks, first, count;           // first: the first chunk after those of the sinks
+  int64_t copied = 0, first_copied = 0;  // copied: how many of `count` are the copy's
+  bool is_copied(int64_t i) const { return i >= count - copied; }
+  int64_t at(int64_t i) const { return i < sinks ? i : is_copied(i) ? first_copied + i - (count - copied) : first + i - sinks; }
 };
 
 struct AttentionTask {
@@ -65,7 +68,9 @@ class AttentionSchedule {
   int64_t first_token(int64_t context, int64_t row) const;        // of the window, or 0 if it reaches the sinks
   int64_t tokens(int64_t context, int64_t r0, int64_t r1) const;  // visible to any of rows [r0, r1)
   RowChunks chunks(int64_t context, int64_t r0, int64_t r1) const;
+  int64_t first_copied(int64_t context, int64_t row) const;  // the first token that is read from the copy
 
+  int64_t newest_ = 0;  // tokens that are read from the cache's copies
   int64_t built_ = 0;
   Countdowns countdowns_;
 };

@@ -37,7 +37,11 @@ void check_cache(const dso_batch& b, const BatchNeeds& needs) {
     fail(DSO_EINVAL, "batch.cache has no summaries, but the plan chooses blocks by them");
   if (!b.block_table) fail(DSO_EINVAL, "batch.block_table is NULL");
   std::vector<Visible> groups(size_t(k->groups()));
-  for (int64_t layer = 0; layer < needs.layers; ++layer) groups[size_t(k->group(layer))].add(needs.visible[size_t(layer)]);
+  for (int64_t layer = 0; layer < needs.layers; ++layer) {
+    const Visible& visible = needs.visible[size_t(layer)];
+    groups[size_t(k->group(layer))].add(visible);
+    if (k->newest > 0) groups[size_t(k->group(k->copy_of(layer)))].add({visible.used, false, k->newest, 0});
+  }
   for (int64_t s = 0; s < b.S; ++s) {
     const int64_t longest = needs.index > 0 || (needs.rank > 0 && needs.summaries) ? kMostNumbered
                             : needs.summaries                                      ? kMostNumbered * DSO_BLOCK_TOKENS

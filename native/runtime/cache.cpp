@@ -1,5 +1,6 @@
 #include "cache.hpp"
 
+#include <algorithm>
 #include <cstring>
 
 #include "error.hpp"
@@ -47,6 +48,18 @@ KvLayout layout_of(const Kernels& kernels, const dso_cache_shape& s, int32_t lay
   return heads_layout(kernels, s, s.heads[2 * layer], s.heads[2 * layer + 1]);
 }
 
+void check_copies(const dso_cache_shape& s) {
+  if (s.newest < 0) fail(DSO_EINVAL, "cache: newest is %d, must not be negative", s.newest);
+  if ((s.newest > 0) != (s.newest_groups != nullptr))
+    fail(DSO_EINVAL, "cache: newest is %d, and newest_groups is %s", s.newest, s.newest_groups ? "not NULL" : "NULL");
+  if (s.newest > 0 && (s.rank != 0 || s.summaries))
+    fail(DSO_EINVAL, "cache: newest is %d, must be 0 with latents and with summaries", s.newest);
+  const int32_t last = s.groups ? *std::max_element(s.groups, s.groups + s.layers) : 0;  // of the layers' groups
+  for (int32_t i = 0; s.newest > 0 && i < s.layers; ++i)
+    if (s.newest_groups[i] <= last)
+      fail(DSO_EINVAL, "cache: the copy of layer %d is in group %d, must be above %d", i, s.newest_groups[i], last);
+}
+
 // The place behind a layer, without a layout.
 CacheLayer after(const CacheLayer& p) {
   return {{}, p.at + p.layout.layer_bytes, p.summaries_at + std::max(1, p.layout.kv_heads) * p.layout.summary_bytes, p.group};
@@ -54,20 +67,25 @@ CacheLayer after(const CacheLayer& p) {
 }  // namespace
 
 std::vector<CacheLayer> checked_layers(const Kernels& kernels, const dso_cache_shape& s) {
-  if (s.kv_type != DSO_KV_F32 && s.kv_type != DSO_KV_BF16 && s.kv_type != DSO_KV_INT8)
-    fail(DSO_EINVAL, "cache: kv_type %d is unknown", s.kv_type);
+  if (s.kv_type < DSO_KV_F32 || s.kv_type > DSO_KV_INT4) fail(DSO_EINVAL, "cache: kv_type %d is unknown", s.kv_type);
   if (s.layers < 1 || s.layers > 65536) fail(DSO_EINVAL, "cache: %d layers, must be from 1 to 65536", s.layers);
   if (s.summaries != 0 && s.summaries != 1) fail(DSO_EINVAL, "cache: summaries is %d, must be 0 or 1", s.summaries);
+  check_copies(s);
   std::vector<CacheLayer> layers, next;  // next: by group, the place after its last layer
-  for (int32_t i = 0; i < s.layers; ++i) {
-    const int32_t group = s.groups ? s.groups[i] : 0;
-    if (group < 0 || group >= s.layers) fail(DSO_EINVAL, "cache: layer %d is in group %d of %d layers", i, group, s.layers);
+  const auto add = [&](const dso_cache_shape& shape, const int32_t* groups, int32_t i) {
+    const int32_t group = groups ? groups[i] : 0;
+    if (group < 0 || group >= (s.newest > 0 ? 2 : 1) * s.layers)
+      fail(DSO_EINVAL, "cache: layer %d is in group %d of %d layers", i, group, s.layers);
     for (int32_t g = int32_t(next.size()); g <= group; ++g) next.push_back({{}, 0, 0, g});
     CacheLayer& place = next[size_t(group)];
-    place.layout = layout_of(kernels, s, i);
+    place.layout = layout_of(kernels, shape, i);
     layers.push_back(place);
     place = after(place);
-  }
+  };
+  for (int32_t i = 0; i < s.layers; ++i) add(s, s.groups, i);
+  dso_cache_shape copies = s;
+  copies.kv_type = DSO_KV_INT8;
+  for (int32_t i = 0; s.newest > 0 && i < s.layers; ++i) add(copies, s.newest_groups, i);
   for (const CacheLayer& n : next)
     if (n.at == 0) fail(DSO_EINVAL, "cache: no layer is in group %d of %d", n.group, int(next.size()));
   if (s.summaries && next.size() > 1)
@@ -102,6 +120,7 @@ dso_cache::dso_cache(const Kernels& k, const dso_cache_shape& shape, int64_t n_b
       end(end_of(places)),
       layers(shape.layers),
       blocks(n_blocks),
+      newest(shape.newest),
       arena(bytes_of_parts("cache", "blocks", n_blocks, block_bytes())),
       summaries(ceil_div(n_blocks, summary_blocks) * group_bytes()) {}
 

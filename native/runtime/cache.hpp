@@ -27,6 +27,7 @@ struct dso_cache {
   int64_t saved_bytes() const { return block_bytes() + group_bytes() / dso::summary_blocks; }
   void save_block(int64_t block, uint8_t* bytes) const;
   void load_block(int64_t block, const uint8_t* bytes);
+  // Reads the layer itself, not its copy.
   void read(int64_t layer, const int32_t* table, int64_t tokens, float* key, float* value) const;
 
   int64_t block_bytes() const { return end.at; }
@@ -34,6 +35,8 @@ struct dso_cache {
   int32_t groups() const { return end.group; }
   int32_t group(int64_t layer) const { return places[layer].group; }
   const dso::KvLayout& layout(int64_t layer) const { return places[layer].layout; }
+  // The copy of a layer's newest tokens, as a layer of its own, if newest is not 0.
+  int64_t copy_of(int64_t layer) const { return layers + layer; }
   // table: that of the layer's group.
   dso::KvView view(int64_t layer, const int32_t* table) const {
     const dso::CacheLayer& place = places[layer];
@@ -41,9 +44,9 @@ struct dso_cache {
   }
 
   const dso::Kernels& kernels;                // the layout is the same on every ISA: each can read what another wrote
-  const std::vector<dso::CacheLayer> places;  // one per layer
+  const std::vector<dso::CacheLayer> places;  // one per layer, then one per copy
   const dso::CacheLayer end;                  // sizes of the largest group, and the number of groups
-  const int64_t layers, blocks;
+  const int64_t layers, blocks, newest;       // newest: tokens that are read from the copies; 0: there are none
   dso::Arena arena, summaries;
 
  private:
@@ -52,7 +55,8 @@ struct dso_cache {
 };
 
 namespace dso {
-// Layout of each layer, and its place in a block of its group. DSO_EINVAL for an invalid shape, type or group.
+// Layout of each layer, then of each copy, and its place in a block of its group. DSO_EINVAL for an invalid shape, type or
+// group.
 std::vector<CacheLayer> checked_layers(const Kernels& kernels, const dso_cache_shape& shape);
 // Sizes of the largest group, and the number of groups.
 CacheLayer end_of(const std::vector<CacheLayer>& places);

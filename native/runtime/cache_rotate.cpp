@@ -61,7 +61,8 @@ void turn(Context& c, dso_cache& cache, const dso_rotation& key, const dso_rotat
   if (group < 0 || group >= cache.groups())
     fail(DSO_EINVAL, "cache: group %d does not exist, there are %d groups", group, cache.groups());
   const bool latent = cache.layout(0).rank;
-  for (int64_t layer = 0; layer < cache.layers; ++layer) {
+  const int64_t layers = int64_t(cache.places.size());
+  for (int64_t layer = 0; layer < layers; ++layer) {
     const KvLayout& layout = cache.layout(layer);
     check_rotation("key", key, latent ? layout.rope : layout.head_dim);
     if (!index != !layout.index)
@@ -80,7 +81,7 @@ void turn(Context& c, dso_cache& cache, const dso_rotation& key, const dso_rotat
   if (delta == 0) return;  // the keys would not change, but INT8 would be rounded again
 
   const int64_t key_room = kTokens * key.rot, index_room = index ? kTokens * index->rot : 0,
-                room = std::max(key.rot, index ? index->rot : 0);
+                room = std::max(latent ? cache.layout(0).rope : 0, index ? index->rot : 0);
   const int64_t each = round_up(key_room + index_room + room, 16);
   std::vector<float> rooms(static_cast<size_t>(each * c.pool.threads()));
   parallel(c, blocks, [&](int64_t block, int thread) {
@@ -94,7 +95,7 @@ void turn(Context& c, dso_cache& cache, const dso_rotation& key, const dso_rotat
       fill(key, at, delta, kTokens, 1, key_table);
     }
     const Rotation turn = rotation_of(key, key_table), index_turn = index ? rotation_of(*index, index_table) : Rotation{};
-    for (int64_t layer = 0; layer < cache.layers; ++layer) {
+    for (int64_t layer = 0; layer < layers; ++layer) {
       if (cache.group(layer) != group) continue;
       const KvLayout& layout = cache.layout(layer);
       const KvView view = cache.view(layer, table);

@@ -24,8 +24,6 @@ class CacheWriter : public Op {
   static bool fills_summary(const Piece& p, const KvLayout& layout) {
     return layout.summary_bytes > 0 && (p.position + p.rows) % DSO_BLOCK_TOKENS == 0;
   }
-
- private:
   const int64_t layer_;
 };
 

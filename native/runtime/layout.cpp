@@ -119,7 +119,9 @@ int32_t finest_kind(int32_t format) {
 int64_t latent_row_bytes(int32_t kv_type, int64_t rank, int64_t rope) {
   if (kv_type == DSO_KV_F32) return 4 * (rank + rope);
   if (kv_type == DSO_KV_BF16) return 2 * (rank + rope);
-  return rank + 4 * ceil_div(rank, latent_group) + 2 * rope;
+  const int64_t scales = 4 * ceil_div(rank, latent_group);
+  if (kv_type == DSO_KV_INT8) return rank + scales + 2 * rope;
+  return rank / 2 + scales + rope + 4 * ceil_div(rope, latent_group);
 }
 
 int64_t index_row_bytes(int32_t kv_type, int64_t index) { return (kv_type == DSO_KV_F32 ? 4 : 2) * index; }

@@ -32,7 +32,8 @@ const char* kind_name(int32_t slot_kind);
 constexpr bool is_head_dim(int64_t n) { return n >= 2 && n <= max_head_dim && n % 2 == 0; }
 
 // Bytes of a token's row in a latent cache: rank + rope elements (INT8: the rank elements in groups of latent_group, then the
-// fp32 scales of all groups, then the rope elements in bf16); and of its row of the indexer's key.
+// fp32 scales of all groups, then the rope elements in bf16; INT4: the same with two codes in a byte, then the rope elements as
+// int8 does its rank elements); and of its row of the indexer's key.
 int64_t latent_row_bytes(int32_t kv_type, int64_t rank, int64_t rope);
 int64_t index_row_bytes(int32_t kv_type, int64_t index);
 

@@ -1,6 +1,7 @@
 // Attention over the paged cache. The last task to finish a row's heads merges its chunks, and the last to finish a block of
 // rows converts them for the following matrix product: neither needs a stage of its own.
 #include <cmath>
+#include <optional>
 
 #include "attention_schedule.hpp"
 #include "cache.hpp"
@@ -73,6 +74,12 @@ class Attention final : public Op {
   KvView view(const Run& run, const AttentionTask& t) const {
     return run.batch.source->cache->view(layer_, run.batch.table(layer_, t.sequence));
   }
+  std::optional<CacheCopy> copy(const Run& run, const AttentionTask& t) const {
+    const dso_cache& cache = *run.batch.source->cache;
+    if (cache.newest == 0) return std::nullopt;
+    const int64_t layer = cache.copy_of(layer_);
+    return CacheCopy{cache.layout(layer), cache.view(layer, run.batch.table(layer, t.sequence)), cache.newest};
+  }
 
   // The tokens visible to the task's rows; with chosen blocks, those visible to row r. Whatever values the slot holds, no index
   // leads outside the sequence.
@@ -99,11 +106,15 @@ class Attention final : public Op {
     const int64_t heads = t.h1 - t.h0, chunk_floats = (t.r1 - t.r0) * heads * shape_.part_floats();
     const int64_t context = run.batch.source->context_len[t.sequence];
     float* parts = t.part < 0 ? private_floats(run, thread) : reinterpret_cast<float*>(run.shared + parts_at(run)) + t.part;
-    const VisibleTokens seen = sight(run, t, t.r0, thread);
-    for (int64_t c = t.c0; c < t.c1; ++c)
-      run.kernels.attn_decode_chunk(layout(run), view(run, t), t.kv_head, query(run, t, 0), run.slots[q_.index].stride, heads,
-                                    t.r0, t.r1, context, seen, scores_, t.chunks.at(c), parts + c * chunk_floats,
-                                    run.thread_scratch(thread));
+    VisibleTokens seen = sight(run, t, t.r0, thread);
+    const std::optional<CacheCopy> copy = this->copy(run, t);
+    if (copy) seen.newest = copy->tokens;
+    for (int64_t c = t.c0; c < t.c1; ++c) {
+      seen.copied = t.chunks.is_copied(c);
+      run.kernels.attn_decode_chunk(seen.copied ? copy->layout : layout(run), seen.copied ? copy->view : view(run, t),
+                                    t.kv_head, query(run, t, 0), run.slots[q_.index].stride, heads, t.r0, t.r1, context, seen,
+                                    scores_, t.chunks.at(c), parts + c * chunk_floats, run.thread_scratch(thread));
+    }
     if (t.part >= 0 && !schedule_->last(t.merge)) return false;
     for (int64_t r = t.r0; r < t.r1; ++r)
       for (int64_t h = 0; h < heads; ++h)
@@ -114,20 +125,23 @@ class Attention final : public Op {
 
   void prefill(const Run& run, const AttentionTask& t, int thread) {
     const int64_t rows = shape_.top_k > 0 ? 1 : t.r1 - t.r0;
+    const std::optional<CacheCopy> copy = this->copy(run, t);
     for (int64_t r = t.r0; r < t.r1; r += rows)
       run.kernels.attn_prefill(layout(run), view(run, t), t.kv_head, query(run, t, 0), run.slots[q_.index].stride, t.h1 - t.h0,
                                r, r + rows, run.batch.source->context_len[t.sequence], sight(run, t, r, thread),
-                               scores_of(t, t.h0), result(run, t, 0, t.h0), results(run).stride, run.thread_scratch(thread));
+                               scores_of(t, t.h0), copy ? &*copy : nullptr, result(run, t, 0, t.h0), results(run).stride,
+                               run.thread_scratch(thread));
     finish(run, t);
   }
 
   void eager(const Run& run, const AttentionTask& t, int thread) {
+    const std::optional<CacheCopy> copy = this->copy(run, t);
     for (int64_t r = t.r0; r < t.r1; ++r) {
       const int64_t n = run.batch.source->context_len[t.sequence] + r + 1;
       const int64_t first = shape_.window > 0 ? std::max<int64_t>(0, shape_.sight().begin(n - 1)) : 0;
       for (int64_t h = t.h0; h < t.h1; ++h)
         run.kernels.attn_eager(layout(run), view(run, t), t.kv_head, head(run.slots[q_.index], run, t, r, h), n, first,
-                               scores_of(t, h), private_floats(run, thread), result(run, t, r, h));
+                               scores_of(t, h), copy ? &*copy : nullptr, private_floats(run, thread), result(run, t, r, h));
     }
     finish(run, t);
   }

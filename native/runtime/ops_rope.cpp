@@ -84,7 +84,13 @@ class KvWriter : public CacheWriter {
   void write_rows(const Run& run, const Piece& p, const KvLayout& layout, const KvView& view, const float* key,
                   int64_t key_stride) const {
     const Rows& value = run.slots[value_.index];
-    run.kernels.kv_write(layout, view, p.position, p.rows, key, key_stride, value.f32(p.row), value.stride, 0, kv_heads_);
+    const auto write = [&](const KvLayout& to, const KvView& at) {
+      run.kernels.kv_write(to, at, p.position, p.rows, key, key_stride, value.f32(p.row), value.stride, 0, kv_heads_);
+    };
+    write(layout, view);
+    const dso_cache& cache = *run.batch.source->cache;
+    if (const int64_t copy = cache.copy_of(layer_); cache.newest > 0)
+      write(cache.layout(copy), cache.view(copy, run.batch.table(copy, p.sequence)));
     if (fills_summary(p, layout)) run.kernels.kv_summarize(layout, view, p.position / DSO_BLOCK_TOKENS);
   }
   const SlotRef key_, value_;

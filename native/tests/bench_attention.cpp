@@ -93,7 +93,8 @@ static void prefill(const Variant& v, Shape s, int32_t type, std::string& json) 
       for (int64_t r = 0; r < rows; r += attn_rows) {
         const int64_t at = h * s.group * s.head_dim;
         v.kernels->attn_prefill(c.cache.layout, c.cache.view, h, c.q.data() + at, c.width() * 4, s.group, r, r + attn_rows,
-                                context, VisibleTokens{}, Scores{c.scale()}, out.data() + at, c.width() * 4, c.scratch.get());
+                                context, VisibleTokens{}, Scores{c.scale()}, nullptr, out.data() + at, c.width() * 4,
+                                c.scratch.get());
       }
   });
   const double pairs = (double)rows * context + rows * (rows + 1) / 2.0, speed = 4 * pairs * (double)c.width() / t * 1e-9;
@@ -185,12 +186,12 @@ int main(int argc, char** argv) {
   for (const Variant& v : variants()) {
     if (argc > 1 && v.name != argv[1]) continue;
     for (const Shape s : {Shape{2, 6, 128}, Shape{3, 3, 64}, Shape{8, 1, 64}})
-      for (int type : {DSO_KV_F32, DSO_KV_BF16, DSO_KV_INT8}) {
+      for (int type : {DSO_KV_F32, DSO_KV_BF16, DSO_KV_INT8, DSO_KV_INT4}) {
         decode(v, s, type, json);
         prefill(v, s, type, json);
       }
     for (const Shape s : {Shape{3, 3, 64}, Shape{2, 6, 128}, Shape{16, 1, 64}})
-      for (int type : {DSO_KV_BF16, DSO_KV_INT8})
+      for (int type : {DSO_KV_BF16, DSO_KV_INT8, DSO_KV_INT4})
         for (bool decodes : {false, true})
           for (const Mode& m : {Mode{"flash", 0, 0, 0}, Mode{"sliding", 4096, 4, 0}, Mode{"sparse", 512, 4, 64}})
             for (int32_t context : {4096, 16384, 32768}) mode(v, s, type, context, decodes, m, json);

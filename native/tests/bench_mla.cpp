@@ -128,7 +128,7 @@ int main(int argc, char** argv) {
   std::string json;
   for (const Variant& v : variants()) {
     if (argc > 1 && v.name != argv[1]) continue;
-    for (int32_t type : {DSO_KV_BF16, DSO_KV_INT8}) {
+    for (int32_t type : {DSO_KV_BF16, DSO_KV_INT8, DSO_KV_INT4}) {
       for (int64_t heads : {16, 128})
         for (int64_t context : {512, 4096, 32768}) decode(v, type, heads, context, json);
       for (int32_t format : {DSO_BF16, DSO_INT8}) prefill(v, type, format, json);

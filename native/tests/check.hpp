@@ -67,7 +67,9 @@ inline std::vector<float> normal(size_t n, float scale, Random& random) {
   return x;
 }
 
-inline const char* kv_name(int type) { return type == DSO_KV_F32 ? "f32" : type == DSO_KV_BF16 ? "bf16" : "int8"; }
+inline const char* kv_name(int type) {
+  return type == DSO_KV_F32 ? "f32" : type == DSO_KV_BF16 ? "bf16" : type == DSO_KV_INT8 ? "int8" : "int4";
+}
 
 // 64-aligned bytes between guards; the destructor checks that the guards are intact.
 class Buffer {

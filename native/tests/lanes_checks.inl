@@ -182,6 +182,37 @@ static void check_bytes(const char* isa, Random& random) {
   }
 }
 
+static void check_halves(const char* isa, Random& random) {
+  for (int repeat = 0; repeat < 300; ++repeat) {
+    alignas(64) float x[16];
+    uint8_t bytes[16];
+    int8_t small[16];
+    alignas(64) uint16_t wide[32], pairs[32];
+    for (int i = 0; i < 16; ++i) {
+      x[i] = random.normal();
+      bytes[i] = (uint8_t)random.bits();
+      small[i] = (int8_t)random.bits();
+      wide[i] = wide[i + 16] = (uint16_t)random.bits();
+    }
+    const F a = load(x);
+    const Floats sums[] = {out(butterfly<1>(a)), out(butterfly<2>(a)), out(butterfly<4>(a)), out(butterfly<8>(a))};
+    I low, high;
+    look_up_halves(small, bytes, low, high);
+    const Ints first = out_int(low), second = out_int(high);
+    store_bytes(pairs, look_up_pairs(wide, bytes));
+    for (int i = 0; i < 16; ++i) {
+      for (int step = 0; step < 4; ++step) {
+        const int h = 1 << step;
+        const float want = i & h ? x[i - h] - x[i] : x[i] + x[i + h];
+        check(sums[step].at[i] == want, "%s butterfly<%d>: lane %d is %g, not %g", isa, h, i, sums[step].at[i], want);
+      }
+      check(first.at[i] == small[bytes[i] & 15] && second.at[i] == small[bytes[i] >> 4], "%s look_up_halves: lane %d", isa, i);
+      check(pairs[2 * i] == wide[bytes[i] & 15] && pairs[2 * i + 1] == wide[bytes[i] >> 4], "%s look_up_pairs: lane %d", isa,
+            i);
+    }
+  }
+}
+
 static void check_dots(const char* isa, Random& random) {
   for (int repeat = 0; repeat < 3000; ++repeat) {
     alignas(64) uint8_t w[64];
@@ -318,6 +349,7 @@ static void check_lanes(const char* isa, std::vector<uint32_t>& bits) {
   check_e4m3(isa);
   check_dots(isa, random);
   check_bytes(isa, random);
+  check_halves(isa, random);
   check_pairs(isa, random);
   check_math(isa, bits);
 }

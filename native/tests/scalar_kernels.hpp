@@ -132,8 +132,8 @@ inline void attend(const KvLayout& l, const KvView& v, int64_t head, const float
   }
 }
 inline void attn_eager(const KvLayout& l, const KvView& v, int64_t head, const float* q, int64_t n, int64_t first,
-                       const Scores& scores, float* row, float* o) {
-  std::fill_n(row, n, 0.0f);  // the caller guarantees room for them
+                       const Scores& scores, const CacheCopy*, float* row, float* o) {  // without copies
+  std::fill_n(row, n, 0.0f);                                                            // the caller guarantees room for them
   std::vector<int64_t> tokens;
   for (int64_t t = first; t < n; ++t) tokens.push_back(t);
   float m, sum;
@@ -155,8 +155,8 @@ inline std::vector<int64_t> seen(const VisibleTokens& sight, int64_t row, int64_
   return tokens;
 }
 inline void attn_prefill(const KvLayout& l, const KvView& v, int64_t head, const float* q, int64_t q_stride, int64_t group,
-                         int64_t r0, int64_t r1, int64_t ctx, const VisibleTokens& sight, const Scores& scores, float* o,
-                         int64_t o_stride, uint8_t*) {
+                         int64_t r0, int64_t r1, int64_t ctx, const VisibleTokens& sight, const Scores& scores,
+                         const CacheCopy*, float* o, int64_t o_stride, uint8_t*) {
   for (int64_t r = r0; r < r1; ++r)
     for (int64_t h = 0; h < group; ++h) {
       float m, sum, *out = (float*)((char*)o + r * o_stride) + h * l.head_dim;

@@ -447,7 +447,7 @@ void refusals() {
 int main() {
   Random random(4);
   for (const Variant& v : vector_variants()) {
-    for (int type : {DSO_KV_F32, DSO_KV_BF16, DSO_KV_INT8}) {
+    for (int type : {DSO_KV_F32, DSO_KV_BF16, DSO_KV_INT8, DSO_KV_INT4}) {
       for (int i = 0; i < 4; ++i) {
         const int32_t window = i == 0 ? 0 : 1 + random.below(random.below(2) ? 40 : 200),
                       sinks = random.below(3) ? random.below(40) : 0;

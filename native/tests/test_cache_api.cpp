@@ -20,6 +20,7 @@ void latent_caches() {
   refuses(create({DSO_KV_BF16, 1, 0, 0, 32, 16, -2, 0, nullptr}, 4, &k), DSO_EINVAL, "index is -2", "negative index");
   check(block_bytes({DSO_KV_BF16, 27, 0, 0, 512, 64, 0, 0, nullptr}) == 32 * 31104, "V2-Lite's cache");
   check(block_bytes({DSO_KV_INT8, 1, 0, 0, 512, 64, 0, 0, nullptr}) == 32 * 656, "a latent in int8");
+  check(block_bytes({DSO_KV_INT4, 1, 0, 0, 512, 64, 0, 0, nullptr}) == 32 * 340, "a latent in int4");
   check(block_bytes({DSO_KV_F32, 2, 0, 0, 512, 64, 128, 0, nullptr}) == 2 * 32 * 4 * (576 + 128), "index keys");
 }
 
@@ -33,7 +34,7 @@ void caches() {
   refuses(create({DSO_KV_F32, 60000, 60000, 256, 0, 0, 0, 0, nullptr}, INT32_MAX, &k), DSO_ENOMEM, "",
           "a cache larger than any address space");
   check(block_bytes({DSO_KV_BF16, 1, 1, -1, 0, 0, 0, 0, nullptr}) == -1, "invalid block");
-  for (int type : {DSO_KV_F32, DSO_KV_BF16, DSO_KV_INT8}) {
+  for (int type : {DSO_KV_F32, DSO_KV_BF16, DSO_KV_INT8, DSO_KV_INT4}) {
     for (const Variant& v : variants())
       check(v.kernels->kv_layer_bytes(type, 3, 64) == variants()[0].kernels->kv_layer_bytes(type, 3, 64),
             "%s: another cache layout", v.name.c_str());
@@ -55,7 +56,8 @@ void caches() {
       check(read_k == first_k && read_v == first_v, "%s: writes another cache", v.name.c_str());
       for (int t = 0; t < tokens; ++t)
         for (int i = 0; i < width; ++i)
-          check(std::fabs(read_k[(size_t)((i / 64 * tokens + t) * 64 + i % 64)] - key[(size_t)(t * width + i)]) < 0.05,
+          check(std::fabs(read_k[(size_t)((i / 64 * tokens + t) * 64 + i % 64)] - key[(size_t)(t * width + i)]) <
+                    (type == DSO_KV_INT4 ? 0.5 : 0.05),
                 "%s: key[%d][%d]", v.name.c_str(), t, i);
     }
     check(dso_cache_copy_block(k, 3, 4) == 0 && dso_cache_read(k, 1, moved, tokens, read_k.data(), read_v.data()) == 0 &&
@@ -81,7 +83,7 @@ void layers_of_different_sizes() {
   const int32_t heads[] = {3, 20, 1, 44, 2, 20}, table[] = {2, 0};
   const int tokens = 40;
   dso_cache* k = nullptr;
-  for (int type : {DSO_KV_F32, DSO_KV_BF16, DSO_KV_INT8}) {
+  for (int type : {DSO_KV_F32, DSO_KV_BF16, DSO_KV_INT8, DSO_KV_INT4}) {
     const dso_cache_shape shape{type, 3, 0, 0, 0, 0, 0, 1, heads};
     check(create(shape, 4, &k) == 0, "cache: %s", dso_last_error());
     int64_t bytes = 0;
@@ -104,6 +106,7 @@ void layers_of_different_sizes() {
               dso_cache_copy_block(k, 0, 1) == 0,
           "%s", dso_last_error());
     const int32_t moved[] = {3, 1};
+    const float tolerance = type == DSO_KV_INT4 ? 0.6f : 0.05f;
     for (int layer = 0; layer < 3; ++layer) {
       const int n = heads[2 * layer], d = heads[2 * layer + 1];
       std::vector<float> read_k(keys[layer].size()), read_v(read_k.size());
@@ -112,7 +115,8 @@ void layers_of_different_sizes() {
         for (int t = 0; t < tokens; ++t)
           for (int i = 0; i < d; ++i) {
             const size_t at = (size_t)((h * tokens + t) * d + i), from = (size_t)((t * n + h) * d + i);
-            check(std::fabs(read_k[at] - keys[layer][from]) < 0.05 && std::fabs(read_v[at] - values[layer][from]) < 0.05,
+            check(std::fabs(read_k[at] - keys[layer][from]) < tolerance &&
+                      std::fabs(read_v[at] - values[layer][from]) < tolerance,
                   "layer %d, head %d, token %d, element %d", layer, h, t, i);
           }
     }
@@ -122,6 +126,27 @@ void layers_of_different_sizes() {
   refuses(create({DSO_KV_F32, 2, 0, 0, 0, 0, 0, 0, odd}, 4, &k), DSO_EINVAL, "head_dim is 45", "an odd size");
   refuses(create({DSO_KV_F32, 2, 3, 20, 0, 0, 0, 0, heads}, 4, &k), DSO_EINVAL, "must be 0 with heads", "two sizes");
   refuses(create({DSO_KV_F32, 2, 0, 0, 32, 16, 0, 0, heads}, 4, &k), DSO_EINVAL, "must be NULL with rank", "latents");
+}
+
+// Copies of the newest tokens are INT8 layers in groups of their own.
+void copies() {
+  const int32_t groups[] = {0, 0, 0, 0, 0}, two[] = {1, 1, 1, 2, 2}, mixed[] = {1, 1, 0, 2, 2}, gap[] = {1, 1, 1, 3, 3};
+  auto shape = [&](int32_t newest, const int32_t* copies, int32_t summaries = 0) {
+    return dso_cache_shape{DSO_KV_INT4, 5, 3, 64, 0, 0, 0, summaries, nullptr, groups, newest, copies};
+  };
+  dso_cache* k = nullptr;
+  check(block_bytes(shape(64, two)) == 3 * block_bytes({DSO_KV_INT8, 1, 3, 64, 0, 0, 0, 0, nullptr}), "block bytes");
+  check(create(shape(64, two), 4, &k) == 0, "copies: %s", dso_last_error());
+  check(k->groups() == 3 && k->group(k->copy_of(2)) == 1 && k->group(k->copy_of(3)) == 2, "groups of copies");
+  check(k->layout(k->copy_of(4)).type == DSO_KV_INT8 && k->layout(4).type == DSO_KV_INT4, "types of copies");
+  dso_cache_destroy(k);
+  refuses(create(shape(-1, nullptr), 4, &k), DSO_EINVAL, "newest is -1", "negative");
+  refuses(create(shape(64, nullptr), 4, &k), DSO_EINVAL, "newest_groups is NULL", "no groups");
+  refuses(create(shape(0, two), 4, &k), DSO_EINVAL, "newest is 0, and newest_groups is not NULL", "no tokens");
+  refuses(create(shape(64, mixed), 4, &k), DSO_EINVAL, "the copy of layer 2 is in group 0, must be above 0", "a layer's group");
+  refuses(create(shape(64, gap), 4, &k), DSO_EINVAL, "no layer is in group 2", "a group without layers");
+  refuses(create(shape(64, two, 1), 4, &k), DSO_EINVAL, "with summaries", "summaries");
+  refuses(create({DSO_KV_INT4, 5, 0, 0, 64, 16, 0, 0, nullptr, groups, 64, two}, 4, &k), DSO_EINVAL, "with latents", "latents");
 }
 
 // Layers of different groups share the bytes of a block; its size is that of the largest group.
@@ -153,6 +178,7 @@ int main() {
   caches();
   layers_of_different_sizes();
   groups();
+  copies();
   latent_caches();
   return report("test_cache_api");
 }

@@ -1,8 +1,14 @@
 // The cache's storage: content is read as written within the format's error, in any order and chunks, and nothing else changes.
+#include "int4_rows.hpp"
 #include "kv_fixture.hpp"
 
 // The token's row as `type` stores it, in plain code.
 static void expected_row(int type, const float* x, int64_t d, float* out) {
+  if (type == DSO_KV_INT4) {
+    const std::vector<float> row = int4_stored(x, d);
+    std::copy(row.begin(), row.end(), out);
+    return;
+  }
   float top = 0;
   for (int64_t i = 0; i < d; ++i) top = std::fmax(top, std::fabs(x[i]));
   for (int64_t i = 0; i < d; ++i)
@@ -69,7 +75,7 @@ static void neighbors(const Variant& v, int type, int32_t d, Random& random) {
 
 static void special_values(const Variant& v, Random& random) {
   const int32_t d = 40;
-  for (int type : {DSO_KV_F32, DSO_KV_BF16, DSO_KV_INT8})
+  for (int type : {DSO_KV_F32, DSO_KV_BF16, DSO_KV_INT8, DSO_KV_INT4})
     for (float bad : {NAN, INFINITY, -INFINITY}) {
       Cache cache(*v.kernels, type, 1, d, 32, random);
       std::vector<float> k = normal((size_t)(3 * d), 1, random), key, value;
@@ -79,7 +85,7 @@ static void special_values(const Variant& v, Random& random) {
       cache.read(key, value);
       check(std::isfinite(key[0]) && std::isfinite(value[d - 1]), "%s %s: a neighbor's %g spread", v.name.c_str(),
             kv_name(type), bad);
-      check(std::isnan(bad) || type == DSO_KV_INT8 ? std::isnan(key[d + 7]) && std::isnan(value[d + 7])
+      check(std::isnan(bad) || type >= DSO_KV_INT8 ? std::isnan(key[d + 7]) && std::isnan(value[d + 7])
                                                    : key[d + 7] == bad && value[d + 7] == bad,
             "%s %s: %g came back as %g", v.name.c_str(), kv_name(type), bad, key[d + 7]);
       for (int i = 0; i < d; ++i)
@@ -91,7 +97,7 @@ static void special_values(const Variant& v, Random& random) {
 int main() {
   Random random(1);
   for (const Variant& v : vector_variants())
-    for (int type : {DSO_KV_F32, DSO_KV_BF16, DSO_KV_INT8}) {
+    for (int type : {DSO_KV_F32, DSO_KV_BF16, DSO_KV_INT8, DSO_KV_INT4}) {
       for (int32_t d : {2, 6, 16, 18, 40, 64, 80, 96, 128, 254, 256, 512}) {
         round_trip(v, type, 1 + random.below(4), d, 1 + random.below(150), random);
         neighbors(v, type, d, random);

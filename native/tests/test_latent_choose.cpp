@@ -270,7 +270,7 @@ int main() {
   Random random(41);
   refusals(variants().back());
   for (const Variant& v : vector_variants())
-    for (int32_t type : {DSO_KV_F32, DSO_KV_BF16, DSO_KV_INT8}) {
+    for (int32_t type : {DSO_KV_F32, DSO_KV_BF16, DSO_KV_INT8, DSO_KV_INT4}) {
       company(v, {type, 5, 34, 6, 6, 40, 5}, random);
       company(v, {type, 1, 130, 2, 9, 100, 0}, random);
       company(v, {type, 17, 6, 4, 5, 1, 64}, random);

@@ -381,7 +381,7 @@ int main() {
   Random random(21);
   refusals(*variants().back().kernels);
   for (const Variant& v : variants())
-    for (int32_t type : {DSO_KV_F32, DSO_KV_BF16, DSO_KV_INT8})
+    for (int32_t type : {DSO_KV_F32, DSO_KV_BF16, DSO_KV_INT8, DSO_KV_INT4})
       for (int32_t top_k : {0, 40}) {
         const int32_t format = type == DSO_KV_F32 ? DSO_F32 : type == DSO_KV_BF16 ? DSO_BF16 : DSO_INT8;
         ragged(v, {5, 12, 4, 36, 10, top_k, type, format}, {{300, 1}, {0, 1}, {31, 5}}, {{0, 90}, {260, 70}, {0, 1}, {500, 3}},

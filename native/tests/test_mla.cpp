@@ -1,5 +1,6 @@
 // Multi-head latent attention's kernels on every variant: latents to the cache and back, and absorbed attention against
 // softmax(scale q K^T) V in double over the cache's content. A head's bits must depend only on its q and the tokens it sees.
+#include "int4_rows.hpp"
 #include "latent_fixture.hpp"
 
 static void writing(const Variant& v, const KvLayout& l, Random& random) {
@@ -12,12 +13,14 @@ static void writing(const Variant& v, const KvLayout& l, Random& random) {
   for (int64_t t = 0; t < n; ++t)
     for (int64_t i = 0; i < width; ++i) {
       const float given = x[(size_t)(t * width + i)], found = got[(size_t)((start + t) * width + i)];
-      float largest = 0;  // of its group
-      for (int64_t j = i / 128 * 128; j < std::min<int64_t>(l.rank, i / 128 * 128 + 128); ++j)
-        largest = std::max(largest, std::fabs(x[(size_t)(t * width + j)]));
-      const bool coded = l.type == DSO_KV_INT8 && i < l.rank;
-      const bool right = coded ? std::fabs(found - given) <= largest / 127 * 0.5001f
-                               : same(found, l.type == DSO_KV_F32 ? given : rounded_bf16(given));
+      const int64_t part = i < l.rank ? 0 : l.rank, begin = part + (i - part) / 128 * 128,  // its group
+          end = std::min<int64_t>(i < l.rank ? l.rank : width, begin + 128);
+      float largest = 0;
+      for (int64_t j = begin; j < end; ++j) largest = std::max(largest, std::fabs(x[(size_t)(t * width + j)]));
+      const bool int8 = l.type == (i < l.rank ? DSO_KV_INT8 : DSO_KV_INT4), int4 = l.type == DSO_KV_INT4 && i < l.rank;
+      const bool right = int4   ? same(found, int4_stored(x.data() + t * width + begin, end - begin)[(size_t)(i - begin)])
+                         : int8 ? std::fabs(found - given) <= largest / 127 * 0.5001f
+                                : same(found, l.type == DSO_KV_F32 ? given : rounded_bf16(given));
       if (!check(right, "%s %s rank=%d rope=%d: token %ld [%ld] is %g, not %g", v.name.c_str(), kv_name(l.type), l.rank, l.rope,
                  (long)(start + t), (long)i, found, given))
         return;
@@ -111,17 +114,27 @@ struct Setup {
   }
 };
 
+// With INT4, the latent parts of rows are rounded after the transform.
+static void transform(const KvLayout& l, float* rows, int64_t count, bool inverse) {
+  if (l.type != DSO_KV_INT4) return;
+  for (int64_t r = 0; r < count; ++r)
+    for (int64_t i = 0; i < l.rank; i += 128)
+      hadamard(rows + r * (l.rank + l.rope) + i, std::min<int64_t>(128, l.rank - i), inverse);
+}
+
 static void against_reference(Setup& s, const std::vector<float>& out, const std::vector<int32_t>& tokens, const char* what) {
   const KvLayout& l = s.layout();
   const int64_t width = s.cache.width();
   const bool rounded = l.type != DSO_KV_F32;  // q, weights, and what int8 stands for
-  std::vector<float> rows = s.cache.read();
+  std::vector<float> rows = s.cache.read(), queries = s.q;
+  transform(l, rows.data(), s.cache.tokens, false);
+  transform(l, queries.data(), s.heads, true);
   if (rounded)
     for (float& x : rows) x = rounded_bf16(x);
   for (int64_t h = 0; h < s.heads; ++h) {
     std::vector<double> q((size_t)width), logit, value((size_t)l.rank, 0.0);
     for (int64_t i = 0; i < width; ++i) {
-      const float x = s.q[(size_t)(h * width + i)] * (s.scale * 1.44269504f);  // in units of log 2
+      const float x = queries[(size_t)(h * width + i)] * (s.scale * 1.44269504f);  // in units of log 2
       q[(size_t)i] = (rounded ? rounded_bf16(x) : x) * M_LN2;
     }
     double top = -INFINITY, size = 0, total = 0, largest = 0;
@@ -145,14 +158,17 @@ static void against_reference(Setup& s, const std::vector<float>& out, const std
         largest = std::max(largest, (double)std::fabs(x));
       }
     }
+    for (double& x : value) x /= total;
+    if (l.type == DSO_KV_INT4)
+      for (int64_t i = 0; i < l.rank; i += 128) hadamard(value.data() + i, std::min<int64_t>(128, l.rank - i), true);
     // A logit is off by less than 4 ulp of the sum of its terms' sizes; bf16 weights by 2^-9 each.
     const double bound = largest * (2e-6 + 4 * 6e-8 * 2 * size + (rounded ? 0x1p-8 : 0));
     for (int64_t i = 0; i < l.rank; ++i) {
       const float got = out[(size_t)(h * l.rank + i)];
-      if (!check(std::fabs(got - value[(size_t)i] / total) <= bound,
+      if (!check(std::fabs(got - value[(size_t)i]) <= bound,
                  "%s %s %s: rank=%d rope=%d heads=%ld tokens=%zu: head %ld [%ld]: %.7g, not %.7g (bound %.2g)",
                  s.variant.name.c_str(), kv_name(l.type), what, l.rank, l.rope, (long)s.heads, tokens.size(), (long)h, (long)i,
-                 got, value[(size_t)i] / total, bound))
+                 got, value[(size_t)i], bound))
         return;
     }
   }
@@ -236,7 +252,7 @@ int main() {
   Random random(5);
   for (const Variant& v : vector_variants()) {
     for (int i = 0; i < 30; ++i) folding(v, 2 * (1 + random.below(150)), 1 + random.below(40), 1 + random.below(20), random);
-    for (int type : {DSO_KV_F32, DSO_KV_BF16, DSO_KV_INT8}) {
+    for (int type : {DSO_KV_F32, DSO_KV_BF16, DSO_KV_INT8, DSO_KV_INT4}) {
       for (int i = 0; i < 12; ++i)
         writing(v, LatentCache::shape(type, 2 * (1 + random.below(200)), 2 * (1 + random.below(32)), 2 * random.below(20)),
                 random);

@@ -187,7 +187,7 @@ static void rows_of_latents(const Variant& v, const KvLayout& l, Random& random)
 int main() {
   Random random(6);
   for (const Variant& v : variants())
-    for (int type : {DSO_KV_F32, DSO_KV_BF16, DSO_KV_INT8}) {
+    for (int type : {DSO_KV_F32, DSO_KV_BF16, DSO_KV_INT8, DSO_KV_INT4}) {
       rows_of_latents(v, LatentCache::shape(type, 2 * (1 + random.below(100)), 4, 0), random);
       const int64_t dims[][3] = {{128, 64, 128}, {20, 12, 18}, {2, 2, 2}, {6, 2, 40}, {192, 64, 256}, {30, 16, 62}};
       for (int i = 0; i < 24; ++i) {

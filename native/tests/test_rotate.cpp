@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "cache.hpp"
+#include "int4_rows.hpp"
 #include "plan_parts.hpp"
 
 namespace {
@@ -36,6 +37,13 @@ std::vector<double> turned(const std::vector<Real>& x, const Keys& k, const std:
 double half_step(int type, const std::vector<double>& x, size_t i) {
   double top = 0;
   for (double v : x) top = std::max(top, std::fabs(v));
+  if (type == DSO_KV_INT4) {  // of the transform, at most 14 of 127 parts of its largest element, or a smaller squared error
+    std::vector<double> y = x;
+    hadamard(y.data(), (int64_t)y.size(), false);
+    double square = 0;
+    for (double v : y) square = std::max(square, v * v);
+    return std::sqrt((double)y.size() * square) * 14 / 127;
+  }
   return type == DSO_KV_F32 ? 2e-7 * top : type == DSO_KV_BF16 ? std::fabs(x[i]) / 256 + 2e-7 * top : top / 254 * (1 + 1e-4);
 }
 
@@ -142,11 +150,11 @@ void one_turn(const Variant& v, int type, int heads, Keys key, int rank, Keys in
   const std::vector<uint8_t> after = bytes_of(*c.cache);
   for (int layer = 0; layer < Case::layers; ++layer) {
     const Case::Rows rows = c.read(layer);
-    compare(v.name.c_str(), rank && type == DSO_KV_INT8 ? int(DSO_KV_BF16) : type, key, c.f, before[(size_t)layer].key,
-            rows.key, delta);
+    const int stored = !rank ? type : type == DSO_KV_INT8 ? int(DSO_KV_BF16) : type == DSO_KV_INT4 ? int(DSO_KV_INT8) : type;
+    compare(v.name.c_str(), stored, key, c.f, before[(size_t)layer].key, rows.key, delta);
     if (index.width)
-      compare(v.name.c_str(), type == DSO_KV_INT8 ? int(DSO_KV_BF16) : type, index, c.g, before[(size_t)layer].index,
-              rows.index, delta);
+      compare(v.name.c_str(), type == DSO_KV_F32 ? type : int(DSO_KV_BF16), index, c.g, before[(size_t)layer].index, rows.index,
+              delta);
     check(rows.value == before[(size_t)layer].value && rows.latent == before[(size_t)layer].latent,
           "%s %s: values or latents changed", v.name.c_str(), kv_name(type));
     if (index.width)  // elements that are not rotated keep their bits
@@ -203,18 +211,20 @@ Drift drift(const Variant& v, int type, Random& random) {
 
 // Rounding accumulates like independent errors, with the root of the count; angles add no error.
 void drifts(const Variant& v, Random& random) {
-  const Drift f32 = drift(v, DSO_KV_F32, random), bf16 = drift(v, DSO_KV_BF16, random), int8 = drift(v, DSO_KV_INT8, random);
-  printf(
-      "%s, relative error after 1, 2, 4, 8 rotations: f32 %.1e %.1e %.1e %.1e, bf16 %.2g%% %.2g%% %.2g%% %.2g%%, int8 %.2g%% "
-      "%.2g%% %.2g%% %.2g%%\n",
-      v.name.c_str(), f32.mean[0], f32.mean[1], f32.mean[3], f32.mean[7], 100 * bf16.mean[0], 100 * bf16.mean[1],
-      100 * bf16.mean[3], 100 * bf16.mean[7], 100 * int8.mean[0], 100 * int8.mean[1], 100 * int8.mean[3], 100 * int8.mean[7]);
+  const Drift f32 = drift(v, DSO_KV_F32, random), bf16 = drift(v, DSO_KV_BF16, random), int8 = drift(v, DSO_KV_INT8, random),
+              int4 = drift(v, DSO_KV_INT4, random);
+  printf("%s, relative error after 1, 2, 4, 8 rotations: f32 %.1e %.1e %.1e %.1e", v.name.c_str(), f32.mean[0], f32.mean[1],
+         f32.mean[3], f32.mean[7]);
+  for (const auto& [name, d] : {std::pair("bf16", &bf16), {"int8", &int8}, {"int4", &int4}})
+    printf(", %s %.2g%% %.2g%% %.2g%% %.2g%%", name, 100 * d->mean[0], 100 * d->mean[1], 100 * d->mean[3], 100 * d->mean[7]);
+  printf("\n");
   for (int n = 1; n <= 8; ++n) {
     const double root = std::sqrt(n);
     check(f32.mean[n - 1] < 6e-8 * root && f32.most[n - 1] < 1e-6 * root, "%s f32: %g, %g after %d rotations", v.name.c_str(),
           f32.mean[n - 1], f32.most[n - 1], n);
     check(bf16.mean[n - 1] < 0.0018 * root, "%s bf16: %g after %d rotations", v.name.c_str(), bf16.mean[n - 1], n);
     check(int8.mean[n - 1] < 0.0070 * root, "%s int8: %g after %d rotations", v.name.c_str(), int8.mean[n - 1], n);
+    check(int4.mean[n - 1] < 0.11 * root, "%s int4: %g after %d rotations", v.name.c_str(), int4.mean[n - 1], n);
     check(bf16.mean[n - 1] > 0.0010 * root && int8.mean[n - 1] > 0.0045 * root,
           "%s: no rounding after %d rotations: nothing was rotated", v.name.c_str(), n);
   }
@@ -241,7 +251,7 @@ void special_values(const Variant& v, int type, Random& random) {
     for (size_t i = 0; i < 16; ++i) {
       const float got = key[t * 16 + i];
       if (t == 1 || t == 2)
-        check(type != DSO_KV_INT8 || std::isnan(got), "%s int8: %g of a token with NaN", v.name.c_str(), got);
+        check(type < DSO_KV_INT8 || std::isnan(got), "%s %s: %g of a token with NaN", v.name.c_str(), kv_name(type), got);
       else
         check(t == 3 ? got == 0 : std::isfinite(got), "%s %s: token %zu is %g", v.name.c_str(), kv_name(type), t, got);
     }
@@ -319,7 +329,7 @@ void refusals(const Variant& v, Random& random) {
 int main() {
   Random random(3);
   for (const Variant& v : vector_variants()) {
-    for (int type : {DSO_KV_F32, DSO_KV_BF16, DSO_KV_INT8}) {
+    for (int type : {DSO_KV_F32, DSO_KV_BF16, DSO_KV_INT8, DSO_KV_INT4}) {
       for (bool interleaved : {false, true}) {
         for (int d : {2, 18, 20, 64, 128, 256})
           one_turn(v, type, 1 + random.below(3), {d, d, 0, interleaved}, 0, {0, 0, 0, false}, random);

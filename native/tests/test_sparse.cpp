@@ -220,7 +220,7 @@ void equals_dense(const Variant& v, int32_t type, int32_t top_k, int threads, Ra
 int main() {
   Random random(8);
   for (const Variant& v : variants())
-    for (int32_t type : {DSO_KV_F32, DSO_KV_BF16, DSO_KV_INT8})
+    for (int32_t type : {DSO_KV_F32, DSO_KV_BF16, DSO_KV_INT8, DSO_KV_INT4})
       for (int32_t top_k : {1, 31, 256, 300, 700}) {
         sparse(v, type, top_k, 1 + random.below(4), random);
         equals_dense(v, type, top_k, 1 + random.below(4), random);

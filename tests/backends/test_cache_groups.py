@@ -53,7 +53,7 @@ class Pair:
 
 
 @pytest.mark.parametrize("seed", range(2))
-@pytest.mark.parametrize("kv", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("kv", ["fp32", "bf16", "int8", "int4"])
 @pytest.mark.parametrize("model", list(MODELS))
 @pytest.mark.parametrize("backend", list(BACKENDS))
 def test_releasing_changes_no_bit(backend: str, model: str, kv: str, seed: int) -> None:

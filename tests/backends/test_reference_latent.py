@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from deepseek_optimizer.backends.reference import ReferenceBackend, latent, ops
+from deepseek_optimizer.backends.reference import ReferenceBackend, int4_rows, latent, ops
 from deepseek_optimizer.backends.reference.store import LatentStore, make_store, store_block_bytes
 from deepseek_optimizer.errors import BackendError
 from deepseek_optimizer.graph import rules
@@ -150,15 +150,21 @@ def filled(kv_dtype: str, spec: LatentSpec = SPEC, tokens: int = 70) -> tuple[La
     return store, rows, keys
 
 
-@pytest.mark.parametrize("kv_dtype", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("kv_dtype", ["fp32", "bf16", "int8", "int4"])
 def test_reads_what_was_written(kv_dtype: str) -> None:
     store, rows, keys = filled(kv_dtype)
     read, read_keys = store.read(1, TABLE, 70)
     if kv_dtype == "fp32":
         assert torch.equal(read, rows) and torch.equal(read_keys, keys)
         return
-    assert torch.equal(read[:, 200:], rows[:, 200:].bfloat16().float())
     assert torch.equal(read_keys, keys.bfloat16().float())
+    if kv_dtype == "int4":
+        for group in (slice(0, 128), slice(128, 200)):
+            assert torch.equal(read[:, group], int4_rows.dequantized(*int4_rows.quantized(rows[:, group].contiguous())))
+        half_step = rows[:, 200:].abs().amax(-1, keepdim=True) / 254
+        assert ((read[:, 200:] - rows[:, 200:]).abs() <= half_step * (1 + 1e-5)).all()
+        return
+    assert torch.equal(read[:, 200:], rows[:, 200:].bfloat16().float())
     if kv_dtype == "bf16":
         assert torch.equal(read, rows.bfloat16().float())
     else:
@@ -174,7 +180,7 @@ def test_no_index_no_keys() -> None:
     assert torch.equal(read, rows) and keys is None
 
 
-@pytest.mark.parametrize("kv_dtype", ["fp32", "int8"])
+@pytest.mark.parametrize("kv_dtype", ["fp32", "int8", "int4"])
 def test_copied_block_and_released_memory(kv_dtype: str) -> None:
     store, _, _ = filled(kv_dtype)
     before = store.read(1, TABLE, 70)
@@ -188,8 +194,8 @@ def test_copied_block_and_released_memory(kv_dtype: str) -> None:
         store.read(1, TABLE, 70)
 
 
-@pytest.mark.parametrize("kv_dtype", ["fp32", "bf16", "int8"])
-@pytest.mark.parametrize("spec", [SPEC, LatentSpec(3, 128, 64), LatentSpec(1, 129, 2, 4)])
+@pytest.mark.parametrize("kv_dtype", ["fp32", "bf16", "int8", "int4"])
+@pytest.mark.parametrize("spec", [SPEC, LatentSpec(3, 128, 64), LatentSpec(1, 130, 2, 4)])
 def test_block_bytes_equal_the_size_of_a_block(kv_dtype: str, spec: LatentSpec) -> None:
     store = make_store(spec, kv_dtype, 4, torch.device("cpu"))
     store.copy_block(0, 1)

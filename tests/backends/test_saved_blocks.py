@@ -34,7 +34,7 @@ def ready(backend: str, case: str, kv_dtype: str):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("kv_dtype", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("kv_dtype", ["fp32", "bf16", "int8", "int4"])
 @pytest.mark.parametrize("case", ["llama-gqa", "deepseek_v3-groups", "deepseek_v32-indexer"])
 def test_blocks_of_one_store_are_valid_in_another(backend, case, kv_dtype):
     made, graph, first = ready(backend, case, kv_dtype)

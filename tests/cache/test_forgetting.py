@@ -8,6 +8,7 @@ from collections import Counter
 import pytest
 
 from deepseek_optimizer.cache import HOLE, BlockManager, Forgetting, SequenceBlocks
+from deepseek_optimizer.cache.forgetting import kept_whole
 from deepseek_optimizer.cache.prefix_cache import PrefixCache, keys
 from deepseek_optimizer.errors import CacheFullError, DroppedTokensError
 
@@ -52,6 +53,14 @@ def test_a_long_text_needs_only_its_window(step: int) -> None:
     assert made.table()[2] == HOLE and made.blocks[0] >= 0 and made.blocks[1] >= 0
     made.free()
     assert manager.free_blocks == manager.num_blocks and made.blocks == []
+
+
+def test_sequences_that_release_nothing_early_still_release_copies() -> None:
+    window, copies = Forgetting(40, 0, 0), Forgetting(40, 0, 0, copies=True)
+    made = SequenceBlocks(BlockManager(40, (None, window, copies)), whole=True)
+    made.append(320)
+    assert made.forget() == [range(0), range(0), range(8)]
+    assert made.groups == kept_whole((None, window, copies)) == (None, None, copies)
 
 
 def test_without_windows_nothing_is_dropped() -> None:

@@ -14,7 +14,7 @@ from deepseek_optimizer.system.memory import RESERVE_BYTES
 from support.models import CASES, random_model
 
 
-@pytest.mark.parametrize("fields", [{}, {"precision": "int4"}, {"precision": "int8", "kv_cache": "int8"}])
+@pytest.mark.parametrize("fields", [{}, {"precision": "int4"}, {"precision": "int8", "kv_cache": "int8"}, {"kv_cache": "int4"}])
 def test_the_estimate_equals_the_memory_of_loading(case, tiny_model, fields):
     needs = estimate_memory(case(model=str(tiny_model), fields=fields))
     model = load_model(tiny_model, **fields)

@@ -81,7 +81,7 @@ def test_the_order_of_remedies(case, machine, long_model):
     actual = [remedy.name for remedy in remedies(given, estimate_memory(given), CONTEXT)]
     assert actual == [
         "sparse_attention=True", 'attention_optimization="sliding"', f"dso longdoc {long_model} FILE", "precision='int8'",
-        "precision='int4'", "kv_cache='int8'",
+        "precision='int4'", "kv_cache='int8'", "kv_cache='int4'",
     ]  # fmt: skip
 
 

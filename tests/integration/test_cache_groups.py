@@ -71,7 +71,7 @@ def greedy(model: Any, ids: Any, count: int, **options: Any) -> Any:
 
 
 @backends
-@pytest.mark.parametrize("kv_cache", ["auto", "bf16", "int8"])
+@pytest.mark.parametrize("kv_cache", ["auto", "bf16", "int8", "int4"])
 def test_text_and_logits(backend: str, kv_cache: str, made: Any) -> None:
     """To the bit those of a cache that releases nothing, and, in fp32, Transformers'."""
     plain, fast, whole = made(backend, kv_cache)

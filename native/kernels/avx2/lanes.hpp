@@ -90,6 +90,22 @@ DSO_INLINE F keep(F a, int64_t lo, int64_t hi, F other) {  // lanes [lo, hi) of 
   return {_mm256_blendv_ps(other.lo, a.lo, _mm256_castsi256_ps(_mm256_andnot_si256(l.lo, h.lo))),
           _mm256_blendv_ps(other.hi, a.hi, _mm256_castsi256_ps(_mm256_andnot_si256(l.hi, h.hi)))};
 }
+// Lanes i and i + h, where bit h of i is not set, become their sum and difference.
+template <int h>
+DSO_INLINE __m256 butterfly_half(__m256 a) {
+  const __m256 other = h == 4   ? _mm256_permute2f128_ps(a, a, 0x01)
+                       : h == 2 ? _mm256_permute_ps(a, 0x4e)
+                                : _mm256_permute_ps(a, 0xb1);
+  constexpr int second = h == 4 ? 0xf0 : h == 2 ? 0xcc : 0xaa;
+  return _mm256_blend_ps(_mm256_add_ps(a, other), _mm256_sub_ps(other, a), second);
+}
+template <int h>
+DSO_INLINE F butterfly(F a) {
+  if constexpr (h == 8)
+    return {_mm256_add_ps(a.lo, a.hi), _mm256_sub_ps(a.lo, a.hi)};
+  else
+    return {butterfly_half<h>(a.lo), butterfly_half<h>(a.hi)};
+}
 DSO_INLINE uint32_t at_least(F a, F b) {  // bit i: a >= b in lane i
   const int lo = _mm256_movemask_ps(_mm256_cmp_ps(a.lo, b.lo, _CMP_GE_OQ)),
             hi = _mm256_movemask_ps(_mm256_cmp_ps(a.hi, b.hi, _CMP_GE_OQ));
@@ -200,6 +216,23 @@ DSO_INLINE B join_bits(B a, B b) { return {_mm256_or_si256(a.lo, b.lo), _mm256_o
 DSO_INLINE B look_up(const uint8_t (&table)[16], B codes) {  // table[code] of each byte, code < 16
   const __m256i t = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)table));
   return {_mm256_shuffle_epi8(t, codes.lo), _mm256_shuffle_epi8(t, codes.hi)};
+}
+DSO_INLINE I widened_i8(__m128i x) { return {_mm256_cvtepi8_epi32(x), _mm256_cvtepi8_epi32(_mm_srli_si128(x, 8))}; }
+// table[low 4 bits] and table[high 4 bits] of each of 16 bytes.
+DSO_INLINE void look_up_halves(const int8_t (&table)[16], const void* p, I& low, I& high) {
+  const __m128i t = _mm_loadu_si128((const __m128i*)table), x = _mm_loadu_si128((const __m128i*)p), mask = _mm_set1_epi8(15);
+  low = widened_i8(_mm_shuffle_epi8(t, _mm_and_si128(x, mask)));
+  high = widened_i8(_mm_shuffle_epi8(t, _mm_and_si128(_mm_srli_epi16(x, 4), mask)));
+}
+// The same as two 16-bit elements per lane, the low one first. The table occurs twice.
+DSO_INLINE B look_up_pairs(const uint16_t (&table)[32], const void* p) {
+  alignas(32) uint16_t pairs[32];
+  for (int i = 0; i < 16; ++i) {
+    const uint8_t x = ((const uint8_t*)p)[i];
+    pairs[2 * i] = table[x & 15];
+    pairs[2 * i + 1] = table[x >> 4];
+  }
+  return load_bytes(pairs);
 }
 DSO_INLINE I sum16_i8(const void* p) {  // the sum of 16 signed bytes, in every lane
   const __m256i x = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)p));

@@ -61,6 +61,16 @@ DSO_INLINE F keep(F a, int64_t lo, int64_t hi, F other) {  // lanes [lo, hi) of 
   const __mmask16 m = first(hi < 0 ? 0 : hi) & ~first(lo < 0 ? 0 : lo);
   return _mm512_mask_mov_ps(other, m, a);
 }
+// Lanes i and i + h, where bit h of i is not set, become their sum and difference.
+template <int h>
+DSO_INLINE F butterfly(F a) {
+  const F other = h == 8   ? _mm512_shuffle_f32x4(a, a, 0x4e)
+                  : h == 4 ? _mm512_shuffle_f32x4(a, a, 0xb1)
+                  : h == 2 ? _mm512_permute_ps(a, 0x4e)
+                           : _mm512_permute_ps(a, 0xb1);
+  constexpr __mmask16 second = h == 8 ? 0xff00 : h == 4 ? 0xf0f0 : h == 2 ? 0xcccc : 0xaaaa;
+  return _mm512_mask_sub_ps(_mm512_add_ps(a, other), second, other, a);
+}
 DSO_INLINE uint32_t at_least(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }  // bit i: a >= b in lane i
 DSO_INLINE bool any_nan(F a) { return _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q) != 0; }
 
@@ -130,6 +140,17 @@ DSO_INLINE B rotate(B x) {  // lanes, towards their upper bits
 DSO_INLINE B join_bits(B a, B b) { return _mm512_or_si512(a, b); }
 DSO_INLINE B look_up(const uint8_t (&table)[16], B codes) {  // table[code] of each byte, code < 16
   return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)table)), codes);
+}
+// table[low 4 bits] and table[high 4 bits] of each of 16 bytes.
+DSO_INLINE void look_up_halves(const int8_t (&table)[16], const void* p, I& low, I& high) {
+  const __m128i t = _mm_loadu_si128((const __m128i*)table), x = _mm_loadu_si128((const __m128i*)p), mask = _mm_set1_epi8(15);
+  low = _mm512_cvtepi8_epi32(_mm_shuffle_epi8(t, _mm_and_si128(x, mask)));
+  high = _mm512_cvtepi8_epi32(_mm_shuffle_epi8(t, _mm_and_si128(_mm_srli_epi16(x, 4), mask)));
+}
+// The same as two 16-bit elements per lane, the low one first. The table occurs twice.
+DSO_INLINE B look_up_pairs(const uint16_t (&table)[32], const void* p) {
+  const __m512i x = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
+  return _mm512_permutexvar_epi16(_mm512_or_si512(x, _mm512_slli_epi32(x, 12)), _mm512_loadu_si512(table));  // 5 bits count
 }
 DSO_INLINE I sum16_i8(const void* p) {  // the sum of 16 signed bytes, in every lane
   const __m512i x = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)p));

@@ -31,9 +31,12 @@ struct Span {  // tokens [begin, end) and [0, sinks); sinks < begin, or 0
 
 // The tokens that query row r sees; the first and last of several rows determine what all of them see together.
 DSO_INLINE Span visible(int64_t ctx, const VisibleTokens& sight, int64_t r) {
-  const int64_t end = ctx + r + 1;
-  if (sight.window <= 0) return {0, end};
-  const int64_t begin = sight.begin(ctx + r);
+  int64_t begin = sight.window > 0 ? sight.begin(ctx + r) : 0, end = ctx + r + 1;
+  if (sight.newest > 0) {
+    const int64_t copied = end - sight.newest, first = copied > begin ? copied : begin;
+    if (sight.copied) return {first > 0 ? first : 0, end};
+    end = first > 0 ? first : 0;
+  }
   if (begin <= sight.sinks) return {0, end};
   return {begin, end, sight.sinks};
 }
@@ -41,7 +44,7 @@ DSO_INLINE Span together(const Span& first, const Span& last) { return {first.be
 
 struct Block {  // one kv head of one block, ready to read
   const uint8_t *k, *v;
-  const float *k_scale, *v_scale;  // INT8 only
+  const float *k_scale, *v_scale;  // INT8 and INT4 only
   int64_t token;                   // its first token
 };
 
@@ -66,7 +69,7 @@ static Block visible_block(const KvLayout& l, const KvView& view, int64_t kv_hea
   const uint8_t* head = kv_head_block(view, h, kv_head, block);
   const int64_t panels = round_up(l.head_dim, 32) / 32;
   Block b = {head, head + h.v, nullptr, nullptr, block * block_tokens};
-  if (l.type == DSO_KV_INT8) {
+  if (has_scales(l.type)) {
     b.k_scale = (const float*)(head + h.k_scale);
     b.v_scale = (const float*)(head + h.v_scale);
     if (!seen.fills(block)) {
@@ -284,6 +287,12 @@ static void attend_rows(int rows, const Stretch& x, int64_t k_dim, int64_t v_dim
 template <Read T>
 static void bring_query(const float* q, int64_t head_dim, float scale, int r, Workspace& w) {
   const F s = set(scale * log2e);
+  float turned[max_head_dim];
+  if constexpr (transformed<T>) {
+    memcpy(turned, q, head_dim * 4);
+    hadamard_inverse(turned, head_dim);
+    q = turned;
+  }
   for (int64_t i = 0; i < head_dim; i += 16) {
     const F x = mul(load(q + i, head_dim - i), s);
     if constexpr (narrow<T>)
@@ -386,7 +395,8 @@ static void attend_blocks(const KvLayout& l, const KvView& view, int64_t kv_head
 }
 
 // The same for any type of cache. Both families read it in the same way: if the ISA has a bf16 dot product, q and weights are
-// rounded to bf16 for BF16 and INT8 caches; int8 elements are exact in bf16, and their scale is applied outside the product.
+// rounded to bf16 for all but F32 caches; elements of INT8 and INT4 are exact in bf16, and their scale is applied outside the
+// product. Outputs are transformed with INT4 until `finish_output`.
 template <class Output>
 static void attend_cache(const KvLayout& l, const KvView& view, int64_t kv_head, const QueryRows& rows, int64_t chunk, float* m,
                          float* ell, Output output, Workspace& w) {
@@ -395,7 +405,13 @@ static void attend_cache(const KvLayout& l, const KvView& view, int64_t kv_head,
     attend_blocks<Read::f32>(l, view, kv_head, rows, read, m, ell, output, w);
   else if (l.type == DSO_KV_BF16)
     attend_blocks<has_dot_bf16 ? Read::dot : Read::bf16>(l, view, kv_head, rows, read, m, ell, output, w);
-  else
+  else if (l.type == DSO_KV_INT8)
     attend_blocks<has_dot_bf16 ? Read::i8_dot : Read::i8>(l, view, kv_head, rows, read, m, ell, output, w);
+  else
+    attend_blocks<has_dot_bf16 ? Read::i4_dot : Read::i4>(l, view, kv_head, rows, read, m, ell, output, w);
+}
+
+DSO_INLINE void finish_output(const KvLayout& l, float* o) {
+  if (l.type == DSO_KV_INT4) hadamard_inverse(o, l.head_dim);
 }
 }  // namespace dso::DSO_ISA_NAMESPACE

@@ -39,6 +39,7 @@ static void attn_decode_chunk(const KvLayout& l, const KvView& v, int64_t kv_hea
     for (int64_t i = 0; i < rows; ++i) {
       out[i * stride] = m[i];
       out[i * stride + 1] = sum[i];
+      finish_output(l, output(i));
     }
   }
   // 0 * NaN: a row may have met a NaN or infinity of a token that only later rows see. Recomputed alone, it does not.

@@ -5,18 +5,20 @@
 
 namespace dso::DSO_ISA_NAMESPACE {
 
-enum class Read { f32, bf16, i8, dot, i8_dot };  // how a panel is read: as fp32, or as BF16 by dot_bf16
+enum class Read { f32, bf16, i8, i4, dot, i8_dot, i4_dot };  // how a panel is read: as fp32, or as BF16 by dot_bf16
 
 template <Read T>
-constexpr bool narrow = T == Read::dot || T == Read::i8_dot;  // q and weights are bf16
+constexpr bool narrow = T == Read::dot || T == Read::i8_dot || T == Read::i4_dot;  // q and weights are bf16
 template <Read T>
-constexpr int row_depth = T == Read::bf16 || narrow<T> ? 2 : 1;
+constexpr bool transformed = T == Read::i4 || T == Read::i4_dot;  // q and output too
 template <Read T>
-constexpr int64_t row_bytes = T == Read::i8       ? 32
-                              : T == Read::i8_dot ? 64
-                                                  : 128;  // bytes of a panel's row, or pair of rows
+constexpr int row_depth = T == Read::bf16 || T == Read::i4 || narrow<T> ? 2 : 1;
 template <Read T>
-constexpr int64_t column_bytes = T == Read::i8 || T == Read::i8_dot ? 1 : 4;
+constexpr int64_t row_bytes = T == Read::i8 || transformed<T> ? 32
+                              : T == Read::i8_dot             ? 64
+                                                              : 128;  // bytes of a panel's row, or pair of rows
+template <Read T>
+constexpr int64_t column_bytes = T == Read::i8 || T == Read::i8_dot || transformed<T> ? 1 : 4;
 constexpr int tile_cols = registers >= 32 ? 2 : 1;  // registers of 16 columns in a tile
 constexpr int tile_rows = registers >= 32 ? 8 : 4;
 constexpr int64_t chunk_blocks = attn_chunk / block_tokens;
@@ -50,6 +52,8 @@ DSO_INLINE void product(const void* a, const uint8_t* const (&panel)[P], int64_t
         for (int n = 0; n < tile_cols; ++n) {
           if constexpr (T == Read::dot)
             b[n] = load_bytes(at + 64 * n);
+          else if constexpr (T == Read::i4_dot)
+            b[n] = look_up_pairs(int4_values.bf16, at + 16 * n);
           else
             b[n] = pair_bf16(to_float(load_i8(at + 16 * n)), to_float(load_i8(at + 32 + 16 * n)));  // exact
         }
@@ -59,13 +63,20 @@ DSO_INLINE void product(const void* a, const uint8_t* const (&panel)[P], int64_t
 #pragma GCC unroll 2
           for (int n = 0; n < tile_cols; ++n) acc[p][r][n] = dot_bf16(acc[p][r][n], b[n], x);
         }
-      } else if constexpr (T == Read::bf16) {
+      } else if constexpr (T == Read::bf16 || T == Read::i4) {
         F even[tile_cols], odd[tile_cols];
 #pragma GCC unroll 2
         for (int n = 0; n < tile_cols; ++n) {
-          const B b = load_bytes(at + 64 * n);
-          even[n] = even_bf16(b);
-          odd[n] = odd_bf16(b);
+          if constexpr (T == Read::i4) {
+            I low, high;
+            look_up_halves(int4_values.numbers, at + 16 * n, low, high);
+            even[n] = to_float(low);
+            odd[n] = to_float(high);
+          } else {
+            const B b = load_bytes(at + 64 * n);
+            even[n] = even_bf16(b);
+            odd[n] = odd_bf16(b);
+          }
         }
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r) {

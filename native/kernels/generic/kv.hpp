@@ -1,13 +1,15 @@
 // The layout inside a cache block: 32 tokens of one layer, kv head after kv head. A head's part is
 //
-//   K panel | V panels | with INT8: scale of K [32], scale of V [32]     (one fp32 scale per token and head)
+//   K panel | V panels | with INT8 and INT4: scale of K [32], scale of V [32]     (one fp32 scale per token and head)
 //
 // A panel has 32 columns and is directly an operand of attention's product: K as [head_dim][32 tokens], so that a register
 // holds the logits of 16 tokens and no sum runs across lanes; V as ceil(head_dim/32) panels of [32 tokens][32 columns]. F32 and
-// INT8 panels are plain rows; BF16 panels hold pairs of rows, [rows/2][32][2], the operand of dot_bf16. A token is written
-// without touching its neighbors, so that threads may write different tokens of one block. Slots past a sequence's end and
-// columns past head_dim are undefined.
+// INT8 panels are plain rows; BF16 panels hold pairs of rows, [rows/2][32][2], the operand of dot_bf16. INT4 panels hold pairs
+// of rows too, one byte per column, of transformed keys and values (kv_int4.hpp). A token is written without changing its
+// neighbors; with INT4, no other thread may write to the block meanwhile. Slots past a sequence's end and columns past head_dim
+// are undefined.
 #pragma once
+#include "kv_int4.hpp"
 
 namespace dso::DSO_ISA_NAMESPACE {
 
@@ -21,14 +23,16 @@ struct HeadLayout {  // offsets in bytes
   int64_t bytes;  // per kv head in a block
 };
 
+DSO_INLINE bool has_scales(int32_t type) { return type == DSO_KV_INT8 || type == DSO_KV_INT4; }
+
 DSO_INLINE HeadLayout head_layout(int32_t type, int64_t k_dim, int64_t v_dim) {
-  const int64_t element = type == DSO_KV_F32 ? 4 : type == DSO_KV_BF16 ? 2 : 1;
+  const int64_t bits = type == DSO_KV_F32 ? 32 : type == DSO_KV_BF16 ? 16 : type == DSO_KV_INT8 ? 8 : 4;
   HeadLayout l;
-  l.panel = block_tokens * 32 * element;
-  l.v = round_up(k_dim * block_tokens * element, 64);
+  l.panel = block_tokens * 32 * bits / 8;
+  l.v = round_up(k_dim * block_tokens * bits / 8, 64);
   l.k_scale = l.v + round_up(v_dim, 32) / 32 * l.panel;
   l.v_scale = l.k_scale + block_tokens * 4;
-  l.bytes = type == DSO_KV_INT8 ? l.v_scale + block_tokens * 4 : l.k_scale;
+  l.bytes = has_scales(type) ? l.v_scale + block_tokens * 4 : l.k_scale;
   return l;
 }
 DSO_INLINE HeadLayout head_layout(int32_t type, int64_t head_dim) { return head_layout(type, head_dim, head_dim); }
@@ -119,6 +123,9 @@ static void kv_write(const KvLayout& l, const KvView& view, int64_t start, int64
         write_f32_value(value, d, at + layout.v, layout, slot);
       } else if (l.type == DSO_KV_INT8) {
         write_int8(key, value, d, at, layout, slot);
+      } else if (l.type == DSO_KV_INT4) {
+        write_int4_key(key, d, at, (float*)(at + layout.k_scale), slot);
+        write_int4_value(value, d, at + layout.v, layout.panel, (float*)(at + layout.v_scale), slot);
       } else {
         write_bf16_key(key, d, at, slot);
         if (slot % 2 == 1 && t > 0) continue;  // written with its even neighbor
@@ -138,6 +145,11 @@ static void kv_read(const KvLayout& l, const KvView& view, int64_t tokens, float
     for (int64_t t = 0; t < tokens; ++t, key += d, value += d) {
       const int64_t slot = t % block_tokens;
       const uint8_t* at = kv_head_block(view, layout, head, t / block_tokens);
+      if (l.type == DSO_KV_INT4) {
+        read_int4_row(at + slot, block_tokens, d, ((const float*)(at + layout.k_scale))[slot], key);
+        read_int4_value(at + layout.v, layout.panel, d, ((const float*)(at + layout.v_scale))[slot], slot, value);
+        continue;
+      }
       for (int64_t i = 0; i < d; ++i) {
         const uint8_t* panel = at + layout.v + i / 32 * layout.panel;
         const int64_t k = i * block_tokens + slot, v = slot * 32 + i % 32;  // as rows

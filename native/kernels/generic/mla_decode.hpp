@@ -43,7 +43,7 @@ struct Scratch {
   alignas(64) uint8_t p[attn_chunk / 2 * step_bytes];  // weights in bf16
   const uint8_t* rows[attn_chunk + 2 * tokens_wide];   // of the tokens, then of `nothing`
   uint8_t* nothing;                                    // a row of zeros
-};  // followed by that row, then INT8 rows as bf16
+};  // followed by that row, then INT8 and INT4 rows as bf16
 
 DSO_INLINE int64_t width(const KvLayout& l) { return l.rank + l.rope; }
 DSO_INLINE int64_t steps(const KvLayout& l) { return l.type == DSO_KV_F32 ? width(l) : width(l) / 2; }
@@ -178,7 +178,7 @@ static void attend(const KvLayout& l, const uint8_t* q, int64_t heads, const uin
 }  // namespace mla
 
 static int64_t mla_scratch(const KvLayout& l) {
-  return round_up(sizeof(mla::Scratch), 64) + mla::room_bytes(l) * (l.type == DSO_KV_INT8 ? 1 + attn_chunk : 1);
+  return round_up(sizeof(mla::Scratch), 64) + mla::room_bytes(l) * (has_scales(l.type) ? 1 + attn_chunk : 1);
 }
 
 static int64_t mla_query_bytes(const KvLayout& l) { return mla::steps(l) * mla::step_bytes; }
@@ -187,11 +187,16 @@ static void mla_query(const KvLayout& l, const float* q, int64_t heads, float sc
   const int64_t steps = mla::steps(l), width = mla::width(l), depth = width / steps;
   const F factor = set(scale * log2e);
   alignas(64) uint8_t block[mla_heads][64] = {};  // 16 steps per head
+  float turned[mla_heads][latent_group];          // with INT4, a group of each head
   for (int64_t s = 0; s < steps; s += 16) {
+    const int64_t group = s * depth / latent_group * latent_group;
+    if (l.type == DSO_KV_INT4 && s * depth == group)
+      for (int64_t h = 0; h < heads; ++h) latent_query_group(l, q + h * width, group, turned[h]);
     for (int64_t h = 0; h < heads; ++h)
       for (int64_t i = 0; i < depth; ++i) {
         const int64_t column = s * depth + 16 * i, n = width - column;
-        const F x = n > 0 ? mul(load(q + h * width + column, n), factor) : zero();
+        const float* from = l.type == DSO_KV_INT4 ? turned[h] + column - group : q + h * width + column;
+        const F x = n > 0 ? mul(load(from, n), factor) : zero();
         if (depth == 2)
           round_bf16(block[h] + 32 * i, x);
         else
@@ -214,13 +219,13 @@ static void mla_tokens(const KvLayout& l, const KvView& v, const int32_t* chosen
   memset(w.nothing, 0, room);
   for (int64_t t = 0; t < n; ++t) w.rows[t] = latent_row(l, v, chosen ? chosen[t] : first + t);
   for (int64_t t = n; t < n + 2 * mla::tokens_wide; ++t) w.rows[t] = w.nothing;
-  if (l.type != DSO_KV_INT8) return;
+  if (!has_scales(l.type)) return;
   for (int64_t t = 0; t < n; ++t) {
     const uint8_t* next = w.rows[t + mla::tokens_wide];
     if (t + mla::tokens_wide < n)
       for (int64_t i = 0; i < l.row_bytes; i += 64) __builtin_prefetch(next + i);
     uint8_t* row = w.nothing + (1 + t) * room;
-    latent_to_bf16(l, w.rows[t], row);
+    (l.type == DSO_KV_INT4 ? int4_latent_to_bf16 : int8_latent_to_bf16)(l, w.rows[t], row);
     w.rows[t] = row;
   }
 }
@@ -237,6 +242,8 @@ static void mla_attend(const KvLayout& l, const uint8_t* packed, int64_t heads, 
     mla::attend<mla::Single>(l, packed, heads, w.rows + begin, end - begin, part, w);
   } else {
     mla::attend<mla::Pair>(l, packed, heads, w.rows + begin, end - begin, part, w);
+    if (l.type == DSO_KV_INT4)
+      for (int64_t h = 0; h < heads; ++h) finish_latent(l, part + h * (l.rank + 16) + 16);
   }
 }
 }  // namespace dso::DSO_ISA_NAMESPACE

@@ -145,11 +145,7 @@ static void mla_panels(const KvLayout& l, const KvView& v, const MlaHead& h, int
       const float* row = (const float*)((const char*)kv + t * stride);
       float key[max_head_dim];
       memcpy(key, row, 4 * h.nope);
-      const uint8_t* turned = latent_row(l, v, first + t) + l.row_bytes - (l.type == DSO_KV_F32 ? 4 : 2) * l.rope;
-      if (l.type == DSO_KV_F32)
-        memcpy(key + h.nope, turned, 4 * l.rope);
-      else
-        read_bf16(turned, l.rope, key + h.nope);
+      latent_part(l, latent_row(l, v, first + t), l.rank, l.rope, key + h.nope);
       if (h.single)
         write_f32_key(key, h.nope + h.rope, at, t);
       else

@@ -70,6 +70,16 @@ static void rotate_int8_panel(uint8_t* panel, float* scales, int64_t d, const Ro
   }
 }
 
+static void rotate_int4_panel(uint8_t* panel, float* scales, int64_t d, const Rotation& turn) {
+  float x[max_head_dim * block_tokens], key[max_head_dim];
+  read_int4_panel(panel, scales, d, x);
+  rotate_panel(x, turn);
+  for (int64_t t = 0; t < block_tokens; ++t) {
+    for (int64_t i = 0; i < d; ++i) key[i] = x[i * block_tokens + t];
+    write_int4_key(key, d, panel, scales, t);
+  }
+}
+
 static void kv_rotate(const KvLayout& l, const KvView& v, int64_t block, const Rotation& turn) {
   const HeadLayout layout = head_layout(l.type, l.head_dim);
   for (int64_t head = 0; head < l.kv_heads; ++head) {
@@ -78,6 +88,8 @@ static void kv_rotate(const KvLayout& l, const KvView& v, int64_t block, const R
       rotate_panel((float*)at, turn);
     else if (l.type == DSO_KV_BF16)
       rotate_bf16_panel(at, l.head_dim, turn);
+    else if (l.type == DSO_KV_INT4)
+      rotate_int4_panel(at, (float*)(at + layout.k_scale), l.head_dim, turn);
     else
       rotate_int8_panel(at, (float*)(at + layout.k_scale), l.head_dim, turn);
   }
@@ -98,8 +110,14 @@ static void latent_rotate(const KvLayout& l, const KvView& v, int64_t block, con
   const bool single = l.type == DSO_KV_F32;
   for (int64_t slot = 0; slot < block_tokens; ++slot) {
     const int64_t token = block * block_tokens + slot;
-    rotate_row(latent_row(l, v, token) + l.row_bytes - (single ? 4 : 2) * l.rope, single, key, slot,
-               room);  // the row's last elements
+    uint8_t* row = latent_row(l, v, token);
+    if (l.type == DSO_KV_INT4) {
+      latent_part(l, row, l.rank, l.rope, room);
+      rotate_row((uint8_t*)room, true, key, slot, nullptr);
+      write_int8_groups(room, l.rope, row + int4_rope(l));
+    } else {
+      rotate_row(row + l.row_bytes - (single ? 4 : 2) * l.rope, single, key, slot, room);  // the row's last elements
+    }
     if (index) rotate_row(index_row(l, v, token), single, *index, slot, room);
   }
 }

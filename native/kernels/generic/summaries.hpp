@@ -56,13 +56,19 @@ DSO_INLINE void key_numbers(const KvLayout& l, const HeadLayout& h, const uint8_
 static void kv_summarize(const KvLayout& l, const KvView& v, int64_t block) {
   const HeadLayout layout = head_layout(l.type, l.head_dim);
   const int64_t at_once = l.type == DSO_KV_BF16 ? 2 : 1;
-  float high[max_head_dim], low[max_head_dim];
+  float high[max_head_dim], low[max_head_dim], panel[max_head_dim * block_tokens];
+  KvLayout read = l;
+  if (l.type == DSO_KV_INT4) read.type = DSO_KV_F32;  // from `panel`
   for (int64_t head = 0; head < l.kv_heads; ++head) {
     const uint8_t* keys = kv_head_block(v, layout, head, block);
+    if (l.type == DSO_KV_INT4) {
+      read_int4_panel(keys, (const float*)(keys + layout.k_scale), l.head_dim, panel);
+      keys = (const uint8_t*)panel;
+    }
     for (int64_t i = 0; i < l.head_dim; i += at_once) {
       F a[2], b[2];
-      key_numbers(l, layout, keys, i, 0, a);
-      key_numbers(l, layout, keys, i, 16, b);
+      key_numbers(read, layout, keys, i, 0, a);
+      key_numbers(read, layout, keys, i, 16, b);
       for (int64_t j = 0; j < at_once; ++j) {
         high[i + j] = largest(max(a[j], b[j]));
         low[i + j] = -largest(sub(zero(), min(a[j], b[j])));

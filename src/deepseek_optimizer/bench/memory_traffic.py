@@ -147,7 +147,7 @@ def _chosen(runtime: Any) -> tuple[float, int]:
 
 def _token_bytes(runtime: Any, graph: Any) -> float:
     """Bytes of a token in all layers of the cache."""
-    return graph.cache.groups * runtime.backend.block_bytes(graph, runtime.kv_dtype) / BLOCK_TOKENS
+    return graph.cache.own_groups * runtime.backend.block_bytes(graph, runtime.kv_dtype) / BLOCK_TOKENS
 
 
 def _of_unknown_family(model: Any) -> Traffic:

@@ -19,7 +19,7 @@ from ..errors import CacheFullError, DroppedTokensError
 from .block_table import HOLE as HOLE
 from .block_table import BlockTable
 from .forgetting import BLOCK_TOKENS as BLOCK_TOKENS
-from .forgetting import Forgetting, Groups, widest
+from .forgetting import Forgetting, Groups, kept_whole, widest
 from .sequence_states import SequenceStates
 
 
@@ -162,13 +162,13 @@ class SequenceBlocks:
     Args:
         manager: allocates the blocks.
         interval: see `SequenceStates`.
-        whole: release no blocks early.
+        whole: release no blocks of layers early (`forgetting.kept_whole`).
     """
 
     def __init__(self, manager: BlockManager, interval: int = 0, whole: bool = False) -> None:
         self.manager = manager
         self.states = None if manager.slots is None else SequenceStates(manager.slots, interval)
-        self.tables = [BlockTable(None if whole else forgetting) for forgetting in manager.groups]
+        self.tables = [BlockTable(forgetting) for forgetting in (kept_whole(manager.groups) if whole else manager.groups)]
         self.tokens = 0
 
     @property

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 BLOCK_TOKENS = 32  # the same on every backend, and DSO_BLOCK_TOKENS in dso.h
+SPARE = 512
+SPARE_OF_COPIES = 256  # fewer, because they are added to a cache that is chosen for its size
 
 
 @dataclass(frozen=True)
@@ -17,11 +19,13 @@ class Forgetting:
         sinks: tokens at the beginning that every token attends to.
         spare: tokens before the window that are kept nevertheless: rejected drafts are cropped, MTP layers lag a little, and
             the next question about a text branches off where the last question began.
+        copies: whether these are copies of the newest tokens, whose layers are in another group.
     """
 
     window: int
     sinks: int
-    spare: int = 512
+    spare: int = SPARE
+    copies: bool = False
 
     @property
     def sink_blocks(self) -> int:
@@ -42,6 +46,11 @@ class Forgetting:
 
 
 Groups = tuple[Forgetting | None, ...]  # for each group of layers; None: its layers may attend to every token
+
+
+def kept_whole(groups: Groups) -> Groups:
+    """The groups for sequences that release blocks of no layer early: those of copies still do."""
+    return tuple(forgetting if forgetting is not None and forgetting.copies else None for forgetting in groups)
 
 
 def widest(groups: Sequence[Forgetting | None]) -> Forgetting | None:

@@ -22,7 +22,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from .block_manager import BLOCK_TOKENS, HOLE, BlockManager
-from .forgetting import Groups
+from .forgetting import Groups, kept_whole
 from .prefix_parts import STATES, Part, kept, longest, seen
 from .prefix_parts import Key as Key
 
@@ -79,7 +79,7 @@ class PrefixCache:
 
     def __init__(self, manager: BlockManager, max_blocks: int | None = None, whole: bool = False) -> None:
         self.manager, self.max_blocks = manager, max_blocks
-        self.groups: Groups = (None,) * len(manager.groups) if whole else manager.groups
+        self.groups: Groups = kept_whole(manager.groups) if whole else manager.groups
         self._blocks: OrderedDict[Key, int] = OrderedDict()  # least recently used first
         self._slots: OrderedDict[Key, int] = OrderedDict()  # of recurrent states
         self.removals = 0

@@ -66,11 +66,12 @@ class Case:
     @cached_property
     def graph(self) -> Any:
         """The model's graph, with the fusion rules and the attention mode of the settings."""
-        from ..graph.cache_groups import group_layers
+        from ..graph.cache_groups import cached_in
         from ..integration.bind.graphs import loaded_mtp_layers, plan_graph
 
         settings, layers = self.settings, loaded_mtp_layers(self.sketch)
-        return group_layers(plan_graph(self.sketch.config, settings.rules, layers, settings.attention)[0])
+        graph, _ = plan_graph(self.sketch.config, settings.rules, layers, settings.attention)
+        return cached_in(graph, settings.kv_cache)
 
     @cached_property
     def tokenizer(self) -> Any:

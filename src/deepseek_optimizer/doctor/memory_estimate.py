@@ -47,14 +47,18 @@ class MemoryEstimate:
     formats: dict[str, int]
 
     def held(self, context: int) -> int:
-        """Cached tokens for a sequence of `context` tokens, rounded up to whole blocks. If only some layers drop tokens: the
-        number of tokens that take as much memory in all layers."""
-        return -(-max_blocks(self.groups, context, self.step) // len(self.groups)) * BLOCK
+        """Cached tokens for a sequence of `context` tokens, rounded up to whole blocks. If only some layers drop tokens, or
+        there are copies of the newest tokens: the number of tokens that take as much memory in all layers."""
+        return -(-max_blocks(self.groups, context, self.step) // self._own_groups) * BLOCK
 
     def longest(self, sequences: int) -> int:
         """Maximum length of each of `sequences` sequences, in whole blocks."""
-        blocks = self.max_tokens // BLOCK * len(self.groups) // sequences
+        blocks = self.max_tokens // BLOCK * self._own_groups // sequences
         return max_tokens(self.groups, blocks, self.step, _NO_LIMIT)
+
+    @property
+    def _own_groups(self) -> int:
+        return sum(forgetting is None or not forgetting.copies for forgetting in self.groups)
 
     def needed(self, tokens: int) -> int:
         """Bytes needed with `tokens` in the cache, over all sequences."""
@@ -118,7 +122,7 @@ def memory_of(sketch: Any, settings: DeepSeekConfig, graph: Graph, free: int, se
     kv, sizes, high = kv_dtype(settings, formats), _sizes(settings), settings.batch_size_range[1]
     return MemoryEstimate(
         weights=sum(formats.values()) + plain,
-        cache_per_token=graph.cache.groups * sizes.block_bytes(graph, kv) // BLOCK,
+        cache_per_token=graph.cache.own_groups * sizes.block_bytes(graph, kv) // BLOCK,
         states=sequences * SLOTS_PER_SEQUENCE * sizes.state_bytes(graph),
         buffers=sizes.buffer_bytes(
             graph,

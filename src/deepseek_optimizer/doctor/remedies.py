@@ -12,6 +12,7 @@ from ..errors import ConfigError
 from .case import Case
 from .memory_estimate import MemoryEstimate, estimate_memory
 
+SMALL_CACHES = ("int8", "int4")  # formats of the cache to try, in order of increasing quality loss
 SMALLER = ("bf16", "int8", "int4")  # formats to try, in order of increasing quality loss
 # Longest prompt of `dso longdoc` in tokens: a chunk (LongDocument's max_length), its reply (longdoc's Limits), and the question
 # with its instructions.
@@ -47,7 +48,7 @@ def remedies(case: Case, needs: MemoryEstimate, context: int) -> list[Remedy]:
 
 def _all(case: Case, needs: MemoryEstimate, context: int) -> Iterator[Remedy]:
     mode = case.settings.attention.kind
-    if not (case.settings.sparse_attention and needs.kv_cache == "int8"):
+    if not (case.settings.sparse_attention and needs.kv_cache in SMALL_CACHES):
         yield _sparse(case, context)
     if mode != "sliding":
         fields: dict[str, Any] = {"attention_optimization": "sliding", "sparse_attention": False, "attention_window": None}
@@ -69,14 +70,15 @@ def _all(case: Case, needs: MemoryEstimate, context: int) -> Iterator[Remedy]:
         smaller = needs.in_format(name)
         if smaller.weights < needs.weights * 0.9:
             yield Remedy(f"precision={name!r}", "weights are quantized", smaller.needed(tokens), tokens <= smaller.max_tokens)
-    if needs.kv_cache != "int8":
-        twin = case.with_fields(kv_cache="int8")
-        yield _mode(twin, estimate_memory(twin), context, "kv_cache='int8'", "keys and values are quantized")
+    for kind in SMALL_CACHES:
+        if needs.kv_cache != kind:
+            twin = case.with_fields(kv_cache=kind)
+            yield _mode(twin, estimate_memory(twin), context, f"kv_cache={kind!r}", "keys and values are quantized")
 
 
 def _sparse(case: Case, context: int) -> Remedy:
     """A model in fp32 has an int8 cache only if that is set explicitly."""
-    price = "the cache is in int8; each token attends to the {} highest-ranked earlier tokens"
+    price = "the cache is in {}; each token attends to the {} highest-ranked earlier tokens"
     name = "sparse_attention=True"
     window = case.settings.attention_window if case.settings.attention.kind == "sparse" else None
     twin = case.with_fields(sparse_attention=True, attention_optimization="flash", attention_window=window)
@@ -86,10 +88,10 @@ def _sparse(case: Case, context: int) -> Remedy:
         twin = twin.with_fields(attention_budget=DeepSeekConfig.attention_budget)
         name = f"{name}, attention_budget={twin.settings.attention_budget}"
     needs = estimate_memory(twin)
-    if needs.kv_cache != "int8":
+    if needs.kv_cache not in SMALL_CACHES:
         twin = twin.with_fields(kv_cache="int8")
         name, needs = f"{name}, kv_cache='int8'", estimate_memory(twin)
-    return _mode(twin, needs, context, name, price.format(twin.settings.attention.budget))
+    return _mode(twin, needs, context, name, price.format(needs.kv_cache, twin.settings.attention.budget))
 
 
 def _mode(twin: Case, needs: MemoryEstimate, context: int, name: str, price: str) -> Remedy:

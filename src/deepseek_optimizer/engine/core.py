@@ -15,7 +15,7 @@ import numpy as np
 
 from ..backends.base import DECODE
 from ..cache.block_manager import SequenceBlocks
-from ..cache.forgetting import Groups, max_tokens
+from ..cache.forgetting import Groups, kept_whole, max_tokens
 from ..cache.prefix_cache import PrefixCache
 from ..errors import BackendError, CheckpointChangedError, ContextLengthError, RequestError, shown
 from .adapters import Adapter, Adapters, adapters_of
@@ -87,12 +87,12 @@ class EngineCore:
             self.blocks, self.forgetting = manager.num_blocks, manager.forgetting
             # If some layers have no window, what those with one have released would be visible again after a window has slid.
             self._whole = options.cache_window is not None and self.forgetting is None
-            self.groups: Groups = (None,) * len(manager.groups) if self._whole else manager.groups
+            self.groups: Groups = kept_whole(manager.groups) if self._whole else manager.groups
             self.prefix = PrefixCache(manager, whole=self._whole) if options.prefix_cache else None
         low, high = options.batch_size_range
         self.sliding: Sliding | None = None
         if options.cache_window is not None:
-            whole = max_tokens((None,) * len(self.groups), self.blocks, 0, facts.context)
+            whole = max_tokens(kept_whole(manager.groups), self.blocks, options.step_tokens, facts.context)
             window = min(options.cache_window, facts.plain or facts.context, whole)
             sinks = options.sinks if self.forgetting is None else self.forgetting.sinks  # others are not visible
             self.sliding = Sliding(memory, self.prefix, window, sinks, self._window_moved)

@@ -4,6 +4,9 @@ A block of the cache holds 32 tokens of the layers of one group, so that the blo
 behind it while those of the other layers stay. All groups share one pool of blocks of the same size (as in vLLM's hybrid KV
 cache manager, docs.vllm.ai). Layers are therefore distributed over groups of nearly the same size, for example four full layers
 and twenty sliding ones over one group and five.
+
+Copies of the newest tokens, in int8, are layers with a short window: they are in groups of their own, each with half as many
+layers as one of int4 layers.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from dataclasses import replace
 from .attention_mode import Span, span_of_all, spans_of_layers
 from .ir import CacheSpec, Graph
 
+NEWEST = 128  # tokens of each sequence that attention reads in int8 if the cache is int4
 _TABLE = 0.005  # cost of one more block table per sequence, as a fraction of the cache's memory
 
 
@@ -39,16 +43,33 @@ def group_layers(graph: Graph) -> Graph:
     return replace(graph, cache=replace(cache, layer_groups=tuple(groups)))
 
 
+def cached_in(graph: Graph, kv_dtype: str) -> Graph:
+    """The graph for a cache of this dtype: with `group_layers` and, if keys and values are int4, copies of the newest tokens.
+    Caches with summaries have no copies, and neither do latents, which lose little in int4."""
+    graph = group_layers(graph)
+    cache = graph.cache
+    if kv_dtype != "int4" or not isinstance(cache, CacheSpec) or cache.summaries or not cache.layers:
+        return graph
+    sizes = [0] * cache.groups
+    for layer in range(cache.layers):
+        sizes[cache.group_of(layer)] += cache.elements_of(layer)
+    layers = [(layer, cache.elements_of(layer)) for layer in range(cache.layers)]
+    copies = _filled(layers, max(max(sizes) // 2, *(elements for _, elements in layers)))
+    groups = [cache.groups + n for n, group in enumerate(copies) for _ in group]
+    return replace(graph, cache=replace(cache, newest=NEWEST, newest_groups=tuple(groups)))
+
+
 def group_spans(graph: Graph) -> tuple[Span, ...]:
     """For each group of layers of the cache (window, sinks) such that the tokens between a sequence's first `sinks` and last
     `window` tokens are not visible in any of its layers; None if a layer may attend to every token."""
     cache, spans = graph.cache, spans_of_layers(graph)
     if cache.groups == 1:
         return (span_of_all(list(spans.values())),)
-    groups: list[list[Span]] = [[] for _ in range(cache.groups)]
+    copies = [(cache.newest, 0)] * (cache.groups - cache.own_groups)
+    groups: list[list[Span]] = [[] for _ in range(cache.own_groups)]
     for layer in range(cache.layers):
         groups[cache.group_of(layer)].append(spans.get(layer))
-    return tuple(map(span_of_all, groups))
+    return (*map(span_of_all, groups), *copies)
 
 
 def _packed(kinds: list[list[tuple[int, int]]]) -> list[list[int]]:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 BLOCK = 32  # tokens in a block of the cache
 
@@ -71,6 +71,8 @@ class CacheSpec:
             `block_choose`.
         layer_groups: the group of each layer, from 0 without gaps (see `cache_groups`); (): all are in group 0, as they must be
             with summaries. A block holds 32 tokens of the layers of one group.
+        newest: attention reads each sequence's last `newest` tokens from copies of the layers in int8; 0: there are none.
+        newest_groups: the group of each layer's copy, numbered after those of the layers; () without copies.
     """
 
     layers: int
@@ -78,10 +80,17 @@ class CacheSpec:
     head_dim: int | tuple[int, ...]
     summaries: bool = False
     layer_groups: tuple[int, ...] = ()
+    newest: int = 0
+    newest_groups: tuple[int, ...] = ()
 
     @property
     def groups(self) -> int:
-        """Number of groups of layers."""
+        """Number of groups of layers, those of copies included."""
+        return max((*self.layer_groups, *self.newest_groups), default=0) + 1
+
+    @property
+    def own_groups(self) -> int:
+        """Number of groups of layers, without those of copies; they come first."""
         return max(self.layer_groups, default=0) + 1
 
     def group_of(self, layer: int) -> int:
@@ -129,7 +138,9 @@ class LatentSpec:
     rope: int
     index: int = 0
     summaries: bool = False
-    groups = 1
+    groups = own_groups = 1
+    newest = 0
+    newest_groups: ClassVar[tuple[int, ...]] = ()
 
     def group_of(self, layer: int) -> int:
         """The group that a layer is in: all are in one."""

@@ -7,6 +7,7 @@ from typing import Any
 
 from ..backends.base import BLOCK_TOKENS
 from ..cache.cache_window import SMALLEST
+from ..cache.forgetting import kept_whole, max_tokens
 from ..cache.prefix_cache import PrefixCache
 from ..engine.engine import Engine
 from ..engine.grammar.compiler import GrammarCompiler
@@ -54,8 +55,9 @@ class Engines:
     def window(self) -> int | None:
         """Tokens of the sliding window; None if there can be none: the model's keys cannot be rotated, or the cache is too
         small."""
-        blocks = self.arena.store.num_blocks // self.runtime.graph.cache.groups
-        size = min(self.runtime.graph.max_positions, blocks * BLOCK_TOKENS, WINDOW)
+        arena, step = self.arena, self.runtime.config.prefill_chunk
+        tokens = max_tokens(kept_whole(arena.manager.groups), arena.store.num_blocks, step, WINDOW)
+        size = min(self.runtime.graph.max_positions, tokens)
         if self.runtime.config.batch_invariant or size < SMALLEST:
             return None
         try:

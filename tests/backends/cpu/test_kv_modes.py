@@ -74,7 +74,7 @@ def test_small_caches(backend, mode, kv):
     assert error[: SPARSE.budget].max() <= 2e-2  # rows without a choice
 
 
-@pytest.mark.parametrize("kv", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("kv", ["fp32", "bf16", "int8", "int4"])
 @PHASES
 def test_full_coverage_equals_flash(backend, phase, kv):
     """Bitwise equal, also if only the sinks make the window complete."""
@@ -88,7 +88,7 @@ def test_full_coverage_equals_flash(backend, phase, kv):
         assert torch.equal(flash, runner(backend, graph_of(model, mode), weights, kv=kv).logits(ids, phase=phase)), mode
 
 
-@pytest.mark.parametrize("kv", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("kv", ["fp32", "bf16", "int8", "int4"])
 @PHASES
 @MODES
 def test_rows_do_not_depend_on_the_batch(backend, mode, phase, kv):

@@ -42,7 +42,7 @@ def loaded(path, engine, runtime, tokens=None):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("case", ["llama-gqa", "deepseek_v3-groups"])
-@pytest.mark.parametrize("kv_cache", ["auto", "int8"])
+@pytest.mark.parametrize("kv_cache", ["auto", "int8", "int4"])
 def test_the_same_text_without_prefill(tmp_path, backend, case, kv_cache):
     prompt = random_ids(CASES[case](), 140)
     first, runtime = made(case, backend, kv_cache=kv_cache)

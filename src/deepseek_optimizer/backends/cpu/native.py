@@ -19,7 +19,7 @@ from ...graph.ir import CacheSpec, LatentSpec, StateSpec
 from . import native_train
 from .buffers import Outputs, checking
 
-ABI_VERSION = 10
+ABI_VERSION = 11
 BLOCK_TOKENS = 32
 
 FORMATS = {
@@ -28,7 +28,7 @@ FORMATS = {
 }  # fmt: skip
 VECTOR = 100
 SLOT_KINDS = {"f32": 0, "bf16": 1, "q8": 2, "q16": 3, "logits": 4}
-KV_TYPES = {"fp32": 0, "bf16": 1, "int8": 2}
+KV_TYPES = {"fp32": 0, "bf16": 1, "int8": 2, "int4": 3}
 FLAGS = {"eager": 1, "interleaved": 2, "grouped": 4, "expand": 8, "last": 16, "sigmoid": 32, "top2": 64, "normalize": 128,
          "gelu": 256, "silu": 512, "channels": 1024, "chunked": 2048, "weigh_input": 4096, "ids": 8192}  # fmt: skip
 _EINVAL, _ENOMEM, _EFILE = 1, 2, 5
@@ -68,6 +68,8 @@ class CacheShape(C.Structure):
         *((n, I32) for n in ("kv_type", "layers", "kv_heads", "head_dim", "rank", "rope", "index", "summaries")),
         ("heads", C.POINTER(I32)),
         ("groups", C.POINTER(I32)),
+        ("newest", I32),
+        ("newest_groups", C.POINTER(I32)),
     ]
 
 
@@ -352,7 +354,9 @@ def cache_shape(spec: CacheSpec | LatentSpec, kv_dtype: str) -> CacheShape:
         sizes, heads = (spec.kv_heads, spec.head_dim), None
     else:
         sizes, heads = (0, 0), (I32 * (2 * spec.layers))(*(size for layer in spec.heads for size in layer))
-    return CacheShape(KV_TYPES[kv_dtype], spec.layers, *sizes, 0, 0, 0, spec.summaries, heads, groups)
+    copies = (I32 * spec.layers)(*spec.newest_groups) if spec.newest else None
+    kind = KV_TYPES[kv_dtype]
+    return CacheShape(kind, spec.layers, *sizes, 0, 0, 0, spec.summaries, heads, groups, spec.newest, copies)
 
 
 def block_bytes(spec: CacheSpec | LatentSpec, kv_dtype: str) -> int:

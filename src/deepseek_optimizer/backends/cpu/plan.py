@@ -44,7 +44,7 @@ class CpuStore:
     Args:
         context: the library's context.
         spec: the model's cache.
-        kv_dtype: "fp32", "bf16" or "int8".
+        kv_dtype: "fp32", "bf16", "int8" or "int4".
         num_blocks: capacity in blocks of 32 tokens.
         states: the model's recurrent states.
         num_states: number of slots for them; 0 for a model without states.

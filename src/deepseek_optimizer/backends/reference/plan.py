@@ -170,8 +170,12 @@ class ReferencePlan:
 
     def _cache_write(self, step: Step, node: Node, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, ...]:
         k, v = (rows.unflatten(-1, (node.attrs["kv_heads"], -1)) for rows in (k, v))
+        layer, cache = node.attrs["layer"], self.graph.cache
         for rows, context, table in self._sequences_of(step, node):
-            step.store.write(node.attrs["layer"], table, context, k[rows], v[rows])
+            step.store.write(layer, table, context, k[rows], v[rows])
+        if cache.newest:
+            for rows, context, table in step.groups[cache.newest_groups[layer]]:
+                step.store.write(cache.layers + layer, table, context, k[rows], v[rows])
         return ()
 
     def _rope_cache(
@@ -189,9 +193,13 @@ class ReferencePlan:
         q = q.float().unflatten(-1, (a["kv_heads"], -1, a["head_dim"]))
         out = torch.empty_like(q)
         sink = self._weights[node.weights[0]].float().unflatten(0, (a["kv_heads"], -1)) if node.weights else None
-        for rows, context, table in self._sequences_of(step, node):
+        for s, (rows, context, table) in enumerate(self._sequences_of(step, node)):
             blocks, tokens, mask = self._visible(node, rows, context)
             k, v = step.store.gather(a["layer"], table[blocks], len(tokens))
+            if self.graph.cache.newest:
+                copies, copied = self._newest(step, node, s)
+                k, v = (torch.cat(pair) for pair in zip((k, v), copies, strict=True))
+                mask = torch.cat((mask & ~self._reads_copy(node, rows, context, tokens), copied), -1)
             if chosen is not None:
                 by_head = chosen[rows].unflatten(-1, (a["kv_heads"], -1))
                 mask = mask[:, None] & choose.chosen_tokens(by_head, len(tokens))
@@ -217,6 +225,20 @@ class ReferencePlan:
         queries, window, sinks = rows.stop - rows.start, node.attrs.get("window", 0), node.attrs.get("sinks", 0)
         blocks, tokens = ops.visible_blocks(queries, context, window, sinks, self.device)
         return blocks, tokens, ops.visible(queries, context, tokens, window, sinks, node.attrs.get("chunked", False))
+
+    def _newest(self, step: Step, node: Node, sequence: int) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor]:
+        """Keys and values of a sequence's newest tokens, from the layer's copy, and which of them each row sees."""
+        cache, layer = self.graph.cache, node.attrs["layer"]
+        rows, context, table = step.groups[cache.newest_groups[layer]][sequence]
+        blocks, tokens = ops.visible_blocks(rows.stop - rows.start, context, cache.newest, 0, self.device)
+        read = step.store.gather(cache.layers + layer, table[blocks], len(tokens))
+        return read, self._reads_copy(node, rows, context, tokens)
+
+    def _reads_copy(self, node: Node, rows: slice, context: int, tokens: torch.Tensor) -> torch.Tensor:
+        """Which of these tokens each row reads from the copy: the newest ones that are in its window."""
+        queries, window, chunked = rows.stop - rows.start, node.attrs.get("window", 0), node.attrs.get("chunked", False)
+        newest = ops.visible(queries, context, tokens, self.graph.cache.newest)
+        return newest & ops.visible(queries, context, tokens, window, 0, chunked)
 
     def _block_choose(self, step: Step, node: Node, q: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """In float32, whatever the dtype of the rows, as are the resulting indices of blocks."""

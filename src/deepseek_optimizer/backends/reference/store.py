@@ -14,23 +14,27 @@ from ...errors import BackendError
 from ...graph.ir import CacheSpec, LatentSpec, StateSpec
 from ...graph.rope_rotation import KeyRotation, Pairs
 from ..base import BLOCK_TOKENS, Int32
+from . import int4_rows
 from .ops import rope
 from .states import StateSlots, state_bytes
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
-LATENT_GROUP = 128  # elements of an int8 latent that share a scale
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8, "int4": torch.uint8}  # int4: two in a byte
+SCALED = ("int8", "int4")  # with a float32 scale per row
+LATENT_GROUP = 128  # elements of an int8 or int4 latent that share a scale
 
 
 def store_block_bytes(spec: CacheSpec | LatentSpec, kv_dtype: str) -> int:
-    """Bytes of one block of the largest group of layers. int8 has a float32 scale per token and head, or per group of a token's
-    latent; the other parts of an int8 latent cache are bf16."""
-    dtype = _dtype(kv_dtype)
+    """Bytes of one block of the largest group of layers. int8 and int4 have a float32 scale per token and head, or per group of
+    a token's latent; the rotated keys of an int8 latent cache are bf16, those of an int4 latent cache int8, and the indexer's
+    keys are bf16 in both."""
+    dtype, packed = _dtype(kv_dtype), _packed(kv_dtype)
     if isinstance(spec, LatentSpec):
-        scales = 4 * _groups(spec) if kv_dtype == "int8" else 0
-        others = (spec.rope + spec.index) * _unquantized(dtype).itemsize
-        return spec.layers * BLOCK_TOKENS * (spec.rank * dtype.itemsize + scales + others)
+        scales = 4 * _groups(spec.rank) if kv_dtype in SCALED else 0
+        rotated = spec.rope + 4 * _groups(spec.rope) if kv_dtype == "int4" else spec.rope * _unquantized(dtype).itemsize
+        index = spec.index * _unquantized(dtype).itemsize
+        return spec.layers * BLOCK_TOKENS * (spec.rank * dtype.itemsize // packed + scales + rotated + index)
     *_, elements, scales = _parts_of(spec)
-    return BLOCK_TOKENS * (elements * dtype.itemsize + (4 * scales if kv_dtype == "int8" else 0))
+    return BLOCK_TOKENS * (elements * dtype.itemsize // packed + (4 * scales if kv_dtype in SCALED else 0))
 
 
 @dataclass(frozen=True)
@@ -42,10 +46,10 @@ class _Part:
     kv_heads: int
     head_dim: int
 
-    def elements(self, rows: torch.Tensor) -> torch.Tensor:
-        """[..., elements] -> a view [..., kv_heads, head_dim]."""
+    def elements(self, rows: torch.Tensor, packed: int = 1) -> torch.Tensor:
+        """[..., elements / packed] -> a view [..., kv_heads, head_dim / packed]."""
         end = self.at + self.kv_heads * self.head_dim
-        return rows[..., self.at : end].unflatten(-1, (self.kv_heads, self.head_dim))
+        return rows[..., self.at // packed : end // packed].unflatten(-1, (self.kv_heads, self.head_dim // packed))
 
     def scales(self, rows: torch.Tensor) -> torch.Tensor:
         """[..., scales] -> a view [..., kv_heads]."""
@@ -53,13 +57,19 @@ class _Part:
 
 
 def _parts_of(spec: CacheSpec) -> tuple[list[tuple[_Part, _Part]], int, int]:
-    """Keys and values of each layer, and the lengths of the rows of elements and scales: those of the largest group."""
+    """Keys and values of each layer, then of each copy, and the lengths of the rows of elements and scales: those of the
+    largest group. Elements of copies are as long as two int4 ones."""
     ends, parts = [(0, 0)] * spec.groups, []
-    for layer, (kv_heads, head_dim) in enumerate(spec.heads):
-        at, scales_at = ends[spec.group_of(layer)]
+    layers = [(spec.group_of(layer), *spec.heads_of(layer)) for layer in range(spec.layers)]
+    copies = [
+        (group, kv_heads, 2 * head_dim)
+        for group, (kv_heads, head_dim) in zip(spec.newest_groups, spec.heads if spec.newest else (), strict=True)
+    ]
+    for group, kv_heads, head_dim in (*layers, *copies):
+        at, scales_at = ends[group]
         size = kv_heads * head_dim
         parts.append((_Part(at, scales_at, kv_heads, head_dim), _Part(at + size, scales_at + kv_heads, kv_heads, head_dim)))
-        ends[spec.group_of(layer)] = at + 2 * size, scales_at + 2 * kv_heads
+        ends[group] = at + 2 * size, scales_at + 2 * kv_heads
     return parts, max(at for at, _ in ends), max(at for _, at in ends)
 
 
@@ -70,13 +80,18 @@ def _dtype(kv_dtype: str) -> torch.dtype:
         raise BackendError(f"unknown KV cache dtype {kv_dtype!r}; choose one of {', '.join(DTYPES)}") from None
 
 
+def _packed(kv_dtype: str) -> int:
+    """Elements of a cache in one element of a tensor."""
+    return 2 if kv_dtype == "int4" else 1
+
+
 def _unquantized(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of a latent cache's rotated and indexer keys."""
-    return torch.bfloat16 if dtype == torch.int8 else dtype
+    """The dtype of a latent cache's indexer keys, and of its rotated keys unless it is int4."""
+    return torch.bfloat16 if dtype in (torch.int8, torch.uint8) else dtype
 
 
-def _groups(spec: LatentSpec) -> int:
-    return -(-spec.rank // LATENT_GROUP)
+def _groups(elements: int) -> int:
+    return -(-elements // LATENT_GROUP)
 
 
 class _Blocks:
@@ -87,7 +102,7 @@ class _Blocks:
         self.block_bytes = store_block_bytes(spec, kv_dtype)
         self.states = StateSlots((), 0, torch.device("cpu"))  # `make_store` sets those of a graph
         self._data: list[torch.Tensor] = []
-        self._scales: list[torch.Tensor] = []  # of int8 elements
+        self._scales: list[torch.Tensor] = []  # of int8 and int4 elements
 
     def copy_block(self, source: int, target: int) -> None:
         self._grow(max(source, target) + 1)
@@ -193,49 +208,69 @@ class TorchStore(_Blocks):
     """Implements `KvStore`: a row of K and V of all layers per token, and one of their scales. Layers of different groups share
     the elements: a block holds either the one's or the other's.
 
-    int8: scale = max|x| / 127 per token and head, q = rint(x / scale).
+    int8: scale = max|x| / 127 per token and head, q = rint(x / scale). int4: see `int4_rows`, a row per token and head. Copies
+    of the newest tokens are int8, in the bytes of int4 elements.
     """
 
     def __init__(self, spec: CacheSpec, kv_dtype: str, num_blocks: int, device: torch.device) -> None:
         super().__init__(spec, kv_dtype, num_blocks)
-        self._groups = [spec.group_of(layer) for layer in range(spec.layers)]
+        self._groups = [*(spec.group_of(layer) for layer in range(spec.layers)), *spec.newest_groups]
+        self._layers = spec.layers
         self._parts, elements, scales = _parts_of(spec)
-        self._data = [torch.zeros((0, BLOCK_TOKENS, elements), dtype=_dtype(kv_dtype), device=device)]
-        if kv_dtype == "int8":
+        self._packed = _packed(kv_dtype)
+        self._data = [torch.zeros((0, BLOCK_TOKENS, elements // self._packed), dtype=_dtype(kv_dtype), device=device)]
+        if kv_dtype in SCALED:
             self._scales = [torch.zeros((0, BLOCK_TOKENS, scales), dtype=torch.float32, device=device)]
 
     def write(self, layer: int, table: torch.Tensor, start: int, key: torch.Tensor, value: torch.Tensor) -> None:
         """Writes K and V, float [n, kv_heads, head_dim], to tokens [start, start + n) of a sequence.
 
         Args:
-            table: int64 [blocks], the sequence's blocks.
+            layer: the layer, or the number of layers + the layer for its copy.
+            table: int64 [blocks], the sequence's blocks in the group of the layer, or of the copy.
         """
         at = self._places(table, start, len(key))
         for part, rows in zip(self._parts[layer], (key, value), strict=True):
-            data = part.elements(self._data[0])
-            if self.kv_dtype == "int8":
-                rows, part.scales(self._scales[0])[at] = _quantized(rows.float())
+            data = self._elements(layer, part)
+            if self.kv_dtype in SCALED:
+                rows, part.scales(self._scales[0])[at] = self._quantized(layer, rows.float())
             data[at] = rows.to(data.dtype)
 
     def gather(self, layer: int, table: torch.Tensor, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """K and V of a sequence's first `tokens` tokens, float32 [tokens, kv_heads, head_dim]."""
-        key, value = (self._dequantized(part, table[: -(-tokens // BLOCK_TOKENS)]) for part in self._parts[layer])
+        """K and V of a sequence's first `tokens` tokens, float32 [tokens, kv_heads, head_dim]; `layer` as in `write`."""
+        key, value = (self._dequantized(layer, part, table[: -(-tokens // BLOCK_TOKENS)]) for part in self._parts[layer])
         return key.flatten(0, 1)[:tokens], value.flatten(0, 1)[:tokens]
 
-    def _dequantized(self, part: _Part, blocks: torch.Tensor) -> torch.Tensor:
+    def _is_int4(self, layer: int) -> bool:
+        return self.kv_dtype == "int4" and layer < self._layers
+
+    def _elements(self, layer: int, part: _Part) -> torch.Tensor:
+        """A view of all elements of a layer or copy, as they are stored."""
+        data = part.elements(self._data[0], self._packed)
+        return data.view(torch.int8) if layer >= self._layers else data
+
+    def _dequantized(self, layer: int, part: _Part, blocks: torch.Tensor) -> torch.Tensor:
         """float32 [blocks, 32, kv_heads, head_dim]."""
-        rows = part.elements(self._data[0])[blocks].float()
-        return rows * part.scales(self._scales[0])[blocks][..., None] if self.kv_dtype == "int8" else rows
+        rows = self._elements(layer, part)[blocks]
+        if self.kv_dtype not in SCALED:
+            return rows.float()
+        scales = part.scales(self._scales[0])[blocks]
+        return int4_rows.dequantized(rows, scales) if self._is_int4(layer) else rows.float() * scales[..., None]
+
+    def _quantized(self, layer: int, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return int4_rows.quantized(rows) if self._is_int4(layer) else _quantized(rows)
 
     def _rotated(
         self, rotation: KeyRotation, blocks: torch.Tensor, angles: torch.Tensor, group: int
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        for part in (key for (key, _), of in zip(self._parts, self._groups, strict=True) if of == group):
-            key = _rotate(self._dequantized(part, blocks), angles, rotation.key)
-            if self.kv_dtype == "int8":
-                key, scales = _quantized(key)
+        for layer, (part, _) in enumerate(self._parts):
+            if self._groups[layer] != group:
+                continue
+            key = _rotate(self._dequantized(layer, part, blocks), angles, rotation.key)
+            if self.kv_dtype in SCALED:
+                key, scales = self._quantized(layer, key)
                 yield part.scales(self._scales[0]), scales
-            yield part.elements(self._data[0]), key
+            yield self._elements(layer, part), key
 
     def read(self, layer: int, block_table: Int32, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
         key, value = self.gather(layer, self._table(block_table, tokens), tokens)
@@ -245,27 +280,33 @@ class TorchStore(_Blocks):
 class LatentStore(_Blocks):
     """Implements `KvStore`: per token a latent of `rank` elements, a rotated key of `rope`, and an indexer's key of `index`.
 
-    int8: latents only, scale = max|x| / 127 per group of 128 elements (the last may be shorter), q = rint(x / scale).
+    int8: latents only, scale = max|x| / 127 per group of 128 elements (the last may be shorter), q = rint(x / scale). int4: a
+    row of `int4_rows` per group of 128 elements of a latent, and the rotated key as int8 latents.
     """
 
     def __init__(self, spec: LatentSpec, kv_dtype: str, num_blocks: int, device: torch.device) -> None:
         super().__init__(spec, kv_dtype, num_blocks)
-        self.spec, dtype = spec, _dtype(kv_dtype)
-        for width, kind in ((spec.rank, dtype), (spec.rope, _unquantized(dtype)), (spec.index, _unquantized(dtype))):
+        self.spec, dtype, others = spec, _dtype(kv_dtype), _unquantized(_dtype(kv_dtype))
+        rotated = torch.int8 if kv_dtype == "int4" else others
+        for width, kind in ((spec.rank // _packed(kv_dtype), dtype), (spec.rope, rotated), (spec.index, others)):
             self._data += [torch.zeros((0, BLOCK_TOKENS, width), dtype=kind, device=device) for _ in range(spec.layers)]
-        if kv_dtype == "int8":
-            self._scales = [
-                torch.zeros((0, BLOCK_TOKENS, _groups(spec)), device=device, dtype=torch.float32) for _ in range(spec.layers)
-            ]
+        scaled = {"int8": (spec.rank,), "int4": (spec.rank, spec.rope)}.get(kv_dtype, ())  # the latents', then the keys'
+        self._scales = [
+            torch.zeros((0, BLOCK_TOKENS, _groups(elements)), device=device, dtype=torch.float32)
+            for elements in scaled
+            for _ in range(spec.layers)
+        ]
 
     def write(self, layer: int, table: torch.Tensor, start: int, rows: torch.Tensor) -> None:
         """Writes latents and rotated keys, float [n, rank + rope], to tokens [start, start + n) of a sequence."""
         at, spec = self._places(table, start, len(rows)), self.spec
         latent, rotated = rows.split((spec.rank, spec.rope), -1)
         if self.kv_dtype == "int8":
-            padded = F.pad(latent.float(), (0, _groups(spec) * LATENT_GROUP - spec.rank))
-            quantized, self._scales[layer][at] = _quantized(padded.unflatten(-1, (-1, LATENT_GROUP)))
-            latent = quantized.flatten(-2)[:, : spec.rank]
+            latent, self._scales[layer][at] = _quantized_groups(latent.float())
+        elif self.kv_dtype == "int4":
+            codes = [int4_rows.quantized(group) for group in latent.float().split(LATENT_GROUP, -1)]
+            latent, self._scales[layer][at] = torch.cat([c for c, _ in codes], -1), torch.stack([s for _, s in codes], -1)
+            rotated, self._scales[layer + spec.layers][at] = _quantized_groups(rotated.float())
         for i, part in ((layer, latent), (layer + spec.layers, rotated)):
             self._data[i][at] = part.to(self._data[i].dtype)
 
@@ -273,9 +314,13 @@ class LatentStore(_Blocks):
         """Latents and rotated keys of a sequence's first `tokens` tokens, float32 [tokens, rank + rope]."""
         latent, rotated = (self._rows(self._data[i], table, tokens) for i in (layer, layer + self.spec.layers))
         if self.kv_dtype == "int8":
-            scales = self._rows(self._scales[layer], table, tokens)
-            latent = latent * scales.repeat_interleave(LATENT_GROUP, -1)[:, : self.spec.rank]
-        return torch.cat((latent, rotated), -1)
+            latent = _dequantized_groups(latent.float(), self._rows(self._scales[layer], table, tokens))
+        elif self.kv_dtype == "int4":
+            scales, of_keys = (self._rows(self._scales[i], table, tokens) for i in (layer, layer + self.spec.layers))
+            groups = zip(latent.split(LATENT_GROUP // 2, -1), scales.unbind(-1), strict=True)
+            latent = torch.cat([int4_rows.dequantized(codes, scale) for codes, scale in groups], -1)
+            rotated = _dequantized_groups(rotated.float(), of_keys)
+        return torch.cat((latent.float(), rotated.float()), -1)
 
     def write_index(self, layer: int, table: torch.Tensor, start: int, keys: torch.Tensor) -> None:
         """Writes the indexer's keys, float [n, index], to tokens [start, start + n) of a sequence."""
@@ -285,7 +330,7 @@ class LatentStore(_Blocks):
 
     def gather_index(self, layer: int, table: torch.Tensor, tokens: int) -> torch.Tensor:
         """The indexer's keys of a sequence's first `tokens` tokens, float32 [tokens, index]."""
-        return self._rows(self._data[layer + 2 * self.spec.layers], table, tokens)
+        return self._rows(self._data[layer + 2 * self.spec.layers], table, tokens).float()
 
     def _rotated(
         self, rotation: KeyRotation, blocks: torch.Tensor, angles: torch.Tensor, group: int
@@ -294,6 +339,12 @@ class LatentStore(_Blocks):
         if (rotation.index is None) != (self.spec.index == 0):
             raise ValueError(f"rotation.index is {rotation.index}, but the cache's index keys have {self.spec.index} elements")
         parts = [(self._data[layers : 2 * layers], rotation.key)]
+        if self.kv_dtype == "int4":
+            for data, scales in zip(parts.pop()[0], self._scales[layers:], strict=True):
+                keys = _dequantized_groups(data[blocks].float(), scales[blocks])
+                rows, new = _quantized_groups(_rotate(keys[..., None, :], angles, rotation.key)[..., 0, :])
+                yield scales, new
+                yield data, rows
         if rotation.index is not None:
             parts.append((self._data[2 * layers :], rotation.index))
         for tensors, pairs in parts:
@@ -306,7 +357,7 @@ class LatentStore(_Blocks):
 
     @staticmethod
     def _rows(data: torch.Tensor, table: torch.Tensor, tokens: int) -> torch.Tensor:
-        return data[table[: -(-tokens // BLOCK_TOKENS)]].flatten(0, 1)[:tokens].float()
+        return data[table[: -(-tokens // BLOCK_TOKENS)]].flatten(0, 1)[:tokens]
 
 
 Store = TorchStore | LatentStore
@@ -331,6 +382,17 @@ def _quantized(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """x quantized along its last axis to integers from -127 to 127, and their scales."""
     scale = x.abs().amax(-1) / 127
     return torch.round(x / torch.where(scale == 0, 1.0, scale)[..., None]), scale
+
+
+def _quantized_groups(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `_quantized`, with a scale for each group of LATENT_GROUP elements: [..., n], [..., groups]."""
+    padded = F.pad(x, (0, _groups(x.shape[-1]) * LATENT_GROUP - x.shape[-1]))
+    rows, scales = _quantized(padded.unflatten(-1, (-1, LATENT_GROUP)))
+    return rows.flatten(-2)[..., : x.shape[-1]], scales
+
+
+def _dequantized_groups(rows: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    return rows * scales.repeat_interleave(LATENT_GROUP, -1)[..., : rows.shape[-1]]
 
 
 def _angle_table(inv_freq: np.ndarray, position: int, count: int, delta: int, device: torch.device) -> torch.Tensor:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from ...backends.base import CompileOptions, Plan, check_supported
-from ...cache.forgetting import Forgetting, Groups, max_blocks
+from ...cache.forgetting import SPARE_OF_COPIES, Forgetting, Groups, max_blocks
 from ...checkpoint import Manifest
 from ...config import DeepSeekConfig
 from ...engine.speculative.draft_length import SpeculationReport
@@ -15,7 +15,7 @@ from ...errors import ConfigError, UnsupportedModelError
 from ...graph import rules
 from ...graph.adapters import UNFUSED, with_adapters
 from ...graph.attention_mode import apply_mode
-from ...graph.cache_groups import group_layers, group_spans
+from ...graph.cache_groups import cached_in, group_spans
 from ...graph.ir import Graph
 from ...graph.rope_rotation import KeyRotation, key_rotation
 from ...models.families import FAMILIES
@@ -53,7 +53,11 @@ def kv_dtype(config: DeepSeekConfig, formats: Iterable[str]) -> str:
 
 def groups_of(graph: Graph) -> Groups:
     """Which tokens the cache of a model with this graph may drop, for each group of its layers; None: none."""
-    return tuple(None if span is None else Forgetting(*span) for span in group_spans(graph))
+    own = graph.cache.own_groups
+    return tuple(
+        None if span is None else Forgetting(*span) if n < own else Forgetting(*span, SPARE_OF_COPIES, copies=True)
+        for n, span in enumerate(group_spans(graph))
+    )
 
 
 class Runtime(PackedModel):
@@ -84,7 +88,7 @@ class Runtime(PackedModel):
         super().__init__(model, config, manifest, methods=methods, make_report=make_report, bytes_before=bytes_before)
         graph, self.rules = model_graph(model, config.rules, loaded_mtp_layers(model))
         graph, self.in_mode = apply_mode(with_eps_of(model, graph), config.attention)
-        self.graph = group_layers(graph)
+        self.graph = cached_in(graph, config.kv_cache)
         self.speculation: SpeculationReport | None = None
         for note in (*(notes or ()), *filter(None, (extension_note(config, model.config),))):
             self.warn_once(note)
@@ -117,7 +121,7 @@ class Runtime(PackedModel):
         names = rules.RULES if self.config.rules is None else self.config.rules
         graph, _ = model_graph(self.model, tuple(n for n in names if n not in UNFUSED), loaded_mtp_layers(self.model))
         graph, _ = apply_mode(with_eps_of(self.model, graph), self.config.attention)
-        return with_adapters(group_layers(graph), rank)
+        return with_adapters(cached_in(graph, self.config.kv_cache), rank)
 
     @property
     def current_plan(self) -> Plan:

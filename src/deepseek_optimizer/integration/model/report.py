@@ -91,7 +91,8 @@ class Report:
         kernels: one row per operation of the plan, as described by the backend.
         attention: the attention mode.
         bytes_before, bytes_after: size of the weights as given (in the files, or as float parameters), and now.
-        kv_cache, kv_block_bytes, kv_token_bytes: format of the KV cache; bytes of a block of 32 tokens, and of one token.
+        kv_cache, kv_block_bytes, kv_token_bytes: format of the KV cache; bytes of a block of 32 tokens, and of one token
+            (without the int8 copies of a sequence's newest tokens that an int4 cache has).
         state_bytes: bytes of a sequence's recurrent states, whatever its length; 0: the model has none.
         kv_limit, kv_limit_why: maximum size of the cache in bytes, and its reason.
         latent: whether the cache holds latents (MLA) instead of keys and values.
@@ -218,7 +219,7 @@ def _attention(runtime: Any) -> AttentionRow:
         layers=len(nodes) - own,
         own=own,
         forgets=forgetting(runtime.graph) is not None,
-        own_forgets=runtime.graph.cache.groups > 1,
+        own_forgets=runtime.graph.cache.own_groups > 1,
     )
 
 
@@ -301,7 +302,7 @@ def make_report(runtime: Any) -> Report:
         attention=_attention(runtime),
         kv_cache=runtime.kv_dtype,
         kv_block_bytes=block_bytes,
-        kv_token_bytes=graph.cache.groups * block_bytes // BLOCK_TOKENS,
+        kv_token_bytes=graph.cache.own_groups * block_bytes // BLOCK_TOKENS,
         state_bytes=backend.state_bytes(graph) if graph.states else 0,
         kv_limit=size.bytes,
         kv_limit_why=size.why,
