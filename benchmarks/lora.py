@@ -97,14 +97,14 @@ def _round(engine: Any, names: Sequence[str], seed: int, a: argparse.Namespace) 
 
 def write_adapters(model: Any, directory: Path, count: int, rank: int) -> list[str]:
     """Writes adapters as PEFT does, and returns their names."""
-    shapes: dict[str, tuple[int, int]] = {}
+    shapes: dict[str, tuple[int, int]] = {}  # (outputs, inputs)
     for site in model.dso.adapter_graph(rank).adapter_sites:
-        shapes[site.module] = (site.inputs, site.outputs if site.rows is None else site.rows[2])
+        shapes[site.module] = site.module_shape
     names = [f"adapter-{n}" for n in range(count)]
     for n, name in enumerate(names):
         generator = torch.Generator().manual_seed(n)
         tensors = {}
-        for module, (inputs, outputs) in shapes.items():
+        for module, (outputs, inputs) in shapes.items():
             prefix = f"base_model.model.{module}"
             tensors[f"{prefix}.lora_A.weight"] = torch.randn(rank, inputs, generator=generator) * inputs**-0.5
             tensors[f"{prefix}.lora_B.weight"] = torch.randn(outputs, rank, generator=generator) * 0.01

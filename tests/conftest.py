@@ -23,8 +23,9 @@ def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(Costs() if config.getoption("--write-wide") else Rings(seed_of(config.rootpath)))
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(autouse=True)
 def _one_thread() -> None:
+    """Before each test, as a test may leave another number: threads that wait for each other use up the processors."""
     import torch
 
     torch.set_num_threads(1)

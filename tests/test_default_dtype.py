@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import ast
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +12,7 @@ import torch
 import deepseek_optimizer
 from deepseek_optimizer.models.fields import Fields
 from deepseek_optimizer.models.rope import read_rope
+from support import warm_python
 
 FACTORIES = {
     "arange", "as_tensor", "asarray", "empty", "empty_strided", "eye", "frombuffer", "full", "linspace", "logspace", "normal",
@@ -60,11 +58,8 @@ def test_a_factory_without_them_is_detected(code, count):
 def test_answers_are_the_same_under_every_default(tiny_model):
     """Bitwise equal, from forwards, generation, the engine, a cache's contents, files and training."""
     defaults = ["float32", "bfloat16", "float64", "device:meta"]
-    tests = Path(__file__).parent
-    done = subprocess.run(
-        [sys.executable, "-m", "support.answers", str(tiny_model), *defaults],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tests), *sys.path])}, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+    code = "import runpy; runpy.run_module('support.answers', run_name='__main__')"
+    done = warm_python.run(code, tiny_model, *defaults, timeout=300)
     assert done.returncode == 0, f"exit code {done.returncode}\n{done.stderr[-3000:]}"
     expected, *others = map(json.loads, done.stdout.splitlines())
     assert len(expected) > 20 and len(others) == 3

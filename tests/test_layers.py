@@ -8,17 +8,14 @@ The layers are defined in `support/layers.py`. Imports are read from the sources
 from __future__ import annotations
 
 import ast
+import functools
 
 import pytest
 
 from support.imports import Import, imports, sources
 from support.layers import CLI, LAYERS, NAMES, PACKAGE, REST, ROOT, allowed, table, written
 
-MODULES = sources()
-IMPORTS = imports(MODULES)
-OURS = [found for found in IMPORTS if found.target in MODULES]
 BY_NAME = {layer.name: layer for layer in LAYERS}
-FOLDERS = {module.rpartition(".")[2] for module, file in MODULES.items() if file.name == "__init__.py"}
 
 # Documented modules of Transformers other than its top level -> their documented names.
 DOCUMENTED = {
@@ -47,6 +44,25 @@ PRIVATE = {
     "_backward_hooks": "the same",
     "_backward_pre_hooks": "the same",
 }
+
+
+modules = functools.cache(sources)
+
+
+@functools.cache
+def all_imports() -> list[Import]:
+    return imports(modules())
+
+
+@functools.cache
+def own_imports() -> list[Import]:
+    """Imports of this package's own modules."""
+    return [found for found in all_imports() if found.target in modules()]
+
+
+@functools.cache
+def folders() -> set[str]:
+    return {module.rpartition(".")[2] for module, file in modules().items() if file.name == "__init__.py"}
 
 
 def inner(module: str) -> str:
@@ -111,7 +127,7 @@ def upward_inside(found: list[Import]) -> list[str]:
         if layer_of(i.module) != layer_of(i.target) or i.target.count(".") == 1 or i.module.count(".") == 1:
             continue
         (height, name), (low, below) = level_of(i.module), level_of(i.target)
-        files = not {name, below} & FOLDERS
+        files = not {name, below} & folders()
         if not (low < height or name == below or (low == height and files)):
             wrong.append(str(i))
     return wrong
@@ -137,39 +153,39 @@ def made(*pairs: str, kind: str = "top") -> list[Import]:
 
 
 def test_every_folder_and_file_has_a_layer():
-    assert sorted({layer_of(module) for module in MODULES} - {"__main__"}) == sorted(NAMES)
+    assert sorted({layer_of(module) for module in modules()} - {"__main__"}) == sorted(NAMES)
     for layer in LAYERS:
         folder = layer.name if layer.name == CLI else f"{PACKAGE}.{layer.name}"
-        below = {module.removeprefix(f"{folder}.").partition(".")[0] for module in MODULES if module.startswith(f"{folder}.")}
+        below = {module.removeprefix(f"{folder}.").partition(".")[0] for module in modules() if module.startswith(f"{folder}.")}
         assert {name for level in layer.levels for name in level} - {REST} <= below, layer.name
         subfolders = {
-            name for name in below if f"{folder}.{name}" in MODULES and MODULES[f"{folder}.{name}"].name == "__init__.py"
+            name for name in below if f"{folder}.{name}" in modules() and modules()[f"{folder}.{name}"].name == "__init__.py"
         }
         assert subfolders <= {name for level in layer.levels for name in level}, layer.name
 
 
 def test_files_form_no_cycle():
-    assert cycles(OURS) == []
+    assert cycles(own_imports()) == []
 
 
 @pytest.mark.parametrize("kind", ["top", "late", "type"])
 def test_folders_import_downwards_only(kind):
-    assert upward([i for i in OURS if i.kind == kind and i.module != f"{PACKAGE}.__main__"]) == []
+    assert upward([i for i in own_imports() if i.kind == kind and i.module != f"{PACKAGE}.__main__"]) == []
 
 
 @pytest.mark.parametrize("kind", ["top", "late", "type"])
 def test_inside_a_folder_levels_import_downwards_only(kind):
-    assert upward_inside([i for i in OURS if i.kind == kind]) == []
+    assert upward_inside([i for i in own_imports() if i.kind == kind]) == []
 
 
 def test_transformers_internals_in_integration_only():
-    assert internals(IMPORTS) == []
-    used = {(inner(i.module), i.target) for i in IMPORTS}
+    assert internals(all_imports()) == []
+    used = {(inner(i.module), i.target) for i in all_imports()}
     assert set(EXCEPTIONS) <= used  # unused exceptions must be removed
 
 
 def test_private_attributes_in_integration_only():
-    trees = {module: ast.parse(file.read_text(encoding="utf-8")) for module, file in MODULES.items()}
+    trees = {module: ast.parse(file.read_text(encoding="utf-8")) for module, file in modules().items()}
     ours = {name for tree in trees.values() for name in _defined(tree)}
     used = {
         (name, inner(module))
@@ -211,7 +227,7 @@ def _private(tree: ast.AST) -> set[str]:
 
 
 def test_nothing_patches_the_import_system():
-    for module, file in MODULES.items():
+    for module, file in modules().items():
         assert "meta_path" not in file.read_text(encoding="utf-8"), module
 
 

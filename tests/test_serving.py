@@ -23,7 +23,8 @@ from deepseek_optimizer import (
     make_engine,
 )
 from deepseek_optimizer.backends.cpu import unavailable_reason
-from support.models import CASES, llama, random_ids, random_model, rope
+from support.family_configs import llama, rope
+from support.models import CASES, random_ids, random_model
 
 native = pytest.mark.skipif(unavailable_reason() is not None, reason="needs the native backend")
 # Trained for 64 tokens, with a context of 512: most texts here are longer, each with its own frequencies.
@@ -247,7 +248,7 @@ def test_blocks_rotated_with_other_frequencies_are_not_shared(beyond):
 def test_the_context_of_an_engine_includes_its_extension(beyond):
     engine, prompt = make_engine(beyond), random_ids(beyond.config, 500)
     assert len(engine.generate([prompt], SamplingParams(max_tokens=None, ignore_eos=True))[0].token_ids) == 12
-    with pytest.raises(RequestError, match="do not fit the model's context of 512"):
+    with pytest.raises(RequestError, match="do not fit: this model's maximum context length is 512"):
         engine.generate([prompt], SamplingParams(max_tokens=13))
 
 

@@ -13,7 +13,8 @@ import torch
 
 from deepseek_optimizer import DeepSeekConfig, DynamicGraphOptimizer, SamplingParams, make_engine
 from deepseek_optimizer.errors import ConfigError
-from support.models import CASES, gemma2, random_ids, random_model
+from support.family_configs import gemma2
+from support.models import CASES, random_ids, random_model
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True, logprobs=5)
 MODELS = {

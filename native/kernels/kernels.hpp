@@ -20,10 +20,11 @@ struct Matrix {  // a packed weight, see dso.h
   const uint8_t* data;
 };
 
-struct LowRank {  // a matrix of an adapter, F32 or BF16: [ceil(rows / 16)][cols][16], see dso.h
+struct LowRank {  // a matrix of an adapter, F32 or BF16, in tiles of 16 rows, see dso.h
   int32_t format;
   int32_t rows, cols;
   const uint8_t* data;
+  int64_t tile_bytes;
 };
 
 struct KvLayout {  // one layer of a cache; the layout inside a block is private to the kernels
@@ -159,6 +160,8 @@ struct RowKernels {  // everything else: rows of activations, weights and caches
   // ---- activations: columns [begin, end) of an f32 row (x points at column `begin`) to the same columns of a slot row (BF16,
   // Q8, Q16) of `width` columns; begin is a multiple of 32, and the group that contains column width - 1 is zero-filled.
   void (*convert)(int32_t kind, const float* x, int64_t begin, int64_t end, int64_t width, void* row);
+  // The numbers that a whole row of kind BF16, Q8 or Q16 stands for; x has room for a multiple of 32.
+  void (*restore)(int32_t kind, const void* row, int64_t width, float* x);
 
   void (*embed_row)(const Matrix& w, int32_t row, float scale, float* out);
   void (*unpack_rows)(const Matrix& w, int64_t begin, int64_t end, float* out, int64_t stride);
@@ -244,6 +247,16 @@ struct RowKernels {  // everything else: rows of activations, weights and caches
   // the larger rot.
   void (*latent_rotate)(const KvLayout& l, const KvView& v, int64_t block, const Rotation& key, const Rotation* index,
                         float* room);
+
+  // ---- the choice of a token from a row of logits (kernels/generic/choice.hpp)
+  int64_t (*first_largest)(const float* x, int64_t n);  // its index; -1 if it is not finite or any element is NaN
+  float (*smallest)(const float* x, int64_t n);         // NaN if any element is
+  void (*divide)(const float* x, float divisor, int64_t n, float* out);
+  void (*quotients)(const float* a, const float* b, int64_t n, float* out);
+  void (*exp_differences)(const float* x, float top, int64_t n, float* out);  // e^(x - top)
+  // maxima[c]: the largest of x[c], x[c + columns], ..., `rows` elements.
+  void (*column_maxima)(const float* x, int64_t rows, int64_t columns, float* maxima);
+  int64_t (*at_least_indices)(const float* x, float bound, int64_t n, int32_t* indices);  // ascending; returns their number
 };
 
 // The kernels of one variant. Each part has its own translation units; a variant may share parts with another

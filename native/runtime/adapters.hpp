@@ -5,20 +5,45 @@
 
 #include "dso.h"
 #include "kernels.hpp"
+#include "op.hpp"
 
 struct dso_adapters {
+  // Heads share a matrix, or have one each.
+  struct Stack {
+    dso::LowRank first{};
+    int64_t step = 0;  // bytes from the matrix of one head to the next
+    dso::LowRank of(int64_t head) const {
+      return {first.format, first.rows, first.cols, first.data + head * step, first.tile_bytes};
+    }
+  };
   struct Pair {
-    dso::LowRank down{}, up{};  // A [rank, cols] and B [rows, rank]; rows of A 0: the adapter has nothing for the site
+    Stack down, up;  // A [rank, cols] and B [rows, rank]; rows of A 0: the adapter has nothing for the site
   };
 
   dso_adapters(const dso_adapter_site* sites, int32_t n, int32_t slots, int32_t max_rank);
 
   void set(int32_t slot, int32_t site, const dso_weight* down, const dso_weight* up);
   const Pair& pair(int64_t slot, int64_t site) const { return pairs_[size_t(slot) * sites.size() + size_t(site)]; }
+  // Whether the slot's adapter has matrices for a site with heads.
+  bool adapts_heads(int64_t slot) const { return headed_[size_t(slot)] > 0; }
 
   std::vector<dso_adapter_site> sites;
   const int32_t slots, max_rank;
 
  private:
-  std::vector<Pair> pairs_;  // [slots][sites]
+  std::vector<Pair> pairs_;      // [slots][sites]
+  std::vector<int32_t> headed_;  // [slots]: number of sites with heads that have matrices
 };
+
+namespace dso {
+
+// Adds the adapters' part of a product to rows [row, end), for outputs of tiles [tile, tile_end).
+//
+// h: the result of LORA_DOWN for the site. y: row `row` at the first output of `tile`.
+void add_low_rank(const Run& run, int32_t site, const Rows& h, int64_t row, int64_t end, int64_t tile, int64_t tile_end,
+                  float* y, int64_t y_stride);
+
+// Starts to fetch the matrices that `add_low_rank` will read, which other work has usually driven out of the caches.
+void prefetch_low_rank(const Run& run, int32_t site, int64_t row, int64_t end, int64_t tile, int64_t tile_end);
+
+}  // namespace dso

@@ -2,12 +2,14 @@
 #include "adapters.hpp"
 #include "bandwidth.hpp"
 #include "check_arguments.hpp"
+#include "choice.hpp"
 #include "cache.hpp"
 #include "cache_rotate.hpp"
 #include "context.hpp"
 #include "cpu_features.hpp"
 #include "cpu_limits.hpp"
 #include "standalone.hpp"
+#include "decode.hpp"
 #include "dso.h"
 #include "error.hpp"
 #include "isa.hpp"
@@ -56,6 +58,17 @@ int32_t dso_context_set_checked(dso_context* c, int32_t on) {
 }
 int32_t dso_read_bandwidth(dso_context* c, int64_t bytes, double seconds, double* bytes_per_second) {
   return guarded([&] { given(bytes_per_second, "bytes_per_second") = read_bandwidth(shared(c), bytes, seconds); });
+}
+
+int32_t dso_read_bandwidth_of(dso_context* c, const void* const* starts, const int64_t* sizes, int32_t count, double seconds,
+                              double* bytes_per_second) {
+  return guarded([&] {
+    double& result = given(bytes_per_second, "bytes_per_second");
+    std::vector<MemoryRegion> regions;
+    for (int32_t i = 0; i < count; ++i)
+      regions.push_back({static_cast<const uint8_t*>((&given(starts, "starts"))[i]), (&given(sizes, "sizes"))[i]});
+    result = read_bandwidth(shared(c), regions, seconds);
+  });
 }
 
 int32_t dso_mapping_add(const void* address, int64_t bytes, int32_t fd, int64_t modified_ns, const char* name,
@@ -179,6 +192,15 @@ int32_t dso_plan_reserve(dso_plan* p, int32_t T, int32_t R) {
 }
 int32_t dso_plan_run(dso_plan* p, const dso_batch* batch) {
   return guarded([&] { given(p, "plan").run(given(batch, "batch")); });
+}
+int32_t dso_plan_decode(dso_plan* p, const dso_batch* batch, dso_decode* d) {
+  return guarded([&] { decode(given(p, "plan"), given(batch, "batch"), given(d, "decode")); });
+}
+int32_t dso_choose(dso_context* c, const float* logits, int32_t vocab, const dso_choice* choice, int32_t step,
+                   const dso_mt19937* generator, int32_t* token) {
+  return guarded([&] {
+    given(token, "token") = choose(shared(c), &given(logits, "logits"), vocab, given(choice, "choice"), step, generator);
+  });
 }
 int32_t dso_plan_check(const dso_plan* p) {
   return guarded([&] { given(p, "plan").check_weights(); });

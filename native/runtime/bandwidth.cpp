@@ -4,6 +4,7 @@
 #include <atomic>
 #include <chrono>
 #include <cstring>
+#include <utility>
 
 #include "cpu_features.hpp"
 #include "error.hpp"
@@ -19,8 +20,8 @@ constexpr int64_t kLeast = 1 << 20;
 constexpr int64_t kRoundBytes = 256 << 20;  // minimum bytes per round, so that its start and end do not count
 constexpr int kLeastRounds = 4;
 
-typedef int64_t Bytes32 __attribute__((vector_size(32), may_alias));
-typedef int64_t Bytes64 __attribute__((vector_size(64), may_alias));
+typedef int64_t Bytes32 __attribute__((vector_size(32)));
+typedef int64_t Bytes64 __attribute__((vector_size(64)));
 
 // The widest loads of this CPU, whatever the context's ISA: narrow loads keep too few cache lines in flight to saturate the
 // memory bus. One accumulator per load, so that no load waits for another. Always inlined: compiled for the ISA of its caller.
@@ -31,7 +32,11 @@ template <class Vector>
   Vector sum[kLoads] = {};
   for (const uint8_t* p = begin; p < end; p += kLoads * sizeof(Vector))
 #pragma GCC unroll 8
-    for (int64_t i = 0; i < kLoads; ++i) sum[i] ^= reinterpret_cast<const Vector*>(p)[i];
+    for (int64_t i = 0; i < kLoads; ++i) {
+      Vector x;  // copied, since a caller's memory may begin anywhere
+      std::memcpy(&x, p + i * int64_t(sizeof(Vector)), sizeof(Vector));
+      sum[i] ^= x;
+    }
 #pragma GCC unroll 8
   for (int64_t i = 1; i < kLoads; ++i) sum[0] ^= sum[i];
   return sum[0][0];
@@ -39,65 +44,117 @@ template <class Vector>
 [[gnu::target("avx512f")]] int64_t read_avx512(const uint8_t* begin, const uint8_t* end) { return read<Bytes64>(begin, end); }
 [[gnu::target("avx2")]] int64_t read_avx2(const uint8_t* begin, const uint8_t* end) { return read<Bytes32>(begin, end); }
 
-// The first stage writes the memory, one task per thread for its share; every later stage is a round of reading.
+// Writes memory that was just allocated, so that its pages exist; each thread writes what it will read.
+class FirstTouch final : public Job {
+ public:
+  explicit FirstTouch(std::vector<MemoryRegion> shares) : shares_(std::move(shares)) {}
+  int64_t next() override { return std::exchange(done_, true) ? -1 : int64_t(shares_.size()); }
+  void task(int64_t index, int) override {
+    std::memset(const_cast<uint8_t*>(shares_[size_t(index)].data), 1, size_t(shares_[size_t(index)].bytes));
+  }
+
+ private:
+  const std::vector<MemoryRegion> shares_;
+  bool done_ = false;
+};
+
+// Every stage is a round: each thread reads its share, the regions from first_[thread] to first_[thread + 1].
 class Reading final : public Job {
  public:
-  Reading(int64_t bytes, int threads, double seconds)
-      : threads_(threads),
-        share_(bytes / threads / kStride * kStride),
-        passes_(ceil_div(kRoundBytes, bytes)),
-        seconds_(seconds),
-        memory_(bytes) {}
+  Reading(const std::vector<MemoryRegion>& regions, int threads, double seconds) : threads_(threads), seconds_(seconds) {
+    int64_t total = 0;
+    for (const MemoryRegion& region : regions) total += region.bytes;
+    const int64_t share = round_up(ceil_div(total, threads), kStride);
+    int64_t room = share;  // of the thread whose share is being filled
+    first_.push_back(0);
+    for (MemoryRegion rest : regions)
+      while (rest.bytes > 0) {
+        if (room == 0) {
+          first_.push_back(parts_.size());
+          room = share;
+        }
+        const int64_t taken = std::min(rest.bytes, room);
+        parts_.push_back({rest.data, taken / kStride * kStride});
+        bytes_ += parts_.back().bytes;
+        rest = {rest.data + taken, rest.bytes - taken};
+        room -= taken;
+      }
+    first_.resize(size_t(threads) + 1, parts_.size());
+    passes_ = ceil_div(kRoundBytes, std::max<int64_t>(bytes_, kStride));
+  }
 
   int64_t next() override {
     const Clock::time_point now = Clock::now();
     const auto since = [&](Clock::time_point t) { return std::chrono::duration<double>(now - t).count(); };
-    if (stage_ == 1) first_ = now;
-    if (stage_ > 1) best_ = std::min(best_, since(round_));
-    if (stage_ > kLeastRounds && since(first_) >= seconds_) return -1;
-    ++stage_;
+    if (rounds_ == 0) begun_ = now;
+    if (rounds_ > 0) best_ = std::min(best_, since(round_));
+    if (rounds_ >= kLeastRounds && since(begun_) >= seconds_) return -1;
+    ++rounds_;
     round_ = now;
     return threads_;
   }
 
   void task(int64_t index, int) override {
-    uint8_t* begin = memory_.data() + index * share_;
-    if (stage_ == 1) {
-      std::memset(begin, 1, share_);
-      return;
-    }
     int64_t sum = 0;
-    for (int64_t pass = 0; pass < passes_; ++pass) {
-      const uint8_t* again = begin;
-      asm volatile("" : "+r"(again));  // otherwise the compiler could merge passes
-      sum ^= read_(again, again + share_);
-    }
+    for (int64_t pass = 0; pass < passes_; ++pass)
+      for (size_t i = first_[size_t(index)]; i < first_[size_t(index) + 1]; ++i) {
+        const uint8_t* again = parts_[i].data;
+        asm volatile("" : "+r"(again));  // otherwise the compiler could merge passes
+        sum ^= read_(again, again + parts_[i].bytes);
+      }
     sink_.fetch_xor(sum, std::memory_order_relaxed);
   }
 
-  double bytes_a_second() const { return double(share_) * threads_ * passes_ / best_; }
+  double bytes_a_second() const { return double(bytes_) * double(passes_) / best_; }
 
  private:
   const int threads_;
-  const int64_t share_, passes_;
   const double seconds_;
-  const Arena memory_;
   int64_t (*const read_)(const uint8_t*, const uint8_t*) = detect_features() & kAvx512f ? read_avx512 : read_avx2;
-  int stage_ = 0;
-  Clock::time_point first_, round_;
+  std::vector<MemoryRegion> parts_;
+  std::vector<size_t> first_;
+  int64_t bytes_ = 0, passes_ = 1;
+  int rounds_ = 0;
+  Clock::time_point begun_, round_;
   double best_ = 1e300;
   std::atomic<int64_t> sink_{0};
 };
 
+void check_request(int64_t bytes, double seconds) {
+  if (bytes < kLeast) fail(DSO_EINVAL, "bytes is %lld, must be at least %lld", (long long)bytes, (long long)kLeast);
+  if (!(seconds >= 0 && seconds <= 3600)) fail(DSO_EINVAL, "seconds is %g, must be from 0 to 3600", seconds);
+}
+
+double run(Context& c, const std::vector<MemoryRegion>& regions, double seconds, ThreadPool::Lease& lease) {
+  Reading reading(regions, c.pool.threads(), seconds);
+  lease.team().run(reading);
+  return reading.bytes_a_second();
+}
+
 }  // namespace
 
 double read_bandwidth(Context& c, int64_t bytes, double seconds) {
-  if (bytes < kLeast) fail(DSO_EINVAL, "bytes is %lld, must be at least %lld", (long long)bytes, (long long)kLeast);
-  if (!(seconds >= 0 && seconds <= 3600)) fail(DSO_EINVAL, "seconds is %g, must be from 0 to 3600", seconds);
+  check_request(bytes, seconds);
   ThreadPool::Lease lease(c.pool);
-  Reading reading(bytes, c.pool.threads(), seconds);
-  lease.team().run(reading);
-  return reading.bytes_a_second();
+  const Arena memory(bytes);
+  const int64_t share = bytes / c.pool.threads() / kStride * kStride;
+  std::vector<MemoryRegion> shares;
+  for (int i = 0; i < c.pool.threads(); ++i) shares.push_back({memory.data() + i * share, share});
+  FirstTouch touch(shares);
+  lease.team().run(touch);
+  return run(c, shares, seconds, lease);
+}
+
+double read_bandwidth(Context& c, const std::vector<MemoryRegion>& regions, double seconds) {
+  int64_t bytes = 0;
+  for (const MemoryRegion& region : regions) {
+    if (!region.data || region.bytes < 0)
+      fail(DSO_EINVAL, "a region is at %p and has %lld bytes", static_cast<const void*>(region.data), (long long)region.bytes);
+    bytes += region.bytes;
+  }
+  check_request(bytes, seconds);
+  ThreadPool::Lease lease(c.pool);
+  return run(c, regions, seconds, lease);
 }
 
 }  // namespace dso

@@ -134,8 +134,10 @@ void check_adapters(const dso_batch& b, const BatchNeeds& needs) {
     fail(DSO_EINVAL, "batch.adapters has max_rank %d, but the plan has room for %d", a.max_rank, needs.adapter_rank);
   for (size_t i = 0; i < needs.adapter_sites.size(); ++i) {
     const dso_adapter_site& need = needs.adapter_sites[i];
-    if (i >= a.sites.size() || (need.rows && need.rows != a.sites[i].rows) || (need.cols && need.cols != a.sites[i].cols))
-      fail(DSO_EINVAL, "batch.adapters: site %d has another shape than the plan's, [%d, %d]", int(i), need.rows, need.cols);
+    if (i >= a.sites.size() || (need.rows && need.rows != a.sites[i].rows) || (need.cols && need.cols != a.sites[i].cols) ||
+        (need.heads && need.heads != std::max(1, a.sites[i].heads)))
+      fail(DSO_EINVAL, "batch.adapters: site %d has another shape than the plan's, %d heads of [%d, %d]", int(i), need.heads,
+           need.rows, need.cols);
   }
   for (int64_t s = 0; s < b.S; ++s)
     if (b.adapter_of[s] < -1 || b.adapter_of[s] >= a.slots)
@@ -240,7 +242,12 @@ void Batch::set(const dso_batch& b, const BatchNeeds& needs) {
     if (b.phase[s] == DSO_PHASE_DECODE) decode_rows = end;
   }
   adapted.clear();
-  if (b.adapter_of && !needs.adapter_sites.empty()) set_adapted(b, first_row, adapted);
+  adapts_heads.assign(size_t(b.S), false);
+  if (b.adapter_of && !needs.adapter_sites.empty()) {
+    set_adapted(b, first_row, adapted);
+    for (int64_t s = 0; s < b.S; ++s)
+      adapts_heads[size_t(s)] = b.adapter_of[s] >= 0 && b.adapters->adapts_heads(b.adapter_of[s]);
+  }
   first_target.assign(b.S + 1, 0);
   if (!needs.recurrent.empty())
     for (int64_t s = 0, i = 0; s < b.S; ++s) {

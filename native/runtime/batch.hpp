@@ -64,6 +64,7 @@ struct Batch {
   std::vector<int64_t> first_row;              // per sequence
   std::vector<Piece> pieces;
   std::vector<AdaptedRows> adapted;   // ascending; empty: no row has an adapter
+  std::vector<bool> adapts_heads;     // per sequence: its adapter changes keys or values of latent attention
   std::vector<int64_t> first_target;  // per sequence, and one more: its entries of state_to
 
   int64_t sequence_of(int64_t row) const {

@@ -43,6 +43,7 @@ bool MlaSchedule::expands(const Run& run, const RowSpan& span) const {
   if (shape.expand) return true;
   const dso_batch& b = *run.batch.source;
   if (span.sparse || b.phase[span.sequence] == DSO_PHASE_DECODE || !shape.can_expand()) return false;
+  if (run.batch.adapts_heads[size_t(span.sequence)]) return false;  // its steps change absorbed queries and sums
   const int64_t i0 = b.context_len[span.sequence] + span.r0, i1 = i0 + span.rows();
   return expanded_cost(shape, i0, i1) < absorbed_cost(shape, i0, i1);
 }

@@ -1,9 +1,9 @@
 // Chooses the form of latent attention for a ragged batch and splits it into tasks. Built once per step of the model and shared
 // by all layers of the same shape, and by the products before and after the attention.
 //
-// Sequences in decode phase are absorbed; one in prefill uses the form with fewer multiply-adds, which depends only on its own
-// lengths. An absorbed task is some heads of some rows of one sequence and some of their pieces (mla_pieces.hpp); an expanded
-// one is some heads of some rows, and walks the chunks itself.
+// Sequences in decode phase are absorbed, and those whose adapter changes kv_b; one in prefill uses the form with fewer
+// multiply-adds, which depends only on its own lengths. An absorbed task is some heads of some rows of one sequence and some of
+// their pieces (mla_pieces.hpp); an expanded one is some heads of some rows, and walks the chunks itself.
 //
 // Sparse attention: a row that sees no more than top_k tokens attends to all of them, like any other. Later rows are absorbed
 // one by one, over chunks of 256 of their chosen tokens; so a row's bits are the same on both sides of this limit.

@@ -1,4 +1,5 @@
 // Matrix products: LINEAR (up to three matrices over one input, in one stage) and GATE_UP (SwiGLU inside the projection).
+#include "adapters.hpp"
 #include "linear_grid.hpp"
 #include "ops.hpp"
 
@@ -10,7 +11,8 @@ class Linear final : public Op {
   struct Product {
     Matrix w;
     const float* bias;
-    SlotRef out;
+    SlotRef out, h;  // h: what LORA_DOWN computed for `site`
+    int32_t site;    // -1: no adapters
   };
   Linear(const SlotRef& in, std::vector<Product> products) : in_(in), products_(std::move(products)) {}
 
@@ -41,8 +43,13 @@ class Linear final : public Op {
     const LinearGrid& g = part.grid;
     const int64_t task = index - part.first_task, row = g.first_row(task), tile = g.first_tile(task);
     const Rows &x = run.slots[in_.index], &y = run.slots[p.out.index];
-    run.kernels.linear(p.w, p.bias, in_.kind, x.row(row), x.stride, g.end_row(task) - row, g.prefill, tile,
-                       std::min(tile + g.block_tiles, tile_rows(p.w)), y.f32(row), y.stride, run.thread_scratch(thread));
+    const int64_t tile_end = std::min(tile + g.block_tiles, tile_rows(p.w));
+    if (p.site >= 0) prefetch_low_rank(run, p.site, row, g.end_row(task), tile, tile_end);
+    run.kernels.linear(p.w, p.bias, in_.kind, x.row(row), x.stride, g.end_row(task) - row, g.prefill, tile, tile_end,
+                       y.f32(row), y.stride, run.thread_scratch(thread));
+    if (p.site >= 0)
+      add_low_rank(run, p.site, run.slots[p.h.index], row, g.end_row(task), tile, tile_end, y.f32(row) + tile * kTileRows,
+                   y.stride);
   }
 
  private:
@@ -61,13 +68,18 @@ class Linear final : public Op {
 // that the next product reads: whole groups of 32 columns, so conversion does not need another task's columns.
 class GateUp final : public Op {
  public:
-  GateUp(const SlotRef& in, const SlotRef& out, const Matrix& gate, const Matrix& up, const float* gate_bias,
-         const float* up_bias, bool gelu)
-      : in_(in), out_(out), gate_(gate), up_(up), gate_bias_(gate_bias), up_bias_(up_bias), gelu_(gelu) {}
+  struct Product {
+    Matrix w;
+    const float* bias;
+    SlotRef h;  // as for Linear
+    int32_t site;
+  };
+  GateUp(const SlotRef& in, const SlotRef& out, const Product& gate, const Product& up, bool gelu)
+      : in_(in), out_(out), gate_(gate), up_(up), gelu_(gelu) {}
 
   void shape(const Run& run) override {
-    grids_ =
-        cut_by_phase(gate_, in_.kind, run.slots[in_.index].count, decode_rows(run, in_), run.threads, matrix_bytes(gate_), 2);
+    grids_ = cut_by_phase(gate_.w, in_.kind, run.slots[in_.index].count, decode_rows(run, in_), run.threads,
+                          matrix_bytes(gate_.w), 2);
     block_floats_ = 0;
     for (int i = 0; i < grids_.count; ++i) {
       const LinearGrid& g = grids_.grid[i];  // block_tiles is even: groups of 32 columns stay whole
@@ -88,13 +100,13 @@ class GateUp final : public Op {
     for (; index >= grids_.grid[i].tasks(); ++i) index -= grids_.grid[i].tasks();
     const LinearGrid& g = grids_.grid[i];
     const int64_t row = g.first_row(index), n = g.end_row(index) - row;
-    const int64_t tile = g.first_tile(index), tile_end = std::min(tile + g.block_tiles, tile_rows(gate_));
+    const int64_t tile = g.first_tile(index), tile_end = std::min(tile + g.block_tiles, tile_rows(gate_.w));
     const int64_t column = tile * kTileRows, columns = std::min(tile_end * kTileRows, out_.width) - column;
     const int64_t stride = g.block_tiles * kTileRows;
     float* gate = reinterpret_cast<float*>(run.thread_scratch(thread) + buffers_at(run));
     float* up = gate + block_floats_;
-    product(run, gate_, gate_bias_, g, row, n, tile, tile_end, gate, stride, thread);
-    product(run, up_, up_bias_, g, row, n, tile, tile_end, up, stride, thread);
+    product(run, gate_, g, row, n, tile, tile_end, gate, stride, thread);
+    product(run, up_, g, row, n, tile, tile_end, up, stride, thread);
     for (int64_t r = 0; r < n; ++r) {
       float* h = gate + r * stride;
       (gelu_ ? run.kernels.geglu : run.kernels.swiglu)(h, up + r * stride, columns, h);
@@ -105,27 +117,36 @@ class GateUp final : public Op {
  private:
   int64_t buffers_at(const Run& run) const { return round_up(int64_t(run.kernels.linear_scratch), 64); }
   // linear() writes at the matrix's own columns: the buffer starts at the task's first column.
-  void product(const Run& run, const Matrix& w, const float* bias, const LinearGrid& g, int64_t row, int64_t n, int64_t tile,
-               int64_t tile_end, float* buffer, int64_t stride, int thread) const {
+  void product(const Run& run, const Product& p, const LinearGrid& g, int64_t row, int64_t n, int64_t tile, int64_t tile_end,
+               float* buffer, int64_t stride, int thread) const {
     const Rows& x = run.slots[in_.index];
-    run.kernels.linear(tiles_of(w, tile, tile_end), bias ? bias + tile * kTileRows : nullptr, in_.kind, x.row(row), x.stride, n,
-                       g.prefill, 0, tile_end - tile, buffer, 4 * stride, run.thread_scratch(thread));
+    if (p.site >= 0) prefetch_low_rank(run, p.site, row, row + n, tile, tile_end);
+    run.kernels.linear(tiles_of(p.w, tile, tile_end), p.bias ? p.bias + tile * kTileRows : nullptr, in_.kind, x.row(row),
+                       x.stride, n, g.prefill, 0, tile_end - tile, buffer, 4 * stride, run.thread_scratch(thread));
+    if (p.site >= 0) add_low_rank(run, p.site, run.slots[p.h.index], row, row + n, tile, tile_end, buffer, 4 * stride);
   }
 
   const SlotRef in_, out_;
-  const Matrix gate_, up_;
-  const float *gate_bias_, *up_bias_;
+  const Product gate_, up_;
   const bool gelu_;
   PhaseGrids grids_;
   int64_t block_floats_ = 0;
 };
+
+// The result of LORA_DOWN for product i of the step, whose outputs are `rows`.
+SlotRef low_rank_rows(StepReader& s, int i, int32_t rows) {
+  const SlotRef h = s.token_rows(1 + i);
+  s.adapts(s.step.index + i, {rows, 0, 1}, int32_t(h.width));
+  return h;
+}
 
 }  // namespace
 
 std::unique_ptr<Op> make_linear(StepReader& s) {
   int n = 1;
   while (n < 3 && s.step.w[n] != -1) ++n;
-  s.takes(1, n, n, n, 0);
+  const bool adapts = s.step.in[1] != -1;
+  s.takes(adapts ? 1 + n : 1, n, n, n, 0);
   std::vector<Linear::Product> products;
   SlotRef in;
   for (int i = 0; i < n; ++i) {
@@ -134,22 +155,34 @@ std::unique_ptr<Op> make_linear(StepReader& s) {
     if (w.cols != in.width) s.refuse("w[%d] has %d columns, but in[0] has width %lld", i, w.cols, (long long)in.width);
     if (!reads(w.format, in.kind))
       s.refuse("in[0] is %s, which the %s weights of w[%d] do not support", kind_name(in.kind), format_name(w.format), i);
+    SlotRef h;
+    if (adapts) h = low_rank_rows(s, i, w.rows);
     const SlotRef out = s.out(i, kF32Only, w.rows, in.selected);
     if (out.index == in.index) s.refuse("out[%d] is in[0]", i);
-    products.push_back({w, s.bias(i, w.rows), out});
+    products.push_back({w, s.bias(i, w.rows), out, h, adapts ? s.step.index + i : -1});
   }
+  if (adapts && in.selected) s.refuse("in[0] holds selected rows, which have no adapters");
+  for (const Linear::Product& p : products) s.alias_only(p.out, SlotRef{});
   return std::make_unique<Linear>(in, std::move(products));
 }
 
 std::unique_ptr<Op> make_gate_up(StepReader& s) {
-  s.takes(1, 1, 2, 2, DSO_FLAG_GELU);
+  const bool adapts = s.step.in[1] != -1;
+  s.takes(adapts ? 3 : 1, 1, 2, 2, DSO_FLAG_GELU);
   const Matrix gate = s.matrix(0), up = s.matrix(1);
   if (gate.format != up.format || gate.rows != up.rows || gate.cols != up.cols)
     s.refuse("w[0] is %s of %d x %d, w[1] is %s of %d x %d: they must be equal", format_name(gate.format), gate.rows, gate.cols,
              format_name(up.format), up.rows, up.cols);
   const SlotRef in = s.activations(gate), out = s.out(0, kAnyKind, gate.rows, in.selected);
   if (out.index == in.index) s.refuse("out[0] is in[0]");
-  return std::make_unique<GateUp>(in, out, gate, up, s.bias(0, gate.rows), s.bias(1, gate.rows), s.step.flags & DSO_FLAG_GELU);
+  if (adapts && in.selected) s.refuse("in[0] holds selected rows, which have no adapters");
+  GateUp::Product products[] = {{gate, s.bias(0, gate.rows), {}, -1}, {up, s.bias(1, gate.rows), {}, -1}};
+  for (int i = 0; adapts && i < 2; ++i) {
+    products[i].h = low_rank_rows(s, i, gate.rows);
+    products[i].site = s.step.index + i;
+  }
+  s.alias_only(out, SlotRef{});
+  return std::make_unique<GateUp>(in, out, products[0], products[1], s.step.flags & DSO_FLAG_GELU);
 }
 
 }  // namespace dso

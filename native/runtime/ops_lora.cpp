@@ -1,81 +1,122 @@
-// The low-rank products of adapters, for consecutive rows with the same adapter at a time.
+// The low-rank products of adapters, for consecutive rows with the same adapter at a time. LINEAR and GATE_UP add the second
+// product themselves (add_low_rank); LORA_UP is for all other products.
 #include "adapters.hpp"
 #include "ops.hpp"
 
 namespace dso {
 namespace {
 
-constexpr int64_t kUpTiles = 64;  // tiles of outputs per task of LORA_UP
+constexpr int64_t kUpTiles = 64;    // tiles of outputs per task of LORA_UP
+constexpr int64_t kHeadsATask = 8;  // heads per task
+constexpr int64_t kRestored = 12;   // rows of another kind whose numbers are in scratch at a time
+
+struct HeadShape {
+  int64_t heads, stride, elements;  // elements of a head in its slot, and how many of them the product reads or writes
+};
 
 class Lora : public Op {
  public:
-  explicit Lora(int32_t site) : site_(site) {}
+  Lora(int32_t site, const HeadShape& shape, int64_t parts)
+      : site_(site), shape_(shape), parts_(parts), sets_(ceil_div(shape.heads, kHeadsATask)) {}
   void shape(const Run&) override {}
   int64_t work(const Run&) const override { return kSerialWork; }
+  int64_t tasks(const Run& run) const override { return int64_t(run.batch.adapted.size()) * sets_ * parts_; }
+  void task(const Run& run, int64_t index, int thread) override {
+    const AdaptedRows& rows = run.batch.adapted[size_t(index / (sets_ * parts_))];
+    const dso_adapters::Pair& pair = run.batch.source->adapters->pair(rows.slot, site_);
+    if (pair.down.first.rows == 0) return;
+    const int64_t set = index / parts_ % sets_, end = std::min((set + 1) * kHeadsATask, shape_.heads);
+    for (int64_t h = set * kHeadsATask; h < end; ++h) product(run, rows, pair, h, index % parts_, thread);
+  }
 
  protected:
-  const dso_adapters::Pair& pair(const Run& run, const AdaptedRows& rows) const {
-    return run.batch.source->adapters->pair(rows.slot, site_);
-  }
+  virtual void product(const Run& run, const AdaptedRows& rows, const dso_adapters::Pair& pair, int64_t head, int64_t part,
+                       int thread) const = 0;
   const int32_t site_;
+  const HeadShape shape_;
+  const int64_t parts_, sets_;
 };
 
 class LoraDown final : public Lora {
  public:
-  LoraDown(int32_t site, const SlotRef& x, const SlotRef& h) : Lora(site), x_(x), h_(h), tiles_(ceil_div(h.width, kTileRows)) {}
-  int64_t tasks(const Run& run) const override { return int64_t(run.batch.adapted.size()) * tiles_; }
-  void task(const Run& run, int64_t index, int) override {
-    const AdaptedRows& rows = run.batch.adapted[size_t(index / tiles_)];
-    const LowRank& a = pair(run, rows).down;
-    const int64_t tile = index % tiles_;
-    if (tile * kTileRows >= a.rows) return;
-    const Rows &x = run.slots[x_.index], &h = run.slots[h_.index];
-    run.kernels.low_rank(a, x.f32(rows.first), x.stride, rows.count, tile, tile + 1, false, h.f32(rows.first), h.stride);
-  }
+  LoraDown(int32_t site, const HeadShape& shape, int64_t rank, const SlotRef& x, const SlotRef& h)
+      : Lora(site, shape, 1), rank_(rank), restored_(4 * round_up(x.width, 32)), x_(x), h_(h) {}
+  int64_t scratch_bytes(const Run&) const override { return is_f32(x_.kind) ? 0 : kRestored * restored_; }
 
  private:
+  void product(const Run& run, const AdaptedRows& rows, const dso_adapters::Pair& pair, int64_t head, int64_t,
+               int thread) const override {
+    const LowRank a = pair.down.of(head);
+    const Rows &x = run.slots[x_.index], &h = run.slots[h_.index];
+    const int64_t tiles = ceil_div(a.rows, kTileRows);
+    if (is_f32(x_.kind)) {
+      run.kernels.low_rank(a, x.f32(rows.first) + head * shape_.stride, x.stride, rows.count, 0, tiles, false,
+                           h.f32(rows.first) + head * rank_, h.stride);
+      return;
+    }
+    const Rows numbers{run.thread_scratch(thread), restored_, kRestored};
+    for (int64_t done = 0; done < rows.count; done += kRestored) {
+      const int64_t n = std::min(kRestored, rows.count - done);
+      for (int64_t i = 0; i < n; ++i) run.kernels.restore(x_.kind, x.row(rows.first + done + i), x_.width, numbers.f32(i));
+      run.kernels.low_rank(a, numbers.f32(0), numbers.stride, n, 0, tiles, false, h.f32(rows.first + done), h.stride);
+    }
+  }
+  const int64_t rank_, restored_;  // restored_: bytes of a row
   const SlotRef x_, h_;
-  const int64_t tiles_;
 };
 
 class LoraUp final : public Lora {
  public:
-  LoraUp(int32_t site, const SlotRef& h, const SlotRef& y)
-      : Lora(site), h_(h), y_(y), tiles_(ceil_div(y.width, kTileRows)), parts_(ceil_div(tiles_, kUpTiles)) {}
-  int64_t tasks(const Run& run) const override { return int64_t(run.batch.adapted.size()) * parts_; }
-  void task(const Run& run, int64_t index, int) override {
-    const AdaptedRows& rows = run.batch.adapted[size_t(index / parts_)];
-    const LowRank& b = pair(run, rows).up;
-    if (b.rows == 0) return;
-    const int64_t tile = index % parts_ * kUpTiles;
-    const Rows &h = run.slots[h_.index], &y = run.slots[y_.index];
-    run.kernels.low_rank(b, h.f32(rows.first), h.stride, rows.count, tile, std::min(tile + kUpTiles, tiles_), true,
-                         y.f32(rows.first), y.stride);
-  }
+  LoraUp(int32_t site, const HeadShape& shape, int64_t rank, const SlotRef& h, const SlotRef& y)
+      : Lora(site, shape, ceil_div(ceil_div(shape.elements, kTileRows), kUpTiles)), rank_(rank), h_(h), y_(y) {}
 
  private:
+  void product(const Run& run, const AdaptedRows& rows, const dso_adapters::Pair& pair, int64_t head, int64_t part,
+               int) const override {
+    const int64_t tile = part * kUpTiles, tiles = ceil_div(shape_.elements, kTileRows);
+    const Rows &h = run.slots[h_.index], &y = run.slots[y_.index];
+    run.kernels.low_rank(pair.up.of(head), h.f32(rows.first) + head * rank_, h.stride, rows.count, tile,
+                         std::min(tile + kUpTiles, tiles), true, y.f32(rows.first) + head * shape_.stride, y.stride);
+  }
+  const int64_t rank_;
   const SlotRef h_, y_;
-  const int64_t tiles_, parts_;
 };
+
+// The heads of a step's slot of this width: one, unless the step says otherwise.
+HeadShape head_shape(StepReader& s, int64_t width) {
+  if (s.step.heads == 0) return {1, width, width};
+  const HeadShape shape{s.positive("heads", s.step.heads), s.positive("head_dim", s.step.head_dim),
+                        s.positive("nope", s.step.nope)};
+  if (shape.heads < 2 || shape.heads * shape.stride != width || shape.elements > shape.stride)
+    s.refuse("heads is %d, head_dim %d and nope %d, which do not fit a slot of width %lld", s.step.heads, s.step.head_dim,
+             s.step.nope, (long long)width);
+  return shape;
+}
 
 }  // namespace
 
 std::unique_ptr<Op> make_lora_down(StepReader& s) {
   s.takes(1, 1, 0, 0, 0);
-  const SlotRef x = s.token_rows(0), h = s.out(0, kF32Only, s.positive("rank", s.step.rank), false);
+  const SlotRef x = s.in(0, s.step.heads == 0 ? kAnyKind : kF32Only);
+  if (x.selected) s.refuse("in[0], slot %d, holds selected rows", x.index);
+  const HeadShape shape = head_shape(s, x.width);
+  const int64_t rank = s.positive("rank", s.step.rank);
+  const SlotRef h = s.out(0, kF32Only, shape.heads * rank, false);
   s.alias_only(h, SlotRef{});
-  s.adapts(0, int32_t(x.width), int32_t(h.width));
-  return std::make_unique<LoraDown>(s.step.index, x, h);
+  s.adapts(s.step.index, {0, int32_t(shape.elements), int32_t(shape.heads)}, int32_t(rank));
+  return std::make_unique<LoraDown>(s.step.index, shape, rank, x, h);
 }
 
 std::unique_ptr<Op> make_lora_up(StepReader& s) {
   s.takes(2, 1, 0, 0, 0);
-  const SlotRef h = s.token_rows(0, s.positive("rank", s.step.rank)), y = s.token_rows(1),
-                out = s.out(0, kF32Only, y.width, false);
+  const SlotRef y = s.token_rows(1);
+  const HeadShape shape = head_shape(s, y.width);
+  const int64_t rank = s.positive("rank", s.step.rank);
+  const SlotRef h = s.token_rows(0, shape.heads * rank), out = s.out(0, kF32Only, y.width, false);
   if (out.index != y.index || h.index == y.index)
     s.refuse("out[0] is slot %d, must be in[1], slot %d, and not in[0]", out.index, y.index);
-  s.adapts(int32_t(y.width), 0, int32_t(h.width));
-  return std::make_unique<LoraUp>(s.step.index, h, y);
+  s.adapts(s.step.index, {int32_t(shape.elements), 0, int32_t(shape.heads)}, int32_t(rank));
+  return std::make_unique<LoraUp>(s.step.index, shape, rank, h, y);
 }
 
 }  // namespace dso

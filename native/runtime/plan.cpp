@@ -34,6 +34,7 @@ void check_slots(const dso_slot* slots, int32_t n, int32_t vocab_size) {
 dso_plan::dso_plan(std::shared_ptr<Context> context, const dso_step* steps, int32_t n_steps, const dso_slot* slots,
                    int32_t n_slots, const dso_weight* weights, int32_t n_weights, int32_t vocab_size)
     : context_(std::move(context)),
+      vocab_size_(vocab_size),
       run_{context_->kernels, context_->pool.threads(), {}, {}},
       checked_(Arena::kGap == 0 && context_->checked),  // AddressSanitizer itself checks the gaps
       gap_(checked_ ? RedZones::kBytes : Arena::kGap) {

@@ -16,6 +16,9 @@ struct dso_plan final : private dso::Job {
            int32_t n_slots, const dso_weight* weights, int32_t n_weights, int32_t vocab_size);
 
   void run(const dso_batch& batch);
+  const dso::Kernels& kernels() const { return context_->kernels; }
+  int32_t vocab_size() const { return vocab_size_; }
+  bool has_states() const { return !needs_.recurrent.empty(); }
   void check_weights() const;  // Error if a mapped file that contains some of them has changed
   void reserve(int64_t T, int64_t R);
   int64_t buffer_bytes(int64_t T, int64_t R) const;  // of the slots, without the gaps of a checked context
@@ -46,6 +49,7 @@ struct dso_plan final : private dso::Job {
   [[noreturn]] void fail_overwritten() const;
 
   const std::shared_ptr<dso::Context> context_;
+  const int32_t vocab_size_;
   std::vector<dso_slot> slots_;
   std::vector<const void*> mapped_;  // starts of the mapped files that contain weights
   dso::BatchNeeds needs_;

@@ -180,17 +180,20 @@ int32_t StepReader::has_state(int64_t heads, int64_t rows, int64_t cols) {
   return index;
 }
 
-void StepReader::adapts(int32_t rows, int32_t cols, int32_t rank) {
+void StepReader::adapts(int32_t index, const dso_adapter_site& shape, int32_t rank) {
   BatchNeeds& needs = plan_.needs;
-  if (step.index < 0 || step.index >= 1 << 20) refuse("index (the site) is %d, out of range", step.index);
+  if (index < 0 || index >= 1 << 20) refuse("index (the site) is %d, out of range", index);
   if (needs.adapter_rank && needs.adapter_rank != rank)
     refuse("rank is %d, but an earlier step has %d", rank, needs.adapter_rank);
   needs.adapter_rank = rank;
-  if (size_t(step.index) >= needs.adapter_sites.size()) needs.adapter_sites.resize(size_t(step.index) + 1);
-  dso_adapter_site& site = needs.adapter_sites[size_t(step.index)];
-  if ((rows && site.rows) || (cols && site.cols)) refuse("site %d is an earlier step's", step.index);
-  site.rows += rows;
-  site.cols += cols;
+  if (size_t(index) >= needs.adapter_sites.size()) needs.adapter_sites.resize(size_t(index) + 1);
+  dso_adapter_site& site = needs.adapter_sites[size_t(index)];
+  if ((shape.rows && site.rows) || (shape.cols && site.cols)) refuse("site %d is an earlier step's", index);
+  if (site.heads && site.heads != shape.heads)
+    refuse("site %d has %d heads, but an earlier step says %d", index, shape.heads, site.heads);
+  site.rows += shape.rows;
+  site.cols += shape.cols;
+  site.heads = shape.heads;
 }
 
 void StepReader::sees(int64_t window, int64_t sinks) {

@@ -70,7 +70,7 @@ class StepReader {
   void attends_index(int32_t layer, int32_t index, bool writes);
   void sees(int64_t window, int64_t sinks);                      // visible tokens of its layer, after `attends`; window 0: all
   int32_t has_state(int64_t heads, int64_t rows, int64_t cols);  // field state: no other step has the same one
-  void adapts(int32_t rows, int32_t cols, int32_t rank);  // field index: the site; 0: the other step of it has the number
+  void adapts(int32_t site, const dso_adapter_site& shape, int32_t rank);  // rows or cols 0: another step of it has the number
   void uses_shared() { writes.push_back(shared_resource()); }
   // The step uses at most these; a field set beyond them is an error in the plan.
   void takes(int ins, int outs, int ws, int bs, int32_t flags) const;

@@ -199,7 +199,7 @@ inline const char* format_name(int format) {
                               : "f32";
 }
 inline size_t packed_bytes(int format, int64_t rows, int64_t cols) {
-  return (size_t)((rows + 15) / 16 * ((cols + 31) / 32)) * tile_bytes(format);
+  return (size_t)((rows + 15) / 16 * ((cols + 31) / 32)) * ::tile_bytes(format);
 }
 inline int band_rows(int format) { return format == DSO_FP8 ? 128 : 16; }  // rows that pack_tile packs at a time
 inline size_t row_bytes(int kind, int64_t width) {                         // of a slot
@@ -212,7 +212,7 @@ inline size_t row_bytes(int kind, int64_t width) {                         // of
 }
 // Position of the code of W[row, col]: the byte, and the shift of its 4 bits (0 for INT8).
 inline size_t code_at(int format, int64_t row, int64_t col, int64_t cols, int* shift) {
-  const size_t tile = (size_t)(row / 16 * ((cols + 31) / 32) + col / 32) * tile_bytes(format);
+  const size_t tile = (size_t)(row / 16 * ((cols + 31) / 32) + col / 32) * ::tile_bytes(format);
   const int r = (int)(row % 16), k = (int)(col % 32);
   if (format == DSO_FP8) return *shift = 0, tile + (size_t)((k / 2 * 16 + r) * 2 + k % 2);
   *shift = format == DSO_INT8 ? 0 : k / 4 % 2 * 4;

@@ -18,16 +18,22 @@ float stored(float x, int32_t format) {
   return format == DSO_F32 ? x : from_bits((to_bits(x) + 0x7fff + (to_bits(x) >> 16 & 1)) & 0xffff0000u);
 }
 
-// In tiles of 16 rows, [ceil(rows / 16)][cols][16].
+int64_t tiled_bytes(int32_t rows, int32_t cols, int32_t format) {
+  return (rows + 15) / 16 * 64 * (format == DSO_F32 ? cols : (cols + 1) / 2);
+}
+
+// In tiles of 16 rows, [ceil(rows / 16)][cols][16], or in pairs of columns, [ceil(rows / 16)][ceil(cols / 2)][16][2].
 dso_weight tiled(const std::vector<float>& w, int32_t rows, int32_t cols, int32_t format,
                  std::vector<std::unique_ptr<Buffer>>& keep) {
-  const size_t size = format == DSO_F32 ? 4 : 2, bytes = (size_t)((rows + 15) / 16 * 16 * cols) * size;
+  const bool wide = format == DSO_F32;
+  const size_t bytes = (size_t)tiled_bytes(rows, cols, format);
   Buffer& tiles = *keep.emplace_back(std::make_unique<Buffer>(bytes, 0));
   for (int32_t r = 0; r < rows; ++r)
     for (int32_t c = 0; c < cols; ++c) {
       const uint32_t bits = to_bits(stored(w[(size_t)(r * cols + c)], format));
-      const size_t place = ((size_t)(r / 16 * cols + c) * 16 + (size_t)(r % 16)) * size;
-      if (format == DSO_F32)
+      const size_t place = wide ? ((size_t)(r / 16 * cols + c) * 16 + (size_t)(r % 16)) * 4
+                                : ((size_t)(r / 16 * ((cols + 1) / 2) + c / 2) * 32 + (size_t)(r % 16 * 2 + c % 2)) * 2;
+      if (wide)
         memcpy(&tiles[place], &bits, 4);
       else
         tiles[place] = (uint8_t)(bits >> 16), tiles[place + 1] = (uint8_t)(bits >> 24);
@@ -51,7 +57,7 @@ class Adapted {  // a plan whose last hidden state is x[:, :rows] + (x A^T) B^T,
     steps[6].flags = DSO_FLAG_LAST;
     check(dso_plan_create(context.c, steps.data(), (int32_t)steps.size(), slots, 5, nullptr, 0, 5, &plan) == 0, "plan: %s",
           dso_last_error());
-    const dso_adapter_site site = {s.rows, s.cols};
+    const dso_adapter_site site = {s.rows, s.cols, 0};
     check(dso_adapters_create(&site, 1, (int32_t)pairs.size() + 1, s.max_rank, &adapters) == 0, "adapters: %s",
           dso_last_error());
     for (size_t i = 0; i < pairs.size(); ++i) {  // the last slot stays empty
@@ -142,6 +148,88 @@ void on_every_isa(const Sizes& s, int32_t format) {
     }
 }
 
+// Products of three heads: x has 14 elements per head, of which 9 are read, y 10, to 8 of which is added. One of the matrices
+// is the same for all heads.
+void heads_on_every_isa(int32_t format, bool shared_down) {
+  constexpr int32_t H = 3, x_stride = 14, cols = 9, y_stride = 10, rows = 8, rank = 5, T = 6, width = H * x_stride;
+  Random random(7);
+  const size_t downs = shared_down ? 1 : H, ups = shared_down ? H : 1;
+  std::vector<std::vector<float>> a, b;
+  for (size_t i = 0; i < downs; ++i) a.push_back(normal(rank * cols, 0.3f, random));
+  for (size_t i = 0; i < ups; ++i) b.push_back(normal(rows * rank, 0.3f, random));
+  std::vector<std::unique_ptr<Buffer>> keep;
+  auto stacked = [&](const std::vector<std::vector<float>>& all, int32_t n, int32_t m) {
+    const int64_t bytes = tiled_bytes(n, m, format);
+    Buffer& whole = *keep.emplace_back(std::make_unique<Buffer>((size_t)bytes * all.size(), 0));
+    for (size_t i = 0; i < all.size(); ++i)
+      memcpy(whole.get() + i * (size_t)bytes, tiled(all[i], n, m, format, keep).data, (size_t)bytes);
+    return dso_weight{format, n, m, all.size() > 1 ? (int32_t)all.size() : 0, whole.get(), bytes * (int64_t)all.size()};
+  };
+  const dso_weight down = stacked(a, rank, cols), up = stacked(b, rows, rank);
+  const std::vector<float> x = normal(T * width, 1, random);
+  const std::vector<int32_t> lengths = {2, 1, 3}, slots = {0, -1, 0}, zeros(3);
+  std::vector<float> first;
+  for (const Variant& v : variants()) {
+    OwnContext context(*v.kernels, 2);
+    auto f32 = [](int32_t n) { return dso_slot{DSO_SLOT_F32, n, 0, 0}; };
+    const dso_slot slot_list[] = {f32(width), f32(H * y_stride), f32(H * rank), f32(width - H * y_stride), f32(width)};
+    std::vector<dso_step> steps = {step_of(DSO_OP_STATE_IN, {}, {0}),   step_of(DSO_OP_COLUMNS, {0}, {1}),
+                                   step_of(DSO_OP_LORA_DOWN, {0}, {2}), step_of(DSO_OP_LORA_UP, {2, 1}, {1}),
+                                   step_of(DSO_OP_COLUMNS, {0}, {3}),   step_of(DSO_OP_CONCAT, {1, 3}, {4}),
+                                   step_of(DSO_OP_HIDDEN_OUT, {4}, {})};
+    for (int i : {1, 4}) steps[(size_t)i].groups = 1;
+    steps[4].offset = H * y_stride;
+    for (int i : {2, 3}) {
+      steps[(size_t)i].rank = rank;
+      steps[(size_t)i].heads = H;
+      steps[(size_t)i].head_dim = i == 2 ? x_stride : y_stride;
+      steps[(size_t)i].nope = i == 2 ? cols : rows;
+    }
+    steps[6].flags = DSO_FLAG_LAST;
+    dso_plan* plan = nullptr;
+    check(dso_plan_create(context.c, steps.data(), 7, slot_list, 5, nullptr, 0, 5, &plan) == 0, "plan: %s", dso_last_error());
+    dso_adapters* adapters = nullptr;
+    const dso_adapter_site site = {rows, cols, H};
+    check(dso_adapters_create(&site, 1, 1, rank, &adapters) == 0, "adapters: %s", dso_last_error());
+    check(!adapters->adapts_heads(0), "an empty slot adapts heads");
+    check(dso_adapters_set(adapters, 0, 0, &down, &up) == 0, "set: %s", dso_last_error());
+    check(adapters->adapts_heads(0), "the slot does not adapt heads");
+    std::vector<float> last(x.size(), NAN);
+    dso_batch batch{};
+    batch.T = T;
+    batch.S = 3;
+    batch.query_len = lengths.data();
+    batch.context_len = batch.phase = zeros.data();
+    batch.states = x.data();
+    batch.last_hidden = last.data();
+    batch.adapter_of = slots.data();
+    batch.adapters = adapters;
+    check(dso_plan_run(plan, &batch) == 0, "run: %s", dso_last_error());
+    for (int32_t t = 0; t < T; ++t)
+      for (int32_t c = 0; c < width; ++c) {
+        double wanted = x[(size_t)(t * width + c)];
+        const int32_t h = c / y_stride, n = c % y_stride;
+        if (t != 2 && h < H && n < rows)
+          for (int32_t r = 0; r < rank; ++r) {
+            double sum = 0;
+            for (int32_t k = 0; k < cols; ++k)
+              sum += double(x[(size_t)(t * width + h * x_stride + k)]) *
+                     stored(a[shared_down ? 0 : (size_t)h][(size_t)(r * cols + k)], format);
+            wanted += sum * stored(b[shared_down ? (size_t)h : 0][(size_t)(n * rank + r)], format);
+          }
+        const float got = last[(size_t)(t * width + c)];
+        check(std::abs(got - wanted) <= 1e-5, "%s: row %d, column %d is %g, must be %g", v.name.c_str(), t, c, got, wanted);
+      }
+    if (first.empty()) first = last;
+    check(last == first, "%s: other bits", v.name.c_str());
+    refuses(dso_adapters_set(adapters, 0, 0, &up, &down), DSO_EINVAL, "the rank is 8", "swapped");
+    check(dso_adapters_set(adapters, 0, 0, nullptr, nullptr) == 0, "clear: %s", dso_last_error());
+    check(!adapters->adapts_heads(0), "a cleared slot adapts heads");
+    dso_plan_destroy(plan);
+    dso_adapters_destroy(adapters);
+  }
+}
+
 void refused() {
   Random random(1);
   const Sizes s{20, 12, 8};
@@ -165,7 +253,7 @@ void refused() {
   check(dso_adapters_set(adapted.adapters, 0, 0, nullptr, nullptr) == 0, "clear: %s", dso_last_error());
   check(adapted.run(x, {1, 1}, {0, 1}) == x, "rows changed though both slots are empty");
   dso_adapters* other = nullptr;
-  const dso_adapter_site site = {12, 19};
+  const dso_adapter_site site = {12, 19, 0};
   check(dso_adapters_create(&site, 1, 1, 8, &other) == 0, "adapters: %s", dso_last_error());
   std::swap(other, adapted.adapters);
   adapted.run(x, {1, 1}, {0, 0}, DSO_EINVAL);
@@ -180,6 +268,8 @@ void refused() {
 int main() {
   for (int32_t format : {DSO_F32, DSO_BF16})
     for (const Sizes& s : {Sizes{50, 33, 5}, Sizes{321, 290, 40}, Sizes{64, 16, 16}}) on_every_isa(s, format);
+  for (int32_t format : {DSO_F32, DSO_BF16})
+    for (bool shared_down : {false, true}) heads_on_every_isa(format, shared_down);
   refused();
   return report("test_lora");
 }

@@ -227,6 +227,20 @@ class RequestError(DeepSeekOptimizerError, ValueError):
         super().__init__(f"{self.field}: {message}")
 
 
+class ContextLengthError(RequestError):
+    """A prompt does not fit the model's context.
+
+    Args:
+        field, message: see `RequestError`.
+        tokens: number of tokens of the prompt, or a lower bound of it.
+        context: maximum number of tokens of prompt and answer.
+    """
+
+    def __init__(self, field: str, message: str, tokens: int, context: int) -> None:
+        self.tokens, self.context = tokens, context
+        super().__init__(field, message)
+
+
 class EngineBusyError(DeepSeekOptimizerError, RuntimeError):
     """The engine's queue is full.
 

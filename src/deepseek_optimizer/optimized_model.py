@@ -10,7 +10,13 @@ from .config import DeepSeekConfig
 from .errors import ConfigError
 
 
-def load_model(path: str | os.PathLike[str], config: DeepSeekConfig | None = None, **fields: Any) -> Any:
+def load_model(
+    path: str | os.PathLike[str],
+    config: DeepSeekConfig | None = None,
+    *,
+    adapter: str | os.PathLike[str] | None = None,
+    **fields: Any,
+) -> Any:
     """Loads a checkpoint as an optimized Transformers model on the CPU, ready to generate.
 
     A model of a supported family runs as an execution plan. Any other model that Transformers has (causal, encoder,
@@ -27,6 +33,8 @@ def load_model(path: str | os.PathLike[str], config: DeepSeekConfig | None = Non
         path: a directory of safetensors files (float, packed, or quantized by another tool), a .gguf file, or a model name on
             the hub.
         config: how to optimize the model; None: only lossless optimizations.
+        adapter: a directory with an adapter of PEFT, loaded as "default" by Transformers' `load_adapter`. The plan adds
+            what LoRA on linear layers adds; calls with other adapters run Transformers' own forward, with a warning.
         fields: single fields of `DeepSeekConfig`; they override those of `config`.
 
     Returns:
@@ -43,7 +51,10 @@ def load_model(path: str | os.PathLike[str], config: DeepSeekConfig | None = Non
     """
     from .integration.load.loader import load
 
-    return load(path, config, fields)
+    model = load(path, config, fields)
+    if adapter is not None:
+        model.load_adapter(os.fspath(adapter))
+    return model
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Any:

@@ -168,7 +168,8 @@ def _core(
         chunk=_LATENT_CHUNK if latent and not options.batch_invariant else None,
         plain=None if rope is None else rope.context,
     )
-    runner = Runner(runtime.plan, arena, vocab, None if adapted is None else (adapted[0], adapted[1].store))
+    adapted_plan = None if adapted is None else (adapted[0], adapted[1].store)
+    runner = Runner(runtime.plan, arena, vocab, adapted_plan, backend.capabilities.decode_calls)
     draft = None if other is None else _draft_model(runtime, other, options)
     proposers = _proposers(runtime, arena, draft) if drafts else None
     store = _prefix_files(runtime, arena, options, proposers)

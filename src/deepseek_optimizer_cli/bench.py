@@ -1,4 +1,6 @@
-"""`dso bench MODEL`: speed, memory and quality of a model on this machine, compared with its limits and other engines."""
+"""`dso bench MODEL`: speed, memory and quality of a model on this machine, compared with its limits and other engines. Or
+(`--url`) the latency and throughput of a server.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,9 @@ from typing import Annotated, Any
 import typer
 
 from . import options as o
-from .bench_long import bench_long, check_options
+from .bench_long import bench_long
+from .bench_modes import check_options
+from .bench_server import bench_server
 
 _LIST = "Comma-separated for several."
 _MEASURE: dict[str, Any] = {"rich_help_panel": "Measurement"}
@@ -17,6 +21,7 @@ _QUALITY: dict[str, Any] = {"rich_help_panel": "Quality"}
 _COMPARE: dict[str, Any] = {"rich_help_panel": "Comparisons"}
 _REPORT: dict[str, Any] = {"rich_help_panel": "Report"}
 _LONG: dict[str, Any] = {"rich_help_panel": "Long texts"}
+_SERVER: dict[str, Any] = {"rich_help_panel": "Server"}
 
 
 @o.takes_model_fields
@@ -193,9 +198,57 @@ def bench(
     samples: Annotated[
         int, typer.Option("--samples", min=1, metavar="N", help="With --long: number of samples per task and length.", **_LONG)
     ] = 3,
+    url: Annotated[
+        str | None,
+        typer.Option(
+            "--url",
+            metavar="URL",
+            help="Measure a running server with an OpenAI-compatible API instead, e.g. http://host:8000, with --prompt and "
+            "--new tokens per request.",
+            **_SERVER,
+        ),
+    ] = None,
+    name: o.ServerModel = None,
+    api_key: o.ApiKey = None,
+    concurrency: Annotated[
+        int, typer.Option("--concurrency", metavar="N", help="With --url: maximum number of requests at once.", **_SERVER)
+    ] = 16,
+    rate: Annotated[
+        float | None,
+        typer.Option(
+            "--rate",
+            metavar="PER_SECOND",
+            help="With --url: requests per second, arriving at random. Default: the next one follows when one ends.",
+            **_SERVER,
+        ),
+    ] = None,
+    requests: Annotated[
+        int | None,
+        typer.Option(
+            "--requests", metavar="N", help="With --url: number of requests. Default: four times --concurrency.", **_SERVER
+        ),
+    ] = None,
+    endpoint: Annotated[
+        str, typer.Option("--endpoint", metavar="NAME", help="With --url: chat or completions.", **_SERVER)
+    ] = "chat",
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            "--seed",
+            metavar="N",
+            help="With --url: seed of the random prompts and arrivals. Default: new prompts, which no cache knows.",
+            **_SERVER,
+        ),
+    ] = None,
 ) -> None:
-    """Measure a model: time to first token, tokens/s, memory and quality."""
-    check_options(ctx, long)
+    """Measure a model or a server: time to first token, tokens/s, memory and quality."""
+    check_options(ctx, "--url" if url is not None else "--long" if long else "")
+    if url is not None:
+        bench_server(
+            prompt, new, as_json, url=url, key=api_key, model=name, concurrency=concurrency, rate=rate, requests=requests,
+            endpoint=endpoint, seed=seed,
+        )  # fmt: skip
+        return
     names = [name.strip() for name in (against or "").split(",") if name.strip()]
     if setup_peers:
         _set_up(names)

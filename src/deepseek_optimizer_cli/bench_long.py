@@ -5,25 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import typer
-
 from .model import print_json
-
-# Options of `dso bench` that --long accepts too.
-_SHARED = {
-    "model", "precision", "kv_cache", "attention_window", "attention_budget", "context_extension", "context_length", "threads",
-    "html", "as_json",
-}  # fmt: skip
-_OWN = {"long", "lengths", "modes", "tasks", "samples"}
-
-
-def check_options(ctx: typer.Context, long: bool) -> None:
-    """Raises ValueError if an option was given that has no effect with, or without, --long."""
-    for parameter in ctx.command.params:
-        name = parameter.name or ""
-        if name in _SHARED or (name in _OWN) == long or getattr(ctx.get_parameter_source(name), "name", "") != "COMMANDLINE":
-            continue
-        raise ValueError(f"{parameter.opts[0]} cannot be combined with --long" if long else f"{parameter.opts[0]} needs --long")
 
 
 def bench_long(

@@ -40,23 +40,8 @@ def chat(
             **_SERVER,
         ),
     ] = None,
-    name: Annotated[
-        str | None,
-        typer.Option(
-            "--model", metavar="NAME", help="With --url: name of the model on the server. Default: its only model.", **_SERVER
-        ),
-    ] = None,
-    api_key: Annotated[
-        str | None,
-        typer.Option(
-            "--api-key",
-            metavar="KEY",
-            envvar="OPENAI_API_KEY",
-            help="With --url: API key of the server.",
-            show_envvar=True,
-            **_SERVER,
-        ),
-    ] = None,
+    name: o.ServerModel = None,
+    api_key: o.ApiKey = None,
     chat_template: o.ChatTemplate = None,
     system: o.System = None,
     max_new_tokens: o.MaxNewTokens = 1024,

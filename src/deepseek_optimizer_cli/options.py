@@ -133,6 +133,26 @@ PrefixCacheBytes = Annotated[
         rich_help_panel="Requests and memory",
     ),
 ]
+ServerModel = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        metavar="NAME",
+        help="With --url: name of the model on the server. Default: its only model.",
+        rich_help_panel="Server",
+    ),
+]
+ApiKey = Annotated[
+    str | None,
+    typer.Option(
+        "--api-key",
+        metavar="KEY",
+        envvar="OPENAI_API_KEY",
+        help="With --url: API key of the server.",
+        show_envvar=True,
+        rich_help_panel="Server",
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 
 ChatTemplate = Annotated[

@@ -39,12 +39,17 @@ def serve(
     ssl_keyfile_password: so.SslKeyfilePassword = None,
     ssl_ca_certs: so.SslCaCerts = None,
     otlp_traces_endpoint: so.OtlpTracesEndpoint = None,
+    slots: so.Slots = True,
+    metrics: so.Metrics = True,
+    page: so.Page = True,
     sleep_mode: so.SleepMode = False,
+    sleep_idle_seconds: so.SleepIdleSeconds = None,
     fields: dict[str, Any],
     kl_budget: o.KlBudget = None,
     calibration: o.Calibration = None,
     max_running: so.MaxRunning = 32,
     max_waiting: so.MaxWaiting = 256,
+    prefill_chunk: so.PrefillChunk = None,
     kv_cache_memory: so.KvCacheMemory = None,
     prefix_cache: so.PrefixCache = True,
     models_dir: several.ModelsDir = None,
@@ -73,6 +78,7 @@ def serve(
     max_answer_tokens: so.MaxAnswerTokens = 4096,
     tool_format: so.ToolFormat = None,
     reasoning: so.Reasoning = None,
+    thinking: so.Thinking = None,
     pooling: so.Pooling = None,
     reranker: so.Reranker = "auto",
     prefill_assistant: so.PrefillAssistant = False,
@@ -125,6 +131,7 @@ def serve(
         drain_seconds=drain_seconds,
         tools_format=tool_format,
         reasoning=reasoning,
+        thinking=thinking,
         reranker=reranker,  # type: ignore[arg-type]  # checked there
         prefill_assistant=prefill_assistant,
         max_answer_tokens=max_answer_tokens,
@@ -133,7 +140,11 @@ def serve(
         lora_dir=lora_dir,
         access_log=access_log,
         root_path=root_path,
+        slots=slots,
+        metrics=metrics,
+        page=page,
         sleep_mode=sleep_mode,
+        idle_sleep=sleep_idle_seconds,
         ssl_certfile=ssl_certfile,
         ssl_keyfile=ssl_keyfile,
         ssl_keyfile_password=ssl_keyfile_password,
@@ -141,7 +152,11 @@ def serve(
     )
     adapters = _adapters(lora or [])
     fields |= o.not_none(
-        kl_budget=kl_budget, calibration=calibration, kv_cache_memory=kv_cache_memory, batch_invariant=batch_invariant or None
+        kl_budget=kl_budget,
+        calibration=calibration,
+        kv_cache_memory=kv_cache_memory,
+        batch_invariant=batch_invariant or None,
+        prefill_chunk=prefill_chunk,
     )
     fields["batch_size_range"] = (1, max_running)
     options: dict[str, Any] = {
@@ -165,6 +180,8 @@ def serve(
             raise ConfigError("--served-model-name names a single model; several have the names of their files")
         if adapters or allow_lora_loading or otlp_traces_endpoint is not None:
             raise ConfigError("--lora, --allow-lora-loading and --otlp-traces-endpoint need a single model")
+        if sleep_idle_seconds is not None:
+            raise ConfigError("--sleep-idle-seconds needs a single model; several are unloaded by --models-memory")
         pool = several.PoolOptions(tuple(model or ()), models_dir, models_memory, tuple(pin or ()), load_timeout)
         several.serve_models(
             pool,

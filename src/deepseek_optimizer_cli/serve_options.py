@@ -57,7 +57,7 @@ AllowOrigin = Annotated[
     typer.Option(
         "--allow-origin",
         metavar="ORIGIN",
-        help="Web origin whose pages may use the API (CORS), or * for any. Repeatable.",
+        help="Web origin whose pages may use the API (CORS); localhost: any port of this machine; *: any. Repeatable.",
         **_ACCESS,
     ),
 ]
@@ -71,6 +71,9 @@ StrictRequests = Annotated[
     ),
 ]
 AccessLog = Annotated[bool, typer.Option("--access-log", help="Log each request to stderr.", **_ACCESS)]
+Slots = Annotated[bool, typer.Option("--slots/--no-slots", help="List running requests at /slots.", **_ACCESS)]
+Metrics = Annotated[bool, typer.Option("--metrics/--no-metrics", help="Serve Prometheus metrics at /metrics.", **_ACCESS)]
+Page = Annotated[bool, typer.Option("--ui/--no-ui", help="Serve the chat page at /.", **_ACCESS)]
 LogFormat = Annotated[
     str,
     typer.Option("--log-format", metavar="FORMAT", help="Format of the log: text, or json (an object per line).", **_ACCESS),
@@ -80,7 +83,7 @@ RootPath = Annotated[
     typer.Option(
         "--root-path",
         metavar="PATH",
-        help="Prefix of all paths that a reverse proxy removes before it forwards a request, such as /llm.",
+        help="Prefix of all paths under which a reverse proxy serves this server, such as /llm; it may remove it or not.",
         **_ACCESS,
     ),
 ]
@@ -130,8 +133,29 @@ SleepMode = Annotated[
         **_REQUESTS,
     ),
 ]
+SleepIdleSeconds = Annotated[
+    float | None,
+    typer.Option(
+        "--sleep-idle-seconds",
+        min=0.1,
+        metavar="SECONDS",
+        help="Release the memory of the cache and of mapped weights after this time without requests, until the next one. "
+        "Default: never.",
+        **_REQUESTS,
+    ),
+]
 MaxRunning = Annotated[
     int, typer.Option("--max-running", min=1, metavar="N", help="Maximum number of concurrent answers.", **_REQUESTS)
+]
+PrefillChunk = Annotated[
+    int | None,
+    typer.Option(
+        "--prefill-chunk",
+        min=1,
+        metavar="TOKENS",
+        help="Maximum number of prompt tokens in a step. Fewer delay other answers less. Default: 512.",
+        **_REQUESTS,
+    ),
 ]
 MaxWaiting = Annotated[
     int,
@@ -313,6 +337,15 @@ Reasoning = Annotated[
     typer.Option(
         "--reasoning/--no-reasoning",
         help="Return reasoning separately from the answer. Default: detected from the chat template.",
+        **_CHAT,
+    ),
+]
+Thinking = Annotated[
+    bool | None,
+    typer.Option(
+        "--thinking/--no-thinking",
+        help="Whether the model reasons before its answer, for requests that do not say. Default: as the chat template "
+        "decides.",
         **_CHAT,
     ),
 ]

@@ -17,7 +17,8 @@ from deepseek_optimizer.errors import BackendError, DroppedTokensError
 from deepseek_optimizer.graph import rules
 from deepseek_optimizer.graph.cache_groups import group_layers, group_spans
 from deepseek_optimizer.models import build_graph
-from support.models import gemma2, gemma3_text, olmo3, random_model, weights_of
+from support.family_configs import gemma2, gemma3_text, olmo3
+from support.models import random_model, weights_of
 from support.steps import Part, Runner, run_step
 
 from .cpu.packing import packed_weights

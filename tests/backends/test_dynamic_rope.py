@@ -17,8 +17,9 @@ from deepseek_optimizer.backends.reference import ReferenceBackend
 from deepseek_optimizer.errors import BackendError
 from deepseek_optimizer.graph import rules
 from deepseek_optimizer.models import build_graph
+from support.family_configs import deepseek_v3, deepseek_v32, llama, rope
 from support.models import assert_close_rows as close
-from support.models import deepseek_v3, deepseek_v32, llama, random_ids, random_model, rope, transformers_logits, weights_of
+from support.models import random_ids, random_model, transformers_logits, weights_of
 from support.steps import Part, Runner, run_step, runner
 
 from .cpu.packing import packed_weights

@@ -26,7 +26,8 @@ from deepseek_optimizer.graph.attention_mode import AttentionMode, apply_mode
 from deepseek_optimizer.models import build_graph
 from deepseek_optimizer.quant import FORMATS, SUPERBLOCKS, PackedMatrix, reference_packer, unpack
 from deepseek_optimizer.system.backend_entries import BUILT_IN, names
-from support.models import assert_close_rows, llama, random_ids, random_model, weights_of
+from support.family_configs import llama
+from support.models import assert_close_rows, random_ids, random_model, weights_of
 from support.steps import runner
 
 from .cpu.packing import dequantized, packed_weights

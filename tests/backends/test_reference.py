@@ -14,10 +14,10 @@ from deepseek_optimizer.errors import BackendError
 from deepseek_optimizer.graph import rules
 from deepseek_optimizer.models import build_graph
 from deepseek_optimizer.quant import get_format, pack
+from support.family_configs import llama
 from support.models import (
     CASES,
     assert_close_rows,
-    llama,
     random_ids,
     random_model,
     transformers_hidden,

@@ -16,7 +16,8 @@ from deepseek_optimizer.errors import BackendError
 from deepseek_optimizer.graph import rules
 from deepseek_optimizer.graph.attention_mode import AttentionMode, apply_mode
 from deepseek_optimizer.models import build_graph, build_mtp_graph
-from support.models import CASES, assert_close_rows, deepseek_v3, deepseek_v32, random_ids, random_model, weights_of
+from support.family_configs import deepseek_v3, deepseek_v32
+from support.models import CASES, assert_close_rows, random_ids, random_model, weights_of
 from support.row_by_row import logits_in_mode
 from support.steps import Part, make_batch, run_step, runner
 

@@ -11,7 +11,7 @@ from deepseek_optimizer.backends.reference.store import TorchStore, store_block_
 from deepseek_optimizer.errors import BackendError
 from deepseek_optimizer.graph.ir import CacheSpec
 from deepseek_optimizer.models import build_graph
-from support.models import llama
+from support.family_configs import llama
 
 SPEC = CacheSpec(layers=2, kv_heads=3, head_dim=8)
 TABLE = np.asarray([5, 0, 3], dtype=np.int32)

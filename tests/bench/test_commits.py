@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,6 +13,8 @@ if not (ROOT / "benchmarks" / "commits.py").exists():
 sys.path.append(str(ROOT))
 
 from benchmarks import commits  # noqa: E402
+
+from support import warm_python  # noqa: E402
 
 
 def test_ratios_are_per_round():
@@ -37,7 +38,7 @@ def test_a_slower_tree_fails(monkeypatch, capsys):
 
 
 def test_unknown_rows_are_errors():
-    command = [sys.executable, str(ROOT / "benchmarks" / "commits_side.py"), str(ROOT), "no-such-row", "0", "1"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    code = f"import runpy; runpy.run_path({str(ROOT / 'benchmarks' / 'commits_side.py')!r}, run_name='__main__')"
+    done = warm_python.run(code, ROOT, "no-such-row", "0", "1")
     assert done.returncode == 1
     assert "no row is called no-such-row; known: smol-decode" in done.stderr

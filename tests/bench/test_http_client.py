@@ -34,6 +34,14 @@ def test_streams_without_token_counts():
     assert reply.usage is None and reply.text == "x" and reply.streamed and reply.whole and not reply.done
 
 
+def test_events_as_other_servers_write_them():
+    """Lines that end in CR LF, no space after the colon, names of events, reasoning."""
+    events = b'event: x\r\ndata:{"choices": [{"delta": {"reasoning_content": "a"}}]}\r\n\r\ndata: {"choices": []}\n\n'
+    reply = reply_of([(1.0, HEAD + chunk(events) + b"0\r\n\r\n")])
+    assert [data["choices"] for _, data in reply.events] == [[{"delta": {"reasoning_content": "a"}}], []]
+    assert reply.pieces == [1.0] and reply.text == ""
+
+
 @pytest.mark.parametrize("size", [1, 2, 7, 50, 10_000])
 def test_an_event_arrives_with_its_last_byte(size):
     data = stream()

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 
 import pytest
+
+from support import warm_python
 
 PROBE = """
 import mmap, tempfile
@@ -23,7 +24,8 @@ print(memory.bytes())
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's /proc")
 def test_peak_memory_counts_later_allocations():
-    done = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True, check=True)
+    done = warm_python.run(PROBE)
+    assert done.returncode == 0, done.stderr
     assert 96 << 20 <= int(done.stdout) <= 120 << 20
 
 
@@ -39,5 +41,6 @@ print(memory.bytes())
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's /proc")
 def test_a_restarted_peak_counts_live_allocations():
-    done = subprocess.run([sys.executable, "-c", AGAIN], capture_output=True, text=True, check=True)
+    done = warm_python.run(AGAIN)
+    assert done.returncode == 0, done.stderr
     assert 60 << 20 <= int(done.stdout) <= 90 << 20

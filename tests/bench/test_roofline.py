@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from transformers import AutoModelForCausalLM, GPTNeoXConfig
 
@@ -9,9 +10,9 @@ from deepseek_optimizer import DeepSeekConfig, DynamicGraphOptimizer
 from deepseek_optimizer.backends import cpu
 from deepseek_optimizer.bench import machine_limits, roofline
 from deepseek_optimizer.bench.energy import Energy
-from deepseek_optimizer.bench.machine_limits import matrix_tera, read_gb_s
+from deepseek_optimizer.bench.machine_limits import matrix_tera, read_gb_s, read_regions_gb_s
 from deepseek_optimizer.bench.measure import cost_per_million
-from deepseek_optimizer.bench.memory_traffic import Experts, Reads, Traffic, traffic_of
+from deepseek_optimizer.bench.memory_traffic import Experts, Reads, Traffic, matrix_memory, traffic_of
 from deepseek_optimizer.bench.roofline import Roofline
 from deepseek_optimizer.bench.work import Work
 from support.models import CASES, random_model
@@ -69,6 +70,21 @@ def test_shares(monkeypatch):
     assert share["prefill_tera"] == pytest.approx(0.2) and share["matrix_percent"] == pytest.approx(10)
     assert "int8" in share["matrix_percent_of"]
     assert "bandwidth_percent" not in roof.share(traffic, work, 100, None)
+
+
+@pytest.mark.skipif(cpu.unavailable_reason() is not None, reason="needs the native backend")
+def test_bandwidth_of_the_models_own_matrices(optimized, plain, monkeypatch):
+    regions = matrix_memory(optimized)
+    assert sum(size for _, size in regions) == traffic_of(optimized).weight_bytes
+    assert matrix_memory(plain) == []
+    memory = np.ones(1 << 21, np.uint8)
+    halves = [(memory.ctypes.data, 1 << 20), (memory.ctypes.data + (1 << 20), 1 << 20)]
+    assert 0.1 < read_regions_gb_s(halves, 2, seconds=0.05) < 10_000
+    assert read_regions_gb_s(regions, 2, seconds=0.05) is None  # too small to tell
+    monkeypatch.setattr(roofline, "matrix_tera", lambda threads: {"fp32": 0.5})
+    monkeypatch.setattr(roofline, "read_regions_gb_s", lambda regions, threads: 50.0 if regions == halves else None)
+    share = Roofline(2, halves).share(Traffic(10**8, 0, 10**8, 0, 0), Work(100, 10), ttft_ms=100, decode_tok_s=250)
+    assert share["machine_read_gb_s"] == 50 and share["bandwidth_percent"] == pytest.approx(50)
 
 
 def test_machine_limits_are_measured():

@@ -63,7 +63,7 @@ def test_rows_of_text() -> None:
 @pytest.mark.parametrize("side", ["fp32", "ours"])
 def test_a_side_for_real(side: str) -> None:
     a = argparse.Namespace(
-        side=side, model=tiny_v3(), rows=2, tokens=32, steps=3, evaluate=2, rate=1e-3, lora=0, precision=None, threads=None,
+        side=side, model=tiny_v3(), rows=2, tokens=32, steps=3, evaluate=2, rate=1e-3, lora=0, precision=None, threads=1,
         fields={},
     )  # fmt: skip
     actual = training_side.run(a)

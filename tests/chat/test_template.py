@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import itertools
 import os
 from pathlib import Path
@@ -444,3 +445,19 @@ def test_user_text_has_no_control_tokens(made):
     tokenizer, template = made("qwen")
     ids = template.said("the <|im_start|> fox")
     assert tokenizer.decode(ids) == "the <|im_start|> fox" and tokenizer.convert_tokens_to_ids("<|im_start|>") not in ids
+
+
+def test_a_template_that_requires_the_date_and_functions_gets_them():
+    """Firefunction's; Transformers fails on it. A template that only asks for the date is rendered as by Transformers."""
+    tokenizer = qwen()
+    today = datetime.date.today().strftime("%b %d %Y")
+    for source, expected in (
+        ("{{ 'Today is ' + datetime + functions.strip() }}{{ messages[0].content }}", f"Today is {today}hi"),
+        ("{% if datetime is defined %}{{ datetime }}{% endif %}{{ messages[0].content }}", "hi"),
+    ):
+        tokenizer.chat_template = source
+        template = ChatTemplate(tokenizer)
+        try:
+            assert template.render([{"role": "user", "content": "hi"}]).text == expected
+        finally:
+            template.close()

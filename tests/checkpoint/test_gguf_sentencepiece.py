@@ -10,9 +10,10 @@ import pytest
 
 from deepseek_optimizer import load_tokenizer
 from deepseek_optimizer.errors import CheckpointError
+from support.family_configs import gemma
 from support.gguf_converter import write_gguf
 from support.gguf_families import CASES
-from support.models import gemma, random_model
+from support.models import random_model
 
 SPACE = "\u2581"
 CONTROL, USER_DEFINED, BYTE, NORMAL, UNKNOWN = 3, 4, 6, 1, 2

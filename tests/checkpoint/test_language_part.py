@@ -24,8 +24,7 @@ from transformers import (
 
 from deepseek_optimizer import load_model
 from deepseek_optimizer.checkpoint import open_checkpoint
-from support.models import (
-    assert_close_rows,
+from support.family_configs import (
     gemma4_shared,
     gemma4_unified_text,
     llama4_text,
@@ -34,9 +33,8 @@ from support.models import (
     mistral4,
     qwen3_5_moe_text,
     qwen3_5_text,
-    random_ids,
-    randomize,
 )
+from support.models import assert_close_rows, random_ids, randomize
 
 VISION = {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 72}
 PIXELS = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28,

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +13,7 @@ from deepseek_optimizer import quant
 from deepseek_optimizer.checkpoint import Checkpoint, LoadProgress, all_finite, open_checkpoint, stream_weights
 from deepseek_optimizer.checkpoint import base as checkpoint_base
 from deepseek_optimizer.errors import CheckpointError, ConfigError
+from support import warm_python
 from support.checkpoint_files import safetensors_bytes
 
 TENSORS = {
@@ -157,7 +156,8 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("format", ["int4", "bf16"])
 def test_peak_memory_is_the_packed_size_and_panels(large: Path, format: str) -> None:
     """The largest matrix alone is 235 MB: it is never entirely in memory together with its packed form, nor mapped."""
-    run = subprocess.run([sys.executable, "-c", CHILD, str(large), format], capture_output=True, text=True, check=True)
+    run = warm_python.run(CHILD, large, format)
+    assert run.returncode == 0, run.stderr
     used = json.loads(run.stdout)
     assert used["packed"] > 80e6
     assert used["peak"] < used["packed"] + 64e6, used

@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from deepseek_optimizer import CheckpointError, load_model
 from deepseek_optimizer.checkpoint import open_checkpoint
-from support.models import assert_close_rows, kimi_linear, random_ids, random_model, transformers_logits
+from support.family_configs import kimi_linear
+from support.models import assert_close_rows, random_ids, random_model, transformers_logits
 
 
 def test_parts_are_joined_in_order(tmp_path: Path) -> None:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 
 import pytest
 from typer.testing import CliRunner
 
 from deepseek_optimizer_cli.app import app
+from support import warm_python
 
 
 @pytest.fixture
@@ -28,8 +27,7 @@ def dso_process():
     """The same in a process whose three streams are pipes."""
 
     def start(*arguments, input=""):
-        command = [sys.executable, "-m", "deepseek_optimizer", *map(str, arguments)]
-        return subprocess.run(command, input=input, capture_output=True, text=True, timeout=120)
+        return warm_python.run(warm_python.DSO, *arguments, input=input)
 
     return start
 

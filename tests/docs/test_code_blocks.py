@@ -132,11 +132,16 @@ def runs(block) -> bool:
 
 
 RUNNABLE = [page for page in PAGES if any(runs(block) for block in blocks(page, ROOT))]
+LONG = {"train.md", "long-documents.md", "serve.md"}  # several seconds each
 
 
 @pytest.mark.every_run
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("page", RUNNABLE, ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(page, marks=pytest.mark.wide) if page.name in LONG else page for page in RUNNABLE],
+    ids=lambda page: str(page.relative_to(ROOT)),
+)
 def test_blocks_run(page, session, documented_model):
     assert run_page(page, session(documented_model), slow=False) > 0
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 
+@pytest.mark.wide
 @pytest.mark.every_run
 def test_generated_pages_are_up_to_date():
     from docs.generate.__main__ import ROOT, outdated

@@ -19,7 +19,8 @@ from deepseek_optimizer.doctor.remedies import LONGDOC_TOKENS, remedies
 from deepseek_optimizer.longdoc.long_document import LongDocument
 from deepseek_optimizer.longdoc.material import Limits
 from deepseek_optimizer.system.memory import RESERVE_BYTES
-from support.models import llama, random_ids, random_model
+from support.family_configs import llama
+from support.models import random_ids, random_model
 
 CONTEXT = 16384
 SLIDING = {"attention_optimization": "sliding"}

@@ -208,6 +208,10 @@ async def test_metrics_have_the_names_of_vllm(engine):
     assert value("vllm:request_success_total", {**labels, "finished_reason": "length"}) == 1
     assert value("vllm:time_to_first_token_seconds_count", labels) == 1
     assert value("vllm:inter_token_latency_seconds_count", labels) == 19
+    assert value("vllm:iteration_tokens_total_sum", labels) == 60 and value("vllm:request_params_max_tokens_sum", labels) == 20
+    for name in ("inference_time_seconds", "prefill_time_seconds", "decode_time_seconds", "num_preemptions", "params_n"):
+        assert value(f"vllm:request_{name}_count", labels) == 1
+    assert value("vllm:admission_rejections_total", labels) == 0 and value("vllm:prefix_cache_queries_total", labels) == 40
     assert value("vllm:num_requests_running", labels) == 0 and value("vllm:kv_cache_usage_perc", labels) == 0
 
 

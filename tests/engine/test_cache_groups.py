@@ -10,33 +10,13 @@ from deepseek_optimizer import RequestError
 from deepseek_optimizer.cache import HOLE, Forgetting
 from deepseek_optimizer.cache.forgetting import max_blocks
 from deepseek_optimizer.engine.engine import Completion
-from deepseek_optimizer.engine.request import Request, SamplingParams
+from deepseek_optimizer.engine.request import Request
+from support.engine_runs import endless, run, run_and_count, text
 from support.mock_model import VOCAB, blocks_in_use, expected, make_core, run_with_arrivals
 from support.scripted_proposer import ScriptedProposer
 
 WINDOW = Forgetting(window=100, sinks=0, spare=64)
 GROUPS = (None, *(WINDOW,) * 5)  # five of six layers have a window
-
-
-def endless(max_tokens: int) -> SamplingParams:
-    return SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
-
-
-def text(seed: int, count: int) -> list[int]:
-    rng = random.Random(seed)
-    return [rng.randrange(VOCAB - 1) for _ in range(count)]
-
-
-def run(core, *requests):
-    """All answers by id, and the maximum number of blocks in use."""
-    result, most = {r.id: Completion() for r in requests}, 0
-    for request in requests:
-        core.add(request)
-    while not core.idle:
-        for output in core.step():
-            result[output.request_id].add(output)
-        most = max(most, blocks_in_use(core))
-    return result, most
 
 
 @pytest.mark.parametrize("options", [{}, {"prefix_cache": False}])
@@ -45,7 +25,7 @@ def test_a_long_prompt_takes_what_its_groups_need(options):
     needed = max_blocks(GROUPS, 3_100, 64)
     core = make_core(blocks=needed + len(GROUPS), context=3_200, forgetting=GROUPS, step_tokens=64, **options)
     prompt = text(0, 3_000)
-    actual, most = run(core, Request(prompt, endless(90), id="a"))
+    actual, most = run_and_count(core, Request(prompt, endless(90), id="a"))
     assert actual["a"].token_ids == expected(prompt, 90, None, GROUPS)
     assert most <= needed == 97 + 5 * 9 and core.scheduler.preemptions == 0 and blocks_in_use(core) == 0
 
@@ -54,7 +34,7 @@ def test_how_many_tokens_fit():
     """With released blocks, several times the tokens fit; more are refused when a request arrives."""
     core = make_core(blocks=97 + 5 * WINDOW.blocks(64), context=10_000, forgetting=GROUPS, step_tokens=64)
     assert core.room == core.cache_tokens == 97 * 32 > 3 * core.blocks // 6 * 32
-    actual, _ = run(core, Request(text(0, 3_000), endless(104), id="a"))
+    actual = run(core, Request(text(0, 3_000), endless(104), id="a"))
     assert actual["a"].finish == "length" and len(actual["a"].token_ids) == 104
     with pytest.raises(RequestError, match="3104 tokens"):
         core.check(Request(text(0, 3_000), endless(105), id="b"))
@@ -105,7 +85,7 @@ def test_prefixes_of_any_length_are_shared_while_there_is_room():
     run(core, Request(document, endless(5), id="a"))
     for n, length in enumerate((320, 1_000, 1_984)):
         prompt = document[:length] + text(n + 1, 40)
-        actual, _ = run(core, Request(prompt, endless(10), id=str(n)))
+        actual = run(core, Request(prompt, endless(10), id=str(n)))
         assert actual[str(n)].cached_tokens == length // 32 * 32
         assert actual[str(n)].token_ids == expected(prompt, 10, None, GROUPS)
 
@@ -116,13 +96,13 @@ def test_released_blocks_make_room_for_others():
     document = text(0, 2_000)
     run(core, Request(document + text(1, 20), endless(30), id="a"))
     other = text(5, 200)
-    actual, _ = run(core, Request(other, endless(8), id="b"))
+    actual = run(core, Request(other, endless(8), id="b"))
     assert actual["b"].token_ids == expected(other, 8, None, GROUPS) and core.scheduler.preemptions == 0
     question = document + text(2, 30)
-    actual, _ = run(core, Request(question, endless(8), id="c"))
+    actual = run(core, Request(question, endless(8), id="c"))
     assert actual["c"].cached_tokens == 1_984 and actual["c"].token_ids == expected(question, 8, None, GROUPS)
     shorter = document[:1_000] + text(3, 9)
-    actual, _ = run(core, Request(shorter, endless(8), id="d"))
+    actual = run(core, Request(shorter, endless(8), id="d"))
     assert actual["d"].cached_tokens < 992 and actual["d"].token_ids == expected(shorter, 8, None, GROUPS)
 
 

@@ -11,24 +11,11 @@ from deepseek_optimizer.engine.draft import Draft
 from deepseek_optimizer.engine.engine import Completion, Engine
 from deepseek_optimizer.engine.request import Request, SamplingParams
 from deepseek_optimizer.engine.speculative.prompt_lookup import PromptLookupProposer
+from support.engine_runs import run
 from support.mock_model import EOS, VOCAB, blocks_in_use, expected, logits_of, make_core
 from support.scripted_proposer import ScriptedProposer
 
 GREEDY = SamplingParams(temperature=0, max_tokens=20)
-
-
-def run(core, requests, limit=20_000):
-    """All answers, by id."""
-    result = {r.id: Completion() for r in requests}
-    for request in requests:
-        core.add(request)
-    for _ in range(limit):
-        for output in core.step():
-            assert result[output.request_id].finish is None
-            result[output.request_id].add(output)
-        if core.idle:
-            return result
-    raise AssertionError("the engine does not become idle")
 
 
 def prompts(rng, count, longest=120):
@@ -47,7 +34,7 @@ def test_every_request_gets_its_own_text(options, drafts):
     requests = [
         Request(p, SamplingParams(temperature=0, max_tokens=rng.randrange(1, 60)), id=str(n)) for n, p in enumerate(texts)
     ]
-    actual = run(core, requests)
+    actual = run(core, *requests)
     for request in requests:
         text = expected(request.prompt, request.sampling.max_tokens)
         answer = actual[request.id]
@@ -117,14 +104,14 @@ def test_reserved_room_for_drafts_that_are_not_made():
     prompt = [4, 5]
     script = {1: prompt + expected(prompt, 60, None)}
     core = make_core(proposers=[(Silent(script, 0.9, VOCAB), 4)])
-    answer = run(core, [Request(prompt, SamplingParams(temperature=0, max_tokens=60, ignore_eos=True), id="a")])["a"]
+    answer = run(core, Request(prompt, SamplingParams(temperature=0, max_tokens=60, ignore_eos=True), id="a"))["a"]
     assert answer.token_ids == script[1][2:] and core.drafting.accepted > 0
 
 
 def test_preemption_changes_no_text():
     core = make_core(blocks=8, batch_size_range=(4, 4), prefix_cache=False)
     requests = [Request([n] * 40, SamplingParams(temperature=0, max_tokens=80, ignore_eos=True), id=str(n)) for n in range(4)]
-    actual = run(core, requests)
+    actual = run(core, *requests)
     assert core.scheduler.preemptions > 0
     for request in requests:
         assert actual[request.id].token_ids == expected(request.prompt, 80, None)
@@ -209,7 +196,7 @@ def test_a_request_without_allowed_tokens_ends_alone():
             self.taken += 1
 
     sampling = SamplingParams(temperature=0, logit_bias=bias, grammar=Once(), max_tokens=5)
-    actual = run(core, [Request([1], sampling, id="a"), Request([2], GREEDY, id="b")])
+    actual = run(core, Request([1], sampling, id="a"), Request([2], GREEDY, id="b"))
     assert actual["a"].token_ids == [5] and actual["a"].finish == "stop" and actual["b"].token_ids == expected([2], 20)
 
 
@@ -261,7 +248,7 @@ def test_failed_drafts_are_skipped():
     prompt = [4, 5]
     script = {1: prompt + expected(prompt, 20, None)}
     core = make_core(proposers=[(Poor(script, 1.0, VOCAB), 4)])
-    assert run(core, [Request(prompt, GREEDY, id="a")])["a"].token_ids == expected(prompt, 20)
+    assert run(core, Request(prompt, GREEDY, id="a"))["a"].token_ids == expected(prompt, 20)
 
 
 def test_a_changed_draft_model_only_disables_drafts():
@@ -272,7 +259,7 @@ def test_a_changed_draft_model_only_disables_drafts():
     prompt = [4, 5]
     script = {1: prompt + expected(prompt, 20, None)}
     core = make_core(proposers=[(Changed(script, 1.0, VOCAB), 4)])
-    assert run(core, [Request(prompt, GREEDY, id="a")])["a"].token_ids == expected(prompt, 20)
+    assert run(core, Request(prompt, GREEDY, id="a"))["a"].token_ids == expected(prompt, 20)
     assert core.drafting is None
 
 
@@ -306,7 +293,7 @@ def test_a_grammar_that_fails_ends_its_request_alone():
 
     core = make_core()
     bad = SamplingParams(temperature=0, max_tokens=5, grammar=Broken())
-    actual = run(core, [Request([1], bad, id="bad"), Request([2], GREEDY, id="b")])
+    actual = run(core, Request([1], bad, id="bad"), Request([2], GREEDY, id="b"))
     assert actual["bad"].finish == "error" and "bug" not in actual["bad"].error and actual["b"].token_ids == expected([2], 20)
     assert blocks_in_use(core) == 0
 
@@ -314,20 +301,20 @@ def test_a_grammar_that_fails_ends_its_request_alone():
 def test_common_prefixes_are_computed_once():
     core = make_core()
     prompt = list(range(50)) * 2  # three full blocks, and four tokens
-    first = run(core, [Request(prompt, GREEDY, id="a")])["a"]
+    first = run(core, Request(prompt, GREEDY, id="a"))["a"]
     assert first.cached_tokens == 0
     tokens = core.metrics.prompt_tokens
-    again = run(core, [Request([*prompt, 5], GREEDY, id="b")])["b"]
+    again = run(core, Request([*prompt, 5], GREEDY, id="b"))["b"]
     assert again.cached_tokens == 96 and core.metrics.prompt_tokens - tokens == 5
     assert again.token_ids == expected([*prompt, 5], 20)
-    other = run(core, [Request(prompt, GREEDY, id="c", salt="another key")])["c"]
+    other = run(core, Request(prompt, GREEDY, id="c", salt="another key"))["c"]
     assert other.cached_tokens == 0 and other.token_ids == first.token_ids
 
 
 def test_identical_prompts_are_computed_once():
     core = make_core()
     prompt = list(range(60)) * 3
-    actual = run(core, [Request(prompt, GREEDY, id=str(n)) for n in range(5)])
+    actual = run(core, *(Request(prompt, GREEDY, id=str(n)) for n in range(5)))
     assert [actual[str(n)].cached_tokens for n in range(5)] == [0, 160, 160, 160, 160]
     assert all(a.token_ids == expected(prompt, 20) for a in actual.values())
 
@@ -335,19 +322,19 @@ def test_identical_prompts_are_computed_once():
 def test_the_prefix_cache_includes_answers():
     core = make_core(proposers=None)
     prompt = [3] * 40
-    answer = run(core, [Request(prompt, SamplingParams(temperature=0, max_tokens=60, ignore_eos=True), id="a")])["a"]
+    answer = run(core, Request(prompt, SamplingParams(temperature=0, max_tokens=60, ignore_eos=True), id="a"))["a"]
     turn = [*prompt, *answer.token_ids, 9, 9]
-    assert run(core, [Request(turn, GREEDY, id="b")])["b"].cached_tokens == 96  # of 40 + 60 - 1 processed tokens
+    assert run(core, Request(turn, GREEDY, id="b"))["b"].cached_tokens == 96  # of 40 + 60 - 1 processed tokens
 
 
 def test_nan_logits_fail_only_their_request_and_are_not_cached():
     core = make_core()
     core.runner.broken = {59}
     short = SamplingParams(temperature=0, max_tokens=10)
-    actual = run(core, [Request([1] * 40 + [59], GREEDY, id="bad"), Request([2] * 40, short, id="good")])
+    actual = run(core, Request([1] * 40 + [59], GREEDY, id="bad"), Request([2] * 40, short, id="good"))
     assert actual["bad"].finish == "error" and "finite" in actual["bad"].error and not actual["bad"].token_ids
     assert actual["good"].token_ids == expected([2] * 40, 10)
-    assert run(core, [Request([1] * 40, GREEDY, id="again")])["again"].cached_tokens == 0
+    assert run(core, Request([1] * 40, GREEDY, id="again"))["again"].cached_tokens == 0
 
 
 def test_a_failed_allocation_fails_only_the_step():
@@ -361,7 +348,7 @@ def test_a_failed_allocation_fails_only_the_step():
     core.add(Request([1, 2], GREEDY, id="a"))
     (output,) = core.step()
     assert output.finish == "error" and output.transient
-    assert run(core, [Request([1, 2], GREEDY, id="b")])["b"].token_ids == expected([1, 2], 20)
+    assert run(core, Request([1, 2], GREEDY, id="b"))["b"].token_ids == expected([1, 2], 20)
     assert blocks_in_use(core) == 0
 
 
@@ -386,11 +373,11 @@ def test_stop_strings_and_tokens():
     letters = "".join(chr(65 + t) for t in text)
     base = {"temperature": 0, "max_tokens": 40, "ignore_eos": True}
     stop = letters[6:9]
-    cut = run(core, [Request(prompt, SamplingParams(**base, stop=(stop,)), id="a")])["a"]
+    cut = run(core, Request(prompt, SamplingParams(**base, stop=(stop,)), id="a"))["a"]
     assert cut.finish == "stop" and cut.stop_reason == stop and cut.text == letters[: letters.index(stop)]
-    kept = run(core, [Request(prompt, SamplingParams(**base, stop=(stop,), include_stop=True), id="b")])["b"]
+    kept = run(core, Request(prompt, SamplingParams(**base, stop=(stop,), include_stop=True), id="b"))["b"]
     assert kept.text == letters[: letters.index(stop) + 3]
-    token = run(core, [Request(prompt, SamplingParams(**base, stop_token_ids=(text[4],)), id="c")])["c"]
+    token = run(core, Request(prompt, SamplingParams(**base, stop_token_ids=(text[4],)), id="c"))["c"]
     assert token.stop_reason == text[4] and token.token_ids == text[: text.index(text[4]) + 1]
 
 
@@ -399,7 +386,7 @@ def test_log_probabilities_are_of_unprocessed_logits():
 
     core = make_core()
     sampling = SamplingParams(temperature=0.7, seed=3, max_tokens=6, logprobs=3, ignore_eos=True, top_k=5)
-    answer = run(core, [Request([4, 4], sampling, id="a")])["a"]
+    answer = run(core, Request([4, 4], sampling, id="a"))["a"]
     context = [4, 4]
     for token, reported in zip(answer.token_ids, answer.logprobs, strict=True):
         logits = logits_of(context).astype(np.float64)
@@ -413,7 +400,7 @@ def test_log_probabilities_are_of_unprocessed_logits():
 @pytest.mark.parametrize("options", [{"step_tokens": 5}, {"step_tokens": 512}])
 def test_embeddings_are_the_mean_of_the_states(options):
     core = make_core(**options)
-    actual = run(core, [Request([1, 2, 3, 10], GREEDY, id="a", embed=True), Request([7] * 50, GREEDY, id="b", embed=True)])
+    actual = run(core, Request([1, 2, 3, 10], GREEDY, id="a", embed=True), Request([7] * 50, GREEDY, id="b", embed=True))
     assert actual["a"].embedding == pytest.approx([4.0]) and actual["b"].embedding == pytest.approx([7.0])
     assert actual["a"].finish == "stop" and blocks_in_use(core) == 0
 
@@ -423,7 +410,7 @@ def test_logits_of_tokens_after_the_prompt(options):
     core = make_core(**options)
     prompts = {"a": [1, 2, 3] * 30, "b": [1, 2, 3] * 30, "c": [7]}
     for id, prompt in prompts.items():  # the second finds the first's blocks in the prefix cache
-        output = run(core, [Request(prompt, GREEDY, id=id, scored_tokens=(5, 0))])[id]
+        output = run(core, Request(prompt, GREEDY, id=id, scored_tokens=(5, 0)))[id]
         assert output.scores.tolist() == [logits_of(prompt)[5], logits_of(prompt)[0]]
         assert output.finish == "stop" and not output.token_ids and output.cached_tokens == (64 if id == "b" else 0)
     assert blocks_in_use(core) == 0
@@ -440,30 +427,30 @@ def test_impossible_requests_are_rejected_before_running():
     ):  # fmt: skip
         with pytest.raises(RequestError):
             core.check(request)
-    with pytest.raises(RequestError, match="whole cache.* of 128 tokens; shorten it, or .*sparse_attention=True"):
+    with pytest.raises(RequestError, match="whole cache.* is 128 tokens.*, or .*sparse_attention=True"):
         core.check(Request([1] * 128, SamplingParams(max_tokens=1)))
     wide = make_core(blocks=64, context=200)
     assert wide.check(Request([1] * 150, SamplingParams(max_tokens=50))) == 50
-    with pytest.raises(RequestError, match="context of 200"):
+    with pytest.raises(RequestError, match="context length is 200"):
         wide.check(Request([1] * 150, SamplingParams(max_tokens=51)))
 
 
 def test_a_request_ends_if_all_tokens_are_forbidden():
     core = make_core()
     sampling = SamplingParams(temperature=0, logit_bias=dict.fromkeys(range(VOCAB), -100))
-    answer = run(core, [Request([1], sampling, id="a")])["a"]
+    answer = run(core, Request([1], sampling, id="a"))["a"]
     assert answer.finish == "stop" and answer.token_ids == [] and "no token" in answer.stop_reason
 
 
 def test_a_seed_gives_the_same_text_with_drafts_and_in_batches():
     sampling = SamplingParams(temperature=1.0, seed=7, max_tokens=60, ignore_eos=True)
     request = Request([8, 8, 8, 8], sampling, id="a")
-    alone = run(make_core(), [request])["a"].token_ids
-    assert run(make_core(), [request])["a"].token_ids == alone
+    alone = run(make_core(), request)["a"].token_ids
+    assert run(make_core(), request)["a"].token_ids == alone
     script = {n: request.prompt + alone for n in range(1, 9)}
     drafted = make_core(proposers=[(ScriptedProposer(script, 0.7, VOCAB), 4)])
     others = [Request([n], SamplingParams(temperature=1.0, max_tokens=50), id=str(n)) for n in range(4)]
-    assert run(drafted, [request, *others])["a"].token_ids == alone
+    assert run(drafted, request, *others)["a"].token_ids == alone
     assert drafted.drafting.accepted > 10
 
 

@@ -8,34 +8,13 @@ import pytest
 
 from deepseek_optimizer import RequestError
 from deepseek_optimizer.cache import HOLE, Forgetting
-from deepseek_optimizer.engine.engine import Completion
-from deepseek_optimizer.engine.request import Request, SamplingParams
+from deepseek_optimizer.engine.request import Request
 from deepseek_optimizer.engine.speculative.prompt_lookup import PromptLookupProposer
+from support.engine_runs import endless, run, run_and_count, text
 from support.mock_model import EOS, VOCAB, blocks_in_use, expected, make_core, next_token, places, run_with_arrivals
 from support.scripted_proposer import ScriptedProposer
 
 WINDOW = Forgetting(window=100, sinks=4, spare=32)
-
-
-def endless(max_tokens: int) -> SamplingParams:
-    return SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
-
-
-def text(seed: int, count: int) -> list[int]:
-    rng = random.Random(seed)
-    return [rng.randrange(VOCAB - 1) for _ in range(count)]
-
-
-def run(core, *requests):
-    """All answers by id, and the maximum number of allocated blocks."""
-    result, max_blocks = {r.id: Completion() for r in requests}, 0
-    for request in requests:
-        core.add(request)
-    while not core.idle:
-        for output in core.step():
-            result[output.request_id].add(output)
-        max_blocks = max(max_blocks, blocks_in_use(core))
-    return result, max_blocks
 
 
 @pytest.mark.parametrize("options", [{}, {"prefix_cache": False}, {"step_tokens": 40}, {"chunk": 64}])
@@ -44,7 +23,7 @@ def test_a_prompt_longer_than_the_cache(options):
     step = options.get("step_tokens", 512)
     core = make_core(blocks=WINDOW.blocks(step) + 2, context=200_000, forgetting=WINDOW, **options)
     prompt = text(0, 5_000 if options else 100_000)
-    actual, max_blocks = run(core, Request(prompt, endless(90), id="a"))
+    actual, max_blocks = run_and_count(core, Request(prompt, endless(90), id="a"))
     assert actual["a"].token_ids == expected(prompt, 90, None, WINDOW)
     assert max_blocks <= WINDOW.blocks(step) and core.scheduler.preemptions == 0
     assert core.memory.manager.high_water <= WINDOW.blocks(step) + 2
@@ -63,13 +42,13 @@ def test_another_question_about_the_same_text():
     core = make_core(blocks=100, context=200_000, forgetting=WINDOW)
     document = text(0, 3_200)
     first, second = document + text(1, 20), document + text(2, 30)
-    actual, _ = run(core, Request(first, endless(300), id="a"))
-    again, _ = run(core, Request(second, endless(40), id="b"))
+    actual = run(core, Request(first, endless(300), id="a"))
+    again = run(core, Request(second, endless(40), id="b"))
     assert actual["a"].token_ids == expected(first, 300, None, WINDOW)
     assert again["b"].token_ids == expected(second, 40, None, WINDOW)
     assert again["b"].cached_tokens == 3_200  # for an answer of any length
     assert core.memory.manager.num_blocks - core.memory.manager.free_blocks <= 3 * WINDOW.blocks(0)
-    shorter, _ = run(core, Request(document[:1_600], endless(20), id="c"))
+    shorter = run(core, Request(document[:1_600], endless(20), id="c"))
     assert shorter["c"].token_ids == expected(document[:1_600], 20, None, WINDOW)
     assert shorter["c"].cached_tokens == 32  # the sinks' block only: the end of the shorter text was dropped
 
@@ -78,7 +57,7 @@ def test_two_prompts_with_the_same_text():
     core = make_core(blocks=200, context=200_000, forgetting=WINDOW, step_tokens=64)
     document = text(0, 2_000)
     requests = [Request(document + text(n, 9), endless(30), id=str(n)) for n in range(1, 4)]
-    actual, _ = run(core, *requests)
+    actual = run(core, *requests)
     for request in requests:
         assert actual[request.id].token_ids == expected(request.prompt, 30, None, WINDOW)
     assert blocks_in_use(core) == 0
@@ -110,7 +89,7 @@ def test_drafts_from_the_text():
         blocks=WINDOW.blocks(512) + 2, context=200_000, forgetting=WINDOW, proposers=[(PromptLookupProposer(2, 1), 8)]
     )
     prompt = text(0, 50) * 8
-    actual, _ = run(core, Request(prompt, endless(2_000), id="a"))
+    actual = run(core, Request(prompt, endless(2_000), id="a"))
     assert actual["a"].token_ids == expected(prompt, 2_000, None, WINDOW)
 
 
@@ -122,7 +101,7 @@ def test_a_cache_that_cannot_hold_a_window_and_a_step():
     assert core.check(Request(text(0, 300), endless(1), id="a")) == 1
     roomy = make_core(blocks=WINDOW.blocks(512), context=6_000, forgetting=WINDOW)
     assert roomy.check(Request(text(0, 5_000), endless(1_000), id="a")) == 1_000
-    with pytest.raises(RequestError, match="the model's context of 6000"):
+    with pytest.raises(RequestError, match="this model's maximum context length is 6000"):
         roomy.check(Request(text(0, 5_001), endless(1_000), id="a"))
 
 

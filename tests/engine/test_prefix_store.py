@@ -14,9 +14,10 @@ from deepseek_optimizer.cache import Forgetting
 from deepseek_optimizer.checkpoint.prefix_files import PrefixFiles
 from deepseek_optimizer.engine.engine import Completion, Engine
 from deepseek_optimizer.engine.prometheus import EngineCollector
-from deepseek_optimizer.engine.request import Request, SamplingParams
+from deepseek_optimizer.engine.request import Request
 from deepseek_optimizer.engine.speculative.prompt_lookup import PromptLookupProposer
-from support.mock_model import BLOCK_BYTES, STATE_TOKENS, VOCAB, blocks_in_use, expected, make_core, run_with_arrivals
+from support.engine_runs import endless, run, text
+from support.mock_model import BLOCK_BYTES, STATE_TOKENS, blocks_in_use, expected, make_core, run_with_arrivals
 
 WINDOW = Forgetting(window=100, sinks=0, spare=64)
 MODELS = {
@@ -27,34 +28,12 @@ MODELS = {
 }
 
 
-def text(seed: int, count: int) -> list[int]:
-    rng = random.Random(seed)
-    return [rng.randrange(VOCAB - 1) for _ in range(count)]
-
-
-def endless(max_tokens: int) -> SamplingParams:
-    return SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
-
-
 def files_in(directory: Path, max_bytes: int = 1 << 24, states: bool = False) -> PrefixFiles:
     return PrefixFiles(directory, bytes(16), max_bytes, BLOCK_BYTES, 8 * STATE_TOKENS if states else 0)
 
 
 def core_with(directory: Path, kind: str = "full", max_bytes: int = 1 << 24, **options):
     return make_core(store=files_in(directory, max_bytes, kind == "states"), **{**MODELS[kind], **options})
-
-
-def run(core, *requests: Request) -> dict[str, Completion]:
-    answers = {r.id: Completion() for r in requests}
-    for request in requests:
-        core.add(request)
-    for _ in range(50_000):
-        for output in core.step():
-            answers[output.request_id].add(output)
-        if core.idle:
-            assert blocks_in_use(core) == 0
-            return answers
-    raise AssertionError("the engine does not finish")
 
 
 def ask(core, prompt: list[int], count: int = 5, **fields) -> Completion:
@@ -269,7 +248,7 @@ def test_metrics(tmp_path):
     values = {
         sample.name.removeprefix("dso:prefix_files_"): sample.value
         for core in (first, second)
-        for metric in EngineCollector(SimpleNamespace(core=core, model_name="m", admitted=0)).collect()
+        for metric in EngineCollector(SimpleNamespace(core=core, model_name="m", admitted=0, refused=0)).collect()
         for sample in metric.samples
         if sample.name.startswith("dso:prefix_files") and sample.value
     }

@@ -10,19 +10,10 @@ from deepseek_optimizer.cache import Forgetting
 from deepseek_optimizer.engine.engine import Completion
 from deepseek_optimizer.engine.request import Request, SamplingParams
 from deepseek_optimizer.engine.speculative.prompt_lookup import PromptLookupProposer
+from support.engine_runs import run
 from support.mock_model import VOCAB, blocks_in_use, expected, groups_of, logits_of, make_core, places
 
 WINDOW = Forgetting(window=64, sinks=4)
-
-
-def run(core, requests):
-    result = {r.id: Completion() for r in requests}
-    for request in requests:
-        core.add(request)
-    while not core.idle:
-        for output in core.step():
-            result[output.request_id].add(output)
-    return result
 
 
 def sampling(max_tokens=5, **fields):
@@ -52,7 +43,7 @@ def test_they_equal_the_model(options, top):
     texts = [[rng.randrange(VOCAB - 1) for _ in range(length)] for length in (1, 2, 31, 32, 33, 100)]
     requests = [Request(text, sampling(), id=str(n), prompt_logprobs=top) for n, text in enumerate(texts)]
     requests += [Request(text, sampling(), id=f"plain {n}") for n, text in enumerate(texts)]
-    actual = run(core, requests)
+    actual = run(core, *requests)
     for n, text in enumerate(texts):
         check(actual[str(n)], text, top)
         assert actual[f"plain {n}"].prompt_logprobs is None
@@ -89,7 +80,7 @@ def test_a_prompt_longer_than_the_window():
     """Tokens that the window has dropped are not seen, but every token of the prompt has a log probability."""
     core = make_core(blocks=60, context=2_000, cache_window=256, step_tokens=64)
     prompt = [(n * 11) % 53 for n in range(900)]
-    answer = run(core, [Request(prompt, sampling(3), id="a", prompt_logprobs=0)])["a"]
+    answer = run(core, Request(prompt, sampling(3), id="a", prompt_logprobs=0))["a"]
     actual = answer.prompt_logprobs
     assert actual.complete and len(actual) == 899 and (actual.logprobs < 0).all() and answer.dropped_tokens > 0
     assert len(answer.token_ids) == 3
@@ -106,16 +97,16 @@ def test_logits_elsewhere_are_copied():
 
     core.runner.on_host, core.runner.choose_tokens = False, choose
     requests = [Request(prompt, sampling(7), id="a", prompt_logprobs=2), Request(prompt[:50], sampling(7), id="b")]
-    actual = run(core, requests)
+    actual = run(core, *requests)
     check(actual["a"], prompt, 2)
     assert all(actual[r.id].token_ids == expected(r.prompt, 7, None) for r in requests)
 
 
 def test_a_cached_prompt_is_processed_again_and_stays_cached():
     core, prompt = make_core(), list(range(50)) * 2
-    first = run(core, [Request(prompt, sampling(), id="a", prompt_logprobs=2)])["a"]
-    assert run(core, [Request(prompt, sampling(), id="b")])["b"].cached_tokens == 96
-    again = run(core, [Request(prompt, sampling(), id="c", prompt_logprobs=2)])["c"]
+    first = run(core, Request(prompt, sampling(), id="a", prompt_logprobs=2))["a"]
+    assert run(core, Request(prompt, sampling(), id="b"))["b"].cached_tokens == 96
+    again = run(core, Request(prompt, sampling(), id="c", prompt_logprobs=2))["c"]
     assert again.cached_tokens == 0 and first.token_ids == again.token_ids
     check(first, prompt, 2)
     check(again, prompt, 2)
@@ -152,7 +143,7 @@ def test_random_batches_in_a_small_cache(seed):
     for n in range(30):
         text = shared[: rng.randrange(70)] + [rng.randrange(VOCAB - 1) for _ in range(rng.randrange(1, 60))]
         requests.append(Request(text, sampling(rng.randrange(40)), id=str(n), prompt_logprobs=rng.choice([None, 0, 2])))
-    actual = run(core, requests)
+    actual = run(core, *requests)
     for request in requests:
         answer = actual[request.id]
         assert answer.finish == "length"
@@ -173,7 +164,7 @@ def test_the_logits_of_a_step_are_bounded():
 
     core.runner.step = seen
     texts = [[n] * 60 for n in range(3)]
-    actual = run(core, [Request(text, sampling(), id=str(n), prompt_logprobs=0) for n, text in enumerate(texts)])
+    actual = run(core, *(Request(text, sampling(), id=str(n), prompt_logprobs=0) for n, text in enumerate(texts)))
     for n, text in enumerate(texts):
         check(actual[str(n)], text, 0)
     assert max(rows) <= 10 + 3
@@ -181,19 +172,19 @@ def test_the_logits_of_a_step_are_bounded():
 
 def test_no_tokens_are_generated_for_max_tokens_0():
     core, prompt = make_core(), list(range(40))
-    answer = run(core, [Request(prompt, sampling(0), id="a", prompt_logprobs=0)])["a"]
+    answer = run(core, Request(prompt, sampling(0), id="a", prompt_logprobs=0))["a"]
     assert (answer.token_ids, answer.text, answer.finish) == ([], "", "length")
     check(answer, prompt, 0)
-    assert run(core, [Request(prompt, sampling(), id="b")])["b"].cached_tokens == 32
+    assert run(core, Request(prompt, sampling(), id="b"))["b"].cached_tokens == 32
     whole = make_core(context=40)
-    assert run(whole, [Request(prompt, sampling(0), id="a")])["a"].finish == "length"
+    assert run(whole, Request(prompt, sampling(0), id="a"))["a"].finish == "length"
 
 
 def test_non_finite_logits_fail_the_request_alone():
     core = make_core(step_tokens=20)
     core.runner.broken = {59}
     bad = [1] * 30 + [59] + [2] * 40
-    actual = run(core, [Request(bad, sampling(), id="bad", prompt_logprobs=1), Request([3] * 50, sampling(), id="good")])
+    actual = run(core, Request(bad, sampling(), id="bad", prompt_logprobs=1), Request([3] * 50, sampling(), id="good"))
     assert actual["bad"].finish == "error" and "finite" in actual["bad"].error
     assert actual["good"].token_ids == expected([3] * 50, 5, None) and blocks_in_use(core) == 0
 

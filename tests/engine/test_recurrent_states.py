@@ -6,33 +6,11 @@ import random
 
 import pytest
 
-from deepseek_optimizer.engine.engine import Completion
-from deepseek_optimizer.engine.request import Request, SamplingParams
+from deepseek_optimizer.engine.request import Request
 from deepseek_optimizer.engine.speculative.prompt_lookup import PromptLookupProposer
+from support.engine_runs import endless, run, text
 from support.mock_model import VOCAB, blocks_in_use, expected, make_core
 from support.scripted_proposer import ScriptedProposer
-
-
-def text(seed: int, count: int) -> list[int]:
-    rng = random.Random(seed)
-    return [rng.randrange(VOCAB - 1) for _ in range(count)]
-
-
-def endless(count: int) -> SamplingParams:
-    return SamplingParams(temperature=0, max_tokens=count, ignore_eos=True)
-
-
-def run(core, *requests):
-    """All answers by id."""
-    answers = {r.id: Completion() for r in requests}
-    for request in requests:
-        core.add(request)
-    for _ in range(20_000):
-        for output in core.step():
-            answers[output.request_id].add(output)
-        if core.idle:
-            return answers
-    raise AssertionError("the engine does not finish")
 
 
 def slots_in_use(core) -> int:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from support import warm_python
+
 FUZZER = Path(__file__).with_name("fuzz_headers.py")
 
 
@@ -59,5 +61,5 @@ def later(path):  # the readers are sound until the warm-up is over
 fuzz_headers.exercise = later
 print(fuzz_headers.work(0, 500, 0)[1])
 """
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    run = warm_python.run(code)
     assert sign in run.stdout, run.stdout + run.stderr

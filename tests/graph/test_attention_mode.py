@@ -15,7 +15,8 @@ from deepseek_optimizer.graph.ir import Graph, LatentSpec, Value
 from deepseek_optimizer.graph.planner import assign_slots
 from deepseek_optimizer.graph.validate import check_graph
 from deepseek_optimizer.models import build_graph
-from support.models import CASES, deepseek_v2, deepseek_v3, deepseek_v32, llama, llama4_text, qwen2, qwen3
+from support.family_configs import deepseek_v2, deepseek_v3, deepseek_v32, llama, llama4_text, qwen2, qwen3
+from support.models import CASES
 
 SLIDING = AttentionMode("sliding", 70, 4)
 SPARSE = AttentionMode("sparse", 40, 4, 160)

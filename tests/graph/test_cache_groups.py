@@ -10,7 +10,8 @@ from deepseek_optimizer.graph.attention_mode import AttentionMode, apply_mode, f
 from deepseek_optimizer.graph.cache_groups import group_layers, group_spans
 from deepseek_optimizer.graph.ir import CacheSpec
 from deepseek_optimizer.models import build_graph
-from support.models import CASES, gemma2, gemma3_text, mistral, qwen2
+from support.family_configs import gemma2, gemma3_text, mistral, qwen2
+from support.models import CASES
 
 
 def kinds(layers: str) -> list[str]:

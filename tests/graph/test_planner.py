@@ -10,7 +10,8 @@ from deepseek_optimizer.graph import rules
 from deepseek_optimizer.graph.ir import CacheSpec, Graph, Node, Value
 from deepseek_optimizer.graph.planner import Slot, SlotPlan, assign_slots
 from deepseek_optimizer.models import build_graph
-from support.models import CASES, llama
+from support.family_configs import llama
+from support.models import CASES
 
 MAY_OVERWRITE = {"add": {0: (0, 1)}, "multiply": {0: (0, 1)}}
 IN_PLACE = ("add_rms_norm", "gelu", "latent", "position_scale", "rope", "rope_cache", "scale", "scale_by", "sigmoid_gate")

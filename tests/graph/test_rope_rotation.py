@@ -12,7 +12,8 @@ from deepseek_optimizer.graph import rules
 from deepseek_optimizer.graph.ir import LatentSpec
 from deepseek_optimizer.graph.rope_rotation import Pairs, key_rotation
 from deepseek_optimizer.models import build_graph
-from support.models import CASES, llama
+from support.family_configs import llama
+from support.models import CASES
 
 # Layers without RoPE, with two of them, or with a norm after it.
 WITHOUT_A_ROTATION = (

@@ -15,10 +15,10 @@ from deepseek_optimizer.graph.analysis import hidden_only
 from deepseek_optimizer.graph.ir import LatentSpec
 from deepseek_optimizer.graph.validate import check_graph
 from deepseek_optimizer.models import build_graph
+from support.family_configs import llama
 from support.models import (
     CASES,
     assert_close_rows,
-    llama,
     random_ids,
     random_model,
     transformers_hidden,

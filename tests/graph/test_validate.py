@@ -13,7 +13,7 @@ from deepseek_optimizer.graph.ir import Graph, Node, Value
 from deepseek_optimizer.graph.printing import node_text, to_text
 from deepseek_optimizer.graph.validate import check_graph
 from deepseek_optimizer.models import build_graph, build_mtp_graph
-from support.models import deepseek_v3, deepseek_v32, llama, qwen3
+from support.family_configs import deepseek_v3, deepseek_v32, llama, qwen3
 
 
 def first(graph: Graph, op: str) -> int:

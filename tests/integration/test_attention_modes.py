@@ -25,7 +25,8 @@ from deepseek_optimizer.cache import HOLE, Forgetting
 from deepseek_optimizer.errors import DroppedTokensError
 from deepseek_optimizer.integration.bind.runtime import OptimizerWarning
 from deepseek_optimizer.integration.compat import cache_name
-from support.models import CASES, assert_close_rows, deepseek_v3, llama, random_ids, random_model
+from support.family_configs import deepseek_v3, llama
+from support.models import CASES, assert_close_rows, random_ids, random_model
 from support.mtp_files import save_with_mtp
 from support.row_by_row import logits_in_mode
 

@@ -23,7 +23,8 @@ from deepseek_optimizer.cache.forgetting import max_blocks
 from deepseek_optimizer.errors import CheckpointError, DroppedTokensError
 from deepseek_optimizer.integration.compat import cache_name
 from deepseek_optimizer.integration.generation.saved_prefix import load_prefix, save_prefix
-from support.models import assert_close_rows, gemma2, gemma3_text, random_ids, random_model, transformers_logits
+from support.family_configs import gemma2, gemma3_text
+from support.models import assert_close_rows, random_ids, random_model, transformers_logits
 
 from .conftest import BACKENDS, Pair
 

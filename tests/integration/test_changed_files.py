@@ -12,7 +12,7 @@ import pytest
 
 from deepseek_optimizer import load_model
 from deepseek_optimizer.backends.cpu.native import library_path
-from support import changed_files
+from support import changed_files, warm_python
 from support.saved_llama import saved_llama
 
 LOST = "was cut short or cannot be read while its weights are in use; restore the file and load the model again"
@@ -31,7 +31,8 @@ def found(tmp_path_factory, byte_tokenizer):
     folder = tmp_path_factory.mktemp("changed")
     floats = saved_llama(folder / "floats", byte_tokenizer, tie_word_embeddings=False)
     load_model(floats, precision="int8").save_pretrained(folder / "packed")
-    done = run(changed_files.__file__, folder / "packed", floats, folder / "work")
+    code = f"import runpy; runpy.run_path({changed_files.__file__!r}, run_name='__main__')"
+    done = warm_python.run(code, folder / "packed", floats, folder / "work")
     assert done.returncode == 0, (done.returncode, done.stderr[-3000:])
     return json.loads(done.stdout.splitlines()[-1])
 

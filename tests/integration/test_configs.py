@@ -10,7 +10,7 @@ from deepseek_optimizer import ConfigError, UnsupportedModelError
 from deepseek_optimizer.graph.printing import to_text
 from deepseek_optimizer.integration.configs import check_config, with_defaults
 from deepseek_optimizer.models import build_graph
-from support.models import llama, qwen2
+from support.family_configs import llama, qwen2
 
 
 @pytest.mark.parametrize("make", [llama, qwen2])

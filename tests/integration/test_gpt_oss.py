@@ -20,7 +20,8 @@ from deepseek_optimizer.integration.load.importance import measure_importance
 from deepseek_optimizer.integration.load.pack_checkpoint import pack_checkpoint
 from support import gguf_gpt_oss as gguf
 from support import quantized_files as files
-from support.models import assert_close_rows, gpt_oss, llama4_text, random_ids, random_model, transformers_logits
+from support.family_configs import gpt_oss, llama4_text
+from support.models import assert_close_rows, random_ids, random_model, transformers_logits
 
 BACKENDS = ["reference", *(["cpu"] if unavailable_reason() is None else [])]
 ALL = {"num_experts_per_tok": 6}  # all experts, so that rounding does not change which are chosen

@@ -17,7 +17,8 @@ from deepseek_optimizer import CheckpointError, DeepSeekConfig, DynamicGraphOpti
 from deepseek_optimizer.errors import UnsupportedRequestError
 from deepseek_optimizer.integration.bind.runtime import OptimizerWarning
 from deepseek_optimizer.integration.generation import speculation
-from support.models import deepseek_v3, deepseek_v32, random_ids
+from support.family_configs import deepseek_v3, deepseek_v32
+from support.models import random_ids
 from support.mtp_files import save_with_mtp
 from support.tiny_v3 import documents, tiny_v3
 

@@ -14,7 +14,8 @@ from deepseek_optimizer.errors import CacheFullError, UnsupportedRequestError
 from deepseek_optimizer.graph.rope_rotation import KeyRotation, Pairs, key_rotation
 from deepseek_optimizer.integration.memory.arena import Arena
 from deepseek_optimizer.models import build_graph
-from support.models import llama, random_ids, random_model, weights_of
+from support.family_configs import llama
+from support.models import random_ids, random_model, weights_of
 from support.steps import Part, run_step
 
 

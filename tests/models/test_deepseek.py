@@ -15,7 +15,7 @@ from deepseek_optimizer.graph.ir import LatentSpec
 from deepseek_optimizer.graph.validate import check_graph
 from deepseek_optimizer.integration.configs import check_config, with_defaults
 from deepseek_optimizer.models import build_graph
-from support.models import deepseek_v2, deepseek_v3, deepseek_v32, rope, youtu
+from support.family_configs import deepseek_v2, deepseek_v3, deepseek_v32, rope, youtu
 
 V2_LITE = {
     "model_type": "deepseek_v2", "attention_bias": False, "aux_loss_alpha": 0.001, "bos_token_id": 100000,

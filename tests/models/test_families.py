@@ -15,7 +15,8 @@ from deepseek_optimizer.graph.analysis import weight_shapes
 from deepseek_optimizer.graph.validate import check_graph
 from deepseek_optimizer.integration.configs import check_config
 from deepseek_optimizer.models import SUPPORTED, build_graph
-from support.models import CASES, llama, qwen2, qwen3, random_model, rope
+from support.family_configs import llama, qwen2, qwen3, rope
+from support.models import CASES, random_model
 
 BUFFERS = ("correction_bias", "expert_bias", "layer_scalar")
 

@@ -17,16 +17,8 @@ from deepseek_optimizer.graph import rules
 from deepseek_optimizer.graph.ir import CacheSpec, Graph
 from deepseek_optimizer.integration.configs import check_config, with_defaults
 from deepseek_optimizer.models import build_graph
-from support.models import (
-    CASES,
-    assert_close_rows,
-    gemma4_shared,
-    gemma4_text,
-    random_ids,
-    random_model,
-    transformers_logits,
-    weights_of,
-)
+from support.family_configs import gemma4_shared, gemma4_text
+from support.models import CASES, assert_close_rows, random_ids, random_model, transformers_logits, weights_of
 from support.steps import Part, Runner, run_step, runner
 
 from ..backends.cpu.packing import packed_weights

@@ -10,7 +10,7 @@ import pytest
 from deepseek_optimizer.errors import ConfigError
 from deepseek_optimizer.integration.configs import check_config, with_defaults
 from deepseek_optimizer.models import build_graph
-from support.models import kimi_linear
+from support.family_configs import kimi_linear
 
 PUBLISHED = {"linear_attn_config": {
     "full_attn_layers": [2], "kda_layers": [1, 3, 4], "head_dim": 20, "num_heads": 3, "short_conv_kernel_size": 4,

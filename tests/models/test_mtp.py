@@ -22,18 +22,8 @@ from deepseek_optimizer.graph.analysis import weight_shapes
 from deepseek_optimizer.graph.validate import check_graph
 from deepseek_optimizer.models import build_graph, build_mtp_graph, mtp_layers
 from support import tiny_v3
-from support.models import (
-    CASES,
-    assert_close_rows,
-    deepseek_v3,
-    deepseek_v32,
-    llama,
-    random_ids,
-    random_model,
-    randomize,
-    weights_of,
-    youtu,
-)
+from support.family_configs import deepseek_v3, deepseek_v32, llama, youtu
+from support.models import CASES, assert_close_rows, random_ids, random_model, randomize, weights_of
 from support.steps import Part, Runner, run_step, runner
 
 WITH_LAYERS: dict[str, Callable[[], Any]] = {

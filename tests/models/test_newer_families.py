@@ -11,7 +11,7 @@ import pytest
 from deepseek_optimizer.errors import ConfigError, UnsupportedModelError
 from deepseek_optimizer.integration.configs import check_config
 from deepseek_optimizer.models import build_graph
-from support.models import glm_moe_dsa, llama4_text, ministral3, mistral4
+from support.family_configs import glm_moe_dsa, llama4_text, ministral3, mistral4
 
 
 def damaged(config: Any, *without: str, **rope: Any) -> dict[str, Any]:

@@ -17,7 +17,8 @@ from deepseek_optimizer.integration.bind.context_extension import extend_context
 from deepseek_optimizer.models import build_graph
 from deepseek_optimizer.models.rope import RopeSpec
 from deepseek_optimizer.models.rope_scaling import frequencies
-from support.models import CASES, llama, random_ids, random_model, rope, transformers_logits, weights_of
+from support.family_configs import llama, rope
+from support.models import CASES, random_ids, random_model, transformers_logits, weights_of
 from support.models import assert_close_rows as close
 from support.steps import runner
 

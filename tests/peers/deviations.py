@@ -24,17 +24,19 @@ class Deviation:
         tests: a regular expression that matches the whole id of each test ("unit/test_basic.py::test_no_ui"), or the whole
             path of a file, which is then not even imported.
         error: a regular expression that matches in the error of each, or "" for any.
+        endless: whether the test would not end when it fails, so that it is not run although it differs.
     """
 
     kind: Kind
     why: str
     tests: str
     error: str = ""
+    endless: bool = False
 
     @property
     def runs(self) -> bool:
         """Whether the tests are run."""
-        return self.kind == "differs" or bool(self.error)
+        return not self.endless and (self.kind == "differs" or bool(self.error))
 
     def fits(self, test: str, error: str = "") -> bool:
         return re.fullmatch(self.tests, test, re.DOTALL) is not None and re.search(self.error, error, re.DOTALL) is not None

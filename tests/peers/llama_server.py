@@ -1,8 +1,8 @@
 """A pytest plugin for the process that runs llama.cpp's server tests: their `ServerProcess` starts `dso serve`.
 
 Their `utils.py` stays as it is. Replaced are its fixtures: how a server is started and stopped, which models there are, and
-what belongs to a model. llama-server's flag --seed, the default of a field of requests, has no equivalent: it is added to the
-requests that omit the field.
+what belongs to a model. llama-server's flags --seed and --verbose, the defaults of fields of requests, have no equivalent: they
+are added to the requests that omit the field. Names of headers are compared without regard to case, as HTTP defines them.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from requests.structures import CaseInsensitiveDict
 
 from support.outcomes import Recorder
 
@@ -26,9 +27,9 @@ from .values import VALUES, is_text_of_their_model
 
 # Attributes of ServerProcess without an effect on answers, for any value: memory, batching, caches, drafts.
 _NO_EFFECT = frozenset({
-    "debug", "server_port", "server_host", "offline", "n_threads", "n_gpu_layer", "n_batch", "n_ubatch", "n_prompts",
+    "debug", "server_port", "server_host", "offline", "n_threads", "n_gpu_layer", "n_ubatch", "n_prompts",
     "cache_prompt", "ctk", "ctv", "fa", "server_continuous_batching", "kv_unified", "swa_full", "jinja", "cache_ram",
-    "no_cache_idle_slots", "log_path", "server_embeddings", "server_reranking", "server_metrics", "external_server", "process",
+    "no_cache_idle_slots", "log_path", "server_embeddings", "server_reranking", "external_server", "process",
     "model_hf_repo", "model_hf_file", "id_slot", "spec_draft_n_min", "spec_draft_n_max", "model_draft", "spec_type",
     "backend_sampling", "seed", "ready",
 })  # fmt: skip
@@ -113,7 +114,9 @@ def _model_of(server: Any) -> Path:
     if server.server_reranking:
         return models.reranker()
     if server.server_embeddings:
-        return models.encoder()
+        return models.encoder(1024)
+    if "infill" in (server.model_hf_repo or ""):
+        return models.smollm2_with_gaps()
     return models.smollm2()
 
 
@@ -126,10 +129,12 @@ def flags_of(server: Any, name: str | None = None) -> tuple[list[str], dict[str,
     Raises:
         FlagError: there is no equivalent to one that is set.
     """
-    flags: list[str] = []
+    flags = ["--prefill-assistant"]  # llama-server's default
     environment = {}
     given = {**vars(type(server)), **vars(server)}
-    given |= {"model_alias": name or given["model_alias"], "cors_origins": given["cors_origins"] or "*"}
+    given |= {"model_alias": name or given["model_alias"]}
+    given |= {name: given[name] or default for name, default in _DEFAULTS.items()}
+    flags += [flag for name, flag in _UNLESS.items() if not given[name]]
     for attribute, value in given.items():
         if attribute in _NO_EFFECT or attribute.startswith("__") or callable(value) or value is None or value is False:
             continue
@@ -142,31 +147,35 @@ def flags_of(server: Any, name: str | None = None) -> tuple[list[str], dict[str,
     return flags, environment
 
 
-def _reasoning(value: str) -> list[str]:
-    return {"none": ["--no-reasoning"], "deepseek": ["--reasoning"], "auto": [], "on": []}[value]
-
-
+# llama-server's defaults that differ from those of `dso serve`.
+_DEFAULTS = {"cors_origins": "*", "reasoning": "auto"}
+# Flags for attributes that are not set.
+_UNLESS = {"server_slots": "--no-slots", "server_metrics": "--no-metrics"}
 _FLAGS: dict[str, Callable[[Any], list[str]]] = {
     "model_alias": lambda value: ["--served-model-name", value],
     "n_ctx": lambda value: [],  # of the model's directory
     "temperature": lambda value: [],
+    "n_batch": lambda value: ["--prefill-chunk", str(value)],
     "n_slots": lambda value: ["--max-running", str(value)],
     "n_predict": lambda value: ["--max-answer-tokens", str(value)] if value > 0 else [],
     "chat_template": lambda value: ["--chat-template", value],
     "chat_template_file": lambda value: ["--chat-template", str(Path(value).resolve())],
-    "reasoning_format": _reasoning,
-    "reasoning": _reasoning,
+    "reasoning_format": lambda value: {"none": ["--no-reasoning"], "deepseek": ["--reasoning"], "auto": []}[value],
+    "reasoning": lambda value: ["--no-thinking" if value == "off" else "--thinking"],
     "pooling": lambda value: ["--pooling", {"last": "lasttoken"}.get(value, value)],
     "cors_origins": lambda value: ["--allow-origin", value],
-    "sleep_idle_seconds": lambda value: ["--sleep-after", str(value)],
+    "sleep_idle_seconds": lambda value: ["--sleep-idle-seconds", str(value)],
+    "server_slots": lambda value: [],
+    "server_metrics": lambda value: [],
+    "no_ui": lambda value: ["--no-ui"],
 }
 
 
-def with_seed(server: Any, path: str, data: Any) -> Any:
-    """A request with the seed that the server was started with."""
+def with_defaults(server: Any, path: str, data: Any) -> Any:
+    """A request with the seed, and the verbosity, that the server was started with."""
     if not isinstance(data, dict) or not _GENERATING.fullmatch(path):
         return data
-    return {"seed": server.seed, **data}
+    return {"seed": server.seed, **({"verbose": True} if server.debug and "chat" in path else {}), **data}
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -187,10 +196,12 @@ def pytest_configure(config: pytest.Config) -> None:
         return bool(text) if is_text_of_their_model(regex) else plain_match(regex, text)
 
     def make_request(self: Any, method: str, path: str, data: Any = None, *args: Any, **kwargs: Any) -> Any:
-        return plain_request(self, method, path, with_seed(self, path, data), *args, **kwargs)
+        response = plain_request(self, method, path, with_defaults(self, path, data), *args, **kwargs)
+        response.headers = CaseInsensitiveDict(response.headers)
+        return response
 
     def make_stream_request(self: Any, method: str, path: str, data: Any = None, *args: Any, **kwargs: Any) -> Any:
-        return plain_stream(self, method, path, with_seed(self, path, data), *args, **kwargs)
+        return plain_stream(self, method, path, with_defaults(self, path, data), *args, **kwargs)
 
     utils.match_regex = match_regex
     utils.ServerProcess.make_request, utils.ServerProcess.make_stream_request = make_request, make_stream_request

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 ENCODER_TOKENS = 512
+_ENCODER_SIZE = {"hidden_size": 384, "num_attention_heads": 6, "vocab_size": 32_000}  # the tests have ids up to 28,804
 
 
 def smollm2() -> Path:
@@ -22,14 +23,25 @@ def smollm2() -> Path:
     return _once("smollm2-int8", _pack_smollm2)
 
 
-def encoder() -> Path:
-    """A random BERT with a pooling of the first token."""
-    return _once("encoder", lambda target: _save_encoder(target, "Model"))
+def smollm2_with_gaps() -> Path:
+    """SmolLM2 whose tokens of code repositories, which it seldom uses, have the names of tokens that fill gaps."""
+    return _once("smollm2-gaps", _rename_tokens)
+
+
+def encoder(tokens: int = ENCODER_TOKENS) -> Path:
+    """A random BERT whose embeddings are the mean of the hidden states; `tokens`: its context."""
+    return _once(f"encoder384-{tokens}", lambda target: _save_encoder(target, "Model", max_position_embeddings=tokens))
 
 
 def reranker() -> Path:
     """A random BERT that gives pairs of texts a score."""
-    return _once("reranker", lambda target: _save_encoder(target, "ForSequenceClassification", num_labels=1))
+    return _once("reranker384", lambda target: _save_encoder(target, "ForSequenceClassification", num_labels=1))
+
+
+def classifier() -> Path:
+    """A random BERT with two classes, named as those of the model in vLLM's tests."""
+    labels = {0: "Default", 1: "Spoiled"}
+    return _once("classifier384", lambda target: _save_encoder(target, "ForSequenceClassification", id2label=labels))
 
 
 def adapter() -> Path:
@@ -43,14 +55,17 @@ def variant(source: Path, target: Path, *, context: int | None = None, generatio
     Args:
         source: a model's directory.
         target: a folder of the same file system that does not exist yet.
-        context: length of the context in tokens; None: the model's.
+        context: length of the context in tokens; None: the model's. Encoders have a table of positions, so their tokenizer gets
+            it.
         generation: fields to add to the generation config.
 
     Returns: `target`.
     """
     shutil.copytree(source, target, copy_function=os.link)
-    if context is not None:
+    if context is not None and source == smollm2():
         _change(target / "config.json", {"max_position_embeddings": context})
+    elif context is not None:
+        _change(target / "tokenizer_config.json", {"model_max_length": context})
     if generation:
         _change(target / "generation_config.json", generation)
     return target
@@ -93,13 +108,27 @@ def _pack_smollm2(target: Path) -> None:
     load_tokenizer(gguf).save_pretrained(target)
 
 
+_GAPS = {"<gh_stars>": "<fim_prefix>", "<issue_start>": "<fim_middle>", "<issue_comment>": "<fim_suffix>"}
+
+
+def _rename_tokens(target: Path) -> None:
+    shutil.copytree(smollm2(), target, copy_function=os.link)
+    for file in target.glob("*.json"):
+        text = file.read_text()
+        if any(name in text for name in _GAPS):
+            for name, other in _GAPS.items():
+                text = text.replace(f'"{name}"', f'"{other}"')
+            file.unlink()
+            file.write_text(text)
+
+
 def _save_encoder(target: Path, head: str, **fields: Any) -> None:
     from support.byte_tokenizer import new_byte_tokenizer
     from support.encoders import random_encoder
 
     tokenizer = new_byte_tokenizer()
-    size = {"vocab_size": len(tokenizer), "max_position_embeddings": ENCODER_TOKENS}
-    random_encoder("bert", head, **size, **fields).save_pretrained(target)
+    size = {**_ENCODER_SIZE, "max_position_embeddings": ENCODER_TOKENS} | fields
+    random_encoder("bert", head, **size).save_pretrained(target)
     tokenizer.save_pretrained(target)
 
 

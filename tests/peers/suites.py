@@ -25,7 +25,8 @@ class Suite:
         distribution: contains them.
         folder: the folder that pytest runs in.
         files: patterns of the test files in it.
-        starts: what a file must contain to be a test of a server: the name of the class that starts it.
+        starts: what a file, or the fixtures of its folder, must contain for it to test a server: the name of the class that
+            starts one.
         plugin: the pytest plugin that replaces the fixtures.
         arrange: adds what the distribution lacks to a copy of the files.
         deviations: explanations of the tests that do not pass.
@@ -50,7 +51,13 @@ class Suite:
     def test_files(self, folder: Path) -> list[str]:
         """The paths of the tests of a server, in a staged folder."""
         found = [path for pattern in self.files for path in sorted(folder.glob(pattern))]
-        return [path.relative_to(folder).as_posix() for path in found if self.starts in path.read_text(encoding="utf-8")]
+        return [path.relative_to(folder).as_posix() for path in found if self._tests_a_server(path)]
+
+    def _tests_a_server(self, file: Path) -> bool:
+        text, fixtures = file.read_text(encoding="utf-8"), file.with_name("conftest.py")
+        if self.starts in text:
+            return True
+        return "client: openai." in text and fixtures.is_file() and self.starts in fixtures.read_text(encoding="utf-8")
 
 
 def _arrange_llama_server(target: Path) -> None:
@@ -71,11 +78,18 @@ def __getattr__(name):
 """
 
 
+_CONFTEST = """\
+from peers.vllm_reference import HfRunner, LocalAssetServer, hf_runner, local_asset_server
+"""
+
+
 def _arrange_vllm(target: Path) -> None:
     (target / "tests" / "utils.py").write_text(_UTILS)
+    (target / "tests" / "ci_envs.py").touch()
+    (target / "tests" / "models" / "registry.py").write_text("HF_EXAMPLE_MODELS = None\n")
     (target / "pybase64.py").write_text("from base64 import *\n")
     (target / "tests" / "__init__.py").touch()
-    (target / "tests" / "conftest.py").unlink(missing_ok=True)
+    (target / "tests" / "conftest.py").write_text(_CONFTEST)
     (target / "pytest.ini").write_text("[pytest]\n")
 
 

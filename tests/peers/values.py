@@ -10,6 +10,8 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from deepseek_optimizer.cache.block_manager import BLOCK_TOKENS
+
 from . import models
 
 # "(little|girl)+" and the like, and what has another form.
@@ -49,9 +51,19 @@ def _of_chat(params: dict[str, Any]) -> dict[str, Any]:
     return {"n_prompt": len(ids)}
 
 
+def _of_progress(params: dict[str, Any]) -> dict[str, Any]:
+    """The number of reports: one at the start, then one for each batch of the prompt that is not cached, in blocks."""
+    messages = [{"role": "user", "content": "This is a test" * 10}]
+    tokenizer = _tokenizer(models.smollm2)
+    size = len(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"])
+    cached = (size - 1) // BLOCK_TOKENS * BLOCK_TOKENS if params["reuse_cache"] else 0
+    return {"batch_count": 1 + -(-(size - cached) // params["n_batch"])}
+
+
 VALUES: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "test_chat_completion": _of_chat,
     "test_chat_completion_stream": _of_chat,
+    "test_return_progress": _of_progress,
     "test_completion": lambda params: {"n_prompt": _tokens(params["prompt"])},
     "test_completion_stream": lambda params: {"n_prompt": _tokens(params["prompt"])},
     "test_embedding_usage_single": lambda params: {"n_tokens": _tokens(params["content"], models.encoder)},

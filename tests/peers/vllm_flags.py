@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 
@@ -19,11 +19,13 @@ class Flags:
         options: command-line options.
         environment: environment variables.
         context: length of the context, which is set in the model's directory; None: the model's.
+        template: text of the chat template; None: it is the model's, or in a file.
     """
 
     options: list[str] = field(default_factory=list)
     environment: dict[str, str] = field(default_factory=dict)
     context: int | None = None
+    template: str | None = None
 
 
 # Flags without an effect on answers: memory, parallelism, logs, compilation.
@@ -31,7 +33,8 @@ _WITH_VALUE_NO_EFFECT = frozenset({
     "api-server-count", "attention-backend", "block-size", "compilation-config", "convert", "data-parallel-size", "dtype",
     "gpu-memory-utilization", "guided-decoding-backend", "hf-overrides", "kv-cache-memory-bytes", "load-format",
     "max-cpu-loras", "max-logprobs", "max-lora-rank", "max-loras", "max-num-batched-tokens", "num-gpu-blocks-override",
-    "runner", "seed", "structured-outputs-config.backend", "swap-space", "task", "tensor-parallel-size", "tokenizer-mode",
+    "runner", "seed", "show-hidden-metrics-for-version", "structured-outputs-config.backend",
+    "swap-space", "task", "tensor-parallel-size", "tokenizer-mode",
     "tool-call-parser", "uvicorn-log-level",
 })  # fmt: skip
 _NO_VALUE_NO_EFFECT = frozenset({
@@ -102,6 +105,8 @@ def translate(model: str, given: list[str]) -> Flags:
             keys += values
         elif name == "max-model-len":
             made.context = int(values[0])
+        elif name == "chat-template" and "{" in values[0]:
+            made.template = values[0]
         elif name in _VALUES:
             made.options += [option for one in values for option in _VALUES[name](one)]
         elif name in _VALUE:
@@ -112,3 +117,18 @@ def translate(model: str, given: list[str]) -> Flags:
     if keys:
         made.environment["DSO_API_KEYS"] = "\n".join(keys)
     return made
+
+
+def translate_environment(flags: Flags, given: Mapping[str, str]) -> tuple[list[str], dict[str, str]]:
+    """The options and the environment of a server, with those to which vLLM's variables correspond.
+
+    Args:
+        flags: what `translate` returned.
+        given: the variables that a test sets.
+    """
+    options, environment = list(flags.options), {**given, **flags.environment}
+    if key := given.get("VLLM_API_KEY"):
+        environment["DSO_API_KEYS"] = key
+    if given.get("VLLM_ALLOW_RUNTIME_LORA_UPDATING"):
+        options += ["--allow-lora-loading", "--lora-dir", "/", "--max-loras", "64"]
+    return options, environment

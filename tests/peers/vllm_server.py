@@ -15,17 +15,20 @@ from typing import Any
 
 import pytest
 
+from deepseek_optimizer.versions import versions
 from support.outcomes import Recorder
 
 from . import models
 from .left_out import RESULTS, LeftOut
 from .served import Shared
 from .vllm_deviations import VLLM
-from .vllm_flags import translate
+from .vllm_flags import translate, translate_environment
 from .vllm_stand_ins import Answer, Platform, StandIns
+from .vllm_values import ModelConfig, set_values
 
 _ENCODERS = re.compile(r"embed|e5|bge-(small|base|m3)|gte|MiniLM|snowflake|arctic", re.IGNORECASE)
-_RERANKERS = re.compile(r"rerank|cross-encoder|classif", re.IGNORECASE)
+_RERANKERS = re.compile(r"rerank|cross-encoder", re.IGNORECASE)
+_CLASSIFIERS = re.compile(r"classif|apeach", re.IGNORECASE)
 _ANSWERS = (
     "vllm.entrypoints.pooling.pooling.protocol.PoolingResponse",
     "vllm.entrypoints.pooling.scoring.protocol.RerankResponse",
@@ -42,7 +45,8 @@ def directory_of(name: str) -> Path:
     """The model that takes the place of the one with this name."""
     if Path(name).is_dir():
         return Path(name)
-    return models.reranker() if _RERANKERS.search(name) else models.encoder() if _ENCODERS.search(name) else models.smollm2()
+    kinds = ((_RERANKERS, models.reranker), (_CLASSIFIERS, models.classifier), (_ENCODERS, models.encoder))
+    return next((model() for names, model in kinds if names.search(name)), models.smollm2())
 
 
 class RemoteOpenAIServer:
@@ -64,14 +68,17 @@ class RemoteOpenAIServer:
     ) -> None:
         given = vllm_serve_args.split() if isinstance(vllm_serve_args, str) else list(vllm_serve_args or [])
         flags = translate(model, given)
+        if flags.template is not None:
+            (_folder / "template.jinja").write_text(flags.template)
+            flags.options += ["--chat-template", str(_folder / "template.jinja")]
         source = directory_of(model)
-        context = flags.context if source == models.smollm2() else None  # encoders have a table of positions
-        target = _folder / f"{source.name}-{context}"
+        target = _folder / f"{source.name}-{flags.context}"
         if not target.exists():
-            models.variant(source, target, context=context)
-        served = _shared.get(target, flags.options, {**flags.environment, **(env_dict or {})})
+            models.variant(source, target, context=flags.context)
+        served = _shared.get(target, *translate_environment(flags, env_dict or {}))
         self.host, self.port, self.proc, self.model = "127.0.0.1", served.port, served.process, model
         self.uds = None
+        self.show_hidden_metrics = True
 
     def __enter__(self) -> RemoteOpenAIServer:
         return self
@@ -128,6 +135,11 @@ def _local(load: Callable[..., Any]) -> Callable[..., Any]:
     return loaded
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for module in {item.module for item in items if isinstance(item, pytest.Function)}:
+        set_values(module, directory_of)
+
+
 def pytest_configure(config: pytest.Config) -> None:
     global _folder
     folder = models.scratch()
@@ -143,11 +155,15 @@ def pytest_configure(config: pytest.Config) -> None:
     tokenizer = _local(transformers.AutoTokenizer.from_pretrained)
     transformers.AutoTokenizer.from_pretrained = tokenizer
     huggingface_hub.snapshot_download = lambda *_, **__: str(models.adapter())
+    version = versions("deepseek-optimizer")["deepseek-optimizer"]
     hub = SimpleNamespace(snapshot_download=huggingface_hub.snapshot_download)
     StandIns({
         **{name: Answer for name in _ANSWERS},
+        "vllm.config.ModelConfig": lambda model, **_: ModelConfig(directory_of(model)),
         "vllm.platforms.current_platform": Platform(),
         "vllm.tokenizers.get_tokenizer": tokenizer,
         "vllm.transformers_utils.repo_utils.hf_api": lambda: hub,
         "vllm.transformers_utils.tokenizer.get_tokenizer": tokenizer,
+        "vllm.version": SimpleNamespace(__version__=version, _prev_minor_version=lambda: version),
+        "vllm.version.__version__": version,
     }).install()  # fmt: skip

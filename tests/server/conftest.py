@@ -5,26 +5,43 @@ from __future__ import annotations
 import httpx
 import pytest
 
+from deepseek_optimizer.engine.grammar.compiler import GrammarCompiler
 from deepseek_optimizer.server.settings import ServerSettings
 from support.fake_engine import FakeEngine
 from support.live_server import LiveServer, assert_error, wait_for
 
 
 @pytest.fixture(scope="session")
-def shared_server(byte_tokenizer):
-    with LiveServer(FakeEngine(byte_tokenizer), ServerSettings(max_body_bytes=1 << 20)) as live:
+def grammars(byte_tokenizer):
+    """A compiler of grammars for servers of the byte tokenizer, with any template."""
+    compiler = GrammarCompiler(byte_tokenizer, len(byte_tokenizer), seconds=ServerSettings().grammar_seconds)
+    yield compiler
+    compiler.close()
+
+
+@pytest.fixture(scope="session")
+def shared_server(byte_tokenizer, grammars):
+    with LiveServer(FakeEngine(byte_tokenizer), ServerSettings(max_body_bytes=1 << 20), grammars=grammars) as live:
         yield live
 
 
+def _choices(live: LiveServer) -> list:
+    return live.client.post("/v1/completions", json={"prompt": "baseline", "max_tokens": 40}).json()["choices"]
+
+
+@pytest.fixture(scope="module")  # some modules have a shared server of their own
+def first_choices(shared_server):
+    """What the shared server answered before the module's tests."""
+    return _choices(shared_server)
+
+
 @pytest.fixture
-def live(shared_server):
+def live(shared_server, first_choices):
     """The shared server. After each test it must be alive, idle, and answer as before."""
-    question = {"prompt": "baseline", "max_tokens": 40}
-    before = shared_server.client.post("/v1/completions", json=question).json()["choices"]
     yield shared_server
     wait_for(lambda: shared_server.engine.admitted == 0 and shared_server.engine.running == 0)
     assert shared_server.client.get("/health").status_code == 200
-    assert shared_server.client.post("/v1/completions", json=question).json()["choices"] == before
+    assert _choices(shared_server) == first_choices
 
 
 @pytest.fixture

@@ -37,8 +37,9 @@ def test_loading_choosing_and_unloading(allowed):
     assert [str(adapter.path) for adapter in live.engine.adapters] == [str(root / "one"), str(root / "deep/two")]
     assert names(live) == ["fake-model", "first", "second"]
     card = live.client.get("/v1/models/second").json()
-    assert card["parent"] == "fake-model" and card["id"] == "second" and "path" not in card
-    assert "parent" not in live.client.get("/v1/models/fake-model").json()
+    assert card["parent"] == "fake-model" and card["id"] == "second" and card["root"] == str(root / "deep/two")
+    base = live.client.get("/v1/models/fake-model").json()
+    assert base["root"] == "fake-model" and base["parent"] is None
     for path, body in (
         ("/v1/completions", {"prompt": "x", "max_tokens": 2}),
         ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}], "max_tokens": 2}),
@@ -56,7 +57,10 @@ def test_loading_choosing_and_unloading(allowed):
     assert names(live) == ["fake-model", "second"]
     assert_error(live.client.post("/v1/completions", json={"model": "first", "prompt": "x"}), 404, "model")
     assert_error(live.client.post(UNLOAD, json={"lora_name": "first"}), 404, "lora_name")
-    assert_error(live.client.post(LOAD, json={"lora_name": "second", "lora_path": "one"}), 400, "lora_name")
+    again = {"lora_name": "second", "lora_path": "one"}
+    assert_error(live.client.post(LOAD, json=again), 400, "lora_name")
+    assert live.client.post(LOAD, json={**again, "load_inplace": True}).status_code == 200
+    assert live.client.get("/v1/models/second").json()["root"] == str(root / "one")
 
 
 @pytest.mark.parametrize(
@@ -64,7 +68,6 @@ def test_loading_choosing_and_unloading(allowed):
     [
         "..",
         ".",
-        "",
         "../outside",
         "/etc",
         "one/../../outside",
@@ -72,7 +75,6 @@ def test_loading_choosing_and_unloading(allowed):
         "file",
         "missing",
         "one\x00",
-        "x" * 5000,
         "~",
         "one/" * 500,
     ],
@@ -80,7 +82,7 @@ def test_loading_choosing_and_unloading(allowed):
 def test_paths_outside_the_directory(allowed, path):
     live, _ = allowed
     answer = live.client.post(LOAD, json={"lora_name": "a", "lora_path": path})
-    assert_error(answer, 400, "lora_path")
+    assert_error(answer, 404, "lora_path")
     assert names(live) == ["fake-model"]
 
 
@@ -93,6 +95,8 @@ def test_paths_outside_the_directory(allowed, path):
         ({"lora_name": "a" * 300, "lora_path": "one"}, "lora_name"),
         ({"lora_name": 1, "lora_path": "one"}, "lora_name"),
         ({"lora_name": "a", "lora_path": ["one"]}, "lora_path"),
+        ({"lora_name": "a", "lora_path": ""}, "lora_path"),
+        ({"lora_name": "a", "lora_path": "x" * 5000}, "lora_path"),
     ],
 )
 def test_invalid_bodies(allowed, body, param):
@@ -110,7 +114,7 @@ def test_invalid_bodies(allowed, body, param):
 def test_failures_name_no_paths(allowed, monkeypatch, error, status):
     live, root = allowed
 
-    def fail(name, path):
+    def fail(name, path, replace):
         raise error(path)
 
     monkeypatch.setattr(live.engine, "load_adapter", fail)

@@ -139,8 +139,8 @@ def test_a_client_that_disconnects_during_its_body(live):
         ({"prompt": "x", "metadata": {str(n): 1 for n in range(6_000)}}, "fields"),
         ({f"field{n}": 1 for n in range(6_000)}, "fields"),
         ({"prompt": ["x"] * 200_000}, "200000 answers"),
-        ({"prompt": [1] * 200_000}, "the model's context"),
-        ({"prompt": [[1] * 5_000]}, "the model's context"),
+        ({"prompt": [1] * 200_000}, "model's maximum context length"),
+        ({"prompt": [[1] * 5_000]}, "model's maximum context length"),
     ],
 )
 def test_bodies_with_too_many_parts_are_rejected_before_validation(live, refused, monkeypatch, body, words):

@@ -6,8 +6,6 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,6 +18,7 @@ from deepseek_optimizer import load_model
 from deepseek_optimizer.serving import make_async_engine
 from support.live_server import LiveServer, assert_error
 from support.saved_llama import saved_llama
+from support.warm_python import DSO, WarmPython
 
 TEXT = "/v1/completions"
 SHORT = {"prompt": "hello", "max_tokens": 8, "temperature": 0, "ignore_eos": True}
@@ -61,8 +60,8 @@ def check_lost(client: httpx.Client, words: str) -> None:
 
 
 def test_a_file_truncated_during_requests(packed):
-    command = [sys.executable, "-m", "deepseek_optimizer", "serve", str(packed), "--port", "0", "--kv-cache-memory", "67108864"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, bufsize=1) as process, ThreadPoolExecutor(1) as pool:
+    options = ("--port", "0", "--kv-cache-memory", "67108864")
+    with WarmPython(DSO, "serve", packed, *options) as process, ThreadPoolExecutor(1) as pool:
         log: list[str] = []
         address = next(filter(None, (re.search(r"http://127\.0\.0\.1:\d+", line) for line in process.stderr)))[0]
         reading = threading.Thread(target=lambda: log.extend(process.stderr), daemon=True)

@@ -145,7 +145,7 @@ def test_the_system_prompt_is_pinned(live):
 
 
 @pytest.fixture(scope="module")
-def with_template(byte_tokenizer):
+def with_template(byte_tokenizer, grammars):
     """with_template(jinja, script) -> a server of a model with that template."""
     import copy
 
@@ -154,7 +154,7 @@ def with_template(byte_tokenizer):
     def start(template, script="text"):
         tokenizer = copy.deepcopy(byte_tokenizer)
         tokenizer.chat_template = template
-        live = LiveServer(FakeEngine(tokenizer, script=lambda request: script))
+        live = LiveServer(FakeEngine(tokenizer, script=lambda request: script), grammars=grammars)
         live.__enter__()
         running.append(live)
         return live
@@ -201,6 +201,11 @@ def test_reasoning_is_separate_from_the_answer(with_template):
     deltas = [json.loads(event[6:])["choices"][0]["delta"] for event in streamed.split("\n\n")[:-2]]
     assert "".join(delta.get("reasoning_content", "") for delta in deltas) == "hm, 2"
     assert "".join(delta.get("content", "") for delta in deltas) == "It is 2."
+    hidden = {"messages": [USER], "include_reasoning": False}
+    whole = live.client.post(PATH, json=hidden).json()
+    assert whole["choices"][0]["message"] == {"role": "assistant", "content": "It is 2."}
+    assert whole["usage"]["completion_tokens_details"]["reasoning_tokens"] > 0
+    assert "reasoning_content" not in live.client.post(PATH, json={**hidden, "stream": True}).text
     items = live.client.post("/v1/responses", json={"input": "hi"}).json()["output"]
     assert [item["type"] for item in items] == ["reasoning", "message"]
     assert items[0]["content"][0]["text"] == "hm, 2" and items[1]["content"][0]["text"] == "It is 2."

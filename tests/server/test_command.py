@@ -13,6 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from deepseek_optimizer_cli.app import app
+from support.warm_python import DSO, WarmPython
 
 
 @pytest.fixture
@@ -57,6 +58,7 @@ def test_wrong_options(serve, tmp_path):
     assert "NAME=PATH" in error_of(serve("--lora", "name"))
     assert "given twice" in error_of(serve("--lora", "a=x", "--lora", "a=y"))
     assert "lora_dir" in error_of(serve("--allow-lora-loading"))
+    assert "localhost" in error_of(serve("--allow-origin", "example.com"))
 
 
 def test_a_used_port_is_reported_before_loading(serve):
@@ -78,9 +80,7 @@ def test_readable_key_files_give_a_warning(serve, tmp_path):
 @pytest.fixture(scope="module")
 def served(tiny_model):
     """The real command, with the tiny model."""
-    command = [sys.executable, "-m", "deepseek_optimizer", "serve", str(tiny_model), "--port", "0"]
-    command += ["--served-model-name", "r1-int4"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    process = WarmPython(DSO, "serve", tiny_model, "--port", "0", "--served-model-name", "r1-int4")
     banner = ""
     while "address" not in banner:
         line = process.stderr.readline()

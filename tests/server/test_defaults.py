@@ -110,16 +110,22 @@ def test_further_paths_without_v1(client):
     assert "/v1/models" in paths and "/models" not in paths
 
 
-@pytest.mark.parametrize("path, body", [("/v1/chat/completions", CHAT), ("/v1/completions", {"prompt": "hi"})])
-def test_usage_in_every_chunk(client, path, body):
+@pytest.mark.parametrize(
+    "path, body, expected",
+    [
+        ("/v1/chat/completions", CHAT, [0, 1, 2, 3, 3]),  # with the role, for each token, and without an answer
+        ("/v1/completions", {"prompt": "hi"}, [1, 2, 3, 3]),
+    ],
+)
+def test_usage_in_every_chunk(client, path, body, expected):
     import json
 
     options = {"include_usage": True, "continuous_usage_stats": True}
     text = client.post(path, json={**body, "max_tokens": 3, "stream": True, "stream_options": options}).text
     chunks = [json.loads(event[6:]) for event in text.split("\n\n")[:-2]]
     counts = [chunk["usage"]["completion_tokens"] for chunk in chunks]
-    assert counts == sorted(counts) and counts[-1] == counts[-2] == 3 and counts[0] == 1
-    assert chunks[-1]["choices"] == []
+    assert counts == expected
+    assert chunks[-1]["choices"] == [] and chunks[-2]["choices"][0]["finish_reason"] == "length"
     plain = {"include_usage": False, "continuous_usage_stats": True}
     text = client.post(path, json={**body, "max_tokens": 3, "stream": True, "stream_options": plain}).text
     assert '"usage"' not in text

@@ -25,8 +25,8 @@ METRIC = re.compile(r"\b(?:vllm|dso):[a-z0-9_]+|\bhttp_[a-z_]+")
 
 
 def base(name: str) -> str:
-    """A metric's name without the suffix of a sample."""
-    return re.sub(r"_(total|bucket|sum|count|created)$", "", name)
+    """A metric's name without the suffixes of a sample."""
+    return re.sub(r"(_(total|bucket|sum|count|created))+$", "", name)
 
 
 def unit() -> str:

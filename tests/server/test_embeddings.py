@@ -26,7 +26,7 @@ def test_the_response(client):
     body = client.post("/embeddings", json={"input": ["a", "bb"]}).json()
     assert body["object"] == "list" and body["model"] == "fake-model" and body["id"].startswith("embd-")
     assert [entry["index"] for entry in body["data"]] == [0, 1]
-    assert body["usage"] == {"prompt_tokens": 3, "total_tokens": 3}
+    assert body["usage"] == {"prompt_tokens": 3, "completion_tokens": 0, "total_tokens": 3}
 
 
 def test_norms(client):
@@ -54,7 +54,7 @@ def test_two_thousand_texts(live):
     assert np.array_equal(made[777], vectors(live.client, input="text 777", normalize=False)[0])
 
 
-@pytest.mark.parametrize("given", ["", [], [""], ["a"] * 2049, [[]], [-1], [["a"]], 1, None, [1.5], ["a", 1], [261]])
+@pytest.mark.parametrize("given", ["", [], [""], ["a"] * 2049, [[]], [-1], [["a"]], 1, None, [1.5], ["a", 1.5], [261]])
 def test_wrong_inputs(refused, given):
     refused(PATH, {"input": given})
 
@@ -72,6 +72,7 @@ def test_truncation(live, refused):
     live.client.post(PATH, json={"input": text, "truncate_prompt_tokens": -1}).raise_for_status()
     assert len(live.engine.seen[-1].prompt) == 4096
     refused(PATH, {"input": "x", "truncate_prompt_tokens": 4097}, 400, "truncate_prompt_tokens")
+    assert live.client.post(PATH, json={"input": [1] * 5000, "truncate_prompt_tokens": 9}).json()["usage"]["prompt_tokens"] == 9
     assert vectors(live.client, input="untouched afterwards").shape == (1, HIDDEN)
 
 

@@ -212,7 +212,7 @@ def test_bytes_of_tokens(byte_tokenizer):
     assert actual == (len("<|assistant|>"), b"")
     size = PromptSize(byte_tokenizer, 10)
     size.check(["x" * 65, "é" * 32], "prompt")
-    with pytest.raises(ValueError, match="131 bytes are at least 11 tokens"):
+    with pytest.raises(ValueError, match="the prompt has at least 11"):
         size.check(["x" * 66, "é" * 32, "x"], "prompt")
     size._bytes = actual._replace(lost=b"\x01\xc3")
     size.check(["\x01x" * 130], "prompt")

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import subprocess
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +17,7 @@ from deepseek_optimizer.cache.prefix_cache import keys
 from deepseek_optimizer.quant import pack
 from deepseek_optimizer.server.settings import ServerSettings
 from deepseek_optimizer.serving import make_async_engine
+from support import warm_python
 from support.live_server import LiveServer, assert_error, wait_for
 from support.saved_llama import saved_llama
 
@@ -164,5 +163,5 @@ main()
     torch.manual_seed(0)
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "m")
     byte_tokenizer.save_pretrained(tmp_path / "m")
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    done = warm_python.run(code)
     assert done.returncode == 2 and done.stderr.startswith("dso: the model's weights: "), done.stderr

@@ -39,9 +39,9 @@ class SAY:
 
 
 @pytest.fixture(scope="module")
-def running(byte_tokenizer):
+def running(byte_tokenizer, grammars):
     SAY.tokenizer = byte_tokenizer
-    with LiveServer(FakeEngine(byte_tokenizer, say, context=CONTEXT), ServerSettings()) as live:
+    with LiveServer(FakeEngine(byte_tokenizer, say, context=CONTEXT), grammars=grammars) as live:
         yield live
 
 

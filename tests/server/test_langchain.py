@@ -21,7 +21,7 @@ class Weather(pydantic.BaseModel):
 
 
 @pytest.fixture(scope="module")
-def server(byte_tokenizer):
+def server(byte_tokenizer, grammars):
     tokenizer = copy.deepcopy(byte_tokenizer)
     tokenizer.chat_template = HERMES
 
@@ -30,7 +30,7 @@ def server(byte_tokenizer):
             return '<tool_call>\n{"name": "Weather", "arguments": {"city": "Rom"}}\n</tool_call>'
         return "Hello 😀!"
 
-    with LiveServer(FakeEngine(tokenizer, script=script)) as live:
+    with LiveServer(FakeEngine(tokenizer, script=script), grammars=grammars) as live:
         yield live
 
 

@@ -79,7 +79,7 @@ def test_biases(live, bias):
     "body",
     [
         {},
-        {"prompt": "x", "logit_bias": [["a", 1]]},
+        {"prompt": "x", "logit_bias": [[1, "a"]]},
         {"prompt": ""},
         {"prompt": []},
         {"prompt": [5000]},

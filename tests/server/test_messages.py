@@ -25,7 +25,7 @@ CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Rom"}}\n</tool_c
 
 
 @pytest.fixture(scope="module")
-def server(byte_tokenizer):
+def server(byte_tokenizer, grammars):
     """Answers with a tool call if there are tools and no result yet."""
     tokenizer = copy.deepcopy(byte_tokenizer)
     tokenizer.chat_template = HERMES
@@ -34,7 +34,7 @@ def server(byte_tokenizer):
         prompt = tokenizer.decode(request.prompt)
         return f"I look.\n{CALL}" if "<tools>" in prompt and "sunny" not in prompt else "It is sunny. END of it"
 
-    with LiveServer(FakeEngine(tokenizer, script=script)) as live:
+    with LiveServer(FakeEngine(tokenizer, script=script), grammars=grammars) as live:
         yield live
 
 

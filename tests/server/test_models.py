@@ -104,11 +104,8 @@ def test_tokens_of_a_text_and_back(client, byte_tokenizer):
     actual = client.post("/tokenize", json={"prompt": text, "return_token_strs": True}).json()
     assert actual["tokens"] == byte_tokenizer(text)["input_ids"] and actual["count"] == len(actual["tokens"])
     assert actual["max_model_len"] == 4096
-    assert (
-        actual["token_strs"][:2] == ["n", "a"]
-        and actual["token_strs"][2] == "bytes:\\xc3"
-        and actual["token_strs"][-1] == "<|user|>"
-    )
+    assert actual["token_strs"] == byte_tokenizer.convert_ids_to_tokens(actual["tokens"])
+    assert client.post("/tokenize", json={"prompt": text}).json()["token_strs"] is None
     assert client.post("/detokenize", json={"tokens": actual["tokens"]}).json() == {"prompt": text, "content": text}
 
 
@@ -118,6 +115,18 @@ def test_tokens_of_a_chat_equal_the_prompt(live):
     live.client.post("/v1/chat/completions", json={"messages": messages, "max_tokens": 1})
     assert live.engine.seen[-1].prompt == actual
     assert actual.count(live.engine.tokenizer.eos_token_id) == 1  # only the template's, not that in the message
+
+
+def test_tokens_of_the_beginning_of_an_answer(client, byte_tokenizer):
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}]
+
+    def text(**fields):
+        return byte_tokenizer.decode(client.post("/tokenize", json={"messages": messages, **fields}).json()["tokens"])
+
+    assert text() == "<|user|>Hi<|end|><|assistant|>Yes<|end|><|assistant|>"
+    assert "weather" in text(tools=[{"type": "function", "function": {"name": "weather"}}])  # described as in a chat
+    assert text(add_generation_prompt=False) == "<|user|>Hi<|end|><|assistant|>Yes<|end|>"
+    assert text(continue_final_message=True, add_generation_prompt=False) == "<|user|>Hi<|end|><|assistant|>Yes"
 
 
 @pytest.mark.parametrize(

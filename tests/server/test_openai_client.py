@@ -22,8 +22,9 @@ MODEL = "fake-model"
 
 
 @pytest.fixture(scope="module")
-def server(byte_tokenizer):
-    with LiveServer(FakeEngine(byte_tokenizer), ServerSettings(keys=ApiKeys(["alpha"]))) as live:
+def server(byte_tokenizer, grammars):
+    settings = ServerSettings(keys=ApiKeys(["alpha"]))
+    with LiveServer(FakeEngine(byte_tokenizer), settings, grammars=grammars) as live:
         yield live
 
 
@@ -33,7 +34,7 @@ def client(server):
 
 
 @pytest.fixture(scope="module")
-def tools_client(byte_tokenizer):
+def tools_client(byte_tokenizer, grammars):
     import copy
 
     tokenizer = copy.deepcopy(byte_tokenizer)
@@ -44,7 +45,7 @@ def tools_client(byte_tokenizer):
             return "It is sunny."
         return '<tool_call>\n{"name": "weather", "arguments": {"city": "Rom"}}\n</tool_call>'
 
-    with LiveServer(FakeEngine(tokenizer, script=script)) as live:
+    with LiveServer(FakeEngine(tokenizer, script=script), grammars=grammars) as live:
         yield openai.OpenAI(base_url=f"{live.url}/v1", api_key="none", max_retries=0)
 
 
@@ -190,13 +191,15 @@ def test_errors_map_to_the_clients_exceptions(client, error, call):
     assert caught.value.body["message"]
 
 
-def test_a_failure_in_the_middle_of_a_stream_is_an_error(server, client):
+def test_a_failure_in_the_middle_of_a_stream_is_an_error(server, client, monkeypatch):
+    monkeypatch.setattr(server.engine, "step_seconds", 0.01)  # 3,000 tokens do not end before the failure
     stream = iter(
         client.chat.completions.create(
             model=MODEL, messages=MESSAGES, max_tokens=3000, stream=True, extra_body={"ignore_eos": True}
         )
     )
     next(stream)
+    wait_for(lambda: server.engine.running == 1)
     server.call(server.engine.fail)
     with pytest.raises(openai.APIError, match="generation failed"):
         list(stream)

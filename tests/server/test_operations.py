@@ -17,6 +17,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
+from prometheus_client.parser import text_string_to_metric_families
 
 from deepseek_optimizer import ConfigError, load_model, load_tokenizer
 from deepseek_optimizer.integration.load.pack_checkpoint import pack_checkpoint
@@ -50,6 +51,15 @@ def test_sleep_must_be_enabled(client):
         assert_error(client.post(path), 404)
 
 
+def assert_state(live, key, expected):
+    """Compares the metric of the sleep."""
+    families = text_string_to_metric_families(live.client.get("/metrics", headers=key).text)
+    [family] = [family for family in families if family.name == "vllm:engine_sleep_state"]
+    assert {sample.labels["sleep_state"]: sample.value for sample in family.samples} == {
+        name: float(name == expected) for name in ("awake", "weights_offloaded", "discard_all")
+    }
+
+
 def test_sleep(make_server):
     live = make_server(ServerSettings(sleep_mode=True, keys=ApiKeys(["key"])))
     key = {"Authorization": "Bearer key"}
@@ -63,6 +73,13 @@ def test_sleep(make_server):
         assert refused.headers["retry-after"] == "30" and "wake_up" in refused.text
     assert live.client.post("/sleep?level=2", headers=key).json() == {"released_bytes": 0}
     assert live.client.post("/sleep?level=3", headers=key).status_code == 400
+    assert_state(live, key, "weights_offloaded")
+    assert live.client.post("/wake_up?tags=weights", headers=key).json() == {"is_sleeping": True}  # only a part
+    assert live.client.post("/wake_up?tags=kv_cache", headers=key).json() == {"is_sleeping": False}
+    assert live.client.post("/wake_up?tags=other", headers=key).status_code == 400
+    assert_state(live, key, "awake")
+    assert live.client.post("/sleep?level=2", headers=key).status_code == 200
+    assert_state(live, key, "discard_all")
     assert live.client.post("/wake_up", headers=key).json() == {"is_sleeping": False}
     assert live.client.post("/wake_up", headers=key).status_code == 200
     assert live.client.post("/v1/completions", json=ASKED, headers=key).status_code == 200
@@ -207,8 +224,14 @@ def test_wrong_settings():
 
 def test_a_prefix_of_all_paths(make_server):
     live = make_server(ServerSettings(root_path="/llm", keys=ApiKeys(["key"])))
-    assert live.client.get("/health").status_code == 200  # as a proxy that removes the prefix forwards it; needs no key
-    assert_error(live.client.get("/v1/models"), 401)
+    key = {"Authorization": "Bearer key"}
+    for prefix in ("", "/llm"):  # as a proxy forwards requests that removes the prefix, and one that does not
+        assert live.client.get(f"{prefix}/health").status_code == 200  # needs no key
+        assert_error(live.client.get(f"{prefix}/v1/models"), 401)
+        assert live.client.get(f"{prefix}/v1/models", headers=key).status_code == 200
+    for path in ("/llm/llm/v1/models", "/llmv1/models", "/llm/v1", "/other/v1/models"):
+        assert_error(live.client.get(path, headers=key), 404)
+    assert_error(live.client.get("/llmhealth"), 401)
     described = live.client.get("/openapi.json", headers={"Authorization": "Bearer key"}).json()
     assert described["servers"] == [{"url": "/llm"}] and "/v1/models" in described["paths"]
 

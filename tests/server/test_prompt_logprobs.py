@@ -146,6 +146,31 @@ def test_tokens_as_token_ids(client):
     assert all(name.startswith("token_id:") for top in logprobs["top_logprobs"][1:] for name in top)
 
 
+@pytest.mark.parametrize(
+    "path, body", [(TEXT, {"prompt": "x"}), ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}]})]
+)
+def test_fields_that_are_not_asked_for_are_null(client, path, body):
+    answer = client.post(path, json={**body, "max_tokens": 2}).json()
+    prompt = answer if "message" in answer["choices"][0] else answer["choices"][0]
+    assert prompt["prompt_token_ids"] is None and prompt["prompt_logprobs"] is None
+    assert answer["choices"][0]["token_ids"] is None
+
+
+def test_prompts_are_shortened_on_request(live, refused):
+    def prompt(**fields):
+        live.client.post(TEXT, json={"max_tokens": 6, **fields}).raise_for_status()
+        return live.engine.seen[-1].prompt
+
+    assert prompt(prompt=[1, 2, 3, 4], truncate_prompt_tokens=2) == [3, 4]
+    assert prompt(prompt=[1, 2, 3, 4], truncate_prompt_tokens=2, truncation_side="right") == [1, 2]
+    assert prompt(prompt=[1, 2, 3, 4], truncate_prompt_tokens=9) == [1, 2, 3, 4]
+    assert len(prompt(prompt="x" * 10_000, truncate_prompt_tokens=-1)) == 4096 - 6
+    for wrong in (0, -2, 4097):
+        refused(TEXT, {"prompt": "x", "truncate_prompt_tokens": wrong}, 400, "truncate_prompt_tokens")
+    body = {"prompt": "abcdef", "truncate_prompt_tokens": 2, "echo": True, "max_tokens": 0}
+    assert live.client.post(TEXT, json=body).json()["choices"][0]["text"] == "ef"
+
+
 def test_limits(refused, make_server):
     refused(TEXT, {"prompt": "x", "prompt_logprobs": 21}, 400, "prompt_logprobs")
     refused(TEXT, {"prompt": "x", "prompt_logprobs": 1, "stream": True}, 400, "prompt_logprobs")

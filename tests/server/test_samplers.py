@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from deepseek_optimizer.server.routes.tokenizer_info import describe
+from support.byte_tokenizer import new_byte_tokenizer
+from support.live_server import assert_error
+
 TEXT, CHAT = "/v1/completions", "/v1/chat/completions"
 BODIES = {TEXT: {"prompt": "x", "max_tokens": 2}, CHAT: {"messages": [{"role": "user", "content": "x"}], "max_tokens": 2}}
 
@@ -92,6 +96,9 @@ def test_the_last_message_is_continued_as_by_llama_server(make_server):
         return live.engine.tokenizer.decode(live.engine.seen[-1].prompt).endswith(content)
 
     assert ends() and not ends(add_generation_prompt=True) and not ends(continue_final_message=False)
+    twice = [{"role": "user", "content": "hi"}, *[{"role": "assistant", "content": "I am"}] * 2]
+    assert_error(live.client.post(CHAT, json={"messages": twice}), 400, "messages")
+    assert live.client.post(CHAT, json={"messages": twice[1:2], "max_tokens": 1}).status_code == 200
 
 
 def test_tokenizer_info(client, live):
@@ -100,3 +107,9 @@ def test_tokenizer_info(client, live):
     assert info["tokenizer_class"] == type(tokenizer).__name__ and info["chat_template"] == tokenizer.chat_template
     assert info["eos_token"] == tokenizer.eos_token
     assert not any(name.endswith("_file") or "path" in name for name in info)
+
+
+def test_tokenizer_info_without_a_limit():
+    tokenizer = new_byte_tokenizer()
+    tokenizer.init_kwargs["model_max_length"] = int(1e30)  # as Transformers stores it; too large for orjson
+    assert describe(tokenizer)["model_max_length"] is None

@@ -82,6 +82,12 @@ def test_values_out_of_range(live, refused, path, name, values):
     assert len(live.engine.seen) == seen
 
 
+def test_fields_with_the_same_fault_are_named_together(refused):
+    wrong = {**TEXT, "logit_bias": {"bad1": 1, "5": 1, "bad2": 1}, "top_k": -2}
+    message = refused("/v1/completions", wrong, 400, "logit_bias.bad1").json()["error"]["message"]
+    assert message.startswith("logit_bias.bad1, logit_bias.bad2: ")
+
+
 def test_values_of_specific_routes(refused):
     for value in (-1, 21, 2**63, True, "1", 1.5):
         refused("/v1/chat/completions", {**CHAT, "logprobs": True, "top_logprobs": value}, 400, "top_logprobs")

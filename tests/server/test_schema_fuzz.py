@@ -129,6 +129,9 @@ OPERATIONS = [
     ("GET", "/version"),
     ("GET", "/load"),
     ("GET", "/is_sleeping"),
+    ("GET", "/slots"),
+    ("POST", "/v1/chat/completions/input_tokens"),
+    ("POST", "/v1/responses/input_tokens"),
 ]
 
 

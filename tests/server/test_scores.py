@@ -76,7 +76,8 @@ def test_wrong_score_requests(refused, body):
 
 def test_models_without_a_classification_head(refused, client):
     refused("/classify", {"input": "a"}, 400, "model")
-    refused("/pooling", {"input": "a", "task": "classify"}, 400, "model")
+    for task in ("classify", "token_embed"):
+        refused("/pooling", {"input": "a", "task": task}, 400, "task")
     body = ok(client, "/pooling", input=["a", "b"])
     assert [(entry["object"], len(entry["data"])) for entry in body["data"]] == [("pooling", 8)] * 2
     assert isinstance(ok(client, "/pooling", input="a", encoding_format="base64")["data"][0]["data"], str)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
 import re
 import signal
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -16,6 +14,7 @@ import httpx
 import pytest
 
 from support.live_server import assert_error, wait_for
+from support.warm_python import WarmPython
 
 TESTS = Path(__file__).parents[1]
 SCRIPT = """
@@ -39,9 +38,7 @@ class Process:
 
     def __init__(self, model: Path, drain: float):
         script = SCRIPT.format(tests=str(TESTS), model=str(model), drain=drain)
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-        )
+        self.process = WarmPython(script)
         line = self.process.stdout.readline()
         results = re.fullmatch(r"port (\d+)\n", line)
         assert results, line + self.process.stderr.read()
@@ -95,18 +92,15 @@ class Future:
 
 @pytest.fixture
 def start(tiny_model):
-    running: list[Process] = []
+    with contextlib.ExitStack() as running:
 
-    def process(drain: float = 20.0) -> Process:
-        running.append(Process(tiny_model, drain))
-        return running[-1]
+        def process(drain: float = 20.0) -> Process:
+            server = Process(tiny_model, drain)
+            running.callback(server.client.close)
+            running.enter_context(server.process)
+            return server
 
-    yield process
-    for one in running:
-        if one.process.poll() is None:
-            os.killpg(one.process.pid, signal.SIGKILL)
-        one.process.communicate()
-        one.client.close()
+        yield process
 
 
 def test_running_requests_finish_and_new_ones_are_rejected(start):

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import re
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import httpx
@@ -17,6 +15,7 @@ from deepseek_optimizer.server.keys import ApiKeys
 from deepseek_optimizer.server.settings import ServerSettings
 from deepseek_optimizer.server.stored_responses.database import ResponseDatabase, Row
 from support.live_server import assert_error, wait_for
+from support.warm_python import WarmPython
 
 PATH = "/v1/responses"
 TESTS = Path(__file__).parents[1]
@@ -71,7 +70,9 @@ def test_deletion(client):
     first = ask(client, input="one")
     second = ask(client, input="two", previous_response_id=first["id"])
     assert client.delete(f"{PATH}/{first['id']}").json() == {"id": first["id"], "object": "response", "deleted": True}
-    assert_error(client.get(f"{PATH}/{first['id']}"), 404)
+    missing = client.get(f"{PATH}/{first['id']}")
+    assert_error(missing, 404)
+    assert f"Response with id '{first['id']}' not found." in missing.text
     assert_error(client.delete(f"{PATH}/{first['id']}"), 404)
     assert client.get(f"{PATH}/{second['id']}").status_code == 200
     gone = client.post(PATH, json={"input": "x", "previous_response_id": second["id"]})
@@ -110,7 +111,9 @@ def test_cancelling_and_deleting_in_the_background(make_server):
     assert live.client.delete(f"{PATH}/{second}").status_code == 200
     wait_for(lambda: live.engine.admitted == 0 and live.engine.running == 0)
     id = ask(live.client, input="one", max_output_tokens=3)["id"]
-    assert_error(live.client.post(f"{PATH}/{id}/cancel"), 400)
+    refused = live.client.post(f"{PATH}/{id}/cancel")
+    assert_error(refused, 400)
+    assert "Cannot cancel a synchronous response." in refused.text  # as OpenAI says it
 
 
 def test_a_failure_in_the_background_is_stored(make_server):
@@ -206,7 +209,7 @@ def test_a_killed_server_continues_its_conversations(tiny_model, tmp_path):
     script = SCRIPT.format(tests=str(TESTS), model=str(tiny_model), folder=str(tmp_path / "state"))
 
     def start():
-        process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, start_new_session=True)
+        process = WarmPython(script)
         port = re.fullmatch(r"port (\d+)\n", process.stdout.readline())[1]
         return process, httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30)
 

@@ -58,7 +58,7 @@ HOSTILE = [
 
 
 @pytest.fixture(scope="module")
-def saying(byte_tokenizer):
+def saying(byte_tokenizer, grammars):
     """A model that repeats the last message."""
     tokenizer = copy.deepcopy(byte_tokenizer)
     tokenizer.chat_template = HERMES
@@ -66,7 +66,7 @@ def saying(byte_tokenizer):
     def script(request):
         return HOSTILE[int(re.search("number ([0-9]+)", tokenizer.decode(request.prompt))[1])]
 
-    with LiveServer(FakeEngine(tokenizer, script=script, context=16_384)) as live:
+    with LiveServer(FakeEngine(tokenizer, script=script, context=16_384), grammars=grammars) as live:
         yield live
 
 

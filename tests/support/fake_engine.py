@@ -16,9 +16,11 @@ from prometheus_client import CollectorRegistry
 
 from deepseek_optimizer.engine.async_engine import Admission, Answers
 from deepseek_optimizer.engine.detokenizer import Detokenizer
+from deepseek_optimizer.engine.metrics import EngineMetrics
 from deepseek_optimizer.engine.prompt_logprobs import PromptLogprobs
 from deepseek_optimizer.engine.request import Finish, Output, Request, TokenLogprob, check_tokens
-from deepseek_optimizer.errors import EngineBusyError, EngineDeadError, RequestError
+from deepseek_optimizer.engine.running import RequestProgress
+from deepseek_optimizer.errors import ContextLengthError, EngineBusyError, EngineDeadError, RequestError
 
 HIDDEN = 8
 
@@ -57,7 +59,7 @@ class FakeEngine:
         self.adapters: list[SimpleNamespace] = []
         self.room = context
         self.max_running = capacity
-        self.registry = CollectorRegistry()
+        self.registry, self.metrics, self.drafted = CollectorRegistry(), EngineMetrics(), (0, 0, 0)
         self.alive = False
         self.steps = 0
         self.seen: list[Request] = []
@@ -83,6 +85,9 @@ class FakeEngine:
     @property
     def running(self) -> int:
         return len(self._running)
+
+    def running_requests(self) -> list[RequestProgress]:
+        return [s.progress_of(number) for number, s in enumerate(self._running.values(), 1)]
 
     @property
     def load(self) -> tuple[int, int]:
@@ -111,7 +116,8 @@ class FakeEngine:
     def submit(self, request: Request) -> Answers:
         self.check_alive()
         if len(request.prompt) > self.context - (not request.embed):
-            raise RequestError("prompt", f"{len(request.prompt)} tokens, and the context has {self.context}")
+            message = f"{len(request.prompt)} tokens, and the context has {self.context}"
+            raise ContextLengthError("prompt", message, len(request.prompt), self.context)
         check_tokens(request, self.vocab_size)
         request = replace(request, id=f"{request.id or 'request'}-{next(self._ids)}")
         answers = Answers(self, request)
@@ -120,7 +126,9 @@ class FakeEngine:
         self._wake.set()
         return answers
 
-    def load_adapter(self, name: str, path: object) -> None:
+    def load_adapter(self, name: str, path: object, replace: bool = False) -> None:
+        if replace:
+            self.adapters = [adapter for adapter in self.adapters if adapter.name != name]
         if any(adapter.name == name for adapter in self.adapters):
             raise RequestError("lora_name", f"{name!r} has already been loaded; unload it first")
         self.adapters.append(SimpleNamespace(name=name, path=path, created=1))
@@ -151,9 +159,9 @@ class FakeEngine:
         for sequence in list(self._running.values()):
             self._end(sequence, "error", "the engine has stopped: /secret/path")
 
-    def fail(self, index: int = 0):
-        """Fails one request; the engine continues."""
-        self._end(list(self._running.values())[index], "error", "NaN at /secret/path")
+    def fail(self):
+        """Fails the oldest running request; the engine continues."""
+        self._end(next(iter(self._running.values())), "error", "NaN at /secret/path")
 
     def tell_of_replaced_files(self):
         pass
@@ -196,6 +204,7 @@ class _Sequence:
         text = "" if request.embed else engine.script(request)
         self.script = engine.tokenizer(text, add_special_tokens=False)["input_ids"] + [engine.tokenizer.eos_token_id]
         self.at = 0
+        self.progress: tuple[int, ...] = ()
         self.detokenizer = Detokenizer(
             engine.tokenizer,
             sampling.stop,
@@ -204,6 +213,9 @@ class _Sequence:
         )
         self.grammar = sampling.grammar.start() if sampling.grammar else None
         self.bits = np.full((engine.vocab_size + 31) // 32, -1, np.int32)
+
+    def progress_of(self, number: int) -> RequestProgress:
+        return RequestProgress(number, len(self.request.prompt), self.at, self.request.sampling.max_tokens or 0)
 
     @property
     def late(self) -> bool:
@@ -224,6 +236,11 @@ class _Sequence:
         if self.request.embed:
             vector = np.arange(HIDDEN, dtype=np.float32) + sum(self.request.prompt) / 1000
             return self.put(Output(self.request.id, finish="stop", embedding=vector))
+        if self.request.progress and not self.at and not self.progress:  # the prompt takes two steps
+            size = len(self.request.prompt)
+            self.progress = (size,)
+            return self.put(Output(self.request.id, progress=(0, size // 2)))
+        progress, self.progress = self.progress, ()
         sampling = self.request.sampling
         prompt_logprobs = None if self.at else self._prompt_logprobs()
         if sampling.max_tokens == 0:
@@ -246,7 +263,10 @@ class _Sequence:
         if sampling.logprobs is not None:
             top = tuple(((token + i) % self.engine.vocab_size, -0.5 - i) for i in range(sampling.logprobs))
             logprobs = [TokenLogprob(token, -0.5, top)]
-        self.put(Output(self.request.id, [token], text, logprobs, finish, reason, prompt_logprobs=prompt_logprobs))
+        output = Output(self.request.id, [token], text, logprobs, finish, reason, prompt_logprobs=prompt_logprobs)
+        output.progress = progress
+        self.engine.metrics.generated_tokens += 1
+        self.put(output)
 
     def _prompt_logprobs(self) -> PromptLogprobs | None:
         """Token t has the logit -t, so that the log probabilities of prompts decrease with their token ids."""

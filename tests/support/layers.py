@@ -75,7 +75,7 @@ LAYERS = (
         "run a graph: `reference` (torch) defines the results, `cpu` (native) is fast; `registry.py` also finds backends "
         "of other packages",
         may=("cache", "graph", "quant", "system"),
-        levels=(("sampling",), ("base",), ("registry",), ("reference", "cpu"), (REST,)),
+        levels=(("sampling",), ("decoding",), ("base",), ("registry", "decode_one"), ("reference", "cpu"), (REST,)),
     ),
     Layer(
         "engine",

@@ -12,6 +12,7 @@ from typing import Any
 
 import httpx
 
+from deepseek_optimizer.engine.grammar.compiler import GrammarCompiler
 from deepseek_optimizer.server.app import create_app
 from deepseek_optimizer.server.run import Server, listener
 from deepseek_optimizer.server.settings import ServerSettings
@@ -20,11 +21,21 @@ from deepseek_optimizer.server.settings import ServerSettings
 class LiveServer:
     """`with LiveServer(engine, settings) as live: live.client.get("/health")`."""
 
-    def __init__(self, engine: Any, settings: ServerSettings | None = None, tracer: Any = None, app: Any = None):
-        """`app`: the application, if it is not that of one engine."""
+    def __init__(
+        self, engine: Any, settings: ServerSettings | None = None, tracer: Any = None, app: Any = None,
+        grammars: GrammarCompiler | None = None,
+    ):  # fmt: skip
+        """
+        Args:
+            app: the application, if it is not that of one engine.
+            grammars: the compiler of several servers, since each starts a process that imports torch; the caller closes it.
+        """
         self.engine = engine
         self.settings = replace(settings or ServerSettings(), port=0)
         self.app = app or create_app(engine, self.settings, tracer)
+        self._own_grammars = None
+        if grammars is not None:
+            self._own_grammars, self.app.state.server.grammars = self.app.state.server.grammars, grammars
         self.server = Server(self.app, self.settings)
         self.sock = listener("127.0.0.1", 0)
         self.port = self.sock.getsockname()[1]
@@ -41,6 +52,8 @@ class LiveServer:
 
     def __exit__(self, *_: Any) -> None:
         self.client.close()
+        if self._own_grammars is not None:
+            self.app.state.server.grammars = self._own_grammars
         self.server.should_exit = True
         self.thread.join(20)
         assert not self.thread.is_alive()
@@ -86,7 +99,8 @@ def assert_error(response: httpx.Response, status: int, param: str | None = None
     """Asserts an error in OpenAI's format, without paths, addresses or tracebacks."""
     assert response.status_code == status, response.text
     error = response.json()["error"]
-    assert set(error) == {"message", "type", "param", "code"}
+    more = {"n_prompt_tokens", "n_ctx"} if error["code"] == "context_length_exceeded" else set()
+    assert set(error) == {"message", "type", "param", "code"} | more
     assert error["message"] and "Traceback" not in response.text and "/work" not in response.text and ".py" not in response.text
     assert " 0x" not in response.text
     if param is not None:

@@ -35,8 +35,8 @@ def random_adapter(model: Any, folder: Path, *, seed: int = 0, rank: int = 4, si
     """Writes an adapter with random matrices for every linear module of an optimized model."""
     generator, tensors = torch.Generator().manual_seed(seed), {}
     for site in model.dso.adapter_graph(rank).adapter_sites:
-        prefix, outputs = f"base_model.model.{site.module}", site.outputs if site.rows is None else site.rows[2]
-        tensors[f"{prefix}.lora_A.weight"] = torch.randn(rank, site.inputs, generator=generator) * site.inputs**-0.5
+        prefix, (outputs, inputs) = f"base_model.model.{site.module}", site.module_shape
+        tensors[f"{prefix}.lora_A.weight"] = torch.randn(rank, inputs, generator=generator) * inputs**-0.5
         tensors[f"{prefix}.lora_B.weight"] = torch.randn(outputs, rank, generator=generator) * size
     folder.mkdir()
     save_file(tensors, folder / "adapter_model.safetensors")

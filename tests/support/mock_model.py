@@ -15,14 +15,17 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from deepseek_optimizer.backends.sampling import choose_tokens
+from deepseek_optimizer.backends.decoding import Decoded, TokenPenalties
+from deepseek_optimizer.backends.sampling import GREEDY, NOT_FINITE, choose_tokens
 from deepseek_optimizer.cache import HOLE, BlockManager, Forgetting, Groups
 from deepseek_optimizer.cache.block_manager import BLOCK_TOKENS
 from deepseek_optimizer.engine.core import EngineCore
 from deepseek_optimizer.engine.engine import Completion
 from deepseek_optimizer.engine.model_facts import ModelFacts
 from deepseek_optimizer.engine.options import EngineOptions
-from deepseek_optimizer.engine.request import Request
+from deepseek_optimizer.engine.request import Request, SamplingParams
+from deepseek_optimizer.engine.sampling.token_rules import rules_of
+from deepseek_optimizer.engine.sequence import Part
 
 VOCAB = 61
 BLOCK_BYTES = 8 * BLOCK_TOKENS
@@ -116,6 +119,22 @@ class MockMemory:
         raise AssertionError("the mock runner does not use plans")
 
 
+def penalized(logits: np.ndarray, penalties: TokenPenalties | None, tokens: list[int]) -> np.ndarray:
+    """The logits after penalties, by the engine's rules."""
+    if penalties is None:
+        return logits
+    sampling = SamplingParams(
+        repetition_penalty=penalties.repetition, repetition_window=penalties.window or None,
+        frequency_penalty=penalties.frequency, presence_penalty=penalties.presence,
+    )  # fmt: skip
+    logits = logits.copy()
+    for rule in rules_of(sampling, tokens[: penalties.prompt], VOCAB):
+        for token in tokens[penalties.prompt :]:
+            rule.add(token)
+        rule.apply(logits)
+    return logits
+
+
 class MockRunner:
     """Replaces `engine.runner.Runner`.
 
@@ -123,9 +142,11 @@ class MockRunner:
         seen: (tokens, sequences) of every step.
         broken: tokens after which the logits are NaN.
         before: is called before each step.
+        decodes: whether `decode` may be called.
+        undecided: the fraction of its steps whose tokens it leaves to the engine.
     """
 
-    on_host = True
+    on_host, decodes, undecided = True, False, 0.2
 
     def __init__(self, memory: MockMemory) -> None:
         self.memory, self.seen, self.broken, self.before = memory, [], set(), lambda: None
@@ -136,6 +157,34 @@ class MockRunner:
     def choose_tokens(self, logits, choices):
         rows = logits.numpy()
         return choose_tokens(rows, choices), rows
+
+    def decode(self, parts, call):
+        """Several steps, until a token of `call.stops`, up to `call.steps`, or at random."""
+        rng, chosen, logits = random.Random(len(self.seen)), [], None
+        texts = [list(part.sequence.tokens) for part in parts]
+        for step in range(rng.randrange(1, call.steps + 1)):
+            if step:
+                for part in parts:
+                    part.sequence.blocks.tokens += 1
+            made = self.step(parts, list(range(len(parts))), last_hidden=False).logits
+            choices = [GREEDY if r.numbers is None else r.filters._replace(u=r.numbers[step]) for r in call.rows]
+            rows = [
+                penalized(row, choice.penalties, part.sequence.tokens)
+                for row, choice, part in zip(made.numpy(), call.rows, parts, strict=True)
+            ]
+            tokens = choose_tokens(np.array(rows), choices)
+            if NOT_FINITE in tokens or rng.random() < self.undecided:
+                logits = made
+                break
+            chosen.append(tokens)
+            for part, token in zip(parts, tokens, strict=True):
+                part.sequence.tokens.append(token)
+            parts = [Part(p.sequence, [t], p.start + 1) for p, t in zip(parts, tokens, strict=True)]
+            if set(tokens) & set(call.stops.tolist()):
+                break
+        for part, text in zip(parts, texts, strict=True):
+            part.sequence.tokens[:] = text
+        return Decoded(np.array(chosen, np.int32).reshape(-1, len(parts)), logits)
 
     def step(self, parts, rows, *, last_hidden):
         self.before()

@@ -18,12 +18,14 @@ function and updates wide.txt.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import subprocess
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import psutil
 import pytest
 
 FEW = 4
@@ -139,18 +141,36 @@ def _is_gone(root: Path, name: str, files: set[str], there: set[str]) -> bool:
     return not (root / file).is_file() or (file in files and name not in there)
 
 
+def _spent() -> float:
+    """Processor time of this process and of its child processes, running or not, in seconds."""
+    result = sum(os.times()[:4])
+    for child in psutil.Process().children():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            result += sum(child.cpu_times()[:4])
+    return result
+
+
 class Costs:
-    """Measures the processor time of functions, including child processes, and writes wide.txt."""
+    """Measures the processor time of functions, including child processes, and writes wide.txt.
+
+    The cost of a fixture that several tests share is divided among them.
+    """
 
     def __init__(self) -> None:
         self.cases: dict[str, int] = {}
+        self.fixtures: dict[str, list[str]] = {}
         self.seconds: dict[str, list[float]] = {}
+        self.shared: dict[tuple[str, str], float] = {}  # (node id of its scope, fixture) -> seconds
+        self._setting_up = 0.0
 
     def pytest_sessionstart(self) -> None:
-        """Imports what every session needs, so that it does not count as a test's cost."""
+        """Imports and starts what every session needs, so that it does not count as a test's cost."""
         import transformers.modeling_utils  # noqa: F401
 
         import deepseek_optimizer.serving  # noqa: F401
+        from support import warm_python
+
+        warm_python.run("")
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         """Selects MEASURED cases of each function."""
@@ -159,16 +179,37 @@ class Costs:
         for item in items:
             functions.setdefault(function_of(item), []).append(item)
         self.cases = {name: len(cases) for name, cases in functions.items()}
+        self.fixtures = {name: getattr(cases[0], "fixturenames", []) for name, cases in functions.items()}
         measured = {id(case) for cases in functions.values() for case in cases[:: -(-len(cases) // MEASURED)]}
         items[:] = [item for item in items if id(item) in measured]
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
-        before = sum(os.times()[:4])
+        before, self._setting_up = _spent(), 0.0
         try:
             return (yield)
         finally:
-            self.seconds.setdefault(function_of(item), []).append(sum(os.times()[:4]) - before)
+            self.seconds.setdefault(function_of(item), []).append(_spent() - before - self._setting_up)
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_fixture_setup(self, fixturedef: pytest.FixtureDef[object], request: pytest.FixtureRequest) -> Iterator[None]:
+        before = _spent()
+        try:
+            return (yield)
+        finally:
+            if fixturedef.scope != "function":
+                key, seconds = (request.node.nodeid, fixturedef.argname), _spent() - before
+                self.shared[key] = self.shared.get(key, 0.0) + seconds
+                self._setting_up += seconds
+
+    def _share(self, name: str) -> float:
+        """Seconds of the fixtures that a case of the function shares with others."""
+        result = 0.0
+        for (scope, fixture), seconds in self.shared.items():
+            users = [n for n, used in self.fixtures.items() if fixture in used and n.startswith(scope)]
+            if name in users:
+                result += seconds / sum(self.cases[n] for n in users)
+        return result
 
     def pytest_sessionfinish(self) -> None:
         costs = {
@@ -177,7 +218,7 @@ class Costs:
             if name not in self.seconds and (ROOT / name.partition("::")[0]).is_file()
         }
         for name, each in self.seconds.items():
-            mean = sum(each) / len(each)
+            mean = sum(each) / len(each) + self._share(name)
             if mean * self.cases[name] > FAST_S:
                 costs[name] = mean
         comment = [line for line in LIST.read_text(encoding="utf-8").splitlines() if line.startswith("#")]

@@ -138,7 +138,6 @@ REFUSED: dict[str, tuple[Any, str]] = {
         "'b'",
     ),
     "least of free names": ({"type": "object", "minProperties": 2}, "minProperties"),
-    "items as a list": ({"type": "array", "items": [{}]}, "prefixItems"),
     "an enum of nothing": ({"enum": []}, "no value"),
     "an enum of another type": ({"type": "string", "const": 5}, "no value"),
     "a type that is none": ({"type": "float"}, "type must be"),

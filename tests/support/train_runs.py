@@ -16,7 +16,7 @@ import torch
 from transformers import LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from deepseek_optimizer.train.checkpoints import AtomicCheckpoints
-from support.models import llama
+from support.family_configs import llama
 
 ROWS, LENGTH = 24, 12
 

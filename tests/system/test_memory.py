@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import resource
-import subprocess
 import sys
 
 import pytest
 
 from deepseek_optimizer.system.memory import RESERVE_BYTES, free_memory, less_reserve
+from support import warm_python
 
 MEMINFO = {"/proc/meminfo": "MemTotal:    16000 kB\nMemFree:   1000 kB\nMemAvailable:    9000 kB\nSwapFree:   90000 kB\n"}
 MACHINE = 9000 << 10
@@ -195,7 +195,7 @@ print(free_memory().to_reserve)
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc/self/limits")
 def test_a_limit_of_this_kernel():
     assert resource.getrlimit(resource.RLIMIT_AS)
-    done = subprocess.run([sys.executable, "-c", _CHILD], capture_output=True, text=True, timeout=120)
+    done = warm_python.run(_CHILD)
     assert done.stdout.startswith("ulimit -v limits address space to 4,295 MB"), done.stderr
 
 

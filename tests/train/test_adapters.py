@@ -9,7 +9,8 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 
 from deepseek_optimizer import DeepSeekConfig, load_model
 from deepseek_optimizer.integration.bind.modules import PackedLinear
-from support.models import llama, random_model
+from support.family_configs import llama
+from support.models import random_model
 from support.training import losses, make_trainer
 
 TARGETS = ["q_proj", "v_proj", "o_proj", "gate_proj", "down_proj"]

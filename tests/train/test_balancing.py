@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from deepseek_optimizer.train.balancing import ExpertBalancing, routers, sequence_loss, texts_of
-from support.models import deepseek_v2, deepseek_v3, random_ids, random_model
+from support.family_configs import deepseek_v2, deepseek_v3
+from support.models import random_ids, random_model
 
 
 @pytest.fixture

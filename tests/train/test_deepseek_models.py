@@ -11,8 +11,9 @@ from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, Trainin
 
 from deepseek_optimizer import ConfigError, load_model
 from deepseek_optimizer.train.balancing import routers
+from support.family_configs import deepseek_v3, llama
 from support.fp8_files import dequantized, fp8_copy
-from support.models import CASES, deepseek_v3, llama, random_ids, random_model
+from support.models import CASES, random_ids, random_model
 from support.mtp_files import save_with_mtp
 from support.training import Rows, arguments, losses, make_trainer
 

@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from deepseek_optimizer.errors import CheckpointError
 from deepseek_optimizer.train.load_for_training import load_for_training
-from support.models import llama, random_model
+from support.family_configs import llama
+from support.models import random_model
 from support.tiny_v3 import tiny_v3
 
 

@@ -12,7 +12,8 @@ from transformers.models.llama.modeling_llama import LlamaForCausalLM, LlamaMLP
 
 from deepseek_optimizer.integration.bind.modules import PackedLinear
 from deepseek_optimizer.train.prepare import prepare
-from support.models import CASES, llama, qwen3, random_model
+from support.family_configs import llama, qwen3
+from support.models import CASES, random_model
 from support.training import Rows
 
 PLAIN = ["llama-gqa", "llama-tied", "llama-biases", "llama-mqa", "llama-wide-heads", "llama-linear", "qwen2-gqa", "qwen3-gqa"]

@@ -13,7 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 from deepseek_optimizer.train.prepare import prepare
 from deepseek_optimizer.train.saved_activations import SavedActivations
-from support.models import llama, random_model
+from support.family_configs import llama
+from support.models import random_model
 
 
 class Counting(SavedActivations):

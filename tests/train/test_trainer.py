@@ -12,8 +12,9 @@ from deepseek_optimizer import ConfigError, DeepSeekTrainer, NotEnoughMemoryErro
 from deepseek_optimizer.errors import TrainingError
 from deepseek_optimizer.integration.bind.runtime import OptimizerWarning
 from deepseek_optimizer.train.optimizer import DeepSeekAdamW
+from support.family_configs import llama, qwen3
 from support.memory import memory_of
-from support.models import llama, qwen3, random_model
+from support.models import random_model
 from support.training import Rows, arguments, losses, make_trainer
 
 

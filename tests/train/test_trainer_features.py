@@ -13,7 +13,8 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from deepseek_optimizer import DeepSeekTrainer
 from deepseek_optimizer.integration.bind.runtime import OptimizerWarning
 from deepseek_optimizer.train.modules import embedding
-from support.models import llama, random_model
+from support.family_configs import llama
+from support.models import random_model
 from support.training import Rows, losses, make_trainer
 
 

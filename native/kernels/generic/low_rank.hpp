@@ -7,30 +7,36 @@
 namespace dso::DSO_ISA_NAMESPACE {
 namespace low_rank {
 
-constexpr int max_rows = registers >= 32 ? 8 : 2;  // per block: each has two accumulators
+constexpr int max_rows = registers >= 32 ? 12 : 2;  // per block: each has two accumulators
 
 DSO_INLINE const float* row(const float* p, int64_t stride, int64_t i) { return (const float*)((const char*)p + i * stride); }
 
+// The weights of two columns.
 template <int format>
-DSO_INLINE F weights(const uint8_t* w) {
-  if constexpr (format == DSO_F32)
-    return load((const float*)w);
-  else
-    return load_bf16(w);
+DSO_INLINE void weights(const uint8_t* w, F& first, F& second) {
+  if constexpr (format == DSO_F32) {
+    first = load((const float*)w);
+    second = load((const float*)w + lanes);
+  } else {
+    const B both = load_bytes(w);
+    first = even_bf16(both);
+    second = odd_bf16(both);
+  }
 }
 
 // M rows times one tile, of whose outputs n exist.
 template <int format, int M>
 static void block(const uint8_t* w, int64_t cols, const float* x, int64_t x_stride, int64_t n, bool accumulate, float* y,
                   int64_t y_stride) {
-  constexpr int64_t step = (format == DSO_F32 ? 4 : 2) * lanes;
+  constexpr int64_t step = (format == DSO_F32 ? 8 : 4) * lanes;
   F even[M], odd[M];
-#pragma GCC unroll 8
+#pragma GCC unroll 12
   for (int m = 0; m < M; ++m) even[m] = odd[m] = zero();
   int64_t k = 0;
-  for (; k + 2 <= cols; k += 2, w += 2 * step) {
-    const F first = weights<format>(w), second = weights<format>(w + step);
-#pragma GCC unroll 8
+  for (; k + 2 <= cols; k += 2, w += step) {
+    F first, second;
+    weights<format>(w, first, second);
+#pragma GCC unroll 12
     for (int m = 0; m < M; ++m) {
       const float* values = row(x, x_stride, m) + k;
       even[m] = fma(first, set(values[0]), even[m]);
@@ -38,11 +44,11 @@ static void block(const uint8_t* w, int64_t cols, const float* x, int64_t x_stri
     }
   }
   if (k < cols) {
-    const F first = weights<format>(w);
-#pragma GCC unroll 8
+    const F first = format == DSO_F32 ? load((const float*)w) : even_bf16(load_bytes(w));
+#pragma GCC unroll 12
     for (int m = 0; m < M; ++m) even[m] = fma(first, set(row(x, x_stride, m)[k]), even[m]);
   }
-#pragma GCC unroll 8
+#pragma GCC unroll 12
   for (int m = 0; m < M; ++m) {
     float* out = (float*)row(y, y_stride, m);
     F sum = add(even[m], odd[m]);
@@ -51,29 +57,13 @@ static void block(const uint8_t* w, int64_t cols, const float* x, int64_t x_stri
   }
 }
 
-template <int format>
-static void rows(int M, const uint8_t* w, int64_t cols, const float* x, int64_t x_stride, int64_t n, bool accumulate, float* y,
-                 int64_t y_stride) {
-  switch (M) {
-    case 1:
-      return block<format, 1>(w, cols, x, x_stride, n, accumulate, y, y_stride);
-    case 2:
-      return block<format, 2>(w, cols, x, x_stride, n, accumulate, y, y_stride);
-  }
-  if constexpr (max_rows > 2) switch (M) {
-      case 3:
-        return block<format, 3>(w, cols, x, x_stride, n, accumulate, y, y_stride);
-      case 4:
-        return block<format, 4>(w, cols, x, x_stride, n, accumulate, y, y_stride);
-      case 5:
-        return block<format, 5>(w, cols, x, x_stride, n, accumulate, y, y_stride);
-      case 6:
-        return block<format, 6>(w, cols, x, x_stride, n, accumulate, y, y_stride);
-      case 7:
-        return block<format, 7>(w, cols, x, x_stride, n, accumulate, y, y_stride);
-      default:
-        return block<format, 8>(w, cols, x, x_stride, n, accumulate, y, y_stride);
-    }
+// Passes the number of rows, 1 to max_rows, as a constant.
+template <int format, int M = max_rows>
+static void rows(int count, const uint8_t* w, int64_t cols, const float* x, int64_t x_stride, int64_t n, bool accumulate,
+                 float* y, int64_t y_stride) {
+  if constexpr (M > 1)
+    if (count < M) return rows<format, M - 1>(count, w, cols, x, x_stride, n, accumulate, y, y_stride);
+  block<format, M>(w, cols, x, x_stride, n, accumulate, y, y_stride);
 }
 
 template <int format>
@@ -81,7 +71,7 @@ static void run(const LowRank& w, const float* x, int64_t x_stride, int64_t T, i
                 bool accumulate, float* y, int64_t y_stride) {
   const int64_t blocks = (T + max_rows - 1) / max_rows;
   for (int64_t tile = tile_begin; tile < tile_end; ++tile) {
-    const uint8_t* weights = w.data + tile * w.cols * lanes * (format == DSO_F32 ? 4 : 2);
+    const uint8_t* weights = w.data + tile * w.tile_bytes;
     for (int64_t b = 0, t = 0; b < blocks; ++b) {  // of even size
       const int M = (int)((b + 1) * T / blocks - t);
       rows<format>(M, weights, w.cols, row(x, x_stride, t), x_stride, w.rows - tile * lanes, accumulate,

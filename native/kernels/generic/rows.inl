@@ -7,6 +7,7 @@
 #include "convert.hpp"
 #include "elementwise.hpp"
 #include "elementwise_ops.hpp"
+#include "choice.hpp"
 #include "index.hpp"
 #include "kv.hpp"
 #include "latent.hpp"
@@ -22,6 +23,7 @@ const RowKernels row_kernels = {
     .elementwise_ops = elementwise_ops,
     .elementwise_count = sizeof elementwise_ops / sizeof *elementwise_ops,
     .convert = convert,
+    .restore = restore,
     .embed_row = embed_row,
     .unpack_rows = unpack_rows,
     .pack_tile = pack_tile,
@@ -57,5 +59,12 @@ const RowKernels row_kernels = {
     .latent_write = latent_write,
     .latent_read = latent_read,
     .latent_rotate = latent_rotate,
+    .first_largest = first_largest,
+    .smallest = smallest,
+    .divide = divide,
+    .quotients = quotients,
+    .exp_differences = exp_differences,
+    .column_maxima = column_maxima,
+    .at_least_indices = at_least_indices,
 };
 }  // namespace dso::DSO_ISA_NAMESPACE

@@ -17,6 +17,7 @@ import numpy.typing as npt
 from ..cache.block_manager import BLOCK_TOKENS as BLOCK_TOKENS  # the same on every backend
 from ..errors import BackendError
 from ..graph.rope_rotation import KeyRotation
+from .decoding import DecodeCall, Decoded
 from .sampling import TokenChoice
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ class Capabilities:
         batch_invariant: whether a row's result is bitwise equal whatever other rows the step has.
         training: whether there are native training operations in addition to `linear` and `linear_gradient` (`train/ops/`).
         adapters: whether plans support low-rank adapters (`new_adapters`).
+        decode_calls: whether `Plan.decode` runs several steps and chooses tokens natively, so that it is faster than `run`.
     """
 
     name: str
@@ -63,6 +65,7 @@ class Capabilities:
     batch_invariant: bool = False
     training: bool = False
     adapters: bool = False
+    decode_calls: bool = False
 
 
 @dataclass(frozen=True)
@@ -266,8 +269,8 @@ class AdapterStore(Protocol):
 
         Args:
             slot: the slot, which is empty.
-            pairs: for each site (index in `Graph.adapter_sites`) that the adapter changes A [r, K] and B [N, r], where B
-                contains the adapter's scale.
+            pairs: for each site (index in `Graph.adapter_sites`) that the adapter changes A and B, of the site's
+                `pair_shapes`, where the adapter's scale is contained.
 
         Raises:
             ValueError: a matrix does not fit its site, or its rank is too large. The slot is empty then.
@@ -304,6 +307,21 @@ class Plan(Protocol):
             choices: one per row; None leaves the row to the caller.
 
         Returns: for each row the token that `sampling.choose_token` would return, NOT_FINITE included, or None.
+        """
+
+    def decode(self, batch: StepBatch, store: KvStore, call: DecodeCall) -> Decoded:
+        """Runs decode steps, each with the tokens that the step before it chose, and chooses their tokens.
+
+        Args:
+            batch: of the first step: one row per sequence, with its logits, in phase DECODE, without `inputs_embeds` and
+                `states`. Its block table covers all steps; nothing of it is changed.
+            store: as in `run`.
+            call: how many steps, and how tokens are chosen.
+
+        Returns: as many steps as were possible, at least one. A backend may always return after one
+            (`decode_one`).
+
+        Raises: as `run`; what was written to the cache is to be discarded then.
         """
 
     def check_weights(self) -> None:

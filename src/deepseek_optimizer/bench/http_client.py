@@ -8,14 +8,43 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
+from urllib.parse import urlsplit
 
 _DONE = b"data: [DONE]"
 _BLANK = b"\r\n\r\n"
+_BLANK_LINE = re.compile(rb"\r?\n\r?\n")  # at the end of an event
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where a server listens, and the path that its API begins with.
+
+    Attributes:
+        tls: whether the connection is encrypted; the server's certificate is then verified.
+        path: "" or, for example, "/v1".
+    """
+
+    host: str
+    port: int
+    tls: bool = False
+    path: str = ""
+
+    @classmethod
+    def of(cls, url: str) -> Address:
+        """The address in an http or https URL.
+
+        Raises:
+            ValueError: the port is not a number.
+        """
+        parts = urlsplit(url)
+        tls = parts.scheme == "https"
+        return cls(parts.hostname or "", parts.port or (443 if tls else 80), tls, parts.path.rstrip("/"))
 
 
 @dataclass(frozen=True)
@@ -46,12 +75,13 @@ class HttpReply:
     def events(self) -> list[tuple[float, dict[str, Any]]]:
         """(arrival time of its last byte, data) of each complete server-sent event except `[DONE]`."""
         events, at, mark = [], 0, 0
-        while (end := self.body.find(b"\n\n", at)) >= 0:
-            line, at = self.body[at:end], end + 2
+        for blank in _BLANK_LINE.finditer(self.body):
+            lines, at = self.body[at : blank.start()].splitlines(), blank.end()
             while self.marks[mark][0] < at:
                 mark += 1
-            if line.startswith(b"data: {"):
-                events.append((self.marks[mark][1], json.loads(line[6:])))
+            data = next((line[5:].strip() for line in lines if line.startswith(b"data:")), b"")
+            if data.startswith(b"{"):
+                events.append((self.marks[mark][1], json.loads(data)))
         return events
 
     @property
@@ -68,6 +98,11 @@ class HttpReply:
     def chunks(self) -> list[tuple[float, str]]:
         """(arrival time, text) of each event of the first choice that has text."""
         return [(when, text) for when, event in self.events for choice in event.get("choices", ()) if (text := _text(choice))]
+
+    @property
+    def pieces(self) -> list[float]:
+        """Arrival time of each event that has something generated: text, reasoning or a call of a tool."""
+        return [when for when, event in self.events if any(map(_generated, event.get("choices") or ()))]
 
     @property
     def text(self) -> str:
@@ -93,6 +128,14 @@ def _text(choice: Mapping[str, Any]) -> str:
         return ""
     holder = choice.get("delta") or choice.get("message") or {"content": choice.get("text")}
     return holder.get("content") or ""
+
+
+def _generated(choice: Mapping[str, Any]) -> bool:
+    """Whether a choice of an event has anything that was generated: text, reasoning or a call of a tool."""
+    delta = choice.get("delta") or {}
+    return bool(choice.get("text")) or any(
+        delta.get(name) for name in ("content", "reasoning_content", "reasoning", "tool_calls")
+    )
 
 
 class Exchange(asyncio.Protocol):
@@ -143,29 +186,39 @@ class Exchange(asyncio.Protocol):
         return reply_of(self._chunks, self.sent)
 
 
-async def send(port: int, path: str, body: Mapping[str, Any] | None = None, *, key: str | None = None) -> Exchange:
-    """Opens a connection to this machine and sends a request: POST with a JSON body, or GET without one.
+async def send(to: int | Address, path: str, body: Mapping[str, Any] | None = None, *, key: str | None = None) -> Exchange:
+    """Opens a connection and sends a request: POST with a JSON body, or GET without one.
+
+    Args:
+        to: the server; a number is a port of this machine.
+        path: after the path of the address.
 
     Raises:
-        OSError: nothing listens on the port.
+        OSError: nothing listens there, or the certificate is not valid.
     """
-    request = request_bytes(path, body, key=key)
-    _, exchange = await asyncio.get_running_loop().create_connection(lambda: Exchange(request), "127.0.0.1", port)
+    address = Address("127.0.0.1", to) if isinstance(to, int) else to
+    request = request_bytes(address.path + path, body, key=key, host=address.host)
+    _, exchange = await asyncio.get_running_loop().create_connection(
+        lambda: Exchange(request), address.host, address.port, ssl=address.tls or None
+    )
     return exchange
 
 
-async def ask(port: int, path: str, body: Mapping[str, Any] | None = None, *, key: str | None = None) -> HttpReply:
+async def ask(to: int | Address, path: str, body: Mapping[str, Any] | None = None, *, key: str | None = None) -> HttpReply:
     """Like `send`, but waits for the complete response.
 
     Raises:
-        OSError: nothing listens on the port.
+        OSError: as `send`.
     """
-    return await (await send(port, path, body, key=key)).reply()
+    return await (await send(to, path, body, key=key)).reply()
 
 
-def request_bytes(path: str, body: Mapping[str, Any] | None = None, *, key: str | None = None) -> bytes:
+def request_bytes(
+    path: str, body: Mapping[str, Any] | None = None, *, key: str | None = None, host: str = "127.0.0.1"
+) -> bytes:
     """An HTTP/1.1 request after which the server closes the connection."""
-    lines = [f"{'GET' if body is None else 'POST'} {path} HTTP/1.1", "Host: 127.0.0.1", "Connection: close"]
+    name = f"[{host}]" if ":" in host else host
+    lines = [f"{'GET' if body is None else 'POST'} {path} HTTP/1.1", f"Host: {name}", "Connection: close"]
     content = b""
     if body is not None:
         content = json.dumps(body).encode()

@@ -10,7 +10,7 @@ several. These are speeds of a library, not the hardware's peak, so a better ker
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -26,6 +26,17 @@ def read_gb_s(size: int, threads: int, seconds: float = 1.0) -> float:
     if unavailable_reason() is None:
         return shared_context(None, threads).read_bandwidth(size, seconds) / 1e9
     return _numpy_read_gb_s(size, threads, seconds)
+
+
+def read_regions_gb_s(regions: Sequence[tuple[int, int]], threads: int, seconds: float = 1.0) -> float | None:
+    """GB/s of reading existing memory, (address, bytes) of each region, repeatedly with all threads together. None without the
+    native library, or for less than 1 MiB. Memory is not equally fast everywhere on machines with several memory nodes, and on
+    virtual machines whose nodes are hidden."""
+    from ..backends.cpu.native import shared_context, unavailable_reason
+
+    if unavailable_reason() is not None or sum(size for _, size in regions) < _MEGABYTE:
+        return None
+    return shared_context(None, threads).read_bandwidth_of(regions, seconds) / 1e9
 
 
 def _numpy_read_gb_s(size: int, threads: int, seconds: float) -> float:

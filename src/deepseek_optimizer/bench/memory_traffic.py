@@ -96,7 +96,7 @@ def traffic_of(model: Any) -> Traffic:
     if "dso" in model.__dict__:
         runtime = model.dso
         held = {name: weight.nbytes for name, weight in weights_of(model, graph).items()}
-        described = [row for row in runtime.plan.describe() if row["op"] not in ("embedding", "lookup") and "bytes" in row]
+        described = [row for row in runtime.plan.describe() if row["op"] not in _ROWS and "bytes" in row]
         steps = described or [_step(node, held) for node in graph.nodes if node.op in _PRODUCTS]  # the reference tells no bytes
         kv_bytes = _token_bytes(runtime, runtime.graph)
         chosen_bytes, top_k = _chosen(runtime)
@@ -115,6 +115,19 @@ def traffic_of(model: Any) -> Traffic:
         head_weights=head_weights,
         attention_width=sum(_attention_width(node) for node in graph.nodes),
     )
+
+
+def matrix_memory(model: Any) -> list[tuple[int, int]]:
+    """(address, bytes) of each packed matrix that a decode step of an optimized model reads; [] for another model."""
+    from ..backends.cpu.buffers import address
+    from ..integration.bind.swap import matrices_of
+
+    if "dso" not in model.__dict__:
+        return []
+    graph = model.dso.graph
+    multiplied = {name for node in graph.nodes if node.op not in _ROWS for name in node.weights}
+    held = {name: matrix.data for name, matrix in matrices_of(model, graph).items() if name in multiplied}
+    return [(address(data, name, data.dtype, tuple(data.shape)), data.nbytes) for name, data in held.items() if data.is_cpu]
 
 
 def _chosen(runtime: Any) -> tuple[float, int]:
@@ -155,6 +168,7 @@ def _of_unknown_family(model: Any) -> Traffic:
     )
 
 
+_ROWS = ("embedding", "lookup")  # ops that read single rows of their matrices
 _PRODUCTS = ("linear", "lm_head", "router", "experts_gate_up", "experts_down", "mla_attention")
 
 

@@ -67,6 +67,7 @@ def run(request: Request, note: Callable[[str], None] = lambda _: None) -> dict[
     from .baseline import check, compare
     from .hardware import cpu_name, machine_memory_bytes, usable_cpus
     from .measure import add_limits, measure
+    from .memory_traffic import matrix_memory
     from .peak_memory import PeakMemory
     from .peers import versions_of
     from .roofline import Roofline
@@ -109,7 +110,7 @@ def run(request: Request, note: Callable[[str], None] = lambda _: None) -> dict[
     )
     report["memory_bytes"] = memory.bytes()
     note("measuring the machine's bandwidth and peak throughput")
-    add_limits(Roofline(threads), model, report["works"])
+    add_limits(Roofline(threads, matrix_memory(model)), model, report["works"])
     if request.quality:
         note("comparing quality with the unoptimized model")
         report["quality"] = _quality(request, model, tokenizer, text)

@@ -82,7 +82,7 @@ def _meaning(entry: dict[str, Any]) -> Iterator[str]:
         if "read_gb_s" in limits:
             yield (
                 f"Each token reads {number(limits['token_bytes'], 'bytes')}: {limits['read_gb_s']:.1f} GB/s, "
-                f"{limits['bandwidth_percent']:.0f}% of the {limits['machine_read_gb_s']:.1f} GB/s measured at that size."
+                f"{limits['bandwidth_percent']:.0f}% of the {limits['machine_read_gb_s']:.1f} GB/s of that memory itself."
             )
         yield (
             f"Prefill computes {limits['prefill_tera']:.3f} T operations/s, {limits['matrix_percent']:.0f}% of "

@@ -202,6 +202,12 @@ class SequenceBlocks:
                 return False
         return True
 
+    @property
+    def room(self) -> int:
+        """Number of tokens that fit into the last block without any other change; see `fits`."""
+        rest = -self.tokens % BLOCK_TOKENS
+        return rest if rest and self.fits(rest) else 0
+
     def adopt(self, tables: list[list[int]], slot: int | None = None) -> None:
         """Starts an empty sequence with full blocks of its first tokens, and the slot of its recurrent states after them, if
         it has any; the caller has counted it among their users. Blocks that it never attends to may be holes.

@@ -46,6 +46,11 @@ class RemoteSpeaker:
         self._options = options
         self.model = model or self._only_model()
 
+    @property
+    def base(self) -> str:
+        """The URL that paths of the API are appended to, such as http://localhost:8000/v1."""
+        return self._base
+
     def answer(self, messages: Messages, write: Callable[[str], None], stop: StopSignal) -> Answer:
         """See `Speaker`. Raises RemoteError."""
         body = {
@@ -126,7 +131,7 @@ class _Reply:
 
     def take(self, event: dict[str, Any]) -> None:
         if "error" in event:
-            raise RemoteError(f"the server stopped the answer: {_message(event) or 'no reason given'}")
+            raise RemoteError(f"the server stopped the answer: {error_message(event) or 'no reason given'}")
         if isinstance(usage := event.get("usage"), dict):
             self._usage = usage
         choices = event.get("choices")
@@ -226,7 +231,7 @@ def _refused(response: Any, url: str) -> RemoteError:
         if len(body) > _MAX_ERROR:
             break
     try:
-        message = _message(json.loads(body))
+        message = error_message(json.loads(body))
     except ValueError:
         message = ""
     status, detail = response.status_code, f": {message}" if message else ""
@@ -242,7 +247,7 @@ def _refused(response: Any, url: str) -> RemoteError:
     return RemoteError(f"the server {'failed' if status >= 500 else 'rejects the request'} ({status}){detail}")
 
 
-def _message(body: Any) -> str:
+def error_message(body: Any) -> str:
     """The message in an error's body, in the formats of OpenAI, FastAPI and others."""
     message = body.get("error", body.get("detail", body.get("message"))) if isinstance(body, dict) else None
     message = message.get("message") if isinstance(message, dict) else message

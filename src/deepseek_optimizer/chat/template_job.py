@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import datetime
+import json
 import os
 from collections.abc import Callable
 from typing import Any
@@ -13,20 +15,30 @@ def prepare(setup: dict[str, Any]) -> Callable[[dict[str, Any]], Any]:
     Args:
         setup: {"max_characters": maximum length of a rendered text}.
     """
+    import jinja2
     import transformers.utils.chat_template_utils as utils
+
+    def rendered_by_transformers(template: str, payload: dict[str, Any], variables: dict[str, Any]) -> Any:
+        return utils.render_jinja_template(  # annotated as str, but it is (texts, positions)
+            conversations=[payload["messages"]],
+            tools=payload["tools"],
+            chat_template=template,
+            return_assistant_tokens_mask=payload.get("marked", False),
+            continue_final_message=payload["continue_final"],
+            add_generation_prompt=payload["add_generation_prompt"],
+            **variables,
+        )
 
     def render_with_places(template: str, payload: dict[str, Any]) -> tuple[str, list[tuple[int, int]]]:
         """The text, and the positions in it that `{% generation %}` marks."""
         try:
-            rendered: Any = utils.render_jinja_template(  # annotated as str, but it is (texts, positions)
-                conversations=[payload["messages"]],
-                tools=payload["tools"],
-                chat_template=template,
-                return_assistant_tokens_mask=payload.get("marked", False),
-                continue_final_message=payload["continue_final"],
-                add_generation_prompt=payload["add_generation_prompt"],
-                **payload["variables"],
-            )
+            try:
+                rendered = rendered_by_transformers(template, payload, payload["variables"])
+            except jinja2.UndefinedError as error:
+                more = _of_firefunction(payload["tools"])
+                if not any(f"'{name}' is undefined" in str(error) for name in more):
+                    raise
+                rendered = rendered_by_transformers(template, payload, {**more, **payload["variables"]})
         except MemoryError:
             raise
         except Exception as error:  # a template is a program and can raise anything
@@ -52,6 +64,11 @@ def prepare(setup: dict[str, Any]) -> Callable[[dict[str, Any]], Any]:
         return [render(payload["template"], {**payload, **version}) for version in payload["versions"]]
 
     return run
+
+
+def _of_firefunction(tools: Any) -> dict[str, str]:
+    """Variables that Firefunction's template requires, and on which Transformers fails; as llama-server sets them."""
+    return {"datetime": datetime.date.today().strftime("%b %d %Y"), "functions": json.dumps(tools, indent=2) if tools else ""}
 
 
 def _inspect(template: str, variables: dict[str, Any], render: Callable[[str, dict[str, Any]], str]) -> dict[str, Any]:

@@ -24,7 +24,7 @@ class AdapterWeights:
     """An adapter's matrices for the sites of a graph.
 
     Attributes:
-        pairs: by site A [r, K] and B [N, r], torch tensors; B contains the adapter's scale.
+        pairs: by site A and B of its `pair_shapes`, torch tensors that contain the adapter's scale.
         rank: the largest rank.
         identity: 16 bytes; equal for adapters with the same matrices.
     """
@@ -109,19 +109,20 @@ class Adapters:
         with self._lock:
             return list(self._named.values())
 
-    def load(self, name: str, path: str | Path) -> Adapter:
+    def load(self, name: str, path: str | Path, replace: bool = False) -> Adapter:
         """Loads an adapter.
 
         Args:
             name: what requests are to call it.
             path: a directory as PEFT writes it.
+            replace: whether an adapter of this name is unloaded then, as `unload` does; otherwise the name must be free.
 
         Raises:
             RequestError: the name is taken or invalid, or there is no free slot.
             AdapterError, CheckpointError: the adapter does not fit the model, is damaged, or has an unsupported feature.
             NotEnoughMemoryError: it does not fit in free memory.
         """
-        slot = self._reserve(name)
+        slot = self._reserve(name, replace)
         size = 0
 
         def check_size(ranks: Mapping[int, int]) -> None:
@@ -140,17 +141,19 @@ class Adapters:
         adapter = Adapter(name, Path(path), slot, weights.rank, size, weights.identity)
         with self._lock:
             self._loading.discard(name)
+            if (former := self._named.pop(name, None)) is not None:
+                self._retire(former)
             self._named[name] = adapter
         return adapter
 
-    def _reserve(self, name: str) -> int:
+    def _reserve(self, name: str, replace: bool) -> int:
         """Takes a slot for a new adapter of this name."""
         if not name.strip() or len(name) > MAX_NAME or not name.isprintable():
             raise RequestError("lora_name", f"must be 1 to {MAX_NAME} printable characters, got {shown(name)}")
         with self._lock:
             if name in self.reserved:
                 raise RequestError("lora_name", f"{shown(name)} is the name of the model; choose another")
-            if name in self._named or name in self._loading:
+            if (name in self._named and not replace) or name in self._loading:
                 raise RequestError("lora_name", f"{shown(name)} has already been loaded; unload it first")
             if not self._free:
                 count = self.store.slots
@@ -171,12 +174,16 @@ class Adapters:
             adapter = self._named.pop(name, None)
             if adapter is None:
                 raise RequestError("lora_name", f"there is no adapter {shown(name)}")
-            adapter.unloaded = True
-            if adapter.users:
-                self._leaving.append(adapter)
-            else:
-                self._clear(adapter)
+            self._retire(adapter)
             return adapter
+
+    def _retire(self, adapter: Adapter) -> None:
+        """Frees the slot of an adapter that can no longer be chosen, now or once no request uses it."""
+        adapter.unloaded = True
+        if adapter.users:
+            self._leaving.append(adapter)
+        else:
+            self._clear(adapter)
 
     def check(self, name: str) -> None:
         """Raises RequestError if there is no adapter of this name."""

@@ -25,8 +25,9 @@ from ..errors import CheckpointChangedError, EngineBusyError, EngineDeadError
 from .adapters import Adapter, adapters_of
 from .core import EngineCore
 from .encoder_core import Classifier, EncoderCore
-from .metrics import EndedRequest
+from .metrics import EndedRequest, EngineMetrics
 from .request import Finish, Output, Request
+from .running import RequestProgress
 
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
@@ -112,6 +113,7 @@ def merged(first: Output, then: Output) -> Output:
         text=first.text + then.text,
         logprobs=logprobs,
         prompt_logprobs=then.prompt_logprobs if first.prompt_logprobs is None else first.prompt_logprobs,
+        progress=first.progress + then.progress,
     )
 
 
@@ -171,6 +173,7 @@ class AsyncEngine:
         self._adapters: dict[str, Adapter] = {}  # acquired for requests that the thread has not received yet
         self._ids = itertools.count(1)
         self._admitted = Counter[str]()  # places by client
+        self.refused = 0  # requests for which no place was free
         self._draining = False
         self._left: deque[float] = deque(maxlen=64)  # times at which places were released
         self._empty: asyncio.Event | None = None
@@ -225,6 +228,22 @@ class AsyncEngine:
         return self.core.load
 
     @property
+    def metrics(self) -> EngineMetrics:
+        """Counts since the start. A step in progress may or may not be counted."""
+        return self.core.metrics
+
+    @property
+    def drafted(self) -> tuple[int, int, int]:
+        """Number of draft tokens verified, of those accepted, and of drafts, by speculative decoding."""
+        drafting = self.core.drafting if isinstance(self.core, EngineCore) else None
+        return (0, 0, 0) if drafting is None else (drafting.proposed, drafting.accepted, drafting.drafts)
+
+    def running_requests(self) -> list[RequestProgress]:
+        """The requests in the running batch. An encoder has none between its steps."""
+        running = list(self.core.scheduler.running) if isinstance(self.core, EngineCore) else []
+        return [RequestProgress(r.number, len(r.request.prompt), r.generated, r.max_tokens) for r in running]
+
+    @property
     def cache_window(self) -> int | None:
         """Maximum number of tokens of a sequence in the cache, see `EngineOptions`; None: sequences end with the context."""
         return None if self.core.sliding is None else self.core.sliding.window
@@ -275,8 +294,10 @@ class AsyncEngine:
         self.check_alive()
         own, all_ = self._admitted[client], self._admitted.total()
         if self._draining or own + requests > self.capacity or all_ + requests > _CLIENTS * self.capacity:
+            self.refused += requests
             raise EngineBusyError(own or all_, self._retry_after(requests))
         self._admitted[client] += requests
+        self.core.metrics.answers.add(requests)
         return Admission(self, requests, client)
 
     def left(self, requests: int, client: str) -> None:
@@ -300,12 +321,12 @@ class AsyncEngine:
         """The LoRA adapters that requests can choose, in the order in which they were loaded."""
         return [] if self.core.adapters is None else self.core.adapters.loaded
 
-    def load_adapter(self, name: str, path: str | Path) -> None:
+    def load_adapter(self, name: str, path: str | Path, replace: bool = False) -> None:
         """Loads a LoRA adapter while the engine runs. It blocks while it reads files: call it on any thread but the loop's.
 
         Args and errors: see `Adapters.load`.
         """
-        adapters_of(self.core).load(name, path)
+        adapters_of(self.core).load(name, path, replace)
 
     def unload_adapter(self, name: str) -> None:
         """Unloads a LoRA adapter; requests in the engine that use it continue. Raises RequestError if there is none of this

@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..backends.base import DECODE
-from ..backends.sampling import NOT_FINITE
 from ..cache.block_manager import SequenceBlocks
 from ..cache.forgetting import Groups, max_tokens
 from ..cache.prefix_cache import PrefixCache
-from ..errors import BackendError, CheckpointChangedError, RequestError, shown
+from ..errors import BackendError, CheckpointChangedError, ContextLengthError, RequestError, shown
 from .adapters import Adapter, Adapters, adapters_of
+from .appending import append_tokens
+from .decode_calls import as_drafts, decode_call
 from .detokenizer import Detokenizer
 from .ending import ended_early
 from .metrics import EndedRequest, EngineMetrics
@@ -28,7 +29,7 @@ from .options import EngineOptions
 from .pooling import Pooler
 from .request import Finish, Output, Request, check_reading, check_tokens
 from .running import Running
-from .sampling.request_sampler import NotANumberError, NoTokenError, RequestSampler
+from .sampling.request_sampler import NotANumberError, RequestSampler
 from .scheduling.batch_size import BatchSize
 from .scheduling.budget import PromptBudget
 from .scheduling.memory import Memory
@@ -39,7 +40,7 @@ from .scheduling.store import Store
 from .sequence import Sequence
 from .speculative.base import Proposer
 from .speculative.drafting import Drafting
-from .step_rows import logit_rows, part_of, prompt_rows, token_choices
+from .step_rows import logit_rows, part_of, prompt_rows, token_choices, token_counts
 
 if TYPE_CHECKING:
     from .runner import Runner
@@ -108,6 +109,7 @@ class EngineCore:
         )
         self.drafting = Drafting(proposers, self.times) if proposers else None
         self.metrics = EngineMetrics()
+        self.unwatched = False  # True: nobody reads tokens before their text ends, so a step may run several decode steps
         self.on_ended: Callable[[EndedRequest, Finish], None] | None = None  # called for each request that has ended
         self._requests: dict[str, Running] = {}
         self._count = 0
@@ -141,7 +143,7 @@ class EngineCore:
             adapters_of(self).check(request.adapter)
         check_tokens(request, facts.vocab_size)
         check_reading(request, classifies=False)
-        room, what, fix = facts.context, "the model's context", "shorten it"
+        room, what, fix = facts.context, "this model's maximum context length", "Please reduce the length of the prompt"
         if self.sliding is not None:
             if not request.embed:
                 self.sliding.check(self._pinned(request), len(prompt))
@@ -154,7 +156,8 @@ class EngineCore:
         max_tokens = 1 if sampling.max_tokens is None or request.embed else sampling.max_tokens
         if len(prompt) + (0 if request.embed else max_tokens) > room:
             more = "" if sampling.max_tokens is None or request.embed else f" and max_tokens={max_tokens}"
-            raise RequestError("prompt", f"{len(prompt)} tokens{more} do not fit {what} of {room} tokens; {fix}")
+            message = f"{len(prompt)} tokens{more} do not fit: {what} is {room} tokens. {fix}"
+            raise ContextLengthError("prompt", message, len(prompt), room)
         return room - len(prompt) if sampling.max_tokens is None else max_tokens
 
     def add(self, request: Request, adapter: Adapter | None = None) -> None:
@@ -273,16 +276,32 @@ class EngineCore:
         ends = list(accumulate(len(p.ids) for p in parts))
         rows = [row for chunk, end in zip(chunks, ends, strict=True) for row in logit_rows(chunk, end)]
         states = any(s.running.request.embed for s in chunks) or bool(self.drafting and self.drafting.wants_states)
+        decoding, prompt = token_counts(chunks)
+        call = None
+        if self.unwatched and self.runner.decodes and self.sliding is None and not states:
+            call = decode_call(chunks, self.scheduler, self.facts.eos)
+        tokens: list[int | None]
+        logits: Any
+        last_hidden: Any = None
         try:
-            result = self.runner.step(parts, rows, last_hidden=states)
-            ran = self.clock()
-            tokens, logits = self.runner.choose_tokens(result.logits, token_choices(chunks, self.runner.on_host))
+            if call is not None:
+                decoded = self.runner.decode(parts, call)
+                ran = self.clock()
+                steps, (tokens, logits) = decoded.steps, as_drafts(chunks, decoded)
+            else:
+                result = self.runner.step(parts, rows, last_hidden=states)
+                ran = self.clock()
+                steps, last_hidden = 1, result.last_hidden if states else None
+                tokens, logits = self.runner.choose_tokens(result.logits, token_choices(chunks, self.runner.on_host))
         except (MemoryError, BackendError) as error:
             return outputs + self._fail([chunk.running for chunk in chunks], error)
-        outputs += self._advance(chunks, tokens, logits, result.last_hidden if states else None)
+        outputs += self._advance(chunks, tokens, logits, last_hidden, drafted=call is None)
         for chunk in chunks:
             self.scheduler.forget(chunk.running)
-        self._measure(chunks, ran - begun, self.clock())
+        seconds = (ran - begun) / steps
+        for _ in range(steps):
+            self.times.add(seconds, decoding, prompt)
+            self.metrics.step(len(chunks), decoding, prompt, seconds, self.scheduler.preemptions)
         return outputs
 
     def _schedule(self) -> list[ScheduledChunk]:
@@ -358,17 +377,23 @@ class EngineCore:
             output.transient = isinstance(error, MemoryError)
         return outputs
 
-    def _advance(self, chunks: list[ScheduledChunk], tokens: list[int | None], logits: Any, states: Any) -> list[Output]:
+    def _advance(
+        self, chunks: list[ScheduledChunk], tokens: list[int | None], logits: Any, states: Any, *, drafted: bool
+    ) -> list[Output]:
         outputs: list[Output] = []
         outcomes: list[tuple[Running, int, int]] = []
         row = begin = 0
         for chunk in chunks:
             r, sequence = chunk.running, chunk.running.sequence
-            count, drafted = chunk.count + len(chunk.drafts), len(chunk.drafts)
+            count, more = chunk.count + len(chunk.drafts), len(chunk.drafts)
             of_prompt = range(row, row + len(prompt_rows(chunk)))
             row = of_prompt.stop
+            if r.request.progress and not r.generated:
+                r.processed(chunk.start, chunk.count)
+                if not chunk.ends:
+                    outputs.append(r.output())
             if r.prompt_logprobs is not None and not all(r.prompt_logprobs.add(logits[n]) for n in of_prompt):
-                row += 1 + drafted if chunk.ends else 0
+                row += 1 + more if chunk.ends else 0
                 outputs.append(self._end(r, "error", error=str(NotANumberError())))
             elif r.request.embed:
                 self._embed(r, states[begin : begin + count], chunk, outputs)
@@ -378,10 +403,11 @@ class EngineCore:
             elif chunk.ends:
                 generated = r.generated
                 output = self._append_tokens(r, chunk, tokens, logits, row)
-                row += 1 + drafted
+                row += 1 + more
                 outputs.append(output)
                 if chunk.phase == DECODE and generated:
-                    outcomes.append((r, drafted, max(0, len(output.token_ids) - 1)))
+                    accepted = max(0, len(output.token_ids) - 1)
+                    outcomes += [(r, more, accepted)] if drafted else [(r, 0, 0)]
                 cached = chunk.start + chunk.count - 1 + len(output.token_ids)
                 if output.finish is None and sequence.cached > cached:  # rejected drafts, or unused room for drafts
                     self.runner.crop([sequence], [cached])
@@ -413,32 +439,10 @@ class EngineCore:
         output = r.output()
         if not r.generated:
             output.prompt_logprobs = r.prompt_logprobs
-        report_logprobs = r.sampler.sampling.logprobs is not None
-        if report_logprobs:
-            output.logprobs = []
-        finish: Finish | None = None
         try:
-            for j in range(1 + len(chunk.drafts)):
-                token = tokens[row + j]
-                if token is None:
-                    token = r.sampler.choose(logits[row + j], r.generated)
-                elif token == NOT_FINITE:
-                    raise NotANumberError
-                if not r.max_tokens:  # the choice has only checked the logits
-                    finish = "length"
-                    break
-                if report_logprobs and output.logprobs is not None:
-                    output.logprobs.append(r.sampler.logprob(logits[row + j], token))
-                output.token_ids.append(token)
-                r.sequence.tokens.append(token)
-                r.generated += 1
-                finish = self._write(r, token, output)
-                if finish or j == len(chunk.drafts) or chunk.drafts[j] != token:
-                    break
+            finish = append_tokens(chunk, tokens, logits, row, output, self.facts.eos, with_text=self.tokenizer is not None)
         except NotANumberError as error:
             return self._end(r, "error", output, error=str(error))
-        except NoTokenError:
-            finish, output.stop_reason = "stop", "no token is allowed"
         except Exception as error:  # in its grammar or detokenizer: other requests are not affected
             _log.exception("request %s failed", r.request.id)
             return self._end(r, "error", output, error=f"choosing a token failed: {type(error).__name__}")
@@ -449,25 +453,6 @@ class EngineCore:
         cached = chunk.start + chunk.count + max(0, len(output.token_ids) - 1)  # without rejected drafts
         self.scheduler.computed(r, cached)
         return self._end(r, finish, output) if finish else output
-
-    def _write(self, r: Running, token: int, output: Output) -> Finish | None:
-        """Adds a token's text to the output; returns why the request ends at this token, or None."""
-        sampling = r.sampler.sampling
-        stops = r.generated > sampling.min_tokens
-        if stops and token in self.facts.eos and not sampling.ignore_eos:
-            return "stop"
-        if stops and token in sampling.stop_token_ids:
-            output.stop_reason = token
-            return "stop"
-        if self.tokenizer is not None:
-            piece, stop = r.text.add(token, stops=stops)
-            output.text += piece
-            if stop is not None:
-                output.stop_reason = stop
-                return "stop"
-        if r.sampler.grammar is not None and r.sampler.grammar.finished:
-            return "stop"
-        return "length" if r.generated >= r.max_tokens else None
 
     def _embed(self, r: Running, states: Any, chunk: ScheduledChunk, outputs: list[Output]) -> None:
         r.pooler = r.pooler or Pooler(r.request.pooling)
@@ -506,17 +491,9 @@ class EngineCore:
             self.on_ended(r, finish)
         return output
 
-    # ---- measurements
-
     def _record_tokens(self, r: Running, tokens: int) -> None:
         now = self.clock()
         self.metrics.tokens(r, tokens, now)
         if r.first is None:
             r.first = now
         r.last = now
-
-    def _measure(self, chunks: list[ScheduledChunk], seconds: float, now: float) -> None:
-        decoding = sum(1 + len(s.drafts) for s in chunks if s.ends and s.phase == DECODE and s.count == 1)
-        prompt = sum(s.count for s in chunks) - sum(1 for s in chunks if s.ends and s.phase == DECODE and s.count == 1)
-        self.times.add(seconds, decoding, prompt)
-        self.metrics.step(len(chunks), decoding, prompt, seconds, self.scheduler.preemptions)

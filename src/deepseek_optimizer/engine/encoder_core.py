@@ -64,14 +64,14 @@ class EncoderRequest:
         number: order of arrival.
         request: the request.
         arrived, started: times of arrival and of its step, by the engine's clock.
-        first, generated, cached: None and 0, as no text is generated; for the metrics.
+        first, generated, cached, preempted: None and 0, as no text is generated; for the metrics.
     """
 
     def __init__(self, number: int, request: Request, arrived: float) -> None:
         self.number, self.request, self.arrived = number, request, arrived
         self.started: float | None = None
         self.first: float | None = None
-        self.generated = self.cached = 0
+        self.generated = self.cached = self.preempted = 0
         self.cancelled = False
 
 
@@ -147,7 +147,7 @@ class EncoderCore:
         check_reading(request, classifies=self.classifier is not None)
         if len(prompt) > facts.context:
             raise RequestError(
-                "prompt", f"{len(prompt)} tokens do not fit the model's context of {facts.context} tokens; shorten it"
+                "prompt", f"{len(prompt)} tokens do not fit: this model's maximum context length is {facts.context} tokens"
             )
         return 0
 

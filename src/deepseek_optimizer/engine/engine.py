@@ -103,9 +103,13 @@ class Engine:
         """
         requests = [self._request(prompt, sampling or SamplingParams()) for prompt in prompts]
         completions = {request.id: Completion() for request in requests}
-        for outputs in self.steps(requests):
-            for output in outputs:
-                completions[output.request_id].add(output)
+        self.core.unwatched = True
+        try:
+            for outputs in self.steps(requests):
+                for output in outputs:
+                    completions[output.request_id].add(output)
+        finally:
+            self.core.unwatched = False
         return [completions[request.id] for request in requests]
 
     def stream(self, prompt: str | list[int] | Request, sampling: SamplingParams | None = None) -> Iterator[Output]:

@@ -24,6 +24,7 @@ _COUNTERS = (
     ("vllm:generation_tokens", "generated_tokens", "Number of tokens generated."),
     ("vllm:num_preemptions", "preemptions", "Number of preemptions."),
     ("vllm:prefix_cache_hits", "cached_tokens", "Number of prompt tokens found in the prefix cache."),
+    ("vllm:prefix_cache_queries", "looked_up_tokens", "Number of prompt tokens looked up in the prefix cache."),
     ("dso:steps", "steps", "Number of steps of the model."),
     ("dso:step_seconds", "step_seconds", "Time spent in steps in seconds."),
 )
@@ -32,6 +33,13 @@ _HISTOGRAMS = (
     ("vllm:inter_token_latency_seconds", "between", "Time between tokens of a request in seconds; tokens of a step share it."),
     ("vllm:e2e_request_latency_seconds", "whole", "Time from arrival to the end of a request in seconds."),
     ("vllm:request_queue_time_seconds", "waits", "Time from arrival to the first step in seconds."),
+    ("vllm:request_inference_time_seconds", "inference", "Time from the first step to the end of a request in seconds."),
+    ("vllm:request_prefill_time_seconds", "prefill", "Time from the first step to the first token in seconds."),
+    ("vllm:request_decode_time_seconds", "decode", "Time from the first token to the end of a request in seconds."),
+    ("vllm:request_num_preemptions", "preempted", "Number of preemptions of a request."),
+    ("vllm:request_params_max_tokens", "limits", "max_tokens of a request that gives it."),
+    ("vllm:request_params_n", "answers", "Number of answers that a client's request asks for."),
+    ("vllm:iteration_tokens_total", "step_tokens", "Number of tokens in a step, of prompts and generated ones."),
     ("vllm:request_prompt_tokens", "prompts", "Number of prompt tokens of a request."),
     ("vllm:request_generation_tokens", "texts", "Number of tokens generated for a request."),
 )
@@ -42,6 +50,8 @@ class MeasuredEngine(Protocol):
 
     core: EngineCore | EncoderCore
     model_name: str
+
+    refused: int
 
     @property
     def admitted(self) -> int:
@@ -66,10 +76,24 @@ class EngineCollector(Collector):
         running, waiting = core.load
         yield gauge("vllm:num_requests_running", "Number of requests in the running batch.", running)
         yield gauge("vllm:num_requests_waiting", "Number of requests waiting for the batch.", waiting)
+        reasons = GaugeMetricFamily(
+            "vllm:num_requests_waiting_by_reason",
+            "Number of requests waiting for the batch, by reason.",
+            labels=[*label, "reason"],
+        )
+        reasons.add_metric([*names, "capacity"], waiting)
+        yield reasons
+        refused = CounterMetricFamily("vllm:admission_rejections", "Number of requests refused by a full queue.", labels=label)
+        refused.add_metric(names, engine.refused)
+        yield refused
         yield gauge("dso:requests_admitted", "Number of places in the queue that are taken.", engine.admitted)
         if isinstance(core, EngineCore):
             yield gauge("dso:batch_size", "Maximum number of sequences in the batch.", core.scheduler.batch.choose())
             yield gauge("vllm:kv_cache_usage_perc", "KV-cache usage. 1 means 100 percent usage.", core.cache_usage())
+            size = {"kv_cache_size_tokens": str(core.room), "kv_cache_max_concurrency": str(core.options.batch_size_range[1])}
+            config = GaugeMetricFamily("vllm:cache_config_info", "Size of the KV cache.", labels=[*label, *size])
+            config.add_metric([*names, *size.values()], 1)
+            yield config
         for name, attribute, text in _COUNTERS:
             counter = CounterMetricFamily(name, text, labels=label)
             counter.add_metric(names, getattr(core.metrics, attribute))

@@ -99,6 +99,8 @@ class SamplingParams:
         ignore_eos: the model's end-of-text tokens do not end the text.
         logprobs: number of most likely tokens to report for each generated token, 0 to MAX_LOGPROBS, besides the token itself.
             Log probabilities are those of the model's distribution before any of the above is applied. None: none are reported.
+        sampled_logprobs: with `logprobs`: report those of the distribution that the token is drawn from, after all of the
+            above; tokens that it excludes are not reported. Not with mirostat.
         grammar: grammar that the text must conform to.
         skip_special_tokens: omit special tokens from the text.
     """
@@ -134,6 +136,7 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    sampled_logprobs: bool = False
     grammar: CompiledGrammar | None = None
     skip_special_tokens: bool = True
 
@@ -163,6 +166,8 @@ class SamplingParams:
         _number("frequency_penalty", self.frequency_penalty, -2, 2)
         _optional_integer("seed", self.seed, 0, (1 << 64) - 1)
         _optional_integer("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+        if self.sampled_logprobs and self.mirostat:
+            raise RequestError("sampled_logprobs", "is not possible with mirostat; leave one out")
         for token, bias in self.logit_bias.items():
             _integer("logit_bias's token", token, 0, 1 << 31)
             _number(f"logit_bias[{token}]", bias, -100, 100)
@@ -229,6 +234,7 @@ class Request:
         client: identifier of the client. Among requests of one priority, clients take turns, so that a request waits for
             earlier ones of the same client only.
         adapter: name of the LoRA adapter to use; "": the model without one.
+        progress: report how many tokens of the prompt have been processed, see `Output.progress`.
     """
 
     prompt: list[int]
@@ -247,6 +253,7 @@ class Request:
     client: str = ""
     adapter: str = ""
     prompt_logprobs: int | None = None
+    progress: bool = False
 
     def __post_init__(self) -> None:
         """Raises RequestError for a value outside its range."""
@@ -310,6 +317,8 @@ class Output:
         error: message, with finish "error".
         transient: with finish "error": the same request may succeed later, when memory is free.
         prompt_logprobs: log probabilities of the prompt's tokens, if requested, in the first output after the prompt.
+        progress: if requested, numbers of prompt tokens that are in the cache: those found in the prefix cache when the request
+            starts, then after each step with a part of the prompt.
     """
 
     request_id: str
@@ -327,6 +336,7 @@ class Output:
     error: str | None = None
     transient: bool = False
     prompt_logprobs: PromptLogprobs | None = None
+    progress: tuple[int, ...] = ()
 
 
 def check_tokens(request: Request, vocab_size: int) -> None:
@@ -345,4 +355,5 @@ def check_tokens(request: Request, vocab_size: int) -> None:
         ("bad_words", tuple(chain.from_iterable(sampling.bad_words))),
     ):
         if tokens and (min(tokens) < 0 or max(tokens) >= vocab_size):
-            raise RequestError(name, f"has token ids outside the vocabulary of {vocab_size}")
+            wrong = next(token for token in tokens if not 0 <= token < vocab_size)
+            raise RequestError(name, f"the token id {wrong} is out of vocabulary, which has {vocab_size} tokens")

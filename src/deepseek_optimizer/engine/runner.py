@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from ..backends.base import BLOCK_TOKENS, PREFILL, AdapterStore, Int32, Plan, StepBatch, StepOutput
+from ..backends.decoding import DecodeCall, Decoded
 from ..backends.sampling import Floats, TokenChoice
 from ..cache import states_of_step
 from .scheduling.memory import Memory
@@ -26,17 +27,24 @@ class Runner:
         vocab_size: if not 0, `step` reuses a buffer for the logits of a plan on the CPU instead of allocating one each time.
         adapted: a plan for steps with adapters, with the same results for other sequences, and the store of the adapters; None:
             the sequences' adapters are not used.
+        decodes: whether `decode` runs several steps (`Capabilities.decode_calls`).
 
     Attributes:
         on_host: whether the plan's logits are in host memory.
     """
 
     def __init__(
-        self, plan: Plan, memory: Memory, vocab_size: int = 0, adapted: tuple[Plan, AdapterStore] | None = None
+        self,
+        plan: Plan,
+        memory: Memory,
+        vocab_size: int = 0,
+        adapted: tuple[Plan, AdapterStore] | None = None,
+        decodes: bool = False,
     ) -> None:
         self._adapted = adapted
         self.plan, self.memory, self.on_host = plan, memory, plan.device.type == "cpu"
         self._vocab_size = vocab_size if self.on_host else 0
+        self.decodes = decodes and self._vocab_size > 0
         self._logits: torch.Tensor | None = None  # reused: new pages at every step would be slow for large batches
 
     def check_weights(self) -> None:
@@ -105,12 +113,28 @@ class Runner:
             rows: ascending indices, into the rows of all parts together, of the rows whose logits are needed.
             last_hidden: whether to return the last hidden states.
         """
-        logits = None
-        if self._vocab_size:
-            if self._logits is None or len(self._logits) < len(rows):
-                self._logits = torch.empty(max(len(rows), 16), self._vocab_size, dtype=torch.float32, device="cpu")
-            logits = self._logits[: len(rows)]
-        return self._run(parts, np.array(rows, np.int32), last_hidden=last_hidden, logits=logits)
+        return self._run(parts, np.array(rows, np.int32), last_hidden=last_hidden, logits=self._reused(len(rows)))
+
+    def _reused(self, rows: int) -> torch.Tensor | None:
+        if not self._vocab_size:
+            return None
+        if self._logits is None or len(self._logits) < rows:
+            self._logits = torch.empty(max(rows, 16), self._vocab_size, dtype=torch.float32, device="cpu")
+        return self._logits[:rows]
+
+    def decode(self, parts: list[Part], call: DecodeCall) -> Decoded:
+        """Runs several decode steps, of the sequences' last blocks, if `decodes`. The logits overwrite those of other steps.
+
+        Args:
+            parts: a token of each sequence, for which there is room in the cache.
+            call: the call; its steps fit into the sequences' last blocks.
+        """
+        rows = np.arange(len(parts), dtype=np.int32)
+        plan, batch = self._batch(parts, rows, None, last_hidden=False, logits=self._reused(len(parts)))
+        decoded = self.memory.decode(plan, batch, call)
+        for part in parts:
+            part.sequence.blocks.tokens += decoded.steps - 1
+        return decoded
 
     def choose_tokens(
         self, logits: torch.Tensor, choices: list[TokenChoice | None]
@@ -153,6 +177,11 @@ class Runner:
         last_hidden: bool,
         logits: torch.Tensor | None = None,
     ) -> StepOutput:
+        return self.memory.run(*self._batch(parts, rows, states, last_hidden=last_hidden, logits=logits))
+
+    def _batch(
+        self, parts: list[Part], rows: Int32, states: torch.Tensor | None, *, last_hidden: bool, logits: torch.Tensor | None
+    ) -> tuple[Plan, StepBatch]:
         counts = np.array([len(p.ids) for p in parts], np.int32)
         starts = np.array([p.start for p in parts], np.int32)
         hidden_from = np.array([p.first_block * BLOCK_TOKENS for p in parts], np.int32)
@@ -178,7 +207,7 @@ class Runner:
         if self._adapted is not None and (slots := _adapter_of(parts)) is not None:
             plan, store = self._adapted
             batch = replace(batch, adapters=store, adapter_of=slots)
-        return self.memory.run(plan, batch)
+        return plan, batch
 
 
 def _reach(parts: list[Part]) -> Int32 | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from ..cache.prefix_cache import Key
 from .adapters import Adapter
@@ -12,6 +13,22 @@ from .prompt_logprobs import PromptLogprobs
 from .request import Output, Request
 from .sampling.request_sampler import RequestSampler
 from .sequence import Sequence
+
+
+class RequestProgress(NamedTuple):
+    """How far a request is.
+
+    Attributes:
+        number: identifies the request in the engine.
+        prompt_tokens: number of tokens of its prompt.
+        generated: number of tokens generated so far.
+        max_tokens: maximum number of tokens to generate.
+    """
+
+    number: int
+    prompt_tokens: int
+    generated: int
+    max_tokens: int
 
 
 @dataclass(eq=False)
@@ -44,6 +61,8 @@ class Running:
         prompt_logprobs: log probabilities of the prompt's tokens, as far as they are computed; None: not requested.
         pinned: ranges of tokens that a sliding window must keep, as positions in the current sequence.
         started, first, last: times of admission, of the first token and of the latest token, by the engine's clock.
+        read, progress: with `Request.progress`, the number of prompt tokens reported last (-1: none), and the values of
+            `Output.progress` for the next output.
         cancelled: whether the request is to be ended by the next step.
         adapter: the LoRA adapter that it uses.
     """
@@ -74,6 +93,8 @@ class Running:
     started: float | None = None
     first: float | None = None
     last: float | None = None
+    read: int = -1
+    progress: list[int] = field(default_factory=list)
     cancelled: bool = False
     adapter: Adapter | None = None
 
@@ -110,12 +131,20 @@ class Running:
         """Number of tokens that may still be generated."""
         return self.max_tokens - self.generated
 
+    def processed(self, start: int, count: int) -> None:
+        """Records that a step has processed `count` tokens of the prompt from slot `start` on, for `Output.progress`."""
+        begin, end = start + self.dropped, start + count + self.dropped
+        self.progress += [tokens for tokens in (begin, end) if tokens > self.read]  # fewer: they were computed before
+        self.read = max(self.read, end)
+
     def output(self) -> Output:
         """Returns an output with the current counts and no new tokens."""
+        progress, self.progress = tuple(self.progress), []
         return Output(
             self.request.id,
             prompt_tokens=len(self.request.prompt),
             cached_tokens=self.cached,
             completion_tokens=self.generated,
             dropped_tokens=self.dropped,
+            progress=progress,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..backends.base import DECODE
 from ..backends.sampling import TokenChoice
 from .scheduling.scheduler import ScheduledChunk
 from .sequence import Part
@@ -35,6 +36,12 @@ def logit_rows(chunk: ScheduledChunk, end: int) -> list[int]:
     if chunk.ends and not chunk.running.request.embed:
         rows += range(end - 1 - len(chunk.drafts), end)
     return rows
+
+
+def token_counts(chunks: list[ScheduledChunk]) -> tuple[int, int]:
+    """Number of tokens of a step that are decoded, drafts included, and of all others, those of prompts."""
+    decoders = [chunk for chunk in chunks if chunk.ends and chunk.phase == DECODE and chunk.count == 1]
+    return sum(1 + len(chunk.drafts) for chunk in decoders), sum(chunk.count for chunk in chunks) - len(decoders)
 
 
 def token_choices(chunks: list[ScheduledChunk], on_host: bool) -> list[TokenChoice | None]:

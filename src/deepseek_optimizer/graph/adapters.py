@@ -9,14 +9,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from .ir import AdapterSite, Graph, Node
+from .ir import AdapterSite, Graph, LatentHeads, Node
 from .ops.products import rows_of
 
 UNFUSED = ("gate_up",)  # rules that merge something into products
 
 
 def with_adapters(graph: Graph, rank: int) -> Graph:
-    """The graph with `lora_down` and `lora_up` nodes for every product over token rows, and `adapter_sites`.
+    """The graph with `lora_down` and `lora_up` nodes for every product over token rows, sites of absorbed latent attention, and
+    `adapter_sites`.
 
     Args:
         graph: after rules, without those in `UNFUSED`, and attention modes.
@@ -24,12 +25,30 @@ def with_adapters(graph: Graph, rank: int) -> Graph:
     """
     sites: list[AdapterSite] = []
     nodes: list[Node] = []
+    latent: dict[str, int] = {}  # kv_b -> its first site: a choice and its attention have the same
     for products in _of_one_input(graph.nodes):
-        if products[0].op == "linear" and not products[0].inputs[0].selected:
+        first = products[0]
+        if first.op == "linear" and not first.inputs[0].selected:
             nodes += _adapted(products, rank, sites)
+        elif first.op == "latent_choose" or (first.op == "mla_attention" and first.attrs["form"] == "absorbed"):
+            (kv_b,) = first.weights
+            if kv_b not in latent:
+                latent[kv_b] = len(sites)
+                sites += _latent_sites(first)
+            nodes.append(first.with_(attrs={**first.attrs, "site": latent[kv_b], "lora_rank": rank}))
         else:
             nodes += products
     return replace(graph, nodes=nodes, adapter_sites=tuple(sites))
+
+
+def _latent_sites(node: Node) -> list[AdapterSite]:
+    """Keys and values of latent attention."""
+    a, module = node.attrs, node.weights[0].removesuffix(".weight")
+    keys, values = (LatentHeads(a["heads"], a["nope"], a["v_dim"], keys) for keys in (True, False))
+    return [
+        AdapterSite(module, a["nope"], a["rank"], latent=keys),
+        AdapterSite(module, a["rank"], a["v_dim"], latent=values),
+    ]
 
 
 def _of_one_input(nodes: list[Node]) -> Iterator[list[Node]]:

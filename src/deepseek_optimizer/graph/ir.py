@@ -155,19 +155,57 @@ class StateSpec:
 
 
 @dataclass(frozen=True)
+class LatentHeads:
+    """What a site in latent attention changes: in the keys or the values of every head, kv_b [heads * (nope + v_dim), rank].
+
+    Attributes:
+        keys: the products K_h^T q_h of absorbed attention, with the key rows K_h [nope, rank] of a head; otherwise V_h s_h,
+            with its value rows V_h [v_dim, rank].
+    """
+
+    heads: int
+    nope: int
+    v_dim: int
+    keys: bool
+
+
+@dataclass(frozen=True)
 class AdapterSite:
     """A product that low-rank adapters may change.
 
     Attributes:
         module: path of its module in the Transformers model, `model.layers.0.self_attn.q_proj`.
-        inputs, outputs: elements per row of its input and of its result.
+        inputs, outputs: elements per row of its input and of its result; with `latent`, of one head.
         rows: (begin, end, total): its outputs are these rows of the module's matrix; None: all of them.
+        latent: the product is one per head, of latent attention.
     """
 
     module: str
     inputs: int
     outputs: int
     rows: tuple[int, int, int] | None = None
+    latent: LatentHeads | None = None
+
+    @property
+    def heads(self) -> int:
+        """Number of products."""
+        return 1 if self.latent is None else self.latent.heads
+
+    @property
+    def module_shape(self) -> tuple[int, int]:
+        """(outputs, inputs) of the module's matrix."""
+        if self.latent is not None:
+            rank = self.outputs if self.latent.keys else self.inputs
+            return self.latent.heads * (self.latent.nope + self.latent.v_dim), rank
+        return self.outputs if self.rows is None else self.rows[2], self.inputs
+
+    def pair_shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The shapes of an adapter's A [rank, inputs] and B [outputs, rank]. In latent attention, each head has its own A for
+        keys, or its own B for values."""
+        down, up = (rank, self.inputs), (self.outputs, rank)
+        if self.latent is None:
+            return down, up
+        return ((self.heads, *down), up) if self.latent.keys else (down, (self.heads, *up))
 
 
 @dataclass

@@ -29,20 +29,25 @@ class AdapterLoading:
         self._engine, self._directory = engine, settings.lora_dir
         self.queue = FairQueue("adapters", 1, max_running=1, max_per_client=_MAX_JOBS, max_jobs=4 * _MAX_JOBS)
 
-    async def load(self, name: str, path: str, caller: Caller) -> None:
+    async def load(self, name: str, path: str, caller: Caller, replace: bool = False) -> None:
         """Loads an adapter.
 
         Args:
             name: its name.
             path: in the directory of the settings, absolute or relative to it.
             caller: who sent the request.
+            replace: whether it takes the place of an adapter of this name.
 
         Raises:
-            ApiError: 400, the name is taken, the path is not in the directory, or the adapter cannot be used; 503, there is no
-                memory for it.
+            ApiError: 400, the name is taken, or the adapter cannot be used; 404, the path is not in the directory; 503, there
+                is no memory for it.
         """
+
+        def work() -> None:
+            self._engine.load_adapter(name, self._inside(path), replace)
+
         try:
-            await self.queue.run(caller.key, lambda: self._engine.load_adapter(name, self._inside(path)), caller.deadline)
+            await self.queue.run(caller.key, work, caller.deadline)
         except AdapterError as error:
             raise ApiError(400, f"lora_path: {excerpt(error.message)}", param="lora_path") from error
         except CheckpointError as error:
@@ -67,7 +72,7 @@ class AdapterLoading:
 
     def _inside(self, path: str) -> Path:
         """The directory that a request names. It blocks."""
-        refusal = ApiError(400, "lora_path: must be a directory inside the server's --lora-dir", param="lora_path")
+        refusal = ApiError(404, "lora_path: there is no such directory inside the server's --lora-dir", param="lora_path")
         if self._directory is None:
             raise refusal
         try:

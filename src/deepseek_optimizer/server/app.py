@@ -14,7 +14,6 @@ from prometheus_client import CollectorRegistry
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.middleware.cors import CORSMiddleware
 
 from ..errors import excerpt
 from . import openapi
@@ -22,10 +21,12 @@ from .http.error_formats import error_response
 from .http.guard import Guard, HostGuard
 from .http.ignored_fields import HEADER
 from .http.metrics import HttpMetrics
+from .http.origins import OriginCheck
 from .http.page_files import PageFile, page_files
 from .http.paths import path_of
 from .http.problems import ApiError, problem
 from .http.tracing import Tracer, Tracing
+from .idle_sleep import sleep_when_idle
 from .protocol.adapters import LoadAdapterRequest, UnloadAdapterRequest
 from .protocol.anthropic.requests import CountTokensRequest, MessagesRequest
 from .protocol.chat import ChatRequest
@@ -51,6 +52,7 @@ from .routes import (
     embeddings,
     encoder_only,
     files,
+    input_tokens,
     llama_server,
     messages,
     models,
@@ -93,11 +95,14 @@ def create_app(engine: Any, settings: ServerSettings | None = None, tracer: Trac
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         await engine.start()
-        sweeping = asyncio.ensure_future(_sweep(state))
+        tasks = [asyncio.ensure_future(_sweep(state))]
+        if settings.idle_sleep is not None:
+            tasks.append(asyncio.ensure_future(sleep_when_idle(state, settings.idle_sleep)))
         try:
             yield
         finally:
-            sweeping.cancel()
+            for task in tasks:
+                task.cancel()
             await engine.close()
             await state.responses.finish()
             state.close()
@@ -109,8 +114,10 @@ def create_app(engine: Any, settings: ServerSettings | None = None, tracer: Trac
     app = new_app(settings, engine.registry, lifespan, assets, tracer)
     app.state.server = state
     add_routes(app, state)
-    if state.generates:
+    if state.generates and settings.page:
         page.add(app, assets)
+    elif state.generates:
+        page.leave_out(app, page.DISABLED)
     bodies: list[type[BaseModel]] = [
         ChatRequest,
         CompletionRequest,
@@ -146,6 +153,7 @@ def add_routes(app: FastAPI, state: ServerState) -> None:
         chat,
         completions,
         responses,
+        input_tokens,
         stored_responses,
         files,
         props,
@@ -198,9 +206,8 @@ def new_app(
     if settings.allow_origins:
         middleware.append(
             Middleware(
-                CORSMiddleware,
-                allow_origins=list(settings.allow_origins),
-                allow_methods=["GET", "POST", "DELETE"],
+                OriginCheck,
+                allow_origins=settings.allow_origins,
                 allow_headers=["Authorization", "Content-Type", "X-Api-Key", "Anthropic-Version", "Anthropic-Beta"],
                 expose_headers=["Retry-After", "X-Request-Id", HEADER],
             )
@@ -210,6 +217,7 @@ def new_app(
     middleware.append(Middleware(Guard, settings=settings, metrics=HttpMetrics(registry), open_paths=open_paths))
     return FastAPI(
         title="deepseek-optimizer",
+        root_path=settings.root_path,
         description=_ABOUT + (_STRICT if settings.strict else _TOLERANT),
         docs_url=None,  # it would load scripts from another host
         redoc_url=None,

@@ -22,6 +22,7 @@ from .pool.pooled_model import LoadedModel
 from .protocol.models import ModelNameRequest
 from .routes import files, page, stored_responses
 from .routes import pool as pool_routes
+from .routes.status import check_metrics
 from .settings import ServerSettings
 from .shared import Shared
 from .state import ServerState
@@ -74,7 +75,10 @@ def create_pool_app(pool: ModelPool) -> FastAPI:
     stored_responses.add(app, pool)
     _add_status(app, pool, registry)
     add_paths_without_v1(app)
-    page.add(app, assets)
+    if pool.settings.page:
+        page.add(app, assets)
+    else:
+        page.leave_out(app, page.DISABLED)
     openapi.install(app, [ModelNameRequest], bool(pool.settings.keys), pool.settings.strict)
     app.mount("/", Dispatcher(pool))
     return app
@@ -96,6 +100,7 @@ def _add_status(app: FastAPI, pool: ModelPool, registry: CollectorRegistry) -> N
     @app.get("/metrics", response_class=Response, tags=["status"])
     async def metrics() -> Response:
         """Prometheus metrics of the server, its loaded models and their status."""
+        check_metrics(pool.settings)
         return Response(generate_latest(registry), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
 

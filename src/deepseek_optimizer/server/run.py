@@ -58,7 +58,6 @@ class Server(uvicorn.Server):
                 proxy_headers=False,  # X-Forwarded-For must not change the address by which clients are told apart
                 timeout_keep_alive=settings.keep_alive_seconds,  # type: ignore[arg-type]  # a float works
                 timeout_graceful_shutdown=3,
-                root_path=settings.root_path,
                 ssl_certfile=settings.ssl_certfile,
                 ssl_keyfile=settings.ssl_keyfile,
                 ssl_keyfile_password=settings.ssl_keyfile_password,

@@ -12,6 +12,7 @@ from ..checkpoint.sentence_transformers import EmbeddingSettings
 from ..errors import ConfigError
 from .keys import ApiKeys
 
+LOCALHOST = "localhost"  # in allow_origins
 _ROOT_PATH = re.compile(r"(/[A-Za-z0-9._~-]+)+")
 
 
@@ -25,7 +26,8 @@ class ServerSettings:
         keys: accepted API keys; without any, requests need no key.
         allow_hosts: names accepted in the Host header, in addition to the loopback names. The header is checked if `host` is a
             loopback address or any names are given.
-        allow_origins: origins whose web pages may use the API (CORS); "*" for all.
+        allow_origins: origins whose web pages may use the API (CORS); "*" for all, "localhost" for those of this machine with
+            any port.
         max_body_bytes: maximum size of a request body, in bytes.
         max_body_bytes_per_client: maximum size of all request bodies of one client that are being received, in bytes.
         max_body_bytes_total: the same for all clients.
@@ -63,6 +65,8 @@ class ServerSettings:
         reranker: how a model without a classification head scores pairs of texts: "cosine" of their embeddings; "yes-no", the
             probability that a language model judges the document to answer the query; "auto": "yes-no" for a language model
             whose files or name say that it is a reranker.
+        thinking: whether models that can turn their reasoning on and off reason before an answer, for requests that do not say
+            (`reasoning_effort`, or a variable of the chat template); None: as the chat template decides.
         prefill_assistant: continue a chat's last message if it is the assistant's, as llama-server does. A request's
             `continue_final_message` and `add_generation_prompt` override this.
         sampling: sampling parameters for fields that a request omits, by their names in `SamplingParams`; others have OpenAI's
@@ -74,8 +78,12 @@ class ServerSettings:
         allow_lora_loading: whether requests may load and unload LoRA adapters.
         lora_dir: the directory that contains the adapters that requests may load.
         access_log: write one line to stderr for each request.
-        root_path: prefix of all paths that a reverse proxy removes before it forwards a request, such as "/llm".
+        root_path: prefix of all paths under which a reverse proxy serves this server, such as "/llm"; it may remove it or not.
         sleep_mode: whether clients may let the server sleep by /sleep.
+        idle_sleep: seconds without requests after which the server sleeps, until the next one; None: it does not.
+        slots: whether /slots lists the places of the batch.
+        metrics: whether /metrics is served.
+        page: whether the chat page is served.
         ssl_certfile: file with the certificate chain, for TLS; None: plain HTTP.
         ssl_keyfile: file with the private key; None: in `ssl_certfile`.
         ssl_keyfile_password: of an encrypted key.
@@ -120,6 +128,7 @@ class ServerSettings:
     reasoning: bool | None = None
     embedding: EmbeddingSettings = field(default_factory=EmbeddingSettings)
     reranker: Literal["auto", "cosine", "yes-no"] = "auto"
+    thinking: bool | None = None
     prefill_assistant: bool = False
     sampling: Mapping[str, Any] = field(default_factory=dict)
     sampling_not_thinking: Mapping[str, Any] | None = None
@@ -131,6 +140,10 @@ class ServerSettings:
     access_log: bool = False
     root_path: str = ""
     sleep_mode: bool = False
+    idle_sleep: float | None = None
+    slots: bool = True
+    metrics: bool = True
+    page: bool = True
     ssl_certfile: str | None = None
     ssl_keyfile: str | None = None
     ssl_keyfile_password: str | None = field(default=None, repr=False)
@@ -143,12 +156,16 @@ class ServerSettings:
         for name in (f.name for f in fields(self) if f.name.endswith("_seconds") and f.name != "drain_seconds"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ConfigError(f"{name} must be greater than 0, got {getattr(self, name)}")
+        if self.idle_sleep is not None and not 0 < self.idle_sleep < float("inf"):
+            raise ConfigError(f"idle_sleep must be greater than 0, got {self.idle_sleep}")
         for name in self.allow_hosts:
             if "/" in name or not name.strip():
                 raise ConfigError(f"allow_hosts: {name!r} is not a host name; leave out scheme and port")
         for origin in self.allow_origins:
-            if origin != "*" and not origin.startswith(("http://", "https://")):
-                raise ConfigError(f"allow_origins: {origin!r} is not an origin; use the form https://example.com, or *")
+            if origin not in ("*", LOCALHOST) and not origin.startswith(("http://", "https://")):
+                raise ConfigError(
+                    f"allow_origins: {origin!r} is not an origin; use the form https://example.com, {LOCALHOST}, or *"
+                )
         if self.root_path and not _ROOT_PATH.fullmatch(self.root_path):
             raise ConfigError(f"root_path: {self.root_path!r} is not a path; use the form /llm, without a slash at the end")
         if self.ssl_certfile is None and (self.ssl_keyfile or self.ssl_keyfile_password or self.ssl_ca_certs):

@@ -7,7 +7,7 @@ import copy
 import hashlib
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any, Literal, TypeVar
@@ -26,6 +26,7 @@ from .http.caller import Caller
 from .http.fair_queue import FairQueue
 from .http.problems import ApiError, busy
 from .http.queue_metrics import QueueCollector
+from .http.sleep_metrics import SleepCollector, SleepState
 from .protocol.sampling import requested_answers
 from .settings import ServerSettings
 from .shared import Shared
@@ -36,18 +37,23 @@ from .tokens.token_text import TokenTexts
 from .tokens.tokenizing import Lane, Tokenizing
 
 T = TypeVar("T")
-
+Asleep = Literal["weights", "kv_cache"]
 
 _PACKAGE = "deepseek-optimizer"
 
 
 class ServerState:
-    """The state of one server, or of one model of a server with several. `sleeping`: see `sleep`.
+    """The state of one server, or of one model of a server with several.
 
     Args:
         engine: an `AsyncEngine`.
         settings: the server's.
         shared: what the server's models have in common; None: there is one model.
+
+    Attributes:
+        sleep_state: see `sleep`.
+        until_used: whether the next request ends the sleep.
+        used: time of the latest request, of `time.monotonic`.
     """
 
     def __init__(self, engine: Any, settings: ServerSettings, shared: Shared | None = None) -> None:
@@ -55,7 +61,10 @@ class ServerState:
         self.created = int(time.time())
         # Of the version and the model, on which answers with a seed depend.
         self.fingerprint = "b" + hashlib.sha256(f"{versions(_PACKAGE)} {engine.model_name}".encode()).hexdigest()[:10]
-        self.sleeping = False
+        self.sleep_state: SleepState = "awake"
+        self.until_used = False
+        self._asleep: set[Asleep] = set()
+        self.used = time.monotonic()
         self._changing_sleep = asyncio.Lock()
         self.shared, self._alone = shared or Shared(settings), shared is None
         self.bodies, self.files, self.reader = self.shared.bodies, self.shared.files, self.shared.reader
@@ -89,6 +98,7 @@ class ServerState:
         if self._alone:
             self.queues += self.shared.queues
         engine.registry.register(QueueCollector(self.queues, engine.model_name))
+        engine.registry.register(SleepCollector(lambda: self.sleep_state, engine.model_name))
 
     @property
     def draining(self) -> bool:
@@ -104,7 +114,7 @@ class ServerState:
         return bool(await self.engine.drain(seconds))
 
     def check_accepting(self) -> None:
-        """Checks that the server accepts requests.
+        """Checks that the server accepts requests, and wakes it if it sleeps until the next one.
 
         Raises:
             ApiError: 503, the server is shutting down or sleeps.
@@ -112,6 +122,9 @@ class ServerState:
         """
         if self.draining:
             raise busy("the server is stopping", 5)
+        self.used = time.monotonic()
+        if self.sleeping and self.until_used:
+            self._wake_up()
         if self.sleeping:
             raise busy("the server sleeps; POST /wake_up wakes it", 30)
         self.engine.check_alive()
@@ -215,15 +228,30 @@ class ServerState:
             return request
         return replace(request, sampling=replace(sampling, max_tokens=max_tokens))
 
+    def fitted(self, request: Request) -> Request:
+        """The request with a maximum length of the answer that the context has room for, as llama-server's n_predict."""
+        max_tokens = request.sampling.max_tokens
+        room = self.engine.room - len(request.prompt)
+        if max_tokens is None or max_tokens <= room or room < 1 or self.engine.cache_window is not None:
+            return request
+        return replace(request, sampling=replace(request.sampling, max_tokens=room))
+
     async def _tokenizer_copy(self, caller: Caller) -> Any:
         """A copy of the tokenizer, made on the only thread that uses the original."""
         return await self.tokenizing(lambda lane: copy.deepcopy(lane.tokenizer), caller, 0)
 
-    async def sleep(self, seconds: float) -> int:
+    @property
+    def sleeping(self) -> bool:
+        """Whether requests are refused until `wake_up`, or until the next request with `until_used`."""
+        return self.sleep_state != "awake"
+
+    async def sleep(self, seconds: float, sleep_state: SleepState = "weights_offloaded", until_used: bool = False) -> int:
         """Refuses requests, lets those in flight end, and releases the memory of the cache and of mapped weights.
 
         Args:
             seconds: time after which requests in flight are cancelled.
+            sleep_state: vLLM's name of the state, for metrics.
+            until_used: the next request ends the sleep, instead of being refused.
 
         Returns: the bytes by which the memory of this process has decreased.
 
@@ -235,22 +263,30 @@ class ServerState:
             if self.sleeping:
                 return 0
             self.check_accepting()
-            self.sleeping = True
+            self.sleep_state, self.until_used, self._asleep = sleep_state, until_used, {"weights", "kv_cache"}
             process = psutil.Process()
             before: int = process.memory_info().rss
             try:
                 await self.engine.sleep(seconds)
             except BaseException:
-                self.sleeping = False
+                self.sleep_state = "awake"
                 raise
             return max(0, before - process.memory_info().rss)
 
-    async def wake_up(self) -> None:
-        """Accepts requests again after `sleep`."""
+    async def wake_up(self, parts: Sequence[Asleep] = ("weights", "kv_cache")) -> None:
+        """Accepts requests again after `sleep`, once all parts are awake.
+
+        Args:
+            parts: to wake up.
+        """
         async with self._changing_sleep:
-            if self.sleeping:
-                self.engine.wake_up()
-                self.sleeping = False
+            self._asleep.difference_update(parts)
+            if self.sleeping and not self._asleep:
+                self._wake_up()
+
+    def _wake_up(self) -> None:
+        self.engine.wake_up()
+        self.sleep_state, self.until_used = "awake", False
 
     def thinks(self, tools: bool) -> bool:
         """Whether the model writes reasoning before its answer, in a chat with or without tools."""

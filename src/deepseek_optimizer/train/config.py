@@ -74,7 +74,8 @@ class LoraSection(_Section):
         r: rank of the adapter.
         alpha: the adapter is scaled by alpha / r; None: 2 r.
         dropout: probability of dropping an input of the adapter.
-        targets: names of the linear layers to adapt; "auto": all those of attention and dense MLPs.
+        targets: names of the linear layers to adapt; "auto": all those of attention, and of MLPs if
+            the model has no routed experts.
     """
 
     r: int = Field(16, ge=1, le=1024)

@@ -10,12 +10,10 @@ from torch import nn
 
 from ..errors import ConfigError, MissingPackageError
 
-# Linear layers of attention, latent attention and dense MLPs. Routers, indexers and heads are excluded, since small changes
-# there change discrete choices; stacked experts are not linear layers.
-_TARGETS = (
-    "q_proj", "k_proj", "v_proj", "o_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "gate_proj", "up_proj",
-    "down_proj",
-)  # fmt: skip
+# Linear layers of attention, latent attention and MLPs. Routers, indexers and heads are excluded, since small changes there
+# change discrete choices.
+_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj")
+_MLP = ("gate_proj", "up_proj", "down_proj")
 
 
 def check_installed() -> None:
@@ -33,20 +31,27 @@ def targets_of(model: nn.Module, wanted: str | Iterable[str] = "auto") -> list[s
 
     Args:
         model: its weights may be on the meta device.
-        wanted: "auto", or names of linear layers of the model, such as `q_proj`.
+        wanted: "auto", or names of linear layers of the model, such as `q_proj`. "auto" leaves out the MLPs of models with
+            routed experts: PEFT takes their names as names of the experts' stacked weights, in place of the linear layers.
 
     Raises:
-        ConfigError: the model has no such layer. Lists those that it has.
+        ConfigError: the model has no such layer, or the name is that of packed experts. Lists those that it has.
     """
+    experts = [p for name, p in model.named_parameters() if ".experts." in name and p.dim() >= 3]
     available = sorted({name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)})
     if wanted == "auto":
-        targets = [name for name in _TARGETS if name in available]
+        targets = [name for name in (*_ATTENTION, *(() if experts else _MLP)) if name in available]
         if not targets:
             raise ConfigError(f"lora.targets: the model has none of the usual layers; name some of {', '.join(available)}")
         return targets
     for name in wanted:
         if name not in available:
             raise ConfigError(f"lora.targets: the model has no linear layer {name!r}; it has {', '.join(available)}")
+        if name in _MLP and any(not p.is_floating_point() for p in experts):
+            raise ConfigError(
+                f"lora.targets: PEFT takes {name!r} as the name of the experts' weights, which are packed; leave it out, or "
+                "train without precision"
+            )
     return list(wanted)
 
 

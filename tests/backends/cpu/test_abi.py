@@ -39,7 +39,10 @@ def declarations(text: str):
             yield ctype(kind + star), name, length
 
 
-@pytest.mark.parametrize("struct", [native.Weight, native.Slot, native.Step, native.Batch, native.Rotation, native.StateShape])
+@pytest.mark.parametrize(
+    "struct",
+    [native.Weight, native.Slot, native.Step, native.Batch, native.Rotation, native.StateShape, native.Choice, native.Decode],
+)
 def test_structs(struct):
     name = re.search(r"dso_\w+", struct.__doc__)[0]
     body = re.search(rf"typedef struct {name} {{(.*?)}}", TEXT, re.S)[1]
@@ -87,6 +90,7 @@ def test_constants():
         n: v for n, v in CONSTANTS.items() if n.startswith("DSO_FLAG_")
     }
     assert native.VECTOR == CONSTANTS["DSO_VECTOR"]
+    assert native.UNDECIDED == CONSTANTS["DSO_UNDECIDED"]
     assert (native._EINVAL, native._ENOMEM) == (CONSTANTS["DSO_EINVAL"], CONSTANTS["DSO_ENOMEM"])
 
 

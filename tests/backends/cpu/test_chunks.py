@@ -11,7 +11,8 @@ from deepseek_optimizer.backends.base import DECODE
 from deepseek_optimizer.backends.reference import ReferenceBackend
 from deepseek_optimizer.graph import rules
 from deepseek_optimizer.models import build_graph
-from support.models import assert_close_rows, llama4_text, random_ids, random_model, transformers_logits, weights_of
+from support.family_configs import llama4_text
+from support.models import assert_close_rows, random_ids, random_model, transformers_logits, weights_of
 from support.steps import Part, make_batch, run_step, runner
 
 from .packing import dequantized, packed_weights

@@ -15,7 +15,8 @@ from deepseek_optimizer.backends.reference.ops import layer_norm, rope, rope_tab
 from deepseek_optimizer.graph import rules
 from deepseek_optimizer.graph.ir import Graph, LatentSpec, Node, Value
 from deepseek_optimizer.models import build_graph
-from support.models import CASES, assert_close_rows, deepseek_v32, random_ids, random_model, transformers_logits, weights_of
+from support.family_configs import deepseek_v32
+from support.models import CASES, assert_close_rows, random_ids, random_model, transformers_logits, weights_of
 from support.steps import Part, run_step, runner
 
 from .packing import packed_weights

@@ -20,7 +20,8 @@ from deepseek_optimizer.graph.ir import CacheSpec, Graph, Node, Value
 from deepseek_optimizer.models import build_graph
 from deepseek_optimizer.quant import pack
 from deepseek_optimizer.quant.packed import PackedStack
-from support.models import assert_close_rows, gpt_oss, randomize
+from support.family_configs import gpt_oss
+from support.models import assert_close_rows, randomize
 
 from .packing import dequantized, packed_weights
 

@@ -15,7 +15,8 @@ from deepseek_optimizer.graph import rules
 from deepseek_optimizer.graph.attention_mode import AttentionMode, apply_mode
 from deepseek_optimizer.graph.ir import CacheSpec, Graph
 from deepseek_optimizer.models import build_graph
-from support.models import CASES, assert_close_rows, llama, random_ids, random_model, weights_of
+from support.family_configs import llama
+from support.models import CASES, assert_close_rows, random_ids, random_model, weights_of
 from support.steps import Part, make_batch, run_step, runner
 
 from .packing import packed_weights

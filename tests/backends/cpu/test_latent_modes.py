@@ -12,7 +12,8 @@ from deepseek_optimizer.graph import rules
 from deepseek_optimizer.graph.attention_mode import AttentionMode, apply_mode
 from deepseek_optimizer.graph.ir import Graph
 from deepseek_optimizer.models import build_graph
-from support.models import assert_close_rows, deepseek_v32, random_ids, random_model, weights_of, youtu
+from support.family_configs import deepseek_v32, youtu
+from support.models import assert_close_rows, random_ids, random_model, weights_of
 from support.steps import Part, make_batch, run_step, runner
 
 from .packing import packed_weights

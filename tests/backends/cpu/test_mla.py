@@ -13,7 +13,8 @@ from deepseek_optimizer.errors import BackendError
 from deepseek_optimizer.graph import rules
 from deepseek_optimizer.models import build_graph
 from deepseek_optimizer.quant import get_format
-from support.models import assert_close_rows, random_ids, random_model, transformers_logits, weights_of, youtu
+from support.family_configs import youtu
+from support.models import assert_close_rows, random_ids, random_model, transformers_logits, weights_of
 from support.steps import Part, run_step, runner
 
 from .packing import dequantized, packed_weights

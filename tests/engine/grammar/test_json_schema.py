@@ -151,6 +151,14 @@ def test_references_into_rewritten_schemas(compiler, byte_tokenizer):
     assert all(7 <= number <= 9 for text in texts for number in json.loads(text))
 
 
+def test_a_list_of_items_is_the_older_form_of_prefix_items(compiler, byte_tokenizer):
+    """As of draft 2019-09, and as pydantic 1 writes tuples."""
+    schema = {"items": [{"enum": [7]}, {"$ref": "#/items/0"}, {"enum": ["a"]}], "minItems": 3, "type": "array"}
+    grammar = compiler.json_schema(schema)
+    texts = [RandomModel(byte_tokenizer, len(byte_tokenizer)).text(grammar, seed) for seed in range(3)]
+    assert all(json.loads(text) == [7, 7, "a"] for text in texts)
+
+
 @pytest.mark.parametrize(
     "branches,apart",
     [

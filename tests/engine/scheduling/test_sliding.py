@@ -7,13 +7,10 @@ import pytest
 
 from deepseek_optimizer import RequestError
 from deepseek_optimizer.cache.block_manager import BLOCK_TOKENS
-from deepseek_optimizer.engine.request import Request, SamplingParams
+from deepseek_optimizer.engine.request import Request
 from deepseek_optimizer.engine.speculative.prompt_lookup import PromptLookupProposer
+from support.engine_runs import endless
 from support.mock_model import VOCAB, blocks_in_use, make_core, next_token
-
-
-def endless(max_tokens):
-    return SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
 
 
 @pytest.mark.parametrize("drafts", [False, True])

@@ -21,7 +21,8 @@ from deepseek_optimizer.graph.ir import Graph
 from deepseek_optimizer.integration.memory.arena import Arena
 from deepseek_optimizer.models import build_graph, build_mtp_graph
 from support import steps
-from support.models import deepseek_v3, random_ids, random_model, weights_of
+from support.family_configs import deepseek_v3
+from support.models import random_ids, random_model, weights_of
 
 
 def random_weights(graph: Graph, seed: int) -> dict[str, torch.Tensor]:

@@ -20,7 +20,8 @@ from deepseek_optimizer.integration.bind.runtime import OptimizerWarning
 from deepseek_optimizer.integration.compat import cache_name
 from deepseek_optimizer.models import build_graph
 from support.checkpoint_files import gguf_bytes, model_tensors, model_values
-from support.models import CASES, assert_close_rows, llama, random_ids, random_model, rope, transformers_logits
+from support.family_configs import llama, rope
+from support.models import CASES, assert_close_rows, random_ids, random_model, transformers_logits
 from support.steps import Part, Runner, run_step
 
 TRAINED, ROOM, READ = 64, 256, 200

@@ -22,21 +22,11 @@ from deepseek_optimizer import PagedCache
 from deepseek_optimizer.integration.bind.runtime import OptimizerWarning
 from deepseek_optimizer.integration.compat import cache_name
 from deepseek_optimizer.integration.generation import generate as generate_module
+from support.streamers import Recorder
 
 from ..conftest import make_pair
 
 EOS = 2
-
-
-class Recorder(BaseStreamer):
-    def __init__(self):
-        self.pieces, self.ended = [], False
-
-    def put(self, value):
-        self.pieces.append(value.tolist())
-
-    def end(self):
-        self.ended = True
 
 
 @pytest.fixture

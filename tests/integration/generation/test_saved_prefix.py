@@ -11,7 +11,8 @@ from deepseek_optimizer import DeepSeekConfig, DynamicGraphOptimizer, SamplingPa
 from deepseek_optimizer.errors import CacheFullError, CheckpointError
 from deepseek_optimizer.integration.generation.fingerprint import fingerprint
 from deepseek_optimizer.integration.generation.saved_prefix import load_prefix, save_prefix
-from support.models import CASES, llama, random_ids, random_model, rope
+from support.family_configs import llama, rope
+from support.models import CASES, random_ids, random_model
 
 from ..conftest import BACKENDS
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +14,7 @@ from deepseek_optimizer import CheckpointError, ConfigError, load_model
 from deepseek_optimizer.checkpoint import open_checkpoint
 from deepseek_optimizer.integration.load import pack_checkpoint as module
 from deepseek_optimizer.integration.load.pack_checkpoint import pack_checkpoint
+from support import warm_python
 from support.gguf_kquants import llama_file
 from support.models import CASES, random_ids, random_model
 
@@ -100,7 +99,7 @@ module.pack_checkpoint(sys.argv[1], sys.argv[2], {"precision": "int4"}, shard_by
 
 def killed(source: Path, out: Path, after: int) -> Path:
     """Runs a conversion that is killed after `after` shards; returns its temporary directory."""
-    done = subprocess.run([sys.executable, "-c", PROGRAM, str(source), str(out), str(after)], capture_output=True, text=True)
+    done = warm_python.run(PROGRAM, source, out, after)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert not out.exists()
     (left,) = out.parent.glob(f".{out.name}.*.tmp")

@@ -14,7 +14,8 @@ from deepseek_optimizer.integration.training.modules import (
     set_attention_name,
     uses_silu,
 )
-from support.models import CASES, llama, random_model
+from support.family_configs import llama
+from support.models import CASES, random_model
 
 
 def test_the_attention_of_a_config():

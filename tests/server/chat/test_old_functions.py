@@ -17,10 +17,10 @@ CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Rom"}}\n</tool_c
 
 
 @pytest.fixture(scope="module")
-def hermes(byte_tokenizer):
+def hermes(byte_tokenizer, grammars):
     tokenizer = copy.deepcopy(byte_tokenizer)
     tokenizer.chat_template = HERMES
-    with LiveServer(FakeEngine(tokenizer, script=lambda request: CALL)) as live:
+    with LiveServer(FakeEngine(tokenizer, script=lambda request: CALL), grammars=grammars) as live:
         yield live
 
 

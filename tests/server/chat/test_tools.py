@@ -29,7 +29,7 @@ HARMONY = (
 
 
 @pytest.fixture(scope="module")
-def serve(byte_tokenizer):
+def serve(byte_tokenizer, grammars):
     """serve(template, settings, special tokens) -> a server of a model with that template, whose script is `live.script`."""
     running = {}
 
@@ -40,7 +40,8 @@ def serve(byte_tokenizer):
             if special:
                 tokenizer.add_special_tokens({"additional_special_tokens": list(special)}, replace_extra_special_tokens=False)
             tokenizer.chat_template = template
-            running[key] = live = LiveServer(FakeEngine(tokenizer, script=lambda request: live.script), settings)
+            engine = FakeEngine(tokenizer, script=lambda request: live.script)
+            running[key] = live = LiveServer(engine, settings, grammars=None if special else grammars)
             live.__enter__()
         return running[key]
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -18,6 +16,7 @@ from typer.testing import CliRunner
 
 from deepseek_optimizer_cli.app import app
 from support.live_server import wait_for
+from support.warm_python import DSO, WarmPython
 
 PROMPT = "a prompt of more than two blocks, " * 3  # 102 bytes, each of which is a token
 
@@ -25,9 +24,7 @@ PROMPT = "a prompt of more than two blocks, " * 3  # 102 bytes, each of which is
 @contextmanager
 def served(*options: object) -> Iterator[httpx.Client]:
     """`dso serve` with these options; it must end with status 0."""
-    command = [sys.executable, "-m", "deepseek_optimizer", "serve", *map(str, options), "--port", "0"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
+    process = WarmPython(DSO, "serve", *options, "--port", "0")
     log = ""
     while "address" not in log:
         line = process.stderr.readline()

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import resource
 import signal
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -15,6 +13,7 @@ import pytest
 
 from deepseek_optimizer.errors import EngineBusyError, WorkerLostError
 from deepseek_optimizer.system.sandbox.worker import JobError, Worker, WorkerError
+from support.warm_python import WarmPython
 
 JOB = """
 import os, sys, time
@@ -205,9 +204,7 @@ def test_children_end_with_their_parent(job):
         f"w = Worker(Path({str(job)!r}), {{}}); w.call({{'kind': 'echo', 'value': 1}}); print(w.pid, flush=True)\n"
         "time.sleep(60)"
     )
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, env=env) as parent:
-        assert parent.stdout is not None
+    with WarmPython(code) as parent:
         pid = int(parent.stdout.readline())
         assert alive(pid)
         parent.kill()

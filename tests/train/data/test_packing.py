@@ -7,7 +7,8 @@ import torch
 
 from deepseek_optimizer.errors import ConfigError
 from deepseek_optimizer.train.data import Collator, PackedRows, best_fit
-from support.models import llama, random_model
+from support.family_configs import llama
+from support.models import random_model
 
 
 def documents(lengths, seed=0, vocabulary=211):

@@ -16,7 +16,7 @@ from deepseek_optimizer.train.fp8 import Fp8Products, backend
 from deepseek_optimizer.train.modules.fp8_linear import TrainedFp8Linear
 from deepseek_optimizer.train.prepare import prepare
 from deepseek_optimizer.train.trainer import DeepSeekTrainer
-from support.models import deepseek_v3
+from support.family_configs import deepseek_v3
 from support.train_runs import tiny_llama, tiny_trainer
 
 

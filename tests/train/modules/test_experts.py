@@ -10,7 +10,8 @@ import torch.nn.functional as F
 
 from deepseek_optimizer.train.modules.experts import TrainedExperts, grouped_experts
 from deepseek_optimizer.train.saved_activations import SavedActivations
-from support.models import deepseek_v2, deepseek_v3, deepseek_v32, llama, llama4_text, random_model, youtu
+from support.family_configs import deepseek_v2, deepseek_v3, deepseek_v32, llama, llama4_text, youtu
+from support.models import random_model
 
 FAMILIES = {"v2": deepseek_v2, "v3": deepseek_v3, "v32": deepseek_v32}
 

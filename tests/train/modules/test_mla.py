@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from deepseek_optimizer.train.modules.mla import TrainedLatentAttention
-from support.models import CASES, deepseek_v3, llama, random_ids, random_model
+from support.family_configs import deepseek_v3, llama
+from support.models import CASES, random_ids, random_model
 
 LATENT = [name for name in CASES if name.split("-")[0] in ("deepseek_v2", "deepseek_v3", "youtu")]
 

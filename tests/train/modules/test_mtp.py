@@ -14,7 +14,8 @@ from deepseek_optimizer import ConfigError, load_model
 from deepseek_optimizer.backends.reference import ReferenceBackend
 from deepseek_optimizer.models import build_graph, build_mtp_graph
 from deepseek_optimizer.train.modules.mtp import add_trained_layers, head_of, mtp_states
-from support.models import assert_close_rows, deepseek_v3, deepseek_v32, llama, random_ids, random_model, randomize, weights_of
+from support.family_configs import deepseek_v3, deepseek_v32, llama
+from support.models import assert_close_rows, random_ids, random_model, randomize, weights_of
 from support.mtp_files import save_with_mtp
 from support.steps import Part, run_step, runner
 from support.tiny_v3 import documents, tiny_v3

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from deepseek_optimizer.train.modules.mtp import add_trained_layers, head_of, mtp_states
 from deepseek_optimizer.train.modules.mtp_loss import labels_ahead, mtp_loss
 from deepseek_optimizer.train.prepare import prepare
-from support.models import deepseek_v3, random_ids, random_model, randomize
+from support.family_configs import deepseek_v3
+from support.models import random_ids, random_model, randomize
 
 
 @pytest.fixture(params=["plain", "prepared"])

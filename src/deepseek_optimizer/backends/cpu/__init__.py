@@ -90,6 +90,7 @@ class CpuBackend(CpuSizes):
             batch_invariant=True,
             training=True,
             adapters=True,
+            decode_calls=True,
         )
 
     @property

@@ -1,8 +1,9 @@
-"""Low-rank adapters in the layout of the native kernels: tiles of 16 rows, without padding of columns."""
+"""Low-rank adapters in the layout of the native kernels: tiles of 16 rows, in bf16 in pairs of columns."""
 
 from __future__ import annotations
 
 import ctypes as C
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -13,7 +14,7 @@ from .buffers import address
 from .native import FORMATS, Handle, Site, Weight, check, library
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-Pair = tuple[torch.Tensor, torch.Tensor]  # A [r, K], B [N, r]
+Pair = tuple[torch.Tensor, torch.Tensor]  # as `AdapterSite.pair_shapes`
 
 
 class CpuAdapters:
@@ -27,14 +28,15 @@ class CpuAdapters:
     def __init__(self, sites: Sequence[AdapterSite], slots: int, rank: int, dtype: str) -> None:
         self.slots, self._sites, self._format, self._dtype = slots, sites, FORMATS[dtype], _DTYPES[dtype]
         self.lib = library()
-        shapes = (Site * len(sites))(*(Site(site.outputs, site.inputs) for site in sites))
+        shapes = (Site * len(sites))(*(Site(site.outputs, site.inputs, site.heads) for site in sites))
         create, destroy = self.lib.dso_adapters_create, self.lib.dso_adapters_destroy
         self.handle = Handle(create, destroy, shapes, len(sites), slots, rank)
         self._held: list[dict[int, Pair]] = [{} for _ in range(slots)]  # by slot and site: the tiles that the library reads
 
     def adapter_bytes(self, ranks: Mapping[int, int]) -> int:
-        elements = (_padded(r) * self._sites[site].inputs + _padded(self._sites[site].outputs) * r for site, r in ranks.items())
-        return sum(elements) * self._dtype.itemsize
+        shapes = (shape for site, r in ranks.items() for shape in self._sites[site].pair_shapes(r))
+        elements = sum(math.prod((*heads, _padded(rows), self._columns(cols))) for *heads, rows, cols in shapes)
+        return elements * self._dtype.itemsize
 
     def load(self, slot: int, pairs: Mapping[int, Pair]) -> None:
         held = self._held[slot]
@@ -53,16 +55,27 @@ class CpuAdapters:
         self._held[slot].clear()
 
     def _tiles(self, matrix: torch.Tensor) -> torch.Tensor:
-        """A matrix [rows, cols] as [ceil(rows / 16), cols, 16]."""
-        rows, cols = matrix.shape
-        whole = torch.zeros(_padded(rows), cols, dtype=self._dtype, device="cpu")
-        whole[:rows] = matrix
-        return whole.unflatten(0, (-1, TILE_ROWS)).transpose(1, 2).contiguous()
+        """A matrix [rows, cols], or one for each head, as the library reads it: [ceil(rows / 16), cols, 16, 1], in bf16
+        [ceil(rows / 16), ceil(cols / 2), 16, 2]."""
+        *heads, rows, cols = matrix.shape
+        whole = torch.zeros(*heads, _padded(rows), self._columns(cols), dtype=self._dtype, device="cpu")
+        whole[..., :rows, :cols] = matrix
+        return whole.unflatten(-1, (-1, self._together)).unflatten(-3, (-1, TILE_ROWS)).transpose(-3, -2).contiguous()
+
+    @property
+    def _together(self) -> int:
+        """Number of columns that are stored together."""
+        return 2 if self._dtype == torch.bfloat16 else 1
+
+    def _columns(self, cols: int) -> int:
+        """Number of stored columns."""
+        return -(-cols // self._together) * self._together
 
     def _matrix(self, matrix: torch.Tensor, tiles: torch.Tensor) -> Weight:
-        rows, cols = matrix.shape
-        place = address(tiles, "an adapter's matrix", self._dtype, (_padded(rows) // TILE_ROWS, cols, TILE_ROWS))
-        return Weight(self._format, rows, cols, 0, place, tiles.numel() * self._dtype.itemsize)
+        *heads, rows, cols = matrix.shape
+        shape = (*heads, _padded(rows) // TILE_ROWS, self._columns(cols) // self._together, TILE_ROWS, self._together)
+        place = address(tiles, "an adapter's matrix", self._dtype, shape)
+        return Weight(self._format, rows, cols, math.prod(heads) if heads else 0, place, tiles.numel() * self._dtype.itemsize)
 
 
 def _padded(rows: int) -> int:

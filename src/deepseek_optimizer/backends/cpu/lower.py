@@ -10,10 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from typing import Any
 
 from ...graph.ir import Graph, Node, Value
 from ...graph.ops import spec_of
 from ...graph.ops.products import GATED
+from .adapter_products import with_low_rank_parts
 from .mla_weights import absorbs, key_stack, value_stack
 
 
@@ -26,6 +28,7 @@ def lower(graph: Graph, kind_of: Callable[[str], str], format_of: Callable[[str]
         format_of: weight name -> format name; gate_up needs equal formats.
     """
     nodes = _once(part for node in graph.nodes for part in _split(node, kind_of, format_of))
+    nodes = with_low_rank_parts(nodes, format_of)
     wanted = _wanted_kinds(nodes, kind_of)
     in_place = {
         v: kinds[0] for v, kinds in wanted.items() if len(kinds) == 1 and kinds[0] != "f32" and _writes_any_kind(nodes, v)
@@ -96,7 +99,7 @@ def _split(node: Node, kind_of: Callable[[str], str], format_of: Callable[[str],
         return _absorbed(node)
     if node.op == "latent_choose":
         absorb = _absorb(node, node.outputs[0].width)
-        return [absorb, node.with_(inputs=absorb.outputs, weights=())]
+        return [*absorb, node.with_(inputs=absorb[-1].outputs, weights=())]
     if node.op == "router":
         routes = node.outputs[0]
         scores = replace(routes, name=f"{routes.name}.scores", width=node.attrs["experts"])
@@ -111,23 +114,51 @@ def _absorbed(node: Node) -> list[Node]:
     """Absorbed attention: queries to the latent space, attention, and sums of latents to values. Rows that the step expands
     instead bypass both products."""
     (q, *chosen), (out,), (kv_b,), a = node.inputs, node.outputs, node.weights, node.attrs
-    absorb = _absorb(node, chosen[0].width if chosen else 0, a.get("window", 0), a.get("sinks", 0))
+    span = (chosen[0].width if chosen else 0, a.get("window", 0), a.get("sinks", 0))
+    absorb, shape = _absorb(node, *span), {**_absorbed_shape(node, *span), "scale": a["scale"]}
     sums, expanded = Value(f"{out.name}.latents", a["heads"] * a["rank"]), Value(f"{out.name}.expanded", out.width)
-    shape = {**absorb.attrs, "scale": a["scale"]}
+    value = Node("mla_value", (sums, expanded), (out,), (value_stack(kv_b),), shape)
     return [
-        absorb,
-        node.with_(inputs=(q, *absorb.outputs, *chosen), outputs=(sums, expanded), attrs=shape),
-        Node("mla_value", (sums, expanded), (out,), (value_stack(kv_b),), shape),
+        *absorb,
+        node.with_(inputs=(q, *absorb[-1].outputs, *chosen), outputs=(sums, expanded), attrs=shape),
+        *_adapted(node, value, 1, a["rank"], a["v_dim"]),
     ]
 
 
-def _absorb(node: Node, top_k: int, window: int = 0, sinks: int = 0) -> Node:
-    """Maps queries to the latent space, for attention with this top_k or window."""
+def _absorb(node: Node, top_k: int, window: int = 0, sinks: int = 0) -> list[Node]:
+    """Maps queries to the latent space, for attention with this top_k or window. The last node computes the result."""
     a, q = node.attrs, node.inputs[0]
-    shape = {name: a[name] for name in ("layer", "heads", "nope", "rope", "rank", "v_dim")}
     absorbed = Value(f"{q.name}.absorbed", a["heads"] * (a["rank"] + a["rope"]))
-    attrs = {**shape, "form": "absorbed", "top_k": top_k, "window": window, "sinks": sinks}
-    return Node("mla_absorb", (q,), (absorbed,), (key_stack(node.weights[0]),), attrs)
+    shape = _absorbed_shape(node, top_k, window, sinks)
+    absorb = Node("mla_absorb", (q,), (absorbed,), (key_stack(node.weights[0]),), shape)
+    return _adapted(node, absorb, 0, a["nope"], a["rank"])
+
+
+def _absorbed_shape(node: Node, top_k: int, window: int, sinks: int) -> dict[str, Any]:
+    """The attributes that the nodes of absorbed attention share."""
+    shape = {name: node.attrs[name] for name in ("layer", "heads", "nope", "rope", "rank", "v_dim")}
+    return {**shape, "form": "absorbed", "top_k": top_k, "window": window, "sinks": sinks}
+
+
+def _adapted(attention: Node, product: Node, part: int, inputs: int, outputs: int) -> list[Node]:
+    """The product of every head with what adapters add to it.
+
+    Args:
+        attention: the node of the graph, with attributes `site` and `lora_rank` if it has adapters.
+        part: 0: it has the keys of heads; 1: the values.
+        inputs, outputs: elements of a head that it reads and writes, the first ones.
+    """
+    a = attention.attrs
+    if a.get("site", -1) < 0:
+        return [product]
+    x, (y,), heads, rank = product.inputs[0], product.outputs, a["heads"], a["lora_rank"]
+    base, h = replace(y, name=f"{y.name}.base"), Value(f"{y.name}.lora", heads * rank)
+    of_site = {"site": a["site"] + part, "rank": rank, "heads": heads}
+    return [
+        Node("lora_down", (x,), (h,), attrs={**of_site, "head_dim": x.width // heads, "elements": inputs}),
+        product.with_(outputs=(base,)),
+        Node("lora_up", (h, base), (y,), attrs={**of_site, "head_dim": y.width // heads, "elements": outputs}),
+    ]
 
 
 def _linear(node: Node, indices: list[int], biases: tuple[str | None, ...]) -> Node:
@@ -142,9 +173,14 @@ def _wanted_kinds(nodes: list[Node], kind_of: Callable[[str], str]) -> Mapping[V
     wanted: dict[Value, dict[str, None]] = {}
     for node in nodes:
         for i, value in enumerate(node.inputs):
-            product_input = spec_of(node).product and i == 0
-            wanted.setdefault(value, {})[kind_of(node.weights[0]) if product_input else "f32"] = None
+            wanted.setdefault(value, {})[_read_kind(node, kind_of) if i == 0 else "f32"] = None
     return {value: list(kinds) for value, kinds in wanted.items()}
+
+
+def _read_kind(node: Node, kind_of: Callable[[str], str]) -> str:
+    """The kind in which a node reads its first input."""
+    weight = node.weights[0] if spec_of(node).product else node.attrs.get("beside")
+    return "f32" if weight is None else kind_of(weight)
 
 
 def _writes_any_kind(nodes: list[Node], value: Value) -> bool:
@@ -158,6 +194,6 @@ def _writes_any_kind(nodes: list[Node], value: Value) -> bool:
 
 def _rewire(node: Node, kind_of: Callable[[str], str], in_place: Mapping[Value, str]) -> Node:
     inputs = node.inputs
-    if spec_of(node).product:
-        inputs = (_as(inputs[0], kind_of(node.weights[0])), *inputs[1:])
+    if inputs:
+        inputs = (_as(inputs[0], _read_kind(node, kind_of)), *inputs[1:])
     return node.with_(inputs=inputs, outputs=tuple(_as(v, in_place.get(v, "f32")) for v in node.outputs))

@@ -19,7 +19,7 @@ from ...graph.ir import CacheSpec, LatentSpec, StateSpec
 from . import native_train
 from .buffers import Outputs, checking
 
-ABI_VERSION = 9
+ABI_VERSION = 10
 BLOCK_TOKENS = 32
 
 FORMATS = {
@@ -32,6 +32,7 @@ KV_TYPES = {"fp32": 0, "bf16": 1, "int8": 2}
 FLAGS = {"eager": 1, "interleaved": 2, "grouped": 4, "expand": 8, "last": 16, "sigmoid": 32, "top2": 64, "normalize": 128,
          "gelu": 256, "silu": 512, "channels": 1024, "chunked": 2048, "weigh_input": 4096, "ids": 8192}  # fmt: skip
 _EINVAL, _ENOMEM, _EFILE = 1, 2, 5
+UNDECIDED = -1
 
 I32, I64, PTR = C.c_int32, C.c_int64, C.c_void_p
 
@@ -88,6 +89,26 @@ class Batch(C.Structure):
     ]  # fmt: skip
 
 
+class Choice(C.Structure):
+    """dso_choice."""
+
+    _fields_ = [
+        ("temperature", C.c_float), ("top_k", I32), ("top_p", C.c_double), ("min_p", C.c_double), ("repetition", C.c_float),
+        ("frequency", C.c_float), ("presence", C.c_float), ("window", I32), ("n_tokens", I32), ("n_prompt", I32),
+        ("tokens", PTR), ("numbers", PTR), ("noise", PTR), ("noise_stride", I64),
+        ("first_variate", I64),
+    ]  # fmt: skip
+
+
+class Decode(C.Structure):
+    """dso_decode."""
+
+    _fields_ = [
+        ("steps", I32), ("n_stops", I32), ("stops", PTR), ("seconds", C.c_double), ("choices", PTR),
+        ("generator", PTR), ("variates", I64), ("tokens", PTR), ("done", I32), ("undecided", I32),
+    ]  # fmt: skip
+
+
 class StateShape(C.Structure):
     """dso_state_shape."""
 
@@ -113,7 +134,7 @@ class DenseAttention(C.Structure):
 class Site(C.Structure):
     """dso_adapter_site."""
 
-    _fields_ = [("rows", I32), ("cols", I32)]
+    _fields_ = [("rows", I32), ("cols", I32), ("heads", I32)]
 
 
 _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
@@ -131,6 +152,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "dso_default_threads": (I32, []),
     "dso_attend": (I32, [PTR, PTR]),
     "dso_read_bandwidth": (I32, [PTR, I64, C.c_double, PTR]),
+    "dso_read_bandwidth_of": (I32, [PTR, PTR, PTR, I32, C.c_double, PTR]),
     "dso_mapping_add": (I32, [PTR, I64, I32, I64, C.c_char_p, PTR]),
     "dso_mapping_remove": (None, [I64]),
     "dso_mapping_check": (I32, [PTR]),
@@ -167,6 +189,8 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "dso_plan_buffer_bytes": (I64, [PTR, I32, I32]),
     "dso_plan_reserve": (I32, [PTR, I32, I32]),
     "dso_plan_run": (I32, [PTR, PTR]),
+    "dso_plan_decode": (I32, [PTR, PTR, PTR]),
+    "dso_choose": (I32, [PTR, PTR, I32, PTR, I32, PTR, PTR]),
     "dso_plan_check": (I32, [PTR]),
     "dso_plan_set_timing": (I32, [PTR, I32]),
     "dso_plan_timing": (I32, [PTR, PTR, PTR]),
@@ -302,6 +326,14 @@ class Context:
         round within `seconds` counts. Raises ValueError, MemoryError."""
         bandwidth = C.c_double()
         check(self.lib.dso_read_bandwidth(self.handle, size, seconds, C.byref(bandwidth)))
+        return bandwidth.value
+
+    def read_bandwidth_of(self, regions: Sequence[tuple[int, int]], seconds: float) -> float:
+        """As `read_bandwidth`, of existing memory: (address, bytes) of each region, which must stay valid during the call."""
+        starts = (C.c_void_p * len(regions))(*(start for start, _ in regions))
+        sizes = (C.c_int64 * len(regions))(*(size for _, size in regions))
+        bandwidth = C.c_double()
+        check(self.lib.dso_read_bandwidth_of(self.handle, starts, sizes, len(regions), seconds, C.byref(bandwidth)))
         return bandwidth.value
 
 

@@ -15,8 +15,10 @@ from ...errors import BackendError
 from ...graph.ir import CacheSpec, LatentSpec, StateSpec
 from ...graph.rope_rotation import KeyRotation, Pairs
 from ..base import BLOCK_TOKENS, Int32, KvStore, StepBatch, StepOutput, reach_of
+from ..decoding import DecodeCall, Decoded
 from ..sampling import TokenChoice, choose_tokens
 from .buffers import address, optional
+from .decode import native_call
 from .native import (
     FLAGS,
     Batch,
@@ -184,6 +186,33 @@ class CpuPlan:
 
     def run(self, batch: StepBatch, store: KvStore | None) -> StepOutput:
         """Runs a step over a `CpuStore`. Before writing anything, shapes are checked here, ids and lengths by the library."""
+        b, output, _keep = self._bound(batch, store)
+        self._call("dso_plan_run", b, output)
+        return self._returned(batch, output)
+
+    def decode(self, batch: StepBatch, store: KvStore, call: DecodeCall) -> Decoded:
+        b, output, _keep = self._bound(batch, store)
+        changing = self._rope is not None and batch.reach is None  # frequencies that depend on the length
+        steps = 1 if changing or self.has_states else call.steps
+        native, tokens, kept = native_call(call, len(batch.query_len), self.vocab_size, steps)
+        self._call("dso_plan_decode", b, output, C.byref(native))
+        del kept
+        logits = self._returned(batch, output).logits
+        return Decoded(tokens[: native.done], logits if native.undecided else None)
+
+    def _call(self, name: str, b: Batch, output: StepOutput, *more: Any) -> None:
+        written = {"logits": output.logits, "hidden": output.hidden, "last_hidden": output.last_hidden}
+        self.context.call(name, self.handle, C.byref(b), *more, **written)
+
+    @staticmethod
+    def _returned(batch: StepBatch, output: StepOutput) -> StepOutput:
+        """The output, with logits in the batch's own tensor if it has one."""
+        if batch.logits is not None and output.logits is not batch.logits:
+            output.logits = batch.logits.copy_(output.logits)
+        return output
+
+    def _bound(self, batch: StepBatch, store: KvStore | None) -> tuple[Batch, StepOutput, list[Any]]:
+        """The library's batch, where it writes its results, and what it refers to besides."""
         tokens, rows = len(batch.positions), len(batch.logit_rows)
         if rows and not self.has_head:
             raise ValueError(f"logit_rows must be empty for a plan that has no head, got {rows} rows")
@@ -223,10 +252,7 @@ class CpuPlan:
             b.adapters = None if batch.adapters is None else batch.adapters.handle.address  # type: ignore[attr-defined]
         frequencies = self._frequencies(batch)
         b.inv_freq = optional(frequencies, "inv_freq", _F32, (sequences, self._rot // 2))
-        self.context.call("dso_plan_run", self.handle, C.byref(b), logits=logits, hidden=hidden, last_hidden=last)
-        if batch.logits is not None and logits is not batch.logits:
-            logits = batch.logits.copy_(logits)
-        return StepOutput(logits, hidden, last)
+        return b, StepOutput(logits, hidden, last), [tables, embeds, states, frequencies]
 
     @staticmethod
     def _add_states(b: Batch, batch: StepBatch, store: KvStore | None) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 
-from ...graph.ir import Graph
+from ...graph.ir import AdapterSite, Graph, Node
+from ..base import StepBatch
 
-Pair = tuple[torch.Tensor, torch.Tensor]  # A [r, K], B [N, r]
+Pair = tuple[torch.Tensor, torch.Tensor]  # A [r, K], B [N, r]; of latent attention, one of them with heads as first axis
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -21,12 +24,11 @@ class ReferenceAdapters:
         self._pairs: list[dict[int, Pair]] = [{} for _ in range(slots)]
 
     def adapter_bytes(self, ranks: Mapping[int, int]) -> int:
-        elements = (r * (self._sites[site].inputs + self._sites[site].outputs) for site, r in ranks.items())
-        return sum(elements) * self._dtype.itemsize
+        return sum(elements_of(self._sites[site], r) for site, r in ranks.items()) * self._dtype.itemsize
 
     def load(self, slot: int, pairs: Mapping[int, Pair]) -> None:
         for site, (down, up) in pairs.items():
-            check_pair(self._sites[site].inputs, self._sites[site].outputs, self._rank, down, up)
+            check_pair(self._sites[site], self._rank, down, up)
         self._pairs[slot] = {
             site: (down.to(self._device, self._dtype), up.to(self._device, self._dtype)) for site, (down, up) in pairs.items()
         }
@@ -39,11 +41,42 @@ class ReferenceAdapters:
         return self._pairs[slot].get(site)
 
 
-def check_pair(inputs: int, outputs: int, rank: int, down: torch.Tensor, up: torch.Tensor) -> None:
-    """Raises ValueError if the matrices do not fit a site with this number of inputs and outputs."""
-    r = len(down)
-    if not 1 <= r <= rank or down.shape != (r, inputs) or up.shape != (outputs, r):
+def elements_of(site: AdapterSite, rank: int) -> int:
+    """Number of elements of a site's pair."""
+    down, up = site.pair_shapes(rank)
+    return math.prod(down) + math.prod(up)
+
+
+def check_pair(site: AdapterSite, rank: int, down: torch.Tensor, up: torch.Tensor) -> None:
+    """Raises ValueError if the matrices do not fit the site."""
+    r = down.shape[-2]
+    if not 1 <= r <= rank or (down.shape, up.shape) != site.pair_shapes(r):
         raise ValueError(
-            f"an adapter's matrices are {list(down.shape)} and {list(up.shape)}, must be [r, {inputs}] and [{outputs}, r], "
-            f"r from 1 to {rank}"
+            f"an adapter's matrices are {list(down.shape)} and {list(up.shape)}, must be of shapes {site.pair_shapes(r)} with "
+            f"rank 1 to {rank}"
         )
+
+
+def kv_b_of_sequences(kv_b: torch.Tensor, batch: StepBatch, node: Node) -> list[torch.Tensor]:
+    """kv_b with the adapter of each sequence, float32 [heads, nope + v_dim, rank].
+
+    Args:
+        kv_b: the model's own, [heads * (nope + v_dim), rank].
+        node: of latent attention.
+    """
+    kv_b = kv_b.float().unflatten(0, (node.attrs["heads"], -1))
+    site, slots, nope = node.attrs.get("site", -1), batch.adapter_of, node.attrs["nope"]
+    if site < 0 or slots is None:
+        return [kv_b] * len(batch.query_len)
+    store: Any = batch.adapters
+    adapted: list[torch.Tensor] = []
+    for slot in slots.tolist():
+        keys: Pair | None = None if slot < 0 else store.pair(slot, site)
+        values: Pair | None = None if slot < 0 else store.pair(slot, site + 1)
+        if keys is None or values is None:
+            adapted.append(kv_b)
+        else:  # of keys: A [heads, r, nope], B [rank, r]
+            adapted.append(kv_b.clone())
+            adapted[-1][:, :nope] += (keys[1].float() @ keys[0].float()).transpose(1, 2)
+            adapted[-1][:, nope:] += values[1].float() @ values[0].float()  # A [r, rank], B [heads, v_dim, r]
+    return adapted

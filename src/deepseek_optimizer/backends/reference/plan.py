@@ -9,18 +9,21 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ...errors import BackendError
 from ...graph.analysis import hidden_only, weight_shapes
 from ...graph.cache_groups import group_spans
 from ...graph.ir import Graph, Node, Value
 from ...graph.ops import spec_of
 from ...graph.ops.products import rows_of
-from ...quant.packed import PackedMatrix, PackedStack, PackedWeight
+from ...quant.packed import PackedStack, PackedWeight
 from ..base import KvStore, StepBatch, StepOutput, reach_of
+from ..decode_one import decode_one
+from ..decoding import DecodeCall, Decoded
 from ..sampling import NOT_FINITE, TokenChoice, choose_token, choose_tokens
 from . import choose, latent, moe, ops, recurrent
+from .adapters import kv_b_of_sequences
 from .checks import check_batch
 from .step import Step
+from .weights import as_dense, rounding_of
 
 
 class ReferencePlan:
@@ -37,12 +40,12 @@ class ReferencePlan:
         self.graph, self.device, self.dtype = graph, device, dtype
         routers = [n for n in graph.nodes if n.op == "router"]
         exact = {name for n in routers for name in (*n.weights, n.attrs["bias"], *n.attrs.get("biases", ()))}
-        dense = {n: _dense(weights[n], device, torch.float32 if n in exact else dtype) for n in graph.weights()}
+        dense = {n: as_dense(weights[n], device, torch.float32 if n in exact else dtype) for n in graph.weights()}
         ordered = moe.ordered_stacks(graph, dense, {n for n in dense if isinstance(weights[n], PackedStack)})
         shapes = weight_shapes(graph)
         self._weights = {n: ordered[n] if n in ordered else weight.reshape(shapes[n]) for n, weight in dense.items()}
         self._formats = {n: w.format for n in graph.weights() if isinstance(w := weights[n], PackedWeight)}
-        self._rounding = {name: _rounding(self._formats.get(name), rounding) for name in graph.weights()}
+        self._rounding = {name: rounding_of(self._formats.get(name), rounding) for name in graph.weights()}
         self._spans = group_spans(graph)
         self._only_hidden = hidden_only(graph)
         self._only_earlier = hidden_only(graph, wanted=(graph.hidden_states - 1,))
@@ -74,6 +77,9 @@ class ReferencePlan:
 
     def choose_tokens(self, logits: torch.Tensor, choices: Sequence[TokenChoice | None]) -> list[int | None]:
         return choose_tokens(logits.numpy(), choices) if logits.is_cpu else choose_on_device(logits, choices)
+
+    def decode(self, batch: StepBatch, store: KvStore, call: DecodeCall) -> Decoded:
+        return decode_one(self, batch, store, call)
 
     def check_weights(self) -> None:
         """Does nothing: the weights are dequantized copies."""
@@ -224,11 +230,12 @@ class ReferencePlan:
     def _latent_choose(self, step: Step, node: Node, q: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """A latent row is one key, shared by all heads."""
         a, chosen = node.attrs, []
-        kv_b = self._weights[node.weights[0]].float().unflatten(0, (a["heads"], -1))
-        q = latent.absorbed(q.float().unflatten(-1, (a["heads"], -1)), kv_b, a["nope"])[:, None]
-        for rows, context, table in self._sequences_of(step, node):
+        q = q.float().unflatten(-1, (a["heads"], -1))
+        adapted = kv_b_of_sequences(self._weights[node.weights[0]], step.batch, node)
+        for (rows, context, table), kv_b in zip(self._sequences_of(step, node), adapted, strict=True):
             keys = step.store.gather(a["layer"], table, context + rows.stop - rows.start)[:, None]
-            chosen.append(choose.tokens_of(self._chosen_blocks(step, node, q[rows], keys, context)[:, 0], context))
+            absorbed = latent.absorbed(q[rows], kv_b, a["nope"])[:, None]
+            chosen.append(choose.tokens_of(self._chosen_blocks(step, node, absorbed, keys, context)[:, 0], context))
         return (torch.cat(chosen),)
 
     def _chosen_blocks(self, step: Step, node: Node, q: torch.Tensor, keys: torch.Tensor, context: int) -> torch.Tensor:
@@ -251,8 +258,8 @@ class ReferencePlan:
         a, name = node.attrs, node.weights[0]
         q = q.float().unflatten(-1, (a["heads"], -1))
         out = q.new_empty(*q.shape[:2], a["v_dim"])
-        kv_b = self._weights[name].float().unflatten(0, (a["heads"], -1))
-        for rows, context, table in self._sequences_of(step, node):
+        adapted = kv_b_of_sequences(self._weights[node.weights[0]], step.batch, node)
+        for (rows, context, table), kv_b in zip(self._sequences_of(step, node), adapted, strict=True):
             blocks, tokens, mask = self._visible(node, rows, context)
             latents = step.store.gather(a["layer"], table[blocks], len(tokens))
             if chosen is not None:
@@ -469,28 +476,3 @@ def value_bytes(values: Iterable[Value], dtype: torch.dtype, tokens: int, logit_
     """An upper bound of the bytes of a step: all these values of its graph at once."""
     rows = {False: tokens, True: logit_rows}
     return sum(rows[v.selected] * v.repeat * v.width * dtype.itemsize for v in values)
-
-
-def _dense(weight: PackedWeight | torch.Tensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    """The weight as float; a stack as [count, rows, cols]."""
-    if isinstance(weight, PackedStack):
-        return torch.stack([_dense(weight.matrix(i), device, dtype) for i in range(weight.count)])
-    if isinstance(weight, PackedMatrix):
-        from ...quant import get_format
-
-        weight = get_format(weight.format).unpack(weight.data, weight.rows, weight.cols)
-    return weight.detach().to(device, dtype)
-
-
-def _rounding(format_name: str | None, requested: str | None) -> str | None:
-    """The rounding of rows before a product with a weight of this format; None for no rounding."""
-    if requested not in (None, "format", "bf16", "q8", "q16"):
-        raise BackendError(f"unknown rounding {requested!r}; choose one of None, 'format', 'bf16', 'q8', 'q16'")
-    if requested != "format":
-        return requested
-    if format_name is None:
-        return None
-    from ...quant import get_format
-
-    kind = get_format(format_name).activation
-    return None if kind == "f32" else kind

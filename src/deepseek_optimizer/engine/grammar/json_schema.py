@@ -143,6 +143,8 @@ class _Normalizer:
             return {}
         if not isinstance(schema, dict):
             refuse(at, "must be a schema other than false, under which no value is valid")
+        if isinstance(schema.get("items"), list) and "prefixItems" not in schema:  # its name before draft 2020-12
+            schema = {("prefixItems" if key == "items" else key): value for key, value in schema.items()}
         for key, value in schema.items():
             harmless = (
                 (key == "uniqueItems" and value is False)

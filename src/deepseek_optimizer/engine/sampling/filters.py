@@ -32,6 +32,11 @@ def draw_filtered(logits: Floats, sampling: SamplingParams, seed: int, place: in
         seed: of the random numbers; XTC's is independent of the one that selects the token.
         place: position in the generated text, from 0.
     """
+    return draw_from(*remaining(logits, sampling, seed, place), uniform(seed, place))
+
+
+def remaining(logits: Floats, sampling: SamplingParams, seed: int, place: int) -> tuple[Ints, Weights]:
+    """The tokens that pass all filters, likeliest first, and their unnormalized weights; arguments as for `draw_filtered`."""
     tokens: Ints
     weights: Weights
     if sampling.top_n_sigma:
@@ -41,7 +46,7 @@ def draw_filtered(logits: Floats, sampling: SamplingParams, seed: int, place: in
         tokens, weights = typical(tokens, weights, sampling.typical_p)
     if sampling.xtc_threshold <= 0.5 and uniform(seed, place, b"xtc") < sampling.xtc_probability:
         tokens, weights = exclude_top_choices(tokens, weights, sampling.xtc_threshold)
-    return draw_from(tokens, weights, uniform(seed, place))
+    return tokens, weights
 
 
 def typical(tokens: Ints, weights: Weights, mass: float) -> tuple[Ints, Weights]:

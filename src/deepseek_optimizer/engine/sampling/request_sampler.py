@@ -12,11 +12,13 @@ import secrets
 
 import numpy as np
 
+from ...backends.decoding import RowChoice, TokenPenalties
 from ...backends.sampling import GREEDY, Floats, TokenChoice, draw, largest_tokens, log_probability, uniform
 from ..request import Request, TokenLogprob
 from .filters import draw_filtered, has_filters
 from .mirostat import Mirostat
-from .token_rules import rules_of
+from .sampled import SampledLogprobs
+from .token_rules import MIN_PENALTY, Frequency, Repetition, rules_of
 
 
 class NoTokenError(ValueError):
@@ -56,8 +58,12 @@ class RequestSampler:
         if sampling.mirostat:
             self._mirostat = Mirostat(sampling.mirostat, sampling.mirostat_tau, sampling.mirostat_eta, vocab_size)
         self._filtered = has_filters(sampling)
+        self._sampled = SampledLogprobs(sampling, self._seed) if sampling.sampled_logprobs else None
         own_filters = not sampling.greedy and (self._filtered or self._mirostat is not None)
         self._by_backend = self._plain and not own_filters and sampling.logprobs is None
+        only_penalties = all(isinstance(rule, Repetition | Frequency) for rule in self._rules)
+        unchanged = not len(self._biased) and self.grammar is None and not own_filters
+        self._in_calls = only_penalties and unchanged and self._sampled is None and sampling.logprobs is None
 
     def choice(self, place: int) -> TokenChoice | None:
         """Returns how a backend can choose the token at a position of the text by itself, without changing the state here.
@@ -74,6 +80,34 @@ class RequestSampler:
         if sampling.greedy:
             return GREEDY
         return TokenChoice(sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p, uniform(self._seed, place))
+
+    def row_choice(self, place: int, steps: int, tokens: list[int], prompt: int) -> RowChoice | None:
+        """Returns how a backend can choose the tokens at `steps` positions of the text; `took` must be called for each of them.
+
+        Args:
+            place: the first position in the generated text, from 0.
+            steps: number of positions.
+            tokens: token ids of the prompt and the text so far.
+            prompt: how many of them are the prompt.
+
+        Returns: None if the logits are needed here, as in `choice`; penalties are no reason.
+        """
+        sampling = self.sampling
+        if not self._in_calls or place < sampling.min_tokens:
+            return None
+        penalties = None
+        if self._rules:
+            window = sampling.repetition_window
+            repetition = 1.0 if window == 0 else max(sampling.repetition_penalty, MIN_PENALTY)
+            penalties = TokenPenalties(
+                np.array(tokens, np.int32), prompt, repetition, min(window or 0, 2**31 - 1),
+                sampling.frequency_penalty, sampling.presence_penalty,
+            )  # fmt: skip
+        if sampling.greedy:
+            return RowChoice(penalties=penalties)
+        filters = TokenChoice(sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p)
+        numbers = np.array([uniform(self._seed, place + step) for step in range(steps)], np.float64)
+        return RowChoice(filters, numbers, penalties=penalties)
 
     def choose(self, logits: Floats, place: int) -> int:
         """Chooses the token at a position of the text and updates penalties, constraints and grammar with it.
@@ -94,9 +128,11 @@ class RequestSampler:
             token = int(logits.argmax())
             if not np.isfinite(logits[token]):
                 raise NoTokenError("logit_bias, min_tokens, bad_words, allowed_token_ids and the grammar allow no token")
+        if self._sampled is not None:
+            self._sampled.chosen_from(logits, place)
         if not self.sampling.greedy:
             token = self._draw(logits, place)
-        self._took(token)
+        self.took(token)
         return token
 
     def _draw(self, logits: Floats, place: int) -> int:
@@ -119,14 +155,17 @@ class RequestSampler:
             logits[allowed == 0] = -np.inf
         return logits
 
-    def _took(self, token: int) -> None:
+    def took(self, token: int) -> None:
+        """Updates penalties, constraints and grammar with a token of the text."""
         for rule in self._rules:
             rule.add(token)
         if self.grammar is not None:
             self.grammar.accept(token)
 
     def logprob(self, logits: Floats, token: int) -> TokenLogprob:
-        """Returns the log probability to report for a chosen token, from the model's logits, float32 [V]."""
+        """Returns the log probability to report for the token chosen last, from the model's logits, float32 [V]."""
+        if self._sampled is not None:
+            return self._sampled.of(token)
         top = largest_tokens(logits, self.sampling.logprobs or 0) if self.sampling.logprobs else np.zeros(0, np.int64)
         logprobs = log_probability(logits, np.concatenate([np.array([token], np.int64), top]))
         return TokenLogprob(token, float(logprobs[0]), tuple(zip(top.tolist(), logprobs[1:].tolist(), strict=True)))

@@ -13,7 +13,7 @@ from ..request import SamplingParams
 from .dry import Dry
 
 # Logits divided by it and by any temperature are finite. Smaller penalties have the same effect: a token seen is certain.
-_MIN_PENALTY = 1e-25
+MIN_PENALTY = 1e-25
 
 
 class Rule(Protocol):
@@ -37,7 +37,7 @@ class Repetition:
     """
 
     def __init__(self, penalty: float, window: int | None, prompt: list[int], vocab_size: int) -> None:
-        self._penalty = np.float32(max(penalty, _MIN_PENALTY))
+        self._penalty = np.float32(max(penalty, MIN_PENALTY))
         self._seen: npt.NDArray[np.bool_] = np.zeros(vocab_size, np.bool_)
         self._window = window
         self._last: deque[int] = deque()  # the tokens in the window, and how often each occurs

@@ -9,6 +9,7 @@ from ...cache import BlockManager, SequenceBlocks
 
 if TYPE_CHECKING:
     from ...backends.base import Plan, StepBatch, StepOutput
+    from ...backends.decoding import DecodeCall, Decoded
 
 
 class Memory(Protocol):
@@ -55,3 +56,6 @@ class Memory(Protocol):
 
     def run(self, plan: Plan, batch: StepBatch) -> StepOutput:
         """Runs a step of a plan over this memory."""
+
+    def decode(self, plan: Plan, batch: StepBatch, call: DecodeCall) -> Decoded:
+        """Runs several decode steps of a plan over this memory."""

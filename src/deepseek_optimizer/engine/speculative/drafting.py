@@ -29,7 +29,7 @@ class Drafting:
         clock: returns the time in seconds.
 
     Attributes:
-        proposed, accepted: number of drafts verified so far, and of those accepted.
+        proposed, accepted, drafts: number of draft tokens verified so far, of those accepted, and of the drafts they were in.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class Drafting:
         self._bandits: dict[int, list[DraftBandit]] = {}
         self._seconds = {p.name: 0.0 for p, _ in proposers}  # per draft
         self._chosen: dict[int, int] = {}  # sequence index -> index of its proposer in this step
-        self.proposed = self.accepted = 0
+        self.proposed = self.accepted = self.drafts = 0
 
     @property
     def wants_states(self) -> bool:
@@ -95,6 +95,7 @@ class Drafting:
         plain = self._times.decode(sequences)
         for r, drafted, accepted in outcomes:
             self.proposed, self.accepted = self.proposed + drafted, self.accepted + accepted
+            self.drafts += drafted > 0
             bandits = self._bandits.get(r.sequence.index)
             if bandits is None or plain is None:
                 continue

@@ -21,6 +21,12 @@ _WINDOW = (
 )
 _TOP_K = step_attr("top_k", INT, "set by lowering: width of `chosen`, 0 without it", 0)
 _LOWERED = (*_MLA, _FORM, _TOP_K, *_WINDOW)
+_ADAPTERS = (
+    Attr(
+        "site", INT, "index of its keys in `Graph.adapter_sites`, where its values follow; -1: adapters do not change kv_b", -1
+    ),
+    Attr("lora_rank", INT, "with a site, largest rank of an adapter", 0),
+)
 _Q, _KV_B = Operand("q", "[T, heads * (nope + rope)]"), Operand("kv_b", "[heads * (nope + v_dim), rank]")
 _C = Operand("c", "[T, rank + rope]")
 _ABSORBED = Operand("absorbed", "[T, heads * (rank + rope)]")
@@ -117,7 +123,7 @@ SPECS = (
         inputs=(_Q, Operand("chosen", "[T, top_k]", optional=True)),
         outputs=(Operand("o", "[T, heads * v_dim]"),),
         weights=(_KV_B,),
-        attrs=(*_MLA, _SCALE, _FORM, *_WINDOW, _TOP_K),
+        attrs=(*_MLA, _SCALE, _FORM, *_WINDOW, _TOP_K, *_ADAPTERS),
         fits=_mla_attention_fits,
         weight_shapes=_kv_b_shape,
         reads="latents",
@@ -138,7 +144,8 @@ SPECS = (
             In phase PREFILL, a backend may expand if that is cheaper. `chosen` holds token numbers within the row's sequence,
             ascending, as floats, padded with -1; the row attends to no others. Window and sinks: as in `attention`. Lowering
             splits the absorbed form into `mla_absorb`, `mla_attention` with other operands (q, absorbed, chosen -> sums,
-            expanded), and `mla_value`.
+            expanded), and `mla_value`; with a site also into `lora_down` and `lora_up` of every head. Sequences whose adapter
+            changes kv_b are never expanded.
 
             Source: DeepSeek-V2, section 2.1.
         """,
@@ -149,7 +156,7 @@ SPECS = (
         inputs=(_Q,),
         outputs=(Operand("chosen", "[T, 32 * blocks]"),),
         weights=(_KV_B,),
-        attrs=(*_MLA, *CHOICE),
+        attrs=(*_MLA, *CHOICE, *_ADAPTERS),
         fits=_latent_choose_fits,
         weight_shapes=_kv_b_shape,
         reads="latents",

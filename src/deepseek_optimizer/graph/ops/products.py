@@ -19,6 +19,14 @@ ACTIVATION = Attr(
     "activation", one_of("silu", "gelu"), "of the gate, as in `swiglu` or `geglu`", "silu", flag="gelu", flag_value="gelu"
 )
 
+_SITE = Attr(
+    "site",
+    INT,
+    "set by lowering, with results of `lora_down` as further inputs: site of the first product",
+    0,
+    step_field="index",
+)
+
 GATED = {"silu": "swiglu", "gelu": "geglu"}  # activation of the gate -> op that applies it
 
 
@@ -98,7 +106,7 @@ SPECS = (
         inputs=(Operand("x", "[T, K]"),),
         outputs=(Operand("y_i", "[T, N_i]", many=True),),
         weights=(Operand("W_i", "[N_i, K]", many=True),),
-        attrs=(Attr("biases", NAMES, "b_i [N_i] of each matrix"), _ROWS),
+        attrs=(Attr("biases", NAMES, "b_i [N_i] of each matrix"), _ROWS, _SITE),
         fits=_linear_fits,
         weight_shapes=matrix_shapes,
         product=True,
@@ -115,7 +123,7 @@ SPECS = (
         inputs=(Operand("x", "[T, K]"),),
         outputs=(Operand("h", "[T, N]"),),
         weights=(Operand("gate", "[N, K]"), Operand("up", "[N, K]")),
-        attrs=(Attr("biases", NAMES, "of gate and of up"), _ROWS, ACTIVATION),
+        attrs=(Attr("biases", NAMES, "of gate and of up"), _ROWS, ACTIVATION, _SITE),
         fits=lambda n, g: len(n.attrs["biases"]) == 2 and _rows_fit(n),
         weight_shapes=matrix_shapes,
         product=True,

@@ -26,12 +26,12 @@ def register_attention() -> None:
 
 
 def use_decode_attention(model: Any) -> bool:
-    """Lets the native library compute the attention of decode steps, if the model would use `sdpa` and its class calls
-    attention through Transformers' `AttentionInterface`.
+    """Lets the native library compute the attention of decode steps, if the model generates text, would use `sdpa`, and its
+    class calls attention through Transformers' `AttentionInterface`.
 
     Returns: whether it does.
     """
-    if model.config._attn_implementation == "sdpa" and model._can_set_attn_implementation():
+    if model.can_generate() and model.config._attn_implementation == "sdpa" and model._can_set_attn_implementation():
         model.set_attn_implementation(DSO_DECODE)
     return bool(model.config._attn_implementation == DSO_DECODE)
 

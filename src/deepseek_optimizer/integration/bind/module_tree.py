@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from torch.nn.modules import module as torch_module
 
+from .lora_layers import without_adapter
+
 
 class ModuleTree:
     """The modules of a model at the time of construction, by path and type.
@@ -23,7 +25,7 @@ class ModuleTree:
             for name, child in module._modules.items()
             if child is not None
         ]
-        self._tree: list[tuple[dict[str, Any], str, nn.Module]] | None = None
+        self._tree: list[tuple[dict[str, Any], str, nn.Module, str]] | None = None
 
     def forget(self) -> None:
         """Call after modules were replaced by others of the same types."""
@@ -36,33 +38,53 @@ class ModuleTree:
         return twin
 
     def changed(self, model: nn.Module) -> str | None:
-        """Why a plan cannot serve this module tree (an adapter, a hook); None if it can."""
+        """Why the plan cannot serve this module tree (an adapter, a hook); None if it can."""
+        layers = self.lora_layers(model)
+        if isinstance(layers, str):
+            return layers
+        return _replaced(next(iter(layers))) if layers else None
+
+    def lora_layers(self, model: nn.Module) -> dict[str, nn.Module] | str:
+        """PEFT's LoRA layers in the module tree, by path of the module that they are around; or why no plan can serve the tree,
+        even one that adds what they add."""
         if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
             return "global module hooks are registered"
         tree = self._watched(model)
+        if not isinstance(tree, str) and any(children.get(name) is not child for children, name, child, _ in tree):
+            self._tree = None
+            tree = self._watched(model)
         if isinstance(tree, str):
             return tree
-        for children, name, child in tree:
-            if children.get(name) is not child:
-                return f"module {name!r} was replaced or wrapped (an adapter?)"
-            if child._forward_pre_hooks or any(map(_acts, child._forward_hooks.values())):
-                return f"module {name!r} has forward hooks"
-            if "forward" in child.__dict__:
-                return f"the forward of module {name!r} was replaced"
-        return None
+        layers: dict[str, nn.Module] = {}
+        for _, name, child, path in tree:
+            inner = without_adapter(child)
+            for module in (child,) if inner is child else (child, inner):
+                if module._forward_pre_hooks or any(map(_acts, module._forward_hooks.values())):
+                    return f"module {name!r} has forward hooks"
+                if "forward" in module.__dict__:
+                    return f"the forward of module {name!r} was replaced"
+            if inner is not child:
+                layers[path] = child
+        return layers
 
-    def _watched(self, model: nn.Module) -> list[tuple[dict[str, Any], str, nn.Module]] | str:
-        """(children of a module, name, child) for the whole module tree, or how it differs from the plan's tree."""
+    def _watched(self, model: nn.Module) -> list[tuple[dict[str, Any], str, nn.Module, str]] | str:
+        """(children of a module, name, child, path of the child) for the whole module tree, or how it differs from the plan's
+        tree. A child may be a LoRA layer around the plan's."""
         if self._tree is None:
             modules = dict(model.named_modules())
             tree = []
             for path, name, kind in self._shape:
-                children = modules[path]._modules if path in modules else {}
-                if type(children.get(name)) is not kind:
-                    return f"module {name!r} was replaced or wrapped (an adapter?)"
-                tree.append((children, name, children[name]))
+                children: dict[str, Any] = modules[path]._modules if path in modules else {}
+                child = children.get(name)
+                if child is None or type(without_adapter(child)) is not kind:
+                    return _replaced(name)
+                tree.append((children, name, child, f"{path}.{name}" if path else name))
             self._tree = tree
         return self._tree
+
+
+def _replaced(name: str) -> str:
+    return f"module {name!r} was replaced or wrapped (an adapter?)"
 
 
 def _acts(hook: Any) -> bool:

@@ -31,8 +31,10 @@ from ..memory.cache_size import (
     what_is_free,
 )
 from ..memory.growth import CheckedGrowth
+from .adapted_plan import LayerAdapters
 from .context_extension import extension_note
 from .graphs import loaded_mtp_layers, model_graph, mtp_graphs, whole_graph, with_eps_of
+from .lora_layers import LowRank, added_by
 from .module_tree import ModuleTree
 from .modules import Packed
 from .packed_model import OptimizerWarning as OptimizerWarning
@@ -89,6 +91,7 @@ class Runtime(PackedModel):
         self._plan: Plan | None = None
         self._mtp_plans: list[Plan] | None = None
         self._arena: Arena | None = None
+        self._adapters: LayerAdapters | None = None
         self._tree = ModuleTree(model)
         _check_bound(model, whole_graph(model))
 
@@ -115,6 +118,36 @@ class Runtime(PackedModel):
         graph, _ = model_graph(self.model, tuple(n for n in names if n not in UNFUSED), loaded_mtp_layers(self.model))
         graph, _ = apply_mode(with_eps_of(self.model, graph), self.config.attention)
         return with_adapters(group_layers(graph), rank)
+
+    @property
+    def current_plan(self) -> Plan:
+        """The plan to run now: `plan`, or with active LoRA adapters of PEFT one that adds them. See `unserved`."""
+        with self._making:
+            parts = self._added()
+            if isinstance(parts, str) or not any(parts.values()):
+                return self.plan
+            assert self._adapters is not None
+            plan: Plan = self._adapters.plan({path: added for path, added in parts.items() if added})
+            return plan
+
+    def _added(self) -> dict[str, list[LowRank]] | str:
+        """What PEFT's LoRA layers add, by path of their modules; or why no plan can serve the module tree."""
+        layers = self._tree.lora_layers(self.model)
+        if isinstance(layers, str) or not layers:
+            return layers if isinstance(layers, str) else {}
+        if self._adapters is None:
+            if not self.backend.capabilities.adapters:
+                return f"the {self.backend.name} backend has no adapters"
+            self._adapters = LayerAdapters(self.backend, self.adapter_graph, self.compile)
+        added: dict[str, list[LowRank]] = {}
+        for path, layer in layers.items():
+            parts = added_by(layer)
+            if isinstance(parts, str):
+                return parts
+            if parts and not self._adapters.covers(path):
+                return f"module {path!r} has an adapter"
+            added[path] = parts
+        return added
 
     @property
     def mtp_plans(self) -> list[Plan]:
@@ -221,7 +254,7 @@ class Runtime(PackedModel):
 
     def rebind(self) -> None:
         """Discards the compiled plans; the next call compiles them from the modules' current storage."""
-        self._plan = self._mtp_plans = None
+        self._plan = self._mtp_plans = self._adapters = None
 
     def replaced(self) -> None:
         """Call after packed modules were replaced by others: discards the plans, the caches and facts about the module tree."""
@@ -233,15 +266,21 @@ class Runtime(PackedModel):
 
     def move(self) -> None:
         """Call after the model moved to another device: discards backend, plans and caches."""
-        self._plan = self._mtp_plans = self._backend = self._arena = None
+        self._plan = self._mtp_plans = self._backend = self._arena = self._adapters = None
 
     def changed(self) -> str | None:
-        """Why the plan cannot serve the model's module tree; see `ModuleTree.changed`."""
+        """Why `plan` cannot serve the model's module tree; see `ModuleTree.changed`."""
         return self._tree.changed(self.model)
+
+    def unserved(self) -> str | None:
+        """Why `current_plan` cannot serve the model's module tree; None if it can."""
+        with self._making:
+            added = self._added()
+        return added if isinstance(added, str) else None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Runtime:
         twin = super().__deepcopy__(memo)
-        twin._plan = twin._mtp_plans = twin._arena = None
+        twin._plan = twin._mtp_plans = twin._arena = twin._adapters = None
         twin._tree = self._tree.of_copy()
         return twin
 

@@ -19,6 +19,7 @@ from ...graph.min_formats import exact_weights, min_formats
 from ...quant import PackedMatrix, PackedStack, PackedWeight, Packer, get_format
 from ...quant.tiles import empty_stack
 from ...quant.transposed_stack import Transposed, stacked_matrices
+from .lora_layers import without_adapter
 from .modules import Packed, PackedEmbedding, PackedLinear
 from .packed_experts import ClampedSwiglu, PackedExperts, PackedWeighedExperts
 
@@ -292,7 +293,7 @@ def weights_of(model: nn.Module, graph: Graph) -> dict[str, PackedWeight | torch
     result: dict[str, PackedWeight | torch.Tensor] = {}
     for name in graph.weights():
         path, _, leaf = name.rpartition(".")
-        module = model.get_submodule(path)
+        module = without_adapter(model.get_submodule(path))
         held = module.held() if isinstance(module, Packed) else {}
         result[name] = weight = held[leaf] if leaf in held else getattr(module, leaf).data
         if (weight.data if isinstance(weight, PackedWeight) else weight).device.type == "meta":

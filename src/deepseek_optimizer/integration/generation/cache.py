@@ -107,6 +107,10 @@ class PagedState:
                 raise
         return True
 
+    def room(self, rows: list[int]) -> int:
+        """Number of tokens that fit into the last block of each of `rows` without changing its table."""
+        return min(self.sequences[row].room for row in rows)
+
     @property
     def verifies(self) -> bool:
         """Whether the next call verifies drafts, some of which may be removed afterwards."""

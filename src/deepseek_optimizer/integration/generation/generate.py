@@ -13,11 +13,13 @@ import copy
 import functools
 from typing import Any
 
+import numpy as np
 import torch
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.stopping_criteria import StoppingCriteriaList, StopStringCriteria
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
+from ...backends.base import Int32
 from ...engine.sampling.torch_sampler import largest
 from ...errors import UnsupportedRequestError
 from ...graph.analysis import dynamic_rope
@@ -29,6 +31,8 @@ from .checks import check_generation, check_prompt, unserved_mask
 from .loop import ContextLimit, RowStops, next_positions, prefill
 from .speculation import requested_drafts, speculative_sample
 from .steps import DecodeSteps
+from .token_choice import TokenChoices
+from .torch_generator import GENERATOR_LOCK
 
 _SERVED = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE, GenerationMode.ASSISTED_GENERATION)
 _TRANSFORMERS_ONLY = ("assistant_model", "synced_gpus", "custom_generate")
@@ -58,7 +62,7 @@ class PlanGenerate(Replacement):
         check_generation(config)
         longest = self._longest(call, config, inputs)
         cache = next((call[n] for n in CACHE_NAMES if call.get(n) is not None), None)
-        reason = self.runtime.changed()
+        reason = self.runtime.unserved()
         if (mask_reason := unserved_mask(call.get("attention_mask"))) is not None:
             if isinstance(cache, PagedCache):
                 raise UnsupportedRequestError(
@@ -213,36 +217,58 @@ def _sample(
 
     logits, cache = prefill(model, input_ids, config, model_kwargs)
     logits = logits.to(input_ids.device)
-    rows = input_ids.shape[0]
+    rows, context = input_ids.shape[0], runtime.graph.max_positions
+    choices = None
+    if runtime.backend.capabilities.decode_calls and input_ids.device.type == "cpu" and scores is None and raw_logits is None:
+        choices = TokenChoices.of(config, logits_processor, stop, rows, streamed=streamer is not None)
     overwrite = not as_dict and not logits_processor and not stop.others  # no caller can keep a step's logits
     steps = DecodeSteps(runtime, cache.state, next_positions(model_kwargs, cache.get_seq_length(), rows), overwrite=overwrite)
     alive = [True] * rows
+    chosen: torch.Tensor | None = None  # int64 [rows, n], tokens that the backend chose in several steps
+    undecided = False  # `logits` are those after `chosen`
     while True:
-        if raw_logits is not None:
-            raw_logits += (logits,)
-        chosen_from = logits_processor(input_ids, logits) if logits_processor else logits
-        if scores is not None:
-            scores += (chosen_from,)
-        if config.do_sample:
-            next_tokens = torch.multinomial(chosen_from.softmax(-1), num_samples=1).squeeze(1)
-        else:
-            next_tokens = largest(chosen_from)
-        if stop.has_eos and not all(alive):
-            next_tokens = torch.where(torch.tensor(alive, device=next_tokens.device, dtype=torch.bool), next_tokens, pad)
-        tokens = next_tokens.tolist()
-        input_ids = torch.cat([input_ids, next_tokens[:, None]], dim=-1)
+        if chosen is None:
+            if raw_logits is not None:
+                raw_logits += (logits,)
+            chosen_from = logits_processor(input_ids, logits) if logits_processor else logits
+            if scores is not None:
+                scores += (chosen_from,)
+            if config.do_sample:
+                with GENERATOR_LOCK:
+                    chosen = torch.multinomial(chosen_from.softmax(-1), num_samples=1)
+            else:
+                chosen = largest(chosen_from)[:, None]
+            if stop.has_eos and not all(alive):
+                chosen = torch.where(torch.tensor(alive, device=chosen.device, dtype=torch.bool)[:, None], chosen, pad)
+        input_ids = torch.cat([input_ids, chosen], dim=-1)
+        tokens = chosen[:, -1].tolist()  # only the last ones can end a row
         ended = stop(input_ids, tokens, scores)
         alive = [a and not e for a, e in zip(alive, ended, strict=True)]
         if streamer is not None:
-            streamer.put(next_tokens.cpu())
+            for column in chosen.cpu().unbind(1):
+                streamer.put(column)
         if not any(alive):
             break
-        if steps.next_position >= runtime.graph.max_positions:
-            runtime.warn_once(f"generation stopped at the model's context of {runtime.graph.max_positions} tokens")
+        if undecided:
+            chosen, undecided = None, False
+            continue
+        if steps.next_position >= context:
+            runtime.warn_once(f"generation stopped at the model's context of {context} tokens")
             break
         if drop_ended and sum(alive) < len(steps.rows):
             steps.keep([i for i, row in enumerate(steps.rows) if alive[row]])
-        new_logits = steps.run([tokens[row] for row in steps.rows])
+        chosen = None
+        tokens = [tokens[row] for row in steps.rows]
+        if choices is not None and all(alive[row] for row in steps.rows):
+            decoded = choices.decode(steps, input_ids, tokens, context)
+            if len(decoded.tokens):
+                chosen = _in_rows(decoded.tokens, steps.rows, rows, pad)
+            new_logits = decoded.logits
+            undecided = chosen is not None and new_logits is not None
+        else:
+            new_logits = steps.run(tokens)
+        if new_logits is None:
+            continue
         if len(steps.rows) == rows:
             logits = new_logits.to(input_ids.device)
         else:  # ended rows keep their logits: sampling from them leaves the random numbers of other rows unchanged
@@ -254,3 +280,13 @@ def _sample(
         return input_ids
     fields: dict[str, Any] = {"sequences": input_ids, "scores": scores, "logits": raw_logits, cache_name(): cache}
     return GenerateDecoderOnlyOutput(**fields)
+
+
+def _in_rows(tokens: Int32, running: list[int], rows: int, pad: Any) -> torch.Tensor:
+    """int64 [rows, steps] of the tokens [steps, running rows]; rows that have ended get `pad`."""
+    chosen = torch.from_numpy(tokens.T.astype(np.int64))
+    if len(running) == rows:
+        return chosen
+    whole = pad.expand(rows, chosen.shape[1]).clone()
+    whole[running] = chosen
+    return whole

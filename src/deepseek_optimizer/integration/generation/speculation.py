@@ -272,7 +272,10 @@ def speculative_sample(
     proposer = drafts.proposer(drafter)
     sequences, logits, cache = _begin(model, request, proposer, model_kwargs)
     decoder = SpeculativeDecoder(
-        Runner(runtime.plan, runtime.arena), proposer, sampler, DraftLengthController(drafts.maximum, fixed=drafts.fixed)
+        Runner(runtime.current_plan, runtime.arena),
+        proposer,
+        sampler,
+        DraftLengthController(drafts.maximum, fixed=drafts.fixed),
     )
     limit = runtime.graph.max_positions - max(s.first_position + len(s.tokens) for s in sequences) + 1
     if stop.max_length is not None:

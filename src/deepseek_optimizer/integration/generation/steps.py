@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from ...backends.base import DECODE, Int32, StepBatch
+from ...backends.base import BLOCK_TOKENS, DECODE, Int32, StepBatch
+from ...backends.decoding import DecodeCall, Decoded
 from ..bind.runtime import Runtime
 from .cache import Bool, PagedState
 
@@ -98,7 +100,7 @@ def run_columns(runtime: Runtime, state: PagedState, new: Columns) -> tuple[torc
         those of the last layer alone [1, B, q, H], or None.
     """
     rows, q = new.positions.shape
-    model, plan = runtime.graph, runtime.plan
+    model, plan = runtime.graph, runtime.current_plan
     before = [sequence.tokens for sequence in state.sequences]
     reach = _reach(state, new, model.max_positions)
     logits: torch.Tensor | None = None
@@ -224,7 +226,8 @@ class DecodeSteps:
     """
 
     def __init__(self, runtime: Runtime, state: PagedState, positions: Int32, *, overwrite: bool = False) -> None:
-        self.state, self.plan, self.overwrite = state, runtime.plan, overwrite
+        self.state, self.plan, self.overwrite = state, runtime.current_plan, overwrite
+        self.vocab_size = runtime.graph.vocab_size
         self.rows = list(range(len(positions)))
         rows = len(positions)
         self.batch = StepBatch(
@@ -255,6 +258,41 @@ class DecodeSteps:
 
     def run(self, tokens: list[int]) -> torch.Tensor:
         """Runs a step with one token per row; returns the logits of the next tokens, float32 [rows, V]."""
+        b = self._begin(tokens)
+        with self._undone_on_errors():
+            logits: torch.Tensor = self.state.arena.run(self.plan, b).logits
+        self.state.forget()
+        if self.overwrite:
+            b.logits = logits
+        return logits
+
+    @property
+    def room(self) -> int:
+        """Maximum number of steps of the next `decode`: those in the same block of the cache, which have the same tables."""
+        rest = min(-self.state.sequences[row].tokens % BLOCK_TOKENS for row in self.rows)
+        return rest or BLOCK_TOKENS
+
+    def decode(self, tokens: list[int], call: DecodeCall) -> Decoded:
+        """Runs up to `room` steps, the first of them with one token per row, and has their tokens chosen. For plans on the CPU;
+        the logits are overwritten by the next step."""
+        b = self._begin(tokens)
+        if b.logits is None:
+            b.logits = torch.empty(len(tokens), self.vocab_size, dtype=torch.float32, device="cpu")
+        if call.steps > 1 and self.state.room(self.rows) < call.steps - 1:
+            call = replace(call, steps=1)  # a block is shared, or there are recurrent states
+        with self._undone_on_errors():
+            decoded = self.state.arena.decode(self.plan, b, call)
+        if (more := decoded.steps - 1) > 0:
+            for row in self.rows:
+                self.state.sequences[row].tokens += more
+            b.positions += more
+            b.context_len += more
+            self._add_columns(more)
+        self.state.forget()
+        return decoded
+
+    def _begin(self, tokens: list[int]) -> StepBatch:
+        """The batch of the next step, with its tokens added to the cache."""
         state, b = self.state, self.batch
         if state.append_one(self.rows):
             b.block_table = state.tables() if len(self.rows) == len(state.sequences) else state.tables(self.rows)
@@ -262,13 +300,19 @@ class DecodeSteps:
         b.positions += 1
         b.context_len += 1
         b.state_from, b.state_to = state.states_of_step(self.rows, b.context_len.tolist(), [1] * len(self.rows))
-        state.add_columns(1, None if len(self.rows) == len(state.sequences) else state.only(self.rows))
+        self._add_columns(1)
+        return b
+
+    def _add_columns(self, count: int) -> None:
+        state = self.state
+        kept = None if len(self.rows) == len(state.sequences) else state.only(self.rows).repeat(count, 1)
+        state.add_columns(count, kept)
+
+    @contextmanager
+    def _undone_on_errors(self) -> Iterator[None]:
+        """After an error in a step, the cache is as it was before the step."""
         try:
-            logits: torch.Tensor = state.arena.run(self.plan, b).logits
+            yield
         except BaseException:
-            state.restore_columns(state.columns - 1)
+            self.state.restore_columns(self.state.columns - 1)
             raise
-        state.forget()
-        if self.overwrite:
-            b.logits = logits
-        return logits

@@ -12,7 +12,8 @@ from ...checkpoint.lora import LoraFile, StoredPair, digest_of
 from ...checkpoint.published_names import parameter_name
 from ...engine.adapters import AdapterWeights
 from ...errors import AdapterError, shown
-from ...graph.ir import AdapterSite, Graph
+from ...graph.ir import Graph
+from ..bind.lora_layers import pair_of_site
 
 
 def read_adapter(
@@ -40,9 +41,7 @@ def read_adapter(
         pairs: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         for module, found in places.items():
             down, up = file.read(module)
-            for site in found:
-                rows = graph.adapter_sites[site].rows
-                pairs[site] = down, up if rows is None else up[rows[0] : rows[1]]
+            pairs |= {site: pair_of_site(graph.adapter_sites[site], down, up) for site in found}
         file.check_unchanged()
         return AdapterWeights(pairs, max(pair.rank for pair in file.pairs.values()), digest_of(pairs))
     finally:
@@ -70,12 +69,11 @@ def _place(
             f"has rank {pair.rank} for {shown(module)}, more than max_lora_rank {max_rank}; raise it (--max-lora-rank)",
             path=file.path,
         )
-    first: AdapterSite = graph.adapter_sites[found[0]]
-    outputs = first.outputs if first.rows is None else first.rows[2]
-    if (pair.inputs, pair.outputs) != (first.inputs, outputs):
+    outputs, inputs = graph.adapter_sites[found[0]].module_shape
+    if (pair.inputs, pair.outputs) != (inputs, outputs):
         raise AdapterError(
             f"has matrices for {shown(module)} with {pair.inputs} inputs and {pair.outputs} outputs, but the module has "
-            f"{first.inputs} and {outputs}: the adapter belongs to another model",
+            f"{inputs} and {outputs}: the adapter belongs to another model",
             path=file.path,
         )
     return found

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ...backends.base import BLOCK_TOKENS, KvStore, Plan, StepBatch, StepOutput
+from ...backends.decoding import DecodeCall, Decoded
 from ...cache import HOLE, BlockManager, Groups, SequenceBlocks
 from ...errors import UnsupportedRequestError
 from ...graph.rope_rotation import KeyRotation
@@ -142,6 +143,14 @@ class Arena:
         if self._release_due:
             self._try_sweep()
         return output
+
+    def decode(self, plan: Plan, batch: StepBatch, call: DecodeCall) -> Decoded:
+        """Runs several decode steps, as `run` does one."""
+        with self._store_lock:
+            decoded = plan.decode(batch, self.store, call)
+        if self._release_due:
+            self._try_sweep()
+        return decoded
 
     def copy_blocks(self, copies: list[tuple[int, int]]) -> None:
         """Copies the contents of shared blocks to new ones: pairs (source, target)."""

@@ -74,7 +74,7 @@ class PlanForward(Replacement):
             return "config.output_router_logits is true"
         if call.get("is_causal", getattr(config, "is_causal", None)) is False:
             return "is_causal is False, so tokens attend to later ones"
-        if reason := self.runtime.changed():
+        if reason := self.runtime.unserved():
             return reason
         mask, embeds = call.get("attention_mask"), call.get("inputs_embeds")
         if mask is not None and (not isinstance(mask, torch.Tensor) or mask.ndim != 2):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import orjson
@@ -32,6 +33,7 @@ class ChatAnswer:
         cited: additional fields of the message for an answer from documents: `annotations` and `document`.
         progress: tokens of documents that have been processed, and that remain; None: nothing new.
         stop_reason: the stop string or token that ended the answer.
+        shows_reasoning: whether the deltas contain reasoning.
     """
 
     def __init__(self, parser: OutputParser | None, one_call: bool = False) -> None:
@@ -43,6 +45,7 @@ class ChatAnswer:
         self.cited: dict[str, Any] = {}
         self.progress: tuple[int, int] | None = None
         self.stop_reason: str | int | None = None
+        self.shows_reasoning = True
 
     def feed(self, output: Output) -> list[Delta]:
         """Parses an output; returns the new deltas."""
@@ -60,6 +63,8 @@ class ChatAnswer:
                 self.called = self.called or any(isinstance(delta, ToolCallDelta) for delta in deltas)
             if self._thinking:
                 self.reasoning_tokens += len(output.token_ids)
+            if not self.shows_reasoning:
+                deltas = [delta for delta in deltas if not isinstance(delta, ReasoningDelta)]
         if output.finish is not None:
             self.finish = "tool_calls" if self.called and output.finish == "stop" else output.finish
             self.stop_reason = output.stop_reason
@@ -104,11 +109,13 @@ class ChatCollector:
             logprobs = {"content": chat_logprobs(self._logprobs[index], self._texts)} if self._texts else None
             choice = {
                 "index": index, "message": message, "logprobs": logprobs, "finish_reason": answer.finish,
-                "stop_reason": answer.stop_reason,
+                "stop_reason": answer.stop_reason, "token_ids": None,
             }  # fmt: skip
             choices.append(choice | self._reports[index].of_answer() if self._reports else choice)
         usage = self._tally.usage(sum(answer.reasoning_tokens for answer in self._answers))
-        of_prompt = {"prompt_logprobs": None} | (self._reports[0].of_prompt() if self._reports else {})
+        of_prompt = {"prompt_logprobs": None, "prompt_token_ids": None} | (
+            self._reports[0].of_prompt() if self._reports else {}
+        )
         return {**self._head, "object": "chat.completion", "choices": choices, "usage": usage, **of_prompt}
 
 
@@ -121,7 +128,8 @@ class ChatEncoder:
         texts: of the model's tokens; None: no log probabilities.
         include_usage: send a last chunk with the usage.
         dropped: tokens that were dropped from the prompt.
-        continuous_usage: every chunk has the usage so far.
+        continuous_usage: every chunk has the usage so far. As with vLLM, only the first chunk then has no token: the reason why
+            the answer ended is in the chunk with its last text.
     """
 
     def __init__(
@@ -147,33 +155,50 @@ class ChatEncoder:
 
     def feed(self, index: int, output: Output) -> bytes:
         answer = self._answers[index]
+        chunks = [] if self._begun[index] else [self._first(index, output)]
         deltas = answer.feed(output)
-        self._tally.add(index, output)
-        if self._continuous_usage:
-            self._end = b',"usage":' + orjson.dumps(self._usage()) + b"}\n\n"
-            self._close = UNFINISHED + self._end
+        self._count(index, output)
         if output.logprobs is not None:
             self._logprobs[index] += output.logprobs
-        chunks = []
-        if not self._begun[index]:
-            self._begun[index] = True
-            opening = self._openings[index]
-            if self._reports and (of_prompt := self._reports[index].chunk_of_prompt()):
-                opening = b"data: {" + of_prompt + b"," + opening.removeprefix(b"data: {")
-            chunks.append(opening + b'{"role":"assistant","content":""}' + self._close)
         if answer.progress is not None:
             progress = {"document": dict(zip(("read", "left"), answer.progress, strict=True))}
             answer.progress = None
             chunks.append(self._openings[index] + orjson.dumps(progress) + self._close)
+        finish = b""
+        if output.finish is not None:
+            finish = orjson.dumps(self._finish(answer)) + b',"stop_reason":' + orjson.dumps(answer.stop_reason)
+        merged = deltas.pop() if finish and deltas and self._continuous_usage and not answer.cited else None
         for delta in deltas:
             close = self._closing(index) if self._logprobs[index] else self._close
             chunks.append(self._openings[index] + self._delta(delta) + self._of_answer(index) + close)
-        if output.finish is not None:
-            finish = orjson.dumps(self._finish(answer)) + b',"stop_reason":' + orjson.dumps(answer.stop_reason)
-            chunks.append(
-                self._openings[index] + orjson.dumps(answer.cited) + self._of_answer(index) + self._closing(index, finish)
-            )
+        if finish:
+            last = orjson.dumps(answer.cited) if merged is None else self._delta(merged)
+            chunks.append(self._openings[index] + last + self._of_answer(index) + self._closing(index, finish))
         return b"".join(chunks)
+
+    def progressed(self, index: int) -> bytes:
+        """A chunk without text, for the progress of the prompt."""
+        return self._openings[index] + b"{}" + self._close if self._begun[index] else self._begin(index)
+
+    def _first(self, index: int, output: Output) -> bytes:
+        """The first chunk of an answer, whose usage has no token yet."""
+        self._count(index, replace(output, completion_tokens=0))
+        return self._begin(index)
+
+    def _begin(self, index: int) -> bytes:
+        """The chunk with the role."""
+        self._begun[index] = True
+        opening = self._openings[index]
+        if self._reports and (of_prompt := self._reports[index].chunk_of_prompt()):
+            opening = b"data: {" + of_prompt + b"," + opening.removeprefix(b"data: {")
+        return opening + b'{"role":"assistant","content":""}' + self._close
+
+    def _count(self, index: int, output: Output) -> None:
+        """Counts the tokens of an answer so far."""
+        self._tally.add(index, output)
+        if self._continuous_usage:
+            self._end = b',"usage":' + orjson.dumps(self._usage()) + b"}\n\n"
+            self._close = UNFINISHED + self._end
 
     def _of_answer(self, index: int) -> bytes:
         """The fields of the answer's report in a chunk, after a comma."""

@@ -19,6 +19,7 @@ from ..http.problems import ApiError
 from ..state import ServerState
 from ..tokens.tokenizing import Lane
 from .prompts import tokens_of
+from .thinking import SWITCHES, closed, default_thinking
 
 Tool = Mapping[str, Any]
 
@@ -116,12 +117,15 @@ def set_up(state: ServerState, lane: Lane, chat: ChatSpec) -> ChatSetup:
     tool_format, described = _tool_format(state, lane.template) if tools else (None, False)
     in_template = tools if not described else []
     channels = detect(lane.template.source(bool(in_template))) is HARMONY
+    thinking_by_default = default_thinking(state.settings.thinking, chat.effort, chat.options)
     ignored: tuple[str, ...] = ()
     if not state.settings.strict:
         chat, ignored = _with_known_options(lane, chat, bool(in_template))
     thinks = state.thinks(bool(in_template)) and not channels
-    options = _options(lane, chat, bool(in_template), thinks)
+    options = _options(lane, chat, bool(in_template), thinks, thinking_by_default)
     prompt, dropped = _fitted(state, lane, chat, tools, tool_format if described else None, options)
+    if thinking_by_default is False and chat.add_generation_prompt and not chat.continue_final:
+        prompt = closed(prompt, lane)
     output_format = HARMONY if channels else tool_format
     keep_special = (thinks or output_format is not None) and special_markers(lane.tokenizer, output_format)
     drop = [token for token in lane.tokenizer.all_special_tokens if token] if keep_special and chat.skip_special else []
@@ -212,19 +216,21 @@ def _with_known_options(lane: Lane, chat: ChatSpec, tools: bool) -> tuple[ChatSp
     return replace(chat, options=known), tuple(f"chat_template_kwargs.{name}" for name in chat.options if name not in known)
 
 
-def _options(lane: Lane, chat: ChatSpec, tools: bool, thinks: bool) -> dict[str, Any]:
-    """The template's variables, with `reasoning_effort` if the template uses it.
+def _options(lane: Lane, chat: ChatSpec, tools: bool, thinks: bool, thinking_by_default: bool | None) -> dict[str, Any]:
+    """The template's variables, with `reasoning_effort` if the template uses it, and the server's setting for thinking.
 
     If it does not, the effort "none" turns reasoning off, if possible (`enable_thinking`, or DeepSeek's `thinking`), and any
     other effort turns it on.
     """
     options, effort = dict(chat.options), chat.effort
-    if effort is None:
+    if effort is None and thinking_by_default is None:
         return options
     variables = lane.template.variables(tools)
+    if effort is None:
+        return options | {name: thinking_by_default for name in SWITCHES if name in variables}
     if "reasoning_effort" in variables:
         options.setdefault("reasoning_effort", effort)
-    elif switch := next((name for name in ("enable_thinking", "thinking") if name in variables), None):
+    elif switch := next((name for name in SWITCHES if name in variables), None):
         options.setdefault(switch, effort != "none")
     elif effort == "none" and thinks:
         raise ApiError(400, "reasoning_effort: reasoning of this model cannot be turned off", param="reasoning_effort")

@@ -59,7 +59,7 @@ class CompletionCollector:
                 logprobs, _ = completion_logprobs(self._logprobs[index], self._texts, offset)
             choice: dict[str, Any] = {
                 "index": place, "text": "".join(parts), "logprobs": logprobs, "finish_reason": end and end.finish,
-                "stop_reason": end and end.stop_reason, "prompt_logprobs": None,
+                "stop_reason": end and end.stop_reason, "prompt_logprobs": None, "prompt_token_ids": None, "token_ids": None,
             }  # fmt: skip
             if self._reports:
                 report = self._reports[index]
@@ -125,6 +125,10 @@ class CompletionEncoder:
             logprobs = orjson.dumps(values)
         end = b',"finish_reason":%b,"stop_reason":%b}]' % (orjson.dumps(output.finish), orjson.dumps(output.stop_reason))
         return opening + b',"logprobs":' + logprobs + end + self._end
+
+    def progressed(self, index: int) -> bytes:
+        """A chunk without text, for the progress of the prompt."""
+        return self._openings[index] + b'""' + self._close
 
     def _reported(self, index: int) -> bytes:
         """The fields of the answer's report in a chunk, each after a comma."""

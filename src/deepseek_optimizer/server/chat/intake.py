@@ -50,6 +50,6 @@ async def admitted_request(
 
 def _checked(state: ServerState, model: type[Model], body: dict[str, Any]) -> tuple[Model, list[str]]:
     """The validated body, and the names of its ignored fields."""
-    for field in _PROMPTS:
+    for field in _PROMPTS if body.get("truncate_prompt_tokens") is None else ():
         state.prompt_size.check_tokens(body.get(field), field)
     return (parse(model, body), []) if state.settings.strict else parse_tolerantly(model, body)

@@ -35,6 +35,11 @@ class PreparedChat:
         return self.setup.prompt.ids if self.setup else []
 
     @property
+    def text(self) -> str:
+        """Text of the prompt, with control tokens; empty if there is no single prompt."""
+        return self.setup.prompt.text if self.setup else ""
+
+    @property
     def pinned(self) -> tuple[tuple[int, int], ...]:
         """(begin, end) of prompt tokens that a cache window keeps: those of the system message."""
         return (self.setup.prompt.system,) if self.setup and self.setup.prompt.system else ()

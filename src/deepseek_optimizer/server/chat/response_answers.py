@@ -183,11 +183,19 @@ class ResponseEncoder:
 
     def feed(self, index: int, output: Output) -> bytes:
         events = self._collector.feed(index, output)
-        if self._number == 0:
-            begun = {**self._head, "status": "in_progress"}
-            first = [{"type": "response.created", "response": begun}, {"type": "response.in_progress", "response": begun}]
-            events = first + events
-        return self._encode(events)
+        return self._encode(self._begin() + events)
+
+    def progressed(self, index: int) -> bytes:
+        """An event without text, for the progress of the prompt."""
+        begun = {"type": "response.in_progress", "response": {**self._head, "status": "in_progress"}}
+        return self._encode(self._begin() or [begun])
+
+    def _begin(self) -> list[Event]:
+        """The first events, once."""
+        if self._number:
+            return []
+        begun = {**self._head, "status": "in_progress"}
+        return [{"type": "response.created", "response": begun}, {"type": "response.in_progress", "response": begun}]
 
     def body(self) -> dict[str, Any]:
         """The response, after the last output."""

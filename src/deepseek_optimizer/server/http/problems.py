@@ -17,6 +17,7 @@ from starlette.responses import Response
 
 from ...errors import (
     CheckpointChangedError,
+    ContextLengthError,
     DocumentError,
     EngineBusyError,
     EngineDeadError,
@@ -39,6 +40,8 @@ class ApiError(Exception):
         param: the field of the request that caused it.
         code: identifies the error for programs.
         headers: additional headers.
+        kind: OpenAI's type of the error, or another server's; None: OpenAI's for the status.
+        details: further fields of the error.
     """
 
     def __init__(
@@ -49,14 +52,16 @@ class ApiError(Exception):
         param: str | None = None,
         code: str | None = None,
         headers: Mapping[str, str] | None = None,
+        kind: str | None = None,
+        details: Mapping[str, Any] | None = None,
     ) -> None:
         self.status, self.message, self.param, self.code = status, message, param and excerpt(param), code
-        self.headers = dict(headers or {})
+        self.headers, self._kind, self._details = dict(headers or {}), kind, dict(details or {})
         super().__init__(message)
 
     def body(self) -> dict[str, Any]:
-        kind = _TYPES.get(self.status) or ("server_error" if self.status >= 500 else "invalid_request_error")
-        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+        kind = self._kind or _TYPES.get(self.status) or ("server_error" if self.status >= 500 else "invalid_request_error")
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code, **self._details}}
 
     def response(self) -> Response:
         return Response(orjson.dumps(self.body()), self.status, self.headers, "application/json")
@@ -65,6 +70,11 @@ class ApiError(Exception):
 def busy(message: str, seconds: float = 1.0) -> ApiError:
     """503: the server cannot answer now; the client may retry after `seconds`."""
     return ApiError(503, message, code="unavailable", headers={"Retry-After": str(max(1, math.ceil(seconds)))})
+
+
+def not_enabled(message: str) -> ApiError:
+    """501: the server was started without what the request needs."""
+    return ApiError(501, message, code="not_enabled")
 
 
 def timed_out() -> ApiError:
@@ -76,6 +86,11 @@ def problem(error: BaseException) -> ApiError | None:
     """The response for an exception; None if it is not one that a client can cause, which means 500."""
     if isinstance(error, ApiError):
         return error
+    if isinstance(error, ContextLengthError):  # llama-server's type and fields, and OpenAI's code
+        return ApiError(
+            400, str(error), param=error.field, code="context_length_exceeded", kind="exceed_context_size_error",
+            details={"n_prompt_tokens": error.tokens, "n_ctx": error.context},
+        )  # fmt: skip
     if isinstance(error, RequestError):
         return ApiError(400, str(error), param=error.field)
     if isinstance(error, DocumentError):

@@ -16,6 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from ...engine.metrics import EndedRequest
 from ...engine.request import Finish, Request
 from ...errors import MissingPackageError
+from .paths import path_of
 
 _SCOPE = "deepseek_optimizer.server"
 
@@ -138,7 +139,7 @@ class Tracing:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         from opentelemetry.trace import StatusCode
 
-        if scope["type"] != "http" or scope["path"].removeprefix(scope.get("root_path", "")) in self._skip:
+        if scope["type"] != "http" or path_of(scope) in self._skip:
             return await self._app(scope, receive, send)
         with self._tracer.span(scope) as span:
 

@@ -19,6 +19,7 @@ class LoadAdapterRequest(Body):
     lora_path: Annotated[str, Field(min_length=1, max_length=4096)] = Field(
         description="Its directory, as PEFT writes it: inside the server's --lora-dir, absolute or relative to it."
     )
+    load_inplace: bool | None = Field(None, description="Replace an adapter of this name; by default this is an error.")
 
 
 class UnloadAdapterRequest(Body):

@@ -16,6 +16,7 @@ ModelName = Annotated[
     AfterValidator(lambda name: None if name in _NO_NAMES else name),
     Field(description="As in /v1/models; the default is the model that is served."),
 ]
+_MAX_NAMED = 5  # fields in one error
 Ignored = Annotated[Any, Field(default=None, description="Accepted and ignored.")]
 
 
@@ -64,8 +65,8 @@ def parse(model: type[Model], body: dict[str, Any]) -> Model:
 
 
 def field_error(error: ValidationError, body: Any) -> ApiError:
-    """The response to a body that failed validation: one field, and what is wrong with it. The value is not included, since it
-    may be long or secret."""
+    """The response to a body that failed validation: one field, or those beside it with the same fault, and what is wrong. The
+    value is not included, since it may be long or secret."""
     errors: dict[str, list[str]] = {}
     for one in error.errors(include_url=False, include_input=False):
         path = ".".join(_path(one["loc"], body, one["type"]))
@@ -79,7 +80,13 @@ def field_error(error: ValidationError, body: Any) -> ApiError:
     # For a field with alternatives, the alternative that matched furthest gives the most useful error.
     path, messages = max(errors.items(), key=lambda item: item[0].count("."))
     message = ", or: ".join(dict.fromkeys(messages[:3]))
-    return ApiError(400, f"{excerpt(path)}: {message}" if path else message, param=path or None)
+    fields = [other for other in errors if errors[other] == messages and _parent(other) == _parent(path)]
+    names = ", ".join(map(excerpt, fields[:_MAX_NAMED]))
+    return ApiError(400, f"{names}: {message}" if path else message, param=path or None)
+
+
+def _parent(path: str) -> str:
+    return path.rpartition(".")[0]
 
 
 def _path(loc: tuple[int | str, ...], body: Any, kind: str) -> list[str]:

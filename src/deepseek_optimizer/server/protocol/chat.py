@@ -12,6 +12,7 @@ from .formats import Guided
 from .messages import Functions, Messages, NamedFunction, ToolChoice, Tools
 from .reports import PromptLogprobList
 from .sampling import MaxTokens, Sampling
+from .telemetry import NativeTimings
 
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 _Scalar = bool | int | float | Annotated[str, Field(max_length=1024)] | None
@@ -44,11 +45,13 @@ class ChatRequest(Sampling, Guided):
     parallel_tool_calls: bool | None = None
     stream_options: StreamOptions | None = Field(None, description="Requires stream.")
     reasoning_effort: Effort | None = Field(None, description="For models whose chat template supports it.")
+    include_reasoning: bool | None = Field(None, description="Whether to return reasoning; the default is true.")
     chat_template_kwargs: Annotated[dict[str, _Scalar], Field(max_length=16)] | None = Field(
         None, description="Variables of the model's chat template, such as enable_thinking."
     )
     add_generation_prompt: bool | None = Field(None, description="Append the start of an answer to the prompt; the default.")
     continue_final_message: bool | None = Field(None, description="The last message, by the assistant, is continued.")
+    verbose: bool | None = Field(None, description="Return the prompt as text, in `__verbose`, as llama-server does.")
     chat_template: None = Field(None, description="Not supported: only the template of the server is run.")
     verbosity: Ignored
     prediction: Ignored
@@ -144,6 +147,7 @@ class ChatCompletion(ResponseModel):
     usage: Usage
     prompt_logprobs: PromptLogprobList | None = None
     prompt_token_ids: list[int] | None = None
+    timings: NativeTimings | None = None
 
 
 EXAMPLE: dict[str, Any] = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 16}

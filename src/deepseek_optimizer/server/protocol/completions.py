@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AliasChoices, Field
+from pydantic import Field
 
 from ...engine.request import MAX_LOGPROBS
 from .base import TOKEN_ID, ModelName, ResponseModel, Usage
@@ -12,6 +12,7 @@ from .chat import StreamOptions
 from .formats import Guided
 from .reports import PromptLogprobList
 from .sampling import MaxTokensOrZero, Sampling
+from .telemetry import NativeTimings
 
 _Text = Annotated[str, Field(min_length=1)]
 _Ids = Annotated[list[TOKEN_ID], Field(min_length=1, fail_fast=True)]
@@ -31,11 +32,18 @@ class CompletionRequest(Sampling, Guided):
     prompt: Prompt
     max_tokens: MaxTokensOrZero = Field(
         None,
-        validation_alias=AliasChoices("max_tokens", "n_predict"),
         description="Maximum number of new tokens; the default is 16. 0: only process the prompt.",
     )
     best_of: Annotated[int, Field(ge=1, le=32)] | None = Field(
         None, description="Generate this many answers, and return the n with the highest mean log probability of a token."
+    )
+    truncate_prompt_tokens: Literal[-1] | Annotated[int, Field(ge=1, le=(1 << 31) - 1)] | None = Field(
+        None,
+        description="Shorten longer prompts to this number of tokens; -1: what the context has room for besides max_tokens. By "
+        "default they are an error.",
+    )
+    truncation_side: Literal["left", "right"] | None = Field(
+        None, description="Which end of a longer prompt is dropped; the default is left."
     )
     echo: bool | None = Field(None, description="Return the prompt before the text; with logprobs, also those of its tokens.")
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
@@ -72,6 +80,7 @@ class Completion(ResponseModel):
     system_fingerprint: str
     choices: list[CompletionChoice]
     usage: Usage
+    timings: NativeTimings | None = None
 
 
 EXAMPLE: dict[str, Any] = {"prompt": "Once upon a time", "max_tokens": 16}

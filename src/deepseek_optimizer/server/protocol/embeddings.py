@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from .base import TOKEN_ID, IgnoredFields, ModelName, ResponseModel
+from .prompt_parts import MixedPrompt, PromptObject
 from .sampling import Priority
 
 MAX_INPUTS = 2048  # OpenAI's limit
@@ -17,6 +18,9 @@ Inputs = (
     | _Ids
     | Annotated[list[_Text], Field(min_length=1, max_length=MAX_INPUTS, fail_fast=True)]
     | Annotated[list[_Ids], Field(min_length=1, max_length=MAX_INPUTS, fail_fast=True)]
+    | PromptObject  # and the following, as llama-server
+    | MixedPrompt
+    | Annotated[list[_Text | PromptObject | MixedPrompt], Field(min_length=1, max_length=MAX_INPUTS, fail_fast=True)]
 )
 Name = Annotated[str, Field(max_length=64)]
 
@@ -54,7 +58,8 @@ class Embeds(Truncated):
 
 
 class EmbeddingRequest(Embeds):
-    """Texts, or their token ids, to embed."""
+    """Texts, or their token ids, to embed. A list with token ids at its top level is one text, of which other parts may be
+    strings; a text may also be an object with `prompt_string`, or `content` as a list of text parts."""
 
     input: Inputs
 
@@ -67,6 +72,7 @@ class Embedding(ResponseModel):
 
 class PromptUsage(ResponseModel):
     prompt_tokens: int
+    completion_tokens: Literal[0] | None = None
     total_tokens: int
 
 

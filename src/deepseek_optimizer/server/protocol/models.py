@@ -29,7 +29,8 @@ class ModelCard(ResponseModel):
     max_model_len: int
     max_file_bytes: int = Field(description="Maximum size of a file uploaded to /v1/files.")
     default_sampling: DefaultSampling = Field(description="Used for fields that a request omits.")
-    parent: str | None = Field(None, description="For a LoRA adapter: the model that it changes.")
+    root: str = Field(description="The model itself; for a LoRA adapter: its directory.")
+    parent: str | None = Field(description="For a LoRA adapter: the model that it changes.")
 
 
 class ModelList(ResponseModel):
@@ -81,7 +82,9 @@ class TokenizeRequest(Body):
     tools: Tools | None = None
     chat_template_kwargs: Annotated[dict[str, _Scalar], Field(max_length=16)] | None = None
     add_special_tokens: bool | None = Field(None, description="For a text: whether the tokenizer adds special tokens.")
-    return_token_strs: bool | None = None
+    add_generation_prompt: bool | None = Field(None, description="For a chat: append the start of an answer; the default.")
+    continue_final_message: bool | None = Field(None, description="For a chat: the last message is continued.")
+    return_token_strs: bool | None = Field(None, description="Return each token as the vocabulary writes it.")
     content: str | None = Field(None, description="A text, in llama-server's form of the request.")
     add_special: bool | None = Field(None, description="With content: add special tokens; the default is false.")
     parse_special: bool | None = Field(None, description="With content: recognize control tokens; the default is true.")

@@ -11,6 +11,7 @@ from .base import Body, Ignored, IgnoredFields, ModelName, ResponseModel
 from .chat import Effort, _Scalar
 from .messages import _Name, only_text
 from .sampling import MaxTokens, Priority, Seed
+from .telemetry import NativeTimings, Telemetry
 
 _Id = Annotated[str, Field(max_length=256)]
 _MAX_ITEMS = 10_000
@@ -173,7 +174,7 @@ _Input = (
 )
 
 
-class ResponsesRequest(IgnoredFields):
+class ResponsesRequest(IgnoredFields, Telemetry):
     """A conversation to continue: `input`, after that of a stored response."""
 
     model: ModelName = None
@@ -270,6 +271,7 @@ class ResponseObject(ResponseModel):
     document: dict[str, Any] | None = Field(
         None, description="How the answer was obtained from files: strategy, reason, notes."
     )
+    timings: NativeTimings | None = None
 
 
 class DeletedResponse(ResponseModel):

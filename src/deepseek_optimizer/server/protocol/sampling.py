@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import fields, replace
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, AliasChoices, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, Field, TypeAdapter, ValidationError, model_validator
 
 from ...engine.request import (
     MAX_STOP_CHARACTERS,
@@ -19,6 +19,7 @@ from ..http.problems import ApiError
 from .base import TOKEN_ID
 from .reports import Reports
 from .samplers import Samplers
+from .telemetry import Telemetry
 
 MAX_N = 32
 _MAX_SEED = (1 << 64) - 1
@@ -42,14 +43,16 @@ _Penalty = Annotated[float, Field(ge=-2, le=2)]
 _N = TypeAdapter[int | None](Annotated[int, Field(ge=1, le=MAX_N)] | None)
 
 
-class Sampling(Samplers, Reports):
+class Sampling(Samplers, Reports, Telemetry):
     """Fields that are omitted or null have the values recommended by the model's authors or, without any, OpenAI's defaults."""
 
     max_tokens: MaxTokens = Field(
         None,
-        validation_alias=AliasChoices("max_tokens", "n_predict"),
         description="Maximum number of new tokens. If it is omitted, null or -1: what the context has room for, but at most "
-        "the server's --max-answer-tokens. Also n_predict, as in llama-server.",
+        "the server's --max-answer-tokens.",
+    )
+    n_predict: MaxTokensOrZero = Field(
+        None, description="llama-server's name of max_tokens: if the context has less room, the text ends there."
     )
     temperature: Annotated[float, Field(ge=0, le=100)] | None = Field(None, description="0: greedy decoding.")
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
@@ -74,6 +77,13 @@ class Sampling(Samplers, Reports):
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
     priority: Priority = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _n_predict(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("n_predict") is not None and data.get("max_tokens") is None:
+            return {**data, "max_tokens": data["n_predict"]}
+        return data
 
     def params(
         self,
@@ -133,7 +143,8 @@ def requested_answers(body: Mapping[str, Any]) -> int:
         except ValidationError:
             pass
     prompts = body.get("prompt", body.get("input"))
-    several = isinstance(prompts, list) and prompts and isinstance(prompts[0], (str, list))
+    # A list with token ids at its top level is one prompt.
+    several = isinstance(prompts, list) and prompts and not any(isinstance(part, int) for part in prompts[:1000])
     count = len(prompts) if several else 1
     return max(counts) * count
 
@@ -159,6 +170,7 @@ def requests_for(
     adapter: str = "",
     cache_salt: str | None = None,
     prompt_logprobs: int | None = None,
+    progress: bool = False,
 ) -> list[Request]:
     """The engine's requests, one for each answer; those for the first prompt come first.
 
@@ -174,7 +186,7 @@ def requests_for(
         pinned: (begin, end) of prompt tokens that a cache window must keep.
         adapter: name of a LoRA adapter; "": none.
         cache_salt: of the request, in addition to the key's.
-        prompt_logprobs: see `Request`.
+        prompt_logprobs, progress: see `Request`.
     """
     salt = salt if cache_salt is None else f"{salt}\n{cache_salt}"  # the key's has no line break
     return [
@@ -189,6 +201,7 @@ def requests_for(
             priority=priority or 0,
             adapter=adapter,
             prompt_logprobs=prompt_logprobs,
+            progress=progress,
         )
         for prompt in prompts
         for i in range(n)

@@ -153,8 +153,8 @@ class PoolingRequest(Embeds):
     """Texts, or their token ids, to pool."""
 
     input: Inputs
-    task: Literal["embed", "classify"] | None = Field(
-        None, description="The default is classify for a model with a classification head, otherwise embed."
+    task: Annotated[str, Field(max_length=64)] | None = Field(
+        None, description="classify for a model with a classification head, otherwise embed; the default is the model's own."
     )
 
 

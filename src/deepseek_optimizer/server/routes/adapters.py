@@ -26,7 +26,7 @@ def add(app: FastAPI, state: ServerState) -> None:
     async def load(request: Request) -> Response:
         """Loads a LoRA adapter, which requests can then name in `model`."""
         async with admitted_request(state, request, LoadAdapterRequest, one=True) as (body, _, caller):
-            await state.adapters.load(body.lora_name, body.lora_path, caller)
+            await state.adapters.load(body.lora_name, body.lora_path, caller, bool(body.load_inplace))
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
     @app.post(

@@ -19,6 +19,7 @@ from ..chat.old_functions import FunctionCollector, FunctionEncoder, with_tool_c
 from ..chat.prepared import prepare_chat
 from ..chat.replies import StreamReply, WholeReply
 from ..chat.reports import reported, wanted_reports
+from ..chat.telemetry import Wanted, streamed_with_telemetry, wanted_telemetry, with_telemetry
 from ..chat.words import sampler_words
 from ..document_chats.chats import prepare_chat_with_files
 from ..http.caller import Caller
@@ -54,9 +55,11 @@ def add(app: FastAPI, state: ServerState) -> None:
                 last, every = usage_in_stream(body.stream_options)
                 make = ChatEncoder if body.functions is None else FunctionEncoder
                 encoder = make(head, chat.parsed, chat.texts, last, chat.dropped, every, chat.reports)
-                return StreamReply(state, places.pop_all(), chat.answers, encoder)
+                timed = streamed_with_telemetry(encoder, chat.telemetry, len(chat.answers))
+                return StreamReply(state, places.pop_all(), chat.answers, timed)
             collect = ChatCollector if body.functions is None else FunctionCollector
-            collector = collect(head, chat.parsed, chat.texts, chat.dropped, chat.reports)
+            whole = collect(head, chat.parsed, chat.texts, chat.dropped, chat.reports)
+            collector = with_telemetry(whole, chat.telemetry)
             return WholeReply(state, places.pop_all(), chat.answers, collector.feed, collector.body)
 
 
@@ -70,6 +73,7 @@ class StartedChat:
         texts: of the model's tokens; None: no log probabilities.
         dropped: tokens that were dropped from the prompt.
         reports: of prompt and tokens; None: none were requested.
+        telemetry: what else the answer is to report.
     """
 
     answers: list[Any]
@@ -77,6 +81,7 @@ class StartedChat:
     texts: TokenTexts | None
     dropped: int
     reports: Any
+    telemetry: Wanted
 
 
 async def start_chat(
@@ -120,15 +125,23 @@ async def start_chat(
         words=await sampler_words(state, body, caller),
     )
     wanted = wanted_reports(body, [prepared.ids], n, bool(body.stream))
+    progress = bool(body.stream and body.return_progress) and not chat.has_files
     requests = requests_for(
         [prepared.ids], params, n, id=id, salt=salt, client=caller.key,
         deadline=caller.deadline, priority=body.priority, pinned=prepared.pinned, adapter=caller.adapter,
         cache_salt=body.cache_salt, prompt_logprobs=wanted.prompt_logprobs,
+        progress=progress,
     )  # fmt: skip
+    if body.n_predict is not None:
+        requests = [state.fitted(request) for request in requests]
     texts_of_tokens = TokenIdTexts(state.texts) if body.return_tokens_as_token_ids else state.texts
     answers, parsed = prepared.submit(requests, one_call, beam_start(state, body, n, caller))
+    for answer in parsed:
+        answer.shows_reasoning = body.include_reasoning is not False
     answers, reports = reported(state, answers, requests, wanted, caller, texts_of_tokens)
-    return StartedChat(answers, parsed, texts_of_tokens if body.logprobs else None, prepared.dropped, reports)
+    telemetry = wanted_telemetry(body, progress, prepared.text if body.verbose else None)
+    texts = texts_of_tokens if body.logprobs else None
+    return StartedChat(answers, parsed, texts, prepared.dropped, reports, telemetry)
 
 
 def check(body: ChatRequest) -> None:
@@ -186,4 +199,7 @@ def _continues(body: ChatRequest, prefill: bool) -> bool:
     if body.continue_final_message is not None or body.add_generation_prompt is not None:
         return bool(body.continue_final_message)
     last = body.messages[-1]
+    if prefill and isinstance(last, AssistantMessage) and isinstance(body.messages[-2:][0], AssistantMessage):
+        if len(body.messages) > 1:
+            raise ApiError(400, "messages: two messages of the assistant cannot be continued; join them", param="messages")
     return prefill and isinstance(last, AssistantMessage) and bool(last.content) and not last.tool_calls

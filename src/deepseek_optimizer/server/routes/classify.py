@@ -63,7 +63,10 @@ def add(app: FastAPI, state: ServerState) -> None:
             job = job_of(request, "pool", body.priority, caller)
             options = embed_options(state, body)
             base64 = body.encoding_format == "base64"
-            if body.task == "classify" or (body.task is None and state.engine.classifier is not None):
+            own = "embed" if state.engine.classifier is None else "classify"
+            if body.task not in (None, own):
+                raise ApiError(400, f"Unsupported task: {body.task!r}; this model's is {own!r}", param="task")
+            if own == "classify":
                 values, tokens = await classes(body.input, options.cut, options.special, body.use_activation is not False, job)
                 return json_response(response(state, job, [_pooled(i, row, base64) for i, row in enumerate(values)], tokens))
             outputs = await pooled_outputs(state, body.input, options, job)

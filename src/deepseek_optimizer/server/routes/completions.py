@@ -15,9 +15,10 @@ from ..chat.fill_in import fill_in_prompt
 from ..chat.forms import form_of
 from ..chat.grammars import compiled
 from ..chat.intake import admitted_request
-from ..chat.prompts import text_prompts
+from ..chat.prompts import text_prompts, truncated
 from ..chat.replies import StreamReply, WholeReply
 from ..chat.reports import reported, wanted_reports
+from ..chat.telemetry import streamed_with_telemetry, wanted_telemetry, with_telemetry
 from ..chat.words import sampler_words
 from ..http.caller import Caller
 from ..http.problems import ApiError
@@ -45,21 +46,24 @@ def add(app: FastAPI, state: ServerState) -> None:
         async with admitted_request(state, request, CompletionRequest) as (body, places, caller):
             check(body)
             n, returned = body.best_of or body.n or 1, body.n or 1
+            max_tokens = _DEFAULT_TOKENS if body.max_tokens is None else body.max_tokens
             stops: tuple[int, ...] = ()
             if body.suffix:
                 gap = await fill_in_prompt(state, str(body.prompt), body.suffix, caller)
                 prompts, stops = [gap.ids], gap.stops
             else:
-                prompts = await text_prompts(state, body.prompt, body.add_special_tokens is not False, caller, "prompt")
+                special, cut = body.add_special_tokens is not False, body.truncate_prompt_tokens
+                prompts = await text_prompts(state, body.prompt, special, caller, "prompt", whole=cut is None)
+                prompts = truncated(state, prompts, cut, body.truncation_side, max_tokens)
             echoes = [""] * (len(prompts) * n)
             if body.echo:
                 decoded = await state.tokenizing(lambda lane: [echo(lane, ids) for ids in prompts], caller)
                 given = [body.prompt] if isinstance(body.prompt, str) else body.prompt
-                texts = given if isinstance(given[0], str) else decoded
+                texts = given if isinstance(given[0], str) and body.truncate_prompt_tokens is None else decoded
                 echoes = [str(text) for text in texts for _ in range(n)]
             name = f"cmpl-{uuid.uuid4().hex}"
             started = await start_completion(
-                state, body, prompts, caller, max_tokens=_DEFAULT_TOKENS if body.max_tokens is None else body.max_tokens,
+                state, body, prompts, caller, max_tokens=max_tokens,
                 id=name, salt=request.state.salt, stop_token_ids=stops, echoes=echoes,
             )  # fmt: skip
             answers, reports = started.answers, started.reports
@@ -71,13 +75,15 @@ def add(app: FastAPI, state: ServerState) -> None:
             if body.stream:
                 last, every = usage_in_stream(body.stream_options)
                 encoder = CompletionEncoder(head, echoes, n, last, token_texts, every, reports)
-                return StreamReply(state, places.pop_all(), answers, encoder)
-            collector = CompletionCollector(head, echoes, n, token_texts, reports, returned)
+                timed = streamed_with_telemetry(encoder, wanted_telemetry(body, True), len(answers))
+                return StreamReply(state, places.pop_all(), answers, timed)
+            whole = CompletionCollector(head, echoes, n, token_texts, reports, returned)
+            collector = with_telemetry(whole, wanted_telemetry(body, False))
             return WholeReply(state, places.pop_all(), answers, collector.feed, collector.body)
 
     def echo(lane: Lane, ids: list[int]) -> str:
         if max(ids) >= state.engine.vocab_size:
-            raise ApiError(400, "prompt: contains a token id that this model does not have", param="prompt")
+            raise ApiError(400, "prompt: contains a token id that is out of vocabulary", param="prompt")
         return str(lane.tokenizer.decode(ids))
 
 
@@ -106,6 +112,7 @@ async def start_completion(
     id: str,
     salt: str,
     stop_token_ids: tuple[int, ...] = (),
+    sampled_logprobs: bool = False,
     echoes: list[str] | None = None,
 ) -> StartedCompletion:
     """Submits texts to continue to the engine. All protocols with texts use it.
@@ -119,6 +126,7 @@ async def start_completion(
         id: of the API request.
         salt: of the API key.
         stop_token_ids: tokens that end the text, besides those of the body.
+        sampled_logprobs: see `SamplingParams`.
         echoes: text before each answer; None: there is none.
 
     Raises:
@@ -133,6 +141,8 @@ async def start_completion(
         grammar=grammar,
         words=await sampler_words(state, body, caller),
     )
+    if sampled_logprobs:
+        params = replace(params, sampled_logprobs=True)
     if stop_token_ids:
         params = replace(params, stop_token_ids=(*params.stop_token_ids, *stop_token_ids))
     wanted = wanted_reports(body, prompts, n, bool(body.stream), body.logprobs if body.echo else None)
@@ -148,7 +158,10 @@ async def start_completion(
         adapter=caller.adapter,
         cache_salt=body.cache_salt,
         prompt_logprobs=wanted.prompt_logprobs,
+        progress=bool(body.stream and body.return_progress),
     )
+    if body.n_predict is not None:
+        requests = [state.fitted(request) for request in requests]
     texts = TokenIdTexts(state.texts) if body.return_tokens_as_token_ids else state.texts
     answers = (beam_start(state, body, n, caller) or state.submit)(requests)
     answers, reports = reported(state, answers, requests, wanted, caller, texts, echoes or [""] * len(answers))

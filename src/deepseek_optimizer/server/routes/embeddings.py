@@ -75,7 +75,7 @@ def embed_options(state: ServerState, body: Embeds) -> EmbedOptions:
 
 def response(state: ServerState, job: Job, data: list[Any], tokens: int) -> dict[str, Any]:
     """The body of a response that lists results."""
-    usage = {"prompt_tokens": tokens, "total_tokens": tokens}
+    usage = {"prompt_tokens": tokens, "completion_tokens": 0, "total_tokens": tokens}
     return {
         "id": job.name, "object": "list", "created": int(time.time()), "model": job.model(state), "data": data, "usage": usage
     }  # fmt: skip

@@ -22,13 +22,15 @@ def card(state: ServerState) -> dict[str, Any]:
     sampling = {**{name: getattr(defaults, name) for name in _SHOWN}, "max_tokens": state.max_answer_tokens}
     return {"id": state.model_name, "object": "model", "created": state.created, "owned_by": "deepseek-optimizer",
             "max_model_len": state.engine.context, "max_file_bytes": state.settings.max_file_bytes,
-            "default_sampling": sampling}  # fmt: skip
+            "default_sampling": sampling, "root": state.model_name, "parent": None}  # fmt: skip
 
 
 def adapter_cards(state: ServerState) -> list[dict[str, Any]]:
     """Describes the model's adapters."""
     base = {**card(state), "parent": state.model_name}
-    return [{**base, "id": adapter.name, "created": adapter.created} for adapter in state.engine.adapters]
+    return [
+        {**base, "id": adapter.name, "created": adapter.created, "root": str(adapter.path)} for adapter in state.engine.adapters
+    ]
 
 
 def add(app: FastAPI, state: ServerState) -> None:

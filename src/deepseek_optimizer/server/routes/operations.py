@@ -45,10 +45,18 @@ def add(app: FastAPI, state: ServerState) -> None:
         ] = "wait",
     ) -> Response:
         """Releases the memory of the cache and of mapped weights. Until /wake_up, requests are answered with status 503."""
-        return json_response({"released_bytes": await state.sleep(0 if mode == "abort" else state.settings.drain_seconds)})
+        seconds = 0 if mode == "abort" else state.settings.drain_seconds
+        return json_response(
+            {"released_bytes": await state.sleep(seconds, "weights_offloaded" if level == "1" else "discard_all")}
+        )
 
     @app.post("/wake_up", response_model=Sleeping, responses=errors(401, 403, 503), tags=["status"])
-    async def wake_up() -> Response:
+    async def wake_up(
+        tags: Annotated[
+            list[Literal["weights", "kv_cache"]] | None,
+            Query(description="Parts to wake up; the sleep ends when both are awake. By default both."),
+        ] = None,
+    ) -> Response:
         """Ends the sleep: mapped weights are read again as they are needed, beginning now."""
-        await state.wake_up()
+        await state.wake_up(tags or ("weights", "kv_cache"))
         return json_response({"is_sleeping": state.sleeping})

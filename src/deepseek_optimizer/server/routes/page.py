@@ -12,6 +12,7 @@ from ..http.page_files import HEADERS, PageFile, missing_libraries
 from ..http.problems import ApiError
 
 INDEX = "index.html"
+DISABLED = "this server has no chat page, since it was started with --no-ui"
 logger = logging.getLogger("deepseek_optimizer.server")
 
 
@@ -29,13 +30,17 @@ def add(app: FastAPI, files: dict[str, PageFile]) -> None:
             ", ".join(missing),
         )
     if INDEX not in files:
-
-        @app.get("/", include_in_schema=False)
-        async def no_page() -> Response:
-            raise ApiError(404, "this installation has no chat page")
-
+        leave_out(app, "this installation has no chat page")
     for path, file in paths(files).items():
         app.get(path, include_in_schema=False)(_serve(file))
+
+
+def leave_out(app: FastAPI, why: str) -> None:
+    """Answers requests for the page with status 404; other methods have other meanings at its path."""
+
+    @app.get("/", include_in_schema=False)
+    async def no_page() -> Response:
+        raise ApiError(404, why)
 
 
 def _serve(file: PageFile) -> Callable[[Request], Coroutine[Any, Any, Response]]:

@@ -33,7 +33,7 @@ def add(app: FastAPI, state: ServerState) -> None:
             "eos_token": tokenizer.eos_token or "",
             "modalities": {"vision": False, "audio": False},
             "build_info": f"deepseek-optimizer {versions('deepseek-optimizer')['deepseek-optimizer']}",
-            "is_sleeping": False,
+            "is_sleeping": state.sleeping,
         }
         return json_response(body)
 

@@ -17,6 +17,7 @@ from ..chat.prepared import prepare_chat
 from ..chat.replies import StreamReply, WholeReply, json_response
 from ..chat.response_answers import ResponseCollector, ResponseEncoder, new_response
 from ..chat.response_record import ResponseRecord, conversation_items, input_items
+from ..chat.telemetry import streamed_with_telemetry, wanted_telemetry, with_telemetry
 from ..document_chats.chats import prepare_chat_with_files
 from ..http.caller import Caller
 from ..http.problems import ApiError
@@ -78,10 +79,11 @@ def add(app: FastAPI, state: ServerState) -> None:
                 skip_special_tokens=not prepared.keep_special,
             )
             head = new_response(caller.adapter or state.model_name, _echo(given, params))
+            progress = bool(body.stream and body.return_progress) and not chat.has_files
             sequence = EngineRequest(
                 prepared.ids, params, id=head["id"], salt=salt, client=caller.key,
                 deadline=caller.deadline, priority=body.priority or 0, pinned=prepared.pinned,
-                adapter=caller.adapter,
+                adapter=caller.adapter, progress=progress,
             )  # fmt: skip
             answers, [answer] = prepared.submit([sequence], one_call)
             texts, dropped = state.texts if wants_logprobs else None, prepared.dropped
@@ -89,7 +91,8 @@ def add(app: FastAPI, state: ServerState) -> None:
             if body.stream:
                 encoder = ResponseEncoder(head, answer, texts, dropped)
                 store = partial(record.put, encoder.body) if record else None
-                return StreamReply(state, places.pop_all(), answers, encoder, before_end=store)
+                timed = streamed_with_telemetry(encoder, wanted_telemetry(body, progress), 1)
+                return StreamReply(state, places.pop_all(), answers, timed, before_end=store)
             collector = ResponseCollector(head, answer, texts, dropped)
             if record is not None and body.background:
                 try:
@@ -98,7 +101,8 @@ def add(app: FastAPI, state: ServerState) -> None:
                     answers[0].cancel()
                     raise
             store = partial(record.put, collector.body) if record else None
-            return WholeReply(state, places.pop_all(), answers, collector.feed, collector.body, before_end=store)
+            whole = with_telemetry(collector, wanted_telemetry(body, False))
+            return WholeReply(state, places.pop_all(), answers, whole.feed, whole.body, before_end=store)
 
 
 def check(body: ResponsesRequest) -> None:
@@ -108,7 +112,7 @@ def check(body: ResponsesRequest) -> None:
         ApiError: 400, fields contradict each other.
     """
     if body.background and body.store is False:
-        raise ApiError(400, "background: requires store, since the response is fetched later", param="background")
+        raise ApiError(400, "background can only be used when `store` is true", param="background")
     if body.background and body.stream:
         raise ApiError(400, "background: not with stream; get /v1/responses/{id} until it is complete", param="background")
 

@@ -66,7 +66,7 @@ def add(app: FastAPI, state: ServerState | ModelPool) -> None:
         owner, caller = request.state.salt, caller_of(request)
         row = await state.responses.get(owner, response_id, caller)
         if not row.background:
-            raise ApiError(400, "response_id: only responses in the background can be cancelled", param="response_id")
+            raise ApiError(400, "Cannot cancel a synchronous response.", param="response_id")
         if await state.responses.background.cancel(owner, response_id):
             row = await state.responses.get(owner, response_id, caller)
         return Response(row.body, media_type="application/json")

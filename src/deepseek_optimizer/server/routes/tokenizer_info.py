@@ -40,11 +40,14 @@ def _is_shown(name: str) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    """A value of a tokenizer's settings as JSON: added tokens become their text."""
+    """A value of a tokenizer's settings as JSON: added tokens become their text. Integers of more than 64 bits are null:
+    Transformers writes 1e30 for a `model_max_length` without a limit."""
     if isinstance(value, dict):
         return {str(name): _plain(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
+    if isinstance(value, int) and abs(value) >= 1 << 63:
+        return None
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     return str(value)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from fastapi import FastAPI, Request, Response
 
+from ..chat.chat_setup import ChatSpec, set_up
 from ..chat.intake import admitted_request
 from ..chat.old_functions import with_tool_calls
 from ..chat.prompts import tokens_of
@@ -59,16 +58,23 @@ def add(app: FastAPI, state: ServerState) -> None:
             raise ApiError(400, "prompt: give either prompt or messages", param="prompt")
         if body.messages is not None:
             messages = with_tool_calls([message.model_dump(exclude_none=True) for message in body.messages])
-            tools = [tool.model_dump(exclude_none=True) for tool in body.tools or ()] or None
-            options = body.chat_template_kwargs or {}
-            ids = await state.tokenizing(lambda lane: lane.template.render(messages, tools=tools, options=options).ids, caller)
+            chat = ChatSpec(
+                messages,
+                [tool.model_dump(exclude_none=True, exclude={"function": {"strict"}}) for tool in body.tools or ()],
+                options=body.chat_template_kwargs or {},
+                add_generation_prompt=body.add_generation_prompt is not False,
+                continue_final=bool(body.continue_final_message),
+            )
+            setup = await state.tokenizing(lambda lane: set_up(state, lane, chat), caller)
+            caller.ignored.extend(setup.ignored)
+            ids = setup.prompt.ids
         else:
             text, special = body.prompt or "", body.add_special_tokens is not False
             ids = await state.tokenizing(lambda lane: tokens_of(lane.tokenizer, text, special), caller)
-        result: dict[str, Any] = {"count": len(ids), "max_model_len": state.engine.context, "tokens": ids}
+        strings = None
         if body.return_token_strs:
-            result["token_strs"] = [state.texts.text(token) for token in ids]
-        return json_response(result)
+            strings = await state.tokenizing(lambda lane: lane.tokenizer.convert_ids_to_tokens(ids), caller)
+        return json_response({"count": len(ids), "max_model_len": state.engine.context, "tokens": ids, "token_strs": strings})
 
     @app.post(
         "/detokenize",

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ...errors import RequestError
+from ..tokens.prompt_size import too_long
 from .texts import Tokens, Truncation
 
 INSTRUCTION = "Given a web search query, retrieve relevant passages that answer the query"
@@ -61,11 +62,7 @@ def judge_tokens(
     space = limit - len(before) - len(after)
     if truncate.tokens is None and any(len(body) > space for body in bodies):
         longest = max(map(len, bodies)) + len(before) + len(after)
-        raise RequestError(
-            "documents",
-            f"a prompt has {longest:,} tokens, but the model's context has {room:,}; shorten the texts, or send "
-            "truncate_prompt_tokens: -1",
-        )
+        raise RequestError("documents", f"{too_long(room, longest)}, or send truncate_prompt_tokens: -1")
     if space < 1:
         raise RequestError("truncate_prompt_tokens", f"must be more than the {len(before) + len(after)} tokens of the template")
     return [Tokens([*before, *body[:space], *after]) for body in bodies]

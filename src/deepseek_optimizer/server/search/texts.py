@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from ...checkpoint.sentence_transformers import EmbeddingSettings
-from ...errors import RequestError, excerpt
+from ...errors import ContextLengthError, RequestError, excerpt
+from ..chat.prompts import mixed_ids
 from ..http.caller import Caller
 from ..http.problems import ApiError
+from ..protocol.prompt_parts import Part, prompts_of
 from ..state import ServerState
+from ..tokens.prompt_size import too_long
 
 # `input_type` of Cohere's and NVIDIA's clients -> names of prompts, as sentence-transformers' encode_query and encode_document
 # look them up
@@ -67,7 +70,8 @@ def truncation(state: ServerState, tokens: int | None, side: Literal["left", "ri
     context = state.engine.context
     if tokens > context:
         raise RequestError(
-            "truncate_prompt_tokens", f"must be at most the model's context of {context:,} tokens. Request a smaller size"
+            "truncate_prompt_tokens",
+            f"is greater than the model's context of {context:,} tokens. Please request a smaller truncation size.",
         )
     return Truncation(context if tokens == -1 else tokens, side)
 
@@ -108,7 +112,7 @@ async def embedding_tokens(
 
     Args:
         state: the server's.
-        given: a text or several, or token ids of one or several. Token ids are used as they are.
+        given: see `prompts_of`. Token ids are used as they are.
         prompt: name of the prompt to put before each text; None: none.
         special: whether the tokenizer adds special tokens.
         cut: see `Truncation`.
@@ -120,12 +124,13 @@ async def embedding_tokens(
         ApiError: see `FairQueue.run`.
     """
     settings = state.settings.embedding
-    texts = [given] if isinstance(given, str) or isinstance(given[0], int) else list(given)
-    if not isinstance(texts[0], str):
-        return [Tokens(_cut(ids, cut)) for ids in texts]
+    prompts, _ = prompts_of(given)
+    if not any(isinstance(part, str) for parts in prompts for part in parts):
+        return [Tokens(_cut([int(part) for part in parts], cut)) for parts in prompts]
+    texts = [str(parts[0]) for parts in prompts if _is_text(parts)]
     if cut.tokens is None:
-        for text in texts:
-            state.prompt_size.check([text], field)
+        for parts in prompts:
+            state.prompt_size.check((part for part in parts if isinstance(part, str)), field)
     before = "" if prompt is None else settings.prompts[prompt]
 
     def encode(tokenizer: Any) -> list[Tokens]:
@@ -134,7 +139,11 @@ async def embedding_tokens(
             ids = _encoded(tokenizer, [before], special, Truncation())[0].ids
             skip = len(ids) - (bool(ids) and ids[-1] in (tokenizer.sep_token_id, tokenizer.eos_token_id))
         whole = [before + (text.lower() if settings.lower_case else text) for text in texts]
-        return [Tokens(one.ids, one.types, skip) for one in _encoded(tokenizer, whole, special, cut)]
+        encoded = iter(_encoded(tokenizer, whole, special, cut) if whole else ())
+        return [
+            replace(next(encoded), skip=skip) if _is_text(parts) else Tokens(_cut(mixed_ids(tokenizer, parts, special), cut))
+            for parts in prompts
+        ]
 
     tokens = await state.tokenizing(lambda lane: encode(lane.tokenizer), caller)
     check_lengths(state, tokens, field)
@@ -188,11 +197,12 @@ def check_lengths(state: ServerState, tokens: Sequence[Tokens], field: str) -> N
         if not one.ids:
             raise RequestError(field, "must have at least one token")
         if len(one.ids) > context:
-            raise RequestError(
-                field,
-                f"has {len(one.ids):,} tokens, but the model's context has {context:,}; shorten it, or send "
-                "truncate_prompt_tokens: -1",
-            )
+            message = f"{too_long(context, len(one.ids))}, or send truncate_prompt_tokens: -1"
+            raise ContextLengthError(field, message, len(one.ids), context)
+
+
+def _is_text(parts: Sequence[Part]) -> bool:
+    return len(parts) == 1 and isinstance(parts[0], str)
 
 
 def _cut(ids: list[int], cut: Truncation) -> list[int]:

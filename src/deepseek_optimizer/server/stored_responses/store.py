@@ -7,6 +7,7 @@ import sqlite3
 from collections.abc import Callable
 from typing import TypeVar
 
+from ...errors import excerpt
 from ..http.caller import Caller
 from ..http.fair_queue import FairQueue
 from ..http.problems import ApiError
@@ -59,7 +60,7 @@ class ResponseStore:
         """
         row = await self._run(lambda: self._database.get(owner, id), caller)
         if row is None:
-            raise _missing()
+            raise _missing(id)
         return row
 
     async def conversation(self, owner: str, id: str, caller: Caller) -> list[Row]:
@@ -86,7 +87,7 @@ class ResponseStore:
             ApiError: 404, the owner has none with this id; others see `FairQueue.run`.
         """
         if not await self._run(lambda: self._database.delete(owner, id), caller):
-            raise _missing()
+            raise _missing(id)
         await self.background.cancel(owner, id)
 
     def sweep(self) -> None:
@@ -116,5 +117,5 @@ class ResponseStore:
             ) from None  # fmt: skip
 
 
-def _missing() -> ApiError:
-    return ApiError(404, "there is no such response, or it is no longer stored", param="response_id")
+def _missing(id: str) -> ApiError:
+    return ApiError(404, f"Response with id '{excerpt(id)}' not found.", param="response_id")

@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from ...errors import RequestError
+from ...errors import ContextLengthError
 
 _LOSSLESS = frozenset({"ByteLevel", "Split", "Digits", "Metaspace", "Punctuation", "UnicodeScripts"})  # pre-tokenizers
 _COMPOSING = frozenset({"NFC", "NFKC", "NFD", "NFKD"})
@@ -54,41 +54,44 @@ class PromptSize:
             field: of the request, for the error.
 
         Raises:
-            RequestError: the texts cannot fit the context.
+            ContextLengthError: the texts cannot fit the context.
         """
-        if self.max_bytes is None or self._bytes is None:
+        if self.max_bytes is None or self._bytes is None or self._context is None:
             return
         size = sum(_kept(text, self._bytes.lost) for text in texts)
         if size > self.max_bytes:
             min_tokens = -(-size // self._bytes.max_bytes)
-            raise RequestError(
-                field,
-                f"{size:,} bytes are at least {min_tokens:,} tokens, but the model's context has {self._context:,}; shorten it",
-            )
+            raise ContextLengthError(field, too_long(self._context, min_tokens, "at least "), min_tokens, self._context)
 
     def check_tokens(self, prompt: Any, field: str) -> None:
         """Checks a field that may be the token ids of a prompt, or of several, before every id is validated.
 
         Raises:
-            RequestError: a prompt has more tokens than the context.
+            ContextLengthError: a prompt has more tokens than the context.
         """
         if self._context is None or not isinstance(prompt, list) or not prompt:
             return
         for ids in prompt if isinstance(prompt[0], list) else [prompt]:
             if isinstance(ids, list) and len(ids) > self._context and isinstance(ids[0], int):
-                raise RequestError(
-                    field, f"has {len(ids):,} tokens, but the model's context has {self._context:,}; shorten it"
-                )  # fmt: skip
+                raise ContextLengthError(field, too_long(self._context, len(ids)), len(ids), self._context)
 
     def check_chat(self, messages: Sequence[Mapping[str, Any]], field: str = "messages") -> None:
         """Checks a chat's messages, assuming that the template contains them except for surrounding white space. Assistant
         messages are not counted, since templates omit their reasoning.
 
         Raises:
-            RequestError: see `check`.
+            ContextLengthError: see `check`.
         """
         if self.max_bytes is not None:
             self.check((text for message in messages if message["role"] != "assistant" for text in _said(message)), field)
+
+
+def too_long(context: int, tokens: int, about: str = "") -> str:
+    """The message for a prompt that does not fit. It begins as OpenAI's does, by which clients recognize it."""
+    return (
+        f"This model's maximum context length is {context} tokens, but the prompt has {about}{tokens}. "
+        "Please reduce the length of the input prompt"
+    )
 
 
 def bytes_of_token(tokenizer: Any) -> TokenBytes | None:

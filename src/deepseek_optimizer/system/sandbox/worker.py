@@ -138,6 +138,10 @@ class Worker:
             )
         except OSError as error:  # no free file descriptor, process or memory
             raise WorkerLostError(f"a worker process could not be started: {error.strerror}") from None
+        if self._closed:  # `close` has not seen this process
+            self._process.kill()
+            self._end()
+            raise WorkerError("it is closed")
         try:
             self._exchange(self._setup, _START_SECONDS)
         except WorkerError as error:  # not caused by a job

@@ -1,13 +1,13 @@
-"""llama-server's own routes: /completion, /infill and /apply-template."""
+"""llama-server's own routes: /completion, /infill, /apply-template and /slots."""
 
 from __future__ import annotations
 
 from fastapi import FastAPI
 
 from ...state import ServerState
-from . import apply_template, completion, infill
+from . import apply_template, completion, completions, infill, slots
 
 
 def add(app: FastAPI, state: ServerState) -> None:
-    for route in (completion, infill, apply_template):
+    for route in (completion, completions, infill, apply_template, slots):
         route.add(app, state)

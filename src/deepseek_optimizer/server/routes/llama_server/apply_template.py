@@ -27,6 +27,7 @@ def add(app: FastAPI, state: ServerState) -> None:
                 messages=[message.model_dump(exclude_none=True) for message in body.messages],
                 tools=[tool.model_dump(exclude_none=True) for tool in body.tools or ()],
                 options=body.chat_template_kwargs or {},
+                add_generation_prompt=body.add_generation_prompt is not False,
             )
             state.prompt_size.check_chat(chat.messages)
             setup = await state.tokenizing(lambda lane: set_up(state, lane, chat), caller)

@@ -1,0 +1,86 @@
+#include "decode.hpp"
+
+#include <algorithm>
+#include <chrono>
+#include <vector>
+
+#include "choice.hpp"
+#include "error.hpp"
+#include "plan.hpp"
+
+namespace dso {
+namespace {
+
+void check(const dso_plan& plan, const dso_batch& b, const dso_decode& d) {
+  if (d.steps < 1) fail(DSO_EINVAL, "decode.steps is %d, must be at least 1", d.steps);
+  if (d.n_stops < 0 || (d.n_stops > 0 && !d.stops))
+    fail(DSO_EINVAL, "decode.n_stops is %d, or decode.stops is NULL", d.n_stops);
+  if (!d.choices || !d.tokens) fail(DSO_EINVAL, "decode.choices or decode.tokens is NULL");
+  if (b.S < 1 || b.T != b.S || b.R != b.S)
+    fail(DSO_EINVAL, "decode: batch.T is %d, batch.R is %d, must be S, %d", b.T, b.R, b.S);
+  if (!b.token_ids || !b.positions || !b.context_len || !b.query_len || !b.phase || !b.logits)
+    fail(DSO_EINVAL, "decode: batch.token_ids, positions, context_len, query_len, phase or logits is NULL");
+  if (b.inputs_embeds || b.states || b.hidden || b.last_hidden)
+    fail(DSO_EINVAL, "decode: batch.inputs_embeds, states, hidden and last_hidden must be NULL");
+  if (d.steps > 1 && plan.has_states())
+    fail(DSO_EINVAL, "decode.steps is %d, must be 1: the plan has recurrent states", d.steps);
+  for (int32_t s = 0; s < b.S; ++s) {
+    if (b.query_len[s] != 1) fail(DSO_EINVAL, "decode: batch.query_len[%d] is %d, must be 1", s, b.query_len[s]);
+    if (b.phase[s] != DSO_PHASE_DECODE) fail(DSO_EINVAL, "decode: batch.phase[%d] is %d, must be 0", s, b.phase[s]);
+    check_choice(d.choices[s], plan.vocab_size(), s, d.generator);
+    if (d.generator && (d.choices[s].first_variate > d.variates - plan.vocab_size() ||
+                        (s > 0 && d.choices[s].first_variate < d.choices[s - 1].first_variate + plan.vocab_size())))
+      fail(DSO_EINVAL, "decode: choices[%d].first_variate is %lld: rows must follow each other within %lld variates", s,
+           (long long)d.choices[s].first_variate, (long long)d.variates);
+  }
+}
+
+}  // namespace
+
+void decode(dso_plan& plan, const dso_batch& batch, dso_decode& d) {
+  using Clock = std::chrono::steady_clock;
+  const Clock::time_point start = Clock::now();
+  check(plan, batch, d);
+  d.done = d.undecided = 0;
+  const size_t rows = size_t(batch.S);
+  std::vector<int32_t> ids(batch.token_ids, batch.token_ids + rows), positions(batch.positions, batch.positions + rows),
+      lengths(batch.context_len, batch.context_len + rows);
+  dso_batch b = batch;
+  b.token_ids = ids.data();
+  b.positions = positions.data();
+  b.context_len = lengths.data();
+  std::vector<Penalties> penalties;
+  for (size_t s = 0; s < rows; ++s) penalties.emplace_back(d.choices[s], plan.vocab_size());
+  Chooser chooser(plan.kernels(), plan.vocab_size());
+  Mt19937 generator(d.generator ? *d.generator : dso_mt19937{1, 0, {}});
+  for (;;) {
+    plan.run(b);
+    generator.mark();
+    for (size_t s = 0; s < rows; ++s) {
+      ids[s] = chooser.choose(b.logits + int64_t(s) * plan.vocab_size(), d.choices[s], penalties[s], d.done,
+                              d.generator ? &generator : nullptr);
+      if (ids[s] == DSO_UNDECIDED) {
+        d.undecided = 1;
+        return;
+      }
+    }
+    std::copy(ids.begin(), ids.end(), d.tokens + int64_t(d.done) * int64_t(rows));
+    ++d.done;
+    if (d.generator) {
+      generator.skip_to(d.variates);
+      *d.generator = generator.state();
+    }
+    const double passed = std::chrono::duration<double>(Clock::now() - start).count();
+    const bool stops = std::any_of(ids.begin(), ids.end(), [&](int32_t token) {
+      return std::find(d.stops, d.stops + d.n_stops, token) != d.stops + d.n_stops;
+    });
+    if (stops || d.done == d.steps || passed / d.done * (d.done + 1) > d.seconds) return;
+    for (size_t s = 0; s < rows; ++s) {
+      penalties[s].add(ids[s]);
+      ++positions[s];
+      ++lengths[s];
+    }
+  }
+}
+
+}  // namespace dso

@@ -1,0 +1,22 @@
+"""`Plan.decode` as one step: the definition, and all that a backend without a loop of its own needs. No torch."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .base import KvStore, Plan, StepBatch
+from .decoding import DecodeCall, Decoded
+from .sampling import GREEDY, NOT_FINITE
+
+
+def decode_one(plan: Plan, batch: StepBatch, store: KvStore, call: DecodeCall) -> Decoded:
+    """Runs one step of a call. See `Plan.decode`."""
+    logits = plan.run(batch, store).logits
+    nothing = np.zeros((0, len(call.rows)), np.int32)
+    if any(part is not None for row in call.rows for part in (row.noise, row.variate, row.penalties)):
+        return Decoded(nothing, logits)
+    choices = [GREEDY if r.numbers is None else r.filters._replace(u=float(r.numbers[0])) for r in call.rows]
+    chosen = plan.choose_tokens(logits, choices)
+    if NOT_FINITE in chosen:
+        return Decoded(nothing, logits)
+    return Decoded(np.array([chosen], np.int32))

@@ -1,0 +1,104 @@
+"""Several decode steps in one call: what `Plan.decode` takes and returns. No torch at import.
+
+The tokens are those that the caller would choose itself from the same logits. A backend chooses a token only where it is
+certain of that; otherwise it returns the logits, and the caller chooses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from .sampling import GREEDY, TokenChoice
+
+if TYPE_CHECKING:
+    import torch
+
+Int32 = npt.NDArray[np.int32]
+
+
+class TokenPenalties(NamedTuple):
+    """Penalties on tokens that have occurred, applied in fp32 before anything else.
+
+    Attributes:
+        tokens: int32 [n], the prompt and the text so far.
+        prompt: how many of them are the prompt.
+        repetition: divides a positive and multiplies a negative logit of a token that occurs among the last `window` tokens.
+        window: 0: all.
+        frequency, presence: `frequency * count + presence` is subtracted from the logit of a token that occurs `count` times in
+            the text.
+    """
+
+    tokens: Int32
+    prompt: int
+    repetition: float = 1.0
+    window: int = 0
+    frequency: float = 0.0
+    presence: float = 0.0
+
+
+class RowChoice(NamedTuple):
+    """How the tokens of one sequence are chosen in all steps of a call. At most one of `numbers`, `noise` and `variate` is
+    given; without any, the largest logit is chosen, and `filters` is ignored.
+
+    Attributes:
+        filters: temperature, above 0, and filters; its `u` is ignored.
+        numbers: float64 [steps] in [0, 1): step i chooses as `sampling.choose_token` does with u = numbers[i].
+        noise: float32 torch [steps, V], above 0, rows dense: step i divides the logits by temperature, filters them as
+            Transformers' warpers for top_k, top_p and min_p do, in this order, and chooses the largest probability divided by
+            noise[i]. With exponential variates this is `torch.multinomial`.
+        variate: as `noise`, with variates that torch's generator would draw (`DecodeCall.generator`): the number of the row's
+            first one in a step.
+        penalties: None: there are none.
+    """
+
+    filters: TokenChoice = GREEDY
+    numbers: npt.NDArray[np.float64] | None = None
+    noise: torch.Tensor | None = None
+    variate: int | None = None
+    penalties: TokenPenalties | None = None
+
+
+@dataclass
+class DecodeCall:
+    """A call of `Plan.decode`.
+
+    Attributes:
+        steps: maximum number of steps, above 0.
+        rows: one per sequence of the batch.
+        stops: int32 [n]; a step that chooses one of these tokens is the last.
+        seconds: no step but the first begins that would probably end later than this after the call.
+        generator: uint32 [626], the state of torch's generator of exponential variates: `left`, `next` and the 624 words of
+            at::mt19937. The call advances it by `variates` for each step whose tokens it chose. None: no row needs it.
+        variates: number of variates that a step draws. Those of the rows follow each other, in the order of the rows.
+    """
+
+    steps: int
+    rows: Sequence[RowChoice]
+    stops: Int32
+    seconds: float
+    generator: npt.NDArray[np.uint32] | None = None
+    variates: int = 0
+
+
+@dataclass
+class Decoded:
+    """The result of `Plan.decode`.
+
+    Attributes:
+        tokens: the tokens that each step chose, int32 [steps, S].
+        logits: float32 torch [S, V], of one further step that was run, whose tokens the caller must choose; None: there is
+            none.
+    """
+
+    tokens: Int32
+    logits: torch.Tensor | None = None
+
+    @property
+    def steps(self) -> int:
+        """Number of steps that were run."""
+        return len(self.tokens) + (self.logits is not None)
