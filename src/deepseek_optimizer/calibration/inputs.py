@@ -39,6 +39,10 @@ def moment_of(left: Sequence[torch.Tensor], right: Sequence[torch.Tensor], backe
 
     The rows are rounded to bf16, as most models compute them; the sums are float32.
     """
-    columns = torch.cat(list(right)).float().t().contiguous()
+    columns = _columns(right)
     packed = PackedMatrix("bf16", *columns.shape, backend.pack(columns, "bf16"))
-    return backend.linear(torch.cat(list(left)).bfloat16().float().t().contiguous(), packed)
+    return backend.linear(columns if left is right else _columns(left), packed)
+
+
+def _columns(rows: Sequence[torch.Tensor]) -> torch.Tensor:
+    return torch.cat([x.bfloat16() for x in rows]).t().contiguous()  # half the bytes of float32 to transpose
