@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from deepseek_optimizer import quant
-from deepseek_optimizer.quant.compensation import compensated, curvature, matched, product_error
+from deepseek_optimizer.quant.compensation import compensated, curvature, product_error, with_product
 from deepseek_optimizer.quant.int4 import Int4
 
 ROWS, COLS = 37, 96
@@ -105,13 +105,14 @@ def test_many_rows_are_rounded_in_parts(monkeypatch: pytest.MonkeyPatch) -> None
     assert torch.equal(whole.codes, parts.codes) and torch.equal(whole.parameters[0], parts.parameters[0])
 
 
-def test_other_inputs_are_matched() -> None:
+def test_wanted_changes_of_products() -> None:
     x = inputs()
     y = x + 0.3 * inputs(seed=2)
     weight = weights().double()
-    moved = matched(weight, (x - y).t() @ y / (y.t() @ y).diagonal().mean(), of(y))
+    wanted = weight @ ((x - y).t() @ y) / (y.t() @ y).diagonal().mean()
+    moved = with_product(weight, wanted, of(y))
     assert (x @ weight.t() - y @ moved.t()).square().sum() < 0.8 * ((x - y) @ weight.t()).square().sum()
-    assert torch.allclose(matched(weight, torch.zeros(COLS, COLS), of(y)), weight)
+    assert torch.equal(with_product(weight, torch.zeros_like(weight), of(y)), weight)
 
 
 def test_columns_that_are_never_used() -> None:

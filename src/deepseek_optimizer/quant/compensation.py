@@ -99,19 +99,17 @@ def compensated(weight: torch.Tensor, curvature: Curvature, format: GroupFormat,
     return Rounded(torch.cat([part.codes for part in parts]), tuple(torch.cat(column) for column in columns))
 
 
-def matched(weight: torch.Tensor, cross_moment: torch.Tensor, curvature: Curvature) -> torch.Tensor:
-    """The matrix M whose products M y are closest to the products W x of other inputs; M is what to round then.
+def with_product(weight: torch.Tensor, wanted: torch.Tensor, curvature: Curvature) -> torch.Tensor:
+    """The matrix M whose products M y are closest to W y + d, for a wanted change d of the products; M is what to round then.
 
-    M = W + W E[(x - y) y^T] H^-1, with H the damped second moment of y, so that noise changes W little.
+    M = W + E[d y^T] H^-1, with H the damped second moment of y, so that noise changes W little.
 
     Args:
         weight: W, float [N, K].
-        cross_moment: sum of (x - y) y^T over the inputs, divided by the mean diagonal of the sum of y y^T, [K, K].
+        wanted: sum of d y^T over the inputs, divided by the mean diagonal of the sum of y y^T, [N, K].
         curvature: of y.
     """
-    change = torch.linalg.solve(
-        curvature.second_moment, (weight @ cross_moment.to(weight.dtype)).t().to(curvature.weights.dtype)
-    )
+    change = torch.linalg.solve(curvature.second_moment, wanted.t().to(curvature.second_moment.dtype))
     return weight + change.t().to(weight.dtype)
 
 

@@ -32,3 +32,25 @@ def test_a_failing_forward_leaves_no_hooks():
     with pytest.raises(IndexError):
         LayerCalls(model.model, list(model.model.layers), [torch.tensor([[model.config.vocab_size]])])
     assert not any(layer._forward_pre_hooks for layer in model.model.layers)
+
+
+@pytest.mark.parametrize(
+    "case, added",
+    [
+        ("llama-gqa", {"mlp.down_proj"}),
+        ("cohere2", {"mlp.down_proj", "self_attn.o_proj"}),  # attention and MLP are parallel
+        ("gemma3_text", set()),  # results are normalized first
+        ("granite", set()),  # and scaled
+    ],
+)
+def test_which_results_are_added_to_the_output(case, added):
+    model = random_model(CASES[next(name for name in CASES if name.startswith(case))]()).eval().bfloat16()
+    layers = list(model.model.layers)
+    with torch.no_grad():
+        calls = LayerCalls(model.model, layers, [torch.arange(3, 40)[None]])
+        found = {
+            name
+            for name, module in layers[0].named_modules()
+            if isinstance(module, torch.nn.Linear) and calls.adds(layers[0], 0, module, calls.inputs[0])
+        }
+    assert found == added and not any(module._forward_hooks for module in layers[0].modules())

@@ -45,6 +45,31 @@ class LayerCalls:
         result: torch.Tensor = output[0] if isinstance(output, tuple) else output
         return result
 
+    def adds(self, layer: nn.Module, index: int, module: nn.Module, hidden: torch.Tensor) -> bool:
+        """Whether a layer adds the result of one of its modules, unchanged, to its output. It is run twice on the first text.
+
+        `hidden`: hidden states [1, n, H] of that text.
+        """
+        output = self.run(layer, index, 0, hidden)
+        change = output.float().abs().median() * torch.linspace(-2, 2, output.numel(), device=output.device).view_as(output)
+
+        def changed(module: nn.Module, args: Any, result: Any) -> Any:
+            same = isinstance(result, torch.Tensor) and result.numel() == change.numel()
+            return result + change.view_as(result).to(result.dtype) if same else result
+
+        handle = module.register_forward_hook(changed)
+        try:
+            difference = self.run(layer, index, 0, hidden).float() - output.float()
+        finally:
+            handle.remove()
+        return bool((difference - change).abs().median() < 0.05 * change.abs().median())  # outputs are rounded, often to bf16
+
+
+def first_inputs(decoder: nn.Module, layers: Sequence[nn.Module], texts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The hidden states that the first layer gets now, [1, n, H] for each text; the arguments are those of `LayerCalls`."""
+    second = layers[1] if len(layers) > 1 else None
+    return [_recorded(decoder, layers[:1], second, text)[0][0] for text in texts]
+
 
 def _recorded(
     decoder: nn.Module, layers: Sequence[nn.Module], stop: nn.Module | None, ids: torch.Tensor

@@ -3,7 +3,8 @@
 Two streams of hidden states pass through the decoder: the original model's, and that of the model as far as it is rounded. The
 matrices of a layer are rounded such that their products with the rounded model's activations are close to those of the original
 matrices with the original activations (as in GPTAQ, Li et al. 2025), so that a layer also compensates the errors of the layers
-before it. Besides the model, the activations of one layer are in memory.
+before it. A matrix whose product is added to the layer's output is rounded such that this output is close to the original one,
+which also compensates errors of the hidden states. Besides the model, the activations of one layer are in memory.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from ...config import DeepSeekConfig
 from ...graph.min_formats import min_formats
 from ...quant import GROUP_FORMATS, WEIGHED, PackedMatrix, PackedStack, PackedWeight, get_format
 from ...quant.base import TILE_COLS
-from ...quant.compensation import Curvature, compensated, curvature, matched
+from ...quant.compensation import Curvature, compensated, curvature, with_product
 from ...quant.tiles import empty_stack, empty_tiles
 from ...system.threads import one_torch_thread
 from ..bind.graphs import decoder_path, whole_graph
@@ -32,8 +33,12 @@ from ..bind.modules import PackedLinear
 from ..bind.packed_experts import PackedExperts
 from ..bind.runtime import Runtime, runtime_of
 from ..bind.swap import STACKS, Site, put_in_place, sites
-from .layer_calls import LayerCalls
+from .layer_calls import LayerCalls, first_inputs
 
+# Shares of the errors of inputs and outputs that a matrix compensates. To compensate all of them would fit the calibration text
+# alone, more with each layer. Measured on SmolLM2.
+INPUT_SHARE = 0.25
+OUTPUT_SHARE = 0.5
 EMBEDDING_SHARE = 0.1  # of an identity in the second moment of a tied head, since the embedding's rows are read unweighted
 EXACT_COLUMNS = 4096  # up to this size, second moments are factored in float64
 
@@ -75,25 +80,27 @@ def round_in_place(
     places: dict[int | None, list[Site]] = {}
     for site in rounding.places:
         places.setdefault(index.get(id(site.module)), []).append(site)
+    last = _LastMatrices()
     with torch.no_grad():
         with one_torch_thread():
             calls = LayerCalls(decoder, layers, texts)
-        original, rounded = list(calls.inputs), list(calls.inputs)
+        original = list(calls.inputs)
+        # The embedding first, so that the layers compensate its errors too: a head then reads the original hidden states.
+        rounding.round(places.get(None, []), _read_by_head(model, texts), None)
+        with one_torch_thread():
+            rounded = first_inputs(decoder, layers, texts)
         for i, layer in enumerate(layers):
             here = places.get(i, [])
             exact, seen = Inputs(), Inputs()
-            with one_torch_thread(), _listening(here, exact):
-                original = [calls.run(layer, i, text, hidden) for text, hidden in enumerate(original)]
-            if i == 0:
-                seen = exact
-            else:
-                with one_torch_thread(), _listening(here, seen):
-                    for text, hidden in enumerate(rounded):
-                        calls.run(layer, i, text, hidden)
-            rounding.round(here, seen, exact)
+            with one_torch_thread():
+                with _listening(here, exact):
+                    original = [calls.run(layer, i, text, hidden) for text, hidden in enumerate(original)]
+                with _listening(here, seen):
+                    outputs = [calls.run(layer, i, text, hidden) for text, hidden in enumerate(rounded)]
+                lag = _Lag(original, outputs, last.among(calls, layer, i, here, rounded[0]))
+            rounding.round(here, seen, exact, lag)
             with one_torch_thread():
                 rounded = [calls.run(layer, i, text, hidden) for text, hidden in enumerate(rounded)]
-        rounding.round(places.get(None, []), _read_by_head(model, texts), None)
     return rounding.outcome
 
 
@@ -128,6 +135,45 @@ def _add_expert(inputs: Inputs, gate_up: str, down: str, expert: int, x: torch.T
     inputs.add(f"{down}.{expert}", h)
 
 
+class _LastMatrices:
+    """The matrices whose products layers add to their outputs. It is found out once for each kind of layer and module."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[type, str], bool] = {}
+
+    def among(
+        self, calls: LayerCalls, layer: nn.Module, index: int, places: Sequence[Site], hidden: torch.Tensor
+    ) -> frozenset[str]:
+        """Names of such weights; the arguments are those of `LayerCalls.adds`."""
+        names = {id(module): name for name, module in layer.named_modules()}
+        found = set()
+        for site in places:
+            if isinstance(site.module, PackedLinear) and site.module.out_features == hidden.shape[-1]:
+                key = type(layer), names[id(site.module)]
+                if key not in self._known:
+                    self._known[key] = calls.adds(layer, index, site.module, hidden)
+                if self._known[key]:
+                    found.add(site.weights["weight"])
+        return frozenset(found)
+
+
+@dataclass(frozen=True)
+class _Lag:
+    """The outputs of a layer in the original model, and for the rounded model's hidden states, [1, n, H] for each text.
+
+    `names`: the weights whose products are added to the output.
+    """
+
+    original: Sequence[torch.Tensor]
+    rounded: Sequence[torch.Tensor]
+    names: frozenset[str]
+
+    def rows(self) -> list[torch.Tensor]:
+        """What the matrices are to add, each an equal part, [n, H] for each text."""
+        pairs = zip(self.original, self.rounded, strict=True)
+        return [(a.float() - b.float()).flatten(0, 1) / len(self.names) for a, b in pairs]
+
+
 @dataclass(frozen=True)
 class _Part:
     """A matrix to round: the original, the new format, and where to write its tiles."""
@@ -158,13 +204,14 @@ class _Rounding:
         self._sizes, self._done = sizes, 0
         self._threads = torch.get_num_threads()
 
-    def round(self, places: Sequence[Site], seen: Inputs, exact: Inputs | None) -> None:
+    def round(self, places: Sequence[Site], seen: Inputs, exact: Inputs | None, lag: _Lag | None = None) -> None:
         """Rounds the matrices of some modules and replaces the modules.
 
         Args:
             places: the modules.
             seen: the inputs of the matrices in the rounded model.
             exact: their inputs in the original model; None: the same.
+            lag: the error of the layer's output so far; None: there is none.
         """
         new: dict[str, PackedWeight] = {}
         parts: dict[str, _Part] = {}
@@ -183,7 +230,7 @@ class _Rounding:
                 for format in dict.fromkeys(parts[name].format for name in names):
                     same = [name for name in names if parts[name].format == format]
                     chosen = [parts[name] for name in same]
-                    running.append(pool.submit(_round_parts, chosen, *self._problem(chosen, same[0], seen, exact)))
+                    running.append(pool.submit(_round_parts, chosen, *self._problem(chosen, same[0], seen, exact, lag)))
             for rounded in running:
                 self.outcome.compensated += rounded.result()
         importance = _importance_by_parameter(parts, seen)
@@ -196,7 +243,9 @@ class _Rounding:
         self._done += sum(self._sizes.pop(name, 0) for name in new)
         self._progress(self._done, self._done + sum(self._sizes.values()))
 
-    def _problem(self, parts: Sequence[_Part], name: str, seen: Inputs, exact: Inputs | None) -> tuple[torch.Tensor, Curvature]:
+    def _problem(
+        self, parts: Sequence[_Part], name: str, seen: Inputs, exact: Inputs | None, lag: _Lag | None
+    ) -> tuple[torch.Tensor, Curvature]:
         """The weights to round of matrices that have the same inputs, one below the other, and the curvature of these inputs.
 
         `name`: of one of the matrices.
@@ -210,11 +259,15 @@ class _Rounding:
         exactly = moment.double() if len(moment) <= EXACT_COLUMNS else moment
         factored = curvature(exactly, format.run).to(torch.float32)
         weights = nn.functional.pad(torch.cat([self.backend.unpack(part.source) for part in parts]), (0, missing))
-        if exact is not None and exact is not seen and name == parts[0].parameter:  # experts may get other tokens there
+        if lag is None or exact is None or name != parts[0].parameter:  # experts may get other tokens in the original model
+            return weights, factored
+        if parts[0].parameter in lag.names and len(parts) == 1:
+            wanted = OUTPUT_SHARE * moment_of(lag.rows(), rows, self.backend)
+        else:
             error = [x.float() - y.float() for x, y in zip(exact.rows[name], rows, strict=True)]
-            cross = nn.functional.pad(moment_of(error, rows, self.backend), (0, missing, 0, missing))
-            weights = matched(weights, cross / moment.diagonal().mean().clamp_min(1e-30), factored)
-        return weights, factored
+            wanted = INPUT_SHARE * weights[:, : parts[0].source.cols] @ moment_of(error, rows, self.backend)
+        wanted = nn.functional.pad(wanted, (0, missing)) / moment.diagonal().mean().clamp_min(1e-30)
+        return with_product(weights, wanted, factored), factored
 
     def _plain(self, part: _Part, importance: torch.Tensor | None) -> None:
         self.backend.pack(self.backend.unpack(part.source), part.format, part.tiles, importance)
