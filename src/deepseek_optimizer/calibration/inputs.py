@@ -40,7 +40,7 @@ def moment_of(left: Sequence[torch.Tensor], right: Sequence[torch.Tensor], backe
     The rows are rounded to bf16, as most models compute them; the sums are float32.
     """
     columns = _columns(right)
-    packed = PackedMatrix("bf16", *columns.shape, backend.pack(columns, "bf16"))
+    packed = PackedMatrix("bf16", columns.shape[0], columns.shape[1], backend.pack(columns, "bf16"))
     return backend.linear(columns if left is right else _columns(left), packed)
 
 

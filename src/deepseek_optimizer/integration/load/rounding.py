@@ -124,7 +124,8 @@ def _listening(places: Sequence[Site], inputs: Inputs) -> Iterator[None]:
         stack.enter_context(watching(linear, inputs.add))
         for site in experts:
             module: Any = site.module
-            module.listener = partial(_add_expert, inputs, *(site.weights[leaf] for leaf in STACKS))
+            gate_up, down = (site.weights[leaf] for leaf in STACKS)
+            module.listener = partial(_add_expert, inputs, gate_up, down)
             stack.callback(setattr, module, "listener", None)
         yield
 
