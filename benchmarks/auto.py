@@ -62,7 +62,8 @@ def main() -> None:
     reference = load_model(path)
     tokenizer = load_tokenizer(path)
     texts = texts_of(tokenizer, calibration_tokens(reference.dso.config, tokenizer))
-    wanted: list[dict[str, Any]] = [{"precision": name} for name in FIXED] + [{"kl_budget": budget} for budget in a.budgets]
+    wanted: list[dict[str, Any]] = [{"precision": name, "calibration": None} for name in FIXED]
+    wanted += [{"kl_budget": budget} for budget in a.budgets]
     for fields in wanted:
         row = measured(path, reference, texts, **fields)
         name = ", ".join(f"{field} {value}" for field, value in fields.items())

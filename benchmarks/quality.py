@@ -95,10 +95,11 @@ def _engine(bf16: Path, evaluated: Sequence[torch.Tensor], calibration: str) -> 
             ("bf16", bf16, {"precision": "bf16"}),
             ("int8", bf16, {"precision": "int8"}),
             ("int8, int8 activations", bf16, {"precision": "int8", "activation": "int8"}),
-            ("q4_1", bf16, {"precision": "q4_1"}),
+            ("q4_1", bf16, {"precision": "q4_1", "calibration": None}),
             ("q4_1, calibrated", bf16, {"precision": "q4_1", "calibration": text}),
-            ("int4", bf16, {"precision": "int4"}),
-            ("int4, 16-bit activations", bf16, {"precision": "int4", "activation": "int16"}),
+            ("int4", bf16, {"precision": "int4", "calibration": None}),
+            ("int4, 16-bit activations", bf16, {"precision": "int4", "activation": "int16", "calibration": None}),
+            ("int4, built-in text", bf16, {"precision": "int4"}),
             ("int4, calibrated", bf16, {"precision": "int4", "calibration": text}),
         ]
         for name, path, options in variants:

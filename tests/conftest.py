@@ -11,6 +11,7 @@ from support.rings import Costs, Rings, seed_of
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("DSO_CALIBRATION", "none")  # tests that round compare with plain rounding unless they name a text
 os.environ.setdefault("DSO_CHECK", "1")  # red zones around every buffer that the native library writes
 
 

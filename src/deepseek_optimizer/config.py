@@ -34,6 +34,8 @@ ContextExtension = Literal["yarn", "dynamic"]
 # Default window in tokens by attention mode; sparse attention selects further tokens itself.
 WINDOWS: Final = {"sliding": 4096, "sparse": 512}
 
+BUILT_IN_TEXT: Final = "auto"  # value of `calibration`
+
 _LONG: Final = ("formats",)  # omitted from `repr`
 
 
@@ -109,6 +111,11 @@ def _path(name: str, value: Any) -> str:
     return text
 
 
+def _calibration(name: str, value: Any) -> str | None:
+    """The path of a text, `BUILT_IN_TEXT`, or None, also written as "none"."""
+    return None if value is None or value == "none" else _path(name, value)
+
+
 def _above_zero(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
         raise ConfigError(f"{name} must be a number above 0, got {value!r}")
@@ -174,9 +181,10 @@ class DeepSeekConfig(QuantizationConfigMixin):
             scaling: texts within the trained length are unchanged; a longer one uses the frequencies for the length that it
             may reach). Quality beyond the trained length is not guaranteed: measure it.
         context_length: context length in tokens, with `context_extension`.
-        calibration: path of a UTF-8 text file, a few pages typical of what the model will process. `load_model` runs the
-            original model on it, and weights the rounding errors of int4 and q4_1 by how strongly each input column is used.
-            None: all columns have equal weight.
+        calibration: text on which the original model runs, to round int4 and q4_1 such that its results change least: the path
+            of a UTF-8 text file, a few pages typical of what the model will process; "auto": a built-in text, if that takes
+            less than a minute (never if the environment variable DSO_CALIBRATION is "none"); or None or "none": each weight is
+            rounded to the nearest value.
         kl_budget: only with precision "auto": chooses the smallest format of each matrix such that the mean KL divergence from
             the original model stays within this many nats per token, measured on the calibration text (without one, on a text
             that every Python installation contains). int8 everywhere costs a few thousandths, int4 a few tenths. None: no
@@ -210,7 +218,7 @@ class DeepSeekConfig(QuantizationConfigMixin):
     mtp: Mtp = "auto"
     context_extension: ContextExtension | None = None
     context_length: int | None = None
-    calibration: str | None = None
+    calibration: str | None = BUILT_IN_TEXT
     kl_budget: float | None = None
     strict: bool = False
     formats: dict[str, str] | None = None
@@ -238,7 +246,7 @@ class DeepSeekConfig(QuantizationConfigMixin):
         "mtp": _one_of("auto", "off"),
         "context_extension": _optional(_one_of("yarn", "dynamic")),
         "context_length": _optional(_integer(1, (1 << 31) - 1)),
-        "calibration": _optional(_path),
+        "calibration": _calibration,
         "kl_budget": _optional(_above_zero),
         "strict": _flag,
         "formats": _optional(_formats),
@@ -300,6 +308,11 @@ class DeepSeekConfig(QuantizationConfigMixin):
             return AttentionMode()
         window = WINDOWS[mode] if self.attention_window is None else self.attention_window
         return AttentionMode(mode, window, self.attention_sinks, self.attention_budget)  # type: ignore[arg-type]
+
+    @property
+    def calibration_file(self) -> str | None:
+        """The path of the user's calibration text; None: there is none."""
+        return None if self.calibration == BUILT_IN_TEXT else self.calibration
 
     def format_of(self, weight: str, natural: str, min_format: str | None = None) -> str:
         """Returns the name of the format to pack one weight matrix of an original model in.

@@ -121,7 +121,7 @@ class DynamicGraphOptimizer:
         chosen_for = earlier.config.kl_budget if earlier is not None else None
         if self.config.kl_budget not in (None, chosen_for):
             raise ConfigError("kl_budget needs the model's tokenizer and calibration text; use load_model or `dso convert`")
-        if self.config.calibration is not None:
+        if self.config.calibration_file is not None:
             raise ConfigError("calibration needs the model's files and tokenizer; use load_model or `dso convert`")
         if not hasattr(model, "config"):
             raise ConfigError(f"expected a Transformers model, got {type(model).__name__}")

@@ -61,17 +61,6 @@ def test_all_finite(dtype: torch.dtype) -> None:
         assert not all_finite(broken) and not all_finite(broken[:, ::2]) and all_finite(broken[:, ::3])
 
 
-@pytest.mark.parametrize("panel", [700, 1 << 21])
-def test_importance_reaches_the_packer_by_name(tmp_path: Path, panel: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint_base, "PANEL_ELEMENTS", panel)
-    importance = {"m.a.weight": torch.rand(70), "m.b.weight": torch.rand(32)}
-    loaded = dict(stream_weights(checkpoint_of(tmp_path, TENSORS), WANTED, SHAPES, importance=importance))
-    for name, format in WANTED.items():
-        if format is not None:
-            assert torch.equal(loaded[name].data, quant.get_format(format).pack(TENSORS[name], importance.get(name))), name
-    assert not torch.equal(loaded["m.a.weight"].data, quant.get_format("int4").pack(TENSORS["m.a.weight"]))
-
-
 def test_the_given_packer_is_used(tmp_path: Path) -> None:
     calls: list[str] = []
 

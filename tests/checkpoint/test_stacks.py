@@ -74,14 +74,6 @@ def test_separate_and_merged_experts_are_packed_matrix_by_matrix(
             assert torch.equal(stack.matrix(i).data, get_format(stack.format).pack(matrix)), (name, i)
 
 
-def test_importance_weighs_every_matrix_of_a_stack(tmp_path: Path) -> None:
-    tensors, weight = one_by_one(), torch.rand(HIDDEN)
-    loaded = dict(stream_weights(checkpoint_of(tmp_path, tensors), WANTED, SHAPES, importance={GATE_UP: weight}))
-    for i, matrix in enumerate(matrices(tensors, GATE_UP)):
-        assert torch.equal(loaded[GATE_UP].matrix(i).data, get_format("int4").pack(matrix, weight))
-        assert not torch.equal(loaded[GATE_UP].matrix(i).data, get_format("int4").pack(matrix))
-
-
 def test_the_format_of_a_stack_is_the_largest_of_its_parts(tmp_path: Path) -> None:
     tensors = one_by_one()
     assert checkpoint_of(tmp_path / "a", tensors).own_format(GATE_UP, SHAPES[GATE_UP]) == "bf16"

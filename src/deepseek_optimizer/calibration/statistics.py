@@ -2,18 +2,37 @@
 
 The error of a product y = W x is (W' - W) x. If the elements of x are uncorrelated, its mean square is the sum over W's
 elements of (w' - w)^2 mean(x^2): the weighted error by which int3, int4 and q4_1 choose their scales (`quant/search.py`).
-Correlations, which GPTQ takes into account, are ignored: they need a K x K matrix per layer, and packing would no longer take
-seconds.
+Correlations are ignored here; `quant/compensation.py` takes them into account.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import nn
+
+
+@contextmanager
+def watching(modules: Mapping[str, nn.Module], add: Callable[[str, torch.Tensor], None]) -> Iterator[None]:
+    """Returns a context manager in which `add` is called with the inputs of modules.
+
+    Args:
+        modules: name -> module.
+        add: called with the name and the module's first argument.
+    """
+
+    def hook(name: str) -> Any:
+        return lambda module, arguments: add(name, arguments[0])
+
+    handles = [module.register_forward_pre_hook(hook(name)) for name, module in modules.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 class ColumnSquares:
@@ -32,23 +51,9 @@ class ColumnSquares:
         squares = x.detach().reshape(-1, x.shape[-1]).double().square().sum(0)
         self._sums[name] = self._sums[name] + squares if name in self._sums else squares
 
-    @contextmanager
-    def watching(self, modules: Mapping[str, nn.Module]) -> Iterator[None]:
-        """Returns a context manager in which the inputs of modules are added.
-
-        Args:
-            modules: name -> module; the module's first argument is added under that name.
-        """
-
-        def hook(name: str) -> Any:
-            return lambda module, arguments: self.add(name, arguments[0])
-
-        handles = [module.register_forward_pre_hook(hook(name)) for name, module in modules.items()]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+    def watching(self, modules: Mapping[str, nn.Module]) -> AbstractContextManager[None]:
+        """Returns a context manager in which the inputs of modules are added under their names."""
+        return watching(modules, self.add)
 
     def importance(self) -> dict[str, torch.Tensor]:
         """Returns the column weights of each matrix, float32 [K], with mean 1; all zeros if all inputs were zero."""

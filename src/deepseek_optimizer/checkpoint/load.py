@@ -6,7 +6,6 @@ import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 
@@ -45,7 +44,6 @@ def stream_weights(
     packer: Packer = reference_packer,
     progress: Callable[[LoadProgress], None] | None = None,
     ignored: Iterable[str] = IGNORED,
-    importance: Mapping[str, torch.Tensor] | None = None,
     order: Sequence[str] | None = None,
 ) -> Iterator[tuple[str, PackedWeight | torch.Tensor]]:
     """Yields the wanted tensors in file order: packed matrices and stacks, and plain tensors where the format is None.
@@ -59,7 +57,6 @@ def stream_weights(
         packer: packs a panel; the native one if it is built.
         progress: called after each tensor.
         ignored: patterns (full match) of stored tensor names that may be absent from `wanted`.
-        importance: parameter name -> weight of an error in each column, see `Packer`; some may be absent.
         order: names of the tensors to yield, in this order; None: all, in file order.
 
     Raises:
@@ -68,7 +65,7 @@ def stream_weights(
     check_tensors(checkpoint, wanted, shapes, ignored)
     if order is None:
         order = sorted(wanted, key=lambda name: _place(checkpoint, name, shapes[name]))
-    return _stream(checkpoint, {name: wanted[name] for name in order}, shapes, packer, progress, importance or {})
+    return _stream(checkpoint, {name: wanted[name] for name in order}, shapes, packer, progress)
 
 
 def check_tensors(
@@ -116,7 +113,6 @@ def _stream(
     shapes: Mapping[str, tuple[int, ...]],
     packer: Packer,
     progress: Callable[[LoadProgress], None] | None,
-    importance: Mapping[str, torch.Tensor],
 ) -> Iterator[tuple[str, PackedWeight | torch.Tensor]]:
     sizes = {name: sum(checkpoint.info(t).nbytes for t in checkpoint.stored(name, tuple(shapes[name]))) for name in wanted}
     total, done, start = sum(sizes.values()), 0, time.monotonic()
@@ -128,11 +124,10 @@ def _stream(
             yield name, tensor
             del tensor  # only the caller may keep it alive
         else:
-            weighing = partial(packer, importance=importance[name]) if name in importance else packer
             if len(shape := tuple(shapes[name])) == 3:
-                yield name, checkpoint.packed_stack(name, format, shape, weighing)  # type: ignore[arg-type]  # three dimensions
+                yield name, checkpoint.packed_stack(name, format, shape, packer)  # type: ignore[arg-type]  # three dimensions
             else:
-                yield name, checkpoint.packed(name, format, weighing)
+                yield name, checkpoint.packed(name, format, packer)
         done += sizes[name]
         if progress is not None:
             progress(LoadProgress(name, done, total, count, len(wanted), time.monotonic() - start))

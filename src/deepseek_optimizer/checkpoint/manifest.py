@@ -6,11 +6,13 @@
             "model.layers.0.mlp.up_proj": {"format": "int4", "shape": [1536, 576]},
             "model.layers.1.mlp.experts.down_proj": {"format": "int4", "shape": [64, 2048, 1408]}, ...
         },
-        "curve": [{"bits": 4.9, "bytes": 96123456, "measured_kl": 0.018, "chosen": true, ...}, ...]
+        "curve": [{"bits": 4.9, "bytes": 96123456, "measured_kl": 0.018, "chosen": true, ...}, ...],
+        "rounding": {"method": "compensated", "text": "built-in", "tokens": 8192, "matrices": 211, "plain": {}}
     }
 
 A module's matrix is its `.weight`; a stack of experts' matrices has the name of its parameter, and its shape is count, rows,
 cols. `curve` lists the choices of formats that were measured for a `kl_budget`, smallest first; it is empty without one.
+`rounding` says how the weights were rounded if that depended on a calibration text; it is empty otherwise.
 """
 
 from __future__ import annotations
@@ -60,22 +62,27 @@ class Manifest:
     Attributes:
         modules: format and shape by module name, or by parameter name for a stack of experts.
         curve: sizes and qualities measured to choose the formats; empty if the user chose them.
+        rounding: how the weights were rounded on a calibration text; empty: without one.
     """
 
     modules: Mapping[str, PackedEntry] = field(default_factory=dict)
     curve: tuple[Mapping[str, Any], ...] = ()
+    rounding: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "modules", MappingProxyType(dict(self.modules)))
         object.__setattr__(self, "curve", tuple(self.curve))
+        object.__setattr__(self, "rounding", MappingProxyType(dict(self.rounding)))
 
     @classmethod
-    def of(cls, weights: Mapping[str, Any], curve: Sequence[Mapping[str, Any]] = ()) -> Manifest:
+    def of(
+        cls, weights: Mapping[str, Any], curve: Sequence[Mapping[str, Any]] = (), rounding: Mapping[str, Any] | None = None
+    ) -> Manifest:
         """The manifest of these weights.
 
         Args:
             weights: by parameter name; those that are not packed are left out.
-            curve: see the attribute.
+            curve, rounding: see the attributes.
 
         Raises:
             ValueError: a packed matrix that is not a module's `.weight`, or a stack that is.
@@ -85,7 +92,7 @@ class Manifest:
             if name.endswith(".weight") == isinstance(weight, PackedStack):
                 raise ValueError(f"a packed matrix must be a module's .weight, and a stack must not: {name!r}")
         modules = {name.removesuffix(".weight"): PackedEntry(w.format, tuple(w.shape)) for name, w in packed.items()}
-        return cls(modules, tuple(curve))
+        return cls(modules, tuple(curve), rounding or {})
 
     @classmethod
     def read(cls, config: Mapping[str, Any], file: Path) -> Manifest:
@@ -106,12 +113,14 @@ class Manifest:
             raise CheckpointError(f"{KEY} is missing or not an object; convert the original checkpoint again", file=file)
         if type(version := section.get("version")) is not int or version != VERSION:
             raise CheckpointError(_other_version(f"{KEY}.version {version!r}"), file=file)
-        modules, curve = section.get("modules"), section.get("curve", [])
+        modules, curve, rounding = section.get("modules"), section.get("curve", []), section.get("rounding", {})
         if not isinstance(modules, Mapping):
             raise CheckpointError(f"{KEY}.modules must be an object", file=file)
         if not isinstance(curve, list) or not all(isinstance(point, Mapping) for point in curve):
             raise CheckpointError(f"{KEY}.curve must be a list of objects", file=file)
-        return cls({name: _read_entry(name, entry, file) for name, entry in modules.items()}, tuple(curve))
+        if not isinstance(rounding, Mapping):
+            raise CheckpointError(f"{KEY}.rounding must be an object", file=file)
+        return cls({name: _read_entry(name, entry, file) for name, entry in modules.items()}, tuple(curve), rounding)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Manifest:
         return self  # immutable
@@ -119,7 +128,8 @@ class Manifest:
     def to_dict(self) -> dict[str, Any]:
         """The manifest as JSON types, as stored under `KEY` in config.json."""
         modules = {name: {"format": entry.format, "shape": list(entry.shape)} for name, entry in self.modules.items()}
-        return {"version": VERSION, "modules": modules, "curve": [dict(point) for point in self.curve]}
+        content = {"version": VERSION, "modules": modules, "curve": [dict(point) for point in self.curve]}
+        return {**content, "rounding": dict(self.rounding)} if self.rounding else content
 
     def weights(self) -> dict[str, PackedEntry]:
         """The entries by parameter name."""
@@ -131,7 +141,7 @@ class Manifest:
 
     def renamed(self, rename: Callable[[str], str]) -> Manifest:
         """A copy whose modules have the names that `rename` returns for theirs."""
-        return Manifest({rename(name): entry for name, entry in self.modules.items()}, self.curve)
+        return Manifest({rename(name): entry for name, entry in self.modules.items()}, self.curve, self.rounding)
 
 
 def _other_version(field: str) -> str:

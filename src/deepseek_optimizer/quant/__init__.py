@@ -11,7 +11,7 @@ import torch
 
 from ..errors import ConfigError
 from . import fp8, ggml
-from .base import PANEL_ROWS, TILE_COLS, TILE_ROWS, Packer, WeightFormat
+from .base import PANEL_ROWS, TILE_COLS, TILE_ROWS, GroupFormat, Packer, WeightFormat
 from .bf16 import Bf16
 from .fp8 import Fp8
 from .fp32 import Fp32
@@ -25,6 +25,8 @@ from .q4_1 import Q4_1
 FORMATS: Mapping[str, WeightFormat] = MappingProxyType(
     {f.name: f for f in (Fp32(), Bf16(), Int8(), Int4(), Int3(), Q4_1(), Fp8(), *BLOCK_FORMATS)}
 )
+# Formats that compensated rounding supports (`compensation.py`).
+GROUP_FORMATS: Mapping[str, GroupFormat] = MappingProxyType({"int8": Int8(), "int4": Int4(), "q4_1": Q4_1()})
 
 QUANT_METHOD: Final = "deepseek_optimizer"  # the name of these formats in a config.json
 WEIGHED = frozenset({"int3", "int4", "q4_1"})  # formats whose scales depend on the columns' importance
@@ -98,12 +100,14 @@ def take_rows(matrix: PackedMatrix, index: torch.Tensor, dtype: torch.dtype = to
 
 __all__ = [
     "FORMATS",
+    "GROUP_FORMATS",
     "PANEL_ROWS",
     "QUANT_METHOD",
     "SUPERBLOCKS",
     "TILE_COLS",
     "TILE_ROWS",
     "WEIGHED",
+    "GroupFormat",
     "PackedMatrix",
     "PackedStack",
     "PackedWeight",

@@ -45,6 +45,41 @@ class Packer(Protocol):
     ) -> torch.Tensor: ...
 
 
+Parameters = tuple[torch.Tensor, ...]  # what a group of 32 columns has besides its codes, such as a scale: fp16 [n] each
+
+
+class GroupFormat(Protocol):
+    """A format whose groups of 32 columns can be rounded one by one, as compensated rounding does (`compensation.py`).
+
+    Columns come first: x is float32 [32, n], one group of n rows, and a part of it [k, n].
+
+    Attributes:
+        run: the number of columns that are rounded together, a divisor of 32; 1 if each element has a code of its own.
+    """
+
+    run: ClassVar[int]
+
+    @staticmethod
+    def fit(x: torch.Tensor, importance: torch.Tensor) -> Parameters:
+        """Chooses the parameters of x [32, n] such that the error weighted by importance, float32 [32], is small."""
+
+    @staticmethod
+    def refit(x: torch.Tensor, codes: torch.Tensor, importance: torch.Tensor) -> Parameters:
+        """The parameters with the smallest weighted error of x [32, n] for given codes, float32 [32, n]."""
+
+    @staticmethod
+    def codes(x: torch.Tensor, parameters: Parameters) -> torch.Tensor:
+        """The codes nearest to x [k, n] for given parameters; k is a multiple of `run`. float32 [k, n]."""
+
+    @staticmethod
+    def values(codes: torch.Tensor, parameters: Parameters) -> torch.Tensor:
+        """The values of codes [k, n], float32 [k, n]: what `unpack` returns for them."""
+
+    @staticmethod
+    def tiles(codes: torch.Tensor, parameters: Parameters) -> torch.Tensor:
+        """Packs codes, int8 or float32 [N, K], with parameters [N, K/32] each: uint8 [ceil(N/16), K/32, tile_bytes]."""
+
+
 class WeightFormat(Protocol):
     """One format.
 

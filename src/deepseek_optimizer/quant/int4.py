@@ -12,9 +12,22 @@ from typing import ClassVar
 
 import torch
 
+from .base import Parameters
 from .groups import grouped, join_nibbles, round_scale, scale_error, split_nibbles, to_words, ungroup
-from .search import REFIT, Best, by_column, error_weights, in_order, nearest, pad_importance, weighted_error, within
-from .tiles import pack_panels, pad_to_tiles, unpack_panels
+from .search import (
+    REFIT,
+    Best,
+    best_of,
+    by_column,
+    error_weights,
+    in_order,
+    nearest,
+    pad_importance,
+    scale_for,
+    weighted_error,
+    within,
+)
+from .tiles import pack_panels, pad_to_tiles, tiles_of, unpack_panels
 
 # Candidates for the code of the element of largest magnitude. The first is ggml's; without importance, it is the only one.
 ENDS = (-8.0, -6.5, -7.0, -7.5, -8.5, -9.0, -9.5, 6.5, 7.0, 7.5, 8.0, 8.5, 9.0, 9.5)
@@ -28,6 +41,7 @@ class Int4:
     tile_bytes: ClassVar[int] = 288
     bits: ClassVar[float] = 4.5
     activation: ClassVar[str] = "q8"
+    run: ClassVar[int] = 1
 
     @staticmethod
     def pack(weight: torch.Tensor, importance: torch.Tensor | None = None) -> torch.Tensor:
@@ -50,6 +64,31 @@ class Int4:
         # Codes reach 8 steps on the largest element's side and 7 on the other; with importance, the sides may be swapped.
         reach = 7 + (groups.sign() == largest.sign()).float() if importance is None else 7
         return ungroup(torch.maximum(long / 2, groups.abs() - reach * short) + 17 * scale_error(long), weight)
+
+    @staticmethod
+    def fit(x: torch.Tensor, importance: torch.Tensor) -> Parameters:
+        largest = x.gather(0, x.abs().argmax(0, keepdim=True))
+        ends = torch.tensor(ENDS, device=x.device, dtype=torch.float32).unsqueeze(1)
+        (scale,) = best_of(x, importance, (round_scale(largest / ends),), Int4.codes, Int4.values)
+        (fitted,) = Int4.refit(x, Int4.codes(x, (scale,)), importance)
+        return best_of(x, importance, (torch.stack((scale, fitted)),), Int4.codes, Int4.values)
+
+    @staticmethod
+    def refit(x: torch.Tensor, codes: torch.Tensor, importance: torch.Tensor) -> Parameters:
+        return (scale_for(x, codes, importance),)
+
+    @staticmethod
+    def codes(x: torch.Tensor, parameters: Parameters) -> torch.Tensor:
+        return nearest(x, parameters[0], -8, 7)
+
+    @staticmethod
+    def values(codes: torch.Tensor, parameters: Parameters) -> torch.Tensor:
+        return codes * parameters[0].float()
+
+    @staticmethod
+    def tiles(codes: torch.Tensor, parameters: Parameters) -> torch.Tensor:
+        words = join_nibbles(to_words(grouped(codes) + 8))
+        return tiles_of(words, parameters, Int4.tile_bytes)
 
 
 def _largest(groups: torch.Tensor) -> torch.Tensor:

@@ -6,8 +6,10 @@ from typing import ClassVar
 
 import torch
 
+from .base import Parameters
 from .groups import grouped, quantize, round_scale, scale_error, to_words, ungroup
-from .tiles import pack_panels, pad_to_tiles, unpack_panels
+from .search import nearest, scale_for
+from .tiles import pack_panels, pad_to_tiles, tiles_of, unpack_panels
 
 
 class Int8:
@@ -18,6 +20,7 @@ class Int8:
     tile_bytes: ClassVar[int] = 544
     bits: ClassVar[float] = 8.5
     activation: ClassVar[str] = "q16"
+    run: ClassVar[int] = 1
 
     @staticmethod
     def pack(weight: torch.Tensor, importance: torch.Tensor | None = None) -> torch.Tensor:
@@ -35,6 +38,26 @@ class Int8:
         groups = grouped(pad_to_tiles(weight))
         step = groups.abs().amax(-1, keepdim=True) / 127
         return ungroup((step / 2 + 127.5 * scale_error(step)).expand_as(groups), weight)
+
+    @staticmethod
+    def fit(x: torch.Tensor, importance: torch.Tensor) -> Parameters:
+        return (round_scale(x.abs().amax(0) / 127),)
+
+    @staticmethod
+    def refit(x: torch.Tensor, codes: torch.Tensor, importance: torch.Tensor) -> Parameters:
+        return (scale_for(x, codes, importance),)
+
+    @staticmethod
+    def codes(x: torch.Tensor, parameters: Parameters) -> torch.Tensor:
+        return nearest(x, parameters[0], -127, 127)
+
+    @staticmethod
+    def values(codes: torch.Tensor, parameters: Parameters) -> torch.Tensor:
+        return codes * parameters[0].float()
+
+    @staticmethod
+    def tiles(codes: torch.Tensor, parameters: Parameters) -> torch.Tensor:
+        return tiles_of(to_words(grouped(codes) + 128), parameters, Int8.tile_bytes)
 
 
 def _encode(panel: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:

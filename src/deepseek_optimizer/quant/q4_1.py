@@ -11,10 +11,10 @@ from typing import ClassVar
 
 import torch
 
-from .base import TILE_COLS
+from .base import TILE_COLS, Parameters
 from .groups import grouped, join_nibbles, round_scale, scale_error, split_nibbles, to_words, ungroup
-from .search import REFIT, Best, by_column, error_weights, in_order, nearest, pad_importance, weighted_error, within
-from .tiles import pack_panels, pad_to_tiles, unpack_panels
+from .search import REFIT, Best, best_of, by_column, error_weights, in_order, nearest, pad_importance, weighted_error, within
+from .tiles import pack_panels, pad_to_tiles, tiles_of, unpack_panels
 
 # Fractions of a group's range that are trimmed, below and above; the first pair is ggml's choice.
 TRIMS = tuple((below / 32, above / 32) for below in range(4) for above in range(4))
@@ -30,6 +30,7 @@ class Q4_1:
     tile_bytes: ClassVar[int] = 320
     bits: ClassVar[float] = 5.0
     activation: ClassVar[str] = "q16"
+    run: ClassVar[int] = 1
 
     @staticmethod
     def pack(weight: torch.Tensor, importance: torch.Tensor | None = None) -> torch.Tensor:
@@ -52,6 +53,37 @@ class Q4_1:
         bottom, top = low + trim + long * SHIFT, high - trim - (SHIFT + 15 * REFIT) * step
         rounding = 32 * scale_error(long) + scale_error(low) + scale_error(bottom) + 2.0**-22 * (low.abs() + groups.abs())
         return ungroup(torch.maximum(long / 2, torch.maximum(bottom - groups, groups - top)) + rounding, weight)
+
+    @staticmethod
+    def fit(x: torch.Tensor, importance: torch.Tensor) -> Parameters:
+        low, high = x.amin(0), x.amax(0)
+        trims = torch.tensor(TRIMS, device=x.device, dtype=torch.float32).unsqueeze(-1)
+        bottom, top = low + (high - low) * trims[:, 0], high - (high - low) * trims[:, 1]
+        tried = (round_scale((top - bottom) / 15), round_scale(bottom))
+        scale, minimum = best_of(x, importance, tried, Q4_1.codes, Q4_1.values)
+        fitted = Q4_1.refit(x, Q4_1.codes(x, (scale, minimum)), importance)
+        pairs = tuple(torch.stack(pair) for pair in zip((scale, minimum), fitted, strict=True))
+        return best_of(x, importance, pairs, Q4_1.codes, Q4_1.values)
+
+    @staticmethod
+    def refit(x: torch.Tensor, codes: torch.Tensor, importance: torch.Tensor) -> Parameters:
+        weights = (importance / importance.sum()).unsqueeze(1)
+        mean_q, mean_x = (weights * codes).sum(0), (weights * x).sum(0)
+        wq = weights * (codes - mean_q)
+        scale = round_scale(((wq * x).sum(0) / (wq * codes).sum(0)).nan_to_num_(0.0))
+        return scale, round_scale(mean_x - scale.float() * mean_q)
+
+    @staticmethod
+    def codes(x: torch.Tensor, parameters: Parameters) -> torch.Tensor:
+        return nearest(x - parameters[1].float(), parameters[0], 0, 15)
+
+    @staticmethod
+    def values(codes: torch.Tensor, parameters: Parameters) -> torch.Tensor:
+        return codes * parameters[0].float() + parameters[1].float()
+
+    @staticmethod
+    def tiles(codes: torch.Tensor, parameters: Parameters) -> torch.Tensor:
+        return tiles_of(join_nibbles(to_words(grouped(codes))), parameters, Q4_1.tile_bytes)
 
 
 def _range(groups: torch.Tensor, tail: int) -> tuple[torch.Tensor, torch.Tensor]:

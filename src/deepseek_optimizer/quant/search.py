@@ -11,9 +11,12 @@ Sums run over the columns in order, one IEEE operation at a time, so that the na
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
-from .base import TILE_COLS
+from .base import TILE_COLS, Parameters
+from .groups import round_scale
 
 REFIT = 1 / 16  # maximum relative change of a scale by a fit: bounds the error of columns whose weight is near zero
 
@@ -71,6 +74,38 @@ def nearest(x: torch.Tensor, scale: torch.Tensor, low: int, high: int) -> torch.
     """rint(x * (1 / scale)) clamped to [low, high], for x [32, n, g] and scale fp16 [n, g]; zeros where the scale is zero."""
     inverse = (1 / scale.float()).masked_fill_(scale == 0, 0.0)
     return (x * inverse).round_().clamp_(low, high)
+
+
+def scale_for(x: torch.Tensor, codes: torch.Tensor, importance: torch.Tensor) -> torch.Tensor:
+    """The least-squares scale of x = scale * codes, fp16 [n]; x, codes: float32 [32, n]; zero where all codes are."""
+    weighted = importance.unsqueeze(1) * codes
+    return round_scale(((weighted * x).sum(0) / (weighted * codes).sum(0)).nan_to_num_(0.0))
+
+
+def best_of(
+    x: torch.Tensor,
+    importance: torch.Tensor,
+    candidates: Parameters,
+    codes: Callable[[torch.Tensor, Parameters], torch.Tensor],
+    values: Callable[[torch.Tensor, Parameters], torch.Tensor],
+) -> Parameters:
+    """The parameters with the smallest weighted error for groups x, float32 [32, n]; the first ones if errors are equal.
+
+    Unlike `Best`, it computes all errors at once, which is faster for few groups, and in no fixed order.
+
+    Args:
+        x: float32 [32, n].
+        importance: weights of the errors, float32 [32].
+        candidates: fp16 [c, n] each.
+        codes, values: of the format, see `GroupFormat`.
+
+    Returns: fp16 [n] each.
+    """
+    spread = x.unsqueeze(1)
+    error = (spread - values(codes(spread, candidates), candidates)).square_()  # [32, c, n]
+    total = (importance @ error.flatten(1)).view(error.shape[1:])
+    chosen = total.nan_to_num_(torch.inf).argmin(0, keepdim=True)
+    return tuple(kind.gather(0, chosen)[0] for kind in candidates)
 
 
 class Best:

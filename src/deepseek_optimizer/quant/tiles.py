@@ -90,6 +90,18 @@ def pack_panels(weight: torch.Tensor, tile_bytes: int, encode: Encode) -> torch.
     return out
 
 
+def tiles_of(words: torch.Tensor, halves: tuple[torch.Tensor, ...], tile_bytes: int) -> torch.Tensor:
+    """Tiles of rows that are already encoded: int32 words [N, g, n] and fp16 [N, g] -> uint8 [ceil(N/16), g, tile_bytes].
+
+    Missing rows of the last tile are filled with zeros.
+    """
+    out = empty_tiles(words.shape[0], words.shape[1] * TILE_COLS, tile_bytes)
+    missing = -words.shape[0] % TILE_ROWS
+    pad = torch.nn.functional.pad
+    write_tiles(out, pad(words, (0, 0, 0, 0, 0, missing)), tuple(pad(half, (0, 0, 0, missing)) for half in halves))
+    return out
+
+
 def unpack_panels(
     packed: torch.Tensor, rows: int, cols: int, dtype: torch.dtype, decode: Decode, words: int, halves: int = 0
 ) -> torch.Tensor:

@@ -47,7 +47,8 @@ class PackedExperts(Packed):
         down_proj: uint8 [E, ...tiles of H x I].
         gate_up_proj_bias, down_proj_bias: float [E, 2 I] and [E, H], as in Transformers' module; None: there are none.
         product, gradient: as in `PackedLinear`.
-        listener: called with each input of down, h = act(gate x) * (up x), float [tokens, I]; for calibration.
+        listener: called with each expert's index, its inputs x, float [tokens, H], and the inputs of its down projection,
+            h = act(gate x) * (up x), float [tokens, I]; for calibration.
     """
 
     gate_up_proj: nn.Parameter
@@ -78,7 +79,7 @@ class PackedExperts(Packed):
         self.act_fn, self.transposed = act_fn, transposed
         self.product: Product = linear
         self.gradient: Gradient = linear_gradient
-        self.listener: Callable[[torch.Tensor], None] | None = None
+        self.listener: Callable[[int, torch.Tensor, torch.Tensor], None] | None = None
         self._is_hf_initialized = True  # weights are loaded, never initialized at random
 
     @property
@@ -121,7 +122,7 @@ class PackedExperts(Packed):
         up = PackedProduct.apply(x, gate_up.matrix(2 * expert + 1), *how)
         h = self._gated(*self._with_biases(expert, gate, up))
         if self.listener is not None:
-            self.listener(h)
+            self.listener(expert, x, h)
         y: torch.Tensor = PackedProduct.apply(h, down.matrix(expert), *how)
         return y if self.down_proj_bias is None else y + self.down_proj_bias[expert].to(y.dtype)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -193,6 +193,24 @@ def pack_in_place(
         setattr(site.parent, site.child, twin)
         module._parameters.clear()
         del module, site
+
+
+def put_in_place(places: Iterable[Site], matrices: Mapping[str, PackedWeight]) -> None:
+    """Replaces packed modules by such with other matrices, given by name; tied weights share a parameter again.
+
+    Modules whose matrices all keep their formats stay.
+    """
+    parameters: dict[str, nn.Parameter] = {}
+    for site in places:
+        module: Any = site.module
+        formats = {leaf: matrices[weight].format for leaf, weight in site.weights.items()}
+        if all(held.format == formats[leaf] for leaf, held in module.held().items()):
+            continue
+        twin = packed_twin(module, formats, module.dtype)
+        for leaf, weight in site.weights.items():
+            setattr(twin, leaf, parameters.setdefault(weight, nn.Parameter(matrices[weight].data, requires_grad=False)))
+        twin.training = module.training
+        setattr(site.parent, site.child, twin)
 
 
 def substitute(model: nn.Module, old: nn.Module, new: nn.Module) -> None:

@@ -65,7 +65,7 @@ def check_settings(config: DeepSeekConfig, reason: str) -> None:
     """Raises ConfigError if a setting needs an execution plan. `reason`: why there is none."""
     default = DeepSeekConfig()
     for name in NEED_A_PLAN:
-        if (value := getattr(config, name)) != getattr(default, name):
+        if (value := getattr(config, name)) not in (getattr(default, name), None):
             raise ConfigError(
                 f"{name}={value!r} needs an execution plan for decoding, which this model does not have: leave {name} unset. "
                 f"The reason: {reason}"

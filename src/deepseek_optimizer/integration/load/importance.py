@@ -1,8 +1,8 @@
-"""Calibration at load time: runs the lossless model over a text to measure which columns of its matrices matter."""
+"""Runs a lossless model over a text to measure which columns of its matrices matter."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -11,45 +11,11 @@ import torch
 from torch import nn
 
 from ...calibration.statistics import ColumnSquares
-from ...calibration.text import LENGTH, read_text, stretches
-from ...checkpoint import Checkpoint, PackedCheckpoint, load_tokenizer
-from ...config import DeepSeekConfig
-from ...quant import WEIGHED
-from ...system.progress import show_progress
 from ...system.threads import one_torch_thread
 from ..bind.graphs import decoder_path
 from ..bind.packed_experts import PackedExperts
 from ..bind.runtime import runtime_of
 from ..bind.swap import sites
-
-UNUSED = "the calibration text was not used, because no matrix is rounded to " + " or ".join(sorted(WEIGHED))
-
-
-def importance_for(
-    checkpoint: Checkpoint, settings: DeepSeekConfig, formats: Mapping[str, str | None], load_original: Callable[[], Any]
-) -> tuple[dict[str, torch.Tensor], list[str]]:
-    """Column importance by weight name (see `quant.Packer`), if `settings` request calibration and a format uses it.
-
-    Args:
-        checkpoint: the checkpoint to load.
-        settings: the settings of the load.
-        formats: the format of each weight; None for plain tensors.
-        load_original: loads the model losslessly; it is freed before this function returns.
-
-    Returns: importance by weight name, empty if unused; and notes for the user.
-
-    Raises:
-        ConfigError: the calibration text cannot be read, or is too short.
-    """
-    if settings.calibration is None or settings.kl_budget is not None or isinstance(checkpoint, PackedCheckpoint):
-        return {}, []
-    if not any(format in WEIGHED and checkpoint.lossless_format(name) != format for name, format in formats.items()):
-        return {}, [UNUSED]
-    length = min(LENGTH, checkpoint.config().get("max_position_embeddings", LENGTH))
-    texts = stretches(load_tokenizer(checkpoint), read_text(settings.calibration), length, source=settings.calibration)
-    original = load_original()  # shows its own progress bar
-    with show_progress("Calibrating") as progress:
-        return measure_importance(original, texts, progress), []
 
 
 def measure_importance(
@@ -76,7 +42,7 @@ def measure_importance(
     with one_torch_thread(), torch.inference_mode(), ExitStack() as watching:
         watching.enter_context(columns.watching({name: m for name, m in readers.items() if name not in read_by_head}))
         for site in experts:
-            watching.enter_context(_listening(site.module, partial(columns.add, site.weights["down_proj"])))
+            watching.enter_context(_listening(site.module, partial(_add, columns, site.weights["down_proj"])))
         for done, ids in enumerate(texts, 1):
             hidden = model.get_submodule(decoder_path(model))(ids, use_cache=False)[0]
             for name in read_by_head:
@@ -86,10 +52,14 @@ def measure_importance(
     return columns.importance()
 
 
+def _add(columns: ColumnSquares, name: str, expert: int, x: torch.Tensor, h: torch.Tensor) -> None:
+    """Adds the inputs of an expert's down projection. All experts of a layer share the importance of these columns, because a
+    single expert gets too few tokens of a short text."""
+    columns.add(name, h)
+
+
 @contextmanager
-def _listening(experts: Any, listener: Callable[[torch.Tensor], None]) -> Iterator[None]:
-    """Passes the inputs of the experts' down projections to `listener`. All experts of a layer share the importance of these
-    columns, because a single expert gets too few tokens of a short text."""
+def _listening(experts: Any, listener: Callable[[int, torch.Tensor, torch.Tensor], None]) -> Iterator[None]:
     experts.listener = listener
     try:
         yield

@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
 
 from ...backends.base import Backend
 from ...calibration.budget import Choice
@@ -26,7 +25,7 @@ from ...quant.tiles import empty_stack, empty_tiles, panels
 from ...system.progress import show_progress
 from ..bind.graphs import plan_graph
 from ..bind.runtime import Runtime, kv_dtype, runtime_of
-from ..bind.swap import matrices_of, packed_twin, sites, weights_of
+from ..bind.swap import matrices_of, put_in_place, sites, weights_of
 from ..model.bind_plan import rebind
 from .importance import measure_importance
 
@@ -47,9 +46,11 @@ def calibration_tokens(config: DeepSeekConfig, tokenizer: Any, context: int = LE
     Raises:
         ConfigError: the text cannot be read, or is too short.
     """
-    if config.calibration is None:
+    if config.calibration_file is None:
         return stretches(tokenizer, sample_text(), min(LENGTH, context), COUNT)
-    return stretches(tokenizer, read_text(config.calibration), min(LENGTH, context), MAX_STRETCHES, config.calibration)
+    return stretches(
+        tokenizer, read_text(config.calibration_file), min(LENGTH, context), MAX_STRETCHES, config.calibration_file
+    )
 
 
 def spread(texts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -72,7 +73,7 @@ def adapt(model: Any, texts: Sequence[torch.Tensor]) -> None:
     graph, _ = plan_graph(model.config, None)
     groups = format_groups(graph, matrices_of(model, graph))
     importance = {}
-    if runtime.config.calibration is not None:
+    if runtime.config.calibration_file is not None:
         with show_progress("Calibrating") as progress:
             importance = measure_importance(model, texts, progress)
     trial = _Trial(runtime, groups, spread(texts), importance)
@@ -82,7 +83,7 @@ def adapt(model: Any, texts: Sequence[torch.Tensor]) -> None:
     with show_progress("Choosing formats within the KL budget") as progress:
         chosen, curve = search(options, runtime.config.kl_budget, trial.base(), trial.measure, progress)
     matrices = trial.assembled(chosen.choice)
-    _put_in_place(model, runtime, matrices)
+    put_in_place(sites(model, plan_graph(model.config, ())[0]), matrices)
     weights = sum(math.prod(m.shape) for m in matrices.values())
     rebind(model, [_described(point, weights, point is chosen) for point in curve])
 
@@ -155,21 +156,6 @@ def _repack(matrix: PackedMatrix, format: str, backend: Backend, importance: tor
     """Packs a matrix in another format into `tiles`, panel by panel, so that it is never in memory as floats as a whole."""
     for begin, end in panels(matrix.rows, matrix.cols):
         backend.pack(backend.unpack(matrix, begin, end), format, tiles[begin // TILE_ROWS : -(-end // TILE_ROWS)], importance)
-
-
-def _put_in_place(model: Any, runtime: Runtime, matrices: Mapping[str, PackedWeight]) -> None:
-    """Replaces the packed modules whose format changes; tied weights share a parameter again."""
-    parameters: dict[str, nn.Parameter] = {}
-    for site in sites(model, plan_graph(model.config, ())[0]):
-        module: Any = site.module
-        formats = {leaf: matrices[weight].format for leaf, weight in site.weights.items()}
-        if all(held.format == formats[leaf] for leaf, held in module.held().items()):
-            continue
-        twin = packed_twin(module, formats, module.dtype)
-        for leaf, weight in site.weights.items():
-            setattr(twin, leaf, parameters.setdefault(weight, nn.Parameter(matrices[weight].data, requires_grad=False)))
-        twin.training = module.training
-        setattr(site.parent, site.child, twin)
 
 
 def _described(point: Point, weights: int, chosen: bool) -> dict[str, Any]:

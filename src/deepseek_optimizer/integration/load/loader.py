@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from ...checkpoint import (
     stream_weights,
 )
 from ...checkpoint.load import IGNORED
-from ...config import DeepSeekConfig
+from ...config import BUILT_IN_TEXT, DeepSeekConfig
 from ...errors import CheckpointError, ConfigError, DeepSeekOptimizerError
 from ...graph.min_formats import exact_weights
 from ...quant import PackedWeight, Packer
@@ -38,8 +38,8 @@ from ..bind.swap import expected_tensors, swap_on_meta
 from ..compat import causal_lm_class
 from ..configs import check_config
 from ..model.bind_plan import bind
+from .calibrate import calibrate, calibration_for, without_rounding
 from .general import load_general, why_general_path
-from .importance import importance_for
 from .kl_budget import adapt, calibration_tokens
 from .memory import check_memory
 from .mtp_layers import add_mtp_layers, own_tensors, same_tensor, stored_mtp_layers
@@ -65,20 +65,23 @@ def load(path: str | os.PathLike[str], config: DeepSeekConfig | None, fields: di
         if settings.kl_budget is not None and manifest is None:
             texts = calibration_tokens(settings, load_tokenizer(checkpoint), model.config.max_position_embeddings)
         _check_memory(model, checkpoint)
-        same_machine = {name: getattr(settings, name) for name in ("threads", "isa", "backend")}
-        importance, notes = importance_for(
-            checkpoint, settings, expected_tensors(model)[0], lambda: load(checkpoint.path, None, same_machine)
+        calibration, notes = calibration_for(
+            checkpoint, settings, *expected_tensors(model), model.config.max_position_embeddings
         )
+        if calibration is not None:
+            original = load(checkpoint.path, None, without_rounding(settings))
+            calibrate(original, settings, calibration)
+            return original
         with show_reading(checkpoint) as progress:
             cast = dtype if settings.precision == "fp32" else None
-            _fill(model, weights_for(model, checkpoint, backend.pack, cast, progress, importance))
+            _fill(model, weights_for(model, checkpoint, backend.pack, cast, progress))
         checkpoint.check_unchanged()
         name_source(model, checkpoint, dtype)
         notes += checkpoint.remarks()
         notes += checkpoint.conversions() if settings.precision == "auto" else []
         total = sum(info.nbytes for info in checkpoint.tensors.values())
     mark_quantized(model, settings)
-    bind(model.eval(), settings, curve=manifest.curve if manifest is not None else (), bytes_before=total, notes=notes)
+    bind(model.eval(), settings, earlier=manifest, bytes_before=total, notes=notes)
     model.dso.mappings.update(checkpoint.mappings())
     if texts is not None:
         adapt(model, texts)
@@ -137,7 +140,7 @@ def _settings(section: Any, checkpoint: Checkpoint, config: DeepSeekConfig | Non
         return DeepSeekConfig(**{**(config.to_dict() if config else {}), **fields})
     stored, manifest = DeepSeekConfig.from_dict(section).to_dict(), checkpoint.manifest
     given = {**(config.to_dict() if config else {}), **fields}
-    packed = {name: stored[name] for name in ("kl_budget", "formats")}
+    packed = {name: stored[name] for name in ("kl_budget", "formats", "calibration")}
     extension = ("context_extension", "context_length")
     if all(given.get(name) is None for name in extension):  # an extension is already in its config.json
         packed |= {name: stored[name] for name in extension}
@@ -153,7 +156,7 @@ def _settings(section: Any, checkpoint: Checkpoint, config: DeepSeekConfig | Non
             "is already packed in other formats; convert the original checkpoint with this kl_budget or formats instead",
             file=checkpoint.path,
         )
-    if given.get("calibration") not in (None, stored["calibration"]):
+    if given.get("calibration") not in (None, "none", BUILT_IN_TEXT, stored["calibration"]):
         raise CheckpointError(
             "is already packed, and calibration applies only when packing; convert the original checkpoint with this text",
             file=checkpoint.path,
@@ -219,7 +222,6 @@ def weights_for(
     packer: Packer,
     cast: torch.dtype | None,
     progress: Callable[[LoadProgress], None] | None = None,
-    importance: Mapping[str, torch.Tensor] | None = None,
     order: Sequence[str] | None = None,
 ) -> Iterator[tuple[str, PackedWeight | torch.Tensor]]:
     """Yields the weights of a model from `sketch`, as `stream_weights` does; those in `exact_weights` as float32.
@@ -229,7 +231,7 @@ def weights_for(
         checkpoint: the checkpoint.
         packer: packs a panel of rows.
         cast: the dtype of other plain tensors; None: as stored.
-        progress, importance, order: as in `stream_weights`.
+        progress, order: as in `stream_weights`.
 
     Raises:
         CheckpointError: as in `stream_weights`; or a tied weight is stored with different values.
@@ -240,7 +242,7 @@ def weights_for(
         if pair[0] in checkpoint.tensors:
             _check_same(checkpoint, *pair)
     ignored = not_wanted(checkpoint, model)
-    streamed = stream_weights(checkpoint, wanted, shapes, packer, progress, ignored, importance, order)
+    streamed = stream_weights(checkpoint, wanted, shapes, packer, progress, ignored, order)
     for name, value in streamed:
         dtype = torch.float32 if name in exact else cast
         yield name, value if isinstance(value, PackedWeight) or dtype is None else value.to(dtype)

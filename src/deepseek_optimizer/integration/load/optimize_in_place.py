@@ -38,14 +38,13 @@ def optimize_in_place(model: Any, config: DeepSeekConfig, no_plan: str | None = 
         _optimize_general(model, config, no_plan, parameter_bytes(model) if earlier is None else earlier.bytes_before)
         return
     before = earlier.bytes_before if earlier is not None else parameter_bytes(planned_module(model))
-    curve = earlier.manifest.curve if earlier is not None else ()
     check_attention_name(model.config, config)
     _own_config(model)
     extend_model(model, config)
     backend, _ = choose_backend(config, model.device)
     pack_in_place(model, whole_graph(model), config, backend.pack)
     mark_quantized(model, config)
-    bind(model.eval(), config, curve=curve, bytes_before=before)
+    bind(model.eval(), config, earlier=None if earlier is None else earlier.manifest, bytes_before=before)
     for rows in sorted(set(config.batch_size_range)):
         _warm(model.dso, rows)
 

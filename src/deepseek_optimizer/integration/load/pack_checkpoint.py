@@ -14,7 +14,6 @@ from typing import Any
 import torch
 
 from ...backends.registry import choose_backend
-from ...calibration.text import read_text
 from ...checkpoint import Checkpoint, Manifest, PackedCheckpoint, open_checkpoint
 from ...checkpoint.atomic import naming
 from ...checkpoint.layout import Stored
@@ -27,9 +26,9 @@ from ...errors import ConfigError
 from ...graph.min_formats import exact_weights
 from ...versions import versions
 from ..bind.graphs import whole_graph
-from ..bind.swap import expected_tensors
+from ..bind.swap import expected_tensors, stored_tensors
 from ..model.save import save_configs
-from .importance import importance_for
+from .calibrate import Calibration, calibrate, calibration_for, without_rounding
 from .loader import load, name_source, resolve, show_reading, sketch, weights_for
 from .quantizer import mark_quantized
 
@@ -46,9 +45,9 @@ def pack_checkpoint(
 ) -> None:
     """Writes the checkpoint that `load_model(path, **fields).save_pretrained(out)` would write, split into shards if large.
 
-    Memory: the largest packed tensor (the experts of a layer are one or two tensors) and a panel of rows. Calibration needs the
-    original model in memory once. `out` appears in one step when it is complete. After an interruption, the next run with the
-    same source and settings resumes: complete files are reused (see `Unfinished`).
+    Memory: the largest packed tensor (the experts of a layer are one or two tensors) and a panel of rows; with calibration the
+    original model, which is rounded in memory. `out` appears in one step when it is complete. After an interruption, the next
+    run with the same source and settings resumes: complete files are reused (see `Unfinished`).
 
     Args:
         path, fields: as in `load_model`, without `kl_budget`.
@@ -70,20 +69,28 @@ def pack_checkpoint(
         packed = checkpoint.manifest if isinstance(checkpoint, PackedCheckpoint) else None
         if settings.kl_budget is not None and packed is None:
             raise ConfigError("kl_budget needs the whole model in memory; use load_model(...) and save_pretrained instead")
+        calibration, notes = calibration_for(
+            checkpoint, settings, *expected_tensors(model), model.config.max_position_embeddings
+        )
         cast = dtype if settings.precision == "fp32" else None
         planned = _planned(model, checkpoint, cast)
         shards = plan_shards(planned, shard_bytes)
-        identity = _identity(checkpoint, settings, shards)
+        identity = _identity(checkpoint, settings, shards, calibration)
         directory = Unfinished(out, identity, [shard.name for shard in shards], overwrite)
         with directory, _telling_of_resumption(directory, tell), naming(out):
             if directory.news:
                 tell(directory.news)
             todo = [shard for shard in shards if shard.name not in directory.finished]
             _check_space(out, sum(shard.layout.size for shard in todo))
-            for note in _write(model, checkpoint, settings, cast, todo, directory):
+            if calibration is None:
+                notes += _write(model, checkpoint, settings, cast, todo, directory)
+                rounding = packed.rounding if packed is not None else {}
+            else:
+                rounding = _write_calibrated(checkpoint, settings, calibration, todo, directory)
+            for note in notes:
                 tell(note)
             write_index(directory.folder, shards)
-            manifest = Manifest.of(planned, packed.curve if packed is not None else ())
+            manifest = Manifest.of(planned, packed.curve if packed is not None else (), rounding)
             mark_quantized(model, settings)
             name_source(model, checkpoint, dtype)
             save_configs(model, dtype, directory.folder, manifest)
@@ -115,19 +122,30 @@ def _write(
     if not shards:
         return []
     backend, note = choose_backend(settings, torch.device("cpu"))
-    same_machine = {name: getattr(settings, name) for name in ("threads", "isa", "backend")}
-    importance, notes = importance_for(
-        checkpoint, settings, expected_tensors(model)[0], lambda: load(checkpoint.path, None, same_machine)
-    )
     order = [name for shard in shards for name in shard.layout.order]
     with show_reading(checkpoint, "Converting") as progress:
-        weights = weights_for(model, checkpoint, backend.pack, cast, progress, importance, order)
+        weights = weights_for(model, checkpoint, backend.pack, cast, progress, order)
         for shard in shards:
             with directory.file(shard.name) as file:
                 write_shard(file, shard, weights)
     checkpoint.check_unchanged()
-    notes += [*filter(None, [note]), *checkpoint.remarks()]
+    notes = [*filter(None, [note]), *checkpoint.remarks()]
     return notes + (checkpoint.conversions() if settings.precision == "auto" else [])
+
+
+def _write_calibrated(
+    checkpoint: Checkpoint, settings: DeepSeekConfig, calibration: Calibration, shards: Sequence[Shard], directory: Unfinished
+) -> Mapping[str, Any]:
+    """Writes the given shards of the model rounded with calibration, which is in memory meanwhile; returns its
+    `Manifest.rounding`."""
+    model = load(checkpoint.path, None, without_rounding(settings))
+    calibrate(model, settings, calibration)
+    tensors = stored_tensors(model)
+    for shard in shards:
+        with directory.file(shard.name) as file:
+            write_shard(file, shard, ((name, tensors[name]) for name in shard.layout.order))
+    rounding: Mapping[str, Any] = model.dso.manifest.rounding
+    return rounding
 
 
 def _planned(model: Any, checkpoint: Checkpoint, cast: torch.dtype | None) -> dict[str, Stored]:
@@ -143,12 +161,14 @@ def _planned(model: Any, checkpoint: Checkpoint, cast: torch.dtype | None) -> di
     return planned
 
 
-def _identity(checkpoint: Checkpoint, settings: DeepSeekConfig, shards: Sequence[Shard]) -> dict[str, Any]:
+def _identity(
+    checkpoint: Checkpoint, settings: DeepSeekConfig, shards: Sequence[Shard], calibration: Calibration | None
+) -> dict[str, Any]:
     """Everything that the packed copy depends on: runs with equal identities write the same bytes."""
     files = sorted({info.file for info in checkpoint.tensors.values()})
     facts = [(file, os.stat(file)) for file in files]
     layout = hashlib.sha256(b"".join(shard.layout.header for shard in shards))
-    text = None if settings.calibration is None else hashlib.sha256(read_text(settings.calibration).encode()).hexdigest()
+    text = hashlib.sha256(repr([text.tolist() for text in calibration.texts] if calibration else None).encode()).hexdigest()
     return {
         "source": [[file.name, status.st_size, status.st_mtime_ns] for file, status in facts],
         "config": checkpoint.config(),

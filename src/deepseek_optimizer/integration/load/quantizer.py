@@ -42,6 +42,7 @@ from ..bind.graphs import has_head, plan_graph, whole_graph
 from ..bind.modules import Packed
 from ..bind.swap import expected_tensors, float_shape, swap_on_meta
 from ..model.bind_plan import bind
+from .calibrate import Calibration, calibrate, calibration_for, without_rounding
 from .kl_budget import adapt, calibration_tokens
 from .mapped import MappedFiles
 from .memory import check_memory
@@ -60,9 +61,6 @@ class PackingQuantizer(HfQuantizer):
     Args:
         quantization_config: the settings.
         kwargs: as in `HfQuantizer`.
-
-    Raises:
-        ConfigError: a calibration text is set, which needs the checkpoint twice.
     """
 
     quantization_config: DeepSeekConfig
@@ -73,13 +71,9 @@ class PackingQuantizer(HfQuantizer):
         self.manifest: Manifest | None = None  # of a packed checkpoint
         self.no_plan: str | None = None  # why the model takes the general path
         self.packs_experts = True
-        if self.pre_quantized:
-            return
-        if self.quantization_config.calibration is not None and not self.chooses_formats:
-            raise ConfigError(
-                "calibration has to read the checkpoint twice, which from_pretrained cannot; use load_model(path, config), or "
-                "load a directory written by `dso convert --calibration FILE`"
-            )
+        self.calibration: Calibration | None = None  # what the weights are rounded on after loading
+        self.notes: list[str] = []
+        self.settings = self.quantization_config  # while loading, `quantization_config` is without that rounding
 
     @property
     def chooses_formats(self) -> bool:
@@ -164,6 +158,11 @@ class PackingQuantizer(HfQuantizer):
         graph = whole_graph(model)
         packed = self.manifest.formats() if self.manifest is not None else None
         swap_on_meta(model, graph, self.quantization_config, dtype, packed=packed)
+        if not self.pre_quantized and has_head(model) and _is_standard(checkpoint_files):
+            self.calibration, self.notes = self._calibration(model, Path(checkpoint_files[0]).parent)
+        if self.calibration is not None:
+            self.quantization_config = DeepSeekConfig(**without_rounding(self.settings))
+            swap_on_meta(model, graph, self.quantization_config, dtype)
         _expect_fp32(model, exact_weights(graph))
         _check_files(checkpoint_files, model)
         self.files, self.mapped = checkpoint_files, MappedFiles(checkpoint_files or ())
@@ -201,6 +200,10 @@ class PackingQuantizer(HfQuantizer):
             with torch.device("cpu"), open_checkpoint(Path(files[0]).parent) as checkpoint:
                 add_mtp_layers(model, own_tensors(checkpoint, model.config), dtype)
 
+    def _calibration(self, model: Any, folder: Path) -> tuple[Calibration | None, list[str]]:
+        with torch.device("cpu"), open_checkpoint(folder) as checkpoint:
+            return calibration_for(checkpoint, self.settings, *expected_tensors(model), model.config.max_position_embeddings)
+
     def _calibration_tokens(self, config: Any) -> list[torch.Tensor]:
         with (
             torch.device("cpu"),
@@ -231,8 +234,11 @@ class PackingQuantizer(HfQuantizer):
             encoder.bind(model, self.quantization_config, self.no_plan, bytes_before=self.bytes_before)
             model.dso.mappings.update(mappings)
             return model
-        bind(model, self.quantization_config, curve=self.manifest.curve if self.manifest is not None else ())
+        bind(model, self.quantization_config, earlier=self.manifest, notes=self.notes)
         model.dso.mappings.update(mappings)
+        if self.calibration is not None:
+            calibrate(model, self.settings, self.calibration)
+            self.quantization_config = self.settings
         if self.chooses_formats:
             adapt(model, self.texts)
         return model

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -35,7 +36,7 @@ def bind(
     model: Any,
     config: DeepSeekConfig,
     *,
-    curve: Sequence[Mapping[str, Any]] = (),
+    earlier: Manifest | None = None,
     bytes_before: int | None = None,
     notes: list[str] | None = None,
 ) -> Any:
@@ -45,7 +46,7 @@ def bind(
     Args:
         model: the model.
         config: the settings; the model gets a copy.
-        curve: `Manifest.curve`, if the formats were chosen by measurement.
+        earlier: a manifest that says how the formats were chosen and the weights rounded.
         bytes_before: size of the model before it was packed, for the report.
         notes: warnings from loading.
 
@@ -57,7 +58,7 @@ def bind(
     runtime = Runtime(
         planned,
         config,
-        _manifest(model, curve),
+        _manifest(model, *((earlier.curve, earlier.rounding) if earlier is not None else ((), {}))),
         methods=instance_methods,
         make_report=make_report,
         bytes_before=bytes_before,
@@ -78,17 +79,17 @@ def bind(
     return model
 
 
-def rebind(model: Any, curve: Sequence[Mapping[str, Any]]) -> None:
-    """Recompiles the plan after packed modules were replaced by others. `curve`: see `bind`."""
+def rebind(model: Any, curve: Sequence[Mapping[str, Any]] = (), rounding: Mapping[str, Any] = MappingProxyType({})) -> None:
+    """Recompiles the plan after packed modules were replaced by others. `curve`, `rounding`: of `Manifest`."""
     runtime: Runtime = model.dso
     runtime.replaced()
-    runtime.manifest = _manifest(model, curve)
+    runtime.manifest = _manifest(model, curve, rounding)
     describe(model, runtime.config, runtime.manifest)
     _ = runtime.plan
 
 
-def _manifest(model: Any, curve: Sequence[Mapping[str, Any]]) -> Manifest:
-    return Manifest.of(matrices_of(model, whole_graph(model)), curve)
+def _manifest(model: Any, curve: Sequence[Mapping[str, Any]], rounding: Mapping[str, Any]) -> Manifest:
+    return Manifest.of(matrices_of(model, whole_graph(model)), curve, rounding)
 
 
 def describe(model: Any, config: DeepSeekConfig, manifest: Manifest) -> None:

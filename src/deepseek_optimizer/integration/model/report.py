@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ...backends.base import BLOCK_TOKENS
+from ...config import BUILT_IN_TEXT
 from ...graph.attention_mode import forgetting
 from ...graph.ir import Graph, LatentSpec
 from ...graph.min_formats import min_formats
@@ -88,6 +89,7 @@ class Report:
         rules: what each fusion rule changed; rules_left_out: rules that the settings leave out.
         formats: the weight formats.
         curve: if formats were chosen for a `kl_budget`: the sizes and KL divergences that were measured, by ascending size.
+        rounding: how the weights were rounded with calibration (`Manifest.rounding`); empty: without.
         kernels: one row per operation of the plan, as described by the backend.
         attention: the attention mode.
         bytes_before, bytes_after: size of the weights as given (in the files, or as float parameters), and now.
@@ -111,6 +113,7 @@ class Report:
     rules_left_out: tuple[str, ...]
     formats: tuple[FormatRow, ...]
     curve: tuple[dict[str, Any], ...]
+    rounding: dict[str, Any]
     kernels: tuple[dict[str, Any], ...]
     attention: AttentionRow
     bytes_before: int | None
@@ -145,7 +148,9 @@ class Report:
             table.add_row(f"  {row.format}", f"{row.matrices} matrices, {size}")
         for point in self.curve:
             table.add_row(f"  {point['bits']:.2f} bits{' (chosen)' if point['chosen'] else ''}", _point(point))
-        if self.config["calibration"] is not None:
+        if self.rounding:
+            table.add_row("calibrated on", f"{self.rounding['text']}, {self.rounding['tokens']:,} tokens")
+        elif self.curve and self.config["calibration"] not in (None, BUILT_IN_TEXT):
             table.add_row("calibration text", self.config["calibration"])
         if (e := self.experts) is not None:
             table.add_row("experts", f"{e.layers} layers of {e.experts}, {e.chosen} per token, {e.bytes / 1e6:,.1f} MB")
@@ -296,6 +301,7 @@ def make_report(runtime: Any) -> Report:
             for name, packed in formats.items()
         ),
         curve=tuple(dict(point) for point in runtime.manifest.curve),
+        rounding=dict(runtime.manifest.rounding),
         kernels=tuple(runtime.plan.describe()),
         bytes_before=runtime.bytes_before,
         bytes_after=parameter_bytes(runtime.model),

@@ -61,7 +61,7 @@ class ResizeTokens(Replacement):
             model.get_input_embeddings().scale = embedding.scale
             if by_layer is not None:
                 model.get_per_layer_input_embeddings().scale = by_layer.scale
-            self._bind(model, runtime.config, curve=manifest.curve, bytes_before=runtime.bytes_before, notes=runtime.notes)
+            self._bind(model, runtime.config, earlier=manifest, bytes_before=runtime.bytes_before, notes=runtime.notes)
         return model.get_input_embeddings()
 
     def _check(self, model: Any) -> None:

@@ -39,7 +39,7 @@ class PackedSave(InstanceMethod):
     def _write(self, folder: Path) -> None:
         model = self.runtime.model
         tensors = stored_tensors(model)
-        manifest = Manifest.of(tensors, self.runtime.manifest.curve)
+        manifest = Manifest.of(tensors, self.runtime.manifest.curve, self.runtime.manifest.rounding)
         save_configs(model, model.dtype, folder, manifest)
         with self._intact():
             write_safetensors(folder / "model.safetensors", tensors)

@@ -1,0 +1,316 @@
+"""Rounds the matrices of a losslessly loaded model with error compensation, layer by layer, in place.
+
+Two streams of hidden states pass through the decoder: the original model's, and that of the model as far as it is rounded. The
+matrices of a layer are rounded such that their products with the rounded model's activations are close to those of the original
+matrices with the original activations (as in GPTAQ, Li et al. 2025), so that a layer also compensates the errors of the layers
+before it. A matrix whose product is added to the layer's output is rounded such that this output is close to the original one,
+which also compensates errors of the hidden states. Besides the model, the activations of one layer are in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...calibration.inputs import Inputs, moment_of
+from ...calibration.statistics import ColumnSquares, watching
+from ...config import DeepSeekConfig
+from ...graph.min_formats import min_formats
+from ...quant import GROUP_FORMATS, WEIGHED, PackedMatrix, PackedStack, PackedWeight, get_format
+from ...quant.base import TILE_COLS
+from ...quant.compensation import Curvature, compensated, curvature, with_product
+from ...quant.tiles import empty_stack, empty_tiles
+from ...system.threads import one_torch_thread
+from ..bind.graphs import decoder_path, whole_graph
+from ..bind.modules import PackedLinear
+from ..bind.packed_experts import PackedExperts
+from ..bind.runtime import Runtime, runtime_of
+from ..bind.swap import STACKS, Site, put_in_place, sites
+from .layer_calls import LayerCalls, first_inputs
+
+# Shares of the errors of inputs and outputs that a matrix compensates. To compensate all of them would fit the calibration text
+# alone, more with each layer. Measured on SmolLM2.
+INPUT_SHARE = 0.25
+OUTPUT_SHARE = 0.5
+EMBEDDING_SHARE = 0.1  # of an identity in the second moment of a tied head, since the embedding's rows are read unweighted
+EXACT_COLUMNS = 4096  # up to this size, second moments are factored in float64
+
+
+@dataclass
+class Outcome:
+    """What was rounded.
+
+    Attributes:
+        compensated: number of matrices whose errors were compensated.
+        plain: number of matrices, by parameter name, that were rounded without compensation: experts that got too few tokens of
+            the text, and matrices that are not used on it, such as an embedding or MTP layers.
+        starved: the number of those experts' matrices.
+    """
+
+    compensated: int = 0
+    starved: int = 0
+    plain: dict[str, int] = field(default_factory=dict)
+
+
+def round_in_place(
+    model: Any,
+    settings: DeepSeekConfig,
+    texts: Sequence[torch.Tensor],
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Outcome:
+    """Rounds every matrix to the format that `settings` have for it. Afterwards the plan must be bound again (`rebind`).
+
+    Args:
+        model: an optimized model, packed losslessly.
+        settings: `precision` and `formats`.
+        texts: token ids, int64 [1, n] each.
+        progress: called after each layer with the number of weights rounded and their total number.
+    """
+    rounding = _Rounding(runtime_of(model), settings, progress)
+    decoder = model.get_submodule(decoder_path(model))
+    layers = list(decoder.layers)[: model.config.num_hidden_layers]
+    index = {id(module): i for i, layer in enumerate(layers) for module in layer.modules()}
+    places: dict[int | None, list[Site]] = {}
+    for site in rounding.places:
+        places.setdefault(index.get(id(site.module)), []).append(site)
+    last = _LastMatrices()
+    with torch.no_grad():
+        with one_torch_thread():
+            calls = LayerCalls(decoder, layers, texts)
+        original = list(calls.inputs)
+        # The embedding first, so that the layers compensate its errors too: a head then reads the original hidden states.
+        rounding.round(places.get(None, []), _read_by_head(model, texts), None)
+        with one_torch_thread():
+            rounded = first_inputs(decoder, layers, texts)
+        for i, layer in enumerate(layers):
+            here = places.get(i, [])
+            exact, seen = Inputs(), Inputs()
+            with one_torch_thread():
+                with _listening(here, exact):
+                    original = [calls.run(layer, i, text, hidden) for text, hidden in enumerate(original)]
+                with _listening(here, seen):
+                    outputs = [calls.run(layer, i, text, hidden) for text, hidden in enumerate(rounded)]
+                lag = _Lag(original, outputs, last.among(calls, layer, i, here, rounded[0]))
+            rounding.round(here, seen, exact, lag)
+            with one_torch_thread():
+                rounded = [calls.run(layer, i, text, hidden) for text, hidden in enumerate(rounded)]
+    return rounding.outcome
+
+
+def _read_by_head(model: Any, texts: Sequence[torch.Tensor]) -> Inputs:
+    """The inputs of the head, under the name of its weight; none if the model has no packed head."""
+    inputs, head = Inputs(), model.get_output_embeddings()
+    if isinstance(head, PackedLinear):
+        name = next(name for name, module in model.named_modules() if module is head) + ".weight"
+        for ids in texts:
+            states = model(ids, use_cache=False, output_hidden_states=True, logits_to_keep=1).hidden_states
+            inputs.add((model.all_tied_weights_keys or {}).get(name, name), states[-1])
+    return inputs
+
+
+@contextmanager
+def _listening(places: Sequence[Site], inputs: Inputs) -> Iterator[None]:
+    """Adds the inputs of all matrices of these modules; those of a stack of experts as `NAME.INDEX`."""
+    linear = {site.weights["weight"]: site.module for site in places if isinstance(site.module, nn.Linear)}
+    experts = [site for site in places if isinstance(site.module, PackedExperts)]
+    with ExitStack() as stack:
+        stack.enter_context(watching(linear, inputs.add))
+        for site in experts:
+            module: Any = site.module
+            gate_up, down = (site.weights[leaf] for leaf in STACKS)
+            module.listener = partial(_add_expert, inputs, gate_up, down)
+            stack.callback(setattr, module, "listener", None)
+        yield
+
+
+def _add_expert(inputs: Inputs, gate_up: str, down: str, expert: int, x: torch.Tensor, h: torch.Tensor) -> None:
+    inputs.add(f"{gate_up}.{2 * expert}", x)
+    inputs.add(f"{gate_up}.{2 * expert + 1}", x)
+    inputs.add(f"{down}.{expert}", h)
+
+
+class _LastMatrices:
+    """The matrices whose products layers add to their outputs. It is found out once for each kind of layer and module."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[type, str], bool] = {}
+
+    def among(
+        self, calls: LayerCalls, layer: nn.Module, index: int, places: Sequence[Site], hidden: torch.Tensor
+    ) -> frozenset[str]:
+        """Names of such weights; the arguments are those of `LayerCalls.adds`."""
+        names = {id(module): name for name, module in layer.named_modules()}
+        found = set()
+        for site in places:
+            if isinstance(site.module, PackedLinear) and site.module.out_features == hidden.shape[-1]:
+                key = type(layer), names[id(site.module)]
+                if key not in self._known:
+                    self._known[key] = calls.adds(layer, index, site.module, hidden)
+                if self._known[key]:
+                    found.add(site.weights["weight"])
+        return frozenset(found)
+
+
+@dataclass(frozen=True)
+class _Lag:
+    """The outputs of a layer in the original model, and for the rounded model's hidden states, [1, n, H] for each text.
+
+    `names`: the weights whose products are added to the output.
+    """
+
+    original: Sequence[torch.Tensor]
+    rounded: Sequence[torch.Tensor]
+    names: frozenset[str]
+
+    def rows(self) -> list[torch.Tensor]:
+        """What the matrices are to add, each an equal part, [n, H] for each text."""
+        pairs = zip(self.original, self.rounded, strict=True)
+        return [(a.float() - b.float()).flatten(0, 1) / len(self.names) for a, b in pairs]
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A matrix to round: the original, the new format, and where to write its tiles."""
+
+    parameter: str
+    source: PackedMatrix
+    format: str
+    tiles: torch.Tensor
+
+
+class _Rounding:
+    """Rounds and replaces modules. Attributes: places: the sites with matrices to round; outcome."""
+
+    def __init__(self, runtime: Runtime, settings: DeepSeekConfig, progress: Callable[[int, int], None]) -> None:
+        graph = whole_graph(runtime.model)
+        minimum = min_formats(graph)
+        self.runtime, self.backend, self._progress = runtime, runtime.backend, progress
+        self.outcome, self.places = Outcome(), []
+        self._formats: dict[str, str] = {}
+        sizes: dict[str, int] = {}
+        for site in sites(runtime.model, graph):
+            module: Any = site.module
+            for leaf, weight in module.held().items():
+                name = site.weights[leaf]
+                self._formats[name] = settings.format_of(name, weight.format, minimum.get(name))
+                sizes[name] = weight.nbytes
+            self.places.append(site)
+        self._sizes, self._done = sizes, 0
+        self._threads = torch.get_num_threads()
+
+    def round(self, places: Sequence[Site], seen: Inputs, exact: Inputs | None, lag: _Lag | None = None) -> None:
+        """Rounds the matrices of some modules and replaces the modules.
+
+        Args:
+            places: the modules.
+            seen: the inputs of the matrices in the rounded model.
+            exact: their inputs in the original model; None: the same.
+            lag: the error of the layer's output so far; None: there is none.
+        """
+        new: dict[str, PackedWeight] = {}
+        parts: dict[str, _Part] = {}
+        for site in places:
+            module: Any = site.module
+            for leaf, weight in module.held().items():
+                name = site.weights[leaf]
+                if name not in new:
+                    new[name] = weight if weight.format == self._formats[name] else _empty(weight, self._formats[name])
+                    parts |= _parts(name, weight, new[name])
+        known = [name for name, part in parts.items() if part.format in GROUP_FORMATS and seen.enough(name, part.source.cols)]
+        # Rounding is thousands of short operations, which several threads of torch would slow down: each matrix has one.
+        with one_torch_thread(), ThreadPoolExecutor(self._threads) as pool:
+            running = []
+            for names in seen.shared(known):
+                for format in dict.fromkeys(parts[name].format for name in names):
+                    same = [name for name in names if parts[name].format == format]
+                    chosen = [parts[name] for name in same]
+                    running.append(pool.submit(_round_parts, chosen, *self._problem(chosen, same[0], seen, exact, lag)))
+            for rounded in running:
+                self.outcome.compensated += rounded.result()
+        importance = _importance_by_parameter(parts, seen)
+        for name, part in parts.items():
+            if name not in known:
+                self._plain(part, importance.get(part.parameter) if part.format in WEIGHED else None)
+                self.outcome.starved += exact is not None and part.format in GROUP_FORMATS
+        put_in_place(places, new)
+        self.runtime.replaced()
+        self._done += sum(self._sizes.pop(name, 0) for name in new)
+        self._progress(self._done, self._done + sum(self._sizes.values()))
+
+    def _problem(
+        self, parts: Sequence[_Part], name: str, seen: Inputs, exact: Inputs | None, lag: _Lag | None
+    ) -> tuple[torch.Tensor, Curvature]:
+        """The weights to round of matrices that have the same inputs, one below the other, and the curvature of these inputs.
+
+        `name`: of one of the matrices.
+        """
+        rows, format = seen.rows[name], GROUP_FORMATS[parts[0].format]
+        missing = -parts[0].source.cols % TILE_COLS
+        moment = moment_of(rows, rows, self.backend)
+        if parts[0].parameter in self._tied:
+            moment.diagonal().add_(EMBEDDING_SHARE * moment.diagonal().mean())
+        moment = nn.functional.pad(moment, (0, missing, 0, missing))
+        exactly = moment.double() if len(moment) <= EXACT_COLUMNS else moment
+        factored = curvature(exactly, format.run).to(torch.float32)
+        weights = nn.functional.pad(torch.cat([self.backend.unpack(part.source) for part in parts]), (0, missing))
+        if lag is None or exact is None or name != parts[0].parameter:  # experts may get other tokens in the original model
+            return weights, factored
+        if parts[0].parameter in lag.names and len(parts) == 1:
+            wanted = OUTPUT_SHARE * moment_of(lag.rows(), rows, self.backend)
+        else:
+            error = [x.float() - y.float() for x, y in zip(exact.rows[name], rows, strict=True)]
+            wanted = INPUT_SHARE * weights[:, : parts[0].source.cols] @ moment_of(error, rows, self.backend)
+        wanted = nn.functional.pad(wanted, (0, missing)) / moment.diagonal().mean().clamp_min(1e-30)
+        return with_product(weights, wanted, factored), factored
+
+    def _plain(self, part: _Part, importance: torch.Tensor | None) -> None:
+        self.backend.pack(self.backend.unpack(part.source), part.format, part.tiles, importance)
+        if part.format in WEIGHED:
+            self.outcome.plain[part.parameter] = self.outcome.plain.get(part.parameter, 0) + 1
+
+    @property
+    def _tied(self) -> frozenset[str]:
+        return frozenset((self.runtime.model.all_tied_weights_keys or {}).values())
+
+
+def _round_parts(parts: Sequence[_Part], weights: torch.Tensor, curvature: Curvature) -> int:
+    """Rounds matrices that are one below the other in `weights`, and writes their tiles. Returns their number."""
+    format = GROUP_FORMATS[parts[0].format]
+    found = compensated(weights, curvature, format)
+    sizes = [part.source.rows for part in parts]
+    columns = zip(*(parameter.split(sizes) for parameter in found.parameters), strict=True)
+    for part, codes, parameters in zip(parts, found.codes.split(sizes), columns, strict=True):
+        part.tiles.copy_(format.tiles(codes, parameters))
+    return len(parts)
+
+
+def _empty(weight: PackedWeight, format: str) -> PackedWeight:
+    tile_bytes = get_format(format).tile_bytes
+    if isinstance(weight, PackedStack):
+        return PackedStack(format, *weight.shape, empty_stack(*weight.shape, tile_bytes))
+    return PackedMatrix(format, *weight.shape, empty_tiles(*weight.shape, tile_bytes))
+
+
+def _parts(name: str, source: PackedWeight, new: PackedWeight) -> dict[str, _Part]:
+    """The matrices to round of one parameter, by name: itself, or `NAME.INDEX` for those of a stack; none if it stays."""
+    if new is source:
+        return {}
+    if isinstance(source, PackedStack):
+        return {f"{name}.{i}": _Part(name, source.matrix(i), new.format, tiles) for i, tiles in enumerate(new.data)}
+    return {name: _Part(name, source, new.format, new.data)}
+
+
+def _importance_by_parameter(parts: Mapping[str, _Part], seen: Inputs) -> dict[str, torch.Tensor]:
+    """Column importance over the inputs of all matrices of a parameter, for those that had too few inputs themselves."""
+    columns = ColumnSquares()
+    for name, part in parts.items():
+        for rows in seen.rows.get(name, ()):
+            columns.add(part.parameter, rows)
+    return columns.importance()
