@@ -268,6 +268,8 @@ class TrainingJob:
         )
         trainer.remove_callback(PrinterCallback)
         started = time.monotonic()
+        if not self.resumes:
+            trainer.fit_draft_layer()
         before = self._first_loss(trainer)
         result = trainer.train(resume_from_checkpoint=self.resumes)
         after = self._last_loss(trainer)

@@ -28,6 +28,7 @@ from .checkpoints.saving import AtomicCheckpoints
 from .data.packing import pack_for_trainer
 from .fp8.backend import Fp8Products, from_arguments
 from .fsdp import shard_on_cpus
+from .modules.draft_fit import fit_draft_layer
 from .modules.draft_layer import add_draft_layer
 from .modules.draft_loss import DraftObjective
 from .modules.mtp import add_trained_layers
@@ -80,6 +81,7 @@ class DeepSeekTrainer(AtomicCheckpoints):
         super().__init__(model, args, *rest, **options)
         self.mtp: MtpObjective | DraftObjective | None = None
         self._mtp_notes: list[str] = []
+        self._fits_draft_layer = False
         if args.mtp_loss_weight is not None:
             if self._why_unfused() is not None or not args.fused_loss:
                 raise ConfigError(f"mtp_loss_weight={args.mtp_loss_weight} needs the fused loss: leave fused_loss=True, "
@@ -89,7 +91,7 @@ class DeepSeekTrainer(AtomicCheckpoints):
             if (reason := self._why_unfused()) is not None or not args.fused_loss:
                 raise ConfigError(f"draft_steps={args.draft_steps} needs the fused loss: "
                                   f"{reason or 'leave fused_loss=True'}")  # fmt: skip
-            self._mtp_notes = add_draft_layer(self.model)
+            self._mtp_notes, self._fits_draft_layer = add_draft_layer(self.model)
             self.mtp = DraftObjective(args.draft_steps)
         if args.packing:
             pack_for_trainer(self)
@@ -108,11 +110,21 @@ class DeepSeekTrainer(AtomicCheckpoints):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Like Trainer's. Afterwards the model has its original classes again, and the dtype of training."""
+        if not (args[0] if args else kwargs.get("resume_from_checkpoint")):
+            self.fit_draft_layer()
         try:
             with self._threads():
                 return super().train(*args, **kwargs)
         finally:
             self._restore()
+
+    def fit_draft_layer(self) -> None:
+        """With `draft_steps`, sets the weights of a layer that is new, from the training data; `train` does so too. See
+        `modules.draft_fit`."""
+        if self._fits_draft_layer:
+            self._fits_draft_layer = False
+            if fit_draft_layer(self.model, self.get_train_dataloader()):
+                self._mtp_notes = ["MTP layer 0: starts as a copy of the last layer, fitted to its inputs"]
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Like Trainer's; called by `evaluate` and `predict`."""

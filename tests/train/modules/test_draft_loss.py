@@ -109,7 +109,7 @@ def test_the_last_layer_continues_with_its_own_states():
 
 def test_only_the_layer_is_trained():
     model = random_model(llama())
-    assert add_draft_layer(model) == ["MTP layer 0: initialized at random, since no checkpoint contains it"]
+    assert add_draft_layer(model) == (["MTP layer 0: initialized at random, since no checkpoint contains it"], True)
     assert model.config.num_nextn_predict_layers == 1
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert trained == {name for name, _ in model.named_parameters() if name.startswith("model.layers.3.")} != set()

@@ -8,15 +8,15 @@ from ...errors import ConfigError
 from ...integration.bind.graphs import loaded_mtp_layers
 from ...integration.load.mtp_layers import add_mtp_layers
 from ...models import SUPPORTED, has_mtp, mtp_layers
-from .mtp import add_trained_layers
+from .mtp import RANDOM, add_trained_layers
 
 
-def add_draft_layer(model: Any) -> list[str]:
+def add_draft_layer(model: Any) -> tuple[list[str], bool]:
     """Freezes a model's weights, and adds the MTP layers of its checkpoint or, if it has none, a new one.
 
     The config then declares the layers, and `save_pretrained` saves them with the model.
 
-    Returns: sentences about the source of the layers' weights.
+    Returns: sentences about the source of the layers' weights, and whether all of them are new.
 
     Raises:
         ConfigError: the family has no such layers, or the model has an adapter.
@@ -25,7 +25,7 @@ def add_draft_layer(model: Any) -> list[str]:
     notes = add_trained_layers(model)
     for layer in model.model.layers[model.config.num_hidden_layers :]:
         layer.requires_grad_(True)
-    return notes
+    return notes, all(note.endswith(RANDOM) for note in notes) and bool(notes)
 
 
 def sketch_draft_layer(model: Any) -> None:

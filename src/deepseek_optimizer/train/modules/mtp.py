@@ -27,6 +27,7 @@ from ...integration.load.resolve import resolve
 from ...models import mtp_layers
 from ..checkpoints.experts import read_stack
 
+RANDOM = "initialized at random, since no checkpoint contains it"  # source of a layer's weights
 _EXACT = (".mlp.gate.weight", ".e_score_correction_bias")  # always fp32: they make discrete choices
 
 
@@ -79,7 +80,7 @@ def _attach(model: Any, own: list[Any], checkpoint: Checkpoint | None, stored: i
             sources.append(f"MTP layer {depth}: read from {checkpoint.path}")
         else:
             _initialize(layer, model.config.initializer_range)
-            sources.append(f"MTP layer {depth}: initialized at random, since no checkpoint contains it")
+            sources.append(f"MTP layer {depth}: {RANDOM}")
     return sources
 
 
