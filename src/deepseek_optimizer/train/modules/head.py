@@ -10,6 +10,7 @@ from torch import nn
 
 from ...integration.compat import causal_output
 from ...models.families import traits
+from .distillation import Distillation
 from .head_loss import head_is_fused, head_loss
 from .mtp_loss import MtpObjective
 
@@ -25,6 +26,7 @@ class TrainedCausalLM(nn.Module):
     lm_head: nn.Module
     config: Any
     mtp: MtpObjective | None = None
+    distillation: Distillation | None = None
 
     @staticmethod
     def fits(module: nn.Module) -> bool:
@@ -45,7 +47,12 @@ class TrainedCausalLM(nn.Module):
         as_tuple = not kwargs.pop("return_dict", self.config.return_dict)
         kwargs.pop("logits_to_keep", None)
         outputs = self.model(*args, **{"use_cache": False, **kwargs}, return_dict=True)
-        loss = self._loss(outputs.last_hidden_state, labels, **options)
+        hidden = outputs.last_hidden_state
+        if self.distillation is None:
+            loss = self._loss(hidden, labels, **options)
+        else:
+            inputs = {**kwargs, "input_ids": kwargs["input_ids"] if "input_ids" in kwargs else args[0]}
+            loss = self.distillation(self, hidden, labels, inputs, lambda: self._loss(hidden, labels, **options))
         if self.mtp is not None and self.training:
             ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
             loss = loss + self.mtp(self, outputs.last_hidden_state, ids, labels, options["num_items_in_batch"], kwargs)
