@@ -36,7 +36,8 @@ def check_format(name: str) -> None:
 
 def packing_config(name: str) -> DeepSeekConfig:
     """The settings with which `load_model` and `dso convert` pack a model in a format, without calibration."""
-    return DeepSeekConfig(precision=name) if name in get_args(Precision) else DeepSeekConfig(formats={"*": name})
+    fields: dict[str, Any] = {"precision": name} if name in get_args(Precision) else {"formats": {"*": name}}
+    return DeepSeekConfig(**fields)
 
 
 class RoundedWeights:
@@ -84,7 +85,7 @@ class RoundedWeights:
         write_packed(model, self._weights, self.config, self._backend.pack, folder)
 
     def _rounded(self, weight: PackableWeight) -> torch.Tensor:
-        """unpack(pack(weight)), in the weight's dtype."""
+        """unpack(pack(weight)), in the weight's dtype: exact in fp32, rounded once more in bf16."""
         source, like = weight.parameter.data, weight.packed
         out = native.new(source.shape, source)
         if isinstance(like, PackedMatrix):

@@ -124,7 +124,7 @@ class DeepSeekTrainer(AtomicCheckpoints):
             self._restore()
 
     def _evaluated(self, *args: Any, **kwargs: Any) -> Any:
-        result = super().evaluation_loop(*args, **kwargs)
+        result: Any = super().evaluation_loop(*args, **kwargs)
         if self.distillation is not None and (mean := self.distillation.mean()) is not None:
             result.metrics[f"{kwargs.get('metric_key_prefix', 'eval')}_kl"] = mean
         return result

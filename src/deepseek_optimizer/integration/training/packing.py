@@ -43,8 +43,8 @@ class PackableWeight:
 
     @property
     def parameter(self) -> nn.Parameter:
-        parameter: Any = self.module._parameters[self.leaf]
-        return parameter  # type: ignore[no-any-return]
+        parameter: Any = self.module._parameters[self.leaf]  # looked up again: it may be replaced
+        return parameter
 
 
 def packable_weights(model: Any, config: DeepSeekConfig) -> list[PackableWeight]:
