@@ -10,6 +10,7 @@ from . import options as o
 from . import train_options as t
 
 _LORA: dict[str, Any] = {"rich_help_panel": "LoRA"}
+_QUANTIZATION: dict[str, Any] = {"rich_help_panel": "Quantization and distillation"}
 _MEMORY: dict[str, Any] = {"rich_help_panel": "Memory"}
 
 
@@ -56,6 +57,33 @@ def train(
     merge: Annotated[
         bool, typer.Option("--merge", help="With --lora: save the whole model with the adapter merged into it.", **_LORA)
     ] = False,
+    quantize: Annotated[
+        str | None,
+        typer.Option(
+            "--quantize",
+            metavar="FORMAT",
+            help="Train the weights for this format, such as int4 or int8; the result is packed in it.",
+            **_QUANTIZATION,
+        ),
+    ] = None,
+    teacher: Annotated[
+        str | None,
+        typer.Option(
+            "--teacher",
+            metavar="MODEL",
+            help="Learn this model's next-token distributions; self: those of the model before training.",
+            **_QUANTIZATION,
+        ),
+    ] = None,
+    teacher_weight: Annotated[
+        float | None,
+        typer.Option(
+            "--teacher-weight",
+            metavar="WEIGHT",
+            help="Weight of the divergence from the teacher, above 0; the rest is cross entropy. Default: 1.",
+            **_QUANTIZATION,
+        ),
+    ] = None,
     epochs: t.Epochs = None,
     steps: t.Steps = None,
     learning_rate: Annotated[
@@ -108,6 +136,7 @@ def train(
             "num_train_epochs": epochs, "max_steps": steps, "learning_rate": learning_rate,
             "per_device_train_batch_size": batch_size, "gradient_accumulation_steps": accumulate, "seed": seed,
             "activation_memory": activation_memory, "optimizer_state": optimizer_state,
+            "quantize": quantize, "teacher": teacher, "teacher_weight": teacher_weight,
         }),
     }  # fmt: skip
     from deepseek_optimizer.train.config import make_config, read_config
@@ -190,6 +219,9 @@ def _describe(summary: Any, model: str) -> str:
         lines.append(f"evaluation loss: {before}{summary.eval_after:.4f} after")
     if summary.accepted is not None:
         lines.append(f"drafts accepted in the evaluation data: {summary.accepted:.2f} a round")
+    if summary.kl_after is not None:
+        before = "" if summary.kl_before is None else f"{summary.kl_before:.4f} before, "
+        lines.append(f"KL divergence from the teacher: {before}{summary.kl_after:.4f} after")
     early = "; stopped early because the evaluation loss no longer improved" if summary.stopped_early else ""
     lines.append(f"training loss: {summary.loss:.4f} in {summary.steps:,} steps and {summary.seconds:,.0f} s{early}")
     lines.append(f"loss curve: {summary.curve}")

@@ -283,3 +283,23 @@ def test_layers_missing_from_the_result_are_reported(train, chats):
     for flags in (("--set", "mtp_loss_weight=0.3"), ("--lora", "2")):
         result = train("--data", chats, "--all-tokens", "--dry-run", *flags, model=model)
         assert result.exit_code == 0 and message not in result.stdout, result.output
+
+
+def test_a_model_is_trained_for_its_packed_format(train, dso, chats, tmp_path, tiny_model):
+    flags = ("--data", chats, *FAST[2:], "--steps", "12", "--quantize", "int4", "--teacher", "self")
+    plan = json.loads(train(*flags, "--dry-run", "--json").stdout)
+    assert plan["memory"]["teacher"] == plan["memory"]["weights"] >= plan["memory"]["rounded"] > 0
+    assert any("rounded to int4" in remark for remark in plan["remarks"])
+    result = train(*flags)
+    assert result.exit_code == 0, result.output
+    assert "KL divergence from the teacher: " in result.stdout and f"packed model: {tmp_path / 'out'}" in result.stdout
+    model = deepseek_optimizer.load_model(tmp_path / "out")
+    assert set(model.dso.manifest.formats().values()) == {"int4"} and model.config.use_cache
+    assert dso("chat", tmp_path / "out", "-t", "0", "-n", "4", input="count 3\n").exit_code == 0
+    other = train(*flags[:-2], "--resume")
+    assert other.exit_code != 0 and "arguments.teacher: differs from the run in" in other.output
+
+
+def test_quantize_trains_no_adapter(train, chats):
+    result = train("--data", chats, "--lora", "4", "--quantize", "int4")
+    assert result.exit_code != 0 and "arguments.quantize trains all weights" in result.output

@@ -79,6 +79,7 @@ def test_gradient_checkpointing_maps_to_recompute(tmp_path):
         ({"bf16": "yes"}, ("bf16", "True or False")),
         ({"moe_balance_rate": float("nan")}, ("moe_balance_rate", "finite")),
         ({"mtp_loss_weight": -1}, ("mtp_loss_weight", "at least 0")),
+        ({"draft_steps": 1, "quantize": "int4"}, ("draft_steps=1", "quantize='int4'")),
         ({"draft_steps": 17}, ("draft_steps", "from 0 to 16")),
         ({"draft_steps": 1, "mtp_loss_weight": 0.3}, ("draft_steps=1", "mtp_loss_weight=0.3")),
     ],

@@ -11,6 +11,7 @@ from transformers import TrainingArguments as PlainArguments
 
 from ..errors import ConfigError
 from ..integration.training.trainer import optimizer_names
+from .quantization import check_format
 
 ADAMW_DEEPSEEK: Final = "adamw_deepseek"
 
@@ -62,6 +63,12 @@ class DeepSeekTrainingArguments(PlainArguments):
             are not trained.
         draft_steps: train nothing but a multi-token prediction layer, which is added where the model has none, to draft this
             number of tokens in a row for the model as it is (`dso draft`); 0: off.
+        quantize: a weight format. The forward pass uses the weights as this format rounds them (quantization-aware training),
+            and `save_model` writes a packed checkpoint; None: no rounding.
+        teacher: a model whose next-token distributions are learned: "self", the model before training, which needs `quantize`;
+            or the directory or name of another model with the same vocabulary. It takes the memory of its weights. None: the
+            loss is the cross entropy of the labels.
+        teacher_weight: weight w of the loss w * KL(teacher || model) + (1 - w) * cross entropy.
 
     Raises:
         ConfigError: a value is not allowed, or two fields contradict each other. Names the fields.
@@ -83,6 +90,9 @@ class DeepSeekTrainingArguments(PlainArguments):
     moe_sequence_loss_weight: float = field(default=0.0, metadata={"help": "Weight of the sequence-wise balance loss."})
     mtp_loss_weight: float | None = field(default=None, metadata={"help": "Weight of the multi-token prediction loss."})
     draft_steps: int = field(default=0, metadata={"help": "Train only a layer that drafts this number of tokens; 0: off."})
+    quantize: str | None = field(default=None, metadata={"help": "Format that the weights are trained for; None: no rounding."})
+    teacher: str | None = field(default=None, metadata={"help": 'Model whose distributions are learned, or "self".'})
+    teacher_weight: float = field(default=1.0, metadata={"help": "Weight of the divergence from the teacher, 0 to 1."})
 
     def __post_init__(self) -> None:
         self._check_values()
@@ -126,6 +136,11 @@ class DeepSeekTrainingArguments(PlainArguments):
             or not 0 <= self.draft_steps <= MAX_DRAFTS
         ):
             raise ConfigError(f"draft_steps must be an integer from 0 to {MAX_DRAFTS}, got {self.draft_steps!r}")
+        _number("teacher_weight", self.teacher_weight)
+        if not 0 < self.teacher_weight <= 1:
+            raise ConfigError(f"teacher_weight must be above 0 and at most 1, got {self.teacher_weight!r}")
+        if self.quantize is not None:
+            check_format(self.quantize)
         if self.num_train_epochs == 0 and self.max_steps <= 0:
             raise ConfigError("num_train_epochs=0 trains nothing; set a value above 0, or max_steps")
         for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
@@ -141,6 +156,11 @@ class DeepSeekTrainingArguments(PlainArguments):
                 f"draft_steps={self.draft_steps} trains multi-token prediction layers for the model as it is, and "
                 f"mtp_loss_weight={self.mtp_loss_weight} together with it; set only one of them"
             )
+        for name in ("quantize", "teacher"):
+            if self.draft_steps and (value := getattr(self, name)) is not None:
+                raise ConfigError(
+                    f"draft_steps={self.draft_steps} leaves the model as it is, and {name}={value!r} trains it; set only one"
+                )
         if self.fp8_enabled and not self.bf16:
             raise ConfigError("fp8_enabled=True needs bf16=True: everything else is in bf16, with fp32 master weights")
         if self.fp8_enabled and self.optim != ADAMW_DEEPSEEK:
@@ -150,6 +170,7 @@ class DeepSeekTrainingArguments(PlainArguments):
                               "optimizer_state and master_weights")  # fmt: skip
         if self.save_dtype == "fp32" and self.bf16 and self.master_weights == "stochastic":
             raise ConfigError('save_dtype="fp32" needs master_weights="split": "stochastic" stores no fp32 weights')
+        self._check_quantization()
         if self.torch_compile or self.torch_compile_backend is not None or self.torch_compile_mode is not None:
             raise ConfigError(f'torch_compile cannot be combined with activation_memory="{self.activation_memory}": training '
                               "runs native kernels, which torch.compile cannot trace; leave torch_compile=False")  # fmt: skip
@@ -166,6 +187,21 @@ class DeepSeekTrainingArguments(PlainArguments):
             if self.activation_memory == "full":
                 raise ConfigError('gradient_checkpointing=True contradicts activation_memory="full"; set only one of them')
             self.activation_memory = "recompute"
+
+    def _check_quantization(self) -> None:
+        for name in ("quantize", "teacher"):
+            for other, off in (("fp8_enabled", False), ("mtp_loss_weight", None), ("fsdp", None)):
+                if getattr(self, name) is not None and getattr(self, other) not in (off, "", []):
+                    raise ConfigError(f"{name}={getattr(self, name)!r} cannot be combined with {other}; leave {other} out")
+        if self.quantize is not None and self.save_dtype is not None:
+            raise ConfigError(f"save_dtype={self.save_dtype!r} has no effect with quantize={self.quantize!r}, whose result is "
+                              "packed; leave save_dtype out")  # fmt: skip
+        if self.teacher == "self" and self.quantize is None:
+            raise ConfigError('teacher="self" trains the rounded model to equal the original, so it needs quantize; set '
+                              "quantize, or name another model as teacher")  # fmt: skip
+        if self.teacher is not None and (not self.fused_loss or self.label_smoothing_factor):
+            raise ConfigError(f"teacher={self.teacher!r} needs fused_loss=True and label_smoothing_factor=0, since the "
+                              "divergence is computed in chunks of tokens")  # fmt: skip
 
 
 def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:

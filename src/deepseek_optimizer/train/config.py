@@ -130,6 +130,9 @@ class TrainConfig(_Section):
     def _agree(self) -> TrainConfig:
         if self.lora is None and self.precision is not None:
             raise ValueError(f"precision={self.precision!r} freezes the weights, so it needs lora")
+        if self.lora is not None and self.arguments.get("quantize") is not None:
+            raise ValueError("arguments.quantize trains all weights, so it cannot be combined with lora; leave lora out, or "
+                             "set precision instead of quantize to train an adapter on quantized weights")  # fmt: skip
         if self.lora is None and self.merge:
             raise ValueError("merge=True merges an adapter, so it needs lora; without lora the result is a whole model anyway")
         if self.patience is not None and not self.evaluates:

@@ -16,16 +16,16 @@ from ..errors import CheckpointError, MissingPackageError
 
 JSON_NAME, PNG_NAME = "loss.json", "loss.png"
 _NAMES: Final = {
-    "loss": "loss", "eval_loss": "eval_loss", "learning_rate": "learning_rate", "grad_norm": "grad_norm",
-    "num_input_tokens_seen": "tokens", "epoch": "epoch", "eval_accepted": "eval_accepted",
+    "loss": "loss", "eval_loss": "eval_loss", "eval_kl": "eval_kl", "eval_accepted": "eval_accepted",
+    "learning_rate": "learning_rate", "grad_norm": "grad_norm", "num_input_tokens_seen": "tokens", "epoch": "epoch",
 }  # fmt: skip
 # Minimum seconds between two writes of the JSON file, which wait for the disk, and of the image, which takes 0.3 s to draw.
 _WRITE_SECONDS, _DRAW_SECONDS = 5.0, 30.0
 
 
 class LossCurve(TrainerCallback):
-    """Records the values that Trainer logs, one point per step: step, epoch, loss, eval_loss, eval_accepted, learning_rate,
-    grad_norm, tokens and seconds. A point omits values that were not logged at its step.
+    """Records the values that Trainer logs, one point per step: step, epoch, loss, eval_loss, eval_kl, eval_accepted,
+    learning_rate, grad_norm, tokens and seconds. A point omits values that were not logged at its step.
 
     `loss.json` is written every few seconds, and after each evaluation and each save; `loss.png` is redrawn on those two
     occasions if it is older than 30 seconds. Both are written at the end.

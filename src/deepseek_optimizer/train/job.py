@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -47,11 +47,14 @@ from .ops.native import built
 from .plan import TrainingPlan, steps_of
 from .precision import DTYPES
 from .prepare import prepare, trainable
+from .quantization import RoundedWeights
 from .report import plan_memory
+from .teacher import SELF, check_tokenizer, teacher_weights
 from .trainer import DeepSeekTrainer
 
 SETTINGS = "train.json"
 _FIXED = ("model", "data", "lora", "precision")  # settings that must not change when a run is resumed
+_FIXED_ARGUMENTS = ("quantize", "teacher", "teacher_weight")
 
 
 @dataclass(frozen=True)
@@ -60,10 +63,12 @@ class RunSummary:
 
     Attributes:
         output: the output directory.
-        kind: "model", "adapter" or "merged model".
+        kind: "model", "adapter", "merged model" or "packed model".
         loads: whether `dso chat` and `load_model` can load the output directly.
         eval_before, eval_after: evaluation loss before and after training; None: there is no evaluation data.
         accepted: with `draft_steps`, the mean number of drafts in the evaluation data up to the first wrong one.
+        kl_before, kl_after: mean KL divergence from the teacher on the evaluation data, in nats per token; with `quantize`,
+            that of the rounded weights. None: there is no teacher or no evaluation data.
         loss: mean training loss.
         steps: number of optimizer steps.
         tokens: number of input tokens.
@@ -78,6 +83,8 @@ class RunSummary:
     eval_before: float | None
     eval_after: float | None
     accepted: float | None
+    kl_before: float | None
+    kl_after: float | None
     loss: float
     steps: int
     tokens: int
@@ -127,6 +134,8 @@ class TrainingJob:
             self.frozen = _is_frozen(config, checkpoint, fields)
             self.tokenizer = load_tokenizer(checkpoint)
             self.context = int(fields["max_position_embeddings"])
+            if self.args.teacher not in (None, SELF):
+                check_tokenizer(self.args.teacher, self.tokenizer)
             self._load_data(progress)
             self.args = self._arguments(intervals(config, steps_of(len(self.train_rows), self.args)))
             self.plan = self._plan(checkpoint)
@@ -168,8 +177,11 @@ class TrainingJob:
         if self.args.draft_steps:
             sketch_draft_layer(model)
         tokens = min(self.longest, self.row) * self.args.train_batch_size
+        dtype = DTYPES["bf16" if self.args.bf16 else "fp32"]
+        rounded = 0 if self.args.quantize is None else RoundedWeights(model, self.args.quantize).count
+        teacher = 0 if self.args.teacher is None else teacher_weights(self.args.teacher, parameters)
         prepared = prepare(model, activation_memory=self.args.activation_memory, fused_loss=self.args.fused_loss)
-        memory = plan_memory(prepared, self.args, DTYPES["bf16" if self.args.bf16 else "fp32"], tokens)
+        memory = plan_memory(prepared, self.args, dtype, tokens, rounded, teacher * dtype.itemsize)
         steps = steps_of(len(self.train_rows), self.args)
         present = len(checkpoints(self.output)) if self.resumes else 0
         disk = plan_disk(self.output, self.args, memory, steps, present, adapter=config.lora is not None, merge=config.merge)
@@ -193,8 +205,13 @@ class TrainingJob:
             memory=memory,
             free=free_memory().free,
             disk=disk,
-            remarks=[*self.report.remarks(), *self._omissions(checkpoint, model), *_crowded()],
+            remarks=[*self.report.remarks(), *self._quantization(), *self._omissions(checkpoint, model), *_crowded()],
         )
+
+    def _quantization(self) -> list[str]:
+        """A remark on what is trained for a packed format."""
+        format = self.args.quantize
+        return [] if format is None else [f"the weights are rounded to {format} in each pass, and the result is packed"]
 
     def _omissions(self, checkpoint: Checkpoint, model: Any) -> list[str]:
         """Remarks on parts of the model that the result will not contain."""
@@ -270,17 +287,19 @@ class TrainingJob:
         started = time.monotonic()
         if not self.resumes:
             trainer.fit_draft_layer()
-        before = self._first_loss(trainer)
+        before = self._first_evaluation(trainer)
         result = trainer.train(resume_from_checkpoint=self.resumes)
-        after = self._last_loss(trainer)
+        after = self._last_evaluation(trainer)
         base.config.use_cache = use_cache
         kind = self._save(trainer, model)
         return RunSummary(
             output=str(self.output),
             kind=kind,
             loads=kind != "adapter",
-            eval_before=before,
-            eval_after=after,
+            eval_before=before.get("eval_loss"),
+            eval_after=after.get("eval_loss"),
+            kl_before=before.get("eval_kl"),
+            kl_after=after.get("eval_kl"),
             accepted=next((p["eval_accepted"] for p in reversed(self.curve.points) if "eval_accepted" in p), None),
             loss=float(result.training_loss),
             steps=int(trainer.state.global_step),
@@ -290,24 +309,27 @@ class TrainingJob:
             curve=str(self.output / PNG_NAME),
         )
 
-    def _first_loss(self, trainer: DeepSeekTrainer) -> float | None:
+    def _first_evaluation(self, trainer: DeepSeekTrainer) -> Mapping[str, float]:
         if self.eval_rows is None:
-            return None
+            return {}
         if self.resumes:
-            return next((point["eval_loss"] for point in self.curve.points if "eval_loss" in point), None)
-        return float(trainer.evaluate()["eval_loss"])
+            return next((point for point in self.curve.points if "eval_loss" in point), {})
+        return trainer.evaluate()
 
-    def _last_loss(self, trainer: DeepSeekTrainer) -> float | None:
+    def _last_evaluation(self, trainer: DeepSeekTrainer) -> Mapping[str, float]:
         if self.eval_rows is None:
-            return None
-        if trainer.args.load_best_model_at_end and trainer.state.best_metric is not None:
-            return float(trainer.state.best_metric)  # the best model was loaded
-        return float(trainer.evaluate()["eval_loss"])
+            return {}
+        best = trainer.state.best_metric
+        if trainer.args.load_best_model_at_end and best is not None:  # the best model was loaded
+            logs: list[Any] = trainer.state.log_history
+            return next((log for log in logs if log.get("eval_loss") == best), {"eval_loss": float(best)})
+        return trainer.evaluate()
 
     def _save(self, trainer: DeepSeekTrainer, model: Any) -> str:
         if self.config.lora is None or not self.config.merge:
             self._save_to(self.output, trainer)
-            return "model" if self.config.lora is None else "adapter"
+            whole = "model" if self.args.quantize is None else "packed model"
+            return whole if self.config.lora is None else "adapter"
         adapter = self.output / "adapter"
         self._save_to(adapter, trainer)
         trainer.model = lora.merged(model, str(self.source), str(adapter))
@@ -370,6 +392,8 @@ def _can_resume(config: TrainConfig, output: Path) -> bool:
         before = json.loads((output / SETTINGS).read_text(encoding="utf-8"))
         now = json.loads(config.model_dump_json())
         changed = [name for name in _FIXED if before.get(name) != now[name]]
+        pairs = [(name, before.get("arguments", {}).get(name), now["arguments"].get(name)) for name in _FIXED_ARGUMENTS]
+        changed += [f"arguments.{name}" for name, then, given in pairs if then != given]
         if changed:
             raise ConfigError(
                 f"{', '.join(changed)}: differs from the run in {output}, which cannot be resumed with other settings; use "

@@ -22,6 +22,7 @@ from ..integration.training.modules import attention_name, set_attention_name
 from .attention_function import DSO_TRAIN, register_train_attention
 from .fp8.backend import Fp8Products
 from .modules.attention import TrainedAttention
+from .modules.distillation import Distillation
 from .modules.draft_loss import DraftObjective
 from .modules.embedding import TrainedEmbedding
 from .modules.experts import TrainedExperts
@@ -80,6 +81,7 @@ class Prepared:
                 module.__dict__.pop("saved", None)
                 module.__dict__.pop("fp8", None)
                 module.__dict__.pop("mtp", None)
+                module.__dict__.pop("distillation", None)
         for module, forward in self._forwards:
             module.__dict__["forward"] = forward
         for config, name in self._attentions:
@@ -96,6 +98,7 @@ def prepare(
     fused_loss: bool = True,
     mtp: MtpObjective | DraftObjective | None = None,
     fp8: Fp8Products | None = None,
+    distillation: Distillation | None = None,
 ) -> Prepared:
     """Replaces the forward methods of a model's modules by native ones.
 
@@ -105,6 +108,7 @@ def prepare(
         fused_loss: compute the head and the loss together where possible.
         mtp: the loss of the model's MTP layers, which is added to the fused loss or replaces it.
         fp8: the FP8 products of linear layers and experts; None: no FP8.
+        distillation: replaces the fused loss; None: no teacher.
     """
     exempt = excluded_from_fp8(model) if fp8 is not None else set()
     prepared = Prepared(model, SavedActivations(save_all=activation_memory == "full"))
@@ -120,7 +124,7 @@ def prepare(
             if mixin in (TrainedFp8Linear, TrainedExperts):
                 module.fp8 = fp8
             if mixin is TrainedCausalLM:
-                module.mtp = mtp
+                module.mtp, module.distillation = mtp, distillation
         elif not isinstance(module, (nn.Embedding, Packed)) and any(True for _ in module.parameters(recurse=False)):
             prepared.others[type(module).__name__] += 1
     _check_head(model, prepared)

@@ -34,6 +34,8 @@ class MemoryPlan:
         moments: Adam's two moments.
         gradients: the gradients of one pass.
         accumulators: the fp32 sums of gradients over the passes of a step.
+        rounded: the rounded weights of quantization-aware training.
+        teacher: the weights of the teacher.
         activations: activations that supported modules save for the backward pass; None if the examples' length is unknown.
         tokens: tokens per batch, padding included; not bytes.
     """
@@ -45,11 +47,13 @@ class MemoryPlan:
     accumulators: int
     activations: int | None
     tokens: int | None
+    rounded: int = 0
+    teacher: int = 0
 
     @property
     def total(self) -> int:
         parts = (self.weights, self.masters, self.moments, self.gradients, self.accumulators, self.activations or 0)
-        return sum(parts)
+        return sum(parts) + self.rounded + self.teacher
 
     def check(self, held: int) -> None:
         """Raises NotEnoughMemoryError if the free memory is not sufficient.
@@ -62,7 +66,7 @@ class MemoryPlan:
             raise NotEnoughMemoryError("training", needed, memory.free, _REMEDY, memory)
 
     def __str__(self) -> str:
-        named = ("weights", "masters", "moments", "gradients", "accumulators", "activations")
+        named = ("weights", "rounded", "teacher", "masters", "moments", "gradients", "accumulators", "activations")
         parts = [f"{name} {(getattr(self, name) or 0) / 1e6:,.0f} MB" for name in named if getattr(self, name)]
         return f"{self.total / 1e6:,.0f} MB: {', '.join(parts)}"
 
@@ -108,7 +112,9 @@ def _counted(names: Counter[str]) -> str:
     return ", ".join(f"{count} {name}" for name, count in sorted(names.items())) or "nothing"
 
 
-def plan_memory(prepared: Prepared, args: Any, dtype: torch.dtype, tokens: int | None) -> MemoryPlan:
+def plan_memory(
+    prepared: Prepared, args: Any, dtype: torch.dtype, tokens: int | None, rounded: int = 0, teacher: int = 0
+) -> MemoryPlan:
     """Estimates the memory that training needs.
 
     Args:
@@ -116,6 +122,8 @@ def plan_memory(prepared: Prepared, args: Any, dtype: torch.dtype, tokens: int |
         args: `DeepSeekTrainingArguments`.
         dtype: dtype in which weights are trained.
         tokens: tokens per batch, padding included; None: unknown.
+        rounded: number of weights that quantization-aware training rounds.
+        teacher: bytes of the teacher.
     """
     model, own = prepared.model, args.own_optimizer
     weights = {id(p): p for p in model.parameters()}.values()
@@ -130,6 +138,8 @@ def plan_memory(prepared: Prepared, args: Any, dtype: torch.dtype, tokens: int |
         accumulators=4 * count if args.gradient_accumulation_steps > 1 and own and dtype == torch.bfloat16 else 0,
         activations=None if tokens is None else _activations(prepared, args.activation_memory, dtype, tokens),
         tokens=tokens,
+        rounded=rounded * dtype.itemsize,
+        teacher=teacher,
     )
 
 

@@ -28,6 +28,7 @@ from .checkpoints.saving import AtomicCheckpoints
 from .data.packing import pack_for_trainer
 from .fp8.backend import Fp8Products, from_arguments
 from .fsdp import shard_on_cpus
+from .modules.distillation import Distillation
 from .modules.draft_fit import fit_draft_layer
 from .modules.draft_layer import add_draft_layer
 from .modules.draft_loss import DraftObjective
@@ -39,7 +40,9 @@ from .ops.native import built
 from .optimizer import DeepSeekAdamW
 from .precision import DTYPES, set_training_dtype, weights_in
 from .prepare import Prepared, prepare, trainable
-from .report import TrainingReport, plan_memory
+from .quantization import RoundedWeights
+from .report import MemoryPlan, TrainingReport, plan_memory
+from .teacher import check_heads, make_teacher
 
 _SAMPLED: Final = 64  # examples whose lengths are used to plan memory
 
@@ -55,8 +58,10 @@ class DeepSeekTrainer(AtomicCheckpoints):
         mtp: the loss of the MTP layers if they are trained, else None; its `weight` may be changed during training. With
             `draft_steps`, the loss of drafts.
         balancing: the load balancing of experts; its `rate` may be changed during training.
+        distillation: the loss of a distillation if there is a teacher, else None.
 
     Raises:
+        ConfigError: on construction, a field of `args` does not fit the model or the other arguments.
         BackendError: on construction, if `fp8_backend="hardware"` is not available.
         NotEnoughMemoryError: from `train`, before allocating, if weights, optimizer and a batch do not fit into memory.
         TrainingError: from `train`, if a loss or gradient is not finite (see `on_nan`).
@@ -95,9 +100,11 @@ class DeepSeekTrainer(AtomicCheckpoints):
             self.mtp = DraftObjective(args.draft_steps)
         if args.packing:
             pack_for_trainer(self)
+        self.rounded = self._rounded_weights()
+        self.distillation = self._distillation()
         self.balancing = ExpertBalancing(args.moe_balance_rate, args.moe_sequence_loss_weight)
         self._logged_steps = 0
-        self.add_callback(_AfterStep(self))
+        self.add_callback(_AroundStep(self))
         if args.moe_balance_rate or args.moe_sequence_loss_weight:
             self.add_callback(self.balancing)
 
@@ -129,13 +136,19 @@ class DeepSeekTrainer(AtomicCheckpoints):
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Like Trainer's; called by `evaluate` and `predict`."""
         if self._prepared is not None:
-            return super().evaluation_loop(*args, **kwargs)
+            return self._evaluated(*args, **kwargs)
         self._prepared = self._prepare()
         try:
             with self._threads():
-                return super().evaluation_loop(*args, **kwargs)
+                return self._evaluated(*args, **kwargs)
         finally:
             self._restore()
+
+    def _evaluated(self, *args: Any, **kwargs: Any) -> Any:
+        result: Any = super().evaluation_loop(*args, **kwargs)
+        if self.distillation is not None and (mean := self.distillation.mean()) is not None:
+            result.metrics[f"{kwargs.get('metric_key_prefix', 'eval')}_kl"] = mean
+        return result
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Like Trainer's. Also prepares the model, which is final at this point but not yet wrapped."""
@@ -143,7 +156,7 @@ class DeepSeekTrainer(AtomicCheckpoints):
             self._prepared = self._prepare()
             dtype = self._dtype()
             if dtype is not None:
-                plan_memory(self._prepared, self.args, dtype, self._batch_tokens()).check(_bytes_of(self.model))
+                self._memory(self._prepared, dtype).check(_bytes_of(self.model) + self._teacher_bytes())
                 set_training_dtype(self.model, dtype)
         elif self._prepared is None:
             self._prepared = self._prepare()  # the caller's optimizer holds the parameters, so their dtype stays
@@ -189,15 +202,22 @@ class DeepSeekTrainer(AtomicCheckpoints):
             trained=sum(p.numel() for p in trainable(model)),
             weights=model.num_parameters(),
             fused_loss=prepared.fused_loss and self._why_unfused() is None,
-            memory=plan_memory(prepared, args, dtype, self._batch_tokens()),
+            memory=self._memory(prepared, dtype),
             notes=[*prepared.notes, *self._mtp_notes, *filter(None, [self._why_unfused()])],
         )
 
     def _prepare(self) -> Prepared:
         args = self.args
         prepared = prepare(
-            self.model, activation_memory=args.activation_memory, fused_loss=args.fused_loss, mtp=self.mtp, fp8=self._fp8
+            self.model,
+            activation_memory=args.activation_memory,
+            fused_loss=args.fused_loss,
+            mtp=self.mtp,
+            fp8=self._fp8,
+            distillation=self.distillation,
         )
+        if self.distillation is not None:
+            check_heads(prepared, f"teacher={args.teacher!r}")
         if self._fp8 is not None:
             prepared.notes.append(self._fp8.note)
             if not self._fp8.on_hardware:
@@ -206,7 +226,40 @@ class DeepSeekTrainer(AtomicCheckpoints):
             self._warn_once(reason)
         return prepared
 
+    def _rounded_weights(self) -> RoundedWeights | None:
+        if self.args.quantize is None:
+            return None
+        if hasattr(self.model, "peft_config"):
+            raise ConfigError(f"quantize={self.args.quantize!r} trains all weights, but the model has an adapter; leave the "
+                              "adapter out, or train it on a model loaded with precision")  # fmt: skip
+        return RoundedWeights(self.model, self.args.quantize)
+
+    def _distillation(self) -> Distillation | None:
+        """The loss of the teacher, which is copied now: later, a checkpoint may be loaded into the model."""
+        if self.args.teacher is None:
+            return None
+        for name in ("compute_loss_func", "compute_metrics"):
+            if getattr(self, name) is not None:
+                raise ConfigError(f"teacher={self.args.teacher!r} cannot be combined with {name}, which needs the logits; "
+                                  f"leave {name} out")  # fmt: skip
+        teacher = make_teacher(self.args.teacher, self.model, self._dtype() or self.model.dtype)
+        self.model_accepts_loss_kwargs = False  # the loss is the mean over a batch's tokens, not over labels
+        return Distillation(teacher, self.args.teacher_weight, getattr(self.data_collator, "pad_token_id", None))
+
+    def _teacher_bytes(self) -> int:
+        return 0 if self.distillation is None else _bytes_of(self.distillation.teacher)
+
+    def _memory(self, prepared: Prepared, dtype: torch.dtype) -> MemoryPlan:
+        rounded = 0 if self.rounded is None else self.rounded.count
+        return plan_memory(prepared, self.args, dtype, self._batch_tokens(), rounded, self._teacher_bytes())
+
+    def _use_original_weights(self) -> None:
+        """For code that reads or writes the weights before rounding; the next pass rounds them again."""
+        if self.rounded is not None:
+            self.rounded.restore()
+
     def _restore(self) -> None:
+        self._use_original_weights()
         if self._accumulators is not None:
             self._accumulators.remove()
         if self._prepared is not None:
@@ -241,6 +294,8 @@ class DeepSeekTrainer(AtomicCheckpoints):
         """Like Trainer's; saves activations for the backward pass according to `activation_memory`."""
         prepared = self._prepared
         self._check_length(inputs)
+        if self.rounded is not None:
+            self.rounded.round()
         with prepared.saved if prepared is not None and torch.is_grad_enabled() else contextlib.nullcontext():
             result = super().compute_loss(model, inputs, *args, **kwargs)
         if self.model.training:
@@ -342,7 +397,16 @@ class DeepSeekTrainer(AtomicCheckpoints):
     # ---- saving ----
 
     def save_weights(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """Like Trainer's, but saves in `save_dtype`. Checkpoints keep the dtype of training."""
+        """Like Trainer's, but saves in `save_dtype`, or packed with `quantize`. Checkpoints keep the dtype of training, and the
+        weights before rounding."""
+        self._use_original_weights()
+        if self.rounded is not None and self._temporary is None:
+            directory = Path(output_dir or str(self.args.output_dir))
+            directory.mkdir(parents=True, exist_ok=True)
+            self.rounded.write(self.model, directory)
+            if self.processing_class is not None:
+                self.processing_class.save_pretrained(directory)
+            return
         if self.args.save_dtype is None or state_dict is not None or self._temporary is not None:
             return super().save_weights(output_dir, state_dict)
         dtype = DTYPES[self.args.save_dtype]
@@ -352,12 +416,23 @@ class DeepSeekTrainer(AtomicCheckpoints):
             config.dtype = dtype
             config.save_pretrained(output_dir or self.args.output_dir)
 
+    def load_weights(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        self._use_original_weights()
+        super().load_weights(resume_from_checkpoint, model)
 
-class _AfterStep(TrainerCallback):
-    """Calls the trainer after each optimizer step."""
+    def load_best_weights(self) -> None:
+        self._use_original_weights()
+        super().load_best_weights()
+
+
+class _AroundStep(TrainerCallback):
+    """Calls the trainer before and after each optimizer step."""
 
     def __init__(self, trainer: DeepSeekTrainer) -> None:
         self._trainer = trainer
+
+    def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        self._trainer._use_original_weights()
 
     def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         self._trainer._after_optimizer_step()

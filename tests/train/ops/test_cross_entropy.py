@@ -173,11 +173,11 @@ def test_a_second_backward_is_an_error():
 
 
 def test_the_logits_never_exist_as_a_whole():
-    pieces = cross_entropy._chunks(2048, 49152, None)
+    pieces = cross_entropy.chunks_of(2048, 49152, None)
     assert max(p.stop - p.start for p in pieces) * 49152 * 4 <= 64 << 20
     assert [p.start for p in pieces] == [0, *(p.stop for p in pieces[:-1])] and pieces[-1].stop == 2048
     assert all((p.stop - p.start) % 16 == 0 for p in pieces[:-1])
-    assert cross_entropy._chunks(5, 10**9, None) == [slice(0, 5)] and cross_entropy._chunks(0, 10, None) == []
+    assert cross_entropy.chunks_of(5, 10**9, None) == [slice(0, 5)] and cross_entropy.chunks_of(0, 10, None) == []
 
 
 def test_many_chunks_are_summed_in_fp32():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -211,6 +211,19 @@ def put_in_place(places: Iterable[Site], matrices: Mapping[str, PackedWeight]) -
             setattr(twin, leaf, parameters.setdefault(weight, nn.Parameter(matrices[weight].data, requires_grad=False)))
         twin.training = module.training
         setattr(site.parent, site.child, twin)
+
+
+def planned_twins(model: Any, graph: Graph, config: DeepSeekConfig) -> Iterator[tuple[Site, Packed]]:
+    """Each module of a float model that `pack_in_place` would replace, with the empty packed module that would replace it.
+
+    Raises:
+        ConfigError: as in `swap_on_meta`.
+    """
+    minimum = min_formats(graph)
+    for site in _named_sites(model, graph, config):
+        dtype = next(site.module.parameters(recurse=False)).dtype
+        formats = {leaf: _format_of(w, config, NATURAL[dtype], minimum, None) for leaf, w in site.weights.items()}
+        yield site, packed_twin(site.module, formats, dtype)
 
 
 def substitute(model: nn.Module, old: nn.Module, new: nn.Module) -> None:

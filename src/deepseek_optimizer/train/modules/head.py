@@ -10,6 +10,7 @@ from torch import nn
 
 from ...integration.compat import causal_output
 from ...models.families import traits
+from .distillation import Distillation
 from .draft_loss import DraftObjective
 from .head_loss import head_is_fused, head_loss
 from .mtp_loss import MtpObjective
@@ -26,6 +27,7 @@ class TrainedCausalLM(nn.Module):
     lm_head: nn.Module
     config: Any
     mtp: MtpObjective | DraftObjective | None = None
+    distillation: Distillation | None = None
 
     @staticmethod
     def fits(module: nn.Module) -> bool:
@@ -47,7 +49,13 @@ class TrainedCausalLM(nn.Module):
         kwargs.pop("logits_to_keep", None)
         outputs = self.model(*args, **{"use_cache": False, **kwargs}, return_dict=True)
         hidden, alone = outputs.last_hidden_state, self.mtp is not None and self.mtp.alone
-        loss = hidden.new_zeros((), dtype=torch.float32) if alone else self._loss(hidden, labels, **options)
+        if alone:
+            loss = hidden.new_zeros((), dtype=torch.float32)
+        elif self.distillation is None:
+            loss = self._loss(hidden, labels, **options)
+        else:
+            inputs = {**kwargs, "input_ids": kwargs["input_ids"] if "input_ids" in kwargs else args[0]}
+            loss = self.distillation(self, hidden, labels, inputs, lambda: self._loss(hidden, labels, **options))
         if self.mtp is not None and (self.training or alone):
             ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
             loss = loss + self.mtp(self, hidden, ids, labels, options["num_items_in_batch"], kwargs)

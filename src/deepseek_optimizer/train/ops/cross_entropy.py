@@ -83,7 +83,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dhidden = native.new(hidden.shape, hidden) if needed[0] else None
         dweight: torch.Tensor | None = None
         total = 0.0
-        chunks = _chunks(len(hidden), weight.shape[0], chunk)
+        chunks = chunks_of(len(hidden), weight.shape[0], chunk)
         wide = torch.promote_types(hidden.dtype, torch.float32)
         # one buffer for all chunks: the system clears newly mapped memory, which is slow at this size
         buffer = native.new((chunks[0].stop if chunks else 0, weight.shape[0]), hidden, wide)
@@ -159,7 +159,7 @@ def _(logits: torch.Tensor, labels: torch.Tensor, factor: float, gradient: int, 
     """Changes `logits` and `losses` in place; has no output."""
 
 
-def _chunks(rows: int, columns: int, chunk: int | None) -> list[slice]:
+def chunks_of(rows: int, columns: int, chunk: int | None) -> list[slice]:
     """Chunks of rows of similar size, a multiple of the products' block size."""
     max_rows = chunk or max(16, _CHUNK_BYTES // (4 * columns))
     count = -(-rows // max_rows)
