@@ -157,7 +157,7 @@ def test_a_packed_checkpoint_keeps_its_settings_by_default(saved, tmp_path):
     assert load_model(tmp_path / "p", kv_cache="fp32").dso.config.kv_cache == "fp32"
     with pytest.raises(CheckpointError, match="is packed as int8, not int4; convert the original"):
         load_model(tmp_path / "p", precision="int4")
-    with pytest.raises(ConfigError, match="precision must be one of 'auto', 'int4'.*got 'int5'; did you mean 'int"):
+    with pytest.raises(ConfigError, match="precision must be one of 'auto', 'int3', 'int4'.*got 'int5'; did you mean 'int"):
         load_model(tmp_path / "p", precision="int5")
     with pytest.raises(ConfigError, match="kl_budget"):
         load_model(tmp_path / "p", kl_budget="much")

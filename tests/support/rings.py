@@ -31,7 +31,7 @@ import pytest
 
 FEW = 4
 SHARE = 0.1
-FAST_S = 1.0
+FAST_S = 0.7
 WIDE_S = 6.0
 MEASURED = 3
 ROOT = Path(__file__).parents[2]

@@ -103,13 +103,14 @@ def test_result_has_the_dtype_of_the_input(dtype):
 def test_a_listener_gets_the_inputs_of_down():
     packed, own = pair("fp32", "fp32")
     x, index, weights = routed(packed, tokens=5)
-    seen: list[torch.Tensor] = []
-    packed.listener = seen.append
+    seen: list[tuple[int, torch.Tensor, torch.Tensor]] = []
+    packed.listener = lambda *inputs: seen.append(inputs)
     packed(x, index, weights)
-    assert sum(map(len, seen)) == index.numel()
-    expert = int(index.min())
-    gate, up = (x[(index == expert).any(1)] @ own.gate_up_proj[expert].T).chunk(2, -1)
-    torch.testing.assert_close(seen[0], nn.functional.silu(gate) * up)
+    assert sum(len(h) for _, _, h in seen) == index.numel()
+    for expert, own_rows, h in seen:
+        assert torch.equal(own_rows, x[(index == expert).any(1)])
+        gate, up = (own_rows @ own.gate_up_proj[expert].T).chunk(2, -1)
+        torch.testing.assert_close(h, nn.functional.silu(gate) * up)
 
 
 def test_it_is_a_regular_module():
