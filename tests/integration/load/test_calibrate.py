@@ -129,7 +129,7 @@ def test_the_built_in_text(original, monkeypatch):
     plain = load_model(original, precision="int4", backend=FAST)
     assert not plain.dso.manifest.rounding, "the tests switch it off"
     monkeypatch.delenv("DSO_CALIBRATION")
-    monkeypatch.setattr(calibrate, "COUNTS", (2,))
+    monkeypatch.setattr(calibrate, "COUNT", 2)
     model = load_model(original, precision="int4", backend=FAST)
     assert model.dso.manifest.rounding["text"] == BUILT_IN and BUILT_IN in str(model.report())
     for off in (None, "none"):
@@ -138,6 +138,9 @@ def test_the_built_in_text(original, monkeypatch):
         assert not load_model(original, backend=FAST, **other).dso.manifest.rounding
     monkeypatch.setattr(calibrate, "estimated_seconds", lambda *_: 3600.0)
     with pytest.warns(UserWarning, match="without calibration, which would take about 1 h"):
+        assert_equal_bits(load_model(original, precision="int4", backend=FAST), plain)
+    monkeypatch.setattr(calibrate, "_fits", lambda _: False)
+    with pytest.warns(UserWarning, match="without calibration, which needs memory for the original model twice"):
         assert_equal_bits(load_model(original, precision="int4", backend=FAST), plain)
 
 

@@ -27,7 +27,7 @@ from .rounding import Outcome, round_in_place
 ENVIRONMENT = "DSO_CALIBRATION"  # "none": the built-in text is not used
 BUILT_IN = "built-in text"
 LONGEST = 60.0  # seconds that calibration on the built-in text may take
-COUNTS = (16, 8)  # stretches of the built-in text: the larger number if there is time
+COUNT = 8  # stretches of the built-in text; always the same, so that a load that calibrates gives the same weights
 _ROUNDING = 4.5e-7  # seconds of one thread per weight, measured on SmolLM2
 _PASSES = 4  # forwards and second moments of the whole text, as forwards by the product that is timed; measured on SmolLM2
 UNUSED = "the calibration text was not used, because no matrix is rounded to " + " or ".join(sorted(WEIGHED))
@@ -70,19 +70,24 @@ def calibration_for(
     length = min(LENGTH, context)
     if file is not None:
         return Calibration(stretches(load_tokenizer(checkpoint), read_text(file), length, source=file), file), []
-    if os.environ.get(ENVIRONMENT) == "none" or not _fits(checkpoint):
+    if os.environ.get(ENVIRONMENT) == "none":
         return None, []
-    count = next((n for n in COUNTS if estimated_seconds(shapes, formats, n * length) <= LONGEST), None)
-    if count is None:
-        seconds = estimated_seconds(shapes, formats, COUNTS[-1] * length)
-        return None, [
-            f"rounded without calibration, which would take about {duration(seconds)}; for better 4-bit weights, convert the "
-            "model once with `dso convert --calibration FILE`"
-        ]
+    if not _fits(checkpoint):
+        return None, [_without("which needs memory for the original model twice")]
+    seconds = estimated_seconds(shapes, formats, COUNT * length)
+    if seconds > LONGEST:
+        return None, [_without(f"which would take about {duration(seconds)}")]
     try:
-        return Calibration(built_in_stretches(load_tokenizer(checkpoint), length, count), BUILT_IN), []
+        return Calibration(built_in_stretches(load_tokenizer(checkpoint), length, COUNT), BUILT_IN), []
     except (CheckpointError, ConfigError):  # no tokenizer, or one with so many words that the text is too short
-        return None, []
+        return None, [_without("which needs a tokenizer that fits the built-in text")]
+
+
+def _without(why: str) -> str:
+    return (
+        f"rounded without calibration, {why}; for better 4-bit weights, convert the model once with "
+        "`dso convert --calibration FILE`"
+    )
 
 
 def without_rounding(settings: DeepSeekConfig) -> dict[str, Any]:
