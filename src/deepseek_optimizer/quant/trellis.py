@@ -114,8 +114,8 @@ def _index_steps(device: torch.device) -> _Steps:
     """For k = 0..3: the k-th state before each state, and the pair of subsets on the way from there, int64 [states] each."""
     steps = []
     for k in range(4):
-        before = torch.tensor([states[k] for states in _BEFORE], device=device)
-        pairs = torch.tensor([4 * step[k][0] + step[k][1] for step in _STEPS], device=device)
+        before = torch.tensor([states[k] for states in _BEFORE], dtype=torch.int64, device=device)
+        pairs = torch.tensor([4 * step[k][0] + step[k][1] for step in _STEPS], dtype=torch.int64, device=device)
         steps.append((before, pairs))
     return steps
 

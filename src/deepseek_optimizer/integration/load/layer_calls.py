@@ -51,7 +51,8 @@ class LayerCalls:
         `hidden`: hidden states [1, n, H] of that text.
         """
         output = self.run(layer, index, 0, hidden)
-        change = output.float().abs().median() * torch.linspace(-2, 2, output.numel(), device=output.device).view_as(output)
+        steps = torch.linspace(-2, 2, output.numel(), dtype=torch.float32, device=output.device).view_as(output)
+        change = output.float().abs().median() * steps
 
         def changed(module: nn.Module, args: Any, result: Any) -> Any:
             same = isinstance(result, torch.Tensor) and result.numel() == change.numel()

@@ -57,7 +57,9 @@ class DraftObjective:
             inputs: the other keyword arguments that the model was called with.
         """
         positions = inputs.get("position_ids")
-        place = torch.arange(hidden.shape[1], device=hidden.device)[None] if positions is None else positions
+        place = positions
+        if place is None:
+            place = torch.arange(hidden.shape[1], dtype=torch.int64, device=hidden.device)[None]
         likely = most_likely(hidden, model.get_output_embeddings()).roll(1, 1)  # by the token's own row
         likely = torch.where(labels == IGNORED, IGNORED, likely)
         losses, right = [], []
