@@ -3,8 +3,8 @@ layer's input.
 
 The input of the model's last layer at a token is approximated by a linear function of what the new layer gets instead: the
 embedding of that token, and the last hidden state at the token before. The least squares solution becomes `eh_proj`. Without
-any training, such a layer of SmolLM2-135M drafts 0.46 tokens a round that are accepted; its loss is 4.7, that of random weights
-14.3.
+any training, such a layer of SmolLM2-135M drafts 0.52 tokens a round that are accepted; its loss is 4.5, that of random weights
+13.7.
 """
 
 from __future__ import annotations
@@ -16,6 +16,10 @@ import torch
 
 _TOKENS: Final = 1 << 14  # several times the 2 H unknowns of a row of eh_proj in most models
 _RIDGE: Final = 1e-3  # times the mean square of the inputs: equations may be fewer than unknowns
+
+# Tokens whose states are larger than the median by this factor are left out, since they would decide the fit alone: the first
+# tokens of texts, and padding (Sun et al., "Massive Activations in Large Language Models", arXiv 2402.17762).
+_MASSIVE: Final = 4.0
 
 
 @torch.no_grad()
@@ -61,6 +65,9 @@ def _least_squares(model: Any, layer: Any, batches: Iterable[Mapping[str, Any]],
         follows = _follows(inputs)
         x = both[follows].double().cpu()
         y = output.hidden_states[model.config.num_hidden_layers - 1][:, 1:][follows].double().cpu()
+        norms = y.norm(dim=-1)
+        usual = norms < _MASSIVE * norms.median()
+        x, y = x[usual], y[usual]
         squares += x.T @ x
         products += x.T @ y
         seen += len(x)
