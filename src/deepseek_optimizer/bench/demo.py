@@ -2,7 +2,7 @@
 
 Each side runs in a separate process, the sides alternate, and medians of the rounds are shown. Transformers loads the
 dequantized weights as a bf16 checkpoint, the format it loads fastest; the lossless side loads the GGUF file; int4 packs the
-bf16 checkpoint while loading. Each step is announced on stderr.
+bf16 checkpoint while loading, without calibration. Each step is announced on stderr.
 """
 
 from __future__ import annotations
