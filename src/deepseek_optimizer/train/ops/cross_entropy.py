@@ -15,10 +15,8 @@ from torch.autograd.function import once_differentiable
 
 from ...backends.cpu.buffers import address
 from ...errors import ConfigError
-from . import native
-from .linear import gradient_place
+from . import early_gradients, native
 from .product import product
-from .scale import scale_into
 
 _CHUNK_BYTES: Final = 64 << 20  # fp32 logits of a chunk
 # Up to this many chunks, the head's gradient is summed in its own dtype: in bf16, its error is 0.33% after 7 chunks of 304
@@ -100,25 +98,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 dweight = product("tn", gradient, x, dtype=x.dtype if len(chunks) <= _FEW_CHUNKS else wide)
         if needed[1] and dweight is None:
             dweight = torch.zeros_like(weight)
-        if dweight is not None and dweight.dtype != weight.dtype and getattr(weight, "main_grad", None) is None:
-            dweight = scale_into(native.new(weight.shape, weight), dweight)
-        ctx.gradients, ctx.weight = (dhidden, dweight), gradient_place(weight)
+        early_gradients.keep(ctx, weight, dhidden, dweight)
         return torch.tensor(total * factor, dtype=wide, device=hidden.device)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: torch.Tensor) -> Any:
-        if ctx.gradients is None:
-            raise RuntimeError("linear_cross_entropy: the first backward freed its gradients; call backward only once")
-        (dhidden, dweight), ctx.gradients = ctx.gradients, None
-        scale, main = float(upstream), getattr(ctx.weight, "main_grad", None)
-        if dweight is not None and main is not None:
-            scale_into(main, dweight, scale, add=True)
-            dweight = None
-        for gradient in (dhidden, dweight):
-            if gradient is not None and scale != 1.0:
-                scale_into(gradient, gradient, scale)
-        return dhidden, dweight, None, None, None, None
+        return *early_gradients.scaled(ctx, upstream, "linear_cross_entropy"), None, None, None, None
 
 
 def cross_entropy_(

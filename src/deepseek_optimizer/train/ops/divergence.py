@@ -12,11 +12,9 @@ from typing import Any, Final
 import torch
 from torch.autograd.function import once_differentiable
 
-from . import native
+from . import early_gradients, native
 from .cross_entropy import chunks_of
-from .linear import gradient_place
 from .product import product
-from .scale import scale_into
 
 _BLOCK_BYTES: Final = 2 << 20  # logits that are processed at once, so that they stay in the cache
 
@@ -76,25 +74,13 @@ class _LinearDivergence(torch.autograd.Function):
                 product("nn", gradient, weight, out=dhidden[part])
             if dweight is not None:
                 product("tn", gradient, x, out=dweight, add=True)
-        if dweight is not None and dweight.dtype != weight.dtype and getattr(weight, "main_grad", None) is None:
-            dweight = scale_into(native.new(weight.shape, weight), dweight)
-        ctx.gradients, ctx.weight = (dhidden, dweight), gradient_place(weight)
+        early_gradients.keep(ctx, weight, dhidden, dweight)
         return torch.tensor(total * factor, dtype=wide, device=hidden.device)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: torch.Tensor) -> Any:
-        if ctx.gradients is None:
-            raise RuntimeError("linear_divergence: the first backward freed its gradients; call backward only once")
-        (dhidden, dweight), ctx.gradients = ctx.gradients, None
-        scale, main = float(upstream), getattr(ctx.weight, "main_grad", None)
-        if dweight is not None and main is not None:
-            scale_into(main, dweight, scale, add=True)
-            dweight = None
-        for gradient in (dhidden, dweight):
-            if gradient is not None and scale != 1.0:
-                scale_into(gradient, gradient, scale)
-        return dhidden, dweight, None, None, None, None
+        return *early_gradients.scaled(ctx, upstream, "linear_divergence"), None, None, None, None
 
 
 def divergence_(logits: torch.Tensor, teacher: torch.Tensor, factor: float) -> float:
