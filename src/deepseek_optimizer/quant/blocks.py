@@ -18,7 +18,7 @@ import torch
 
 from .base import TILE_COLS, TILE_ROWS
 from .groups import FP16_ROUNDING, FP16_TINY, round_scale
-from .tiles import empty_tiles, pad_to_tiles, panels, tile_counts
+from .tiles import check_matrix, check_tiles, empty_tiles, pad_to_tiles, panels
 
 SUPERBLOCK = 256  # columns
 _GROUPS = SUPERBLOCK // TILE_COLS
@@ -79,8 +79,7 @@ class BlockFormat:
     @classmethod
     def pack(cls, weight: torch.Tensor, importance: torch.Tensor | None = None) -> torch.Tensor:
         """float [N, K] -> uint8 [ceil(N/16), ceil(K/32), tile_bytes]; covers each group's range, without a search."""
-        if weight.dim() != 2 or weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            raise ValueError(f"weight must be a float32, bfloat16 or float16 matrix, not {weight.dtype} {tuple(weight.shape)}")
+        check_matrix(weight)
         rows, cols = weight.shape
         cls.check_columns(cols)
         out = empty_tiles(rows, cols, cls.tile_bytes)
@@ -92,8 +91,7 @@ class BlockFormat:
     def unpack(cls, packed: torch.Tensor, rows: int, cols: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """uint8 tiles -> float [rows, cols]; products are exact in float32, and a sum with a minimum is rounded once."""
         cls.check_columns(cols)
-        if packed.dtype != torch.uint8 or packed.dim() != 3 or tuple(packed.shape[:2]) != tile_counts(rows, cols):
-            raise ValueError(f"packed must be tiles of a {rows} x {cols} matrix, not {packed.dtype} {tuple(packed.shape)}")
+        check_tiles(packed, rows, cols)
         out = torch.empty(rows, cols, dtype=dtype, device=packed.device)
         for begin, end in panels(rows, cols):
             values = cls.dequantize(cls.read(packed[begin // TILE_ROWS : -(-end // TILE_ROWS)]))

@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 
 from .base import TILE_COLS, TILE_ROWS
-from .tiles import empty_tiles, pad_to_tiles, panels, tile_counts
+from .tiles import check_matrix, check_tiles, empty_tiles, pad_to_tiles, panels
 
 BLOCK = 128  # rows and columns that share a scale
 LARGEST = 448.0
@@ -34,8 +34,7 @@ class Fp8:
     @staticmethod
     def pack(weight: torch.Tensor, importance: torch.Tensor | None = None) -> torch.Tensor:
         """float [N, K] -> uint8 [ceil(N/16), ceil(K/32), 544]. A block with a NaN or infinity gets scale NaN and zero codes."""
-        if weight.dim() != 2 or weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            raise ValueError(f"weight must be a float32, bfloat16 or float16 matrix, not {weight.dtype} {tuple(weight.shape)}")
+        check_matrix(weight)
         out = empty_tiles(weight.shape[0], weight.shape[1], Fp8.tile_bytes)
         for begin, end in panels(*weight.shape):
             codes, scale = quantize(weight[begin:end].detach())
@@ -45,8 +44,7 @@ class Fp8:
     @staticmethod
     def unpack(packed: torch.Tensor, rows: int, cols: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """uint8 tiles -> float [rows, cols]: value times scale, rounded once, in float32."""
-        if packed.dtype != torch.uint8 or packed.dim() != 3 or tuple(packed.shape[:2]) != tile_counts(rows, cols):
-            raise ValueError(f"packed must be tiles of a {rows} x {cols} matrix, not {packed.dtype} {tuple(packed.shape)}")
+        check_tiles(packed, rows, cols)
         out = torch.empty(rows, cols, dtype=dtype, device=packed.device)
         for begin, end in panels(rows, cols):
             tiles = packed[begin // TILE_ROWS : -(-end // TILE_ROWS)].contiguous()

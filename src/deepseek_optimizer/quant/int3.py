@@ -13,7 +13,7 @@ import torch
 from .base import TILE_COLS, TILE_ROWS
 from .groups import grouped, round_scale, ungroup
 from .search import by_column, pad_importance
-from .tiles import empty_tiles, pad_to_tiles, panels, read_tiles, tile_counts, write_tiles
+from .tiles import check_matrix, check_tiles, empty_tiles, pad_to_tiles, panels, read_tiles, write_tiles
 from .trellis import COLUMNS, TOP, VALUES, decode, encode, least_error
 
 # Candidates of a group's scale: the byte that covers the range of its elements, plus each of these.
@@ -35,8 +35,7 @@ class Int3:
     @staticmethod
     def pack(weight: torch.Tensor, importance: torch.Tensor | None = None) -> torch.Tensor:
         """float [N, K], importance float32 [K] -> uint8 [ceil(N/16), ceil(K/32), 208]."""
-        if weight.dim() != 2 or weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            raise ValueError(f"weight must be a float32, bfloat16 or float16 matrix, not {weight.dtype} {tuple(weight.shape)}")
+        check_matrix(weight)
         rows, cols = weight.shape
         if importance is None:
             importance = torch.ones(cols, dtype=torch.float32, device=weight.device)
@@ -53,8 +52,7 @@ class Int3:
     @staticmethod
     def unpack(packed: torch.Tensor, rows: int, cols: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """uint8 tiles -> float [rows, cols]; exact in float32."""
-        if packed.dtype != torch.uint8 or packed.dim() != 3 or tuple(packed.shape[:2]) != tile_counts(rows, cols):
-            raise ValueError(f"packed must be tiles of a {rows} x {cols} matrix, not {packed.dtype} {tuple(packed.shape)}")
+        check_tiles(packed, rows, cols)
         out = torch.empty(rows, cols, dtype=dtype, device=packed.device)
         for begin, end in panels(rows, cols):
             codes, scale = _read(packed[begin // TILE_ROWS : -(-end // TILE_ROWS)])

@@ -79,10 +79,21 @@ def read_tiles(tiles: torch.Tensor, words: int, halves: int = 0) -> tuple[torch.
     return rows, tuple(column.transpose(1, 2).reshape(down * TILE_ROWS, across) for column in columns)
 
 
-def pack_panels(weight: torch.Tensor, tile_bytes: int, encode: Encode) -> torch.Tensor:
-    """Packs float [N, K] into uint8 tiles [ceil(N/16), ceil(K/32), tile_bytes]."""
+def check_matrix(weight: torch.Tensor) -> None:
+    """Raises ValueError unless it can be packed."""
     if weight.dim() != 2 or weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"weight must be a float32, bfloat16 or float16 matrix, not {weight.dtype} {tuple(weight.shape)}")
+
+
+def check_tiles(packed: torch.Tensor, rows: int, cols: int) -> None:
+    """Raises ValueError unless they are the tiles of a matrix of this shape."""
+    if packed.dtype != torch.uint8 or packed.dim() != 3 or tuple(packed.shape[:2]) != tile_counts(rows, cols):
+        raise ValueError(f"packed must be tiles of a {rows} x {cols} matrix, not {packed.dtype} {tuple(packed.shape)}")
+
+
+def pack_panels(weight: torch.Tensor, tile_bytes: int, encode: Encode) -> torch.Tensor:
+    """Packs float [N, K] into uint8 tiles [ceil(N/16), ceil(K/32), tile_bytes]."""
+    check_matrix(weight)
     out = empty_tiles(weight.shape[0], weight.shape[1], tile_bytes)
     for begin, end in panels(*weight.shape):
         words, halves = encode(pad_to_tiles(weight[begin:end].detach()))
@@ -106,8 +117,7 @@ def unpack_panels(
     packed: torch.Tensor, rows: int, cols: int, dtype: torch.dtype, decode: Decode, words: int, halves: int = 0
 ) -> torch.Tensor:
     """Unpacks uint8 tiles to [rows, cols] of `dtype`, computed in float32."""
-    if packed.dtype != torch.uint8 or packed.dim() != 3 or tuple(packed.shape[:2]) != tile_counts(rows, cols):
-        raise ValueError(f"packed must be tiles of a {rows} x {cols} matrix, not {packed.dtype} {tuple(packed.shape)}")
+    check_tiles(packed, rows, cols)
     out = torch.empty(rows, cols, dtype=dtype, device=packed.device)
     for begin, end in panels(rows, cols):
         values = decode(*read_tiles(packed[begin // TILE_ROWS : -(-end // TILE_ROWS)], words, halves))
