@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from deepseek_optimizer.calibration.text import sample_text
 
@@ -25,3 +26,17 @@ def save_unequal(folder: Path, case: str, tokenizer: Any, characters: int) -> Pa
     tokenizer.save_pretrained(folder)
     (folder.parent / "text.txt").write_text(sample_text()[:characters], encoding="utf-8")
     return folder
+
+
+def inputs_of(plain: Any, texts: Any) -> dict[str, torch.Tensor]:
+    """Parameter name -> inputs of every linear module of Transformers' model, float32 [rows, K]."""
+    seen: dict[str, list[torch.Tensor]] = {}
+    names = {module: f"{name}.weight" for name, module in plain.named_modules() if isinstance(module, nn.Linear)}
+    for module, name in names.items():
+        module.register_forward_pre_hook(lambda _, x, name=name: seen.setdefault(name, []).append(x[0][0]))
+    with torch.inference_mode():
+        for ids in texts:
+            plain(ids)
+    if plain.config.tie_word_embeddings:
+        seen["model.embed_tokens.weight"] = seen.pop("lm_head.weight")
+    return {name: torch.cat(rows) for name, rows in seen.items()}

@@ -6,7 +6,6 @@ import json
 
 import pytest
 import torch
-from torch import nn
 from transformers import AutoModelForCausalLM
 
 from deepseek_optimizer import CheckpointError, ConfigError, DeepSeekConfig, DynamicGraphOptimizer, load_model, load_tokenizer
@@ -16,7 +15,7 @@ from deepseek_optimizer.integration.load import calibrate
 from deepseek_optimizer.integration.load.calibrate import BUILT_IN, UNUSED
 from deepseek_optimizer.integration.load.pack_checkpoint import pack_checkpoint
 from deepseek_optimizer.quant import get_format
-from support.calibrated import save_unequal
+from support.calibrated import inputs_of, save_unequal
 
 FAST = "cpu" if unavailable_reason() is None else "reference"
 
@@ -35,20 +34,6 @@ def text(original):
 @pytest.fixture(scope="module")
 def calibrated(original, text):
     return load_model(original, precision="int4", calibration=text, backend=FAST)
-
-
-def inputs_of(plain, texts) -> dict[str, torch.Tensor]:
-    """Parameter name -> inputs of every linear module of Transformers' model, float32 [rows, K]."""
-    seen: dict[str, list[torch.Tensor]] = {}
-    names = {module: f"{name}.weight" for name, module in plain.named_modules() if isinstance(module, nn.Linear)}
-    for module, name in names.items():
-        module.register_forward_pre_hook(lambda _, x, name=name: seen.setdefault(name, []).append(x[0][0]))
-    with torch.inference_mode():
-        for ids in texts:
-            plain(ids)
-    if plain.config.tie_word_embeddings:
-        seen["model.embed_tokens.weight"] = seen.pop("lm_head.weight")
-    return {name: torch.cat(rows) for name, rows in seen.items()}
 
 
 def tiles_of(model) -> dict[str, torch.Tensor]:

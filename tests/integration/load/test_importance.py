@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
 from transformers import AutoModelForCausalLM
 
 from deepseek_optimizer import load_model, load_tokenizer
 from deepseek_optimizer.backends.cpu import unavailable_reason
 from deepseek_optimizer.calibration.text import stretches
 from deepseek_optimizer.integration.load.importance import measure_importance
-from support.calibrated import save_unequal
+from support.calibrated import inputs_of, save_unequal
 
 BACKENDS = ["reference"] + (["cpu"] if unavailable_reason() is None else [])
 FAST = BACKENDS[-1]
@@ -21,20 +20,6 @@ FAST = BACKENDS[-1]
 def original(request, tmp_path_factory, byte_tokenizer):
     """Tied or not."""
     return save_unequal(tmp_path_factory.mktemp("importance") / "model", request.param, byte_tokenizer, 6000)
-
-
-def inputs_of(plain, texts) -> dict[str, torch.Tensor]:
-    """Parameter name -> inputs of every linear module of Transformers' model, float32 [rows, K]."""
-    seen: dict[str, list[torch.Tensor]] = {}
-    names = {module: f"{name}.weight" for name, module in plain.named_modules() if isinstance(module, nn.Linear)}
-    for module, name in names.items():
-        module.register_forward_pre_hook(lambda _, x, name=name: seen.setdefault(name, []).append(x[0][0]))
-    with torch.inference_mode():
-        for ids in texts:
-            plain(ids)
-    if plain.config.tie_word_embeddings:
-        seen["model.embed_tokens.weight"] = seen.pop("lm_head.weight")
-    return {name: torch.cat(rows) for name, rows in seen.items()}
 
 
 def texts_of(original) -> list[torch.Tensor]:
