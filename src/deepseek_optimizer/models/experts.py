@@ -7,10 +7,11 @@ y = sum over the chosen experts of weight * expert(x), plus the shared experts, 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from ..errors import ConfigError
 from ..graph.ir import Node, Value
+from ..graph.ops.experts import StackLayout
 from ..graph.ops.products import GATED
 from .blocks import FeedForward, add, emit, linear, mlp
 from .decoder import MAX_LAYERS, MAX_WIDTH, Trunk
@@ -21,7 +22,7 @@ MAX_EXPERTS, MAX_EXPERT_WEIGHTS = 1 << 14, 1 << 40  # per layer
 
 @dataclass(frozen=True, kw_only=True)
 class ClampedForm:
-    """Experts in the form of gpt-oss: with biases and a clamped SwiGLU (op `experts_gate_up`), and stored transposed.
+    """Experts in the form of gpt-oss: with biases and a clamped SwiGLU (op `experts_gate_up`), and stored interleaved.
 
     Attributes:
         alpha: factor in the gate's sigmoid.
@@ -48,7 +49,7 @@ class Routing:
         gate_bias: whether the router's product has a bias.
         clamped: the experts have this form; None: no biases, and the activation of dense MLPs.
         weigh_input: an expert's weight multiplies its input instead of its output.
-        transposed: how the experts' matrices are stored, see `quant/transposed_stack.py`; of those with `clamped` always True.
+        layout: how the experts' matrices are stored, see `quant/transposed_stack.py`; with `clamped` always "interleaved".
         factors: name of the parameter with a factor of each expert's weights; "": none.
     """
 
@@ -70,7 +71,7 @@ class Routing:
     gate_bias: bool = False
     clamped: ClampedForm | None = None
     weigh_input: bool = False
-    transposed: bool | Literal["concatenated"] = False
+    layout: StackLayout = "rows"
     factors: str = ""
 
 
@@ -221,10 +222,10 @@ def experts(nodes: list[Node], d: Trunk, r: Routing, x: Value, routed_by: Value,
     activation: dict[str, Any] = {"activation": d.mlp.activation} if d.mlp.activation != "silu" else {}
     if r.weigh_input:
         which["weigh_input"] = True
-    if r.transposed:
-        which["transposed"] = r.transposed
+    if r.layout != "rows":
+        which["layout"] = r.layout
     if r.clamped is not None:
-        which["transposed"] = True
+        which["layout"] = "interleaved"
         activation = {"alpha": r.clamped.alpha, "limit": r.clamped.limit, "biases": (f"{gate_up}_bias",)}
     hidden = Value(f"{name}.experts", r.width, repeat=r.top_k)
     nodes.append(Node("experts_gate_up", (x, routes), (hidden,), (gate_up,), {**which, **activation}))
