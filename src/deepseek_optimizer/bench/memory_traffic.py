@@ -9,7 +9,7 @@ from typing import Any
 
 from ..backends.base import BLOCK_TOKENS
 from ..errors import ConfigError
-from ..graph.ir import LatentSpec, Node
+from ..graph.ir import LatentSpec, Node, RowsSpec
 from .work import Work
 
 
@@ -138,7 +138,7 @@ def _chosen(runtime: Any) -> tuple[float, int]:
         top_k = mode.sinks + mode.window
     elif mode.kind == "sparse" and not top_k:
         top_k = mode.budget
-    if not top_k:
+    if not top_k or isinstance(runtime.graph.cache, RowsSpec):
         return 0.0, 0
     plain = {"summaries": False, **({"index": 0} if isinstance(runtime.graph.cache, LatentSpec) else {})}
     attended = replace(runtime.graph, cache=replace(runtime.graph.cache, **plain))

@@ -70,6 +70,9 @@ class PlanForward(Replacement):
                 return f"argument {name!r} is given"
         if call.get("output_attentions") or (call.get("output_attentions") is None and config.output_attentions):
             return "output_attentions is requested"
+        states = call.get("output_hidden_states")
+        if (config.output_hidden_states if states is None else states) and self.runtime.graph.hidden_states == 1:
+            return "output_hidden_states is requested, and layers have several residual streams"
         if getattr(config, "output_router_logits", False) and call.get("output_router_logits") is None:
             return "config.output_router_logits is true"
         if call.get("is_causal", getattr(config, "is_causal", None)) is False:
