@@ -14,7 +14,6 @@ from deepseek_optimizer.backends.cpu import CpuBackend, unavailable_reason
 from deepseek_optimizer.backends.reference import ReferenceBackend, compressed, streams
 from deepseek_optimizer.backends.reference.store import make_store
 from deepseek_optimizer.cache import Forgetting
-from deepseek_optimizer.errors import BackendError
 from deepseek_optimizer.graph import rules
 from deepseek_optimizer.graph.cache_groups import group_layers, group_spans
 from deepseek_optimizer.graph.ir import CachedRows, RowsSpec
@@ -93,7 +92,8 @@ def test_sequences_cropped_anywhere_continue_as_new_ones(backend: Any) -> None:
         sequence.crop(kept)
         continued = run_step(plan, run.store, [Part(sequence, others, DECODE)]).logits
         run_step(plan, run.store, [Part(fresh, ids[:kept])])
-        assert torch.equal(continued, run_step(plan, run.store, [Part(fresh, others, DECODE)]).logits)
+        expected = run_step(plan, run.store, [Part(fresh, others, DECODE)]).logits
+        assert_close_rows(continued, expected, 0.0 if isinstance(backend, CpuBackend) else 1e-5)
         sequence.free()
         fresh.free()
 
@@ -181,7 +181,7 @@ def test_a_cache_of_other_rows_is_an_error(backend: Any) -> None:
         pytest.skip("torch's own errors")
     other = build_graph(deepseek_v4(head_dim=24))
     run.store = backend.new_store(other, "fp32", 20)
-    with pytest.raises(BackendError, match="rows of 24 elements"):
+    with pytest.raises(ValueError, match="rows of 24 elements"):
         run.logits([1, 2, 3])
 
 

@@ -37,7 +37,7 @@ _V4: Final[Renames] = (
     (r"\.self_attn\.indexer\.", ".self_attn.compressor.indexer."),
     (r"\.attn_norm\.", ".input_layernorm."), (r"\.ffn_norm\.", ".post_attention_layernorm."),
     (r"(?<!_hc)\.scale$", ".weight_scale_inv"), (r"\.hc_(attn|ffn)_(fn|base|scale)$", r".\1_hc.\2"),
-    (r"\.attn_sink$", ".sinks"), (r"\.(compressor|indexer)\.norm\.", r".\1.kv_norm."), (r"\.ape$", ".position_bias"),
+    (r"\.attn_sink$", ".sinks"), (r"\.(self_attn|compressor|indexer)\.norm\.", r".\1.kv_norm."), (r"\.ape$", ".position_bias"),
     (r"\.w(q_a|q_b|kv|o_a|o_b)\.", r".\1_proj."), (r"\.wgate\.", ".gate_proj."), (r"\.q_norm\.", ".q_a_norm."),
     (r"\.gate\.bias$", ".gate.e_score_correction_bias"), (r"\.shared_experts\.w1\.", ".shared_experts.gate_proj."),
     (r"\.shared_experts\.w3\.", ".shared_experts.up_proj."), (r"\.shared_experts\.w2\.", ".shared_experts.down_proj."),

@@ -18,6 +18,7 @@ import torch
 from ...backends.base import DECODE, PREFILL
 from ...errors import UnsupportedRequestError
 from ...graph.analysis import dynamic_rope
+from ...graph.ir import RowsSpec
 from ...models import traits
 from ..bind.instance_method import PLANNED, Replacement
 from ..compat import cache_name, chosen_hidden, output_class, take_cache
@@ -87,9 +88,12 @@ class PlanForward(Replacement):
         positions = call.get("position_ids")
         if positions is not None and (positions.ndim != 2 or positions.is_floating_point()):
             return "position_ids is not a 2-D tensor of integers"
-        if self.runtime.graph.states and cache is None and mask is None and positions is not None:
+        graph = self.runtime.graph
+        compresses = isinstance(graph.cache, RowsSpec)
+        if (graph.states or compresses) and cache is None and mask is None and positions is not None:
             if bool((positions.diff(dim=1) != 1).any()):
-                return "rows pack several documents, which Transformers' recurrent layers do not separate"
+                layers = "compressed attention does" if compresses else "recurrent layers do"
+                return f"rows pack several documents, which Transformers' {layers} not separate"
         if model.training and getattr(config, "attention_dropout", 0.0):
             return "the model is in training mode and has dropout"
         if torch.is_grad_enabled() and ((embeds is not None and embeds.requires_grad) or _trainable(model)):
