@@ -103,6 +103,16 @@ SPECS = (
         doc="h = silu(gate) * up, where silu(x) = x / (1 + e^-x). Source: Shazeer 2020.",
     ),
     OpSpec(
+        name="clamped_swiglu",
+        inputs=(Operand("gate", "[T, N]"), Operand("up", "[T, N]")),
+        outputs=(Operand("h", "[T, N]"),),
+        attrs=(Attr("limit", FLOAT, "L", step_field="scale"),),
+        fits=same_widths,
+        any_kind=0,
+        code=46,
+        doc="h = silu(min(gate, L)) * u, where u is up limited to [-L, L]. Source: `DeepseekV4MLP` of Transformers.",
+    ),
+    OpSpec(
         name="geglu",
         inputs=(Operand("gate", "[T, N]"), Operand("up", "[T, N]")),
         outputs=(Operand("h", "[T, N]"),),
