@@ -148,7 +148,8 @@ class PruneJob:
             seconds = TrainingJob(self.recovery).run().seconds
             others.append(("recovered", self.output))
         models = [(name, load_model(path, precision="auto", calibration=None)) for name, path in others]
-        rows = rows_of(original, models, [self.source, *(path for _, path in others)], self._held_out())
+        with one_torch_thread():
+            rows = rows_of(original, models, [self.source, *(path for _, path in others)], self._held_out())
         return PruneSummary(
             output=str(self.output),
             pruned=str(self.pruned),
