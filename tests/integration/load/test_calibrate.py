@@ -49,7 +49,7 @@ def assert_equal_bits(a, b) -> None:
         assert torch.equal(a(ids).logits, b(ids).logits)
 
 
-@pytest.mark.parametrize("precision", ["int4", "q4_1"])
+@pytest.mark.parametrize("precision", ["int3", "int4", "q4_1"])
 def test_products_are_closer_than_with_plain_rounding(original, text, precision):
     model = load_model(original, precision=precision, calibration=text, backend=FAST)
     plain = AutoModelForCausalLM.from_pretrained(original)
