@@ -54,7 +54,7 @@ class Routing:
         table: in some layers, name of the parameter with the experts of each token id; "": in none.
         by_table: for each layer whether its experts are chosen by `table`; (): in none.
         weigh_input: an expert's weight multiplies its input instead of its output.
-        layout: how the experts' matrices are stored, see `quant/transposed_stack.py`; with a raised `clamped` always "interleaved".
+        layout: how the experts' matrices are stored, see `quant/transposed_stack.py`; "interleaved" with a raised `clamped`.
         factors: name of the parameter with a factor of each expert's weights; "": none.
     """
 
