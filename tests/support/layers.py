@@ -165,6 +165,11 @@ LAYERS = (
         levels=((REST,), ("peers",), ("long",), ("sides",), ("demo", "run_benchmark")),
     ),
     Layer(
+        "prune",
+        "pruned models, for `dso prune`: one criterion per file, which tensors it cuts in each family, and a run with recovery",
+        may=("..chat", "train", "bench"),
+    ),
+    Layer(
         "doctor",
         "finds out why a model fails or runs slowly: one check or symptom per file",
         may=("..chat", "bench"),

@@ -89,6 +89,19 @@ def _patches(counts: Sequence[int], generator: torch.Generator, patch: int, merg
     return [h * w for h, w in shapes], {"pixel_values": pixels, "image_grid_thw": grid} if shapes else {}
 
 
+def _padded_patches(counts: Sequence[int], generator: torch.Generator, patch: int, pool: int) -> Any:
+    """Pictures of odd shapes as rows of patches with their places, padded to the same number, as in Gemma 4."""
+    shapes = [SIZES[i % len(SIZES)] for i in range(sum(counts))]
+    most = max((h * w for h, w in SIZES)) * pool * pool
+    pixels = torch.zeros(len(shapes), most, 3 * patch * patch)
+    places = torch.full((len(shapes), most, 2), -1)
+    for i, (h, w) in enumerate(shapes):
+        grid = torch.cartesian_prod(torch.arange(h * pool), torch.arange(w * pool)).flip(-1)
+        places[i, : len(grid)] = grid
+        pixels[i, : len(grid)] = torch.rand(len(grid), 3 * patch * patch, generator=generator)
+    return [h * w for h, w in shapes], {"pixel_values": pixels, "image_position_ids": places} if shapes else {}
+
+
 def _squares(tokens: int, size: int) -> Any:
     """Pictures of one size, each with so many tokens."""
 
@@ -262,6 +275,27 @@ FAMILIES: dict[str, Multimodal] = {
             "image_token_id": IMAGE, "vision_start_token_id": START, "vision_end_token_id": END, "video_token_id": 143,
         },
         lambda counts, generator: _patches(counts, generator, 4, 2),
+        "mm_token_type_ids",
+    ),
+    "gemma4": Multimodal(
+        "Gemma4ForConditionalGeneration",
+        "Gemma4Config",
+        {
+            "text_config": {
+                **TEXT, "head_dim": 12, "sliding_window": 37, "global_head_dim": 20, "num_global_key_value_heads": 1,
+                "attention_k_eq_v": True, "hidden_size_per_layer_input": 0, "final_logit_softcapping": 5.0,
+                "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+                "use_bidirectional_attention": "vision",
+            },
+            "vision_config": {
+                "hidden_size": 24, "intermediate_size": 20, "num_hidden_layers": 2, "num_attention_heads": 2,
+                "num_key_value_heads": 2, "head_dim": 12, "patch_size": 4, "position_embedding_size": 64,
+                "pooling_kernel_size": 3,
+            },
+            "audio_config": None, "image_token_id": IMAGE, "boi_token_id": START, "eoi_token_id": END,
+            "video_token_id": 143, "audio_token_id": 144,
+        },
+        lambda counts, generator: _padded_patches(counts, generator, 4, 3),
         "mm_token_type_ids",
     ),
 }  # fmt: skip

@@ -13,7 +13,7 @@ from types import ModuleType
 from typing import Any
 
 from ..errors import ConfigError, UnsupportedModelError, shown
-from ..graph.ir import Graph
+from ..graph.ir import Graph, RowsSpec
 from .families import ENCODERS, FAMILIES, MULTIMODAL, PARTS, SUPPORTED, Family, Multimodal, traits
 from .fields import Fields
 
@@ -36,6 +36,9 @@ def build_graph(config: Any, mtp_layers: int = 0) -> Graph:
     graph = _build(fields, _model_type(config))
     _check_dtype(fields, "dtype")
     _check_mtp(config, mtp_layers)
+    if not mtp_layers:
+        return graph
+    assert not isinstance(graph.cache, RowsSpec)  # `_check_mtp`: families with such a cache have no MTP layers
     return replace(graph, cache=replace(graph.cache, layers=graph.cache.layers + mtp_layers))
 
 

@@ -148,3 +148,18 @@ def test_pictures_are_encoded_once(pair, monkeypatch):
     small.prompt(text, [one, two])
     small.prompt(text, [two, one])
     assert len(calls) == 5  # the last one is kept
+
+
+def test_pipeline(pair):
+    """Transformers' own pipeline, with the optimized model in place of the plain one."""
+    from transformers import pipeline
+
+    ours, plain, processor = pair
+    content = [{"type": "image", "image": picture(33, 21, 1)}, {"type": "text", "text": "what is it"}]
+    messages = [{"role": "user", "content": content}]
+    options = {"max_new_tokens": 5, "do_sample": False, "return_full_text": False}
+    texts = [
+        pipeline("image-text-to-text", model=model, processor=processor)(text=messages, generate_kwargs=options)[0]
+        for model in (ours, plain)
+    ]
+    assert texts[0]["generated_text"] == texts[1]["generated_text"]

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 
 from ...errors import BackendError
-from ...graph.ir import CacheSpec, LatentSpec, StateSpec
+from ...graph.ir import CacheSpec, LatentSpec, RowsSpec, StateSpec
 from ...graph.rope_rotation import KeyRotation, Pairs
 from ..base import BLOCK_TOKENS, Int32, KvStore, StepBatch, StepOutput, reach_of
 from ..decoding import DecodeCall, Decoded
@@ -53,7 +53,7 @@ class CpuStore:
     def __init__(
         self,
         context: Context,
-        spec: CacheSpec | LatentSpec,
+        spec: CacheSpec | LatentSpec | RowsSpec,
         kv_dtype: str,
         num_blocks: int,
         states: Sequence[StateSpec] = (),
@@ -124,6 +124,8 @@ class CpuStore:
         table, spec, f32 = _table(block_table, tokens), self.spec, torch.float32
         if isinstance(spec, LatentSpec):
             shapes: list[tuple[int, ...]] = [(tokens, spec.rank + spec.rope), *([(tokens, spec.index)] if spec.index else [])]
+        elif isinstance(spec, RowsSpec):
+            shapes = [(tokens // spec.rows[layer].every, spec.rows[layer].width)]
         else:
             kv_heads, head_dim = spec.heads_of(layer)
             shapes = [(kv_heads, tokens, head_dim)] * 2

@@ -204,10 +204,12 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     return F.silu(gate) * up
 
 
-def clamped_swiglu(gate: torch.Tensor, up: torch.Tensor, alpha: float, limit: float) -> torch.Tensor:
-    """(u + 1) * g * sigmoid(alpha * g), where g = min(gate, limit) and u is up limited to [-limit, limit]."""
+def clamped_swiglu(
+    gate: torch.Tensor, up: torch.Tensor, limit: float, alpha: float = 1.0, raised: bool = False
+) -> torch.Tensor:
+    """u * g * sigmoid(alpha * g), where g = min(gate, limit) and u is up limited to [-limit, limit], plus 1 if `raised`."""
     gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
-    return (up + 1) * (gate * torch.sigmoid(gate * alpha))
+    return (up + 1 if raised else up) * (gate * torch.sigmoid(gate * alpha))
 
 
 def geglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
@@ -247,6 +249,7 @@ def best(scores: torch.Tensor, count: int) -> torch.Tensor:
 # Ops with one output that depends only on inputs and attributes: called with the inputs, and the attributes by keyword.
 FUNCTIONS: Mapping[str, Callable[..., torch.Tensor]] = {
     "add": add,
+    "clamped_swiglu": clamped_swiglu,
     "columns": columns,
     "concat": concat,
     "geglu": geglu,

@@ -19,7 +19,7 @@ from ..base import KvStore, StepBatch, StepOutput, reach_of
 from ..decode_one import decode_one
 from ..decoding import DecodeCall, Decoded
 from ..sampling import NOT_FINITE, TokenChoice, choose_token, choose_tokens
-from . import choose, latent, moe, ops, recurrent
+from . import choose, compressed, latent, moe, ops, recurrent
 from .adapters import kv_b_of_sequences
 from .checks import check_batch
 from .step import Step
@@ -38,8 +38,8 @@ class ReferencePlan:
         rounding: str | None,
     ) -> None:
         self.graph, self.device, self.dtype = graph, device, dtype
-        routers = [n for n in graph.nodes if n.op == "router"]
-        exact = {name for n in routers for name in (*n.weights, n.attrs["bias"], *n.attrs.get("biases", ()))}
+        routers = [n for n in graph.nodes if n.op in ("router", "hash_router")]
+        exact = {name for n in routers for name in (*n.weights, n.attrs.get("bias"), *n.attrs.get("biases", ()))}
         dense = {n: as_dense(weights[n], device, torch.float32 if n in exact else dtype) for n in graph.weights()}
         ordered = moe.ordered_stacks(graph, dense, {n for n in dense if isinstance(weights[n], PackedStack)})
         shapes = weight_shapes(graph)
@@ -111,9 +111,9 @@ class ReferencePlan:
     def _product(self, x: torch.Tensor, name: str, bias: str | None, rows: slice = slice(None)) -> torch.Tensor:
         """x W^T + b, of some rows of W and b."""
         vector = None if bias is None else self._weights[bias][rows]
-        return F.linear(self._rounded(x, name), self._weights[name][rows], vector)
+        return F.linear(self.rounded(x, name), self._weights[name][rows], vector)
 
-    def _rounded(self, x: torch.Tensor, name: str) -> torch.Tensor:
+    def rounded(self, x: torch.Tensor, name: str) -> torch.Tensor:
         """x rounded to the kind that the native product with this weight reads, if requested."""
         kind = self._rounding[name]
         if kind is None:
@@ -122,9 +122,16 @@ class ReferencePlan:
 
         return fake_quantize(x.float(), kind).to(x.dtype)
 
+    def weight(self, name: str) -> torch.Tensor:
+        """A weight as a dense tensor, of the shape that Transformers stores."""
+        return self._weights[name]
+
+    def sequences_of(self, step: Step, layer: int) -> list[tuple[slice, int, torch.Tensor]]:
+        """The sequences, with their blocks for a layer of the cache."""
+        return step.groups[self.graph.cache.group_of(layer)]
+
     def _sequences_of(self, step: Step, node: Node) -> list[tuple[slice, int, torch.Tensor]]:
-        """The sequences, with their blocks for the layer of a node."""
-        return step.groups[self.graph.cache.group_of(node.attrs["layer"])]
+        return self.sequences_of(step, node.attrs["layer"])
 
     # ---- one method per op: inputs as tensors -> outputs as a tuple
 
@@ -323,6 +330,13 @@ class ReferencePlan:
         scores = F.linear(x.float(), matrix, self._bias(node))
         return (moe.route(scores, bias, *factors, **options),)
 
+    def _hash_router(self, step: Step, node: Node, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """In float32, whatever the dtype of the rows."""
+        matrix, table = (self._weights[name] for name in node.weights)
+        options = {name: value for name, value in node.attrs.items() if name in ("scoring", "normalize", "scale")}
+        ids = torch.from_numpy(step.batch.token_ids).to(self.device, torch.int64)
+        return (moe.route_to(F.linear(x.float(), matrix), table[ids].long(), **options),)
+
     def _bias(self, node: Node) -> torch.Tensor | None:
         """The one bias in attribute `biases`."""
         (name,) = node.attrs.get("biases", (None,))
@@ -331,14 +345,14 @@ class ReferencePlan:
     def _experts_gate_up(self, step: Step, node: Node, x: torch.Tensor, routes: torch.Tensor) -> tuple[torch.Tensor, ...]:
         name, gated, a = node.weights[0], ops.GATED[node.attrs.get("activation", "silu")], node.attrs
         if a.get("limit", 0.0) > 0:
-            gated = partial(ops.clamped_swiglu, alpha=a["alpha"], limit=a["limit"])
+            gated = partial(ops.clamped_swiglu, alpha=a["alpha"], limit=a["limit"], raised=a.get("raised", True))
         how = (a["grouped"], gated, self._bias(node), a.get("weigh_input", False))
-        return (moe.gate_up(self._rounded(x, name), routes, self._weights[name], *how),)
+        return (moe.gate_up(self.rounded(x, name), routes, self._weights[name], *how),)
 
     def _experts_down(self, step: Step, node: Node, hidden: torch.Tensor, routes: torch.Tensor) -> tuple[torch.Tensor, ...]:
         a, name = node.attrs, node.weights[0]
         how = (a["grouped"], self._bias(node), a.get("weigh_input", False))
-        out = moe.down(self._rounded(hidden, name), routes, self._weights[name], *how)
+        out = moe.down(self.rounded(hidden, name), routes, self._weights[name], *how)
         return (out.to(self.dtype),)
 
     def _short_conv(self, step: Step, node: Node, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -455,6 +469,7 @@ def _of_inputs(function: Callable[..., torch.Tensor]) -> Callable[..., tuple[tor
 
 _OPS: Mapping[str, Callable[..., tuple[torch.Tensor, ...]]] = {
     **{name: _of_inputs(function) for name, function in ops.FUNCTIONS.items()},
+    **compressed.OPS,
     "embedding": ReferencePlan._embedding,
     "lookup": ReferencePlan._lookup,
     "scale_by": ReferencePlan._scale_by,
@@ -476,6 +491,7 @@ _OPS: Mapping[str, Callable[..., tuple[torch.Tensor, ...]]] = {
     "index_write": ReferencePlan._index_write,
     "index_choose": ReferencePlan._index_choose,
     "router": ReferencePlan._router,
+    "hash_router": ReferencePlan._hash_router,
     "experts_gate_up": ReferencePlan._experts_gate_up,
     "experts_down": ReferencePlan._experts_down,
     "short_conv": ReferencePlan._short_conv,

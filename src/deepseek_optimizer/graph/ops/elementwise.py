@@ -87,7 +87,7 @@ SPECS = (
         fits=same_widths,
         rows="tokens",
         in_place=((0, 0),),
-        code=60,
+        code=56,
         doc="""
             y = x + the features of index `index` of each row (`StepBatch.features`); x without any. Qwen3-VL's language model
             adds features of pictures to its first layers' results in this way. Source: Meng et al. 2024 (DeepStack).
@@ -115,6 +115,16 @@ SPECS = (
         any_kind=0,
         code=12,
         doc="h = silu(gate) * up, where silu(x) = x / (1 + e^-x). Source: Shazeer 2020.",
+    ),
+    OpSpec(
+        name="clamped_swiglu",
+        inputs=(Operand("gate", "[T, N]"), Operand("up", "[T, N]")),
+        outputs=(Operand("h", "[T, N]"),),
+        attrs=(Attr("limit", FLOAT, "L", step_field="scale"),),
+        fits=same_widths,
+        any_kind=0,
+        code=46,
+        doc="h = silu(min(gate, L)) * u, where u is up limited to [-L, L]. Source: `DeepseekV4MLP` of Transformers.",
     ),
     OpSpec(
         name="geglu",

@@ -18,6 +18,7 @@ import torch
 from ...backends.base import DECODE, PREFILL
 from ...errors import UnsupportedRequestError
 from ...graph.analysis import dynamic_rope
+from ...graph.ir import RowsSpec
 from ...models import traits
 from ..bind.instance_method import PLANNED, Replacement
 from ..compat import cache_name, chosen_hidden, output_class, take_cache
@@ -78,6 +79,9 @@ class PlanForward(Replacement):
                 return f"argument {name!r} is given"
         if call.get("output_attentions") or (call.get("output_attentions") is None and config.output_attentions):
             return "output_attentions is requested"
+        states = call.get("output_hidden_states")
+        if (config.output_hidden_states if states is None else states) and self.runtime.graph.hidden_states == 1:
+            return "output_hidden_states is requested, and layers have several residual streams"
         if getattr(config, "output_router_logits", False) and call.get("output_router_logits") is None:
             return "config.output_router_logits is true"
         if call.get("is_causal", getattr(config, "is_causal", None)) is False:
@@ -92,9 +96,12 @@ class PlanForward(Replacement):
         positions = call.get("position_ids")
         if positions is not None and (positions.ndim != 2 or positions.is_floating_point()):
             return "position_ids is not a 2-D tensor of integers"
-        if self.runtime.graph.states and cache is None and mask is None and positions is not None:
+        graph = self.runtime.graph
+        compresses = isinstance(graph.cache, RowsSpec)
+        if (graph.states or compresses) and cache is None and mask is None and positions is not None:
             if bool((positions.diff(dim=1) != 1).any()):
-                return "rows pack several documents, which Transformers' recurrent layers do not separate"
+                layers = "compressed attention does" if compresses else "recurrent layers do"
+                return f"rows pack several documents, which Transformers' {layers} not separate"
         if model.training and getattr(config, "attention_dropout", 0.0):
             return "the model is in training mode and has dropout"
         if torch.is_grad_enabled() and ((embeds is not None and embeds.requires_grad) or trainable(model)):
