@@ -106,6 +106,10 @@ def _no_weights(directory: Path) -> CheckpointError:
     return CheckpointError(f"contains neither {SINGLE} nor {INDEX}", file=directory)
 
 
+_INTEGERS = {"I32": torch.int32, "I64": torch.int64}
+_TABLES = (".gate.tid2eid",)  # names that tensors of integers end with: the experts of each token id
+
+
 class SafetensorsCheckpoint(Checkpoint):
     """Float weights in safetensors files. Read with pread: nothing stays mapped."""
 
@@ -160,6 +164,8 @@ class SafetensorsCheckpoint(Checkpoint):
 
     @staticmethod
     def _dtype(info: TensorInfo) -> torch.dtype:
+        if info.dtype in _INTEGERS and info.name.endswith(_TABLES):
+            return _INTEGERS[info.dtype]
         if info.dtype not in FLOATS:
             fp8 = "; FP8 weights need their original quantization_config in config.json" if info.dtype.startswith("F8") else ""
             raise CheckpointError(

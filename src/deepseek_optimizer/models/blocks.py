@@ -18,6 +18,7 @@ Attend = Callable[[list[Node], Value, "Value | None", int], Value]
 # (nodes, input, layer) -> output
 FeedForward = Callable[[list[Node], Value, int], Value]
 LayerEnd = Callable[[list[Node], Value, int], Value]
+Begin = Callable[[list[Node], Value], LayerEnd]
 
 
 def trunk_graph(
@@ -26,7 +27,7 @@ def trunk_graph(
     attend: Attend,
     feed_forward: FeedForward,
     states: tuple[StateSpec, ...] = (),
-    begin: Callable[[list[Node], Value], LayerEnd] | None = None,
+    begin: Begin | None = None,
 ) -> Graph:
     """The unfused graph of a decoder-only model.
 

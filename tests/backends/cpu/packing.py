@@ -20,7 +20,7 @@ def packed_weights(weights: dict[str, torch.Tensor], format_name: str) -> dict[s
     for name, w in weights.items():
         if w.ndim == 3 and w.shape[1] > 1:  # not a convolution
             out[name] = _stack(name, w, format_name, _form(name, weights))
-        elif w.ndim != 2 or name.endswith("_bias") or name.split(".")[-2:] == ["gate", "weight"]:
+        elif w.ndim != 2 or name.endswith(("_bias", "fn", "tid2eid")) or name.split(".")[-2:] == ["gate", "weight"]:
             out[name] = w
         else:
             if w.data_ptr() not in done:

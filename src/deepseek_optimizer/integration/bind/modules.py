@@ -18,6 +18,7 @@ from torch import nn
 
 from ...errors import ConfigError, UnsupportedRequestError
 from ...quant import SUPERBLOCKS, PackedMatrix, PackedWeight, get_format, take_rows, unpack
+from ...quant.base import TILE_ROWS
 from ...quant.blocks import SUPERBLOCK
 from ...quant.products import linear, linear_gradient
 from ...quant.tiles import tile_counts
@@ -148,6 +149,28 @@ class PackedLinear(Packed, nn.Linear):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, {self.format}"
+
+
+class PackedGroupedLinear(PackedLinear):
+    """Replaces `DeepseekV4GroupedLinear`: y_g = x_g W_g^T for each group g, where W_g are consecutive rows of W.
+
+    Attributes:
+        n_groups: number of groups, named as in Transformers' module.
+    """
+
+    n_groups: int
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """[..., n_groups, K] -> [..., n_groups, N / n_groups]."""
+        rows, parts = self.out_features // self.n_groups, []
+        for group, x in enumerate(input.unbind(-2)):
+            begin, end = group * rows, (group + 1) * rows
+            first, last = begin // TILE_ROWS, -(-end // TILE_ROWS)  # tiles that hold the group's rows
+            count = min(last * TILE_ROWS, self.out_features) - first * TILE_ROWS
+            part = PackedMatrix(self.format, count, self.in_features, self.packed.data[first:last])
+            y: torch.Tensor = PackedProduct.apply(x, part, self.product, self.gradient)
+            parts.append(y[..., begin - first * TILE_ROWS : end - first * TILE_ROWS])
+        return torch.stack(parts, -2)
 
 
 class PackedEmbedding(Packed, nn.Embedding):

@@ -21,10 +21,11 @@ from .modules import Gradient, Packed, PackedProduct, Product, empty_tiles
 
 @dataclass(frozen=True)
 class ClampedSwiglu:
-    """The activation of gpt-oss's experts, see op `experts_gate_up`."""
+    """The activation of experts with limits, see op `experts_gate_up`."""
 
     alpha: float
     limit: float
+    raised: bool = True
 
 
 class PackedExperts(Packed):
@@ -135,7 +136,7 @@ class PackedExperts(Packed):
 
     def _gated(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         if isinstance(self.act_fn, ClampedSwiglu):
-            return clamped_swiglu(gate, up, self.act_fn.alpha, self.act_fn.limit)
+            return clamped_swiglu(gate, up, self.act_fn.limit, self.act_fn.alpha, self.act_fn.raised)
         h: torch.Tensor = self.act_fn(gate) * up
         return h
 

@@ -295,13 +295,14 @@ class Runtime(PackedModel):
 
 
 def runtime_of(model: Any) -> Runtime:
-    """The runtime of an optimized model, also through a PEFT wrapper.
+    """The runtime of an optimized model, also through a PEFT wrapper; of a multimodal model that of its language model.
 
     Raises:
         ConfigError: the model is not optimized.
         UnsupportedModelError: it has no plan for decoding: it is on the general path, or an encoder.
     """
     runtime = packed_model_of(model)
+    runtime = getattr(runtime, "language", runtime)
     if not isinstance(runtime, Runtime):
         raise UnsupportedModelError(
             f"{type(model).__name__} has no execution plan for decoding, which this needs: call the model, or model.generate "

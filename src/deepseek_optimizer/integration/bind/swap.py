@@ -20,7 +20,7 @@ from ...quant import PackedMatrix, PackedStack, PackedWeight, Packer, get_format
 from ...quant.tiles import empty_stack
 from ...quant.transposed_stack import StackLayout, stacked_matrices
 from .lora_layers import without_adapter
-from .modules import Packed, PackedEmbedding, PackedLinear
+from .modules import Packed, PackedEmbedding, PackedGroupedLinear, PackedLinear
 from .packed_experts import ClampedSwiglu, PackedExperts, PackedWeighedExperts
 
 STACKS = ("gate_up_proj", "down_proj")  # parameters of Transformers' modules of experts
@@ -53,7 +53,8 @@ def sites(model: nn.Module, graph: Graph) -> list[Site]:
         if isinstance(module, (nn.Linear, nn.Embedding)):
             weights = {"weight": names["weight"]} if names["weight"] in wanted else {}
             plain = type(module) in (nn.Linear, nn.Embedding, PackedLinear, PackedEmbedding)
-            supported = plain or (isinstance(module, nn.Embedding) and hasattr(module, "scalar_embed_scale"))
+            scaled = isinstance(module, nn.Embedding) and hasattr(module, "scalar_embed_scale")
+            supported = plain or scaled or hasattr(module, "n_groups")
         else:
             weights = {leaf: names[leaf] for leaf in STACKS if names[leaf] in wanted}
             supported = isinstance(module, PackedExperts) or tuple(module._parameters) in (STACKS, _WITH_BIASES)
@@ -102,7 +103,10 @@ def packed_twin(module: nn.Module, formats: Mapping[str, str], dtype: torch.dtyp
             device="meta",
         )
     if isinstance(module, nn.Linear):
-        twin = PackedLinear(module.in_features, module.out_features, formats["weight"], dtype=dtype, device="meta")
+        kind, groups = (PackedGroupedLinear, module.n_groups) if hasattr(module, "n_groups") else (PackedLinear, None)
+        twin = kind(module.in_features, module.out_features, formats["weight"], dtype=dtype, device="meta")
+        if groups is not None:
+            twin.n_groups = groups
         twin.bias = module.bias
         return twin
     return _packed_experts(module, formats, dtype)
@@ -119,7 +123,7 @@ def _packed_experts(experts: Any, formats: Mapping[str, str], dtype: torch.dtype
         getattr(experts, hidden),
         getattr(experts, inner),
         *(formats[leaf] for leaf in STACKS),
-        act_fn=ClampedSwiglu(experts.alpha, experts.limit) if clamped else experts.act_fn,
+        act_fn=_activation(experts),
         dtype=dtype,
         device="meta",
         layout=experts.layout if isinstance(experts, PackedExperts) else layout,
@@ -127,6 +131,15 @@ def _packed_experts(experts: Any, formats: Mapping[str, str], dtype: torch.dtype
     for name in ("gate_up_proj_bias", "down_proj_bias"):
         setattr(twin, name, getattr(experts, name, None))
     return twin
+
+
+def _activation(experts: Any) -> Any:
+    """`act_fn` of the packed experts that replace these."""
+    if isinstance(experts, PackedExperts) or not hasattr(experts, "limit"):
+        return experts.act_fn
+    if hasattr(experts, "alpha"):  # GptOssExperts
+        return ClampedSwiglu(experts.alpha, experts.limit)
+    return ClampedSwiglu(1.0, experts.limit, raised=False)  # DeepseekV4Experts
 
 
 NATURAL = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp32"}  # lossless formats
