@@ -30,7 +30,7 @@ OURS: dict[str, dict[str, str]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("models", nargs="*", help="; ".join(MODELS))
+    parser.add_argument("models", nargs="*", help=", ".join(MODELS) + "; all by default")
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 16])
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--threads", type=int, default=usable_cpus())
@@ -38,6 +38,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=35.0, help="per batch size; no further round begins after this time")
     parser.add_argument("--busy", action="store_true", help="measure processor time, since the machine is busy")
     a = parser.parse_args()
+    if unknown := sorted(set(a.models) - MODELS.keys()):
+        parser.error(f"unknown: {', '.join(unknown)}; there are {', '.join(MODELS)}")
     for name in a.models or MODELS:
         for found in measure(name, a):
             print(json.dumps(found), flush=True)

@@ -39,7 +39,7 @@ ATTENTION = ("attention", "cache_write", "rope", "head_norm_rope")  # ops of the
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("parts", nargs="*", default=["conversation", "restart", "depth", "transformers"])
+    parser.add_argument("parts", nargs="*", help=", ".join(PARTS) + "; all by default")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--vocabulary", type=int, default=32768)
     parser.add_argument("--form", default="int8", help="precision of the optimized model")
@@ -49,12 +49,14 @@ def main() -> None:
     parser.add_argument("--busy", action="store_true", help="measure processor time, since the machine is busy")
     parser.add_argument("--side", help=argparse.SUPPRESS)
     a = parser.parse_args()
+    if unknown := sorted(set(a.parts) - PARTS.keys()):
+        parser.error(f"unknown: {', '.join(unknown)}; there are {', '.join(PARTS)}")
     if a.side:
         print(json.dumps(SIDES[a.side](a)))
         return
     with tempfile.TemporaryDirectory() as temporary:
         a.directory = a.directory or Path(temporary)
-        for part in a.parts:
+        for part in a.parts or PARTS:
             print(json.dumps({"part": part, **PARTS[part](a)}), flush=True)
 
 
