@@ -161,7 +161,8 @@ ChatTemplate = Annotated[
     typer.Option(
         "--chat-template",
         metavar="FILE|NAME",
-        help="Jinja chat template to use instead of the checkpoint's: a file, or chatml, deepseek-v2, deepseek-v3, gemma, "
+        help="Jinja chat template to use instead of the checkpoint's: a file, or chatml, deepseek-v2, deepseek-v3, "
+        "deepseek-v3.2, deepseek-v4, gemma, "
         "llama2, llama3, mistral, phi3, vicuna or zephyr.",
         rich_help_panel="Chat",
     ),

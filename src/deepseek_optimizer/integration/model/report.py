@@ -215,7 +215,7 @@ def _layers(count: int) -> str:
 
 def _attention(runtime: Any) -> AttentionRow:
     mode, config = runtime.config.attention, runtime.config
-    nodes = [n for n in runtime.graph.nodes if n.op in ("attention", "mla_attention")]
+    nodes = [n for n in runtime.graph.nodes if n.op in ("attention", "mla_attention", "compressed_attention")]
     limited = sum(bool(n.attrs.get("window")) or len(n.inputs) > 1 for n in nodes)
     own = limited - len(runtime.in_mode)
     return AttentionRow(
