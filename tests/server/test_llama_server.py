@@ -111,7 +111,9 @@ def test_texts_around_a_gap_contain_no_control_tokens(coder):
 
 
 def test_mistral_s_form(coder):
-    answer = ask(coder, "/v1/fim/completions", prompt="def f(x): return ", suffix="\n", max_tokens=30, random_seed=1, temperature=0)
+    answer = ask(
+        coder, "/v1/fim/completions", prompt="def f(x): return ", suffix="\n", max_tokens=30, random_seed=1, temperature=0
+    )
     assert prompt_of(coder) == "<|fim_prefix|>def f(x): return <|fim_suffix|>\n<|fim_middle|>"
     assert answer["object"] == "chat.completion" and answer["usage"]["prompt_tokens"] == len(coder.engine.seen[-1].prompt)
     (choice,) = answer["choices"]
@@ -124,6 +126,13 @@ def test_mistral_s_form(coder):
     *events, done = [block.removeprefix("data: ") for block in text.split("\n\n")[:-1]]
     deltas = [choice["delta"] for event in events for choice in json.loads(event)["choices"]]
     assert "".join(delta.get("content", "") for delta in deltas) == "x + 1" and done == "[DONE]"
+
+
+def test_ollama_s_clients_learn_that_the_model_fills_in(coder, live):
+    """Continue looks for .Suffix in the template, Ollama's own clients for the capability."""
+    for server, fills_in in ((coder, True), (live, False)):
+        shown = ask(server, "/api/show", name="fake-model")
+        assert ("insert" in shown["capabilities"], ".Suffix" in shown["template"]) == (fills_in, fills_in)
 
 
 def test_a_suffix(coder):
