@@ -17,7 +17,7 @@ extern "C" {
 #define DSO_API
 #endif
 
-#define DSO_ABI_VERSION 11
+#define DSO_ABI_VERSION 12
 DSO_API int32_t dso_abi_version(void);
 
 enum {
@@ -202,6 +202,9 @@ DSO_API int32_t dso_convert(dso_context* c, int32_t slot_kind, const float* x, i
  * an fp32 scale each, the rope part in bf16; INT4: rank 4-bit codes in groups of 128 with an fp32 scale each, the rope part in
  * int8 with an fp32 scale. The index key is bf16 (fp32 with F32). kv_heads and head_dim are 0. rank, rope and index are
  * multiples of 2.
+ * Rows (rows is not NULL; the fields from kv_heads to heads, and newest, are 0 or NULL): kinds of rows, each in the place of a
+ * layer. The row of `every` tokens is stored with the last of them: that of tokens up to t is number t % 32 / every in the
+ * block of t. A row is stored as a latent of as many elements, a multiple of 2, is.
  * summaries (0 or 1): for every full block, layer and kv head the cache also stores the element-wise maximum and minimum of
  * its keys (latent: of its rows of rank + rope elements) as stored, rounded to bf16 (F32: fp32). They are computed when a
  * block's last token is written or its keys are rotated, and copied with the block; dso_cache_block_bytes includes them. */
@@ -217,6 +220,8 @@ typedef struct dso_cache_shape {
                             none, as there must be with latents and with summaries */
   const int32_t* newest_groups; /* [layers]: the group of each layer's copy, none of which has a layer itself; numbered after
                                    those; NULL with newest 0. Read only during the call */
+  const int32_t* rows; /* NULL, or [layers][3]: `layers` kinds of rows, each {elements of a row, tokens that share one, 1
+                          if rows are stored as kv_type says, 0 if in bf16 (fp32 with F32)} */
 } dso_cache_shape;
 DSO_API int64_t dso_cache_block_bytes(const dso_cache_shape* shape);
 DSO_API int32_t dso_cache_create(const dso_cache_shape* shape, int64_t blocks, dso_cache** out);
@@ -229,7 +234,8 @@ DSO_API int64_t dso_cache_saved_bytes(const dso_cache* k);
 DSO_API int32_t dso_cache_save_block(const dso_cache* k, int32_t block, void* bytes);
 DSO_API int32_t dso_cache_load_block(dso_cache* k, int32_t block, const void* bytes);
 /* Reads one layer of a sequence, for adapters and tests; block_table is that of the layer's group. Full: key and value are
- * float [kv_heads, tokens, head_dim]. Latent: key is float [tokens, rank + rope], value float [tokens, index] or NULL. */
+ * float [kv_heads, tokens, head_dim]. Latent: key is float [tokens, rank + rope], value float [tokens, index] or NULL.
+ * Rows: key is float [tokens / every, elements], value NULL. */
 DSO_API int32_t dso_cache_read(dso_cache* k, int32_t layer, const int32_t* block_table, int32_t tokens, float* key,
                                float* value);
 /* How RoPE rotated the keys in a cache: elements [offset, offset + rot) of a key, in pairs (i, i + rot/2) of that range, or
@@ -314,7 +320,8 @@ enum {
                               in0 must be Q8 or Q16 for integer formats; BF16 for BF16 and FP8; F32 for F32.
                               in1..3, if set: results of LORA_DOWN for site `index` and those after it; adapters are added */
   DSO_OP_ROPE_TABLE = 7,   /* w0 = inverse frequencies vector [rot/2]; scale multiplies -> out0 F32 [T, rot]: cos | sin.
-                              angle = fp32(position) * fp32(inv_freq) in fp32, then cos/sin rounded from double */
+                              angle = fp32(position) * fp32(inv_freq) in fp32, then cos/sin rounded from double.
+                              w1 vector [rot/2] (or -1): the axis of batch->axes whose position each frequency takes: 0, 1, 2 */
   DSO_OP_ROPE = 8,         /* in0 F32 [T, heads*head_dim], in1 table -> out0 F32 (may alias). INTERLEAVED flag: pairs
                               (2i, 2i+1). Elements [offset, offset + rot) of each head are rotated */
   DSO_OP_CACHE_WRITE = 9,  /* in0 key, in1 value (F32, kv_heads*head_dim), layer */
@@ -414,6 +421,31 @@ enum {
                             are read, -> [T, heads*rank] */
   DSO_OP_LORA_UP = 45,   /* in0 from LORA_DOWN, in1 y F32 [T, rows], index -> out0 = in1 (the same slot): y + in0 B^T. For a
                             site with heads: in1 [T, heads*head_dim], to whose heads' first `nope` elements it is added */
+  DSO_OP_CLAMPED_SWIGLU = 46, /* in0 gate, in1 up F32 -> out0 any: silu(min(gate, scale)) * up limited to [-scale, scale] */
+  DSO_OP_HASH_ROUTE = 47,     /* as ROUTE, for the experts in the token's row of w0, a vector [ids * top_k]: in0 F32
+                                 [T, experts], scale -> out0 F32 [T, 2 * top_k] */
+  /* Hyper-connections of n = groups streams, one after the other in a row. Weights are n that collapse the streams, and, if the
+     row is (2 + n) n wide, n of the block's output and the mixing matrix [n][n]; graph/ops/streams.py has the formulas. */
+  DSO_OP_STREAM_WEIGHTS = 48,  /* in0 F32, w0 vector (biases), w1 vector [1 or 3] (scales), top_k (normalizations), eps -> out0
+                                  F32 (may alias) */
+  DSO_OP_STREAM_COLLAPSE = 49, /* in0 F32 [T, n*H], in1 weights -> out0 F32 [T, H] */
+  DSO_OP_STREAM_EXPAND = 50,   /* in0 F32 [T, n*H], in1 weights, in2 F32 [T, H] -> out0 F32 [T, n*H] */
+  /* Compressed attention, over a cache of rows. A layer or `index` is a kind of rows, `groups` the tokens that share an entry.
+     Token i of a sequence sees (i + 1) / groups entries. */
+  DSO_OP_ROWS_WRITE = 51,     /* in0 F32, layer: a row per token */
+  DSO_OP_COMPRESS = 52,       /* w0 vector (biases), w1 vector (of the norm), w2 vector [rot/2] (frequencies), layer (entries),
+                                 index (what they are computed from), groups, offset, eps, scale (of cosines and sines): the
+                                 entries of which the step has the last token; graph/ops/compressed.py has the formula. OVERLAP
+                                 flag: also from the tokens of the entry before */
+  DSO_OP_ENTRIES_CHOOSE = 53, /* as INDEX_CHOOSE, among the entries that a row sees: layer (their keys), groups, heads,
+                                 head_dim, top_k, scale; in0 F32 [T, heads * head_dim], in1 F32 [T, heads] -> out0 F32 */
+  DSO_OP_COMPRESSED_ATTENTION = 54, /* in0 q F32 [T, heads * head_dim], in1 chosen entries (or -1), w0 vector [heads]: a further
+                                       logit per head, layer, index (entries; -1: none), groups, scale, window -> out0 F32: all
+                                       heads attend to rows of head_dim elements, which are keys and values */
+  DSO_OP_GROUPED_LINEAR = 55, /* in0 F32 [T, groups * cols], w0 matrix [groups * rows, cols] -> out0 F32 [T, groups * rows]: of
+                                 each group of columns the product with its rows of the matrix */
+  DSO_OP_ADD_FEATURES = 56,   /* in0 F32 -> out0 F32 (may alias): in0 + batch->features[index], index = layer field; in0 without
+                                 features */
 };
 enum {
   DSO_FLAG_EAGER = 1,
@@ -421,16 +453,19 @@ enum {
   DSO_FLAG_GROUPED = 4,
   DSO_FLAG_EXPAND = 8,
   DSO_FLAG_LAST = 16,
-  DSO_FLAG_SIGMOID = 32,       /* ROUTE: scores are sigmoids instead of a softmax */
-  DSO_FLAG_TOP2 = 64,          /* ROUTE: a group's score is the sum of its two best instead of its best */
-  DSO_FLAG_NORMALIZE = 128,    /* ROUTE: weights are divided by their sum */
-  DSO_FLAG_GELU = 256,         /* GATE_UP, EXPERTS_GATE_UP: the gate's activation is gelu, as in GEGLU, instead of silu */
-  DSO_FLAG_CHUNKED = 2048,     /* ATTENTION: the window is the chunk of `window` tokens that the row's own token lies in */
-  DSO_FLAG_WEIGH_INPUT = 4096, /* EXPERTS_GATE_UP: gate and up are multiplied by the expert's weight; EXPERTS_DOWN: the sum
-                                  has no weights */
-  DSO_FLAG_IDS = 8192,         /* EMBEDDING: rows are always looked up by batch->token_ids */
-  DSO_FLAG_CHANNELS = 1024,    /* DELTA_RULE: in1 and w1 have head_dim elements per head, a decay for each row of a state */
-  DSO_FLAG_SILU = 512          /* SHORT_CONV: silu of the sum */
+  DSO_FLAG_SIGMOID = 32,          /* ROUTE: scores are sigmoids instead of a softmax */
+  DSO_FLAG_TOP2 = 64,             /* ROUTE: a group's score is the sum of its two best instead of its best */
+  DSO_FLAG_NORMALIZE = 128,       /* ROUTE: weights are divided by their sum */
+  DSO_FLAG_GELU = 256,            /* GATE_UP, EXPERTS_GATE_UP: the gate's activation is gelu, as in GEGLU, instead of silu */
+  DSO_FLAG_CHUNKED = 2048,        /* ATTENTION: the window is the chunk of `window` tokens that the row's own token lies in */
+  DSO_FLAG_WEIGH_INPUT = 4096,    /* EXPERTS_GATE_UP: gate and up are multiplied by the expert's weight; EXPERTS_DOWN: the sum
+                                     has no weights */
+  DSO_FLAG_IDS = 8192,            /* EMBEDDING: rows are always looked up by batch->token_ids */
+  DSO_FLAG_CHANNELS = 1024,       /* DELTA_RULE: in1 and w1 have head_dim elements per head, a decay for each row of a state */
+  DSO_FLAG_SILU = 512,            /* SHORT_CONV: silu of the sum */
+  DSO_FLAG_SQRT_SOFTPLUS = 16384, /* ROUTE, HASH_ROUTE: scores are sqrt(log(1 + e^x)) instead of a softmax */
+  DSO_FLAG_PLAIN_UP = 32768,      /* EXPERTS_GATE_UP: with a limit, up instead of up + 1 */
+  DSO_FLAG_OVERLAP = 65536        /* COMPRESS: see there */
 };
 
 typedef struct dso_step {
@@ -485,6 +520,12 @@ typedef struct dso_batch {
   const int32_t* adapter_of; /* [S]: slot of each sequence's adapter, -1: none; NULL: none for all. Faster if sequences of one
                                 adapter follow each other */
   const dso_adapters* adapters; /* NULL only if adapter_of is */
+  /* Pictures. */
+  const int32_t* axes; /* [T][3]: positions in time, height and width, for ROPE_TABLE with w1; NULL: `positions` on each axis */
+  const int32_t* visible_to; /* [T]: one past the last token of its sequence that a row attends to, not its own where the tokens
+                                of a picture see each other; it lies within the step, and does not descend. NULL: its own.
+                                Not with latent attention or chosen blocks */
+  const float* features;     /* [n][T][width] for the plan's n ADD_FEATURES steps, or NULL: they copy their input */
 } dso_batch;
 DSO_API int32_t dso_plan_run(dso_plan* p, const dso_batch* batch);
 DSO_API int32_t dso_plan_check(const dso_plan* p); /* dso_mapping_check for all its weights */

@@ -39,6 +39,8 @@ struct KvLayout {  // one layer of a cache; the layout inside a block is private
   // Bytes of the summaries of 32 blocks and one kv head (latent: of all elements of a row), see kernels/generic/summaries.hpp;
   // 0: none.
   int64_t summary_bytes = 0;
+  // A kind of rows has `rank` elements, like a latent, and this many tokens share a row; 0: not a cache of rows.
+  int32_t every = 0;
 };
 
 // One layer of the cache for one sequence: token t is in block table[t / 32], slot t % 32.
@@ -50,7 +52,7 @@ struct KvView {
   int64_t summary_stride = 0;    // bytes to the summaries of the next 32 blocks
 };
 
-struct VisibleTokens {              // the tokens, up to itself, that a row attends to
+struct VisibleTokens {              // the tokens that a row attends to: those up to itself,
   int64_t window = 0, sinks = 0;    // the last `window` and the first `sinks`; window 0: all
   const int32_t* chosen = nullptr;  // or only those in these blocks of the sequence: `blocks` indices, ascending
   int64_t blocks = 0;
@@ -59,9 +61,12 @@ struct VisibleTokens {              // the tokens, up to itself, that a row atte
   // only they are, as far as the window reaches.
   int64_t newest = 0;
   bool copied = false;
+  const int32_t* ends = nullptr;  // [rows]: one past the last token that a row attends to; null: its own
 
   // First token of the window of the row that is token i of its sequence; may be negative.
   int64_t begin(int64_t i) const { return chunked ? i - i % window : i + 1 - window; }
+  // One past the last token of row r, which is token ctx + r; it ascends with r.
+  int64_t end(int64_t ctx, int64_t r) const { return ends ? ends[r] : ctx + r + 1; }
 };
 
 struct Scores {                  // of attention: s = scale * q k
@@ -188,7 +193,8 @@ struct RowKernels {  // everything else: rows of activations, weights and caches
   void (*add)(const float* a, const float* b, int64_t n, float* out);
   void (*swiglu)(const float* gate, const float* up, int64_t n, float* out);
   void (*geglu)(const float* gate, const float* up, int64_t n, float* out);
-  void (*clamped_swiglu)(const float* gate, const float* up, int64_t n, float alpha, float limit, float* out);
+  // (u + raise) * g * sigmoid(alpha * g), with g = min(gate, limit) and u = up within [-limit, limit]
+  void (*clamped_swiglu)(const float* gate, const float* up, int64_t n, float alpha, float limit, float raise, float* out);
   void (*softmax)(const float* x, int64_t n, float* out);
   void (*sigmoid)(const float* x, int64_t n, float* out);
   void (*add_scaled)(const float* x, float scale, int64_t n, float* y);  // y = fma(x, scale, y)
@@ -259,6 +265,11 @@ struct RowKernels {  // everything else: rows of activations, weights and caches
   // a row's rope elements, and for the rot of `index`.
   void (*latent_rotate)(const KvLayout& l, const KvView& v, int64_t block, const Rotation& key, const Rotation* index,
                         float* room);
+
+  // ---- compressed attention: entry number `entry` before its norm, `width` elements, from the rows of its `every` tokens, and
+  // with `overlap` of the tokens before these, in a cache of rows in fp32 or bf16. graph/ops/compressed.py has the formula.
+  void (*compress_entry)(const KvLayout& l, const KvView& v, int64_t entry, int64_t every, bool overlap, const float* bias,
+                         int64_t width, float* out);
 
   // ---- the choice of a token from a row of logits (kernels/generic/choice.hpp)
   int64_t (*first_largest)(const float* x, int64_t n);  // its index; -1 if it is not finite or any element is NaN

@@ -18,7 +18,19 @@ void check_cache(const dso_batch& b, const BatchNeeds& needs) {
   const dso_cache* k = b.cache;
   if (!k) fail(DSO_EINVAL, "batch.cache is NULL, but the plan has attention");
   const KvLayout& l = k->layout(0);
-  const bool latents = needs.rank > 0 || needs.index == 0;  // index keys alone go with any cache
+  if (needs.rows.empty() != (l.every == 0))
+    fail(DSO_EINVAL, "batch.cache has %s; the plan needs %s", l.every ? "kinds of rows" : "layers",
+         needs.rows.empty() ? "layers" : "kinds of rows");
+  for (size_t i = 0; i < std::min(needs.rows.size(), size_t(k->layers)); ++i) {
+    const RowsShape& need = needs.rows[i];
+    const KvLayout& has = k->layout(int64_t(i));
+    if (need.width && (has.rank != need.width || has.every != need.every))
+      fail(DSO_EINVAL, "batch.cache has rows of %d elements for %d tokens as kind %d; the plan needs %lld for %lld", has.rank,
+           has.every, int(i), (long long)need.width, (long long)need.every);
+    if (need.plain && has.type != DSO_KV_F32 && has.type != DSO_KV_BF16)
+      fail(DSO_EINVAL, "batch.cache has quantized rows as kind %d, which the plan reads as fp32 or bf16", int(i));
+  }
+  const bool latents = needs.rows.empty() && (needs.rank > 0 || needs.index == 0);  // index keys alone go with any cache
   if ((latents && (l.rank != needs.rank || l.rope != needs.rope)) || (needs.index > 0 && l.index != needs.index))
     fail(DSO_EINVAL, "batch.cache has rank %d, rope %d, index %d; the plan needs rank %lld, rope %lld, index %lld", l.rank,
          l.rope, l.index, (long long)needs.rank, (long long)needs.rope, (long long)needs.index);
@@ -43,9 +55,9 @@ void check_cache(const dso_batch& b, const BatchNeeds& needs) {
     if (k->newest > 0) groups[size_t(k->group(k->copy_of(layer)))].add({visible.used, false, k->newest, 0});
   }
   for (int64_t s = 0; s < b.S; ++s) {
-    const int64_t longest = needs.index > 0 || (needs.rank > 0 && needs.summaries) ? kMostNumbered
-                            : needs.summaries                                      ? kMostNumbered * DSO_BLOCK_TOKENS
-                                                                                   : INT32_MAX;
+    const int64_t longest = needs.index > 0 || !needs.rows.empty() || (needs.rank > 0 && needs.summaries) ? kMostNumbered
+                            : needs.summaries ? kMostNumbered * DSO_BLOCK_TOKENS
+                                              : INT32_MAX;
     if (int64_t(b.context_len[s]) + b.query_len[s] > longest)
       fail(DSO_EINVAL, "batch: sequence %lld is longer than %lld tokens, the maximum with sparse attention (fp32 indices)",
            (long long)s, (long long)longest);
@@ -111,6 +123,18 @@ void check_targets(const dso_batch& b, int64_t slots) {
   for (auto at = read.begin(); (at = std::adjacent_find(at, read.end())) != read.end(); ++at)
     if (std::binary_search(written.begin(), written.end(), *at))
       fail(DSO_EINVAL, "batch.state_to has slot %lld, which several sequences read", (long long)*at);
+}
+
+void check_visible_to(const dso_batch& b, const BatchNeeds& needs) {
+  if (needs.rank > 0 || needs.choices || !needs.rows.empty())
+    fail(DSO_EINVAL, "batch.visible_to is not NULL, but the plan attends to latents, entries or chosen blocks");
+  for (int64_t s = 0, t = 0; s < b.S; ++s) {
+    const int64_t context = b.context_len[s], total = context + b.query_len[s];
+    for (int64_t token = context; token < total; ++token, ++t)
+      if (b.visible_to[t] <= token || b.visible_to[t] > total || (token > context && b.visible_to[t] < b.visible_to[t - 1]))
+        fail(DSO_EINVAL, "batch.visible_to[%lld] is %d: must be above the token's index, %lld, at most %lld, and not descend",
+             (long long)t, b.visible_to[t], (long long)token, (long long)total);
+  }
 }
 
 void check_states(const dso_batch& b, const BatchNeeds& needs) {
@@ -216,6 +240,7 @@ void check_batch(const dso_batch& b, const BatchNeeds& needs) {
       fail(DSO_EINVAL, "batch.context_len[%lld] is %d, must be 0 for a plan with bidirectional attention", (long long)s,
            b.context_len[s]);
   if (needs.layers > 0) check_cache(b, needs);
+  if (b.visible_to) check_visible_to(b, needs);
   if (!needs.recurrent.empty()) check_states(b, needs);
   if (b.adapter_of && !needs.adapter_sites.empty()) check_adapters(b, needs);
 }

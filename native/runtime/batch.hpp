@@ -12,6 +12,11 @@ struct HeadsShape {  // of one layer of the cache
   int32_t kv_heads = 0, head_dim = 0;
 };
 
+struct RowsShape {  // of one kind of rows in the cache; width 0: not used
+  int64_t width = 0, every = 0;
+  bool plain = false;  // its elements are read as fp32 or bf16
+};
+
 // The tokens that rows see in a layer of the cache, or in any of several: all of them, or else the widest window and the most
 // sinks.
 struct Visible {
@@ -33,8 +38,11 @@ struct BatchNeeds {
   int64_t layers = 0;                     // of the cache; 0: the plan uses no cache
   std::vector<HeadsShape> heads;          // of each layer, kv_heads 0: not used; empty: the cache has latents
   int64_t rank = 0, rope = 0, index = 0;  // of a latent cache, instead of heads
+  std::vector<RowsShape> rows;            // of a cache of rows, by kind; empty: the cache has none
   bool whole_sequences = false;           // whether the step must contain all tokens of each sequence
+  bool choices = false;                   // whether rows attend to chosen blocks or tokens only
   int64_t rope_tables = 0;
+  int64_t features = 0;                         // of ADD_FEATURES
   bool summaries = false;                       // whether the cache must have summaries
   std::vector<dso_state_shape> recurrent;       // recurrent states, by number; heads 0: not used
   std::vector<Visible> visible;                 // by layer
@@ -69,6 +77,10 @@ struct Batch {
 
   int64_t sequence_of(int64_t row) const {
     return std::upper_bound(first_row.begin(), first_row.end(), row) - first_row.begin() - 1;
+  }
+  // One past the last token that each row of a sequence attends to; null: its own.
+  const int32_t* ends(int64_t sequence) const {
+    return source->visible_to ? source->visible_to + first_row[size_t(sequence)] : nullptr;
   }
   // The block table of a sequence for this layer of the cache.
   const int32_t* table(int64_t layer, int64_t sequence) const;

@@ -26,6 +26,20 @@ KvLayout latent_layout(const dso_cache_shape& s) {
           index,     s.summaries ? summary_bytes(s.kv_type, s.rank + s.rope) : 0};
 }
 
+// row: {elements, tokens that share a row, whether it is stored as kv_type}
+KvLayout rows_layout(const dso_cache_shape& s, const int32_t* row) {
+  if (row[0] < 2 || row[0] > 65536 || row[0] % 2)
+    fail(DSO_EINVAL, "cache: a row of %d elements, must be even and from 2 to 65536", row[0]);
+  if (row[1] < 1 || row[1] > 65536) fail(DSO_EINVAL, "cache: %d tokens share a row, must be from 1 to 65536", row[1]);
+  KvLayout l{};
+  l.type = row[2] || s.kv_type == DSO_KV_F32 ? s.kv_type : int32_t(DSO_KV_BF16);
+  l.rank = row[0];
+  l.every = row[1];
+  l.row_bytes = latent_row_bytes(l.type, l.rank, 0);
+  l.layer_bytes = round_up(((DSO_BLOCK_TOKENS - 1) / l.every + 1) * l.row_bytes, 64);
+  return l;
+}
+
 KvLayout heads_layout(const Kernels& kernels, const dso_cache_shape& s, int32_t kv_heads, int32_t head_dim) {
   if (kv_heads < 1 || kv_heads > 65536) fail(DSO_EINVAL, "cache: %d kv_heads, must be from 1 to 65536", kv_heads);
   if (!is_head_dim(head_dim))
@@ -38,6 +52,11 @@ KvLayout heads_layout(const Kernels& kernels, const dso_cache_shape& s, int32_t 
 }
 
 KvLayout layout_of(const Kernels& kernels, const dso_cache_shape& s, int32_t layer) {
+  if (s.rows) {
+    if (s.kv_heads || s.head_dim || s.rank || s.rope || s.index || s.summaries || s.newest || s.heads)
+      fail(DSO_EINVAL, "cache: the fields of other kinds of caches must be 0 with rows");
+    return rows_layout(s, s.rows + 3 * layer);
+  }
   if (s.rank != 0 || s.rope != 0 || s.index != 0) {
     if (s.heads) fail(DSO_EINVAL, "cache: heads must be NULL with rank %d", s.rank);
     return latent_layout(s);
@@ -173,5 +192,13 @@ void dso_cache::read(int64_t layer, const int32_t* table, int64_t tokens, float*
     if (table[b] < 0 || table[b] >= blocks)
       fail(DSO_EINVAL, "cache: block_table[%lld] is %d, there are %lld blocks", (long long)b, table[b], (long long)blocks);
   const KvLayout& l = layout(layer);
+  if (l.every > 1) {  // one row at a time
+    for (int64_t t = l.every - 1; t < tokens; t += l.every, key += l.rank) {
+      KvView one = view(layer, table + t / DSO_BLOCK_TOKENS);
+      one.base += t % DSO_BLOCK_TOKENS / l.every * l.row_bytes;
+      kernels.latent_read(l, one, 1, key, nullptr);
+    }
+    return;
+  }
   (l.rank ? kernels.latent_read : kernels.kv_read)(l, view(layer, table), tokens, key, value);
 }

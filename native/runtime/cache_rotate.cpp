@@ -58,6 +58,7 @@ Rotation rotation_of(const dso_rotation& r, const float* table) {
 
 void turn(Context& c, dso_cache& cache, const dso_rotation& key, const dso_rotation* index, int32_t group, const int32_t* table,
           int64_t tokens, int64_t position, int64_t delta) {
+  if (cache.layout(0).every) fail(DSO_EINVAL, "cache: rows of compressed attention cannot be moved");
   if (group < 0 || group >= cache.groups())
     fail(DSO_EINVAL, "cache: group %d does not exist, there are %d groups", group, cache.groups());
   const bool latent = cache.layout(0).rank;

@@ -12,11 +12,13 @@ void IndexSchedule::build(const Run& run) {
   tasks.clear();
   shared_floats = private_floats = 0;
   const dso_batch& b = *run.batch.source;
-  auto all_seen = [&](int64_t s) { return std::clamp<int64_t>(shape.top_k - b.context_len[s], 0, b.query_len[s]); };  // rows
+  auto all_seen = [&](int64_t s) {  // rows that see no more than top_k keys
+    return std::clamp<int64_t>((shape.top_k + 1) * shape.every - 1 - b.context_len[s], 0, b.query_len[s]);
+  };
   int64_t total = 0, blocks = 0;
   for (int64_t s = 0; s < b.S; ++s) {
     const int64_t first = all_seen(s), rows = b.query_len[s] - first;
-    total += rows * (b.context_len[s] + first + (rows + 1) / 2);
+    total += rows * (b.context_len[s] + first + (rows + 1) / 2) / shape.every;
     blocks += ceil_div(rows, kRows);
   }
   countdowns_.reset(size_t(blocks));
@@ -36,7 +38,7 @@ void IndexSchedule::add_all_seen(int64_t sequence, int64_t rows) {
 }
 
 void IndexSchedule::add_scored(int64_t sequence, int64_t context, int64_t r0, int64_t r1, int64_t fair) {
-  const int64_t tokens = context + r1, rows = r1 - r0, cost = rows * tokens;
+  const int64_t tokens = shape.seen(context, r1 - 1), rows = r1 - r0, cost = rows * tokens;
   const int64_t pieces = std::clamp<int64_t>(ceil_div(4 * cost, fair), 1, ceil_div(tokens, kTokens));
   const int64_t span = round_up(ceil_div(tokens, pieces), kTokens);
   IndexTask t{sequence, r0, r1, 0, tokens, round_up(tokens, 16), -1, -1, cost};

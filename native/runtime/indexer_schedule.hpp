@@ -16,12 +16,14 @@ namespace dso {
 
 struct IndexShape {
   int64_t heads, index, top_k;
+  int64_t every = 1;  // tokens that share a key; a row that is token i of its sequence sees (i + 1) / every keys
+  int64_t seen(int64_t context, int64_t row) const { return (context + row + 1) / every; }
   bool operator==(const IndexShape&) const = default;
 };
 
 struct IndexTask {
   int64_t sequence, r0, r1;  // rows within the sequence
-  int64_t t0, t1;            // tokens to score; none: the rows take all visible tokens
+  int64_t t0, t1;            // keys to score; none: the rows take all visible ones
   int64_t stride;            // floats from one row's scores to the next row's
   int64_t part;              // offset of the block's scores in the shared memory, in floats; -1: this task computes all of them
   int32_t merge;             // countdown: tasks left before the rows can choose

@@ -36,6 +36,7 @@ std::unique_ptr<Op> make_convert(StepReader& step);
 std::unique_ptr<Op> make_select_rows(StepReader& step);
 std::unique_ptr<Op> make_hidden_out(StepReader& step);
 std::unique_ptr<Op> make_state_in(StepReader& step);
+std::unique_ptr<Op> make_add_features(StepReader& step);
 std::unique_ptr<Op> make_concat(StepReader& step);
 std::unique_ptr<Op> make_sigmoid_gate(StepReader& step);
 std::unique_ptr<Op> make_columns(StepReader& step);
@@ -58,6 +59,7 @@ std::unique_ptr<Op> make_latent_choose(StepReader& step);
 // ops_indexer.cpp
 std::unique_ptr<Op> make_index_write(StepReader& step);
 std::unique_ptr<Op> make_index_choose(StepReader& step);
+std::unique_ptr<Op> make_entries_choose(StepReader& step);
 // ops_latent.cpp
 std::unique_ptr<Op> make_latent(StepReader& step);
 std::unique_ptr<Op> make_latent_write(StepReader& step);
@@ -74,6 +76,18 @@ std::unique_ptr<Op> make_lora_down(StepReader& step);
 std::unique_ptr<Op> make_lora_up(StepReader& step);
 // ops_route.cpp
 std::unique_ptr<Op> make_route(StepReader& step);
+std::unique_ptr<Op> make_hash_route(StepReader& step);
+// ops_streams.cpp
+std::unique_ptr<Op> make_stream_weights(StepReader& step);
+std::unique_ptr<Op> make_stream_collapse(StepReader& step);
+std::unique_ptr<Op> make_stream_expand(StepReader& step);
+// ops_compress.cpp
+std::unique_ptr<Op> make_rows_write(StepReader& step);
+std::unique_ptr<Op> make_compress(StepReader& step);
+// ops_compressed_attention.cpp
+std::unique_ptr<Op> make_compressed_attention(StepReader& step);
+// ops_grouped_linear.cpp
+std::unique_ptr<Op> make_grouped_linear(StepReader& step);
 // ops_experts.cpp
 std::unique_ptr<Op> make_experts_gate_up(StepReader& step);
 std::unique_ptr<Op> make_experts_down(StepReader& step);

@@ -34,10 +34,11 @@ struct Experts {  // one of the two steps: its inputs and its stack of weights
 struct Activation {
   bool gelu;
   float alpha, limit;  // limit > 0: the clamped form
+  float raise;         // added to up in that form
 
   void apply(const Kernels& kernels, float* gate, const float* up, int64_t columns) const {
     if (limit > 0)
-      kernels.clamped_swiglu(gate, up, columns, alpha, limit, gate);
+      kernels.clamped_swiglu(gate, up, columns, alpha, limit, raise, gate);
     else
       (gelu ? kernels.geglu : kernels.swiglu)(gate, up, columns, gate);
   }
@@ -273,8 +274,9 @@ std::shared_ptr<ExpertGroups>* find_groups(StepReader& s, const Experts& x) {
 }  // namespace
 
 std::unique_ptr<Op> make_experts_gate_up(StepReader& s) {
-  s.takes(2, 1, 1, 1, DSO_FLAG_GROUPED | DSO_FLAG_GELU | DSO_FLAG_WEIGH_INPUT);
-  const Activation activation{(s.step.flags & DSO_FLAG_GELU) != 0, s.step.scale, s.step.softcap};
+  s.takes(2, 1, 1, 1, DSO_FLAG_GROUPED | DSO_FLAG_GELU | DSO_FLAG_WEIGH_INPUT | DSO_FLAG_PLAIN_UP);
+  const Activation activation{(s.step.flags & DSO_FLAG_GELU) != 0, s.step.scale, s.step.softcap,
+                              s.step.flags & DSO_FLAG_PLAIN_UP ? 0.0f : 1.0f};
   const bool weighs = s.step.flags & DSO_FLAG_WEIGH_INPUT;
   if (!(activation.limit >= 0 && std::isfinite(activation.limit)))
     s.refuse("softcap is %g, must be finite and not negative", double(activation.limit));

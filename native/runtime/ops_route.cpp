@@ -31,9 +31,24 @@ float value_of(Key k) {
 // Moves the `count` largest to the front, in descending order. Uses a heap: for six of 64, its top rejects nearly all others.
 void largest_first(Key* keys, int64_t count, int64_t n) { std::partial_sort(keys, keys + count, keys + n, std::greater<>()); }
 
+enum class Scoring { kSoftmax, kSigmoid, kSqrtSoftplus };
+
+Scoring scoring(StepReader& s) {
+  const bool sigmoid = s.step.flags & DSO_FLAG_SIGMOID, softplus = s.step.flags & DSO_FLAG_SQRT_SOFTPLUS;
+  if (sigmoid && softplus) s.refuse("has the SIGMOID flag and the SQRT_SOFTPLUS flag");
+  return sigmoid ? Scoring::kSigmoid : softplus ? Scoring::kSqrtSoftplus : Scoring::kSoftmax;
+}
+
+void score(const Run& run, Scoring scoring, const float* x, int64_t n, float* scores) {
+  if (scoring != Scoring::kSqrtSoftplus)
+    return (scoring == Scoring::kSigmoid ? run.kernels.sigmoid : run.kernels.softmax)(x, n, scores);
+  for (int64_t i = 0; i < n; ++i) scores[i] = std::sqrt(x[i] > 20 ? x[i] : std::log1p(std::exp(x[i])));  // as torch's softplus
+}
+
 struct Routing {
   int64_t experts, top_k, groups, top_groups;
-  bool sigmoid, top2, normalize;
+  Scoring scoring;
+  bool top2, normalize;
   float scale;
   int64_t group() const { return experts / groups; }
 };
@@ -56,7 +71,7 @@ class Route final : public RowOp {
     float* scores = reinterpret_cast<float*>(scratch);
     Key* keys = reinterpret_cast<Key*>(scratch + keys_at());
     const int64_t experts = routing_.experts, top_k = routing_.top_k;
-    (routing_.sigmoid ? run.kernels.sigmoid : run.kernels.softmax)(run.slots[in_.index].f32(r), experts, scores);
+    score(run, routing_.scoring, run.slots[in_.index].f32(r), experts, scores);
     for (int64_t e = 0; e < experts; ++e) keys[e] = key(bias_ ? scores[e] + bias_[e] : scores[e], e);
     const int64_t candidates =
         routing_.groups > 1 ? keep_best_groups(keys, reinterpret_cast<Key*>(scratch + groups_at())) : experts;
@@ -99,16 +114,62 @@ class Route final : public RowOp {
   const Routing routing_;
 };
 
+// The experts in the row of a table that belongs to the token.
+class HashRoute final : public RowOp {
+ public:
+  HashRoute(const SlotRef& in, const SlotRef& out, const float* table, const Routing& routing)
+      : in_(in), out_(out), table_(table), routing_(routing) {}
+  int64_t scratch_bytes(const Run&) const override { return 4 * routing_.experts; }
+
+ private:
+  int64_t rows(const Run& run) const override { return run.batch.T; }
+  int64_t row_work() const override { return 8 * routing_.experts; }
+  void row(const Run& run, int64_t r, int thread) override {
+    float* scores = reinterpret_cast<float*>(run.thread_scratch(thread));
+    score(run, routing_.scoring, run.slots[in_.index].f32(r), routing_.experts, scores);
+    const int64_t top_k = routing_.top_k;
+    float *numbers = run.slots[out_.index].f32(r), *weights = numbers + top_k, sum = 0;
+    std::copy_n(table_ + run.batch.source->token_ids[r] * top_k, top_k, numbers);
+    std::sort(numbers, numbers + top_k);
+    for (int64_t j = 0; j < top_k; ++j) sum += weights[j] = scores[int64_t(numbers[j])];
+    const float whole = routing_.normalize ? sum + 1e-20f : 1.0f;
+    for (int64_t j = 0; j < top_k; ++j) weights[j] = weights[j] / whole * routing_.scale;
+  }
+  const SlotRef in_, out_;
+  const float* table_;
+  const Routing routing_;
+};
+
 }  // namespace
 
+std::unique_ptr<Op> make_hash_route(StepReader& s) {
+  s.takes(1, 1, 1, 0, DSO_FLAG_SIGMOID | DSO_FLAG_SQRT_SOFTPLUS | DSO_FLAG_NORMALIZE);
+  const Chosen chosen = s.chosen();
+  const Routing r{chosen.experts, chosen.top_k, 1, 1, scoring(s), false, (s.step.flags & DSO_FLAG_NORMALIZE) != 0,
+                  s.step.scale};
+  if (!std::isfinite(r.scale)) s.refuse("scale is %g, must be finite", double(r.scale));
+  const SlotRef in = s.token_rows(0, r.experts), out = s.out(0, kF32Only, 2 * r.top_k, false);
+  if (out.index == in.index) s.refuse("out[0] is in[0]");
+  BatchNeeds& needs = s.plan().needs;
+  const int64_t ids = s.vector_size(0) / r.top_k;
+  const float* table = s.vector('w', 0, ids * r.top_k);
+  for (int64_t i = 0; i < ids * r.top_k; ++i)
+    if (!(table[i] >= 0 && table[i] < float(r.experts)) || table[i] != std::floor(table[i]))
+      s.refuse("w[0] has %g at %lld, must be a number of one of %lld experts", double(table[i]), (long long)i,
+               (long long)r.experts);
+  needs.vocab = std::min<int64_t>(needs.token_ids ? needs.vocab : s.plan().vocab_size, ids);
+  needs.token_ids = needs.ids_always = true;
+  return std::make_unique<HashRoute>(in, out, table, r);
+}
+
 std::unique_ptr<Op> make_route(StepReader& s) {
-  s.takes(1, 1, 1, 1, DSO_FLAG_SIGMOID | DSO_FLAG_TOP2 | DSO_FLAG_NORMALIZE);
+  s.takes(1, 1, 1, 1, DSO_FLAG_SIGMOID | DSO_FLAG_SQRT_SOFTPLUS | DSO_FLAG_TOP2 | DSO_FLAG_NORMALIZE);
   const Chosen chosen = s.chosen();
   const Routing r{chosen.experts,
                   chosen.top_k,
                   s.positive("groups", s.step.groups),
                   s.positive("top_groups", s.step.top_groups),
-                  (s.step.flags & DSO_FLAG_SIGMOID) != 0,
+                  scoring(s),
                   (s.step.flags & DSO_FLAG_TOP2) != 0,
                   (s.step.flags & DSO_FLAG_NORMALIZE) != 0,
                   s.step.scale};

@@ -110,6 +110,8 @@ const float* StepReader::vector(int field, int i, int64_t cols) const {
   return check_vector(weight(char(field), i), cols, name() + text(": %c[%d] (weight %d)", field, i, index));
 }
 
+int64_t StepReader::vector_size(int i) const { return weight('w', i).cols; }
+
 const float* StepReader::bias(int i, int64_t rows) const { return step.b[i] == -1 ? nullptr : vector('b', i, rows); }
 
 int32_t StepReader::positive(const char* field, int32_t value) const {
@@ -167,6 +169,28 @@ void StepReader::attends_index(int32_t layer, int32_t index, bool writes_cache) 
   needs.index = index;
   uses_layer(layer, writes_cache);
 }
+
+void StepReader::uses_rows(int32_t kind, int64_t width, int64_t every, bool writes_cache) {
+  BatchNeeds& needs = plan_.needs;
+  if (!needs.heads.empty() || needs.rank > 0 || needs.index > 0)
+    refuse("the step uses rows, but an earlier step uses heads or latents: a cache has one kind");
+  uses_layer(kind, writes_cache);
+  needs.rows.resize(size_t(needs.layers));
+  RowsShape& shape = needs.rows[size_t(kind)];
+  if (shape.width && (shape.width != width || shape.every != every))
+    refuse("rows of %lld elements for %lld tokens, but an earlier step has %lld for %lld as kind %d", (long long)width,
+           (long long)every, (long long)shape.width, (long long)shape.every, kind);
+  shape.width = width;
+  shape.every = every;
+}
+
+void StepReader::attends_rows(int32_t kind, int64_t width, int64_t every, int64_t window, bool plain) {
+  uses_rows(kind, width, every, false);
+  plan_.needs.rows[size_t(kind)].plain |= plain;
+  plan_.needs.visible[size_t(kind)].add({true, window == 0, window, 0});
+}
+
+void StepReader::writes_rows(int32_t kind, int64_t width, int64_t every) { uses_rows(kind, width, every, true); }
 
 int32_t StepReader::has_state(int64_t heads, int64_t rows, int64_t cols) {
   std::vector<dso_state_shape>& states = plan_.needs.recurrent;

@@ -60,6 +60,7 @@ class StepReader {
   Matrix matrix(int i) const;
   Stack stack(int i, int64_t count) const;
   const float* vector(int field_w_or_b, int i, int64_t cols) const;  // 'w' or 'b'
+  int64_t vector_size(int i) const;                                  // of w[i]
   const float* bias(int i, int64_t rows) const;                      // null if b[i] is -1
   bool has_weight(int i) const { return step.w[i] != -1; }
   int32_t positive(const char* field, int32_t value) const;
@@ -68,6 +69,9 @@ class StepReader {
   void attends(int32_t layer, int32_t kv_heads, int32_t head_dim, bool writes);  // uses the cache
   void attends_latent(int32_t layer, int32_t rank, int32_t rope, bool writes);
   void attends_index(int32_t layer, int32_t index, bool writes);
+  // A kind of rows; window: tokens whose rows are read, 0: all. plain: read as fp32 or bf16. `writes` does not see any.
+  void attends_rows(int32_t kind, int64_t width, int64_t every, int64_t window, bool plain);
+  void writes_rows(int32_t kind, int64_t width, int64_t every);
   void sees(int64_t window, int64_t sinks);                      // visible tokens of its layer, after `attends`; window 0: all
   int32_t has_state(int64_t heads, int64_t rows, int64_t cols);  // field state: no other step has the same one
   void adapts(int32_t site, const dso_adapter_site& shape, int32_t rank);  // rows or cols 0: another step of it has the number
@@ -87,6 +91,7 @@ class StepReader {
   SlotRef slot(const char* field, int i, int32_t index, SlotKinds kinds) const;
   const dso_weight& weight(char field, int i) const;
   void uses_layer(int32_t layer, bool writes);
+  void uses_rows(int32_t kind, int64_t width, int64_t every, bool writes);
 
   PlanSource& plan_;
   const int32_t index_;

@@ -237,10 +237,10 @@ inline void index_select(const float* scores, int64_t n, int64_t k, float* chose
 }
 
 inline void add_row(const float* a, const float* b, int64_t n, float, float* out) { add(a, b, n, out); }
-inline void clamped_swiglu(const float* g, const float* u, int64_t n, float alpha, float limit, float* out) {
+inline void clamped_swiglu(const float* g, const float* u, int64_t n, float alpha, float limit, float raise, float* out) {
   for (int64_t i = 0; i < n; ++i) {
     const float gate = std::min(g[i], limit), up = std::clamp(u[i], -limit, limit);
-    out[i] = (up + 1) * gate / (1 + std::exp(-alpha * gate));
+    out[i] = (up + raise) * gate / (1 + std::exp(-alpha * gate));
   }
 }
 inline void swiglu_row(const float* a, const float* b, int64_t n, float, float* out) { swiglu(a, b, n, out); }

@@ -23,7 +23,7 @@ static std::vector<float> run(const Kernels& k, int op, const Inputs& in, int64_
   if (op == 3) k.sigmoid(floats(a), n, o);
   if (op == 4) k.softmax(floats(a), n, o);
   if (op == 5) k.add_scaled(floats(b), 0.7f, n, o = floats(a));
-  if (op == 6) k.clamped_swiglu(floats(a), floats(b), n, 1.7f, 0.9f, o);
+  if (op == 6) k.clamped_swiglu(floats(a), floats(b), n, 1.7f, 0.9f, 1.0f, o);
   return std::vector<float>(o, o + n);
 }
 

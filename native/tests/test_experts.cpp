@@ -40,7 +40,7 @@ std::vector<float> plain(const MoeSpec& s, MoeWeights& weights, const Kernels& k
     if (s.weighs)
       for (std::vector<float>* both : {&gate, &up}) k.scale(both->data(), routes[s.top_k + j], s.inner, both->data());
     if (clamped)
-      k.clamped_swiglu(gate.data(), up.data(), s.inner, s.alpha, s.limit, gate.data());
+      k.clamped_swiglu(gate.data(), up.data(), s.inner, s.alpha, s.limit, 1.0f, gate.data());
     else
       k.swiglu(gate.data(), up.data(), s.inner, gate.data());
     to_row(s.down_kind, gate.data(), s.inner, h_row);

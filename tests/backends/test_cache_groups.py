@@ -17,14 +17,15 @@ from deepseek_optimizer.errors import BackendError, DroppedTokensError
 from deepseek_optimizer.graph import rules
 from deepseek_optimizer.graph.cache_groups import group_layers, group_spans
 from deepseek_optimizer.models import build_graph
-from support.family_configs import gemma2, gemma3_text, olmo3
+from support.family_configs import deepseek_v4, gemma2, gemma3_text, olmo3
 from support.models import random_model, weights_of
 from support.steps import Part, Runner, run_step
 
 from .cpu.packing import packed_weights
 
 BACKENDS: dict[str, Any] = {"reference": ReferenceBackend, "cpu": CpuBackend}
-MODELS = {"gemma2": gemma2, "gemma3": gemma3_text, "olmo3": olmo3}
+MODELS = {"gemma2": gemma2, "gemma3": gemma3_text, "olmo3": olmo3, "deepseek_v4": deepseek_v4}
+BLOCKS = 200
 
 
 def backend_of(name: str) -> Any:
@@ -49,7 +50,7 @@ class Pair:
 
     @staticmethod
     def _runner(backend: Any, graph: Any, weights: Any, kv: str, groups: Groups) -> Runner:
-        return Runner(backend.compile(graph, weights), backend.new_store(graph, kv, 90), groups)
+        return Runner(backend.compile(graph, weights), backend.new_store(graph, kv, BLOCKS), groups)
 
 
 @pytest.mark.parametrize("seed", range(2))
@@ -93,7 +94,7 @@ def test_releasing_changes_no_bit(backend: str, model: str, kv: str, seed: int) 
     for plain, grouped in live:
         plain.free()
         grouped.free()
-    assert pair.grouped.manager.free_blocks == 90
+    assert pair.grouped.manager.free_blocks == BLOCKS
 
 
 @pytest.mark.parametrize("backend", list(BACKENDS))

@@ -58,6 +58,14 @@ FIELDS: dict[str, dict[str, Any]] = {
     "deepseek_v3": GROUPS,
     # With fewer index heads, several keys would get a score of exactly 0 from all heads, which are ties.
     "deepseek_v32": {**GROUPS, "index_topk": 8, "index_head_dim": 32, "index_n_heads": 20},
+    "deepseek_v4": {
+        **{name: value for name, value in SMALL.items() if name not in ("intermediate_size", "num_key_value_heads")},
+        "head_dim": 16, "qk_rope_head_dim": 8, "q_lora_rank": 32, "o_groups": 2, "o_lora_rank": 16, "sliding_window": 16,
+        "moe_intermediate_size": 16, "n_routed_experts": 8, "num_experts_per_tok": 2, "hc_sinkhorn_iters": 3,
+        "index_topk": 4, "index_head_dim": 16, "index_n_heads": 20, "mlp_layer_types": ["hash_moe", "moe"],
+        "layer_types": ["compressed_sparse_attention", "heavily_compressed_attention"],
+        "compress_rates": {"compressed_sparse_attention": 4, "heavily_compressed_attention": 8},
+    },
     "glm_moe_dsa": {
         **GROUPS, "index_topk": 8, "index_head_dim": 32, "index_n_heads": 20, "indexer_types": ["full", "shared"],
     },

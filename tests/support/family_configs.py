@@ -8,6 +8,7 @@ from transformers import (
     Cohere2Config,
     DeepseekV2Config,
     DeepseekV3Config,
+    DeepseekV4Config,
     DeepseekV32Config,
     Ernie4_5Config,
     Exaone4Config,
@@ -254,6 +255,24 @@ def deepseek_v32(**fields: Any) -> DeepseekV32Config:
     index = {"index_topk": 16, "index_head_dim": 24, "index_n_heads": 20}
     heads = {"num_attention_heads": 3, "num_key_value_heads": 3}
     return DeepseekV32Config(**{**_latent(), **_EXPERTS, **experts, **index, **heads, **fields})
+
+
+def deepseek_v4(**fields: Any) -> DeepseekV4Config:
+    """All types of layers, with windows of 3 and 7 tokens that no block is a multiple of."""
+    sizes = {
+        "vocab_size": 131, "hidden_size": 72, "moe_intermediate_size": 44, "num_hidden_layers": 4, "num_attention_heads": 6,
+        "head_dim": 20, "qk_rope_head_dim": 6, "q_lora_rank": 40, "o_groups": 3, "o_lora_rank": 14, "sliding_window": 21,
+        "max_position_embeddings": 512, "hc_mult": 3, "hc_sinkhorn_iters": 5,
+    }  # fmt: skip
+    experts = {"n_routed_experts": 6, "num_experts_per_tok": 2, "swiglu_limit": 1.5}
+    index = {"index_topk": 9, "index_head_dim": 12, "index_n_heads": 20}
+    types = ("compressed_sparse", "heavily_compressed", "sliding", "compressed_sparse")
+    kinds = {
+        "layer_types": [f"{kind}_attention" for kind in types],
+        "mlp_layer_types": ["hash_moe", "moe", "moe", "hash_moe"],
+        "compress_rates": {"compressed_sparse_attention": 3, "heavily_compressed_attention": 7},
+    }  # fmt: skip
+    return DeepseekV4Config(**{**sizes, **experts, **index, **kinds, **fields})
 
 
 def glm_moe_dsa(**fields: Any) -> GlmMoeDsaConfig:

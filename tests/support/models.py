@@ -20,6 +20,7 @@ from support.family_configs import (
     cohere2,
     deepseek_v2,
     deepseek_v3,
+    deepseek_v4,
     deepseek_v32,
     ernie4_5,
     exaone4,
@@ -202,6 +203,29 @@ CASES: dict[str, Callable[[], Any]] = {
         **_LLAMA3,
     ),
     "youtu-tied": youtu,
+    "deepseek_v4-mixed": deepseek_v4,
+    "deepseek_v4-yarn": lambda: deepseek_v4(
+        rope_parameters={"rope_type": "yarn", "factor": 16.0, "original_max_position_embeddings": 32},
+        index_head_dim=24,
+        layer_types=["sliding_attention", "compressed_sparse_attention", "compressed_sparse_attention"],
+        num_hidden_layers=3,
+        mlp_layer_types=["moe", "hash_moe", "moe"],
+        hc_mult=4,
+        head_dim=64,
+        qk_rope_head_dim=16,
+        index_topk=64,
+        compress_rates={"compressed_sparse_attention": 4, "heavily_compressed_attention": 40},
+        scoring_func="sigmoid",
+    ),
+    "deepseek_v4-heavy": lambda: deepseek_v4(
+        layer_types=["heavily_compressed_attention"] * 2,
+        num_hidden_layers=2,
+        mlp_layer_types=["moe", "moe"],
+        hc_mult=2,
+        compress_rates={"heavily_compressed_attention": 40},
+        tie_word_embeddings=True,
+        sliding_window=5,
+    ),
     "youtu-halves": lambda: youtu(
         rope_interleave=False, tie_word_embeddings=False, attention_bias=True, num_attention_heads=16
     ),
@@ -228,6 +252,10 @@ def randomize(model: Any, seed: int = 0) -> Any:
     for name, buffer in model.named_buffers():
         if name.endswith("layer_scalar"):
             buffer.copy_(1 + torch.randn(buffer.shape, generator=generator) * 0.2)
+        if name.endswith("tid2eid"):  # distinct experts for each token
+            experts = model.config.num_local_experts
+            orders = [torch.randperm(experts, generator=generator) for _ in range(len(buffer))]
+            buffer.copy_(torch.stack(orders)[:, : buffer.shape[1]])
         if name.endswith(("e_score_correction_bias", "expert_bias")):  # as large as the differences between scores
             buffer.copy_(torch.randn(buffer.shape, generator=generator) * 0.2)
     for name, parameter in model.named_parameters():
@@ -260,9 +288,9 @@ def transformers_logits(model: PreTrainedModel, ids: list[int]) -> torch.Tensor:
 
 @torch.no_grad()
 def transformers_hidden(model: PreTrainedModel, ids: list[int]) -> torch.Tensor:
-    """float32 [layers + 1, T, H]."""
+    """float32 [layers + 1, T, H]; with hyper-connections only that after the final norm, [1, T, H]."""
     output = model(torch.tensor([ids]), use_cache=False, output_hidden_states=True)
-    return torch.stack([h[0].float() for h in output.hidden_states])
+    return torch.stack([h[0].float() for h in output.hidden_states if h.ndim == 3])
 
 
 def assert_close_rows(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = TOLERANCE) -> None:

@@ -82,13 +82,13 @@ static void geglu(const float* gate, const float* up, int64_t n, float* out) {
   each(gate, up, n, out, [](F x, F y) { return mul(gelu(x), y); });
 }
 
-// (up' + 1) * gate' * sigmoid(alpha * gate'), where gate' = min(gate, limit) and up' is up limited to [-limit, limit]. A NaN
-// stays one: it is the second operand of min and max.
-static void clamped_swiglu(const float* gate, const float* up, int64_t n, float alpha, float limit, float* out) {
-  const F factor = set(alpha), high = set(limit), low = set(-limit), one = set(1.0f);
+// (up' + raise) * gate' * sigmoid(alpha * gate'), where gate' = min(gate, limit) and up' is up limited to [-limit, limit]. A
+// NaN stays one: it is the second operand of min and max.
+static void clamped_swiglu(const float* gate, const float* up, int64_t n, float alpha, float limit, float raise, float* out) {
+  const F factor = set(alpha), high = set(limit), low = set(-limit), more = set(raise);
   each(gate, up, n, out, [=](F x, F y) {
     const F g = min(high, x), u = max(low, min(high, y));
-    return mul(add(u, one), mul(g, sigmoid(mul(factor, g))));
+    return mul(add(u, more), mul(g, sigmoid(mul(factor, g))));
   });
 }
 

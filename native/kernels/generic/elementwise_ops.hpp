@@ -6,6 +6,9 @@ namespace dso::DSO_ISA_NAMESPACE {
 
 static void add_row(const float* a, const float* b, int64_t n, float, float* out) { add(a, b, n, out); }
 static void swiglu_row(const float* a, const float* b, int64_t n, float, float* out) { swiglu(a, b, n, out); }
+static void clamped_swiglu_row(const float* a, const float* b, int64_t n, float limit, float* out) {
+  clamped_swiglu(a, b, n, 1.0f, limit, 0.0f, out);
+}
 static void geglu_row(const float* a, const float* b, int64_t n, float, float* out) { geglu(a, b, n, out); }
 static void multiply_row(const float* a, const float* b, int64_t n, float, float* out) { multiply(a, b, n, out); }
 static void gelu_row(const float* a, const float*, int64_t n, float, float* out) {
@@ -22,6 +25,7 @@ static void softcap_row(const float* a, const float*, int64_t n, float scale, fl
 static constexpr ElementwiseOp elementwise_ops[] = {
     {DSO_OP_ADD, "ADD", 2, add_row},
     {DSO_OP_SWIGLU, "SWIGLU", 2, swiglu_row},
+    {DSO_OP_CLAMPED_SWIGLU, "CLAMPED_SWIGLU", 2, clamped_swiglu_row},
     {DSO_OP_GEGLU, "GEGLU", 2, geglu_row},
     {DSO_OP_GELU, "GELU", 1, gelu_row},
     {DSO_OP_GELU_ERF, "GELU_ERF", 1, gelu_erf_row},

@@ -8,6 +8,7 @@
 #include "elementwise.hpp"
 #include "elementwise_ops.hpp"
 #include "choice.hpp"
+#include "compress.hpp"
 #include "index.hpp"
 #include "kv.hpp"
 #include "latent.hpp"
@@ -59,6 +60,7 @@ const RowKernels row_kernels = {
     .latent_write = latent_write,
     .latent_read = latent_read,
     .latent_rotate = latent_rotate,
+    .compress_entry = compress_entry,
     .first_largest = first_largest,
     .smallest = smallest,
     .divide = divide,

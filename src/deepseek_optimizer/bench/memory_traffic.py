@@ -9,7 +9,7 @@ from typing import Any
 
 from ..backends.base import BLOCK_TOKENS
 from ..errors import ConfigError
-from ..graph.ir import LatentSpec, Node
+from ..graph.ir import LatentSpec, Node, RowsSpec
 from .work import Work
 
 
@@ -138,7 +138,7 @@ def _chosen(runtime: Any) -> tuple[float, int]:
         top_k = mode.sinks + mode.window
     elif mode.kind == "sparse" and not top_k:
         top_k = mode.budget
-    if not top_k:
+    if not top_k or isinstance(runtime.graph.cache, RowsSpec):
         return 0.0, 0
     plain = {"summaries": False, **({"index": 0} if isinstance(runtime.graph.cache, LatentSpec) else {})}
     attended = replace(runtime.graph, cache=replace(runtime.graph.cache, **plain))
@@ -169,24 +169,30 @@ def _of_unknown_family(model: Any) -> Traffic:
 
 
 _ROWS = ("embedding", "lookup")  # ops that read single rows of their matrices
-_PRODUCTS = ("linear", "lm_head", "router", "experts_gate_up", "experts_down", "mla_attention")
+_PRODUCTS = (
+    "linear", "grouped_linear", "lm_head", "router", "hash_router", "experts_gate_up", "experts_down", "mla_attention",
+)  # fmt: skip
 
 
 def _step(node: Node, held: Mapping[str, int]) -> dict[str, int]:
     """A step in the format of a plan's `describe`. held: bytes of each weight."""
     experts = {name: node.attrs[name] for name in ("experts", "top_k")} if node.op.startswith("experts") else {}
-    return {"bytes": sum(held[name] for name in node.weights), **experts}
+    return {"bytes": sum(held[name] for name in _matrices(node)), **experts}
+
+
+def _matrices(node: Node) -> tuple[str, ...]:
+    return node.weights[:1] if node.op == "hash_router" else node.weights  # without its table
 
 
 def _multiplied(node: Node, shapes: Mapping[str, tuple[int, ...]]) -> int:
     """Number of weights that each token is multiplied with."""
-    weights = sum(math.prod(shapes[name]) for name in node.weights)
+    weights = sum(math.prod(shapes[name]) for name in _matrices(node))
     return weights * node.attrs["top_k"] // node.attrs["experts"] if node.op.startswith("experts") else weights
 
 
 def _attention_width(node: Node) -> int:
     """Half the total width of the query heads and of their results."""
     a = node.attrs
-    if node.op == "attention":
+    if node.op in ("attention", "compressed_attention"):
         return int(a["heads"] * a["head_dim"])
     return int(a["heads"] * (a["nope"] + a["rope"] + a["v_dim"]) // 2) if node.op == "mla_attention" else 0

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
-from ..errors import ConfigError
-from ..models import ENCODERS, FAMILIES, Family, build_graph, has_mtp
+from ..errors import ConfigError, UnsupportedModelError
+from ..models import ENCODERS, FAMILIES, MULTIMODAL, Family, build_graph, has_mtp
 from .known import MODELS
 
-PLAN, GENERAL = "plan", "general"
+PLAN, MIXED, GENERAL = "plan", "plan and general", "general"
 EVERY_OTHER = "any other of Transformers"
 
 
@@ -19,7 +20,8 @@ class FamilyRow:
 
     Attributes:
         family: `model_type`, or `EVERY_OTHER`.
-        path: "plan": an execution plan; "general": Transformers' forward with packed linear layers.
+        path: "plan": an execution plan; "general": Transformers' forward with packed linear layers; "plan and general": a plan
+            for the language model of a model that sees.
         formats: weight formats.
         attention: attention modes (`DeepSeekConfig.attention_optimization`).
         drafts: sources of drafts for speculative decoding.
@@ -37,14 +39,17 @@ class FamilyRow:
 
 
 def families() -> Iterator[FamilyRow]:
-    """All families: those with a plan, those that only training knows, encoders, well-known ones on the general path, and the
-    rest."""
+    """All families: those with a plan, those that only training knows, encoders, models that see, well-known ones on the
+    general path, and the rest."""
     for name, family in FAMILIES.items():
-        yield _row(name, family)
+        if family.alone:
+            yield _row(name, family)
     for name in ENCODERS:
         yield replace(_row(name, None), path=PLAN, attention=("bidirectional",), drafts=())
+    for name in MULTIMODAL:
+        yield replace(_row(name, None), path=MIXED, attention=("flash", "eager"), drafts=("prompt lookup", "draft model"))
     for name in dict.fromkeys(model.family for model in MODELS):
-        if name not in FAMILIES and name not in ENCODERS:
+        if name not in FAMILIES and name not in ENCODERS and name not in MULTIMODAL:
             yield _row(name, None)
     yield _row(EVERY_OTHER, None)
 
@@ -78,8 +83,15 @@ def _modes(family: str) -> tuple[str, ...]:
         graph = apply(build_graph(CONFIG_MAPPING[family](**fields)), None)[0]
     except ConfigError:  # a default that the family file does not support
         return ("flash", "eager")
+
+    def changes(mode: Any) -> bool:
+        try:
+            return bool(apply_mode(graph, mode)[1])
+        except UnsupportedModelError:
+            return False
+
     modes = (DeepSeekConfig(attention_optimization=kind).attention for kind in ("sliding", "sparse"))
-    return ("flash", "eager", *(mode.kind for mode in modes if apply_mode(graph, mode)[1]))
+    return ("flash", "eager", *(mode.kind for mode in modes if changes(mode)))
 
 
 def _drafts(family: str) -> tuple[str, ...]:

@@ -69,6 +69,13 @@ MODELS = (
             routed_scaling_factor=16.0, norm_topk_prob=False),
     ),
     _deepseek("deepseek-ai/DeepSeek-V3, DeepSeek-R1", "deepseek_v3", {}),
+    _deepseek(
+        "deepseek-ai/DeepSeek-V4-Flash", "deepseek_v4",
+        {
+            "rope_scaling": {"rope_type": "yarn", "factor": 16.0, "original_max_position_embeddings": 65536},
+            "compress_ratios": [0, 0, *(4 if layer % 2 == 0 else 128 for layer in range(41))],
+        },
+    ),
     KnownModel("mistralai/Mistral-7B-Instruct-v0.3", "mistral", _dense(4096, 14336, 32, 32, 8, 32768, sliding_window=None)),
     KnownModel("mistralai/Mixtral-8x7B-Instruct-v0.1", "mixtral", _dense(4096, 14336, 32, 32, 8, 32000, sliding_window=None)),
     KnownModel("mistralai/Ministral-3-8B-Instruct-2512", "ministral3", {}),

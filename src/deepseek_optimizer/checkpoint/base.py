@@ -199,7 +199,7 @@ def all_finite(values: torch.Tensor) -> bool:
     Computed with numpy on the calling thread: torch's threads and the packer's would compete for the cores, which costs
     milliseconds at each switch.
     """
-    if not values.numel():
+    if not values.numel() or not values.is_floating_point():
         return True
     size = values.element_size()
     whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}[size]

@@ -14,7 +14,7 @@ import torch
 from ..errors import CheckpointError
 from ..quant import PackedStack, Packer, get_format, reference_packer
 from ..quant.tiles import empty_stack
-from ..quant.transposed_stack import Transposed, matrices_of
+from ..quant.transposed_stack import StackLayout, matrices_of
 from .base import Checkpoint, TensorInfo
 from .files import DataFile, inside, read_json
 from .safetensors import FLOATS, open_safetensors
@@ -106,6 +106,10 @@ def _no_weights(directory: Path) -> CheckpointError:
     return CheckpointError(f"contains neither {SINGLE} nor {INDEX}", file=directory)
 
 
+_INTEGERS = {"I32": torch.int32, "I64": torch.int64}
+_TABLES = (".gate.tid2eid",)  # names that tensors of integers end with: the experts of each token id
+
+
 class SafetensorsCheckpoint(Checkpoint):
     """Float weights in safetensors files. Read with pread: nothing stays mapped."""
 
@@ -115,7 +119,7 @@ class SafetensorsCheckpoint(Checkpoint):
         super().__init__(directory, config, tensors)
         self._files = files
         self.parts_of: dict[str, list[TensorInfo]] = {}  # of tensors that are stored in several
-        self.transposed: Mapping[str, Transposed] = {}  # the form of transposed stacks, see `quant/transposed_stack.py`
+        self.transposed: Mapping[str, StackLayout] = {}  # the layout of transposed stacks, see `quant/transposed_stack.py`
 
     def read(self, name: str) -> torch.Tensor:
         parts = [self._read(info) for info in self.parts_of.get(name, [self.info(name)])]
@@ -160,6 +164,8 @@ class SafetensorsCheckpoint(Checkpoint):
 
     @staticmethod
     def _dtype(info: TensorInfo) -> torch.dtype:
+        if info.dtype in _INTEGERS and info.name.endswith(_TABLES):
+            return _INTEGERS[info.dtype]
         if info.dtype not in FLOATS:
             fp8 = "; FP8 weights need their original quantization_config in config.json" if info.dtype.startswith("F8") else ""
             raise CheckpointError(

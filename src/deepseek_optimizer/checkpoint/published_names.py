@@ -29,8 +29,23 @@ _GRANITE: Final[Renames] = (
 _KIMI: Final[Renames] = (
     *_MIXTRAL, (r"\.self_attn\.(A_log|dt_bias|f_[ab]_proj\.weight)$", r".self_attn.forget_gate.\1"),
 )  # fmt: skip
+_V4: Final[Renames] = (
+    (r"^(?:model\.)?embed\.weight$", "model.embed_tokens.weight"), (r"^(?:model\.)?head\.weight$", "lm_head.weight"),
+    (r"^(layers\.|norm\.|hc_head)", r"model.\1"), (r"^model\.hc_head_(fn|base|scale)$", r"model.hc_head.hc_\1"),
+    (r"\.attn\.", ".self_attn."), (r"\.ffn\.", ".mlp."), (r"\.indexer\.compressor\.", ".compressor.indexer."),
+    (r"\.self_attn\.indexer\.weights_proj\.", ".self_attn.compressor.indexer.scorer.weights_proj."),
+    (r"\.self_attn\.indexer\.", ".self_attn.compressor.indexer."),
+    (r"\.attn_norm\.", ".input_layernorm."), (r"\.ffn_norm\.", ".post_attention_layernorm."),
+    (r"(?<!_hc)\.scale$", ".weight_scale_inv"), (r"\.hc_(attn|ffn)_(fn|base|scale)$", r".\1_hc.\2"),
+    (r"\.attn_sink$", ".sinks"), (r"\.(self_attn|compressor|indexer)\.norm\.", r".\1.kv_norm."), (r"\.ape$", ".position_bias"),
+    (r"\.w(q_a|q_b|kv|o_a|o_b)\.", r".\1_proj."), (r"\.wgate\.", ".gate_proj."), (r"\.q_norm\.", ".q_a_norm."),
+    (r"\.gate\.bias$", ".gate.e_score_correction_bias"), (r"\.shared_experts\.w1\.", ".shared_experts.gate_proj."),
+    (r"\.shared_experts\.w3\.", ".shared_experts.up_proj."), (r"\.shared_experts\.w2\.", ".shared_experts.down_proj."),
+    *_NUMBERED,
+)  # fmt: skip
 _RENAMES: Final[Mapping[str, Renames]] = {
     "mixtral": _MIXTRAL, "minimax_m2": _MIXTRAL, "granitemoe": _GRANITE, "lfm2_moe": _NUMBERED, "kimi_linear": _KIMI,
+    "deepseek_v4": _V4,
 }  # fmt: skip
 # model_type -> (pattern of a parameter's stored parts, the parameter): parts are joined along the first axis, in this order.
 _PARTS: Final[Mapping[str, tuple[tuple[str, ...], str]]] = {

@@ -12,8 +12,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from ..errors import ConfigError
-from .ir import BLOCK, Graph, LatentSpec, Node, Value
+from ..errors import ConfigError, UnsupportedModelError
+from .ir import BLOCK, Graph, LatentSpec, Node, RowsSpec, Value
 from .ops import spec_of
 
 
@@ -60,6 +60,13 @@ def apply_mode(graph: Graph, mode: AttentionMode) -> tuple[Graph, list[str]]:
     Returns: the graph, and the layers that changed.
     """
     if mode.kind == "flash":
+        return graph, []
+    if isinstance(graph.cache, RowsSpec):  # its layers have windows already, and an indexer
+        if mode.kind == "sliding":
+            raise UnsupportedModelError(
+                "attention_optimization 'sliding' is not supported with compressed attention, which already reads a window and "
+                "compressed entries; use 'flash' or 'sparse'"
+            )
         return graph, []
     nodes: list[Node] = []
     places = []

@@ -5,6 +5,8 @@ behind it while those of the other layers stay. All groups share one pool of blo
 cache manager, docs.vllm.ai). Layers are therefore distributed over groups of nearly the same size, for example four full layers
 and twenty sliding ones over one group and five.
 
+The rows of compressed attention are in groups in the same way, by their windows.
+
 Copies of the newest tokens, in int8, are layers with a short window: they are in groups of their own, each with half as many
 layers as one of int4 layers.
 """
@@ -14,7 +16,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from .attention_mode import Span, span_of_all, spans_of_layers
-from .ir import CacheSpec, Graph
+from .ir import CacheSpec, Graph, RowsSpec
 
 NEWEST = 128  # tokens of each sequence that attention reads in int8 if the cache is int4
 _TABLE = 0.005  # cost of one more block table per sequence, as a fraction of the cache's memory
@@ -24,6 +26,8 @@ def group_layers(graph: Graph) -> Graph:
     """The graph with the layers of its cache in groups. Unchanged if all of its layers attend to every token, or none does, if
     no window is shorter than the context, or if the cache has summaries or latents."""
     cache = graph.cache
+    if isinstance(cache, RowsSpec):
+        return replace(graph, cache=_group_rows(cache, graph.max_positions))
     if not isinstance(cache, CacheSpec) or cache.summaries:
         return graph
     spans = spans_of_layers(graph)
@@ -62,7 +66,13 @@ def cached_in(graph: Graph, kv_dtype: str) -> Graph:
 def group_spans(graph: Graph) -> tuple[Span, ...]:
     """For each group of layers of the cache (window, sinks) such that the tokens between a sequence's first `sinks` and last
     `window` tokens are not visible in any of its layers; None if a layer may attend to every token."""
-    cache, spans = graph.cache, spans_of_layers(graph)
+    cache = graph.cache
+    if isinstance(cache, RowsSpec):
+        kinds: list[list[Span]] = [[] for _ in range(cache.groups)]
+        for layer, rows in enumerate(cache.rows):
+            kinds[cache.group_of(layer)].append((rows.window, 0) if rows.window else None)
+        return tuple(map(span_of_all, kinds))
+    spans = spans_of_layers(graph)
     if cache.groups == 1:
         return (span_of_all(list(spans.values())),)
     copies = [(cache.newest, 0)] * (cache.groups - cache.own_groups)
@@ -70,6 +80,24 @@ def group_spans(graph: Graph) -> tuple[Span, ...]:
     for layer in range(cache.layers):
         groups[cache.group_of(layer)].append(spans.get(layer))
     return (*map(span_of_all, groups), *copies)
+
+
+def _group_rows(cache: RowsSpec, max_positions: int) -> RowsSpec:
+    """Kinds of rows in groups by their windows: those with the same window are read, and released, together. All kinds without
+    a window are in one group, which grows with the text, so a block is no larger than that needs, if every kind fits in it."""
+    windows = [rows.window if rows.window < max_positions else 0 for rows in cache.rows]
+    sizes = [rows.places * rows.width for rows in cache.rows]
+    kinds = [[(i, sizes[i]) for i, own in enumerate(windows) if own == window] for window in sorted(set(windows))]
+    if len(kinds) == 1:
+        return cache
+    growing = sum(size for size, window in zip(sizes, windows, strict=True) if not window)
+    size = max(growing, *sizes)
+    packed = [group for kind in kinds for group in _filled(kind, size)] if growing else _packed(kinds)
+    groups = [0] * cache.layers
+    for group, members in enumerate(packed):
+        for i in members:
+            groups[i] = group
+    return replace(cache, row_groups=tuple(groups))
 
 
 def _packed(kinds: list[list[tuple[int, int]]]) -> list[list[int]]:

@@ -153,6 +153,69 @@ class LatentSpec:
 
 
 @dataclass(frozen=True)
+class CachedRows:
+    """One kind of rows in the cache of a model with compressed attention.
+
+    Attributes:
+        width: elements of a row.
+        every: number of tokens that share a row, which is stored with the last of them; 1: each token has its own.
+        window: number of last tokens whose rows are read; 0: all.
+        rounded: whether rows are stored in the cache's dtype; otherwise in bf16, or in fp32 if that is the cache's dtype.
+    """
+
+    width: int
+    every: int = 1
+    window: int = 0
+    rounded: bool = True
+
+    @property
+    def places(self) -> int:
+        """Rows in a block of 32 tokens. The row of tokens that end with token t is row t % 32 // every of the block of t."""
+        return (BLOCK - 1) // self.every + 1
+
+
+@dataclass(frozen=True)
+class RowsSpec:
+    """The contents of the cache with compressed attention (DeepSeek-V4): rows of several kinds, which nodes name by their index
+    (attribute `layer`).
+
+    Nothing else is kept: the rows that a window of tokens is compressed from are those of its tokens, so a sequence can be
+    cropped to any length, and a prefix continued after any block.
+
+    Attributes:
+        rows: the kinds.
+        row_groups: the group of each kind, from 0 without gaps (see `cache_groups`); (): all are in group 0.
+    """
+
+    rows: tuple[CachedRows, ...]
+    row_groups: tuple[int, ...] = ()
+    summaries: ClassVar[bool] = False
+    newest: ClassVar[int] = 0
+    newest_groups: ClassVar[tuple[int, ...]] = ()
+
+    @property
+    def layers(self) -> int:
+        """Number of kinds."""
+        return len(self.rows)
+
+    @property
+    def groups(self) -> int:
+        """Number of groups of kinds."""
+        return max(self.row_groups, default=0) + 1
+
+    own_groups = groups
+
+    def group_of(self, layer: int) -> int:
+        """The group that a kind is in."""
+        return self.row_groups[layer] if self.row_groups else 0
+
+    @property
+    def elements_per_token(self) -> int:
+        """Number of elements in all kinds, rounded up: of a token in the middle of a long text."""
+        return -(-sum(BLOCK * rows.width // rows.every for rows in self.rows) // BLOCK)
+
+
+@dataclass(frozen=True)
 class StateSpec:
     """A recurrent state: a float32 tensor of this shape per sequence, whatever its length. A new sequence's state is zero.
 
@@ -233,7 +296,7 @@ class Graph:
     vocab_size: int
     hidden_size: int
     hidden_states: int  # number of hidden_out nodes: layers + 1
-    cache: CacheSpec | LatentSpec
+    cache: CacheSpec | LatentSpec | RowsSpec
     max_positions: int
     states: tuple[StateSpec, ...] = ()
     adapter_sites: tuple[AdapterSite, ...] = ()
@@ -250,7 +313,12 @@ class Graph:
     @property
     def looks_up(self) -> bool:
         """Whether steps need token ids even if they have `inputs_embeds`."""
-        return any(node.op == "lookup" for node in self.nodes)
+        return any(node.op in ("lookup", "hash_router") for node in self.nodes)
+
+    @property
+    def features(self) -> int:
+        """Number of `add_features` nodes, whose indices count them."""
+        return sum(node.op == "add_features" for node in self.nodes)
 
     def without_head(self) -> Graph:
         """The graph up to the final norm."""

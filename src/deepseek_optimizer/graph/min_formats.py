@@ -11,14 +11,17 @@ def min_formats(graph: Graph) -> dict[str, str]:
 
     `kv_b` of latent attention: in the absorbed form its key half is multiplied transposed, across the groups that share scales
     in 4-bit formats. The indexer's queries and keys: missing a token that should be chosen is a large error. The gates of the
-    delta rule: small, and they decide how long a state remembers.
+    delta rule: small, and they decide how long a state remembers. What entries of compressed attention are computed from: an
+    error in an entry stays for the whole text.
     """
     names: dict[str, str] = {}
     for node in graph.nodes:
         if node.op == "mla_attention":
             names[node.weights[0]] = "int8"
-        elif node.op in ("index_choose", "index_write"):
+        elif node.op in ("index_choose", "index_write", "entries_choose"):
             names[_matrix_of(graph, node.inputs[0])] = "int8"
+        elif node.op == "rows_write" and (both := graph.producer(node.inputs[0])) is not None and both.op == "concat":
+            names.update(dict.fromkeys((_matrix_of(graph, value) for value in both.inputs), "int8"))
         elif node.op == "delta_rule":
             names.update(dict.fromkeys((_matrix_of(graph, gate) for gate in node.inputs[1:]), "int8"))
     return names
@@ -37,12 +40,16 @@ def _matrix_of(graph: Graph, value: Value) -> str:
 
 def exact_weights(graph: Graph) -> frozenset[str]:
     """Names of weights that are never packed but stored in fp32, as in Transformers: routers and their biases, and the weights
-    of the indexer's heads, which decide which experts and tokens are used, and those of gates with one value per row. They are
-    small."""
+    of the indexer's heads, which decide which experts and tokens are used, those of gates with one value per row, and those of
+    hyper-connections. They are small."""
     names: set[str | None] = set()
     for node in graph.nodes:
         if node.op == "router":
             names.update((*node.weights, node.attrs["bias"], *node.attrs.get("biases", ())))
-        if node.op == "index_choose" or (node.op == "sigmoid_gate" and node.inputs[1].width == 1):
+        if node.op == "hash_router":
+            names.add(node.weights[0])
+        if node.op == "stream_weights":
+            names.add(_matrix_of(graph, node.inputs[0]))
+        if node.op in ("index_choose", "entries_choose") or (node.op == "sigmoid_gate" and node.inputs[1].width == 1):
             names.add(_matrix_of(graph, node.inputs[1]))
     return frozenset(name for name in names if name is not None)

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import UnsupportedModelError, UnsupportedRequestError
-from .ir import Graph, Node, Value
+from .ir import Graph, Node, RowsSpec, Value
 
 
 @dataclass(frozen=True)
@@ -51,12 +51,17 @@ def key_rotation(graph: Graph) -> KeyRotation:
     """The rotation that RoPE applies to all cached keys of a graph.
 
     Raises:
-        UnsupportedModelError: a layer has no RoPE, layers have different ones, or a layer has a recurrent state.
+        UnsupportedModelError: a layer has no RoPE, layers have different ones, a layer has a recurrent state, or attention is
+            compressed.
     """
     if graph.states:
         raise UnsupportedModelError(
             "cache_window requires attention in all layers, but recurrent layers of this model cannot drop tokens; use it "
             "without cache_window"
+        )
+    if isinstance(graph.cache, RowsSpec):
+        raise UnsupportedModelError(
+            "cache_window is not supported with compressed attention, whose entries cannot be moved; use the model without it"
         )
     producers = {value: node for node in graph.nodes for value in node.outputs}
     rotations = {kind: set(_rotations(graph, producers, kind)) for kind in ("key", "index")}

@@ -82,7 +82,7 @@ def _check_rows(node: Node, spec: OpSpec) -> None:
     if spec.rows == "select":
         fits = inputs == {False} and outputs == {True}
     else:
-        fits = len(inputs | outputs) == 1 and not (spec.rows == "tokens" and True in inputs | outputs)
+        fits = len(inputs | outputs) <= 1 and not (spec.rows == "tokens" and True in inputs | outputs)
     if not fits:
         raise _error(node, "mixes token rows and selected rows")
     for values, repeated in ((node.inputs, spec.repeated_inputs), (node.outputs, spec.repeated_outputs)):
@@ -93,8 +93,10 @@ def _check_rows(node: Node, spec: OpSpec) -> None:
 def _check_order(node: Node, spec: OpSpec, written: set[tuple[str, int]]) -> None:
     """Checks that a layer's part of the cache is written once, before it is read. Adds the parts that the node writes to
     `written`."""
-    if spec.reads is not None and (spec.reads, node.attrs["layer"]) not in written:
-        raise _error(node, f"reads the {spec.reads} of a layer before it is written")
+    if spec.reads is not None:
+        layers = [node.attrs[name] for name in spec.read_layers]
+        if any(layer >= 0 and (spec.reads, layer) not in written for layer in layers):
+            raise _error(node, f"reads the {spec.reads} of a layer before it is written")
     if spec.writes is not None:
         place = (spec.writes, node.attrs["layer"])
         if place in written:

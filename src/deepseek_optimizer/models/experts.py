@@ -7,10 +7,11 @@ y = sum over the chosen experts of weight * expert(x), plus the shared experts, 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from ..errors import ConfigError
 from ..graph.ir import Node, Value
+from ..graph.ops.experts import StackLayout
 from ..graph.ops.products import GATED
 from .blocks import FeedForward, add, emit, linear, mlp
 from .decoder import MAX_LAYERS, MAX_WIDTH, Trunk
@@ -21,15 +22,18 @@ MAX_EXPERTS, MAX_EXPERT_WEIGHTS = 1 << 14, 1 << 40  # per layer
 
 @dataclass(frozen=True, kw_only=True)
 class ClampedForm:
-    """Experts in the form of gpt-oss: with biases and a clamped SwiGLU (op `experts_gate_up`), and stored transposed.
+    """Experts with a clamped SwiGLU (op `experts_gate_up`).
 
     Attributes:
         alpha: factor in the gate's sigmoid.
         limit: of gate and up.
+        raised: the form of gpt-oss: 1 is added to up, and experts have biases and are stored interleaved. Otherwise shared
+            experts are clamped too.
     """
 
     alpha: float
     limit: float
+    raised: bool = True
 
 
 @dataclass(frozen=True)
@@ -47,8 +51,10 @@ class Routing:
         shared_gate: name of the projection to the logit of the shared experts' weight; "": they have the weight 1.
         gate_bias: whether the router's product has a bias.
         clamped: the experts have this form; None: no biases, and the activation of dense MLPs.
+        table: in some layers, name of the parameter with the experts of each token id; "": in none.
+        by_table: for each layer whether its experts are chosen by `table`; (): in none.
         weigh_input: an expert's weight multiplies its input instead of its output.
-        transposed: how the experts' matrices are stored, see `quant/transposed_stack.py`; of those with `clamped` always True.
+        layout: how the experts' matrices are stored, see `quant/transposed_stack.py`; "interleaved" with a raised `clamped`.
         factors: name of the parameter with a factor of each expert's weights; "": none.
     """
 
@@ -70,8 +76,10 @@ class Routing:
     gate_bias: bool = False
     clamped: ClampedForm | None = None
     weigh_input: bool = False
-    transposed: bool | Literal["concatenated"] = False
+    layout: StackLayout = "rows"
     factors: str = ""
+    table: str = ""
+    by_table: tuple[bool, ...] = ()
 
 
 def read_softmax_routing(fields: Fields, hidden: int) -> Routing:
@@ -194,12 +202,15 @@ def feed_forward(d: Trunk, routing: Routing | None, sparse: tuple[bool, ...], de
         name, path = f"l{layer}.mlp", f"model.layers.{layer}"
         if routing is None or (layer < d.layers and not sparse[layer]):
             return mlp(nodes, d, x, name, f"{path}.{dense}", d.intermediate)
-        return experts(nodes, d, routing, x, x, name, f"{path}.{routing.module}")
+        by_table = layer < len(routing.by_table) and routing.by_table[layer]
+        return experts(nodes, d, routing, x, x, name, f"{path}.{routing.module}", by_table)
 
     return forward
 
 
-def experts(nodes: list[Node], d: Trunk, r: Routing, x: Value, routed_by: Value, name: str, path: str) -> Value:
+def experts(
+    nodes: list[Node], d: Trunk, r: Routing, x: Value, routed_by: Value, name: str, path: str, by_table: bool = False
+) -> Value:
     """Routed and shared experts of `x`, interleaved in such an order that a backend can run both side by side.
 
     Args:
@@ -207,34 +218,54 @@ def experts(nodes: list[Node], d: Trunk, r: Routing, x: Value, routed_by: Value,
         routed_by: the router's input.
         name: of the nodes.
         path: of the module with router and experts.
+        by_table: whether experts are chosen by the token's id.
     """
     routes = Value(f"{name}.routes", 2 * r.top_k)
+    nodes.append(_table_router(r, routed_by, routes, path) if by_table else _router(r, routed_by, routes, path))
+    return _expert_products(nodes, d, r, x, routes, name, path)
+
+
+def _table_router(r: Routing, routed_by: Value, routes: Value, path: str) -> Node:
+    weights = (f"{path}.{r.gate}.weight", f"{path}.{r.table}")
+    attrs = {"experts": r.experts, "top_k": r.top_k, "scoring": r.scoring, "normalize": r.normalize, "scale": r.scale}
+    return Node("hash_router", (routed_by,), (routes,), weights, attrs)
+
+
+def _router(r: Routing, routed_by: Value, routes: Value, path: str) -> Node:
     weights = (f"{path}.{r.gate}.weight", *([f"{path}.{r.factors}"] if r.factors else []))
     attrs = dict(
         bias=f"{path}.{r.bias}" if r.bias else None, experts=r.experts, top_k=r.top_k, groups=r.groups,
         top_groups=r.top_groups, scoring=r.scoring, group_score=r.group_score, normalize=r.normalize, scale=r.scale,
         **({"biases": (f"{path}.{r.gate}.bias",)} if r.gate_bias else {}),
     )  # fmt: skip
-    nodes.append(Node("router", (routed_by,), (routes,), weights, attrs))
+    return Node("router", (routed_by,), (routes,), weights, attrs)
+
+
+def _expert_products(nodes: list[Node], d: Trunk, r: Routing, x: Value, routes: Value, name: str, path: str) -> Value:
     gate_up, down_matrix = (f"{path}.experts.{matrix}_proj" for matrix in ("gate_up", "down"))
     which: dict[str, Any] = {"experts": r.experts, "top_k": r.top_k, "grouped": False}
     activation: dict[str, Any] = {"activation": d.mlp.activation} if d.mlp.activation != "silu" else {}
     if r.weigh_input:
         which["weigh_input"] = True
-    if r.transposed:
-        which["transposed"] = r.transposed
+    if r.layout != "rows":
+        which["layout"] = r.layout
     if r.clamped is not None:
-        which["transposed"] = True
-        activation = {"alpha": r.clamped.alpha, "limit": r.clamped.limit, "biases": (f"{gate_up}_bias",)}
+        activation = {"alpha": r.clamped.alpha, "limit": r.clamped.limit}
+        if r.clamped.raised:
+            which["layout"] = "interleaved"
+            activation["biases"] = (f"{gate_up}_bias",)
+        else:
+            activation["raised"] = False
     hidden = Value(f"{name}.experts", r.width, repeat=r.top_k)
     nodes.append(Node("experts_gate_up", (x, routes), (hidden,), (gate_up,), {**which, **activation}))
-    if r.clamped is not None:
+    if r.clamped is not None and r.clamped.raised:
         which["biases"] = (f"{down_matrix}_bias",)
     if not r.shared:
         return emit(nodes, "experts_down", (hidden, routes), f"{name}.out", d.hidden, down_matrix, **which)
     shared_path, bias = f"{path}.{r.shared_module}", d.mlp.bias
     gate, up = (linear(nodes, x, f"{name}.shared_{p}", r.shared, f"{shared_path}.{p}_proj", bias) for p in ("gate", "up"))
-    shared = emit(nodes, GATED[d.mlp.activation], (gate, up), f"{name}.shared_h", r.shared)
+    gated, limit = (GATED[d.mlp.activation], {}) if r.clamped is None else ("clamped_swiglu", {"limit": r.clamped.limit})
+    shared = emit(nodes, gated, (gate, up), f"{name}.shared_h", r.shared, **limit)
     routed = emit(nodes, "experts_down", (hidden, routes), f"{name}.routed", d.hidden, down_matrix, **which)
     down = linear(nodes, shared, f"{name}.shared_down", d.hidden, f"{shared_path}.down_proj", bias)
     if r.shared_gate:

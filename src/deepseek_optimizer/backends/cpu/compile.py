@@ -95,6 +95,12 @@ class _Compiler:
             self._add(name, self._vector(torch.as_tensor(spec.inv_freq, dtype=torch.float32, device="cpu").clone()))
         return self.index[name]
 
+    def axes(self, spec: Any) -> int:
+        name = f"axes:{id(spec)}"
+        if name not in self.index:
+            self._add(name, self._vector(torch.tensor(spec.axes, dtype=torch.float32, device="cpu")))
+        return self.index[name]
+
     def step(self, node: Node) -> Step:
         a, spec = node.attrs, spec_of(node)
         if spec.code is None:
@@ -108,7 +114,7 @@ class _Compiler:
         for attr in spec.attrs:
             if attr.step_field:
                 setattr(s, attr.step_field, attr.of(node))
-        if node.op == "rope_table":
+        if node.op in ("rope_table", "compress"):
             s.scale = a["rope"].scaling
         elif node.op == "index_write":
             s.index = node.inputs[0].width
@@ -130,8 +136,9 @@ class _Compiler:
             inputs, outputs = [inputs[0], -1, *inputs[1:]], [-1, *outputs]
         weights = [self.weight(name) for name in node.weights]
         biases = [self.weight(name) for name in a.get("biases") or ((a["bias"],) if a.get("bias") else ())]
-        if node.op == "rope_table":
-            weights = [self.frequencies(a["rope"])]
+        if node.op in ("rope_table", "compress"):
+            weights.append(self.frequencies(a["rope"]))
+            weights += [self.axes(a["rope"])] if node.op == "rope_table" and a["rope"].axes else []
         elif node.op == "layer_norm":
             weights, biases = weights[:1], weights[1:]
         for field, values in (s.inputs, inputs), (s.outputs, outputs), (s.w, weights), (s.b, biases):
@@ -173,7 +180,7 @@ def row_kind(format_name: str, activation: str) -> str:
 
 def _flags(spec: OpSpec, node: Node) -> list[str]:
     """Names of the flags that the node's attributes set."""
-    return [attr.flag for attr in spec.attrs if attr.flag and attr.of(node) == attr.flag_value]
+    return [flag for attr in spec.attrs for flag in attr.flags_of(node)]
 
 
 def _exact_matrices(graph: Graph, weights: Mapping[str, PackedWeight | torch.Tensor]) -> Mapping[str, PackedMatrix]:
@@ -206,4 +213,5 @@ def compile_graph(
         context, steps, compiler.slots, compiler.weights, compiler.keep, [compiler.row(n) for n in nodes],
         vocab_size=graph.vocab_size, hidden_size=graph.hidden_size, hidden_states=graph.hidden_states,
         rope=compiler.rope, has_head=graph.has_head, has_states=bool(graph.states), looks_up=graph.looks_up,
+        features=graph.features,
     )  # fmt: skip

@@ -6,6 +6,7 @@
 - A layer norm without a bias has one of zeros, and a norm of heads without a weight one of ones.
 - The factor of `scale_by` is a constant of the step, as in `scale`.
 - A short convolution reads its weights tap after tap, and a delta rule A_log as a vector.
+- The biases of `compress` and the table of `hash_router` are vectors.
 - Experts read the biases of all matrices as one vector, in the order of the packed stack.
 """
 
@@ -59,16 +60,18 @@ def _derived(node: Node, weights: Mapping[str, PackedWeight | torch.Tensor], der
         a_log, dt_bias = node.weights
         derived[f"flat {a_log}"] = _vector(weights, a_log).flatten()
         return [node.with_(weights=(f"flat {a_log}", dt_bias))]
+    if node.op in ("compress", "hash_router"):
+        names = list(node.weights)
+        flat = 0 if node.op == "compress" else 1
+        derived[f"flat {names[flat]}"] = _vector(weights, names[flat]).flatten().float()
+        names[flat] = f"flat {names[flat]}"
+        return [node.with_(weights=tuple(names))]
     if node.op in ("experts_gate_up", "experts_down") and node.attrs.get("biases", (None,)) != (None,):
         (name,) = node.attrs["biases"]
         bias = _vector(weights, name)
-        ordered = biases_of(bias, node.outputs[0].width) if node.attrs.get("transposed") else bias
+        ordered = bias if node.attrs.get("layout", "rows") == "rows" else biases_of(bias, node.outputs[0].width)
         derived[f"flat {name}"] = ordered.flatten()
         return [node.with_(attrs={**node.attrs, "biases": (f"flat {name}",)})]
-    if node.op == "head_norm" and not node.weights:
-        width = node.attrs["head_dim"]
-        derived[f"{width} ones"] = torch.ones(width, dtype=torch.float32, device="cpu")
-        return [node.with_(weights=(f"{width} ones",))]
     if node.op == "scale_by":
         factor = float(_vector(weights, node.weights[0]))
         return [node.with_(op="scale", weights=(), attrs={"scale": factor})]

@@ -100,12 +100,17 @@ def _split(node: Node, kind_of: Callable[[str], str], format_of: Callable[[str],
     if node.op == "latent_choose":
         absorb = _absorb(node, node.outputs[0].width)
         return [*absorb, node.with_(inputs=absorb[-1].outputs, weights=())]
-    if node.op == "router":
+    if node.op in ("router", "hash_router"):
         routes = node.outputs[0]
         scores = replace(routes, name=f"{routes.name}.scores", width=node.attrs["experts"])
         return [
             Node("linear", node.inputs, (scores,), node.weights[:1], {"biases": node.attrs.get("biases", (None,))}),
-            Node("route", (scores,), node.outputs, node.weights[1:], {n: v for n, v in node.attrs.items() if n != "biases"}),
+            node.with_(
+                op={"router": "route", "hash_router": "hash_route"}[node.op],
+                inputs=(scores,),
+                weights=node.weights[1:],
+                attrs={n: v for n, v in node.attrs.items() if n != "biases"},
+            ),
         ]
     return [node]
 

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 
 from ...errors import BackendError, CheckpointChangedError, NotEnoughMemoryError
-from ...graph.ir import CacheSpec, LatentSpec, StateSpec
+from ...graph.ir import CacheSpec, LatentSpec, RowsSpec, StateSpec
 from . import native_train
 from .buffers import Outputs, checking
 
-ABI_VERSION = 11
+ABI_VERSION = 12
 BLOCK_TOKENS = 32
 
 FORMATS = {
@@ -30,7 +30,8 @@ VECTOR = 100
 SLOT_KINDS = {"f32": 0, "bf16": 1, "q8": 2, "q16": 3, "logits": 4}
 KV_TYPES = {"fp32": 0, "bf16": 1, "int8": 2, "int4": 3}
 FLAGS = {"eager": 1, "interleaved": 2, "grouped": 4, "expand": 8, "last": 16, "sigmoid": 32, "top2": 64, "normalize": 128,
-         "gelu": 256, "silu": 512, "channels": 1024, "chunked": 2048, "weigh_input": 4096, "ids": 8192}  # fmt: skip
+         "gelu": 256, "silu": 512, "channels": 1024, "chunked": 2048, "weigh_input": 4096, "ids": 8192,
+         "sqrt_softplus": 16384, "plain_up": 32768, "overlap": 65536}  # fmt: skip
 _EINVAL, _ENOMEM, _EFILE = 1, 2, 5
 UNDECIDED = -1
 
@@ -70,6 +71,7 @@ class CacheShape(C.Structure):
         ("groups", C.POINTER(I32)),
         ("newest", I32),
         ("newest_groups", C.POINTER(I32)),
+        ("rows", C.POINTER(I32)),
     ]
 
 
@@ -87,7 +89,7 @@ class Batch(C.Structure):
         ("query_len", PTR), ("context_len", PTR), ("phase", PTR), ("block_table", PTR), ("logit_rows", PTR),
         ("inputs_embeds", PTR), ("states", PTR), ("logits", PTR), ("hidden", PTR), ("last_hidden", PTR), ("cache", PTR),
         ("inv_freq", PTR), ("recurrent", PTR), ("state_from", PTR), ("state_to", PTR), ("n_state_to", I32),
-        ("adapter_of", PTR), ("adapters", PTR),
+        ("adapter_of", PTR), ("adapters", PTR), ("axes", PTR), ("visible_to", PTR), ("features", PTR),
     ]  # fmt: skip
 
 
@@ -345,11 +347,14 @@ def shared_context(isa: str | None, threads: int | None) -> Context:
     return Context(isa, threads)
 
 
-def cache_shape(spec: CacheSpec | LatentSpec, kv_dtype: str) -> CacheShape:
+def cache_shape(spec: CacheSpec | LatentSpec | RowsSpec, kv_dtype: str) -> CacheShape:
     """The library's description of a cache with this spec."""
     if isinstance(spec, LatentSpec):
         return CacheShape(KV_TYPES[kv_dtype], spec.layers, 0, 0, spec.rank, spec.rope, spec.index, spec.summaries)
     groups = (I32 * spec.layers)(*map(spec.group_of, range(spec.layers)))
+    if isinstance(spec, RowsSpec):
+        rows = (I32 * (3 * spec.layers))(*(n for kind in spec.rows for n in (kind.width, kind.every, kind.rounded)))
+        return CacheShape(KV_TYPES[kv_dtype], spec.layers, 0, 0, 0, 0, 0, 0, None, groups, 0, None, rows)
     if isinstance(spec.kv_heads, int) and isinstance(spec.head_dim, int):
         sizes, heads = (spec.kv_heads, spec.head_dim), None
     else:
@@ -359,7 +364,7 @@ def cache_shape(spec: CacheSpec | LatentSpec, kv_dtype: str) -> CacheShape:
     return CacheShape(kind, spec.layers, *sizes, 0, 0, 0, spec.summaries, heads, groups, spec.newest, copies)
 
 
-def block_bytes(spec: CacheSpec | LatentSpec, kv_dtype: str) -> int:
+def block_bytes(spec: CacheSpec | LatentSpec | RowsSpec, kv_dtype: str) -> int:
     """Bytes of a block of 32 tokens of the largest group of layers. Raises ValueError for an invalid shape."""
     size = int(library().dso_cache_block_bytes(C.byref(cache_shape(spec, kv_dtype))))
     if size < 0:

@@ -18,8 +18,9 @@ from ...system.memory import FreeMemory, device_memory
 from ..base import DEFAULTS, PHASES, Capabilities, CompileOptions, FileMapping
 from .adapters import ReferenceAdapters
 from .plan import ReferencePlan, value_bytes
+from .scaled_rows import DTYPES
 from .states import state_bytes
-from .store import DTYPES, Store, make_store, store_block_bytes
+from .store import Store, make_store, store_block_bytes
 
 
 class ReferenceSizes:

@@ -38,24 +38,46 @@ def route(
         factors: float32 [experts], of the weights of each expert, or None.
         top_k: experts per token.
         groups, top_groups: number of groups, and of groups that experts may be chosen from.
-        scoring: "softmax" or "sigmoid".
+        scoring: "softmax", "sigmoid" or "sqrtsoftplus".
         group_score: "max" or "top2".
         normalize: whether weights are divided by their sum.
         scale: factor of the weights.
     """
-    scores = logits.softmax(-1) if scoring == "softmax" else logits.sigmoid()
+    scores = _SCORES[scoring](logits)
     choice = scores if bias is None else scores + bias
     if groups > 1:
         by_group = choice.unflatten(-1, (groups, -1))
         best_of = by_group.amax(-1) if group_score == "max" else by_group.topk(2, -1).values.sum(-1)
         allowed = torch.zeros_like(best_of, dtype=torch.bool).scatter_(1, ops.best(best_of, top_groups), True)
         choice = by_group.masked_fill(~allowed[..., None], -torch.inf).flatten(1)
-    chosen = ops.best(choice, top_k).sort(-1).values
+    return _weighed(scores, ops.best(choice, top_k), normalize, scale, factors)
+
+
+def route_to(logits: torch.Tensor, chosen: torch.Tensor, *, scoring: str, normalize: bool, scale: float) -> torch.Tensor:
+    """As `route`, for given experts.
+
+    Args:
+        chosen: int64 [T, top_k].
+    """
+    return _weighed(_SCORES[scoring](logits), chosen, normalize, scale)
+
+
+def _weighed(
+    scores: torch.Tensor, chosen: torch.Tensor, normalize: bool, scale: float, factors: torch.Tensor | None = None
+) -> torch.Tensor:
+    chosen = chosen.sort(-1).values
     weights = scores.gather(1, chosen)
     if normalize:
         weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
     weights = weights * scale
     return torch.cat((chosen.float(), weights if factors is None else weights * factors[chosen]), -1)
+
+
+_SCORES: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "softmax": lambda logits: logits.softmax(-1),
+    "sigmoid": torch.sigmoid,
+    "sqrtsoftplus": lambda logits: F.softplus(logits).sqrt(),
+}
 
 
 def gate_up(
@@ -116,7 +138,7 @@ def down(
 
 
 def ordered_stacks(graph: Graph, weights: Mapping[str, torch.Tensor], packed: Collection[str]) -> dict[str, torch.Tensor]:
-    """Weights and biases of nodes with attribute `transposed` in the order of others, by name: [E, M * rows, cols] and
+    """Weights and biases of nodes whose `layout` is not "rows" in the order of others, by name: [E, M * rows, cols] and
     [E, M * rows].
 
     Args:
@@ -126,10 +148,10 @@ def ordered_stacks(graph: Graph, weights: Mapping[str, torch.Tensor], packed: Co
     """
     ordered = {}
     for node in graph.nodes:
-        if node.attrs.get("transposed"):
+        if node.attrs.get("layout", "rows") != "rows":
             a, (name,), rows = node.attrs, node.weights, node.outputs[0].width
             weight, experts = weights[name], a["experts"]
-            matrices = weight.unflatten(0, (experts, -1)) if name in packed else matrices_of(weight, rows, a["transposed"])
+            matrices = weight.unflatten(0, (experts, -1)) if name in packed else matrices_of(weight, rows, a["layout"])
             ordered[name] = matrices.flatten(1, 2).contiguous()
             for bias in filter(None, a.get("biases", ())):
                 ordered[bias] = biases_of(weights[bias], rows).flatten(1)

@@ -19,7 +19,7 @@ from ..base import KvStore, StepBatch, StepOutput, reach_of
 from ..decode_one import decode_one
 from ..decoding import DecodeCall, Decoded
 from ..sampling import NOT_FINITE, TokenChoice, choose_token, choose_tokens
-from . import choose, latent, moe, ops, recurrent
+from . import choose, compressed, latent, moe, ops, recurrent
 from .adapters import kv_b_of_sequences
 from .checks import check_batch
 from .step import Step
@@ -38,8 +38,8 @@ class ReferencePlan:
         rounding: str | None,
     ) -> None:
         self.graph, self.device, self.dtype = graph, device, dtype
-        routers = [n for n in graph.nodes if n.op == "router"]
-        exact = {name for n in routers for name in (*n.weights, n.attrs["bias"], *n.attrs.get("biases", ()))}
+        routers = [n for n in graph.nodes if n.op in ("router", "hash_router")]
+        exact = {name for n in routers for name in (*n.weights, n.attrs.get("bias"), *n.attrs.get("biases", ()))}
         dense = {n: as_dense(weights[n], device, torch.float32 if n in exact else dtype) for n in graph.weights()}
         ordered = moe.ordered_stacks(graph, dense, {n for n in dense if isinstance(weights[n], PackedStack)})
         shapes = weight_shapes(graph)
@@ -111,9 +111,9 @@ class ReferencePlan:
     def _product(self, x: torch.Tensor, name: str, bias: str | None, rows: slice = slice(None)) -> torch.Tensor:
         """x W^T + b, of some rows of W and b."""
         vector = None if bias is None else self._weights[bias][rows]
-        return F.linear(self._rounded(x, name), self._weights[name][rows], vector)
+        return F.linear(self.rounded(x, name), self._weights[name][rows], vector)
 
-    def _rounded(self, x: torch.Tensor, name: str) -> torch.Tensor:
+    def rounded(self, x: torch.Tensor, name: str) -> torch.Tensor:
         """x rounded to the kind that the native product with this weight reads, if requested."""
         kind = self._rounding[name]
         if kind is None:
@@ -122,9 +122,16 @@ class ReferencePlan:
 
         return fake_quantize(x.float(), kind).to(x.dtype)
 
+    def weight(self, name: str) -> torch.Tensor:
+        """A weight as a dense tensor, of the shape that Transformers stores."""
+        return self._weights[name]
+
+    def sequences_of(self, step: Step, layer: int) -> list[tuple[slice, int, torch.Tensor]]:
+        """The sequences, with their blocks for a layer of the cache."""
+        return step.groups[self.graph.cache.group_of(layer)]
+
     def _sequences_of(self, step: Step, node: Node) -> list[tuple[slice, int, torch.Tensor]]:
-        """The sequences, with their blocks for the layer of a node."""
-        return step.groups[self.graph.cache.group_of(node.attrs["layer"])]
+        return self.sequences_of(step, node.attrs["layer"])
 
     # ---- one method per op: inputs as tensors -> outputs as a tuple
 
@@ -159,7 +166,10 @@ class ReferencePlan:
         parts = []
         for (rows, _, _), length in zip(step.groups[0], reach_of(step.batch), strict=True):
             inv_freq = torch.from_numpy(spec.inv_freq_at(length)).to(self.device)
-            parts.append(ops.rope_table(torch.from_numpy(positions[rows]).to(self.device), inv_freq, spec.scaling))
+            at = torch.from_numpy(positions[rows])
+            if spec.axes and step.batch.axes is not None:
+                at = torch.from_numpy(step.batch.axes[rows])[:, list(spec.axes)]
+            parts.append(ops.rope_table(at.to(self.device), inv_freq, spec.scaling))
         return (torch.cat(parts),)
 
     def _rope(self, step: Step, node: Node, x: torch.Tensor, table: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -194,12 +204,12 @@ class ReferencePlan:
         out = torch.empty_like(q)
         sink = self._weights[node.weights[0]].float().unflatten(0, (a["kv_heads"], -1)) if node.weights else None
         for s, (rows, context, table) in enumerate(self._sequences_of(step, node)):
-            blocks, tokens, mask = self._visible(node, rows, context)
+            blocks, tokens, mask = self._visible(node, rows, context, step.ends(rows))
             k, v = step.store.gather(a["layer"], table[blocks], len(tokens))
             if self.graph.cache.newest:
                 copies, copied = self._newest(step, node, s)
                 k, v = (torch.cat(pair) for pair in zip((k, v), copies, strict=True))
-                mask = torch.cat((mask & ~self._reads_copy(node, rows, context, tokens), copied), -1)
+                mask = torch.cat((mask & ~self._reads_copy(step, node, rows, context, tokens), copied), -1)
             if chosen is not None:
                 by_head = chosen[rows].unflatten(-1, (a["kv_heads"], -1))
                 mask = mask[:, None] & choose.chosen_tokens(by_head, len(tokens))
@@ -219,12 +229,15 @@ class ReferencePlan:
             out[rows] = ops.attention(q[rows], k[rows], v[rows], mask, a["scale"])
         return (out.flatten(1).to(self.dtype),)
 
-    def _visible(self, node: Node, rows: slice, context: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _visible(
+        self, node: Node, rows: slice, context: int, ends: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The blocks of a sequence to read, the indices of their tokens, and which of these each row sees. The tokens between
         the sinks and a window are not read: their blocks may be missing."""
         queries, window, sinks = rows.stop - rows.start, node.attrs.get("window", 0), node.attrs.get("sinks", 0)
         blocks, tokens = ops.visible_blocks(queries, context, window, sinks, self.device)
-        return blocks, tokens, ops.visible(queries, context, tokens, window, sinks, node.attrs.get("chunked", False))
+        chunked = node.attrs.get("chunked", False)
+        return blocks, tokens, ops.visible(queries, context, tokens, window, sinks, chunked, ends)
 
     def _newest(self, step: Step, node: Node, sequence: int) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor]:
         """Keys and values of a sequence's newest tokens, from the layer's copy, and which of them each row sees."""
@@ -232,13 +245,14 @@ class ReferencePlan:
         rows, context, table = step.groups[cache.newest_groups[layer]][sequence]
         blocks, tokens = ops.visible_blocks(rows.stop - rows.start, context, cache.newest, 0, self.device)
         read = step.store.gather(cache.layers + layer, table[blocks], len(tokens))
-        return read, self._reads_copy(node, rows, context, tokens)
+        return read, self._reads_copy(step, node, rows, context, tokens)
 
-    def _reads_copy(self, node: Node, rows: slice, context: int, tokens: torch.Tensor) -> torch.Tensor:
+    def _reads_copy(self, step: Step, node: Node, rows: slice, context: int, tokens: torch.Tensor) -> torch.Tensor:
         """Which of these tokens each row reads from the copy: the newest ones that are in its window."""
         queries, window, chunked = rows.stop - rows.start, node.attrs.get("window", 0), node.attrs.get("chunked", False)
-        newest = ops.visible(queries, context, tokens, self.graph.cache.newest)
-        return newest & ops.visible(queries, context, tokens, window, 0, chunked)
+        ends = step.ends(rows)
+        newest = ops.newest(queries, context, tokens, self.graph.cache.newest, ends)
+        return newest & ops.visible(queries, context, tokens, window, 0, chunked, ends)
 
     def _block_choose(self, step: Step, node: Node, q: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """In float32, whatever the dtype of the rows, as are the resulting indices of blocks."""
@@ -316,6 +330,13 @@ class ReferencePlan:
         scores = F.linear(x.float(), matrix, self._bias(node))
         return (moe.route(scores, bias, *factors, **options),)
 
+    def _hash_router(self, step: Step, node: Node, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """In float32, whatever the dtype of the rows."""
+        matrix, table = (self._weights[name] for name in node.weights)
+        options = {name: value for name, value in node.attrs.items() if name in ("scoring", "normalize", "scale")}
+        ids = torch.from_numpy(step.batch.token_ids).to(self.device, torch.int64)
+        return (moe.route_to(F.linear(x.float(), matrix), table[ids].long(), **options),)
+
     def _bias(self, node: Node) -> torch.Tensor | None:
         """The one bias in attribute `biases`."""
         (name,) = node.attrs.get("biases", (None,))
@@ -324,14 +345,14 @@ class ReferencePlan:
     def _experts_gate_up(self, step: Step, node: Node, x: torch.Tensor, routes: torch.Tensor) -> tuple[torch.Tensor, ...]:
         name, gated, a = node.weights[0], ops.GATED[node.attrs.get("activation", "silu")], node.attrs
         if a.get("limit", 0.0) > 0:
-            gated = partial(ops.clamped_swiglu, alpha=a["alpha"], limit=a["limit"])
+            gated = partial(ops.clamped_swiglu, alpha=a["alpha"], limit=a["limit"], raised=a.get("raised", True))
         how = (a["grouped"], gated, self._bias(node), a.get("weigh_input", False))
-        return (moe.gate_up(self._rounded(x, name), routes, self._weights[name], *how),)
+        return (moe.gate_up(self.rounded(x, name), routes, self._weights[name], *how),)
 
     def _experts_down(self, step: Step, node: Node, hidden: torch.Tensor, routes: torch.Tensor) -> tuple[torch.Tensor, ...]:
         a, name = node.attrs, node.weights[0]
         how = (a["grouped"], self._bias(node), a.get("weigh_input", False))
-        out = moe.down(self._rounded(hidden, name), routes, self._weights[name], *how)
+        out = moe.down(self.rounded(hidden, name), routes, self._weights[name], *how)
         return (out.to(self.dtype),)
 
     def _short_conv(self, step: Step, node: Node, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -391,6 +412,10 @@ class ReferencePlan:
         assert step.batch.states is not None  # checked by `check_batch`
         return (step.batch.states.detach().to(self.device, self.dtype),)
 
+    def _add_features(self, step: Step, node: Node, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        features = step.batch.features
+        return (x if features is None else x + features[node.attrs["index"]].detach().to(self.device, self.dtype),)
+
     def _lora_down(self, step: Step, node: Node, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """In float32, whatever the dtype of the rows."""
         h = torch.zeros(len(x), node.attrs["rank"], dtype=torch.float32, device=x.device)
@@ -444,6 +469,7 @@ def _of_inputs(function: Callable[..., torch.Tensor]) -> Callable[..., tuple[tor
 
 _OPS: Mapping[str, Callable[..., tuple[torch.Tensor, ...]]] = {
     **{name: _of_inputs(function) for name, function in ops.FUNCTIONS.items()},
+    **compressed.OPS,
     "embedding": ReferencePlan._embedding,
     "lookup": ReferencePlan._lookup,
     "scale_by": ReferencePlan._scale_by,
@@ -465,6 +491,7 @@ _OPS: Mapping[str, Callable[..., tuple[torch.Tensor, ...]]] = {
     "index_write": ReferencePlan._index_write,
     "index_choose": ReferencePlan._index_choose,
     "router": ReferencePlan._router,
+    "hash_router": ReferencePlan._hash_router,
     "experts_gate_up": ReferencePlan._experts_gate_up,
     "experts_down": ReferencePlan._experts_down,
     "short_conv": ReferencePlan._short_conv,
@@ -473,6 +500,7 @@ _OPS: Mapping[str, Callable[..., tuple[torch.Tensor, ...]]] = {
     "lora_up": ReferencePlan._lora_up,
     "layer_norm": ReferencePlan._layer_norm,
     "state_in": ReferencePlan._state_in,
+    "add_features": ReferencePlan._add_features,
     "gate_up": ReferencePlan._gate_up,
     "add_rms_norm": ReferencePlan._add_rms_norm,
     "select_rows": ReferencePlan._select_rows,

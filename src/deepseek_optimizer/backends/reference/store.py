@@ -2,36 +2,43 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 
-from ...errors import BackendError
-from ...graph.ir import CacheSpec, LatentSpec, StateSpec
+from ...graph.ir import CacheSpec, LatentSpec, RowsSpec, StateSpec
 from ...graph.rope_rotation import KeyRotation, Pairs
 from ..base import BLOCK_TOKENS, Int32
 from . import int4_rows
+from .block_tensors import BlockTensors
 from .ops import rope
-from .states import StateSlots, state_bytes
+from .rows_store import RowsOfBlocks, rows_block_bytes
+from .scaled_rows import (
+    LATENT_GROUP,
+    SCALED,
+    dequantized_groups,
+    dtype_of,
+    groups_of,
+    packed_elements,
+    quantized,
+    quantized_groups,
+    unquantized,
+)
+from .states import StateSlots
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8, "int4": torch.uint8}  # int4: two in a byte
-SCALED = ("int8", "int4")  # with a float32 scale per row
-LATENT_GROUP = 128  # elements of an int8 or int4 latent that share a scale
 
-
-def store_block_bytes(spec: CacheSpec | LatentSpec, kv_dtype: str) -> int:
+def store_block_bytes(spec: CacheSpec | LatentSpec | RowsSpec, kv_dtype: str) -> int:
     """Bytes of one block of the largest group of layers. int8 and int4 have a float32 scale per token and head, or per group of
     a token's latent; the rotated keys of an int8 latent cache are bf16, those of an int4 latent cache int8, and the indexer's
     keys are bf16 in both."""
-    dtype, packed = _dtype(kv_dtype), _packed(kv_dtype)
+    if isinstance(spec, RowsSpec):
+        return rows_block_bytes(spec, kv_dtype)
+    dtype, packed = dtype_of(kv_dtype), packed_elements(kv_dtype)
     if isinstance(spec, LatentSpec):
-        scales = 4 * _groups(spec.rank) if kv_dtype in SCALED else 0
-        rotated = spec.rope + 4 * _groups(spec.rope) if kv_dtype == "int4" else spec.rope * _unquantized(dtype).itemsize
-        index = spec.index * _unquantized(dtype).itemsize
+        scales = 4 * groups_of(spec.rank) if kv_dtype in SCALED else 0
+        rotated = spec.rope + 4 * groups_of(spec.rope) if kv_dtype == "int4" else spec.rope * unquantized(dtype).itemsize
+        index = spec.index * unquantized(dtype).itemsize
         return spec.layers * BLOCK_TOKENS * (spec.rank * dtype.itemsize // packed + scales + rotated + index)
     *_, elements, scales = _parts_of(spec)
     return BLOCK_TOKENS * (elements * dtype.itemsize // packed + (4 * scales if kv_dtype in SCALED else 0))
@@ -73,138 +80,7 @@ def _parts_of(spec: CacheSpec) -> tuple[list[tuple[_Part, _Part]], int, int]:
     return parts, max(at for at, _ in ends), max(at for _, at in ends)
 
 
-def _dtype(kv_dtype: str) -> torch.dtype:
-    try:
-        return DTYPES[kv_dtype]
-    except KeyError:
-        raise BackendError(f"unknown KV cache dtype {kv_dtype!r}; choose one of {', '.join(DTYPES)}") from None
-
-
-def _packed(kv_dtype: str) -> int:
-    """Elements of a cache in one element of a tensor."""
-    return 2 if kv_dtype == "int4" else 1
-
-
-def _unquantized(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of a latent cache's indexer keys, and of its rotated keys unless it is int4."""
-    return torch.bfloat16 if dtype in (torch.int8, torch.uint8) else dtype
-
-
-def _groups(elements: int) -> int:
-    return -(-elements // LATENT_GROUP)
-
-
-class _Blocks:
-    """Blocks stored in tensors [blocks, 32, ...]. Memory grows with the highest block written."""
-
-    def __init__(self, spec: CacheSpec | LatentSpec, kv_dtype: str, num_blocks: int) -> None:
-        self.kv_dtype, self.num_blocks = kv_dtype, num_blocks
-        self.block_bytes = store_block_bytes(spec, kv_dtype)
-        self.states = StateSlots((), 0, torch.device("cpu"))  # `make_store` sets those of a graph
-        self._data: list[torch.Tensor] = []
-        self._scales: list[torch.Tensor] = []  # of int8 and int4 elements
-
-    def copy_block(self, source: int, target: int) -> None:
-        self._grow(max(source, target) + 1)
-        for tensor in self._tensors:
-            tensor[target] = tensor[source]
-
-    def release(self, from_block: int) -> None:
-        self._resize(min(from_block, len(self._data[0])))
-
-    @property
-    def _tensors(self) -> list[torch.Tensor]:
-        """All tensors with elements: an indexer's keys may have width 0."""
-        return [tensor for tensor in (*self._data, *self._scales) if tensor.shape[-1]]
-
-    @property
-    def saved_bytes(self) -> int:
-        return sum(t.element_size() * math.prod(t.shape[1:]) for t in self._tensors)
-
-    def read_block(self, block: int) -> bytes:
-        self._grow(block + 1)
-        return b"".join(t[block].contiguous().cpu().view(torch.uint8).numpy().tobytes() for t in self._tensors)
-
-    def write_block(self, block: int, data: bytes) -> None:
-        if len(data) != self.saved_bytes:
-            raise ValueError(f"a block has {self.saved_bytes} bytes, got {len(data)}")
-        self._grow(block + 1)
-        rest, at = bytearray(data), 0
-        for tensor in self._tensors:
-            row = tensor[block]
-            row.copy_(torch.frombuffer(rest, dtype=tensor.dtype, count=row.numel(), offset=at).view(row.shape))
-            at += row.nbytes
-
-    @property
-    def num_states(self) -> int:
-        return self.states.slots
-
-    @property
-    def state_bytes(self) -> int:
-        return state_bytes(self.states.specs)
-
-    def copy_state(self, source: int, target: int) -> None:
-        self.states.copy(source, target)
-
-    def release_states(self, from_slot: int) -> None:
-        self.states.release(from_slot)
-
-    def read_state(self, slot: int) -> bytes:
-        return self.states.read_bytes(slot)
-
-    def write_state(self, slot: int, data: bytes) -> None:
-        self.states.write_bytes(slot, data)
-
-    def rotate(self, rotation: KeyRotation, block_table: Int32, tokens: int, position: int, delta: int, group: int = 0) -> None:
-        rotation.check(position + tokens)
-        if min(position, position + delta) < 0 or tokens < 0:
-            raise ValueError(f"{tokens} tokens from position {position} cannot move by {delta}")
-        table = self._table(block_table, tokens)[: -(-tokens // BLOCK_TOKENS)]
-        if len(table.unique()) != len(table) or (table < 0).any():
-            raise ValueError(f"block_table must have distinct, non-negative blocks, got {table.tolist()}")
-        if delta and tokens:
-            angles = _angle_table(rotation.inv_freq, position, len(table) * BLOCK_TOKENS, delta, table.device)
-            rotated = list(self._rotated(rotation, table, angles, group))  # computed before anything is written
-            for tensor, rows in rotated:
-                tensor[table] = rows.to(tensor.dtype)
-
-    def _rotated(
-        self, rotation: KeyRotation, blocks: torch.Tensor, angles: torch.Tensor, group: int
-    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """The tensors that the rotation changes, each with its new rows for the blocks."""
-        raise NotImplementedError
-
-    def _places(self, table: torch.Tensor, start: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Blocks and slots of a sequence's tokens [start, start + count); allocates memory for them."""
-        tokens = torch.arange(start, start + count, device=table.device, dtype=torch.int64)
-        blocks = table[tokens // BLOCK_TOKENS]
-        self._grow(int(blocks.max()) + 1)
-        return blocks, tokens % BLOCK_TOKENS
-
-    def _table(self, block_table: Int32, tokens: int) -> torch.Tensor:
-        table = torch.from_numpy(block_table).to(self._data[0].device, torch.int64)
-        if len(table) * BLOCK_TOKENS < tokens:
-            raise BackendError(f"block_table has {len(table)} blocks, too few for {tokens} tokens")
-        if tokens and int(table.max()) >= len(self._data[0]):
-            raise BackendError(f"block {int(table.max())} was never written")
-        return table
-
-    def _grow(self, blocks: int) -> None:
-        allocated = len(self._data[0])
-        if blocks > self.num_blocks:
-            raise BackendError(f"block {blocks - 1} is outside the cache of {self.num_blocks} blocks")
-        if blocks > allocated:
-            self._resize(min(self.num_blocks, max(blocks, 2 * allocated)))
-
-    def _resize(self, blocks: int) -> None:
-        for tensors in (self._data, self._scales):
-            for i, old in enumerate(tensors):
-                tensors[i] = old.new_zeros((blocks, *old.shape[1:]))
-                common = min(blocks, len(old))
-                tensors[i][:common] = old[:common]
-
-
-class TorchStore(_Blocks):
+class TorchStore(BlockTensors):
     """Implements `KvStore`: a row of K and V of all layers per token, and one of their scales. Layers of different groups share
     the elements: a block holds either the one's or the other's.
 
@@ -213,12 +89,12 @@ class TorchStore(_Blocks):
     """
 
     def __init__(self, spec: CacheSpec, kv_dtype: str, num_blocks: int, device: torch.device) -> None:
-        super().__init__(spec, kv_dtype, num_blocks)
+        super().__init__(store_block_bytes(spec, kv_dtype), kv_dtype, num_blocks)
         self._groups = [*(spec.group_of(layer) for layer in range(spec.layers)), *spec.newest_groups]
         self._layers = spec.layers
         self._parts, elements, scales = _parts_of(spec)
-        self._packed = _packed(kv_dtype)
-        self._data = [torch.zeros((0, BLOCK_TOKENS, elements // self._packed), dtype=_dtype(kv_dtype), device=device)]
+        self._packed = packed_elements(kv_dtype)
+        self._data = [torch.zeros((0, BLOCK_TOKENS, elements // self._packed), dtype=dtype_of(kv_dtype), device=device)]
         if kv_dtype in SCALED:
             self._scales = [torch.zeros((0, BLOCK_TOKENS, scales), dtype=torch.float32, device=device)]
 
@@ -258,7 +134,7 @@ class TorchStore(_Blocks):
         return int4_rows.dequantized(rows, scales) if self._is_int4(layer) else rows.float() * scales[..., None]
 
     def _quantized(self, layer: int, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return int4_rows.quantized(rows) if self._is_int4(layer) else _quantized(rows)
+        return int4_rows.quantized(rows) if self._is_int4(layer) else quantized(rows)
 
     def _rotated(
         self, rotation: KeyRotation, blocks: torch.Tensor, angles: torch.Tensor, group: int
@@ -277,7 +153,7 @@ class TorchStore(_Blocks):
         return key.transpose(0, 1).contiguous(), value.transpose(0, 1).contiguous()
 
 
-class LatentStore(_Blocks):
+class LatentStore(BlockTensors):
     """Implements `KvStore`: per token a latent of `rank` elements, a rotated key of `rope`, and an indexer's key of `index`.
 
     int8: latents only, scale = max|x| / 127 per group of 128 elements (the last may be shorter), q = rint(x / scale). int4: a
@@ -285,14 +161,14 @@ class LatentStore(_Blocks):
     """
 
     def __init__(self, spec: LatentSpec, kv_dtype: str, num_blocks: int, device: torch.device) -> None:
-        super().__init__(spec, kv_dtype, num_blocks)
-        self.spec, dtype, others = spec, _dtype(kv_dtype), _unquantized(_dtype(kv_dtype))
+        super().__init__(store_block_bytes(spec, kv_dtype), kv_dtype, num_blocks)
+        self.spec, dtype, others = spec, dtype_of(kv_dtype), unquantized(dtype_of(kv_dtype))
         rotated = torch.int8 if kv_dtype == "int4" else others
-        for width, kind in ((spec.rank // _packed(kv_dtype), dtype), (spec.rope, rotated), (spec.index, others)):
+        for width, kind in ((spec.rank // packed_elements(kv_dtype), dtype), (spec.rope, rotated), (spec.index, others)):
             self._data += [torch.zeros((0, BLOCK_TOKENS, width), dtype=kind, device=device) for _ in range(spec.layers)]
         scaled = {"int8": (spec.rank,), "int4": (spec.rank, spec.rope)}.get(kv_dtype, ())  # the latents', then the keys'
         self._scales = [
-            torch.zeros((0, BLOCK_TOKENS, _groups(elements)), device=device, dtype=torch.float32)
+            torch.zeros((0, BLOCK_TOKENS, groups_of(elements)), device=device, dtype=torch.float32)
             for elements in scaled
             for _ in range(spec.layers)
         ]
@@ -302,11 +178,11 @@ class LatentStore(_Blocks):
         at, spec = self._places(table, start, len(rows)), self.spec
         latent, rotated = rows.split((spec.rank, spec.rope), -1)
         if self.kv_dtype == "int8":
-            latent, self._scales[layer][at] = _quantized_groups(latent.float())
+            latent, self._scales[layer][at] = quantized_groups(latent.float())
         elif self.kv_dtype == "int4":
             codes = [int4_rows.quantized(group) for group in latent.float().split(LATENT_GROUP, -1)]
             latent, self._scales[layer][at] = torch.cat([c for c, _ in codes], -1), torch.stack([s for _, s in codes], -1)
-            rotated, self._scales[layer + spec.layers][at] = _quantized_groups(rotated.float())
+            rotated, self._scales[layer + spec.layers][at] = quantized_groups(rotated.float())
         for i, part in ((layer, latent), (layer + spec.layers, rotated)):
             self._data[i][at] = part.to(self._data[i].dtype)
 
@@ -314,12 +190,12 @@ class LatentStore(_Blocks):
         """Latents and rotated keys of a sequence's first `tokens` tokens, float32 [tokens, rank + rope]."""
         latent, rotated = (self._rows(self._data[i], table, tokens) for i in (layer, layer + self.spec.layers))
         if self.kv_dtype == "int8":
-            latent = _dequantized_groups(latent.float(), self._rows(self._scales[layer], table, tokens))
+            latent = dequantized_groups(latent.float(), self._rows(self._scales[layer], table, tokens))
         elif self.kv_dtype == "int4":
             scales, of_keys = (self._rows(self._scales[i], table, tokens) for i in (layer, layer + self.spec.layers))
             groups = zip(latent.split(LATENT_GROUP // 2, -1), scales.unbind(-1), strict=True)
             latent = torch.cat([int4_rows.dequantized(codes, scale) for codes, scale in groups], -1)
-            rotated = _dequantized_groups(rotated.float(), of_keys)
+            rotated = dequantized_groups(rotated.float(), of_keys)
         return torch.cat((latent.float(), rotated.float()), -1)
 
     def write_index(self, layer: int, table: torch.Tensor, start: int, keys: torch.Tensor) -> None:
@@ -341,8 +217,8 @@ class LatentStore(_Blocks):
         parts = [(self._data[layers : 2 * layers], rotation.key)]
         if self.kv_dtype == "int4":
             for data, scales in zip(parts.pop()[0], self._scales[layers:], strict=True):
-                keys = _dequantized_groups(data[blocks].float(), scales[blocks])
-                rows, new = _quantized_groups(_rotate(keys[..., None, :], angles, rotation.key)[..., 0, :])
+                keys = dequantized_groups(data[blocks].float(), scales[blocks])
+                rows, new = quantized_groups(_rotate(keys[..., None, :], angles, rotation.key)[..., 0, :])
                 yield scales, new
                 yield data, rows
         if rotation.index is not None:
@@ -360,11 +236,47 @@ class LatentStore(_Blocks):
         return data[table[: -(-tokens // BLOCK_TOKENS)]].flatten(0, 1)[:tokens]
 
 
-Store = TorchStore | LatentStore
+class RowsStore(BlockTensors):
+    """Implements `KvStore`: rows of several kinds in blocks of bytes; see `rows_store`."""
+
+    def __init__(self, spec: RowsSpec, kv_dtype: str, num_blocks: int, device: torch.device) -> None:
+        super().__init__(rows_block_bytes(spec, kv_dtype), kv_dtype, num_blocks)
+        self._kinds = RowsOfBlocks(spec, kv_dtype)
+        self._data = [torch.zeros((0, self.block_bytes), dtype=torch.uint8, device=device)]
+
+    def write(self, kind: int, table: torch.Tensor, rows: torch.Tensor, values: torch.Tensor) -> None:
+        """Stores rows of a kind of one sequence.
+
+        Args:
+            table: int64 [blocks], the sequence's blocks in the kind's group.
+            rows: int64 [n], their numbers.
+            values: float [n, width].
+        """
+        at = self._of_rows(kind, table, rows)
+        if len(rows):
+            self._grow(int(at[0].max()) + 1)
+            self._kinds.write(self._data[0], kind, at, values)
+
+    def gather(self, kind: int, table: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """These rows of a kind of one sequence, float32 [n, width]; arguments as in `write`."""
+        return self._kinds.read(self._data[0], kind, self._of_rows(kind, table, rows))
+
+    def _of_rows(self, kind: int, table: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Blocks and places of rows, each of which is stored with the last of its tokens."""
+        every = self._kinds.spec.rows[kind].every
+        last = (rows + 1) * every - 1
+        return table[last // BLOCK_TOKENS], last % BLOCK_TOKENS // every
+
+    def read(self, layer: int, block_table: Int32, tokens: int) -> tuple[torch.Tensor, None]:
+        table, count = self._table(block_table, tokens), tokens // self._kinds.spec.rows[layer].every
+        return self.gather(layer, table, torch.arange(count, device=table.device)), None
+
+
+Store = TorchStore | LatentStore | RowsStore
 
 
 def make_store(
-    spec: CacheSpec | LatentSpec,
+    spec: CacheSpec | LatentSpec | RowsSpec,
     kv_dtype: str,
     num_blocks: int,
     device: torch.device,
@@ -372,36 +284,10 @@ def make_store(
     num_states: int = 0,
 ) -> Store:
     """An empty cache of `num_blocks` blocks and `num_states` slots for recurrent states."""
-    kind = LatentStore if isinstance(spec, LatentSpec) else TorchStore
-    store = kind(spec, kv_dtype, num_blocks, device)  # type: ignore[arg-type]
+    kind = {LatentSpec: LatentStore, RowsSpec: RowsStore}.get(type(spec), TorchStore)
+    store: Store = kind(spec, kv_dtype, num_blocks, device)
     store.states = StateSlots(states, num_states, device)
     return store
-
-
-def _quantized(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """x quantized along its last axis to integers from -127 to 127, and their scales."""
-    scale = x.abs().amax(-1) / 127
-    return torch.round(x / torch.where(scale == 0, 1.0, scale)[..., None]), scale
-
-
-def _quantized_groups(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `_quantized`, with a scale for each group of LATENT_GROUP elements: [..., n], [..., groups]."""
-    padded = F.pad(x, (0, _groups(x.shape[-1]) * LATENT_GROUP - x.shape[-1]))
-    rows, scales = _quantized(padded.unflatten(-1, (-1, LATENT_GROUP)))
-    return rows.flatten(-2)[..., : x.shape[-1]], scales
-
-
-def _dequantized_groups(rows: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    return rows * scales.repeat_interleave(LATENT_GROUP, -1)[..., : rows.shape[-1]]
-
-
-def _angle_table(inv_freq: np.ndarray, position: int, count: int, delta: int, device: torch.device) -> torch.Tensor:
-    """cos and sin, float32 [count, rot], of the angles between positions position + t and position + t + delta: RoPE's are
-    float32 products, and their differences are taken in double, so that rotations add up to the final position's angle."""
-    positions = torch.arange(position, position + count, device=device, dtype=torch.int64)
-    frequencies = torch.from_numpy(inv_freq).to(device)
-    old, new = ((at[:, None].float() * frequencies).double() for at in (positions, positions + delta))
-    return torch.cat(((new - old).cos(), (new - old).sin()), -1).float()
 
 
 def _rotate(key: torch.Tensor, angles: torch.Tensor, pairs: Pairs) -> torch.Tensor:

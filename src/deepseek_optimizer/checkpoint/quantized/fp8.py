@@ -7,6 +7,9 @@ A weight is its code times its scale. The scales of a matrix `x.weight`, F8_E4M3
 | fp8 | `x.weight_scale_inv` or `x.weight_scale` | `weight_block_size` [b, c]: [ceil(N/b), ceil(K/c)]; none: [N, 1] or [1] |
 | fbgemm_fp8 | `x.weight_scale` | [N, 1] |
 
+DeepSeek-V4's scales may be powers of two, F8_E8M0, and its experts FP4: E2M1 codes, two in an I8 of `x.weight` [N, K / 2], with
+scales [N, K / 32]; these are matrices of `mxfp4.py`.
+
 Tensors stored in other dtypes (norms, the embedding, the head, routers) are ordinary float tensors. Scales of activations are
 not used. The format "fp8" keeps blocks whose sides are multiples of 128, and single scales, as they are.
 """
@@ -22,15 +25,16 @@ from ...quant import fp8
 from ...quant.fp8 import BLOCK, Fp8
 from ..base import TensorInfo
 from .matrix import Kept, QuantizedMatrix, StoredRows
+from .mxfp4 import Mxfp4Matrix
 from .section import Section
 from .tensors import StoredTensors
 
 E4M3 = "F8_E4M3"
 _SCALES = ("_scale_inv", "_scale")  # suffixes of a weight's name
-_SCALE_DTYPES = ("F32", "BF16")
+_SCALE_DTYPES = ("F32", "BF16", "F8_E8M0")
 _FIELDS = (
     "fmt", "activation_scheme", "weight_block_size", "ignored_layers", "ignored_modules", "kv_cache_scheme",
-    "kv_cache_quant_method", "scale_fmt", "modules_to_convert",
+    "kv_cache_quant_method", "scale_fmt", "modules_to_convert", "expert_dtype",
 )  # fmt: skip
 
 
@@ -39,13 +43,23 @@ def find_fp8(section: Section, tensors: StoredTensors) -> dict[str, QuantizedMat
     section.check_known(_FIELDS)
     section.one_of("fmt", ("e4m3",), "e4m3")
     section.one_of("activation_scheme", ("dynamic", "static"), "dynamic")
-    return _find(tensors, section.block("weight_block_size", section.fields.get("weight_block_size")))
+    section.one_of("expert_dtype", ("fp8", "fp4"), "fp8")
+    return _find_fp4(tensors) | _find(tensors, section.block("weight_block_size", section.fields.get("weight_block_size")))
 
 
 def find_fbgemm_fp8(section: Section, tensors: StoredTensors) -> dict[str, QuantizedMatrix]:
     """The FP8 matrices of a checkpoint whose `quant_method` is "fbgemm_fp8"."""
     section.check_known(("activation_scale_ub",))
     return _find(tensors, None)
+
+
+def _find_fp4(tensors: StoredTensors) -> dict[str, QuantizedMatrix]:
+    found: dict[str, QuantizedMatrix] = {}
+    for name in [name for name, info in tensors.left.items() if info.dtype == "I8" and name.endswith(".weight")]:
+        suffix = next((suffix for suffix in _SCALES if f"{name}{suffix}" in tensors.left), _SCALES[0])
+        codes = tensors.take(name, ("I8",), 2)
+        found[name] = Mxfp4Matrix(codes, tensors.take(f"{name}{suffix}", ("F8_E8M0", "U8"), 2, owner=codes), tensors)
+    return found
 
 
 def _find(tensors: StoredTensors, block: tuple[int, int] | None) -> dict[str, QuantizedMatrix]:

@@ -2,7 +2,8 @@
 
 Of a stack [E, N, K], a checkpoint stores `x_blocks` U8 [E, N, K / 32, 16], two codes per byte with the first in the low bits,
 and `x_scales` U8 [E, N, K / 32], exponents with a bias of 127 (E8M0; 255 is NaN). It is presented as `x` [E, N, K]. The rows of
-gate and up alternate in the file's `gate_up_proj`; here, an expert's rows of gate come first, as in other families.
+gate and up alternate in the file's `gate_up_proj`; here, an expert's rows of gate come first, as in other families. DeepSeek-V4
+stores a matrix for each expert, I8 [N, K / 2] and E8M0 [N, K / 32], see `fp8.py`.
 
 Weight format mxfp4 holds codes and exponents as they are. Doubled, the values 0, 0.5, 1, 1.5, 2, 3, 4 and 6 are integers, so
 that int8 holds them exactly too if the scales are float16 values. Source: OCP Microscaling Formats (MX) specification 1.0,
@@ -67,6 +68,40 @@ class Mxfp4Rows(StoredRows):
         return AffineRows(codes, torch.pow(2.0, self.exponents.double() - _BIAS - 1).float(), None, 0, TILE_COLS)
 
 
+class Mxfp4Matrix(QuantizedMatrix):
+    """A matrix.
+
+    Args:
+        codes: I8 [N, K / 2].
+        scales: F8_E8M0 or U8 [N, K / 32].
+        tensors: reads them.
+
+    Raises:
+        CheckpointError: the shapes do not fit.
+    """
+
+    lossless, natural = "mxfp4", "mxfp4"
+
+    def __init__(self, codes: TensorInfo, scales: TensorInfo, tensors: StoredTensors) -> None:
+        rows, half = codes.shape
+        if half % _BYTES:
+            raise wrong(codes, f"has shape {codes.shape}, but FP4 has scales for each {TILE_COLS} columns")
+        check_shape(scales, (rows, half // _BYTES), f"the scales of FP4 codes of shape {codes.shape}")
+        self._codes, self._scales, self._tensors = codes, scales, tensors
+        super().__init__("MXFP4", (rows, 2 * half), (codes, scales))
+
+    def rows(self, begin: int, end: int) -> StoredRows:
+        exponents = self._tensors.rows(self._scales, begin, end).view(torch.uint8)
+        _check_exponents(exponents, self._scales)
+        data = self._tensors.rows(self._codes, begin, end).view(torch.uint8)
+        return Mxfp4Rows(torch.stack((data & 15, data >> 4), -1).flatten(1), exponents)
+
+
+def _check_exponents(exponents: torch.Tensor, scales: TensorInfo) -> None:
+    if bool((exponents == _NAN).any()):
+        raise CheckpointError("contains a scale that is NaN; download the file again", file=scales.file, tensor=scales.name)
+
+
 class Mxfp4Stack(QuantizedMatrix):
     """A stack of matrices, of its blocks and scales. `alternating`: number of matrices whose rows alternate in the file."""
 
@@ -99,9 +134,6 @@ class Mxfp4Stack(QuantizedMatrix):
         groups, step = self._scales.shape[-1], self._alternating
         last = first + (count - 1) * step + 1
         exponents = self._tensors.rows(self._scales, first, last)[::step]
-        if bool((exponents == _NAN).any()):
-            raise CheckpointError(
-                "contains a scale that is NaN; download the file again", file=self._scales.file, tensor=self._scales.name
-            )
+        _check_exponents(exponents, self._scales)
         data = self._tensors.rows(self._blocks, first * groups, last * groups).view(last - first, -1)[::step]
         return torch.stack((data & 15, data >> 4), -1).view(count, groups * TILE_COLS), exponents

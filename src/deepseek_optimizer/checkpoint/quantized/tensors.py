@@ -16,6 +16,7 @@ from ..safetensors import open_safetensors
 _TYPES = {
     "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64, "F16": torch.float16,
     "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64, "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E8M0": torch.float8_e8m0fnu,
 }  # fmt: skip
 SCALES = ("F16", "BF16", "F32")  # dtypes of scales
 

@@ -72,6 +72,7 @@ class Attr:
         default: what a node without the attribute means; REQUIRED: a node must have it.
         step_field: the field of the native library's `dso_step` that holds the value; "" where none does.
         flag: the native flag (`DSO_FLAG_*`, in lower case) that is set where the attribute equals `flag_value`.
+        more_flags: further pairs (value, flag).
     """
 
     name: str
@@ -81,6 +82,12 @@ class Attr:
     step_field: str = ""
     flag: str = ""
     flag_value: Any = True
+    more_flags: tuple[tuple[Any, str], ...] = ()
+
+    def flags_of(self, node: Node) -> list[str]:
+        """The native flags that the node's value sets."""
+        pairs = (*(((self.flag_value, self.flag),) if self.flag else ()), *self.more_flags)
+        return [flag for value, flag in pairs if self.of(node) == value]
 
     def of(self, node: Node) -> Any:
         """The node's value of this attribute, or the default."""
@@ -108,6 +115,7 @@ class OpSpec:
         weight_shapes: a node's parameters, biases included, with the shapes that Transformers stores them in.
         stacked: matrices per expert in the node's weight, where that is a stack of matrices with three axes; else 0.
         reads, writes: the part of its layer's cache that a node reads or writes.
+        read_layers: names of the attributes with the layers that it reads; negative values stand for none.
         returns: what a node contributes to the step's result.
         rows: "any": all values have the same row set, the tokens or the selected rows. "tokens": all rows are tokens.
             "select": inputs have token rows, outputs selected rows.
@@ -129,8 +137,9 @@ class OpSpec:
     fits: Callable[[Node, Graph], bool]
     weight_shapes: Callable[[Node, Graph], Shapes] = lambda node, graph: []
     stacked: int = 0
-    reads: Literal["cache", "latents", "index keys"] | None = None
-    writes: Literal["cache", "latents", "index keys"] | None = None
+    reads: Literal["cache", "latents", "index keys", "rows"] | None = None
+    writes: Literal["cache", "latents", "index keys", "rows"] | None = None
+    read_layers: tuple[str, ...] = ("layer",)
     returns: Literal["logits", "hidden states"] | None = None
     rows: Literal["any", "tokens", "select"] = "any"
     repeated_inputs: tuple[int, ...] = ()

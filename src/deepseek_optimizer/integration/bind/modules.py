@@ -18,10 +18,11 @@ from torch import nn
 
 from ...errors import ConfigError, UnsupportedRequestError
 from ...quant import SUPERBLOCKS, PackedMatrix, PackedWeight, get_format, take_rows, unpack
+from ...quant.base import TILE_ROWS
 from ...quant.blocks import SUPERBLOCK
 from ...quant.products import linear, linear_gradient
 from ...quant.tiles import tile_counts
-from ...quant.transposed_stack import Transposed
+from ...quant.transposed_stack import StackLayout
 
 # (x [..., K], W, bias [N] or None) -> float32 [..., N]
 Product = Callable[[torch.Tensor, PackedMatrix, "torch.Tensor | None"], torch.Tensor]
@@ -38,14 +39,13 @@ class Packed(nn.Module):
 
     Attributes:
         dtype: floating point type of the surrounding model; casts to another one are refused.
-        transposed: whether checkpoints store the matrix as [K, N]: the transpose of what is packed; of experts, see
-            `PackedExperts`.
+        layout: how checkpoints store the weights, see `quant/transposed_stack.py`; "columns": a matrix is stored as [K, N].
         check_tensor: raises CheckpointChangedError if a tensor lies in a mapped file that was modified; set by the runtime.
             Native products check by themselves; reads of the weights by torch are checked here.
     """
 
     dtype: torch.dtype
-    transposed: Transposed = False
+    layout: StackLayout = "rows"
     check_tensor: Callable[[torch.Tensor], None] = staticmethod(unchecked)
 
     def held(self) -> dict[str, PackedWeight]:
@@ -149,6 +149,28 @@ class PackedLinear(Packed, nn.Linear):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, {self.format}"
+
+
+class PackedGroupedLinear(PackedLinear):
+    """Replaces `DeepseekV4GroupedLinear`: y_g = x_g W_g^T for each group g, where W_g are consecutive rows of W.
+
+    Attributes:
+        n_groups: number of groups, named as in Transformers' module.
+    """
+
+    n_groups: int
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """[..., n_groups, K] -> [..., n_groups, N / n_groups]."""
+        rows, parts = self.out_features // self.n_groups, []
+        for group, x in enumerate(input.unbind(-2)):
+            begin, end = group * rows, (group + 1) * rows
+            first, last = begin // TILE_ROWS, -(-end // TILE_ROWS)  # tiles that hold the group's rows
+            count = min(last * TILE_ROWS, self.out_features) - first * TILE_ROWS
+            part = PackedMatrix(self.format, count, self.in_features, self.packed.data[first:last])
+            y: torch.Tensor = PackedProduct.apply(x, part, self.product, self.gradient)
+            parts.append(y[..., begin - first * TILE_ROWS : end - first * TILE_ROWS])
+        return torch.stack(parts, -2)
 
 
 class PackedEmbedding(Packed, nn.Embedding):

@@ -245,7 +245,9 @@ def weights_for(
     streamed = stream_weights(checkpoint, wanted, shapes, packer, progress, ignored, order)
     for name, value in streamed:
         dtype = torch.float32 if name in exact else cast
-        yield name, value if isinstance(value, PackedWeight) or dtype is None else value.to(dtype)
+        if isinstance(value, torch.Tensor) and value.is_floating_point() and dtype is not None:
+            value = value.to(dtype)
+        yield name, value
         del value  # only the caller may keep it alive
 
 

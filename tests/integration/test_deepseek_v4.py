@@ -1,0 +1,124 @@
+"""DeepSeek-V4, optimized: `generate`, caches, engines and packed directories equal Transformers' own results."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from deepseek_optimizer import PagedCache, SamplingParams, load_model, make_engine
+from deepseek_optimizer.errors import UnsupportedModelError
+from deepseek_optimizer.integration.bind.runtime import OptimizerWarning
+from deepseek_optimizer.integration.generation.saved_prefix import load_prefix, save_prefix
+from support.models import assert_close_rows
+
+from .conftest import BACKENDS, Pair, make_pair
+
+GREEDY = {"do_sample": False, "pad_token_id": 0, "max_new_tokens": 24, "min_new_tokens": 24}
+
+
+@pytest.fixture(scope="module", params=BACKENDS)
+def pair(request) -> Pair:
+    """Shared by all tests: leave it as it is."""
+    return make_pair("deepseek_v4-mixed", request.param)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"prompt_lookup_num_tokens": 3}], ids=["greedy", "beams", "drafts"])
+def test_generate_equals_transformers(pair: Pair, options) -> None:
+    ids = pair.ids(45)
+    plain = {name: value for name, value in options.items() if name == "num_beams"}
+    assert torch.equal(pair.fast.generate(ids, **GREEDY, **options), pair.plain.generate(ids, **GREEDY, **plain))
+
+
+def test_padded_rows_equal_rows_by_themselves(pair: Pair) -> None:
+    """In Transformers, padding would be compressed with the text."""
+    ids, mask = pair.ids(40, 33), pair.mask(40, 33)
+    made = pair.fast.generate(ids, attention_mask=mask, **GREEDY)
+    for row, kept in zip(made, mask, strict=True):
+        alone = pair.plain.generate(row[: len(kept)][kept.bool()][None], **GREEDY)
+        assert row[-24:].tolist() == alone[0, -24:].tolist()
+
+
+def test_a_cache_is_cropped_to_any_length(pair: Pair) -> None:
+    ids, cache = pair.ids(60), PagedCache(pair.fast)
+    with torch.no_grad():
+        pair.fast(ids, cache=cache)
+        for kept in range(59, 30, -4):
+            cache.crop(kept)
+            logits = pair.fast(ids[:, kept : kept + 9], cache=copy.deepcopy(cache)).logits[0]
+            assert_close_rows(logits, pair.plain(ids[:, : kept + 9], use_cache=False).logits[0, kept:])
+
+
+def test_hidden_states_come_from_transformers(pair: Pair) -> None:
+    fast, ids = copy.deepcopy(pair.fast), pair.ids(20)
+    with torch.no_grad(), pytest.warns(OptimizerWarning, match="several residual streams"):
+        states = fast(ids, use_cache=False, output_hidden_states=True).hidden_states
+    expected = pair.plain(ids, use_cache=False, output_hidden_states=True).hidden_states
+    assert [state.shape for state in states] == [state.shape for state in expected]
+    assert_close_rows(states[-1][0], expected[-1][0])
+
+
+def test_packed_documents_run_transformers_own_forward(pair: Pair) -> None:
+    ids, positions = pair.ids(20), torch.tensor([[*range(12), *range(8)]])
+    fast = copy.deepcopy(pair.fast)
+    with torch.no_grad(), pytest.warns(OptimizerWarning, match="several documents"):
+        logits = fast(ids, position_ids=positions, use_cache=False).logits[0]
+    assert_close_rows(logits, pair.plain(ids, position_ids=positions, use_cache=False).logits[0])
+
+
+def greedy(pair: Pair, prompt: list[int], count: int) -> list[int]:
+    lengths = {"max_new_tokens": count, "min_new_tokens": count}
+    return pair.plain.generate(torch.tensor([prompt]), **{**GREEDY, **lengths})[0, len(prompt) :].tolist()
+
+
+def engine_of(pair: Pair, size: int = 1 << 23, **options):
+    runtime = pair.fast.dso
+    return make_engine(pair.fast, None, arena=runtime.new_arena(size), **options), runtime
+
+
+def test_an_engine_continues_a_conversation_and_another_process_does(pair: Pair, tmp_path) -> None:
+    sampling = SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True)
+    prompt = pair.ids(70)[0].tolist()
+    first, runtime = engine_of(pair, drafts=False)
+    [answer] = first.generate([prompt], sampling)
+    assert answer.token_ids == greedy(pair, prompt, 20)
+    text = [*prompt, *answer.token_ids, 7, 8, 9]
+    [second] = first.generate([text], sampling)
+    assert second.cached_tokens == 64 and second.token_ids == greedy(pair, text, 20)
+    assert save_prefix(tmp_path / "a", runtime, first.core.memory, first.core.prefix, text) == 64
+    other, runtime = engine_of(pair, drafts=False)
+    assert load_prefix(tmp_path / "a", runtime, other.core.memory, other.core.prefix, text) == 64
+    [again] = other.generate([text], sampling)
+    assert again.cached_tokens == 64 and again.token_ids == second.token_ids
+
+
+def test_requests_that_share_and_outgrow_a_small_cache(pair: Pair) -> None:
+    """Several answers to a prompt, drafts from the text, and requests that are preempted."""
+    shared = pair.ids(64)[0].tolist()
+    prompts = [[*shared, *shared[:n], n] for n in (5, 11, 20, 31)]
+    block = pair.fast.dso.new_arena(1 << 23).store.block_bytes
+    engine, _ = engine_of(pair, 90 * block)
+    sampling = SamplingParams(temperature=0.0, max_tokens=30, ignore_eos=True)
+    for prompt, answer in zip(prompts, engine.generate(prompts, sampling), strict=True):
+        assert answer.token_ids == greedy(pair, prompt, 30)
+
+
+def test_a_window_of_the_cache_is_refused(pair: Pair) -> None:
+    with pytest.raises(UnsupportedModelError, match="compressed attention"):
+        make_engine(pair.fast, None, cache_window=256)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_packed_directories_load_alike(tmp_path, precision: str) -> None:
+    pair = make_pair("deepseek_v4-mixed", "reference")
+    pair.plain.save_pretrained(tmp_path / "float")
+    model = load_model(tmp_path / "float", precision=precision, backend="reference")
+    model.save_pretrained(tmp_path / "packed")
+    again = load_model(tmp_path / "packed", backend="reference")
+    ids = pair.ids(50)
+    with torch.no_grad():
+        logits = model(ids, use_cache=False).logits[0]
+        assert torch.equal(logits, again(ids, use_cache=False).logits[0])
+        if precision == "fp32":
+            assert_close_rows(logits, pair.plain(ids, use_cache=False).logits[0])
