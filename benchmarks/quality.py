@@ -99,7 +99,7 @@ def _engine(bf16: Path, evaluated: Sequence[torch.Tensor], calibration: str) -> 
             ("q4_1, calibrated", bf16, {"precision": "q4_1", "calibration": text}),
             ("int4", bf16, {"precision": "int4", "calibration": None}),
             ("int4, 16-bit activations", bf16, {"precision": "int4", "activation": "int16", "calibration": None}),
-            ("int4, built-in text", bf16, {"precision": "int4"}),
+            ("int4, built-in text", bf16, {"precision": "int4", "calibration": "auto"}),
             ("int4, calibrated", bf16, {"precision": "int4", "calibration": text}),
         ]
         for name, path, options in variants:

@@ -301,7 +301,7 @@ def _other_vocabulary(folders):
 def test_mtp_layers_draft(folders):
     from support.tiny_v3 import documents, tiny_v3
 
-    model = load_model(tiny_v3(), precision="bf16")
+    model = load_model(tiny_v3(), precision="bf16", batch_invariant=True)  # near ties must not depend on the size of a step
     prompts = documents(tiny_v3(), 3, 60)
     sampling = SamplingParams(temperature=0, max_tokens=60, ignore_eos=True)
     plain = make_engine(model, drafts=False, prefix_cache=False).generate(prompts, sampling)

@@ -320,7 +320,8 @@ enum {
                               in0 must be Q8 or Q16 for integer formats; BF16 for BF16 and FP8; F32 for F32.
                               in1..3, if set: results of LORA_DOWN for site `index` and those after it; adapters are added */
   DSO_OP_ROPE_TABLE = 7,   /* w0 = inverse frequencies vector [rot/2]; scale multiplies -> out0 F32 [T, rot]: cos | sin.
-                              angle = fp32(position) * fp32(inv_freq) in fp32, then cos/sin rounded from double */
+                              angle = fp32(position) * fp32(inv_freq) in fp32, then cos/sin rounded from double.
+                              w1 vector [rot/2] (or -1): the axis of batch->axes whose position each frequency takes: 0, 1, 2 */
   DSO_OP_ROPE = 8,         /* in0 F32 [T, heads*head_dim], in1 table -> out0 F32 (may alias). INTERLEAVED flag: pairs
                               (2i, 2i+1). Elements [offset, offset + rot) of each head are rotated */
   DSO_OP_CACHE_WRITE = 9,  /* in0 key, in1 value (F32, kv_heads*head_dim), layer */
@@ -443,6 +444,8 @@ enum {
                                        heads attend to rows of head_dim elements, which are keys and values */
   DSO_OP_GROUPED_LINEAR = 55, /* in0 F32 [T, groups * cols], w0 matrix [groups * rows, cols] -> out0 F32 [T, groups * rows]: of
                                  each group of columns the product with its rows of the matrix */
+  DSO_OP_ADD_FEATURES = 56,   /* in0 F32 -> out0 F32 (may alias): in0 + batch->features[index], index = layer field; in0 without
+                                 features */
 };
 enum {
   DSO_FLAG_EAGER = 1,
@@ -517,6 +520,12 @@ typedef struct dso_batch {
   const int32_t* adapter_of; /* [S]: slot of each sequence's adapter, -1: none; NULL: none for all. Faster if sequences of one
                                 adapter follow each other */
   const dso_adapters* adapters; /* NULL only if adapter_of is */
+  /* Pictures. */
+  const int32_t* axes; /* [T][3]: positions in time, height and width, for ROPE_TABLE with w1; NULL: `positions` on each axis */
+  const int32_t* visible_to; /* [T]: one past the last token of its sequence that a row attends to, not its own where the tokens
+                                of a picture see each other; it lies within the step, and does not descend. NULL: its own.
+                                Not with latent attention or chosen blocks */
+  const float* features;     /* [n][T][width] for the plan's n ADD_FEATURES steps, or NULL: they copy their input */
 } dso_batch;
 DSO_API int32_t dso_plan_run(dso_plan* p, const dso_batch* batch);
 DSO_API int32_t dso_plan_check(const dso_plan* p); /* dso_mapping_check for all its weights */

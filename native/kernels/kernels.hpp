@@ -51,7 +51,7 @@ struct KvView {
   int64_t summary_stride = 0;    // bytes to the summaries of the next 32 blocks
 };
 
-struct VisibleTokens {              // the tokens, up to itself, that a row attends to
+struct VisibleTokens {              // the tokens that a row attends to: those up to itself,
   int64_t window = 0, sinks = 0;    // the last `window` and the first `sinks`; window 0: all
   const int32_t* chosen = nullptr;  // or only those in these blocks of the sequence: `blocks` indices, ascending
   int64_t blocks = 0;
@@ -60,9 +60,12 @@ struct VisibleTokens {              // the tokens, up to itself, that a row atte
   // only they are, as far as the window reaches.
   int64_t newest = 0;
   bool copied = false;
+  const int32_t* ends = nullptr;  // [rows]: one past the last token that a row attends to; null: its own
 
   // First token of the window of the row that is token i of its sequence; may be negative.
   int64_t begin(int64_t i) const { return chunked ? i - i % window : i + 1 - window; }
+  // One past the last token of row r, which is token ctx + r; it ascends with r.
+  int64_t end(int64_t ctx, int64_t r) const { return ends ? ends[r] : ctx + r + 1; }
 };
 
 struct Scores {                  // of attention: s = scale * q k

@@ -17,20 +17,20 @@ AttentionKind AttentionSchedule::kind_of(const Run& run, int64_t sequence) const
 
 int64_t AttentionSchedule::first_token(int64_t context, int64_t row) const {
   if (shape.window == 0) return 0;
-  const int64_t begin = shape.sight().begin(context + row);
+  const int64_t begin = sight_.begin(context + row);
   return begin > shape.sinks ? begin : 0;
 }
 
 int64_t AttentionSchedule::tokens(int64_t context, int64_t r0, int64_t r1) const {
   if (shape.top_k > 0) return std::min(context + r1, shape.top_k * DSO_BLOCK_TOKENS);
   const int64_t first = first_token(context, r0);
-  return context + r1 - first + (first > 0 ? shape.sinks : 0);
+  return sight_.end(context, r1 - 1) - first + (first > 0 ? shape.sinks : 0);
 }
 
 RowChunks AttentionSchedule::chunks(int64_t context, int64_t r0, int64_t r1) const {
   if (shape.top_k > 0) return {0, 0, ceil_div(tokens(context, r0, r1), attn_chunk)};
   const int64_t first = first_token(context, r0) / attn_chunk, sinks = std::min(first, ceil_div(shape.sinks, attn_chunk));
-  const int64_t end = ceil_div(context + r1, attn_chunk);
+  const int64_t end = ceil_div(sight_.end(context, r1 - 1), attn_chunk);
   if (newest_ == 0) return {sinks, first, sinks + end - first};
   const int64_t older = sinks + ceil_div(first_copied(context, r1 - 1), attn_chunk) - first,
                 copy = first_copied(context, r0) / attn_chunk;
@@ -38,8 +38,8 @@ RowChunks AttentionSchedule::chunks(int64_t context, int64_t r0, int64_t r1) con
 }
 
 int64_t AttentionSchedule::first_copied(int64_t context, int64_t row) const {
-  const int64_t begin = shape.window > 0 ? shape.sight().begin(context + row) : 0;
-  return std::max<int64_t>({0, begin, context + row + 1 - newest_});
+  const int64_t begin = shape.window > 0 ? sight_.begin(context + row) : 0;
+  return std::max<int64_t>({0, begin, sight_.end(context, row) - newest_});
 }
 
 int64_t AttentionSchedule::rows_of_a_block(AttentionKind kind, int64_t chunks) const {
@@ -54,10 +54,15 @@ void AttentionSchedule::build(const Run& run) {
   shared_floats = private_floats = 0;
   const dso_batch& b = *run.batch.source;
   newest_ = b.cache->newest;
-  auto chunks_of = [&](int64_t s) { return chunks(b.context_len[s], 0, b.query_len[s]).count; };
+  sight_ = shape.sight();
+  auto chunks_of = [&](int64_t s) {
+    sight_.ends = run.batch.ends(s);
+    return chunks(b.context_len[s], 0, b.query_len[s]).count;
+  };
   int64_t total = 0, blocks = 0;
   for (int64_t s = 0; s < b.S; ++s) {
     const int64_t n = b.query_len[s], middle = (n - 1) / 2;
+    sight_.ends = run.batch.ends(s);
     total += n * tokens(b.context_len[s], middle, middle + 1) * shape.heads;
     blocks += ceil_div(n, rows_of_a_block(kind_of(run, s), chunks_of(s)));
   }
@@ -65,7 +70,7 @@ void AttentionSchedule::build(const Run& run) {
   countdowns_.reset(size_t(blocks * (1 + shape.heads)));
   for (int64_t s = 0; s < b.S; ++s) {
     const AttentionKind kind = kind_of(run, s);
-    const int64_t step = rows_of_a_block(kind, chunks_of(s));
+    const int64_t step = rows_of_a_block(kind, chunks_of(s));  // which sets the sequence's ends
     for (int64_t r = 0; r < b.query_len[s]; r += step)
       add_rows(run, kind, s, r, std::min<int64_t>(r + step, b.query_len[s]), std::max<int64_t>(1, total / run.threads));
   }
@@ -85,7 +90,7 @@ void AttentionSchedule::add_rows(const Run& run, AttentionKind kind, int64_t s, 
   const int64_t parts = std::clamp<int64_t>(ceil_div(2 * cost / pieces, fair), 1, group);
   cost /= pieces * parts;
 
-  if (kind == AttentionKind::kEager) private_floats = std::max(private_floats, round_up(context + r1, 16));
+  if (kind == AttentionKind::kEager) private_floats = std::max(private_floats, round_up(sight_.end(context, r1 - 1), 16));
   const int32_t rows_left = shape.converts ? countdowns_.add() : -1;
   // If there are enough tasks without splitting heads, one thread processes all heads: they are adjacent in a block.
   const bool together = kind == AttentionKind::kDecode && pieces * parts == 1 && 4 * cost * shape.kv_heads <= fair;

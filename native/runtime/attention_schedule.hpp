@@ -70,7 +70,8 @@ class AttentionSchedule {
   RowChunks chunks(int64_t context, int64_t r0, int64_t r1) const;
   int64_t first_copied(int64_t context, int64_t row) const;  // the first token that is read from the copy
 
-  int64_t newest_ = 0;  // tokens that are read from the cache's copies
+  VisibleTokens sight_;  // of the sequence whose tasks are added
+  int64_t newest_ = 0;   // tokens that are read from the cache's copies
   int64_t built_ = 0;
   Countdowns countdowns_;
 };

@@ -125,6 +125,18 @@ void check_targets(const dso_batch& b, int64_t slots) {
       fail(DSO_EINVAL, "batch.state_to has slot %lld, which several sequences read", (long long)*at);
 }
 
+void check_visible_to(const dso_batch& b, const BatchNeeds& needs) {
+  if (needs.rank > 0 || needs.choices || !needs.rows.empty())
+    fail(DSO_EINVAL, "batch.visible_to is not NULL, but the plan attends to latents, entries or chosen blocks");
+  for (int64_t s = 0, t = 0; s < b.S; ++s) {
+    const int64_t context = b.context_len[s], total = context + b.query_len[s];
+    for (int64_t token = context; token < total; ++token, ++t)
+      if (b.visible_to[t] <= token || b.visible_to[t] > total || (token > context && b.visible_to[t] < b.visible_to[t - 1]))
+        fail(DSO_EINVAL, "batch.visible_to[%lld] is %d: must be above the token's index, %lld, at most %lld, and not descend",
+             (long long)t, b.visible_to[t], (long long)token, (long long)total);
+  }
+}
+
 void check_states(const dso_batch& b, const BatchNeeds& needs) {
   if (!b.recurrent) fail(DSO_EINVAL, "batch.recurrent is NULL, but the plan has recurrent states");
   if (!b.state_from || !b.state_to || b.n_state_to < 0) fail(DSO_EINVAL, "batch.state_from or batch.state_to is NULL");
@@ -228,6 +240,7 @@ void check_batch(const dso_batch& b, const BatchNeeds& needs) {
       fail(DSO_EINVAL, "batch.context_len[%lld] is %d, must be 0 for a plan with bidirectional attention", (long long)s,
            b.context_len[s]);
   if (needs.layers > 0) check_cache(b, needs);
+  if (b.visible_to) check_visible_to(b, needs);
   if (!needs.recurrent.empty()) check_states(b, needs);
   if (b.adapter_of && !needs.adapter_sites.empty()) check_adapters(b, needs);
 }

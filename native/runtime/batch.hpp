@@ -40,7 +40,9 @@ struct BatchNeeds {
   int64_t rank = 0, rope = 0, index = 0;  // of a latent cache, instead of heads
   std::vector<RowsShape> rows;            // of a cache of rows, by kind; empty: the cache has none
   bool whole_sequences = false;           // whether the step must contain all tokens of each sequence
+  bool choices = false;                   // whether rows attend to chosen blocks or tokens only
   int64_t rope_tables = 0;
+  int64_t features = 0;                         // of ADD_FEATURES
   bool summaries = false;                       // whether the cache must have summaries
   std::vector<dso_state_shape> recurrent;       // recurrent states, by number; heads 0: not used
   std::vector<Visible> visible;                 // by layer
@@ -75,6 +77,10 @@ struct Batch {
 
   int64_t sequence_of(int64_t row) const {
     return std::upper_bound(first_row.begin(), first_row.end(), row) - first_row.begin() - 1;
+  }
+  // One past the last token that each row of a sequence attends to; null: its own.
+  const int32_t* ends(int64_t sequence) const {
+    return source->visible_to ? source->visible_to + first_row[size_t(sequence)] : nullptr;
   }
   // The block table of a sequence for this layer of the cache.
   const int32_t* table(int64_t layer, int64_t sequence) const;

@@ -18,6 +18,7 @@ void check(const dso_plan& plan, const dso_batch& b, const dso_decode& d) {
   if (!d.choices || !d.tokens) fail(DSO_EINVAL, "decode.choices or decode.tokens is NULL");
   if (b.S < 1 || b.T != b.S || b.R != b.S)
     fail(DSO_EINVAL, "decode: batch.T is %d, batch.R is %d, must be S, %d", b.T, b.R, b.S);
+  if (b.axes || b.visible_to || b.features) fail(DSO_EINVAL, "decode: batch.axes, visible_to and features must be NULL");
   if (!b.token_ids || !b.positions || !b.context_len || !b.query_len || !b.phase || !b.logits)
     fail(DSO_EINVAL, "decode: batch.token_ids, positions, context_len, query_len, phase or logits is NULL");
   if (b.inputs_embeds || b.states || b.hidden || b.last_hidden)

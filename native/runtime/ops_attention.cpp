@@ -81,10 +81,16 @@ class Attention final : public Op {
     return CacheCopy{cache.layout(layer), cache.view(layer, run.batch.table(layer, t.sequence)), cache.newest};
   }
 
+  VisibleTokens window_of(const Run& run, const AttentionTask& t) const {
+    VisibleTokens sight = shape_.sight();
+    sight.ends = run.batch.ends(t.sequence);
+    return sight;
+  }
+
   // The tokens visible to the task's rows; with chosen blocks, those visible to row r. Whatever values the slot holds, no index
   // leads outside the sequence.
   VisibleTokens sight(const Run& run, const AttentionTask& t, int64_t r, int thread) const {
-    if (shape_.top_k == 0) return shape_.sight();
+    if (shape_.top_k == 0) return window_of(run, t);
     const int64_t last = (run.batch.source->context_len[t.sequence] + r) / DSO_BLOCK_TOKENS,
                   n = std::min(last + 1, shape_.top_k);
     const float* from = run.slots[chosen_.index].f32(run.batch.first_row[t.sequence] + r) + t.kv_head * shape_.top_k;
@@ -137,8 +143,9 @@ class Attention final : public Op {
   void eager(const Run& run, const AttentionTask& t, int thread) {
     const std::optional<CacheCopy> copy = this->copy(run, t);
     for (int64_t r = t.r0; r < t.r1; ++r) {
-      const int64_t n = run.batch.source->context_len[t.sequence] + r + 1;
-      const int64_t first = shape_.window > 0 ? std::max<int64_t>(0, shape_.sight().begin(n - 1)) : 0;
+      const int64_t context = run.batch.source->context_len[t.sequence];
+      const VisibleTokens sight = window_of(run, t);
+      const int64_t n = sight.end(context, r), first = shape_.window > 0 ? std::max<int64_t>(0, sight.begin(context + r)) : 0;
       for (int64_t h = t.h0; h < t.h1; ++h)
         run.kernels.attn_eager(layout(run), view(run, t), t.kv_head, head(run.slots[q_.index], run, t, r, h), n, first,
                                scores_of(t, h), copy ? &*copy : nullptr, private_floats(run, thread), result(run, t, r, h));
@@ -178,6 +185,7 @@ std::unique_ptr<Op> make_attention(StepReader& s) {
   s.attends(step.layer, step.kv_heads, step.head_dim, false);
   s.sees(step.window, step.sinks);
   s.uses_shared();
+  s.plan().needs.choices |= step.top_k > 0;
   const int64_t heads = s.positive("heads", s.step.heads);
   if (heads % s.step.kv_heads) s.refuse("heads %d is not a multiple of kv_heads %d", s.step.heads, s.step.kv_heads);
   const SlotRef q = s.token_rows(0, heads * step.head_dim), out = s.out(0, kAnyKind, q.width, false);

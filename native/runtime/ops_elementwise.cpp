@@ -181,6 +181,26 @@ class StateIn final : public RowsOf {
   }
 };
 
+class AddFeatures final : public RowsOf {
+ public:
+  AddFeatures(const SlotRef& in, const SlotRef& out, int64_t index) : RowsOf(in), out_(out), index_(index) {}
+
+ private:
+  void row(const Run& run, int64_t r, int) override {
+    const float* x = at(run, like_, r);
+    float* out = f32(run, out_, r);
+    const float* features = run.batch.source->features;
+    if (!features) {
+      if (out != x) std::memcpy(out, x, 4 * like_.width);
+      return;
+    }
+    const float* added = features + (index_ * run.batch.T + r) * like_.width;
+    for (int64_t i = 0; i < like_.width; ++i) out[i] = x[i] + added[i];
+  }
+  const SlotRef out_;
+  const int64_t index_;
+};
+
 class SigmoidGate final : public RowsOf {
  public:
   SigmoidGate(const SlotRef& in, const SlotRef& gate, const SlotRef& out) : RowsOf(in), gate_(gate), out_(out) {}
@@ -301,6 +321,15 @@ std::unique_ptr<Op> make_state_in(StepReader& s) {
   const SlotRef out = s.out(0, kF32Only, 0, false);
   s.plan().needs.states = true;
   return std::make_unique<StateIn>(out);
+}
+
+std::unique_ptr<Op> make_add_features(StepReader& s) {
+  s.takes(1, 1, 0, 0, 0);
+  const SlotRef in = s.token_rows(0), out = s.out(0, kF32Only, in.width, false);
+  if (s.step.layer < 0) s.refuse("layer (the index) is %d, must not be negative", s.step.layer);
+  s.alias_only(out, in);
+  s.plan().needs.features = std::max<int64_t>(s.plan().needs.features, s.step.layer + 1);
+  return std::make_unique<AddFeatures>(in, out, s.step.layer);
 }
 
 std::unique_ptr<Op> make_columns(StepReader& s) {

@@ -11,7 +11,8 @@ namespace {
 // Transformers; cos and sin of that fp32 value are rounded once, from double.
 class RopeTable final : public RowOp {
  public:
-  RopeTable(const float* frequencies, const SlotRef& out, float scale) : frequencies_(frequencies), out_(out), scale_(scale) {}
+  RopeTable(const float* frequencies, std::vector<uint8_t> axes, const SlotRef& out, float scale)
+      : frequencies_(frequencies), axes_(std::move(axes)), out_(out), scale_(scale) {}
 
  private:
   int64_t rows(const Run& run) const override { return run.batch.T; }
@@ -22,13 +23,15 @@ class RopeTable final : public RowOp {
     const dso_batch& batch = *run.batch.source;
     const float* frequencies = batch.inv_freq ? batch.inv_freq + run.batch.sequence_of(r) * half : frequencies_;
     const float position = float(batch.positions[r]);
+    const int32_t* on_axes = batch.axes && !axes_.empty() ? batch.axes + 3 * r : nullptr;
     for (int64_t i = 0; i < half; ++i) {
-      const float angle = position * frequencies[i];
+      const float angle = (on_axes ? float(on_axes[axes_[size_t(i)]]) : position) * frequencies[i];
       out[i] = float(std::cos(double(angle))) * scale_;
       out[half + i] = float(std::sin(double(angle))) * scale_;
     }
   }
   const float* frequencies_;
+  const std::vector<uint8_t> axes_;  // of each frequency: time, height or width; empty: there is one position
   const SlotRef out_;
   const float scale_;
 };
@@ -143,14 +146,23 @@ HeadRotation rotation(StepReader& s, int table) {
 }  // namespace
 
 std::unique_ptr<Op> make_rope_table(StepReader& s) {
-  s.takes(0, 1, 1, 0, 0);
+  s.takes(0, 1, s.has_weight(1) ? 2 : 1, 0, 0);
   const int32_t index = s.step.out[0];
   const int64_t width = index >= 0 && index < s.plan().n_slots ? s.plan().slots[index].width : 2;
   const SlotRef out = s.out(0, kF32Only, width, false);
   if (width % 2) s.refuse("out[0] has width %lld, must be even", (long long)width);
   s.plan().needs.positions = true;
   ++s.plan().needs.rope_tables;
-  return std::make_unique<RopeTable>(s.vector('w', 0, width / 2), out, s.step.scale);
+  std::vector<uint8_t> axes;
+  if (s.has_weight(1)) {
+    const float* given = s.vector('w', 1, width / 2);
+    for (int64_t i = 0; i < width / 2; ++i) {
+      if (given[i] != 0 && given[i] != 1 && given[i] != 2)
+        s.refuse("w[1][%lld], an axis, is %g, must be 0, 1 or 2", (long long)i, double(given[i]));
+      axes.push_back(uint8_t(given[i]));
+    }
+  }
+  return std::make_unique<RopeTable>(s.vector('w', 0, width / 2), std::move(axes), out, s.step.scale);
 }
 
 std::unique_ptr<Op> make_rope(StepReader& s) {

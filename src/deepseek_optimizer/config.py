@@ -181,10 +181,11 @@ class DeepSeekConfig(QuantizationConfigMixin):
             scaling: texts within the trained length are unchanged; a longer one uses the frequencies for the length that it
             may reach). Quality beyond the trained length is not guaranteed: measure it.
         context_length: context length in tokens, with `context_extension`.
-        calibration: text on which the original model runs, to round int4 and q4_1 such that its results change least: the path
-            of a UTF-8 text file, a few pages typical of what the model will process; "auto": a built-in text, if that takes
-            less than a minute (never if the environment variable DSO_CALIBRATION is "none"); or None or "none": each weight is
-            rounded to the nearest value.
+        calibration: text on which the original model runs, to round int3, int4 and q4_1 such that its results change least: the
+            path of a UTF-8 text file, a few pages typical of what the model will process; "auto": a built-in text, if that
+            takes less than a minute (never if the environment variable DSO_CALIBRATION is "none"); or None or "none": each
+            weight is rounded to the nearest value. `dso convert` uses "auto" by default; a load would take that time every
+            time.
         kl_budget: only with precision "auto": chooses the smallest format of each matrix such that the mean KL divergence from
             the original model stays within this many nats per token, measured on the calibration text (without one, on a text
             that every Python installation contains). int8 everywhere costs a few thousandths, int4 a few tenths. None: no
@@ -218,7 +219,7 @@ class DeepSeekConfig(QuantizationConfigMixin):
     mtp: Mtp = "auto"
     context_extension: ContextExtension | None = None
     context_length: int | None = None
-    calibration: str | None = BUILT_IN_TEXT
+    calibration: str | None = None
     kl_budget: float | None = None
     strict: bool = False
     formats: dict[str, str] | None = None

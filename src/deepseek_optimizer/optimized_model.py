@@ -109,6 +109,7 @@ class DynamicGraphOptimizer:
         from .integration.bind.graphs import plan_graph
         from .integration.bind.swap import NATURAL
         from .integration.general import check_settings, why_general
+        from .integration.multimodal import is_whole, why_no_language_plan
 
         if config is not None and not isinstance(config, DeepSeekConfig):
             raise ConfigError(f"config must be a DeepSeekConfig or None, got {type(config).__name__}")
@@ -130,7 +131,7 @@ class DynamicGraphOptimizer:
             plan_graph(model.config, self.config.rules, mode=self.config.attention)
             extended(model.config, self.config)
         else:
-            check_settings(self.config, self.no_plan)
+            check_settings(self.config, self.no_plan, is_whole(model) and why_no_language_plan(model.config) is None)
         if (dtype := getattr(model, "dtype", None)) not in NATURAL:
             raise ConfigError(f"a model of dtype {dtype} cannot be packed; use model.float() or model.bfloat16() first")
         if model.device.type == "meta":

@@ -37,6 +37,7 @@ from .integration.generation.special_tokens import token_ids
 from .integration.load.lora import read_adapter
 from .integration.memory.arena import Arena
 from .integration.memory.cache_size import FullBatch
+from .integration.multimodal import PictureEncoder, embeddings_of, is_multimodal
 from .system.memory import less_reserve
 from .versions import versions
 
@@ -71,7 +72,9 @@ def make_engine(model: Any, tokenizer: Any = None, **options: Any) -> Engine:
     return Engine(core, running)
 
 
-def make_async_engine(model: Any, tokenizer: Any, *, model_name: str | None = None, **options: Any) -> AsyncEngine:
+def make_async_engine(
+    model: Any, tokenizer: Any, *, model_name: str | None = None, pictures: PictureEncoder | None = None, **options: Any
+) -> AsyncEngine:
     """Creates an engine for an event loop, such as the server's. An encoder (BERT and the like) embeds and classifies texts; it
     has no cache and no drafts, and ignores options about them.
 
@@ -81,6 +84,7 @@ def make_async_engine(model: Any, tokenizer: Any, *, model_name: str | None = No
     Args:
         model, tokenizer, options: as for `make_engine`; for an encoder also `max_tokens`, a limit of the tokens of a text.
         model_name: the name that clients use; None: the last component of the path that the model was loaded from.
+        pictures: makes prompts with pictures for a multimodal model; None: requests have text only.
 
     Raises:
         ConfigError, NotEnoughMemoryError: as for `make_engine`.
@@ -90,7 +94,7 @@ def make_async_engine(model: Any, tokenizer: Any, *, model_name: str | None = No
         core_of_encoder = _encoder_core(model, tokenizer, options)
         return AsyncEngine(core_of_encoder, name, replaced_files=runtime.replaced_files, weights=runtime)
     core, running = _core(model, tokenizer, {"stall": STALL, **options}, name)
-    return AsyncEngine(core, name, running, runtime.replaced_files, runtime)
+    return AsyncEngine(core, name, running, runtime.replaced_files, runtime, pictures)
 
 
 def _name(model: Any) -> str:
@@ -167,9 +171,11 @@ def _core(
         eos=_ends(model, vocab),
         chunk=_LATENT_CHUNK if latent and not options.batch_invariant else None,
         plain=None if rope is None else rope.context,
+        pictures=is_multimodal(model),
     )
     adapted_plan = None if adapted is None else (adapted[0], adapted[1].store)
-    runner = Runner(runtime.plan, arena, vocab, adapted_plan, backend.capabilities.decode_calls)
+    embed = embeddings_of(model) if facts.pictures else None
+    runner = Runner(runtime.plan, arena, vocab, adapted_plan, backend.capabilities.decode_calls, embed)
     draft = None if other is None else _draft_model(runtime, other, options)
     proposers = _proposers(runtime, arena, draft) if drafts else None
     store = _prefix_files(runtime, arena, options, proposers)

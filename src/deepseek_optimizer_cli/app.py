@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from . import bench, chat, convert, demo, doctor, draft, info, longdoc, models, run, serve, train
+from . import bench, chat, convert, demo, doctor, draft, info, longdoc, models, prune, run, serve, train
 from .help import MAX_WIDTH, Command
 from .streams import tolerate_locale
 
@@ -90,6 +90,7 @@ _COMMANDS: dict[str, tuple[Callable[..., None], str]] = {
     "serve": (serve.serve, "Serve a model through an OpenAI-compatible API."),
     "train": (train.train, "Train a model on chats and texts."),
     "draft": (draft.draft, "Train a layer that drafts tokens for a model, which then generates faster."),
+    "prune": (prune.prune, "Write a smaller model without the parts that matter least."),
     "convert": (convert.convert, "Write a packed copy of a model."),
     "info": (info.info, "Show the CPU and the selected kernels."),
     "models": (models.models, "Show the supported models and the memory that they need."),

@@ -19,6 +19,7 @@ _SERVER: dict[str, Any] = {"rich_help_panel": "Server"}
 
 HELP = """\
 /help            this list
+/image FILE      add a picture to the next question, for models that see
 /system [TEXT]   set the system prompt and start a new conversation; without TEXT: show it
 /reset           start a new conversation with the same system prompt
 /undo            remove the last question and its answer
@@ -97,11 +98,12 @@ def _local(
     from deepseek_optimizer.chat.local import EngineSpeaker, chat_sampling
     from deepseek_optimizer.chat.named_template import read_template
 
-    from .model import load
+    from .model import load, picture_encoder
 
     template = None if chat_template is None else read_template(chat_template)
     loaded, tokenizer = load(model, fields, template)
-    return EngineSpeaker(make_engine(loaded, tokenizer, **cache), chat_sampling(loaded, model, **sampling))
+    engine, settings = make_engine(loaded, tokenizer, **cache), chat_sampling(loaded, model, **sampling)
+    return EngineSpeaker(engine, settings, picture_encoder(loaded, model, needed=False))
 
 
 def _remote(url: str, key: str | None, name: str | None, sampling: dict[str, Any]) -> Speaker:
@@ -116,6 +118,7 @@ class _Loop:
     def __init__(self, conversation: Conversation, interactive: bool) -> None:
         self.conversation, self.interactive = conversation, interactive
         self.last: Answer | None = None
+        self.pictures: list[str] = []  # of the next question
         if interactive:
             import readline  # noqa: F401  line editing and history for input()
         self._note("/help lists the commands.")
@@ -154,7 +157,8 @@ class _Loop:
         from .interrupt import stop_on_interrupt
 
         with stop_on_interrupt() as stop:
-            self.last = self.conversation.say(text, write_now, stop)
+            pictures, self.pictures = self.pictures, []
+            self.last = self.conversation.say(text, write_now, stop, pictures)
         write_now("\n")
         if self.last.dropped_messages:
             self._note(f"(context full: the {self.last.dropped_messages} oldest messages were dropped)")
@@ -175,6 +179,8 @@ class _Loop:
             typer.echo(self.conversation.system or "(no system prompt)", err=True)
         elif name == "/reset":
             self.conversation.reset()
+        elif name == "/image" and argument:
+            self._add_picture(Path(argument).expanduser())
         elif name == "/undo":
             self.conversation.undo()
         elif name == "/stats":
@@ -183,6 +189,15 @@ class _Loop:
             self.conversation.save(Path(argument).expanduser())
         else:
             typer.echo(f"unknown or incomplete command: {line}; /help lists the commands", err=True)
+
+    def _add_picture(self, path: Path) -> None:
+        from deepseek_optimizer.chat.pictures import picture_of_file
+        from deepseek_optimizer.errors import ConfigError
+
+        if getattr(self.conversation.speaker, "encoder", None) is None:
+            raise ConfigError("/image needs a model in this process that sees")
+        picture_of_file(path)
+        self.pictures.append(str(path))
 
     def _note(self, text: str) -> None:
         if self.interactive:

@@ -9,13 +9,24 @@ import typer
 
 from . import options as o
 
+_Calibration = Annotated[
+    str | None,
+    typer.Option(
+        "--calibration",
+        metavar="FILE",
+        help="Sample text, similar to what the model will process; used to round 3- and 4-bit weights and to choose formats. "
+        "none: no calibration. Default: a built-in text, if that takes less than a minute.",
+        rich_help_panel="Model",
+    ),
+]
+
 
 def convert(
     model: o.Model,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Directory to create.")],
     precision: o.Precision = None,
     kl_budget: o.KlBudget = None,
-    calibration: o.Calibration = None,
+    calibration: _Calibration = None,
     force: Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")] = False,
     as_json: o.AsJson = False,
 ) -> None:
@@ -38,8 +49,9 @@ def convert(
         _note(
             f"{path} belongs to another run that is still in progress, or to an interrupted one on a file system without locks"
         )
-    fields = o.not_none(precision=precision, kl_budget=kl_budget, calibration=calibration)
     streams = kl_budget is None and not _takes_general_path(model)
+    default = "auto" if streams else None
+    fields = o.not_none(precision=precision, kl_budget=kl_budget, calibration=calibration or default)
     curve = (_stream if streams else _in_memory)(model, out, fields, force)
     size = sum(f.stat().st_size for f in out.rglob("*") if f.is_file())
     if as_json:

@@ -55,6 +55,33 @@ def load(model: str, fields: dict[str, Any], template: str | None = None) -> tup
     return load_model(model, **fields), tokenizer
 
 
+def picture_encoder(loaded: Any, model: str, *, needed: bool) -> Any:
+    """What makes prompts with pictures for a loaded model; None: it reads text only.
+
+    Args:
+        loaded, model: the model, and its path or name.
+        needed: raise an error if it reads text only, or if a library is missing; otherwise the latter is a warning.
+
+    Raises:
+        ConfigError: see above.
+    """
+    from deepseek_optimizer.chat.pictures import load_processor
+    from deepseek_optimizer.errors import ConfigError
+    from deepseek_optimizer.integration.multimodal import PictureEncoder, is_multimodal
+
+    if not is_multimodal(loaded):
+        if needed:
+            raise ConfigError(f"{model}: this model reads text only")
+        return None
+    try:
+        return PictureEncoder(loaded, load_processor(model))
+    except ConfigError as error:
+        if needed:
+            raise
+        typer.echo(f"dso: {error}; the model reads text only", err=True)
+        return None
+
+
 def print_json(value: dict[str, Any]) -> None:
     """Prints one JSON object as one line on stdout, non-ASCII text unescaped."""
     typer.echo(json.dumps(value, ensure_ascii=False))

@@ -39,8 +39,8 @@ Calibration = Annotated[
     typer.Option(
         "--calibration",
         metavar="FILE",
-        help="Sample text, similar to what the model will process; used to round 4-bit weights and to choose formats. none: no "
-        "calibration. Default: a built-in text, if that takes less than a minute.",
+        help="Sample text, similar to what the model will process; used to round 3- and 4-bit weights and to choose formats, "
+        "at every start. auto: a built-in text. Default: no calibration; dso convert calibrates once.",
         **_MODEL,
     ),
 ]
@@ -161,7 +161,8 @@ ChatTemplate = Annotated[
     typer.Option(
         "--chat-template",
         metavar="FILE|NAME",
-        help="Jinja chat template to use instead of the checkpoint's: a file, or chatml, deepseek-v2, deepseek-v3, gemma, "
+        help="Jinja chat template to use instead of the checkpoint's: a file, or chatml, deepseek-v2, deepseek-v3, "
+        "deepseek-v3.2, deepseek-v4, gemma, "
         "llama2, llama3, mistral, phi3, vicuna or zephyr.",
         rich_help_panel="Chat",
     ),

@@ -245,7 +245,7 @@ def _load(
     from deepseek_optimizer.integration.load.resolve import resolve
     from deepseek_optimizer.serving import make_async_engine
 
-    from .model import load
+    from .model import load, picture_encoder
 
     loaded, tokenizer = load(model, dict(fields), template)
     embedding = read_embedding_settings(resolve(model))
@@ -264,7 +264,8 @@ def _load(
         embedding=embedding,
         model_path=model,
     )
-    engine: Any = make_async_engine(loaded, tokenizer, model_name=name, **options)
+    pictures = picture_encoder(loaded, model, needed=False)
+    engine: Any = make_async_engine(loaded, tokenizer, model_name=name, pictures=pictures, **options)
     facts = report(loaded)
     return engine, settings, facts.bytes_after + (0 if encoder else engine.core.memory.size.bytes), facts
 

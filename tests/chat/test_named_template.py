@@ -46,7 +46,7 @@ def template(tokenizer):
 
 
 def test_every_template_has_a_rendering():
-    assert sorted(RENDERED) == template_names()
+    assert sorted([*RENDERED, "deepseek-v3.2", "deepseek-v4"]) == template_names()  # those two: test_deepseek_prompts.py
 
 
 @pytest.mark.parametrize("name", RENDERED)

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedTokenizerBase
 
+from deepseek_optimizer import load_model
 from deepseek_optimizer.checkpoint import atomic_directory
+from deepseek_optimizer.integration.load import calibrate
 
 
 def test_convert_then_run(dso, tiny_model, tmp_path):
@@ -33,6 +35,16 @@ def test_convert_to_a_budget(dso, tiny_model, tmp_path):
     assert len(shown) == 1 + len(curve) and sum(line.endswith("(chosen)") for line in shown) == 1
     result = dso("convert", tiny_model, tmp_path / "other", "--kl-budget", "0.001", "--precision", "int4")
     assert result.exit_code == 2 and "kl_budget chooses the formats itself" in result.stderr
+
+
+def test_convert_calibrates_by_default_and_a_load_does_not(dso, tiny_model, tmp_path, monkeypatch):
+    monkeypatch.delenv("DSO_CALIBRATION")
+    monkeypatch.setattr(calibrate, "COUNT", 1)
+    for name, more in (("packed", ()), ("plain", ("--calibration", "none"))):
+        assert dso("convert", tiny_model, tmp_path / name, "-p", "int4", *more).exit_code == 0
+    manifests = [json.loads((tmp_path / name / "config.json").read_text())["packed_manifest"] for name in ("packed", "plain")]
+    assert manifests[0]["rounding"]["text"] == calibrate.BUILT_IN and not manifests[1].get("rounding")
+    assert load_model(tiny_model, precision="int4").dso.manifest.rounding == {}
 
 
 def test_convert_with_a_calibration_text(dso, tiny_model, tmp_path):

@@ -110,6 +110,24 @@ def test_texts_around_a_gap_contain_no_control_tokens(coder):
     assert prompt_of(coder) == "<|fim_prefix|><|fim_middle|><|fim_suffix|><|file_sep|><|fim_middle|>"
 
 
+def test_mistral_s_form(coder):
+    answer = ask(
+        coder, "/v1/fim/completions", prompt="def f(x): return ", suffix="\n", max_tokens=30, random_seed=1, temperature=0
+    )
+    assert prompt_of(coder) == "<|fim_prefix|>def f(x): return <|fim_suffix|>\n<|fim_middle|>"
+    assert answer["object"] == "chat.completion" and answer["usage"]["prompt_tokens"] == len(coder.engine.seen[-1].prompt)
+    (choice,) = answer["choices"]
+    assert choice["message"] == {"role": "assistant", "content": "x + 1"} and choice["finish_reason"] == "stop"
+    assert coder.engine.seen[-1].sampling.seed == 1 and coder.engine.seen[-1].sampling.max_tokens == 30
+    ask(coder, "/fim/completions", prompt="a")  # a base URL without /v1, and no suffix
+    assert prompt_of(coder) == "<|fim_prefix|>a<|fim_suffix|><|fim_middle|>"
+    body = {"prompt": "a", "suffix": "b", "stream": True, "max_tokens": 30}
+    text = coder.client.post("/v1/fim/completions", json=body).text
+    *events, done = [block.removeprefix("data: ") for block in text.split("\n\n")[:-1]]
+    deltas = [choice["delta"] for event in events for choice in json.loads(event)["choices"]]
+    assert "".join(delta.get("content", "") for delta in deltas) == "x + 1" and done == "[DONE]"
+
+
 def test_a_suffix(coder):
     answer = ask(coder, "/v1/completions", prompt="def f(x): return ", suffix="\n", max_tokens=30)
     assert prompt_of(coder) == "<|fim_prefix|>def f(x): return <|fim_suffix|>\n<|fim_middle|>"
@@ -121,6 +139,7 @@ def test_a_suffix(coder):
 
 def test_models_that_cannot_fill_in(refused):
     refused("/infill", {"input_prefix": "a", "input_suffix": "b"}, 400, "input_suffix")
+    refused("/v1/fim/completions", {"prompt": "a", "suffix": "b"}, 400, "suffix")
     answer = refused("/v1/completions", {"prompt": "a", "suffix": "b"}, 400, "suffix")
     assert "cannot fill in" in answer.json()["error"]["message"]
 

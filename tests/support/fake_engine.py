@@ -56,6 +56,7 @@ class FakeEngine:
         self.generates, self.hidden_size, self.classifier = True, HIDDEN, None
         self.eos = frozenset({tokenizer.eos_token_id})
         self.cache_window: int | None = None
+        self.picture_encoder = None
         self.adapters: list[SimpleNamespace] = []
         self.room = context
         self.max_running = capacity

@@ -81,14 +81,14 @@ LAYERS = (
         "engine",
         "serves many requests at once. `scheduling/`, `sampling/`, `grammar/` (constrained output), `speculative/` "
         "(proposers, draft length, bandit). `core` runs one step; `engine` and `async_engine` are its interfaces. torch is "
-        "imported only in `runner` and `sampling/torch_sampler`",
+        "imported only in `runner`, `picture_steps` and `sampling/torch_sampler`",
         may=("backends", "cache", "system"),
         levels=(
-            ("adapters", "detokenizer", "draft", "options", "pooling", "prompt_logprobs", "request", "sequence"),
+            ("adapters", "detokenizer", "draft", "options", "pictures", "pooling", "prompt_logprobs", "request", "sequence"),
             ("grammar", "sampling"),
             ("running",),
             ("scheduling",),
-            ("runner",),
+            ("picture_steps", "runner"),
             ("speculative",),
             (REST,),
         ),
@@ -104,7 +104,8 @@ LAYERS = (
         "everything that uses Transformers' internals. `attention/`: attention functions and masks registered with "
         "it; `memory/`: cache memory; `bind/`: a model bound to an execution plan (graph, packed modules, runtime); "
         "`generation/`: `generate` and its cache; `model/`: methods of an optimized model that replace those of its "
-        "class; `general/`: models without a plan; `encoder/`: encoders; `load/`: loading, packing and saving checkpoints; "
+        "class; `general/`: models without a plan; `encoder/`: encoders; `multimodal/`: models with a vision "
+        "tower; `load/`: loading, packing and saving checkpoints; "
         "`training/`: Trainer and modules, for `train/`",
         may=("..calibration",),
         levels=(
@@ -115,6 +116,7 @@ LAYERS = (
             ("model",),
             ("general",),
             ("encoder",),
+            ("multimodal",),
             ("load", "training"),
         ),
     ),
@@ -163,6 +165,11 @@ LAYERS = (
         levels=((REST,), ("peers",), ("long",), ("sides",), ("demo", "run_benchmark")),
     ),
     Layer(
+        "prune",
+        "pruned models, for `dso prune`: one criterion per file, which tensors it cuts in each family, and a run with recovery",
+        may=("..chat", "train", "bench"),
+    ),
+    Layer(
         "doctor",
         "finds out why a model fails or runs slowly: one check or symptom per file",
         may=("..chat", "bench"),
@@ -186,7 +193,7 @@ LAYERS = (
             ("keys",),
             ("settings",),
             ("http",),
-            ("adapters", "documents", "stored_responses", "tokens"),
+            ("adapters", "documents", "pictures", "stored_responses", "tokens"),
             ("protocol",),
             ("shared",),
             ("openapi", "state"),

@@ -31,7 +31,7 @@ struct Span {  // tokens [begin, end) and [0, sinks); sinks < begin, or 0
 
 // The tokens that query row r sees; the first and last of several rows determine what all of them see together.
 DSO_INLINE Span visible(int64_t ctx, const VisibleTokens& sight, int64_t r) {
-  int64_t begin = sight.window > 0 ? sight.begin(ctx + r) : 0, end = ctx + r + 1;
+  int64_t begin = sight.window > 0 ? sight.begin(ctx + r) : 0, end = sight.end(ctx, r);
   if (sight.newest > 0) {
     const int64_t copied = end - sight.newest, first = copied > begin ? copied : begin;
     if (sight.copied) return {first > 0 ? first : 0, end};

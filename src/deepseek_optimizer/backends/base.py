@@ -110,6 +110,12 @@ class StepBatch:
         state_to: int32 [n, 2], (row, slot) in ascending order of rows: the states after this row are stored in this slot. The
             last row of every sequence must be listed. A slot occurs once. A slot in `state_from` may be listed only for the
             last row of the only sequence that reads it, which then overwrites it. Ignored by graphs without states.
+        axes: int32 [T, 3], positions in time, height and width, for RoPE with axes (`RopeSpec.axes`), and ignored by graphs
+            without it; None: on each axis `positions`.
+        visible_to: int32 [T], or None: one past the last token of its sequence that each row attends to, which is not its own
+            where the tokens of a picture see each other. It lies within the step, and does not descend. Not with latent
+            attention or chosen blocks.
+        features: float32 torch [n, T, H], what the graph's n `add_features` nodes add to the rows; None: nothing.
         adapters: the store of adapters that `adapter_of` refers to.
         adapter_of: int32 [S], the slot of each sequence's adapter, -1: none; None: no sequence has one. Faster if sequences
             with the same adapter are consecutive. Ignored by graphs without adapter sites.
@@ -130,6 +136,9 @@ class StepBatch:
     reach: Int32 | None = None
     state_from: Int32 | None = None
     state_to: Int32 | None = None
+    axes: Int32 | None = None
+    visible_to: Int32 | None = None
+    features: torch.Tensor | None = None
     adapters: AdapterStore | None = None
     adapter_of: Int32 | None = None
 
@@ -313,8 +322,8 @@ class Plan(Protocol):
         """Runs decode steps, each with the tokens that the step before it chose, and chooses their tokens.
 
         Args:
-            batch: of the first step: one row per sequence, with its logits, in phase DECODE, without `inputs_embeds` and
-                `states`. Its block table covers all steps; nothing of it is changed.
+            batch: of the first step: one row per sequence, with its logits, in phase DECODE, without `inputs_embeds`,
+                `states`, `axes`, `visible_to` and `features`. Its block table covers all steps; nothing of it is changed.
             store: as in `run`.
             call: how many steps, and how tokens are chosen.
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -35,6 +35,7 @@ def keys(
     *,
     frequencies: int = 0,
     adapter: bytes = b"",
+    besides: Callable[[int, int], bytes] = lambda begin, end: b"",
 ) -> list[Key]:
     """Keys of the first `blocks` full blocks.
 
@@ -44,13 +45,15 @@ def keys(
         known: keys of the first few blocks, computed earlier.
         frequencies: number of the RoPE frequencies that the cached keys were rotated with; 0: the model's own.
         adapter: identity of the adapter that the cached keys and values were computed with; b"": none.
+        besides: identifies what tokens [begin, end) are besides their ids (pictures); b"": nothing.
     """
     result = list(known or ())
     person = frequencies.to_bytes(8, "little")
     start = hashlib.blake2b(salt.encode("utf-8", "surrogatepass"), digest_size=16, person=person, key=adapter)
     before = result[-1] if result else start.digest()
     for block in range(len(result), blocks):
-        content = np.array(tokens[block * BLOCK_TOKENS : (block + 1) * BLOCK_TOKENS], np.int32).tobytes()
+        begin, end = block * BLOCK_TOKENS, (block + 1) * BLOCK_TOKENS
+        content = np.array(tokens[begin:end], np.int32).tobytes() + besides(begin, end)
         before = hashlib.blake2b(before + content, digest_size=16).digest()
         result.append(before)
     return result

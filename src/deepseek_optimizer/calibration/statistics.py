@@ -55,6 +55,10 @@ class ColumnSquares:
         """Returns a context manager in which the inputs of modules are added under their names."""
         return watching(modules, self.add)
 
+    def sums(self) -> dict[str, torch.Tensor]:
+        """Returns the sums, float64 [K] for each matrix."""
+        return dict(self._sums)
+
     def importance(self) -> dict[str, torch.Tensor]:
         """Returns the column weights of each matrix, float32 [K], with mean 1; all zeros if all inputs were zero."""
         return {name: (s / s.mean().clamp_min(torch.finfo(s.dtype).tiny)).float() for name, s in self._sums.items()}

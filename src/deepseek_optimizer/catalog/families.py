@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..errors import ConfigError, UnsupportedModelError
-from ..models import ENCODERS, FAMILIES, Family, build_graph, has_mtp
+from ..models import ENCODERS, FAMILIES, MULTIMODAL, Family, build_graph, has_mtp
 from .known import MODELS
 
-PLAN, GENERAL = "plan", "general"
+PLAN, MIXED, GENERAL = "plan", "plan and general", "general"
 EVERY_OTHER = "any other of Transformers"
 
 
@@ -20,7 +20,8 @@ class FamilyRow:
 
     Attributes:
         family: `model_type`, or `EVERY_OTHER`.
-        path: "plan": an execution plan; "general": Transformers' forward with packed linear layers.
+        path: "plan": an execution plan; "general": Transformers' forward with packed linear layers; "plan and general": a plan
+            for the language model of a model that sees.
         formats: weight formats.
         attention: attention modes (`DeepSeekConfig.attention_optimization`).
         drafts: sources of drafts for speculative decoding.
@@ -38,14 +39,17 @@ class FamilyRow:
 
 
 def families() -> Iterator[FamilyRow]:
-    """All families: those with a plan, those that only training knows, encoders, well-known ones on the general path, and the
-    rest."""
+    """All families: those with a plan, those that only training knows, encoders, models that see, well-known ones on the
+    general path, and the rest."""
     for name, family in FAMILIES.items():
-        yield _row(name, family)
+        if family.alone:
+            yield _row(name, family)
     for name in ENCODERS:
         yield replace(_row(name, None), path=PLAN, attention=("bidirectional",), drafts=())
+    for name in MULTIMODAL:
+        yield replace(_row(name, None), path=MIXED, attention=("flash", "eager"), drafts=("prompt lookup", "draft model"))
     for name in dict.fromkeys(model.family for model in MODELS):
-        if name not in FAMILIES and name not in ENCODERS:
+        if name not in FAMILIES and name not in ENCODERS and name not in MULTIMODAL:
             yield _row(name, None)
     yield _row(EVERY_OTHER, None)
 

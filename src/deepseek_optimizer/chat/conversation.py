@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +15,7 @@ from ..checkpoint.atomic import atomic_file
 from ..engine.request import check_text
 from ..errors import RequestError
 
-Messages = list[dict[str, str]]
+Messages = list[dict[str, Any]]  # role and content, and `pictures`: paths of files
 
 
 @dataclass
@@ -121,9 +121,12 @@ class Conversation:
     def messages(self) -> Messages:
         return ([{"role": "system", "content": self.system}] if self.system else []) + self.turns
 
-    def say(self, text: str, write: Callable[[str], None], stop: StopSignal | None = None) -> Answer:
-        """The answer to `text`. Both are added to the history, even if the answer is interrupted, but not on an error."""
-        self.turns.append({"role": "user", "content": text})
+    def say(
+        self, text: str, write: Callable[[str], None], stop: StopSignal | None = None, pictures: Sequence[str] = ()
+    ) -> Answer:
+        """The answer to `text` and to pictures, given by their files. All are added to the history, even if the answer is
+        interrupted, but not on an error."""
+        self.turns.append({"role": "user", "content": text, **({"pictures": list(pictures)} if pictures else {})})
         try:
             reply = self.speaker.answer(self.messages, write, stop or StopSignal())
         except BaseException:

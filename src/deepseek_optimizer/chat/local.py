@@ -7,14 +7,20 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
+
 from ..engine.engine import Engine
+from ..engine.pictures import PictureRows
 from ..engine.request import Request, SamplingParams
 from ..errors import BackendError, ConfigError, RequestError
 from ..integration.bind.runtime import runtime_of
+from ..integration.multimodal import PictureEncoder
 from .conversation import Answer, Messages, StopSignal, prompt_tokens, rate
 from .fit import fit
+from .pictures import picture_of_file
 from .sampling import ignored_settings, sampling_params
 from .sampling_defaults import sampling_defaults
 
@@ -46,12 +52,19 @@ def room_of(engine: Engine, context: int | None = None) -> int:
     return min(core.cache_tokens, context or core.facts.context)
 
 
-def request_for(engine: Engine, tokens: list[int], sampling: SamplingParams, context: int | None = None) -> Request:
+def request_for(
+    engine: Engine,
+    tokens: list[int],
+    sampling: SamplingParams,
+    context: int | None = None,
+    pictures: PictureRows | None = None,
+) -> Request:
     """A request whose max_tokens is limited to the space left.
 
     Args:
         tokens: of the prompt.
         context: maximum tokens of prompt and answer together; None: limited by the model and its cache.
+        pictures: the prompt's rows of pictures.
 
     Raises:
         RequestError: the prompt alone fills the context.
@@ -64,7 +77,34 @@ def request_for(engine: Engine, tokens: list[int], sampling: SamplingParams, con
             f"its {len(tokens)} tokens leave no room in the model's context of {whole}; shorten it or start a new conversation",
         )
     max_tokens = room if sampling.max_tokens is None else min(room, sampling.max_tokens)
-    return Request(tokens, replace(sampling, max_tokens=max_tokens), id=f"answer-{next(_ids)}")
+    return Request(tokens, replace(sampling, max_tokens=max_tokens), id=f"answer-{next(_ids)}", pictures=pictures)
+
+
+def picture_prompt(encoder: PictureEncoder, messages: Messages) -> tuple[list[int], PictureRows | None]:
+    """The prompt of a dialogue in which messages have pictures: their files are the message's `pictures`, before its text.
+
+    Args:
+        encoder: of the model.
+        messages: the dialogue.
+
+    Raises:
+        RequestError: a file is no picture, or the model's template rejects these messages.
+    """
+    images = [picture_of_file(Path(path)) for message in messages for path in message.get("pictures", ())]
+    parts = [
+        {
+            "role": message["role"],
+            "content": [{"type": "image"}] * len(message.get("pictures", ())) + [{"type": "text", "text": message["content"]}],
+        }
+        for message in messages
+    ]
+    processor = encoder.processor
+    template = getattr(processor, "chat_template", None) or processor.tokenizer.chat_template
+    try:
+        text = processor.apply_chat_template(parts, chat_template=template, add_generation_prompt=True, tokenize=False)
+    except TemplateError as error:
+        raise RequestError("messages", f"the model's chat template rejects them: {error}") from error
+    return encoder.prompt(processor.tokenizer(text, add_special_tokens=False)["input_ids"], images)
 
 
 def dialogue_tokens(tokenizer: Any, messages: Messages, sampling: SamplingParams, whole: int) -> tuple[list[int], int]:
@@ -89,19 +129,25 @@ def dialogue_tokens(tokenizer: Any, messages: Messages, sampling: SamplingParams
 
 
 def answer(
-    engine: Engine, tokens: list[int], write: Callable[[str], None], sampling: SamplingParams, stop: StopSignal | None = None
+    engine: Engine,
+    tokens: list[int],
+    write: Callable[[str], None],
+    sampling: SamplingParams,
+    stop: StopSignal | None = None,
+    pictures: PictureRows | None = None,
 ) -> Answer:
     """The answer to a prompt, with its text written as it is generated.
 
     Args:
         tokens: of the prompt.
         stop: stops the answer within one step.
+        pictures: the prompt's rows of pictures.
 
     Raises:
         RequestError: the prompt leaves no room for an answer.
         BackendError: the model failed.
     """
-    request, started = request_for(engine, tokens, sampling), time.perf_counter()
+    request, started = request_for(engine, tokens, sampling, pictures=pictures), time.perf_counter()
     ids: list[int] = []
     texts: list[str] = []
     times: list[float] = []
@@ -134,18 +180,25 @@ class EngineSpeaker:
     """
     Args:
         engine: with a tokenizer; not used by anything else at the same time.
+        sampling: of the answers.
+        encoder: makes prompts with pictures; None: the model reads text only.
 
     Raises:
         ConfigError: the model has no chat template.
     """
 
-    def __init__(self, engine: Engine, sampling: SamplingParams) -> None:
+    def __init__(self, engine: Engine, sampling: SamplingParams, encoder: PictureEncoder | None = None) -> None:
         if not engine.tokenizer.chat_template:
             raise ConfigError(
                 "this model has no chat template, so it cannot hold a conversation; use `dso run --raw` to continue a text"
             )
-        self.engine, self.sampling = engine, sampling
+        self.engine, self.sampling, self.encoder = engine, sampling, encoder
 
     def answer(self, messages: Messages, write: Callable[[str], None], stop: StopSignal) -> Answer:
+        if any(message.get("pictures") for message in messages):
+            if self.encoder is None:
+                raise RequestError("messages", "this model reads text only")
+            ids, rows = picture_prompt(self.encoder, messages)
+            return answer(self.engine, ids, write, self.sampling, stop, rows)
         tokens, dropped = dialogue_tokens(self.engine.tokenizer, messages, self.sampling, room_of(self.engine))
         return replace(answer(self.engine, tokens, write, self.sampling, stop), dropped_messages=dropped)

@@ -1,7 +1,7 @@
 """Validates messages and tools from clients, and normalizes them to the form that chat templates expect.
 
 Content becomes a string, `developer` becomes `system`, the arguments of past calls become objects. Fields that no template uses
-are dropped. Nothing is ever downloaded: an image is an error.
+are dropped. Nothing is ever downloaded: pictures are given besides the messages, and for models that read text are errors.
 """
 
 from __future__ import annotations
@@ -20,8 +20,13 @@ _TEXT_PARTS = ("text", "input_text", "output_text")
 _REASONING = ("reasoning_content", "reasoning")
 
 
-def check_messages(messages: Any) -> list[dict[str, Any]]:
+def check_messages(messages: Any, pictures: bool = False) -> list[dict[str, Any]]:
     """The messages in the form that templates expect: new objects of plain strings, lists and dicts.
+
+    Args:
+        messages: the messages.
+        pictures: whether content may have parts {"type": "image"}, the places of pictures that are given besides. Content with
+            such parts stays a list.
 
     Raises:
         RequestError: a message is invalid; names the field.
@@ -30,7 +35,7 @@ def check_messages(messages: Any) -> list[dict[str, Any]]:
         raise RequestError("messages", "must be a list of at least one message")
     if len(messages) > MAX_MESSAGES:
         raise RequestError("messages", f"must have at most {MAX_MESSAGES:,} messages, got {len(messages):,}")
-    return [_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
+    return [_message(message, f"messages[{i}]", pictures) for i, message in enumerate(messages)]
 
 
 def check_tools(tools: Any) -> list[dict[str, Any]]:
@@ -65,7 +70,7 @@ def check_json(value: Any, where: str, depth: int = 0) -> Any:
     raise RequestError(where, f"must be JSON, got {type(value).__name__}")
 
 
-def _message(message: Any, where: str) -> dict[str, Any]:
+def _message(message: Any, where: str, pictures: bool) -> dict[str, Any]:
     if not isinstance(message, Mapping):
         raise RequestError(where, "must be an object with role and content")
     role = message.get("role")
@@ -77,7 +82,7 @@ def _message(message: Any, where: str) -> dict[str, Any]:
     if content is None and role in ("assistant", "tool"):
         out["content"] = ""
     else:
-        out["content"] = _content(content, f"{where}.content")
+        out["content"] = _content(content, f"{where}.content", pictures)
     if role == "assistant":
         for field in _REASONING:
             if message.get(field) is not None:
@@ -94,20 +99,25 @@ def _message(message: Any, where: str) -> dict[str, Any]:
     return out
 
 
-def _content(content: Any, where: str) -> str:
+def _content(content: Any, where: str, pictures: bool) -> str | list[dict[str, str]]:
     if isinstance(content, str):
         return _string(content, where)
     if not isinstance(content, Sequence):
         raise RequestError(where, "must be a string or a list of text parts")
-    texts = []
+    texts: list[str | None] = []  # None: a picture
     for i, part in enumerate(content):
         kind = part.get("type") if isinstance(part, Mapping) else None
+        if pictures and kind == "image":
+            texts.append(None)
+            continue
         if kind not in _TEXT_PARTS:
             raise RequestError(
                 f"{where}[{i}]", "must be a part of type text: this model does not accept images, audio or files"
             )
         texts.append(_string(part.get("text"), f"{where}[{i}].text"))
-    return "\n".join(texts)
+    if None in texts:
+        return [{"type": "image"} if text is None else {"type": "text", "text": text} for text in texts]
+    return "\n".join(text or "" for text in texts)
 
 
 def _calls(calls: Any, where: str) -> list[dict[str, Any]]:

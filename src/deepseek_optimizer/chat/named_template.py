@@ -5,16 +5,21 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint.chat_template import FOLDER as _PUBLISHED
 from ..errors import ConfigError, RequestError
 from .template import ChatTemplate
 
-_FOLDER = Path(__file__).with_name("templates")
+_FOLDERS = (Path(__file__).with_name("templates"), _PUBLISHED)
 _MAX_BYTES = 1 << 20
 
 
 def template_names() -> list[str]:
     """Names of the templates of this package."""
-    return sorted(path.stem for path in _FOLDER.glob("*.jinja"))
+    return sorted(_files())
+
+
+def _files() -> dict[str, Path]:
+    return {path.stem: path for folder in _FOLDERS for path in folder.glob("*.jinja")}
 
 
 def read_template(value: str) -> str:
@@ -26,10 +31,10 @@ def read_template(value: str) -> str:
     Raises:
         ConfigError: there is no such template or file, or the file is too large or not UTF-8.
     """
-    names = template_names()
-    path = _FOLDER / f"{value}.jinja" if value in names else Path(value).expanduser()
+    files = _files()
+    path = files[value] if value in files else Path(value).expanduser()
     if not path.is_file():
-        raise ConfigError(f"--chat-template: there is no file {value!r}; give a file, or one of {', '.join(names)}")
+        raise ConfigError(f"--chat-template: there is no file {value!r}; give a file, or one of {', '.join(template_names())}")
     with path.open("rb") as file:
         data = file.read(_MAX_BYTES + 1)
     if len(data) > _MAX_BYTES:

@@ -91,10 +91,19 @@ class ChatTemplate:
         seconds: maximum CPU time of rendering.
         memory: maximum memory of rendering in bytes.
         max_characters: maximum length of a rendered prompt.
+        pictures: whether messages may have places of pictures, see `check_messages`.
     """
 
-    def __init__(self, tokenizer: Any, *, seconds: float = 5.0, memory: int = 1 << 29, max_characters: int = 1 << 24) -> None:
-        self._tokenizer = tokenizer
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        seconds: float = 5.0,
+        memory: int = 1 << 29,
+        max_characters: int = 1 << 24,
+        pictures: bool = False,
+    ) -> None:
+        self._tokenizer, self._pictures = tokenizer, pictures
         self._worker = Worker(_JOB, {"max_characters": max_characters}, seconds=seconds, memory=memory)
         self._special = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
         self._controls: dict[str, ControlTokens] = {}  # by template, which may differ with tools
@@ -167,7 +176,7 @@ class ChatTemplate:
             raise RequestError("messages", "the prompt is empty")
         system = None
         if rendered.edged[0]["role"] == "system":
-            contents = [message["content"] for message in rendered.edged[:2]]
+            contents = [_said(message) for message in rendered.edged[:2]]
             system = self._system_span(rendered.edged_text, contents, encoded, rendered.controls, rendered.marks)
         return Prompt(encoded.ids, encoded.text, system)
 
@@ -224,7 +233,7 @@ class ChatTemplate:
         return _Rendered(texts[1 if joined else 0], edged, texts[1], controls, marks)
 
     def _checked(self, messages: Any, tools: Any, options: Mapping[str, Any] | None) -> _Checked:
-        checked = check_messages(messages)
+        checked = check_messages(messages, self._pictures)
         tools = check_tools(tools) if tools else None
         source = self.source(tools is not None)
         if tools is not None and not self.knows_tools():
@@ -232,6 +241,8 @@ class ChatTemplate:
         variables = self._options(options or {}, tools is not None)
         if any("tool_calls" in message for message in checked) and self._inspect(source)["arguments_as_text"]:
             checked = [_arguments_as_text(message) for message in checked]
+        if any(isinstance(message["content"], list) for message in checked) or self._inspect(source)["lists"]:
+            checked = [_with_parts(message) for message in checked]
         if _SHORT_IDS in source:
             checked = [_with_short_ids(message) for message in checked]
         if _THINKING in source:
@@ -363,6 +374,12 @@ class ChatTemplate:
         return 0, bisect_left(encoded.begins, len(text))
 
 
+def _with_parts(message: dict[str, Any]) -> dict[str, Any]:
+    """The message with its content as a list, which some templates for pictures require for all messages."""
+    content = message["content"]
+    return message if isinstance(content, list) else {**message, "content": [{"type": "text", "text": content}]}
+
+
 def _arguments_as_text(message: dict[str, Any]) -> dict[str, Any]:
     if "tool_calls" not in message:
         return message
@@ -401,7 +418,13 @@ def _whole(rendered: _Checked, mark: Callable[[Any, Marks], Any]) -> dict[str, A
     return {**rendered.shared, **more}
 
 
+def _said(message: Mapping[str, Any]) -> str:
+    """The first text of a message."""
+    content = message["content"]
+    return content if isinstance(content, str) else next((part["text"] for part in content if part["type"] == "text"), "")
+
+
 def _hidden(messages: list[dict[str, Any]], text: str) -> list[int]:
     """Indices of messages whose content or reasoning is not completely in the text."""
-    texts = [(message["content"].strip(), message.get("reasoning_content", "").strip()) for message in messages]
+    texts = [(_said(message).strip(), message.get("reasoning_content", "").strip()) for message in messages]
     return [i for i, parts in enumerate(texts) if any(part not in text for part in parts)]

@@ -73,7 +73,7 @@ def _of_firefunction(tools: Any) -> dict[str, str]:
 
 def _inspect(template: str, variables: dict[str, Any], render: Callable[[str, dict[str, Any]], str]) -> dict[str, Any]:
     """Facts about a template: the variables that it reads, whether it renders calls, whether it expects their arguments as text
-    rather than objects, and whether it renders system messages."""
+    rather than objects, whether it renders system messages, and whether it expects content as lists of parts."""
     import jinja2.meta
     from transformers.utils import chat_template_utils
 
@@ -96,6 +96,13 @@ def _inspect(template: str, variables: dict[str, Any], render: Callable[[str, di
         except ValueError:
             return False
 
+    def shows_user(content: Any) -> bool:
+        messages = [{"role": "user", "content": content}]
+        try:
+            return "dso-probe" in render(template, {**_conversation({}, variables), "messages": messages, "tools": None})
+        except ValueError:
+            return False
+
     as_object = shows_json({"dso": "probe"})
     as_text = not as_object and shows_json('{"dso": "probe"}')
     return {
@@ -103,6 +110,7 @@ def _inspect(template: str, variables: dict[str, Any], render: Callable[[str, di
         "calls": as_object or as_text,
         "arguments_as_text": as_text,
         "system": shows_system(),
+        "lists": not shows_user("dso-probe") and shows_user([{"type": "text", "text": "dso-probe"}]),
     }
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..errors import CheckpointError
 from .base import Checkpoint
+from .chat_template import published_template
 from .files import DataFile, inside
 from .gguf import GgufCheckpoint
 
@@ -17,6 +18,9 @@ _NUMBER = re.compile(rb'"\s*:\s*(\d{1,18})')  # a number after a key: every id o
 
 def load_tokenizer(checkpoint: Checkpoint) -> Any:
     """Loads Transformers' tokenizer of an open, and therefore validated, checkpoint. No code of the checkpoint is run.
+
+    If the checkpoint has no chat template, and the prompts of its model type are published in another form, the tokenizer gets
+    the template of `published_template`.
 
     Raises:
         CheckpointError: there is none, it cannot be read, or it has more tokens than the embedding has rows.
@@ -35,7 +39,10 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
         raise CheckpointError(f"has no tokenizer that can be read: {error}", file=checkpoint.path) from error
     # Transformers may add the default end marker of its class to a GGUF vocabulary, so the file's own tokens are counted.
     tokens = checkpoint.vocabulary_size if isinstance(checkpoint, GgufCheckpoint) else None
-    check_tokenizer_size(tokens or len(tokenizer), checkpoint.config().get("vocab_size"), checkpoint.path)
+    config = checkpoint.config()
+    check_tokenizer_size(tokens or len(tokenizer), config.get("vocab_size"), checkpoint.path)
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = published_template(config.get("model_type"))
     return tokenizer
 
 

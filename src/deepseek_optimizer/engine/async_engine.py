@@ -144,6 +144,7 @@ class AsyncEngine:
         running: returns a context manager that is active during each step, such as the backend's thread settings.
         replaced_files: returns the paths of the model's mapped files that have been replaced or removed since.
         weights: of the model, for `sleep`; None: they are not released.
+        picture_encoder: makes prompts with pictures for this engine; None: the model reads text only.
     """
 
     def __init__(
@@ -153,7 +154,9 @@ class AsyncEngine:
         running: Any = nullcontext,
         replaced_files: Callable[[], list[str]] = list,
         weights: Weights | None = None,
+        picture_encoder: Any = None,
     ) -> None:
+        self.picture_encoder = picture_encoder
         self.core, self.model_name, self._running, self._replaced_files = core, model_name, running, replaced_files
         self.tokenizer = core.tokenizer
         self.context, self.vocab_size, self.eos = core.facts.context, core.facts.vocab_size, core.facts.eos

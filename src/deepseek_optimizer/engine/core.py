@@ -143,6 +143,10 @@ class EngineCore:
             adapters_of(self).check(request.adapter)
         check_tokens(request, facts.vocab_size)
         check_reading(request, classifies=False)
+        if request.pictures is not None and not facts.pictures:
+            raise RequestError("pictures", "this model reads text only")
+        if request.pictures is not None and self.sliding is not None:
+            raise RequestError("pictures", "are not possible with a window over the conversation (cache_window)")
         room, what, fix = facts.context, "this model's maximum context length", "Please reduce the length of the prompt"
         if self.sliding is not None:
             if not request.embed:
@@ -181,7 +185,8 @@ class EngineCore:
         reach = self._reach(request, max_tokens)
         with self.memory.locked() as manager:
             interval = self.memory.state_interval if self.prefix is not None and not request.embed else 0
-            sequence = Sequence(self._count, list(request.prompt), SequenceBlocks(manager, interval, self._whole), reach=reach)
+            blocks = SequenceBlocks(manager, interval, self._whole)
+            sequence = Sequence(self._count, list(request.prompt), blocks, reach=reach, pictures=request.pictures)
         running = Running(
             number=self._count,
             request=request,

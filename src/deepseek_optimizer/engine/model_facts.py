@@ -16,6 +16,7 @@ class ModelFacts:
         eos: end-of-text token ids.
         chunk: fixed chunk size in tokens for prompts, for models whose results depend on the chunking; None: any size.
         plain: with dynamic RoPE, the length in tokens up to which frequencies are not scaled; None: they never are.
+        pictures: whether prompts may have pictures.
     """
 
     vocab_size: int
@@ -24,3 +25,4 @@ class ModelFacts:
     eos: frozenset[int]
     chunk: int | None = None
     plain: int | None = None
+    pictures: bool = False

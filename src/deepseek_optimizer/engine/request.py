@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import RequestError, shown
+from .pictures import PictureRows
 from .pooling import Pooling
 from .prompt_logprobs import PromptLogprobs
 
@@ -235,6 +236,7 @@ class Request:
             earlier ones of the same client only.
         adapter: name of the LoRA adapter to use; "": the model without one.
         progress: report how many tokens of the prompt have been processed, see `Output.progress`.
+        pictures: the prompt's rows of pictures, for multimodal models; None: it is text.
     """
 
     prompt: list[int]
@@ -254,10 +256,13 @@ class Request:
     adapter: str = ""
     prompt_logprobs: int | None = None
     progress: bool = False
+    pictures: PictureRows | None = None
 
     def __post_init__(self) -> None:
         """Raises RequestError for a value outside its range."""
         _optional_integer("prompt_logprobs", self.prompt_logprobs, 0, MAX_LOGPROBS)
+        if self.pictures is not None and self.pictures.tokens != len(self.prompt):
+            raise RequestError("pictures", f"are those of a prompt with {self.pictures.tokens} tokens, not {len(self.prompt)}")
         if self.embed and self.prompt_logprobs is not None:
             raise RequestError("prompt_logprobs", "is not possible with embed; send two requests")
 

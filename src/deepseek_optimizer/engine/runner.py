@@ -12,6 +12,7 @@ from ..backends.base import BLOCK_TOKENS, PREFILL, AdapterStore, Int32, Plan, St
 from ..backends.decoding import DecodeCall, Decoded
 from ..backends.sampling import Floats, TokenChoice
 from ..cache import states_of_step
+from .picture_steps import Embed, step_fields
 from .scheduling.memory import Memory
 from .sequence import Part, Sequence
 
@@ -28,6 +29,7 @@ class Runner:
         adapted: a plan for steps with adapters, with the same results for other sequences, and the store of the adapters; None:
             the sequences' adapters are not used.
         decodes: whether `decode` runs several steps (`Capabilities.decode_calls`).
+        embed: the model's embeddings of token ids, for steps with pictures; None: sequences have none.
 
     Attributes:
         on_host: whether the plan's logits are in host memory.
@@ -40,8 +42,9 @@ class Runner:
         vocab_size: int = 0,
         adapted: tuple[Plan, AdapterStore] | None = None,
         decodes: bool = False,
+        embed: Embed | None = None,
     ) -> None:
-        self._adapted = adapted
+        self._adapted, self._embed = adapted, embed
         self.plan, self.memory, self.on_host = plan, memory, plan.device.type == "cpu"
         self._vocab_size = vocab_size if self.on_host else 0
         self.decodes = decodes and self._vocab_size > 0
@@ -203,6 +206,8 @@ class Runner:
             state_from=state_from,
             state_to=state_to,
         )
+        if self._embed is not None and any(p.sequence.pictures is not None for p in parts):
+            batch = replace(batch, **step_fields(parts, batch.positions, self._embed))
         plan = self.plan
         if self._adapted is not None and (slots := _adapter_of(parts)) is not None:
             plan, store = self._adapted

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..backends.base import DECODE
 from ..cache import SequenceBlocks
+from .pictures import PictureRows
 
 
 @dataclass(eq=False)
@@ -22,6 +23,7 @@ class Sequence:
         reach: with dynamic RoPE, the length in tokens that the frequencies are scaled for: the maximum length of the sequence,
             constant while it exists. None: in each step the current length.
         adapter: slot of its LoRA adapter; -1: none.
+        pictures: the prompt's rows of pictures; None: it has no pictures.
     """
 
     index: int
@@ -30,6 +32,7 @@ class Sequence:
     first_position: int = 0
     reach: int | None = None
     adapter: int = -1
+    pictures: PictureRows | None = None
 
     @property
     def cached(self) -> int:

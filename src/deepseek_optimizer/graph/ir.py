@@ -315,6 +315,11 @@ class Graph:
         """Whether steps need token ids even if they have `inputs_embeds`."""
         return any(node.op in ("lookup", "hash_router") for node in self.nodes)
 
+    @property
+    def features(self) -> int:
+        """Number of `add_features` nodes, whose indices count them."""
+        return sum(node.op == "add_features" for node in self.nodes)
+
     def without_head(self) -> Graph:
         """The graph up to the final norm."""
         return replace(self, nodes=[node for node in self.nodes if node.op != "lm_head"])

@@ -39,11 +39,12 @@ def causal_output(*, cache: Any, **fields: Any) -> CausalLMOutputWithPast:
 def output_class(model: Any) -> Any:
     """The output class of a model's forward, which differs for mixtures of experts."""
     model_class: Any = type(model)
-    return _output_class(model_class)
+    return class_output(model_class)
 
 
 @functools.lru_cache(maxsize=64)
-def _output_class(model_class: Any) -> Any:
+def class_output(model_class: Any) -> Any:
+    """The output class of a model class's forward."""
     annotation = inspect.signature(model_class.forward).return_annotation
     if isinstance(annotation, str):
         names = (part.strip() for part in annotation.split("|"))

@@ -14,7 +14,7 @@ from typing import Any
 
 from ..errors import ConfigError, UnsupportedModelError, shown
 from ..graph.ir import Graph, RowsSpec
-from .families import ENCODERS, FAMILIES, SUPPORTED, Family, traits
+from .families import ENCODERS, FAMILIES, MULTIMODAL, PARTS, SUPPORTED, Family, Multimodal, traits
 from .fields import Fields
 
 DTYPES = ("float32", "bfloat16", "float16", "float64", "float8_e4m3fn", "float8_e5m2")
@@ -109,7 +109,9 @@ def check_config(raw: Mapping[str, Any]) -> None:
     if not isinstance(raw, Mapping):
         raise ConfigError(f"config: expected an object with fields, got {type(raw).__name__}")
     fields = Fields(raw)
-    _build(fields, raw.get("model_type"))
+    if (model_type := raw.get("model_type")) in PARTS:
+        raise UnsupportedModelError(f"config.model_type {model_type!r} is part of a multimodal model; load the whole model.")
+    _build(fields, model_type)
     mtp_layers(raw)
     for name in ("dtype", "torch_dtype"):
         _check_dtype(fields, name)
@@ -122,7 +124,7 @@ def _model_type(config: Any) -> Any:
 
 
 def _family(model_type: Any) -> ModuleType:
-    if model_type not in SUPPORTED:
+    if model_type not in SUPPORTED and model_type not in PARTS:
         raise UnsupportedModelError(f"config.model_type {model_type!r} is not supported. Supported: {', '.join(SUPPORTED)}.")
     return import_module(f"{__name__}.{model_type}")
 
@@ -152,8 +154,11 @@ __all__ = [
     "FAMILIES",
     "MAX_LABELS",
     "MAX_MTP_LAYERS",
+    "MULTIMODAL",
+    "PARTS",
     "SUPPORTED",
     "Family",
+    "Multimodal",
     "build_encoder_graph",
     "build_graph",
     "build_mtp_graph",

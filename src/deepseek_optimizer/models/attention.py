@@ -6,19 +6,21 @@ from dataclasses import replace
 from typing import Any
 
 from ..graph.ir import CacheSpec, Graph, Node, Value
-from .blocks import Attend, FeedForward, emit, linear, mlp, rms_norm, scale_by_position, trunk_graph
+from .blocks import Attend, Begin, FeedForward, emit, linear, mlp, rms_norm, scale_by_position, trunk_graph
 from .decoder import Decoder
 from .mtp import mtp_graph
 
 
-def decoder_graph(d: Decoder, feed_forward: FeedForward | None = None) -> Graph:
+def decoder_graph(d: Decoder, feed_forward: FeedForward | None = None, begin: Begin | None = None) -> Graph:
     """The unfused graph of a decoder whose attention has keys and values per head.
 
     Args:
         d: the model's sizes.
         feed_forward: appends the nodes of a layer's feed-forward network; None: all layers have dense MLPs.
+        begin: as in `trunk_graph`.
     """
-    return trunk_graph(d, CacheSpec(d.layers, d.kv_heads, d.head_dim), attention(d), feed_forward or _dense(d))
+    cache = CacheSpec(d.layers, d.kv_heads, d.head_dim)
+    return trunk_graph(d, cache, attention(d), feed_forward or _dense(d), begin=begin)
 
 
 def decoder_mtp_graph(d: Decoder, depth: int, layers: int) -> Graph:

@@ -24,10 +24,12 @@ class Family:
         window_from_config: all layers have `config.sliding_window`, and the attention modules don't have one of their own.
         interleaved_latents: Transformers' cache holds the rotated part of latent keys as interleaved pairs, as the plan's
             does; other families with latent attention move the pairs into halves first.
+        alone: Transformers has a causal language model of this family; otherwise it occurs only within multimodal models.
         separates_documents: without a mask and a cache, tokens do not attend across a place where `position_ids` start again.
     """
 
     served: bool = True
+    alone: bool = True
     rotates_halves: bool = True
     plain_residuals: bool = True
     plain_head: bool = True
@@ -87,8 +89,43 @@ FAMILIES: Final[Mapping[str, Family]] = MappingProxyType({
     "qwen3_next": _PLAN_ONLY,
     "qwen3_5_text": _PLAN_ONLY,
     "qwen3_5_moe_text": _PLAN_ONLY,
+    "qwen2_5_vl_text": replace(_PLAN_ONLY, alone=False, separates_documents=False),
+    "qwen3_vl_text": replace(_PLAN_ONLY, alone=False, separates_documents=False),
+    "deepseek_ocr2_text": replace(_PLAN_ONLY, alone=False),
 })  # fmt: skip
-SUPPORTED: Final = tuple(name for name, family in FAMILIES.items() if family.served)
+SUPPORTED: Final = tuple(name for name, family in FAMILIES.items() if family.served and family.alone)
+PARTS: Final = tuple(name for name, family in FAMILIES.items() if family.served and not family.alone)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Multimodal:
+    """How a family's models contain their language model.
+
+    Attributes:
+        decoder: name of the language model's module within the base model.
+        token_types: the argument of `forward` by whose values above 0 the tokens of a picture see each other; "": attention is
+            causal throughout.
+        bidirectional: value of the language model's `use_bidirectional_attention` for which they do; None: always.
+    """
+
+    decoder: str = "language_model"
+    token_types: str = ""
+    bidirectional: str | None = None
+
+
+# Models with a vision tower, whose language model has a plan; Transformers computes the rest.
+MULTIMODAL: Final[Mapping[str, Multimodal]] = MappingProxyType({
+    "qwen2_5_vl": Multimodal(),
+    "qwen3_vl": Multimodal(),
+    "qwen3_5": Multimodal(),
+    "smolvlm": Multimodal(decoder="text_model"),
+    "gemma3": Multimodal(token_types="token_type_ids"),
+    "gemma4": Multimodal(token_types="mm_token_type_ids", bidirectional="vision"),
+    "janus": Multimodal(),
+    "deepseek_vl": Multimodal(),
+    "deepseek_vl_hybrid": Multimodal(),
+    "deepseek_ocr2": Multimodal(),
+})  # fmt: skip
 
 # Encoders, which have a plan for hidden states, and neither a cache nor a language model head in it.
 ENCODERS: Final = ("bert", "roberta", "xlm-roberta", "camembert", "distilbert", "modernbert")

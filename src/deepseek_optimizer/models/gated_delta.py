@@ -15,6 +15,7 @@ from .attention import attention
 from .blocks import FeedForward, emit, linear, trunk_graph
 from .decoder import MAX_HEADS, MAX_KERNEL, MAX_WIDTH, Decoder, read_decoder, read_layer_kinds
 from .fields import Fields
+from .mrope import with_axes
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ def build_hybrid(
     project: Project,
     feed_forward: Callable[[Decoder], FeedForward],
     width: str = "intermediate_size",
+    axes: tuple[int, int, int] | None = None,
 ) -> Graph:
     """The unfused graph of a hybrid decoder.
 
@@ -69,10 +71,13 @@ def build_hybrid(
         project: appends the input projections of a delta net.
         feed_forward: creates the builder of the layers' feed-forward networks.
         width: name of the field with the width of dense MLPs.
+        axes: default sections of multimodal RoPE with alternating axes; None: there is one position.
     """
     bias = fields.flag("attention_bias")
     d = read_decoder(fields, family, qkv_bias=bias, o_bias=bias, partial=0.25, width=width)
     net, kinds = _read_delta_net(fields), read_layer_kinds(fields, d.layers, "full_attention", "linear_attention")
+    if axes is not None:
+        d = replace(d, ropes=(with_axes(fields, d.rope, axes, interleaved=True),))
     cache_layers = tuple(kinds[:layer].count("full_attention") for layer in range(d.layers))
     d = replace(d, norm="rms_offset", qk_norm="head", gated=True, cache_layers=cache_layers)
     attend = attention(d)

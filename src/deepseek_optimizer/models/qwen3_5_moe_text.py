@@ -7,6 +7,7 @@ from .blocks import FeedForward
 from .decoder import Decoder
 from .fields import Fields
 from .gated_delta import build_hybrid, project_separately
+from .qwen3_5_text import DEFAULT_SECTION
 from .qwen3_next import shared_experts
 
 
@@ -14,4 +15,4 @@ def build(fields: Fields) -> Graph:
     def experts(d: Decoder) -> FeedForward:
         return shared_experts(fields, d, (True,) * d.layers, normalize=True)
 
-    return build_hybrid(fields, "qwen3_5_moe_text", project_separately, experts, "moe_intermediate_size")
+    return build_hybrid(fields, "qwen3_5_moe_text", project_separately, experts, "moe_intermediate_size", DEFAULT_SECTION)

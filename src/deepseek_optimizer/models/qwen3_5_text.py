@@ -8,9 +8,11 @@ from .decoder import Decoder
 from .fields import Fields
 from .gated_delta import build_hybrid, project_separately
 
+DEFAULT_SECTION = (11, 11, 10)  # of multimodal RoPE
+
 
 def build(fields: Fields) -> Graph:
-    return build_hybrid(fields, "qwen3_5_text", project_separately, _dense)
+    return build_hybrid(fields, "qwen3_5_text", project_separately, _dense, axes=DEFAULT_SECTION)
 
 
 def _dense(d: Decoder) -> FeedForward:

@@ -41,6 +41,8 @@ class RopeSpec:
         room: maximum length of a sequence: `context`, or for "dynamic" `factor` times as much, because its formula takes the
             trained length from max_position_embeddings.
         attention_scale: factor of latent attention's scores (Transformers' yarn_apply_mscale).
+        axes: for each frequency the axis whose position it takes, where pictures have positions in time (0), height (1) and
+            width (2); (): there is one position.
     """
 
     kind: str
@@ -51,6 +53,7 @@ class RopeSpec:
     context: int = 0
     room: int = 0
     attention_scale: float = 1.0
+    axes: tuple[int, ...] = ()
 
     @property
     def is_dynamic(self) -> bool:

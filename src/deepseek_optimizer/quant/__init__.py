@@ -11,7 +11,7 @@ import torch
 
 from ..errors import ConfigError
 from . import fp8, ggml
-from .base import PANEL_ROWS, TILE_COLS, TILE_ROWS, GroupFormat, Packer, WeightFormat
+from .base import PANEL_ROWS, TILE_COLS, TILE_ROWS, GroupFormat, Packer, WeightFormat, WholeGroups
 from .bf16 import Bf16
 from .fp8 import Fp8
 from .fp32 import Fp32
@@ -26,7 +26,9 @@ FORMATS: Mapping[str, WeightFormat] = MappingProxyType(
     {f.name: f for f in (Fp32(), Bf16(), Int8(), Int4(), Int3(), Q4_1(), Fp8(), *BLOCK_FORMATS)}
 )
 # Formats that compensated rounding supports (`compensation.py`).
-GROUP_FORMATS: Mapping[str, GroupFormat] = MappingProxyType({"int8": Int8(), "int4": Int4(), "q4_1": Q4_1()})
+GROUP_FORMATS: Mapping[str, GroupFormat | WholeGroups] = MappingProxyType(
+    {"int8": Int8(), "int4": Int4(), "q4_1": Q4_1(), "int3": Int3()}
+)
 
 QUANT_METHOD: Final = "deepseek_optimizer"  # the name of these formats in a config.json
 WEIGHED = frozenset({"int3", "int4", "q4_1"})  # formats whose scales depend on the columns' importance
@@ -113,6 +115,7 @@ __all__ = [
     "PackedWeight",
     "Packer",
     "WeightFormat",
+    "WholeGroups",
     "get_format",
     "pack",
     "reference_packer",

@@ -8,7 +8,7 @@ native build.
 
 from __future__ import annotations
 
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
 
@@ -45,10 +45,10 @@ class Packer(Protocol):
     ) -> torch.Tensor: ...
 
 
-Parameters = tuple[torch.Tensor, ...]  # what a group of 32 columns has besides its codes, such as a scale: fp16 [n] each
+Parameters = tuple[torch.Tensor, ...]  # what a group of 32 columns has besides its codes, such as a scale: [n] each, as stored
 
 
-class GroupFormat(Protocol):
+class CodedGroups(Protocol):
     """A format whose groups of 32 columns can be rounded one by one, as compensated rounding does (`compensation.py`).
 
     Columns come first: x is float32 [32, n], one group of n rows, and a part of it [k, n].
@@ -58,6 +58,28 @@ class GroupFormat(Protocol):
     """
 
     run: ClassVar[int]
+
+    @staticmethod
+    def values(codes: torch.Tensor, parameters: Parameters) -> torch.Tensor:
+        """The values of codes, float32 [k, n]: float32 [k, n], what `unpack` returns for them."""
+
+    @staticmethod
+    def tiles(codes: torch.Tensor, parameters: Parameters) -> torch.Tensor:
+        """Packs codes, int16 [N, K], with parameters [N, K/32] each: uint8 [ceil(N/16), K/32, tile_bytes]."""
+
+
+@runtime_checkable
+class WholeGroups(CodedGroups, Protocol):
+    """`CodedGroups` whose 32 codes depend on each other, so that they are chosen together; `run` is 32."""
+
+    @staticmethod
+    def rounded(x: torch.Tensor, importance: torch.Tensor, packer: Packer) -> tuple[torch.Tensor, Parameters]:
+        """Chooses parameters and codes, integers [32, n], of x [32, n] such that the error weighted by importance, float32
+        [32], is small. `packer` packs the format."""
+
+
+class GroupFormat(CodedGroups, Protocol):
+    """`CodedGroups` whose codes are chosen for given parameters."""
 
     @staticmethod
     def fit(x: torch.Tensor, importance: torch.Tensor) -> Parameters:
@@ -70,14 +92,6 @@ class GroupFormat(Protocol):
     @staticmethod
     def codes(x: torch.Tensor, parameters: Parameters) -> torch.Tensor:
         """The codes nearest to x [k, n] for given parameters; k is a multiple of `run`. float32 [k, n]."""
-
-    @staticmethod
-    def values(codes: torch.Tensor, parameters: Parameters) -> torch.Tensor:
-        """The values of codes [k, n], float32 [k, n]: what `unpack` returns for them."""
-
-    @staticmethod
-    def tiles(codes: torch.Tensor, parameters: Parameters) -> torch.Tensor:
-        """Packs codes, int8 or float32 [N, K], with parameters [N, K/32] each: uint8 [ceil(N/16), K/32, tile_bytes]."""
 
 
 class WeightFormat(Protocol):

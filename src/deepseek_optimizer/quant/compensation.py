@@ -8,7 +8,8 @@ in order:
 
 The error of the product is then the sum over k of D_k times the square of what this rounding alone changed. This is LDLQ
 (Chee et al. 2023, "QuIP"), which computes the same codes as GPTQ (Frantar et al. 2022). The parameters of a group of 32 columns
-are chosen when its first column is reached, for errors weighted by D.
+are chosen when its first column is reached, for errors weighted by D. The 32 codes of a group of int3 depend on each other, so
+they are chosen together (D then has blocks of 32 columns, of which the weights are the diagonals).
 
 Sweeps over the groups follow. Each chooses the parameters and codes of one group again, now that those of all other groups are
 known, and keeps them in the rows in which the error of the product becomes smaller (block coordinate descent).
@@ -17,10 +18,11 @@ known, and keeps them in the rows in which the error of the product becomes smal
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
-from .base import TILE_COLS, GroupFormat, Parameters
+from .base import TILE_COLS, CodedGroups, GroupFormat, Packer, Parameters, WholeGroups
 
 DAMPING = 0.01  # is added to the diagonal of H, relative to its mean: as in GPTQ
 SWEEPS = 1
@@ -47,12 +49,12 @@ class Curvature:
 
 @dataclass(frozen=True)
 class Rounded:
-    """A rounded matrix: codes int16 [N, K] and the parameters of its groups, fp16 [N, K/32] each."""
+    """A rounded matrix: codes int16 [N, K] and the parameters of its groups, [N, K/32] each."""
 
     codes: torch.Tensor
     parameters: Parameters
 
-    def values(self, format: GroupFormat) -> torch.Tensor:
+    def values(self, format: CodedGroups) -> torch.Tensor:
         """float32 [N, K]."""
         groups = range(self.codes.shape[1] // TILE_COLS)
         columns = self.codes.t().float()
@@ -83,7 +85,13 @@ def _factored(h: torch.Tensor, run: int) -> tuple[torch.Tensor, torch.Tensor]:
     return feedback, blocks.square().sum(-1).flatten(-2)
 
 
-def compensated(weight: torch.Tensor, curvature: Curvature, format: GroupFormat, sweeps: int = SWEEPS) -> Rounded:
+def compensated(
+    weight: torch.Tensor,
+    curvature: Curvature,
+    format: GroupFormat | WholeGroups,
+    sweeps: int = SWEEPS,
+    packer: Packer | None = None,
+) -> Rounded:
     """Rounds a matrix such that the error of its product is small.
 
     Args:
@@ -91,10 +99,12 @@ def compensated(weight: torch.Tensor, curvature: Curvature, format: GroupFormat,
         curvature: of its inputs; computed for the format's `run`.
         format: the format.
         sweeps: number of sweeps that improve the result.
+        packer: packs the format; needed for `WholeGroups`.
     """
     groups = _groups(curvature, format.run)
     dtype = curvature.feedback.dtype
-    parts = [_rounded_rows(rows.to(dtype), curvature, groups, format, sweeps) for rows in weight.split(ROWS)]
+    choose = _Choice(format, packer)
+    parts = [_rounded_rows(rows.to(dtype), curvature, groups, choose, sweeps) for rows in weight.split(ROWS)]
     columns = zip(*(part.parameters for part in parts), strict=True)
     return Rounded(torch.cat([part.codes for part in parts]), tuple(torch.cat(column) for column in columns))
 
@@ -119,7 +129,26 @@ def product_error(weight: torch.Tensor, values: torch.Tensor, curvature: Curvatu
     return ((error @ curvature.second_moment) * error).sum(-1)
 
 
-def _rounded_rows(weight: torch.Tensor, c: Curvature, groups: list[_Group], format: GroupFormat, sweeps: int) -> Rounded:
+class _Choice:
+    """Chooses the parameters, codes and values of a group, for either kind of format."""
+
+    def __init__(self, format: GroupFormat | WholeGroups, packer: Packer | None) -> None:
+        self.format, self._packer = format, packer
+
+    def __call__(
+        self, target: torch.Tensor, weights: torch.Tensor, feedback: torch.Tensor, kept: torch.Tensor | None = None
+    ) -> tuple[Parameters, torch.Tensor, torch.Tensor]:
+        """Rounds a group [32, N]; weights and feedback are those within it; `kept`: its codes so far, if it has any."""
+        if isinstance(self.format, WholeGroups):
+            assert self._packer is not None
+            codes, parameters = self.format.rounded(target.float(), weights.float(), self._packer)
+            return parameters, codes, self.format.values(codes, parameters).to(target.dtype)
+        fit = self.format.fit if kept is None else partial(self.format.refit, codes=kept)
+        parameters = fit(target.float(), importance=weights.float())
+        return parameters, *_rounded_group(target, parameters, feedback, self.format)
+
+
+def _rounded_rows(weight: torch.Tensor, c: Curvature, groups: list[_Group], choose: _Choice, sweeps: int) -> Rounded:
     columns = weight.t().contiguous()  # [K, N]: the operations on one column of all rows are contiguous
     codes, error = torch.empty_like(columns, dtype=torch.int16), torch.empty_like(columns)
     chosen = []
@@ -129,12 +158,11 @@ def _rounded_rows(weight: torch.Tensor, c: Curvature, groups: list[_Group], form
         # The best values of this group for the errors so far: what it would be changed to if it were not rounded.
         change = c.feedback[: here.start, here].t() @ error[: here.start]
         target = columns[here] + torch.linalg.solve_triangular(inner.t(), change, upper=False, unitriangular=True)
-        parameters = format.fit(target.float(), c.weights[here].float())
-        codes[here], values = _rounded_group(target, parameters, inner, format)
+        parameters, codes[here], values = choose(target, c.weights[here], inner)
         error[here] = columns[here] - values
         chosen.append(parameters)
     for _ in range(sweeps):
-        _sweep(codes, error, chosen, c, groups, format)
+        _sweep(codes, error, chosen, c, groups, choose)
     return Rounded(codes.t().contiguous(), tuple(torch.stack(kind, 1) for kind in zip(*chosen, strict=True)))
 
 
@@ -174,7 +202,7 @@ def _sweep(
     chosen: list[Parameters],
     c: Curvature,
     groups: list[_Group],
-    format: GroupFormat,
+    choose: _Choice,
 ) -> None:
     """Chooses every group again, given the others. Modifies codes int16 [K, N], error [K, N] = W - Q, and the parameters."""
     for i, (group, old) in enumerate(zip(groups, chosen, strict=True)):
@@ -182,10 +210,9 @@ def _sweep(
         # The error of the product is that of (target - values) by the group's block of H, plus what this group cannot change.
         distance = group.inverse @ (c.second_moment[here] @ error)
         kept = codes[here].float()
-        values = format.values(kept, old)
+        values = choose.format.values(kept, old)
         target = values + distance
-        parameters = format.refit(target.float(), kept, group.weights.float())
-        tried, new_values = _rounded_group(target, parameters, group.feedback, format)
+        parameters, tried, new_values = choose(target, group.weights, group.feedback, kept)
         left = target - new_values
         better = ((group.second_moment @ left) * left).sum(0) < ((group.second_moment @ distance) * distance).sum(0)
         codes[here] = torch.where(better, tried.to(codes.dtype), codes[here])

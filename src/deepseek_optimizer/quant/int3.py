@@ -10,7 +10,7 @@ from typing import ClassVar
 
 import torch
 
-from .base import TILE_COLS, TILE_ROWS
+from .base import TILE_COLS, TILE_ROWS, Packer, Parameters
 from .groups import grouped, round_scale, ungroup
 from .search import by_column, pad_importance
 from .tiles import check_matrix, check_tiles, empty_tiles, pad_to_tiles, panels, read_tiles, write_tiles
@@ -31,6 +31,7 @@ class Int3:
     tile_bytes: ClassVar[int] = 208
     bits: ClassVar[float] = 3.25
     activation: ClassVar[str] = "q8"
+    run: ClassVar[int] = TILE_COLS  # the codes of a group form one path
 
     @staticmethod
     def pack(weight: torch.Tensor, importance: torch.Tensor | None = None) -> torch.Tensor:
@@ -70,6 +71,25 @@ class Int3:
         bound = torch.maximum(high * max(gap, TOP - VALUES[12]), groups.abs() - low * VALUES[12])
         bound = torch.where((first == 0).unsqueeze(-1), groups.abs(), bound * (1 + 1e-5))
         return ungroup(bound, weight)
+
+    @staticmethod
+    def rounded(x: torch.Tensor, importance: torch.Tensor, packer: Packer) -> tuple[torch.Tensor, Parameters]:
+        codes, scale = _read(packer(x.t().contiguous(), Int3.name, importance=importance))
+        return codes[:, : x.shape[1], 0], (scale[: x.shape[1], 0],)
+
+    @staticmethod
+    def values(codes: torch.Tensor, parameters: Parameters) -> torch.Tensor:
+        return dequantize(codes.to(torch.uint8), parameters[0])
+
+    @staticmethod
+    def tiles(codes: torch.Tensor, parameters: Parameters) -> torch.Tensor:
+        rows, cols = codes.shape
+        out = empty_tiles(rows, cols, Int3.tile_bytes)
+        missing = len(out) * TILE_ROWS - rows
+        padded = torch.nn.functional.pad(codes.to(torch.uint8), (0, 0, 0, missing))
+        scale = torch.nn.functional.pad(parameters[0], (0, 0, 0, missing))
+        _write(out, padded.unflatten(1, (-1, TILE_COLS)).permute(2, 0, 1).contiguous(), scale)
+        return out
 
 
 def choose_scale(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

@@ -32,6 +32,7 @@ from .protocol.anthropic.requests import CountTokensRequest, MessagesRequest
 from .protocol.chat import ChatRequest
 from .protocol.completions import CompletionRequest
 from .protocol.embeddings import EmbeddingRequest
+from .protocol.fim import FimRequest
 from .protocol.llama_server import ApplyTemplateRequest, InfillRequest, NativeCompletionRequest
 from .protocol.models import DetokenizeRequest, TokenizeRequest
 from .protocol.ollama.requests import (
@@ -52,6 +53,7 @@ from .routes import (
     embeddings,
     encoder_only,
     files,
+    fim,
     input_tokens,
     llama_server,
     messages,
@@ -138,6 +140,7 @@ def create_app(engine: Any, settings: ServerSettings | None = None, tracer: Trac
         OllamaShowRequest,
         NativeCompletionRequest,
         InfillRequest,
+        FimRequest,
         ApplyTemplateRequest,
         TgiRequest,
     ]
@@ -152,6 +155,7 @@ def add_routes(app: FastAPI, state: ServerState) -> None:
     generating = (
         chat,
         completions,
+        fim,
         responses,
         input_tokens,
         stored_responses,

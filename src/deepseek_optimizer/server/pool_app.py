@@ -20,7 +20,7 @@ from .pool.model_pool import ModelPool, Open
 from .pool.pool_metrics import PoolCollector
 from .pool.pooled_model import LoadedModel
 from .protocol.models import ModelNameRequest
-from .routes import files, page, stored_responses
+from .routes import files, ollama, page, stored_responses
 from .routes import pool as pool_routes
 from .routes.status import check_metrics
 from .settings import ServerSettings
@@ -71,6 +71,7 @@ def create_pool_app(pool: ModelPool) -> FastAPI:
     registry.register(PoolCollector(pool))
     app.state.server = pool
     pool_routes.add(app, pool)
+    ollama.pool.add(app, pool)
     files.add(app, pool)
     stored_responses.add(app, pool)
     _add_status(app, pool, registry)

@@ -72,6 +72,7 @@ class ServerSettings:
         sampling: sampling parameters for fields that a request omits, by their names in `SamplingParams`; others have OpenAI's
             defaults.
         sampling_not_thinking: the same for answers without reasoning; None: `sampling`.
+        max_pictures: maximum number of pictures in a request, those of earlier turns included.
         max_answer_tokens: maximum number of tokens of an answer whose request gives none.
         model_path: path or name by which the model was loaded, for /props.
         strict: refuse requests with unknown fields or with values of another JSON type, such as numbers in quotes.
@@ -132,6 +133,7 @@ class ServerSettings:
     prefill_assistant: bool = False
     sampling: Mapping[str, Any] = field(default_factory=dict)
     sampling_not_thinking: Mapping[str, Any] | None = None
+    max_pictures: int = 64
     max_answer_tokens: int = 4096
     model_path: str = ""
     strict: bool = False

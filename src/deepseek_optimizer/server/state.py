@@ -27,6 +27,7 @@ from .http.fair_queue import FairQueue
 from .http.problems import ApiError, busy
 from .http.queue_metrics import QueueCollector
 from .http.sleep_metrics import SleepCollector, SleepState
+from .pictures import Pictures
 from .protocol.sampling import requested_answers
 from .settings import ServerSettings
 from .shared import Shared
@@ -79,7 +80,9 @@ class ServerState:
         self.breakers = BreakerCache(self.texts, engine.vocab_size)
         self.prompt_size = PromptSize(self.tokenizer, engine.context if engine.cache_window is None else None)
         max_per_client, max_jobs, workers = self.shared.max_per_client, self.shared.max_jobs, self.shared.workers
-        self._tokenizing = Tokenizing(self.tokenizer, max_per_client, max_jobs)
+        encoder = engine.picture_encoder
+        self.pictures = None if encoder is None else Pictures(encoder, workers, max_per_client, max_jobs)
+        self._tokenizing = Tokenizing(self.tokenizer, max_per_client, max_jobs, self.pictures is not None)
         self.template = self._tokenizing.short.template
         self.grammars = GrammarCompiler(
             self.tokenizer, engine.vocab_size, stop_token_ids=engine.eos, seconds=settings.grammar_seconds, workers=workers
@@ -95,6 +98,7 @@ class ServerState:
             self.vectors, *self._tokenizing.queues, self._looking_up, self._compiling, *self.documents.queues,
             self.adapters.queue,
         ]  # fmt: skip
+        self.queues += [] if self.pictures is None else [self.pictures.queue]
         if self._alone:
             self.queues += self.shared.queues
         engine.registry.register(QueueCollector(self.queues, engine.model_name))
@@ -324,6 +328,8 @@ class ServerState:
         for queue in (self._looking_up, self._compiling, self.vectors):
             queue.close()
         self._tokenizing.close()
+        if self.pictures is not None:
+            self.pictures.close()
         self.adapters.queue.close()
         if self.documents.forget in self.shared.forget:
             self.shared.forget.remove(self.documents.forget)

@@ -88,14 +88,10 @@ class DeepSeekTrainer(AtomicCheckpoints):
         self._mtp_notes: list[str] = []
         self._fits_draft_layer = False
         if args.mtp_loss_weight is not None:
-            if self._why_unfused() is not None or not args.fused_loss:
-                raise ConfigError(f"mtp_loss_weight={args.mtp_loss_weight} needs the fused loss: leave fused_loss=True, "
-                                  "label_smoothing_factor=0 and compute_loss_func=None, or mtp_loss_weight=None")  # fmt: skip
+            self._check_fused(f"mtp_loss_weight={args.mtp_loss_weight}")
             self.mtp, self._mtp_notes = MtpObjective(args.mtp_loss_weight), add_trained_layers(self.model)
         if args.draft_steps:
-            if (reason := self._why_unfused()) is not None or not args.fused_loss:
-                raise ConfigError(f"draft_steps={args.draft_steps} needs the fused loss: "
-                                  f"{reason or 'leave fused_loss=True'}")  # fmt: skip
+            self._check_fused(f"draft_steps={args.draft_steps}")
             self._mtp_notes, self._fits_draft_layer = add_draft_layer(self.model)
             self.mtp = DraftObjective(args.draft_steps)
         if args.packing:
@@ -316,6 +312,13 @@ class DeepSeekTrainer(AtomicCheckpoints):
         if prediction_loss_only and self._prepared is not None and self._prepared.fused_loss:
             inputs = {**inputs, "skip_logits": True}
         return super().prediction_step(model, inputs, prediction_loss_only, *args, **kwargs)
+
+    def _check_fused(self, setting: str) -> None:
+        """Raises ConfigError, which names the setting that needs it, if the loss is not fused."""
+        if self._why_unfused() is not None or not self.args.fused_loss:
+            raise ConfigError(
+                f"{setting} needs the fused loss: leave fused_loss=True, label_smoothing_factor=0 and compute_loss_func=None"
+            )
 
     def _why_unfused(self) -> str | None:
         """Why the loss is not fused although `fused_loss` is set; None: it is fused, or need not be."""

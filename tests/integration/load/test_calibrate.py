@@ -49,7 +49,7 @@ def assert_equal_bits(a, b) -> None:
         assert torch.equal(a(ids).logits, b(ids).logits)
 
 
-@pytest.mark.parametrize("precision", ["int4", "q4_1"])
+@pytest.mark.parametrize("precision", ["int3", "int4", "q4_1"])
 def test_products_are_closer_than_with_plain_rounding(original, text, precision):
     model = load_model(original, precision=precision, calibration=text, backend=FAST)
     plain = AutoModelForCausalLM.from_pretrained(original)
@@ -111,22 +111,26 @@ def test_the_reference_backend_rounds_alike(calibrated, original, text):
 
 
 def test_the_built_in_text(original, monkeypatch):
-    plain = load_model(original, precision="int4", backend=FAST)
+    asked = {"precision": "int4", "calibration": "auto", "backend": FAST}
+    plain = load_model(original, **asked)
     assert not plain.dso.manifest.rounding, "the tests switch it off"
     monkeypatch.delenv("DSO_CALIBRATION")
     monkeypatch.setattr(calibrate, "COUNT", 2)
-    model = load_model(original, precision="int4", backend=FAST)
+    model = load_model(original, **asked)
     assert model.dso.manifest.rounding["text"] == BUILT_IN and BUILT_IN in str(model.report())
-    for off in (None, "none"):
-        assert_equal_bits(load_model(original, precision="int4", calibration=off, backend=FAST), plain)
+    for off in ({}, {"calibration": None}, {"calibration": "none"}):
+        model = load_model(original, precision="int4", backend=FAST, **off)
+        assert_equal_bits(model, plain)
+        assert "`dso convert` calibrates" in str(model.report())
     for other in ({"precision": "int8"}, {}, {"kl_budget": 100.0}):
-        assert not load_model(original, backend=FAST, **other).dso.manifest.rounding
+        model = load_model(original, backend=FAST, calibration="auto", **other)
+        assert not model.dso.manifest.rounding and "`dso convert` calibrates" not in str(model.report())
     monkeypatch.setattr(calibrate, "estimated_seconds", lambda *_: 3600.0)
     with pytest.warns(UserWarning, match="without calibration, which would take about 1 h"):
-        assert_equal_bits(load_model(original, precision="int4", backend=FAST), plain)
+        assert_equal_bits(load_model(original, **asked), plain)
     monkeypatch.setattr(calibrate, "_fits", lambda _: False)
     with pytest.warns(UserWarning, match="without calibration, which needs memory for the original model twice"):
-        assert_equal_bits(load_model(original, precision="int4", backend=FAST), plain)
+        assert_equal_bits(load_model(original, **asked), plain)
 
 
 @pytest.mark.parametrize("precision", ["int8", "bf16", "fp32", "auto"])

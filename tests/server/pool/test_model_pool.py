@@ -264,6 +264,32 @@ def test_metrics_of_all_models(serve, models):
         assert "/v1/completions" in handlers
 
 
+def test_ollama_s_clients_see_all_models(serve, models):
+    with serve() as live:
+        tags = live.client.get("/api/tags").json()["models"]
+        assert [(m["name"], m["size"]) for m in tags] == [(f"{name}:latest", 10 * MB) for name in "abc"]
+        assert live.client.get("/api/ps").json() == {"models": []} and models.events == []
+        assert live.client.get("/api/version").json()["version"] and models.events == []
+        body = {"model": "b:latest", "prompt": "hello", "stream": False, "options": {"num_predict": 4}}
+        assert live.client.post("/api/generate", json=body).json()["eval_count"] == 4
+        assert live.client.post("/api/show", json={"name": "a:latest"}).status_code == 200
+        running = live.client.get("/api/ps").json()["models"]
+        assert [(m["name"], m["size"]) for m in running] == [("a:latest", 10 * MB), ("b:latest", 10 * MB)]
+        assert live.client.post("/api/show", json={"name": "d:latest"}).status_code == 404
+
+
+def test_version_and_load_need_no_model(serve, models):
+    models.held.clear()
+    with serve() as live, ThreadPoolExecutor(1) as threads:
+        assert live.client.get("/version").json()["version"]
+        idle = live.client.get("/load").json()
+        assert idle["server_load"] == 0 and idle["queues"]["models"] == {"running": 0, "waiting": 0}
+        answer = threads.submit(ask, live, "a")
+        wait_for(lambda: live.client.get("/load").json()["queues"]["models"]["waiting"] == 1)
+        models.held.set()
+        assert answer.result().status_code == 200 and "grammars" in live.client.get("/load").json()["queues"]
+
+
 def test_health_and_readiness(serve, models):
     models.held.clear()
     with serve(pinned=["a"]) as live:

@@ -95,6 +95,12 @@ class _Compiler:
             self._add(name, self._vector(torch.as_tensor(spec.inv_freq, dtype=torch.float32, device="cpu").clone()))
         return self.index[name]
 
+    def axes(self, spec: Any) -> int:
+        name = f"axes:{id(spec)}"
+        if name not in self.index:
+            self._add(name, self._vector(torch.tensor(spec.axes, dtype=torch.float32, device="cpu")))
+        return self.index[name]
+
     def step(self, node: Node) -> Step:
         a, spec = node.attrs, spec_of(node)
         if spec.code is None:
@@ -132,6 +138,7 @@ class _Compiler:
         biases = [self.weight(name) for name in a.get("biases") or ((a["bias"],) if a.get("bias") else ())]
         if node.op in ("rope_table", "compress"):
             weights.append(self.frequencies(a["rope"]))
+            weights += [self.axes(a["rope"])] if node.op == "rope_table" and a["rope"].axes else []
         elif node.op == "layer_norm":
             weights, biases = weights[:1], weights[1:]
         for field, values in (s.inputs, inputs), (s.outputs, outputs), (s.w, weights), (s.b, biases):
@@ -206,4 +213,5 @@ def compile_graph(
         context, steps, compiler.slots, compiler.weights, compiler.keep, [compiler.row(n) for n in nodes],
         vocab_size=graph.vocab_size, hidden_size=graph.hidden_size, hidden_states=graph.hidden_states,
         rope=compiler.rope, has_head=graph.has_head, has_states=bool(graph.states), looks_up=graph.looks_up,
+        features=graph.features,
     )  # fmt: skip

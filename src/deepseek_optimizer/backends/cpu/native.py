@@ -89,7 +89,7 @@ class Batch(C.Structure):
         ("query_len", PTR), ("context_len", PTR), ("phase", PTR), ("block_table", PTR), ("logit_rows", PTR),
         ("inputs_embeds", PTR), ("states", PTR), ("logits", PTR), ("hidden", PTR), ("last_hidden", PTR), ("cache", PTR),
         ("inv_freq", PTR), ("recurrent", PTR), ("state_from", PTR), ("state_to", PTR), ("n_state_to", I32),
-        ("adapter_of", PTR), ("adapters", PTR),
+        ("adapter_of", PTR), ("adapters", PTR), ("axes", PTR), ("visible_to", PTR), ("features", PTR),
     ]  # fmt: skip
 
 

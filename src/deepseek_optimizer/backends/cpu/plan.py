@@ -173,10 +173,11 @@ class CpuPlan:
         has_head: bool,
         has_states: bool,
         looks_up: bool,
+        features: int = 0,
     ) -> None:
         self.context, self.lib, self._keep, self._rows = context, context.lib, keep, rows
         self.vocab_size, self.hidden_size, self.hidden_states = vocab_size, hidden_size, hidden_states
-        self.has_head, self.has_states, self._looks_up = has_head, has_states, looks_up
+        self.has_head, self.has_states, self._looks_up, self._features = has_head, has_states, looks_up, features
         self._rope = rope  # the models.rope.RopeSpec whose frequencies depend on a sequence's length, or None
         self._rot = 0 if rope is None else rope.rot
         self._inv_freq_at = None if rope is None else functools.lru_cache(maxsize=256)(rope.inv_freq_at)
@@ -254,7 +255,11 @@ class CpuPlan:
             b.adapters = None if batch.adapters is None else batch.adapters.handle.address  # type: ignore[attr-defined]
         frequencies = self._frequencies(batch)
         b.inv_freq = optional(frequencies, "inv_freq", _F32, (sequences, self._rot // 2))
-        return b, StepOutput(logits, hidden, last), [tables, embeds, states, frequencies]
+        b.axes = optional(batch.axes, "axes", _I32, (tokens, 3))
+        b.visible_to = optional(batch.visible_to, "visible_to", _I32, (tokens,))
+        features = None if batch.features is None else batch.features.detach().to("cpu", f32).contiguous()
+        b.features = optional(features, "features", f32, (self._features, tokens, width))
+        return b, StepOutput(logits, hidden, last), [tables, embeds, states, frequencies, features]
 
     @staticmethod
     def _add_states(b: Batch, batch: StepBatch, store: KvStore | None) -> None:

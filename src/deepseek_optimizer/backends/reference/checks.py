@@ -6,7 +6,7 @@ import numpy as np
 
 from ...errors import BackendError
 from ...graph.attention_mode import Span
-from ...graph.ir import Graph
+from ...graph.ir import CacheSpec, Graph
 from ..base import BLOCK_TOKENS, DECODE, PREFILL, StepBatch
 
 
@@ -42,6 +42,7 @@ def check_batch(
         _require(not batch.context_len.any(), "context_len", "must be 0: this graph has bidirectional attention")
     _check_states(batch, graph, num_states)
     _check_adapters(batch, graph)
+    _check_pictures(batch, graph, tokens)
     rows = batch.logit_rows
     inside = not len(rows) or (rows[0] >= 0 and rows[-1] < tokens)
     _require(inside and (np.diff(rows) > 0).all(), "logit_rows", f"must ascend within [0, {tokens})")
@@ -108,6 +109,27 @@ def _check_adapters(batch: StepBatch, graph: Graph) -> None:
     slots = batch.adapters.slots
     _require(batch.adapter_of.shape == batch.query_len.shape, "adapter_of", f"must have {len(batch.query_len)} entries")
     _require(((batch.adapter_of >= -1) & (batch.adapter_of < slots)).all(), "adapter_of", f"must lie in [-1, {slots})")
+
+
+def _check_pictures(batch: StepBatch, graph: Graph, tokens: int) -> None:
+    if batch.axes is not None:
+        _require(batch.axes.shape == (tokens, 3), "axes", f"must have shape {(tokens, 3)}")
+    if batch.features is not None:
+        wanted = (graph.features, tokens, graph.hidden_size)
+        _require(tuple(batch.features.shape) == wanted, "features", f"must have shape {wanted}")
+    if (ends := batch.visible_to) is None:
+        return
+    plain = isinstance(graph.cache, CacheSpec) and not any(n.op == "attention" and len(n.inputs) > 1 for n in graph.nodes)
+    _require(plain, "visible_to", "must be None: this graph attends to latents or to chosen blocks")
+    _require(ends.shape == (tokens,), "visible_to", f"must have {tokens} entries")
+    first = 0
+    for context, count in zip(batch.context_len, batch.query_len, strict=True):
+        own, token = ends[first : first + count], np.arange(context, context + count)
+        inside = (own > token) & (own <= context + count)
+        _require(
+            inside.all() and (np.diff(own) >= 0).all(), "visible_to", "must be after the row, in the step, and not descend"
+        )
+        first += int(count)
 
 
 def _require(condition: object, field: str, message: str) -> None:

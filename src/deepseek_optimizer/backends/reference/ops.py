@@ -29,10 +29,11 @@ def rope_table(positions: torch.Tensor, inv_freq: torch.Tensor, scaling: float) 
     """cos and sin of position * inv_freq, float32 [T, rot]: cos first. The angle is a float32 product, as in Transformers.
 
     Args:
-        positions: int64 [T].
+        positions: int64 [T], or [T, rot/2] for positions per frequency.
         inv_freq: float32 [rot/2], or [T, rot/2] for frequencies per row.
     """
-    angle = (positions[:, None].float() * inv_freq).double()
+    by_frequency = positions if positions.ndim == 2 else positions[:, None]
+    angle = (by_frequency.float() * inv_freq).double()
     return (torch.cat((angle.cos(), angle.sin()), -1) * scaling).float()
 
 
@@ -68,19 +69,33 @@ def rope(x: torch.Tensor, table: torch.Tensor, heads: int, interleaved: bool, of
 
 
 def visible(
-    queries: int, context: int, keys: torch.Tensor, window: int = 0, sinks: int = 0, chunked: bool = False
+    queries: int,
+    context: int,
+    keys: torch.Tensor,
+    window: int = 0,
+    sinks: int = 0,
+    chunked: bool = False,
+    ends: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """bool [queries, keys]: the visible keys. Query i is token context + i; it sees all tokens up to itself, or with a window
     the last `window` of these and the first `sinks`; if `chunked`, those of its own chunk of `window` tokens.
 
     Args:
         keys: int64 [keys], indices of the keys' tokens in the sequence.
+        ends: int64 [queries], one past the last token that each query sees; None: its own.
     """
     query = torch.arange(context, context + queries, device=keys.device, dtype=torch.int64)[:, None]
-    seen = keys <= query
+    seen = keys <= query if ends is None else keys < ends[:, None]
     if chunked:
         return seen & (keys >= query - query % window)
     return seen & ((keys > query - window) | (keys < sinks)) if window else seen
+
+
+def newest(queries: int, context: int, keys: torch.Tensor, count: int, ends: torch.Tensor | None = None) -> torch.Tensor:
+    """bool [queries, keys]: the last `count` keys up to the last one that each query sees. Arguments as in `visible`."""
+    own = torch.arange(context, context + queries, device=keys.device, dtype=torch.int64) + 1
+    end = (own if ends is None else ends)[:, None]
+    return (keys < end) & (keys >= end - count)
 
 
 def visible_blocks(

@@ -166,7 +166,10 @@ class ReferencePlan:
         parts = []
         for (rows, _, _), length in zip(step.groups[0], reach_of(step.batch), strict=True):
             inv_freq = torch.from_numpy(spec.inv_freq_at(length)).to(self.device)
-            parts.append(ops.rope_table(torch.from_numpy(positions[rows]).to(self.device), inv_freq, spec.scaling))
+            at = torch.from_numpy(positions[rows])
+            if spec.axes and step.batch.axes is not None:
+                at = torch.from_numpy(step.batch.axes[rows])[:, list(spec.axes)]
+            parts.append(ops.rope_table(at.to(self.device), inv_freq, spec.scaling))
         return (torch.cat(parts),)
 
     def _rope(self, step: Step, node: Node, x: torch.Tensor, table: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -201,12 +204,12 @@ class ReferencePlan:
         out = torch.empty_like(q)
         sink = self._weights[node.weights[0]].float().unflatten(0, (a["kv_heads"], -1)) if node.weights else None
         for s, (rows, context, table) in enumerate(self._sequences_of(step, node)):
-            blocks, tokens, mask = self._visible(node, rows, context)
+            blocks, tokens, mask = self._visible(node, rows, context, step.ends(rows))
             k, v = step.store.gather(a["layer"], table[blocks], len(tokens))
             if self.graph.cache.newest:
                 copies, copied = self._newest(step, node, s)
                 k, v = (torch.cat(pair) for pair in zip((k, v), copies, strict=True))
-                mask = torch.cat((mask & ~self._reads_copy(node, rows, context, tokens), copied), -1)
+                mask = torch.cat((mask & ~self._reads_copy(step, node, rows, context, tokens), copied), -1)
             if chosen is not None:
                 by_head = chosen[rows].unflatten(-1, (a["kv_heads"], -1))
                 mask = mask[:, None] & choose.chosen_tokens(by_head, len(tokens))
@@ -226,12 +229,15 @@ class ReferencePlan:
             out[rows] = ops.attention(q[rows], k[rows], v[rows], mask, a["scale"])
         return (out.flatten(1).to(self.dtype),)
 
-    def _visible(self, node: Node, rows: slice, context: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _visible(
+        self, node: Node, rows: slice, context: int, ends: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The blocks of a sequence to read, the indices of their tokens, and which of these each row sees. The tokens between
         the sinks and a window are not read: their blocks may be missing."""
         queries, window, sinks = rows.stop - rows.start, node.attrs.get("window", 0), node.attrs.get("sinks", 0)
         blocks, tokens = ops.visible_blocks(queries, context, window, sinks, self.device)
-        return blocks, tokens, ops.visible(queries, context, tokens, window, sinks, node.attrs.get("chunked", False))
+        chunked = node.attrs.get("chunked", False)
+        return blocks, tokens, ops.visible(queries, context, tokens, window, sinks, chunked, ends)
 
     def _newest(self, step: Step, node: Node, sequence: int) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor]:
         """Keys and values of a sequence's newest tokens, from the layer's copy, and which of them each row sees."""
@@ -239,13 +245,14 @@ class ReferencePlan:
         rows, context, table = step.groups[cache.newest_groups[layer]][sequence]
         blocks, tokens = ops.visible_blocks(rows.stop - rows.start, context, cache.newest, 0, self.device)
         read = step.store.gather(cache.layers + layer, table[blocks], len(tokens))
-        return read, self._reads_copy(node, rows, context, tokens)
+        return read, self._reads_copy(step, node, rows, context, tokens)
 
-    def _reads_copy(self, node: Node, rows: slice, context: int, tokens: torch.Tensor) -> torch.Tensor:
+    def _reads_copy(self, step: Step, node: Node, rows: slice, context: int, tokens: torch.Tensor) -> torch.Tensor:
         """Which of these tokens each row reads from the copy: the newest ones that are in its window."""
         queries, window, chunked = rows.stop - rows.start, node.attrs.get("window", 0), node.attrs.get("chunked", False)
-        newest = ops.visible(queries, context, tokens, self.graph.cache.newest)
-        return newest & ops.visible(queries, context, tokens, window, 0, chunked)
+        ends = step.ends(rows)
+        newest = ops.newest(queries, context, tokens, self.graph.cache.newest, ends)
+        return newest & ops.visible(queries, context, tokens, window, 0, chunked, ends)
 
     def _block_choose(self, step: Step, node: Node, q: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """In float32, whatever the dtype of the rows, as are the resulting indices of blocks."""
@@ -405,6 +412,10 @@ class ReferencePlan:
         assert step.batch.states is not None  # checked by `check_batch`
         return (step.batch.states.detach().to(self.device, self.dtype),)
 
+    def _add_features(self, step: Step, node: Node, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        features = step.batch.features
+        return (x if features is None else x + features[node.attrs["index"]].detach().to(self.device, self.dtype),)
+
     def _lora_down(self, step: Step, node: Node, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """In float32, whatever the dtype of the rows."""
         h = torch.zeros(len(x), node.attrs["rank"], dtype=torch.float32, device=x.device)
@@ -489,6 +500,7 @@ _OPS: Mapping[str, Callable[..., tuple[torch.Tensor, ...]]] = {
     "lora_up": ReferencePlan._lora_up,
     "layer_norm": ReferencePlan._layer_norm,
     "state_in": ReferencePlan._state_in,
+    "add_features": ReferencePlan._add_features,
     "gate_up": ReferencePlan._gate_up,
     "add_rms_norm": ReferencePlan._add_rms_norm,
     "select_rows": ReferencePlan._select_rows,

@@ -194,6 +194,8 @@ class Scheduler:
             count, phase = min(missing, room), DECODE
         if self.sliding is not None:
             count = min(count, self.sliding.max_new_tokens(running))
+        if count > 0 and running.request.pictures is not None:
+            count = running.request.pictures.whole(start, count)
         if count <= 0 or not self._extend_or_preempt(running, count):
             return 0
         if with_logits:
@@ -403,7 +405,9 @@ class Scheduler:
         if len(running.keys) < blocks:
             tokens, salt = running.sequence.tokens, running.request.salt
             adapter = b"" if running.adapter is None else running.adapter.identity
-            running.keys = keys(tokens, salt, blocks, running.keys, frequencies=running.frequencies, adapter=adapter)
+            pictures = running.request.pictures
+            besides = {} if pictures is None else {"besides": pictures.digest}
+            running.keys = keys(tokens, salt, blocks, running.keys, frequencies=running.frequencies, adapter=adapter, **besides)
 
     def _free(self, running: Running) -> None:
         with self.memory.locked():

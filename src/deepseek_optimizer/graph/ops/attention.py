@@ -103,6 +103,9 @@ SPECS = (
             once) or "online" (blocks of 32 tokens with a running maximum and sum; Milakov and Gimelshein 2018, Dao et al.
             2022).
 
+            A step may let rows see tokens after their own (`StepBatch.visible_to`): in Gemma 3, all tokens of a picture see
+            each other, as far as the window reaches.
+
             With a `softcap` c, c * tanh(s / c) replaces a score s before the softmax. `sink` holds a further logit per head,
             which counts in the softmax's denominator only.
 

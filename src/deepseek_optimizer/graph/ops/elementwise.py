@@ -80,6 +80,20 @@ SPECS = (
         doc="z = x + y.",
     ),
     OpSpec(
+        name="add_features",
+        inputs=(_X,),
+        outputs=(_Y,),
+        attrs=(Attr("index", INT, "of this node among those of the graph", step_field="layer"),),
+        fits=same_widths,
+        rows="tokens",
+        in_place=((0, 0),),
+        code=56,
+        doc="""
+            y = x + the features of index `index` of each row (`StepBatch.features`); x without any. Qwen3-VL's language model
+            adds features of pictures to its first layers' results in this way. Source: Meng et al. 2024 (DeepStack).
+        """,
+    ),
+    OpSpec(
         name="add_rms_norm",
         origin="rule",
         inputs=(_X, Operand("delta", "[T, N]")),
@@ -239,8 +253,9 @@ SPECS = (
                 a_i   = p * inv_freq_i in fp32, for i in [0, rot / 2)
                 table = rope.scaling * [cos a_0, cos a_1, ..., sin a_0, sin a_1, ...]
 
-            With dynamic RoPE, each sequence has its own frequencies. Source: Su et al. 2021; for scaled RoPE, Transformers'
-            `modeling_rope_utils`.
+            With axes (`rope.axes`; Qwen2-VL's M-RoPE), the rows of pictures have positions in time, height and width
+            (`StepBatch.axes`), and p is for each frequency that on its axis. With dynamic RoPE, each sequence has its own
+            frequencies. Source: Su et al. 2021; for scaled RoPE, Transformers' `modeling_rope_utils`.
         """,
     ),
     OpSpec(

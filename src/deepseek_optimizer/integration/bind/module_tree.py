@@ -61,7 +61,7 @@ class ModuleTree:
             for module in (child,) if inner is child else (child, inner):
                 if module._forward_pre_hooks or any(map(_acts, module._forward_hooks.values())):
                     return f"module {name!r} has forward hooks"
-                if "forward" in module.__dict__:
+                if not getattr(module.__dict__.get("forward"), "runs_plan", "forward" not in module.__dict__):
                     return f"the forward of module {name!r} was replaced"
             if inner is not child:
                 layers[path] = child

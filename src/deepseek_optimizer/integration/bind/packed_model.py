@@ -83,6 +83,12 @@ class PackedModel(Instance):
                 self._set_products(self._backend)
             return self._backend
 
+    def share(self, other: PackedModel) -> None:
+        """Uses the backend of another model, which has the same settings and is on the same device."""
+        with self._making:
+            self._backend = other.backend
+            self._set_products(self._backend)
+
     def _set_products(self, backend: Backend) -> None:
         """Has packed modules compute with the backend's products, and check their weights with it."""
         intact = NoCopyCallable(backend.check_tensor)

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from ...backends.base import CompileOptions, Plan, check_supported
+from ...backends.prompt_plan import PromptPlan
 from ...cache.forgetting import SPARE_OF_COPIES, Forgetting, Groups, max_blocks
 from ...checkpoint import Manifest
 from ...config import DeepSeekConfig
@@ -17,6 +18,7 @@ from ...graph.adapters import UNFUSED, with_adapters
 from ...graph.attention_mode import apply_mode
 from ...graph.cache_groups import cached_in, group_spans
 from ...graph.ir import Graph
+from ...graph.partial_graph import writing_graph
 from ...graph.rope_rotation import KeyRotation, key_rotation
 from ...models.families import FAMILIES
 from ..memory.arena import Arena, LatentRow
@@ -111,7 +113,10 @@ class Runtime(PackedModel):
 
     def compile(self, graph: Graph) -> Plan:
         """Compiles a graph of this model (`graph`, `adapter_graph`); plans share the model's weights."""
-        plan = self.backend.compile(graph, weights_of(self.model, graph), self.compile_options)
+        weights = weights_of(self.model, graph)
+        plan = self.backend.compile(graph, weights, self.compile_options)
+        if (beginning := writing_graph(graph)) is not None:
+            plan = PromptPlan(plan, self.backend.compile(beginning, weights, self.compile_options))
         high = self.config.batch_size_range[1]
         plan.reserve(max(self.config.prefill_chunk, high), high)
         return plan
@@ -290,13 +295,14 @@ class Runtime(PackedModel):
 
 
 def runtime_of(model: Any) -> Runtime:
-    """The runtime of an optimized model, also through a PEFT wrapper.
+    """The runtime of an optimized model, also through a PEFT wrapper; of a multimodal model that of its language model.
 
     Raises:
         ConfigError: the model is not optimized.
         UnsupportedModelError: it has no plan for decoding: it is on the general path, or an encoder.
     """
     runtime = packed_model_of(model)
+    runtime = getattr(runtime, "language", runtime)
     if not isinstance(runtime, Runtime):
         raise UnsupportedModelError(
             f"{type(model).__name__} has no execution plan for decoding, which this needs: call the model, or model.generate "

@@ -14,6 +14,8 @@ NEED_A_PLAN = (
     "attention_optimization", "attention_window", "sparse_attention", "kv_cache", "kv_cache_memory",
     "batch_invariant", "context_extension", "calibration", "kl_budget",
 )  # fmt: skip
+# Of these, settings that need a plan of the whole model.
+CHOOSE_FORMATS = ("context_extension", "calibration", "kl_budget")
 
 
 def why_general(config: Any, strict: bool) -> str | None:
@@ -61,10 +63,16 @@ def is_encoder(config: Any) -> bool:
     return True
 
 
-def check_settings(config: DeepSeekConfig, reason: str) -> None:
-    """Raises ConfigError if a setting needs an execution plan. `reason`: why there is none."""
+def check_settings(config: DeepSeekConfig, reason: str, language: bool = False) -> None:
+    """Raises ConfigError if a setting needs an execution plan.
+
+    Args:
+        config: the settings.
+        reason: why there is none.
+        language: whether there is one for a multimodal model's language model, which most settings are for.
+    """
     default = DeepSeekConfig()
-    for name in NEED_A_PLAN:
+    for name in CHOOSE_FORMATS if language else NEED_A_PLAN:
         if (value := getattr(config, name)) not in (getattr(default, name), None):
             raise ConfigError(
                 f"{name}={value!r} needs an execution plan for decoding, which this model does not have: leave {name} unset. "

@@ -30,8 +30,8 @@ _SAME_FORWARD = ("transformers.models.falcon.modeling_falcon.FalconLinear",)
 _EXPERTS = {"has_gate": True, "has_bias": False, "is_transposed": False, "is_concatenated": True, "has_post_expert_norm": False}
 
 
-def packable_layers(model: Any) -> dict[str, Any]:
-    """The linear layers and modules of experts to pack, and those already packed, by name."""
+def packable_layers(model: Any, without: str = "") -> dict[str, Any]:
+    """The linear layers and modules of experts to pack, and those already packed, by name; not those under path `without`."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     tied = dict(model.all_tied_weights_keys or {})
     shared = {*tied, *tied.values()}
@@ -42,6 +42,7 @@ def packable_layers(model: Any) -> dict[str, Any]:
         name: module
         for name, module in model.named_modules()
         if name.startswith(within)
+        and not (without and name.startswith(f"{without}."))
         and module is not head
         and f"{name}.weight" not in shared
         and (_is_linear(module) or (experts and _has_stacks(module)))
@@ -113,7 +114,9 @@ def _twin(module: Any, formats: Mapping[str, str], dtype: torch.dtype) -> Any:
     return twin
 
 
-def swap_on_meta(model: Any, config: DeepSeekConfig, dtype: torch.dtype, packed: Mapping[str, str] | None = None) -> None:
+def swap_on_meta(
+    model: Any, config: DeepSeekConfig, dtype: torch.dtype, packed: Mapping[str, str] | None = None, without: str = ""
+) -> None:
     """Replaces layers by empty packed ones before weights are loaded.
 
     Args:
@@ -121,11 +124,12 @@ def swap_on_meta(model: Any, config: DeepSeekConfig, dtype: torch.dtype, packed:
         config: the settings.
         dtype: of the model's other parameters. Layers that Transformers keeps in float32 beside fp16 or bf16 ones have float32.
         packed: formats in a packed checkpoint, by module name; they override the config's, and other layers stay as they are.
+        without: path of a module whose layers stay as they are.
 
     Raises:
         ConfigError: `config.formats` names something that is not packed.
     """
-    layers = packable_layers(model)
+    layers = packable_layers(model, without)
     in_fp32 = model._get_dtype_plan(dtype)
     dtypes = {name: torch.float32 if any(f".{part}." in f".{name}." for part in in_fp32) else dtype for name in layers}
     formats = _formats(layers, config, {name: NATURAL[own] for name, own in dtypes.items()}, head_name(model))
@@ -137,14 +141,14 @@ def swap_on_meta(model: Any, config: DeepSeekConfig, dtype: torch.dtype, packed:
             substitute(model, module, _twin(module, own, dtypes[name]))
 
 
-def pack_in_place(model: Any, config: DeepSeekConfig, packer: Packer) -> None:
+def pack_in_place(model: Any, config: DeepSeekConfig, packer: Packer, without: str = "") -> None:
     """Packs the layers of a loaded model one by one; the memory of each is freed before the next is packed. Layers packed
-    before stay as they are.
+    before stay as they are, and so do those under path `without`.
 
     Raises:
         ConfigError: as in `swap_on_meta`.
     """
-    layers = packable_layers(model)
+    layers = packable_layers(model, without)
     natural = {name: NATURAL.get(next(module.parameters()).dtype, "") for name, module in layers.items()}
     formats = _formats(layers, config, natural, head_name(model))
     for name in list(layers):
@@ -154,7 +158,7 @@ def pack_in_place(model: Any, config: DeepSeekConfig, packer: Packer) -> None:
         twin = _twin(module, formats[name], next(module.parameters()).dtype)
         for leaf, like in twin.held().items():
             weight = getattr(module, leaf).data
-            tiles = packed_tiles(weight.t() if twin.transposed else weight, like, packer)
+            tiles = packed_tiles(weight if twin.layout == "rows" else weight.t(), like, packer)
             twin._parameters[leaf] = nn.Parameter(tiles, requires_grad=False)
             del module._parameters[leaf]  # frees the weight even if something still refers to the module
         substitute(model, module, twin)

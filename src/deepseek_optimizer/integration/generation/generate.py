@@ -114,7 +114,7 @@ class PlanGenerate(Replacement):
             return columns + int(config.max_new_tokens)
         if (given := _given(call, self.runtime.model, "max_length")) is not None:
             return int(given)
-        if self.runtime.graph.max_positions > self.runtime.model.config.max_position_embeddings:
+        if self.runtime.graph.max_positions > self.runtime.model.config.get_text_config().max_position_embeddings:
             call["max_new_tokens"] = (
                 config.max_length
             )  # Transformers' default ends at the trained length; the context is longer

@@ -69,7 +69,8 @@ def prefill(model: Any, input_ids: torch.Tensor, config: Any, model_kwargs: dict
     """
     cache = model_kwargs[cache_name()]
     copies = config.num_return_sequences
-    if copies == 1 or cache.get_seq_length():
+    pictures = any(name.startswith("pixel_values") for name in model_kwargs)  # which have rows of other things than the batch
+    if copies == 1 or cache.get_seq_length() or pictures:
         outputs = model._prefill(input_ids, config, model_kwargs, is_first_iteration=not config.is_assistant)
         return outputs.logits[:, -1], cache
     rows = input_ids.shape[0]
@@ -92,4 +93,5 @@ def next_positions(model_kwargs: dict[str, Any], columns: int, rows: int) -> Any
     positions = model_kwargs.get("position_ids")
     if positions is None:
         return np.full(rows, columns, np.int32)
-    return np.broadcast_to(positions[:, -1].cpu().numpy().astype(np.int32) + 1, (rows,))
+    last = positions[-3:].amax(0) if positions.ndim == 3 else positions  # of multimodal RoPE: on three axes
+    return np.broadcast_to(last[:, -1].cpu().numpy().astype(np.int32) + 1, (rows,))

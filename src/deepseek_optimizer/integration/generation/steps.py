@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +17,63 @@ from ..bind.runtime import Runtime
 from .cache import Bool, PagedState
 
 Int64 = npt.NDArray[np.int64]
+
+
+@dataclass
+class PictureColumns:
+    """What the columns of pictures have besides their embeddings.
+
+    Attributes:
+        axes: int32 [B, q, 3], positions in time, height and width; None: those of `Columns` on each axis.
+        of: int32 [B, q], the picture of its row whose tokens all see each other that a token belongs to, -1: none; None: tokens
+            see only those up to themselves. Such a picture is in one step.
+        features: for each `add_features` of the graph what it adds, float [n, H]; None: nothing.
+        feature_of: int64 [B, q], the row of these that belongs to a token, -1: none.
+    """
+
+    axes: Int32 | None = None
+    of: Int32 | None = None
+    features: Sequence[torch.Tensor] | None = None
+    feature_of: Int64 | None = None
+
+    def fields(self, rows: Int64, columns: Int64, tokens: Int64, width: int) -> dict[str, Any]:
+        """Fields of the step with these tokens.
+
+        Args:
+            rows, columns: int64 [T], the places of the tokens.
+            tokens: int64 [T], their indices in their sequences, which follow each other.
+            width: H.
+        """
+        fields: dict[str, Any] = {}
+        if self.axes is not None:
+            fields["axes"] = np.ascontiguousarray(self.axes[rows, columns])
+        if self.of is not None:
+            fields["visible_to"] = visible_to(self.of[rows, columns], rows, tokens)
+        if self.features is not None and self.feature_of is not None:
+            index = torch.from_numpy(self.feature_of[rows, columns])
+            seen = index >= 0
+            if bool(seen.any()):
+                added = torch.zeros(len(self.features), len(rows), width, dtype=torch.float32, device="cpu")
+                for i, layer in enumerate(self.features):
+                    added[i, seen] = layer[index[seen]].detach().to("cpu", torch.float32)
+                fields["features"] = added
+        return fields
+
+
+def visible_to(pictures: Int32, sequences: Int64, tokens: Int64) -> Int32 | None:
+    """`StepBatch.visible_to` where all tokens of a picture see each other; None: each token sees those up to itself.
+
+    Args:
+        pictures: int32 [T], the picture that each token belongs to, -1: none.
+        sequences: int64 [T], the sequence that it belongs to.
+        tokens: int64 [T], its index in its sequence.
+    """
+    if (pictures < 0).all():
+        return None
+    ends = np.flatnonzero((np.diff(pictures) != 0) | (np.diff(sequences) != 0) | (np.diff(tokens) != 1))
+    last = np.append(ends, len(pictures) - 1)
+    own = np.arange(len(pictures))
+    return (tokens[np.where(pictures < 0, own, last[np.searchsorted(last, own)])] + 1).astype(np.int32)
 
 
 @dataclass
@@ -33,6 +91,7 @@ class Columns:
         last_hidden: whether those of the last layer alone are requested.
         documents: int64 [B, q], ascending along each row, the document of its row that a token belongs to, if rows pack several
             (see `documents_of`). Each document is a separate sequence. None: each row is one sequence.
+        pictures: what columns of pictures have besides; None: nothing.
     """
 
     ids: Int32 | None
@@ -44,6 +103,7 @@ class Columns:
     hidden: bool = False
     last_hidden: bool = False
     documents: Int64 | None = None
+    pictures: PictureColumns | None = None
 
     def sequences(self) -> list[tuple[int, Int64]]:
         """The row of each sequence and the columns of its real tokens, in order."""
@@ -112,8 +172,8 @@ def run_columns(runtime: Runtime, state: PagedState, new: Columns) -> tuple[torc
     place[new.wanted] = np.arange(len(new.wanted))
     state.forget()
     try:
-        for chunks in _steps(new.sequences(), runtime.config.prefill_chunk):
-            batch, targets = _batch(state, new, chunks, before, place, reach)
+        for chunks in _steps(new, runtime.config.prefill_chunk):
+            batch, targets = _batch(state, new, chunks, before, place, reach, model.hidden_size)
             output = state.arena.run(plan, batch)
             if state.follower is not None:
                 assert output.last_hidden is not None
@@ -143,21 +203,45 @@ def run_columns(runtime: Runtime, state: PagedState, new: Columns) -> tuple[torc
     return logits, hidden
 
 
-def _steps(sequences: list[tuple[int, Int64]], limit: int) -> Iterator[list[_Chunk]]:
-    """Splits the batch into steps of at most `limit` tokens, sequence by sequence."""
+def _steps(new: Columns, limit: int) -> Iterator[list[_Chunk]]:
+    """Splits the batch into steps of at most `limit` tokens, sequence by sequence. Pictures whose tokens see each other are not
+    divided, even if they are larger."""
     chunks: list[_Chunk] = []
     room = limit
-    for sequence, (row, columns) in enumerate(sequences):
+    of = None if new.pictures is None else new.pictures.of
+    for sequence, (row, columns) in enumerate(new.sequences()):
         begin = 0
         while begin < len(columns):
             take = min(room, len(columns) - begin)
+            if of is not None and (take := whole_pictures(of[row, columns], begin, take, first=room == limit)) == 0:
+                yield chunks
+                chunks, room = [], limit
+                continue
             chunks.append(_Chunk(sequence, row, columns[begin : begin + take], begin))
             begin, room = begin + take, room - take
-            if room == 0:
+            if room <= 0:
                 yield chunks
                 chunks, room = [], limit
     if chunks:
         yield chunks
+
+
+def whole_pictures(pictures: Int32, begin: int, take: int, *, first: bool) -> int:
+    """How many tokens from `begin` on a step takes, at most `take` unless a picture is larger, without dividing a picture.
+
+    Args:
+        pictures: int32 [tokens], the picture of each token, -1: none.
+        begin, take: as above, within the tokens.
+        first: whether these are the first tokens of the step; otherwise it may take none.
+    """
+    end = begin + take
+    if end == len(pictures) or pictures[end] < 0 or pictures[end - 1] != pictures[end]:
+        return take
+    same = np.flatnonzero(pictures == pictures[end])
+    start, stop = max(begin, int(same[0])), int(same[-1]) + 1
+    if start > begin:
+        return start - begin
+    return stop - begin if first else 0
 
 
 def _reach(state: PagedState, new: Columns, context: int) -> Int32:
@@ -179,7 +263,7 @@ def _reach(state: PagedState, new: Columns, context: int) -> Int32:
 
 
 def _batch(
-    state: PagedState, new: Columns, chunks: list[_Chunk], before: list[int], place: Int64, reach: Int32
+    state: PagedState, new: Columns, chunks: list[_Chunk], before: list[int], place: Int64, reach: Int32, width: int
 ) -> tuple[StepBatch, Int64]:
     """The batch of one step, with its blocks allocated, and the index in [B * n] of each of its rows of logits."""
     rows, sequences = [c.row for c in chunks], [c.sequence for c in chunks]
@@ -197,6 +281,10 @@ def _batch(
         embeds = new.embeds[torch.from_numpy(row_of), torch.from_numpy(column_of)].float()
     context = [before[c.sequence] + c.before for c in chunks]
     state_from, state_to = state.states_of_step(sequences, context, counts.tolist())
+    more: dict[str, Any] = {}
+    if new.pictures is not None:
+        tokens = np.concatenate([np.arange(start, start + n) for start, n in zip(context, counts.tolist(), strict=True)])
+        more = new.pictures.fields(row_of, column_of, tokens, width)
     batch = StepBatch(
         token_ids=np.zeros(len(row_of), np.int32) if new.ids is None else new.ids[row_of, column_of],
         positions=new.positions[row_of, column_of],
@@ -211,6 +299,7 @@ def _batch(
         reach=reach[rows],
         state_from=state_from,
         state_to=state_to,
+        **more,
     )
     return batch, row_of[wanted] * n + target[wanted]
 

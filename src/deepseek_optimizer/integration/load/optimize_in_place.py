@@ -10,7 +10,7 @@ import numpy as np
 from ...backends.base import DECODE, StepBatch, states_of_new
 from ...backends.registry import choose_backend
 from ...config import DeepSeekConfig
-from .. import encoder, general
+from .. import encoder, general, multimodal
 from ..attention.registration import check_attention_name
 from ..bind.context_extension import extend_model
 from ..bind.graphs import planned_module, whole_graph
@@ -52,9 +52,10 @@ def optimize_in_place(model: Any, config: DeepSeekConfig, no_plan: str | None = 
 def _optimize_general(model: Any, config: DeepSeekConfig, no_plan: str, before: int | None) -> None:
     _own_config(model)
     backend, _ = choose_backend(config, model.device)
-    general.pack_in_place(model, config, backend.pack)
+    language = multimodal.is_whole(model) and multimodal.why_no_language_plan(model.config) is None
+    (multimodal if language else general).pack_in_place(model, config, backend.pack)
     mark_quantized(model, config)
-    encoder.bind(model.eval(), config, no_plan, bytes_before=before)
+    (multimodal if language else encoder).bind(model.eval(), config, no_plan, bytes_before=before)
 
 
 def _own_config(model: Any) -> None:

@@ -34,7 +34,7 @@ from ...config import DeepSeekConfig
 from ...errors import CheckpointError, ConfigError
 from ...graph.min_formats import exact_weights
 from ...quant import QUANT_METHOD, PackedStack, PackedWeight
-from .. import encoder, general
+from .. import encoder, general, multimodal
 from ..attention.registration import check_attention_name
 from ..bind.classes import check_class, renamed_for, stored_as
 from ..bind.context_extension import extended
@@ -70,6 +70,7 @@ class PackingQuantizer(HfQuantizer):
         self.refused: list[CheckpointError] = []  # errors in parameters, raised after loading
         self.manifest: Manifest | None = None  # of a packed checkpoint
         self.no_plan: str | None = None  # why the model takes the general path
+        self.multimodal = False  # whether its language model has a plan nevertheless
         self.packs_experts = True
         self.calibration: Calibration | None = None  # what the weights are rounded on after loading
         self.notes: list[str] = []
@@ -98,7 +99,8 @@ class PackingQuantizer(HfQuantizer):
             plan_graph(config, (), mode=self.quantization_config.attention)
             config = extended(config, self.quantization_config)
         else:
-            general.check_settings(self.quantization_config, self.no_plan)
+            self.multimodal = multimodal.why_no_language_plan(config) is None
+            general.check_settings(self.quantization_config, self.no_plan, language=self.multimodal)
         folder = Path(config.name_or_path)
         if config.name_or_path and folder.is_dir():
             standard = any((folder / name).is_file() for name in (SINGLE, INDEX))
@@ -177,11 +179,14 @@ class PackingQuantizer(HfQuantizer):
         self.files, self.mapped = files, MappedFiles(files or ())
         _refuse_pickles(files)
         self.bytes_before = sum(p.nbytes for p in model.parameters())
-        self.packs_experts = general.packs_experts(model)
+        self.multimodal = self.multimodal and multimodal.is_whole(model)
+        general.check_settings(self.quantization_config, self.no_plan or "", language=self.multimodal)
+        self.packs_experts = self.multimodal or general.packs_experts(model)
         if self.pre_quantized:
             manifest = Manifest.read(vars(model.config), Path(model.config.name_or_path) / CONFIG)
             self.manifest = general.renamed_for(model, manifest)
-        general.swap_on_meta(model, self.quantization_config, dtype, self.manifest.formats() if self.manifest else None)
+        kind = multimodal if self.multimodal else general
+        kind.swap_on_meta(model, self.quantization_config, dtype, self.manifest.formats() if self.manifest else None)
         if _is_standard(files):
             with open_checkpoint(Path(files[0]).parent) as checkpoint:
                 check_tokenizer_beside(checkpoint)
@@ -231,7 +236,8 @@ class PackingQuantizer(HfQuantizer):
             self.mapped.release_pages()
         mark_quantized(model, self.quantization_config)
         if self.no_plan is not None:
-            encoder.bind(model, self.quantization_config, self.no_plan, bytes_before=self.bytes_before)
+            kind = multimodal if self.multimodal else encoder
+            kind.bind(model, self.quantization_config, self.no_plan, bytes_before=self.bytes_before)
             model.dso.mappings.update(mappings)
             return model
         bind(model, self.quantization_config, earlier=self.manifest, notes=self.notes)
@@ -293,7 +299,7 @@ def _expect_floats(model: Any, dtype: torch.dtype) -> None:
     placeholders: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for leaf, weight in module.held().items() if isinstance(module, Packed) else ():
-            shape = float_shape(leaf, weight, module.transposed)
+            shape = float_shape(leaf, weight, module.layout)
             empty = nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"), requires_grad=False)
             setattr(module, leaf, placeholders.setdefault(id(module._parameters[leaf]), empty))
 

@@ -23,7 +23,7 @@ from ...calibration.inputs import Inputs, moment_of
 from ...calibration.statistics import ColumnSquares, watching
 from ...config import DeepSeekConfig
 from ...graph.min_formats import min_formats
-from ...quant import GROUP_FORMATS, WEIGHED, PackedMatrix, PackedStack, PackedWeight, get_format
+from ...quant import GROUP_FORMATS, WEIGHED, PackedMatrix, PackedStack, PackedWeight, Packer, get_format
 from ...quant.base import TILE_COLS
 from ...quant.compensation import Curvature, compensated, curvature, with_product
 from ...quant.tiles import empty_stack, empty_tiles
@@ -57,6 +57,16 @@ class Outcome:
     compensated: int = 0
     starved: int = 0
     plain: dict[str, int] = field(default_factory=dict)
+
+    def described(self, text: str, texts: Sequence[torch.Tensor]) -> dict[str, Any]:
+        """`Manifest.rounding`. `text`: the name of the text, of which `texts` are the tokens."""
+        return {
+            "method": "compensated",
+            "text": text,
+            "tokens": sum(ids.numel() for ids in texts),
+            "matrices": self.compensated,
+            "plain": self.plain,
+        }
 
 
 def round_in_place(
@@ -231,7 +241,8 @@ class _Rounding:
                 for format in dict.fromkeys(parts[name].format for name in names):
                     same = [name for name in names if parts[name].format == format]
                     chosen = [parts[name] for name in same]
-                    running.append(pool.submit(_round_parts, chosen, *self._problem(chosen, same[0], seen, exact, lag)))
+                    problem = self._problem(chosen, same[0], seen, exact, lag)
+                    running.append(pool.submit(_round_parts, chosen, *problem, self.backend.pack))
             for rounded in running:
                 self.outcome.compensated += rounded.result()
         importance = _importance_by_parameter(parts, seen)
@@ -280,10 +291,10 @@ class _Rounding:
         return frozenset((self.runtime.model.all_tied_weights_keys or {}).values())
 
 
-def _round_parts(parts: Sequence[_Part], weights: torch.Tensor, curvature: Curvature) -> int:
+def _round_parts(parts: Sequence[_Part], weights: torch.Tensor, curvature: Curvature, packer: Packer) -> int:
     """Rounds matrices that are one below the other in `weights`, and writes their tiles. Returns their number."""
     format = GROUP_FORMATS[parts[0].format]
-    found = compensated(weights, curvature, format)
+    found = compensated(weights, curvature, format, packer=packer)
     sizes = [part.source.rows for part in parts]
     columns = zip(*(parameter.split(sizes) for parameter in found.parameters), strict=True)
     for part, codes, parameters in zip(parts, found.codes.split(sizes), columns, strict=True):

@@ -51,6 +51,15 @@ class PlanForward(Replacement):
         reason = self.why_not(call, cache)
         if reason is None:
             return self._planned(call, cache)
+        self.refuse(reason, cache)
+        return self._original(self.runtime.model, **call, **({} if cache is None else {cache_name(): cache}))
+
+    def refuse(self, reason: str, cache: Any) -> None:
+        """Warns that Transformers' own forward runs, and why.
+
+        Raises:
+            UnsupportedRequestError: the call has a PagedCache.
+        """
         if isinstance(cache, PagedCache):
             raise UnsupportedRequestError(
                 f"the plan cannot serve this call ({reason}), and a PagedCache can be used only by the plan; {_NO_CACHE}"
@@ -61,7 +70,6 @@ class PlanForward(Replacement):
         self.runtime.warn_once(
             f"{reason}: such calls run Transformers' own forward over the packed modules, which is slower{effects}"
         )
-        return self._original(self.runtime.model, **call, **({} if cache is None else {cache_name(): cache}))
 
     def why_not(self, call: dict[str, Any], cache: Any) -> str | None:
         """Why the plan cannot serve this call; None if it can."""
@@ -96,7 +104,7 @@ class PlanForward(Replacement):
                 return f"rows pack several documents, which Transformers' {layers} not separate"
         if model.training and getattr(config, "attention_dropout", 0.0):
             return "the model is in training mode and has dropout"
-        if torch.is_grad_enabled() and ((embeds is not None and embeds.requires_grad) or _trainable(model)):
+        if torch.is_grad_enabled() and ((embeds is not None and embeds.requires_grad) or trainable(model)):
             return "gradients are needed"
         return None
 
@@ -162,7 +170,8 @@ class PlanForward(Replacement):
         rows, q = (embeds if ids is None else ids).shape[:2]
         ids32 = None
         if ids is None and graph.looks_up:
-            ids = embedded_ids(self.runtime.model, embeds)
+            known = call.get("ids_of_layers")
+            ids = embedded_ids(self.runtime.model, embeds) if known is None else known
         if ids is not None:
             ids32 = ids.detach().cpu().numpy()
             low, high = int(ids32.min()), int(ids32.max())
@@ -243,5 +252,6 @@ def _tuple_of(hidden: torch.Tensor, chosen: Collection[int]) -> tuple[torch.Tens
     return tuple(h if i in chosen else None for i, h in enumerate(hidden))
 
 
-def _trainable(model: torch.nn.Module) -> bool:
+def trainable(model: torch.nn.Module) -> bool:
+    """Whether a parameter requires gradients."""
     return any(parameter.requires_grad for parameter in model.parameters())

@@ -14,7 +14,7 @@ from ...graph.attention_mode import forgetting
 from ...graph.ir import Graph, LatentSpec
 from ...graph.min_formats import min_formats
 from ...graph.rules import RULES
-from ...quant import PackedStack, PackedWeight
+from ...quant import WEIGHED, PackedStack, PackedWeight
 from ...system.memory import mb
 from ..bind.graphs import loaded_mtp_layers, whole_graph
 from ..bind.swap import matrices_of
@@ -152,6 +152,8 @@ class Report:
             table.add_row("calibrated on", f"{self.rounding['text']}, {self.rounding['tokens']:,} tokens")
         elif self.curve and self.config["calibration"] not in (None, BUILT_IN_TEXT):
             table.add_row("calibration text", self.config["calibration"])
+        elif self.config["precision"] in WEIGHED:
+            table.add_row("calibrated on", "no text; `dso convert` calibrates, which makes 4-bit weights better")
         if (e := self.experts) is not None:
             table.add_row("experts", f"{e.layers} layers of {e.experts}, {e.chosen} per token, {e.bytes / 1e6:,.1f} MB")
         if self.mtp_layers:

@@ -68,6 +68,12 @@ class ChatSpec:
         contents = (message.get("content") for message in self.messages)
         return any(part["type"] == "file" for content in contents if isinstance(content, list) for part in content)
 
+    @property
+    def has_pictures(self) -> bool:
+        """Whether any part of a message is a picture."""
+        contents = (message.get("content") for message in self.messages)
+        return any(part["type"] == "image_url" for content in contents if isinstance(content, list) for part in content)
+
 
 @dataclass(frozen=True)
 class ChatSetup:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ...chat.tools.base import Enforced
+from ...engine.pictures import PictureRows
 from ...engine.request import CompiledGrammar
 from ...engine.request import Request as EngineRequest
 from ..http.caller import Caller
@@ -33,6 +34,11 @@ class PreparedChat:
     def ids(self) -> list[int]:
         """Token ids of the prompt; empty if there is no single prompt."""
         return self.setup.prompt.ids if self.setup else []
+
+    @property
+    def pictures(self) -> PictureRows | None:
+        """The prompt's rows of pictures."""
+        return None
 
     @property
     def text(self) -> str:

@@ -1,4 +1,4 @@
-"""Passes requests to the application of the model that they name: in the body's `model`, or in the query's."""
+"""Passes requests to the application of the model that they name: in the body's `model` or `name`, or in the query's `model`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Dispatcher:
         name: Any = request.query_params.get("model")
         if request.method == "POST":
             body, size = request.state.body = await pool.shared.bodies.read(request)
-            name = body.get("model")
+            name = body.get("model") or body.get("name")  # the latter in /api/show of Ollama's older clients
         if request.method != "POST" and name is None and not pool.has_default:  # such as /favicon.ico: it loads nothing
             raise HTTPException(404)
         model = await pool.find(name if isinstance(name, str) else None)

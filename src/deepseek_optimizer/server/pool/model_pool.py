@@ -28,6 +28,8 @@ _RETRY = 30.0  # seconds after a failed load in which requests do not try again
 _MAX_WAITING = (64, 256)  # requests that wait for models: of one client, and in all
 _LIST_SECONDS = 1.0  # the list of files is at most this old when a name is not found
 
+OLLAMA_TAG = ":latest"  # Ollama's clients name models with it
+
 Open = Callable[[ModelFile, Shared], LoadedModel]
 
 
@@ -91,6 +93,11 @@ class ModelPool:
     @property
     def loaded(self) -> list[PooledModel]:
         return [model for model in self.models.values() if model.loaded is not None]
+
+    @property
+    def waiting(self) -> int:
+        """Number of requests that wait until a model is loaded."""
+        return self._waiting.total()
 
     def start(self) -> None:
         """Starts to load models: first the pinned ones."""
@@ -164,6 +171,8 @@ class ModelPool:
             return own
         if name not in self.models:
             await self.refresh(_LIST_SECONDS)
+        if name not in self.models:
+            name = name.removesuffix(OLLAMA_TAG)
         if name not in self.models:
             raise ApiError(404, "there is no such model; /v1/models lists the models", param="model", code="model_not_found")
         return self.models[name]

@@ -1,5 +1,5 @@
-"""Messages and tools of a chat. Messages contain text and documents; images and audio are not supported, and no URL in a
-request is ever fetched."""
+"""Messages and tools of a chat. Messages contain text, documents, and pictures for models that see. Audio is not supported, and
+no URL in a request is ever fetched."""
 
 from __future__ import annotations
 
@@ -55,13 +55,30 @@ class FilePart(Body):
     file: FileSource
 
 
+class PictureUrl(Body):
+    """A picture in the request: data:...;base64,... No other URL is fetched."""
+
+    url: Annotated[str, Field(min_length=1)]
+    detail: Ignored
+
+
+class PicturePart(Body):
+    """A picture: PNG, JPEG, WebP, GIF, BMP or TIFF. Only for models that see."""
+
+    type: Literal["image_url"]
+    image_url: PictureUrl
+
+
 def _known_part(value: Any) -> str | None:
-    """Tag of a part of a user message; what is not a file is validated as text."""
+    """Tag of a part of a user message; what is not a file or a picture is validated as text."""
     kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
-    return "file" if kind == "file" else "text"
+    return kind if kind in ("file", "image_url") else "text"
 
 
-UserPart = Annotated[Annotated[TextPart, Tag("text")] | Annotated[FilePart, Tag("file")], Discriminator(_known_part)]
+UserPart = Annotated[
+    Annotated[TextPart, Tag("text")] | Annotated[FilePart, Tag("file")] | Annotated[PicturePart, Tag("image_url")],
+    Discriminator(_known_part),
+]
 Content = str | Annotated[list[TextPart], Field(min_length=1, max_length=1000, fail_fast=True)]
 UserContent = str | Annotated[list[UserPart], Field(min_length=1, max_length=1000, fail_fast=True)]
 

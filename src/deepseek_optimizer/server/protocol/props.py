@@ -33,7 +33,7 @@ class DefaultSettings(ResponseModel):
 
 
 class Modalities(ResponseModel):
-    vision: Literal[False]
+    vision: bool
     audio: Literal[False]
 
 

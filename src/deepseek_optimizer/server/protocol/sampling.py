@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, TypeAdapter, ValidationError, model_validator
 
+from ...engine.pictures import PictureRows
 from ...engine.request import (
     MAX_STOP_CHARACTERS,
     MAX_STOPS,
@@ -171,6 +172,7 @@ def requests_for(
     cache_salt: str | None = None,
     prompt_logprobs: int | None = None,
     progress: bool = False,
+    pictures: PictureRows | None = None,
 ) -> list[Request]:
     """The engine's requests, one for each answer; those for the first prompt come first.
 
@@ -186,7 +188,7 @@ def requests_for(
         pinned: (begin, end) of prompt tokens that a cache window must keep.
         adapter: name of a LoRA adapter; "": none.
         cache_salt: of the request, in addition to the key's.
-        prompt_logprobs, progress: see `Request`.
+        prompt_logprobs, progress, pictures: see `Request`.
     """
     salt = salt if cache_salt is None else f"{salt}\n{cache_salt}"  # the key's has no line break
     return [
@@ -202,6 +204,7 @@ def requests_for(
             adapter=adapter,
             prompt_logprobs=prompt_logprobs,
             progress=progress,
+            pictures=pictures,
         )
         for prompt in prompts
         for i in range(n)

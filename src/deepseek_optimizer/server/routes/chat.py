@@ -16,7 +16,8 @@ from ..chat.chat_setup import ChatSpec, check_choice
 from ..chat.forms import form_of
 from ..chat.intake import admitted_request
 from ..chat.old_functions import FunctionCollector, FunctionEncoder, with_tool_calls, with_tools
-from ..chat.prepared import prepare_chat
+from ..chat.pictures import prepare_chat_with_pictures
+from ..chat.prepared import PreparedChat, prepare_chat
 from ..chat.replies import StreamReply, WholeReply
 from ..chat.reports import reported, wanted_reports
 from ..chat.telemetry import Wanted, streamed_with_telemetry, wanted_telemetry, with_telemetry
@@ -104,7 +105,10 @@ async def start_chat(
     chat = chat_spec(body, state.settings.prefill_assistant)
     form = form_of(body)
     max_tokens = body.max_completion_tokens or body.max_tokens
-    if chat.has_files:
+    prepared: PreparedChat
+    if chat.has_pictures:
+        prepared = await prepare_chat_with_pictures(state, chat, caller)
+    elif chat.has_files:
         prepared = await prepare_chat_with_files(state, chat, max_tokens, salt, places, caller)
     else:
         prepared = await prepare_chat(state, chat, caller)
@@ -130,7 +134,7 @@ async def start_chat(
         [prepared.ids], params, n, id=id, salt=salt, client=caller.key,
         deadline=caller.deadline, priority=body.priority, pinned=prepared.pinned, adapter=caller.adapter,
         cache_salt=body.cache_salt, prompt_logprobs=wanted.prompt_logprobs,
-        progress=progress,
+        progress=progress, pictures=prepared.pictures,
     )  # fmt: skip
     if body.n_predict is not None:
         requests = [state.fitted(request) for request in requests]

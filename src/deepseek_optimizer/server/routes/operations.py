@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Annotated, Any, Literal
 
 from fastapi import FastAPI, Query, Response
 
 from ...versions import versions
 from ..chat.replies import json_response
+from ..http.fair_queue import FairQueue
 from ..openapi import errors
 from ..protocol.operations import Load, Sleeping, Slept, Version
 from ..state import ServerState
@@ -15,19 +18,37 @@ from ..state import ServerState
 _PACKAGE = "deepseek-optimizer"
 
 
-def add(app: FastAPI, state: ServerState) -> None:
+def add_version(app: FastAPI) -> None:
     @app.get("/version", response_model=Version, responses=errors(401, 403), tags=["status"])
     async def version() -> Response:
         """The version of the server."""
         return json_response({"version": versions(_PACKAGE)[_PACKAGE]})
 
+
+def load_of(states: Sequence[ServerState], queues: Iterable[FairQueue]) -> dict[str, Any]:
+    """The number of requests in engines and queues; queues with one name are added up."""
+    loads = [state.engine.load for state in states]
+    running: Counter[str] = Counter()
+    waiting: Counter[str] = Counter()
+    for queue in queues:
+        running[queue.name] += queue.running
+        waiting[queue.name] += queue.waiting
+    return {
+        "server_load": sum(state.engine.admitted for state in states),
+        "running": sum(load[0] for load in loads),
+        "waiting": sum(load[1] for load in loads),
+        "queues": {name: {"running": running[name], "waiting": waiting[name]} for name in running},
+    }
+
+
+def add(app: FastAPI, state: ServerState) -> None:
+    add_version(app)
+
     @app.get("/load", response_model=Load, responses=errors(401, 403), tags=["status"])
     async def load() -> Response:
         """The number of requests in the server, for load balancers: `server_load` counts all that are admitted, of which some
         are running in the engine and some are waiting for it, and some are in the server's queues."""
-        running, waiting = state.engine.load
-        queues = {queue.name: {"running": queue.running, "waiting": queue.waiting} for queue in state.queues}
-        return json_response({"server_load": state.engine.admitted, "running": running, "waiting": waiting, "queues": queues})
+        return json_response(load_of([state], state.queues))
 
     @app.get("/is_sleeping", response_model=Sleeping, responses=errors(401, 403), tags=["status"])
     async def is_sleeping() -> Response:

@@ -1,4 +1,4 @@
-"""/v1/models of a server with several models, and llama-server's /models/load and /models/unload."""
+"""/v1/models, /version and /load of a server with several models, and llama-server's /models/load and /models/unload."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from ..pool.model_pool import ModelPool
 from ..pool.pooled_model import PooledModel
 from ..protocol.base import parse
 from ..protocol.models import EXAMPLE_MODEL_NAME, Done, ModelNameRequest, PooledModelCard, PooledModelList
+from ..protocol.operations import Load
 from ..protocol.tolerance import parse_tolerantly
-from . import models
+from . import models, operations
 
 
 def add(app: FastAPI, pool: ModelPool) -> None:
@@ -37,6 +38,17 @@ def add(app: FastAPI, pool: ModelPool) -> None:
         """Describes one model. Its name may contain slashes."""
         found = await pool.find(model)
         return json_response(card(found.file.name, found))
+
+    operations.add_version(app)
+
+    @app.get("/load", response_model=Load, responses=errors(401, 403), tags=["status"])
+    async def server_load() -> Response:
+        """The number of requests in the server, for load balancers: those of all models, and those that wait for a model to be
+        loaded, in `queues`."""
+        states = [model.loaded.state for model in pool.loaded if model.loaded is not None]
+        body = operations.load_of(states, [*pool.shared.queues, *(queue for state in states for queue in state.queues)])
+        body["queues"]["models"] = {"running": 0, "waiting": pool.waiting}
+        return json_response(body)
 
     async def named(request: Request) -> PooledModel:
         pool.check_accepting()

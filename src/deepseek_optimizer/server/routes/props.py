@@ -31,7 +31,7 @@ def add(app: FastAPI, state: ServerState) -> None:
             "chat_template": _chat_template(state),
             "bos_token": tokenizer.bos_token or "",
             "eos_token": tokenizer.eos_token or "",
-            "modalities": {"vision": False, "audio": False},
+            "modalities": {"vision": state.pictures is not None, "audio": False},
             "build_info": f"deepseek-optimizer {versions('deepseek-optimizer')['deepseek-optimizer']}",
             "is_sleeping": state.sleeping,
         }

@@ -24,9 +24,9 @@ SHORT = 16 << 10  # bytes of a request that takes about 10 ms of work
 class Lane:
     """The tokenizer and chat template of one thread."""
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, pictures: bool = False) -> None:
         self.tokenizer = tokenizer
-        self.template = ChatTemplate(tokenizer)
+        self.template = ChatTemplate(tokenizer, pictures=pictures)
 
     @cached_property
     def _controls(self) -> ControlTokens:
@@ -48,10 +48,11 @@ class Tokenizing:
     Args:
         tokenizer: of Transformers; nothing else may use it.
         max_per_client, max_jobs: see `FairQueue`.
+        pictures: whether messages may have places of pictures.
     """
 
-    def __init__(self, tokenizer: Any, max_per_client: int, max_jobs: int) -> None:
-        self.short, self._long = Lane(tokenizer), Lane(copy.deepcopy(tokenizer))
+    def __init__(self, tokenizer: Any, max_per_client: int, max_jobs: int, pictures: bool = False) -> None:
+        self.short, self._long = Lane(tokenizer, pictures), Lane(copy.deepcopy(tokenizer), pictures)
         names = ("tokenizing short texts", "tokenizing long texts")
         self.queues = [FairQueue(name, 1, max_running=1, max_per_client=max_per_client, max_jobs=max_jobs) for name in names]
 

@@ -1,4 +1,5 @@
-"""Requests of Anthropic's Messages API. Only text is read: images, documents and Anthropic's own tools are errors."""
+"""Requests of Anthropic's Messages API. Text is read and, by models that see, images; documents and Anthropic's own tools are
+errors."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ _MAX_BLOCKS = 1000
 def _readable(value: Any) -> Any:
     """Raises a clear error for blocks that are not supported here."""
     kind = value.get("type") if isinstance(value, dict) else None
-    if kind in ("image", "document", "search_result", "container_upload"):
+    if kind in ("document", "search_result", "container_upload"):
         raise ValueError(f"blocks of type {kind!r} are not supported: this server reads text; send the content as a text block")
     if kind in ("server_tool_use", "web_search_tool_result", "mcp_tool_use", "mcp_tool_result"):
         raise ValueError(f"blocks of type {kind!r} are not supported: tools that run on Anthropic's servers do not exist here")
@@ -32,6 +33,21 @@ class TextBlock(_Block):
     type: Literal["text"]
     text: str
     citations: Ignored
+
+
+class ImageSource(Body):
+    """An image in the request. No URL is fetched."""
+
+    type: Literal["base64"]
+    media_type: Annotated[str, Field(pattern=r"^image/[a-z0-9.+-]{1,32}$")]
+    data: Annotated[str, Field(min_length=1)]
+
+
+class ImageBlock(_Block):
+    """An image, for models that see."""
+
+    type: Literal["image"]
+    source: ImageSource
 
 
 class ThinkingBlock(_Block):
@@ -57,7 +73,14 @@ class ToolUseBlock(_Block):
     caller: Ignored
 
 
-_Text = Annotated[TextBlock, BeforeValidator(_readable)]
+def _text_only(value: Any) -> Any:
+    """As `_readable`, where images are not supported either."""
+    if isinstance(value, dict) and value.get("type") == "image":
+        raise ValueError("blocks of type 'image' are supported in messages of the user only")
+    return _readable(value)
+
+
+_Text = Annotated[TextBlock, BeforeValidator(_text_only)]
 Texts = str | Annotated[list[_Text], Field(max_length=_MAX_BLOCKS, fail_fast=True)]
 
 
@@ -71,12 +94,12 @@ class ToolResultBlock(_Block):
 
 
 _UserBlock = Annotated[
-    Annotated[TextBlock | ToolResultBlock, Field(discriminator="type")],
+    Annotated[TextBlock | ImageBlock | ToolResultBlock, Field(discriminator="type")],
     BeforeValidator(_readable),
 ]
 _AssistantBlock = Annotated[
     Annotated[TextBlock | ThinkingBlock | RedactedThinkingBlock | ToolUseBlock, Field(discriminator="type")],
-    BeforeValidator(_readable),
+    BeforeValidator(_text_only),
 ]
 
 

@@ -15,6 +15,7 @@ from .requests import (
     AnthropicSystemMessage,
     AnthropicUserMessage,
     CountTokensRequest,
+    ImageBlock,
     MessagesRequest,
     NamedChoice,
     NoChoice,
@@ -127,21 +128,35 @@ def _assistant(message: AnthropicAssistantMessage) -> dict[str, Any]:
 
 
 def _add_user(messages: list[dict[str, Any]], message: AnthropicUserMessage) -> None:
-    """Adds the results of tools, then the text, which continues a user message before it: templates expect turns."""
+    """Adds the results of tools, then the text and the images, which continue a user message before it: templates expect
+    turns."""
     texts: list[str] = []
+    parts: list[dict[str, Any]] = []  # of the message, if it has images
     if isinstance(message.content, str):
         texts.append(message.content)
     else:
         for block in message.content:
             if isinstance(block, ToolResultBlock):
-                content = "" if block.content is None else _text(block.content)
-                messages.append({"role": "tool", "tool_call_id": block.tool_use_id, "content": content})
+                result = "" if block.content is None else _text(block.content)
+                messages.append({"role": "tool", "tool_call_id": block.tool_use_id, "content": result})
+            elif isinstance(block, ImageBlock):
+                url = f"data:{block.source.media_type};base64,{block.source.data}"
+                parts.append({"type": "image_url", "image_url": {"url": url}})
             else:
                 texts.append(block.text)
-        if not texts:
+                parts.append({"type": "text", "text": block.text})
+        if not parts:
             return
-    text = "\n".join(texts)
+    content: Any = parts if len(parts) > len(texts) else "\n".join(texts)
     if messages and messages[-1]["role"] == "user":
-        messages[-1]["content"] += "\n" + text
+        messages[-1]["content"] = _continued(messages[-1]["content"], content)
     else:
-        messages.append({"role": "user", "content": text})
+        messages.append({"role": "user", "content": content})
+
+
+def _continued(first: Any, then: Any) -> Any:
+    """The content of two messages in one."""
+    if isinstance(first, str) and isinstance(then, str):
+        return f"{first}\n{then}"
+    lists = [[{"type": "text", "text": part}] if isinstance(part, str) else part for part in (first, then)]
+    return lists[0] + lists[1]

@@ -1,4 +1,5 @@
-"""/api/tags, /api/ps, /api/show and /api/version: describe the model that is served, in Ollama's format."""
+"""/api/tags, /api/ps, /api/show and /api/version: describe the model that is served, in Ollama's format. `pool.py` has the lists of
+a server with several models."""
 
 from __future__ import annotations
 
@@ -17,35 +18,55 @@ from ...protocol.ollama.responses import OllamaError, OllamaModels, OllamaProces
 from ...state import ServerState
 
 _VERSION = "0.12.0"  # of Ollama, whose API this is; clients check it
+_FILLS_IN = "{{- /* fills a gap between .Prompt and .Suffix */ -}}\n"  # Continue looks for .Suffix to find out
 _FOREVER = 4_102_444_800  # January 1, 2100: the model stays loaded
 
 
-def add(app: FastAPI, state: ServerState) -> None:
-    def details() -> dict[str, Any]:
-        return {"parent_model": "", "format": "safetensors", "family": "", "families": [], "parameter_size": "",
-                "quantization_level": ""}  # fmt: skip
+def details() -> dict[str, Any]:
+    """`details` of a model."""
+    return {"parent_model": "", "format": "safetensors", "family": "", "families": [], "parameter_size": "",
+            "quantization_level": ""}  # fmt: skip
 
-    def card() -> dict[str, Any]:
-        name = state.model_name if ":" in state.model_name else f"{state.model_name}:latest"
-        digest = hashlib.sha256(name.encode()).hexdigest()
-        return {"name": name, "model": name, "modified_at": timestamp(state.created), "size": 0, "digest": digest,
-                "details": details()}  # fmt: skip
 
-    @app.get("/api/tags", response_model=OllamaModels, responses=errors(401, 403, model=OllamaError), tags=["ollama"])
-    async def tags() -> Response:
-        """Lists the models that a request may name."""
-        return json_response({"models": [card()]})
+def card(model: str, created: int, size: int = 0) -> dict[str, Any]:
+    """Describes a model in /api/tags.
 
-    @app.get("/api/ps", response_model=OllamaProcesses, responses=errors(401, 403, model=OllamaError), tags=["ollama"])
-    async def running() -> Response:
-        """Lists the loaded models."""
-        more = {"expires_at": timestamp(_FOREVER), "size_vram": 0, "context_length": state.engine.context}
-        return json_response({"models": [{**card(), **more}]})
+    Args:
+        model: its name.
+        created: time in seconds since the epoch.
+        size: bytes of its weights; 0: unknown.
+    """
+    name = model if ":" in model else f"{model}:latest"
+    digest = hashlib.sha256(name.encode()).hexdigest()
+    return {"name": name, "model": name, "modified_at": timestamp(created), "size": size, "digest": digest,
+            "details": details()}  # fmt: skip
 
+
+def running_card(state: ServerState, size: int = 0) -> dict[str, Any]:
+    """Describes a loaded model in /api/ps."""
+    more = {"expires_at": timestamp(_FOREVER), "size_vram": 0, "context_length": state.engine.context}
+    return {**card(state.model_name, state.created, size), **more}
+
+
+def add_version(app: FastAPI) -> None:
     @app.get("/api/version", response_model=OllamaVersion, responses=errors(401, 403, model=OllamaError), tags=["ollama"])
     async def version() -> Response:
         """The version of Ollama's API that this server follows."""
         return json_response({"version": _VERSION})
+
+
+def add(app: FastAPI, state: ServerState) -> None:
+    @app.get("/api/tags", response_model=OllamaModels, responses=errors(401, 403, model=OllamaError), tags=["ollama"])
+    async def tags() -> Response:
+        """Lists the models that a request may name."""
+        return json_response({"models": [card(state.model_name, state.created)]})
+
+    @app.get("/api/ps", response_model=OllamaProcesses, responses=errors(401, 403, model=OllamaError), tags=["ollama"])
+    async def running() -> Response:
+        """Lists the loaded models."""
+        return json_response({"models": [running_card(state)]})
+
+    add_version(app)
 
     @app.post(
         "/api/show",
@@ -65,7 +86,9 @@ def add(app: FastAPI, state: ServerState) -> None:
                 capabilities += ["thinking"] if state.thinks(False) else []
             except RequestError:  # the model has no chat template
                 pass
-            capabilities += ["insert"] if state.fill_in is not None else []
+            if state.fill_in is not None:
+                capabilities.append("insert")
+                template = _FILLS_IN + template
             return json_response(
                 {
                     "modelfile": "",

@@ -1,0 +1,154 @@
+"""`model.dso` of a multimodal model."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+
+from ..bind.runtime import Runtime
+from ..general import GeneralRuntime
+from ..general.report import GeneralReport, make_report
+from ..model.report import FormatRow, Report
+from .forward import OuterCall, Recorded, WholeForward
+from .generate import WholeGenerate
+from .language_model import LanguageModel
+from .pictures import Call
+
+
+@dataclass(frozen=True)
+class MultimodalReport:
+    """What was optimized in a multimodal model.
+
+    Attributes:
+        path: "multimodal".
+        language: the report about the language model, which has a plan.
+        rest: that about everything else; its path is "general".
+    """
+
+    path: str
+    language: Report
+    rest: GeneralReport
+
+    @property
+    def family(self) -> str:
+        """`model_type` of the whole model."""
+        return self.rest.family
+
+    @property
+    def formats(self) -> tuple[FormatRow, ...]:
+        """The weight formats of the language model."""
+        return self.language.formats
+
+    @property
+    def backend(self) -> str:
+        """The backend of both."""
+        return self.language.backend
+
+    @property
+    def detail(self) -> str:
+        """Its ISA and threads, or its device."""
+        return self.language.detail
+
+    @property
+    def kv_cache(self) -> str:
+        """Storage format of the language model's cache."""
+        return self.language.kv_cache
+
+    @property
+    def bytes_after(self) -> int:
+        """Size of all weights."""
+        return self.rest.bytes_after
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as a dict of JSON types."""
+        return {"path": self.path, "language": self.language.to_dict(), "rest": self.rest.to_dict()}
+
+    def __rich__(self) -> Any:
+        """Both tables for rich's `print`."""
+        from rich.console import Group
+
+        return Group(self.language.__rich__(), self.rest.__rich__())
+
+    def __str__(self) -> str:
+        return f"{self.language}\n{self.rest}"
+
+
+class MultimodalRuntime(GeneralRuntime):
+    """The runtime of the whole model: that of the general path, and the language model with its own.
+
+    Args: as in `GeneralRuntime`.
+
+    Attributes: those of `GeneralRuntime`, and
+        language_model: the language model, which shares the modules; `bind` sets it.
+        outer: the call of the whole model's forward in progress.
+    """
+
+    language_model: LanguageModel
+
+    def __init__(self, model: Any, *args: Any, **options: Any) -> None:
+        self.outer = OuterCall()
+        super().__init__(model, *args, **options)
+
+    def own_methods(self) -> dict[str, Any]:
+        return {**super().own_methods(), "forward": WholeForward(self), "generate": WholeGenerate(self)}
+
+    def own_report(self) -> Any:
+        return MultimodalReport("multimodal", self.language.report(), make_report(self))
+
+    @property
+    def language(self) -> Runtime:
+        """The runtime of the language model."""
+        runtime: Any = self.language_model.dso
+        return cast(Runtime, runtime)
+
+    def language_call(self, arguments: dict[str, Any]) -> Call:
+        """The call of the language model that a forward of the whole model would make; the language model is not run.
+
+        Args:
+            arguments: of the whole model's forward.
+        """
+        outer = self.outer
+        before, outer.arguments, outer.records = outer.arguments, arguments, True
+        try:
+            with torch.no_grad(), self.backend.thread_context():
+                type(self.model).forward(self.model, **arguments)
+        except Recorded as recorded:
+            return recorded.call
+        finally:
+            outer.arguments, outer.records = before, False
+        raise AssertionError("the forward did not call the language model")
+
+    # What `generate` needs of the language model's runtime.
+
+    @property
+    def graph(self) -> Any:
+        return self.language.graph
+
+    @property
+    def current_plan(self) -> Any:
+        return self.language.current_plan
+
+    @property
+    def arena(self) -> Any:
+        return self.language.arena
+
+    def unserved(self) -> str | None:
+        """As `Runtime.unserved`."""
+        return self.language.unserved()
+
+    def move(self) -> None:
+        super().move()
+        self.language.move()
+
+    def rebind(self) -> None:
+        super().rebind()
+        self.language.rebind()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> MultimodalRuntime:
+        twin = super().__deepcopy__(memo)
+        twin.outer = copy.deepcopy(self.outer, memo)
+        twin.language_model = copy.deepcopy(self.language_model, memo)
+        return twin

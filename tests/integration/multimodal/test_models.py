@@ -1,0 +1,122 @@
+"""Models with a vision tower: pixels in, logits out, as Transformers computes them."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any
+
+import pytest
+import torch
+
+from deepseek_optimizer import DeepSeekConfig, DynamicGraphOptimizer, load_model
+from deepseek_optimizer.errors import ConfigError
+from deepseek_optimizer.integration.bind.packed_model import OptimizerWarning
+from support.multimodal import FAMILIES, make_model, make_prompts
+
+TOLERANCE = 1e-5  # of logits of magnitude 1 to 2, in fp32
+FP32 = DeepSeekConfig(precision="fp32", prefill_chunk=32)  # chunks end within pictures
+
+
+def optimized(model: Any, config: DeepSeekConfig = FP32) -> Any:
+    return DynamicGraphOptimizer(copy.deepcopy(model), config=config).optimize()
+
+
+@torch.no_grad()
+def logits_of(model: Any, arguments: dict[str, Any], **more: Any) -> torch.Tensor:
+    """Logits of the real tokens; an optimized model must use its plan."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", OptimizerWarning)
+        logits = model(**arguments, **more).logits
+    return logits[arguments["attention_mask"][:, -logits.shape[1] :].bool()]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_and_generated_tokens(family):
+    """One to five pictures of odd shapes in one batch, and a prompt without any."""
+    model = make_model(FAMILIES[family])
+    ours = optimized(model)
+    for seed, counts in enumerate(([2, 0, 3], [1])):
+        arguments = make_prompts(FAMILIES[family], counts, seed).arguments
+        torch.testing.assert_close(logits_of(ours, arguments), logits_of(model, arguments), atol=TOLERANCE, rtol=0)
+        expected = model.generate(**arguments, max_new_tokens=7, do_sample=False)
+        assert ours.generate(**arguments, max_new_tokens=7, do_sample=False).tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "gemma3", "qwen3_vl", "qwen3_5"])
+def test_chunks_and_caches(family, backend):
+    """Any division into steps gives the same; so does a second turn with text only, from the cache of the first."""
+    model = make_model(FAMILIES[family])
+    arguments = make_prompts(FAMILIES[family], [5], tail=1).arguments
+    turn = torch.tensor([[7, 8, 9]])
+    whole = torch.cat([arguments["input_ids"], turn], 1)
+    theirs = model.generate(**arguments, max_new_tokens=1, do_sample=False, return_dict_in_generate=True)
+    del theirs
+    ours = [optimized(model, DeepSeekConfig(precision="fp32", prefill_chunk=n, backend=backend)) for n in (16, 512)]
+    first, second = (logits_of(m, arguments) for m in ours)
+    torch.testing.assert_close(first, second, atol=TOLERANCE, rtol=0)
+    both = {**arguments, "input_ids": whole, "attention_mask": torch.ones_like(whole)}
+    if types := FAMILIES[family].types:
+        both[types] = torch.cat([arguments[types], torch.zeros_like(turn)], 1)
+    with torch.no_grad():
+        output = ours[0](**arguments, use_cache=True)
+        cache = output["cache" if "cache" in output else "past_key_values"]
+        more = ours[0](input_ids=turn, attention_mask=both["attention_mask"], past_key_values=cache).logits[0]
+    torch.testing.assert_close(more, logits_of(model, both)[-3:], atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "gemma3", "deepseek_ocr2"])
+def test_files(family, tmp_path):
+    """`from_pretrained`, `load_model`, and a packed checkpoint that is loaded again."""
+    from transformers import AutoModelForImageTextToText
+
+    model = make_model(FAMILIES[family])
+    model.save_pretrained(tmp_path / "float")
+    arguments = make_prompts(FAMILIES[family], [1, 2]).arguments
+    expected = logits_of(model, arguments)
+    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path / "float", quantization_config=FP32)
+    assert loaded.report().path == "multimodal"
+    torch.testing.assert_close(logits_of(loaded, arguments), expected, atol=TOLERANCE, rtol=0)
+    packed = load_model(tmp_path / "float", precision="int8")
+    assert {row.format for row in packed.report().language.formats} >= {"int8"}
+    assert {row.format for row in packed.report().rest.formats} >= {"fp32"}  # the vision tower keeps its precision
+    near = logits_of(packed, arguments)
+    torch.testing.assert_close(near, expected, atol=0.1, rtol=0)
+    packed.save_pretrained(tmp_path / "packed")
+    assert torch.equal(logits_of(load_model(tmp_path / "packed"), arguments), near)
+
+
+def test_copies_and_deletion():
+    model = optimized(make_model(FAMILIES["qwen3_vl"]))
+    arguments = make_prompts(FAMILIES["qwen3_vl"], [1]).arguments
+    expected = logits_of(model, arguments)
+    twin = copy.deepcopy(model)
+    assert twin.dso.language is not model.dso.language
+    del model
+    assert torch.equal(logits_of(twin, arguments), expected)
+    assert twin.num_parameters() > 0
+
+
+def test_what_the_plan_does_not_serve():
+    """Gradients and attention weights: Transformers' own forward, with a warning."""
+    model = make_model(FAMILIES["gemma3"])
+    arguments = make_prompts(FAMILIES["gemma3"], [1]).arguments
+    ours = optimized(model)
+    ours.set_attn_implementation("eager")
+    with pytest.warns(OptimizerWarning, match="output_attentions"):
+        output = ours(**arguments, output_attentions=True)
+    torch.testing.assert_close(output.logits, model(**arguments).logits, atol=TOLERANCE, rtol=0)
+
+
+def test_settings():
+    model = make_model(FAMILIES["smolvlm"])
+    with pytest.raises(ConfigError, match="formats names 'nothing'"):
+        optimized(model, DeepSeekConfig(formats={"nothing": "int8"}))
+    formats = {"model.vision_model.*": "int8", "model.text_model.layers.0.*": "int8"}
+    report = optimized(model, DeepSeekConfig(formats=formats)).report()
+    assert {row.format: row.matrices for row in report.language.formats}["int8"] == 7
+    assert {row.format for row in report.rest.formats} >= {"int8"}
+    with pytest.raises(ConfigError, match="kl_budget"):
+        optimized(model, DeepSeekConfig(kl_budget=0.1))
+    assert optimized(model, DeepSeekConfig(kv_cache="int8")).dso.language.kv_dtype == "int8"

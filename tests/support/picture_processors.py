@@ -1,0 +1,79 @@
+"""Processors for the tiny multimodal models of `multimodal.py`, with a byte-level tokenizer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from PIL import Image
+
+from .byte_tokenizer import new_byte_tokenizer
+from .multimodal import FAMILIES, make_model
+
+_TOKENS = {
+    "gemma3": ["<start_of_image>", "<image_soft_token>", "<end_of_image>"],
+    "qwen3_vl": ["<|vision_start|>", "<|image_pad|>", "<|vision_end|>", "<|video_pad|>"],
+    "qwen2_5_vl": ["<|vision_start|>", "<|image_pad|>", "<|vision_end|>", "<|video_pad|>"],
+    "deepseek_vl": ["<image_placeholder>"],
+}
+PLACEHOLDER = {
+    "gemma3": "<start_of_image>",
+    "qwen3_vl": "<|vision_start|><|image_pad|><|vision_end|>",
+    "qwen2_5_vl": "<|vision_start|><|image_pad|><|vision_end|>",
+    "deepseek_vl": "<image_placeholder>",
+}
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|{{ m.role }}|>{% if m.content is string %}{{ m.content }}{% else %}{% for p in m.content %}"
+    "{% if p.type == 'image' %}PLACEHOLDER{% else %}{{ p.text }}{% endif %}{% endfor %}{% endif %}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def make_processor(family: str) -> Any:
+    """The family's own processor."""
+    import transformers
+
+    tokenizer = new_byte_tokenizer()
+    tokenizer.add_tokens(_TOKENS[family], special_tokens=True)
+    template = CHAT_TEMPLATE.replace("PLACEHOLDER", PLACEHOLDER[family])
+    if family == "gemma3":
+        tokenizer.boi_token, tokenizer.image_token, tokenizer.eoi_token = _TOKENS[family]
+        for name in ("boi", "image", "eoi"):
+            setattr(tokenizer, f"{name}_token_id", tokenizer.convert_tokens_to_ids(getattr(tokenizer, f"{name}_token")))
+        pictures = transformers.Gemma3ImageProcessorPil(size={"height": 24, "width": 24})
+        return transformers.Gemma3Processor(pictures, tokenizer, chat_template=template, image_seq_length=9)
+    if family == "deepseek_vl":
+        tokenizer.image_token = _TOKENS[family][0]
+        pictures = transformers.DeepseekVLImageProcessorPil(size={"height": 12, "width": 12}, min_size=2)
+        return transformers.DeepseekVLProcessor(pictures, tokenizer, chat_template=template, num_image_tokens=9)
+    size = {"shortest_edge": 64, "longest_edge": 1024}  # pixels
+    pictures = transformers.Qwen2VLImageProcessorPil(patch_size=4, merge_size=2, temporal_patch_size=2, size=size)
+    kind = {"qwen2_5_vl": transformers.Qwen2_5_VLProcessor, "qwen3_vl": transformers.Qwen3VLProcessor}[family]
+
+    class WithoutVideos(kind):  # a video processor would need torchvision
+        def check_argument_for_proper_class(self, *args: Any) -> None:
+            pass
+
+    return WithoutVideos(pictures, tokenizer, None, chat_template=template)
+
+
+def make_pair(family: str, **text: Any) -> tuple[Any, Any]:
+    """A float model and its processor."""
+    processor = make_processor(family)
+    tokenizer = processor.tokenizer
+    ids = dict(zip(("start", "image", "end"), tokenizer.convert_tokens_to_ids(_TOKENS[family][:3]), strict=False))
+    model = make_model(FAMILIES[family], vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id, **text)
+    config = model.config
+    config.image_token_id = ids["start" if family == "deepseek_vl" else "image"]
+    if family.startswith("qwen"):
+        config.vision_start_token_id, config.vision_end_token_id = ids["start"], ids["end"]
+        config.video_token_id = tokenizer.convert_tokens_to_ids("<|video_pad|>")
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    return model, processor
+
+
+def picture(width: int, height: int, seed: int = 0) -> Image.Image:
+    """A picture with random colors."""
+    import numpy as np
+
+    generator = np.random.default_rng(seed)
+    return Image.fromarray(generator.integers(0, 256, (height, width, 3), dtype=np.uint8))
