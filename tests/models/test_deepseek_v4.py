@@ -9,6 +9,7 @@ import pytest
 from deepseek_optimizer.errors import ConfigError, UnsupportedModelError
 from deepseek_optimizer.graph import attention_mode
 from deepseek_optimizer.graph.min_formats import exact_weights, min_formats
+from deepseek_optimizer.graph.partial_graph import writing_graph
 from deepseek_optimizer.graph.rope_rotation import key_rotation
 from deepseek_optimizer.graph.validate import check_graph
 from deepseek_optimizer.models import build_graph
@@ -59,6 +60,7 @@ def test_what_the_graph_keeps_exact() -> None:
     compressor = f"{layer}.self_attn.compressor"
     assert least[f"{compressor}.gate_proj.weight"] == least[f"{compressor}.indexer.q_b_proj.weight"] == "int8"
     assert graph.looks_up and graph.hidden_states == 1
+    assert writing_graph(graph) is None  # it has no hidden states between layers to tell where they end
 
 
 def test_kinds_of_rows() -> None:

@@ -53,7 +53,7 @@ def writing_graph(graph: Graph) -> Graph | None:
     if graph.states or graph.adapter_sites or not places:
         return None
     following = sum(n.op == "hidden_out" for n in graph.nodes[places[-1] :]) - 1  # without the rest of the layer that writes
-    if 4 * following < graph.hidden_states - 1:
+    if following < 1 or 4 * following < graph.hidden_states - 1:
         return None
     writes = [graph.nodes[i] for i in places]
     wanted = {value for node in writes for value in node.inputs}
