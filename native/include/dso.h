@@ -17,7 +17,7 @@ extern "C" {
 #define DSO_API
 #endif
 
-#define DSO_ABI_VERSION 12
+#define DSO_ABI_VERSION 13
 DSO_API int32_t dso_abi_version(void);
 
 enum {

@@ -260,9 +260,9 @@ def deepseek_v32(**fields: Any) -> DeepseekV32Config:
 def deepseek_v4(**fields: Any) -> DeepseekV4Config:
     """All types of layers, with windows of 3 and 7 tokens that no block is a multiple of."""
     sizes = {
-        "vocab_size": 131, "hidden_size": 72, "moe_intermediate_size": 44, "num_hidden_layers": 4, "num_attention_heads": 6,
+        "vocab_size": 211, "hidden_size": 72, "moe_intermediate_size": 44, "num_hidden_layers": 4, "num_attention_heads": 6,
         "head_dim": 20, "qk_rope_head_dim": 6, "q_lora_rank": 40, "o_groups": 3, "o_lora_rank": 14, "sliding_window": 21,
-        "max_position_embeddings": 512, "hc_mult": 3, "hc_sinkhorn_iters": 5,
+        "max_position_embeddings": 512, "hc_mult": 3, "hc_sinkhorn_iters": 5, "eos_token_id": None,
     }  # fmt: skip
     experts = {"n_routed_experts": 6, "num_experts_per_tok": 2, "swiglu_limit": 1.5}
     index = {"index_topk": 9, "index_head_dim": 12, "index_n_heads": 20}

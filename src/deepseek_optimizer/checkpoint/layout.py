@@ -17,7 +17,10 @@ from ..quant import PackedWeight
 Stored = torch.Tensor | PackedWeight  # all three hold their data in `.data`
 
 _ALIGN = 64
-_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.uint8: "U8"}
+_DTYPES = {
+    torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.uint8: "U8", torch.int64: "I64",
+    torch.int32: "I32",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

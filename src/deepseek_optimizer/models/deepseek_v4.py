@@ -10,10 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..errors import ConfigError
+from ..errors import ConfigError, UnsupportedModelError, shown
 from ..graph.ir import CachedRows, Graph, Node, RowsSpec, Value
 from .blocks import emit, linear, norm, rms_norm
-from .decoder import MAX_HEADS, MAX_POSITIONS, MAX_WIDTH, Trunk, read_layer_kinds, read_trunk
+from .decoder import MAX_HEADS, MAX_LAYERS, MAX_POSITIONS, MAX_WIDTH, Trunk, read_layer_kinds, read_trunk
 from .experts import ClampedForm, feed_forward, read_plain_routing
 from .fields import Fields
 from .mla import MAX_SPARSE_POSITIONS, Indexer
@@ -21,6 +21,7 @@ from .rope import RopeSpec, read_rope
 from .streams import Streams, collapse, expand, spread, stream_weights
 
 SLIDING, SPARSE, HEAVY = "sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"
+_RATIOS = {0: SLIDING, 4: SPARSE, 128: HEAVY}  # entries of compress_ratios
 MAIN, COMPRESS = 0, 1  # index of a layer's RoPE
 MAX_STREAMS, MAX_STEPS = 64, 1024
 
@@ -63,6 +64,7 @@ class _Cache:
 
 
 def build(fields: Fields) -> Graph:
+    fields = _current(fields)
     fields.only("attention_bias", None, False)
     fields.only("mlp_bias", None, False)
     fields.only("num_key_value_heads", 1)
@@ -86,6 +88,44 @@ def build(fields: Fields) -> Graph:
     if s.count * d.hidden > MAX_WIDTH:
         raise ConfigError(f"config.hc_mult: {s.count} streams of {d.hidden} elements exceed the maximum width of {MAX_WIDTH}")
     return _graph(d, a, s, _forward(fields, d))
+
+
+def _current(fields: Fields) -> Fields:
+    """The fields that Transformers' config object has. A published config.json has those of DeepSeek's own code."""
+    layers, changes = fields.integer("num_hidden_layers", MAX_LAYERS), dict[str, Any]()
+    if fields.get("layer_types") is None:
+        ratios = fields.get("compress_ratios")
+        if ratios is None:
+            ratios = [128, 128, *(4 if layer % 2 else 128 for layer in range(layers - 2))]
+        if not isinstance(ratios, (list, tuple)) or len(ratios) < layers:
+            raise ConfigError(f"config.compress_ratios: expected a number for each of {layers} layers, got {shown(ratios)}")
+        for ratio in ratios:
+            if isinstance(ratio, bool) or ratio not in _RATIOS:
+                raise UnsupportedModelError(f"config.compress_ratios: {shown(ratio)} is not supported. Supported: 0, 4, 128.")
+        changes["layer_types"] = [_RATIOS[ratio] for ratio in ratios[:layers]]
+    if fields.get("mlp_layer_types") is None:
+        hashed = min(layers, fields.integer("num_hash_layers", MAX_LAYERS, low=0, default=3))
+        changes["mlp_layer_types"] = ["hash_moe"] * hashed + ["moe"] * (layers - hashed)
+    if fields.get("compress_rates") is None:
+        rates = ((SPARSE, "compress_rate_csa", 4), (HEAVY, "compress_rate_hca", 128))
+        changes["compress_rates"] = {kind: fields.get(name, default) for kind, name, default in rates}
+    given = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
+    if isinstance(given, dict) and not (isinstance(given.get("main"), dict) and isinstance(given.get("compress"), dict)):
+        changes["rope_parameters"] = _nested(fields, given)
+    return fields.with_(**changes) if changes else fields
+
+
+def _nested(fields: Fields, given: dict[str, Any]) -> dict[str, Any]:
+    """Parameters of RoPE by type, from one set of them, which applies to layers with entries."""
+    share = fields.get("partial_rotary_factor")
+    if share is None:
+        share = fields.integer("qk_rope_head_dim", MAX_WIDTH) / fields.integer("head_dim", MAX_WIDTH)
+    kind = given.get("rope_type", given.get("type", "default"))
+    scaled = {name: value for name, value in given.items() if name != "type"}
+    whole = {"attention_factor": 1.0} if kind == "yarn" else {}
+    compress = {**whole, **scaled, "rope_type": kind, "rope_theta": fields.get("compress_rope_theta")}
+    main = {"rope_type": "default", "rope_theta": fields.get("rope_theta")}
+    return {name: {**part, "partial_rotary_factor": share} for name, part in (("main", main), ("compress", compress))}
 
 
 def _ropes(fields: Fields, head_dim: int, positions: int) -> tuple[RopeSpec, ...]:

@@ -108,7 +108,7 @@ def _attention(
 
 def _grouped_linear(plan: ReferencePlan, step: Step, node: Node, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
     (name,), groups = node.weights, node.attrs["groups"]
-    x, weight = plan.rounded(x, name).unflatten(-1, (groups, -1)), plan.weight(name).unflatten(0, (groups, -1))
+    x, weight = plan.rounded(x, name, finest=True).unflatten(-1, (groups, -1)), plan.weight(name).unflatten(0, (groups, -1))
     return (torch.einsum("tgk,gnk->tgn", x, weight).flatten(1),)
 
 

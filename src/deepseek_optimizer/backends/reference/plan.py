@@ -113,9 +113,12 @@ class ReferencePlan:
         vector = None if bias is None else self._weights[bias][rows]
         return F.linear(self.rounded(x, name), self._weights[name][rows], vector)
 
-    def rounded(self, x: torch.Tensor, name: str) -> torch.Tensor:
-        """x rounded to the kind that the native product with this weight reads, if requested."""
+    def rounded(self, x: torch.Tensor, name: str, finest: bool = False) -> torch.Tensor:
+        """x rounded to the kind that the native product with this weight reads, if requested; `finest`: the op rounds rows
+        itself, to 16 bits where a choice of 8 or 16 is possible."""
         kind = self._rounding[name]
+        if finest and kind == "q8":
+            kind = "q16"
         if kind is None:
             return x
         from ...quant.activations import fake_quantize

@@ -158,7 +158,6 @@ SPECS = (
         attrs=(step_attr("groups", INT),),
         fits=_grouped_fits,
         weight_shapes=lambda n, g: [(n.weights[0], (n.outputs[0].width, n.inputs[0].width // n.attrs["groups"]))],
-        any_kind=0,
         code=55,
         doc="y_g = W_g x_g for each group g of consecutive elements of x and rows of W.",
     ),

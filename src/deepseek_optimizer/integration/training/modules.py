@@ -30,8 +30,8 @@ def attention_function(name: str | None) -> Callable[..., Any]:
 
 
 def uses_silu(module: nn.Module) -> bool:
-    """Whether the activation of a feed-forward module is SiLU."""
-    return isinstance(getattr(module, "act_fn", None), _SILU)
+    """Whether the activation of a feed-forward module is SiLU, with no limit of what enters it (DeepSeek-V4)."""
+    return isinstance(getattr(module, "act_fn", None), _SILU) and getattr(module, "limit", None) is None
 
 
 def is_expert_parallel(module: nn.Module) -> bool:
