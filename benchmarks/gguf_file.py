@@ -31,9 +31,9 @@ def write(source: Path, target: Path, kind: str) -> None:
     for name, values in _tensors(source):
         values = _interleaved(name, values, config)
         if values.ndim == 2:
-            writer.add_tensor(_renamed(name), gguf.quantize(values, tensor_type), raw_dtype=tensor_type)
+            writer.add_tensor(renamed(name), gguf.quantize(values, tensor_type), raw_dtype=tensor_type)
         else:
-            writer.add_tensor(_renamed(name), values.astype(np.float32))
+            writer.add_tensor(renamed(name), values.astype(np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -75,7 +75,7 @@ def _tensors(source: Path) -> Iterator[tuple[str, Any]]:
                 yield name, file.get_tensor(name).float().numpy()
 
 
-def _renamed(name: str) -> str:
+def renamed(name: str) -> str:
     module, leaf = name.rsplit(".", 1)
     if module in _MODULES:
         return f"{_MODULES[module]}.{leaf}"

@@ -63,6 +63,11 @@ def test_qwen3_by_thinking():
         ("llama", "/work/SmolLM2-135M-Instruct", (0.2, 0.9)),
         ("llama", "tiny", (0.7, 0.95)),
         ("gemma3_text", "gemma-3-4b-it", (1.0, 0.95)),
+        ("qwen3_moe", "Qwen3-Coder-30B-A3B-Instruct", (0.7, 0.8)),
+        ("qwen3_next", "Qwen3-Coder-Next", (1.0, 0.95)),
+        ("qwen3_next", "Qwen3-Next-80B-A3B-Thinking", (0.6, 0.95)),
+        ("lfm2", "LFM2.5-1.2B-Instruct", (0.1, 0.1)),
+        ("mistral3", "Magistral-Small-2509", (0.7, 0.95)),
     ],
 )
 def test_families(family, name, expected):

@@ -202,7 +202,16 @@ def test_two_tensors_for_one_parameter(tmp_path: Path) -> None:
         ({"type": (STRING, "linear"), "factor": (F32, 4.0)}, {"rope_type": "linear", "factor": 4.0}),
         (
             {"type": (STRING, "yarn"), "factor": (F32, 4.0), "original_context_length": (U32, 32), "attn_factor": (F32, 0.5)},
-            {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "attention_factor": 0.5},
+            {
+                "rope_type": "yarn",
+                "factor": 4.0,
+                "original_max_position_embeddings": 32,
+                "attention_factor": 0.5 * (0.1 * math.log(4.0) + 1.0),
+            },
+        ),
+        (
+            {"type": (STRING, "yarn"), "factor": (F32, 4.0), "original_context_length": (U32, 32)},
+            {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
         ),
         ({"type": (STRING, "none")}, {"rope_type": "default"}),
     ],

@@ -24,7 +24,7 @@ Edit = Callable[[dict[str, Any], dict[str, np.ndarray]], None]
 SLIDING, FULL = "sliding_attention", "full_attention"
 # llama.cpp has no architecture for them, or one that is not read yet.
 WITHOUT_FILES = {
-    "deepseek_v32", "gemma4_text", "gemma4_unified_text", "glm_moe_dsa", "llama4_text", "ministral", "ministral3", "mistral4",
+    "deepseek_v32", "gemma4_unified_text", "glm_moe_dsa", "llama4_text", "ministral", "mistral4",
 }  # fmt: skip
 
 
@@ -83,6 +83,15 @@ def test_config_is_json(tmp_path: Path, name: str) -> None:
         ("qwen3_next", change(attention__recurrent_layers=[False, True, True, True]), {
             "layer_types": ["full_attention"] + ["linear_attention"] * 3,
         }),
+        ("gemma4", change(final_logit_softcapping=None), {"final_logit_softcapping": None, "attention_k_eq_v": True}),
+        ("gemma4-shared", change(), {
+            "attention_k_eq_v": False, "use_double_wide_mlp": True, "vocab_size_per_layer_input": 224,
+            "num_kv_shared_layers": 3,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "proportional", "rope_theta": 1e6, "partial_rotary_factor": 0.25},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+            },
+        }),
         ("lfm2", change(attention__head_count_kv=[2, 0, 2, 0, 2]), {
             "layer_types": ["full_attention", "conv", "full_attention", "conv", "full_attention"],
         }),
@@ -91,6 +100,7 @@ def test_config_is_json(tmp_path: Path, name: str) -> None:
             "shared_expert_intermediate_size": 96,
         }),
         ("mistral3", change(attention__key_length=None), {"head_dim": 32}),
+        ("mistral3", change(attention__temperature_scale=0.0), {"model_type": "mistral"}),
         ("glm4_moe_lite", change(tokenizer__ggml__pre="glm4"), {"model_type": "glm4_moe_lite"}),
         ("glm4_moe_lite", change(), {"model_type": "deepseek_v3"}),
         ("qwen2", change(tokenizer__ggml__eos_token_id=7), {"eos_token_id": 7, "bos_token_id": None, "pad_token_id": None}),
@@ -168,7 +178,13 @@ def test_columns_that_cannot_move_undecoded(tmp_path: Path) -> None:
 
 
 REFUSED = [
-    ("mistral3", change(attention__temperature_scale=0.1), UnsupportedModelError, "temperature_scale is not supported"),
+    ("mistral3", change(attention__temperature_scale=0.1), UnsupportedModelError, "temperature_scale is supported with .*yarn"),
+    ("mistral3", change(rope__scaling__attn_factor=0.5), UnsupportedModelError, "attn_factor is supported with .*yarn"),
+    ("gemma4", drop("rope_freqs.weight"), CheckpointError, "rope_freqs.weight': is missing"),
+    ("gemma4", lambda metadata, arrays: arrays["rope_freqs.weight"].fill(3.0), CheckpointError, "not Gemma 4's"),
+    ("gemma4", change(attention__head_count_kv=[2, 1, 1, 1]), CheckpointError, "head_count_kv must be the same"),
+    ("gemma4-shared", change(feed_forward_length=[160] * 4 + [320] * 2), CheckpointError, "must be one width, doubled"),
+    ("gemma4-shared", drop("per_layer_token_embd.weight"), CheckpointError, "per_layer_token_embd.weight': is missing"),
     ("granite", change(logit_scale=None), CheckpointError, "granite.logit_scale is missing"),
     ("mixtral", change(expert_used_count=None), CheckpointError, "llama.expert_used_count is missing"),
     ("gemma3", change(attention__sliding_window_pattern=[True]), CheckpointError, "must be .* each of 7 layers"),
@@ -192,6 +208,16 @@ def test_refused_files(tmp_path: Path, name: str, edit: Edit, kind: type[Excepti
     with pytest.raises(kind, match=why) as caught:
         opened(tmp_path, name, edit=edit)
     assert str(tmp_path / "m.gguf") in str(caught.value)
+
+
+def test_unused_keys_and_values_of_gemma4(tmp_path: Path) -> None:
+    """Some files have those of layers that read the cache of others."""
+
+    def add(metadata: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
+        for part in ("attn_k.weight", "attn_v.weight", "attn_k_norm.weight"):
+            arrays[f"blk.4.{part}"] = arrays[f"blk.0.{part}"]
+
+    assert opened(tmp_path, "gemma4-shared", edit=add).tensors.keys() == opened(tmp_path, "gemma4-shared").tensors.keys()
 
 
 def test_rates_that_do_not_decay(tmp_path: Path) -> None:

@@ -112,3 +112,27 @@ def test_no_marker_in_front(tmp_path: Path) -> None:
 def test_damaged_tokenizers(tmp_path: Path, changes: dict[str, Any], why: str) -> None:
     with pytest.raises(CheckpointError, match=why):
         load_tokenizer(save(tmp_path / "m.gguf", "gemma", **changes))
+
+
+def test_gemma4_merges_characters(tmp_path: Path) -> None:
+    """Merges in the file's order, not across line breaks; bytes of characters without a token."""
+    special = [("<pad>", CONTROL), ("<eos>", CONTROL), ("<bos>", CONTROL), ("<unk>", UNKNOWN), ("<turn>", CONTROL)]
+    pieces = [SPACE, "t", "h", "e", "\n", "\nt", "th", "he", "the", f"{SPACE}the", "\n\n", 2 * SPACE]
+    merges = ["\n t", "t h", "h e", "th e", f"{SPACE} the", "\n \n", f"{SPACE} {SPACE}"]
+    tokens = [*special, *((f"<0x{byte:02X}>", BYTE) for byte in range(256)), *((piece, NORMAL) for piece in pieces)]
+    values = {
+        "tokenizer.ggml.model": "gemma4", "tokenizer.ggml.pre": "gemma4", "tokenizer.ggml.merges": merges,
+        "tokenizer.ggml.tokens": [token for token, _ in tokens], "tokenizer.ggml.token_type": [kind for _, kind in tokens],
+        "tokenizer.ggml.bos_token_id": 2, "tokenizer.ggml.eos_token_id": 1, "tokenizer.ggml.unknown_token_id": 3,
+        "tokenizer.ggml.add_bos_token": True,
+    }  # fmt: skip
+    case = CASES["gemma4"]
+    config = case.config()
+    config.vocab_size = len(tokens)
+    path = write_gguf(tmp_path / "m.gguf", case, random_model(config), edit=lambda metadata, arrays: metadata.update(values))
+    tokenizer = load_tokenizer(path)
+    text = "<turn>the the\n\nthe  \u00e9"
+    ids = tokenizer(text).input_ids
+    expected = ["<bos>", "<turn>", "the", f"{SPACE}the", "\n\n", "the", 2 * SPACE, "<0xC3>", "<0xA9>"]
+    assert tokenizer.convert_ids_to_tokens(ids) == expected
+    assert tokenizer.decode(ids[1:]) == text

@@ -118,11 +118,14 @@ def test_the_identity_is_that_of_the_content(model, folder, tmp_path):
         ({"use_dora": True}, r"'use_dora' \(DoRA\)"),
         ({"bias": "all"}, "bias is 'all'"),
         ({"lora_bias": True}, "'lora_bias'"),
-        ({"modules_to_save": ["lm_head"]}, r"'modules_to_save' \(fully trained modules\)"),
+        ({"modules_to_save": ["lm_head"]}, r"'modules_to_save' \(fully trained modules\) is \['lm_head'\], .*merge_and_unload"),
         ({"trainable_token_indices": [1]}, "trainable_token_indices"),
-        ({"target_parameters": ["mlp.experts.gate_up_proj"]}, "target_parameters"),
+        (
+            {"target_parameters": ["mlp.experts.gate_up_proj"]},
+            r"experts\) is \['mlp.experts.gate_up_proj'\], .*; merge",
+        ),
         ({"layer_replication": [[0, 2]]}, "layer_replication"),
-        ({"a_field_of_the_future": 1}, "'a_field_of_the_future' is not supported"),
+        ({"a_field_of_the_future": 1}, "'a_field_of_the_future' is 1, which is not supported; merge"),
         ({"init_lora_weights": "pissa_niter_4"}, "changes the model itself"),
         ({"r": 0}, "r is 0"),
         ({"r": True}, "r is True"),
@@ -179,7 +182,7 @@ def test_a_module_that_is_not_supported(tmp_path):
     model = random_model(CASES["llama-tied"]())
     folder = save_adapter(model, tmp_path / "a", targets=["lm_head"])
     change_tensors(folder, lambda t: t.pop("base_model.model.lm_head.base_layer.weight", None))
-    with pytest.raises(AdapterError, match=r"adapts 'lm_head', but adapters for this kind of module are not supported"):
+    with pytest.raises(AdapterError, match=r"adapts 'lm_head', but this kind of module is not supported; merge"):
         read_adapter(folder, graph_of(model), 64)
 
 

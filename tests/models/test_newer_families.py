@@ -1,4 +1,4 @@
-"""Graphs of Ministral 3, Mistral 4, GLM-5 and Llama 4, and the configs that they refuse."""
+"""Graphs of Ministral 3, Mistral 4, GLM-5, Llama 4 and of hybrid models, and the configs that they refuse."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from deepseek_optimizer.errors import ConfigError, UnsupportedModelError
 from deepseek_optimizer.integration.configs import check_config
 from deepseek_optimizer.models import build_graph
-from support.family_configs import glm_moe_dsa, llama4_text, ministral3, mistral4
+from support.family_configs import glm_moe_dsa, kimi_linear, lfm2, llama4_text, ministral3, mistral4, qwen3_5_text
 
 
 def damaged(config: Any, *without: str, **rope: Any) -> dict[str, Any]:
@@ -91,3 +91,14 @@ def test_layers_of_llama4() -> None:
 def test_bad_fields_of_llama4(field: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=field):
         check_config({**json.loads(llama4_text().to_json_string(use_diff=False)), field: value})
+
+
+@pytest.mark.parametrize(
+    ("config", "kind"), [(qwen3_5_text, "linear_attention"), (lfm2, "conv"), (kimi_linear, "linear_attention")]
+)
+def test_a_model_without_attention(config: Callable[..., Any], kind: str) -> None:
+    """Transformers' own forward fails on this."""
+    raw: dict[str, Any] = json.loads(config().to_json_string(use_diff=False))
+    raw["layer_types"] = [kind] * raw["num_hidden_layers"]
+    with pytest.raises(ConfigError, match="no layer has attention"):
+        check_config(raw)

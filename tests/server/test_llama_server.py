@@ -111,7 +111,9 @@ def test_texts_around_a_gap_contain_no_control_tokens(coder):
 
 
 def test_mistral_s_form(coder):
-    answer = ask(coder, "/v1/fim/completions", prompt="def f(x): return ", suffix="\n", max_tokens=30, random_seed=1, temperature=0)
+    answer = ask(
+        coder, "/v1/fim/completions", prompt="def f(x): return ", suffix="\n", max_tokens=30, random_seed=1, temperature=0
+    )
     assert prompt_of(coder) == "<|fim_prefix|>def f(x): return <|fim_suffix|>\n<|fim_middle|>"
     assert answer["object"] == "chat.completion" and answer["usage"]["prompt_tokens"] == len(coder.engine.seen[-1].prompt)
     (choice,) = answer["choices"]

@@ -43,8 +43,14 @@ class Case:
     extra: Callable[[Any], dict[str, list[float]]] = field(default=lambda c: {})
 
 
+def of_layer(config: Any, layer: int) -> Any:
+    """The config that holds for one layer, of those whose layers differ."""
+    return config.per_layer_config[layer] if getattr(config, "per_layer_config", None) else config
+
+
 def common(config: Any) -> dict[str, Any]:
     """TextModel.set_gguf_parameters: keys without the architecture."""
+    config = of_layer(config, 0)
 
     def first(*names: str) -> Any:
         return next((value for name in names if (value := getattr(config, name, None)) is not None), None)
@@ -99,6 +105,47 @@ def window(c: Any) -> dict[str, Any]:
 
 def llama_keys(c: Any) -> dict[str, Any]:
     return {"vocab_size": c.vocab_size, "rope.dimension_count": head_dim(c)}
+
+
+def ministral3_keys(c: Any) -> dict[str, Any]:
+    return {
+        **llama_keys(c), "attention.temperature_scale": c.rope_parameters["llama_4_scaling_beta"],
+        "rope.scaling.yarn_log_multiplier": c.rope_parameters["mscale_all_dim"],
+    }  # fmt: skip
+
+
+def gemma4_keys(c: Any) -> dict[str, Any]:
+    """Gemma4Model.set_gguf_parameters."""
+    first, swa = c.num_hidden_layers - c.num_kv_shared_layers, [kind == "sliding_attention" for kind in c.layer_types]
+    by_layer = [of_layer(c, i) for i in range(c.num_hidden_layers)]
+    full = by_layer[swa.index(False)].head_dim
+    keys = {
+        "attention.shared_kv_layers": c.num_kv_shared_layers, "attention.sliding_window": c.sliding_window,
+        "embedding_length_per_layer_input": c.hidden_size_per_layer_input, "attention.sliding_window_pattern": swa,
+        "attention.key_length": full, "attention.value_length": full, "attention.key_length_swa": by_layer[0].head_dim,
+        "attention.value_length_swa": by_layer[0].head_dim, "rope.dimension_count": full,
+        "rope.dimension_count_swa": by_layer[0].head_dim,
+        "final_logit_softcapping": c.final_logit_softcapping, "expert_count": c.num_experts if c.enable_moe_block else None,
+        "expert_used_count": c.top_k_experts if c.enable_moe_block else None,
+        "expert_feed_forward_length": c.moe_intermediate_size if c.enable_moe_block else None,
+    }  # fmt: skip
+    if c.use_double_wide_mlp:
+        keys["feed_forward_length"] = [c.intermediate_size * (1 + (i >= first)) for i in range(c.num_hidden_layers)]
+    if c.attention_k_eq_v:
+        keys["attention.head_count_kv"] = [each.num_key_value_heads for each in by_layer]
+    return keys
+
+
+def gemma4_frequencies(c: Any) -> dict[str, list[float]]:
+    """Gemma4Model.generate_extra_tensors."""
+    size = of_layer(c, c.layer_types.index("full_attention")).head_dim
+    rotated = int(size * c.rope_parameters["full_attention"]["partial_rotary_factor"] / 2)
+    return {"rope_freqs.weight": [1.0] * rotated + [1e30] * (size // 2 - rotated)}
+
+
+def gemma4(name: str, value: np.ndarray, c: Any) -> Tensors:
+    """Gemma4Model.modify_tensors, filter_tensors."""
+    yield f"{name}.weight" if name.endswith(("layer_scalar", ".gate_up_proj", ".down_proj")) else name, value
 
 
 def granite_keys(c: Any) -> dict[str, Any]:
@@ -284,14 +331,16 @@ def tensors(case: Case, model: PreTrainedModel) -> dict[str, np.ndarray]:
             continue
         for name, value in case.convert(path, parameter.float().numpy(), config):
             block = f"blk.{name.split('.')[2]}." if ".layers." in name else ""
-            if name.endswith(".experts.gate_up_proj"):
+            if name.endswith(("router.scale", "router.per_expert_scale")):
+                stored[f"{block}{'ffn_gate_inp' if name.endswith('router.scale') else 'ffn_down_exps'}.scale"] = value
+            elif name.endswith(".experts.gate_up_proj"):
                 stored[f"{block}ffn_gate_exps.weight"], stored[f"{block}ffn_up_exps.weight"] = np.split(value, 2, 1)
             elif name.endswith(".experts.down_proj"):
                 stored[f"{block}ffn_down_exps.weight"] = value
             elif name.endswith(("e_score_correction_bias", "expert_bias")):
                 stored[f"{block}exp_probs_b.bias"] = value
             else:
-                key = names.get_name(name.replace(".router.", ".router.layer."), (".weight", ".bias"))
+                key = names.get_name(name.replace("_moe.router.", "_moe.router.layer."), (".weight", ".bias"))
                 assert key is not None, f"{name} has no name in {case.arch}"
                 stored[key] = value
     return stored | {name: np.array(values, np.float32) for name, values in case.extra(config).items()}

@@ -33,7 +33,7 @@ _YARN = {
     }
 }  # fmt: skip
 _TOP = {"model.embed_tokens.weight": "token_embd", "model.norm.weight": "output_norm", "lm_head.weight": "output"}
-_LAYER = {
+LAYER = {
     "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "self_attn.q_proj": "attn_q",
     "self_attn.q_a_proj": "attn_q_a", "self_attn.q_a_layernorm": "attn_q_a_norm", "self_attn.q_b_proj": "attn_q_b",
     "self_attn.kv_a_proj_with_mqa": "attn_kv_a_mqa", "self_attn.kv_a_layernorm": "attn_kv_a_norm",
@@ -144,7 +144,7 @@ def tensors(model: PreTrainedModel, whole_kv_b: bool = False, merged_experts: bo
         elif part == "self_attn.kv_b_proj":
             result[f"{block}attn_kv_b.weight"] = array
         else:
-            result[f"{block}{_LAYER[part]}.{leaf}"] = array
+            result[f"{block}{LAYER[part]}.{leaf}"] = array
     return result
 
 
@@ -214,6 +214,6 @@ def dequantized(model: PreTrainedModel, kinds: Mapping[str, str], **forms: bool)
             halves = (kept.get(f"{block}attn_k_b.weight"), kept.get(f"{block}attn_v_b.weight"))
             state[name] = torch.cat([halves[0].mT, halves[1]], 1).reshape(-1, config.kv_lora_rank) if whole is None else whole
         else:
-            state[name] = kept[f"{block}{_LAYER[part]}.{leaf}"]
+            state[name] = kept[f"{block}{LAYER[part]}.{leaf}"]
     twin.load_state_dict(state)
     return twin

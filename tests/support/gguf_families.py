@@ -7,12 +7,17 @@ write_gguf(path, case, model, "Q8_0")
 
 from __future__ import annotations
 
+from typing import Any
+
 from . import models as m
 from .gguf_converter import (
     Case,
     delta,
     delta_keys,
     experts_keys,
+    gemma4,
+    gemma4_frequencies,
+    gemma4_keys,
     glm_moe_keys,
     granite_keys,
     kimi,
@@ -24,6 +29,7 @@ from .gguf_converter import (
     llama3_factors,
     llama_keys,
     long_factors,
+    ministral3_keys,
     permuted,
     phi3_keys,
     plus_one,
@@ -42,7 +48,16 @@ _SMALL_MOE = {**_WIDE, "intermediate_size": 64}
 _LATENT = {"qk_nope_head_dim": 32, "kv_lora_rank": 64, "v_head_dim": 32, "qk_rope_head_dim": 16}
 _HYBRID = {"head_dim": 32, "linear_key_head_dim": 32, "linear_value_head_dim": 32, "linear_num_key_heads": 2}
 _EVEN, _ODD = [1.0, 1.1, 1.2, 1.4, 1.6, 1.7, 1.8, 1.9], [1.5, 2.0, 3.0, 5.0, 9.0, 10.0, 11.0, 12.0]
+_GEMMA4 = {**_WIDE, "head_dim": 32, "global_head_dim": 64}
 _KIMI = {**_MOE, **_LATENT, "n_group": 1, "topk_group": 1, "linear_head_dim": 32}
+
+
+def _growing(all_dim: float) -> dict[str, Any]:
+    return m.rope(
+        "yarn", factor=64.0, original_max_position_embeddings=19, mscale=1.0, mscale_all_dim=all_dim, beta_fast=32.0,
+        beta_slow=1.0, llama_4_scaling_beta=0.4,
+    )  # fmt: skip
+
 
 CASES: dict[str, Case] = {
     "llama": Case(
@@ -58,6 +73,8 @@ CASES: dict[str, Case] = {
     ),
     "mistral": Case("llama", lambda: m.mistral(**_WIDE, head_dim=32), llama_keys, permuted),
     "mistral3": Case("mistral3", lambda: m.mistral(**_WIDE, head_dim=32), llama_keys, permuted),
+    "ministral3": Case("mistral3", lambda: m.ministral3(**_WIDE, **_growing(1.0)), ministral3_keys, permuted),
+    "ministral3-multiplier": Case("mistral3", lambda: m.ministral3(**_WIDE, **_growing(0.5)), ministral3_keys, permuted),
     "mixtral": Case("llama", lambda: m.mixtral(**_SMALL_MOE), llama_keys, permuted),
     "qwen2": Case("qwen2", lambda: m.qwen2(**_WIDE)),
     "qwen2_moe": Case("qwen2moe", lambda: m.qwen2_moe(**_QWEN_MOE), experts_keys),
@@ -95,6 +112,14 @@ CASES: dict[str, Case] = {
     "gemma3": Case(
         "gemma3", lambda: m.gemma3_text(**_WIDE, query_pre_attn_scalar=20, num_hidden_layers=7, sliding_window_pattern=6),
         lambda c: {"attention.sliding_window": c.sliding_window}, plus_one,
+    ),
+    "gemma4": Case("gemma4", lambda: m.gemma4_text(**_GEMMA4), gemma4_keys, gemma4, gemma4_frequencies),
+    "gemma4-shared": Case(
+        "gemma4", lambda: m.gemma4_shared(**_GEMMA4, hidden_size_per_layer_input=32, vocab_size_per_layer_input=224),
+        gemma4_keys, gemma4, gemma4_frequencies,
+    ),
+    "gemma4-experts": Case(
+        "gemma4", lambda: m.gemma4_moe(**_GEMMA4, moe_intermediate_size=64), gemma4_keys, gemma4, gemma4_frequencies,
     ),
     "phi3": Case("phi3", lambda: m.phi3(**_WIDE, sliding_window=37), phi3_keys),
     "phi3-longrope": Case(

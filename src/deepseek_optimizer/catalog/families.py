@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
-from ..errors import ConfigError
+from ..errors import ConfigError, UnsupportedModelError
 from ..models import ENCODERS, FAMILIES, MULTIMODAL, Family, build_graph, has_mtp
 from .known import MODELS
 
@@ -82,8 +83,15 @@ def _modes(family: str) -> tuple[str, ...]:
         graph = apply(build_graph(CONFIG_MAPPING[family](**fields)), None)[0]
     except ConfigError:  # a default that the family file does not support
         return ("flash", "eager")
+
+    def changes(mode: Any) -> bool:
+        try:
+            return bool(apply_mode(graph, mode)[1])
+        except UnsupportedModelError:
+            return False
+
     modes = (DeepSeekConfig(attention_optimization=kind).attention for kind in ("sliding", "sparse"))
-    return ("flash", "eager", *(mode.kind for mode in modes if apply_mode(graph, mode)[1]))
+    return ("flash", "eager", *(mode.kind for mode in modes if changes(mode)))
 
 
 def _drafts(family: str) -> tuple[str, ...]:

@@ -44,6 +44,11 @@ _TABLE = (
         {"temperature": 1.0, "top_p": 0.95, "top_k": 20, "min_p": 0.0, "presence_penalty": 1.5},
         {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "min_p": 0.0, "presence_penalty": 1.5},
     ),
+    # Qwen/Qwen3-Coder-Next and Qwen3-Coder-30B-A3B-Instruct, Best Practices. They do not reason.
+    Published(("qwen3_next",), r"coder", {"temperature": 1.0, "top_p": 0.95, "top_k": 40}),
+    Published(
+        ("qwen3", "qwen3_moe"), r"coder", {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "repetition_penalty": 1.05}
+    ),
     # Qwen/Qwen3-8B, Best Practices; Qwen3-30B-A3B-Instruct-2507, Qwen3-30B-A3B-Thinking-2507 and Qwen3-Next say the same.
     Published(
         ("qwen3", "qwen3_moe", "qwen3_next"),
@@ -72,8 +77,14 @@ _TABLE = (
     Published(("olmo3",), "", {"temperature": 0.6, "top_p": 0.95}),
     # LGAI-EXAONE/EXAONE-4.0-32B, Usage Guideline: 0.6 and 0.95 for reasoning, and a temperature below 0.6 otherwise.
     Published(("exaone4",), "", {"temperature": 0.6, "top_p": 0.95}),
-    # LiquidAI/LFM2-1.2B, Generation parameters.
+    # docs.liquid.ai, Text Generation and Prompting, Recommended Settings: LFM2.5 and LFM2.
+    Published(
+        ("lfm2", "lfm2_moe"), r"lfm-?2\.5", {"temperature": 0.1, "top_p": 0.1, "top_k": 50, "repetition_penalty": 1.05}
+    ),
     Published(("lfm2", "lfm2_moe"), "", {"temperature": 0.3, "min_p": 0.15, "repetition_penalty": 1.05}),
+    # mistralai/Magistral-Small-2509, Sampling parameters; Mistral-Small-3.2-24B-Instruct-2506 and Devstral-Small-2507, Usage.
+    Published(("mistral", "mistral3"), r"magistral", {"temperature": 0.7, "top_p": 0.95}),
+    Published(("mistral", "mistral3"), r"mistral-?small|devstral", {"temperature": 0.15}),
     # MiniMaxAI/MiniMax-M2, Inference Parameters.
     Published(("minimax_m2",), "", {"temperature": 1.0, "top_p": 0.95, "top_k": 40}),
     # ByteDance-Seed/Seed-OSS-36B-Instruct, Quick Start.

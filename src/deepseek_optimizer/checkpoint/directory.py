@@ -14,7 +14,7 @@ import torch
 from ..errors import CheckpointError
 from ..quant import PackedStack, Packer, get_format, reference_packer
 from ..quant.tiles import empty_stack
-from ..quant.transposed_stack import Transposed, matrices_of
+from ..quant.transposed_stack import StackLayout, matrices_of
 from .base import Checkpoint, TensorInfo
 from .files import DataFile, inside, read_json
 from .safetensors import FLOATS, open_safetensors
@@ -119,7 +119,7 @@ class SafetensorsCheckpoint(Checkpoint):
         super().__init__(directory, config, tensors)
         self._files = files
         self.parts_of: dict[str, list[TensorInfo]] = {}  # of tensors that are stored in several
-        self.transposed: Mapping[str, Transposed] = {}  # the form of transposed stacks, see `quant/transposed_stack.py`
+        self.transposed: Mapping[str, StackLayout] = {}  # the layout of transposed stacks, see `quant/transposed_stack.py`
 
     def read(self, name: str) -> torch.Tensor:
         parts = [self._read(info) for info in self.parts_of.get(name, [self.info(name)])]

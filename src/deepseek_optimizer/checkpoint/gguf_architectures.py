@@ -11,6 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from . import gguf_gemma4
 from .gguf_deepseek2 import deepseek2_config, kimi_config, split_kv_b
 from .gguf_delta import convolution_channels, group_value_heads, join_convolutions, join_projections
 from .gguf_fields import (
@@ -19,7 +22,9 @@ from .gguf_fields import (
     expert_width,
     fixed,
     gemma_scale,
+    growing_queries,
     has_experts,
+    has_temperature,
     has_window,
     head_dim,
     kv_heads,
@@ -33,7 +38,6 @@ from .gguf_fields import (
     window,
     windowed,
     with_kv_heads,
-    without,
 )
 from .gguf_gpt_oss import NAMES, exact_yarn, join_biases
 from .gguf_metadata import Metadata
@@ -60,6 +64,7 @@ class Architecture:
         offset_norms: the file has the weights of norms plus 1, as llama.cpp multiplies by them.
         unchanged: norms to which `offset_norms` does not apply.
         partial: `rope.dimension_count` elements of a head are rotated, and the config has their share.
+        frequencies: makes `rope_parameters` of the factors of RoPE's frequencies; None: they are llama3's.
         local_theta: base of the RoPE of sliding layers, which is not scaled; None: all layers share one RoPE.
         rest: further fields, given the metadata and the common `rope_parameters`.
         rearrange: functions that change the parameters which are not whole tensors, given the config and, for errors, the file.
@@ -78,6 +83,7 @@ class Architecture:
     offset_norms: bool = False
     unchanged: tuple[str, ...] = ()
     partial: bool = False
+    frequencies: Callable[[Metadata, torch.Tensor | None], dict[str, Any]] | None = None
     local_theta: Reader | None = None
     rest: Callable[[Metadata, dict[str, Any]], dict[str, Any]] = lambda meta, rope: {}
     rearrange: tuple[Callable[[dict[str, Parameter], Mapping[str, Any], Path], None], ...] = ()
@@ -210,9 +216,10 @@ ARCHITECTURES: Mapping[str, tuple[Architecture, ...]] = {
     ),
     "mistral3": (
         Architecture(
-            model=("mistral", "Mistral"), rope="pairs", fields={**_HEAD_DIM, "sliding_window": fixed(None)},
-            rest=without("attention.temperature_scale"),
+            model=("ministral3", "Ministral3"), when=has_temperature, rope="pairs",
+            fields={**_HEAD_DIM, "sliding_window": fixed(None)}, rest=growing_queries,
         ),
+        Architecture(model=("mistral", "Mistral"), rope="pairs", fields={**_HEAD_DIM, "sliding_window": fixed(None)}),
     ),
     "qwen2": (Architecture(model=("qwen2", "Qwen2"), fields=_HEAD_DIM),),
     "qwen2moe": (
@@ -270,6 +277,14 @@ ARCHITECTURES: Mapping[str, tuple[Architecture, ...]] = {
                 **_HEAD_DIM, "sliding_window": window(), "layer_types": windowed(6),
                 "query_pre_attn_scalar": gemma_scale(62), "final_logit_softcapping": optional("final_logit_softcapping"),
             },
+        ),
+    ),
+    "gemma4": (
+        Architecture(
+            model=("gemma4_text", "Gemma4"), activation=_GELU, names=gguf_gemma4.NAMES, top=gguf_gemma4.TOP,
+            frequencies=gguf_gemma4.proportional, local_theta=number("rope.freq_base_swa", 10000.0),
+            fields={"intermediate_size": fixed(None), "num_key_value_heads": fixed(None)}, rest=gguf_gemma4.gemma4_config,
+            rearrange=(gguf_gemma4.drop_shared,),
         ),
     ),
     "phi3": (

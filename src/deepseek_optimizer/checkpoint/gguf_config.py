@@ -17,7 +17,7 @@ import torch
 
 from ..errors import CheckpointError, UnsupportedModelError
 from .gguf_architectures import ARCHITECTURES, LAYER, TOP, Architecture
-from .gguf_fields import Reader, count, head_dim
+from .gguf_fields import Reader, count, head_dim, yarn_mscale
 from .gguf_header import GgufArray, GgufHeader, GgufTensor
 from .gguf_metadata import Metadata
 from .gguf_parameters import Parameter, halves_first
@@ -198,11 +198,21 @@ def _rope(meta: Metadata, entry: Architecture, factors: Mapping[str, torch.Tenso
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": theta}
     if entry.partial and meta.has("rope.dimension_count"):
         rope["partial_rotary_factor"] = meta.integer(meta.of_model("rope.dimension_count")) / head_dim(meta)
-    if ROPE_FREQS in factors:
-        return rope | _llama3(meta, factors[ROPE_FREQS], theta)
     if ROPE_LONG in factors or ROPE_SHORT in factors:
         return rope | _longrope(meta, factors)
-    return rope | _scaling(meta)
+    if entry.frequencies is not None:
+        rope |= entry.frequencies(meta, factors.get(ROPE_FREQS))
+    else:
+        rope |= _llama3(meta, factors[ROPE_FREQS], theta) if ROPE_FREQS in factors else _scaling(meta)
+    if rope["rope_type"] != "yarn" and _attention_factor(meta) != 1.0:
+        key = meta.of_model("rope.scaling.attn_factor")
+        raise UnsupportedModelError(f"{meta.path}: {key} is supported with rope.scaling.type 'yarn' and 'longrope' only")
+    return rope
+
+
+def _attention_factor(meta: Metadata) -> float:
+    """The factor by which llama.cpp multiplies cosines and sines in addition to the type's own."""
+    return meta.number(meta.of_model("rope.scaling.attn_factor"), 1.0)
 
 
 def _scaling(meta: Metadata) -> dict[str, Any]:
@@ -214,10 +224,11 @@ def _scaling(meta: Metadata) -> dict[str, Any]:
     rope: dict[str, Any] = {"rope_type": kind, "factor": meta.number(meta.of_model("rope.scaling.factor"))}
     if kind == "yarn":
         rope["original_max_position_embeddings"] = meta.integer(meta.of_model("rope.scaling.original_context_length"))
-        names = {"attn_factor": "attention_factor", "yarn_beta_fast": "beta_fast", "yarn_beta_slow": "beta_slow"}
-        for key, field in names.items():
-            if meta.of_model(f"rope.scaling.{key}") in meta.values:
-                rope[field] = meta.number(meta.of_model(f"rope.scaling.{key}"))
+        for field in ("beta_fast", "beta_slow"):
+            if meta.has(f"rope.scaling.yarn_{field}"):
+                rope[field] = meta.number(meta.of_model(f"rope.scaling.yarn_{field}"))
+        if _attention_factor(meta) != 1.0:
+            rope["attention_factor"] = _attention_factor(meta) * yarn_mscale(rope["factor"], 1.0)
     return rope
 
 
@@ -226,16 +237,14 @@ def _longrope(meta: Metadata, factors: Mapping[str, torch.Tensor]) -> dict[str, 
         if name not in factors:
             raise CheckpointError("is missing, but the file has the other factors of RoPE", file=meta.path, tensor=name)
     original = meta.integer(meta.of_model("rope.scaling.original_context_length"))
-    rope = {
+    return {
         "rope_type": "longrope",
         "factor": meta.integer(meta.of_model("context_length")) / original,
         "original_max_position_embeddings": original,
         "long_factor": factors[ROPE_LONG].tolist(),
         "short_factor": factors[ROPE_SHORT].tolist(),
+        "attention_factor": _attention_factor(meta),  # there is no other one in llama.cpp
     }
-    if meta.has("rope.scaling.attn_factor"):
-        rope["attention_factor"] = meta.number(meta.of_model("rope.scaling.attn_factor"))
-    return rope
 
 
 def _llama3(meta: Metadata, factors: torch.Tensor, theta: float) -> dict[str, Any]:

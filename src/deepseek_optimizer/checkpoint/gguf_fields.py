@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -101,17 +102,26 @@ def shared_width(meta: Metadata) -> int:
     return count("expert_shared_feed_forward_length", count("feed_forward_length")(meta))(meta)
 
 
-def without(key: str) -> Callable[[Metadata, dict[str, Any]], dict[str, Any]]:
-    """Refuses files that have a key, whose models are of another family."""
+def yarn_mscale(factor: float, multiplier: float) -> float:
+    """YaRN's factor of cosines and sines for a context that is `factor` times as long (Peng et al. 2023)."""
+    return 1.0 if factor <= 1 else 0.1 * multiplier * math.log(factor) + 1.0
 
-    def refuse(meta: Metadata, rope: dict[str, Any]) -> dict[str, Any]:
-        if meta.has(key):
-            raise UnsupportedModelError(
-                f"{meta.path}: {meta.of_model(key)} is not supported; load the original model instead of a GGUF file"
-            )
-        return {}
 
-    return refuse
+def growing_queries(meta: Metadata, rope: dict[str, Any]) -> dict[str, Any]:
+    """The `rope_parameters` of Ministral 3: queries grow with the position, from YaRN's original context on.
+
+    YaRN's own factor is divided by that for `yarn_log_multiplier`, which is Transformers' `mscale_all_dim`. Source: llama.cpp's
+    conversion/mistral3.py, src/llama-context.cpp.
+    """
+    if rope["rope_type"] != "yarn":
+        key = meta.of_model("attention.temperature_scale")
+        raise UnsupportedModelError(f"{meta.path}: {key} is supported with rope.scaling.type 'yarn' only")
+    parameters = rope | {"llama_4_scaling_beta": meta.number(meta.of_model("attention.temperature_scale"))}
+    key = meta.of_model("rope.scaling.yarn_log_multiplier")
+    if meta.values.get(key):
+        own, multiplier = yarn_mscale(rope["factor"], 1.0), meta.number(key)
+        parameters["attention_factor"] = parameters.get("attention_factor", own) / yarn_mscale(rope["factor"], multiplier)
+    return {"rope_parameters": parameters}
 
 
 def gemma_scale(layers: int) -> Reader:
@@ -122,6 +132,10 @@ def gemma_scale(layers: int) -> Reader:
         return meta.integer(meta.of_model("embedding_length")) // heads if meta.layers == layers else head_dim(meta)
 
     return read
+
+
+def has_temperature(meta: Metadata) -> bool:
+    return bool(meta.values.get(meta.of_model("attention.temperature_scale")))
 
 
 def has_experts(meta: Metadata) -> bool:

@@ -1,4 +1,4 @@
-"""Tokenizers of GGUF files: byte-level BPE and SentencePiece's BPE.
+"""Tokenizers of GGUF files: byte-level BPE, SentencePiece's BPE, and Gemma 4's BPE over characters.
 
 A GGUF file has tokens and merges, and names the rule that splits text before merging (`tokenizer.ggml.pre`). Transformers'
 converter does not support all of these rules and silently uses GPT-2's instead, so that text would be split into other tokens
@@ -125,7 +125,7 @@ def builds(architecture: str, values: Mapping[str, Any]) -> bool:
         architecture: `general.architecture`.
         values: the header's.
     """
-    if values.get("tokenizer.ggml.model") not in ("gpt2", "llama"):
+    if values.get("tokenizer.ggml.model") not in ("gpt2", "llama", "gemma4"):
         return False
     known = values["tokenizer.ggml.model"] == "llama" or values.get("tokenizer.ggml.pre", "default") in _TRANSFORMERS_RULES
     return architecture not in _TRANSFORMERS or not known
@@ -151,14 +151,17 @@ def build_tokenizer(values: Mapping[str, Any], array: Callable[[str], list[Any]]
         raise CheckpointError(
             "the tokenizer has a duplicate token, or the numbers of tokens and of token types differ", file=path
         )
-    sentencepiece = values["tokenizer.ggml.model"] == "llama"
-    if sentencepiece:
+    model = values["tokenizer.ggml.model"]
+    if model == "llama":
         scores = array("tokenizer.ggml.scores")
         if len(scores) != len(tokens):
             raise CheckpointError("the tokenizer has no score for each token (tokenizer.ggml.scores)", file=path)
         unknown = _token(values, tokens, "unknown", path) or (tokens[0] if tokens else None)
         prefix = values.get("tokenizer.ggml.add_space_prefix") is not False
         inner, add_bos = _sentencepiece(vocabulary, types or [_NORMAL] * len(tokens), scores, unknown, prefix), True
+    elif model == "gemma4":
+        inner = _characters(vocabulary, _merges(array("tokenizer.ggml.merges"), path), _token(values, tokens, "unknown", path))
+        add_bos = True
     else:
         rule = _rule(values, path)
         inner, add_bos = _byte_level(vocabulary, _merges(array("tokenizer.ggml.merges"), path), rule), rule.add_bos
@@ -214,6 +217,18 @@ def _byte_level(vocabulary: dict[str, int], merges: list[tuple[str, str]], rule:
     inner.decoder = decoders.ByteLevel()
     if rule.nfc:
         inner.normalizer = normalizers.NFC()
+    return inner
+
+
+def _characters(vocabulary: dict[str, int], merges: list[tuple[str, str]], unknown: str | None) -> Any:
+    """BPE over characters with SentencePiece's sign for spaces, and the tokens of its bytes for a character without a token.
+    Merges do not cross line breaks. `unknown`: as in `_sentencepiece`."""
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+    inner = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
+    inner.normalizer = normalizers.Replace(" ", _SPACE)
+    inner.pre_tokenizer = pre_tokenizers.Split(Regex("[^\n]+|[\n]+"), behavior="isolated")
+    inner.decoder = decoders.Sequence([decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
     return inner
 
 

@@ -14,7 +14,7 @@ import torch
 from ..errors import AdapterError, CheckpointError, shown
 from .base import TensorInfo, all_finite
 from .files import DataFile, inside
-from .lora_config import read_lora_config
+from .lora_config import MERGE, read_lora_config
 from .safetensors import FLOATS, open_safetensors
 
 WEIGHTS: Final = "adapter_model.safetensors"
@@ -84,7 +84,7 @@ class LoraFile:
             if match is None:
                 what = next((what for part, what in _OTHER.items() if part in info.name), "not a LoRA matrix")
                 raise AdapterError(
-                    f"tensor {shown(info.name)} is {what}, which is not supported; merge the adapter into the model",
+                    f"tensor {shown(info.name)} is {what}, which is not supported; {MERGE}",
                     path=self.path,
                 )
             halves.setdefault(match[1], {})[match[2]] = info

@@ -16,6 +16,7 @@ from ..errors import AdapterError, shown
 from .files import read_json
 
 CONFIG: Final = "adapter_config.json"
+MERGE: Final = "merge the adapter into the model (PeftModel.merge_and_unload) and load the result"  # the remedy
 _MAX_PATTERNS, _MAX_PATTERN = 4096, 512  # entries of a pattern table, characters of a pattern
 _MAX_ALPHA = 1e6
 _WITHOUT_EFFECT: Final = frozenset(  # on the result of a trained adapter, or read from the tensors themselves
@@ -77,12 +78,12 @@ def read_lora_config(directory: Path) -> LoraConfig:
     if config.get("peft_type") != "LORA":
         raise refuse(f"peft_type is {shown(config.get('peft_type'))}; only LORA adapters can be loaded")
     if config.get("bias", "none") != "none":
-        raise refuse(f"bias is {shown(config['bias'])}: trained biases are not supported; merge the adapter into the model")
+        raise refuse(f"bias is {shown(config['bias'])}: trained biases are not supported; {MERGE}")
     for name, value in config.items():
         if name in _WITHOUT_EFFECT or name in _READ or value in (None, False, "", [], {}):
             continue
         what = f" ({_NAMES[name]})" if name in _NAMES else ""
-        raise refuse(f"{shown(name)}{what} is not supported; merge the adapter into the model")
+        raise refuse(f"{shown(name)}{what} is {shown(value)}, which is not supported; {MERGE}")
     start = config.get("init_lora_weights")
     if isinstance(start, str) and start.startswith(_CHANGES_BASE):
         raise refuse(

@@ -17,12 +17,12 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..quant.transposed_stack import Transposed
+from ..quant.transposed_stack import StackLayout
 
 _STACK = re.compile(r"(.*\.experts)\.(gate_up_proj|down_proj)")
 _EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(?:gate|up|down)_proj\.weight")
 _ROLES = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
-_TRANSPOSED: Mapping[str, Transposed] = {"gpt_oss": True, "llama4_text": "concatenated"}  # families
+_LAYOUTS: Mapping[str, StackLayout] = {"gpt_oss": "interleaved", "llama4_text": "columns"}  # families
 
 StackShape = tuple[int, int, int]  # count, rows, cols
 
@@ -35,10 +35,10 @@ class StackPart:
     row: int = 0
 
 
-def transposed_stacks(names: Collection[str], model_type: Any) -> dict[str, Transposed]:
-    """The form of those of these parameters that are stacks in a form of `quant/transposed_stack.py`, by name."""
-    form = _TRANSPOSED.get(model_type, False) if isinstance(model_type, str) else False
-    return {name: form for name in names if is_stack(name)} if form else {}
+def transposed_stacks(names: Collection[str], model_type: Any) -> dict[str, StackLayout]:
+    """The layout of those of these parameters that are transposed stacks, by name."""
+    layout: StackLayout = _LAYOUTS.get(model_type, "rows") if isinstance(model_type, str) else "rows"
+    return {name: layout for name in names if is_stack(name)} if layout != "rows" else {}
 
 
 def is_stack(name: str) -> bool:

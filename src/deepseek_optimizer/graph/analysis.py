@@ -59,7 +59,7 @@ def stack_shapes(graph: Graph) -> dict[str, tuple[int, int, int]]:
         spec = spec_of(node)
         if spec.stacked:
             name, (experts, rows, cols) = spec.weight_shapes(node, graph)[0]
-            rows, cols = (cols, rows) if node.attrs.get("transposed") else (rows, cols)
+            rows, cols = (cols, rows) if node.attrs.get("layout", "rows") != "rows" else (rows, cols)
             stacks[name] = (spec.stacked * experts, rows // spec.stacked, cols)
     return stacks
 

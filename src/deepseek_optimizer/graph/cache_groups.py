@@ -83,14 +83,18 @@ def group_spans(graph: Graph) -> tuple[Span, ...]:
 
 
 def _group_rows(cache: RowsSpec, max_positions: int) -> RowsSpec:
-    """Kinds of rows in groups by their windows: those with the same window are read, and released, together."""
+    """Kinds of rows in groups by their windows: those with the same window are read, and released, together. All kinds without
+    a window are in one group, which grows with the text, so a block is no larger than that needs, if every kind fits in it."""
     windows = [rows.window if rows.window < max_positions else 0 for rows in cache.rows]
     sizes = [rows.places * rows.width for rows in cache.rows]
     kinds = [[(i, sizes[i]) for i, own in enumerate(windows) if own == window] for window in sorted(set(windows))]
     if len(kinds) == 1:
         return cache
+    growing = sum(size for size, window in zip(sizes, windows, strict=True) if not window)
+    size = max(growing, *sizes)
+    packed = [group for kind in kinds for group in _filled(kind, size)] if growing else _packed(kinds)
     groups = [0] * cache.layers
-    for group, members in enumerate(_packed(kinds)):
+    for group, members in enumerate(packed):
         for i in members:
             groups[i] = group
     return replace(cache, row_groups=tuple(groups))

@@ -1,4 +1,5 @@
-"""The rest of a graph from one of its hidden states on, to recompute late layers from stored states of earlier ones."""
+"""Parts of a graph: the rest from one of its hidden states on, to recompute late layers from stored states of earlier ones;
+and its beginning, as far as later tokens need it."""
 
 from __future__ import annotations
 
@@ -37,6 +38,28 @@ def latest_start(graph: Graph, index: int) -> int:
             break
         index -= 1
     return index
+
+
+def writing_graph(graph: Graph) -> Graph | None:
+    """The nodes that a token's part of the cache depends on, without logits; its only hidden state is the embedding.
+
+    None if fewer than a quarter of the layers follow the last one that writes to the cache, or if the graph has recurrent
+    states or sites of adapters.
+
+    Args:
+        graph: with or without rules applied.
+    """
+    places = [i for i, n in enumerate(graph.nodes) if spec_of(n).writes is not None]
+    if graph.states or graph.adapter_sites or not places:
+        return None
+    following = sum(n.op == "hidden_out" for n in graph.nodes[places[-1] :]) - 1  # without the rest of the layer that writes
+    if 4 * following < graph.hidden_states - 1:
+        return None
+    writes = [graph.nodes[i] for i in places]
+    wanted = {value for node in writes for value in node.inputs}
+    needed = {id(n) for n in (*writes, *_needed(graph.nodes, wanted))}
+    nodes = [n for n in graph.nodes if id(n) in needed or (n.op == "hidden_out" and n.attrs["index"] == 0)]
+    return replace(graph, nodes=nodes, hidden_states=1)
 
 
 def _split(graph: Graph, index: int) -> tuple[Value, list[Node], list[Node]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from ..errors import ConfigError
 from ..graph.ir import CacheSpec, Graph, LatentSpec, Node, StateSpec, Value
 from ..graph.ops.products import GATED
 from .decoder import Trunk
@@ -37,7 +38,12 @@ def trunk_graph(
         states: the recurrent states of a sequence.
         begin: given the embeddings, appends nodes that precede the first layer, and returns a function that appends the nodes
             after a layer, whose output is theirs; None: a layer's output is the residual.
+
+    Raises:
+        ConfigError: no layer has attention.
     """
+    if not cache.layers:  # Transformers counts a sequence's tokens in the first layer with attention, and fails too
+        raise ConfigError("config.layer_types: no layer has attention; at least one must be 'full_attention'")
     nodes: list[Node] = []
     x = emit(nodes, "embedding", (), "embed", d.hidden, "model.embed_tokens.weight", scale=d.embedding_scale)
     if d.input_scale != 1.0:

@@ -100,6 +100,9 @@ def _ropes(fields: Fields, head_dim: int, positions: int) -> tuple[RopeSpec, ...
 def _read_attention(fields: Fields, d: Trunk) -> _Attention:
     heads, head_dim = fields.integer("num_attention_heads", MAX_HEADS), fields.integer("head_dim", MAX_WIDTH)
     groups, o_rank = fields.integer("o_groups", MAX_HEADS), fields.integer("o_lora_rank", MAX_WIDTH)
+    for name in ("head_dim", "index_head_dim"):
+        if fields.integer(name, MAX_WIDTH) % 2:
+            raise ConfigError(f"config.{name}: expected an even number, got {fields.get(name)}")
     if heads * head_dim > MAX_WIDTH:
         raise ConfigError(f"config.head_dim: {heads} heads of {head_dim} elements exceed the maximum width of {MAX_WIDTH}")
     if heads * head_dim % groups or groups * o_rank > MAX_WIDTH:

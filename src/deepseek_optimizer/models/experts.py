@@ -7,10 +7,11 @@ y = sum over the chosen experts of weight * expert(x), plus the shared experts, 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from ..errors import ConfigError
 from ..graph.ir import Node, Value
+from ..graph.ops.experts import StackLayout
 from ..graph.ops.products import GATED
 from .blocks import FeedForward, add, emit, linear, mlp
 from .decoder import MAX_LAYERS, MAX_WIDTH, Trunk
@@ -26,7 +27,7 @@ class ClampedForm:
     Attributes:
         alpha: factor in the gate's sigmoid.
         limit: of gate and up.
-        raised: the form of gpt-oss: 1 is added to up, and experts have biases and are stored transposed. Otherwise shared
+        raised: the form of gpt-oss: 1 is added to up, and experts have biases and are stored interleaved. Otherwise shared
             experts are clamped too.
     """
 
@@ -53,7 +54,7 @@ class Routing:
         table: in some layers, name of the parameter with the experts of each token id; "": in none.
         by_table: for each layer whether its experts are chosen by `table`; (): in none.
         weigh_input: an expert's weight multiplies its input instead of its output.
-        transposed: how the experts' matrices are stored, see `quant/transposed_stack.py`; of those with `clamped` always True.
+        layout: how the experts' matrices are stored, see `quant/transposed_stack.py`; "interleaved" with a raised `clamped`.
         factors: name of the parameter with a factor of each expert's weights; "": none.
     """
 
@@ -75,7 +76,7 @@ class Routing:
     gate_bias: bool = False
     clamped: ClampedForm | None = None
     weigh_input: bool = False
-    transposed: bool | Literal["concatenated"] = False
+    layout: StackLayout = "rows"
     factors: str = ""
     table: str = ""
     by_table: tuple[bool, ...] = ()
@@ -246,12 +247,12 @@ def _expert_products(nodes: list[Node], d: Trunk, r: Routing, x: Value, routes: 
     activation: dict[str, Any] = {"activation": d.mlp.activation} if d.mlp.activation != "silu" else {}
     if r.weigh_input:
         which["weigh_input"] = True
-    if r.transposed:
-        which["transposed"] = r.transposed
+    if r.layout != "rows":
+        which["layout"] = r.layout
     if r.clamped is not None:
         activation = {"alpha": r.clamped.alpha, "limit": r.clamped.limit}
         if r.clamped.raised:
-            which["transposed"] = True
+            which["layout"] = "interleaved"
             activation["biases"] = (f"{gate_up}_bias",)
         else:
             activation["raised"] = False

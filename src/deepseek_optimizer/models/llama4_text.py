@@ -33,7 +33,7 @@ def build(fields: Fields) -> Graph:
     routing = read_plain_routing(
         fields, d.hidden, experts="num_local_experts", width="intermediate_size", scoring="sigmoid", normalize=False,
         shared=fields.integer("intermediate_size", MAX_WIDTH), module="feed_forward", gate="router",
-        shared_module="shared_expert", weigh_input=True, transposed="concatenated",
+        shared_module="shared_expert", weigh_input=True, layout="columns",
     ) if any(sparse) else None  # fmt: skip
     return decoder_graph(d, feed_forward(d, routing, sparse, dense="feed_forward"))
 

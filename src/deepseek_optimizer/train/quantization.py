@@ -91,7 +91,7 @@ class RoundedWeights:
         if isinstance(like, PackedMatrix):
             self._round_matrix(source, out, like.format)
         else:
-            sources, targets = (stacked_matrices(t, like.shape, weight.transposed) for t in (source, out))
+            sources, targets = (stacked_matrices(t, like.shape, weight.layout) for t in (source, out))
             for matrix, target in zip(sources, targets, strict=True):
                 self._round_matrix(matrix, target, like.format)
         return out

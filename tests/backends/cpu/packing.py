@@ -9,7 +9,7 @@ import torch
 
 from deepseek_optimizer.quant import get_format, pack, unpack
 from deepseek_optimizer.quant.packed import PackedMatrix, PackedStack, PackedWeight
-from deepseek_optimizer.quant.transposed_stack import Transposed, matrices_of, parameter_of
+from deepseek_optimizer.quant.transposed_stack import StackLayout, matrices_of, parameter_of
 
 
 def packed_weights(weights: dict[str, torch.Tensor], format_name: str) -> dict[str, PackedWeight | torch.Tensor]:
@@ -29,19 +29,19 @@ def packed_weights(weights: dict[str, torch.Tensor], format_name: str) -> dict[s
     return out
 
 
-def _form(name: str, weights: Mapping[str, Any]) -> Transposed:
+def _form(name: str, weights: Mapping[str, Any]) -> StackLayout:
     """How a family stores its stacks: gpt-oss, which has biases, Llama 4, or others."""
     if f"{name}_bias" in weights:
-        return True
+        return "interleaved"
     module = name.partition(".experts.")[0]
-    return "concatenated" if module.endswith(".feed_forward") and f"{module}.router.weight" in weights else False
+    return "columns" if module.endswith(".feed_forward") and f"{module}.router.weight" in weights else "rows"
 
 
-def _stack(name: str, w: torch.Tensor, format_name: str, transposed: Transposed) -> PackedStack:
-    """[E, rows, cols] -> a stack of E matrices; of 2 E if gate and up are concatenated. `transposed`: as in gpt-oss."""
+def _stack(name: str, w: torch.Tensor, format_name: str, layout: StackLayout) -> PackedStack:
+    """[E, rows, cols] -> a stack of E matrices; of 2 E if gate and up are concatenated."""
     halves = 2 if name.endswith("gate_up_proj") else 1
-    if transposed:
-        matrices = matrices_of(w, w.shape[2] // halves, transposed).flatten(0, 1).contiguous()
+    if layout != "rows":
+        matrices = matrices_of(w, w.shape[2] // halves, layout).flatten(0, 1).contiguous()
     else:
         matrices = w.reshape(w.shape[0] * halves, -1, w.shape[2])
     data = torch.stack([get_format(format_name).pack(m) for m in matrices])
@@ -49,14 +49,14 @@ def _stack(name: str, w: torch.Tensor, format_name: str, transposed: Transposed)
 
 
 def dequantized(weights: dict[str, PackedWeight | torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {n: _values(n, w, f"{n}_bias" in weights) for n, w in weights.items()}
+    return {n: _values(n, w, "interleaved" if f"{n}_bias" in weights else "rows") for n, w in weights.items()}
 
 
-def _values(name: str, w: PackedWeight | torch.Tensor, transposed: Transposed) -> torch.Tensor:
+def _values(name: str, w: PackedWeight | torch.Tensor, layout: StackLayout) -> torch.Tensor:
     if isinstance(w, PackedStack):
         halves = 2 if name.endswith("gate_up_proj") else 1
         matrices = torch.stack([unpack(w.matrix(i)) for i in range(w.count)])
-        if transposed:
-            return parameter_of(matrices.unflatten(0, (-1, halves)), transposed)
+        if layout != "rows":
+            return parameter_of(matrices.unflatten(0, (-1, halves)), layout)
         return matrices.reshape(-1, halves * w.rows, w.cols)
     return unpack(w) if isinstance(w, PackedMatrix) else w.float()

@@ -97,4 +97,5 @@ def test_constants():
 def test_attributes_of_ops():
     attrs = [attr for spec in OPS.values() for attr in spec.attrs]
     assert {attr.step_field for attr in attrs} - {""} <= {name for name, *_ in native.Step._fields_}
-    assert {attr.flag for attr in attrs} - {""} | {"last", "ids"} == set(native.FLAGS)
+    flags = {attr.flag for attr in attrs} | {flag for attr in attrs for _, flag in attr.more_flags}
+    assert flags - {""} | {"last", "ids"} == set(native.FLAGS)

@@ -69,7 +69,7 @@ def _derived(node: Node, weights: Mapping[str, PackedWeight | torch.Tensor], der
     if node.op in ("experts_gate_up", "experts_down") and node.attrs.get("biases", (None,)) != (None,):
         (name,) = node.attrs["biases"]
         bias = _vector(weights, name)
-        ordered = biases_of(bias, node.outputs[0].width) if node.attrs.get("transposed") else bias
+        ordered = bias if node.attrs.get("layout", "rows") == "rows" else biases_of(bias, node.outputs[0].width)
         derived[f"flat {name}"] = ordered.flatten()
         return [node.with_(attrs={**node.attrs, "biases": (f"flat {name}",)})]
     if node.op == "scale_by":

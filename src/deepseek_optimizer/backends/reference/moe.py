@@ -138,7 +138,7 @@ def down(
 
 
 def ordered_stacks(graph: Graph, weights: Mapping[str, torch.Tensor], packed: Collection[str]) -> dict[str, torch.Tensor]:
-    """Weights and biases of nodes with attribute `transposed` in the order of others, by name: [E, M * rows, cols] and
+    """Weights and biases of nodes whose `layout` is not "rows" in the order of others, by name: [E, M * rows, cols] and
     [E, M * rows].
 
     Args:
@@ -148,10 +148,10 @@ def ordered_stacks(graph: Graph, weights: Mapping[str, torch.Tensor], packed: Co
     """
     ordered = {}
     for node in graph.nodes:
-        if node.attrs.get("transposed"):
+        if node.attrs.get("layout", "rows") != "rows":
             a, (name,), rows = node.attrs, node.weights, node.outputs[0].width
             weight, experts = weights[name], a["experts"]
-            matrices = weight.unflatten(0, (experts, -1)) if name in packed else matrices_of(weight, rows, a["transposed"])
+            matrices = weight.unflatten(0, (experts, -1)) if name in packed else matrices_of(weight, rows, a["layout"])
             ordered[name] = matrices.flatten(1, 2).contiguous()
             for bias in filter(None, a.get("biases", ())):
                 ordered[bias] = biases_of(weights[bias], rows).flatten(1)

@@ -6,11 +6,14 @@ token, row t * top_k + j belongs to token t and its j-th chosen expert.
 
 from __future__ import annotations
 
+from typing import Literal, get_args
+
 from ..ir import Graph, Node
 from .products import ACTIVATION
-from .spec import BOOL, FLOAT, INT, NAME, NAMES, Attr, AttrType, Operand, OpSpec, Shapes, one_of, step_attr
+from .spec import BOOL, FLOAT, INT, NAME, NAMES, Attr, Operand, OpSpec, Shapes, one_of, step_attr
 
-TRANSPOSED = AttrType('bool or "concatenated"', lambda value: isinstance(value, bool) or value == "concatenated")
+StackLayout = Literal["rows", "columns", "interleaved"]  # as in quant/transposed_stack.py
+LAYOUT = one_of(*get_args(StackLayout))
 
 _EXPERTS, _TOP_K = step_attr("experts", INT), step_attr("top_k", INT, "experts per token")
 _ROUTES = Operand("routes", "[T, 2 * top_k]")
@@ -36,7 +39,7 @@ _PRODUCT = (
     _EXPERTS,
     _TOP_K,
     Attr("biases", NAMES, "of the matrices: one tensor for all experts", (None,)),
-    Attr("transposed", TRANSPOSED, "how Transformers stores the weight, see there; packed stacks are always the same", False),
+    Attr("layout", LAYOUT, "how Transformers stores the weight, see there; packed stacks are always the same", "rows"),
     Attr("weigh_input", BOOL, "weights multiply the inputs of experts, not their outputs", False, flag="weigh_input"),
     Attr("grouped", BOOL, "compute by expert instead of by token, so that an expert's weights are read once", flag="grouped"),
 )
@@ -59,7 +62,7 @@ def _router_shapes(node: Node, _: Graph) -> Shapes:
 def _product_shapes(node: Node, rows: int) -> Shapes:
     """`rows`: of all matrices of an expert."""
     experts, columns = node.attrs["experts"], node.inputs[0].width
-    shape = (experts, columns, rows) if node.attrs.get("transposed") else (experts, rows, columns)
+    shape = (experts, columns, rows) if node.attrs.get("layout", "rows") != "rows" else (experts, rows, columns)
     return [(node.weights[0], shape), *((name, (experts, rows)) for name in node.attrs.get("biases", ()) if name is not None)]
 
 
@@ -133,9 +136,10 @@ SPECS = (
             h = `swiglu`(gate_e x_t + b_e, up_e x_t + c_e), or `geglu` of them, for each token t and its chosen experts e. With
             a `limit` L > 0, h = (u + 1) * g * sigmoid(alpha * g), where g = min(gate, L) and u is up limited to [-L, L];
             without `raised`, h = u * g * sigmoid(alpha * g) (DeepSeek-V4). The biases are [E, 2 I], in the order of the
-            weight's rows, which in a transposed weight alternate between gate and up unless it is "concatenated". With
-            `weigh_input`, gate_e x_t and up_e x_t are multiplied by weight_e (Llama 4), and there are no biases. When packed,
-            the weight is a stack of 2 E matrices [I, H]: gate and up of each expert in turn.
+            weight's rows. With the layout "rows", the weight is [E, 2 I, H]; with "columns", it is transposed, [E, H, 2 I];
+            with "interleaved", it is transposed, and rows of gate and up alternate. With `weigh_input`, gate_e x_t and
+            up_e x_t are multiplied by weight_e (Llama 4), and there are no biases. When packed, the weight is a stack of 2 E
+            matrices [I, H]: gate and up of each expert in turn.
 
             Source of the limits: gpt-oss (OpenAI 2025), `GptOssExperts` of Transformers.
         """,

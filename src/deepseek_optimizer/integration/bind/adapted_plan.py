@@ -5,7 +5,7 @@ The matrices are read from the layers, so that all of PEFT's ways to load, choos
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 
 from ...backends.base import AdapterStore, Backend, KvStore, Plan, StepBatch, StepOutput
 from ...backends.decoding import DecodeCall, Decoded
-from ...backends.sampling import TokenChoice
+from ...backends.wrapped_plan import WrappedPlan
 from ...graph.ir import Graph
 from .lora_layers import LowRank, pair_of_site, sum_of
 
@@ -22,47 +22,23 @@ _RANK_STEP = 16  # ranks that a plan has room for are multiples of it
 Parts = Mapping[str, list[LowRank]]  # what is added, by path of the module
 
 
-class AdaptedPlan:
+class AdaptedPlan(WrappedPlan):
     """A `Plan` whose steps use one adapter for all sequences. Everything else is that of the plan inside it."""
 
     def __init__(self, plan: Plan, adapters: AdapterStore) -> None:
-        self._plan, self._adapters = plan, adapters
+        super().__init__(plan)
+        self._adapters = adapters
 
     def run(self, batch: StepBatch, store: KvStore | None) -> StepOutput:
         """See `Plan.run`."""
-        return self._plan.run(self._with_adapter(batch), store)
+        return super().run(self._with_adapter(batch), store)
 
     def decode(self, batch: StepBatch, store: KvStore, call: DecodeCall) -> Decoded:
         """See `Plan.decode`."""
-        return self._plan.decode(self._with_adapter(batch), store, call)
+        return super().decode(self._with_adapter(batch), store, call)
 
     def _with_adapter(self, batch: StepBatch) -> StepBatch:
         return replace(batch, adapters=self._adapters, adapter_of=np.zeros(len(batch.query_len), np.int32))
-
-    @property
-    def device(self) -> torch.device:
-        """See `Plan.device`."""
-        return self._plan.device
-
-    def choose_tokens(self, logits: torch.Tensor, choices: Sequence[TokenChoice | None]) -> list[int | None]:
-        """See `Plan.choose_tokens`."""
-        return self._plan.choose_tokens(logits, choices)
-
-    def check_weights(self) -> None:
-        """See `Plan.check_weights`."""
-        self._plan.check_weights()
-
-    def reserve(self, tokens: int, logit_rows: int) -> None:
-        """See `Plan.reserve`."""
-        self._plan.reserve(tokens, logit_rows)
-
-    def buffer_bytes(self, tokens: int, logit_rows: int) -> int:
-        """See `Plan.buffer_bytes`."""
-        return self._plan.buffer_bytes(tokens, logit_rows)
-
-    def describe(self) -> list[dict[str, Any]]:
-        """See `Plan.describe`."""
-        return self._plan.describe()
 
 
 class LayerAdapters:

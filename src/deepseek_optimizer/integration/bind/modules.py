@@ -22,7 +22,7 @@ from ...quant.base import TILE_ROWS
 from ...quant.blocks import SUPERBLOCK
 from ...quant.products import linear, linear_gradient
 from ...quant.tiles import tile_counts
-from ...quant.transposed_stack import Transposed
+from ...quant.transposed_stack import StackLayout
 
 # (x [..., K], W, bias [N] or None) -> float32 [..., N]
 Product = Callable[[torch.Tensor, PackedMatrix, "torch.Tensor | None"], torch.Tensor]
@@ -39,14 +39,13 @@ class Packed(nn.Module):
 
     Attributes:
         dtype: floating point type of the surrounding model; casts to another one are refused.
-        transposed: whether checkpoints store the matrix as [K, N]: the transpose of what is packed; of experts, see
-            `PackedExperts`.
+        layout: how checkpoints store the weights, see `quant/transposed_stack.py`; "columns": a matrix is stored as [K, N].
         check_tensor: raises CheckpointChangedError if a tensor lies in a mapped file that was modified; set by the runtime.
             Native products check by themselves; reads of the weights by torch are checked here.
     """
 
     dtype: torch.dtype
-    transposed: Transposed = False
+    layout: StackLayout = "rows"
     check_tensor: Callable[[torch.Tensor], None] = staticmethod(unchecked)
 
     def held(self) -> dict[str, PackedWeight]:

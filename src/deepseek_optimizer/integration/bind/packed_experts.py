@@ -15,7 +15,7 @@ from torch import nn
 from ...backends.reference.ops import clamped_swiglu
 from ...quant import PackedStack, PackedWeight, unpack
 from ...quant.products import linear, linear_gradient
-from ...quant.transposed_stack import Transposed, biases_of, parameter_of
+from ...quant.transposed_stack import StackLayout, biases_of, parameter_of
 from .modules import Gradient, Packed, PackedProduct, Product, empty_tiles
 
 
@@ -68,7 +68,7 @@ class PackedExperts(Packed):
         act_fn: nn.Module | ClampedSwiglu,
         dtype: torch.dtype,
         device: Any = None,
-        transposed: Transposed = False,
+        layout: StackLayout = "rows",
     ) -> None:
         super().__init__()
         self.num_experts, self.hidden_dim, self.intermediate_dim = num_experts, hidden_dim, intermediate_dim
@@ -77,7 +77,7 @@ class PackedExperts(Packed):
         self.down_proj = empty_tiles(hidden_dim, intermediate_dim, down_format, device, (num_experts,))
         self.register_parameter("gate_up_proj_bias", None)
         self.register_parameter("down_proj_bias", None)
-        self.act_fn, self.transposed = act_fn, transposed
+        self.act_fn, self.layout = act_fn, layout
         self.product: Product = linear
         self.gradient: Gradient = linear_gradient
         self.listener: Callable[[int, torch.Tensor, torch.Tensor], None] | None = None
@@ -131,7 +131,7 @@ class PackedExperts(Packed):
         if self.gate_up_proj_bias is None:
             return gate, up
         bias = self.gate_up_proj_bias[expert, None].to(gate.dtype)
-        of_gate, of_up = biases_of(bias, self.intermediate_dim)[0] if self.transposed else bias[0].chunk(2)
+        of_gate, of_up = bias[0].chunk(2) if self.layout == "rows" else biases_of(bias, self.intermediate_dim)[0]
         return gate + of_gate, up + of_up
 
     def _gated(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
@@ -146,7 +146,7 @@ class PackedExperts(Packed):
         for stack in (self.gate_up, self.down):
             matrices = torch.stack([unpack(stack.matrix(i), dtype) for i in range(stack.count)])
             matrices = matrices.unflatten(0, (self.num_experts, -1))
-            stacks.append(parameter_of(matrices, self.transposed) if self.transposed else matrices.flatten(1, 2))
+            stacks.append(matrices.flatten(1, 2) if self.layout == "rows" else parameter_of(matrices, self.layout))
         return self.intact((stacks[0], stacks[1]))
 
     def extra_repr(self) -> str:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from ...backends.base import CompileOptions, Plan, check_supported
+from ...backends.prompt_plan import PromptPlan
 from ...cache.forgetting import SPARE_OF_COPIES, Forgetting, Groups, max_blocks
 from ...checkpoint import Manifest
 from ...config import DeepSeekConfig
@@ -17,6 +18,7 @@ from ...graph.adapters import UNFUSED, with_adapters
 from ...graph.attention_mode import apply_mode
 from ...graph.cache_groups import cached_in, group_spans
 from ...graph.ir import Graph
+from ...graph.partial_graph import writing_graph
 from ...graph.rope_rotation import KeyRotation, key_rotation
 from ...models.families import FAMILIES
 from ..memory.arena import Arena, LatentRow
@@ -111,7 +113,10 @@ class Runtime(PackedModel):
 
     def compile(self, graph: Graph) -> Plan:
         """Compiles a graph of this model (`graph`, `adapter_graph`); plans share the model's weights."""
-        plan = self.backend.compile(graph, weights_of(self.model, graph), self.compile_options)
+        weights = weights_of(self.model, graph)
+        plan = self.backend.compile(graph, weights, self.compile_options)
+        if (beginning := writing_graph(graph)) is not None:
+            plan = PromptPlan(plan, self.backend.compile(beginning, weights, self.compile_options))
         high = self.config.batch_size_range[1]
         plan.reserve(max(self.config.prefill_chunk, high), high)
         return plan

@@ -18,7 +18,7 @@ from ...graph.ir import Graph
 from ...graph.min_formats import exact_weights, min_formats
 from ...quant import PackedMatrix, PackedStack, PackedWeight, Packer, get_format
 from ...quant.tiles import empty_stack
-from ...quant.transposed_stack import Transposed, stacked_matrices
+from ...quant.transposed_stack import StackLayout, stacked_matrices
 from .lora_layers import without_adapter
 from .modules import Packed, PackedEmbedding, PackedGroupedLinear, PackedLinear
 from .packed_experts import ClampedSwiglu, PackedExperts, PackedWeighedExperts
@@ -116,7 +116,7 @@ def _packed_experts(experts: Any, formats: Mapping[str, str], dtype: torch.dtype
     clamped = hasattr(experts, "alpha") and hasattr(experts, "limit")  # GptOssExperts
     weighed = not clamped and hasattr(experts, "hidden_size")  # Llama4TextExperts
     hidden, inner = ("hidden_size", "intermediate_size") if clamped or weighed else ("hidden_dim", "intermediate_dim")
-    transposed: Transposed = "concatenated" if weighed else clamped
+    layout: StackLayout = "columns" if weighed else "interleaved" if clamped else "rows"
     kind = type(experts) if isinstance(experts, PackedExperts) else PackedWeighedExperts if weighed else PackedExperts
     twin = kind(
         experts.num_experts,
@@ -126,7 +126,7 @@ def _packed_experts(experts: Any, formats: Mapping[str, str], dtype: torch.dtype
         act_fn=_activation(experts),
         dtype=dtype,
         device="meta",
-        transposed=experts.transposed if isinstance(experts, PackedExperts) else transposed,
+        layout=experts.layout if isinstance(experts, PackedExperts) else layout,
     )
     for name in ("gate_up_proj_bias", "down_proj_bias"):
         setattr(twin, name, getattr(experts, name, None))
@@ -198,7 +198,7 @@ def pack_in_place(
         twin = packed_twin(module, formats, dtype)
         for leaf, weight in site.weights.items():
             if weight not in done:
-                tiles = packed_tiles(getattr(module, leaf).data, twin.held()[leaf], packer, twin.transposed)
+                tiles = packed_tiles(getattr(module, leaf).data, twin.held()[leaf], packer, twin.layout)
                 done[weight] = nn.Parameter(tiles, requires_grad=False)
                 del module._parameters[leaf]  # frees the weights even if something still refers to the module
             setattr(twin, leaf, done[weight])
@@ -255,29 +255,29 @@ def _format_of(
     return config.format_of(weight, natural, minimum.get(weight)) if given is None else given
 
 
-def packed_tiles(weight: torch.Tensor, like: PackedWeight, packer: Packer, transposed: Transposed = False) -> torch.Tensor:
+def packed_tiles(weight: torch.Tensor, like: PackedWeight, packer: Packer, layout: StackLayout = "rows") -> torch.Tensor:
     """The tiles of a float matrix, or of a merged float parameter of experts, packed matrix by matrix.
 
     Args:
         weight: the matrix, or the parameter.
         like: a weight of the same shape and of the format to pack in.
         packer: packs a matrix.
-        transposed: whether the parameter of a stack has the form of `quant/transposed_stack.py`.
+        layout: of the parameter of a stack, see `quant/transposed_stack.py`.
     """
     if isinstance(like, PackedMatrix):
         return packer(weight, like.format)
     out = empty_stack(*like.shape, get_format(like.format).tile_bytes)
-    for matrix, tiles in zip(stacked_matrices(weight, like.shape, transposed), out, strict=True):
+    for matrix, tiles in zip(stacked_matrices(weight, like.shape, layout), out, strict=True):
         packer(matrix, like.format, tiles)
     return out
 
 
-def float_shape(leaf: str, weight: PackedWeight, transposed: Transposed = False) -> tuple[int, ...]:
-    """The shape of the float parameter `leaf` that this packed matrix or stack replaces; `transposed`: as in `packed_tiles`."""
+def float_shape(leaf: str, weight: PackedWeight, layout: StackLayout = "rows") -> tuple[int, ...]:
+    """The shape of the float parameter `leaf` that this packed matrix or stack replaces; `layout`: as in `packed_tiles`."""
     if not isinstance(weight, PackedStack):
         return weight.shape
     experts, rows, cols = merged_shape(leaf, weight.shape)
-    return (experts, cols, rows) if transposed else (experts, rows, cols)
+    return (experts, rows, cols) if layout == "rows" else (experts, cols, rows)
 
 
 def expected_tensors(model: Any) -> tuple[dict[str, str | None], dict[str, tuple[int, ...]]]:

@@ -50,7 +50,7 @@ class GeneralLinear(PackedLinear):
     @property
     def weight(self) -> Any:  # type: ignore[override]
         """W as the float layer has it: [N, K], in the layer's dtype. Read-only."""
-        shape = (self.in_features, self.out_features) if self.transposed else (self.out_features, self.in_features)
+        shape = (self.out_features, self.in_features) if self.layout == "rows" else (self.in_features, self.out_features)
         tiles: Any = self._parameters["weight"]
         return LazyWeight(shape, self.dtype, tiles.device, self._float_weight)
 
@@ -59,7 +59,7 @@ class GeneralLinear(PackedLinear):
         if tiles.dtype != torch.uint8:
             return tiles.data  # a placeholder, while a checkpoint is loaded
         weight = self.dequantized(self.dtype)
-        return weight.t() if self.transposed else weight
+        return weight if self.layout == "rows" else weight.t()
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         if torch.is_grad_enabled() and input.requires_grad:
@@ -70,7 +70,7 @@ class GeneralLinear(PackedLinear):
 class GeneralConv1D(GeneralLinear):
     """The same in place of Transformers' `Conv1D` (GPT-2), which stores W as [K, N]."""
 
-    transposed = True
+    layout = "columns"
 
     @property
     def nf(self) -> int:

@@ -22,7 +22,7 @@ from ...system.memory import free_memory
 from ...system.progress import duration, show_progress
 from ..bind.runtime import runtime_of
 from ..model.bind_plan import rebind
-from .rounding import Outcome, round_in_place
+from .rounding import round_in_place
 
 ENVIRONMENT = "DSO_CALIBRATION"  # "none": the built-in text is not used
 BUILT_IN = "built-in text"
@@ -101,7 +101,7 @@ def calibrate(model: Any, settings: DeepSeekConfig, calibration: Calibration) ->
     with show_progress(f"Calibrating on {calibration.source}") as progress:
         outcome = round_in_place(model, settings, calibration.texts, progress)
     runtime.config = copy.deepcopy(settings)
-    rebind(model, rounding=_described(outcome, calibration))
+    rebind(model, rounding=outcome.described(calibration.source, calibration.texts))
     if outcome.starved:
         runtime.warn_once(
             f"{outcome.starved} of {outcome.compensated + outcome.starved} matrices got too few tokens of the calibration text "
@@ -133,13 +133,3 @@ def _rounds(checkpoint: Checkpoint, name: str, format: str) -> bool:
 def _fits(checkpoint: Checkpoint) -> bool:
     """Whether the original model fits in free memory twice: it is loaded as a whole, and rounded layer by layer."""
     return 2 * sum(info.nbytes for info in checkpoint.tensors.values()) <= free_memory().free
-
-
-def _described(outcome: Outcome, calibration: Calibration) -> dict[str, Any]:
-    return {
-        "method": "compensated",
-        "text": calibration.source,
-        "tokens": sum(text.numel() for text in calibration.texts),
-        "matrices": outcome.compensated,
-        "plain": outcome.plain,
-    }

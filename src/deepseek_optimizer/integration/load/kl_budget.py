@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from ..bind.runtime import Runtime, kv_dtype, runtime_of
 from ..bind.swap import matrices_of, put_in_place, sites, weights_of
 from ..model.bind_plan import rebind
 from .importance import measure_importance
+from .rounding import Outcome, round_in_place
 
 LENGTH, COUNT = 128, 4  # KL is measured in one step over COUNT stretches of LENGTH tokens, spread over the text
 MAX_STRETCHES = 64  # of a user's text, to compute column importance; KL is measured on COUNT of them
@@ -64,7 +66,7 @@ def adapt(model: Any, texts: Sequence[torch.Tensor]) -> None:
     Args:
         model: an optimized model, packed losslessly.
         texts: the calibration text, token ids, int64 [1, n] each. If it comes from the user, rounding minimizes errors weighted
-            by the importance of columns measured on it.
+            by the importance of columns measured on it, and the model is finally rounded with error compensation.
 
     Raises:
         KlBudgetError: even the most precise formats exceed the budget; the model is unchanged.
@@ -82,10 +84,31 @@ def adapt(model: Any, texts: Sequence[torch.Tensor]) -> None:
     assert runtime.config.kl_budget is not None
     with show_progress("Choosing formats within the KL budget") as progress:
         chosen, curve = search(options, runtime.config.kl_budget, trial.base(), trial.measure, progress)
-    matrices = trial.assembled(chosen.choice)
+    matrices, measured, rounding = trial.assembled(chosen.choice), chosen.measured_kl, Outcome()
+    if runtime.config.calibration_file is not None:
+        compensated, outcome = _compensated(model, matrices, texts)
+        kl = trial.kl(compensated)
+        if kl < measured:
+            matrices, measured, rounding = compensated, kl, outcome
     put_in_place(sites(model, plan_graph(model.config, ())[0]), matrices)
     weights = sum(math.prod(m.shape) for m in matrices.values())
-    rebind(model, [_described(point, weights, point is chosen) for point in curve])
+    points = [_described(replace(p, measured_kl=measured) if p is chosen else p, weights, p is chosen) for p in curve]
+    rebind(model, points, rounding.described(str(runtime.config.calibration_file), texts) if rounding.compensated else {})
+
+
+def _compensated(
+    model: Any, matrices: Mapping[str, PackedWeight], texts: Sequence[torch.Tensor]
+) -> tuple[dict[str, PackedWeight], Outcome]:
+    """Rounds the losslessly packed model to the formats of `matrices` with error compensation.
+
+    Returns: its matrices, in place in the model, and what was rounded.
+    """
+    formats = {name.removesuffix(".weight"): matrix.format for name, matrix in matrices.items()}
+    settings = DeepSeekConfig(**{**runtime_of(model).config.to_dict(), "kl_budget": None, "formats": formats})
+    with show_progress("Rounding in the chosen formats") as progress:
+        outcome = round_in_place(model, settings, texts, progress)
+    held = weights_of(model, plan_graph(model.config, ())[0])
+    return {name: weight for name, weight in held.items() if isinstance(weight, PackedWeight)}, outcome
 
 
 class _Trial:
@@ -148,8 +171,11 @@ class _Trial:
 
     def measure(self, choice: Choice) -> float:
         """KL divergence of a choice from the lossless model, in nats per token."""
-        matrices = self.assembled(choice)
-        return self.probe.kl(matrices, kv_dtype=kv_dtype(self.config, [m.format for m in matrices.values()]))
+        return self.kl(self.assembled(choice))
+
+    def kl(self, matrices: Mapping[str, PackedWeight]) -> float:
+        """KL divergence of a model of these matrices from the lossless model, in nats per token."""
+        return self.probe.kl(dict(matrices), kv_dtype=kv_dtype(self.config, [m.format for m in matrices.values()]))
 
 
 def _repack(matrix: PackedMatrix, format: str, backend: Backend, importance: torch.Tensor | None, tiles: torch.Tensor) -> None:

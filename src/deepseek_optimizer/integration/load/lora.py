@@ -9,6 +9,7 @@ import torch
 
 from ...checkpoint.language_part import language_names
 from ...checkpoint.lora import LoraFile, StoredPair, digest_of
+from ...checkpoint.lora_config import MERGE
 from ...checkpoint.published_names import parameter_name
 from ...engine.adapters import AdapterWeights
 from ...errors import AdapterError, shown
@@ -62,7 +63,8 @@ def _place(
     found = next((sites[name] for name in _names(module, graph.family) if name in sites), None)
     if found is None:
         known = any(name in _modules(graph) for name in _names(module, graph.family))
-        what = "adapters for this kind of module are not supported" if known else "the model has no such module"
+        missing = "the model has no such module; load it with the model it was trained on"
+        what = f"this kind of module is not supported; {MERGE}" if known else missing
         raise AdapterError(f"adapts {shown(module)}, but {what}", path=file.path)
     if pair.rank > max_rank:
         raise AdapterError(

@@ -14,7 +14,7 @@ from ...checkpoint.stacks import StackShape
 from ...errors import CheckpointChangedError, CheckpointError
 from ...quant import PackedStack, get_format
 from ...quant.tiles import empty_stack
-from ...quant.transposed_stack import Transposed, stacked_matrices
+from ...quant.transposed_stack import StackLayout, stacked_matrices
 from ..bind.swap import STACKS
 
 
@@ -47,12 +47,12 @@ class PackWeight(ConversionOps):
         weight = module.held()[leaf]
         try:
             if isinstance(weight, PackedStack):
-                matrices = experts_in_turn(input_dict, source_patterns, weight.shape, module.transposed)
+                matrices = experts_in_turn(input_dict, source_patterns, weight.shape, module.layout)
                 tiles = self._pack_stack(matrices, weight)
             else:
                 (value,) = input_dict.values()
                 matrix = value[0] if isinstance(value, list) else value
-                tiles = self._pack(matrix.t() if module.transposed else matrix, weight.shape, weight.format)
+                tiles = self._pack(matrix.t() if module.layout != "rows" else matrix, weight.shape, weight.format)
         except CheckpointChangedError as error:
             self.quantizer.refused.append(error)
             return {}
@@ -79,14 +79,14 @@ class PackWeight(ConversionOps):
         return tiles
 
 
-def experts_in_turn(tensors: dict[str, Any], patterns: Any, shape: StackShape, transposed: Transposed = False) -> list[Any]:
+def experts_in_turn(tensors: dict[str, Any], patterns: Any, shape: StackShape, layout: StackLayout = "rows") -> list[Any]:
     """The float matrices of a stack in order; they are removed from `tensors`.
 
     Args:
         tensors: for each of a converter's patterns (gate, up) the list of the experts' matrices, or one merged parameter.
         patterns: the converter's patterns.
         shape: count, rows and cols of the stack.
-        transposed: whether a merged parameter has the form of `quant/transposed_stack.py`.
+        layout: of a merged parameter, see `quant/transposed_stack.py`.
 
     Raises:
         CheckpointError: the number or shape of the matrices does not match the config.
@@ -94,11 +94,11 @@ def experts_in_turn(tensors: dict[str, Any], patterns: Any, shape: StackShape, t
     lists = [tensors.pop(pattern) for pattern in patterns if pattern in tensors] or [tensors.pop(key) for key in list(tensors)]
     merged = lists[0][0] if isinstance(lists[0], list) else lists[0]
     if merged.dim() == 3:
-        if merged.numel() != math.prod(shape) or merged.shape[1 if transposed else 2] != shape[2]:
+        if merged.numel() != math.prod(shape) or merged.shape[2 if layout == "rows" else 1] != shape[2]:
             raise CheckpointError(
                 f"has shape {tuple(merged.shape)}, but the config requires {shape[0]} matrices of {shape[1:]}"
             )
-        return list(stacked_matrices(merged, shape, transposed))
+        return list(stacked_matrices(merged, shape, layout))
     if any(len(matrices) * len(lists) != shape[0] for matrices in lists):
         raise CheckpointError(f"has {sum(map(len, lists))} matrices of experts, but the config requires {shape[0]}")
     in_turn = [matrices[expert] for expert in range(len(lists[0])) for matrices in lists]

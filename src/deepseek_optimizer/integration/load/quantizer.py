@@ -299,7 +299,7 @@ def _expect_floats(model: Any, dtype: torch.dtype) -> None:
     placeholders: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for leaf, weight in module.held().items() if isinstance(module, Packed) else ():
-            shape = float_shape(leaf, weight, module.transposed)
+            shape = float_shape(leaf, weight, module.layout)
             empty = nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"), requires_grad=False)
             setattr(module, leaf, placeholders.setdefault(id(module._parameters[leaf]), empty))
 

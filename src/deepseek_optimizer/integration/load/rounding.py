@@ -58,6 +58,16 @@ class Outcome:
     starved: int = 0
     plain: dict[str, int] = field(default_factory=dict)
 
+    def described(self, text: str, texts: Sequence[torch.Tensor]) -> dict[str, Any]:
+        """`Manifest.rounding`. `text`: the name of the text, of which `texts` are the tokens."""
+        return {
+            "method": "compensated",
+            "text": text,
+            "tokens": sum(ids.numel() for ids in texts),
+            "matrices": self.compensated,
+            "plain": self.plain,
+        }
+
 
 def round_in_place(
     model: Any,

@@ -17,7 +17,7 @@ from ...config import DeepSeekConfig
 from ...errors import ConfigError
 from ...graph.min_formats import exact_weights
 from ...quant import PackedStack, PackedWeight, Packer
-from ...quant.transposed_stack import Transposed
+from ...quant.transposed_stack import StackLayout
 from ..bind.graphs import whole_graph
 from ..bind.modules import Packed
 from ..bind.swap import expected_tensors, packed_tiles, planned_twins
@@ -32,14 +32,14 @@ class PackableWeight:
         name: its name in the model, tied ones once.
         module, leaf: the module that holds it, and its name there.
         packed: its packed form, without data.
-        transposed: whether a stack of experts is stored in the form of `quant/transposed_stack.py`.
+        layout: how a stack of experts is stored, see `quant/transposed_stack.py`.
     """
 
     name: str
     module: nn.Module
     leaf: str
     packed: PackedWeight
-    transposed: Transposed = False
+    layout: StackLayout = "rows"
 
     @property
     def parameter(self) -> nn.Parameter:
@@ -63,7 +63,7 @@ def packable_weights(model: Any, config: DeepSeekConfig) -> list[PackableWeight]
     found: dict[str, PackableWeight] = {}
     for site, twin in planned_twins(model, whole_graph(model), config):
         for leaf, name in site.weights.items():
-            found.setdefault(name, PackableWeight(name, site.module, leaf, twin.held()[leaf], twin.transposed))
+            found.setdefault(name, PackableWeight(name, site.module, leaf, twin.held()[leaf], twin.layout))
     return list(found.values())
 
 
@@ -85,7 +85,7 @@ def write_packed(model: Any, weights: Sequence[PackableWeight], config: DeepSeek
         tensor = getattr(model.get_submodule(path), leaf).data
         if name in packable:
             like = packable[name].packed
-            tiles = packed_tiles(tensor, like, packer, packable[name].transposed)
+            tiles = packed_tiles(tensor, like, packer, packable[name].layout)
             tensors[name] = _filled(like, tiles)
         else:
             tensors[name] = (tensor.float() if name in exact else tensor).contiguous()
