@@ -66,6 +66,25 @@ def test_chunks_and_caches(family, backend):
     torch.testing.assert_close(more, logits_of(model, both)[-3:], atol=TOLERANCE, rtol=0)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"prompt_lookup_num_tokens": 3, "do_sample": False},
+        {"num_beams": 2, "do_sample": False},
+        {"num_return_sequences": 2, "do_sample": True, "top_k": 1},
+        {"use_cache": False, "do_sample": False},
+    ],
+    ids=["drafts", "beams", "copies", "no cache"],
+)
+def test_ways_of_generating(options):
+    model = make_model(FAMILIES["qwen2_5_vl"])
+    arguments = make_prompts(FAMILIES["qwen2_5_vl"], [2]).arguments
+    options = {**options, "suppress_tokens": [140, 143], "max_new_tokens": 9}
+    plain = {**options, "prompt_lookup_num_tokens": None}
+    expected = model.generate(**arguments, **plain)
+    assert optimized(model).generate(**arguments, **options).tolist() == expected.tolist()
+
+
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "gemma3", "deepseek_ocr2"])
 def test_files(family, tmp_path):
     """`from_pretrained`, `load_model`, and a packed checkpoint that is loaded again."""
