@@ -92,10 +92,12 @@ class Case:
                 target = self._folder / f"{ftype}.gguf"
                 self._quantizer.quantize(source, target, ftype, importance)
                 yield f"llama.cpp {ftype}", _bits(target), self._compared(load_model(target, precision="fp32"))
+        tied = self._plain.config.tie_word_embeddings
+        heads = ("model.embed_tokens",) if tied else ("model.embed_tokens", "lm_head")
         ours: dict[str, dict[str, Any]] = {
             "int3": {"precision": "int3", "calibration": None},
             "int3, calibrated": {"precision": "int3"},
-            "int3, head int4, calibrated": {"precision": "int3", "formats": {"model.embed_tokens": "int4", "lm_head": "int4"}},
+            "int3, head int4, calibrated": {"precision": "int3", "formats": dict.fromkeys(heads, "int4")},
             "int4": {"precision": "int4", "calibration": None},
             "int4, calibrated": {"precision": "int4"},
             "q4_1, calibrated": {"precision": "q4_1"},

@@ -18,7 +18,7 @@ from typing import Any
 from deepseek_optimizer import DeepSeekConfig, DynamicGraphOptimizer
 from deepseek_optimizer.bench.hardware import usable_cpus
 
-from .alternating import alternate, shown, speedup
+from .alternating import alternate, clock_of, shown, speedup
 from .verdict import MISSED, REACHED
 
 FAST = 1.5
@@ -30,13 +30,16 @@ OURS: dict[str, dict[str, str]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("models", nargs="*", help="; ".join(MODELS))
+    parser.add_argument("models", nargs="*", help=", ".join(MODELS) + "; all by default")
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 16])
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--threads", type=int, default=usable_cpus())
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--seconds", type=float, default=35.0, help="per batch size; no further round begins after this time")
+    parser.add_argument("--busy", action="store_true", help="measure processor time, since the machine is busy")
     a = parser.parse_args()
+    if unknown := sorted(set(a.models) - MODELS.keys()):
+        parser.error(f"unknown: {', '.join(unknown)}; there are {', '.join(MODELS)}")
     for name in a.models or MODELS:
         for found in measure(name, a):
             print(json.dumps(found), flush=True)
@@ -60,7 +63,7 @@ def measure(name: str, a: argparse.Namespace) -> list[dict[str, Any]]:
         ids = torch.randint(5, exact.config.vocab_size, (batch, a.tokens))
         results: dict[str, Any] = {}
         sides = {form: _side(results, form, model, call, ids) for form, model in models.items()}
-        times = alternate(sides, a.rounds, a.seconds)
+        times = alternate(sides, a.rounds, a.seconds, clock_of(a.busy))
         scale = results["fp32"].abs().amax(-1, keepdim=True)
         row: dict[str, Any] = {"model": name, "batch": batch, "tokens": a.tokens, "times": times}
         for form in ("bf16", *OURS):

@@ -21,12 +21,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from deepseek_optimizer.bench.hardware import usable_cpus
 
-from .alternating import alternate, shown, speedup
+from .alternating import alternate, clock_of, shown, speedup
 from .prompts import random_prompts
 from .verdict import MISSED, REACHED
 
@@ -38,21 +39,24 @@ ATTENTION = ("attention", "cache_write", "rope", "head_norm_rope")  # ops of the
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("parts", nargs="*", default=["conversation", "restart", "depth", "transformers"])
+    parser.add_argument("parts", nargs="*", help=", ".join(PARTS) + "; all by default")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--vocabulary", type=int, default=32768)
     parser.add_argument("--form", default="int8", help="precision of the optimized model")
     parser.add_argument("--threads", type=int, default=usable_cpus())
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--directory", type=Path, help="keeps the models there, and uses those that are")
+    parser.add_argument("--busy", action="store_true", help="measure processor time, since the machine is busy")
     parser.add_argument("--side", help=argparse.SUPPRESS)
     a = parser.parse_args()
+    if unknown := sorted(set(a.parts) - PARTS.keys()):
+        parser.error(f"unknown: {', '.join(unknown)}; there are {', '.join(PARTS)}")
     if a.side:
         print(json.dumps(SIDES[a.side](a)))
         return
     with tempfile.TemporaryDirectory() as temporary:
         a.directory = a.directory or Path(temporary)
-        for part in a.parts:
+        for part in a.parts or PARTS:
             print(json.dumps({"part": part, **PARTS[part](a)}), flush=True)
 
 
@@ -110,20 +114,20 @@ def _two_turns(a: argparse.Namespace, engine: Any, seed: int) -> list[int]:
 
 def _third_turns(a: argparse.Namespace, engine: Any, texts: list[list[int]]) -> dict[str, Any]:
     times: dict[str, list[float]] = {"third_turn": [], "alone": []}
-    cached = []
+    cached, clock = [], clock_of(a.busy)
     for seed, text in enumerate(texts):
         [new, alone] = random_prompts(10**4 + seed, 2, NEW, a.vocabulary)
-        times["alone"].append(_first_token(engine, alone)[0])
-        seconds, reused = _first_token(engine, [*text, *new])
+        times["alone"].append(_first_token(engine, alone, clock)[0])
+        seconds, reused = _first_token(engine, [*text, *new], clock)
         times["third_turn"].append(seconds)
         cached.append(reused)
     return {**times, "earlier_tokens": [len(text) for text in texts], "cached_tokens": cached}
 
 
-def _first_token(engine: Any, prompt: list[int]) -> tuple[float, int]:
-    begin = time.perf_counter()
+def _first_token(engine: Any, prompt: list[int], clock: Callable[[], float] = time.perf_counter) -> tuple[float, int]:
+    begin = clock()
     answer = _generate(engine, prompt, 1)
-    return time.perf_counter() - begin, answer.cached_tokens
+    return clock() - begin, answer.cached_tokens
 
 
 def _generate(engine: Any, prompt: list[int], tokens: int) -> Any:
@@ -207,7 +211,7 @@ def _transformers_side(a: argparse.Namespace) -> dict[str, Any]:
 
             return run
 
-        times = alternate({name: side(name) for name in models}, a.rounds, 60.0)
+        times = alternate({name: side(name) for name in models}, a.rounds, 60.0, clock_of(a.busy))
     row: dict[str, Any] = {"times_of_4_tokens": times, "form": a.form}
     for name in ("bf16", "fp32"):
         row[name] = speedup(times, "ours", name)
@@ -220,6 +224,7 @@ def _process(a: argparse.Namespace, side: str) -> dict[str, Any]:
     command = [sys.executable, "-m", "benchmarks.hybrid", "--side", side, "--directory", str(a.directory)]
     for name in ("layers", "vocabulary", "form", "threads", "rounds"):
         command += [f"--{name}", str(getattr(a, name))]
+    command += ["--busy"] * a.busy
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return result

@@ -465,7 +465,8 @@ enum {
   DSO_FLAG_SILU = 512,            /* SHORT_CONV: silu of the sum */
   DSO_FLAG_SQRT_SOFTPLUS = 16384, /* ROUTE, HASH_ROUTE: scores are sqrt(log(1 + e^x)) instead of a softmax */
   DSO_FLAG_PLAIN_UP = 32768,      /* EXPERTS_GATE_UP: with a limit, up instead of up + 1 */
-  DSO_FLAG_OVERLAP = 65536        /* COMPRESS: see there */
+  DSO_FLAG_OVERLAP = 65536,       /* COMPRESS: see there */
+  DSO_FLAG_CAUSAL = 131072        /* ATTENTION: rows attend to tokens up to their own only, whatever batch->visible_to says */
 };
 
 typedef struct dso_step {

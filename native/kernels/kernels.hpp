@@ -25,6 +25,7 @@ struct LowRank {  // a matrix of an adapter, F32 or BF16, in tiles of 16 rows, s
   int32_t rows, cols;
   const uint8_t* data;
   int64_t tile_bytes;
+  const uint8_t* next = nullptr;  // a matrix of this size that will be read next, to be fetched meanwhile
 };
 
 struct KvLayout {  // one layer of a cache; the layout inside a block is private to the kernels

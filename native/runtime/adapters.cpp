@@ -25,7 +25,7 @@ dso_adapters::Stack checked(const char* what, const dso_weight& w, int32_t rows,
   if (w.rows != rows || w.cols != cols || (count != 1 && count != heads))
     fail(DSO_EINVAL, "adapters: %s is %d of [%d, %d], must be one matrix [%d, %d], or one for each of %d heads", what, count,
          w.rows, w.cols, rows, cols, heads);
-  const LowRank first{w.format, rows, cols, static_cast<const uint8_t*>(w.data), low_rank_tile_bytes(w.format, cols)};
+  const LowRank first{w.format, rows, cols, static_cast<const uint8_t*>(w.data), low_rank_tile_bytes(w.format, cols), nullptr};
   const int64_t bytes = ceil_div(rows, kTileRows) * first.tile_bytes;
   if (!w.data || w.bytes != bytes * count)
     fail(DSO_EINVAL, "adapters: %s has %lld bytes, must have %lld, or its data is NULL", what, (long long)w.bytes,

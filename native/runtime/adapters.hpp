@@ -13,7 +13,7 @@ struct dso_adapters {
     dso::LowRank first{};
     int64_t step = 0;  // bytes from the matrix of one head to the next
     dso::LowRank of(int64_t head) const {
-      return {first.format, first.rows, first.cols, first.data + head * step, first.tile_bytes};
+      return {first.format, first.rows, first.cols, first.data + head * step, first.tile_bytes, nullptr};
     }
   };
   struct Pair {

@@ -54,15 +54,14 @@ void AttentionSchedule::build(const Run& run) {
   shared_floats = private_floats = 0;
   const dso_batch& b = *run.batch.source;
   newest_ = b.cache->newest;
-  sight_ = shape.sight();
   auto chunks_of = [&](int64_t s) {
-    sight_.ends = run.batch.ends(s);
+    sight_ = shape.sight(run.batch, s);
     return chunks(b.context_len[s], 0, b.query_len[s]).count;
   };
   int64_t total = 0, blocks = 0;
   for (int64_t s = 0; s < b.S; ++s) {
     const int64_t n = b.query_len[s], middle = (n - 1) / 2;
-    sight_.ends = run.batch.ends(s);
+    sight_ = shape.sight(run.batch, s);
     total += n * tokens(b.context_len[s], middle, middle + 1) * shape.heads;
     blocks += ceil_div(n, rows_of_a_block(kind_of(run, s), chunks_of(s)));
   }
@@ -70,7 +69,7 @@ void AttentionSchedule::build(const Run& run) {
   countdowns_.reset(size_t(blocks * (1 + shape.heads)));
   for (int64_t s = 0; s < b.S; ++s) {
     const AttentionKind kind = kind_of(run, s);
-    const int64_t step = rows_of_a_block(kind, chunks_of(s));  // which sets the sequence's ends
+    const int64_t step = rows_of_a_block(kind, chunks_of(s));  // which sets what the sequence's rows see
     for (int64_t r = 0; r < b.query_len[s]; r += step)
       add_rows(run, kind, s, r, std::min<int64_t>(r + step, b.query_len[s]), std::max<int64_t>(1, total / run.threads));
   }

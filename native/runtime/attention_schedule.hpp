@@ -18,8 +18,15 @@ struct AttentionShape {
   int64_t top_k;         // blocks chosen by each row and kv head; 0: no block choice
   bool eager, converts;  // converts: the finished row is written to a slot that is not fp32
   bool chunked;          // see VisibleTokens
+  bool causal;           // whether rows see tokens up to their own only, whatever the batch says
   bool operator==(const AttentionShape&) const = default;
   VisibleTokens sight() const { return {window, sinks, nullptr, 0, chunked}; }
+  // Of a sequence of a batch.
+  VisibleTokens sight(const Batch& batch, int64_t sequence) const {
+    VisibleTokens seen = sight();
+    if (!causal) seen.ends = batch.ends(sequence);
+    return seen;
+  }
   int64_t group() const { return heads / kv_heads; }
   int64_t part_floats() const { return head_dim + 16; }  // per (row, head, chunk): see Kernels::attn_decode_chunk
 };

@@ -81,16 +81,10 @@ class Attention final : public Op {
     return CacheCopy{cache.layout(layer), cache.view(layer, run.batch.table(layer, t.sequence)), cache.newest};
   }
 
-  VisibleTokens window_of(const Run& run, const AttentionTask& t) const {
-    VisibleTokens sight = shape_.sight();
-    sight.ends = run.batch.ends(t.sequence);
-    return sight;
-  }
-
   // The tokens visible to the task's rows; with chosen blocks, those visible to row r. Whatever values the slot holds, no index
   // leads outside the sequence.
   VisibleTokens sight(const Run& run, const AttentionTask& t, int64_t r, int thread) const {
-    if (shape_.top_k == 0) return window_of(run, t);
+    if (shape_.top_k == 0) return shape_.sight(run.batch, t.sequence);
     const int64_t last = (run.batch.source->context_len[t.sequence] + r) / DSO_BLOCK_TOKENS,
                   n = std::min(last + 1, shape_.top_k);
     const float* from = run.slots[chosen_.index].f32(run.batch.first_row[t.sequence] + r) + t.kv_head * shape_.top_k;
@@ -144,7 +138,7 @@ class Attention final : public Op {
     const std::optional<CacheCopy> copy = this->copy(run, t);
     for (int64_t r = t.r0; r < t.r1; ++r) {
       const int64_t context = run.batch.source->context_len[t.sequence];
-      const VisibleTokens sight = window_of(run, t);
+      const VisibleTokens sight = shape_.sight(run.batch, t.sequence);
       const int64_t n = sight.end(context, r), first = shape_.window > 0 ? std::max<int64_t>(0, sight.begin(context + r)) : 0;
       for (int64_t h = t.h0; h < t.h1; ++h)
         run.kernels.attn_eager(layout(run), view(run, t), t.kv_head, head(run.slots[q_.index], run, t, r, h), n, first,
@@ -181,7 +175,7 @@ std::unique_ptr<Op> make_attention(StepReader& s) {
     s.refuse("window is %d, sinks %d with the CHUNKED flag, which needs a window without sinks", step.window, step.sinks);
   if (!(step.softcap >= 0 && std::isfinite(step.softcap)))
     s.refuse("softcap is %g, must be finite and not negative", double(step.softcap));
-  s.takes(step.top_k > 0 ? 2 : 1, 1, 1, 0, DSO_FLAG_EAGER | DSO_FLAG_CHUNKED);
+  s.takes(step.top_k > 0 ? 2 : 1, 1, 1, 0, DSO_FLAG_EAGER | DSO_FLAG_CHUNKED | DSO_FLAG_CAUSAL);
   s.attends(step.layer, step.kv_heads, step.head_dim, false);
   s.sees(step.window, step.sinks);
   s.uses_shared();
@@ -194,7 +188,7 @@ std::unique_ptr<Op> make_attention(StepReader& s) {
 
   const Scores scores{step.scale, step.softcap, s.has_weight(0) ? s.vector('w', 0, heads) : nullptr};
   const AttentionShape shape{heads,      step.kv_heads, step.head_dim,     step.window, step.sinks,
-                             step.top_k, eager,         !is_f32(out.kind), chunked};
+                             step.top_k, eager,         !is_f32(out.kind), chunked,     (step.flags & DSO_FLAG_CAUSAL) != 0};
   return std::make_unique<Attention>(q, chosen, out, shared_schedule(s.plan().schedules, shape), s.step.layer, scores);
 }
 

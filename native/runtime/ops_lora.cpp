@@ -46,7 +46,8 @@ class LoraDown final : public Lora {
  private:
   void product(const Run& run, const AdaptedRows& rows, const dso_adapters::Pair& pair, int64_t head, int64_t,
                int thread) const override {
-    const LowRank a = pair.down.of(head);
+    LowRank a = pair.down.of(head);
+    a.next = next(run, rows, a, head);
     const Rows &x = run.slots[x_.index], &h = run.slots[h_.index];
     const int64_t tiles = ceil_div(a.rows, kTileRows);
     if (is_f32(x_.kind)) {
@@ -59,7 +60,17 @@ class LoraDown final : public Lora {
       const int64_t n = std::min(kRestored, rows.count - done);
       for (int64_t i = 0; i < n; ++i) run.kernels.restore(x_.kind, x.row(rows.first + done + i), x_.width, numbers.f32(i));
       run.kernels.low_rank(a, numbers.f32(0), numbers.stride, n, 0, tiles, false, h.f32(rows.first + done), h.stride);
+      a.next = nullptr;  // fetched
     }
+  }
+  // What this thread probably reads after A: that of the adapter `threads` tasks later, if it is as large. With a few rows for
+  // each adapter, reading A from memory takes longer than the product.
+  const uint8_t* next(const Run& run, const AdaptedRows& rows, const LowRank& a, int64_t head) const {
+    const std::vector<AdaptedRows>& adapted = run.batch.adapted;
+    const size_t later = size_t(&rows - adapted.data()) + size_t(run.threads);
+    if (later >= adapted.size()) return nullptr;
+    const LowRank other = run.batch.source->adapters->pair(adapted[later].slot, site_).down.of(head);
+    return other.rows == a.rows ? other.data : nullptr;
   }
   const int64_t rank_, restored_;  // restored_: bytes of a row
   const SlotRef x_, h_;

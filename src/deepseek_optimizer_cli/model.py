@@ -63,10 +63,10 @@ def picture_encoder(loaded: Any, model: str, *, needed: bool) -> Any:
         needed: raise an error if it reads text only, or if a library is missing; otherwise the latter is a warning.
 
     Raises:
-        ConfigError: see above.
+        ConfigError, MissingPackageError: see above.
     """
     from deepseek_optimizer.chat.pictures import load_processor
-    from deepseek_optimizer.errors import ConfigError
+    from deepseek_optimizer.errors import ConfigError, MissingPackageError
     from deepseek_optimizer.integration.multimodal import PictureEncoder, is_multimodal
 
     if not is_multimodal(loaded):
@@ -75,7 +75,7 @@ def picture_encoder(loaded: Any, model: str, *, needed: bool) -> Any:
         return None
     try:
         return PictureEncoder(loaded, load_processor(model))
-    except ConfigError as error:
+    except (ConfigError, MissingPackageError) as error:
         if needed:
             raise
         typer.echo(f"dso: {error}; the model reads text only", err=True)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import mmap
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -148,6 +152,27 @@ def test_attention_modes_of_latents(mode, tmp_path):
         store.load(0, read_adapter(folder, graph, RANK).pairs)
         logits = step(made, store, [made.sequence()], [ids], [0])[0]
         assert_close_rows(logits, logits_of(adapted(model, folder), ids))
+
+
+def test_an_adapter_is_one_mapping(tmp_path):
+    """Its matrices are consecutive, in the order of the sites, and its memory is released with it."""
+    if unavailable_reason():
+        pytest.skip("no native library")
+    graph = graph_of(random_model(CASES["llama-gqa"]()))
+    store = CpuBackend(threads=1).new_adapters(graph, 2, RANK, "bf16")
+    shapes = [site.pair_shapes(RANK) for site in graph.adapter_sites]
+    store.load(1, {n: (torch.ones(down), torch.ones(up)) for n, (down, up) in enumerate(shapes)})
+    tiles = [matrix for n in range(len(shapes)) for matrix in store._held[1][n]]
+    starts = [matrix.data_ptr() for matrix in tiles]
+    assert starts[0] % mmap.PAGESIZE == 0 and store.adapter_bytes(dict.fromkeys(range(len(shapes)), RANK)) == sum(
+        matrix.nbytes for matrix in tiles
+    )
+    assert starts == [starts[0] + sum(matrix.nbytes for matrix in tiles[:n]) for n in range(len(tiles))]
+    storage = weakref.ref(tiles[0].untyped_storage())
+    del tiles
+    store.clear(1)
+    gc.collect()
+    assert storage() is None
 
 
 def test_matrices_that_do_not_fit(tmp_path):

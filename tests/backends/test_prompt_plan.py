@@ -13,8 +13,10 @@ from deepseek_optimizer.backends.cpu import CpuBackend, unavailable_reason
 from deepseek_optimizer.backends.prompt_plan import PromptPlan, _part
 from deepseek_optimizer.backends.reference import ReferenceBackend
 from deepseek_optimizer.backends.wrapped_plan import WrappedPlan
+from deepseek_optimizer.cache import HOLE, Forgetting
 from deepseek_optimizer.graph import rules
 from deepseek_optimizer.graph.adapters import UNFUSED, with_adapters
+from deepseek_optimizer.graph.cache_groups import group_layers, group_spans
 from deepseek_optimizer.graph.partial_graph import writing_graph
 from deepseek_optimizer.graph.validate import check_graph
 from deepseek_optimizer.models import build_graph
@@ -39,18 +41,20 @@ class Counted(WrappedPlan):
         return super().run(batch, store)
 
 
-def runners(name: str, case: str, kv: str) -> tuple[Runner, Runner, Counted, Counted, Any]:
+def runners(name: str, case: str, kv: str, grouped: bool = False) -> tuple[Runner, Runner, Counted, Counted, Any]:
     """One that runs whole steps, and one that divides prompts, with its plans."""
     if name == "cpu" and (reason := unavailable_reason()) is not None:
         pytest.skip(reason)
     backend, model = BACKENDS[name](), random_model(CASES[case]())
     graph, _ = rules.apply(build_graph(model.config))
+    if grouped:
+        graph = group_layers(graph)
     weights = packed_weights(weights_of(model), "fp32")
     beginning = writing_graph(graph)
     assert beginning is not None
     check_graph(beginning)
     whole, writing = Counted(backend.compile(graph, weights)), Counted(backend.compile(beginning, weights))
-    groups = (None,) * graph.cache.groups
+    groups = tuple(None if span is None else Forgetting(*span, 0) for span in group_spans(graph)) if grouped else (None,)
     plain = Runner(backend.compile(graph, weights), backend.new_store(graph, kv, 64, 0), groups)
     return plain, Runner(PromptPlan(whole, writing), backend.new_store(graph, kv, 64, 0), groups), whole, writing, model.config
 
@@ -88,6 +92,21 @@ def test_whole_steps_where_all_rows_are_needed(backend: str) -> None:
     assert torch.equal(divided.hidden(ids), plain.hidden(ids))
     short = [run_step(r.plan, r.store, [Part(r.sequence(), ids[:30], PREFILL, rows=[29])]).logits for r in (divided, plain)]
     assert torch.allclose(*short, rtol=1e-4, atol=1e-4) and writing.rows == [] and whole.rows == [60, 60, 30]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_released_blocks(backend: str) -> None:
+    """In the second case of `SHARED`, the sliding layers that write have no attention in the first plan."""
+    plain, divided, _, writing, config = runners(backend, SHARED[1], "fp32", grouped=True)
+    ids, results = random_ids(config, 400), []
+    for r in (plain, divided):
+        sequence = r.sequence()
+        for begin in (0, 100, 200, 300):
+            logits = run_step(r.plan, r.store, [Part(sequence, ids[begin : begin + 100], rows=[99])]).logits
+            sequence.forget()
+        assert HOLE in sequence.table(1)
+        results.append(logits)
+    assert torch.allclose(*results, rtol=1e-4, atol=1e-4) and writing.rows == [99] * 4
 
 
 @pytest.mark.parametrize("case", ["llama-gqa", "gemma4_text-dense", "qwen3_5_text-mixed", "deepseek_v3-groups"])

@@ -42,6 +42,11 @@ def graph_of(config: Any, rule_names: Any = None, features: int = 2) -> Graph:
             rope = node.attrs["rope"]
             node = node.with_(attrs={"rope": replace(rope, axes=tuple(i % 3 for i in range(len(rope.inv_freq))))})
         nodes.append(node)
+    last = max(node.attrs["layer"] for node in nodes if node.op == "attention")  # which is causal
+    nodes = [
+        node.with_(attrs={**node.attrs, "causal": True}) if node.op == "attention" and node.attrs["layer"] == last else node
+        for node in nodes
+    ]
     renamed: dict[Value, Value] = {}
     with_features: list[Node] = []
     for node in nodes:

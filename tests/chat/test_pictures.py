@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from deepseek_optimizer.chat.picture_job import decode
-from deepseek_optimizer.chat.pictures import MAX_BYTES, PictureReader, data_of, picture_of_file
-from deepseek_optimizer.errors import RequestError
+from deepseek_optimizer.chat.pictures import MAX_BYTES, PictureReader, data_of, load_processor, picture_of_file
+from deepseek_optimizer.errors import MissingPackageError, RequestError
 
 LIMIT = 1 << 25
 RED = Image.new("RGB", (40, 20), (200, 10, 10))
@@ -118,6 +118,19 @@ def test_files(tmp_path):
     for name, message in (("b.png", "is not a picture"), ("missing.png", "cannot be read")):
         with pytest.raises(RequestError, match=message):
             picture_of_file(tmp_path / name)
+
+
+def test_missing_packages(monkeypatch):
+    """Processors of some families need torchvision, which is named."""
+    import transformers
+
+    def refuse(*_, **__):
+        raise ImportError("Qwen2VLVideoProcessor requires the Torchvision library but it was not found")
+
+    monkeypatch.setattr(transformers.AutoProcessor, "from_pretrained", refuse)
+    monkeypatch.setattr("deepseek_optimizer.integration.load.resolve.resolve", lambda path: path)
+    with pytest.raises(MissingPackageError, match=r"needs torchvision, .*deepseek-optimizer\[vision\]"):
+        load_processor("x")
 
 
 def test_worker_processes():

@@ -24,7 +24,7 @@ Edit = Callable[[dict[str, Any], dict[str, np.ndarray]], None]
 SLIDING, FULL = "sliding_attention", "full_attention"
 # llama.cpp has no architecture for them, or one that is not read yet.
 WITHOUT_FILES = {
-    "deepseek_v32", "gemma4_unified_text", "glm_moe_dsa", "llama4_text", "ministral", "mistral4",
+    "deepseek_v32", "deepseek_v4", "gemma4_unified_text", "glm_moe_dsa", "llama4_text", "ministral", "mistral4",
 }  # fmt: skip
 
 

@@ -47,7 +47,7 @@ def test_the_result_is_shown_as_a_table(pruned):
     assert [line.split()[0] for line in lines[1:4]] == ["layers", "original", "pruned"]
 
 
-def test_recovery_brings_the_pruned_model_closer(pruned, tmp_path):
+def test_recovery_brings_the_pruned_model_closer(pruned, dso, tmp_path):
     texts = tmp_path / "texts.jsonl"
     texts.write_text("".join(json.dumps({"text": f"number {i} " * 12}) + "\n" for i in range(60)))
     held_out = tmp_path / "held-out.txt"
@@ -61,7 +61,9 @@ def test_recovery_brings_the_pruned_model_closer(pruned, tmp_path):
     assert after["parameters"] == before["parameters"] and facts["seconds"] > 0
     for name in ("out", "out-pruned"):
         assert json.loads((tmp_path / name / "config.json").read_text())["num_hidden_layers"] == 1
-    assert json.loads((tmp_path / "out" / "train.json").read_text())["arguments"]["teacher"]
+    assert f"continue with: dso train {tmp_path / 'out' / 'train.json'} --resume" in result.stderr
+    again = dso("train", tmp_path / "out" / "train.json", "--resume", "--dry-run", "--json")
+    assert again.exit_code == 0 and json.loads(again.stdout)["model"] == str(tmp_path / "out-pruned")
 
 
 @pytest.mark.parametrize(

@@ -132,7 +132,7 @@ def runs(block) -> bool:
 
 
 RUNNABLE = [page for page in PAGES if any(runs(block) for block in blocks(page, ROOT))]
-LONG = {"train.md", "long-documents.md", "serve.md"}  # several seconds each
+LONG = {"train.md", "prune.md", "long-documents.md", "serve.md"}  # several seconds each
 
 
 @pytest.mark.every_run

@@ -19,6 +19,7 @@ import torch
 import xgrammar
 from starlette.requests import Request
 
+from deepseek_optimizer.chat.picture_job import decode
 from deepseek_optimizer.checkpoint import check_tokenizer_beside, load_tokenizer, open_checkpoint
 from deepseek_optimizer.checkpoint.lora import LoraFile
 from deepseek_optimizer.checkpoint.saved_blocks import open_blocks
@@ -172,6 +173,10 @@ def _document(data: bytes) -> None:
     read_upload(_NAMES[data[0] % len(_NAMES)] if data else "a", data[1:])
 
 
+def _picture(data: bytes) -> None:
+    decode(data, 1 << 16)
+
+
 def _body(data: bytes) -> None:
     reader = BodyReader(_SETTINGS, max_per_client=1, max_jobs=1)
     try:
@@ -232,6 +237,7 @@ TARGETS = {
     "state": Target(_state, (CheckpointError,), (*_HEADER, *_JSON, "tensor", "dict", "tuple", "array")),
     "upload": Target(_upload, (ApiError, DocumentError), ("--xx\r\n", "--xx--", "Content-Disposition: form-data; name=")),
     "document": Target(_document, (DocumentError,), ("<p>", "<table>", "<!--", "&#", "endobj", "stream", "/Kids", "word/")),
+    "picture": Target(_picture, (ValueError,), ("PNG\r\n", "IHDR", "IDAT", "Exif", "GIF89a", "RIFF", "WEBP", "BM", "II*\x00")),
     "body": Target(_body, (ApiError,), (*_REQUEST, *_JSON)),
     "schema": Target(_schema, (RequestError,), (*_SCHEMA, *_JSON)),
     "pattern": Target(_pattern, (), ("(?:", "(?=", "[^", "\\d", "\\u", "{2,3}", "|", "\\p{L}", "[[:alpha:]]")),

@@ -35,8 +35,9 @@ def test_consecutive_axes(section):
     assert axes(section, False) == by_transformers(Qwen2_5_VLRotaryEmbedding, section)
 
 
-@pytest.mark.parametrize("section", [[4, 4, 4], [6, 3, 3], [10, 1, 1], [2, 5, 5], [12, 0, 0]])
+@pytest.mark.parametrize("section", [[4, 4, 4], [6, 3, 3], [10, 1, 1], [2, 5, 5], [12, 0, 0], [11, 11, 10]])
 def test_alternating_axes(section):
+    """The last is the default, for more frequencies than there are."""
     from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRotaryEmbedding
 
     assert axes(section, True) == by_transformers(Qwen3VLTextRotaryEmbedding, section)

@@ -128,6 +128,13 @@ def test_mistral_s_form(coder):
     assert "".join(delta.get("content", "") for delta in deltas) == "x + 1" and done == "[DONE]"
 
 
+def test_ollama_s_clients_learn_that_the_model_fills_in(coder, live):
+    """Continue looks for .Suffix in the template, Ollama's own clients for the capability."""
+    for server, fills_in in ((coder, True), (live, False)):
+        shown = ask(server, "/api/show", name="fake-model")
+        assert ("insert" in shown["capabilities"], ".Suffix" in shown["template"]) == (fills_in, fills_in)
+
+
 def test_a_suffix(coder):
     answer = ask(coder, "/v1/completions", prompt="def f(x): return ", suffix="\n", max_tokens=30)
     assert prompt_of(coder) == "<|fim_prefix|>def f(x): return <|fim_suffix|>\n<|fim_middle|>"

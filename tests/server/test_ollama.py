@@ -54,6 +54,16 @@ def test_a_chat_streams_by_default(server):
         assert last["total_duration"] >= last["eval_duration"] >= 0 and last["model"] == "fake-model"
 
 
+def test_its_tag_may_end_a_model_s_name_in_every_protocol(server):
+    """Clients take the names from /api/tags."""
+    (name,) = [model["name"] for model in server.client.get("/api/tags").json()["models"]]
+    assert name == "fake-model:latest" and whole(server, messages=USER, model=name)["done"]
+    answer = whole(server, "/v1/chat/completions", messages=USER, model=name)
+    assert answer["model"] == "fake-model" and server.client.get(f"/v1/models/{name}").status_code == 200
+    for other in ("fake-model:7b", "other:latest", ":latest"):
+        assert whole(server, "/v1/chat/completions", 404, messages=USER, model=other)["error"]["param"] == "model"
+
+
 def test_options(server):
     options = {"num_predict": 3, "num_ctx": 4096, "seed": -1, "temperature": 0, "repeat_penalty": 1.1, "top_k": 5, "unknown": 1}
     answer = whole(server, messages=USER, options=options, keep_alive="5m")

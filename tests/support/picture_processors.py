@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
@@ -69,6 +71,17 @@ def make_pair(family: str, **text: Any) -> tuple[Any, Any]:
         config.video_token_id = tokenizer.convert_tokens_to_ids("<|video_pad|>")
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     return model, processor
+
+
+def save_pair(folder: Path) -> None:
+    """A checkpoint of Gemma 3 with its processor, as published ones are."""
+    model, processor = make_pair("gemma3")
+    model.save_pretrained(folder)
+    processor.tokenizer.chat_template = processor.chat_template
+    processor.save_pretrained(folder)
+    file = folder / "tokenizer_config.json"
+    names = dict(zip(("boi_token", "image_token", "eoi_token"), _TOKENS["gemma3"], strict=True))
+    file.write_text(json.dumps({**json.loads(file.read_text()), "extra_special_tokens": names}))
 
 
 def picture(width: int, height: int, seed: int = 0) -> Image.Image:

@@ -24,16 +24,17 @@ DSO_INLINE void weights(const uint8_t* w, F& first, F& second) {
   }
 }
 
-// M rows times one tile, of whose outputs n exist.
+// M rows times one tile, of whose outputs n exist. ahead: bytes from each weight to one that is fetched meanwhile.
 template <int format, int M>
-static void block(const uint8_t* w, int64_t cols, const float* x, int64_t x_stride, int64_t n, bool accumulate, float* y,
-                  int64_t y_stride) {
+static void block(const uint8_t* w, int64_t ahead, int64_t cols, const float* x, int64_t x_stride, int64_t n, bool accumulate,
+                  float* y, int64_t y_stride) {
   constexpr int64_t step = (format == DSO_F32 ? 8 : 4) * lanes;
   F even[M], odd[M];
 #pragma GCC unroll 12
   for (int m = 0; m < M; ++m) even[m] = odd[m] = zero();
   int64_t k = 0;
   for (; k + 2 <= cols; k += 2, w += step) {
+    for (int64_t i = 0; i < step; i += 64) __builtin_prefetch(w + ahead + i, 0, 2);
     F first, second;
     weights<format>(w, first, second);
 #pragma GCC unroll 12
@@ -59,22 +60,22 @@ static void block(const uint8_t* w, int64_t cols, const float* x, int64_t x_stri
 
 // Passes the number of rows, 1 to max_rows, as a constant.
 template <int format, int M = max_rows>
-static void rows(int count, const uint8_t* w, int64_t cols, const float* x, int64_t x_stride, int64_t n, bool accumulate,
-                 float* y, int64_t y_stride) {
+static void rows(int count, const uint8_t* w, int64_t ahead, int64_t cols, const float* x, int64_t x_stride, int64_t n,
+                 bool accumulate, float* y, int64_t y_stride) {
   if constexpr (M > 1)
-    if (count < M) return rows<format, M - 1>(count, w, cols, x, x_stride, n, accumulate, y, y_stride);
-  block<format, M>(w, cols, x, x_stride, n, accumulate, y, y_stride);
+    if (count < M) return rows<format, M - 1>(count, w, ahead, cols, x, x_stride, n, accumulate, y, y_stride);
+  block<format, M>(w, ahead, cols, x, x_stride, n, accumulate, y, y_stride);
 }
 
 template <int format>
 static void run(const LowRank& w, const float* x, int64_t x_stride, int64_t T, int64_t tile_begin, int64_t tile_end,
                 bool accumulate, float* y, int64_t y_stride) {
-  const int64_t blocks = (T + max_rows - 1) / max_rows;
+  const int64_t blocks = (T + max_rows - 1) / max_rows, ahead = w.next ? w.next - w.data : 0;
   for (int64_t tile = tile_begin; tile < tile_end; ++tile) {
     const uint8_t* weights = w.data + tile * w.tile_bytes;
     for (int64_t b = 0, t = 0; b < blocks; ++b) {  // of even size
       const int M = (int)((b + 1) * T / blocks - t);
-      rows<format>(M, weights, w.cols, row(x, x_stride, t), x_stride, w.rows - tile * lanes, accumulate,
+      rows<format>(M, weights, b == 0 ? ahead : 0, w.cols, row(x, x_stride, t), x_stride, w.rows - tile * lanes, accumulate,
                    (float*)row(y, y_stride, t) + tile * lanes, y_stride);
       t += M;
     }

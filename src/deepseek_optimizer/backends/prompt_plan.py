@@ -38,7 +38,10 @@ class PromptPlan(WrappedPlan):
         if int(first.sum()) < _FEWEST:
             return self._plan.run(batch, store)
         batch = replace(batch, reach=np.array(reach_of(batch), np.int32))
-        self._writing.run(_part(batch, np.zeros_like(first), first), store)
+        # A group of layers may have no attention in that plan, which then does not know that blocks may be missing. None of
+        # its rows reads or writes these, so any number will do.
+        filled = replace(batch, block_table=np.maximum(batch.block_table, 0))
+        self._writing.run(_part(filled, np.zeros_like(first), first), store)
         return self._plan.run(_part(batch, first, batch.query_len), store)
 
     def reserve(self, tokens: int, logit_rows: int) -> None:

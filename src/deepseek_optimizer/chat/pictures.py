@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigError, RequestError, excerpt
+from ..errors import ConfigError, MissingPackageError, RequestError, excerpt
 from ..system.sandbox.pool import WorkerPool
 from ..system.sandbox.worker import JobError, WorkerError
 from . import picture_job
@@ -27,7 +27,8 @@ def load_processor(path: str) -> Any:
         path: as for `load_model`.
 
     Raises:
-        ConfigError: a library is missing, or the checkpoint has none.
+        MissingPackageError: Pillow, or torchvision for this family's processor, is not installed.
+        ConfigError: the checkpoint has none, or it cannot be loaded.
     """
     from transformers import AutoProcessor
 
@@ -36,10 +37,7 @@ def load_processor(path: str) -> Any:
     try:
         processor = AutoProcessor.from_pretrained(str(resolve(path)), local_files_only=True, trust_remote_code=False)
     except ImportError as error:
-        raise ConfigError(
-            f"{path}: pictures need Pillow and torchvision: pip install 'deepseek-optimizer[vision]' "
-            f"({' '.join(str(error).split())[:200]})"
-        ) from error
+        raise MissingPackageError(f"the processor of {path}", _missing(error), "vision") from error
     except Exception as error:  # damaged or missing files may cause any error
         raise ConfigError(f"{path}: the processor for pictures cannot be loaded: {' '.join(str(error).split())}") from error
     if not hasattr(processor, "image_processor"):
@@ -47,11 +45,17 @@ def load_processor(path: str) -> Any:
     return processor
 
 
+def _missing(error: ImportError) -> str:
+    """The package that a processor lacks."""
+    return "torchvision" if "torchvision" in str(error).lower() else "Pillow"
+
+
 def picture_of_file(path: Path) -> Any:
     """A PIL image in RGB.
 
     Raises:
         RequestError: the file cannot be read, or is no picture.
+        MissingPackageError: Pillow is not installed.
     """
     try:
         if path.stat().st_size > MAX_BYTES:
@@ -61,8 +65,8 @@ def picture_of_file(path: Path) -> Any:
         raise RequestError(str(path), f"cannot be read: {error.strerror}") from None
     try:
         return _image(*picture_job.decode(data, MAX_PIXELS))
-    except ImportError:
-        raise ConfigError("pictures need Pillow: pip install 'deepseek-optimizer[vision]'") from None
+    except ImportError as error:
+        raise MissingPackageError("a picture", "Pillow", "vision") from error
     except ValueError as error:
         raise RequestError(str(path), str(error)) from None
 

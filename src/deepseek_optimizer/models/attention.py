@@ -71,6 +71,8 @@ def attention(d: Decoder) -> Attend:
         limits: dict[str, Any] = {"softcap": d.attention_softcap} if d.attention_softcap else {}
         if d.chunked and d.windows[layer]:
             limits["chunked"] = True
+        if d.causal and d.causal[layer]:
+            limits["causal"] = True
         sink = f"{path}.{d.head_sinks}" if d.head_sinks else ""
         attended = emit(
             nodes, "attention", (q,), f"{name}.attn", q.width, sink, heads=d.heads, scale=d.scale,

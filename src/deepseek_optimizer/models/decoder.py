@@ -143,6 +143,7 @@ class Decoder(Trunk):
             only queries. (): all have.
         key_is_value: whether each layer's v is the product of its k_proj, before the key's norm and RoPE. (): none.
         v_norm: whether v is normalized per head, without a weight.
+        causal: whether each layer's rows never see later tokens, even those of their picture. (): none.
     """
 
     heads: int
@@ -167,6 +168,7 @@ class Decoder(Trunk):
     own_kv: tuple[bool, ...] = ()
     key_is_value: tuple[bool, ...] = ()
     v_norm: bool = False
+    causal: tuple[bool, ...] = ()
 
     def cache_layer(self, layer: int) -> int:
         """The layer of the cache that this layer's attention uses."""

@@ -117,6 +117,7 @@ def _read(fields: Fields, family: str) -> tuple[Decoder, int]:
     decoder = replace(
         d, ropes=tuple(read_rope(ropes, dims[kind], d.max_positions, layer_type=kind, scaled=False) for kind in used),
         layer_ropes=tuple(used.index(kind) for kind in kinds), windows=windows_of(fields, kinds), scale=1.0, qk_norm="head",
+        causal=tuple(kind == FULL for kind in kinds) if fields.get("use_bidirectional_attention") == "vision" else (),
         v_norm=True, cache_heads=heads, own_kv=tuple(layer < own for layer in range(layers)),
         cache_layers=tuple(layer if layer < own else sources[kind] for layer, kind in enumerate(kinds)),
         key_is_value=tuple(same and kind == FULL for kind in kinds),

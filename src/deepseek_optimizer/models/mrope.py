@@ -29,7 +29,7 @@ def with_axes(fields: Fields, rope: RopeSpec, default: tuple[int, int, int], int
     section = parameters.get("mrope_section") or default
     count = len(rope.inv_freq)
     plain = isinstance(section, (list, tuple)) and len(section) == 3
-    if not plain or any(isinstance(n, bool) or not isinstance(n, int) or not 0 <= n <= count for n in section):
+    if not plain or any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in section):
         raise ConfigError(f"config.rope_parameters['mrope_section']: expected three numbers, got {shown(section)}")
     if not interleaved:
         if sum(section) != count:

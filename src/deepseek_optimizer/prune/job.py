@@ -21,7 +21,7 @@ from ..optimized_model import load_model
 from ..system.progress import show_progress
 from ..system.threads import one_torch_thread
 from ..train.config import TrainConfig
-from ..train.job import TrainingJob
+from ..train.job import SETTINGS, TrainingJob
 from .depth import LeftOut
 from .families import widths_of
 from .measure import choose_layers, choose_units, counts_of
@@ -145,6 +145,7 @@ class PruneJob:
         seconds = None
         others = [("pruned", self.pruned)]
         if self.recovery is not None:
+            tell(f"training it; if that is interrupted, continue with: dso train {self.output / SETTINGS} --resume")
             seconds = TrainingJob(self.recovery).run().seconds
             others.append(("recovered", self.output))
         models = [(name, load_model(path, precision="auto", calibration=None)) for name, path in others]

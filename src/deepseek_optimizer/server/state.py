@@ -28,6 +28,7 @@ from .http.problems import ApiError, busy
 from .http.queue_metrics import QueueCollector
 from .http.sleep_metrics import SleepCollector, SleepState
 from .pictures import Pictures
+from .protocol.base import OLLAMA_TAG
 from .protocol.sampling import requested_answers
 from .settings import ServerSettings
 from .shared import Shared
@@ -161,13 +162,15 @@ class ServerState:
         Raises:
             ApiError: 404, it is not the model that is served.
         """
-        if name in (None, self.model_name) or self.adapter_named(name):
+        if name is None or self.model_name in (name, name.removesuffix(OLLAMA_TAG)) or self.adapter_named(name):
             return
         raise ApiError(404, "there is no such model; /v1/models lists the models", param="model", code="model_not_found")
 
     def adapter_named(self, name: str | None) -> str:
         """The LoRA adapter that a request's `model` names; "" if it names none."""
-        return next((adapter.name for adapter in self.engine.adapters if adapter.name == name), "")
+        names = () if name is None else (name, name.removesuffix(OLLAMA_TAG))
+        loaded = [adapter.name for adapter in self.engine.adapters]
+        return next((name for name in names if name in loaded), "")
 
     def deadline(self, arrived: float) -> float:
         """The deadline of a request; both times are of `time.monotonic`."""

@@ -157,9 +157,11 @@ def test_pipeline(pair):
     ours, plain, processor = pair
     content = [{"type": "image", "image": picture(33, 21, 1)}, {"type": "text", "text": "what is it"}]
     messages = [{"role": "user", "content": content}]
-    options = {"max_new_tokens": 5, "do_sample": False, "return_full_text": False}
+    options = {"max_new_tokens": 5, "do_sample": False}
     texts = [
-        pipeline("image-text-to-text", model=model, processor=processor)(text=messages, generate_kwargs=options)[0]
+        pipeline("image-text-to-text", model=model, processor=processor)(
+            text=messages, generate_kwargs=options, return_full_text=False
+        )[0]
         for model in (ours, plain)
     ]
     assert texts[0]["generated_text"] == texts[1]["generated_text"]

@@ -207,7 +207,7 @@ class ReferencePlan:
         out = torch.empty_like(q)
         sink = self._weights[node.weights[0]].float().unflatten(0, (a["kv_heads"], -1)) if node.weights else None
         for s, (rows, context, table) in enumerate(self._sequences_of(step, node)):
-            blocks, tokens, mask = self._visible(node, rows, context, step.ends(rows))
+            blocks, tokens, mask = self._visible(node, rows, context, step.ends(rows, node))
             k, v = step.store.gather(a["layer"], table[blocks], len(tokens))
             if self.graph.cache.newest:
                 copies, copied = self._newest(step, node, s)
@@ -253,7 +253,7 @@ class ReferencePlan:
     def _reads_copy(self, step: Step, node: Node, rows: slice, context: int, tokens: torch.Tensor) -> torch.Tensor:
         """Which of these tokens each row reads from the copy: the newest ones that are in its window."""
         queries, window, chunked = rows.stop - rows.start, node.attrs.get("window", 0), node.attrs.get("chunked", False)
-        ends = step.ends(rows)
+        ends = step.ends(rows, node)
         newest = ops.newest(queries, context, tokens, self.graph.cache.newest, ends)
         return newest & ops.visible(queries, context, tokens, window, 0, chunked, ends)
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ...graph.ir import Value
+from ...graph.ir import Node, Value
 from ..base import StepBatch
 
 
@@ -39,10 +39,14 @@ class Step:
         tables = torch.from_numpy(batch.tables(groups)).to(device, torch.int64)
         return cls(batch, store, device, dtype, [_sequences(batch, own) for own in tables], *_state_slots(batch))
 
-    def ends(self, rows: slice) -> torch.Tensor | None:
-        """`StepBatch.visible_to` of these rows, int64 [rows]; None if each row sees the tokens up to itself."""
+    def ends(self, rows: slice, node: Node) -> torch.Tensor | None:
+        """`StepBatch.visible_to` of these rows in a node, int64 [rows]; None if each row sees the tokens up to itself."""
         ends = self.batch.visible_to
-        return None if ends is None else torch.from_numpy(ends[rows]).to(self.device, torch.int64)
+        return (
+            None
+            if ends is None or node.attrs.get("causal", False)
+            else torch.from_numpy(ends[rows]).to(self.device, torch.int64)
+        )
 
 
 def _sequences(batch: StepBatch, tables: torch.Tensor) -> list[tuple[slice, int, torch.Tensor]]:

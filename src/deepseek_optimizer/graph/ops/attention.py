@@ -83,6 +83,7 @@ SPECS = (
             step_attr("sinks", INT, "with a window, first tokens that stay visible", 0),
             step_attr("softcap", FLOAT, "limit of the scores; 0: none", 0.0),
             Attr("chunked", BOOL, "the window is a chunk at a fixed place", False, flag="chunked"),
+            Attr("causal", BOOL, "rows never see later tokens", False, flag="causal"),
         ),
         fits=_attention_fits,
         weight_shapes=lambda n, g: [(name, (n.attrs["heads"],)) for name in n.weights],
@@ -104,7 +105,7 @@ SPECS = (
             2022).
 
             A step may let rows see tokens after their own (`StepBatch.visible_to`): in Gemma 3, all tokens of a picture see
-            each other, as far as the window reaches.
+            each other, as far as the window reaches. With `causal` they do not (full layers of Gemma 4).
 
             With a `softcap` c, c * tanh(s / c) replaces a score s before the softmax. `sink` holds a further logit per head,
             which counts in the softmax's denominator only.

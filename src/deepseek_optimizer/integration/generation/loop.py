@@ -15,6 +15,9 @@ from transformers.generation.stopping_criteria import (
 
 from ..compat import cache_name
 
+# Arguments with a row per picture or patch, of which copies of a prompt have copies.
+_PICTURES = ("pixel_values", "mm_encoder_outputs")
+
 
 class ContextLimit(StoppingCriteria):
     """Stops at the end of the model's context, where the next step would fail."""
@@ -69,7 +72,7 @@ def prefill(model: Any, input_ids: torch.Tensor, config: Any, model_kwargs: dict
     """
     cache = model_kwargs[cache_name()]
     copies = config.num_return_sequences
-    pictures = any(name.startswith("pixel_values") for name in model_kwargs)  # which have rows of other things than the batch
+    pictures = any(name.startswith(_PICTURES) for name in model_kwargs)
     if copies == 1 or cache.get_seq_length() or pictures:
         outputs = model._prefill(input_ids, config, model_kwargs, is_first_iteration=not config.is_assistant)
         return outputs.logits[:, -1], cache

@@ -1,4 +1,4 @@
-"""Passes requests to the application of the model that they name: in the body's `model` or `name`, or in the query's `model`."""
+"""Passes requests to the application of the model they name, in the body's `model` or `name`, or in the query's `model`."""
 
 from __future__ import annotations
 

@@ -18,6 +18,7 @@ from contextlib import asynccontextmanager
 from ...errors import ConfigError, DeepSeekOptimizerError
 from ...system.memory import mb
 from ..http.problems import ApiError, busy
+from ..protocol.base import OLLAMA_TAG
 from ..settings import ServerSettings
 from ..shared import Shared
 from .model_list import ModelFile
@@ -27,8 +28,6 @@ _log = logging.getLogger(__name__)
 _RETRY = 30.0  # seconds after a failed load in which requests do not try again
 _MAX_WAITING = (64, 256)  # requests that wait for models: of one client, and in all
 _LIST_SECONDS = 1.0  # the list of files is at most this old when a name is not found
-
-OLLAMA_TAG = ":latest"  # Ollama's clients name models with it
 
 Open = Callable[[ModelFile, Shared], LoadedModel]
 

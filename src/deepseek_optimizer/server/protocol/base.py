@@ -16,6 +16,7 @@ ModelName = Annotated[
     AfterValidator(lambda name: None if name in _NO_NAMES else name),
     Field(description="As in /v1/models; the default is the model that is served."),
 ]
+OLLAMA_TAG = ":latest"  # Ollama's clients may add it to a model's name, also in requests to other protocols
 _MAX_NAMED = 5  # fields in one error
 Ignored = Annotated[Any, Field(default=None, description="Accepted and ignored.")]
 

@@ -21,6 +21,7 @@ import torch
 
 from ...errors import NotEnoughMemoryError
 from ...system.memory import free_memory
+from ...system.pages import private_pages
 
 _REMEDY: Final = "use shorter sequences or a smaller batch"
 _SEGMENT: Final = 256 << 20
@@ -128,18 +129,11 @@ class TensorMemory:
 
 
 def _new_segment(size: int) -> _Segment:
-    # Private: with shared mappings, Python's default, a forked process would write into its parent's tensors.
-    own: dict[str, Any] = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
     try:
-        pages = mmap.mmap(-1, size, **own)
+        pages = private_pages(size)
     except OSError as error:
         memory = free_memory()
         raise NotEnoughMemoryError("a tensor of training", size, memory.free, _REMEDY, memory) from error
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        try:
-            pages.madvise(mmap.MADV_HUGEPAGE)
-        except OSError:  # a kernel without them
-            pass
     return _Segment(pages, memoryview(pages), [0], [size])
 
 

@@ -38,12 +38,6 @@ class Options(Body):
 class _Model(Body):
     model: ModelName = None
 
-    @field_validator("model", "name", mode="after", check_fields=False)
-    @classmethod
-    def _without_tag(cls, value: str | None) -> str | None:
-        """The name without Ollama's default tag; an empty name is none."""
-        return value.removesuffix(":latest") or None if value is not None else None
-
 
 class _Request(_Model):
     keep_alive: Ignored

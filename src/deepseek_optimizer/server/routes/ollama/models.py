@@ -1,5 +1,5 @@
-"""/api/tags, /api/ps, /api/show and /api/version: describe the model that is served, in Ollama's format. `pool.py` has the lists of
-a server with several models."""
+"""/api/tags, /api/ps, /api/show and /api/version: describe the model that is served, in Ollama's format. `pool.py` has the
+lists of a server with several models."""
 
 from __future__ import annotations
 

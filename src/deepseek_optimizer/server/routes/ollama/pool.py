@@ -1,4 +1,5 @@
-"""/api/tags, /api/ps and /api/version of a server with several models. Requests for one model, such as /api/show, go to that model."""
+"""/api/tags, /api/ps and /api/version of a server with several models. Requests for one model, such as /api/show,
+go to that model."""
 
 from __future__ import annotations
 
