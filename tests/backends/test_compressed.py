@@ -113,7 +113,8 @@ def test_a_step_of_several_sequences_equals_steps_of_each(backend: Any, kv: str)
 
 @pytest.mark.parametrize("kv, tolerance", [("bf16", 0.05), ("int8", 0.1), ("int4", 0.6)])
 def test_backends_round_the_cache_alike(kv: str, tolerance: float) -> None:
-    """The mean error of logits against fp32 is that of the format, in both backends."""
+    """The mean error of logits against fp32 is that of the format in both backends; native attention also rounds queries and
+    weights to bf16."""
     if (reason := unavailable_reason()) is not None:
         pytest.skip(reason)
     errors = []
@@ -122,7 +123,7 @@ def test_backends_round_the_cache_alike(kv: str, tolerance: float) -> None:
         ids = random_ids(model.config, 100)
         expected = transformers_logits(model, ids)
         errors.append(float((run.logits(ids) - expected).abs().mean() / expected.abs().mean()))
-    assert max(errors) < tolerance and errors[1] < 1.5 * errors[0] + 1e-3
+    assert max(errors) < tolerance and errors[1] < 3 * errors[0] + 1e-3
 
 
 @pytest.mark.parametrize("format", ["bf16", "fp8", "int8", "int4", "q4_1", "mxfp4"])

@@ -122,3 +122,15 @@ def test_packed_directories_load_alike(tmp_path, precision: str) -> None:
         assert torch.equal(logits, again(ids, use_cache=False).logits[0])
         if precision == "fp32":
             assert_close_rows(logits, pair.plain(ids, use_cache=False).logits[0])
+
+
+def test_transformers_own_forward_runs_in_bf16(tmp_path) -> None:
+    """Routers and indexers are multiplied with hidden states, and must have their dtype whatever the file has."""
+    pair = make_pair("deepseek_v4-mixed", "reference")
+    pair.plain.save_pretrained(tmp_path / "float")
+    model, ids = load_model(tmp_path / "float", precision="int8", backend="reference"), pair.ids(30)
+    with torch.no_grad(), pytest.warns(OptimizerWarning, match="several residual streams"):
+        states = model(ids, use_cache=False, output_hidden_states=True).hidden_states
+    assert states[-1].dtype == model.model.layers[0].mlp.gate.weight.dtype == torch.bfloat16
+    assert states[-1].isfinite().all()
+    assert model.model.layers[0].mlp.gate.tid2eid.dtype == torch.int64

@@ -93,8 +93,9 @@ class Checkpoint(ABC):
         rows."""
 
     def float_dtype(self, name: str) -> torch.dtype:
-        """The dtype that `read` returns."""
-        return {"F16": torch.float16, "BF16": torch.bfloat16}.get(self.info(name).dtype, torch.float32)
+        """The dtype that `read` returns; of a table of experts one of integers."""
+        dtypes = {"F16": torch.float16, "BF16": torch.bfloat16, "I32": torch.int32, "I64": torch.int64}
+        return dtypes.get(self.info(name).dtype, torch.float32)
 
     def lossless_format(self, name: str) -> str | None:
         """The weight format that represents this stored matrix exactly, if there is one."""

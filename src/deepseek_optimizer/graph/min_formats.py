@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..errors import GraphError
-from .ir import Graph, Value
+from .ir import Graph, RowsSpec, Value
 
 
 def min_formats(graph: Graph) -> dict[str, str]:
@@ -53,3 +53,13 @@ def exact_weights(graph: Graph) -> frozenset[str]:
         if node.op in ("index_choose", "entries_choose") or (node.op == "sigmoid_gate" and node.inputs[1].width == 1):
             names.add(_matrix_of(graph, node.inputs[1]))
     return frozenset(name for name in names if name is not None)
+
+
+def fp32_weights(graph: Graph) -> frozenset[str]:
+    """Those of `exact_weights` that a model holds in fp32, whatever its dtype is. DeepSeek-V4's routers and indexers are not
+    among them: Transformers multiplies them with hidden states of the model's dtype, and its own code must be able to run."""
+    if not isinstance(graph.cache, RowsSpec):
+        return exact_weights(graph)
+    routers = {node.weights[0] for node in graph.nodes if node.op in ("router", "hash_router")}
+    heads = {_matrix_of(graph, node.inputs[1]) for node in graph.nodes if node.op == "entries_choose"}
+    return exact_weights(graph) - routers - heads

@@ -28,12 +28,13 @@ from ...checkpoint import (
 from ...checkpoint.load import IGNORED
 from ...config import BUILT_IN_TEXT, DeepSeekConfig
 from ...errors import CheckpointError, ConfigError, DeepSeekOptimizerError
-from ...graph.min_formats import exact_weights
+from ...graph.min_formats import exact_weights, fp32_weights
 from ...quant import PackedWeight, Packer
 from ...system.progress import show_progress
 from ..bind.classes import check_causal
 from ..bind.context_extension import extended
 from ..bind.graphs import whole_graph
+from ..bind.modules import Packed
 from ..bind.swap import expected_tensors, swap_on_meta
 from ..compat import causal_lm_class
 from ..configs import check_config
@@ -216,6 +217,14 @@ def _fill(model: Any, weights: Iterable[tuple[str, PackedWeight | torch.Tensor]]
         model.get_submodule(path)._parameters[leaf] = model.get_parameter(source)
 
 
+def plain_dtypes(model: Any) -> dict[str, torch.dtype]:
+    """The dtypes of a model's `exact_weights`, by name: those in `fp32_weights` are float32, others have the model's dtype."""
+    graph = whole_graph(model)
+    fp32 = fp32_weights(graph)
+    own = next((module.dtype for module in model.modules() if isinstance(module, Packed)), model.dtype)
+    return {**dict.fromkeys(exact_weights(graph), own), **dict.fromkeys(fp32, torch.float32)}
+
+
 def weights_for(
     model: Any,
     checkpoint: Checkpoint,
@@ -224,7 +233,8 @@ def weights_for(
     progress: Callable[[LoadProgress], None] | None = None,
     order: Sequence[str] | None = None,
 ) -> Iterator[tuple[str, PackedWeight | torch.Tensor]]:
-    """Yields the weights of a model from `sketch`, as `stream_weights` does; those in `exact_weights` as float32.
+    """Yields the weights of a model from `sketch`, as `stream_weights` does; those in `exact_weights` in the dtypes of
+    `plain_dtypes`.
 
     Args:
         model: from `sketch`.
@@ -236,7 +246,7 @@ def weights_for(
     Raises:
         CheckpointError: as in `stream_weights`; or a tied weight is stored with different values.
     """
-    exact = exact_weights(whole_graph(model))
+    dtypes = plain_dtypes(model)
     wanted, shapes = expected_tensors(model)
     for pair in dict(model.all_tied_weights_keys or {}).items():
         if pair[0] in checkpoint.tensors:
@@ -244,7 +254,7 @@ def weights_for(
     ignored = not_wanted(checkpoint, model)
     streamed = stream_weights(checkpoint, wanted, shapes, packer, progress, ignored, order)
     for name, value in streamed:
-        dtype = torch.float32 if name in exact else cast
+        dtype = dtypes.get(name, cast)
         if isinstance(value, torch.Tensor) and value.is_floating_point() and dtype is not None:
             value = value.to(dtype)
         yield name, value

@@ -23,13 +23,11 @@ from ...checkpoint.shards import SHARD_BYTES, Shard, plan_shards, write_index, w
 from ...checkpoint.unfinished import Unfinished
 from ...config import DeepSeekConfig
 from ...errors import ConfigError
-from ...graph.min_formats import exact_weights
 from ...versions import versions
-from ..bind.graphs import whole_graph
 from ..bind.swap import expected_tensors, stored_tensors
 from ..model.save import save_configs
 from .calibrate import Calibration, calibrate, calibration_for, without_rounding
-from .loader import load, name_source, resolve, show_reading, sketch, weights_for
+from .loader import load, name_source, plain_dtypes, resolve, show_reading, sketch, weights_for
 from .quantizer import mark_quantized
 
 
@@ -150,11 +148,12 @@ def _write_calibrated(
 
 def _planned(model: Any, checkpoint: Checkpoint, cast: torch.dtype | None) -> dict[str, Stored]:
     """The tensors to write, on the meta device, in the model's order."""
-    (formats, shapes), exact = expected_tensors(model), exact_weights(whole_graph(model))
+    (formats, shapes), dtypes = expected_tensors(model), plain_dtypes(model)
     planned: dict[str, Stored] = {}
     for name, format in formats.items():
         if format is None:
-            dtype = torch.float32 if name in exact else cast or checkpoint.float_dtype(name)
+            own = checkpoint.float_dtype(name)
+            dtype = dtypes.get(name, cast or own) if own.is_floating_point else own
             planned[name] = torch.empty(shapes[name], dtype=dtype, device="meta")
         else:
             planned[name] = PackedEntry(format, shapes[name]).promise()

@@ -32,7 +32,7 @@ from ...checkpoint import (
 from ...checkpoint.directory import CONFIG, INDEX, SINGLE
 from ...config import DeepSeekConfig
 from ...errors import CheckpointError, ConfigError
-from ...graph.min_formats import exact_weights
+from ...graph.min_formats import fp32_weights
 from ...quant import QUANT_METHOD, PackedStack, PackedWeight
 from .. import encoder, general, multimodal
 from ..attention.registration import check_attention_name
@@ -165,7 +165,7 @@ class PackingQuantizer(HfQuantizer):
         if self.calibration is not None:
             self.quantization_config = DeepSeekConfig(**without_rounding(self.settings))
             swap_on_meta(model, graph, self.quantization_config, dtype)
-        _expect_fp32(model, exact_weights(graph))
+        _expect_fp32(model, fp32_weights(graph))
         _check_files(checkpoint_files, model)
         self.files, self.mapped = checkpoint_files, MappedFiles(checkpoint_files or ())
         if not self.pre_quantized:

@@ -260,7 +260,7 @@ def _matrices(weight: PackedWeight) -> int:
 
 
 def _experts(graph: Graph, matrices: Mapping[str, PackedWeight]) -> ExpertsRow | None:
-    routers = [node for node in graph.nodes if node.op == "router"]
+    routers = [node for node in graph.nodes if node.op in ("router", "hash_router")]
     if not routers:
         return None
     size = sum(weight.nbytes for weight in matrices.values() if isinstance(weight, PackedStack))
