@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 
@@ -137,7 +139,13 @@ def test_pictures_are_encoded_once(pair, monkeypatch):
     inner = ours.model
     calls = []
     original = type(inner).get_image_features
-    monkeypatch.setattr(type(inner), "get_image_features", lambda *args, **more: calls.append(1) or original(*args, **more))
+
+    @functools.wraps(original)  # the encoder reads the signature
+    def counted(*args, **more):
+        calls.append(1)
+        return original(*args, **more)
+
+    monkeypatch.setattr(type(inner), "get_image_features", counted)
     one, two = picture(30, 20, 8), picture(20, 30, 9)
     text = ids_of(processor, chat(processor, ("user", (None, "and", None))))
     _, first = encoder.prompt(text, [one, two])
