@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from deepseek_optimizer.backends.base import Capabilities
+from deepseek_optimizer.backends.base import DEFAULTS, Capabilities, CompileOptions
 from deepseek_optimizer.backends.reference.backend import ReferenceBackend, ReferenceSizes
 from deepseek_optimizer.backends.registry import BackendSettings, BackendSpec
 from deepseek_optimizer.quant.packed import PackedMatrix
@@ -31,7 +31,9 @@ class ToyBackend(ReferenceBackend):
             attention_modes=("flash", "eager"),
         )
 
-    def linear(self, x: torch.Tensor, matrix: PackedMatrix, bias: torch.Tensor | None = None, **_: object) -> torch.Tensor:
+    def linear(
+        self, x: torch.Tensor, matrix: PackedMatrix, bias: torch.Tensor | None = None, options: CompileOptions = DEFAULTS
+    ) -> torch.Tensor:
         return F.linear(x.float(), self.unpack(matrix), None if bias is None else bias.float())
 
     def linear_gradient(self, grad: torch.Tensor, matrix: PackedMatrix) -> torch.Tensor:

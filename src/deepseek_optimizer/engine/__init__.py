@@ -1,4 +1,4 @@
 """The inference engine: requests, continuous batching, sampling, and speculative decoding over a compiled plan.
 
-Only `runner` and `sampler` import torch. Nothing here depends on Transformers.
+Only `runner`, `picture_steps` and `sampling.torch_sampler` import torch. Nothing here depends on Transformers.
 """

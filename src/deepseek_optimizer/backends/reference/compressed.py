@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 
@@ -11,8 +11,18 @@ from ...graph.ir import Node
 from . import latent, ops, streams
 from .step import Step
 
-if TYPE_CHECKING:
-    from .plan import ReferencePlan
+
+class Plan(Protocol):
+    """What these ops use of a `ReferencePlan`."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+    def weight(self, name: str) -> torch.Tensor: ...
+
+    def rounded(self, x: torch.Tensor, name: str, finest: bool = False) -> torch.Tensor: ...
+
+    def sequences_of(self, step: Step, layer: int) -> list[tuple[slice, int, torch.Tensor]]: ...
 
 
 def entries(rows: torch.Tensor, before: torch.Tensor | None, bias: torch.Tensor) -> torch.Tensor:
@@ -36,13 +46,13 @@ def entries(rows: torch.Tensor, before: torch.Tensor | None, bias: torch.Tensor)
     return (c * z.softmax(1)).sum(1)
 
 
-def _rows_write(plan: ReferencePlan, step: Step, node: Node, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def _rows_write(plan: Plan, step: Step, node: Node, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
     for rows, context, table in plan.sequences_of(step, node.attrs["layer"]):
         step.store.write(node.attrs["layer"], table, _span(context, context + rows.stop - rows.start, x), x[rows])
     return ()
 
 
-def _compress(plan: ReferencePlan, step: Step, node: Node) -> tuple[torch.Tensor, ...]:
+def _compress(plan: Plan, step: Step, node: Node) -> tuple[torch.Tensor, ...]:
     """In float32, whatever the dtype of the rows."""
     a, every = node.attrs, node.attrs["every"]
     bias, norm = (plan.weight(name).float() for name in node.weights)
@@ -54,7 +64,7 @@ def _compress(plan: ReferencePlan, step: Step, node: Node) -> tuple[torch.Tensor
             continue
 
         def window(of: torch.Tensor, blocks: torch.Tensor = source) -> torch.Tensor:
-            tokens = of[:, None] * every + torch.arange(every, device=of.device)
+            tokens = of[:, None] * every + torch.arange(every, device=of.device, dtype=torch.int64)
             return step.store.gather(a["source"], blocks, tokens.clamp(min=0).flatten()).unflatten(0, (-1, every))
 
         before = None
@@ -67,9 +77,7 @@ def _compress(plan: ReferencePlan, step: Step, node: Node) -> tuple[torch.Tensor
     return ()
 
 
-def _entries_choose(
-    plan: ReferencePlan, step: Step, node: Node, q: torch.Tensor, weights: torch.Tensor
-) -> tuple[torch.Tensor, ...]:
+def _entries_choose(plan: Plan, step: Step, node: Node, q: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """In float32, whatever the dtype of the rows, as are the resulting numbers of entries."""
     a, chosen = node.attrs, []
     q, weights = q.float().unflatten(-1, (a["heads"], -1)), weights.float()
@@ -84,7 +92,7 @@ def _entries_choose(
 
 
 def _attention(
-    plan: ReferencePlan, step: Step, node: Node, q: torch.Tensor, chosen: torch.Tensor | None = None
+    plan: Plan, step: Step, node: Node, q: torch.Tensor, chosen: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, ...]:
     """In float32, whatever the dtype of the rows; the result is rounded to that."""
     a, window = node.attrs, node.attrs["window"]
@@ -106,26 +114,24 @@ def _attention(
     return (out.flatten(1).to(plan.dtype),)
 
 
-def _grouped_linear(plan: ReferencePlan, step: Step, node: Node, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def _grouped_linear(plan: Plan, step: Step, node: Node, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
     (name,), groups = node.weights, node.attrs["groups"]
     x, weight = plan.rounded(x, name, finest=True).unflatten(-1, (groups, -1)), plan.weight(name).unflatten(0, (groups, -1))
     return (torch.einsum("tgk,gnk->tgn", x, weight).flatten(1),)
 
 
-def _stream_weights(plan: ReferencePlan, step: Step, node: Node, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def _stream_weights(plan: Plan, step: Step, node: Node, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
     a = node.attrs
     bias, scale = (plan.weight(name) for name in node.weights)
     return (streams.weights(x, bias, scale, a["streams"], a["steps"], a["eps"]),)
 
 
-def _stream_collapse(
-    plan: ReferencePlan, step: Step, node: Node, x: torch.Tensor, weights: torch.Tensor
-) -> tuple[torch.Tensor, ...]:
+def _stream_collapse(plan: Plan, step: Step, node: Node, x: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return (streams.collapse(x, weights, node.attrs["streams"]),)
 
 
 def _stream_expand(
-    plan: ReferencePlan, step: Step, node: Node, x: torch.Tensor, weights: torch.Tensor, y: torch.Tensor
+    plan: Plan, step: Step, node: Node, x: torch.Tensor, weights: torch.Tensor, y: torch.Tensor
 ) -> tuple[torch.Tensor, ...]:
     return (streams.expand(x, weights, y, node.attrs["streams"]),)
 

@@ -269,7 +269,7 @@ class RowsStore(BlockTensors):
 
     def read(self, layer: int, block_table: Int32, tokens: int) -> tuple[torch.Tensor, None]:
         table, count = self._table(block_table, tokens), tokens // self._kinds.spec.rows[layer].every
-        return self.gather(layer, table, torch.arange(count, device=table.device)), None
+        return self.gather(layer, table, torch.arange(count, device=table.device, dtype=torch.int64)), None
 
 
 Store = TorchStore | LatentStore | RowsStore
