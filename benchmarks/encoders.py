@@ -22,7 +22,7 @@ from .alternating import alternate, clock_of, shown, speedup
 from .verdict import MISSED, REACHED
 
 FAST, ALIKE = 3.0, 0.999
-FORMS: dict[str, dict[str, str]] = {
+FORMS: dict[str, dict[str, Any]] = {
     "fp32": {"precision": "fp32"},
     "bf16": {"precision": "bf16"},
     "int8": {"precision": "int8"},
@@ -93,12 +93,12 @@ def sentences(count: int) -> list[str]:
 def write_model(path: Path) -> None:
     """Writes a model of BERT-base's shape, and a tokenizer that gives each word of `sentences` one token."""
     import torch
-    from transformers import BertConfig, BertModel, BertTokenizerFast
+    from transformers import BertConfig, BertModel, BertTokenizer
 
     torch.manual_seed(0)
     BertModel(BertConfig()).save_pretrained(path)
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{i}" for i in range(VOCABULARY - 5))]
-    BertTokenizerFast(vocab={word: i for i, word in enumerate(words)}).save_pretrained(path)
+    BertTokenizer(vocab={word: i for i, word in enumerate(words)}).save_pretrained(path)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from .verdict import MISSED, REACHED
 
 FAST = 1.5
 ERROR = 0.05  # of a row's largest output; int8 weights differ from fp32 by about a hundredth after twelve layers
-OURS: dict[str, dict[str, str]] = {
+OURS: dict[str, dict[str, Any]] = {
     "int8": {"precision": "int8"}, "int8-int8": {"precision": "int8", "activation": "int8"},
 }  # fmt: skip
 
@@ -100,7 +100,8 @@ def _bert() -> Any:
 def _t5() -> Any:
     from transformers import T5Config, T5ForConditionalGeneration
 
-    config = T5Config(d_model=768, d_ff=3072, num_layers=12, num_heads=12, d_kv=64, decoder_start_token_id=0)
+    sizes = {"d_model": 768, "d_ff": 3072, "num_layers": 12, "num_heads": 12, "d_kv": 64}
+    config = T5Config.from_dict({**sizes, "decoder_start_token_id": 0})
     return T5ForConditionalGeneration(config)
 
 

@@ -173,9 +173,11 @@ def write_gguf(
     if edit is not None:
         edit(values, arrays)
     writer = gguf.GGUFWriter(path, values.pop("architecture", "deepseek2"))
+    adders: dict[type, Any] = {
+        bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string
+    }  # fmt: skip
     for key, value in values.items():
-        add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}[type(value)]
-        add(f"{writer.arch}.{key}", value)
+        adders[type(value)](f"{writer.arch}.{key}", value)
     if tokenizer is not None:
         tokenizer(writer)
     for name, array in arrays.items():
@@ -192,7 +194,7 @@ def dequantized(model: PreTrainedModel, kinds: Mapping[str, str], **forms: bool)
     """A float32 model with the values that `write_gguf` stores, computed without our reader."""
     twin = copy.deepcopy(model).float()
     state, config = twin.state_dict(), model.config
-    kept = {}
+    kept: dict[str, Any] = {}
     for name, array in tensors(model, **forms).items():
         code = GGMLQuantizationType[kind_of(name, kinds)]
         kept[name] = torch.from_numpy(quants.dequantize(quants.quantize(np.ascontiguousarray(array), code), code).copy())
@@ -205,13 +207,13 @@ def dequantized(model: PreTrainedModel, kinds: Mapping[str, str], **forms: bool)
         if leaf == "e_score_correction_bias":
             state[name] = kept[f"{block}exp_probs_b.bias"]
         elif leaf == "gate_up_proj":
-            apart = [kept.get(f"{block}ffn_{role}_exps.weight") for role in ("gate", "up")]
+            apart: list[Any] = [kept.get(f"{block}ffn_{role}_exps.weight") for role in ("gate", "up")]
             state[name] = kept[f"{block}ffn_gate_up_exps.weight"] if apart[0] is None else torch.cat(apart, 1)
         elif leaf == "down_proj":
             state[name] = kept[f"{block}ffn_down_exps.weight"]
         elif part == "self_attn.kv_b_proj":
             whole = kept.get(f"{block}attn_kv_b.weight")
-            halves = (kept.get(f"{block}attn_k_b.weight"), kept.get(f"{block}attn_v_b.weight"))
+            halves: tuple[Any, Any] = (kept.get(f"{block}attn_k_b.weight"), kept.get(f"{block}attn_v_b.weight"))
             state[name] = torch.cat([halves[0].mT, halves[1]], 1).reshape(-1, config.kv_lora_rank) if whole is None else whole
         else:
             state[name] = kept[f"{block}{LAYER[part]}.{leaf}"]
