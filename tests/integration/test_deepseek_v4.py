@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4HCACache
 
 from deepseek_optimizer import PagedCache, SamplingParams, load_model, make_engine
 from deepseek_optimizer.errors import UnsupportedModelError
@@ -26,6 +27,8 @@ def pair(request) -> Pair:
 
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"prompt_lookup_num_tokens": 3}], ids=["greedy", "beams", "drafts"])
 def test_generate_equals_transformers(pair: Pair, options) -> None:
+    if "num_beams" in options and "reorder_cache" not in vars(DeepseekV4HCACache):
+        pytest.skip("the cache of this release of Transformers does not reorder compressed entries with the beams")
     ids = pair.ids(45)
     plain = {name: value for name, value in options.items() if name == "num_beams"}
     assert torch.equal(pair.fast.generate(ids, **GREEDY, **options), pair.plain.generate(ids, **GREEDY, **plain))
