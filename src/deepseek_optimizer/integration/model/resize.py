@@ -85,7 +85,8 @@ def _ends(model: Any) -> tuple[PackedEmbedding, PackedLinear | None]:
 
 def _layer_embedding(runtime: Any) -> PackedEmbedding | None:
     """The table of embeddings per layer, which Transformers resizes with the other."""
-    return runtime.model.get_per_layer_input_embeddings() if runtime.graph.looks_up else None
+    by_layer = any(node.op == "lookup" for node in runtime.graph.nodes)
+    return runtime.model.get_per_layer_input_embeddings() if by_layer else None
 
 
 def _float_embedding(packed: PackedEmbedding) -> nn.Embedding:
