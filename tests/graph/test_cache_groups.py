@@ -57,9 +57,9 @@ def test_layers_of_different_sizes(heads: list[tuple[int, int]], groups: tuple[i
     assert graph.cache.layer_groups == groups
 
 
-@pytest.mark.parametrize("case", sorted(CASES))
+@pytest.mark.parametrize("case", sorted(case for case in CASES if not case.startswith("deepseek_v4")))
 def test_every_family(case: str) -> None:
-    """Full and windowed layers are never in one group, and only graphs with both are grouped."""
+    """Full and windowed layers are never in one group, and only graphs with both are grouped. V4: test_compressed.py."""
     plain = build_graph(CASES[case]())
     graph = group_layers(plain)
     windows = {node.attrs["layer"]: node.attrs["window"] for node in plain.nodes if node.op == "attention"}

@@ -14,7 +14,8 @@ from support.family_configs import llama
 from support.models import CASES
 
 MAY_OVERWRITE = {"add": {0: (0, 1)}, "multiply": {0: (0, 1)}}
-IN_PLACE = ("add_rms_norm", "gelu", "latent", "position_scale", "rope", "rope_cache", "scale", "scale_by", "sigmoid_gate")
+IN_PLACE = ("add_rms_norm", "gelu", "latent", "position_scale", "rope", "rope_cache", "scale", "scale_by", "sigmoid_gate",
+            "stream_weights")  # fmt: skip
 MAY_OVERWRITE |= {op: {0: (0,)} for op in IN_PLACE}
 
 

@@ -18,7 +18,7 @@ from deepseek_optimizer.models import SUPPORTED, build_graph
 from support.family_configs import llama, qwen2, qwen3, rope
 from support.models import CASES, random_model
 
-BUFFERS = ("correction_bias", "expert_bias", "layer_scalar")
+BUFFERS = ("correction_bias", "expert_bias", "layer_scalar", "tid2eid")
 
 
 @pytest.mark.parametrize("case", CASES)

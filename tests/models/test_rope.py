@@ -38,6 +38,11 @@ def test_frequencies_equal_transformers(case: str) -> None:
         assert not any(spec.inv_freq.any() for spec in specs)
         return
     prefixes = ["full_attention_", "sliding_attention_"] if hasattr(rotary, "full_attention_inv_freq") else [""]
+    if hasattr(rotary, "main_inv_freq"):  # DeepSeek-V4: forwards, then backwards, of those that a layer uses
+        for spec, back in zip(specs[::2], specs[1::2], strict=True):
+            assert np.array_equal(back.inv_freq, -spec.inv_freq) and back.scaling == spec.scaling
+        specs = specs[::2]
+        prefixes = ["main_"] * ("sliding_attention" in model.config.layer_types) + ["compress_"]
     assert len(specs) == len(prefixes)
     for spec, prefix in zip(specs, prefixes, strict=True):
         assert spec.inv_freq.dtype == np.float32

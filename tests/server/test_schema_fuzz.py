@@ -110,6 +110,7 @@ OPERATIONS = [
     ("GET", "/api/version"),
     ("POST", "/completion"),
     ("POST", "/infill"),
+    ("POST", "/v1/fim/completions"),
     ("POST", "/apply-template"),
     ("POST", "/generate"),
     ("POST", "/generate_stream"),

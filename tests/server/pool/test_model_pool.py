@@ -110,7 +110,7 @@ def test_models_are_loaded_when_requests_name_them(serve, models):
         assert streamed.endswith("data: [DONE]\n\n") and '"model":"a"' in streamed
 
 
-@pytest.mark.parametrize("name", ["d", "../a", "/secret/a", "a/../b", "", "x" * 1024])
+@pytest.mark.parametrize("name", ["d", "../a", "/secret/a", "a/../b", "x" * 1024])
 def test_unknown_names(serve, models, name):
     with serve() as live:
         assert_error(ask(live, name), 404, "model")
