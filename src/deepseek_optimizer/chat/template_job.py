@@ -80,7 +80,7 @@ def _inspect(template: str, variables: dict[str, Any], render: Callable[[str, di
     try:
         environment = chat_template_utils._compile_jinja_template(template).environment
         names = jinja2.meta.find_undeclared_variables(environment.parse(template))
-    except jinja2.TemplateError as error:
+    except (jinja2.TemplateError, SyntaxError, RecursionError) as error:  # Python compiles what Jinja makes of a template
         raise ValueError(f"{type(error).__name__}: {error}") from None
 
     def shows_json(arguments: Any) -> bool:
