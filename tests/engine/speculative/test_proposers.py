@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import random
+from pathlib import Path
 
 import pytest
 
+import deepseek_optimizer.engine
 from deepseek_optimizer.cache import BlockManager, SequenceBlocks
 from deepseek_optimizer.engine.sequence import Sequence
 from deepseek_optimizer.engine.speculative.prompt_lookup import PromptLookupProposer
@@ -55,3 +58,15 @@ def test_scripted_drafts_have_the_given_acceptance(agree):
     assert sum(right) / len(right) == pytest.approx(agree, abs=0.02)
     assert proposer.propose([sequence(script[:3998], 7)], [4])[0].q is None
     assert len(proposer.propose([sequence(script[:3998], 7)], [4])[0].tokens) == 2  # ends with the script
+
+
+def test_torch_is_imported_only_where_steps_run():
+    folder = Path(deepseek_optimizer.engine.__file__).parent
+    users = set()
+    for path in folder.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            if any(name.split(".")[0] in ("torch", "transformers") for name in names):
+                users.add(path.name)
+    assert users == {"runner.py", "picture_steps.py", "pictures.py", "torch_sampler.py"}  # pictures.py: for types only

@@ -110,6 +110,12 @@ def test_models_are_loaded_when_requests_name_them(serve, models):
         assert streamed.endswith("data: [DONE]\n\n") and '"model":"a"' in streamed
 
 
+def test_an_empty_name_is_refused(serve, models):
+    with serve() as live:
+        assert_error(ask(live, ""), 400, "model")
+        assert models.events == []
+
+
 @pytest.mark.parametrize("name", ["d", "../a", "/secret/a", "a/../b", "x" * 1024])
 def test_unknown_names(serve, models, name):
     with serve() as live:
