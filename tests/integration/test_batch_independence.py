@@ -152,7 +152,8 @@ def test_experts_get_only_their_own_tokens(subject, alone):
         last, begin = made[0], begin + size
         rows.append(last)
     subject.check(torch.stack(rows), alone[2][:5], "the sequence that decoded")
-    assert int(alone[4][0].argmax()) in made[1].topk(3).indices  # chunks of other sizes may swap near ties
+    token, expected = int(made[1].argmax()), alone[4][0]
+    assert expected.max() - expected[token] <= 0.03 * expected.abs().max()  # chunks may swap near ties
 
 
 def generated(model: Any, prompts: list[list[int]], **options: Any) -> list[list[int]]:
