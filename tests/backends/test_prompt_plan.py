@@ -129,12 +129,26 @@ def test_embeddings_and_adapters_go_with_their_rows() -> None:
     batch = StepBatch(
         numbers(*range(8)), numbers(*range(8)), numbers(5, 3), numbers(2, 0), numbers(PREFILL, PREFILL),
         np.arange(4, dtype=np.int32).reshape(2, 2), numbers(4, 6), torch.arange(8.0)[:, None], reach=numbers(7, 3),
-        adapter_of=numbers(1, -1),
+        adapter_of=numbers(1, -1), axes=np.arange(24, dtype=np.int32).reshape(8, 3),
+        features=torch.arange(16.0).reshape(2, 8, 1),
     )  # fmt: skip
     part = _part(batch, numbers(3, 0), numbers(5, 3))
     assert part.token_ids.tolist() == [3, 4, 5, 6, 7] and part.inputs_embeds is not None
     assert part.inputs_embeds[:, 0].tolist() == [3, 4, 5, 6, 7] and part.logit_rows.tolist() == [1, 3]
+    assert part.axes[:, 0].tolist() == [9, 12, 15, 18, 21] and part.features[1, :, 0].tolist() == [11, 12, 13, 14, 15]
     assert part.context_len.tolist() == [5, 0] and part.query_len.tolist() == [2, 3] and part.adapter_of.tolist() == [1, -1]
     first = _part(batch, numbers(0, 0), numbers(3, 0))
     assert first.token_ids.tolist() == [0, 1, 2] and first.block_table.tolist() == [[0, 1]] and first.logit_rows.tolist() == []
     assert first.reach.tolist() == [7] and first.adapter_of.tolist() == [1]
+
+
+@pytest.mark.parametrize("case", SHARED)
+def test_steps_whose_pictures_see_each_other_are_not_divided(case: str) -> None:
+    plain, divided, whole, writing, config = runners("reference", case, "fp32")
+    ids = random_ids(config, 50)
+    visible = np.maximum(np.arange(1, 51), np.where((np.arange(50) >= 20) & (np.arange(50) < 45), 45, 0)).astype(np.int32)
+    outputs = [
+        run_step(runner.plan, runner.store, [Part(runner.sequence(), ids, rows=[49])], visible_to=visible).logits
+        for runner in (plain, divided)
+    ]
+    assert torch.equal(*outputs) and whole.rows == [50] and not writing.rows

@@ -56,7 +56,7 @@ class PromptPlan(WrappedPlan):
 
 def _without_results(batch: StepBatch) -> Int32:
     """How many of each sequence's first rows have no result that is needed, int32 [S]; at least one row is left."""
-    if batch.hidden or batch.last_hidden:
+    if batch.hidden or batch.last_hidden or batch.visible_to is not None:  # the tokens of a picture see each other in one step
         return np.zeros_like(batch.query_len)
     starts = np.cumsum(batch.query_len) - batch.query_len
     after = np.searchsorted(batch.logit_rows, starts)  # the first needed row from the sequence's start on
@@ -70,7 +70,7 @@ def _part(batch: StepBatch, begin: Int32, end: Int32) -> StepBatch:
     kept = end > begin
     starts = np.cumsum(batch.query_len) - batch.query_len
     rows = np.concatenate([np.arange(s + b, s + e) for s, b, e in zip(starts, begin, end, strict=True)])
-    of_rows = {name: getattr(batch, name) for name in ("inputs_embeds", "states")}
+    of_rows = {name: getattr(batch, name) for name in ("inputs_embeds", "states", "axes")}
     of_sequences = {name: getattr(batch, name) for name in ("reach", "adapter_of")}
     parts: dict[str, Any] = {name: None if value is None else value[rows] for name, value in of_rows.items()}
     parts |= {name: None if value is None else value[kept] for name, value in of_sequences.items()}
@@ -86,5 +86,6 @@ def _part(batch: StepBatch, begin: Int32, end: Int32) -> StepBatch:
         block_table=np.ascontiguousarray(batch.block_table[..., kept, :]),
         logit_rows=places[wanted].astype(np.int32),
         logits=batch.logits if wanted.any() else None,
+        features=None if batch.features is None else batch.features[:, rows],
         **parts,
     )
