@@ -91,7 +91,7 @@ def test_reasoning_opened_by_the_template_is_closed():
 def test_templates_that_change_the_text_are_rejected(byte_tokenizer):
     import copy
 
-    for template in ("{{ messages[0].content | upper | replace('1', '') }}", "{{ messages[0].content * 2 }}", "Hello"):
+    for template in ("{{ messages[0].content | reverse }}", "{{ messages[0].content * 2 }}", "Hello"):
         tokenizer = copy.deepcopy(byte_tokenizer)
         tokenizer.chat_template = template
         made = Prompts(tokenizer)
