@@ -2,8 +2,7 @@
 
     python -m benchmarks.hybrid [conversation restart depth transformers] [--layers 4] [--form int8] [--threads N]
 
-conversation: the third turn's time to the first token, over that of a text that consists of its new tokens alone; bar 1.2. The
-prefix cache has whole blocks of 32 tokens, so a turn processes up to 32 of the earlier tokens again, 16 on average.
+conversation: the third turn's time to the first token, over that of a text that consists of its new tokens alone; bar 1.2.
 restart: the same by another process, from the prefix cache in files.
 depth: the time that a token takes in the linear layers with 32,768 tokens in the cache, over that with 512; bar 1.1. The cache
 is allocated but not computed: its values do not change the time.

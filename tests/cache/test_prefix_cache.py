@@ -6,7 +6,7 @@ import pytest
 
 from deepseek_optimizer.cache import BlockManager
 from deepseek_optimizer.cache.block_manager import BLOCK_TOKENS
-from deepseek_optimizer.cache.prefix_cache import PrefixCache, keys
+from deepseek_optimizer.cache.prefix_cache import PrefixCache, keys, partial_keys
 
 
 def text(seed, blocks):
@@ -130,3 +130,42 @@ def test_blocks_with_other_frequencies_do_not_match():
     assert plain == keys(tokens, "salt", 3)
     assert len({*plain, *one, *other}) == 9
     assert keys(tokens, "salt", 3, one[:1], frequencies=300) == one
+
+
+def test_partly_filled_blocks_have_keys_of_their_own():
+    words = text(1, 2)
+    [_, second] = keys(words, "", 2)
+    [first] = keys(words, "", 1)
+    ends = partial_keys(words[32:63], first)
+    assert len(ends) == 31 and len({*ends, first, second}) == 33
+    assert partial_keys(words[32:50], first) == ends[13:]  # the fullest first
+    assert set(ends).isdisjoint(partial_keys(words[32:63], second)) and not partial_keys([], first)
+
+
+def test_a_partly_filled_block_is_taken_out():
+    manager = BlockManager(20, slots=BlockManager(4))
+    cache = PrefixCache(manager)
+    ends = partial_keys(text(1, 1)[:20], b"before")
+    [block], [slot] = manager.allocate(1), manager.slots.allocate(1)
+    cache.put(ends[3], block)
+    assert cache.take_partial(ends) is None  # without its states
+    cache.put_state(ends[3], slot)
+    assert cache.take_partial(ends) is None  # its sequence still writes into it
+    manager.release(block)
+    assert cache.take_partial(ends) is None
+    manager.slots.release(slot)
+    assert cache.take_partial(ends[:3]) is None and cache.take_partial(ends) == (3, [block], slot)
+    assert manager.users(block) == manager.slots.users(slot) == 1 and len(cache) == cache.unused_states == 0
+    assert cache.take_partial(ends) is None
+
+
+def test_a_partly_filled_block_is_evicted_with_its_states():
+    manager = BlockManager(2, slots=BlockManager(2))
+    cache = PrefixCache(manager)
+    [block], [slot] = manager.allocate(1), manager.slots.allocate(1)
+    [key] = partial_keys([1], b"before")
+    cache.put(key, block)
+    cache.put_state(key, slot)
+    manager.release(block)
+    manager.slots.release(slot)
+    assert cache.evict(1) == 1 and manager.free_blocks == manager.slots.free_blocks == 2

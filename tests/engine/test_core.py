@@ -324,7 +324,7 @@ def test_the_prefix_cache_includes_answers():
     prompt = [3] * 40
     answer = run(core, Request(prompt, SamplingParams(temperature=0, max_tokens=60, ignore_eos=True), id="a"))["a"]
     turn = [*prompt, *answer.token_ids, 9, 9]
-    assert run(core, Request(turn, GREEDY, id="b"))["b"].cached_tokens == 96  # of 40 + 60 - 1 processed tokens
+    assert run(core, Request(turn, GREEDY, id="b"))["b"].cached_tokens == 99  # all that were processed: the last was not
 
 
 def test_nan_logits_fail_only_their_request_and_are_not_cached():

@@ -52,7 +52,7 @@ def test_a_new_engine_continues_where_the_last_one_ended(tmp_path, kind):
     second = core_with(tmp_path, kind)
     follow = [*prompt, *answer.token_ids, *text(2, 30)]
     again = ask(second, follow)
-    assert again.cached_tokens == 448 and again.token_ids == right(kind, follow)  # 460 tokens less the unfinished block
+    assert again.cached_tokens == 459 and again.token_ids == right(kind, follow)  # all that the first one processed
     assert ask(second, prompt).cached_tokens == 384
     second.scheduler.close()
     edited = [*prompt[:390], *text(3, 40)]  # another question about the same text
@@ -92,7 +92,7 @@ def test_a_damaged_file_costs_time_only(tmp_path, kind, harm, caplog):
     ask(first, prompt)
     first.scheduler.close()
     paths = sorted((tmp_path / bytes(16).hex()).iterdir())
-    for path in random.Random(0).sample(paths, len(paths) // 4):
+    for path in random.Random(0).sample(paths, len(paths) // 3):
         data = bytearray(path.read_bytes())
         data[-9] ^= 1
         if harm in ("flip", "truncate"):
@@ -226,7 +226,7 @@ def test_errors_of_the_disk_do_not_reach_requests(tmp_path, monkeypatch, caplog)
     assert ask(core, text(1, 200)).token_ids == expected(text(1, 200), 5, None)
     core.scheduler.close()
     assert caplog.text.count("cannot be written") == 1 and "No space" in caplog.text
-    assert core.scheduler.stored.writer.dropped == 6  # 204 tokens
+    assert core.scheduler.stored.writer.dropped == 7  # blocks of 204 tokens
 
 
 def test_prefixes_outlive_the_release_of_the_memory(tmp_path):
@@ -253,9 +253,9 @@ def test_metrics(tmp_path):
         if sample.name.startswith("dso:prefix_files") and sample.value
     }
     assert values == {
-        "bytes": 6 * (BLOCK_BYTES + 72),
-        "written_total": 6,
-        "written_bytes_total": 6 * (BLOCK_BYTES + 72),
+        "bytes": 7 * (BLOCK_BYTES + 72),  # the last block is filled in part
+        "written_total": 7,
+        "written_bytes_total": 7 * (BLOCK_BYTES + 72),
         "read_total": 6,
         "read_bytes_total": 6 * BLOCK_BYTES,
     }

@@ -227,6 +227,26 @@ class SequenceBlocks:
             table.adopt(blocks)
         self.tokens = tokens
 
+    def adopt_partial(self, blocks: list[int], count: int, slot: int | None = None) -> None:
+        """Adds a block with the next `count` tokens, fewer than fill it, to a sequence of full blocks. The caller has counted
+        the sequence among the users of the blocks and of the slot.
+
+        Args:
+            blocks: the block of each group.
+            count: number of tokens.
+            slot: the slot of the recurrent states after them, if the model has any.
+        """
+        if self.tokens % BLOCK_TOKENS or not 0 < count < BLOCK_TOKENS:
+            raise ValueError(f"{count} tokens after {self.tokens} are not part of one block")
+        if self.states is not None:
+            if slot is None:
+                raise ValueError("a sequence with recurrent states cannot adopt blocks without them")
+            self.states.crop(0)
+            self.states.adopt(self.tokens + count, slot)
+        for table, block in zip(self.tables, blocks, strict=True):
+            table.blocks.append(block)
+        self.tokens += count
+
     def append(self, count: int, undo: int = 0) -> list[tuple[int, int]]:
         """Makes room for `count` more tokens.
 

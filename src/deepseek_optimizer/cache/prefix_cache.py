@@ -8,6 +8,9 @@ first.
 With recurrent states, a prefix can only be continued where the states after it are stored. The cache holds slots with such
 states by the key of the prefix's last block, and evicts them likewise.
 
+The last block of an ended text is usually filled in part. It has a key like a full block, a hash of the tokens in it and of all
+before. A text that continues from there takes it out of the cache, since it writes into it.
+
 With several groups of layers, each group's blocks have keys of their own. A prefix can be continued if every group that attends
 to all tokens has all of its blocks, and every group with a window those that the next token attends to. Blocks that a running
 sequence has released stay in the cache until they are evicted, as the first ones.
@@ -57,6 +60,17 @@ def keys(
         before = hashlib.blake2b(before + content, digest_size=16).digest()
         result.append(before)
     return result
+
+
+def partial_keys(tokens: list[int], before: Key) -> list[Key]:
+    """Keys of the texts that end in the block after a full one: after all of `tokens`, after all but the last, and so on.
+
+    Args:
+        tokens: the next tokens of a text, less than a block.
+        before: key of the last full block.
+    """
+    content = np.array(tokens, np.int32)
+    return [hashlib.blake2b(before + content[:n].tobytes(), digest_size=16).digest() for n in range(len(tokens), 0, -1)]
 
 
 def of_group(key: Key, group: int) -> Key:
@@ -143,6 +157,33 @@ class PrefixCache:
         slot = self._slots[prefix[-1]]
         self.manager.slots.retain(slot)
         return slot
+
+    def take_partial(self, candidates: list[Key]) -> tuple[int, list[int], int | None] | None:
+        """Takes the first of some partly filled blocks that is cached, in all groups and with its states, out of the cache. The
+        caller takes over the cache's use of the blocks and of the slot.
+
+        Returns: its index in `candidates`, its block in each group, and the slot of the states; None: none is cached, or others
+            use it.
+        """
+        slots, groups = self.manager.slots, range(len(self.groups))
+        for index, key in enumerate(candidates):
+            if not all(self.has(*part) for part in self.parts_of(key)):
+                continue
+            blocks = [self._blocks[of_group(key, group)] for group in groups]
+            slot = self._slots.get(key)
+            if any(self.manager.users(block) > 1 for block in blocks) or (slots and slot is not None and slots.users(slot) > 1):
+                continue
+            for group in groups:
+                del self._blocks[of_group(key, group)]
+            self._slots.pop(key, None)
+            self.removals += 1
+            return index, blocks, slot
+        return None
+
+    def parts_of(self, key: Key) -> list[Part]:
+        """The parts of a partly filled block: it in each group, and the states after its last token."""
+        parts = [(key, group) for group in range(len(self.groups))]
+        return parts if self.manager.slots is None else [*parts, (key, STATES)]
 
     def put_state(self, key: Key, slot: int) -> None:
         """Adds the slot of the states after a block, unless such states are cached already."""

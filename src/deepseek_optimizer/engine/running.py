@@ -49,6 +49,7 @@ class Running:
         keys: prefix cache keys of its full blocks, as far as they were needed; blocks moved by a sliding window have none.
         shareable: number of leading blocks that may be shared with other requests; None: all.
         registered: number of leading blocks that are in the prefix cache.
+        confirmed: number of leading tokens from which finite logits were computed.
         unconfirmed: (group, index) of blocks that were released before they could be registered, and that the prefix cache
             may still hold.
         unconfirmed_states: numbers of blocks with recurrent states after them of which the same is true.
@@ -80,6 +81,7 @@ class Running:
     keys: list[Key] = field(default_factory=list)
     shareable: int | None = None
     registered: int = 0
+    confirmed: int = 0
     unconfirmed: list[tuple[int, int]] = field(default_factory=list)
     unconfirmed_states: list[int] = field(default_factory=list)
     restored: bool = False

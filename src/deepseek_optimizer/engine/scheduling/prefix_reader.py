@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 
 from ...cache.block_manager import BlockManager
@@ -27,8 +28,9 @@ _PER_STEP = 64 << 20  # bytes that are written into blocks between two steps, ap
 class _Job:
     """The parts of a prefix that are being read, and the blocks and slots reserved for them."""
 
-    def __init__(self, parts: list[Part], places: list[int]) -> None:
+    def __init__(self, parts: list[Part], places: list[int], last: Key) -> None:
         self.parts, self.places = parts, places
+        self.keys = {key for key, _ in parts} | {last}  # with the prefix's last full block, which may be in memory
         self.next = 0  # the first part that no thread reads yet
         self.reading: deque[Future[bytes | None]] = deque()
         self.present: list[bool] = []  # of the parts before those in `reading`: whether they were read
@@ -59,29 +61,41 @@ class PrefixReader:
         Args:
             wanted: the keys of its blocks.
         """
-        keys = {key for job in self._jobs for key, _ in job.parts}
-        return bool(keys) and not keys.isdisjoint(wanted)
+        return any(not job.keys.isdisjoint(wanted) for job in self._jobs)
 
-    def begin(self, wanted: list[Key], reserved: int) -> bool:
+    def begin(self, wanted: list[Key], reserved: int, partial: Callable[[int], list[Key]] = lambda blocks: []) -> bool:
         """Starts to read what the prefix cache lacks of the longest prefix that memory and store have together.
 
         Args:
             wanted: keys of a text's blocks.
             reserved: number of blocks that must remain for others.
+            partial: keys of the partly filled blocks from which the text could continue after a number of full blocks, the
+                fullest first.
 
         Returns: whether anything is to be read; not if there is no room for it.
         """
-        prefix, store = self._prefix, self._store
+        prefix = self._prefix
         with self._memory.locked() as manager:
             states = manager.slots is not None
-            count = longest(wanted, prefix.groups, states, lambda key, group: prefix.has(key, group) or store.has(key, group))
-            parts = [part for part in required(wanted[:count], prefix.groups, states) if not prefix.has(*part)]
+            count = longest(wanted, prefix.groups, states, self._has)
+            needed = [*required(wanted[:count], prefix.groups, states), *self._partial(partial(count))]
+            parts = [part for part in needed if not prefix.has(*part)]
             if not parts or (places := self._reserve(manager, wanted[:count], parts, reserved)) is None:
                 return False
-        job = _Job(parts, places)
+        job = _Job(parts, places, wanted[count - 1])
         self._jobs.append(job)
         self._submit(job)
         return True
+
+    def _has(self, key: Key, group: int) -> bool:
+        return self._prefix.has(key, group) or self._store.has(key, group)
+
+    def _partial(self, candidates: list[Key]) -> list[Part]:
+        """The parts of the first of some partly filled blocks of which all are in memory or in the store."""
+        for parts in map(self._prefix.parts_of, candidates):
+            if all(self._has(*part) for part in parts):
+                return parts
+        return []
 
     def _reserve(self, manager: BlockManager, known: list[Key], parts: list[Part], reserved: int) -> list[int] | None:
         """A block or slot for each part; None if there are too few. The lock must be held."""

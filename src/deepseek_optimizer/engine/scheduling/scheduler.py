@@ -18,8 +18,10 @@ from ...backends.base import DECODE, PREFILL
 from ...cache.block_manager import BLOCK_TOKENS, BlockManager
 from ...cache.forgetting import max_blocks
 from ...cache.prefix_cache import PrefixCache, keys
+from ...cache.prefix_parts import Part
 from ...errors import CacheFullError
 from ..running import Running
+from . import partial_blocks
 from .batch_size import BatchSize
 from .budget import PromptBudget
 from .prefix_store import WRITE_SECONDS, PrefixStore
@@ -257,7 +259,7 @@ class Scheduler:
             return False
         with self.memory.locked() as manager:
             reserved = self._reserved(manager)
-        running.restored = self.stored.reader.begin(wanted, reserved)
+        running.restored = self.stored.reader.begin(wanted, reserved, lambda n: partial_blocks.candidates(running, n))
         return running.restored
 
     def _reserved(self, manager: BlockManager) -> int:
@@ -284,6 +286,8 @@ class Scheduler:
                 sequence.blocks.free()
                 running.registered = 0
                 return False
+            if self.prefix is not None and use_prefix:
+                partial_blocks.adopt(running, self.prefix)
         if not running.preempted:
             running.cached = sequence.cached
         self.waiting.remove(running)
@@ -367,6 +371,7 @@ class Scheduler:
         """
         if self.prefix is None or running.request.embed:
             return
+        running.confirmed = tokens
         full = tokens // BLOCK_TOKENS
         if running.shareable is not None:
             full = min(full, running.shareable)
@@ -421,19 +426,21 @@ class Scheduler:
                 self._put_states(running, ended=True)
                 if len(running.sequence.blocks.tables) > 1:  # blocks that are visible at the end of the prompt, but no longer
                     self.prefix.touch(running.keys[: min(running.prompt // BLOCK_TOKENS, running.registered)])
+                partial = partial_blocks.put(running, self.prefix)
                 self.prefix.touch(running.keys[: running.registered])
-                self._save(running)
+                self._save(running, partial)
             running.sequence.blocks.free()
-        running.registered = 0
+        running.registered = running.confirmed = 0
 
-    def _save(self, running: Running) -> None:
-        """Has what the prefix cache holds of the text written to its second level. The lock must be held."""
+    def _save(self, running: Running, partial: list[Part]) -> None:
+        """Has what the prefix cache holds of the text, its partly filled block included, written to its second level. The lock
+        must be held."""
         if self.stored is None or self.prefix is None or not running.registered:
             return
         parts = self.prefix.parts(running.keys[: running.registered])
         if len(running.sequence.blocks.tables) > 1:
             parts += self.prefix.parts(running.keys[: min(running.prompt // BLOCK_TOKENS, running.registered)])
-        self.stored.writer.save(list(dict.fromkeys(parts)))
+        self.stored.writer.save(list(dict.fromkeys([*parts, *partial])))
 
     def _extend(self, running: Running, count: int, undo: int = 0) -> bool:
         """Reserves room for `count` more tokens, by sliding its own window and evicting from the prefix cache only. The last
