@@ -190,7 +190,7 @@ LAYERS = (
         "`page/`: the chat page",
         may=("..chat", "longdoc"),
         levels=(
-            ("keys",),
+            ("keys", "remote_pictures"),
             ("settings",),
             ("http",),
             ("adapters", "documents", "pictures", "stored_responses", "tokens"),
