@@ -383,8 +383,8 @@ AllowedMediaDomains = Annotated[
     typer.Option(
         "--allowed-media-domains",
         metavar="HOST",
-        help="Host from which pictures in requests are fetched by their URLs; *: any. It must have a public address, unless its "
-        "network is given too, such as 192.168.0.0/16. Repeatable. Default: no URL is fetched.",
+        help="Host from which pictures in requests are fetched by their URLs; *: any. It must have a public address, unless "
+        "its network is given too, such as 192.168.0.0/16. Repeatable. Default: no URL is fetched.",
         **_ACCESS,
     ),
 ]

@@ -137,6 +137,7 @@ LAYERS = (
         may=("..chat",),
         levels=(
             ("document", "headings", "borders", "words"),
+            ("recognized",),
             ("readers",),
             (REST,),
             ("strategies",),

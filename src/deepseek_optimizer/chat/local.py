@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -91,6 +91,20 @@ def picture_prompt(encoder: PictureEncoder, messages: Messages) -> tuple[list[in
         RequestError: a file is no picture, or the model's template rejects these messages.
     """
     images = [picture_of_file(Path(path)) for message in messages for path in message.get("pictures", ())]
+    return image_prompt(encoder, messages, images)
+
+
+def image_prompt(encoder: PictureEncoder, messages: Messages, images: Sequence[Any]) -> tuple[list[int], PictureRows | None]:
+    """As `picture_prompt`, for pictures that have been read.
+
+    Args:
+        encoder: of the model.
+        messages: the dialogue; a message has as many pictures as its `pictures`, whose items are not used.
+        images: PIL images in RGB, of all messages.
+
+    Raises:
+        RequestError: the model's template rejects these messages, or the model cannot use a picture.
+    """
     parts = [
         {
             "role": message["role"],

@@ -14,7 +14,8 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any
 from urllib.parse import SplitResult, quote, urljoin, urlsplit
 
 from ..errors import ConfigError, RequestError, excerpt
@@ -174,7 +175,7 @@ class RemotePictures:
         return any(plain.version == network.version and plain in network for network in self._networks)
 
 
-def _first(found: list[tuple[int, int, int, str, tuple[str | int, ...]]], end: float) -> socket.socket:
+def _first(found: Sequence[Any], end: float) -> socket.socket:
     """A connection to the first address that accepts one."""
     problem: OSError = ConnectionError("no address")
     for family, kind, protocol, _, place in found:

@@ -97,7 +97,8 @@ async def start_chat(
         salt: of the API key.
 
     Raises:
-        ApiError, RequestError, WorkerLostError, EngineDeadError: see `prepare_any_chat`, `chat_grammar` and `PreparedChat.submit`.
+        ApiError, RequestError, WorkerLostError, EngineDeadError: see `prepare_any_chat`, `chat_grammar` and
+            `PreparedChat.submit`.
     """
     n = body.n or 1
     chat = chat_spec(body, state.settings.prefill_assistant)
