@@ -133,6 +133,18 @@ def test_missing_packages(monkeypatch):
         load_processor("x")
 
 
+def test_pixels_of_a_request(monkeypatch):
+    """Pictures of a request are in memory together."""
+    monkeypatch.setattr("deepseek_optimizer.chat.pictures.MAX_TOTAL_PIXELS", 2 * 40 * 20)
+    reader = PictureReader(1)
+    try:
+        assert len(reader.read([("first", encoded(RED))] * 2)) == 2
+        with pytest.raises(RequestError, match="third: exceeds 1,600 pixels together with those before it"):
+            reader.read([(field, encoded(RED)) for field in ("first", "second", "third")])
+    finally:
+        reader.close()
+
+
 def test_worker_processes():
     reader = PictureReader(1, max_pixels=1000)
     try:

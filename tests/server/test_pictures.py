@@ -152,6 +152,17 @@ def test_ollama(seen):
         assert answer.status_code == 400 and message in answer.json()["error"], answer.text
 
 
+def test_bytes_of_a_request(seen, monkeypatch):
+    live, _, _ = seen
+    first, second = part(picture(24, 24, 1)), part(picture(24, 24, 2))
+    monkeypatch.setattr("deepseek_optimizer.server.pictures.MAX_TOTAL_BYTES", 3000)
+    assert ask(live, [first]).status_code == 200
+    answer = ask(live, [first, second])
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "messages[0].content[1].image_url"
+    assert "in total" in answer.json()["error"]["message"]
+
+
 def test_fetched_pictures(seen):
     live, plain, processor = seen
     image = picture(33, 21, 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import socket
+import ssl
 import threading
 
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from deepseek_optimizer.errors import ConfigError, RequestError
 from deepseek_optimizer.server.remote_pictures import RemotePictures, _is_public, is_remote
 from deepseek_optimizer.server.settings import ServerSettings
+from support.certificates import issue_certificates
 from support.file_server import FileServer
 
 LOCAL = "127.0.0.0/8"
@@ -118,6 +120,7 @@ def test_redirects_are_checked():
                 "/file": redirect("file:///etc/passwd"),
                 "/data": redirect("data:image/png;base64,AAAA"),
                 "/loop": redirect("/loop"),
+                "/bad": redirect("http://[::1"),
                 "/ok": redirect("there"),
                 "/there": b"hello",
             }
@@ -130,10 +133,25 @@ def test_redirects_are_checked():
             ("file", "must be a data: URL, or an http or https URL"),
             ("data", "must be a data: URL, or an http or https URL"),
             ("loop", "more than 3 redirects"),
+            ("bad", "cannot be fetched"),
         ):
             with pytest.raises(RequestError, match=message):
                 get(f"http://127.0.0.1:{files.port}/{path}", "f")
         assert inner.requests == []
+
+
+def test_certificates_are_verified(tmp_path, monkeypatch):
+    issue_certificates(tmp_path)
+    with FileServer({"/a": b"hello"}, (tmp_path / "server.pem", tmp_path / "server-key.pem")) as files:
+        url = f"https://127.0.0.1:{files.port}/a"
+        with pytest.raises(RequestError, match="cannot be fetched from .*SSLCertVerificationError"):
+            reader(LOCAL).read(url, "f")
+        assert files.requests == []
+        create = ssl.create_default_context
+        monkeypatch.setattr(ssl, "create_default_context", lambda: create(cafile=str(tmp_path / "ca.pem")))
+        assert reader(LOCAL).read(url, "f") == b"hello"
+        with pytest.raises(RequestError, match="SSLCertVerificationError"):  # of another name
+            reader("localhost", LOCAL).read(url.replace("127.0.0.1", "localhost"), "f")
 
 
 def test_size_status_and_truncated_answers():

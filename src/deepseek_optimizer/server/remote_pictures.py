@@ -15,6 +15,7 @@ import ssl
 import threading
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from typing import Any
 from urllib.parse import SplitResult, quote, urljoin, urlsplit
 
@@ -97,17 +98,20 @@ class RemotePictures:
                 raise RequestError(field, f"cannot be fetched from {excerpt(url)!r} ({type(error).__name__})") from None
             if target is None:
                 return data
-            url = urljoin(url, target)
+            url = target
         raise RequestError(field, f"has more than {MAX_REDIRECTS} redirects")
 
     def _get(self, url: str, field: str, end: float) -> tuple[bytes, str | None]:
         """The content of an address, or the address to which it redirects."""
         parts = urlsplit(url)
-        host, port = self._host(parts, field), parts.port or (443 if parts.scheme == "https" else 80)
+        secure = parts.scheme == "https"
+        host, usual = self._host(parts, field), 443 if secure else 80
+        port = parts.port or usual
         connection = http.client.HTTPConnection(host, port)
-        connection.sock = sock = self._connected(host, port, parts.scheme == "https", field, end)
+        connection.default_port = usual  # which the header Host omits
+        connection.sock = sock = self._connected(host, port, secure, field, end)
         # A server that sends a byte now and then never exceeds the time limit of a socket, which is one of each call.
-        timer = threading.Timer(_left(end), socket.socket.shutdown, (sock, socket.SHUT_RDWR))
+        timer = threading.Timer(max(0.0, end - time.monotonic()), _shut_down, (sock,))
         timer.daemon = True
         timer.start()
         try:
@@ -118,7 +122,7 @@ class RemotePictures:
             response = connection.getresponse()
             target = response.headers.get("Location")
             if response.status in _REDIRECTS and target:
-                return b"", target
+                return b"", urljoin(url, target)
             if response.status != 200:
                 raise RequestError(field, f"cannot be fetched: {excerpt(host)} answers with status {response.status}")
             return self._body(response, field, end), None
@@ -188,6 +192,12 @@ def _first(found: Sequence[Any], end: float) -> socket.socket:
             sock.close()
             problem = error
     raise problem
+
+
+def _shut_down(sock: socket.socket) -> None:
+    """Ends a connection that another thread is reading."""
+    with suppress(OSError):  # the other side has ended it
+        socket.socket.shutdown(sock, socket.SHUT_RDWR)  # not SSLSocket's, which changes the object
 
 
 def _left(end: float) -> float:
