@@ -19,6 +19,7 @@ from deepseek_optimizer.longdoc.split import Chunk
 from support.documents import pdf, scanned_pdf
 
 Image = pytest.importorskip("PIL.Image", reason="needs Pillow")
+features = pytest.importorskip("PIL.features", reason="needs Pillow")
 RED, BLUE = (200, 30, 30), (30, 30, 200)
 
 
@@ -103,6 +104,27 @@ def test_a_rotated_page_and_one_in_strips() -> None:
     assert reader.seen[0].getpixel((40, 40)) == BLUE
 
 
+def test_narrow_strips() -> None:
+    strips = pdf_of_pictures([page(RED, 410, 2)] * 10)
+    assert "A red page of 410 x 20." in read("a.pdf", strips, Reader()).text
+
+
+def test_jpeg_2000() -> None:
+    """Archives use it in PDFs; as a file it is not accepted."""
+    from pypdf import PdfReader, PdfWriter
+    from pypdf.generic import NameObject
+
+    if not features.check("jpg_2000"):
+        pytest.skip("this Pillow cannot write JPEG 2000")
+    writer = PdfWriter(clone_from=PdfReader(io.BytesIO(pdf_of_pictures([page()]))))
+    picture = writer.pages[0]["/Resources"]["/XObject"]["/Im0"].get_object()  # type: ignore[index]
+    picture._data = encoded(page(), "JPEG2000")
+    picture[NameObject("/Filter")] = NameObject("/JPXDecode")
+    out = io.BytesIO()
+    writer.write(out)
+    assert "A red page of 85 x 110." in read("a.pdf", out.getvalue(), Reader()).text
+
+
 def test_several_pictures_of_a_page() -> None:
     """They have no places on the page, and small ones are logos."""
     file = read("a.pdf", pdf_of_pictures([page(RED, 80, 30), page(BLUE, 70, 30), page(BLUE, 5, 5)]), Reader())
@@ -138,7 +160,7 @@ def pdf_of_pictures(images: list[Any], **claims: int) -> bytes:
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (pdf_of_pictures([page()], Width=60_000, Height=60_000), "has a picture of 60,000 x 60,000 pixels, more than"),
+        (pdf_of_pictures([page()], Width=60_000, Height=60_000), "has pictures of 3,600,000,000 pixels, more than 67,108,864"),
         (pdf_of_pictures([page()], Height=100_000), "1 page"),
         (pdf_of_pictures([page(RED, 4_000, 1)]), "one side is more than 200 times the other"),
         (pdf_of_pictures([page(RED, 9, 9)] * 65), "has 65 pictures, more than 64"),

@@ -9,7 +9,7 @@ from ...chat import picture_job
 from ...errors import MissingPackageError
 
 REMEDY = "dso longdoc reads them with an OCR model (--ocr MODEL)"
-MAX_PIXELS = 1 << 26  # of a picture: A4 at 600 dpi has half of that
+MAX_PIXELS = 1 << 26  # of a page: A4 at 600 dpi has half of that
 MAX_PICTURES = 64  # of a page
 _MIN_SHARE = 0.1  # smaller pictures, by pixels of the largest one of the page, are logos or stamps
 
@@ -27,12 +27,11 @@ def picture_of(data: bytes) -> Any:
     """
     try:
         width, height, pixels = picture_job.decode(data, MAX_PIXELS)
-        from PIL import Image
     except ImportError as error:
         raise MissingPackageError("a scanned page", "Pillow", "vision") from error
     except ValueError as error:
         raise PictureProblem(str(error)) from None
-    return Image.frombytes("RGB", (width, height), pixels)
+    return _image(width, height, pixels)
 
 
 def pictures_of_page(page: Any) -> list[Any]:
@@ -50,38 +49,53 @@ def pictures_of_page(page: Any) -> list[Any]:
     names = list(page.images.keys())
     if len(names) > MAX_PICTURES:
         raise PictureProblem(f"has {len(names):,} pictures, more than {MAX_PICTURES}")
-    sizes = dict(_sizes(page.get("/Resources"), ()))
-    for width, height in sizes.values():  # before pypdf decodes them
-        if width * height > MAX_PIXELS:
-            raise PictureProblem(f"has a picture of {width:,} x {height:,} pixels, more than {MAX_PIXELS:,} in total")
-    images = [picture_of(page.images[name].data) for name in names]
+    pixels = sum(dict(_pixels(page.get("/Resources"), ())).values())
+    if pixels > MAX_PIXELS:  # before pypdf decodes them
+        raise PictureProblem(f"has pictures of {pixels:,} pixels, more than {MAX_PIXELS:,}")
+    images = [_decoded(page.images[name].image) for name in names]
     largest = max((image.width * image.height for image in images), default=0)
     images = [image for image in images if image.width * image.height >= _MIN_SHARE * largest]
     turned = int(page.get("/Rotate", 0) or 0) % 360
     if len(images) > 1 and len({image.width for image in images}) == 1:
         images = [_stacked(images)]
+    for image in images:
+        try:
+            picture_job.check(image.width, image.height, MAX_PIXELS)
+        except ValueError as error:
+            raise PictureProblem(str(error)) from None
     return [image.rotate(-turned, expand=True) if turned else image for image in images]
 
 
-def _sizes(resources: Any, seen: tuple[int, ...]) -> Iterator[tuple[int, tuple[int, int]]]:
-    """Width and height of the embedded pictures of a page, by their objects, also of those in forms."""
+def _decoded(image: Any) -> Any:
+    """A picture in RGB that pypdf has decoded, as the PDF says."""
+    if image is None:
+        raise PictureProblem("has a picture in a format that cannot be decoded")
+    return _image(*picture_job.rgb(image))
+
+
+def _image(width: int, height: int, pixels: bytes) -> Any:
+    from PIL import Image
+
+    return Image.frombytes("RGB", (width, height), pixels)
+
+
+def _pixels(resources: Any, seen: tuple[int, ...]) -> Iterator[tuple[int, int]]:
+    """Pixels of the embedded pictures of a page, by their objects, also of those in forms."""
     objects = None if resources is None else resources.get_object().get("/XObject")
     for entry in () if objects is None else objects.get_object().values():
         item = entry.get_object()
         if id(item) in seen or len(seen) > 16:
             continue
         if item.get("/Subtype") == "/Form":
-            yield from _sizes(item.get("/Resources"), (*seen, id(item)))
+            yield from _pixels(item.get("/Resources"), (*seen, id(item)))
         elif item.get("/Subtype") == "/Image":
-            yield id(item), (int(item.get("/Width", 0)), int(item.get("/Height", 0)))
+            yield id(item), int(item.get("/Width", 0)) * int(item.get("/Height", 0))
 
 
 def _stacked(images: list[Any]) -> Any:
     from PIL import Image
 
     height = sum(image.height for image in images)
-    if height * images[0].width > MAX_PIXELS:
-        raise PictureProblem(f"has pictures with more than {MAX_PIXELS:,} pixels in total")
     whole, at = Image.new("RGB", (images[0].width, height)), 0
     for image in images:
         whole.paste(image, (0, at))
