@@ -310,9 +310,11 @@ def test_with_the_keyboard_alone(sees: FakeChatServer, chat: Any) -> None:
     assert chat.page.evaluate("document.activeElement.getAttribute('aria-label')") == "Show a.png"
 
 
-def test_a_model_that_is_loaded_later(server: FakeChatServer, chat: Any) -> None:
+def test_a_model_that_is_loaded_later(server: FakeChatServer, open_chat: Callable[..., Any]) -> None:
     """Of several models, those that are not loaded have no limits yet."""
-    assert "max_pictures" not in server.models[0]
+    server.models[0]["status"] = {"value": "unloaded"}
+    chat = open_chat()
+    assert chat.page.get_attribute("#attach", "title") == "Attach documents"
     server.models[0]["max_pictures"] = 4
     chat.ask("Hello")
     chat.page.wait_for_function("() => document.getElementById('attach').title === 'Attach pictures or documents'")

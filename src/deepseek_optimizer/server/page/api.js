@@ -31,7 +31,7 @@ export async function listModels(key) {
       context: whole(model.max_model_len),
       maxFileBytes: whole(model.max_file_bytes),
       maxBodyBytes: whole(model.max_body_bytes),
-      maxPictures: whole(model.max_pictures),
+      maxPictures: whole(model.max_pictures) ?? (model.status ? null : 0), // only one of several models has a status
       sampling: numbers(model.default_sampling),
     }));
 }

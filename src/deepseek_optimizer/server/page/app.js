@@ -206,7 +206,7 @@ export class App {
     await answer.run();
     clearInterval(ticking);
     if (this.answers.get(conversation.id) === answer) this.answers.delete(conversation.id);
-    if (this.model?.maxPictures === null) this.loadModels(); // it is loaded now
+    if (message.state === 'done' && this.model?.maxPictures === null) this.loadModels(); // it is loaded now
     if (message.error?.code === 'file_not_found') await this.lookForFiles(conversation);
     if (message.state === 'interrupted' || !conversation.messages.includes(message)) return;
     conversation.updated = Date.now();
