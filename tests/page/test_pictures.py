@@ -216,6 +216,7 @@ def bomb() -> bytes:
         ("e.png", "image/png", encoded(Image.new("1", (4_000, 1))), "more than 200 times the other"),
         ("f.tif", "image/tiff", encoded(plain(), "TIFF"), "cannot read it"),
     ],
+    ids=["SVG", "truncated", "text", "bomb", "narrow", "TIFF"],
 )
 def test_hostile_pictures(sees: FakeChatServer, chat: Any, name: str, type: str, data: bytes, message: str) -> None:
     choose(chat, (name, type, data))
@@ -235,6 +236,7 @@ def test_hostile_pictures(sees: FakeChatServer, chat: Any, name: str, type: str,
         (encoded(Image.frombytes("I;16", (8, 8), struct.pack("<64H", *[65535] * 64))), (255, 255, 255)),
         (encoded(plain(), "GIF", save_all=True, append_images=[plain(color=(0, 0, 0))]), (200, 30, 30)),
     ],
+    ids=["CMYK", "transparent", "16 bits", "animated"],
 )
 def test_unusual_pictures(sees: FakeChatServer, chat: Any, data: bytes, pixel: tuple[int, int, int]) -> None:
     choose(chat, ("x", "image/png", data))

@@ -166,6 +166,7 @@ def pdf_of_pictures(images: list[Any], **claims: int) -> bytes:
         (pdf_of_pictures([page(RED, 9, 9)] * 65), "has 65 pictures, more than 64"),
         (scanned_pdf([page()]).replace(b"\xff\xd8\xff", b"\xff\xd8\0"), "1 page"),
     ],
+    ids=["bomb", "missing rows", "narrow", "many", "no JPEG"],
 )
 def test_hostile_pages_are_reported_in_one_line(data: bytes, message: str) -> None:
     with pytest.raises(DocumentError, match=message) as error:
