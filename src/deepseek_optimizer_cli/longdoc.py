@@ -13,6 +13,7 @@ from . import options as o
 
 if TYPE_CHECKING:
     from deepseek_optimizer.longdoc.citations import Citation
+    from deepseek_optimizer.longdoc.document import Document
     from deepseek_optimizer.longdoc.long_document import DocumentAnswer, LongDocument
 
 _MAX_QUOTE = 240  # characters shown of a cited passage
@@ -58,6 +59,14 @@ def longdoc(
         ),
     ] = None,
     max_new_tokens: o.MaxNewTokens = 512,
+    ocr: Annotated[
+        str | None,
+        typer.Option(
+            "--ocr",
+            metavar="MODEL",
+            help="A model that sees, by which scanned pages of PDFs and pictures are read. Default: they are reported.",
+        ),
+    ] = None,
     *,
     fields: dict[str, Any],
     as_json: o.AsJson = False,
@@ -73,10 +82,8 @@ def longdoc(
         )
 
     from deepseek_optimizer.longdoc.long_document import LongDocument
-    from deepseek_optimizer.longdoc.read import read_documents
     from deepseek_optimizer.longdoc.strategies import check_name
     from deepseek_optimizer.longdoc.tasks import Extraction, Question
-    from deepseek_optimizer.system.progress import show_progress
 
     from .interrupt import stop_on_interrupt
     from .model import load, print_json
@@ -84,8 +91,7 @@ def longdoc(
     check_name(strategy)
     schema = None if extract is None else _schema(extract)
     _ = Extraction(schema) if schema is not None else Question(ask) if ask is not None else None  # raises if invalid
-    with show_progress("Reading files") as progress:
-        document = read_documents(files, progress=progress)
+    document = _read(files, ocr)
     for problem in document.problems:
         typer.echo(f"dso: {problem.file}: {problem.message}", err=True)
     for file in document.files:
@@ -103,6 +109,27 @@ def longdoc(
         print_json(_summary(answer))
     else:
         _print(answer)
+
+
+def _read(files: list[Path], ocr: str | None) -> Document:
+    from deepseek_optimizer.longdoc.read import read_documents
+    from deepseek_optimizer.system.progress import show_progress
+
+    from .model import no_bars_in_pipes
+
+    if ocr is None:
+        with show_progress("Reading files") as progress:
+            return read_documents(files, progress=progress)
+    from deepseek_optimizer.longdoc.ocr_model import OcrModel
+
+    no_bars_in_pipes()
+    with OcrModel(ocr) as reader, show_progress("Reading files") as progress:
+        document = read_documents(files, progress=progress, ocr=reader)
+    if reader.truncated:
+        typer.echo(
+            f"dso: {reader.truncated} pages have more than {reader.max_tokens:,} tokens of text, and were truncated", err=True
+        )
+    return document
 
 
 def _answer(document: LongDocument, question: str | None, schema: dict[str, Any] | None, stop: Any) -> DocumentAnswer:
@@ -152,7 +179,10 @@ def _print(answer: DocumentAnswer) -> None:
 
 
 def _place(citation: Citation) -> str:
-    return f"{citation.file}:{citation.line}" if citation.page is None else f"{citation.file}, page {citation.page}"
+    if citation.page is None:
+        return f"{citation.file}:{citation.line}"
+    box = "" if citation.box is None else f" ({', '.join(f'{edge:.2f}' for edge in citation.box)})"
+    return f"{citation.file}, page {citation.page}{box}"
 
 
 def _short(text: str) -> str:

@@ -378,6 +378,20 @@ PrefillAssistant = Annotated[
         **_CHAT,
     ),
 ]
+AllowedMediaDomains = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--allowed-media-domains",
+        metavar="HOST",
+        help="Host from which pictures in requests are fetched by their URLs; *: any. It must have a public address, unless "
+        "its network is given too, such as 192.168.0.0/16. Repeatable. Default: no URL is fetched.",
+        **_ACCESS,
+    ),
+]
+MediaTimeout = Annotated[
+    float,
+    typer.Option("--media-timeout", min=0.1, metavar="SECONDS", help="Maximum time to fetch a picture by its URL.", **_ACCESS),
+]
 MaxFileMb = Annotated[
     float,
     typer.Option(

@@ -101,9 +101,9 @@ def test_data_urls():
     data = encoded(RED)
     assert data_of("data:image/png;base64," + base64.b64encode(data).decode(), "f") == data
     for url, message in (
-        ("http://127.0.0.1/x.png", "no URL is fetched"),
-        ("file:///etc/passwd", "no URL is fetched"),
-        ("data:image/png,abc", "no URL is fetched"),
+        ("http://127.0.0.1/x.png", "must be a data: URL in base64"),
+        ("file:///etc/passwd", "must be a data: URL in base64"),
+        ("data:image/png,abc", "must be a data: URL in base64"),
         ("data:image/png;base64,%%%", "is not valid base64"),
         ("data:image/png;base64," + "A" * (MAX_BYTES * 4 // 3 + 8), "is larger than 20 MiB"),
     ):
@@ -131,6 +131,18 @@ def test_missing_packages(monkeypatch):
     monkeypatch.setattr("deepseek_optimizer.integration.load.resolve.resolve", lambda path: path)
     with pytest.raises(MissingPackageError, match=r"needs torchvision, .*deepseek-optimizer\[vision\]"):
         load_processor("x")
+
+
+def test_pixels_of_a_request(monkeypatch):
+    """Pictures of a request are in memory together."""
+    monkeypatch.setattr("deepseek_optimizer.chat.pictures.MAX_TOTAL_PIXELS", 2 * 40 * 20)
+    reader = PictureReader(1)
+    try:
+        assert len(reader.read([("first", encoded(RED))] * 2)) == 2
+        with pytest.raises(RequestError, match="third: exceeds 1,600 pixels together with those before it"):
+            reader.read([(field, encoded(RED)) for field in ("first", "second", "third")])
+    finally:
+        reader.close()
 
 
 def test_worker_processes():

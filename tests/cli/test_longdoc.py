@@ -50,6 +50,26 @@ def test_text_output_and_messages_on_stderr(dso, model, file):
     assert "retrieve: it was requested" in result.stderr and "retrieve" not in result.stdout
 
 
+def test_scanned_pages(dso, model, tmp_path):
+    """They are reported without an OCR model, and read with one."""
+    pytest.importorskip("PIL", reason="needs Pillow")
+    from support.documents import scanned_pdf
+    from support.picture_processors import picture, save_pair
+
+    save_pair(tmp_path / "seeing")
+    scan = tmp_path / "scan.pdf"
+    scan.write_bytes(scanned_pdf([TEXT[:300], picture(60, 80)]))
+    without = dso("longdoc", model, scan, "--summarize", "--json", *SMALL)
+    assert without.exit_code == 0 and "pages without text (empty or images): 2; " in without.stderr
+    assert "--ocr MODEL" in without.stderr
+    result = dso("longdoc", model, scan, "--summarize", "--json", "--ocr", tmp_path / "seeing", *SMALL)
+    assert result.exit_code == 0, result.output
+    assert "pages that the OCR model has read: 2" in result.stderr
+    assert json.loads(result.stdout)["tokens"]["read"] > json.loads(without.stdout)["tokens"]["read"]
+    blind = dso("longdoc", model, scan, "--summarize", "--ocr", model, *SMALL)
+    assert blind.exit_code != 0 and "this model reads text only" in blind.stderr and "Traceback" not in blind.stderr
+
+
 def test_unreadable_files_are_named_and_others_are_used(dso, model, file, tmp_path):
     (tmp_path / "broken.pdf").write_bytes(b"%PDF-1.7 and nothing")
     (tmp_path / "empty.txt").write_bytes(b"")

@@ -27,8 +27,10 @@ from deepseek_optimizer.engine.grammar.job import _ebnf
 from deepseek_optimizer.engine.grammar.json_schema import normalize
 from deepseek_optimizer.engine.grammar.pattern import to_rules
 from deepseek_optimizer.errors import AdapterError, CheckpointError, ConfigError, DocumentError, RequestError
+from deepseek_optimizer.longdoc.ocr_model import lines_of
 from deepseek_optimizer.longdoc.read import read_upload
-from deepseek_optimizer.longdoc.readers import docx, html, pdf, text
+from deepseek_optimizer.longdoc.readers import docx, html, pdf, picture, read, text
+from deepseek_optimizer.longdoc.recognized import RecognizedLine
 from deepseek_optimizer.server.documents.file_store import FileStore
 from deepseek_optimizer.server.documents.upload import read_upload_form
 from deepseek_optimizer.server.http.json_body import BodyReader
@@ -61,7 +63,7 @@ _BODIES = (
     NativeCompletionRequest, InfillRequest, ApplyTemplateRequest, TgiRequest, RerankRequest, ScoreRequest, ClassifyRequest,
     PoolingRequest,
 )  # fmt: skip
-_READERS = (docx, html, pdf, text)  # otherwise imported on demand, which is too late for coverage
+_READERS = (docx, html, pdf, picture, text)  # otherwise imported on demand, which is too late for coverage
 _NAMES = ("a.pdf", "a.docx", "a.html", "a.txt", "a.md", "a")
 _SETTINGS = ServerSettings()
 _root = tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None)
@@ -173,6 +175,16 @@ def _document(data: bytes) -> None:
     read_upload(_NAMES[data[0] % len(_NAMES)] if data else "a", data[1:])
 
 
+class _PageReader:
+    def read(self, image: Any) -> list[RecognizedLine]:
+        return [RecognizedLine(f"{image.size}", (0.0, 0.0, 1.0, 1.0))]
+
+
+def _scanned(data: bytes) -> None:
+    lines_of(data.decode("utf-8", "replace"))
+    read(_NAMES[0], data, _PageReader())
+
+
 def _picture(data: bytes) -> None:
     decode(data, 1 << 16)
 
@@ -237,6 +249,9 @@ TARGETS = {
     "state": Target(_state, (CheckpointError,), (*_HEADER, *_JSON, "tensor", "dict", "tuple", "array")),
     "upload": Target(_upload, (ApiError, DocumentError), ("--xx\r\n", "--xx--", "Content-Disposition: form-data; name=")),
     "document": Target(_document, (DocumentError,), ("<p>", "<table>", "<!--", "&#", "endobj", "stream", "/Kids", "word/")),
+    "scanned": Target(
+        _scanned, (DocumentError,), ("endobj", "/XObject", "/Image", "/DCTDecode", "<|ref|>", "<|det|>[[1, 2, 3, 4]]")
+    ),
     "picture": Target(_picture, (ValueError,), ("PNG\r\n", "IHDR", "IDAT", "Exif", "GIF89a", "RIFF", "WEBP", "BM", "II*\x00")),
     "body": Target(_body, (ApiError,), (*_REQUEST, *_JSON)),
     "schema": Target(_schema, (RequestError,), (*_SCHEMA, *_JSON)),

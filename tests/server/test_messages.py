@@ -179,7 +179,7 @@ def test_counting_tokens(server):
     [
         (
             {"messages": [{"role": "user", "content": [{"type": "image", "source": {"type": "url", "url": "http://x"}}]}]},
-            "base64",
+            "reads text only",
         ),
         ({"messages": [{"role": "user", "content": [{"type": "document", "source": {}}]}]}, "document"),
         ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "custom"),

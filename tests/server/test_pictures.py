@@ -11,6 +11,7 @@ from deepseek_optimizer import DeepSeekConfig, DynamicGraphOptimizer
 from deepseek_optimizer.integration.multimodal import PictureEncoder
 from deepseek_optimizer.server.settings import ServerSettings
 from deepseek_optimizer.serving import make_async_engine
+from support.file_server import FileServer
 from support.live_server import LiveServer
 from support.picture_processors import make_pair, picture
 
@@ -37,7 +38,7 @@ def seen():
     processor.tokenizer.chat_template = processor.chat_template
     encoder = PictureEncoder(ours, processor)
     engine = make_async_engine(ours, processor.tokenizer, pictures=encoder, model_name="m")
-    with LiveServer(engine, ServerSettings(max_pictures=3)) as live:
+    with LiveServer(engine, ServerSettings(max_pictures=3, allowed_media_domains=("localhost", "127.0.0.0/8"))) as live:
         yield live, plain, processor
 
 
@@ -85,12 +86,106 @@ def test_messages_of_anthropic(seen):
     assert answer.status_code == 200, answer.text
     count, _ = expected(plain, processor, [{"type": "image"}, content[1]], [image])
     assert answer.json()["usage"]["input_tokens"] == count
+    counted = live.client.post("/v1/messages/count_tokens", json={"messages": body["messages"]})
+    assert counted.json() == {"input_tokens": count}
+
+
+def test_responses(seen):
+    """A response with a picture, and one that continues it."""
+    live, plain, processor = seen
+    image, text = picture(33, 21, 1), "what is this " * 10
+    content = [{"type": "input_text", "text": text}, {"type": "input_image", "image_url": url_of(image), "detail": "auto"}]
+    body = {"model": "m", "max_output_tokens": 5, "temperature": 0, "input": [{"role": "user", "content": content}]}
+    answer = live.client.post("/v1/responses", json=body)
+    assert answer.status_code == 200, answer.text
+    count, _ = expected(plain, processor, [{"type": "text", "text": text}, {"type": "image"}], [image])
+    assert answer.json()["usage"]["input_tokens"] == count
+    counted = live.client.post("/v1/responses/input_tokens", json=body)
+    assert counted.json()["input_tokens"] == count
+    first = answer.json()["id"]
+    items = live.client.get(f"/v1/responses/{first}/input_items").json()["data"]
+    assert items[0]["content"][1]["image_url"] == url_of(image)
+    again = {"model": "m", "max_output_tokens": 5, "input": "and now?", "previous_response_id": first}
+    after = live.client.post("/v1/responses", json=again)
+    assert after.status_code == 200, after.text
+    assert after.json()["usage"]["input_tokens"] > count + len("and now?")
+    assert after.json()["usage"]["input_tokens_details"]["cached_tokens"] > 0
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        ({"image_url": "data:image/png;base64,AAAA"}, "is not a picture in a supported format"),
+        ({"file_id": "file-1"}, "pictures cannot be uploaded"),
+        ({}, "image_url"),
+    ],
+)
+def test_refused_pictures_of_responses(seen, part, message):
+    live, _, _ = seen
+    for path in ("/v1/responses", "/v1/responses/input_tokens"):
+        answer = live.client.post(path, json={"input": [{"role": "user", "content": [{"type": "input_image", **part}]}]})
+        assert answer.status_code == 400 and message in answer.json()["error"]["message"], answer.text
+    body = {"input": [{"role": "assistant", "content": [{"type": "input_image", "image_url": url_of(picture(24, 24))}]}]}
+    answer = live.client.post("/v1/responses", json=body)
+    assert answer.status_code == 400 and "only user messages" in answer.json()["error"]["message"]
+
+
+def test_ollama(seen):
+    live, plain, processor = seen
+    image = picture(24, 40, 3)
+    data = url_of(image).partition(",")[2]
+    count, tokens = expected(plain, processor, [{"type": "image"}, {"type": "text", "text": "what"}], [image])
+    common = {"model": "m", "stream": False, "options": {"num_predict": 5, "temperature": 0}}
+    messages = [{"role": "user", "content": "what", "images": [data]}]
+    for path, body in (("/api/chat", {"messages": messages}), ("/api/generate", {"prompt": "what", "images": [data]})):
+        answer = live.client.post(path, json={**common, **body})
+        assert answer.status_code == 200, answer.text
+        assert answer.json()["prompt_eval_count"] == count
+    assert "vision" in live.client.post("/api/show", json={"model": "m"}).json()["capabilities"]
+    for path, body, message in (
+        ("/api/generate", {"prompt": "x", "images": ["%%"]}, "is not valid base64"),
+        ("/api/generate", {"images": ["aGVsbG8="]}, "is not a picture in a supported format"),
+        ("/api/generate", {"prompt": "x", "images": [data], "raw": True}, "images: not with raw or suffix"),
+        ("/api/chat", {"messages": [{"role": "assistant", "content": "x", "images": [data]}]}, "only messages of the user"),
+    ):
+        answer = live.client.post(path, json={**common, **body})
+        assert answer.status_code == 400 and message in answer.json()["error"], answer.text
+
+
+def test_bytes_of_a_request(seen, monkeypatch):
+    live, _, _ = seen
+    first, second = part(picture(24, 24, 1)), part(picture(24, 24, 2))
+    monkeypatch.setattr("deepseek_optimizer.server.pictures.MAX_TOTAL_BYTES", 3000)
+    assert ask(live, [first]).status_code == 200
+    answer = ask(live, [first, second])
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "messages[0].content[1].image_url"
+    assert "in total" in answer.json()["error"]["message"]
+
+
+def test_fetched_pictures(seen):
+    live, plain, processor = seen
+    image = picture(33, 21, 1)
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    with FileServer({"/a%20b.png?x=1": file.getvalue(), "/text": b"hello"}) as files:
+        url = f"http://localhost:{files.port}/a b.png?x=1"
+        count, tokens = expected(plain, processor, [{"type": "image"}], [image])
+        answer = ask(live, [{"type": "image_url", "image_url": {"url": url}}]).json()
+        assert answer["choices"][0]["token_ids"] == tokens
+        source = {"type": "image", "source": {"type": "url", "url": url}}
+        body = {"model": "m", "max_tokens": 2, "messages": [{"role": "user", "content": [source]}]}
+        assert live.client.post("/v1/messages", json=body).json()["usage"]["input_tokens"] == count
+        wrong = ask(live, [{"type": "image_url", "image_url": {"url": f"http://localhost:{files.port}/text"}}])
+        assert wrong.status_code == 400 and "is not a picture in a supported format" in wrong.json()["error"]["message"]
 
 
 @pytest.mark.parametrize(
     ("url", "message"),
     [
-        ("http://127.0.0.1:1/x.png", "no URL is fetched"),
+        ("http://example.org/x.png", "start the server with --allowed-media-domains example.org"),
+        ("http://127.0.0.1:1/x.png", "cannot be fetched"),
+        ("file:///etc/passwd", "must be a data: URL"),
         ("data:image/png;base64,AAAA", "is not a picture in a supported format"),
         (url_of(picture(400, 1)), "one side is more than 200 times the other"),
         ("data:image/svg+xml;base64," + base64.b64encode(b"<svg></svg>").decode(), "SVG"),

@@ -6,6 +6,7 @@ import random
 import zlib
 from collections.abc import Sequence
 from io import BytesIO
+from typing import Any
 
 
 def pdf(pages: Sequence[str], *, user: str | None = None, owner: str = "owner", algorithm: str = "RC4-128") -> bytes:
@@ -38,6 +39,24 @@ def pdf(pages: Sequence[str], *, user: str | None = None, owner: str = "owner", 
         len(objects) + 1, table, len(objects) + 1, len(written),
     )  # fmt: skip
     return written if user is None else _encrypted(written, user, owner, algorithm)
+
+
+def scanned_pdf(pictures: Sequence[Any]) -> bytes:
+    """A PDF whose pages are pictures, PIL images; a string gives a page with that text."""
+    from pypdf import PdfReader, PdfWriter
+
+    writer = PdfWriter()
+    for picture in pictures:
+        if isinstance(picture, str):
+            data = pdf([picture])
+        else:
+            file = BytesIO()
+            picture.save(file, "PDF", resolution=100)
+            data = file.getvalue()
+        writer.append(PdfReader(BytesIO(data)))
+    out = BytesIO()
+    writer.write(out)
+    return out.getvalue()
 
 
 def _encrypted(data: bytes, user: str, owner: str, algorithm: str) -> bytes:

@@ -137,6 +137,7 @@ LAYERS = (
         may=("..chat",),
         levels=(
             ("document", "headings", "borders", "words"),
+            ("recognized",),
             ("readers",),
             (REST,),
             ("strategies",),
@@ -190,7 +191,7 @@ LAYERS = (
         "`page/`: the chat page",
         may=("..chat", "longdoc"),
         levels=(
-            ("keys",),
+            ("keys", "remote_pictures"),
             ("settings",),
             ("http",),
             ("adapters", "documents", "pictures", "stored_responses", "tokens"),

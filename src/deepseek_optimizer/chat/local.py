@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +19,7 @@ from ..errors import BackendError, ConfigError, RequestError
 from ..integration.bind.runtime import runtime_of
 from ..integration.multimodal import PictureEncoder
 from .conversation import Answer, Messages, StopSignal, prompt_tokens, rate
-from .fit import fit
+from .fit import Fitted, fit
 from .pictures import picture_of_file
 from .sampling import ignored_settings, sampling_params
 from .sampling_defaults import sampling_defaults
@@ -91,6 +91,20 @@ def picture_prompt(encoder: PictureEncoder, messages: Messages) -> tuple[list[in
         RequestError: a file is no picture, or the model's template rejects these messages.
     """
     images = [picture_of_file(Path(path)) for message in messages for path in message.get("pictures", ())]
+    return image_prompt(encoder, messages, images)
+
+
+def image_prompt(encoder: PictureEncoder, messages: Messages, images: Sequence[Any]) -> tuple[list[int], PictureRows | None]:
+    """As `picture_prompt`, for pictures that have been read.
+
+    Args:
+        encoder: of the model.
+        messages: the dialogue; a message has as many pictures as its `pictures`, whose items are not used.
+        images: PIL images in RGB, of all messages.
+
+    Raises:
+        RequestError: the model's template rejects these messages, or the model cannot use a picture.
+    """
     parts = [
         {
             "role": message["role"],
@@ -116,16 +130,55 @@ def dialogue_tokens(tokenizer: Any, messages: Messages, sampling: SamplingParams
     Raises:
         RequestError: the last message alone is too long.
     """
+    fitted = _fitted(
+        messages,
+        lambda some: len(prompt_tokens(tokenizer, some)),
+        lambda message: len(tokenizer(message["content"], add_special_tokens=False)["input_ids"]),
+        sampling,
+        whole,
+    )
+    return prompt_tokens(tokenizer, fitted.messages), fitted.dropped
+
+
+def picture_dialogue(
+    encoder: PictureEncoder, messages: Messages, sampling: SamplingParams, whole: int
+) -> tuple[list[int], PictureRows | None, int]:
+    """As `dialogue_tokens`, for a dialogue with pictures (see `picture_prompt`): the prompt, its rows of pictures, and the
+    number of dropped messages, whose pictures are dropped too.
+
+    Raises:
+        RequestError: see `picture_prompt`, or the last message alone is too long.
+    """
+    images = {path: picture_of_file(Path(path)) for message in messages for path in message.get("pictures", ())}
+    tokenizer = encoder.processor.tokenizer
+    prompts: dict[int, tuple[list[int], PictureRows | None]] = {}  # by the number of messages, of which the oldest are dropped
+
+    def prompt(some: Messages) -> tuple[list[int], PictureRows | None]:
+        if len(some) not in prompts:
+            shown = [images[path] for message in some for path in message.get("pictures", ())]
+            prompts[len(some)] = image_prompt(encoder, some, shown)
+        return prompts[len(some)]
+
+    def weight(message: dict[str, Any]) -> int:
+        pictures = (encoder.prompt([encoder.placeholder], [images[path]])[0] for path in message.get("pictures", ()))
+        return len(tokenizer(message["content"], add_special_tokens=False)["input_ids"]) + sum(map(len, pictures))
+
+    fitted = _fitted(messages, lambda some: len(prompt(some)[0]), weight, sampling, whole)
+    return *prompt(fitted.messages), fitted.dropped
+
+
+def _fitted(
+    messages: Messages,
+    tokens: Callable[[Messages], int],
+    weight: Callable[[dict[str, Any]], int],
+    sampling: SamplingParams,
+    whole: int,
+) -> Fitted:
+    """The messages that leave room for an answer, see `dialogue_tokens` and `fit`; all of them if no choice does."""
     for answer_room in (min(sampling.max_tokens or whole, whole // 4), 1):
         with suppress(RequestError):
-            fitted = fit(
-                messages,
-                lambda some: len(prompt_tokens(tokenizer, some)),
-                lambda message: len(tokenizer(message["content"], add_special_tokens=False)["input_ids"]),
-                whole - answer_room,
-            )
-            return prompt_tokens(tokenizer, fitted.messages), fitted.dropped
-    return prompt_tokens(tokenizer, messages), 0  # `request_for` raises the error that it is too long
+            return fit(messages, tokens, weight, whole - answer_room)
+    return Fitted(messages)  # `request_for` raises the error that it is too long
 
 
 def answer(
@@ -198,7 +251,7 @@ class EngineSpeaker:
         if any(message.get("pictures") for message in messages):
             if self.encoder is None:
                 raise RequestError("messages", "this model reads text only")
-            ids, rows = picture_prompt(self.encoder, messages)
-            return answer(self.engine, ids, write, self.sampling, stop, rows)
+            ids, rows, dropped = picture_dialogue(self.encoder, messages, self.sampling, room_of(self.engine))
+            return replace(answer(self.engine, ids, write, self.sampling, stop, rows), dropped_messages=dropped)
         tokens, dropped = dialogue_tokens(self.engine.tokenizer, messages, self.sampling, room_of(self.engine))
         return replace(answer(self.engine, tokens, write, self.sampling, stop), dropped_messages=dropped)

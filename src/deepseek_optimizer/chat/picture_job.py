@@ -48,11 +48,11 @@ def decode(data: bytes, max_pixels: int) -> tuple[int, int, bytes]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of Pillow's own limit of pixels, which is lower than `max_pixels` may be
             image = Image.open(io.BytesIO(data), formats=FORMATS)
-            _check(*image.size, max_pixels)
+            check(*image.size, max_pixels)
             if (frames := getattr(image, "n_frames", 1)) > 1:
                 raise ValueError(f"is animated or has several pages ({frames}); send one of them")
             image.load()
-            return _rgb(ImageOps.exif_transpose(image))
+            return rgb(ImageOps.exif_transpose(image))
     except UnidentifiedImageError:
         raise ValueError(f"is not a picture in a supported format ({', '.join(FORMATS)})") from None
     except Image.DecompressionBombError as error:
@@ -68,7 +68,8 @@ def _is_svg(data: bytes) -> bool:
     return head.startswith(b"<svg") or (head.startswith((b"<?xml", b"<!doctype")) and b"<svg" in data[:4096].lower())
 
 
-def _check(width: int, height: int, max_pixels: int) -> None:
+def check(width: int, height: int, max_pixels: int) -> None:
+    """Checks the size of a picture. ValueError: it has too many pixels, none, or is too narrow."""
     if width < 1 or height < 1:
         raise ValueError("has no pixels")
     if width * height > max_pixels:
@@ -77,7 +78,8 @@ def _check(width: int, height: int, max_pixels: int) -> None:
         raise ValueError(f"has {width:,} x {height:,} pixels: one side is more than {MAX_RATIO} times the other; crop it")
 
 
-def _rgb(image: Any) -> tuple[int, int, bytes]:
+def rgb(image: Any) -> tuple[int, int, bytes]:
+    """Width, height and RGB bytes of a PIL image, see `decode`."""
     from PIL import Image
 
     if image.mode.startswith(("I", "F")):  # 16 bits per pixel, or more

@@ -15,6 +15,7 @@ from ..system.sandbox.worker import JobError, WorkerError
 from . import picture_job
 
 MAX_BYTES, MAX_PIXELS = 20 << 20, 1 << 25  # of a picture
+MAX_TOTAL_PIXELS = 4 * MAX_PIXELS  # of the pictures of a request, which are in memory together
 _JOB = Path(__file__).with_name("picture_job.py")
 _DATA = re.compile(r"data:[\w.+/-]*(?:;[\w=.+-]+)*;base64,", re.ASCII)
 _SECONDS, _MEMORY = 10.0, 1 << 30  # CPU time and memory for decoding a picture
@@ -83,7 +84,7 @@ def data_of(url: str, field: str) -> bytes:
     """
     head = _DATA.match(url)
     if head is None:
-        raise RequestError(field, f"must be a data: URL in base64, no URL is fetched; got {excerpt(url)!r}")
+        raise RequestError(field, f"must be a data: URL in base64; got {excerpt(url)!r}")
     if len(url) - head.end() > MAX_BYTES * 4 // 3 + 4:
         raise RequestError(field, f"is larger than {MAX_BYTES >> 20} MiB")
     try:
@@ -110,10 +111,10 @@ class PictureReader:
             pictures: of each the field of the request, for errors, and the content.
 
         Raises:
-            RequestError: one is no picture.
+            RequestError: one is no picture, or they have more than MAX_TOTAL_PIXELS in total.
             WorkerLostError, EngineBusyError: see `WorkerPool.call`.
         """
-        images = []
+        images: list[Any] = []
         for field, data in pictures:
             try:
                 result = self.workers.call({"data": base64.b64encode(data).decode()})
@@ -122,6 +123,8 @@ class PictureReader:
             except WorkerError as error:
                 raise RequestError(field, f"cannot be decoded: {error}") from None
             width, height = result["size"]
+            if width * height + sum(image.width * image.height for image in images) > MAX_TOTAL_PIXELS:
+                raise RequestError(field, f"exceeds {MAX_TOTAL_PIXELS:,} pixels together with those before it; scale them down")
             images.append(_image(width, height, base64.b64decode(result["pixels"])))
         return images
 

@@ -6,6 +6,7 @@ Formats other than text, and retrieval, need the extra `longdoc`: pip install "d
 from .citations import Citation, cite
 from .document import Document, Page, Problem, TextFile
 from .read import read_documents, read_upload
+from .recognized import PageReader, RecognizedLine
 from .retrieval import Index
 from .split import Chunk, split
 
@@ -15,7 +16,9 @@ __all__ = [
     "Document",
     "Index",
     "Page",
+    "PageReader",
     "Problem",
+    "RecognizedLine",
     "TextFile",
     "cite",
     "read_documents",

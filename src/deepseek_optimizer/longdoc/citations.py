@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from .borders import sentences
-from .document import Document
+from .document import Box, Document
 from .quotes import LONG, places, quotes
 from .split import Chunk
 from .token_counts import segments
@@ -35,6 +35,7 @@ class Citation:
         page: page number from 1; None if the format has no pages.
         line: number of its first line, from 1.
         chunk: index of the chunk that contains it.
+        box: left, top, right and bottom of its place on the page, from 0 to 1; None if it is unknown.
     """
 
     file: str
@@ -44,6 +45,7 @@ class Citation:
     page: int | None
     line: int
     chunk: int
+    box: Box | None = None
 
 
 def cite(answer: str, chunks: Sequence[Chunk], document: Document, *, question: str = "", limit: int = 4) -> list[Citation]:
@@ -210,4 +212,5 @@ class _Choice:
 
 def _citation(passage: _Passage, document: Document) -> Citation:
     file, start, end = document.files[passage.file], passage.start, passage.end
-    return Citation(file.name, start, end, file.text[start:end], file.page_of(start), file.line_of(start), passage.chunk)
+    page, line, box = file.page_of(start), file.line_of(start), file.box_of(start, end)
+    return Citation(file.name, start, end, file.text[start:end], page, line, passage.chunk, box)

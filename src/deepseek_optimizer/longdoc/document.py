@@ -25,6 +25,17 @@ class Page(NamedTuple):
     number: int
 
 
+Box = tuple[float, float, float, float]  # left, top, right and bottom on a page, from 0 to 1
+
+
+class TextBox(NamedTuple):
+    """text[start:end] of a file is in this part of its page."""
+
+    start: int
+    end: int
+    box: Box
+
+
 @dataclass(frozen=True)
 class TextFile:
     """The text of one file.
@@ -35,6 +46,7 @@ class TextFile:
         pages: in order; empty if the format has none.
         headings: start positions of headings, ascending: chapters of a text, definitions in source code.
         warnings: for example, characters that could not be decoded, or pages without text.
+        boxes: places of texts on their pages, in order; only of pages that a model has read, see `recognized`.
     """
 
     name: str
@@ -42,6 +54,7 @@ class TextFile:
     pages: tuple[Page, ...] = ()
     headings: tuple[int, ...] = ()
     warnings: tuple[str, ...] = ()
+    boxes: tuple[TextBox, ...] = ()
 
     def line_of(self, start: int) -> int:
         """The line number of a position, from 1."""
@@ -51,6 +64,15 @@ class TextFile:
         """The page number of a position; None if the format has no pages."""
         at = bisect_right(self.pages, start, key=lambda page: page.start) - 1
         return self.pages[max(at, 0)].number if self.pages else None
+
+    def box_of(self, start: int, end: int) -> Box | None:
+        """The place of text[start:end] on the page of its first character; None: unknown."""
+        page = self.page_of(start)
+        found = [one.box for one in self.boxes if one.start < end and start < one.end and self.page_of(one.start) == page]
+        if not found:
+            return None
+        left, top, right, bottom = zip(*found, strict=True)
+        return min(left), min(top), max(right), max(bottom)
 
 
 def clean(text: str) -> str:

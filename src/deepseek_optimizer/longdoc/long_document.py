@@ -26,6 +26,7 @@ from .material import Limits, Material
 from .own_memory import PeakSampler, own_bytes
 from .prompts import Prompts
 from .read import read_documents
+from .recognized import PageReader
 from .saved_document import restore, store
 from .split import MAX_LENGTH, STRIDE, Chunk, split
 from .strategies import answer_by, check_name
@@ -77,6 +78,7 @@ class LongDocument:
         max_tokens: maximum length of an answer, in tokens.
         top: with "retrieve", maximum number of chunks from which to answer.
         sampling: sampling parameters; None: greedy. Maximum length and grammar are overridden.
+        ocr: reads scanned pages of PDFs, and pictures, if `document` is a path, such as `OcrModel`; None: they are reported.
 
     Raises:
         ConfigError: an invalid argument, or too little memory.
@@ -97,6 +99,7 @@ class LongDocument:
         max_tokens: int = 512,
         top: int = 4,
         sampling: SamplingParams | None = None,
+        ocr: PageReader | None = None,
     ) -> None:
         for name, value in (("max_tokens", max_tokens), ("top", top), ("memory", 1 if memory is None else memory)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -104,7 +107,7 @@ class LongDocument:
         check_name(strategy)
         self._base = own_bytes()
         self.strategy, self._options = strategy, {"max_length": max_length, "stride": stride, "strategy": strategy}
-        self.document = _read(document)
+        self.document = _read(document, ocr)
         with show_progress("Splitting") as progress:
             chunks = split(self.document, tokenizer, max_length, stride, progress=progress)
         self._engines = Engines(model, tokenizer, memory, self._base, self.document.characters)
@@ -257,10 +260,10 @@ class LongDocument:
         ]
 
 
-def _read(source: Source) -> Document:
+def _read(source: Source, ocr: PageReader | None) -> Document:
     if isinstance(source, Document):
         return source
     if isinstance(source, str) and "\n" in source:
         return Document.of_texts(source)
     with show_progress("Reading files") as progress:
-        return read_documents(source, progress=progress)
+        return read_documents(source, progress=progress, ocr=ocr)

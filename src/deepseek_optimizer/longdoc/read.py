@@ -11,6 +11,7 @@ from ..errors import DocumentError
 from . import readers
 from .document import Document, Problem, TextFile
 from .list_files import files_under
+from .recognized import PageReader
 
 LIMIT_BYTES = 128 << 20  # per file
 LIMIT_TOTAL = 1 << 30  # of all files
@@ -22,6 +23,7 @@ def read_documents(
     limit_bytes: int = LIMIT_BYTES,
     limit_total: int = LIMIT_TOTAL,
     progress: Callable[[int, int], None] | None = None,
+    ocr: PageReader | None = None,
 ) -> Document:
     """Reads the text of files and directories.
 
@@ -33,9 +35,11 @@ def read_documents(
         limit_bytes: maximum size of a file, in bytes; a larger one is reported in `problems`.
         limit_total: maximum size of all files, in bytes; those beyond it are reported in `problems`.
         progress: called with the number of files done and the total.
+        ocr: reads scanned pages of PDFs, and pictures; None: they are reported.
 
     Raises:
         DocumentError: a path does not exist, or no file could be read.
+        BackendError: the OCR model failed.
         MissingPackageError: a format needs a library that is not installed.
     """
     named = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
@@ -52,7 +56,7 @@ def read_documents(
                 limit = f"only {left:,} are left of the limit for all files"
             data = _bytes_of(path, min(limit_bytes, left), limit)
             left -= len(data)
-            files.append(readers.read(path, data))
+            files.append(readers.read(path, data, ocr))
         except DocumentError as error:
             problems.append(Problem(error.file, error.message))
     if progress is not None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
-from .document import Document, Page, Problem, TextFile
+from .document import Document, Page, Problem, TextBox, TextFile
 
 _VERSION = 1
 
@@ -16,7 +16,14 @@ _VERSION = 1
 def store(path: Path, document: Document, options: dict[str, Any]) -> None:
     """Writes a document and the options it was split with."""
     files = [
-        {"name": f.name, "text": f.text, "pages": f.pages, "headings": f.headings, "warnings": f.warnings}
+        {
+            "name": f.name,
+            "text": f.text,
+            "pages": f.pages,
+            "headings": f.headings,
+            "warnings": f.warnings,
+            "boxes": f.boxes,
+        }  # fmt: skip
         for f in document.files
     ]
     body = json.dumps({"files": files, "problems": document.problems, "options": options})
@@ -44,7 +51,14 @@ def restore(path: Path) -> tuple[Document, dict[str, Any]]:
         raise CheckpointError("is damaged; read the original files again", file=path)
     fields = json.loads(body)
     files = tuple(
-        TextFile(f["name"], f["text"], tuple(Page(*page) for page in f["pages"]), tuple(f["headings"]), tuple(f["warnings"]))
+        TextFile(
+            f["name"],
+            f["text"],
+            tuple(Page(*page) for page in f["pages"]),
+            tuple(f["headings"]),
+            tuple(f["warnings"]),
+            tuple(TextBox(start, end, tuple(box)) for start, end, box in f.get("boxes", ())),  # missing in older files
+        )
         for f in fields["files"]
     )
     return Document(files, tuple(Problem(*problem) for problem in fields["problems"])), fields["options"]

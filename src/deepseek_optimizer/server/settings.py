@@ -11,6 +11,7 @@ from typing import Any, Literal
 from ..checkpoint.sentence_transformers import EmbeddingSettings
 from ..errors import ConfigError
 from .keys import ApiKeys
+from .remote_pictures import allowed_hosts
 
 LOCALHOST = "localhost"  # in allow_origins
 _ROOT_PATH = re.compile(r"(/[A-Za-z0-9._~-]+)+")
@@ -73,6 +74,9 @@ class ServerSettings:
             defaults.
         sampling_not_thinking: the same for answers without reasoning; None: `sampling`.
         max_pictures: maximum number of pictures in a request, those of earlier turns included.
+        allowed_media_domains: hosts from which pictures in requests are fetched by their addresses: names, "*" for all, and
+            networks or addresses, which may be private; empty: none are fetched.
+        media_seconds: maximum time to fetch a picture.
         max_answer_tokens: maximum number of tokens of an answer whose request gives none.
         model_path: path or name by which the model was loaded, for /props.
         strict: refuse requests with unknown fields or with values of another JSON type, such as numbers in quotes.
@@ -134,6 +138,8 @@ class ServerSettings:
     sampling: Mapping[str, Any] = field(default_factory=dict)
     sampling_not_thinking: Mapping[str, Any] | None = None
     max_pictures: int = 64
+    allowed_media_domains: tuple[str, ...] = ()
+    media_seconds: float = 10.0
     max_answer_tokens: int = 4096
     model_path: str = ""
     strict: bool = False
@@ -168,6 +174,7 @@ class ServerSettings:
                 raise ConfigError(
                     f"allow_origins: {origin!r} is not an origin; use the form https://example.com, {LOCALHOST}, or *"
                 )
+        allowed_hosts(self.allowed_media_domains)
         if self.root_path and not _ROOT_PATH.fullmatch(self.root_path):
             raise ConfigError(f"root_path: {self.root_path!r} is not a path; use the form /llm, without a slash at the end")
         if self.ssl_certfile is None and (self.ssl_keyfile or self.ssl_keyfile_password or self.ssl_ca_certs):

@@ -82,7 +82,8 @@ class ServerState:
         self.prompt_size = PromptSize(self.tokenizer, engine.context if engine.cache_window is None else None)
         max_per_client, max_jobs, workers = self.shared.max_per_client, self.shared.max_jobs, self.shared.workers
         encoder = engine.picture_encoder
-        self.pictures = None if encoder is None else Pictures(encoder, workers, max_per_client, max_jobs)
+        domains, seconds = settings.allowed_media_domains, settings.media_seconds
+        self.pictures = None if encoder is None else Pictures(encoder, workers, max_per_client, max_jobs, domains, seconds)
         self._tokenizing = Tokenizing(self.tokenizer, max_per_client, max_jobs, self.pictures is not None)
         self.template = self._tokenizing.short.template
         self.grammars = GrammarCompiler(
@@ -99,7 +100,7 @@ class ServerState:
             self.vectors, *self._tokenizing.queues, self._looking_up, self._compiling, *self.documents.queues,
             self.adapters.queue,
         ]  # fmt: skip
-        self.queues += [] if self.pictures is None else [self.pictures.queue]
+        self.queues += [] if self.pictures is None else self.pictures.queues
         if self._alone:
             self.queues += self.shared.queues
         engine.registry.register(QueueCollector(self.queues, engine.model_name))

@@ -25,11 +25,11 @@ def test_pages_and_their_numbers() -> None:
 def test_pages_without_text_are_reported_and_counted() -> None:
     file = read_upload("a.pdf", pdf(["First.", "", "Third."]))
     assert file.page_of(file.text.index("Third")) == 3
-    assert file.warnings == ("pages without text (empty or images): 2",)
+    assert file.warnings == ("pages without text (empty or images): 2; dso longdoc reads them with an OCR model (--ocr MODEL)",)
 
 
 def test_only_images() -> None:
-    with pytest.raises(DocumentError, match=r"^scan.pdf: has no text on its 2 pages, only images; .*OCR"):
+    with pytest.raises(DocumentError, match=r"^scan.pdf: has no text on its 2 pages, only images; .*--ocr MODEL.*OCR"):
         read_upload("scan.pdf", pdf(["", ""]))
 
 

@@ -10,20 +10,32 @@ from importlib import import_module
 from os.path import splitext
 
 from ..document import TextFile
-from .signatures import looks_like_html, looks_like_pdf, looks_like_word
+from ..recognized import PageReader
+from .signatures import looks_like_html, looks_like_pdf, looks_like_picture, looks_like_word
 
-_BY_SIGNATURE = {"pdf": looks_like_pdf, "docx": looks_like_word, "html": looks_like_html}
+_BY_SIGNATURE = {"pdf": looks_like_pdf, "docx": looks_like_word, "html": looks_like_html, "picture": looks_like_picture}
 _BY_ENDING = {".pdf": "pdf", ".docx": "docx", ".docm": "docx", ".html": "html", ".htm": "html", ".xhtml": "html"}
 
 
-def read(name: str, data: bytes) -> TextFile:
+_WITH_PICTURES = ("pdf", "picture")  # whose readers take an OCR model
+
+
+def read(name: str, data: bytes, ocr: PageReader | None = None) -> TextFile:
     """The text of a file's bytes. The format is recognized by the content, or else by the file extension.
+
+    Args:
+        name: of the file.
+        data: its content.
+        ocr: reads pictures of pages; None: they are not read.
 
     Raises:
         DocumentError: it cannot be read.
+        DeepSeekOptimizerError: the OCR model failed.
         MissingPackageError: its format needs a library that is not installed.
     """
-    file: TextFile = import_module(f".{_format(name, data)}", __name__).read(name, data)
+    format = _format(name, data)
+    reader = import_module(f".{format}", __name__)
+    file: TextFile = reader.read(name, data, ocr) if format in _WITH_PICTURES else reader.read(name, data)
     return file
 
 

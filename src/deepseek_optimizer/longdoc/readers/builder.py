@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ...errors import DocumentError
-from ..document import Page, TextFile, clean
+from ..document import Page, TextBox, TextFile, clean
+from ..recognized import RecognizedLine
 
 MAX_CHARACTERS = 128 << 20  # more than any book; a small file that unpacks to more is malicious
 
@@ -23,6 +24,7 @@ class TextBuilder:
         self._length = 0
         self._headings: list[int] = []
         self._pages: list[Page] = []
+        self._boxes: list[TextBox] = []
         self.warnings: list[str] = []
 
     def paragraph(self, text: str) -> None:
@@ -53,6 +55,18 @@ class TextBuilder:
         self.paragraph(text)
         self._pages.append(Page(start, self._length, number))
 
+    def recognized_page(self, lines: Sequence[RecognizedLine], number: int) -> None:
+        """Adds a page that a `PageReader` has read."""
+        start, at, texts = self._length, self._length, []
+        for line in lines:
+            if text := clean(line.text).strip():
+                texts.append(text)
+                if line.box is not None:
+                    self._boxes.append(TextBox(at, at + len(text), line.box))
+                at += len(text) + 1
+        self.paragraph("\n".join(texts))
+        self._pages.append(Page(start, self._length, number))
+
     def build(self) -> TextFile:
         """
         Raises:
@@ -61,7 +75,7 @@ class TextBuilder:
         text = "".join(self._parts)
         if not text:
             raise DocumentError(self._name, "has no text")
-        return TextFile(self._name, text, tuple(self._pages), tuple(self._headings), tuple(self.warnings))
+        return TextFile(self._name, text, tuple(self._pages), tuple(self._headings), tuple(self.warnings), tuple(self._boxes))
 
     def _append(self, text: str) -> None:
         self._parts.append(text)

@@ -1,25 +1,28 @@
-"""PDF, using pypdf: the text of each page."""
+"""PDF, using pypdf: the text of each page. Scanned pages are read by an OCR model, if one is given."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from io import BytesIO
 from threading import Lock
 from typing import Any
 
-from ...errors import DocumentError, MissingPackageError
+from ...errors import DeepSeekOptimizerError, DocumentError, MissingPackageError, RequestError
 from ..document import TextFile
+from ..recognized import PageReader, RecognizedLine
 from .builder import TextBuilder
+from .page_images import REMEDY, PictureProblem, pictures_of_page
 
 _LOG = Lock()
 
 
-def read(name: str, data: bytes) -> TextFile:
+def read(name: str, data: bytes, ocr: PageReader | None = None) -> TextFile:
     """
     Raises:
         DocumentError: it is damaged, needs a password, or contains only images.
+        DeepSeekOptimizerError: the OCR model failed.
         MissingPackageError: pypdf is not installed.
     """
     try:
@@ -28,8 +31,8 @@ def read(name: str, data: bytes) -> TextFile:
         raise MissingPackageError("reading PDF", "pypdf", "longdoc") from None
     try:
         with _quiet():
-            return _read(name, data)
-    except (DocumentError, MissingPackageError):
+            return _read(name, data, ocr)
+    except DeepSeekOptimizerError:
         raise
     except DependencyError:
         raise MissingPackageError(f"{name} is encrypted with AES; reading it", "cryptography", "longdoc") from None
@@ -39,7 +42,7 @@ def read(name: str, data: bytes) -> TextFile:
         raise DocumentError(name, f"is a damaged PDF ({_describe(error)}); try printing it to a new PDF") from error
 
 
-def _read(name: str, data: bytes) -> TextFile:
+def _read(name: str, data: bytes, ocr: PageReader | None) -> TextFile:
     from pypdf import PdfReader
 
     if b"%PDF-" not in data[:1024]:
@@ -48,7 +51,7 @@ def _read(name: str, data: bytes) -> TextFile:
     if reader.is_encrypted and not reader.decrypt(""):
         raise DocumentError(name, "is encrypted and needs a password; save a copy without one")
     builder = TextBuilder(name)
-    empty, broken = [], []
+    empty, broken, recognized, unreadable = [], [], [], []
     for number, page in enumerate(reader.pages, 1):
         text = ""
         try:
@@ -57,19 +60,56 @@ def _read(name: str, data: bytes) -> TextFile:
             raise
         except Exception:  # as above, but other pages may be readable
             broken.append(number)
+        if text.strip() or number in broken:
+            builder.page(text, number)
+            continue
+        lines, problem = ([], "") if ocr is None else _recognized(page, ocr)
+        builder.recognized_page(lines, number)
+        if lines:
+            recognized.append(number)
+        elif problem:
+            unreadable.append(f"{number} ({problem})")
         else:
-            empty += [number] * (not text.strip())
-        builder.page(text, number)
+            empty.append(number)
     pages = len(reader.pages)
-    if len(empty) == pages:
-        raise DocumentError(name, f"has no text on its {_pages(pages)}, only images; run text recognition (OCR) on it first")
-    if len(broken) + len(empty) == pages:
+    if len(empty) + len(unreadable) == pages:
+        raise DocumentError(name, f"has no text on its {_pages(pages)}, {_why_none(ocr, unreadable)}")
+    if len(broken) + len(empty) + len(unreadable) == pages:
         raise DocumentError(name, f"is a damaged PDF: none of its {_pages(pages)} can be read")
     if broken:
         builder.warnings.append(f"damaged pages that were left out: {_listed(broken)}")
+    if recognized:
+        builder.warnings.append(f"pages that the OCR model has read: {_listed(recognized)}")
+    if unreadable:
+        builder.warnings.append(f"pages whose pictures cannot be read: {_listed(unreadable)}")
     if empty:
-        builder.warnings.append(f"pages without text (empty or images): {_listed(empty)}")
+        remedy = f"; {REMEDY}" if ocr is None else ""
+        builder.warnings.append(f"pages without text (empty or images): {_listed(empty)}{remedy}")
     return builder.build()
+
+
+def _recognized(page: Any, ocr: PageReader) -> tuple[list[RecognizedLine], str]:
+    """The text of a page's pictures, and why there is none, if a picture is the reason."""
+    try:
+        images = pictures_of_page(page)
+        lines = [line for image in images for line in ocr.read(image)]
+    except (PictureProblem, RequestError) as error:
+        return [], str(error)
+    except (MemoryError, DeepSeekOptimizerError):
+        raise
+    except Exception as error:  # as above
+        return [], _describe(error)
+    if len(images) > 1:  # no picture is the whole page
+        lines = [RecognizedLine(line.text) for line in lines]
+    return [line for line in lines if line.text.strip()], ""
+
+
+def _why_none(ocr: PageReader | None, unreadable: list[str]) -> str:
+    if ocr is None:
+        return f"only images; {REMEDY}, or run text recognition (OCR) on it first"
+    return (
+        f"and the pictures of its pages cannot be read: {_listed(unreadable)}" if unreadable else "and the OCR model found none"
+    )
 
 
 @contextmanager
@@ -95,5 +135,5 @@ def _pages(count: int) -> str:
     return "1 page" if count == 1 else f"{count:,} pages"
 
 
-def _listed(numbers: list[int]) -> str:
+def _listed(numbers: Sequence[int | str]) -> str:
     return ", ".join(map(str, numbers[:20])) + (f" and {len(numbers) - 20:,} more" if len(numbers) > 20 else "")

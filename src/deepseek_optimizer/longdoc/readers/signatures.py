@@ -35,6 +35,7 @@ _KNOWN = (
     (b"wOF2", "a font"),
     (b"ID3", "an MP3 file"),
 )
+_PICTURES = (b"\x89PNG\r\n", b"\xff\xd8\xff", b"GIF8", b"II*\0", b"MM\0*")
 
 
 def name_of(data: bytes) -> str | None:
@@ -52,6 +53,11 @@ def looks_like_pdf(ending: str, data: bytes) -> bool:
 
 def looks_like_word(ending: str, data: bytes) -> bool:
     return data.startswith(b"PK\x03\x04") and b"word/document.xml" in data
+
+
+def looks_like_picture(ending: str, data: bytes) -> bool:
+    bitmap = data.startswith(b"BM") and data[6:10] == bytes(4)  # two letters that a text may begin with, and reserved zeros
+    return bitmap or data.startswith(_PICTURES) or (data.startswith(b"RIFF") and data[8:12] == b"WEBP")
 
 
 def looks_like_html(ending: str, data: bytes) -> bool:

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from ...chat.pictures import data_of
 from ...engine.pictures import PictureRows
 from ..http.caller import Caller
 from ..http.problems import ApiError
@@ -44,21 +43,38 @@ async def prepare_chat_with_pictures(state: ServerState, chat: ChatSpec, caller:
 
     Raises:
         ApiError: 400, the model reads text only, or there are too many pictures, or files too.
-        RequestError, WorkerLostError, EngineBusyError: see `prepare_chat`, `PictureReader.read` and `PictureEncoder.prompt`.
+        RequestError, WorkerLostError, EngineBusyError: see `prepare_chat` and `Pictures.prompt`.
     """
     service = state.pictures
     if service is None:
-        raise ApiError(400, "messages: this model reads text only; parts of type image_url are not supported", param="messages")
+        raise ApiError(
+            400,
+            "messages: this model reads text only; parts of type image_url, and other protocols' images, are not supported",
+            param="messages",
+        )
     if chat.has_files:
         raise ApiError(400, "messages: files and pictures in one chat are not supported", param="messages")
     messages, urls = _taken(chat.messages)
     if len(urls) > state.settings.max_pictures:
         raise ApiError(400, f"messages: at most {state.settings.max_pictures} pictures are accepted", param="messages")
     prepared = await prepare_chat(state, replace(chat, messages=messages), caller)
-    images = await service.run(caller, lambda: service.reader.read([(field, data_of(url, field)) for field, url in urls]))
-    ids, rows = await service.run(caller, lambda: service.encoder.prompt(prepared.ids, images))
+    ids, rows = await service.prompt(caller, prepared.ids, urls)
     assert rows is not None
     return ChatWithPictures(prepared, ids, rows)
+
+
+async def prepare_chat_for_counting(state: ServerState, chat: ChatSpec, caller: Caller) -> PreparedChat:
+    """Renders the prompt of a chat whose tokens are counted.
+
+    Raises:
+        ApiError: 400, the chat has files.
+        ApiError, RequestError, WorkerLostError, EngineBusyError: see `prepare_chat` and `prepare_chat_with_pictures`.
+    """
+    if chat.has_pictures:
+        return await prepare_chat_with_pictures(state, chat, caller)
+    if chat.has_files:
+        raise ApiError(400, "messages: tokens of chats with files cannot be counted; leave the files out", param="messages")
+    return await prepare_chat(state, chat, caller)
 
 
 def _taken(messages: Any) -> tuple[list[Mapping[str, Any]], list[tuple[str, str]]]:

@@ -14,7 +14,8 @@ from ...longdoc.material import Material
 from ..chat.chat_answers import ChatAnswer
 from ..chat.chat_setup import ChatSetup, ChatSpec, set_up
 from ..chat.forms import Form
-from ..chat.prepared import PreparedChat
+from ..chat.pictures import prepare_chat_with_pictures
+from ..chat.prepared import PreparedChat, prepare_chat
 from ..http.caller import Caller
 from ..http.problems import ApiError
 from ..state import ServerState
@@ -70,6 +71,22 @@ class LongChat(PreparedChat):
         (request,) = requests
         parsed = ChatAnswer(ReasoningParser())
         return [DocumentAnswers(self.state, self._files, self._material, request, parsed)], [parsed]
+
+
+async def prepare_any_chat(
+    state: ServerState, chat: ChatSpec, max_tokens: int | None, owner: str, places: ExitStack, caller: Caller
+) -> PreparedChat:
+    """Renders the prompt of a chat, which may have pictures or files. Arguments as those of `prepare_chat_with_files`.
+
+    Raises:
+        ApiError, DocumentError, RequestError, WorkerLostError, EngineBusyError: see `prepare_chat`,
+            `prepare_chat_with_pictures` and `prepare_chat_with_files`.
+    """
+    if chat.has_pictures:
+        return await prepare_chat_with_pictures(state, chat, caller)
+    if chat.has_files:
+        return await prepare_chat_with_files(state, chat, max_tokens, owner, places, caller)
+    return await prepare_chat(state, chat, caller)
 
 
 async def prepare_chat_with_files(

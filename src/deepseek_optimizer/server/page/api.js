@@ -16,8 +16,9 @@ export class ApiError extends Error {
 }
 
 /**
- * [{id, context, maxFileBytes, sampling}]: the server's models, with the maximum number of tokens, the maximum bytes of a document
- * (null if unknown), and the default sampling parameters.
+ * [{id, context, maxFileBytes, maxBodyBytes, maxPictures, sampling}]: the server's models, with the maximum number of tokens, the
+ * maximum bytes of a document and of a request (null if unknown), the maximum number of pictures in a request (0: the model reads
+ * text only; null: it is not loaded), and the default sampling parameters.
  */
 export async function listModels(key) {
   const response = await request('v1/models', { headers: headers(key) });
@@ -25,7 +26,14 @@ export async function listModels(key) {
   if (!Array.isArray(data)) throw new ApiError('http', { status: response.status, message: 'v1/models: no list of models' });
   return data
     .filter((model) => typeof model?.id === 'string')
-    .map((model) => ({ id: model.id, context: whole(model.max_model_len), maxFileBytes: whole(model.max_file_bytes), sampling: numbers(model.default_sampling) }));
+    .map((model) => ({
+      id: model.id,
+      context: whole(model.max_model_len),
+      maxFileBytes: whole(model.max_file_bytes),
+      maxBodyBytes: whole(model.max_body_bytes),
+      maxPictures: whole(model.max_pictures) ?? (model.status ? null : 0), // only one of several models has a status
+      sampling: numbers(model.default_sampling),
+    }));
 }
 
 const numbers = (values) => Object.fromEntries(Object.entries(values ?? {}).filter(([, value]) => Number.isFinite(value)));

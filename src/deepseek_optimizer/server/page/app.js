@@ -56,11 +56,13 @@ export class App {
     this.files = new Attachments({
       key: () => preferences.apiKey(),
       maxBytes: () => this.model?.maxFileBytes ?? null,
+      sees: () => (this.model?.maxPictures ?? 0) > 0,
+      room: () => conversations.roomForPictures(this.current, this.model),
       changed: () => this.composer.show(),
       refused: () => this.askKey(true),
     });
     this.composer = new Composer(
-      { send: (text, files) => this.send(text, files), stop: () => this.stop(), editLast: () => this.thread.editLast() },
+      { send: (text, attached) => this.send(text, attached), stop: () => this.stop(), editLast: () => this.thread.editLast() },
       this.files,
     );
     this.refresh = paced(() => this.showMeter());
@@ -124,7 +126,7 @@ export class App {
 
   pickModel(id) {
     this.current.model = id;
-    this.showMeter();
+    this.showModels();
     this.saveIfKept();
   }
 
@@ -142,7 +144,7 @@ export class App {
   // Sending messages
 
   /** Sends a message; returns whether it was accepted. */
-  send(text, files = []) {
+  send(text, attached) {
     const { current } = this;
     if (this.busyElsewhere(current)) {
       announce(t('busyElsewhere'));
@@ -150,7 +152,7 @@ export class App {
       return false;
     }
     if (this.answers.has(current.id)) return false;
-    conversations.addUser(current, text, files);
+    conversations.addUser(current, text, attached);
     if (!this.conversations.has(current.id)) {
       this.conversations.set(current.id, current);
       history.pushState(null, '', `#${current.id}`);
@@ -172,9 +174,9 @@ export class App {
   resend(id, text) {
     const { current } = this;
     this.stop();
-    const { files } = current.messages.find((message) => message.id === id) ?? {};
+    const { files, pictures } = current.messages.find((message) => message.id === id) ?? {};
     branches.setAside(current, id);
-    conversations.addUser(current, text, files);
+    conversations.addUser(current, text, { files, pictures });
     this.ask(current);
     this.composer.area.focus();
   }
@@ -204,6 +206,7 @@ export class App {
     await answer.run();
     clearInterval(ticking);
     if (this.answers.get(conversation.id) === answer) this.answers.delete(conversation.id);
+    if (message.state === 'done' && this.model?.maxPictures === null) this.loadModels(); // it is loaded now
     if (message.error?.code === 'file_not_found') await this.lookForFiles(conversation);
     if (message.state === 'interrupted' || !conversation.messages.includes(message)) return;
     conversation.updated = Date.now();
@@ -433,6 +436,7 @@ export class App {
     const options = this.models.map(({ id }) => el('option', { value: id, selected: id === this.model.id }, id));
     select.replaceChildren(...(options.length ? options : [el('option', { value: '' }, t('noModels'))]));
     select.disabled = this.models.length < 2;
+    this.files.showKinds();
     this.showMeter();
   }
 

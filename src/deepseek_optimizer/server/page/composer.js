@@ -10,7 +10,7 @@ const TOUCH = matchMedia('(hover: none) and (pointer: coarse)'); // no Shift key
 export const isComposing = (event) => event.isComposing || event.keyCode === 229;
 
 export class Composer {
-  /** `actions`: {send(text) -> whether it was accepted, stop(), editLast()}; `files`: the Attachments of the message. */
+  /** `actions`: {send(text, attached) -> whether it was accepted, stop(), editLast()}; `files`: the Attachments of the message. */
   constructor(actions, files) {
     Object.assign(this, { actions, files });
     this.area = byId('message');
@@ -34,7 +34,7 @@ export class Composer {
   }
 
   send() {
-    if (!this.sendable || !this.actions.send(this.area.value, this.files.ready)) return;
+    if (!this.sendable || !this.actions.send(this.area.value, { files: this.files.ready, pictures: this.files.pictures })) return;
     this.area.value = '';
     this.files.clear();
     this.changed();
@@ -65,7 +65,7 @@ export class Composer {
   }
 
   get sendable() {
-    return Boolean(this.area.value.trim()) && !this.files.sending;
+    return Boolean(this.area.value.trim() || this.files.pictures.length) && !this.files.sending;
   }
 
   setBusy(busy) {

@@ -1,14 +1,19 @@
 // A conversation as plain data, as it is stored, sent and exported.
 //
 // {id, title, named, created, updated, model, system, settings, messages, others}, where `others` are the hidden branches (see
-// branches.js). A message is {id, role, content}, with {version} if there are several, {files} if the user attached some (see
-// files.js) and, if a model wrote it, {reasoning, thinkingMs, state, error, finish, stats, citations, document}.
+// branches.js). A message is {id, role, content}, with {version} if there are several, {files} (see files.js) and {pictures} if the
+// user attached some and, if a model wrote it, {reasoning, thinkingMs, state, error, finish, stats, citations, document}. A picture
+// is {name, url, width, height}, where `url` contains it.
 // `state`: 'streaming', 'done', 'stopped', 'interrupted' or 'error'.
 
 import { append } from './branches.js';
 import { cleanSettings } from './sampling.js';
 
 const LONGEST_TITLE = 60;
+export const LONGEST_PICTURE = 1e6; // characters of a picture's URL
+const LONGEST_PICTURES = 3e6; // of those of a conversation
+const PICTURES_OF_BODY = 0.75; // of the largest request that the server accepts
+const PICTURE_URL = /^data:image\/(png|jpeg);base64,[A-Za-z0-9+/]+=*$/;
 
 /** A random id; unlike crypto.randomUUID, it is also available over plain HTTP. */
 export function newId() {
@@ -21,8 +26,10 @@ export function newConversation({ model = null, system = '', settings = {} } = {
   return { id: newId(), title: '', named: false, created: now, updated: now, model, system, settings, messages: [], others: [] };
 }
 
-export function addUser(conversation, content, files = []) {
-  append(conversation, { id: newId(), role: 'user', content, ...(files.length ? { files } : {}) });
+/** Adds a message of the user; `attached`: {files, pictures}. */
+export function addUser(conversation, content, { files = [], pictures = [] } = {}) {
+  const more = { ...(files.length ? { files } : {}), ...(pictures.length ? { pictures } : {}) };
+  append(conversation, { id: newId(), role: 'user', content, ...more });
   conversation.updated = Date.now();
   if (!conversation.named && conversation.messages.length === 1) conversation.title = titleOf(content);
 }
@@ -45,20 +52,30 @@ function titleOf(text) {
  */
 export function requestBody(conversation, model) {
   const messages = conversation.system.trim() ? [{ role: 'system', content: conversation.system }] : [];
-  const files = new Map(); // message -> its files
-  for (const { role, content, files: attached = [] } of conversation.messages) {
+  const attached = new Map(); // message -> parts of its files and pictures
+  for (const { role, content, files = [], pictures = [] } of conversation.messages) {
     const last = messages[messages.length - 1];
     if (role === 'assistant' && !content) continue;
-    if (last?.role === role) last.content += `\n\n${content}`;
+    if (last?.role === role) last.content = [last.content, content].filter(Boolean).join('\n\n');
     else messages.push({ role, content });
     const message = messages[messages.length - 1];
-    files.set(message, [...(files.get(message) ?? []), ...attached.filter(({ gone }) => !gone)]);
+    attached.set(message, [...(attached.get(message) ?? []), ...filesAsParts(files), ...picturesAsParts(pictures)]);
   }
-  for (const [message, attached] of files) if (attached.length) message.content = parts(attached, message.content);
+  for (const [message, parts] of attached) {
+    if (parts.length) message.content = [...parts, ...(message.content ? [{ type: 'text', text: message.content }] : [])];
+  }
   return { model, messages, stream: true, stream_options: { include_usage: true }, ...conversation.settings };
 }
 
-const parts = (files, text) => [...files.map(({ id }) => ({ type: 'file', file: { file_id: id } })), { type: 'text', text }];
+const filesAsParts = (files) => files.filter(({ gone }) => !gone).map(({ id }) => ({ type: 'file', file: { file_id: id } }));
+const picturesAsParts = (pictures) => pictures.map(({ url }) => ({ type: 'image_url', image_url: { url } }));
+
+/** {count, characters}: the pictures that a conversation's messages may still get; `model`: as in api.js, or null. */
+export function roomForPictures({ messages }, model) {
+  const urls = messages.flatMap(({ pictures = [] }) => pictures.map(({ url }) => url));
+  const most = Math.min(LONGEST_PICTURES, PICTURES_OF_BODY * (model?.maxBodyBytes ?? Infinity));
+  return { count: (model?.maxPictures ?? 0) - urls.length, characters: most - urls.reduce((sum, url) => sum + url.length, 0) };
+}
 
 /** All messages of a conversation, including those of hidden branches. */
 const allMessages = ({ messages, others }) => [...messages, ...others.flatMap((tail) => tail.messages)];
@@ -85,12 +102,19 @@ export function restored(stored, live = false) {
 
 const restoredMessages = (stored) => (Array.isArray(stored) ? stored.filter(Boolean).map(restoredMessage) : []);
 
+/** Pictures that were stored, without those whose URL is another one, which an imported file may contain. */
+export const restoredPictures = (stored) =>
+  (Array.isArray(stored) ? stored : [])
+    .filter((one) => typeof one?.url === 'string' && one.url.length <= LONGEST_PICTURE && PICTURE_URL.test(one.url))
+    .map(({ name, url, width, height }) => ({ name: String(name ?? ''), url, width: Number(width) || 1, height: Number(height) || 1 }));
+
 function restoredMessage(stored) {
   const message = { ...stored, id: String(stored.id ?? newId()), version: Number(stored.version) || 0 };
   const content = String(message.content ?? '');
   if (message.role === 'user') {
     const files = (Array.isArray(message.files) ? message.files : []).filter((file) => typeof file?.id === 'string');
-    return { ...message, content, files: files.map((file) => ({ ...file, name: String(file.name ?? ''), size: Number(file.size) || 0 })) };
+    const named = files.map((file) => ({ ...file, name: String(file.name ?? ''), size: Number(file.size) || 0 }));
+    return { ...message, content, files: named, pictures: restoredPictures(message.pictures) };
   }
   const { reasoning, thinkingMs = null, state = 'done', stats, error } = message;
   const failed = state === 'error' ? { error: error ?? { kind: 'cut' } } : {};

@@ -28,6 +28,13 @@ function ask(dialog, read) {
 
 export const showShortcuts = () => ask(byId('shortcuts-dialog'), () => true);
 
+/** Shows a picture of a message in full. */
+export function showPicture({ name, url, width, height }) {
+  byId('picture-title').textContent = name;
+  byId('picture-whole').replaceChildren(el('img', { src: url, alt: name, width, height }));
+  return ask(byId('picture-dialog'), () => true);
+}
+
 export function askName(name) {
   const input = byId('rename-input');
   input.value = name;

@@ -1,11 +1,14 @@
-// Documents attached to a message: they are chosen, uploaded, and shown as chips. A file as plain data, as stored in conversations:
-// {id, name, size, pages, gone}; `gone`: the server no longer has it.
+// Documents and pictures attached to a message: they are chosen, uploaded or read (see pictures.js), and shown as chips and
+// thumbnails. A document as plain data, as stored in conversations: {id, name, size, pages, gone}; `gone`: the server no longer has it.
 
 import { announce } from './announce.js';
 import { ApiError, deleteFile, uploadFile } from './api.js';
+import { restoredPictures } from './conversation.js';
 import { byId, el, icon, iconButton } from './dom.js';
 import { describeError } from './errors.js';
-import { bytes, number, t } from './i18n.js';
+import { bytes, number, t, translate } from './i18n.js';
+import { openMenu } from './menus.js';
+import { isPicture, PictureError, readPicture, thumbnail } from './pictures.js';
 import { forget, recall, remember } from './preferences.js';
 
 /** A file as a chip; `below`: its second line; `remove`: the action of its remove button, if it has one. */
@@ -28,17 +31,34 @@ export function factsOf({ size, pages, gone }) {
 
 /** The chips above the message box. */
 export class Attachments {
-  /** `actions`: {key() -> the API key, maxBytes() -> maximum bytes of a file or null, changed(), refused() if the key is rejected}. */
+  /**
+   * `actions`: {key() -> the API key, maxBytes() -> maximum bytes of a file or null, sees() -> whether the model takes pictures,
+   * room() -> see roomForPictures, changed(), refused() if the key is rejected}.
+   */
   constructor(actions) {
     Object.assign(this, { actions, items: [] });
     this.list = byId('files');
-    this.input = byId('file-input');
-    byId('attach').addEventListener('click', () => this.input.click());
-    this.input.addEventListener('change', () => {
-      this.add(this.input.files);
-      this.input.value = ''; // allows choosing the same file again
+    byId('attach').addEventListener('click', (event) => {
+      if (this.actions.sees()) openMenu(byId('attach-menu'), event.currentTarget, 'left');
+      else byId('file-input').click();
     });
+    this.listenForChoices('menu-file', 'file-input', false);
+    this.listenForChoices('menu-picture', 'picture-input', true);
+    this.listenForChoices('menu-camera', 'camera-input', true);
     this.listenForDrops();
+  }
+
+  /** Adds what is chosen in a file input, which an item of the menu opens; `pictures`: whether it is for pictures only. */
+  listenForChoices(item, name, pictures) {
+    const input = byId(name);
+    byId(item).addEventListener('click', () => {
+      byId('attach-menu').hidePopover();
+      input.click();
+    });
+    input.addEventListener('change', () => {
+      this.add(input.files, pictures);
+      input.value = ''; // allows choosing the same file again
+    });
   }
 
   listenForDrops() {
@@ -64,6 +84,19 @@ export class Attachments {
     });
   }
 
+  /** Shows what the conversation's model takes: documents, or pictures too. */
+  showKinds() {
+    const sees = this.actions.sees();
+    const button = byId('attach');
+    Object.assign(button.dataset, { tLabel: sees ? 'attachAny' : 'attach' });
+    if (sees) button.setAttribute('aria-haspopup', 'dialog');
+    else button.removeAttribute('aria-haspopup');
+    const drop = byId('drop').querySelector('span');
+    drop.dataset.t = sees ? 'dropAny' : 'dropFiles';
+    translate(byId('composer'));
+    translate(byId('drop'));
+  }
+
   get sending() {
     return this.items.some((item) => item.state === 'sending');
   }
@@ -73,13 +106,19 @@ export class Attachments {
     return this.items.filter((item) => item.state === 'ready').map(({ id, name, size, pages }) => ({ id, name, size, pages }));
   }
 
+  /** The pictures that have been read. */
+  get pictures() {
+    return restoredPictures(this.items.filter((item) => item.state === 'picture'));
+  }
+
   /** Switches to another conversation's draft: files that were uploaded and not used yet are restored, also after a reload. */
   open(draft) {
     for (const item of this.items) item.controller?.abort();
     this.draft = `${draft}.files`;
     try {
       const kept = JSON.parse(recall(this.draft, 'sessionStorage') ?? '[]');
-      this.items = kept.filter((file) => typeof file?.id === 'string').map((file) => ({ ...file, state: 'ready' }));
+      const files = kept.filter((file) => typeof file?.id === 'string').map((file) => ({ ...file, state: 'ready' }));
+      this.items = [...files, ...restoredPictures(kept).map((picture) => ({ ...picture, state: 'picture' }))];
     } catch {
       this.items = [];
     }
@@ -92,9 +131,33 @@ export class Attachments {
     this.changed();
   }
 
-  add(files) {
-    for (const file of files) this.send(file);
+  /** Adds documents and pictures; `pictures`: whether all are pictures, even if the browser does not know their types. */
+  async add(files, pictures = false) {
     byId('message').focus();
+    for (const file of [...files]) {
+      if (pictures || (this.actions.sees() && isPicture(file))) await this.addPicture(file); // one after the other, for memory
+      else this.send(file);
+    }
+  }
+
+  async addPicture(file) {
+    const item = { name: file.name, size: file.size, state: 'sending', part: 1 };
+    this.items.push(item);
+    this.changed();
+    try {
+      const picture = await readPicture(file);
+      const others = this.pictures;
+      const { count, characters } = this.actions.room();
+      const used = others.reduce((sum, { url }) => sum + url.length, picture.url.length);
+      if (others.length >= count || used > characters) throw new PictureError(t('picturesFull'));
+      Object.assign(item, picture, { state: 'picture' });
+      announce(t('announceFile', { name: item.name }));
+    } catch (error) {
+      if (!(error instanceof PictureError)) throw error;
+      Object.assign(item, { state: 'failed', error: error.message });
+      announce(`${item.name}: ${item.error}`);
+    }
+    if (this.items.includes(item)) this.changed();
   }
 
   async send(file) {
@@ -134,8 +197,8 @@ export class Attachments {
   }
 
   changed() {
-    const { ready } = this;
-    if (ready.length) remember(this.draft, JSON.stringify(ready), 'sessionStorage');
+    const kept = [...this.ready, ...this.pictures];
+    if (kept.length) remember(this.draft, JSON.stringify(kept), 'sessionStorage');
     else forget(this.draft);
     this.show();
     this.actions.changed();
@@ -144,7 +207,10 @@ export class Attachments {
   show() {
     this.list.hidden = !this.items.length;
     this.list.replaceChildren(
-      ...this.items.map((item, index) => chip(item, below(item, index), { remove: () => this.remove(item), failed: item.state === 'failed' })),
+      ...this.items.map((item, index) => {
+        const remove = () => this.remove(item);
+        return item.state === 'picture' ? thumbnail(item, { remove }) : chip(item, below(item, index), { remove, failed: item.state === 'failed' });
+      }),
     );
   }
 }

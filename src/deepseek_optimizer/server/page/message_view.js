@@ -6,6 +6,7 @@ import { el, icon, iconButton } from './dom.js';
 import { describeError } from './errors.js';
 import { chip, factsOf } from './files.js';
 import { number, seconds, t } from './i18n.js';
+import { thumbnail } from './pictures.js';
 
 /** A text button below the message: copy, answer again, edit. */
 function action(name, label, text, onclick) {
@@ -50,9 +51,11 @@ export class UserMessageView {
       action('copy', t('copyMessage'), t('copy'), (label) => copyText(content, label)),
       this.editButton = action('edit', t('edit'), t('edit'), () => this.edit()),
     );
-    const files = this.message.files ?? [];
+    const { files = [], pictures = [] } = this.message;
     const chips = files.length > 0 && el('ul.chips', { 'aria-label': t('files') }, ...files.map((file) => chip(file, factsOf(file))));
-    this.element.replaceChildren(...[chips, el('div.bubble', { dir: 'auto' }, content), buttons].filter(Boolean));
+    const thumbnails = pictures.length > 0 && el('ul.pictures', { 'aria-label': t('pictures') }, ...pictures.map((one) => thumbnail(one)));
+    const bubble = content.trim() && el('div.bubble', { dir: 'auto' }, content);
+    this.element.replaceChildren(...[chips, thumbnails, bubble, buttons].filter(Boolean));
   }
 
   /** Replaces the message by a box for editing it. */
@@ -63,7 +66,7 @@ export class UserMessageView {
       this.show();
       this.editButton.focus();
     };
-    const send = () => area.value.trim() && this.actions.resend(this.message.id, area.value);
+    const send = () => (area.value.trim() || this.message.pictures?.length) && this.actions.resend(this.message.id, area.value);
     area.addEventListener('keydown', (event) => {
       if (event.isComposing || event.keyCode === 229) return;
       if (event.key === 'Enter' && !event.shiftKey) {

@@ -2,6 +2,7 @@
 
 import { byId, el, iconButton } from './dom.js';
 import { t } from './i18n.js';
+import { openMenu } from './menus.js';
 import { paced } from './paced.js';
 import { recall, remember } from './preferences.js';
 import { search } from './search.js';
@@ -105,12 +106,6 @@ export class Sidebar {
 
   openMenu(id, button) {
     this.menuFor = id;
-    const { right, bottom, top } = button.getBoundingClientRect();
-    this.menu.showPopover({ source: button });
-    const { offsetWidth, offsetHeight } = this.menu;
-    const below = bottom + offsetHeight < window.innerHeight;
-    this.menu.style.setProperty('left', `${Math.max(8, right - offsetWidth)}px`);
-    this.menu.style.setProperty('top', `${below ? bottom : Math.max(8, top - offsetHeight)}px`);
-    byId('menu-rename').focus();
+    openMenu(this.menu, button, 'right');
   }
 }

@@ -15,9 +15,10 @@ export function toMarkdown({ title, system, model, created, messages }) {
   const facts = [model, new Date(created).toLocaleString(document.documentElement.lang)].filter(Boolean).join(' · ');
   const parts = [`# ${title || t('untitled')}`, `_${facts}_`];
   if (system.trim()) parts.push(`## ${t('system')}`, system.trim());
-  for (const { role, content, files = [], citations = [] } of messages) {
+  for (const { role, content, files = [], pictures = [], citations = [] } of messages) {
     parts.push(`## ${t(role === 'user' ? 'you' : 'assistant')}`);
-    if (files.length) parts.push(files.map(({ name }) => `- ${name}`).join('\n'));
+    const attached = [...files, ...pictures];
+    if (attached.length) parts.push(attached.map(({ name }) => `- ${name}`).join('\n'));
     if (content.trim()) parts.push(content.trim());
     if (citations.length) parts.push(`${t('citations')}${language() === 'zh' ? '：' : ':'}`, citations.map(citationLine).join('\n'));
   }

@@ -1,5 +1,4 @@
-"""Messages and tools of a chat. Messages contain text, documents, and pictures for models that see. Audio is not supported, and
-no URL in a request is ever fetched."""
+"""Messages and tools of a chat. Messages contain text, documents, and pictures for models that see. Audio is not supported."""
 
 from __future__ import annotations
 
@@ -19,9 +18,7 @@ def only_text(value: Any) -> Any:
     """Raises a clear error for types of parts that are not supported here."""
     kind = value.get("type") if isinstance(value, dict) else None
     if kind in ("image_url", "input_image", "input_audio", "file", "input_file", "video_url", "audio_url"):
-        raise ValueError(
-            f"parts of type {kind!r} are not supported here: use text, or files in user messages; no URL is fetched"
-        )
+        raise ValueError(f"parts of type {kind!r} are not supported here: use text, or files and pictures in user messages")
     return value
 
 
@@ -56,7 +53,7 @@ class FilePart(Body):
 
 
 class PictureUrl(Body):
-    """A picture in the request: data:...;base64,... No other URL is fetched."""
+    """A picture: data:...;base64,... or its address, for servers that fetch pictures (--allowed-media-domains)."""
 
     url: Annotated[str, Field(min_length=1)]
     detail: Ignored

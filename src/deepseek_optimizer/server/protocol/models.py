@@ -28,6 +28,8 @@ class ModelCard(ResponseModel):
     owned_by: str
     max_model_len: int
     max_file_bytes: int = Field(description="Maximum size of a file uploaded to /v1/files.")
+    max_body_bytes: int = Field(description="Maximum size of a request.")
+    max_pictures: int = Field(description="Maximum number of pictures in a request; 0: the model reads text only.")
     default_sampling: DefaultSampling = Field(description="Used for fields that a request omits.")
     root: str = Field(description="The model itself; for a LoRA adapter: its directory.")
     parent: str | None = Field(description="For a LoRA adapter: the model that it changes.")
@@ -57,6 +59,8 @@ class PooledModelCard(ResponseModel):
     size_bytes: int | None = Field(description="Size of its weights in files.")
     memory_bytes: int | None = Field(description="Memory of its weights, and the maximum of its cache.")
     max_file_bytes: int | None = None
+    max_body_bytes: int | None = None
+    max_pictures: int | None = None
     default_sampling: DefaultSampling | None = None
 
 

@@ -50,12 +50,31 @@ class InputFile(Body):
         return self
 
 
+class InputImage(Body):
+    """A picture, for models that see: `image_url` is data:...;base64,... or, if the server fetches pictures, an address."""
+
+    type: Literal["input_image"]
+    image_url: Annotated[str, Field(min_length=1)]
+    file_id: None = None
+    detail: Ignored
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_file(cls, value: Any) -> Any:
+        if isinstance(value, dict) and value.get("file_id") is not None:
+            raise ValueError("file_id: pictures cannot be uploaded; send the picture in image_url, as a data: URL")
+        return value
+
+
 def _known_part(value: Any) -> str | None:
     kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
-    return "file" if kind == "input_file" else "text"
+    return {"input_file": "file", "input_image": "image"}.get(kind or "", "text")
 
 
-_Part = Annotated[Annotated[InputText, Tag("text")] | Annotated[InputFile, Tag("file")], Discriminator(_known_part)]
+_Part = Annotated[
+    Annotated[InputText, Tag("text")] | Annotated[InputFile, Tag("file")] | Annotated[InputImage, Tag("image")],
+    Discriminator(_known_part),
+]
 InputContent = str | Annotated[list[InputText], Field(max_length=1000, fail_fast=True)]
 MessageContent = str | Annotated[list[_Part], Field(max_length=1000, fail_fast=True)]
 
@@ -70,8 +89,9 @@ class InputMessage(Body):
 
     @model_validator(mode="after")
     def _files_of_users(self) -> InputMessage:
-        if self.role != "user" and isinstance(self.content, list) and any(isinstance(p, InputFile) for p in self.content):
-            raise ValueError("only user messages may contain files")
+        if self.role != "user" and isinstance(self.content, list):
+            if any(isinstance(part, (InputFile, InputImage)) for part in self.content):
+                raise ValueError("only user messages may contain files and pictures")
         return self
 
 

@@ -16,13 +16,11 @@ from ..chat.chat_setup import ChatSpec, check_choice
 from ..chat.forms import form_of
 from ..chat.intake import admitted_request
 from ..chat.old_functions import FunctionCollector, FunctionEncoder, with_tool_calls, with_tools
-from ..chat.pictures import prepare_chat_with_pictures
-from ..chat.prepared import PreparedChat, prepare_chat
 from ..chat.replies import StreamReply, WholeReply
 from ..chat.reports import reported, wanted_reports
 from ..chat.telemetry import Wanted, streamed_with_telemetry, wanted_telemetry, with_telemetry
 from ..chat.words import sampler_words
-from ..document_chats.chats import prepare_chat_with_files
+from ..document_chats.chats import prepare_any_chat
 from ..http.caller import Caller
 from ..http.problems import ApiError
 from ..openapi import body_errors, events, reads
@@ -99,19 +97,14 @@ async def start_chat(
         salt: of the API key.
 
     Raises:
-        ApiError, RequestError, WorkerLostError, EngineDeadError: see `prepare_chat`, `chat_grammar` and `PreparedChat.submit`.
+        ApiError, RequestError, WorkerLostError, EngineDeadError: see `prepare_any_chat`, `chat_grammar` and
+            `PreparedChat.submit`.
     """
     n = body.n or 1
     chat = chat_spec(body, state.settings.prefill_assistant)
     form = form_of(body)
     max_tokens = body.max_completion_tokens or body.max_tokens
-    prepared: PreparedChat
-    if chat.has_pictures:
-        prepared = await prepare_chat_with_pictures(state, chat, caller)
-    elif chat.has_files:
-        prepared = await prepare_chat_with_files(state, chat, max_tokens, salt, places, caller)
-    else:
-        prepared = await prepare_chat(state, chat, caller)
+    prepared = await prepare_any_chat(state, chat, max_tokens, salt, places, caller)
     prepared.check_fields(
         n=n > 1, tools=body.tools and chat.choice != "none", logprobs=body.logprobs, response_format=form,
         prompt_logprobs=body.prompt_logprobs is not None, return_token_ids=body.return_token_ids,

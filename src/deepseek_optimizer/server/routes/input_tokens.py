@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from fastapi import FastAPI, Request, Response
 
-from ..chat.chat_setup import ChatSpec, set_up
+from ..chat.chat_setup import ChatSpec
 from ..chat.intake import admitted_request
 from ..chat.old_functions import with_tools
+from ..chat.pictures import prepare_chat_for_counting
 from ..chat.replies import json_response
 from ..http.caller import Caller
-from ..http.problems import ApiError
 from ..openapi import body_errors, reads
 from ..protocol.chat import EXAMPLE, ChatRequest
 from ..protocol.input_tokens import InputTokens
@@ -50,9 +50,4 @@ def add(app: FastAPI, state: ServerState) -> None:
             return json_response({"object": "response.input_tokens", "input_tokens": await counted(spec, caller)})
 
     async def counted(spec: ChatSpec, caller: Caller) -> int:
-        if spec.has_files:
-            raise ApiError(400, "messages: tokens of chats with files cannot be counted; leave the files out", param="messages")
-        state.prompt_size.check_chat(spec.messages)
-        setup = await state.tokenizing(lambda lane: set_up(state, lane, spec), caller)
-        caller.ignored.extend(setup.ignored)
-        return len(setup.prompt.ids)
+        return len((await prepare_chat_for_counting(state, spec, caller)).ids)

@@ -7,9 +7,9 @@ from functools import partial
 
 from fastapi import FastAPI, Request, Response
 
-from ..chat.chat_setup import set_up
 from ..chat.intake import admitted_request
 from ..chat.message_answers import MessageCollector, MessageEncoder, Thoughts
+from ..chat.pictures import prepare_chat_for_counting
 from ..chat.replies import StreamReply, WholeReply, json_response
 from ..http.caller import Caller
 from ..openapi import body_errors, events, reads
@@ -53,10 +53,8 @@ def add(app: FastAPI, state: ServerState) -> None:
     async def count_tokens(request: Request) -> Response:
         """Counts the tokens of a conversation's prompt."""
         async with admitted_request(state, request, CountTokensRequest, one=True) as (body, _, caller):
-            chat = chat_spec(await convert(body, caller))
-            state.prompt_size.check_chat(chat.messages)
-            setup = await state.tokenizing(lambda lane: set_up(state, lane, chat), caller)
-            return json_response({"input_tokens": len(setup.prompt.ids)})
+            prepared = await prepare_chat_for_counting(state, chat_spec(await convert(body, caller)), caller)
+            return json_response({"input_tokens": len(prepared.ids)})
 
     async def convert(body: CountTokensRequest, caller: Caller) -> ChatRequest:
         switch = False

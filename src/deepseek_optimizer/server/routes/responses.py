@@ -13,12 +13,11 @@ from ...engine.request import SamplingParams
 from ..chat.chat_setup import ChatSpec, check_choice
 from ..chat.forms import Form
 from ..chat.intake import admitted_request
-from ..chat.prepared import prepare_chat
 from ..chat.replies import StreamReply, WholeReply, json_response
 from ..chat.response_answers import ResponseCollector, ResponseEncoder, new_response
 from ..chat.response_record import ResponseRecord, conversation_items, input_items
 from ..chat.telemetry import streamed_with_telemetry, wanted_telemetry, with_telemetry
-from ..document_chats.chats import prepare_chat_with_files
+from ..document_chats.chats import prepare_any_chat
 from ..http.caller import Caller
 from ..http.problems import ApiError
 from ..openapi import body_errors, events, reads
@@ -29,7 +28,9 @@ from ..protocol.responses import (
     InputCallOutput,
     InputContent,
     InputFile,
+    InputImage,
     InputMessage,
+    InputText,
     JsonObject,
     MessageContent,
     NamedFunctionTool,
@@ -57,10 +58,7 @@ def add(app: FastAPI, state: ServerState) -> None:
                 body, caller = await with_history(state, body, salt, caller)
             chat = chat_spec(body)
             max_tokens, form = body.max_output_tokens, form_of(body)
-            if chat.has_files:
-                prepared = await prepare_chat_with_files(state, chat, max_tokens, salt, places, caller)
-            else:
-                prepared = await prepare_chat(state, chat, caller)
+            prepared = await prepare_any_chat(state, chat, max_tokens, salt, places, caller)
             wants_logprobs = "message.output_text.logprobs" in (body.include or ())
             prepared.check_fields(tools=body.tools and chat.choice != "none", text=form, include=wants_logprobs)
             one_call = body.parallel_tool_calls is False
@@ -83,7 +81,7 @@ def add(app: FastAPI, state: ServerState) -> None:
             sequence = EngineRequest(
                 prepared.ids, params, id=head["id"], salt=salt, client=caller.key,
                 deadline=caller.deadline, priority=body.priority or 0, pinned=prepared.pinned,
-                adapter=caller.adapter, progress=progress,
+                adapter=caller.adapter, progress=progress, pictures=prepared.pictures,
             )  # fmt: skip
             answers, [answer] = prepared.submit([sequence], one_call)
             texts, dropped = state.texts if wants_logprobs else None, prepared.dropped
@@ -193,21 +191,23 @@ def chat_messages(body: ResponsesRequest) -> list[dict[str, Any]]:
 
 
 def _content(content: MessageContent) -> str | list[dict[str, Any]]:
-    """Content in the format of the chat API: a list of parts if there are files, and a string otherwise."""
-    if isinstance(content, str) or not any(isinstance(part, InputFile) for part in content):
+    """Content in the format of the chat API: a list of parts if there are files or pictures, and a string otherwise."""
+    if isinstance(content, str) or all(isinstance(part, InputText) for part in content):
         return _text(content)
     parts: list[dict[str, Any]] = []
     for part in content:
         if isinstance(part, InputFile):
             file = part.model_dump(exclude_none=True, include={"file_id", "file_data", "filename"})
             parts.append({"type": "file", "file": file})
+        elif isinstance(part, InputImage):
+            parts.append({"type": "image_url", "image_url": {"url": part.image_url}})
         else:
             parts.append({"type": "text", "text": part.text})
     return parts
 
 
 def _text(content: InputContent | MessageContent) -> str:
-    return content if isinstance(content, str) else "\n".join(part.text for part in content if not isinstance(part, InputFile))
+    return content if isinstance(content, str) else "\n".join(part.text for part in content if isinstance(part, InputText))
 
 
 def form_of(body: ResponsesRequest) -> Form | None:

@@ -35,19 +35,26 @@ class TextBlock(_Block):
     citations: Ignored
 
 
-class ImageSource(Body):
-    """An image in the request. No URL is fetched."""
+class ImageData(Body):
+    """An image in the request."""
 
     type: Literal["base64"]
     media_type: Annotated[str, Field(pattern=r"^image/[a-z0-9.+-]{1,32}$")]
     data: Annotated[str, Field(min_length=1)]
 
 
+class ImageUrl(Body):
+    """The address of an image, for servers that fetch pictures (--allowed-media-domains)."""
+
+    type: Literal["url"]
+    url: Annotated[str, Field(min_length=1)]
+
+
 class ImageBlock(_Block):
     """An image, for models that see."""
 
     type: Literal["image"]
-    source: ImageSource
+    source: Annotated[ImageData | ImageUrl, Field(discriminator="type")]
 
 
 class ThinkingBlock(_Block):

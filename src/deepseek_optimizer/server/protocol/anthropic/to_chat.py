@@ -16,6 +16,7 @@ from .requests import (
     AnthropicUserMessage,
     CountTokensRequest,
     ImageBlock,
+    ImageUrl,
     MessagesRequest,
     NamedChoice,
     NoChoice,
@@ -140,7 +141,8 @@ def _add_user(messages: list[dict[str, Any]], message: AnthropicUserMessage) -> 
                 result = "" if block.content is None else _text(block.content)
                 messages.append({"role": "tool", "tool_call_id": block.tool_use_id, "content": result})
             elif isinstance(block, ImageBlock):
-                url = f"data:{block.source.media_type};base64,{block.source.data}"
+                source = block.source
+                url = source.url if isinstance(source, ImageUrl) else f"data:{source.media_type};base64,{source.data}"
                 parts.append({"type": "image_url", "image_url": {"url": url}})
             else:
                 texts.append(block.text)

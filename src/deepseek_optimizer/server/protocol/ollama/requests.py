@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from ..base import Body, Ignored, ModelName
 from ..messages import _Name
@@ -48,22 +48,14 @@ class _Generation(_Request):
     stream: bool | None = Field(None, description="The default is true.")
     format: Literal["", "json"] | dict[str, Any] | None = Field(None, description='"json", or a JSON schema.')
     think: bool | Literal["low", "medium", "high", "max"] | None = None
-    images: None = None
     logprobs: Ignored
     top_logprobs: Ignored
     truncate: Ignored
     shift: Ignored
 
-    @field_validator("images", mode="before")
-    @classmethod
-    def _no_images(cls, value: Any) -> Any:
-        return no_images(value)
 
-
-def no_images(value: Any) -> None:
-    """Raises a clear error if there are images."""
-    if value:
-        raise ValueError("images are not supported: this server reads text")
+# Pictures in base64, for models that see.
+_Images = Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=1000, fail_fast=True)]
 
 
 class OllamaFunction(Body):
@@ -88,12 +80,13 @@ class Message(Body):
     tool_calls: Annotated[list[OllamaToolCall], Field(max_length=128, fail_fast=True)] | None = None
     tool_name: Annotated[str, Field(max_length=256)] | None = None
     tool_call_id: Annotated[str, Field(max_length=256)] | None = None
-    images: None = None
+    images: _Images | None = Field(None, description="Of a user's message: pictures in base64, for models that see.")
 
-    @field_validator("images", mode="before")
-    @classmethod
-    def _no_images(cls, value: Any) -> Any:
-        return no_images(value)
+    @model_validator(mode="after")
+    def _images_of_users(self) -> Message:
+        if self.images and self.role != "user":
+            raise ValueError("images: only messages of the user may have images")
+        return self
 
 
 class ToolFunction(Body):
@@ -122,6 +115,7 @@ class OllamaGenerateRequest(_Generation):
     system: str | None = None
     suffix: str | None = Field(None, description="Text after the completion, for models trained to fill in the middle.")
     raw: bool | None = None
+    images: _Images | None = Field(None, description="Pictures in base64, for models that see.")
     template: None = Field(None, description="Not supported: the model's chat template is used.")
     context: None = Field(None, description="Not supported: use /api/chat for conversations.")
 
@@ -131,6 +125,12 @@ class OllamaGenerateRequest(_Generation):
         if value:
             instead = {"template": "the model's chat template is used", "context": "use /api/chat for conversations"}
             raise ValueError(f"is not supported; {instead[str(info.field_name)]}")
+
+    @model_validator(mode="after")
+    def _images_of_chats(self) -> OllamaGenerateRequest:
+        if self.images and (self.raw or self.suffix is not None):
+            raise ValueError("images: not with raw or suffix, which continue a text; leave them out")
+        return self
 
 
 class OllamaEmbedRequest(_Request):

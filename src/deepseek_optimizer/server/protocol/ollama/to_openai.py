@@ -18,7 +18,7 @@ def is_load(body: ollama.OllamaChatRequest | ollama.OllamaGenerateRequest) -> bo
     """Whether a request asks only that the model be loaded."""
     if isinstance(body, ollama.OllamaChatRequest):
         return not body.messages
-    return not body.prompt and not body.suffix and not body.system
+    return not body.prompt and not body.suffix and not body.system and not body.images
 
 
 def chat_request(body: ollama.OllamaChatRequest, thinking: bool) -> ChatRequest:
@@ -41,8 +41,8 @@ def chat_request(body: ollama.OllamaChatRequest, thinking: bool) -> ChatRequest:
 
 def prompt_chat(body: ollama.OllamaGenerateRequest, thinking: bool) -> ChatRequest:
     """Converts a prompt to a chat. Arguments and errors as those of `chat_request`."""
-    messages = [{"role": "system", "content": body.system}] if body.system else []
-    messages.append({"role": "user", "content": body.prompt or ""})
+    messages: list[dict[str, Any]] = [{"role": "system", "content": body.system}] if body.system else []
+    messages.append({"role": "user", "content": _content(body.prompt or "", body.images)})
     return parse(ChatRequest, {"messages": messages, **_common(body, thinking)})
 
 
@@ -86,7 +86,7 @@ def _messages(messages: list[ollama.Message]) -> list[dict[str, Any]]:
     out: list[dict[str, Any]] = []
     waiting: deque[tuple[str, str]] = deque()  # (id, name) of calls without a result
     for number, message in enumerate(messages):
-        one: dict[str, Any] = {"role": message.role, "content": message.content or ""}
+        one: dict[str, Any] = {"role": message.role, "content": _content(message.content or "", message.images)}
         if message.role == "assistant":
             one |= {"reasoning_content": message.thinking} if message.thinking else {}
             calls = [(call.id or f"call_{number}_{i}", call.function) for i, call in enumerate(message.tool_calls or ())]
@@ -99,6 +99,14 @@ def _messages(messages: list[ollama.Message]) -> list[dict[str, Any]]:
             one["tool_call_id"] = message.tool_call_id or _call_of(message.tool_name, waiting)
         out.append(one)
     return out
+
+
+def _content(text: str, images: list[str] | None) -> str | list[dict[str, Any]]:
+    """A message's content in OpenAI's format: its pictures, and then its text, as Ollama's templates place them."""
+    if not images:
+        return text
+    pictures = [{"type": "image_url", "image_url": {"url": f"data:;base64,{image}"}} for image in images]
+    return [*pictures, {"type": "text", "text": text}]
 
 
 def _call_of(name: str | None, waiting: deque[tuple[str, str]]) -> str:

@@ -80,6 +80,7 @@ def add(app: FastAPI, state: ServerState) -> None:
         async with admitted_request(state, request, OllamaShowRequest, one=True) as (body, _, _caller):
             state.check_model(body.name)
             template, capabilities = "", ["completion" if state.generates else "embedding"]
+            capabilities += ["vision"] if state.pictures is not None else []
             try:
                 template = state.template.source()
                 capabilities += ["tools"]  # with any chat template
