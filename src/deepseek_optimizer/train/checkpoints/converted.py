@@ -1,6 +1,6 @@
-"""Loading the experts of a checkpoint when training is resumed. Transformers saves experts one by one but merges them in
-memory. `from_pretrained` merges them while loading; Trainer's loading of a checkpoint (5.20 to 5.24) does not, and would
-continue with the weights that the model has."""
+"""Loading what Transformers converts, when training is resumed. It merges experts, and gives published names to some families'
+tensors. `from_pretrained` converts while loading, and `save_pretrained` converts back; Trainer's loading of a checkpoint
+(5.20 to 5.24) does not, and would continue with the weights that the model has."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 
 from ...checkpoint import Checkpoint, open_checkpoint
+from ...checkpoint.published_names import parameter_name
 from ...checkpoint.stacks import is_stack, matrices_per_expert
 
 
@@ -18,20 +20,33 @@ def merged_experts(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if is_stack(name) and p.ndim == 3 and p.is_floating_point()}
 
 
-def load_experts(model: torch.nn.Module, folder: Path) -> None:
-    """Loads a checkpoint's experts into the merged parameters of a model. Experts stored merged are assumed to be loaded
-    already.
+@torch.no_grad()
+def load_converted(model: torch.nn.Module, folder: Path) -> None:
+    """Loads the parameters and buffers of a model that a checkpoint has under other names, or in parts. Those stored by their
+    own names are assumed to be loaded already.
 
     Raises:
         CheckpointError: an expert is missing or has another shape.
     """
-    merged = merged_experts(model)
-    if not merged or not any(folder.glob("model*.safetensors")):  # a checkpoint of an adapter
+    stored = _stored_names(folder)
+    converted = {name: tensor for name, tensor in model.state_dict().items() if name not in stored}
+    if not stored or not converted:  # no names: a checkpoint of an adapter
         return
+    merged = merged_experts(model)
     with open_checkpoint(folder) as checkpoint:
-        for name, parameter in merged.items():
-            if name not in checkpoint.tensors:
-                read_stack(checkpoint, name, parameter)
+        for name, tensor in converted.items():
+            if name in checkpoint.tensors:
+                tensor.copy_(checkpoint.read(name))
+            elif name in merged:
+                read_stack(checkpoint, name, merged[name])
+
+
+def _stored_names(folder: Path) -> set[str]:
+    names: set[str] = set()
+    for path in folder.glob("model*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            names |= set(file.keys())
+    return names
 
 
 @torch.no_grad()
@@ -46,24 +61,28 @@ def read_stack(checkpoint: Checkpoint, name: str, parameter: torch.Tensor) -> No
         matrix.copy_(values)
 
 
-class MergedExperts:
-    """Mixin for a Trainer that loads merged experts from checkpoints."""
+class ConvertedWeights:
+    """Mixin for a Trainer that loads what Transformers converts from checkpoints."""
 
     model: Any
     state: Any
 
     def load_weights(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super().load_weights(resume_from_checkpoint, model)  # type: ignore[misc]
-        load_experts(self.model if model is None else model, Path(resume_from_checkpoint))
+        load_converted(self.model if model is None else model, Path(resume_from_checkpoint))
 
     def load_best_weights(self) -> None:
         super().load_best_weights()  # type: ignore[misc]
-        load_experts(self.model, Path(self.state.best_model_checkpoint))
+        load_converted(self.model, Path(self.state.best_model_checkpoint))
 
     def warn_of_other_weights(self, load_result: Any) -> None:
-        """Like Trainer's, but ignores the experts, which `load_experts` loads."""
-        merged = merged_experts(self.model)
+        """Like Trainer's, but ignores what `load_converted` loads."""
+        merged, family = merged_experts(self.model), self.model.config.model_type
         stacks = tuple(f"{name.rpartition('.')[0]}." for name in merged)
-        load_result.missing_keys[:] = [name for name in load_result.missing_keys if name not in merged]
-        load_result.unexpected_keys[:] = [name for name in load_result.unexpected_keys if not name.startswith(stacks or "\0")]
+        renamed = {name: parameter_name(name, family) for name in load_result.unexpected_keys}
+        found = {name for name in renamed.values() if name in load_result.missing_keys}
+        load_result.missing_keys[:] = [name for name in load_result.missing_keys if name not in merged and name not in found]
+        load_result.unexpected_keys[:] = [
+            name for name, own in renamed.items() if own not in found and not own.startswith(stacks or "\0")
+        ]
         super().warn_of_other_weights(load_result)  # type: ignore[misc]
