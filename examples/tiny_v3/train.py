@@ -14,6 +14,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -31,8 +32,28 @@ _LEFT_OVER = 0.06  # share of the time for what follows training
 _PROMPTS, _PROMPT, _ANSWER = 12, 64, 48  # held-out texts that drafts are measured on; their tokens; tokens that are made
 
 
-def main(arguments: list[str] | None = None) -> dict[str, Any]:
-    options = _parser().parse_args(arguments)
+@dataclass(frozen=True)
+class Kind:
+    """What is trained.
+
+    Attributes:
+        name: of the folder that it goes to, unless another is given.
+        make_model: (size, tokenizer) -> a random model.
+        drafts: the model has a layer for multi-token prediction, which is trained too, and drafts.
+        separates: documents of a row do not attend to each other; otherwise each row is one text.
+    """
+
+    name: str
+    make_model: Callable[[Size, Any], Any]
+    drafts: bool = True
+    separates: bool = True
+
+
+V3 = Kind("tiny-v3", make_model)
+
+
+def main(arguments: list[str] | None = None, kind: Kind = V3) -> dict[str, Any]:
+    options = _parser(kind).parse_args(arguments)
     size, started = SIZES[options.size], time.monotonic()
     end = started + 60 * options.minutes
     say = _teller(started)
@@ -41,10 +62,11 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     texts = gather(options.characters)
     say(f"{len(texts.train)} texts, {len(texts.held_out)} held out, {sum(map(len, texts.train)) / 1e6:.1f} M characters")
     tokenizer = make_tokenizer(texts.train[::4], size.vocabulary, size.length)
-    train, held_out = rows_of(texts, tokenizer, size)
+    train, held_out = rows_of(texts, tokenizer, size, kind)
     say(f"{len(tokenizer)} tokens in the vocabulary, {len(train) * size.length / 1e6:.2f} M tokens to train on")
 
-    trainer = make_trainer(size, tokenizer, train, held_out, output, end - _LEFT_OVER * 60 * options.minutes, say)
+    last = end - _LEFT_OVER * 60 * options.minutes
+    trainer = make_trainer(kind, size, tokenizer, train, held_out, output, last, options.steps, say)
     say(f"{trainer.model.num_parameters() / 1e6:.1f} M weights")
     trainer.train()
     results = {"eval_loss": trainer.evaluate()["eval_loss"], **loads(trainer, held_out)}
@@ -54,15 +76,17 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     trainer.save_model(str(output / "model"))
     tokenizer.save_pretrained(output / "model")
 
-    results["mtp_acceptance"] = pack_and_measure(output, tokenizer, held_out)
-    say(f"drafts of the packed model hold at {results['mtp_acceptance']:.0%} of places")
+    fast = pack(output, tokenizer)
+    if kind.drafts:
+        results["mtp_acceptance"] = measure_drafts(fast, held_out)
+        say(f"drafts of the packed model hold at {results['mtp_acceptance']:.0%} of places")
     results["minutes"] = round((time.monotonic() - started) / 60, 2)
     (output / "results.json").write_text(json.dumps(results, indent=1))
     say(f"done: dso chat {output / 'int4'}")
     return results
 
 
-def rows_of(texts: Corpus, tokenizer: Any, size: Size) -> tuple[list[Any], list[Any]]:
+def rows_of(texts: Corpus, tokenizer: Any, size: Size, kind: Kind) -> tuple[list[Any], list[Any]]:
     """Rows to train on, and held-out ones: documents one after the other, cut at the length of a row."""
     chats = [
         tokenizer.apply_chat_template(
@@ -74,7 +98,11 @@ def rows_of(texts: Corpus, tokenizer: Any, size: Size) -> tuple[list[Any], list[
     step = max(1, len(plain) // max(1, len(chats)))
     mixed = [*chain.from_iterable(zip(plain[::step], chats, strict=False)), *(t for i, t in enumerate(plain) if i % step)]
     held = [f"{tokenizer.bos_token}{text}{tokenizer.eos_token}" for text in texts.held_out]
-    return _rows(mixed, tokenizer, size.length), _rows(held, tokenizer, size.length)[:200]
+    train, held_out = _rows(mixed, tokenizer, size.length), _rows(held, tokenizer, size.length)[:200]
+    if not kind.separates:
+        for row in (*train, *held_out):
+            del row["position_ids"]
+    return train, held_out
 
 
 def _rows(documents: list[str], tokenizer: Any, length: int) -> list[Any]:
@@ -96,9 +124,10 @@ def _rows(documents: list[str], tokenizer: Any, length: int) -> list[Any]:
 
 
 def make_trainer(
-    size: Size, tokenizer: Any, train: list[Any], held_out: list[Any], output: Path, end: float, say: Callable[[str], None]
-) -> Any:
-    """A trainer that stops when `end` comes, and whose learning rate knows when that is."""
+    kind: Kind, size: Size, tokenizer: Any, train: list[Any], held_out: list[Any], output: Path, end: float,
+    steps: int | None, say: Callable[[str], None],
+) -> Any:  # fmt: skip
+    """A trainer that stops when `end` comes, or after `steps`, and whose learning rate knows when that is."""
     from torch.optim.lr_scheduler import LambdaLR
     from transformers import TrainerCallback, set_seed
 
@@ -107,6 +136,8 @@ def make_trainer(
     begin = time.monotonic()
 
     def progress() -> float:
+        if steps is not None:
+            return min(1.0, trainer.state.global_step / steps)
         return min(1.0, (time.monotonic() - begin) / max(1e-3, end - begin))
 
     def factor(step: int) -> float:
@@ -124,19 +155,20 @@ def make_trainer(
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
             if logs and "loss" in logs:
-                named = {"loss": logs["loss"] - trainer.mtp.weight * logs["mtp_loss"]}
-                named |= {name: logs[name] for name in ("mtp_loss", "expert_load", "learning_rate")}
+                named = {"loss": logs["loss"] - (trainer.mtp.weight * logs["mtp_loss"] if kind.drafts else 0.0)}
+                named |= {name: logs[name] for name in ("mtp_loss", "expert_load", "learning_rate") if name in logs}
                 say(f"step {state.global_step}: " + ", ".join(f"{name} {value:.4g}" for name, value in named.items()))
-                trainer.mtp.weight = _MTP_WEIGHT if progress() < _LATE else _LATE_MTP_WEIGHT
+                if kind.drafts:
+                    trainer.mtp.weight = _MTP_WEIGHT if progress() < _LATE else _LATE_MTP_WEIGHT
 
     set_seed(0)
     arguments = DeepSeekTrainingArguments(
         output_dir=str(output), max_steps=1_000_000, per_device_train_batch_size=size.batch, per_device_eval_batch_size=8,
-        learning_rate=size.rate, weight_decay=0.1, adam_beta2=0.95, mtp_loss_weight=_MTP_WEIGHT, moe_balance_rate=_BALANCE_RATE,
-        logging_steps=25, save_strategy="no", report_to="none", disable_tqdm=True, seed=0, use_cpu=True,
-        dataloader_drop_last=True, prediction_loss_only=True,
+        learning_rate=size.rate, weight_decay=0.1, adam_beta2=0.95, moe_balance_rate=_BALANCE_RATE,
+        mtp_loss_weight=_MTP_WEIGHT if kind.drafts else None, logging_steps=25, save_strategy="no", report_to="none",
+        disable_tqdm=True, seed=0, use_cpu=True, dataloader_drop_last=True, prediction_loss_only=True,
     )  # fmt: skip
-    trainer = Timed(make_model(size, tokenizer), arguments, train_dataset=train, eval_dataset=held_out)
+    trainer = Timed(kind.make_model(size, tokenizer), arguments, train_dataset=train, eval_dataset=held_out)
     trainer.add_callback(InTime())
     for printer in ("PrinterCallback", "ProgressCallback"):
         for callback in [c for c in trainer.callback_handler.callbacks if type(c).__name__ == printer]:
@@ -156,7 +188,7 @@ def loads(trainer: Any, held_out: list[Any]) -> dict[str, float]:
     model.train()  # loads are counted then
     with torch.no_grad():
         for row in held_out:
-            model(input_ids=row["input_ids"][None], position_ids=row["position_ids"][None], use_cache=False)
+            model(**{name: row[name][None] for name in row if name != "labels"}, use_cache=False)
     counter.step()
     model.eval()
     found = {"expert_load": counter.statistics()["expert_load"]}
@@ -166,16 +198,18 @@ def loads(trainer: Any, held_out: list[Any]) -> dict[str, float]:
     return found | ({"expert_load_batch": sum(late) / len(late)} if late else {})
 
 
-def pack_and_measure(output: Path, tokenizer: Any, held_out: list[Any]) -> float:
-    """Packs the model as int4, and has it go on with held-out texts, each token drafted by its MTP layer.
-
-    Returns: the share of drafts that held.
-    """
+def pack(output: Path, tokenizer: Any) -> Any:
+    """The model as int4, which is also saved."""
     from deepseek_optimizer import load_model
 
     fast = load_model(output / "model", precision="int4")
     fast.save_pretrained(output / "int4")
     tokenizer.save_pretrained(output / "int4")
+    return fast
+
+
+def measure_drafts(fast: Any, held_out: list[Any]) -> float:
+    """The share of drafts that hold where the model goes on with held-out texts, each token drafted by its MTP layer."""
     made, held = 0, 0.0
     for row in held_out[:: max(1, len(held_out) // _PROMPTS)]:
         prompt = row["input_ids"][None, :_PROMPT]
@@ -187,10 +221,11 @@ def pack_and_measure(output: Path, tokenizer: Any, held_out: list[Any]) -> float
     return held / made if made else 0.0
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(kind: Kind) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", default="tiny-v3", help="folder that the model goes to (model/, int4/, results.json)")
+    parser.add_argument("--output", default=kind.name, help="folder that the model goes to (model/, int4/, results.json)")
     parser.add_argument("--minutes", type=float, default=10.0, help="how long all of it may take")
+    parser.add_argument("--steps", type=int, help="of training, whatever the time")
     parser.add_argument("--size", choices=SIZES, default="small")
     parser.add_argument("--characters", type=int, default=14_000_000, help="of text to train on, at most")
     return parser

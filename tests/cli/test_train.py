@@ -14,6 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import deepseek_optimizer
 from deepseek_optimizer.train.checkpoints import directory
 from deepseek_optimizer.train.job import TrainingJob
+from support.family_configs import deepseek_v4
+from support.models import random_model
 from support.quantized_files import SECTIONS, gptq, quantized_copy
 from support.tiny_v3 import tiny_v3
 
@@ -69,6 +71,22 @@ def test_a_whole_model_is_trained_and_answers(train, dso, chats, tmp_path):
     written = [sum(f.stat().st_size for f in folder.glob("*.safetensors")) for folder in (out / "checkpoint-30", out)]
     assert [planned["checkpoint"], planned["result"]] == pytest.approx(written, rel=0.1)
     assert planned["checkpoints"] == 3 and planned["total"] == 3 * planned["checkpoint"] + planned["result"]
+
+
+def test_a_deepseek_v4_is_trained_and_answers(train, dso, chats, byte_tokenizer, tmp_path):
+    ends = {"eos_token_id": byte_tokenizer.eos_token_id, "pad_token_id": byte_tokenizer.pad_token_id}
+    model, out = tmp_path / "v4", tmp_path / "out"
+    random_model(deepseek_v4(vocab_size=len(byte_tokenizer), moe_intermediate_size=48, **ends)).save_pretrained(model)
+    byte_tokenizer.save_pretrained(model)
+    result = train("--data", chats, "--json", *FAST, model=model)
+    assert result.exit_code == 0, result.output
+    facts = json.loads(result.stdout)
+    assert facts["eval_after"] < 0.5 * facts["eval_before"] and "each document is a row of its own" in result.stderr
+    plain = AutoModelForCausalLM.from_pretrained(out)
+    assert type(plain).__name__ == "DeepseekV4ForCausalLM" and plain.dtype == torch.bfloat16
+    assert answer(deepseek_optimizer.load_model(out), out) == answer(plain, out) == "one two"
+    talk = dso("chat", out, "-p", "int4", "-t", "0", "-n", "10", input="count 3\n")
+    assert talk.exit_code == 0 and talk.stdout.strip(), talk.output
 
 
 def test_an_adapter_is_trained_and_merged(train, dso, chats, tiny_model, tmp_path):

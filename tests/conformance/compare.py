@@ -41,7 +41,7 @@ def compare(family: str, control: Mapping[str, Outcome], optimized: Mapping[str,
         result = optimized.get(test, Outcome("crashed", "it was not run"))
         if result.outcome == "passed":
             continue
-        kind = next((kind for kind in kinds if kind.fits(test, result.error)), None)
+        kind = next((kind for kind in kinds if kind.fits(family, test, result.error)), None)
         if kind is not None and result.outcome != "crashed":
             made.excused.append((kind.name, test))
         else:

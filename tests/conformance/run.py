@@ -32,9 +32,6 @@ SLOW = "not compil and not torch_dtype and not test_training_overfit and not (ea
 # CI runs these and a few others, drawn by its commit: all of them take half an hour.
 ALWAYS = ("llama", "qwen2", "qwen3", "mistral", "deepseek_v2", "deepseek_v3", "deepseek_v32", "youtu")
 OTHERS = 2
-# Not drawn, but run when named and with --every-family: faults are known and not mended yet. deepseek_v4: padding, which
-# Transformers compresses with the text, hidden states in `generate`, and texts that continue from a cache.
-PENDING = ("deepseek_v4",)
 FOREIGN = "not keep_in_fp32_modules_strict"
 
 
@@ -75,7 +72,7 @@ def run_family(family: str, file: Path, folder: Path, select: str, side: str = "
 
 def drawn(families: Sequence[str]) -> list[str]:
     """The families that CI runs: ALWAYS, and OTHERS more, drawn by the commit."""
-    rest = [family for family in families if family not in (*ALWAYS, *PENDING)]
+    rest = [family for family in families if family not in ALWAYS]
     return [*ALWAYS, *random.Random(f"{seed_of(ROOT)} conformance").sample(rest, OTHERS)]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from conformance.compare import compare, faults
@@ -38,6 +40,12 @@ def test_deviations_are_reported(outcome):
 
 def test_a_listed_error_in_another_test_is_reported():
     assert one(Outcome("failed", "cannot be cast"), test="test_greedy").deviations
+
+
+def test_a_listed_error_in_another_family_is_reported():
+    failed = Outcome("failed", "it cannot be cast")
+    assert one(failed, kinds=(replace(KIND, families=("mistral",)),)).deviations
+    assert not one(failed, kinds=(replace(KIND, families=("mistral", "llama")),)).deviations
 
 
 def test_listed_exceptions_are_counted_by_kind():

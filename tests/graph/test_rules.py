@@ -66,6 +66,7 @@ def test_each_rule_applies_everywhere(case: str) -> None:
     layers = 0 if isinstance(graph.cache, RowsSpec) else config.num_hidden_layers
     plain = 0 if isinstance(graph.cache, LatentSpec) else layers  # with keys and values per head
     own = graph.cache.layers if plain else 0  # of them, those that write to the cache
+    compressed = sum(n.op == "compressed_attention" for n in graph.nodes)
     experts = sum(n.op in ("router", "hash_router") for n in graph.nodes)
     producers = {value: node.op for node in graph.nodes for value in node.outputs}
     rotated = sum(n.op == "cache_write" and producers[n.inputs[0]] == "rope" for n in graph.nodes)
@@ -75,8 +76,8 @@ def test_each_rule_applies_everywhere(case: str) -> None:
     final = graph.nodes[-3]  # before its hidden_out and the head
     final_sum = final.op == "rms_norm" and producers[final.inputs[0]] == "add"
     expected = {
-        "qkv": own + layers - plain, "rope_cache": rotated, "attention_softmax": plain, "mla_absorb": layers - plain,
-        "experts": experts,
+        "qkv": own + layers - plain + compressed, "rope_cache": rotated, "attention_softmax": plain,
+        "mla_absorb": layers - plain, "experts": experts,
         "gate_up": gated, "last_logits": 1,
         "layer_norm": summed - final_sum,  # not the last one, whose rows are selected
     }  # fmt: skip

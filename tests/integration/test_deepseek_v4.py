@@ -9,8 +9,9 @@ import torch
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4HCACache
 
 from deepseek_optimizer import PagedCache, SamplingParams, load_model, make_engine
-from deepseek_optimizer.errors import UnsupportedModelError
+from deepseek_optimizer.errors import UnsupportedModelError, UnsupportedRequestError
 from deepseek_optimizer.integration.bind.runtime import OptimizerWarning
+from deepseek_optimizer.integration.compat import take_cache
 from deepseek_optimizer.integration.generation.saved_prefix import load_prefix, save_prefix
 from support.models import assert_close_rows
 
@@ -41,6 +42,48 @@ def test_padded_rows_equal_rows_by_themselves(pair: Pair) -> None:
     for row, kept in zip(made, mask, strict=True):
         alone = pair.plain.generate(row[: len(kept)][kept.bool()][None], **GREEDY)
         assert row[-24:].tolist() == alone[0, -24:].tolist()
+
+
+def test_forward_counts_positions_of_padded_rows_alone(pair: Pair) -> None:
+    ids, mask = pair.ids(40, 33), pair.mask(40, 33)
+    with torch.no_grad():
+        logits = pair.fast(ids, attention_mask=mask).logits
+        for row, own, kept in zip(logits, ids, mask.bool(), strict=True):
+            assert_close_rows(row[kept], pair.plain(own[kept][None]).logits[0])
+
+
+def test_positions_that_do_not_count_tokens_run_transformers_own_forward(pair: Pair) -> None:
+    ids, positions = pair.ids(20), torch.arange(5, 25)[None]
+    fast = copy.deepcopy(pair.fast)
+    with torch.no_grad(), pytest.warns(OptimizerWarning, match="position_ids do not count the tokens"):
+        logits = fast(ids, position_ids=positions).logits[0]
+    assert_close_rows(logits, pair.plain(ids, position_ids=positions).logits[0])
+    with pytest.raises(UnsupportedRequestError, match="position_ids do not count the tokens"), torch.no_grad():
+        fast(ids, position_ids=positions, cache=PagedCache(fast))
+
+
+@pytest.mark.parametrize("tokens", [5, 50, 120])
+def test_layers_of_a_cache_have_the_rows_of_the_window(pair: Pair, tokens: int) -> None:
+    ids = pair.ids(tokens, tokens)
+    with torch.no_grad():
+        caches = [take_cache(dict(model(ids, use_cache=True))) for model in (pair.plain, pair.fast)]
+    assert len(caches[0].layers) == len(caches[1].layers) == pair.plain.config.num_hidden_layers
+    for expected, layer in zip(*(cache.layers for cache in caches), strict=True):
+        for name in ("keys", "values"):
+            assert getattr(expected, name).shape == getattr(layer, name).shape
+            assert_close_rows(getattr(layer, name).flatten(0, 2), getattr(expected, name).flatten(0, 2))
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_generate_with_hidden_states_runs_transformers_own_loop(pair: Pair, beams: int) -> None:
+    options = {**GREEDY, "num_beams": beams, "return_dict_in_generate": True, "output_hidden_states": True}
+    fast, ids = copy.deepcopy(pair.fast), pair.ids(20)
+    with pytest.warns(OptimizerWarning, match="several residual streams"):
+        made = fast.generate(ids, **options)
+    expected = pair.plain.generate(ids, **options)
+    assert torch.equal(made.sequences, expected.sequences)
+    shapes = [[[tuple(state.shape) for state in step] for step in output.hidden_states] for output in (made, expected)]
+    assert shapes[0] == shapes[1]
 
 
 def test_a_cache_is_cropped_to_any_length(pair: Pair) -> None:

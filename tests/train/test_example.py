@@ -1,4 +1,4 @@
-"""examples/tiny_v3: the script itself, and a chat with the model that it trains."""
+"""examples/tiny_v3 and tiny_v4: the scripts themselves, and chats with the models that they train."""
 
 from __future__ import annotations
 
@@ -17,17 +17,20 @@ from typer.testing import CliRunner
 import deepseek_optimizer
 from deepseek_optimizer_cli.app import app
 
-SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "tiny_v3" / "train.py"
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 SOURCE = Path(deepseek_optimizer.__file__).resolve().parents[1]
 
 
-def run(folder: Path, *options: str) -> dict[str, Any]:
-    """Runs the script in a separate process; returns its results."""
+def run(folder: Path, *options: str, example: str = "tiny_v3") -> dict[str, Any]:
+    """Runs an example's script in a separate process; returns its results."""
     path = os.pathsep.join([str(SOURCE), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), "--output", "tiny", *options], cwd=folder, capture_output=True, text=True,
+        [sys.executable, str(EXAMPLES / example / "train.py"), "--output", "tiny", *options],
+        cwd=folder,
+        capture_output=True,
+        text=True,
         env={**os.environ, "PYTHONPATH": path},
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr
     assert "done: dso chat tiny/int4" in done.stdout, done.stdout
     result: dict[str, Any] = json.loads((folder / "tiny" / "results.json").read_text())
@@ -55,6 +58,15 @@ def test_the_script_runs_end_to_end(tmp_path):
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "tiny" / "model", dtype=torch.float32)
     ids = torch.tensor([tokenizer(text)["input_ids"]])
     assert plain(ids, labels=ids).loss.isfinite() and len(plain.model.layers) == 2
+
+
+def test_the_script_trains_a_deepseek_v4(tmp_path):
+    options = ("--size", "smallest", "--steps", "60", "--characters", "150000")
+    figures = run(tmp_path, *options, example="tiny_v4")
+    assert figures["eval_loss"] < 5.8 and figures["expert_load"] >= 1.0 and "mtp_acceptance" not in figures
+    talk(tmp_path)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "tiny" / "model", dtype=torch.float32)
+    assert type(plain).__name__ == "DeepseekV4ForCausalLM" and plain(torch.arange(40)[None]).logits.isfinite().all()
 
 
 @pytest.mark.slow

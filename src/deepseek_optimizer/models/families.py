@@ -48,7 +48,7 @@ FAMILIES: Final[Mapping[str, Family]] = MappingProxyType({
     "deepseek_v2": Family(rotates_halves=False, interleaved_latents=True),
     "deepseek_v3": Family(rotates_halves=False),
     "deepseek_v32": Family(rotates_halves=False, plain_residuals=False),
-    "deepseek_v4": _PLAN_ONLY,
+    "deepseek_v4": replace(_PLAN_ONLY, separates_documents=False),
     "youtu": Family(rotates_halves=False, plain_residuals=False),
     "mistral": Family(window_from_config=True),
     "ministral": _PLAN_ONLY,

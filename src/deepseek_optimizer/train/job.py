@@ -30,6 +30,7 @@ from ..integration.configs import check_config
 from ..integration.load.loader import sketch
 from ..integration.load.mtp_layers import stored_mtp_layers
 from ..integration.load.resolve import resolve
+from ..models.families import FAMILIES
 from ..system.memory import free_memory
 from . import lora
 from .arguments import DeepSeekTrainingArguments
@@ -134,10 +135,13 @@ class TrainingJob:
             self.frozen = _is_frozen(config, checkpoint, fields)
             self.tokenizer = load_tokenizer(checkpoint)
             self.context = int(fields["max_position_embeddings"])
+            family = FAMILIES.get(fields["model_type"])
+            self.packing = config.data.packing and (family is None or family.separates_documents)
             if self.args.teacher not in (None, SELF):
                 check_tokenizer(self.args.teacher, self.tokenizer)
             self._load_data(progress)
-            self.args = self._arguments(intervals(config, steps_of(len(self.train_rows), self.args)))
+            counted = {} if self.packing else {"include_num_input_tokens_seen": "non_padding"}
+            self.args = self._arguments({**intervals(config, steps_of(len(self.train_rows), self.args)), **counted})
             self.plan = self._plan(checkpoint)
 
     def _arguments(self, more: dict[str, Any]) -> DeepSeekTrainingArguments:
@@ -160,10 +164,10 @@ class TrainingJob:
         longest = max(int(part.lengths.max()) for part in (documents, evaluation) if part is not None)
         self.row = data.max_length or row_for(longest, self.context)
         self.documents, self.evaluation = documents, evaluation
-        self.train_rows = PackedRows(documents, self.row) if data.packing else documents
-        self.eval_rows = evaluation if evaluation is None or not data.packing else PackedRows(evaluation, self.row)
+        self.train_rows = PackedRows(documents, self.row) if self.packing else documents
+        self.eval_rows = evaluation if evaluation is None or not self.packing else PackedRows(evaluation, self.row)
         self.collator = Collator(self.tokenizer.pad_token_id or 0)
-        self.longest = self.row if data.packing else longest
+        self.longest = self.row if self.packing else longest
 
     def _plan(self, checkpoint: Checkpoint) -> TrainingPlan:
         config = self.config
@@ -185,7 +189,7 @@ class TrainingJob:
         steps = steps_of(len(self.train_rows), self.args)
         present = len(checkpoints(self.output)) if self.resumes else 0
         disk = plan_disk(self.output, self.args, memory, steps, present, adapter=config.lora is not None, merge=config.merge)
-        rows, row = len(self.train_rows), self.row if config.data.packing else self.longest
+        rows, row = len(self.train_rows), self.row if self.packing else self.longest
         return TrainingPlan(
             model=config.model,
             family=str(model.config.model_type),
@@ -205,8 +209,20 @@ class TrainingJob:
             memory=memory,
             free=free_memory().free,
             disk=disk,
-            remarks=[*self.report.remarks(), *self._quantization(), *self._omissions(checkpoint, model), *_crowded()],
+            remarks=[
+                *self.report.remarks(),
+                *self._unpacked(),
+                *self._quantization(),
+                *self._omissions(checkpoint, model),
+                *_crowded(),
+            ],
         )
+
+    def _unpacked(self) -> list[str]:
+        """A remark if documents are not packed although the configuration says so."""
+        if self.packing or not self.config.data.packing:
+            return []
+        return ["each document is a row of its own, since this family would join those of a packed row"]
 
     def _quantization(self) -> list[str]:
         """A remark on what is trained for a packed format."""

@@ -48,8 +48,8 @@ def weights_in(model: nn.Module, dtype: torch.dtype, optimizer: DeepSeekAdamW | 
 
 
 def _kept_in_fp32(model: nn.Module) -> list[str]:
+    """As when Transformers loads a model in bf16: `_keep_in_fp32_modules` without `_strict` is for fp16 only."""
     names: set[str] = set()
     for module in model.modules():
-        for attribute in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"):
-            names |= set(getattr(module, attribute, None) or ())
+        names |= set(getattr(module, "_keep_in_fp32_modules_strict", None) or ())
     return sorted(names)

@@ -2,7 +2,8 @@
 all matrices are divided among the threads together.
 
 These are q, k and v. With latent attention, they are the projections of the layer's input for the query, the latent and the
-indexer's key, and those of the query latent for the queries of attention and indexer.
+indexer's key, and those of the query latent for the queries of attention and indexer. With compressed attention, they also are
+those that entries are computed from.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ def _projections(graph: Graph, links: Links) -> Iterator[tuple[str, list[int]]]:
     """Yields the place and the indices of projections to merge."""
     writes = {(n.op, n.attrs["layer"]): n.inputs for n in graph.nodes if n.op.endswith("_write")}
     chosen = {n.attrs["layer"]: n for n in graph.nodes if n.op == "index_choose"}
+    compressed = [n for n in graph.nodes if n.op == "compressed_attention"]
     for node in graph.nodes:
         layer = node.attrs.get("layer", -1)
         if node.op == "attention" and ("cache_write", layer) in writes:  # not if rope_cache was applied before
@@ -64,6 +66,30 @@ def _projections(graph: Graph, links: Links) -> Iterator[tuple[str, list[int]]]:
             for group in _over_one_input(graph, [q, down, latent, *more]):
                 if len(group) > 1:
                     yield f"layer {layer}", group
+        elif node.op == "compressed_attention":
+            for sources in _compressed(graph, links, node):
+                for group in _over_one_input(graph, sources):
+                    if len(group) > 1:
+                        yield f"layer {compressed.index(node)}", group
+
+
+def _compressed(graph: Graph, links: Links, node: Node) -> Iterator[list[int]]:
+    """Yields the indices of the projections of compressed attention and its indexer, and of each compressor, which checkpoints
+    store in other formats. The weights of the indexer's heads are left out, since they are exact."""
+    rows = {n.attrs["layer"]: n.inputs[0] for n in graph.nodes if n.op == "rows_write"}
+    compressors = {n.attrs["layer"]: rows[n.attrs["source"]] for n in graph.nodes if n.op == "compress"}
+    q = links.source(node.inputs[0], ("rope", "head_norm"))
+    down = links.source(graph.nodes[q].inputs[0], ("rms_norm",))
+    own = [q, down, links.source(rows[node.attrs["layer"]], ("rope", "rms_norm"))]
+    entries = [node.attrs["entries"]]
+    if len(node.inputs) > 1:
+        choice = graph.nodes[links.producer(node.inputs[1])]
+        own.append(links.source(choice.inputs[0], ("rope",)))
+        entries.append(choice.attrs["layer"])
+    yield own
+    for kind in entries:
+        if kind in compressors:
+            yield [links.producer(value) for value in graph.nodes[links.producer(compressors[kind])].inputs]
 
 
 def _over_one_input(graph: Graph, indices: list[int]) -> list[list[int]]:

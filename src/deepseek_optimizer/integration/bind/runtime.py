@@ -21,7 +21,7 @@ from ...graph.ir import Graph
 from ...graph.partial_graph import writing_graph
 from ...graph.rope_rotation import KeyRotation, key_rotation
 from ...models.families import FAMILIES
-from ..memory.arena import Arena, LatentRow
+from ..memory.arena import Arena, LatentRow, WindowRows
 from ..memory.cache_size import (
     SLOTS_PER_SEQUENCE,
     CacheSize,
@@ -236,7 +236,7 @@ class Runtime(PackedModel):
         state_growth = CheckedGrowth(store.state_bytes, slots, backend.free_memory) if slots else None
         return Arena(
             store, layers, _latent_row(graph), _rotation(graph), groups_of(graph), size, growth, state_growth, empty,
-            graph.cache.group_of,
+            graph.cache.group_of, _windows(graph),
         )  # fmt: skip
 
     @property
@@ -324,6 +324,12 @@ def _latent_row(graph: Graph) -> LatentRow | None:
         return None
     halves = node.attrs["interleaved"] and not FAMILIES[graph.family].interleaved_latents
     return LatentRow(node.attrs["rank"], halves)
+
+
+def _windows(graph: Graph) -> tuple[WindowRows, ...]:
+    """With compressed attention, the rows that each layer reads by token."""
+    nodes = [node for node in graph.nodes if node.op == "compressed_attention"]
+    return tuple(WindowRows(node.attrs["layer"], node.attrs["window"]) for node in nodes)
 
 
 def _check_bound(model: Any, graph: Graph) -> None:

@@ -19,7 +19,7 @@ from ...backends.base import BLOCK_TOKENS, Int32
 from ...cache import HOLE, SequenceBlocks, states_of_step
 from ...errors import DroppedTokensError, StateMissingError, UnsupportedRequestError
 from ..bind.runtime import runtime_of
-from ..memory.arena import Arena
+from ..memory.arena import Arena, WindowRows
 
 Bool = npt.NDArray[np.bool_]
 
@@ -271,19 +271,25 @@ class PagedLayer(CacheLayerMixin):
 
     def _of_sequence(self, sequence: SequenceBlocks) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values [heads, tokens, width]."""
+        first, second = self._opened_rows(self.index, sequence)
+        shape = self.state.arena.latent
+        if shape is None:
+            assert second is not None
+            return first, second
+        latent, rotated = first[None, :, : shape.rank], first[None, :, shape.rank :]
+        return latent, torch.cat((rotated[..., 0::2], rotated[..., 1::2]), -1) if shape.paired else rotated
+
+    def _opened_rows(self, layer: int, sequence: SequenceBlocks) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What the store has in a layer of the cache, with zeros for dropped tokens."""
         arena = self.state.arena
-        group = arena.group_of(self.index)
+        group = arena.group_of(layer)
         table, gone = sequence.table(group), sequence.tables[group].holes
         holes = len(gone) * BLOCK_TOKENS
-        first, second = arena.store.read(self.index, table[table != HOLE], sequence.tokens - holes)
+        first, second = arena.store.read(layer, table[table != HOLE], sequence.tokens - holes)
         if holes:
             start = gone.start * BLOCK_TOKENS
             first, second = _opened(first, start, holes), None if second is None else _opened(second, start, holes)
-        if arena.latent is None:
-            assert second is not None
-            return first, second
-        latent, rotated = first[None, :, : arena.latent.rank], first[None, :, arena.latent.rank :]
-        return latent, torch.cat((rotated[..., 0::2], rotated[..., 1::2]), -1) if arena.latent.paired else rotated
+        return first, second
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Does nothing: blocks are allocated when tokens are added."""
@@ -302,6 +308,26 @@ class PagedLayer(CacheLayerMixin):
 
     def get_max_length(self) -> int:
         return -1
+
+
+class WindowLayer(PagedLayer):
+    """A decoder layer with compressed attention.
+
+    Attributes:
+        keys, values: as in Transformers, the rows that the next token reads by token [rows, 1, columns, width]: those of the
+            last `window` - 1 columns. Compressed entries are not included.
+    """
+
+    def _read(self, which: int) -> torch.Tensor:
+        return super()._read(which)[:, :, 1 - self._rows.window :]
+
+    def _of_sequence(self, sequence: SequenceBlocks) -> tuple[torch.Tensor, torch.Tensor]:
+        rows, _ = self._opened_rows(self._rows.kind, sequence)
+        return rows[None], rows[None]
+
+    @property
+    def _rows(self) -> WindowRows:
+        return self.state.arena.windows[self.index]
 
 
 class EmptyLayer(PagedLayer):
@@ -331,7 +357,8 @@ class PagedCache(Cache):
 
     def _adopt(self, state: PagedState) -> None:
         self.state = state
-        layers = [PagedLayer(state, i) for i in range(state.arena.layers)]
+        layers: list[PagedLayer] = [WindowLayer(state, i) for i in range(len(state.arena.windows))]
+        layers += [PagedLayer(state, i) for i in range(state.arena.layers)]
         layers += [EmptyLayer(state, i) for i in range(len(layers), len(layers) + state.arena.empty_layers)]
         super().__init__(layers=layers)  # type: ignore[arg-type]
 

@@ -71,6 +71,8 @@ class PlanGenerate(Replacement):
                 )
             self.runtime.warn_once(f"{mask_reason}: such prompts run on Transformers' own loop and forward, which is slower")
             reason = mask_reason
+        if config.output_hidden_states and self.runtime.graph.hidden_states == 1 and cache is None:
+            reason = "hidden states of several residual streams are requested"
         if reason is not None or config.output_attentions or config.cache_implementation is not None:
             self._warn_beyond_context(longest)
             return self._by_transformers(call, config, proposer)  # the forward warns about the reason

@@ -35,6 +35,19 @@ class LatentRow:
     paired: bool
 
 
+@dataclass(frozen=True)
+class WindowRows:
+    """The rows that a decoder layer with compressed attention reads by token, as both keys and values.
+
+    Attributes:
+        kind: index of these rows among the layers of the cache.
+        window: number of tokens, the newest included, whose rows a token reads.
+    """
+
+    kind: int
+    window: int
+
+
 class Arena:
     """The KV memory that all caches of a model share. The block manager is used only through `locked`.
 
@@ -52,6 +65,7 @@ class Arena:
         growth: decides whether there is memory for more blocks; None: by this system's limits.
         state_growth: the same for the slots of recurrent states.
         empty_layers: number of further decoder layers, whose attention reads the keys and values of the others.
+        windows: with compressed attention, the rows of each decoder layer; `layers` is 0.
 
     Attributes:
         state_interval: see `SequenceStates`; so long that stored states take no more memory than the blocks between them. 0:
@@ -70,8 +84,9 @@ class Arena:
         state_growth: CheckedGrowth | None = None,
         empty_layers: int = 0,
         group_of: Callable[[int], int] = lambda _: 0,
+        windows: tuple[WindowRows, ...] = (),
     ) -> None:
-        self.group_of = group_of
+        self.group_of, self.windows = group_of, windows
         self.store, self.layers, self.latent, self.rotation = store, layers, latent, rotation
         self.empty_layers = empty_layers
         self.size = size or CacheSize(store.num_blocks * store.block_bytes, "the size of the block store")

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ...backends.base import DECODE, PREFILL
+from ...backends.base import DECODE, PREFILL, Int32
 from ...errors import UnsupportedRequestError
 from ...graph.analysis import dynamic_rope
 from ...graph.ir import RowsSpec
@@ -102,11 +102,24 @@ class PlanForward(Replacement):
             if bool((positions.diff(dim=1) != 1).any()):
                 layers = "compressed attention does" if compresses else "recurrent layers do"
                 return f"rows pack several documents, which Transformers' {layers} not separate"
+        if compresses and positions is not None and not self._counted(call, cache, positions):
+            return "position_ids do not count the tokens of each row from 0, as compressed entries do"
         if model.training and getattr(config, "attention_dropout", 0.0):
             return "the model is in training mode and has dropout"
         if torch.is_grad_enabled() and ((embeds is not None and embeds.requires_grad) or trainable(model)):
             return "gradients are needed"
         return None
+
+    def _counted(self, call: dict[str, Any], cache: PagedCache | None, positions: torch.Tensor) -> bool:
+        """Whether each real token's position is its number in its row."""
+        source: Any = call.get("inputs_embeds") if call.get("input_ids") is None else call["input_ids"]
+        if not isinstance(source, torch.Tensor) or source.ndim < 2 or 0 in source.shape:
+            return True  # refused later, with its own error
+        rows, q = source.shape[:2]
+        state = None if cache is None else cache.state
+        kept = _kept(state, call.get("attention_mask"), rows, q)
+        same = positions[:, -q:].cpu().numpy() == _numbers(state, kept, rows, q)
+        return bool((same if kept is None else same | ~kept).all())
 
     def _planned(self, call: dict[str, Any], cache: PagedCache | None) -> Any:
         runtime, config = self.runtime, self.runtime.model.config
@@ -181,8 +194,11 @@ class PlanForward(Replacement):
                     "use the tokenizer that belongs to this model"
                 )
             ids32 = ids32.astype(np.int32)
+        wanted, kept = self._wanted(call, q), _kept(state, call.get("attention_mask"), rows, q)
         given = call.get("position_ids")
-        if given is None:
+        if given is None and isinstance(graph.cache, RowsSpec):
+            positions = _numbers(state, kept, rows, q)
+        elif given is None:
             positions = np.broadcast_to(np.arange(state.columns, state.columns + q, dtype=np.int32), (rows, q))
         else:
             positions = np.broadcast_to(given[:, -q:].cpu().numpy().astype(np.int32), (rows, q))
@@ -192,7 +208,6 @@ class PlanForward(Replacement):
                 f"position {low if low < 0 else high} is outside the model's context of {graph.max_positions} tokens; "
                 "shorten the prompt, request fewer new tokens, or load the model with context_extension"
             )
-        wanted, kept = self._wanted(call, q), _kept(state, call.get("attention_mask"), rows, q)
         return Columns(ids32, embeds, positions, kept, wanted, self._phase(state, q), hidden)
 
     def _phase(self, state: PagedState, q: int) -> int:
@@ -210,28 +225,38 @@ class PlanForward(Replacement):
         return loss
 
 
-def _kept(state: PagedState, mask: torch.Tensor | None, rows: int, q: int) -> Bool | None:
+def _kept(state: PagedState | None, mask: torch.Tensor | None, rows: int, q: int) -> Bool | None:
     """Which new columns hold a real token, bool [rows, q]; None: all.
 
     `mask` also covers the cached columns, for which it must not differ from the earlier masks.
     """
     if mask is None:
         return None
-    if mask.shape != (rows, state.columns + q):
+    cached = 0 if state is None else state.columns
+    if mask.shape != (rows, cached + q):
         raise ValueError(
-            f"attention_mask has shape {tuple(mask.shape)}; with {state.columns} cached tokens it must be "
-            f"{(rows, state.columns + q)}"
+            f"attention_mask has shape {tuple(mask.shape)}; with {cached} cached tokens it must be {(rows, cached + q)}"
         )
     if mask.is_floating_point() and mask.isnan().any():
         raise ValueError("attention_mask contains NaN; use 1 for a token and 0 for padding")
     kept = mask.cpu().numpy() != 0
-    past = kept[:, : state.columns]
-    if not (past.all() if state.kept is None else (past == state.kept).all()):
+    past = kept[:, :cached]
+    if not (past.all() if state is None or state.kept is None else (past == state.kept).all()):
         raise UnsupportedRequestError(
             f"attention_mask differs from the one that the cached tokens were computed with; {_NO_CACHE}"
         )
-    new = kept[:, state.columns :]
+    new = kept[:, cached:]
     return None if new.all() else new
+
+
+def _numbers(state: PagedState | None, kept: Bool | None, rows: int, q: int) -> Int32:
+    """The number of each new column's token in its row, from 0, int32 [rows, q]; of padding that of the token before, at least
+    0."""
+    before = np.zeros(rows, np.int32)
+    if state is not None and state.sequences:
+        before[:] = [sequence.tokens for sequence in state.sequences]
+    new = np.ones((rows, q), np.int32) if kept is None else kept.astype(np.int32)
+    return (before[:, None] + new.cumsum(1, dtype=np.int32) - 1).clip(min=0)
 
 
 def _columns_of(index: torch.Tensor, q: int) -> Any:

@@ -6,9 +6,14 @@ overrides the private methods. If a release of Transformers no longer calls one 
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
-from transformers import Trainer
+from huggingface_hub.errors import StrictDataclassError
+from transformers import PreTrainedConfig, Trainer
 from transformers.training_args import OptimizerNames
 
 
@@ -91,7 +96,8 @@ class HookedTrainer(Trainer):
 
     def load_weights(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Loads a checkpoint's weights into `model`; None: into the trainer's model."""
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        with _readable(Path(resume_from_checkpoint)) as folder:
+            super()._load_from_checkpoint(str(folder), model)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         self.load_weights(resume_from_checkpoint, model)
@@ -123,3 +129,24 @@ class HookedTrainer(Trainer):
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         self.load_random_states(checkpoint)
+
+
+@contextmanager
+def _readable(checkpoint: Path) -> Iterator[Path]:
+    """A checkpoint's directory, or one of links to all of its files but config.json.
+
+    Trainer reads the config, for a warning about its version, as one of the base class. This refuses values that the family's
+    own class accepts, such as DeepSeek-V4's `mlp_layer_types`.
+    """
+    config = checkpoint / "config.json"
+    try:
+        if config.is_file():
+            PreTrainedConfig.from_json_file(str(config))
+    except StrictDataclassError:
+        with tempfile.TemporaryDirectory() as folder:
+            for path in checkpoint.iterdir():
+                if path != config:
+                    (Path(folder) / path.name).symlink_to(path.absolute())
+            yield Path(folder)
+    else:
+        yield checkpoint

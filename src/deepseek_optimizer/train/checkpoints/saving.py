@@ -25,8 +25,8 @@ from ...checkpoint.shards import is_weights
 from ...errors import CheckpointError, ConfigError, SaveError
 from ...integration.training.modules import is_tied
 from ...integration.training.trainer import HookedTrainer
+from .converted import ConvertedWeights
 from .directory import checkpoints, locked, newest_intact, remove_unfinished, rotate, step_of, verified
-from .experts import MergedExperts
 from .manifest import write_manifest
 from .random_numbers import random_states, set_random_states
 from .sharded import gathered, scattered, whole
@@ -36,7 +36,7 @@ OPTIMIZER, SCHEDULER, ARGUMENTS = "optimizer.safetensors", "scheduler.safetensor
 _PICKLED_ARGUMENTS = "training_args.bin"
 
 
-class AtomicCheckpoints(MergedExperts, HookedTrainer):
+class AtomicCheckpoints(ConvertedWeights, HookedTrainer):
     """The part of `DeepSeekTrainer` that saves and loads checkpoints.
 
     `train(resume_from_checkpoint=True)` resumes from the newest intact checkpoint, and warns about damaged ones that it skips;

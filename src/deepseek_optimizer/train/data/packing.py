@@ -15,6 +15,7 @@ import torch
 from torch.utils.data import Dataset
 
 from ...errors import ConfigError
+from ...models.families import traits
 from .store import IGNORED
 
 
@@ -99,12 +100,17 @@ def pack_for_trainer(trainer: Any) -> None:
     """Packs a Trainer's training data and sets its collator.
 
     Raises:
-        ConfigError: the data set has no length, no input_ids or no labels; or the trainer has a custom collator.
+        ConfigError: the data set has no length, no input_ids or no labels; the trainer has a custom collator; or the model
+            would join the documents of a row.
     """
     from transformers import DataCollatorWithPadding, default_data_collator
 
     if isinstance(trainer.train_dataset, PackedRows) or trainer.train_dataset is None:
         return
+    if not traits(trainer.model.config).separates_documents:
+        raise ConfigError(
+            f"packing=True: {trainer.model.config.model_type} would join the documents of a row; set packing=False"
+        )
     given = trainer.data_collator
     if not isinstance(given, (Collator, DataCollatorWithPadding)) and given is not default_data_collator:
         raise ConfigError(f"packing=True needs its own collator instead of data_collator={type(given).__name__}; "

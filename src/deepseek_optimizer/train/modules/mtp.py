@@ -25,7 +25,7 @@ from ...integration.compat import cache_name
 from ...integration.load.mtp_layers import add_mtp_layers, own_tensors
 from ...integration.load.resolve import resolve
 from ...models import mtp_layers
-from ..checkpoints.experts import read_stack
+from ..checkpoints.converted import read_stack
 
 RANDOM = "initialized at random, since no checkpoint contains it"  # source of a layer's weights
 _EXACT = (".mlp.gate.weight", ".e_score_correction_bias")  # always fp32: they make discrete choices

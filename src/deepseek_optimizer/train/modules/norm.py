@@ -33,6 +33,9 @@ class TrainedNorm(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """[..., H] -> [..., H]."""
         x, weight, epsilon = hidden_states, self.weight, self.variance_epsilon
+        if x.dtype != weight.dtype:  # some classes return the input's dtype, others that of the product
+            result: torch.Tensor = super().forward(x)
+            return result
         return self.saved.recomputable(rms_norm(x, weight, epsilon), partial(rms_norm, x.detach(), weight.detach(), epsilon))
 
     def with_residual(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
