@@ -108,7 +108,8 @@ def test_a_step_of_several_sequences_equals_steps_of_each(backend: Any, kv: str)
         ids = [[rng.randrange(131) for _ in range(rng.choice((1, 5, 40)))] for _ in range(3)]
         rows = [run_step(run.plan, run.store, [Part(*given)]).logits for given in zip(alone, ids, phases, strict=True)]
         both = run_step(run.plan, run.store, [Part(*given) for given in zip(together, ids, phases, strict=True)]).logits
-        assert_close_rows(both, torch.cat(rows), 0.0 if isinstance(backend, CpuBackend) else 1e-4)
+        # torch's products of other numbers of rows have other rounding errors, which change some of the rounded entries
+        assert_close_rows(both, torch.cat(rows), 0.0 if isinstance(backend, CpuBackend) else 1e-4 if kv == "fp32" else 5e-3)
 
 
 @pytest.mark.parametrize("kv, tolerance", [("bf16", 0.05), ("int8", 0.1), ("int4", 0.6)])
