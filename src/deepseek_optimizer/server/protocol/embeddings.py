@@ -68,7 +68,7 @@ class NativeEmbeddingRequest(Embeds):
     """Texts to embed in llama-server's format: `content` has the forms of `input` in /v1/embeddings."""
 
     content: Inputs
-    encoding_format: Literal["float"] | None = None  # type: ignore[assignment]  # only numbers
+    encoding_format: Literal["float"] | None = None  # only numbers
 
 
 class NativeEmbedding(ResponseModel):
