@@ -54,11 +54,6 @@ LLAMA_SERVER: tuple[Deviation, ...] = (
     Deviation("model", _WEIGHTS, rf"{_CHAT}test_chat_template"),
     Deviation("model", _WEIGHTS, rf"{_TEXT}test_completion_prompt_cache"),
     Deviation("model", _WEIGHTS, r"unit/test_tokenize\.py::test_tokenize_with_bos"),
-    Deviation(
-        "differs",
-        "prompts with pictures are not counted without being answered",
-        r"unit/test_vision_api\.py::test_vision_chat_completion_token_count",
-    ),
     Deviation("differs", "an empty text has no embedding, as with OpenAI", rf"{_EMBED}test_embedding_mixed_input\[-False\]"),
     Deviation(
         "differs",
