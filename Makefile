@@ -21,6 +21,7 @@ SOURCES := pyproject.toml README.md LICENSE $(wildcard CMakeLists.txt) \
 help:
 	@sed -n '1,2s/^# //p' Makefile
 
+# The pip that a Python comes with may be years old, and such resolve slowly.
 $(VENV)/.created:
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
@@ -95,6 +96,7 @@ LOWEST_TESTS ?= tests/integration tests/models tests/test_article.py tests/test_
 
 $(LOWEST)/.installed: $(WHEELS)/.built
 	test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python -m pip install --quiet --upgrade pip
 	$(LOWEST)/bin/python -m pip install --quiet "$$(ls $(WHEELS)/*.whl)[dev]" "transformers~=$(LOWEST_TRANSFORMERS).0"
 	$(LOWEST)/bin/python -m pip install --quiet --no-deps --force-reinstall $(WHEELS)/*.whl
 	touch $@
@@ -107,6 +109,7 @@ INTEROP := .venv-interop
 
 $(INTEROP)/.installed: $(WHEELS)/.built
 	test -x $(INTEROP)/bin/python || $(PYTHON) -m venv $(INTEROP)
+	$(INTEROP)/bin/python -m pip install --quiet --upgrade pip
 	$(INTEROP)/bin/python -m pip install --quiet "$$(ls $(WHEELS)/*.whl)[dev,interop]"
 	$(INTEROP)/bin/python -m pip install --quiet --no-deps --force-reinstall $(WHEELS)/*.whl
 	touch $@

@@ -217,6 +217,16 @@ DrainSeconds = Annotated[
 MaxBodyBytes = Annotated[
     int, typer.Option("--max-body-bytes", min=1, metavar="BYTES", help="Maximum size of a request body.", **_REQUESTS)
 ]
+MaxPictures = Annotated[
+    int,
+    typer.Option(
+        "--max-pictures",
+        min=1,
+        metavar="N",
+        help="Maximum number of pictures in a request, those of earlier turns included.",
+        **_REQUESTS,
+    ),
+]
 StateDir = Annotated[
     str | None,
     typer.Option(

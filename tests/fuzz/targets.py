@@ -39,7 +39,7 @@ from deepseek_optimizer.server.protocol.anthropic.requests import MessagesReques
 from deepseek_optimizer.server.protocol.base import parse
 from deepseek_optimizer.server.protocol.chat import ChatRequest
 from deepseek_optimizer.server.protocol.completions import CompletionRequest
-from deepseek_optimizer.server.protocol.embeddings import EmbeddingRequest
+from deepseek_optimizer.server.protocol.embeddings import EmbeddingRequest, NativeEmbeddingRequest
 from deepseek_optimizer.server.protocol.files import check_fields
 from deepseek_optimizer.server.protocol.llama_server import ApplyTemplateRequest, InfillRequest, NativeCompletionRequest
 from deepseek_optimizer.server.protocol.models import DetokenizeRequest, TokenizeRequest
@@ -48,6 +48,7 @@ from deepseek_optimizer.server.protocol.ollama.requests import (
     OllamaEmbeddingsRequest,
     OllamaEmbedRequest,
     OllamaGenerateRequest,
+    OllamaPullRequest,
     OllamaShowRequest,
 )
 from deepseek_optimizer.server.protocol.responses import ResponsesRequest
@@ -60,8 +61,8 @@ _CONFIG = b'{"model_type": "llama", "vocab_size": 40, "hidden_size": 64}'
 _BODIES = (
     ChatRequest, CompletionRequest, EmbeddingRequest, ResponsesRequest, TokenizeRequest, DetokenizeRequest, MessagesRequest,
     OllamaChatRequest, OllamaGenerateRequest, OllamaEmbedRequest, OllamaEmbeddingsRequest, OllamaShowRequest,
-    NativeCompletionRequest, InfillRequest, ApplyTemplateRequest, TgiRequest, RerankRequest, ScoreRequest, ClassifyRequest,
-    PoolingRequest,
+    OllamaPullRequest, NativeEmbeddingRequest, NativeCompletionRequest, InfillRequest, ApplyTemplateRequest, TgiRequest,
+    RerankRequest, ScoreRequest, ClassifyRequest, PoolingRequest,
 )  # fmt: skip
 _READERS = (docx, html, pdf, picture, text)  # otherwise imported on demand, which is too late for coverage
 _NAMES = ("a.pdf", "a.docx", "a.html", "a.txt", "a.md", "a")

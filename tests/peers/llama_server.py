@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import requests
 from requests.structures import CaseInsensitiveDict
 
 from support.outcomes import Recorder
@@ -22,6 +23,7 @@ from support.outcomes import Recorder
 from . import models
 from .left_out import RESULTS, LeftOut
 from .llama_deviations import LLAMA_SERVER
+from .pictures import bytes_of, picture_of, url_of
 from .served import Shared
 from .values import VALUES, is_text_of_their_model
 
@@ -38,6 +40,7 @@ _GENERATING = re.compile(r"(/v1)?/(chat/)?completions?|/infill")
 _FRESH = re.compile(r"test_metrics|test_sleep|test_slot_save|test_kv_keep|cached_tokens|return_progress")
 
 
+_PICTURE = re.compile(r"https://huggingface\.co/ggml-org/tinygemma3-GGUF/resolve/main/test/\w+\.png")
 _MODEL_NAME = re.compile(r"""["']?model["']?\s*[=:]\s*"([^"]+)\"""")
 
 
@@ -99,6 +102,8 @@ class LlamaServer:
     def _model(self, server: Any) -> Path:
         """A directory with the model's context and default temperature."""
         made = _model_of(server)
+        if made == models.seeing():
+            return made
         context = server.n_ctx and (server.n_ctx if server.kv_unified else server.n_ctx // (server.n_slots or 1))
         limit = None if made.name.startswith(("encoder", "reranker")) else context
         target = self._folder / f"{made.name}-{limit}-{server.temperature}"
@@ -111,6 +116,8 @@ class LlamaServer:
 
 
 def _model_of(server: Any) -> Path:
+    if "tinygemma3" in (server.model_hf_repo or "") and not server.server_embeddings:
+        return models.seeing()
     if server.server_reranking:
         return models.reranker()
     if server.server_embeddings:
@@ -178,6 +185,28 @@ def with_defaults(server: Any, path: str, data: Any) -> Any:
     return {"seed": server.seed, **({"verbose": True} if server.debug and "chat" in path else {}), **data}
 
 
+def with_pictures(data: Any) -> Any:
+    """A request with data URLs in the place of the addresses of their pictures."""
+    if isinstance(data, dict):
+        return {name: with_pictures(one) for name, one in data.items()}
+    if isinstance(data, list):
+        return [with_pictures(one) for one in data]
+    return url_of(picture_of(data)) if isinstance(data, str) and _PICTURE.fullmatch(data) else data
+
+
+def without_downloads(get: Callable[..., requests.Response]) -> Callable[..., requests.Response]:
+    """`requests.get`, which does not download their pictures."""
+
+    def replaced(url: str, *args: Any, **kwargs: Any) -> requests.Response:
+        if not _PICTURE.fullmatch(url):
+            return get(url, *args, **kwargs)
+        response = requests.Response()
+        response.status_code, response._content = 200, bytes_of(picture_of(url))
+        return response
+
+    return replaced
+
+
 def pytest_configure(config: pytest.Config) -> None:
     import utils  # theirs, in the folder that the tests run in
 
@@ -196,13 +225,15 @@ def pytest_configure(config: pytest.Config) -> None:
         return bool(text) if is_text_of_their_model(regex) else plain_match(regex, text)
 
     def make_request(self: Any, method: str, path: str, data: Any = None, *args: Any, **kwargs: Any) -> Any:
-        response = plain_request(self, method, path, with_defaults(self, path, data), *args, **kwargs)
+        data = with_pictures(with_defaults(self, path, data))
+        response = plain_request(self, method, path, data, *args, **kwargs)
         response.headers = CaseInsensitiveDict(response.headers)
         return response
 
     def make_stream_request(self: Any, method: str, path: str, data: Any = None, *args: Any, **kwargs: Any) -> Any:
         return plain_stream(self, method, path, with_defaults(self, path, data), *args, **kwargs)
 
+    requests.get = without_downloads(requests.get)
     utils.match_regex = match_regex
     utils.ServerProcess.make_request, utils.ServerProcess.make_stream_request = make_request, make_stream_request
     utils.ServerProcess.start = lambda self, timeout_seconds=60: plugin.start(self, timeout_seconds)

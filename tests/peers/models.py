@@ -44,6 +44,11 @@ def classifier() -> Path:
     return _once("classifier384", lambda target: _save_encoder(target, "ForSequenceClassification", id2label=labels))
 
 
+def seeing() -> Path:
+    """A random Gemma 3 of a few thousand weights, with a vision tower and a vocabulary of bytes."""
+    return _once("gemma3", _save_seeing)
+
+
 def adapter() -> Path:
     """A random LoRA adapter of SmolLM2, in PEFT's format."""
     return _once("adapter", _save_adapter)
@@ -56,7 +61,7 @@ def variant(source: Path, target: Path, *, context: int | None = None, generatio
         source: a model's directory.
         target: a folder of the same file system that does not exist yet.
         context: length of the context in tokens; None: the model's. Encoders have a table of positions, so their tokenizer gets
-            it.
+            it; the model that sees keeps its own.
         generation: fields to add to the generation config.
 
     Returns: `target`.
@@ -64,7 +69,7 @@ def variant(source: Path, target: Path, *, context: int | None = None, generatio
     shutil.copytree(source, target, copy_function=os.link)
     if context is not None and source == smollm2():
         _change(target / "config.json", {"max_position_embeddings": context})
-    elif context is not None:
+    elif context is not None and source != seeing():
         _change(target / "tokenizer_config.json", {"model_max_length": context})
     if generation:
         _change(target / "generation_config.json", generation)
@@ -130,6 +135,25 @@ def _save_encoder(target: Path, head: str, **fields: Any) -> None:
     size = {**_ENCODER_SIZE, "max_position_embeddings": ENCODER_TOKENS} | fields
     random_encoder("bert", head, **size).save_pretrained(target)
     tokenizer.save_pretrained(target)
+
+
+def _save_seeing(target: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    from support.picture_processors import PLACEHOLDER, save_pair
+
+    save_pair(target)
+    weights = load_file(target / "model.safetensors")
+    # It writes only what can be seen, "!" to "~": the tests look for some text.
+    weights["language_model.model.embed_tokens.weight"][ord("~") - ord("!") + 1 :] = 0
+    save_file(weights, target / "model.safetensors", {"format": "pt"})
+    file, place = target / "chat_template.jinja", PLACEHOLDER["gemma3"]
+    template = file.read_text()
+    # vLLM's tests write a picture's place themselves where they compute the number of tokens: Phi-3.5's.
+    text = "{{ m.content }}"
+    assert place in template and text in template
+    changed = template.replace(place, f"{place}\n").replace(text, f"{{{{ m.content.replace('<|image_1|>', '{place}') }}}}")
+    file.write_text(changed)
 
 
 def _save_adapter(target: Path) -> None:

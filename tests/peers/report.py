@@ -24,14 +24,15 @@ INTRODUCTION = """\
 
 The tests of other servers run against `dso serve`, unchanged: `make test-peers` takes them from the source distributions on
 the package index. This page is generated from their results. What the tests use as fixtures is replaced: the process that they
-start, whose flags are translated; the models, here SmolLM2-135M-Instruct and random encoders; and the values that belong to a
-model, such as the number of tokens of a prompt and the words of an answer.
+start, whose flags are translated; the models, here SmolLM2-135M-Instruct, random encoders and a random model that sees;
+pictures, which are random colors in data URLs; and the values that belong to a model, such as the number of tokens of a prompt
+and the words of an answer.
 
 | column | meaning |
 |---|---|
 | passed | the test passes |
 | differs | `dso serve` answers differently; the reason is below the table |
-| extension | tests what only clients of the other server use, or what needs a model of another kind, such as images |
+| extension | tests what only clients of the other server use, or what needs a model of another kind, such as audio |
 | model | needs the weights of a model that no package index has |
 | internal | tests the other project's classes, not a server |
 | open | not explained yet |

@@ -1,19 +1,27 @@
-"""Processes of `dso serve` for the suites."""
+"""Processes of `dso serve` for the suites, forked from one that has imported everything: the suites start dozens."""
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
+from support.warm_python import DSO, WarmPython
+
 _ADDRESS = re.compile(rb"address +https?://[^/]*:(\d+)")
 _STOP_SECONDS = 20.0
+# The first argument is the log.
+_SERVE = f"""\
+import os, sys
+log = os.open(sys.argv.pop(1), os.O_WRONLY | os.O_APPEND)
+os.dup2(log, 1)
+os.dup2(log, 2)
+{DSO}
+"""
 
 
 class StartError(RuntimeError):
@@ -36,10 +44,9 @@ class Served:
     def __init__(
         self, model: Path | str, flags: Sequence[str] = (), environment: Mapping[str, str] | None = None, seconds: float = 120.0
     ) -> None:
-        variables = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **(environment or {})}
-        command = [sys.executable, "-m", "deepseek_optimizer", "serve", str(model), "--port", "0", "--threads", "1", *flags]
+        arguments = ["serve", str(model), "--port", "0", "--threads", "1", *flags]
         self.log: IO[bytes] = tempfile.NamedTemporaryFile(suffix=".log")
-        self.process = subprocess.Popen(command, env=variables, stdout=self.log, stderr=subprocess.STDOUT)
+        self.process = WarmPython(_SERVE, self.log.name, *arguments, environment=environment)
         self.port = self._wait(seconds)
         self.url = f"http://127.0.0.1:{self.port}"
 
@@ -71,7 +78,8 @@ class Served:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
-        self.log.close()
+        for stream in (self.process.stdout, self.process.stderr, self.log):
+            stream.close()
 
 
 class Shared:

@@ -16,7 +16,7 @@ from . import models
 
 # "(little|girl)+" and the like, and what has another form.
 _WORDS = re.compile(r"\^?[ ]?\(?[A-Za-z|]+\)?\+?")
-_TEXTS = frozenset({"But she couldn't", '(Suddenly)+|\\{ " Sarax.', "[ -3000 ]"})
+_TEXTS = frozenset({"But she couldn't", '(Suddenly)+|\\{ " Sarax.', "[ -3000 ]", "(cat)+|(automobile)+"})
 
 
 def is_text_of_their_model(regex: str) -> bool:

@@ -55,6 +55,7 @@ def _adapter(value: str) -> list[str]:
 # Flags with one value, and those with any number of values.
 _VALUE: dict[str, Callable[[str], list[str]]] = {
     "max-num-seqs": lambda value: ["--max-running", value],
+    "limit-mm-per-prompt": lambda value: ["--max-pictures", str(json.loads(value)["image"])],
     "chat-template": lambda value: ["--chat-template", value],
     "reasoning-parser": lambda value: [],  # detected from the chat template
     "root-path": lambda value: ["--root-path", value],

@@ -37,6 +37,15 @@ def test_norms(client):
     assert np.abs(vectors(client, input="hello", embd_normalize=1)).sum() == pytest.approx(1, abs=1e-6)
 
 
+def test_the_form_of_llama_server(client, refused):
+    body = client.post("/embedding", json={"content": ["a", {"prompt_string": "bb"}], "embd_normalize": -1}).json()
+    assert [entry["index"] for entry in body] == [0, 1]
+    expected = vectors(client, input=["a", "bb"], normalize=False)
+    assert np.array_equal([entry["embedding"] for entry in body], expected[:, None])
+    refused("/embedding", {"input": "a"}, 400, "content")
+    refused("/embedding", {"content": "a", "encoding_format": "base64"}, 400, "encoding_format")
+
+
 def test_dimensions(client, refused):
     whole = vectors(client, input="hello")[0]
     short = vectors(client, input="hello", dimensions=3)[0]

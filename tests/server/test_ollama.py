@@ -161,6 +161,12 @@ def test_errors(server, path, body, words):
 
 def test_another_model(server):
     assert "error" in whole(server, status=404, model="llama3", messages=USER)
+    assert "error" in whole(server, "/api/pull", status=404, model="llama3")
+
+
+def test_the_model_that_is_served_need_not_be_pulled(server):
+    assert lines(server, "/api/pull", model="fake-model", insecure=True) == [{"status": "success"}]
+    assert whole(server, "/api/pull", name="fake-model:latest") == {"status": "success"}
 
 
 def test_bodies_of_curl_but_not_of_other_pages(server):

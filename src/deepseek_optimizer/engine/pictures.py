@@ -4,7 +4,7 @@ not import torch."""
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -50,6 +50,14 @@ class PictureRows:
         after = np.arange(start, start + count, dtype=np.int32) - self.tokens + 1 + self.positions[-1]
         known = self.positions[start : start + count]
         return np.concatenate([known, after[len(known) :]])
+
+    def followed_by(self, count: int) -> PictureRows:
+        """The rows of the prompt with `count` of the tokens that were generated after it."""
+        positions = self.positions_of(0, self.tokens + count)
+        new = positions[self.tokens :]
+        axes = None if self.axes is None else np.concatenate([self.axes, np.repeat(new[:, None], 3, axis=1)])
+        of = None if self.of is None else np.concatenate([self.of, np.full(count, -1, dtype=np.int32)])
+        return replace(self, positions=positions, axes=axes, of=of)
 
     def rows(self, start: int, count: int) -> slice:
         """Which of `places` are among tokens [start, start + count)."""

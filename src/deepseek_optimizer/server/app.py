@@ -31,7 +31,7 @@ from .protocol.adapters import LoadAdapterRequest, UnloadAdapterRequest
 from .protocol.anthropic.requests import CountTokensRequest, MessagesRequest
 from .protocol.chat import ChatRequest
 from .protocol.completions import CompletionRequest
-from .protocol.embeddings import EmbeddingRequest
+from .protocol.embeddings import EmbeddingRequest, NativeEmbeddingRequest
 from .protocol.fim import FimRequest
 from .protocol.llama_server import ApplyTemplateRequest, InfillRequest, NativeCompletionRequest
 from .protocol.models import DetokenizeRequest, TokenizeRequest
@@ -40,6 +40,7 @@ from .protocol.ollama.requests import (
     OllamaEmbeddingsRequest,
     OllamaEmbedRequest,
     OllamaGenerateRequest,
+    OllamaPullRequest,
     OllamaShowRequest,
 )
 from .protocol.responses import ResponsesRequest
@@ -125,6 +126,7 @@ def create_app(engine: Any, settings: ServerSettings | None = None, tracer: Trac
         CompletionRequest,
         ResponsesRequest,
         EmbeddingRequest,
+        NativeEmbeddingRequest,
         RerankRequest,
         ScoreRequest,
         ClassifyRequest,
@@ -138,6 +140,7 @@ def create_app(engine: Any, settings: ServerSettings | None = None, tracer: Trac
         OllamaEmbedRequest,
         OllamaEmbeddingsRequest,
         OllamaShowRequest,
+        OllamaPullRequest,
         NativeCompletionRequest,
         InfillRequest,
         FimRequest,
@@ -169,6 +172,7 @@ def add_routes(app: FastAPI, state: ServerState) -> None:
     )
     for route in (
         embeddings,
+        llama_server.embedding,
         scores,
         classify,
         models,

@@ -104,10 +104,7 @@ class BeamSearch:
         Raises:
             _EndedError: a request failed.
         """
-        request = self._request
-        answers = self._state.submit(
-            [replace(request, prompt=[*request.prompt, *beam.tokens], sampling=self._step) for beam in beams]
-        )
+        answers = self._state.submit([self._continued(beam) for beam in beams])
         try:
             outputs = [await _last(answer) for answer in answers]
         finally:
@@ -121,6 +118,16 @@ class BeamSearch:
                 raise _EndedError(output)
             reported.append(output.logprobs[0])
         return reported
+
+    def _continued(self, beam: Beam) -> Request:
+        """The request for the next token of a beam."""
+        request, pictures = self._request, self._request.pictures
+        return replace(
+            request,
+            prompt=[*request.prompt, *beam.tokens],
+            pictures=None if pictures is None else pictures.followed_by(len(beam.tokens)),
+            sampling=self._step,
+        )
 
 
 async def _last(answer: Any) -> Output:

@@ -33,10 +33,6 @@ class ChatWithPictures(PreparedChat):
     def pictures(self) -> PictureRows:
         return self._rows
 
-    def check_fields(self, **wanted: object) -> None:
-        if wanted.get("use_beam_search"):
-            raise ApiError(400, "use_beam_search: is not possible with pictures", param="use_beam_search")
-
 
 async def prepare_chat_with_pictures(state: ServerState, chat: ChatSpec, caller: Caller) -> PreparedChat:
     """Renders the prompt of a chat with pictures.

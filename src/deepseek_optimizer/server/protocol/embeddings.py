@@ -1,4 +1,4 @@
-"""/v1/embeddings."""
+"""/v1/embeddings, and llama-server's /embedding."""
 
 from __future__ import annotations
 
@@ -64,6 +64,18 @@ class EmbeddingRequest(Embeds):
     input: Inputs
 
 
+class NativeEmbeddingRequest(Embeds):
+    """Texts to embed in llama-server's format: `content` has the forms of `input` in /v1/embeddings."""
+
+    content: Inputs
+    encoding_format: Literal["float"] | None = None  # only numbers
+
+
+class NativeEmbedding(ResponseModel):
+    index: int
+    embedding: list[list[float]]
+
+
 class Embedding(ResponseModel):
     object: Literal["embedding"]
     index: int
@@ -86,3 +98,4 @@ class EmbeddingList(ResponseModel):
 
 
 EXAMPLE: dict[str, Any] = {"input": "Hello"}
+EXAMPLE_NATIVE: dict[str, Any] = {"content": "Hello"}

@@ -87,9 +87,10 @@ class PromptSize:
 
 
 def too_long(context: int, tokens: int, about: str = "") -> str:
-    """The message for a prompt that does not fit. It begins as OpenAI's does, by which clients recognize it."""
+    """The message for a prompt that does not fit. It begins as OpenAI's does, by which clients recognize it, and has words of
+    llama-server's ("too large") and vLLM's ("Please ...")."""
     return (
-        f"This model's maximum context length is {context} tokens, but the prompt has {about}{tokens}. "
+        f"This model's maximum context length is {context} tokens, but the prompt has {about}{tokens}: it is too large. "
         "Please reduce the length of the input prompt"
     )
 

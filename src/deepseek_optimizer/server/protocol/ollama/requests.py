@@ -155,8 +155,15 @@ class OllamaShowRequest(_Model):
     options: Ignored
 
 
+class OllamaPullRequest(_Model):
+    name: ModelName = Field(None, description="Older name of model.")
+    stream: bool | None = Field(None, description="Answer with lines of JSON, which is the default.")
+    insecure: Ignored
+
+
 EXAMPLE_CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "Hello"}], "options": {"num_predict": 16}}
 EXAMPLE_GENERATE: dict[str, Any] = {"prompt": "Hello", "options": {"num_predict": 16}}
 EXAMPLE_EMBED: dict[str, Any] = {"input": "Hello"}
 EXAMPLE_EMBEDDINGS: dict[str, Any] = {"prompt": "Hello"}
 EXAMPLE_SHOW: dict[str, Any] = {}
+EXAMPLE_PULL: dict[str, Any] = {"stream": False}

@@ -94,6 +94,10 @@ class OllamaShow(ResponseModel):
     modified_at: str
 
 
+class OllamaPulled(ResponseModel):
+    status: Literal["success"]
+
+
 class OllamaVersion(ResponseModel):
     version: str
 

@@ -1,5 +1,5 @@
-"""/api/tags, /api/ps, /api/show and /api/version: describe the model that is served, in Ollama's format. `pool.py` has the
-lists of a server with several models."""
+"""/api/tags, /api/ps, /api/show, /api/pull and /api/version: describe the model that is served, in Ollama's format. `pool.py`
+has the lists of a server with several models."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from ....errors import RequestError
 from ...chat.intake import admitted_request
 from ...chat.ollama_answers import timestamp
 from ...chat.replies import json_response
-from ...openapi import body_errors, errors, reads
-from ...protocol.ollama.requests import EXAMPLE_SHOW, OllamaShowRequest
-from ...protocol.ollama.responses import OllamaError, OllamaModels, OllamaProcesses, OllamaShow, OllamaVersion
+from ...openapi import body_errors, errors, lines, reads
+from ...protocol.ollama.requests import EXAMPLE_PULL, EXAMPLE_SHOW, OllamaPullRequest, OllamaShowRequest
+from ...protocol.ollama.responses import OllamaError, OllamaModels, OllamaProcesses, OllamaPulled, OllamaShow, OllamaVersion
 from ...state import ServerState
 
 _VERSION = "0.12.0"  # of Ollama, whose API this is; clients check it
@@ -101,3 +101,19 @@ def add(app: FastAPI, state: ServerState) -> None:
                     "modified_at": timestamp(state.created),
                 }
             )
+
+    @app.post(
+        "/api/pull",
+        response_model=OllamaPulled,
+        responses=body_errors(OllamaError) | {200: lines()},
+        openapi_extra=reads(OllamaPullRequest, EXAMPLE_PULL),
+        tags=["ollama"],
+    )
+    async def pull(request: Request) -> Response:
+        """Succeeds for the model that is served, since programs pull a model before they use it. Nothing is downloaded."""
+        async with admitted_request(state, request, OllamaPullRequest, one=True) as (body, _, _caller):
+            state.check_model(body.name)
+            response = json_response({"status": "success"})
+            if body.stream is not False:
+                response.headers["content-type"] = "application/x-ndjson"
+            return response

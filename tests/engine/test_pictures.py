@@ -1,0 +1,22 @@
+"""What a prompt's pictures are to the language model."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from deepseek_optimizer.engine.pictures import PictureRows
+
+
+def test_rows_followed_by_generated_tokens():
+    """A prompt of two tokens, a picture of 2 x 2 tokens, and one more token."""
+    positions = np.array([0, 1, 2, 2, 2, 2, 4], dtype=np.int32)
+    axes = np.array([[0] * 3, [1] * 3, [2, 2, 2], [2, 2, 3], [2, 3, 2], [2, 3, 3], [4] * 3], dtype=np.int32)
+    of = np.array([-1, -1, 0, 0, 0, 0, -1], dtype=np.int32)
+    rows = PictureRows(positions, np.array([2, 3, 4, 5]), torch.ones(4, 3), axes, of)
+    longer = rows.followed_by(2)
+    assert longer.tokens == 9 and longer.positions[7:].tolist() == [5, 6]
+    assert longer.axes.tolist() == [*axes.tolist(), [5] * 3, [6] * 3] and longer.of.tolist() == [*of.tolist(), -1, -1]
+    assert longer.positions_of(6, 4).tolist() == rows.positions_of(6, 4).tolist() == [4, 5, 6, 7]
+    assert longer.digest(0, 7) == rows.digest(0, 7)
+    assert rows.followed_by(1).followed_by(1).positions.tolist() == longer.positions.tolist()
