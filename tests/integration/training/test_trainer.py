@@ -23,7 +23,7 @@ def test_public_names_are_not_taken(name):
     assert not hasattr(Trainer, name)
 
 
-def test_private_methods_call_public_ones_that_call_trainer(monkeypatch):
+def test_private_methods_call_public_ones_that_call_trainer(monkeypatch, tmp_path):
     """Trainer thus calls a subclass that overrides the public method, and its `super()` does the same as Trainer."""
     trainer = object.__new__(HookedTrainer)
     reached = []
@@ -31,7 +31,8 @@ def test_private_methods_call_public_ones_that_call_trainer(monkeypatch):
         monkeypatch.setattr(Trainer, name, lambda self, *args, _name=name, **kwargs: reached.append((_name, args, kwargs)))
     for name in PRIVATE:
         wanted = [p for p in inspect.signature(getattr(HookedTrainer, name)).parameters.values() if p.name != "self"]
-        args = [object() for p in wanted if p.kind is p.POSITIONAL_OR_KEYWORD]
+        positional = [p for p in wanted if p.kind is p.POSITIONAL_OR_KEYWORD]
+        args = [str(tmp_path) if p.name == "resume_from_checkpoint" else object() for p in positional]
         getattr(trainer, name)(*args)
         actual, given, named = reached.pop()
         assert actual == name and [*given, *named.values()] == args
