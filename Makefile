@@ -52,7 +52,8 @@ wheel: $(WHEELS)/.built
 # worksteal: each worker gets consecutive tests, so that fixtures shared by a file are created once.
 # OMP_NUM_THREADS: two workers with two torch threads each would spend most of their time waiting for a CPU.
 ONE_THREAD := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1}
-PYTEST := $(ONE_THREAD) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+# PYTHONDONTWRITEBYTECODE: where it is set, each worker and each Python that a test starts would compile everything again.
+PYTEST := $(ONE_THREAD) PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 test: env
 	DSO_WHEEL=$$(ls $(WHEELS)/*.whl) $(PYTEST) $(TESTS) $(PYTEST_ARGS)

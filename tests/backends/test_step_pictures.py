@@ -25,6 +25,7 @@ from .cpu.packing import packed_weights
 
 CONTEXT, ROWS = 37, 90
 TOLERANCE = {"fp32": 1e-5, "bf16": 1e-5, "int8": 1e-5, "int4": 1e-4}
+BF16_PRODUCTS = 0.03  # where attention over rounded entries multiplies in bf16, with pictures and without
 
 
 def native() -> CpuBackend:
@@ -102,10 +103,12 @@ def test_native_equals_the_reference(case, kv, phase):
     graph = cached_in(graph_of(config, names), kv)
     weights = packed_weights(weights_of(random_model(config)), "fp32")
     vocab = graph.vocab_size
+    rounded = kv != "fp32" and native().isa in ("avx512-bf16", "amx", "amx-emulated")
+    tolerance = BF16_PRODUCTS if rounded else 2e-3 if kv == "bf16" else TOLERANCE[kv]
     ours = outputs(runner(native(), graph, weights, kv=kv), graph, vocab, phase)
     theirs = outputs(runner(ReferenceBackend(), graph, weights, kv=kv), graph, vocab, phase)
     for actual, expected in zip(ours, theirs, strict=True):
-        assert_close_rows(actual, expected, TOLERANCE[kv] if kv != "bf16" else 2e-3)
+        assert_close_rows(actual, expected, tolerance)
 
 
 @pytest.mark.parametrize("name", ["reference", "cpu"])

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..integration.bind.modules import Packed
+from ..integration.training.modules import names_kept_in_fp32
 from .optimizer import DeepSeekAdamW
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -28,7 +29,7 @@ def set_training_dtype(model: Any, dtype: torch.dtype) -> torch.dtype:
             if parameter.requires_grad and parameter.is_floating_point():
                 parameter.data = parameter.data.to(activations)
         return activations
-    exact = re.compile("|".join(map(re.escape, _kept_in_fp32(model))) or "$^")
+    exact = re.compile("|".join(map(re.escape, names_kept_in_fp32(model))) or "$^")
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point() and not exact.search(name):
             parameter.data = parameter.data.to(dtype)
@@ -45,11 +46,3 @@ def weights_in(model: nn.Module, dtype: torch.dtype, optimizer: DeepSeekAdamW | 
             tensor = optimizer.master(trained[tensor.data_ptr()])
         state[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
     return state
-
-
-def _kept_in_fp32(model: nn.Module) -> list[str]:
-    """As when Transformers loads a model in bf16: `_keep_in_fp32_modules` without `_strict` is for fp16 only."""
-    names: set[str] = set()
-    for module in model.modules():
-        names |= set(getattr(module, "_keep_in_fp32_modules_strict", None) or ())
-    return sorted(names)
