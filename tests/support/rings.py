@@ -29,7 +29,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-FEW = 4
+FEW = 3
 SHARE = 0.1
 FAST_S = 0.7
 WIDE_S = 6.0
