@@ -60,7 +60,7 @@ def test_some_calls_fail(few, name: str) -> None:
     assert few[name]["problems"] == [] and few[name]["errors"] > 0
 
 
-@pytest.mark.wide
+@pytest.mark.every_run
 def test_writing_in_place_is_detected(run) -> None:
     problems = "\n".join(run({"in place": 7})["in place"]["problems"])
     for sign in ("neither the old state nor the new", "names no file", "the next run fails"):

@@ -34,6 +34,8 @@ from .state import read_state, sizes, write_state
 
 OPTIMIZER, SCHEDULER, ARGUMENTS = "optimizer.safetensors", "scheduler.safetensors", "training_args.json"
 _PICKLED_ARGUMENTS = "training_args.bin"
+# In messages of the RuntimeErrors that torch.save raises if a write fails: its writer's, and the C++ stream's below it.
+_WRITE_ERRORS = ("PytorchStreamWriter", "iostream error")
 
 
 class AtomicCheckpoints(ConvertedWeights, HookedTrainer):
@@ -203,7 +205,7 @@ class AtomicCheckpoints(ConvertedWeights, HookedTrainer):
             with naming(target):
                 yield
         except (OSError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
+            if isinstance(error, RuntimeError) and not any(part in str(error) for part in _WRITE_ERRORS):
                 raise
             raise SaveError(target, str(error), last) from error
 
