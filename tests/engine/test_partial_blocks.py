@@ -6,46 +6,33 @@ import random
 
 import pytest
 
-from deepseek_optimizer.cache import Forgetting
 from deepseek_optimizer.engine.request import Request
 from support.engine_runs import endless, run, text
-from support.mock_model import blocks_in_use, expected, make_core
-
-WINDOW = Forgetting(window=100, sinks=0, spare=64)
-MODELS = {
-    "full": {},
-    "states": {"slots": 40},
-    "groups": {"forgetting": (None, WINDOW, WINDOW), "blocks": 200},
-    "window": {"forgetting": WINDOW},
-}
+from support.mock_model import CACHE_KINDS, blocks_in_use, expected_of, make_core
 
 
-def right(kind: str, prompt: list[int], count: int = 5) -> list[int]:
-    return expected(prompt, count, None, MODELS[kind].get("forgetting"))
-
-
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("kind", CACHE_KINDS)
 @pytest.mark.parametrize("length", [31, 32, 33, 47, 62, 63, 64, 65, 95])
 def test_a_conversation(kind, length):
-    core, draw = make_core(**MODELS[kind]), random.Random(length)
+    core, draw = make_core(**CACHE_KINDS[kind]), random.Random(length)
     said = text(1, length)
     for turn in range(5):
         before = len(said) - 1 if turn else 0  # tokens of the earlier turns but the last one, which was not processed
         said += text(100 + turn, draw.randrange(1, 40)) if turn else []
         answer = run(core, Request(list(said), endless(7), id="1"))["1"]
-        assert answer.token_ids == right(kind, said, 7)
+        assert answer.token_ids == expected_of(kind, said, 7)
         assert answer.cached_tokens == (before if before > 32 else 0)
         said += answer.token_ids
     assert blocks_in_use(core) == 0 and core.prefix.unused == len(core.prefix)  # every block has one user, the cache
 
 
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("kind", CACHE_KINDS)
 def test_two_texts_that_continue_alike(kind):
-    core, first = make_core(**MODELS[kind]), text(1, 100)
+    core, first = make_core(**CACHE_KINDS[kind]), text(1, 100)
     first += run(core, Request(list(first), endless(10), id="1"))["1"].token_ids
     turns = [[*first, *text(n, 20)] for n in (2, 3)]
     answers = run(core, *(Request(turn, endless(5), id=str(n), client=str(n)) for n, turn in enumerate(turns)))
-    assert [answers[str(n)].token_ids for n in range(2)] == [right(kind, turn) for turn in turns]
+    assert [answers[str(n)].token_ids for n in range(2)] == [expected_of(kind, turn) for turn in turns]
     assert sorted(a.cached_tokens for a in answers.values()) == [96, 109]  # the block is written into: only one can have it
     assert run(core, Request([*first, *text(4, 20)], endless(5), id="1"))["1"].cached_tokens == 96
 
@@ -74,7 +61,7 @@ def test_a_cut_off_answer_is_continued():
         core, first = make_core(), text(1, 70)
         first += run(core, Request(list(first), endless(count), id="1"))["1"].token_ids
         answer = run(core, Request([*first, 5], endless(6), id="1"))["1"]
-        assert answer.cached_tokens == 69 + count and answer.token_ids == right("full", [*first, 5], 6)
+        assert answer.cached_tokens == 69 + count and answer.token_ids == expected_of("full", [*first, 5], 6)
 
 
 def test_eviction_and_clearing():

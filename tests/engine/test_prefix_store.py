@@ -10,22 +10,22 @@ from types import SimpleNamespace
 
 import pytest
 
-from deepseek_optimizer.cache import Forgetting
 from deepseek_optimizer.checkpoint.prefix_files import PrefixFiles
 from deepseek_optimizer.engine.engine import Completion, Engine
 from deepseek_optimizer.engine.prometheus import EngineCollector
 from deepseek_optimizer.engine.request import Request
 from deepseek_optimizer.engine.speculative.prompt_lookup import PromptLookupProposer
 from support.engine_runs import endless, run, text
-from support.mock_model import BLOCK_BYTES, STATE_TOKENS, blocks_in_use, expected, make_core, run_with_arrivals
-
-WINDOW = Forgetting(window=100, sinks=0, spare=64)
-MODELS = {
-    "full": {},
-    "states": {"slots": 40},
-    "groups": {"forgetting": (None, WINDOW, WINDOW), "blocks": 200},
-    "window": {"forgetting": WINDOW},
-}
+from support.mock_model import (
+    BLOCK_BYTES,
+    CACHE_KINDS,
+    STATE_TOKENS,
+    blocks_in_use,
+    expected,
+    expected_of,
+    make_core,
+    run_with_arrivals,
+)
 
 
 def files_in(directory: Path, max_bytes: int = 1 << 24, states: bool = False) -> PrefixFiles:
@@ -33,18 +33,14 @@ def files_in(directory: Path, max_bytes: int = 1 << 24, states: bool = False) ->
 
 
 def core_with(directory: Path, kind: str = "full", max_bytes: int = 1 << 24, **options):
-    return make_core(store=files_in(directory, max_bytes, kind == "states"), **{**MODELS[kind], **options})
+    return make_core(store=files_in(directory, max_bytes, kind == "states"), **{**CACHE_KINDS[kind], **options})
 
 
 def ask(core, prompt: list[int], count: int = 5, **fields) -> Completion:
     return run(core, Request(prompt, endless(count), id="1", **fields))["1"]
 
 
-def right(kind: str, prompt: list[int], count: int = 5) -> list[int]:
-    return expected(prompt, count, None, MODELS[kind].get("forgetting"))
-
-
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("kind", CACHE_KINDS)
 def test_a_new_engine_continues_where_the_last_one_ended(tmp_path, kind):
     prompt, first = text(1, 400), core_with(tmp_path, kind)
     answer = ask(first, prompt, 60)
@@ -52,17 +48,17 @@ def test_a_new_engine_continues_where_the_last_one_ended(tmp_path, kind):
     second = core_with(tmp_path, kind)
     follow = [*prompt, *answer.token_ids, *text(2, 30)]
     again = ask(second, follow)
-    assert again.cached_tokens == 459 and again.token_ids == right(kind, follow)  # all that the first one processed
+    assert again.cached_tokens == 459 and again.token_ids == expected_of(kind, follow)  # all that the first one processed
     assert ask(second, prompt).cached_tokens == 384
     second.scheduler.close()
     edited = [*prompt[:390], *text(3, 40)]  # another question about the same text
     third = core_with(tmp_path, kind)
     other = ask(third, edited)
-    assert other.cached_tokens == 384 and other.token_ids == right(kind, edited)
+    assert other.cached_tokens == 384 and other.token_ids == expected_of(kind, edited)
     third.scheduler.close()
 
 
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("kind", CACHE_KINDS)
 def test_parts_in_memory_and_in_files_are_joined(tmp_path, kind):
     prompt, first = text(1, 600), core_with(tmp_path, kind)
     ask(first, prompt)
@@ -70,7 +66,7 @@ def test_parts_in_memory_and_in_files_are_joined(tmp_path, kind):
     second = core_with(tmp_path, kind)
     ask(second, prompt[:200])
     answer = ask(second, prompt)
-    assert answer.cached_tokens == 576 and answer.token_ids == right(kind, prompt)
+    assert answer.cached_tokens == 576 and answer.token_ids == expected_of(kind, prompt)
     second.scheduler.close()
 
 
@@ -85,7 +81,7 @@ def test_other_salts_and_texts_find_nothing(tmp_path):
     second.scheduler.close()
 
 
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("kind", CACHE_KINDS)
 @pytest.mark.parametrize("harm", ["flip", "truncate", "delete", "unreadable"])
 def test_a_damaged_file_costs_time_only(tmp_path, kind, harm, caplog):
     prompt, first = text(1, 400), core_with(tmp_path, kind)
@@ -103,7 +99,7 @@ def test_a_damaged_file_costs_time_only(tmp_path, kind, harm, caplog):
                 path.mkdir()
     second = core_with(tmp_path, kind)
     answer = ask(second, prompt)
-    assert answer.token_ids == right(kind, prompt) and answer.cached_tokens < 384
+    assert answer.token_ids == expected_of(kind, prompt) and answer.cached_tokens < 384
     assert harm == "delete" or "prefix cache" in caplog.text
     second.scheduler.close()
     if harm != "unreadable":
@@ -190,7 +186,7 @@ def test_an_engine_that_ends_while_it_reads_leaks_no_block(tmp_path):
     assert blocks_in_use(core) == 0
 
 
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("kind", CACHE_KINDS)
 def test_a_cache_that_is_too_small_for_the_stored_prefix(tmp_path, kind):
     prompt, first = text(1, 600), core_with(tmp_path, kind)
     ask(first, prompt)
@@ -198,8 +194,8 @@ def test_a_cache_that_is_too_small_for_the_stored_prefix(tmp_path, kind):
     small = core_with(tmp_path, kind, step_tokens=64, blocks={"window": 14, "groups": 50}.get(kind, 24))
     others = [Request(text(n, 300), endless(40), id=f"o{n}") for n in range(3)]
     answers = run(small, *others, Request(prompt, endless(5), id="1"))
-    assert answers["1"].token_ids == right(kind, prompt)
-    assert all(answers[r.id].token_ids == right(kind, r.prompt, 40) for r in others)
+    assert answers["1"].token_ids == expected_of(kind, prompt)
+    assert all(answers[r.id].token_ids == expected_of(kind, r.prompt, 40) for r in others)
     small.scheduler.close()
 
 
@@ -269,13 +265,13 @@ def test_an_engine_is_a_context_that_writes_the_rest(tmp_path):
     assert ask(core_with(tmp_path), prompt).cached_tokens == 96
 
 
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("kind", CACHE_KINDS)
 @pytest.mark.parametrize("seed", range(3))
 def test_random_arrivals_with_engines_that_come_and_go(tmp_path, kind, seed):
     """Two engines at once on one directory that is too small, restarted twice; files are deleted and damaged meanwhile."""
     rng = random.Random(seed)
     shared = [text(100 + n, rng.randrange(40, 400)) for n in range(3)]
-    forgetting = MODELS[kind].get("forgetting")
+    forgetting = CACHE_KINDS[kind].get("forgetting")
     for _ in range(3):
         cores = [
             core_with(

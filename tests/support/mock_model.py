@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import torch
@@ -271,6 +272,21 @@ def make_core(
     facts = ModelFacts(vocab_size=VOCAB, hidden_size=1, context=context, eos=frozenset([EOS]), chunk=chunk)
     options = EngineOptions(**options)
     return EngineCore(MockRunner(memory), memory, facts, options, ByteTokenizer(), proposers, clock=Clock(), store=store)
+
+
+# Kinds of caches: options of `make_core`.
+WINDOW = Forgetting(window=100, sinks=0, spare=64)
+CACHE_KINDS: dict[str, dict[str, Any]] = {
+    "full": {},
+    "states": {"slots": 40},
+    "groups": {"forgetting": (None, WINDOW, WINDOW), "blocks": 200},
+    "window": {"forgetting": WINDOW},
+}
+
+
+def expected_of(kind: str, prompt: list[int], count: int = 5) -> list[int]:
+    """The text that the model generates with a kind of cache."""
+    return expected(prompt, count, None, CACHE_KINDS[kind].get("forgetting"))
 
 
 def blocks_in_use(core: EngineCore) -> int:

@@ -220,8 +220,6 @@ class SequenceBlocks:
             raise ValueError("only an empty sequence can adopt blocks")
         tokens = len(tables[0]) * BLOCK_TOKENS
         if self.states is not None and tokens:
-            if slot is None:
-                raise ValueError("a sequence with recurrent states cannot adopt blocks without them")
             self.states.adopt(tokens, slot)
         for table, blocks in zip(self.tables, tables, strict=True):
             table.adopt(blocks)
@@ -239,9 +237,6 @@ class SequenceBlocks:
         if self.tokens % BLOCK_TOKENS or not 0 < count < BLOCK_TOKENS:
             raise ValueError(f"{count} tokens after {self.tokens} are not part of one block")
         if self.states is not None:
-            if slot is None:
-                raise ValueError("a sequence with recurrent states cannot adopt blocks without them")
-            self.states.crop(0)
             self.states.adopt(self.tokens + count, slot)
         for table, block in zip(self.tables, blocks, strict=True):
             table.blocks.append(block)

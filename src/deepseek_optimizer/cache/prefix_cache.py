@@ -57,7 +57,7 @@ def keys(
     for block in range(len(result), blocks):
         begin, end = block * BLOCK_TOKENS, (block + 1) * BLOCK_TOKENS
         content = np.array(tokens[begin:end], np.int32).tobytes() + besides(begin, end)
-        before = hashlib.blake2b(before + content, digest_size=16).digest()
+        before = _key_of(before, content)
         result.append(before)
     return result
 
@@ -70,7 +70,11 @@ def partial_keys(tokens: list[int], before: Key) -> list[Key]:
         before: key of the last full block.
     """
     content = np.array(tokens, np.int32)
-    return [hashlib.blake2b(before + content[:n].tobytes(), digest_size=16).digest() for n in range(len(tokens), 0, -1)]
+    return [_key_of(before, content[:n].tobytes()) for n in range(len(tokens), 0, -1)]
+
+
+def _key_of(before: Key, content: bytes) -> Key:
+    return hashlib.blake2b(before + content, digest_size=16).digest()
 
 
 def of_group(key: Key, group: int) -> Key:

@@ -136,8 +136,12 @@ class SequenceStates:
         if tokens and tokens not in self.stored and tokens not in self._reused:
             raise StateMissingError(tokens, self.latest(tokens))
 
-    def adopt(self, tokens: int, slot: int) -> None:
-        """Starts with the states after `tokens` tokens in `slot`; the caller has counted the sequence among its users."""
+    def adopt(self, tokens: int, slot: int | None) -> None:
+        """Continues from the states after `tokens` tokens in `slot`; earlier ones are released. The caller has counted the
+        sequence among the users of the slot."""
+        if slot is None:
+            raise ValueError("a sequence with recurrent states cannot adopt blocks without them")
+        self.crop(0)
         self.stored = {tokens: slot}
 
     def fork(self) -> SequenceStates:

@@ -18,11 +18,16 @@ def candidates(running: Running, blocks: int) -> list[Key]:
         running: the request; the keys of these full blocks are computed.
         blocks: number of full blocks before.
     """
-    if blocks == 0 or running.shareable is not None or running.request.pictures is not None:
+    if not _possible(running, blocks):
         return []
     begin = blocks * BLOCK_TOKENS
     end = min(running.reusable, begin + BLOCK_TOKENS - 1)
     return partial_keys(running.sequence.tokens[begin:end], running.keys[blocks - 1])
+
+
+def _possible(running: Running, blocks: int) -> bool:
+    """Whether a request may share a partly filled block after this number of full blocks."""
+    return blocks > 0 and running.shareable is None and running.request.pictures is None
 
 
 def adopt(running: Running, prefix: PrefixCache) -> None:
@@ -41,8 +46,7 @@ def put(running: Running, prefix: PrefixCache) -> list[Part]:
     blocks, full = running.sequence.blocks, running.registered
     count = min(running.confirmed, blocks.tokens) - full * BLOCK_TOKENS
     slot = None if blocks.states is None else blocks.states.stored.get(full * BLOCK_TOKENS + count)
-    wanted = 0 < count < BLOCK_TOKENS and full > 0 and running.shareable is None and running.request.pictures is None
-    if not wanted or (blocks.states is not None and slot is None):
+    if not _possible(running, full) or not 0 < count < BLOCK_TOKENS or (blocks.states is not None and slot is None):
         return []
     begin = full * BLOCK_TOKENS
     key = partial_keys(running.sequence.tokens[begin : begin + count], running.keys[full - 1])[0]
