@@ -21,7 +21,7 @@ SOURCES := pyproject.toml README.md LICENSE $(wildcard CMakeLists.txt) \
 help:
 	@sed -n '1,2s/^# //p' Makefile
 
-# The pip that a Python comes with may be years old, and such resolve slowly.
+# The pip that comes with Python may be years old, and old releases resolve dependencies slowly.
 $(VENV)/.created:
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip

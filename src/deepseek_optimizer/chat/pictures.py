@@ -65,7 +65,7 @@ def picture_of_file(path: Path) -> Any:
     except OSError as error:
         raise RequestError(str(path), f"cannot be read: {error.strerror}") from None
     try:
-        return _image(*picture_job.decode(data, MAX_PIXELS))
+        return rgb_image(*picture_job.decode(data, MAX_PIXELS))
     except ImportError as error:
         raise MissingPackageError("a picture", "Pillow", "vision") from error
     except ValueError as error:
@@ -125,7 +125,7 @@ class PictureReader:
             width, height = result["size"]
             if width * height + sum(image.width * image.height for image in images) > MAX_TOTAL_PIXELS:
                 raise RequestError(field, f"exceeds {MAX_TOTAL_PIXELS:,} pixels together with those before it; scale them down")
-            images.append(_image(width, height, base64.b64decode(result["pixels"])))
+            images.append(rgb_image(width, height, base64.b64decode(result["pixels"])))
         return images
 
     def close(self) -> None:
@@ -133,7 +133,8 @@ class PictureReader:
         self.workers.close()
 
 
-def _image(width: int, height: int, pixels: bytes) -> Any:
+def rgb_image(width: int, height: int, pixels: bytes) -> Any:
+    """A PIL image of RGB bytes."""
     from PIL import Image
 
     if len(pixels) != 3 * width * height:

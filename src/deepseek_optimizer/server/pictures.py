@@ -51,10 +51,8 @@ class Pictures:
             WorkerLostError, EngineBusyError: see `PictureReader.read`.
             ApiError: see `FairQueue.run`.
         """
-        if any(is_remote(url) for _, url in urls):
-            data = await self._run(self._fetching, caller, lambda: self._contents(urls))
-        else:
-            data = await self._run(self._decoding, caller, lambda: self._contents(urls))
+        queue = self._fetching if any(is_remote(url) for _, url in urls) else self._decoding
+        data = await self._run(queue, caller, lambda: self._contents(urls))
         return await self._run(self._decoding, caller, lambda: self.encoder.prompt(ids, self.reader.read(data)))
 
     def _contents(self, urls: Sequence[tuple[str, str]]) -> list[tuple[str, bytes]]:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ...chat import picture_job
+from ...chat.pictures import rgb_image
 from ...errors import MissingPackageError
 
 REMEDY = "dso longdoc reads them with an OCR model (--ocr MODEL)"
@@ -31,7 +32,7 @@ def picture_of(data: bytes) -> Any:
         raise MissingPackageError("a scanned page", "Pillow", "vision") from error
     except ValueError as error:
         raise PictureProblem(str(error)) from None
-    return _image(width, height, pixels)
+    return rgb_image(width, height, pixels)
 
 
 def pictures_of_page(page: Any) -> list[Any]:
@@ -70,13 +71,7 @@ def _decoded(image: Any) -> Any:
     """A picture in RGB that pypdf has decoded, as the PDF says."""
     if image is None:
         raise PictureProblem("has a picture in a format that cannot be decoded")
-    return _image(*picture_job.rgb(image))
-
-
-def _image(width: int, height: int, pixels: bytes) -> Any:
-    from PIL import Image
-
-    return Image.frombytes("RGB", (width, height), pixels)
+    return rgb_image(*picture_job.rgb(image))
 
 
 def _pixels(resources: Any, seen: tuple[int, ...]) -> Iterator[tuple[int, int]]:
