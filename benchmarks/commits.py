@@ -40,7 +40,9 @@ def main() -> None:
     for name in a.names:
         found: dict[str, list[Figures]] = {side: [] for side in trees}
         for turn in range(a.rounds):
-            order = list(trees) if turn % 2 else list(reversed(trees))  # what the machine does in turn hits both alike
+            # Turns alternate, so that what else the machine does affects both alike. The earlier commit is the first: it packs
+            # the models that both use, and the later one reads its format.
+            order = list(reversed(trees)) if turn % 2 else list(trees)
             for side in order:
                 print(f"{name}: round {turn + 1} of {a.rounds}: {side}", file=sys.stderr)
                 found[side].append(measured(name, turn, *trees[side]))
