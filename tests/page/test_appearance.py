@@ -211,6 +211,7 @@ def test_with_the_keyboard_alone(chat: Any, server: FakeChatServer) -> None:
     assert places == sorted(places)
 
 
+@pytest.mark.every_run
 def test_every_control_has_a_name(chat: Any) -> None:
     chat.ask("Hi")
     chat.page.click("#settings")

@@ -5,6 +5,8 @@ from __future__ import annotations
 from threading import Event
 from typing import Any
 
+import pytest
+
 from support.fake_chat_server import FakeChatServer, Reply, error_body
 
 PREVIOUS, NEXT = "button[aria-label='Previous version']", "button[aria-label='Next version']"
@@ -51,6 +53,7 @@ def test_editing_a_message_keeps_the_old_branch(chat: Any) -> None:
     assert shown(chat)[3:] == ["third", "2/2", "You said: third"]  # as it was left
 
 
+@pytest.mark.every_run
 def test_regenerating_keeps_the_first_answer(chat: Any, server: FakeChatServer) -> None:
     server.replies += [Reply(["first"]), Reply(["second"]), Reply(["third"])]
     chat.ask("Hi")

@@ -12,6 +12,7 @@ import pytest
 from support.fake_chat_server import FakeChatServer, Reply, Thought
 
 
+@pytest.mark.every_run
 def test_send_streams_and_shows_the_answer(chat: Any, server: FakeChatServer) -> None:
     more = Event()
     server.replies.append(Reply(["Hello ", "**wor", more, "ld**"]))

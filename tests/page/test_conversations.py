@@ -14,6 +14,7 @@ from support.fake_chat_server import FakeChatServer, Reply
 IMAGE = "<img src=x onerror='window.pwned = 1'>"
 
 
+@pytest.mark.every_run
 def test_search_finds_titles_and_messages(chat: Any, server: FakeChatServer) -> None:
     server.replies += [Reply(["Lisbon has seven hills, and the sea is near."]), Reply(["def f(): pass"])]
     chat.ask("Where to go?")

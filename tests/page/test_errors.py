@@ -6,6 +6,8 @@ from collections.abc import Callable
 from threading import Event
 from typing import Any
 
+import pytest
+
 from support.fake_chat_server import DROP, FakeChatServer, Reply, Thought, error_body
 
 NOT_OK = ["Failed to load resource"]  # Chromium's console message for every status other than 200
@@ -68,6 +70,7 @@ def test_busy_shows_when_to_retry(open_chat: Callable[..., Any], server: FakeCha
     assert chat.page.locator(".error").count() == 0
 
 
+@pytest.mark.every_run
 def test_errors_are_explained(open_chat: Callable[..., Any], server: FakeChatServer) -> None:
     chat = open_chat(NOT_OK)
     unknown = "The server has no such model or path."

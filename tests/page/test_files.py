@@ -114,6 +114,7 @@ def test_a_long_document_says_how_it_was_read(open_chat: Callable[..., Any], liv
     assert not chat.page.locator(".reading").last.is_visible()
 
 
+@pytest.mark.every_run
 def test_dropped_and_pasted(open_chat: Callable[..., Any], live: Any) -> None:
     chat = open_chat(live=live)
     files = [["a.txt", FACT], ["b.md", "# Title"]]

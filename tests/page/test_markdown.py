@@ -201,6 +201,7 @@ def cut(text: str, seed: int, longest: int = 9) -> list[str]:
     return pieces
 
 
+@pytest.mark.every_run
 def test_a_stream_renders_like_the_whole_text(page: Any) -> None:
     texts = [random_markdown(seed, 60) for seed in range(150)]
     whole = page.evaluate(RENDER, texts)

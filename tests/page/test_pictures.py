@@ -97,6 +97,7 @@ def test_a_text_model_gets_documents_only(chat: Any) -> None:
     assert not chat.page.locator("#attach-menu").is_visible()
 
 
+@pytest.mark.every_run
 def test_chosen_sent_shown_and_kept(sees: FakeChatServer, chat: Any) -> None:
     chat.page.click("#attach")
     assert chat.page.locator("#attach-menu button:visible").all_inner_texts() == ["Choose pictures", "Attach documents"]

@@ -20,6 +20,7 @@ def live(byte_tokenizer: Any) -> Any:
         yield server
 
 
+@pytest.mark.every_run
 def test_a_chat_with_every_setting_and_a_key(open_chat: Callable[..., Any], live: Any) -> None:
     chat = open_chat(["Failed to load resource"], live)
     chat.page.fill("#key-input", "sesame")

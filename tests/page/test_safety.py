@@ -10,6 +10,8 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import pytest
+
 from support.fake_chat_server import CSP, FakeChatServer, Reply, Thought, error_body, page_folder
 
 SCRIPT = "<script>window.pwned = 1</script>"
@@ -84,6 +86,7 @@ def test_markup_in_answers_reasoning_and_questions_is_text(chat: Any, server: Fa
     assert SCRIPT in shown  # it is shown as text
 
 
+@pytest.mark.every_run
 def test_attacks_are_shown_verbatim(chat: Any, server: FakeChatServer) -> None:
     server.replies.append(Reply([f"{IMAGE}\n\n```{SCRIPT}\n{SCRIPT}\n```"]))
     chat.ask("Hi")

@@ -5,8 +5,8 @@
 * `-m slow` runs the rest.
 
 Of a function with many cases, such as a product of families, formats and ISAs, FEW are unmarked: always the same, covering as
-many values of the parameters as possible. Of the others, cases that cover the remaining values are wide, and so is a share of
-the rest.
+many values of the parameters as possible. Of the cases that cover the remaining values, WIDE_SHARE are drawn at random and wide,
+and of all others SHARE.
 
 Slow functions are listed in wide.txt, with the seconds of processor time per case. Fewer of their cases run: as many as take
 FAST_S together in `make test` (none if one case takes longer), and WIDE_S in `make test-all`, where a case that takes still
@@ -30,6 +30,7 @@ import psutil
 import pytest
 
 FEW = 3
+WIDE_SHARE = 0.5
 SHARE = 0.1
 FAST_S = 0.7
 WIDE_S = 6.0
@@ -68,11 +69,16 @@ def rings(name: str, cases: Sequence[Case], cost: float, seed: str) -> list[str 
     first += [i for i in range(len(cases)) if i not in first][: few - len(first)]
     second = covering(cases, first) or [i for i in (0,) if i not in first]
     rest = sorted(set(range(len(cases))) - {*first, *second})
-    second += draw.sample(rest, round(SHARE * len(rest)))
-    if cost * len(second) > WIDE_S:
-        count = WIDE_S / cost
-        second = draw.sample(second, int(count) if count >= 1 else int(draw.random() < count))
-    return [None if i in first else "wide" if i in second else "slow" for i in range(len(cases))]
+    wide = _drawn(draw, second, WIDE_SHARE) + _drawn(draw, rest, SHARE)
+    if cost * len(wide) > WIDE_S:
+        wide = _drawn(draw, wide, WIDE_S / (cost * len(wide)))
+    return [None if i in first else "wide" if i in wide else "slow" for i in range(len(cases))]
+
+
+def _drawn(draw: random.Random, cases: Sequence[int], share: float) -> list[int]:
+    """That share of the cases on average: a fraction of a case is drawn with its probability."""
+    count = share * len(cases)
+    return draw.sample(cases, int(count) + (draw.random() < count % 1))
 
 
 def seed_of(root: os.PathLike[str]) -> str:
@@ -143,9 +149,9 @@ def _is_gone(root: Path, name: str, files: set[str], there: set[str]) -> bool:
 
 
 def _spent() -> float:
-    """Processor time of this process and of its child processes, running or not, in seconds."""
+    """Processor time of this process and of its descendants, such as a browser's processes, running or not, in seconds."""
     result = sum(os.times()[:4])
-    for child in psutil.Process().children():
+    for child in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):
             result += sum(child.cpu_times()[:4])
     return result
