@@ -5,7 +5,7 @@
 * `-m slow` runs the rest.
 
 Of a function with many cases, such as a product of families, formats and ISAs, FEW are unmarked: always the same, covering as
-many values of the parameters as possible. Of the cases that cover the remaining values, WIDE_SHARE are drawn at random and wide,
+many values of the parameters as possible. Of the cases that cover the remaining values, WIDE_SHARE are wide, drawn at random,
 and of all others SHARE.
 
 Slow functions are listed in wide.txt, with the seconds of processor time per case. Fewer of their cases run: as many as take
