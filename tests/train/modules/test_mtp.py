@@ -14,7 +14,7 @@ from deepseek_optimizer import ConfigError, load_model
 from deepseek_optimizer.backends.reference import ReferenceBackend
 from deepseek_optimizer.models import build_graph, build_mtp_graph
 from deepseek_optimizer.train.modules.mtp import add_trained_layers, head_of, mtp_states
-from support.family_configs import deepseek_v3, deepseek_v32, llama, qwen2, qwen3
+from support.family_configs import deepseek_v3, deepseek_v32, gemma2, llama, qwen2, qwen3
 from support.models import assert_close_rows, random_ids, random_model, randomize, weights_of
 from support.mtp_files import save_with_mtp
 from support.steps import Part, run_step, runner
@@ -126,3 +126,5 @@ def test_a_model_without_mtp_layers():
         add_trained_layers(random_model(llama()))
     with pytest.raises(ConfigError, match="num_nextn_predict_layers"):
         add_trained_layers(random_model(deepseek_v3(num_nextn_predict_layers=0)))
+    with pytest.raises(ConfigError, match="mtp_loss_weight.*gemma2.*set mtp_loss_weight=None$"):  # it can have none
+        add_trained_layers(random_model(gemma2()))

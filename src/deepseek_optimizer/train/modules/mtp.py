@@ -24,7 +24,7 @@ from ...integration.bind.graphs import loaded_mtp_layers
 from ...integration.compat import cache_name
 from ...integration.load.mtp_layers import add_mtp_layers, own_tensors
 from ...integration.load.resolve import resolve
-from ...models import mtp_layers
+from ...models import has_mtp, mtp_layers
 from ..checkpoints.converted import read_stack
 
 RANDOM = "initialized at random, since no checkpoint contains it"  # source of a layer's weights
@@ -52,9 +52,10 @@ def add_trained_layers(model: Any) -> list[str]:
             "adapter. Set mtp_loss_weight=None, or use a model with MTP layers (load_model loads those of a checkpoint)"
         )
     if not (count := mtp_layers(config)):
+        remedy = ", or config.num_nextn_predict_layers before the model is created" if has_mtp(config.model_type) else ""
         raise ConfigError(
             f"mtp_loss_weight is set, but this {config.model_type} model has no multi-token prediction layers; set "
-            "mtp_loss_weight=None, or config.num_nextn_predict_layers before the model is created"
+            f"mtp_loss_weight=None{remedy}"
         )
     source = str(getattr(config, "name_or_path", "") or "")
     if not source or not _is_checkpoint(source):
