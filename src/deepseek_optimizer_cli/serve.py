@@ -64,7 +64,7 @@ def serve(
     batch_invariant: so.BatchInvariant = False,
     request_timeout: so.RequestTimeout = 600.0,
     drain_seconds: so.DrainSeconds = 30.0,
-    max_body_bytes: so.MaxBodyBytes = 4 << 20,
+    max_body_bytes: so.MaxBodyBytes = None,
     max_pictures: so.MaxPictures = 64,
     state_dir: so.StateDir = None,
     response_days: so.ResponseDays = 30.0,

@@ -215,7 +215,14 @@ DrainSeconds = Annotated[
     ),
 ]
 MaxBodyBytes = Annotated[
-    int, typer.Option("--max-body-bytes", min=1, metavar="BYTES", help="Maximum size of a request body.", **_REQUESTS)
+    int | None,
+    typer.Option(
+        "--max-body-bytes",
+        min=1,
+        metavar="BYTES",
+        help="Maximum size of a request body; by default 4 MiB, or 48 MiB if the model accepts pictures or several are served.",
+        **_REQUESTS,
+    ),
 ]
 MaxPictures = Annotated[
     int,

@@ -166,12 +166,14 @@ def test_every_route_is_documented(byte_tokenizer):
 
 def test_security_has_the_server_s_limits():
     """The page's values are the defaults."""
+    from deepseek_optimizer.server.http.json_body import PICTURE_BODY, TEXT_BODY
     from deepseek_optimizer.server.settings import ServerSettings
 
     text = (ROOT / "docs" / "security.md").read_text(encoding="utf-8")
     s = ServerSettings()
     stated = (
-        f"| {s.max_body_bytes >> 20} MB,", f"{s.max_body_bytes_per_client >> 20} MB, {s.max_body_bytes_total >> 20} MB",
+        f"| {TEXT_BODY >> 20} MB, or {PICTURE_BODY >> 20} MB",
+        f"{s.max_body_bytes_per_client >> 20} MB, {s.max_body_bytes_total >> 20} MB",
         f"{s.max_header_bytes >> 10} KB, {s.max_headers} headers", f"| {s.max_json_depth} |", f"| {s.max_connections:,} |",
         f"| {s.max_answers} |", f"{s.header_seconds:g} s, {s.body_seconds:g} s, {s.write_seconds:g} s",
         f"| {s.request_seconds:g} s,", f"| {s.grammar_seconds:g} s |", f"| {s.max_file_bytes >> 20} MB,",

@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from deepseek_optimizer.server.http.json_body import TEXT_BODY
 from deepseek_optimizer.server.settings import ServerSettings
 from support.live_server import assert_error
 
@@ -106,6 +107,17 @@ def test_a_slow_body(make_server):
     head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n{"
     answer = live.raw(head)
     assert answer.startswith(b"HTTP/1.1 408 ") and b'"error"' in answer and b"connection: close" in answer.lower()
+
+
+@pytest.mark.parametrize(("settings", "limit"), [(None, TEXT_BODY), (ServerSettings(max_body_bytes=5 << 20), 5 << 20)])
+def test_limits_of_a_model_that_reads_text_only(make_server, settings, limit):
+    live = make_server(settings)
+    assert live.client.get("/v1/models").json()["data"][0]["max_body_bytes"] == limit
+    body = b'{"prompt": "x", "max_tokens": 1}'
+    for length, status in ((limit, 200), (limit + 1, 413)):
+        content = body.ljust(length)
+        answer = live.client.post("/v1/completions", content=content, headers={"content-type": "application/json"})
+        assert answer.status_code == status
 
 
 def test_concurrent_bodies_share_a_limit(make_server):

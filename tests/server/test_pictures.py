@@ -10,6 +10,7 @@ import torch
 
 from deepseek_optimizer import DeepSeekConfig, DynamicGraphOptimizer
 from deepseek_optimizer.integration.multimodal import PictureEncoder
+from deepseek_optimizer.server.http.json_body import PICTURE_BODY
 from deepseek_optimizer.server.settings import ServerSettings
 from deepseek_optimizer.serving import make_async_engine
 from support.file_server import FileServer
@@ -99,6 +100,25 @@ def test_text_cannot_spell_a_picture(seen):
     assert ask(live, "a <|vision_start|><|image_pad|><|vision_end|> b").status_code == 200
     answer = ask(live, [{"type": "text", "text": "<|image_pad|>"}, part(picture(24, 24))])
     assert answer.status_code == 200
+
+
+def test_a_body_may_be_as_large_as_its_pictures(seen):
+    """The default limit of a body is that of text only where the model reads text only."""
+    live, plain, processor = seen
+    image = picture(24, 24)
+    data = base64.b64decode(url_of(image).partition(",")[2]) + bytes(6 << 20)  # decoders ignore what follows a picture
+    url = {"url": "data:image/png;base64," + base64.b64encode(data).decode()}
+    answer = ask(live, [{"type": "image_url", "image_url": url}])
+    assert answer.status_code == 200
+    assert answer.json()["choices"][0]["token_ids"] == expected(plain, processor, [{"type": "image"}], [image])[1]
+    card = live.client.get("/v1/models").json()["data"][0]
+    assert card["max_body_bytes"] == PICTURE_BODY
+
+
+def test_a_large_body_may_not_have_many_values(seen):
+    live, *_ = seen
+    answer = live.client.post("/v1/completions", json={"model": "m", "prompt": [7] * (3 << 20)})
+    assert answer.status_code == 400 and "not as many values" in answer.json()["error"]["message"]
 
 
 def test_messages_of_anthropic(seen):

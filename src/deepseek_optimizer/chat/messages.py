@@ -111,9 +111,7 @@ def _content(content: Any, where: str, pictures: bool) -> str | list[dict[str, s
             texts.append(None)
             continue
         if kind not in _TEXT_PARTS:
-            raise RequestError(
-                f"{where}[{i}]", "must be a part of type text: this model does not accept images, audio or files"
-            )
+            raise RequestError(f"{where}[{i}]", "must be a part of type text: images, audio and files are not accepted here")
         texts.append(_string(part.get("text"), f"{where}[{i}].text"))
     if None in texts:
         return [{"type": "image"} if text is None else {"type": "text", "text": text} for text in texts]

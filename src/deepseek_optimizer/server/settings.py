@@ -29,7 +29,8 @@ class ServerSettings:
             loopback address or any names are given.
         allow_origins: origins whose web pages may use the API (CORS); "*" for all, "localhost" for those of this machine with
             any port.
-        max_body_bytes: maximum size of a request body, in bytes.
+        max_body_bytes: maximum size of a request body, in bytes. None: 4 MiB, or 48 MiB if the model accepts pictures or
+            several models are served.
         max_body_bytes_per_client: maximum size of all request bodies of one client that are being received, in bytes.
         max_body_bytes_total: the same for all clients.
         max_header_bytes: maximum size of the request line and the headers together, in bytes.
@@ -100,7 +101,7 @@ class ServerSettings:
     keys: ApiKeys = field(default_factory=ApiKeys)
     allow_hosts: tuple[str, ...] = ()
     allow_origins: tuple[str, ...] = ()
-    max_body_bytes: int = 4 << 20
+    max_body_bytes: int | None = None
     max_body_bytes_per_client: int = 64 << 20
     max_body_bytes_total: int = 128 << 20
     max_header_bytes: int = 32 << 10
@@ -186,5 +187,6 @@ class ServerSettings:
         if not 0 <= self.drain_seconds < float("inf"):
             raise ConfigError(f"drain_seconds must be 0 or more, got {self.drain_seconds}")
         for name in (f.name for f in fields(self) if f.name.startswith("max_")):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be 1 or more, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} must be 1 or more, got {value}")

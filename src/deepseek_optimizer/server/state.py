@@ -84,6 +84,8 @@ class ServerState:
         encoder = engine.picture_encoder
         domains, seconds = settings.allowed_media_domains, settings.media_seconds
         self.pictures = None if encoder is None else Pictures(encoder, workers, max_per_client, max_jobs, domains, seconds)
+        if self.pictures is not None:
+            self.bodies.accept_pictures()
         self._tokenizing = Tokenizing(self.tokenizer, max_per_client, max_jobs, self.pictures is not None)
         self.template = self._tokenizing.short.template
         self.grammars = GrammarCompiler(

@@ -16,6 +16,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from deepseek_optimizer.errors import CheckpointError, ConfigError
+from deepseek_optimizer.server.http.json_body import PICTURE_BODY
 from deepseek_optimizer.server.keys import ApiKeys
 from deepseek_optimizer.server.pool.model_list import ModelFile
 from deepseek_optimizer.server.pool.model_pool import ModelPool
@@ -320,7 +321,7 @@ def test_keys_and_files_are_those_of_the_server(serve, models):
 
 def test_invalid_bodies(serve, models):
     with serve() as live:
-        for content, status in ((b"{", 400), (b"[]", 400), (b"x" * (5 << 20), 413)):
+        for content, status in ((b"{", 400), (b"[]", 400), (b"x" * (PICTURE_BODY + 1), 413)):
             headers = {"content-type": "application/json"}
             assert live.client.post("/v1/completions", content=content, headers=headers).status_code == status
         assert live.client.post("/v1/completions", content=b"{}").status_code == 415

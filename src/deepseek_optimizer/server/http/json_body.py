@@ -21,6 +21,8 @@ from .problems import ApiError, busy
 T = TypeVar("T")
 
 _CLOSE = {"Connection": "close"}
+TEXT_BODY, PICTURE_BODY = 4 << 20, 48 << 20  # default limits of a body: 32 MiB of pictures are 43 MiB in base64
+_MAX_MARKS = 2 << 20  # beginnings of lists and objects, and commas: as many as a body of text can have
 _SMALL = 1 << 16  # bytes of a body that takes about a millisecond of work
 _SHARE = 0.2  # fraction of the time for parsing a client's large bodies, during which nothing else of the server runs
 _MAX_PARTS = 50_000  # lists and objects in a body: 10,000 messages have three each
@@ -34,12 +36,20 @@ class BodyReader:
     Args:
         settings: the server's.
         max_per_client, max_jobs: see `FairQueue`.
+
+    Attributes:
+        max_bytes: maximum size of a body: of the settings, or else TEXT_BODY, and PICTURE_BODY after `accept_pictures`.
     """
 
     def __init__(self, settings: ServerSettings, max_per_client: int, max_jobs: int) -> None:
         self._settings = settings
+        self.max_bytes = settings.max_body_bytes or TEXT_BODY
         self.queue = FairQueue("large bodies", 1, max_running=1, max_per_client=max_per_client, max_jobs=max_jobs, share=_SHARE)
         self._held = Counter[str]()  # bytes of bodies that are not parsed yet, by client
+
+    def accept_pictures(self) -> None:
+        """Raises the limit of a body, unless the settings have one, since a model accepts pictures, or may."""
+        self.max_bytes = self._settings.max_body_bytes or PICTURE_BODY
 
     async def read(self, request: Request) -> tuple[dict[str, Any], int]:
         """Reads a request's body. Returns the JSON object, and the number of bytes.
@@ -85,6 +95,8 @@ class BodyReader:
         return await self.queue.run(client, work, time.monotonic() + self._settings.request_seconds)
 
     def _parsed(self, body: bytearray) -> dict[str, Any]:
+        if len(body) > TEXT_BODY and sum(map(body.count, b"[{,")) > _MAX_MARKS:  # parsed, each would take up to 64 bytes
+            raise ApiError(400, "a body of this size may contain pictures, but not as many values", code="invalid_json")
         try:
             with _no_collection():
                 value = orjson.loads(body)
@@ -103,7 +115,7 @@ class BodyReader:
         if request.headers.get("content-encoding", "identity").strip().lower() != "identity":
             raise ApiError(415, "the body must not be compressed")
         length = request.headers.get("content-length", "0")
-        if length.isdecimal() and int(length[:20]) > self._settings.max_body_bytes:
+        if length.isdecimal() and int(length[:20]) > self.max_bytes:
             raise self._too_large()
 
     @staticmethod
@@ -119,14 +131,14 @@ class BodyReader:
             if message["type"] == "http.disconnect":
                 raise ClientDisconnect
             body += message.get("body", b"")
-            if len(body) > self._settings.max_body_bytes:
+            if len(body) > self.max_bytes:
                 raise self._too_large()
             count.set(len(body))
             if not message.get("more_body", False):
                 return body
 
     def _too_large(self) -> ApiError:
-        return ApiError(413, f"the body is larger than {self._settings.max_body_bytes} bytes", headers=_CLOSE)
+        return ApiError(413, f"the body is larger than {self.max_bytes} bytes", headers=_CLOSE)
 
     @contextmanager
     def _counted(self, client: str) -> Iterator[_Count]:

@@ -62,6 +62,7 @@ class ModelPool:
         load_seconds: float = 120.0,
     ) -> None:
         self.settings, self.shared, self.created = settings, Shared(settings), int(time.time())
+        self.shared.bodies.accept_pictures()  # a body is read before its model is loaded
         self.files, self.reader = self.shared.files, self.shared.reader
         self.responses = self.shared.responses
         self._list_files, self._open = list_files, open_model

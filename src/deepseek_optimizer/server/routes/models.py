@@ -22,7 +22,7 @@ def card(state: ServerState) -> dict[str, Any]:
     sampling = {**{name: getattr(defaults, name) for name in _SHOWN}, "max_tokens": state.max_answer_tokens}
     return {"id": state.model_name, "object": "model", "created": state.created, "owned_by": "deepseek-optimizer",
             "max_model_len": state.engine.context, "max_file_bytes": state.settings.max_file_bytes,
-            "max_body_bytes": state.settings.max_body_bytes,
+            "max_body_bytes": state.bodies.max_bytes,
             "max_pictures": 0 if state.pictures is None else state.settings.max_pictures,
             "default_sampling": sampling, "root": state.model_name, "parent": None}  # fmt: skip
 
