@@ -26,6 +26,8 @@ class Family:
             does; other families with latent attention move the pairs into halves first.
         alone: Transformers has a causal language model of this family; otherwise it occurs only within multimodal models.
         separates_documents: without a mask and a cache, tokens do not attend across a place where `position_ids` start again.
+        packs: documents can be trained in one row without an effect on each other. Not so where Transformers does not separate
+            them, passes recurrent states from one to the next, or counts positions from the start of the row.
     """
 
     served: bool = True
@@ -36,10 +38,12 @@ class Family:
     window_from_config: bool = False
     interleaved_latents: bool = False
     separates_documents: bool = True
+    packs: bool = True
 
 
 # Training leaves attention and layers to Transformers.
 _PLAN_ONLY: Final = Family(rotates_halves=False, plain_residuals=False)
+_RECURRENT: Final = replace(_PLAN_ONLY, packs=False)
 
 FAMILIES: Final[Mapping[str, Family]] = MappingProxyType({
     "llama": Family(),
@@ -48,7 +52,7 @@ FAMILIES: Final[Mapping[str, Family]] = MappingProxyType({
     "deepseek_v2": Family(rotates_halves=False, interleaved_latents=True),
     "deepseek_v3": Family(rotates_halves=False),
     "deepseek_v32": Family(rotates_halves=False, plain_residuals=False),
-    "deepseek_v4": replace(_PLAN_ONLY, separates_documents=False),
+    "deepseek_v4": replace(_PLAN_ONLY, separates_documents=False, packs=False),
     "youtu": Family(rotates_halves=False, plain_residuals=False),
     "mistral": Family(window_from_config=True),
     "ministral": _PLAN_ONLY,
@@ -79,18 +83,18 @@ FAMILIES: Final[Mapping[str, Family]] = MappingProxyType({
     "glm4_moe": _PLAN_ONLY,
     "glm4_moe_lite": _PLAN_ONLY,
     "glm_moe_dsa": _PLAN_ONLY,
-    "llama4_text": _PLAN_ONLY,
+    "llama4_text": replace(_PLAN_ONLY, packs=False),
     "minimax_m2": _PLAN_ONLY,
-    "gpt_oss": replace(_PLAN_ONLY, separates_documents=False),
+    "gpt_oss": replace(_PLAN_ONLY, separates_documents=False, packs=False),
     "granitemoe": replace(_PLAN_ONLY, plain_head=False),
-    "lfm2": _PLAN_ONLY,
-    "lfm2_moe": _PLAN_ONLY,
-    "kimi_linear": _PLAN_ONLY,
-    "qwen3_next": _PLAN_ONLY,
-    "qwen3_5_text": _PLAN_ONLY,
-    "qwen3_5_moe_text": _PLAN_ONLY,
-    "qwen2_5_vl_text": replace(_PLAN_ONLY, alone=False, separates_documents=False),
-    "qwen3_vl_text": replace(_PLAN_ONLY, alone=False, separates_documents=False),
+    "lfm2": _RECURRENT,
+    "lfm2_moe": _RECURRENT,
+    "kimi_linear": _RECURRENT,
+    "qwen3_next": _RECURRENT,
+    "qwen3_5_text": _RECURRENT,
+    "qwen3_5_moe_text": _RECURRENT,
+    "qwen2_5_vl_text": replace(_PLAN_ONLY, alone=False, separates_documents=False, packs=False),
+    "qwen3_vl_text": replace(_PLAN_ONLY, alone=False, separates_documents=False, packs=False),
     "deepseek_ocr2_text": replace(_PLAN_ONLY, alone=False),
 })  # fmt: skip
 SUPPORTED: Final = tuple(name for name, family in FAMILIES.items() if family.served and family.alone)

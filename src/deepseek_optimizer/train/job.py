@@ -136,7 +136,7 @@ class TrainingJob:
             self.tokenizer = load_tokenizer(checkpoint)
             self.context = int(fields["max_position_embeddings"])
             family = FAMILIES.get(fields["model_type"])
-            self.packing = config.data.packing and (family is None or family.separates_documents)
+            self.packing = config.data.packing and (family is None or family.packs)
             if self.args.teacher not in (None, SELF):
                 check_tokenizer(self.args.teacher, self.tokenizer)
             self._load_data(progress)

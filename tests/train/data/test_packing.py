@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from deepseek_optimizer.errors import ConfigError
+from deepseek_optimizer.models import FAMILIES, SUPPORTED
 from deepseek_optimizer.train.data import Collator, PackedRows, best_fit
 from support.family_configs import llama
-from support.models import random_model
+from support.models import CASES, random_model
+from support.training import make_trainer
 
 
 def documents(lengths, seed=0, vocabulary=211):
@@ -49,6 +51,26 @@ def loss_sum(model, batch):
     """(sum, count) of Transformers' loss."""
     count = int((batch["labels"][:, 1:] != -100).sum())
     return model(**batch).loss.item() * count, count
+
+
+@pytest.mark.parametrize("family", SUPPORTED)
+@torch.no_grad()
+def test_families_that_pack_keep_documents_apart(family):
+    """In Transformers' models, the logits of documents in one row are those of each alone, if and only if the family packs."""
+    apart = []
+    for case in (case for case in CASES if case.split("-")[0] == family):
+        model = random_model(CASES[case]()).double()
+        model.config.use_cache = False  # as in training: with a cache, a row is one text
+        docs = documents([25, 21, 17], vocabulary=model.config.vocab_size)
+        actual = model(**Collator(0)([PackedRows(docs, 63)[0]])).logits[0]
+        expected = torch.cat([model(**Collator(0)([document])).logits[0] for document in docs])
+        apart.append(bool((actual - expected).abs().max() < 1e-4 * expected.abs().max()))
+    assert all(apart) == FAMILIES[family].packs and apart
+
+
+def test_packing_a_recurrent_family_is_an_error(tmp_path):
+    with pytest.raises(ConfigError, match="packing=True: lfm2 would join the documents of a row; set packing=False"):
+        make_trainer(random_model(CASES["lfm2-mixed"]()), tmp_path, packing=True)
 
 
 @pytest.mark.parametrize("padding_free", [False, True])

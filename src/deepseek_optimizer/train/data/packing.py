@@ -107,7 +107,7 @@ def pack_for_trainer(trainer: Any) -> None:
 
     if isinstance(trainer.train_dataset, PackedRows) or trainer.train_dataset is None:
         return
-    if not traits(trainer.model.config).separates_documents:
+    if not traits(trainer.model.config).packs:
         raise ConfigError(
             f"packing=True: {trainer.model.config.model_type} would join the documents of a row; set packing=False"
         )
