@@ -94,12 +94,15 @@ def line(file: str, one: FileTally) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("suites", nargs="*", help=f"of {', '.join(suite.name for suite in SUITES)}; all unless named")
+    names = {suite.name.lower(): suite for suite in SUITES}
+    parser.add_argument("suites", nargs="*", type=str.lower, help=f"of {', '.join(names)}; all unless named")
     parser.add_argument("--file", action="append", default=[], help="only files with this in their path; repeatable")
     parser.add_argument("-k", default="", help="only the tests that fit, as pytest's -k")
     parser.add_argument("--logs", type=Path, help="folder for the output of pytest, which is otherwise deleted")
     parser.add_argument("--write", action="store_true", help="update the results and the page of the documentation")
     given = parser.parse_args()
+    if unknown := set(given.suites) - set(names):
+        parser.error(f"there is no suite {unknown.pop()!r}; the suites are {', '.join(names)}")
     if os.environ.get(OFFLINE) == "1":
         print(f"peers: left out, {OFFLINE}=1")
         return 0
@@ -107,9 +110,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as scratch:
         logs = given.logs or Path(scratch) / "logs"
         logs.mkdir(parents=True, exist_ok=True)
-        for suite in SUITES:
-            if given.suites and suite.name not in given.suites:
-                continue
+        for suite in map(names.__getitem__, given.suites or names):
             try:
                 files = cached_files(suite.distribution)
             except SourceError as error:

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+from .pictures import picture_of, url_of
+
 
 class HfRunner:
     """In place of vLLM's class of this name, for sentence encoders and cross-encoders.
@@ -55,7 +57,10 @@ def hf_runner() -> type[HfRunner]:
 
 
 class LocalAssetServer:
-    """In place of vLLM's server of images."""
+    """In place of vLLM's server of images: data URLs of other pictures."""
+
+    def url_for(self, name: str) -> str:
+        return url_of(picture_of(name))
 
 
 @pytest.fixture(scope="session")
