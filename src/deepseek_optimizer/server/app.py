@@ -23,7 +23,7 @@ from .http.ignored_fields import HEADER
 from .http.metrics import HttpMetrics
 from .http.origins import OriginCheck
 from .http.page_files import PageFile, page_files
-from .http.paths import path_of
+from .http.paths import RootPath, path_of
 from .http.problems import ApiError, problem
 from .http.tracing import Tracer, Tracing
 from .idle_sleep import sleep_when_idle
@@ -210,7 +210,7 @@ def new_app(
         tracer: exports traces.
     """
     open_paths = {"/", "/health", "/ready", *page.paths(assets)}
-    middleware = [Middleware(HostGuard, settings=settings)]
+    middleware = [Middleware(RootPath, path=settings.root_path), Middleware(HostGuard, settings=settings)]
     if settings.allow_origins:
         middleware.append(
             Middleware(
@@ -225,7 +225,6 @@ def new_app(
     middleware.append(Middleware(Guard, settings=settings, metrics=HttpMetrics(registry), open_paths=open_paths))
     return FastAPI(
         title="deepseek-optimizer",
-        root_path=settings.root_path,
         description=_ABOUT + (_STRICT if settings.strict else _TOLERANT),
         docs_url=None,  # it would load scripts from another host
         redoc_url=None,

@@ -1,8 +1,8 @@
-"""The path of a request."""
+"""The path of a request, and the prefix under which a reverse proxy serves it."""
 
 from __future__ import annotations
 
-from starlette.types import Scope
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 
 def path_of(scope: Scope) -> str:
@@ -11,3 +11,18 @@ def path_of(scope: Scope) -> str:
     path: str = scope.get("path", "")
     root: str = scope.get("root_path", "")
     return path[len(root) :] if root and path.startswith(f"{root}/") else path
+
+
+class RootPath:
+    """ASGI middleware that sets the root path of requests. uvicorn's own option would put it before paths that have it already.
+
+    Args:
+        app: the application.
+        path: the root path, such as "/llm"; "": none.
+    """
+
+    def __init__(self, app: ASGIApp, path: str) -> None:
+        self._app, self._path = app, path
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._app({**scope, "root_path": self._path} if self._path else scope, receive, send)
