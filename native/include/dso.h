@@ -446,6 +446,7 @@ enum {
                                  each group of columns the product with its rows of the matrix */
   DSO_OP_ADD_FEATURES = 56,   /* in0 F32 -> out0 F32 (may alias): in0 + batch->features[index], index = layer field; in0 without
                                  features */
+  DSO_OP_LINEAR_GELU = 57,    /* in0, w0 (b0) -> out0 any: GELU_ERF of W0 x, with the GELU flag GELU. in1 as for LINEAR */
 };
 enum {
   DSO_FLAG_EAGER = 1,
@@ -456,7 +457,8 @@ enum {
   DSO_FLAG_SIGMOID = 32,          /* ROUTE: scores are sigmoids instead of a softmax */
   DSO_FLAG_TOP2 = 64,             /* ROUTE: a group's score is the sum of its two best instead of its best */
   DSO_FLAG_NORMALIZE = 128,       /* ROUTE: weights are divided by their sum */
-  DSO_FLAG_GELU = 256,            /* GATE_UP, EXPERTS_GATE_UP: the gate's activation is gelu, as in GEGLU, instead of silu */
+  DSO_FLAG_GELU = 256,            /* GATE_UP, EXPERTS_GATE_UP: the gate's activation is gelu, as in GEGLU, instead of silu;
+                                     LINEAR_GELU: gelu instead of its exact form */
   DSO_FLAG_CHUNKED = 2048,        /* ATTENTION: the window is the chunk of `window` tokens that the row's own token lies in */
   DSO_FLAG_WEIGH_INPUT = 4096,    /* EXPERTS_GATE_UP: gate and up are multiplied by the expert's weight; EXPERTS_DOWN: the sum
                                      has no weights */

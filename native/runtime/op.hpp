@@ -32,6 +32,8 @@ struct Run {  // one dso_plan_run
   uint8_t* thread_scratch(int thread) const { return scratch + thread * scratch_stride; }
 };
 
+class RowOp;
+
 class Op {
  public:
   virtual ~Op() = default;
@@ -51,6 +53,8 @@ class Op {
   // Called once all inputs are ready, by the one thread that opens its stage, before its tasks are counted: for work whose
   // split depends on data, such as the chosen experts.
   virtual void open(const Run&) {}
+  // The step, if each row that it writes depends on the same row of the slots that it reads, and on no other; else null.
+  virtual RowOp* by_rows() { return nullptr; }
 };
 
 constexpr int64_t kSerialWork = 8192;
@@ -71,9 +75,13 @@ class RowOp : public Op {
   }
   int64_t work(const Run& run) const override { return rows(run) * row_work(); }
   int64_t tasks(const Run&) const override { return ceil_div(rows_, block_); }
-  void task(const Run& run, int64_t index, int thread) override {
-    const int64_t end = std::min(rows_, (index + 1) * block_);
-    for (int64_t r = index * block_; r < end; ++r) row(run, r, thread);
+  void task(const Run& run, int64_t index, int thread) override { some(run, index * block_, block_, thread); }
+
+  int64_t count() const { return rows_; }
+  int64_t block() const { return block_; }  // rows of a task
+  void some(const Run& run, int64_t begin, int64_t most, int thread) {
+    const int64_t end = std::min(rows_, begin + most);
+    for (int64_t r = begin; r < end; ++r) row(run, r, thread);
   }
 
  protected:

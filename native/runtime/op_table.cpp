@@ -28,6 +28,7 @@ constexpr Entry kOps[] = {
     {DSO_OP_ATTENTION, "ATTENTION", make_attention},
     {DSO_OP_ENCODER_ATTENTION, "ENCODER_ATTENTION", make_encoder_attention},
     {DSO_OP_GATE_UP, "GATE_UP", make_gate_up},
+    {DSO_OP_LINEAR_GELU, "LINEAR_GELU", make_linear_gelu},
     {DSO_OP_LATENT, "LATENT", make_latent},
     {DSO_OP_LATENT_WRITE, "LATENT_WRITE", make_latent_write},
     {DSO_OP_MLA_ABSORB, "MLA_ABSORB", make_mla_absorb},
@@ -74,6 +75,8 @@ const ElementwiseOp* find_elementwise(const Kernels& k, int32_t op) {
 }
 
 }  // namespace
+
+const ElementwiseOp& elementwise_op(const Kernels& kernels, int32_t op) { return *find_elementwise(kernels, op); }
 
 const char* op_name(const Kernels& kernels, int32_t op) {
   if (const Entry* entry = find_op(op)) return entry->name;

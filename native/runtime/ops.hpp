@@ -11,6 +11,7 @@ namespace dso {
 // op_table.cpp
 std::unique_ptr<Op> make_op(StepReader& step);  // by step.op
 const char* op_name(const Kernels& kernels, int32_t op);
+const ElementwiseOp& elementwise_op(const Kernels& kernels, int32_t op);  // one that is in the table
 
 // Number of leading rows, among rows of this kind, of sequences in decode phase.
 inline int64_t decode_rows(const Run& run, const SlotRef& rows) {
@@ -71,6 +72,7 @@ std::unique_ptr<Op> make_mla_attention(StepReader& step);
 // ops_linear.cpp
 std::unique_ptr<Op> make_linear(StepReader& step);
 std::unique_ptr<Op> make_gate_up(StepReader& step);
+std::unique_ptr<Op> make_linear_gelu(StepReader& step);
 // ops_lora.cpp
 std::unique_ptr<Op> make_lora_down(StepReader& step);
 std::unique_ptr<Op> make_lora_up(StepReader& step);

@@ -19,6 +19,7 @@ int64_t row_scratch(const SlotRef& to) { return is_f32(to.kind) ? 0 : 4 * to.wid
 class RowsOf : public RowOp {  // one row of work per row of `like`
  public:
   explicit RowsOf(const SlotRef& like) : like_(like) {}
+  RowOp* by_rows() override { return this; }
 
  protected:
   int64_t rows(const Run& run) const override { return run.slots[like_.index].count; }
@@ -144,6 +145,7 @@ class Convert final : public RowsOf {
 class SelectRows final : public RowsOf {
  public:
   SelectRows(const SlotRef& in, const SlotRef& out) : RowsOf(out), in_(in) {}
+  RowOp* by_rows() override { return nullptr; }
 
  private:
   void row(const Run& run, int64_t r, int) override {

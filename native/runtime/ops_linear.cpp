@@ -1,4 +1,5 @@
-// Matrix products: LINEAR (up to three matrices over one input, in one stage) and GATE_UP (SwiGLU inside the projection).
+// Matrix products: LINEAR (up to three matrices over one input, in one stage), and GATE_UP and LINEAR_GELU, with an activation
+// of the results.
 #include "adapters.hpp"
 #include "linear_grid.hpp"
 #include "ops.hpp"
@@ -64,9 +65,10 @@ class Linear final : public Op {
   int64_t tasks_ = 0;
 };
 
-// A task computes the same columns of gate and up in its own buffers and writes silu(gate) * up of them directly to the rows
-// that the next product reads: whole groups of 32 columns, so conversion does not need another task's columns.
-class GateUp final : public Op {
+// Products followed by an element-wise op: of the result of one, or of the results of two with equal shapes. A task computes
+// its columns of each in its own buffers and writes the activation of them directly to the rows that the next product reads:
+// whole groups of 32 columns, so conversion does not need another task's columns.
+class Activated final : public Op {
  public:
   struct Product {
     Matrix w;
@@ -74,12 +76,12 @@ class GateUp final : public Op {
     SlotRef h;  // as for Linear
     int32_t site;
   };
-  GateUp(const SlotRef& in, const SlotRef& out, const Product& gate, const Product& up, bool gelu)
-      : in_(in), out_(out), gate_(gate), up_(up), gelu_(gelu) {}
+  Activated(const SlotRef& in, const SlotRef& out, std::vector<Product> products, const ElementwiseOp& activation)
+      : in_(in), out_(out), products_(std::move(products)), activation_(activation) {}
 
   void shape(const Run& run) override {
-    grids_ = cut_by_phase(gate_.w, in_.kind, run.slots[in_.index].count, decode_rows(run, in_), run.threads,
-                          matrix_bytes(gate_.w), 2);
+    const Matrix& w = products_[0].w;
+    grids_ = cut_by_phase(w, in_.kind, run.slots[in_.index].count, decode_rows(run, in_), run.threads, matrix_bytes(w), 2);
     block_floats_ = 0;
     for (int i = 0; i < grids_.count; ++i) {
       const LinearGrid& g = grids_.grid[i];  // block_tiles is even: groups of 32 columns stay whole
@@ -92,7 +94,9 @@ class GateUp final : public Op {
     for (int i = 0; i < grids_.count; ++i) n += grids_.grid[i].tasks();
     return n;
   }
-  int64_t scratch_bytes(const Run& run) const override { return buffers_at(run) + 2 * 4 * block_floats_; }
+  int64_t scratch_bytes(const Run& run) const override {
+    return buffers_at(run) + int64_t(products_.size()) * 4 * block_floats_;
+  }
 
   void task(const Run& run, int64_t index, int thread) override {
     index = in_stretches(index, tasks(run), run.threads);
@@ -100,16 +104,16 @@ class GateUp final : public Op {
     for (; index >= grids_.grid[i].tasks(); ++i) index -= grids_.grid[i].tasks();
     const LinearGrid& g = grids_.grid[i];
     const int64_t row = g.first_row(index), n = g.end_row(index) - row;
-    const int64_t tile = g.first_tile(index), tile_end = std::min(tile + g.block_tiles, tile_rows(gate_.w));
+    const int64_t tile = g.first_tile(index), tile_end = std::min(tile + g.block_tiles, tile_rows(products_[0].w));
     const int64_t column = tile * kTileRows, columns = std::min(tile_end * kTileRows, out_.width) - column;
     const int64_t stride = g.block_tiles * kTileRows;
-    float* gate = reinterpret_cast<float*>(run.thread_scratch(thread) + buffers_at(run));
-    float* up = gate + block_floats_;
-    product(run, gate_, g, row, n, tile, tile_end, gate, stride, thread);
-    product(run, up_, g, row, n, tile, tile_end, up, stride, thread);
+    float* const first = reinterpret_cast<float*>(run.thread_scratch(thread) + buffers_at(run));
+    float* const second = products_.size() > 1 ? first + block_floats_ : nullptr;
+    product(run, products_[0], g, row, n, tile, tile_end, first, stride, thread);
+    if (second) product(run, products_[1], g, row, n, tile, tile_end, second, stride, thread);
     for (int64_t r = 0; r < n; ++r) {
-      float* h = gate + r * stride;
-      (gelu_ ? run.kernels.geglu : run.kernels.swiglu)(h, up + r * stride, columns, h);
+      float* h = first + r * stride;
+      activation_.row(h, second ? second + r * stride : nullptr, columns, 0, h);
       write_columns(run, out_, row + r, h, column, column + columns);
     }
   }
@@ -127,8 +131,8 @@ class GateUp final : public Op {
   }
 
   const SlotRef in_, out_;
-  const Product gate_, up_;
-  const bool gelu_;
+  const std::vector<Product> products_;
+  const ElementwiseOp& activation_;
   PhaseGrids grids_;
   int64_t block_floats_ = 0;
 };
@@ -138,6 +142,24 @@ SlotRef low_rank_rows(StepReader& s, int i, int32_t rows) {
   const SlotRef h = s.token_rows(1 + i);
   s.adapts(s.step.index + i, {rows, 0, 1}, int32_t(h.width));
   return h;
+}
+
+// A step of one or two products, all of the same shape, and an activation.
+std::unique_ptr<Op> make_activated(StepReader& s, int count, int32_t activation) {
+  const bool adapts = s.step.in[1] != -1;
+  s.takes(adapts ? 1 + count : 1, 1, count, count, DSO_FLAG_GELU);
+  const Matrix w = s.matrix(0);
+  const SlotRef in = s.activations(w), out = s.out(0, kAnyKind, w.rows, in.selected);
+  if (out.index == in.index) s.refuse("out[0] is in[0]");
+  if (adapts && in.selected) s.refuse("in[0] holds selected rows, which have no adapters");
+  std::vector<Activated::Product> products;
+  for (int i = 0; i < count; ++i) {
+    SlotRef h;
+    if (adapts) h = low_rank_rows(s, i, w.rows);
+    products.push_back({s.matrix(i), s.bias(i, w.rows), h, adapts ? s.step.index + i : -1});
+  }
+  s.alias_only(out, SlotRef{});
+  return std::make_unique<Activated>(in, out, std::move(products), elementwise_op(s.plan().kernels, activation));
 }
 
 }  // namespace
@@ -167,22 +189,15 @@ std::unique_ptr<Op> make_linear(StepReader& s) {
 }
 
 std::unique_ptr<Op> make_gate_up(StepReader& s) {
-  const bool adapts = s.step.in[1] != -1;
-  s.takes(adapts ? 3 : 1, 1, 2, 2, DSO_FLAG_GELU);
   const Matrix gate = s.matrix(0), up = s.matrix(1);
   if (gate.format != up.format || gate.rows != up.rows || gate.cols != up.cols)
     s.refuse("w[0] is %s of %d x %d, w[1] is %s of %d x %d: they must be equal", format_name(gate.format), gate.rows, gate.cols,
              format_name(up.format), up.rows, up.cols);
-  const SlotRef in = s.activations(gate), out = s.out(0, kAnyKind, gate.rows, in.selected);
-  if (out.index == in.index) s.refuse("out[0] is in[0]");
-  if (adapts && in.selected) s.refuse("in[0] holds selected rows, which have no adapters");
-  GateUp::Product products[] = {{gate, s.bias(0, gate.rows), {}, -1}, {up, s.bias(1, gate.rows), {}, -1}};
-  for (int i = 0; adapts && i < 2; ++i) {
-    products[i].h = low_rank_rows(s, i, gate.rows);
-    products[i].site = s.step.index + i;
-  }
-  s.alias_only(out, SlotRef{});
-  return std::make_unique<GateUp>(in, out, products[0], products[1], s.step.flags & DSO_FLAG_GELU);
+  return make_activated(s, 2, s.step.flags & DSO_FLAG_GELU ? DSO_OP_GEGLU : DSO_OP_SWIGLU);
+}
+
+std::unique_ptr<Op> make_linear_gelu(StepReader& s) {
+  return make_activated(s, 1, s.step.flags & DSO_FLAG_GELU ? DSO_OP_GELU : DSO_OP_GELU_ERF);
 }
 
 }  // namespace dso

@@ -136,7 +136,8 @@ void dso_plan::reshape() {
 }
 
 // A step joins the stage unless it reads what another shared step of the stage writes, or writes what another reads or writes.
-// A step with little work is run when the stage is opened, so it goes before the shared ones or into a new stage.
+// Steps over the same rows do so in any case, and only they join a stage of such steps. A step with little work is run when the
+// stage is opened, so it goes before the shared ones or into a new stage.
 void dso_plan::make_stages() {
   stages_.clear();
   std::vector<bool> read(resources_), written(resources_);  // by the shared steps of the stage
@@ -144,16 +145,19 @@ void dso_plan::make_stages() {
     const Step& s = steps_[i];
     if (s.op->idle(run_)) continue;
     const bool serial = s.op->work(run_) < kSerialWork;
+    RowOp* const rows = serial ? nullptr : s.op->by_rows();
     const bool shared = !stages_.empty() && stages_.back().shared < stages_.back().end;
-    bool fresh = stages_.empty() || (shared && (serial || timing_));  // timed steps have a stage of their own
+    const bool follows = shared && !timing_ && rows && stages_.back().rows && rows->count() == stages_.back().rows->count();
+    bool fresh = stages_.empty() || (shared && (serial || timing_ || stages_.back().rows));  // timed steps: a stage each
     for (int32_t r : s.reads) fresh |= written[r];
     for (int32_t w : s.writes) fresh |= written[w] || read[w];
-    if (fresh) {
-      stages_.push_back({i, i, i});
+    if (fresh && !follows) {
+      stages_.push_back({i, i, i, nullptr});
       read.assign(resources_, false);
       written.assign(resources_, false);
     }
     Stage& stage = stages_.back();
+    if (!serial && stage.shared == stage.end) stage.rows = rows;
     stage.end = i + 1;
     if (serial) {
       stage.shared = i + 1;
@@ -208,11 +212,18 @@ int64_t dso_plan::next() {
     steps_[i].op->open(run_);
     tasks += steps_[i].op->tasks(run_);
   }
-  return tasks;
+  return stage.rows ? stage.rows->tasks(run_) : tasks;
 }
 
 void dso_plan::task(int64_t index, int thread) {
-  for (int32_t i = stages_[stage_ - 1].shared;; ++i) {
+  const Stage& stage = stages_[stage_ - 1];
+  if (stage.rows) {
+    const int64_t block = stage.rows->block();
+    for (int32_t i = stage.shared; i < stage.end; ++i)
+      if (!steps_[i].op->idle(run_)) steps_[i].op->by_rows()->some(run_, index * block, block, thread);
+    return;
+  }
+  for (int32_t i = stage.shared;; ++i) {
     const int64_t n = steps_[i].op->tasks(run_);
     if (index < n) return steps_[i].op->task(run_, index, thread);
     index -= n;

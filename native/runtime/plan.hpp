@@ -1,5 +1,6 @@
-// A plan and its interpreter. Steps that do not depend on each other form a stage, whose tasks all threads share; short steps
-// run between stages, on the thread that finished the last one.
+// A plan and its interpreter. Steps that do not depend on each other form a stage, whose tasks all threads share. So do
+// successive steps over the same rows, even if they depend on each other: a task runs all of them on a block of rows, which
+// stays in the cache. Short steps run between stages, on the thread that finished the last one.
 #pragma once
 #include <atomic>
 #include <memory>
@@ -35,6 +36,7 @@ struct dso_plan final : private dso::Job {
   };
   struct Stage {
     int32_t begin, shared, end;  // steps [begin, shared) are run by the thread that opens the stage, [shared, end) by all
+    dso::RowOp* rows;            // the first of the shared steps, if they are run block of rows by block of rows; else null
   };
 
   void reshape();

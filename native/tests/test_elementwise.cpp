@@ -108,6 +108,9 @@ static void functions(const Kernels& k, int64_t n, float scale, Random& random) 
         case DSO_OP_GELU:
           want = gelu(a), size = std::fabs(a);
           break;
+        case DSO_OP_GELU_ERF:
+          want = a * std::erfc(-a * M_SQRT1_2) / 2, size = std::fabs(a);
+          break;
         case DSO_OP_SCALE:
           want = factor * a;
           break;

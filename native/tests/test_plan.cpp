@@ -240,6 +240,56 @@ void timing(const Kernels& kernels) {
 }
 
 #ifndef DSO_SCALAR_ONLY
+// LINEAR_GELU gives the bits of LINEAR and the activation after it, in fp32 and in the kind of the next product.
+void gelu_of_products(const Kernels& kernels, int32_t format, int32_t kind, int32_t flags, int32_t T) {
+  constexpr int32_t cols = 72, width = 104;
+  Random random((uint64_t)(T + flags + format));
+  OwnContext context(kernels, 2);
+  std::vector<std::unique_ptr<Buffer>> keep;
+  const std::vector<float> bias = normal(width, 1, random), x = normal((size_t)(T * cols), 1, random);
+  const dso_weight weights[] = {packed_weight(context.c, format, normal(width * cols, 0.2f, random), 0, width, cols, keep),
+                                packed_weight(context.c, format, normal(width * width, 0.2f, random), 0, width, width, keep),
+                                {DSO_VECTOR, 1, width, 0, bias.data(), 4 * width}};
+  std::vector<dso_slot> slots = {{DSO_SLOT_F32, cols, 0, 0}, {kind, cols, 0, 0}};
+  std::vector<dso_step> steps = {step_of(DSO_OP_STATE_IN, {}, {0})};
+  int32_t results = 0;
+  const auto add = [&](int32_t op, int32_t in, int32_t to, std::vector<int32_t> w, std::vector<int32_t> b) {
+    slots.push_back({to, width, 0, 0});
+    const int32_t out = (int32_t)slots.size() - 1;
+    steps.push_back(step_of(op, {in}, {out}, w, b));
+    if (op == DSO_OP_LINEAR_GELU) steps.back().flags = flags;
+    return out;
+  };
+  const auto result = [&](int32_t slot) {
+    steps.push_back(step_of(DSO_OP_HIDDEN_OUT, {slot}, {}));
+    steps.back().layer = results++;
+  };
+  if (kind != DSO_SLOT_F32) steps.push_back(step_of(DSO_OP_CONVERT, {0}, {1}));
+  const int32_t in = kind == DSO_SLOT_F32 ? 0 : 1, gelu = flags ? DSO_OP_GELU : DSO_OP_GELU_ERF;
+  const int32_t up = add(DSO_OP_LINEAR, in, DSO_SLOT_F32, {0}, {2});
+  result(add(gelu, up, DSO_SLOT_F32, {}, {}));
+  result(add(DSO_OP_LINEAR_GELU, in, DSO_SLOT_F32, {0}, {2}));
+  result(add(DSO_OP_LINEAR, add(gelu, up, kind, {}, {}), DSO_SLOT_F32, {1}, {}));
+  result(add(DSO_OP_LINEAR, add(DSO_OP_LINEAR_GELU, in, kind, {0}, {2}), DSO_SLOT_F32, {1}, {}));
+  dso_plan* plan = nullptr;
+  if (!check(dso_plan_create(context.c, steps.data(), (int32_t)steps.size(), slots.data(), (int32_t)slots.size(), weights, 3, 1,
+                             &plan) == 0,
+             "plan: %s", dso_last_error()))
+    return;
+  std::vector<float> hidden((size_t)(results * T * width), NAN);
+  const int32_t zero = 0, phase = DSO_PHASE_PREFILL;
+  dso_batch b{};
+  b.T = T, b.S = 1, b.query_len = &T, b.context_len = &zero, b.phase = &phase;
+  b.states = x.data(), b.hidden = hidden.data();
+  check(dso_plan_run(plan, &b) == 0, "run: %s", dso_last_error());
+  const size_t one = (size_t)(T * width);
+  for (size_t pair : {0, 2})
+    check(!memcmp(&hidden[pair * one], &hidden[(pair + 1) * one], one * 4),
+          "%s, format %d, kind %d, flags %d, %d rows: result %zu", kernels.isa, format, kind, flags, T, pair + 1);
+  for (float v : hidden) check(std::isfinite(v), "a result is %g", v);
+  dso_plan_destroy(plan);
+}
+
 // A slot may hold any block indices; none leads outside the table, even if fp32 would round the last one up.
 void chosen_blocks_stay_inside(const Kernels& kernels) {
   OwnContext context(kernels, 1);
@@ -327,6 +377,8 @@ int main() {
                  {"int4", DSO_INT4, DSO_SLOT_Q8, DSO_KV_BF16},
                  {"fp8", DSO_FP8, DSO_SLOT_BF16, DSO_KV_BF16}};
     for (const auto& k : kinds) {
+      for (int32_t flags : {0, (int32_t)DSO_FLAG_GELU})
+        for (int32_t T : {1, 5, 300}) gelu_of_products(*v.kernels, k.format, k.activation, flags, T);
       for (Spec s : {Spec(), rich, sliding, mixed, chunks}) {
         s.format = k.format;
         s.activation = k.activation;

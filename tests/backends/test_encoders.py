@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from deepseek_optimizer.backends import cpu
+from deepseek_optimizer.backends.base import CompileOptions
 from deepseek_optimizer.backends.cpu.native import isa_names, isa_runs_here
 from deepseek_optimizer.backends.reference import ReferenceBackend
 from deepseek_optimizer.errors import BackendError
@@ -30,12 +31,12 @@ def backend_of(name, threads=2):
     return ReferenceBackend() if name == "reference" else cpu.CpuBackend(cpu.exact(name), threads=threads)
 
 
-def plan_of(backend, model, names=None):
+def plan_of(backend, model, names=None, weight_format="fp32", activation="auto"):
     graph, reports = rules.apply(build_encoder_graph(model.config), names)
     check_graph(graph)
     weights = {name: dict(model.base_model.named_parameters())[name].data for name in graph.weights()}
-    given = weights if backend.name == "reference" else packed_weights(weights, "fp32")
-    return backend.compile(graph, given), graph, reports
+    given = weights if backend.name == "reference" else packed_weights(weights, weight_format)
+    return backend.compile(graph, given, CompileOptions(activation=activation)), graph, reports
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -63,8 +64,9 @@ def test_without_rules(name, case):
 
 
 @pytest.mark.skipif(not NATIVE, reason="no native build")
-@pytest.mark.parametrize("case", ["bert", "modernbert-biases"])
-def test_bits_do_not_depend_on_batch_threads_or_isa(case):
+@pytest.mark.parametrize("formats", [("fp32", "auto"), ("int8", "int8")], ids=["fp32", "int8"])
+@pytest.mark.parametrize("case", ["bert", "bert-tanh", "modernbert-biases"])
+def test_bits_do_not_depend_on_batch_threads_or_isa(case, formats):
     model = random_encoder(case)
     lengths = [40, 1, 64, 129, 600, 300, 257]
     sentences = random_sentences(*lengths)
@@ -72,10 +74,13 @@ def test_bits_do_not_depend_on_batch_threads_or_isa(case):
     whole = None
     for name in ISAS:
         for threads in (1, 3):
-            plan, _, _ = plan_of(backend_of(name, threads), model)
+            plan, _, _ = plan_of(backend_of(name, threads), model, None, *formats)
             made = plan.run(make_batch(states, lengths), None).hidden
             whole = made if whole is None else whole
             assert torch.equal(made, whole), (name, threads)
+    plan.timing()  # every step by itself, over all rows
+    assert torch.equal(plan.run(make_batch(states, lengths), None).hidden, whole)
+    plan.timing(False)
     for rows, expected in zip(states.split(lengths), whole.split(lengths, 1), strict=True):
         assert torch.equal(plan.run(make_batch(rows, [len(rows)]), None).hidden, expected)
 

@@ -39,53 +39,63 @@ struct ForwardRoom {
   int64_t v_block(int64_t v_width) const { return padded(v_width) * attn_block / per; }
 };
 
-// Computes the weights of a block of keys and the factors of m, l and O^T. Returns whether all factors are 1.
+// Computes the weights of a block of keys for 16 * C queries from `n` on, and the factors of m, l and O^T. Returns whether all
+// factors are 1.
+template <class Product, int C, class Mask>
+DSO_INLINE bool softmax_columns(const ForwardRoom<Product>& r, F c, int64_t n, int64_t keys, int64_t key, int64_t query,
+                                const Mask* mask) {
+  bool same = true;
+  F before[C], top[C][2], total[C][2];  // [columns][even, odd keys]: independent chains
+#pragma GCC unroll 2
+  for (int h = 0; h < C; ++h) before[h] = top[h][0] = top[h][1] = load(r.m + n + 16 * h);
+  for (int64_t i = 0; i < keys; i += 2) {
+#pragma GCC unroll 4
+    for (int at = 0; at < 2 * C; ++at) {
+      float* s = r.s + (i + at % 2) * attn_block + n + at / 2 * 16;
+      F x = mul(load(s), c);
+      if (mask) x = (*mask)(x, query + n + at / 2 * 16, key + i + at % 2);
+      store(s, x);
+      top[at / 2][at % 2] = max(x, top[at / 2][at % 2]);
+    }
+  }
+#pragma GCC unroll 2
+  for (int h = 0; h < C; ++h) {
+    top[h][0] = max(top[h][0], top[h][1]);
+    const F factor = exp2(sub(before[h], top[h][0]));
+    total[h][0] = mul(load(r.l + n + 16 * h), factor);
+    total[h][1] = zero();
+    store(r.m + n + 16 * h, top[h][0]);
+    store(r.factor + n + 16 * h, factor);
+    same = same && at_least(factor, set(1.0f)) == 0xffff;
+  }
+  for (int64_t i = 0; i < keys; i += 2) {
+#pragma GCC unroll 2
+    for (int h = 0; h < C; ++h) {
+      const int64_t place = i * attn_block + n + 16 * h;
+      const F even = exp2(sub(load(r.s + place), top[h][0])), odd = exp2(sub(load(r.s + place + attn_block), top[h][0]));
+      total[h][0] = add(total[h][0], even);
+      total[h][1] = add(total[h][1], odd);
+      if constexpr (Product::pairs) {
+        store_bytes(r.p + i / 2 * attn_block + n + 16 * h, round_pair_bf16(even, odd));
+      } else {
+        store((float*)r.p + place, even);
+        store((float*)r.p + place + attn_block, odd);
+      }
+    }
+  }
+#pragma GCC unroll 2
+  for (int h = 0; h < C; ++h) store(r.l + n + 16 * h, add(total[h][0], total[h][1]));
+  return same;
+}
+
+// The same for all queries of a part.
 template <class Product, class Mask>
 bool softmax_block(const ForwardRoom<Product>& r, float scale, const Part& part, int64_t key, int64_t query, const Mask* mask) {
   bool same = true;
-  const F one = set(1.0f), c = set(scale * log2e);
-  for (int64_t n = part.begin; n < part.end; n += 32) {
-    F before[2], top[2][2], total[2][2];  // [columns][even, odd keys]: independent chains
-#pragma GCC unroll 2
-    for (int h = 0; h < 2; ++h) before[h] = top[h][0] = top[h][1] = load(r.m + n + 16 * h);
-    for (int64_t i = 0; i < part.keys; i += 2) {
-#pragma GCC unroll 4
-      for (int at = 0; at < 4; ++at) {
-        float* s = r.s + (i + at % 2) * attn_block + n + at / 2 * 16;
-        F x = mul(load(s), c);
-        if (mask) x = (*mask)(x, query + n + at / 2 * 16, key + i + at % 2);
-        store(s, x);
-        top[at / 2][at % 2] = max(x, top[at / 2][at % 2]);
-      }
-    }
-#pragma GCC unroll 2
-    for (int h = 0; h < 2; ++h) {
-      top[h][0] = max(top[h][0], top[h][1]);
-      const F factor = exp2(sub(before[h], top[h][0]));
-      total[h][0] = mul(load(r.l + n + 16 * h), factor);
-      total[h][1] = zero();
-      store(r.m + n + 16 * h, top[h][0]);
-      store(r.factor + n + 16 * h, factor);
-      same = same && at_least(factor, one) == 0xffff;
-    }
-    for (int64_t i = 0; i < part.keys; i += 2) {
-#pragma GCC unroll 2
-      for (int h = 0; h < 2; ++h) {
-        const int64_t place = i * attn_block + n + 16 * h;
-        const F even = exp2(sub(load(r.s + place), top[h][0])), odd = exp2(sub(load(r.s + place + attn_block), top[h][0]));
-        total[h][0] = add(total[h][0], even);
-        total[h][1] = add(total[h][1], odd);
-        if constexpr (Product::pairs) {
-          store_bytes(r.p + i / 2 * attn_block + n + 16 * h, round_pair_bf16(even, odd));
-        } else {
-          store((float*)r.p + place, even);
-          store((float*)r.p + place + attn_block, odd);
-        }
-      }
-    }
-#pragma GCC unroll 2
-    for (int h = 0; h < 2; ++h) store(r.l + n + 16 * h, add(total[h][0], total[h][1]));
-  }
+  const F c = set(scale * log2e);
+  int64_t n = part.begin;
+  for (; n + 32 <= part.end; n += 32) same &= softmax_columns<Product, 2>(r, c, n, part.keys, key, query, mask);
+  if (n < part.end) same &= softmax_columns<Product, 1>(r, c, n, part.keys, key, query, mask);
   return same;
 }
 
@@ -128,7 +138,7 @@ static void attn_forward(const TrainAttnTask& t, uint8_t* memory) {
   }
   for (int64_t head = 0; head < t.group; ++head)
     for (int64_t i = t.begin / attn_block; i < blocks; ++i) {
-      const int64_t query = i * attn_block, count = least(attn_block, t.tokens - query), queries = padded(count);
+      const int64_t query = i * attn_block, count = least(attn_block, t.tokens - query), queries = up(count, Product::step);
       pack_rows<Number, pairs>(t.q.template row<const Number>(head, query), t.q.token, count, t.qk_width, r.rows);
       pack_columns<pairs>(r.rows, count, t.qk_width, r.q);
       for (int64_t n = 0; n < attn_block; n += 16) {
@@ -137,7 +147,8 @@ static void attn_forward(const TrainAttnTask& t, uint8_t* memory) {
       }
       const int64_t j0 = mask.first_key_block(i);
       for (int64_t j = j0; j <= mask.last_key_block(i); ++j) {
-        const int64_t key = j * attn_block, keys = padded(least(attn_block, t.tokens - key)), step = mask.together(i, j);
+        const int64_t key = j * attn_block, keys = up(least(attn_block, t.tokens - key), Product::step),
+                      step = mask.together(i, j);
         const Operand k = {r.k + j * r.k_block(t.qk_width), line},
                       v = {r.v + j * r.v_block(t.v_width), attn_block / word<pairs>};
         for (int64_t n = 0; n < queries; n += step) {

@@ -106,7 +106,7 @@ struct Room {
   }
 };
 
-struct Part {  // queries [begin, end) of a block, and the number of the block's keys that they may see; multiples of 32
+struct Part {  // queries [begin, end) of a block, and the number of the block's keys that they may see; multiples of 16
   int64_t begin, end, keys;
 };
 

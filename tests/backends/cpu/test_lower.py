@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from deepseek_optimizer.backends.cpu.lower import lower
 from deepseek_optimizer.graph import rules
 from deepseek_optimizer.graph.ops import OPS
@@ -50,6 +52,21 @@ def test_gate_and_up_of_unequal_formats_are_split():
     graph = lowered(lambda w: "int8" if "up_proj" in w else "int4", KINDS)
     assert not [n for n in graph.nodes if n.op == "gate_up"]
     assert [n for n in graph.nodes if n.op == "swiglu"]
+
+
+def test_gelu_joins_the_product_that_only_it_reads():
+    graph = build_graph(CASES["starcoder2-window"]())
+    lowered_graph = lower(graph, lambda w: "q8", lambda w: "int4")
+    gelus = [n for n in graph.nodes if n.op == "gelu"]
+    merged = [n for n in lowered_graph.nodes if n.op == "linear_gelu"]
+    assert gelus and len(merged) == len(gelus) and not [n for n in lowered_graph.nodes if n.op == "gelu"]
+    for node, gelu in zip(merged, gelus, strict=True):
+        up = next(n for n in graph.nodes if gelu.inputs[0] in n.outputs)
+        assert node.weights == up.weights and node.attrs == {**up.attrs, "activation": "gelu"}
+        assert node.inputs[0].kind == node.outputs[0].kind == "q8"
+    read_twice = [n.with_(inputs=(gelus[0].inputs[0],)) if n.op == "hidden_out" else n for n in graph.nodes]
+    kept = lower(replace(graph, nodes=read_twice), lambda w: "q8", lambda w: "int4")
+    assert [n.outputs[0].name for n in kept.nodes if n.op == "gelu"] == [f"{gelus[0].outputs[0].name}.q8"]
 
 
 def test_every_value_is_written_before_it_is_read():

@@ -2,12 +2,13 @@
 
 A product reads its input in the kind that its weight's format requires. If all readers of a value need the same kind, the op
 that computes the value writes that kind directly (a norm that quantizes its result); otherwise a `convert` step converts it,
-once per kind. Ops over several matrices are split if their formats need different kinds. A router becomes an fp32 product and
-a choice. The last node's output is the caller's logits, if the graph has a head.
+once per kind. Ops over several matrices are split if their formats need different kinds. A product and the GELU of its result
+become one op, a router an fp32 product and a choice. The last node's output is the caller's logits, if the graph has a head.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -28,7 +29,7 @@ def lower(graph: Graph, kind_of: Callable[[str], str], format_of: Callable[[str]
         format_of: weight name -> format name; gate_up needs equal formats.
     """
     nodes = _once(part for node in graph.nodes for part in _split(node, kind_of, format_of))
-    nodes = with_low_rank_parts(nodes, format_of)
+    nodes = _with_activations(with_low_rank_parts(nodes, format_of))
     wanted = _wanted_kinds(nodes, kind_of)
     in_place = {
         v: kinds[0] for v, kinds in wanted.items() if len(kinds) == 1 and kinds[0] != "f32" and _writes_any_kind(nodes, v)
@@ -51,6 +52,20 @@ def _once(nodes: Iterable[Node]) -> list[Node]:
             unique.append(node)
             computed.update(node.outputs)
     return unique
+
+
+def _with_activations(nodes: list[Node]) -> list[Node]:
+    """linear(x) -> y; gelu(y) -> h  =>  linear_gelu(x) -> h, if nothing else reads y; the same for gelu_erf."""
+    readers = Counter(value for node in nodes for value in node.inputs)
+    products = {node.outputs[0]: node for node in nodes if node.op == "linear" and len(node.weights) == 1}
+    merged: list[Node] = []
+    dropped: set[Value] = set()
+    for node in nodes:
+        if node.op in ("gelu", "gelu_erf") and readers[y := node.inputs[0]] == 1 and (product := products.get(y)):
+            dropped.add(y)
+            node = product.with_(op="linear_gelu", outputs=node.outputs, attrs={**product.attrs, "activation": node.op})
+        merged.append(node)
+    return [node for node in merged if node.op != "linear" or node.outputs[0] not in dropped]
 
 
 def _after_head(nodes: list[Node]) -> list[Node]:
