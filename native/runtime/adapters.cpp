@@ -87,10 +87,11 @@ constexpr int64_t kMostFetched = 64 << 10;  // bytes
 
 }  // namespace
 
-void dso::add_low_rank(const Run& run, int32_t site, const Rows& h, int64_t row, int64_t end, int64_t tile, int64_t tile_end,
+void dso::add_low_rank(const Run& run, int32_t site, const SlotRef& h, int64_t row, int64_t end, int64_t tile, int64_t tile_end,
                        float* y, int64_t y_stride) {
+  const Rows& rows = run.slots[h.index];
   for_adapted(run, site, row, end, tile, [&](const LowRank& b, int64_t first, int64_t last) {
-    run.kernels.low_rank(b, h.f32(first), h.stride, last - first, 0, tile_end - tile, true,
+    run.kernels.low_rank(b, h.kind, rows.row(first), rows.stride, last - first, 0, tile_end - tile, true,
                          reinterpret_cast<float*>(reinterpret_cast<uint8_t*>(y) + (first - row) * y_stride), y_stride);
   });
 }

@@ -6,6 +6,7 @@
 #include "dso.h"
 #include "kernels.hpp"
 #include "op.hpp"
+#include "step_reader.hpp"
 
 struct dso_adapters {
   // Heads share a matrix, or have one each.
@@ -37,10 +38,15 @@ struct dso_adapters {
 
 namespace dso {
 
+// The kind in which adapters read a product's rows, and of the result of LORA_DOWN: as precise as the rows, within bf16.
+constexpr int32_t low_rank_kind(int32_t kind) {
+  return kind == DSO_SLOT_Q8 || kind == DSO_SLOT_BF16 ? DSO_SLOT_BF16 : DSO_SLOT_F32;
+}
+
 // Adds the adapters' part of a product to rows [row, end), for outputs of tiles [tile, tile_end).
 //
 // h: the result of LORA_DOWN for the site. y: row `row` at the first output of `tile`.
-void add_low_rank(const Run& run, int32_t site, const Rows& h, int64_t row, int64_t end, int64_t tile, int64_t tile_end,
+void add_low_rank(const Run& run, int32_t site, const SlotRef& h, int64_t row, int64_t end, int64_t tile, int64_t tile_end,
                   float* y, int64_t y_stride);
 
 // Starts to fetch the matrices that `add_low_rank` will read, which other work has usually driven out of the caches.

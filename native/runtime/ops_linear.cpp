@@ -48,8 +48,7 @@ class Linear final : public Op {
     run.kernels.linear(p.w, p.bias, in_.kind, x.row(row), x.stride, g.end_row(task) - row, g.prefill, tile, tile_end,
                        y.f32(row), y.stride, run.thread_scratch(thread));
     if (p.site >= 0)
-      add_low_rank(run, p.site, run.slots[p.h.index], row, g.end_row(task), tile, tile_end, y.f32(row) + tile * kTileRows,
-                   y.stride);
+      add_low_rank(run, p.site, p.h, row, g.end_row(task), tile, tile_end, y.f32(row) + tile * kTileRows, y.stride);
   }
 
  private:
@@ -123,7 +122,7 @@ class GateUp final : public Op {
     if (p.site >= 0) prefetch_low_rank(run, p.site, row, row + n, tile, tile_end);
     run.kernels.linear(tiles_of(p.w, tile, tile_end), p.bias ? p.bias + tile * kTileRows : nullptr, in_.kind, x.row(row),
                        x.stride, n, g.prefill, 0, tile_end - tile, buffer, 4 * stride, run.thread_scratch(thread));
-    if (p.site >= 0) add_low_rank(run, p.site, run.slots[p.h.index], row, row + n, tile, tile_end, buffer, 4 * stride);
+    if (p.site >= 0) add_low_rank(run, p.site, p.h, row, row + n, tile, tile_end, buffer, 4 * stride);
   }
 
   const SlotRef in_, out_;
@@ -133,9 +132,11 @@ class GateUp final : public Op {
   int64_t block_floats_ = 0;
 };
 
-// The result of LORA_DOWN for product i of the step, whose outputs are `rows`.
-SlotRef low_rank_rows(StepReader& s, int i, int32_t rows) {
-  const SlotRef h = s.token_rows(1 + i);
+// The result of LORA_DOWN for product i of the step, which reads rows `x` and has `rows` outputs.
+SlotRef low_rank_rows(StepReader& s, int i, const SlotRef& x, int32_t rows) {
+  const SlotRef h = s.in(1 + i, kAnyKind);
+  if (h.kind != low_rank_kind(x.kind) || h.selected)
+    s.refuse("in[%d] must be %s, not selected, for rows of %s", 1 + i, kind_name(low_rank_kind(x.kind)), kind_name(x.kind));
   s.adapts(s.step.index + i, {rows, 0, 1}, int32_t(h.width));
   return h;
 }
@@ -156,7 +157,7 @@ std::unique_ptr<Op> make_linear(StepReader& s) {
     if (!reads(w.format, in.kind))
       s.refuse("in[0] is %s, which the %s weights of w[%d] do not support", kind_name(in.kind), format_name(w.format), i);
     SlotRef h;
-    if (adapts) h = low_rank_rows(s, i, w.rows);
+    if (adapts) h = low_rank_rows(s, i, in, w.rows);
     const SlotRef out = s.out(i, kF32Only, w.rows, in.selected);
     if (out.index == in.index) s.refuse("out[%d] is in[0]", i);
     products.push_back({w, s.bias(i, w.rows), out, h, adapts ? s.step.index + i : -1});
@@ -178,7 +179,7 @@ std::unique_ptr<Op> make_gate_up(StepReader& s) {
   if (adapts && in.selected) s.refuse("in[0] holds selected rows, which have no adapters");
   GateUp::Product products[] = {{gate, s.bias(0, gate.rows), {}, -1}, {up, s.bias(1, gate.rows), {}, -1}};
   for (int i = 0; adapts && i < 2; ++i) {
-    products[i].h = low_rank_rows(s, i, gate.rows);
+    products[i].h = low_rank_rows(s, i, in, gate.rows);
     products[i].site = s.step.index + i;
   }
   s.alias_only(out, SlotRef{});
