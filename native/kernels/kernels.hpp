@@ -14,10 +14,17 @@ struct TrainProduct;      // train_product.hpp
 struct TrainElementwise;  // train_elementwise.hpp
 struct TrainAttention;    // train_attention.hpp
 
+struct Fetch {  // memory that will be read soon
+  const uint8_t* data;
+  int64_t bytes;
+};
+
 struct Matrix {  // a packed weight, see dso.h
   int32_t format;
   int32_t rows, cols;
   const uint8_t* data;
+  // What is read after the product. Products of many integer rows, which leave memory idle, fetch it meanwhile.
+  const Fetch *next = nullptr, *next_end = nullptr;
 };
 
 struct LowRank {  // a matrix of an adapter, F32 or BF16, in tiles of 16 rows, see dso.h

@@ -96,6 +96,18 @@ void dso::add_low_rank(const Run& run, int32_t site, const SlotRef& h, int64_t r
   });
 }
 
+dso::DownFetches::DownFetches(const Run& run, const std::vector<int32_t>& sites, int64_t part, int64_t parts) {
+  const std::vector<AdaptedRows>& adapted = run.batch.adapted;
+  for (int32_t site : sites)
+    for (size_t i = 0; i < adapted.size() && count_ < fetches_.size(); ++i) {
+      if (i > 0 && adapted[i].slot == adapted[i - 1].slot) continue;
+      const LowRank& a = run.batch.source->adapters->pair(adapted[i].slot, site).down.first;
+      const int64_t lines = ceil_div(a.rows, kTileRows) * a.tile_bytes / 64, begin = part * lines / parts;
+      const int64_t end = (part + 1) * lines / parts;
+      if (begin < end) fetches_[count_++] = {a.data + 64 * begin, 64 * (end - begin)};
+    }
+}
+
 void dso::prefetch_low_rank(const Run& run, int32_t site, int64_t row, int64_t end, int64_t tile, int64_t tile_end) {
   int64_t left = kMostFetched;
   for_adapted(run, site, row, end, tile, [&](const LowRank& b, int64_t, int64_t) {

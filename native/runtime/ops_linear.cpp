@@ -14,7 +14,9 @@ class Linear final : public Op {
     SlotRef out, h;  // h: what LORA_DOWN computed for `site`
     int32_t site;    // -1: no adapters
   };
-  Linear(const SlotRef& in, std::vector<Product> products) : in_(in), products_(std::move(products)) {}
+  // sites_after: of the LORA_DOWN steps up to the next product.
+  Linear(const SlotRef& in, std::vector<Product> products, std::shared_ptr<const std::vector<int32_t>> sites_after)
+      : in_(in), products_(std::move(products)), sites_after_(std::move(sites_after)) {}
 
   void shape(const Run& run) override {
     parts_.clear();
@@ -45,8 +47,9 @@ class Linear final : public Op {
     const Rows &x = run.slots[in_.index], &y = run.slots[p.out.index];
     const int64_t tile_end = std::min(tile + g.block_tiles, tile_rows(p.w));
     if (p.site >= 0) prefetch_low_rank(run, p.site, row, g.end_row(task), tile, tile_end);
-    run.kernels.linear(p.w, p.bias, in_.kind, x.row(row), x.stride, g.end_row(task) - row, g.prefill, tile, tile_end,
-                       y.f32(row), y.stride, run.thread_scratch(thread));
+    const DownFetches fetches(run, *sites_after_, index, tasks_);
+    run.kernels.linear(fetches.beside(p.w), p.bias, in_.kind, x.row(row), x.stride, g.end_row(task) - row, g.prefill, tile,
+                       tile_end, y.f32(row), y.stride, run.thread_scratch(thread));
     if (p.site >= 0)
       add_low_rank(run, p.site, p.h, row, g.end_row(task), tile, tile_end, y.f32(row) + tile * kTileRows, y.stride);
   }
@@ -59,6 +62,7 @@ class Linear final : public Op {
   };
   const SlotRef in_;
   const std::vector<Product> products_;
+  const std::shared_ptr<const std::vector<int32_t>> sites_after_;
   std::vector<Part> parts_;
   int64_t tasks_ = 0;
 };
@@ -73,8 +77,9 @@ class GateUp final : public Op {
     SlotRef h;  // as for Linear
     int32_t site;
   };
-  GateUp(const SlotRef& in, const SlotRef& out, const Product& gate, const Product& up, bool gelu)
-      : in_(in), out_(out), gate_(gate), up_(up), gelu_(gelu) {}
+  GateUp(const SlotRef& in, const SlotRef& out, const Product& gate, const Product& up, bool gelu,
+         std::shared_ptr<const std::vector<int32_t>> sites_after)
+      : in_(in), out_(out), gate_(gate), up_(up), gelu_(gelu), sites_after_(std::move(sites_after)) {}
 
   void shape(const Run& run) override {
     grids_ = cut_by_phase(gate_.w, in_.kind, run.slots[in_.index].count, decode_rows(run, in_), run.threads,
@@ -94,7 +99,8 @@ class GateUp final : public Op {
   int64_t scratch_bytes(const Run& run) const override { return buffers_at(run) + 2 * 4 * block_floats_; }
 
   void task(const Run& run, int64_t index, int thread) override {
-    index = in_stretches(index, tasks(run), run.threads);
+    const int64_t count = tasks(run), task = in_stretches(index, count, run.threads);
+    index = task;
     int i = 0;
     for (; index >= grids_.grid[i].tasks(); ++i) index -= grids_.grid[i].tasks();
     const LinearGrid& g = grids_.grid[i];
@@ -104,8 +110,8 @@ class GateUp final : public Op {
     const int64_t stride = g.block_tiles * kTileRows;
     float* gate = reinterpret_cast<float*>(run.thread_scratch(thread) + buffers_at(run));
     float* up = gate + block_floats_;
-    product(run, gate_, g, row, n, tile, tile_end, gate, stride, thread);
-    product(run, up_, g, row, n, tile, tile_end, up, stride, thread);
+    product(run, gate_, g, row, n, tile, tile_end, {run, *sites_after_, 2 * task, 2 * count}, gate, stride, thread);
+    product(run, up_, g, row, n, tile, tile_end, {run, *sites_after_, 2 * task + 1, 2 * count}, up, stride, thread);
     for (int64_t r = 0; r < n; ++r) {
       float* h = gate + r * stride;
       (gelu_ ? run.kernels.geglu : run.kernels.swiglu)(h, up + r * stride, columns, h);
@@ -117,17 +123,18 @@ class GateUp final : public Op {
   int64_t buffers_at(const Run& run) const { return round_up(int64_t(run.kernels.linear_scratch), 64); }
   // linear() writes at the matrix's own columns: the buffer starts at the task's first column.
   void product(const Run& run, const Product& p, const LinearGrid& g, int64_t row, int64_t n, int64_t tile, int64_t tile_end,
-               float* buffer, int64_t stride, int thread) const {
+               const DownFetches& fetches, float* buffer, int64_t stride, int thread) const {
     const Rows& x = run.slots[in_.index];
     if (p.site >= 0) prefetch_low_rank(run, p.site, row, row + n, tile, tile_end);
-    run.kernels.linear(tiles_of(p.w, tile, tile_end), p.bias ? p.bias + tile * kTileRows : nullptr, in_.kind, x.row(row),
-                       x.stride, n, g.prefill, 0, tile_end - tile, buffer, 4 * stride, run.thread_scratch(thread));
+    run.kernels.linear(fetches.beside(tiles_of(p.w, tile, tile_end)), p.bias ? p.bias + tile * kTileRows : nullptr, in_.kind,
+                       x.row(row), x.stride, n, g.prefill, 0, tile_end - tile, buffer, 4 * stride, run.thread_scratch(thread));
     if (p.site >= 0) add_low_rank(run, p.site, p.h, row, row + n, tile, tile_end, buffer, 4 * stride);
   }
 
   const SlotRef in_, out_;
   const Product gate_, up_;
   const bool gelu_;
+  const std::shared_ptr<const std::vector<int32_t>> sites_after_;
   PhaseGrids grids_;
   int64_t block_floats_ = 0;
 };
@@ -139,6 +146,13 @@ SlotRef low_rank_rows(StepReader& s, int i, const SlotRef& x, int32_t rows) {
     s.refuse("in[%d] must be %s, not selected, for rows of %s", 1 + i, kind_name(low_rank_kind(x.kind)), kind_name(x.kind));
   s.adapts(s.step.index + i, {rows, 0, 1}, int32_t(h.width));
   return h;
+}
+
+// A list that later LORA_DOWN steps will enter their sites in, if the product adds what adapters do.
+std::shared_ptr<const std::vector<int32_t>> sites_after(StepReader& s, bool adapts) {
+  auto sites = std::make_shared<std::vector<int32_t>>();
+  if (adapts) s.plan().sites_after = sites;
+  return sites;
 }
 
 }  // namespace
@@ -164,7 +178,7 @@ std::unique_ptr<Op> make_linear(StepReader& s) {
   }
   if (adapts && in.selected) s.refuse("in[0] holds selected rows, which have no adapters");
   for (const Linear::Product& p : products) s.alias_only(p.out, SlotRef{});
-  return std::make_unique<Linear>(in, std::move(products));
+  return std::make_unique<Linear>(in, std::move(products), sites_after(s, adapts));
 }
 
 std::unique_ptr<Op> make_gate_up(StepReader& s) {
@@ -183,7 +197,7 @@ std::unique_ptr<Op> make_gate_up(StepReader& s) {
     products[i].site = s.step.index + i;
   }
   s.alias_only(out, SlotRef{});
-  return std::make_unique<GateUp>(in, out, products[0], products[1], s.step.flags & DSO_FLAG_GELU);
+  return std::make_unique<GateUp>(in, out, products[0], products[1], s.step.flags & DSO_FLAG_GELU, sites_after(s, adapts));
 }
 
 }  // namespace dso

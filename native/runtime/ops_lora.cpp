@@ -118,6 +118,7 @@ std::unique_ptr<Op> make_lora_down(StepReader& s) {
     s.refuse("out[0] is %s, must be %s for rows of %s", kind_name(h.kind), kind_name(low_rank_kind(x.kind)), kind_name(x.kind));
   s.alias_only(h, SlotRef{});
   s.adapts(s.step.index, {0, int32_t(shape.elements), int32_t(shape.heads)}, int32_t(rank));
+  if (s.plan().sites_after && shape.heads == 1) s.plan().sites_after->push_back(s.step.index);
   return std::make_unique<LoraDown>(s.step.index, shape, rank, x, h);
 }
 

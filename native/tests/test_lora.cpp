@@ -270,6 +270,42 @@ void heads_on_every_isa(int32_t format, bool shared_down) {
   }
 }
 
+// The parts of a product together fetch each A of the batch's adapters once, and nothing else.
+void fetches() {
+  Random random(3);
+  const dso_adapter_site shapes[] = {{40, 50, 0}, {16, 50, 0}};
+  dso_adapters adapters(shapes, 2, 3, 20);
+  std::vector<std::unique_ptr<Buffer>> keep;
+  std::vector<const uint8_t*> lines;
+  for (int32_t slot = 0; slot < 3; ++slot)
+    for (int32_t site = 0; site < 2; ++site) {
+      if (slot == 2 && site == 0) continue;  // the adapter has nothing for it
+      const int32_t rank = 20 - 7 * slot;
+      const dso_weight a = tiled(normal((size_t)(rank * 50), 1, random), rank, 50, DSO_BF16, keep);
+      const dso_weight b =
+          tiled(normal((size_t)(shapes[site].rows * rank), 1, random), shapes[site].rows, rank, DSO_BF16, keep);
+      adapters.set(slot, site, &a, &b);
+      for (int64_t at = 0; at < a.bytes && slot != 1; at += 64) lines.push_back((const uint8_t*)a.data + at);
+    }
+  std::sort(lines.begin(), lines.end());
+  dso_batch batch{};
+  batch.adapters = &adapters;
+  Run run{*variants().front().kernels, 1, {}, {}};
+  run.batch.source = &batch;
+  run.batch.adapted = {{0, 0, 32}, {0, 32, 5}, {2, 40, 1}};
+  for (int64_t parts : {1, 3, 100}) {
+    std::vector<const uint8_t*> fetched;
+    for (int64_t part = 0; part < parts; ++part) {
+      const DownFetches fetches(run, {0, 1}, part, parts);
+      const Matrix w = fetches.beside({});
+      for (const Fetch* f = w.next; f != w.next_end; ++f)
+        for (int64_t at = 0; at < f->bytes; at += 64) fetched.push_back(f->data + at);
+    }
+    std::sort(fetched.begin(), fetched.end());
+    check(fetched == lines, "%d parts fetch %zu lines, not these %zu", (int)parts, fetched.size(), lines.size());
+  }
+}
+
 void refused() {
   Random random(1);
   const Sizes s{20, 12, 8};
@@ -327,6 +363,7 @@ int main() {
       for (const Sizes& s : {Sizes{50, 33, 5}, Sizes{321, 290, 40}, Sizes{64, 16, 16}}) on_every_isa(s, kind, format);
   for (int32_t format : {DSO_F32, DSO_BF16})
     for (bool shared_down : {false, true}) heads_on_every_isa(format, shared_down);
+  fetches();
   refused();
   refused_kinds();
   return report("test_lora");
