@@ -416,10 +416,10 @@ enum {
                                     or with a window to those at most `window` rows away on either side. Uses no cache; every
                                     context_len must be 0 */
   /* Adapters. Rows of sequences without an adapter, or whose adapter has nothing for the site, are not touched. */
-  DSO_OP_LORA_DOWN = 44, /* in0 x of any kind [T, cols], index (the site) -> out0 F32 [T, rank]: x A^T in the first elements of
-                            a row. For a site with heads: in0 F32 [T, heads*head_dim], of whose heads the first `nope` elements
-                            are read, -> [T, heads*rank] */
-  DSO_OP_LORA_UP = 45,   /* in0 from LORA_DOWN, in1 y F32 [T, rows], index -> out0 = in1 (the same slot): y + in0 B^T. For a
+  DSO_OP_LORA_DOWN = 44, /* in0 x of any kind [T, cols], index (the site) -> out0 [T, rank], BF16 if x is BF16 or Q8, else F32:
+                            x A^T in the first elements of a row. For a site with heads: in0 F32 [T, heads*head_dim], of whose
+                            heads the first `nope` elements are read, -> [T, heads*rank] */
+  DSO_OP_LORA_UP = 45,   /* in0 F32 from LORA_DOWN, in1 y F32 [T, rows], index -> out0 = in1 (the same slot): y + in0 B^T. For a
                             site with heads: in1 [T, heads*head_dim], to whose heads' first `nope` elements it is added */
   DSO_OP_CLAMPED_SWIGLU = 46, /* in0 gate, in1 up F32 -> out0 any: silu(min(gate, scale)) * up limited to [-scale, scale] */
   DSO_OP_HASH_ROUTE = 47,     /* as ROUTE, for the experts in the token's row of w0, a vector [ids * top_k]: in0 F32

@@ -14,10 +14,17 @@ struct TrainProduct;      // train_product.hpp
 struct TrainElementwise;  // train_elementwise.hpp
 struct TrainAttention;    // train_attention.hpp
 
+struct Fetch {  // memory that will be read soon
+  const uint8_t* data;
+  int64_t bytes;
+};
+
 struct Matrix {  // a packed weight, see dso.h
   int32_t format;
   int32_t rows, cols;
   const uint8_t* data;
+  // What is read after the product. Products of many integer rows, which leave memory idle, fetch it meanwhile.
+  const Fetch *next = nullptr, *next_end = nullptr;
 };
 
 struct LowRank {  // a matrix of an adapter, F32 or BF16, in tiles of 16 rows, see dso.h
@@ -177,8 +184,9 @@ struct RowKernels {  // everything else: rows of activations, weights and caches
   // ---- activations: columns [begin, end) of an f32 row (x points at column `begin`) to the same columns of a slot row (BF16,
   // Q8, Q16) of `width` columns; begin is a multiple of 32, and the group that contains column width - 1 is zero-filled.
   void (*convert)(int32_t kind, const float* x, int64_t begin, int64_t end, int64_t width, void* row);
-  // The numbers that a whole row of kind BF16, Q8 or Q16 stands for; x has room for a multiple of 32.
-  void (*restore)(int32_t kind, const void* row, int64_t width, float* x);
+  // The numbers that a whole row of kind Q8 or Q16 stands for: Q8 as a row of BF16, Q16 as one of F32. out has room for a
+  // multiple of 32.
+  void (*restore)(int32_t kind, const void* row, int64_t width, void* out);
 
   void (*embed_row)(const Matrix& w, int32_t row, float scale, float* out);
   void (*unpack_rows)(const Matrix& w, int64_t begin, int64_t end, float* out, int64_t stride);
@@ -216,10 +224,10 @@ struct RowKernels {  // everything else: rows of activations, weights and caches
   void (*delta_rule)(const float* q, const float* k, const float* v, int64_t v_stride, int64_t n, int64_t k_dim, int64_t cols,
                      const float* decay, const float* rate, bool channels, float* state, float* o, int64_t o_stride);
 
-  // ---- adapters: x W^T of rows [0, T) for outputs of tiles [tile_begin, tile_end) (16 outputs each; outputs past `rows` are
-  // not written), stored in y, or added to it. Each output depends on its own row only, bit for bit.
-  void (*low_rank)(const LowRank& w, const float* x, int64_t x_stride, int64_t T, int64_t tile_begin, int64_t tile_end,
-                   bool accumulate, float* y, int64_t y_stride);
+  // ---- adapters: x W^T of rows [0, T) of kind F32 or BF16 for outputs of tiles [tile_begin, tile_end) (16 outputs each;
+  // outputs past `rows` are not written), stored in y, or added to it. Each output depends on its own row only, bit for bit.
+  void (*low_rank)(const LowRank& w, int32_t kind, const uint8_t* x, int64_t x_stride, int64_t T, int64_t tile_begin,
+                   int64_t tile_end, bool accumulate, float* y, int64_t y_stride);
 
   // ---- cache and attention
   int64_t (*kv_layer_bytes)(int32_t type, int64_t kv_heads, int64_t head_dim);

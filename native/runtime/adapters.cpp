@@ -87,12 +87,25 @@ constexpr int64_t kMostFetched = 64 << 10;  // bytes
 
 }  // namespace
 
-void dso::add_low_rank(const Run& run, int32_t site, const Rows& h, int64_t row, int64_t end, int64_t tile, int64_t tile_end,
+void dso::add_low_rank(const Run& run, int32_t site, const SlotRef& h, int64_t row, int64_t end, int64_t tile, int64_t tile_end,
                        float* y, int64_t y_stride) {
+  const Rows& rows = run.slots[h.index];
   for_adapted(run, site, row, end, tile, [&](const LowRank& b, int64_t first, int64_t last) {
-    run.kernels.low_rank(b, h.f32(first), h.stride, last - first, 0, tile_end - tile, true,
+    run.kernels.low_rank(b, h.kind, rows.row(first), rows.stride, last - first, 0, tile_end - tile, true,
                          reinterpret_cast<float*>(reinterpret_cast<uint8_t*>(y) + (first - row) * y_stride), y_stride);
   });
+}
+
+dso::DownFetches::DownFetches(const Run& run, const std::vector<int32_t>& sites, int64_t part, int64_t parts) {
+  const std::vector<AdaptedRows>& adapted = run.batch.adapted;
+  for (int32_t site : sites)
+    for (size_t i = 0; i < adapted.size() && count_ < fetches_.size(); ++i) {
+      if (i > 0 && adapted[i].slot == adapted[i - 1].slot) continue;
+      const LowRank& a = run.batch.source->adapters->pair(adapted[i].slot, site).down.first;
+      const int64_t lines = ceil_div(a.rows, kTileRows) * a.tile_bytes / 64, begin = part * lines / parts;
+      const int64_t end = (part + 1) * lines / parts;
+      if (begin < end) fetches_[count_++] = {a.data + 64 * begin, 64 * (end - begin)};
+    }
 }
 
 void dso::prefetch_low_rank(const Run& run, int32_t site, int64_t row, int64_t end, int64_t tile, int64_t tile_end) {

@@ -15,7 +15,9 @@ class Linear final : public Op {
     SlotRef out, h;  // h: what LORA_DOWN computed for `site`
     int32_t site;    // -1: no adapters
   };
-  Linear(const SlotRef& in, std::vector<Product> products) : in_(in), products_(std::move(products)) {}
+  // sites_after: of the LORA_DOWN steps up to the next product.
+  Linear(const SlotRef& in, std::vector<Product> products, std::shared_ptr<const std::vector<int32_t>> sites_after)
+      : in_(in), products_(std::move(products)), sites_after_(std::move(sites_after)) {}
 
   void shape(const Run& run) override {
     parts_.clear();
@@ -46,11 +48,11 @@ class Linear final : public Op {
     const Rows &x = run.slots[in_.index], &y = run.slots[p.out.index];
     const int64_t tile_end = std::min(tile + g.block_tiles, tile_rows(p.w));
     if (p.site >= 0) prefetch_low_rank(run, p.site, row, g.end_row(task), tile, tile_end);
-    run.kernels.linear(p.w, p.bias, in_.kind, x.row(row), x.stride, g.end_row(task) - row, g.prefill, tile, tile_end,
-                       y.f32(row), y.stride, run.thread_scratch(thread));
+    const DownFetches fetches(run, *sites_after_, index, tasks_);
+    run.kernels.linear(fetches.beside(p.w), p.bias, in_.kind, x.row(row), x.stride, g.end_row(task) - row, g.prefill, tile,
+                       tile_end, y.f32(row), y.stride, run.thread_scratch(thread));
     if (p.site >= 0)
-      add_low_rank(run, p.site, run.slots[p.h.index], row, g.end_row(task), tile, tile_end, y.f32(row) + tile * kTileRows,
-                   y.stride);
+      add_low_rank(run, p.site, p.h, row, g.end_row(task), tile, tile_end, y.f32(row) + tile * kTileRows, y.stride);
   }
 
  private:
@@ -61,6 +63,7 @@ class Linear final : public Op {
   };
   const SlotRef in_;
   const std::vector<Product> products_;
+  const std::shared_ptr<const std::vector<int32_t>> sites_after_;
   std::vector<Part> parts_;
   int64_t tasks_ = 0;
 };
@@ -76,8 +79,9 @@ class Activated final : public Op {
     SlotRef h;  // as for Linear
     int32_t site;
   };
-  Activated(const SlotRef& in, const SlotRef& out, std::vector<Product> products, const ElementwiseOp& activation)
-      : in_(in), out_(out), products_(std::move(products)), activation_(activation) {}
+  Activated(const SlotRef& in, const SlotRef& out, std::vector<Product> products, const ElementwiseOp& activation,
+            std::shared_ptr<const std::vector<int32_t>> sites_after)
+      : in_(in), out_(out), products_(std::move(products)), activation_(activation), sites_after_(std::move(sites_after)) {}
 
   void shape(const Run& run) override {
     const Matrix& w = products_[0].w;
@@ -99,7 +103,8 @@ class Activated final : public Op {
   }
 
   void task(const Run& run, int64_t index, int thread) override {
-    index = in_stretches(index, tasks(run), run.threads);
+    const int64_t count = tasks(run), task = in_stretches(index, count, run.threads);
+    index = task;
     int i = 0;
     for (; index >= grids_.grid[i].tasks(); ++i) index -= grids_.grid[i].tasks();
     const LinearGrid& g = grids_.grid[i];
@@ -109,8 +114,10 @@ class Activated final : public Op {
     const int64_t stride = g.block_tiles * kTileRows;
     float* const first = reinterpret_cast<float*>(run.thread_scratch(thread) + buffers_at(run));
     float* const second = products_.size() > 1 ? first + block_floats_ : nullptr;
-    product(run, products_[0], g, row, n, tile, tile_end, first, stride, thread);
-    if (second) product(run, products_[1], g, row, n, tile, tile_end, second, stride, thread);
+    const auto parts = static_cast<int64_t>(products_.size());
+    for (int64_t p = 0; p < parts; ++p)
+      product(run, products_[p], g, row, n, tile, tile_end, {run, *sites_after_, parts * task + p, parts * count},
+              first + p * block_floats_, stride, thread);
     for (int64_t r = 0; r < n; ++r) {
       float* h = first + r * stride;
       activation_.row(h, second ? second + r * stride : nullptr, columns, 0, h);
@@ -122,26 +129,36 @@ class Activated final : public Op {
   int64_t buffers_at(const Run& run) const { return round_up(int64_t(run.kernels.linear_scratch), 64); }
   // linear() writes at the matrix's own columns: the buffer starts at the task's first column.
   void product(const Run& run, const Product& p, const LinearGrid& g, int64_t row, int64_t n, int64_t tile, int64_t tile_end,
-               float* buffer, int64_t stride, int thread) const {
+               const DownFetches& fetches, float* buffer, int64_t stride, int thread) const {
     const Rows& x = run.slots[in_.index];
     if (p.site >= 0) prefetch_low_rank(run, p.site, row, row + n, tile, tile_end);
-    run.kernels.linear(tiles_of(p.w, tile, tile_end), p.bias ? p.bias + tile * kTileRows : nullptr, in_.kind, x.row(row),
-                       x.stride, n, g.prefill, 0, tile_end - tile, buffer, 4 * stride, run.thread_scratch(thread));
-    if (p.site >= 0) add_low_rank(run, p.site, run.slots[p.h.index], row, row + n, tile, tile_end, buffer, 4 * stride);
+    run.kernels.linear(fetches.beside(tiles_of(p.w, tile, tile_end)), p.bias ? p.bias + tile * kTileRows : nullptr, in_.kind,
+                       x.row(row), x.stride, n, g.prefill, 0, tile_end - tile, buffer, 4 * stride, run.thread_scratch(thread));
+    if (p.site >= 0) add_low_rank(run, p.site, p.h, row, row + n, tile, tile_end, buffer, 4 * stride);
   }
 
   const SlotRef in_, out_;
   const std::vector<Product> products_;
   const ElementwiseOp& activation_;
+  const std::shared_ptr<const std::vector<int32_t>> sites_after_;
   PhaseGrids grids_;
   int64_t block_floats_ = 0;
 };
 
-// The result of LORA_DOWN for product i of the step, whose outputs are `rows`.
-SlotRef low_rank_rows(StepReader& s, int i, int32_t rows) {
-  const SlotRef h = s.token_rows(1 + i);
+// The result of LORA_DOWN for product i of the step, which reads rows `x` and has `rows` outputs.
+SlotRef low_rank_rows(StepReader& s, int i, const SlotRef& x, int32_t rows) {
+  const SlotRef h = s.in(1 + i, kAnyKind);
+  if (h.kind != low_rank_kind(x.kind) || h.selected)
+    s.refuse("in[%d] must be %s, not selected, for rows of %s", 1 + i, kind_name(low_rank_kind(x.kind)), kind_name(x.kind));
   s.adapts(s.step.index + i, {rows, 0, 1}, int32_t(h.width));
   return h;
+}
+
+// A list that later LORA_DOWN steps will enter their sites in, if the product adds what adapters do.
+std::shared_ptr<const std::vector<int32_t>> sites_after(StepReader& s, bool adapts) {
+  auto sites = std::make_shared<std::vector<int32_t>>();
+  if (adapts) s.plan().sites_after = sites;
+  return sites;
 }
 
 // A step of one or two products, all of the same shape, and an activation.
@@ -155,11 +172,12 @@ std::unique_ptr<Op> make_activated(StepReader& s, int count, int32_t activation)
   std::vector<Activated::Product> products;
   for (int i = 0; i < count; ++i) {
     SlotRef h;
-    if (adapts) h = low_rank_rows(s, i, w.rows);
+    if (adapts) h = low_rank_rows(s, i, in, w.rows);
     products.push_back({s.matrix(i), s.bias(i, w.rows), h, adapts ? s.step.index + i : -1});
   }
   s.alias_only(out, SlotRef{});
-  return std::make_unique<Activated>(in, out, std::move(products), elementwise_op(s.plan().kernels, activation));
+  return std::make_unique<Activated>(in, out, std::move(products), elementwise_op(s.plan().kernels, activation),
+                                     sites_after(s, adapts));
 }
 
 }  // namespace
@@ -178,14 +196,14 @@ std::unique_ptr<Op> make_linear(StepReader& s) {
     if (!reads(w.format, in.kind))
       s.refuse("in[0] is %s, which the %s weights of w[%d] do not support", kind_name(in.kind), format_name(w.format), i);
     SlotRef h;
-    if (adapts) h = low_rank_rows(s, i, w.rows);
+    if (adapts) h = low_rank_rows(s, i, in, w.rows);
     const SlotRef out = s.out(i, kF32Only, w.rows, in.selected);
     if (out.index == in.index) s.refuse("out[%d] is in[0]", i);
     products.push_back({w, s.bias(i, w.rows), out, h, adapts ? s.step.index + i : -1});
   }
   if (adapts && in.selected) s.refuse("in[0] holds selected rows, which have no adapters");
   for (const Linear::Product& p : products) s.alias_only(p.out, SlotRef{});
-  return std::make_unique<Linear>(in, std::move(products));
+  return std::make_unique<Linear>(in, std::move(products), sites_after(s, adapts));
 }
 
 std::unique_ptr<Op> make_gate_up(StepReader& s) {

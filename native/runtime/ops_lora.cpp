@@ -8,7 +8,7 @@ namespace {
 
 constexpr int64_t kUpTiles = 64;    // tiles of outputs per task of LORA_UP
 constexpr int64_t kHeadsATask = 8;  // heads per task
-constexpr int64_t kRestored = 12;   // rows of another kind whose numbers are in scratch at a time
+constexpr int64_t kBlockRows = 12;  // rows that a kernel multiplies at a time
 
 struct HeadShape {
   int64_t heads, stride, elements;  // elements of a head in its slot, and how many of them the product reads or writes
@@ -40,8 +40,10 @@ class Lora : public Op {
 class LoraDown final : public Lora {
  public:
   LoraDown(int32_t site, const HeadShape& shape, int64_t rank, const SlotRef& x, const SlotRef& h)
-      : Lora(site, shape, 1), rank_(rank), restored_(4 * round_up(x.width, 32)), x_(x), h_(h) {}
-  int64_t scratch_bytes(const Run&) const override { return is_f32(x_.kind) ? 0 : kRestored * restored_; }
+      : Lora(site, shape, 1), rank_(rank), x_(x), h_(h) {}
+  int64_t scratch_bytes(const Run&) const override {
+    return kBlockRows * (row_bytes(h_.kind, x_.width) + row_bytes(DSO_SLOT_F32, rank_));
+  }
 
  private:
   void product(const Run& run, const AdaptedRows& rows, const dso_adapters::Pair& pair, int64_t head, int64_t,
@@ -49,17 +51,16 @@ class LoraDown final : public Lora {
     LowRank a = pair.down.of(head);
     a.next = next(run, rows, a, head);
     const Rows &x = run.slots[x_.index], &h = run.slots[h_.index];
-    const int64_t tiles = ceil_div(a.rows, kTileRows);
-    if (is_f32(x_.kind)) {
-      run.kernels.low_rank(a, x.f32(rows.first) + head * shape_.stride, x.stride, rows.count, 0, tiles, false,
-                           h.f32(rows.first) + head * rank_, h.stride);
-      return;
-    }
-    const Rows numbers{run.thread_scratch(thread), restored_, kRestored};
-    for (int64_t done = 0; done < rows.count; done += kRestored) {
-      const int64_t n = std::min(kRestored, rows.count - done);
-      for (int64_t i = 0; i < n; ++i) run.kernels.restore(x_.kind, x.row(rows.first + done + i), x_.width, numbers.f32(i));
-      run.kernels.low_rank(a, numbers.f32(0), numbers.stride, n, 0, tiles, false, h.f32(rows.first + done), h.stride);
+    const bool as_it_is = x_.kind == h_.kind, rounded = h_.kind == DSO_SLOT_BF16;
+    const Rows restored{run.thread_scratch(thread), row_bytes(h_.kind, x_.width), kBlockRows};
+    const Rows sums{restored.row(kBlockRows), row_bytes(DSO_SLOT_F32, rank_), kBlockRows};
+    for (int64_t row = rows.first, end = rows.first + rows.count; row < end; row += kBlockRows) {
+      const int64_t n = std::min(kBlockRows, end - row);
+      for (int64_t i = 0; i < n && !as_it_is; ++i) run.kernels.restore(x_.kind, x.row(row + i), x_.width, restored.row(i));
+      const Rows from = as_it_is ? Rows{x.row(row) + 4 * head * shape_.stride, x.stride, n} : restored;
+      const Rows to = rounded ? sums : Rows{h.row(row) + 4 * head * rank_, h.stride, n};
+      run.kernels.low_rank(a, h_.kind, from.data, from.stride, n, 0, ceil_div(a.rows, kTileRows), false, to.f32(0), to.stride);
+      for (int64_t i = 0; i < n && rounded; ++i) run.kernels.convert(h_.kind, to.f32(i), 0, a.rows, a.rows, h.row(row + i));
       a.next = nullptr;  // fetched
     }
   }
@@ -72,7 +73,7 @@ class LoraDown final : public Lora {
     const LowRank other = run.batch.source->adapters->pair(adapted[later].slot, site_).down.of(head);
     return other.rows == a.rows ? other.data : nullptr;
   }
-  const int64_t rank_, restored_;  // restored_: bytes of a row
+  const int64_t rank_;
   const SlotRef x_, h_;
 };
 
@@ -86,7 +87,7 @@ class LoraUp final : public Lora {
                int) const override {
     const int64_t tile = part * kUpTiles, tiles = ceil_div(shape_.elements, kTileRows);
     const Rows &h = run.slots[h_.index], &y = run.slots[y_.index];
-    run.kernels.low_rank(pair.up.of(head), h.f32(rows.first) + head * rank_, h.stride, rows.count, tile,
+    run.kernels.low_rank(pair.up.of(head), DSO_SLOT_F32, h.row(rows.first) + 4 * head * rank_, h.stride, rows.count, tile,
                          std::min(tile + kUpTiles, tiles), true, y.f32(rows.first) + head * shape_.stride, y.stride);
   }
   const int64_t rank_;
@@ -112,9 +113,12 @@ std::unique_ptr<Op> make_lora_down(StepReader& s) {
   if (x.selected) s.refuse("in[0], slot %d, holds selected rows", x.index);
   const HeadShape shape = head_shape(s, x.width);
   const int64_t rank = s.positive("rank", s.step.rank);
-  const SlotRef h = s.out(0, kF32Only, shape.heads * rank, false);
+  const SlotRef h = s.out(0, kAnyKind, shape.heads * rank, false);
+  if (h.kind != low_rank_kind(x.kind))
+    s.refuse("out[0] is %s, must be %s for rows of %s", kind_name(h.kind), kind_name(low_rank_kind(x.kind)), kind_name(x.kind));
   s.alias_only(h, SlotRef{});
   s.adapts(s.step.index, {0, int32_t(shape.elements), int32_t(shape.heads)}, int32_t(rank));
+  if (s.plan().sites_after && shape.heads == 1) s.plan().sites_after->push_back(s.step.index);
   return std::make_unique<LoraDown>(s.step.index, shape, rank, x, h);
 }
 

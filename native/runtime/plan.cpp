@@ -50,7 +50,7 @@ dso_plan::dso_plan(std::shared_ptr<Context> context, const dso_step* steps, int3
     if (mapping && std::find(mapped_.begin(), mapped_.end(), mapping) == mapped_.end()) mapped_.push_back(mapping);
   }
 
-  PlanSource source{slots, n_slots, weights, n_weights, vocab_size, context_->kernels, {}, std::vector<bool>(n_slots),
+  PlanSource source{slots, n_slots, weights, n_weights, vocab_size, context_->kernels, {}, std::vector<bool>(n_slots), {},
                     {},    {},      {},      {},        {}};
   for (const dso_slot& s : slots_) source.needs.logits |= s.kind == DSO_SLOT_LOGITS;
   for (int32_t i = 0; i < n_steps; ++i) {

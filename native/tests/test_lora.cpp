@@ -41,21 +41,32 @@ dso_weight tiled(const std::vector<float>& w, int32_t rows, int32_t cols, int32_
   return {format, rows, cols, 0, tiles.get(), (int64_t)bytes};
 }
 
-class Adapted {  // a plan whose last hidden state is x[:, :rows] + (x A^T) B^T, padded with columns of x
+// A plan whose last hidden state is y + (x A^T) B^T, padded with columns of x. With rows of F32, y is x[:, :rows]; with others,
+// the step is a LINEAR over rows of this kind and a matrix of zeros, so y is 0.
+class Adapted {
  public:
-  Adapted(const Sizes& s, const std::vector<Pair>& pairs, int32_t format, const Kernels& kernels, int threads)
+  Adapted(const Sizes& s, const std::vector<Pair>& pairs, int32_t format, const Kernels& kernels, int threads,
+          int32_t kind = DSO_SLOT_F32)
       : s(s), context(kernels, threads) {
-    auto f32 = [](int32_t width) { return dso_slot{DSO_SLOT_F32, width, 0, 0}; };
-    const dso_slot slots[] = {f32(s.cols), f32(s.rows), f32(s.max_rank), f32(s.cols - s.rows), f32(s.cols)};
-    std::vector<dso_step> steps = {step_of(DSO_OP_STATE_IN, {}, {0}),   step_of(DSO_OP_COLUMNS, {0}, {1}),
-                                   step_of(DSO_OP_LORA_DOWN, {0}, {2}), step_of(DSO_OP_LORA_UP, {2, 1}, {1}),
-                                   step_of(DSO_OP_COLUMNS, {0}, {3}),   step_of(DSO_OP_CONCAT, {1, 3}, {4}),
+    auto slot = [](int32_t width, int32_t kind = DSO_SLOT_F32) { return dso_slot{kind, width, 0, 0}; };
+    const bool plain = kind == DSO_SLOT_F32;
+    const dso_slot slots[] = {slot(s.cols),          slot(s.rows), slot(s.max_rank, low_rank_kind(kind)),
+                              slot(s.cols - s.rows), slot(s.cols), slot(s.cols, kind)};
+    std::vector<dso_step> steps = {step_of(DSO_OP_STATE_IN, {}, {0}),
+                                   plain ? step_of(DSO_OP_COLUMNS, {0}, {1}) : step_of(DSO_OP_CONVERT, {0}, {5}),
+                                   step_of(DSO_OP_LORA_DOWN, {plain ? 0 : 5}, {2}),
+                                   plain ? step_of(DSO_OP_LORA_UP, {2, 1}, {1}) : step_of(DSO_OP_LINEAR, {5, 2}, {1}, {0}),
+                                   step_of(DSO_OP_COLUMNS, {0}, {3}),
+                                   step_of(DSO_OP_CONCAT, {1, 3}, {4}),
                                    step_of(DSO_OP_HIDDEN_OUT, {4}, {})};
     for (int i : {1, 4}) steps[(size_t)i].groups = 1;
     steps[4].offset = s.rows;
     for (int i : {2, 3}) steps[(size_t)i].rank = s.max_rank;
     steps[6].flags = DSO_FLAG_LAST;
-    check(dso_plan_create(context.c, steps.data(), (int32_t)steps.size(), slots, 5, nullptr, 0, 5, &plan) == 0, "plan: %s",
+    const int32_t zeros = kind == DSO_SLOT_BF16 ? DSO_BF16 : DSO_INT8;
+    const dso_weight w =
+        packed_weight(context.c, zeros, std::vector<float>((size_t)(s.rows * s.cols)), 0, s.rows, s.cols, keep_);
+    check(dso_plan_create(context.c, steps.data(), (int32_t)steps.size(), slots, 6, &w, 1, 6, &plan) == 0, "plan: %s",
           dso_last_error());
     const dso_adapter_site site = {s.rows, s.cols, 0};
     check(dso_adapters_create(&site, 1, (int32_t)pairs.size() + 1, s.max_rank, &adapters) == 0, "adapters: %s",
@@ -98,7 +109,24 @@ class Adapted {  // a plan whose last hidden state is x[:, :rows] + (x A^T) B^T,
   std::vector<std::unique_ptr<Buffer>> keep_;
 };
 
-void on_every_isa(const Sizes& s, int32_t format) {
+// The numbers that a row of this kind stands for, where adapters read it: codes of Q8 rounded to bf16.
+void as_read(int32_t kind, float* x, int32_t n) {
+  if (kind == DSO_SLOT_BF16)
+    for (int32_t i = 0; i < n; ++i) x[i] = stored(x[i], DSO_BF16);
+  if (kind != DSO_SLOT_Q8 && kind != DSO_SLOT_Q16) return;
+  const float steps = kind == DSO_SLOT_Q8 ? 127 : 32512;
+  for (int32_t group = 0; group < n; group += 32) {
+    const int32_t end = std::min(n, group + 32);
+    float top = 0;
+    for (int32_t i = group; i < end; ++i) top = std::max(top, std::abs(x[i]));
+    for (int32_t i = group; i < end; ++i) {
+      const float number = std::nearbyint(x[i] * (steps / top)) * (top / steps);
+      x[i] = kind == DSO_SLOT_Q8 ? stored(number, DSO_BF16) : number;
+    }
+  }
+}
+
+void on_every_isa(const Sizes& s, int32_t kind, int32_t format) {
   Random random((uint64_t)(s.cols + s.rows));
   std::vector<Pair> pairs;
   for (int32_t rank : {1, s.max_rank / 2 + 1, s.max_rank})
@@ -107,37 +135,48 @@ void on_every_isa(const Sizes& s, int32_t format) {
   int32_t T = 0;
   for (int32_t n : lengths) T += n;
   const std::vector<float> x = normal((size_t)(T * s.cols), 1, random);
-  std::vector<double> exact((size_t)(T * s.rows));
+  std::vector<float> read = x;
+  for (int32_t t = 0; t < T; ++t) as_read(kind, &read[(size_t)(t * s.cols)], s.cols);
+  std::vector<double> exact((size_t)(T * s.rows)), rounding((size_t)(T * s.rows));  // rounding: what that of h may add
   std::vector<int32_t> slot_of;
   for (size_t i = 0; i < lengths.size(); ++i) slot_of.insert(slot_of.end(), (size_t)lengths[i], slots[i]);
   for (int32_t t = 0; t < T; ++t)
     for (int32_t n = 0; n < s.rows; ++n) {
-      double& y = exact[(size_t)(t * s.rows + n)] = x[(size_t)(t * s.cols + n)];
+      double& y = exact[(size_t)(t * s.rows + n)] = kind == DSO_SLOT_F32 ? x[(size_t)(t * s.cols + n)] : 0;
       if (slot_of[(size_t)t] < 0 || slot_of[(size_t)t] > 2) continue;
       const Pair& p = pairs[(size_t)slot_of[(size_t)t]];
       for (int32_t r = 0; r < p.rank; ++r) {
         double h = 0;
         for (int32_t k = 0; k < s.cols; ++k)
-          h += double(x[(size_t)(t * s.cols + k)]) * stored(p.a[(size_t)(r * s.cols + k)], format);
-        y += h * stored(p.b[(size_t)(n * p.rank + r)], format);
+          h += double(read[(size_t)(t * s.cols + k)]) * stored(p.a[(size_t)(r * s.cols + k)], format);
+        const double part = h * stored(p.b[(size_t)(n * p.rank + r)], format);
+        y += part;
+        if (low_rank_kind(kind) == DSO_SLOT_BF16) rounding[(size_t)(t * s.rows + n)] += std::abs(part) * 0x1.01p-8;
       }
     }
+  double largest = 0;
+  for (double y : exact) largest = std::max(largest, std::abs(y));
+  // The bits are those of every ISA, except where some multiply pairs of bf16.
+  const bool pairs_of_bf16 = format == DSO_BF16 && low_rank_kind(kind) == DSO_SLOT_BF16;
   std::vector<float> first;
-  for (const Variant& v : variants())
+  for (const Variant& v : variants()) {
+    if (pairs_of_bf16) first.clear();
     for (int threads : {1, 3}) {
-      Adapted adapted(s, pairs, format, *v.kernels, threads);
-      const std::vector<float> whole = adapted.run(x, lengths, slots);
-      double worst = 0, largest = 0;
+      Adapted adapted(s, pairs, format, *v.kernels, threads, kind);
+      const std::vector<float> whole = adapted.run(x, lengths, slots), plain = adapted.run(x, lengths, {});
       for (int32_t t = 0; t < T; ++t)
         for (int32_t n = 0; n < s.rows; ++n) {
-          const double value = exact[(size_t)(t * s.rows + n)];
-          worst = std::max(worst, std::abs(whole[(size_t)(t * s.cols + n)] - value));
-          largest = std::max(largest, std::abs(value));
+          const size_t i = (size_t)(t * s.rows + n);
+          const double error = std::abs(whole[(size_t)(t * s.cols + n)] - exact[i]);
+          check(error <= rounding[i] + 2e-6 * largest, "%s, kind %d: row %d, column %d is off by %g", v.name.c_str(), kind, t,
+                n, error);
+          if (slot_of[(size_t)t] < 0 || slot_of[(size_t)t] == 3)
+            check(same(whole[(size_t)(t * s.cols + n)], plain[(size_t)(t * s.cols + n)]), "%s: row %d changed", v.name.c_str(),
+                  t);
         }
-      check(worst <= 2e-6 * largest, "%s: off by %g of %g", v.name.c_str(), worst, largest);
       if (first.empty()) first = whole;
-      check(whole == first, "%s, %d threads: other bits", v.name.c_str(), threads);
-      check(adapted.run(x, lengths, {}) == x, "%s: rows without an adapter changed", v.name.c_str());
+      check(whole == first, "%s, %d threads, kind %d: other bits", v.name.c_str(), threads, kind);
+      if (kind == DSO_SLOT_F32) check(plain == x, "%s: rows without an adapter changed", v.name.c_str());
       check(adapted.run(x, lengths, slots) == whole, "%s: other bits in the second run", v.name.c_str());
       for (int32_t t : {0, 5, T - 1}) {  // alone
         const std::vector<float> row(&x[(size_t)(t * s.cols)], &x[(size_t)(t * s.cols)] + s.cols);
@@ -146,6 +185,7 @@ void on_every_isa(const Sizes& s, int32_t format) {
               v.name.c_str(), t);
       }
     }
+  }
 }
 
 // Products of three heads: x has 14 elements per head, of which 9 are read, y 10, to 8 of which is added. One of the matrices
@@ -230,6 +270,42 @@ void heads_on_every_isa(int32_t format, bool shared_down) {
   }
 }
 
+// The parts of a product together fetch each A of the batch's adapters once, and nothing else.
+void fetches() {
+  Random random(3);
+  const dso_adapter_site shapes[] = {{40, 50, 0}, {16, 50, 0}};
+  dso_adapters adapters(shapes, 2, 3, 20);
+  std::vector<std::unique_ptr<Buffer>> keep;
+  std::vector<const uint8_t*> lines;
+  for (int32_t slot = 0; slot < 3; ++slot)
+    for (int32_t site = 0; site < 2; ++site) {
+      if (slot == 2 && site == 0) continue;  // the adapter has nothing for it
+      const int32_t rank = 20 - 7 * slot;
+      const dso_weight a = tiled(normal((size_t)(rank * 50), 1, random), rank, 50, DSO_BF16, keep);
+      const dso_weight b =
+          tiled(normal((size_t)(shapes[site].rows * rank), 1, random), shapes[site].rows, rank, DSO_BF16, keep);
+      adapters.set(slot, site, &a, &b);
+      for (int64_t at = 0; at < a.bytes && slot != 1; at += 64) lines.push_back((const uint8_t*)a.data + at);
+    }
+  std::sort(lines.begin(), lines.end());
+  dso_batch batch{};
+  batch.adapters = &adapters;
+  Run run{*variants().front().kernels, 1, {}, {}};
+  run.batch.source = &batch;
+  run.batch.adapted = {{0, 0, 32}, {0, 32, 5}, {2, 40, 1}};
+  for (int64_t parts : {1, 3, 100}) {
+    std::vector<const uint8_t*> fetched;
+    for (int64_t part = 0; part < parts; ++part) {
+      const DownFetches fetches(run, {0, 1}, part, parts);
+      const Matrix w = fetches.beside({});
+      for (const Fetch* f = w.next; f != w.next_end; ++f)
+        for (int64_t at = 0; at < f->bytes; at += 64) fetched.push_back(f->data + at);
+    }
+    std::sort(fetched.begin(), fetched.end());
+    check(fetched == lines, "%d parts fetch %zu lines, not these %zu", (int)parts, fetched.size(), lines.size());
+  }
+}
+
 void refused() {
   Random random(1);
   const Sizes s{20, 12, 8};
@@ -263,13 +339,32 @@ void refused() {
   refuses(dso_adapters_create(&site, 1, 0, 8, &other), DSO_EINVAL, "slots is 0", "no slots");
 }
 
+// A result of LORA_DOWN that is not as precise as the rows, or more precise.
+void refused_kinds() {
+  OwnContext context(*variants().front().kernels, 1);
+  for (int32_t kind : {DSO_SLOT_F32, DSO_SLOT_BF16, DSO_SLOT_Q8, DSO_SLOT_Q16}) {
+    const int32_t other = low_rank_kind(kind) == DSO_SLOT_F32 ? DSO_SLOT_BF16 : DSO_SLOT_F32;
+    const dso_slot slots[] = {{DSO_SLOT_F32, 32, 0, 0}, {kind, 32, 0, 0}, {other, 8, 0, 0}};
+    const bool plain = kind == DSO_SLOT_F32;
+    std::vector<dso_step> steps = {step_of(DSO_OP_STATE_IN, {}, {0}), step_of(DSO_OP_LORA_DOWN, {plain ? 0 : 1}, {2})};
+    if (!plain) steps.insert(steps.begin() + 1, step_of(DSO_OP_CONVERT, {0}, {1}));
+    steps.back().rank = 8;
+    dso_plan* plan = nullptr;
+    refuses(dso_plan_create(context.c, steps.data(), (int32_t)steps.size(), slots, 3, nullptr, 0, 32, &plan), DSO_EINVAL,
+            "out[0] is", "kind of the result");
+  }
+}
+
 }  // namespace
 
 int main() {
   for (int32_t format : {DSO_F32, DSO_BF16})
-    for (const Sizes& s : {Sizes{50, 33, 5}, Sizes{321, 290, 40}, Sizes{64, 16, 16}}) on_every_isa(s, format);
+    for (int32_t kind : {DSO_SLOT_F32, DSO_SLOT_BF16, DSO_SLOT_Q8, DSO_SLOT_Q16})
+      for (const Sizes& s : {Sizes{50, 33, 5}, Sizes{321, 290, 40}, Sizes{64, 16, 16}}) on_every_isa(s, kind, format);
   for (int32_t format : {DSO_F32, DSO_BF16})
     for (bool shared_down : {false, true}) heads_on_every_isa(format, shared_down);
+  fetches();
   refused();
+  refused_kinds();
   return report("test_lora");
 }

@@ -64,20 +64,18 @@ DSO_INLINE void convert_groups(const float* x, int64_t begin, int64_t end, int64
   }
 }
 
-// The numbers that a converted row stands for; x has room for whole groups.
-static void restore(int32_t kind, const void* row, int64_t width, float* x) {
+// The numbers that a row of Q8 or Q16 stands for: Q8 as a row of BF16, Q16 as one of F32; out has room for whole groups.
+static void restore(int32_t kind, const void* row, int64_t width, void* out) {
   const uint8_t* r = (const uint8_t*)row;
   const int64_t wp = padded(width);
-  if (kind == DSO_SLOT_BF16) {
-    for (int64_t c = 0; c < width; c += 16) store(x + c, load_bf16(r + 2 * c));
-    return;
-  }
   const bool wide = kind == DSO_SLOT_Q16;
   const float* scales = (const float*)(r + (wide ? scales_at<DSO_SLOT_Q16>(wp) : scales_at<DSO_SLOT_Q8>(wp)));
   for (int64_t c = 0; c < wp; c += 16) {
-    I q = load_i8(r + c);
-    if (wide) q = iadd(shl<8>(q), load_i8(r + wp + c));
-    store(x + c, mul(to_float(q), set(scales[c / 32])));
+    const F scale = set(scales[c / 32]);
+    if (wide)
+      store((float*)out + c, mul(to_float(iadd(shl<8>(load_i8(r + c)), load_i8(r + wp + c))), scale));
+    else
+      round_bf16((uint16_t*)out + c, mul(to_float(load_i8(r + c)), scale));
   }
 }
 

@@ -63,13 +63,34 @@ struct Stream {
     for (int64_t i = 0; i < W::bytes; i += 64) __builtin_prefetch(w + distance + i);
   }
 };
+// Later: prefetches what is read after the product into L2, in equal portions over `steps`.
+struct Later {
+  const Fetch *at, *end;
+  int64_t portion, done = 0;  // bytes per step, a multiple of 64; bytes of *at that have been fetched
+
+  Later(const Matrix& w, int64_t steps) : at(w.next), end(w.next_end) {
+    int64_t bytes = 0;
+    for (const Fetch* f = at; f != end; ++f) bytes += f->bytes;
+    portion = (bytes / steps + 64) / 64 * 64;
+  }
+  inline __attribute__((always_inline)) void step() {
+    if (at == end) return;
+    for (int64_t i = 0; i < portion; i += 64) __builtin_prefetch(at->data + done + i, 0, 2);
+    done += portion;
+    if (done < at->bytes) return;
+    ++at;
+    done = 0;
+  }
+};
 // Ahead: prefetches the next tile rows into L2, in equal portions while all blocks of tokens use the current ones.
 struct Ahead {
   static constexpr bool few_tokens = false;
   const uint8_t *at, *end;
   int64_t portion;  // bytes per group, a multiple of 64
+  Later& later;
   template <class W>
   inline __attribute__((always_inline)) void step(const uint8_t*) {
+    later.step();
     if (at >= end) return;
     for (int64_t i = 0; i < portion; i += 64) __builtin_prefetch(at + i, 0, 2);
     at += portion;
@@ -203,10 +224,10 @@ static void up_to_a_block(const Matrix& w, const Output& out, const Rows<kind>& 
 
 // N tile rows and all tokens, block after block: the tokens of a block share each weight, and the tile rows each activation.
 template <int format, int kind, int N>
-static void some_tiles(const Matrix& w, const Output& out, const Rows<kind>& x, int64_t T, int64_t tile) {
+static void some_tiles(const Matrix& w, const Output& out, const Rows<kind>& x, int64_t T, int64_t tile, Later& later) {
   const int64_t groups = x.width / 32, row_bytes = groups * tile_bytes(format), blocks = (T + block_rows - 1) / block_rows;
   const uint8_t* next = w.data + (tile + N) * row_bytes;  // past the last tile row nothing is read, only prefetched
-  Ahead fetch = {next, next + N * row_bytes, (N * tile_bytes(format) / blocks + 63) / 64 * 64};
+  Ahead fetch = {next, next + N * row_bytes, (N * tile_bytes(format) / blocks + 63) / 64 * 64, later};
   for (int64_t t = 0; t < T; t += block_rows) up_to_a_block<format, kind, N>(w, out, x, t, T - t, tile, fetch);
 }
 
@@ -265,12 +286,13 @@ static void linear_int(const Matrix& w, const Output& out, const Rows<kind>& x, 
   }
   constexpr int N =
       registers >= 32 && vnni ? 3 : 1;  // 4 x 3 int32 and 4 x 3 float accumulators; without VNNI, dot products need registers
+  Later later(w, (T + block_rows - 1) / block_rows * (x.width / 32) * ((end - begin + N - 1) / N));
   const auto tiles = [&]<int n>() {
     for (; tile + n <= end; tile += n)
       if constexpr (Format<format>::layout.trellis)
         unpacked_tiles<format, kind, n>(w, out, x, T, tile);
       else
-        some_tiles<format, kind, n>(w, out, x, T, tile);
+        some_tiles<format, kind, n>(w, out, x, T, tile, later);
   };
   tiles.template operator()<N>();
   tiles.template operator()<1>();

@@ -33,7 +33,7 @@ class EngineOptions:
         max_loras: maximum number of LoRA adapters that are loaded at a time; 0: the engine supports none, which costs nothing.
         max_lora_rank: largest rank of an adapter.
         lora_dtype: what adapters are stored in: "fp32", "bf16", or "auto": bf16, except fp32 for a model all of whose matrices
-            are fp32. Products with them are computed in fp32.
+            are fp32. Their products round rows to bf16 where those of the model read rows of bf16 or int8; sums are fp32.
     """
 
     batch_size_range: tuple[int, int] = (1, 32)

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from deepseek_optimizer.backends.cpu.lower import lower
 from deepseek_optimizer.graph import rules
+from deepseek_optimizer.graph.adapters import UNFUSED, with_adapters
 from deepseek_optimizer.graph.ops import OPS
 from deepseek_optimizer.models import build_graph
 from support.models import CASES
@@ -67,6 +68,18 @@ def test_gelu_joins_the_product_that_only_it_reads():
     read_twice = [n.with_(inputs=(gelus[0].inputs[0],)) if n.op == "hidden_out" else n for n in graph.nodes]
     kept = lower(replace(graph, nodes=read_twice), lambda w: "q8", lambda w: "int4")
     assert [n.outputs[0].name for n in kept.nodes if n.op == "gelu"] == [f"{gelus[0].outputs[0].name}.q8"]
+
+
+def test_adapters_read_rows_as_their_products_do():
+    """And what A makes of rows of bf16 or int8 is written in bf16."""
+    plain, _ = rules.apply(build_graph(CASES["llama-gqa"]()), [name for name in rules.RULES if name not in UNFUSED])
+    graph = with_adapters(plain, 8)
+    for kind, low_rank in {"f32": "f32", "q16": "f32", "bf16": "bf16", "q8": "bf16"}.items():
+        nodes = lower(graph, lambda _: kind, lambda _: "int4").nodes  # noqa: B023 (called at once)
+        downs = [node for node in nodes if node.op == "lora_down"]
+        assert downs and all((n.inputs[0].kind, n.outputs[0].kind) == (kind, low_rank) for n in downs)
+        read = [value for node in nodes if node.op in ("linear", "gate_up") for value in node.inputs[1:]]
+        assert sorted(v.name for v in read) == sorted(n.outputs[0].name for n in downs)
 
 
 def test_every_value_is_written_before_it_is_read():

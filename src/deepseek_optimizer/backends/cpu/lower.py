@@ -192,15 +192,20 @@ def _wanted_kinds(nodes: list[Node], kind_of: Callable[[str], str]) -> Mapping[V
     """Value -> the kinds that its readers need, in order of first use."""
     wanted: dict[Value, dict[str, None]] = {}
     for node in nodes:
-        for i, value in enumerate(node.inputs):
-            wanted.setdefault(value, {})[_read_kind(node, kind_of) if i == 0 else "f32"] = None
+        for value, kind in zip(node.inputs, _read_kinds(node, kind_of), strict=True):
+            wanted.setdefault(value, {})[kind] = None
     return {value: list(kinds) for value, kinds in wanted.items()}
 
 
-def _read_kind(node: Node, kind_of: Callable[[str], str]) -> str:
-    """The kind in which a node reads its first input."""
-    weight = node.weights[0] if spec_of(node).product else node.attrs.get("beside")
-    return "f32" if weight is None else kind_of(weight)
+def _read_kinds(node: Node, kind_of: Callable[[str], str]) -> list[str]:
+    """The kinds in which a node reads its inputs: the rows of a product in that of its weight; what an adapter's A makes of
+    rows of bf16 or int8 in bf16; everything else in fp32."""
+    product = spec_of(node).product
+    weight = node.weights[0] if product else node.attrs.get("beside")
+    first = "f32" if weight is None else kind_of(weight)
+    adapted = product and "site" in node.attrs
+    further = "bf16" if adapted and first in ("bf16", "q8") else "f32"
+    return [first, *(further for _ in node.inputs[1:])] if node.inputs else []
 
 
 def _writes_any_kind(nodes: list[Node], value: Value) -> bool:
@@ -213,7 +218,5 @@ def _writes_any_kind(nodes: list[Node], value: Value) -> bool:
 
 
 def _rewire(node: Node, kind_of: Callable[[str], str], in_place: Mapping[Value, str]) -> Node:
-    inputs = node.inputs
-    if inputs:
-        inputs = (_as(inputs[0], _read_kind(node, kind_of)), *inputs[1:])
+    inputs = tuple(map(_as, node.inputs, _read_kinds(node, kind_of)))
     return node.with_(inputs=inputs, outputs=tuple(_as(v, in_place.get(v, "f32")) for v in node.outputs))

@@ -43,8 +43,10 @@ SPECS = (
         attrs=(_SITE, _RANK, *_HEADS, _BESIDE),
         fits=_down_fits,
         rows="tokens",
+        any_kind=0,
         code=44,
-        kernels="the rows of each adapter together, at most 32 at a time, rounded as for the product itself.",
+        kernels="the rows of each adapter together, at most 32 at a time, rounded as for the product itself. h is rounded to "
+        "bf16 if they are bf16 or int8.",
         doc=f"""
             h_t = x_t A^T in the first elements, with the matrix A [r, K], r <= R, that the adapter of token t has for the
             product. The other elements, and rows without an adapter, are undefined. {_SOURCE}
