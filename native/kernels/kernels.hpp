@@ -23,7 +23,8 @@ struct Matrix {  // a packed weight, see dso.h
   int32_t format;
   int32_t rows, cols;
   const uint8_t* data;
-  // What is read after the product. Products of many integer rows, which leave memory idle, fetch it meanwhile.
+  // What is read after the product. Products of many integer rows, which leave memory idle, fetch it meanwhile; not those in
+  // AMX tiles, and not those of int3 weights.
   const Fetch *next = nullptr, *next_end = nullptr;
 };
 

@@ -15,7 +15,7 @@ class Linear final : public Op {
     SlotRef out, h;  // h: what LORA_DOWN computed for `site`
     int32_t site;    // -1: no adapters
   };
-  // sites_after: of the LORA_DOWN steps up to the next product.
+  // sites_after: of the LORA_DOWN steps up to the next product with adapters.
   Linear(const SlotRef& in, std::vector<Product> products, std::shared_ptr<const std::vector<int32_t>> sites_after)
       : in_(in), products_(std::move(products)), sites_after_(std::move(sites_after)) {}
 

@@ -1,5 +1,5 @@
-// The low-rank products of adapters, for consecutive rows with the same adapter at a time. LINEAR and GATE_UP add the second
-// product themselves (add_low_rank); LORA_UP is for all other products.
+// The low-rank products of adapters, for consecutive rows with the same adapter at a time. LINEAR, GATE_UP and
+// LINEAR_GELU add the second product themselves (add_low_rank); LORA_UP is for all other products.
 #include "adapters.hpp"
 #include "ops.hpp"
 
@@ -41,9 +41,7 @@ class LoraDown final : public Lora {
  public:
   LoraDown(int32_t site, const HeadShape& shape, int64_t rank, const SlotRef& x, const SlotRef& h)
       : Lora(site, shape, 1), rank_(rank), x_(x), h_(h) {}
-  int64_t scratch_bytes(const Run&) const override {
-    return kBlockRows * (row_bytes(h_.kind, x_.width) + row_bytes(DSO_SLOT_F32, rank_));
-  }
+  int64_t scratch_bytes(const Run&) const override { return kBlockRows * (restored_bytes() + row_bytes(DSO_SLOT_F32, rank_)); }
 
  private:
   void product(const Run& run, const AdaptedRows& rows, const dso_adapters::Pair& pair, int64_t head, int64_t,
@@ -52,7 +50,7 @@ class LoraDown final : public Lora {
     a.next = next(run, rows, a, head);
     const Rows &x = run.slots[x_.index], &h = run.slots[h_.index];
     const bool as_it_is = x_.kind == h_.kind, rounded = h_.kind == DSO_SLOT_BF16;
-    const Rows restored{run.thread_scratch(thread), row_bytes(h_.kind, x_.width), kBlockRows};
+    const Rows restored{run.thread_scratch(thread), restored_bytes(), kBlockRows};
     const Rows sums{restored.row(kBlockRows), row_bytes(DSO_SLOT_F32, rank_), kBlockRows};
     for (int64_t row = rows.first, end = rows.first + rows.count; row < end; row += kBlockRows) {
       const int64_t n = std::min(kBlockRows, end - row);
@@ -64,6 +62,8 @@ class LoraDown final : public Lora {
       a.next = nullptr;  // fetched
     }
   }
+  // Of a row that `restore` writes, in whole groups of 32.
+  int64_t restored_bytes() const { return row_bytes(h_.kind, round_up(x_.width, 32)); }
   // What this thread probably reads after A: that of the adapter `threads` tasks later, if it is as large. With a few rows for
   // each adapter, reading A from memory takes longer than the product.
   const uint8_t* next(const Run& run, const AdaptedRows& rows, const LowRank& a, int64_t head) const {

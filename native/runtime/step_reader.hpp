@@ -31,7 +31,7 @@ struct PlanSource {  // the arguments of dso_plan_create, and what the steps so 
   std::vector<std::shared_ptr<IndexSchedule>> index_schedules;
   std::vector<std::shared_ptr<MlaSchedule>> mla_schedules;
   std::vector<std::shared_ptr<ExpertGroups>> groups;  // shared by the steps over one slot of routes
-  std::shared_ptr<std::vector<int32_t>> sites_after;  // of the LORA_DOWN steps since the last product that adds one
+  std::shared_ptr<std::vector<int32_t>> sites_after;  // of the LORA_DOWN steps since the last product with adapters
 };
 
 struct SlotRef {

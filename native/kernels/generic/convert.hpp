@@ -75,7 +75,7 @@ static void restore(int32_t kind, const void* row, int64_t width, void* out) {
     if (wide)
       store((float*)out + c, mul(to_float(iadd(shl<8>(load_i8(r + c)), load_i8(r + wp + c))), scale));
     else
-      round_bf16((uint16_t*)out + c, mul(to_float(load_i8(r + c)), scale));
+      store_bf16((uint16_t*)out + c, mul(to_float(load_i8(r + c)), scale));  // the same bits on every ISA
   }
 }
 

@@ -8,7 +8,8 @@ from deepseek_optimizer.backends.cpu.lower import lower
 from deepseek_optimizer.graph import rules
 from deepseek_optimizer.graph.adapters import UNFUSED, with_adapters
 from deepseek_optimizer.graph.ops import OPS
-from deepseek_optimizer.models import build_graph
+from deepseek_optimizer.models import build_encoder_graph, build_graph
+from support.encoders import random_encoder
 from support.models import CASES
 
 
@@ -68,6 +69,15 @@ def test_gelu_joins_the_product_that_only_it_reads():
     read_twice = [n.with_(inputs=(gelus[0].inputs[0],)) if n.op == "hidden_out" else n for n in graph.nodes]
     kept = lower(replace(graph, nodes=read_twice), lambda w: "q8", lambda w: "int4")
     assert [n.outputs[0].name for n in kept.nodes if n.op == "gelu"] == [f"{gelus[0].outputs[0].name}.q8"]
+
+
+def test_gelu_joins_a_product_of_some_rows_of_a_matrix():
+    graph = build_encoder_graph(random_encoder("modernbert").config)
+    assert any(node.attrs.get("rows") for node in graph.nodes if node.op == "linear")
+    lowered = lower(graph, lambda w: "q8", lambda w: "int8")
+    merged = [node for node in lowered.nodes if node.op == "linear_gelu"]
+    assert merged and all(node.attrs["rows"] for node in merged)
+    assert set(merged[0].attrs) <= {attr.name for attr in OPS["linear_gelu"].attrs}
 
 
 def test_adapters_read_rows_as_their_products_do():

@@ -126,6 +126,7 @@ SPECS = (
         attrs=(
             Attr("biases", NAMES, "b [N]"),
             Attr("activation", one_of("gelu", "gelu_erf"), "the op", flag="gelu", flag_value="gelu"),
+            _ROWS,
             _SITE,
         ),
         fits=_linear_fits,
