@@ -44,6 +44,7 @@ class Family:
 # Training leaves attention and layers to Transformers.
 _PLAN_ONLY: Final = Family(rotates_halves=False, plain_residuals=False)
 _RECURRENT: Final = replace(_PLAN_ONLY, packs=False)
+_ONE_TEXT: Final = replace(_PLAN_ONLY, separates_documents=False, packs=False)
 
 FAMILIES: Final[Mapping[str, Family]] = MappingProxyType({
     "llama": Family(),
@@ -52,7 +53,7 @@ FAMILIES: Final[Mapping[str, Family]] = MappingProxyType({
     "deepseek_v2": Family(rotates_halves=False, interleaved_latents=True),
     "deepseek_v3": Family(rotates_halves=False),
     "deepseek_v32": Family(rotates_halves=False, plain_residuals=False),
-    "deepseek_v4": replace(_PLAN_ONLY, separates_documents=False, packs=False),
+    "deepseek_v4": _ONE_TEXT,
     "youtu": Family(rotates_halves=False, plain_residuals=False),
     "mistral": Family(window_from_config=True),
     "ministral": _PLAN_ONLY,
@@ -85,7 +86,7 @@ FAMILIES: Final[Mapping[str, Family]] = MappingProxyType({
     "glm_moe_dsa": _PLAN_ONLY,
     "llama4_text": replace(_PLAN_ONLY, packs=False),
     "minimax_m2": _PLAN_ONLY,
-    "gpt_oss": replace(_PLAN_ONLY, separates_documents=False, packs=False),
+    "gpt_oss": _ONE_TEXT,
     "granitemoe": replace(_PLAN_ONLY, plain_head=False),
     "lfm2": _RECURRENT,
     "lfm2_moe": _RECURRENT,
@@ -93,8 +94,8 @@ FAMILIES: Final[Mapping[str, Family]] = MappingProxyType({
     "qwen3_next": _RECURRENT,
     "qwen3_5_text": _RECURRENT,
     "qwen3_5_moe_text": _RECURRENT,
-    "qwen2_5_vl_text": replace(_PLAN_ONLY, alone=False, separates_documents=False, packs=False),
-    "qwen3_vl_text": replace(_PLAN_ONLY, alone=False, separates_documents=False, packs=False),
+    "qwen2_5_vl_text": replace(_ONE_TEXT, alone=False),
+    "qwen3_vl_text": replace(_ONE_TEXT, alone=False),
     "deepseek_ocr2_text": replace(_PLAN_ONLY, alone=False),
 })  # fmt: skip
 SUPPORTED: Final = tuple(name for name, family in FAMILIES.items() if family.served and family.alone)
