@@ -210,7 +210,8 @@ def new_app(
         tracer: exports traces.
     """
     open_paths = {"/", "/health", "/ready", *page.paths(assets)}
-    middleware = [Middleware(RootPath, path=settings.root_path), Middleware(HostGuard, settings=settings)]
+    middleware = [Middleware(RootPath, path=settings.root_path)] if settings.root_path else []
+    middleware.append(Middleware(HostGuard, settings=settings))
     if settings.allow_origins:
         middleware.append(
             Middleware(

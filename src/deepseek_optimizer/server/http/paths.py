@@ -18,11 +18,11 @@ class RootPath:
 
     Args:
         app: the application.
-        path: the root path, such as "/llm"; "": none.
+        path: the root path, such as "/llm".
     """
 
     def __init__(self, app: ASGIApp, path: str) -> None:
         self._app, self._path = app, path
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await self._app({**scope, "root_path": self._path} if self._path else scope, receive, send)
+        await self._app({**scope, "root_path": self._path}, receive, send)
