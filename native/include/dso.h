@@ -3,6 +3,7 @@
  * Conventions
  *  - Plain pointers, sizes and error codes; no dependency on torch or Python. Loaded through ctypes, which releases the GIL.
  *  - Every function that can fail returns DSO_OK (0) or another DSO_E* code; dso_last_error() returns this thread's message.
+ *    Those that return a number of bytes or threads return minus the code.
  *  - Python describes the graph, its rewrites, buffers and sequences; this library executes one dso_plan_run per step.
  *  - All weights are borrowed: the caller keeps them alive and unmoved for as long as a plan that uses them exists. */
 #ifndef DSO_H
@@ -38,7 +39,8 @@ DSO_API const char* dso_last_error(void); /* of the calling thread; never NULL *
 DSO_API int32_t dso_isa_count(void);
 DSO_API const char* dso_isa_name(int32_t i);
 DSO_API int32_t dso_isa_runs_here(const char* name); /* 1, 0, or -1 for an unknown name */
-DSO_API const char* dso_cpu_description(void);       /* JSON: vendor, model name, detected features, caches, cores */
+DSO_API const char* dso_cpu_description(void);       /* JSON: vendor, model name, detected features, caches, cores;
+                                                        NULL without memory */
 
 /* ---- context: an ISA's kernels and a thread pool ------------------------------------------------------- */
 typedef struct dso_context dso_context;
@@ -264,7 +266,7 @@ typedef struct dso_states dso_states;
 typedef struct dso_state_shape {
   int32_t heads, rows, cols;
 } dso_state_shape;
-DSO_API int64_t dso_states_slot_bytes(const dso_state_shape* shapes, int32_t n); /* of one slot; -1 for an invalid shape */
+DSO_API int64_t dso_states_slot_bytes(const dso_state_shape* shapes, int32_t n); /* of one slot */
 DSO_API int32_t dso_states_create(const dso_state_shape* shapes, int32_t n, int64_t slots, dso_states** out);
 DSO_API void dso_states_destroy(dso_states* s);
 DSO_API int32_t dso_states_copy(dso_states* s, int32_t from, int32_t to);

@@ -24,6 +24,14 @@ namespace {
 
 constexpr int32_t kMostThreads = 4096;
 
+// `body`'s result, or minus the code of its error.
+template <class Result, class Body>
+Result result_or_code(Body&& body) noexcept {
+  Result result = 0;
+  const int32_t code = guarded([&] { result = body(); });
+  return code == DSO_OK ? result : Result(-code);
+}
+
 }  // namespace
 
 extern "C" {
@@ -38,10 +46,16 @@ int32_t dso_isa_runs_here(const char* name) {
   return isa ? runs_here(*isa) : -1;
 }
 const char* dso_cpu_description(void) {
-  static const std::string description = describe_cpu();
-  return description.c_str();
+  const char* result = nullptr;
+  guarded([&] {
+    static const std::string description = describe_cpu();
+    result = description.c_str();
+  });
+  return result;
 }
-int32_t dso_default_threads(void) { return default_threads(); }
+int32_t dso_default_threads(void) {
+  return result_or_code<int32_t>([] { return default_threads(); });
+}
 
 int32_t dso_context_create(const char* isa, int32_t threads, dso_context** out) {
   return guarded([&] {
@@ -107,9 +121,7 @@ int32_t dso_convert(dso_context* c, int32_t slot_kind, const float* x, int64_t T
 }
 
 int64_t dso_cache_block_bytes(const dso_cache_shape* shape) {
-  int64_t bytes = -1;
-  guarded([&] { bytes = cache_block_bytes(choose_kernels(nullptr), given(shape, "shape")); });
-  return bytes;
+  return result_or_code<int64_t>([&] { return cache_block_bytes(choose_kernels(nullptr), given(shape, "shape")); });
 }
 int32_t dso_cache_create(const dso_cache_shape* shape, int64_t blocks, dso_cache** out) {
   return guarded([&] {
@@ -141,9 +153,7 @@ int32_t dso_cache_rotate(dso_context* c, dso_cache* k, const dso_rotation* key, 
 }
 
 int64_t dso_states_slot_bytes(const dso_state_shape* shapes, int32_t n) {
-  int64_t bytes = -1;
-  guarded([&] { bytes = states_slot_bytes(shapes, n); });
-  return bytes;
+  return result_or_code<int64_t>([&] { return states_slot_bytes(shapes, n); });
 }
 int32_t dso_states_create(const dso_state_shape* shapes, int32_t n, int64_t slots, dso_states** out) {
   return guarded([&] {

@@ -21,8 +21,8 @@ uint32_t features_here() {
 
 }  // namespace
 
-const std::vector<Isa>& isas() {
-  static const std::vector<Isa> list = {
+const std::array<Isa, kIsas>& isas() {
+  static constexpr std::array<Isa, kIsas> list = {{
       {"avx2", kNeedsAvx2, kernels_avx2, true},
       {"avx2-vnni", kNeedsAvx2 | kAvxVnni, kernels_avx2_vnni, true},
       {"avx512", kNeedsAvx512, kernels_avx512, true},
@@ -30,7 +30,7 @@ const std::vector<Isa>& isas() {
       {"avx512-bf16", kNeedsAvx512Bf16, kernels_avx512_bf16, true},
       {"amx", kNeedsAmx, kernels_amx, true},
       {"amx-emulated", kNeedsAvx512Bf16, kernels_amx_emulated, false},
-  };
+  }};
   return list;
 }
 

@@ -1,7 +1,7 @@
 // The ISA variants of this build, their requirements, and the choice among them.
 #pragma once
+#include <array>
 #include <cstdint>
-#include <vector>
 
 #include "kernels.hpp"
 
@@ -14,7 +14,8 @@ struct Isa {
   bool automatic;               // may be chosen automatically
 };
 
-const std::vector<Isa>& isas();         // best last; names as in dso.h
+constexpr int kIsas = 7;
+const std::array<Isa, kIsas>& isas();   // best last; names as in dso.h
 const Isa* find_isa(const char* name);  // null for an unknown name
 bool runs_here(const Isa& isa);
 

@@ -10,6 +10,7 @@ import pytest
 
 from deepseek_optimizer.backends.base import BLOCK_TOKENS, DECODE, PREFILL
 from deepseek_optimizer.backends.cpu import native, native_train
+from deepseek_optimizer.errors import CheckpointChangedError, NotEnoughMemoryError
 from deepseek_optimizer.graph.ops import OPS
 
 INCLUDE = Path(__file__).parents[3] / "native" / "include"
@@ -99,3 +100,11 @@ def test_attributes_of_ops():
     assert {attr.step_field for attr in attrs} - {""} <= {name for name, *_ in native.Step._fields_}
     flags = {attr.flag for attr in attrs} | {flag for attr in attrs for _, flag in attr.more_flags}
     assert flags - {""} | {"last", "ids"} == set(native.FLAGS)
+
+
+def test_a_negative_number_is_an_error():
+    assert native.number(7) == 7
+    errors = {"DSO_EINVAL": ValueError, "DSO_ENOMEM": NotEnoughMemoryError, "DSO_EFILE": CheckpointChangedError}
+    for code, error in errors.items():
+        with pytest.raises(error):
+            native.number(-CONSTANTS[code])

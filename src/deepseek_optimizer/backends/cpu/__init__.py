@@ -33,7 +33,7 @@ unavailable_reason = native.unavailable_reason
 
 def oversubscription(threads: int) -> str | None:
     """A warning if there are more threads than processors that this process may use, else None."""
-    usable = int(native.library().dso_default_threads())
+    usable = native.number(native.library().dso_default_threads())
     if threads <= usable:
         return None
     return (

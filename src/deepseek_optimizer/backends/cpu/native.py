@@ -259,6 +259,12 @@ def check(code: int) -> None:
     raise BackendError(message)
 
 
+def number(result: int) -> int:
+    """Returns a number of bytes or threads; raises the exception for a negative one, which is minus an error's code."""
+    check(max(-result, 0))
+    return result
+
+
 class Handle:
     """An object of the library, usable as an argument of its functions; destroyed when this object is.
 
@@ -367,10 +373,7 @@ def cache_shape(spec: CacheSpec | LatentSpec | RowsSpec, kv_dtype: str) -> Cache
 
 def block_bytes(spec: CacheSpec | LatentSpec | RowsSpec, kv_dtype: str) -> int:
     """Bytes of a block of 32 tokens of the largest group of layers. Raises ValueError for an invalid shape."""
-    size = int(library().dso_cache_block_bytes(C.byref(cache_shape(spec, kv_dtype))))
-    if size < 0:
-        check(_EINVAL)
-    return size
+    return number(library().dso_cache_block_bytes(C.byref(cache_shape(spec, kv_dtype))))
 
 
 def state_shapes(specs: Sequence[StateSpec]) -> Any:
@@ -383,10 +386,7 @@ def state_bytes(specs: Sequence[StateSpec]) -> int:
     """Bytes of a slot with these recurrent states. Raises ValueError for an invalid shape."""
     if not specs:
         return 0
-    size = int(library().dso_states_slot_bytes(state_shapes(specs), len(specs)))
-    if size < 0:
-        check(_EINVAL)
-    return size
+    return number(library().dso_states_slot_bytes(state_shapes(specs), len(specs)))
 
 
 def isa_names() -> list[str]:
@@ -401,5 +401,8 @@ def isa_runs_here(name: str) -> bool:
 
 def cpu_description() -> dict[str, Any]:
     """The CPU's vendor, model name, detected features, caches and cores."""
-    description: dict[str, Any] = json.loads(library().dso_cpu_description().decode())
+    described = library().dso_cpu_description()
+    if described is None:
+        check(_ENOMEM)
+    description: dict[str, Any] = json.loads(described.decode())
     return description
