@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import faulthandler
 import hashlib
 import io
 import json
@@ -33,6 +34,7 @@ FAIL_ONCE, FAIL_ON, KILL = 0, 1, 2
 # Kinds of faults: the shim's action, and the error.
 FAULTS = {"full disk": (FAIL_ON, errno.ENOSPC), "I/O error": (FAIL_ONCE, errno.EIO), "killed": (KILL, 0)}
 _CLEANING = ("unlink", "unlinkat", "rmdir")
+LIMIT_S = 300  # for one run, which takes less than a second on an idle machine
 
 State = dict[str, str]
 
@@ -108,11 +110,12 @@ class Faults:
 
 
 def in_child(work: Callable[[], tuple[int, str] | None], hit: Callable[[], str] = str) -> Outcome:
-    """Runs `work` in a forked process without output; returns its outcome."""
+    """Runs `work` in a forked process without output; returns its outcome. If it hangs, its stack goes to stderr."""
     reads, writes = os.pipe()
     child = os.fork()
     if child == 0:
         os.close(reads)
+        faulthandler.dump_traceback_later(LIMIT_S, exit=True, file=os.dup(2))
         null = os.open(os.devnull, os.O_RDWR)
         for fd in (0, 1, 2):
             os.dup2(null, fd)
@@ -130,6 +133,8 @@ def in_child(work: Callable[[], tuple[int, str] | None], hit: Callable[[], str] 
     _, status = os.waitpid(child, 0)
     if os.WIFSIGNALED(status):
         return Outcome(killed=True, message=f"signal {os.WTERMSIG(status)}")
+    if not answer:
+        raise AssertionError(f"a run did not end within {LIMIT_S} seconds")
     return Outcome(**json.loads(answer))
 
 

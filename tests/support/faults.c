@@ -58,7 +58,8 @@ long faults_disarm(void) {
   return count;
 }
 
-/* Whether this thread's allocations are counted: at first they are. */
+/* Whether this thread's allocations are counted. A thread inherits it from the one that creates it: those of the native library
+ * are counted, and not Python's, whose start waits for ever if an allocation fails before the thread has said that it runs. */
 void faults_watch(int on) { watching = on; }
 
 /* The first call that failed, as "name path"; empty if none did. */
@@ -324,9 +325,27 @@ void* aligned_alloc(size_t alignment, size_t size) {
   return allocation_fails("aligned_alloc", size) ? NULL : __libc_memalign(alignment, size);
 }
 
+struct beginning {
+  void* (*start)(void*);
+  void* argument;
+  int watching;
+};
+
+static void* inherits(void* given) {
+  struct beginning of = *(struct beginning*)given;
+  free(given);
+  watching = of.watching;
+  return of.start(of.argument);
+}
+
 int pthread_create(pthread_t* made, const pthread_attr_t* how, void* (*start)(void*), void* argument) {
   REAL(int, pthread_create, pthread_t*, const pthread_attr_t*, void* (*)(void*), void*);
-  return allocation_fails("pthread_create", SIZE_MAX) ? EAGAIN : real(made, how, start, argument);
+  struct beginning* of = allocation_fails("pthread_create", SIZE_MAX) ? NULL : __libc_malloc(sizeof *of);
+  if (!of) return EAGAIN;
+  *of = (struct beginning){start, argument, watching};
+  int error = real(made, how, inherits, of);
+  if (error) free(of);
+  return error;
 }
 
 int posix_memalign(void** out, size_t alignment, size_t size) {
