@@ -11,8 +11,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
 import time
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--repeats", type=int, default=3, help="0: stop after the first token")
     parser.add_argument("--warmup", type=int, default=1)
+    parser.add_argument("--read-seconds", type=float, default=0.0, help="of each measurement of the weights' memory; 0: none")
     parser.add_argument("--cold", action="store_true", help="drop the model's files from the page cache first")
     print(json.dumps(measure(parser.parse_args())))
 
@@ -46,8 +49,22 @@ def measure(a: argparse.Namespace) -> dict[str, Any]:
     result: dict[str, Any] = {"load_s": side.load_s, "to_first_token_s": to_first_token_s, "runs": []}
     if a.repeats:
         work = Work(a.prompt, a.new, a.depth, a.batch)
-        result["runs"] = [asdict(run) for run in repeated(side.model, work, repeats=a.repeats, warmup=a.warmup)]
+        rates = [own_read_gb_s(side.model, a.threads, a.read_seconds)]
+        for run in repeated(side.model, work, repeats=a.repeats, warmup=a.warmup):
+            result["runs"].append(asdict(run))
+            rates.append(own_read_gb_s(side.model, a.threads, a.read_seconds))
+        beside = [max(pair) for pair in pairwise(rates) if None not in pair]
+        result["own_read_gb_s"] = statistics.median(beside) if beside else None
     return {**result, "memory_bytes": side.memory.bytes()}
+
+
+def own_read_gb_s(model: Any, threads: int, seconds: float) -> float | None:
+    """How fast these threads can read the model's packed matrices where they are in memory; None for other models."""
+    from ..machine_limits import read_regions_gb_s
+    from ..memory_traffic import matrix_memory
+
+    regions = matrix_memory(model) if seconds else []
+    return read_regions_gb_s(regions, threads, seconds) if regions else None
 
 
 def drop_from_page_cache(model: Path) -> None:
