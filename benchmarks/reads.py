@@ -22,8 +22,8 @@ def of_ours(path: Path, fields: Mapping[str, Any]) -> Reads:
 
 
 def of_gguf(path: Path) -> Reads:
-    """In llama.cpp: every matrix but an embedding that is not the head too, of experts those chosen; the cache in fp16, states in
-    fp32."""
+    """In llama.cpp: every matrix but an embedding that is not the head too, of experts those chosen; the cache in fp16, and
+    states in fp32."""
     from gguf import GGUFReader
 
     reader = GGUFReader(path)
