@@ -23,12 +23,11 @@ def measure(row: Row, *, threads: int, rounds: int, note: Callable[[str], None],
     """What a results file holds of the row.
 
     Args:
-        seconds: for each measurement of the read bandwidth. Our side measures that of its own weights, except beside a busy
-            process. Otherwise it is that of other memory, over as many bytes as a side reads, before and after it in every
-            round; the larger one counts.
+        seconds: for each measurement of the read bandwidth, over as many bytes as a side reads, before and after it in every
+            round; the larger one counts. Our side measures that of its own weights instead, unless a core is busy.
     """
     sides = (*row.rivals, row.ours)
-    commands = {side.label: _command(row, side, threads, seconds) for side in sides}
+    commands = {side.label: _command(row, side, threads) for side in sides}
     ours = row.ours.label
     work = {side.label: side.work or row.work for side in sides}
     step = {name: r.step_bytes(work[name]) for name, r in _reads(row, threads).items()}
@@ -57,7 +56,7 @@ def measure(row: Row, *, threads: int, rounds: int, note: Callable[[str], None],
     }
 
 
-def _command(row: Row, side: Rival, threads: int, seconds: float) -> list[str]:
+def _command(row: Row, side: Rival, threads: int) -> list[str]:
     options = {"threads": threads, "repeats": row.repeats, "warmup": row.warmup}
     path, work = model(row.model, side.form), side.work or row.work
     if side.engine != OURS:
@@ -65,7 +64,7 @@ def _command(row: Row, side: Rival, threads: int, seconds: float) -> list[str]:
         return peer.command(setup(peer), path, work, **options)
     command = own_command("optimized", path, work, **options, fields=row.fields)
     if row.figure == DECODE and not row.busy:
-        command += ["--read-seconds", str(seconds)]
+        command.append("--beside")
     busy = row.busy and side == row.ours
     return [sys.executable, "-m", "benchmarks.neighbor", *command] if busy else command
 

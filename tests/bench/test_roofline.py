@@ -16,6 +16,7 @@ from deepseek_optimizer.bench.machine_limits import matrix_tera, read_gb_s, read
 from deepseek_optimizer.bench.measure import cost_per_million
 from deepseek_optimizer.bench.memory_traffic import Experts, Reads, Traffic, matrix_memory, traffic_of
 from deepseek_optimizer.bench.roofline import Roofline
+from deepseek_optimizer.bench.sides.model import sample_of
 from deepseek_optimizer.bench.work import Work
 from deepseek_optimizer.graph.attention_mode import spans_of_layers
 from support.models import CASES, random_model
@@ -103,7 +104,8 @@ def test_shares(monkeypatch):
 def test_bandwidth_of_the_models_own_matrices(optimized, plain, monkeypatch):
     regions = matrix_memory(optimized)
     assert sum(size for _, size in regions) == traffic_of(optimized).weight_bytes
-    assert matrix_memory(plain) == []
+    assert matrix_memory(plain) == [] and sample_of(regions) == regions
+    assert sample_of([(0, 1 << 30), (5 << 30, 3 << 30)]) == [(0, 128 << 20), (5 << 30, 384 << 20)]
     memory = np.ones(1 << 21, np.uint8)
     halves = [(memory.ctypes.data, 1 << 20), (memory.ctypes.data + (1 << 20), 1 << 20)]
     assert 0.1 < read_regions_gb_s(halves, 2, seconds=0.05) < 10_000

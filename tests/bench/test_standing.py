@@ -116,7 +116,7 @@ def test_a_row_alternates_sides_on_their_own_formats(monkeypatch):
     context = 1000 * (512 + 65 / 2)
     assert sizes == [size * 10**7 + context for size in (7, 7, 8, 8, 6, 6)] * 3
     assert [entry["read"][label]["machine_gb_s"] for label in labels] == [50, 60, 35]  # the larger of two; its own weights'
-    assert seen["ours int4"][-2:] == ["--read-seconds", "1.0"] and "--read-seconds" not in seen["llama.cpp Q4_1"]
+    assert "--beside" in seen["ours int4"] and "--beside" not in seen["llama.cpp Q4_1"]
     assert entry["bars"][0]["against"] == "llama.cpp Q4_1" and entry["bars"][0]["better"] == pytest.approx(32 / 31)
     json.dumps(entry)
 
@@ -124,9 +124,9 @@ def test_a_row_alternates_sides_on_their_own_formats(monkeypatch):
 def test_a_busy_row_is_compared_with_itself_on_an_idle_machine(monkeypatch):
     row = next(row for row in STANDING if row.busy)
     monkeypatch.setattr(measure, "model", lambda name, form: Path("m"))
-    alone, busy = (measure._command(row, side, 2, 1.0) for side in (*row.rivals, row.ours))
+    alone, busy = (measure._command(row, side, 2) for side in (*row.rivals, row.ours))
     assert busy[:3] == [sys.executable, "-m", "benchmarks.neighbor"] and busy[3:] == alone
-    assert "--read-seconds" not in alone
+    assert "--beside" not in alone
 
 
 def test_the_background_load_runs_and_ends(tmp_path):
