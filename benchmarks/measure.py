@@ -23,13 +23,13 @@ def measure(row: Row, *, threads: int, rounds: int, note: Callable[[str], None],
     """What a results file holds of the row.
 
     Args:
-        seconds: for each measurement of the machine's read bandwidth. It is taken over as many bytes as a side reads, before
-            and after the side in every round, since it drifts; the larger one counts, since a limit is what the machine can do.
+        seconds: for each measurement of the read bandwidth, over as many bytes as a side reads, before and after it in every
+            round; the larger one counts. Our side measures that of its own weights instead, unless a core is busy.
     """
-    commands = {rival.label: _command(row, rival, threads) for rival in row.rivals}
+    sides = (*row.rivals, row.ours)
+    commands = {side.label: _command(row, side, threads) for side in sides}
     ours = row.ours.label
-    commands[ours] = _command(row, row.ours, threads)
-    work = {side.label: side.work or row.work for side in (*row.rivals, row.ours)}
+    work = {side.label: side.work or row.work for side in sides}
     step = {name: r.step_bytes(work[name]) for name, r in _reads(row, threads).items()}
     limits: dict[str, list[float]] = {name: [] for name in step}
 
@@ -38,7 +38,8 @@ def measure(row: Row, *, threads: int, rounds: int, note: Callable[[str], None],
             return run_json(command)
         before = read_gb_s(int(step[name]), threads, seconds)
         result = run_json(command)
-        limits[name].append(max(before, read_gb_s(int(step[name]), threads, seconds)))
+        after = read_gb_s(int(step[name]), threads, seconds)
+        limits[name].append(result.get("own_read_gb_s") or max(before, after))
         return result
 
     found = alternate(commands, rounds, note, run)
@@ -62,6 +63,8 @@ def _command(row: Row, side: Rival, threads: int) -> list[str]:
         peer = get_peer(side.engine)
         return peer.command(setup(peer), path, work, **options)
     command = own_command("optimized", path, work, **options, fields=row.fields)
+    if row.figure == DECODE and not row.busy:
+        command.append("--beside")
     busy = row.busy and side == row.ours
     return [sys.executable, "-m", "benchmarks.neighbor", *command] if busy else command
 

@@ -100,6 +100,13 @@ static void check_arithmetic(const char* isa, Random& random) {
     for (int i = 0; i < 16; ++i)
       check(same(scaled.at[i], std::ldexp(a[i], n)), "%s scale2(%g, %d) is %g", isa, a[i], n, scaled.at[i]);
   }
+  for (int first = 0; first < 256; first += 16) {
+    uint8_t bytes[16];
+    for (int i = 0; i < 16; ++i) bytes[i] = (uint8_t)(first + i);
+    const Floats powers = out(load_e8(bytes));
+    for (int i = 0; i < 16; ++i)
+      check(same(powers.at[i], std::ldexp(1.0f, bytes[i] - 128)), "%s load_e8(%d) is %g", isa, bytes[i], powers.at[i]);
+  }
 }
 
 static void check_integers(const char* isa, Random& random) {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from transformers import AutoModelForCausalLM, GPTNeoXConfig
@@ -14,7 +16,9 @@ from deepseek_optimizer.bench.machine_limits import matrix_tera, read_gb_s, read
 from deepseek_optimizer.bench.measure import cost_per_million
 from deepseek_optimizer.bench.memory_traffic import Experts, Reads, Traffic, matrix_memory, traffic_of
 from deepseek_optimizer.bench.roofline import Roofline
+from deepseek_optimizer.bench.sides.model import sample_of
 from deepseek_optimizer.bench.work import Work
+from deepseek_optimizer.graph.attention_mode import spans_of_layers
 from support.models import CASES, random_model
 
 HIDDEN, INNER, LAYERS, KV = 64, 128, 2, 32  # of the tiny model
@@ -44,6 +48,28 @@ def test_traffic_of_sparse_attention():
     assert (actual.kv_bytes, actual.chosen_bytes, actual.top_k) == (index, latents, 16)
 
 
+@pytest.mark.parametrize("backend", ("reference", "cpu"))
+def test_traffic_of_recurrent_and_windowed_layers(backend):
+    if backend == "cpu" and cpu.unavailable_reason() is not None:
+        pytest.skip("needs the native backend")
+    settings = DeepSeekConfig(backend=backend, kv_cache="fp32")
+    recurrent = DynamicGraphOptimizer(random_model(CASES["qwen3_5_text-mixed"]()), config=settings).optimize()
+    graph = recurrent.dso.graph
+    actual = traffic_of(recurrent)
+    assert actual.state_bytes == recurrent.dso.backend.state_bytes(graph) >= 4 * sum(s.elements for s in graph.states) > 0
+    assert not actual.windows
+    sliding = DynamicGraphOptimizer(random_model(CASES["gemma3_text-two-ropes"]()), config=settings).optimize()
+    cache, spans = sliding.dso.graph.cache, spans_of_layers(sliding.dso.graph)
+    actual, floats = traffic_of(sliding), traffic_of(random_model(CASES["gemma3_text-two-ropes"]()))
+    windowed = [layer for layer, span in spans.items() if span is not None]
+    assert 0 < len(windowed) < cache.layers and cache.groups > 1
+    ((size, tokens),) = actual.windows
+    elements = 4 * sum(map(cache.elements_of, windowed))
+    padded = size / elements  # native caches pad the heads
+    assert tokens == spans[windowed[0]][0] and (padded == 1 or (backend == "cpu" and 1 < padded < 1.5))
+    assert actual.kv_bytes + size == pytest.approx(floats.kv_bytes * padded)
+
+
 def test_bytes_and_operations():
     traffic = Traffic(weight_bytes=1000, kv_bytes=10, weights=100, head_weights=7, attention_width=3)
     work = Work(prompt=4, new=2, depth=5, batch=2)
@@ -52,6 +78,8 @@ def test_bytes_and_operations():
     sparse = Traffic(1000, 10, 100, 7, 3, chosen_bytes=5, top_k=8)
     assert sparse.step_bytes(work) == 1000 + 2 * (10 * 10 + 5 * 8)
     assert sparse.step_bytes(Work(prompt=2, new=2)) == 1000 + 10 * 3 + 5 * 3
+    windowed = replace(traffic, windows=((5.0, 8), (7.0, 4)), state_bytes=100)
+    assert windowed.step_bytes(work) == 1000 + 2 * (10 * 10 + 5 * 8 + 7 * 4 + 100)
     pairs = 6 + 7 + 8 + 9  # each prompt token attends to the cache and the prompt up to itself
     assert traffic.prefill_operations(work) == 2 * (2 * 100 * 4 + 2 * 7 + 4 * 3 * pairs)
     assert sparse.prefill_operations(work) == 2 * (2 * 100 * 4 + 2 * 7 + 4 * 3 * (6 + 7 + 8 + 8))
@@ -76,7 +104,8 @@ def test_shares(monkeypatch):
 def test_bandwidth_of_the_models_own_matrices(optimized, plain, monkeypatch):
     regions = matrix_memory(optimized)
     assert sum(size for _, size in regions) == traffic_of(optimized).weight_bytes
-    assert matrix_memory(plain) == []
+    assert matrix_memory(plain) == [] and sample_of(regions) == regions
+    assert sample_of([(0, 1 << 30), (5 << 30, 3 << 30)]) == [(0, 128 << 20), (5 << 30, 384 << 20)]
     memory = np.ones(1 << 21, np.uint8)
     halves = [(memory.ctypes.data, 1 << 20), (memory.ctypes.data + (1 << 20), 1 << 20)]
     assert 0.1 < read_regions_gb_s(halves, 2, seconds=0.05) < 10_000

@@ -24,6 +24,27 @@ def test_lengths_are_exact(either, work):
         assert list(run.times) == sorted(run.times) and run.times[0] > 0
 
 
+def test_what_is_called_beside_the_steps_does_not_count(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(runs.time, "perf_counter", lambda: clock[0])
+
+    def beside():
+        clock[0] += 100
+
+    times = runs.TokenTimes(beside)
+    times.put("the prompt")
+    for _ in range(9):
+        clock[0] += 1
+        times.put("a token")
+    assert times.times == [1, 2, 3, 4, 5, 6, 7, 8, 9] and clock[0] == 209
+
+
+def test_only_counted_runs_are_interrupted(either):
+    calls = []
+    assert len(list(runs.repeated(either, Work(3, 9), repeats=2, warmup=3, beside=lambda: calls.append(1)))) == 2
+    assert len(calls) == 2 * 2
+
+
 def test_end_tokens_are_ignored_and_restored(either, monkeypatch):
     ids = torch.tensor([[5, 6, 7]])
     chosen = either.generate(ids, max_new_tokens=1, do_sample=False)[0, -1].item()

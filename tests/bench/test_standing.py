@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -16,7 +18,7 @@ if not (ROOT / "benchmarks" / "standing.py").exists():
     pytest.skip("the benchmarks are not part of the package", allow_module_level=True)
 sys.path.append(str(ROOT))
 
-from benchmarks import gguf_file, measure, models, reads, results, run, spine, tables, verdict  # noqa: E402
+from benchmarks import gguf_file, gguf_shapes, measure, models, reads, results, run, spine, tables, verdict  # noqa: E402
 from benchmarks.deepseek import DEEPSEEK  # noqa: E402
 from benchmarks.long_context import LONG  # noqa: E402
 from benchmarks.standing import DECODE, STANDING, Bar, Rival, Row  # noqa: E402
@@ -91,12 +93,15 @@ def test_a_row_alternates_sides_on_their_own_formats(monkeypatch):
     def alternate(commands, rounds, note, run):
         seen.update(commands, rounds=rounds)
         for label in [*commands] * rounds:
-            assert run(label, commands[label]) == "what it printed"
+            assert run(label, commands[label]) == printed[label]
         return {label: _rounds(*[30.0 + place] * rounds) for place, label in enumerate(commands)}
 
     sizes = []
     speeds = iter([50.0, 45.0, 50.0, 60.0, 30.0, 40.0] * 3)  # before and after each side
-    monkeypatch.setattr(measure, "run_json", lambda command: "what it printed")
+    printed = {"llama.cpp Q4_0": {"runs": []}, "llama.cpp Q4_1": {"runs": [1]}, "ours int4": {"own_read_gb_s": 35.0}}
+    monkeypatch.setattr(
+        measure, "run_json", lambda command: printed[next(k for k, own in seen.items() if k != "rounds" and own == command)]
+    )
     monkeypatch.setattr(measure, "model", lambda name, form: Path(f"{name}.{form}.gguf"))
     monkeypatch.setattr(measure, "setup", lambda peer: Path(f"/{peer.name}/python"))
     monkeypatch.setattr(measure, "alternate", alternate)
@@ -110,7 +115,8 @@ def test_a_row_alternates_sides_on_their_own_formats(monkeypatch):
     assert seen["ours int4"][:2] == [sys.executable, "-m"] and "smol.int4.gguf" in seen["ours int4"]
     context = 1000 * (512 + 65 / 2)
     assert sizes == [size * 10**7 + context for size in (7, 7, 8, 8, 6, 6)] * 3
-    assert [entry["read"][label]["machine_gb_s"] for label in labels] == [50, 60, 40]  # the larger of two
+    assert [entry["read"][label]["machine_gb_s"] for label in labels] == [50, 60, 35]  # the larger of two; its own weights'
+    assert "--beside" in seen["ours int4"] and "--beside" not in seen["llama.cpp Q4_1"]
     assert entry["bars"][0]["against"] == "llama.cpp Q4_1" and entry["bars"][0]["better"] == pytest.approx(32 / 31)
     json.dumps(entry)
 
@@ -120,6 +126,7 @@ def test_a_busy_row_is_compared_with_itself_on_an_idle_machine(monkeypatch):
     monkeypatch.setattr(measure, "model", lambda name, form: Path("m"))
     alone, busy = (measure._command(row, side, 2) for side in (*row.rivals, row.ours))
     assert busy[:3] == [sys.executable, "-m", "benchmarks.neighbor"] and busy[3:] == alone
+    assert "--beside" not in alone
 
 
 def test_the_background_load_runs_and_ends(tmp_path):
@@ -181,6 +188,32 @@ def test_what_llama_cpp_reads(checkpoint, tmp_path):
     gguf_file.write(source, path, "Q4_0")
     layer = 64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 96
     assert reads.of_gguf(path) == Reads((2 * layer + 320 * 64) // 32 * 18, 2 * 2 * 2 * 2 * 16)
+
+
+@pytest.mark.parametrize(
+    "name, layer, layers, window, states",
+    [
+        ("qwen3.5-4b", 4 * 4 * 256, 8, (), 24 * (32 * 128 * 128 + 3 * 8192)),
+        ("gemma-3-4b", 4 * 4 * 256, 5, (29, 1024), 0),
+        ("qwen3-30b-a3b", 4 * 4 * 128, 16, (), 0),
+        ("gpt-oss-20b", 4 * 8 * 64, 6, (6, 128), 0),
+    ],
+)
+def test_what_llama_cpp_reads_of_current_families(monkeypatch, name, layer, layers, window, states):
+    """Only some layers keep keys and values, or all of them."""
+    import gguf
+
+    shape = gguf_shapes.SHAPES[name]
+    tensors = [
+        SimpleNamespace(name=tensor, shape=sizes[::-1], n_bytes=math.prod(sizes)) for tensor, sizes, _ in shape.tensors()
+    ]
+    values = {f"{shape.arch}.{key}": value for key, value in shape.keys.items()} | {"general.architecture": shape.arch}
+    fields = {key: SimpleNamespace(contents=lambda value=value: value) for key, value in values.items()}
+    reader = SimpleNamespace(tensors=tensors, fields=fields, get_field=fields.get)
+    monkeypatch.setattr(gguf, "GGUFReader", lambda path: reader)
+    actual = reads.of_gguf(Path("m.gguf"))
+    assert (actual.kv_bytes, actual.state_bytes) == (layer * layers, 4 * states)
+    assert actual.windows == (((float(layer * window[0]), window[1]),) if window else ())
 
 
 def test_a_failed_model_leaves_no_files(tmp_path):

@@ -46,7 +46,8 @@ LAYERS = (
     Layer("versions", "versions of installed packages"),
     Layer(
         "system",
-        "limits of the machine (memory, control groups, threads), progress output and the names of installed backends; "
+        "limits of the machine (memory, control groups, threads), memory in huge pages, progress output and the names of "
+        "installed backends; "
         "`sandbox/`: worker processes with limits, for untrusted input",
         levels=((REST,), ("sandbox",)),
     ),
@@ -55,7 +56,7 @@ LAYERS = (
         "block manager of the paged KV cache (which sequence owns which block, and which blocks may be dropped), prefix "
         "cache, sliding window; no torch",
     ),
-    Layer("quant", "weight formats: packing, unpacking, error bounds"),
+    Layer("quant", "weight formats: packing, unpacking, error bounds", may=("system",)),
     Layer(
         "graph",
         "analysis and planning of graphs, attention modes; `ops/`: one table of all ops; `rules/`: fusion rules",

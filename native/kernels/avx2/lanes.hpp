@@ -128,6 +128,15 @@ DSO_INLINE F load_e5m3(const void* p) {  // 16 bytes: fp16 without the sign and 
   const __m256i h = _mm256_slli_epi16(_mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)p)), 7);
   return {_mm256_cvtph_ps(_mm256_castsi256_si128(h)), _mm256_cvtph_ps(_mm256_extracti128_si256(h, 1))};
 }
+DSO_INLINE F load_e8(const void* p) {  // 16 bytes b: 2^(b - 128)
+  // The upper halves of floats: b - 1 is the exponent, except of the subnormals, which begin with 32 and 64.
+  const __m256i b = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)p));
+  const __m256i normal = _mm256_subs_epu16(_mm256_slli_epi16(b, 7), _mm256_set1_epi16(0x80));
+  const __m256i subnormal = _mm256_add_epi16(_mm256_slli_epi16(b, 5), _mm256_set1_epi16(0x20));  // smaller for other b
+  const __m256i upper = _mm256_max_epu16(normal, subnormal);
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm256_castsi256_si128(upper)), 16)),
+          _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm256_extracti128_si256(upper, 1)), 16))};
+}
 DSO_INLINE __m256i bf16_bits(__m256 x) {  // nearest even in the low halves, NaN as quiet NaN; denormals are preserved
   const __m256i u = _mm256_castps_si256(x), odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
   const __m256i r = _mm256_add_epi32(u, _mm256_add_epi32(_mm256_set1_epi32(0x7fff), odd));
@@ -235,11 +244,11 @@ DSO_INLINE B look_up_pairs(const uint16_t (&table)[32], const void* p) {
   return load_bytes(pairs);
 }
 DSO_INLINE I sum16_i8(const void* p) {  // the sum of 16 signed bytes, in every lane
-  const __m256i x = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)p));
-  __m256i s = _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_set1_epi8(1), x), _mm256_set1_epi16(1));
-  s = _mm256_add_epi32(s, _mm256_shuffle_epi32(s, 0x4e));
-  s = _mm256_add_epi32(s, _mm256_shuffle_epi32(s, 0xb1));
-  return {s, s};
+  const __m128i x = _mm_loadu_si128((const __m128i*)p);
+  __m128i s = _mm_madd_epi16(_mm_maddubs_epi16(_mm_set1_epi8(1), x), _mm_set1_epi16(1));
+  s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4e));
+  const __m256i all = _mm256_broadcastd_epi32(_mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1)));
+  return {all, all};
 }
 
 #ifdef __AVXVNNI__

@@ -82,6 +82,10 @@ DSO_INLINE F load_f16(const void* p) { return _mm512_cvtph_ps(_mm256_loadu_si256
 DSO_INLINE F load_e5m3(const void* p) {  // 16 bytes: fp16 without the sign and the 7 last bits
   return _mm512_cvtph_ps(_mm256_slli_epi16(_mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)p)), 7));
 }
+DSO_INLINE F load_e8(const void* p) {  // 16 bytes b: 2^(b - 128)
+  const __m512 b = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)));
+  return _mm512_scalef_ps(_mm512_set1_ps(1), _mm512_sub_ps(b, _mm512_set1_ps(128)));
+}
 DSO_INLINE __m512i bf16_bits(F x) {  // nearest even in the low halves, NaN as quiet NaN; denormals are preserved
   __m512i u = _mm512_castps_si512(x);
   __m512i r = _mm512_add_epi32(
@@ -153,10 +157,10 @@ DSO_INLINE B look_up_pairs(const uint16_t (&table)[32], const void* p) {
   return _mm512_permutexvar_epi16(_mm512_or_si512(x, _mm512_slli_epi32(x, 12)), _mm512_loadu_si512(table));  // 5 bits count
 }
 DSO_INLINE I sum16_i8(const void* p) {  // the sum of 16 signed bytes, in every lane
-  const __m512i x = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)p));
-  __m512i s = _mm512_madd_epi16(_mm512_maddubs_epi16(_mm512_set1_epi8(1), x), _mm512_set1_epi16(1));
-  s = _mm512_add_epi32(s, _mm512_shuffle_epi32(s, (_MM_PERM_ENUM)0x4e));
-  return _mm512_add_epi32(s, _mm512_shuffle_epi32(s, (_MM_PERM_ENUM)0xb1));
+  const __m128i x = _mm_loadu_si128((const __m128i*)p);
+  __m128i s = _mm_madd_epi16(_mm_maddubs_epi16(_mm_set1_epi8(1), x), _mm_set1_epi16(1));
+  s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4e));
+  return _mm512_broadcastd_epi32(_mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1)));
 }
 
 #ifdef __AVX512VNNI__

@@ -57,7 +57,7 @@ struct Packed : Format<format> {
   DSO_INLINE F scale(Place at) {
     const uint8_t* numbers = at.group + code_bytes(layout) + 16 * half;
     if constexpr (layout.powers)
-      return scale2(set(1), sub(to_float(load_u8(numbers)), set(128)));
+      return load_e8(numbers);
     else if constexpr (layout.trellis)
       return load_e5m3(numbers);
     else if constexpr (!layout.superblock)

@@ -32,7 +32,9 @@ DSO_INLINE void dots(I (&acc)[M][N], const uint8_t* w, int64_t row_bytes, const 
   // Without VNNI, sums of small codes are 16-bit for as many quads as cannot overflow: each adds two products of at most
   // largest * 128.
   constexpr int possible = 32767 / (256 * W::largest), run = vnni ? 0 : possible < quads ? possible : quads;
-  I sum[M][N];
+  // For one token, two chains of dot products: one would take longer than unpacking the weights.
+  constexpr bool two_chains = M * N == 1 && run == 0;
+  I sum[M][N], odd = izero();
 #pragma GCC unroll 8
   for (int i = 0; i < quads; ++i) {
     B b[N];
@@ -43,14 +45,14 @@ DSO_INLINE void dots(I (&acc)[M][N], const uint8_t* w, int64_t row_bytes, const 
         if constexpr (run > 0) {
           sum[m][n] = pairs_u7(i % run ? sum[m][n] : izero(), b[n], a);
           if (i % run == run - 1 || i == quads - 1) acc[m][n] = iadd(acc[m][n], add_pairs(sum[m][n]));
-        } else if constexpr (W::largest <= 127) {
-          acc[m][n] = dot_u7(acc[m][n], b[n], a);
         } else {
-          acc[m][n] = dot_u8(acc[m][n], b[n], a);
+          I& to = two_chains && i % 2 ? odd : acc[m][n];
+          to = W::largest <= 127 ? dot_u7(to, b[n], a) : dot_u8(to, b[n], a);
         }
       }
     }
   }
+  if constexpr (two_chains) acc[0][0] = iadd(acc[0][0], odd);
 }
 
 // Prefetching: the hardware's own prefetchers stop at every page.
@@ -97,10 +99,11 @@ struct Ahead {
   }
 };
 
-// The sum of the activations that half of a group multiplies, in every lane.
-template <int kind>
-DSO_INLINE I sum_of_half(const Rows<kind>& x, int m, int64_t g, int half) {
-  const uint8_t* codes = x.codes(m) + 32 * g + 16 * half;
+// The sum of the activations that half of a group multiplies, in every lane. The first is computed for both halves once.
+template <int kind, int half>
+DSO_INLINE I sum_of_half(const Rows<kind>& x, int m, int64_t g) {
+  if constexpr (half == 1) return isub(iset(x.sums(m)[g]), sum_of_half<kind, 0>(x, m, g));
+  const uint8_t* codes = x.codes(m) + 32 * g;
   if constexpr (kind == DSO_SLOT_Q16) return iadd(shl<8>(sum16_i8(codes)), sum16_i8(codes + x.width));
   return sum16_i8(codes);
 }
@@ -116,7 +119,7 @@ DSO_INLINE void accumulate_half(F (&acc)[M][N], typename W::Place w, int64_t row
       start[m] = iset(-W::offset * x.sums(m)[g]);
       sum[m] = set((float)x.sums(m)[g]);
     } else {
-      const I s = sum_of_half(x, m, g, half);
+      const I s = sum_of_half<kind, half>(x, m, g);
       start[m] = W::offset ? isub(izero(), shl<W::offset ? __builtin_ctz(W::offset) : 0>(s)) : izero();
       sum[m] = to_float(s);
     }
@@ -143,11 +146,18 @@ DSO_INLINE void accumulate_half(F (&acc)[M][N], typename W::Place w, int64_t row
 // All groups of M tokens x N tile rows.
 template <class W, int kind, int M, int N, class Fetch>
 DSO_INLINE void accumulate(F (&acc)[M][N], const uint8_t* w, int64_t row_bytes, const Rows<kind>& x, Fetch& fetch) {
-  for (int64_t g = 0; g < x.width / 32; ++g) {
-    const typename W::Place at = W::place(w, g);
+  const auto group = [&](typename W::Place at, int64_t g) {
     fetch.template step<W>(at.group);
     accumulate_half<W, 0>(acc, at, row_bytes, x, g);
     if constexpr (W::halves == 2) accumulate_half<W, 1>(acc, at, row_bytes, x, g);
+  };
+  const int64_t groups = x.width / 32;
+  if constexpr (W::layout.superblock) {  // loops of their own, out of which the compiler moves what all of their groups use
+    constexpr int64_t bytes = superblock_groups * W::bytes + head_bytes(W::layout);
+    for (int64_t first = 0; first < groups; first += superblock_groups, w += bytes)
+      for (int64_t i = 0; i < superblock_groups; ++i) group(W::place(w, i), first + i);
+  } else {
+    for (int64_t g = 0; g < groups; ++g) group(W::place(w, g), g);
   }
 }
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..backends.base import BLOCK_TOKENS
 from ..errors import ConfigError
-from ..graph.ir import LatentSpec, Node, RowsSpec
+from ..graph.attention_mode import spans_of_layers
+from ..graph.ir import CacheSpec, LatentSpec, Node, RowsSpec
 from .work import Work
 
 
@@ -36,6 +37,8 @@ class Reads:
         experts: of which a step reads only some.
         chosen_bytes: of the cache per attended token with sparse or windowed attention.
         top_k: maximum number of attended tokens.
+        windows: (bytes per token, tokens) of layers with a window beside layers without one.
+        state_bytes: of the recurrent states of a sequence.
     """
 
     weight_bytes: int
@@ -43,12 +46,17 @@ class Reads:
     experts: tuple[Experts, ...] = field(default=(), kw_only=True)
     chosen_bytes: float = field(default=0.0, kw_only=True)
     top_k: int = field(default=0, kw_only=True)
+    windows: tuple[tuple[float, int], ...] = field(default=(), kw_only=True)
+    state_bytes: int = field(default=0, kw_only=True)
 
     def step_bytes(self, work: Work) -> float:
         """Bytes read in a decode step in the middle of the output."""
         context = work.depth + work.prompt + work.new / 2
-        cache = work.batch * (self.kv_bytes * context + self.chosen_bytes * min(context, self.top_k))
-        return self.weight_bytes + cache + sum(layer.read(work.batch) for layer in self.experts)
+        limited = ((self.chosen_bytes, self.top_k), *self.windows)
+        cache = self.kv_bytes * context + sum(size * min(context, tokens) for size, tokens in limited)
+        return (
+            self.weight_bytes + work.batch * (cache + self.state_bytes) + sum(layer.read(work.batch) for layer in self.experts)
+        )
 
     def token_bytes(self, work: Work) -> float:
         """Bytes read per generated token; the weights are shared by the batch."""
@@ -98,18 +106,24 @@ def traffic_of(model: Any) -> Traffic:
         held = {name: weight.nbytes for name, weight in weights_of(model, graph).items()}
         described = [row for row in runtime.plan.describe() if row["op"] not in _ROWS and "bytes" in row]
         steps = described or [_step(node, held) for node in graph.nodes if node.op in _PRODUCTS]  # the reference tells no bytes
-        kv_bytes = _token_bytes(runtime, runtime.graph)
         chosen_bytes, top_k = _chosen(runtime)
+        windows = () if top_k else _windows(runtime)
+        kv_bytes = _token_bytes(runtime, runtime.graph) - sum(size for size, _ in windows)
+        state_bytes = runtime.backend.state_bytes(runtime.graph)
     else:
         size = model.dtype.itemsize
         held = {name: size * math.prod(shape) for name, shape in shapes.items()}
         steps = [_step(node, held) for node in graph.nodes if node.op in _PRODUCTS]
-        kv_bytes, chosen_bytes, top_k = graph.cache.elements_per_token * size, 0.0, 0  # Transformers masks what was not chosen
+        kv_bytes = graph.cache.elements_per_token * size
+        chosen_bytes, top_k, windows = 0.0, 0, ()  # Transformers masks what was not chosen
+        state_bytes = 4 * sum(state.elements for state in graph.states)
     return Traffic(
         weight_bytes=sum(row["bytes"] for row in steps if "experts" not in row),
         kv_bytes=kv_bytes - chosen_bytes,
         chosen_bytes=chosen_bytes,
         top_k=top_k,
+        windows=windows,
+        state_bytes=state_bytes,
         experts=tuple(Experts(row["bytes"], row["experts"], row["top_k"]) for row in steps if "experts" in row),
         weights=sum(_multiplied(node, shapes) for node in graph.nodes if node.op in _PRODUCTS) - head_weights,
         head_weights=head_weights,
@@ -145,8 +159,29 @@ def _chosen(runtime: Any) -> tuple[float, int]:
     return _token_bytes(runtime, attended), top_k
 
 
+def _windows(runtime: Any) -> tuple[tuple[float, int], ...]:
+    """(bytes per token, window) of the layers with each window; () if the cache has no groups of layers."""
+    cache = runtime.graph.cache
+    if not isinstance(cache, CacheSpec) or not cache.layer_groups:
+        return ()
+    layers: dict[int, list[int]] = {}
+    for layer, span in spans_of_layers(runtime.graph).items():
+        if span is not None:
+            layers.setdefault(sum(span), []).append(layer)
+    return tuple((_bytes_of_layers(runtime, some), tokens) for tokens, some in layers.items())
+
+
+def _bytes_of_layers(runtime: Any, layers: Sequence[int]) -> float:
+    """Bytes of a token in these layers of the cache."""
+    kv_heads, head_dim = zip(*map(runtime.graph.cache.heads_of, layers), strict=True)
+    some = replace(runtime.graph, cache=CacheSpec(len(layers), kv_heads, head_dim))
+    return float(runtime.backend.block_bytes(some, runtime.kv_dtype)) / BLOCK_TOKENS
+
+
 def _token_bytes(runtime: Any, graph: Any) -> float:
     """Bytes of a token in all layers of the cache."""
+    if isinstance(graph.cache, CacheSpec) and graph.cache.layer_groups:  # the blocks of some groups are not full
+        return _bytes_of_layers(runtime, range(graph.cache.layers))
     return graph.cache.own_groups * runtime.backend.block_bytes(graph, runtime.kv_dtype) / BLOCK_TOKENS
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,32 +48,44 @@ class Run:
 
 
 class TokenTimes:
-    """A streamer that records the time of each step. `generate` puts the prompt first."""
+    """A streamer that records the time of each step. `generate` puts the prompt first.
 
-    def __init__(self) -> None:
+    Args:
+        beside: called after every fourth step. Its own time does not count.
+    """
+
+    def __init__(self, beside: Callable[[], object] | None = None) -> None:
         self.times: list[float] = []
+        self._beside, self._paused = beside, 0.0
         self._prompt_seen = False
 
     def put(self, value: Any) -> None:
         if self._prompt_seen:
-            self.times.append(time.perf_counter())
+            now = time.perf_counter()
+            self.times.append(now - self._paused)
+            if self._beside is not None and len(self.times) % 4 == 0:
+                self._beside()
+                self._paused += time.perf_counter() - now
         self._prompt_seen = True
 
     def end(self) -> None:
         pass
 
 
-def timed(model: Any, ids: Any, *, computed: int | None = None, **generation: Any) -> tuple[Run, Any]:
+def timed(
+    model: Any, ids: Any, *, computed: int | None = None, beside: Callable[[], object] | None = None, **generation: Any
+) -> tuple[Run, Any]:
     """One call of `generate`.
 
     Args:
         ids: int64 [B, T], without padding.
         computed: number of prompt tokens that are not in a cache given in `generation`; None: all.
+        beside: see `TokenTimes`.
 
     Returns:
         The times, and the new ids int64 [B, N].
     """
-    streamer = TokenTimes()
+    streamer = TokenTimes(beside)
     started = time.perf_counter()
     out = model.generate(ids, attention_mask=ids.new_ones(ids.shape), streamer=streamer, **generation)
     new = out[:, ids.shape[1] :]
@@ -81,9 +93,14 @@ def timed(model: Any, ids: Any, *, computed: int | None = None, **generation: An
     return Run(ids.shape[1] if computed is None else computed, ids.shape[0], times, new.numel()), new
 
 
-def repeated(model: Any, work: Work, *, repeats: int, warmup: int = 1, seed: int = 0) -> Iterator[Run]:
+def repeated(
+    model: Any, work: Work, *, repeats: int, warmup: int = 1, seed: int = 0, beside: Callable[[], object] | None = None
+) -> Iterator[Run]:
     """`repeats` greedy runs of one work after `warmup` uncounted ones, on random tokens that differ from run to run, so that no
     cache contains them. Lengths are exact: nothing ends a sequence early.
+
+    Args:
+        beside: called during the counted runs, see `TokenTimes`.
 
     Raises:
         ValueError: the work does not fit into the model's context.
@@ -106,7 +123,7 @@ def repeated(model: Any, work: Work, *, repeats: int, warmup: int = 1, seed: int
             ids = torch.cat([past, ids], dim=1)
         with exact_length(model):
             options = {"max_new_tokens": work.new, "do_sample": False, "num_beams": 1}
-            run, _ = timed(model, ids, computed=work.prompt, **options, **cache)
+            run, _ = timed(model, ids, computed=work.prompt, beside=beside if i >= warmup else None, **options, **cache)
         for stored in cache.values():
             stored.crop(-(stored.get_seq_length() - work.depth))
         if i >= warmup:

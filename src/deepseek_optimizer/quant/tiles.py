@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from ..system.tensor_memory import weight_memory
 from .base import PANEL_ROWS, TILE_COLS, TILE_ROWS
 
 PANEL_ELEMENTS = 1 << 19  # 2 MB as float32: about the size of an L2 cache
@@ -31,12 +32,12 @@ def tile_counts(rows: int, cols: int) -> tuple[int, int]:
 
 def empty_tiles(rows: int, cols: int, tile_bytes: int) -> torch.Tensor:
     """Uninitialized tiles of a matrix, uint8 [ceil(rows/16), ceil(cols/32), tile_bytes]."""
-    return torch.empty(*tile_counts(rows, cols), tile_bytes, dtype=torch.uint8, device="cpu")
+    return weight_memory().empty((*tile_counts(rows, cols), tile_bytes), torch.uint8)
 
 
 def empty_stack(count: int, rows: int, cols: int, tile_bytes: int) -> torch.Tensor:
     """Uninitialized tiles of `count` matrices, uint8 [count, ceil(rows/16), ceil(cols/32), tile_bytes]."""
-    return torch.empty(count, *tile_counts(rows, cols), tile_bytes, dtype=torch.uint8, device="cpu")
+    return weight_memory().empty((count, *tile_counts(rows, cols), tile_bytes), torch.uint8)
 
 
 def panels(rows: int, cols: int, elements: int = PANEL_ELEMENTS) -> Iterator[tuple[int, int]]:

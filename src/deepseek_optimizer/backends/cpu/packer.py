@@ -11,7 +11,7 @@ from ...quant import fp8, get_format, ggml, reference_packer
 from ...quant.blocks import BlockFormat
 from ...quant.packed import PackedMatrix, PackedStack
 from ...quant.search import check_importance
-from ...quant.tiles import panels, tile_counts
+from ...quant.tiles import empty_tiles, panels, tile_counts
 from .buffers import address, optional, strided
 from .native import FORMATS, SLOT_KINDS, Context, Weight
 from .native_train import ADD, EXACT, PRODUCT_FORMS, TYPES, Matrix
@@ -74,7 +74,7 @@ def _tiles_for(context: Context, rows: int, cols: int, format_name: str, out: to
     tile_bytes = get_format(format_name).tile_bytes
     shape = (*tile_counts(rows, cols), tile_bytes)
     if out is None:
-        return context.outputs.empty(shape, torch.uint8)
+        return context.outputs.empty(shape, torch.uint8) if context.outputs.checked else empty_tiles(rows, cols, tile_bytes)
     if out.shape != shape or out.dtype != torch.uint8 or not out.is_contiguous():
         raise ValueError(
             f"out must be contiguous torch.uint8 {shape} for a {rows} x {cols} matrix in {format_name}, got {out.dtype} "

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -31,11 +32,14 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--repeats", type=int, default=3, help="0: stop after the first token")
     parser.add_argument("--warmup", type=int, default=1)
+    parser.add_argument("--beside", action="store_true", help="measure how fast the weights can be read, between the tokens")
     parser.add_argument("--cold", action="store_true", help="drop the model's files from the page cache first")
     print(json.dumps(measure(parser.parse_args())))
 
 
 def measure(a: argparse.Namespace) -> dict[str, Any]:
+    from ..machine_limits import read_regions_gb_s
+    from ..memory_traffic import matrix_memory
     from ..runs import repeated
 
     if a.cold:
@@ -46,8 +50,24 @@ def measure(a: argparse.Namespace) -> dict[str, Any]:
     result: dict[str, Any] = {"load_s": side.load_s, "to_first_token_s": to_first_token_s, "runs": []}
     if a.repeats:
         work = Work(a.prompt, a.new, a.depth, a.batch)
-        result["runs"] = [asdict(run) for run in repeated(side.model, work, repeats=a.repeats, warmup=a.warmup)]
+        rates: list[float] = []
+        regions = sample_of(matrix_memory(side.model)) if a.beside else []
+
+        def beside() -> None:
+            if (rate := read_regions_gb_s(regions, a.threads, seconds=0.0)) is not None:
+                rates.append(rate)
+
+        runs = repeated(side.model, work, repeats=a.repeats, warmup=a.warmup, beside=beside if regions else None)
+        result["runs"] = [asdict(run) for run in runs]
+        if rates:
+            result["own_read_gb_s"] = statistics.median(rates)
     return {**result, "memory_bytes": side.memory.bytes()}
+
+
+def sample_of(regions: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The beginnings of all regions, together at most 512 MB: much more than caches hold, and read in little time."""
+    share = min(1.0, (512 << 20) / max(1, sum(size for _, size in regions)))
+    return [(address, int(size * share)) for address, size in regions]
 
 
 def drop_from_page_cache(model: Path) -> None:

@@ -14,7 +14,8 @@ from ...backends.cpu.buffers import address, strided
 from ...backends.cpu.environment import forced_threads
 from ...backends.cpu.native_train import TYPES, Matrix, TrainNumbers
 from ...errors import BackendError
-from .memory import MIN_BYTES, memory
+from ...system.tensor_memory import MIN_BYTES
+from .memory import memory
 
 _NATIVE_DTYPES = (torch.float32, torch.bfloat16)
 
