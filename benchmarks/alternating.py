@@ -16,9 +16,14 @@ def clock_of(busy: bool) -> Callable[[], float]:
 
 
 def alternate(
-    sides: Mapping[str, Callable[[], Any]], rounds: int, seconds: float, clock: Callable[[], float] = time.perf_counter
+    sides: Mapping[str, Callable[[], Any]],
+    rounds: int,
+    seconds: float,
+    clock: Callable[[], float] = time.perf_counter,
+    *,
+    warm: bool = False,
 ) -> dict[str, list[float]]:
-    """Seconds of each call, by side: each is called once without being timed, then once a round.
+    """Seconds of each call, by side: unless they are warm, each is called once without being timed; then once a round.
 
     Args:
         rounds: number of rounds.
@@ -26,7 +31,7 @@ def alternate(
         clock: measures a call.
     """
     begin = time.perf_counter()
-    for run in sides.values():
+    for run in () if warm else sides.values():
         run()
     times: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(rounds):

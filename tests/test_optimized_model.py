@@ -148,7 +148,7 @@ def test_an_unavailable_backend_is_an_error(model, monkeypatch):
         raise BackendError("the native CPU library was not built")
 
     monkeypatch.setattr(native, "library", missing)
-    native.shared_context.cache_clear()
+    native._shared_context.cache_clear()
     with pytest.raises(BackendError, match="not built"):
         optimize(model, config=DeepSeekConfig(backend="cpu", threads=3))
     assert isinstance(model.lm_head, torch.nn.Linear) and model.lm_head.weight.dtype == torch.float32

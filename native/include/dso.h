@@ -18,7 +18,7 @@ extern "C" {
 #define DSO_API
 #endif
 
-#define DSO_ABI_VERSION 13
+#define DSO_ABI_VERSION 14
 DSO_API int32_t dso_abi_version(void);
 
 enum {
@@ -64,13 +64,14 @@ DSO_API int32_t dso_read_bandwidth_of(dso_context* c, const void* const* starts,
                                       double seconds, double* bytes_per_second);
 
 /* ---- attention outside a plan ---------------------------------------------------------------------------
- * o = softmax(scale q k^T + mask) v for few queries and many keys, in fp32: a decode step over keys and values that the caller
- * keeps. q is [batch, heads, queries, qk_width], k and v are [batch, kv_heads, keys, qk_width and v_width], o is [batch, heads,
- * queries, v_width], all of one type; query head h reads kv head h / (heads / kv_heads). A mask is [batch, heads, queries,
- * keys]: bytes, of which 0 hides a key, or numbers of that type, which are added. A query whose keys are all hidden gets zeros.
+ * o = softmax(scale q k^T + mask) v over keys and values that the caller keeps, in fp32; with bf16 tensors and more than a few
+ * queries, products are those of bf16. q is [batch, heads, queries, qk_width], k and v are [batch, kv_heads, keys, qk_width and
+ * v_width], o is [batch, heads, queries, v_width], all of one type; query head h reads kv head h / (heads / kv_heads). A mask
+ * is [batch, heads, queries, keys]: bytes, of which 0 hides a key, or numbers of that type, which are added. CAUSAL: query i
+ * sees keys up to i + keys - queries, and `mask` is not read. A query whose keys are all hidden gets zeros.
  */
 enum { DSO_TYPE_F32 = 0, DSO_TYPE_BF16 = 1 };
-enum { DSO_MASK_NONE = 0, DSO_MASK_BYTES = 1, DSO_MASK_NUMBERS = 2 };
+enum { DSO_MASK_NONE = 0, DSO_MASK_BYTES = 1, DSO_MASK_NUMBERS = 2, DSO_MASK_CAUSAL = 3 };
 typedef struct dso_dense_heads {
   void* data;
   int64_t batch, head, token; /* strides in elements, of a mask: 0 where it is shared; the elements of a token are contiguous */
@@ -189,6 +190,19 @@ DSO_API int32_t dso_unpack(dso_context* c, const dso_weight* w, int64_t row_begi
  * others: prefill). */
 DSO_API int32_t dso_linear(dso_context* c, const dso_weight* w, const float* bias, int32_t activation, const float* x,
                            int64_t T, int64_t decode_rows, float* y);
+/* y[T, down.rows] = W_down act(W_up x + b_up) + b_down, where act is the element-wise op `op` with one input; with `gate`, a
+ * matrix of the shape of `up`, act(W_gate x + b_gate, W_up x + b_up) of an op with two. x and y are fp32, row-major and dense.
+ * Bitwise equal to products and op one after the other. activation, inner: the kinds of rows that the first and the second
+ * product read. */
+typedef struct dso_feed_forward {
+  const dso_weight *gate, *up, *down; /* gate: NULL without one */
+  const float *gate_bias, *up_bias, *down_bias;
+  int32_t op, activation, inner, reserved;
+} dso_feed_forward;
+DSO_API int32_t dso_run_feed_forward(dso_context* c, const dso_feed_forward* f, const float* x, int64_t T, float* y);
+/* The norm of each row of x[T, width], dense, by the kernels of a plan's LAYER_NORM, or without a bias of its RMS_NORM. */
+DSO_API int32_t dso_norm(dso_context* c, const float* x, int64_t T, int64_t width, const float* weight, const float* bias,
+                         float eps, float* y);
 /* The conversion alone, for tests: rows of x[T, width] to rows of dso_row_bytes(kind, width) bytes. */
 DSO_API int64_t dso_row_bytes(int32_t slot_kind, int64_t width); /* bytes of a row of a slot, a multiple of 64 */
 DSO_API int32_t dso_convert(dso_context* c, int32_t slot_kind, const float* x, int64_t T, int64_t width, void* rows);
@@ -449,6 +463,7 @@ enum {
   DSO_OP_ADD_FEATURES = 56,   /* in0 F32 -> out0 F32 (may alias): in0 + batch->features[index], index = layer field; in0 without
                                  features */
   DSO_OP_LINEAR_GELU = 57,    /* in0, w0 (b0) -> out0 any: GELU_ERF of W0 x, with the GELU flag GELU. in1 as for LINEAR */
+  DSO_OP_RELU = 58,           /* in0 F32 -> out0 any: max(x, 0) */
 };
 enum {
   DSO_FLAG_EAGER = 1,

@@ -50,7 +50,9 @@ constexpr int64_t train_attn_query_grad(int64_t qk_width) {
   return (qk_width + 31) / 32 * 32 * train_attn_block;
 }  // floats per block
 
-// One q head of one sequence of a cache that is no plan's: few queries, many keys. Strides are in elements.
+constexpr int64_t dense_attn_rows = 8;  // with more queries, products of matrices are faster than one query after the other
+
+// One q head of one sequence of a cache that is no plan's. Strides are in elements.
 struct DenseAttnTask {
   int32_t type;       // DSO_TYPE_* of q, k, v, o, and of a mask of numbers
   int32_t mask_type;  // DSO_MASK_*

@@ -116,6 +116,10 @@ int32_t dso_linear(dso_context* c, const dso_weight* w, const float* bias, int32
                    int64_t decode_rows, float* y) {
   return guarded([&] { linear(shared(c), given(w, "weight"), bias, activation, x, T, decode_rows, y); });
 }
+int32_t dso_norm(dso_context* c, const float* x, int64_t T, int64_t width, const float* weight, const float* bias, float eps,
+                 float* y) {
+  return guarded([&] { norm(shared(c), x, T, width, weight, bias, eps, y); });
+}
 int32_t dso_convert(dso_context* c, int32_t slot_kind, const float* x, int64_t T, int64_t width, void* rows) {
   return guarded([&] { convert(shared(c), slot_kind, x, T, width, rows); });
 }

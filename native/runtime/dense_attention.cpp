@@ -25,7 +25,8 @@ DenseAttnTask task_of(const dso_dense_attention& a, int64_t batch, int64_t head)
   t.queries = a.queries, t.keys = a.keys, t.qk_width = a.qk_width, t.v_width = a.v_width;
   t.q = at<const void*>(a.q, size, batch, head), t.o = at<void*>(a.o, size, batch, head);
   t.k = at<const void*>(a.k, size, batch, kv_head), t.v = at<const void*>(a.v, size, batch, kv_head);
-  if (a.mask_type != DSO_MASK_NONE) t.mask = at<const void*>(a.mask, mask_size, batch, head);
+  if (a.mask_type == DSO_MASK_BYTES || a.mask_type == DSO_MASK_NUMBERS)
+    t.mask = at<const void*>(a.mask, mask_size, batch, head);
   t.q_token = a.q.token, t.k_token = a.k.token, t.v_token = a.v.token, t.o_token = a.o.token, t.mask_query = a.mask.token;
   return t;
 }
@@ -41,16 +42,19 @@ void check(int64_t n, const char* name) {
 const dso_dense_attention& checked(const dso_dense_attention* given_one) {
   const dso_dense_attention& a = given(given_one, "attention");
   if (a.type != DSO_TYPE_F32 && a.type != DSO_TYPE_BF16) fail(DSO_EINVAL, "unknown type %d", a.type);
-  if (a.mask_type < DSO_MASK_NONE || a.mask_type > DSO_MASK_NUMBERS) fail(DSO_EINVAL, "unknown mask_type %d", a.mask_type);
+  if (a.mask_type < DSO_MASK_NONE || a.mask_type > DSO_MASK_CAUSAL) fail(DSO_EINVAL, "unknown mask_type %d", a.mask_type);
   check(a.batch, "batch"), check(a.queries, "queries"), check(a.keys, "keys"), check(a.qk_width, "qk_width");
   check(a.v_width, "v_width"), check(a.heads, "heads"), check(a.kv_heads, "kv_heads");
   if (a.kv_heads < 1 || a.heads % a.kv_heads)
     fail(DSO_EINVAL, "%lld heads cannot share %lld kv heads: heads must be a multiple", (long long)a.heads,
          (long long)a.kv_heads);
+  if (a.mask_type == DSO_MASK_CAUSAL && a.keys < a.queries)
+    fail(DSO_EINVAL, "a causal mask needs at least as many keys as queries, got %lld and %lld", (long long)a.keys,
+         (long long)a.queries);
   if (!a.batch || !a.heads || !a.queries || !a.v_width) return a;  // nothing is written
   check(a.q, "q"), check(a.o, "o");
   if (a.keys) check(a.k, "k"), check(a.v, "v");
-  if (a.keys && a.mask_type != DSO_MASK_NONE) check(a.mask, "mask");
+  if (a.keys && (a.mask_type == DSO_MASK_BYTES || a.mask_type == DSO_MASK_NUMBERS)) check(a.mask, "mask");
   return a;
 }
 

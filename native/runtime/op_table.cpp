@@ -70,11 +70,12 @@ const Row* find(const Row* begin, const Row* end, int32_t op) {
   return row == end ? nullptr : row;
 }
 const Entry* find_op(int32_t op) { return find(std::begin(kOps), std::end(kOps), op); }
+
+}  // namespace
+
 const ElementwiseOp* find_elementwise(const Kernels& k, int32_t op) {
   return find(k.elementwise_ops, k.elementwise_ops + k.elementwise_count, op);
 }
-
-}  // namespace
 
 const ElementwiseOp& elementwise_op(const Kernels& kernels, int32_t op) { return *find_elementwise(kernels, op); }
 

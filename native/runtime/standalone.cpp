@@ -15,7 +15,7 @@
 namespace dso {
 namespace {
 
-constexpr int64_t kRows = 8;  // rows per conversion task
+constexpr int64_t kNormed = 1 << 15;  // elements per task of a norm
 
 void check_activation(int32_t format, int32_t kind) {
   if (!reads(format, kind))
@@ -85,10 +85,9 @@ void unpack(Context& c, const dso_weight& weight, int64_t row_begin, int64_t row
   check_intact(weight.data);
 }
 
-// Rows of task `block`.
-static void convert_block(const Kernels& k, int32_t kind, const float* x, int64_t T, int64_t width, uint8_t* rows,
-                          int64_t stride, int64_t block) {
-  for (int64_t t = block * kRows; t < std::min(T, (block + 1) * kRows); ++t)
+void convert_block(const Kernels& k, int32_t kind, const float* x, int64_t T, int64_t width, uint8_t* rows, int64_t stride,
+                   int64_t block) {
+  for (int64_t t = block * kConvertedRows; t < std::min(T, (block + 1) * kConvertedRows); ++t)
     k.convert(kind, x + t * width, 0, width, width, rows + t * stride);
 }
 
@@ -100,8 +99,24 @@ void convert(Context& c, int32_t kind, const float* x, int64_t T, int64_t width,
   if (T < 0) fail(DSO_EINVAL, "T is %lld, must not be negative", (long long)T);
   if (T == 0) return;
   if (!x || !rows) fail(DSO_EINVAL, "x or rows is NULL");
-  parallel(c, ceil_div(T, kRows), [&](int64_t block, int) {
+  parallel(c, ceil_div(T, kConvertedRows), [&](int64_t block, int) {
     convert_block(c.kernels, kind, x, T, width, static_cast<uint8_t*>(rows), stride, block);
+  });
+}
+
+void norm(Context& c, const float* x, int64_t T, int64_t width, const float* weight, const float* bias, float eps, float* y) {
+  if (T < 0 || width < 1 || width > INT32_MAX)
+    fail(DSO_EINVAL, "T is %lld and width %lld, must be at least 0 and 1", (long long)T, (long long)width);
+  if (!(eps >= 0)) fail(DSO_EINVAL, "eps is %g, must not be negative", double(eps));
+  if (T == 0) return;
+  if (!x || !weight || !y) fail(DSO_EINVAL, "x, weight or y is NULL");
+  const int64_t rows = std::max<int64_t>(1, kNormed / width);
+  parallel(c, ceil_div(T, rows), [&](int64_t block, int) {
+    for (int64_t t = block * rows; t < std::min(T, (block + 1) * rows); ++t)
+      if (bias)
+        c.kernels.layer_norm(x + t * width, weight, bias, width, eps, y + t * width);
+      else
+        c.kernels.rms_norm(x + t * width, weight, width, eps, y + t * width);
   });
 }
 
@@ -137,7 +152,8 @@ void linear(Context& c, const dso_weight& weight, const float* bias, int32_t kin
                      std::min(tile + g.block_tiles, tile_rows(w)), y + row * w.rows, 4 * int64_t(w.rows),
                      c.scratch.data() + scratch_at + thread * scratch);
   };
-  Stages stages({{converted ? ceil_div(T, kRows) : 0, convert_rows}, {grids.grid[0].tasks() + grids.grid[1].tasks(), product}});
+  Stages stages(
+      {{converted ? ceil_div(T, kConvertedRows) : 0, convert_rows}, {grids.grid[0].tasks() + grids.grid[1].tasks(), product}});
   team.run(stages);
   check_intact(weight.data);
 }

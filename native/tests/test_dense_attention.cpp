@@ -31,7 +31,8 @@ struct Case {
   Case(Random& random, int32_t mask) {
     const int64_t widths[] = {1, 7, 16, 31, 64, 80};
     batch = 1 + random.below(2), kv_heads = 1 + random.below(2), heads = kv_heads * (1 + random.below(3));
-    queries = 1 + random.below(3), keys = 1 + random.below(70), qk_width = widths[random.below(6)];
+    queries = 1 + random.below(random.below(2) ? 3 : 150), keys = 1 + random.below(140), qk_width = widths[random.below(6)];
+    if (mask == DSO_MASK_CAUSAL) keys += queries;
     v_width = widths[random.below(6)];
     const auto fill = [&](std::vector<Number>& x, int64_t n) {
       x.resize(size_t(n));
@@ -67,6 +68,7 @@ struct Case {
       s[size_t(t)] *= double(call.scale);
       if (!numbers.empty()) s[size_t(t)] += number(numbers[size_t(i * keys + t)]);
       if (!bytes.empty() && !bytes[size_t(i * keys + t)]) s[size_t(t)] = -INFINITY;
+      if (call.mask_type == DSO_MASK_CAUSAL && t > i + keys - queries) s[size_t(t)] = -INFINITY;
       top = std::max(top, s[size_t(t)]);
     }
     if (top == -INFINITY) return 0;
@@ -105,7 +107,9 @@ void errors() {
   };
   refuses(dso_attend(context.c, nullptr), DSO_EINVAL, "attention is NULL", "no call");
   refused("unknown type 2", [](dso_dense_attention& a) { a.type = 2; });
-  refused("unknown mask_type 3", [](dso_dense_attention& a) { a.mask_type = 3; });
+  refused("unknown mask_type 4", [](dso_dense_attention& a) { a.mask_type = 4; });
+  refused("at least as many keys as queries",
+          [](dso_dense_attention& a) { a.mask_type = DSO_MASK_CAUSAL, a.keys = a.queries - 1; });
   refused("keys is -1", [](dso_dense_attention& a) { a.keys = -1; });
   refused("cannot share", [](dso_dense_attention& a) { a.heads = 5, a.kv_heads = 2; });
   refused("q.data is NULL", [](dso_dense_attention& a) { a.q.data = nullptr; });
@@ -123,7 +127,7 @@ void errors() {
 int main() {
   for (const Variant& variant : variants())
     for (uint64_t seed = 0; seed < 60; ++seed)
-      for (int32_t mask : {DSO_MASK_NONE, DSO_MASK_BYTES, DSO_MASK_NUMBERS}) {
+      for (int32_t mask : {DSO_MASK_NONE, DSO_MASK_BYTES, DSO_MASK_NUMBERS, DSO_MASK_CAUSAL}) {
         equals_double<float>(variant, seed, mask);
         equals_double<uint16_t>(variant, seed, mask);
       }

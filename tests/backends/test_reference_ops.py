@@ -93,6 +93,11 @@ def test_position_scale_is_transformers() -> None:
     torch.testing.assert_close(ops.position_scale(x, positions, 0.4, 7, offset=1), x * llama4[:, None], rtol=1e-6, atol=0)
 
 
+def test_relu() -> None:
+    x = torch.cat((3 * randn(70), torch.tensor([0.0, -0.0, 30.0, -30.0, torch.nan])))
+    assert torch.equal(ops.relu(x).nan_to_num(7.0), torch.where(x < 0, 0.0, x).nan_to_num(7.0))
+
+
 def test_swiglu() -> None:
     gate, up = randn(3, 7), randn(3, 7, seed=1)
     wide = gate.double()

@@ -58,6 +58,26 @@ def test_a_new_engine_continues_where_the_last_one_ended(tmp_path, kind):
     third.scheduler.close()
 
 
+def test_states_are_read_only_where_the_text_continues(tmp_path, monkeypatch):
+    """Those after the last full block are not needed if the partly filled one and its states are there."""
+    prompt, first = text(1, 400), core_with(tmp_path, "states")
+    answer = ask(first, prompt, 60)
+    first.scheduler.close()
+    read, groups = PrefixFiles.read, []
+
+    def recorded(self, key, group):
+        groups.append(group)
+        return read(self, key, group)
+
+    monkeypatch.setattr(PrefixFiles, "read", recorded)
+    second = core_with(tmp_path, "states")
+    follow = [*prompt, *answer.token_ids, *text(2, 30)]
+    again = ask(second, follow)
+    assert again.cached_tokens == 459 and again.token_ids == expected_of("states", follow)
+    assert groups.count(-1) == 1 and groups.count(0) == 459 // 32 + 1
+    second.scheduler.close()
+
+
 @pytest.mark.parametrize("kind", CACHE_KINDS)
 def test_parts_in_memory_and_in_files_are_joined(tmp_path, kind):
     prompt, first = text(1, 600), core_with(tmp_path, kind)

@@ -40,6 +40,10 @@ static void dense_logits(const DenseAttnTask& t, const float* q, float* s) {
 
 template <class Number>
 static void dense_mask(const DenseAttnTask& t, int64_t query, float* s) {
+  if (t.mask_type == DSO_MASK_CAUSAL) {
+    for (int64_t i = query + 1 + t.keys - t.queries; i < t.keys; ++i) s[i] = -__builtin_inff();
+    return;
+  }
   const F hidden = set(-__builtin_inff());
   for (int64_t i = 0; i < t.keys; i += 16) {
     const int64_t n = least(16, t.keys - i);

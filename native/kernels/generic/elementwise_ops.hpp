@@ -17,6 +17,9 @@ static void gelu_row(const float* a, const float*, int64_t n, float, float* out)
 static void gelu_erf_row(const float* a, const float*, int64_t n, float, float* out) {
   each(a, n, out, [](F x) { return gelu_erf(x); });
 }
+static void relu_row(const float* a, const float*, int64_t n, float, float* out) {
+  each(a, n, out, [](F x) { return max(zero(), x); });  // a NaN stays one
+}
 static void scale_row(const float* a, const float*, int64_t n, float factor, float* out) { scale(a, factor, n, out); }
 static void softcap_row(const float* a, const float*, int64_t n, float scale, float* out) {
   each(a, n, out, [=](F x) { return mul(set(scale), tanh(div(x, set(scale)))); });
@@ -29,6 +32,7 @@ static constexpr ElementwiseOp elementwise_ops[] = {
     {DSO_OP_GEGLU, "GEGLU", 2, geglu_row},
     {DSO_OP_GELU, "GELU", 1, gelu_row},
     {DSO_OP_GELU_ERF, "GELU_ERF", 1, gelu_erf_row},
+    {DSO_OP_RELU, "RELU", 1, relu_row},
     {DSO_OP_SCALE, "SCALE", 1, scale_row},
     {DSO_OP_SOFTCAP, "SOFTCAP", 1, softcap_row},
     {DSO_OP_MULTIPLY, "MULTIPLY", 2, multiply_row},

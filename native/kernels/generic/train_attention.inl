@@ -1,6 +1,7 @@
 // Defines this variant's TrainAttention; included once, after its lanes. As in linear.inl: nothing from the standard library
 // that emits code. A variant with tile registers also includes its tiles, and defines DSO_TILES.
 #include "dense_attention.hpp"
+#include "dense_blocks.hpp"
 #include "train_attention_backward.hpp"
 #include "train_attention_forward.hpp"
 
@@ -27,9 +28,14 @@ void backward(const TrainAttnTask& t, uint8_t* scratch) {
   else
     attn_backward<float, WideProduct>(t, scratch);
 }
-int64_t dense_scratch(const DenseAttnTask& t) { return DenseRoom(t, nullptr).bytes; }
+int64_t dense_scratch(const DenseAttnTask& t) {
+  if (t.queries <= dense_attn_rows) return DenseRoom(t, nullptr).bytes;
+  return t.type == DSO_TYPE_BF16 ? dense_blocks_scratch<NarrowProduct>(t) : dense_blocks_scratch<WideProduct>(t);
+}
 void dense(const DenseAttnTask& t, uint8_t* scratch) {
-  if (t.type == DSO_TYPE_BF16)
+  if (t.queries > dense_attn_rows)
+    t.type == DSO_TYPE_BF16 ? dense_blocks<uint16_t, NarrowProduct>(t, scratch) : dense_blocks<float, WideProduct>(t, scratch);
+  else if (t.type == DSO_TYPE_BF16)
     dense_attention<uint16_t>(t, scratch);
   else
     dense_attention<float>(t, scratch);

@@ -214,12 +214,12 @@ class SequenceBlocks:
 
         Args:
             tables: the blocks of each group, all of the same length.
-            slot: the slot.
+            slot: the slot; None for a sequence with states: the caller adds a partly filled block next, with its states.
         """
         if self.blocks:
             raise ValueError("only an empty sequence can adopt blocks")
         tokens = len(tables[0]) * BLOCK_TOKENS
-        if self.states is not None and tokens:
+        if self.states is not None and slot is not None:
             self.states.adopt(tokens, slot)
         for table, blocks in zip(self.tables, tables, strict=True):
             table.adopt(blocks)

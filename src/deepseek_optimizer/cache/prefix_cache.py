@@ -110,10 +110,10 @@ class PrefixCache:
     def __len__(self) -> int:
         return len(self._blocks)
 
-    def match(self, wanted: list[Key]) -> list[list[int]]:
+    def match(self, wanted: list[Key], partial: Callable[[int], list[Key]] | None = None) -> list[list[int]]:
         """Blocks of the longest cached prefix of `wanted`, in each group. The caller becomes a user of each. Blocks that the
-        token after the prefix does not attend to are holes."""
-        prefix = wanted[: self.known(wanted)]
+        token after the prefix does not attend to are holes. `partial`: as in `known`."""
+        prefix = wanted[: self.known(wanted, partial)]
         tables = []
         for group, forgetting in enumerate(self.groups):
             blocks = [HOLE] * len(prefix)
@@ -124,9 +124,20 @@ class PrefixCache:
         self.touch(prefix)
         return tables
 
-    def known(self, wanted: list[Key]) -> int:
-        """Number of blocks per group that `match` would return."""
-        return longest(wanted, self.groups, self.manager.slots is not None, self.has)
+    def known(self, wanted: list[Key], partial: Callable[[int], list[Key]] | None = None) -> int:
+        """Number of blocks per group that `match` would return.
+
+        Args:
+            partial: keys of the partly filled blocks from which the caller could continue after a number of full blocks. If
+                one can be taken, the recurrent states after the full blocks are not needed.
+        """
+
+        def has(key: Key, group: int) -> bool:
+            if self.has(key, group) or group != STATES or partial is None:
+                return self.has(key, group)
+            return self._untaken(partial(wanted.index(key) + 1)) is not None
+
+        return longest(wanted, self.groups, self.manager.slots is not None, has)
 
     def has(self, key: Key, group: int) -> bool:
         """Whether a block of a group, or the states after a block (group STATES), are cached."""
@@ -155,10 +166,9 @@ class PrefixCache:
 
     def state_after(self, prefix: list[Key]) -> int | None:
         """The slot with the recurrent states after these blocks, which `match` returned; the caller becomes its user. None: the
-        model has no such states, or there are no blocks."""
-        if self.manager.slots is None or not prefix:
+        model has no such states, there are no blocks, or a partly filled block has the states."""
+        if self.manager.slots is None or not prefix or (slot := self._slots.get(prefix[-1])) is None:
             return None
-        slot = self._slots[prefix[-1]]
         self.manager.slots.retain(slot)
         return slot
 
@@ -169,19 +179,25 @@ class PrefixCache:
         Returns: its index in `candidates`, its block in each group, and the slot of the states; None: none is cached, or others
             use it.
         """
-        slots, groups = self.manager.slots, range(len(self.groups))
+        index = self._untaken(candidates)
+        if index is None:
+            return None
+        key = candidates[index]
+        blocks = [self._blocks.pop(of_group(key, group)) for group in range(len(self.groups))]
+        self.removals += 1
+        return index, blocks, self._slots.pop(key, None)
+
+    def _untaken(self, candidates: list[Key]) -> int | None:
+        """Index of the first of some partly filled blocks that is cached, with its states, and that no sequence uses."""
+        slots = self.manager.slots
         for index, key in enumerate(candidates):
             if not all(self.has(*part) for part in self.parts_of(key)):
                 continue
-            blocks = [self._blocks[of_group(key, group)] for group in groups]
+            blocks = [self._blocks[of_group(key, group)] for group in range(len(self.groups))]
             slot = self._slots.get(key)
             if any(self.manager.users(block) > 1 for block in blocks) or (slots and slot is not None and slots.users(slot) > 1):
                 continue
-            for group in groups:
-                del self._blocks[of_group(key, group)]
-            self._slots.pop(key, None)
-            self.removals += 1
-            return index, blocks, slot
+            return index
         return None
 
     def parts_of(self, key: Key) -> list[Part]:

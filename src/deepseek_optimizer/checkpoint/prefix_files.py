@@ -4,7 +4,7 @@
     DIRECTORY/<fingerprint>/<key>.states      recurrent states
 
     8 bytes "DSOPREFX" | uint32 format version | int32 group, -1 for states | fingerprint [16] | key [16]
-    | uint64 length of the content | BLAKE2b-128 of everything before and the content | content
+    | uint64 length of the content | first 16 bytes of SHA-256 of everything before and the content | content
 
 All integers are little-endian. The fingerprint stands for everything that the content depends on besides the text: weights,
 formats, backend. The key is the hash of the salt and of the text up to the end of the block (`cache.prefix_cache.keys`). A file
@@ -32,7 +32,7 @@ from ..errors import ConfigError
 from .locks import HAS_LOCKS, hold
 
 _log = logging.getLogger(__name__)
-_MAGIC, _VERSION, _DIGEST = b"DSOPREFX", 1, 16
+_MAGIC, _VERSION, _DIGEST = b"DSOPREFX", 2, 16
 _HEADER = struct.Struct(f"<8sIi{_DIGEST}s{_DIGEST}sQ")
 _FOLDER = re.compile(r"[0-9a-f]{32}")
 _PARTS = 16  # the directory is measured again after this part of the limit was written
@@ -203,6 +203,6 @@ def _no_links(path: str, flags: int) -> int:
 
 
 def _digest(header: bytes, content: bytes) -> bytes:
-    hashed = hashlib.blake2b(header, digest_size=_DIGEST)
+    hashed = hashlib.sha256(header)  # with the CPU's instructions for it, twice as fast as BLAKE2b
     hashed.update(content)
-    return hashed.digest()
+    return hashed.digest()[:_DIGEST]

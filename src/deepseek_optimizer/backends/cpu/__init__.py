@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -117,8 +117,11 @@ class CpuBackend(CpuSizes):
     def free_memory(self) -> FreeMemory:
         return free_memory()
 
-    def thread_context(self) -> AbstractContextManager[None]:
-        return one_torch_thread()
+    @contextmanager
+    def thread_context(self) -> Iterator[None]:
+        with one_torch_thread():
+            yield
+        self.context.outputs.trim()
 
     def pack(
         self,
@@ -153,6 +156,22 @@ class CpuBackend(CpuSizes):
         """See `packer.linear`, which documents `kinds`."""
         kinds.setdefault("activation", row_kind(matrix.format, options.activation))
         return packer.linear(self.context, x, matrix, bias, **kinds)
+
+    def feed_forward(
+        self,
+        x: torch.Tensor,
+        first: Sequence[tuple[PackedMatrix, torch.Tensor | None]],
+        op: str,
+        down: tuple[PackedMatrix, torch.Tensor | None],
+        options: CompileOptions = DEFAULTS,
+    ) -> torch.Tensor:
+        """See `packer.feed_forward`."""
+        kinds = [row_kind(matrix.format, options.activation) for matrix, _ in (*first, down)]
+        return packer.feed_forward(self.context, x, first, op, down, activation=kinds[0], inner=kinds[-1])
+
+    def norm(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float) -> torch.Tensor:
+        """See `packer.norm`."""
+        return packer.norm(self.context, x, weight, bias, eps)
 
     def linear_gradient(self, grad: torch.Tensor, matrix: PackedMatrix) -> torch.Tensor:
         """See `packer.linear_gradient`."""

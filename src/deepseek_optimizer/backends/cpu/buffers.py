@@ -16,8 +16,11 @@ import numpy as np
 import torch
 
 from ...errors import BackendError
+from ...system.tensor_memory import TensorMemory
 
 ZONE: Final = 64  # bytes before and after a checked buffer; equal to the allocator's alignment
+_SEGMENT: Final = 32 << 20  # bytes of memory for short-lived tensors that are mapped at once
+_KEPT: Final = 256 << 20  # bytes of it that are kept between forwards
 _PATTERN: Final = bytes([0xC3]) * ZONE
 Memory = torch.Tensor | np.ndarray[Any, Any]
 
@@ -81,12 +84,21 @@ class Outputs:
 
     def __init__(self, checked: bool) -> None:
         self.checked = checked
+        self._short_lived = TensorMemory("results of layers", "process less at once", segment=_SEGMENT, returns=False)
         self._zones: dict[int, tuple[memoryview, int, int]] = {}  # address -> surrounding memory, offset in it, bytes
 
-    def empty(self, shape: Iterable[int], dtype: torch.dtype) -> torch.Tensor:
-        """An uninitialized tensor on the CPU."""
+    def empty(self, shape: Iterable[int], dtype: torch.dtype, *, short_lived: bool = False) -> torch.Tensor:
+        """An uninitialized tensor on the CPU.
+
+        Args:
+            short_lived: others like it are needed soon, so that its memory, if it is large, is kept for them until `trim`. The
+                C library would return it to the system, which clears the pages of every new tensor: for models whose layers
+                are called one by one, that takes up to a fifth of the time of a forward.
+        """
         shape = torch.Size(shape)
         size = shape.numel() * dtype.itemsize
+        if short_lived and not self.checked:
+            return self._short_lived.empty(shape, dtype)
         if not self.checked or not size:
             return torch.empty(shape, dtype=dtype, device="cpu")
         array = np.empty(size + 3 * ZONE, np.uint8)
@@ -99,6 +111,11 @@ class Outputs:
         self._zones[place] = whole, start, size
         weakref.finalize(block, self._zones.pop, place, None)
         return tensor
+
+    def trim(self) -> None:
+        """Returns what is kept for short-lived tensors to the system, if it is much. Call between forwards."""
+        if self._short_lived.held() > _KEPT:
+            self._short_lived.trim()
 
     def verify(self, call: str, written: Mapping[str, torch.Tensor | None]) -> None:
         """Checks the red zones of a call's outputs; memory that was not allocated here has none.

@@ -1,9 +1,10 @@
-"""Attention of a few queries over keys and values in ordinary tensors, as Transformers' caches hold them.
+"""Attention over keys and values in ordinary tensors, as Transformers' caches hold them.
 
     o = softmax(scale q k^T + mask) v
 
-in fp32 whatever the tensors' dtype. Made for decoding, where torch's kernels for scaled dot-product attention take several
-times as long as reading keys and values does.
+in fp32; of bf16 tensors with more than a few queries, the products are those of bf16. In decoding, torch's kernels for scaled
+dot-product attention take several times as long as reading keys and values does. In prompts they run on one thread, since
+torch's threads would compete with the backend's.
 """
 
 from __future__ import annotations
@@ -17,11 +18,18 @@ from .native import Context, DenseAttention, DenseHeads
 from .native_train import TYPES
 
 DTYPES = (torch.float32, torch.bfloat16)
-_MASK_BYTES, _MASK_NUMBERS = 1, 2  # DSO_MASK_*
+_MASK_BYTES, _MASK_NUMBERS, _MASK_CAUSAL = 1, 2, 3  # DSO_MASK_*
 
 
 def attend(
-    context: Context, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, mask: torch.Tensor | None = None
+    context: Context,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale: float,
+    mask: torch.Tensor | None = None,
+    *,
+    causal: bool = False,
 ) -> torch.Tensor:
     """q [B, H, S, D], k [B, Hkv, T, D], v [B, Hkv, T, Dv] -> [B, H, S, Dv], all of one dtype in `DTYPES`, on the CPU, with
     contiguous last dimensions; query head h uses kv head h // (H / Hkv).
@@ -31,6 +39,7 @@ def attend(
         scale: factor of the scores.
         mask: broadcastable to [B, H, S, T]: bool, False hides a key; or of q's dtype, added to the scores. A query whose keys
             are all hidden gets zeros.
+        causal: without a mask, query i of S sees keys up to i + T - S only.
 
     Raises:
         ValueError: a tensor has another shape, dtype or layout.
@@ -38,14 +47,16 @@ def attend(
     batch, heads, queries, width = q.shape
     kv_heads, keys, v_width = v.shape[1:]
     # [B, S, H, Dv] in memory, since the heads of a token are joined next.
-    out = context.outputs.empty((batch, queries, heads, v_width), q.dtype).transpose(1, 2)
+    out = context.outputs.empty((batch, queries, heads, v_width), q.dtype, short_lived=True).transpose(1, 2)
     task = DenseAttention(
         type=TYPES[str(q.dtype).removeprefix("torch.")], batch=batch, heads=heads, kv_heads=kv_heads, queries=queries,
         keys=keys, qk_width=width, v_width=v_width, scale=scale,
         q=_heads(q, "q", q.dtype, (batch, heads, queries, width)), k=_heads(k, "k", q.dtype, (batch, kv_heads, keys, width)),
         v=_heads(v, "v", q.dtype, (batch, kv_heads, keys, v_width)), o=_heads(out, "o", q.dtype, tuple(out.shape)),
     )  # fmt: skip
-    if mask is not None:
+    if mask is None:
+        task.mask_type = _MASK_CAUSAL if causal else 0
+    else:
         mask = mask.expand(batch, heads, queries, keys)
         kind = torch.bool if mask.dtype == torch.bool else q.dtype
         task.mask_type = _MASK_BYTES if kind == torch.bool else _MASK_NUMBERS

@@ -19,7 +19,7 @@ from ...graph.ir import CacheSpec, LatentSpec, RowsSpec, StateSpec
 from . import native_train
 from .buffers import Outputs, checking
 
-ABI_VERSION = 13
+ABI_VERSION = 14
 BLOCK_TOKENS = 32
 
 FORMATS = {
@@ -136,6 +136,15 @@ class DenseAttention(C.Structure):
     ]  # fmt: skip
 
 
+class FeedForward(C.Structure):
+    """dso_feed_forward."""
+
+    _fields_ = [
+        *((n, C.POINTER(Weight)) for n in ("gate", "up", "down")), *((n, PTR) for n in ("gate_bias", "up_bias", "down_bias")),
+        *((n, I32) for n in ("op", "activation", "inner", "reserved")),
+    ]  # fmt: skip
+
+
 class Site(C.Structure):
     """dso_adapter_site."""
 
@@ -167,6 +176,8 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "dso_pack_fp8": (I32, [PTR, PTR, PTR, I64, I64, I64, PTR]),
     "dso_unpack": (I32, [PTR, PTR, I64, I64, PTR]),
     "dso_linear": (I32, [PTR, PTR, PTR, I32, PTR, I64, I64, PTR]),
+    "dso_run_feed_forward": (I32, [PTR, PTR, PTR, I64, PTR]),
+    "dso_norm": (I32, [PTR, PTR, I64, I64, PTR, PTR, C.c_float, PTR]),
     "dso_row_bytes": (I64, [I32, I64]),
     "dso_convert": (I32, [PTR, I32, PTR, I64, I64, PTR]),
     "dso_cache_block_bytes": (I64, [PTR]),
@@ -348,9 +359,13 @@ class Context:
         return bandwidth.value
 
 
-@functools.lru_cache(maxsize=8)
 def shared_context(isa: str | None, threads: int | None) -> Context:
-    """The process's context for these settings: models with equal settings share one pool."""
+    """The process's context for these settings: models with equal settings share one pool. None: as for `Context`."""
+    return _shared_context(isa, threads or int(library().dso_default_threads()))
+
+
+@functools.lru_cache(maxsize=8)
+def _shared_context(isa: str | None, threads: int) -> Context:
     return Context(isa, threads)
 
 

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import ctypes as C
+from collections.abc import Sequence
 
 import torch
 
 from ...errors import BackendError
+from ...graph.ops import OPS
 from ...quant import fp8, get_format, ggml, reference_packer
 from ...quant.blocks import BlockFormat
 from ...quant.packed import PackedMatrix, PackedStack
 from ...quant.search import check_importance
 from ...quant.tiles import empty_tiles, panels, tile_counts
 from .buffers import address, optional, strided
-from .native import FORMATS, SLOT_KINDS, Context, Weight
+from .native import FORMATS, SLOT_KINDS, Context, FeedForward, Weight
 from .native_train import ADD, EXACT, PRODUCT_FORMS, TYPES, Matrix
 
 _SOURCES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3}  # uint8: ggml blocks
@@ -134,7 +136,7 @@ def linear(
     kind = activation or get_format(matrix.format).activation
     flat = x.detach().reshape(-1, matrix.cols).float().contiguous()
     rows, f32 = flat.shape[0], torch.float32
-    out = context.outputs.empty((rows, matrix.rows), f32)
+    out = context.outputs.empty((rows, matrix.rows), f32, short_lived=True)
     bias32 = None if bias is None else bias.detach().float().contiguous()
     added = optional(bias32, "bias", f32, (matrix.rows,))
     if rows:
@@ -144,6 +146,58 @@ def linear(
             out=out,
         )  # fmt: skip
     return out.reshape(*x.shape[:-1], matrix.rows)
+
+
+def feed_forward(
+    context: Context,
+    x: torch.Tensor,
+    first: Sequence[tuple[PackedMatrix, torch.Tensor | None]],
+    op: str,
+    down: tuple[PackedMatrix, torch.Tensor | None],
+    *,
+    activation: str,
+    inner: str,
+) -> torch.Tensor:
+    """op(x W_1^T + b_1, ..) W^T + b as float32, bitwise equal to `linear`, the op and `linear`.
+
+    Args:
+        first: matrix and bias of each product that the op reads: one, or gate and up.
+        op: an element-wise op of graphs.
+        down: matrix and bias of the product of its result.
+        activation, inner: slot kinds that x and the op's result are converted to.
+    """
+    *gate, up = first
+    f32 = torch.float32
+    flat = x.detach().reshape(-1, up[0].cols).float().contiguous()
+    rows, width = flat.shape[0], down[0].rows
+    out = context.outputs.empty((rows, width), f32, short_lived=True)
+    biases = [None if bias is None else bias.detach().float().contiguous() for _, bias in (*first, down)]
+    places = [optional(bias, "bias", f32, (matrix.rows,)) for bias, (matrix, _) in zip(biases, (*first, down), strict=True)]
+    weights = [C.pointer(weight_struct(matrix)) for matrix, _ in (*first, down)]
+    call = FeedForward(
+        gate=weights[0] if gate else None, up=weights[-2], down=weights[-1], gate_bias=places[0] if gate else None,
+        up_bias=places[-2], down_bias=places[-1], op=OPS[op].code, activation=SLOT_KINDS[activation],
+        inner=SLOT_KINDS[inner],
+    )  # fmt: skip
+    if rows:
+        context.call(
+            "dso_run_feed_forward", context.handle, C.byref(call), address(flat, "x", f32, (rows, up[0].cols)), rows,
+            address(out, "out", f32, (rows, width)), out=out,
+        )  # fmt: skip
+    return out.reshape(*x.shape[:-1], width)
+
+
+def norm(context: Context, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float) -> torch.Tensor:
+    """Layer norm of x [..., N] with weight and bias [N], or RMS norm without a bias; all float32."""
+    f32, width = torch.float32, x.shape[-1]
+    flat = x.detach().reshape(-1, width).contiguous()
+    out = context.outputs.empty(flat.shape, f32, short_lived=True)
+    context.call(
+        "dso_norm", context.handle, address(flat, "x", f32, tuple(flat.shape)), flat.shape[0], width,
+        address(weight, "weight", f32, (width,)), optional(bias, "bias", f32, (width,)), eps,
+        address(out, "out", f32, tuple(flat.shape)), out=out,
+    )  # fmt: skip
+    return out.view(x.shape)
 
 
 def linear_gradient(context: Context, grad: torch.Tensor, matrix: PackedMatrix) -> torch.Tensor:

@@ -227,6 +227,11 @@ def gelu_erf(x: torch.Tensor) -> torch.Tensor:
     return F.gelu(x)
 
 
+def relu(x: torch.Tensor) -> torch.Tensor:
+    """max(x, 0)."""
+    return F.relu(x)
+
+
 def sigmoid_gate(x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
     """x * sigmoid(gate); gate may have one element per row."""
     return x * torch.sigmoid(gate)
@@ -256,6 +261,7 @@ FUNCTIONS: Mapping[str, Callable[..., torch.Tensor]] = {
     "gelu": gelu,
     "gelu_erf": gelu_erf,
     "multiply": multiply,
+    "relu": relu,
     "scale": scale,
     "sigmoid_gate": sigmoid_gate,
     "swiglu": swiglu,

@@ -33,6 +33,7 @@ class _Job:
         self.keys = {key for key, _ in parts} | {last}  # with the prefix's last full block, which may be in memory
         self.next = 0  # the first part that no thread reads yet
         self.reading: deque[Future[bytes | None]] = deque()
+        self.early: dict[int, Future[bytes | None]] = {}  # of parts that are read before their turn
         self.present: list[bool] = []  # of the parts before those in `reading`: whether they were read
 
     @property
@@ -78,7 +79,8 @@ class PrefixReader:
         with self._memory.locked() as manager:
             states = manager.slots is not None
             count = longest(wanted, prefix.groups, states, self._has)
-            needed = [*required(wanted[:count], prefix.groups, states), *self._partial(partial(count))]
+            rest = self._partial(partial(count))  # with its states, those after the full blocks are not needed
+            needed = [*required(wanted[:count], prefix.groups, states and not rest), *rest]
             parts = [part for part in needed if not prefix.has(*part)]
             if not parts or (places := self._reserve(manager, wanted[:count], parts, reserved)) is None:
                 return False
@@ -120,8 +122,12 @@ class PrefixReader:
         if self._pool is None:
             threads = min(_THREADS, os.cpu_count() or 1)
             self._pool = ThreadPoolExecutor(threads, thread_name_prefix="dso-prefix-reader")
+        if not job.next:  # states are much larger than blocks: while they are read, blocks are read and written
+            states = [index for index, (_, group) in enumerate(job.parts) if group == STATES]
+            job.early = {index: self._pool.submit(self._store.read, *job.parts[index]) for index in states}
         while job.next < len(job.parts) and len(job.reading) < _AHEAD:
-            job.reading.append(self._pool.submit(self._store.read, *job.parts[job.next]))
+            part = job.early.pop(job.next, None) or self._pool.submit(self._store.read, *job.parts[job.next])
+            job.reading.append(part)
             job.next += 1
 
     def collect(self) -> None:
@@ -165,7 +171,7 @@ class PrefixReader:
     def _finish(self, manager: BlockManager, job: _Job) -> None:
         """Puts the parts into the prefix cache, if they were read, and releases their places otherwise. The lock must be
         held."""
-        for future in job.reading:
+        for future in (*job.reading, *job.early.values()):
             future.cancel()
         for index, ((key, group), place) in enumerate(zip(job.parts, job.places, strict=True)):
             present = index < len(job.present) and job.present[index]

@@ -277,7 +277,7 @@ class Scheduler:
             if use_prefix:
                 assert self.prefix is not None
                 full = running.reusable // BLOCK_TOKENS
-                tables = self.prefix.match(running.keys[:full])
+                tables = self.prefix.match(running.keys[:full], lambda n: partial_blocks.candidates(running, n))
                 sequence.blocks.adopt(tables, self.prefix.state_after(running.keys[: len(tables[0])]))
                 running.registered = len(sequence.blocks.blocks)
             more = self._missing_blocks(running) + self._reserved(manager) - manager.free_blocks

@@ -159,6 +159,16 @@ SPECS = (
         doc='y = x / 2 * (1 + erf(x / sqrt(2))), Transformers\' "gelu". Source: Hendrycks and Gimpel 2016.',
     ),
     OpSpec(
+        name="relu",
+        inputs=(_X,),
+        outputs=(_Y,),
+        fits=same_widths,
+        in_place=((0, 0),),
+        any_kind=0,
+        code=58,
+        doc="y = max(x, 0). Source: Nair and Hinton 2010.",
+    ),
+    OpSpec(
         name="scale",
         inputs=(_X,),
         outputs=(_Y,),

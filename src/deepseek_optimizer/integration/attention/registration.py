@@ -1,4 +1,4 @@
-"""Registers this package's attention functions with Transformers: "dso_sliding" for users, and "dso_decode" for models without
+"""Registers this package's attention functions with Transformers: "dso_sliding" for users, and "dso_native" for models without
 a plan."""
 
 from __future__ import annotations
@@ -9,31 +9,31 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from ...config import DeepSeekConfig
 from ...errors import ConfigError
-from .decode_attention import decode_attention
+from .native_attention import native_attention
 from .sliding_attention import sliding_attention, sliding_mask
 from .transformers_sdpa import sdpa_mask
 
 DSO_SLIDING = "dso_sliding"
-DSO_DECODE = "dso_decode"
+DSO_NATIVE = "dso_native"
 
 
 def register_attention() -> None:
     """Registers the attention functions and their masks with Transformers; repeated calls are harmless."""
     AttentionInterface.register(DSO_SLIDING, sliding_attention)
     AttentionMaskInterface.register(DSO_SLIDING, sliding_mask)
-    AttentionInterface.register(DSO_DECODE, decode_attention)
-    AttentionMaskInterface.register(DSO_DECODE, sdpa_mask)
+    AttentionInterface.register(DSO_NATIVE, native_attention)
+    AttentionMaskInterface.register(DSO_NATIVE, sdpa_mask)
 
 
-def use_decode_attention(model: Any) -> bool:
-    """Lets the native library compute the attention of decode steps, if the model generates text, would use `sdpa`, and its
-    class calls attention through Transformers' `AttentionInterface`.
+def use_native_attention(model: Any) -> bool:
+    """Lets the native library compute attention, if the model generates text, would use `sdpa`, and its class calls attention
+    through Transformers' `AttentionInterface`.
 
     Returns: whether it does.
     """
     if model.can_generate() and model.config._attn_implementation == "sdpa" and model._can_set_attn_implementation():
-        model.set_attn_implementation(DSO_DECODE)
-    return bool(model.config._attn_implementation == DSO_DECODE)
+        model.set_attn_implementation(DSO_NATIVE)
+    return bool(model.config._attn_implementation == DSO_NATIVE)
 
 
 def check_attention_name(model_config: Any, config: DeepSeekConfig) -> None:

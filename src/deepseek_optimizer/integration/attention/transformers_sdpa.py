@@ -1,4 +1,4 @@
-"""Transformers' attention with `scaled_dot_product_attention` and its masks: the fallback of `dso_sliding` and `dso_decode`."""
+"""Transformers' attention with `scaled_dot_product_attention` and its masks: the fallback of `dso_sliding` and `dso_native`."""
 
 from transformers.integrations.sdpa_attention import create_position_bias_mask, sdpa_attention_forward
 from transformers.masking_utils import (

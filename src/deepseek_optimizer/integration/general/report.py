@@ -8,18 +8,20 @@ from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
 from ...quant import PackedStack, PackedWeight
-from ..attention.registration import DSO_DECODE
+from ..attention.registration import DSO_NATIVE
 from ..bind.modules import Packed
 from ..bind.packed_experts import PackedExperts
 from ..bind.packed_model import PackedModel
 from ..model.parameter_count import parameter_bytes
 from ..model.report import FormatRow
+from .feed_forward import FusedFeedForward
 from .head import PackedHead
 from .modules import GeneralLinear
+from .norms import FusedNorm
 from .swap import packable_layers
 
-TRANSFORMERS = "attention, activations, cache and generate: Transformers' own"
-DECODING = "attention of prompts, activations, cache and generate: Transformers' own"
+TRANSFORMERS = "attention, other activations, cache and generate: Transformers' own"
+ATTENDING = "other activations, cache and generate: Transformers' own"
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,8 @@ class GeneralReport:
         isa, threads: of the native backend; None for others.
         formats: the weight formats of the packed layers.
         layers, experts: number of linear layers, and of modules of merged experts, that run on our kernels.
-        decode_attention: whether our kernels compute the attention of decode steps.
+        blocks, norms: number of feed-forward blocks that run as one native call, and of norms that our kernels compute.
+        native_attention: whether our kernels compute attention.
         head: format of the packed copy of the language model head's weight; None: it has none.
         parameters, packed_parameters: number of parameters, and how many of them are in these layers.
         in_torch: number of the other parameters by the class of their module, the most first.
@@ -54,7 +57,9 @@ class GeneralReport:
     formats: tuple[FormatRow, ...]
     layers: int
     experts: int
-    decode_attention: bool
+    blocks: int
+    norms: int
+    native_attention: bool
     head: str | None
     parameters: int
     packed_parameters: int
@@ -68,7 +73,7 @@ class GeneralReport:
 
     def remarks(self) -> list[tuple[str, str]]:
         """Rows of the table about what computes the rest of the model."""
-        return [("", DECODING if self.decode_attention else TRANSFORMERS), ("no plan", self.reason)]
+        return [("", ATTENDING if self.native_attention else TRANSFORMERS), ("no plan", self.reason)]
 
     def to_dict(self) -> dict[str, Any]:
         """The report as a dict of JSON types."""
@@ -87,8 +92,10 @@ class GeneralReport:
         share = self.packed_parameters / max(self.parameters, 1)
         experts = f" and {self.experts} modules of experts" if self.experts else ""
         table.add_row("native", f"{self.layers} linear layers{experts}, {share:.0%} of the parameters")
-        if self.decode_attention:
-            table.add_row("", "the attention of decode steps")
+        if self.blocks or self.norms:
+            table.add_row("", f"{self.blocks} feed-forward blocks with their activations, {self.norms} norms")
+        if self.native_attention:
+            table.add_row("", "attention")
         if self.head is not None:
             table.add_row("", f"the head, by a {self.head} copy of its weight")
         for row in self.formats:
@@ -143,7 +150,9 @@ def make_report(runtime: PackedModel) -> GeneralReport:
         ),
         layers=sum(isinstance(layer, GeneralLinear) for layer in layers),
         experts=sum(isinstance(layer, PackedExperts) for layer in layers),
-        decode_attention=model.config._attn_implementation == DSO_DECODE,
+        blocks=sum(isinstance(module, FusedFeedForward) for module in model.modules()),
+        norms=sum(isinstance(module, FusedNorm) for module in model.modules()),
+        native_attention=model.config._attn_implementation == DSO_NATIVE,
         head=next((module.format for module in model.modules() if isinstance(module, PackedHead)), None),
         parameters=native + sum(rest.values()),
         packed_parameters=native,

@@ -11,11 +11,12 @@ import torch
 from torch import nn
 
 from ...backends.base import Backend, CompileOptions
+from ...backends.cpu import CpuBackend
 from ...backends.registry import choose_backend
 from ...checkpoint import Manifest
 from ...checkpoint.manifest import KEY
 from ...config import DeepSeekConfig
-from ..attention.registration import use_decode_attention
+from ..attention.registration import use_native_attention
 from ..bind.instance_method import Replacement
 from ..bind.modules import Packed
 from ..bind.packed_model import NoCopyCallable, PackedModel
@@ -25,7 +26,10 @@ from ..model.parameter_count import ParameterCount
 from ..model.refuse import Refuse
 from ..model.save import PackedSave
 from .activations import parallelize_activations
+from .feed_forward import FusedFeedForward, fuse_feed_forward
+from .first_states import new_cache
 from .head import PackedHead, pack_head
+from .norms import FusedNorm, fuse_norms
 from .report import GeneralReport, make_report
 
 
@@ -78,11 +82,26 @@ class GeneralRuntime(PackedModel):
             return backend.linear
         return partial(backend.linear, options=CompileOptions(activation))
 
+    def feed_forward(self, backend: Backend) -> Callable[..., Any] | None:
+        """The backend's function for `FusedFeedForward`."""
+        if not isinstance(backend, CpuBackend):
+            return None
+        return partial(backend.feed_forward, options=CompileOptions(self.config.activation))
+
+    def norm(self, backend: Backend) -> Callable[..., Any] | None:
+        """The backend's function for `FusedNorm`."""
+        return backend.norm if isinstance(backend, CpuBackend) else None
+
     def _set_products(self, backend: Backend) -> None:
         super()._set_products(backend)
+        fused, norm = self.feed_forward(backend), self.norm(backend)
         for module in self.model.modules():
             if isinstance(module, PackedHead):
                 module.product = NoCopyCallable(self._product(backend))
+            elif isinstance(module, FusedFeedForward):
+                module.fused = None if fused is None else NoCopyCallable(fused)
+            elif isinstance(module, FusedNorm):
+                module.fused = None if norm is None else NoCopyCallable(norm)
 
     def move(self) -> None:
         """Call after the model moved to another device: chooses a backend for it."""
@@ -107,6 +126,17 @@ class _Threads(Replacement):
 
 class _Forward(_Threads):
     replaces = "forward"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        model = self.runtime.model
+        cache = next((name for name in ("cache", "past_key_values") if name in self._order), None)
+        if cache is not None and model.config.is_encoder_decoder and not model.training and model.device.type == "cpu":
+            given = self.named(args, kwargs)
+            uses = model.config.use_cache if given.get("use_cache") is None else given["use_cache"]
+            if uses and given.get("cache") is None and given.get("past_key_values") is None:
+                kwargs = {name: value for name, value in given.items() if name not in ("cache", "past_key_values")}
+                args, kwargs[cache] = (), new_cache(model.get_decoder().config)
+        return super().__call__(*args, **kwargs)
 
 
 class _Generate(_Threads):
@@ -156,7 +186,11 @@ def bind(
         runtime.warn_once(note)
     runtime.attach(model)
     model._weight_conversions = []  # packed tensors are saved unchanged
-    parallelize_activations(model, runtime.backend.threads)  # the backend is created now, and sets the layers' products
+    backend = runtime.backend  # is created now, and sets the layers' products
+    if kind is GeneralRuntime:  # the modules of the others belong to a plan, and their own forward is for what it cannot serve
+        fuse_feed_forward(model, runtime.feed_forward(backend))
+        fuse_norms(model, runtime.norm(backend))
+    parallelize_activations(model, backend.threads)
     if runtime.backend.isa is not None:
-        use_decode_attention(model)
+        use_native_attention(model)
     return model

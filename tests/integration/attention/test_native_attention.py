@@ -1,4 +1,4 @@
-"""Decode attention of models without a plan: the same as Transformers' `sdpa`, which computes everything else."""
+"""Native attention of models without a plan: the same as Transformers' `sdpa`, which computes the rest."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from deepseek_optimizer import DeepSeekConfig, load_model
 from deepseek_optimizer.backends.cpu import unavailable_reason
-from deepseek_optimizer.integration.attention import decode_attention as module
-from deepseek_optimizer.integration.attention.decode_attention import decode_attention
+from deepseek_optimizer.integration.attention import native_attention as module
+from deepseek_optimizer.integration.attention.native_attention import native_attention
 from support.general_models import inputs_of, random_general
 
 pytestmark = pytest.mark.skipif(unavailable_reason() is not None, reason="needs the native library")
@@ -34,9 +34,9 @@ def native_calls(monkeypatch):
     """Records the calls of the native library."""
     calls = []
 
-    def recorded(*arguments):
+    def recorded(*arguments, **options):
         calls.append(arguments)
-        return original(*arguments)
+        return original(*arguments, **options)
 
     original = module.attend
     monkeypatch.setattr(module, "attend", recorded)
@@ -45,7 +45,7 @@ def native_calls(monkeypatch):
 
 def compare(q, k, v, mask=None, *, native, calls, bound=1e-6, **kwargs):
     layer = Layer().eval()
-    out, weights = decode_attention(layer, q, k, v, mask, **kwargs)
+    out, weights = native_attention(layer, q, k, v, mask, **kwargs)
     expected, _ = sdpa_attention_forward(layer, q, k, v, mask, **kwargs)
     assert weights is None and out.dtype == expected.dtype and bool(calls) is native
     torch.testing.assert_close(out, expected, atol=bound, rtol=bound)
@@ -67,15 +67,32 @@ def test_masks_and_biases(native_calls, dtype):
     compare(q, k, v, ~hidden, native=True, calls=native_calls, position_bias=bias, bound=bound)
 
 
+@pytest.mark.parametrize("queries", [4, 20, 130])
 @pytest.mark.parametrize("causal", [None, True, False])
-def test_several_queries_without_a_mask(native_calls, causal):
-    """A causal mask that was skipped is applied by sdpa."""
-    compare(*tensors(4, keys=4), native=causal is False, calls=native_calls, is_causal=causal)
+@pytest.mark.parametrize("biased", [False, True])
+def test_several_queries_without_a_mask(native_calls, causal, queries, biased):
+    bias = {"position_bias": torch.randn(1, 4, queries, queries)} if biased else {}
+    compare(*tensors(queries, keys=queries), native=True, calls=native_calls, is_causal=causal, bound=2e-6, **bias)
 
 
-@pytest.mark.parametrize("case", ["prompt", "float64", "gradient", "autocast"])
+def test_an_empty_static_cache(native_calls):
+    """sdpa leaves out the keys after the prompt."""
+    compare(*tensors(20), native=False, calls=native_calls)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_prompts_with_masks_and_biases(native_calls, dtype):
+    q, k, v = tensors(100, dtype, keys=140)
+    hidden = torch.rand(2, 1, 100, 140) < 0.3
+    bound = 2e-6 if dtype == torch.float32 else 2e-2
+    compare(q, k, v, ~hidden, native=True, calls=native_calls, bound=bound)
+    bias = torch.randn(1, 4, 100, 140, dtype=dtype)
+    compare(q, k, v, ~hidden, native=True, calls=native_calls, position_bias=bias, bound=bound)
+
+
+@pytest.mark.parametrize("case", ["float64", "gradient", "autocast"])
 def test_sdpa_computes_the_rest(native_calls, case):
-    q, k, v = tensors(20 if case == "prompt" else 1, torch.float64 if case == "float64" else torch.float32)
+    q, k, v = tensors(1, torch.float64 if case == "float64" else torch.float32)
     if case == "gradient":
         q.requires_grad_()
     with torch.autocast("cpu", torch.bfloat16, enabled=case == "autocast"):
@@ -87,7 +104,7 @@ def test_generate_equals_transformers(tmp_path, native_calls, name):
     plain = random_general(name)
     plain.save_pretrained(tmp_path)
     fast = load_model(tmp_path, precision="fp32")
-    assert fast.report().decode_attention and "attention of decode steps" in str(fast.report())
+    assert fast.report().native_attention and "attention" in str(fast.report())
     call = {k: v for k, v in inputs_of(plain).items() if not k.startswith("decoder")}
     kwargs = {"max_new_tokens": 8, "do_sample": False, "return_dict_in_generate": True, "output_scores": True}
     ours, theirs = fast.generate(**call, **kwargs), plain.generate(**call, **kwargs)
@@ -102,4 +119,4 @@ def test_other_implementations_are_kept(tmp_path):
     plain.save_pretrained(tmp_path)
     config = DeepSeekConfig(precision="fp32")
     fast = GPT2LMHeadModel.from_pretrained(tmp_path, quantization_config=config, attn_implementation="eager")
-    assert fast.config._attn_implementation == "eager" and not fast.report().decode_attention
+    assert fast.config._attn_implementation == "eager" and not fast.report().native_attention

@@ -1,7 +1,7 @@
-"""Attention for models without a plan: Transformers' `sdpa`, whose decode steps are computed by the native library.
+"""Attention for models without a plan: Transformers' `sdpa`, computed by the native library.
 
-A decode step has one or a few queries per sequence. Prompts, training, other dtypes and devices, and arguments that only `sdpa`
-knows are computed by `sdpa` itself; masks are the same for both.
+Training, other dtypes and devices, and arguments that only `sdpa` knows are computed by `sdpa` itself; masks are the same for
+both.
 """
 
 from __future__ import annotations
@@ -15,10 +15,8 @@ from ...backends.cpu.environment import forced_threads
 from ...backends.cpu.native import shared_context, unavailable_reason
 from .transformers_sdpa import create_position_bias_mask, sdpa_attention_forward
 
-MAX_QUERIES = 8  # per sequence; with more, products of matrices are faster
 
-
-def decode_attention(
+def native_attention(
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -39,8 +37,8 @@ def decode_attention(
         position_bias: added to the scores.
     """
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
-    hides = causal and attention_mask is None and query.shape[2] > 1  # sdpa would hide later keys
-    if hides or not _supported(query, key, value, attention_mask, position_bias, dropout):
+    hides = causal and attention_mask is None and query.shape[2] > 1  # keys after a query's own, counted from the first key
+    if (hides and query.shape[2] != key.shape[2]) or not _supported(query, key, value, attention_mask, position_bias, dropout):
         result: tuple[torch.Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal,
             **({} if position_bias is None else {"position_bias": position_bias}), **kwargs,
@@ -48,14 +46,15 @@ def decode_attention(
         return result
     mask = attention_mask
     if position_bias is not None:
-        mask = create_position_bias_mask(position_bias, mask, is_causal=False, query=query, key=key)
+        mask = create_position_bias_mask(position_bias, mask, is_causal=hides, query=query, key=key)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if mask is not None:
         mask = mask[..., : key.shape[2]]
         if mask.shape[-1] != 1 and mask.stride(-1) != 1:
             mask = mask.contiguous()
     context = shared_context(None, forced_threads())
-    return attend(context, _dense(query), _dense(key), _dense(value), scale, mask).transpose(1, 2).contiguous(), None
+    out = attend(context, _dense(query), _dense(key), _dense(value), scale, mask, causal=hides)
+    return out.transpose(1, 2).contiguous(), None
 
 
 def _dense(x: torch.Tensor) -> torch.Tensor:
@@ -65,7 +64,7 @@ def _dense(x: torch.Tensor) -> torch.Tensor:
 def _supported(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, bias: Any, dropout: float) -> bool:
     """Whether the native library computes what `sdpa` would."""
     tensors = (query, key, value)
-    if query.shape[2] > MAX_QUERIES or dropout or torch.is_autocast_enabled(query.device.type):
+    if dropout or torch.is_autocast_enabled(query.device.type):
         return False
     if query.dtype not in DTYPES or any(type(x) is not torch.Tensor or not x.is_cpu or x.dtype != query.dtype for x in tensors):
         return False
