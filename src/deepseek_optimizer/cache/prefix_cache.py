@@ -132,10 +132,12 @@ class PrefixCache:
                 one can be taken, the recurrent states after the full blocks are not needed.
         """
 
+        counts = {} if partial is None else {key: count for count, key in enumerate(wanted, 1)}
+
         def has(key: Key, group: int) -> bool:
             if self.has(key, group) or group != STATES or partial is None:
                 return self.has(key, group)
-            return self._untaken(partial(wanted.index(key) + 1)) is not None
+            return self._untaken(partial(counts[key])) is not None
 
         return longest(wanted, self.groups, self.manager.slots is not None, has)
 
