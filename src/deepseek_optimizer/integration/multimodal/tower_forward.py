@@ -102,18 +102,16 @@ class QwenTower(TowerForward):
         merged = plans.in_pieces(module.merger, last)
         if order is not None:
             merged = merged[torch.argsort(index.to(merged.device))]
+        kept = plans.tower.ends
         features = [
-            plans.in_pieces(merger, results[layer])
-            for layer, merger in zip(plans.tower.ends, self._mergers(module), strict=True)
+            plans.in_pieces(module.deepstack_merger_list[kept.index(layer)], results[layer])
+            for layer in sorted(results)
+            if layer in kept
         ]
-        if plans.tower.ends:
-            kind = class_output(type(module))
-            return kind(last_hidden_state=last, pooler_output=merged, deepstack_features=features)
+        if kept:
+            own_class: Any = type(module)
+            return class_output(own_class)(last_hidden_state=last, pooler_output=merged, deepstack_features=features)
         return BaseModelOutputWithPooling(last_hidden_state=last, pooler_output=merged)
-
-    @staticmethod
-    def _mergers(module: Any) -> Any:
-        return getattr(module, "deepstack_merger_list", ())
 
     @staticmethod
     def _embedded(module: Any, plans: TowerPlans, pixels: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
