@@ -1,13 +1,17 @@
-"""The graph from a hidden state on is valid, and contains only the ops that follow."""
+"""Parts of graphs are valid, and contain only the ops that they are to compute."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
+from deepseek_optimizer.errors import GraphError
 from deepseek_optimizer.graph import rules
-from deepseek_optimizer.graph.partial_graph import graph_from_hidden_state, latest_start
+from deepseek_optimizer.graph.partial_graph import graph_between, graph_from_hidden_state, halves_over_cache, latest_start
 from deepseek_optimizer.graph.validate import check_graph
-from deepseek_optimizer.models import build_graph
+from deepseek_optimizer.models import build_encoder_graph, build_graph
+from support.encoders import random_encoder
 from support.models import CASES
 
 
@@ -42,3 +46,29 @@ def test_layers_that_read_the_cache_of_others_begin_with_these() -> None:
     check_graph(rules.apply(rest)[0])
     assert [n.op for n in rest.nodes[:3]] == ["embedding", "lookup", "lookup"]
     assert rest.nodes[1].weights == graph.nodes[0].weights and rest.nodes[1].attrs["scale"] == graph.nodes[0].attrs["scale"]
+
+
+@pytest.mark.parametrize(("begin", "end"), [(0, 1), (1, 3), (2, 3)])
+def test_layers_of_an_encoder(begin: int, end: int) -> None:
+    graph = build_encoder_graph(random_encoder("modernbert").config)
+    part = graph_between(graph, begin, end)
+    check_graph(part)
+    check_graph(rules.apply(part)[0])
+    assert {int(name.split(".")[1]) for name in part.weights() if name.startswith("layers.")} == {*range(begin, end)}
+    assert [n.attrs["index"] for n in part.nodes if n.op == "hidden_out"] == [0] and part.hidden_states == 1
+    assert part.nodes[-1].inputs == next(n.inputs for n in graph.nodes if n.op == "hidden_out" and n.attrs["index"] == end)
+
+
+def test_halves_of_a_layer() -> None:
+    """Together they have the weights of the layer, each matrix once; only the norm before the attention is in both."""
+    layer = graph_between(build_encoder_graph(random_encoder("modernbert").config), 1, 2)
+    write, read = halves_over_cache(layer)
+    for half in (write, read):
+        check_graph(half)
+        check_graph(rules.apply(half)[0])
+    assert [n.op for n in write.nodes if n.op in ("cache_write", "attention")] == ["cache_write"]
+    assert [n.op for n in read.nodes if n.op in ("cache_write", "attention")] == ["attention"]
+    assert {*write.weights(), *read.weights()} == {*layer.weights()}
+    assert {n.split(".")[2] for n in {*write.weights()} - {"layers.1.attn_norm.weight"}} == {"attn"}
+    with pytest.raises(GraphError, match="before it is written"):
+        check_graph(replace(read, written=()))

@@ -26,6 +26,7 @@ from .adapters import Adapter, adapters_of
 from .core import EngineCore
 from .encoder_core import Classifier, EncoderCore
 from .metrics import EndedRequest, EngineMetrics
+from .picture_pace import PicturePace
 from .request import Finish, Output, Request
 from .running import RequestProgress
 
@@ -157,6 +158,7 @@ class AsyncEngine:
         picture_encoder: Any = None,
     ) -> None:
         self.picture_encoder = picture_encoder
+        self._pace: PicturePace | None = None if picture_encoder is None else picture_encoder.pace
         self.core, self.model_name, self._running, self._replaced_files = core, model_name, running, replaced_files
         self.tokenizer = core.tokenizer
         self.context, self.vocab_size, self.eos = core.facts.context, core.facts.vocab_size, core.facts.eos
@@ -463,6 +465,8 @@ class AsyncEngine:
                     return
                 with self._running():
                     outputs = self.core.step()
+                if self._pace is not None and isinstance(self.core, EngineCore):
+                    self._pace.stepped(self.core)
                 if outputs:
                     self._loop.call_soon_threadsafe(self._deliver, outputs)
                 elif self.core.stalled:
@@ -474,6 +478,9 @@ class AsyncEngine:
                 _log.exception("the engine's thread has died")
             if not self._loop.is_closed():
                 self._loop.call_soon_threadsafe(self._died, error)
+        finally:
+            if self._pace is not None:
+                self._pace.stopped()
 
     def _process_inbox(self) -> None:
         """Waits while there is nothing to do; then handles new requests and cancellations."""

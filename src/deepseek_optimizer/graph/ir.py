@@ -289,6 +289,7 @@ class Graph:
     Attributes:
         states: the recurrent states of a sequence. A node names its own by its index (attribute `state`).
         adapter_sites: products that adapters may change. A node names its own by its index (attribute `site`).
+        written: layers of the cache that another plan has written in earlier steps.
     """
 
     family: str
@@ -300,6 +301,7 @@ class Graph:
     max_positions: int
     states: tuple[StateSpec, ...] = ()
     adapter_sites: tuple[AdapterSite, ...] = ()
+    written: tuple[int, ...] = ()
 
     def producer(self, value: Value) -> Node | None:
         """The node that computes `value`."""

@@ -1,11 +1,11 @@
 """Parts of a graph: the rest from one of its hidden states on, to recompute late layers from stored states of earlier ones;
-and its beginning, as far as later tokens need it."""
+its beginning, as far as later tokens need it; and some of the layers of an encoder."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from .ir import Graph, Node, Value
+from .ir import CacheSpec, Graph, Node, Value
 from .ops import spec_of
 
 
@@ -60,6 +60,51 @@ def writing_graph(graph: Graph) -> Graph | None:
     needed = {id(n) for n in (*writes, *_needed(graph.nodes, wanted))}
     nodes = [n for n in graph.nodes if id(n) in needed or (n.op == "hidden_out" and n.attrs["index"] == 0)]
     return replace(graph, nodes=nodes, hidden_states=1)
+
+
+def graph_between(graph: Graph, begin: int, end: int) -> Graph:
+    """The graph of an encoder from hidden state `begin`, which is passed as `states`, to hidden state `end`, its only one.
+
+    Args:
+        graph: unfused; rules may be applied to the result.
+        begin, end: as in `hidden_out`.
+    """
+    state, earlier, rest = _split(graph, begin)
+    nodes = [Node("state_in", (), (state,)), *earlier]
+    for node in rest:
+        if node.op != "hidden_out":
+            nodes.append(node)
+        elif node.attrs["index"] == end:
+            nodes.append(node.with_(attrs={"index": 0}))
+            break
+    return replace(graph, nodes=nodes, hidden_states=1)
+
+
+def halves_over_cache(layer: Graph) -> tuple[Graph, Graph]:
+    """A layer of an encoder as two graphs over a cache of one layer, for steps over some of the rows of a sequence: the first
+    writes their keys and values, the second computes their results, once those of all rows of the sequence are written.
+
+    A step of the second one passes its rows as the last ones of the sequence (`context_len`), and lets each of them see all
+    (`visible_to`).
+
+    Args:
+        layer: unfused, from `graph_between`, with one `encoder_attention` without a window; rules may be applied to the
+            results.
+    """
+    at = next(i for i, node in enumerate(layer.nodes) if node.op == "encoder_attention")
+    attention = layer.nodes[at]
+    (q, k, v), a = attention.inputs, attention.attrs
+    cache = CacheSpec(1, a["kv_heads"], a["head_dim"])
+    heads = {"layer": 0, "kv_heads": a["kv_heads"], "head_dim": a["head_dim"]}
+    begin = Node("hidden_out", layer.nodes[0].outputs, attrs={"index": 0})
+    write = [*_needed(layer.nodes[:at], {k, v}), begin, Node("cache_write", (k, v), attrs=heads)]
+    read = Node(
+        "attention", (q,), attention.outputs,
+        attrs={**heads, "heads": a["heads"], "scale": a["scale"], "window": 0, "softmax": "online"},
+    )  # fmt: skip
+    rest = layer.nodes[at + 1 :]
+    before = _needed(layer.nodes[:at], {q, *(value for node in rest for value in node.inputs)})
+    return replace(layer, nodes=write, cache=cache), replace(layer, nodes=[*before, read, *rest], cache=cache, written=(0,))
 
 
 def _split(graph: Graph, index: int) -> tuple[Value, list[Node], list[Node]]:

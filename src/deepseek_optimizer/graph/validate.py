@@ -18,7 +18,7 @@ from .printing import node_text
 def check_graph(graph: Graph) -> None:
     """Raises GraphError, with the node's text, for the first defect."""
     computed: dict[str, Value] = {}
-    written: set[tuple[str, int]] = set()
+    written: set[tuple[str, int]] = {("cache", layer) for layer in graph.written}
     for node in graph.nodes:
         spec = _known(node)
         _check_operands(node, spec)

@@ -98,3 +98,10 @@ def keep_layers(model: Any) -> None:
 
 def _checkpointing(model: Any) -> str:
     return "activation_checkpointing" if hasattr(model, "activation_checkpointing_enable") else "gradient_checkpointing"
+
+
+def outputs_are_captured() -> bool:
+    """Whether a forward that is running collects hidden states or attentions of its layers."""
+    from transformers.utils.output_capturing import _active_collector
+
+    return bool(_active_collector.get())

@@ -14,8 +14,9 @@ from typing import Any
 
 from ..errors import ConfigError, UnsupportedModelError, shown
 from ..graph.ir import Graph, RowsSpec
-from .families import ENCODERS, FAMILIES, MULTIMODAL, PARTS, SUPPORTED, Family, Multimodal, traits
+from .families import ENCODERS, FAMILIES, MULTIMODAL, PARTS, SUPPORTED, TOWERS, Family, Multimodal, traits
 from .fields import Fields
+from .vision import Tower
 
 DTYPES = ("float32", "bfloat16", "float16", "float64", "float8_e4m3fn", "float8_e5m2")
 MAX_LABELS, MAX_MTP_LAYERS = 1 << 16, 64
@@ -59,6 +60,23 @@ def build_encoder_graph(config: Any) -> Graph:
     _check_dtype(fields, "dtype")
     graph: Graph = import_module(f"{__name__}.{model_type.replace('-', '_')}").build(fields)
     return graph
+
+
+def build_tower(config: Any) -> Tower:
+    """The layers of a vision tower, with an unfused graph. Weights are named as in the module whose layers these are.
+
+    Args:
+        config: a multimodal model's `vision_config`.
+
+    Raises:
+        UnsupportedModelError: the tower is not in `TOWERS`, or a feature that the config requires is not supported.
+        ConfigError: a field is not valid; the message names it.
+    """
+    model_type = _model_type(config)
+    if model_type not in TOWERS:
+        raise UnsupportedModelError(f"config.model_type {model_type!r} is no vision tower with a plan: {', '.join(TOWERS)}.")
+    tower: Tower = import_module(f"{__name__}.{model_type}").build(Fields(config))
+    return tower
 
 
 def has_mtp(model_type: str) -> bool:
@@ -157,11 +175,14 @@ __all__ = [
     "MULTIMODAL",
     "PARTS",
     "SUPPORTED",
+    "TOWERS",
     "Family",
     "Multimodal",
+    "Tower",
     "build_encoder_graph",
     "build_graph",
     "build_mtp_graph",
+    "build_tower",
     "check_config",
     "has_mtp",
     "mtp_layers",

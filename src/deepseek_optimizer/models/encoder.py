@@ -6,7 +6,7 @@ last hidden state. Poolers and heads are modules on top of it. Weights are named
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from ..errors import ConfigError, UnsupportedModelError, shown
@@ -81,6 +81,7 @@ def read_encoder(
     eps: str = "layer_norm_eps",
     activation: str = "hidden_act",
     fixed_eps: float | None = None,
+    activations: Mapping[str, str] = ACTIVATIONS,
 ) -> Encoder:
     """Reads and checks the fields that all families share.
 
@@ -89,6 +90,7 @@ def read_encoder(
         family: the `model_type`.
         layers, hidden, inner, heads, eps, activation: names of the fields.
         fixed_eps: the norms' epsilon in families without such a field.
+        activations: the op of each activation that the MLPs may have.
 
     Raises:
         UnsupportedModelError, ConfigError: a field has a value that is not supported, or not valid.
@@ -101,14 +103,14 @@ def read_encoder(
             f"config.{heads}: heads of {size} elements are not supported, must be even and up to {MAX_HEAD_DIM}"
         )
     act = fields.get(activation)
-    if not isinstance(act, str) or act not in ACTIVATIONS:
-        names = ", ".join(map(repr, ACTIVATIONS))
+    if not isinstance(act, str) or act not in activations:
+        names = ", ".join(map(repr, activations))
         raise UnsupportedModelError(f"config.{activation} {shown(act)} is not supported. Supported: {names}.")
     return Encoder(
         family=family, layers=fields.integer(layers, MAX_LAYERS), hidden=width, inner=fields.integer(inner, MAX_WIDTH),
         vocab=fields.integer("vocab_size", MAX_VOCAB), heads=count,
         max_positions=fields.integer("max_position_embeddings", MAX_POSITIONS),
-        eps=fields.epsilon(eps) if fixed_eps is None else fixed_eps, activation=ACTIVATIONS[act],
+        eps=fields.epsilon(eps) if fixed_eps is None else fixed_eps, activation=activations[act],
     )  # fmt: skip
 
 

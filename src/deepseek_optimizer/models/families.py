@@ -135,6 +135,11 @@ MULTIMODAL: Final[Mapping[str, Multimodal]] = MappingProxyType({
 # Encoders, which have a plan for hidden states, and neither a cache nor a language model head in it.
 ENCODERS: Final = ("bert", "roberta", "xlm-roberta", "camembert", "distilbert", "modernbert")
 
+# Vision towers (the `model_type` of their config) whose layers have a plan.
+TOWERS: Final = (
+    "qwen2_5_vl_vision", "qwen3_vl_vision", "qwen3_5_vision", "siglip_vision_model", "smolvlm_vision", "janus_vision_model",
+)  # fmt: skip
+
 _UNKNOWN: Final = Family(served=False, rotates_halves=False, plain_residuals=False, plain_head=False)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 
 import pytest
@@ -11,7 +12,7 @@ from deepseek_optimizer import DeepSeekConfig, DynamicGraphOptimizer
 from deepseek_optimizer.engine.request import Request, SamplingParams
 from deepseek_optimizer.errors import RequestError
 from deepseek_optimizer.integration.multimodal import PictureEncoder
-from deepseek_optimizer.serving import make_engine
+from deepseek_optimizer.serving import make_async_engine, make_engine
 from support.picture_processors import PLACEHOLDER, make_pair, picture
 
 CONFIG = DeepSeekConfig(precision="fp32", kv_cache="fp32", prefill_chunk=48)
@@ -131,6 +132,38 @@ def test_errors(pair):
         engine = make_engine(ours, processor.tokenizer, cache_window=128)
         with pytest.raises(RequestError, match="cache_window"):
             engine.generate([Request(ids, GREEDY, pictures=rows)])
+
+
+def test_encoding_beside_a_stream(pair):
+    """In pieces, between which the stream continues: neither changes the other's results."""
+    ours, _, processor = pair
+    text = ids_of(processor, chat(processor, ("user", (None, "and", None))))
+    images = [picture(40, 40, 10), picture(20, 30, 11)]
+    _, alone = PictureEncoder(ours, processor).prompt(text, images)
+    long = Request([5, 6, 7], SamplingParams(max_tokens=300, temperature=0, ignore_eos=True))
+    expected = make_engine(ours, processor.tokenizer).generate([long])[0].token_ids
+    encoder = PictureEncoder(ours, processor)
+    pieces = []
+    next_piece = encoder.pace.next_piece
+    encoder.pace.next_piece = lambda: pieces.append(next_piece()) or pieces[-1]
+
+    async def main():
+        engine = make_async_engine(ours, processor.tokenizer, pictures=encoder)
+        await engine.start()
+        tokens, encoding = [], None
+        with engine.admit():
+            async for output in engine.submit(Request([5, 6, 7], long.sampling)):
+                tokens += output.token_ids
+                encoding = encoding or asyncio.create_task(asyncio.to_thread(encoder.prompt, text, images))
+        _, rows = await encoding
+        await engine.close()
+        return tokens, rows
+
+    tokens, rows = asyncio.run(asyncio.wait_for(main(), 120))
+    assert tokens == expected
+    assert torch.equal(rows.embeds, alone.embeds)
+    assert all(torch.equal(one, other) for one, other in zip(rows.features, alone.features, strict=True))
+    assert len(pieces) >= 4  # two pictures, whose layers have two parts each
 
 
 def test_pictures_are_encoded_once(pair, monkeypatch):

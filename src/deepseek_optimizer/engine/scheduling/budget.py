@@ -36,6 +36,13 @@ class PromptBudget:
             return max(self.fixed or 1, min(self.max_tokens, _UNKNOWN))
         return max(self.fixed or MIN_TOKENS, min(self.max_tokens, int((self.stall - 1) * plain / each)))
 
+    def spare(self, decoding: int) -> float | None:
+        """Returns by how many seconds something else than prompt tokens may delay the next step of `decoding` decoding rows,
+        0.0 before times have been measured; None: there is no limit."""
+        if not decoding or self.stall is None:
+            return None
+        return (self.stall - 1) * (self.times.decode(decoding) or 0.0)
+
     def part(self, start: int, missing: int, room: int) -> int:
         """Returns how many tokens of a prompt to process in a step; 0: the prompt waits.
 

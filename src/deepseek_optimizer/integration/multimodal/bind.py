@@ -11,10 +11,11 @@ from .forward import LanguageForward
 from .language_model import LanguageModel
 from .parts import multimodal
 from .runtime import MultimodalRuntime
+from .tower_forward import plan_towers
 
 
 def bind(model: Any, config: DeepSeekConfig, no_plan: str, **options: Any) -> Any:
-    """`general.bind`, and the plan of the language model.
+    """`general.bind`, and the plans of the language model and the vision tower.
 
     Args:
         model, config, no_plan, options: as in `general.bind`. `no_plan` concerns the parts besides the language model.
@@ -30,4 +31,5 @@ def bind(model: Any, config: DeepSeekConfig, no_plan: str, **options: Any) -> An
     text = model.config.get_text_config()
     own = kind.bidirectional is None or text.use_bidirectional_attention == kind.bidirectional
     language.model.__dict__["forward"] = LanguageForward(language.dso, whole.outer, kind.token_types if own else "")
+    whole.towers, whole.no_tower_plan = plan_towers(whole, model)
     return model

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from ...backends.base import Int32
+from ...engine.picture_pace import PicturePace
 from ...engine.picture_steps import Embed
 from ...engine.pictures import PictureRows
 from ...errors import ConfigError, RequestError
@@ -71,6 +72,7 @@ class PictureEncoder:
 
     Attributes:
         placeholder: the token that stands for a picture in a rendered chat.
+        pace: divides the time between pictures and the steps of the engine that has this encoder.
 
     Raises:
         ConfigError: the model is not multimodal.
@@ -81,7 +83,7 @@ class PictureEncoder:
         if not isinstance(runtime, MultimodalRuntime):
             raise ConfigError(f"{type(model).__name__} has no vision tower with a plan for its language model")
         self.model, self.processor, self.kept_bytes = model, processor, kept_bytes
-        self._runtime = runtime
+        self._runtime, self.pace = runtime, PicturePace()
         self._kept: OrderedDict[bytes, _Picture] = OrderedDict()  # least recently used first
         self._lock = threading.Lock()
         self._feature_arguments = set(inspect.signature(type(model.model).get_image_features).parameters)
@@ -150,7 +152,7 @@ class PictureEncoder:
             for name, value in inputs.items()
             if name in self._feature_arguments
         }
-        with torch.no_grad(), self._runtime.backend.thread_context():
+        with torch.no_grad(), self._runtime.backend.thread_context(), self._runtime.pace.between(self.pace.next_piece):
             output = self.model.model.get_image_features(**arguments, return_dict=True)
         features = type(output)(**{name: output[name] for name in _FEATURES if name in output})
         types = tuple(name for name in _TYPES if name in inputs and name in self._forward_arguments)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -16,6 +17,7 @@ from .forward import OuterCall, Recorded, WholeForward
 from .generate import WholeGenerate
 from .language_model import LanguageModel
 from .pictures import Call
+from .tower import Pace, TowerPlans
 
 
 @dataclass(frozen=True)
@@ -26,11 +28,14 @@ class MultimodalReport:
         path: "multimodal".
         language: the report about the language model, which has a plan.
         rest: that about everything else; its path is "general".
+        towers: by the path of each vision tower of a known kind "plan", or why its layers have none. The modules around them
+            are on the general path.
     """
 
     path: str
     language: Report
     rest: GeneralReport
+    towers: Mapping[str, str]
 
     @property
     def family(self) -> str:
@@ -64,16 +69,21 @@ class MultimodalReport:
 
     def to_dict(self) -> dict[str, Any]:
         """The report as a dict of JSON types."""
-        return {"path": self.path, "language": self.language.to_dict(), "rest": self.rest.to_dict()}
+        parts = {"language": self.language.to_dict(), "rest": self.rest.to_dict()}
+        return {"path": self.path, **parts, "towers": dict(self.towers)}
 
     def __rich__(self) -> Any:
         """Both tables for rich's `print`."""
         from rich.console import Group
 
-        return Group(self.language.__rich__(), self.rest.__rich__())
+        return Group(self.language.__rich__(), self.rest.__rich__(), self._plans_of_towers())
 
     def __str__(self) -> str:
-        return f"{self.language}\n{self.rest}"
+        return f"{self.language}\n{self.rest}\n{self._plans_of_towers()}"
+
+    def _plans_of_towers(self) -> str:
+        rows = [f"{path}: {what}" for path, what in self.towers.items()]
+        return "vision towers: " + ("; ".join(rows) or "Transformers' forward")
 
 
 class MultimodalRuntime(GeneralRuntime):
@@ -84,19 +94,27 @@ class MultimodalRuntime(GeneralRuntime):
     Attributes: those of `GeneralRuntime`, and
         language_model: the language model, which shares the modules; `bind` sets it.
         outer: the call of the whole model's forward in progress.
+        pace: how the pictures of a thread are encoded.
+        towers: the plans of the vision towers, by path; `bind` sets them.
+        no_tower_plan: why others of a known kind have none, by path.
     """
 
     language_model: LanguageModel
+    towers: dict[str, TowerPlans]
+    no_tower_plan: dict[str, str]
 
     def __init__(self, model: Any, *args: Any, **options: Any) -> None:
         self.outer = OuterCall()
+        self.pace = Pace()
+        self.towers, self.no_tower_plan = {}, {}
         super().__init__(model, *args, **options)
 
     def own_methods(self) -> dict[str, Any]:
         return {**super().own_methods(), "forward": WholeForward(self), "generate": WholeGenerate(self)}
 
     def own_report(self) -> Any:
-        return MultimodalReport("multimodal", self.language.report(), make_report(self))
+        towers = {**dict.fromkeys(self.towers, "plan"), **self.no_tower_plan}
+        return MultimodalReport("multimodal", self.language.report(), make_report(self), towers)
 
     @property
     def language(self) -> Runtime:
@@ -142,13 +160,20 @@ class MultimodalRuntime(GeneralRuntime):
     def move(self) -> None:
         super().move()
         self.language.move()
+        self._forget_towers()
 
     def rebind(self) -> None:
         super().rebind()
         self.language.rebind()
+        self._forget_towers()
+
+    def _forget_towers(self) -> None:
+        for tower in self.towers.values():
+            tower.forget()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> MultimodalRuntime:
         twin = super().__deepcopy__(memo)
-        twin.outer = copy.deepcopy(self.outer, memo)
+        twin.outer, twin.pace = copy.deepcopy(self.outer, memo), Pace()
         twin.language_model = copy.deepcopy(self.language_model, memo)
+        twin.towers = {path: copy.deepcopy(plans, memo) for path, plans in self.towers.items()}
         return twin

@@ -1,0 +1,303 @@
+"""The layers of a vision tower as plans that run over some of the rows at a time.
+
+Layers with windows run together over whole windows. Of a layer whose rows attend to the whole picture, one plan writes keys and
+values to a cache, and another one attends to them. So a large picture is encoded in pieces of any size, between which other
+work can be done; results do not depend on the pieces.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import numpy as np
+import torch
+
+from ...backends.base import BLOCK_TOKENS, CompileOptions, Int32, KvStore, Plan
+from ...graph import rules
+from ...graph.ir import Graph
+from ...graph.partial_graph import graph_between, halves_over_cache
+from ...models import Tower
+from ..bind.graphs import with_eps_of
+from ..bind.module_tree import ModuleTree
+from ..bind.swap import weights_of
+from ..encoder.rows import step_batch, steps_of
+
+_UNKNOWN = 64  # rows of a piece whose time is limited, before its plan has been measured
+_SIMPLE = 256  # rows of a piece of what is before and after the layers; a multiple of the patches that become a token
+_KEPT_BYTES = 64 << 20  # of the cache, after a call: mapping pages anew takes as long as a layer
+_FEWEST = 32  # rows of such a piece, below which reading the weights would take most of the time
+
+
+@dataclass(frozen=True)
+class Patches:
+    """What the rows of a call are.
+
+    Attributes:
+        pictures: number of rows of each picture (of each frame of a video).
+        windows: number of rows of each window, which divide the pictures; (): the tower has none.
+        axes: int32 [rows, 3], the position of each row in time, height and width; None: the tower has no RoPE.
+    """
+
+    pictures: list[int]
+    windows: list[int]
+    axes: Int32 | None = None
+
+
+class Pace(threading.local):
+    """How the pictures are encoded that this thread asks for.
+
+    Attributes:
+        next_piece: called before each piece; returns how many seconds it may take. None: pieces are as large as steps may be.
+    """
+
+    next_piece: Callable[[], float] | None = None
+
+    @contextmanager
+    def between(self, next_piece: Callable[[], float]) -> Iterator[None]:
+        """Has pictures encoded in pieces."""
+        before, self.next_piece = self.next_piece, next_piece
+        try:
+            yield
+        finally:
+            self.next_piece = before
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Pace:
+        return Pace()
+
+
+class Piecewise:
+    """A plan that runs over pieces of the rows.
+
+    Args:
+        plan: the plan.
+        most: maximum number of rows of a piece.
+    """
+
+    def __init__(self, plan: Plan, most: int) -> None:
+        self.plan, self._most = plan, most
+        self._seconds = 0.0  # per row, of the last piece
+
+    def rows(self, pace: Pace) -> int:
+        """How many rows the next piece has."""
+        if pace.next_piece is None:
+            return self._most
+        seconds = pace.next_piece()
+        if math.isinf(seconds):
+            return self._most
+        wanted = int(seconds / self._seconds) if self._seconds else _UNKNOWN
+        return min(max(wanted, _FEWEST), self._most)
+
+    def run(self, batch: Any, store: KvStore | None) -> torch.Tensor | None:
+        """The last hidden states of a piece, if the step asks for them."""
+        begin = time.perf_counter()
+        made = self.plan.run(batch, store).last_hidden
+        self._seconds = (time.perf_counter() - begin) / len(batch.positions)
+        return made
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Layers that run one after the other.
+
+    Attributes:
+        last: the last one.
+        results: computes their results; of a layer without windows, from the cache.
+        writes: writes the keys and values; None: the layers have windows.
+    """
+
+    last: int
+    results: Piecewise
+    writes: Piecewise | None = None
+
+
+class TowerPlans:
+    """The plans of a tower, which read the storage of its packed modules. A call waits for the one before it.
+
+    Args:
+        runtime: the `MultimodalRuntime`, which the model keeps alive.
+        module: the module that has the layers.
+        tower: the layers.
+    """
+
+    def __init__(self, runtime: Any, module: Any, tower: Tower) -> None:
+        self._runtime, self._module, self.tower = weakref.ref(runtime), weakref.ref(module), tower
+        self._tree = ModuleTree(module)
+        self._begin()
+
+    def _begin(self) -> None:
+        self._stretches: list[Stretch] = []
+        self._cache_graph: Graph | None = None
+        self._stores: dict[str, KvStore] = {}  # by dtype
+        self._running = threading.Lock()
+
+    @property
+    def runtime(self) -> Any:
+        """The runtime; None if the model was deleted, and only its tower is left."""
+        return self._runtime()
+
+    @property
+    def model(self) -> Any:
+        """The module."""
+        return self._module()
+
+    def why_not(self) -> str | None:
+        """Why the plans cannot serve the tower as it is now (an adapter, a hook, training); None if they can."""
+        module = self.model
+        if self.runtime is None:
+            return "the model was deleted"
+        if (reason := self._tree.changed(module)) is not None:
+            return reason
+        if module.training:
+            return "the model is in training mode"
+        if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in module.parameters()):
+            return "gradients are needed"
+        return None
+
+    def forget(self) -> None:
+        """Call after the storage of the weights or the backend has changed."""
+        with self._running:
+            self._stretches, self._stores = [], {}
+
+    def run(self, x: torch.Tensor, patches: Patches) -> dict[int, torch.Tensor]:
+        """The results of the last layer and of the tower's `ends`, by layer, in the dtype of `x`.
+
+        Args:
+            x: [rows, hidden], the embeddings, window after window where the tower has windows.
+            patches: what the rows are.
+        """
+        results: dict[int, torch.Tensor] = {}
+        state = x.float()
+        wanted = {*self.tower.ends, len(self.tower.windowed) - 1}
+        with self._running:
+            for stretch in self._compiled():
+                if stretch.writes is None:
+                    state = self._windows(stretch.results, state, patches)
+                else:
+                    state = self._whole(stretch.writes, stretch.results, state, patches, x.dtype)
+                if stretch.last in wanted:
+                    results[stretch.last] = state.to(x.dtype)
+            for store in self._stores.values():
+                store.release(min(store.num_blocks, _KEPT_BYTES // store.block_bytes))
+        return results
+
+    def in_pieces(self, function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+        """function(x), for a function of groups of a few successive rows: of patches, or of those that become a token."""
+        pace = self.runtime.pace
+        if pace.next_piece is None:
+            return function(x)
+        made = []
+        for rows in x.split(_SIMPLE):
+            pace.next_piece()
+            made.append(function(rows))
+        return torch.cat(made)
+
+    def _compiled(self) -> list[Stretch]:
+        if not self._stretches:
+            for begin, end in self.tower.stretches():
+                graph = graph_between(self.tower.graph, begin, end)
+                if self.tower.windowed[begin]:
+                    self._stretches.append(Stretch(end - 1, self._compile(graph)))
+                    continue
+                write, self._cache_graph = halves_over_cache(graph)
+                self._stretches.append(Stretch(end - 1, self._compile(self._cache_graph), self._compile(write)))
+        return self._stretches
+
+    def _compile(self, graph: Graph) -> Piecewise:
+        runtime, module = self.runtime, self.model
+        graph = with_eps_of(module, rules.apply(graph, runtime.config.rules)[0])
+        options = CompileOptions(activation=runtime.config.activation)
+        plan = runtime.backend.compile(graph, weights_of(module, graph), options)
+        return Piecewise(plan, runtime.config.prefill_chunk)
+
+    def _windows(self, piecewise: Piecewise, x: torch.Tensor, patches: Patches) -> torch.Tensor:
+        result, begin, first = torch.empty_like(x), 0, 0
+        while first < len(patches.windows):
+            _, count = next(steps_of(patches.windows[first:], piecewise.rows(self.runtime.pace)))
+            lengths = patches.windows[first : first + count]
+            part = slice(begin, begin + sum(lengths))
+            made = piecewise.run(_batch(x, part, lengths, patches), None)
+            assert made is not None
+            result[part] = made
+            begin, first = part.stop, first + count
+        return result
+
+    def _whole(
+        self, writes: Piecewise, results: Piecewise, x: torch.Tensor, patches: Patches, dtype: torch.dtype
+    ) -> torch.Tensor:
+        starts = [0, *accumulate(patches.pictures)]
+        store, tables = self._cache(patches.pictures, dtype)
+        result = torch.empty_like(x)
+        for piecewise in (writes, results):
+            begin = 0
+            while begin < len(x):
+                part = slice(begin, min(len(x), begin + piecewise.rows(self.runtime.pace)))
+                inside = list(_overlaps(starts, part))
+                batch = _batch(x, part, [count for _, _, count in inside], patches)
+                batch.block_table = tables[[picture for picture, _, _ in inside]]
+                if piecewise is writes:
+                    batch.context_len = np.array([offset for _, offset, _ in inside], np.int32)
+                    batch.last_hidden = False
+                else:  # its rows as the last ones of the picture, which see all
+                    totals = np.array([patches.pictures[picture] for picture, _, _ in inside], np.int32)
+                    batch.context_len, batch.visible_to = totals - batch.query_len, np.repeat(totals, batch.query_len)
+                made = piecewise.run(batch, store)
+                if made is not None:
+                    result[part] = made
+                begin = part.stop
+        return result
+
+    def _cache(self, pictures: Sequence[int], dtype: torch.dtype) -> tuple[KvStore, Int32]:
+        """A store for keys and values of all rows, and the blocks of each picture: int32 [pictures, blocks]."""
+        blocks = [-(-rows // BLOCK_TOKENS) for rows in pictures]
+        kind = "fp32" if dtype is torch.float32 else "bf16"
+        if kind not in self._stores or self._stores[kind].num_blocks < sum(blocks):
+            assert self._cache_graph is not None
+            self._stores[kind] = self.runtime.backend.new_store(self._cache_graph, kind, sum(blocks))
+        tables = np.zeros((len(pictures), max(blocks)), np.int32)
+        for table, begin, count in zip(tables, [0, *accumulate(blocks)], blocks, strict=False):
+            table[:count] = np.arange(begin, begin + count)
+        return self._stores[kind], tables
+
+    def copied(self, memo: dict[int, Any]) -> TowerPlans:
+        """The plans of the copy of the model that `copy.deepcopy` is creating."""
+        return copy.deepcopy(self, memo)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TowerPlans:
+        if id(self) in memo:
+            known: TowerPlans = memo[id(self)]
+            return known
+        twin = object.__new__(TowerPlans)
+        memo[id(self)] = twin
+        twin._runtime = weakref.ref(self.runtime.copied(memo))
+        twin._module = weakref.ref(copy.deepcopy(self.model, memo))
+        twin.tower, twin._tree = self.tower, self._tree.of_copy()
+        twin._begin()
+        return twin
+
+    def __reduce__(self) -> Any:
+        return self.runtime.__reduce__()
+
+
+def _batch(x: torch.Tensor, part: slice, lengths: list[int], patches: Patches) -> Any:
+    """A step over some of the rows, which belong to so many sequences."""
+    batch = step_batch(x[part], np.zeros(part.stop - part.start, np.int32), lengths, hidden=False)
+    if patches.axes is not None:
+        batch.axes = np.ascontiguousarray(patches.axes[part])
+    return batch
+
+
+def _overlaps(starts: list[int], part: slice) -> Iterator[tuple[int, int, int]]:
+    """For each picture with rows in this part its number, its first row in it counted from its own first, and how many."""
+    for picture, (start, end) in enumerate(zip(starts, starts[1:], strict=False)):
+        first, last = max(start, part.start), min(end, part.stop)
+        if first < last:
+            yield picture, first - start, last - first

@@ -1,0 +1,20 @@
+"""Qwen3-VL, the vision tower (Bai et al. 2025): results of some layers are features for the language model's first ones."""
+
+from __future__ import annotations
+
+from ..errors import ConfigError, shown
+from .fields import Fields
+from .vision import Tower, TowerLayer, axial_rope, read_tower, tower_graph
+
+LAYER = TowerLayer(
+    path="blocks.{}", attention_norm="norm1", mlp_norm="norm2", q="attn.qkv", k="attn.qkv", v="attn.qkv", o="attn.proj",
+    up="mlp.linear_fc1", down="mlp.linear_fc2",
+)  # fmt: skip
+
+
+def build(fields: Fields, family: str = "qwen3_vl_vision") -> Tower:
+    e = read_tower(fields, family, layers="depth", heads="num_heads", fixed_eps=1e-6)
+    ends = fields.get("deepstack_visual_indexes") or ()
+    if not isinstance(ends, (list, tuple)) or any(isinstance(i, bool) or not isinstance(i, int) for i in ends):
+        raise ConfigError(f"config.deepstack_visual_indexes: expected a list of layers, got {shown(ends)}")
+    return Tower(tower_graph(e, LAYER, axial_rope(fields, e.head_dim)), (False,) * e.layers, tuple(ends))
