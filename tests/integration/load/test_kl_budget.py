@@ -203,6 +203,16 @@ def test_the_budget_is_used_by_compensated_rounding(original, tmp_path):
     assert chosen["bytes"] == sum(row.bytes for row in model.report().formats)
 
 
+def test_matrices_that_were_rounded_alone_are_described(original, tmp_path, monkeypatch):
+    monkeypatch.setattr(kl_budget, "COMPENSATIONS", 0)  # no choice is rounded as a whole
+    text = tmp_path / "text.txt"
+    text.write_text(sample_text()[:6000], encoding="utf-8")
+    model = load_model(original, kl_budget=0.1, calibration=str(text), backend=FAST)
+    small = [name for name, format in formats_of(model).items() if get_format(format).bits < 6]
+    rounding = model.dso.manifest.rounding
+    assert len(small) > 3 and (rounding["matrices"], rounding["plain"]) == (len(small), {})
+
+
 def test_the_built_in_text(original, monkeypatch):
     asked = {"kl_budget": 0.3, "calibration": "auto", "backend": FAST}
     assert not load_model(original, **asked).dso.manifest.rounding, "the tests switch it off"

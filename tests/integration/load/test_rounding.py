@@ -11,7 +11,7 @@ from deepseek_optimizer.backends.cpu import unavailable_reason
 from deepseek_optimizer.calibration.text import stretches
 from deepseek_optimizer.integration.load.rounding import round_alone
 from deepseek_optimizer.quant import get_format
-from support.calibrated import inputs_of, save_unequal
+from support.calibrated import inputs_of, save_unequal, squares_read
 
 BACKENDS = ["reference"] + (["cpu"] if unavailable_reason() is None else [])
 FAST = BACKENDS[-1]
@@ -28,6 +28,18 @@ def texts_of(original) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_inputs_equal_those_in_transformers(original, backend):
+    seen = inputs_of(AutoModelForCausalLM.from_pretrained(original), texts_of(original))
+    model = load_model(original, backend=backend)
+    actual = squares_read(model, texts_of(original))
+    head = {"lm_head.weight", "model.embed_tokens.weight"}
+    assert actual.keys() == seen.keys() - head and len(seen.keys() & head) == 1
+    for name, squares in actual.items():
+        assert torch.allclose(squares, seen[name].square().sum(0), rtol=1e-3), name
+    assert model.dso.changed() is None, "the model is unchanged"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_each_matrix_is_compensated_for_the_original_inputs(original, backend):
     plain, model = AutoModelForCausalLM.from_pretrained(original), load_model(original, backend=backend)
     ids = torch.arange(40)[None] + 5
@@ -40,8 +52,10 @@ def test_each_matrix_is_compensated_for_the_original_inputs(original, backend):
         asked.update((name, format) for format in formats)
         return formats
 
-    found = round_alone(model, wanted, texts_of(original), lambda done, total: steps.append((done, total)))
+    found, outcome = round_alone(model, wanted, texts_of(original), lambda done, total: steps.append((done, total)))
     assert found.keys() == asked and steps[-1][0] == steps[-1][1]
+    untied = {} if plain.config.tie_word_embeddings else {"model.embed_tokens.weight": 2}
+    assert outcome.compensated == len(asked) - sum(untied.values()) and outcome.plain == untied
     assert torch.equal(model(ids).logits, before), "the model is unchanged"
     weights, inputs = dict(plain.named_parameters()), inputs_of(plain, texts_of(original))
     for (name, format), matrix in found.items():

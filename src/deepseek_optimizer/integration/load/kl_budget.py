@@ -102,20 +102,21 @@ def adapt(model: Any, texts: Sequence[torch.Tensor]) -> None:
     trial, kept = _Trial(model, spread(texts)), others(texts)
     if _calibrates(config):
         with show_progress("Rounding each matrix in each format") as progress:
-            trial.rounded = round_alone(model, trial.roundings, kept, progress)
+            trial.rounded, trial.outcome = round_alone(model, trial.roundings, kept, progress)
     with show_progress("Measuring each group of matrices in each format") as progress:
         options = measure(trial.probe, trial.groups, trial.held, trial.repack, progress)
     base = trial.base()
     with show_progress("Choosing formats within the KL budget") as progress:
         chosen, curve = search(options, config.kl_budget, base, trial.measure, progress)
-    best, outcome = trial.all(chosen.choice), Outcome()
     if _calibrates(config):
         whole = _AsAWhole(trial, kept, base)
         tighten(options, config.kl_budget, base, whole.at, COMPENSATIONS, chosen.predicted_kl)
         curve = front([*curve, *whole.results])
         chosen = next(point for point in curve if point.measured_kl <= config.kl_budget)
-        best, outcome = whole.results.get(chosen) or (trial.all(chosen.choice), outcome)
+        best, outcome = whole.results.get(chosen) or trial.all(chosen.choice)
         trial.put(trial.stored)
+    else:
+        best, outcome = trial.all(chosen.choice)
     trial.put(best)
     weights = sum(math.prod(trial.stored[name].shape) for group in trial.groups for name in group.matrices)
     points = [_described(point, weights, point is chosen) for point in curve]
@@ -157,7 +158,7 @@ class _Trial:
         groups: the groups of matrices that have one format.
         whole: the nodes of the model's graph and of its MTP layers', to look up weights.
         stored: the model's own matrices.
-        rounded: matrices by name and format that were rounded before.
+        rounded, outcome: what `round_alone` returned; nothing without calibration.
     """
 
     def __init__(self, model: Any, texts: Sequence[torch.Tensor]) -> None:
@@ -170,6 +171,7 @@ class _Trial:
         self.stored = matrices_of(model, self.whole)
         self.minimum = min_formats(self.whole)
         self.rounded: dict[tuple[str, str], PackedWeight] = {}
+        self.outcome = Outcome()
         self.packed: dict[str, PackedWeight] = {}
         self._planned = frozenset(name for group in self.groups for name in group.matrices)
         weights = weights_of(model, graph)
@@ -226,10 +228,15 @@ class _Trial:
         usual = sizes.most_common(1)[0][0]
         return {**{name: self.held(name, usual) for name in self.stored}, **chosen}
 
-    def all(self, choice: Choice) -> dict[str, PackedWeight]:
-        """`assembled`, and the matrices of MTP layers."""
+    def all(self, choice: Choice) -> tuple[dict[str, PackedWeight], Outcome]:
+        """`assembled`, with the matrices of MTP layers, and how it was rounded."""
         planned = self.assembled(choice)
-        return {name: planned.get(name) or self.repack(name, format) for name, format in self.formats(choice).items()}
+        found = {name: planned.get(name) or self.repack(name, format) for name, format in self.formats(choice).items()}
+        alone = {name: matrix for name, matrix in found.items() if (name, matrix.format) in self.rounded}
+        every = {name: len(self.roundings(name, self.stored[name].format)) for name in alone}
+        plain = {name: count // every[name] for name, count in self.outcome.plain.items() if name in alone}
+        count = sum(matrix.count if isinstance(matrix, PackedStack) else 1 for matrix in alone.values())
+        return found, Outcome(count - sum(plain.values()), plain=plain)
 
     def put(self, matrices: Mapping[str, PackedWeight]) -> None:
         """Puts all matrices into the model, where those in it have other formats."""

@@ -103,9 +103,9 @@ def round_in_place(
             here = places.get(i, [])
             exact, seen = Inputs(), Inputs()
             with one_torch_thread():
-                with _listening(here, exact):
+                with listening(here, exact):
                     original = [calls.run(layer, i, text, hidden) for text, hidden in enumerate(original)]
-                with _listening(here, seen):
+                with listening(here, seen):
                     outputs = [calls.run(layer, i, text, hidden) for text, hidden in enumerate(rounded)]
                 lag = _Lag(original, outputs, last.among(calls, layer, i, here, rounded[0]))
             rounding.round(here, seen, exact, lag)
@@ -119,7 +119,7 @@ def round_alone(
     wanted: Callable[[str, str], Collection[str]],
     texts: Sequence[torch.Tensor],
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> dict[tuple[str, str], PackedWeight]:
+) -> tuple[dict[tuple[str, str], PackedWeight], Outcome]:
     """Rounds every matrix of the decoder and its head with error compensation as if it were the only one that is rounded.
 
     Args:
@@ -127,7 +127,7 @@ def round_alone(
         wanted: the formats to round a weight to, by its name and its own format.
         texts, progress: as in `round_in_place`.
 
-    Returns: the rounded matrices by name and format.
+    Returns: the rounded matrices by name and format, and what was rounded, once for each format.
     """
     rounding = _Rounding(runtime_of(model), wanted, progress)
     decoder, layers, places = _by_layer(model, rounding)
@@ -139,10 +139,10 @@ def round_alone(
         found |= rounding.rounded(places.get(None, []), _read_by_head(model, texts), None)
         for i, layer in enumerate(layers):
             seen = Inputs()
-            with one_torch_thread(), _listening(places.get(i, []), seen):
+            with one_torch_thread(), listening(places.get(i, []), seen):
                 hidden = [calls.run(layer, i, text, states) for text, states in enumerate(hidden)]
             found |= rounding.rounded(places.get(i, []), seen, None)
-    return found
+    return found, rounding.outcome
 
 
 def _by_layer(model: Any, rounding: _Rounding) -> tuple[Any, list[nn.Module], dict[int | None, list[Site]]]:
@@ -168,7 +168,7 @@ def _read_by_head(model: Any, texts: Sequence[torch.Tensor]) -> Inputs:
 
 
 @contextmanager
-def _listening(places: Sequence[Site], inputs: Inputs) -> Iterator[None]:
+def listening(places: Sequence[Site], inputs: Inputs) -> Iterator[None]:
     """Adds the inputs of all matrices of these modules; those of a stack of experts as `NAME.INDEX`."""
     linear = {site.weights["weight"]: site.module for site in places if isinstance(site.module, nn.Linear)}
     experts = [site for site in places if isinstance(site.module, PackedExperts)]
