@@ -24,7 +24,7 @@ from ...calibration.sensitivity import FORMATS, Probe, measure
 from ...calibration.text import read_text, sample_text, stretches
 from ...config import BUILT_IN_TEXT, DeepSeekConfig, larger
 from ...graph.min_formats import min_formats
-from ...quant import GROUP_FORMATS, PackedMatrix, PackedStack, PackedWeight, get_format
+from ...quant import WEIGHED, PackedMatrix, PackedStack, PackedWeight, get_format
 from ...quant.base import TILE_ROWS
 from ...quant.tiles import empty_stack, empty_tiles, panels
 from ...system.progress import show_progress
@@ -181,7 +181,7 @@ class _Trial:
     def roundings(self, name: str, own: str) -> list[str]:
         """The formats to round a matrix to with error compensation before its group is measured."""
         tried = dict.fromkeys(self.held(name, format) for format in FORMATS) if name in self._planned else {}
-        return [format for format in tried if format in GROUP_FORMATS and format != own]
+        return [format for format in tried if format in WEIGHED and format != own]
 
     def held(self, name: str, format: str | None) -> str:
         """The format of a matrix whose group has `format`: the user's if named, its current one if `format` is not smaller."""
