@@ -37,7 +37,7 @@ from .llama_cpp_quantizer import FTYPES, LlamaCppQuantizer
 from .quality import TINY_V3
 from .weight_error import importance_of
 
-LENGTH = 512
+LENGTH, COUNT = 512, 8  # tokens of a stretch, and the number of stretches to calibrate on
 
 
 def main() -> None:
@@ -45,6 +45,9 @@ def main() -> None:
     parser.add_argument("model", choices=("smol", "tiny-v3"))
     parser.add_argument("--llama-cpp", type=Path, required=True, help="folder of its shared libraries")
     parser.add_argument("--dialogues", type=Path, help="JSON lines with messages; needed for smol")
+    parser.add_argument(
+        "--calibration-dialogues", type=Path, help="others, to calibrate on, with as many tokens of the built-in text"
+    )
     parser.add_argument("--tiny-v3", type=Path, default=TINY_V3)
     parser.add_argument("--texts", type=int, default=4, help=f"stretches of {LENGTH} tokens to evaluate")
     parser.add_argument("--only", nargs="*", help="names of rows")
@@ -181,12 +184,19 @@ def _bits(path: Path) -> float:
 def _smol(a: argparse.Namespace) -> Case:
     path = models.model("smol", "bf16")
     tokenizer = AutoTokenizer.from_pretrained(path)
-    chats = [json.loads(line)["messages"] for line in a.dialogues.read_text(encoding="utf-8").splitlines()]
-    talk = "\n".join(str(tokenizer.apply_chat_template(chat, tokenize=False)) for chat in chats)
     half = a.texts // 2
-    evaluated = stretches(tokenizer, talk, LENGTH, half) + stretches(tokenizer, sample_text(), LENGTH, a.texts - half)
-    text = str(tokenizer.decode(torch.cat(built_in_stretches(tokenizer, LENGTH, 8), 1)[0]))
+    evaluated = stretches(tokenizer, _talk(tokenizer, a.dialogues), LENGTH, half)
+    evaluated += stretches(tokenizer, sample_text(), LENGTH, a.texts - half)
+    text = str(tokenizer.decode(torch.cat(built_in_stretches(tokenizer, LENGTH, COUNT), 1)[0]))
+    if a.calibration_dialogues is not None:
+        own = stretches(tokenizer, _talk(tokenizer, a.calibration_dialogues), LENGTH, COUNT)
+        text += str(tokenizer.decode(torch.cat(own, 1)[0]))
     return Case(path, evaluated, text, Path(tempfile.mkdtemp()), LlamaCppQuantizer(a.llama_cpp))
+
+
+def _talk(tokenizer: Any, file: Path) -> str:
+    chats = [json.loads(line)["messages"] for line in file.read_text(encoding="utf-8").splitlines()]
+    return "\n".join(str(tokenizer.apply_chat_template(chat, tokenize=False)) for chat in chats)
 
 
 def _tiny_v3(a: argparse.Namespace) -> Case:

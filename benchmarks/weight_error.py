@@ -73,7 +73,7 @@ def matrices(model: Any) -> dict[str, torch.Tensor]:
 
 
 def importance_of(model: Any, texts: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
-    """As `integration.load.importance.measure_importance`, of a model that is not ours."""
+    """The importance of columns (`calibration/statistics.py`) in a model that is not ours."""
     columns, tied = ColumnSquares(), model.all_tied_weights_keys or {}
     linear = {f"{n}.weight": m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
     experts = {n: m for n, m in model.named_modules() if _is_experts(m)}

@@ -183,13 +183,13 @@ class DeepSeekConfig(QuantizationConfigMixin):
         context_length: context length in tokens, with `context_extension`.
         calibration: text on which the original model runs, to round int3, int4 and q4_1 such that its results change least: the
             path of a UTF-8 text file, a few pages typical of what the model will process; "auto": a built-in text, if that
-            takes less than a minute (never if the environment variable DSO_CALIBRATION is "none"); or None or "none": each
-            weight is rounded to the nearest value. `dso convert` uses "auto" by default; a load would take that time every
-            time.
+            takes less than a minute or with `kl_budget` (never if the environment variable DSO_CALIBRATION is "none"); or None
+            or "none": each weight is rounded to the nearest value. `dso convert` uses "auto" by default, except with
+            `kl_budget`; a load would take that time every time.
         kl_budget: only with precision "auto": chooses the smallest format of each matrix such that the mean KL divergence from
-            the original model stays within this many nats per token, measured on the calibration text (without one, on a text
-            that every Python installation contains). int8 everywhere costs a few thousandths, int4 a few tenths. None: no
-            loss is allowed.
+            the original model stays within this many nats per token, measured on a part of the calibration text (without one,
+            on a text that every Python installation contains). With a text, weights are rounded with compensation. int8
+            everywhere costs a few thousandths, int4 a few tenths. None: no loss is allowed.
         strict: True: a model without an execution plan (an unknown family, or a feature that its plan does not support) raises
             UnsupportedModelError. False: it takes the general path: Transformers' own forward with packed linear layers.
         formats: formats of single matrices by module name, such as {"lm_head": "int8"}, or of all modules that match a pattern

@@ -8,8 +8,8 @@ import math
 import pytest
 
 from deepseek_optimizer import ConfigError
-from deepseek_optimizer.calibration.budget import Option, path, total_bytes, total_kl
-from deepseek_optimizer.calibration.search import search
+from deepseek_optimizer.calibration.budget import Choice, Option, path, total_bytes, total_kl
+from deepseek_optimizer.calibration.search import Point, search, tighten
 from deepseek_optimizer.errors import KlBudgetError
 
 GROUPS = [
@@ -70,3 +70,20 @@ def test_the_models_own_formats_are_tried_last() -> None:
     groups = [[Option(("bf16",), 160, 0.0), Option(("fp32",), 320, 0.0)] for _ in range(4)]  # bf16 alone: no KL measured
     chosen, _ = search(groups, 1e-15, 0.0, lambda choice: 1e-7 * any(o.formats == ("bf16",) for o in choice))
     assert all(option.formats == ("fp32",) for option in chosen.choice)
+
+
+def test_tightening_from_a_first_prediction() -> None:
+    """Rounded as a whole, choices are a third as bad as predicted, so that smaller ones are within the budget."""
+    measured: list[Point] = []
+
+    def at(choice: Choice) -> Point:
+        measured.append(Point(choice, total_bytes(choice), total_kl(choice), total_kl(choice) / 3))
+        return measured[-1]
+
+    tighten(GROUPS, 1.0, 0.0, at, rounds=3, first=1.0)
+    assert 0.9 < measured[0].predicted_kl <= 1.0
+    assert 0.95 <= measured[-1].measured_kl <= 1.0 and measured[-1].bytes < measured[0].bytes
+    assert len(measured) <= 3
+    measured.clear()
+    tighten(GROUPS, 1.0, 0.0, at, rounds=1, first=3.0)
+    assert len(measured) == 1 and measured[0].predicted_kl > 2.9

@@ -16,10 +16,10 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from deepseek_optimizer import CheckpointError, DeepSeekConfig, DynamicGraphOptimizer, SamplingParams, load_model, make_engine
 from deepseek_optimizer.backends.cpu import unavailable_reason
-from deepseek_optimizer.integration.load.importance import measure_importance
 from deepseek_optimizer.integration.load.pack_checkpoint import pack_checkpoint
 from support import gguf_gpt_oss as gguf
 from support import quantized_files as files
+from support.calibrated import squares_read
 from support.family_configs import gpt_oss, llama4_text
 from support.models import assert_close_rows, random_ids, random_model, transformers_logits
 
@@ -113,8 +113,8 @@ def test_the_engine_gives_the_tokens_of_transformers(folder: Path, backend: str)
 
 
 @pytest.mark.parametrize("folder", [gpt_oss], indirect=True, ids=["gpt_oss"])
-def test_importance_of_the_columns_of_experts(folder: Path) -> None:
-    """Down reads the clamped products: its importance is that of Transformers' module."""
+def test_inputs_of_experts_when_rounding(folder: Path) -> None:
+    """Down reads the clamped products, as in Transformers' module."""
     plain, model = plain_model(folder), load_model(folder, precision="fp32", backend="reference")
     ids = torch.tensor([random_ids(plain.config, 50)])
     seen: list[torch.Tensor] = []
@@ -123,13 +123,13 @@ def test_importance_of_the_columns_of_experts(folder: Path) -> None:
     experts._apply_gate = lambda both: seen.append(apply(experts, both)) or seen[-1]
     with torch.no_grad():
         plain(ids)
-    squares = torch.cat(seen).square().mean(0)
-    measured = measure_importance(model, [ids])["model.layers.0.mlp.experts.down_proj"]
-    torch.testing.assert_close(measured, squares / squares.mean(), rtol=1e-3, atol=1e-4)
+    squares = torch.cat(seen).square().sum(0)
+    measured = squares_read(model, [ids])["model.layers.0.mlp.experts.down_proj"]
+    torch.testing.assert_close(measured / squares.mean(), squares / squares.mean(), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("folder", [llama4_text], indirect=True, ids=["llama4_text"])
-def test_importance_of_the_columns_of_experts_with_weighted_inputs(folder: Path) -> None:
+def test_inputs_of_experts_with_weighted_inputs_when_rounding(folder: Path) -> None:
     plain, model = plain_model(folder), load_model(folder, precision="fp32", backend="reference")
     ids = torch.tensor([random_ids(plain.config, 50)])
     name, read = "model.layers.1.feed_forward.experts", []
@@ -138,9 +138,9 @@ def test_importance_of_the_columns_of_experts_with_weighted_inputs(folder: Path)
     with torch.no_grad():
         plain(ids)
         gate, up = torch.bmm(read[0].view(6, 50, -1), experts.gate_up_proj).chunk(2, -1)
-    squares = (up * torch.nn.functional.silu(gate)).flatten(0, 1).square().mean(0)
-    measured = measure_importance(model, [ids])[f"{name}.down_proj"]
-    torch.testing.assert_close(measured, squares / squares.mean(), rtol=1e-3, atol=1e-4)
+    squares = (up * torch.nn.functional.silu(gate)).flatten(0, 1).square().sum(0)
+    measured = squares_read(model, [ids])[f"{name}.down_proj"]
+    torch.testing.assert_close(measured / squares.mean(), squares / squares.mean(), rtol=1e-3, atol=1e-4)
 
 
 def test_an_expert_stack_of_another_shape_is_named(folder: Path, tmp_path: Path) -> None:

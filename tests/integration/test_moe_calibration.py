@@ -9,8 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from deepseek_optimizer import DeepSeekConfig, load_model, load_tokenizer
 from deepseek_optimizer.calibration.text import stretches
-from deepseek_optimizer.integration.load.importance import measure_importance
-from support.calibrated import save_unequal
+from support.calibrated import save_unequal, squares_read
 
 CASE = "deepseek_v3-groups"
 STACK = "model.layers.1.mlp.experts"
@@ -48,13 +47,13 @@ def squares_that_experts_read(plain, texts) -> dict[str, torch.Tensor]:
     return sums
 
 
-def test_inputs_of_experts_are_measured_per_layer(original, texts):
+def test_inputs_of_experts_are_those_in_transformers(original, texts):
     plain = AutoModelForCausalLM.from_pretrained(original, attn_implementation="eager", experts_implementation="eager")
     model = load_model(original, backend="reference")
-    actual = measure_importance(model, texts)
+    actual = squares_read(model, texts)
     for leaf, squares in squares_that_experts_read(plain, texts).items():
-        torch.testing.assert_close(actual[f"{STACK}.{leaf}"], squares / squares.mean(), rtol=1e-3, atol=1e-4)
-    linear = {f"{n}.weight" for n, m in plain.named_modules() if isinstance(m, nn.Linear)}
+        torch.testing.assert_close(actual[f"{STACK}.{leaf}"] / squares.mean(), squares / squares.mean(), rtol=1e-3, atol=1e-4)
+    linear = {f"{n}.weight" for n, m in plain.model.named_modules(prefix="model") if isinstance(m, nn.Linear)}
     assert actual.keys() == linear | {
         f"model.layers.{i}.mlp.experts.{leaf}" for i in (1, 2) for leaf in ("gate_up_proj", "down_proj")
     }

@@ -75,20 +75,34 @@ def search(
     choices = path(groups)
     for kl in (total_kl(choices[0]) * _STEP**-i for i in range(_SPREAD)):
         at(next((choice for choice in choices if total_kl(choice) <= kl), choices[-1]))
-    _tighten(groups, budget, base, at)
+    tighten(groups, budget, base, at)
     if not any(point.measured_kl <= budget for point in measured.values()):
         at(tuple(options[-1] for options in groups))  # the model's own formats: measured KL does not add up exactly
-    curve = _front(list(measured.values()))
+    curve = front(list(measured.values()))
     if curve[-1].measured_kl > budget:
         raise KlBudgetError(budget, curve[-1].measured_kl)
     return next(point for point in curve if point.measured_kl <= budget), curve
 
 
-def _tighten(groups: Sequence[Sequence[Option]], budget: float, base: float, at: Callable[[Choice], Point]) -> None:
-    """Adjusts the budget of the prediction, by ratio or by bisection, until the measured KL is just within the real budget."""
-    allowed, low, high = budget, 0.0, math.inf
+def tighten(
+    groups: Sequence[Sequence[Option]],
+    budget: float,
+    base: float,
+    at: Callable[[Choice], Point],
+    rounds: int = ROUNDS,
+    first: float | None = None,
+) -> None:
+    """Adjusts the budget of the prediction, by ratio or by bisection, until the measured KL is just within the real budget.
+
+    Args:
+        groups, budget, base: as in `search`.
+        at: measures a choice.
+        rounds: maximum number of choices that are measured.
+        first: the budget of the first prediction; None: the real one.
+    """
+    allowed, low, high = budget if first is None else first, 0.0, math.inf
     seen: set[Choice] = set()
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         choice = choose(groups, allowed - base)
         kl = at(choice).measured_kl
         if CLOSE * budget <= kl <= budget:
@@ -101,7 +115,7 @@ def _tighten(groups: Sequence[Sequence[Option]], budget: float, base: float, at:
         allowed = aim
 
 
-def _front(points: list[Point]) -> list[Point]:
+def front(points: list[Point]) -> list[Point]:
     """Returns, in ascending size, the points whose measured KL is below that of all smaller ones."""
     front: list[Point] = []
     for point in sorted(points, key=lambda p: (p.bytes, p.measured_kl)):

@@ -122,7 +122,7 @@ def test_the_built_in_text(original, monkeypatch):
         model = load_model(original, precision="int4", backend=FAST, **off)
         assert_equal_bits(model, plain)
         assert "`dso convert` calibrates" in str(model.report())
-    for other in ({"precision": "int8"}, {}, {"kl_budget": 100.0}):
+    for other in ({"precision": "int8"}, {}):
         model = load_model(original, backend=FAST, calibration="auto", **other)
         assert not model.dso.manifest.rounding and "`dso convert` calibrates" not in str(model.report())
     monkeypatch.setattr(calibrate, "estimated_seconds", lambda *_: 3600.0)

@@ -12,10 +12,15 @@ from transformers import AutoModelForCausalLM
 
 from deepseek_optimizer import CheckpointError, ConfigError, DeepSeekConfig, DynamicGraphOptimizer, load_model, load_tokenizer
 from deepseek_optimizer.backends.cpu import unavailable_reason
+from deepseek_optimizer.calibration.text import sample_text
 from deepseek_optimizer.errors import KlBudgetError
-from deepseek_optimizer.integration.load.kl_budget import calibration_tokens, spread
+from deepseek_optimizer.integration.load import kl_budget
+from deepseek_optimizer.integration.load.calibrate import BUILT_IN, ENVIRONMENT
+from deepseek_optimizer.integration.load.kl_budget import calibration_tokens, others, spread
 from deepseek_optimizer.quant import get_format
+from support.family_configs import llama
 from support.models import CASES, random_model
+from support.mtp_files import save_with_mtp
 
 BACKENDS = ["reference"] + (["cpu"] if unavailable_reason() is None else [])
 FAST = BACKENDS[-1]
@@ -180,9 +185,60 @@ def test_a_calibration_text_is_used(original, tmp_path):
     measured = kl_between(model, load_model(original, backend=FAST), spread(tokens))
     assert measured == pytest.approx(chosen["measured_kl"], rel=1e-3) and measured <= 0.1
     rounding = model.dso.manifest.rounding
-    assert (rounding["method"], rounding["text"], rounding["tokens"]) == ("compensated", str(long), 17 * 128)
+    assert (rounding["method"], rounding["text"]) == ("compensated", str(long))
+    assert rounding["tokens"] == 13 * 128, "the KL divergence is measured on the others"
+    assert len(others(tokens)) == 13 and not set(map(id, others(tokens))) & set(map(id, spread(tokens)))
     plain = load_model(original, formats=formats_of(model), backend=FAST)
     assert measured < 0.8 * kl_between(plain, load_model(original, backend=FAST), spread(tokens))
+
+
+def test_the_budget_is_used_by_compensated_rounding(original, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text(sample_text()[:6000], encoding="utf-8")
+    plain = load_model(original, kl_budget=0.1, backend=FAST)
+    model = load_model(original, kl_budget=0.1, calibration=str(text), backend=FAST)
+    chosen = next(p for p in model.report().to_dict()["curve"] if p["chosen"])
+    assert 0.05 < chosen["measured_kl"] <= 0.1
+    assert model.report().bytes_after < plain.report().bytes_after
+    assert chosen["bytes"] == sum(row.bytes for row in model.report().formats)
+
+
+def test_matrices_that_were_rounded_alone_are_described(original, tmp_path, monkeypatch):
+    monkeypatch.setattr(kl_budget, "COMPENSATIONS", 0)  # no choice is rounded as a whole
+    text = tmp_path / "text.txt"
+    text.write_text(sample_text()[:6000], encoding="utf-8")
+    model = load_model(original, kl_budget=0.1, calibration=str(text), backend=FAST)
+    small = [name for name, format in formats_of(model).items() if get_format(format).bits < 6]
+    rounding = model.dso.manifest.rounding
+    assert len(small) > 3 and (rounding["matrices"], rounding["plain"]) == (len(small), {})
+
+
+def test_the_built_in_text(original, monkeypatch):
+    asked = {"kl_budget": 0.3, "calibration": "auto", "backend": FAST}
+    assert not load_model(original, **asked).dso.manifest.rounding, "the tests switch it off"
+    monkeypatch.delenv(ENVIRONMENT)
+    monkeypatch.setattr(kl_budget, "BUILT_IN_STRETCHES", 12)
+    rounding = load_model(original, **asked).dso.manifest.rounding
+    assert (rounding["text"], rounding["tokens"]) == (BUILT_IN, 8 * 128)
+
+
+@pytest.mark.parametrize("calibration", [None, "text"])
+def test_mtp_layers_get_the_format_of_most_weights(calibration, byte_tokenizer, tmp_path):
+    config = llama(num_nextn_predict_layers=1, tie_word_embeddings=True)
+    config.vocab_size = len(byte_tokenizer)
+    save_with_mtp(tmp_path / "model", config)
+    byte_tokenizer.save_pretrained(tmp_path / "model")
+    text = tmp_path / "text.txt"
+    text.write_text(sample_text()[:6000], encoding="utf-8")
+    model = load_model(tmp_path / "model", kl_budget=100, calibration=calibration and str(text), backend=FAST)
+    formats = formats_of(model)
+    drafting = {name for name in formats if name.startswith(f"model.layers.{config.num_hidden_layers}.")}
+    assert len(drafting) > 5 and set(formats.values()) == {"int3"}
+    chosen = next(p for p in model.report().curve if p["chosen"])
+    assert sum(chosen["formats"].values()) == len(formats) - len(drafting), "they do not count in the size"
+    ids = torch.arange(20)[None]
+    drafted = model.generate(ids, max_new_tokens=8, do_sample=False, use_mtp=True)
+    assert torch.equal(drafted, model.generate(ids, max_new_tokens=8, do_sample=False))
 
 
 def test_a_context_shorter_than_an_excerpt(original, tmp_path):

@@ -9,7 +9,7 @@ which also compensates errors of the hidden states. Besides the model, the activ
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -83,13 +83,13 @@ def round_in_place(
         texts: token ids, int64 [1, n] each.
         progress: called after each layer with the number of weights rounded and their total number.
     """
-    rounding = _Rounding(runtime_of(model), settings, progress)
-    decoder = model.get_submodule(decoder_path(model))
-    layers = list(decoder.layers)[: model.config.num_hidden_layers]
-    index = {id(module): i for i, layer in enumerate(layers) for module in layer.modules()}
-    places: dict[int | None, list[Site]] = {}
-    for site in rounding.places:
-        places.setdefault(index.get(id(site.module)), []).append(site)
+    minimum = min_formats(whole_graph(model))
+
+    def wanted(name: str, own: str) -> list[str]:
+        return [settings.format_of(name, own, minimum.get(name))]
+
+    rounding = _Rounding(runtime_of(model), wanted, progress)
+    decoder, layers, places = _by_layer(model, rounding)
     last = _LastMatrices()
     with torch.no_grad():
         with one_torch_thread():
@@ -103,15 +103,57 @@ def round_in_place(
             here = places.get(i, [])
             exact, seen = Inputs(), Inputs()
             with one_torch_thread():
-                with _listening(here, exact):
+                with listening(here, exact):
                     original = [calls.run(layer, i, text, hidden) for text, hidden in enumerate(original)]
-                with _listening(here, seen):
+                with listening(here, seen):
                     outputs = [calls.run(layer, i, text, hidden) for text, hidden in enumerate(rounded)]
                 lag = _Lag(original, outputs, last.among(calls, layer, i, here, rounded[0]))
             rounding.round(here, seen, exact, lag)
             with one_torch_thread():
                 rounded = [calls.run(layer, i, text, hidden) for text, hidden in enumerate(rounded)]
     return rounding.outcome
+
+
+def round_alone(
+    model: Any,
+    wanted: Callable[[str, str], Collection[str]],
+    texts: Sequence[torch.Tensor],
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> tuple[dict[tuple[str, str], PackedWeight], Outcome]:
+    """Rounds every matrix of the decoder and its head with error compensation as if it were the only one that is rounded.
+
+    Args:
+        model: an optimized model, packed losslessly; it is not changed.
+        wanted: the formats to round a weight to, by its name and its own format.
+        texts, progress: as in `round_in_place`.
+
+    Returns: the rounded matrices by name and format, and what was rounded, once for each format.
+    """
+    rounding = _Rounding(runtime_of(model), wanted, progress)
+    decoder, layers, places = _by_layer(model, rounding)
+    found: dict[tuple[str, str], PackedWeight] = {}
+    with torch.no_grad():
+        with one_torch_thread():
+            calls = LayerCalls(decoder, layers, texts)
+        hidden = list(calls.inputs)
+        found |= rounding.rounded(places.get(None, []), _read_by_head(model, texts), None)
+        for i, layer in enumerate(layers):
+            seen = Inputs()
+            with one_torch_thread(), listening(places.get(i, []), seen):
+                hidden = [calls.run(layer, i, text, states) for text, states in enumerate(hidden)]
+            found |= rounding.rounded(places.get(i, []), seen, None)
+    return found, rounding.outcome
+
+
+def _by_layer(model: Any, rounding: _Rounding) -> tuple[Any, list[nn.Module], dict[int | None, list[Site]]]:
+    """The decoder, its layers, and the sites by the index of their layer, those outside all layers under None."""
+    decoder = model.get_submodule(decoder_path(model))
+    layers = list(decoder.layers)[: model.config.num_hidden_layers]
+    index = {id(module): i for i, layer in enumerate(layers) for module in layer.modules()}
+    places: dict[int | None, list[Site]] = {}
+    for site in rounding.places:
+        places.setdefault(index.get(id(site.module)), []).append(site)
+    return decoder, layers, places
 
 
 def _read_by_head(model: Any, texts: Sequence[torch.Tensor]) -> Inputs:
@@ -126,7 +168,7 @@ def _read_by_head(model: Any, texts: Sequence[torch.Tensor]) -> Inputs:
 
 
 @contextmanager
-def _listening(places: Sequence[Site], inputs: Inputs) -> Iterator[None]:
+def listening(places: Sequence[Site], inputs: Inputs) -> Iterator[None]:
     """Adds the inputs of all matrices of these modules; those of a stack of experts as `NAME.INDEX`."""
     linear = {site.weights["weight"]: site.module for site in places if isinstance(site.module, nn.Linear)}
     experts = [site for site in places if isinstance(site.module, PackedExperts)]
@@ -196,27 +238,35 @@ class _Part:
 
 
 class _Rounding:
-    """Rounds and replaces modules. Attributes: places: the sites with matrices to round; outcome."""
+    """Rounds and replaces modules. Attributes: places: the sites with matrices to round; outcome.
 
-    def __init__(self, runtime: Runtime, settings: DeepSeekConfig, progress: Callable[[int, int], None]) -> None:
-        graph = whole_graph(runtime.model)
-        minimum = min_formats(graph)
-        self.runtime, self.backend, self._progress = runtime, runtime.backend, progress
-        self.outcome, self.places = Outcome(), []
-        self._formats: dict[str, str] = {}
-        sizes: dict[str, int] = {}
-        for site in sites(runtime.model, graph):
-            module: Any = site.module
-            for leaf, weight in module.held().items():
-                name = site.weights[leaf]
-                self._formats[name] = settings.format_of(name, weight.format, minimum.get(name))
-                sizes[name] = weight.nbytes
-            self.places.append(site)
-        self._sizes, self._done = sizes, 0
+    Args:
+        runtime: of the model.
+        wanted: the formats to round a weight to, by its name and its own format.
+        progress: see `round_in_place`.
+    """
+
+    def __init__(
+        self, runtime: Runtime, wanted: Callable[[str, str], Collection[str]], progress: Callable[[int, int], None]
+    ) -> None:
+        self.runtime, self.backend, self._wanted, self._progress = runtime, runtime.backend, wanted, progress
+        self.outcome, self.places = Outcome(), sites(runtime.model, whole_graph(runtime.model))
+        self._sizes = {name: weight.nbytes for name, weight in _held(self.places).items()}
+        self._done = 0
         self._threads = torch.get_num_threads()
 
     def round(self, places: Sequence[Site], seen: Inputs, exact: Inputs | None, lag: _Lag | None = None) -> None:
-        """Rounds the matrices of some modules and replaces the modules.
+        """Rounds the matrices of some modules, each to its one format, and replaces the modules.
+
+        The arguments are those of `rounded`.
+        """
+        put_in_place(places, {name: weight for (name, _), weight in self.rounded(places, seen, exact, lag).items()})
+        self.runtime.replaced()
+
+    def rounded(
+        self, places: Sequence[Site], seen: Inputs, exact: Inputs | None, lag: _Lag | None = None
+    ) -> dict[tuple[str, str], PackedWeight]:
+        """The matrices of some modules by name and format, rounded; those that already have a format as they are.
 
         Args:
             places: the modules.
@@ -224,36 +274,33 @@ class _Rounding:
             exact: their inputs in the original model; None: the same.
             lag: the error of the layer's output so far; None: there is none.
         """
-        new: dict[str, PackedWeight] = {}
-        parts: dict[str, _Part] = {}
-        for site in places:
-            module: Any = site.module
-            for leaf, weight in module.held().items():
-                name = site.weights[leaf]
-                if name not in new:
-                    new[name] = weight if weight.format == self._formats[name] else _empty(weight, self._formats[name])
-                    parts |= _parts(name, weight, new[name])
-        known = [name for name, part in parts.items() if part.format in GROUP_FORMATS and seen.enough(name, part.source.cols)]
+        new: dict[tuple[str, str], PackedWeight] = {}
+        parts: dict[tuple[str, str], _Part] = {}  # by the name of its inputs, and format
+        held = _held(places)
+        for name, weight in held.items():
+            for format in self._wanted(name, weight.format):
+                new[name, format] = weight if weight.format == format else _empty(weight, format)
+                parts |= {(part, format): to for part, to in _parts(name, weight, new[name, format]).items()}
+        known = [key for key, part in parts.items() if part.format in GROUP_FORMATS and seen.enough(key[0], part.source.cols)]
         # Rounding is thousands of short operations, which several threads of torch would slow down: each matrix has one.
         with one_torch_thread(), ThreadPoolExecutor(self._threads) as pool:
             running = []
-            for names in seen.shared(known):
-                for format in dict.fromkeys(parts[name].format for name in names):
-                    same = [name for name in names if parts[name].format == format]
-                    chosen = [parts[name] for name in same]
+            for names in seen.shared(list(dict.fromkeys(name for name, _ in known))):
+                for format in dict.fromkeys(format for name, format in known if name in names):
+                    same = [name for name in names if (name, format) in parts]
+                    chosen = [parts[name, format] for name in same]
                     problem = self._problem(chosen, same[0], seen, exact, lag)
                     running.append(pool.submit(_round_parts, chosen, *problem, self.backend.pack))
-            for rounded in running:
-                self.outcome.compensated += rounded.result()
-        importance = _importance_by_parameter(parts, seen)
-        for name, part in parts.items():
-            if name not in known:
+            for done in running:
+                self.outcome.compensated += done.result()
+        importance = _importance_by_parameter({name: part for (name, _), part in parts.items()}, seen)
+        for key, part in parts.items():
+            if key not in known:
                 self._plain(part, importance.get(part.parameter) if part.format in WEIGHED else None)
                 self.outcome.starved += exact is not None and part.format in GROUP_FORMATS
-        put_in_place(places, new)
-        self.runtime.replaced()
-        self._done += sum(self._sizes.pop(name, 0) for name in new)
+        self._done += sum(self._sizes.pop(name, 0) for name in held)
         self._progress(self._done, self._done + sum(self._sizes.values()))
+        return new
 
     def _problem(
         self, parts: Sequence[_Part], name: str, seen: Inputs, exact: Inputs | None, lag: _Lag | None
@@ -300,6 +347,12 @@ def _round_parts(parts: Sequence[_Part], weights: torch.Tensor, curvature: Curva
     for part, codes, parameters in zip(parts, found.codes.split(sizes), columns, strict=True):
         part.tiles.copy_(format.tiles(codes, parameters))
     return len(parts)
+
+
+def _held(places: Sequence[Site]) -> dict[str, PackedWeight]:
+    """The weights of modules by name, those that several share once."""
+    modules: list[tuple[Site, Any]] = [(site, site.module) for site in places]
+    return {site.weights[leaf]: weight for site, module in modules for leaf, weight in module.held().items()}
 
 
 def _empty(weight: PackedWeight, format: str) -> PackedWeight:
