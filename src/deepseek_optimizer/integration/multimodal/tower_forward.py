@@ -10,7 +10,6 @@ import torch
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling
-from transformers.vision_utils import get_vision_attention_seqlens, get_vision_position_ids, get_vision_window_index
 
 from ...errors import ConfigError, UnsupportedModelError
 from ...models import TOWERS, build_tower
@@ -86,6 +85,8 @@ class QwenTower(TowerForward):
         return super()._unserved(call)
 
     def _planned(self, module: Any, plans: TowerPlans, call: dict[str, Any]) -> Any:
+        from transformers.vision_utils import get_vision_attention_seqlens, get_vision_position_ids, get_vision_window_index
+
         grid, config = call["grid_thw"], module.config
         x = self._embedded(module, plans, call["hidden_states"], grid)
         positions = get_vision_position_ids(grid, module.spatial_merge_size)
