@@ -134,7 +134,7 @@ class QwenTower(TowerForward):
 
 def _rows_of(order: torch.Tensor, unit: int) -> torch.Tensor:
     """The order of rows, given that of groups of `unit` rows."""
-    return (order[:, None] * unit + torch.arange(unit, device=order.device)).flatten()
+    return (order[:, None] * unit + torch.arange(unit, dtype=order.dtype, device=order.device)).flatten()
 
 
 def plan_towers(runtime: Any, model: Any) -> tuple[dict[str, TowerPlans], dict[str, str]]:
