@@ -51,19 +51,19 @@ class Block(nn.Module):
     def __init__(self, extra, cpu):
         super().__init__()
         self.up, self.down, self.act = packed(cpu, 32, 48), packed(cpu, 48, 32), nn.ReLU()
+        self.drop = nn.Dropout(0.0)
         self.extra, self.calls = extra, 0
 
     def forward(self, x):
         self.calls += 1
-        return self.extra(x, self.down(self.act(self.up(x))))
+        return self.extra(x, self.drop(self.down(self.act(self.up(x)))))
 
 
-def packed(cpu, cols, rows):
+def packed(cpu, cols, rows, seed=0, scale=1.0):
     layer = GeneralLinear(cols, rows, "fp32", bias=True, dtype=torch.float32)
-    generator = torch.Generator().manual_seed(cols)
-    layer._parameters["weight"] = nn.Parameter(
-        cpu.pack(torch.randn(rows, cols, generator=generator), "fp32"), requires_grad=False
-    )
+    generator = torch.Generator().manual_seed(cols + seed)
+    weight = scale * torch.randn(rows, cols, generator=generator)
+    layer._parameters["weight"] = nn.Parameter(cpu.pack(weight, "fp32"), requires_grad=False)
     layer.bias.data = torch.randn(rows, generator=generator)
     layer.product = NoCopyCallable(cpu.linear)
     return layer
@@ -88,6 +88,15 @@ def hooked(block):
     block.up.register_forward_hook(lambda *arguments: None)
 
 
+def activation_hooked(block):
+    block.act.register_forward_pre_hook(lambda *arguments: None)
+
+
+def dropout_alone(block):
+    """As for estimates of uncertainty from several samples."""
+    block.drop.train()
+
+
 def wrapped(block):
     block.down = nn.Sequential(block.down)
 
@@ -96,7 +105,9 @@ def without_function(block):
     block.fused = None
 
 
-@pytest.mark.parametrize("change", [hooked, wrapped, without_function, nn.Module.train, "gradient", None])
+@pytest.mark.parametrize(
+    "change", [hooked, activation_hooked, dropout_alone, wrapped, without_function, nn.Module.train, "gradient", None]
+)
 def test_when_the_original_forward_runs(change):
     cpu = CpuBackend(threads=1)
     block = Block(lambda x, y: y, cpu).eval()
