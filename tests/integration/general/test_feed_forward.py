@@ -84,6 +84,38 @@ def test_blocks_that_compute_something_else_stay(extra, fits):
     assert isinstance(model[0], FusedFeedForward) is fits and isinstance(model[0], Block)
 
 
+class Gated(nn.Module):
+    """A gated block whose gate is not its first layer."""
+
+    def __init__(self, cpu):
+        super().__init__()
+        self.up, self.gate, self.down, self.act = (
+            packed(cpu, 32, 48),
+            packed(cpu, 32, 48, seed=1),
+            packed(cpu, 48, 32),
+            nn.SiLU(),
+        )
+
+    def forward(self, x):
+        return self.down(self.act(self.gate(x)) * self.up(x))
+
+
+@pytest.mark.parametrize("bias", [0.0, 1e6])
+def test_blocks_without_effect_tell_nothing_about_others(bias):
+    """The first block of a kind shows how its class connects the layers, unless its results are equal for all rows."""
+    cpu = CpuBackend(threads=1)
+    model = nn.Sequential(Gated(cpu), Gated(cpu)).eval()
+    model[0].down = packed(cpu, 48, 32, scale=0.0)
+    model[0].down.bias.data.fill_(bias)
+    x = torch.randn(5, 32, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = model[1](x)
+        fuse_feed_forward(model, cpu.feed_forward)
+        torch.testing.assert_close(model[1](x), expected)
+        fuse_feed_forward(whole := nn.Sequential(Gated(cpu)).eval(), cpu.feed_forward)
+    assert isinstance(whole[0], FusedFeedForward)
+
+
 def hooked(block):
     block.up.register_forward_hook(lambda *arguments: None)
 
