@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from transformers import BertConfig, EncoderDecoderConfig, EncoderDecoderModel
 
 from deepseek_optimizer import load_model
 from deepseek_optimizer.backends.cpu import CpuBackend, unavailable_reason
@@ -198,6 +199,24 @@ def test_the_cache_of_a_prompt_is_not_copied(tmp_path):
         next_theirs = plain(**token, past_key_values=theirs.past_key_values).logits
         torch.testing.assert_close(next_ours, next_theirs, rtol=1e-4, atol=1e-4)
         assert fast(**call, use_cache=False).past_key_values is None
+
+
+def test_a_loss_has_no_cache_and_pairs_of_models_create_their_own(tmp_path):
+    plain, fast = loaded("bart", tmp_path / "bart")
+    call = inputs_of(plain)
+    call["labels"] = call.pop("decoder_input_ids").clone()
+    with torch.no_grad():
+        assert fast(**call).keys() == plain(**call).keys()
+    side = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48, "vocab_size": 64}
+    decoder = BertConfig(is_decoder=True, add_cross_attention=True, **side)
+    pair = EncoderDecoderModel(EncoderDecoderConfig.from_encoder_decoder_configs(BertConfig(**side), decoder)).eval()
+    pair.save_pretrained(tmp_path / "pair")
+    ids = torch.arange(12).view(2, 6)
+    with torch.no_grad():
+        ours = load_model(tmp_path / "pair", precision="fp32")(input_ids=ids, decoder_input_ids=ids)
+        theirs = pair(input_ids=ids, decoder_input_ids=ids)
+    assert ours.keys() == theirs.keys()
+    torch.testing.assert_close(ours.logits, theirs.logits, rtol=1e-4, atol=1e-5)
 
 
 def _states(cache):
