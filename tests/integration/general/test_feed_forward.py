@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
 from torch import nn
 from transformers import BertConfig, EncoderDecoderConfig, EncoderDecoderModel
 
-from deepseek_optimizer import load_model
+from deepseek_optimizer import BackendError, load_model
 from deepseek_optimizer.backends.cpu import CpuBackend, unavailable_reason
 from deepseek_optimizer.integration.bind.packed_model import NoCopyCallable
 from deepseek_optimizer.integration.general.feed_forward import FusedFeedForward, fuse_feed_forward
@@ -217,6 +218,14 @@ def test_a_loss_has_no_cache_and_pairs_of_models_create_their_own(tmp_path):
         theirs = pair(input_ids=ids, decoder_input_ids=ids)
     assert ours.keys() == theirs.keys()
     torch.testing.assert_close(ours.logits, theirs.logits, rtol=1e-4, atol=1e-5)
+
+
+def test_pickles_are_refused_with_a_remedy(tmp_path):
+    _, fast = loaded("gpt2", tmp_path)
+    assert isinstance(fast.transformer.h[0].mlp, FusedFeedForward) and isinstance(fast.transformer.ln_f, FusedNorm)
+    for module in (fast, fast.transformer.h[0].mlp, fast.transformer.ln_f):
+        with pytest.raises(BackendError, match="save_pretrained"):
+            pickle.dumps(module)
 
 
 def _states(cache):
